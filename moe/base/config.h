@@ -1,0 +1,54 @@
+/* config.h: version and backend. C11 and C++14; includes nothing.
+
+   MOE_BACKEND chooses who runs the kernels:
+     cuda   a GPU, compiled by nvcc (the default when nvcc compiles the file)
+     host   the CPU, compiled by any C++ compiler, with no CUDA toolkit
+            (the default otherwise; -DMOE_BACKEND=host says it aloud)
+   Both compile the same kernel source. */
+#ifndef MOE_BASE_CONFIG_H
+#define MOE_BASE_CONFIG_H
+
+#define MOE_VERSION_MAJOR 0
+#define MOE_VERSION_MINOR 1
+#define MOE_VERSION_PATCH 0
+#define MOE_VERSION (MOE_VERSION_MAJOR * 10000 + MOE_VERSION_MINOR * 100 + MOE_VERSION_PATCH)
+#define MOE_VERSION_STRING "0.1.0"
+
+/* MOE_BACKEND is a bare word, so that a build file can write -DMOE_BACKEND=host. */
+#define MOEI_BACKEND_IS_host 1
+#define MOEI_BACKEND_IS_cuda 0
+#define MOEI_JOIN2(a, b) a##b
+#define MOEI_JOIN(a, b) MOEI_JOIN2(a, b)
+
+#ifndef MOE_BACKEND
+#if defined(__CUDACC__)
+#define MOE_BACKEND cuda
+#else
+#define MOE_BACKEND host
+#endif
+#endif
+
+/* 1 when the kernels of this translation unit run on the CPU. */
+#define MOE_ON_HOST MOEI_JOIN(MOEI_BACKEND_IS_, MOE_BACKEND)
+
+/* Functions of a header that a file may leave uncalled. */
+#if defined(__GNUC__) || defined(__clang__)
+#define MOEI_UNUSED __attribute__((unused))
+#else
+#define MOEI_UNUSED
+#endif
+
+/* Host functions, in .h and .cuh alike. */
+#define MOE_HOST MOEI_UNUSED static inline
+
+/* Functions of a .h that kernels call too. */
+#if defined(__CUDACC__)
+#define MOE_HOST_DEVICE MOEI_UNUSED static __host__ __device__ inline
+#else
+#define MOE_HOST_DEVICE MOE_HOST
+#endif
+
+/* The version these headers were compiled as, MOE_VERSION. */
+MOE_HOST int moe_version(void) { return MOE_VERSION; }
+
+#endif

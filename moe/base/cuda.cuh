@@ -1,0 +1,177 @@
+/* cuda.cuh: the only includer of CUDA's headers, or of host/ where the kernels run on a
+   CPU. Qualifiers, the launch macro, and what a launch must know of the device.
+
+   A kernel takes exactly one struct by value and is launched through MOE_LAUNCH:
+
+     typedef struct my_args { float* y; int32_t n; } my_args;
+     MOE_KERNEL(256, 1) my_kernel(MOE_ARG(my_args) d) { ... }
+
+     moei_launch_config c = moei_grid(num_blocks, 256, 0, stream);
+     return MOE_LAUNCH(my_kernel, c, args);        // a moe_status
+
+   Needs CUDA 12 or later for the cuda backend, C++14 for both. */
+#ifndef MOE_BASE_CUDA_CUH
+#define MOE_BASE_CUDA_CUH
+
+#include "config.h"
+#include "status.h"
+#include "types.h"
+
+#if MOE_ON_HOST
+
+#if defined(__CUDACC__)
+#error "moe: MOE_BACKEND=host is for a plain C++ compiler; leave it unset under nvcc"
+#endif
+#include "../host/host.h"
+
+#else
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+/* Static shared memory: one struct a kernel. */
+#define MOE_SHARED(type, name) __shared__ type name
+/* Dynamic shared memory, 128-byte aligned, as unsigned char*. */
+#define MOE_SHARED_DYNAMIC(name) extern __shared__ __align__(128) unsigned char name[]
+/* Stands in every polling loop; on the CPU it lets the thread waited for run. */
+#define MOE_SPIN() ((void)0)
+
+#endif
+
+/* Before a loop over literals: unroll it, so that its arrays stay in registers. */
+#if MOE_ON_HOST
+#define MOEI_UNROLL
+#define MOEI_NO_UNROLL
+#else
+#define MOEI_UNROLL _Pragma("unroll")
+#define MOEI_NO_UNROLL _Pragma("unroll 1") /* a loop whose registers are wanted elsewhere */
+#endif
+
+#define MOE_DEVICE MOEI_UNUSED static __device__ __forceinline__
+#define MOE_KERNEL(threads, min_blocks)                                                           \
+    MOEI_UNUSED static __global__ void __launch_bounds__(threads, min_blocks)
+#define MOE_ARG(type) const __grid_constant__ type
+
+/* How to launch: filled by moei_grid, then adjusted. */
+typedef struct moei_launch_config {
+    dim3 grid, block;
+    size_t smem; /* dynamic shared memory, bytes */
+    cudaStream_t stream;
+    int dependent; /* 1: may start before the kernel ahead of it has ended (it calls
+                      moei_wait_for_previous first); CUDA 9.0 devices and later */
+    int cluster;   /* blocks per cluster along x; 0 or 1: none */
+} moei_launch_config;
+
+MOE_HOST moei_launch_config moei_grid(int64_t blocks, int threads, size_t smem, cudaStream_t stream)
+{
+    moei_launch_config c;
+    c.grid = dim3((unsigned)blocks, 1, 1);
+    c.block = dim3((unsigned)threads, 1, 1);
+    c.smem = smem;
+    c.stream = stream;
+    c.dependent = 0;
+    c.cluster = 0;
+    return c;
+}
+
+MOE_HOST moe_status moei_cuda_status(cudaError_t e)
+{
+    return e == cudaSuccess ? MOE_OK : (moe_status)(MOE_ERR_CUDA | ((int)e << 8));
+}
+
+/* Pass on what a CUDA call refused. */
+#define MOEI_TRY_CUDA(call) MOEI_TRY(moei_cuda_status(call))
+
+#if MOE_ON_HOST
+/* The CPU backend copies the struct and queues the call on the stream. */
+#define MOE_LAUNCH(kernel, config, arg)                                                           \
+    moei_cuda_status(moeh_launch((config).grid, (config).block, (config).smem, (config).stream,  \
+                                 moeh_bind(kernel, arg), #kernel))
+#else
+#define MOE_LAUNCH(kernel, config, arg) moei_launch((const void*)(kernel), &(config), (void*)&(arg))
+
+MOE_HOST moe_status moei_launch(const void* kernel, const moei_launch_config* c, void* arg)
+{
+    cudaLaunchConfig_t config = {};
+    cudaLaunchAttribute attr[2];
+    void* args[1];
+    args[0] = arg;
+    config.gridDim = c->grid;
+    config.blockDim = c->block;
+    config.dynamicSmemBytes = c->smem;
+    config.stream = c->stream;
+    config.attrs = attr;
+    if (c->smem > 32 * 1024) /* 48 KB with the static part; a per-device setting, so made each time */
+        MOEI_TRY_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                           (int)c->smem));
+    if (c->dependent) { /* only code built for 9.0 has the instruction that waits */
+        cudaFuncAttributes fa;
+        MOEI_TRY_CUDA(cudaFuncGetAttributes(&fa, kernel));
+        if (fa.binaryVersion >= 90 && fa.ptxVersion >= 90) {
+            attr[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+            attr[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+        }
+    }
+    if (c->cluster > 1) {
+        attr[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+        attr[config.numAttrs].val.clusterDim.x = (unsigned)c->cluster;
+        attr[config.numAttrs].val.clusterDim.y = 1;
+        attr[config.numAttrs++].val.clusterDim.z = 1;
+    }
+    return moei_cuda_status(cudaLaunchKernelExC(&config, kernel, args));
+}
+#endif
+
+/* First statement of a kernel launched with dependent = 1: from here on, what earlier kernels
+   of the stream wrote is visible. */
+MOE_DEVICE void moei_wait_for_previous(void)
+{
+#if !MOE_ON_HOST && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    cudaGridDependencySynchronize();
+#endif
+}
+
+/* The next kernel's blocks may come in as this one's leave; they still wait for its writes. */
+MOE_DEVICE void moei_let_next_start(void)
+{
+#if !MOE_ON_HOST && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    cudaTriggerProgrammaticLaunchCompletion();
+#endif
+}
+
+/* What tile choice and persistent grids need of the current device. */
+typedef struct moei_device {
+    int sms;        /* multiprocessors */
+    int smem_block; /* most dynamic shared memory a block may have, bytes */
+    int smem_sm;    /* shared memory of one multiprocessor, bytes */
+    int major;      /* compute capability */
+} moei_device;
+
+MOE_HOST moe_status moei_device_query(moei_device* d)
+{
+    int id = 0;
+    MOEI_TRY_CUDA(cudaGetDevice(&id));
+    MOEI_TRY_CUDA(cudaDeviceGetAttribute(&d->sms, cudaDevAttrMultiProcessorCount, id));
+    MOEI_TRY_CUDA(
+        cudaDeviceGetAttribute(&d->smem_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, id));
+    MOEI_TRY_CUDA(
+        cudaDeviceGetAttribute(&d->smem_sm, cudaDevAttrMaxSharedMemoryPerMultiprocessor, id));
+    MOEI_TRY_CUDA(cudaDeviceGetAttribute(&d->major, cudaDevAttrComputeCapabilityMajor, id));
+    return MOE_OK;
+}
+
+/* Loads one kernel now rather than at its first launch: under lazy loading a first launch
+   synchronises, and can hang while another kernel spins. */
+MOE_HOST moe_status moei_preload(const void* kernel)
+{
+#if MOE_ON_HOST
+    (void)kernel;
+    return MOE_OK;
+#else
+    cudaFuncAttributes fa;
+    return moei_cuda_status(cudaFuncGetAttributes(&fa, kernel));
+#endif
+}
+
+#endif

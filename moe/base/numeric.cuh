@@ -1,0 +1,108 @@
+/* numeric.cuh: conversions and elementary functions on the device, the same under the user's
+   --use_fast_math: NaN and infinity are tested by bits, divisions that matter are exact. */
+#ifndef MOE_BASE_NUMERIC_CUH
+#define MOE_BASE_NUMERIC_CUH
+
+#include "cuda.cuh"
+
+MOE_DEVICE bool moei_is_nan(float v) { return (__float_as_uint(v) & 0x7fffffffu) > 0x7f800000u; }
+
+/* The bits of a float as an unsigned whose order is the float's: -0 counts as +0. */
+MOE_DEVICE uint32_t moei_ordered(float v)
+{
+    const uint32_t u = __float_as_uint(v);
+    if (u == 0x80000000u) return 0x80000000u;
+    return u & 0x80000000u ? ~u : u | 0x80000000u;
+}
+
+MOE_DEVICE float moei_unordered(uint32_t k)
+{
+    return __uint_as_float(k & 0x80000000u ? k & 0x7fffffffu : ~k);
+}
+
+/* fp16 or bf16 bits (dtype a literal, or uniform) to fp32. */
+MOE_DEVICE float moei_half_to_f32(uint16_t bits, int dtype)
+{
+#if MOE_ON_HOST
+    return dtype == MOE_FP16 ? moe_fp16_to_f32(bits) : moe_bf16_to_f32(bits);
+#else
+    return dtype == MOE_FP16 ? __half2float(__ushort_as_half(bits))
+                             : __uint_as_float((uint32_t)bits << 16);
+#endif
+}
+
+MOE_DEVICE uint16_t moei_f32_to_half(float v, int dtype)
+{
+#if MOE_ON_HOST
+    return dtype == MOE_FP16 ? moe_f32_to_fp16(v) : moe_f32_to_bf16(v);
+#else
+    return dtype == MOE_FP16 ? __half_as_ushort(__float2half_rn(v))
+                             : __bfloat16_as_ushort(__float2bfloat16_rn(v));
+#endif
+}
+
+/* Two neighbours in one 32-bit word, the first in the low half. */
+MOE_DEVICE uint32_t moei_pack2(float lo, float hi, int dtype)
+{
+#if MOE_ON_HOST
+    return (uint32_t)moei_f32_to_half(lo, dtype) | ((uint32_t)moei_f32_to_half(hi, dtype) << 16);
+#else
+    if (dtype == MOE_FP16) {
+        const __half2 h = __floats2half2_rn(lo, hi);
+        return *(const uint32_t*)&h;
+    } else {
+        const __nv_bfloat162 h = __floats2bfloat162_rn(lo, hi);
+        return *(const uint32_t*)&h;
+    }
+#endif
+}
+
+MOE_DEVICE float2 moei_unpack2(uint32_t w, int dtype)
+{
+    return make_float2(moei_half_to_f32((uint16_t)(w & 0xffffu), dtype),
+                       moei_half_to_f32((uint16_t)(w >> 16), dtype));
+}
+
+/* Element i of a buffer of any dtype. */
+MOE_DEVICE float moei_load_f32(const void* p, int64_t i, int dtype)
+{
+    if (dtype == MOE_FP32) return ((const float*)p)[i];
+    return moei_half_to_f32(((const uint16_t*)p)[i], dtype);
+}
+
+MOE_DEVICE void moei_store_f32(void* p, int64_t i, int dtype, float v)
+{
+    if (dtype == MOE_FP32) ((float*)p)[i] = v;
+    else ((uint16_t*)p)[i] = moei_f32_to_half(v, dtype);
+}
+
+/* e^x to 3 ulp, NaN to 0. The product x * log2(e) is carried in two parts, since one float of it
+   would lose |x| ulp of the result. */
+MOE_DEVICE float moei_exp(float x)
+{
+    const float log2e = 1.44269502f, log2e_lo = 1.92596299e-8f, ln2 = 0.693147182f;
+    const float hi = x * log2e;
+    float lo, e;
+    if (!(hi > -150.0f)) return 0.0f; /* also -infinity */
+    if (hi > 128.0f) return __uint_as_float(0x7f800000u);
+    lo = fmaf(x, log2e, -hi) + x * log2e_lo;
+    e = exp2f(hi);
+    return fmaf(e, lo * ln2, e);
+}
+
+/* 2^x by one instruction, to about 2 ulp; below 2^-126 it is 0. */
+MOE_DEVICE float moei_exp2_fast(float x)
+{
+#if MOE_ON_HOST
+    return exp2f(x);
+#else
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+#endif
+}
+
+/* x / (1 + e^-x) */
+MOE_DEVICE float moei_silu(float x) { return __fdividef(x, 1.0f + moei_exp2_fast(-1.44269504f * x)); }
+
+#endif

@@ -1,0 +1,164 @@
+/* status.h: what a call returns. C11 and C++14.
+
+   A moe_status is 0 (MOE_OK) or a kind with a detail: which field was refused,
+   or which cudaError_t came back. So every field has its own status for every
+   way in which it can be wrong, and the text names the field:
+
+     moe_status s = moe_gate(&desc, stream);
+     if (s != MOE_OK) {
+         char text[MOE_STATUS_TEXT];
+         fprintf(stderr, "%s\n", moe_status_describe(s, text));
+     }                      // "top_k: out of range"
+
+   A refused call has queued nothing and written nothing. */
+#ifndef MOE_BASE_STATUS_H
+#define MOE_BASE_STATUS_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#include "config.h"
+
+/* kind, text. The one list of what can be wrong. */
+#define MOEI_STATUS_LIST(X)                                                                       \
+    X(OK, "ok")                                                                                   \
+    X(ERR_NULL, "required pointer is null")                                                       \
+    X(ERR_RANGE, "out of range")                                                                  \
+    X(ERR_DTYPE, "dtype not offered here")                                                        \
+    X(ERR_OPTION, "unknown option value")                                                         \
+    X(ERR_STRIDE, "stride too small")                                                             \
+    X(ERR_ALIGN, "not aligned")                                                                   \
+    X(ERR_OVERLAP, "overlaps a buffer it must not overlap")                                       \
+    X(ERR_WORKSPACE, "workspace too small")                                                       \
+    X(ERR_CONFLICT, "contradicts another field")                                                  \
+    X(ERR_DEVICE, "this device cannot run it")                                                    \
+    X(ERR_CUDA, "CUDA error")
+
+enum {
+#define MOEI_STATUS_ENUM(name, text) MOE_##name,
+    MOEI_STATUS_LIST(MOEI_STATUS_ENUM)
+#undef MOEI_STATUS_ENUM
+        MOE_STATUS_KINDS
+};
+
+/* The fields a descriptor may have, named as the descriptors name them. */
+#define MOEI_FIELD_LIST(X)                                                                        \
+    X(desc) X(num_tokens) X(hidden) X(intermediate) X(num_experts) X(top_k) X(num_rows)           \
+    X(x) X(x_dtype) X(x_stride) X(y) X(y_dtype) X(y_stride) X(dtype)                              \
+    X(logits) X(logits_dtype) X(logits_stride) X(router) X(router_dtype) X(router_stride)         \
+    X(ids) X(weights) X(score) X(renormalize) X(scale)                                            \
+    X(expert_count) X(expert_offset) X(chunk_count) X(slot_row) X(row_slot) X(row_weight)         \
+    X(place) X(place_kind) X(table) X(num_buffers) X(rows) X(rows_dtype) X(row_stride)            \
+    X(residual) X(residual_stride) X(w1) X(w2) X(bias1) X(bias2) X(gate_up)                       \
+    X(activation) X(act) X(act_stride) X(a) X(a_stride) X(a_major) X(b) X(b_stride) X(b_major)    \
+    X(bias) X(c) X(c_dtype) X(c_stride) X(n) X(k) X(row_div) X(row_index) X(epilogue)             \
+    X(a_rows) X(tile)                                                                             \
+    X(workspace) X(workspace_bytes) X(fault) X(stage)
+
+enum {
+    MOE_FIELD_NONE,
+#define MOEI_FIELD_ENUM(name) MOE_FIELD_##name,
+    MOEI_FIELD_LIST(MOEI_FIELD_ENUM)
+#undef MOEI_FIELD_ENUM
+        MOE_NUM_FIELDS
+};
+
+typedef int32_t moe_status;
+
+/* The status of one kind for one field: what a call returns when it refuses. */
+#define MOE_STATUS(kind, field) ((moe_status)((kind) | (MOE_FIELD_##field << 8)))
+
+/* Kind of a status, one of MOE_OK, MOE_ERR_*. */
+MOE_HOST int moe_status_kind(moe_status s) { return (int)(s & 0xff); }
+
+/* MOE_FIELD_* of a refusal; the cudaError_t when the kind is MOE_ERR_CUDA. */
+MOE_HOST int moe_status_detail(moe_status s) { return (int)(s >> 8); }
+
+/* Text of the kind alone: static storage, never null. */
+MOE_HOST const char* moe_status_text(moe_status s)
+{
+    static const char* const text[] = {
+#define MOEI_STATUS_STR(name, str) str,
+        MOEI_STATUS_LIST(MOEI_STATUS_STR)
+#undef MOEI_STATUS_STR
+    };
+    const int kind = moe_status_kind(s);
+    return kind < MOE_STATUS_KINDS ? text[kind] : "unknown status";
+}
+
+/* Name of the field a refusal is about, "" where there is none: static storage. */
+MOE_HOST const char* moe_status_field(moe_status s)
+{
+    static const char* const name[] = {"",
+#define MOEI_FIELD_STR(f) #f,
+                                       MOEI_FIELD_LIST(MOEI_FIELD_STR)
+#undef MOEI_FIELD_STR
+    };
+    const int field = moe_status_detail(s);
+    if (moe_status_kind(s) == MOE_ERR_CUDA || field < 0 || field >= MOE_NUM_FIELDS) return "";
+    return name[field];
+}
+
+#define MOE_STATUS_TEXT 96 /* bytes that moe_status_describe may write */
+
+/* "top_k: out of range", "CUDA error 700": writes at most MOE_STATUS_TEXT bytes to `text`
+   and returns it. */
+MOE_HOST const char* moe_status_describe(moe_status s, char* text)
+{
+    const char* part[3];
+    char number[12];
+    size_t at = 0;
+    int i;
+    part[0] = moe_status_field(s);
+    part[1] = part[0][0] ? ": " : "";
+    part[2] = moe_status_text(s);
+    for (i = 0; i < 3; ++i) {
+        const char* p = part[i];
+        while (*p && at + 1 < MOE_STATUS_TEXT) text[at++] = *p++;
+    }
+    if (moe_status_kind(s) == MOE_ERR_CUDA) {
+        int n = 0, v = moe_status_detail(s);
+        do { number[n++] = (char)('0' + v % 10); v /= 10; } while (v > 0 && n < 11);
+        if (at + 1 < MOE_STATUS_TEXT) text[at++] = ' ';
+        while (n > 0 && at + 1 < MOE_STATUS_TEXT) text[at++] = number[--n];
+    }
+    text[at] = 0;
+    return text;
+}
+
+/* In a launch helper: refuse with this kind and field unless the condition holds. */
+#define MOEI_REQUIRE(cond, kind, field)                                                           \
+    do {                                                                                          \
+        if (!(cond)) return MOE_STATUS(kind, field);                                              \
+    } while (0)
+
+/* In a launch helper: pass on what a call refused. */
+#define MOEI_TRY(call)                                                                            \
+    do {                                                                                          \
+        const moe_status moei_try_status = (call);                                                \
+        if (moei_try_status != MOE_OK) return moei_try_status;                                    \
+    } while (0)
+
+/* A buffer of a descriptor, for the check below. */
+typedef struct moei_range {
+    const void* p; /* null or empty: shares nothing */
+    uint64_t bytes;
+    int field; /* MOE_FIELD_* */
+} moei_range;
+
+/* The first `inputs` ranges may share bytes with each other; every later one is written and must
+   share none with any other. Names the first range that does. */
+MOE_HOST moe_status moei_disjoint(const moei_range* r, int inputs, int count)
+{
+    for (int i = inputs; i < count; ++i)
+        for (int j = 0; j < i; ++j) {
+            const uintptr_t a = (uintptr_t)r[i].p, b = (uintptr_t)r[j].p;
+            if (a && b && r[i].bytes && r[j].bytes && a < b + r[j].bytes && b < a + r[i].bytes)
+                return (moe_status)(MOE_ERR_OVERLAP | (r[i].field << 8));
+        }
+    return MOE_OK;
+}
+
+MOE_HOST int moei_aligned(const void* p, uintptr_t bytes) { return ((uintptr_t)p & (bytes - 1)) == 0; }
+
+#endif

@@ -1,0 +1,371 @@
+/* combine.cuh: expert rows -> tokens, through the pointer table.
+
+     y[t, :] = residual[t, :] + sum over k of weights[t, k] * row(place[t, k])[:]
+     row(p)  = table[p.buffer] + p.row * row_stride
+
+   Each token gathers its K rows from wherever they lie: one joined array, one allocation per
+   expert, a peer's memory. Nothing is concatenated, no atomics, no scratch memory. The sum is
+   taken in fp32 in ascending k, the residual first (past 8 rows, in groups of 8), and rounded once:
+   the same bits every run.
+
+   In:   place [T, K] (route's), the table of buffers, weights [T, K] fp32
+         residual [T, H] of y's dtype, optional
+   Out:  y [T, H], each element written once. A token with no live slot gets its residual, or 0.
+   Rows and y are fp32, fp16 or bf16, each its own. y may be the residual itself.
+
+   A place with buffer -1 is skipped. One outside the table (or past num_rows, if that is given)
+   sets the fault word and is skipped.
+   K up to MOE_COMBINE_MAX_TOP_K.
+   Cost: each row read once, each output written once, at the rate of a device-to-device copy.
+   Rows move 16 bytes at a time where H is a multiple of 8 and the addresses allow it; other
+   shapes work, slower. Minimum architecture: sm_75.
+
+     moe_combine_desc c = {0};
+     c.table = table;  c.num_buffers = n;         // [n] device addresses, in device memory
+     c.place = place;  c.weights = weights;  c.y = y;
+     c.num_tokens = T; c.hidden = H;  c.top_k = K;
+     moe_status s = moe_combine(&c, stream);
+
+   Source: the grouped combine without `cat`: pointer indirection in place of concatenation,
+   here in gather form, so that the sum needs no atomics. */
+#ifndef MOE_COMBINE_CUH
+#define MOE_COMBINE_CUH
+
+#include "base/copy.cuh"
+#include "base/fault.cuh"
+#include "base/numeric.cuh"
+#include "base/warp.cuh"
+#include "layout.h"
+
+typedef struct moe_combine_desc {
+    /* in */
+    const void* const* table; /* [num_buffers] device array of device addresses; or null */
+    const void* rows;         /* the one buffer, when there is no table */
+    const moe_place* place;   /* [T, K] */
+    const float* weights;     /* [T, K]; null = 1 each */
+    const void* residual;     /* [T, H] y_dtype, added first; or null */
+    int64_t row_stride;       /* elements between rows of a buffer; 0 = H */
+    int64_t residual_stride;  /* elements between rows; 0 = H */
+    int32_t rows_dtype;       /* moe_dtype; 0 = bf16 */
+    /* out */
+    void* y;          /* [T, H] y_dtype */
+    int64_t y_stride; /* elements between rows; 0 = H */
+    int32_t y_dtype;  /* moe_dtype; 0 = rows_dtype */
+    uint64_t* fault;  /* [1] fault word; or null */
+    /* sizes */
+    int32_t num_tokens;  /* T >= 0 */
+    int32_t hidden;      /* H, 1 .. 2^28 */
+    int32_t top_k;       /* K, 1 .. MOE_COMBINE_MAX_TOP_K */
+    int32_t num_buffers; /* length of the table; without a table, 0 or 1 */
+    int64_t num_rows;    /* rows in a buffer, for the bounds check; 0 = not checked */
+} moe_combine_desc;
+
+#define MOE_COMBINE_MAX_TOP_K MOE_MAX_EXPERTS
+
+#define MOEI_COMBINE_THREADS 256 /* of a block, at most */
+
+/* A token's rows as its block looks them up once, those that exist, in slot order. */
+typedef struct moei_combine_source {
+    const char* row;
+    float weight;
+} moei_combine_source;
+
+typedef struct moei_combine_shared {
+    int count;  /* of rows that exist */
+    int narrow; /* one of them does not begin at a multiple of 16 */
+} moei_combine_shared;
+
+/* Address of the row that a slot's place names, null where there is none. */
+MOE_DEVICE const char* moei_combine_row(const moe_combine_desc* d, int64_t slot)
+{
+    const moe_place p = d->place[slot];
+    const char* base;
+    if (p.buffer == -1) return 0;
+    if (p.buffer < 0 || p.buffer >= d->num_buffers || p.row < 0 ||
+        (d->num_rows && p.row >= d->num_rows)) {
+        moei_fault_raise(d->fault, MOE_FAULT_BAD_PLACE, 0, slot);
+        return 0;
+    }
+    base = (const char*)(d->table ? d->table[p.buffer] : d->rows);
+    return base + p.row * d->row_stride * (d->rows_dtype == MOE_FP32 ? 4 : 2);
+}
+
+/* The elements that 16 bytes of rows hold: 4 in fp32, 8 otherwise. dtype is a literal. */
+MOE_DEVICE void moei_combine_unpack(float* v, uint4 raw, const int dtype)
+{
+    const uint32_t w[4] = {raw.x, raw.y, raw.z, raw.w};
+    MOEI_UNROLL
+    for (int i = 0; i < 4; ++i) {
+        if (dtype == MOE_FP32) {
+            v[i] = __uint_as_float(w[i]);
+        } else {
+            const float2 f = moei_unpack2(w[i], dtype);
+            v[2 * i] = f.x;
+            v[2 * i + 1] = f.y;
+        }
+    }
+}
+
+/* Reads or writes `count` (4 or 8, a literal) elements of any dtype, aligned to their size. */
+MOE_DEVICE void moei_combine_read(float* v, const void* p, int dtype, const int count)
+{
+    MOEI_UNROLL
+    for (int i = 0; i < count; i += 4) {
+        if (dtype == MOE_FP32) {
+            const float4 f = *(const float4*)((const float*)p + i);
+            v[i] = f.x, v[i + 1] = f.y, v[i + 2] = f.z, v[i + 3] = f.w;
+        } else {
+            const uint2 u = *(const uint2*)((const uint16_t*)p + i);
+            const float2 a = moei_unpack2(u.x, dtype), b = moei_unpack2(u.y, dtype);
+            v[i] = a.x, v[i + 1] = a.y, v[i + 2] = b.x, v[i + 3] = b.y;
+        }
+    }
+}
+
+MOE_DEVICE void moei_combine_write(void* p, const float* v, int dtype, const int count)
+{
+    if (dtype == MOE_FP32) {
+        MOEI_UNROLL
+        for (int i = 0; i < count; i += 4)
+            *(float4*)((float*)p + i) = make_float4(v[i], v[i + 1], v[i + 2], v[i + 3]);
+    } else if (count == 8) {
+        moei_store16(p, make_uint4(moei_pack2(v[0], v[1], dtype), moei_pack2(v[2], v[3], dtype),
+                                   moei_pack2(v[4], v[5], dtype), moei_pack2(v[6], v[7], dtype)));
+    } else {
+        *(uint2*)p = make_uint2(moei_pack2(v[0], v[1], dtype), moei_pack2(v[2], v[3], dtype));
+    }
+}
+
+/* The sum is taken in groups of 8 rows, each added up in order and then to the groups before: with
+   many rows a single chain would round as often as there are rows. */
+#define MOEI_COMBINE_GROUP 8
+
+/* Adds rows k0 .. k0 + rows to the pieces acc[0 .. cols) of a thread, span columns apart from column
+   h on. All loads go out before the first is used. full says that rows and columns are all there.
+   rows_dtype, cols, rows and full are literals. */
+MOE_DEVICE void moei_combine_add(float acc[2][8], const moei_combine_source* source, int k0, int count,
+                                 int h, int span, int hidden, const int rows_dtype, const int cols,
+                                 const int rows, const int full)
+{
+    const int width = rows_dtype == MOE_FP32 ? 4 : 8; /* elements in 16 bytes of row */
+    uint4 raw[2][8];
+    float v[8], sum[2][8];
+    MOEI_UNROLL
+    for (int u = 0; u < rows; ++u) {
+        MOEI_UNROLL
+        for (int c = 0; c < cols; ++c)
+            if (full || (k0 + u < count && h + c * span < hidden))
+                raw[c][u] = moei_load16(source[k0 + u].row + (int64_t)(h + c * span) * (16 / width));
+    }
+    MOEI_UNROLL
+    for (int c = 0; c < cols; ++c) {
+        MOEI_UNROLL
+        for (int i = 0; i < width; ++i) sum[c][i] = k0 ? 0.0f : acc[c][i];
+    }
+    MOEI_UNROLL
+    for (int u = 0; u < rows; ++u)
+        if (full || k0 + u < count) {
+            const float w = source[k0 + u].weight;
+            MOEI_UNROLL
+            for (int c = 0; c < cols; ++c) {
+                moei_combine_unpack(v, raw[c][u], rows_dtype);
+                MOEI_UNROLL
+                for (int i = 0; i < width; ++i) sum[c][i] = fmaf(w, v[i], sum[c][i]);
+            }
+        }
+    MOEI_UNROLL
+    for (int c = 0; c < cols; ++c) {
+        MOEI_UNROLL
+        for (int i = 0; i < width; ++i) acc[c][i] = k0 ? acc[c][i] + sum[c][i] : sum[c][i];
+    }
+}
+
+/* The token's columns, 16 bytes of row at a time: a thread has `cols` such pieces at once, of `rows`
+   rows under way together. rows_dtype, cols and rows are literals. */
+MOE_DEVICE void moei_combine_wide(const moe_combine_desc* d, const moei_combine_source* source,
+                                  int count, char* y, const char* residual, const int rows_dtype,
+                                  const int cols, const int rows)
+{
+    const int width = rows_dtype == MOE_FP32 ? 4 : 8, y_bytes = d->y_dtype == MOE_FP32 ? 4 : 2;
+    const int H = d->hidden, span = (int)blockDim.x * width;
+    for (int h = (int)threadIdx.x * width; h < H; h += cols * span) {
+        float acc[2][8];
+        int k0 = 0;
+        MOEI_UNROLL
+        for (int c = 0; c < cols; ++c) {
+            MOEI_UNROLL
+            for (int i = 0; i < width; ++i) acc[c][i] = 0.0f;
+            if (residual && h + c * span < H)
+                moei_combine_read(acc[c], residual + (int64_t)(h + c * span) * y_bytes, d->y_dtype,
+                                  width);
+        }
+        if (h + (cols - 1) * span < H)
+            for (; k0 + rows <= count; k0 += rows)
+                moei_combine_add(acc, source, k0, count, h, span, H, rows_dtype, cols, rows, 1);
+        for (; k0 < count; k0 += rows)
+            moei_combine_add(acc, source, k0, count, h, span, H, rows_dtype, cols, rows, 0);
+        MOEI_UNROLL
+        for (int c = 0; c < cols; ++c)
+            if (h + c * span < H)
+                moei_combine_write(y + (int64_t)(h + c * span) * y_bytes, acc[c], d->y_dtype, width);
+    }
+}
+
+/* One block makes one token: its first warp looks the K rows up, then all sum them; element by
+   element where an address or H does not allow 16-byte access. rows_dtype is a literal. */
+MOE_DEVICE void moei_combine_token(const moe_combine_desc* d, moei_combine_shared* shared,
+                                   moei_combine_source* source, const int rows_dtype)
+{
+    const int64_t t = blockIdx.x;
+    const int K = d->top_k, H = d->hidden, y_bytes = d->y_dtype == MOE_FP32 ? 4 : 2;
+    char* y = (char*)d->y + t * d->y_stride * y_bytes;
+    const char* residual =
+        d->residual ? (const char*)d->residual + t * d->residual_stride * y_bytes : (const char*)0;
+    int count = 0;
+
+    if (moei_warp() == 0) {
+        bool narrow = false;
+        for (int k0 = 0; k0 < K; k0 += MOEI_WARP) {
+            const int k = k0 + moei_lane();
+            const float w = /* fetched beside the row's address, not after it */
+                k < K && d->weights ? __uint_as_float(moei_load4_early(d->weights + t * K + k)) : 1.0f;
+            const char* row = k < K ? moei_combine_row(d, t * K + k) : (const char*)0;
+            const uint32_t live = __ballot_sync(MOEI_FULL, row != 0);
+            const int at = count + __popc(live & ((1u << moei_lane()) - 1u));
+            if (row) {
+                source[at].row = row;
+                source[at].weight = w;
+            }
+            narrow |= ((uintptr_t)row & 15) != 0;
+            count += __popc(live);
+        }
+        narrow = __any_sync(MOEI_FULL, narrow) != 0;
+        if (moei_lane() == 0) {
+            shared->count = count;
+            shared->narrow = narrow;
+        }
+    }
+    __syncthreads();
+    count = shared->count;
+    if (shared->narrow || (((uintptr_t)y | (uintptr_t)residual) & 15) != 0 ||
+        H % (rows_dtype == MOE_FP32 ? 4 : 8) != 0) {
+        for (int h = (int)threadIdx.x; h < H; h += (int)blockDim.x) {
+            float acc = residual ? moei_load_f32(residual, h, d->y_dtype) : 0.0f;
+            for (int k0 = 0; k0 < count; k0 += MOEI_COMBINE_GROUP) {
+                float sum = k0 ? 0.0f : acc;
+                for (int k = k0; k < count && k < k0 + MOEI_COMBINE_GROUP; ++k)
+                    sum = fmaf(source[k].weight, moei_load_f32(source[k].row, h, rows_dtype), sum);
+                acc = k0 ? acc + sum : sum;
+            }
+            moei_store_f32(y, h, d->y_dtype, acc);
+        }
+    } else if (K <= 2) {
+        moei_combine_wide(d, source, count, y, residual, rows_dtype, 2, 2);
+    } else if (K <= 4) {
+        moei_combine_wide(d, source, count, y, residual, rows_dtype, 1, 4);
+    } else {
+        moei_combine_wide(d, source, count, y, residual, rows_dtype, 1, MOEI_COMBINE_GROUP);
+    }
+}
+
+#define MOEI_COMBINE_LIST(X) X(fp32, MOE_FP32) X(fp16, MOE_FP16) X(bf16, MOE_BF16)
+
+#define MOEI_COMBINE_KERNEL(name, dtype)                                                          \
+    MOE_KERNEL(MOEI_COMBINE_THREADS, 4) moei_combine_##name(MOE_ARG(moe_combine_desc) d)          \
+    {                                                                                             \
+        MOE_SHARED(moei_combine_shared, shared);                                                  \
+        MOE_SHARED_DYNAMIC(source); /* [K] */                                                     \
+        moei_wait_for_previous();                                                                 \
+        moei_let_next_start();                                                                    \
+        if (!moei_fault_stopped(d.fault))                                                         \
+            moei_combine_token(&d, &shared, (moei_combine_source*)source, dtype);                 \
+    }
+MOEI_COMBINE_LIST(MOEI_COMBINE_KERNEL)
+#undef MOEI_COMBINE_KERNEL
+
+MOE_HOST moe_status moei_combine_check(moe_combine_desc* d)
+{
+    const int64_t T = d->num_tokens;
+    MOEI_REQUIRE(T >= 0, MOE_ERR_RANGE, num_tokens);
+    MOEI_REQUIRE(d->hidden >= 1 && d->hidden <= 1 << 28, MOE_ERR_RANGE, hidden);
+    MOEI_REQUIRE(d->top_k >= 1 && d->top_k <= MOE_COMBINE_MAX_TOP_K, MOE_ERR_RANGE, top_k);
+    if (d->rows_dtype == 0) d->rows_dtype = MOE_BF16;
+    MOEI_REQUIRE(moe_dtype_bytes(d->rows_dtype), MOE_ERR_DTYPE, rows_dtype);
+    if (d->y_dtype == 0) d->y_dtype = d->rows_dtype;
+    MOEI_REQUIRE(moe_dtype_bytes(d->y_dtype), MOE_ERR_DTYPE, y_dtype);
+    if (d->row_stride == 0) d->row_stride = d->hidden;
+    MOEI_REQUIRE(d->row_stride >= d->hidden, MOE_ERR_STRIDE, row_stride);
+    if (d->y_stride == 0) d->y_stride = d->hidden;
+    MOEI_REQUIRE(d->y_stride >= d->hidden, MOE_ERR_STRIDE, y_stride);
+    if (d->residual_stride == 0) d->residual_stride = d->hidden;
+    MOEI_REQUIRE(d->residual_stride >= d->hidden, MOE_ERR_STRIDE, residual_stride);
+    MOEI_REQUIRE(d->num_rows >= 0, MOE_ERR_RANGE, num_rows);
+    if (d->table) {
+        MOEI_REQUIRE(!d->rows, MOE_ERR_CONFLICT, rows);
+        MOEI_REQUIRE(d->num_buffers >= 1, MOE_ERR_RANGE, num_buffers);
+    } else {
+        MOEI_REQUIRE(d->num_buffers == 0 || d->num_buffers == 1, MOE_ERR_RANGE, num_buffers);
+        d->num_buffers = 1;
+    }
+    MOEI_REQUIRE(moei_aligned(d->fault, 8), MOE_ERR_ALIGN, fault);
+    if (T == 0) return MOE_OK;
+    MOEI_REQUIRE(d->table || d->rows, MOE_ERR_NULL, table);
+    MOEI_REQUIRE(d->place, MOE_ERR_NULL, place);
+    MOEI_REQUIRE(d->y, MOE_ERR_NULL, y);
+    MOEI_REQUIRE(moei_aligned(d->table, 8), MOE_ERR_ALIGN, table);
+    MOEI_REQUIRE(moei_aligned(d->rows, (uintptr_t)moe_dtype_bytes(d->rows_dtype)), MOE_ERR_ALIGN,
+                 rows);
+    MOEI_REQUIRE(moei_aligned(d->place, 8), MOE_ERR_ALIGN, place);
+    MOEI_REQUIRE(moei_aligned(d->weights, 4), MOE_ERR_ALIGN, weights);
+    MOEI_REQUIRE(moei_aligned(d->y, (uintptr_t)moe_dtype_bytes(d->y_dtype)), MOE_ERR_ALIGN, y);
+    MOEI_REQUIRE(moei_aligned(d->residual, (uintptr_t)moe_dtype_bytes(d->y_dtype)), MOE_ERR_ALIGN,
+                 residual);
+    {
+        const bool in_place = d->residual == d->y && d->residual_stride == d->y_stride;
+        const moei_range r[] = {
+            {d->table, (uint64_t)d->num_buffers * 8, MOE_FIELD_table},
+            {d->rows, moei_extent(d->num_rows ? d->num_rows : 1, d->row_stride, d->hidden, d->rows_dtype),
+             MOE_FIELD_rows},
+            {d->place, (uint64_t)T * (uint64_t)d->top_k * 8, MOE_FIELD_place},
+            {d->weights, (uint64_t)T * (uint64_t)d->top_k * 4, MOE_FIELD_weights},
+            {in_place ? 0 : d->residual, moei_extent(T, d->residual_stride, d->hidden, d->y_dtype),
+             MOE_FIELD_residual},
+            {d->y, moei_extent(T, d->y_stride, d->hidden, d->y_dtype), MOE_FIELD_y},
+            {d->fault, 8, MOE_FIELD_fault}};
+        return moei_disjoint(r, 5, 7);
+    }
+}
+
+/* Queues the combine on `stream`. Errors: every field of the descriptor as documented above, each
+   with its own status; nothing is queued then. T = 0 is no error. */
+MOE_HOST moe_status moe_combine(const moe_combine_desc* desc, cudaStream_t stream)
+{
+    moe_combine_desc d;
+    moei_launch_config c;
+    int threads, pieces;
+    MOEI_REQUIRE(desc, MOE_ERR_NULL, desc);
+    d = *desc;
+    MOEI_TRY(moei_combine_check(&d));
+    if (d.num_tokens == 0) return MOE_OK;
+    pieces = (d.hidden + 7) / 8 * (d.rows_dtype == MOE_FP32 ? 2 : 1); /* 16 bytes of a row each */
+    threads = ((d.top_k <= 2 ? (pieces + 1) / 2 : pieces) + 31) / 32 * 32;
+    if (threads > MOEI_COMBINE_THREADS) threads = MOEI_COMBINE_THREADS;
+    c = moei_grid(d.num_tokens, threads, (size_t)d.top_k * sizeof(moei_combine_source), stream);
+    c.dependent = 1;
+#define MOEI_COMBINE_CASE(name, dtype)                                                            \
+    if (d.rows_dtype == dtype) return MOE_LAUNCH(moei_combine_##name, c, d);
+    MOEI_COMBINE_LIST(MOEI_COMBINE_CASE)
+#undef MOEI_COMBINE_CASE
+    return MOE_STATUS(MOE_ERR_DTYPE, rows_dtype);
+}
+
+/* Loads this header's kernels now. */
+MOE_HOST moe_status moe_combine_preload(void)
+{
+#define MOEI_COMBINE_LOAD(name, dtype) MOEI_TRY(moei_preload((const void*)moei_combine_##name));
+    MOEI_COMBINE_LIST(MOEI_COMBINE_LOAD)
+#undef MOEI_COMBINE_LOAD
+    return MOE_OK;
+}
+
+#endif

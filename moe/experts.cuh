@@ -1,0 +1,193 @@
+/* experts.cuh: the experts' MLP, two grouped GEMMs with everything between them fused.
+
+     up     act[r]  = silu(gate_r) * up_r,   [gate_r ; up_r] = w1_e x[token(r)] + bias1_e
+     down   rows[r] = w2_e act[r] + bias2_e
+            for every row r of expert e, token(r) = row_slot[r] / K
+
+   In:   x [T, H]; w1 [E, 2I, H] gate and up (concatenated, interleaved or separate), w2 [E, H, I]:
+         the layouts of checkpoints, used where they lie through moe_weights (layout.h): one
+         strided block, one pointer per expert, rows of K or of N elements
+         expert_offset [E + 1] and row_slot [num_rows] from route
+   Out:  rows [num_rows, H] in expert order, in one array or in one allocation per expert (table)
+   Rows of x are gathered while they are loaded; no permuted copy is made.
+
+   fp16 (sm_75) or bf16 (sm_80), fp32 accumulation; act is rounded to the dtype between the two
+   products. H and I are multiples of 8. Equal inputs give equal bits.
+   Cost: 6 * rows * H * I flops, two launches, and act, num_rows * I elements, as scratch.
+
+     moe_experts_desc m = {0};
+     m.x = x;  m.w1.base = w1;  m.w2.base = w2;
+     m.expert_offset = offset;  m.row_slot = row_slot;  m.act = act;  m.rows = rows;
+     m.num_tokens = T;  m.hidden = H;  m.intermediate = I;  m.num_experts = E;  m.top_k = K;
+     moe_status s = moe_experts(&m, stream);
+
+   Source: grouped GEMM with gathered rows and fused SwiGLU, as in SonicMoE, arXiv 2512.14080. */
+#ifndef MOE_EXPERTS_CUH
+#define MOE_EXPERTS_CUH
+
+#include "gemm/grouped.cuh"
+
+typedef struct moe_experts_desc {
+    /* in */
+    const void* x;                /* [T, H] dtype; without row_slot: [num_rows, H] in expert order */
+    int64_t x_stride;             /* elements between rows; 0 = H; multiple of 8 */
+    moe_weights w1;               /* [E, 2I, H] per gate_up, dtype */
+    moe_weights w2;               /* [E, H, I] dtype */
+    const void* bias1;            /* [E, 2I] dtype, ordered as w1's rows; or null */
+    const void* bias2;            /* [E, H] dtype; or null */
+    const int32_t* expert_offset; /* [E + 1] */
+    const int32_t* row_slot;      /* [num_rows]; or null: x is in expert order already */
+    /* scratch and out */
+    void* act;           /* [num_rows, I] dtype, scratch: what lies between the two products */
+    int64_t act_stride;  /* elements between rows; 0 = I; multiple of 8 */
+    void* rows;          /* [num_rows, H] rows_dtype; or null with a table */
+    void* const* table;  /* [E] device array: expert e's rows begin at table[e]; or null */
+    int64_t row_stride;  /* elements between rows; 0 = H; multiple of 8 */
+    uint64_t* fault;     /* [1] fault word; or null */
+    /* sizes and options */
+    int32_t num_tokens;   /* T, rows of x; read only with row_slot */
+    int32_t num_rows;     /* most rows there can be; 0 = T * K */
+    int32_t hidden;       /* H, multiple of 8 */
+    int32_t intermediate; /* I, multiple of 8 */
+    int32_t num_experts;  /* E, 1 .. MOE_MAX_EXPERTS */
+    int32_t top_k;        /* K, turns row_slot into tokens */
+    int32_t dtype;        /* fp16 or bf16; 0 = bf16 */
+    int32_t rows_dtype;   /* dtype or fp32; 0 = dtype */
+    int32_t gate_up;      /* moe_gate_up; 0 = concatenated */
+    int32_t tile;         /* moe_tile of both products; 0 = chosen by shape and device */
+} moe_experts_desc;
+
+/* The two products as grouped GEMMs. */
+MOE_HOST moe_status moei_experts_gemms(const moe_experts_desc* d, moe_grouped_gemm_desc* up,
+                                       moe_grouped_gemm_desc* down)
+{
+    int64_t num_rows = d->num_rows;
+    MOEI_REQUIRE(d->num_tokens >= 0, MOE_ERR_RANGE, num_tokens);
+    MOEI_REQUIRE(d->top_k >= 1 || (d->top_k == 0 && !d->row_slot), MOE_ERR_RANGE, top_k);
+    MOEI_REQUIRE(d->num_rows >= 0, MOE_ERR_RANGE, num_rows);
+    if (num_rows == 0) num_rows = (int64_t)d->num_tokens * d->top_k;
+    MOEI_REQUIRE(num_rows <= 0x7fffffff, MOE_ERR_RANGE, num_tokens);
+    MOEI_REQUIRE(d->hidden >= 8 && d->hidden % 8 == 0, MOE_ERR_RANGE, hidden);
+    MOEI_REQUIRE(d->intermediate >= 8 && d->intermediate % 8 == 0, MOE_ERR_RANGE, intermediate);
+    MOEI_REQUIRE(!d->row_slot || d->num_tokens > 0 || num_rows == 0, MOE_ERR_RANGE, num_tokens);
+    memset(up, 0, sizeof *up);
+    up->a = d->x;
+    up->a_stride = d->x_stride ? d->x_stride : d->hidden;
+    up->a_rows = d->row_slot ? d->num_tokens : num_rows;
+    up->row_index = d->row_slot;
+    up->row_div = d->row_slot ? d->top_k : 1;
+    up->b = d->w1;
+    up->bias = d->bias1;
+    up->expert_offset = d->expert_offset;
+    up->c = d->act;
+    up->c_stride = d->act_stride ? d->act_stride : d->intermediate;
+    up->fault = d->fault;
+    up->num_experts = d->num_experts;
+    up->num_rows = (int32_t)num_rows;
+    up->n = d->intermediate;
+    up->k = d->hidden;
+    up->dtype = d->dtype;
+    up->epilogue = MOE_EPILOGUE_SWIGLU;
+    up->gate_up = d->gate_up;
+    up->tile = d->tile;
+
+    memset(down, 0, sizeof *down);
+    down->a = d->act;
+    down->a_stride = up->c_stride;
+    down->a_rows = num_rows;
+    down->b = d->w2;
+    down->bias = d->bias2;
+    down->expert_offset = d->expert_offset;
+    down->c = d->rows;
+    down->c_table = d->table;
+    down->c_stride = d->row_stride ? d->row_stride : d->hidden;
+    down->fault = d->fault;
+    down->num_experts = d->num_experts;
+    down->num_rows = (int32_t)num_rows;
+    down->n = d->hidden;
+    down->k = d->intermediate;
+    down->dtype = d->dtype;
+    down->c_dtype = d->rows_dtype;
+    down->tile = d->tile;
+    return MOE_OK;
+}
+
+/* A field of a grouped GEMM, by the name it has in moe_experts_desc. */
+MOE_HOST moe_status moei_experts_rename(moe_status s, int is_up)
+{
+    static const int16_t name[][3] = {/* in desc.h, of up, of down */
+                                      {MOE_FIELD_a, MOE_FIELD_x, MOE_FIELD_act},
+                                      {MOE_FIELD_a_stride, MOE_FIELD_x_stride, MOE_FIELD_act_stride},
+                                      {MOE_FIELD_b, MOE_FIELD_w1, MOE_FIELD_w2},
+                                      {MOE_FIELD_b_stride, MOE_FIELD_w1, MOE_FIELD_w2},
+                                      {MOE_FIELD_b_major, MOE_FIELD_w1, MOE_FIELD_w2},
+                                      {MOE_FIELD_bias, MOE_FIELD_bias1, MOE_FIELD_bias2},
+                                      {MOE_FIELD_c, MOE_FIELD_act, MOE_FIELD_rows},
+                                      {MOE_FIELD_c_stride, MOE_FIELD_act_stride, MOE_FIELD_row_stride},
+                                      {MOE_FIELD_c_dtype, MOE_FIELD_dtype, MOE_FIELD_rows_dtype},
+                                      {MOE_FIELD_row_index, MOE_FIELD_row_slot, MOE_FIELD_row_slot},
+                                      {MOE_FIELD_n, MOE_FIELD_intermediate, MOE_FIELD_hidden},
+                                      {MOE_FIELD_k, MOE_FIELD_hidden, MOE_FIELD_intermediate}};
+    const int kind = moe_status_kind(s);
+    if (kind == MOE_OK || kind == MOE_ERR_CUDA) return s;
+    for (size_t i = 0; i < sizeof name / sizeof name[0]; ++i)
+        if (moe_status_detail(s) == name[i][0]) return (moe_status)(kind | (name[i][is_up ? 1 : 2] << 8));
+    return s;
+}
+
+/* Checks the whole descriptor without queueing anything. */
+MOE_HOST moe_status moei_experts_check(const moe_experts_desc* d, moe_grouped_gemm_desc* up,
+                                       moe_grouped_gemm_desc* down)
+{
+    moe_gemm_plan p;
+    moe_grouped_gemm_desc u, w;
+    MOEI_TRY(moei_experts_gemms(d, up, down));
+    u = *up;
+    w = *down;
+    MOEI_TRY(moei_experts_rename(moei_gemm_check(&u), 1));
+    MOEI_TRY(moei_experts_rename(moei_gemm_plan(&u, &p), 1));
+    MOEI_TRY(moei_experts_rename(moei_gemm_check(&w), 0));
+    return moei_experts_rename(moei_gemm_plan(&w, &p), 0);
+}
+
+/* Queues the up product alone: x -> act. */
+MOE_HOST moe_status moe_experts_up(const moe_experts_desc* desc, cudaStream_t stream)
+{
+    moe_grouped_gemm_desc up, down;
+    MOEI_REQUIRE(desc, MOE_ERR_NULL, desc);
+    MOEI_TRY(moei_experts_check(desc, &up, &down));
+    return moe_grouped_gemm(&up, stream);
+}
+
+/* Queues the down product alone: act -> rows. */
+MOE_HOST moe_status moe_experts_down(const moe_experts_desc* desc, cudaStream_t stream)
+{
+    moe_grouped_gemm_desc up, down;
+    MOEI_REQUIRE(desc, MOE_ERR_NULL, desc);
+    MOEI_TRY(moei_experts_check(desc, &up, &down));
+    return moe_grouped_gemm(&down, stream);
+}
+
+/* Queues both products on `stream`. Errors: every field as documented above, each with its own
+   status; nothing is queued then. No rows is no error. */
+MOE_HOST moe_status moe_experts(const moe_experts_desc* desc, cudaStream_t stream)
+{
+    moe_grouped_gemm_desc up, down;
+    MOEI_REQUIRE(desc, MOE_ERR_NULL, desc);
+    MOEI_TRY(moei_experts_check(desc, &up, &down));
+    MOEI_TRY(moe_grouped_gemm(&up, stream));
+    return moe_grouped_gemm(&down, stream);
+}
+
+/* Which path and tiles moe_experts runs on the current device. */
+MOE_HOST moe_status moe_experts_plan(const moe_experts_desc* desc, moe_gemm_plan* up,
+                                     moe_gemm_plan* down)
+{
+    moe_grouped_gemm_desc u, w;
+    MOEI_REQUIRE(desc && up && down, MOE_ERR_NULL, desc);
+    MOEI_TRY(moei_experts_check(desc, &u, &w));
+    MOEI_TRY(moe_grouped_gemm_plan(&u, up));
+    return moe_grouped_gemm_plan(&w, down);
+}
+
+#endif

@@ -1,0 +1,76 @@
+/* desc.h: the grouped GEMM's descriptor, its options and the plan it is run by. C11 and C++14. */
+#ifndef MOE_GEMM_DESC_H
+#define MOE_GEMM_DESC_H
+
+#include "../base/status.h"
+#include "../layout.h"
+
+typedef enum moe_epilogue {
+    MOE_EPILOGUE_DEFAULT = 0, /* MOE_EPILOGUE_NONE */
+    MOE_EPILOGUE_NONE,        /* c = acc + bias */
+    MOE_EPILOGUE_SWIGLU       /* c = silu(gate) * up, each with its bias; C has n columns, B 2n rows */
+} moe_epilogue;
+
+/* Tile shapes, rows x columns x depth; a SwiGLU tile makes half as many columns of C. */
+typedef enum moe_tile {
+    MOE_TILE_AUTO = 0,
+    MOE_TILE_128x256, /* many rows an expert; 200 KB of shared memory a block */
+    MOE_TILE_128x128, /* many rows an expert on smaller chips */
+    MOE_TILE_32x128,  /* few rows an expert: the weights' bytes decide */
+    MOE_TILE_64x64    /* runs anywhere, sm_75 included */
+} moe_tile;
+
+/* Which code multiplies. */
+typedef enum moe_gemm_path {
+    MOE_GEMM_PATH_NONE = 0,
+    MOE_GEMM_PATH_WMMA, /* tensor cores through WMMA */
+    MOE_GEMM_PATH_HOST  /* the CPU backend's stand-in */
+} moe_gemm_path;
+
+/* For every row r of every expert e (rows expert_offset[e] .. expert_offset[e + 1]):
+
+     C[r, :] = epilogue( A[row(r), :] * B_e^T + bias_e ),  row(r) = row_index[r] / row_div
+
+   B_e is [n, k] (SwiGLU: [2n, k]), fp32 accumulation, k ascending within a tile's pipeline. */
+typedef struct moe_grouped_gemm_desc {
+    /* in */
+    const void* a;                /* [a_rows, k] dtype; A_MN-major: [k, a_rows] */
+    int64_t a_stride;             /* elements between rows (or k-rows); 0 = dense; multiple of 8 */
+    int64_t a_rows;               /* rows of A; 0 = num_rows */
+    const int32_t* row_index;     /* [num_rows] see row(r), -1 = a row of zeros; null = r itself */
+    moe_weights b;                /* the experts' matrices */
+    const void* bias;             /* [E, n] dtype, SwiGLU: [E, 2n] ordered as B's rows; or null */
+    const int32_t* expert_offset; /* [E + 1]; null with one expert: all num_rows rows */
+    /* out */
+    void* c;              /* [num_rows, n] c_dtype, rows in expert order; or null with a table */
+    void* const* c_table; /* [E] device array: expert e's rows begin at c_table[e]; or null */
+    int64_t c_stride;     /* elements between rows; 0 = n; multiple of 8 */
+    uint64_t* fault;      /* [1] fault word; or null */
+    /* sizes and options */
+    int32_t num_experts; /* E, 1 .. MOE_MAX_EXPERTS */
+    int32_t num_rows;    /* most rows there can be; the offsets say how many there are */
+    int32_t n, k;        /* columns of C, depth; multiples of 8 */
+    int32_t row_div;     /* 0 = 1; K turns slots into tokens */
+    int32_t dtype;       /* of A, B and bias: fp16 or bf16; 0 = bf16 */
+    int32_t c_dtype;     /* 0 = dtype */
+    int32_t a_major;     /* moe_major; MOE_MAJOR_MN takes no row_index */
+    int32_t epilogue;    /* moe_epilogue */
+    int32_t gate_up;     /* moe_gate_up, for SwiGLU */
+    int32_t tile;        /* moe_tile; 0 = chosen by shape and device */
+} moe_grouped_gemm_desc;
+
+/* What a launch will run: filled by moe_grouped_gemm_plan, the same choice the launch makes. */
+typedef struct moe_gemm_plan {
+    int32_t path;                    /* moe_gemm_path */
+    int32_t tile;                    /* moe_tile */
+    int32_t tile_m, tile_n, tile_k;  /* rows, columns of B, depth of one pipeline step */
+    int32_t stages, threads, blocks; /* pipeline depth, block size, grid size at most */
+    size_t smem;                     /* dynamic shared memory of a block, bytes */
+} moe_gemm_plan;
+
+MOE_HOST const char* moe_gemm_path_name(int path)
+{
+    return path == MOE_GEMM_PATH_WMMA ? "wmma" : path == MOE_GEMM_PATH_HOST ? "host" : "none";
+}
+
+#endif

@@ -1,0 +1,88 @@
+/* epilogue.cuh: what happens to a warp's accumulators on their way to C.
+
+   A warp passes its tile, 16 rows at a time, through a strip of shared memory of its own
+   [16][wn + 4] fp32, reads it back in row order, adds the bias, applies the activation and
+   writes 16 bytes a lane. No block barrier: each warp stores when it is done.
+
+   SwiGLU pairs: with gate and up interleaved, columns 2j and 2j + 1 of the strip; otherwise
+   columns j and wn/2 + j, since the loader has put both halves into the warp's columns. */
+#ifndef MOE_GEMM_EPILOGUE_CUH
+#define MOE_GEMM_EPILOGUE_CUH
+
+#include "../base/numeric.cuh"
+#include "../base/warp.cuh"
+#include "desc.h"
+#include "mma.cuh"
+#include "schedule.cuh"
+
+/* Writes 8 neighbours, 16-byte aligned. */
+MOE_DEVICE void moei_epilogue_store8(void* p, const float* v, int dtype)
+{
+    if (dtype == MOE_FP32) {
+        ((float4*)p)[0] = make_float4(v[0], v[1], v[2], v[3]);
+        ((float4*)p)[1] = make_float4(v[4], v[5], v[6], v[7]);
+    } else {
+        *(uint4*)p = make_uint4(moei_pack2(v[0], v[1], dtype), moei_pack2(v[2], v[3], dtype),
+                                moei_pack2(v[4], v[5], dtype), moei_pack2(v[6], v[7], dtype));
+    }
+}
+
+/* Adds bias[at + i * step] to v[i]. */
+MOE_DEVICE void moei_epilogue_bias(float* v, const uint16_t* bias, int64_t at, int step, int dtype)
+{
+    MOEI_UNROLL
+    for (int i = 0; i < 8; ++i) v[i] += moei_half_to_f32(bias[at + i * step], dtype);
+}
+
+/* One warp: its wm x wn accumulators become rows row .. row + wm and columns from `column` of C. */
+MOE_DEVICE void moei_epilogue_warp(const moe_grouped_gemm_desc* d, const moei_tile* t,
+                                   moei_mma_c acc[4][4], float* strip, int row, int column,
+                                   const int wm, const int wn)
+{
+    const bool swiglu = d->epilogue == MOE_EPILOGUE_SWIGLU;
+    const bool pairs = swiglu && d->gate_up == MOE_GATE_UP_INTERLEAVED;
+    const int ld = wn + 4;
+    const int groups = (swiglu ? wn / 2 : wn) / 8; /* of 8 columns of C, in one strip row */
+    const int c_bytes = d->c_dtype == MOE_FP32 ? 4 : 2;
+    const uint16_t* bias =
+        d->bias ? (const uint16_t*)d->bias + (int64_t)t->expert * d->n * (swiglu ? 2 : 1)
+                : (const uint16_t*)0;
+    char* c = d->c_table ? (char*)d->c_table[t->expert] - (int64_t)t->begin * d->c_stride * c_bytes
+                         : (char*)d->c;
+
+    MOEI_UNROLL
+    for (int i = 0; i < wm / 16; ++i) {
+        MOEI_UNROLL
+        for (int j = 0; j < wn / 16; ++j) moei_mma_store(strip + j * 16, &acc[i][j], ld);
+        __syncwarp(MOEI_FULL);
+        for (int u = moei_lane(); u < 16 * groups; u += MOEI_WARP) {
+            const int r = u / groups, j = u % groups * 8;
+            const int64_t m = row + i * 16 + r;
+            const int n = column + j;
+            float v[8];
+            if (m < t->begin || m >= t->end || n >= d->n) continue;
+            if (pairs) {
+                MOEI_UNROLL
+                for (int x = 0; x < 8; ++x) v[x] = strip[r * ld + 2 * (j + x)];
+            } else {
+                MOEI_UNROLL
+                for (int x = 0; x < 8; ++x) v[x] = strip[r * ld + j + x];
+            }
+            if (bias) moei_epilogue_bias(v, bias, pairs ? 2 * n : n, pairs ? 2 : 1, d->dtype);
+            if (swiglu) {
+                float w[8];
+                MOEI_UNROLL
+                for (int x = 0; x < 8; ++x)
+                    w[x] = strip[r * ld + (pairs ? 2 * (j + x) + 1 : wn / 2 + j + x)];
+                if (bias)
+                    moei_epilogue_bias(w, bias, pairs ? 2 * n + 1 : d->n + n, pairs ? 2 : 1, d->dtype);
+                MOEI_UNROLL
+                for (int x = 0; x < 8; ++x) v[x] = moei_silu(v[x]) * w[x];
+            }
+            moei_epilogue_store8(c + (m * d->c_stride + n) * c_bytes, v, d->c_dtype);
+        }
+        __syncwarp(MOEI_FULL);
+    }
+}
+
+#endif

@@ -1,0 +1,274 @@
+/* grouped.cuh: grouped GEMM on tensor cores, one product per expert over that expert's rows.
+
+     C[r, :] = epilogue( A[row(r), :] * B_e^T + bias_e )     r in expert e, row(r) = row_index[r] / row_div
+
+   Rows of A are gathered by index while they are loaded, so no permuted copy is made; the weights
+   are used where they lie (moe_weights); the row counts are read from expert_offset on the device,
+   so nothing is copied to the host and a captured graph replays with other routing. Any number of
+   rows per expert; n and k multiples of 8. Shapes, layouts and options: gemm/desc.h.
+
+   fp16 (sm_75 and later) or bf16 (sm_80 and later), accumulated in fp32; C in the same dtype or
+   fp32. Each element of C is one sum in ascending k: equal inputs give equal bits for one tile
+   shape, and the tile shape depends on shapes and device alone.
+
+   Cost: 2 * rows * n * k flops (twice that with SwiGLU). One launch.
+
+     moe_grouped_gemm_desc g = {0};
+     g.a = x;  g.row_index = row_slot;  g.row_div = K;  g.a_rows = T;
+     g.b.base = w;  g.expert_offset = offset;  g.c = c;
+     g.num_experts = E;  g.num_rows = T * K;  g.n = N;  g.k = H;
+     moe_status s = moe_grouped_gemm(&g, stream);
+
+   A faster path for one architecture joins here: a kernel of its own, a line in moe_gemm_path, a
+   choice in moe_grouped_gemm_plan; schedule.cuh and the descriptor serve it as they are. */
+#ifndef MOE_GEMM_GROUPED_CUH
+#define MOE_GEMM_GROUPED_CUH
+
+#include "tile.cuh"
+
+/* tile, rows, columns, depth of a step, warps along rows and columns, stages, blocks a
+   multiprocessor. Threads * 8 / depth must be 32, warp tiles at most 64 x 64. */
+#ifndef MOEI_GEMM_TILE_LIST
+#define MOEI_GEMM_TILE_LIST(X)                                                                    \
+    X(128x256, 128, 256, 64, 2, 4, 3, 1)                                                          \
+    X(128x128, 128, 128, 32, 2, 2, 3, 2)                                                          \
+    X(32x128, 32, 128, 64, 2, 4, 3, 2)                                                            \
+    X(64x64, 64, 64, 32, 2, 2, 2, 4)
+#endif
+
+/* dtype and majors every tile is stamped with; predefine it to trim or extend what is compiled. */
+#ifndef MOE_GEMM_VARIANT_LIST
+#define MOE_GEMM_VARIANT_LIST(X, ...)                                                             \
+    X(f16_kk, MOE_FP16, MOE_MAJOR_K, MOE_MAJOR_K, __VA_ARGS__)                                    \
+    X(f16_kn, MOE_FP16, MOE_MAJOR_K, MOE_MAJOR_MN, __VA_ARGS__)                                   \
+    X(bf16_kk, MOE_BF16, MOE_MAJOR_K, MOE_MAJOR_K, __VA_ARGS__)                                   \
+    X(bf16_kn, MOE_BF16, MOE_MAJOR_K, MOE_MAJOR_MN, __VA_ARGS__)
+#endif
+
+#if !MOE_ON_HOST && defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+#define MOEI_GEMM_COMPILED(dtype) ((dtype) == MOE_FP16) /* the launch refuses bf16 there */
+#else
+#define MOEI_GEMM_COMPILED(dtype) 1
+#endif
+
+#define MOEI_GEMM_KERNEL(variant, dtype, a_major, b_major, name, tm, tn, kb, wm, wn, stages, blocks) \
+    MOE_KERNEL((wm) * (wn) * 32, blocks)                                                          \
+    moei_gemm_##name##_##variant(MOE_ARG(moe_grouped_gemm_desc) d)                                \
+    {                                                                                             \
+        MOE_SHARED(moei_block_scan_scratch, scratch);                                             \
+        MOE_SHARED_DYNAMIC(shared);                                                               \
+        moei_wait_for_previous();                                                                 \
+        moei_let_next_start();                                                                    \
+        if (MOEI_GEMM_COMPILED(dtype) && !moei_fault_stopped(d.fault))                            \
+            moei_gemm_block(&d, shared, &scratch, tm, tn, kb, wm, wn, stages, dtype, a_major,     \
+                            b_major);                                                             \
+    }
+#define MOEI_GEMM_TILE_KERNELS(...) MOE_GEMM_VARIANT_LIST(MOEI_GEMM_KERNEL, __VA_ARGS__)
+MOEI_GEMM_TILE_LIST(MOEI_GEMM_TILE_KERNELS)
+#undef MOEI_GEMM_TILE_KERNELS
+#undef MOEI_GEMM_KERNEL
+
+/* One stamped kernel and what a launch of it needs. */
+typedef struct moei_gemm_choice {
+    int tile, tm, tn, kb, warps_m, warps_n, stages, blocks_sm;
+} moei_gemm_choice;
+
+static const moei_gemm_choice moei_gemm_choices[] = {
+#define MOEI_GEMM_ROW(name, tm, tn, kb, wm, wn, stages, blocks)                                   \
+    {MOE_TILE_##name, tm, tn, kb, wm, wn, stages, blocks},
+    MOEI_GEMM_TILE_LIST(MOEI_GEMM_ROW)
+#undef MOEI_GEMM_ROW
+};
+#define MOEI_GEMM_CHOICES ((int)(sizeof moei_gemm_choices / sizeof moei_gemm_choices[0]))
+
+MOE_HOST size_t moei_gemm_smem(const moei_gemm_choice* t, const moe_grouped_gemm_desc* d)
+{
+    return moei_tile_smem(t->tm, t->tn, t->kb, t->stages, t->warps_m * t->warps_n,
+                          t->tn / t->warps_n, d->a_major, d->b.major, d->num_experts);
+}
+
+/* Is the tile a good one for this many rows an expert? The list is in order of preference. */
+MOE_HOST int moei_gemm_suits(const moei_gemm_choice* t, const moe_grouped_gemm_desc* d, int sms)
+{
+    const int64_t rows = d->num_rows / d->num_experts; /* an expert's, on average */
+    const int64_t b_rows = (int64_t)d->n * (d->epilogue == MOE_EPILOGUE_SWIGLU ? 2 : 1);
+    const int64_t tiles = ((rows + t->tm - 1) / t->tm) * d->num_experts * ((b_rows + t->tn - 1) / t->tn);
+    switch (t->tile) {
+    case MOE_TILE_128x256: return rows > 64 && b_rows > 128 && tiles >= sms;
+    case MOE_TILE_128x128: return rows > 64;
+    default: return 1;
+    }
+}
+
+/* Fills in the defaults and refuses what the header does not offer. */
+MOE_HOST moe_status moei_gemm_check(moe_grouped_gemm_desc* d)
+{
+    const int swiglu = d->epilogue == MOE_EPILOGUE_SWIGLU;
+    int64_t b_rows, b_cols;
+    MOEI_REQUIRE(d->num_experts >= 1 && d->num_experts <= MOE_MAX_EXPERTS, MOE_ERR_RANGE,
+                 num_experts);
+    MOEI_REQUIRE(d->num_rows >= 0, MOE_ERR_RANGE, num_rows);
+    MOEI_REQUIRE(d->n >= 8 && d->n <= (1 << 28) && d->n % 8 == 0, MOE_ERR_RANGE, n);
+    MOEI_REQUIRE(d->k >= 8 && d->k % 8 == 0, MOE_ERR_RANGE, k);
+    if (d->dtype == 0) d->dtype = MOE_BF16;
+    MOEI_REQUIRE(d->dtype == MOE_BF16 || d->dtype == MOE_FP16, MOE_ERR_DTYPE, dtype);
+    if (d->c_dtype == 0) d->c_dtype = d->dtype;
+    MOEI_REQUIRE(d->c_dtype == d->dtype || d->c_dtype == MOE_FP32, MOE_ERR_DTYPE, c_dtype);
+    if (d->epilogue == 0) d->epilogue = MOE_EPILOGUE_NONE;
+    MOEI_REQUIRE(d->epilogue >= 0 && d->epilogue <= MOE_EPILOGUE_SWIGLU, MOE_ERR_OPTION, epilogue);
+    if (d->gate_up == 0) d->gate_up = MOE_GATE_UP_CONCATENATED;
+    MOEI_REQUIRE(d->gate_up >= 0 && d->gate_up <= MOE_GATE_UP_SEPARATE, MOE_ERR_OPTION, gate_up);
+    if (!swiglu) d->gate_up = MOE_GATE_UP_INTERLEAVED; /* one matrix, no halves */
+    if (d->a_major == 0) d->a_major = MOE_MAJOR_K;
+    MOEI_REQUIRE(d->a_major == MOE_MAJOR_K || d->a_major == MOE_MAJOR_MN, MOE_ERR_OPTION, a_major);
+    if (d->b.major == 0) d->b.major = MOE_MAJOR_K;
+    MOEI_REQUIRE(d->b.major == MOE_MAJOR_K || d->b.major == MOE_MAJOR_MN, MOE_ERR_OPTION, b_major);
+    if (d->row_div == 0) d->row_div = 1;
+    MOEI_REQUIRE(d->row_div >= 1, MOE_ERR_RANGE, row_div);
+    MOEI_REQUIRE(d->tile >= 0 && d->tile <= MOE_TILE_64x64, MOE_ERR_OPTION, tile);
+
+    MOEI_REQUIRE(d->a_rows >= 0 && d->a_rows <= 0x7fffffff, MOE_ERR_RANGE, a_rows);
+    if (d->a_rows == 0) d->a_rows = d->num_rows;
+    {
+        const int64_t inner = d->a_major == MOE_MAJOR_K ? d->k : d->a_rows;
+        if (d->a_stride == 0) d->a_stride = inner;
+        MOEI_REQUIRE(d->a_stride >= inner, MOE_ERR_STRIDE, a_stride);
+        MOEI_REQUIRE(d->a_stride % 8 == 0, MOE_ERR_ALIGN, a_stride);
+    }
+    b_rows = (int64_t)d->n * (swiglu && d->gate_up != MOE_GATE_UP_SEPARATE ? 2 : 1);
+    b_cols = d->b.major == MOE_MAJOR_K ? d->k : b_rows;
+    if (d->b.major == MOE_MAJOR_MN) b_rows = d->k;
+    if (d->b.row_stride == 0) d->b.row_stride = b_cols;
+    MOEI_REQUIRE(d->b.row_stride >= b_cols, MOE_ERR_STRIDE, b_stride);
+    MOEI_REQUIRE(d->b.row_stride % 8 == 0, MOE_ERR_ALIGN, b_stride);
+    if (d->b.expert_stride == 0) d->b.expert_stride = d->b.row_stride * b_rows;
+    MOEI_REQUIRE(d->b.expert_stride > 0 || d->num_experts == 1, MOE_ERR_STRIDE, b_stride);
+    MOEI_REQUIRE(d->b.expert_stride % 8 == 0, MOE_ERR_ALIGN, b_stride);
+    if (d->c_stride == 0) d->c_stride = d->n;
+    MOEI_REQUIRE(d->c_stride >= d->n, MOE_ERR_STRIDE, c_stride);
+    MOEI_REQUIRE(d->c_stride % 8 == 0, MOE_ERR_ALIGN, c_stride);
+
+    MOEI_REQUIRE(!(d->row_index && d->a_major == MOE_MAJOR_MN), MOE_ERR_CONFLICT, row_index);
+    MOEI_REQUIRE(!(d->c && d->c_table), MOE_ERR_CONFLICT, c);
+    MOEI_REQUIRE(!(d->b.base && d->b.table), MOE_ERR_CONFLICT, b);
+    MOEI_REQUIRE(!(d->b.up && d->b.up_table), MOE_ERR_CONFLICT, b);
+    MOEI_REQUIRE(d->expert_offset || d->num_experts == 1, MOE_ERR_NULL, expert_offset);
+    MOEI_REQUIRE(moei_aligned(d->expert_offset, 4), MOE_ERR_ALIGN, expert_offset);
+    MOEI_REQUIRE(moei_aligned(d->fault, 8), MOE_ERR_ALIGN, fault);
+    if (d->num_rows == 0) return MOE_OK;
+    MOEI_REQUIRE(d->a, MOE_ERR_NULL, a);
+    MOEI_REQUIRE(d->b.base || d->b.table, MOE_ERR_NULL, b);
+    MOEI_REQUIRE(d->gate_up != MOE_GATE_UP_SEPARATE || d->b.up || d->b.up_table, MOE_ERR_NULL, b);
+    MOEI_REQUIRE(d->c || d->c_table, MOE_ERR_NULL, c);
+    MOEI_REQUIRE(moei_aligned(d->a, 16), MOE_ERR_ALIGN, a);
+    MOEI_REQUIRE(moei_aligned(d->b.base, 16) && moei_aligned(d->b.up, 16) &&
+                     moei_aligned((const void*)d->b.table, 8) &&
+                     moei_aligned((const void*)d->b.up_table, 8),
+                 MOE_ERR_ALIGN, b);
+    MOEI_REQUIRE(moei_aligned(d->c, 16) && moei_aligned((const void*)d->c_table, 8), MOE_ERR_ALIGN, c);
+    MOEI_REQUIRE(moei_aligned(d->row_index, 4), MOE_ERR_ALIGN, row_index);
+    MOEI_REQUIRE(moei_aligned(d->bias, 2), MOE_ERR_ALIGN, bias);
+    {
+        const uint64_t b_bytes = ((uint64_t)(d->num_experts - 1) * (uint64_t)d->b.expert_stride) * 2 +
+                                 moei_extent(b_rows, d->b.row_stride, b_cols, d->dtype);
+        const moei_range r[] = {
+            {d->a,
+             d->a_major == MOE_MAJOR_K ? moei_extent(d->a_rows, d->a_stride, d->k, d->dtype)
+                                       : moei_extent(d->k, d->a_stride, d->a_rows, d->dtype),
+             MOE_FIELD_a},
+            {d->b.base, b_bytes, MOE_FIELD_b},
+            {d->b.up, b_bytes, MOE_FIELD_b},
+            {d->bias, (uint64_t)d->num_experts * (uint64_t)d->n * (swiglu ? 4 : 2), MOE_FIELD_bias},
+            {d->row_index, (uint64_t)d->num_rows * 4, MOE_FIELD_row_index},
+            {d->expert_offset, (uint64_t)d->num_experts * 4 + 4, MOE_FIELD_expert_offset},
+            {d->c, moei_extent(d->num_rows, d->c_stride, d->n, d->c_dtype), MOE_FIELD_c},
+            {d->fault, 8, MOE_FIELD_fault}};
+        return moei_disjoint(r, 6, 8);
+    }
+}
+
+/* The choice for a checked descriptor on the current device. */
+MOE_HOST moe_status moei_gemm_plan(const moe_grouped_gemm_desc* d, moe_gemm_plan* p)
+{
+    moei_device dev;
+    const moei_gemm_choice* t = 0;
+    int64_t per_sm;
+    MOEI_TRY(moei_device_query(&dev));
+    MOEI_REQUIRE(MOE_ON_HOST || d->dtype == MOE_FP16 || dev.major >= 8, MOE_ERR_DEVICE, dtype);
+    for (int i = 0; i < MOEI_GEMM_CHOICES && !t; ++i) {
+        const moei_gemm_choice* o = &moei_gemm_choices[i];
+        const int fits = moei_gemm_smem(o, d) + sizeof(moei_block_scan_scratch) <= (size_t)dev.smem_block;
+        if (d->tile ? o->tile == d->tile : fits && moei_gemm_suits(o, d, dev.sms)) {
+            MOEI_REQUIRE(fits, MOE_ERR_DEVICE, tile);
+            t = o;
+        }
+    }
+    MOEI_REQUIRE(t, MOE_ERR_DEVICE, num_experts);
+    p->path = MOE_ON_HOST ? MOE_GEMM_PATH_HOST : MOE_GEMM_PATH_WMMA;
+    p->tile = t->tile;
+    p->tile_m = t->tm;
+    p->tile_n = t->tn;
+    p->tile_k = t->kb;
+    p->stages = t->stages;
+    p->threads = t->warps_m * t->warps_n * 32;
+    p->smem = moei_gemm_smem(t, d);
+    per_sm = (int64_t)((size_t)dev.smem_sm / (p->smem + 1024));
+    if (per_sm > t->blocks_sm) per_sm = t->blocks_sm;
+    if (per_sm < 1) per_sm = 1;
+    {
+        const int columns = d->epilogue == MOE_EPILOGUE_SWIGLU ? t->tn / 2 : t->tn;
+        const int64_t most = ((int64_t)d->num_rows / t->tm + d->num_experts + 1) *
+                             ((d->n + columns - 1) / columns);
+        MOEI_REQUIRE(most <= 0x7fffffff, MOE_ERR_RANGE, num_rows);
+        p->blocks = (int32_t)(most < per_sm * dev.sms ? most : per_sm * dev.sms);
+    }
+    return MOE_OK;
+}
+
+/* What moe_grouped_gemm would run for this descriptor on the current device. */
+MOE_HOST moe_status moe_grouped_gemm_plan(const moe_grouped_gemm_desc* desc, moe_gemm_plan* plan)
+{
+    moe_grouped_gemm_desc d;
+    MOEI_REQUIRE(desc && plan, MOE_ERR_NULL, desc);
+    d = *desc;
+    MOEI_TRY(moei_gemm_check(&d));
+    return moei_gemm_plan(&d, plan);
+}
+
+/* Queues the product on `stream`. Errors: every field as documented in desc.h, each with its own
+   status; nothing is queued then. num_rows = 0 is no error. */
+MOE_HOST moe_status moe_grouped_gemm(const moe_grouped_gemm_desc* desc, cudaStream_t stream)
+{
+    moe_grouped_gemm_desc d;
+    moe_gemm_plan p;
+    moei_launch_config c;
+    MOEI_REQUIRE(desc, MOE_ERR_NULL, desc);
+    d = *desc;
+    MOEI_TRY(moei_gemm_check(&d));
+    MOEI_TRY(moei_gemm_plan(&d, &p));
+    if (d.num_rows == 0) return MOE_OK;
+    c = moei_grid(p.blocks, p.threads, p.smem, stream);
+    c.dependent = 1;
+#define MOEI_GEMM_CASE(variant, dt, am, bm, name, tm, tn, kb, wm, wn, stages, blocks)             \
+    if (p.tile == MOE_TILE_##name && d.dtype == dt && d.a_major == am && d.b.major == bm)         \
+        return MOE_LAUNCH(moei_gemm_##name##_##variant, c, d);
+#define MOEI_GEMM_TILE_CASES(...) MOE_GEMM_VARIANT_LIST(MOEI_GEMM_CASE, __VA_ARGS__)
+    MOEI_GEMM_TILE_LIST(MOEI_GEMM_TILE_CASES)
+#undef MOEI_GEMM_TILE_CASES
+#undef MOEI_GEMM_CASE
+    return MOE_STATUS(MOE_ERR_OPTION, a_major); /* not in MOE_GEMM_VARIANT_LIST */
+}
+
+/* Loads this header's kernels now. */
+MOE_HOST moe_status moe_grouped_gemm_preload(void)
+{
+#define MOEI_GEMM_LOAD(variant, dt, am, bm, name, tm, tn, kb, wm, wn, stages, blocks)             \
+    MOEI_TRY(moei_preload((const void*)moei_gemm_##name##_##variant));
+#define MOEI_GEMM_TILE_LOADS(...) MOE_GEMM_VARIANT_LIST(MOEI_GEMM_LOAD, __VA_ARGS__)
+    MOEI_GEMM_TILE_LIST(MOEI_GEMM_TILE_LOADS)
+#undef MOEI_GEMM_TILE_LOADS
+#undef MOEI_GEMM_LOAD
+    return MOE_OK;
+}
+
+#endif

@@ -1,0 +1,151 @@
+/* fiber.h: a stack of its own for every CUDA thread, and the switch between two stacks.
+
+   x86-64 has a switch of 14 instructions; other machines, and -DMOEH_UCONTEXT, use ucontext,
+   which is right and some hundred times slower (it makes a system call). Rounding modes are not
+   saved: all fibers share them. AddressSanitizer is told of every switch.
+
+   Stacks are 64 KiB (256 KiB under AddressSanitizer), with a guard page below where the system
+   grants one. They are pooled by the scheduler and never given back. */
+#ifndef MOE_HOST_FIBER_H
+#define MOE_HOST_FIBER_H
+
+#include <stddef.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+
+#if !defined(__x86_64__) && !defined(MOEH_UCONTEXT)
+#define MOEH_UCONTEXT
+#endif
+#ifdef MOEH_UCONTEXT
+#include <ucontext.h>
+#endif
+
+#if defined(__SANITIZE_ADDRESS__)
+#define MOEH_ASAN 1
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer)
+#define MOEH_ASAN 1
+#endif
+#endif
+#ifndef MOEH_ASAN
+#define MOEH_ASAN 0
+#endif
+#if MOEH_ASAN
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+enum { MOEH_STACK = (MOEH_ASAN ? 256 : 64) * 1024, MOEH_GUARD = 4096 };
+
+struct moeh_fiber {
+    void* sp;             /* where it stopped */
+    unsigned char* stack; /* lowest usable byte; of the host's own stack: as ASan tells it */
+    size_t size;
+    void* fake; /* ASan's own */
+#ifdef MOEH_UCONTEXT
+    ucontext_t context;
+#endif
+};
+
+#ifndef MOEH_UCONTEXT
+/* Saves the registers that a call preserves, leaves sp in *from, goes on at `to`. There is one
+   copy of it and callers return to few places, so the final ret is mostly predicted. */
+__attribute__((naked, noinline)) inline void moeh_switch(void** /* from */, void* /* to */)
+{
+    __asm__("pushq %rbp\n\t"
+            "pushq %rbx\n\t"
+            "pushq %r12\n\t"
+            "pushq %r13\n\t"
+            "pushq %r14\n\t"
+            "pushq %r15\n\t"
+            "movq %rsp, (%rdi)\n\t"
+            "movq %rsi, %rsp\n\t"
+            "popq %r15\n\t"
+            "popq %r14\n\t"
+            "popq %r13\n\t"
+            "popq %r12\n\t"
+            "popq %rbx\n\t"
+            "popq %rbp\n\t"
+            "ret\n\t");
+}
+#endif
+
+/* The fiber that was left last: its successor learns from ASan where the left stack lies. */
+inline moeh_fiber*& moeh_fiber_left()
+{
+    static moeh_fiber* left;
+    return left;
+}
+
+/* Leaves `from` for `to`; returns when somebody comes back. A fiber that `ends` never does. */
+inline void moeh_fiber_switch(moeh_fiber* from, moeh_fiber* to, bool ends)
+{
+    (void)ends;
+#if MOEH_ASAN
+    moeh_fiber_left() = from;
+    __sanitizer_start_switch_fiber(ends ? nullptr : &from->fake, to->stack, to->size);
+#endif
+    __asm__ volatile("" ::: "memory"); /* shared memory changes while this fiber is away */
+#ifdef MOEH_UCONTEXT
+    swapcontext(&from->context, &to->context);
+#else
+    moeh_switch(&from->sp, to->sp);
+#endif
+    __asm__ volatile("" ::: "memory");
+#if MOEH_ASAN
+    __sanitizer_finish_switch_fiber(from->fake, nullptr, nullptr);
+#endif
+}
+
+/* First statement of a fiber. */
+inline void moeh_fiber_arrived()
+{
+#if MOEH_ASAN
+    const void* bottom;
+    size_t size;
+    __sanitizer_finish_switch_fiber(nullptr, &bottom, &size);
+    moeh_fiber_left()->stack = (unsigned char*)bottom;
+    moeh_fiber_left()->size = size;
+#endif
+}
+
+/* Gives the fiber a stack; false: no memory. */
+inline bool moeh_fiber_alloc(moeh_fiber* f)
+{
+    void* p = mmap(nullptr, MOEH_STACK + MOEH_GUARD, PROT_READ | PROT_WRITE,
+                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (p == MAP_FAILED) return false;
+    (void)mprotect(p, MOEH_GUARD, PROT_NONE); /* may fail past the system's count of mappings */
+    f->stack = (unsigned char*)p + MOEH_GUARD;
+    f->size = MOEH_STACK;
+    f->fake = nullptr;
+    return true;
+}
+
+/* Makes the fiber begin at `entry`, whatever it did before. `color` spreads the tops of the
+   stacks over the cache: all at one offset in a page would share one set of it. */
+inline void moeh_fiber_start(moeh_fiber* f, void (*entry)(), unsigned color)
+{
+#if MOEH_ASAN
+    if (f->sp) __asan_unpoison_memory_region(f->stack, f->size); /* left behind by a killed one */
+#endif
+    f->fake = nullptr;
+    uintptr_t top = ((uintptr_t)f->stack + f->size - 64 * (color % 61)) & ~(uintptr_t)63;
+#ifdef MOEH_UCONTEXT
+    getcontext(&f->context);
+    f->context.uc_stack.ss_sp = f->stack;
+    f->context.uc_stack.ss_size = top - (uintptr_t)f->stack;
+    f->context.uc_link = nullptr;
+    makecontext(&f->context, entry, 0);
+    f->sp = f->stack;
+#else
+    void** sp = (void**)top;
+    *--sp = nullptr; /* no caller; and the entry finds the stack aligned as after a call */
+    *--sp = (void*)entry;
+    for (int i = 0; i < 6; ++i) *--sp = nullptr;
+    f->sp = sp;
+#endif
+}
+
+#endif

@@ -1,0 +1,84 @@
+/* host.h: the CPU backend. It lets a plain C++14 compiler, on a machine with no CUDA toolkit,
+   compile the kernels of this collection and run them. base/cuda.cuh includes it when
+   MOE_ON_HOST is 1; nothing else should.
+
+   How it runs: every CUDA thread is a fiber with a stack of its own (fiber.h). One OS thread
+   runs them all, one at a time, and switches only where a thread waits: at a barrier, a warp
+   intrinsic or MOE_SPIN (sched.h). So a run is deterministic, atomics are plain arithmetic, and
+   a seed (MOE_HOST_SEED, moeh_set_seed) reorders threads, warps and blocks to bring a missing
+   barrier to light. Launches only queue; work runs while the host waits in a cuda* call. Several
+   virtual devices (MOE_HOST_DEVICES, moeh_set_device_count) share the one scheduler.
+
+   What it cannot show: missing fences, bank conflicts, speed, the rounding of tensor cores, a
+   race between two threads that no barrier or warp intrinsic separates in either order. A polling
+   loop with no MOE_SPIN() in it hangs. All cuda* calls must come from one OS thread.
+
+   Files      types.h       dim3, vector types, error codes
+              fiber.h       stacks and the context switch
+              state.h       threads, warps, blocks, streams, devices, as data
+              sched.h       streams, grids, blocks: who runs next, and the report when none can
+              block.h       barrier, MOE_SPIN, shared memory, asynchronous copies of a thread
+              warp.h        shuffles, votes, reductions
+              intrinsics.h  atomics, bit and float intrinsics, min and max
+              runtime.h     the subset of the cuda* API: memory, devices, launches
+              streams.h     its streams, events and graphs
+              mma.h         16x16x16 tensor-core pieces; included by gemm/mma.cuh
+
+   The seam for Hopper: stand-ins for wgmma, TMA (bulk tensor copies) and mbarrier belong in a
+   file hopper.h beside mma.h. An mbarrier is a word in shared memory whose waiters call
+   moeh_wait_until (block.h); a bulk copy is a deferred copy as in moeh_copy_async that
+   arrives at such a word; a wgmma gathers its warps as moei_mma gathers its lanes. A thread in
+   moeh_wait_until counts as polling, so one that waits for ever is found by the spin limit.
+
+   This folder alone uses templates and std::. Any number of files of one program may include it:
+   all state hangs off one function-local static. */
+#ifndef MOE_HOST_HOST_H
+#define MOE_HOST_HOST_H
+
+#if !defined(__cplusplus) || __cplusplus < 201402L
+#error "moe: the CPU backend needs C++14"
+#endif
+
+/* The kernels say `#pragma unroll`, which nvcc and clang know and g++ warns of under -Wall. */
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wunknown-pragmas"
+#endif
+#if defined(__clang__) /* an unroll that cannot be done is of no interest here */
+#pragma clang diagnostic ignored "-Wpass-failed"
+#endif
+
+#include "../base/config.h"
+#include "types.h"
+#include "fiber.h"
+#include "sched.h"
+#include "block.h"
+#include "warp.h"
+#include "intrinsics.h"
+#include "runtime.h"
+#include "streams.h"
+
+/* After the system headers, so that these names cannot meet theirs. __noinline__ is left out:
+   as a macro it breaks __attribute__((__noinline__)) in the compiler's own headers. */
+#define __global__
+#define __device__
+#define __host__
+#define __grid_constant__
+#define __launch_bounds__(...)
+#define __forceinline__ inline __attribute__((always_inline))
+#define __align__(n) __attribute__((aligned(n)))
+
+#define threadIdx (moeh_now()->tid)
+#define blockIdx (moeh_now()->block->index)
+#define blockDim (moeh_now()->block->op->block)
+#define gridDim (moeh_now()->block->op->grid)
+MOEI_UNUSED static const int warpSize = 32;
+
+/* Shared memory of the block, poisoned with 0xFF bytes when the block first reaches it. A
+   declaration is known by its place in the source: several in one kernel are several objects. */
+#define MOE_SHARED(type, name)                                                                    \
+    static char moeh_site_##name;                                                                 \
+    type& name = *(type*)moeh_shared(&moeh_site_##name, sizeof(type))
+#define MOE_SHARED_DYNAMIC(name) unsigned char* name = moeh_now()->block->dynamic
+#define MOE_SPIN() moeh_spin()
+
+#endif

@@ -1,0 +1,8 @@
+/* moe.cuh: every station. Include one station's header instead to compile less. */
+#ifndef MOE_MOE_CUH
+#define MOE_MOE_CUH
+
+#include "layer.cuh"
+#include "moe.h"
+
+#endif

@@ -1,0 +1,81 @@
+/* experts.inl: the expert MLP for one type of number; experts.h includes it twice. */
+
+MOE_HOST MOEI_REAL MOEI_REF(moe_ref_silu)(MOEI_REAL v) { return (MOEI_REAL)(v / (1 + exp(-v))); }
+
+/* a [R, I] from h [R, 2I], whose gates and ups stand as gate_up says. In `separate` h holds I
+   gates and then I ups, as in `concatenated`. */
+MOE_HOST void MOEI_REF(moe_ref_activate)(const MOEI_REAL* h, int64_t num_rows, int intermediate,
+                                         int gate_up, int act_dtype, MOEI_REAL* a)
+{
+    const int64_t I = intermediate;
+    for (int64_t r = 0; r < num_rows; ++r)
+        for (int64_t i = 0; i < I; ++i) {
+            const int pairs = gate_up == MOE_GATE_UP_INTERLEAVED;
+            const MOEI_REAL gate = h[r * 2 * I + (pairs ? 2 * i : i)];
+            const MOEI_REAL up = h[r * 2 * I + (pairs ? 2 * i + 1 : I + i)];
+            a[r * I + i] = MOEI_REF(moe_ref_round)(MOEI_REF(moe_ref_silu)(gate) * up, act_dtype);
+        }
+}
+
+/* y [R, H], R = expert_offset[E]. act [R, I] gets a, after its rounding, and h [R, 2I] what the
+   first GEMM gives; both may be null. Returns 0, or -1 where memory ran out. */
+MOE_HOST int MOEI_REF(moe_ref_experts)(const moe_ref_experts_desc* d, MOEI_REAL* y, MOEI_REAL* act,
+                                       MOEI_REAL* h)
+{
+    const int64_t R = d->expert_offset[d->num_experts], I = d->intermediate, H = d->hidden;
+    MOEI_REAL* hidden = h ? h : (MOEI_REAL*)malloc((size_t)(R * 2 * I + 1) * sizeof(MOEI_REAL));
+    MOEI_REAL* a = act ? act : (MOEI_REAL*)malloc((size_t)(R * I + 1) * sizeof(MOEI_REAL));
+    MOEI_REAL* half = (MOEI_REAL*)malloc((size_t)(R * I + 1) * sizeof(MOEI_REAL));
+    const int ok = hidden && a && half;
+    if (ok) {
+        moe_ref_gemm_desc g;
+        memset(&g, 0, sizeof g);
+        g.a = d->x;
+        g.a_dtype = d->x_dtype;
+        g.a_stride = moei_ref_or(d->x_stride, H);
+        g.row_index = d->row_slot;
+        g.row_div = d->row_slot ? d->top_k : 1;
+        g.expert_offset = d->expert_offset;
+        g.b = d->w1;
+        g.b_dtype = d->w_dtype;
+        g.bias = d->bias1;
+        g.bias_dtype = d->bias_dtype;
+        g.bias_stride = 2 * I;
+        g.num_experts = d->num_experts;
+        g.k = (int)H;
+        if (d->gate_up == MOE_GATE_UP_SEPARATE) {
+            g.n = (int)I;
+            for (g.use_up = 0; g.use_up < 2; ++g.use_up) {
+                const int bytes = moe_dtype_bytes(d->bias_dtype ? d->bias_dtype : MOE_FP32);
+                if (d->bias1) g.bias = (const char*)d->bias1 + g.use_up * I * bytes;
+                MOEI_REF(moe_ref_gemm)(&g, half, 0);
+                for (int64_t r = 0; r < R; ++r)
+                    for (int64_t i = 0; i < I; ++i)
+                        hidden[r * 2 * I + g.use_up * I + i] = half[r * I + i];
+            }
+        } else {
+            g.n = (int)(2 * I);
+            MOEI_REF(moe_ref_gemm)(&g, hidden, 0);
+        }
+        MOEI_REF(moe_ref_activate)(hidden, R, d->intermediate, d->gate_up, d->act_dtype, a);
+        {
+            moe_ref_gemm_desc out;
+            memset(&out, 0, sizeof out);
+            out.a = a;
+            out.a_dtype = MOE_REF_REAL;
+            out.expert_offset = d->expert_offset;
+            out.b = d->w2;
+            out.b_dtype = d->w_dtype;
+            out.bias = d->bias2;
+            out.bias_dtype = d->bias_dtype;
+            out.num_experts = d->num_experts;
+            out.n = (int)H;
+            out.k = (int)I;
+            MOEI_REF(moe_ref_gemm)(&out, y, 0);
+        }
+    }
+    if (!h) free(hidden);
+    if (!act) free(a);
+    free(half);
+    return ok ? 0 : -1;
+}

@@ -1,0 +1,17 @@
+/* ref.h: all references: every station in naive C, in float and in double, written to be read
+   and to be compared with. C11 and C++14; no CUDA, no threads, no cleverness.
+
+   The _f64 functions on the same rounded inputs are what the tests call exact. */
+#ifndef MOE_REF_REF_H
+#define MOE_REF_REF_H
+
+#include "combine.h"
+#include "experts.h"
+#include "gate.h"
+#include "gemm.h"
+#include "layer.h"
+#include "real.h"
+#include "route.h"
+#include "router.h"
+
+#endif
