@@ -1,0 +1,63 @@
+#!/usr/bin/env bash
+# check.sh KIND FILE DIR COMPILER: compiles FILE, a path from the repository's root, in DIR.
+#
+#   c11 cxx14        a .h in plain C and in C++: pedantic, every warning is an error
+#   host             a .cuh for the CPU backend with a C++ compiler, no CUDA header in reach
+#   nvcc             a .cuh to machine code of sm_75, sm_80, sm_90a and the newest target of this
+#                    toolkit; stack and spills are errors, and so is wgmma that ptxas serialises
+#   nvcc-front       the same targets without optimisation and without ptxas: is it well formed?
+#   front-cxx17      so for sm_90a alone, as C++17 with --use_fast_math
+#   front-cxx20      so for sm_90a alone, as C++20
+#   program          a whole .cu, so for sm_80, sm_90a and the newest
+#
+# Headers are included alone and twice. gemm/grouped.cuh is compiled with all its kernels, whatever
+# includes it without them: they are most of the work.
+set -euo pipefail
+kind=$1 file=$2 dir=$3 compiler=$4
+root=$(cd "$(dirname "$0")/../.." && pwd)
+unset CPATH C_INCLUDE_PATH CPLUS_INCLUDE_PATH
+mkdir -p "$dir"
+cd "$dir"
+
+# write NAME LINE...: a source file
+write() { local name=$1; shift; printf '%s\n' "$@" > "$name"; }
+twice=("#include \"$file\"" "#include \"$file\"")
+no_gemm='#define MOE_GEMM_VARIANT_LIST(X, ...)'
+if [ "$file" = moe/gemm/grouped.cuh ]; then no_gemm=; fi
+strict=(-Wall -Wextra -Werror "-I$root" -fsyntax-only)
+
+case $kind in
+c11)
+    write alone.c "${twice[@]}"
+    exec "$compiler" -std=c11 -pedantic "${strict[@]}" alone.c ;;
+cxx14)
+    write alone.cpp "${twice[@]}"
+    exec "$compiler" -std=c++14 "${strict[@]}" alone.cpp ;;
+host)
+    write alone.cpp "${twice[@]}"
+    exec "$compiler" -std=c++14 -DMOE_BACKEND=host "${strict[@]}" alone.cpp ;;
+esac
+
+newest=$("$compiler" --list-gpu-arch | sed 's/compute_//' | sort -n | tail -1)
+targets="75 80 90a $newest" std=c++14 flags=(-G) code=compute
+write alone.cu "$no_gemm" "${twice[@]}"
+case $kind in
+nvcc) code=sm flags=(-Xptxas -warn-spills,-warn-lmem-usage,-Werror) ;;
+nvcc-front) ;;
+front-cxx17) targets=90a std=c++17 flags+=(--use_fast_math) ;;
+front-cxx20) targets=90a std=c++20 ;;
+program) targets="80 90a $newest"; write alone.cu "$no_gemm" "#include \"$file\"" ;;
+*) echo "check.sh: no such kind: $kind" >&2; exit 2 ;;
+esac
+for t in $targets; do flags+=(-gencode "arch=compute_$t,code=${code}_$t"); done
+
+status=0
+"$compiler" -std=$std "-I$root" "${flags[@]}" -Werror all-warnings -Xcompiler -Wall,-Wextra,-Werror \
+    -c alone.cu -o alone.o > log 2>&1 || status=$?
+cat log
+rm -f alone.o
+if grep -qE '\(C75(0[5-9]|1[0-9])\)' log; then
+    echo "check.sh: ptxas serialised wgmma instructions, see above"
+    status=1
+fi
+exit $status

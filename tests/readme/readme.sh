@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# readme.sh ROOT DIR commands|host|nvcc [COMPILER]
+# commands: README.md names the two commands, and CMakePresets.json has them.
+# host, nvcc: takes the code block that follows the line <!-- example: ten-lines --> in README.md,
+# a whole file with main, compiles it as it stands and runs it.
+set -euo pipefail
+root=$1 dir=$2/$3 kind=$3 compiler=${4:-}
+readme=$root/README.md
+
+if [ "$kind" = commands ]; then
+    for preset in sample test; do
+        grep -qF "cmake --workflow --preset $preset" "$readme" ||
+            { echo "README.md does not name: cmake --workflow --preset $preset"; exit 1; }
+        (cd "$root" && cmake --list-presets=workflow) | grep -qF "\"$preset\"" ||
+            { echo "CMakePresets.json has no workflow: $preset"; exit 1; }
+    done
+    echo "README.md names both commands"
+    exit 0
+fi
+
+mkdir -p "$dir"
+cd "$dir"
+awk '/^<!-- example: ten-lines -->[ \t]*$/ { marked = 1; next }
+     marked == 1 { if ($0 ~ /^```(cuda|c|cpp|c\+\+)[ \t]*$/) { marked = 2; next } exit }
+     marked == 2 { if ($0 ~ /^```/) exit; print }' "$readme" > example.cu
+if [ ! -s example.cu ]; then
+    echo "README.md has no code block right after the line <!-- example: ten-lines -->"
+    exit 1
+fi
+if [ "$kind" = host ]; then
+    "$compiler" -x c++ -std=c++14 -O2 -Wall -Wextra -Werror "-I$root" example.cu -o example
+    exec ./example
+fi
+"$compiler" "-I$root" -gencode arch=compute_90a,code=sm_90a example.cu -o example
+if nvidia-smi -L 2> /dev/null | grep -q GPU; then exec ./example; fi
+echo "compiled; no GPU, so not run"

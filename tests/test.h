@@ -1,0 +1,229 @@
+/* test.h: the harness of the unit tests. One source runs on a GPU and on the CPU backend:
+
+     nvcc -I. -arch=sm_90a tests/unit/test_gate.cu -o test_gate
+     g++ -x c++ -std=c++14 -O2 -I. tests/unit/test_gate.cu -o test_gate
+
+   A test is a void function; main lists them:
+
+     static void test_sum(void)
+     {
+         trand r = trand_new(1);                    // numbers of the run's seed
+         tbuf x = tbuf_new("x", n * 4, 0);          // device memory, poisoned, canaries around it
+         ...
+         if (!CHECK(s == MOE_OK, "n=%d", n)) return;
+         tbuf_free(&x);                             // checks the canaries
+     }
+     int main(int argc, char** argv)
+     {
+         test_begin(argc, argv);
+         RUN(test_sum);
+         return test_end();
+     }
+
+   Exit code 0: all passed, 1: one failed, 77: no device (CTest's SKIP_RETURN_CODE). Arguments
+   name the tests to run (any part of the name).
+     MOE_TEST_SEED=<n>    seed of the inputs; `time` for a fresh one. A failure prints it.
+     MOE_TEST_REPS=<n>    runs every test n times, each time with the next seed
+     MOE_TEST_VERBOSE=1   prints what the comparisons found
+
+   test_buffer.h has device memory, repeated runs and graphs, test_compare.h the comparisons. */
+#ifndef MOE_TESTS_TEST_H
+#define MOE_TESTS_TEST_H
+
+#include <math.h>
+#include <stdarg.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <time.h>
+
+#include "moe/base/cuda.cuh"
+#include "moe/base/fault.h"
+
+#define TEST_SKIPPED 77
+#define TEST_MOST_MESSAGES 12 /* of one test; the rest is only counted */
+
+typedef struct test_state {
+    const char* name;  /* test that runs */
+    uint64_t seed;     /* of this run of it */
+    uint64_t base_seed;
+    int reps, verbose;
+    int failures;      /* failed checks of the test that runs */
+    int64_t checks;    /* all checks so far */
+    int passed, failed;
+    int argc;
+    char** argv;
+    cudaStream_t stream; /* the tests' stream: not the default one, so that a launch which
+                            ignores its stream argument is not ordered by accident */
+} test_state;
+
+static test_state test_now;
+
+/* Counts a check; prints place, condition and message where it failed. Returns the condition. */
+MOEI_UNUSED static int test_check(int ok, const char* file, int line, const char* cond,
+                                  const char* format, ...)
+{
+    ++test_now.checks;
+    if (ok) return 1;
+    if (++test_now.failures <= TEST_MOST_MESSAGES) {
+        va_list args;
+        printf("%s:%d: %s: %s", file, line, test_now.name ? test_now.name : "?", cond);
+        va_start(args, format);
+        vprintf(format, args);
+        va_end(args);
+        printf("\n");
+    } else if (test_now.failures == TEST_MOST_MESSAGES + 1) {
+        printf("%s: more failures follow, not printed\n", test_now.name);
+    }
+    fflush(stdout);
+    return 0;
+}
+
+/* CHECK(cond) or CHECK(cond, "format", ...): worth 1 where the condition holds, else 0. */
+#define CHECK(cond, ...)                                                                          \
+    test_check(!!(cond), __FILE__, __LINE__, #cond, " " __VA_ARGS__)
+
+MOEI_UNUSED static int test_status(moe_status got, moe_status want, const char* file, int line,
+                                   const char* call)
+{
+    char a[MOE_STATUS_TEXT], b[MOE_STATUS_TEXT];
+    return test_check(got == want, file, line, call, ": got \"%s\", expected \"%s\"",
+                      moe_status_describe(got, a), moe_status_describe(want, b));
+}
+
+/* The whole status must match: kind and field. */
+#define CHECK_STATUS(call, expected) test_status((call), (expected), __FILE__, __LINE__, #call)
+
+/* A CUDA call that must succeed for the test to mean anything: the program ends otherwise. */
+#define TEST_CUDA(call) test_cuda((call), __FILE__, __LINE__, #call)
+MOEI_UNUSED static void test_cuda(cudaError_t e, const char* file, int line, const char* call)
+{
+    if (e == cudaSuccess) return;
+    printf("%s:%d: %s: %s: CUDA error %d (seed %llu)\n", file, line,
+           test_now.name ? test_now.name : "?", call, (int)e, (unsigned long long)test_now.seed);
+    fflush(stdout);
+    exit(1);
+}
+
+MOEI_UNUSED static void test_begin(int argc, char** argv)
+{
+    const char* seed = getenv("MOE_TEST_SEED");
+    const char* reps = getenv("MOE_TEST_REPS");
+    int devices = 0;
+    test_now.argc = argc;
+    test_now.argv = argv;
+    test_now.base_seed = !seed                        ? 20250101u
+                         : strcmp(seed, "time") == 0 ? (uint64_t)time(0)
+                                                     : strtoull(seed, 0, 10);
+    test_now.reps = reps && atoi(reps) > 0 ? atoi(reps) : 1;
+    test_now.verbose = getenv("MOE_TEST_VERBOSE") != 0;
+    if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
+        printf("skipped: no CUDA device\n");
+        exit(TEST_SKIPPED);
+    }
+    TEST_CUDA(cudaStreamCreateWithFlags(&test_now.stream, cudaStreamNonBlocking));
+}
+
+#define RUN(test) test_run(test, #test)
+MOEI_UNUSED static void test_run(void (*test)(void), const char* name)
+{
+    int wanted = test_now.argc < 2;
+    for (int i = 1; i < test_now.argc; ++i) wanted |= strstr(name, test_now.argv[i]) != 0;
+    if (!wanted) return;
+    for (int rep = 0; rep < test_now.reps; ++rep) {
+        struct timespec a, b;
+        timespec_get(&a, TIME_UTC);
+        test_now.name = name;
+        test_now.seed = test_now.base_seed + (uint64_t)rep;
+        test_now.failures = 0;
+        test();
+        TEST_CUDA(cudaDeviceSynchronize());
+        timespec_get(&b, TIME_UTC);
+        if (test_now.failures) {
+            ++test_now.failed;
+            printf("FAILED %s: %d checks; MOE_TEST_SEED=%llu repeats it\n", name,
+                   test_now.failures, (unsigned long long)test_now.seed);
+        } else {
+            ++test_now.passed;
+            printf("passed %s (%.2f s)\n", name,
+                   (double)(b.tv_sec - a.tv_sec) + 1e-9 * (double)(b.tv_nsec - a.tv_nsec));
+        }
+        fflush(stdout);
+    }
+}
+
+MOEI_UNUSED static int test_end(void)
+{
+    TEST_CUDA(cudaStreamDestroy(test_now.stream));
+    printf("%lld checks\n%d passed, %d failed\n", (long long)test_now.checks, test_now.passed,
+           test_now.failed);
+    return test_now.failed || !test_now.passed ? 1 : 0;
+}
+
+/* Numbers that depend on nothing but the seed, the salt and how many were drawn before. */
+typedef struct trand {
+    uint64_t key, at;
+} trand;
+
+MOEI_UNUSED static uint64_t trand_mix(uint64_t x)
+{
+    x += 0x9e3779b97f4a7c15ull;
+    x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
+    x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
+    return x ^ (x >> 31);
+}
+
+MOEI_UNUSED static trand trand_new(uint64_t salt)
+{
+    trand r;
+    r.key = trand_mix(test_now.seed ^ trand_mix(salt));
+    r.at = 0;
+    return r;
+}
+
+MOEI_UNUSED static uint64_t trand_bits(trand* r) { return trand_mix(r->key + r->at++); }
+
+/* lo .. hi, both possible */
+MOEI_UNUSED static int64_t trand_int(trand* r, int64_t lo, int64_t hi)
+{
+    return lo + (int64_t)(trand_bits(r) % (uint64_t)(hi - lo + 1));
+}
+
+/* Mean 0, variance 1, within 3.5: four uniform numbers added. */
+MOEI_UNUSED static float trand_normal(trand* r)
+{
+    const uint64_t b = trand_bits(r);
+    const double sum = (double)(b & 0xffff) + (double)((b >> 16) & 0xffff) +
+                       (double)((b >> 32) & 0xffff) + (double)(b >> 48);
+    return (float)((sum / 65535.0 - 2.0) * 1.7320508);
+}
+
+MOEI_UNUSED static void trand_fill_normal(trand* r, void* p, int64_t n, int dtype)
+{
+    for (int64_t i = 0; i < n; ++i) moe_store(p, i, dtype, trand_normal(r));
+}
+
+/* Whole numbers lo .. hi: sums of them are exact, and there are many equals. */
+MOEI_UNUSED static void trand_fill_int(trand* r, void* p, int64_t n, int dtype, int lo, int hi)
+{
+    for (int64_t i = 0; i < n; ++i) moe_store(p, i, dtype, (float)trand_int(r, lo, hi));
+}
+
+/* Host memory, filled with 0xFF bytes: NaN in every dtype, -1 in every integer. At least one
+   byte, so that the pointer is never null. */
+MOEI_UNUSED static void* test_host(int64_t bytes)
+{
+    void* p = malloc((size_t)bytes + 1);
+    if (!p) {
+        printf("out of host memory\n");
+        exit(1);
+    }
+    memset(p, 0xff, (size_t)bytes + 1);
+    return p;
+}
+
+#include "test_buffer.h"
+#include "test_compare.h"
+
+#endif

@@ -1,0 +1,194 @@
+/* test_buffer.h: device memory with poison and canaries, runs that must give the same bits, and
+   captured graphs. Included by test.h. */
+#ifndef MOE_TESTS_TEST_BUFFER_H
+#define MOE_TESTS_TEST_BUFFER_H
+
+#define TBUF_GUARD 512
+
+#if MOE_ON_HOST && MOEH_ASAN /* the canaries are also out of bounds for AddressSanitizer */
+#define TBUF_FENCE(p, bytes) __asan_poison_memory_region(p, bytes)
+#define TBUF_UNFENCE(p, bytes) __asan_unpoison_memory_region(p, bytes)
+#else
+#define TBUF_FENCE(p, bytes) ((void)0)
+#define TBUF_UNFENCE(p, bytes) ((void)0)
+#endif
+
+typedef struct tbuf {
+    void* p;      /* device address that the kernel gets */
+    size_t bytes; /* from p on */
+    char* base;   /* the allocation */
+    size_t before, after; /* canaries */
+    const char* name;
+} tbuf;
+
+/* NaN as fp32, fp16 and bf16, a negative number as an integer, and not the poison. */
+MOEI_UNUSED static unsigned char tbuf_canary(size_t i) { return (i & 1) ? 0xff : 0xc5; }
+
+/* Fills the buffer with 0xFF bytes. */
+MOEI_UNUSED static void tbuf_poison(tbuf* b)
+{
+    TEST_CUDA(cudaDeviceSynchronize());
+    if (b->bytes) TEST_CUDA(cudaMemset(b->p, 0xff, b->bytes));
+    TEST_CUDA(cudaDeviceSynchronize());
+}
+
+/* `misalign` bytes past an address that is a multiple of 256. */
+MOEI_UNUSED static tbuf tbuf_new(const char* name, size_t bytes, size_t misalign)
+{
+    tbuf b;
+    unsigned char edge[2 * TBUF_GUARD];
+    size_t i;
+    b.name = name;
+    b.bytes = bytes;
+    b.before = TBUF_GUARD + misalign;
+    b.after = TBUF_GUARD;
+    TEST_CUDA(cudaMalloc((void**)&b.base, b.before + bytes + b.after));
+    b.p = b.base + b.before;
+    for (i = 0; i < sizeof edge; ++i) edge[i] = tbuf_canary(i);
+    TEST_CUDA(cudaMemcpy(b.base, edge, b.before, cudaMemcpyHostToDevice));
+    TEST_CUDA(cudaMemcpy((char*)b.p + bytes, edge, b.after, cudaMemcpyHostToDevice));
+    tbuf_poison(&b);
+    TBUF_FENCE(b.base, b.before);
+    TBUF_FENCE((char*)b.p + bytes, b.after);
+    return b;
+}
+
+MOEI_UNUSED static void tbuf_put(tbuf* b, const void* host)
+{
+    TEST_CUDA(cudaDeviceSynchronize());
+    if (b->bytes) TEST_CUDA(cudaMemcpy(b->p, host, b->bytes, cudaMemcpyHostToDevice));
+    TEST_CUDA(cudaDeviceSynchronize());
+}
+
+MOEI_UNUSED static void tbuf_get(const tbuf* b, void* host)
+{
+    TEST_CUDA(cudaDeviceSynchronize());
+    if (b->bytes) TEST_CUDA(cudaMemcpy(host, b->p, b->bytes, cudaMemcpyDeviceToHost));
+}
+
+/* A buffer that holds a copy of `host`. */
+MOEI_UNUSED static tbuf tbuf_from(const char* name, const void* host, size_t bytes, size_t misalign)
+{
+    tbuf b = tbuf_new(name, bytes, misalign);
+    tbuf_put(&b, host);
+    return b;
+}
+
+/* A new host copy of the buffer; the caller frees it. */
+MOEI_UNUSED static void* tbuf_copy(const tbuf* b)
+{
+    void* host = test_host((int64_t)b->bytes);
+    tbuf_get(b, host);
+    return host;
+}
+
+/* Does the buffer still hold these bytes (null: the poison)? */
+MOEI_UNUSED static int tbuf_holds(const tbuf* b, const void* want)
+{
+    unsigned char* got = (unsigned char*)tbuf_copy(b);
+    int same = 1;
+    for (size_t i = 0; i < b->bytes && same; ++i)
+        same = got[i] == (want ? ((const unsigned char*)want)[i] : 0xff);
+    free(got);
+    return same;
+}
+
+/* Frees the buffer; a canary that changed is a failure of the test. */
+MOEI_UNUSED static void tbuf_free(tbuf* b)
+{
+    unsigned char edge[2 * TBUF_GUARD];
+    size_t i, bad = 0;
+    TBUF_UNFENCE(b->base, b->before);
+    TBUF_UNFENCE((char*)b->p + b->bytes, b->after);
+    TEST_CUDA(cudaDeviceSynchronize());
+    TEST_CUDA(cudaMemcpy(edge, b->base, b->before, cudaMemcpyDeviceToHost));
+    for (i = 0; i < b->before; ++i) bad += edge[i] != tbuf_canary(i);
+    CHECK(bad == 0, "%s: %zu bytes before the buffer were written", b->name, bad);
+    TEST_CUDA(cudaMemcpy(edge, (char*)b->p + b->bytes, b->after, cudaMemcpyDeviceToHost));
+    for (i = 0, bad = 0; i < b->after; ++i) bad += edge[i] != tbuf_canary(i);
+    CHECK(bad == 0, "%s: %zu bytes behind the buffer were written", b->name, bad);
+    TEST_CUDA(cudaFree(b->base));
+    b->p = b->base = 0;
+}
+
+/* A fault word on the device, holding `word`, and what it holds later. */
+MOEI_UNUSED static tbuf tfault_new(uint64_t word) { return tbuf_from("fault", &word, 8, 0); }
+
+MOEI_UNUSED static uint64_t tfault_word(const tbuf* b)
+{
+    uint64_t word;
+    tbuf_get(b, &word);
+    return word;
+}
+
+/* The word must hold exactly this fault; code 0: none. */
+#define CHECK_FAULT(buffer, code, index)                                                          \
+    test_fault(tfault_word(buffer), (code), (index), __FILE__, __LINE__)
+MOEI_UNUSED static int test_fault(uint64_t word, int code, int64_t index, const char* file,
+                                  int line)
+{
+    const moe_fault f = moe_fault_decode(word);
+    return test_check(f.code == code && f.rank == 0 && f.index == index, file, line, "fault word",
+                      ": got \"%s\" at %lld, expected \"%s\" at %lld", moe_fault_text(f.code),
+                      (long long)f.index, moe_fault_text(code), (long long)index);
+}
+
+/* Something that queues work on a stream: one launch helper, or a chain of them. */
+typedef moe_status (*test_call)(void* context, cudaStream_t stream);
+
+/* Calls it `runs` times, with poisoned outputs each time; the outputs must hold the same bits
+   every time. */
+MOEI_UNUSED static void test_same_bits(const char* what, test_call call, void* context, tbuf** out,
+                                       int count, int runs)
+{
+    void** first = (void**)test_host(count * (int64_t)sizeof(void*));
+    for (int run = 0; run < runs; ++run) {
+        for (int i = 0; i < count; ++i) tbuf_poison(out[i]);
+        CHECK_STATUS(call(context, test_now.stream), MOE_OK);
+        for (int i = 0; i < count; ++i) {
+            void* got = tbuf_copy(out[i]);
+            if (run == 0) {
+                first[i] = got;
+                continue;
+            }
+            CHECK(memcmp(first[i], got, out[i]->bytes) == 0, "%s: %s differs in run %d", what,
+                  out[i]->name, run);
+            free(got);
+        }
+    }
+    for (int i = 0; i < count; ++i) free(first[i]);
+    free(first);
+}
+
+/* A captured graph. Capture in global mode refuses allocations and synchronising calls, so a
+   helper that captures makes none. */
+typedef struct tgraph {
+    cudaGraph_t graph;
+    cudaGraphExec_t exec;
+} tgraph;
+
+MOEI_UNUSED static int tgraph_capture(tgraph* g, test_call call, void* context)
+{
+    moe_status s;
+    TEST_CUDA(cudaDeviceSynchronize());
+    TEST_CUDA(cudaStreamBeginCapture(test_now.stream, cudaStreamCaptureModeGlobal));
+    s = call(context, test_now.stream);
+    TEST_CUDA(cudaStreamEndCapture(test_now.stream, &g->graph));
+    if (!CHECK_STATUS(s, MOE_OK)) return 0;
+    TEST_CUDA(cudaGraphInstantiate(&g->exec, g->graph, 0));
+    return 1;
+}
+
+MOEI_UNUSED static void tgraph_launch(tgraph* g)
+{
+    TEST_CUDA(cudaGraphLaunch(g->exec, test_now.stream));
+}
+
+MOEI_UNUSED static void tgraph_free(tgraph* g)
+{
+    TEST_CUDA(cudaDeviceSynchronize());
+    TEST_CUDA(cudaGraphExecDestroy(g->exec));
+    TEST_CUDA(cudaGraphDestroy(g->graph));
+}
+
+#endif

@@ -1,0 +1,807 @@
+/* test_combine.cu: moe/combine.cuh against its reference in double.
+
+     nvcc -I. -arch=sm_90a tests/unit/test_combine.cu -o test_combine
+     g++ -x c++ -std=c++14 -O2 -I. tests/unit/test_combine.cu -o test_combine */
+#include "tests/test.h"
+
+#include "moe/combine.cuh"
+#include "moe/ref/combine.h"
+#include "moe/ref/route.h"
+#include "moe/route.cuh"
+
+#define MOST_BUFFERS 40
+
+enum { NO_RESIDUAL, RESIDUAL, IN_PLACE };
+
+typedef struct combine_case {
+    int T, H, K;
+    int buffers; /* allocations; 0: one array and no table */
+    int rows;    /* in each of them */
+    int rows_dtype, y_dtype;
+    int residual;                             /* as above */
+    int row_pad, y_pad, residual_pad;         /* stride - H */
+    int row_at, y_at, residual_at;            /* misalignment, elements */
+    int unweighted;                           /* 1: no weights */
+    int dropped, bad;                         /* percent of the slots */
+    int bounds;                               /* 1: num_rows is given */
+    int bare;                                 /* 1: no fault word */
+} combine_case;
+
+typedef struct combine_bufs {
+    tbuf buffer[MOST_BUFFERS], table, place, weights, residual, y, fault;
+    void* row[MOST_BUFFERS]; /* host copies of the buffers */
+    moe_place* h_place;
+    float* h_weights;
+    void* h_residual;
+    int count; /* of buffers */
+    moe_combine_desc d;
+} combine_bufs;
+
+static const char* case_text(const combine_case* c)
+{
+    static char text[240];
+    snprintf(
+        text, sizeof text,
+        "T=%d H=%d K=%d buffers=%d rows=%d %s -> %s residual=%d pads %d %d %d, misaligned by %d "
+        "%d %d, unweighted=%d dropped=%d%% bad=%d%% bounds=%d bare=%d",
+        c->T, c->H, c->K, c->buffers, c->rows, moe_dtype_name(c->rows_dtype),
+        moe_dtype_name(c->y_dtype), c->residual, c->row_pad, c->y_pad, c->residual_pad, c->row_at,
+        c->y_at, c->residual_at, c->unweighted, c->dropped, c->bad, c->bounds, c->bare);
+    return text;
+}
+
+/* Random numbers in the rows, NaN in the gaps between them. */
+static void* new_rows(trand* r, int64_t rows, int64_t stride, int H, int dtype)
+{
+    void* p = test_host(rows * stride * 4);
+    for (int64_t i = 0; i < rows; ++i)
+        for (int h = 0; h < H; ++h) moe_store(p, i * stride + h, dtype, trand_normal(r));
+    return p;
+}
+
+/* Places and weights; what a dropped slot weighs is NaN, so nobody may look at it. */
+static void fill_places(combine_bufs* b, const combine_case* c, trand* r)
+{
+    for (int64_t s = 0; s < (int64_t)c->T * c->K; ++s) {
+        const int64_t u = trand_int(r, 0, 99);
+        moe_place p;
+        p.buffer = (int32_t)trand_int(r, 0, b->count - 1);
+        p.row = (int32_t)trand_int(r, 0, c->rows - 1);
+        b->h_weights[s] = trand_normal(r);
+        if (u < c->dropped) {
+            p.buffer = -1;
+            p.row = u & 1 ? -1 : 5;
+            b->h_weights[s] = NAN;
+        } else if (u < c->dropped + c->bad) {
+            const int64_t how = trand_int(r, 0, c->bounds ? 6 : 4);
+            if (how == 0) p.buffer = b->count;
+            if (how == 1) p.buffer = -2;
+            if (how == 2) p.buffer = INT32_MAX;
+            if (how == 3) p.row = -1;
+            if (how == 4) p.row = INT32_MIN;
+            if (how == 5) p.row = c->rows;
+            if (how == 6) p.row = INT32_MAX;
+            b->h_weights[s] = NAN;
+        }
+        b->h_place[s] = p;
+    }
+}
+
+/* Fills y's buffer with what it holds before the call: poison, or the residual. */
+static void reset_y(combine_bufs* b, const combine_case* c)
+{
+    if (c->residual == IN_PLACE) tbuf_put(&b->y, b->h_residual);
+    else tbuf_poison(&b->y);
+}
+
+static void bufs_new(combine_bufs* b, const combine_case* c, trand* r)
+{
+    const int64_t slots = (int64_t)c->T * c->K, row_stride = c->H + c->row_pad;
+    const int row_bytes = moe_dtype_bytes(c->rows_dtype), y_bytes = moe_dtype_bytes(c->y_dtype);
+    const int y_pad = c->y_pad, residual_pad = c->residual == IN_PLACE ? y_pad : c->residual_pad;
+    void* address[MOST_BUFFERS + 1];
+    memset(b, 0, sizeof *b);
+    b->count = c->buffers ? c->buffers : 1;
+    for (int i = 0; i < b->count; ++i) {
+        b->row[i] = new_rows(r, c->rows, row_stride, c->H, c->rows_dtype);
+        b->buffer[i] = tbuf_from("rows", b->row[i],
+                                 moei_extent(c->rows, row_stride, c->H, c->rows_dtype),
+                                 (size_t)(c->row_at * row_bytes));
+        address[i] = b->buffer[i].p;
+    }
+    b->h_place = (moe_place*)test_host(slots * 8);
+    b->h_weights = (float*)test_host(slots * 4);
+    b->h_residual = new_rows(r, c->T, c->H + residual_pad, c->H, c->y_dtype);
+    fill_places(b, c, r);
+    b->table = tbuf_from("table", address, (size_t)b->count * sizeof(void*), 8);
+    b->place = tbuf_from("place", b->h_place, (size_t)slots * 8, 8);
+    b->weights = tbuf_from("weights", b->h_weights, (size_t)slots * 4, 4);
+    b->residual = tbuf_from("residual", b->h_residual,
+                            moei_extent(c->T, c->H + residual_pad, c->H, c->y_dtype),
+                            (size_t)(c->residual_at * y_bytes));
+    b->y = tbuf_new("y", moei_extent(c->T, c->H + y_pad, c->H, c->y_dtype),
+                    (size_t)(c->y_at * y_bytes));
+    reset_y(b, c);
+    b->fault = tfault_new(0);
+    if (c->buffers) {
+        b->d.table = (const void* const*)b->table.p;
+        b->d.num_buffers = b->count;
+    } else {
+        b->d.rows = b->buffer[0].p;
+    }
+    b->d.place = (const moe_place*)b->place.p;
+    b->d.weights = c->unweighted ? (const float*)0 : (const float*)b->weights.p;
+    if (c->residual == RESIDUAL) b->d.residual = b->residual.p;
+    if (c->residual == IN_PLACE) b->d.residual = b->y.p;
+    b->d.row_stride = c->row_pad ? row_stride : 0;
+    b->d.residual_stride = residual_pad ? c->H + residual_pad : 0;
+    b->d.rows_dtype = c->rows_dtype == MOE_BF16 ? MOE_DTYPE_DEFAULT : c->rows_dtype;
+    b->d.y = b->y.p;
+    b->d.y_stride = y_pad ? c->H + y_pad : 0;
+    b->d.y_dtype = c->y_dtype == c->rows_dtype ? MOE_DTYPE_DEFAULT : c->y_dtype;
+    b->d.fault = c->bare ? (uint64_t*)0 : (uint64_t*)b->fault.p;
+    b->d.num_tokens = c->T;
+    b->d.hidden = c->H;
+    b->d.top_k = c->K;
+    b->d.num_rows = c->bounds ? c->rows : 0;
+}
+
+static void bufs_free(combine_bufs* b)
+{
+    for (int i = 0; i < b->count; ++i) {
+        tbuf_free(&b->buffer[i]);
+        free(b->row[i]);
+    }
+    tbuf_free(&b->table);
+    tbuf_free(&b->place);
+    tbuf_free(&b->weights);
+    tbuf_free(&b->residual);
+    tbuf_free(&b->y);
+    tbuf_free(&b->fault);
+    free(b->h_place);
+    free(b->h_weights);
+    free(b->h_residual);
+}
+
+/* Half the distance of two neighbours of the dtype around v. */
+static double half_ulp(double v, int dtype)
+{
+    int e;
+    frexp(v, &e);
+    if (dtype == MOE_FP16) return ldexp(1, e - 11 < -24 ? -25 : e - 12);
+    return ldexp(1, e - 9);
+}
+
+static void compare(const combine_bufs* b, const combine_case* c)
+{
+    const int64_t T = c->T, H = c->H, stride = H + c->y_pad;
+    const int before = test_now.failures;
+    double* exact = (double*)test_host(T * H * 8);
+    double* sum = (double*)test_host(T * H * 8);
+    void* y = tbuf_copy(&b->y);
+    int64_t bad, zeros = 0, wrong = 0, gaps = 0;
+    moe_ref_combine_desc r;
+    memset(&r, 0, sizeof r);
+    if (c->buffers) r.table = (const void* const*)b->row;
+    else r.rows = b->row[0];
+    r.num_buffers = b->count;
+    r.place = b->h_place;
+    r.weights = c->unweighted ? (const float*)0 : b->h_weights;
+    r.residual = c->residual ? b->h_residual : (void*)0;
+    r.row_stride = H + c->row_pad;
+    r.residual_stride = H + (c->residual == IN_PLACE ? c->y_pad : c->residual_pad);
+    r.rows_dtype = c->rows_dtype;
+    r.residual_dtype = c->y_dtype;
+    r.num_tokens = c->T;
+    r.hidden = c->H;
+    r.top_k = c->K;
+    r.num_rows = c->bounds ? c->rows : 0;
+    bad = moe_ref_combine_f64(&r, exact, sum);
+
+    for (int64_t t = 0; t < T; ++t)
+        for (int64_t h = 0; h < H; ++h) {
+            const int64_t i = t * H + h;
+            const double got = moe_load(y, t * stride + h, c->y_dtype);
+            const double fp32 = ((c->K + 1) / 16.0 + 2) * ldexp(1, -23) * sum[i];
+            zeros += sum[i] == 0;
+            if (c->y_dtype == MOE_FP32) continue;
+            /* rounded once, from an fp32 sum: tighter than the bound of the house */
+            if (!(fabs(got - exact[i]) <= half_ulp(exact[i], c->y_dtype) * 1.0001 + fp32 * 1.0001 ||
+                  fabs(got - exact[i]) <= half_ulp(got, c->y_dtype) * 1.0001 + fp32 * 1.0001))
+                if (wrong++ == 0)
+                    CHECK(0, "token %lld [%lld]: %.9g, not %.9g", (long long)t, (long long)h, got,
+                          exact[i]);
+            if (sum[i] == 0 && got != 0) CHECK(0, "token %lld is not 0", (long long)t);
+        }
+    CHECK(wrong == 0, "%lld elements are not the rounded sum", (long long)wrong);
+    for (int64_t t = 0; t + 1 < T; ++t) /* what stands between the rows is not y's */
+        for (int64_t h = H; h < stride; ++h) {
+            const float g = moe_load(y, t * stride + h, c->y_dtype);
+            gaps += g == g;
+        }
+    CHECK(gaps == 0, "%lld elements between the rows of y were written", (long long)gaps);
+    if (zeros == T * H) {
+        for (int64_t t = 0; t < T; ++t)
+            for (int64_t h = 0; h < H; ++h)
+                CHECK(moe_load(y, t * stride + h, c->y_dtype) == 0, "nothing to add gives 0");
+    } else if (c->y_dtype == MOE_FP32) {
+        CHECK_CLOSE_SUM("y", y, stride, exact, sum, c->K + 1, T, H);
+    } else {
+        CHECK_CLOSE("y", y, c->y_dtype, stride, exact, (const double*)0, T, H);
+    }
+    CHECK_FAULT(&b->fault, bad < 0 || c->bare ? MOE_FAULT_NONE : MOE_FAULT_BAD_PLACE,
+                bad < 0 || c->bare ? 0 : bad);
+    if (test_now.failures > before) printf("  in: %s\n", case_text(c));
+    free(exact);
+    free(sum);
+    free(y);
+}
+
+static void run_case(const combine_case* c, trand* r)
+{
+    combine_bufs b;
+    bufs_new(&b, c, r);
+    CHECK_STATUS(moe_combine(&b.d, test_now.stream), MOE_OK);
+    compare(&b, c);
+    for (int i = 0; i < b.count; ++i)
+        CHECK(tbuf_holds(&b.buffer[i], b.row[i]), "rows were written");
+    CHECK(tbuf_holds(&b.residual, b.h_residual) && tbuf_holds(&b.place, b.h_place), "inputs");
+    bufs_free(&b);
+}
+
+/* The usual shape of a case: one allocation an expert, reached through the table. */
+static combine_case normal_case(int T, int H, int K)
+{
+    combine_case c;
+    memset(&c, 0, sizeof c);
+    c.T = T;
+    c.H = H;
+    c.K = K;
+    c.buffers = 7;
+    c.rows = 5;
+    c.rows_dtype = MOE_BF16;
+    c.y_dtype = MOE_BF16;
+    c.dropped = 10;
+    c.bounds = 1;
+    return c;
+}
+
+static combine_case random_case(trand* r, int T, int H, int K)
+{
+    combine_case c = normal_case(T, H, K);
+    c.buffers = trand_int(r, 0, 3) ? (int)trand_int(r, 1, 12) : 0;
+    c.rows = (int)trand_int(r, 1, 9);
+    c.rows_dtype = (int)trand_int(r, MOE_FP32, MOE_BF16);
+    c.y_dtype = (int)trand_int(r, MOE_FP32, MOE_BF16);
+    c.residual = (int)trand_int(r, NO_RESIDUAL, IN_PLACE);
+    c.row_pad = trand_int(r, 0, 1) ? 0 : (int)trand_int(r, 1, 17);
+    c.y_pad = trand_int(r, 0, 1) ? 0 : (int)trand_int(r, 1, 17);
+    c.residual_pad = trand_int(r, 0, 1) ? 0 : (int)trand_int(r, 1, 17);
+    c.row_at = trand_int(r, 0, 2) ? 0 : (int)trand_int(r, 1, 9);
+    c.y_at = trand_int(r, 0, 2) ? 0 : (int)trand_int(r, 1, 9);
+    c.residual_at = trand_int(r, 0, 2) ? 0 : (int)trand_int(r, 1, 9);
+    c.unweighted = trand_int(r, 0, 4) == 0;
+    c.dropped = trand_int(r, 0, 1) ? 0 : (int)trand_int(r, 1, 60);
+    c.bad = trand_int(r, 0, 2) ? 0 : (int)trand_int(r, 1, 20);
+    c.bounds = (int)trand_int(r, 0, 1);
+    c.bare = trand_int(r, 0, 5) == 0;
+    return c;
+}
+
+/* Every H with every K, the rest drawn. */
+static void test_combine_shapes(void)
+{
+    static const int Hs[] = {1,   3,   4,   7,    8,    16,   31,   100,
+                             128, 250, 256, 1000, 1024, 2048, 2056, 4104};
+    static const int Ks[] = {1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 17, 33, 70};
+    static const int Ts[] = {1, 2, 3, 31, 32, 33};
+    trand r = trand_new(1);
+    for (size_t i = 0; i < sizeof Hs / sizeof *Hs; ++i)
+        for (size_t j = 0; j < sizeof Ks / sizeof *Ks; ++j)
+            for (int n = 0; n < (MOE_ON_HOST ? 2 : 6); ++n) {
+                const int T = Ts[trand_int(&r, 0, MOE_ON_HOST && Hs[i] > 500 ? 2 : 5)];
+                const combine_case c = random_case(&r, T, Hs[i], Ks[j]);
+                run_case(&c, &r);
+            }
+}
+
+/* No K is too large. */
+static void test_combine_many_choices(void)
+{
+    trand r = trand_new(14);
+    for (int H = 7; H <= 8; ++H) {
+        combine_case c = normal_case(2, H, 4000);
+        run_case(&c, &r);
+    }
+}
+
+/* All pairs of dtypes, with table and without, with every sort of residual, aligned and not. */
+static void test_combine_dtypes(void)
+{
+    trand r = trand_new(2);
+    for (int rows = MOE_FP32; rows <= MOE_BF16; ++rows)
+        for (int y = MOE_FP32; y <= MOE_BF16; ++y)
+            for (int residual = NO_RESIDUAL; residual <= IN_PLACE; ++residual)
+                for (int buffers = 0; buffers < 2; ++buffers)
+                    for (int at = 0; at < 2; ++at)
+                        for (int odd = 0; odd < 2; ++odd) {
+                            combine_case c = normal_case(9, odd ? 253 : 256, 8);
+                            c.rows_dtype = rows;
+                            c.y_dtype = y;
+                            c.residual = residual;
+                            c.buffers = buffers ? 5 : 0;
+                            c.rows = buffers ? 4 : 20;
+                            c.row_at = at;
+                            run_case(&c, &r);
+                        }
+}
+
+/* Each address misaligned alone, by every remainder; strides too. */
+static void test_combine_alignment(void)
+{
+    trand r = trand_new(3);
+    for (int which = 0; which < 6; ++which)
+        for (int by = 1; by <= 8; ++by)
+            for (int dtypes = 0; dtypes < 4; ++dtypes) {
+                combine_case c = normal_case(4, 64, 3);
+                c.rows_dtype = dtypes & 1 ? MOE_FP32 : MOE_FP16;
+                c.y_dtype = dtypes & 2 ? MOE_FP32 : MOE_FP16;
+                c.residual = RESIDUAL;
+                if (which == 0) c.row_at = by;
+                if (which == 1) c.y_at = by;
+                if (which == 2) c.residual_at = by;
+                if (which == 3) c.row_pad = by;
+                if (which == 4) c.y_pad = by;
+                if (which == 5) c.residual_pad = by;
+                run_case(&c, &r);
+            }
+}
+
+/* All slots dropped: the residual, or 0. All slots bad: the same, and the first one is named. */
+static void test_combine_nothing_to_add(void)
+{
+    trand r = trand_new(4);
+    for (int dtype = MOE_FP32; dtype <= MOE_BF16; ++dtype)
+        for (int residual = NO_RESIDUAL; residual <= IN_PLACE; ++residual)
+            for (int H = 63; H <= 64; ++H)
+                for (int bad = 0; bad < 2; ++bad) {
+                    combine_case c = normal_case(6, H, 4);
+                    c.y_dtype = dtype;
+                    c.residual = residual;
+                    c.dropped = bad ? 0 : 100;
+                    c.bad = bad ? 100 : 0;
+                    run_case(&c, &r);
+                }
+}
+
+static void test_combine_no_tokens(void)
+{
+    trand r = trand_new(5);
+    combine_case c = normal_case(0, 64, 4);
+    combine_bufs b;
+    moe_combine_desc d;
+    bufs_new(&b, &c, &r);
+    CHECK_STATUS(moe_combine(&b.d, test_now.stream), MOE_OK);
+    memset(&d, 0, sizeof d); /* with no tokens no buffer is needed */
+    d.hidden = 64;
+    d.top_k = 4;
+    CHECK_STATUS(moe_combine(&d, test_now.stream), MOE_OK);
+    CHECK_FAULT(&b.fault, MOE_FAULT_NONE, 0);
+    bufs_free(&b);
+}
+
+static void test_combine_faults(void)
+{
+    trand r = trand_new(6);
+    combine_case c = normal_case(60, 40, 5);
+    combine_bufs b;
+    uint64_t word;
+    bufs_new(&b, &c, &r);
+    b.h_place[123].buffer = 7;
+    b.h_place[77].buffer = 3;
+    b.h_place[77].row = 5;
+    b.h_place[299].buffer = -9;
+    b.h_weights[123] = b.h_weights[77] = b.h_weights[299] = NAN;
+    tbuf_put(&b.place, b.h_place);
+    tbuf_put(&b.weights, b.h_weights);
+    for (int i = 0; i < 3; ++i) {
+        CHECK_STATUS(moe_combine(&b.d, test_now.stream), MOE_OK);
+        CHECK_FAULT(&b.fault, MOE_FAULT_BAD_PLACE, 77);
+    }
+    compare(&b, &c);
+    word = MOEI_FAULT_KEY(MOE_FAULT_BAD_ID, 0, 5000); /* an earlier code stays */
+    tbuf_put(&b.fault, &word);
+    tbuf_poison(&b.y);
+    CHECK_STATUS(moe_combine(&b.d, test_now.stream), MOE_OK);
+    CHECK_FAULT(&b.fault, MOE_FAULT_BAD_ID, 5000);
+    CHECK(!tbuf_holds(&b.y, 0), "a data fault stopped combine");
+    word = MOEI_FAULT_KEY(MOE_FAULT_BAD_OFFSET, 0, 2);
+    tbuf_put(&b.fault, &word);
+    tbuf_poison(&b.y);
+    CHECK_STATUS(moe_combine(&b.d, test_now.stream), MOE_OK);
+    CHECK(tbuf_holds(&b.y, 0), "combine ran on after a stop fault");
+    CHECK_FAULT(&b.fault, MOE_FAULT_BAD_OFFSET, 2);
+    bufs_free(&b);
+}
+
+/* Every field, wrong in every way: its own status, and nothing is written. */
+static void test_combine_refusals(void)
+{
+    trand r = trand_new(7);
+    combine_case c = normal_case(10, 64, 4);
+    combine_bufs b;
+    moe_combine_desc good, d;
+    c.residual = RESIDUAL;
+    bufs_new(&b, &c, &r);
+    good = b.d;
+#define REFUSED(change, kind, field)                                                              \
+    d = good;                                                                                     \
+    change;                                                                                       \
+    CHECK_STATUS(moe_combine(&d, test_now.stream), MOE_STATUS(kind, field))
+#define AT(p, bytes) ((void*)((char*)(p) + (bytes)))
+#define ONE_ARRAY d.table = 0, d.num_buffers = 0, d.rows = b.buffer[0].p
+    CHECK_STATUS(moe_combine(0, test_now.stream), MOE_STATUS(MOE_ERR_NULL, desc));
+    REFUSED(d.num_tokens = -1, MOE_ERR_RANGE, num_tokens);
+    REFUSED(d.hidden = 0, MOE_ERR_RANGE, hidden);
+    REFUSED(d.hidden = -64, MOE_ERR_RANGE, hidden);
+    REFUSED(d.top_k = 0, MOE_ERR_RANGE, top_k);
+    REFUSED(d.top_k = -1, MOE_ERR_RANGE, top_k);
+    REFUSED(d.top_k = INT32_MIN, MOE_ERR_RANGE, top_k);
+    REFUSED(d.rows_dtype = 4, MOE_ERR_DTYPE, rows_dtype);
+    REFUSED(d.rows_dtype = -1, MOE_ERR_DTYPE, rows_dtype);
+    REFUSED(d.y_dtype = 4, MOE_ERR_DTYPE, y_dtype);
+    REFUSED(d.y_dtype = -2, MOE_ERR_DTYPE, y_dtype);
+    REFUSED(d.row_stride = 63, MOE_ERR_STRIDE, row_stride);
+    REFUSED(d.row_stride = -64, MOE_ERR_STRIDE, row_stride);
+    REFUSED(d.y_stride = 63, MOE_ERR_STRIDE, y_stride);
+    REFUSED(d.y_stride = -64, MOE_ERR_STRIDE, y_stride);
+    REFUSED(d.residual_stride = 63, MOE_ERR_STRIDE, residual_stride);
+    REFUSED(d.num_rows = -1, MOE_ERR_RANGE, num_rows);
+    REFUSED(d.rows = b.buffer[0].p, MOE_ERR_CONFLICT, rows);
+    REFUSED(d.num_buffers = 0, MOE_ERR_RANGE, num_buffers);
+    REFUSED(d.num_buffers = -1, MOE_ERR_RANGE, num_buffers);
+    REFUSED((ONE_ARRAY, d.num_buffers = 2), MOE_ERR_RANGE, num_buffers);
+    REFUSED((ONE_ARRAY, d.num_buffers = -1), MOE_ERR_RANGE, num_buffers);
+    REFUSED((ONE_ARRAY, d.rows = 0), MOE_ERR_NULL, table);
+    REFUSED(d.place = 0, MOE_ERR_NULL, place);
+    REFUSED(d.y = 0, MOE_ERR_NULL, y);
+    REFUSED(d.table = (const void* const*)AT(d.table, 4), MOE_ERR_ALIGN, table);
+    REFUSED((ONE_ARRAY, d.rows = AT(d.rows, 1)), MOE_ERR_ALIGN, rows);
+    REFUSED(d.place = (const moe_place*)AT(d.place, 4), MOE_ERR_ALIGN, place);
+    REFUSED(d.weights = (const float*)AT(d.weights, 2), MOE_ERR_ALIGN, weights);
+    REFUSED(d.y = AT(d.y, 1), MOE_ERR_ALIGN, y);
+    REFUSED((d.y = AT(d.y, 2), d.y_dtype = MOE_FP32), MOE_ERR_ALIGN, y);
+    REFUSED(d.residual = AT(d.residual, 1), MOE_ERR_ALIGN, residual);
+    REFUSED(d.fault = (uint64_t*)AT(d.fault, 4), MOE_ERR_ALIGN, fault);
+    REFUSED(d.y = (void*)d.table, MOE_ERR_OVERLAP, y);
+    REFUSED((ONE_ARRAY, d.y = b.buffer[0].p), MOE_ERR_OVERLAP, y);
+    REFUSED((ONE_ARRAY, d.y = AT(b.buffer[0].p, 4 * 64 * 2)), MOE_ERR_OVERLAP, y);
+    REFUSED(d.y = (void*)d.place, MOE_ERR_OVERLAP, y);
+    REFUSED(d.y = (void*)d.weights, MOE_ERR_OVERLAP, y);
+    REFUSED(d.y = AT(d.residual, 128), MOE_ERR_OVERLAP, y);
+    REFUSED((d.y = (void*)d.residual, d.y_stride = 72), MOE_ERR_OVERLAP, y);
+    REFUSED(d.fault = (uint64_t*)d.y, MOE_ERR_OVERLAP, fault);
+    REFUSED(d.fault = (uint64_t*)d.place, MOE_ERR_OVERLAP, fault);
+#undef REFUSED
+    TEST_CUDA(cudaDeviceSynchronize());
+    CHECK(tbuf_holds(&b.y, 0), "a refused call wrote y");
+    CHECK(tbuf_holds(&b.residual, b.h_residual) && tbuf_holds(&b.buffer[0], b.row[0]),
+          "or an input");
+    CHECK_FAULT(&b.fault, MOE_FAULT_NONE, 0);
+    CHECK_STATUS(moe_combine(&good, test_now.stream), MOE_OK);
+    compare(&b, &c);
+    bufs_free(&b);
+}
+
+/* Without a table, one buffer: place.buffer 0 is it, and 1 is outside. */
+static void test_combine_one_array(void)
+{
+    trand r = trand_new(8);
+    for (int num_buffers = 0; num_buffers < 2; ++num_buffers) {
+        combine_case c = normal_case(20, 72, 4);
+        combine_bufs b;
+        c.buffers = 0;
+        c.rows = 30;
+        bufs_new(&b, &c, &r);
+        b.h_place[11].buffer = 1;
+        b.h_weights[11] = NAN;
+        tbuf_put(&b.place, b.h_place);
+        tbuf_put(&b.weights, b.h_weights);
+        b.d.num_buffers = num_buffers;
+        CHECK_STATUS(moe_combine(&b.d, test_now.stream), MOE_OK);
+        compare(&b, &c);
+        bufs_free(&b);
+    }
+}
+
+static moe_status call_combine(void* d, cudaStream_t stream)
+{
+    return moe_combine((const moe_combine_desc*)d, stream);
+}
+
+static void test_combine_same_bits(void)
+{
+    trand r = trand_new(9);
+    for (int i = 0; i < 4; ++i) {
+        combine_case c = normal_case(50, i & 1 ? 250 : 512, i & 2 ? 8 : 33);
+        combine_bufs b;
+        tbuf* out[1];
+        c.residual = RESIDUAL;
+        bufs_new(&b, &c, &r);
+        out[0] = &b.y;
+        test_same_bits("combine", call_combine, &b.d, out, 1, MOE_ON_HOST ? 5 : 100);
+        compare(&b, &c);
+        bufs_free(&b);
+    }
+}
+
+/* route and combine in one chain. */
+typedef struct chain {
+    moe_route_desc route;
+    moe_combine_desc combine;
+} chain;
+
+static moe_status call_chain(void* context, cudaStream_t stream)
+{
+    const chain* c = (const chain*)context;
+    MOEI_TRY(moe_route(&c->route, stream));
+    return moe_combine(&c->combine, stream);
+}
+
+/* Experts in allocations of their own, places from route, everything in a graph whose routing
+   changes between launches. The result is compared with what joining all rows (`cat`) and adding
+   them in row order (`index_add`) gives in fp32. */
+static void test_combine_after_route(void)
+{
+    enum { T = 45, E = 6, K = 3, H = 136, SLOTS = T * K };
+    trand r = trand_new(10);
+    int32_t* ids = (int32_t*)test_host(SLOTS * 4);
+    float* weights = (float*)test_host(SLOTS * 4);
+    float* expert[E];
+    float* sum = (float*)test_host(T * H * 4);
+    int32_t count[E], offset[E + 1], row_slot[SLOTS];
+    tbuf buffer[E], bi = tbuf_new("ids", SLOTS * 4, 0), bw = tbuf_new("weights", SLOTS * 4, 0);
+    tbuf bt, bc = tbuf_new("count", E * 4, 0), bo = tbuf_new("offset", E * 4 + 4, 0);
+    tbuf bp = tbuf_new("place", SLOTS * 8, 0), by = tbuf_new("y", T * H * 4, 0);
+    tbuf bs, bf = tfault_new(0);
+    void* address[E];
+    size_t bytes = 0;
+    chain both;
+    tgraph g;
+    for (int e = 0; e < E; ++e) {
+        expert[e] = (float*)new_rows(&r, SLOTS, H, H, MOE_FP32);
+        buffer[e] = tbuf_from("expert", expert[e], SLOTS * H * 4, 0);
+        address[e] = buffer[e].p;
+    }
+    bt = tbuf_from("table", address, sizeof address, 0);
+    memset(&both, 0, sizeof both);
+    both.route.ids = (const int32_t*)bi.p;
+    both.route.expert_count = (int32_t*)bc.p;
+    both.route.expert_offset = (int32_t*)bo.p;
+    both.route.place = (moe_place*)bp.p;
+    both.route.place_kind = MOE_PLACE_BY_EXPERT;
+    both.route.fault = (uint64_t*)bf.p;
+    both.route.num_tokens = T;
+    both.route.num_experts = E;
+    both.route.top_k = K;
+    CHECK_STATUS(moe_route_workspace(&both.route, &bytes), MOE_OK);
+    bs = tbuf_new("workspace", bytes, 0);
+    both.route.workspace = bs.p;
+    both.route.workspace_bytes = bytes;
+    both.combine.table = (const void* const*)bt.p;
+    both.combine.num_buffers = E;
+    both.combine.place = (const moe_place*)bp.p;
+    both.combine.weights = (const float*)bw.p;
+    both.combine.rows_dtype = MOE_FP32;
+    both.combine.y = by.p;
+    both.combine.fault = (uint64_t*)bf.p;
+    both.combine.num_tokens = T;
+    both.combine.hidden = H;
+    both.combine.top_k = K;
+    CHECK_STATUS(moe_route_preload(), MOE_OK);
+    CHECK_STATUS(moe_combine_preload(), MOE_OK);
+    if (tgraph_capture(&g, call_chain, &both)) {
+        for (int run = 0; run < 4; ++run) {
+            moe_ref_route_desc d;
+            double largest = 0, worst = 0;
+            float* y;
+            for (int s = 0; s < SLOTS; ++s) {
+                ids[s] = (int32_t)trand_int(&r, run == 3 ? -1 : 0, run == 1 ? 1 : E - 1);
+                weights[s] = (float)trand_int(&r, 1, 99) / (100.0f * K);
+            }
+            tbuf_put(&bi, ids);
+            tbuf_put(&bw, weights);
+            tbuf_poison(&bp);
+            tbuf_poison(&by);
+            tgraph_launch(&g);
+            y = (float*)tbuf_copy(&by);
+            memset(&d, 0, sizeof d);
+            d.ids = ids;
+            d.expert_count = count;
+            d.expert_offset = offset;
+            d.row_slot = row_slot;
+            d.num_tokens = T;
+            d.num_experts = E;
+            d.top_k = K;
+            moe_ref_route(&d);
+            memset(sum, 0, T * H * 4);
+            for (int e = 0; e < E; ++e)
+                for (int row = offset[e]; row < offset[e + 1]; ++row)
+                    for (int h = 0; h < H; ++h)
+                        sum[row_slot[row] / K * H + h] +=
+                            weights[row_slot[row]] * expert[e][(row - offset[e]) * H + h];
+            for (int i = 0; i < T * H; ++i) {
+                const double error = fabs((double)y[i] - (double)sum[i]);
+                if (!(error <= worst)) worst = error;
+                if (fabs((double)sum[i]) > largest) largest = fabs((double)sum[i]);
+            }
+            CHECK(largest > 0.5 && worst < 1e-6, "run %d: error %g of %g", run, worst, largest);
+            CHECK_FAULT(&bf, MOE_FAULT_NONE, 0);
+            free(y);
+        }
+        tgraph_free(&g);
+    }
+    for (int e = 0; e < E; ++e) {
+        tbuf_free(&buffer[e]);
+        free(expert[e]);
+    }
+    tbuf_free(&bi);
+    tbuf_free(&bw);
+    tbuf_free(&bt);
+    tbuf_free(&bc);
+    tbuf_free(&bo);
+    tbuf_free(&bp);
+    tbuf_free(&by);
+    tbuf_free(&bs);
+    tbuf_free(&bf);
+    free(ids);
+    free(weights);
+    free(sum);
+}
+
+/* A captured combine, launched again with other places and other buffers in the table. */
+static void test_combine_graph(void)
+{
+    trand r = trand_new(11);
+    combine_case c = normal_case(33, 200, 6);
+    combine_bufs b;
+    tgraph g;
+    bufs_new(&b, &c, &r);
+    if (tgraph_capture(&g, call_combine, &b.d)) {
+        CHECK(tbuf_holds(&b.y, 0), "capture itself runs nothing");
+        for (int run = 0; run < 4; ++run) {
+            const uint64_t no_fault = 0;
+            void *host = b.row[run], *address[MOST_BUFFERS];
+            tbuf buffer = b.buffer[run];
+            b.row[run] = b.row[6]; /* two entries change places */
+            b.row[6] = host;
+            b.buffer[run] = b.buffer[6];
+            b.buffer[6] = buffer;
+            for (int i = 0; i < b.count; ++i) address[i] = b.buffer[i].p;
+            c.bad = run == 2 ? 10 : 0;
+            fill_places(&b, &c, &r);
+            tbuf_put(&b.table, address);
+            tbuf_put(&b.place, b.h_place);
+            tbuf_put(&b.weights, b.h_weights);
+            tbuf_put(&b.fault, &no_fault);
+            tbuf_poison(&b.y);
+            tgraph_launch(&g);
+            compare(&b, &c);
+        }
+        tgraph_free(&g);
+    }
+    bufs_free(&b);
+}
+
+static void test_combine_large(void)
+{
+#if !MOE_ON_HOST
+    trand r = trand_new(12);
+    for (int i = 0; i < 3; ++i) {
+        combine_case c = normal_case(i == 2 ? 20000 : 4096, i == 2 ? 128 : 2048, i == 1 ? 6 : 8);
+        c.buffers = 32;
+        c.rows = 256;
+        c.residual = i;
+        c.rows_dtype = i == 1 ? MOE_FP16 : MOE_BF16;
+        run_case(&c, &r);
+    }
+#endif
+}
+
+/* Rows, then y, that reach past 2^31 elements: strides of 2^30 and a bit. */
+static void test_combine_past_2_31(void)
+{
+#if !MOE_ON_HOST
+    enum { T = 3, H = 264, K = 2, ROWS = 4 };
+    static const int wide[][2] = {{0, 1}, {1, 0}};
+    const int64_t stride = ((int64_t)1 << 30) + 8;
+    trand r = trand_new(13);
+    for (int i = 0; i < 2; ++i) {
+        const int64_t row_stride = wide[i][0] ? stride : H, y_stride = wide[i][1] ? stride : H;
+        const size_t bytes = (size_t)stride * (wide[i][0] ? ROWS : T) * 2;
+        size_t free_bytes, total;
+        uint16_t* rows = (uint16_t*)new_rows(&r, ROWS, H, H, MOE_BF16);
+        uint16_t* got = (uint16_t*)test_host(T * H * 2);
+        double* exact = (double*)test_host(T * H * 8);
+        moe_place place[T * K];
+        float weights[T * K];
+        tbuf bp, bw;
+        char *d_rows, *d_y;
+        moe_combine_desc d;
+        moe_ref_combine_desc ref;
+        TEST_CUDA(cudaMemGetInfo(&free_bytes, &total));
+        if (free_bytes < bytes + ((size_t)1 << 28)) {
+            printf("  not run: %zu bytes are free, %zu needed\n", free_bytes, bytes);
+            free(rows);
+            free(got);
+            free(exact);
+            continue;
+        }
+        for (int s = 0; s < T * K; ++s) {
+            place[s].buffer = 0;
+            place[s].row = s % ROWS;
+            weights[s] = trand_normal(&r) + 0.25f;
+        }
+        TEST_CUDA(cudaMalloc((void**)&d_rows, (size_t)(row_stride * ROWS * 2)));
+        TEST_CUDA(cudaMalloc((void**)&d_y, (size_t)(y_stride * T * 2)));
+        TEST_CUDA(cudaMemset(d_rows, 0xff, (size_t)(row_stride * ROWS * 2)));
+        TEST_CUDA(cudaMemset(d_y, 0xff, (size_t)(y_stride * T * 2)));
+        TEST_CUDA(cudaMemcpy2D(d_rows, (size_t)row_stride * 2, rows, H * 2, H * 2, ROWS,
+                               cudaMemcpyHostToDevice));
+        bp = tbuf_from("place", place, sizeof place, 0);
+        bw = tbuf_from("weights", weights, sizeof weights, 0);
+        memset(&d, 0, sizeof d);
+        d.rows = d_rows;
+        d.row_stride = row_stride;
+        d.num_rows = ROWS;
+        d.place = (const moe_place*)bp.p;
+        d.weights = (const float*)bw.p;
+        d.y = d_y;
+        d.y_stride = y_stride;
+        d.num_tokens = T;
+        d.hidden = H;
+        d.top_k = K;
+        CHECK_STATUS(moe_combine(&d, test_now.stream), MOE_OK);
+        TEST_CUDA(cudaDeviceSynchronize());
+        TEST_CUDA(cudaMemcpy2D(got, H * 2, d_y, (size_t)y_stride * 2, H * 2, T,
+                               cudaMemcpyDeviceToHost));
+        memset(&ref, 0, sizeof ref);
+        ref.rows = rows;
+        ref.place = place;
+        ref.weights = weights;
+        ref.rows_dtype = MOE_BF16;
+        ref.num_tokens = T;
+        ref.hidden = H;
+        ref.top_k = K;
+        moe_ref_combine_f64(&ref, exact, 0);
+        CHECK_CLOSE("y", got, MOE_BF16, H, exact, (const double*)0, T, H);
+        tbuf_free(&bp);
+        tbuf_free(&bw);
+        TEST_CUDA(cudaFree(d_rows));
+        TEST_CUDA(cudaFree(d_y));
+        free(rows);
+        free(got);
+        free(exact);
+    }
+#endif
+}
+
+int main(int argc, char** argv)
+{
+    test_begin(argc, argv);
+    RUN(test_combine_shapes);
+    RUN(test_combine_many_choices);
+    RUN(test_combine_dtypes);
+    RUN(test_combine_alignment);
+    RUN(test_combine_nothing_to_add);
+    RUN(test_combine_no_tokens);
+    RUN(test_combine_faults);
+    RUN(test_combine_refusals);
+    RUN(test_combine_one_array);
+    RUN(test_combine_same_bits);
+    RUN(test_combine_after_route);
+    RUN(test_combine_graph);
+    RUN(test_combine_large);
+    RUN(test_combine_past_2_31);
+    return test_end();
+}

@@ -1,0 +1,517 @@
+/* test_gate.cu: moe/gate.cuh against its reference in double.
+
+     nvcc -I. -arch=sm_90a tests/unit/test_gate.cu -o test_gate
+     g++ -x c++ -std=c++14 -O2 -I. tests/unit/test_gate.cu -o test_gate */
+#include "tests/test.h"
+
+#include "moe/gate.cuh"
+#include "moe/ref/gate.h"
+
+/* What the logits look like. */
+enum {
+    NORMAL,   /* O(1) */
+    FEW,      /* three values: nearly everything is a tie */
+    EQUAL,    /* one value */
+    ZEROS,    /* +0 and -0: equals */
+    INFINITE, /* some +inf, some -inf, rows of -inf, rows of +inf */
+    WITH_NAN, /* every third row holds one NaN, of either sign */
+    ALL_NAN,
+    SPREAD, /* up to +-80: most weights underflow */
+    PATTERNS
+};
+
+/* One case; zero means default, as in the descriptor. */
+typedef struct gate_case {
+    int T, E, K, dtype, score, renormalize, pattern;
+    int pad;      /* stride - E */
+    int misalign; /* of the logits, elements */
+    int bare;     /* 1: neither counts nor fault word */
+    float scale;
+} gate_case;
+
+/* Device memory of a case and the descriptor over it. */
+typedef struct gate_bufs {
+    tbuf logits, ids, weights, count, chunk, fault;
+    moe_gate_desc d;
+} gate_bufs;
+
+static void fill_logits(void* p, const gate_case* c, trand* r)
+{
+    const int64_t stride = c->E + c->pad;
+    /* the gaps between the rows are NaN: whoever reads them shows it */
+    for (int64_t i = 0; i < c->T * stride; ++i) moe_store(p, i, c->dtype, NAN);
+    for (int t = 0; t < c->T; ++t)
+        for (int e = 0; e < c->E; ++e) {
+            float v = trand_normal(r);
+            if (c->pattern == FEW) v = (float)trand_int(r, -1, 1);
+            if (c->pattern == EQUAL) v = 0.75f;
+            if (c->pattern == ZEROS) v = trand_int(r, 0, 1) ? 0.0f : -0.0f;
+            if (c->pattern == SPREAD) v *= 25.0f;
+            if (c->pattern == ALL_NAN) v = NAN;
+            if (c->pattern == INFINITE) {
+                const int64_t u = trand_int(r, 0, 9);
+                if (u < 3 || t % 4 == 1) v = -INFINITY;
+                else if ((u < 5 && t % 4 != 2) || t % 8 == 3) v = INFINITY;
+            }
+            moe_store(p, t * stride + e, c->dtype, v);
+        }
+    if (c->pattern == WITH_NAN)
+        for (int t = 1; t < c->T; t += 3) {
+            const float nan = moe_f32_from_bits(t & 1 ? 0x7fffffffu : 0xffffffffu);
+            const int64_t at = t * stride + trand_int(r, 0, c->E - 1);
+            moe_store(p, at, c->dtype, nan);
+            if (c->dtype != MOE_FP32 && !(t & 1)) ((uint16_t*)p)[at] = 0xffff;
+        }
+}
+
+static void bufs_new(gate_bufs* b, const gate_case* c, const void* logits)
+{
+    const size_t bytes = (size_t)moe_dtype_bytes(c->dtype), slots = (size_t)c->T * (size_t)c->K;
+    const size_t extent = moei_extent(c->T, c->E + c->pad, c->E, c->dtype);
+    memset(&b->d, 0, sizeof b->d);
+    b->logits = tbuf_from("logits", logits, extent, (size_t)c->misalign * bytes);
+    b->ids = tbuf_new("ids", slots * 4, 4);
+    b->weights = tbuf_new("weights", slots * 4, 12);
+    b->count = tbuf_new("expert_count", (size_t)c->E * 4, 4);
+    b->chunk = tbuf_new("chunk_count", (size_t)(c->E * moe_num_chunks(c->T)) * 4, 8);
+    b->fault = tfault_new(0);
+    b->d.logits = b->logits.p;
+    b->d.logits_dtype = c->dtype == MOE_FP32 ? MOE_DTYPE_DEFAULT : c->dtype;
+    b->d.logits_stride = c->pad ? c->E + c->pad : 0;
+    b->d.ids = (int32_t*)b->ids.p;
+    b->d.weights = (float*)b->weights.p;
+    if (!c->bare) {
+        b->d.expert_count = (int32_t*)b->count.p;
+        b->d.chunk_count = (int32_t*)b->chunk.p;
+        b->d.fault = (uint64_t*)b->fault.p;
+    }
+    b->d.num_tokens = c->T;
+    b->d.num_experts = c->E;
+    b->d.top_k = c->K;
+    b->d.score = c->score;
+    b->d.renormalize = c->renormalize;
+    b->d.scale = c->scale;
+}
+
+static void bufs_free(gate_bufs* b)
+{
+    tbuf_free(&b->logits);
+    tbuf_free(&b->ids);
+    tbuf_free(&b->weights);
+    tbuf_free(&b->count);
+    tbuf_free(&b->chunk);
+    tbuf_free(&b->fault);
+}
+
+static const char* case_text(const gate_case* c)
+{
+    static char text[160];
+    snprintf(
+        text, sizeof text,
+        "T=%d E=%d K=%d %s score=%d renormalize=%d scale=%g pattern=%d pad=%d misalign=%d bare=%d",
+        c->T, c->E, c->K, moe_dtype_name(c->dtype), c->score, c->renormalize, (double)c->scale,
+        c->pattern, c->pad, c->misalign, c->bare);
+    return text;
+}
+
+/* What the descriptor's outputs must be, given the logits, and that they are. */
+static void compare(const gate_bufs* b, const gate_case* c, const void* logits)
+{
+    const int64_t slots = (int64_t)c->T * c->K, chunks = moe_num_chunks(c->T);
+    int32_t* ids = (int32_t*)test_host(slots * 4);
+    int32_t* count = (int32_t*)test_host(c->E * 4);
+    int32_t* chunk = (int32_t*)test_host(c->E * chunks * 4);
+    double* weights = (double*)test_host(slots * 8);
+    const int before = test_now.failures;
+    moe_ref_gate_desc r;
+    int64_t first_nan;
+    int32_t* got_ids = (int32_t*)tbuf_copy(&b->ids);
+    float* got = (float*)tbuf_copy(&b->weights);
+    memset(&r, 0, sizeof r);
+    r.logits = logits;
+    r.logits_stride = c->E + c->pad;
+    r.logits_dtype = c->dtype;
+    r.num_tokens = c->T;
+    r.num_experts = c->E;
+    r.top_k = c->K;
+    r.score = c->score;
+    r.renormalize = c->renormalize;
+    r.scale = c->scale;
+    first_nan = moe_ref_gate_f64(&r, ids, weights, count, chunk);
+
+    CHECK_INTS("ids", got_ids, ids, slots);
+    if (slots > 0 && c->pattern != ALL_NAN)
+        CHECK_CLOSE("weights", got, MOE_FP32, c->K, weights, (const double*)0, c->T, c->K);
+    for (int64_t i = 0; i < slots; ++i) {
+        /* nothing cancels, so each weight is right relatively as well; very small ones may
+           underflow, and the zeros of -inf and of NaN rows are exact */
+        const double error = fabs(got[i] - weights[i]);
+        const double scale = c->scale == 0 ? 1 : fabs((double)c->scale);
+        const double grows = c->pattern == SPREAD ? 4 : 1; /* with the distance to the maximum */
+        CHECK(error <= 4e-6 * grows * fabs(weights[i]) + scale * 1e-37,
+              "weight of slot %lld: %.9g, not %.9g", (long long)i, (double)got[i], weights[i]);
+    }
+    if (c->bare) {
+        CHECK(tbuf_holds(&b->count, 0) && tbuf_holds(&b->chunk, 0), "outputs that were not given");
+        CHECK_FAULT(&b->fault, MOE_FAULT_NONE, 0);
+    } else {
+        int32_t* got_count = (int32_t*)tbuf_copy(&b->count);
+        int32_t* got_chunk = (int32_t*)tbuf_copy(&b->chunk);
+        CHECK_INTS("expert_count", got_count, count, c->E);
+        CHECK_INTS("chunk_count", got_chunk, chunk, c->E * chunks);
+        CHECK_FAULT(&b->fault, first_nan < 0 ? MOE_FAULT_NONE : MOE_FAULT_NAN_LOGIT,
+                    first_nan < 0 ? 0 : first_nan);
+        free(got_count);
+        free(got_chunk);
+    }
+    if (test_now.failures > before) printf("  in: %s\n", case_text(c));
+    free(ids);
+    free(count);
+    free(chunk);
+    free(weights);
+    free(got_ids);
+    free(got);
+}
+
+static void run_case(const gate_case* c, trand* r)
+{
+    const int64_t stride = c->E + c->pad;
+    void* logits = test_host(c->T * stride * 4);
+    gate_bufs b;
+    fill_logits(logits, c, r);
+    bufs_new(&b, c, logits);
+    CHECK_STATUS(moe_gate(&b.d, test_now.stream), MOE_OK);
+    compare(&b, c, logits);
+    CHECK(tbuf_holds(&b.logits, logits), "the logits were written");
+    bufs_free(&b);
+    free(logits);
+}
+
+static gate_case random_case(trand* r, int T, int E, int K)
+{
+    gate_case c;
+    memset(&c, 0, sizeof c);
+    c.T = T;
+    c.E = E;
+    c.K = K;
+    c.dtype = (int)trand_int(r, MOE_FP32, MOE_BF16);
+    c.score = (int)trand_int(r, 0, 3);
+    c.renormalize = (int)trand_int(r, 0, 1);
+    c.scale = trand_int(r, 0, 3) ? 0.0f : 2.5f;
+    c.pad = trand_int(r, 0, 1) ? 0 : (int)trand_int(r, 1, 24);
+    c.misalign = trand_int(r, 0, 1) ? 0 : (int)trand_int(r, 1, 9);
+    c.bare = trand_int(r, 0, 5) == 0;
+    return c;
+}
+
+/* Every E of the list with every K of the list, the rest drawn. */
+static void test_gate_shapes(void)
+{
+    static const int Es[] = {1,   2,   3,   7,   8,   31,  32,  33,  63,   64,   65,   100, 128,
+                             129, 200, 256, 257, 384, 512, 513, 1000, 1024, 1025, 1500};
+    static const int Ks[] = {1, 2, 4, 6, 8, 9, 16, 17, 31, 32, 33, 64};
+    static const int Ts[] = {1, 2, 5, 31, 32, 33, 64, 77};
+    trand r = trand_new(1);
+    for (size_t i = 0; i < sizeof Es / sizeof *Es; ++i)
+        for (size_t j = 0; j < sizeof Ks / sizeof *Ks; ++j) {
+            gate_case c;
+            if (Ks[j] > Es[i]) continue;
+            c = random_case(&r, Ts[trand_int(&r, 0, MOE_ON_HOST && Ks[j] > 32 ? 2 : 7)], Es[i],
+                            Ks[j]);
+            run_case(&c, &r);
+        }
+}
+
+/* K = E: every expert is chosen, in order. */
+static void test_gate_all_experts(void)
+{
+    static const int Es[] = {1, 3, 7, 8, 31, 32, 33, 64, 100, 257, 600};
+    trand r = trand_new(2);
+    for (size_t i = 0; i < sizeof Es / sizeof *Es; ++i)
+        for (int pattern = 0; pattern < PATTERNS; ++pattern) {
+            gate_case c = random_case(&r, Es[i] > 100 ? 3 : 35, Es[i], Es[i]);
+            if (MOE_ON_HOST && Es[i] > 300 && pattern > FEW) continue;
+            c.pattern = pattern;
+            run_case(&c, &r);
+        }
+}
+
+/* The sum of many chosen weights must be as exact as the weights are. */
+static void test_gate_many_choices(void)
+{
+    trand r = trand_new(11);
+    for (int score = 1; score <= 3; ++score) {
+        gate_case c = random_case(&r, 2, 600, 600);
+        c.dtype = MOE_FP32;
+        c.score = score;
+        c.renormalize = 1;
+        c.pattern = FEW;
+        run_case(&c, &r);
+    }
+}
+
+/* Every pattern of logits in every dtype, score and form of the kernel. */
+static void test_gate_patterns(void)
+{
+    static const int EK[][2] = {{8, 2},   {64, 8},    {100, 6}, {200, 8},
+                                {384, 8}, {1000, 32}, {40, 33}};
+    trand r = trand_new(3);
+    CHECK((int)MOE_REF_SOFTMAX == (int)MOE_SCORE_SOFTMAX &&
+          (int)MOE_REF_TOPK_SOFTMAX == (int)MOE_SCORE_TOPK_SOFTMAX &&
+          (int)MOE_REF_SIGMOID == (int)MOE_SCORE_SIGMOID);
+    for (size_t i = 0; i < sizeof EK / sizeof *EK; ++i)
+        for (int pattern = 0; pattern < PATTERNS; ++pattern)
+            for (int score = 1; score <= 3; ++score)
+                for (int renormalize = 0; renormalize < 2; ++renormalize) {
+                    gate_case c = random_case(&r, (int)trand_int(&r, 30, 40), EK[i][0], EK[i][1]);
+                    if (MOE_ON_HOST && c.E >= 384 && renormalize) c.T = 9;
+                    c.pattern = pattern;
+                    c.score = score;
+                    c.renormalize = renormalize;
+                    c.bare = 0;
+                    run_case(&c, &r);
+                }
+}
+
+/* Base pointers and strides of every remainder, in every dtype. */
+static void test_gate_alignment(void)
+{
+    static const int Es[] = {8, 60, 128, 256};
+    trand r = trand_new(4);
+    for (int dtype = MOE_FP32; dtype <= MOE_BF16; ++dtype)
+        for (int misalign = 0; misalign < 9; ++misalign)
+            for (int pad = 0; pad < 9; ++pad) {
+                gate_case c = random_case(&r, 3, Es[(misalign + pad) % 4], 4);
+                c.dtype = dtype;
+                c.misalign = misalign;
+                c.pad = pad;
+                run_case(&c, &r);
+            }
+}
+
+static void test_gate_no_tokens(void)
+{
+    trand r = trand_new(5);
+    gate_case c = random_case(&r, 0, 17, 3);
+    gate_bufs b;
+    int32_t zeros[17];
+    memset(zeros, 0, sizeof zeros);
+    c.bare = 0;
+    bufs_new(&b, &c, zeros);
+    b.d.logits = 0; /* with no tokens nothing else is needed */
+    b.d.ids = 0;
+    b.d.weights = 0;
+    CHECK_STATUS(moe_gate(&b.d, test_now.stream), MOE_OK);
+    CHECK(tbuf_holds(&b.count, zeros), "expert_count is cleared");
+    b.d.expert_count = 0;
+    CHECK_STATUS(moe_gate(&b.d, test_now.stream), MOE_OK);
+    CHECK_FAULT(&b.fault, MOE_FAULT_NONE, 0);
+    bufs_free(&b);
+}
+
+/* The fault word: the first NaN row of many; kept over calls; a stop fault stops the gate. */
+static void test_gate_faults(void)
+{
+    gate_case c;
+    gate_bufs b;
+    float* logits;
+    uint64_t word;
+    trand r = trand_new(6);
+    memset(&c, 0, sizeof c);
+    c.T = 200;
+    c.E = 20;
+    c.K = 3;
+    c.dtype = MOE_FP32;
+    logits = (float*)test_host(c.T * c.E * 4);
+    fill_logits(logits, &c, &r);
+    logits[37 * 20 + 19] = logits[38 * 20] = logits[36 * 20 + 5] = logits[199 * 20 + 7] = NAN;
+    bufs_new(&b, &c, logits);
+    for (int i = 0; i < 3; ++i) {
+        CHECK_STATUS(moe_gate(&b.d, test_now.stream), MOE_OK);
+        CHECK_FAULT(&b.fault, MOE_FAULT_NAN_LOGIT, 36);
+    }
+    word = MOEI_FAULT_KEY(MOE_FAULT_NAN_LOGIT, 0, 12); /* an earlier fault stays */
+    tbuf_put(&b.fault, &word);
+    CHECK_STATUS(moe_gate(&b.d, test_now.stream), MOE_OK);
+    CHECK_FAULT(&b.fault, MOE_FAULT_NAN_LOGIT, 12);
+    word = MOEI_FAULT_KEY(MOE_FAULT_BAD_PLACE, 0, 0); /* one with a later code does not */
+    tbuf_put(&b.fault, &word);
+    CHECK_STATUS(moe_gate(&b.d, test_now.stream), MOE_OK);
+    CHECK_FAULT(&b.fault, MOE_FAULT_NAN_LOGIT, 36);
+    word = MOEI_FAULT_KEY(MOE_FAULT_BAD_OFFSET, 0, 4);
+    tbuf_put(&b.fault, &word);
+    tbuf_poison(&b.ids);
+    tbuf_poison(&b.weights);
+    tbuf_poison(&b.chunk);
+    CHECK_STATUS(moe_gate(&b.d, test_now.stream), MOE_OK);
+    CHECK(tbuf_holds(&b.ids, 0) && tbuf_holds(&b.weights, 0) && tbuf_holds(&b.chunk, 0),
+          "the gate ran on after a stop fault");
+    CHECK_FAULT(&b.fault, MOE_FAULT_BAD_OFFSET, 4);
+    bufs_free(&b);
+    free(logits);
+}
+
+/* Every field, wrong in every way: its own status, and nothing is written. */
+static void test_gate_refusals(void)
+{
+    gate_case c;
+    gate_bufs b;
+    moe_gate_desc good, d;
+    void* logits;
+    trand r = trand_new(7);
+    memset(&c, 0, sizeof c);
+    c.T = 33;
+    c.E = 20;
+    c.K = 3;
+    c.dtype = MOE_FP32;
+    logits = test_host(c.T * c.E * 4);
+    fill_logits(logits, &c, &r);
+    bufs_new(&b, &c, logits);
+    good = b.d;
+#define REFUSED(change, kind, field)                                                              \
+    d = good;                                                                                     \
+    change;                                                                                       \
+    CHECK_STATUS(moe_gate(&d, test_now.stream), MOE_STATUS(kind, field))
+    CHECK_STATUS(moe_gate(0, test_now.stream), MOE_STATUS(MOE_ERR_NULL, desc));
+    REFUSED(d.num_tokens = -1, MOE_ERR_RANGE, num_tokens);
+    REFUSED(d.num_tokens = INT32_MIN, MOE_ERR_RANGE, num_tokens);
+    REFUSED(d.num_experts = 0, MOE_ERR_RANGE, num_experts);
+    REFUSED(d.num_experts = -8, MOE_ERR_RANGE, num_experts);
+    REFUSED(d.num_experts = MOE_MAX_EXPERTS + 1, MOE_ERR_RANGE, num_experts);
+    REFUSED(d.top_k = 0, MOE_ERR_RANGE, top_k);
+    REFUSED(d.top_k = -1, MOE_ERR_RANGE, top_k);
+    REFUSED(d.top_k = 21, MOE_ERR_RANGE, top_k);
+    REFUSED(d.logits_dtype = 4, MOE_ERR_DTYPE, logits_dtype);
+    REFUSED(d.logits_dtype = -1, MOE_ERR_DTYPE, logits_dtype);
+    REFUSED(d.logits_stride = 19, MOE_ERR_STRIDE, logits_stride);
+    REFUSED(d.logits_stride = -20, MOE_ERR_STRIDE, logits_stride);
+    REFUSED(d.score = 4, MOE_ERR_OPTION, score);
+    REFUSED(d.score = -1, MOE_ERR_OPTION, score);
+    REFUSED(d.renormalize = 2, MOE_ERR_OPTION, renormalize);
+    REFUSED(d.renormalize = -1, MOE_ERR_OPTION, renormalize);
+    REFUSED(d.scale = INFINITY, MOE_ERR_RANGE, scale);
+    REFUSED(d.scale = -INFINITY, MOE_ERR_RANGE, scale);
+    REFUSED(d.scale = NAN, MOE_ERR_RANGE, scale);
+    REFUSED(d.logits = 0, MOE_ERR_NULL, logits);
+    REFUSED(d.ids = 0, MOE_ERR_NULL, ids);
+    REFUSED(d.weights = 0, MOE_ERR_NULL, weights);
+    REFUSED(d.logits = (char*)d.logits + 2, MOE_ERR_ALIGN, logits);
+    REFUSED((d.logits = (char*)d.logits + 1, d.logits_dtype = MOE_BF16), MOE_ERR_ALIGN, logits);
+    REFUSED(d.ids = (int32_t*)((char*)d.ids + 1), MOE_ERR_ALIGN, ids);
+    REFUSED(d.weights = (float*)((char*)d.weights + 2), MOE_ERR_ALIGN, weights);
+    REFUSED(d.expert_count = (int32_t*)((char*)d.expert_count + 2), MOE_ERR_ALIGN, expert_count);
+    REFUSED(d.chunk_count = (int32_t*)((char*)d.chunk_count + 3), MOE_ERR_ALIGN, chunk_count);
+    REFUSED(d.fault = (uint64_t*)((char*)d.fault + 4), MOE_ERR_ALIGN, fault);
+    REFUSED(d.ids = (int32_t*)d.logits, MOE_ERR_OVERLAP, ids);
+    REFUSED(d.ids = (int32_t*)d.logits + 33 * 20 - 1, MOE_ERR_OVERLAP, ids);
+    REFUSED(d.weights = (float*)d.logits, MOE_ERR_OVERLAP, weights);
+    REFUSED(d.weights = (float*)d.ids + 98, MOE_ERR_OVERLAP, weights);
+    REFUSED(d.expert_count = (int32_t*)d.logits + 5, MOE_ERR_OVERLAP, expert_count);
+    REFUSED(d.expert_count = d.ids, MOE_ERR_OVERLAP, expert_count);
+    REFUSED(d.expert_count = (int32_t*)d.weights - 19, MOE_ERR_OVERLAP, expert_count);
+    REFUSED(d.chunk_count = d.expert_count, MOE_ERR_OVERLAP, chunk_count);
+    REFUSED(d.chunk_count = (int32_t*)d.logits, MOE_ERR_OVERLAP, chunk_count);
+    REFUSED(d.fault = (uint64_t*)d.logits, MOE_ERR_OVERLAP, fault);
+    REFUSED(d.fault = (uint64_t*)((uintptr_t)(d.ids + 8) & ~(uintptr_t)7), MOE_ERR_OVERLAP, fault);
+#undef REFUSED
+    TEST_CUDA(cudaDeviceSynchronize());
+    CHECK(tbuf_holds(&b.logits, logits), "logits");
+    CHECK(tbuf_holds(&b.ids, 0) && tbuf_holds(&b.weights, 0), "ids, weights");
+    CHECK(tbuf_holds(&b.count, 0) && tbuf_holds(&b.chunk, 0), "counts");
+    CHECK_FAULT(&b.fault, MOE_FAULT_NONE, 0);
+    CHECK_STATUS(moe_gate(&good, test_now.stream), MOE_OK);
+    compare(&b, &c, logits);
+    bufs_free(&b);
+    free(logits);
+}
+
+static moe_status call_gate(void* d, cudaStream_t stream)
+{
+    return moe_gate((const moe_gate_desc*)d, stream);
+}
+
+static void test_gate_same_bits(void)
+{
+    static const int EK[][2] = {{128, 8}, {256, 8}, {1500, 4}, {60, 40}};
+    trand r = trand_new(8);
+    for (int i = 0; i < 4; ++i) {
+        gate_case c = random_case(&r, 70, EK[i][0], EK[i][1]);
+        void* logits = test_host(c.T * (c.E + c.pad) * 4);
+        gate_bufs b;
+        tbuf* out[4];
+        c.bare = 0;
+        c.pattern = i & 1 ? FEW : NORMAL;
+        fill_logits(logits, &c, &r);
+        bufs_new(&b, &c, logits);
+        out[0] = &b.ids;
+        out[1] = &b.weights;
+        out[2] = &b.count;
+        out[3] = &b.chunk;
+        test_same_bits("gate", call_gate, &b.d, out, 4, MOE_ON_HOST ? 4 : 100);
+        compare(&b, &c, logits);
+        bufs_free(&b);
+        free(logits);
+    }
+}
+
+/* A captured gate, launched again over other logits. */
+static void test_gate_graph(void)
+{
+    trand r = trand_new(9);
+    gate_case c = random_case(&r, 50, 128, 8);
+    void* logits = test_host(c.T * (c.E + c.pad) * 4);
+    const uint64_t no_fault = 0;
+    gate_bufs b;
+    tgraph g;
+    c.bare = 0;
+    fill_logits(logits, &c, &r);
+    bufs_new(&b, &c, logits);
+    CHECK_STATUS(moe_gate_preload(), MOE_OK);
+    if (tgraph_capture(&g, call_gate, &b.d)) {
+        CHECK(tbuf_holds(&b.ids, 0), "capture itself runs nothing");
+        for (int i = 0; i < 5; ++i) {
+            c.pattern = i == 2 ? FEW : i == 3 ? WITH_NAN : NORMAL;
+            fill_logits(logits, &c, &r);
+            tbuf_put(&b.logits, logits);
+            tbuf_put(&b.fault, &no_fault);
+            tbuf_poison(&b.ids);
+            tbuf_poison(&b.weights);
+            tgraph_launch(&g);
+            compare(&b, &c, logits);
+        }
+        tgraph_free(&g);
+    }
+    bufs_free(&b);
+    free(logits);
+}
+
+static void test_gate_large(void)
+{
+#if !MOE_ON_HOST
+    static const int shape[][3] = {
+        {32768, 128, 8}, {8192, 256, 8}, {4097, 384, 6}, {2000, 4096, 4}};
+    trand r = trand_new(10);
+    for (int i = 0; i < 4; ++i) {
+        gate_case c = random_case(&r, shape[i][0], shape[i][1], shape[i][2]);
+        c.bare = 0;
+        run_case(&c, &r);
+    }
+#endif
+}
+
+int main(int argc, char** argv)
+{
+    test_begin(argc, argv);
+    RUN(test_gate_shapes);
+    RUN(test_gate_all_experts);
+    RUN(test_gate_many_choices);
+    RUN(test_gate_patterns);
+    RUN(test_gate_alignment);
+    RUN(test_gate_no_tokens);
+    RUN(test_gate_faults);
+    RUN(test_gate_refusals);
+    RUN(test_gate_same_bits);
+    RUN(test_gate_graph);
+    RUN(test_gate_large);
+    return test_end();
+}

@@ -1,0 +1,1186 @@
+/* test_gemm.cu: the grouped GEMM of moe/gemm against its reference in double, and its schedule
+   and its tensor-core pieces by themselves.
+
+     nvcc -I. -arch=sm_90a tests/unit/test_gemm.cu -o test_gemm
+     g++ -x c++ -std=c++14 -O2 -I. tests/unit/test_gemm.cu -o test_gemm */
+#include "tests/test.h"
+#include "tests/test_weights.h"
+
+/* All that grouped.cuh stamps by itself, and A read along M. */
+#define MOE_GEMM_VARIANT_LIST(X, ...)                                                             \
+    X(f16_kk, MOE_FP16, MOE_MAJOR_K, MOE_MAJOR_K, __VA_ARGS__)                                    \
+    X(f16_kn, MOE_FP16, MOE_MAJOR_K, MOE_MAJOR_MN, __VA_ARGS__)                                   \
+    X(bf16_kk, MOE_BF16, MOE_MAJOR_K, MOE_MAJOR_K, __VA_ARGS__)                                   \
+    X(bf16_kn, MOE_BF16, MOE_MAJOR_K, MOE_MAJOR_MN, __VA_ARGS__)                                  \
+    X(f16_nk, MOE_FP16, MOE_MAJOR_MN, MOE_MAJOR_K, __VA_ARGS__)                                   \
+    X(f16_nn, MOE_FP16, MOE_MAJOR_MN, MOE_MAJOR_MN, __VA_ARGS__)                                  \
+    X(bf16_nk, MOE_BF16, MOE_MAJOR_MN, MOE_MAJOR_K, __VA_ARGS__)                                  \
+    X(bf16_nn, MOE_BF16, MOE_MAJOR_MN, MOE_MAJOR_MN, __VA_ARGS__)
+#include "moe/gemm/grouped.cuh"
+#include "moe/ref/experts.h"
+#include "moe/ref/gemm.h"
+
+#define MOST_EXPERTS TWEIGHTS_MOST
+
+/* ------------------------------------------------------------------ the schedule */
+
+typedef struct schedule_args {
+    const int32_t* expert_offset;
+    int32_t num_experts, num_rows, column_tiles, row_align, tile_rows, most;
+    int32_t* num_tiles; /* [1] */
+    moei_tile* tiles;   /* [most] */
+    uint64_t* fault;
+} schedule_args;
+
+MOE_KERNEL(128, 1) schedule_kernel(MOE_ARG(schedule_args) d)
+{
+    MOE_SHARED(moei_block_scan_scratch, scratch);
+    MOE_SHARED_DYNAMIC(shared);
+    moei_schedule s;
+    int count;
+    s.expert_offset = d.expert_offset;
+    s.num_experts = d.num_experts;
+    s.num_rows = d.num_rows;
+    s.column_tiles = d.column_tiles;
+    s.row_align = d.row_align;
+    s.tile_start = (int*)shared;
+    count = moei_schedule_build(&s, &scratch, d.fault, d.tile_rows);
+    if (threadIdx.x == 0) *d.num_tiles = count;
+    for (int i = (int)threadIdx.x; i < count && i < d.most; i += (int)blockDim.x)
+        d.tiles[i] = moei_schedule_tile(&s, i, d.tile_rows);
+}
+
+/* Runs the schedule for these offsets; returns the number of tiles, and the tiles in *tiles. */
+static int run_schedule(const int32_t* offset, int E, int rows, int columns, int align,
+                        int tile_rows, int bad, moei_tile** tiles)
+{
+    const int most = (rows / tile_rows + 2 * E + 1) * columns;
+    int32_t count;
+    schedule_args a;
+    moei_launch_config c = moei_grid(1, 128, ((size_t)E + 1) * 4, test_now.stream);
+    tbuf bo, bn = tbuf_new("num_tiles", 4, 0), bf = tfault_new(0);
+    tbuf bt = tbuf_new("tiles", (size_t)most * sizeof(moei_tile), 0);
+    memset(&a, 0, sizeof a);
+    memset(&bo, 0, sizeof bo);
+    if (offset) {
+        bo = tbuf_from("offset", offset, (size_t)E * 4 + 4, 4);
+        a.expert_offset = (const int32_t*)bo.p;
+    }
+    a.num_experts = E;
+    a.num_rows = rows;
+    a.column_tiles = columns;
+    a.row_align = align;
+    a.tile_rows = tile_rows;
+    a.most = most;
+    a.num_tiles = (int32_t*)bn.p;
+    a.tiles = (moei_tile*)bt.p;
+    a.fault = (uint64_t*)bf.p;
+    CHECK_STATUS(MOE_LAUNCH(schedule_kernel, c, a), MOE_OK);
+    tbuf_get(&bn, &count);
+    CHECK(count <= most, "%d tiles of %d", count, most);
+    CHECK_FAULT(&bf, bad < 0 ? MOE_FAULT_NONE : MOE_FAULT_BAD_OFFSET, bad < 0 ? 0 : bad);
+    *tiles = (moei_tile*)tbuf_copy(&bt);
+    if (bad >= 0) CHECK(tbuf_holds(&bt, 0), "tiles of offsets that make no sense");
+    if (offset) tbuf_free(&bo);
+    tbuf_free(&bn);
+    tbuf_free(&bt);
+    tbuf_free(&bf);
+    return count;
+}
+
+/* Every tile of every expert stands exactly once, at its place in the walk: experts one after
+   another, bands of row tiles within one, in a band all columns, rows fastest. */
+static void check_schedule(const int32_t* offset, int E, int rows, int columns, int align,
+                           int tile_rows)
+{
+    moei_tile* tiles;
+    const int count = run_schedule(offset, E, rows, columns, align, tile_rows, -1, &tiles);
+    int at = 0, wrong = 0;
+    for (int e = 0; e < E; ++e) {
+        const int begin = offset ? offset[e] : 0, end = offset ? offset[e + 1] : rows;
+        const int first = begin / align * align;
+        if (begin == end) continue;
+        for (int band = first; band < end; band += MOEI_GEMM_BAND * tile_rows)
+            for (int column = 0; column < columns; ++column)
+                for (int i = 0; i < MOEI_GEMM_BAND && band + i * tile_rows < end; ++i, ++at) {
+                    const moei_tile t = tiles[at < count ? at : 0];
+                    wrong += at >= count || t.expert != e || t.begin != begin || t.end != end ||
+                             t.row != band + i * tile_rows || t.column != column;
+                }
+    }
+    CHECK(wrong == 0 && at == count, "E=%d columns=%d align=%d tile=%d: %d wrong, %d tiles, not %d",
+          E, columns, align, tile_rows, wrong, count, at);
+    free(tiles);
+}
+
+static void test_gemm_schedule(void)
+{
+    enum { MOST = 300 };
+    static const int Es[] = {1, 2, 7, 64, 127, 129, MOST}, columns[] = {1, 3, 17};
+    static const int tile_rows[] = {32, 64, 128}, sizes[] = {0, 0, 0, 1, 1, 7, 63, 64, 65, 127,
+                                                             128, 129, 511, 512, 513, 2049, 4500};
+    trand r = trand_new(1);
+    for (size_t i = 0; i < sizeof Es / sizeof *Es; ++i)
+        for (size_t j = 0; j < sizeof columns / sizeof *columns; ++j)
+            for (size_t k = 0; k < sizeof tile_rows / sizeof *tile_rows; ++k)
+                for (int align = 1; align <= 8; align += 7) {
+                    const int E = Es[i];
+                    int32_t offset[MOST + 1];
+                    offset[0] = trand_int(&r, 0, 1) ? 0 : (int32_t)trand_int(&r, 1, 90);
+                    for (int e = 0; e < E; ++e)
+                        offset[e + 1] =
+                            offset[e] + sizes[trand_int(&r, 0, sizeof sizes / sizeof *sizes -
+                                                                   (E > 20 ? 3 : 1))];
+                    check_schedule(offset, E, offset[E] + (int)trand_int(&r, 0, 3), columns[j],
+                                   align, tile_rows[k]);
+                }
+    check_schedule(0, 1, 1000, 5, 1, 64); /* no offsets: all rows are the one expert's */
+    check_schedule(0, 1, 1, 1, 8, 128);
+    check_schedule(0, 1, 0, 3, 1, 64);
+    {
+        static const int32_t nothing[] = {0, 0, 0, 0}, all[] = {0, 0, 999, 999};
+        check_schedule(nothing, 3, 50, 4, 1, 64);
+        check_schedule(all, 3, 999, 4, 8, 32);
+    }
+}
+
+static void test_gemm_schedule_bad(void)
+{
+    enum { E = 200 };
+    static const int where[] = {0, 1, 60, 127, 128, 150, E - 1};
+    int32_t offset[E + 1];
+    moei_tile* tiles;
+    for (size_t i = 0; i < sizeof where / sizeof *where; ++i)
+        for (int how = 0; how < 3; ++how) {
+            const int at = where[i]; /* the expert that is wrong */
+            int first = at;
+            for (int e = 0; e <= E; ++e) offset[e] = 3 * e + 5;
+            if (how == 0) offset[at + 1] = offset[at] - 1;
+            if (how == 1) {
+                offset[at] = -1 - at;
+                if (at > 0) first = at - 1; /* whose end it is */
+            }
+            if (how == 2) offset[at + 1] = 3 * E + 6;
+            CHECK(run_schedule(offset, E, 3 * E + 5, 2, 1, 64, first, &tiles) == -1, "how=%d", how);
+            free(tiles);
+        }
+    for (int e = 0; e <= E; ++e) offset[e] = 3 * e + 5;
+    offset[E] = INT32_MAX;
+    CHECK(run_schedule(offset, E, 3 * E + 5, 2, 8, 64, E - 1, &tiles) == -1, "far past the rows");
+    free(tiles);
+}
+
+/* ------------------------------------------------------------------ tensor-core pieces */
+
+typedef struct mma_args {
+    const uint16_t* a; /* the stored piece [32 or 16][lda] */
+    const uint16_t* b;
+    float* c; /* [16][20] */
+    int32_t variant;
+} mma_args;
+
+#define MMA_K 32  /* two products deep */
+#define MMA_LD 40 /* of a and b */
+#define MMA_ELEMS (MMA_K * MMA_LD)
+
+/* One warp: c = a b, k 32, added to c once more, then stored. */
+MOE_DEVICE void mma_warp(const mma_args* d, uint16_t* s, float* strip, const int dtype,
+                         const int a_major, const int b_major)
+{
+    moei_mma_a a;
+    moei_mma_b b;
+    moei_mma_c c;
+    for (int i = (int)threadIdx.x; i < MMA_ELEMS; i += 32) {
+        s[i] = d->a[i];
+        s[MMA_ELEMS + i] = d->b[i];
+    }
+    __syncwarp(MOEI_FULL);
+    moei_mma_zero(&c);
+    for (int k = 0; k < MMA_K; k += 16) {
+        moei_mma_load_a(&a, s + (a_major == MOE_MAJOR_K ? k : k * MMA_LD), MMA_LD, dtype, a_major);
+        moei_mma_load_b(&b, s + MMA_ELEMS + (b_major == MOE_MAJOR_K ? k : k * MMA_LD), MMA_LD,
+                        dtype, b_major);
+        moei_mma(&c, &a, &b, dtype, a_major, b_major);
+    }
+    moei_mma_store(strip, &c, 20);
+    __syncwarp(MOEI_FULL);
+    for (int i = (int)threadIdx.x; i < 16 * 20; i += 32)
+        if (i % 20 < 16) d->c[i] = strip[i];
+}
+
+#define MMA_LIST(X)                                                                               \
+    X(0, MOE_FP16, MOE_MAJOR_K, MOE_MAJOR_K)                                                      \
+    X(1, MOE_FP16, MOE_MAJOR_K, MOE_MAJOR_MN)                                                     \
+    X(2, MOE_FP16, MOE_MAJOR_MN, MOE_MAJOR_K)                                                     \
+    X(3, MOE_FP16, MOE_MAJOR_MN, MOE_MAJOR_MN)                                                    \
+    X(4, MOE_BF16, MOE_MAJOR_K, MOE_MAJOR_K)                                                      \
+    X(5, MOE_BF16, MOE_MAJOR_K, MOE_MAJOR_MN)                                                     \
+    X(6, MOE_BF16, MOE_MAJOR_MN, MOE_MAJOR_K)                                                     \
+    X(7, MOE_BF16, MOE_MAJOR_MN, MOE_MAJOR_MN)
+
+MOE_KERNEL(32, 1) mma_kernel(MOE_ARG(mma_args) d)
+{
+    MOE_SHARED_DYNAMIC(shared);
+    uint16_t* s = (uint16_t*)shared;
+    float* strip = (float*)(s + 2 * MMA_ELEMS);
+#define MMA_CASE(i, dtype, a_major, b_major)                                                      \
+    if (d.variant == i) mma_warp(&d, s, strip, dtype, a_major, b_major);
+    MMA_LIST(MMA_CASE)
+#undef MMA_CASE
+}
+
+static void test_gemm_mma(void)
+{
+    static const int variants[][3] = {
+#define MMA_ROW(i, dtype, a_major, b_major) {dtype, a_major, b_major},
+        MMA_LIST(MMA_ROW)
+#undef MMA_ROW
+    };
+    trand r = trand_new(2);
+    for (int v = 0; v < 8; ++v) {
+        const int dtype = variants[v][0];
+        const int a_mn = variants[v][1] == MOE_MAJOR_MN, b_mn = variants[v][2] == MOE_MAJOR_MN;
+        uint16_t a[MMA_ELEMS], b[MMA_ELEMS];
+        float got[16 * 20];
+        int wrong = 0, nonzero = 0, written = 0;
+        tbuf ba, bb, bc = tbuf_new("c", sizeof got, 0);
+        mma_args args;
+        moei_launch_config c = moei_grid(1, 32, MMA_ELEMS * 4 + 16 * 20 * 4, test_now.stream);
+        memset(a, 0xff, sizeof a); /* NaN wherever the piece is not */
+        memset(b, 0xff, sizeof b);
+        for (int i = 0; i < 16; ++i)
+            for (int k = 0; k < MMA_K; ++k) {
+                moe_store(a, a_mn ? k * MMA_LD + i : i * MMA_LD + k, dtype,
+                          (float)trand_int(&r, -9, 9));
+                moe_store(b, b_mn ? k * MMA_LD + i : i * MMA_LD + k, dtype,
+                          (float)trand_int(&r, -9, 9));
+            }
+        ba = tbuf_from("a", a, sizeof a, 0);
+        bb = tbuf_from("b", b, sizeof b, 0);
+        args.a = (const uint16_t*)ba.p;
+        args.b = (const uint16_t*)bb.p;
+        args.c = (float*)bc.p;
+        args.variant = v;
+        CHECK_STATUS(MOE_LAUNCH(mma_kernel, c, args), MOE_OK);
+        tbuf_get(&bc, got);
+        for (int m = 0; m < 16; ++m)
+            for (int n = 0; n < 20; ++n) {
+                float want = 0;
+                for (int k = 0; k < MMA_K && n < 16; ++k)
+                    want += moe_load(a, a_mn ? k * MMA_LD + m : m * MMA_LD + k, dtype) *
+                            moe_load(b, b_mn ? k * MMA_LD + n : n * MMA_LD + k, dtype);
+                if (n < 16) wrong += got[m * 20 + n] != want;
+                else written += got[m * 20 + n] == got[m * 20 + n];
+                nonzero += want != 0;
+            }
+        CHECK(wrong == 0 && written == 0 && nonzero > 200, "variant %d: %d of 256 are wrong", v,
+              wrong);
+        tbuf_free(&ba);
+        tbuf_free(&bb);
+        tbuf_free(&bc);
+    }
+}
+
+/* ------------------------------------------------------------------ the grouped GEMM */
+
+typedef struct gemm_case {
+    int E, n, k;
+    int rows[MOST_EXPERTS]; /* of each expert */
+    int lead, slack;        /* rows before the first expert's and after the last one's */
+    int dtype, c_dtype, a_major, b_major;
+    int epilogue, gate_up, bias;
+    int gather;           /* row_div; 0: no row_index */
+    int none, bad;        /* percent of the rows whose row_index is -1, out of range */
+    int a_rows;           /* rows of A; 0: as many as are needed */
+    int b_table, c_table; /* an allocation an expert */
+    int a_pad, b_pad, c_pad; /* stride - dense; multiples of 8 */
+    int no_offset;        /* 1: no expert_offset */
+    int fill;             /* TFILL_* */
+    int tile;
+    int64_t sampled; /* check every so many rows only; 0: all */
+} gemm_case;
+
+typedef struct gemm_bufs {
+    tbuf a, index, bias, offset, c, c_table, part[MOST_EXPERTS], fault;
+    tweights b;
+    void *h_a, *h_bias; /* h_a is K-major whatever the device's is */
+    int32_t h_offset[MOST_EXPERTS + 1], *h_index;
+    int num_rows;
+    int64_t a_rows;
+    moe_grouped_gemm_desc d;
+} gemm_bufs;
+
+static const char* case_text(const gemm_case* c)
+{
+    static char text[400];
+    int at = snprintf(
+        text, sizeof text,
+        "n=%d k=%d %s -> %s A %s B %s epilogue=%d gate_up=%d bias=%d gather=%d a_rows=%d tables %d "
+        "%d pads %d %d %d fill=%d tile=%d lead=%d slack=%d E=%d:",
+        c->n, c->k, moe_dtype_name(c->dtype), moe_dtype_name(c->c_dtype),
+        c->a_major == MOE_MAJOR_MN ? "M" : "K", c->b_major == MOE_MAJOR_MN ? "N" : "K", c->epilogue,
+        c->gate_up, c->bias, c->gather, c->a_rows, c->b_table, c->c_table, c->a_pad, c->b_pad,
+        c->c_pad, c->fill, c->tile, c->lead, c->slack, c->E);
+    for (int e = 0; e < c->E && at < (int)sizeof text - 12; ++e)
+        at += snprintf(text + at, sizeof text - (size_t)at, " %d", c->rows[e]);
+    return text;
+}
+
+static int is_swiglu(const gemm_case* c) { return c->epilogue == MOE_EPILOGUE_SWIGLU; }
+
+/* Row of A that row m takes; -1: zeros, -2: zeros and a fault. */
+static int64_t a_row_of(const gemm_bufs* b, const gemm_case* c, int m)
+{
+    int64_t row = c->gather ? b->h_index[m] : m;
+    if (row == -1) return -1;
+    if (row < 0) return -2;
+    if (c->gather) row /= c->gather;
+    return row < b->a_rows ? row : -2;
+}
+
+static void bufs_new(gemm_bufs* b, const gemm_case* c, trand* r)
+{
+    const int swiglu = is_swiglu(c), separate = swiglu && c->gate_up == MOE_GATE_UP_SEPARATE;
+    const int b_n = c->n * (swiglu && !separate ? 2 : 1), c_bytes = moe_dtype_bytes(c->c_dtype);
+    const int64_t c_stride = c->n + c->c_pad;
+    const float scale = (float)(1 / sqrt((double)c->k));
+    tweights_want want;
+    void* h;
+    memset(b, 0, sizeof *b);
+    b->h_offset[0] = c->lead;
+    for (int e = 0; e < c->E; ++e) b->h_offset[e + 1] = b->h_offset[e] + c->rows[e];
+    b->num_rows = b->h_offset[c->E] + c->slack;
+    b->a_rows = c->a_rows ? c->a_rows : b->num_rows;
+    if (c->a_major == MOE_MAJOR_MN && !c->a_rows) b->a_rows = (b->a_rows + 7) / 8 * 8;
+
+    b->h_a = trows_new(r, b->a_rows, c->k, c->k, c->dtype, c->fill, 1);
+    if (c->a_major == MOE_MAJOR_MN) { /* [k, a_rows] */
+        const int64_t stride = (b->a_rows + 7) / 8 * 8 + c->a_pad;
+        h = test_host(c->k * stride * 2);
+        for (int k = 0; k < c->k; ++k)
+            for (int64_t i = 0; i < b->a_rows; ++i)
+                ((uint16_t*)h)[k * stride + i] = ((const uint16_t*)b->h_a)[i * c->k + k];
+        b->a = tbuf_from("a", h, (size_t)moei_extent(c->k, stride, b->a_rows, c->dtype), 16);
+        b->d.a_stride = stride;
+    } else {
+        const int64_t stride = c->k + c->a_pad;
+        h = test_host(b->a_rows * stride * 2);
+        for (int64_t i = 0; i < b->a_rows; ++i)
+            memcpy((uint16_t*)h + i * stride, (const uint16_t*)b->h_a + i * c->k, (size_t)c->k * 2);
+        b->a = tbuf_from("a", h, (size_t)moei_extent(b->a_rows, stride, c->k, c->dtype), 16);
+        b->d.a_stride = c->a_pad ? stride : 0;
+    }
+    free(h);
+
+    b->h_index = (int32_t*)test_host(b->num_rows * 4); /* -1 where no expert's row is */
+    for (int m = c->lead; m < b->h_offset[c->E]; ++m) {
+        const int div = c->gather ? c->gather : 1;
+        const int64_t u = trand_int(r, 0, 99);
+        b->h_index[m] = (int32_t)trand_int(r, 0, b->a_rows * div - 1);
+        if (u < c->none) {
+            b->h_index[m] = -1;
+        } else if (u < c->none + c->bad) {
+            const int64_t how = trand_int(r, 0, 3);
+            b->h_index[m] = how == 0   ? (int32_t)(b->a_rows * div)
+                            : how == 1 ? INT32_MAX
+                            : how == 2 ? -2
+                                       : INT32_MIN;
+        }
+    }
+    b->index = tbuf_from("row_index", b->h_index, (size_t)b->num_rows * 4, 4);
+
+    memset(&want, 0, sizeof want);
+    want.experts = c->E;
+    want.n = b_n;
+    want.k = c->k;
+    want.dtype = c->dtype;
+    want.major = c->b_major;
+    want.table = c->b_table;
+    want.separate = separate;
+    want.pad = c->b_pad;
+    want.fill = c->fill;
+    want.scale = scale;
+    tweights_new(&b->b, &want, r);
+    b->h_bias = trows_new(r, c->E, c->n * (swiglu ? 2 : 1), c->n * (swiglu ? 2 : 1), c->dtype,
+                          c->fill, 1);
+    b->bias = tbuf_from("bias", b->h_bias, (size_t)(c->E * c->n * (swiglu ? 4 : 2)), 2);
+    b->offset = tbuf_from("offset", b->h_offset, (size_t)c->E * 4 + 4, 4);
+    if (c->c_table) {
+        void* address[MOST_EXPERTS];
+        for (int e = 0; e < c->E; ++e) {
+            b->part[e] = tbuf_new("part of c", (size_t)(c->rows[e] * c_stride * c_bytes),
+                                  16 * (size_t)(e % 3));
+            address[e] = b->part[e].p;
+        }
+        b->c_table = tbuf_from("c_table", address, (size_t)c->E * sizeof(void*), 8);
+        b->d.c_table = (void* const*)b->c_table.p;
+    } else {
+        b->c = tbuf_new("c", (size_t)(b->num_rows * c_stride * c_bytes), 16);
+        b->d.c = b->c.p;
+    }
+    b->fault = tfault_new(0);
+    b->d.a = b->a.p;
+    b->d.a_rows = c->a_rows || c->a_major == MOE_MAJOR_MN ? b->a_rows : 0;
+    b->d.row_index = c->gather ? (const int32_t*)b->index.p : (const int32_t*)0;
+    b->d.row_div = c->gather == 1 ? 0 : c->gather;
+    b->d.b = b->b.d;
+    b->d.bias = c->bias ? b->bias.p : (const void*)0;
+    b->d.expert_offset = c->no_offset ? (const int32_t*)0 : (const int32_t*)b->offset.p;
+    b->d.c_stride = c->c_pad ? c_stride : 0;
+    b->d.fault = (uint64_t*)b->fault.p;
+    b->d.num_experts = c->E;
+    b->d.num_rows = b->num_rows;
+    b->d.n = c->n;
+    b->d.k = c->k;
+    b->d.dtype = c->dtype == MOE_BF16 ? MOE_DTYPE_DEFAULT : c->dtype;
+    b->d.c_dtype = c->c_dtype == c->dtype ? MOE_DTYPE_DEFAULT : c->c_dtype;
+    b->d.a_major = c->a_major == MOE_MAJOR_MN ? MOE_MAJOR_MN : MOE_MAJOR_DEFAULT;
+    b->d.epilogue = swiglu ? MOE_EPILOGUE_SWIGLU : MOE_EPILOGUE_DEFAULT;
+    b->d.gate_up = c->gate_up == MOE_GATE_UP_CONCATENATED ? MOE_GATE_UP_DEFAULT : c->gate_up;
+    b->d.tile = c->tile;
+}
+
+static void bufs_free(gemm_bufs* b)
+{
+    tbuf_free(&b->a);
+    tbuf_free(&b->index);
+    tbuf_free(&b->bias);
+    tbuf_free(&b->offset);
+    if (b->c.p) tbuf_free(&b->c);
+    if (b->c_table.p) tbuf_free(&b->c_table);
+    for (int e = 0; e < MOST_EXPERTS; ++e)
+        if (b->part[e].p) tbuf_free(&b->part[e]);
+    tbuf_free(&b->fault);
+    tweights_free(&b->b);
+    free(b->h_a);
+    free(b->h_bias);
+    free(b->h_index);
+}
+
+/* Is all of C still the poison? */
+static int untouched(const gemm_bufs* b, const gemm_case* c)
+{
+    int same = 1;
+    for (int e = 0; e < c->E && c->c_table; ++e) same &= tbuf_holds(&b->part[e], 0);
+    return c->c_table ? same : tbuf_holds(&b->c, 0);
+}
+
+/* The exact product of `count` rows [count, n], and sum |a b|. use_up: of the up matrices. `pick`
+   names the rows, `offset` the first of each expert's among them. */
+static void exact_product(const gemm_bufs* b, const gemm_case* c, const int32_t* pick,
+                          const int32_t* offset, int n, int bias_stride, int bias_at, int use_up,
+                          double* exact, double* sum)
+{
+    const int64_t count = offset[c->E];
+    double* a = (double*)test_host(count * c->k * 8);
+    moe_ref_gemm_desc r;
+    for (int64_t i = 0; i < count; ++i) {
+        const int64_t from = a_row_of(b, c, pick[i]);
+        for (int k = 0; k < c->k; ++k)
+            a[i * c->k + k] = from >= 0 ? moe_load(b->h_a, from * c->k + k, c->dtype) : 0;
+    }
+    memset(&r, 0, sizeof r);
+    r.a = a;
+    r.a_dtype = MOE_REF_REAL;
+    r.expert_offset = offset;
+    r.b = tweights_host(&b->b);
+    r.b_dtype = c->dtype;
+    r.bias = c->bias ? (const uint16_t*)b->h_bias + bias_at : (const void*)0;
+    r.bias_dtype = c->dtype;
+    r.bias_stride = bias_stride;
+    r.num_experts = c->E;
+    r.n = n;
+    r.k = c->k;
+    r.use_up = use_up;
+    moe_ref_gemm_f64(&r, exact, sum);
+    free(a);
+}
+
+/* Everything that C holds, against the reference; and that nothing else was written. */
+static void compare(const gemm_bufs* b, const gemm_case* c)
+{
+    const int before = test_now.failures, swiglu = is_swiglu(c), n = c->n;
+    const int c_bytes = moe_dtype_bytes(c->c_dtype), b_n = swiglu ? 2 * n : n;
+    const int64_t c_stride = n + c->c_pad;
+    const int64_t step = c->sampled ? c->sampled : 1;
+    int32_t *pick = (int32_t*)test_host(b->num_rows * 4), offset[MOST_EXPERTS + 1];
+    int64_t count = 0, bad = -1, written = 0, wrong = 0, nonzero = 0;
+    double *raw, *raw_sum, *exact, *bound;
+    float* got;
+    char* all = c->c_table ? (char*)0 : (char*)tbuf_copy(&b->c);
+
+    for (int e = 0; e < c->E; ++e) {
+        offset[e] = (int32_t)count;
+        for (int m = b->h_offset[e]; m < b->h_offset[e + 1]; ++m) {
+            if (bad < 0 && a_row_of(b, c, m) == -2) bad = m;
+            if ((m - b->h_offset[e]) % step == 0) pick[count++] = m;
+        }
+    }
+    offset[c->E] = (int32_t)count;
+    raw = (double*)test_host(count * b_n * 8);
+    raw_sum = (double*)test_host(count * b_n * 8);
+    exact = (double*)test_host(count * n * 8);
+    bound = (double*)test_host(count * n * 8);
+    got = (float*)test_host(count * n * 4);
+
+    if (swiglu && c->gate_up == MOE_GATE_UP_SEPARATE) { /* gates, then ups: beside each other */
+        double* half = (double*)test_host(count * n * 8);
+        double* half_sum = (double*)test_host(count * n * 8);
+        for (int up = 0; up < 2; ++up) {
+            exact_product(b, c, pick, offset, n, b_n, up * n, up, half, half_sum);
+            for (int64_t i = 0; i < count; ++i) {
+                memcpy(raw + i * b_n + up * n, half + i * n, (size_t)n * 8);
+                memcpy(raw_sum + i * b_n + up * n, half_sum + i * n, (size_t)n * 8);
+            }
+        }
+        free(half);
+        free(half_sum);
+    } else {
+        exact_product(b, c, pick, offset, b_n, b_n, 0, 0, raw, raw_sum);
+    }
+
+    /* fp32 sums: (K/16 + 2) * 2^-23 * sum |a b| each. Through SwiGLU each of the two errors weighs
+       as the derivative says, and silu adds a few ulp and the rounding of its exponent. */
+    for (int64_t i = 0; i < count; ++i)
+        for (int j = 0; j < n; ++j) {
+            const double sums = (c->k / 16.0 + 2) * ldexp(1, -23);
+            const int pairs = c->gate_up == MOE_GATE_UP_INTERLEAVED;
+            const int64_t g = i * b_n + (swiglu && pairs ? 2 * j : j);
+            const int64_t u = i * b_n + (pairs ? 2 * j + 1 : n + j);
+            if (!swiglu) {
+                exact[i * n + j] = raw[g];
+                bound[i * n + j] = sums * raw_sum[g];
+            } else {
+                const double silu = moe_ref_silu_f64(raw[g]);
+                exact[i * n + j] = silu * raw[u];
+                bound[i * n + j] = sums * (1.1 * raw_sum[g] * fabs(raw[u]) + fabs(silu) * raw_sum[u]) +
+                                   ldexp(fabs(raw[g]) + 8, -23) * fabs(exact[i * n + j]);
+            }
+        }
+
+    for (int e = 0; e < c->E; ++e) {
+        char* part = c->c_table ? (char*)tbuf_copy(&b->part[e]) : (char*)0;
+        for (int64_t i = offset[e]; i < offset[e + 1]; ++i) {
+            const int64_t at = c->c_table ? pick[i] - b->h_offset[e] : pick[i];
+            for (int j = 0; j < n; ++j)
+                got[i * n + j] = moe_load(part ? part : all, at * c_stride + j, c->c_dtype);
+        }
+        for (int64_t i = 0; part && i < c->rows[e] * c_stride * c_bytes; ++i)
+            if (i / c_bytes % c_stride >= n) written += (unsigned char)part[i] != 0xff;
+        free(part);
+    }
+    for (int64_t i = 0; all && i < b->num_rows * c_stride * c_bytes; ++i) {
+        const int64_t m = i / c_bytes / c_stride;
+        if (m < b->h_offset[0] || m >= b->h_offset[c->E] || i / c_bytes % c_stride >= n)
+            written += (unsigned char)all[i] != 0xff;
+    }
+    CHECK(written == 0, "%lld bytes that are nobody's were written", (long long)written);
+
+    if (c->fill == TFILL_INT && !swiglu) { /* exact sums, rounded once */
+        for (int64_t i = 0; i < count * n; ++i) {
+            wrong += !(got[i] == test_rounded(exact[i], c->c_dtype));
+            nonzero += exact[i] != 0;
+        }
+        CHECK(wrong == 0, "%lld of %lld are not the exact sum", (long long)wrong,
+              (long long)(count * n));
+        if (count > 0 && c->none + c->bad == 0)
+            CHECK(4 * nonzero > count * n, "mostly zeros show nothing");
+    } else if (count > 0) {
+        if (c->c_dtype == MOE_FP32)
+            test_within("c", got, MOE_FP32, n, exact, bound, 1, count, n, __FILE__, __LINE__);
+        else { /* got was widened to fp32; the ideal is rounded to c's dtype */
+            double* ideal = (double*)test_host(count * n * 8);
+            for (int64_t i = 0; i < count * n; ++i) ideal[i] = test_rounded(exact[i], c->c_dtype);
+            CHECK_CLOSE("c", got, MOE_FP32, n, exact, ideal, count, n);
+            free(ideal);
+        }
+    }
+    if (!c->bias) /* rows of zeros give zeros, exactly */
+        for (int64_t i = 0; i < count; ++i)
+            for (int j = 0; j < n && a_row_of(b, c, pick[i]) < 0; ++j) wrong += got[i * n + j] != 0;
+    CHECK(wrong == 0, "rows without a row of A");
+    CHECK_FAULT(&b->fault, bad < 0 ? MOE_FAULT_NONE : MOE_FAULT_BAD_ROW, bad < 0 ? 0 : bad);
+    CHECK(tweights_same(&b->b) && tbuf_holds(&b->offset, b->h_offset) &&
+              tbuf_holds(&b->bias, b->h_bias) && tbuf_holds(&b->index, b->h_index),
+          "an input was written");
+    if (test_now.failures > before) printf("  in: %s\n", case_text(c));
+    free(pick);
+    free(raw);
+    free(raw_sum);
+    free(exact);
+    free(bound);
+    free(got);
+    free(all);
+}
+
+static void run_case(const gemm_case* c, trand* r)
+{
+    gemm_bufs b;
+    bufs_new(&b, c, r);
+    if (CHECK_STATUS(moe_grouped_gemm(&b.d, test_now.stream), MOE_OK)) compare(&b, c);
+    bufs_free(&b);
+}
+
+/* E experts with these rows each; bf16, weights as checkpoints have them, the small tile. */
+static gemm_case normal_case(int E, const int* rows, int n, int k)
+{
+    gemm_case c;
+    memset(&c, 0, sizeof c);
+    c.E = E;
+    c.n = n;
+    c.k = k;
+    for (int e = 0; e < E; ++e) c.rows[e] = rows[e];
+    c.dtype = c.c_dtype = MOE_BF16;
+    c.a_major = c.b_major = MOE_MAJOR_K;
+    c.epilogue = MOE_EPILOGUE_NONE;
+    c.gate_up = MOE_GATE_UP_CONCATENATED;
+    c.tile = MOE_TILE_64x64;
+    return c;
+}
+
+/* Draws dtypes, majors, epilogue, pads, tables and the sort of numbers. */
+static void randomise(gemm_case* c, trand* r)
+{
+    c->dtype = trand_int(r, 0, 1) ? MOE_FP16 : MOE_BF16;
+    c->c_dtype = trand_int(r, 0, 1) ? MOE_FP32 : c->dtype;
+    c->b_major = (int)trand_int(r, MOE_MAJOR_K, MOE_MAJOR_MN);
+    c->epilogue = (int)trand_int(r, MOE_EPILOGUE_NONE, MOE_EPILOGUE_SWIGLU);
+    c->gate_up = (int)trand_int(r, MOE_GATE_UP_CONCATENATED, MOE_GATE_UP_SEPARATE);
+    c->bias = (int)trand_int(r, 0, 1);
+    c->b_table = (int)trand_int(r, 0, 1);
+    c->c_table = (int)trand_int(r, 0, 1);
+    c->a_pad = 8 * (int)trand_int(r, 0, 2);
+    c->b_pad = 8 * (int)trand_int(r, 0, 2);
+    c->c_pad = 8 * (int)trand_int(r, 0, 2);
+    c->fill = (int)trand_int(r, TFILL_NORMAL, TFILL_INT);
+    c->lead = trand_int(r, 0, 2) ? 0 : (int)trand_int(r, 1, 9);
+    c->slack = trand_int(r, 0, 1) ? 0 : (int)trand_int(r, 1, 70);
+}
+
+/* Every tile with both dtypes, both majors of B, every epilogue, bias and dtype of C. */
+static void test_gemm_tiles(void)
+{
+    trand r = trand_new(3);
+    for (int tile = MOE_TILE_128x256; tile <= MOE_TILE_64x64; ++tile)
+        for (int i = 0; i < 4; ++i)
+            for (int kind = 0; kind < 4; ++kind) /* none, SwiGLU three ways */
+                for (int j = 0; j < 4; ++j) {
+                    const int big = tile <= MOE_TILE_128x128;
+                    const int one[] = {5, 0, big ? 130 : 34}, two[] = {big ? 20 : 66, 1};
+                    gemm_case c = normal_case(3, one, 40, 72);
+                    if ((j + kind + i) % 2) c = normal_case(2, two, 72, 136);
+                    if (!MOE_ON_HOST && j == 3) c.n = 520;
+                    c.tile = tile;
+                    c.dtype = i & 1 ? MOE_FP16 : MOE_BF16;
+                    c.b_major = i & 2 ? MOE_MAJOR_MN : MOE_MAJOR_K;
+                    c.epilogue = kind ? MOE_EPILOGUE_SWIGLU : MOE_EPILOGUE_NONE;
+                    c.gate_up = kind ? kind : MOE_GATE_UP_CONCATENATED;
+                    c.bias = j & 1;
+                    c.c_dtype = j & 2 ? MOE_FP32 : c.dtype;
+                    c.b_table = (int)trand_int(&r, 0, 1);
+                    c.c_table = (int)trand_int(&r, 0, 1);
+                    c.fill = kind == 0 && i == j ? TFILL_INT : TFILL_NORMAL;
+                    run_case(&c, &r);
+                }
+}
+
+/* The numbers of rows that break things, on each tile. */
+static void test_gemm_rows(void)
+{
+    static const int counts[][9] = {{9, 0, 1, 63, 64, 65, 0, 127, 128}, /* [0] is E */
+                                    {3, 129, 0, 31},
+                                    {5, 33, 32, 1, 1, 1},
+                                    {1, 127},
+                                    {1, 1},
+                                    {7, 0, 0, 150, 0, 0, 0, 0}, /* all on one expert */
+                                    {6, 0, 0, 0, 0, 0, 200},
+                                    {8, 200, 0, 0, 0, 0, 0, 0, 0},
+                                    {4, 0, 0, 0, 0}};
+    trand r = trand_new(4);
+    for (int tile = MOE_TILE_128x256; tile <= MOE_TILE_64x64; ++tile)
+        for (size_t i = 0; i < sizeof counts / sizeof *counts; ++i) {
+            gemm_case c = normal_case(counts[i][0], counts[i] + 1, 48, 64);
+            if (MOE_ON_HOST && tile == MOE_TILE_128x256 && i > 1 && i != 5) continue;
+            randomise(&c, &r);
+            if (MOE_ON_HOST) c.k = 8 * (int)trand_int(&r, 1, 9);
+            c.tile = tile;
+            run_case(&c, &r);
+        }
+}
+
+/* n and k that no tile divides; k = 8 is less than one product. */
+static void test_gemm_tails(void)
+{
+    static const int ns[] = {8, 24, 56, 64, 72, 136, 264}, ks[] = {8, 16, 24, 40, 72, 136, 200};
+    static const int rows[] = {3, 20, 0, 41};
+    trand r = trand_new(5);
+    for (size_t i = 0; i < sizeof ns / sizeof *ns; ++i)
+        for (size_t j = 0; j < sizeof ks / sizeof *ks; ++j)
+            for (int n = 0; n < (MOE_ON_HOST ? 1 : 8); ++n) {
+                gemm_case c = normal_case(4, rows, ns[i], ks[j]);
+                if (MOE_ON_HOST) c.rows[3] = 0;
+                randomise(&c, &r);
+                c.tile = MOE_ON_HOST ? (int)trand_int(&r, MOE_TILE_32x128, MOE_TILE_64x64)
+                                     : (int)trand_int(&r, MOE_TILE_128x256, MOE_TILE_64x64);
+                run_case(&c, &r);
+            }
+}
+
+/* Rows of A picked by an index, with a divisor, with rows of zeros and with bad ones. */
+static void test_gemm_gather(void)
+{
+    static const int rows[] = {17, 0, 70, 1, 40};
+    trand r = trand_new(6);
+    for (int i = 0; i < (MOE_ON_HOST ? 12 : 48); ++i) {
+        gemm_case c = normal_case(5, rows, 40, 40);
+        randomise(&c, &r);
+        c.gather = i % 3 == 0 ? 1 : (int)trand_int(&r, 2, 9);
+        c.a_rows = (int)trand_int(&r, 1, 90);
+        c.none = i % 4 == 1 ? 20 : 0;
+        c.bad = i % 4 >= 2 ? 10 : 0;
+        if (i % 4 == 3) c.none = 10;
+        c.tile = i % 12 == 7   ? MOE_TILE_128x256
+                 : i % 12 == 11 ? MOE_TILE_128x128
+                 : i & 1        ? MOE_TILE_32x128
+                                : MOE_TILE_64x64;
+        run_case(&c, &r);
+    }
+    { /* without an index, rows past A's end are bad ones too */
+        gemm_case c = normal_case(5, rows, 40, 40);
+        c.a_rows = 100;
+        run_case(&c, &r);
+    }
+}
+
+/* One expert needs no offsets: all num_rows rows are its own. */
+static void test_gemm_no_offset(void)
+{
+    static const int rows[] = {77};
+    trand r = trand_new(7);
+    for (int i = 0; i < 4; ++i) {
+        gemm_case c = normal_case(1, rows, 72, 48);
+        c.no_offset = 1;
+        c.fill = i & 1;
+        c.b_major = i & 2 ? MOE_MAJOR_MN : MOE_MAJOR_K;
+        c.c_table = i == 3;
+        run_case(&c, &r);
+    }
+}
+
+/* A read along M, as gradients need it: experts begin and end anywhere in a piece of 8 rows. */
+static void test_gemm_a_along_m(void)
+{
+    static const int some[] = {3, 1, 0, 17, 8, 70, 5}, few[] = {131, 6};
+    trand r = trand_new(8);
+    for (int tile = MOE_TILE_128x256; tile <= MOE_TILE_64x64; ++tile)
+        for (int i = 0; i < 8; ++i) {
+            const int big = tile <= MOE_TILE_128x128;
+            gemm_case c = big && i % 2 ? normal_case(2, few, 40, 72) : normal_case(7, some, 56, 40);
+            if (MOE_ON_HOST && tile == MOE_TILE_128x256 && i >= 4) continue;
+            if (MOE_ON_HOST && big && i % 2 == 0) c.E = 4;
+            randomise(&c, &r);
+            c.tile = tile;
+            c.a_major = MOE_MAJOR_MN;
+            c.dtype = i & 1 ? MOE_FP16 : MOE_BF16;
+            c.c_dtype = i & 4 ? MOE_FP32 : c.dtype;
+            c.b_major = i & 2 ? MOE_MAJOR_MN : MOE_MAJOR_K;
+            c.fill = i % 3 == 0 ? TFILL_INT : TFILL_NORMAL;
+            if (c.fill == TFILL_INT) c.epilogue = MOE_EPILOGUE_NONE;
+            if (i == 5) { /* A ends within a piece of 8 */
+                c.lead = c.slack = 0;
+                for (int e = 0; e < c.E; ++e) c.a_rows += c.rows[e];
+            }
+            run_case(&c, &r);
+        }
+}
+
+/* Offsets that make no sense: a fault that names the first such expert, and nothing is written. */
+static void test_gemm_bad_offsets(void)
+{
+    static const int rows[] = {10, 20, 30, 5};
+    trand r = trand_new(9);
+    for (int how = 0; how < 4; ++how)
+        for (int table = 0; table < 2; ++table) {
+            gemm_case c = normal_case(4, rows, 72, 40);
+            gemm_bufs b;
+            int32_t offset[5];
+            c.c_table = table;
+            bufs_new(&b, &c, &r);
+            memcpy(offset, b.h_offset, sizeof offset);
+            if (how == 0) offset[2] = 9;  /* expert 1 ends before it begins */
+            if (how == 1) offset[4] = 66; /* past num_rows */
+            if (how == 2) offset[0] = -1;
+            if (how == 3) offset[2] = INT32_MIN;
+            tbuf_put(&b.offset, offset);
+            CHECK_STATUS(moe_grouped_gemm(&b.d, test_now.stream), MOE_OK);
+            CHECK(untouched(&b, &c), "how=%d", how);
+            CHECK_FAULT(&b.fault, MOE_FAULT_BAD_OFFSET, how == 0 ? 1 : how == 1 ? 3 : how == 2 ? 0 : 1);
+            b.d.fault = 0; /* nobody to tell: still nothing is written */
+            CHECK_STATUS(moe_grouped_gemm(&b.d, test_now.stream), MOE_OK);
+            CHECK(untouched(&b, &c), "without a fault word, how=%d", how);
+            bufs_free(&b);
+        }
+}
+
+/* A stop fault of an earlier kernel: nothing happens. A data fault: everything does. */
+static void test_gemm_stopped(void)
+{
+    static const int rows[] = {10, 20};
+    trand r = trand_new(10);
+    gemm_case c = normal_case(2, rows, 72, 40);
+    gemm_bufs b;
+    uint64_t word = MOEI_FAULT_KEY(MOE_FAULT_BAD_OFFSET, 0, 7);
+    bufs_new(&b, &c, &r);
+    tbuf_put(&b.fault, &word);
+    CHECK_STATUS(moe_grouped_gemm(&b.d, test_now.stream), MOE_OK);
+    CHECK(untouched(&b, &c), "after a stop fault");
+    CHECK_FAULT(&b.fault, MOE_FAULT_BAD_OFFSET, 7);
+    word = MOEI_FAULT_KEY(MOE_FAULT_BAD_ID, 0, 3);
+    tbuf_put(&b.fault, &word);
+    CHECK_STATUS(moe_grouped_gemm(&b.d, test_now.stream), MOE_OK);
+    CHECK_FAULT(&b.fault, MOE_FAULT_BAD_ID, 3);
+    word = 0;
+    tbuf_put(&b.fault, &word);
+    compare(&b, &c);
+    bufs_free(&b);
+}
+
+/* No rows is no error, and needs no buffers. */
+static void test_gemm_no_rows(void)
+{
+    moe_grouped_gemm_desc d;
+    moe_gemm_plan p;
+    memset(&d, 0, sizeof d);
+    d.num_experts = 1;
+    d.n = d.k = 8;
+    CHECK_STATUS(moe_grouped_gemm(&d, test_now.stream), MOE_OK);
+    CHECK_STATUS(moe_grouped_gemm_plan(&d, &p), MOE_OK);
+    d.n = 12;
+    CHECK_STATUS(moe_grouped_gemm(&d, test_now.stream), MOE_STATUS(MOE_ERR_RANGE, n));
+}
+
+/* What the plan says is what a launch takes, and it is sane for any shape. */
+static void test_gemm_plan(void)
+{
+    static const int sizes[] = {8, 72, 512, 7168}, Es[] = {1, 7, 256, MOE_MAX_EXPERTS};
+    static const int rows[] = {0, 1, 100, 8192, 1000000};
+    moei_device dev;
+    CHECK_STATUS(moei_device_query(&dev), MOE_OK);
+    for (int i = 0; i < 4 * 4 * 5 * 2 * 5; ++i) {
+        const int tile = i / 160 % 5;
+        moe_grouped_gemm_desc d;
+        moe_gemm_plan p;
+        memset(&p, 0xff, sizeof p);
+        memset(&d, 0, sizeof d);
+        d.n = sizes[i % 4];
+        d.k = 64;
+        d.num_experts = Es[i / 4 % 4];
+        d.num_rows = rows[i / 16 % 5];
+        d.epilogue = i / 80 % 2 ? MOE_EPILOGUE_SWIGLU : MOE_EPILOGUE_NONE;
+        d.tile = tile;
+        d.a = d.b.base = d.c = (void*)(uintptr_t)4096; /* addresses only, nothing runs */
+        d.b.base = (void*)((uintptr_t)1 << 44);
+        d.c = (void*)((uintptr_t)1 << 45);
+        d.expert_offset = (const int32_t*)((uintptr_t)1 << 46);
+        if (!CHECK_STATUS(moe_grouped_gemm_plan(&d, &p), MOE_OK)) continue;
+        CHECK(p.path == (MOE_ON_HOST ? MOE_GEMM_PATH_HOST : MOE_GEMM_PATH_WMMA), "path %d", p.path);
+        CHECK(tile == MOE_TILE_AUTO ? p.tile >= MOE_TILE_128x256 && p.tile <= MOE_TILE_64x64
+                                    : p.tile == tile,
+              "tile %d, not %d", p.tile, tile);
+        CHECK(p.tile_m >= 16 && p.tile_n >= 16 && p.tile_k >= 16 && p.stages >= 2 &&
+                  p.threads >= 32 && p.threads <= 1024 && p.threads % 32 == 0,
+              "tile %d: %d x %d x %d, %d stages, %d threads", p.tile, p.tile_m, p.tile_n, p.tile_k,
+              p.stages, p.threads);
+        CHECK(p.smem > 0 && p.smem <= (size_t)dev.smem_block, "%zu bytes", p.smem);
+        CHECK(p.blocks >= 1 && p.blocks <= dev.sms * 32, "%d blocks", p.blocks);
+    }
+    {
+        static const int m[] = {0, 128, 128, 32, 64}, n[] = {0, 256, 128, 128, 64};
+        for (int tile = MOE_TILE_128x256; tile <= MOE_TILE_64x64; ++tile) {
+            moe_grouped_gemm_desc d;
+            moe_gemm_plan p;
+            memset(&d, 0, sizeof d);
+            d.num_experts = 1;
+            d.n = d.k = 8;
+            d.tile = tile;
+            CHECK_STATUS(moe_grouped_gemm_plan(&d, &p), MOE_OK);
+            CHECK(p.tile_m == m[tile] && p.tile_n == n[tile], "the name says %dx%d", m[tile], n[tile]);
+        }
+        CHECK_STATUS(moe_grouped_gemm_plan(0, 0), MOE_STATUS(MOE_ERR_NULL, desc));
+    }
+    CHECK(strcmp(moe_gemm_path_name(MOE_GEMM_PATH_WMMA), "wmma") == 0 &&
+              strcmp(moe_gemm_path_name(MOE_GEMM_PATH_HOST), "host") == 0 &&
+              strcmp(moe_gemm_path_name(99), "none") == 0,
+          "names of the paths");
+}
+
+/* The plan and the launch must refuse it alike. Where the plan does not, nothing is launched, since
+   that would read and write anywhere. */
+static void refused(const moe_grouped_gemm_desc* d, moe_status want, int line)
+{
+    moe_gemm_plan p;
+    const moe_status s = moe_grouped_gemm_plan(d, &p);
+    test_status(s, want, __FILE__, line, "moe_grouped_gemm_plan");
+    if (s != MOE_OK)
+        test_status(moe_grouped_gemm(d, test_now.stream), want, __FILE__, line, "moe_grouped_gemm");
+}
+
+/* Each wrong field is refused with its own kind and field, and nothing is queued. */
+static void test_gemm_refusals(void)
+{
+    static const int rows[] = {12, 9, 20};
+    trand r = trand_new(11);
+    gemm_case c = normal_case(3, rows, 64, 40);
+    gemm_bufs b;
+    moe_grouped_gemm_desc good, d;
+    tbuf table;
+    void* address[3];
+    c.gather = 2;
+    c.a_rows = 30;
+    c.bias = 1;
+    c.epilogue = MOE_EPILOGUE_SWIGLU;
+    c.gate_up = MOE_GATE_UP_SEPARATE;
+    bufs_new(&b, &c, &r);
+    for (int e = 0; e < 3; ++e) address[e] = (char*)b.c.p + e * 12 * 128;
+    table = tbuf_from("table", address, sizeof address, 0);
+    good = b.d;
+#define REFUSED(change, kind, field)                                                              \
+    d = good;                                                                                     \
+    change;                                                                                       \
+    refused(&d, MOE_STATUS(kind, field), __LINE__)
+#define AT(p, bytes) ((void*)((char*)(p) + (bytes)))
+    CHECK_STATUS(moe_grouped_gemm(0, test_now.stream), MOE_STATUS(MOE_ERR_NULL, desc));
+    REFUSED(d.num_experts = 0, MOE_ERR_RANGE, num_experts);
+    REFUSED(d.num_experts = -1, MOE_ERR_RANGE, num_experts);
+    REFUSED(d.num_experts = MOE_MAX_EXPERTS + 1, MOE_ERR_RANGE, num_experts);
+    REFUSED(d.num_rows = -1, MOE_ERR_RANGE, num_rows);
+    REFUSED(d.n = 0, MOE_ERR_RANGE, n);
+    REFUSED(d.n = -8, MOE_ERR_RANGE, n);
+    REFUSED(d.n = 68, MOE_ERR_RANGE, n);
+    REFUSED(d.n = (1 << 28) + 8, MOE_ERR_RANGE, n);
+    REFUSED(d.k = 0, MOE_ERR_RANGE, k);
+    REFUSED(d.k = -8, MOE_ERR_RANGE, k);
+    REFUSED(d.k = 36, MOE_ERR_RANGE, k);
+    REFUSED(d.dtype = MOE_FP32, MOE_ERR_DTYPE, dtype);
+    REFUSED(d.dtype = -1, MOE_ERR_DTYPE, dtype);
+    REFUSED(d.dtype = 4, MOE_ERR_DTYPE, dtype);
+    REFUSED(d.c_dtype = MOE_FP16, MOE_ERR_DTYPE, c_dtype);
+    REFUSED(d.c_dtype = 4, MOE_ERR_DTYPE, c_dtype);
+    REFUSED(d.c_dtype = -1, MOE_ERR_DTYPE, c_dtype);
+    REFUSED((d.dtype = MOE_FP16, d.c_dtype = MOE_BF16), MOE_ERR_DTYPE, c_dtype);
+    REFUSED(d.epilogue = 3, MOE_ERR_OPTION, epilogue);
+    REFUSED(d.epilogue = -1, MOE_ERR_OPTION, epilogue);
+    REFUSED(d.gate_up = 4, MOE_ERR_OPTION, gate_up);
+    REFUSED(d.gate_up = -1, MOE_ERR_OPTION, gate_up);
+    REFUSED(d.a_major = 3, MOE_ERR_OPTION, a_major);
+    REFUSED(d.a_major = -1, MOE_ERR_OPTION, a_major);
+    REFUSED(d.b.major = 3, MOE_ERR_OPTION, b_major);
+    REFUSED(d.b.major = -1, MOE_ERR_OPTION, b_major);
+    REFUSED(d.row_div = -1, MOE_ERR_RANGE, row_div);
+    REFUSED(d.tile = MOE_TILE_64x64 + 1, MOE_ERR_OPTION, tile);
+    REFUSED(d.tile = -1, MOE_ERR_OPTION, tile);
+    REFUSED(d.a_rows = -1, MOE_ERR_RANGE, a_rows);
+    REFUSED(d.a_rows = (int64_t)1 << 31, MOE_ERR_RANGE, a_rows);
+    REFUSED(d.a_stride = 32, MOE_ERR_STRIDE, a_stride);
+    REFUSED(d.a_stride = -40, MOE_ERR_STRIDE, a_stride);
+    REFUSED(d.a_stride = 44, MOE_ERR_ALIGN, a_stride);
+    REFUSED((d.a_major = MOE_MAJOR_MN, d.row_index = 0), MOE_ERR_ALIGN, a_stride); /* 30 rows */
+    REFUSED((d.a_major = MOE_MAJOR_MN, d.row_index = 0, d.a_stride = 24), MOE_ERR_STRIDE, a_stride);
+    REFUSED(d.b.row_stride = 32, MOE_ERR_STRIDE, b_stride);
+    REFUSED(d.b.row_stride = -40, MOE_ERR_STRIDE, b_stride);
+    REFUSED(d.b.row_stride = 44, MOE_ERR_ALIGN, b_stride);
+    REFUSED((d.b.major = MOE_MAJOR_MN, d.b.row_stride = 56), MOE_ERR_STRIDE, b_stride);
+    REFUSED((d.b.major = MOE_MAJOR_MN, d.gate_up = 0, d.b.up = 0, d.b.row_stride = 64),
+            MOE_ERR_STRIDE, b_stride);
+    REFUSED(d.b.expert_stride = -64, MOE_ERR_STRIDE, b_stride);
+    REFUSED(d.b.expert_stride = 64 * 40 + 4, MOE_ERR_ALIGN, b_stride);
+    REFUSED(d.c_stride = 56, MOE_ERR_STRIDE, c_stride);
+    REFUSED(d.c_stride = -64, MOE_ERR_STRIDE, c_stride);
+    REFUSED(d.c_stride = 68, MOE_ERR_ALIGN, c_stride);
+    REFUSED((d.a_major = MOE_MAJOR_MN, d.a_rows = 32), MOE_ERR_CONFLICT, row_index);
+    REFUSED(d.c_table = (void* const*)table.p, MOE_ERR_CONFLICT, c);
+    REFUSED(d.b.table = (const void* const*)table.p, MOE_ERR_CONFLICT, b);
+    REFUSED(d.b.up_table = (const void* const*)table.p, MOE_ERR_CONFLICT, b);
+    REFUSED(d.a = 0, MOE_ERR_NULL, a);
+    REFUSED(d.b.base = 0, MOE_ERR_NULL, b);
+    REFUSED(d.b.up = 0, MOE_ERR_NULL, b);
+    REFUSED(d.c = 0, MOE_ERR_NULL, c);
+    REFUSED(d.expert_offset = 0, MOE_ERR_NULL, expert_offset);
+    REFUSED(d.a = AT(d.a, 8), MOE_ERR_ALIGN, a);
+    REFUSED(d.b.base = AT(d.b.base, 8), MOE_ERR_ALIGN, b);
+    REFUSED(d.b.up = AT(d.b.up, 8), MOE_ERR_ALIGN, b);
+    REFUSED((d.b.base = 0, d.b.table = (const void* const*)AT(table.p, 4)), MOE_ERR_ALIGN, b);
+    REFUSED((d.b.up = 0, d.b.up_table = (const void* const*)AT(table.p, 4)), MOE_ERR_ALIGN, b);
+    REFUSED(d.c = AT(d.c, 8), MOE_ERR_ALIGN, c);
+    REFUSED((d.c = 0, d.c_table = (void* const*)AT(table.p, 4)), MOE_ERR_ALIGN, c);
+    REFUSED(d.row_index = (const int32_t*)AT(d.row_index, 2), MOE_ERR_ALIGN, row_index);
+    REFUSED(d.bias = AT(d.bias, 1), MOE_ERR_ALIGN, bias);
+    REFUSED(d.expert_offset = (const int32_t*)AT(d.expert_offset, 2), MOE_ERR_ALIGN, expert_offset);
+    REFUSED(d.fault = (uint64_t*)AT(d.fault, 4), MOE_ERR_ALIGN, fault);
+    REFUSED(d.c = (void*)d.a, MOE_ERR_OVERLAP, c);
+    REFUSED(d.c = AT(d.a, 30 * 40 * 2 - 16), MOE_ERR_OVERLAP, c); /* its last 16 bytes */
+    REFUSED(d.c = (void*)d.b.base, MOE_ERR_OVERLAP, c);
+    REFUSED(d.c = AT(d.b.base, 3 * 64 * 40 * 2 - 16), MOE_ERR_OVERLAP, c);
+    REFUSED(d.c = (void*)d.b.up, MOE_ERR_OVERLAP, c);
+    REFUSED(d.c = (void*)((uintptr_t)AT(d.bias, 3 * 2 * 64 * 2 - 2) & ~(uintptr_t)15),
+            MOE_ERR_OVERLAP, c);
+    REFUSED(d.c = (void*)((uintptr_t)AT(d.row_index, 40 * 4) & ~(uintptr_t)15), MOE_ERR_OVERLAP, c);
+    REFUSED(d.c = (void*)((uintptr_t)d.expert_offset & ~(uintptr_t)15), MOE_ERR_OVERLAP, c);
+    REFUSED(d.fault = (uint64_t*)d.a, MOE_ERR_OVERLAP, fault);
+    REFUSED(d.fault = (uint64_t*)d.b.base, MOE_ERR_OVERLAP, fault);
+    REFUSED(d.fault = (uint64_t*)d.b.up, MOE_ERR_OVERLAP, fault);
+    REFUSED(d.fault = (uint64_t*)((uintptr_t)d.bias & ~(uintptr_t)7), MOE_ERR_OVERLAP, fault);
+    REFUSED(d.fault = (uint64_t*)((uintptr_t)d.row_index & ~(uintptr_t)7), MOE_ERR_OVERLAP, fault);
+    REFUSED(d.fault = (uint64_t*)((uintptr_t)d.expert_offset & ~(uintptr_t)7), MOE_ERR_OVERLAP, fault);
+    REFUSED(d.fault = (uint64_t*)AT(d.c, 41 * 64 * 2 - 8), MOE_ERR_OVERLAP, fault);
+    /* the tables are read while C and the fault word are written */
+    REFUSED((d.b.base = 0, d.b.table = (const void* const*)AT(d.c, 64)), MOE_ERR_OVERLAP, c);
+    REFUSED((d.b.up = 0, d.b.up_table = (const void* const*)AT(d.c, 64)), MOE_ERR_OVERLAP, c);
+    REFUSED((d.b.base = 0, d.b.table = (const void* const*)d.fault), MOE_ERR_OVERLAP, fault);
+    REFUSED((d.c = 0, d.c_table = (void* const*)d.fault), MOE_ERR_OVERLAP, fault);
+    TEST_CUDA(cudaDeviceSynchronize());
+    CHECK(tbuf_holds(&b.c, 0), "a refused call wrote c");
+    CHECK(tweights_same(&b.b) && tbuf_holds(&b.bias, b.h_bias), "or an input");
+    CHECK(tbuf_holds(&table, address), "or a table");
+    CHECK_FAULT(&b.fault, MOE_FAULT_NONE, 0);
+    CHECK_STATUS(moe_grouped_gemm(&good, test_now.stream), MOE_OK);
+    compare(&b, &c);
+    tbuf_free(&table);
+    bufs_free(&b);
+}
+#undef REFUSED
+
+/* C may begin where A ends. */
+static void test_gemm_neighbours(void)
+{
+    enum { ROWS = 20, N = 64, K = 40 };
+    static const int rows[] = {ROWS};
+    trand r = trand_new(15);
+    gemm_case c = normal_case(1, rows, N, K);
+    gemm_bufs b;
+    char* both = (char*)test_host(ROWS * K * 2 + ROWS * N * 2);
+    tbuf joined;
+    bufs_new(&b, &c, &r);
+    memcpy(both, b.h_a, ROWS * K * 2);
+    joined = tbuf_from("a and c", both, ROWS * K * 2 + ROWS * N * 2, 0);
+    b.d.a = joined.p;
+    b.d.c = (char*)joined.p + ROWS * K * 2;
+    CHECK_STATUS(moe_grouped_gemm(&b.d, test_now.stream), MOE_OK);
+    {
+        char* got = (char*)tbuf_copy(&joined);
+        CHECK(memcmp(got, b.h_a, ROWS * K * 2) == 0, "A was written");
+        tbuf_put(&b.c, got + ROWS * K * 2);
+        compare(&b, &c);
+        free(got);
+    }
+    free(both);
+    tbuf_free(&joined);
+    bufs_free(&b);
+}
+
+static moe_status call_gemm(void* d, cudaStream_t stream)
+{
+    return moe_grouped_gemm((const moe_grouped_gemm_desc*)d, stream);
+}
+
+static void test_gemm_same_bits(void)
+{
+    static const int rows[] = {40, 0, 70};
+    trand r = trand_new(12);
+    for (int tile = MOE_TILE_128x256; tile <= MOE_TILE_64x64; ++tile) {
+        gemm_case c = normal_case(3, rows, 72, 136);
+        gemm_bufs b;
+        tbuf* out[1];
+        c.tile = tile;
+        c.epilogue = tile & 1 ? MOE_EPILOGUE_SWIGLU : MOE_EPILOGUE_NONE;
+        c.c_dtype = MOE_FP32;
+        bufs_new(&b, &c, &r);
+        out[0] = &b.c;
+        test_same_bits("gemm", call_gemm, &b.d, out, 1, MOE_ON_HOST ? 2 : 100);
+        compare(&b, &c);
+        bufs_free(&b);
+    }
+}
+
+/* A captured product, launched again with other offsets, other rows and other inputs. */
+static void test_gemm_graph(void)
+{
+    static const int rows[] = {30, 10, 0, 25};
+    trand r = trand_new(13);
+    gemm_case c = normal_case(4, rows, 72, 72);
+    gemm_bufs b;
+    tgraph g;
+    c.gather = 3;
+    c.a_rows = 25;
+    bufs_new(&b, &c, &r);
+    CHECK_STATUS(moe_grouped_gemm_preload(), MOE_OK);
+    if (tgraph_capture(&g, call_gemm, &b.d)) {
+        CHECK(untouched(&b, &c), "capture itself runs nothing");
+        for (int run = 0; run < 3; ++run) {
+            for (int e = 0, left = b.num_rows; e < 4; ++e) {
+                c.rows[e] = run == 0 ? rows[e] : (int)trand_int(&r, 0, left);
+                left -= c.rows[e];
+                b.h_offset[e + 1] = b.h_offset[e] + c.rows[e];
+            }
+            for (int m = 0; m < b.num_rows; ++m) b.h_index[m] = (int32_t)trand_int(&r, 0, 74);
+            if (run == 2) b.h_index[b.h_offset[4] - 1] = 75;
+            tbuf_put(&b.offset, b.h_offset);
+            tbuf_put(&b.index, b.h_index);
+            tbuf_poison(&b.c);
+            tgraph_launch(&g);
+            compare(&b, &c);
+        }
+        tgraph_free(&g);
+    }
+    bufs_free(&b);
+}
+
+/* Every tile, and the one that the header chooses, at sizes where tiles and bands are many. */
+static void test_gemm_large(void)
+{
+#if !MOE_ON_HOST
+    trand r = trand_new(14);
+    for (int tile = MOE_TILE_AUTO; tile <= MOE_TILE_64x64; ++tile)
+        for (int i = 0; i < 4; ++i) {
+            const int none[] = {0};
+            gemm_case c = normal_case(1, none, i & 1 ? 1032 : 2048, i & 1 ? 1000 : 1024);
+            c.E = i & 1 ? 37 : 8;
+            for (int e = 0; e < c.E; ++e)
+                c.rows[e] = e == 3 ? 2700 : (int)trand_int(&r, 0, i & 1 ? 90 : 700);
+            c.tile = tile;
+            c.gather = i == 1 ? 0 : 4;
+            c.a_rows = c.gather ? 3000 : 0;
+            c.dtype = c.c_dtype = i & 2 ? MOE_FP16 : MOE_BF16;
+            if (i == 3) c.c_dtype = MOE_FP32;
+            c.epilogue = i == 0 || i == 3 ? MOE_EPILOGUE_SWIGLU : MOE_EPILOGUE_NONE;
+            c.b_major = i == 2 ? MOE_MAJOR_MN : MOE_MAJOR_K;
+            c.bias = i & 1;
+            c.sampled = 251;
+            run_case(&c, &r);
+        }
+#endif
+}
+
+int main(int argc, char** argv)
+{
+    test_begin(argc, argv);
+    RUN(test_gemm_schedule);
+    RUN(test_gemm_schedule_bad);
+    RUN(test_gemm_mma);
+    RUN(test_gemm_tiles);
+    RUN(test_gemm_rows);
+    RUN(test_gemm_tails);
+    RUN(test_gemm_gather);
+    RUN(test_gemm_no_offset);
+    RUN(test_gemm_a_along_m);
+    RUN(test_gemm_bad_offsets);
+    RUN(test_gemm_stopped);
+    RUN(test_gemm_no_rows);
+    RUN(test_gemm_plan);
+    RUN(test_gemm_refusals);
+    RUN(test_gemm_neighbours);
+    RUN(test_gemm_same_bits);
+    RUN(test_gemm_graph);
+    RUN(test_gemm_large);
+    return test_end();
+}

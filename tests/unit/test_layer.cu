@@ -1,0 +1,1208 @@
+/* test_layer.cu: moe/layer.cuh against the references of its stations, in double.
+
+     nvcc -I. -arch=sm_90a tests/unit/test_layer.cu -o test_layer
+     g++ -x c++ -std=c++14 -O2 -I. tests/unit/test_layer.cu -o test_layer */
+#include "tests/test.h"
+#include "tests/test_weights.h"
+
+#define MOE_GEMM_VARIANT_LIST(X, ...)                                                             \
+    X(f16_kk, MOE_FP16, MOE_MAJOR_K, MOE_MAJOR_K, __VA_ARGS__)                                    \
+    X(bf16_kk, MOE_BF16, MOE_MAJOR_K, MOE_MAJOR_K, __VA_ARGS__)                                   \
+    X(bf16_kn, MOE_BF16, MOE_MAJOR_K, MOE_MAJOR_MN, __VA_ARGS__)
+#include "moe/layer.cuh"
+#include "moe/ref/layer.h"
+
+enum { FROM_ROUTER, FROM_LOGITS, FROM_IDS };
+enum { NO_RESIDUAL, RESIDUAL, RESIDUAL_IS_Y, RESIDUAL_IS_X };
+
+typedef struct layer_case {
+    int T, H, I, E, K;
+    int dtype, router_dtype, gate_up, tile;
+    int from; /* as above */
+    int score, renormalize;
+    float scale;
+    int bias, table, major; /* of the weights */
+    int residual;           /* as above */
+    int y_is_x;
+    int x_pad, y_pad, residual_pad;
+    int unused, bad; /* percent of given ids that are -1, out of range */
+    int nan_token;   /* token with a NaN, + 1; 0: none */
+    int sampled;     /* check y of every so many tokens; 0: all */
+} layer_case;
+
+typedef struct layer_bufs {
+    tbuf x, router, logits, ids, weights, bias1, bias2, residual, y, workspace, fault;
+    tweights w1, w2;
+    void *h_x, *h_router, *h_logits, *h_bias1, *h_bias2, *h_residual;
+    int32_t* h_ids;
+    float* h_weights;
+    moe_layer_desc d;
+} layer_bufs;
+
+static const char* case_text(const layer_case* c)
+{
+    static char text[300];
+    snprintf(text, sizeof text,
+             "T=%d H=%d I=%d E=%d K=%d %s router %s from=%d score=%d renormalize=%d scale=%g "
+             "gate_up=%d bias=%d table=%d major=%d residual=%d y_is_x=%d pads %d %d %d unused=%d "
+             "bad=%d nan=%d tile=%d",
+             c->T, c->H, c->I, c->E, c->K, moe_dtype_name(c->dtype), moe_dtype_name(c->router_dtype),
+             c->from, c->score, c->renormalize, (double)c->scale, c->gate_up, c->bias, c->table,
+             c->major, c->residual, c->y_is_x, c->x_pad, c->y_pad, c->residual_pad, c->unused, c->bad,
+             c->nan_token, c->tile);
+    return text;
+}
+
+static layer_case normal_case(int T, int H, int I, int E, int K)
+{
+    layer_case c;
+    memset(&c, 0, sizeof c);
+    c.T = T;
+    c.H = H;
+    c.I = I;
+    c.E = E;
+    c.K = K;
+    c.dtype = c.router_dtype = MOE_BF16;
+    c.gate_up = MOE_GATE_UP_CONCATENATED;
+    c.major = MOE_MAJOR_K;
+    c.tile = MOE_TILE_64x64;
+    return c;
+}
+
+/* What layer.cuh says the workspace holds. */
+static size_t documented_bytes(const layer_case* c)
+{
+    const size_t T = (size_t)c->T, H = (size_t)c->H, I = (size_t)c->I, E = (size_t)c->E;
+    const size_t K = (size_t)c->K;
+    size_t sum = 0;
+#define PIECE(bytes) sum += ((bytes) + 255) / 256 * 256
+    if (c->from == FROM_ROUTER) PIECE(T * E * 4);
+    if (c->from != FROM_IDS) {
+        PIECE(T * K * 4);
+        PIECE(T * K * 4);
+    }
+    PIECE(E * (size_t)moe_num_chunks((int64_t)T) * 4);
+    PIECE(E * 4);
+    PIECE((E + 1) * 4);
+    PIECE(T * K * 4);
+    PIECE(T * K * 8);
+    PIECE(T * K * I * 2);
+    PIECE(T * K * H * 2);
+#undef PIECE
+    return sum;
+}
+
+/* Fresh x, logits, ids and weights. */
+static void fill_inputs(layer_bufs* b, const layer_case* c, trand* r)
+{
+    const int64_t x_stride = c->H + c->x_pad, slots = (int64_t)c->T * c->K;
+    for (int64_t t = 0; t < c->T; ++t)
+        for (int h = 0; h < c->H; ++h)
+            moe_store(b->h_x, t * x_stride + h, c->dtype, trand_normal(r));
+    trand_fill_normal(r, b->h_logits, (int64_t)c->T * c->E, MOE_FP32);
+    if (c->nan_token) {
+        const int64_t t = c->nan_token - 1;
+        moe_store(b->h_x, t * x_stride + c->H / 2, c->dtype, NAN);
+        moe_store(b->h_logits, t * c->E + c->E - 1, MOE_FP32, NAN);
+    }
+    for (int64_t s = 0; s < slots; ++s) {
+        const int64_t u = trand_int(r, 0, 99);
+        b->h_weights[s] = 0.1f + 0.9f * (float)trand_int(r, 0, 1000) / 1000;
+        b->h_ids[s] = (int32_t)trand_int(r, 0, c->E - 1);
+        if (u < c->unused) b->h_ids[s] = -1;
+        else if (u < c->unused + c->bad)
+            b->h_ids[s] = u % 4 == 0   ? c->E
+                          : u % 4 == 1 ? INT32_MAX
+                          : u % 4 == 2 ? -2
+                                       : INT32_MIN;
+    }
+    tbuf_put(&b->x, b->h_x);
+    tbuf_put(&b->logits, b->h_logits);
+    tbuf_put(&b->ids, b->h_ids);
+    tbuf_put(&b->weights, b->h_weights);
+}
+
+/* Outputs as they are before a call. */
+static void reset(layer_bufs* b, const layer_case* c)
+{
+    const uint64_t none = 0;
+    tbuf_poison(&b->workspace);
+    tbuf_put(&b->fault, &none);
+    if (c->y_is_x) tbuf_put(&b->x, b->h_x);
+    else if (c->residual == RESIDUAL_IS_Y) tbuf_put(&b->y, b->h_residual);
+    else tbuf_poison(&b->y);
+}
+
+static void bufs_new(layer_bufs* b, const layer_case* c, trand* r)
+{
+    const int64_t T = c->T, H = c->H, E = c->E, slots = T * c->K;
+    const int64_t x_stride = H + c->x_pad, y_stride = H + (c->y_is_x ? c->x_pad : c->y_pad);
+    const int64_t residual_stride = c->residual == RESIDUAL_IS_Y   ? y_stride
+                                    : c->residual == RESIDUAL_IS_X ? x_stride
+                                                                   : H + c->residual_pad;
+    size_t bytes = 0;
+    tweights_want want;
+    memset(b, 0, sizeof *b);
+    b->h_x = test_host(T * x_stride * 2);
+    b->h_logits = test_host(T * E * 4);
+    b->h_ids = (int32_t*)test_host(slots * 4);
+    b->h_weights = (float*)test_host(slots * 4);
+    b->x = tbuf_new("x", (size_t)moei_extent(T, x_stride, H, c->dtype), 16);
+    b->logits = tbuf_new("logits", (size_t)(T * E * 4), 4);
+    b->ids = tbuf_new("ids", (size_t)slots * 4, 4);
+    b->weights = tbuf_new("weights", (size_t)slots * 4, 4);
+    fill_inputs(b, c, r);
+    b->h_router = trows_new(r, E, H, H, c->router_dtype, TFILL_NORMAL, (float)(1.5 / sqrt((double)H)));
+    b->router = tbuf_from("router", b->h_router, (size_t)(E * H * moe_dtype_bytes(c->router_dtype)), 16);
+    memset(&want, 0, sizeof want);
+    want.experts = c->E;
+    want.dtype = c->dtype;
+    want.major = c->major;
+    want.table = c->table;
+    want.separate = c->gate_up == MOE_GATE_UP_SEPARATE;
+    want.n = want.separate ? c->I : 2 * c->I;
+    want.k = c->H;
+    want.scale = (float)(1.5 / sqrt((double)c->H));
+    tweights_new(&b->w1, &want, r);
+    want.separate = 0;
+    want.n = c->H;
+    want.k = c->I;
+    want.scale = (float)(1.5 / sqrt((double)c->I));
+    tweights_new(&b->w2, &want, r);
+    b->h_bias1 = trows_new(r, E, 2 * c->I, 2 * c->I, c->dtype, TFILL_NORMAL, 0.5f);
+    b->h_bias2 = trows_new(r, E, H, H, c->dtype, TFILL_NORMAL, 0.5f);
+    b->bias1 = tbuf_from("bias1", b->h_bias1, (size_t)(E * 2 * c->I) * 2, 2);
+    b->bias2 = tbuf_from("bias2", b->h_bias2, (size_t)(E * H) * 2, 2);
+    b->h_residual = trows_new(r, T, residual_stride, H, c->dtype, TFILL_NORMAL, 1);
+    b->residual = tbuf_from("residual", b->h_residual,
+                            (size_t)moei_extent(T, residual_stride, H, c->dtype), 2);
+    b->y = tbuf_new("y", (size_t)moei_extent(T, y_stride, H, c->dtype), 2);
+    b->fault = tfault_new(0);
+
+    b->d.x = b->x.p;
+    b->d.router = c->from == FROM_ROUTER ? b->router.p : (const void*)0;
+    b->d.logits = c->from == FROM_LOGITS ? (const float*)b->logits.p : (const float*)0;
+    b->d.ids = c->from == FROM_IDS ? (const int32_t*)b->ids.p : (const int32_t*)0;
+    b->d.weights = c->from == FROM_IDS ? (const float*)b->weights.p : (const float*)0;
+    b->d.w1 = b->w1.d;
+    b->d.w2 = b->w2.d;
+    b->d.bias1 = c->bias ? b->bias1.p : (const void*)0;
+    b->d.bias2 = c->bias ? b->bias2.p : (const void*)0;
+    b->d.y = c->y_is_x ? b->x.p : b->y.p;
+    b->d.residual = c->residual == NO_RESIDUAL     ? (const void*)0
+                    : c->residual == RESIDUAL      ? b->residual.p
+                    : c->residual == RESIDUAL_IS_X ? b->x.p
+                                                   : b->d.y;
+    b->d.x_stride = c->x_pad ? x_stride : 0;
+    b->d.y_stride = y_stride == H ? 0 : y_stride;
+    b->d.residual_stride = residual_stride == H ? 0 : residual_stride;
+    b->d.fault = (uint64_t*)b->fault.p;
+    b->d.num_tokens = c->T;
+    b->d.hidden = c->H;
+    b->d.intermediate = c->I;
+    b->d.num_experts = c->E;
+    b->d.top_k = c->K;
+    b->d.dtype = c->dtype == MOE_BF16 ? MOE_DTYPE_DEFAULT : c->dtype;
+    b->d.router_dtype = c->router_dtype == c->dtype ? MOE_DTYPE_DEFAULT : c->router_dtype;
+    b->d.score = c->score;
+    b->d.renormalize = c->renormalize;
+    b->d.scale = c->scale;
+    b->d.gate_up = c->gate_up == MOE_GATE_UP_CONCATENATED ? MOE_GATE_UP_DEFAULT : c->gate_up;
+    b->d.tile = c->tile;
+    CHECK_STATUS(moe_layer_workspace(&b->d, &bytes), MOE_OK);
+    CHECK(bytes == documented_bytes(c), "%s: %zu bytes of workspace, not %zu", case_text(c), bytes,
+          documented_bytes(c));
+    b->workspace = tbuf_new("workspace", bytes, 0);
+    b->d.workspace = b->workspace.p;
+    b->d.workspace_bytes = bytes;
+    reset(b, c);
+}
+
+static void bufs_free(layer_bufs* b)
+{
+    tbuf_free(&b->x);
+    tbuf_free(&b->router);
+    tbuf_free(&b->logits);
+    tbuf_free(&b->ids);
+    tbuf_free(&b->weights);
+    tbuf_free(&b->bias1);
+    tbuf_free(&b->bias2);
+    tbuf_free(&b->residual);
+    tbuf_free(&b->y);
+    tbuf_free(&b->workspace);
+    tbuf_free(&b->fault);
+    tweights_free(&b->w1);
+    tweights_free(&b->w2);
+    free(b->h_x);
+    free(b->h_router);
+    free(b->h_logits);
+    free(b->h_ids);
+    free(b->h_weights);
+    free(b->h_bias1);
+    free(b->h_bias2);
+    free(b->h_residual);
+}
+
+/* The residual as the host has it; null: none. */
+static const void* residual_of(const layer_bufs* b, const layer_case* c, int64_t* stride)
+{
+    *stride = b->d.residual_stride ? b->d.residual_stride : c->H;
+    if (c->residual == NO_RESIDUAL) return 0;
+    return c->residual == RESIDUAL_IS_X || (c->residual == RESIDUAL_IS_Y && c->y_is_x) ? b->h_x
+                                                                                      : b->h_residual;
+}
+
+/* A station's output in the workspace's host copy. */
+static const void* piece(const layer_bufs* b, const void* copy, const void* at)
+{
+    return (const char*)copy + ((const char*)at - (const char*)b->workspace.p);
+}
+
+/* y [n, H] of the tokens pick[0 .. n - 1], from given ids and weights [T, K]; act and rows rounded
+   to `dtype`, 0: nothing rounded. */
+static void ref_y(const layer_bufs* b, const layer_case* c, const int32_t* ids, const float* weights,
+                  const int32_t* pick, int64_t n, int dtype, double* y)
+{
+    const int64_t K = c->K, H = c->H, slots = n * K, x_stride = H + c->x_pad;
+    uint16_t* x = (uint16_t*)test_host(n * H * 2);
+    uint16_t* residual = (uint16_t*)test_host(n * H * 2);
+    int32_t* id = (int32_t*)test_host(slots * 4);
+    int32_t* row_slot = (int32_t*)test_host(slots * 4);
+    int32_t* count = (int32_t*)test_host(c->E * 4);
+    int32_t* offset = (int32_t*)test_host(c->E * 4 + 4);
+    moe_place* place = (moe_place*)test_host(slots * 8);
+    float* weight = (float*)test_host(slots * 4);
+    double* rows = (double*)test_host(slots * H * 8);
+    int64_t residual_stride;
+    const void* h_residual = residual_of(b, c, &residual_stride);
+    moe_ref_route_desc route;
+    moe_ref_experts_desc e;
+    moe_ref_combine_desc combine;
+    for (int64_t i = 0; i < n; ++i) {
+        memcpy(x + i * H, (const uint16_t*)b->h_x + pick[i] * x_stride, (size_t)H * 2);
+        if (h_residual)
+            memcpy(residual + i * H, (const uint16_t*)h_residual + pick[i] * residual_stride,
+                   (size_t)H * 2);
+        memcpy(id + i * K, ids + pick[i] * K, (size_t)K * 4);
+        memcpy(weight + i * K, weights + pick[i] * K, (size_t)K * 4);
+    }
+    memset(&route, 0, sizeof route);
+    route.ids = id;
+    route.expert_count = count;
+    route.expert_offset = offset;
+    route.row_slot = row_slot;
+    route.place = place;
+    route.num_tokens = (int)n;
+    route.num_experts = c->E;
+    route.top_k = c->K;
+    moe_ref_route(&route);
+    memset(&e, 0, sizeof e);
+    e.x = x;
+    e.row_slot = row_slot;
+    e.expert_offset = offset;
+    e.w1 = tweights_host(&b->w1);
+    e.w2 = tweights_host(&b->w2);
+    e.bias1 = c->bias ? b->h_bias1 : (void*)0;
+    e.bias2 = c->bias ? b->h_bias2 : (void*)0;
+    e.x_dtype = e.w_dtype = e.bias_dtype = c->dtype;
+    e.act_dtype = dtype;
+    e.gate_up = c->gate_up;
+    e.num_experts = c->E;
+    e.top_k = c->K;
+    e.hidden = c->H;
+    e.intermediate = c->I;
+    CHECK(moe_ref_experts_f64(&e, rows, 0, 0) == 0, "memory");
+    for (int64_t i = 0; i < offset[c->E] * H; ++i) rows[i] = moe_ref_round_f64(rows[i], dtype);
+    memset(&combine, 0, sizeof combine);
+    combine.rows = rows;
+    combine.rows_dtype = MOE_REF_REAL;
+    combine.place = place;
+    combine.weights = weight;
+    combine.residual = h_residual ? residual : (void*)0;
+    combine.residual_dtype = c->dtype;
+    combine.num_tokens = (int)n;
+    combine.hidden = c->H;
+    combine.top_k = c->K;
+    moe_ref_combine_f64(&combine, y, 0);
+    free(x);
+    free(residual);
+    free(id);
+    free(row_slot);
+    free(count);
+    free(offset);
+    free(place);
+    free(weight);
+    free(rows);
+}
+
+/* The router's logits against their exact sums; a NaN token's are NaN. */
+static void compare_logits(const layer_bufs* b, const layer_case* c, const float* logits)
+{
+    const int64_t T = c->T, E = c->E, H = c->H;
+    const int32_t offset[2] = {0, c->T};
+    double* exact = (double*)test_host(T * E * 8);
+    double* sum = (double*)test_host(T * E * 8);
+    float* got = (float*)test_host(T * E * 4);
+    moe_ref_gemm_desc g;
+    memset(&g, 0, sizeof g);
+    g.a = b->h_x;
+    g.a_stride = H + c->x_pad;
+    g.expert_offset = offset;
+    g.b.base = b->h_router;
+    g.a_dtype = c->dtype;
+    g.b_dtype = c->router_dtype;
+    g.num_experts = 1;
+    g.n = c->E;
+    g.k = c->H;
+    moe_ref_gemm_f64(&g, exact, sum);
+    memcpy(got, logits, (size_t)(T * E) * 4);
+    for (int64_t e = 0; e < E && c->nan_token; ++e) {
+        const int64_t i = (c->nan_token - 1) * E + e;
+        CHECK(got[i] != got[i], "the token's logits are NaN");
+        got[i] = 0;
+        exact[i] = sum[i] = 0;
+    }
+    CHECK_CLOSE_SUM("logits", got, E, exact, sum, c->H, T, E);
+    free(exact);
+    free(sum);
+    free(got);
+}
+
+/* The whole layer in double, against what came out, for the tokens whose choice no rounding of the
+   logits can change. */
+static void compare_whole(const layer_bufs* b, const layer_case* c, const int32_t* ids, const float* y)
+{
+    const int64_t T = c->T, E = c->E, K = c->K, H = c->H;
+    double* exact = (double*)test_host(T * H * 8);
+    double* ideal = (double*)test_host(T * H * 8);
+    double* weights = (double*)test_host(T * K * 8);
+    double* logits = (double*)test_host(T * E * 8);
+    float* got = (float*)test_host(T * H * 4);
+    int32_t* want = (int32_t*)test_host(T * K * 4);
+    int64_t clear = 0, wrong = 0;
+    moe_ref_layer_desc d;
+    memset(&d, 0, sizeof d);
+    d.x = b->h_x;
+    d.router = b->h_router;
+    d.logits = c->from == FROM_LOGITS ? b->h_logits : (void*)0;
+    d.residual = residual_of(b, c, &d.residual_stride);
+    d.w1 = tweights_host(&b->w1);
+    d.w2 = tweights_host(&b->w2);
+    d.bias1 = c->bias ? b->h_bias1 : (void*)0;
+    d.bias2 = c->bias ? b->h_bias2 : (void*)0;
+    d.x_stride = H + c->x_pad;
+    d.x_dtype = d.w_dtype = d.residual_dtype = d.bias_dtype = c->dtype;
+    d.router_dtype = c->router_dtype;
+    d.num_tokens = c->T;
+    d.num_experts = c->E;
+    d.top_k = c->K;
+    d.hidden = c->H;
+    d.intermediate = c->I;
+    d.score = c->score;
+    d.renormalize = c->renormalize;
+    d.scale = c->scale;
+    d.gate_up = c->gate_up;
+    CHECK(moe_ref_layer_f64(&d, exact, want, weights) == 0, "memory");
+    d.act_dtype = d.rows_dtype = c->dtype;
+    CHECK(moe_ref_layer_f64(&d, ideal, 0, 0) == 0, "memory");
+    if (c->from == FROM_LOGITS) {
+        for (int64_t i = 0; i < T * E; ++i) logits[i] = ((const float*)b->h_logits)[i];
+    } else {
+        moe_ref_router_desc r;
+        memset(&r, 0, sizeof r);
+        r.x = b->h_x;
+        r.w = b->h_router;
+        r.x_stride = d.x_stride;
+        r.x_dtype = c->dtype;
+        r.w_dtype = c->router_dtype;
+        r.num_tokens = c->T;
+        r.num_experts = c->E;
+        r.hidden = c->H;
+        moe_ref_router_f64(&r, logits);
+    }
+    for (int64_t t = 0; t < T; ++t) {
+        const double* l = logits + t * E;
+        double closest = 1; /* of a chosen logit to any other */
+        for (int64_t k = 0; k < K; ++k)
+            for (int64_t e = 0; e < E; ++e)
+                if (e != want[t * K + k] && fabs(l[want[t * K + k]] - l[e]) < closest)
+                    closest = fabs(l[want[t * K + k]] - l[e]);
+        if (closest < 1e-4) continue;
+        wrong += memcmp(want + t * K, ids + t * K, (size_t)K * 4) != 0;
+        memmove(exact + clear * H, exact + t * H, (size_t)H * 8);
+        for (int64_t h = 0; h < H; ++h) {
+            ideal[clear * H + h] = test_rounded(ideal[t * H + h], c->dtype);
+            got[clear * H + h] = y[t * H + h];
+        }
+        ++clear;
+    }
+    CHECK(wrong == 0, "%lld tokens go to other experts", (long long)wrong);
+    CHECK(2 * clear >= T, "%lld of %lld tokens are clear", (long long)clear, (long long)T);
+    CHECK_CLOSE("y of the whole layer", got, MOE_FP32, H, exact, ideal, clear, H);
+    free(exact);
+    free(ideal);
+    free(weights);
+    free(logits);
+    free(got);
+    free(want);
+}
+
+/* Station after station, each on what the device's station before it gave. */
+static void compare(const layer_bufs* b, const layer_case* c)
+{
+    const int before = test_now.failures;
+    const int64_t T = c->T, E = c->E, K = c->K, H = c->H, slots = T * K;
+    const int64_t y_stride = b->d.y_stride ? b->d.y_stride : H, step = c->sampled ? c->sampled : 1;
+    const tbuf* y_buf = c->y_is_x ? &b->x : &b->y;
+    void* copy = tbuf_copy(&b->workspace);
+    uint16_t* y = (uint16_t*)tbuf_copy(y_buf);
+    float *y_all = (float*)test_host(T * H * 4), *got = (float*)test_host(T * H * 4);
+    int32_t* pick = (int32_t*)test_host(T * 4);
+    const int32_t* ids = b->h_ids;
+    const float* weights = b->h_weights;
+    int64_t n = 0, bad = -1, gaps = 0, residual_stride;
+    const void* residual = residual_of(b, c, &residual_stride);
+    moe_layer_view v;
+    CHECK_STATUS(moe_layer_get_view(&b->d, &v), MOE_OK);
+    for (int64_t t = 0; t < T; ++t) {
+        for (int64_t h = 0; h < H; ++h) y_all[t * H + h] = moe_load(y, t * y_stride + h, c->dtype);
+        for (int64_t h = H; h < y_stride && t + 1 < T; ++h) gaps += y[t * y_stride + h] != 0xffff;
+        if (t % step == 0) pick[n++] = (int32_t)t;
+    }
+    CHECK(gaps == 0, "%lld elements between the rows of y were written", (long long)gaps);
+
+    if (c->from == FROM_ROUTER) {
+        const float* logits = (const float*)piece(b, copy, v.logits);
+        if (!c->sampled) compare_logits(b, c, logits);
+    } else {
+        CHECK(v.logits == b->d.logits, "the caller's own logits");
+    }
+    if (c->from != FROM_IDS) { /* the gate, on the logits that the device has */
+        double* want = (double*)test_host(slots * 8);
+        int32_t* want_ids = (int32_t*)test_host(slots * 4);
+        moe_ref_gate_desc g;
+        memset(&g, 0, sizeof g);
+        g.logits = c->from == FROM_ROUTER ? piece(b, copy, v.logits) : b->h_logits;
+        g.logits_dtype = MOE_FP32;
+        g.num_tokens = c->T;
+        g.num_experts = c->E;
+        g.top_k = c->K;
+        g.score = c->score;
+        g.renormalize = c->renormalize;
+        g.scale = c->scale;
+        moe_ref_gate_f64(&g, want_ids, want, 0, 0);
+        ids = (const int32_t*)piece(b, copy, v.ids);
+        weights = (const float*)piece(b, copy, v.weights);
+        CHECK_INTS("ids", ids, want_ids, slots);
+        CHECK_CLOSE_RELATIVE("weights", weights, MOE_FP32, K, want, 4e-6, T, K);
+        free(want);
+        free(want_ids);
+    } else {
+        CHECK(v.ids == b->d.ids && v.weights == b->d.weights, "the caller's own choice");
+    }
+    { /* the route, exactly */
+        int32_t* count = (int32_t*)test_host(E * 4);
+        int32_t* offset = (int32_t*)test_host(E * 4 + 4);
+        int32_t* row_slot = (int32_t*)test_host(slots * 4);
+        moe_place* place = (moe_place*)test_host(slots * 8);
+        moe_ref_route_desc r;
+        memset(&r, 0, sizeof r);
+        r.ids = ids;
+        r.expert_count = count;
+        r.expert_offset = offset;
+        r.row_slot = row_slot;
+        r.place = place;
+        r.num_tokens = c->T;
+        r.num_experts = c->E;
+        r.top_k = c->K;
+        bad = moe_ref_route(&r);
+        CHECK_INTS("expert_count", (const int32_t*)piece(b, copy, v.expert_count), count, E);
+        CHECK_INTS("expert_offset", (const int32_t*)piece(b, copy, v.expert_offset), offset, E + 1);
+        CHECK_INTS("row_slot", (const int32_t*)piece(b, copy, v.row_slot), row_slot, slots);
+        CHECK_INTS("place", (const int32_t*)piece(b, copy, v.place), (const int32_t*)place, slots * 2);
+        free(count);
+        free(offset);
+        free(row_slot);
+        free(place);
+    }
+    if (T > 0) {
+        double* exact = (double*)test_host(n * H * 8);
+        double* ideal = (double*)test_host(n * H * 8);
+        int64_t wrong = 0;
+        ref_y(b, c, ids, weights, pick, n, 0, exact);
+        ref_y(b, c, ids, weights, pick, n, c->dtype, ideal);
+        for (int64_t i = 0; i < n; ++i) {
+            int live = 0;
+            for (int64_t k = 0; k < K; ++k)
+                live |= ids[pick[i] * K + k] >= 0 && ids[pick[i] * K + k] < E;
+            for (int64_t h = 0; h < H; ++h) {
+                got[i * H + h] = y_all[pick[i] * H + h];
+                ideal[i * H + h] = test_rounded(ideal[i * H + h], c->dtype);
+                if (live) continue; /* the residual as it is, or 0 */
+                wrong += got[i * H + h] != (residual ? moe_load(residual, pick[i] * residual_stride + h,
+                                                                c->dtype)
+                                                     : 0);
+            }
+        }
+        CHECK(wrong == 0, "a token with no expert is its residual, or 0");
+        CHECK_CLOSE("y", got, MOE_FP32, H, exact, ideal, n, H);
+        free(exact);
+        free(ideal);
+        if (c->from != FROM_IDS && !c->nan_token && !c->sampled) compare_whole(b, c, ids, y_all);
+    }
+    if (c->nan_token && c->from != FROM_IDS) CHECK_FAULT(&b->fault, MOE_FAULT_NAN_LOGIT, c->nan_token - 1);
+    else CHECK_FAULT(&b->fault, bad < 0 ? MOE_FAULT_NONE : MOE_FAULT_BAD_ID, bad < 0 ? 0 : bad);
+    CHECK((c->y_is_x || tbuf_holds(&b->x, b->h_x)) && tbuf_holds(&b->router, b->h_router) &&
+              tbuf_holds(&b->logits, b->h_logits) && tbuf_holds(&b->ids, b->h_ids) &&
+              tbuf_holds(&b->weights, b->h_weights) && tweights_same(&b->w1) &&
+              tweights_same(&b->w2) && tbuf_holds(&b->bias1, b->h_bias1) &&
+              tbuf_holds(&b->bias2, b->h_bias2) && tbuf_holds(&b->residual, b->h_residual),
+          "an input was written");
+    if (test_now.failures > before) printf("  in: %s\n", case_text(c));
+    free(copy);
+    free(y);
+    free(y_all);
+    free(got);
+    free(pick);
+}
+
+static void run_case(const layer_case* c, trand* r)
+{
+    layer_bufs b;
+    bufs_new(&b, c, r);
+    if (CHECK_STATUS(moe_layer_forward(&b.d, test_now.stream), MOE_OK)) compare(&b, c);
+    bufs_free(&b);
+}
+
+/* Every score, renormalised or not, scaled or not, through the router and from given logits. */
+static void test_layer_gates(void)
+{
+    trand r = trand_new(1);
+    for (int score = 0; score <= MOE_SCORE_SIGMOID; ++score)
+        for (int i = 0; i < 8; ++i) {
+            layer_case c = normal_case(37, 64, 40, 7, 3);
+            c.score = score;
+            c.renormalize = i & 1;
+            c.scale = i & 2 ? 2.5f : 0;
+            c.from = i & 4 ? FROM_LOGITS : FROM_ROUTER;
+            c.dtype = c.router_dtype = trand_int(&r, 0, 1) ? MOE_FP16 : MOE_BF16;
+            run_case(&c, &r);
+        }
+}
+
+/* Where the choice comes from, with all forms of weights, and both dtypes. */
+static void test_layer_entries(void)
+{
+    trand r = trand_new(2);
+    for (int from = FROM_ROUTER; from <= FROM_IDS; ++from)
+        for (int gate_up = MOE_GATE_UP_CONCATENATED; gate_up <= MOE_GATE_UP_SEPARATE; ++gate_up)
+            for (int i = 0; i < 4; ++i) {
+                layer_case c = normal_case(33, 72, 56, 8, 2);
+                c.from = from;
+                c.gate_up = gate_up;
+                c.dtype = i & 1 ? MOE_FP16 : MOE_BF16;
+                c.router_dtype = i == 3 ? MOE_FP32 : c.dtype;
+                c.bias = i >> 1;
+                c.table = (i + gate_up) & 1;
+                c.major = i == 2 ? MOE_MAJOR_MN : MOE_MAJOR_K;
+                c.tile = i ? MOE_TILE_32x128 : MOE_TILE_AUTO;
+                run_case(&c, &r);
+            }
+}
+
+static void test_layer_shapes(void)
+{
+    static const int shapes[][5] = {{1, 64, 40, 4, 2},  {2, 8, 8, 1, 1},   {3, 24, 16, 5, 5},
+                                    {31, 40, 72, 64, 2}, {65, 64, 32, 3, 1}, {33, 136, 24, 6, 6},
+                                    {97, 16, 24, 2, 1}};
+    trand r = trand_new(3);
+    for (size_t i = 0; i < sizeof shapes / sizeof *shapes; ++i)
+        for (int j = 0; j < (MOE_ON_HOST ? 2 : 8); ++j) {
+            const int* s = shapes[i];
+            layer_case c = normal_case(s[0], s[1], s[2], s[3], s[4]);
+            c.from = j == 0 ? FROM_ROUTER : (int)trand_int(&r, FROM_ROUTER, FROM_IDS);
+            c.bias = (int)trand_int(&r, 0, 1);
+            c.gate_up = (int)trand_int(&r, MOE_GATE_UP_CONCATENATED, MOE_GATE_UP_SEPARATE);
+            c.residual = (int)trand_int(&r, NO_RESIDUAL, RESIDUAL_IS_X);
+            c.score = (int)trand_int(&r, MOE_SCORE_SOFTMAX, MOE_SCORE_SIGMOID);
+            c.x_pad = 8 * (int)trand_int(&r, 0, 2);
+            c.y_pad = trand_int(&r, 0, 1) ? 0 : (int)trand_int(&r, 1, 9);
+            c.residual_pad = trand_int(&r, 0, 1) ? 0 : (int)trand_int(&r, 1, 9);
+            run_case(&c, &r);
+        }
+}
+
+/* Given ids: some unused, some twice in a token, some out of range, more of them than experts. */
+static void test_layer_ids(void)
+{
+    trand r = trand_new(4);
+    for (int i = 0; i < 8; ++i) {
+        layer_case c = normal_case(50, 40, 32, i & 1 ? 3 : 9, i & 1 ? 5 : 3);
+        c.from = FROM_IDS;
+        c.unused = i & 2 ? 40 : 0;
+        c.bad = i & 4 ? 20 : 0;
+        c.residual = i % 3 ? RESIDUAL : NO_RESIDUAL;
+        c.bias = i & 1;
+        run_case(&c, &r);
+    }
+    for (int residual = NO_RESIDUAL; residual <= RESIDUAL; ++residual) { /* nobody goes anywhere */
+        layer_case c = normal_case(20, 40, 32, 4, 2);
+        layer_bufs b;
+        void* want;
+        c.from = FROM_IDS;
+        c.unused = 100;
+        c.residual = residual;
+        bufs_new(&b, &c, &r);
+        CHECK_STATUS(moe_layer_forward(&b.d, test_now.stream), MOE_OK);
+        want = calloc(1, b.y.bytes);
+        CHECK(tbuf_holds(&b.y, residual ? b.h_residual : want), "y");
+        CHECK_FAULT(&b.fault, MOE_FAULT_NONE, 0);
+        free(want);
+        bufs_free(&b);
+    }
+}
+
+/* y in a place of its own, over x, over the residual, over both; strides of all of them. */
+static void test_layer_residual(void)
+{
+    trand r = trand_new(5);
+    for (int residual = NO_RESIDUAL; residual <= RESIDUAL_IS_X; ++residual)
+        for (int y_is_x = 0; y_is_x < 2; ++y_is_x)
+            for (int pads = 0; pads < 2; ++pads) {
+                layer_case c = normal_case(35, 48, 40, 5, 2);
+                c.residual = residual;
+                c.y_is_x = y_is_x;
+                c.x_pad = pads ? 16 : 0;
+                c.y_pad = pads ? 5 : 0;
+                c.residual_pad = pads ? 3 : 0;
+                run_case(&c, &r);
+            }
+}
+
+/* A NaN in one token: it goes nowhere, the fault word names it, and no other row changes. */
+static void test_layer_nan(void)
+{
+    trand r = trand_new(6);
+    for (int from = FROM_ROUTER; from <= FROM_LOGITS; ++from)
+        for (int residual = NO_RESIDUAL; residual <= RESIDUAL; ++residual)
+            for (int dtype = MOE_FP16; dtype <= MOE_BF16; ++dtype) {
+                layer_case c = normal_case(41, 64, 40, 8, 2);
+                c.from = from;
+                c.residual = residual;
+                c.dtype = c.router_dtype = dtype;
+                c.nan_token = 1 + (int)trand_int(&r, 0, 40);
+                run_case(&c, &r);
+            }
+    { /* the other rows have the bits that they have without it, where the token goes nowhere */
+        layer_case c = normal_case(41, 64, 40, 8, 2);
+        layer_bufs b;
+        uint16_t *with, *without;
+        c.from = FROM_IDS;
+        bufs_new(&b, &c, &r);
+        b.h_ids[2 * 17] = b.h_ids[2 * 17 + 1] = -1;
+        tbuf_put(&b.ids, b.h_ids);
+        CHECK_STATUS(moe_layer_forward(&b.d, test_now.stream), MOE_OK);
+        without = (uint16_t*)tbuf_copy(&b.y);
+        moe_store(b.h_x, 17 * c.H + 3, c.dtype, NAN);
+        b.h_ids[2 * 20] = b.h_ids[2 * 20 + 1] = 3; /* and one NaN token that does go somewhere */
+        tbuf_put(&b.ids, b.h_ids);
+        moe_store(b.h_x, 20 * c.H + 3, c.dtype, NAN);
+        tbuf_put(&b.x, b.h_x);
+        reset(&b, &c);
+        CHECK_STATUS(moe_layer_forward(&b.d, test_now.stream), MOE_OK);
+        with = (uint16_t*)tbuf_copy(&b.y);
+        for (int t = 0; t < c.T; ++t)
+            if (t != 20)
+                CHECK(memcmp(with + t * c.H, without + t * c.H, (size_t)c.H * 2) == 0,
+                      "token %d changed", t);
+        CHECK(with[20 * c.H] != without[20 * c.H], "the token with a NaN has one");
+        CHECK_FAULT(&b.fault, MOE_FAULT_NONE, 0);
+        free(with);
+        free(without);
+        bufs_free(&b);
+    }
+}
+
+/* An earlier kernel's stop fault: no station does anything. */
+static void test_layer_stopped(void)
+{
+    trand r = trand_new(7);
+    for (int from = FROM_ROUTER; from <= FROM_IDS; ++from) {
+        const uint64_t stop = MOEI_FAULT_KEY(MOE_FAULT_BAD_OFFSET, 0, 5);
+        layer_case c = normal_case(20, 64, 40, 4, 2);
+        layer_bufs b;
+        c.from = from;
+        bufs_new(&b, &c, &r);
+        tbuf_put(&b.fault, &stop);
+        CHECK_STATUS(moe_layer_forward(&b.d, test_now.stream), MOE_OK);
+        CHECK(tbuf_holds(&b.y, 0) && tbuf_holds(&b.workspace, 0), "after a stop fault");
+        CHECK_FAULT(&b.fault, MOE_FAULT_BAD_OFFSET, 5);
+        bufs_free(&b);
+    }
+}
+
+static void test_layer_no_tokens(void)
+{
+    trand r = trand_new(8);
+    for (int from = FROM_ROUTER; from <= FROM_IDS; ++from) {
+        layer_case c = normal_case(0, 64, 40, 4, 2);
+        c.from = from;
+        run_case(&c, &r);
+    }
+    { /* and nothing but a workspace is needed */
+        size_t bytes;
+        moe_layer_desc d;
+        tbuf w;
+        memset(&d, 0, sizeof d);
+        d.hidden = d.intermediate = 8;
+        d.num_experts = d.top_k = 1;
+        CHECK_STATUS(moe_layer_workspace(&d, &bytes), MOE_OK);
+        w = tbuf_new("workspace", bytes, 0);
+        d.workspace = w.p;
+        d.workspace_bytes = bytes;
+        CHECK_STATUS(moe_layer_forward(&d, test_now.stream), MOE_OK);
+        tbuf_free(&w);
+    }
+}
+
+/* The size is the documented one for any shape, and the pieces lie in it one behind another. */
+static void test_layer_workspace(void)
+{
+    trand r = trand_new(9);
+    for (int i = 0; i < 200; ++i) {
+        layer_case c = normal_case((int)trand_int(&r, 0, 300), 8 * (int)trand_int(&r, 1, 40),
+                                   8 * (int)trand_int(&r, 1, 40), (int)trand_int(&r, 1, 300), 1);
+        moe_layer_desc d;
+        moe_layer_view v;
+        size_t bytes = 0;
+        c.K = (int)trand_int(&r, 1, c.E < 9 ? c.E : 9);
+        c.from = i % 3;
+        memset(&d, 0, sizeof d);
+        d.num_tokens = c.T;
+        d.hidden = c.H;
+        d.intermediate = c.I;
+        d.num_experts = c.E;
+        d.top_k = c.K;
+        if (c.from == FROM_LOGITS) d.logits = (const float*)256;
+        if (c.from == FROM_IDS) d.ids = (const int32_t*)256, d.weights = (const float*)512;
+        CHECK_STATUS(moe_layer_workspace(&d, &bytes), MOE_OK);
+        CHECK(bytes == documented_bytes(&c), "%zu bytes, not %zu", bytes, documented_bytes(&c));
+        d.workspace = (void*)((uintptr_t)1 << 40);
+        CHECK_STATUS(moe_layer_get_view(&d, &v), MOE_OK);
+        {
+            const char* at[] = {(char*)v.chunk_count, (char*)v.expert_count, (char*)v.expert_offset,
+                                (char*)v.row_slot, (char*)v.place, (char*)v.act, (char*)v.rows,
+                                (char*)d.workspace + bytes};
+            const size_t slots = (size_t)c.T * (size_t)c.K, E = (size_t)c.E;
+            const size_t size[] = {E * (size_t)moe_num_chunks(c.T) * 4, E * 4, E * 4 + 4, slots * 4,
+                                   slots * 8, slots * (size_t)c.I * 2, slots * (size_t)c.H * 2};
+            for (int k = 0; k < 7; ++k)
+                CHECK((uintptr_t)at[k] % 256 == 0 && at[k] + size[k] <= at[k + 1], "piece %d", k);
+            CHECK(c.from == FROM_IDS || ((char*)v.ids + slots * 4 <= (char*)v.weights &&
+                                         (char*)v.weights + slots * 4 <= at[0]),
+                  "ids and weights");
+            CHECK(c.from != FROM_ROUTER || v.logits == d.workspace, "logits come first");
+        }
+    }
+    {
+        layer_case c = normal_case(20, 64, 40, 4, 2);
+        layer_bufs b;
+        size_t bytes;
+        moe_layer_view v;
+        moe_layer_desc d;
+        bufs_new(&b, &c, &r);
+        d = b.d;
+        d.workspace_bytes -= 1;
+        CHECK_STATUS(moe_layer_forward(&d, test_now.stream),
+                     MOE_STATUS(MOE_ERR_WORKSPACE, workspace_bytes));
+        d.workspace = 0;
+        CHECK_STATUS(moe_layer_get_view(&d, &v), MOE_STATUS(MOE_ERR_NULL, workspace));
+        CHECK_STATUS(moe_layer_get_view(0, &v), MOE_STATUS(MOE_ERR_NULL, desc));
+        CHECK_STATUS(moe_layer_get_view(&b.d, 0), MOE_STATUS(MOE_ERR_NULL, desc));
+        CHECK_STATUS(moe_layer_workspace(0, &bytes), MOE_STATUS(MOE_ERR_NULL, desc));
+        CHECK_STATUS(moe_layer_workspace(&b.d, 0), MOE_STATUS(MOE_ERR_NULL, desc));
+        CHECK(tbuf_holds(&b.y, 0), "a refused call wrote y");
+        bufs_free(&b);
+    }
+}
+
+static moe_status call_layer(void* d, cudaStream_t stream)
+{
+    return moe_layer_forward((const moe_layer_desc*)d, stream);
+}
+
+static moe_status call_stages(void* d, cudaStream_t stream)
+{
+    for (int stage = 0; stage < MOE_LAYER_STAGES; ++stage)
+        MOEI_TRY(moe_layer_run_stage((const moe_layer_desc*)d, stage, stream));
+    return MOE_OK;
+}
+
+/* All stages in order are the layer, bit for bit, workspace included; a stage does its own part
+   and no other. */
+static void test_layer_stages(void)
+{
+    trand r = trand_new(10);
+    for (int from = FROM_ROUTER; from <= FROM_IDS; ++from) {
+        layer_case c = normal_case(40, 64, 40, 8, 2);
+        layer_bufs b;
+        void *y, *workspace;
+        c.from = from;
+        c.residual = RESIDUAL;
+        bufs_new(&b, &c, &r);
+        CHECK_STATUS(moe_layer_forward(&b.d, test_now.stream), MOE_OK);
+        y = tbuf_copy(&b.y);
+        workspace = tbuf_copy(&b.workspace);
+        reset(&b, &c);
+        CHECK_STATUS(call_stages(&b.d, test_now.stream), MOE_OK);
+        CHECK(tbuf_holds(&b.y, y) && tbuf_holds(&b.workspace, workspace), "from %d", from);
+        compare(&b, &c);
+        reset(&b, &c);
+        for (int stage = 0; stage < MOE_LAYER_STAGES; ++stage) {
+            CHECK(tbuf_holds(&b.y, 0), "before stage %d", stage);
+            CHECK_STATUS(moe_layer_run_stage(&b.d, stage, test_now.stream), MOE_OK);
+            if (stage == MOE_LAYER_ROUTER || (stage == MOE_LAYER_GATE && from == FROM_IDS))
+                CHECK(tbuf_holds(&b.workspace, 0) == (from != FROM_ROUTER), "stage %d", stage);
+        }
+        CHECK(tbuf_holds(&b.y, y), "one by one");
+        CHECK_STATUS(moe_layer_run_stage(&b.d, -1, test_now.stream), MOE_STATUS(MOE_ERR_OPTION, stage));
+        CHECK_STATUS(moe_layer_run_stage(&b.d, MOE_LAYER_STAGES, test_now.stream),
+                     MOE_STATUS(MOE_ERR_OPTION, stage));
+        CHECK_STATUS(moe_layer_run_stage(0, 0, test_now.stream), MOE_STATUS(MOE_ERR_NULL, desc));
+        free(y);
+        free(workspace);
+        bufs_free(&b);
+    }
+    CHECK(strcmp(moe_layer_stage_name(MOE_LAYER_ROUTER), "router") == 0 &&
+              strcmp(moe_layer_stage_name(MOE_LAYER_COMBINE), "combine") == 0 &&
+              strcmp(moe_layer_stage_name(-1), "?") == 0 &&
+              strcmp(moe_layer_stage_name(MOE_LAYER_STAGES), "?") == 0,
+          "names of the stages");
+}
+
+static void test_layer_same_bits(void)
+{
+    trand r = trand_new(11);
+    for (int i = 0; i < 2; ++i) {
+        layer_case c = normal_case(70, 72, 56, 9, 3);
+        layer_bufs b;
+        tbuf* out[2];
+        c.tile = i ? MOE_TILE_32x128 : MOE_TILE_AUTO;
+        c.residual = RESIDUAL;
+        bufs_new(&b, &c, &r);
+        out[0] = &b.y;
+        out[1] = &b.workspace;
+        test_same_bits("layer", call_layer, &b.d, out, 2, MOE_ON_HOST ? 3 : 100);
+        compare(&b, &c);
+        bufs_free(&b);
+    }
+}
+
+/* A captured layer, launched again with other inputs and so other routing: what a call gives. */
+static void test_layer_graph(void)
+{
+    trand r = trand_new(12);
+    CHECK_STATUS(moe_preload(), MOE_OK);
+    for (int from = FROM_ROUTER; from <= FROM_IDS; ++from) {
+        layer_case c = normal_case(45, 64, 40, 6, 2);
+        layer_bufs b;
+        tgraph g;
+        c.from = from;
+        c.y_is_x = from == FROM_LOGITS;
+        bufs_new(&b, &c, &r);
+        if (tgraph_capture(&g, call_layer, &b.d)) {
+            CHECK(tbuf_holds(&b.y, 0) && tbuf_holds(&b.workspace, 0), "capture itself runs nothing");
+            for (int run = 0; run < 3; ++run) {
+                void *y, *workspace;
+                c.unused = 25 * run;
+                c.nan_token = run == 2 ? 8 : 0;
+                fill_inputs(&b, &c, &r);
+                reset(&b, &c);
+                if (from == FROM_IDS) c.nan_token = 0;
+                if (from == FROM_IDS && run == 2) { /* a NaN would reach y */
+                    moe_store(b.h_x, 7 * c.H + c.H / 2, c.dtype, 1);
+                    tbuf_put(&b.x, b.h_x);
+                    moe_store(b.h_logits, 7 * c.E + c.E - 1, MOE_FP32, 1);
+                    tbuf_put(&b.logits, b.h_logits);
+                }
+                tgraph_launch(&g);
+                compare(&b, &c);
+                y = tbuf_copy(c.y_is_x ? &b.x : &b.y);
+                workspace = tbuf_copy(&b.workspace);
+                reset(&b, &c);
+                CHECK_STATUS(moe_layer_forward(&b.d, test_now.stream), MOE_OK);
+                CHECK(tbuf_holds(c.y_is_x ? &b.x : &b.y, y) && tbuf_holds(&b.workspace, workspace),
+                      "run %d: a call gives other bits", run);
+                free(y);
+                free(workspace);
+            }
+            tgraph_free(&g);
+        }
+        bufs_free(&b);
+    }
+}
+
+static void test_layer_plan(void)
+{
+    trand r = trand_new(13);
+    layer_case c = normal_case(40, 64, 40, 4, 2);
+    layer_bufs b;
+    moe_gemm_plan p[2];
+    memset(p, 0xff, sizeof p);
+    bufs_new(&b, &c, &r);
+    CHECK_STATUS(moe_layer_plan(&b.d, p, p + 1), MOE_OK);
+    for (int i = 0; i < 2; ++i)
+        CHECK(p[i].path == (MOE_ON_HOST ? MOE_GEMM_PATH_HOST : MOE_GEMM_PATH_WMMA) &&
+                  p[i].tile == MOE_TILE_64x64 && p[i].blocks >= 1,
+              "product %d", i);
+    CHECK_STATUS(moe_layer_plan(0, p, p), MOE_STATUS(MOE_ERR_NULL, desc));
+    CHECK_STATUS(moe_layer_plan(&b.d, 0, p), MOE_STATUS(MOE_ERR_NULL, desc));
+    CHECK_STATUS(moe_layer_plan(&b.d, p, 0), MOE_STATUS(MOE_ERR_NULL, desc));
+    bufs_free(&b);
+}
+
+/* The plan, a stage and the layer must refuse it alike. Where the plan does not, nothing runs. */
+static void refused(const moe_layer_desc* d, moe_status want, int line)
+{
+    moe_gemm_plan up, down;
+    const moe_status s = moe_layer_plan(d, &up, &down);
+    test_status(s, want, __FILE__, line, "moe_layer_plan");
+    if (s == MOE_OK) return;
+    test_status(moe_layer_forward(d, test_now.stream), want, __FILE__, line, "moe_layer_forward");
+    test_status(moe_layer_run_stage(d, MOE_LAYER_COMBINE, test_now.stream), want, __FILE__, line,
+                "moe_layer_run_stage");
+}
+
+#define REFUSED(change, kind, field)                                                              \
+    d = good;                                                                                     \
+    change;                                                                                       \
+    refused(&d, MOE_STATUS(kind, field), __LINE__)
+#define AT(p, bytes) ((void*)((char*)(p) + (bytes)))
+#define DOWN_TO(p, bytes) ((void*)((uintptr_t)(p) & ~(uintptr_t)((bytes)-1)))
+
+/* Each wrong field is refused with its own kind and field, and nothing is queued. */
+static void test_layer_refusals(void)
+{
+    trand r = trand_new(14);
+    for (int from = FROM_ROUTER; from <= FROM_IDS; ++from) {
+        enum { T = 20, H = 64, I = 40, E = 4, K = 2 };
+        layer_case c = normal_case(T, H, I, E, K);
+        layer_bufs b;
+        moe_layer_desc good, d;
+        c.from = from;
+        c.bias = 1;
+        c.residual = RESIDUAL;
+        bufs_new(&b, &c, &r);
+        good = b.d;
+        CHECK_STATUS(moe_layer_forward(0, test_now.stream), MOE_STATUS(MOE_ERR_NULL, desc));
+        REFUSED(d.num_tokens = -1, MOE_ERR_RANGE, num_tokens);
+        REFUSED((d.num_tokens = INT32_MAX), MOE_ERR_RANGE, num_tokens);
+        REFUSED(d.hidden = 0, MOE_ERR_RANGE, hidden);
+        REFUSED(d.hidden = -64, MOE_ERR_RANGE, hidden);
+        REFUSED(d.hidden = 60, MOE_ERR_RANGE, hidden);
+        REFUSED(d.intermediate = 0, MOE_ERR_RANGE, intermediate);
+        REFUSED(d.intermediate = -8, MOE_ERR_RANGE, intermediate);
+        REFUSED(d.intermediate = 36, MOE_ERR_RANGE, intermediate);
+        REFUSED(d.num_experts = 0, MOE_ERR_RANGE, num_experts);
+        REFUSED(d.num_experts = -1, MOE_ERR_RANGE, num_experts);
+        REFUSED(d.num_experts = MOE_MAX_EXPERTS + 1, MOE_ERR_RANGE, num_experts);
+        REFUSED(d.top_k = 0, MOE_ERR_RANGE, top_k);
+        REFUSED(d.top_k = -1, MOE_ERR_RANGE, top_k);
+        REFUSED(d.top_k = MOE_COMBINE_MAX_TOP_K + 1, MOE_ERR_RANGE, top_k);
+        if (from != FROM_IDS) {
+            REFUSED(d.top_k = E + 1, MOE_ERR_RANGE, top_k);
+            REFUSED(d.score = MOE_SCORE_SIGMOID + 1, MOE_ERR_OPTION, score);
+            REFUSED(d.score = -1, MOE_ERR_OPTION, score);
+            REFUSED(d.renormalize = 2, MOE_ERR_OPTION, renormalize);
+            REFUSED(d.renormalize = -1, MOE_ERR_OPTION, renormalize);
+            REFUSED(d.scale = INFINITY, MOE_ERR_RANGE, scale);
+            REFUSED(d.scale = NAN, MOE_ERR_RANGE, scale);
+            REFUSED(d.weights = (const float*)b.weights.p, MOE_ERR_CONFLICT, weights);
+        }
+        REFUSED(d.dtype = MOE_FP32, MOE_ERR_DTYPE, dtype);
+        REFUSED(d.dtype = 4, MOE_ERR_DTYPE, dtype);
+        REFUSED(d.dtype = -1, MOE_ERR_DTYPE, dtype);
+        REFUSED(d.gate_up = 4, MOE_ERR_OPTION, gate_up);
+        REFUSED(d.gate_up = -1, MOE_ERR_OPTION, gate_up);
+        REFUSED(d.tile = 99, MOE_ERR_OPTION, tile);
+        REFUSED(d.tile = -1, MOE_ERR_OPTION, tile);
+        REFUSED(d.x_stride = 56, MOE_ERR_STRIDE, x_stride);
+        REFUSED(d.x_stride = -64, MOE_ERR_STRIDE, x_stride);
+        REFUSED(d.x_stride = 68, MOE_ERR_ALIGN, x_stride);
+        REFUSED(d.y_stride = 63, MOE_ERR_STRIDE, y_stride);
+        REFUSED(d.y_stride = -64, MOE_ERR_STRIDE, y_stride);
+        REFUSED(d.residual_stride = 63, MOE_ERR_STRIDE, residual_stride);
+        REFUSED(d.residual_stride = -64, MOE_ERR_STRIDE, residual_stride);
+        REFUSED(d.w1.major = 3, MOE_ERR_OPTION, w1);
+        REFUSED(d.w2.major = 3, MOE_ERR_OPTION, w2);
+        REFUSED(d.w1.row_stride = 56, MOE_ERR_STRIDE, w1);
+        REFUSED(d.w2.row_stride = 32, MOE_ERR_STRIDE, w2);
+        REFUSED(d.w1.expert_stride = 4, MOE_ERR_ALIGN, w1);
+        REFUSED(d.w2.expert_stride = -8, MOE_ERR_STRIDE, w2);
+        REFUSED(d.w1.base = 0, MOE_ERR_NULL, w1);
+        REFUSED(d.w2.base = 0, MOE_ERR_NULL, w2);
+        REFUSED(d.gate_up = MOE_GATE_UP_SEPARATE, MOE_ERR_NULL, w1);
+        REFUSED(d.w1.base = AT(d.w1.base, 8), MOE_ERR_ALIGN, w1);
+        REFUSED(d.w2.base = AT(d.w2.base, 8), MOE_ERR_ALIGN, w2);
+        REFUSED(d.w1.table = (const void* const*)b.router.p, MOE_ERR_CONFLICT, w1);
+        REFUSED(d.w2.table = (const void* const*)b.router.p, MOE_ERR_CONFLICT, w2);
+        REFUSED(d.bias1 = AT(d.bias1, 1), MOE_ERR_ALIGN, bias1);
+        REFUSED(d.bias2 = AT(d.bias2, 1), MOE_ERR_ALIGN, bias2);
+        REFUSED(d.x = 0, MOE_ERR_NULL, x);
+        REFUSED(d.x = AT(d.x, 8), MOE_ERR_ALIGN, x);
+        REFUSED(d.x = AT(d.x, 1), MOE_ERR_ALIGN, x);
+        REFUSED(d.y = 0, MOE_ERR_NULL, y);
+        REFUSED(d.y = AT(d.y, 1), MOE_ERR_ALIGN, y);
+        REFUSED(d.residual = AT(d.residual, 1), MOE_ERR_ALIGN, residual);
+        REFUSED(d.fault = (uint64_t*)AT(d.fault, 4), MOE_ERR_ALIGN, fault);
+        REFUSED(d.workspace = 0, MOE_ERR_NULL, workspace);
+        REFUSED(d.workspace = AT(d.workspace, 128), MOE_ERR_ALIGN, workspace);
+        REFUSED(d.workspace_bytes -= 1, MOE_ERR_WORKSPACE, workspace_bytes);
+        REFUSED(d.workspace_bytes = 0, MOE_ERR_WORKSPACE, workspace_bytes);
+        if (from == FROM_ROUTER) {
+            REFUSED(d.router = 0, MOE_ERR_NULL, router);
+            REFUSED(d.router = AT(d.router, 1), MOE_ERR_ALIGN, router);
+            REFUSED(d.router_dtype = 4, MOE_ERR_DTYPE, router_dtype);
+            REFUSED(d.router_dtype = -1, MOE_ERR_DTYPE, router_dtype);
+            REFUSED(d.logits = (const float*)b.logits.p, MOE_ERR_CONFLICT, router);
+            REFUSED((d.ids = (const int32_t*)b.ids.p, d.weights = (const float*)b.weights.p),
+                    MOE_ERR_CONFLICT, router);
+        } else if (from == FROM_LOGITS) {
+            REFUSED(d.logits = (const float*)AT(d.logits, 2), MOE_ERR_ALIGN, logits);
+            REFUSED((d.ids = (const int32_t*)b.ids.p, d.weights = (const float*)b.weights.p),
+                    MOE_ERR_CONFLICT, logits);
+        } else {
+            REFUSED(d.weights = 0, MOE_ERR_NULL, weights);
+            REFUSED(d.ids = (const int32_t*)AT(d.ids, 2), MOE_ERR_ALIGN, ids);
+            REFUSED(d.weights = (const float*)AT(d.weights, 2), MOE_ERR_ALIGN, weights);
+        }
+        TEST_CUDA(cudaDeviceSynchronize());
+        CHECK(tbuf_holds(&b.y, 0) && tbuf_holds(&b.workspace, 0), "a refused call wrote an output");
+        CHECK_FAULT(&b.fault, MOE_FAULT_NONE, 0);
+        CHECK_STATUS(moe_layer_forward(&good, test_now.stream), MOE_OK);
+        compare(&b, &c);
+        bufs_free(&b);
+    }
+}
+
+/* y, the fault word and the workspace may lie on nothing else; the status names them. */
+static void test_layer_overlaps(void)
+{
+    trand r = trand_new(15);
+    for (int from = FROM_ROUTER; from <= FROM_IDS; ++from) {
+        enum { T = 20, H = 64, I = 40, E = 4, K = 2 };
+        layer_case c = normal_case(T, H, I, E, K);
+        layer_bufs b;
+        moe_layer_desc good, d;
+        tbuf table;
+        void* address[E];
+        c.from = from;
+        c.bias = 1;
+        c.residual = RESIDUAL;
+        c.router_dtype = MOE_FP32;
+        bufs_new(&b, &c, &r);
+        for (int e = 0; e < E; ++e) address[e] = b.w1.part[0][0].p;
+        table = tbuf_from("table", address, sizeof address, 0);
+        good = b.d;
+        REFUSED(d.y = AT(d.x, 16), MOE_ERR_OVERLAP, y);
+        REFUSED((d.y = (void*)d.x, d.y_stride = 72), MOE_ERR_OVERLAP, y);
+        REFUSED(d.y = AT(d.residual, 16), MOE_ERR_OVERLAP, y);
+        REFUSED((d.y = (void*)d.residual, d.y_stride = 72), MOE_ERR_OVERLAP, y);
+        REFUSED(d.y = (void*)d.w1.base, MOE_ERR_OVERLAP, y);
+        REFUSED(d.y = AT(d.w1.base, E * 2 * I * H * 2 - 16), MOE_ERR_OVERLAP, y);
+        REFUSED(d.y = AT(d.w2.base, E * I * H * 2 - 16), MOE_ERR_OVERLAP, y);
+        REFUSED(d.y = (void*)d.bias1, MOE_ERR_OVERLAP, y);
+        REFUSED(d.y = (void*)d.bias2, MOE_ERR_OVERLAP, y);
+        REFUSED((d.w2.base = 0, d.w2.table = (const void* const*)table.p, d.y = table.p),
+                MOE_ERR_OVERLAP, y);
+        if (from == FROM_ROUTER) {
+            REFUSED(d.y = (void*)d.router, MOE_ERR_OVERLAP, y);
+            REFUSED(d.y = AT(d.router, E * H * 4 - 16), MOE_ERR_OVERLAP, y);
+        } else if (from == FROM_LOGITS) {
+            REFUSED(d.y = (void*)d.logits, MOE_ERR_OVERLAP, y);
+        } else {
+            REFUSED(d.y = (void*)d.ids, MOE_ERR_OVERLAP, y);
+            REFUSED(d.y = (void*)d.weights, MOE_ERR_OVERLAP, y);
+        }
+        REFUSED(d.fault = (uint64_t*)d.x, MOE_ERR_OVERLAP, fault);
+        REFUSED(d.fault = (uint64_t*)DOWN_TO(AT(d.y, 8), 8), MOE_ERR_OVERLAP, fault);
+        REFUSED(d.fault = (uint64_t*)DOWN_TO(AT(d.residual, 8), 8), MOE_ERR_OVERLAP, fault);
+        REFUSED(d.fault = (uint64_t*)d.w1.base, MOE_ERR_OVERLAP, fault);
+        REFUSED(d.fault = (uint64_t*)d.w2.base, MOE_ERR_OVERLAP, fault);
+        REFUSED(d.fault = (uint64_t*)DOWN_TO(AT(d.bias1, 8), 8), MOE_ERR_OVERLAP, fault);
+        REFUSED(d.fault = (uint64_t*)DOWN_TO(AT(d.bias2, 8), 8), MOE_ERR_OVERLAP, fault);
+        REFUSED(d.fault = (uint64_t*)d.workspace, MOE_ERR_OVERLAP, fault);
+        REFUSED(d.fault = (uint64_t*)AT(d.workspace, d.workspace_bytes - 8), MOE_ERR_OVERLAP, fault);
+        if (from == FROM_ROUTER) {
+            REFUSED(d.fault = (uint64_t*)d.router, MOE_ERR_OVERLAP, fault);
+        } else if (from == FROM_LOGITS) {
+            REFUSED(d.fault = (uint64_t*)DOWN_TO(AT(d.logits, 8), 8), MOE_ERR_OVERLAP, fault);
+        } else {
+            REFUSED(d.fault = (uint64_t*)DOWN_TO(AT(d.ids, 8), 8), MOE_ERR_OVERLAP, fault);
+            REFUSED(d.fault = (uint64_t*)DOWN_TO(AT(d.weights, 8), 8), MOE_ERR_OVERLAP, fault);
+        }
+        REFUSED(d.workspace = DOWN_TO(d.x, 256), MOE_ERR_OVERLAP, workspace);
+        REFUSED(d.workspace = DOWN_TO(d.y, 256), MOE_ERR_OVERLAP, workspace);
+        REFUSED(d.workspace = DOWN_TO(d.residual, 256), MOE_ERR_OVERLAP, workspace);
+        REFUSED(d.workspace = DOWN_TO(d.w1.base, 256), MOE_ERR_OVERLAP, workspace);
+        REFUSED(d.workspace = DOWN_TO(d.w2.base, 256), MOE_ERR_OVERLAP, workspace);
+        REFUSED(d.workspace = DOWN_TO(d.bias1, 256), MOE_ERR_OVERLAP, workspace);
+        REFUSED(d.workspace = DOWN_TO(d.bias2, 256), MOE_ERR_OVERLAP, workspace);
+        if (from == FROM_ROUTER) {
+            REFUSED(d.workspace = DOWN_TO(d.router, 256), MOE_ERR_OVERLAP, workspace);
+        } else if (from == FROM_LOGITS) {
+            REFUSED(d.workspace = DOWN_TO(d.logits, 256), MOE_ERR_OVERLAP, workspace);
+        } else {
+            REFUSED(d.workspace = DOWN_TO(d.ids, 256), MOE_ERR_OVERLAP, workspace);
+            REFUSED(d.workspace = DOWN_TO(d.weights, 256), MOE_ERR_OVERLAP, workspace);
+        }
+        TEST_CUDA(cudaDeviceSynchronize());
+        CHECK(tbuf_holds(&b.y, 0) && tbuf_holds(&b.workspace, 0), "a refused call wrote an output");
+        CHECK_FAULT(&b.fault, MOE_FAULT_NONE, 0);
+        CHECK_STATUS(moe_layer_forward(&good, test_now.stream), MOE_OK);
+        compare(&b, &c);
+        tbuf_free(&table);
+        bufs_free(&b);
+    }
+}
+#undef REFUSED
+
+static void test_layer_large(void)
+{
+#if !MOE_ON_HOST
+    trand r = trand_new(16);
+    for (int i = 0; i < 3; ++i) {
+        layer_case c = normal_case(i == 2 ? 32 : 4096, 1024, 512, 64, 8);
+        c.dtype = c.router_dtype = i == 1 ? MOE_FP16 : MOE_BF16;
+        c.gate_up = i + 1;
+        c.residual = i == 0 ? RESIDUAL : NO_RESIDUAL;
+        c.score = i + 1;
+        c.renormalize = i == 1;
+        c.tile = MOE_TILE_AUTO;
+        c.sampled = i == 2 ? 3 : 201;
+        run_case(&c, &r);
+    }
+#endif
+}
+
+int main(int argc, char** argv)
+{
+    test_begin(argc, argv);
+    RUN(test_layer_gates);
+    RUN(test_layer_entries);
+    RUN(test_layer_shapes);
+    RUN(test_layer_ids);
+    RUN(test_layer_residual);
+    RUN(test_layer_nan);
+    RUN(test_layer_stopped);
+    RUN(test_layer_no_tokens);
+    RUN(test_layer_workspace);
+    RUN(test_layer_stages);
+    RUN(test_layer_same_bits);
+    RUN(test_layer_graph);
+    RUN(test_layer_plan);
+    RUN(test_layer_refusals);
+    RUN(test_layer_overlaps);
+    RUN(test_layer_large);
+    return test_end();
+}

@@ -1,0 +1,635 @@
+/* test_route.cu: moe/route.cuh against its reference, and handed the counts of moe/gate.cuh.
+
+     nvcc -I. -arch=sm_90a tests/unit/test_route.cu -o test_route
+     g++ -x c++ -std=c++14 -O2 -I. tests/unit/test_route.cu -o test_route */
+#include "tests/test.h"
+
+#include "moe/gate.cuh"
+#include "moe/ref/route.h"
+#include "moe/route.cuh"
+
+/* What the ids look like. */
+enum {
+    UNIFORM,
+    DISTINCT,   /* K different experts a token, where there are as many */
+    ONE,        /* everything on one expert */
+    SPARSE,     /* few experts are chosen, the others stay empty */
+    DUPLICATES, /* a token names one expert several times */
+    DROPPED,    /* half of the slots are -1 */
+    ALL_DROPPED,
+    BAD, /* some ids are outside -1 .. E-1 */
+    PATTERNS
+};
+
+typedef struct route_case {
+    int T, E, K, pattern, place_kind;
+    int counts; /* 1: chunk_count is given */
+    int bare;   /* 1: only the counts and the offsets are wanted, and there is no fault word */
+} route_case;
+
+typedef struct route_bufs {
+    tbuf ids, weights, chunk, count, offset, slot_row, row_slot, row_weight, place, workspace,
+        fault;
+    moe_route_desc d;
+} route_bufs;
+
+static void fill_ids(int32_t* ids, const route_case* c, trand* r)
+{
+    const int64_t slots = (int64_t)c->T * c->K;
+    const int one = (int)trand_int(r, 0, c->E - 1);
+    for (int64_t s = 0; s < slots; ++s) {
+        int64_t id = trand_int(r, 0, c->E - 1);
+        const int64_t u = trand_int(r, 0, 99);
+        if (c->pattern == DISTINCT) id = (one + s / c->K * 7 + s % c->K) % c->E;
+        if (c->pattern == ONE) id = one;
+        if (c->pattern == SPARSE) id = id % 5 * (c->E / 5 > 0 ? c->E / 5 : 1) % c->E;
+        if (c->pattern == DUPLICATES && s % c->K && u < 60) id = ids[s - 1];
+        if (c->pattern == DROPPED && u < 50) id = -1;
+        if (c->pattern == ALL_DROPPED) id = -1;
+        if (c->pattern == BAD) {
+            if (u < 2) id = c->E;
+            else if (u < 4) id = -2;
+            else if (u < 5) id = INT32_MAX;
+            else if (u < 6) id = INT32_MIN;
+            else if (u < 8) id = -1;
+        }
+        ids[s] = (int32_t)id;
+    }
+}
+
+/* The counts of each chunk, as the gate leaves them. */
+static void count_chunks(int32_t* chunk, const int32_t* ids, const route_case* c)
+{
+    const int64_t chunks = moe_num_chunks(c->T);
+    for (int64_t i = 0; i < c->E * chunks; ++i) chunk[i] = 0;
+    for (int64_t s = 0; s < (int64_t)c->T * c->K; ++s)
+        if (ids[s] >= 0 && ids[s] < c->E)
+            ++chunk[ids[s] * chunks + s / c->K / MOE_CHUNK_TOKENS];
+}
+
+static void bufs_new(route_bufs* b, const route_case* c, const int32_t* ids, const float* weights)
+{
+    const size_t slots = (size_t)c->T * (size_t)c->K;
+    size_t want = 0;
+    memset(&b->d, 0, sizeof b->d);
+    b->d.num_tokens = c->T;
+    b->d.num_experts = c->E;
+    b->d.top_k = c->K;
+    b->d.place_kind = c->place_kind;
+    b->chunk = tbuf_new("chunk_count", (size_t)(c->E * moe_num_chunks(c->T)) * 4, 4);
+    if (c->counts) {
+        int32_t* chunk = (int32_t*)test_host((int64_t)b->chunk.bytes);
+        count_chunks(chunk, ids, c);
+        tbuf_put(&b->chunk, chunk);
+        b->d.chunk_count = (int32_t*)b->chunk.p;
+        free(chunk);
+    }
+    CHECK_STATUS(moe_route_workspace(&b->d, &want), MOE_OK);
+    CHECK(want == (c->counts ? 0 : b->chunk.bytes), "workspace of %zu bytes", want);
+    b->ids = tbuf_from("ids", ids, slots * 4, 4);
+    b->weights = tbuf_from("weights", weights, slots * 4, 8);
+    b->count = tbuf_new("expert_count", (size_t)c->E * 4, 4);
+    b->offset = tbuf_new("expert_offset", (size_t)c->E * 4 + 4, 12);
+    b->slot_row = tbuf_new("slot_row", slots * 4, 4);
+    b->row_slot = tbuf_new("row_slot", slots * 4, 0);
+    b->row_weight = tbuf_new("row_weight", slots * 4, 4);
+    b->place = tbuf_new("place", slots * 8, 8);
+    b->workspace = tbuf_new("workspace", want, 16);
+    b->fault = tfault_new(0);
+    b->d.ids = (const int32_t*)b->ids.p;
+    b->d.expert_count = (int32_t*)b->count.p;
+    b->d.expert_offset = (int32_t*)b->offset.p;
+    if (!c->bare) {
+        b->d.weights = (const float*)b->weights.p;
+        b->d.slot_row = (int32_t*)b->slot_row.p;
+        b->d.row_slot = (int32_t*)b->row_slot.p;
+        b->d.row_weight = (float*)b->row_weight.p;
+        b->d.place = (moe_place*)b->place.p;
+        b->d.fault = (uint64_t*)b->fault.p;
+    }
+    b->d.workspace = want ? b->workspace.p : 0;
+    b->d.workspace_bytes = want;
+}
+
+static void bufs_poison(route_bufs* b)
+{
+    tbuf_poison(&b->count);
+    tbuf_poison(&b->offset);
+    tbuf_poison(&b->slot_row);
+    tbuf_poison(&b->row_slot);
+    tbuf_poison(&b->row_weight);
+    tbuf_poison(&b->place);
+    tbuf_poison(&b->workspace);
+}
+
+/* Are all outputs as bufs_poison left them? */
+static int bufs_untouched(const route_bufs* b)
+{
+    return tbuf_holds(&b->count, 0) && tbuf_holds(&b->offset, 0) && tbuf_holds(&b->slot_row, 0) &&
+           tbuf_holds(&b->row_slot, 0) && tbuf_holds(&b->row_weight, 0) &&
+           tbuf_holds(&b->place, 0) && tbuf_holds(&b->workspace, 0);
+}
+
+static void bufs_free(route_bufs* b)
+{
+    tbuf_free(&b->ids);
+    tbuf_free(&b->weights);
+    tbuf_free(&b->chunk);
+    tbuf_free(&b->count);
+    tbuf_free(&b->offset);
+    tbuf_free(&b->slot_row);
+    tbuf_free(&b->row_slot);
+    tbuf_free(&b->row_weight);
+    tbuf_free(&b->place);
+    tbuf_free(&b->workspace);
+    tbuf_free(&b->fault);
+}
+
+static void compare_buffer(const tbuf* b, const void* want)
+{
+    void* got = tbuf_copy(b);
+    CHECK_INTS(b->name, (const int32_t*)got, (const int32_t*)want, (int64_t)(b->bytes / 4));
+    free(got);
+}
+
+static void compare(const route_bufs* b, const route_case* c, const int32_t* ids,
+                    const float* weights)
+{
+    const int64_t slots = (int64_t)c->T * c->K;
+    const int before = test_now.failures;
+    moe_ref_route_desc r;
+    int64_t bad;
+    memset(&r, 0, sizeof r);
+    r.ids = ids;
+    r.weights = weights;
+    r.expert_count = (int32_t*)test_host(c->E * 4);
+    r.expert_offset = (int32_t*)test_host(c->E * 4 + 4);
+    r.slot_row = (int32_t*)test_host(slots * 4);
+    r.row_slot = (int32_t*)test_host(slots * 4);
+    r.row_weight = (float*)test_host(slots * 4);
+    r.place = (moe_place*)test_host(slots * 8);
+    r.num_tokens = c->T;
+    r.num_experts = c->E;
+    r.top_k = c->K;
+    r.place_kind = c->place_kind;
+    bad = moe_ref_route(&r);
+    compare_buffer(&b->count, r.expert_count);
+    compare_buffer(&b->offset, r.expert_offset);
+    if (c->bare) {
+        CHECK(tbuf_holds(&b->slot_row, 0) && tbuf_holds(&b->row_slot, 0) &&
+                  tbuf_holds(&b->row_weight, 0) && tbuf_holds(&b->place, 0),
+              "outputs that were not given");
+        CHECK_FAULT(&b->fault, MOE_FAULT_NONE, 0);
+    } else {
+        compare_buffer(&b->slot_row, r.slot_row);
+        compare_buffer(&b->row_slot, r.row_slot);
+        compare_buffer(&b->row_weight, r.row_weight);
+        compare_buffer(&b->place, r.place);
+        CHECK_FAULT(&b->fault, bad < 0 ? MOE_FAULT_NONE : MOE_FAULT_BAD_ID, bad < 0 ? 0 : bad);
+    }
+    if (test_now.failures > before)
+        printf("  in: T=%d E=%d K=%d pattern=%d place_kind=%d counts=%d bare=%d\n", c->T, c->E,
+               c->K, c->pattern, c->place_kind, c->counts, c->bare);
+    free(r.expert_count);
+    free(r.expert_offset);
+    free(r.slot_row);
+    free(r.row_slot);
+    free(r.row_weight);
+    free(r.place);
+}
+
+static void run_case(const route_case* c, trand* r)
+{
+    const int64_t slots = (int64_t)c->T * c->K;
+    int32_t* ids = (int32_t*)test_host(slots * 4);
+    float* weights = (float*)test_host(slots * 4);
+    route_bufs b;
+    fill_ids(ids, c, r);
+    trand_fill_normal(r, weights, slots, MOE_FP32);
+    bufs_new(&b, c, ids, weights);
+    CHECK_STATUS(moe_route(&b.d, test_now.stream), MOE_OK);
+    compare(&b, c, ids, weights);
+    CHECK(tbuf_holds(&b.ids, ids) && tbuf_holds(&b.weights, weights), "an input was written");
+    bufs_free(&b);
+    free(ids);
+    free(weights);
+}
+
+static route_case random_case(trand* r, int T, int E, int K)
+{
+    route_case c;
+    c.T = T;
+    c.E = E;
+    c.K = K;
+    c.pattern = (int)trand_int(r, 0, PATTERNS - 1);
+    c.place_kind = (int)trand_int(r, 0, 2);
+    c.counts = (int)trand_int(r, 0, 1);
+    c.bare = trand_int(r, 0, 7) == 0;
+    return c;
+}
+
+/* Every E of the list with every T of the list, the rest drawn. */
+static void test_route_shapes(void)
+{
+    static const int Es[] = {1,   2,   3,   7,   8,   31,  32,  33,  64,  100,  128,
+                             200, 255, 256, 257, 384, 513, 1000, 1024, 1500, 3000, 4096};
+    static const int Ts[] = {0, 1, 2, 31, 32, 33, 63, 64, 65, 100};
+    static const int Ks[] = {1, 2, 3, 4, 6, 7, 8, 9, 31, 32, 33, 40};
+    trand r = trand_new(1);
+    for (size_t i = 0; i < sizeof Es / sizeof *Es; ++i)
+        for (size_t j = 0; j < sizeof Ts / sizeof *Ts; ++j)
+            for (int n = 0; n < (Es[i] > 64 ? 1 : 3); ++n) {
+                const route_case c = random_case(&r, Ts[j], Es[i], Ks[trand_int(&r, 0, 11)]);
+                /* a block an expert: many experts take the CPU long */
+                if (MOE_ON_HOST && Es[i] > 64 && (i + j) % (Es[i] > 384 ? 10 : 2)) continue;
+                run_case(&c, &r);
+            }
+}
+
+/* Every pattern with every place kind, with and without counts given, in small and odd shapes. */
+static void test_route_patterns(void)
+{
+    static const int shape[][3] = {{33, 8, 2}, {70, 64, 8}, {129, 100, 3}, {45, 70, 33}, {1, 1, 1},
+                                   {97, 3, 5}};
+    trand r = trand_new(2);
+    for (size_t i = 0; i < sizeof shape / sizeof *shape; ++i)
+        for (int pattern = 0; pattern < PATTERNS; ++pattern)
+            for (int kind = 0; kind <= MOE_PLACE_BY_EXPERT; ++kind)
+                for (int counts = 0; counts < 2; ++counts) {
+                    route_case c = random_case(&r, shape[i][0], shape[i][1], shape[i][2]);
+                    c.pattern = pattern;
+                    c.place_kind = kind;
+                    c.counts = counts;
+                    c.bare = 0;
+                    run_case(&c, &r);
+                }
+}
+
+/* More chunks than one pass of the scan takes (1024). */
+static void test_route_many_chunks(void)
+{
+    trand r = trand_new(3);
+    route_case c = random_case(&r, 1025 * MOE_CHUNK_TOKENS + 5, 3, 1);
+    c.bare = 0;
+    for (c.counts = 0; c.counts < 2; ++c.counts) {
+        c.pattern = c.counts ? DROPPED : UNIFORM;
+        run_case(&c, &r);
+    }
+}
+
+/* K equal to E and beyond it: a token may name an expert again and again. */
+static void test_route_wide_tokens(void)
+{
+    static const int EK[][2] = {{1, 5}, {4, 4}, {33, 33}, {8, 100}, {60, 1000}};
+    trand r = trand_new(4);
+    for (size_t i = 0; i < sizeof EK / sizeof *EK; ++i)
+        for (int pattern = 0; pattern < PATTERNS; ++pattern) {
+            route_case c = random_case(&r, 37, EK[i][0], EK[i][1]);
+            c.pattern = pattern;
+            run_case(&c, &r);
+        }
+}
+
+/* One output at a time: each is optional. */
+static void test_route_optional_outputs(void)
+{
+    trand r = trand_new(5);
+    route_case c = random_case(&r, 41, 12, 3);
+    int32_t* ids = (int32_t*)test_host(41 * 3 * 4);
+    float* weights = (float*)test_host(41 * 3 * 4);
+    c.pattern = DROPPED;
+    c.bare = 0;
+    fill_ids(ids, &c, &r);
+    trand_fill_normal(&r, weights, 41 * 3, MOE_FP32);
+    for (int only = 0; only < 4; ++only) {
+        route_bufs b;
+        moe_route_desc d;
+        bufs_new(&b, &c, ids, weights);
+        d = b.d;
+        d.fault = 0;
+        if (only != 0) d.slot_row = 0;
+        if (only != 1) d.row_slot = 0;
+        if (only != 2) d.row_weight = 0;
+        if (only != 2) d.weights = 0;
+        if (only != 3) d.place = 0;
+        CHECK_STATUS(moe_route(&d, test_now.stream), MOE_OK);
+        CHECK(tbuf_holds(&b.slot_row, 0) == (only != 0), "slot_row, %d", only);
+        CHECK(tbuf_holds(&b.row_slot, 0) == (only != 1), "row_slot, %d", only);
+        CHECK(tbuf_holds(&b.row_weight, 0) == (only != 2), "row_weight, %d", only);
+        CHECK(tbuf_holds(&b.place, 0) == (only != 3), "place, %d", only);
+        if (c.counts) { /* the scan has overwritten them */
+            int32_t* chunk = (int32_t*)test_host((int64_t)b.chunk.bytes);
+            count_chunks(chunk, ids, &c);
+            tbuf_put(&b.chunk, chunk);
+            free(chunk);
+        }
+        CHECK_STATUS(moe_route(&b.d, test_now.stream), MOE_OK);
+        compare(&b, &c, ids, weights);
+        bufs_free(&b);
+    }
+    free(ids);
+    free(weights);
+}
+
+/* The smallest bad slot wins; a stop fault stops all three launches. */
+static void test_route_faults(void)
+{
+    trand r = trand_new(6);
+    route_case c = random_case(&r, 300, 10, 4);
+    int32_t* ids = (int32_t*)test_host(1200 * 4);
+    float* weights = (float*)test_host(1200 * 4);
+    c.pattern = UNIFORM;
+    c.counts = 0;
+    c.bare = 0;
+    fill_ids(ids, &c, &r);
+    trand_fill_normal(&r, weights, 1200, MOE_FP32);
+    ids[777] = 10;
+    ids[555] = -7;
+    ids[1199] = 99;
+    for (int counts = 0; counts < 2; ++counts) {
+        uint64_t word;
+        route_bufs b;
+        c.counts = counts;
+        bufs_new(&b, &c, ids, weights);
+        CHECK_STATUS(moe_route(&b.d, test_now.stream), MOE_OK);
+        CHECK_FAULT(&b.fault, MOE_FAULT_BAD_ID, 555);
+        compare(&b, &c, ids, weights);
+        bufs_free(&b);
+        bufs_new(&b, &c, ids, weights);
+        word = MOEI_FAULT_KEY(MOE_FAULT_NAN_LOGIT, 0, 9000); /* an earlier code stays */
+        tbuf_put(&b.fault, &word);
+        CHECK_STATUS(moe_route(&b.d, test_now.stream), MOE_OK);
+        CHECK_FAULT(&b.fault, MOE_FAULT_NAN_LOGIT, 9000);
+        word = MOEI_FAULT_KEY(MOE_FAULT_BAD_OFFSET, 0, 1);
+        tbuf_put(&b.fault, &word);
+        bufs_poison(&b);
+        CHECK_STATUS(moe_route(&b.d, test_now.stream), MOE_OK);
+        CHECK(bufs_untouched(&b), "route ran on after a stop fault");
+        CHECK_FAULT(&b.fault, MOE_FAULT_BAD_OFFSET, 1);
+        bufs_free(&b);
+    }
+    free(ids);
+    free(weights);
+}
+
+/* Every field, wrong in every way: its own status, and nothing is written. */
+static void test_route_refusals(void)
+{
+    trand r = trand_new(7);
+    route_case c = random_case(&r, 40, 10, 4);
+    int32_t* ids = (int32_t*)test_host(160 * 4);
+    float* weights = (float*)test_host(160 * 4);
+    route_bufs b;
+    moe_route_desc good, d;
+    size_t bytes = 12345;
+    c.pattern = DROPPED;
+    c.counts = 0;
+    c.bare = 0;
+    fill_ids(ids, &c, &r);
+    trand_fill_normal(&r, weights, 160, MOE_FP32);
+    bufs_new(&b, &c, ids, weights);
+    good = b.d;
+#define REFUSED(change, kind, field)                                                              \
+    d = good;                                                                                     \
+    change;                                                                                       \
+    CHECK_STATUS(moe_route(&d, test_now.stream), MOE_STATUS(kind, field))
+#define AT(type, p, bytes) ((type*)((char*)(p) + (bytes)))
+    CHECK_STATUS(moe_route(0, test_now.stream), MOE_STATUS(MOE_ERR_NULL, desc));
+    REFUSED(d.num_tokens = -1, MOE_ERR_RANGE, num_tokens);
+    REFUSED((d.num_tokens = 1 << 29, d.chunk_count = (int32_t*)b.chunk.p), MOE_ERR_RANGE,
+            num_tokens);
+    REFUSED(d.num_experts = 0, MOE_ERR_RANGE, num_experts);
+    REFUSED(d.num_experts = -1, MOE_ERR_RANGE, num_experts);
+    REFUSED(d.num_experts = MOE_MAX_EXPERTS + 1, MOE_ERR_RANGE, num_experts);
+    REFUSED(d.top_k = 0, MOE_ERR_RANGE, top_k);
+    REFUSED(d.top_k = -4, MOE_ERR_RANGE, top_k);
+    REFUSED(d.place_kind = 3, MOE_ERR_OPTION, place_kind);
+    REFUSED(d.place_kind = -1, MOE_ERR_OPTION, place_kind);
+    REFUSED(d.ids = 0, MOE_ERR_NULL, ids);
+    REFUSED(d.weights = 0, MOE_ERR_NULL, weights);
+    REFUSED(d.expert_count = 0, MOE_ERR_NULL, expert_count);
+    REFUSED(d.expert_offset = 0, MOE_ERR_NULL, expert_offset);
+    REFUSED(d.workspace = 0, MOE_ERR_NULL, workspace);
+    REFUSED(d.workspace_bytes = 0, MOE_ERR_WORKSPACE, workspace_bytes);
+    REFUSED(d.workspace_bytes -= 1, MOE_ERR_WORKSPACE, workspace_bytes);
+    REFUSED(d.ids = AT(int32_t, d.ids, 2), MOE_ERR_ALIGN, ids);
+    REFUSED(d.weights = AT(float, d.weights, 1), MOE_ERR_ALIGN, weights);
+    REFUSED(d.chunk_count = AT(int32_t, b.chunk.p, 2), MOE_ERR_ALIGN, chunk_count);
+    REFUSED(d.expert_count = AT(int32_t, d.expert_count, 2), MOE_ERR_ALIGN, expert_count);
+    REFUSED(d.expert_offset = AT(int32_t, d.expert_offset, 3), MOE_ERR_ALIGN, expert_offset);
+    REFUSED(d.slot_row = AT(int32_t, d.slot_row, 2), MOE_ERR_ALIGN, slot_row);
+    REFUSED(d.row_slot = AT(int32_t, d.row_slot, 2), MOE_ERR_ALIGN, row_slot);
+    REFUSED(d.row_weight = AT(float, d.row_weight, 2), MOE_ERR_ALIGN, row_weight);
+    REFUSED(d.place = AT(moe_place, d.place, 4), MOE_ERR_ALIGN, place);
+    REFUSED(d.workspace = AT(void, d.workspace, 8), MOE_ERR_ALIGN, workspace);
+    REFUSED(d.fault = AT(uint64_t, d.fault, 4), MOE_ERR_ALIGN, fault);
+    REFUSED(d.workspace = (void*)((uintptr_t)((char*)b.ids.p + 16) & ~(uintptr_t)15),
+            MOE_ERR_OVERLAP, workspace);
+    REFUSED(d.chunk_count = (int32_t*)b.ids.p, MOE_ERR_OVERLAP, chunk_count);
+    REFUSED(d.expert_count = (int32_t*)b.ids.p, MOE_ERR_OVERLAP, expert_count);
+    REFUSED(d.expert_count = (int32_t*)d.workspace, MOE_ERR_OVERLAP, expert_count);
+    REFUSED(d.expert_offset = d.expert_count + 9, MOE_ERR_OVERLAP, expert_offset);
+    REFUSED(d.expert_offset = d.expert_count - 10, MOE_ERR_OVERLAP, expert_offset);
+    REFUSED(d.slot_row = (int32_t*)b.ids.p, MOE_ERR_OVERLAP, slot_row);
+    REFUSED(d.row_slot = d.slot_row, MOE_ERR_OVERLAP, row_slot);
+    REFUSED(d.row_weight = (float*)b.weights.p, MOE_ERR_OVERLAP, row_weight);
+    REFUSED(d.row_weight = (float*)d.row_slot + 159, MOE_ERR_OVERLAP, row_weight);
+    REFUSED(d.place = (moe_place*)b.weights.p, MOE_ERR_OVERLAP, place);
+    REFUSED(d.fault = (uint64_t*)b.place.p, MOE_ERR_OVERLAP, fault);
+    CHECK_STATUS(moe_route_workspace(0, &bytes), MOE_STATUS(MOE_ERR_NULL, desc));
+    CHECK_STATUS(moe_route_workspace(&good, 0), MOE_STATUS(MOE_ERR_NULL, desc));
+    d = good;
+    d.num_experts = 0;
+    CHECK_STATUS(moe_route_workspace(&d, &bytes), MOE_STATUS(MOE_ERR_RANGE, num_experts));
+    d = good;
+    d.num_tokens = -5;
+    CHECK_STATUS(moe_route_workspace(&d, &bytes), MOE_STATUS(MOE_ERR_RANGE, num_tokens));
+    CHECK(bytes == 12345, "a refused question gives no answer");
+    TEST_CUDA(cudaDeviceSynchronize());
+    CHECK(bufs_untouched(&b) && tbuf_holds(&b.chunk, 0), "a refused call wrote something");
+    CHECK(tbuf_holds(&b.ids, ids) && tbuf_holds(&b.weights, weights), "or to an input");
+    CHECK_FAULT(&b.fault, MOE_FAULT_NONE, 0);
+    CHECK_STATUS(moe_route(&good, test_now.stream), MOE_OK);
+    compare(&b, &c, ids, weights);
+    bufs_free(&b);
+    free(ids);
+    free(weights);
+}
+
+static moe_status call_route(void* d, cudaStream_t stream)
+{
+    return moe_route((const moe_route_desc*)d, stream);
+}
+
+static void test_route_same_bits(void)
+{
+    static const int shape[][3] = {{200, 128, 8}, {65, 300, 4}, {100, 5, 33}};
+    trand r = trand_new(8);
+    for (int i = 0; i < 3; ++i) {
+        route_case c = random_case(&r, shape[i][0], shape[i][1], shape[i][2]);
+        const int64_t slots = (int64_t)c.T * c.K;
+        int32_t* ids = (int32_t*)test_host(slots * 4);
+        float* weights = (float*)test_host(slots * 4);
+        route_bufs b;
+        tbuf* out[7];
+        c.pattern = DUPLICATES;
+        c.counts = 0;
+        c.bare = 0;
+        fill_ids(ids, &c, &r);
+        trand_fill_normal(&r, weights, slots, MOE_FP32);
+        bufs_new(&b, &c, ids, weights);
+        out[0] = &b.count;
+        out[1] = &b.offset;
+        out[2] = &b.slot_row;
+        out[3] = &b.row_slot;
+        out[4] = &b.row_weight;
+        out[5] = &b.place;
+        out[6] = &b.workspace;
+        test_same_bits("route", call_route, &b.d, out, 7, MOE_ON_HOST ? 4 : 100);
+        compare(&b, &c, ids, weights);
+        bufs_free(&b);
+        free(ids);
+        free(weights);
+    }
+}
+
+/* Gate and route in one chain, the gate's counts handed over. */
+typedef struct chain {
+    moe_gate_desc gate;
+    moe_route_desc route;
+} chain;
+
+static moe_status call_chain(void* context, cudaStream_t stream)
+{
+    const chain* c = (const chain*)context;
+    MOEI_TRY(moe_gate(&c->gate, stream));
+    return moe_route(&c->route, stream);
+}
+
+/* The chain in a graph that is launched again with other logits: the routing is the one that
+   the reference finds from the gate's ids, and the same as without the gate's counts. */
+static void test_route_after_gate(void)
+{
+    static const int shape[][3] = {{97, 64, 8}, {64, 7, 2}, {33, 300, 4}, {40, 50, 40}};
+    trand r = trand_new(9);
+    for (int i = 0; i < 4; ++i) {
+        route_case c = random_case(&r, shape[i][0], shape[i][1], shape[i][2]);
+        const int64_t slots = (int64_t)c.T * c.K, n = (int64_t)c.T * c.E;
+        int32_t* ids = (int32_t*)test_host(slots * 4);
+        float* weights = (float*)test_host(slots * 4);
+        float* logits = (float*)test_host(n * 4);
+        tbuf bl = tbuf_new("logits", (size_t)n * 4, 0);
+        route_bufs b, alone;
+        chain both;
+        tgraph g;
+        c.pattern = UNIFORM;
+        c.counts = 1;
+        c.bare = 0;
+        fill_ids(ids, &c, &r);
+        bufs_new(&b, &c, ids, weights);
+        memset(&both.gate, 0, sizeof both.gate);
+        both.gate.logits = bl.p;
+        both.gate.ids = (int32_t*)b.ids.p;
+        both.gate.weights = (float*)b.weights.p;
+        both.gate.chunk_count = (int32_t*)b.chunk.p;
+        both.gate.fault = (uint64_t*)b.fault.p;
+        both.gate.num_tokens = c.T;
+        both.gate.num_experts = c.E;
+        both.gate.top_k = c.K;
+        both.route = b.d;
+        CHECK_STATUS(moe_gate_preload(), MOE_OK);
+        CHECK_STATUS(moe_route_preload(), MOE_OK);
+        if (tgraph_capture(&g, call_chain, &both)) {
+            for (int run = 0; run < 3; ++run) {
+                trand_fill_normal(&r, logits, n, MOE_FP32);
+                tbuf_put(&bl, logits);
+                bufs_poison(&b);
+                tbuf_poison(&b.ids);
+                tbuf_poison(&b.chunk);
+                tgraph_launch(&g);
+                tbuf_get(&b.ids, ids);
+                tbuf_get(&b.weights, weights);
+                for (int64_t s = 0; s < slots; ++s) CHECK(ids[s] >= 0 && ids[s] < c.E);
+                compare(&b, &c, ids, weights);
+                c.counts = 0;
+                bufs_new(&alone, &c, ids, weights);
+                CHECK_STATUS(moe_route(&alone.d, test_now.stream), MOE_OK);
+                compare(&alone, &c, ids, weights);
+                bufs_free(&alone);
+                c.counts = 1;
+            }
+            tgraph_free(&g);
+        }
+        bufs_free(&b);
+        tbuf_free(&bl);
+        free(ids);
+        free(weights);
+        free(logits);
+    }
+}
+
+/* A captured route, launched again with other ids. */
+static void test_route_graph(void)
+{
+    trand r = trand_new(10);
+    route_case c = random_case(&r, 90, 40, 6);
+    int32_t* ids = (int32_t*)test_host(540 * 4);
+    float* weights = (float*)test_host(540 * 4);
+    const uint64_t no_fault = 0;
+    route_bufs b;
+    tgraph g;
+    c.counts = 0;
+    c.bare = 0;
+    fill_ids(ids, &c, &r);
+    bufs_new(&b, &c, ids, weights);
+    if (tgraph_capture(&g, call_route, &b.d)) {
+        CHECK(bufs_untouched(&b), "capture itself runs nothing");
+        for (c.pattern = 0; c.pattern < PATTERNS; ++c.pattern) {
+            fill_ids(ids, &c, &r);
+            trand_fill_normal(&r, weights, 540, MOE_FP32);
+            tbuf_put(&b.ids, ids);
+            tbuf_put(&b.weights, weights);
+            tbuf_put(&b.fault, &no_fault);
+            bufs_poison(&b);
+            tgraph_launch(&g);
+            compare(&b, &c, ids, weights);
+        }
+        tgraph_free(&g);
+    }
+    bufs_free(&b);
+    free(ids);
+    free(weights);
+}
+
+static void test_route_large(void)
+{
+#if !MOE_ON_HOST
+    static const int shape[][3] = {
+        {32768, 128, 8}, {8192, 256, 8}, {100003, 8, 2}, {20000, 4096, 1}};
+    trand r = trand_new(11);
+    for (int i = 0; i < 4; ++i)
+        for (int counts = 0; counts < 2; ++counts) {
+            route_case c = random_case(&r, shape[i][0], shape[i][1], shape[i][2]);
+            c.counts = counts;
+            c.bare = 0;
+            run_case(&c, &r);
+        }
+#endif
+}
+
+int main(int argc, char** argv)
+{
+    test_begin(argc, argv);
+    RUN(test_route_shapes);
+    RUN(test_route_patterns);
+    RUN(test_route_many_chunks);
+    RUN(test_route_wide_tokens);
+    RUN(test_route_optional_outputs);
+    RUN(test_route_faults);
+    RUN(test_route_refusals);
+    RUN(test_route_same_bits);
+    RUN(test_route_after_gate);
+    RUN(test_route_graph);
+    RUN(test_route_large);
+    return test_end();
+}

@@ -1,0 +1,401 @@
+/* test_router.cu: moe/router.cuh against its reference in double.
+
+     nvcc -I. -arch=sm_90a tests/unit/test_router.cu -o test_router
+     g++ -x c++ -std=c++14 -O2 -I. tests/unit/test_router.cu -o test_router */
+#include "tests/test.h"
+#include "tests/test_weights.h"
+
+/* The router asks for nothing else. */
+#define MOE_GEMM_VARIANT_LIST(X, ...)                                                             \
+    X(f16_kk, MOE_FP16, MOE_MAJOR_K, MOE_MAJOR_K, __VA_ARGS__)                                    \
+    X(bf16_kk, MOE_BF16, MOE_MAJOR_K, MOE_MAJOR_K, __VA_ARGS__)
+#include "moe/ref/router.h"
+#include "moe/router.cuh"
+
+typedef struct router_case {
+    int T, H, E;
+    int x_dtype, router_dtype;
+    int x_pad, router_pad, logits_pad; /* stride - dense */
+    int x_at, router_at, logits_at;    /* misalignment, elements */
+    int fill;
+} router_case;
+
+typedef struct router_bufs {
+    tbuf x, router, logits, fault;
+    void *h_x, *h_router;
+    moe_router_desc d;
+} router_bufs;
+
+static const char* case_text(const router_case* c)
+{
+    static char text[200];
+    snprintf(text, sizeof text, "T=%d H=%d E=%d %s x %s pads %d %d %d misaligned by %d %d %d", c->T,
+             c->H, c->E, moe_dtype_name(c->x_dtype), moe_dtype_name(c->router_dtype), c->x_pad,
+             c->router_pad, c->logits_pad, c->x_at, c->router_at, c->logits_at);
+    return text;
+}
+
+static router_case normal_case(int T, int H, int E)
+{
+    router_case c;
+    memset(&c, 0, sizeof c);
+    c.T = T;
+    c.H = H;
+    c.E = E;
+    c.x_dtype = c.router_dtype = MOE_BF16;
+    return c;
+}
+
+static void bufs_new(router_bufs* b, const router_case* c, trand* r)
+{
+    const int64_t x_stride = c->H + c->x_pad, router_stride = c->H + c->router_pad;
+    const int x_bytes = moe_dtype_bytes(c->x_dtype), router_bytes = moe_dtype_bytes(c->router_dtype);
+    memset(b, 0, sizeof *b);
+    b->h_x = trows_new(r, c->T, x_stride, c->H, c->x_dtype, c->fill, 1);
+    b->h_router = trows_new(r, c->E, router_stride, c->H, c->router_dtype, c->fill,
+                            (float)(1 / sqrt((double)c->H)));
+    b->x = tbuf_from("x", b->h_x, (size_t)moei_extent(c->T, x_stride, c->H, c->x_dtype),
+                     (size_t)(c->x_at * x_bytes));
+    b->router = tbuf_from("router", b->h_router,
+                          (size_t)moei_extent(c->E, router_stride, c->H, c->router_dtype),
+                          (size_t)(c->router_at * router_bytes));
+    b->logits = tbuf_new("logits", (size_t)moei_extent(c->T, c->E + c->logits_pad, c->E, MOE_FP32),
+                         (size_t)c->logits_at * 4);
+    b->fault = tfault_new(0);
+    b->d.x = b->x.p;
+    b->d.router = b->router.p;
+    b->d.x_stride = c->x_pad ? x_stride : 0;
+    b->d.router_stride = c->router_pad ? router_stride : 0;
+    b->d.x_dtype = c->x_dtype == MOE_BF16 ? MOE_DTYPE_DEFAULT : c->x_dtype;
+    b->d.router_dtype = c->router_dtype == c->x_dtype ? MOE_DTYPE_DEFAULT : c->router_dtype;
+    b->d.logits = (float*)b->logits.p;
+    b->d.logits_stride = c->logits_pad ? c->E + c->logits_pad : 0;
+    b->d.fault = (uint64_t*)b->fault.p;
+    b->d.num_tokens = c->T;
+    b->d.hidden = c->H;
+    b->d.num_experts = c->E;
+}
+
+static void bufs_free(router_bufs* b)
+{
+    tbuf_free(&b->x);
+    tbuf_free(&b->router);
+    tbuf_free(&b->logits);
+    tbuf_free(&b->fault);
+    free(b->h_x);
+    free(b->h_router);
+}
+
+/* Does the tensor-core path take it? As router.cuh documents it. */
+static int wants_tensor_cores(const router_case* c)
+{
+    return c->x_dtype == c->router_dtype && c->x_dtype != MOE_FP32 && c->H % 8 == 0 &&
+           c->E % 8 == 0 && c->x_pad % 8 == 0 && c->router_pad % 8 == 0 && c->logits_pad % 8 == 0 &&
+           c->x_at % 8 == 0 && c->router_at % 8 == 0 && c->logits_at % 4 == 0;
+}
+
+/* Every `step`-th token. */
+static void compare_some(const router_bufs* b, const router_case* c, int step)
+{
+    const int before = test_now.failures;
+    const int64_t T = c->T, E = c->E, H = c->H, stride = E + c->logits_pad;
+    const int64_t x_stride = H + c->x_pad, router_stride = H + c->router_pad, n = (T + step - 1) / step;
+    double* exact = (double*)test_host(n * E * 8);
+    double* sum = (double*)test_host(n * E * 8);
+    double* x = (double*)test_host(n * H * 8);
+    double* w = (double*)test_host(E * H * 8);
+    float* logits = (float*)tbuf_copy(&b->logits);
+    float* some = (float*)test_host(n * E * 4);
+    int64_t written = 0, wrong = 0;
+    moe_ref_router_desc r;
+    memset(&r, 0, sizeof r);
+    r.x = x;
+    r.w = w;
+    r.x_dtype = r.w_dtype = MOE_REF_REAL;
+    r.num_tokens = (int)n;
+    r.num_experts = c->E;
+    r.hidden = c->H;
+    for (int absolute = 0; absolute < 2; ++absolute) { /* sum x w, then sum |x| |w| */
+        for (int64_t t = 0; t < n; ++t)
+            for (int64_t h = 0; h < H; ++h) {
+                const double v = moe_load(b->h_x, t * step * x_stride + h, c->x_dtype);
+                x[t * H + h] = absolute ? fabs(v) : v;
+            }
+        for (int64_t e = 0; e < E; ++e)
+            for (int64_t h = 0; h < H; ++h) {
+                const double v = moe_load(b->h_router, e * router_stride + h, c->router_dtype);
+                w[e * H + h] = absolute ? fabs(v) : v;
+            }
+        moe_ref_router_f64(&r, absolute ? sum : exact);
+    }
+    for (int64_t t = 0; t < n; ++t)
+        for (int64_t e = 0; e < E; ++e) {
+            some[t * E + e] = logits[t * step * stride + e];
+            wrong += c->fill == TFILL_INT && !(some[t * E + e] == exact[t * E + e]);
+        }
+    for (int64_t t = 0; t + 1 < T; ++t)
+        for (int64_t e = E; e < stride; ++e)
+            written += moe_f32_bits(logits[t * stride + e]) != 0xffffffffu;
+    CHECK(written == 0, "%lld elements between the rows were written", (long long)written);
+    CHECK(wrong == 0, "%lld are not the exact sum", (long long)wrong);
+    CHECK_CLOSE_SUM("logits", some, E, exact, sum, c->H, n, E);
+    CHECK_FAULT(&b->fault, MOE_FAULT_NONE, 0);
+    CHECK(tbuf_holds(&b->x, b->h_x) && tbuf_holds(&b->router, b->h_router), "an input was written");
+    if (test_now.failures > before) printf("  in: %s\n", case_text(c));
+    free(exact);
+    free(sum);
+    free(x);
+    free(w);
+    free(logits);
+    free(some);
+}
+
+static void run_case(const router_case* c, trand* r)
+{
+    router_bufs b;
+    moe_router_desc d;
+    moe_grouped_gemm_desc g;
+    int gemm = -1;
+    bufs_new(&b, c, r);
+    d = b.d;
+    CHECK_STATUS(moei_router_check(&d, &g, &gemm), MOE_OK);
+    CHECK(gemm == wants_tensor_cores(c), "%s: path %d", case_text(c), gemm);
+    if (CHECK_STATUS(moe_router_logits(&b.d, test_now.stream), MOE_OK)) compare_some(&b, c, 1);
+    bufs_free(&b);
+}
+
+/* All pairs of dtypes; shapes and strides for tensor cores, then others. */
+static void test_router_dtypes(void)
+{
+    trand r = trand_new(1);
+    for (int x = MOE_FP32; x <= MOE_BF16; ++x)
+        for (int w = MOE_FP32; w <= MOE_BF16; ++w)
+            for (int i = 0; i < 6; ++i) {
+                router_case c = normal_case(i & 1 ? 65 : 33, i & 2 ? 136 : 64, i & 1 ? 72 : 8);
+                c.x_dtype = x;
+                c.router_dtype = w;
+                c.fill = i == 5 ? TFILL_INT : TFILL_NORMAL;
+                if (i == 3) c.x_pad = 8, c.router_pad = 16, c.logits_pad = 8;
+                if (i == 4) c.H = 71, c.E = 13;
+                run_case(&c, &r);
+            }
+}
+
+/* One thing at a time that tensor cores do not take. */
+static void test_router_fallback(void)
+{
+    trand r = trand_new(2);
+    for (int i = 0; i < 9; ++i)
+        for (int dtype = MOE_FP16; dtype <= MOE_BF16; ++dtype) {
+            router_case c = normal_case(67, 80, 72);
+            c.x_dtype = c.router_dtype = dtype;
+            if (i == 0) c.H = 81;
+            if (i == 1) c.E = 71;
+            if (i == 2) c.x_pad = 3;
+            if (i == 3) c.router_pad = 1;
+            if (i == 4) c.logits_pad = 5;
+            if (i == 5) c.x_at = 1;
+            if (i == 6) c.router_at = 3;
+            if (i == 7) c.logits_at = 1;
+            if (i == 8) c.router_dtype = dtype == MOE_FP16 ? MOE_BF16 : MOE_FP16;
+            CHECK(!wants_tensor_cores(&c), "case %d", i);
+            run_case(&c, &r);
+        }
+}
+
+static void test_router_shapes(void)
+{
+    static const int Ts[] = {1, 2, 31, 64, 65, 129}, Es[] = {1, 5, 8, 64, 65, 136};
+    static const int Hs[] = {1, 7, 8, 16, 17, 72, 256};
+    trand r = trand_new(3);
+    for (size_t i = 0; i < sizeof Ts / sizeof *Ts; ++i)
+        for (size_t j = 0; j < sizeof Es / sizeof *Es; ++j)
+            for (size_t k = 0; k < sizeof Hs / sizeof *Hs; ++k) {
+                router_case c = normal_case(Ts[i], Hs[k], Es[j]);
+                c.x_dtype = (int)trand_int(&r, MOE_FP32, MOE_BF16);
+                c.router_dtype = trand_int(&r, 0, 2) ? c.x_dtype : (int)trand_int(&r, 1, 3);
+                c.x_pad = trand_int(&r, 0, 1) ? 0 : (int)trand_int(&r, 1, 17);
+                c.router_pad = trand_int(&r, 0, 1) ? 0 : (int)trand_int(&r, 1, 17);
+                c.logits_pad = trand_int(&r, 0, 1) ? 0 : (int)trand_int(&r, 1, 17);
+                /* a few sums of whole numbers may all be zero */
+                c.fill = Hs[k] < 8 || Es[j] * Ts[i] < 16 ? TFILL_NORMAL : (int)trand_int(&r, 0, 1);
+                run_case(&c, &r);
+            }
+}
+
+static void test_router_no_tokens(void)
+{
+    moe_router_desc d;
+    memset(&d, 0, sizeof d);
+    d.hidden = 64;
+    d.num_experts = 8;
+    CHECK_STATUS(moe_router_logits(&d, test_now.stream), MOE_OK);
+    d.hidden = 0;
+    CHECK_STATUS(moe_router_logits(&d, test_now.stream), MOE_STATUS(MOE_ERR_RANGE, hidden));
+}
+
+/* A NaN in a token is that token's alone, on either path. */
+static void test_router_nan(void)
+{
+    trand r = trand_new(4);
+    for (int odd = 0; odd < 2; ++odd) {
+        router_case c = normal_case(70, odd ? 63 : 64, 16);
+        router_bufs b;
+        float* got;
+        int wrong = 0;
+        bufs_new(&b, &c, &r);
+        moe_store(b.h_x, 37 * c.H + 5, MOE_BF16, NAN);
+        tbuf_put(&b.x, b.h_x);
+        CHECK_STATUS(moe_router_logits(&b.d, test_now.stream), MOE_OK);
+        got = (float*)tbuf_copy(&b.logits);
+        for (int e = 0; e < c.E; ++e) wrong += got[37 * c.E + e] == got[37 * c.E + e];
+        CHECK(wrong == 0, "the token's logits are NaN");
+        moe_store(b.h_x, 37 * c.H + 5, MOE_BF16, 0);
+        memset(got + 37 * c.E, 0, (size_t)c.E * 4);
+        { /* the others: as if the token were zeros */
+            for (int h = 0; h < c.H; ++h) moe_store(b.h_x, 37 * c.H + h, MOE_BF16, 0);
+            tbuf_put(&b.x, b.h_x);
+            tbuf_put(&b.logits, got);
+            compare_some(&b, &c, 1);
+        }
+        free(got);
+        bufs_free(&b);
+    }
+}
+
+/* After a stop fault nothing happens, on either path. */
+static void test_router_stopped(void)
+{
+    trand r = trand_new(5);
+    for (int odd = 0; odd < 2; ++odd) {
+        const uint64_t stop = MOEI_FAULT_KEY(MOE_FAULT_BAD_OFFSET, 0, 2), none = 0;
+        router_case c = normal_case(20, odd ? 63 : 64, 16);
+        router_bufs b;
+        bufs_new(&b, &c, &r);
+        tbuf_put(&b.fault, &stop);
+        CHECK_STATUS(moe_router_logits(&b.d, test_now.stream), MOE_OK);
+        CHECK(tbuf_holds(&b.logits, 0), "after a stop fault");
+        CHECK_FAULT(&b.fault, MOE_FAULT_BAD_OFFSET, 2);
+        tbuf_put(&b.fault, &none);
+        b.d.fault = 0;
+        CHECK_STATUS(moe_router_logits(&b.d, test_now.stream), MOE_OK);
+        compare_some(&b, &c, 1);
+        bufs_free(&b);
+    }
+}
+
+static void test_router_refusals(void)
+{
+    trand r = trand_new(6);
+    router_case c = normal_case(20, 64, 16);
+    router_bufs b;
+    moe_router_desc good, d;
+    bufs_new(&b, &c, &r);
+    good = b.d;
+#define REFUSED(change, kind, field)                                                              \
+    d = good;                                                                                     \
+    change;                                                                                       \
+    CHECK_STATUS(moe_router_logits(&d, test_now.stream), MOE_STATUS(kind, field))
+#define AT(p, bytes) ((void*)((char*)(p) + (bytes)))
+    CHECK_STATUS(moe_router_logits(0, test_now.stream), MOE_STATUS(MOE_ERR_NULL, desc));
+    REFUSED(d.num_tokens = -1, MOE_ERR_RANGE, num_tokens);
+    REFUSED(d.hidden = 0, MOE_ERR_RANGE, hidden);
+    REFUSED(d.hidden = -64, MOE_ERR_RANGE, hidden);
+    REFUSED(d.num_experts = 0, MOE_ERR_RANGE, num_experts);
+    REFUSED(d.num_experts = -1, MOE_ERR_RANGE, num_experts);
+    REFUSED(d.num_experts = INT32_MAX, MOE_ERR_RANGE, num_experts);
+    REFUSED(d.x_dtype = 4, MOE_ERR_DTYPE, x_dtype);
+    REFUSED(d.x_dtype = -1, MOE_ERR_DTYPE, x_dtype);
+    REFUSED(d.router_dtype = 4, MOE_ERR_DTYPE, router_dtype);
+    REFUSED(d.router_dtype = -1, MOE_ERR_DTYPE, router_dtype);
+    REFUSED(d.x_stride = 63, MOE_ERR_STRIDE, x_stride);
+    REFUSED(d.x_stride = -64, MOE_ERR_STRIDE, x_stride);
+    REFUSED(d.router_stride = 63, MOE_ERR_STRIDE, router_stride);
+    REFUSED(d.router_stride = -64, MOE_ERR_STRIDE, router_stride);
+    REFUSED(d.logits_stride = 15, MOE_ERR_STRIDE, logits_stride);
+    REFUSED(d.logits_stride = -16, MOE_ERR_STRIDE, logits_stride);
+    REFUSED(d.x = 0, MOE_ERR_NULL, x);
+    REFUSED(d.router = 0, MOE_ERR_NULL, router);
+    REFUSED(d.logits = 0, MOE_ERR_NULL, logits);
+    REFUSED(d.x = AT(d.x, 1), MOE_ERR_ALIGN, x);
+    REFUSED((d.x = AT(d.x, 2), d.x_dtype = MOE_FP32), MOE_ERR_ALIGN, x);
+    REFUSED(d.router = AT(d.router, 1), MOE_ERR_ALIGN, router);
+    REFUSED((d.router = AT(d.router, 2), d.router_dtype = MOE_FP32), MOE_ERR_ALIGN, router);
+    REFUSED(d.logits = (float*)AT(d.logits, 2), MOE_ERR_ALIGN, logits);
+    REFUSED(d.fault = (uint64_t*)AT(d.fault, 4), MOE_ERR_ALIGN, fault);
+    REFUSED(d.logits = (float*)d.x, MOE_ERR_OVERLAP, logits);
+    REFUSED(d.logits = (float*)AT(d.x, 20 * 64 * 2 - 4), MOE_ERR_OVERLAP, logits);
+    REFUSED(d.logits = (float*)AT(d.router, 16 * 64 * 2 - 4), MOE_ERR_OVERLAP, logits);
+    REFUSED(d.fault = (uint64_t*)d.x, MOE_ERR_OVERLAP, fault);
+    REFUSED(d.fault = (uint64_t*)d.router, MOE_ERR_OVERLAP, fault);
+    REFUSED(d.fault = (uint64_t*)AT(d.logits, 20 * 16 * 4 - 8), MOE_ERR_OVERLAP, fault);
+#undef REFUSED
+    TEST_CUDA(cudaDeviceSynchronize());
+    CHECK(tbuf_holds(&b.logits, 0), "a refused call wrote logits");
+    CHECK_STATUS(moe_router_logits(&good, test_now.stream), MOE_OK);
+    compare_some(&b, &c, 1);
+    bufs_free(&b);
+}
+
+static moe_status call_router(void* d, cudaStream_t stream)
+{
+    return moe_router_logits((const moe_router_desc*)d, stream);
+}
+
+static void test_router_same_bits(void)
+{
+    trand r = trand_new(7);
+    CHECK_STATUS(moe_router_preload(), MOE_OK);
+    for (int odd = 0; odd < 2; ++odd) {
+        router_case c = normal_case(150, odd ? 203 : 200, 72);
+        router_bufs b;
+        tbuf* out[1];
+        tgraph g;
+        bufs_new(&b, &c, &r);
+        out[0] = &b.logits;
+        test_same_bits("router", call_router, &b.d, out, 1, MOE_ON_HOST ? 3 : 100);
+        if (tgraph_capture(&g, call_router, &b.d)) {
+            void* x = trows_new(&r, c.T, c.H, c.H, MOE_BF16, TFILL_NORMAL, 1);
+            free(b.h_x);
+            b.h_x = x;
+            tbuf_put(&b.x, x);
+            tbuf_poison(&b.logits);
+            tgraph_launch(&g);
+            compare_some(&b, &c, 1);
+            tgraph_free(&g);
+        }
+        bufs_free(&b);
+    }
+}
+
+static void test_router_large(void)
+{
+#if !MOE_ON_HOST
+    trand r = trand_new(8);
+    for (int i = 0; i < 3; ++i) {
+        router_case c = normal_case(i == 2 ? 1000 : 4096, i == 1 ? 7168 : 2048, i == 2 ? 161 : 256);
+        router_bufs b;
+        c.x_dtype = i == 1 ? MOE_BF16 : MOE_FP16;
+        c.router_dtype = i == 2 ? MOE_FP32 : c.x_dtype;
+        bufs_new(&b, &c, &r);
+        CHECK_STATUS(moe_router_logits(&b.d, test_now.stream), MOE_OK);
+        compare_some(&b, &c, 61);
+        bufs_free(&b);
+    }
+#endif
+}
+
+int main(int argc, char** argv)
+{
+    test_begin(argc, argv);
+    RUN(test_router_dtypes);
+    RUN(test_router_fallback);
+    RUN(test_router_shapes);
+    RUN(test_router_no_tokens);
+    RUN(test_router_nan);
+    RUN(test_router_stopped);
+    RUN(test_router_refusals);
+    RUN(test_router_same_bits);
+    RUN(test_router_large);
+    return test_end();
+}
