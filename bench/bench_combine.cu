@@ -1,0 +1,203 @@
+/* Combine through the pointer table, beside the copy rate, and beside cat then index-add.
+   nvcc -O3 -std=c++14 -I. -arch=sm_90a bench/bench_combine.cu -o bench_combine
+
+   Floor: each row read once, each token written once: (T K + T) H elements at the rate of a
+   device-to-device copy. Every expert's rows are an allocation of their own.
+   The peer: one copy per expert into a joined array, one kernel that scales the rows in place,
+   zeroed outputs, and one that adds each row to its token by atomics. */
+#include "bench.h"
+
+typedef struct job {
+    moe_combine_desc combine;
+    void** buffer;           /* [E] host copy of the table */
+    int32_t* count;          /* [E] rows of each expert, host */
+    char* joined;            /* the peer's extra memory */
+    const float* row_weight; /* [T * K] device */
+    const int32_t* row_token;
+    int E;
+} job;
+
+static void run_combine(void* context, cudaStream_t stream)
+{
+    BENCH_MOE(moe_combine(&((const job*)context)->combine, stream));
+}
+
+typedef struct index_add_args {
+    char* joined; /* [R, H] bf16 */
+    __nv_bfloat162* y;
+    const float* row_weight;
+    const int32_t* row_token;
+    int32_t hidden;
+} index_add_args;
+
+MOE_KERNEL(256, 1) scale_rows(MOE_ARG(index_add_args) d)
+{
+    uint4* row = (uint4*)(d.joined + (int64_t)blockIdx.x * d.hidden * 2);
+    const float w = d.row_weight[blockIdx.x];
+    for (int i = threadIdx.x; i < d.hidden / 8; i += 256) {
+        uint4 v = row[i];
+        uint32_t* u = &v.x;
+        for (int j = 0; j < 4; ++j) {
+            const float2 f = moei_unpack2(u[j], MOE_BF16);
+            u[j] = moei_pack2(f.x * w, f.y * w, MOE_BF16);
+        }
+        row[i] = v;
+    }
+}
+
+MOE_KERNEL(256, 1) index_add(MOE_ARG(index_add_args) d)
+{
+    const __nv_bfloat162* row =
+        (const __nv_bfloat162*)(d.joined + (int64_t)blockIdx.x * d.hidden * 2);
+    __nv_bfloat162* y = d.y + (int64_t)d.row_token[blockIdx.x] * d.hidden / 2;
+    for (int i = threadIdx.x; i < d.hidden / 2; i += 256) atomicAdd(y + i, row[i]);
+}
+
+static void run_cat(void* context, cudaStream_t stream)
+{
+    const job* j = (const job*)context;
+    const moe_combine_desc* c = &j->combine;
+    const int64_t row_bytes = (int64_t)c->hidden * 2;
+    const int rows = c->num_tokens * c->top_k;
+    index_add_args a;
+    moei_launch_config l = moei_grid(rows, 256, 0, stream);
+    char* to = j->joined;
+    for (int e = 0; e < j->E; ++e) {
+        BENCH_CUDA(cudaMemcpyAsync(to, j->buffer[e], (size_t)(j->count[e] * row_bytes),
+                                   cudaMemcpyDeviceToDevice, stream));
+        to += j->count[e] * row_bytes;
+    }
+    BENCH_CUDA(cudaMemsetAsync(c->y, 0, (size_t)(c->num_tokens * row_bytes), stream));
+    a.joined = j->joined;
+    a.y = (__nv_bfloat162*)c->y;
+    a.row_weight = j->row_weight;
+    a.row_token = j->row_token;
+    a.hidden = c->hidden;
+    BENCH_MOE(MOE_LAUNCH(scale_rows, l, a));
+    BENCH_MOE(MOE_LAUNCH(index_add, l, a));
+}
+
+/* Error of tokens 0, step, 2 step, ... against a double sum, over twice the rounding of bf16. */
+typedef struct check_args {
+    moe_combine_desc c;
+    int step;
+    unsigned* worst; /* bits of the largest error over its bound */
+} check_args;
+
+MOE_KERNEL(256, 1) check_combine(MOE_ARG(check_args) d)
+{
+    const int64_t t = (int64_t)blockIdx.x * d.step;
+    for (int h = threadIdx.x; h < d.c.hidden; h += 256) {
+        double want = 0.0;
+        float got, ratio;
+        for (int k = 0; k < d.c.top_k; ++k) {
+            const moe_place p = d.c.place[t * d.c.top_k + k];
+            want += (double)d.c.weights[t * d.c.top_k + k] *
+                    moei_load_f32(d.c.table[p.buffer], (int64_t)p.row * d.c.hidden + h, MOE_BF16);
+        }
+        got = moei_load_f32(d.c.y, t * d.c.hidden + h, MOE_BF16);
+        ratio = (float)(fabs(got - want) / (2.0 * fabs(want) / 512.0 + 1e-5));
+        atomicMax(d.worst, ratio <= 1e30f ? __float_as_uint(ratio) : 0x7f800000u);
+    }
+}
+
+static void run_shape(bench_state* s, int T, int H, int E, int K, int* failures)
+{
+    const int64_t slots = (int64_t)T * K;
+    const double bytes = ((double)slots + T) * H * 2.0;
+    moe_place* place = (moe_place*)malloc((size_t)slots * sizeof(moe_place));
+    int32_t* row_token = (int32_t*)malloc((size_t)slots * 4);
+    int32_t* id = (int32_t*)malloc((size_t)slots * 4);
+    int32_t* next = (int32_t*)calloc((size_t)E + 1, 4);
+    job j;
+    unsigned worst = 0;
+    char what[96];
+    double ms, cat;
+    bench_copy_args copy;
+    size_t free_before, free_after, total;
+    check_args check;
+    moei_launch_config l;
+
+    memset(&j, 0, sizeof j);
+    j.E = E;
+    j.count = (int32_t*)calloc((size_t)E, 4);
+    j.buffer = (void**)calloc((size_t)E, sizeof(void*));
+    for (int64_t i = 0; i < slots; ++i) { /* distinct experts of a token */
+        const int first = (int)(bench_hash(7, (uint32_t)(i / K)) % (unsigned)E);
+        const int step = 2 * (int)(bench_hash(8, (uint32_t)(i / K)) % (unsigned)(E / 2)) + 1;
+        id[i] = (first + (int)(i % K) * step) % E;
+        place[i].buffer = id[i];
+        place[i].row = j.count[id[i]]++;
+    }
+    for (int e = 0; e < E; ++e) next[e + 1] = next[e] + j.count[e];
+    for (int64_t i = 0; i < slots; ++i) row_token[next[id[i]] + place[i].row] = (int32_t)(i / K);
+    for (int e = 0; e < E; ++e)
+        j.buffer[e] = bench_random((int64_t)j.count[e] * H, MOE_BF16, 1.0f, (uint32_t)(100 + e));
+    {
+        void* table = bench_alloc((size_t)E * sizeof(void*));
+        void* places = bench_alloc((size_t)slots * sizeof(moe_place));
+        void* tokens = bench_alloc((size_t)slots * 4);
+        BENCH_CUDA(cudaMemcpy(table, j.buffer, (size_t)E * sizeof(void*), cudaMemcpyHostToDevice));
+        BENCH_CUDA(cudaMemcpy(places, place, (size_t)slots * sizeof(moe_place), cudaMemcpyHostToDevice));
+        BENCH_CUDA(cudaMemcpy(tokens, row_token, (size_t)slots * 4, cudaMemcpyHostToDevice));
+        j.combine.table = (const void* const*)table;
+        j.combine.place = (const moe_place*)places;
+        j.row_token = (const int32_t*)tokens;
+    }
+    j.combine.weights = (const float*)bench_random(slots, MOE_FP32, 0.3f, 5);
+    j.row_weight = (const float*)bench_random(slots, MOE_FP32, 0.3f, 6);
+    j.combine.y = bench_alloc((size_t)T * (size_t)H * 2);
+    j.combine.num_buffers = E;
+    j.combine.num_tokens = T, j.combine.hidden = H, j.combine.top_k = K;
+
+    BENCH_CUDA(cudaMemset(j.combine.y, 0xff, (size_t)T * (size_t)H * 2));
+    BENCH_CUDA(cudaMemGetInfo(&free_before, &total));
+    run_combine(&j, s->stream);
+    BENCH_CUDA(cudaStreamSynchronize(s->stream));
+    BENCH_CUDA(cudaMemGetInfo(&free_after, &total));
+    check.c = j.combine;
+    check.step = T / 256;
+    check.worst = (unsigned*)bench_alloc(4);
+    BENCH_CUDA(cudaMemset(check.worst, 0, 4));
+    l = moei_grid(256, 256, 0, s->stream);
+    BENCH_MOE(MOE_LAUNCH(check_combine, l, check));
+    BENCH_CUDA(cudaStreamSynchronize(s->stream));
+    BENCH_CUDA(cudaMemcpy(&worst, check.worst, 4, cudaMemcpyDeviceToHost));
+    *failures += !(moe_f32_from_bits(worst) <= 1.0f) || free_after != free_before;
+    printf("T %d H %d E %d K %d bf16: worst error %.2f of its bound, extra memory %lld bytes\n", T, H, E,
+           K, moe_f32_from_bits(worst), (long long)(free_before - free_after));
+
+    copy.bytes = (size_t)(bytes / 2);
+    copy.to = bench_alloc(copy.bytes);
+    copy.from = bench_random((int64_t)(copy.bytes / 2), MOE_BF16, 1.0f, 3);
+    ms = bench_time(s, bench_copy, &copy);
+    s->copy_rate = 2.0 * (double)copy.bytes / (ms * 1e-3);
+    bench_row(s, "cudaMemcpyAsync device to device, as many bytes", ms, s->copy_rate * 1e-12, "TB/s", 1.0,
+              "copy");
+    BENCH_CUDA(cudaFree(copy.to));
+    BENCH_CUDA(cudaFree(copy.from));
+    ms = bench_time(s, run_combine, &j);
+    snprintf(what, sizeof what, "combine T %d H %d E %d K %d", T, H, E, K);
+    bench_row(s, what, ms, bytes / ms * 1e-9, "TB/s", bytes / s->copy_rate * 1e3 / ms, "copy rate");
+    j.joined = (char*)bench_alloc((size_t)slots * (size_t)H * 2);
+    cat = bench_time(s, run_cat, &j);
+    snprintf(what, sizeof what, "cat + index_add, %.1f GiB extra", (double)slots * H * 2 / (1 << 30));
+    bench_row(s, what, cat, bytes / cat * 1e-9, "TB/s", ms / cat, "its time taken by combine");
+
+    for (int e = 0; e < E; ++e) cudaFree(j.buffer[e]);
+    cudaFree((void*)j.combine.table), cudaFree((void*)j.combine.place), cudaFree((void*)j.row_token);
+    cudaFree((void*)j.combine.weights), cudaFree((void*)j.row_weight), cudaFree(j.combine.y);
+    cudaFree(j.joined), cudaFree(check.worst);
+    free(place), free(row_token), free(id), free(next), free(j.count), free(j.buffer);
+}
+
+int main(int argc, char** argv)
+{
+    bench_state s = bench_open(argc, argv, "combine");
+    int failures = 0;
+    run_shape(&s, 8192, 16384, 256, 8, &failures);
+    run_shape(&s, 32768, 4096, 128, 8, &failures);
+    run_shape(&s, 24576, 1536, 128, 8, &failures);
+    run_shape(&s, 16384, 4096, 8, 2, &failures);
+    return bench_close(&s, failures);
+}

@@ -1,0 +1,142 @@
+/* Gate and route from fp32 logits, in a captured graph.
+   nvcc -O3 -std=c++14 -I. -arch=sm_90a bench/bench_gate_route.cu -o bench_gate_route
+
+   Floor: logits read once; ids, weights, row_slot, row_weight and places written once, the ids
+   read once more: T (4 E + 28 K) bytes at the copy rate. */
+#include "bench.h"
+
+#include "../moe/ref/ref.h"
+
+typedef struct job {
+    moe_gate_desc gate;
+    moe_route_desc route;
+} job;
+
+static void run_both(void* context, cudaStream_t stream)
+{
+    const job* j = (const job*)context;
+    BENCH_MOE(moe_gate(&j->gate, stream));
+    BENCH_MOE(moe_route(&j->route, stream));
+}
+
+static void run_gate(void* context, cudaStream_t stream)
+{
+    BENCH_MOE(moe_gate(&((const job*)context)->gate, stream));
+}
+
+static void run_route(void* context, cudaStream_t stream)
+{
+    BENCH_MOE(moe_route(&((const job*)context)->route, stream));
+}
+
+static job make_job(int T, int E, int K, uint32_t seed, int hand_counts)
+{
+    job j;
+    const size_t slots = (size_t)T * (size_t)K;
+    memset(&j, 0, sizeof j);
+    j.gate.logits = bench_random((int64_t)T * E, MOE_FP32, 1.0f, seed);
+    j.gate.ids = (int32_t*)bench_alloc(slots * 4);
+    j.gate.weights = (float*)bench_alloc(slots * 4);
+    j.gate.num_tokens = T, j.gate.num_experts = E, j.gate.top_k = K;
+    j.route.ids = j.gate.ids;
+    j.route.weights = j.gate.weights;
+    j.route.expert_count = (int32_t*)bench_alloc((size_t)E * 4);
+    j.route.expert_offset = (int32_t*)bench_alloc((size_t)E * 4 + 4);
+    j.route.slot_row = 0;
+    j.route.row_slot = (int32_t*)bench_alloc(slots * 4);
+    j.route.row_weight = (float*)bench_alloc(slots * 4);
+    j.route.place = (moe_place*)bench_alloc(slots * 8);
+    j.route.num_tokens = T, j.route.num_experts = E, j.route.top_k = K;
+    j.route.workspace_bytes = (size_t)E * (size_t)moe_num_chunks(T) * 4;
+    j.route.workspace = bench_alloc(j.route.workspace_bytes);
+    if (hand_counts) {
+        j.gate.chunk_count = (int32_t*)j.route.workspace;
+        j.route.chunk_count = (int32_t*)j.route.workspace;
+        j.route.workspace = 0;
+    }
+    return j;
+}
+
+static void free_job(job* j)
+{
+    cudaFree((void*)j->gate.logits), cudaFree(j->gate.ids), cudaFree(j->gate.weights);
+    cudaFree(j->route.expert_count), cudaFree(j->route.expert_offset), cudaFree(j->route.row_slot);
+    cudaFree(j->route.row_weight), cudaFree(j->route.place);
+    cudaFree(j->gate.chunk_count ? (void*)j->gate.chunk_count : j->route.workspace);
+}
+
+/* Every id and every row against the reference. */
+static int verify(const job* j, cudaStream_t stream)
+{
+    const int T = j->gate.num_tokens, E = j->gate.num_experts, K = j->gate.top_k;
+    const size_t slots = (size_t)T * (size_t)K;
+    float* logits = (float*)malloc((size_t)T * (size_t)E * 4);
+    int32_t* ids = (int32_t*)malloc(slots * 4);
+    int32_t* row_slot = (int32_t*)malloc(slots * 4);
+    int32_t* want_ids = (int32_t*)malloc(slots * 4);
+    double* want_weights = (double*)malloc(slots * 8);
+    float* weights = (float*)malloc(slots * 4);
+    int32_t* next = (int32_t*)calloc((size_t)E + 1, 4);
+    moe_ref_gate_desc want;
+    int wrong = 0;
+    run_both((void*)j, stream);
+    BENCH_CUDA(cudaStreamSynchronize(stream));
+    BENCH_CUDA(cudaMemcpy(logits, j->gate.logits, (size_t)T * (size_t)E * 4, cudaMemcpyDeviceToHost));
+    BENCH_CUDA(cudaMemcpy(ids, j->gate.ids, slots * 4, cudaMemcpyDeviceToHost));
+    BENCH_CUDA(cudaMemcpy(weights, j->gate.weights, slots * 4, cudaMemcpyDeviceToHost));
+    BENCH_CUDA(cudaMemcpy(row_slot, j->route.row_slot, slots * 4, cudaMemcpyDeviceToHost));
+    memset(&want, 0, sizeof want);
+    want.logits = logits;
+    want.logits_dtype = MOE_FP32;
+    want.num_tokens = T, want.num_experts = E, want.top_k = K;
+    moe_ref_gate_f64(&want, want_ids, want_weights, 0, 0);
+    for (size_t s = 0; s < slots; ++s) {
+        wrong += ids[s] != want_ids[s] || !(fabs(weights[s] - want_weights[s]) < 1e-6);
+        next[want_ids[s] + 1]++;
+    }
+    for (int e = 0; e < E; ++e) next[e + 1] += next[e];
+    for (size_t s = 0; s < slots; ++s) wrong += row_slot[next[want_ids[s]]++] != (int32_t)s;
+    free(logits), free(ids), free(row_slot), free(want_ids), free(want_weights), free(weights);
+    free(next);
+    return wrong;
+}
+
+int main(int argc, char** argv)
+{
+    static const int shape[][3] = {{32768, 128, 8}, {8192, 256, 8}, {16384, 8, 2}, {4096, 1024, 8},
+                                   {64, 256, 8}};
+    bench_state s = bench_open(argc, argv, "gate + route, fp32 logits, softmax");
+    int failures = 0;
+    for (size_t i = 0; i < sizeof shape / sizeof shape[0]; ++i) {
+        enum { CALLS = 24 };
+        const int T = shape[i][0], E = shape[i][1], K = shape[i][2];
+        const double bytes = (double)T * (4.0 * E + 28.0 * K);
+        job jobs[CALLS];
+        void* context[CALLS];
+        char what[96];
+        double both, ms;
+        for (int c = 0; c < CALLS; ++c) {
+            jobs[c] = make_job(T, E, K, (uint32_t)(10 + c), 1);
+            context[c] = &jobs[c];
+        }
+        failures += verify(&jobs[0], s.stream) != 0;
+        both = bench_time_graph(&s, run_both, context, CALLS);
+        snprintf(what, sizeof what, "T %d E %d K %d  gate + route", T, E, K);
+        bench_row(&s, what, both, bytes / both * 1e-9, "TB/s", bytes / s.copy_rate * 1e3 / both, "floor");
+        ms = bench_time_graph(&s, run_gate, context, CALLS);
+        snprintf(what, sizeof what, "T %d E %d K %d    gate alone", T, E, K);
+        bench_row(&s, what, ms, (double)T * (4.0 * E + 8.0 * K) / ms * 1e-9, "TB/s",
+                  (double)T * (4.0 * E + 8.0 * K) / s.copy_rate * 1e3 / ms, "floor");
+        for (int c = 0; c < CALLS; ++c) {
+            free_job(&jobs[c]);
+            jobs[c] = make_job(T, E, K, (uint32_t)(10 + c), 0);
+            run_gate(&jobs[c], s.stream);
+        }
+        ms = bench_time_graph(&s, run_route, context, CALLS);
+        snprintf(what, sizeof what, "T %d E %d K %d    route alone, counting", T, E, K);
+        bench_row(&s, what, ms, (double)T * 28.0 * K / ms * 1e-9, "TB/s",
+                  (double)T * 28.0 * K / s.copy_rate * 1e3 / ms, "floor");
+        for (int c = 0; c < CALLS; ++c) free_job(&jobs[c]);
+    }
+    return bench_close(&s, failures);
+}
