@@ -1,0 +1,183 @@
+/* The whole layer, router to combine, and each of its stages.
+   nvcc -O3 -std=c++14 -I. -arch=sm_90a bench/bench_layer.cu -o bench_layer
+
+   Rate: the 6 T K H I flops of the experts over the layer's time. Also checked: the workspace is
+   what the formula in layer.cuh says to the byte, and a call takes no other device memory. */
+#include "bench.h"
+
+static void run_layer(void* context, cudaStream_t stream)
+{
+    BENCH_MOE(moe_layer_forward((const moe_layer_desc*)context, stream));
+}
+
+typedef struct stage_job {
+    const moe_layer_desc* layer;
+    int stage;
+} stage_job;
+
+static void run_stage(void* context, cudaStream_t stream)
+{
+    const stage_job* j = (const stage_job*)context;
+    BENCH_MOE(moe_layer_run_stage(j->layer, j->stage, stream));
+}
+
+/* Token blockIdx.x * step from its own ids and weights, in double; act is rounded as the layer
+   rounds it. worst[0]: largest error of y, worst[1]: largest rounding of the exact y to bf16;
+   worst[2]: largest error of a logit over its bound. */
+typedef struct check_args {
+    moe_layer_desc l;
+    moe_layer_view v;
+    float* act; /* [blocks, K, I] */
+    int step;
+    unsigned* worst;
+} check_args;
+
+MOE_KERNEL(256, 1) check_layer(MOE_ARG(check_args) a)
+{
+    const int64_t H = a.l.hidden, I = a.l.intermediate, K = a.l.top_k, E = a.l.num_experts;
+    const int64_t t = (int64_t)blockIdx.x * a.step;
+    float* act = a.act + (int64_t)blockIdx.x * K * I;
+    for (int64_t e = threadIdx.x; e < E; e += 256) {
+        double sum = 0.0, size = 0.0;
+        for (int64_t h = 0; h < H; ++h) {
+            const double p = (double)moei_load_f32(a.l.x, t * H + h, MOE_BF16) *
+                             moei_load_f32(a.l.router, e * H + h, MOE_BF16);
+            sum += p;
+            size += fabs(p);
+        }
+        {
+            const float ratio = (float)(fabs(a.v.logits[t * E + e] - sum) /
+                                        ((H / 16 + 2) * size / 8388608.0));
+            atomicMax(a.worst + 2, ratio <= 1e30f ? __float_as_uint(ratio) : 0x7f800000u);
+        }
+    }
+    for (int64_t i = threadIdx.x; i < K * I; i += 256) {
+        const int64_t e = a.v.ids[t * K + i / I], n = i % I;
+        double gate = 0.0, up = 0.0;
+        for (int64_t h = 0; h < H; ++h) {
+            const double x = moei_load_f32(a.l.x, t * H + h, MOE_BF16);
+            gate += x * moei_load_f32(a.l.w1.base, (e * 2 * I + n) * H + h, MOE_BF16);
+            up += x * moei_load_f32(a.l.w1.base, (e * 2 * I + I + n) * H + h, MOE_BF16);
+        }
+        act[i] = moei_half_to_f32(
+            moei_f32_to_half((float)(gate / (1.0 + exp(-gate)) * up), MOE_BF16), MOE_BF16);
+    }
+    __syncthreads();
+    for (int64_t h = threadIdx.x; h < H; h += 256) {
+        double y = 0.0;
+        float got, rounded;
+        for (int64_t k = 0; k < K; ++k) {
+            const int64_t e = a.v.ids[t * K + k];
+            double row = 0.0;
+            for (int64_t i = 0; i < I; ++i)
+                row += (double)act[k * I + i] *
+                       moei_load_f32(a.l.w2.base, (e * H + h) * I + i, MOE_BF16);
+            y += (double)a.v.weights[t * K + k] *
+                 moei_half_to_f32(moei_f32_to_half((float)row, MOE_BF16), MOE_BF16);
+        }
+        got = moei_load_f32(a.l.y, t * H + h, MOE_BF16);
+        rounded = moei_half_to_f32(moei_f32_to_half((float)y, MOE_BF16), MOE_BF16);
+        {
+            const float error = (float)fabs(got - y);
+            atomicMax(a.worst, error <= 1e30f ? __float_as_uint(error) : 0x7f800000u);
+            atomicMax(a.worst + 1, __float_as_uint((float)fabs(rounded - y)));
+        }
+    }
+}
+
+static uint64_t piece(uint64_t bytes) { return (bytes + 255) / 256 * 256; }
+
+static void run_shape(bench_state* s, int T, int H, int I, int E, int K, int* failures)
+{
+    const uint64_t slots = (uint64_t)T * (uint64_t)K;
+    const double flops = 6.0 * (double)slots * H * I;
+    const uint64_t formula = piece((uint64_t)T * (uint64_t)E * 4) + 2 * piece(slots * 4) +
+                             piece((uint64_t)E * (((uint64_t)T + 7) / 8) * 4) +
+                             piece((uint64_t)E * 4) + piece((uint64_t)E * 4 + 4) + piece(slots * 4) +
+                             piece(slots * 8) + piece(slots * (uint64_t)I * 2) +
+                             piece(slots * (uint64_t)H * 2);
+    moe_layer_desc l;
+    moe_gemm_plan up, down;
+    check_args check;
+    unsigned worst[3];
+    size_t free_before, free_after, total;
+    char what[96];
+    double ms;
+    moei_launch_config c = moei_grid(16, 256, 0, s->stream);
+    memset(&l, 0, sizeof l);
+    l.x = bench_random((int64_t)T * H, MOE_BF16, 1.0f, 1);
+    l.router = bench_random((int64_t)E * H, MOE_BF16, 1.0f / sqrtf((float)H), 2);
+    l.w1.base = bench_random((int64_t)E * 2 * I * H, MOE_BF16, 1.0f / sqrtf((float)H), 3);
+    l.w2.base = bench_random((int64_t)E * H * I, MOE_BF16, 1.0f / sqrtf((float)I), 4);
+    l.y = bench_alloc((size_t)T * (size_t)H * 2);
+    l.num_tokens = T, l.hidden = H, l.intermediate = I, l.num_experts = E, l.top_k = K;
+    l.renormalize = 1;
+    BENCH_MOE(moe_layer_workspace(&l, &l.workspace_bytes));
+    *failures += l.workspace_bytes != formula;
+    l.workspace = bench_alloc(l.workspace_bytes);
+    BENCH_CUDA(cudaMemset(l.workspace, 0xff, l.workspace_bytes));
+    BENCH_CUDA(cudaMemset(l.y, 0xff, (size_t)T * (size_t)H * 2));
+    BENCH_MOE(moe_preload());
+    BENCH_CUDA(cudaMemGetInfo(&free_before, &total));
+    BENCH_MOE(moe_layer_forward(&l, s->stream));
+    BENCH_CUDA(cudaStreamSynchronize(s->stream));
+    BENCH_CUDA(cudaMemGetInfo(&free_after, &total));
+    *failures += free_after != free_before;
+
+    check.l = l;
+    BENCH_MOE(moe_layer_get_view(&l, &check.v));
+    check.step = T / 16;
+    check.act = (float*)bench_alloc(16 * (size_t)K * (size_t)I * 4);
+    check.worst = (unsigned*)bench_alloc(sizeof worst);
+    BENCH_CUDA(cudaMemset(check.worst, 0, sizeof worst));
+    BENCH_MOE(MOE_LAUNCH(check_layer, c, check));
+    BENCH_CUDA(cudaStreamSynchronize(s->stream));
+    BENCH_CUDA(cudaMemcpy(worst, check.worst, sizeof worst, cudaMemcpyDeviceToHost));
+    {
+        const float error = moe_f32_from_bits(worst[0]), bound = 2 * moe_f32_from_bits(worst[1]) + 1e-5f;
+        const float logit = moe_f32_from_bits(worst[2]);
+        *failures += !(error <= bound) || !(logit <= 1.0f);
+        BENCH_MOE(moe_layer_plan(&l, &up, &down));
+        printf("T %d H %d I %d E %d K %d: error %.2g (bound %.2g), logits %.2f of theirs; workspace %.2f GiB "
+               "= the formula's, other memory %lld bytes; tiles %dx%d, %dx%d\n",
+               T, H, I, E, K, error, bound, logit, (double)l.workspace_bytes / (1 << 30),
+               (long long)(free_before - free_after), up.tile_m, up.tile_n, down.tile_m, down.tile_n);
+    }
+    ms = bench_time(s, run_layer, &l);
+    snprintf(what, sizeof what, "layer T %d H %d I %d E %d K %d", T, H, I, E, K);
+    bench_row(s, what, ms, flops / ms * 1e-9, "TFLOPS", 1.0, "the layer");
+    for (int stage = 0; stage < MOE_LAYER_STAGES; ++stage) {
+        stage_job j;
+        double part;
+        j.layer = &l;
+        j.stage = stage;
+        part = bench_time(s, run_stage, &j);
+        snprintf(what, sizeof what, "    %s", moe_layer_stage_name(stage));
+        bench_row(s, what, part,
+                  stage == MOE_LAYER_UP ? flops * 2 / 3 / part * 1e-9
+                  : stage == MOE_LAYER_DOWN ? flops / 3 / part * 1e-9
+                  : stage == MOE_LAYER_ROUTER ? 2.0 * T * H * E / part * 1e-9
+                  : stage == MOE_LAYER_COMBINE
+                      ? ((double)slots + T) * H * 2 / part * 1e-9
+                      : (double)T * (stage == MOE_LAYER_GATE ? 4.0 * E + 8.0 * K : 24.0 * K) / part * 1e-9,
+                  stage == MOE_LAYER_UP || stage == MOE_LAYER_DOWN || stage == MOE_LAYER_ROUTER ? "TFLOPS"
+                                                                                              : "TB/s",
+                  part / ms, "the layer");
+    }
+    cudaFree((void*)l.x), cudaFree((void*)l.router), cudaFree((void*)l.w1.base);
+    cudaFree((void*)l.w2.base), cudaFree(l.y), cudaFree(l.workspace), cudaFree(check.act);
+    cudaFree(check.worst);
+}
+
+int main(int argc, char** argv)
+{
+    bench_state s = bench_open(argc, argv, "MoE layer, bf16, SwiGLU");
+    int failures = 0;
+    run_shape(&s, 32768, 4096, 1536, 128, 8, &failures);
+    run_shape(&s, 24576, 1536, 256, 128, 8, &failures);
+    run_shape(&s, 16384, 4096, 14336, 8, 2, &failures);
+    run_shape(&s, 8192, 7168, 2048, 256, 8, &failures);
+    run_shape(&s, 256, 4096, 1536, 128, 8, &failures);
+    run_shape(&s, 64, 7168, 2048, 256, 8, &failures);
+    return bench_close(&s, failures);
+}
