@@ -213,7 +213,7 @@ MOE_DEVICE void moei_combine_wide(const moe_combine_desc* d, const moei_combine_
 
 /* One block makes one token: its first warp looks the K rows up, then all sum them; element by
    element where an address or H does not allow 16-byte access. rows_dtype is a literal. */
-MOE_DEVICE void moei_combine_token(const moe_combine_desc* d, moei_combine_shared* shared,
+MOE_DEVICE_BODY void moei_combine_token(const moe_combine_desc* d, moei_combine_shared* shared,
                                    moei_combine_source* source, const int rows_dtype)
 {
     const int64_t t = blockIdx.x;
@@ -271,12 +271,12 @@ MOE_DEVICE void moei_combine_token(const moe_combine_desc* d, moei_combine_share
 #define MOEI_COMBINE_LIST(X) X(fp32, MOE_FP32) X(fp16, MOE_FP16) X(bf16, MOE_BF16)
 
 #define MOEI_COMBINE_KERNEL(name, dtype)                                                          \
-    MOE_KERNEL(MOEI_COMBINE_THREADS, 4) moei_combine_##name(MOE_ARG(moe_combine_desc) d)          \
+    MOE_KERNEL(MOEI_COMBINE_THREADS, 3) moei_combine_##name(MOE_ARG(moe_combine_desc) d)          \
     {                                                                                             \
         MOE_SHARED(moei_combine_shared, shared);                                                  \
         MOE_SHARED_DYNAMIC(source); /* [K] */                                                     \
-        moei_wait_for_previous();                                                                 \
         moei_let_next_start();                                                                    \
+        moei_wait_for_previous();                                                                 \
         if (!moei_fault_stopped(d.fault))                                                         \
             moei_combine_token(&d, &shared, (moei_combine_source*)source, dtype);                 \
     }

@@ -135,19 +135,39 @@ MOE_HOST moe_status moei_experts_rename(moe_status s, int is_up)
     return s;
 }
 
-/* Checks the whole descriptor without queueing anything. */
+/* Checks the whole descriptor without queueing anything; fills in both products. */
 MOE_HOST moe_status moei_experts_check(const moe_experts_desc* d, moe_grouped_gemm_desc* up,
                                        moe_grouped_gemm_desc* down)
 {
     moe_gemm_plan p;
-    moe_grouped_gemm_desc u, w;
     MOEI_TRY(moei_experts_gemms(d, up, down));
-    u = *up;
-    w = *down;
-    MOEI_TRY(moei_experts_rename(moei_gemm_check(&u), 1));
-    MOEI_TRY(moei_experts_rename(moei_gemm_plan(&u, &p), 1));
-    MOEI_TRY(moei_experts_rename(moei_gemm_check(&w), 0));
-    return moei_experts_rename(moei_gemm_plan(&w, &p), 0);
+    MOEI_TRY(moei_experts_rename(moei_gemm_check(up), 1));
+    MOEI_TRY(moei_experts_rename(moei_gemm_plan(up, &p), 1));
+    MOEI_TRY(moei_experts_rename(moei_gemm_check(down), 0));
+    MOEI_TRY(moei_experts_rename(moei_gemm_plan(down, &p), 0));
+    if (up->num_rows == 0) return MOE_OK;
+    { /* each product has been checked for itself; here what one reads and the other writes */
+        const int64_t E = up->num_experts, R = up->num_rows, H = up->k, I = up->n;
+        const int64_t joined = up->gate_up == MOE_GATE_UP_SEPARATE ? I : 2 * I;
+        const uint64_t w1 = moei_weight_extent(&up->b, E, joined, H);
+        const moei_range r[] = {
+            {d->x, moei_extent(up->a_rows, up->a_stride, H, up->dtype), MOE_FIELD_x},
+            {d->w1.base, w1, MOE_FIELD_w1},
+            {d->w1.up, w1, MOE_FIELD_w1},
+            {d->w1.table, (uint64_t)E * 8, MOE_FIELD_w1},
+            {d->w1.up_table, (uint64_t)E * 8, MOE_FIELD_w1},
+            {d->w2.base, moei_weight_extent(&down->b, E, H, I), MOE_FIELD_w2},
+            {d->w2.table, (uint64_t)E * 8, MOE_FIELD_w2},
+            {d->bias1, (uint64_t)(E * 2 * I) * 2, MOE_FIELD_bias1},
+            {d->bias2, (uint64_t)(E * H) * 2, MOE_FIELD_bias2},
+            {d->expert_offset, (uint64_t)E * 4 + 4, MOE_FIELD_expert_offset},
+            {d->row_slot, (uint64_t)R * 4, MOE_FIELD_row_slot},
+            {d->table, (uint64_t)E * 8, MOE_FIELD_table},
+            {d->act, moei_extent(R, up->c_stride, I, up->dtype), MOE_FIELD_act},
+            {d->rows, moei_extent(R, down->c_stride, H, down->c_dtype), MOE_FIELD_rows},
+            {d->fault, 8, MOE_FIELD_fault}};
+        return moei_disjoint(r, 12, 15);
+    }
 }
 
 /* Queues the up product alone: x -> act. */

@@ -77,6 +77,14 @@ MOE_DEVICE int moei_gate_chunks(const moe_gate_desc* d)
 /* l - max, with the limits that the header promises: equal infinities differ by 0. */
 MOE_DEVICE float moei_gate_below(float l, float max) { return l == max ? 0.0f : l - max; }
 
+/* Clears the counts of a block's chunks, [chunks][E]; a barrier must follow. */
+MOE_DEVICE void moei_gate_clear_counts(const moe_gate_desc* d, int* count)
+{
+    const int n = moei_gate_chunks(d) * d->num_experts;
+    MOEI_NO_UNROLL
+    for (int i = (int)threadIdx.x; i < n; i += MOEI_GATE_THREADS) count[i] = 0;
+}
+
 /* Writes the counts of a block's chunks, [chunks][E]; all threads, after a barrier. */
 MOE_DEVICE void moei_gate_write_counts(const moe_gate_desc* d, const int* count, int chunks)
 {
@@ -143,24 +151,53 @@ MOE_DEVICE void moei_gate_read(float* v, const moe_gate_desc* d, int64_t at, int
     }
 }
 
-/* Sorts n (a literal power of two) numbers into descending order: Batcher's odd-even merge sort. */
-MOE_DEVICE void moei_sort_descending(float* s, const int n)
+/* Puts n numbers (a literal power of two) that first rise and then fall, or fall and then rise, into
+   descending order. (Here and below loops have constant bounds and their conditions stand inside:
+   only so are they unrolled before the arrays are given registers.) */
+MOE_DEVICE void moei_sort_bitonic(float* s, const int n)
 {
     MOEI_UNROLL
-    for (int lp = 0; lp < 5; ++lp) {
-        const int p = 1 << lp;
+    for (int lh = 4; lh >= 0; --lh) {
+        const int h = 1 << lh;
         MOEI_UNROLL
-        for (int lk = lp; lk >= 0; --lk) {
-            const int k = 1 << lk, first = k % p;
+        for (int j = 0; j < 32; ++j)
+            if (j < n && h < n && (j & h) == 0) {
+                const float hi = fmaxf(s[j], s[j + h]), lo = fminf(s[j], s[j + h]);
+                s[j] = hi;
+                s[j + h] = lo;
+            }
+    }
+}
+
+/* s[0 .. keep) becomes the largest of s[0 .. n), in descending order; the rest is lost. n and keep
+   are literal powers of two. Sorts runs of `keep`, then merges them two by two. */
+MOE_DEVICE void moei_sort_largest(float* s, const int n, const int keep)
+{
+    MOEI_UNROLL
+    for (int lm = 1; lm <= 5; ++lm) { /* runs of m fall and rise in turn, until m is keep */
+        MOEI_UNROLL
+        for (int lh = 4; lh >= 0; --lh) {
+            const int m = 1 << lm, h = 1 << lh;
             MOEI_UNROLL
-            for (int i = 0; i < n; ++i)
-                if (p < n && i >= first && (i - first) % (2 * k) < k && i + k < n &&
-                    i / (2 * p) == (i + k) / (2 * p)) {
-                    const float hi = fmaxf(s[i], s[i + k]), lo = fminf(s[i], s[i + k]);
-                    s[i] = hi;
-                    s[i + k] = lo;
+            for (int j = 0; j < 32; ++j)
+                if (j < n && h < m && m <= keep && m <= n && (j & h) == 0) {
+                    const float hi = fmaxf(s[j], s[j + h]), lo = fminf(s[j], s[j + h]);
+                    const bool rises = m < keep && (j & m) != 0;
+                    s[j] = rises ? lo : hi;
+                    s[j + h] = rises ? hi : lo;
                 }
         }
+    }
+    MOEI_UNROLL
+    for (int ls = 0; ls < 5; ++ls) { /* the runs left begin at multiples of keep << ls */
+        MOEI_UNROLL
+        for (int r = 0; r < 32; ++r)
+            if (r % (keep << (ls + 1)) == 0 && r + (keep << ls) < n) {
+                MOEI_UNROLL
+                for (int j = 0; j < 16; ++j)
+                    if (j < keep) s[r + j] = fmaxf(s[r + j], s[r + (keep << ls) + keep - 1 - j]);
+                moei_sort_bitonic(s + r, keep);
+            }
     }
 }
 
@@ -233,7 +270,6 @@ MOE_DEVICE void moei_gate_token(const moe_gate_desc* d, int* count, int64_t t)
 MOE_DEVICE void moei_gate_block_any(const moe_gate_desc* d, int* count)
 {
     const int E = d->num_experts, chunks = moei_gate_chunks(d);
-    for (int i = (int)threadIdx.x; i < chunks * E; i += MOEI_GATE_THREADS) count[i] = 0;
     __syncthreads();
     for (int i = moei_warp(); i < chunks * MOE_CHUNK_TOKENS; i += MOEI_GATE_THREADS / MOEI_WARP) {
         const int64_t t = (int64_t)blockIdx.x * chunks * MOE_CHUNK_TOKENS + i;
@@ -245,17 +281,18 @@ MOE_DEVICE void moei_gate_block_any(const moe_gate_desc* d, int* count)
 
 /* One block; each token is owned by an aligned group of `lanes` lanes, and lane r of a group has the logits r * per_lane .. + per_lane. K <= depth. The three are literals.
 
-   Each lane sorts its logits; the sorted lists of the group are merged pairwise, keeping the
-   `depth` largest, until every lane has the token's largest logits in order. Each lane then knows
-   which of its own are among them (those not below the K-th) and, by counting the larger ones,
-   at which rank. That fails where two of the chosen are equal, or one of them and one left out,
-   and the softmax fails where the largest is infinite; such tokens and those with a NaN are done
-   again by moei_gate_token. */
-MOE_DEVICE void moei_gate_block(const moe_gate_desc* d, int* count, const int lanes,
+   Each lane sorts the `depth` largest of its logits; the lists of the group are merged pairwise,
+   keeping the `depth` largest, until every lane has the token's largest logits in order. Each lane
+   then knows which of its own are among them (those not below the K-th) and, by counting the
+   larger ones, at which rank. Where more than K are not below the K-th, where two of the K are
+   equal, and where the largest is infinite or one is NaN, the token is done again by
+   moei_gate_token. */
+MOE_DEVICE_BODY void moei_gate_block(const moe_gate_desc* d, int* count, const int lanes,
                                 const int per_lane, const int depth)
 {
     const int E = d->num_experts, K = d->top_k, score = d->score, chunks = moei_gate_chunks(d);
     const int rank = moei_lane() & (lanes - 1), step = MOEI_GATE_THREADS / lanes;
+    const int keep = per_lane < depth ? per_lane : depth; /* of a lane's logits */
     const int64_t first = (int64_t)blockIdx.x * chunks * MOE_CHUNK_TOKENS;
     const bool wide = (d->logits_stride % 8 == 0) && ((uintptr_t)d->logits % 16 == 0);
     const float infinity = __uint_as_float(0x7f800000u);
@@ -267,37 +304,36 @@ MOE_DEVICE void moei_gate_block(const moe_gate_desc* d, int* count, const int la
     /* each token's logits are fetched while the token before is finished */
     moei_gate_read(v, d, t < d->num_tokens ? t * d->logits_stride + (int64_t)rank * per_lane : 0,
                    t < d->num_tokens ? E - rank * per_lane : 0, wide, per_lane);
-    for (int i = (int)threadIdx.x; i < chunks * E; i += MOEI_GATE_THREADS) count[i] = 0;
     __syncthreads();
 
     for (int i = (int)threadIdx.x / lanes; i < chunks * MOE_CHUNK_TOKENS; i += step, t += step) {
         const bool live = t < d->num_tokens, more = i + step < chunks * MOE_CHUNK_TOKENS;
         const int64_t ahead = more && t + step < d->num_tokens ? t + step : -1;
         int* chunk_count = count + i / MOE_CHUNK_TOKENS * E;
-        float top[32]; /* this lane's logits in order, then the `depth` largest of the group */
+        float top[32]; /* this lane's largest in order, then the `depth` largest of the group */
+        float picks[2] = {0.0f, 0.0f}; /* bit j % 16 of picks[j / 16]: v[j] is among the K */
         float kth = 0.0f, sum = 0.0f, total = 1.0f;
-        uint32_t chosen = 0; /* bit j: v[j] is among the K */
+        uint32_t chosen; /* the same as bits of one word */
         int redo = 0, chosen_count, before;
 
         MOEI_UNROLL
-        for (int j = 0; j < 32; ++j) top[j] = j < per_lane ? v[j] : -infinity;
-        moei_sort_descending(top, per_lane);
+        for (int j = 0; j < per_lane; ++j) top[j] = v[j];
+        moei_sort_largest(top, per_lane, keep);
         MOEI_UNROLL
-        for (int w = 1; w < lanes; w *= 2) {
+        for (int lw = 0; lw < 5; ++lw) {
+            const int w = 1 << lw, have = keep << lw < depth ? keep << lw : depth;
             float other[16];
-            MOEI_UNROLL
-            for (int j = 0; j < depth; ++j) other[j] = __shfl_xor_sync(MOEI_FULL, top[j], w);
-            MOEI_UNROLL
-            for (int j = 0; j < depth; ++j) top[j] = fmaxf(top[j], other[depth - 1 - j]);
-            MOEI_UNROLL
-            for (int h = 8; h > 0; h >>= 1) { /* it rises and falls once: half-cleaners sort it */
+            if (w < lanes) {
                 MOEI_UNROLL
                 for (int j = 0; j < depth; ++j)
-                    if (h < depth && (j & h) == 0) {
-                        const float hi = fmaxf(top[j], top[j + h]), lo = fminf(top[j], top[j + h]);
-                        top[j] = hi;
-                        top[j + h] = lo;
+                    if (j < have) other[j] = __shfl_xor_sync(MOEI_FULL, top[j], w);
+                MOEI_UNROLL
+                for (int j = 0; j < depth; ++j)
+                    if (j < have) {
+                        if (have < depth) top[2 * have - 1 - j] = other[j]; /* all of both lists */
+                        else top[j] = fmaxf(top[j], other[have - 1 - j]);   /* the larger half */
                     }
+                moei_sort_bitonic(top, have < depth ? 2 * have : depth);
             }
         }
 
@@ -317,7 +353,9 @@ MOE_DEVICE void moei_gate_block(const moe_gate_desc* d, int* count, const int la
             if (k + 1 < K && k + 1 < depth) redo |= top[k] == top[k + 1];
         }
         MOEI_UNROLL
-        for (int j = 0; j < per_lane; ++j) chosen |= v[j] >= kth ? 1u << j : 0u;
+        for (int j = 0; j < per_lane; ++j) /* summed as floats: that pipe is idle here */
+            picks[j / 16] = fmaf(v[j] >= kth ? 1.0f : 0.0f, (float)(1 << j % 16), picks[j / 16]);
+        chosen = (uint32_t)picks[0] | (uint32_t)picks[1] << 16;
         if (more)
             moei_gate_read(v, d, ahead >= 0 ? ahead * d->logits_stride + (int64_t)rank * per_lane : 0,
                            ahead >= 0 ? E - rank * per_lane : 0, wide, per_lane);
@@ -380,18 +418,20 @@ MOE_DEVICE void moei_gate_block(const moe_gate_desc* d, int* count, const int la
     moei_gate_write_counts(d, count, chunks);
 }
 
-/* most experts, most choices, lanes a token, logits a lane: the first line that fits is taken. */
+/* most experts, most choices, lanes a token, logits a lane, blocks a multiprocessor: the first that
+   fits is taken. */
 #define MOEI_GATE_LIST(X)                                                                         \
-    X(32, 8, 8, 4) X(32, 16, 8, 4) X(64, 8, 8, 8) X(64, 16, 8, 8)                                 \
-    X(128, 8, 8, 16) X(128, 16, 8, 16) X(256, 8, 16, 16) X(256, 16, 16, 16)                       \
-    X(512, 8, 32, 16) X(512, 16, 32, 16) X(1024, 8, 32, 32) X(1024, 16, 32, 32)
+    X(32, 8, 8, 4, 4) X(32, 16, 8, 4, 4) X(64, 8, 8, 8, 4) X(64, 16, 8, 8, 3)                     \
+    X(128, 8, 8, 16, 4) X(128, 16, 8, 16, 3) X(256, 8, 16, 16, 4) X(256, 16, 16, 16, 3)           \
+    X(512, 8, 32, 16, 4) X(512, 16, 32, 16, 3) X(1024, 8, 32, 32, 2) X(1024, 16, 32, 32, 2)
 
-#define MOEI_GATE_KERNEL(most, depth, lanes, per_lane)                                            \
-    MOE_KERNEL(MOEI_GATE_THREADS, 2) moei_gate_##most##_##depth(MOE_ARG(moe_gate_desc) d)         \
+#define MOEI_GATE_KERNEL(most, depth, lanes, per_lane, blocks)                                    \
+    MOE_KERNEL(MOEI_GATE_THREADS, blocks) moei_gate_##most##_##depth(MOE_ARG(moe_gate_desc) d)         \
     {                                                                                             \
         MOE_SHARED_DYNAMIC(count);                                                                \
-        moei_wait_for_previous();                                                                 \
         moei_let_next_start();                                                                    \
+        moei_gate_clear_counts(&d, (int*)count);                                                  \
+        moei_wait_for_previous();                                                                 \
         if (!moei_fault_stopped(d.fault))                                                         \
             moei_gate_block(&d, (int*)count, lanes, per_lane, depth);                             \
     }
@@ -401,8 +441,9 @@ MOEI_GATE_LIST(MOEI_GATE_KERNEL)
 MOE_KERNEL(MOEI_GATE_THREADS, 2) moei_gate_any(MOE_ARG(moe_gate_desc) d)
 {
     MOE_SHARED_DYNAMIC(count);
-    moei_wait_for_previous();
     moei_let_next_start();
+    moei_gate_clear_counts(&d, (int*)count);
+    moei_wait_for_previous();
     if (!moei_fault_stopped(d.fault)) moei_gate_block_any(&d, (int*)count);
 }
 
@@ -468,7 +509,7 @@ MOE_HOST moe_status moe_gate(const moe_gate_desc* desc, cudaStream_t stream)
     c = moei_grid((moe_num_chunks(d.num_tokens) + chunks - 1) / chunks, MOEI_GATE_THREADS,
                   (size_t)d.num_experts * (size_t)chunks * 4, stream);
     c.dependent = 1;
-#define MOEI_GATE_CASE(most, depth, lanes, per_lane)                                              \
+#define MOEI_GATE_CASE(most, depth, lanes, per_lane, blocks)                                      \
     if (d.top_k <= depth && d.num_experts <= most) {                                              \
         c.smem += MOEI_GATE_THREADS / lanes * depth * 2;                                          \
         return MOE_LAUNCH(moei_gate_##most##_##depth, c, d);                                      \
@@ -481,7 +522,7 @@ MOE_HOST moe_status moe_gate(const moe_gate_desc* desc, cudaStream_t stream)
 /* Loads this header's kernels now. */
 MOE_HOST moe_status moe_gate_preload(void)
 {
-#define MOEI_GATE_LOAD(most, depth, lanes, per_lane)                                              \
+#define MOEI_GATE_LOAD(most, depth, lanes, per_lane, blocks)                                      \
     MOEI_TRY(moei_preload((const void*)moei_gate_##most##_##depth));
     MOEI_GATE_LIST(MOEI_GATE_LOAD)
 #undef MOEI_GATE_LOAD

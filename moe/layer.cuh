@@ -16,7 +16,7 @@
 
    Workspace, asked for by moe_layer_workspace (each piece rounded up to 256 bytes; b = 2 bytes):
      T E 4  logits        (unless given)      T K 4 + T K 4  ids, weights   (unless given)
-     E ceil(T/32) 4  chunk counts             E 4 + (E + 1) 4  counts, offsets
+     E ceil(T/8) 4  chunk counts              E 4 + (E + 1) 4  counts, offsets
      T K 4  row_slot                          T K 8  places
      T K I b  act                             T K H b  rows
    moe_layer_view tells where each piece lies, for statistics or for a backward pass.
@@ -168,6 +168,55 @@ MOE_HOST moe_status moe_layer_get_view(const moe_layer_desc* desc, moe_layer_vie
     return moei_layer_carve(desc, view, &bytes);
 }
 
+/* Every station's own check. */
+MOE_HOST moe_status moei_layer_check_stations(const moei_layer* l)
+{
+    moe_router_desc router = l->router;
+    moe_gate_desc gate = l->gate;
+    moe_route_desc route = l->route;
+    moe_combine_desc combine = l->combine;
+    moe_grouped_gemm_desc g, up, down;
+    int gemm;
+    if (l->has_router) MOEI_TRY(moei_router_check(&router, &g, &gemm));
+    if (l->has_gate) MOEI_TRY(moei_gate_check(&gate));
+    else route.chunk_count = (int32_t*)route.workspace;
+    MOEI_TRY(moei_route_check(&route));
+    MOEI_TRY(moei_experts_check(&l->experts, &up, &down));
+    return moei_combine_check(&combine);
+}
+
+/* y, the workspace and the fault word lie on nothing else; only y may be x or the residual itself. */
+MOE_HOST moe_status moei_layer_check_overlap(const moe_layer_desc* d, size_t workspace)
+{
+    const int64_t T = d->num_tokens, H = d->hidden, I = d->intermediate, E = d->num_experts;
+    const int dtype = d->dtype ? d->dtype : MOE_BF16;
+    const int64_t x_stride = d->x_stride ? d->x_stride : H, y_stride = d->y_stride ? d->y_stride : H;
+    const int64_t residual_stride = d->residual_stride ? d->residual_stride : H;
+    const uint64_t slots = (uint64_t)T * (uint64_t)d->top_k;
+    const uint64_t w1 = moei_weight_extent(&d->w1, E, d->gate_up == MOE_GATE_UP_SEPARATE ? I : 2 * I, H);
+    const moei_range r[] = {
+        {d->router, moei_extent(E, H, H, d->router_dtype ? d->router_dtype : dtype), MOE_FIELD_router},
+        {d->logits, (uint64_t)T * (uint64_t)E * 4, MOE_FIELD_logits},
+        {d->ids, slots * 4, MOE_FIELD_ids},
+        {d->weights, slots * 4, MOE_FIELD_weights},
+        {d->w1.base, w1, MOE_FIELD_w1},
+        {d->w1.up, w1, MOE_FIELD_w1},
+        {d->w1.table, (uint64_t)E * 8, MOE_FIELD_w1},
+        {d->w1.up_table, (uint64_t)E * 8, MOE_FIELD_w1},
+        {d->w2.base, moei_weight_extent(&d->w2, E, H, I), MOE_FIELD_w2},
+        {d->w2.table, (uint64_t)E * 8, MOE_FIELD_w2},
+        {d->bias1, (uint64_t)(E * 2 * I) * 2, MOE_FIELD_bias1},
+        {d->bias2, (uint64_t)(E * H) * 2, MOE_FIELD_bias2},
+        {d->residual == d->y && residual_stride == y_stride ? 0 : d->residual,
+         moei_extent(T, residual_stride, H, dtype), MOE_FIELD_residual},
+        {d->x == d->y && x_stride == y_stride ? 0 : d->x, moei_extent(T, x_stride, H, dtype),
+         MOE_FIELD_x},
+        {d->y, moei_extent(T, y_stride, H, dtype), MOE_FIELD_y},
+        {d->workspace, workspace, MOE_FIELD_workspace},
+        {d->fault, 8, MOE_FIELD_fault}};
+    return T > 0 ? moei_disjoint(r, 14, 17) : MOE_OK;
+}
+
 /* Checks everything and fills in the stations' descriptors. */
 MOE_HOST moe_status moei_layer_prepare(const moe_layer_desc* d, moei_layer* l)
 {
@@ -261,39 +310,11 @@ MOE_HOST moe_status moei_layer_prepare(const moe_layer_desc* d, moei_layer* l)
     l->combine.top_k = d->top_k;
     l->combine.num_rows = (int64_t)d->num_tokens * d->top_k;
     {
-        moe_router_desc router = l->router;
-        moe_gate_desc gate = l->gate;
-        moe_route_desc route = l->route;
-        moe_combine_desc combine = l->combine;
-        moe_grouped_gemm_desc g, up, down;
-        int gemm;
-        if (l->has_router) MOEI_TRY(moei_router_check(&router, &g, &gemm));
-        if (l->has_gate) MOEI_TRY(moei_gate_check(&gate));
-        if (!l->has_gate) route.chunk_count = v.chunk_count;
-        MOEI_TRY(moei_route_check(&route));
-        MOEI_TRY(moei_experts_check(&l->experts, &up, &down));
-        MOEI_TRY(moei_combine_check(&combine));
-        if (d->num_tokens > 0) {
-            const int64_t T = d->num_tokens;
-            const int in_place = d->y == d->x && combine.y_stride == up.a_stride;
-            const uint64_t elems = (uint64_t)d->num_experts * (uint64_t)d->intermediate *
-                                   (uint64_t)d->hidden;
-            const moei_range r[] = {
-                {d->router, (uint64_t)d->num_experts * (uint64_t)d->hidden * 2, MOE_FIELD_router},
-                {d->logits, (uint64_t)T * (uint64_t)d->num_experts * 4, MOE_FIELD_logits},
-                {d->ids, (uint64_t)T * (uint64_t)d->top_k * 4, MOE_FIELD_ids},
-                {d->weights, (uint64_t)T * (uint64_t)d->top_k * 4, MOE_FIELD_weights},
-                {d->w1.base, elems * 2, MOE_FIELD_w1},
-                {d->w2.base, elems * 2, MOE_FIELD_w2},
-                {d->residual == d->y ? 0 : d->residual,
-                 moei_extent(T, combine.residual_stride, d->hidden, dtype), MOE_FIELD_residual},
-                {in_place ? 0 : d->x, moei_extent(T, up.a_stride, d->hidden, dtype), MOE_FIELD_x},
-                {d->y, moei_extent(T, combine.y_stride, d->hidden, dtype), MOE_FIELD_y},
-                {d->workspace, bytes, MOE_FIELD_workspace}};
-            MOEI_TRY(moei_disjoint(r, 8, 10));
-        }
+        const moe_status s = moei_layer_check_stations(l);
+        if (s != MOE_OK && moe_status_kind(s) != MOE_ERR_OVERLAP) return s;
+        MOEI_TRY(moei_layer_check_overlap(d, bytes)); /* in the caller's own fields, first */
+        return s;
     }
-    return MOE_OK;
 }
 
 MOE_HOST moe_status moei_layer_queue(const moei_layer* l, int stage, cudaStream_t stream)

@@ -81,8 +81,8 @@ MOE_KERNEL(MOEI_ROUTE_THREADS, 2) moei_route_count(MOE_ARG(moe_route_desc) d)
     const int64_t slots = (int64_t)d.num_tokens * d.top_k;
     const int64_t chunk_slots = (int64_t)MOE_CHUNK_TOKENS * d.top_k;
 
-    moei_wait_for_previous();
     moei_let_next_start();
+    moei_wait_for_previous();
     if (moei_fault_stopped(d.fault)) return;
     for (int i = (int)threadIdx.x; i < chunks * E; i += (int)blockDim.x) count[i] = 0;
     __syncthreads();
@@ -107,8 +107,8 @@ MOE_KERNEL(MOEI_ROUTE_THREADS, 2) moei_route_scan(MOE_ARG(moe_route_desc) d)
     int32_t* count;
     int before = 0;
 
-    moei_wait_for_previous();
     moei_let_next_start();
+    moei_wait_for_previous();
     if (moei_fault_stopped(d.fault)) return;
     count = d.chunk_count + (int64_t)blockIdx.x * num_chunks;
     for (int64_t c = 0; c < num_chunks; c += 16 * MOEI_ROUTE_THREADS) {
@@ -192,12 +192,12 @@ MOE_KERNEL(MOEI_ROUTE_THREADS, 2) moei_route_place(MOE_ARG(moe_route_desc) d)
     int id[MOEI_ROUTE_BATCH], first[MOEI_ROUTE_BATCH], rows = 0;
     float weight[MOEI_ROUTE_BATCH];
 
-    moei_wait_for_previous();
     moei_let_next_start();
+    for (int e = moei_lane(); e < E; e += MOEI_WARP) taken[e] = 0;
+    moei_wait_for_previous();
     if (moei_fault_stopped(d.fault)) return;
 
     if (begin < end) moei_route_fetch(id, weight, first, &d, chunk, begin, end);
-    for (int e = moei_lane(); e < E; e += MOEI_WARP) taken[e] = 0;
     for (int e0 = 0; e0 < E; e0 += (int)blockDim.x) {
         const int e = e0 + (int)threadIdx.x;
         int total;

@@ -55,8 +55,8 @@ MOE_KERNEL(256, 2) moei_router_any(MOE_ARG(moe_router_desc) d)
     const int tx = (int)threadIdx.x % 16, ty = (int)threadIdx.x / 16;
     float acc[4][4];
 
-    moei_wait_for_previous();
     moei_let_next_start();
+    moei_wait_for_previous();
     if (moei_fault_stopped(d.fault)) return;
     MOEI_UNROLL
     for (int i = 0; i < 4; ++i)

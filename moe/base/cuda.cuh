@@ -49,6 +49,13 @@
 #endif
 
 #define MOE_DEVICE MOEI_UNUSED static __device__ __forceinline__
+/* A body that many kernels are stamped from: inlined, so that its literals count; under a sanitizer
+   on the CPU compiled once, which is three times quicker. */
+#if MOE_ON_HOST && (defined(__SANITIZE_ADDRESS__) || defined(MOEH_ASAN))
+#define MOE_DEVICE_BODY MOEI_UNUSED static __attribute__((noinline))
+#else
+#define MOE_DEVICE_BODY MOE_DEVICE
+#endif
 #define MOE_KERNEL(threads, min_blocks)                                                           \
     MOEI_UNUSED static __global__ void __launch_bounds__(threads, min_blocks)
 #define MOE_ARG(type) const __grid_constant__ type
@@ -58,8 +65,8 @@ typedef struct moei_launch_config {
     dim3 grid, block;
     size_t smem; /* dynamic shared memory, bytes */
     cudaStream_t stream;
-    int dependent; /* 1: may start before the kernel ahead of it has ended (it calls
-                      moei_wait_for_previous first); CUDA 9.0 devices and later */
+    int dependent; /* 1: may start before the kernel ahead of it has ended, and waits for it in
+                      moei_wait_for_previous; on devices and in code of 9.0 and later */
     int cluster;   /* blocks per cluster along x; 0 or 1: none */
 } moei_launch_config;
 
@@ -123,8 +130,8 @@ MOE_HOST moe_status moei_launch(const void* kernel, const moei_launch_config* c,
 }
 #endif
 
-/* First statement of a kernel launched with dependent = 1: from here on, what earlier kernels
-   of the stream wrote is visible. */
+/* A kernel launched with dependent = 1 calls it before it touches global memory: from here on, all
+   earlier kernels of the stream have ended and what they wrote is visible. */
 MOE_DEVICE void moei_wait_for_previous(void)
 {
 #if !MOE_ON_HOST && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
@@ -132,7 +139,8 @@ MOE_DEVICE void moei_wait_for_previous(void)
 #endif
 }
 
-/* The next kernel's blocks may come in as this one's leave; they still wait for its writes. */
+/* First statement of such a kernel: the next one's blocks may come in while this one's run, as far
+   as there is room, and wait for its end in moei_wait_for_previous. */
 MOE_DEVICE void moei_let_next_start(void)
 {
 #if !MOE_ON_HOST && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900

@@ -68,6 +68,15 @@ typedef struct moe_gemm_plan {
     size_t smem;                     /* dynamic shared memory of a block, bytes */
 } moe_gemm_plan;
 
+/* Bytes from the first to the last element of `experts` 16-bit matrices [n, k]. */
+MOE_HOST uint64_t moei_weight_extent(const moe_weights* w, int64_t experts, int64_t n, int64_t k)
+{
+    const int64_t rows = w->major == MOE_MAJOR_MN ? k : n, columns = w->major == MOE_MAJOR_MN ? n : k;
+    const int64_t row = w->row_stride ? w->row_stride : columns;
+    const int64_t expert = w->expert_stride ? w->expert_stride : row * rows;
+    return (uint64_t)(experts - 1) * (uint64_t)expert * 2 + moei_extent(rows, row, columns, MOE_BF16);
+}
+
 MOE_HOST const char* moe_gemm_path_name(int path)
 {
     return path == MOE_GEMM_PATH_WMMA ? "wmma" : path == MOE_GEMM_PATH_HOST ? "host" : "none";

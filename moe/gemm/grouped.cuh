@@ -45,10 +45,18 @@
     X(bf16_kn, MOE_BF16, MOE_MAJOR_K, MOE_MAJOR_MN, __VA_ARGS__)
 #endif
 
-#if !MOE_ON_HOST && defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
-#define MOEI_GEMM_COMPILED(dtype) ((dtype) == MOE_FP16) /* the launch refuses bf16 there */
+/* The largest tile takes all registers as it is: it reads both operands along K. */
+#define MOEI_GEMM_OFFERED(tm, tn, a_major, b_major)                                               \
+    ((tm) * (tn) <= 128 * 128 || ((a_major) == MOE_MAJOR_K && (b_major) == MOE_MAJOR_K))
+
+/* What has a body: bf16 from sm_80, the largest tile where a block may have 200 KB. The launch
+   refuses the rest. */
+#if MOE_ON_HOST || !defined(__CUDA_ARCH__)
+#define MOEI_GEMM_HERE(dtype, tm, tn) 1
 #else
-#define MOEI_GEMM_COMPILED(dtype) 1
+#define MOEI_GEMM_HERE(dtype, tm, tn)                                                             \
+    ((__CUDA_ARCH__ >= 800 || (dtype) == MOE_FP16) &&                                             \
+     ((tm) * (tn) <= 128 * 128 || (__CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200)))
 #endif
 
 #define MOEI_GEMM_KERNEL(variant, dtype, a_major, b_major, name, tm, tn, kb, wm, wn, stages, blocks) \
@@ -57,9 +65,10 @@
     {                                                                                             \
         MOE_SHARED(moei_block_scan_scratch, scratch);                                             \
         MOE_SHARED_DYNAMIC(shared);                                                               \
-        moei_wait_for_previous();                                                                 \
         moei_let_next_start();                                                                    \
-        if (MOEI_GEMM_COMPILED(dtype) && !moei_fault_stopped(d.fault))                            \
+        moei_wait_for_previous();                                                                 \
+        if (MOEI_GEMM_OFFERED(tm, tn, a_major, b_major) && MOEI_GEMM_HERE(dtype, tm, tn) &&       \
+            !moei_fault_stopped(d.fault))                                                         \
             moei_gemm_block(&d, shared, &scratch, tm, tn, kb, wm, wn, stages, dtype, a_major,     \
                             b_major);                                                             \
     }
@@ -169,8 +178,9 @@ MOE_HOST moe_status moei_gemm_check(moe_grouped_gemm_desc* d)
     MOEI_REQUIRE(moei_aligned(d->row_index, 4), MOE_ERR_ALIGN, row_index);
     MOEI_REQUIRE(moei_aligned(d->bias, 2), MOE_ERR_ALIGN, bias);
     {
-        const uint64_t b_bytes = ((uint64_t)(d->num_experts - 1) * (uint64_t)d->b.expert_stride) * 2 +
-                                 moei_extent(b_rows, d->b.row_stride, b_cols, d->dtype);
+        const uint64_t b_bytes = moei_weight_extent(
+            &d->b, d->num_experts,
+            (int64_t)d->n * (swiglu && d->gate_up != MOE_GATE_UP_SEPARATE ? 2 : 1), d->k);
         const moei_range r[] = {
             {d->a,
              d->a_major == MOE_MAJOR_K ? moei_extent(d->a_rows, d->a_stride, d->k, d->dtype)
@@ -181,9 +191,12 @@ MOE_HOST moe_status moei_gemm_check(moe_grouped_gemm_desc* d)
             {d->bias, (uint64_t)d->num_experts * (uint64_t)d->n * (swiglu ? 4 : 2), MOE_FIELD_bias},
             {d->row_index, (uint64_t)d->num_rows * 4, MOE_FIELD_row_index},
             {d->expert_offset, (uint64_t)d->num_experts * 4 + 4, MOE_FIELD_expert_offset},
+            {d->b.table, (uint64_t)d->num_experts * 8, MOE_FIELD_b},
+            {d->b.up_table, (uint64_t)d->num_experts * 8, MOE_FIELD_b},
+            {d->c_table, (uint64_t)d->num_experts * 8, MOE_FIELD_c},
             {d->c, moei_extent(d->num_rows, d->c_stride, d->n, d->c_dtype), MOE_FIELD_c},
             {d->fault, 8, MOE_FIELD_fault}};
-        return moei_disjoint(r, 6, 8);
+        return moei_disjoint(r, 9, 11);
     }
 }
 
@@ -193,11 +206,18 @@ MOE_HOST moe_status moei_gemm_plan(const moe_grouped_gemm_desc* d, moe_gemm_plan
     moei_device dev;
     const moei_gemm_choice* t = 0;
     int64_t per_sm;
+    int compiled = 0;
+#define MOEI_GEMM_HAS(variant, dt, am, bm, unused)                                                \
+    compiled |= d->dtype == dt && d->a_major == am && d->b.major == bm;
+    MOE_GEMM_VARIANT_LIST(MOEI_GEMM_HAS, 0)
+#undef MOEI_GEMM_HAS
+    MOEI_REQUIRE(compiled, MOE_ERR_OPTION, b_major); /* not in this file's MOE_GEMM_VARIANT_LIST */
     MOEI_TRY(moei_device_query(&dev));
     MOEI_REQUIRE(MOE_ON_HOST || d->dtype == MOE_FP16 || dev.major >= 8, MOE_ERR_DEVICE, dtype);
     for (int i = 0; i < MOEI_GEMM_CHOICES && !t; ++i) {
         const moei_gemm_choice* o = &moei_gemm_choices[i];
-        const int fits = moei_gemm_smem(o, d) + sizeof(moei_block_scan_scratch) <= (size_t)dev.smem_block;
+        const int fits = moei_gemm_smem(o, d) + sizeof(moei_block_scan_scratch) <= (size_t)dev.smem_block &&
+                         MOEI_GEMM_OFFERED(o->tm, o->tn, d->a_major, d->b.major);
         if (d->tile ? o->tile == d->tile : fits && moei_gemm_suits(o, d, dev.sms)) {
             MOEI_REQUIRE(fits, MOE_ERR_DEVICE, tile);
             t = o;
@@ -256,7 +276,7 @@ MOE_HOST moe_status moe_grouped_gemm(const moe_grouped_gemm_desc* desc, cudaStre
     MOEI_GEMM_TILE_LIST(MOEI_GEMM_TILE_CASES)
 #undef MOEI_GEMM_TILE_CASES
 #undef MOEI_GEMM_CASE
-    return MOE_STATUS(MOE_ERR_OPTION, a_major); /* not in MOE_GEMM_VARIANT_LIST */
+    return MOE_STATUS(MOE_ERR_OPTION, b_major); /* moei_gemm_plan has refused it */
 }
 
 /* Loads this header's kernels now. */

@@ -221,7 +221,7 @@ MOE_DEVICE void moei_tile_fragments(moei_mma_a* a, moei_mma_b* b, const uint16_t
 }
 
 /* A block's life: tiles blockIdx.x, blockIdx.x + gridDim.x, ... */
-MOE_DEVICE void moei_gemm_block(const moe_grouped_gemm_desc* d, unsigned char* shared,
+MOE_DEVICE_BODY void moei_gemm_block(const moe_grouped_gemm_desc* d, unsigned char* shared,
                                 moei_block_scan_scratch* scratch, const int tm, const int tn,
                                 const int kb, const int warps_m, const int warps_n, const int stages,
                                 const int dtype, const int a_major, const int b_major)

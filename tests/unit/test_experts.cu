@@ -575,7 +575,7 @@ static void test_experts_refusals(void)
     experts_case c = normal_case(T, H, I, E, K);
     experts_bufs b;
     moe_experts_desc good, d;
-    tbuf table;
+    tbuf table, arena = tbuf_new("arena", 65536, 0); /* an output and any input */
     void* address[E];
     c.bias1 = c.bias2 = 1;
     c.gate_up = MOE_GATE_UP_SEPARATE;
@@ -658,25 +658,38 @@ static void test_experts_refusals(void)
     REFUSED(d.act = AT(d.act, 8), MOE_ERR_ALIGN, act);
     REFUSED(d.rows = AT(d.rows, 8), MOE_ERR_ALIGN, rows);
     REFUSED(d.fault = (uint64_t*)AT(d.fault, 4), MOE_ERR_ALIGN, fault);
-    /* act is written first, and must be nothing that either product reads */
-    REFUSED(d.act = (void*)d.x, MOE_ERR_OVERLAP, act);
-    REFUSED(d.act = AT(d.w1.base, E * I * H * 2 - 16), MOE_ERR_OVERLAP, act);
-    REFUSED(d.act = (void*)d.w1.up, MOE_ERR_OVERLAP, act);
-    REFUSED(d.act = DOWN_TO(d.bias1, 16), MOE_ERR_OVERLAP, act);
-    REFUSED(d.act = DOWN_TO(d.row_slot, 16), MOE_ERR_OVERLAP, act);
-    REFUSED(d.act = DOWN_TO(d.expert_offset, 16), MOE_ERR_OVERLAP, act);
-    REFUSED(d.act = AT(d.w2.base, E * I * H * 2 - 16), MOE_ERR_OVERLAP, act);
-    REFUSED(d.act = DOWN_TO(d.bias2, 16), MOE_ERR_OVERLAP, act);
-    /* rows are an output: no input, x and the first weights included, may be lost to them */
-    REFUSED(d.rows = AT(d.act, ROWS * I * 2 - 16), MOE_ERR_OVERLAP, rows);
-    REFUSED(d.rows = (void*)d.w2.base, MOE_ERR_OVERLAP, rows);
-    REFUSED(d.rows = DOWN_TO(d.bias2, 16), MOE_ERR_OVERLAP, rows);
-    REFUSED(d.rows = DOWN_TO(d.expert_offset, 16), MOE_ERR_OVERLAP, rows);
-    REFUSED(d.rows = (void*)d.w1.base, MOE_ERR_OVERLAP, rows);
-    REFUSED(d.rows = (void*)d.w1.up, MOE_ERR_OVERLAP, rows);
-    REFUSED(d.rows = DOWN_TO(d.bias1, 16), MOE_ERR_OVERLAP, rows);
-    REFUSED(d.rows = DOWN_TO(d.row_slot, 16), MOE_ERR_OVERLAP, rows);
-    REFUSED(d.rows = (void*)d.x, MOE_ERR_OVERLAP, rows);
+    /* act is written first, and may be nothing that either product reads; rows are an output, and
+       no input, x and the first weights included, may be lost to them */
+    for (int end = 0; end < 2; ++end) { /* an input over an output's first or last bytes */
+        void* const at = AT(arena.p, end ? ROWS * I * 2 - 16 : 0);
+        good.act = arena.p;
+        REFUSED(d.x = at, MOE_ERR_OVERLAP, act);
+        REFUSED(d.w1.base = at, MOE_ERR_OVERLAP, act);
+        REFUSED(d.w1.up = at, MOE_ERR_OVERLAP, act);
+        REFUSED(d.bias1 = at, MOE_ERR_OVERLAP, act);
+        REFUSED(d.row_slot = (const int32_t*)at, MOE_ERR_OVERLAP, act);
+        REFUSED(d.expert_offset = (const int32_t*)at, MOE_ERR_OVERLAP, act);
+        REFUSED(d.w2.base = at, MOE_ERR_OVERLAP, act);
+        REFUSED(d.bias2 = at, MOE_ERR_OVERLAP, act);
+        good.act = b.act.p;
+    }
+    for (int end = 0; end < 2; ++end) {
+        void* const at = AT(arena.p, end ? ROWS * H * 2 - 16 : 0);
+        good.rows = arena.p;
+        REFUSED(d.act = at, MOE_ERR_OVERLAP, rows);
+        REFUSED(d.w2.base = at, MOE_ERR_OVERLAP, rows);
+        REFUSED(d.bias2 = at, MOE_ERR_OVERLAP, rows);
+        REFUSED(d.expert_offset = (const int32_t*)at, MOE_ERR_OVERLAP, rows);
+        REFUSED(d.x = at, MOE_ERR_OVERLAP, rows);
+        REFUSED(d.w1.base = at, MOE_ERR_OVERLAP, rows);
+        REFUSED(d.w1.up = at, MOE_ERR_OVERLAP, rows);
+        REFUSED(d.bias1 = at, MOE_ERR_OVERLAP, rows);
+        REFUSED(d.row_slot = (const int32_t*)at, MOE_ERR_OVERLAP, rows);
+        good.rows = b.rows.p;
+    }
+    /* the last bytes of the last expert's weights count */
+    REFUSED((d.w1.base = arena.p, d.act = AT(arena.p, E * I * H * 2 - 16)), MOE_ERR_OVERLAP, act);
+    REFUSED((d.w2.base = arena.p, d.act = AT(arena.p, E * I * H * 2 - 16)), MOE_ERR_OVERLAP, act);
     REFUSED(d.fault = (uint64_t*)d.x, MOE_ERR_OVERLAP, fault);
     REFUSED(d.fault = (uint64_t*)d.w1.base, MOE_ERR_OVERLAP, fault);
     REFUSED(d.fault = (uint64_t*)d.w2.base, MOE_ERR_OVERLAP, fault);
@@ -688,10 +701,11 @@ static void test_experts_refusals(void)
     REFUSED(d.fault = (uint64_t*)AT(d.rows, ROWS * H * 2 - 8), MOE_ERR_OVERLAP, fault);
 #undef REFUSED
     TEST_CUDA(cudaDeviceSynchronize());
-    CHECK(untouched(&b, &c), "a refused call wrote an output");
+    CHECK(untouched(&b, &c) && tbuf_holds(&arena, 0), "a refused call wrote an output");
     CHECK_FAULT(&b.fault, MOE_FAULT_NONE, 0);
     CHECK_STATUS(moe_experts(&good, test_now.stream), MOE_OK);
     compare(&b, &c);
+    tbuf_free(&arena);
     tbuf_free(&table);
     bufs_free(&b);
 }

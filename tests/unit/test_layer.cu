@@ -1094,16 +1094,18 @@ static void test_layer_overlaps(void)
         layer_case c = normal_case(T, H, I, E, K);
         layer_bufs b;
         moe_layer_desc good, d;
-        tbuf table;
+        tbuf table, arena;
         void* address[E];
         c.from = from;
         c.bias = 1;
         c.residual = RESIDUAL;
         c.router_dtype = MOE_FP32;
         bufs_new(&b, &c, &r);
+        arena = tbuf_new("arena", b.workspace.bytes + 65536, 0); /* a workspace and any input */
         for (int e = 0; e < E; ++e) address[e] = b.w1.part[0][0].p;
         table = tbuf_from("table", address, sizeof address, 0);
         good = b.d;
+        good.fault = 0; /* y may reach past the end of what it lies on */
         REFUSED(d.y = AT(d.x, 16), MOE_ERR_OVERLAP, y);
         REFUSED((d.y = (void*)d.x, d.y_stride = 72), MOE_ERR_OVERLAP, y);
         REFUSED(d.y = AT(d.residual, 16), MOE_ERR_OVERLAP, y);
@@ -1124,6 +1126,7 @@ static void test_layer_overlaps(void)
             REFUSED(d.y = (void*)d.ids, MOE_ERR_OVERLAP, y);
             REFUSED(d.y = (void*)d.weights, MOE_ERR_OVERLAP, y);
         }
+        good.fault = b.d.fault;
         REFUSED(d.fault = (uint64_t*)d.x, MOE_ERR_OVERLAP, fault);
         REFUSED(d.fault = (uint64_t*)DOWN_TO(AT(d.y, 8), 8), MOE_ERR_OVERLAP, fault);
         REFUSED(d.fault = (uint64_t*)DOWN_TO(AT(d.residual, 8), 8), MOE_ERR_OVERLAP, fault);
@@ -1141,26 +1144,33 @@ static void test_layer_overlaps(void)
             REFUSED(d.fault = (uint64_t*)DOWN_TO(AT(d.ids, 8), 8), MOE_ERR_OVERLAP, fault);
             REFUSED(d.fault = (uint64_t*)DOWN_TO(AT(d.weights, 8), 8), MOE_ERR_OVERLAP, fault);
         }
-        REFUSED(d.workspace = DOWN_TO(d.x, 256), MOE_ERR_OVERLAP, workspace);
-        REFUSED(d.workspace = DOWN_TO(d.y, 256), MOE_ERR_OVERLAP, workspace);
-        REFUSED(d.workspace = DOWN_TO(d.residual, 256), MOE_ERR_OVERLAP, workspace);
-        REFUSED(d.workspace = DOWN_TO(d.w1.base, 256), MOE_ERR_OVERLAP, workspace);
-        REFUSED(d.workspace = DOWN_TO(d.w2.base, 256), MOE_ERR_OVERLAP, workspace);
-        REFUSED(d.workspace = DOWN_TO(d.bias1, 256), MOE_ERR_OVERLAP, workspace);
-        REFUSED(d.workspace = DOWN_TO(d.bias2, 256), MOE_ERR_OVERLAP, workspace);
-        if (from == FROM_ROUTER) {
-            REFUSED(d.workspace = DOWN_TO(d.router, 256), MOE_ERR_OVERLAP, workspace);
-        } else if (from == FROM_LOGITS) {
-            REFUSED(d.workspace = DOWN_TO(d.logits, 256), MOE_ERR_OVERLAP, workspace);
-        } else {
-            REFUSED(d.workspace = DOWN_TO(d.ids, 256), MOE_ERR_OVERLAP, workspace);
-            REFUSED(d.workspace = DOWN_TO(d.weights, 256), MOE_ERR_OVERLAP, workspace);
+        for (int end = 0; end < 2; ++end) { /* an input over its first or its last bytes */
+            void* const at = AT(arena.p, end ? good.workspace_bytes - 256 : 0);
+            good.workspace = arena.p;
+            REFUSED(d.x = at, MOE_ERR_OVERLAP, workspace);
+            REFUSED(d.y = at, MOE_ERR_OVERLAP, workspace);
+            REFUSED(d.residual = at, MOE_ERR_OVERLAP, workspace);
+            REFUSED(d.w1.base = at, MOE_ERR_OVERLAP, workspace);
+            REFUSED(d.w2.base = at, MOE_ERR_OVERLAP, workspace);
+            REFUSED(d.bias1 = at, MOE_ERR_OVERLAP, workspace);
+            REFUSED(d.bias2 = at, MOE_ERR_OVERLAP, workspace);
+            if (from == FROM_ROUTER) {
+                REFUSED(d.router = at, MOE_ERR_OVERLAP, workspace);
+            } else if (from == FROM_LOGITS) {
+                REFUSED(d.logits = (const float*)at, MOE_ERR_OVERLAP, workspace);
+            } else {
+                REFUSED(d.ids = (const int32_t*)at, MOE_ERR_OVERLAP, workspace);
+                REFUSED(d.weights = (const float*)at, MOE_ERR_OVERLAP, workspace);
+            }
+            good.workspace = b.workspace.p;
         }
         TEST_CUDA(cudaDeviceSynchronize());
         CHECK(tbuf_holds(&b.y, 0) && tbuf_holds(&b.workspace, 0), "a refused call wrote an output");
         CHECK_FAULT(&b.fault, MOE_FAULT_NONE, 0);
         CHECK_STATUS(moe_layer_forward(&good, test_now.stream), MOE_OK);
         compare(&b, &c);
+        CHECK(tbuf_holds(&arena, 0), "or there");
+        tbuf_free(&arena);
         tbuf_free(&table);
         bufs_free(&b);
     }
