@@ -19,15 +19,17 @@ static void run_stage(void* context, cudaStream_t stream)
 {
     const stage_job* j = (const stage_job*)context;
     BENCH_MOE(moe_layer_run_stage(j->layer, j->stage, stream));
+    if (j->stage == MOE_LAYER_GATE) /* route uses up the counts that the gate leaves */
+        BENCH_MOE(moe_layer_run_stage(j->layer, MOE_LAYER_ROUTE, stream));
 }
 
-/* Token blockIdx.x * step from its own ids and weights, in double; act is rounded as the layer
-   rounds it. worst[0]: largest error of y, worst[1]: largest rounding of the exact y to bf16;
-   worst[2]: largest error of a logit over its bound. */
+/* Token blockIdx.x * step from its own ids and weights, in double, once exact and once with act, rows
+   and y rounded as the layer rounds them. worst[0]: largest error of y, worst[1]: largest error of
+   that rounding; worst[2]: largest error of a logit over its bound. */
 typedef struct check_args {
     moe_layer_desc l;
     moe_layer_view v;
-    float* act; /* [blocks, K, I] */
+    float* act; /* [blocks, 2, K, I]: exact, rounded */
     int step;
     unsigned* worst;
 } check_args;
@@ -36,7 +38,7 @@ MOE_KERNEL(256, 1) check_layer(MOE_ARG(check_args) a)
 {
     const int64_t H = a.l.hidden, I = a.l.intermediate, K = a.l.top_k, E = a.l.num_experts;
     const int64_t t = (int64_t)blockIdx.x * a.step;
-    float* act = a.act + (int64_t)blockIdx.x * K * I;
+    float *act = a.act + (int64_t)blockIdx.x * 2 * K * I, *act_rounded = act + K * I;
     for (int64_t e = threadIdx.x; e < E; e += 256) {
         double sum = 0.0, size = 0.0;
         for (int64_t h = 0; h < H; ++h) {
@@ -59,24 +61,27 @@ MOE_KERNEL(256, 1) check_layer(MOE_ARG(check_args) a)
             gate += x * moei_load_f32(a.l.w1.base, (e * 2 * I + n) * H + h, MOE_BF16);
             up += x * moei_load_f32(a.l.w1.base, (e * 2 * I + I + n) * H + h, MOE_BF16);
         }
-        act[i] = moei_half_to_f32(
-            moei_f32_to_half((float)(gate / (1.0 + exp(-gate)) * up), MOE_BF16), MOE_BF16);
+        act[i] = (float)(gate / (1.0 + exp(-gate)) * up);
+        act_rounded[i] = moei_half_to_f32(moei_f32_to_half(act[i], MOE_BF16), MOE_BF16);
     }
     __syncthreads();
     for (int64_t h = threadIdx.x; h < H; h += 256) {
-        double y = 0.0;
+        double y = 0.0, y_rounded = 0.0;
         float got, rounded;
         for (int64_t k = 0; k < K; ++k) {
             const int64_t e = a.v.ids[t * K + k];
-            double row = 0.0;
-            for (int64_t i = 0; i < I; ++i)
-                row += (double)act[k * I + i] *
-                       moei_load_f32(a.l.w2.base, (e * H + h) * I + i, MOE_BF16);
-            y += (double)a.v.weights[t * K + k] *
-                 moei_half_to_f32(moei_f32_to_half((float)row, MOE_BF16), MOE_BF16);
+            double row = 0.0, row_rounded = 0.0;
+            for (int64_t i = 0; i < I; ++i) {
+                const double w = moei_load_f32(a.l.w2.base, (e * H + h) * I + i, MOE_BF16);
+                row += act[k * I + i] * w;
+                row_rounded += act_rounded[k * I + i] * w;
+            }
+            y += (double)a.v.weights[t * K + k] * row;
+            y_rounded += (double)a.v.weights[t * K + k] *
+                         moei_half_to_f32(moei_f32_to_half((float)row_rounded, MOE_BF16), MOE_BF16);
         }
         got = moei_load_f32(a.l.y, t * H + h, MOE_BF16);
-        rounded = moei_half_to_f32(moei_f32_to_half((float)y, MOE_BF16), MOE_BF16);
+        rounded = moei_half_to_f32(moei_f32_to_half((float)y_rounded, MOE_BF16), MOE_BF16);
         {
             const float error = (float)fabs(got - y);
             atomicMax(a.worst, error <= 1e30f ? __float_as_uint(error) : 0x7f800000u);
@@ -92,7 +97,7 @@ static void run_shape(bench_state* s, int T, int H, int I, int E, int K, int* fa
     const uint64_t slots = (uint64_t)T * (uint64_t)K;
     const double flops = 6.0 * (double)slots * H * I;
     const uint64_t formula = piece((uint64_t)T * (uint64_t)E * 4) + 2 * piece(slots * 4) +
-                             piece((uint64_t)E * (((uint64_t)T + 7) / 8) * 4) +
+                             piece((uint64_t)E * (uint64_t)moe_num_chunks(T) * 4) +
                              piece((uint64_t)E * 4) + piece((uint64_t)E * 4 + 4) + piece(slots * 4) +
                              piece(slots * 8) + piece(slots * (uint64_t)I * 2) +
                              piece(slots * (uint64_t)H * 2);
@@ -127,7 +132,7 @@ static void run_shape(bench_state* s, int T, int H, int I, int E, int K, int* fa
     check.l = l;
     BENCH_MOE(moe_layer_get_view(&l, &check.v));
     check.step = T / 16;
-    check.act = (float*)bench_alloc(16 * (size_t)K * (size_t)I * 4);
+    check.act = (float*)bench_alloc(16 * 2 * (size_t)K * (size_t)I * 4);
     check.worst = (unsigned*)bench_alloc(sizeof worst);
     BENCH_CUDA(cudaMemset(check.worst, 0, sizeof worst));
     BENCH_MOE(MOE_LAUNCH(check_layer, c, check));
@@ -149,17 +154,19 @@ static void run_shape(bench_state* s, int T, int H, int I, int E, int K, int* fa
     for (int stage = 0; stage < MOE_LAYER_STAGES; ++stage) {
         stage_job j;
         double part;
+        if (stage == MOE_LAYER_ROUTE) continue;
         j.layer = &l;
         j.stage = stage;
         part = bench_time(s, run_stage, &j);
-        snprintf(what, sizeof what, "    %s", moe_layer_stage_name(stage));
+        snprintf(what, sizeof what, "    %s%s", moe_layer_stage_name(stage),
+                 stage == MOE_LAYER_GATE ? " + route" : "");
         bench_row(s, what, part,
                   stage == MOE_LAYER_UP ? flops * 2 / 3 / part * 1e-9
                   : stage == MOE_LAYER_DOWN ? flops / 3 / part * 1e-9
                   : stage == MOE_LAYER_ROUTER ? 2.0 * T * H * E / part * 1e-9
                   : stage == MOE_LAYER_COMBINE
                       ? ((double)slots + T) * H * 2 / part * 1e-9
-                      : (double)T * (stage == MOE_LAYER_GATE ? 4.0 * E + 8.0 * K : 24.0 * K) / part * 1e-9,
+                      : (double)T * (4.0 * E + 24.0 * K) / part * 1e-9,
                   stage == MOE_LAYER_UP || stage == MOE_LAYER_DOWN || stage == MOE_LAYER_ROUTER ? "TFLOPS"
                                                                                               : "TB/s",
                   part / ms, "the layer");

@@ -268,10 +268,11 @@ MOE_DEVICE_BODY void moei_combine_token(const moe_combine_desc* d, moei_combine_
     }
 }
 
-#define MOEI_COMBINE_LIST(X) X(fp32, MOE_FP32) X(fp16, MOE_FP16) X(bf16, MOE_BF16)
+/* name, dtype of the rows, blocks a multiprocessor */
+#define MOEI_COMBINE_LIST(X) X(fp32, MOE_FP32, 2) X(fp16, MOE_FP16, 3) X(bf16, MOE_BF16, 3)
 
-#define MOEI_COMBINE_KERNEL(name, dtype)                                                          \
-    MOE_KERNEL(MOEI_COMBINE_THREADS, 3) moei_combine_##name(MOE_ARG(moe_combine_desc) d)          \
+#define MOEI_COMBINE_KERNEL(name, dtype, blocks)                                                  \
+    MOE_KERNEL(MOEI_COMBINE_THREADS, blocks) moei_combine_##name(MOE_ARG(moe_combine_desc) d)     \
     {                                                                                             \
         MOE_SHARED(moei_combine_shared, shared);                                                  \
         MOE_SHARED_DYNAMIC(source); /* [K] */                                                     \
@@ -352,7 +353,7 @@ MOE_HOST moe_status moe_combine(const moe_combine_desc* desc, cudaStream_t strea
     if (threads > MOEI_COMBINE_THREADS) threads = MOEI_COMBINE_THREADS;
     c = moei_grid(d.num_tokens, threads, (size_t)d.top_k * sizeof(moei_combine_source), stream);
     c.dependent = 1;
-#define MOEI_COMBINE_CASE(name, dtype)                                                            \
+#define MOEI_COMBINE_CASE(name, dtype, blocks)                                                    \
     if (d.rows_dtype == dtype) return MOE_LAUNCH(moei_combine_##name, c, d);
     MOEI_COMBINE_LIST(MOEI_COMBINE_CASE)
 #undef MOEI_COMBINE_CASE
@@ -362,7 +363,8 @@ MOE_HOST moe_status moe_combine(const moe_combine_desc* desc, cudaStream_t strea
 /* Loads this header's kernels now. */
 MOE_HOST moe_status moe_combine_preload(void)
 {
-#define MOEI_COMBINE_LOAD(name, dtype) MOEI_TRY(moei_preload((const void*)moei_combine_##name));
+#define MOEI_COMBINE_LOAD(name, dtype, blocks)                                                    \
+    MOEI_TRY(moei_preload((const void*)moei_combine_##name));
     MOEI_COMBINE_LIST(MOEI_COMBINE_LOAD)
 #undef MOEI_COMBINE_LOAD
     return MOE_OK;

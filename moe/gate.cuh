@@ -504,7 +504,7 @@ MOE_HOST moe_status moe_gate(const moe_gate_desc* desc, cudaStream_t stream)
     if (d.expert_count)
         MOEI_TRY_CUDA(cudaMemsetAsync(d.expert_count, 0, (size_t)d.num_experts * 4, stream));
     if (d.num_tokens == 0) return MOE_OK;
-    chunks = d.num_tokens >= 32768 ? 8 : d.num_tokens >= 16384 ? 4 : 2; /* of a block */
+    chunks = (d.num_tokens >= 32768 ? 64 : d.num_tokens >= 16384 ? 32 : 16) / MOE_CHUNK_TOKENS;
     while (chunks > 1 && (size_t)chunks * (size_t)d.num_experts * 4 > 32 * 1024) chunks /= 2;
     c = moei_grid((moe_num_chunks(d.num_tokens) + chunks - 1) / chunks, MOEI_GATE_THREADS,
                   (size_t)d.num_experts * (size_t)chunks * 4, stream);

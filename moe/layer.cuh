@@ -16,7 +16,7 @@
 
    Workspace, asked for by moe_layer_workspace (each piece rounded up to 256 bytes; b = 2 bytes):
      T E 4  logits        (unless given)      T K 4 + T K 4  ids, weights   (unless given)
-     E ceil(T/8) 4  chunk counts              E 4 + (E + 1) 4  counts, offsets
+     E moe_num_chunks(T) 4  chunk counts      E 4 + (E + 1) 4  counts, offsets
      T K 4  row_slot                          T K 8  places
      T K I b  act                             T K H b  rows
    moe_layer_view tells where each piece lies, for statistics or for a backward pass.
@@ -330,7 +330,8 @@ MOE_HOST moe_status moei_layer_queue(const moei_layer* l, int stage, cudaStream_
 }
 
 /* Queues one stage on `stream`: for timing, or to put work of one's own between stages. All
-   stages in order are moe_layer_forward. */
+   stages in order are moe_layer_forward. Route uses up the counts that the gate leaves: it runs
+   once after each gate. */
 MOE_HOST moe_status moe_layer_run_stage(const moe_layer_desc* desc, int stage, cudaStream_t stream)
 {
     moei_layer l;

@@ -69,7 +69,7 @@ typedef struct moe_weights {
 
 /* Tokens whose expert counts are taken together. Gate and route both cut the tokens into such
    chunks: chunk_count [E, num_chunks] holds how often each chunk chose each expert. */
-#define MOE_CHUNK_TOKENS 8
+#define MOE_CHUNK_TOKENS 16
 
 MOE_HOST_DEVICE int64_t moe_num_chunks(int64_t num_tokens)
 {

@@ -111,46 +111,59 @@ MOE_KERNEL(MOEI_ROUTE_THREADS, 2) moei_route_scan(MOE_ARG(moe_route_desc) d)
     moei_wait_for_previous();
     if (moei_fault_stopped(d.fault)) return;
     count = d.chunk_count + (int64_t)blockIdx.x * num_chunks;
+    /* a warp has 512 neighbours at a time, each lane four of every 128 of them */
     for (int64_t c = 0; c < num_chunks; c += 16 * MOEI_ROUTE_THREADS) {
-        const int64_t mine = c + 16 * (int64_t)threadIdx.x;
+        const int64_t mine = c + moei_warp() * 512 + moei_lane() * 4;
         const bool wide = num_chunks % 4 == 0 && ((uintptr_t)count & 15) == 0;
-        int v[16], sum = 0, total, at;
+        int v[4][4], at[4], in_warp = 0, total;
         MOEI_UNROLL
-        for (int i = 0; i < 16; i += 4) {
-            if (wide && mine + i < num_chunks) {
-                const int4 q = *(const int4*)(count + mine + i);
-                v[i] = q.x, v[i + 1] = q.y, v[i + 2] = q.z, v[i + 3] = q.w;
+        for (int i = 0; i < 4; ++i) {
+            const int64_t m = mine + i * 128;
+            if (wide && m < num_chunks) {
+                const int4 q = *(const int4*)(count + m);
+                v[i][0] = q.x, v[i][1] = q.y, v[i][2] = q.z, v[i][3] = q.w;
             } else {
                 MOEI_UNROLL
-                for (int j = i; j < i + 4; ++j) v[j] = mine + j < num_chunks ? count[mine + j] : 0;
+                for (int j = 0; j < 4; ++j) v[i][j] = m + j < num_chunks ? count[m + j] : 0;
             }
         }
         MOEI_UNROLL
-        for (int i = 0; i < 16; ++i) sum += v[i];
-        at = before + moei_block_exclusive_scan(sum, &scratch, &total);
-        MOEI_UNROLL
-        for (int i = 0; i < 16; ++i) {
-            const int n = v[i];
-            v[i] = at;
-            at += n;
+        for (int i = 0; i < 4; ++i) {
+            const int sum = v[i][0] + v[i][1] + v[i][2] + v[i][3];
+            const int upto = moei_warp_inclusive_scan(sum);
+            at[i] = in_warp + upto - sum;
+            in_warp += __shfl_sync(MOEI_FULL, upto, 31);
         }
-        MOEI_UNROLL
-        for (int i = 0; i < 16; i += 4) {
-            if (wide && mine + i < num_chunks) {
-                *(int4*)(count + mine + i) = make_int4(v[i], v[i + 1], v[i + 2], v[i + 3]);
-            } else {
+        { /* what the warps before have: the first lane brings its warp's sum */
+            const int ahead =
+                moei_block_exclusive_scan(moei_lane() == 0 ? in_warp : 0, &scratch, &total);
+            before += __shfl_sync(MOEI_FULL, ahead, 0);
+            MOEI_UNROLL
+            for (int i = 0; i < 4; ++i) {
+                const int64_t m = mine + i * 128;
+                int n = before + at[i];
                 MOEI_UNROLL
-                for (int j = i; j < i + 4; ++j)
-                    if (mine + j < num_chunks) count[mine + j] = v[j];
+                for (int j = 0; j < 4; ++j) {
+                    const int next = n + v[i][j];
+                    v[i][j] = n;
+                    n = next;
+                }
+                if (wide && m < num_chunks) {
+                    *(int4*)(count + m) = make_int4(v[i][0], v[i][1], v[i][2], v[i][3]);
+                } else {
+                    MOEI_UNROLL
+                    for (int j = 0; j < 4; ++j)
+                        if (m + j < num_chunks) count[m + j] = v[i][j];
+                }
             }
+            before += total - __shfl_sync(MOEI_FULL, ahead, 0);
         }
-        before += total;
     }
     if (threadIdx.x == 0) d.expert_count[blockIdx.x] = before;
 }
 
 /* Steps of 32 slots whose ids and weights a warp fetches together. */
-#define MOEI_ROUTE_BATCH 2
+#define MOEI_ROUTE_BATCH 4
 
 /* Fetches the experts of a warp's next MOEI_ROUTE_BATCH * 32 slots, their weights and the rows that
    their chunk's first slots of those experts get. What lies past the end, or is no expert, is -1. */
@@ -223,6 +236,10 @@ MOE_KERNEL(MOEI_ROUTE_THREADS, 2) moei_route_place(MOE_ARG(moe_route_desc) d)
             if (e >= 0) {
                 local = first[i] + taken[e] + before;
                 row = offset[e] + local;
+                if (row < 0 || row >= slots) { /* chunk_count is not what the gate left for these ids */
+                    moei_fault_raise(d.fault, MOE_FAULT_BAD_OFFSET, 0, e);
+                    local = row = -1;
+                }
             }
             __syncwarp(MOEI_FULL);
             if (e >= 0 && before == 0) taken[e] = (uint16_t)(taken[e] + __popc(same));
@@ -231,7 +248,7 @@ MOE_KERNEL(MOEI_ROUTE_THREADS, 2) moei_route_place(MOE_ARG(moe_route_desc) d)
             if (s < end && d.place) {
                 moe_place p;
                 const bool split = d.place_kind == MOE_PLACE_BY_EXPERT;
-                p.buffer = e < 0 ? -1 : split ? e : 0;
+                p.buffer = row < 0 ? -1 : split ? e : 0;
                 p.row = split ? local : row;
                 d.place[s] = p;
             }

@@ -216,9 +216,10 @@ MOE_HOST moe_status moei_gemm_plan(const moe_grouped_gemm_desc* d, moe_gemm_plan
     MOEI_REQUIRE(MOE_ON_HOST || d->dtype == MOE_FP16 || dev.major >= 8, MOE_ERR_DEVICE, dtype);
     for (int i = 0; i < MOEI_GEMM_CHOICES && !t; ++i) {
         const moei_gemm_choice* o = &moei_gemm_choices[i];
-        const int fits = moei_gemm_smem(o, d) + sizeof(moei_block_scan_scratch) <= (size_t)dev.smem_block &&
-                         MOEI_GEMM_OFFERED(o->tm, o->tn, d->a_major, d->b.major);
-        if (d->tile ? o->tile == d->tile : fits && moei_gemm_suits(o, d, dev.sms)) {
+        const int fits = moei_gemm_smem(o, d) + sizeof(moei_block_scan_scratch) <= (size_t)dev.smem_block;
+        const int offered = MOEI_GEMM_OFFERED(o->tm, o->tn, d->a_major, d->b.major);
+        if (d->tile ? o->tile == d->tile : fits && offered && moei_gemm_suits(o, d, dev.sms)) {
+            MOEI_REQUIRE(offered, MOE_ERR_CONFLICT, tile);
             MOEI_REQUIRE(fits, MOE_ERR_DEVICE, tile);
             t = o;
         }

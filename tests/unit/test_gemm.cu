@@ -438,6 +438,8 @@ static void bufs_new(gemm_bufs* b, const gemm_case* c, trand* r)
     b->d.epilogue = swiglu ? MOE_EPILOGUE_SWIGLU : MOE_EPILOGUE_DEFAULT;
     b->d.gate_up = c->gate_up == MOE_GATE_UP_CONCATENATED ? MOE_GATE_UP_DEFAULT : c->gate_up;
     b->d.tile = c->tile;
+    if (c->tile == MOE_TILE_128x256 && (c->a_major == MOE_MAJOR_MN || c->b_major == MOE_MAJOR_MN))
+        b->d.tile = MOE_TILE_128x128; /* the largest tile reads along K only */
 }
 
 static void bufs_free(gemm_bufs* b)
@@ -979,6 +981,7 @@ static void test_gemm_refusals(void)
     REFUSED(d.row_div = -1, MOE_ERR_RANGE, row_div);
     REFUSED(d.tile = MOE_TILE_64x64 + 1, MOE_ERR_OPTION, tile);
     REFUSED(d.tile = -1, MOE_ERR_OPTION, tile);
+    REFUSED((d.tile = MOE_TILE_128x256, d.b.major = MOE_MAJOR_MN), MOE_ERR_CONFLICT, tile);
     REFUSED(d.a_rows = -1, MOE_ERR_RANGE, a_rows);
     REFUSED(d.a_rows = (int64_t)1 << 31, MOE_ERR_RANGE, a_rows);
     REFUSED(d.a_stride = 32, MOE_ERR_STRIDE, a_stride);
