@@ -57,10 +57,10 @@ typedef struct moe_combine_desc {
     int32_t hidden;      /* H, 1 .. 2^28 */
     int32_t top_k;       /* K, 1 .. MOE_COMBINE_MAX_TOP_K */
     int32_t num_buffers; /* length of the table; without a table, 0 or 1 */
-    int64_t num_rows;    /* rows in a buffer, for the bounds check; 0 = not checked */
+    int64_t num_rows;    /* most rows that any buffer has, for the bounds check; 0 = not checked */
 } moe_combine_desc;
 
-#define MOE_COMBINE_MAX_TOP_K MOE_MAX_EXPERTS
+#define MOE_COMBINE_MAX_TOP_K 2048 /* 32 KB of shared memory a block */
 
 #define MOEI_COMBINE_THREADS 256 /* of a block, at most */
 
@@ -87,6 +87,10 @@ MOE_DEVICE const char* moei_combine_row(const moe_combine_desc* d, int64_t slot)
         return 0;
     }
     base = (const char*)(d->table ? d->table[p.buffer] : d->rows);
+    if (!base) {
+        moei_fault_raise(d->fault, MOE_FAULT_BAD_PLACE, 0, slot);
+        return 0;
+    }
     return base + p.row * d->row_stride * (d->rows_dtype == MOE_FP32 ? 4 : 2);
 }
 

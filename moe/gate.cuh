@@ -20,7 +20,7 @@
    Arithmetic is fp32 in a fixed order: equal inputs give equal bits.
 
    Cost: one read of the logits. One launch, and a memset if expert_count is wanted.
-   Any E up to MOE_MAX_EXPERTS, any K up to E. The fast path has E <= 1024, K <= 16; tokens with
+   Any E up to MOE_MAX_EXPERTS, any K up to E. The fast path has E <= 1024, K <= 32; tokens with
    equal logits at the top leave it, so logits rounded to 16 bits run slower than fp32.
    Minimum architecture: sm_75.
 
@@ -322,7 +322,7 @@ MOE_DEVICE_BODY void moei_gate_block(const moe_gate_desc* d, int* count, const i
         MOEI_UNROLL
         for (int lw = 0; lw < 5; ++lw) {
             const int w = 1 << lw, have = keep << lw < depth ? keep << lw : depth;
-            float other[16];
+            float other[32];
             if (w < lanes) {
                 MOEI_UNROLL
                 for (int j = 0; j < depth; ++j)
@@ -370,20 +370,20 @@ MOE_DEVICE_BODY void moei_gate_block(const moe_gate_desc* d, int* count, const i
         redo = live && chosen_count != K; /* a count over 16 bits says that one lane wants it */
         if (redo || !live) chosen = 0;
 
-        { /* lane r weights the choices r and r + lanes */
-            float l[2] = {0.0f, 0.0f}, w[2];
+        { /* lane r weights the choices r, r + lanes, ... */
+            float l[4] = {0.0f, 0.0f, 0.0f, 0.0f}, w[4];
             MOEI_UNROLL
             for (int k = 0; k < depth; ++k)
-                if (rank == (k & (lanes - 1))) l[k / lanes & 1] = top[k];
+                if (rank == (k & (lanes - 1))) l[k / lanes & 3] = top[k];
             MOEI_UNROLL
-            for (int s = 0; s < 2; ++s)
+            for (int s = 0; s < 4; ++s)
                 w[s] = s * lanes < depth && s * lanes + rank < K
                            ? moei_gate_weight(l[s], top[0], sum, score)
                            : 0.0f;
             if (score == MOE_SCORE_TOPK_SOFTMAX || d->renormalize)
-                total = moei_group_sum(w[0] + w[1], lanes);
+                total = moei_group_sum((w[0] + w[1]) + (w[2] + w[3]), lanes);
             MOEI_UNROLL
-            for (int s = 0; s < 2; ++s)
+            for (int s = 0; s < 4; ++s)
                 if (live && !redo && s * lanes < depth && s * lanes + rank < K)
                     d->weights[t * K + s * lanes + rank] =
                         (total > 0.0f && total != 1.0f ? __fdiv_rn(w[s], total) : w[s]) * d->scale;
@@ -421,9 +421,9 @@ MOE_DEVICE_BODY void moei_gate_block(const moe_gate_desc* d, int* count, const i
 /* most experts, most choices, lanes a token, logits a lane, blocks a multiprocessor: the first that
    fits is taken. */
 #define MOEI_GATE_LIST(X)                                                                         \
-    X(32, 8, 8, 4, 4) X(32, 16, 8, 4, 4) X(64, 8, 8, 8, 4) X(64, 16, 8, 8, 3)                     \
-    X(128, 8, 8, 16, 4) X(128, 16, 8, 16, 3) X(256, 8, 16, 16, 4) X(256, 16, 16, 16, 3)           \
-    X(512, 8, 32, 16, 4) X(512, 16, 32, 16, 3) X(1024, 8, 32, 32, 2) X(1024, 16, 32, 32, 2)
+    X(32, 8, 8, 4, 4) X(32, 32, 8, 4, 2) X(64, 8, 8, 8, 4) X(64, 32, 8, 8, 2)                     \
+    X(128, 8, 8, 16, 4) X(128, 32, 8, 16, 2) X(256, 8, 16, 16, 4) X(256, 32, 16, 16, 2)           \
+    X(512, 8, 32, 16, 4) X(512, 32, 32, 16, 2) X(1024, 8, 32, 32, 2) X(1024, 32, 32, 32, 2)
 
 #define MOEI_GATE_KERNEL(most, depth, lanes, per_lane, blocks)                                    \
     MOE_KERNEL(MOEI_GATE_THREADS, blocks) moei_gate_##most##_##depth(MOE_ARG(moe_gate_desc) d)         \

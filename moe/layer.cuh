@@ -11,14 +11,16 @@
    A caller that has logits of its own sets `logits` and no router; one that has ids and weights
    sets those and neither.
 
+   A stop fault (base/fault.h) in the fault word keeps every later call from writing y until the caller
+   clears the word. T = 0 is no error, but the workspace must be there.
    Nothing is allocated and nothing synchronised; the calls can be captured in a graph and the
    graph replayed with other inputs. Eight launches at most. The same bits every run.
 
-   Workspace, asked for by moe_layer_workspace (each piece rounded up to 256 bytes; b = 2 bytes):
+   Workspace, asked for by moe_layer_workspace (in bytes, each piece rounded up to 256):
      T E 4  logits        (unless given)      T K 4 + T K 4  ids, weights   (unless given)
      E moe_num_chunks(T) 4  chunk counts      E 4 + (E + 1) 4  counts, offsets
      T K 4  row_slot                          T K 8  places
-     T K I b  act                             T K H b  rows
+     T K I 2  act                             T K H 2  rows
    moe_layer_view tells where each piece lies, for statistics or for a backward pass.
 
      moe_layer_desc l = {0};
@@ -57,7 +59,7 @@ typedef struct moe_layer_desc {
     int32_t num_tokens, hidden, intermediate, num_experts, top_k; /* T, H, I, E, K */
     int32_t dtype;        /* fp16 or bf16; 0 = bf16 */
     int32_t router_dtype; /* 0 = dtype */
-    int32_t score;        /* moe_score; 0 = softmax */
+    int32_t score;        /* moe_score; 0 = softmax; this and the next two are the gate's: 0 with ids */
     int32_t renormalize;  /* 0 or 1 */
     float scale;          /* factor on the weights; 0 = 1 */
     int32_t gate_up;      /* moe_gate_up; 0 = concatenated */
@@ -225,6 +227,7 @@ MOE_HOST moe_status moei_layer_prepare(const moe_layer_desc* d, moei_layer* l)
     const int dtype = d->dtype ? d->dtype : MOE_BF16;
     MOEI_TRY(moei_layer_carve(d, &v, &bytes));
     MOEI_REQUIRE(dtype == MOE_BF16 || dtype == MOE_FP16, MOE_ERR_DTYPE, dtype);
+    MOEI_REQUIRE(d->router_dtype == 0 || moe_dtype_bytes(d->router_dtype), MOE_ERR_DTYPE, router_dtype);
     MOEI_REQUIRE(d->workspace, MOE_ERR_NULL, workspace);
     MOEI_REQUIRE(moei_aligned(d->workspace, 256), MOE_ERR_ALIGN, workspace);
     MOEI_REQUIRE(d->workspace_bytes >= bytes, MOE_ERR_WORKSPACE, workspace_bytes);
@@ -235,6 +238,9 @@ MOE_HOST moe_status moei_layer_prepare(const moe_layer_desc* d, moei_layer* l)
         MOEI_REQUIRE(!d->logits, MOE_ERR_CONFLICT, logits);
         MOEI_REQUIRE(!d->router, MOE_ERR_CONFLICT, router);
         MOEI_REQUIRE(d->weights || d->num_tokens == 0, MOE_ERR_NULL, weights);
+        MOEI_REQUIRE(d->score == 0, MOE_ERR_CONFLICT, score); /* no gate runs */
+        MOEI_REQUIRE(d->renormalize == 0, MOE_ERR_CONFLICT, renormalize);
+        MOEI_REQUIRE(d->scale == 0.0f, MOE_ERR_CONFLICT, scale);
     } else {
         MOEI_REQUIRE(!d->weights, MOE_ERR_CONFLICT, weights);
         MOEI_REQUIRE(!(d->logits && d->router), MOE_ERR_CONFLICT, router);

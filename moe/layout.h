@@ -54,7 +54,8 @@ typedef enum moe_gate_up {
 
 /* The weights of all experts, used where they lie. Expert e's matrix begins at
      table ? table[e] : (char*)base + e * expert_stride elements
-   and its rows are row_stride elements apart. The table itself is in device memory.
+   and its rows are row_stride elements apart. The table itself is in device memory. Every
+   matrix begins at a multiple of 16 bytes; entries of experts without rows are not read.
    Where gate and up are separate matrices, `up` or `up_table` holds the second one, laid out
    like the first. */
 typedef struct moe_weights {

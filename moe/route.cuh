@@ -237,7 +237,7 @@ MOE_KERNEL(MOEI_ROUTE_THREADS, 2) moei_route_place(MOE_ARG(moe_route_desc) d)
                 local = first[i] + taken[e] + before;
                 row = offset[e] + local;
                 if (row < 0 || row >= slots) { /* chunk_count is not what the gate left for these ids */
-                    moei_fault_raise(d.fault, MOE_FAULT_BAD_OFFSET, 0, e);
+                    moei_fault_raise(d.fault, MOE_FAULT_BAD_COUNT, 0, s);
                     local = row = -1;
                 }
             }

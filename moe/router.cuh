@@ -33,8 +33,8 @@ typedef struct moe_router_desc {
     uint64_t* fault;       /* [1] fault word; or null */
     /* sizes */
     int32_t num_tokens;  /* T >= 0 */
-    int32_t hidden;      /* H >= 1 */
-    int32_t num_experts; /* E >= 1 */
+    int32_t hidden;      /* H, 1 .. 2^28 */
+    int32_t num_experts; /* E, 1 .. 2^20 */
 } moe_router_desc;
 
 #define MOEI_ROUTER_TILE 64  /* tokens and experts of a block */
@@ -99,12 +99,18 @@ MOE_KERNEL(256, 2) moei_router_any(MOE_ARG(moe_router_desc) d)
         }
 }
 
+MOE_HOST int64_t moei_router_blocks(const moe_router_desc* d)
+{
+    return (((int64_t)d->num_tokens + MOEI_ROUTER_TILE - 1) / MOEI_ROUTER_TILE) *
+           ((d->num_experts + MOEI_ROUTER_TILE - 1) / MOEI_ROUTER_TILE);
+}
+
 /* Fills in the defaults, refuses what is wrong, and says in *gemm whether the tensor-core path
    takes it; then *g is its descriptor. */
 MOE_HOST moe_status moei_router_check(moe_router_desc* d, moe_grouped_gemm_desc* g, int* gemm)
 {
     MOEI_REQUIRE(d->num_tokens >= 0, MOE_ERR_RANGE, num_tokens);
-    MOEI_REQUIRE(d->hidden >= 1, MOE_ERR_RANGE, hidden);
+    MOEI_REQUIRE(d->hidden >= 1 && d->hidden <= 1 << 28, MOE_ERR_RANGE, hidden);
     MOEI_REQUIRE(d->num_experts >= 1 && d->num_experts <= (1 << 20), MOE_ERR_RANGE, num_experts);
     if (d->x_dtype == 0) d->x_dtype = MOE_BF16;
     MOEI_REQUIRE(moe_dtype_bytes(d->x_dtype), MOE_ERR_DTYPE, x_dtype);
@@ -152,8 +158,11 @@ MOE_HOST moe_status moei_router_check(moe_router_desc* d, moe_grouped_gemm_desc*
     g->dtype = d->x_dtype;
     if (d->x_dtype == d->router_dtype && d->x_dtype != MOE_FP32 && moei_gemm_check(g) == MOE_OK) {
         moe_gemm_plan p;
-        *gemm = moei_gemm_plan(g, &p) == MOE_OK;
+        const moe_status s = moei_gemm_plan(g, &p);
+        if (moe_status_kind(s) == MOE_ERR_CUDA) return s;
+        *gemm = s == MOE_OK;
     }
+    MOEI_REQUIRE(*gemm || moei_router_blocks(d) <= 0x7fffffff, MOE_ERR_RANGE, num_tokens);
     return MOE_OK;
 }
 
@@ -170,9 +179,7 @@ MOE_HOST moe_status moe_router_logits(const moe_router_desc* desc, cudaStream_t 
     MOEI_TRY(moei_router_check(&d, &g, &gemm));
     if (d.num_tokens == 0) return MOE_OK;
     if (gemm) return moe_grouped_gemm(&g, stream);
-    c = moei_grid((((int64_t)d.num_tokens + MOEI_ROUTER_TILE - 1) / MOEI_ROUTER_TILE) *
-                      ((d.num_experts + MOEI_ROUTER_TILE - 1) / MOEI_ROUTER_TILE),
-                  256, 0, stream);
+    c = moei_grid(moei_router_blocks(&d), 256, 0, stream);
     c.dependent = 1;
     return MOE_LAUNCH(moei_router_any, c, d);
 }

@@ -102,6 +102,7 @@ MOE_HOST moe_status moei_launch(const void* kernel, const moei_launch_config* c,
 {
     cudaLaunchConfig_t config = {};
     cudaLaunchAttribute attr[2];
+    cudaFuncAttributes fa;
     void* args[1];
     args[0] = arg;
     config.gridDim = c->grid;
@@ -109,12 +110,16 @@ MOE_HOST moe_status moei_launch(const void* kernel, const moei_launch_config* c,
     config.dynamicSmemBytes = c->smem;
     config.stream = c->stream;
     config.attrs = attr;
-    if (c->smem > 32 * 1024) /* 48 KB with the static part; a per-device setting, so made each time */
+    MOEI_TRY_CUDA(cudaFuncGetAttributes(&fa, kernel));
+    if (c->smem > 32 * 1024) { /* a setting of each device: always the most there is, so that calls
+                                  with more and with less can be queued side by side */
+        int id = 0, most = 0;
+        MOEI_TRY_CUDA(cudaGetDevice(&id));
+        MOEI_TRY_CUDA(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, id));
         MOEI_TRY_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                           (int)c->smem));
+                                           most - (int)fa.sharedSizeBytes));
+    }
     if (c->dependent) { /* only code built for 9.0 has the instruction that waits */
-        cudaFuncAttributes fa;
-        MOEI_TRY_CUDA(cudaFuncGetAttributes(&fa, kernel));
         if (fa.binaryVersion >= 90 && fa.ptxVersion >= 90) {
             attr[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
             attr[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;

@@ -31,6 +31,7 @@
     X(NAN_LOGIT, "a logit is NaN: the token selects nothing (index: token)")                      \
     X(BAD_ID, "expert id out of range: the slot is dropped (index: slot)")                        \
     X(BAD_ROW, "row_slot out of range: the row is read as zeros (index: row)")                    \
+    X(BAD_COUNT, "chunk_count is not that of these ids: the slot is dropped (index: slot)")        \
     X(BAD_PLACE, "place outside the pointer table: the slot is dropped (index: slot)")
 
 enum {

@@ -7,7 +7,7 @@
 
 typedef enum moe_epilogue {
     MOE_EPILOGUE_DEFAULT = 0, /* MOE_EPILOGUE_NONE */
-    MOE_EPILOGUE_NONE,        /* c = acc + bias */
+    MOE_EPILOGUE_NONE,        /* c = acc, plus the bias where one is given */
     MOE_EPILOGUE_SWIGLU       /* c = silu(gate) * up, each with its bias; C has n columns, B 2n rows */
 } moe_epilogue;
 
@@ -34,7 +34,7 @@ typedef enum moe_gemm_path {
    B_e is [n, k] (SwiGLU: [2n, k]), fp32 accumulation, k ascending within a tile's pipeline. */
 typedef struct moe_grouped_gemm_desc {
     /* in */
-    const void* a;                /* [a_rows, k] dtype; A_MN-major: [k, a_rows] */
+    const void* a;                /* [a_rows, k] dtype; a_major MN: [k, a_rows] */
     int64_t a_stride;             /* elements between rows (or k-rows); 0 = dense; multiple of 8 */
     int64_t a_rows;               /* rows of A; 0 = num_rows */
     const int32_t* row_index;     /* [num_rows] see row(r), -1 = a row of zeros; null = r itself */
@@ -43,7 +43,8 @@ typedef struct moe_grouped_gemm_desc {
     const int32_t* expert_offset; /* [E + 1]; null with one expert: all num_rows rows */
     /* out */
     void* c;              /* [num_rows, n] c_dtype, rows in expert order; or null with a table */
-    void* const* c_table; /* [E] device array: expert e's rows begin at c_table[e]; or null */
+    void* const* c_table; /* [E] device array: expert e's rows begin at c_table[e], 16-byte
+                             aligned; or null */
     int64_t c_stride;     /* elements between rows; 0 = n; multiple of 8 */
     uint64_t* fault;      /* [1] fault word; or null */
     /* sizes and options */

@@ -49,8 +49,9 @@
 #define MOEI_GEMM_OFFERED(tm, tn, a_major, b_major)                                               \
     ((tm) * (tn) <= 128 * 128 || ((a_major) == MOE_MAJOR_K && (b_major) == MOE_MAJOR_K))
 
-/* What has a body: bf16 from sm_80, the largest tile where a block may have 200 KB. The launch
-   refuses the rest. */
+/* What has a body: bf16 from sm_80, the largest tile where a block may have 200 KB. Which of them
+   this binary holds for this device, moei_gemm_plan asks the kernel itself: code built for less
+   than the device (no -arch, say) is found out there. */
 #if MOE_ON_HOST || !defined(__CUDA_ARCH__)
 #define MOEI_GEMM_HERE(dtype, tm, tn) 1
 #else
@@ -77,7 +78,7 @@ MOEI_GEMM_TILE_LIST(MOEI_GEMM_TILE_KERNELS)
 #undef MOEI_GEMM_TILE_KERNELS
 #undef MOEI_GEMM_KERNEL
 
-/* One stamped kernel and what a launch of it needs. */
+/* One tile and what a launch of it needs. */
 typedef struct moei_gemm_choice {
     int tile, tm, tn, kb, warps_m, warps_n, stages, blocks_sm;
 } moei_gemm_choice;
@@ -118,7 +119,7 @@ MOE_HOST moe_status moei_gemm_check(moe_grouped_gemm_desc* d)
                  num_experts);
     MOEI_REQUIRE(d->num_rows >= 0, MOE_ERR_RANGE, num_rows);
     MOEI_REQUIRE(d->n >= 8 && d->n <= (1 << 28) && d->n % 8 == 0, MOE_ERR_RANGE, n);
-    MOEI_REQUIRE(d->k >= 8 && d->k % 8 == 0, MOE_ERR_RANGE, k);
+    MOEI_REQUIRE(d->k >= 8 && d->k <= (1 << 28) && d->k % 8 == 0, MOE_ERR_RANGE, k);
     if (d->dtype == 0) d->dtype = MOE_BF16;
     MOEI_REQUIRE(d->dtype == MOE_BF16 || d->dtype == MOE_FP16, MOE_ERR_DTYPE, dtype);
     if (d->c_dtype == 0) d->c_dtype = d->dtype;
@@ -127,6 +128,8 @@ MOE_HOST moe_status moei_gemm_check(moe_grouped_gemm_desc* d)
     MOEI_REQUIRE(d->epilogue >= 0 && d->epilogue <= MOE_EPILOGUE_SWIGLU, MOE_ERR_OPTION, epilogue);
     if (d->gate_up == 0) d->gate_up = MOE_GATE_UP_CONCATENATED;
     MOEI_REQUIRE(d->gate_up >= 0 && d->gate_up <= MOE_GATE_UP_SEPARATE, MOE_ERR_OPTION, gate_up);
+    MOEI_REQUIRE((swiglu && d->gate_up == MOE_GATE_UP_SEPARATE) || (!d->b.up && !d->b.up_table),
+                 MOE_ERR_CONFLICT, b);
     if (!swiglu) d->gate_up = MOE_GATE_UP_INTERLEAVED; /* one matrix, no halves */
     if (d->a_major == 0) d->a_major = MOE_MAJOR_K;
     MOEI_REQUIRE(d->a_major == MOE_MAJOR_K || d->a_major == MOE_MAJOR_MN, MOE_ERR_OPTION, a_major);
@@ -200,31 +203,61 @@ MOE_HOST moe_status moei_gemm_check(moe_grouped_gemm_desc* d)
     }
 }
 
+/* The kernel of one tile and variant; null where MOE_GEMM_VARIANT_LIST lacks it. */
+MOE_HOST const void* moei_gemm_kernel(int tile, const moe_grouped_gemm_desc* d)
+{
+#define MOEI_GEMM_FIND(variant, dt, am, bm, name, tm, tn, kb, wm, wn, stages, blocks)             \
+    if (tile == MOE_TILE_##name && d->dtype == dt && d->a_major == am && d->b.major == bm)        \
+        return (const void*)moei_gemm_##name##_##variant;
+#define MOEI_GEMM_TILE_FINDS(...) MOE_GEMM_VARIANT_LIST(MOEI_GEMM_FIND, __VA_ARGS__)
+    MOEI_GEMM_TILE_LIST(MOEI_GEMM_TILE_FINDS)
+#undef MOEI_GEMM_TILE_FINDS
+#undef MOEI_GEMM_FIND
+    (void)tile;
+    (void)d;
+    return 0;
+}
+
+/* Does the binary hold a body of this tile for the current device? 0, 1 or a CUDA error. */
+MOE_HOST moe_status moei_gemm_has_body(const moei_gemm_choice* t, const moe_grouped_gemm_desc* d,
+                                       int* has)
+{
+    *has = 1;
+#if !MOE_ON_HOST
+    cudaFuncAttributes fa;
+    MOEI_TRY_CUDA(cudaFuncGetAttributes(&fa, moei_gemm_kernel(t->tile, d)));
+    *has = (d->dtype == MOE_FP16 || fa.ptxVersion >= 80) &&
+           (t->tm * t->tn <= 128 * 128 || (fa.ptxVersion >= 90 && fa.ptxVersion < 120));
+#else
+    (void)t;
+    (void)d;
+#endif
+    return MOE_OK;
+}
+
 /* The choice for a checked descriptor on the current device. */
 MOE_HOST moe_status moei_gemm_plan(const moe_grouped_gemm_desc* d, moe_gemm_plan* p)
 {
     moei_device dev;
     const moei_gemm_choice* t = 0;
     int64_t per_sm;
-    int compiled = 0;
-#define MOEI_GEMM_HAS(variant, dt, am, bm, unused)                                                \
-    compiled |= d->dtype == dt && d->a_major == am && d->b.major == bm;
-    MOE_GEMM_VARIANT_LIST(MOEI_GEMM_HAS, 0)
-#undef MOEI_GEMM_HAS
-    MOEI_REQUIRE(compiled, MOE_ERR_OPTION, b_major); /* not in this file's MOE_GEMM_VARIANT_LIST */
+    /* not in this file's MOE_GEMM_VARIANT_LIST */
+    MOEI_REQUIRE(moei_gemm_kernel(MOE_TILE_64x64, d), MOE_ERR_OPTION, b_major);
     MOEI_TRY(moei_device_query(&dev));
     MOEI_REQUIRE(MOE_ON_HOST || d->dtype == MOE_FP16 || dev.major >= 8, MOE_ERR_DEVICE, dtype);
     for (int i = 0; i < MOEI_GEMM_CHOICES && !t; ++i) {
         const moei_gemm_choice* o = &moei_gemm_choices[i];
         const int fits = moei_gemm_smem(o, d) + sizeof(moei_block_scan_scratch) <= (size_t)dev.smem_block;
         const int offered = MOEI_GEMM_OFFERED(o->tm, o->tn, d->a_major, d->b.major);
-        if (d->tile ? o->tile == d->tile : fits && offered && moei_gemm_suits(o, d, dev.sms)) {
+        int body;
+        MOEI_TRY(moei_gemm_has_body(o, d, &body));
+        if (d->tile ? o->tile == d->tile : fits && offered && body && moei_gemm_suits(o, d, dev.sms)) {
             MOEI_REQUIRE(offered, MOE_ERR_CONFLICT, tile);
-            MOEI_REQUIRE(fits, MOE_ERR_DEVICE, tile);
+            MOEI_REQUIRE(fits && body, MOE_ERR_DEVICE, tile);
             t = o;
         }
     }
-    MOEI_REQUIRE(t, MOE_ERR_DEVICE, num_experts);
+    MOEI_REQUIRE(t, MOE_ERR_DEVICE, dtype); /* built without -arch=sm_80 or later, most often */
     p->path = MOE_ON_HOST ? MOE_GEMM_PATH_HOST : MOE_GEMM_PATH_WMMA;
     p->tile = t->tile;
     p->tile_m = t->tm;

@@ -295,6 +295,7 @@ MOE_DEVICE_BODY void moei_gemm_block(const moe_grouped_gemm_desc* d, unsigned ch
                                t.column * columns + warp_n * (columns / warps_n), wm, wn);
         }
     }
+    moei_copy_wait(0); /* the steps past the last tile */
 }
 
 #endif

@@ -310,7 +310,7 @@ static void test_combine_many_choices(void)
 {
     trand r = trand_new(14);
     for (int H = 7; H <= 8; ++H) {
-        combine_case c = normal_case(2, H, 4000);
+        combine_case c = normal_case(2, H, 2000);
         run_case(&c, &r);
     }
 }

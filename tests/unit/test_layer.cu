@@ -204,9 +204,11 @@ static void bufs_new(layer_bufs* b, const layer_case* c, trand* r)
     b->d.top_k = c->K;
     b->d.dtype = c->dtype == MOE_BF16 ? MOE_DTYPE_DEFAULT : c->dtype;
     b->d.router_dtype = c->router_dtype == c->dtype ? MOE_DTYPE_DEFAULT : c->router_dtype;
-    b->d.score = c->score;
-    b->d.renormalize = c->renormalize;
-    b->d.scale = c->scale;
+    if (c->from != FROM_IDS) { /* the gate's options: refused where none runs */
+        b->d.score = c->score;
+        b->d.renormalize = c->renormalize;
+        b->d.scale = c->scale;
+    }
     b->d.gate_up = c->gate_up == MOE_GATE_UP_CONCATENATED ? MOE_GATE_UP_DEFAULT : c->gate_up;
     b->d.tile = c->tile;
     CHECK_STATUS(moe_layer_workspace(&b->d, &bytes), MOE_OK);
@@ -1013,6 +1015,12 @@ static void test_layer_refusals(void)
             REFUSED(d.top_k = E + 1, MOE_ERR_RANGE, top_k);
             REFUSED(d.score = MOE_SCORE_SIGMOID + 1, MOE_ERR_OPTION, score);
             REFUSED(d.score = -1, MOE_ERR_OPTION, score);
+        } else {
+            REFUSED(d.score = MOE_SCORE_SIGMOID, MOE_ERR_CONFLICT, score);
+            REFUSED(d.renormalize = 1, MOE_ERR_CONFLICT, renormalize);
+            REFUSED(d.scale = 2.5f, MOE_ERR_CONFLICT, scale);
+        }
+        if (from != FROM_IDS) {
             REFUSED(d.renormalize = 2, MOE_ERR_OPTION, renormalize);
             REFUSED(d.renormalize = -1, MOE_ERR_OPTION, renormalize);
             REFUSED(d.scale = INFINITY, MOE_ERR_RANGE, scale);
