@@ -272,11 +272,18 @@ MOE_DEVICE_BODY void moei_combine_token(const moe_combine_desc* d, moei_combine_
     }
 }
 
-/* name, dtype of the rows, blocks a multiprocessor */
-#define MOEI_COMBINE_LIST(X) X(fp32, MOE_FP32, 2) X(fp16, MOE_FP16, 3) X(bf16, MOE_BF16, 3)
+/* Blocks a multiprocessor: four keep enough loads under way, where 64 registers do for them. */
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200
+#define MOEI_COMBINE_BLOCKS 4
+#else
+#define MOEI_COMBINE_BLOCKS 2
+#endif
 
-#define MOEI_COMBINE_KERNEL(name, dtype, blocks)                                                  \
-    MOE_KERNEL(MOEI_COMBINE_THREADS, blocks) moei_combine_##name(MOE_ARG(moe_combine_desc) d)     \
+#define MOEI_COMBINE_LIST(X) X(fp32, MOE_FP32) X(fp16, MOE_FP16) X(bf16, MOE_BF16)
+
+#define MOEI_COMBINE_KERNEL(name, dtype)                                                          \
+    MOE_KERNEL(MOEI_COMBINE_THREADS, MOEI_COMBINE_BLOCKS)                                         \
+    moei_combine_##name(MOE_ARG(moe_combine_desc) d)                                              \
     {                                                                                             \
         MOE_SHARED(moei_combine_shared, shared);                                                  \
         MOE_SHARED_DYNAMIC(source); /* [K] */                                                     \
@@ -357,7 +364,7 @@ MOE_HOST moe_status moe_combine(const moe_combine_desc* desc, cudaStream_t strea
     if (threads > MOEI_COMBINE_THREADS) threads = MOEI_COMBINE_THREADS;
     c = moei_grid(d.num_tokens, threads, (size_t)d.top_k * sizeof(moei_combine_source), stream);
     c.dependent = 1;
-#define MOEI_COMBINE_CASE(name, dtype, blocks)                                                    \
+#define MOEI_COMBINE_CASE(name, dtype)                                                            \
     if (d.rows_dtype == dtype) return MOE_LAUNCH(moei_combine_##name, c, d);
     MOEI_COMBINE_LIST(MOEI_COMBINE_CASE)
 #undef MOEI_COMBINE_CASE
@@ -367,8 +374,7 @@ MOE_HOST moe_status moe_combine(const moe_combine_desc* desc, cudaStream_t strea
 /* Loads this header's kernels now. */
 MOE_HOST moe_status moe_combine_preload(void)
 {
-#define MOEI_COMBINE_LOAD(name, dtype, blocks)                                                    \
-    MOEI_TRY(moei_preload((const void*)moei_combine_##name));
+#define MOEI_COMBINE_LOAD(name, dtype) MOEI_TRY(moei_preload((const void*)moei_combine_##name));
     MOEI_COMBINE_LIST(MOEI_COMBINE_LOAD)
 #undef MOEI_COMBINE_LOAD
     return MOE_OK;
