@@ -12,7 +12,7 @@
 
    In:   logits [T, E] fp32, fp16 or bf16, rows logits_stride apart
    Out:  ids [T, K] int32, weights [T, K] fp32, and in the same pass, where asked for,
-         expert_count [E] and chunk_count [E, num_chunks] (layout.h), which saves route a launch
+         expert_count [E] and chunk_count [num_chunks, E] (layout.h), which saves route a launch
 
    Infinities are limits: +inf shares the whole softmax among its equals, -inf has weight 0 and
    is chosen last, a row of -inf counts as a row of equals. A row that holds a NaN selects
@@ -55,7 +55,7 @@ typedef struct moe_gate_desc {
     int32_t* ids;          /* [T, K] experts chosen, best first; -1 in a NaN row */
     float* weights;        /* [T, K] */
     int32_t* expert_count; /* [E] slots that chose each expert; or null; cleared first, always */
-    int32_t* chunk_count;  /* [E, moe_num_chunks(T)] the same per chunk, for route; or null */
+    int32_t* chunk_count;  /* [moe_num_chunks(T), E] the same per chunk, for route; or null */
     uint64_t* fault;       /* [1] fault word; or null */
     /* sizes and options */
     int32_t num_tokens;  /* T >= 0 */
@@ -66,48 +66,25 @@ typedef struct moe_gate_desc {
     float scale;         /* factor on the weights, finite; 0 = 1 */
 } moe_gate_desc;
 
-#define MOEI_GATE_THREADS 256
-
-/* Chunks of a block: it has the tokens of several neighbouring ones, the last block maybe fewer. */
-MOE_DEVICE int moei_gate_chunks(const moe_gate_desc* d)
-{
-    return (int)(((unsigned)moe_num_chunks(d->num_tokens) + gridDim.x - 1) / gridDim.x);
-}
-
 /* l - max, with the limits that the header promises: equal infinities differ by 0. */
 MOE_DEVICE float moei_gate_below(float l, float max) { return l == max ? 0.0f : l - max; }
 
-/* Clears the counts of a block's chunks, [chunks][E]; a barrier must follow. */
+/* Clears the counts of a block's chunk; a barrier must follow. */
 MOE_DEVICE void moei_gate_clear_counts(const moe_gate_desc* d, int* count)
 {
-    const int n = moei_gate_chunks(d) * d->num_experts;
     MOEI_NO_UNROLL
-    for (int i = (int)threadIdx.x; i < n; i += MOEI_GATE_THREADS) count[i] = 0;
+    for (int e = (int)threadIdx.x; e < d->num_experts; e += (int)blockDim.x) count[e] = 0;
 }
 
-/* Writes the counts of a block's chunks, [chunks][E]; all threads, after a barrier. */
-MOE_DEVICE void moei_gate_write_counts(const moe_gate_desc* d, const int* count, int chunks)
+/* Writes the counts of a block's chunk; all threads. */
+MOE_DEVICE void moei_gate_write_counts(const moe_gate_desc* d, const int* count)
 {
-    const int E = d->num_experts;
-    const int64_t num_chunks = moe_num_chunks(d->num_tokens);
-    const int64_t first = (int64_t)blockIdx.x * chunks;
-    if (first + chunks > num_chunks) chunks = (int)(num_chunks - first);
+    __syncthreads();
     MOEI_NO_UNROLL
-    for (int e = (int)threadIdx.x; e < E; e += MOEI_GATE_THREADS) {
-        int sum = 0, c = 0;
-        MOEI_NO_UNROLL
-        for (int i = 0; i < chunks; ++i) sum += count[i * E + e];
-        if (d->expert_count && sum) atomicAdd(d->expert_count + e, sum);
-        if (!d->chunk_count) continue;
-        if ((((uintptr_t)d->chunk_count >> 2 | num_chunks | first) & 3) == 0) {
-            MOEI_NO_UNROLL
-            for (; c + 4 <= chunks; c += 4)
-                *(int4*)(d->chunk_count + e * num_chunks + first + c) =
-                    make_int4(count[c * E + e], count[c * E + E + e], count[c * E + 2 * E + e],
-                              count[c * E + 3 * E + e]);
-        }
-        MOEI_NO_UNROLL
-        for (; c < chunks; ++c) d->chunk_count[e * num_chunks + first + c] = count[c * E + e];
+    for (int e = (int)threadIdx.x; e < d->num_experts; e += (int)blockDim.x) {
+        const int n = count[e];
+        if (d->expert_count && n) atomicAdd(d->expert_count + e, n);
+        if (d->chunk_count) d->chunk_count[(int64_t)blockIdx.x * d->num_experts + e] = n;
     }
 }
 
@@ -119,41 +96,92 @@ MOE_DEVICE float moei_gate_weight(float l, float max, float sum, int score)
     return __fdiv_rn(moei_exp(moei_gate_below(l, max)), sum);
 }
 
-/* Reads the logits at .. at + count of a row; past `own` they read as -inf. count is a literal. */
-MOE_DEVICE void moei_gate_read(float* v, const moe_gate_desc* d, int64_t at, int own, bool wide,
-                               const int count)
+/* Lane `rank` of a token's `lanes` lanes has the experts (i lanes + rank) 8 .. + 8, i = 0, 1, ...:
+   where its j-th logit stands. */
+MOE_DEVICE int moei_gate_expert(int j, int rank, const int lanes)
 {
-    if (wide && count % 8 == 0 && own >= count) {
-        if (d->logits_dtype == MOE_FP32) {
+    return ((j >> 3) * lanes + rank) * 8 + (j & 7);
+}
+
+/* Reads a lane's logits of token t; past E they are -inf. `wide`: E and all addresses are multiples
+   of 8 elements. lanes and per_lane are literals. */
+MOE_DEVICE void moei_gate_read(float* v, const moe_gate_desc* d, int64_t t, int rank, bool wide,
+                               const int lanes, const int per_lane)
+{
+    const int E = d->num_experts;
+    const float none = __uint_as_float(0xff800000u);
+    if (d->logits_dtype == MOE_FP32) {
+        const float* row = (const float*)d->logits + t * d->logits_stride;
+        if (wide && E == lanes * per_lane) {
             MOEI_UNROLL
-            for (int j = 0; j < count; j += 4) {
-                const float4 f = *(const float4*)((const float*)d->logits + at + j);
+            for (int j = 0; j < per_lane; j += 4) {
+                const float4 f = *(const float4*)(row + moei_gate_expert(j, rank, lanes));
+                v[j] = f.x, v[j + 1] = f.y, v[j + 2] = f.z, v[j + 3] = f.w;
+            }
+        } else if (wide) {
+            MOEI_UNROLL
+            for (int j = 0; j < per_lane; j += 4) {
+                const int e = moei_gate_expert(j, rank, lanes);
+                float4 f = make_float4(none, none, none, none);
+                if (e < E) f = *(const float4*)(row + e);
                 v[j] = f.x, v[j + 1] = f.y, v[j + 2] = f.z, v[j + 3] = f.w;
             }
         } else {
             MOEI_UNROLL
-            for (int j = 0; j < count; j += 8) {
-                const uint4 u = *(const uint4*)((const uint16_t*)d->logits + at + j);
-                const uint32_t w[4] = {u.x, u.y, u.z, u.w};
-                MOEI_UNROLL
-                for (int i = 0; i < 4; ++i) {
-                    const float2 f = moei_unpack2(w[i], d->logits_dtype);
-                    v[j + 2 * i] = f.x;
-                    v[j + 2 * i + 1] = f.y;
-                }
+            for (int j = 0; j < per_lane; ++j) {
+                const int e = moei_gate_expert(j, rank, lanes);
+                v[j] = e < E ? row[e] : none;
             }
         }
     } else {
+        const uint32_t minus = d->logits_dtype == MOE_FP16 ? 0xfc00fc00u : 0xff80ff80u;
+        const uint16_t* row = (const uint16_t*)d->logits + t * d->logits_stride;
+        uint32_t u[16]; /* two logits each */
         MOEI_UNROLL
-        for (int j = 0; j < count; ++j)
-            v[j] = j < own ? moei_load_f32(d->logits, at + j, d->logits_dtype)
-                           : __uint_as_float(0xff800000u);
+        for (int j = 0; j < per_lane; j += 8) {
+            const int e = moei_gate_expert(j, rank, lanes);
+            uint4 q = make_uint4(minus, minus, minus, minus);
+            if (wide && e < E) q = *(const uint4*)(row + e);
+            u[j / 2] = q.x, u[j / 2 + 1] = q.y, u[j / 2 + 2] = q.z, u[j / 2 + 3] = q.w;
+        }
+        MOEI_UNROLL
+        for (int j = 0; j < per_lane; ++j) {
+            const int e = moei_gate_expert(j, rank, lanes);
+            uint16_t h = (uint16_t)(u[j / 2] >> (j % 2 * 16));
+            if (!wide && e < E) h = row[e];
+            v[j] = moei_half_to_f32(h, d->logits_dtype);
+        }
     }
 }
 
-/* Puts n numbers (a literal power of two) that first rise and then fall, or fall and then rise, into
-   descending order. (Here and below loops have constant bounds and their conditions stand inside:
-   only so are they unrolled before the arrays are given registers.) */
+/* a[i] and a[j] in descending order. */
+MOE_DEVICE void moei_sort_two(float* a, const int i, const int j)
+{
+    const float hi = fmaxf(a[i], a[j]), lo = fminf(a[i], a[j]);
+    a[i] = hi;
+    a[j] = lo;
+}
+
+/* Puts n numbers (a literal power of two up to 32) into descending order: Batcher's odd-even merge
+   sort, 19 comparisons for 8. (Here and below loops have constant bounds and their conditions stand
+   inside: only so are they unrolled before the arrays are given registers.) */
+MOE_DEVICE void moei_sort(float* s, const int n)
+{
+    MOEI_UNROLL
+    for (int lp = 0; lp < 5; ++lp) { /* merges runs of p */
+        MOEI_UNROLL
+        for (int lk = 4; lk >= 0; --lk) {
+            const int p = 1 << lp, k = 1 << lk, from = k < p ? k : 0;
+            MOEI_UNROLL
+            for (int i = 0; i < 32; ++i)
+                if (p < n && k <= p && i >= from && ((i - from) & k) == 0 && i + k < n &&
+                    i / (2 * p) == (i + k) / (2 * p))
+                    moei_sort_two(s, i, i + k);
+        }
+    }
+}
+
+/* The same for n numbers that first fall and then rise: a bitonic merge. */
 MOE_DEVICE void moei_sort_bitonic(float* s, const int n)
 {
     MOEI_UNROLL
@@ -161,44 +189,31 @@ MOE_DEVICE void moei_sort_bitonic(float* s, const int n)
         const int h = 1 << lh;
         MOEI_UNROLL
         for (int j = 0; j < 32; ++j)
-            if (j < n && h < n && (j & h) == 0) {
-                const float hi = fmaxf(s[j], s[j + h]), lo = fminf(s[j], s[j + h]);
-                s[j] = hi;
-                s[j + h] = lo;
-            }
+            if (j < n && h < n && (j & h) == 0) moei_sort_two(s, j, j + h);
     }
 }
 
-/* s[0 .. keep) becomes the largest of s[0 .. n), in descending order; the rest is lost. n and keep
-   are literal powers of two. Sorts runs of `keep`, then merges them two by two. */
-MOE_DEVICE void moei_sort_largest(float* s, const int n, const int keep)
+/* top[0 .. keep) becomes the largest of v[0 .. n), in descending order. n and keep are literal
+   powers of two, keep <= n <= 32, n <= 4 keep. */
+MOE_DEVICE void moei_sort_largest(float* top, const float* v, const int n, const int keep)
 {
     MOEI_UNROLL
-    for (int lm = 1; lm <= 5; ++lm) { /* runs of m fall and rise in turn, until m is keep */
-        MOEI_UNROLL
-        for (int lh = 4; lh >= 0; --lh) {
-            const int m = 1 << lm, h = 1 << lh;
+    for (int j = 0; j < 32; ++j)
+        if (j < keep) top[j] = v[j];
+    moei_sort(top, keep);
+    MOEI_UNROLL
+    for (int r = 1; r < 4; ++r)
+        if (r * keep < n) {
+            float next[32];
             MOEI_UNROLL
             for (int j = 0; j < 32; ++j)
-                if (j < n && h < m && m <= keep && m <= n && (j & h) == 0) {
-                    const float hi = fmaxf(s[j], s[j + h]), lo = fminf(s[j], s[j + h]);
-                    const bool rises = m < keep && (j & m) != 0;
-                    s[j] = rises ? lo : hi;
-                    s[j + h] = rises ? hi : lo;
-                }
+                if (j < keep) next[j] = v[r * keep + j];
+            moei_sort(next, keep);
+            MOEI_UNROLL
+            for (int j = 0; j < 32; ++j)
+                if (j < keep) top[j] = fmaxf(top[j], next[keep - 1 - j]); /* the larger half */
+            moei_sort_bitonic(top, keep);
         }
-    }
-    MOEI_UNROLL
-    for (int ls = 0; ls < 5; ++ls) { /* the runs left begin at multiples of keep << ls */
-        MOEI_UNROLL
-        for (int r = 0; r < 32; ++r)
-            if (r % (keep << (ls + 1)) == 0 && r + (keep << ls) < n) {
-                MOEI_UNROLL
-                for (int j = 0; j < 16; ++j)
-                    if (j < keep) s[r + j] = fmaxf(s[r + j], s[r + (keep << ls) + keep - 1 - j]);
-                moei_sort_bitonic(s + r, keep);
-            }
-    }
 }
 
 /* Token t by one warp, any E and K, ties, infinities and NaN included: reads the row again for each
@@ -266,99 +281,113 @@ MOE_DEVICE void moei_gate_token(const moe_gate_desc* d, int* count, int64_t t)
     if (nan && moei_lane() == 0) moei_fault_raise(d->fault, MOE_FAULT_NAN_LOGIT, 0, t);
 }
 
-/* One block, a warp a token. count [chunks][E] is in shared memory. */
+/* One block, a warp a token. count [E] is in shared memory. */
 MOE_DEVICE void moei_gate_block_any(const moe_gate_desc* d, int* count)
 {
-    const int E = d->num_experts, chunks = moei_gate_chunks(d);
+    const int64_t chunk = moe_chunk_tokens(d->num_tokens), first = blockIdx.x * chunk;
+    const int64_t end = first + chunk < d->num_tokens ? first + chunk : d->num_tokens;
     __syncthreads();
-    for (int i = moei_warp(); i < chunks * MOE_CHUNK_TOKENS; i += MOEI_GATE_THREADS / MOEI_WARP) {
-        const int64_t t = (int64_t)blockIdx.x * chunks * MOE_CHUNK_TOKENS + i;
-        if (t < d->num_tokens) moei_gate_token(d, count + i / MOE_CHUNK_TOKENS * E, t);
-    }
-    __syncthreads();
-    moei_gate_write_counts(d, count, chunks);
+    for (int64_t t = first + moei_warp(); t < end; t += blockDim.x / MOEI_WARP)
+        moei_gate_token(d, count, t);
+    moei_gate_write_counts(d, count);
 }
 
-/* One block; each token is owned by an aligned group of `lanes` lanes, and lane r of a group has the logits r * per_lane .. + per_lane. K <= depth. The three are literals.
-
-   Each lane sorts the `depth` largest of its logits; the lists of the group are merged pairwise,
-   keeping the `depth` largest, until every lane has the token's largest logits in order. Each lane
-   then knows which of its own are among them (those not below the K-th) and, by counting the
-   larger ones, at which rank. Where more than K are not below the K-th, where two of the K are
-   equal, and where the largest is infinite or one is NaN, the token is done again by
-   moei_gate_token. */
-MOE_DEVICE_BODY void moei_gate_block(const moe_gate_desc* d, int* count, const int lanes,
-                                const int per_lane, const int depth)
+/* top[0 .. depth) becomes the largest logits of a token in descending order, the same in all lanes
+   of its group. Each lane sorts the largest of its own; the lists of the group are merged pairwise.
+ */
+MOE_DEVICE void moei_gate_largest(float* top, const float* v, const int lanes, const int per_lane,
+                                  const int depth)
 {
-    const int E = d->num_experts, K = d->top_k, score = d->score, chunks = moei_gate_chunks(d);
-    const int rank = moei_lane() & (lanes - 1), step = MOEI_GATE_THREADS / lanes;
-    const int keep = per_lane < depth ? per_lane : depth; /* of a lane's logits */
-    const int64_t first = (int64_t)blockIdx.x * chunks * MOE_CHUNK_TOKENS;
-    const bool wide = (d->logits_stride % 8 == 0) && ((uintptr_t)d->logits % 16 == 0);
-    const float infinity = __uint_as_float(0x7f800000u);
-    uint16_t* pick = /* [tokens at a time][depth] experts chosen, in no order */
-        (uint16_t*)(count + chunks * E) + threadIdx.x / lanes * depth;
-    float v[32]; /* per_lane logits of the current token */
-    int64_t t = first + threadIdx.x / lanes;
-
-    /* each token's logits are fetched while the token before is finished */
-    moei_gate_read(v, d, t < d->num_tokens ? t * d->logits_stride + (int64_t)rank * per_lane : 0,
-                   t < d->num_tokens ? E - rank * per_lane : 0, wide, per_lane);
-    __syncthreads();
-
-    for (int i = (int)threadIdx.x / lanes; i < chunks * MOE_CHUNK_TOKENS; i += step, t += step) {
-        const bool live = t < d->num_tokens, more = i + step < chunks * MOE_CHUNK_TOKENS;
-        const int64_t ahead = more && t + step < d->num_tokens ? t + step : -1;
-        int* chunk_count = count + i / MOE_CHUNK_TOKENS * E;
-        float top[32]; /* this lane's largest in order, then the `depth` largest of the group */
-        float picks[2] = {0.0f, 0.0f}; /* bit j % 16 of picks[j / 16]: v[j] is among the K */
-        float kth = 0.0f, sum = 0.0f, total = 1.0f;
-        uint32_t chosen; /* the same as bits of one word */
-        int redo = 0, chosen_count, before;
-
-        MOEI_UNROLL
-        for (int j = 0; j < per_lane; ++j) top[j] = v[j];
-        moei_sort_largest(top, per_lane, keep);
-        MOEI_UNROLL
-        for (int lw = 0; lw < 5; ++lw) {
-            const int w = 1 << lw, have = keep << lw < depth ? keep << lw : depth;
-            float other[32];
-            if (w < lanes) {
-                MOEI_UNROLL
-                for (int j = 0; j < depth; ++j)
-                    if (j < have) other[j] = __shfl_xor_sync(MOEI_FULL, top[j], w);
-                MOEI_UNROLL
-                for (int j = 0; j < depth; ++j)
-                    if (j < have) {
-                        if (have < depth) top[2 * have - 1 - j] = other[j]; /* all of both lists */
-                        else top[j] = fmaxf(top[j], other[have - 1 - j]);   /* the larger half */
-                    }
-                moei_sort_bitonic(top, have < depth ? 2 * have : depth);
-            }
+    const int keep = per_lane < depth ? per_lane : depth;
+    moei_sort_largest(top, v, per_lane, keep);
+    MOEI_UNROLL
+    for (int lw = 0; lw < 5; ++lw) {
+        const int w = 1 << lw, have = keep << lw < depth ? keep << lw : depth;
+        float other[32];
+        if (w < lanes) {
+            MOEI_UNROLL
+            for (int j = 0; j < depth; ++j)
+                if (j < have) other[j] = __shfl_xor_sync(MOEI_FULL, top[j], w);
+            MOEI_UNROLL
+            for (int j = 0; j < depth; ++j)
+                if (j < have) {
+                    if (have < depth) top[2 * have - 1 - j] = other[j]; /* all of both lists */
+                    else top[j] = fmaxf(top[j], other[have - 1 - j]);   /* the larger half */
+                }
+            moei_sort_bitonic(top, have < depth ? 2 * have : depth);
         }
+    }
+}
 
+/* One block; each token is owned by an aligned group of `lanes` lanes with `per_lane` logits each.
+   K <= depth. The three are literals.
+
+   Once every lane has the token's largest logits in order, it knows which of its own are among the
+   K (those not below the K-th) and, by counting the larger ones, at which rank. Where more than K
+   are not below the K-th, where two of the K are equal, and where the largest is infinite or huge
+   or one is NaN, the token is done again by moei_gate_token. */
+MOE_DEVICE_BODY void moei_gate_block(const moe_gate_desc* d, int* count, const int lanes,
+                                     const int per_lane, const int depth)
+{
+    const int K = d->top_k, score = d->score;
+    const int rank = moei_lane() & (lanes - 1), step = (int)blockDim.x / lanes;
+    const int chunk = (int)moe_chunk_tokens(d->num_tokens);
+    const int first = (int)blockIdx.x * chunk;
+    const int tokens = d->num_tokens - first < chunk ? d->num_tokens - first : chunk;
+    const bool wide =
+        (d->logits_stride | d->num_experts) % 8 == 0 && (uintptr_t)d->logits % 16 == 0;
+    const float log2e = 1.44269502f;
+    uint16_t* pick = /* [tokens at a time][depth] experts chosen, in no order */
+        (uint16_t*)(count + d->num_experts) + threadIdx.x / lanes * depth;
+    const bool early = depth <= 8; /* registers are left to fetch the next token's logits */
+    float next[32];
+    int i = (int)threadIdx.x / lanes;
+
+    if (early) moei_gate_read(next, d, first + (i < tokens ? i : 0), rank, wide, lanes, per_lane);
+    __syncthreads();
+    for (; __any_sync(MOEI_FULL, i < tokens); i += step) {
+        const bool live = i < tokens;
+        const int64_t t = first + (live ? i : 0);
+        float v[32];   /* this lane's logits; where there is no token left, the first one's again */
+        float top[32]; /* the token's largest, `depth` of them */
+        float kth = 0.0f, sum = 0.0f, shift, factor;
+        uint32_t chosen = 0; /* bit j: v[j] is among the K */
+        int redo = 0, chosen_count, before;
+        int expert[8];
+        float logit[8], weight[8], part = 0.0f;
+        bool mine[8];
+
+        if (early) {
+            MOEI_UNROLL
+            for (int j = 0; j < per_lane; ++j) v[j] = next[j];
+            if (i + step < chunk) /* the same for the whole warp */
+                moei_gate_read(next, d, first + (i + step < tokens ? i + step : 0), rank, wide,
+                               lanes, per_lane);
+        } else {
+            moei_gate_read(v, d, t, rank, wide, lanes, per_lane);
+        }
+        moei_gate_largest(top, v, lanes, per_lane, depth);
+        shift = -(top[0] * log2e);
         if (score == MOE_SCORE_SOFTMAX) {
             MOEI_UNROLL
-            for (int j = 0; j < per_lane; ++j) sum += moei_exp2_fast(1.44269502f * (v[j] - top[0]));
+            for (int j = 0; j < per_lane; ++j) sum += moei_exp2_fast(fmaf(v[j], log2e, shift));
         } else { /* only to find a NaN, as the softmax's sum does */
             MOEI_UNROLL
             for (int j = 0; j < per_lane; ++j) sum += moei_is_nan(v[j]) ? v[j] : 0.0f;
         }
         redo |= moei_is_nan(sum);
         sum = score == MOE_SCORE_SOFTMAX ? moei_group_sum(sum, lanes) : 1.0f;
-        redo |= fabsf(top[0]) == infinity;
+        redo |= !(fabsf(top[0]) < 1e8f); /* beyond, the rounding of `shift` may overflow 2^ */
         MOEI_UNROLL
         for (int k = 0; k < depth; ++k) {
             if (k < K) kth = top[k];
             if (k + 1 < K && k + 1 < depth) redo |= top[k] == top[k + 1];
         }
+        if (kth == 0.0f) kth = __uint_as_float(0x80000000u); /* -0 - +0 is negative */
         MOEI_UNROLL
-        for (int j = 0; j < per_lane; ++j) /* summed as floats: that pipe is idle here */
-            picks[j / 16] = fmaf(v[j] >= kth ? 1.0f : 0.0f, (float)(1 << j % 16), picks[j / 16]);
-        chosen = (uint32_t)picks[0] | (uint32_t)picks[1] << 16;
-        if (more)
-            moei_gate_read(v, d, ahead >= 0 ? ahead * d->logits_stride + (int64_t)rank * per_lane : 0,
-                           ahead >= 0 ? E - rank * per_lane : 0, wide, per_lane);
+        for (int j = 31; j >= 0; --j) /* bit j is the sign of a difference, 0 where v[j] >= kth */
+            if (j < per_lane) chosen = __funnelshift_l(__float_as_uint(v[j] - kth), chosen, 1);
+        chosen = ~chosen & (MOEI_FULL >> (32 - per_lane));
         before = chosen_count = __popc(chosen) | redo << 16; /* two sums in one */
         MOEI_UNROLL
         for (int w = 1; w < lanes; w <<= 1) {
@@ -370,75 +399,90 @@ MOE_DEVICE_BODY void moei_gate_block(const moe_gate_desc* d, int* count, const i
         redo = live && chosen_count != K; /* a count over 16 bits says that one lane wants it */
         if (redo || !live) chosen = 0;
 
-        { /* lane r weights the choices r, r + lanes, ... */
-            float l[4] = {0.0f, 0.0f, 0.0f, 0.0f}, w[4];
-            MOEI_UNROLL
-            for (int k = 0; k < depth; ++k)
-                if (rank == (k & (lanes - 1))) l[k / lanes & 3] = top[k];
-            MOEI_UNROLL
-            for (int s = 0; s < 4; ++s)
-                w[s] = s * lanes < depth && s * lanes + rank < K
-                           ? moei_gate_weight(l[s], top[0], sum, score)
-                           : 0.0f;
-            if (score == MOE_SCORE_TOPK_SOFTMAX || d->renormalize)
-                total = moei_group_sum((w[0] + w[1]) + (w[2] + w[3]), lanes);
-            MOEI_UNROLL
-            for (int s = 0; s < 4; ++s)
-                if (live && !redo && s * lanes < depth && s * lanes + rank < K)
-                    d->weights[t * K + s * lanes + rank] =
-                        (total > 0.0f && total != 1.0f ? __fdiv_rn(w[s], total) : w[s]) * d->scale;
-        }
         while (chosen) { /* the chosen come together, so that each lane finishes as many of them */
-            pick[before++] = (uint16_t)(rank * per_lane + __ffs((int)chosen) - 1);
-            chosen &= chosen - 1;
+            const int j = 31 - __clz((int)chosen);
+            pick[before++] = (uint16_t)moei_gate_expert(j, rank, lanes);
+            chosen ^= 1u << j;
         }
         __syncwarp(MOEI_FULL);
-        if (live && !redo)
-            for (int c = rank; c < K; c += lanes) {
-                const int e = pick[c];
-                const float l = moei_load_f32(d->logits, t * d->logits_stride + e, d->logits_dtype);
-                int k = 0;
-                MOEI_UNROLL
-                for (int u = 0; u < depth; ++u) k += top[u] > l;
-                d->ids[t * K + k] = e;
-                atomicAdd(chunk_count + e, 1);
+        MOEI_UNROLL
+        for (int n = 0; n < 8; ++n) { /* lane r has the picks and the choices r, r + lanes, ... */
+            const int c = n * lanes + rank;
+            mine[n] = n * lanes < depth && c < K && live && !redo;
+            expert[n] = mine[n] ? pick[c] : 0;
+            logit[n] = mine[n] ? moei_load_f32(d->logits, t * d->logits_stride + expert[n],
+                                               d->logits_dtype)
+                               : 0.0f;
+        }
+        MOEI_UNROLL
+        for (int n = 0; n < 8; ++n) {
+            float l = 0.0f;
+            MOEI_UNROLL
+            for (int r = 0; r < 32; ++r)
+                if (r < lanes && n * lanes + r < depth && rank == r) l = top[n * lanes + r];
+            weight[n] = 0.0f;
+            if (mine[n]) /* what is common to all, an error in `shift` too, cancels below */
+                weight[n] = score == MOE_SCORE_SIGMOID ? moei_gate_weight(l, 0.0f, 0.0f, score)
+                                                       : moei_exp2_fast(fmaf(l, log2e, shift));
+            part += weight[n];
+        }
+        factor = d->scale;
+        if (score == MOE_SCORE_TOPK_SOFTMAX || d->renormalize) sum = moei_group_sum(part, lanes);
+        if (score != MOE_SCORE_SIGMOID) {
+            factor = __fdiv_rn(factor, sum); /* sum >= 1, nearly: the largest adds 2^0 */
+        } else if (d->renormalize) {
+            MOEI_UNROLL
+            for (int n = 0; n < 8; ++n)
+                if (n * lanes < depth && sum > 0.0f) weight[n] = __fdiv_rn(weight[n], sum);
+        }
+        MOEI_UNROLL
+        for (int n = 0; n < 8; ++n) {
+            uint32_t larger = 0; /* a bit for each */
+            MOEI_UNROLL
+            for (int u = 0; u < depth; ++u)
+                larger = __funnelshift_l(__float_as_uint(logit[n] - top[u]), larger, 1);
+            if (mine[n]) {
+                d->weights[t * K + n * lanes + rank] = weight[n] * factor;
+                d->ids[t * K + __popc(larger)] = expert[n];
+                atomicAdd(count + expert[n], 1);
             }
+        }
         __syncwarp(MOEI_FULL);
         {
             uint32_t again = __ballot_sync(MOEI_FULL, redo && rank == 0);
             while (again) {
                 const int from = __ffs((int)again) - 1;
-                moei_gate_token(d, count + __shfl_sync(MOEI_FULL, i / MOE_CHUNK_TOKENS * E, from),
-                                first + __shfl_sync(MOEI_FULL, i, from));
+                moei_gate_token(d, count, first + __shfl_sync(MOEI_FULL, i, from));
                 again &= again - 1;
             }
         }
     }
-    __syncthreads();
-    moei_gate_write_counts(d, count, chunks);
+    moei_gate_write_counts(d, count);
 }
 
-/* most experts, most choices, lanes a token, logits a lane, blocks a multiprocessor: the first that
-   fits is taken. */
+/* most experts, most choices, lanes a token, logits a lane: the first that fits is taken. 512
+   threads, so that each may have 128 registers. */
+#define MOEI_GATE_THREADS 512
 #define MOEI_GATE_LIST(X)                                                                         \
-    X(32, 8, 8, 4, 4) X(32, 32, 8, 4, 2) X(64, 8, 8, 8, 4) X(64, 32, 8, 8, 2)                     \
-    X(128, 8, 8, 16, 4) X(128, 32, 8, 16, 2) X(256, 8, 16, 16, 4) X(256, 32, 16, 16, 2)           \
-    X(512, 8, 32, 16, 4) X(512, 32, 32, 16, 2) X(1024, 8, 32, 32, 2) X(1024, 32, 32, 32, 2)
+    X(32, 8, 4, 8) X(32, 32, 4, 8) X(64, 8, 4, 16) X(64, 32, 4, 16) X(128, 8, 4, 32)              \
+    X(128, 32, 4, 32) X(256, 8, 8, 32) X(256, 32, 8, 32) X(512, 8, 16, 32) X(512, 32, 16, 32)     \
+    X(1024, 8, 32, 32) X(1024, 32, 32, 32)
+#define MOEI_GATE_ANY_THREADS 1024
 
-#define MOEI_GATE_KERNEL(most, depth, lanes, per_lane, blocks)                                    \
-    MOE_KERNEL(MOEI_GATE_THREADS, blocks) moei_gate_##most##_##depth(MOE_ARG(moe_gate_desc) d)         \
-    {                                                                                             \
-        MOE_SHARED_DYNAMIC(count);                                                                \
-        moei_let_next_start();                                                                    \
-        moei_gate_clear_counts(&d, (int*)count);                                                  \
-        moei_wait_for_previous();                                                                 \
-        if (!moei_fault_stopped(d.fault))                                                         \
-            moei_gate_block(&d, (int*)count, lanes, per_lane, depth);                             \
+#define MOEI_GATE_KERNEL(most, depth, lanes, per_lane)                                             \
+    MOE_KERNEL(MOEI_GATE_THREADS, 1) moei_gate_##most##_##depth(MOE_ARG(moe_gate_desc) d)          \
+    {                                                                                              \
+        MOE_SHARED_DYNAMIC(count);                                                                 \
+        moei_let_next_start();                                                                     \
+        moei_gate_clear_counts(&d, (int*)count);                                                   \
+        moei_wait_for_previous();                                                                  \
+        if (!moei_fault_stopped(d.fault))                                                          \
+            moei_gate_block(&d, (int*)count, lanes, per_lane, depth);                              \
     }
 MOEI_GATE_LIST(MOEI_GATE_KERNEL)
 #undef MOEI_GATE_KERNEL
 
-MOE_KERNEL(MOEI_GATE_THREADS, 2) moei_gate_any(MOE_ARG(moe_gate_desc) d)
+MOE_KERNEL(MOEI_GATE_ANY_THREADS, 1) moei_gate_any(MOE_ARG(moe_gate_desc) d)
 {
     MOE_SHARED_DYNAMIC(count);
     moei_let_next_start();
@@ -450,8 +494,8 @@ MOE_KERNEL(MOEI_GATE_THREADS, 2) moei_gate_any(MOE_ARG(moe_gate_desc) d)
 /* Refuses what the header does not offer, and fills in the defaults. */
 MOE_HOST moe_status moei_gate_check(moe_gate_desc* d)
 {
-    const uint64_t slots = (uint64_t)(d->num_tokens > 0 ? d->num_tokens : 0) *
-                           (uint64_t)(d->top_k > 0 ? d->top_k : 0);
+    const uint64_t slots =
+        (uint64_t)(d->num_tokens > 0 ? d->num_tokens : 0) * (uint64_t)(d->top_k > 0 ? d->top_k : 0);
     MOEI_REQUIRE(d->num_tokens >= 0, MOE_ERR_RANGE, num_tokens);
     MOEI_REQUIRE(d->num_experts >= 1 && d->num_experts <= MOE_MAX_EXPERTS, MOE_ERR_RANGE,
                  num_experts);
@@ -471,8 +515,8 @@ MOE_HOST moe_status moei_gate_check(moe_gate_desc* d)
     MOEI_REQUIRE(d->logits, MOE_ERR_NULL, logits);
     MOEI_REQUIRE(d->ids, MOE_ERR_NULL, ids);
     MOEI_REQUIRE(d->weights, MOE_ERR_NULL, weights);
-    MOEI_REQUIRE(moei_aligned(d->logits, (uintptr_t)moe_dtype_bytes(d->logits_dtype)), MOE_ERR_ALIGN,
-                 logits);
+    MOEI_REQUIRE(moei_aligned(d->logits, (uintptr_t)moe_dtype_bytes(d->logits_dtype)),
+                 MOE_ERR_ALIGN, logits);
     MOEI_REQUIRE(moei_aligned(d->ids, 4), MOE_ERR_ALIGN, ids);
     MOEI_REQUIRE(moei_aligned(d->weights, 4), MOE_ERR_ALIGN, weights);
     MOEI_REQUIRE(moei_aligned(d->chunk_count, 4), MOE_ERR_ALIGN, chunk_count);
@@ -497,32 +541,34 @@ MOE_HOST moe_status moe_gate(const moe_gate_desc* desc, cudaStream_t stream)
 {
     moe_gate_desc d;
     moei_launch_config c;
-    int chunks;
+    int64_t chunk;
     MOEI_REQUIRE(desc, MOE_ERR_NULL, desc);
     d = *desc;
     MOEI_TRY(moei_gate_check(&d));
     if (d.expert_count)
         MOEI_TRY_CUDA(cudaMemsetAsync(d.expert_count, 0, (size_t)d.num_experts * 4, stream));
     if (d.num_tokens == 0) return MOE_OK;
-    chunks = (d.num_tokens >= 32768 ? 64 : d.num_tokens >= 16384 ? 32 : 16) / MOE_CHUNK_TOKENS;
-    while (chunks > 1 && (size_t)chunks * (size_t)d.num_experts * 4 > 32 * 1024) chunks /= 2;
-    c = moei_grid((moe_num_chunks(d.num_tokens) + chunks - 1) / chunks, MOEI_GATE_THREADS,
-                  (size_t)d.num_experts * (size_t)chunks * 4, stream);
+    chunk = moe_chunk_tokens(d.num_tokens);
+    c = moei_grid(moe_num_chunks(d.num_tokens), 0, (size_t)d.num_experts * 4, stream);
     c.dependent = 1;
-#define MOEI_GATE_CASE(most, depth, lanes, per_lane, blocks)                                      \
-    if (d.top_k <= depth && d.num_experts <= most) {                                              \
-        c.smem += MOEI_GATE_THREADS / lanes * depth * 2;                                          \
-        return MOE_LAUNCH(moei_gate_##most##_##depth, c, d);                                      \
+#define MOEI_GATE_CASE(most, depth, lanes, per_lane)                                               \
+    if (d.top_k <= depth && d.num_experts <= most) {                                               \
+        c.block.x =                                                                                \
+            (unsigned)(chunk * lanes < MOEI_GATE_THREADS ? chunk * lanes : MOEI_GATE_THREADS);     \
+        c.smem += c.block.x / lanes * depth * 2;                                                   \
+        return MOE_LAUNCH(moei_gate_##most##_##depth, c, d);                                       \
     }
     MOEI_GATE_LIST(MOEI_GATE_CASE)
 #undef MOEI_GATE_CASE
+    c.block.x = chunk * MOEI_WARP < MOEI_GATE_ANY_THREADS ? (unsigned)(chunk * MOEI_WARP)
+                                                          : MOEI_GATE_ANY_THREADS;
     return MOE_LAUNCH(moei_gate_any, c, d);
 }
 
 /* Loads this header's kernels now. */
 MOE_HOST moe_status moe_gate_preload(void)
 {
-#define MOEI_GATE_LOAD(most, depth, lanes, per_lane, blocks)                                      \
+#define MOEI_GATE_LOAD(most, depth, lanes, per_lane)                                               \
     MOEI_TRY(moei_preload((const void*)moei_gate_##most##_##depth));
     MOEI_GATE_LIST(MOEI_GATE_LOAD)
 #undef MOEI_GATE_LOAD

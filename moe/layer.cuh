@@ -14,11 +14,11 @@
    A stop fault (base/fault.h) in the fault word keeps every later call from writing y until the caller
    clears the word. T = 0 is no error, but the workspace must be there.
    Nothing is allocated and nothing synchronised; the calls can be captured in a graph and the
-   graph replayed with other inputs. Eight launches at most. The same bits every run.
+   graph replayed with other inputs. Six launches at most. The same bits every run.
 
    Workspace, asked for by moe_layer_workspace (in bytes, each piece rounded up to 256):
      T E 4  logits        (unless given)      T K 4 + T K 4  ids, weights   (unless given)
-     E moe_num_chunks(T) 4  chunk counts      E 4 + (E + 1) 4  counts, offsets
+     moe_num_chunks(T) E 4  chunk counts      E 4 + (E + 1) 4  counts, offsets
      T K 4  row_slot                          T K 8  places
      T K I 2  act                             T K H 2  rows
    moe_layer_view tells where each piece lies, for statistics or for a backward pass.
@@ -74,7 +74,7 @@ typedef struct moe_layer_view {
     float* logits;          /* [T, E]; null where ids were given */
     int32_t* ids;           /* [T, K] */
     float* weights;         /* [T, K] */
-    int32_t* chunk_count;   /* [E, moe_num_chunks(T)], sums over the chunks before */
+    int32_t* chunk_count;   /* [moe_num_chunks(T), E] */
     int32_t* expert_count;  /* [E] */
     int32_t* expert_offset; /* [E + 1] */
     int32_t* row_slot;      /* [T * K] */

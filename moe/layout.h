@@ -68,13 +68,20 @@ typedef struct moe_weights {
     int32_t major;               /* moe_major; 0 = rows of K elements */
 } moe_weights;
 
-/* Tokens whose expert counts are taken together. Gate and route both cut the tokens into such
-   chunks: chunk_count [E, num_chunks] holds how often each chunk chose each expert. */
-#define MOE_CHUNK_TOKENS 16
+/* Gate and route cut the tokens into at most MOE_MAX_CHUNKS chunks of moe_chunk_tokens(T), the last
+   maybe shorter: chunk_count [num_chunks, E] holds how often each chunk chose each expert. */
+#define MOE_MAX_CHUNKS 128
+
+MOE_HOST_DEVICE int64_t moe_chunk_tokens(int64_t num_tokens)
+{
+    const int64_t each = (num_tokens + MOE_MAX_CHUNKS - 1) / MOE_MAX_CHUNKS;
+    return each > 16 ? (each + 15) / 16 * 16 : 16;
+}
 
 MOE_HOST_DEVICE int64_t moe_num_chunks(int64_t num_tokens)
 {
-    return (num_tokens + MOE_CHUNK_TOKENS - 1) / MOE_CHUNK_TOKENS;
+    const int64_t each = moe_chunk_tokens(num_tokens);
+    return (num_tokens + each - 1) / each;
 }
 
 #endif

@@ -15,9 +15,9 @@
    stands twice in one token gets two rows, and both its weights count. An id outside
    -1 .. E-1 sets the fault word and is treated as -1; the rest is right.
 
-   Cost: three launches, or two when the gate has left its chunk_count. Traffic: the ids twice,
-   each output once. Any E up to MOE_MAX_EXPERTS; T * K below 2^31.
-   Minimum architecture: sm_75.
+   Cost: two launches, or one when the gate has left its chunk_count. Traffic: the ids twice, the
+   weights once, each output once, and by each of up to MOE_MAX_CHUNKS blocks all the chunk counts.
+   Any E up to MOE_MAX_EXPERTS; T * K below 2^31. Minimum architecture: sm_75.
 
      moe_route_desc r = {0};
      r.ids = ids;  r.num_tokens = T;  r.num_experts = E;  r.top_k = K;
@@ -25,8 +25,8 @@
      moe_route_workspace(&r, &bytes);   r.workspace = ...;  r.workspace_bytes = bytes;
      moe_status s = moe_route(&r, stream);
 
-   Source: a counting sort by chunks: counts per chunk, one scan along the chunks of each
-   expert, then each chunk places its own slots. */
+   Source: a counting sort by chunks. A block of the second launch adds up the counts of the
+   chunks before its own, orders its slots by expert in shared memory, and so writes whole runs. */
 #ifndef MOE_ROUTE_CUH
 #define MOE_ROUTE_CUH
 
@@ -39,8 +39,8 @@ typedef struct moe_route_desc {
     /* in */
     const int32_t* ids;   /* [T, K] */
     const float* weights; /* [T, K]; null unless row_weight is wanted */
-    int32_t* chunk_count; /* [E, moe_num_chunks(T)] as moe_gate left it for these ids (it is
-                             overwritten); null: counted here, in the workspace */
+    int32_t* chunk_count; /* [moe_num_chunks(T), E] as moe_gate left it for these ids;
+                             null: counted here, in the workspace */
     /* out */
     int32_t* expert_count;  /* [E] rows of each expert */
     int32_t* expert_offset; /* [E + 1] first row of each expert; the last entry is the total */
@@ -58,222 +58,378 @@ typedef struct moe_route_desc {
     size_t workspace_bytes;
 } moe_route_desc;
 
-#define MOEI_ROUTE_THREADS 256
-#define MOEI_ROUTE_WARPS (MOEI_ROUTE_THREADS / MOEI_WARP)
+#define MOEI_ROUTE_THREADS 512
+#define MOEI_ROUTE_STEPS 4 /* slots of a thread that are under way together, at most */
 
 /* Slot's expert, or -1; an id that is neither sets the fault word. */
-MOE_DEVICE int moei_route_id(const moe_route_desc* d, int64_t slot)
+MOE_DEVICE int moei_route_id(const moe_route_desc* d, uint32_t slot, int id)
 {
-    const int id = d->ids[slot];
     if (id >= 0 && id < d->num_experts) return id;
     if (id != -1) moei_fault_raise(d->fault, MOE_FAULT_BAD_ID, 0, slot);
     return -1;
 }
 
-/* Launch 1: how often each chunk chose each expert. */
-MOE_KERNEL(MOEI_ROUTE_THREADS, 2) moei_route_count(MOE_ARG(moe_route_desc) d)
+/* First slot of a block's chunk, and of the one after it. (Slots are below 2^31: unsigned sums of
+   them and of a block's threads do not wrap.) */
+MOE_DEVICE uint32_t moei_route_begin(const moe_route_desc* d, uint32_t chunk)
+{
+    const uint32_t T = (uint32_t)d->num_tokens;
+    const uint32_t t = chunk * (uint32_t)moe_chunk_tokens(d->num_tokens);
+    return (t < T ? t : T) * (uint32_t)d->top_k;
+}
+
+/* Launch 1, one block a chunk: how often it chose each expert. */
+MOE_KERNEL(MOEI_ROUTE_THREADS, 1) moei_route_count(MOE_ARG(moe_route_desc) d)
 {
     MOE_SHARED_DYNAMIC(shared);
-    const int E = d.num_experts, chunks = (int)(blockDim.x >> 5);
-    int* count = (int*)shared; /* [chunks][E] */
-    const int64_t num_chunks = moe_num_chunks(d.num_tokens);
-    const int64_t first = (int64_t)blockIdx.x * chunks, chunk = first + moei_warp();
-    const int64_t slots = (int64_t)d.num_tokens * d.top_k;
-    const int64_t chunk_slots = (int64_t)MOE_CHUNK_TOKENS * d.top_k;
+    const int E = d.num_experts;
+    int* count = (int*)shared; /* [E] */
+    const uint32_t end = moei_route_begin(&d, blockIdx.x + 1);
 
     moei_let_next_start();
+    for (int e = (int)threadIdx.x; e < E; e += (int)blockDim.x) count[e] = 0;
     moei_wait_for_previous();
     if (moei_fault_stopped(d.fault)) return;
-    for (int i = (int)threadIdx.x; i < chunks * E; i += (int)blockDim.x) count[i] = 0;
     __syncthreads();
-    for (int64_t s = chunk * chunk_slots + moei_lane(); s < slots && s < (chunk + 1) * chunk_slots;
-         s += MOEI_WARP) {
-        const int id = moei_route_id(&d, s);
-        if (id >= 0) atomicAdd(count + moei_warp() * E + id, 1);
+    for (uint32_t s = moei_route_begin(&d, blockIdx.x) + threadIdx.x; s < end; s += blockDim.x) {
+        const int e = moei_route_id(&d, s, d.ids[s]);
+        if (e >= 0) atomicAdd(count + e, 1);
     }
     __syncthreads();
-    for (int i = (int)threadIdx.x; i < chunks * E; i += (int)blockDim.x) {
-        const int e = i / chunks, c = i % chunks; /* neighbours write neighbouring chunks */
-        if (first + c < num_chunks) d.chunk_count[e * num_chunks + first + c] = count[c * E + e];
+    for (int e = (int)threadIdx.x; e < E; e += (int)blockDim.x)
+        d.chunk_count[blockIdx.x * (uint32_t)E + e] = count[e];
+}
+
+/* Shared memory of launch 2. A round is the slots that the block has under way together; its
+   positions are the slots in order of expert, those of no expert left out. */
+typedef struct moei_route_shared {
+    uint16_t* ahead; /* [E][stride] slots of the round's warps before */
+    int stride;      /* warps or one more: odd, so that neighbours lie in different banks */
+    int* row;        /* [positions] */
+    int* slot;       /* [positions] */
+    float* weight;   /* [positions] */
+    int* base;       /* [E] row of the round's first slot of each expert */
+    int* offset;     /* [E] first row of each expert */
+    int* start;      /* [E] position of the round's first slot of each expert */
+} moei_route_shared;
+
+MOE_HOST_DEVICE size_t moei_route_ahead_bytes(int E, int warps)
+{
+    return ((size_t)E * (size_t)(warps | 1) * 2 + 15) / 16 * 16;
+}
+
+MOE_HOST_DEVICE size_t moei_route_shared_bytes(int E, int warps)
+{
+    return moei_route_ahead_bytes(E, warps) + (size_t)warps * 32 * MOEI_ROUTE_STEPS * 12 +
+           (size_t)E * 12;
+}
+
+MOE_DEVICE void moei_route_carve(moei_route_shared* s, unsigned char* shared, int E)
+{
+    const int warps = (int)(blockDim.x >> 5), positions = warps * 32 * MOEI_ROUTE_STEPS;
+    s->ahead = (uint16_t*)shared;
+    s->stride = warps | 1;
+    s->row = (int*)(shared + moei_route_ahead_bytes(E, warps));
+    s->slot = s->row + positions;
+    s->weight = (float*)(s->slot + positions);
+    s->base = (int*)(s->weight + positions);
+    s->offset = s->base + E;
+    s->start = s->offset + E;
+}
+
+/* Clears `ahead`; a barrier must follow. */
+MOE_DEVICE void moei_route_clear(const moei_route_shared* s, int E)
+{
+    const int n = (int)(moei_route_ahead_bytes(E, (int)(blockDim.x >> 5)) / 16);
+    for (int i = (int)threadIdx.x; i < n; i += (int)blockDim.x)
+        ((uint4*)s->ahead)[i] = make_uint4(0, 0, 0, 0);
+}
+
+/* Adds up the counts of the experts e .. e + 3, those below E, over the chunks from .. upto. */
+MOE_DEVICE void moei_route_add_counts(uint4* sum, const moe_route_desc* d, int e, int from,
+                                      int upto)
+{
+    const int E = d->num_experts;
+    const int32_t* n = d->chunk_count + from * E + e; /* at most 2^19 */
+    if (E % 4 == 0 && (uintptr_t)d->chunk_count % 16 == 0) {
+        if (e >= E) return;
+        MOEI_UNROLL_8
+        for (int c = from; c < upto; ++c, n += E) {
+            const uint4 v = *(const uint4*)n;
+            sum->x += v.x, sum->y += v.y, sum->z += v.z, sum->w += v.w;
+        }
+    } else {
+        for (int c = from; c < upto; ++c, n += E) {
+            if (e < E) sum->x += (unsigned)n[0];
+            if (e + 1 < E) sum->y += (unsigned)n[1];
+            if (e + 2 < E) sum->z += (unsigned)n[2];
+            if (e + 3 < E) sum->w += (unsigned)n[3];
+        }
     }
 }
 
-/* Launch 2, one block an expert: turns its counts into sums over the chunks before, in place,
-   and writes the expert's total. */
-MOE_KERNEL(MOEI_ROUTE_THREADS, 2) moei_route_scan(MOE_ARG(moe_route_desc) d)
+MOE_DEVICE void moei_route_store_counts(int* to, int e, int E, uint4 v)
 {
-    MOE_SHARED(moei_block_scan_scratch, scratch);
-    const int64_t num_chunks = moe_num_chunks(d.num_tokens);
-    int32_t* count;
-    int before = 0;
-
-    moei_let_next_start();
-    moei_wait_for_previous();
-    if (moei_fault_stopped(d.fault)) return;
-    count = d.chunk_count + (int64_t)blockIdx.x * num_chunks;
-    /* a warp has 512 neighbours at a time, each lane four of every 128 of them */
-    for (int64_t c = 0; c < num_chunks; c += 16 * MOEI_ROUTE_THREADS) {
-        const int64_t mine = c + moei_warp() * 512 + moei_lane() * 4;
-        const bool wide = num_chunks % 4 == 0 && ((uintptr_t)count & 15) == 0;
-        int v[4][4], at[4], in_warp = 0, total;
-        MOEI_UNROLL
-        for (int i = 0; i < 4; ++i) {
-            const int64_t m = mine + i * 128;
-            if (wide && m < num_chunks) {
-                const int4 q = *(const int4*)(count + m);
-                v[i][0] = q.x, v[i][1] = q.y, v[i][2] = q.z, v[i][3] = q.w;
-            } else {
-                MOEI_UNROLL
-                for (int j = 0; j < 4; ++j) v[i][j] = m + j < num_chunks ? count[m + j] : 0;
-            }
-        }
-        MOEI_UNROLL
-        for (int i = 0; i < 4; ++i) {
-            const int sum = v[i][0] + v[i][1] + v[i][2] + v[i][3];
-            const int upto = moei_warp_inclusive_scan(sum);
-            at[i] = in_warp + upto - sum;
-            in_warp += __shfl_sync(MOEI_FULL, upto, 31);
-        }
-        { /* what the warps before have: the first lane brings its warp's sum */
-            const int ahead =
-                moei_block_exclusive_scan(moei_lane() == 0 ? in_warp : 0, &scratch, &total);
-            before += __shfl_sync(MOEI_FULL, ahead, 0);
-            MOEI_UNROLL
-            for (int i = 0; i < 4; ++i) {
-                const int64_t m = mine + i * 128;
-                int n = before + at[i];
-                MOEI_UNROLL
-                for (int j = 0; j < 4; ++j) {
-                    const int next = n + v[i][j];
-                    v[i][j] = n;
-                    n = next;
-                }
-                if (wide && m < num_chunks) {
-                    *(int4*)(count + m) = make_int4(v[i][0], v[i][1], v[i][2], v[i][3]);
-                } else {
-                    MOEI_UNROLL
-                    for (int j = 0; j < 4; ++j)
-                        if (m + j < num_chunks) count[m + j] = v[i][j];
-                }
-            }
-            before += total - __shfl_sync(MOEI_FULL, ahead, 0);
-        }
-    }
-    if (threadIdx.x == 0) d.expert_count[blockIdx.x] = before;
+    if (e < E) to[e] = (int)v.x;
+    if (e + 1 < E) to[e + 1] = (int)v.y;
+    if (e + 2 < E) to[e + 2] = (int)v.z;
+    if (e + 3 < E) to[e + 3] = (int)v.w;
 }
 
-/* Steps of 32 slots whose ids and weights a warp fetches together. */
-#define MOEI_ROUTE_BATCH 4
+/* The chunks are added up in groups of neighbours; a warp has 128 neighbouring experts of a group.
+   All powers of two, so that nothing is divided: log2 of the warps (or rounds of warps) that share
+   a group, and of the groups; chunks of a group. */
+typedef struct moei_route_groups {
+    int tiles_log2, log2, each;
+} moei_route_groups;
 
-/* Fetches the experts of a warp's next MOEI_ROUTE_BATCH * 32 slots, their weights and the rows that
-   their chunk's first slots of those experts get. What lies past the end, or is no expert, is -1. */
-MOE_DEVICE void moei_route_fetch(int* id, float* weight, int* first, const moe_route_desc* d,
-                                 int64_t chunk, int64_t s0, int64_t end)
+MOE_DEVICE moei_route_groups moei_route_group(int E, int chunks)
 {
-    const int64_t num_chunks = moe_num_chunks(d->num_tokens);
-    const float* weights = d->row_weight ? d->weights : (const float*)0;
+    const int tiles = (E + 127) / 128, warps_log2 = 31 - __clz((int)blockDim.x >> 5);
+    moei_route_groups g;
+    g.tiles_log2 = 32 - __clz(tiles - 1);
+    g.log2 = warps_log2 > g.tiles_log2 ? warps_log2 - g.tiles_log2 : 0;
+    g.each = (chunks + (1 << g.log2) - 1) >> g.log2;
+    return g;
+}
+
+/* parts[g][e] = rows of e in group g, base[e] = rows of e in the chunks of this block's group
+   before its own. */
+MOE_DEVICE void moei_route_sum(const moe_route_desc* d, const moei_route_shared* s, int* parts,
+                               const moei_route_groups* g)
+{
+    const int E = d->num_experts, chunks = (int)gridDim.x, own = (int)blockIdx.x;
+    MOEI_NO_UNROLL
+    for (int w = moei_warp(); w < 1 << (g->tiles_log2 + g->log2); w += (int)(blockDim.x >> 5)) {
+        const int e = (w & ((1 << g->tiles_log2) - 1)) * 128 + moei_lane() * 4;
+        const int group = w >> g->tiles_log2, from = group * g->each;
+        const int upto = from + g->each < chunks ? from + g->each : chunks;
+        const bool here = from <= own && own < upto;
+        uint4 sum = make_uint4(0, 0, 0, 0);
+        if (here) {
+            moei_route_add_counts(&sum, d, e, from, own);
+            moei_route_store_counts(s->base, e, E, sum);
+        }
+        moei_route_add_counts(&sum, d, e, here ? own : from, upto);
+        if (from < upto) moei_route_store_counts(parts + group * E, e, E, sum);
+    }
+}
+
+/* The ids and weights of a thread's slots in the round that begins at `begin`; -1 past `end`. */
+MOE_DEVICE void moei_route_fetch(int* id, float* weight, const moe_route_desc* d, uint32_t begin,
+                                 uint32_t end, int steps)
+{
+    const uint32_t first = begin + (uint32_t)(moei_warp() * steps * MOEI_WARP + moei_lane());
     MOEI_UNROLL
-    for (int i = 0; i < MOEI_ROUTE_BATCH; ++i) {
-        const int64_t s = s0 + i * MOEI_WARP + moei_lane(), in = s < end ? s : end - 1;
-        id[i] = (int)moei_load4_early(d->ids + in);
-        weight[i] = weights ? __uint_as_float(moei_load4_early(weights + in)) : 0.0f;
-    }
-    MOEI_UNROLL
-    for (int i = 0; i < MOEI_ROUTE_BATCH; ++i) {
-        const int64_t s = s0 + i * MOEI_WARP + moei_lane();
-        const bool expert = (unsigned)id[i] < (unsigned)d->num_experts;
-        if (s < end && !expert && id[i] != -1)
-            moei_fault_raise(d->fault, MOE_FAULT_BAD_ID, 0, s);
-        if (s >= end || !expert) id[i] = -1;
-        first[i] = (int)moei_load4_early(d->chunk_count + (id[i] < 0 ? 0 : id[i]) * num_chunks + chunk);
+    for (int i = 0; i < MOEI_ROUTE_STEPS; ++i) {
+        const uint32_t slot = first + (uint32_t)(i * MOEI_WARP);
+        const bool in = slot < end && i < steps;
+        id[i] = in ? (int)moei_load4_early(d->ids + slot) : -1;
+        weight[i] =
+            in && d->row_weight ? __uint_as_float(moei_load4_early(d->weights + slot)) : 0.0f;
     }
 }
 
-/* Launch 3, one warp a chunk: gives each slot its row, 32 slots at a time in order. `taken` counts,
-   per expert, the slots of the warp's chunk that have their row already. */
-MOE_KERNEL(MOEI_ROUTE_THREADS, 2) moei_route_place(MOE_ARG(moe_route_desc) d)
+/* The lanes whose v is this lane's; v has `bits` bits. Quicker than __match_any_sync for many
+   different v. */
+MOE_DEVICE uint32_t moei_route_same(int v, int bits)
 {
-    MOE_SHARED(moei_block_scan_scratch, scratch);
-    MOE_SHARED_DYNAMIC(shared);
-    const int E = d.num_experts, warps = (int)(blockDim.x >> 5);
-    int* offset = (int*)shared;                                  /* [E] first row of each expert */
-    uint16_t* taken = (uint16_t*)(offset + E) + moei_warp() * E; /* [warps][E] */
-    const int64_t chunk = (int64_t)blockIdx.x * warps + moei_warp();
-    const int64_t slots = (int64_t)d.num_tokens * d.top_k;
-    const int64_t chunk_slots = (int64_t)MOE_CHUNK_TOKENS * d.top_k, begin = chunk * chunk_slots;
-    const int64_t end = begin + chunk_slots < slots ? begin + chunk_slots : slots;
-    int id[MOEI_ROUTE_BATCH], first[MOEI_ROUTE_BATCH], rows = 0;
-    float weight[MOEI_ROUTE_BATCH];
+    uint32_t same = MOEI_FULL;
+    MOEI_NO_UNROLL
+    for (int b = 0; b < bits; ++b) {
+        const uint32_t set = __ballot_sync(MOEI_FULL, v >> b & 1);
+        same &= v >> b & 1 ? set : ~set;
+    }
+    return same;
+}
 
-    moei_let_next_start();
-    for (int e = moei_lane(); e < E; e += MOEI_WARP) taken[e] = 0;
-    moei_wait_for_previous();
-    if (moei_fault_stopped(d.fault)) return;
-
-    if (begin < end) moei_route_fetch(id, weight, first, &d, chunk, begin, end);
+/* expert_offset and expert_count, written by one block; offset[e] and base[e] of this block's first
+   round. Returns the number of rows. */
+MOE_DEVICE int moei_route_offsets(const moe_route_desc* d, const moei_route_shared* s,
+                                  moei_block_scan_scratch* scratch)
+{
+    const int E = d->num_experts, chunks = d->num_tokens > 0 ? (int)gridDim.x : 0;
+    const moei_route_groups group = moei_route_group(E, chunks);
+    /* more experts than the warps have in one go are in one group */
+    int* parts = E <= (int)blockDim.x * 4 ? s->row : s->start;
+    int rows = 0;
+    if (chunks > 0) moei_route_sum(d, s, parts, &group);
+    __syncthreads();
     for (int e0 = 0; e0 < E; e0 += (int)blockDim.x) {
         const int e = e0 + (int)threadIdx.x;
-        int total;
-        const int at = moei_block_exclusive_scan(e < E ? d.expert_count[e] : 0, &scratch, &total);
+        unsigned all = 0, before = 0;
+        int at, total;
         if (e < E) {
-            offset[e] = rows + at;
-            if (blockIdx.x == 0) d.expert_offset[e] = rows + at;
+            MOEI_UNROLL_8
+            for (int g = 0; g < 1 << group.log2; ++g) {
+                const int from = g * group.each;
+                const unsigned n = from < chunks ? (unsigned)parts[g * E + e] : 0;
+                all += n;
+                before += from + group.each <= (int)blockIdx.x ? n : 0;
+            }
+        }
+        at = rows + moei_block_exclusive_scan((int)all, scratch, &total);
+        if (e < E) {
+            s->offset[e] = at;
+            s->base[e] = (int)((unsigned)s->base[e] + before + (unsigned)at);
+            if (blockIdx.x == 0) d->expert_count[e] = (int)all, d->expert_offset[e] = at;
         }
         rows += total;
     }
-    if (blockIdx.x == 0 && threadIdx.x == 0) d.expert_offset[E] = rows;
-    __syncthreads();
+    if (blockIdx.x == 0 && threadIdx.x == 0) {
+        d->expert_offset[E] = rows;
+        if (rows < 0 || (unsigned)rows > (unsigned)d->num_tokens * (unsigned)d->top_k)
+            moei_fault_raise(d->fault, MOE_FAULT_BAD_COUNT, 0, 0);
+    }
+    return rows;
+}
 
-    for (int64_t s0 = begin; s0 < end; s0 += MOEI_ROUTE_BATCH * MOEI_WARP) {
-        if (s0 > begin) moei_route_fetch(id, weight, first, &d, chunk, s0, end);
+/* How many of its warp's slots before it, in this step and those before, a lane's slot shares its
+   expert with; counts it in `ahead`. */
+MOE_DEVICE int moei_route_rank(const moei_route_shared* s, int expert, int bits)
+{
+    const uint32_t same = moei_route_same(expert, bits);
+    uint16_t* count = s->ahead + (expert < 0 ? 0 : expert) * s->stride + moei_warp();
+    const int rank = *count + __popc(same & ((1u << moei_lane()) - 1u));
+    __syncwarp(MOEI_FULL);
+    if (expert >= 0 && same >> moei_lane() == 1u) *count = (uint16_t)(rank + 1); /* the last one */
+    __syncwarp(MOEI_FULL);
+    return rank;
+}
+
+/* Turns each expert's counts of the warps into sums over the warps before, and gives each expert
+   its first position. Returns the number of positions. Ends with a barrier. */
+MOE_DEVICE int moei_route_starts(const moei_route_shared* s, int E,
+                                 moei_block_scan_scratch* scratch)
+{
+    const int warps = (int)(blockDim.x >> 5);
+    int taken = 0;
+    for (int e0 = 0; e0 < E; e0 += (int)blockDim.x) {
+        const int e = e0 + (int)threadIdx.x;
+        uint16_t* count = s->ahead + e * s->stride;
+        int n = 0, total;
+        for (int w = 0; w < warps && e < E; w += 8) {
+            int v[8];
+            MOEI_UNROLL
+            for (int i = 0; i < 8; ++i) v[i] = w + i < warps ? count[w + i] : 0;
+            MOEI_UNROLL
+            for (int i = 0; i < 8; ++i) {
+                if (w + i < warps) count[w + i] = (uint16_t)n;
+                n += v[i];
+            }
+        }
+        n = taken + moei_block_exclusive_scan(n, scratch, &total);
+        if (e < E) s->start[e] = n;
+        taken += total;
+    }
+    __syncthreads();
+    return taken;
+}
+
+/* Launch 2, one block a chunk: gives each slot its row. */
+MOE_KERNEL(MOEI_ROUTE_THREADS, 1) moei_route_place(MOE_ARG(moe_route_desc) d)
+{
+    MOE_SHARED(moei_block_scan_scratch, scratch);
+    MOE_SHARED_DYNAMIC(shared);
+    const int E = d.num_experts, slots = d.num_tokens * d.top_k, bits = 32 - __clz(E);
+    const uint32_t end = moei_route_begin(&d, blockIdx.x + 1);
+    uint32_t begin = moei_route_begin(&d, blockIdx.x);
+    const int steps = (int)min((end - begin + blockDim.x - 1) / blockDim.x, MOEI_ROUTE_STEPS);
+    int id[MOEI_ROUTE_STEPS], rows;
+    float weight[MOEI_ROUTE_STEPS];
+    moei_route_shared s;
+
+    moei_let_next_start();
+    moei_route_carve(&s, shared, E);
+    moei_route_clear(&s, E);
+    moei_wait_for_previous();
+    if (moei_fault_stopped(d.fault)) return;
+    moei_route_fetch(id, weight, &d, begin, end, steps);
+    rows = moei_route_offsets(&d, &s, &scratch);
+
+    for (; begin < end; begin += blockDim.x * (uint32_t)steps) {
+        const uint32_t first = begin + (uint32_t)(moei_warp() * steps * MOEI_WARP + moei_lane());
+        int expert[MOEI_ROUTE_STEPS], rank[MOEI_ROUTE_STEPS], taken;
         MOEI_UNROLL
-        for (int i = 0; i < MOEI_ROUTE_BATCH; ++i) { /* in slot order: this makes it stable */
-            const int64_t s = s0 + i * MOEI_WARP + moei_lane();
-            const int e = id[i];
-            const uint32_t same = __match_any_sync(MOEI_FULL, e);
-            const int before = __popc(same & ((1u << moei_lane()) - 1u));
-            int local = -1, row = -1; /* row within the expert, and in expert order */
+        for (int i = 0; i < MOEI_ROUTE_STEPS; ++i) {
+            expert[i] = -1;
+            rank[i] = 0;
+            if (i < steps) {
+                expert[i] = moei_route_id(&d, first + (uint32_t)(i * MOEI_WARP), id[i]);
+                rank[i] = moei_route_rank(&s, expert[i], bits);
+            }
+        }
+        __syncthreads();
+        taken = moei_route_starts(&s, E, &scratch);
+        MOEI_UNROLL
+        for (int i = 0; i < MOEI_ROUTE_STEPS; ++i) {
+            const uint32_t slot = first + (uint32_t)(i * MOEI_WARP);
+            const int e = expert[i];
+            int row = -1;
             if (e >= 0) {
-                local = first[i] + taken[e] + before;
-                row = offset[e] + local;
-                if (row < 0 || row >= slots) { /* chunk_count is not what the gate left for these ids */
-                    moei_fault_raise(d.fault, MOE_FAULT_BAD_COUNT, 0, s);
-                    local = row = -1;
+                const int n = s.ahead[e * s.stride + moei_warp()] + rank[i], at = s.start[e] + n;
+                row = (int)((unsigned)s.base[e] + (unsigned)n);
+                if (row < 0 || row >= slots) { /* these are not the ids that were counted */
+                    moei_fault_raise(d.fault, MOE_FAULT_BAD_COUNT, 0, slot);
+                    row = -1;
                 }
+                s.row[at] = row;
+                s.slot[at] = (int)slot;
+                s.weight[at] = weight[i];
             }
-            __syncwarp(MOEI_FULL);
-            if (e >= 0 && before == 0) taken[e] = (uint16_t)(taken[e] + __popc(same));
-            __syncwarp(MOEI_FULL);
-            if (s < end && d.slot_row) d.slot_row[s] = row;
-            if (s < end && d.place) {
-                moe_place p;
+            if (i < steps && slot < end && d.slot_row) d.slot_row[slot] = row;
+            if (i < steps && slot < end && d.place) {
                 const bool split = d.place_kind == MOE_PLACE_BY_EXPERT;
+                moe_place p;
                 p.buffer = row < 0 ? -1 : split ? e : 0;
-                p.row = split ? local : row;
-                d.place[s] = p;
+                p.row = row < 0 ? -1 : split ? row - s.offset[e] : row;
+                d.place[slot] = p;
             }
-            if (row >= 0 && d.row_slot) d.row_slot[row] = (int32_t)s;
-            if (row >= 0 && d.row_weight) d.row_weight[row] = weight[i];
+        }
+        moei_route_fetch(id, weight, &d, begin + blockDim.x * (uint32_t)steps, end, steps);
+        __syncthreads();
+        for (int at = (int)threadIdx.x; at < taken; at += (int)blockDim.x) {
+            const int row = s.row[at];
+            if (row >= 0 && d.row_slot) d.row_slot[row] = s.slot[at];
+            if (row >= 0 && d.row_weight) d.row_weight[row] = s.weight[at];
+        }
+        if (begin + blockDim.x * (uint32_t)steps < end) { /* for the next round */
+            for (int e = (int)threadIdx.x; e < E; e += (int)blockDim.x)
+                s.base[e] += (e + 1 < E ? s.start[e + 1] : taken) - s.start[e];
+            moei_route_clear(&s, E);
+            __syncthreads();
         }
     }
     /* rows that no slot took */
-    for (int64_t r = rows + (int64_t)blockIdx.x * blockDim.x + threadIdx.x; r < slots;
-         r += (int64_t)gridDim.x * blockDim.x) {
+    for (uint32_t r = (rows < 0 ? 0u : (uint32_t)rows) + blockIdx.x * blockDim.x + threadIdx.x;
+         r < (uint32_t)slots; r += gridDim.x * blockDim.x) {
         if (d.row_slot) d.row_slot[r] = -1;
         if (d.row_weight) d.row_weight[r] = 0.0f;
     }
 }
 
-/* Warps of a block that counts or places, and its shared memory: less than 48 KB for any E. */
-MOE_HOST moei_launch_config moei_route_grid(const moe_route_desc* d, int placing, cudaStream_t stream)
+/* A block a chunk: a thread for each of its slots or, where it adds up the counts of many chunks,
+   more; within bounds, and no more warps than the device's shared memory has room for (one warp,
+   with 4096 experts, wants 57 KB). */
+MOE_HOST moe_status moei_route_grid(moei_launch_config* c, const moe_route_desc* d, int placing,
+                                    cudaStream_t stream)
 {
     const int64_t chunks = moe_num_chunks(d->num_tokens);
-    const size_t each = (size_t)d->num_experts * (placing ? 2 : 4);
-    const size_t all = placing ? (size_t)d->num_experts * 4 : 0;
-    int warps = MOEI_ROUTE_WARPS;
-    while (warps > 1 && all + (size_t)warps * each > 40 * 1024) warps /= 2;
-    return moei_grid(chunks > 0 ? (chunks + warps - 1) / warps : 1, warps * MOEI_WARP,
-                     all + (size_t)warps * each, stream);
+    const int64_t slots = moe_chunk_tokens(d->num_tokens) * d->top_k;
+    const int64_t sums = placing ? chunks * ((d->num_experts + 127) / 128) : 0;
+    size_t smem = (size_t)d->num_experts * 4;
+    int warps = MOEI_ROUTE_THREADS / 32;
+    moei_device device;
+    MOEI_TRY(moei_device_query(&device));
+    while (warps > 8 && slots <= warps * 16 && sums <= warps * 4) warps /= 2;
+    if (placing)
+        while ((smem = moei_route_shared_bytes(d->num_experts, warps)) + 1024 >
+                   (size_t)device.smem_block &&
+               warps > 1)
+            warps /= 2;
+    *c = moei_grid(chunks > 0 ? chunks : 1, warps * 32, smem, stream);
+    c->dependent = 1;
+    return MOE_OK;
 }
 
 MOE_HOST moe_status moei_route_check(moe_route_desc* d)
@@ -351,15 +507,10 @@ MOE_HOST moe_status moe_route(const moe_route_desc* desc, cudaStream_t stream)
     }
     MOEI_TRY(moei_route_check(&d));
     if (want > 0) {
-        c = moei_route_grid(&d, 0, stream);
-        c.dependent = 1;
+        MOEI_TRY(moei_route_grid(&c, &d, 0, stream));
         MOEI_TRY(MOE_LAUNCH(moei_route_count, c, d));
     }
-    c = moei_grid(d.num_experts, MOEI_ROUTE_THREADS, 0, stream);
-    c.dependent = 1;
-    MOEI_TRY(MOE_LAUNCH(moei_route_scan, c, d));
-    c = moei_route_grid(&d, 1, stream);
-    c.dependent = 1;
+    MOEI_TRY(moei_route_grid(&c, &d, 1, stream));
     return MOE_LAUNCH(moei_route_place, c, d);
 }
 
@@ -367,7 +518,6 @@ MOE_HOST moe_status moe_route(const moe_route_desc* desc, cudaStream_t stream)
 MOE_HOST moe_status moe_route_preload(void)
 {
     MOEI_TRY(moei_preload((const void*)moei_route_count));
-    MOEI_TRY(moei_preload((const void*)moei_route_scan));
     return moei_preload((const void*)moei_route_place);
 }
 

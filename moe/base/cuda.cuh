@@ -43,9 +43,11 @@
 #if MOE_ON_HOST
 #define MOEI_UNROLL
 #define MOEI_NO_UNROLL
+#define MOEI_UNROLL_8
 #else
 #define MOEI_UNROLL _Pragma("unroll")
 #define MOEI_NO_UNROLL _Pragma("unroll 1") /* a loop whose registers are wanted elsewhere */
+#define MOEI_UNROLL_8 _Pragma("unroll 8")  /* a loop of loads: eight are under way at once */
 #endif
 
 #define MOE_DEVICE MOEI_UNUSED static __device__ __forceinline__

@@ -65,6 +65,10 @@ inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b)
 {
     return (unsigned long long)((unsigned __int128)a * b >> 64);
 }
+inline unsigned __funnelshift_l(unsigned lo, unsigned hi, unsigned shift)
+{
+    return (unsigned)(((uint64_t)hi << 32 | lo) << (shift & 31) >> 32);
+}
 inline unsigned __brev(unsigned v)
 {
     v = (v >> 1 & 0x55555555u) | (v & 0x55555555u) << 1;

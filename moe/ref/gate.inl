@@ -6,7 +6,7 @@ MOE_HOST MOEI_REAL MOEI_REF(moei_ref_below)(MOEI_REAL l, MOEI_REAL max)
     return l == max ? 0 : l - max;
 }
 
-/* ids, weights [T, K]; expert_count [E] and chunk_count [E, moe_num_chunks(T)] may be null.
+/* ids, weights [T, K]; expert_count [E] and chunk_count [moe_num_chunks(T), E] may be null.
    Returns the first token whose row holds a NaN, or -1. */
 MOE_HOST int64_t MOEI_REF(moe_ref_gate)(const moe_ref_gate_desc* d, int32_t* ids,
                                         MOEI_REAL* weights, int32_t* expert_count,
@@ -66,7 +66,7 @@ MOE_HOST int64_t MOEI_REF(moe_ref_gate)(const moe_ref_gate_desc* d, int32_t* ids
             if (d->renormalize && total > 0) weight[k] /= total;
             if (d->scale != 0) weight[k] *= d->scale;
             if (expert_count) ++expert_count[id[k]];
-            if (chunk_count) ++chunk_count[id[k] * chunks + t / MOE_CHUNK_TOKENS];
+            if (chunk_count) ++chunk_count[t / moe_chunk_tokens(d->num_tokens) * E + id[k]];
         }
 #undef MOEI_LOGIT
     }

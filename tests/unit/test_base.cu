@@ -123,7 +123,14 @@ static void test_ranges(void)
     CHECK(moei_extent(3, 10, 8, MOE_FP32) == 28 * 4 && moei_extent(3, 10, 8, MOE_BF16) == 28 * 2);
     CHECK(moei_extent(600000, 7168, 7168, MOE_BF16) == 600000ull * 7168 * 2, "past 2^32 bytes");
     CHECK(moe_num_chunks(0) == 0 && moe_num_chunks(1) == 1);
-    CHECK(moe_num_chunks(MOE_CHUNK_TOKENS) == 1 && moe_num_chunks(MOE_CHUNK_TOKENS + 1) == 2);
+    CHECK(moe_num_chunks(16) == 1 && moe_num_chunks(17) == 2);
+    CHECK(moe_chunk_tokens(2048) == 16 && moe_chunk_tokens(2049) == 32);
+    for (int64_t t = 1; t < 1ll << 40; t += t / 3 + 1) {
+        const int64_t each = moe_chunk_tokens(t), chunks = moe_num_chunks(t);
+        CHECK(each % 16 == 0 && chunks <= MOE_MAX_CHUNKS && (chunks - 1) * each < t &&
+                  t <= chunks * each,
+              "%lld tokens", (long long)t);
+    }
 }
 
 /* ---- fault.h ---- */

@@ -222,6 +222,18 @@ static void test_gate_shapes(void)
         }
 }
 
+/* More tokens in a chunk than its block has under way together. */
+static void test_gate_big_chunks(void)
+{
+    static const int shape[][3] = {{2060, 600, 9}, {2060, 1030, 1}};
+    trand r = trand_new(12);
+    for (int i = 0; i < 2; ++i) {
+        gate_case c = random_case(&r, shape[i][0], shape[i][1], shape[i][2]);
+        c.bare = 0;
+        run_case(&c, &r);
+    }
+}
+
 /* K = E: every expert is chosen, in order. */
 static void test_gate_all_experts(void)
 {
@@ -489,9 +501,10 @@ static void test_gate_large(void)
 {
 #if !MOE_ON_HOST
     static const int shape[][3] = {
-        {32768, 128, 8}, {8192, 256, 8}, {4097, 384, 6}, {2000, 4096, 4}};
+        {32768, 128, 8}, {8192, 256, 8},  {4097, 384, 6},  {2000, 4096, 4}, {100003, 8, 2},
+        {40001, 128, 8}, {70000, 64, 12}, {9001, 1024, 8}, {33333, 256, 20}};
     trand r = trand_new(10);
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < 9; ++i) {
         gate_case c = random_case(&r, shape[i][0], shape[i][1], shape[i][2]);
         c.bare = 0;
         run_case(&c, &r);
@@ -503,6 +516,7 @@ int main(int argc, char** argv)
 {
     test_begin(argc, argv);
     RUN(test_gate_shapes);
+    RUN(test_gate_big_chunks);
     RUN(test_gate_all_experts);
     RUN(test_gate_many_choices);
     RUN(test_gate_patterns);

@@ -64,7 +64,7 @@ static void count_chunks(int32_t* chunk, const int32_t* ids, const route_case* c
     for (int64_t i = 0; i < c->E * chunks; ++i) chunk[i] = 0;
     for (int64_t s = 0; s < (int64_t)c->T * c->K; ++s)
         if (ids[s] >= 0 && ids[s] < c->E)
-            ++chunk[ids[s] * chunks + s / c->K / MOE_CHUNK_TOKENS];
+            ++chunk[s / c->K / moe_chunk_tokens(c->T) * c->E + ids[s]];
 }
 
 static void bufs_new(route_bufs* b, const route_case* c, const int32_t* ids, const float* weights)
@@ -240,7 +240,6 @@ static void test_route_shapes(void)
         for (size_t j = 0; j < sizeof Ts / sizeof *Ts; ++j)
             for (int n = 0; n < (Es[i] > 64 ? 1 : 3); ++n) {
                 const route_case c = random_case(&r, Ts[j], Es[i], Ks[trand_int(&r, 0, 11)]);
-                /* a block an expert: many experts take the CPU long */
                 if (MOE_ON_HOST && Es[i] > 64 && (i + j) % (Es[i] > 384 ? 10 : 2)) continue;
                 run_case(&c, &r);
             }
@@ -265,15 +264,51 @@ static void test_route_patterns(void)
                 }
 }
 
-/* More chunks than one pass of the scan takes (1024). */
-static void test_route_many_chunks(void)
+/* The most chunks there are, and chunks of more slots than a block has under way together. */
+static void test_route_big_chunks(void)
 {
+    static const int shape[][3] = {{MOE_MAX_CHUNKS * 16, 3, 1}, {MOE_MAX_CHUNKS * 16 + 5, 3, 1},
+                                   {40, 11, 300}, {16, 2000, 500}, {2300, 5, 70}};
     trand r = trand_new(3);
-    route_case c = random_case(&r, 1025 * MOE_CHUNK_TOKENS + 5, 3, 1);
-    c.bare = 0;
-    for (c.counts = 0; c.counts < 2; ++c.counts) {
-        c.pattern = c.counts ? DROPPED : UNIFORM;
-        run_case(&c, &r);
+    for (size_t i = 0; i < sizeof shape / sizeof *shape; ++i)
+        for (int counts = 0; counts < 2; ++counts) {
+            route_case c = random_case(&r, shape[i][0], shape[i][1], shape[i][2]);
+            c.bare = 0;
+            c.counts = counts;
+            c.pattern = counts ? DROPPED : UNIFORM;
+            run_case(&c, &r);
+        }
+}
+
+/* Counts that are not those of the ids: nothing outside the outputs is written. */
+static void test_route_foreign_counts(void)
+{
+    trand r = trand_new(12);
+    for (int round = 0; round < 12; ++round) {
+        route_case c = random_case(&r, (int)trand_int(&r, 1, 90), (int)trand_int(&r, 2, 40), 4);
+        const int64_t slots = (int64_t)c.T * c.K, n = c.E * moe_num_chunks(c.T);
+        int32_t* ids = (int32_t*)test_host(slots * 4);
+        float* weights = (float*)test_host(slots * 4);
+        int32_t* chunk = (int32_t*)test_host(n * 4);
+        route_bufs b;
+        c.pattern = UNIFORM;
+        c.counts = 1;
+        c.bare = 0;
+        fill_ids(ids, &c, &r);
+        trand_fill_normal(&r, weights, slots, MOE_FP32);
+        bufs_new(&b, &c, ids, weights);
+        for (int64_t i = 0; i < n; ++i)
+            chunk[i] = (int32_t)trand_int(&r, round % 2 ? -1000000 : 100, 1000000);
+        tbuf_put(&b.chunk, chunk);
+        CHECK_STATUS(moe_route(&b.d, test_now.stream), MOE_OK);
+        CHECK(tbuf_holds(&b.chunk, chunk), "an input was written"); /* and the guards are checked */
+        if (round % 2 == 0) { /* every sum lies past the last row */
+            uint64_t word;
+            tbuf_get(&b.fault, &word);
+            CHECK(moe_fault_decode(word).code == MOE_FAULT_BAD_COUNT);
+        }
+        bufs_free(&b);
+        free(ids), free(weights), free(chunk);
     }
 }
 
@@ -605,9 +640,9 @@ static void test_route_large(void)
 {
 #if !MOE_ON_HOST
     static const int shape[][3] = {
-        {32768, 128, 8}, {8192, 256, 8}, {100003, 8, 2}, {20000, 4096, 1}};
+        {32768, 128, 8}, {8192, 256, 8}, {100003, 8, 2}, {20000, 4096, 1}, {300000, 60, 6}, {32769, 512, 10}};
     trand r = trand_new(11);
-    for (int i = 0; i < 4; ++i)
+    for (int i = 0; i < 6; ++i)
         for (int counts = 0; counts < 2; ++counts) {
             route_case c = random_case(&r, shape[i][0], shape[i][1], shape[i][2]);
             c.counts = counts;
@@ -622,7 +657,8 @@ int main(int argc, char** argv)
     test_begin(argc, argv);
     RUN(test_route_shapes);
     RUN(test_route_patterns);
-    RUN(test_route_many_chunks);
+    RUN(test_route_big_chunks);
+    RUN(test_route_foreign_counts);
     RUN(test_route_wide_tokens);
     RUN(test_route_optional_outputs);
     RUN(test_route_faults);
