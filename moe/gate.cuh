@@ -503,7 +503,8 @@ MOE_HOST moe_status moei_gate_check(moe_gate_desc* d)
     if (d->logits_dtype == 0) d->logits_dtype = MOE_FP32;
     MOEI_REQUIRE(moe_dtype_bytes(d->logits_dtype), MOE_ERR_DTYPE, logits_dtype);
     if (d->logits_stride == 0) d->logits_stride = d->num_experts;
-    MOEI_REQUIRE(d->logits_stride >= d->num_experts, MOE_ERR_STRIDE, logits_stride);
+    MOEI_REQUIRE(moei_stride_fits(d->logits_stride, d->num_experts, d->num_tokens), MOE_ERR_STRIDE,
+                 logits_stride);
     if (d->score == 0) d->score = MOE_SCORE_SOFTMAX;
     MOEI_REQUIRE(d->score >= 0 && d->score <= MOE_SCORE_SIGMOID, MOE_ERR_OPTION, score);
     MOEI_REQUIRE(d->renormalize == 0 || d->renormalize == 1, MOE_ERR_OPTION, renormalize);
@@ -511,10 +512,9 @@ MOE_HOST moe_status moei_gate_check(moe_gate_desc* d)
     if (d->scale == 0.0f) d->scale = 1.0f;
     MOEI_REQUIRE(moei_aligned(d->fault, 8), MOE_ERR_ALIGN, fault);
     MOEI_REQUIRE(moei_aligned(d->expert_count, 4), MOE_ERR_ALIGN, expert_count);
-    if (d->num_tokens == 0) return MOE_OK;
-    MOEI_REQUIRE(d->logits, MOE_ERR_NULL, logits);
-    MOEI_REQUIRE(d->ids, MOE_ERR_NULL, ids);
-    MOEI_REQUIRE(d->weights, MOE_ERR_NULL, weights);
+    MOEI_REQUIRE(d->logits || slots == 0, MOE_ERR_NULL, logits);
+    MOEI_REQUIRE(d->ids || slots == 0, MOE_ERR_NULL, ids);
+    MOEI_REQUIRE(d->weights || slots == 0, MOE_ERR_NULL, weights);
     MOEI_REQUIRE(moei_aligned(d->logits, (uintptr_t)moe_dtype_bytes(d->logits_dtype)),
                  MOE_ERR_ALIGN, logits);
     MOEI_REQUIRE(moei_aligned(d->ids, 4), MOE_ERR_ALIGN, ids);

@@ -117,11 +117,13 @@ MOE_HOST moe_status moei_router_check(moe_router_desc* d, moe_grouped_gemm_desc*
     if (d->router_dtype == 0) d->router_dtype = d->x_dtype;
     MOEI_REQUIRE(moe_dtype_bytes(d->router_dtype), MOE_ERR_DTYPE, router_dtype);
     if (d->x_stride == 0) d->x_stride = d->hidden;
-    MOEI_REQUIRE(d->x_stride >= d->hidden, MOE_ERR_STRIDE, x_stride);
+    MOEI_REQUIRE(moei_stride_fits(d->x_stride, d->hidden, d->num_tokens), MOE_ERR_STRIDE, x_stride);
     if (d->router_stride == 0) d->router_stride = d->hidden;
-    MOEI_REQUIRE(d->router_stride >= d->hidden, MOE_ERR_STRIDE, router_stride);
+    MOEI_REQUIRE(moei_stride_fits(d->router_stride, d->hidden, d->num_experts), MOE_ERR_STRIDE,
+                 router_stride);
     if (d->logits_stride == 0) d->logits_stride = d->num_experts;
-    MOEI_REQUIRE(d->logits_stride >= d->num_experts, MOE_ERR_STRIDE, logits_stride);
+    MOEI_REQUIRE(moei_stride_fits(d->logits_stride, d->num_experts, d->num_tokens), MOE_ERR_STRIDE,
+                 logits_stride);
     MOEI_REQUIRE(moei_aligned(d->fault, 8), MOE_ERR_ALIGN, fault);
     *gemm = 0;
     if (d->num_tokens == 0) return MOE_OK;

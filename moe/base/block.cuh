@@ -4,7 +4,7 @@
 
 #include "warp.cuh"
 
-/* Scratch of one block scan, in shared memory. */
+/* Scratch of one scan or sum, in shared memory. */
 typedef struct moei_block_scan_scratch {
     int warp_sum[MOEI_WARP];
 } moei_block_scan_scratch;
@@ -27,6 +27,21 @@ MOE_DEVICE int moei_block_exclusive_scan(int v, moei_block_scan_scratch* s, int*
     __syncthreads();
     *total = all;
     return before + inclusive - v;
+}
+
+/* Sum over the threads of a block of whole warps, in a fixed order; every thread gets it. Ends with a
+   barrier. */
+MOE_DEVICE float moei_block_sum(float v, moei_block_scan_scratch* s)
+{
+    const int warps = (int)(blockDim.x >> 5);
+    const float sum = moei_group_sum(v, MOEI_WARP);
+    float all;
+    if (moei_lane() == 0) s->warp_sum[moei_warp()] = __float_as_int(sum);
+    __syncthreads();
+    all = moei_lane() < warps ? __int_as_float(s->warp_sum[moei_lane()]) : 0.0f;
+    all = moei_group_sum(all, MOEI_WARP);
+    __syncthreads();
+    return all;
 }
 
 #endif

@@ -50,7 +50,7 @@ enum {
     X(expert_count) X(expert_offset) X(chunk_count) X(slot_row) X(row_slot) X(row_weight)         \
     X(place) X(place_kind) X(table) X(num_buffers) X(rows) X(rows_dtype) X(row_stride)            \
     X(residual) X(residual_stride) X(w1) X(w2) X(bias1) X(bias2) X(gate_up)                       \
-    X(activation) X(act) X(act_stride) X(a) X(a_stride) X(a_major) X(b) X(b_stride) X(b_major)    \
+    X(act) X(act_stride) X(a) X(a_stride) X(a_major) X(b) X(b_stride) X(b_major)                  \
     X(bias) X(c) X(c_dtype) X(c_stride) X(n) X(k) X(row_div) X(row_index) X(epilogue)             \
     X(a_rows) X(tile)                                                                             \
     X(workspace) X(workspace_bytes) X(fault) X(stage)

@@ -32,6 +32,13 @@ MOE_HOST uint64_t moei_extent(int64_t rows, int64_t stride, int64_t columns, int
            (uint64_t)moe_dtype_bytes(dtype);
 }
 
+/* May `rows` rows of `columns` elements begin `stride` elements apart? Not where they would overlap,
+   nor where their extent would pass 2^62 bytes. */
+MOE_HOST int moei_stride_fits(int64_t stride, int64_t columns, int64_t rows)
+{
+    return stride >= columns && stride <= ((int64_t)1 << 60) / (rows > 0 ? rows : 1);
+}
+
 MOE_HOST const char* moe_dtype_name(int dtype)
 {
     return dtype == MOE_FP32 ? "fp32" : dtype == MOE_FP16 ? "fp16" : dtype == MOE_BF16 ? "bf16" : "?";

@@ -40,7 +40,7 @@ MOE_DEVICE void moei_epilogue_warp(const moe_grouped_gemm_desc* d, const moei_ti
                                    const int wm, const int wn)
 {
     const bool swiglu = d->epilogue == MOE_EPILOGUE_SWIGLU;
-    const bool pairs = swiglu && d->gate_up == MOE_GATE_UP_INTERLEAVED;
+    const bool pairs = d->gate_up == MOE_GATE_UP_INTERLEAVED;
     const int ld = wn + 4;
     const int groups = (swiglu ? wn / 2 : wn) / 8; /* of 8 columns of C, in one strip row */
     const int c_bytes = d->c_dtype == MOE_FP32 ? 4 : 2;

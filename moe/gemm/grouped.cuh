@@ -28,13 +28,11 @@
 
 /* tile, rows, columns, depth of a step, warps along rows and columns, stages, blocks a
    multiprocessor. Threads * 8 / depth must be 32, warp tiles at most 64 x 64. */
-#ifndef MOEI_GEMM_TILE_LIST
 #define MOEI_GEMM_TILE_LIST(X)                                                                    \
     X(128x256, 128, 256, 64, 2, 4, 3, 1)                                                          \
     X(128x128, 128, 128, 32, 2, 2, 3, 2)                                                          \
     X(32x128, 32, 128, 64, 2, 4, 3, 2)                                                            \
     X(64x64, 64, 64, 32, 2, 2, 2, 4)
-#endif
 
 /* dtype and majors every tile is stamped with; predefine it to trim or extend what is compiled. */
 #ifndef MOE_GEMM_VARIANT_LIST
@@ -130,7 +128,7 @@ MOE_HOST moe_status moei_gemm_check(moe_grouped_gemm_desc* d)
     MOEI_REQUIRE(d->gate_up >= 0 && d->gate_up <= MOE_GATE_UP_SEPARATE, MOE_ERR_OPTION, gate_up);
     MOEI_REQUIRE((swiglu && d->gate_up == MOE_GATE_UP_SEPARATE) || (!d->b.up && !d->b.up_table),
                  MOE_ERR_CONFLICT, b);
-    if (!swiglu) d->gate_up = MOE_GATE_UP_INTERLEAVED; /* one matrix, no halves */
+    if (!swiglu) d->gate_up = MOE_GATE_UP_DEFAULT; /* neither gate nor up: one matrix */
     if (d->a_major == 0) d->a_major = MOE_MAJOR_K;
     MOEI_REQUIRE(d->a_major == MOE_MAJOR_K || d->a_major == MOE_MAJOR_MN, MOE_ERR_OPTION, a_major);
     if (d->b.major == 0) d->b.major = MOE_MAJOR_K;
@@ -143,21 +141,23 @@ MOE_HOST moe_status moei_gemm_check(moe_grouped_gemm_desc* d)
     if (d->a_rows == 0) d->a_rows = d->num_rows;
     {
         const int64_t inner = d->a_major == MOE_MAJOR_K ? d->k : d->a_rows;
+        const int64_t outer = d->a_major == MOE_MAJOR_K ? d->a_rows : d->k;
         if (d->a_stride == 0) d->a_stride = inner;
-        MOEI_REQUIRE(d->a_stride >= inner, MOE_ERR_STRIDE, a_stride);
+        MOEI_REQUIRE(moei_stride_fits(d->a_stride, inner, outer), MOE_ERR_STRIDE, a_stride);
         MOEI_REQUIRE(d->a_stride % 8 == 0, MOE_ERR_ALIGN, a_stride);
     }
     b_rows = (int64_t)d->n * (swiglu && d->gate_up != MOE_GATE_UP_SEPARATE ? 2 : 1);
     b_cols = d->b.major == MOE_MAJOR_K ? d->k : b_rows;
     if (d->b.major == MOE_MAJOR_MN) b_rows = d->k;
     if (d->b.row_stride == 0) d->b.row_stride = b_cols;
-    MOEI_REQUIRE(d->b.row_stride >= b_cols, MOE_ERR_STRIDE, b_stride);
+    MOEI_REQUIRE(moei_stride_fits(d->b.row_stride, b_cols, b_rows), MOE_ERR_STRIDE, b_stride);
     MOEI_REQUIRE(d->b.row_stride % 8 == 0, MOE_ERR_ALIGN, b_stride);
     if (d->b.expert_stride == 0) d->b.expert_stride = d->b.row_stride * b_rows;
-    MOEI_REQUIRE(d->b.expert_stride > 0 || d->num_experts == 1, MOE_ERR_STRIDE, b_stride);
+    MOEI_REQUIRE(moei_stride_fits(d->b.expert_stride, d->num_experts > 1, d->num_experts),
+                 MOE_ERR_STRIDE, b_stride);
     MOEI_REQUIRE(d->b.expert_stride % 8 == 0, MOE_ERR_ALIGN, b_stride);
     if (d->c_stride == 0) d->c_stride = d->n;
-    MOEI_REQUIRE(d->c_stride >= d->n, MOE_ERR_STRIDE, c_stride);
+    MOEI_REQUIRE(moei_stride_fits(d->c_stride, d->n, d->num_rows), MOE_ERR_STRIDE, c_stride);
     MOEI_REQUIRE(d->c_stride % 8 == 0, MOE_ERR_ALIGN, c_stride);
 
     MOEI_REQUIRE(!(d->row_index && d->a_major == MOE_MAJOR_MN), MOE_ERR_CONFLICT, row_index);

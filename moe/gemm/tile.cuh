@@ -61,6 +61,12 @@ MOE_DEVICE const char* moei_weight_up(const moe_weights* w, int expert)
     return (const char*)w->up + (int64_t)expert * w->expert_stride * 2;
 }
 
+/* Do a tile's columns come from two places of B, half of them gates and half of them ups? */
+MOE_DEVICE bool moei_gemm_halves(const moe_grouped_gemm_desc* d)
+{
+    return d->gate_up == MOE_GATE_UP_CONCATENATED || d->gate_up == MOE_GATE_UP_SEPARATE;
+}
+
 /* Points the loader at the first step of tile number `index`, which is below num_tiles. */
 MOE_DEVICE void moei_loader_begin(moei_loader* p, int index, const moei_schedule* s,
                                   const moe_grouped_gemm_desc* d, const int tm, const int tn,
@@ -68,14 +74,14 @@ MOE_DEVICE void moei_loader_begin(moei_loader* p, int index, const moei_schedule
 {
     const moei_tile t = moei_schedule_tile(s, index, tm);
     const int piece = (int)threadIdx.x % (kb / 8), r = (int)threadIdx.x / (kb / 8);
-    const bool halves = d->epilogue == MOE_EPILOGUE_SWIGLU && d->gate_up != MOE_GATE_UP_INTERLEAVED;
+    const bool halves = moei_gemm_halves(d);
     const int64_t ld = d->b.row_stride;
     const char* weight = moei_weight_base(&d->b, t.expert);
     const char* up = d->gate_up == MOE_GATE_UP_SEPARATE ? moei_weight_up(&d->b, t.expert) : weight;
     const int column = t.column * (halves ? tn / 2 : tn); /* first of B's rows in each half */
     p->tile = index;
     p->k = 0;
-    if (halves && d->gate_up == MOE_GATE_UP_CONCATENATED)
+    if (d->gate_up == MOE_GATE_UP_CONCATENATED)
         up += (int64_t)d->n * (b_major == MOE_MAJOR_K ? ld : 1) * 2;
 
     if (a_major == MOE_MAJOR_K) {
@@ -136,7 +142,7 @@ MOE_DEVICE void moei_loader_copy(moei_loader* p, const moe_grouped_gemm_desc* d,
 {
     const int tid = (int)threadIdx.x, piece = tid % (kb / 8), r = tid / (kb / 8);
     const int depth = d->k - p->k; /* what is left of k */
-    const bool halves = d->epilogue == MOE_EPILOGUE_SWIGLU && d->gate_up != MOE_GATE_UP_INTERLEAVED;
+    const bool halves = moei_gemm_halves(d);
     const int b_rows = d->epilogue == MOE_EPILOGUE_SWIGLU && !halves ? 2 * d->n : d->n;
 
     if (a_major == MOE_MAJOR_K) {

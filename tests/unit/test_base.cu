@@ -402,7 +402,7 @@ typedef struct scan_args {
     const int32_t* in; /* [blockDim] */
     int32_t* out;      /* [3, blockDim]: two scans with one scratch, and the total */
     int32_t* warp;     /* [blockDim] inclusive scan of each warp */
-    float* sum;        /* [5, blockDim] groups of 2, 4, 8, 16, 32 lanes */
+    float* sum;        /* [6, blockDim] groups of 2, 4, 8, 16, 32 lanes, and the block */
     float* max;        /* [5, blockDim] */
 } scan_args;
 
@@ -420,6 +420,7 @@ MOE_KERNEL(1024, 1) scan_kernel(MOE_ARG(scan_args) d)
         d.sum[w * n + i] = moei_group_sum((float)v, 2 << w);
         d.max[w * n + i] = moei_group_max((float)v, 2 << w);
     }
+    d.sum[5 * n + i] = moei_block_sum((float)v, &scratch);
 }
 
 static void test_scans(void)
@@ -432,7 +433,7 @@ static void test_scans(void)
         scan_args a;
         moei_launch_config c = moei_grid(1, n, 0, test_now.stream);
         tbuf bi, bo = tbuf_new("out", (size_t)n * 12, 0), bw = tbuf_new("warp", (size_t)n * 4, 0);
-        tbuf bs = tbuf_new("sum", (size_t)n * 20, 0), bm = tbuf_new("max", (size_t)n * 20, 0);
+        tbuf bs = tbuf_new("sum", (size_t)n * 24, 0), bm = tbuf_new("max", (size_t)n * 20, 0);
         for (int i = 0; i < n; ++i) total += in[i] = (int32_t)trand_int(&r, -1000, 1000);
         bi = tbuf_from("in", in, (size_t)n * 4, 0);
         a.in = (const int32_t*)bi.p;
@@ -452,6 +453,7 @@ static void test_scans(void)
             CHECK(out[n + i] == at2, "n=%d thread %d, second scan", n, i);
             CHECK(out[2 * n + i] == total, "n=%d thread %d: total", n, i);
             CHECK(warp[i] == in_warp, "n=%d thread %d: scan of the warp", n, i);
+            CHECK(sum[5 * n + i] == (float)total, "n=%d thread %d: sum of the block", n, i);
             at2 += at;
             at += in[i];
             for (int w = 0; w < 5; ++w) {
