@@ -306,13 +306,13 @@ MOE_HOST moe_status moei_combine_check(moe_combine_desc* d)
     if (d->y_dtype == 0) d->y_dtype = d->rows_dtype;
     MOEI_REQUIRE(moe_dtype_bytes(d->y_dtype), MOE_ERR_DTYPE, y_dtype);
     if (d->row_stride == 0) d->row_stride = d->hidden;
-    MOEI_REQUIRE(moei_stride_fits(d->row_stride, d->hidden, (int64_t)1 << 31), MOE_ERR_STRIDE,
-                 row_stride);
     if (d->y_stride == 0) d->y_stride = d->hidden;
     MOEI_REQUIRE(moei_stride_fits(d->y_stride, d->hidden, T), MOE_ERR_STRIDE, y_stride);
     if (d->residual_stride == 0) d->residual_stride = d->hidden;
     MOEI_REQUIRE(moei_stride_fits(d->residual_stride, d->hidden, T), MOE_ERR_STRIDE, residual_stride);
     MOEI_REQUIRE(d->num_rows >= 0, MOE_ERR_RANGE, num_rows);
+    MOEI_REQUIRE(moei_stride_fits(d->row_stride, d->hidden, d->num_rows ? d->num_rows : 1 << 20),
+                 MOE_ERR_STRIDE, row_stride);
     if (d->table) {
         MOEI_REQUIRE(!d->rows, MOE_ERR_CONFLICT, rows);
         MOEI_REQUIRE(d->num_buffers >= 1, MOE_ERR_RANGE, num_buffers);

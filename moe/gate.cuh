@@ -20,8 +20,8 @@
    Arithmetic is fp32 in a fixed order: equal inputs give equal bits.
 
    Cost: one read of the logits. One launch, and a memset if expert_count is wanted.
-   Any E up to MOE_MAX_EXPERTS, any K up to E. The fast path has E <= 1024, K <= 32; tokens with
-   equal logits at the top leave it, so logits rounded to 16 bits run slower than fp32.
+   Any E up to MOE_MAX_EXPERTS, any K up to E. The fast path has E <= 1024, K <= 32; it leaves rows
+   of infinities, NaN or many equal logits at the top to a slower one, a row at a time.
    Minimum architecture: sm_75.
 
      moe_gate_desc g = {0};
@@ -319,13 +319,35 @@ MOE_DEVICE void moei_gate_largest(float* top, const float* v, const int lanes, c
     }
 }
 
+/* The ids of a token by its group, where logits that are not below the K-th are equal: n experts in
+   `pick`, of which the K first in the order of descending logits and ascending indices count. */
+MOE_DEVICE void moei_gate_ties(const moe_gate_desc* d, int* count, int64_t t, const uint16_t* pick,
+                               int n, int rank, const int lanes)
+{
+    const int64_t row = t * d->logits_stride;
+    for (int c = rank; c < n; c += lanes) {
+        const int e = pick[c];
+        const float l = moei_load_f32(d->logits, row + e, d->logits_dtype);
+        int k = 0;
+        for (int i = 0; i < n; ++i) {
+            const float other = moei_load_f32(d->logits, row + pick[i], d->logits_dtype);
+            k += other > l || (other == l && pick[i] < e);
+        }
+        if (k < d->top_k) {
+            d->ids[t * d->top_k + k] = e;
+            atomicAdd(count + e, 1);
+        }
+    }
+}
+
 /* One block; each token is owned by an aligned group of `lanes` lanes with `per_lane` logits each.
    K <= depth. The three are literals.
 
    Once every lane has the token's largest logits in order, it knows which of its own are among the
    K (those not below the K-th) and, by counting the larger ones, at which rank. Where more than K
-   are not below the K-th, where two of the K are equal, and where the largest is infinite or huge
-   or one is NaN, the token is done again by moei_gate_token. */
+   are not below the K-th or two of the K are equal, moei_gate_ties finds the ranks; where 2 depth
+   are not enough for them, where the largest is infinite or huge, the K-th -infinity or one is NaN,
+   the token is done again by moei_gate_token. */
 MOE_DEVICE_BODY void moei_gate_block(const moe_gate_desc* d, int* count, const int lanes,
                                      const int per_lane, const int depth)
 {
@@ -337,8 +359,8 @@ MOE_DEVICE_BODY void moei_gate_block(const moe_gate_desc* d, int* count, const i
     const bool wide =
         (d->logits_stride | d->num_experts) % 8 == 0 && (uintptr_t)d->logits % 16 == 0;
     const float log2e = 1.44269502f;
-    uint16_t* pick = /* [tokens at a time][depth] experts chosen, in no order */
-        (uint16_t*)(count + d->num_experts) + threadIdx.x / lanes * depth;
+    uint16_t* pick = /* [tokens at a time][2 depth] experts chosen, in no order */
+        (uint16_t*)(count + d->num_experts) + threadIdx.x / lanes * (2 * depth);
     const bool early = depth <= 8; /* registers are left to fetch the next token's logits */
     float next[32];
     int i = (int)threadIdx.x / lanes;
@@ -353,6 +375,7 @@ MOE_DEVICE_BODY void moei_gate_block(const moe_gate_desc* d, int* count, const i
         float kth = 0.0f, sum = 0.0f, shift, factor;
         uint32_t chosen = 0; /* bit j: v[j] is among the K */
         int redo = 0, chosen_count, before;
+        bool tie = false;
         int expert[8];
         float logit[8], weight[8], part = 0.0f;
         bool mine[8];
@@ -381,8 +404,9 @@ MOE_DEVICE_BODY void moei_gate_block(const moe_gate_desc* d, int* count, const i
         MOEI_UNROLL
         for (int k = 0; k < depth; ++k) {
             if (k < K) kth = top[k];
-            if (k + 1 < K && k + 1 < depth) redo |= top[k] == top[k + 1];
+            if (k + 1 < K && k + 1 < depth) tie |= top[k] == top[k + 1];
         }
+        redo |= !(kth >= -3e38f);
         if (kth == 0.0f) kth = __uint_as_float(0x80000000u); /* -0 - +0 is negative */
         MOEI_UNROLL
         for (int j = 31; j >= 0; --j) /* bit j is the sign of a difference, 0 where v[j] >= kth */
@@ -396,7 +420,9 @@ MOE_DEVICE_BODY void moei_gate_block(const moe_gate_desc* d, int* count, const i
         }
         chosen_count = __shfl_sync(MOEI_FULL, before, lanes - 1, lanes);
         before = (before & 0xffff) - __popc(chosen);
-        redo = live && chosen_count != K; /* a count over 16 bits says that one lane wants it */
+        /* a count over 16 bits says that one lane wants it */
+        redo = live && (chosen_count < K || chosen_count > 2 * depth);
+        tie |= chosen_count > K;
         if (redo || !live) chosen = 0;
 
         while (chosen) { /* the chosen come together, so that each lane finishes as many of them */
@@ -441,12 +467,13 @@ MOE_DEVICE_BODY void moei_gate_block(const moe_gate_desc* d, int* count, const i
             MOEI_UNROLL
             for (int u = 0; u < depth; ++u)
                 larger = __funnelshift_l(__float_as_uint(logit[n] - top[u]), larger, 1);
-            if (mine[n]) {
-                d->weights[t * K + n * lanes + rank] = weight[n] * factor;
+            if (mine[n]) d->weights[t * K + n * lanes + rank] = weight[n] * factor;
+            if (mine[n] && !tie) {
                 d->ids[t * K + __popc(larger)] = expert[n];
                 atomicAdd(count + expert[n], 1);
             }
         }
+        if (tie && live && !redo) moei_gate_ties(d, count, t, pick, chosen_count, rank, lanes);
         __syncwarp(MOEI_FULL);
         {
             uint32_t again = __ballot_sync(MOEI_FULL, redo && rank == 0);
@@ -555,7 +582,7 @@ MOE_HOST moe_status moe_gate(const moe_gate_desc* desc, cudaStream_t stream)
     if (d.top_k <= depth && d.num_experts <= most) {                                               \
         c.block.x =                                                                                \
             (unsigned)(chunk * lanes < MOEI_GATE_THREADS ? chunk * lanes : MOEI_GATE_THREADS);     \
-        c.smem += c.block.x / lanes * depth * 2;                                                   \
+        c.smem += c.block.x / lanes * depth * 4;                                                   \
         return MOE_LAUNCH(moei_gate_##most##_##depth, c, d);                                       \
     }
     MOEI_GATE_LIST(MOEI_GATE_CASE)
