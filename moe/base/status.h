@@ -26,7 +26,7 @@
     X(ERR_RANGE, "out of range")                                                                  \
     X(ERR_DTYPE, "dtype not offered here")                                                        \
     X(ERR_OPTION, "unknown option value")                                                         \
-    X(ERR_STRIDE, "stride too small")                                                             \
+    X(ERR_STRIDE, "stride too small or too large")                                                \
     X(ERR_ALIGN, "not aligned")                                                                   \
     X(ERR_OVERLAP, "overlaps a buffer it must not overlap")                                       \
     X(ERR_WORKSPACE, "workspace too small")                                                       \
