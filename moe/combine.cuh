@@ -87,7 +87,7 @@ MOE_DEVICE const char* moei_combine_row(const moe_combine_desc* d, int64_t slot)
         return 0;
     }
     base = (const char*)(d->table ? d->table[p.buffer] : d->rows);
-    if (!base) {
+    if (!base || ((uintptr_t)base & (d->rows_dtype == MOE_FP32 ? 3 : 1)) != 0) {
         moei_fault_raise(d->fault, MOE_FAULT_BAD_PLACE, 0, slot);
         return 0;
     }

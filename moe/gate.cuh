@@ -88,11 +88,17 @@ MOE_DEVICE void moei_gate_write_counts(const moe_gate_desc* d, const int* count)
     }
 }
 
-/* The weight of one chosen logit before renormalisation and scale. `sum` is the softmax
-   denominator; top-k softmax has it still to come, so it is passed as 1. */
-MOE_DEVICE float moei_gate_weight(float l, float max, float sum, int score)
+/* The weight of one chosen logit before renormalisation and scale; max is the largest logit of the
+   token, `sum` the softmax denominator; top-k softmax has it still to come, so it is passed as 1.
+   Sigmoids that will be renormalised are all multiplied by e^-max where max is negative: they would
+   underflow together. */
+MOE_DEVICE float moei_gate_weight(const moe_gate_desc* d, float l, float max, float sum)
 {
-    if (score == MOE_SCORE_SIGMOID) return __fdiv_rn(1.0f, 1.0f + moei_exp(-l));
+    if (d->score == MOE_SCORE_SIGMOID) {
+        const float shift = d->renormalize && max < 0.0f && max >= -3e38f ? max : 0.0f;
+        if (l >= 0.0f) return __fdiv_rn(1.0f, 1.0f + moei_exp(-l));
+        return __fdiv_rn(moei_exp(moei_gate_below(l, shift)), 1.0f + moei_exp(l));
+    }
     return __fdiv_rn(moei_exp(moei_gate_below(l, max)), sum);
 }
 
@@ -263,7 +269,7 @@ MOE_DEVICE void moei_gate_token(const moe_gate_desc* d, int* count, int64_t t)
             }
         }
         if ((score == MOE_SCORE_TOPK_SOFTMAX || d->renormalize) && k % MOEI_WARP == moei_lane())
-            total += moei_gate_weight(moei_unordered(best), max, sum, score);
+            total += moei_gate_weight(d, moei_unordered(best), max, sum);
         if (moei_lane() == 0) {
             d->ids[t * K + k] = best_at;
             d->weights[t * K + k] = moei_unordered(best);
@@ -273,7 +279,7 @@ MOE_DEVICE void moei_gate_token(const moe_gate_desc* d, int* count, int64_t t)
     __syncwarp(MOEI_FULL);
     total = moei_group_sum(total, MOEI_WARP); /* 32 short sums: a long one would round K times */
     for (int k = moei_lane(); k < K; k += MOEI_WARP) {
-        float w = nan ? 0.0f : moei_gate_weight(d->weights[t * K + k], max, sum, score);
+        float w = nan ? 0.0f : moei_gate_weight(d, d->weights[t * K + k], max, sum);
         if (total > 0.0f) w = __fdiv_rn(w, total);
         if (nan) d->ids[t * K + k] = -1;
         d->weights[t * K + k] = w * d->scale;
@@ -327,11 +333,12 @@ MOE_DEVICE void moei_gate_ties(const moe_gate_desc* d, int* count, int64_t t, co
     const int64_t row = t * d->logits_stride;
     for (int c = rank; c < n; c += lanes) {
         const int e = pick[c];
-        const float l = moei_load_f32(d->logits, row + e, d->logits_dtype);
+        const uint32_t key = moei_ordered(moei_load_f32(d->logits, row + e, d->logits_dtype));
         int k = 0;
         for (int i = 0; i < n; ++i) {
-            const float other = moei_load_f32(d->logits, row + pick[i], d->logits_dtype);
-            k += other > l || (other == l && pick[i] < e);
+            const uint32_t other =
+                moei_ordered(moei_load_f32(d->logits, row + pick[i], d->logits_dtype));
+            k += other > key || (other == key && pick[i] < e);
         }
         if (k < d->top_k) {
             d->ids[t * d->top_k + k] = e;
@@ -448,7 +455,7 @@ MOE_DEVICE_BODY void moei_gate_block(const moe_gate_desc* d, int* count, const i
                 if (r < lanes && n * lanes + r < depth && rank == r) l = top[n * lanes + r];
             weight[n] = 0.0f;
             if (mine[n]) /* what is common to all, an error in `shift` too, cancels below */
-                weight[n] = score == MOE_SCORE_SIGMOID ? moei_gate_weight(l, 0.0f, 0.0f, score)
+                weight[n] = score == MOE_SCORE_SIGMOID ? moei_gate_weight(d, l, top[0], 1.0f)
                                                        : moei_exp2_fast(fmaf(l, log2e, shift));
             part += weight[n];
         }

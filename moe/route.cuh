@@ -39,8 +39,8 @@ typedef struct moe_route_desc {
     /* in */
     const int32_t* ids;   /* [T, K] */
     const float* weights; /* [T, K]; null unless row_weight is wanted */
-    int32_t* chunk_count; /* [moe_num_chunks(T), E] as moe_gate left it for these ids;
-                             null: counted here, in the workspace */
+    int32_t* chunk_count; /* [moe_num_chunks(T), E] as moe_gate left it for these very ids (if not,
+                             BAD_COUNT); null: counted here, in the workspace */
     /* out */
     int32_t* expert_count;  /* [E] rows of each expert */
     int32_t* expert_offset; /* [E + 1] first row of each expert; the last entry is the total */
@@ -243,23 +243,32 @@ MOE_DEVICE uint32_t moei_route_same(int v, int bits)
     return same;
 }
 
+/* Sums of rows, weighted by odd numbers: where one expert's differ, so do they. */
+MOE_DEVICE uint32_t moei_route_checksum(int e, int row)
+{
+    return ((uint32_t)e * 0x9e3779b9u | 1u) * (uint32_t)row;
+}
+
 /* expert_offset and expert_count, written by one block; offset[e] and base[e] of this block's first
-   round. Returns the number of rows. */
+   round. Returns the number of rows; *checksum is that of the bases that a thread's experts must
+   have in the end. */
 MOE_DEVICE int moei_route_offsets(const moe_route_desc* d, const moei_route_shared* s,
-                                  moei_block_scan_scratch* scratch)
+                                  moei_block_scan_scratch* scratch, uint32_t* checksum)
 {
     const int E = d->num_experts, chunks = d->num_tokens > 0 ? (int)gridDim.x : 0;
     const moei_route_groups group = moei_route_group(E, chunks);
     /* more experts than the warps have in one go are in one group */
     int* parts = E <= (int)blockDim.x * 4 ? s->row : s->start;
     int rows = 0;
+    *checksum = 0;
     if (chunks > 0) moei_route_sum(d, s, parts, &group);
     __syncthreads();
     for (int e0 = 0; e0 < E; e0 += (int)blockDim.x) {
         const int e = e0 + (int)threadIdx.x;
         unsigned all = 0, before = 0;
-        int at, total;
+        int at, own = 0, total;
         if (e < E) {
+            if (chunks > 0) own = d->chunk_count[(int)blockIdx.x * E + e];
             MOEI_UNROLL_8
             for (int g = 0; g < 1 << group.log2; ++g) {
                 const int from = g * group.each;
@@ -268,13 +277,14 @@ MOE_DEVICE int moei_route_offsets(const moe_route_desc* d, const moei_route_shar
                 before += from + group.each <= (int)blockIdx.x ? n : 0;
             }
         }
-        at = rows + moei_block_exclusive_scan((int)all, scratch, &total);
+        at = (int)((unsigned)rows + (unsigned)moei_block_exclusive_scan((int)all, scratch, &total));
         if (e < E) {
             s->offset[e] = at;
             s->base[e] = (int)((unsigned)s->base[e] + before + (unsigned)at);
+            *checksum += moei_route_checksum(e, (int)((unsigned)s->base[e] + (unsigned)own));
             if (blockIdx.x == 0) d->expert_count[e] = (int)all, d->expert_offset[e] = at;
         }
-        rows += total;
+        rows = (int)((unsigned)rows + (unsigned)total);
     }
     if (blockIdx.x == 0 && threadIdx.x == 0) {
         d->expert_offset[E] = rows;
@@ -335,6 +345,7 @@ MOE_KERNEL(MOEI_ROUTE_THREADS, 1) moei_route_place(MOE_ARG(moe_route_desc) d)
     const uint32_t end = moei_route_begin(&d, blockIdx.x + 1);
     uint32_t begin = moei_route_begin(&d, blockIdx.x);
     const int steps = (int)min((end - begin + blockDim.x - 1) / blockDim.x, MOEI_ROUTE_STEPS);
+    uint32_t checksum;
     int id[MOEI_ROUTE_STEPS], rows;
     float weight[MOEI_ROUTE_STEPS];
     moei_route_shared s;
@@ -345,7 +356,7 @@ MOE_KERNEL(MOEI_ROUTE_THREADS, 1) moei_route_place(MOE_ARG(moe_route_desc) d)
     moei_wait_for_previous();
     if (moei_fault_stopped(d.fault)) return;
     moei_route_fetch(id, weight, &d, begin, end, steps);
-    rows = moei_route_offsets(&d, &s, &scratch);
+    rows = moei_route_offsets(&d, &s, &scratch, &checksum);
 
     for (; begin < end; begin += blockDim.x * (uint32_t)steps) {
         const uint32_t first = begin + (uint32_t)(moei_warp() * steps * MOEI_WARP + moei_lane());
@@ -393,13 +404,19 @@ MOE_KERNEL(MOEI_ROUTE_THREADS, 1) moei_route_place(MOE_ARG(moe_route_desc) d)
             if (row >= 0 && d.row_slot) d.row_slot[row] = s.slot[at];
             if (row >= 0 && d.row_weight) d.row_weight[row] = s.weight[at];
         }
-        if (begin + blockDim.x * (uint32_t)steps < end) { /* for the next round */
-            for (int e = (int)threadIdx.x; e < E; e += (int)blockDim.x)
-                s.base[e] += (e + 1 < E ? s.start[e + 1] : taken) - s.start[e];
+        for (int e = (int)threadIdx.x; e < E; e += (int)blockDim.x) { /* for the next round */
+            const int next = e + 1 < E ? s.start[e + 1] : taken;
+            s.base[e] = (int)((unsigned)s.base[e] + (unsigned)(next - s.start[e]));
+        }
+        if (begin + blockDim.x * (uint32_t)steps < end) {
             moei_route_clear(&s, E);
             __syncthreads();
         }
     }
+    for (int e = (int)threadIdx.x; e < E; e += (int)blockDim.x)
+        checksum -= moei_route_checksum(e, s.base[e]);
+    if (slots > 0 && checksum != 0) /* the ids are not those that were counted */
+        moei_fault_raise(d.fault, MOE_FAULT_BAD_COUNT, 0, moei_route_begin(&d, blockIdx.x));
     /* rows that no slot took */
     for (uint32_t r = (rows < 0 ? 0u : (uint32_t)rows) + blockIdx.x * blockDim.x + threadIdx.x;
          r < (uint32_t)slots; r += gridDim.x * blockDim.x) {

@@ -9,7 +9,7 @@ typedef struct moei_block_scan_scratch {
     int warp_sum[MOEI_WARP];
 } moei_block_scan_scratch;
 
-/* Exclusive scan over the threads of a block of whole warps; *total gets the sum of all.
+/* Exclusive scan over the threads of a block of whole warps, modulo 2^32; *total gets the sum of all.
    Ends with a barrier, so the scratch may be used again at once. */
 MOE_DEVICE int moei_block_exclusive_scan(int v, moei_block_scan_scratch* s, int* total)
 {
@@ -21,12 +21,12 @@ MOE_DEVICE int moei_block_exclusive_scan(int v, moei_block_scan_scratch* s, int*
     { /* each warp scans the warp sums for itself: no second barrier before they are read */
         const int w = moei_lane() < warps ? s->warp_sum[moei_lane()] : 0;
         const int scan = moei_warp_inclusive_scan(w);
-        before = __shfl_sync(MOEI_FULL, scan - w, moei_warp());
+        before = __shfl_sync(MOEI_FULL, (int)((unsigned)scan - (unsigned)w), moei_warp());
         all = __shfl_sync(MOEI_FULL, scan, warps - 1);
     }
     __syncthreads();
     *total = all;
-    return before + inclusive - v;
+    return (int)((unsigned)before + (unsigned)inclusive - (unsigned)v);
 }
 
 /* Sum over the threads of a block of whole warps, in a fixed order; every thread gets it. Ends with a

@@ -9,7 +9,7 @@
      moei_launch_config c = moei_grid(num_blocks, 256, 0, stream);
      return MOE_LAUNCH(my_kernel, c, args);        // a moe_status
 
-   Needs CUDA 12 or later for the cuda backend, C++14 for both. */
+   Needs CUDA 12.3 or later for the cuda backend, C++14 for both. */
 #ifndef MOE_BASE_CUDA_CUH
 #define MOE_BASE_CUDA_CUH
 
@@ -51,9 +51,9 @@
 #endif
 
 #define MOE_DEVICE MOEI_UNUSED static __device__ __forceinline__
-/* A body that many kernels are stamped from: inlined, so that its literals count; under a sanitizer
-   on the CPU compiled once, which is three times quicker. */
-#if MOE_ON_HOST && (defined(__SANITIZE_ADDRESS__) || defined(MOEH_ASAN))
+/* A body that many kernels are stamped from: inlined, so that its literals count; on the CPU compiled
+   once, which is three times quicker. */
+#if MOE_ON_HOST
 #define MOE_DEVICE_BODY MOEI_UNUSED static __attribute__((noinline))
 #else
 #define MOE_DEVICE_BODY MOE_DEVICE

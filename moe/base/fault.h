@@ -28,18 +28,19 @@
 #define MOEI_FAULT_LIST(X)                                                                        \
     X(NONE, "no fault")                                                                           \
     X(BAD_OFFSET, "expert_offset decreases or passes the last row (index: expert)")               \
+    X(BAD_TABLE, "null or misaligned address in a table of experts (index: expert)")              \
     X(NAN_LOGIT, "a logit is NaN: the token selects nothing (index: token)")                      \
     X(BAD_ID, "expert id out of range: the slot is dropped (index: slot)")                        \
     X(BAD_ROW, "row_slot out of range: the row is read as zeros (index: row)")                    \
-    X(BAD_COUNT, "chunk_count is not that of these ids: the slot is dropped (index: slot)")        \
-    X(BAD_PLACE, "place outside the pointer table: the slot is dropped (index: slot)")
+    X(BAD_COUNT, "chunk_count is not that of these ids: their rows are wrong (index: slot)")      \
+    X(BAD_PLACE, "place or its address out of range: the slot is dropped (index: slot)")
 
 enum {
 #define MOEI_FAULT_ENUM(name, text) MOE_FAULT_##name,
     MOEI_FAULT_LIST(MOEI_FAULT_ENUM)
 #undef MOEI_FAULT_ENUM
         MOE_NUM_FAULTS,
-    MOE_FAULT_LAST_STOP = MOE_FAULT_BAD_OFFSET
+    MOE_FAULT_LAST_STOP = MOE_FAULT_BAD_TABLE
 };
 
 typedef struct moe_fault {

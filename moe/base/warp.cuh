@@ -25,12 +25,12 @@ MOE_DEVICE float moei_group_max(float v, int width)
     return v;
 }
 
-/* Sum of the values of the lanes up to and including this one. */
+/* Sum of the values of the lanes up to and including this one, modulo 2^32. */
 MOE_DEVICE int moei_warp_inclusive_scan(int v)
 {
     for (int d = 1; d < MOEI_WARP; d <<= 1) {
         const int u = __shfl_up_sync(MOEI_FULL, v, d);
-        if (moei_lane() >= d) v += u;
+        if (moei_lane() >= d) v = (int)((unsigned)v + (unsigned)u);
     }
     return v;
 }

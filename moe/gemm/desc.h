@@ -11,6 +11,8 @@ typedef enum moe_epilogue {
     MOE_EPILOGUE_SWIGLU       /* c = silu(gate) * up, each with its bias; C has n columns, B 2n rows */
 } moe_epilogue;
 
+#define MOE_GEMM_MAX_ROWS (0x7fffffff - 255) /* rows of A and of C: a tile past them still counts */
+
 /* Tile shapes, rows x columns x depth; a SwiGLU tile makes half as many columns of C. */
 typedef enum moe_tile {
     MOE_TILE_AUTO = 0,
@@ -49,7 +51,8 @@ typedef struct moe_grouped_gemm_desc {
     uint64_t* fault;      /* [1] fault word; or null */
     /* sizes and options */
     int32_t num_experts; /* E, 1 .. MOE_MAX_EXPERTS */
-    int32_t num_rows;    /* most rows there can be; the offsets say how many there are */
+    int32_t num_rows;    /* most rows there can be, 0 .. MOE_GEMM_MAX_ROWS; the offsets say how many
+                            there are */
     int32_t n, k;        /* columns of C, depth; multiples of 8 */
     int32_t row_div;     /* 0 = 1; K turns slots into tokens */
     int32_t dtype;       /* of A, B and bias: fp16 or bf16; 0 = bf16 */

@@ -115,7 +115,7 @@ MOE_HOST moe_status moei_gemm_check(moe_grouped_gemm_desc* d)
     int64_t b_rows, b_cols;
     MOEI_REQUIRE(d->num_experts >= 1 && d->num_experts <= MOE_MAX_EXPERTS, MOE_ERR_RANGE,
                  num_experts);
-    MOEI_REQUIRE(d->num_rows >= 0, MOE_ERR_RANGE, num_rows);
+    MOEI_REQUIRE(d->num_rows >= 0 && d->num_rows <= MOE_GEMM_MAX_ROWS, MOE_ERR_RANGE, num_rows);
     MOEI_REQUIRE(d->n >= 8 && d->n <= (1 << 28) && d->n % 8 == 0, MOE_ERR_RANGE, n);
     MOEI_REQUIRE(d->k >= 8 && d->k <= (1 << 28) && d->k % 8 == 0, MOE_ERR_RANGE, k);
     if (d->dtype == 0) d->dtype = MOE_BF16;
@@ -137,7 +137,7 @@ MOE_HOST moe_status moei_gemm_check(moe_grouped_gemm_desc* d)
     MOEI_REQUIRE(d->row_div >= 1, MOE_ERR_RANGE, row_div);
     MOEI_REQUIRE(d->tile >= 0 && d->tile <= MOE_TILE_64x64, MOE_ERR_OPTION, tile);
 
-    MOEI_REQUIRE(d->a_rows >= 0 && d->a_rows <= 0x7fffffff, MOE_ERR_RANGE, a_rows);
+    MOEI_REQUIRE(d->a_rows >= 0 && d->a_rows <= MOE_GEMM_MAX_ROWS, MOE_ERR_RANGE, a_rows);
     if (d->a_rows == 0) d->a_rows = d->num_rows;
     {
         const int64_t inner = d->a_major == MOE_MAJOR_K ? d->k : d->a_rows;

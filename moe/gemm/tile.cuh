@@ -226,6 +226,25 @@ MOE_DEVICE void moei_tile_fragments(moei_mma_a* a, moei_mma_b* b, const uint16_t
     }
 }
 
+/* Do the tables name an address, aligned to 16 bytes, for each expert that has rows? All threads of the
+   block call it. Where they do not, the fault word is set. */
+MOE_DEVICE bool moei_gemm_tables_good(const moe_grouped_gemm_desc* d, const moei_schedule* s)
+{
+    bool bad = false;
+    if (!d->b.table && !d->b.up_table && !d->c_table) return true;
+    for (int e = (int)threadIdx.x; e < d->num_experts; e += (int)blockDim.x) {
+        const uintptr_t b = d->b.table ? (uintptr_t)d->b.table[e] : 16;
+        const uintptr_t up = d->b.up_table ? (uintptr_t)d->b.up_table[e] : 16;
+        const uintptr_t c = d->c_table ? (uintptr_t)d->c_table[e] : 16;
+        if (moei_expert_end(s, e) > moei_expert_begin(s, e) &&
+            (!b || !up || !c || ((b | up | c) & 15) != 0)) {
+            bad = true;
+            moei_fault_raise(d->fault, MOE_FAULT_BAD_TABLE, 0, e);
+        }
+    }
+    return !__syncthreads_or(bad);
+}
+
 /* A block's life: tiles blockIdx.x, blockIdx.x + gridDim.x, ... */
 MOE_DEVICE_BODY void moei_gemm_block(const moe_grouped_gemm_desc* d, unsigned char* shared,
                                 moei_block_scan_scratch* scratch, const int tm, const int tn,
@@ -251,7 +270,7 @@ MOE_DEVICE_BODY void moei_gemm_block(const moe_grouped_gemm_desc* d, unsigned ch
     s.tile_start = (int*)((float*)(ring + stages * (a_elems + b_elems)) +
                           warps_m * warps_n * 16 * (wn + 4));
     num_tiles = moei_schedule_build(&s, scratch, d->fault, tm);
-    if ((int)blockIdx.x >= num_tiles) return;
+    if ((int)blockIdx.x >= num_tiles || !moei_gemm_tables_good(d, &s)) return;
 
     moei_loader_begin(&load, (int)blockIdx.x, &s, d, tm, tn, kb, wn, a_major, b_major);
     for (int i = 0; i < stages - 1; ++i) {

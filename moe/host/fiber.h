@@ -1,6 +1,6 @@
 /* fiber.h: a stack of its own for every CUDA thread, and the switch between two stacks.
 
-   x86-64 has a switch of 14 instructions; other machines, and -DMOEH_UCONTEXT, use ucontext,
+   x86-64 has a switch of 15 instructions; other machines, and -DMOEH_UCONTEXT, use ucontext,
    which is right and some hundred times slower (it makes a system call). Rounding modes are not
    saved: all fibers share them. AddressSanitizer is told of every switch.
 
@@ -53,21 +53,9 @@ struct moeh_fiber {
    copy of it and callers return to few places, so the final ret is mostly predicted. */
 __attribute__((naked, noinline)) inline void moeh_switch(void** /* from */, void* /* to */)
 {
-    __asm__("pushq %rbp\n\t"
-            "pushq %rbx\n\t"
-            "pushq %r12\n\t"
-            "pushq %r13\n\t"
-            "pushq %r14\n\t"
-            "pushq %r15\n\t"
-            "movq %rsp, (%rdi)\n\t"
-            "movq %rsi, %rsp\n\t"
-            "popq %r15\n\t"
-            "popq %r14\n\t"
-            "popq %r13\n\t"
-            "popq %r12\n\t"
-            "popq %rbx\n\t"
-            "popq %rbp\n\t"
-            "ret\n\t");
+    __asm__("pushq %rbp; pushq %rbx; pushq %r12; pushq %r13; pushq %r14; pushq %r15\n\t"
+            "movq %rsp, (%rdi); movq %rsi, %rsp\n\t"
+            "popq %r15; popq %r14; popq %r13; popq %r12; popq %rbx; popq %rbp; ret");
 }
 #endif
 
@@ -110,35 +98,32 @@ inline void moeh_fiber_arrived()
 #endif
 }
 
-/* Gives the fiber a stack; false: no memory. */
-inline bool moeh_fiber_alloc(moeh_fiber* f)
+/* Gives the fiber a stack. */
+inline void moeh_fiber_alloc(moeh_fiber* f)
 {
     void* p = mmap(nullptr, MOEH_STACK + MOEH_GUARD, PROT_READ | PROT_WRITE,
                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (p == MAP_FAILED) return false;
+    if (p == MAP_FAILED) abort();
     (void)mprotect(p, MOEH_GUARD, PROT_NONE); /* may fail past the system's count of mappings */
     f->stack = (unsigned char*)p + MOEH_GUARD;
     f->size = MOEH_STACK;
-    f->fake = nullptr;
-    return true;
 }
 
-/* Makes the fiber begin at `entry`, whatever it did before. `color` spreads the tops of the
-   stacks over the cache: all at one offset in a page would share one set of it. */
-inline void moeh_fiber_start(moeh_fiber* f, void (*entry)(), unsigned color)
+/* Makes the fiber begin at `entry`, whatever it did before. The tops of the stacks are spread
+   over the cache: all at one offset in a page would share one set of it. */
+inline void moeh_fiber_start(moeh_fiber* f, void (*entry)())
 {
+    const uintptr_t color = ((uintptr_t)f->stack >> 16) * 5 % 61;
+    const uintptr_t top = ((uintptr_t)f->stack + f->size - 64 * color) & ~(uintptr_t)63;
 #if MOEH_ASAN
-    if (f->sp) __asan_unpoison_memory_region(f->stack, f->size); /* left behind by a killed one */
+    __asan_unpoison_memory_region(f->stack, f->size); /* left behind by a killed one */
 #endif
-    f->fake = nullptr;
-    uintptr_t top = ((uintptr_t)f->stack + f->size - 64 * (color % 61)) & ~(uintptr_t)63;
 #ifdef MOEH_UCONTEXT
     getcontext(&f->context);
     f->context.uc_stack.ss_sp = f->stack;
     f->context.uc_stack.ss_size = top - (uintptr_t)f->stack;
     f->context.uc_link = nullptr;
     makecontext(&f->context, entry, 0);
-    f->sp = f->stack;
 #else
     void** sp = (void**)top;
     *--sp = nullptr; /* no caller; and the entry finds the stack aligned as after a call */

@@ -7,7 +7,7 @@
    intrinsic or MOE_SPIN (sched.h). So a run is deterministic, atomics are plain arithmetic, and
    a seed (MOE_HOST_SEED, moeh_set_seed) reorders threads, warps and blocks to bring a missing
    barrier to light. Launches only queue; work runs while the host waits in a cuda* call. Several
-   virtual devices (MOE_HOST_DEVICES, moeh_set_device_count) share the one scheduler.
+   virtual devices (MOE_HOST_DEVICES) share the one scheduler.
 
    What it cannot show: missing fences, bank conflicts, speed, the rounding of tensor cores, a
    race between two threads that no barrier or warp intrinsic separates in either order. A polling
@@ -15,13 +15,13 @@
 
    Files      types.h       dim3, vector types, error codes
               fiber.h       stacks and the context switch
-              state.h       threads, warps, blocks, streams, devices, as data
-              sched.h       streams, grids, blocks: who runs next, and the report when none can
+              state.h       threads, warps, blocks, grids, streams, devices, as data
+              sched.h       who runs next, and the report when none can
               block.h       barrier, MOE_SPIN, shared memory, asynchronous copies of a thread
               warp.h        shuffles, votes, reductions
               intrinsics.h  atomics, bit and float intrinsics, min and max
-              runtime.h     the subset of the cuda* API: memory, devices, launches
-              streams.h     its streams, events and graphs
+              streams.h     launches, streams, events and graphs of the cuda* API
+              runtime.h     its memory and devices
               mma.h         16x16x16 tensor-core pieces; included by gemm/mma.cuh
 
    The seam for Hopper: stand-ins for wgmma, TMA (bulk tensor copies) and mbarrier belong in a
@@ -39,14 +39,6 @@
 #error "moe: the CPU backend needs C++14"
 #endif
 
-/* The kernels say `#pragma unroll`, which nvcc and clang know and g++ warns of under -Wall. */
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wunknown-pragmas"
-#endif
-#if defined(__clang__) /* an unroll that cannot be done is of no interest here */
-#pragma clang diagnostic ignored "-Wpass-failed"
-#endif
-
 #include "../base/config.h"
 #include "types.h"
 #include "fiber.h"
@@ -55,23 +47,18 @@
 #include "warp.h"
 #include "intrinsics.h"
 #include "runtime.h"
-#include "streams.h"
 
-/* After the system headers, so that these names cannot meet theirs. __noinline__ is left out:
-   as a macro it breaks __attribute__((__noinline__)) in the compiler's own headers. */
+/* After the system headers, so that these names cannot meet theirs. */
 #define __global__
 #define __device__
-#define __host__
 #define __grid_constant__
 #define __launch_bounds__(...)
 #define __forceinline__ inline __attribute__((always_inline))
-#define __align__(n) __attribute__((aligned(n)))
 
 #define threadIdx (moeh_now()->tid)
 #define blockIdx (moeh_now()->block->index)
-#define blockDim (moeh_now()->block->op->block)
-#define gridDim (moeh_now()->block->op->grid)
-MOEI_UNUSED static const int warpSize = 32;
+#define blockDim (moeh_now()->block->grid->block)
+#define gridDim (moeh_now()->block->grid->grid)
 
 /* Shared memory of the block, poisoned with 0xFF bytes when the block first reaches it. A
    declaration is known by its place in the source: several in one kernel are several objects. */

@@ -8,39 +8,23 @@
 #include <stddef.h>
 #include <stdint.h>
 
-struct uint3 {
-    unsigned x, y, z;
-};
-
 struct dim3 {
     unsigned x, y, z;
     constexpr dim3(unsigned vx = 1, unsigned vy = 1, unsigned vz = 1) : x(vx), y(vy), z(vz) {}
-    constexpr dim3(uint3 v) : x(v.x), y(v.y), z(v.z) {}
 };
 
 #define MOEH_VECTORS(type, name)                                                                  \
-    struct __attribute__((may_alias, aligned(2 * sizeof(type)))) name##2 {                        \
+    struct __attribute__((may_alias, aligned(8))) name##2 {                                       \
         type x, y;                                                                                \
     };                                                                                            \
     struct __attribute__((may_alias, aligned(16))) name##4 {                                      \
         type x, y, z, w;                                                                          \
     };                                                                                            \
-    inline name##2 make_##name##2(type x, type y)                                                 \
-    {                                                                                             \
-        name##2 v = {x, y};                                                                       \
-        return v;                                                                                 \
-    }                                                                                             \
-    inline name##4 make_##name##4(type x, type y, type z, type w)                                 \
-    {                                                                                             \
-        name##4 v = {x, y, z, w};                                                                 \
-        return v;                                                                                 \
-    }
-MOEH_VECTORS(int, int)
+    inline name##2 make_##name##2(type x, type y) { return name##2{x, y}; }                       \
+    inline name##4 make_##name##4(type x, type y, type z, type w) { return name##4{x, y, z, w}; }
 MOEH_VECTORS(unsigned, uint)
 MOEH_VECTORS(float, float)
 #undef MOEH_VECTORS
-
-inline dim3 make_dim3(unsigned x, unsigned y, unsigned z) { return dim3(x, y, z); }
 
 /* name, CUDA's number, text */
 #define MOEH_ERRORS(X)                                                                            \
@@ -48,24 +32,15 @@ inline dim3 make_dim3(unsigned x, unsigned y, unsigned z) { return dim3(x, y, z)
     X(cudaErrorInvalidValue, 1, "invalid argument")                                               \
     X(cudaErrorMemoryAllocation, 2, "out of memory")                                              \
     X(cudaErrorInvalidConfiguration, 9, "invalid configuration argument")                         \
-    X(cudaErrorNoDevice, 100, "no CUDA-capable device is detected")                               \
     X(cudaErrorInvalidDevice, 101, "invalid device ordinal")                                      \
     X(cudaErrorInvalidResourceHandle, 400, "invalid resource handle")                             \
     X(cudaErrorNotReady, 600, "device not ready")                                                 \
-    X(cudaErrorIllegalAddress, 700, "an illegal memory access was encountered")                   \
     X(cudaErrorPeerAccessAlreadyEnabled, 704, "peer access is already enabled")                   \
-    X(cudaErrorPeerAccessNotEnabled, 705, "peer access has not been enabled")                     \
     X(cudaErrorLaunchFailure, 719, "unspecified launch failure")                                  \
     X(cudaErrorNotPermitted, 800, "operation not permitted")                                      \
-    X(cudaErrorNotSupported, 801, "operation not supported")                                      \
     X(cudaErrorStreamCaptureUnsupported, 900, "operation not permitted when stream is capturing") \
-    X(cudaErrorStreamCaptureInvalidated, 901, "capture spoiled by an earlier error") \
-    X(cudaErrorStreamCaptureUnmatched, 903, "capture was not begun on this stream")               \
-    X(cudaErrorStreamCaptureUnjoined, 904, "capture has a fork that was not joined")              \
-    X(cudaErrorStreamCaptureIsolation, 905, "dependency crosses the edge of the capture")         \
-    X(cudaErrorStreamCaptureImplicit, 906, "capture would depend on the legacy stream")           \
-    X(cudaErrorCapturedEvent, 907, "event was last recorded in a capture") \
-    X(cudaErrorUnknown, 999, "unknown error")
+    X(cudaErrorStreamCaptureInvalidated, 901, "capture spoiled by an earlier error")              \
+    X(cudaErrorStreamCaptureUnmatched, 903, "capture was not begun on this stream")
 
 enum cudaError {
 #define MOEH_ERROR_ENUM(name, value, text) name = value,
@@ -73,16 +48,6 @@ enum cudaError {
 #undef MOEH_ERROR_ENUM
 };
 typedef enum cudaError cudaError_t;
-
-inline const char* cudaGetErrorName(cudaError_t e)
-{
-    switch (e) {
-#define MOEH_ERROR_NAME(name, value, text) case name: return #name;
-        MOEH_ERRORS(MOEH_ERROR_NAME)
-#undef MOEH_ERROR_NAME
-    }
-    return "unrecognized error code";
-}
 
 inline const char* cudaGetErrorString(cudaError_t e)
 {

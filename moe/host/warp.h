@@ -12,215 +12,149 @@
 
 #include "sched.h"
 
-enum {
-    MOEH_MEET_SYNC, MOEH_MEET_SHUFFLE, MOEH_MEET_BALLOT, MOEH_MEET_MATCH,
-    MOEH_MEET_ADD, MOEH_MEET_MIN, MOEH_MEET_MAX, MOEH_MEET_UMIN, MOEH_MEET_UMAX,
-    MOEH_MEET_AND, MOEH_MEET_OR, MOEH_MEET_XOR, MOEH_MEET_CALL
-};
+inline unsigned moeh_lane() { return moeh_now()->lane; }
 
-inline const char* moeh_meet_name(int kind)
-{
-    static const char* const name[] = {"__syncwarp", "shuffle", "vote", "match", "reduce add",
-                                       "reduce min", "reduce max", "reduce min", "reduce max",
-                                       "reduce and", "reduce or", "reduce xor", "tensor core"};
-    return name[kind];
-}
-
-/* What a meeting may compute beyond the kinds above: called once, by the last lane to come, with
-   the values (pointers, say) that the lanes left. */
-typedef void (*moeh_meet_fn)(const uint64_t* value_of_lane, uint32_t mask);
-
-inline uint64_t moeh_fold(int kind, uint64_t a, uint64_t b)
-{
-    switch (kind) {
-    case MOEH_MEET_ADD: return (uint32_t)(a + b);
-    case MOEH_MEET_MIN: return (int32_t)b < (int32_t)a ? b : a;
-    case MOEH_MEET_MAX: return (int32_t)b > (int32_t)a ? b : a;
-    case MOEH_MEET_UMIN: return b < a ? b : a;
-    case MOEH_MEET_UMAX: return b > a ? b : a;
-    case MOEH_MEET_AND: return a & b;
-    case MOEH_MEET_OR: return a | b;
-    default: return a ^ b;
-    }
-}
-
-inline void moeh_meet_results(moeh_warp* w, uint32_t mask, int kind, moeh_meet_fn call)
-{
-    const unsigned first = (unsigned)__builtin_ctz(mask);
-    uint64_t all = w->value[first];
-    uint32_t m;
-    switch (kind) {
-    case MOEH_MEET_SYNC: return;
-    case MOEH_MEET_CALL: call(w->value, mask); return;
-    case MOEH_MEET_SHUFFLE:
-        for (m = mask; m; m &= m - 1) {
-            const unsigned lane = (unsigned)__builtin_ctz(m), from = (unsigned)w->arg[lane] & 31u;
-            w->result[lane] = mask >> from & 1u ? w->value[from] : ~(uint64_t)0;
-        }
-        return;
-    case MOEH_MEET_MATCH:
-        for (m = mask; m; m &= m - 1) {
-            const unsigned lane = (unsigned)__builtin_ctz(m);
-            uint64_t same = 0;
-            for (uint32_t n = mask; n; n &= n - 1)
-                if (w->value[__builtin_ctz(n)] == w->value[lane]) same |= n & -n;
-            w->result[lane] = same;
-        }
-        return;
-    case MOEH_MEET_BALLOT:
-        for (all = 0, m = mask; m; m &= m - 1)
-            all |= w->value[__builtin_ctz(m)] << __builtin_ctz(m);
-        break;
-    default:
-        for (m = mask & (mask - 1); m; m &= m - 1)
-            all = moeh_fold(kind, all, w->value[__builtin_ctz(m)]);
-    }
-    for (m = mask; m; m &= m - 1) w->result[__builtin_ctz(m)] = all;
-}
-
-/* The calling lane comes to the meeting of `mask` and leaves with its result. */
-__attribute__((noinline)) inline uint64_t moeh_meet(uint32_t mask, int kind, uint64_t value,
-                                                    int arg, moeh_meet_fn call)
+/* The calling lane comes to the meeting of `mask` and leaves with its result. The last to come
+   calls `finish`, which makes the results in warp->at[] of what the lanes of mask brought. */
+__attribute__((noinline)) inline uint64_t moeh_meet(uint32_t mask, const char* name,
+                                                    moeh_meet_fn finish, uint64_t value,
+                                                    unsigned from = 0)
 {
     moeh_sched& s = moeh_get();
     moeh_thread* const t = moeh_now();
-    moeh_block* const b = t->block;
     moeh_warp* const w = t->warp;
-    const unsigned lane = t->lane;
-    moeh_meeting* meeting = nullptr;
+    moeh_meeting* const mine = &w->at[t->lane];
+    const uint32_t me = 1u << t->lane;
     mask &= w->exist;
-    if (!(mask >> lane & 1u)) moeh_fail("calls a warp intrinsic with a mask that leaves it out");
+    if (!(mask & me)) moeh_fail("calls a warp intrinsic with a mask that leaves it out");
     if (mask & ~w->live) moeh_fail("calls a warp intrinsic with a mask that names an ended lane");
-    for (uint32_t m = w->meetings; m && !meeting; m &= m - 1)
-        if (w->meeting[__builtin_ctz(m)].mask == mask) meeting = &w->meeting[__builtin_ctz(m)];
-    if (!meeting) {
-        const int at = __builtin_ctz(~w->meetings); /* at most 31 others wait: one is free */
-        w->meetings |= 1u << at;
-        meeting = &w->meeting[at];
-        meeting->mask = mask;
-        meeting->arrived = 0;
-        meeting->kind = kind;
-        meeting->name = moeh_meet_name(kind);
-    }
-    if (meeting->kind != kind) moeh_fail("meets lanes of its mask at another warp intrinsic");
-    w->value[lane] = value;
-    w->arg[lane] = arg;
-    meeting->arrived |= 1u << lane;
-    if (meeting->arrived == mask) {
-        w->meetings &= ~(1u << (meeting - w->meeting));
-        moeh_meet_results(w, mask, kind, call);
-        moeh_moved(s);
+    mine->mask = mask;
+    mine->from = from;
+    mine->value = value;
+    mine->name = name;
+    mine->finish = finish;
+    w->meeting |= me;
+    bool all = (w->meeting & mask) == mask, alike = true;
+    if (all)
+        moeh_each(mask, [&](unsigned lane) {
+            all &= w->at[lane].mask == mask;
+            alike &= w->at[lane].finish == finish;
+        });
+    if (all) {
+        if (!alike) moeh_fail("meets lanes of its mask at another warp intrinsic");
+        w->meeting &= ~mask;
+        finish(w, mask);
         if (!s.seed) { /* the others wait for their turn; this lane goes on */
-            if (mask & (mask - 1)) moeh_make_ready(b, w, mask & ~(1u << lane));
-            return w->result[lane];
+            if (mask != me) moeh_make_ready(t->block, w, mask & ~me);
+            return mine->result;
         }
-        moeh_make_ready(b, w, mask);
+        moeh_make_ready(t->block, w, mask);
     }
     moeh_leave(false);
-    return w->result[lane];
+    return mine->result;
 }
 
 inline void __syncwarp(unsigned mask = 0xffffffffu)
 {
-    moeh_meet(mask, MOEH_MEET_SYNC, 0, 0, nullptr);
+    moeh_meet(mask, "__syncwarp", [](moeh_warp*, uint32_t) {}, 0);
 }
 
-template <class T>
-inline T moeh_shuffle(unsigned mask, T v, int from)
+/* ---- shuffles: `from` is the lane read, the own one where that would leave the group ---- */
+
+inline void moeh_finish_shuffle(moeh_warp* w, uint32_t mask)
 {
+    moeh_each(mask, [&](unsigned lane) {
+        const unsigned from = w->at[lane].from;
+        w->at[lane].result = mask >> from & 1u ? w->at[from].value : ~(uint64_t)0;
+    });
+}
+
+template <class T> inline uint64_t moeh_bits(T v)
+{
+    static_assert(sizeof v == 4 || sizeof v == 8, "warp intrinsics take 4 or 8 bytes");
     uint64_t bits = 0;
     memcpy(&bits, &v, sizeof v);
-    bits = moeh_meet(mask, MOEH_MEET_SHUFFLE, bits, from, nullptr);
+    return bits;
+}
+
+template <class T> inline T moeh_shuffle(unsigned mask, T v, unsigned from)
+{
+    const uint64_t bits = moeh_meet(mask, "a shuffle", moeh_finish_shuffle, moeh_bits(v), from);
     memcpy(&v, &bits, sizeof v);
     return v;
 }
 
-/* The lane that each variant reads: its own where it would leave its group of `width` lanes
-   (xor may read a lower group). */
-inline int moeh_lane() { return (int)moeh_now()->lane; }
-inline int moeh_from(int lane, int width)
+template <class T> inline T __shfl_sync(unsigned mask, T v, int lane, int width = 32)
 {
-    return (moeh_lane() & ~(width - 1)) | (lane & (width - 1));
+    const unsigned in = (unsigned)width - 1;
+    return moeh_shuffle(mask, v, (moeh_lane() & ~in) | ((unsigned)lane & in));
 }
-inline int moeh_from_up(unsigned d, int width)
+template <class T> inline T __shfl_up_sync(unsigned mask, T v, unsigned delta, int width = 32)
 {
-    return d <= (unsigned)(moeh_lane() & (width - 1)) ? moeh_lane() - (int)d : moeh_lane();
+    const unsigned me = moeh_lane(), in = me & ((unsigned)width - 1);
+    return moeh_shuffle(mask, v, delta <= in ? me - delta : me);
 }
-inline int moeh_from_down(unsigned d, int width)
+template <class T> inline T __shfl_down_sync(unsigned mask, T v, unsigned delta, int width = 32)
 {
-    return d < (unsigned)(width - (moeh_lane() & (width - 1))) ? moeh_lane() + (int)d : moeh_lane();
+    const unsigned me = moeh_lane(), in = me & ((unsigned)width - 1);
+    return moeh_shuffle(mask, v, delta < (unsigned)width - in ? me + delta : me);
 }
-inline int moeh_from_xor(int x, int width)
+template <class T> inline T __shfl_xor_sync(unsigned mask, T v, int lane_mask, int width = 32)
 {
-    const int from = moeh_lane() ^ (x & 31);
-    return from <= (moeh_lane() | (width - 1)) ? from : moeh_lane();
+    const unsigned me = moeh_lane(), from = me ^ ((unsigned)lane_mask & 31u);
+    return moeh_shuffle(mask, v, from <= (me | ((unsigned)width - 1)) ? from : me);
 }
 
-#define MOEH_SHUFFLES(T)                                                                          \
-    inline T __shfl_sync(unsigned mask, T v, int lane, int width = 32)                            \
-    {                                                                                             \
-        return moeh_shuffle(mask, v, moeh_from(lane, width));                                     \
-    }                                                                                             \
-    inline T __shfl_up_sync(unsigned mask, T v, unsigned delta, int width = 32)                   \
-    {                                                                                             \
-        return moeh_shuffle(mask, v, moeh_from_up(delta, width));                                 \
-    }                                                                                             \
-    inline T __shfl_down_sync(unsigned mask, T v, unsigned delta, int width = 32)                 \
-    {                                                                                             \
-        return moeh_shuffle(mask, v, moeh_from_down(delta, width));                               \
-    }                                                                                             \
-    inline T __shfl_xor_sync(unsigned mask, T v, int lane_mask, int width = 32)                   \
-    {                                                                                             \
-        return moeh_shuffle(mask, v, moeh_from_xor(lane_mask, width));                            \
-    }
-MOEH_SHUFFLES(int)
-MOEH_SHUFFLES(unsigned)
-MOEH_SHUFFLES(long)
-MOEH_SHUFFLES(unsigned long)
-MOEH_SHUFFLES(long long)
-MOEH_SHUFFLES(unsigned long long)
-MOEH_SHUFFLES(float)
-MOEH_SHUFFLES(double)
-#undef MOEH_SHUFFLES
+/* ---- votes, match, reductions ---- */
 
 inline unsigned __ballot_sync(unsigned mask, int v)
 {
-    return (unsigned)moeh_meet(mask, MOEH_MEET_BALLOT, v != 0, 0, nullptr);
+    const moeh_meet_fn finish = [](moeh_warp* w, uint32_t lanes) {
+        uint64_t all = 0;
+        moeh_each(lanes, [&](unsigned lane) { all |= w->at[lane].value << lane; });
+        moeh_each(lanes, [&](unsigned lane) { w->at[lane].result = all; });
+    };
+    return (unsigned)moeh_meet(mask, "a vote", finish, v != 0);
 }
 inline int __any_sync(unsigned mask, int v) { return __ballot_sync(mask, v) != 0; }
 inline int __all_sync(unsigned mask, int v) { return __ballot_sync(mask, !v) == 0; }
 
-#define MOEH_MATCH(T)                                                                             \
-    inline unsigned __match_any_sync(unsigned mask, T v)                                          \
-    {                                                                                             \
-        uint64_t bits = 0;                                                                        \
-        memcpy(&bits, &v, sizeof v);                                                              \
-        return (unsigned)moeh_meet(mask, MOEH_MEET_MATCH, bits, 0, nullptr);                      \
-    }
-MOEH_MATCH(int)
-MOEH_MATCH(unsigned)
-MOEH_MATCH(long)
-MOEH_MATCH(unsigned long)
-MOEH_MATCH(long long)
-MOEH_MATCH(unsigned long long)
-MOEH_MATCH(float)
-MOEH_MATCH(double)
-#undef MOEH_MATCH
+template <class T> inline unsigned __match_any_sync(unsigned mask, T v)
+{
+    const moeh_meet_fn finish = [](moeh_warp* w, uint32_t lanes) {
+        moeh_each(lanes, [&](unsigned lane) {
+            w->at[lane].result = 0;
+            moeh_each(lanes, [&](unsigned other) {
+                if (w->at[other].value == w->at[lane].value) w->at[lane].result |= 1u << other;
+            });
+        });
+    };
+    return (unsigned)moeh_meet(mask, "__match_any_sync", finish, moeh_bits(v));
+}
 
-#define MOEH_REDUCE(T, name, kind)                                                                \
-    inline T __reduce_##name##_sync(unsigned mask, T v)                                           \
+/* expression: of a and b, the values of two lanes or of several taken together */
+#define MOEH_REDUCE(name, T, expression)                                                          \
+    inline T name(unsigned mask, T v)                                                             \
     {                                                                                             \
-        return (T)(uint32_t)moeh_meet(mask, MOEH_MEET_##kind, (uint32_t)v, 0, nullptr);           \
+        const moeh_meet_fn finish = [](moeh_warp* w, uint32_t lanes) {                            \
+            T a = (T)w->at[__builtin_ctz(lanes)].value;                                           \
+            moeh_each(lanes & (lanes - 1), [&](unsigned lane) {                                   \
+                const T b = (T)w->at[lane].value;                                                 \
+                a = (T)(expression);                                                              \
+            });                                                                                   \
+            moeh_each(lanes, [&](unsigned lane) { w->at[lane].result = (unsigned)a; });           \
+        };                                                                                        \
+        return (T)moeh_meet(mask, #name, finish, (unsigned)v);                                    \
     }
-MOEH_REDUCE(int, add, ADD)
-MOEH_REDUCE(int, min, MIN)
-MOEH_REDUCE(int, max, MAX)
-MOEH_REDUCE(unsigned, add, ADD)
-MOEH_REDUCE(unsigned, min, UMIN)
-MOEH_REDUCE(unsigned, max, UMAX)
-MOEH_REDUCE(unsigned, and, AND)
-MOEH_REDUCE(unsigned, or, OR)
-MOEH_REDUCE(unsigned, xor, XOR)
+MOEH_REDUCE(__reduce_add_sync, int, (unsigned)a + (unsigned)b)
+MOEH_REDUCE(__reduce_add_sync, unsigned, a + b)
+MOEH_REDUCE(__reduce_min_sync, int, b < a ? b : a)
+MOEH_REDUCE(__reduce_min_sync, unsigned, b < a ? b : a)
+MOEH_REDUCE(__reduce_max_sync, int, b > a ? b : a)
+MOEH_REDUCE(__reduce_max_sync, unsigned, b > a ? b : a)
+MOEH_REDUCE(__reduce_and_sync, unsigned, a & b)
+MOEH_REDUCE(__reduce_or_sync, unsigned, a | b)
+MOEH_REDUCE(__reduce_xor_sync, unsigned, a ^ b)
 #undef MOEH_REDUCE
 
 #endif
