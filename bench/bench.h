@@ -2,9 +2,10 @@
 
    Time: after 50 ms of warm-up each repetition flushes L2 by writing a buffer of four times its
    size, then runs once between two events; the median counts. Launches of a few microseconds are timed as a captured
-   graph of many calls over rotating inputs that together pass the L2, divided by the calls.
+   graph of 24 calls over rotating inputs, divided by the calls: together they pass the L2, but for
+   the smallest shapes, which stay in it.
    Ceilings are measured in the same run: device-to-device copy (bytes read + written) and, where
-   a bench has one, its peer. Clocks and power are read with nvidia-smi while the GPU is busy.
+   a bench has one, its peer. Clocks and power are read with nvidia-smi while it runs.
 
    Output: a table on stdout, the same rows as CSV with --csv FILE. */
 #ifndef MOE_BENCH_H
@@ -184,8 +185,10 @@ static bench_state bench_open(int argc, char** argv, const char* title)
     memset(&s, 0, sizeof s);
     s.reps = 30;
     for (int i = 1; i < argc; ++i) {
-        if (!strcmp(argv[i], "--csv") && i + 1 < argc) s.csv = fopen(argv[++i], "w");
-        else if (!strcmp(argv[i], "--reps") && i + 1 < argc) s.reps = atoi(argv[++i]);
+        if (!strcmp(argv[i], "--csv") && i + 1 < argc) {
+            s.csv = fopen(argv[++i], "w");
+            if (s.csv) fprintf(s.csv, "what,ms,rate,unit,share,of\n");
+        } else if (!strcmp(argv[i], "--reps") && i + 1 < argc) s.reps = atoi(argv[++i]);
         else {
             fprintf(stderr, "usage: %s [--csv FILE] [--reps N]\n", argv[0]);
             exit(2);
@@ -212,17 +215,22 @@ static bench_state bench_open(int argc, char** argv, const char* title)
     return s;
 }
 
-/* SM clock in MHz and power in W, as nvidia-smi sees them now. */
-static void bench_note_clocks(void)
+/* SM clock in MHz and power in W, as nvidia-smi sees them under `fn`, called for about a second. */
+static void bench_note_clocks(bench_state* s, bench_fn fn, void* context, double ms)
 {
     char line[128] = "";
-    FILE* p = popen("nvidia-smi --query-gpu=clocks.sm,power.draw --format=csv,noheader,nounits -i 0 "
+    FILE* p;
+    const int calls = ms > 0 && ms < 1000 ? (int)(1000 / ms) : 1;
+    for (int i = 0; i < (calls < 1000 ? calls : 1000); ++i) fn(context, s->stream);
+    p = popen("nvidia-smi --query-gpu=clocks.sm,power.draw --format=csv,noheader,nounits -i 0 "
                     "2>/dev/null", "r");
     if (p && fgets(line, sizeof line, p)) {
         line[strcspn(line, "\n")] = 0;
-        printf("clocks: SM MHz, W = %s\n", line);
+        printf("  under load: SM MHz, W = %s\n", line);
+        if (s->csv) fprintf(s->csv, "\"clocks.sm MHz, power.draw W\",%s\n", line);
     }
     if (p) pclose(p);
+    BENCH_CUDA(cudaStreamSynchronize(s->stream));
 }
 
 /* One row: what, milliseconds, a rate with its unit, share of the ceiling or ratio to a peer. */
@@ -236,7 +244,6 @@ static void bench_row(bench_state* s, const char* what, double ms, double rate, 
 
 static int bench_close(bench_state* s, int failures)
 {
-    bench_note_clocks();
     if (s->csv) fclose(s->csv);
     if (failures) printf("VERIFY FAILED: %d\n", failures);
     return failures != 0;

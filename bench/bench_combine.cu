@@ -77,10 +77,11 @@ static void run_cat(void* context, cudaStream_t stream)
     BENCH_MOE(MOE_LAUNCH(index_add, l, a));
 }
 
-/* Error of tokens 0, step, 2 step, ... against a double sum, over twice what rounding to bf16 may cost. */
+/* Error of tokens 0, step, 2 step, ... against a double sum, over its bound: twice what rounding to
+   bf16 may cost, once, or with every addition. */
 typedef struct check_args {
     moe_combine_desc c;
-    int step;
+    int step, each;  /* each: every product and sum was rounded */
     unsigned* worst; /* bits of the largest error over its bound */
 } check_args;
 
@@ -88,17 +89,39 @@ MOE_KERNEL(256, 1) check_combine(MOE_ARG(check_args) d)
 {
     const int64_t t = (int64_t)blockIdx.x * d.step;
     for (int h = threadIdx.x; h < d.c.hidden; h += 256) {
-        double want = 0.0;
+        double want = 0.0, sum = 0.0, bound;
         float got, ratio;
         for (int k = 0; k < d.c.top_k; ++k) {
             const moe_place p = d.c.place[t * d.c.top_k + k];
-            want += (double)d.c.weights[t * d.c.top_k + k] *
-                    moei_load_f32(d.c.table[p.buffer], (int64_t)p.row * d.c.hidden + h, MOE_BF16);
+            const double v =
+                (double)d.c.weights[t * d.c.top_k + k] *
+                moei_load_f32(d.c.table[p.buffer], (int64_t)p.row * d.c.hidden + h, MOE_BF16);
+            want += v;
+            sum += fabs(v);
         }
         got = moei_load_f32(d.c.y, t * d.c.hidden + h, MOE_BF16);
-        ratio = (float)(fabs(got - want) / (2.0 * fabs(want) / 256.0 + 1e-5));
+        bound = 2.0 * (d.each ? (d.c.top_k + 1) * sum : fabs(want)) / 256.0 + 1e-5;
+        ratio = (float)(fabs(got - want) / bound);
         atomicMax(d.worst, ratio <= 1e30f ? __float_as_uint(ratio) : 0x7f800000u);
     }
+}
+
+/* The largest error of y over its bound. */
+static float check_y(bench_state* s, const job* j, int each)
+{
+    check_args check;
+    moei_launch_config l = moei_grid(256, 256, 0, s->stream);
+    unsigned worst = 0;
+    check.c = j->combine;
+    check.step = j->combine.num_tokens / 256;
+    check.each = each;
+    check.worst = (unsigned*)bench_alloc(4);
+    BENCH_CUDA(cudaMemset(check.worst, 0, 4));
+    BENCH_MOE(MOE_LAUNCH(check_combine, l, check));
+    BENCH_CUDA(cudaStreamSynchronize(s->stream));
+    BENCH_CUDA(cudaMemcpy(&worst, check.worst, 4, cudaMemcpyDeviceToHost));
+    cudaFree(check.worst);
+    return moe_f32_from_bits(worst);
 }
 
 static void run_shape(bench_state* s, int T, int H, int E, int K, int* failures)
@@ -110,13 +133,13 @@ static void run_shape(bench_state* s, int T, int H, int E, int K, int* failures)
     int32_t* id = (int32_t*)malloc((size_t)slots * 4);
     int32_t* next = (int32_t*)calloc((size_t)E + 1, 4);
     job j;
-    unsigned worst = 0;
+    float* weights = (float*)malloc((size_t)slots * 4);
+    float* row_weight = (float*)malloc((size_t)slots * 4);
+    float worst;
     char what[96];
     double ms, cat;
     bench_copy_args copy;
     size_t free_before, free_after, total;
-    check_args check;
-    moei_launch_config l;
 
     memset(&j, 0, sizeof j);
     j.E = E;
@@ -145,7 +168,10 @@ static void run_shape(bench_state* s, int T, int H, int E, int K, int* failures)
         j.row_token = (const int32_t*)tokens;
     }
     j.combine.weights = (const float*)bench_random(slots, MOE_FP32, 0.3f, 5);
-    j.row_weight = (const float*)bench_random(slots, MOE_FP32, 0.3f, 6);
+    BENCH_CUDA(cudaMemcpy(weights, j.combine.weights, (size_t)slots * 4, cudaMemcpyDeviceToHost));
+    for (int64_t i = 0; i < slots; ++i) row_weight[next[id[i]] + place[i].row] = weights[i];
+    j.row_weight = (const float*)bench_alloc((size_t)slots * 4);
+    BENCH_CUDA(cudaMemcpy((void*)j.row_weight, row_weight, (size_t)slots * 4, cudaMemcpyHostToDevice));
     j.combine.y = bench_alloc((size_t)T * (size_t)H * 2);
     j.combine.num_buffers = E;
     j.combine.num_tokens = T, j.combine.hidden = H, j.combine.top_k = K;
@@ -155,17 +181,10 @@ static void run_shape(bench_state* s, int T, int H, int E, int K, int* failures)
     run_combine(&j, s->stream);
     BENCH_CUDA(cudaStreamSynchronize(s->stream));
     BENCH_CUDA(cudaMemGetInfo(&free_after, &total));
-    check.c = j.combine;
-    check.step = T / 256;
-    check.worst = (unsigned*)bench_alloc(4);
-    BENCH_CUDA(cudaMemset(check.worst, 0, 4));
-    l = moei_grid(256, 256, 0, s->stream);
-    BENCH_MOE(MOE_LAUNCH(check_combine, l, check));
-    BENCH_CUDA(cudaStreamSynchronize(s->stream));
-    BENCH_CUDA(cudaMemcpy(&worst, check.worst, 4, cudaMemcpyDeviceToHost));
-    *failures += !(moe_f32_from_bits(worst) <= 1.0f) || free_after != free_before;
+    worst = check_y(s, &j, 0);
+    *failures += !(worst <= 1.0f) || free_after != free_before;
     printf("T %d H %d E %d K %d bf16: worst error %.2f of its bound, extra memory %lld bytes\n", T, H, E,
-           K, moe_f32_from_bits(worst), (long long)(free_before - free_after));
+           K, worst, (long long)(free_before - free_after));
 
     copy.bytes = (size_t)(bytes / 2);
     copy.to = bench_alloc(copy.bytes);
@@ -180,6 +199,10 @@ static void run_shape(bench_state* s, int T, int H, int E, int K, int* failures)
     snprintf(what, sizeof what, "combine T %d H %d E %d K %d", T, H, E, K);
     bench_row(s, what, ms, bytes / ms * 1e-9, "TB/s", bytes / s->copy_rate * 1e3 / ms, "copy rate");
     j.joined = (char*)bench_alloc((size_t)slots * (size_t)H * 2);
+    BENCH_CUDA(cudaMemset(j.combine.y, 0xff, (size_t)T * (size_t)H * 2));
+    run_cat(&j, s->stream);
+    *failures += !(check_y(s, &j, 1) <= 1.0f);
+    bench_note_clocks(s, run_combine, &j, ms);
     cat = bench_time(s, run_cat, &j);
     snprintf(what, sizeof what, "cat + index_add, %.1f GiB extra", (double)slots * H * 2 / (1 << 30));
     bench_row(s, what, cat, bytes / cat * 1e-9, "TB/s", ms / cat, "its time taken by combine");
@@ -187,7 +210,7 @@ static void run_shape(bench_state* s, int T, int H, int E, int K, int* failures)
     for (int e = 0; e < E; ++e) cudaFree(j.buffer[e]);
     cudaFree((void*)j.combine.table), cudaFree((void*)j.combine.place), cudaFree((void*)j.row_token);
     cudaFree((void*)j.combine.weights), cudaFree((void*)j.row_weight), cudaFree(j.combine.y);
-    cudaFree(j.joined), cudaFree(check.worst);
+    cudaFree(j.joined);
     free(place), free(row_token), free(id), free(next), free(j.count), free(j.buffer);
 }
 

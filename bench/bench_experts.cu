@@ -53,7 +53,7 @@ static double time_dense(bench_state* s, int m, int n, int k)
     j.b = bench_random((int64_t)n * k, MOE_BF16, 0.02f, 22);
     j.c = bench_alloc((size_t)m * (size_t)n * 2);
     ms = bench_time(s, run_dense, &j);
-    bench_note_clocks();
+    bench_note_clocks(s, run_dense, &j, ms);
     cudaFree((void*)j.a), cudaFree((void*)j.b), cudaFree(j.c);
     BENCH_CUBLAS(cublasDestroy(j.handle));
     return ms;
@@ -155,7 +155,7 @@ static void run_shape(bench_state* s, int T, int H, int I, int E, int K, int til
            up.tile_k, down.tile_m, down.tile_n, down.tile_k);
 
     ms_up = bench_time(s, run_up, &d);
-    bench_note_clocks();
+    bench_note_clocks(s, run_up, &d, ms_up);
     ms_down = bench_time(s, run_down, &d);
     cudaFree((void*)d.w1.base), cudaFree((void*)d.w2.base);
     snprintf(what, sizeof what, "up   T %d H %d I %d E %d K %d", T, H, I, E, K);

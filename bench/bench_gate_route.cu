@@ -1,8 +1,8 @@
-/* Gate and route from fp32 logits, in a captured graph.
+/* Gate and route, all outputs, in a captured graph.
    nvcc -O3 -std=c++14 -I. -arch=sm_90a bench/bench_gate_route.cu -o bench_gate_route
 
-   Floor: logits read once; ids, weights, row_slot, row_weight and places written once, the ids
-   read once more: T (4 E + 28 K) bytes at the copy rate. */
+   Floor: logits read once; ids, weights, slot_row, row_slot, row_weight and places written once, ids
+   and weights read once more: T (4 E + 36 K) bytes at the copy rate, with fp32 logits. */
 #include "bench.h"
 
 #include "../moe/ref/ref.h"
@@ -29,12 +29,13 @@ static void run_route(void* context, cudaStream_t stream)
     BENCH_MOE(moe_route(&((const job*)context)->route, stream));
 }
 
-static job make_job(int T, int E, int K, uint32_t seed, int hand_counts)
+static job make_job(int T, int E, int K, int dtype, int score, uint32_t seed, int hand_counts)
 {
     job j;
     const size_t slots = (size_t)T * (size_t)K;
     memset(&j, 0, sizeof j);
-    j.gate.logits = bench_random((int64_t)T * E, MOE_FP32, 1.0f, seed);
+    j.gate.logits = bench_random((int64_t)T * E, dtype, 1.0f, seed);
+    j.gate.logits_dtype = dtype, j.gate.score = score, j.gate.renormalize = score == MOE_SCORE_SIGMOID;
     j.gate.ids = (int32_t*)bench_alloc(slots * 4);
     j.gate.weights = (float*)bench_alloc(slots * 4);
     j.gate.num_tokens = T, j.gate.num_experts = E, j.gate.top_k = K;
@@ -42,7 +43,7 @@ static job make_job(int T, int E, int K, uint32_t seed, int hand_counts)
     j.route.weights = j.gate.weights;
     j.route.expert_count = (int32_t*)bench_alloc((size_t)E * 4);
     j.route.expert_offset = (int32_t*)bench_alloc((size_t)E * 4 + 4);
-    j.route.slot_row = 0;
+    j.route.slot_row = (int32_t*)bench_alloc(slots * 4);
     j.route.row_slot = (int32_t*)bench_alloc(slots * 4);
     j.route.row_weight = (float*)bench_alloc(slots * 4);
     j.route.place = (moe_place*)bench_alloc(slots * 8);
@@ -60,8 +61,8 @@ static job make_job(int T, int E, int K, uint32_t seed, int hand_counts)
 static void free_job(job* j)
 {
     cudaFree((void*)j->gate.logits), cudaFree(j->gate.ids), cudaFree(j->gate.weights);
-    cudaFree(j->route.expert_count), cudaFree(j->route.expert_offset), cudaFree(j->route.row_slot);
-    cudaFree(j->route.row_weight), cudaFree(j->route.place);
+    cudaFree(j->route.expert_count), cudaFree(j->route.expert_offset), cudaFree(j->route.slot_row);
+    cudaFree(j->route.row_slot), cudaFree(j->route.row_weight), cudaFree(j->route.place);
     cudaFree(j->gate.chunk_count ? (void*)j->gate.chunk_count : j->route.workspace);
 }
 
@@ -70,7 +71,8 @@ static int verify(const job* j, cudaStream_t stream)
 {
     const int T = j->gate.num_tokens, E = j->gate.num_experts, K = j->gate.top_k;
     const size_t slots = (size_t)T * (size_t)K;
-    float* logits = (float*)malloc((size_t)T * (size_t)E * 4);
+    const size_t logit_bytes = (size_t)T * (size_t)E * (size_t)moe_dtype_bytes(j->gate.logits_dtype);
+    void* logits = malloc(logit_bytes);
     int32_t* ids = (int32_t*)malloc(slots * 4);
     int32_t* row_slot = (int32_t*)malloc(slots * 4);
     int32_t* want_ids = (int32_t*)malloc(slots * 4);
@@ -81,13 +83,14 @@ static int verify(const job* j, cudaStream_t stream)
     int wrong = 0;
     run_both((void*)j, stream);
     BENCH_CUDA(cudaStreamSynchronize(stream));
-    BENCH_CUDA(cudaMemcpy(logits, j->gate.logits, (size_t)T * (size_t)E * 4, cudaMemcpyDeviceToHost));
+    BENCH_CUDA(cudaMemcpy(logits, j->gate.logits, logit_bytes, cudaMemcpyDeviceToHost));
     BENCH_CUDA(cudaMemcpy(ids, j->gate.ids, slots * 4, cudaMemcpyDeviceToHost));
     BENCH_CUDA(cudaMemcpy(weights, j->gate.weights, slots * 4, cudaMemcpyDeviceToHost));
     BENCH_CUDA(cudaMemcpy(row_slot, j->route.row_slot, slots * 4, cudaMemcpyDeviceToHost));
     memset(&want, 0, sizeof want);
     want.logits = logits;
-    want.logits_dtype = MOE_FP32;
+    want.logits_dtype = j->gate.logits_dtype;
+    want.score = j->gate.score, want.renormalize = j->gate.renormalize;
     want.num_tokens = T, want.num_experts = E, want.top_k = K;
     moe_ref_gate_f64(&want, want_ids, want_weights, 0, 0);
     for (size_t s = 0; s < slots; ++s) {
@@ -103,39 +106,52 @@ static int verify(const job* j, cudaStream_t stream)
 
 int main(int argc, char** argv)
 {
-    static const int shape[][3] = {{32768, 128, 8}, {8192, 256, 8}, {16384, 8, 2}, {4096, 1024, 8},
-                                   {64, 256, 8}};
-    bench_state s = bench_open(argc, argv, "gate + route, fp32 logits, softmax");
+    static const struct {
+        int T, E, K, dtype, score;
+        const char* note;
+    } shape[] = {{32768, 128, 8, MOE_FP32, MOE_SCORE_SOFTMAX, ""},
+                 {8192, 256, 8, MOE_FP32, MOE_SCORE_SOFTMAX, ""},
+                 {8192, 256, 8, MOE_FP32, MOE_SCORE_SIGMOID, ", sigmoid"},
+                 {32768, 128, 8, MOE_BF16, MOE_SCORE_SOFTMAX, ", bf16"},
+                 {16384, 8, 2, MOE_FP32, MOE_SCORE_SOFTMAX, ""},
+                 {131072, 128, 8, MOE_FP32, MOE_SCORE_SOFTMAX, ""},
+                 {4096, 1024, 8, MOE_FP32, MOE_SCORE_SOFTMAX, ""},
+                 {64, 256, 8, MOE_FP32, MOE_SCORE_SOFTMAX, ""}};
+    bench_state s = bench_open(argc, argv, "gate + route, softmax of fp32 logits where nothing is said");
     int failures = 0;
     for (size_t i = 0; i < sizeof shape / sizeof shape[0]; ++i) {
         enum { CALLS = 24 };
-        const int T = shape[i][0], E = shape[i][1], K = shape[i][2];
-        const double bytes = (double)T * (4.0 * E + 28.0 * K);
+        const int T = shape[i].T, E = shape[i].E, K = shape[i].K, dtype = shape[i].dtype;
+        const double gate_bytes = (double)T * ((double)moe_dtype_bytes(dtype) * E + 8.0 * K);
+        const double route_bytes = (double)T * 28.0 * K;
         job jobs[CALLS];
         void* context[CALLS];
         char what[96];
-        double both, ms;
+        double ms;
         for (int c = 0; c < CALLS; ++c) {
-            jobs[c] = make_job(T, E, K, (uint32_t)(10 + c), 1);
+            jobs[c] = make_job(T, E, K, dtype, shape[i].score, (uint32_t)(10 + c), 1);
             context[c] = &jobs[c];
         }
         failures += verify(&jobs[0], s.stream) != 0;
-        both = bench_time_graph(&s, run_both, context, CALLS);
-        snprintf(what, sizeof what, "T %d E %d K %d  gate + route", T, E, K);
-        bench_row(&s, what, both, bytes / both * 1e-9, "TB/s", bytes / s.copy_rate * 1e3 / both, "floor");
+        ms = bench_time_graph(&s, run_both, context, CALLS);
+        snprintf(what, sizeof what, "T %d E %d K %d%s  gate + route", T, E, K, shape[i].note);
+        bench_row(&s, what, ms, (gate_bytes + route_bytes) / ms * 1e-9, "TB/s",
+                  (gate_bytes + route_bytes) / s.copy_rate * 1e3 / ms, "floor");
+        if (i == 0) bench_note_clocks(&s, run_both, &jobs[0], ms);
         ms = bench_time_graph(&s, run_gate, context, CALLS);
-        snprintf(what, sizeof what, "T %d E %d K %d    gate alone", T, E, K);
-        bench_row(&s, what, ms, (double)T * (4.0 * E + 8.0 * K) / ms * 1e-9, "TB/s",
-                  (double)T * (4.0 * E + 8.0 * K) / s.copy_rate * 1e3 / ms, "floor");
+        bench_row(&s, "    gate alone", ms, gate_bytes / ms * 1e-9, "TB/s",
+                  gate_bytes / s.copy_rate * 1e3 / ms, "floor");
+        ms = bench_time_graph(&s, run_route, context, CALLS);
+        bench_row(&s, "    route alone, with the gate's counts", ms, route_bytes / ms * 1e-9, "TB/s",
+                  route_bytes / s.copy_rate * 1e3 / ms, "floor");
         for (int c = 0; c < CALLS; ++c) {
             free_job(&jobs[c]);
-            jobs[c] = make_job(T, E, K, (uint32_t)(10 + c), 0);
+            jobs[c] = make_job(T, E, K, dtype, shape[i].score, (uint32_t)(10 + c), 0);
             run_gate(&jobs[c], s.stream);
         }
         ms = bench_time_graph(&s, run_route, context, CALLS);
-        snprintf(what, sizeof what, "T %d E %d K %d    route alone, counting", T, E, K);
-        bench_row(&s, what, ms, (double)T * 28.0 * K / ms * 1e-9, "TB/s",
-                  (double)T * 28.0 * K / s.copy_rate * 1e3 / ms, "floor");
+        bench_row(&s, "    route alone, counting itself", ms, (route_bytes + 4.0 * T * K) / ms * 1e-9,
+                  "TB/s", (route_bytes + 4.0 * T * K) / s.copy_rate * 1e3 / ms, "floor");
         for (int c = 0; c < CALLS; ++c) free_job(&jobs[c]);
     }
     return bench_close(&s, failures);

@@ -19,8 +19,6 @@ static void run_stage(void* context, cudaStream_t stream)
 {
     const stage_job* j = (const stage_job*)context;
     BENCH_MOE(moe_layer_run_stage(j->layer, j->stage, stream));
-    if (j->stage == MOE_LAYER_GATE) /* route uses up the counts that the gate leaves */
-        BENCH_MOE(moe_layer_run_stage(j->layer, MOE_LAYER_ROUTE, stream));
 }
 
 /* Token blockIdx.x * step from its own ids and weights, in double, once exact and once with act, rows
@@ -151,22 +149,22 @@ static void run_shape(bench_state* s, int T, int H, int I, int E, int K, int* fa
     ms = bench_time(s, run_layer, &l);
     snprintf(what, sizeof what, "layer T %d H %d I %d E %d K %d", T, H, I, E, K);
     bench_row(s, what, ms, flops / ms * 1e-9, "TFLOPS", 1.0, "the layer");
+    bench_note_clocks(s, run_layer, &l, ms);
     for (int stage = 0; stage < MOE_LAYER_STAGES; ++stage) {
         stage_job j;
         double part;
-        if (stage == MOE_LAYER_ROUTE) continue;
         j.layer = &l;
         j.stage = stage;
         part = bench_time(s, run_stage, &j);
-        snprintf(what, sizeof what, "    %s%s", moe_layer_stage_name(stage),
-                 stage == MOE_LAYER_GATE ? " + route" : "");
+        snprintf(what, sizeof what, "    %s", moe_layer_stage_name(stage));
         bench_row(s, what, part,
                   stage == MOE_LAYER_UP ? flops * 2 / 3 / part * 1e-9
                   : stage == MOE_LAYER_DOWN ? flops / 3 / part * 1e-9
                   : stage == MOE_LAYER_ROUTER ? 2.0 * T * H * E / part * 1e-9
                   : stage == MOE_LAYER_COMBINE
                       ? ((double)slots + T) * H * 2 / part * 1e-9
-                      : (double)T * (4.0 * E + 24.0 * K) / part * 1e-9,
+                  : stage == MOE_LAYER_GATE ? (double)T * (4.0 * E + 8.0 * K) / part * 1e-9
+                                            : (double)T * 16.0 * K / part * 1e-9,
                   stage == MOE_LAYER_UP || stage == MOE_LAYER_DOWN || stage == MOE_LAYER_ROUTER ? "TFLOPS"
                                                                                               : "TB/s",
                   part / ms, "the layer");

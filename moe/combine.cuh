@@ -57,7 +57,8 @@ typedef struct moe_combine_desc {
     int32_t hidden;      /* H, 1 .. 2^28 */
     int32_t top_k;       /* K, 1 .. MOE_COMBINE_MAX_TOP_K */
     int32_t num_buffers; /* length of the table; without a table, 0 or 1 */
-    int64_t num_rows;    /* most rows that any buffer has, for the bounds check; 0 = not checked */
+    int64_t num_rows;    /* most rows that any buffer has: bounds of places, and of `rows` against
+                            what is written; 0 = neither is checked */
 } moe_combine_desc;
 
 #define MOE_COMBINE_MAX_TOP_K 2048 /* 32 KB of shared memory a block */

@@ -20,8 +20,8 @@
    Arithmetic is fp32 in a fixed order: equal inputs give equal bits.
 
    Cost: one read of the logits. One launch, and a memset if expert_count is wanted.
-   Any E up to MOE_MAX_EXPERTS, any K up to E. The fast path has E <= 1024, K <= 32; it leaves rows
-   of infinities, NaN or many equal logits at the top to a slower one, a row at a time.
+   Any E up to MOE_MAX_EXPERTS, any K up to E. Beyond E = 1024 or K = 32, and for rows of infinities,
+   NaN or many equal logits at the top, a warp reads the row again for each choice.
    Minimum architecture: sm_75.
 
      moe_gate_desc g = {0};

@@ -21,7 +21,7 @@
      moe_num_chunks(T) E 4  chunk counts      E 4 + (E + 1) 4  counts, offsets
      T K 4  row_slot                          T K 8  places
      T K I 2  act                             T K H 2  rows
-   moe_layer_view tells where each piece lies, for statistics or for a backward pass.
+   moe_layer_get_view tells where each piece lies, for statistics or for a backward pass.
 
      moe_layer_desc l = {0};
      l.x = x;  l.router = router;  l.w1.base = w1;  l.w2.base = w2;  l.y = y;
@@ -336,8 +336,7 @@ MOE_HOST moe_status moei_layer_queue(const moei_layer* l, int stage, cudaStream_
 }
 
 /* Queues one stage on `stream`: for timing, or to put work of one's own between stages. All
-   stages in order are moe_layer_forward. Route uses up the counts that the gate leaves: it runs
-   once after each gate. */
+   stages in order are moe_layer_forward. */
 MOE_HOST moe_status moe_layer_run_stage(const moe_layer_desc* desc, int stage, cudaStream_t stream)
 {
     moei_layer l;

@@ -1,5 +1,5 @@
-/* test_buffer.h: device memory with poison and canaries, runs that must give the same bits, and
-   captured graphs. Included by test.h. */
+/* test_buffer.h: device memory with poison and canaries, rows further apart than 32 bits count,
+   runs that must give the same bits, and captured graphs. Included by test.h. */
 #ifndef MOE_TESTS_TEST_BUFFER_H
 #define MOE_TESTS_TEST_BUFFER_H
 
@@ -109,6 +109,109 @@ MOEI_UNUSED static void tbuf_free(tbuf* b)
     CHECK(bad == 0, "%s: %zu bytes behind the buffer were written", b->name, bad);
     TEST_CUDA(cudaFree(b->base));
     b->p = b->base = 0;
+}
+
+/* Bytes of p, a host copy of rows `stride` elements apart, that belong to none of the `cols`
+   elements of the rows begin .. end and are no poison. */
+MOEI_UNUSED static int64_t test_strays(const void* p, int64_t bytes, int elem, int64_t stride,
+                                       int64_t cols, int64_t begin, int64_t end)
+{
+    const int64_t pitch = stride * elem;
+    int64_t n = 0;
+    for (int64_t row = 0; row * pitch < bytes; ++row) {
+        const int64_t from = row * pitch + (row >= begin && row < end ? cols * elem : 0);
+        const int64_t to = (row + 1) * pitch < bytes ? (row + 1) * pitch : bytes;
+        for (int64_t i = from; i < to; ++i) n += ((const unsigned char*)p)[i] != 0xff;
+    }
+    return n;
+}
+
+/* Is there room for so many bytes? Prints where there is not. */
+MOEI_UNUSED static int test_has_memory(size_t bytes)
+{
+    size_t free_bytes, total;
+    TEST_CUDA(cudaMemGetInfo(&free_bytes, &total));
+    if (free_bytes >= bytes + ((size_t)1 << 28)) return 1;
+    printf("  not run: %zu bytes are free, %zu needed\n", free_bytes, bytes);
+    return 0;
+}
+
+/* Rows so far apart that the last one begins past 2^32 elements: an offset in 32 bits, signed or
+   not, misses it. All that is no row is poison. On the CPU the rows are close together, so the same
+   tests run there without the size. */
+#ifndef TWIDE_SPAN
+#define TWIDE_SPAN (MOE_ON_HOST ? (int64_t)0 : (int64_t)1 << 32) /* to the last row, elements */
+#endif
+#define TWIDE_ZONE 64 /* elements behind each row that must stay poison */
+
+typedef struct twide {
+    char* p;
+    int64_t rows, cols, stride;
+    int elem; /* bytes of an element */
+    const char* name;
+} twide;
+
+MOEI_UNUSED static void twide_poison(const twide* w)
+{
+    const int64_t elems = (w->rows - 1) * w->stride + w->cols + TWIDE_ZONE;
+    TEST_CUDA(cudaDeviceSynchronize());
+    TEST_CUDA(cudaMemset(w->p, 0xff, (size_t)(elems * w->elem)));
+    TEST_CUDA(cudaDeviceSynchronize());
+}
+
+/* 0 where the device lacks the memory: 8 GiB for elements of 2 bytes, 16 GiB for those of 4. */
+MOEI_UNUSED static int twide_new(twide* w, const char* name, int64_t rows, int64_t cols, int dtype)
+{
+    const int64_t least = cols + TWIDE_ZONE, apart = TWIDE_SPAN / (rows - 1);
+    w->name = name;
+    w->rows = rows;
+    w->cols = cols;
+    w->stride = ((least > apart ? least : apart) + 15) / 8 * 8;
+    w->elem = moe_dtype_bytes(dtype);
+    {
+        const size_t bytes = (size_t)((((rows - 1) * w->stride) + least) * w->elem);
+        if (!test_has_memory(bytes)) return 0;
+        TEST_CUDA(cudaMalloc((void**)&w->p, bytes));
+    }
+    twide_poison(w);
+    return 1;
+}
+
+/* Fills the rows from dense ones. */
+MOEI_UNUSED static void twide_put(const twide* w, const void* dense)
+{
+    const int64_t row = w->cols * w->elem;
+    TEST_CUDA(cudaDeviceSynchronize());
+    for (int64_t i = 0; i < w->rows; ++i)
+        TEST_CUDA(cudaMemcpy(w->p + i * w->stride * w->elem, (const char*)dense + i * row,
+                             (size_t)row, cudaMemcpyHostToDevice));
+    TEST_CUDA(cudaDeviceSynchronize());
+}
+
+/* Do the rows hold these dense ones, bit for bit, and the zones behind them the poison? */
+MOEI_UNUSED static int twide_holds(const twide* w, const void* dense)
+{
+    const int64_t row = w->cols * w->elem, both = row + TWIDE_ZONE * w->elem;
+    unsigned char* got = (unsigned char*)test_host(both);
+    int same = 1;
+    TEST_CUDA(cudaDeviceSynchronize());
+    for (int64_t i = 0; i < w->rows; ++i) {
+        TEST_CUDA(cudaMemcpy(got, w->p + i * w->stride * w->elem, (size_t)both,
+                             cudaMemcpyDeviceToHost));
+        same &= CHECK(memcmp(got, (const char*)dense + i * row, (size_t)row) == 0,
+                      "row %lld of %s, %lld elements apart", (long long)i, w->name,
+                      (long long)w->stride);
+        same &= CHECK(test_strays(got + row, both - row, 1, both, 0, 0, 0) == 0,
+                      "what follows row %lld of %s was written", (long long)i, w->name);
+    }
+    free(got);
+    return same;
+}
+
+MOEI_UNUSED static void twide_free(twide* w)
+{
+    TEST_CUDA(cudaFree(w->p));
+    w->p = 0;
 }
 
 /* A fault word on the device, holding `word`, and what it holds later. */

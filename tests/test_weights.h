@@ -1,8 +1,12 @@
-/* test_weights.h: the experts' weights in every form that moe_weights allows, on the device and
-   beside it on the host, for the reference. Included after test.h. */
+/* test_weights.h: what the tests of the grouped GEMM and of the stations built on it share: the
+   experts' weights in every form that moe_weights allows, on the device and beside it on the host,
+   for the reference; what code this binary holds; what every plan must say. Included after
+   test.h. */
 #ifndef MOE_TESTS_TEST_WEIGHTS_H
 #define MOE_TESTS_TEST_WEIGHTS_H
 
+#include "moe/base/cuda.cuh"
+#include "moe/gemm/desc.h"
 #include "moe/layout.h"
 
 #define TWEIGHTS_MOST 80 /* experts with an allocation each */
@@ -124,5 +128,131 @@ MOEI_UNUSED static void* trows_new(trand* r, int64_t rows, int64_t stride, int64
             moe_store(p, i * stride + j, dtype, tweights_draw(r, fill, scale));
     return p;
 }
+
+/* The parameters of an MLP: w1 and w2 as gate_up says, and a bias for each. */
+typedef struct tmlp_want {
+    int experts, hidden, intermediate, dtype, gate_up;
+    int major1, major2, table1, table2; /* of the two weights, as in tweights_want */
+    int pad;
+} tmlp_want;
+
+typedef struct tmlp {
+    tweights w1, w2;
+    tbuf bias1, bias2;
+    void *h_bias1, *h_bias2;
+} tmlp;
+
+MOEI_UNUSED static void tmlp_new(tmlp* m, const tmlp_want* want, trand* r)
+{
+    const int64_t E = want->experts, H = want->hidden, I = want->intermediate;
+    tweights_want w;
+    memset(&w, 0, sizeof w);
+    w.experts = want->experts;
+    w.dtype = want->dtype;
+    w.pad = want->pad;
+    w.separate = want->gate_up == MOE_GATE_UP_SEPARATE;
+    w.n = w.separate ? want->intermediate : 2 * want->intermediate;
+    w.k = want->hidden;
+    w.major = want->major1;
+    w.table = want->table1;
+    w.scale = (float)(1.5 / sqrt((double)H));
+    tweights_new(&m->w1, &w, r);
+    w.separate = 0;
+    w.n = want->hidden;
+    w.k = want->intermediate;
+    w.major = want->major2;
+    w.table = want->table2;
+    w.scale = (float)(1.5 / sqrt((double)I));
+    tweights_new(&m->w2, &w, r);
+    m->h_bias1 = trows_new(r, E, 2 * I, 2 * I, want->dtype, TFILL_NORMAL, 0.5f);
+    m->h_bias2 = trows_new(r, E, H, H, want->dtype, TFILL_NORMAL, 0.5f);
+    m->bias1 = tbuf_from("bias1", m->h_bias1, (size_t)(E * 2 * I) * 2, 2);
+    m->bias2 = tbuf_from("bias2", m->h_bias2, (size_t)(E * H) * 2, 2);
+}
+
+/* Are the device's copies what they were? */
+MOEI_UNUSED static int tmlp_same(const tmlp* m)
+{
+    return tweights_same(&m->w1) && tweights_same(&m->w2) && tbuf_holds(&m->bias1, m->h_bias1) &&
+           tbuf_holds(&m->bias2, m->h_bias2);
+}
+
+MOEI_UNUSED static void tmlp_free(tmlp* m)
+{
+    tweights_free(&m->w1);
+    tweights_free(&m->w2);
+    tbuf_free(&m->bias1);
+    tbuf_free(&m->bias2);
+    free(m->h_bias1);
+    free(m->h_bias2);
+}
+
+/* What the GEMM must answer to this dtype and tile on this device: MOE_OK, or the refusal where the
+   device cannot, or where this binary was compiled for too little (-arch=sm_75, say) to hold the
+   code: bf16 begins with sm_80; the largest tile is compiled for sm_90 up to below sm_120. */
+#if !MOE_ON_HOST
+typedef struct tcode_args {
+    int32_t nothing;
+} tcode_args;
+MOE_KERNEL(32, 1) tcode_kernel(MOE_ARG(tcode_args) d) { (void)d; }
+#endif
+
+MOEI_UNUSED static moe_status test_gemm_status(int dtype, int tile)
+{
+#if !MOE_ON_HOST
+    static const int kib[] = {0, 200, 68, 82, 0}; /* of shared memory: each tile takes more */
+    const moe_status no_dtype = MOE_STATUS(MOE_ERR_DEVICE, dtype);
+    const moe_status no_tile = MOE_STATUS(MOE_ERR_DEVICE, tile);
+    cudaFuncAttributes code; /* one compilation for all kernels of a file */
+    moei_device dev;
+    TEST_CUDA(cudaFuncGetAttributes(&code, (const void*)tcode_kernel));
+    CHECK_STATUS(moei_device_query(&dev), MOE_OK);
+    if (dtype == MOE_BF16 && dev.major < 8) return no_dtype;
+    if (dtype == MOE_BF16 && code.ptxVersion < 80) return tile ? no_tile : no_dtype;
+    if (tile == MOE_TILE_128x256 && (code.ptxVersion < 90 || code.ptxVersion >= 120))
+        return no_tile;
+    if (dev.smem_block < kib[tile] * 1024) return no_tile;
+#else
+    (void)dtype;
+    (void)tile;
+#endif
+    return MOE_OK;
+}
+
+/* The dtype of the tests that are not about dtypes: bf16, or fp16 where only that runs. */
+MOEI_UNUSED static int test_half(void)
+{
+    return test_gemm_status(MOE_BF16, MOE_TILE_AUTO) == MOE_OK ? MOE_BF16 : MOE_FP16;
+}
+
+/* A plan for a product that asked for this tile: it names that tile, or where the header chooses
+   one that this binary can run, and resources that the device has. */
+MOEI_UNUSED static void test_plan(const moe_gemm_plan* p, int dtype, int tile)
+{
+    moei_device dev;
+    CHECK_STATUS(moei_device_query(&dev), MOE_OK);
+    CHECK(p->path == (MOE_ON_HOST ? MOE_GEMM_PATH_HOST : MOE_GEMM_PATH_WMMA), "path %d", p->path);
+    if (!CHECK(p->tile >= MOE_TILE_128x256 && p->tile <= MOE_TILE_64x64 &&
+                   (tile == MOE_TILE_AUTO || p->tile == tile),
+               "tile %d, not %d", p->tile, tile))
+        return;
+    CHECK_STATUS(test_gemm_status(dtype, p->tile), MOE_OK);
+    CHECK(p->tile_m >= 16 && p->tile_m <= 256 && p->tile_n >= 16 && p->tile_n <= 256 &&
+              p->tile_k >= 16 && p->stages >= 2 && p->threads >= 32 && p->threads <= 1024 &&
+              p->threads % 32 == 0,
+          "tile %d: %d x %d x %d, %d stages, %d threads", p->tile, p->tile_m, p->tile_n, p->tile_k,
+          p->stages, p->threads);
+    CHECK(p->smem > 0 && p->smem <= (size_t)dev.smem_block, "%zu bytes", p->smem);
+    CHECK(p->blocks >= 1 && p->blocks <= dev.sms * 32, "%d blocks", p->blocks);
+}
+
+/* In a test of refusals: its descriptor `good`, with this change, is refused with this kind and
+   field by all calls that the test's own function `refused` makes with it. */
+#define REFUSED(change, kind, field)                                                              \
+    d = good;                                                                                     \
+    change;                                                                                       \
+    refused(&d, MOE_STATUS(kind, field), __LINE__)
+#define AT(p, bytes) ((void*)((char*)(p) + (bytes)))
+#define DOWN_TO(p, bytes) ((void*)((uintptr_t)(p) & ~(uintptr_t)((bytes)-1)))
 
 #endif

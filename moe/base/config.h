@@ -17,6 +17,8 @@
 /* MOE_BACKEND is a bare word, so that a build file can write -DMOE_BACKEND=host. */
 #define MOEI_BACKEND_IS_host 1
 #define MOEI_BACKEND_IS_cuda 0
+#define MOEI_BACKEND_KNOWN_host 1
+#define MOEI_BACKEND_KNOWN_cuda 1
 #define MOEI_JOIN2(a, b) a##b
 #define MOEI_JOIN(a, b) MOEI_JOIN2(a, b)
 
@@ -26,6 +28,10 @@
 #else
 #define MOE_BACKEND host
 #endif
+#endif
+
+#if !MOEI_JOIN(MOEI_BACKEND_KNOWN_, MOE_BACKEND)
+#error "moe: MOE_BACKEND is host or cuda"
 #endif
 
 /* 1 when the kernels of this translation unit run on the CPU. */

@@ -1,4 +1,4 @@
-/* cuda.cuh: the only includer of CUDA's headers, or of host/ where the kernels run on a
+/* cuda.cuh: the one includer of the CUDA runtime's headers, or of host/ where the kernels run on a
    CPU. Qualifiers, the launch macro, and what a launch must know of the device.
 
    A kernel takes exactly one struct by value and is launched through MOE_LAUNCH:
@@ -21,6 +21,9 @@
 
 #if defined(__CUDACC__)
 #error "moe: MOE_BACKEND=host is for a plain C++ compiler; leave it unset under nvcc"
+#endif
+#if defined(CUDART_VERSION)
+#error "moe: the CPU backend stands in for cuda_runtime.h; include .cuh files from a .cu, or .h files only"
 #endif
 #include "../host/host.h"
 

@@ -11,7 +11,7 @@
    One barrier a step: it says that the stage to compute has arrived for everyone and that the
    stage to be refilled, computed one step before, is free.
 
-   All shape parameters are literals in the stamped kernels (moei_shape), so that the accumulators
+   All shape parameters are literals in the stamped kernels, so that the accumulators
    stay in registers and the loops unroll. SwiGLU with gate and up apart: the columns of a warp
    are half gate, half up, so that both meet in one warp's epilogue. */
 #ifndef MOE_GEMM_TILE_CUH

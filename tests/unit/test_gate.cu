@@ -512,6 +512,152 @@ static void test_gate_large(void)
 #endif
 }
 
+/* Rows of logits that lie past 2^32 elements: each way to read them, ties included. */
+static void test_gate_past_2_31(void)
+{
+    static const int cases[][4] = {{MOE_BF16, 128, 8, NORMAL},  /* read eight at a time */
+                                   {MOE_FP16, 100, 6, FEW},     /* singly; ties are done again */
+                                   {MOE_BF16, 1500, 4, NORMAL}, /* more than the fast path has */
+                                   {MOE_FP32, 64, 8, NORMAL}};
+    trand r = trand_new(13);
+    for (int i = 0; i < 4; ++i) {
+        gate_case c = random_case(&r, 5, cases[i][1], cases[i][2]);
+        gate_bufs b;
+        twide wide;
+        void* logits = test_host(c.T * c.E * 4);
+        c.dtype = cases[i][0];
+        c.pattern = cases[i][3];
+        c.pad = c.misalign = c.bare = 0;
+        fill_logits(logits, &c, &r);
+        if (twide_new(&wide, "logits", c.T, c.E, c.dtype)) {
+            twide_put(&wide, logits);
+            bufs_new(&b, &c, logits);
+            b.d.logits = wide.p;
+            b.d.logits_stride = wide.stride;
+            CHECK_STATUS(moe_gate(&b.d, test_now.stream), MOE_OK);
+            compare(&b, &c, logits);
+            CHECK(twide_holds(&wide, logits), "the logits were written");
+            bufs_free(&b);
+            twide_free(&wide);
+        }
+        free(logits);
+    }
+}
+
+/* Logit e of token t, as its bits in bf16: the 1024 of a token are all different, in an order of
+   the token's own, from -1 to 1. */
+#define DISTINCT_E 1024
+MOE_HOST_DEVICE uint16_t distinct_logit(int64_t t, int e)
+{
+    uint32_t h = (uint32_t)t * 0x9e3779b1u, i;
+    h = (h ^ (h >> 15)) * 0x85ebca6bu;
+    h ^= h >> 13;
+    i = ((((uint32_t)e ^ h) & 1023) * (h >> 9 | 1) + (h >> 20)) & 1023; /* one to one in e */
+    return (uint16_t)((i & 512) << 6 | (0x3d80 + (i & 511)));
+}
+
+typedef struct distinct_args {
+    uint16_t* logits; /* [T, DISTINCT_E] */
+    int64_t num_tokens;
+} distinct_args;
+
+MOE_KERNEL(256, 1) distinct_kernel(MOE_ARG(distinct_args) d)
+{
+    const int64_t pairs = d.num_tokens * (DISTINCT_E / 2), step = (int64_t)gridDim.x * 256;
+    for (int64_t i = blockIdx.x * (int64_t)256 + threadIdx.x; i < pairs; i += step) {
+        const int64_t t = i / (DISTINCT_E / 2);
+        const int e = (int)(i % (DISTINCT_E / 2)) * 2;
+        ((uint32_t*)d.logits)[i] =
+            distinct_logit(t, e) | (uint32_t)distinct_logit(t, e + 1) << 16;
+    }
+}
+
+/* So many tokens that dense logits pass 2^32 elements. Tokens around 2^31 and 2^32, the last ones
+   and some of the rest against the reference; the counts in sum. */
+static void test_gate_many_tokens(void)
+{
+    enum { E = DISTINCT_E, K = 8, SOME = MOE_ON_HOST ? 40 : 400 };
+    const int64_t T = MOE_ON_HOST ? 150 : ((int64_t)1 << 22) + 4099;
+    const int64_t chunks = moe_num_chunks(T);
+    const size_t bytes = (size_t)T * E * 2;
+    const int64_t special[] = {0, 1, (1 << 21) - 1, 1 << 21, (1 << 22) - 1, 1 << 22, T - 2, T - 1};
+    uint16_t* logits = (uint16_t*)test_host(SOME * E * 2); /* of the tokens that are looked at */
+    int32_t ids[SOME * K], want_ids[SOME * K];
+    float weights[SOME * K];
+    double want[SOME * K];
+    int32_t *count, *chunk;
+    int64_t total = 0, wrong = 0;
+    void* d_logits;
+    tbuf bi, bw, bc, bk, bf;
+    distinct_args a;
+    moe_gate_desc d;
+    moe_ref_gate_desc ref;
+    moei_launch_config c = moei_grid(MOE_ON_HOST ? 4 : 2048, 256, 0, test_now.stream);
+    trand r = trand_new(14);
+    if (!test_has_memory(bytes + (size_t)T * K * 8)) {
+        free(logits);
+        return;
+    }
+    TEST_CUDA(cudaMalloc(&d_logits, bytes));
+    bi = tbuf_new("ids", (size_t)T * K * 4, 0);
+    bw = tbuf_new("weights", (size_t)T * K * 4, 0);
+    bc = tbuf_new("expert_count", E * 4, 0);
+    bk = tbuf_new("chunk_count", (size_t)(E * chunks) * 4, 0);
+    bf = tfault_new(0);
+    a.logits = (uint16_t*)d_logits;
+    a.num_tokens = T;
+    CHECK_STATUS(MOE_LAUNCH(distinct_kernel, c, a), MOE_OK);
+    memset(&d, 0, sizeof d);
+    d.logits = d_logits;
+    d.logits_dtype = MOE_BF16;
+    d.ids = (int32_t*)bi.p;
+    d.weights = (float*)bw.p;
+    d.expert_count = (int32_t*)bc.p;
+    d.chunk_count = (int32_t*)bk.p;
+    d.fault = (uint64_t*)bf.p;
+    d.num_tokens = (int32_t)T;
+    d.num_experts = E;
+    d.top_k = K;
+    CHECK_STATUS(moe_gate(&d, test_now.stream), MOE_OK);
+    TEST_CUDA(cudaDeviceSynchronize());
+    for (int i = 0; i < SOME; ++i) {
+        const int64_t t = i < 8 && special[i] < T ? special[i] : trand_int(&r, 0, T - 1);
+        for (int e = 0; e < E; ++e) logits[i * E + e] = distinct_logit(t, e);
+        TEST_CUDA(cudaMemcpy(ids + i * K, d.ids + t * K, K * 4, cudaMemcpyDeviceToHost));
+        TEST_CUDA(cudaMemcpy(weights + i * K, d.weights + t * K, K * 4, cudaMemcpyDeviceToHost));
+    }
+    memset(&ref, 0, sizeof ref);
+    ref.logits = logits;
+    ref.logits_dtype = MOE_BF16;
+    ref.num_tokens = SOME;
+    ref.num_experts = E;
+    ref.top_k = K;
+    ref.score = MOE_REF_SOFTMAX;
+    moe_ref_gate_f64(&ref, want_ids, want, 0, 0);
+    CHECK_INTS("ids", ids, want_ids, SOME * K);
+    CHECK_CLOSE_RELATIVE("weights", weights, MOE_FP32, K, want, 4e-6, SOME, K);
+    count = (int32_t*)tbuf_copy(&bc);
+    chunk = (int32_t*)tbuf_copy(&bk);
+    for (int e = 0; e < E; ++e) {
+        int64_t sum = 0;
+        for (int64_t k = 0; k < chunks; ++k) sum += chunk[k * E + e];
+        wrong += sum != count[e];
+        total += count[e];
+    }
+    CHECK(wrong == 0 && total == T * K, "%lld of %lld choices counted", (long long)total,
+          (long long)(T * K));
+    CHECK_FAULT(&bf, MOE_FAULT_NONE, 0);
+    TEST_CUDA(cudaFree(d_logits));
+    tbuf_free(&bi);
+    tbuf_free(&bw);
+    tbuf_free(&bc);
+    tbuf_free(&bk);
+    tbuf_free(&bf);
+    free(logits);
+    free(count);
+    free(chunk);
+}
+
 int main(int argc, char** argv)
 {
     test_begin(argc, argv);
@@ -527,5 +673,7 @@ int main(int argc, char** argv)
     RUN(test_gate_same_bits);
     RUN(test_gate_graph);
     RUN(test_gate_large);
+    RUN(test_gate_past_2_31);
+    RUN(test_gate_many_tokens);
     return test_end();
 }

@@ -246,6 +246,10 @@ static void test_gemm_mma(void)
         tbuf ba, bb, bc = tbuf_new("c", sizeof got, 0);
         mma_args args;
         moei_launch_config c = moei_grid(1, 32, MMA_ELEMS * 4 + 16 * 20 * 4, test_now.stream);
+        if (test_gemm_status(dtype, MOE_TILE_AUTO) != MOE_OK) { /* no bf16 in this binary */
+            tbuf_free(&bc);
+            continue;
+        }
         memset(a, 0xff, sizeof a); /* NaN wherever the piece is not */
         memset(b, 0xff, sizeof b);
         for (int i = 0; i < 16; ++i)
@@ -567,15 +571,14 @@ static void compare(const gemm_bufs* b, const gemm_case* c)
             for (int j = 0; j < n; ++j)
                 got[i * n + j] = moe_load(part ? part : all, at * c_stride + j, c->c_dtype);
         }
-        for (int64_t i = 0; part && i < c->rows[e] * c_stride * c_bytes; ++i)
-            if (i / c_bytes % c_stride >= n) written += (unsigned char)part[i] != 0xff;
+        if (part)
+            written += test_strays(part, (int64_t)b->part[e].bytes, c_bytes, c_stride, n, 0,
+                                   c->rows[e]);
         free(part);
     }
-    for (int64_t i = 0; all && i < b->num_rows * c_stride * c_bytes; ++i) {
-        const int64_t m = i / c_bytes / c_stride;
-        if (m < b->h_offset[0] || m >= b->h_offset[c->E] || i / c_bytes % c_stride >= n)
-            written += (unsigned char)all[i] != 0xff;
-    }
+    if (all)
+        written += test_strays(all, (int64_t)b->c.bytes, c_bytes, c_stride, n, b->h_offset[0],
+                               b->h_offset[c->E]);
     CHECK(written == 0, "%lld bytes that are nobody's were written", (long long)written);
 
     if (c->fill == TFILL_INT && !swiglu) { /* exact sums, rounded once */
@@ -615,15 +618,25 @@ static void compare(const gemm_bufs* b, const gemm_case* c)
     free(all);
 }
 
+/* Queues it; 0 where this binary has no code for it, and then it must be refused as documented. */
+static int launch(const gemm_bufs* b, const gemm_case* c)
+{
+    const moe_status want = test_gemm_status(c->dtype, b->d.tile);
+    if (!CHECK_STATUS(moe_grouped_gemm(&b->d, test_now.stream), want)) return 0;
+    if (want != MOE_OK) CHECK(untouched(b, c), "%s: refused, but C was written", case_text(c));
+    return want == MOE_OK;
+}
+
 static void run_case(const gemm_case* c, trand* r)
 {
     gemm_bufs b;
     bufs_new(&b, c, r);
-    if (CHECK_STATUS(moe_grouped_gemm(&b.d, test_now.stream), MOE_OK)) compare(&b, c);
+    if (launch(&b, c)) compare(&b, c);
     bufs_free(&b);
 }
 
-/* E experts with these rows each; bf16, weights as checkpoints have them, the small tile. */
+/* E experts with these rows each; bf16 where there is code for it, weights as checkpoints have
+   them, the small tile. */
 static gemm_case normal_case(int E, const int* rows, int n, int k)
 {
     gemm_case c;
@@ -632,7 +645,7 @@ static gemm_case normal_case(int E, const int* rows, int n, int k)
     c.n = n;
     c.k = k;
     for (int e = 0; e < E; ++e) c.rows[e] = rows[e];
-    c.dtype = c.c_dtype = MOE_BF16;
+    c.dtype = c.c_dtype = test_half();
     c.a_major = c.b_major = MOE_MAJOR_K;
     c.epilogue = MOE_EPILOGUE_NONE;
     c.gate_up = MOE_GATE_UP_CONCATENATED;
@@ -855,6 +868,7 @@ static void test_gemm_no_rows(void)
     memset(&d, 0, sizeof d);
     d.num_experts = 1;
     d.n = d.k = 8;
+    d.dtype = test_half();
     CHECK_STATUS(moe_grouped_gemm(&d, test_now.stream), MOE_OK);
     CHECK_STATUS(moe_grouped_gemm_plan(&d, &p), MOE_OK);
     d.n = 12;
@@ -866,12 +880,11 @@ static void test_gemm_plan(void)
 {
     static const int sizes[] = {8, 72, 512, 7168}, Es[] = {1, 7, 256, MOE_MAX_EXPERTS};
     static const int rows[] = {0, 1, 100, 8192, 1000000};
-    moei_device dev;
-    CHECK_STATUS(moei_device_query(&dev), MOE_OK);
-    for (int i = 0; i < 4 * 4 * 5 * 2 * 5; ++i) {
+    for (int i = 0; i < 4 * 4 * 5 * 2 * 5 * 2; ++i) {
         const int tile = i / 160 % 5;
         moe_grouped_gemm_desc d;
         moe_gemm_plan p;
+        moe_status want;
         memset(&p, 0xff, sizeof p);
         memset(&d, 0, sizeof d);
         d.n = sizes[i % 4];
@@ -884,17 +897,10 @@ static void test_gemm_plan(void)
         d.b.base = (void*)((uintptr_t)1 << 44);
         d.c = (void*)((uintptr_t)1 << 45);
         d.expert_offset = (const int32_t*)((uintptr_t)1 << 46);
-        if (!CHECK_STATUS(moe_grouped_gemm_plan(&d, &p), MOE_OK)) continue;
-        CHECK(p.path == (MOE_ON_HOST ? MOE_GEMM_PATH_HOST : MOE_GEMM_PATH_WMMA), "path %d", p.path);
-        CHECK(tile == MOE_TILE_AUTO ? p.tile >= MOE_TILE_128x256 && p.tile <= MOE_TILE_64x64
-                                    : p.tile == tile,
-              "tile %d, not %d", p.tile, tile);
-        CHECK(p.tile_m >= 16 && p.tile_n >= 16 && p.tile_k >= 16 && p.stages >= 2 &&
-                  p.threads >= 32 && p.threads <= 1024 && p.threads % 32 == 0,
-              "tile %d: %d x %d x %d, %d stages, %d threads", p.tile, p.tile_m, p.tile_n, p.tile_k,
-              p.stages, p.threads);
-        CHECK(p.smem > 0 && p.smem <= (size_t)dev.smem_block, "%zu bytes", p.smem);
-        CHECK(p.blocks >= 1 && p.blocks <= dev.sms * 32, "%d blocks", p.blocks);
+        d.dtype = i / 800 ? MOE_FP16 : MOE_BF16;
+        want = test_gemm_status(d.dtype, tile);
+        if (CHECK_STATUS(moe_grouped_gemm_plan(&d, &p), want) && want == MOE_OK)
+            test_plan(&p, d.dtype, tile);
     }
     {
         static const int m[] = {0, 128, 128, 32, 64}, n[] = {0, 256, 128, 128, 64};
@@ -905,6 +911,8 @@ static void test_gemm_plan(void)
             d.num_experts = 1;
             d.n = d.k = 8;
             d.tile = tile;
+            d.dtype = MOE_FP16;
+            if (test_gemm_status(MOE_FP16, tile) != MOE_OK) continue;
             CHECK_STATUS(moe_grouped_gemm_plan(&d, &p), MOE_OK);
             CHECK(p.tile_m == m[tile] && p.tile_n == n[tile], "the name says %dx%d", m[tile], n[tile]);
         }
@@ -946,11 +954,6 @@ static void test_gemm_refusals(void)
     for (int e = 0; e < 3; ++e) address[e] = (char*)b.c.p + e * 12 * 128;
     table = tbuf_from("table", address, sizeof address, 0);
     good = b.d;
-#define REFUSED(change, kind, field)                                                              \
-    d = good;                                                                                     \
-    change;                                                                                       \
-    refused(&d, MOE_STATUS(kind, field), __LINE__)
-#define AT(p, bytes) ((void*)((char*)(p) + (bytes)))
     CHECK_STATUS(moe_grouped_gemm(0, test_now.stream), MOE_STATUS(MOE_ERR_NULL, desc));
     REFUSED(d.num_experts = 0, MOE_ERR_RANGE, num_experts);
     REFUSED(d.num_experts = -1, MOE_ERR_RANGE, num_experts);
@@ -966,7 +969,7 @@ static void test_gemm_refusals(void)
     REFUSED(d.dtype = MOE_FP32, MOE_ERR_DTYPE, dtype);
     REFUSED(d.dtype = -1, MOE_ERR_DTYPE, dtype);
     REFUSED(d.dtype = 4, MOE_ERR_DTYPE, dtype);
-    REFUSED(d.c_dtype = MOE_FP16, MOE_ERR_DTYPE, c_dtype);
+    REFUSED((d.dtype = MOE_BF16, d.c_dtype = MOE_FP16), MOE_ERR_DTYPE, c_dtype);
     REFUSED(d.c_dtype = 4, MOE_ERR_DTYPE, c_dtype);
     REFUSED(d.c_dtype = -1, MOE_ERR_DTYPE, c_dtype);
     REFUSED((d.dtype = MOE_FP16, d.c_dtype = MOE_BF16), MOE_ERR_DTYPE, c_dtype);
@@ -1051,7 +1054,6 @@ static void test_gemm_refusals(void)
     tbuf_free(&table);
     bufs_free(&b);
 }
-#undef REFUSED
 
 /* C may begin where A ends. */
 static void test_gemm_neighbours(void)
@@ -1097,6 +1099,7 @@ static void test_gemm_same_bits(void)
         c.tile = tile;
         c.epilogue = tile & 1 ? MOE_EPILOGUE_SWIGLU : MOE_EPILOGUE_NONE;
         c.c_dtype = MOE_FP32;
+        if (test_gemm_status(c.dtype, tile) != MOE_OK) continue;
         bufs_new(&b, &c, &r);
         out[0] = &b.c;
         test_same_bits("gemm", call_gemm, &b.d, out, 1, MOE_ON_HOST ? 2 : 100);
@@ -1164,6 +1167,125 @@ static void test_gemm_large(void)
 #endif
 }
 
+/* What lies far apart: rows of A; experts of B, or each expert's gate and up; rows of B, gates and
+   ups of one matrix; rows of C. A and B may lie along M and N, C behind a table. */
+enum { A_FAR, A_GATHERED, A_ALONG_M, B_EXPERTS, B_UP, B_ROWS, B_HALVES, B_ALONG_N, C_FAR, C_TABLE };
+
+static gemm_case far_case(int what)
+{
+    static const int some[] = {3, 0, 2, 1, 2}, one[] = {8};
+    const int rows_of_b = what == B_ROWS || what == B_HALVES || what == B_ALONG_N;
+    gemm_case c = normal_case(rows_of_b ? 1 : 5, rows_of_b ? one : some, 24, 40);
+    if (what == A_GATHERED) c.gather = 2, c.a_rows = 5;
+    if (what == A_ALONG_M) c.a_major = MOE_MAJOR_MN;
+    if (what == B_UP || what == B_HALVES) c.epilogue = MOE_EPILOGUE_SWIGLU;
+    if (what == B_UP) c.gate_up = MOE_GATE_UP_SEPARATE;
+    if (what == B_ROWS) c.n = 72; /* more than the rows that a loader takes at once */
+    if (what == B_ALONG_N) c.b_major = MOE_MAJOR_MN;
+    if (what == C_TABLE) c.c_table = 1;
+    return c;
+}
+
+/* Lays `wide` out for it and points d there; returns what its rows are to hold. Null: no memory. */
+static void* far_new(twide* wide, tbuf* table, moe_grouped_gemm_desc* d, const gemm_bufs* b,
+                     const gemm_case* c, int what)
+{
+    const int64_t matrix = c->n * c->k; /* elements of one of B's */
+    const int64_t count = what == A_ALONG_M || what == B_ALONG_N ? c->k
+                          : what <= A_GATHERED                   ? b->a_rows
+                          : what <= B_UP                         ? c->E
+                          : what == B_ROWS                       ? c->n
+                          : what == B_HALVES                     ? 2 * c->n
+                                                                 : b->num_rows;
+    const int64_t cols = what == A_ALONG_M    ? b->a_rows
+                         : what == B_EXPERTS  ? matrix
+                         : what == B_UP       ? 2 * matrix
+                         : what >= B_ALONG_N  ? c->n
+                                              : c->k;
+    char* dense;
+    if (!twide_new(wide, "the far rows", count, cols, c->dtype)) return 0;
+    if (what <= A_ALONG_M) {
+        dense = (char*)tbuf_copy(&b->a);
+        d->a = wide->p;
+        d->a_stride = wide->stride;
+    } else if (what < C_FAR) {
+        const char *gate = (const char*)b->b.host[0][0], *up = (const char*)b->b.host[1][0];
+        dense = (char*)test_host(count * cols * 2);
+        if (!up) memcpy(dense, gate, (size_t)(count * cols * 2));
+        for (int e = 0; e < c->E && up; ++e) { /* an expert's gate, and behind it its up */
+            memcpy(dense + e * matrix * 4, gate + e * matrix * 2, (size_t)matrix * 2);
+            memcpy(dense + e * matrix * 4 + matrix * 2, up + e * matrix * 2, (size_t)matrix * 2);
+        }
+        d->b.base = wide->p;
+        if (up) d->b.up = wide->p + matrix * 2;
+        if (what <= B_UP) d->b.expert_stride = wide->stride;
+        else d->b.row_stride = wide->stride;
+    } else {
+        void* address[MOST_EXPERTS];
+        dense = (char*)test_host(count * cols * 2);
+        d->c_stride = wide->stride;
+        if (what == C_FAR) {
+            d->c = wide->p;
+        } else {
+            for (int e = 0; e < c->E; ++e)
+                address[e] = wide->p + b->h_offset[e] * wide->stride * wide->elem;
+            *table = tbuf_from("c_table", address, (size_t)c->E * sizeof(void*), 0);
+            d->c_table = (void* const*)table->p;
+        }
+    }
+    return dense;
+}
+
+/* All rows of a dense C, wherever the case has them. */
+static char* all_rows(const gemm_bufs* b, const gemm_case* c)
+{
+    const int64_t row = c->n * moe_dtype_bytes(c->c_dtype);
+    char* rows = (char*)(c->c_table ? test_host(b->num_rows * row) : tbuf_copy(&b->c));
+    for (int e = 0; e < c->E && c->c_table; ++e) tbuf_get(&b->part[e], rows + b->h_offset[e] * row);
+    return rows;
+}
+
+/* Rows or experts that lie past 2^32 elements: on every tile the bits of the same call on dense
+   ones. */
+static void test_gemm_past_2_31(void)
+{
+    trand r = trand_new(16);
+    for (int what = A_FAR; what <= C_TABLE; ++what) {
+        const gemm_case c = far_case(what);
+        gemm_bufs b;
+        moe_grouped_gemm_desc d;
+        tbuf table;
+        twide wide;
+        void* dense;
+        memset(&table, 0, sizeof table);
+        bufs_new(&b, &c, &r);
+        d = b.d;
+        dense = far_new(&wide, &table, &d, &b, &c, what);
+        for (int tile = MOE_TILE_64x64; tile >= MOE_TILE_128x256 && dense; --tile) {
+            char* want;
+            if (tile == MOE_TILE_128x256 && (what == A_ALONG_M || what == B_ALONG_N)) continue;
+            d.tile = b.d.tile = tile;
+            if (!c.c_table) tbuf_poison(&b.c);
+            for (int e = 0; e < c.E && c.c_table; ++e) tbuf_poison(&b.part[e]);
+            if (!launch(&b, &c)) continue;
+            compare(&b, &c);
+            want = all_rows(&b, &c);
+            if (!c.c_table) tbuf_poison(&b.c);
+            twide_poison(&wide);
+            if (what < C_FAR) twide_put(&wide, dense);
+            CHECK_STATUS(moe_grouped_gemm(&d, test_now.stream), MOE_OK);
+            if (what < C_FAR) CHECK(tbuf_holds(&b.c, want), "far %d, tile %d", what, tile);
+            CHECK(twide_holds(&wide, what < C_FAR ? dense : want), "far %d, tile %d", what, tile);
+            CHECK_FAULT(&b.fault, MOE_FAULT_NONE, 0);
+            free(want);
+        }
+        if (dense) twide_free(&wide);
+        if (table.p) tbuf_free(&table);
+        free(dense);
+        bufs_free(&b);
+    }
+}
+
 int main(int argc, char** argv)
 {
     test_begin(argc, argv);
@@ -1185,5 +1307,6 @@ int main(int argc, char** argv)
     RUN(test_gemm_same_bits);
     RUN(test_gemm_graph);
     RUN(test_gemm_large);
+    RUN(test_gemm_past_2_31);
     return test_end();
 }
