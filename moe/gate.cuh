@@ -36,7 +36,7 @@
 
 #include "base/fault.cuh"
 #include "base/numeric.cuh"
-#include "base/warp.cuh"
+#include "base/sort.cuh"
 #include "layout.h"
 
 typedef enum moe_score {
@@ -160,68 +160,6 @@ MOE_DEVICE void moei_gate_read(float* v, const moe_gate_desc* d, int64_t t, int 
     }
 }
 
-/* a[i] and a[j] in descending order. */
-MOE_DEVICE void moei_sort_two(float* a, const int i, const int j)
-{
-    const float hi = fmaxf(a[i], a[j]), lo = fminf(a[i], a[j]);
-    a[i] = hi;
-    a[j] = lo;
-}
-
-/* Puts n numbers (a literal power of two up to 32) into descending order: Batcher's odd-even merge
-   sort, 19 comparisons for 8. (Here and below loops have constant bounds and their conditions stand
-   inside: only so are they unrolled before the arrays are given registers.) */
-MOE_DEVICE void moei_sort(float* s, const int n)
-{
-    MOEI_UNROLL
-    for (int lp = 0; lp < 5; ++lp) { /* merges runs of p */
-        MOEI_UNROLL
-        for (int lk = 4; lk >= 0; --lk) {
-            const int p = 1 << lp, k = 1 << lk, from = k < p ? k : 0;
-            MOEI_UNROLL
-            for (int i = 0; i < 32; ++i)
-                if (p < n && k <= p && i >= from && ((i - from) & k) == 0 && i + k < n &&
-                    i / (2 * p) == (i + k) / (2 * p))
-                    moei_sort_two(s, i, i + k);
-        }
-    }
-}
-
-/* The same for n numbers that first fall and then rise: a bitonic merge. */
-MOE_DEVICE void moei_sort_bitonic(float* s, const int n)
-{
-    MOEI_UNROLL
-    for (int lh = 4; lh >= 0; --lh) {
-        const int h = 1 << lh;
-        MOEI_UNROLL
-        for (int j = 0; j < 32; ++j)
-            if (j < n && h < n && (j & h) == 0) moei_sort_two(s, j, j + h);
-    }
-}
-
-/* top[0 .. keep) becomes the largest of v[0 .. n), in descending order. n and keep are literal
-   powers of two, keep <= n <= 32, n <= 4 keep. */
-MOE_DEVICE void moei_sort_largest(float* top, const float* v, const int n, const int keep)
-{
-    MOEI_UNROLL
-    for (int j = 0; j < 32; ++j)
-        if (j < keep) top[j] = v[j];
-    moei_sort(top, keep);
-    MOEI_UNROLL
-    for (int r = 1; r < 4; ++r)
-        if (r * keep < n) {
-            float next[32];
-            MOEI_UNROLL
-            for (int j = 0; j < 32; ++j)
-                if (j < keep) next[j] = v[r * keep + j];
-            moei_sort(next, keep);
-            MOEI_UNROLL
-            for (int j = 0; j < 32; ++j)
-                if (j < keep) top[j] = fmaxf(top[j], next[keep - 1 - j]); /* the larger half */
-            moei_sort_bitonic(top, keep);
-        }
-}
-
 /* Token t by one warp, any E and K, ties, infinities and NaN included: reads the row again for each
    choice and takes the best of what comes after the choice before, in the order of descending
    logits and ascending indices. The choices wait as raw logits in d->weights. */
@@ -298,33 +236,6 @@ MOE_DEVICE void moei_gate_block_any(const moe_gate_desc* d, int* count)
     moei_gate_write_counts(d, count);
 }
 
-/* top[0 .. depth) becomes the largest logits of a token in descending order, the same in all lanes
-   of its group. Each lane sorts the largest of its own; the lists of the group are merged pairwise.
- */
-MOE_DEVICE void moei_gate_largest(float* top, const float* v, const int lanes, const int per_lane,
-                                  const int depth)
-{
-    const int keep = per_lane < depth ? per_lane : depth;
-    moei_sort_largest(top, v, per_lane, keep);
-    MOEI_UNROLL
-    for (int lw = 0; lw < 5; ++lw) {
-        const int w = 1 << lw, have = keep << lw < depth ? keep << lw : depth;
-        float other[32];
-        if (w < lanes) {
-            MOEI_UNROLL
-            for (int j = 0; j < depth; ++j)
-                if (j < have) other[j] = __shfl_xor_sync(MOEI_FULL, top[j], w);
-            MOEI_UNROLL
-            for (int j = 0; j < depth; ++j)
-                if (j < have) {
-                    if (have < depth) top[2 * have - 1 - j] = other[j]; /* all of both lists */
-                    else top[j] = fmaxf(top[j], other[have - 1 - j]);   /* the larger half */
-                }
-            moei_sort_bitonic(top, have < depth ? 2 * have : depth);
-        }
-    }
-}
-
 /* The ids of a token by its group, where logits that are not below the K-th are equal: n experts in
    `pick`, of which the K first in the order of descending logits and ascending indices count. */
 MOE_DEVICE void moei_gate_ties(const moe_gate_desc* d, int* count, int64_t t, const uint16_t* pick,
@@ -396,7 +307,7 @@ MOE_DEVICE_BODY void moei_gate_block(const moe_gate_desc* d, int* count, const i
         } else {
             moei_gate_read(v, d, t, rank, wide, lanes, per_lane);
         }
-        moei_gate_largest(top, v, lanes, per_lane, depth);
+        moei_group_sort_largest(top, v, lanes, per_lane, depth);
         shift = -(top[0] * log2e);
         if (score == MOE_SCORE_SOFTMAX) {
             MOEI_UNROLL
@@ -494,13 +405,16 @@ MOE_DEVICE_BODY void moei_gate_block(const moe_gate_desc* d, int* count, const i
     moei_gate_write_counts(d, count);
 }
 
-/* most experts, most choices, lanes a token, logits a lane: the first that fits is taken. 512
-   threads, so that each may have 128 registers. */
+/* most experts, most choices, lanes a token, logits a lane: the first that fits is taken. Predefine
+   the list to compile fewer; what none fits runs, slower, by moei_gate_any. 512 threads, so that each
+   may have 128 registers. */
 #define MOEI_GATE_THREADS 512
-#define MOEI_GATE_LIST(X)                                                                         \
+#ifndef MOE_GATE_LIST
+#define MOE_GATE_LIST(X)                                                                          \
     X(32, 8, 4, 8) X(32, 32, 4, 8) X(64, 8, 4, 16) X(64, 32, 4, 16) X(128, 8, 4, 32)              \
     X(128, 32, 4, 32) X(256, 8, 8, 32) X(256, 32, 8, 32) X(512, 8, 16, 32) X(512, 32, 16, 32)     \
     X(1024, 8, 32, 32) X(1024, 32, 32, 32)
+#endif
 #define MOEI_GATE_ANY_THREADS 1024
 
 #define MOEI_GATE_KERNEL(most, depth, lanes, per_lane)                                             \
@@ -513,7 +427,7 @@ MOE_DEVICE_BODY void moei_gate_block(const moe_gate_desc* d, int* count, const i
         if (!moei_fault_stopped(d.fault))                                                          \
             moei_gate_block(&d, (int*)count, lanes, per_lane, depth);                              \
     }
-MOEI_GATE_LIST(MOEI_GATE_KERNEL)
+MOE_GATE_LIST(MOEI_GATE_KERNEL)
 #undef MOEI_GATE_KERNEL
 
 MOE_KERNEL(MOEI_GATE_ANY_THREADS, 1) moei_gate_any(MOE_ARG(moe_gate_desc) d)
@@ -592,7 +506,7 @@ MOE_HOST moe_status moe_gate(const moe_gate_desc* desc, cudaStream_t stream)
         c.smem += c.block.x / lanes * depth * 4;                                                   \
         return MOE_LAUNCH(moei_gate_##most##_##depth, c, d);                                       \
     }
-    MOEI_GATE_LIST(MOEI_GATE_CASE)
+    MOE_GATE_LIST(MOEI_GATE_CASE)
 #undef MOEI_GATE_CASE
     c.block.x = chunk * MOEI_WARP < MOEI_GATE_ANY_THREADS ? (unsigned)(chunk * MOEI_WARP)
                                                           : MOEI_GATE_ANY_THREADS;
@@ -604,7 +518,7 @@ MOE_HOST moe_status moe_gate_preload(void)
 {
 #define MOEI_GATE_LOAD(most, depth, lanes, per_lane)                                               \
     MOEI_TRY(moei_preload((const void*)moei_gate_##most##_##depth));
-    MOEI_GATE_LIST(MOEI_GATE_LOAD)
+    MOE_GATE_LIST(MOEI_GATE_LOAD)
 #undef MOEI_GATE_LOAD
     return moei_preload((const void*)moei_gate_any);
 }

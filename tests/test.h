@@ -22,7 +22,7 @@
 
    Exit code 0: all passed, 1: one failed, 77: no device (CTest's SKIP_RETURN_CODE). Arguments
    name the tests to run (any part of the name).
-     MOE_TEST_SEED=<n>    seed of the inputs; `time` for a fresh one. A failure prints it.
+     MOE_TEST_SEED=<n>    seed of the inputs, else a fresh one. A failure prints it.
      MOE_TEST_REPS=<n>    runs every test n times, each time with the next seed
      MOE_TEST_VERBOSE=1   prints what the comparisons found
 
@@ -113,9 +113,7 @@ MOEI_UNUSED static void test_begin(int argc, char** argv)
     int devices = 0;
     test_now.argc = argc;
     test_now.argv = argv;
-    test_now.base_seed = !seed                        ? 20250101u
-                         : strcmp(seed, "time") == 0 ? (uint64_t)time(0)
-                                                     : strtoull(seed, 0, 10);
+    test_now.base_seed = seed ? strtoull(seed, 0, 10) : (uint64_t)time(0);
     test_now.reps = reps && atoi(reps) > 0 ? atoi(reps) : 1;
     test_now.verbose = getenv("MOE_TEST_VERBOSE") != 0;
     if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {

@@ -16,7 +16,9 @@ enum {
     INFINITE, /* some +inf, some -inf, rows of -inf, rows of +inf */
     WITH_NAN, /* every third row holds one NaN, of either sign */
     ALL_NAN,
-    SPREAD, /* up to +-80: most weights underflow */
+    SPREAD,  /* up to +-80: most weights underflow */
+    DEEP,    /* around -100: every sigmoid underflows */
+    ROUNDED, /* steps of 1/4: some equal in most rows */
     PATTERNS
 };
 
@@ -47,6 +49,8 @@ static void fill_logits(void* p, const gate_case* c, trand* r)
             if (c->pattern == EQUAL) v = 0.75f;
             if (c->pattern == ZEROS) v = trand_int(r, 0, 1) ? 0.0f : -0.0f;
             if (c->pattern == SPREAD) v *= 25.0f;
+            if (c->pattern == DEEP) v = v * 4.0f - 100.0f;
+            if (c->pattern == ROUNDED) v = rintf(v * 4.0f) / 4.0f;
             if (c->pattern == ALL_NAN) v = NAN;
             if (c->pattern == INFINITE) {
                 const int64_t u = trand_int(r, 0, 9);
@@ -140,14 +144,15 @@ static void compare(const gate_bufs* b, const gate_case* c, const void* logits)
     first_nan = moe_ref_gate_f64(&r, ids, weights, count, chunk);
 
     CHECK_INTS("ids", got_ids, ids, slots);
-    if (slots > 0 && c->pattern != ALL_NAN)
+    if (slots > 0 && c->pattern != ALL_NAN && (c->pattern != DEEP || c->renormalize))
         CHECK_CLOSE("weights", got, MOE_FP32, c->K, weights, (const double*)0, c->T, c->K);
     for (int64_t i = 0; i < slots; ++i) {
         /* nothing cancels, so each weight is right relatively as well; very small ones may
            underflow, and the zeros of -inf and of NaN rows are exact */
         const double error = fabs(got[i] - weights[i]);
         const double scale = c->scale == 0 ? 1 : fabs((double)c->scale);
-        const double grows = c->pattern == SPREAD ? 4 : 1; /* with the distance to the maximum */
+        /* with the distance to the maximum; a sigmoid, with the logit */
+        const double grows = c->pattern == SPREAD || c->pattern == DEEP ? 4 : 1;
         CHECK(error <= 4e-6 * grows * fabs(weights[i]) + scale * 1e-37,
               "weight of slot %lld: %.9g, not %.9g", (long long)i, (double)got[i], weights[i]);
     }
@@ -397,6 +402,9 @@ static void test_gate_refusals(void)
     REFUSED(d.logits_dtype = -1, MOE_ERR_DTYPE, logits_dtype);
     REFUSED(d.logits_stride = 19, MOE_ERR_STRIDE, logits_stride);
     REFUSED(d.logits_stride = -20, MOE_ERR_STRIDE, logits_stride);
+    REFUSED(d.logits_stride = (int64_t)1 << 60, MOE_ERR_STRIDE, logits_stride);
+    REFUSED((d.num_tokens = 0, d.fault = (uint64_t*)((uintptr_t)(d.expert_count + 8) & ~(uintptr_t)7)),
+            MOE_ERR_OVERLAP, fault);
     REFUSED(d.score = 4, MOE_ERR_OPTION, score);
     REFUSED(d.score = -1, MOE_ERR_OPTION, score);
     REFUSED(d.renormalize = 2, MOE_ERR_OPTION, renormalize);

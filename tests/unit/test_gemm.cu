@@ -837,6 +837,43 @@ static void test_gemm_bad_offsets(void)
         }
 }
 
+/* A null or misaligned address of an expert that has rows: a fault that names it, and nothing is
+   written. That of an expert without rows is not looked at. */
+static void test_gemm_bad_tables(void)
+{
+    static const int rows[] = {10, 0, 30, 5};
+    trand r = trand_new(19);
+    for (int how = 0; how < 5; ++how) {
+        gemm_case c = normal_case(4, rows, 72, 40);
+        gemm_bufs b;
+        char* at[4];
+        tbuf table;
+        bufs_new(&b, &c, &r);
+        for (int e = 0; e < 4; ++e)
+            at[e] = (char*)(how < 3 ? (char*)b.d.b.base + e * 72 * 40 * 2 : (char*)b.d.c);
+        if (how == 0 || how == 3) at[2] = 0;
+        if (how == 1 || how == 4) at[2] += 8;
+        at[1] = (char*)1; /* has no rows */
+        table = tbuf_from("table", at, sizeof at, 0);
+        if (how < 3) {
+            b.d.b.table = (const void* const*)table.p;
+            b.d.b.base = 0;
+        } else {
+            b.d.c_table = (void* const*)table.p;
+            b.d.c = 0;
+        }
+        CHECK_STATUS(moe_grouped_gemm(&b.d, test_now.stream), MOE_OK);
+        if (how == 2) {
+            compare(&b, &c);
+        } else {
+            CHECK(untouched(&b, &c), "how=%d", how);
+            CHECK_FAULT(&b.fault, MOE_FAULT_BAD_TABLE, 2);
+        }
+        tbuf_free(&table);
+        bufs_free(&b);
+    }
+}
+
 /* A stop fault of an earlier kernel: nothing happens. A data fault: everything does. */
 static void test_gemm_stopped(void)
 {
@@ -959,6 +996,7 @@ static void test_gemm_refusals(void)
     REFUSED(d.num_experts = -1, MOE_ERR_RANGE, num_experts);
     REFUSED(d.num_experts = MOE_MAX_EXPERTS + 1, MOE_ERR_RANGE, num_experts);
     REFUSED(d.num_rows = -1, MOE_ERR_RANGE, num_rows);
+    REFUSED(d.num_rows = MOE_GEMM_MAX_ROWS + 1, MOE_ERR_RANGE, num_rows);
     REFUSED(d.n = 0, MOE_ERR_RANGE, n);
     REFUSED(d.n = -8, MOE_ERR_RANGE, n);
     REFUSED(d.n = 68, MOE_ERR_RANGE, n);
@@ -994,6 +1032,8 @@ static void test_gemm_refusals(void)
     REFUSED((d.a_major = MOE_MAJOR_MN, d.row_index = 0, d.a_stride = 24), MOE_ERR_STRIDE, a_stride);
     REFUSED(d.b.row_stride = 32, MOE_ERR_STRIDE, b_stride);
     REFUSED(d.b.row_stride = -40, MOE_ERR_STRIDE, b_stride);
+    REFUSED(d.b.row_stride = (int64_t)1 << 60, MOE_ERR_STRIDE, b_stride);
+    REFUSED(d.b.expert_stride = (int64_t)1 << 60, MOE_ERR_STRIDE, b_stride);
     REFUSED(d.b.row_stride = 44, MOE_ERR_ALIGN, b_stride);
     REFUSED((d.b.major = MOE_MAJOR_MN, d.b.row_stride = 56), MOE_ERR_STRIDE, b_stride);
     REFUSED((d.b.major = MOE_MAJOR_MN, d.gate_up = 0, d.b.up = 0, d.b.row_stride = 64),
@@ -1002,6 +1042,7 @@ static void test_gemm_refusals(void)
     REFUSED(d.b.expert_stride = 64 * 40 + 4, MOE_ERR_ALIGN, b_stride);
     REFUSED(d.c_stride = 56, MOE_ERR_STRIDE, c_stride);
     REFUSED(d.c_stride = -64, MOE_ERR_STRIDE, c_stride);
+    REFUSED(d.c_stride = INT64_MAX - 7, MOE_ERR_STRIDE, c_stride);
     REFUSED(d.c_stride = 68, MOE_ERR_ALIGN, c_stride);
     REFUSED((d.a_major = MOE_MAJOR_MN, d.a_rows = 32), MOE_ERR_CONFLICT, row_index);
     REFUSED(d.c_table = (void* const*)table.p, MOE_ERR_CONFLICT, c);
@@ -1299,6 +1340,7 @@ int main(int argc, char** argv)
     RUN(test_gemm_no_offset);
     RUN(test_gemm_a_along_m);
     RUN(test_gemm_bad_offsets);
+    RUN(test_gemm_bad_tables);
     RUN(test_gemm_stopped);
     RUN(test_gemm_no_rows);
     RUN(test_gemm_plan);

@@ -298,17 +298,44 @@ static void test_route_foreign_counts(void)
         trand_fill_normal(&r, weights, slots, MOE_FP32);
         bufs_new(&b, &c, ids, weights);
         for (int64_t i = 0; i < n; ++i)
-            chunk[i] = (int32_t)trand_int(&r, round % 2 ? -1000000 : 100, 1000000);
+            chunk[i] = (int32_t)trand_int(&r, round % 2 ? INT32_MIN : 100, INT32_MAX);
         tbuf_put(&b.chunk, chunk);
         CHECK_STATUS(moe_route(&b.d, test_now.stream), MOE_OK);
         CHECK(tbuf_holds(&b.chunk, chunk), "an input was written"); /* and the guards are checked */
-        if (round % 2 == 0) { /* every sum lies past the last row */
+        {
             uint64_t word;
             tbuf_get(&b.fault, &word);
             CHECK(moe_fault_decode(word).code == MOE_FAULT_BAD_COUNT);
         }
         bufs_free(&b);
         free(ids), free(weights), free(chunk);
+    }
+}
+
+/* One id was changed after it was counted: told, whatever the change does to the rows. */
+static void test_route_changed_id(void)
+{
+    trand r = trand_new(13);
+    for (int round = 0; round < 20; ++round) {
+        const int E = round % 2 ? 5 : 1500;
+        route_case c = random_case(&r, (int)trand_int(&r, 16, 90), E, 3);
+        const int64_t slots = (int64_t)c.T * c.K, at = trand_int(&r, 0, slots - 1);
+        int32_t* ids = (int32_t*)test_host(slots * 4);
+        float* weights = (float*)test_host(slots * 4);
+        const int64_t begin = at / c.K / 16 * 16 * c.K; /* of the chunk */
+        route_bufs b;
+        c.pattern = UNIFORM;
+        c.counts = 1;
+        c.bare = 0;
+        fill_ids(ids, &c, &r);
+        trand_fill_normal(&r, weights, slots, MOE_FP32);
+        bufs_new(&b, &c, ids, weights);
+        ids[at] = round % 3 ? (ids[at] + 1) % E : -1;
+        tbuf_put(&b.ids, ids);
+        CHECK_STATUS(moe_route(&b.d, test_now.stream), MOE_OK);
+        CHECK_FAULT(&b.fault, MOE_FAULT_BAD_COUNT, begin);
+        bufs_free(&b);
+        free(ids), free(weights);
     }
 }
 
@@ -659,6 +686,7 @@ int main(int argc, char** argv)
     RUN(test_route_patterns);
     RUN(test_route_big_chunks);
     RUN(test_route_foreign_counts);
+    RUN(test_route_changed_id);
     RUN(test_route_wide_tokens);
     RUN(test_route_optional_outputs);
     RUN(test_route_faults);
