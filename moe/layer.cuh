@@ -39,16 +39,16 @@
 
 typedef struct moe_layer_desc {
     /* in */
-    const void* x;      /* [T, H] dtype, 16-byte aligned */
-    const void* router; /* [E, H] router_dtype; or null with logits or ids */
-    const float* logits; /* [T, E] fp32 in place of the router; or null */
-    const int32_t* ids;  /* [T, K] in place of router and gate, -1 = unused; or null */
-    const float* weights; /* [T, K] with ids */
-    moe_weights w1;     /* [E, 2I, H] per gate_up, dtype */
-    moe_weights w2;     /* [E, H, I] dtype */
-    const void* bias1;  /* [E, 2I] dtype; or null */
-    const void* bias2;  /* [E, H] dtype; or null */
-    const void* residual; /* [T, H] dtype added to y; or null */
+    const void* x;           /* [T, H] dtype, 16-byte aligned */
+    const void* router;      /* [E, H] router_dtype; or null with logits or ids */
+    const float* logits;     /* [T, E] fp32 in place of the router; or null */
+    const int32_t* ids;      /* [T, K] in place of router and gate, -1 = unused; or null */
+    const float* weights;    /* [T, K] with ids */
+    moe_weights w1;          /* [E, 2I, H] per gate_up, dtype */
+    moe_weights w2;          /* [E, H, I] dtype */
+    const void* bias1;       /* [E, 2I] dtype; or null */
+    const void* bias2;       /* [E, H] dtype; or null */
+    const void* residual;    /* [T, H] dtype added to y; or null */
     int64_t x_stride;        /* elements between rows; 0 = H; multiple of 8 */
     int64_t residual_stride; /* elements between rows; 0 = H */
     /* out */
@@ -56,10 +56,14 @@ typedef struct moe_layer_desc {
     int64_t y_stride; /* elements between rows; 0 = H */
     uint64_t* fault;  /* [1] fault word; or null */
     /* sizes and options */
-    int32_t num_tokens, hidden, intermediate, num_experts, top_k; /* T, H, I, E, K */
+    int32_t num_tokens;   /* T >= 0 */
+    int32_t hidden;       /* H, multiple of 8 */
+    int32_t intermediate; /* I, multiple of 8 */
+    int32_t num_experts;  /* E, 1 .. MOE_MAX_EXPERTS */
+    int32_t top_k;        /* K, 1 .. MOE_COMBINE_MAX_TOP_K; at most E unless ids are given */
     int32_t dtype;        /* fp16 or bf16; 0 = bf16 */
     int32_t router_dtype; /* 0 = dtype */
-    int32_t score;        /* moe_score; 0 = softmax; this and the next two are the gate's: 0 with ids */
+    int32_t score;        /* moe_score; 0 = softmax; as the next two the gate's, 0 with ids */
     int32_t renormalize;  /* 0 or 1 */
     float scale;          /* factor on the weights; 0 = 1 */
     int32_t gate_up;      /* moe_gate_up; 0 = concatenated */
