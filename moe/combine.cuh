@@ -148,9 +148,9 @@ MOE_DEVICE void moei_combine_write(void* p, const float* v, int dtype, const int
 /* Adds rows k0 .. k0 + rows to the pieces acc[0 .. cols) of a thread, span columns apart from column
    h on. All loads go out before the first is used. full says that rows and columns are all there.
    rows_dtype, cols, rows and full are literals. */
-MOE_DEVICE void moei_combine_add(float acc[2][8], const moei_combine_source* source, int k0, int count,
-                                 int h, int span, int hidden, const int rows_dtype, const int cols,
-                                 const int rows, const int full)
+MOE_DEVICE void moei_combine_add(float acc[2][8], const moei_combine_source* source, int k0,
+                                 int count, int h, int span, int hidden, const int rows_dtype,
+                                 const int cols, const int rows, const int full)
 {
     const int width = rows_dtype == MOE_FP32 ? 4 : 8; /* elements in 16 bytes of row */
     uint4 raw[2][8];
@@ -160,7 +160,8 @@ MOE_DEVICE void moei_combine_add(float acc[2][8], const moei_combine_source* sou
         MOEI_UNROLL
         for (int c = 0; c < cols; ++c)
             if (full || (k0 + u < count && h + c * span < hidden))
-                raw[c][u] = moei_load16(source[k0 + u].row + (int64_t)(h + c * span) * (16 / width));
+                raw[c][u] =
+                    moei_load16(source[k0 + u].row + (int64_t)(h + c * span) * (16 / width));
     }
     MOEI_UNROLL
     for (int c = 0; c < cols; ++c) {
@@ -212,14 +213,15 @@ MOE_DEVICE void moei_combine_wide(const moe_combine_desc* d, const moei_combine_
         MOEI_UNROLL
         for (int c = 0; c < cols; ++c)
             if (h + c * span < H)
-                moei_combine_write(y + (int64_t)(h + c * span) * y_bytes, acc[c], d->y_dtype, width);
+                moei_combine_write(y + (int64_t)(h + c * span) * y_bytes, acc[c], d->y_dtype,
+                                   width);
     }
 }
 
 /* One block makes one token: its first warp looks the K rows up, then all sum them; element by
    element where an address or H does not allow 16-byte access. rows_dtype is a literal. */
 MOE_DEVICE_BODY void moei_combine_token(const moe_combine_desc* d, moei_combine_shared* shared,
-                                   moei_combine_source* source, const int rows_dtype)
+                                        moei_combine_source* source, const int rows_dtype)
 {
     const int64_t t = blockIdx.x;
     const int K = d->top_k, H = d->hidden, y_bytes = d->y_dtype == MOE_FP32 ? 4 : 2;
@@ -233,7 +235,8 @@ MOE_DEVICE_BODY void moei_combine_token(const moe_combine_desc* d, moei_combine_
         for (int k0 = 0; k0 < K; k0 += MOEI_WARP) {
             const int k = k0 + moei_lane();
             const float w = /* fetched beside the row's address, not after it */
-                k < K && d->weights ? __uint_as_float(moei_load4_early(d->weights + t * K + k)) : 1.0f;
+                k < K && d->weights ? __uint_as_float(moei_load4_early(d->weights + t * K + k))
+                                    : 1.0f;
             const char* row = k < K ? moei_combine_row(d, t * K + k) : (const char*)0;
             const uint32_t live = __ballot_sync(MOEI_FULL, row != 0);
             const int at = count + __popc(live & ((1u << moei_lane()) - 1u));
@@ -310,7 +313,8 @@ MOE_HOST moe_status moei_combine_check(moe_combine_desc* d)
     if (d->y_stride == 0) d->y_stride = d->hidden;
     MOEI_REQUIRE(moei_stride_fits(d->y_stride, d->hidden, T), MOE_ERR_STRIDE, y_stride);
     if (d->residual_stride == 0) d->residual_stride = d->hidden;
-    MOEI_REQUIRE(moei_stride_fits(d->residual_stride, d->hidden, T), MOE_ERR_STRIDE, residual_stride);
+    MOEI_REQUIRE(moei_stride_fits(d->residual_stride, d->hidden, T), MOE_ERR_STRIDE,
+                 residual_stride);
     MOEI_REQUIRE(d->num_rows >= 0, MOE_ERR_RANGE, num_rows);
     MOEI_REQUIRE(moei_stride_fits(d->row_stride, d->hidden, d->num_rows ? d->num_rows : 1 << 20),
                  MOE_ERR_STRIDE, row_stride);
@@ -338,7 +342,8 @@ MOE_HOST moe_status moei_combine_check(moe_combine_desc* d)
         const bool in_place = d->residual == d->y && d->residual_stride == d->y_stride;
         const moei_range r[] = {
             {d->table, (uint64_t)d->num_buffers * 8, MOE_FIELD_table},
-            {d->rows, moei_extent(d->num_rows ? d->num_rows : 1, d->row_stride, d->hidden, d->rows_dtype),
+            {d->rows,
+             moei_extent(d->num_rows ? d->num_rows : 1, d->row_stride, d->hidden, d->rows_dtype),
              MOE_FIELD_rows},
             {d->place, (uint64_t)T * (uint64_t)d->top_k * 8, MOE_FIELD_place},
             {d->weights, (uint64_t)T * (uint64_t)d->top_k * 4, MOE_FIELD_weights},

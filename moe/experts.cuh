@@ -29,21 +29,21 @@
 
 typedef struct moe_experts_desc {
     /* in */
-    const void* x;                /* [T, H] dtype; without row_slot: [num_rows, H] in expert order */
-    int64_t x_stride;             /* elements between rows; 0 = H; multiple of 8 */
-    moe_weights w1;               /* [E, 2I, H] per gate_up, dtype */
-    moe_weights w2;               /* [E, H, I] dtype */
-    const void* bias1;            /* [E, 2I] dtype, ordered as w1's rows; or null */
-    const void* bias2;            /* [E, H] dtype; or null */
+    const void* x;     /* [T, H] dtype; without row_slot: [num_rows, H] in expert order */
+    int64_t x_stride;  /* elements between rows; 0 = H; multiple of 8 */
+    moe_weights w1;    /* [E, 2I, H] per gate_up, dtype */
+    moe_weights w2;    /* [E, H, I] dtype */
+    const void* bias1; /* [E, 2I] dtype, ordered as w1's rows; or null */
+    const void* bias2; /* [E, H] dtype; or null */
     const int32_t* expert_offset; /* [E + 1] */
     const int32_t* row_slot;      /* [num_rows]; or null: x is in expert order already */
     /* scratch and out */
-    void* act;           /* [num_rows, I] dtype, scratch: what lies between the two products */
-    int64_t act_stride;  /* elements between rows; 0 = I; multiple of 8 */
-    void* rows;          /* [num_rows, H] rows_dtype; or null with a table */
-    void* const* table;  /* [E] device array: expert e's rows begin at table[e]; or null */
-    int64_t row_stride;  /* elements between rows; 0 = H; multiple of 8 */
-    uint64_t* fault;     /* [1] fault word; or null */
+    void* act;          /* [num_rows, I] dtype, scratch: what lies between the two products */
+    int64_t act_stride; /* elements between rows; 0 = I; multiple of 8 */
+    void* rows;         /* [num_rows, H] rows_dtype; or null with a table */
+    void* const* table; /* [E] device array: expert e's rows begin at table[e]; or null */
+    int64_t row_stride; /* elements between rows; 0 = H; multiple of 8 */
+    uint64_t* fault;    /* [1] fault word; or null */
     /* sizes and options */
     int32_t num_tokens;   /* T, rows of x; read only with row_slot */
     int32_t num_rows;     /* most rows there can be; 0 = T * K */
@@ -115,23 +115,25 @@ MOE_HOST moe_status moei_experts_gemms(const moe_experts_desc* d, moe_grouped_ge
 /* A field of a grouped GEMM, by the name it has in moe_experts_desc. */
 MOE_HOST moe_status moei_experts_rename(moe_status s, int is_up)
 {
-    static const int16_t name[][3] = {/* in desc.h, of up, of down */
-                                      {MOE_FIELD_a, MOE_FIELD_x, MOE_FIELD_act},
-                                      {MOE_FIELD_a_stride, MOE_FIELD_x_stride, MOE_FIELD_act_stride},
-                                      {MOE_FIELD_b, MOE_FIELD_w1, MOE_FIELD_w2},
-                                      {MOE_FIELD_b_stride, MOE_FIELD_w1, MOE_FIELD_w2},
-                                      {MOE_FIELD_b_major, MOE_FIELD_w1, MOE_FIELD_w2},
-                                      {MOE_FIELD_bias, MOE_FIELD_bias1, MOE_FIELD_bias2},
-                                      {MOE_FIELD_c, MOE_FIELD_act, MOE_FIELD_rows},
-                                      {MOE_FIELD_c_stride, MOE_FIELD_act_stride, MOE_FIELD_row_stride},
-                                      {MOE_FIELD_c_dtype, MOE_FIELD_dtype, MOE_FIELD_rows_dtype},
-                                      {MOE_FIELD_row_index, MOE_FIELD_row_slot, MOE_FIELD_row_slot},
-                                      {MOE_FIELD_n, MOE_FIELD_intermediate, MOE_FIELD_hidden},
-                                      {MOE_FIELD_k, MOE_FIELD_hidden, MOE_FIELD_intermediate}};
+    static const int16_t name[][3] = {
+        /* in desc.h, of up, of down */
+        {MOE_FIELD_a, MOE_FIELD_x, MOE_FIELD_act},
+        {MOE_FIELD_a_stride, MOE_FIELD_x_stride, MOE_FIELD_act_stride},
+        {MOE_FIELD_b, MOE_FIELD_w1, MOE_FIELD_w2},
+        {MOE_FIELD_b_stride, MOE_FIELD_w1, MOE_FIELD_w2},
+        {MOE_FIELD_b_major, MOE_FIELD_w1, MOE_FIELD_w2},
+        {MOE_FIELD_bias, MOE_FIELD_bias1, MOE_FIELD_bias2},
+        {MOE_FIELD_c, MOE_FIELD_act, MOE_FIELD_rows},
+        {MOE_FIELD_c_stride, MOE_FIELD_act_stride, MOE_FIELD_row_stride},
+        {MOE_FIELD_c_dtype, MOE_FIELD_dtype, MOE_FIELD_rows_dtype},
+        {MOE_FIELD_row_index, MOE_FIELD_row_slot, MOE_FIELD_row_slot},
+        {MOE_FIELD_n, MOE_FIELD_intermediate, MOE_FIELD_hidden},
+        {MOE_FIELD_k, MOE_FIELD_hidden, MOE_FIELD_intermediate}};
     const int kind = moe_status_kind(s);
     if (kind == MOE_OK || kind == MOE_ERR_CUDA) return s;
     for (size_t i = 0; i < sizeof name / sizeof name[0]; ++i)
-        if (moe_status_detail(s) == name[i][0]) return (moe_status)(kind | (name[i][is_up ? 1 : 2] << 8));
+        if (moe_status_detail(s) == name[i][0])
+            return (moe_status)(kind | (name[i][is_up ? 1 : 2] << 8));
     return s;
 }
 

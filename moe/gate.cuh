@@ -20,8 +20,8 @@
    Arithmetic is fp32 in a fixed order: equal inputs give equal bits.
 
    Cost: one read of the logits. One launch, and a memset if expert_count is wanted.
-   Any E up to MOE_MAX_EXPERTS, any K up to E. Beyond E = 1024 or K = 32, and for rows of infinities,
-   NaN or many equal logits at the top, a warp reads the row again for each choice.
+   Any E up to MOE_MAX_EXPERTS, any K up to E. Beyond E = 1024 or K = 32, and for rows of
+   infinities, NaN or many equal logits at the top, a warp reads the row again for each choice.
    Minimum architecture: sm_75.
 
      moe_gate_desc g = {0};
@@ -406,8 +406,8 @@ MOE_DEVICE_BODY void moei_gate_block(const moe_gate_desc* d, int* count, const i
 }
 
 /* most experts, most choices, lanes a token, logits a lane: the first that fits is taken. Predefine
-   the list to compile fewer; what none fits runs, slower, by moei_gate_any. 512 threads, so that each
-   may have 128 registers. */
+   the list to compile fewer; what none fits runs, slower, by moei_gate_any. 512 threads, so that
+   each may have 128 registers. */
 #define MOEI_GATE_THREADS 512
 #ifndef MOE_GATE_LIST
 #define MOE_GATE_LIST(X)                                                                          \

@@ -11,8 +11,8 @@
    A caller that has logits of its own sets `logits` and no router; one that has ids and weights
    sets those and neither.
 
-   A stop fault (base/fault.h) in the fault word keeps every later call from writing y until the caller
-   clears the word. T = 0 is no error, but the workspace must be there.
+   A stop fault (base/fault.h) in the fault word keeps every later call from writing y until the
+   caller clears the word. T = 0 is no error, but the workspace must be there.
    Nothing is allocated and nothing synchronised; the calls can be captured in a graph and the
    graph replayed with other inputs. Six launches at most. The same bits every run.
 
@@ -134,7 +134,8 @@ MOE_HOST moe_status moei_layer_carve(const moe_layer_desc* d, moe_layer_view* v,
     MOEI_REQUIRE(d->ids || d->top_k <= d->num_experts, MOE_ERR_RANGE, top_k);
     MOEI_REQUIRE(d->hidden >= 8 && d->hidden % 8 == 0, MOE_ERR_RANGE, hidden);
     MOEI_REQUIRE(d->intermediate >= 8 && d->intermediate % 8 == 0, MOE_ERR_RANGE, intermediate);
-    T = (uint64_t)d->num_tokens, K = (uint64_t)d->top_k, E = (uint64_t)d->num_experts, slots = T * K;
+    T = (uint64_t)d->num_tokens, K = (uint64_t)d->top_k, E = (uint64_t)d->num_experts,
+    slots = T * K;
     MOEI_REQUIRE(slots <= 0x7fffffffu, MOE_ERR_RANGE, num_tokens);
     v->logits = (float*)d->logits;
     v->ids = (int32_t*)d->ids;
@@ -144,7 +145,8 @@ MOE_HOST moe_status moei_layer_carve(const moe_layer_desc* d, moe_layer_view* v,
         v->ids = (int32_t*)moei_carve(base, bytes, slots * 4);
         v->weights = (float*)moei_carve(base, bytes, slots * 4);
     }
-    v->chunk_count = (int32_t*)moei_carve(base, bytes, E * (uint64_t)moe_num_chunks((int64_t)T) * 4);
+    v->chunk_count =
+        (int32_t*)moei_carve(base, bytes, E * (uint64_t)moe_num_chunks((int64_t)T) * 4);
     v->expert_count = (int32_t*)moei_carve(base, bytes, E * 4);
     v->expert_offset = (int32_t*)moei_carve(base, bytes, (E + 1) * 4);
     v->row_slot = (int32_t*)moei_carve(base, bytes, slots * 4);
@@ -154,7 +156,7 @@ MOE_HOST moe_status moei_layer_carve(const moe_layer_desc* d, moe_layer_view* v,
     return MOE_OK;
 }
 
-/* Bytes of workspace for this layer: depends on the sizes and on which of logits and ids are given. */
+/* Bytes of workspace for this layer: by the sizes and by which of logits and ids are given. */
 MOE_HOST moe_status moe_layer_workspace(const moe_layer_desc* desc, size_t* bytes)
 {
     moe_layer_view v;
@@ -191,35 +193,38 @@ MOE_HOST moe_status moei_layer_check_stations(const moei_layer* l)
     return moei_combine_check(&combine);
 }
 
-/* y, the workspace and the fault word lie on nothing else; only y may be x or the residual itself. */
+/* y, the workspace and the fault word lie on nothing else; but y may be x or the residual. */
 MOE_HOST moe_status moei_layer_check_overlap(const moe_layer_desc* d, size_t workspace)
 {
     const int64_t T = d->num_tokens, H = d->hidden, I = d->intermediate, E = d->num_experts;
     const int dtype = d->dtype ? d->dtype : MOE_BF16;
-    const int64_t x_stride = d->x_stride ? d->x_stride : H, y_stride = d->y_stride ? d->y_stride : H;
+    const int64_t x_stride = d->x_stride ? d->x_stride : H,
+                  y_stride = d->y_stride ? d->y_stride : H;
     const int64_t residual_stride = d->residual_stride ? d->residual_stride : H;
     const uint64_t slots = (uint64_t)T * (uint64_t)d->top_k;
-    const uint64_t w1 = moei_weight_extent(&d->w1, E, d->gate_up == MOE_GATE_UP_SEPARATE ? I : 2 * I, H);
-    const moei_range r[] = {
-        {d->router, moei_extent(E, H, H, d->router_dtype ? d->router_dtype : dtype), MOE_FIELD_router},
-        {d->logits, (uint64_t)T * (uint64_t)E * 4, MOE_FIELD_logits},
-        {d->ids, slots * 4, MOE_FIELD_ids},
-        {d->weights, slots * 4, MOE_FIELD_weights},
-        {d->w1.base, w1, MOE_FIELD_w1},
-        {d->w1.up, w1, MOE_FIELD_w1},
-        {d->w1.table, (uint64_t)E * 8, MOE_FIELD_w1},
-        {d->w1.up_table, (uint64_t)E * 8, MOE_FIELD_w1},
-        {d->w2.base, moei_weight_extent(&d->w2, E, H, I), MOE_FIELD_w2},
-        {d->w2.table, (uint64_t)E * 8, MOE_FIELD_w2},
-        {d->bias1, (uint64_t)(E * 2 * I) * 2, MOE_FIELD_bias1},
-        {d->bias2, (uint64_t)(E * H) * 2, MOE_FIELD_bias2},
-        {d->residual == d->y && residual_stride == y_stride ? 0 : d->residual,
-         moei_extent(T, residual_stride, H, dtype), MOE_FIELD_residual},
-        {d->x == d->y && x_stride == y_stride ? 0 : d->x, moei_extent(T, x_stride, H, dtype),
-         MOE_FIELD_x},
-        {d->y, moei_extent(T, y_stride, H, dtype), MOE_FIELD_y},
-        {d->workspace, workspace, MOE_FIELD_workspace},
-        {d->fault, 8, MOE_FIELD_fault}};
+    const uint64_t w1 =
+        moei_weight_extent(&d->w1, E, d->gate_up == MOE_GATE_UP_SEPARATE ? I : 2 * I, H);
+    const moei_range r[] = {{d->router,
+                             moei_extent(E, H, H, d->router_dtype ? d->router_dtype : dtype),
+                             MOE_FIELD_router},
+                            {d->logits, (uint64_t)T * (uint64_t)E * 4, MOE_FIELD_logits},
+                            {d->ids, slots * 4, MOE_FIELD_ids},
+                            {d->weights, slots * 4, MOE_FIELD_weights},
+                            {d->w1.base, w1, MOE_FIELD_w1},
+                            {d->w1.up, w1, MOE_FIELD_w1},
+                            {d->w1.table, (uint64_t)E * 8, MOE_FIELD_w1},
+                            {d->w1.up_table, (uint64_t)E * 8, MOE_FIELD_w1},
+                            {d->w2.base, moei_weight_extent(&d->w2, E, H, I), MOE_FIELD_w2},
+                            {d->w2.table, (uint64_t)E * 8, MOE_FIELD_w2},
+                            {d->bias1, (uint64_t)(E * 2 * I) * 2, MOE_FIELD_bias1},
+                            {d->bias2, (uint64_t)(E * H) * 2, MOE_FIELD_bias2},
+                            {d->residual == d->y && residual_stride == y_stride ? 0 : d->residual,
+                             moei_extent(T, residual_stride, H, dtype), MOE_FIELD_residual},
+                            {d->x == d->y && x_stride == y_stride ? 0 : d->x,
+                             moei_extent(T, x_stride, H, dtype), MOE_FIELD_x},
+                            {d->y, moei_extent(T, y_stride, H, dtype), MOE_FIELD_y},
+                            {d->workspace, workspace, MOE_FIELD_workspace},
+                            {d->fault, 8, MOE_FIELD_fault}};
     return T > 0 ? moei_disjoint(r, 14, 17) : MOE_OK;
 }
 
@@ -231,7 +236,8 @@ MOE_HOST moe_status moei_layer_prepare(const moe_layer_desc* d, moei_layer* l)
     const int dtype = d->dtype ? d->dtype : MOE_BF16;
     MOEI_TRY(moei_layer_carve(d, &v, &bytes));
     MOEI_REQUIRE(dtype == MOE_BF16 || dtype == MOE_FP16, MOE_ERR_DTYPE, dtype);
-    MOEI_REQUIRE(d->router_dtype == 0 || moe_dtype_bytes(d->router_dtype), MOE_ERR_DTYPE, router_dtype);
+    MOEI_REQUIRE(d->router_dtype == 0 || moe_dtype_bytes(d->router_dtype), MOE_ERR_DTYPE,
+                 router_dtype);
     MOEI_REQUIRE(d->workspace, MOE_ERR_NULL, workspace);
     MOEI_REQUIRE(moei_aligned(d->workspace, 256), MOE_ERR_ALIGN, workspace);
     MOEI_REQUIRE(d->workspace_bytes >= bytes, MOE_ERR_WORKSPACE, workspace_bytes);
@@ -363,7 +369,8 @@ MOE_HOST moe_status moe_layer_forward(const moe_layer_desc* desc, cudaStream_t s
 }
 
 /* Which path and tiles the experts of this layer run on the current device. */
-MOE_HOST moe_status moe_layer_plan(const moe_layer_desc* desc, moe_gemm_plan* up, moe_gemm_plan* down)
+MOE_HOST moe_status moe_layer_plan(const moe_layer_desc* desc, moe_gemm_plan* up,
+                                   moe_gemm_plan* down)
 {
     moei_layer l;
     MOEI_REQUIRE(desc && up && down, MOE_ERR_NULL, desc);

@@ -22,7 +22,7 @@
 #include "base/config.h"
 #include "base/types.h"
 
-#define MOE_MAX_EXPERTS 4096 /* E of gate, route, experts: what fits the shared memory of all chips */
+#define MOE_MAX_EXPERTS 4096 /* E of gate, route, experts: fits the shared memory of all chips */
 
 /* Where the row of a slot lives; buffer = row = -1: the slot was dropped. 8 bytes. */
 typedef struct moe_place {

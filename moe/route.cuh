@@ -50,11 +50,11 @@ typedef struct moe_route_desc {
     moe_place* place;       /* [T, K]; or null */
     uint64_t* fault;        /* [1] fault word; or null */
     /* sizes and options */
-    int32_t num_tokens;     /* T >= 0 */
-    int32_t num_experts;    /* E, 1 .. MOE_MAX_EXPERTS */
-    int32_t top_k;          /* K, 1 .. MOE_MAX_EXPERTS */
-    int32_t place_kind;     /* moe_place_kind; 0 = one joined array */
-    void* workspace;        /* 16-byte aligned; null if moe_route_workspace asks for 0 */
+    int32_t num_tokens;  /* T >= 0 */
+    int32_t num_experts; /* E, 1 .. MOE_MAX_EXPERTS */
+    int32_t top_k;       /* K, 1 .. MOE_MAX_EXPERTS */
+    int32_t place_kind;  /* moe_place_kind; 0 = one joined array */
+    void* workspace;     /* 16-byte aligned; null if moe_route_workspace asks for 0 */
     size_t workspace_bytes;
 } moe_route_desc;
 

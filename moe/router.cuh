@@ -70,9 +70,10 @@ MOE_KERNEL(256, 2) moei_router_any(MOE_ARG(moe_router_desc) d)
             s.x[c][r] = in && t0 + r < d.num_tokens
                             ? moei_load_f32(d.x, (t0 + r) * d.x_stride + h, d.x_dtype)
                             : 0.0f;
-            s.w[c][r] = in && e0 + r < d.num_experts
-                            ? moei_load_f32(d.router, (e0 + r) * d.router_stride + h, d.router_dtype)
-                            : 0.0f;
+            s.w[c][r] =
+                in && e0 + r < d.num_experts
+                    ? moei_load_f32(d.router, (e0 + r) * d.router_stride + h, d.router_dtype)
+                    : 0.0f;
         }
         __syncthreads();
         MOEI_UNROLL
@@ -93,10 +94,10 @@ MOE_KERNEL(256, 2) moei_router_any(MOE_ARG(moe_router_desc) d)
     for (int i = 0; i < 4; ++i)
         MOEI_UNROLL
         for (int j = 0; j < 4; ++j) {
-            const int64_t t = t0 + ty + 16 * i;
-            const int e = e0 + tx + 16 * j;
-            if (t < d.num_tokens && e < d.num_experts) d.logits[t * d.logits_stride + e] = acc[i][j];
-        }
+        const int64_t t = t0 + ty + 16 * i;
+        const int e = e0 + tx + 16 * j;
+        if (t < d.num_tokens && e < d.num_experts) d.logits[t * d.logits_stride + e] = acc[i][j];
+    }
 }
 
 MOE_HOST int64_t moei_router_blocks(const moe_router_desc* d)
@@ -131,8 +132,8 @@ MOE_HOST moe_status moei_router_check(moe_router_desc* d, moe_grouped_gemm_desc*
     MOEI_REQUIRE(d->router, MOE_ERR_NULL, router);
     MOEI_REQUIRE(d->logits, MOE_ERR_NULL, logits);
     MOEI_REQUIRE(moei_aligned(d->x, (uintptr_t)moe_dtype_bytes(d->x_dtype)), MOE_ERR_ALIGN, x);
-    MOEI_REQUIRE(moei_aligned(d->router, (uintptr_t)moe_dtype_bytes(d->router_dtype)), MOE_ERR_ALIGN,
-                 router);
+    MOEI_REQUIRE(moei_aligned(d->router, (uintptr_t)moe_dtype_bytes(d->router_dtype)),
+                 MOE_ERR_ALIGN, router);
     MOEI_REQUIRE(moei_aligned(d->logits, 4), MOE_ERR_ALIGN, logits);
     {
         const moei_range r[] = {

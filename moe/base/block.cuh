@@ -9,8 +9,8 @@ typedef struct moei_block_scan_scratch {
     int warp_sum[MOEI_WARP];
 } moei_block_scan_scratch;
 
-/* Exclusive scan over the threads of a block of whole warps, modulo 2^32; *total gets the sum of all.
-   Ends with a barrier, so the scratch may be used again at once. */
+/* Exclusive scan over the threads of a block of whole warps, modulo 2^32; *total gets the sum of
+   all. Ends with a barrier, so the scratch may be used again at once. */
 MOE_DEVICE int moei_block_exclusive_scan(int v, moei_block_scan_scratch* s, int* total)
 {
     const int warps = (int)(blockDim.x >> 5);
@@ -29,8 +29,8 @@ MOE_DEVICE int moei_block_exclusive_scan(int v, moei_block_scan_scratch* s, int*
     return (int)((unsigned)before + (unsigned)inclusive - (unsigned)v);
 }
 
-/* Sum over the threads of a block of whole warps, in a fixed order; every thread gets it. Ends with a
-   barrier. */
+/* Sum over the threads of a block of whole warps, in a fixed order; every thread gets it. Ends with
+   a barrier. */
 MOE_DEVICE float moei_block_sum(float v, moei_block_scan_scratch* s)
 {
     const int warps = (int)(blockDim.x >> 5);

@@ -23,7 +23,7 @@
 #error "moe: MOE_BACKEND=host is for a plain C++ compiler; leave it unset under nvcc"
 #endif
 #if defined(CUDART_VERSION)
-#error "moe: the CPU backend stands in for cuda_runtime.h; include .cuh files from a .cu, or .h files only"
+#error "moe: the CPU backend replaces cuda_runtime.h; include .cuh from a .cu, or only .h files"
 #endif
 #include "../host/host.h"
 
@@ -54,8 +54,8 @@
 #endif
 
 #define MOE_DEVICE MOEI_UNUSED static __device__ __forceinline__
-/* A body that many kernels are stamped from: inlined, so that its literals count; on the CPU compiled
-   once, which is three times quicker. */
+/* A body that many kernels are stamped from: inlined, so that its literals count; on the CPU
+   compiled once, which is three times quicker. */
 #if MOE_ON_HOST
 #define MOE_DEVICE_BODY MOEI_UNUSED static __attribute__((noinline))
 #else

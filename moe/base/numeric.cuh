@@ -103,6 +103,9 @@ MOE_DEVICE float moei_exp2_fast(float x)
 }
 
 /* x / (1 + e^-x) */
-MOE_DEVICE float moei_silu(float x) { return __fdividef(x, 1.0f + moei_exp2_fast(-1.44269504f * x)); }
+MOE_DEVICE float moei_silu(float x)
+{
+    return __fdividef(x, 1.0f + moei_exp2_fast(-1.44269504f * x));
+}
 
 #endif

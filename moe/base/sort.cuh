@@ -1,8 +1,8 @@
 /* sort.cuh: the largest of some numbers in order, by sorting networks in registers.
 
-   Lengths are literals and loops have constant bounds with their conditions inside: only so are they
-   unrolled before the arrays are given registers. NaN may come out anywhere. Cost, by fp32 minimum or
-   maximum: the 8 largest of 32 numbers 248, merging two such lists 32. */
+   Lengths are literals and loops have constant bounds with their conditions inside: only so are
+   they unrolled before the arrays are given registers. NaN may come out anywhere. Cost, by fp32
+   minimum or maximum: the 8 largest of 32 numbers 248, merging two such lists 32. */
 #ifndef MOE_BASE_SORT_CUH
 #define MOE_BASE_SORT_CUH
 
@@ -69,11 +69,11 @@ MOE_DEVICE void moei_sort_largest(float* top, const float* v, const int n, const
         }
 }
 
-/* The same over an aligned group of `lanes` lanes (a literal) with per_lane numbers each: every lane
-   gets the group's `depth` largest. Each lane sorts the largest of its own; the lists are merged
-   pairwise. The whole warp takes part. */
-MOE_DEVICE void moei_group_sort_largest(float* top, const float* v, const int lanes, const int per_lane,
-                                  const int depth)
+/* The same over an aligned group of `lanes` lanes (a literal) with per_lane numbers each: every
+   lane gets the group's `depth` largest. Each lane sorts the largest of its own; the lists are
+   merged pairwise. The whole warp takes part. */
+MOE_DEVICE void moei_group_sort_largest(float* top, const float* v, const int lanes,
+                                        const int per_lane, const int depth)
 {
     const int keep = per_lane < depth ? per_lane : depth;
     moei_sort_largest(top, v, per_lane, keep);

@@ -118,7 +118,10 @@ MOE_HOST const char* moe_status_describe(moe_status s, char* text)
     }
     if (moe_status_kind(s) == MOE_ERR_CUDA) {
         int n = 0, v = moe_status_detail(s);
-        do { number[n++] = (char)('0' + v % 10); v /= 10; } while (v > 0 && n < 11);
+        do {
+            number[n++] = (char)('0' + v % 10);
+            v /= 10;
+        } while (v > 0 && n < 11);
         if (at + 1 < MOE_STATUS_TEXT) text[at++] = ' ';
         while (n > 0 && at + 1 < MOE_STATUS_TEXT) text[at++] = number[--n];
     }
@@ -159,6 +162,9 @@ MOE_HOST moe_status moei_disjoint(const moei_range* r, int inputs, int count)
     return MOE_OK;
 }
 
-MOE_HOST int moei_aligned(const void* p, uintptr_t bytes) { return ((uintptr_t)p & (bytes - 1)) == 0; }
+MOE_HOST int moei_aligned(const void* p, uintptr_t bytes)
+{
+    return ((uintptr_t)p & (bytes - 1)) == 0;
+}
 
 #endif

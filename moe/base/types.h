@@ -32,8 +32,8 @@ MOE_HOST uint64_t moei_extent(int64_t rows, int64_t stride, int64_t columns, int
            (uint64_t)moe_dtype_bytes(dtype);
 }
 
-/* May `rows` rows of `columns` elements begin `stride` elements apart? Not where they would overlap,
-   nor where their extent would pass 2^62 bytes. */
+/* May `rows` rows of `columns` elements begin `stride` elements apart? Not where they would
+   overlap, nor where their extent would pass 2^62 bytes. */
 MOE_HOST int moei_stride_fits(int64_t stride, int64_t columns, int64_t rows)
 {
     return stride >= columns && stride <= ((int64_t)1 << 60) / (rows > 0 ? rows : 1);
@@ -41,11 +41,24 @@ MOE_HOST int moei_stride_fits(int64_t stride, int64_t columns, int64_t rows)
 
 MOE_HOST const char* moe_dtype_name(int dtype)
 {
-    return dtype == MOE_FP32 ? "fp32" : dtype == MOE_FP16 ? "fp16" : dtype == MOE_BF16 ? "bf16" : "?";
+    return dtype == MOE_FP32   ? "fp32"
+           : dtype == MOE_FP16 ? "fp16"
+           : dtype == MOE_BF16 ? "bf16"
+                               : "?";
 }
 
-MOE_HOST uint32_t moe_f32_bits(float f) { uint32_t u; memcpy(&u, &f, 4); return u; }
-MOE_HOST float moe_f32_from_bits(uint32_t u) { float f; memcpy(&f, &u, 4); return f; }
+MOE_HOST uint32_t moe_f32_bits(float f)
+{
+    uint32_t u;
+    memcpy(&u, &f, 4);
+    return u;
+}
+MOE_HOST float moe_f32_from_bits(uint32_t u)
+{
+    float f;
+    memcpy(&f, &u, 4);
+    return f;
+}
 
 MOE_HOST float moe_bf16_to_f32(uint16_t h) { return moe_f32_from_bits((uint32_t)h << 16); }
 

@@ -8,7 +8,7 @@
 typedef enum moe_epilogue {
     MOE_EPILOGUE_DEFAULT = 0, /* MOE_EPILOGUE_NONE */
     MOE_EPILOGUE_NONE,        /* c = acc, plus the bias where one is given */
-    MOE_EPILOGUE_SWIGLU       /* c = silu(gate) * up, each with its bias; C has n columns, B 2n rows */
+    MOE_EPILOGUE_SWIGLU /* c = silu(gate) * up, each with its bias; C has n columns, B 2n rows */
 } moe_epilogue;
 
 #define MOE_GEMM_MAX_ROWS (0x7fffffff - 255) /* rows of A and of C: a tile past them still counts */
@@ -75,10 +75,12 @@ typedef struct moe_gemm_plan {
 /* Bytes from the first to the last element of `experts` 16-bit matrices [n, k]. */
 MOE_HOST uint64_t moei_weight_extent(const moe_weights* w, int64_t experts, int64_t n, int64_t k)
 {
-    const int64_t rows = w->major == MOE_MAJOR_MN ? k : n, columns = w->major == MOE_MAJOR_MN ? n : k;
+    const int64_t rows = w->major == MOE_MAJOR_MN ? k : n,
+                  columns = w->major == MOE_MAJOR_MN ? n : k;
     const int64_t row = w->row_stride ? w->row_stride : columns;
     const int64_t expert = w->expert_stride ? w->expert_stride : row * rows;
-    return (uint64_t)(experts - 1) * (uint64_t)expert * 2 + moei_extent(rows, row, columns, MOE_BF16);
+    return (uint64_t)(experts - 1) * (uint64_t)expert * 2 +
+           moei_extent(rows, row, columns, MOE_BF16);
 }
 
 MOE_HOST const char* moe_gemm_path_name(int path)

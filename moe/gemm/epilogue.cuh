@@ -75,7 +75,8 @@ MOE_DEVICE void moei_epilogue_warp(const moe_grouped_gemm_desc* d, const moei_ti
                 for (int x = 0; x < 8; ++x)
                     w[x] = strip[r * ld + (pairs ? 2 * (j + x) + 1 : wn / 2 + j + x)];
                 if (bias)
-                    moei_epilogue_bias(w, bias, pairs ? 2 * n + 1 : d->n + n, pairs ? 2 : 1, d->dtype);
+                    moei_epilogue_bias(w, bias, pairs ? 2 * n + 1 : d->n + n, pairs ? 2 : 1,
+                                       d->dtype);
                 MOEI_UNROLL
                 for (int x = 0; x < 8; ++x) v[x] = moei_silu(v[x]) * w[x];
             }

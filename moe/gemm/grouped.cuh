@@ -1,6 +1,7 @@
 /* grouped.cuh: grouped GEMM on tensor cores, one product per expert over that expert's rows.
 
-     C[r, :] = epilogue( A[row(r), :] * B_e^T + bias_e )     r in expert e, row(r) = row_index[r] / row_div
+     C[r, :] = epilogue( A[row(r), :] * B_e^T + bias_e ),  r in expert e,
+     row(r)  = row_index[r] / row_div
 
    Rows of A are gathered by index while they are loaded, so no permuted copy is made; the weights
    are used where they lie (moe_weights); the row counts are read from expert_offset on the device,
@@ -100,7 +101,8 @@ MOE_HOST int moei_gemm_suits(const moei_gemm_choice* t, const moe_grouped_gemm_d
 {
     const int64_t rows = d->num_rows / d->num_experts; /* an expert's, on average */
     const int64_t b_rows = (int64_t)d->n * (d->epilogue == MOE_EPILOGUE_SWIGLU ? 2 : 1);
-    const int64_t tiles = ((rows + t->tm - 1) / t->tm) * d->num_experts * ((b_rows + t->tn - 1) / t->tn);
+    const int64_t tiles =
+        ((rows + t->tm - 1) / t->tm) * d->num_experts * ((b_rows + t->tn - 1) / t->tn);
     switch (t->tile) {
     case MOE_TILE_128x256: return rows > 64 && b_rows > 128 && tiles >= sms;
     case MOE_TILE_128x128: return rows > 64;
@@ -177,7 +179,8 @@ MOE_HOST moe_status moei_gemm_check(moe_grouped_gemm_desc* d)
                      moei_aligned((const void*)d->b.table, 8) &&
                      moei_aligned((const void*)d->b.up_table, 8),
                  MOE_ERR_ALIGN, b);
-    MOEI_REQUIRE(moei_aligned(d->c, 16) && moei_aligned((const void*)d->c_table, 8), MOE_ERR_ALIGN, c);
+    MOEI_REQUIRE(moei_aligned(d->c, 16) && moei_aligned((const void*)d->c_table, 8), MOE_ERR_ALIGN,
+                 c);
     MOEI_REQUIRE(moei_aligned(d->row_index, 4), MOE_ERR_ALIGN, row_index);
     MOEI_REQUIRE(moei_aligned(d->bias, 2), MOE_ERR_ALIGN, bias);
     {
@@ -247,11 +250,13 @@ MOE_HOST moe_status moei_gemm_plan(const moe_grouped_gemm_desc* d, moe_gemm_plan
     MOEI_REQUIRE(MOE_ON_HOST || d->dtype == MOE_FP16 || dev.major >= 8, MOE_ERR_DEVICE, dtype);
     for (int i = 0; i < MOEI_GEMM_CHOICES && !t; ++i) {
         const moei_gemm_choice* o = &moei_gemm_choices[i];
-        const int fits = moei_gemm_smem(o, d) + sizeof(moei_block_scan_scratch) <= (size_t)dev.smem_block;
+        const int fits =
+            moei_gemm_smem(o, d) + sizeof(moei_block_scan_scratch) <= (size_t)dev.smem_block;
         const int offered = MOEI_GEMM_OFFERED(o->tm, o->tn, d->a_major, d->b.major);
         int body;
         MOEI_TRY(moei_gemm_has_body(o, d, &body));
-        if (d->tile ? o->tile == d->tile : fits && offered && body && moei_gemm_suits(o, d, dev.sms)) {
+        if (d->tile ? o->tile == d->tile
+                    : fits && offered && body && moei_gemm_suits(o, d, dev.sms)) {
             MOEI_REQUIRE(offered, MOE_ERR_CONFLICT, tile);
             MOEI_REQUIRE(fits && body, MOE_ERR_DEVICE, tile);
             t = o;
@@ -271,8 +276,8 @@ MOE_HOST moe_status moei_gemm_plan(const moe_grouped_gemm_desc* d, moe_gemm_plan
     if (per_sm < 1) per_sm = 1;
     {
         const int columns = d->epilogue == MOE_EPILOGUE_SWIGLU ? t->tn / 2 : t->tn;
-        const int64_t most = ((int64_t)d->num_rows / t->tm + d->num_experts + 1) *
-                             ((d->n + columns - 1) / columns);
+        const int64_t most =
+            ((int64_t)d->num_rows / t->tm + d->num_experts + 1) * ((d->n + columns - 1) / columns);
         MOEI_REQUIRE(most <= 0x7fffffff, MOE_ERR_RANGE, num_rows);
         p->blocks = (int32_t)(most < per_sm * dev.sms ? most : per_sm * dev.sms);
     }

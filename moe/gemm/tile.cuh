@@ -30,8 +30,8 @@ MOE_HOST_DEVICE int moei_stage_elems(int rows, int depth, int major)
 }
 
 /* Shared memory of a block, bytes: the ring, the epilogue's staging, then tile_start [E + 1]. */
-MOE_HOST_DEVICE size_t moei_tile_smem(int tm, int tn, int kb, int stages, int warps, int wn, int a_major,
-                                      int b_major, int num_experts)
+MOE_HOST_DEVICE size_t moei_tile_smem(int tm, int tn, int kb, int stages, int warps, int wn,
+                                      int a_major, int b_major, int num_experts)
 {
     return (size_t)stages * 2 *
                (size_t)(moei_stage_elems(tm, kb, a_major) + moei_stage_elems(tn, kb, b_major)) +
@@ -41,12 +41,12 @@ MOE_HOST_DEVICE size_t moei_tile_smem(int tm, int tn, int kb, int stages, int wa
 /* Where a thread's copies of the current tile come from. K-major operands are copied in passes
    of 32 rows; a thread has row r of each pass and one 16-byte piece of its depth. */
 typedef struct moei_loader {
-    const char* a[4];  /* A, MOE_MAJOR_K: address of the row of each pass; MN: [0] the column */
-    const char* b[2];  /* B: address for even and for odd passes; MN: [0] the column */
-    int32_t b_row[2];  /* B: row of C's columns that belongs to b[0], b[1] */
-    int32_t a_keep;    /* A: bit i: pass i has a row; MN: bytes to copy */
-    int32_t tile;      /* number of the tile */
-    int32_t k;         /* first depth of the step to copy */
+    const char* a[4]; /* A, MOE_MAJOR_K: address of the row of each pass; MN: [0] the column */
+    const char* b[2]; /* B: address for even and for odd passes; MN: [0] the column */
+    int32_t b_row[2]; /* B: row of C's columns that belongs to b[0], b[1] */
+    int32_t a_keep;   /* A: bit i: pass i has a row; MN: bytes to copy */
+    int32_t tile;     /* number of the tile */
+    int32_t k;        /* first depth of the step to copy */
 } moei_loader;
 
 MOE_DEVICE const char* moei_weight_base(const moe_weights* w, int expert)
@@ -105,7 +105,8 @@ MOE_DEVICE void moei_loader_begin(moei_loader* p, int index, const moei_schedule
         const int m = t.row + (int)threadIdx.x % (tm / 8) * 8;
         const int64_t left = d->a_rows - m;
         p->a_keep = left >= 8 ? 16 : left > 0 ? (int)left * 2 : 0;
-        p->a[0] = (const char*)d->a + ((int)threadIdx.x / (tm / 8) * d->a_stride + (left > 0 ? m : 0)) * 2;
+        p->a[0] = (const char*)d->a +
+                  ((int)threadIdx.x / (tm / 8) * d->a_stride + (left > 0 ? m : 0)) * 2;
     }
 
     if (b_major == MOE_MAJOR_K) {
@@ -215,19 +216,19 @@ MOE_DEVICE void moei_tile_fragments(moei_mma_a* a, moei_mma_b* b, const uint16_t
     MOEI_UNROLL
     for (int i = 0; i < wm / 16; ++i) {
         const int m = warp_m * wm + i * 16;
-        moei_mma_load_a(&a[i], sa + (a_major == MOE_MAJOR_K ? m * lda + k : k * lda + m), lda, dtype,
-                        a_major);
+        moei_mma_load_a(&a[i], sa + (a_major == MOE_MAJOR_K ? m * lda + k : k * lda + m), lda,
+                        dtype, a_major);
     }
     MOEI_UNROLL
     for (int j = 0; j < wn / 16; ++j) {
         const int n = warp_n * wn + j * 16;
-        moei_mma_load_b(&b[j], sb + (b_major == MOE_MAJOR_K ? n * ldb + k : k * ldb + n), ldb, dtype,
-                        b_major);
+        moei_mma_load_b(&b[j], sb + (b_major == MOE_MAJOR_K ? n * ldb + k : k * ldb + n), ldb,
+                        dtype, b_major);
     }
 }
 
-/* Do the tables name an address, aligned to 16 bytes, for each expert that has rows? All threads of the
-   block call it. Where they do not, the fault word is set. */
+/* Do the tables name an address, aligned to 16 bytes, for each expert that has rows? All threads of
+   the block call it. Where they do not, the fault word is set. */
 MOE_DEVICE bool moei_gemm_tables_good(const moe_grouped_gemm_desc* d, const moei_schedule* s)
 {
     bool bad = false;
@@ -247,12 +248,14 @@ MOE_DEVICE bool moei_gemm_tables_good(const moe_grouped_gemm_desc* d, const moei
 
 /* A block's life: tiles blockIdx.x, blockIdx.x + gridDim.x, ... */
 MOE_DEVICE_BODY void moei_gemm_block(const moe_grouped_gemm_desc* d, unsigned char* shared,
-                                moei_block_scan_scratch* scratch, const int tm, const int tn,
-                                const int kb, const int warps_m, const int warps_n, const int stages,
-                                const int dtype, const int a_major, const int b_major)
+                                     moei_block_scan_scratch* scratch, const int tm, const int tn,
+                                     const int kb, const int warps_m, const int warps_n,
+                                     const int stages, const int dtype, const int a_major,
+                                     const int b_major)
 {
     const int wm = tm / warps_m, wn = tn / warps_n, threads = warps_m * warps_n * 32;
-    const int a_elems = moei_stage_elems(tm, kb, a_major), b_elems = moei_stage_elems(tn, kb, b_major);
+    const int a_elems = moei_stage_elems(tm, kb, a_major),
+              b_elems = moei_stage_elems(tn, kb, b_major);
     uint16_t* ring = (uint16_t*)shared;
     float* staging = (float*)(ring + stages * (a_elems + b_elems)) + moei_warp() * 16 * (wn + 4);
     const int warp_m = moei_warp() % warps_m, warp_n = moei_warp() / warps_m;
@@ -267,8 +270,8 @@ MOE_DEVICE_BODY void moei_gemm_block(const moe_grouped_gemm_desc* d, unsigned ch
     s.num_rows = d->num_rows;
     s.column_tiles = (d->n + columns - 1) / columns;
     s.row_align = a_major == MOE_MAJOR_MN ? 8 : 1;
-    s.tile_start = (int*)((float*)(ring + stages * (a_elems + b_elems)) +
-                          warps_m * warps_n * 16 * (wn + 4));
+    s.tile_start =
+        (int*)((float*)(ring + stages * (a_elems + b_elems)) + warps_m * warps_n * 16 * (wn + 4));
     num_tiles = moei_schedule_build(&s, scratch, d->fault, tm);
     if ((int)blockIdx.x >= num_tiles || !moei_gemm_tables_good(d, &s)) return;
 
@@ -276,7 +279,8 @@ MOE_DEVICE_BODY void moei_gemm_block(const moe_grouped_gemm_desc* d, unsigned ch
     for (int i = 0; i < stages - 1; ++i) {
         uint16_t* stage = ring + i * (a_elems + b_elems);
         moei_loader_advance(&load, d, &s, num_tiles, tm, tn, kb, wn, a_major, b_major);
-        moei_loader_copy(&load, d, stage, stage + a_elems, 0, 1, tm, tn, kb, threads, a_major, b_major);
+        moei_loader_copy(&load, d, stage, stage + a_elems, 0, 1, tm, tn, kb, threads, a_major,
+                         b_major);
         moei_copy_commit();
     }
 
@@ -295,14 +299,14 @@ MOE_DEVICE_BODY void moei_gemm_block(const moe_grouped_gemm_desc* d, unsigned ch
             moei_copy_wait(stages - 2);
             __syncthreads();
             moei_loader_advance(&load, d, &s, num_tiles, tm, tn, kb, wn, a_major, b_major);
-            moei_tile_fragments(a[0], b[0], stage, stage + a_elems, warp_m, warp_n, 0, tm, tn, kb, wm,
-                                wn, dtype, a_major, b_major);
+            moei_tile_fragments(a[0], b[0], stage, stage + a_elems, warp_m, warp_n, 0, tm, tn, kb,
+                                wm, wn, dtype, a_major, b_major);
             MOEI_UNROLL
-            for (int k = 0; k < kb; k += 16) { /* the next pieces and copies go out ahead of these products */
+            for (int k = 0; k < kb; k += 16) { /* the next pieces and copies go out first */
                 const int now = k / 16 & 1;
                 if (k + 16 < kb)
-                    moei_tile_fragments(a[!now], b[!now], stage, stage + a_elems, warp_m, warp_n, k + 16,
-                                        tm, tn, kb, wm, wn, dtype, a_major, b_major);
+                    moei_tile_fragments(a[!now], b[!now], stage, stage + a_elems, warp_m, warp_n,
+                                        k + 16, tm, tn, kb, wm, wn, dtype, a_major, b_major);
                 moei_loader_copy(&load, d, refill, refill + a_elems, k / 16, kb / 16, tm, tn, kb,
                                  threads, a_major, b_major);
                 MOEI_UNROLL

@@ -9,8 +9,8 @@ MOE_HOST void MOEI_REF(moe_ref_gemm)(const moe_ref_gemm_desc* d, MOEI_REAL* c, M
     const int bias_dtype = d->bias_dtype ? d->bias_dtype : MOE_FP32;
     for (int e = 0; e < d->num_experts; ++e) {
         const void* b =
-            moei_ref_matrix(d->use_up ? d->b.up : d->b.base,
-                            d->use_up ? d->b.up_table : d->b.table, &d->b, d->b_dtype, e, N, K);
+            moei_ref_matrix(d->use_up ? d->b.up : d->b.base, d->use_up ? d->b.up_table : d->b.table,
+                            &d->b, d->b_dtype, e, N, K);
         for (int64_t r = d->expert_offset[e]; r < d->expert_offset[e + 1]; ++r) {
             int64_t from = d->row_index ? d->row_index[r] : r;
             if (from >= 0 && d->row_div > 1) from /= d->row_div;

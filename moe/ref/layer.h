@@ -22,7 +22,7 @@ typedef struct moe_ref_layer_desc {
     const void* bias2;
     int64_t x_stride, router_stride, logits_stride, residual_stride; /* elements; 0 = dense */
     int32_t x_dtype, w_dtype, router_dtype, residual_dtype;          /* moe_dtype */
-    int32_t bias_dtype;   /* 0 = fp32 */
+    int32_t bias_dtype;                                              /* 0 = fp32 */
     int32_t logits_dtype; /* of given logits; else what the router's are rounded to, 0 = not */
     int32_t act_dtype;    /* what the activations are rounded to; 0 = not rounded */
     int32_t rows_dtype;   /* what the expert rows are rounded to; 0 = not rounded */
