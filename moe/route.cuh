@@ -15,8 +15,9 @@
    stands twice in one token gets two rows, and both its weights count. An id outside
    -1 .. E-1 sets the fault word and is treated as -1; the rest is right.
 
-   Cost: two launches, or one when the gate has left its chunk_count. Traffic: the ids twice, the
-   weights once, each output once, and by each of up to MOE_MAX_CHUNKS blocks all the chunk counts.
+   Cost: two launches, or one when the gate has left its chunk_count. Traffic: the ids once a
+   launch, the weights once, each output once, and by each of up to MOE_MAX_CHUNKS blocks all the
+   chunk counts.
    Any E up to MOE_MAX_EXPERTS; T * K below 2^31. Minimum architecture: sm_75.
 
      moe_route_desc r = {0};
@@ -25,8 +26,8 @@
      moe_route_workspace(&r, &bytes);   r.workspace = ...;  r.workspace_bytes = bytes;
      moe_status s = moe_route(&r, stream);
 
-   Source: a counting sort by chunks. A block of the second launch adds up the counts of the
-   chunks before its own, orders its slots by expert in shared memory, and so writes whole runs. */
+   Source: a counting sort by chunks. A block of the last launch adds up the counts of the chunks
+   before its own, orders its slots by expert in shared memory, and so writes whole runs. */
 #ifndef MOE_ROUTE_CUH
 #define MOE_ROUTE_CUH
 

@@ -198,15 +198,23 @@ static void compare(const route_bufs* b, const route_case* c, const int32_t* ids
     free(r.place);
 }
 
-static void run_case(const route_case* c, trand* r)
+/* Draws the inputs of a case and makes its buffers. */
+static void case_new(route_bufs* b, const route_case* c, trand* r, int32_t** ids, float** weights)
 {
     const int64_t slots = (int64_t)c->T * c->K;
-    int32_t* ids = (int32_t*)test_host(slots * 4);
-    float* weights = (float*)test_host(slots * 4);
+    *ids = (int32_t*)test_host(slots * 4);
+    *weights = (float*)test_host(slots * 4);
+    fill_ids(*ids, c, r);
+    trand_fill_normal(r, *weights, slots, MOE_FP32);
+    bufs_new(b, c, *ids, *weights);
+}
+
+static void run_case(const route_case* c, trand* r)
+{
+    int32_t* ids;
+    float* weights;
     route_bufs b;
-    fill_ids(ids, c, r);
-    trand_fill_normal(r, weights, slots, MOE_FP32);
-    bufs_new(&b, c, ids, weights);
+    case_new(&b, c, r, &ids, &weights);
     CHECK_STATUS(moe_route(&b.d, test_now.stream), MOE_OK);
     compare(&b, c, ids, weights);
     CHECK(tbuf_holds(&b.ids, ids) && tbuf_holds(&b.weights, weights), "an input was written");
@@ -286,27 +294,22 @@ static void test_route_foreign_counts(void)
     trand r = trand_new(12);
     for (int round = 0; round < 12; ++round) {
         route_case c = random_case(&r, (int)trand_int(&r, 1, 90), (int)trand_int(&r, 2, 40), 4);
-        const int64_t slots = (int64_t)c.T * c.K, n = c.E * moe_num_chunks(c.T);
-        int32_t* ids = (int32_t*)test_host(slots * 4);
-        float* weights = (float*)test_host(slots * 4);
-        int32_t* chunk = (int32_t*)test_host(n * 4);
+        const int64_t n = c.E * moe_num_chunks(c.T);
+        int32_t *ids, *chunk = (int32_t*)test_host(n * 4);
+        float* weights;
+        uint64_t word;
         route_bufs b;
         c.pattern = UNIFORM;
         c.counts = 1;
         c.bare = 0;
-        fill_ids(ids, &c, &r);
-        trand_fill_normal(&r, weights, slots, MOE_FP32);
-        bufs_new(&b, &c, ids, weights);
+        case_new(&b, &c, &r, &ids, &weights);
         for (int64_t i = 0; i < n; ++i)
             chunk[i] = (int32_t)trand_int(&r, round % 2 ? INT32_MIN : 100, INT32_MAX);
         tbuf_put(&b.chunk, chunk);
         CHECK_STATUS(moe_route(&b.d, test_now.stream), MOE_OK);
         CHECK(tbuf_holds(&b.chunk, chunk), "an input was written"); /* and the guards are checked */
-        {
-            uint64_t word;
-            tbuf_get(&b.fault, &word);
-            CHECK(moe_fault_decode(word).code == MOE_FAULT_BAD_COUNT);
-        }
+        tbuf_get(&b.fault, &word);
+        CHECK(moe_fault_decode(word).code == MOE_FAULT_BAD_COUNT);
         bufs_free(&b);
         free(ids), free(weights), free(chunk);
     }
@@ -320,16 +323,14 @@ static void test_route_changed_id(void)
         const int E = round % 2 ? 5 : 1500;
         route_case c = random_case(&r, (int)trand_int(&r, 16, 90), E, 3);
         const int64_t slots = (int64_t)c.T * c.K, at = trand_int(&r, 0, slots - 1);
-        int32_t* ids = (int32_t*)test_host(slots * 4);
-        float* weights = (float*)test_host(slots * 4);
         const int64_t begin = at / c.K / 16 * 16 * c.K; /* of the chunk */
+        int32_t* ids;
+        float* weights;
         route_bufs b;
         c.pattern = UNIFORM;
         c.counts = 1;
         c.bare = 0;
-        fill_ids(ids, &c, &r);
-        trand_fill_normal(&r, weights, slots, MOE_FP32);
-        bufs_new(&b, &c, ids, weights);
+        case_new(&b, &c, &r, &ids, &weights);
         ids[at] = round % 3 ? (ids[at] + 1) % E : -1;
         tbuf_put(&b.ids, ids);
         CHECK_STATUS(moe_route(&b.d, test_now.stream), MOE_OK);
