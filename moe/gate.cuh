@@ -64,6 +64,8 @@ typedef struct moe_gate_desc {
     int32_t score;       /* moe_score; 0 = softmax */
     int32_t renormalize; /* 0 or 1 */
     float scale;         /* factor on the weights, finite; 0 = 1 */
+    void* workspace;     /* 16-byte aligned; null if moe_gate_workspace asks for 0 */
+    size_t workspace_bytes;
 } moe_gate_desc;
 
 /* l - max, with the limits that the header promises: equal infinities differ by 0. */
@@ -481,6 +483,14 @@ MOE_HOST moe_status moei_gate_check(moe_gate_desc* d)
             {d->fault, 8, MOE_FIELD_fault}};
         return moei_disjoint(r, 1, 6);
     }
+}
+
+/* Bytes of workspace that moe_gate wants; 0 for most. */
+MOE_HOST moe_status moe_gate_workspace(const moe_gate_desc* desc, size_t* bytes)
+{
+    MOEI_REQUIRE(desc && bytes, MOE_ERR_NULL, desc);
+    *bytes = 0;
+    return MOE_OK;
 }
 
 /* Queues the gate on `stream`. Errors: every field of the descriptor as documented above, each
