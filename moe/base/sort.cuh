@@ -1,8 +1,9 @@
 /* sort.cuh: the largest of some numbers in order, by sorting networks in registers.
 
-   Lengths are literals and loops have constant bounds with their conditions inside: only so are
-   they unrolled before the arrays are given registers. NaN may come out anywhere. Cost, by fp32
-   minimum or maximum: the 8 largest of 32 numbers 248, merging two such lists 32. */
+   Lengths are literals at every call and each loop runs over the comparisons of one step, with a
+   bound that is literal once the call is inlined: the compiler unrolls just what the network has,
+   and the arrays get registers. NaN may come out anywhere. Cost, by fp32 minimum or maximum: the
+   8 largest of 32 numbers 248, merging two such lists 32. */
 #ifndef MOE_BASE_SORT_CUH
 #define MOE_BASE_SORT_CUH
 
@@ -16,34 +17,77 @@ MOE_DEVICE void moei_sort_two(float* a, const int i, const int j)
     a[j] = lo;
 }
 
-/* Puts n numbers (a literal power of two up to 32) into descending order: Batcher's odd-even merge
-   sort, 19 comparisons for 8. */
-MOE_DEVICE void moei_sort(float* s, const int n)
+/* s[i] with s[i + h], in every block of 2h of the first n. */
+MOE_DEVICE void moei_sort_halves(float* s, const int n, const int h)
 {
     MOEI_UNROLL
-    for (int lp = 0; lp < 5; ++lp) { /* merges runs of p */
-        MOEI_UNROLL
-        for (int lk = 4; lk >= 0; --lk) {
-            const int p = 1 << lp, k = 1 << lk, from = k < p ? k : 0;
-            MOEI_UNROLL
-            for (int i = 0; i < 32; ++i)
-                if (p < n && k <= p && i >= from && ((i - from) & k) == 0 && i + k < n &&
-                    i / (2 * p) == (i + k) / (2 * p))
-                    moei_sort_two(s, i, i + k);
-        }
+    for (int c = 0; c < n / 2; ++c) {
+        const int i = c / h * 2 * h + c % h;
+        moei_sort_two(s, i, i + h);
+    }
+}
+
+/* In every block of 2p of the first n: s[i] with s[i + k], where i begins at k and skips every
+   other run of k. k < p. */
+MOE_DEVICE void moei_sort_between(float* s, const int n, const int p, const int k)
+{
+    const int each = p - k; /* comparisons in a block */
+    MOEI_UNROLL
+    for (int c = 0; c < n / 2 / p * each; ++c) {
+        const int i = c / each * 2 * p + k + c % each / k * 2 * k + c % each % k;
+        moei_sort_two(s, i, i + k);
+    }
+}
+
+/* Merges runs of 1, 2, 4 ... numbers. Puts n numbers (a literal power of two up to 32) into
+   descending order: Batcher's odd-even merge sort, 19 comparisons for 8. */
+MOE_DEVICE void moei_sort(float* s, const int n)
+{
+    if (n >= 2) moei_sort_halves(s, n, 1);
+    if (n >= 4) {
+        moei_sort_halves(s, n, 2);
+        moei_sort_between(s, n, 2, 1);
+    }
+    if (n >= 8) {
+        moei_sort_halves(s, n, 4);
+        moei_sort_between(s, n, 4, 2);
+        moei_sort_between(s, n, 4, 1);
+    }
+    if (n >= 16) {
+        moei_sort_halves(s, n, 8);
+        moei_sort_between(s, n, 8, 4);
+        moei_sort_between(s, n, 8, 2);
+        moei_sort_between(s, n, 8, 1);
+    }
+    if (n >= 32) {
+        moei_sort_halves(s, n, 16);
+        moei_sort_between(s, n, 16, 8);
+        moei_sort_between(s, n, 16, 4);
+        moei_sort_between(s, n, 16, 2);
+        moei_sort_between(s, n, 16, 1);
     }
 }
 
 /* The same for n numbers that first fall and then rise: a bitonic merge. */
 MOE_DEVICE void moei_sort_bitonic(float* s, const int n)
 {
+    if (n >= 32) moei_sort_halves(s, n, 16);
+    if (n >= 16) moei_sort_halves(s, n, 8);
+    if (n >= 8) moei_sort_halves(s, n, 4);
+    if (n >= 4) moei_sort_halves(s, n, 2);
+    if (n >= 2) moei_sort_halves(s, n, 1);
+}
+
+/* top[0 .. n), in descending order, becomes the n largest of itself and v[0 .. n). */
+MOE_DEVICE void moei_sort_in(float* top, const float* v, const int n)
+{
+    float next[32];
     MOEI_UNROLL
-    for (int lh = 4; lh >= 0; --lh) {
-        const int h = 1 << lh;
-        MOEI_UNROLL
-        for (int j = 0; j < 32; ++j)
-            if (j < n && h < n && (j & h) == 0) moei_sort_two(s, j, j + h);
-    }
+    for (int j = 0; j < n; ++j) next[j] = v[j];
+    moei_sort(next, n);
+    MOEI_UNROLL
+    for (int j = 0; j < n; ++j) top[j] = fmaxf(top[j], next[n - 1 - j]); /* the larger half */
+    moei_sort_bitonic(top, n);
 }
 
 /* top[0 .. keep) becomes the largest of v[0 .. n), in descending order. n and keep are literal
@@ -51,22 +95,31 @@ MOE_DEVICE void moei_sort_bitonic(float* s, const int n)
 MOE_DEVICE void moei_sort_largest(float* top, const float* v, const int n, const int keep)
 {
     MOEI_UNROLL
-    for (int j = 0; j < 32; ++j)
-        if (j < keep) top[j] = v[j];
+    for (int j = 0; j < keep; ++j) top[j] = v[j];
     moei_sort(top, keep);
+    if (n >= 2 * keep) moei_sort_in(top, v + keep, keep);
+    if (n >= 4 * keep) {
+        moei_sort_in(top, v + 2 * keep, keep);
+        moei_sort_in(top, v + 3 * keep, keep);
+    }
+}
+
+/* Merges the list of the lane w away into this lane's: both have the first `have` of at most
+   `depth` numbers. */
+MOE_DEVICE void moei_group_merge(float* top, const int w, const int have, const int depth)
+{
+    float other[32];
     MOEI_UNROLL
-    for (int r = 1; r < 4; ++r)
-        if (r * keep < n) {
-            float next[32];
-            MOEI_UNROLL
-            for (int j = 0; j < 32; ++j)
-                if (j < keep) next[j] = v[r * keep + j];
-            moei_sort(next, keep);
-            MOEI_UNROLL
-            for (int j = 0; j < 32; ++j)
-                if (j < keep) top[j] = fmaxf(top[j], next[keep - 1 - j]); /* the larger half */
-            moei_sort_bitonic(top, keep);
-        }
+    for (int j = 0; j < have; ++j) other[j] = __shfl_xor_sync(MOEI_FULL, top[j], w);
+    if (have < depth) { /* all of both lists */
+        MOEI_UNROLL
+        for (int j = 0; j < have; ++j) top[2 * have - 1 - j] = other[j];
+        moei_sort_bitonic(top, 2 * have);
+    } else { /* the larger half */
+        MOEI_UNROLL
+        for (int j = 0; j < have; ++j) top[j] = fmaxf(top[j], other[have - 1 - j]);
+        moei_sort_bitonic(top, have);
+    }
 }
 
 /* The same over an aligned group of `lanes` lanes (a literal) with per_lane numbers each: every
@@ -77,23 +130,11 @@ MOE_DEVICE void moei_group_sort_largest(float* top, const float* v, const int la
 {
     const int keep = per_lane < depth ? per_lane : depth;
     moei_sort_largest(top, v, per_lane, keep);
-    MOEI_UNROLL
-    for (int lw = 0; lw < 5; ++lw) {
-        const int w = 1 << lw, have = keep << lw < depth ? keep << lw : depth;
-        float other[32];
-        if (w < lanes) {
-            MOEI_UNROLL
-            for (int j = 0; j < depth; ++j)
-                if (j < have) other[j] = __shfl_xor_sync(MOEI_FULL, top[j], w);
-            MOEI_UNROLL
-            for (int j = 0; j < depth; ++j)
-                if (j < have) {
-                    if (have < depth) top[2 * have - 1 - j] = other[j]; /* all of both lists */
-                    else top[j] = fmaxf(top[j], other[have - 1 - j]);   /* the larger half */
-                }
-            moei_sort_bitonic(top, have < depth ? 2 * have : depth);
-        }
-    }
+    if (lanes >= 2) moei_group_merge(top, 1, keep, depth);
+    if (lanes >= 4) moei_group_merge(top, 2, keep * 2 < depth ? keep * 2 : depth, depth);
+    if (lanes >= 8) moei_group_merge(top, 4, keep * 4 < depth ? keep * 4 : depth, depth);
+    if (lanes >= 16) moei_group_merge(top, 8, keep * 8 < depth ? keep * 8 : depth, depth);
+    if (lanes >= 32) moei_group_merge(top, 16, keep * 16 < depth ? keep * 16 : depth, depth);
 }
 
 #endif
