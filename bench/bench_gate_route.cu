@@ -104,6 +104,83 @@ static int verify(const job* j, cudaStream_t stream)
     return wrong;
 }
 
+/* The rules, each by itself, as set in a job of make_job. */
+enum {
+    RULE_NONE, RULE_SPARSEMAX, RULE_QUADRATIC, RULE_PIONEER, RULE_THRESHOLD, RULE_GROUPS, RULE_BIAS,
+    RULE_DEEPSEEK, RULE_TEMPERATURE, RULE_NOISE, RULE_DROPOUT, RULE_EXPERT_OFF, RULE_TOKEN_OFF,
+    RULE_WHOLE_BATCH, RULE_PROB_SUM, RULES
+};
+static const char* const rule_name[] = {
+    "no rule", "sparsemax", "quadratic", "pioneer", "sigmoid, threshold 0.5", "sigmoid, 4 of 8 groups",
+    "bias", "sigmoid, bias, 4 of 8 groups, renormalised", "temperature", "noise", "dropout",
+    "experts off", "tokens off", "whole batch", "sums of probabilities"};
+
+static void set_rule(job* j, int rule)
+{
+    moe_gate_desc* g = &j->gate;
+    const int E = g->num_experts;
+    size_t bytes = 0;
+    switch (rule) {
+    case RULE_SPARSEMAX: g->score = MOE_SCORE_SPARSEMAX; break;
+    case RULE_QUADRATIC: g->score = MOE_SCORE_QUADRATIC; break;
+    case RULE_PIONEER: g->score = MOE_SCORE_PIONEER; break;
+    case RULE_THRESHOLD: g->score = MOE_SCORE_SIGMOID, g->threshold = 0.5f; break;
+    case RULE_TEMPERATURE: g->temperature = 0.8f; break;
+    case RULE_NOISE: g->noise = 1, g->seed = 5; break;
+    case RULE_DROPOUT: g->dropout = 0.1f, g->seed = 5; break;
+    case RULE_WHOLE_BATCH: g->whole_batch = 1; break;
+    case RULE_PROB_SUM: g->prob_sum = (float*)bench_alloc((size_t)E * 4); break;
+    case RULE_DEEPSEEK: g->renormalize = 1; break;
+    default: break;
+    }
+    if (rule == RULE_GROUPS || rule == RULE_DEEPSEEK)
+        g->score = MOE_SCORE_SIGMOID, g->num_groups = 8, g->top_groups = 4;
+    if (rule == RULE_BIAS || rule == RULE_DEEPSEEK)
+        g->expert_bias = (const float*)bench_random(E, MOE_FP32, 0.1f, 77);
+    if (rule == RULE_EXPERT_OFF || rule == RULE_TOKEN_OFF) {
+        const int n = rule == RULE_EXPERT_OFF ? E : g->num_tokens;
+        uint8_t* off = (uint8_t*)bench_alloc((size_t)n);
+        BENCH_CUDA(cudaMemset(off, 0, (size_t)n));
+        BENCH_CUDA(cudaMemset(off, 1, (size_t)n / 16));
+        if (rule == RULE_EXPERT_OFF) g->expert_off = off;
+        else g->token_off = off;
+    }
+    BENCH_MOE(moe_gate_workspace(g, &bytes));
+    g->workspace = bytes ? bench_alloc(bytes) : 0;
+    g->workspace_bytes = bytes;
+}
+
+static void free_rule(job* j)
+{
+    cudaFree(j->gate.prob_sum), cudaFree((void*)j->gate.expert_bias), cudaFree(j->gate.workspace);
+    cudaFree((void*)j->gate.expert_off), cudaFree((void*)j->gate.token_off);
+}
+
+/* Each rule beside the plain gate: gate + route, and the gate alone. tests/unit/test_gate_rules.cu has
+   their results. */
+static void time_rules(bench_state* s, int T, int E, int K)
+{
+    enum { CALLS = 24 };
+    double plain = 0;
+    for (int rule = 0; rule < RULES; ++rule) {
+        job jobs[CALLS];
+        void* context[CALLS];
+        char what[120];
+        double both, gate;
+        for (int c = 0; c < CALLS; ++c) {
+            jobs[c] = make_job(T, E, K, MOE_FP32, MOE_SCORE_SOFTMAX, (uint32_t)(10 + c), 1);
+            set_rule(&jobs[c], rule);
+            context[c] = &jobs[c];
+        }
+        both = bench_time_graph(s, run_both, context, CALLS);
+        gate = bench_time_graph(s, run_gate, context, CALLS);
+        if (rule == RULE_NONE) plain = both;
+        snprintf(what, sizeof what, "T %d E %d K %d, %s", T, E, K, rule_name[rule]);
+        bench_row(s, what, both, gate * 1e3, "us gate", both / plain, "of plain");
+        for (int c = 0; c < CALLS; ++c) free_rule(&jobs[c]), free_job(&jobs[c]);
+    }
+}
+
 int main(int argc, char** argv)
 {
     static const struct {
@@ -154,5 +231,7 @@ int main(int argc, char** argv)
                   "TB/s", (route_bytes + 4.0 * T * K) / s.copy_rate * 1e3 / ms, "floor");
         for (int c = 0; c < CALLS; ++c) free_job(&jobs[c]);
     }
+    time_rules(&s, 32768, 128, 8);
+    time_rules(&s, 8192, 256, 8);
     return bench_close(&s, failures);
 }

@@ -8,6 +8,7 @@
 #include "combine.h"
 #include "experts.h"
 #include "gate.h"
+#include "gate_rules.h"
 #include "gemm.h"
 #include "layer.h"
 #include "real.h"

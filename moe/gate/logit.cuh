@@ -1,0 +1,116 @@
+/* logit.cuh: what the gate's rules make of one logit: temperature, noise, square or cosine, and the
+   experts that a token does not see. Each is a function of token and expert alone. */
+#ifndef MOE_GATE_LOGIT_CUH
+#define MOE_GATE_LOGIT_CUH
+
+#include "../base/random.h"
+#include "row.cuh"
+
+/* The seed of this launch. */
+MOE_DEVICE uint64_t moei_gate_seed(const moe_gate_desc* d)
+{
+    return d->seed + (d->seed_offset ? *d->seed_offset : 0);
+}
+
+/* Two independent standard normal numbers from two words (Box and Muller). */
+MOE_DEVICE float2 moei_gate_normal(uint32_t a, uint32_t b)
+{
+    const float u = ((float)a + 0.5f) * 2.3283064e-10f;        /* 2^-32: in (0, 1] */
+    const float angle = (float)(int32_t)b * 1.46291807926716e-9f; /* pi 2^-31: -pi .. pi */
+#if MOE_ON_HOST
+    const float radius = sqrtf(fmaxf(-1.38629436f * log2f(u), 0.0f)); /* -2 ln u */
+    return make_float2(radius * cosf(angle), radius * sinf(angle));
+#else
+    const float radius = __fsqrt_rn(fmaxf(-1.38629436f * __log2f(u), 0.0f));
+    return make_float2(radius * __cosf(angle), radius * __sinf(angle));
+#endif
+}
+
+/* The noise of experts 4 quad .. + 3, standard deviation 1. */
+MOE_DEVICE void moei_gate_noise(float* n, uint64_t seed, int64_t t, int quad)
+{
+    const moe_random4 r =
+        moe_random_words(seed, (uint32_t)quad, (uint32_t)t, MOE_GATE_STREAM_NOISE, 0);
+    const float2 a = moei_gate_normal(r.x, r.y), b = moei_gate_normal(r.z, r.w);
+    n[0] = a.x, n[1] = a.y, n[2] = b.x, n[3] = b.y;
+}
+
+/* Bit i: token t does not see expert 4 quad + i. */
+MOE_DEVICE uint32_t moei_gate_dropped(const moe_gate_desc* d, uint64_t seed, int64_t t, int quad)
+{
+    const moe_random4 r =
+        moe_random_words(seed, (uint32_t)quad, (uint32_t)t, MOE_GATE_STREAM_DROPOUT, 0);
+    const uint32_t below = (uint32_t)(d->dropout * 4294967296.0f);
+    return (r.x < below ? 1u : 0u) | (r.y < below ? 2u : 0u) | (r.z < below ? 4u : 0u) |
+           (r.w < below ? 8u : 0u);
+}
+
+/* cos(x)^2 to about 1e-6; NaN from MOE_GATE_MAX_COSINE on, as for infinities and NaN. */
+MOE_DEVICE float moei_gate_cosine(float x)
+{
+    const float k = rintf(x * 0.318309886f); /* cos^2 has period pi, taken off in two parts */
+    const float r = fmaf(k, 8.74227766e-8f, fmaf(k, -3.14159274f, x));
+#if MOE_ON_HOST
+    const float c = cosf(r);
+#else
+    const float c = __cosf(r);
+#endif
+    return (__float_as_uint(x) & 0x7fffffffu) < __float_as_uint(MOE_GATE_MAX_COSINE)
+               ? c * c
+               : __uint_as_float(0x7fc00000u);
+}
+
+/* One logit, read and taken through the rules; false where the token does not see the expert. */
+MOE_DEVICE bool moei_gate_logit(float* out, const moe_gate_desc* d, uint64_t seed, int64_t t, int e)
+{
+    float v;
+    if (d->expert_off && d->expert_off[e]) return false;
+    if (d->dropout > 0.0f && (moei_gate_dropped(d, seed, t, e >> 2) >> (e & 3) & 1)) return false;
+    v = moei_load_f32(d->logits, t * d->logits_stride + e, d->logits_dtype) * d->temperature;
+    if (d->noise > 0.0f) {
+        float n[4];
+        moei_gate_noise(n, seed, t, e >> 2);
+        v = fmaf(d->noise, (e & 2) ? ((e & 1) ? n[3] : n[2]) : ((e & 1) ? n[1] : n[0]), v);
+    }
+    if (d->score == MOE_SCORE_QUADRATIC) v = v * v;
+    if (d->score == MOE_SCORE_PIONEER) v = moei_gate_cosine(v);
+    *out = v;
+    return true;
+}
+
+/* The same for a lane's logits of a token, read already. *unseen has a bit for each that the token
+   does not see; it becomes -infinity. lanes and per_lane are literals. */
+MOE_DEVICE void moei_gate_logits(float* v, uint32_t* unseen, const moe_gate_desc* d, uint64_t seed,
+                                 int64_t t, int rank, const int lanes, const int per_lane)
+{
+    if (d->temperature != 1.0f) {
+        MOEI_UNROLL
+        for (int j = 0; j < per_lane; ++j) v[j] *= d->temperature;
+    }
+    if (d->noise > 0.0f) {
+        MOEI_UNROLL
+        for (int j = 0; j < per_lane; j += 4) {
+            float n[4];
+            moei_gate_noise(n, seed, t, moei_gate_expert(j, rank, lanes) >> 2);
+            MOEI_UNROLL
+            for (int i = 0; i < 4; ++i) v[j + i] = fmaf(d->noise, n[i], v[j + i]);
+        }
+    }
+    if (d->score == MOE_SCORE_QUADRATIC) {
+        MOEI_UNROLL
+        for (int j = 0; j < per_lane; ++j) v[j] = v[j] * v[j];
+    } else if (d->score == MOE_SCORE_PIONEER) {
+        MOEI_UNROLL
+        for (int j = 0; j < per_lane; ++j) v[j] = moei_gate_cosine(v[j]);
+    }
+    if (d->dropout > 0.0f) {
+        MOEI_UNROLL
+        for (int j = 0; j < per_lane; j += 4)
+            *unseen |= moei_gate_dropped(d, seed, t, moei_gate_expert(j, rank, lanes) >> 2) << j;
+    }
+    MOEI_UNROLL
+    for (int j = 0; j < per_lane; ++j)
+        if (*unseen >> j & 1) v[j] = __uint_as_float(0xff800000u);
+}
+
+#endif

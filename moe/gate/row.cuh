@@ -1,0 +1,122 @@
+/* row.cuh: a token's row of logits: which lane holds what, reading it, weights, counts. */
+#ifndef MOE_GATE_ROW_CUH
+#define MOE_GATE_ROW_CUH
+
+#include "../base/fault.cuh"
+#include "../base/numeric.cuh"
+#include "../base/sort.cuh"
+#include "desc.h"
+
+/* l - max, with the limits that the header promises: equal infinities differ by 0. */
+MOE_DEVICE float moei_gate_below(float l, float max) { return l == max ? 0.0f : l - max; }
+
+/* Clears the counts of a block's chunk; a barrier must follow. */
+MOE_DEVICE void moei_gate_clear_counts(const moe_gate_desc* d, int* count)
+{
+    MOEI_NO_UNROLL
+    for (int e = (int)threadIdx.x; e < d->num_experts; e += (int)blockDim.x) count[e] = 0;
+}
+
+/* Writes the counts of a block's chunk; all threads. */
+MOE_DEVICE void moei_gate_write_counts(const moe_gate_desc* d, const int* count)
+{
+    __syncthreads();
+    MOEI_NO_UNROLL
+    for (int e = (int)threadIdx.x; e < d->num_experts; e += (int)blockDim.x) {
+        const int n = count[e];
+        if (d->expert_count && n) atomicAdd(d->expert_count + e, n);
+        if (d->chunk_count) d->chunk_count[(int64_t)blockIdx.x * d->num_experts + e] = n;
+    }
+}
+
+/* Is the score a softmax, of the logits or of what became of them? */
+MOE_DEVICE bool moei_gate_is_softmax(int score)
+{
+    return score != MOE_SCORE_SIGMOID && score != MOE_SCORE_SPARSEMAX;
+}
+
+/* 1 / (1 + e^-l), times e^-shift. */
+MOE_DEVICE float moei_gate_sigmoid(float l, float shift)
+{
+    if (l >= 0.0f) return __fdiv_rn(1.0f, 1.0f + moei_exp(-l));
+    return __fdiv_rn(moei_exp(moei_gate_below(l, shift)), 1.0f + moei_exp(l));
+}
+
+/* The score of one logit; max is the largest logit of the token, `sum` the softmax denominator, or
+   sparsemax's tau counted from max. */
+MOE_DEVICE float moei_gate_score(const moe_gate_desc* d, float l, float max, float sum)
+{
+    if (d->score == MOE_SCORE_SIGMOID) return moei_gate_sigmoid(l, 0.0f);
+    if (d->score == MOE_SCORE_SPARSEMAX) return fmaxf(moei_gate_below(l, max) - sum, 0.0f);
+    return __fdiv_rn(moei_exp(moei_gate_below(l, max)), sum);
+}
+
+/* The weight of one chosen logit before renormalisation and scale; top-k softmax has its sum still
+   to come, so it is passed as 1. Sigmoids that will be renormalised are all multiplied by e^-max
+   where max is negative: they would underflow together. */
+MOE_DEVICE float moei_gate_weight(const moe_gate_desc* d, float l, float max, float sum)
+{
+    if (d->score == MOE_SCORE_SIGMOID && d->renormalize && max < 0.0f && max >= -3e38f)
+        return moei_gate_sigmoid(l, max);
+    return moei_gate_score(d, l, max, sum);
+}
+
+/* Lane `rank` of a token's `lanes` lanes has the experts (i lanes + rank) 8 .. + 8, i = 0, 1, ...:
+   where its j-th logit stands. */
+MOE_DEVICE int moei_gate_expert(int j, int rank, const int lanes)
+{
+    return ((j >> 3) * lanes + rank) * 8 + (j & 7);
+}
+
+/* Reads a lane's logits of token t; past E they are -inf. `wide`: E and all addresses are multiples
+   of 8 elements. lanes and per_lane are literals. */
+MOE_DEVICE void moei_gate_read(float* v, const moe_gate_desc* d, int64_t t, int rank, bool wide,
+                               const int lanes, const int per_lane)
+{
+    const int E = d->num_experts;
+    const float none = __uint_as_float(0xff800000u);
+    if (d->logits_dtype == MOE_FP32) {
+        const float* row = (const float*)d->logits + t * d->logits_stride;
+        if (wide && E == lanes * per_lane) {
+            MOEI_UNROLL
+            for (int j = 0; j < per_lane; j += 4) {
+                const float4 f = *(const float4*)(row + moei_gate_expert(j, rank, lanes));
+                v[j] = f.x, v[j + 1] = f.y, v[j + 2] = f.z, v[j + 3] = f.w;
+            }
+        } else if (wide) {
+            MOEI_UNROLL
+            for (int j = 0; j < per_lane; j += 4) {
+                const int e = moei_gate_expert(j, rank, lanes);
+                float4 f = make_float4(none, none, none, none);
+                if (e < E) f = *(const float4*)(row + e);
+                v[j] = f.x, v[j + 1] = f.y, v[j + 2] = f.z, v[j + 3] = f.w;
+            }
+        } else {
+            MOEI_UNROLL
+            for (int j = 0; j < per_lane; ++j) {
+                const int e = moei_gate_expert(j, rank, lanes);
+                v[j] = e < E ? row[e] : none;
+            }
+        }
+    } else {
+        const uint32_t minus = d->logits_dtype == MOE_FP16 ? 0xfc00fc00u : 0xff80ff80u;
+        const uint16_t* row = (const uint16_t*)d->logits + t * d->logits_stride;
+        uint32_t u[16]; /* two logits each */
+        MOEI_UNROLL
+        for (int j = 0; j < per_lane; j += 8) {
+            const int e = moei_gate_expert(j, rank, lanes);
+            uint4 q = make_uint4(minus, minus, minus, minus);
+            if (wide && e < E) q = *(const uint4*)(row + e);
+            u[j / 2] = q.x, u[j / 2 + 1] = q.y, u[j / 2 + 2] = q.z, u[j / 2 + 3] = q.w;
+        }
+        MOEI_UNROLL
+        for (int j = 0; j < per_lane; ++j) {
+            const int e = moei_gate_expert(j, rank, lanes);
+            uint16_t h = (uint16_t)(u[j / 2] >> (j % 2 * 16));
+            if (!wide && e < E) h = row[e];
+            v[j] = moei_half_to_f32(h, d->logits_dtype);
+        }
+    }
+}
+
+#endif

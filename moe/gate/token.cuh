@@ -1,0 +1,258 @@
+/* token.cuh: one token by one warp, any E and K, every rule, ties, infinities and NaN included.
+
+   The row is read again for each pass and for each choice: right for everything, quick for nothing.
+   The kernels that hold rows in registers come here for the few tokens they do not take. */
+#ifndef MOE_GATE_TOKEN_CUH
+#define MOE_GATE_TOKEN_CUH
+
+#include "../base/warp.cuh"
+#include "logit.cuh"
+
+/* What a token's weights need of its whole row. */
+typedef struct moei_gate_stats {
+    float max; /* of the logits that the token sees */
+    float sum; /* sum of e^(l - max); of the sigmoids; sparsemax: tau - max */
+    bool nan;  /* one of them is NaN: the token selects nothing */
+} moei_gate_stats;
+
+/* The logit of a pass; false where the token does not see the expert. rules is a literal: 0 leaves
+   the logits as they are. */
+MOE_DEVICE bool moei_gate_see(float* v, const moe_gate_desc* d, uint64_t seed, int64_t t, int e,
+                              const int rules)
+{
+    if (rules) return moei_gate_logit(v, d, seed, t, e);
+    *v = moei_load_f32(d->logits, t * d->logits_stride + e, d->logits_dtype);
+    return true;
+}
+
+/* Reads the row of token t: all lanes get the result. */
+MOE_DEVICE moei_gate_stats moei_gate_row_stats(const moe_gate_desc* d, uint64_t seed, int64_t t,
+                                               const int rules)
+{
+    const int E = d->num_experts;
+    const bool sigmoid = d->score == MOE_SCORE_SIGMOID;
+    moei_gate_stats s;
+    float v, max = __uint_as_float(0xff800000u), sum = 0.0f;
+    bool nan = false;
+    for (int e = moei_lane(); e < E; e += MOEI_WARP)
+        if (moei_gate_see(&v, d, seed, t, e, rules)) {
+            nan = nan || moei_is_nan(v);
+            if (moei_ordered(v) > moei_ordered(max)) max = v;
+        }
+    s.nan = __any_sync(MOEI_FULL, nan) != 0;
+    s.max = moei_group_max(max, MOEI_WARP);
+    if (rules && d->score == MOE_SCORE_SPARSEMAX) { /* Michelot: tau from below, till none leaves */
+        int before = E + 1, n = E;
+        s.sum = -1.0f;
+        while (n < before && n > 0 && !s.nan) {
+            float part = 0.0f;
+            int above = 0;
+            for (int e = moei_lane(); e < E; e += MOEI_WARP)
+                if (moei_gate_see(&v, d, seed, t, e, rules)) {
+                    const float z = moei_gate_below(v, s.max);
+                    if (z > s.sum) part += z, ++above;
+                }
+            before = n;
+            n = (int)moei_group_sum((float)above, MOEI_WARP);
+            part = moei_group_sum(part, MOEI_WARP);
+            if (n > 0) s.sum = __fdiv_rn(part - 1.0f, (float)n);
+        }
+        return s;
+    }
+    for (int e = moei_lane(); e < E; e += MOEI_WARP)
+        if (moei_gate_see(&v, d, seed, t, e, rules)) {
+            const float below = sigmoid ? -v : moei_gate_below(v, s.max);
+            const float x = moei_exp2_fast(1.44269502f * below);
+            sum += sigmoid ? __fdiv_rn(1.0f, 1.0f + x) : x;
+        }
+    s.sum = moei_group_sum(sum, MOEI_WARP);
+    return s;
+}
+
+/* The probability of an expert: the score, over the sum of all scores. */
+MOE_DEVICE float moei_gate_probability(const moe_gate_desc* d, float v, const moei_gate_stats* s)
+{
+    const float w = moei_gate_score(d, v, s->max, s->sum);
+    return d->score == MOE_SCORE_SIGMOID && s->sum > 0.0f ? __fdiv_rn(w, s->sum) : w;
+}
+
+/* Does selection compare scores, not logits? */
+MOE_DEVICE bool moei_gate_by_score(const moe_gate_desc* d)
+{
+    return (d->expert_bias || d->num_groups > 1) && d->score != MOE_SCORE_TOPK_SOFTMAX;
+}
+
+/* What selection compares. */
+MOE_DEVICE float moei_gate_merit(const moe_gate_desc* d, float v, int e, const moei_gate_stats* s)
+{
+    if (moei_gate_by_score(d)) v = moei_gate_score(d, v, s->max, s->sum);
+    return d->expert_bias ? v + d->expert_bias[e] : v;
+}
+
+/* Is a chosen expert used? */
+MOE_DEVICE bool moei_gate_used(const moe_gate_desc* d, float v, float weight)
+{
+    return d->score == MOE_SCORE_SPARSEMAX ? weight > 0.0f
+                                           : d->score != MOE_SCORE_SIGMOID || v >= d->threshold;
+}
+
+/* Bit g: token t may choose from group g. The score of a group is the sum of its two best; lane g
+   has group g. */
+MOE_DEVICE uint32_t moei_gate_groups(const moe_gate_desc* d, uint64_t seed, int64_t t,
+                                     const moei_gate_stats* s)
+{
+    const int G = d->num_groups, size = d->num_experts / G, g = moei_lane();
+    const float none = __uint_as_float(0xff800000u);
+    float best = none, second = none, v;
+    int ahead = 0;
+    if (d->top_groups == G) return MOEI_FULL;
+    for (int e = g * size; g < G && e < (g + 1) * size; ++e)
+        if (moei_gate_logit(&v, d, seed, t, e)) {
+            v = moei_gate_merit(d, v, e, s);
+            second = fmaxf(second, fminf(best, v));
+            best = fmaxf(best, v);
+        }
+    if (second > none) best += second;
+    for (int i = 0; i < G; ++i) {
+        const float other = __shfl_sync(MOEI_FULL, best, i);
+        ahead += other > best || (other == best && i < g);
+    }
+    return __ballot_sync(MOEI_FULL, g < G && ahead < d->top_groups);
+}
+
+/* Adds a token's probabilities to prob [E], which is this warp's alone. */
+MOE_DEVICE void moei_gate_add_probabilities(const moe_gate_desc* d, float* prob, uint64_t seed,
+                                            int64_t t, const moei_gate_stats* s)
+{
+    float v;
+    for (int e = moei_lane(); e < d->num_experts; e += MOEI_WARP)
+        if (moei_gate_logit(&v, d, seed, t, e)) prob[e] += moei_gate_probability(d, v, s);
+}
+
+/* ids and weights of a token that selects nothing, from choice `first` on. */
+MOE_DEVICE void moei_gate_unused(const moe_gate_desc* d, int64_t t, int first, int step)
+{
+    for (int k = first; k < d->top_k; k += step) {
+        d->ids[t * d->top_k + k] = -1;
+        d->weights[t * d->top_k + k] = 0.0f;
+    }
+}
+
+/* One warp: ids [K] of the K largest of merit [E], in descending order, equals by ascending index. NaN
+   are never taken; -1 where there are no more. merit and ids in shared or global memory; what other
+   threads wrote there must be visible. Reads merit once a choice. For one's own kernels too. */
+MOE_DEVICE void moe_warp_top_k(int32_t* ids, const float* merit, int num_experts, int top_k)
+{
+    uint32_t last = MOEI_FULL;
+    int last_at = -1;
+    for (int k = 0; k < top_k; ++k) {
+        uint32_t best = 0;
+        int best_at = num_experts;
+        for (int e = moei_lane(); e < num_experts; e += MOEI_WARP) {
+            const float v = merit[e];
+            const uint32_t key = moei_is_nan(v) ? 0 : moei_ordered(v);
+            if ((key < last || (key == last && e > last_at)) && key > best) {
+                best = key;
+                best_at = e;
+            }
+        }
+        for (int w = 16; w > 0; w >>= 1) {
+            const uint32_t other = __shfl_xor_sync(MOEI_FULL, best, w);
+            const int other_at = __shfl_xor_sync(MOEI_FULL, best_at, w);
+            if (other > best || (other == best && other_at < best_at)) {
+                best = other;
+                best_at = other_at;
+            }
+        }
+        if (moei_lane() == 0) ids[k] = best_at < num_experts ? best_at : -1;
+        last = best;
+        last_at = best_at;
+    }
+    __syncwarp(MOEI_FULL);
+}
+
+/* Turns the logits that wait in d->weights into weights, and counts the experts used. The whole warp;
+   what it wrote before is visible to it. */
+MOE_DEVICE void moei_gate_finish(const moe_gate_desc* d, int* count, int64_t t,
+                                 const moei_gate_stats* s, const int rules)
+{
+    const int K = d->top_k;
+    const float sum = d->score == MOE_SCORE_TOPK_SOFTMAX ? 1.0f : s->sum;
+    int32_t* ids = d->ids + t * K;
+    float *weights = d->weights + t * K, total = 0.0f;
+    for (int k = moei_lane(); k < K; k += MOEI_WARP)
+        if (ids[k] >= 0) {
+            const float w = moei_gate_weight(d, weights[k], s->max, sum);
+            const bool used = !rules || moei_gate_used(d, weights[k], w);
+            if (used) total += w;
+            if (used) atomicAdd(count + ids[k], 1);
+            else if (!d->whole_batch) ids[k] = -1;
+            weights[k] = used ? w : 0.0f;
+        }
+    total = d->score == MOE_SCORE_TOPK_SOFTMAX || d->renormalize
+                ? moei_group_sum(total, MOEI_WARP) /* short sums: a long one would round K times */
+                : 0.0f;
+    for (int k = moei_lane(); k < K; k += MOEI_WARP)
+        weights[k] = (total > 0.0f ? __fdiv_rn(weights[k], total) : weights[k]) * d->scale;
+}
+
+/* Token t: takes, for each choice, the best of what comes after the choice before, in the order of
+   descending merit and ascending indices. The choices wait as logits in d->weights. prob: as above,
+   or null; rules is a literal. */
+MOE_DEVICE void moei_gate_token(const moe_gate_desc* d, int* count, float* prob, int64_t t,
+                                const int rules)
+{
+    const int E = d->num_experts, K = d->top_k;
+    const int group = rules ? E / d->num_groups : E;
+    const uint64_t seed = rules ? moei_gate_seed(d) : 0;
+    const moei_gate_stats s = moei_gate_row_stats(d, seed, t, rules);
+    uint32_t last = MOEI_FULL, groups = MOEI_FULL;
+    int last_at = -1;
+    if (s.nan) {
+        moei_gate_unused(d, t, moei_lane(), MOEI_WARP);
+        if (moei_lane() == 0) moei_fault_raise(d->fault, MOE_FAULT_NAN_LOGIT, 0, t);
+        return;
+    }
+    if (rules && d->num_groups > 1) groups = moei_gate_groups(d, seed, t, &s);
+    for (int k = 0; k < K; ++k) {
+        uint32_t best = 0;
+        int best_at = E;
+        float v, best_v = 0.0f;
+        for (int e = moei_lane(); e < E; e += MOEI_WARP) {
+            if (rules && !(groups >> (e / group) & 1)) continue;
+            if (moei_gate_see(&v, d, seed, t, e, rules)) {
+                const uint32_t key = moei_ordered(rules ? moei_gate_merit(d, v, e, &s) : v);
+                if ((key < last || (key == last && e > last_at)) && key > best) {
+                    best = key;
+                    best_at = e;
+                    best_v = v;
+                }
+            }
+        }
+        for (int w = 16; w > 0; w >>= 1) {
+            const uint32_t other = __shfl_xor_sync(MOEI_FULL, best, w);
+            const int other_at = __shfl_xor_sync(MOEI_FULL, best_at, w);
+            const float other_v = __shfl_xor_sync(MOEI_FULL, best_v, w);
+            if (other > best || (other == best && other_at < best_at)) {
+                best = other;
+                best_at = other_at;
+                best_v = other_v;
+            }
+        }
+        if (best_at == E) { /* the token sees no more */
+            moei_gate_unused(d, t, k + moei_lane(), MOEI_WARP);
+            break;
+        }
+        last = best;
+        last_at = best_at;
+        if (moei_lane() == 0) {
+            d->ids[t * K + k] = best_at;
+            d->weights[t * K + k] = best_v;
+        }
+    }
+    __syncwarp(MOEI_FULL);
+    moei_gate_finish(d, count, t, &s, rules);
+    if (rules && prob) moei_gate_add_probabilities(d, prob, seed, t, &s);
+}
+
+#endif

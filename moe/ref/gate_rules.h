@@ -1,0 +1,41 @@
+/* gate_rules.h: the reference of moe/gate.cuh with every rule and score. C11 and C++14; no CUDA.
+
+   It reads the gate's own descriptor, with host addresses in it (zero means default there too), and
+   computes one token after the other, as gate.cuh's first lines tell it. gate.h has the plain gate by
+   itself.
+
+   moe_ref_gate_rules_f32 and moe_ref_gate_rules_f64. */
+#ifndef MOE_REF_GATE_RULES_H
+#define MOE_REF_GATE_RULES_H
+
+#include "../base/random.h"
+#include "../gate/desc.h"
+#include "real.h"
+
+/* The words that noise and dropout draw for a token and an expert. */
+MOE_HOST moe_random4 moei_ref_words(const moe_gate_desc* d, int64_t t, int e, int stream)
+{
+    const uint64_t seed = d->seed + (d->seed_offset ? *d->seed_offset : 0);
+    return moe_random_words(seed, (uint32_t)e / 4, (uint32_t)t, (uint32_t)stream, 0);
+}
+
+MOE_HOST int moei_ref_dropped(const moe_gate_desc* d, int64_t t, int e)
+{
+    const moe_random4 r = moei_ref_words(d, t, e, MOE_GATE_STREAM_DROPOUT);
+    const uint32_t w = e & 2 ? (e & 1 ? r.w : r.z) : (e & 1 ? r.y : r.x);
+    return (double)w < floor((double)d->dropout * 4294967296.0);
+}
+
+#define MOEI_REAL float
+#define MOEI_REF(name) MOEI_JOIN(name, _f32)
+#include "gate_rules.inl"
+#undef MOEI_REAL
+#undef MOEI_REF
+
+#define MOEI_REAL double
+#define MOEI_REF(name) MOEI_JOIN(name, _f64)
+#include "gate_rules.inl"
+#undef MOEI_REAL
+#undef MOEI_REF
+
+#endif

@@ -1,0 +1,211 @@
+/* gate_rules.inl: the gate with rules for one type of number; gate_rules.h includes it twice. */
+
+/* One token's row as the rules leave it. */
+typedef struct MOEI_REF(moe_ref_row) {
+    MOEI_REAL logit[MOE_MAX_EXPERTS]; /* of the experts that are seen */
+    MOEI_REAL score[MOE_MAX_EXPERTS];
+    MOEI_REAL merit[MOE_MAX_EXPERTS]; /* what selection compares */
+    int seen[MOE_MAX_EXPERTS];        /* 0: the token does not see the expert */
+    int open[MOE_MAX_EXPERTS];        /* 0: nor may it be chosen, or it has been */
+    MOEI_REAL tau;                    /* sparsemax */
+    int nan;
+} MOEI_REF(moe_ref_row);
+
+/* Standard normal, Box and Muller. */
+MOE_HOST MOEI_REAL MOEI_REF(moei_ref_normal)(const moe_gate_desc* d, int64_t t, int e)
+{
+    const moe_random4 r = moei_ref_words(d, t, e, MOE_GATE_STREAM_NOISE);
+    const uint32_t a = e & 2 ? r.z : r.x, b = e & 2 ? r.w : r.y;
+    const double pi = 3.14159265358979323846;
+    const double radius = sqrt(-2 * log(((double)a + 0.5) / 4294967296.0));
+    const double angle = pi * (double)(int32_t)b / 2147483648.0;
+    return (MOEI_REAL)(radius * (e & 1 ? sin(angle) : cos(angle)));
+}
+
+/* Logits and which of them are seen. */
+MOE_HOST void MOEI_REF(moei_ref_read)(const moe_gate_desc* d, int64_t t,
+                                      MOEI_REF(moe_ref_row) * row)
+{
+    const int dtype = d->logits_dtype ? d->logits_dtype : MOE_FP32;
+    const int64_t stride = moei_ref_or(d->logits_stride, d->num_experts);
+    row->nan = 0;
+    for (int e = 0; e < d->num_experts; ++e) {
+        MOEI_REAL l = MOEI_REF(moe_ref_load)(d->logits, t * stride + e, dtype);
+        row->seen[e] = !(d->expert_off && d->expert_off[e]) &&
+                       !(d->dropout > 0 && moei_ref_dropped(d, t, e));
+        if (d->temperature != 0) l = l / d->temperature;
+        if (d->noise != 0) l += d->noise * MOEI_REF(moei_ref_normal)(d, t, e);
+        if (d->score == MOE_SCORE_QUADRATIC) l = l * l;
+        if (d->score == MOE_SCORE_PIONEER)
+            l = fabs(l) < MOE_GATE_MAX_COSINE ? (MOEI_REAL)(cos(l) * cos(l)) : (MOEI_REAL)NAN;
+        row->logit[e] = l;
+        if (row->seen[e] && l != l) row->nan = 1;
+    }
+}
+
+/* The scores; top-k softmax is a softmax over all here, as its probabilities are. */
+MOE_HOST void MOEI_REF(moei_ref_score)(const moe_gate_desc* d, MOEI_REF(moe_ref_row) * row)
+{
+    const int E = d->num_experts;
+    MOEI_REAL max = -(MOEI_REAL)INFINITY, sum = 0;
+    for (int e = 0; e < E; ++e)
+        if (row->seen[e] && row->logit[e] > max) max = row->logit[e];
+    row->tau = -1;
+    if (d->score == MOE_SCORE_SPARSEMAX) { /* tau rises until those above it are the same */
+        int above = E + 1, before;
+        do {
+            MOEI_REAL part = 0;
+            before = above;
+            above = 0;
+            for (int e = 0; e < E; ++e) {
+                const MOEI_REAL z = row->logit[e] == max ? 0 : row->logit[e] - max;
+                if (row->seen[e] && z > row->tau) part += z, ++above;
+            }
+            if (above) row->tau = (part - 1) / above;
+        } while (above < before && above);
+    }
+    for (int e = 0; e < E; ++e) {
+        const MOEI_REAL z = row->logit[e] == max ? 0 : row->logit[e] - max;
+        if (!row->seen[e]) row->score[e] = 0;
+        else if (d->score == MOE_SCORE_SIGMOID) row->score[e] = 1 / (1 + exp(-row->logit[e]));
+        else if (d->score == MOE_SCORE_SPARSEMAX) row->score[e] = z > row->tau ? z - row->tau : 0;
+        else row->score[e] = exp(z);
+        sum += row->score[e];
+    }
+    if (d->score != MOE_SCORE_SIGMOID && d->score != MOE_SCORE_SPARSEMAX && sum > 0)
+        for (int e = 0; e < E; ++e) row->score[e] /= sum;
+}
+
+MOE_HOST void MOEI_REF(moei_ref_near)(MOEI_REAL* margin, MOEI_REAL a, MOEI_REAL b)
+{
+    const MOEI_REAL gap = a > b ? a - b : b - a;
+    if (gap > 0 && gap < *margin) *margin = gap;
+}
+
+/* Merits, and what the groups leave open. */
+MOE_HOST void MOEI_REF(moei_ref_merit)(const moe_gate_desc* d, MOEI_REF(moe_ref_row) * row,
+                                       MOEI_REAL* margin)
+{
+    const int E = d->num_experts, G = d->num_groups ? d->num_groups : 1, size = E / G;
+    const int keep = d->top_groups ? d->top_groups : G;
+    const int by_score = (d->expert_bias || G > 1) && d->score != MOE_SCORE_TOPK_SOFTMAX;
+    MOEI_REAL group[MOE_GATE_MAX_GROUPS];
+    for (int e = 0; e < E; ++e) {
+        row->merit[e] = by_score ? row->score[e] : row->logit[e];
+        if (d->expert_bias) row->merit[e] += d->expert_bias[e];
+        row->open[e] = row->seen[e];
+    }
+    for (int g = 0; g < G; ++g) {
+        int best = -1, second = -1;
+        for (int e = g * size; e < (g + 1) * size; ++e) {
+            if (!row->seen[e]) continue;
+            if (best < 0 || row->merit[e] > row->merit[best]) second = best, best = e;
+            else if (second < 0 || row->merit[e] > row->merit[second]) second = e;
+        }
+        group[g] = best < 0 ? -(MOEI_REAL)INFINITY : row->merit[best];
+        if (second >= 0) group[g] += row->merit[second];
+    }
+    for (int g = 0; g < G && keep < G; ++g) {
+        int ahead = 0;
+        for (int i = 0; i < G; ++i) ahead += group[i] > group[g] || (group[i] == group[g] && i < g);
+        for (int i = 0; i < G; ++i) MOEI_REF(moei_ref_near)(margin, group[g], group[i]);
+        for (int e = g * size; e < (g + 1) * size && ahead >= keep; ++e) row->open[e] = 0;
+    }
+}
+
+/* The open expert of the largest merit, equals by ascending index; -1 where there is none. */
+MOE_HOST int MOEI_REF(moei_ref_best)(const MOEI_REF(moe_ref_row) * row, int E)
+{
+    int best = -1;
+    for (int e = 0; e < E; ++e)
+        if (row->open[e] && (best < 0 || row->merit[e] > row->merit[best])) best = e;
+    return best;
+}
+
+/* ids, weights [T, K]; prob_sum [E] and margin [T] may be null. margin: the smallest difference by
+   which a token's choices were made; where it is below the rounding errors of an implementation,
+   that may choose otherwise. (whole_batch: over the sum of the absolute logits.) */
+MOE_HOST void MOEI_REF(moe_ref_gate_rules)(const moe_gate_desc* d, int32_t* ids, MOEI_REAL* weights,
+                                           MOEI_REAL* prob_sum, MOEI_REAL* margin)
+{
+    const int E = d->num_experts, K = d->top_k;
+    MOEI_REF(moe_ref_row)* row = (MOEI_REF(moe_ref_row)*)malloc(sizeof *row);
+    int32_t* batch = (int32_t*)malloc((size_t)K * 4);
+    MOEI_REAL batch_margin = 1e30f;
+    if (d->whole_batch) {
+        const int dtype = d->logits_dtype ? d->logits_dtype : MOE_FP32;
+        const int64_t stride = moei_ref_or(d->logits_stride, E);
+        MOEI_REF(moe_ref_row)* sum = (MOEI_REF(moe_ref_row)*)calloc(1, sizeof *sum);
+        MOEI_REAL size = 0, last = 0;
+        for (int64_t t = 0; t < d->num_tokens; ++t) {
+            MOEI_REF(moei_ref_read)(d, t, row);
+            if (row->nan || (d->token_off && d->token_off[t])) continue;
+            for (int e = 0; e < E; ++e) {
+                const MOEI_REAL l = MOEI_REF(moe_ref_load)(d->logits, t * stride + e, dtype);
+                sum->merit[e] += l;
+                size += (l < 0 ? -l : l) / E;
+            }
+        }
+        for (int e = 0; e < E; ++e) sum->open[e] = !(d->expert_off && d->expert_off[e]);
+        for (int k = 0; k <= K; ++k) {
+            const int e = MOEI_REF(moei_ref_best)(sum, E);
+            if (k < K) batch[k] = e;
+            if (e < 0) continue;
+            if (k > 0) MOEI_REF(moei_ref_near)(&batch_margin, last, sum->merit[e] / (size + 1));
+            last = sum->merit[e] / (size + 1);
+            sum->open[e] = 0;
+        }
+        free(sum);
+    }
+    for (int e = 0; prob_sum && e < E; ++e) prob_sum[e] = 0;
+    for (int64_t t = 0; t < d->num_tokens; ++t) {
+        MOEI_REAL near = batch_margin, total = 0, last = 0;
+        int32_t* id = ids + t * K;
+        MOEI_REAL* weight = weights + t * K;
+        MOEI_REAL scores = 0;
+        for (int k = 0; k < K; ++k) id[k] = -1, weight[k] = 0;
+        if (margin) margin[t] = near;
+        MOEI_REF(moei_ref_read)(d, t, row);
+        if (row->nan || (d->token_off && d->token_off[t])) continue;
+        MOEI_REF(moei_ref_score)(d, row);
+        MOEI_REF(moei_ref_merit)(d, row, &near);
+        for (int e = 0; e < E; ++e) scores += row->score[e];
+        for (int e = 0; prob_sum && e < E; ++e)
+            if (row->seen[e])
+                prob_sum[e] += d->score == MOE_SCORE_SIGMOID && scores > 0 ? row->score[e] / scores
+                                                                           : row->score[e];
+        for (int k = 0; k <= K; ++k) {
+            const int e = d->whole_batch ? (k < K ? batch[k] : -1) : MOEI_REF(moei_ref_best)(row, E);
+            int used;
+            if (e < 0) continue;
+            if (k > 0 && !d->whole_batch) MOEI_REF(moei_ref_near)(&near, last, row->merit[e]);
+            last = row->merit[e];
+            row->open[e] = 0;
+            if (k == K) continue;
+            used = d->whole_batch || d->score != MOE_SCORE_SPARSEMAX || row->score[e] > 0;
+            if (d->score == MOE_SCORE_SPARSEMAX) {
+                MOEI_REAL max = -(MOEI_REAL)INFINITY;
+                for (int i = 0; i < E; ++i)
+                    if (row->seen[i] && row->logit[i] > max) max = row->logit[i];
+                MOEI_REF(moei_ref_near)(&near, row->logit[e] - max, row->tau);
+            }
+            if (d->threshold > 0) {
+                const double at = log((double)d->threshold / (1 - (double)d->threshold));
+                used = row->logit[e] >= at;
+                MOEI_REF(moei_ref_near)(&near, row->logit[e], (MOEI_REAL)at);
+            }
+            if (!used) continue;
+            id[k] = e;
+            weight[k] = row->score[e];
+            total += weight[k];
+        }
+        for (int k = 0; k < K; ++k) {
+            if ((d->renormalize || d->score == MOE_SCORE_TOPK_SOFTMAX) && total > 0)
+                weight[k] /= total;
+            if (d->scale != 0) weight[k] *= d->scale;
+        }
+        if (margin) margin[t] = near;
+    }
+    free(row);
+    free(batch);
+}

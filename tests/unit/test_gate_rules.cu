@@ -1,0 +1,671 @@
+/* test_gate_rules.cu: the rules and scores of moe/gate.cuh against their reference in double.
+
+     nvcc -I. -arch=sm_90a tests/unit/test_gate_rules.cu -o test_gate_rules
+     g++ -x c++ -std=c++14 -O2 -I. tests/unit/test_gate_rules.cu -o test_gate_rules
+
+   A token whose choices hang on a difference below the rounding of fp32 may choose otherwise: the
+   reference tells how near it was, and such tokens are compared by their sums alone. */
+#include "tests/test.h"
+
+#include "moe/gate.cuh"
+#include "moe/ref/gate_rules.h"
+
+/* A case: a descriptor that holds options alone, and how the rest is drawn. */
+typedef struct rules_case {
+    moe_gate_desc options;
+    int T, E, K, dtype;
+    int bias, expert_off, token_off, prob, nan, seed_offset; /* 1: with it */
+    float spread; /* of the logits; 0 = 1 */
+} rules_case;
+
+/* The same twice: on the host for the reference, on the device for the gate. */
+typedef struct rules_bufs {
+    void* logits;
+    float* bias;
+    uint8_t *expert_off, *token_off;
+    uint64_t offset;
+    tbuf d_logits, d_bias, d_expert_off, d_token_off, d_offset;
+    tbuf ids, weights, count, chunk, prob, workspace, fault;
+    moe_gate_desc host, device;
+} rules_bufs;
+
+static void fill(rules_bufs* b, const rules_case* c, trand* r)
+{
+    const float spread = c->spread != 0 ? c->spread : 1.0f;
+    for (int64_t i = 0; i < (int64_t)c->T * c->E; ++i)
+        moe_store(b->logits, i, c->dtype, spread * trand_normal(r));
+    for (int e = 0; e < c->E; ++e) {
+        b->bias[e] = 0.3f * trand_normal(r);
+        b->expert_off[e] = trand_int(r, 0, 5) == 0;
+    }
+    for (int t = 0; t < c->T; ++t) {
+        b->token_off[t] = (uint8_t)(trand_int(r, 0, 4) == 0 ? trand_int(r, 1, 255) : 0);
+        if (c->nan && trand_int(r, 0, 6) == 0)
+            moe_store(b->logits, (int64_t)t * c->E + trand_int(r, 0, c->E - 1), c->dtype, NAN);
+    }
+    b->offset = trand_bits(r);
+}
+
+static void put(rules_bufs* b)
+{
+    tbuf_put(&b->d_logits, b->logits);
+    tbuf_put(&b->d_bias, b->bias);
+    tbuf_put(&b->d_expert_off, b->expert_off);
+    tbuf_put(&b->d_token_off, b->token_off);
+    tbuf_put(&b->d_offset, &b->offset);
+}
+
+static void bufs_new(rules_bufs* b, const rules_case* c, trand* r)
+{
+    const size_t slots = (size_t)c->T * (size_t)c->K, E = (size_t)c->E, T = (size_t)c->T;
+    moe_gate_desc* d = &b->device;
+    const size_t logits = T * E * (size_t)moe_dtype_bytes(c->dtype);
+    size_t bytes = 0;
+    b->logits = test_host((int64_t)logits);
+    b->bias = (float*)test_host((int64_t)E * 4);
+    b->expert_off = (uint8_t*)test_host((int64_t)E);
+    b->token_off = (uint8_t*)test_host((int64_t)T);
+    fill(b, c, r);
+    b->d_logits = tbuf_new("logits", logits, 0);
+    b->d_bias = tbuf_new("expert_bias", E * 4, 4);
+    b->d_expert_off = tbuf_new("expert_off", E, 1);
+    b->d_token_off = tbuf_new("token_off", T, 3);
+    b->d_offset = tbuf_new("seed_offset", 8, 8);
+    put(b);
+    b->ids = tbuf_new("ids", slots * 4, 4);
+    b->weights = tbuf_new("weights", slots * 4, 12);
+    b->count = tbuf_new("expert_count", E * 4, 4);
+    b->chunk = tbuf_new("chunk_count", E * (size_t)moe_num_chunks(c->T) * 4, 8);
+    b->prob = tbuf_new("prob_sum", E * 4, 4);
+    b->fault = tfault_new(0);
+    b->host = c->options;
+    b->host.num_tokens = c->T;
+    b->host.num_experts = c->E;
+    b->host.top_k = c->K;
+    b->host.logits_dtype = c->dtype;
+    b->host.logits = b->logits;
+    if (c->bias) b->host.expert_bias = b->bias;
+    if (c->expert_off) b->host.expert_off = b->expert_off;
+    if (c->token_off) b->host.token_off = b->token_off;
+    if (c->seed_offset) b->host.seed_offset = &b->offset;
+    *d = b->host;
+    d->logits = b->d_logits.p;
+    if (c->bias) d->expert_bias = (const float*)b->d_bias.p;
+    if (c->expert_off) d->expert_off = (const uint8_t*)b->d_expert_off.p;
+    if (c->token_off) d->token_off = (const uint8_t*)b->d_token_off.p;
+    if (c->seed_offset) d->seed_offset = (const uint64_t*)b->d_offset.p;
+    d->ids = (int32_t*)b->ids.p;
+    d->weights = (float*)b->weights.p;
+    d->expert_count = (int32_t*)b->count.p;
+    d->chunk_count = (int32_t*)b->chunk.p;
+    if (c->prob) d->prob_sum = (float*)b->prob.p;
+    d->fault = (uint64_t*)b->fault.p;
+    CHECK_STATUS(moe_gate_workspace(d, &bytes), MOE_OK);
+    b->workspace = tbuf_new("workspace", bytes, 0);
+    d->workspace = bytes ? b->workspace.p : 0;
+    d->workspace_bytes = bytes;
+}
+
+static void bufs_free(rules_bufs* b)
+{
+    tbuf* all[] = {&b->d_logits, &b->d_bias, &b->d_expert_off, &b->d_token_off, &b->d_offset, &b->ids,
+                   &b->weights,  &b->count,  &b->chunk,        &b->prob,        &b->workspace, &b->fault};
+    for (size_t i = 0; i < sizeof all / sizeof *all; ++i) tbuf_free(all[i]);
+    free(b->logits);
+    free(b->bias);
+    free(b->expert_off);
+    free(b->token_off);
+}
+
+static const char* case_text(const rules_case* c)
+{
+    static char text[400];
+    const moe_gate_desc* o = &c->options;
+    snprintf(text, sizeof text,
+             "T=%d E=%d K=%d %s score=%d renormalize=%d scale=%g temperature=%g noise=%g dropout=%g "
+             "threshold=%g groups=%d of %d batch=%d bias=%d off=%d/%d prob=%d nan=%d seed=%llu+%d",
+             c->T, c->E, c->K, moe_dtype_name(c->dtype), o->score, o->renormalize, (double)o->scale,
+             (double)o->temperature, (double)o->noise, (double)o->dropout, (double)o->threshold,
+             o->top_groups, o->num_groups, o->whole_batch, c->bias, c->expert_off, c->token_off, c->prob,
+             c->nan, (unsigned long long)o->seed, c->seed_offset);
+    return text;
+}
+
+/* Compares all outputs; returns the share of tokens whose choices were compared. */
+static double compare(const rules_bufs* b, const rules_case* c)
+{
+    const int T = c->T, E = c->E, K = c->K;
+    const int64_t slots = (int64_t)T * K, chunks = moe_num_chunks(T);
+    int32_t* ids = (int32_t*)test_host(slots * 4);
+    double* weights = (double*)test_host(slots * 8);
+    double* margin = (double*)test_host((int64_t)T * 8);
+    double* prob = (double*)test_host((int64_t)E * 8);
+    int32_t* counted = (int32_t*)calloc((size_t)(E * (chunks + 1)), 4);
+    int32_t* got_ids = (int32_t*)tbuf_copy(&b->ids);
+    float* got = (float*)tbuf_copy(&b->weights);
+    int32_t* count = (int32_t*)tbuf_copy(&b->count);
+    int32_t* chunk = (int32_t*)tbuf_copy(&b->chunk);
+    const int before = test_now.failures;
+    /* what rounding does: to logits a step of theirs, which their noise, squares and cosines spread */
+    const double spread = c->spread != 0 ? (double)c->spread : 1.0;
+    const double least = 3e-6 * (1 + spread) * (1 + spread) * (1 + c->options.noise * 4);
+    int compared = 0, used = 0;
+    int64_t first_nan = -1;
+    moe_ref_gate_rules_f64(&b->host, ids, weights, prob, margin);
+    for (int t = 0; t < T; ++t) {
+        int same = margin[t] >= least;
+        for (int k = 0; k < K; ++k) {
+            const int64_t s = (int64_t)t * K + k;
+            const int e = got_ids[s];
+            if (!CHECK(e >= -1 && e < E, "token %d choice %d: id %d", t, k, e)) continue;
+            if (e >= 0 && !(c->options.whole_batch && got[s] == 0 && weights[s] == 0)) {
+                ++counted[E * (1 + t / moe_chunk_tokens(T)) + e];
+                ++counted[e];
+            }
+            CHECK(got[s] == got[s] && (e >= 0 || got[s] == 0), "token %d choice %d: weight %g", t, k,
+                  (double)got[s]);
+            used += e >= 0;
+            if (!same) continue;
+            CHECK(e == ids[s], "token %d choice %d: id %d, not %d (margin %g)", t, k, e, ids[s],
+                  margin[t]);
+            CHECK(fabs(got[s] - weights[s]) <= least * 2 * (fabs(weights[s]) + (c->options.score ==
+                  MOE_SCORE_SPARSEMAX ? 1.0 : 1e-30)) * (c->options.scale ? fabs(c->options.scale) : 1),
+                  "token %d choice %d: weight %.9g, not %.9g", t, k, (double)got[s], weights[s]);
+        }
+        compared += same;
+        if (first_nan < 0 && !(c->token_off && b->token_off[t]))
+            for (int e = 0; e < E; ++e)
+                if (!(c->expert_off && b->expert_off[e]) &&
+                    !(c->options.dropout > 0 && moei_ref_dropped(&b->host, t, e))) {
+                    const float l = (float)moe_load(b->logits, (int64_t)t * E + e, c->dtype);
+                    if (l != l) first_nan = t;
+                }
+    }
+    CHECK_INTS("expert_count", count, counted, E);
+    CHECK_INTS("chunk_count", chunk, counted + E, E * chunks);
+    CHECK_FAULT(&b->fault, first_nan < 0 ? MOE_FAULT_NONE : MOE_FAULT_NAN_LOGIT,
+                first_nan < 0 ? 0 : first_nan);
+    CHECK(T < 8 || used > 0 || c->nan, "nothing was chosen, so this shows nothing");
+    if (c->prob) {
+        float* sums = (float*)tbuf_copy(&b->prob);
+        double all = 0, want = 0;
+        for (int e = 0; e < E; ++e) {
+            CHECK(fabs(sums[e] - prob[e]) <= least * 2 * (prob[e] + 0.01 * T),
+                  "prob_sum %d: %.9g, not %.9g", e, (double)sums[e], prob[e]);
+            all += sums[e];
+            want += prob[e];
+        }
+        CHECK(fabs(all - want) < 1e-4 * (want + 1), "probabilities of %g in all, not %g", all, want);
+        free(sums);
+    } else {
+        CHECK(tbuf_holds(&b->prob, 0), "prob_sum was not given");
+    }
+    if (test_now.failures > before) printf("  in: %s\n", case_text(c));
+    free(ids);
+    free(weights);
+    free(margin);
+    free(prob);
+    free(counted);
+    free(got_ids);
+    free(got);
+    free(count);
+    free(chunk);
+    return T > 0 ? (double)compared / T : 1;
+}
+
+static double run_case(const rules_case* c, trand* r)
+{
+    rules_bufs b;
+    double share;
+    bufs_new(&b, c, r);
+    CHECK_STATUS(moe_gate(&b.device, test_now.stream), MOE_OK);
+    share = compare(&b, c);
+    bufs_free(&b);
+    return share;
+}
+
+static rules_case plain_case(int T, int E, int K)
+{
+    rules_case c;
+    memset(&c, 0, sizeof c);
+    c.T = T;
+    c.E = E;
+    c.K = K;
+    c.dtype = MOE_FP32;
+    return c;
+}
+
+/* Shapes of each form of the kernel: in registers with 4, 8 and 32 lanes, a warp a token. */
+static const int shapes[][3] = {{70, 128, 8}, {37, 100, 5},  {33, 16, 2},   {40, 256, 8}, {21, 200, 3},
+                                {20, 512, 10}, {9, 1000, 32}, {12, 64, 40}, {6, 1500, 4}};
+#define SHAPES ((int)(sizeof shapes / sizeof *shapes))
+
+/* Each score in each form, with and without renormalisation, scale, probabilities. */
+static void test_scores(void)
+{
+    trand r = trand_new(1);
+    double share = 0;
+    int n = 0;
+    for (int i = 0; i < SHAPES; ++i)
+        for (int score = 0; score <= MOE_SCORE_PIONEER; ++score)
+            for (int variant = 0; variant < 4; ++variant) {
+                rules_case c = plain_case(shapes[i][0], shapes[i][1], shapes[i][2]);
+                if (MOE_ON_HOST && variant > 1 && c.E >= 512) continue;
+                c.options.score = score;
+                c.options.renormalize = variant & 1;
+                c.options.scale = variant == 2 ? 2.5f : 0.0f;
+                c.prob = variant != 3;
+                c.dtype = variant == 2 ? MOE_FP16 : MOE_FP32;
+                c.spread = variant == 3 ? 2.0f : 0.0f;
+                share += run_case(&c, &r), ++n;
+            }
+    CHECK(share / n > 0.8, "only %.2f of the tokens could be compared", share / n);
+}
+
+/* Every rule by itself and all together, for each score. */
+static void test_rules(void)
+{
+    trand r = trand_new(2);
+    double share = 0;
+    int n = 0;
+    enum { TEMPERATURE, NOISE, DROPOUT, BIAS, EXPERT_OFF, TOKEN_OFF, GROUPS, NANS, ALL, RULES };
+    for (int i = 0; i < SHAPES; ++i)
+        for (int rule = 0; rule < RULES; ++rule)
+            for (int score = 1; score <= MOE_SCORE_PIONEER; ++score) {
+                rules_case c = plain_case(shapes[i][0], shapes[i][1], shapes[i][2]);
+                if (MOE_ON_HOST && c.E >= 512 && trand_int(&r, 0, 2)) continue;
+                c.options.score = score;
+                c.options.seed = trand_bits(&r);
+                c.options.renormalize = (int)trand_int(&r, 0, 1);
+                c.seed_offset = (int)trand_int(&r, 0, 1);
+                c.prob = (int)trand_int(&r, 0, 1);
+                if (rule == TEMPERATURE || rule == ALL) c.options.temperature = 0.7f;
+                if (rule == NOISE || rule == ALL) c.options.noise = 0.5f;
+                if (rule == DROPOUT || rule == ALL) c.options.dropout = 0.25f;
+                c.bias = rule == BIAS || rule == ALL;
+                c.expert_off = rule == EXPERT_OFF || rule == ALL;
+                c.token_off = rule == TOKEN_OFF || rule == ALL;
+                c.nan = rule == NANS || (rule == ALL && trand_int(&r, 0, 1));
+                if (rule == GROUPS || rule == ALL) {
+                    const int group = c.E % 8 == 0 ? c.E / 8 : 5;
+                    c.options.num_groups = c.E / group > 32 ? 20 : c.E / group;
+                    c.options.top_groups = c.options.num_groups / 2;
+                    while (c.E / c.options.num_groups * c.options.top_groups < c.K)
+                        ++c.options.top_groups;
+                }
+                share += run_case(&c, &r), ++n;
+            }
+    CHECK(share / n > 0.7, "only %.2f of the tokens could be compared", share / n);
+}
+
+/* The sigmoid's threshold: from all chosen to none, the unused at the end. */
+static void test_threshold(void)
+{
+    static const float at[] = {1e-6f, 0.2f, 0.5f, 0.75f, 0.9f, 0.999f};
+    trand r = trand_new(3);
+    for (int i = 0; i < SHAPES; ++i)
+        for (int k = 0; k < 6; ++k) {
+            rules_case c = plain_case(shapes[i][0], shapes[i][1], shapes[i][2]);
+            c.options.score = MOE_SCORE_SIGMOID;
+            c.options.threshold = at[k];
+            c.options.renormalize = k & 1;
+            c.bias = k == 3;
+            c.nan = k == 5; /* maybe nothing is chosen */
+            run_case(&c, &r);
+        }
+}
+
+/* Fewer experts left than choices, down to none: the unused choices are -1. */
+static void test_few_experts(void)
+{
+    trand r = trand_new(4);
+    for (int i = 0; i < SHAPES; ++i)
+        for (int left = 0; left < 4; ++left)
+            for (int score = 1; score <= MOE_SCORE_PIONEER; ++score) {
+                rules_case c = plain_case(shapes[i][0] < 20 ? 3 : 18, shapes[i][1], shapes[i][2]);
+                rules_bufs b;
+                c.options.score = score;
+                c.options.renormalize = score & 1;
+                c.expert_off = c.prob = 1;
+                c.nan = left == 0;
+                bufs_new(&b, &c, &r);
+                memset(b.expert_off, 1, (size_t)c.E);
+                for (int n = 0; n < left; ++n) b.expert_off[trand_int(&r, 0, c.E - 1)] = 0;
+                put(&b);
+                CHECK_STATUS(moe_gate(&b.device, test_now.stream), MOE_OK);
+                compare(&b, &c);
+                bufs_free(&b);
+            }
+}
+
+/* One selection for a whole batch. */
+static void test_whole_batch(void)
+{
+    trand r = trand_new(5);
+    double share = 0;
+    int n = 0;
+    for (int i = 0; i < SHAPES; ++i)
+        for (int score = 1; score <= MOE_SCORE_PIONEER; ++score)
+            for (int variant = 0; variant < 2; ++variant) {
+                rules_case c = plain_case(shapes[i][0], shapes[i][1], shapes[i][2]);
+                c.options.score = score;
+                c.options.whole_batch = 1;
+                c.options.renormalize = variant;
+                c.options.temperature = variant ? 1.5f : 0.0f;
+                c.prob = c.expert_off = variant;
+                c.token_off = c.nan = !variant;
+                share += run_case(&c, &r), ++n;
+            }
+    CHECK(share / n > 0.7, "only %.2f of the batches could be compared", share / n);
+}
+
+/* Equal logits, scores, groups: the lower index wins, in every form. Small whole numbers: every score
+   of a kind is the same bits. */
+static void test_ties(void)
+{
+    trand r = trand_new(6);
+    for (int i = 0; i < SHAPES; ++i)
+        for (int score = 1; score <= MOE_SCORE_QUADRATIC; ++score)
+            for (int groups = 0; groups < 2; ++groups) {
+                rules_case c = plain_case(shapes[i][0], shapes[i][1], shapes[i][2]);
+                rules_bufs b;
+                c.options.score = score;
+                c.expert_off = 1;
+                if (groups && c.E % 4) continue;
+                if (groups) c.options.num_groups = 4, c.options.top_groups = 3;
+                if (c.K > c.E / 4 * 3) continue;
+                bufs_new(&b, &c, &r);
+                trand_fill_int(&r, b.logits, (int64_t)c.T * c.E, c.dtype, 0, 2);
+                put(&b);
+                CHECK_STATUS(moe_gate(&b.device, test_now.stream), MOE_OK);
+                compare(&b, &c);
+                bufs_free(&b);
+            }
+}
+
+/* Infinite and huge logits. */
+static void test_infinities(void)
+{
+    static const float values[] = {INFINITY, -INFINITY, 3e38f, -3e38f, 1e20f, 0.0f, 1.0f};
+    trand r = trand_new(7);
+    for (int i = 0; i < SHAPES; ++i)
+        for (int score = 1; score <= MOE_SCORE_QUADRATIC; ++score) {
+            rules_case c = plain_case(12, shapes[i][1], shapes[i][2]);
+            rules_bufs b;
+            c.options.score = score;
+            c.expert_off = 1;
+            bufs_new(&b, &c, &r);
+            for (int64_t k = 0; k < (int64_t)c.T * c.E; ++k)
+                ((float*)b.logits)[k] = values[trand_int(&r, 0, 6)];
+            put(&b);
+            if (score == MOE_SCORE_QUADRATIC) /* what overflows fp32 is one infinity */
+                for (int64_t k = 0; k < (int64_t)c.T * c.E; ++k)
+                    if (fabsf(((float*)b.logits)[k]) > 1e19f) ((float*)b.logits)[k] = INFINITY;
+            CHECK_STATUS(moe_gate(&b.device, test_now.stream), MOE_OK);
+            compare(&b, &c);
+            bufs_free(&b);
+        }
+}
+
+/* The noise is normal and the dropout as often as said; another seed draws other numbers. */
+static void test_draws(void)
+{
+    enum { T = 400, E = 64 };
+    rules_case c = plain_case(T, E, 1);
+    rules_bufs b;
+    trand r = trand_new(8);
+    double sum = 0, squares = 0, fourth = 0;
+    int dropped = 0, same = 0;
+    int32_t *first, *second;
+    c.options.noise = 1.0f;
+    c.options.dropout = 0.3f;
+    c.options.seed = trand_bits(&r);
+    bufs_new(&b, &c, &r);
+    for (int64_t t = 0; t < T; ++t)
+        for (int e = 0; e < E; ++e) {
+            const double n = moei_ref_normal_f64(&b.host, t, e);
+            sum += n, squares += n * n, fourth += n * n * n * n;
+            dropped += moei_ref_dropped(&b.host, t, e);
+        }
+    CHECK(fabs(sum / (T * E)) < 0.03, "mean %g", sum / (T * E));
+    CHECK(fabs(squares / (T * E) - 1) < 0.05, "variance %g", squares / (T * E));
+    CHECK(fabs(fourth / (T * E) - 3) < 0.5, "fourth moment %g", fourth / (T * E));
+    CHECK(fabs(dropped / (double)(T * E) - 0.3) < 0.02, "%d of %d dropped", dropped, T * E);
+    CHECK_STATUS(moe_gate(&b.device, test_now.stream), MOE_OK);
+    compare(&b, &c);
+    first = (int32_t*)tbuf_copy(&b.ids);
+    b.device.seed += 1;
+    b.host.seed += 1;
+    CHECK_STATUS(moe_gate(&b.device, test_now.stream), MOE_OK);
+    compare(&b, &c);
+    second = (int32_t*)tbuf_copy(&b.ids);
+    for (int t = 0; t < T; ++t) same += first[t] == second[t];
+    CHECK(same < T / 2, "%d of %d tokens chose alike under two seeds", same, T);
+    free(first);
+    free(second);
+    bufs_free(&b);
+}
+
+static moe_status call_gate(void* d, cudaStream_t stream)
+{
+    return moe_gate((const moe_gate_desc*)d, stream);
+}
+
+/* The same bits every run; a captured gate draws anew when its seed_offset changes. */
+static void test_bits_and_graph(void)
+{
+    trand r = trand_new(9);
+    for (int i = 0; i < SHAPES; ++i) {
+        rules_case c = plain_case(shapes[i][0], shapes[i][1], shapes[i][2]);
+        const uint64_t no_fault = 0;
+        rules_bufs b;
+        tbuf* out[5];
+        tgraph g;
+        c.options.score = 1 + i % MOE_SCORE_PIONEER;
+        c.options.noise = 0.3f;
+        c.options.dropout = 0.1f;
+        c.bias = c.expert_off = c.token_off = c.prob = c.seed_offset = 1;
+        if (i % 3 == 2) {
+            c.options.whole_batch = 1;
+            c.options.noise = c.options.dropout = 0;
+            c.bias = 0;
+        }
+        bufs_new(&b, &c, &r);
+        out[0] = &b.ids, out[1] = &b.weights, out[2] = &b.count, out[3] = &b.chunk, out[4] = &b.prob;
+        test_same_bits("gate", call_gate, &b.device, out, 5, MOE_ON_HOST ? 3 : 100);
+        compare(&b, &c);
+        if (tgraph_capture(&g, call_gate, &b.device)) {
+            for (int n = 0; n < 3; ++n) {
+                fill(&b, &c, &r);
+                put(&b);
+                tbuf_put(&b.fault, &no_fault);
+                tbuf_poison(&b.ids);
+                tbuf_poison(&b.prob);
+                tgraph_launch(&g);
+                compare(&b, &c);
+            }
+            tgraph_free(&g);
+        }
+        bufs_free(&b);
+    }
+}
+
+static void test_no_tokens(void)
+{
+    rules_case c = plain_case(0, 17, 3);
+    trand r = trand_new(10);
+    rules_bufs b;
+    float zeros[17];
+    memset(zeros, 0, sizeof zeros);
+    c.prob = c.bias = 1;
+    bufs_new(&b, &c, &r);
+    CHECK_STATUS(moe_gate(&b.device, test_now.stream), MOE_OK);
+    CHECK(tbuf_holds(&b.prob, zeros) && tbuf_holds(&b.count, zeros), "sums of nothing");
+    bufs_free(&b);
+}
+
+/* Every option outside its range, or beside one that it contradicts. */
+static void test_refusals(void)
+{
+    rules_case c = plain_case(40, 24, 3);
+    trand r = trand_new(11);
+    rules_bufs b;
+    moe_gate_desc good, d;
+    c.prob = c.bias = c.expert_off = c.token_off = c.seed_offset = 1;
+    bufs_new(&b, &c, &r);
+    good = b.device;
+#define REFUSED(change, kind, field)                                                              \
+    d = good;                                                                                     \
+    change;                                                                                       \
+    CHECK_STATUS(moe_gate(&d, test_now.stream), MOE_STATUS(kind, field))
+    REFUSED(d.score = MOE_SCORE_PIONEER + 1, MOE_ERR_OPTION, score);
+    REFUSED(d.temperature = -1, MOE_ERR_RANGE, temperature);
+    REFUSED(d.temperature = NAN, MOE_ERR_RANGE, temperature);
+    REFUSED(d.temperature = INFINITY, MOE_ERR_RANGE, temperature);
+    REFUSED(d.temperature = 1e-38f, MOE_ERR_RANGE, temperature);
+    REFUSED(d.noise = -0.1f, MOE_ERR_RANGE, noise);
+    REFUSED(d.noise = NAN, MOE_ERR_RANGE, noise);
+    REFUSED(d.noise = INFINITY, MOE_ERR_RANGE, noise);
+    REFUSED(d.dropout = 1, MOE_ERR_RANGE, dropout);
+    REFUSED(d.dropout = -0.5f, MOE_ERR_RANGE, dropout);
+    REFUSED(d.dropout = NAN, MOE_ERR_RANGE, dropout);
+    REFUSED(d.threshold = 1, MOE_ERR_RANGE, threshold);
+    REFUSED(d.threshold = -1, MOE_ERR_RANGE, threshold);
+    REFUSED(d.threshold = NAN, MOE_ERR_RANGE, threshold);
+    REFUSED(d.threshold = 0.5f, MOE_ERR_CONFLICT, threshold);
+    REFUSED(d.num_groups = -1, MOE_ERR_RANGE, num_groups);
+    REFUSED(d.num_groups = 5, MOE_ERR_RANGE, num_groups);
+    REFUSED((d.num_groups = 40, d.num_experts = 80), MOE_ERR_RANGE, num_groups);
+    REFUSED(d.top_groups = 2, MOE_ERR_RANGE, top_groups);
+    REFUSED((d.num_groups = 4, d.top_groups = 5), MOE_ERR_RANGE, top_groups);
+    REFUSED((d.num_groups = 4, d.top_groups = -1), MOE_ERR_RANGE, top_groups);
+    REFUSED((d.num_groups = 12, d.top_groups = 1), MOE_ERR_CONFLICT, top_groups);
+    REFUSED(d.whole_batch = 2, MOE_ERR_OPTION, whole_batch);
+    REFUSED(d.whole_batch = -1, MOE_ERR_OPTION, whole_batch);
+    REFUSED(d.whole_batch = 1, MOE_ERR_CONFLICT, expert_bias);
+    REFUSED((d.whole_batch = 1, d.expert_bias = 0, d.noise = 1), MOE_ERR_CONFLICT, noise);
+    REFUSED((d.whole_batch = 1, d.expert_bias = 0, d.dropout = 0.5f), MOE_ERR_CONFLICT, dropout);
+    REFUSED((d.whole_batch = 1, d.expert_bias = 0, d.num_groups = 2), MOE_ERR_CONFLICT, num_groups);
+    REFUSED((d.whole_batch = 1, d.expert_bias = 0, d.score = MOE_SCORE_SIGMOID, d.threshold = 0.5f),
+            MOE_ERR_CONFLICT, threshold);
+    REFUSED((d.whole_batch = 1, d.expert_bias = 0), MOE_ERR_WORKSPACE, workspace_bytes);
+    REFUSED(d.workspace = 0, MOE_ERR_NULL, workspace);
+    REFUSED(d.workspace = (char*)d.workspace + 8, MOE_ERR_ALIGN, workspace);
+    REFUSED(d.workspace_bytes -= 1, MOE_ERR_WORKSPACE, workspace_bytes);
+    REFUSED(d.workspace = d.prob_sum - 1, MOE_ERR_OVERLAP, workspace);
+    REFUSED(d.prob_sum = (float*)((char*)d.prob_sum + 2), MOE_ERR_ALIGN, prob_sum);
+    REFUSED(d.expert_bias = (float*)((char*)d.expert_bias + 1), MOE_ERR_ALIGN, expert_bias);
+    REFUSED(d.seed_offset = (uint64_t*)((char*)d.seed_offset + 4), MOE_ERR_ALIGN, seed_offset);
+    REFUSED(d.prob_sum = (float*)d.logits, MOE_ERR_OVERLAP, prob_sum);
+    REFUSED(d.prob_sum = (float*)d.expert_bias, MOE_ERR_OVERLAP, prob_sum);
+    REFUSED(d.ids = (int32_t*)((uintptr_t)d.expert_off & ~(uintptr_t)3), MOE_ERR_OVERLAP, ids);
+    REFUSED(d.ids = (int32_t*)((uintptr_t)(d.token_off + 4) & ~(uintptr_t)3), MOE_ERR_OVERLAP, ids);
+    REFUSED(d.weights = (float*)d.seed_offset, MOE_ERR_OVERLAP, weights);
+#undef REFUSED
+    TEST_CUDA(cudaDeviceSynchronize());
+    CHECK(tbuf_holds(&b.ids, 0) && tbuf_holds(&b.weights, 0) && tbuf_holds(&b.prob, 0) &&
+              tbuf_holds(&b.workspace, 0) && tbuf_holds(&b.count, 0) && tbuf_holds(&b.chunk, 0),
+          "a refused call wrote something");
+    CHECK_STATUS(moe_gate(&good, test_now.stream), MOE_OK);
+    compare(&b, &c);
+    bufs_free(&b);
+}
+
+/* moe_warp_top_k from a kernel of one's own: one warp, a row in shared memory. */
+typedef struct top_args {
+    const float* merit;
+    int32_t* ids;
+    int32_t num_experts, top_k;
+} top_args;
+
+typedef struct top_shared {
+    float row[300];
+} top_shared;
+
+MOE_KERNEL(32, 1) top_kernel(MOE_ARG(top_args) d)
+{
+    MOE_SHARED(top_shared, s);
+    for (int e = moei_lane(); e < d.num_experts; e += MOEI_WARP)
+        s.row[e] = d.merit[(int64_t)blockIdx.x * d.num_experts + e];
+    __syncwarp(MOEI_FULL);
+    moe_warp_top_k(d.ids + (int64_t)blockIdx.x * d.top_k, s.row, d.num_experts, d.top_k);
+}
+
+static void test_warp_top_k(void)
+{
+    enum { ROWS = 20, E = 300, K = 12 };
+    trand r = trand_new(12);
+    float* merit = (float*)test_host(ROWS * E * 4);
+    int32_t* want = (int32_t*)test_host(ROWS * K * 4);
+    tbuf in, out;
+    top_args a;
+    moei_launch_config c = moei_grid(ROWS, 32, 0, test_now.stream);
+    for (int row = 0; row < ROWS; ++row) {
+        char taken[E];
+        memset(taken, 0, sizeof taken);
+        for (int e = 0; e < E; ++e) {
+            merit[row * E + e] = row & 1 ? (float)trand_int(&r, -2, 2) : trand_normal(&r);
+            if (row >= ROWS - 3 && (row == ROWS - 1 || trand_int(&r, 0, 40))) merit[row * E + e] = NAN;
+        }
+        for (int k = 0; k < K; ++k) {
+            int best = -1;
+            for (int e = 0; e < E; ++e) {
+                const float v = merit[row * E + e];
+                if (v == v && !taken[e] && (best < 0 || v > merit[row * E + best])) best = e;
+            }
+            want[row * K + k] = best;
+            if (best >= 0) taken[best] = 1;
+        }
+    }
+    in = tbuf_from("merit", merit, ROWS * E * 4, 0);
+    out = tbuf_new("ids", ROWS * K * 4, 0);
+    a.merit = (const float*)in.p;
+    a.ids = (int32_t*)out.p;
+    a.num_experts = E;
+    a.top_k = K;
+    CHECK_STATUS(MOE_LAUNCH(top_kernel, c, a), MOE_OK);
+    CHECK(tbuf_holds(&out, want), "ids");
+    tbuf_free(&in);
+    tbuf_free(&out);
+    free(merit);
+    free(want);
+}
+
+static void test_large(void)
+{
+#if !MOE_ON_HOST
+    static const int big[][3] = {{32768, 128, 8}, {8192, 256, 8}, {3001, 512, 10}, {2000, 4096, 8}};
+    trand r = trand_new(13);
+    for (int i = 0; i < 4; ++i)
+        for (int n = 0; n < 3; ++n) {
+            rules_case c = plain_case(big[i][0], big[i][1], big[i][2]);
+            c.options.score = n == 1 ? MOE_SCORE_SIGMOID : n == 2 ? MOE_SCORE_SPARSEMAX : 0;
+            c.options.noise = n == 0 ? 1.0f : 0.0f;
+            c.options.whole_batch = n == 2;
+            c.bias = n == 1;
+            c.options.num_groups = n == 1 ? 8 : 0;
+            c.options.top_groups = n == 1 ? 4 : 0;
+            c.prob = 1;
+            run_case(&c, &r);
+        }
+#endif
+}
+
+int main(int argc, char** argv)
+{
+    test_begin(argc, argv);
+    RUN(test_scores);
+    RUN(test_rules);
+    RUN(test_threshold);
+    RUN(test_few_experts);
+    RUN(test_whole_batch);
+    RUN(test_ties);
+    RUN(test_infinities);
+    RUN(test_draws);
+    RUN(test_bits_and_graph);
+    RUN(test_no_tokens);
+    RUN(test_refusals);
+    RUN(test_warp_top_k);
+    RUN(test_large);
+    return test_end();
+}
