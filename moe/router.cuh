@@ -5,9 +5,15 @@
    In:   x [T, H], router [E, H] (a checkpoint's layout), fp32, fp16 or bf16 each
    Out:  logits [T, E] fp32
 
-   Accumulated and stored in fp32: logits rounded to bf16 choose other experts. Two operands of
-   one 16-bit dtype with H and E multiples of 8 and 16-byte aligned rows run on tensor cores
-   (gemm/grouped.cuh); anything else runs as fp32 multiply-adds, slower, h ascending.
+   Accumulated and stored in fp32: logits rounded to bf16 choose other experts. Three ways, chosen
+   from dtypes, shapes and device (moe_router_plan says which); each sums in a fixed order, so equal
+   inputs give equal bits:
+     gemm    x and router of one 16-bit dtype, H and E multiples of 8, 16-byte aligned rows: tensor
+             cores (gemm/grouped.cuh)
+     split   16-bit x and an fp32 router, H a multiple of 8, any E, 16-byte aligned rows, sm_80 and
+             later: tensor cores, each weight as three bf16 terms whose products are exact
+             (router/split.cuh, which says what infinities do). Error as of an fp32 sum
+     scalar  anything else: fp32 multiply-adds, slower, h ascending
    One launch. Minimum architecture: sm_75.
 
      moe_router_desc r = {0};
@@ -18,6 +24,8 @@
 #define MOE_ROUTER_CUH
 
 #include "gemm/grouped.cuh"
+#include "router/large.cuh"
+#include "router/small.cuh"
 
 typedef struct moe_router_desc {
     /* in */
@@ -36,6 +44,20 @@ typedef struct moe_router_desc {
     int32_t hidden;      /* H, 1 .. 2^28 */
     int32_t num_experts; /* E, 1 .. 2^20 */
 } moe_router_desc;
+
+/* How the product is made. */
+typedef enum moe_router_path {
+    MOE_ROUTER_SCALAR = 0,
+    MOE_ROUTER_GEMM,
+    MOE_ROUTER_SPLIT_LARGE, /* tiles of 128 x 128 */
+    MOE_ROUTER_SPLIT_SMALL  /* tiles of 32 tokens (16 of fp16) x 16 experts, for few of them */
+} moe_router_path;
+
+MOE_HOST const char* moe_router_path_name(int path)
+{
+    static const char* const name[] = {"scalar", "gemm", "split, large tile", "split, small tile"};
+    return path >= 0 && path <= MOE_ROUTER_SPLIT_SMALL ? name[path] : "?";
+}
 
 #define MOEI_ROUTER_TILE 64  /* tokens and experts of a block */
 #define MOEI_ROUTER_DEPTH 16 /* of h held in shared memory */
@@ -106,9 +128,111 @@ MOE_HOST int64_t moei_router_blocks(const moe_router_desc* d)
            ((d->num_experts + MOEI_ROUTER_TILE - 1) / MOEI_ROUTER_TILE);
 }
 
-/* Fills in the defaults, refuses what is wrong, and says in *gemm whether the tensor-core path
-   takes it; then *g is its descriptor. */
-MOE_HOST moe_status moei_router_check(moe_router_desc* d, moe_grouped_gemm_desc* g, int* gemm)
+/* ---- the fp32 router, split: router/split.cuh ---- */
+
+/* Only code of sm_80 and later has a body; which code this binary holds for the device,
+   moei_split_plan asks the kernel itself. */
+#if MOE_ON_HOST || !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+#define MOEI_SPLIT_HERE 1
+#else
+#define MOEI_SPLIT_HERE 0
+#endif
+
+/* Blocks of the large tile a multiprocessor: two where shared memory has room for them. */
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200
+#define MOEI_SPLIT_BLOCKS 2
+#else
+#define MOEI_SPLIT_BLOCKS 1
+#endif
+
+/* name, blocks a multiprocessor */
+#define MOEI_SPLIT_LIST(X) X(large, MOEI_SPLIT_BLOCKS) X(small, 1)
+
+#define MOEI_SPLIT_KERNEL(name, blocks)                                                           \
+    MOE_KERNEL(MOEI_SPLIT_THREADS, blocks) moei_router_split_##name(MOE_ARG(moei_split_args) d)   \
+    {                                                                                             \
+        MOE_SHARED_DYNAMIC(shared);                                                               \
+        moei_let_next_start();                                                                    \
+        moei_wait_for_previous();                                                                 \
+        if (MOEI_SPLIT_HERE && !moei_fault_stopped(d.fault))                                      \
+            moei_split_##name(&d, shared, MOE_ROUTER_SPLIT_TERMS);                                \
+    }
+MOEI_SPLIT_LIST(MOEI_SPLIT_KERNEL)
+#undef MOEI_SPLIT_KERNEL
+
+MOE_HOST int64_t moei_split_blocks(const moei_split_args* d, int small)
+{
+    const int64_t rows = small ? MOEI_SPLIT_ROWS : MOEI_SPLIT_TILE;
+    const int64_t experts = small ? MOEI_SPLIT_EXPERTS : MOEI_SPLIT_TILE;
+    const int64_t tokens = moei_split_tokens((int)rows, d->x_dtype);
+    return ((d->num_tokens + tokens - 1) / tokens) * ((d->num_experts + experts - 1) / experts);
+}
+
+/* Small tiles that take a multiprocessor about as long as one large tile does. */
+#define MOEI_SPLIT_WORTH 16
+
+/* Sets *path where the operands fit and the current device and this binary can run it. */
+MOE_HOST moe_status moei_split_plan(const moei_split_args* d, int* path)
+{
+    moei_device dev;
+    int64_t waves, small_waves;
+    int small;
+    if (d->hidden % 8 != 0 || d->x_stride % 8 != 0 || d->w_stride % 4 != 0 ||
+        !moei_aligned(d->x, 16) || !moei_aligned(d->w, 16))
+        return MOE_OK;
+    MOEI_TRY(moei_device_query(&dev));
+    if (dev.major < 8 || (size_t)dev.smem_block < moei_split_large_smem() ||
+        (size_t)dev.smem_block < moei_split_small_smem())
+        return MOE_OK;
+#if !MOE_ON_HOST
+    {
+        cudaFuncAttributes fa;
+        MOEI_TRY_CUDA(cudaFuncGetAttributes(&fa, (const void*)moei_router_split_large));
+        if (fa.ptxVersion < 80) return MOE_OK;
+    }
+#endif
+    waves = (moei_split_blocks(d, 0) + dev.sms - 1) / dev.sms;
+    small_waves = (moei_split_blocks(d, 1) + dev.sms - 1) / dev.sms;
+    small = small_waves <= waves * MOEI_SPLIT_WORTH;
+    if (moei_split_blocks(d, small) <= 0x7fffffff)
+        *path = small ? MOE_ROUTER_SPLIT_SMALL : MOE_ROUTER_SPLIT_LARGE;
+    return MOE_OK;
+}
+
+MOE_HOST moe_status moei_split_launch(const moei_split_args* args, int small, cudaStream_t stream)
+{
+    const moei_split_args d = *args;
+    moei_launch_config c =
+        moei_grid(moei_split_blocks(&d, small), MOEI_SPLIT_THREADS,
+                  small ? moei_split_small_smem() : moei_split_large_smem(), stream);
+    c.dependent = 1;
+    return small ? MOE_LAUNCH(moei_router_split_small, c, d)
+                 : MOE_LAUNCH(moei_router_split_large, c, d);
+}
+
+/* The part of the descriptor that the split product is made from. */
+MOE_HOST moei_split_args moei_router_split_args(const moe_router_desc* d)
+{
+    moei_split_args a;
+    a.x = d->x;
+    a.w = (const float*)d->router;
+    a.logits = d->logits;
+    a.fault = d->fault;
+    a.x_stride = d->x_stride;
+    a.w_stride = d->router_stride;
+    a.logits_stride = d->logits_stride;
+    a.x_dtype = d->x_dtype;
+    a.num_tokens = d->num_tokens;
+    a.hidden = d->hidden;
+    a.num_experts = d->num_experts;
+    return a;
+}
+
+/* ---- the station ---- */
+
+/* Fills in the defaults, refuses what is wrong, and says in *path how the product will be made;
+   *g is the descriptor of the GEMM, if that is the way. */
+MOE_HOST moe_status moei_router_check(moe_router_desc* d, moe_grouped_gemm_desc* g, int* path)
 {
     MOEI_REQUIRE(d->num_tokens >= 0, MOE_ERR_RANGE, num_tokens);
     MOEI_REQUIRE(d->hidden >= 1 && d->hidden <= 1 << 28, MOE_ERR_RANGE, hidden);
@@ -126,7 +250,7 @@ MOE_HOST moe_status moei_router_check(moe_router_desc* d, moe_grouped_gemm_desc*
     MOEI_REQUIRE(moei_stride_fits(d->logits_stride, d->num_experts, d->num_tokens), MOE_ERR_STRIDE,
                  logits_stride);
     MOEI_REQUIRE(moei_aligned(d->fault, 8), MOE_ERR_ALIGN, fault);
-    *gemm = 0;
+    *path = MOE_ROUTER_SCALAR;
     if (d->num_tokens == 0) return MOE_OK;
     MOEI_REQUIRE(d->x, MOE_ERR_NULL, x);
     MOEI_REQUIRE(d->router, MOE_ERR_NULL, router);
@@ -163,10 +287,24 @@ MOE_HOST moe_status moei_router_check(moe_router_desc* d, moe_grouped_gemm_desc*
         moe_gemm_plan p;
         const moe_status s = moei_gemm_plan(g, &p);
         if (moe_status_kind(s) == MOE_ERR_CUDA) return s;
-        *gemm = s == MOE_OK;
+        if (s == MOE_OK) *path = MOE_ROUTER_GEMM;
+    } else if (d->x_dtype != MOE_FP32 && d->router_dtype == MOE_FP32) {
+        const moei_split_args a = moei_router_split_args(d);
+        MOEI_TRY(moei_split_plan(&a, path));
     }
-    MOEI_REQUIRE(*gemm || moei_router_blocks(d) <= 0x7fffffff, MOE_ERR_RANGE, num_tokens);
+    MOEI_REQUIRE(*path != MOE_ROUTER_SCALAR || moei_router_blocks(d) <= 0x7fffffff, MOE_ERR_RANGE,
+                 num_tokens);
     return MOE_OK;
+}
+
+/* What moe_router_logits would run for this descriptor on the current device: a moe_router_path. */
+MOE_HOST moe_status moe_router_plan(const moe_router_desc* desc, int* path)
+{
+    moe_router_desc d;
+    moe_grouped_gemm_desc g;
+    MOEI_REQUIRE(desc && path, MOE_ERR_NULL, desc);
+    d = *desc;
+    return moei_router_check(&d, &g, path);
 }
 
 /* Queues the product on `stream`. Errors: every field as documented above, each with its own
@@ -176,18 +314,28 @@ MOE_HOST moe_status moe_router_logits(const moe_router_desc* desc, cudaStream_t 
     moe_router_desc d;
     moe_grouped_gemm_desc g;
     moei_launch_config c;
-    int gemm;
+    int path;
     MOEI_REQUIRE(desc, MOE_ERR_NULL, desc);
     d = *desc;
-    MOEI_TRY(moei_router_check(&d, &g, &gemm));
+    MOEI_TRY(moei_router_check(&d, &g, &path));
     if (d.num_tokens == 0) return MOE_OK;
-    if (gemm) return moe_grouped_gemm(&g, stream);
+    if (path == MOE_ROUTER_GEMM) return moe_grouped_gemm(&g, stream);
+    if (path != MOE_ROUTER_SCALAR) {
+        const moei_split_args a = moei_router_split_args(&d);
+        return moei_split_launch(&a, path == MOE_ROUTER_SPLIT_SMALL, stream);
+    }
     c = moei_grid(moei_router_blocks(&d), 256, 0, stream);
     c.dependent = 1;
     return MOE_LAUNCH(moei_router_any, c, d);
 }
 
-/* Loads this header's own kernel now; moe_grouped_gemm_preload loads the tensor-core ones. */
-MOE_HOST moe_status moe_router_preload(void) { return moei_preload((const void*)moei_router_any); }
+/* Loads this header's own kernels now; moe_grouped_gemm_preload loads those of the GEMM. */
+MOE_HOST moe_status moe_router_preload(void)
+{
+#define MOEI_SPLIT_LOAD(name, blocks) MOEI_TRY(moei_preload((const void*)moei_router_split_##name));
+    MOEI_SPLIT_LIST(MOEI_SPLIT_LOAD)
+#undef MOEI_SPLIT_LOAD
+    return moei_preload((const void*)moei_router_any);
+}
 
 #endif

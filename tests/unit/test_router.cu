@@ -86,14 +86,29 @@ static void bufs_free(router_bufs* b)
     free(b->h_router);
 }
 
-/* Does the tensor-core path take it? As router.cuh documents it; where this binary holds no code
-   for the dtype, it does not. */
-static int wants_tensor_cores(const router_case* c)
+/* Must tensor cores take it, and how? As router.cuh documents it; where this binary holds no code
+   for the dtype, they do not. */
+enum { SCALAR, GEMM, SPLIT };
+static int wanted_way(const router_case* c)
 {
-    return c->x_dtype == c->router_dtype && c->x_dtype != MOE_FP32 &&
-           test_gemm_status(c->x_dtype, MOE_TILE_AUTO) == MOE_OK && c->H % 8 == 0 &&
-           c->E % 8 == 0 && c->x_pad % 8 == 0 && c->router_pad % 8 == 0 && c->logits_pad % 8 == 0 &&
-           c->x_at % 8 == 0 && c->router_at % 8 == 0 && c->logits_at % 4 == 0;
+    const int half = c->x_dtype != MOE_FP32 && c->H % 8 == 0 && c->x_pad % 8 == 0 &&
+                     c->x_at % 8 == 0;
+    if (half && c->x_dtype == c->router_dtype && c->E % 8 == 0 && c->router_pad % 8 == 0 &&
+        c->logits_pad % 8 == 0 && c->router_at % 8 == 0 && c->logits_at % 4 == 0 &&
+        test_gemm_status(c->x_dtype, MOE_TILE_AUTO) == MOE_OK)
+        return GEMM;
+    if (half && c->router_dtype == MOE_FP32 && c->router_pad % 4 == 0 && c->router_at % 4 == 0 &&
+        test_gemm_status(MOE_BF16, MOE_TILE_AUTO) == MOE_OK)
+        return SPLIT;
+    return SCALAR;
+}
+
+/* A shape that goes one of the three ways. */
+static router_case case_of(int way, int T, int H, int E)
+{
+    router_case c = normal_case(T, way == SCALAR ? H - 1 : H, E);
+    if (way == SPLIT) c.router_dtype = MOE_FP32;
+    return c;
 }
 
 /* Every `step`-th token. */
@@ -151,19 +166,32 @@ static void compare_some(const router_bufs* b, const router_case* c, int step)
 }
 
 /* The path for this descriptor must be the one that the case is documented to take. */
-static void check_path(moe_router_desc d, const router_case* c)
+static void check_path(const moe_router_desc* d, const router_case* c)
+{
+    const int way = wanted_way(c);
+    int path = -1;
+    CHECK_STATUS(moe_router_plan(d, &path), MOE_OK);
+    CHECK(way == SPLIT ? path == MOE_ROUTER_SPLIT_LARGE || path == MOE_ROUTER_SPLIT_SMALL
+                       : path == (way == GEMM ? MOE_ROUTER_GEMM : MOE_ROUTER_SCALAR),
+          "%s: path %d", case_text(c), path);
+}
+
+/* Queues the split product with one tile or the other, whatever the shape would choose. */
+static moe_status call_split(moe_router_desc d, int small)
 {
     moe_grouped_gemm_desc g;
-    int gemm = -1;
-    CHECK_STATUS(moei_router_check(&d, &g, &gemm), MOE_OK);
-    CHECK(gemm == wants_tensor_cores(c), "%s: path %d", case_text(c), gemm);
+    moei_split_args a;
+    int path;
+    MOEI_TRY(moei_router_check(&d, &g, &path));
+    a = moei_router_split_args(&d);
+    return moei_split_launch(&a, small, test_now.stream);
 }
 
 static void run_case(const router_case* c, trand* r)
 {
     router_bufs b;
     bufs_new(&b, c, r);
-    check_path(b.d, c);
+    check_path(&b.d, c);
     if (CHECK_STATUS(moe_router_logits(&b.d, test_now.stream), MOE_OK)) compare_some(&b, c, 1);
     bufs_free(&b);
 }
@@ -202,7 +230,7 @@ static void test_router_fallback(void)
             if (i == 6) c.router_at = 3;
             if (i == 7) c.logits_at = 1;
             if (i == 8) c.router_dtype = dtype == MOE_FP16 ? MOE_BF16 : MOE_FP16;
-            CHECK(!wants_tensor_cores(&c), "case %d", i);
+            CHECK(wanted_way(&c) == SCALAR, "case %d", i);
             run_case(&c, &r);
         }
 }
@@ -227,6 +255,94 @@ static void test_router_shapes(void)
             }
 }
 
+/* Both tiles of the split product over shapes and strides. */
+static void test_router_split(void)
+{
+    static const int Ts[] = {1, 17, 33, 64, 129, 200}, Es[] = {1, 13, 16, 33, 128, 131};
+    static const int Hs[] = {8, 16, 32, 40, 64, 104, 584};
+    trand r = trand_new(10);
+    for (int i = 0; i < (MOE_ON_HOST ? 24 : 200); ++i) {
+        router_case c = normal_case(Ts[trand_int(&r, 0, 5)], Hs[i % 7], Es[trand_int(&r, 0, 5)]);
+        c.x_dtype = i & 1 ? MOE_FP16 : MOE_BF16;
+        c.router_dtype = MOE_FP32;
+        c.x_pad = (int)trand_int(&r, 0, 2) * 8;
+        c.router_pad = (int)trand_int(&r, 0, 2) * 4;
+        c.logits_pad = (int)trand_int(&r, 0, 5);
+        c.logits_at = (int)trand_int(&r, 0, 3);
+        for (int small = 0; small < 2 && wanted_way(&c) == SPLIT; ++small) {
+            router_bufs b;
+            bufs_new(&b, &c, &r);
+            if (CHECK_STATUS(call_split(b.d, small), MOE_OK)) compare_some(&b, &c, 1);
+            bufs_free(&b);
+        }
+    }
+}
+
+/* A token whose only number is a 1 gets the weights themselves, every bit of them: none is rounded.
+   One with a 1 and a -1 gets the difference of two weights, which here is all in bits that bf16
+   does not have. Whole range of fp32, infinities and NaN. */
+static void test_router_split_exact(void)
+{
+    enum { T = 40, H = 80, E = 24, SPECIAL = 12 };
+    static const uint32_t special[SPECIAL] = {
+        0x7f7fffffu, 0xff7fffffu, 0x3f800008u, 0x3f7fffffu, 0x0d800001u, 0x7f000001u,
+        0x00000000u, 0x80000000u, 0x7f800000u, 0xff800000u, 0x7f800001u, 0xffc00001u};
+    trand r = trand_new(11);
+    for (int way = 0; way < 4; ++way) {
+        const int small = way & 1, H0 = 3 + (int)trand_int(&r, 0, H - 4);
+        router_case c = normal_case(T, H, E);
+        router_bufs b;
+        float* got;
+        int wrong = 0;
+        c.x_dtype = way & 2 ? MOE_FP16 : MOE_BF16;
+        c.router_dtype = MOE_FP32;
+        if (wanted_way(&c) != SPLIT) return;
+        bufs_new(&b, &c, &r);
+        for (int e = 0; e < E; ++e) { /* exponents -90 .. 37; column 0 is 1, column 1 just above */
+            for (int h = 0; h < H; ++h) {
+                const uint32_t u = (uint32_t)trand_bits(&r);
+                ((uint32_t*)b.h_router)[e * H + h] =
+                    (u & 0x807fffffu) | (uint32_t)trand_int(&r, 37, 164) << 23;
+            }
+            ((float*)b.h_router)[e * H] = 1;
+            ((float*)b.h_router)[e * H + 1] = 1 + (float)(e + 1) * ldexpf(1, -20);
+        }
+        for (int t = 0; t < T; ++t)
+            for (int h = 0; h < H; ++h) moe_store(b.h_x, t * H + h, c.x_dtype, 0);
+        moe_store(b.h_x, 0, c.x_dtype, -1);
+        moe_store(b.h_x, 1, c.x_dtype, 1);
+        for (int t = 1; t < T; ++t) moe_store(b.h_x, t * H + t, c.x_dtype, t & 1 ? 1 : -1);
+        tbuf_put(&b.x, b.h_x);
+        tbuf_put(&b.router, b.h_router);
+        if (!CHECK_STATUS(call_split(b.d, small), MOE_OK)) return;
+        got = (float*)tbuf_copy(&b.logits);
+        for (int e = 0; e < E; ++e) {
+            wrong += got[e] != (float)(e + 1) * ldexpf(1, -20);
+            for (int t = 1; t < T; ++t)
+                wrong += got[t * E + e] != (t & 1 ? 1 : -1) * ((float*)b.h_router)[e * H + t];
+        }
+        CHECK(wrong == 0, "way %d: %d logits are not the weight", way, wrong);
+        free(got);
+
+        for (int e = 0; e < SPECIAL; ++e) ((uint32_t*)b.h_router)[e * H + H0] = special[e];
+        for (int h = 0; h < H; ++h) moe_store(b.h_x, h, c.x_dtype, h == H0);
+        tbuf_put(&b.x, b.h_x);
+        tbuf_put(&b.router, b.h_router);
+        CHECK_STATUS(call_split(b.d, small), MOE_OK);
+        got = (float*)tbuf_copy(&b.logits);
+        for (int e = 0; e < SPECIAL; ++e) {
+            const float want = moe_f32_from_bits(special[e]);
+            const int nan = isnan(want) || (isinf(want) && c.x_dtype == MOE_FP16);
+            CHECK(nan ? got[e] != got[e] : got[e] == want, "way %d: weight %08x gives %g", way,
+                  (unsigned)special[e], got[e]);
+        }
+        for (int e = SPECIAL; e < E; ++e) /* the others do not see it */
+            CHECK(got[e] == ((float*)b.h_router)[e * H + H0], "way %d: expert %d", way, e);
+        free(got);
+        bufs_free(&b);
+    }
+}
+
 static void test_router_no_tokens(void)
 {
     moe_router_desc d;
@@ -238,12 +354,12 @@ static void test_router_no_tokens(void)
     CHECK_STATUS(moe_router_logits(&d, test_now.stream), MOE_STATUS(MOE_ERR_RANGE, hidden));
 }
 
-/* A NaN in a token is that token's alone, on either path. */
+/* A NaN in a token is that token's alone, on every path. */
 static void test_router_nan(void)
 {
     trand r = trand_new(4);
-    for (int odd = 0; odd < 2; ++odd) {
-        router_case c = normal_case(70, odd ? 63 : 64, 16);
+    for (int way = SCALAR; way <= SPLIT; ++way) {
+        router_case c = case_of(way, 70, 64, 16);
         router_bufs b;
         float* got;
         int wrong = 0;
@@ -267,13 +383,13 @@ static void test_router_nan(void)
     }
 }
 
-/* After a stop fault nothing happens, on either path. */
+/* After a stop fault nothing happens, on every path. */
 static void test_router_stopped(void)
 {
     trand r = trand_new(5);
-    for (int odd = 0; odd < 2; ++odd) {
+    for (int way = SCALAR; way <= SPLIT; ++way) {
         const uint64_t stop = MOEI_FAULT_KEY(MOE_FAULT_BAD_OFFSET, 0, 2), none = 0;
-        router_case c = normal_case(20, odd ? 63 : 64, 16);
+        router_case c = case_of(way, 20, 64, 16);
         router_bufs b;
         bufs_new(&b, &c, &r);
         tbuf_put(&b.fault, &stop);
@@ -349,8 +465,8 @@ static void test_router_same_bits(void)
 {
     trand r = trand_new(7);
     CHECK_STATUS(moe_router_preload(), MOE_OK);
-    for (int odd = 0; odd < 2; ++odd) {
-        router_case c = normal_case(150, odd ? 203 : 200, 72);
+    for (int way = SCALAR; way <= SPLIT; ++way) {
+        router_case c = case_of(way, 150, 200, 72);
         router_bufs b;
         tbuf* out[1];
         tgraph g;
@@ -375,35 +491,43 @@ static void test_router_large(void)
 {
 #if !MOE_ON_HOST
     trand r = trand_new(8);
-    for (int i = 0; i < 3; ++i) {
-        router_case c = normal_case(i == 2 ? 1000 : 4096, i == 1 ? 7168 : 2048, i == 2 ? 161 : 256);
+    static const struct {
+        int T, H, E, x_dtype, router_dtype;
+    } shape[] = {{4096, 2048, 256, MOE_FP16, MOE_FP16},  {4096, 7168, 256, MOE_BF16, MOE_BF16},
+                 {1000, 2047, 161, MOE_FP16, MOE_FP32},  {1000, 2048, 161, MOE_FP16, MOE_FP32},
+                 {40000, 2048, 250, MOE_BF16, MOE_FP32}, {64, 7168, 256, MOE_BF16, MOE_FP32}};
+    for (int i = 0; i < (int)(sizeof shape / sizeof *shape); ++i) {
+        router_case c = normal_case(shape[i].T, shape[i].H, shape[i].E);
         router_bufs b;
-        c.x_dtype = i == 1 ? MOE_BF16 : MOE_FP16;
-        c.router_dtype = i == 2 ? MOE_FP32 : c.x_dtype;
+        c.x_dtype = shape[i].x_dtype;
+        c.router_dtype = shape[i].router_dtype;
         bufs_new(&b, &c, &r);
         CHECK_STATUS(moe_router_logits(&b.d, test_now.stream), MOE_OK);
-        compare_some(&b, &c, 61);
+        compare_some(&b, &c, c.T > 100 ? c.T / 67 : 1);
         bufs_free(&b);
     }
 #endif
 }
 
-/* Rows of x, of the router or of the logits that lie past 2^32 elements, on either path: the bits
+/* Rows of x, of the router or of the logits that lie past 2^32 elements, on every path: the bits
    of the same call on dense rows. */
 static void test_router_past_2_31(void)
 {
     enum { X, ROUTER, LOGITS };
     static const char* const name[] = {"x", "router", "logits"};
     trand r = trand_new(9);
-    for (int odd = 0; odd < 2; ++odd)
+    for (int way = SCALAR; way <= SPLIT; ++way)
         for (int which = X; which <= LOGITS; ++which) {
-            const router_case c = normal_case(5, odd ? 63 : 64, 8);
+            const router_case c = case_of(way, 5, 64, 8);
             router_bufs b;
             moe_router_desc d;
             twide wide;
             void* want;
             if (!twide_new(&wide, name[which], which == ROUTER ? c.E : c.T,
-                           which == LOGITS ? c.E : c.H, which == LOGITS ? MOE_FP32 : MOE_BF16))
+                           which == LOGITS ? c.E : c.H,
+                           which == LOGITS   ? MOE_FP32
+                           : which == ROUTER ? c.router_dtype
+                                             : c.x_dtype))
                 continue;
             bufs_new(&b, &c, &r);
             CHECK_STATUS(moe_router_logits(&b.d, test_now.stream), MOE_OK);
@@ -423,10 +547,10 @@ static void test_router_past_2_31(void)
                 d.logits = (float*)wide.p;
                 d.logits_stride = wide.stride;
             }
-            check_path(d, &c);
+            check_path(&d, &c);
             CHECK_STATUS(moe_router_logits(&d, test_now.stream), MOE_OK);
             if (which == LOGITS) twide_holds(&wide, want);
-            else CHECK(tbuf_holds(&b.logits, want), "wide %s, odd %d", name[which], odd);
+            else CHECK(tbuf_holds(&b.logits, want), "wide %s, way %d", name[which], way);
             twide_free(&wide);
             free(want);
             bufs_free(&b);
@@ -439,6 +563,8 @@ int main(int argc, char** argv)
     RUN(test_router_dtypes);
     RUN(test_router_fallback);
     RUN(test_router_shapes);
+    RUN(test_router_split);
+    RUN(test_router_split_exact);
     RUN(test_router_no_tokens);
     RUN(test_router_nan);
     RUN(test_router_stopped);

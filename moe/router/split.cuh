@@ -1,0 +1,112 @@
+/* split.cuh: the router's product with fp32 weights on bf16 tensor cores: weights are split, not
+   rounded.
+
+     w = hi + mid + lo          three bf16 numbers: the upper, middle and lower 8 of fp32's 24 bits
+     x * w = x * hi + x * mid + x * lo       each product exact, added up in fp32
+
+   Each term is cut off, not rounded, so the split is exact for |w| >= 2^-100 (below, bits under
+   2^-126 may be lost) and nothing overflows. bf16 x is used as it is. An fp16 x has 11 bits, two
+   bf16 numbers: its upper 8 bits and its lower 3 are two rows of a tile, and their sums are added
+   at the end; so fp16 costs twice as much.
+
+   An infinite or NaN weight stands in hi alone, so with bf16 x its expert's logits are those of
+   fp32. Where an infinity in x, or with fp16 x an infinite weight, meets a term that is 0, the
+   logit is NaN in place of infinite.
+
+   Two tiles, large.cuh and small.cuh. Both sum in a fixed order: the same bits every run.
+
+   Needs sm_80; H a multiple of 8, x and its rows and the weights and theirs 16-byte aligned. */
+#ifndef MOE_ROUTER_SPLIT_CUH
+#define MOE_ROUTER_SPLIT_CUH
+
+#include "../base/numeric.cuh"
+
+/* Terms of a weight. Predefined as 2, the lower 8 bits are left out: weights are rounded to 2^-16,
+   for a third less work. */
+#ifndef MOE_ROUTER_SPLIT_TERMS
+#define MOE_ROUTER_SPLIT_TERMS 3
+#endif
+#if MOE_ROUTER_SPLIT_TERMS != 2 && MOE_ROUTER_SPLIT_TERMS != 3
+#error "moe: MOE_ROUTER_SPLIT_TERMS is 2 or 3"
+#endif
+
+typedef struct moei_split_args {
+    const void* x;  /* [T, H] x_dtype */
+    const float* w; /* [E, H] */
+    float* logits;  /* [T, E] */
+    uint64_t* fault;
+    int64_t x_stride, w_stride, logits_stride;
+    int32_t x_dtype; /* fp16 or bf16 */
+    int32_t num_tokens, hidden, num_experts;
+} moei_split_args;
+
+#define MOEI_SPLIT_THREADS 256 /* of a block, either tile */
+
+/* Tokens of a tile with so many rows: an fp16 token has two. */
+MOE_HOST_DEVICE int moei_split_tokens(int rows, int x_dtype)
+{
+    return x_dtype == MOE_FP16 ? rows / 2 : rows;
+}
+
+/* Upper halves of two words, a's in the lower half. */
+MOE_DEVICE uint32_t moei_split_upper(uint32_t a, uint32_t b)
+{
+#if MOE_ON_HOST
+    return a >> 16 | (b & 0xffff0000u);
+#else
+    return __byte_perm(a, b, 0x7632);
+#endif
+}
+
+/* Splits 4 fp32 numbers into `terms` (2 or 3, a literal) bf16 ones each; term[i] holds the i-th of
+   all four. With 2 the second is rounded. What is not finite stands in the first alone. */
+MOE_DEVICE void moei_split4(uint2* term, uint4 v, const int terms)
+{
+    uint32_t u[4] = {v.x, v.y, v.z, v.w};
+    float r[4];
+    MOEI_UNROLL
+    for (int i = 0; i < 4; ++i) r[i] = __uint_as_float(u[i]) - __uint_as_float(u[i] & 0xffff0000u);
+    if (moei_is_nan((r[0] + r[1]) + (r[2] + r[3]))) {
+        MOEI_UNROLL
+        for (int i = 0; i < 4; ++i)
+            if ((u[i] & 0x7f800000u) == 0x7f800000u) {
+                if ((u[i] & 0x007fffffu) != 0) u[i] |= 0x00400000u; /* a NaN remains one */
+                r[i] = 0.0f;
+            }
+    }
+    term[0] = make_uint2(moei_split_upper(u[0], u[1]), moei_split_upper(u[2], u[3]));
+    if (terms == 2) {
+        term[1] = make_uint2(moei_pack2(r[0], r[1], MOE_BF16), moei_pack2(r[2], r[3], MOE_BF16));
+    } else {
+        MOEI_UNROLL
+        for (int i = 0; i < 4; ++i) {
+            u[i] = __float_as_uint(r[i]);
+            r[i] = r[i] - __uint_as_float(u[i] & 0xffff0000u);
+        }
+        term[1] = make_uint2(moei_split_upper(u[0], u[1]), moei_split_upper(u[2], u[3]));
+        term[2] = make_uint2(moei_split_upper(__float_as_uint(r[0]), __float_as_uint(r[1])),
+                             moei_split_upper(__float_as_uint(r[2]), __float_as_uint(r[3])));
+    }
+}
+
+/* Splits 8 fp16 numbers into the upper and lower bits of each, both exact. */
+MOE_DEVICE void moei_split_x(uint4* hi, uint4* lo, uint4 v)
+{
+    const uint32_t w[4] = {v.x, v.y, v.z, v.w};
+    uint2 a[2], b[2];
+    float2 f[4];
+    MOEI_UNROLL
+    for (int i = 0; i < 4; ++i) f[i] = moei_unpack2(w[i], MOE_FP16);
+    moei_split4(a,
+                make_uint4(__float_as_uint(f[0].x), __float_as_uint(f[0].y),
+                           __float_as_uint(f[1].x), __float_as_uint(f[1].y)),
+                2);
+    moei_split4(b,
+                make_uint4(__float_as_uint(f[2].x), __float_as_uint(f[2].y),
+                           __float_as_uint(f[3].x), __float_as_uint(f[3].y)),
+                2);
+    *hi = make_uint4(a[0].x, a[0].y, b[0].x, b[0].y);
+    *lo = make_uint4(a[1].x, a[1].y, b[1].x, b[1].y);
+}
+
+#endif
