@@ -33,7 +33,8 @@
     X(BAD_ID, "expert id out of range: the slot is dropped (index: slot)")                        \
     X(BAD_ROW, "row_slot out of range: the row is read as zeros (index: row)")                    \
     X(BAD_COUNT, "chunk_count is not that of these ids: their rows are wrong (index: slot)")      \
-    X(BAD_PLACE, "place or its address out of range: the slot is dropped (index: slot)")
+    X(BAD_PLACE, "place or its address out of range: the slot is dropped (index: slot)")          \
+    X(BAD_REPLICA, "an expert without a replica in range: the slot is dropped (index: slot)")
 
 enum {
 #define MOEI_FAULT_ENUM(name, text) MOE_FAULT_##name,

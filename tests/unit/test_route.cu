@@ -25,11 +25,17 @@ typedef struct route_case {
     int T, E, K, pattern, place_kind;
     int counts; /* 1: chunk_count is given */
     int bare;   /* 1: only the counts and the offsets are wanted, and there is no fault word */
+    int multiple, capacity, rule; /* row_multiple, capacity, drop_rule */
+    int replicas; /* 0: none, 1: in replica_expert, 2: their own numbers, 3: some out of range */
+    int P;        /* physical experts, E without replicas */
+    int drops;    /* 1: drop_count is wanted */
+    int32_t *replica_offset, *replica_expert;
 } route_case;
 
 typedef struct route_bufs {
     tbuf ids, weights, chunk, count, offset, slot_row, row_slot, row_weight, place, workspace,
-        fault;
+        fault, drops, replica_offset, replica_expert;
+    int64_t rows; /* of row_slot and row_weight */
     moe_route_desc d;
 } route_bufs;
 
@@ -57,6 +63,46 @@ static void fill_ids(int32_t* ids, const route_case* c, trand* r)
     }
 }
 
+/* Weights: all different, or with many equals, or with NaN, infinities and both zeros. */
+static void fill_weights(float* weights, int64_t n, trand* r)
+{
+    static const float special[] = {NAN, -NAN, INFINITY, -INFINITY, 0.0f, -0.0f, 1e-42f, 1.0f};
+    const int kind = (int)trand_int(r, 0, 3);
+    if (kind == 1) trand_fill_int(r, weights, n, MOE_FP32, -2, 2);
+    else trand_fill_normal(r, weights, n, MOE_FP32);
+    for (int64_t i = 0; i < n && kind > 1; ++i) {
+        if (kind == 2) weights[i] = 1.0f + weights[i] * 1e-6f; /* equal but in the last bits */
+        else if (trand_int(r, 0, 2) == 0) weights[i] = special[trand_int(r, 0, 7)];
+    }
+}
+
+/* The replicas of a case: each expert has at least one where there are enough, and with kind 3 some
+   have numbers out of range. */
+static void fill_replicas(route_case* c, trand* r)
+{
+    int at = 0;
+    c->replica_offset = (int32_t*)test_host((c->E + 1) * 4);
+    c->replica_expert = (int32_t*)test_host(c->P * 4);
+    for (int e = 0; e < c->E; ++e) {
+        const int spare = c->P - at - (c->E - 1 - e); /* what the experts behind can do without */
+        c->replica_offset[e] = at;
+        if (spare > 0) at += 1 + (int)(trand_int(r, 0, 2) ? 0 : trand_int(r, 0, spare - 1));
+    }
+    c->replica_offset[c->E] = at;
+    for (int i = 0; i < c->P; ++i) {
+        const int j = (int)trand_int(r, 0, i);
+        if (i != j) c->replica_expert[i] = c->replica_expert[j];
+        c->replica_expert[j] = i;
+    }
+    if (c->replicas != 3) return;
+    for (int n = 0; n < 3; ++n) {
+        static const int32_t bad[] = {-1, INT32_MIN, INT32_MAX};
+        c->replica_expert[trand_int(r, 0, c->P - 1)] = n ? bad[trand_int(r, 0, 2)] : c->P;
+        c->replica_offset[trand_int(r, 0, c->E)] =
+            trand_int(r, 0, 1) ? bad[trand_int(r, 0, 2)] : (int32_t)trand_int(r, 0, c->P + 1);
+    }
+}
+
 /* The counts of each chunk, as the gate leaves them. */
 static void count_chunks(int32_t* chunk, const int32_t* ids, const route_case* c)
 {
@@ -69,14 +115,25 @@ static void count_chunks(int32_t* chunk, const int32_t* ids, const route_case* c
 
 static void bufs_new(route_bufs* b, const route_case* c, const int32_t* ids, const float* weights)
 {
-    const size_t slots = (size_t)c->T * (size_t)c->K;
-    size_t want = 0;
+    const size_t slots = (size_t)c->T * (size_t)c->K, P = (size_t)c->P;
+    const size_t own = c->counts ? 0 : P * (size_t)moe_num_chunks(c->T) * 4;
+    size_t want = 0, expected = own;
     memset(&b->d, 0, sizeof b->d);
     b->d.num_tokens = c->T;
     b->d.num_experts = c->E;
     b->d.top_k = c->K;
     b->d.place_kind = c->place_kind;
-    b->chunk = tbuf_new("chunk_count", (size_t)(c->E * moe_num_chunks(c->T)) * 4, 4);
+    b->d.row_multiple = c->multiple;
+    b->d.capacity = c->capacity;
+    b->d.drop_rule = c->rule;
+    if (c->replicas) b->d.num_replicas = c->P;
+    b->replica_offset =
+        tbuf_from("replica_offset", c->replica_offset, c->replicas ? (size_t)c->E * 4 + 4 : 0, 4);
+    b->replica_expert = tbuf_from("replica_expert", c->replica_expert, c->replicas ? P * 4 : 0, 4);
+    if (c->replicas) b->d.replica_offset = (const int32_t*)b->replica_offset.p;
+    if (c->replicas && c->replicas != 2)
+        b->d.replica_expert = (const int32_t*)b->replica_expert.p;
+    b->chunk = tbuf_new("chunk_count", P * (size_t)moe_num_chunks(c->T) * 4, 4);
     if (c->counts) {
         int32_t* chunk = (int32_t*)test_host((int64_t)b->chunk.bytes);
         count_chunks(chunk, ids, c);
@@ -85,22 +142,28 @@ static void bufs_new(route_bufs* b, const route_case* c, const int32_t* ids, con
         free(chunk);
     }
     CHECK_STATUS(moe_route_workspace(&b->d, &want), MOE_OK);
-    CHECK(want == (c->counts ? 0 : b->chunk.bytes), "workspace of %zu bytes", want);
+    if (c->rule == MOE_DROP_BY_WEIGHT)
+        expected = (own + 15) / 16 * 16 + (P * 4 + 15) / 16 * 16 + (P * 4 + 4 + 15) / 16 * 16 +
+                   (slots * 4 + 15) / 16 * 16 + slots * 4;
+    CHECK(want == expected, "workspace of %zu bytes, expected %zu", want, expected);
+    CHECK_STATUS(moe_route_max_rows(&b->d, &b->rows), MOE_OK);
     b->ids = tbuf_from("ids", ids, slots * 4, 4);
     b->weights = tbuf_from("weights", weights, slots * 4, 8);
-    b->count = tbuf_new("expert_count", (size_t)c->E * 4, 4);
-    b->offset = tbuf_new("expert_offset", (size_t)c->E * 4 + 4, 12);
+    b->count = tbuf_new("expert_count", P * 4, 4);
+    b->offset = tbuf_new("expert_offset", P * 4 + 4, 12);
+    b->drops = tbuf_new("drop_count", P * 4, 8);
     b->slot_row = tbuf_new("slot_row", slots * 4, 4);
-    b->row_slot = tbuf_new("row_slot", slots * 4, 0);
-    b->row_weight = tbuf_new("row_weight", slots * 4, 4);
+    b->row_slot = tbuf_new("row_slot", (size_t)b->rows * 4, 0);
+    b->row_weight = tbuf_new("row_weight", (size_t)b->rows * 4, 4);
     b->place = tbuf_new("place", slots * 8, 8);
     b->workspace = tbuf_new("workspace", want, 16);
     b->fault = tfault_new(0);
     b->d.ids = (const int32_t*)b->ids.p;
     b->d.expert_count = (int32_t*)b->count.p;
     b->d.expert_offset = (int32_t*)b->offset.p;
+    if (c->drops) b->d.drop_count = (int32_t*)b->drops.p;
+    if (!c->bare || c->rule == MOE_DROP_BY_WEIGHT) b->d.weights = (const float*)b->weights.p;
     if (!c->bare) {
-        b->d.weights = (const float*)b->weights.p;
         b->d.slot_row = (int32_t*)b->slot_row.p;
         b->d.row_slot = (int32_t*)b->row_slot.p;
         b->d.row_weight = (float*)b->row_weight.p;
@@ -119,6 +182,7 @@ static void bufs_poison(route_bufs* b)
     tbuf_poison(&b->row_slot);
     tbuf_poison(&b->row_weight);
     tbuf_poison(&b->place);
+    tbuf_poison(&b->drops);
     tbuf_poison(&b->workspace);
 }
 
@@ -127,7 +191,7 @@ static int bufs_untouched(const route_bufs* b)
 {
     return tbuf_holds(&b->count, 0) && tbuf_holds(&b->offset, 0) && tbuf_holds(&b->slot_row, 0) &&
            tbuf_holds(&b->row_slot, 0) && tbuf_holds(&b->row_weight, 0) &&
-           tbuf_holds(&b->place, 0) && tbuf_holds(&b->workspace, 0);
+           tbuf_holds(&b->place, 0) && tbuf_holds(&b->drops, 0) && tbuf_holds(&b->workspace, 0);
 }
 
 static void bufs_free(route_bufs* b)
@@ -143,6 +207,9 @@ static void bufs_free(route_bufs* b)
     tbuf_free(&b->place);
     tbuf_free(&b->workspace);
     tbuf_free(&b->fault);
+    tbuf_free(&b->drops);
+    tbuf_free(&b->replica_offset);
+    tbuf_free(&b->replica_expert);
 }
 
 static void compare_buffer(const tbuf* b, const void* want)
@@ -158,23 +225,37 @@ static void compare(const route_bufs* b, const route_case* c, const int32_t* ids
     const int64_t slots = (int64_t)c->T * c->K;
     const int before = test_now.failures;
     moe_ref_route_desc r;
-    int64_t bad;
+    int64_t bad, bad_replica;
     memset(&r, 0, sizeof r);
     r.ids = ids;
     r.weights = weights;
-    r.expert_count = (int32_t*)test_host(c->E * 4);
-    r.expert_offset = (int32_t*)test_host(c->E * 4 + 4);
+    r.expert_count = (int32_t*)test_host(c->P * 4);
+    r.expert_offset = (int32_t*)test_host(c->P * 4 + 4);
+    r.drop_count = (int32_t*)test_host(c->P * 4);
     r.slot_row = (int32_t*)test_host(slots * 4);
-    r.row_slot = (int32_t*)test_host(slots * 4);
-    r.row_weight = (float*)test_host(slots * 4);
+    r.row_slot = (int32_t*)test_host(b->rows * 4);
+    r.row_weight = (float*)test_host(b->rows * 4);
     r.place = (moe_place*)test_host(slots * 8);
     r.num_tokens = c->T;
     r.num_experts = c->E;
     r.top_k = c->K;
     r.place_kind = c->place_kind;
+    r.row_multiple = c->multiple;
+    r.capacity = c->capacity;
+    r.drop_rule = c->rule;
+    r.max_rows = b->rows;
+    r.bad_replica = &bad_replica;
+    if (c->replicas) {
+        r.num_replicas = c->P;
+        r.replica_offset = c->replica_offset;
+        r.replica_expert = c->replicas == 2 ? 0 : c->replica_expert;
+    }
     bad = moe_ref_route(&r);
+    CHECK(bad != -2, "the rows pass moe_route_max_rows, %lld", (long long)b->rows);
     compare_buffer(&b->count, r.expert_count);
     compare_buffer(&b->offset, r.expert_offset);
+    if (c->drops) compare_buffer(&b->drops, r.drop_count);
+    else CHECK(tbuf_holds(&b->drops, 0), "drop_count was not given");
     if (c->bare) {
         CHECK(tbuf_holds(&b->slot_row, 0) && tbuf_holds(&b->row_slot, 0) &&
                   tbuf_holds(&b->row_weight, 0) && tbuf_holds(&b->place, 0),
@@ -185,13 +266,19 @@ static void compare(const route_bufs* b, const route_case* c, const int32_t* ids
         compare_buffer(&b->row_slot, r.row_slot);
         compare_buffer(&b->row_weight, r.row_weight);
         compare_buffer(&b->place, r.place);
-        CHECK_FAULT(&b->fault, bad < 0 ? MOE_FAULT_NONE : MOE_FAULT_BAD_ID, bad < 0 ? 0 : bad);
+        if (bad < 0 && bad_replica >= 0)
+            CHECK_FAULT(&b->fault, MOE_FAULT_BAD_REPLICA, bad_replica);
+        else
+            CHECK_FAULT(&b->fault, bad < 0 ? MOE_FAULT_NONE : MOE_FAULT_BAD_ID, bad < 0 ? 0 : bad);
     }
     if (test_now.failures > before)
-        printf("  in: T=%d E=%d K=%d pattern=%d place_kind=%d counts=%d bare=%d\n", c->T, c->E,
-               c->K, c->pattern, c->place_kind, c->counts, c->bare);
+        printf("  in: T=%d E=%d K=%d pattern=%d place_kind=%d counts=%d bare=%d multiple=%d "
+               "capacity=%d rule=%d replicas=%d P=%d drops=%d\n",
+               c->T, c->E, c->K, c->pattern, c->place_kind, c->counts, c->bare, c->multiple,
+               c->capacity, c->rule, c->replicas, c->P, c->drops);
     free(r.expert_count);
     free(r.expert_offset);
+    free(r.drop_count);
     free(r.slot_row);
     free(r.row_slot);
     free(r.row_weight);
@@ -199,18 +286,20 @@ static void compare(const route_bufs* b, const route_case* c, const int32_t* ids
 }
 
 /* Draws the inputs of a case and makes its buffers. */
-static void case_new(route_bufs* b, const route_case* c, trand* r, int32_t** ids, float** weights)
+static void case_new(route_bufs* b, route_case* c, trand* r, int32_t** ids, float** weights)
 {
     const int64_t slots = (int64_t)c->T * c->K;
+    if (c->replicas) fill_replicas(c, r);
     *ids = (int32_t*)test_host(slots * 4);
     *weights = (float*)test_host(slots * 4);
     fill_ids(*ids, c, r);
-    trand_fill_normal(r, *weights, slots, MOE_FP32);
+    fill_weights(*weights, slots, r);
     bufs_new(b, c, *ids, *weights);
 }
 
-static void run_case(const route_case* c, trand* r)
+static void run_case(const route_case* wanted, trand* r)
 {
+    route_case own = *wanted, *c = &own;
     int32_t* ids;
     float* weights;
     route_bufs b;
@@ -218,14 +307,23 @@ static void run_case(const route_case* c, trand* r)
     CHECK_STATUS(moe_route(&b.d, test_now.stream), MOE_OK);
     compare(&b, c, ids, weights);
     CHECK(tbuf_holds(&b.ids, ids) && tbuf_holds(&b.weights, weights), "an input was written");
+    if (c->replicas)
+        CHECK(tbuf_holds(&b.replica_offset, c->replica_offset) &&
+                  tbuf_holds(&b.replica_expert, c->replica_expert),
+              "an input was written");
     bufs_free(&b);
+    free(c->replica_offset);
+    free(c->replica_expert);
     free(ids);
     free(weights);
 }
 
+/* No options. */
 static route_case random_case(trand* r, int T, int E, int K)
 {
     route_case c;
+    memset(&c, 0, sizeof c);
+    c.P = E;
     c.T = T;
     c.E = E;
     c.K = K;
@@ -234,6 +332,28 @@ static route_case random_case(trand* r, int T, int E, int K)
     c.counts = (int)trand_int(r, 0, 1);
     c.bare = trand_int(r, 0, 7) == 0;
     return c;
+}
+
+/* Draws the options of a case. */
+static void draw_options(route_case* c, trand* r)
+{
+    static const int multiple[] = {0, 0, 1, 2, 3, 8, 16, 100, 128, MOE_ROUTE_MAX_MULTIPLE};
+    const int average = (int)((int64_t)c->T * c->K / c->E);
+    c->multiple = multiple[trand_int(r, 0, 9)];
+    c->drops = (int)trand_int(r, 0, 1);
+    if (trand_int(r, 0, 3)) {
+        c->capacity = (int)trand_int(r, 1, average < 1 ? 2 : 2 * average);
+        if (trand_int(r, 0, 9) == 0) c->capacity = INT32_MAX;
+        c->rule = (int)trand_int(r, 0, 2);
+        if (trand_int(r, 0, 1)) c->rule = MOE_DROP_BY_WEIGHT;
+    }
+    c->replicas = (int)trand_int(r, 0, 3);
+    if (c->replicas) {
+        c->P = c->E + (int)trand_int(r, 0, c->E < 8 ? 8 : c->E / 2);
+        if (trand_int(r, 0, 9) == 0) c->P = (int)trand_int(r, 1, c->E); /* some have none */
+        if (c->P > MOE_MAX_EXPERTS) c->P = MOE_MAX_EXPERTS;
+        c->counts = 0;
+    }
 }
 
 /* Every E of the list with every T of the list, the rest drawn. */
@@ -249,6 +369,23 @@ static void test_route_shapes(void)
             for (int n = 0; n < (Es[i] > 64 ? 1 : 3); ++n) {
                 const route_case c = random_case(&r, Ts[j], Es[i], Ks[trand_int(&r, 0, 11)]);
                 if (MOE_ON_HOST && Es[i] > 64 && (i + j) % (Es[i] > 384 ? 10 : 2)) continue;
+                run_case(&c, &r);
+            }
+}
+
+/* The same with all options drawn. */
+static void test_route_options_shapes(void)
+{
+    static const int Es[] = {1, 2, 3, 7, 8, 31, 33, 64, 100, 128, 257, 384, 1000, 1500, 3000, 4096};
+    static const int Ts[] = {0, 1, 2, 31, 32, 33, 64, 65, 100, 300};
+    static const int Ks[] = {1, 2, 3, 4, 6, 7, 8, 9, 31, 32, 33, 40};
+    trand r = trand_new(21);
+    for (size_t i = 0; i < sizeof Es / sizeof *Es; ++i)
+        for (size_t j = 0; j < sizeof Ts / sizeof *Ts; ++j)
+            for (int n = 0; n < (Es[i] > 64 ? 1 : MOE_ON_HOST ? 2 : 4); ++n) {
+                route_case c = random_case(&r, Ts[j], Es[i], Ks[trand_int(&r, 0, 11)]);
+                draw_options(&c, &r);
+                if (MOE_ON_HOST && Es[i] > 64 && (i + j) % (Es[i] > 384 ? 8 : 2)) continue;
                 run_case(&c, &r);
             }
 }
@@ -272,6 +409,99 @@ static void test_route_patterns(void)
                 }
 }
 
+/* Every pattern with every drop rule, with and without replicas and padding. */
+static void test_route_options_patterns(void)
+{
+    static const int shape[][3] = {{70, 16, 8}, {97, 40, 3}, {45, 3, 33}};
+    trand r = trand_new(22);
+    for (size_t i = 0; i < sizeof shape / sizeof *shape; ++i)
+        for (int pattern = 0; pattern < PATTERNS; ++pattern)
+            for (int rule = 0; rule <= MOE_DROP_BY_WEIGHT; ++rule)
+                for (int replicas = 0; replicas < 4; ++replicas)
+                    for (int multiple = 0; multiple <= 8; multiple += 8) {
+                        route_case c = random_case(&r, shape[i][0], shape[i][1], shape[i][2]);
+                        const int average = c.T * c.K / c.E;
+                        c.pattern = pattern;
+                        c.capacity = rule ? average * (int)trand_int(&r, 2, 6) / 4 + 1 : 0;
+                        c.rule = rule;
+                        c.replicas = replicas;
+                        c.multiple = multiple;
+                        c.drops = 1;
+                        c.bare = 0;
+                        if (replicas) c.P = c.E * 3 / 2 + 1, c.counts = 0;
+                        run_case(&c, &r);
+                    }
+}
+
+/* The drop rules where they are easily seen: one expert, chosen by every token. */
+static void test_route_options_by_hand(void)
+{
+    enum { T = 5 };
+    static const int32_t ids[T] = {0, 0, 0, 0, 0};
+    static const float weights[T] = {0.5f, NAN, 0.25f, 0.5f, 0.75f};
+    static const int32_t by_position[T] = {0, 1, 2, -1, -1}, by_weight[T] = {0, -1, -1, 1, 2};
+    static const int32_t by_weight_1[T] = {-1, -1, -1, -1, 0}, by_weight_4[T] = {0, -1, 1, 2, 3};
+    static const struct {
+        int capacity, rule;
+        const int32_t* want;
+    } step[] = {{3, 0, by_position},
+                {3, MOE_DROP_BY_POSITION, by_position},
+                {3, MOE_DROP_BY_WEIGHT, by_weight},
+                {1, MOE_DROP_BY_WEIGHT, by_weight_1},
+                {4, MOE_DROP_BY_WEIGHT, by_weight_4}};
+    trand r = trand_new(23);
+    for (size_t i = 0; i < sizeof step / sizeof *step; ++i) {
+        static const int32_t none[] = {-1, -1, -1, -1};
+        route_case c = random_case(&r, T, 1, 1);
+        route_bufs b;
+        int32_t got[T], rows[8];
+        c.bare = c.counts = 0;
+        c.capacity = step[i].capacity;
+        c.rule = step[i].rule;
+        c.multiple = 4;
+        bufs_new(&b, &c, ids, weights);
+        CHECK(b.rows == 4, "%lld rows", (long long)b.rows);
+        CHECK_STATUS(moe_route(&b.d, test_now.stream), MOE_OK);
+        tbuf_get(&b.slot_row, got);
+        CHECK_INTS("slot_row by hand", got, step[i].want, T);
+        tbuf_get(&b.row_slot, rows);
+        CHECK_INTS("padding", rows + step[i].capacity, none, 4 - step[i].capacity);
+        for (int s = 0; s < T; ++s) CHECK(got[s] < 0 || rows[got[s]] == s);
+        compare(&b, &c, ids, weights);
+        bufs_free(&b);
+    }
+}
+
+/* What moe_route_max_rows tells. */
+static void test_route_max_rows(void)
+{
+    static const struct {
+        int T, E, K, P, multiple, capacity;
+        int64_t rows;
+    } c[] = {{100, 8, 2, 0, 0, 0, 200},           {100, 8, 2, 0, 1, 0, 200},
+             {100, 8, 2, 0, 16, 0, 320},          {100, 8, 2, 16, 16, 0, 432},
+             {3, 64, 1, 0, 128, 0, 384},          {0, 64, 1, 0, 128, 0, 0},
+             {100, 8, 2, 0, 0, 10, 80},           {100, 8, 2, 0, 0, 100, 200},
+             {100, 8, 2, 0, 16, 10, 128},         {100, 8, 2, 0, 16, 17, 256},
+             {1000, 2, 1, 0, 128, INT32_MAX, 1152}, {1 << 27, 1, 8, 0, 1, 1000, 1000}};
+    for (size_t i = 0; i < sizeof c / sizeof *c; ++i) {
+        int64_t rows = -1;
+        moe_route_desc d;
+        int32_t offset;
+        memset(&d, 0, sizeof d);
+        d.num_tokens = c[i].T;
+        d.num_experts = c[i].E;
+        d.top_k = c[i].K;
+        d.num_replicas = c[i].P;
+        if (c[i].P) d.replica_offset = &offset;
+        d.row_multiple = c[i].multiple;
+        d.capacity = c[i].capacity;
+        CHECK_STATUS(moe_route_max_rows(&d, &rows), MOE_OK);
+        CHECK(rows == c[i].rows, "%d: %lld rows, not %lld", (int)i, (long long)rows,
+              (long long)c[i].rows);
+    }
+}
+
 /* The most chunks there are, and chunks of more slots than a block has under way together. */
 static void test_route_big_chunks(void)
 {
@@ -279,11 +509,12 @@ static void test_route_big_chunks(void)
                                    {40, 11, 300}, {16, 2000, 500}, {2300, 5, 70}};
     trand r = trand_new(3);
     for (size_t i = 0; i < sizeof shape / sizeof *shape; ++i)
-        for (int counts = 0; counts < 2; ++counts) {
+        for (int counts = 0; counts < 3; ++counts) {
             route_case c = random_case(&r, shape[i][0], shape[i][1], shape[i][2]);
             c.bare = 0;
-            c.counts = counts;
+            c.counts = counts == 1;
             c.pattern = counts ? DROPPED : UNIFORM;
+            if (counts == 2) draw_options(&c, &r);
             run_case(&c, &r);
         }
 }
@@ -292,7 +523,7 @@ static void test_route_big_chunks(void)
 static void test_route_foreign_counts(void)
 {
     trand r = trand_new(12);
-    for (int round = 0; round < 12; ++round) {
+    for (int round = 0; round < 24; ++round) {
         route_case c = random_case(&r, (int)trand_int(&r, 1, 90), (int)trand_int(&r, 2, 40), 4);
         const int64_t n = c.E * moe_num_chunks(c.T);
         int32_t *ids, *chunk = (int32_t*)test_host(n * 4);
@@ -302,6 +533,11 @@ static void test_route_foreign_counts(void)
         c.pattern = UNIFORM;
         c.counts = 1;
         c.bare = 0;
+        if (round % 3) {
+            c.rule = round % 3;
+            c.capacity = (int)trand_int(&r, 1, 20);
+            c.multiple = (int)trand_int(&r, 0, MOE_ROUTE_MAX_MULTIPLE);
+        }
         case_new(&b, &c, &r, &ids, &weights);
         for (int64_t i = 0; i < n; ++i)
             chunk[i] = (int32_t)trand_int(&r, round % 2 ? INT32_MIN : 100, INT32_MAX);
@@ -330,6 +566,8 @@ static void test_route_changed_id(void)
         c.pattern = UNIFORM;
         c.counts = 1;
         c.bare = 0;
+        c.multiple = round % 4 ? 0 : 16;
+        c.capacity = round % 5 ? 0 : 7;
         case_new(&b, &c, &r, &ids, &weights);
         ids[at] = round % 3 ? (ids[at] + 1) % E : -1;
         tbuf_put(&b.ids, ids);
@@ -443,6 +681,8 @@ static void test_route_refusals(void)
     int32_t* ids = (int32_t*)test_host(160 * 4);
     float* weights = (float*)test_host(160 * 4);
     route_bufs b;
+    tbuf b_extra;
+    int32_t* extra;
     moe_route_desc good, d;
     size_t bytes = 12345;
     c.pattern = DROPPED;
@@ -451,6 +691,8 @@ static void test_route_refusals(void)
     fill_ids(ids, &c, &r);
     trand_fill_normal(&r, weights, 160, MOE_FP32);
     bufs_new(&b, &c, ids, weights);
+    b_extra = tbuf_new("extra", 64 * 4, 0);
+    extra = (int32_t*)b_extra.p;
     good = b.d;
 #define REFUSED(change, kind, field)                                                              \
     d = good;                                                                                     \
@@ -499,6 +741,65 @@ static void test_route_refusals(void)
     REFUSED(d.row_weight = (float*)d.row_slot + 159, MOE_ERR_OVERLAP, row_weight);
     REFUSED(d.place = (moe_place*)b.weights.p, MOE_ERR_OVERLAP, place);
     REFUSED(d.fault = (uint64_t*)b.place.p, MOE_ERR_OVERLAP, fault);
+    REFUSED(d.row_multiple = -1, MOE_ERR_RANGE, row_multiple);
+    REFUSED(d.row_multiple = MOE_ROUTE_MAX_MULTIPLE + 1, MOE_ERR_RANGE, row_multiple);
+    REFUSED((d.num_tokens = INT32_MAX, d.top_k = 1, d.row_multiple = 2), MOE_ERR_RANGE,
+            row_multiple);
+    REFUSED(d.capacity = -1, MOE_ERR_RANGE, capacity);
+    REFUSED((d.capacity = 5, d.drop_rule = 3), MOE_ERR_OPTION, drop_rule);
+    REFUSED((d.capacity = 5, d.drop_rule = -1), MOE_ERR_OPTION, drop_rule);
+    REFUSED(d.drop_rule = MOE_DROP_BY_POSITION, MOE_ERR_CONFLICT, drop_rule);
+    REFUSED(d.drop_rule = MOE_DROP_BY_WEIGHT, MOE_ERR_CONFLICT, drop_rule);
+    REFUSED((d.capacity = 5, d.drop_rule = MOE_DROP_BY_WEIGHT), MOE_ERR_WORKSPACE,
+            workspace_bytes);
+    REFUSED(d.num_replicas = 11, MOE_ERR_CONFLICT, num_replicas);
+    REFUSED(d.replica_expert = extra, MOE_ERR_CONFLICT, replica_expert);
+    REFUSED((d.replica_offset = extra, d.num_replicas = -1), MOE_ERR_RANGE, num_replicas);
+    REFUSED((d.replica_offset = extra, d.num_replicas = MOE_MAX_EXPERTS + 1), MOE_ERR_RANGE,
+            num_replicas);
+    REFUSED((d.replica_offset = extra, d.chunk_count = (int32_t*)b.chunk.p), MOE_ERR_CONFLICT,
+            chunk_count);
+    REFUSED(d.replica_offset = AT(int32_t, extra, 2), MOE_ERR_ALIGN, replica_offset);
+    REFUSED((d.replica_offset = extra, d.replica_expert = AT(int32_t, extra, 1)), MOE_ERR_ALIGN,
+            replica_expert);
+    REFUSED(d.drop_count = AT(int32_t, b.drops.p, 2), MOE_ERR_ALIGN, drop_count);
+    REFUSED(d.drop_count = d.expert_count, MOE_ERR_OVERLAP, drop_count);
+    REFUSED(d.drop_count = (int32_t*)d.workspace, MOE_ERR_OVERLAP, drop_count);
+    REFUSED((d.replica_offset = extra, d.drop_count = extra + 10), MOE_ERR_OVERLAP, drop_count);
+    REFUSED((d.replica_offset = extra, d.replica_expert = extra + 16, d.slot_row = extra + 25),
+            MOE_ERR_OVERLAP, slot_row);
+    REFUSED((d.row_multiple = 4, d.row_weight = (float*)d.row_slot + 160), MOE_ERR_OVERLAP,
+            row_weight);
+    { /* by weight: with a workspace that is large enough, but weights are needed for it */
+        tbuf large = tbuf_new("large workspace", 1 << 16, 16);
+        REFUSED((d.capacity = 5, d.drop_rule = MOE_DROP_BY_WEIGHT, d.workspace = large.p,
+                 d.workspace_bytes = large.bytes, d.weights = 0, d.row_weight = 0),
+                MOE_ERR_NULL, weights);
+        CHECK_STATUS(moe_route_workspace(&d, &bytes), MOE_OK);
+        REFUSED((d.capacity = 5, d.drop_rule = MOE_DROP_BY_WEIGHT, d.workspace = large.p,
+                 d.workspace_bytes = bytes - 1),
+                MOE_ERR_WORKSPACE, workspace_bytes);
+        REFUSED((d.capacity = 5, d.drop_rule = MOE_DROP_BY_WEIGHT, d.workspace = large.p,
+                 d.workspace_bytes = bytes, d.place = AT(moe_place, large.p, bytes / 8 * 8 - 8)),
+                MOE_ERR_OVERLAP, place);
+        CHECK(tbuf_holds(&large, 0), "a refused call wrote to its workspace");
+        tbuf_free(&large);
+        bytes = 12345;
+    }
+    {
+        int64_t rows = 777;
+        CHECK_STATUS(moe_route_max_rows(0, &rows), MOE_STATUS(MOE_ERR_NULL, desc));
+        CHECK_STATUS(moe_route_max_rows(&good, 0), MOE_STATUS(MOE_ERR_NULL, desc));
+        d = good;
+        d.top_k = 0;
+        CHECK_STATUS(moe_route_max_rows(&d, &rows), MOE_STATUS(MOE_ERR_RANGE, top_k));
+        d = good;
+        d.num_tokens = INT32_MAX;
+        d.top_k = 1;
+        d.row_multiple = 2;
+        CHECK_STATUS(moe_route_max_rows(&d, &rows), MOE_STATUS(MOE_ERR_RANGE, row_multiple));
+        CHECK(rows == 777, "a refused question gives no answer");
+    }
     CHECK_STATUS(moe_route_workspace(0, &bytes), MOE_STATUS(MOE_ERR_NULL, desc));
     CHECK_STATUS(moe_route_workspace(&good, 0), MOE_STATUS(MOE_ERR_NULL, desc));
     d = good;
@@ -512,9 +813,11 @@ static void test_route_refusals(void)
     CHECK(bufs_untouched(&b) && tbuf_holds(&b.chunk, 0), "a refused call wrote something");
     CHECK(tbuf_holds(&b.ids, ids) && tbuf_holds(&b.weights, weights), "or to an input");
     CHECK_FAULT(&b.fault, MOE_FAULT_NONE, 0);
+    CHECK(tbuf_holds(&b_extra, 0), "a refused call wrote something");
     CHECK_STATUS(moe_route(&good, test_now.stream), MOE_OK);
     compare(&b, &c, ids, weights);
     bufs_free(&b);
+    tbuf_free(&b_extra);
     free(ids);
     free(weights);
 }
@@ -528,19 +831,22 @@ static void test_route_same_bits(void)
 {
     static const int shape[][3] = {{200, 128, 8}, {65, 300, 4}, {100, 5, 33}};
     trand r = trand_new(8);
-    for (int i = 0; i < 3; ++i) {
-        route_case c = random_case(&r, shape[i][0], shape[i][1], shape[i][2]);
-        const int64_t slots = (int64_t)c.T * c.K;
-        int32_t* ids = (int32_t*)test_host(slots * 4);
-        float* weights = (float*)test_host(slots * 4);
+    for (int i = 0; i < 9; ++i) { /* without options, by position, by weight */
+        route_case c = random_case(&r, shape[i % 3][0], shape[i % 3][1], shape[i % 3][2]);
+        int32_t* ids;
+        float* weights;
         route_bufs b;
-        tbuf* out[7];
+        tbuf* out[8];
         c.pattern = DUPLICATES;
         c.counts = 0;
         c.bare = 0;
-        fill_ids(ids, &c, &r);
-        trand_fill_normal(&r, weights, slots, MOE_FP32);
-        bufs_new(&b, &c, ids, weights);
+        c.drops = 1;
+        if (i >= 3) {
+            c.rule = i / 3;
+            c.capacity = c.T * c.K / c.E + 1;
+            c.multiple = 8;
+        }
+        case_new(&b, &c, &r, &ids, &weights);
         out[0] = &b.count;
         out[1] = &b.offset;
         out[2] = &b.slot_row;
@@ -548,7 +854,8 @@ static void test_route_same_bits(void)
         out[4] = &b.row_weight;
         out[5] = &b.place;
         out[6] = &b.workspace;
-        test_same_bits("route", call_route, &b.d, out, 7, MOE_ON_HOST ? 4 : 100);
+        out[7] = &b.drops;
+        test_same_bits("route", call_route, &b.d, out, 8, MOE_ON_HOST ? 4 : 100);
         compare(&b, &c, ids, weights);
         bufs_free(&b);
         free(ids);
@@ -632,7 +939,7 @@ static void test_route_after_gate(void)
 }
 
 /* A captured route, launched again with other ids. */
-static void test_route_graph(void)
+static void graph_case(int rule, int replicas)
 {
     trand r = trand_new(10);
     route_case c = random_case(&r, 90, 40, 6);
@@ -643,6 +950,15 @@ static void test_route_graph(void)
     tgraph g;
     c.counts = 0;
     c.bare = 0;
+    c.drops = 1;
+    c.rule = rule;
+    c.capacity = rule ? 14 : 0;
+    c.multiple = rule ? 4 : 0;
+    c.replicas = replicas;
+    if (replicas) {
+        c.P = 50;
+        fill_replicas(&c, &r);
+    }
     fill_ids(ids, &c, &r);
     bufs_new(&b, &c, ids, weights);
     if (tgraph_capture(&g, call_route, &b.d)) {
@@ -660,21 +976,84 @@ static void test_route_graph(void)
         tgraph_free(&g);
     }
     bufs_free(&b);
+    free(c.replica_offset);
+    free(c.replica_expert);
     free(ids);
     free(weights);
+}
+
+static void test_route_graph(void)
+{
+    for (int rule = 0; rule <= MOE_DROP_BY_WEIGHT; ++rule) graph_case(rule, rule);
+}
+
+/* The inner step, from a kernel of someone else: where each of a warp's choices stands among those
+   of its expert. */
+typedef struct rank_args {
+    const int32_t* expert; /* [n] */
+    int32_t* rank;         /* [n] */
+    int32_t* count;        /* [n] */
+    int32_t num_experts;
+} rank_args;
+
+MOE_KERNEL(128, 1) rank_in_warp(MOE_ARG(rank_args) d)
+{
+    const int i = (int)(blockIdx.x * blockDim.x + threadIdx.x);
+    int count;
+    d.rank[i] = moe_route_rank(d.expert[i], d.num_experts, &count);
+    d.count[i] = count;
+}
+
+static void test_route_rank(void)
+{
+    static const int Es[] = {1, 2, 3, 31, 32, 33, 127, 128, 4096, 1 << 30};
+    enum { N = 384 };
+    trand r = trand_new(24);
+    for (size_t i = 0; i < sizeof Es / sizeof *Es; ++i) {
+        int32_t expert[N], rank[N], count[N];
+        const int few = (int)trand_int(&r, 0, 1); /* only some of the experts */
+        tbuf be, br = tbuf_new("rank", sizeof rank, 4), bc = tbuf_new("count", sizeof count, 4);
+        moei_launch_config c = moei_grid(N / 128, 128, 0, test_now.stream);
+        rank_args a;
+        for (int n = 0; n < N; ++n) {
+            const int last = few && Es[i] > 4 ? 3 : Es[i] - 1;
+            expert[n] = (int32_t)(trand_int(&r, 0, 4) ? Es[i] - 1 - trand_int(&r, 0, last) : -1);
+            if (expert[n] < 0 && trand_int(&r, 0, 3) == 0) expert[n] = INT32_MIN;
+        }
+        be = tbuf_from("expert", expert, sizeof expert, 4);
+        a.expert = (const int32_t*)be.p;
+        a.rank = (int32_t*)br.p;
+        a.count = (int32_t*)bc.p;
+        a.num_experts = Es[i];
+        CHECK_STATUS(MOE_LAUNCH(rank_in_warp, c, a), MOE_OK);
+        for (int n = 0; n < N; ++n) {
+            rank[n] = count[n] = 0;
+            for (int j = n / 32 * 32; j < n / 32 * 32 + 32 && expert[n] >= 0; ++j) {
+                count[n] += expert[j] == expert[n];
+                rank[n] += expert[j] == expert[n] && j < n;
+            }
+        }
+        compare_buffer(&br, rank);
+        compare_buffer(&bc, count);
+        tbuf_free(&be);
+        tbuf_free(&br);
+        tbuf_free(&bc);
+    }
 }
 
 static void test_route_large(void)
 {
 #if !MOE_ON_HOST
     static const int shape[][3] = {
-        {32768, 128, 8}, {8192, 256, 8}, {100003, 8, 2}, {20000, 4096, 1}, {300000, 60, 6}, {32769, 512, 10}};
+        {32768, 128, 8}, {8192, 256, 8},  {100003, 8, 2},
+        {20000, 4096, 1}, {300000, 60, 6}, {32769, 512, 10}};
     trand r = trand_new(11);
     for (int i = 0; i < 6; ++i)
-        for (int counts = 0; counts < 2; ++counts) {
+        for (int counts = 0; counts < 5; ++counts) {
             route_case c = random_case(&r, shape[i][0], shape[i][1], shape[i][2]);
-            c.counts = counts;
+            c.counts = counts == 1;
             c.bare = 0;
+            if (counts > 1) draw_options(&c, &r);
             run_case(&c, &r);
         }
 #endif
@@ -685,6 +1064,11 @@ int main(int argc, char** argv)
     test_begin(argc, argv);
     RUN(test_route_shapes);
     RUN(test_route_patterns);
+    RUN(test_route_options_shapes);
+    RUN(test_route_options_patterns);
+    RUN(test_route_options_by_hand);
+    RUN(test_route_max_rows);
+    RUN(test_route_rank);
     RUN(test_route_big_chunks);
     RUN(test_route_foreign_counts);
     RUN(test_route_changed_id);
