@@ -1,6 +1,7 @@
 /* combine.cuh: expert rows -> tokens, through the pointer table.
 
      y[t, :] = residual[t, :] + sum over k of weights[t, k] * row(place[t, k])[:]
+                              + shared_weight[t] * shared[t, :]
      row(p)  = table[p.buffer] + p.row * row_stride
 
    Each token gathers its K rows from wherever they lie: one joined array, one allocation per
@@ -10,7 +11,9 @@
 
    In:   place [T, K] (route's), the table of buffers, weights [T, K] fp32
          residual [T, H] of y's dtype, optional
-   Out:  y [T, H], each element written once. A token with no live slot gets its residual, or 0.
+         shared [T, H] of the rows' dtype, optional: what a shared expert gave for every token
+   Out:  y [T, H], each element written once. A token with no live slot gets its residual and its
+         shared row, or 0.
    Rows and y are fp32, fp16 or bf16, each its own. y may be the residual itself.
 
    A place with buffer -1 is skipped. One outside the table (or past num_rows, if that is given)
@@ -25,6 +28,9 @@
      c.place = place;  c.weights = weights;  c.y = y;
      c.num_tokens = T; c.hidden = H;  c.top_k = K;
      moe_status s = moe_combine(&c, stream);
+
+   For kernels of one's own: moe_combine_row finds the row of a slot, moe_combine_token makes one
+   token's row of y.
 
    Source: the grouped combine without `cat`: pointer indirection in place of concatenation,
    here in gather form, so that the sum needs no atomics. */
@@ -44,8 +50,11 @@ typedef struct moe_combine_desc {
     const moe_place* place;   /* [T, K] */
     const float* weights;     /* [T, K]; null = 1 each */
     const void* residual;     /* [T, H] y_dtype, added first; or null */
+    const void* shared;       /* [T, H] rows_dtype, row t added to token t last; or null */
+    const float* shared_weight; /* [T] with shared; null = 1 each */
     int64_t row_stride;       /* elements between rows of a buffer; 0 = H */
     int64_t residual_stride;  /* elements between rows; 0 = H */
+    int64_t shared_stride;    /* elements between rows; 0 = H */
     int32_t rows_dtype;       /* moe_dtype; 0 = bf16 */
     /* out */
     void* y;          /* [T, H] y_dtype */
@@ -66,18 +75,21 @@ typedef struct moe_combine_desc {
 #define MOEI_COMBINE_THREADS 256 /* of a block, at most */
 
 /* A token's rows as its block looks them up once, those that exist, in slot order. */
-typedef struct moei_combine_source {
+typedef struct moe_combine_source {
     const char* row;
     float weight;
-} moei_combine_source;
+} moe_combine_source;
 
-typedef struct moei_combine_shared {
+/* Shared memory of moe_combine_token, beside its sources. */
+typedef struct moe_combine_shared {
     int count;  /* of rows that exist */
     int narrow; /* one of them does not begin at a multiple of 16 */
-} moei_combine_shared;
+} moe_combine_shared;
 
-/* Address of the row that a slot's place names, null where there is none. */
-MOE_DEVICE const char* moei_combine_row(const moe_combine_desc* d, int64_t slot)
+/* Address of the row that the place of slot t * K + k names, through the pointer table; null where
+   there is none. A place that is wrong sets the fault word. d is a descriptor that
+   moe_combine_prepare has filled in on the host. Any thread may call it. */
+MOE_DEVICE const char* moe_combine_row(const moe_combine_desc* d, int64_t slot)
 {
     const moe_place p = d->place[slot];
     const char* base;
@@ -148,7 +160,7 @@ MOE_DEVICE void moei_combine_write(void* p, const float* v, int dtype, const int
 /* Adds rows k0 .. k0 + rows to the pieces acc[0 .. cols) of a thread, span columns apart from column
    h on. All loads go out before the first is used. full says that rows and columns are all there.
    rows_dtype, cols, rows and full are literals. */
-MOE_DEVICE void moei_combine_add(float acc[2][8], const moei_combine_source* source, int k0,
+MOE_DEVICE void moei_combine_add(float acc[2][8], const moe_combine_source* source, int k0,
                                  int count, int h, int span, int hidden, const int rows_dtype,
                                  const int cols, const int rows, const int full)
 {
@@ -188,7 +200,7 @@ MOE_DEVICE void moei_combine_add(float acc[2][8], const moei_combine_source* sou
 
 /* The token's columns, 16 bytes of row at a time: a thread has `cols` such pieces at once, of `rows`
    rows under way together. rows_dtype, cols and rows are literals. */
-MOE_DEVICE void moei_combine_wide(const moe_combine_desc* d, const moei_combine_source* source,
+MOE_DEVICE void moei_combine_wide(const moe_combine_desc* d, const moe_combine_source* source,
                                   int count, char* y, const char* residual, const int rows_dtype,
                                   const int cols, const int rows)
 {
@@ -218,13 +230,25 @@ MOE_DEVICE void moei_combine_wide(const moe_combine_desc* d, const moei_combine_
     }
 }
 
-/* One block makes one token: its first warp looks the K rows up, then all sum them; element by
-   element where an address or H does not allow 16-byte access. rows_dtype is a literal. */
-MOE_DEVICE_BODY void moei_combine_token(const moe_combine_desc* d, moei_combine_shared* shared,
-                                        moei_combine_source* source, const int rows_dtype)
+/* Rows of a token at most, those of its slots and the shared one: so many sources. */
+MOE_HOST_DEVICE int moe_combine_sources(const moe_combine_desc* d)
 {
-    const int64_t t = blockIdx.x;
+    return d->top_k + (d->shared ? 1 : 0);
+}
+
+/* One block makes row t of y: its first warp looks the rows up, then all sum them; element by
+   element where an address or H does not allow 16-byte access.
+
+   All threads of a block of whole warps call it together. In shared memory lie the
+   moe_combine_shared and moe_combine_sources(d) of moe_combine_source; a barrier stands between two
+   calls with the same ones. d is a descriptor that moe_combine_prepare has filled in on the host;
+   rows_dtype is its own, a literal. */
+MOE_DEVICE_BODY void moe_combine_token(const moe_combine_desc* d, int64_t t,
+                                       moe_combine_shared* shared, moe_combine_source* source,
+                                       const int rows_dtype)
+{
     const int K = d->top_k, H = d->hidden, y_bytes = d->y_dtype == MOE_FP32 ? 4 : 2;
+    const int most = moe_combine_sources(d);
     char* y = (char*)d->y + t * d->y_stride * y_bytes;
     const char* residual =
         d->residual ? (const char*)d->residual + t * d->residual_stride * y_bytes : (const char*)0;
@@ -237,7 +261,7 @@ MOE_DEVICE_BODY void moei_combine_token(const moe_combine_desc* d, moei_combine_
             const float w = /* fetched beside the row's address, not after it */
                 k < K && d->weights ? __uint_as_float(moei_load4_early(d->weights + t * K + k))
                                     : 1.0f;
-            const char* row = k < K ? moei_combine_row(d, t * K + k) : (const char*)0;
+            const char* row = k < K ? moe_combine_row(d, t * K + k) : (const char*)0;
             const uint32_t live = __ballot_sync(MOEI_FULL, row != 0);
             const int at = count + __popc(live & ((1u << moei_lane()) - 1u));
             if (row) {
@@ -246,6 +270,16 @@ MOE_DEVICE_BODY void moei_combine_token(const moe_combine_desc* d, moei_combine_
             }
             narrow |= ((uintptr_t)row & 15) != 0;
             count += __popc(live);
+        }
+        if (d->shared) {
+            const char* row = (const char*)d->shared +
+                              t * d->shared_stride * (d->rows_dtype == MOE_FP32 ? 4 : 2);
+            if (moei_lane() == 0) {
+                source[count].row = row;
+                source[count].weight = d->shared_weight ? d->shared_weight[t] : 1.0f;
+            }
+            narrow |= ((uintptr_t)row & 15) != 0;
+            ++count;
         }
         narrow = __any_sync(MOEI_FULL, narrow) != 0;
         if (moei_lane() == 0) {
@@ -267,9 +301,9 @@ MOE_DEVICE_BODY void moei_combine_token(const moe_combine_desc* d, moei_combine_
             }
             moei_store_f32(y, h, d->y_dtype, acc);
         }
-    } else if (K <= 2) {
+    } else if (most <= 2) {
         moei_combine_wide(d, source, count, y, residual, rows_dtype, 2, 2);
-    } else if (K <= 4) {
+    } else if (most <= 4) {
         moei_combine_wide(d, source, count, y, residual, rows_dtype, 1, 4);
     } else {
         moei_combine_wide(d, source, count, y, residual, rows_dtype, 1, MOEI_COMBINE_GROUP);
@@ -289,12 +323,12 @@ MOE_DEVICE_BODY void moei_combine_token(const moe_combine_desc* d, moei_combine_
     MOE_KERNEL(MOEI_COMBINE_THREADS, MOEI_COMBINE_BLOCKS)                                         \
     moei_combine_##name(MOE_ARG(moe_combine_desc) d)                                              \
     {                                                                                             \
-        MOE_SHARED(moei_combine_shared, shared);                                                  \
-        MOE_SHARED_DYNAMIC(source); /* [K] */                                                     \
+        MOE_SHARED(moe_combine_shared, shared);                                                  \
+        MOE_SHARED_DYNAMIC(source); /* [moe_combine_sources(&d)] */                               \
         moei_let_next_start();                                                                    \
         moei_wait_for_previous();                                                                 \
         if (!moei_fault_stopped(d.fault))                                                         \
-            moei_combine_token(&d, &shared, (moei_combine_source*)source, dtype);                 \
+            moe_combine_token(&d, blockIdx.x, &shared, (moe_combine_source*)source, dtype);       \
     }
 MOEI_COMBINE_LIST(MOEI_COMBINE_KERNEL)
 #undef MOEI_COMBINE_KERNEL
@@ -315,6 +349,9 @@ MOE_HOST moe_status moei_combine_check(moe_combine_desc* d)
     if (d->residual_stride == 0) d->residual_stride = d->hidden;
     MOEI_REQUIRE(moei_stride_fits(d->residual_stride, d->hidden, T), MOE_ERR_STRIDE,
                  residual_stride);
+    if (d->shared_stride == 0) d->shared_stride = d->hidden;
+    MOEI_REQUIRE(moei_stride_fits(d->shared_stride, d->hidden, T), MOE_ERR_STRIDE, shared_stride);
+    MOEI_REQUIRE(d->shared || !d->shared_weight, MOE_ERR_CONFLICT, shared_weight);
     MOEI_REQUIRE(d->num_rows >= 0, MOE_ERR_RANGE, num_rows);
     MOEI_REQUIRE(moei_stride_fits(d->row_stride, d->hidden, d->num_rows ? d->num_rows : 1 << 20),
                  MOE_ERR_STRIDE, row_stride);
@@ -338,6 +375,9 @@ MOE_HOST moe_status moei_combine_check(moe_combine_desc* d)
     MOEI_REQUIRE(moei_aligned(d->y, (uintptr_t)moe_dtype_bytes(d->y_dtype)), MOE_ERR_ALIGN, y);
     MOEI_REQUIRE(moei_aligned(d->residual, (uintptr_t)moe_dtype_bytes(d->y_dtype)), MOE_ERR_ALIGN,
                  residual);
+    MOEI_REQUIRE(moei_aligned(d->shared, (uintptr_t)moe_dtype_bytes(d->rows_dtype)), MOE_ERR_ALIGN,
+                 shared);
+    MOEI_REQUIRE(moei_aligned(d->shared_weight, 4), MOE_ERR_ALIGN, shared_weight);
     {
         const bool in_place = d->residual == d->y && d->residual_stride == d->y_stride;
         const moei_range r[] = {
@@ -349,10 +389,21 @@ MOE_HOST moe_status moei_combine_check(moe_combine_desc* d)
             {d->weights, (uint64_t)T * (uint64_t)d->top_k * 4, MOE_FIELD_weights},
             {in_place ? 0 : d->residual, moei_extent(T, d->residual_stride, d->hidden, d->y_dtype),
              MOE_FIELD_residual},
+            {d->shared, moei_extent(T, d->shared_stride, d->hidden, d->rows_dtype),
+             MOE_FIELD_shared},
+            {d->shared_weight, (uint64_t)T * 4, MOE_FIELD_shared_weight},
             {d->y, moei_extent(T, d->y_stride, d->hidden, d->y_dtype), MOE_FIELD_y},
             {d->fault, 8, MOE_FIELD_fault}};
-        return moei_disjoint(r, 5, 7);
+        return moei_disjoint(r, 7, 9);
     }
+}
+
+/* For moe_combine_token and moe_combine_row in a kernel of one's own: fills in the descriptor's
+   defaults, which device code needs. Errors as of moe_combine. */
+MOE_HOST moe_status moe_combine_prepare(moe_combine_desc* desc)
+{
+    MOEI_REQUIRE(desc, MOE_ERR_NULL, desc);
+    return moei_combine_check(desc);
 }
 
 /* Queues the combine on `stream`. Errors: every field of the descriptor as documented above, each
@@ -367,9 +418,10 @@ MOE_HOST moe_status moe_combine(const moe_combine_desc* desc, cudaStream_t strea
     MOEI_TRY(moei_combine_check(&d));
     if (d.num_tokens == 0) return MOE_OK;
     pieces = (d.hidden + 7) / 8 * (d.rows_dtype == MOE_FP32 ? 2 : 1); /* 16 bytes of a row each */
-    threads = ((d.top_k <= 2 ? (pieces + 1) / 2 : pieces) + 31) / 32 * 32;
+    threads = ((moe_combine_sources(&d) <= 2 ? (pieces + 1) / 2 : pieces) + 31) / 32 * 32;
     if (threads > MOEI_COMBINE_THREADS) threads = MOEI_COMBINE_THREADS;
-    c = moei_grid(d.num_tokens, threads, (size_t)d.top_k * sizeof(moei_combine_source), stream);
+    c = moei_grid(d.num_tokens, threads,
+                  (size_t)moe_combine_sources(&d) * sizeof(moe_combine_source), stream);
     c.dependent = 1;
 #define MOEI_COMBINE_CASE(name, dtype)                                                            \
     if (d.rows_dtype == dtype) return MOE_LAUNCH(moei_combine_##name, c, d);

@@ -1,19 +1,27 @@
 /* experts.cuh: the experts' MLP, two grouped GEMMs with everything between them fused.
 
-     up     act[r]  = silu(gate_r) * up_r,   [gate_r ; up_r] = w1_e x[token(r)] + bias1_e
+     up     act[r]  = activation(w1_e x[token(r)] + bias1_e)
      down   rows[r] = w2_e act[r] + bias2_e
             for every row r of expert e, token(r) = row_slot[r] / K
 
-   In:   x [T, H]; w1 [E, 2I, H] gate and up (concatenated, interleaved or separate), w2 [E, H, I]:
-         the layouts of checkpoints, used where they lie through moe_weights (layout.h): one
-         strided block, one pointer per expert, rows of K or of N elements
+   Activations (moe_activation in layout.h has the formulas). Gated ones make a column of act from a
+   gate and an up, w1 is [E, 2I, H]; for the others it is [E, I, H]:
+     SwiGLU (default)  Mixtral, Qwen, DeepSeek      SiLU       MLPs with no gate
+     SwiGLU clamped    gpt-oss (interleaved)        GELU       BERT, GPT-NeoX (erf)
+     GEGLU             ModernBERT (erf)             GELU tanh  GPT-2
+     GEGLU tanh        T5 1.1, Gemma, Grok-1        ReLU^2     Primer, Nemotron
+
+   In:   x [T, H]; w1 [E, 2I, H] gate and up (concatenated, interleaved or separate) or [E, I, H],
+         w2 [E, H, I]: the layouts of checkpoints, used where they lie through moe_weights
+         (layout.h): one strided block, one pointer per expert, rows of K or of N elements
          expert_offset [E + 1] and row_slot [num_rows] from route
    Out:  rows [num_rows, H] in expert order, in one array or in one allocation per expert (table)
    Rows of x are gathered while they are loaded; no permuted copy is made.
 
-   fp16 (sm_75) or bf16 (sm_80), fp32 accumulation; act is rounded to the dtype between the two
-   products. H and I are multiples of 8. Equal inputs give equal bits.
-   Cost: 6 * rows * H * I flops, two launches, and act, num_rows * I elements, as scratch.
+   fp16 (sm_75) or bf16 (sm_80), fp32 accumulation and activation; act is rounded to the dtype
+   between the two products. H and I are multiples of 8. Equal inputs give equal bits.
+   Cost: 6 * rows * H * I flops (4 where not gated), two launches, and act, num_rows * I elements,
+   as scratch.
 
      moe_experts_desc m = {0};
      m.x = x;  m.w1.base = w1;  m.w2.base = w2;
@@ -21,7 +29,8 @@
      m.num_tokens = T;  m.hidden = H;  m.intermediate = I;  m.num_experts = E;  m.top_k = K;
      moe_status s = moe_experts(&m, stream);
 
-   Source: grouped GEMM with gathered rows and fused SwiGLU, as in SonicMoE, arXiv 2512.14080. */
+   Source: grouped GEMM with gathered rows and fused SwiGLU, as in SonicMoE, arXiv 2512.14080; gated
+   activations after Shazeer, arXiv 2002.05202; ReLU^2 after Primer, arXiv 2109.08668. */
 #ifndef MOE_EXPERTS_CUH
 #define MOE_EXPERTS_CUH
 
@@ -31,11 +40,11 @@ typedef struct moe_experts_desc {
     /* in */
     const void* x;     /* [T, H] dtype; without row_slot: [num_rows, H] in expert order */
     int64_t x_stride;  /* elements between rows; 0 = H; multiple of 8 */
-    moe_weights w1;    /* [E, 2I, H] per gate_up, dtype */
+    moe_weights w1;    /* [E, 2I, H] per gate_up, not gated [E, I, H], dtype */
     moe_weights w2;    /* [E, H, I] dtype */
-    const void* bias1; /* [E, 2I] dtype, ordered as w1's rows; or null */
+    const void* bias1; /* [E, 2I] or [E, I] dtype, ordered as w1's rows; or null */
     const void* bias2; /* [E, H] dtype; or null */
-    const int32_t* expert_offset; /* [E + 1] */
+    const int32_t* expert_offset; /* [E + 1]; null with one expert: all num_rows rows */
     const int32_t* row_slot;      /* [num_rows]; or null: x is in expert order already */
     /* scratch and out */
     void* act;          /* [num_rows, I] dtype, scratch: what lies between the two products */
@@ -53,9 +62,22 @@ typedef struct moe_experts_desc {
     int32_t top_k;        /* K, turns row_slot into tokens */
     int32_t dtype;        /* fp16 or bf16; 0 = bf16 */
     int32_t rows_dtype;   /* dtype or fp32; 0 = dtype */
-    int32_t gate_up;      /* moe_gate_up; 0 = concatenated */
+    int32_t activation;   /* moe_activation; 0 = SwiGLU */
+    int32_t gate_up;      /* moe_gate_up; 0 = concatenated; only gated activations look at it */
+    float alpha, limit;   /* of the clamped SwiGLU, else 0: alpha finite, 0 = 1.702; limit finite
+                             and not negative, 0 = 7 */
     int32_t tile;         /* moe_tile of both products; 0 = chosen by shape and device */
 } moe_experts_desc;
+
+/* Rows of w1 [rows I, H] for one column of act: 2 where gate and up are in one matrix, else 1. With
+   gate_up 0, of both matrices: elements of bias1. Takes any activation, known or not. */
+MOE_HOST int moei_experts_up_rows(int activation, int gate_up)
+{
+    return (activation == 0 || moe_activation_is_gated(activation)) &&
+                   gate_up != MOE_GATE_UP_SEPARATE
+               ? 2
+               : 1;
+}
 
 /* The two products as grouped GEMMs. */
 MOE_HOST moe_status moei_experts_gemms(const moe_experts_desc* d, moe_grouped_gemm_desc* up,
@@ -87,8 +109,10 @@ MOE_HOST moe_status moei_experts_gemms(const moe_experts_desc* d, moe_grouped_ge
     up->n = d->intermediate;
     up->k = d->hidden;
     up->dtype = d->dtype;
-    up->epilogue = MOE_EPILOGUE_SWIGLU;
+    up->activation = d->activation ? d->activation : MOE_ACTIVATION_SWIGLU;
     up->gate_up = d->gate_up;
+    up->alpha = d->alpha;
+    up->limit = d->limit;
     up->tile = d->tile;
 
     memset(down, 0, sizeof *down);
@@ -150,8 +174,10 @@ MOE_HOST moe_status moei_experts_check(const moe_experts_desc* d, moe_grouped_ge
     if (up->num_rows == 0) return MOE_OK;
     { /* each product has been checked for itself; here what one reads and the other writes */
         const int64_t E = up->num_experts, R = up->num_rows, H = up->k, I = up->n;
-        const int64_t joined = up->gate_up == MOE_GATE_UP_SEPARATE ? I : 2 * I;
-        const uint64_t w1 = moei_weight_extent(&up->b, E, joined, H);
+        const uint64_t w1 =
+            moei_weight_extent(&up->b, E, I * moei_experts_up_rows(d->activation, d->gate_up), H);
+        const uint64_t bias1 = (uint64_t)(E * I) * 2 *
+                               (uint64_t)moei_experts_up_rows(d->activation, 0);
         const moei_range r[] = {
             {d->x, moei_extent(up->a_rows, up->a_stride, H, up->dtype), MOE_FIELD_x},
             {d->w1.base, w1, MOE_FIELD_w1},
@@ -160,7 +186,7 @@ MOE_HOST moe_status moei_experts_check(const moe_experts_desc* d, moe_grouped_ge
             {d->w1.up_table, (uint64_t)E * 8, MOE_FIELD_w1},
             {d->w2.base, moei_weight_extent(&down->b, E, H, I), MOE_FIELD_w2},
             {d->w2.table, (uint64_t)E * 8, MOE_FIELD_w2},
-            {d->bias1, (uint64_t)(E * 2 * I) * 2, MOE_FIELD_bias1},
+            {d->bias1, bias1, MOE_FIELD_bias1},
             {d->bias2, (uint64_t)(E * H) * 2, MOE_FIELD_bias2},
             {d->expert_offset, (uint64_t)E * 4 + 4, MOE_FIELD_expert_offset},
             {d->row_slot, (uint64_t)R * 4, MOE_FIELD_row_slot},

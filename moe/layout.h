@@ -44,6 +44,27 @@ typedef enum moe_major {
     MOE_MAJOR_MN           /* rows of M (or N) elements: weights [E, K, N] */
 } moe_major;
 
+/* What happens between an MLP's two products. The gated ones take two columns of w1 to make one of
+   the activations: act(gate) * up. Phi is the normal distribution, sigma the logistic function. */
+typedef enum moe_activation {
+    MOE_ACTIVATION_DEFAULT = 0,    /* each field says what it stands for */
+    MOE_ACTIVATION_NONE,           /* v */
+    MOE_ACTIVATION_SWIGLU,         /* gate sigma(gate) up */
+    MOE_ACTIVATION_GEGLU,          /* gate Phi(gate) up */
+    MOE_ACTIVATION_GEGLU_TANH,     /* the same with the tanh form of Phi */
+    MOE_ACTIVATION_SWIGLU_CLAMPED, /* g sigma(alpha g) (u + 1); g = min(gate, limit), u = up held
+                                      within -limit .. limit */
+    MOE_ACTIVATION_SILU,           /* v sigma(v); from here on not gated */
+    MOE_ACTIVATION_GELU,           /* v Phi(v) */
+    MOE_ACTIVATION_GELU_TANH,      /* v (1 + tanh(sqrt(2 / pi) (v + 0.044715 v^3))) / 2 */
+    MOE_ACTIVATION_RELU2           /* max(v, 0)^2 */
+} moe_activation;
+
+MOE_HOST_DEVICE int moe_activation_is_gated(int activation)
+{
+    return activation >= MOE_ACTIVATION_SWIGLU && activation <= MOE_ACTIVATION_SWIGLU_CLAMPED;
+}
+
 /* Where the up projection of a gated activation stands beside its gate. */
 typedef enum moe_gate_up {
     MOE_GATE_UP_DEFAULT = 0,  /* MOE_GATE_UP_CONCATENATED */

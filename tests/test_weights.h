@@ -129,9 +129,10 @@ MOEI_UNUSED static void* trows_new(trand* r, int64_t rows, int64_t stride, int64
     return p;
 }
 
-/* The parameters of an MLP: w1 and w2 as gate_up says, and a bias for each. */
+/* The parameters of an MLP: w1 and w2 as activation and gate_up say, and a bias for each. */
 typedef struct tmlp_want {
-    int experts, hidden, intermediate, dtype, gate_up;
+    int experts, hidden, intermediate, dtype;
+    int activation, gate_up; /* 0: SwiGLU, concatenated */
     int major1, major2, table1, table2; /* of the two weights, as in tweights_want */
     int pad;
 } tmlp_want;
@@ -145,13 +146,15 @@ typedef struct tmlp {
 MOEI_UNUSED static void tmlp_new(tmlp* m, const tmlp_want* want, trand* r)
 {
     const int64_t E = want->experts, H = want->hidden, I = want->intermediate;
+    const int gated = want->activation == 0 || moe_activation_is_gated(want->activation);
+    const int64_t columns = gated ? 2 * I : I; /* of bias1 */
     tweights_want w;
     memset(&w, 0, sizeof w);
     w.experts = want->experts;
     w.dtype = want->dtype;
     w.pad = want->pad;
-    w.separate = want->gate_up == MOE_GATE_UP_SEPARATE;
-    w.n = w.separate ? want->intermediate : 2 * want->intermediate;
+    w.separate = gated && want->gate_up == MOE_GATE_UP_SEPARATE;
+    w.n = gated && !w.separate ? 2 * want->intermediate : want->intermediate;
     w.k = want->hidden;
     w.major = want->major1;
     w.table = want->table1;
@@ -164,9 +167,9 @@ MOEI_UNUSED static void tmlp_new(tmlp* m, const tmlp_want* want, trand* r)
     w.table = want->table2;
     w.scale = (float)(1.5 / sqrt((double)I));
     tweights_new(&m->w2, &w, r);
-    m->h_bias1 = trows_new(r, E, 2 * I, 2 * I, want->dtype, TFILL_NORMAL, 0.5f);
+    m->h_bias1 = trows_new(r, E, columns, columns, want->dtype, TFILL_NORMAL, 0.5f);
     m->h_bias2 = trows_new(r, E, H, H, want->dtype, TFILL_NORMAL, 0.5f);
-    m->bias1 = tbuf_from("bias1", m->h_bias1, (size_t)(E * 2 * I) * 2, 2);
+    m->bias1 = tbuf_from("bias1", m->h_bias1, (size_t)(E * columns) * 2, 2);
     m->bias2 = tbuf_from("bias2", m->h_bias2, (size_t)(E * H) * 2, 2);
 }
 

@@ -5,15 +5,9 @@
 #include "../base/status.h"
 #include "../layout.h"
 
-typedef enum moe_epilogue {
-    MOE_EPILOGUE_DEFAULT = 0, /* MOE_EPILOGUE_NONE */
-    MOE_EPILOGUE_NONE,        /* c = acc, plus the bias where one is given */
-    MOE_EPILOGUE_SWIGLU /* c = silu(gate) * up, each with its bias; C has n columns, B 2n rows */
-} moe_epilogue;
-
 #define MOE_GEMM_MAX_ROWS (0x7fffffff - 255) /* rows of A and of C: a tile past them still counts */
 
-/* Tile shapes, rows x columns x depth; a SwiGLU tile makes half as many columns of C. */
+/* Tile shapes, rows x columns; a tile of a gated activation makes half as many columns of C. */
 typedef enum moe_tile {
     MOE_TILE_AUTO = 0,
     MOE_TILE_128x256, /* many rows an expert; 200 KB of shared memory a block; operands along K */
@@ -31,9 +25,10 @@ typedef enum moe_gemm_path {
 
 /* For every row r of every expert e (rows expert_offset[e] .. expert_offset[e + 1]):
 
-     C[r, :] = epilogue( A[row(r), :] * B_e^T + bias_e ),  row(r) = row_index[r] / row_div
+     C[r, :] = activation( A[row(r), :] * B_e^T + bias_e ),  row(r) = row_index[r] / row_div
 
-   B_e is [n, k] (SwiGLU: [2n, k]), fp32 accumulation, k ascending within a tile's pipeline. */
+   B_e is [n, k] (of a gated activation [2n, k]), fp32 accumulation, k ascending within a tile's
+   pipeline. */
 typedef struct moe_grouped_gemm_desc {
     /* in */
     const void* a;                /* [a_rows, k] dtype; a_major MN: [k, a_rows] */
@@ -41,7 +36,7 @@ typedef struct moe_grouped_gemm_desc {
     int64_t a_rows;               /* rows of A; 0 = num_rows */
     const int32_t* row_index;     /* [num_rows] see row(r), -1 = a row of zeros; null = r itself */
     moe_weights b;                /* the experts' matrices */
-    const void* bias;             /* [E, n] dtype, SwiGLU: [E, 2n] ordered as B's rows; or null */
+    const void* bias;             /* [E, n] dtype, gated: [E, 2n] ordered as B's rows; or null */
     const int32_t* expert_offset; /* [E + 1]; null with one expert: all num_rows rows */
     /* out */
     void* c;              /* [num_rows, n] c_dtype, rows in expert order; or null with a table */
@@ -58,8 +53,10 @@ typedef struct moe_grouped_gemm_desc {
     int32_t dtype;       /* of A, B and bias: fp16 or bf16; 0 = bf16 */
     int32_t c_dtype;     /* 0 = dtype */
     int32_t a_major;     /* moe_major; MOE_MAJOR_MN takes no row_index */
-    int32_t epilogue;    /* moe_epilogue */
-    int32_t gate_up;     /* moe_gate_up, for SwiGLU */
+    int32_t activation;  /* moe_activation (layout.h); 0 = none */
+    int32_t gate_up;     /* moe_gate_up; 0 = concatenated; only gated activations look at it */
+    float alpha, limit;  /* of MOE_ACTIVATION_SWIGLU_CLAMPED, else 0: alpha finite, 0 = 1.702; limit
+                            finite and not negative, 0 = 7 */
     int32_t tile;        /* moe_tile; 0 = chosen by shape and device */
 } moe_grouped_gemm_desc;
 

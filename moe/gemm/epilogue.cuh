@@ -4,8 +4,8 @@
    [16][wn + 4] fp32, reads it back in row order, adds the bias, applies the activation and
    writes 16 bytes a lane. No block barrier: each warp stores when it is done.
 
-   SwiGLU pairs: with gate and up interleaved, columns 2j and 2j + 1 of the strip; otherwise
-   columns j and wn/2 + j, since the loader has put both halves into the warp's columns. */
+   Gate and up of a gated activation: where they are interleaved, columns 2j and 2j + 1 of the strip;
+   otherwise columns j and wn/2 + j, since the loader has put both halves into the warp's columns. */
 #ifndef MOE_GEMM_EPILOGUE_CUH
 #define MOE_GEMM_EPILOGUE_CUH
 
@@ -34,33 +34,73 @@ MOE_DEVICE void moei_epilogue_bias(float* v, const uint16_t* bias, int64_t at, i
     for (int i = 0; i < 8; ++i) v[i] += moei_half_to_f32(bias[at + i * step], dtype);
 }
 
+/* v = activation(v) of 8 gates or plain columns, w their ups where there are any. Knows all but NONE
+   and SwiGLU, which the caller has. */
+MOE_DEVICE void moei_epilogue_activate(float* v, float* w, const moe_grouped_gemm_desc* d)
+{
+    const int kind = d->activation;
+    if (kind == MOE_ACTIVATION_RELU2) {
+        MOEI_UNROLL
+        for (int x = 0; x < 8; ++x) v[x] = v[x] < 0.0f ? 0.0f : v[x] * v[x];
+        return;
+    }
+    if (kind == MOE_ACTIVATION_GELU || kind == MOE_ACTIVATION_GEGLU) {
+        MOEI_UNROLL
+        for (int x = 0; x < 8; ++x) v[x] = moei_gelu(v[x]);
+    } else {
+        float a = -1.44269504f, b = 0.0f;
+        if (kind == MOE_ACTIVATION_SWIGLU_CLAMPED) {
+            const float limit = d->limit;
+            a *= d->alpha;
+            MOEI_UNROLL
+            for (int x = 0; x < 8; ++x) { /* comparisons, so that NaN stays */
+                v[x] = v[x] > limit ? limit : v[x];
+                w[x] = (w[x] > limit ? limit : w[x] < -limit ? -limit : w[x]) + 1.0f;
+            }
+        } else if (kind != MOE_ACTIVATION_SILU) {
+            a = MOEI_GELU_TANH_A;
+            b = MOEI_GELU_TANH_B;
+        }
+        MOEI_UNROLL
+        for (int x = 0; x < 8; ++x) v[x] = moei_sigmoid_unit(v[x], a, b);
+    }
+    if (d->gate_up) {
+        MOEI_UNROLL
+        for (int x = 0; x < 8; ++x) v[x] *= w[x];
+    }
+}
+
 /* One warp: its wm x wn accumulators become rows row .. row + wm and columns from `column` of C. */
 MOE_DEVICE void moei_epilogue_warp(const moe_grouped_gemm_desc* d, const moei_tile* t,
                                    moei_mma_c acc[4][4], float* strip, int row, int column,
                                    const int wm, const int wn)
 {
-    const bool swiglu = d->epilogue == MOE_EPILOGUE_SWIGLU;
+    const bool gated = d->gate_up != 0;
     const bool pairs = d->gate_up == MOE_GATE_UP_INTERLEAVED;
     const int ld = wn + 4;
-    const int groups = (swiglu ? wn / 2 : wn) / 8; /* of 8 columns of C, in one strip row */
+    const int groups = (gated ? wn / 2 : wn) / 8; /* of 8 columns of C, in one strip row */
     const int c_bytes = d->c_dtype == MOE_FP32 ? 4 : 2;
-    const uint16_t* bias =
-        d->bias ? (const uint16_t*)d->bias + (int64_t)t->expert * d->n * (swiglu ? 2 : 1)
-                : (const uint16_t*)0;
     char* c = d->c_table ? (char*)d->c_table[t->expert] - (int64_t)t->begin * d->c_stride * c_bytes
                          : (char*)d->c;
 
-    MOEI_UNROLL
+    MOEI_NO_UNROLL /* the body once, the accumulators by literals: a quarter of the code */
     for (int i = 0; i < wm / 16; ++i) {
         MOEI_UNROLL
-        for (int j = 0; j < wn / 16; ++j) moei_mma_store(strip + j * 16, &acc[i][j], ld);
+        for (int m = 0; m < wm / 16; ++m)
+            if (m == i) {
+                MOEI_UNROLL
+                for (int j = 0; j < wn / 16; ++j) moei_mma_store(strip + j * 16, &acc[m][j], ld);
+            }
         __syncwarp(MOEI_FULL);
         for (int u = moei_lane(); u < 16 * groups; u += MOEI_WARP) {
             const int r = u / groups, j = u % groups * 8;
             const int64_t m = row + i * 16 + r;
             const int n = column + j;
-            float v[8];
+            float v[8], w[8];
+            /* here, so that nothing of it takes a register while the accumulators wait */
+            const uint16_t* bias = (const uint16_t*)d->bias;
             if (m < t->begin || m >= t->end || n >= d->n) continue;
+            if (bias) bias += (int64_t)t->expert * d->n * (gated ? 2 : 1);
             if (pairs) {
                 MOEI_UNROLL
                 for (int x = 0; x < 8; ++x) v[x] = strip[r * ld + 2 * (j + x)];
@@ -69,16 +109,19 @@ MOE_DEVICE void moei_epilogue_warp(const moe_grouped_gemm_desc* d, const moei_ti
                 for (int x = 0; x < 8; ++x) v[x] = strip[r * ld + j + x];
             }
             if (bias) moei_epilogue_bias(v, bias, pairs ? 2 * n : n, pairs ? 2 : 1, d->dtype);
-            if (swiglu) {
-                float w[8];
+            if (gated) {
                 MOEI_UNROLL
                 for (int x = 0; x < 8; ++x)
                     w[x] = strip[r * ld + (pairs ? 2 * (j + x) + 1 : wn / 2 + j + x)];
                 if (bias)
                     moei_epilogue_bias(w, bias, pairs ? 2 * n + 1 : d->n + n, pairs ? 2 : 1,
                                        d->dtype);
+            }
+            if (d->activation == MOE_ACTIVATION_SWIGLU) {
                 MOEI_UNROLL
                 for (int x = 0; x < 8; ++x) v[x] = moei_silu(v[x]) * w[x];
+            } else if (d->activation != MOE_ACTIVATION_NONE) {
+                moei_epilogue_activate(v, w, d);
             }
             moei_epilogue_store8(c + (m * d->c_stride + n) * c_bytes, v, d->c_dtype);
         }

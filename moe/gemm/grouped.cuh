@@ -1,6 +1,6 @@
 /* grouped.cuh: grouped GEMM on tensor cores, one product per expert over that expert's rows.
 
-     C[r, :] = epilogue( A[row(r), :] * B_e^T + bias_e ),  r in expert e,
+     C[r, :] = activation( A[row(r), :] * B_e^T + bias_e ),  r in expert e,
      row(r)  = row_index[r] / row_div
 
    Rows of A are gathered by index while they are loaded, so no permuted copy is made; the weights
@@ -12,7 +12,7 @@
    fp32. Each element of C is one sum in ascending k: equal inputs give equal bits for one tile
    shape, and the tile shape depends on shapes and device alone.
 
-   Cost: 2 * rows * n * k flops (twice that with SwiGLU). One launch.
+   Cost: 2 * rows * n * k flops (twice that with a gated activation). One launch.
 
      moe_grouped_gemm_desc g = {0};
      g.a = x;  g.row_index = row_slot;  g.row_div = K;  g.a_rows = T;
@@ -27,13 +27,12 @@
 
 #include "tile.cuh"
 
-/* tile, rows, columns, depth of a step, warps along rows and columns, stages, blocks a
-   multiprocessor. Threads * 8 / depth must be 32, warp tiles at most 64 x 64. */
+/* tile, its shape, blocks a multiprocessor. */
 #define MOEI_GEMM_TILE_LIST(X)                                                                    \
-    X(128x256, 128, 256, 64, 2, 4, 3, 1)                                                          \
-    X(128x128, 128, 128, 32, 2, 2, 3, 2)                                                          \
-    X(32x128, 32, 128, 64, 2, 4, 3, 2)                                                            \
-    X(64x64, 64, 64, 32, 2, 2, 2, 4)
+    X(128x256, MOE_GEMM_SHAPE_128x256, 1)                                                         \
+    X(128x128, MOE_GEMM_SHAPE_128x128, 2)                                                         \
+    X(32x128, MOE_GEMM_SHAPE_32x128, 2)                                                           \
+    X(64x64, MOE_GEMM_SHAPE_64x64, 4)
 
 /* dtype and majors every tile is stamped with; predefine it to trim or extend what is compiled. */
 #ifndef MOE_GEMM_VARIANT_LIST
@@ -85,7 +84,9 @@ typedef struct moei_gemm_choice {
 static const moei_gemm_choice moei_gemm_choices[] = {
 #define MOEI_GEMM_ROW(name, tm, tn, kb, wm, wn, stages, blocks)                                   \
     {MOE_TILE_##name, tm, tn, kb, wm, wn, stages, blocks},
-    MOEI_GEMM_TILE_LIST(MOEI_GEMM_ROW)
+#define MOEI_GEMM_TILE_ROW(...) MOEI_GEMM_ROW(__VA_ARGS__)
+    MOEI_GEMM_TILE_LIST(MOEI_GEMM_TILE_ROW)
+#undef MOEI_GEMM_TILE_ROW
 #undef MOEI_GEMM_ROW
 };
 #define MOEI_GEMM_CHOICES ((int)(sizeof moei_gemm_choices / sizeof moei_gemm_choices[0]))
@@ -100,7 +101,7 @@ MOE_HOST size_t moei_gemm_smem(const moei_gemm_choice* t, const moe_grouped_gemm
 MOE_HOST int moei_gemm_suits(const moei_gemm_choice* t, const moe_grouped_gemm_desc* d, int sms)
 {
     const int64_t rows = d->num_rows / d->num_experts; /* an expert's, on average */
-    const int64_t b_rows = (int64_t)d->n * (d->epilogue == MOE_EPILOGUE_SWIGLU ? 2 : 1);
+    const int64_t b_rows = (int64_t)d->n * (d->gate_up ? 2 : 1);
     const int64_t tiles =
         ((rows + t->tm - 1) / t->tm) * d->num_experts * ((b_rows + t->tn - 1) / t->tn);
     switch (t->tile) {
@@ -113,7 +114,7 @@ MOE_HOST int moei_gemm_suits(const moei_gemm_choice* t, const moe_grouped_gemm_d
 /* Fills in the defaults and refuses what the header does not offer. */
 MOE_HOST moe_status moei_gemm_check(moe_grouped_gemm_desc* d)
 {
-    const int swiglu = d->epilogue == MOE_EPILOGUE_SWIGLU;
+    const int gated = moe_activation_is_gated(d->activation);
     int64_t b_rows, b_cols;
     MOEI_REQUIRE(d->num_experts >= 1 && d->num_experts <= MOE_MAX_EXPERTS, MOE_ERR_RANGE,
                  num_experts);
@@ -124,13 +125,23 @@ MOE_HOST moe_status moei_gemm_check(moe_grouped_gemm_desc* d)
     MOEI_REQUIRE(d->dtype == MOE_BF16 || d->dtype == MOE_FP16, MOE_ERR_DTYPE, dtype);
     if (d->c_dtype == 0) d->c_dtype = d->dtype;
     MOEI_REQUIRE(d->c_dtype == d->dtype || d->c_dtype == MOE_FP32, MOE_ERR_DTYPE, c_dtype);
-    if (d->epilogue == 0) d->epilogue = MOE_EPILOGUE_NONE;
-    MOEI_REQUIRE(d->epilogue >= 0 && d->epilogue <= MOE_EPILOGUE_SWIGLU, MOE_ERR_OPTION, epilogue);
+    if (d->activation == 0) d->activation = MOE_ACTIVATION_NONE;
+    MOEI_REQUIRE(d->activation >= 0 && d->activation <= MOE_ACTIVATION_RELU2, MOE_ERR_OPTION,
+                 activation);
+    if (d->activation == MOE_ACTIVATION_SWIGLU_CLAMPED) {
+        MOEI_REQUIRE((moe_f32_bits(d->alpha) & 0x7f800000u) != 0x7f800000u, MOE_ERR_RANGE, alpha);
+        MOEI_REQUIRE(moe_f32_bits(d->limit + 0.0f) < 0x7f800000u, MOE_ERR_RANGE, limit);
+        if (d->alpha == 0.0f) d->alpha = 1.702f;
+        if (d->limit == 0.0f) d->limit = 7.0f;
+    } else {
+        MOEI_REQUIRE(d->alpha == 0.0f, MOE_ERR_CONFLICT, alpha);
+        MOEI_REQUIRE(d->limit == 0.0f, MOE_ERR_CONFLICT, limit);
+    }
     if (d->gate_up == 0) d->gate_up = MOE_GATE_UP_CONCATENATED;
     MOEI_REQUIRE(d->gate_up >= 0 && d->gate_up <= MOE_GATE_UP_SEPARATE, MOE_ERR_OPTION, gate_up);
-    MOEI_REQUIRE((swiglu && d->gate_up == MOE_GATE_UP_SEPARATE) || (!d->b.up && !d->b.up_table),
+    MOEI_REQUIRE((gated && d->gate_up == MOE_GATE_UP_SEPARATE) || (!d->b.up && !d->b.up_table),
                  MOE_ERR_CONFLICT, b);
-    if (!swiglu) d->gate_up = MOE_GATE_UP_DEFAULT; /* neither gate nor up: one matrix */
+    if (!gated) d->gate_up = MOE_GATE_UP_DEFAULT; /* neither gate nor up: one matrix */
     if (d->a_major == 0) d->a_major = MOE_MAJOR_K;
     MOEI_REQUIRE(d->a_major == MOE_MAJOR_K || d->a_major == MOE_MAJOR_MN, MOE_ERR_OPTION, a_major);
     if (d->b.major == 0) d->b.major = MOE_MAJOR_K;
@@ -148,7 +159,7 @@ MOE_HOST moe_status moei_gemm_check(moe_grouped_gemm_desc* d)
         MOEI_REQUIRE(moei_stride_fits(d->a_stride, inner, outer), MOE_ERR_STRIDE, a_stride);
         MOEI_REQUIRE(d->a_stride % 8 == 0, MOE_ERR_ALIGN, a_stride);
     }
-    b_rows = (int64_t)d->n * (swiglu && d->gate_up != MOE_GATE_UP_SEPARATE ? 2 : 1);
+    b_rows = (int64_t)d->n * (gated && d->gate_up != MOE_GATE_UP_SEPARATE ? 2 : 1);
     b_cols = d->b.major == MOE_MAJOR_K ? d->k : b_rows;
     if (d->b.major == MOE_MAJOR_MN) b_rows = d->k;
     if (d->b.row_stride == 0) d->b.row_stride = b_cols;
@@ -186,7 +197,7 @@ MOE_HOST moe_status moei_gemm_check(moe_grouped_gemm_desc* d)
     {
         const uint64_t b_bytes = moei_weight_extent(
             &d->b, d->num_experts,
-            (int64_t)d->n * (swiglu && d->gate_up != MOE_GATE_UP_SEPARATE ? 2 : 1), d->k);
+            (int64_t)d->n * (gated && d->gate_up != MOE_GATE_UP_SEPARATE ? 2 : 1), d->k);
         const moei_range r[] = {
             {d->a,
              d->a_major == MOE_MAJOR_K ? moei_extent(d->a_rows, d->a_stride, d->k, d->dtype)
@@ -194,7 +205,7 @@ MOE_HOST moe_status moei_gemm_check(moe_grouped_gemm_desc* d)
              MOE_FIELD_a},
             {d->b.base, b_bytes, MOE_FIELD_b},
             {d->b.up, b_bytes, MOE_FIELD_b},
-            {d->bias, (uint64_t)d->num_experts * (uint64_t)d->n * (swiglu ? 4 : 2), MOE_FIELD_bias},
+            {d->bias, (uint64_t)d->num_experts * (uint64_t)d->n * (gated ? 4 : 2), MOE_FIELD_bias},
             {d->row_index, (uint64_t)d->num_rows * 4, MOE_FIELD_row_index},
             {d->expert_offset, (uint64_t)d->num_experts * 4 + 4, MOE_FIELD_expert_offset},
             {d->b.table, (uint64_t)d->num_experts * 8, MOE_FIELD_b},
@@ -204,6 +215,15 @@ MOE_HOST moe_status moei_gemm_check(moe_grouped_gemm_desc* d)
             {d->fault, 8, MOE_FIELD_fault}};
         return moei_disjoint(r, 9, 11);
     }
+}
+
+/* For moe_gemm_tile (tile.cuh) in a kernel of one's own: fills in the descriptor's defaults, which
+   device code needs. Errors as of moe_grouped_gemm. A file that wants no other kernel defines
+   MOE_GEMM_VARIANT_LIST(X, ...) as nothing before it includes this header. */
+MOE_HOST moe_status moe_gemm_tile_prepare(moe_grouped_gemm_desc* desc)
+{
+    MOEI_REQUIRE(desc, MOE_ERR_NULL, desc);
+    return moei_gemm_check(desc);
 }
 
 /* The kernel of one tile and variant; null where MOE_GEMM_VARIANT_LIST lacks it. */
@@ -275,7 +295,7 @@ MOE_HOST moe_status moei_gemm_plan(const moe_grouped_gemm_desc* d, moe_gemm_plan
     if (per_sm > t->blocks_sm) per_sm = t->blocks_sm;
     if (per_sm < 1) per_sm = 1;
     {
-        const int columns = d->epilogue == MOE_EPILOGUE_SWIGLU ? t->tn / 2 : t->tn;
+        const int columns = d->gate_up ? t->tn / 2 : t->tn;
         const int64_t most =
             ((int64_t)d->num_rows / t->tm + d->num_experts + 1) * ((d->n + columns - 1) / columns);
         MOEI_REQUIRE(most <= 0x7fffffff, MOE_ERR_RANGE, num_rows);

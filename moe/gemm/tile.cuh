@@ -12,8 +12,8 @@
    stage to be refilled, computed one step before, is free.
 
    All shape parameters are literals in the stamped kernels, so that the accumulators
-   stay in registers and the loops unroll. SwiGLU with gate and up apart: the columns of a warp
-   are half gate, half up, so that both meet in one warp's epilogue. */
+   stay in registers and the loops unroll. Gated activations with gate and up apart: the columns of
+   a warp are half gate, half up, so that both meet in one warp's epilogue. */
 #ifndef MOE_GEMM_TILE_CUH
 #define MOE_GEMM_TILE_CUH
 
@@ -22,6 +22,13 @@
 #include "epilogue.cuh"
 #include "mma.cuh"
 #include "schedule.cuh"
+
+/* Shapes of tiles: rows, columns of B, depth of a step, warps along rows and columns, stages.
+   Threads * 8 / depth are 32, warp tiles at most 64 x 64. */
+#define MOE_GEMM_SHAPE_128x256 128, 256, 64, 2, 4, 3
+#define MOE_GEMM_SHAPE_128x128 128, 128, 32, 2, 2, 3
+#define MOE_GEMM_SHAPE_32x128 32, 128, 64, 2, 4, 3
+#define MOE_GEMM_SHAPE_64x64 64, 64, 32, 2, 2, 2
 
 /* Elements of one stage of an operand `rows` wide. */
 MOE_HOST_DEVICE int moei_stage_elems(int rows, int depth, int major)
@@ -67,12 +74,11 @@ MOE_DEVICE bool moei_gemm_halves(const moe_grouped_gemm_desc* d)
     return d->gate_up == MOE_GATE_UP_CONCATENATED || d->gate_up == MOE_GATE_UP_SEPARATE;
 }
 
-/* Points the loader at the first step of tile number `index`, which is below num_tiles. */
-MOE_DEVICE void moei_loader_begin(moei_loader* p, int index, const moei_schedule* s,
+/* Points the loader at the first step of tile t, whose number is `index`. */
+MOE_DEVICE void moei_loader_begin(moei_loader* p, moei_tile t, int index,
                                   const moe_grouped_gemm_desc* d, const int tm, const int tn,
                                   const int kb, const int wn, const int a_major, const int b_major)
 {
-    const moei_tile t = moei_schedule_tile(s, index, tm);
     const int piece = (int)threadIdx.x % (kb / 8), r = (int)threadIdx.x / (kb / 8);
     const bool halves = moei_gemm_halves(d);
     const int64_t ld = d->b.row_stride;
@@ -144,7 +150,7 @@ MOE_DEVICE void moei_loader_copy(moei_loader* p, const moe_grouped_gemm_desc* d,
     const int tid = (int)threadIdx.x, piece = tid % (kb / 8), r = tid / (kb / 8);
     const int depth = d->k - p->k; /* what is left of k */
     const bool halves = moei_gemm_halves(d);
-    const int b_rows = d->epilogue == MOE_EPILOGUE_SWIGLU && !halves ? 2 * d->n : d->n;
+    const int b_rows = d->gate_up == MOE_GATE_UP_INTERLEAVED ? 2 * d->n : d->n;
 
     if (a_major == MOE_MAJOR_K) {
         MOEI_UNROLL
@@ -200,7 +206,8 @@ MOE_DEVICE void moei_loader_advance(moei_loader* p, const moe_grouped_gemm_desc*
     if (p->k >= d->k && p->tile < num_tiles) {
         p->tile += (int)gridDim.x;
         if (p->tile < num_tiles)
-            moei_loader_begin(p, p->tile, s, d, tm, tn, kb, wn, a_major, b_major);
+            moei_loader_begin(p, moei_schedule_tile(s, p->tile, tm), p->tile, d, tm, tn, kb, wn,
+                              a_major, b_major);
     }
 }
 
@@ -225,6 +232,45 @@ MOE_DEVICE void moei_tile_fragments(moei_mma_a* a, moei_mma_b* b, const uint16_t
         moei_mma_load_b(&b[j], sb + (b_major == MOE_MAJOR_K ? n * ldb + k : k * ldb + n), ldb,
                         dtype, b_major);
     }
+}
+
+MOE_DEVICE void moei_tile_zero(moei_mma_c acc[4][4], const int wm, const int wn)
+{
+    MOEI_UNROLL
+    for (int i = 0; i < wm / 16; ++i)
+        MOEI_UNROLL
+        for (int j = 0; j < wn / 16; ++j) moei_mma_zero(&acc[i][j]);
+}
+
+/* One step of a warp: multiplies the stage that has arrived, while the loader's next step is copied
+   to the one that is free. */
+MOE_DEVICE void moei_tile_step(moei_mma_c acc[4][4], moei_loader* load,
+                               const moe_grouped_gemm_desc* d, const uint16_t* stage,
+                               uint16_t* refill, int warp_m, int warp_n, const int tm, const int tn,
+                               const int kb, const int warps_m, const int warps_n, const int dtype,
+                               const int a_major, const int b_major)
+{
+    const int wm = tm / warps_m, wn = tn / warps_n, a_elems = moei_stage_elems(tm, kb, a_major);
+    moei_mma_a a[2][4];
+    moei_mma_b b[2][4];
+    moei_tile_fragments(a[0], b[0], stage, stage + a_elems, warp_m, warp_n, 0, tm, tn, kb, wm, wn,
+                        dtype, a_major, b_major);
+    MOEI_UNROLL
+    for (int k = 0; k < kb; k += 16) { /* the next pieces and copies go out first */
+        const int now = k / 16 & 1;
+        if (k + 16 < kb)
+            moei_tile_fragments(a[!now], b[!now], stage, stage + a_elems, warp_m, warp_n, k + 16,
+                                tm, tn, kb, wm, wn, dtype, a_major, b_major);
+        moei_loader_copy(load, d, refill, refill + a_elems, k / 16, kb / 16, tm, tn, kb,
+                         warps_m * warps_n * 32, a_major, b_major);
+        MOEI_UNROLL
+        for (int m = 0; m < wm / 16; ++m) {
+            MOEI_UNROLL
+            for (int n = 0; n < wn / 16; ++n)
+                moei_mma(&acc[m][n], &a[now][m], &b[now][n], dtype, a_major, b_major);
+        }
+    }
+    moei_copy_commit();
 }
 
 /* Do the tables name an address, aligned to 16 bytes, for each expert that has rows? All threads of
@@ -260,7 +306,7 @@ MOE_DEVICE_BODY void moei_gemm_block(const moe_grouped_gemm_desc* d, unsigned ch
     float* staging = (float*)(ring + stages * (a_elems + b_elems)) + moei_warp() * 16 * (wn + 4);
     const int warp_m = moei_warp() % warps_m, warp_n = moei_warp() / warps_m;
     const int steps = (d->k + kb - 1) / kb;
-    const int columns = d->epilogue == MOE_EPILOGUE_SWIGLU ? tn / 2 : tn; /* of C */
+    const int columns = d->gate_up ? tn / 2 : tn; /* of C */
     moei_schedule s;
     moei_loader load;
     int num_tiles, step = 0; /* steps computed so far, which names the ring's stage */
@@ -275,7 +321,8 @@ MOE_DEVICE_BODY void moei_gemm_block(const moe_grouped_gemm_desc* d, unsigned ch
     num_tiles = moei_schedule_build(&s, scratch, d->fault, tm);
     if ((int)blockIdx.x >= num_tiles || !moei_gemm_tables_good(d, &s)) return;
 
-    moei_loader_begin(&load, (int)blockIdx.x, &s, d, tm, tn, kb, wn, a_major, b_major);
+    moei_loader_begin(&load, moei_schedule_tile(&s, (int)blockIdx.x, tm), (int)blockIdx.x, d, tm,
+                      tn, kb, wn, a_major, b_major);
     for (int i = 0; i < stages - 1; ++i) {
         uint16_t* stage = ring + i * (a_elems + b_elems);
         moei_loader_advance(&load, d, &s, num_tiles, tm, tn, kb, wn, a_major, b_major);
@@ -286,37 +333,15 @@ MOE_DEVICE_BODY void moei_gemm_block(const moe_grouped_gemm_desc* d, unsigned ch
 
     for (int tile = (int)blockIdx.x; tile < num_tiles; tile += (int)gridDim.x) {
         moei_mma_c acc[4][4];
-        MOEI_UNROLL
-        for (int i = 0; i < wm / 16; ++i)
-            MOEI_UNROLL
-            for (int j = 0; j < wn / 16; ++j) moei_mma_zero(&acc[i][j]);
-
+        moei_tile_zero(acc, wm, wn);
         for (int i = 0; i < steps; ++i, ++step) {
             const uint16_t* stage = ring + step % stages * (a_elems + b_elems);
             uint16_t* refill = ring + (step + stages - 1) % stages * (a_elems + b_elems);
-            moei_mma_a a[2][4];
-            moei_mma_b b[2][4];
             moei_copy_wait(stages - 2);
             __syncthreads();
             moei_loader_advance(&load, d, &s, num_tiles, tm, tn, kb, wn, a_major, b_major);
-            moei_tile_fragments(a[0], b[0], stage, stage + a_elems, warp_m, warp_n, 0, tm, tn, kb,
-                                wm, wn, dtype, a_major, b_major);
-            MOEI_UNROLL
-            for (int k = 0; k < kb; k += 16) { /* the next pieces and copies go out first */
-                const int now = k / 16 & 1;
-                if (k + 16 < kb)
-                    moei_tile_fragments(a[!now], b[!now], stage, stage + a_elems, warp_m, warp_n,
-                                        k + 16, tm, tn, kb, wm, wn, dtype, a_major, b_major);
-                moei_loader_copy(&load, d, refill, refill + a_elems, k / 16, kb / 16, tm, tn, kb,
-                                 threads, a_major, b_major);
-                MOEI_UNROLL
-                for (int m = 0; m < wm / 16; ++m) {
-                    MOEI_UNROLL
-                    for (int n = 0; n < wn / 16; ++n)
-                        moei_mma(&acc[m][n], &a[now][m], &b[now][n], dtype, a_major, b_major);
-                }
-            }
-            moei_copy_commit();
+            moei_tile_step(acc, &load, d, stage, refill, warp_m, warp_n, tm, tn, kb, warps_m,
+                           warps_n, dtype, a_major, b_major);
         }
         {
             const moei_tile t = moei_schedule_tile(&s, tile, tm);
@@ -325,6 +350,67 @@ MOE_DEVICE_BODY void moei_gemm_block(const moe_grouped_gemm_desc* d, unsigned ch
         }
     }
     moei_copy_wait(0); /* the steps past the last tile */
+}
+
+/* Bytes of shared memory that moe_gemm_tile wants, for instance
+   moe_gemm_tile_smem(MOE_GEMM_SHAPE_64x64, a_major, b_major). */
+MOE_HOST_DEVICE size_t moe_gemm_tile_smem(int tm, int tn, int kb, int warps_m, int warps_n,
+                                          int stages, int a_major, int b_major)
+{
+    return moei_tile_smem(tm, tn, kb, stages, warps_m * warps_n, tn / warps_n, a_major, b_major, 0);
+}
+
+/* One tile of C for a kernel of one's own: rows row .. row + tm - 1 and the columns of tile number
+   `column` along N (tn columns each, tn / 2 with a gated activation), with bias and activation;
+   what lies past row `end` or column n is left alone. The expert's rows begin .. end lie at those
+   rows of C, or from c_table[expert] on; of A they are row_index's, or themselves. Where a_major is
+   MOE_MAJOR_MN, row is a multiple of 8.
+
+   d is a descriptor that moe_gemm_tile_prepare (grouped.cuh) has filled in on the host; its offsets
+   are not looked at, nor whether the fault word says stop; a row_index outside A sets that word.
+   The shape (MOE_GEMM_SHAPE_*), dtype and majors are literals and the descriptor's own. All threads
+   of a block of warps_m * warps_n warps call it together; `shared` has moe_gemm_tile_smem(...)
+   bytes, 128-byte aligned, and may be used again afterwards. fp16 from sm_75, bf16 from sm_80.
+
+     MOE_KERNEL(128, 1) mine(MOE_ARG(moe_grouped_gemm_desc) d)
+     {
+         MOE_SHARED_DYNAMIC(shared);
+         moe_gemm_tile(&d, 0, 0, d.num_rows, blockIdx.x * 64, blockIdx.y, shared,
+                       MOE_GEMM_SHAPE_64x64, MOE_BF16, MOE_MAJOR_K, MOE_MAJOR_K);
+     } */
+MOE_DEVICE_BODY void moe_gemm_tile(const moe_grouped_gemm_desc* d, int expert, int begin, int end,
+                                   int row, int column, unsigned char* shared, const int tm,
+                                   const int tn, const int kb, const int warps_m, const int warps_n,
+                                   const int stages, const int dtype, const int a_major,
+                                   const int b_major)
+{
+    const int wm = tm / warps_m, wn = tn / warps_n, threads = warps_m * warps_n * 32;
+    const int a_elems = moei_stage_elems(tm, kb, a_major);
+    const int elems = a_elems + moei_stage_elems(tn, kb, b_major); /* of a stage */
+    const int warp_m = moei_warp() % warps_m, warp_n = moei_warp() / warps_m;
+    const int steps = (d->k + kb - 1) / kb, columns = d->gate_up ? tn / 2 : tn;
+    uint16_t* ring = (uint16_t*)shared;
+    const moei_tile t = {expert, begin, end, row, column};
+    moei_mma_c acc[4][4];
+    moei_loader load;
+    moei_loader_begin(&load, t, 0, d, tm, tn, kb, wn, a_major, b_major);
+    for (int i = 0; i < stages - 1; ++i) { /* past the end of k the copies read nothing */
+        moei_loader_copy(&load, d, ring + i * elems, ring + i * elems + a_elems, 0, 1, tm, tn, kb,
+                         threads, a_major, b_major);
+        moei_copy_commit();
+    }
+    moei_tile_zero(acc, wm, wn);
+    for (int i = 0; i < steps; ++i) {
+        moei_copy_wait(stages - 2);
+        __syncthreads();
+        moei_tile_step(acc, &load, d, ring + i % stages * elems,
+                       ring + (i + stages - 1) % stages * elems, warp_m, warp_n, tm, tn, kb,
+                       warps_m, warps_n, dtype, a_major, b_major);
+    }
+    moei_copy_wait(0);
+    moei_epilogue_warp(d, &t, acc, (float*)(ring + stages * elems) + moei_warp() * 16 * (wn + 4),
+                       row + warp_m * wm, column * columns + warp_n * (columns / warps_n), wm, wn);
+    __syncthreads();
 }
 
 #endif

@@ -1,6 +1,7 @@
 /* combine.h: the reference of moe/combine.cuh. C11 and C++14; no CUDA.
 
      y[t, :] = residual[t, :] + sum over k of weights[t, k] * row(place[t, k])[:]
+                              + shared_weight[t] * shared[t, :]
      row(p)  = table[p.buffer] + p.row * row_stride
 
    A place with buffer -1 is skipped, and so is one outside the table or past num_rows.
@@ -16,8 +17,11 @@ typedef struct moe_ref_combine_desc {
     const moe_place* place;   /* [T, K] */
     const void* weights;      /* [T, K] weights_dtype; null = 1 each */
     const void* residual;     /* [T, H] residual_dtype; or null */
+    const void* shared;       /* [T, H] rows_dtype; or null */
+    const float* shared_weight; /* [T]; null = 1 each */
     int64_t row_stride;       /* elements; 0 = H */
     int64_t residual_stride;  /* elements; 0 = H */
+    int64_t shared_stride;    /* elements; 0 = H */
     int32_t rows_dtype;       /* moe_dtype or MOE_REF_REAL */
     int32_t weights_dtype;    /* moe_dtype or MOE_REF_REAL; 0 = fp32 */
     int32_t residual_dtype;   /* moe_dtype or MOE_REF_REAL */

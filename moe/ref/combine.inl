@@ -1,6 +1,6 @@
 /* combine.inl: the combine for one type of number; combine.h includes it twice. */
 
-/* y [T, H]; abs_sum [T, H], for error bounds, gets |residual| + sum |weight * row|, or is null.
+/* y [T, H]; abs_sum [T, H], for error bounds, gets the sum of the terms' absolutes, or is null.
    Returns the first slot whose place is outside the table, or -1. */
 MOE_HOST int64_t MOEI_REF(moe_ref_combine)(const moe_ref_combine_desc* d, MOEI_REAL* y,
                                            MOEI_REAL* abs_sum)
@@ -37,6 +37,15 @@ MOE_HOST int64_t MOEI_REF(moe_ref_combine)(const moe_ref_combine_desc* d, MOEI_R
                 y[t * H + h] += v;
                 if (abs_sum) abs_sum[t * H + h] += v < 0 ? -v : v;
             }
+        }
+        for (int64_t h = 0; h < H && d->shared; ++h) {
+            const MOEI_REAL weight = d->shared_weight ? d->shared_weight[t] : 1;
+            const MOEI_REAL v =
+                weight * MOEI_REF(moe_ref_load)(d->shared,
+                                                t * moei_ref_or(d->shared_stride, H) + h,
+                                                d->rows_dtype);
+            y[t * H + h] += v;
+            if (abs_sum) abs_sum[t * H + h] += v < 0 ? -v : v;
         }
     }
     return first_bad;

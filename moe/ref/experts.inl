@@ -2,23 +2,62 @@
 
 MOE_HOST MOEI_REAL MOEI_REF(moe_ref_silu)(MOEI_REAL v) { return (MOEI_REAL)(v / (1 + exp(-v))); }
 
-/* a [R, I] from h [R, 2I], whose gates and ups stand as gate_up says. In `separate` h holds I
-   gates and then I ups, as in `concatenated`. */
-MOE_HOST void MOEI_REF(moe_ref_activate)(const MOEI_REAL* h, int64_t num_rows, int intermediate,
-                                         int gate_up, int act_dtype, MOEI_REAL* a)
+/* Phi(v), the normal distribution function. */
+MOE_HOST MOEI_REAL MOEI_REF(moe_ref_phi)(MOEI_REAL v)
 {
-    const int64_t I = intermediate;
+    return (MOEI_REAL)(0.5 * erfc(-v * 0.70710678118654752440));
+}
+
+/* v (1 + tanh(sqrt(2 / pi) (v + 0.044715 v^3))) / 2, written so that nothing cancels. */
+MOE_HOST MOEI_REAL MOEI_REF(moe_ref_gelu_tanh)(MOEI_REAL v)
+{
+    return (MOEI_REAL)(v / (1 + exp(-1.59576912160573071176 * (v + 0.044715 * v * v * v))));
+}
+
+/* One number of act: from a gate and its up, or from v alone. alpha and limit 0: the defaults. */
+MOE_HOST MOEI_REAL MOEI_REF(moe_ref_activation)(int activation, MOEI_REAL v, MOEI_REAL up,
+                                                float alpha, float limit)
+{
+    const MOEI_REAL most = limit != 0 ? limit : 7, a = alpha != 0 ? alpha : 1.702f;
+    switch (activation) {
+    case MOE_ACTIVATION_NONE: return v;
+    case MOE_ACTIVATION_GEGLU: return v * MOEI_REF(moe_ref_phi)(v) * up;
+    case MOE_ACTIVATION_GEGLU_TANH: return MOEI_REF(moe_ref_gelu_tanh)(v) * up;
+    case MOE_ACTIVATION_SWIGLU_CLAMPED:
+        if (v > most) v = most;
+        if (up > most) up = most;
+        if (up < -most) up = -most;
+        return (MOEI_REAL)(v / (1 + exp(-a * v)) * (up + 1));
+    case MOE_ACTIVATION_SILU: return MOEI_REF(moe_ref_silu)(v);
+    case MOE_ACTIVATION_GELU: return v * MOEI_REF(moe_ref_phi)(v);
+    case MOE_ACTIVATION_GELU_TANH: return MOEI_REF(moe_ref_gelu_tanh)(v);
+    case MOE_ACTIVATION_RELU2: return v > 0 ? v * v : 0;
+    default: return MOEI_REF(moe_ref_silu)(v) * up;
+    }
+}
+
+/* a [R, I] from h [R, 2I], whose gates and ups stand as gate_up says, or from h [R, I]. With
+   `separate` h holds I gates and then I ups, as in `concatenated`. */
+MOE_HOST void MOEI_REF(moe_ref_activate)(const moe_ref_experts_desc* d, const MOEI_REAL* h,
+                                         int64_t num_rows, MOEI_REAL* a)
+{
+    const int64_t I = d->intermediate;
+    const int activation = d->activation ? d->activation : MOE_ACTIVATION_SWIGLU;
+    const int pairs = d->gate_up == MOE_GATE_UP_INTERLEAVED;
     for (int64_t r = 0; r < num_rows; ++r)
         for (int64_t i = 0; i < I; ++i) {
-            const int pairs = gate_up == MOE_GATE_UP_INTERLEAVED;
-            const MOEI_REAL gate = h[r * 2 * I + (pairs ? 2 * i : i)];
-            const MOEI_REAL up = h[r * 2 * I + (pairs ? 2 * i + 1 : I + i)];
-            a[r * I + i] = MOEI_REF(moe_ref_round)(MOEI_REF(moe_ref_silu)(gate) * up, act_dtype);
+            MOEI_REAL v = h[r * I + i], up = 0;
+            if (moe_activation_is_gated(activation)) {
+                v = h[r * 2 * I + (pairs ? 2 * i : i)];
+                up = h[r * 2 * I + (pairs ? 2 * i + 1 : I + i)];
+            }
+            v = MOEI_REF(moe_ref_activation)(activation, v, up, d->alpha, d->limit);
+            a[r * I + i] = MOEI_REF(moe_ref_round)(v, d->act_dtype);
         }
 }
 
-/* y [R, H], R = expert_offset[E]. act [R, I] gets a, after its rounding, and h [R, 2I] what the
-   first GEMM gives; both may be null. Returns 0, or -1 where memory ran out. */
+/* y [R, H], R = expert_offset[E]. act [R, I] gets a, after its rounding, and h [R, 2I] or [R, I]
+   what the first GEMM gives; both may be null. Returns 0, or -1 where memory ran out. */
 MOE_HOST int MOEI_REF(moe_ref_experts)(const moe_ref_experts_desc* d, MOEI_REAL* y, MOEI_REAL* act,
                                        MOEI_REAL* h)
 {
@@ -27,6 +66,7 @@ MOE_HOST int MOEI_REF(moe_ref_experts)(const moe_ref_experts_desc* d, MOEI_REAL*
     MOEI_REAL* a = act ? act : (MOEI_REAL*)malloc((size_t)(R * I + 1) * sizeof(MOEI_REAL));
     MOEI_REAL* half = (MOEI_REAL*)malloc((size_t)(R * I + 1) * sizeof(MOEI_REAL));
     const int ok = hidden && a && half;
+    const int gated = d->activation == 0 || moe_activation_is_gated(d->activation);
     if (ok) {
         moe_ref_gemm_desc g;
         memset(&g, 0, sizeof g);
@@ -40,10 +80,10 @@ MOE_HOST int MOEI_REF(moe_ref_experts)(const moe_ref_experts_desc* d, MOEI_REAL*
         g.b_dtype = d->w_dtype;
         g.bias = d->bias1;
         g.bias_dtype = d->bias_dtype;
-        g.bias_stride = 2 * I;
+        g.bias_stride = gated ? 2 * I : I;
         g.num_experts = d->num_experts;
         g.k = (int)H;
-        if (d->gate_up == MOE_GATE_UP_SEPARATE) {
+        if (gated && d->gate_up == MOE_GATE_UP_SEPARATE) {
             g.n = (int)I;
             for (g.use_up = 0; g.use_up < 2; ++g.use_up) {
                 const int bytes = moe_dtype_bytes(d->bias_dtype ? d->bias_dtype : MOE_FP32);
@@ -54,10 +94,10 @@ MOE_HOST int MOEI_REF(moe_ref_experts)(const moe_ref_experts_desc* d, MOEI_REAL*
                         hidden[r * 2 * I + g.use_up * I + i] = half[r * I + i];
             }
         } else {
-            g.n = (int)(2 * I);
+            g.n = (int)(gated ? 2 * I : I);
             MOEI_REF(moe_ref_gemm)(&g, hidden, 0);
         }
-        MOEI_REF(moe_ref_activate)(hidden, R, d->intermediate, d->gate_up, d->act_dtype, a);
+        MOEI_REF(moe_ref_activate)(d, hidden, R, a);
         {
             moe_ref_gemm_desc out;
             memset(&out, 0, sizeof out);

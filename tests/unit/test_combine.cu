@@ -12,6 +12,7 @@
 #define MOST_BUFFERS 40
 
 enum { NO_RESIDUAL, RESIDUAL, IN_PLACE };
+enum { NO_SHARED, SHARED, SHARED_WEIGHTED };
 
 typedef struct combine_case {
     int T, H, K;
@@ -25,28 +26,31 @@ typedef struct combine_case {
     int dropped, bad;                         /* percent of the slots */
     int bounds;                               /* 1: num_rows is given */
     int bare;                                 /* 1: no fault word */
+    int shared, shared_pad, shared_at;        /* as above; stride - H; misalignment, elements */
 } combine_case;
 
 typedef struct combine_bufs {
-    tbuf buffer[MOST_BUFFERS], table, place, weights, residual, y, fault;
+    tbuf buffer[MOST_BUFFERS], table, place, weights, residual, shared, shared_weight, y, fault;
     void* row[MOST_BUFFERS]; /* host copies of the buffers */
     moe_place* h_place;
     float* h_weights;
-    void* h_residual;
+    void *h_residual, *h_shared;
+    float* h_shared_weight;
     int count; /* of buffers */
     moe_combine_desc d;
 } combine_bufs;
 
 static const char* case_text(const combine_case* c)
 {
-    static char text[240];
+    static char text[300];
     snprintf(
         text, sizeof text,
         "T=%d H=%d K=%d buffers=%d rows=%d %s -> %s residual=%d pads %d %d %d, misaligned by %d "
-        "%d %d, unweighted=%d dropped=%d%% bad=%d%% bounds=%d bare=%d",
+        "%d %d, unweighted=%d dropped=%d%% bad=%d%% bounds=%d bare=%d shared=%d pad %d at %d",
         c->T, c->H, c->K, c->buffers, c->rows, moe_dtype_name(c->rows_dtype),
         moe_dtype_name(c->y_dtype), c->residual, c->row_pad, c->y_pad, c->residual_pad, c->row_at,
-        c->y_at, c->residual_at, c->unweighted, c->dropped, c->bad, c->bounds, c->bare);
+        c->y_at, c->residual_at, c->unweighted, c->dropped, c->bad, c->bounds, c->bare, c->shared, c->shared_pad,
+        c->shared_at);
     return text;
 }
 
@@ -119,6 +123,13 @@ static void bufs_new(combine_bufs* b, const combine_case* c, trand* r)
     b->residual = tbuf_from("residual", b->h_residual,
                             moei_extent(c->T, c->H + residual_pad, c->H, c->y_dtype),
                             (size_t)(c->residual_at * y_bytes));
+    b->h_shared = new_rows(r, c->T, c->H + c->shared_pad, c->H, c->rows_dtype);
+    b->shared = tbuf_from("shared", b->h_shared,
+                          moei_extent(c->T, c->H + c->shared_pad, c->H, c->rows_dtype),
+                          (size_t)(c->shared_at * row_bytes));
+    b->h_shared_weight = (float*)test_host(c->T * 4);
+    for (int t = 0; t < c->T; ++t) b->h_shared_weight[t] = trand_normal(r);
+    b->shared_weight = tbuf_from("shared_weight", b->h_shared_weight, (size_t)c->T * 4, 4);
     b->y = tbuf_new("y", moei_extent(c->T, c->H + y_pad, c->H, c->y_dtype),
                     (size_t)(c->y_at * y_bytes));
     reset_y(b, c);
@@ -133,6 +144,11 @@ static void bufs_new(combine_bufs* b, const combine_case* c, trand* r)
     b->d.weights = c->unweighted ? (const float*)0 : (const float*)b->weights.p;
     if (c->residual == RESIDUAL) b->d.residual = b->residual.p;
     if (c->residual == IN_PLACE) b->d.residual = b->y.p;
+    if (c->shared) {
+        b->d.shared = b->shared.p;
+        b->d.shared_stride = c->shared_pad ? c->H + c->shared_pad : 0;
+    }
+    if (c->shared == SHARED_WEIGHTED) b->d.shared_weight = (const float*)b->shared_weight.p;
     b->d.row_stride = c->row_pad ? row_stride : 0;
     b->d.residual_stride = residual_pad ? c->H + residual_pad : 0;
     b->d.rows_dtype = c->rows_dtype == MOE_BF16 ? MOE_DTYPE_DEFAULT : c->rows_dtype;
@@ -156,8 +172,12 @@ static void bufs_free(combine_bufs* b)
     tbuf_free(&b->place);
     tbuf_free(&b->weights);
     tbuf_free(&b->residual);
+    tbuf_free(&b->shared);
+    tbuf_free(&b->shared_weight);
     tbuf_free(&b->y);
     tbuf_free(&b->fault);
+    free(b->h_shared);
+    free(b->h_shared_weight);
     free(b->h_place);
     free(b->h_weights);
     free(b->h_residual);
@@ -182,7 +202,8 @@ static void compare(const combine_bufs* b, const combine_case* c)
     int64_t bad, zeros = 0, wrong = 0, gaps = 0;
     /* the house bound takes roundings to cancel; a few rows added again and again round alike, each
        addition by up to 2^-24 of the sum */
-    const int terms = c->rows < 8 && c->K > 4 ? 8 * (c->K + 1) - 32 : c->K + 1;
+    const int K = c->K + (c->shared != 0);
+    const int terms = c->rows < 8 && K > 4 ? 8 * (K + 1) - 32 : K + 1;
     moe_ref_combine_desc r;
     memset(&r, 0, sizeof r);
     if (c->buffers) r.table = (const void* const*)b->row;
@@ -191,6 +212,9 @@ static void compare(const combine_bufs* b, const combine_case* c)
     r.place = b->h_place;
     r.weights = c->unweighted ? (const float*)0 : b->h_weights;
     r.residual = c->residual ? b->h_residual : (void*)0;
+    r.shared = c->shared ? b->h_shared : (void*)0;
+    r.shared_weight = c->shared == SHARED_WEIGHTED ? b->h_shared_weight : (float*)0;
+    r.shared_stride = H + c->shared_pad;
     r.row_stride = H + c->row_pad;
     r.residual_stride = H + (c->residual == IN_PLACE ? c->y_pad : c->residual_pad);
     r.rows_dtype = c->rows_dtype;
@@ -248,7 +272,9 @@ static void run_case(const combine_case* c, trand* r)
     compare(&b, c);
     for (int i = 0; i < b.count; ++i)
         CHECK(tbuf_holds(&b.buffer[i], b.row[i]), "rows were written");
-    CHECK(tbuf_holds(&b.residual, b.h_residual) && tbuf_holds(&b.place, b.h_place), "inputs");
+    CHECK(tbuf_holds(&b.residual, b.h_residual) && tbuf_holds(&b.place, b.h_place) &&
+              tbuf_holds(&b.shared, b.h_shared) && tbuf_holds(&b.shared_weight, b.h_shared_weight),
+          "inputs");
     bufs_free(&b);
 }
 
@@ -288,6 +314,9 @@ static combine_case random_case(trand* r, int T, int H, int K)
     c.bad = trand_int(r, 0, 2) ? 0 : (int)trand_int(r, 1, 20);
     c.bounds = (int)trand_int(r, 0, 1);
     c.bare = trand_int(r, 0, 5) == 0;
+    c.shared = trand_int(r, 0, 1) ? NO_SHARED : (int)trand_int(r, SHARED, SHARED_WEIGHTED);
+    c.shared_pad = trand_int(r, 0, 1) ? 0 : (int)trand_int(r, 1, 17);
+    c.shared_at = trand_int(r, 0, 2) ? 0 : (int)trand_int(r, 1, 9);
     return c;
 }
 
@@ -314,6 +343,9 @@ static void test_combine_many_choices(void)
     trand r = trand_new(14);
     for (int H = 7; H <= 8; ++H) {
         combine_case c = normal_case(2, H, 2000);
+        run_case(&c, &r);
+        c.shared = SHARED;
+        c.K = MOE_COMBINE_MAX_TOP_K;
         run_case(&c, &r);
     }
 }
@@ -343,7 +375,7 @@ static void test_combine_dtypes(void)
 static void test_combine_alignment(void)
 {
     trand r = trand_new(3);
-    for (int which = 0; which < 6; ++which)
+    for (int which = 0; which < 8; ++which)
         for (int by = 1; by <= 8; ++by)
             for (int dtypes = 0; dtypes < 4; ++dtypes) {
                 combine_case c = normal_case(4, 64, 3);
@@ -356,8 +388,163 @@ static void test_combine_alignment(void)
                 if (which == 3) c.row_pad = by;
                 if (which == 4) c.y_pad = by;
                 if (which == 5) c.residual_pad = by;
+                if (which >= 6) c.shared = SHARED_WEIGHTED;
+                if (which == 6) c.shared_at = by;
+                if (which == 7) c.shared_pad = by;
                 run_case(&c, &r);
             }
+}
+
+/* A shared row, weighted or not, beside few and many rows, live, dropped and bad ones. */
+static void test_combine_shared(void)
+{
+    static const int Ks[] = {1, 2, 3, 4, 7, 8, 9, 31, 32, 33};
+    trand r = trand_new(15);
+    for (size_t i = 0; i < sizeof Ks / sizeof *Ks; ++i)
+        for (int shared = SHARED; shared <= SHARED_WEIGHTED; ++shared)
+            for (int how = 0; how < 6; ++how) {
+                combine_case c = normal_case(7, how & 1 ? 200 : 51, Ks[i]);
+                c.shared = shared;
+                c.residual = (int)trand_int(&r, NO_RESIDUAL, IN_PLACE);
+                c.rows_dtype = (int)trand_int(&r, MOE_FP32, MOE_BF16);
+                c.y_dtype = (int)trand_int(&r, MOE_FP32, MOE_BF16);
+                c.unweighted = how == 1;
+                c.dropped = how == 2 || how == 3 ? 100 : 20; /* the shared row alone */
+                c.bad = how == 5 ? 30 : 0;
+                run_case(&c, &r);
+            }
+    { /* it is one more row, the last one: the same bits as a token with a slot more */
+        enum { T = 6, H = 64, K = 3 };
+        combine_case c = normal_case(T, H, K);
+        combine_bufs b;
+        moe_combine_desc d;
+        float weights[T * (K + 1)];
+        moe_place place[T * (K + 1)];
+        uint16_t rows[T * H];
+        tbuf bp, bw, bs, bt;
+        void *want, *address[MOST_BUFFERS + 1];
+        c.dropped = 0;
+        c.shared = SHARED_WEIGHTED;
+        bufs_new(&b, &c, &r);
+        CHECK_STATUS(moe_combine(&b.d, test_now.stream), MOE_OK);
+        compare(&b, &c);
+        want = tbuf_copy(&b.y);
+        for (int t = 0; t < T; ++t)
+            for (int k = 0; k <= K; ++k) {
+                const moe_place last = {b.count, t};
+                place[t * (K + 1) + k] = k < K ? b.h_place[t * K + k] : last;
+                weights[t * (K + 1) + k] = k < K ? b.h_weights[t * K + k] : b.h_shared_weight[t];
+            }
+        memcpy(rows, b.h_shared, sizeof rows);
+        bs = tbuf_from("shared", rows, sizeof rows, 0);
+        bp = tbuf_from("place", place, sizeof place, 0);
+        bw = tbuf_from("weights", weights, sizeof weights, 0);
+        for (int i = 0; i < b.count; ++i) address[i] = b.buffer[i].p;
+        address[b.count] = bs.p;
+        bt = tbuf_from("table", address, (size_t)(b.count + 1) * sizeof(void*), 0);
+        d = b.d;
+        d.shared = 0;
+        d.shared_weight = 0;
+        d.place = (const moe_place*)bp.p;
+        d.weights = (const float*)bw.p;
+        d.table = (const void* const*)bt.p;
+        d.num_buffers = b.count + 1;
+        d.num_rows = 0;
+        d.top_k = K + 1;
+        tbuf_poison(&b.y);
+        CHECK_STATUS(moe_combine(&d, test_now.stream), MOE_OK);
+        CHECK(tbuf_holds(&b.y, want), "other bits than as a row of the table");
+        tbuf_free(&bs);
+        tbuf_free(&bp);
+        tbuf_free(&bw);
+        tbuf_free(&bt);
+        free(want);
+        bufs_free(&b);
+    }
+}
+
+/* Kernels of one's own on the public pieces: one that finds rows and copies them to where route's
+   order is wanted, one that makes tokens of y in an order and on a grid of its own. */
+typedef struct own_args {
+    moe_combine_desc d;
+    char* rows; /* [T, K, H] in rows_dtype */
+    int32_t first, step;
+} own_args;
+
+MOE_KERNEL(64, 1) own_rows_kernel(MOE_ARG(own_args) a)
+{
+    const int bytes = a.d.hidden * (a.d.rows_dtype == MOE_FP32 ? 4 : 2);
+    const int64_t slots = (int64_t)a.d.num_tokens * a.d.top_k;
+    for (int64_t s = blockIdx.x; s < slots; s += gridDim.x) {
+        const char* row = moe_combine_row(&a.d, s);
+        for (int i = (int)threadIdx.x; i < bytes; i += (int)blockDim.x)
+            a.rows[s * bytes + i] = row ? row[i] : 0;
+    }
+}
+
+MOE_KERNEL(96, 1) own_tokens_kernel(MOE_ARG(own_args) a)
+{
+    MOE_SHARED(moe_combine_shared, shared);
+    MOE_SHARED_DYNAMIC(source);
+    for (int64_t t = a.first + (int64_t)blockIdx.x * a.step; t < a.d.num_tokens;
+         t += (int64_t)gridDim.x * a.step) {
+        if (a.d.rows_dtype == MOE_FP32)
+            moe_combine_token(&a.d, t, &shared, (moe_combine_source*)source, MOE_FP32);
+        else if (a.d.rows_dtype == MOE_BF16)
+            moe_combine_token(&a.d, t, &shared, (moe_combine_source*)source, MOE_BF16);
+        __syncthreads();
+    }
+}
+
+static void test_combine_own_kernel(void)
+{
+    trand r = trand_new(16);
+    for (int i = 0; i < 6; ++i) {
+        combine_case c = normal_case(23, i & 1 ? 64 : 37, i == 2 ? 9 : 3);
+        const int64_t slots = c.T * c.K;
+        combine_bufs b;
+        own_args a;
+        tbuf rows;
+        moei_launch_config l;
+        c.rows_dtype = i & 2 ? MOE_FP32 : MOE_BF16;
+        c.residual = i % 3;
+        c.shared = i % 3;
+        c.bad = i & 1 ? 20 : 0;
+        c.row_pad = i == 4 ? 3 : 0;
+        c.buffers = i == 5 ? 0 : 7;
+        bufs_new(&b, &c, &r);
+        a.d = b.d;
+        CHECK_STATUS(moe_combine_prepare(&a.d), MOE_OK);
+        {
+            const int64_t row_bytes = c.H * moe_dtype_bytes(c.rows_dtype);
+            const int64_t stride = (c.H + c.row_pad) * moe_dtype_bytes(c.rows_dtype);
+            char* got;
+            int wrong = 0;
+            rows = tbuf_new("rows", (size_t)(slots * row_bytes), 0);
+            a.rows = (char*)rows.p;
+            l = moei_grid(5, 64, 0, test_now.stream);
+            CHECK_STATUS(MOE_LAUNCH(own_rows_kernel, l, a), MOE_OK);
+            got = (char*)tbuf_copy(&rows);
+            for (int64_t s = 0; s < slots; ++s) {
+                const moe_place p = b.h_place[s];
+                const int live = p.buffer >= 0 && p.buffer < b.count && p.row >= 0 && p.row < c.rows;
+                for (int64_t k = 0; k < row_bytes; ++k)
+                    wrong += got[s * row_bytes + k] !=
+                             (live ? ((char*)b.row[p.buffer])[p.row * stride + k] : 0);
+            }
+            CHECK(wrong == 0, "%d bytes of rows", wrong);
+            free(got);
+            tbuf_free(&rows);
+        }
+        for (a.first = 0, a.step = 2; a.first < a.step; ++a.first) {
+            l = moei_grid(4, 96, (size_t)moe_combine_sources(&a.d) * sizeof(moe_combine_source),
+                          test_now.stream);
+            CHECK_STATUS(MOE_LAUNCH(own_tokens_kernel, l, a), MOE_OK);
+        }
+        compare(&b, &c);
+        bufs_free(&b);
+    }
+    CHECK_STATUS(moe_combine_prepare(0), MOE_STATUS(MOE_ERR_NULL, desc));
 }
 
 /* All slots dropped: the residual, or 0. All slots bad: the same, and the first one is named. */
@@ -459,6 +646,16 @@ static void test_combine_refusals(void)
     REFUSED(d.y_stride = 63, MOE_ERR_STRIDE, y_stride);
     REFUSED(d.y_stride = -64, MOE_ERR_STRIDE, y_stride);
     REFUSED(d.residual_stride = 63, MOE_ERR_STRIDE, residual_stride);
+    REFUSED(d.shared_stride = 63, MOE_ERR_STRIDE, shared_stride);
+    REFUSED(d.shared_stride = -64, MOE_ERR_STRIDE, shared_stride);
+    REFUSED(d.shared = AT(b.shared.p, 1), MOE_ERR_ALIGN, shared);
+    REFUSED(d.shared_weight = (const float*)b.shared_weight.p, MOE_ERR_CONFLICT, shared_weight);
+    REFUSED((d.shared = b.shared.p, d.shared_weight = (const float*)AT(b.shared_weight.p, 2)),
+            MOE_ERR_ALIGN, shared_weight);
+    REFUSED(d.shared = d.y, MOE_ERR_OVERLAP, y);
+    REFUSED(d.shared = AT(d.y, 9 * 128), MOE_ERR_OVERLAP, y);
+    REFUSED((d.shared = b.shared.p, d.shared_weight = (const float*)d.y), MOE_ERR_OVERLAP, y);
+    REFUSED(d.shared = (void*)d.fault, MOE_ERR_OVERLAP, fault);
     REFUSED(d.num_rows = -1, MOE_ERR_RANGE, num_rows);
     REFUSED(d.rows = b.buffer[0].p, MOE_ERR_CONFLICT, rows);
     REFUSED(d.num_buffers = 0, MOE_ERR_RANGE, num_buffers);
@@ -796,6 +993,8 @@ int main(int argc, char** argv)
     RUN(test_combine_many_choices);
     RUN(test_combine_dtypes);
     RUN(test_combine_alignment);
+    RUN(test_combine_shared);
+    RUN(test_combine_own_kernel);
     RUN(test_combine_nothing_to_add);
     RUN(test_combine_no_tokens);
     RUN(test_combine_faults);

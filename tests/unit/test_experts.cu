@@ -19,6 +19,8 @@
 typedef struct experts_case {
     int T, H, I, E, K;
     int dtype, rows_dtype, gate_up;
+    int activation; /* 0: SwiGLU */
+    float alpha, limit;
     int bias1, bias2;
     int major1, major2, table1, table2; /* of the weights */
     int out_table;                      /* an allocation an expert for the rows */
@@ -45,10 +47,10 @@ static const char* case_text(const experts_case* c)
 {
     static char text[300];
     snprintf(text, sizeof text,
-             "T=%d H=%d I=%d E=%d K=%d %s -> %s gate_up=%d bias %d %d major %d %d table %d %d %d "
+             "T=%d H=%d I=%d E=%d K=%d %s -> %s activation=%d (%g %g) gate_up=%d bias %d %d major %d %d table %d %d %d "
              "pads %d %d %d %d in_order=%d num_rows=%d dropped=%d none=%d bad=%d one=%d tile=%d",
              c->T, c->H, c->I, c->E, c->K, moe_dtype_name(c->dtype), moe_dtype_name(c->rows_dtype),
-             c->gate_up, c->bias1, c->bias2, c->major1, c->major2, c->table1, c->table2,
+             c->activation, (double)c->alpha, (double)c->limit, c->gate_up, c->bias1, c->bias2, c->major1, c->major2, c->table1, c->table2,
              c->out_table, c->x_pad, c->act_pad, c->row_pad, c->w_pad, c->in_order, c->num_rows,
              c->dropped, c->none, c->bad, c->one, c->tile);
     return text;
@@ -122,6 +124,7 @@ static void bufs_new(experts_bufs* b, const experts_case* c, trand* r)
     want.hidden = c->H;
     want.intermediate = c->I;
     want.dtype = c->dtype;
+    want.activation = c->activation;
     want.gate_up = c->gate_up;
     want.major1 = c->major1;
     want.major2 = c->major2;
@@ -168,6 +171,9 @@ static void bufs_new(experts_bufs* b, const experts_case* c, trand* r)
     b->d.dtype = c->dtype == MOE_BF16 ? MOE_DTYPE_DEFAULT : c->dtype;
     b->d.rows_dtype = c->rows_dtype == c->dtype ? MOE_DTYPE_DEFAULT : c->rows_dtype;
     b->d.gate_up = c->gate_up == MOE_GATE_UP_CONCATENATED ? MOE_GATE_UP_DEFAULT : c->gate_up;
+    b->d.activation = c->activation;
+    b->d.alpha = c->alpha;
+    b->d.limit = c->limit;
     b->d.tile = c->tile;
 }
 
@@ -242,6 +248,9 @@ static void compare(const experts_bufs* b, const experts_case* c)
     d.bias2 = c->bias2 ? b->mlp.h_bias2 : (void*)0;
     d.x_stride = H + c->x_pad;
     d.x_dtype = d.w_dtype = d.bias_dtype = c->dtype;
+    d.activation = c->activation;
+    d.alpha = c->alpha;
+    d.limit = c->limit;
     d.gate_up = c->gate_up;
     d.num_experts = c->E;
     d.top_k = c->in_order ? 1 : c->K;
@@ -365,6 +374,61 @@ static void test_experts_layouts(void)
             }
 }
 
+/* Every activation with every layout of gate and up, with biases and without. */
+static void test_experts_activations(void)
+{
+    trand r = trand_new(16);
+    for (int kind = MOE_ACTIVATION_NONE; kind <= MOE_ACTIVATION_RELU2; ++kind)
+        for (int gate_up = MOE_GATE_UP_CONCATENATED; gate_up <= MOE_GATE_UP_SEPARATE; ++gate_up)
+            for (int i = 0; i < 4; ++i) {
+                experts_case c = normal_case(19, 72, 56, 4, 2);
+                c.activation = kind;
+                c.gate_up = gate_up; /* of no meaning to those that are not gated */
+                c.bias1 = i & 1;
+                c.bias2 = i >> 1;
+                c.dtype = c.rows_dtype = i == 2 ? MOE_FP16 : MOE_BF16;
+                if (c.dtype == MOE_BF16) c.major1 = (int)trand_int(&r, MOE_MAJOR_K, MOE_MAJOR_MN);
+                c.table1 = (int)trand_int(&r, 0, 1);
+                c.w_pad = 8 * (int)trand_int(&r, 0, 1);
+                if (kind == MOE_ACTIVATION_SWIGLU_CLAMPED && i) {
+                    c.alpha = i == 1 ? 0.5f : 0;
+                    c.limit = i == 2 ? 0 : 0.75f;
+                }
+                run_case(&c, &r);
+            }
+    { /* gpt-oss as it is: pairs, biases, the defaults, gates and ups beyond the limit */
+        experts_case c = normal_case(30, 64, 64, 3, 2);
+        experts_bufs b;
+        c.activation = MOE_ACTIVATION_SWIGLU_CLAMPED;
+        c.gate_up = MOE_GATE_UP_INTERLEAVED;
+        c.bias1 = c.bias2 = 1;
+        bufs_new(&b, &c, &r);
+        for (int64_t i = 0; i < c.E * 2 * c.I; ++i)
+            moe_store(b.mlp.h_bias1, i, c.dtype, 8 * trand_normal(&r));
+        tbuf_put(&b.mlp.bias1, b.mlp.h_bias1);
+        CHECK_STATUS(moe_experts(&b.d, test_now.stream), MOE_OK);
+        compare(&b, &c);
+        bufs_free(&b);
+    }
+}
+
+/* One expert needs no offsets: all num_rows rows are its own. */
+static void test_experts_no_offset(void)
+{
+    trand r = trand_new(17);
+    for (int i = 0; i < 2; ++i) {
+        experts_case c = normal_case(33, 64, 40, 1, 1);
+        experts_bufs b;
+        c.in_order = 1;
+        c.num_rows = i ? 33 : 0;
+        bufs_new(&b, &c, &r);
+        b.d.expert_offset = 0;
+        CHECK_STATUS(moe_experts(&b.d, test_now.stream), MOE_OK);
+        compare(&b, &c);
+        bufs_free(&b);
+    }
+}
+
 /* Shapes, strides, ways to give the rows. */
 static void test_experts_shapes(void)
 {
@@ -377,6 +441,7 @@ static void test_experts_shapes(void)
             const int* s = shapes[i];
             experts_case c = normal_case(s[0], s[1], s[2], s[3], s[4]);
             c.gate_up = (int)trand_int(&r, MOE_GATE_UP_CONCATENATED, MOE_GATE_UP_SEPARATE);
+            c.activation = trand_int(&r, 0, 1) ? (int)trand_int(&r, 0, MOE_ACTIVATION_RELU2) : 0;
             c.rows_dtype = trand_int(&r, 0, 1) ? MOE_FP32 : c.dtype;
             c.bias1 = (int)trand_int(&r, 0, 1);
             c.bias2 = (int)trand_int(&r, 0, 1);
@@ -585,6 +650,14 @@ static void test_experts_refusals(void)
     REFUSED(d.rows_dtype = -1, MOE_ERR_DTYPE, rows_dtype);
     REFUSED(d.gate_up = 4, MOE_ERR_OPTION, gate_up);
     REFUSED(d.gate_up = -1, MOE_ERR_OPTION, gate_up);
+    REFUSED(d.activation = MOE_ACTIVATION_RELU2 + 1, MOE_ERR_OPTION, activation);
+    REFUSED(d.activation = -1, MOE_ERR_OPTION, activation);
+    REFUSED(d.alpha = 1.702f, MOE_ERR_CONFLICT, alpha);
+    REFUSED(d.limit = 7, MOE_ERR_CONFLICT, limit);
+    REFUSED((d.activation = MOE_ACTIVATION_SWIGLU_CLAMPED, d.alpha = NAN), MOE_ERR_RANGE, alpha);
+    REFUSED((d.activation = MOE_ACTIVATION_SWIGLU_CLAMPED, d.limit = -1), MOE_ERR_RANGE, limit);
+    REFUSED(d.activation = MOE_ACTIVATION_SILU, MOE_ERR_CONFLICT, w1); /* a second matrix */
+    REFUSED((d.activation = MOE_ACTIVATION_SILU, d.w1.up = 0, d.alpha = 1), MOE_ERR_CONFLICT, alpha);
     REFUSED(d.tile = 99, MOE_ERR_OPTION, tile);
     REFUSED(d.tile = -1, MOE_ERR_OPTION, tile);
     REFUSED(d.x_stride = 56, MOE_ERR_STRIDE, x_stride);
@@ -828,6 +901,8 @@ int main(int argc, char** argv)
 {
     test_begin(argc, argv);
     RUN(test_experts_layouts);
+    RUN(test_experts_activations);
+    RUN(test_experts_no_offset);
     RUN(test_experts_shapes);
     RUN(test_experts_tiles);
     RUN(test_experts_in_order);

@@ -285,6 +285,102 @@ static void test_gemm_mma(void)
     }
 }
 
+/* ------------------------------------------------------------------ activations */
+
+typedef struct activation_args {
+    const float *v, *up; /* [n] */
+    float* out;          /* [n] */
+    int32_t n;           /* multiple of 8 */
+    moe_grouped_gemm_desc d;
+} activation_args;
+
+MOE_KERNEL(64, 1) activation_kernel(MOE_ARG(activation_args) a)
+{
+    for (int i = (int)(blockIdx.x * blockDim.x + threadIdx.x) * 8; i < a.n;
+         i += (int)(gridDim.x * blockDim.x) * 8) {
+        float v[8], up[8];
+        MOEI_UNROLL
+        for (int x = 0; x < 8; ++x) {
+            v[x] = a.v[i + x];
+            up[x] = a.up[i + x];
+        }
+        moei_epilogue_activate(v, up, &a.d);
+        MOEI_UNROLL
+        for (int x = 0; x < 8; ++x) a.out[i + x] = v[x];
+    }
+}
+
+/* The activations by themselves, on numbers of every size, infinities and NaN: relative to the exact
+   result some ulp and an ulp of the exponent, where sigma and Phi are no subnormal numbers. */
+static void test_gemm_activations_alone(void)
+{
+    enum { N = 4096 };
+    static const float special[] = {0,     -0.0f, INFINITY, -INFINITY, 3e38f, -3e38f, 1e30f, -1e30f,
+                                    1e19f, -1e19f, 2e19f, -2e19f, 1e4f, -1e4f, 127, -127,
+                                    88,    -88,   15,   -15,   14.9f, -14.9f, 1e-30f, -1e-30f,
+                                    1e-40f, -1e-40f, NAN, 7, -7, 6.9f, -6.9f, 12.8f};
+    trand r = trand_new(20);
+    float v[N], up[N], got[N];
+    for (int i = 0; i < N; ++i) {
+        const float size = (float)exp2((double)trand_int(&r, -20, 6));
+        v[i] = i < 32 ? special[i] : trand_normal(&r) * (i & 1 ? 4 : size);
+        up[i] = i < 32 ? 1 : trand_normal(&r) * (i & 1 ? 4 : size);
+    }
+    for (int kind = MOE_ACTIVATION_GEGLU; kind <= MOE_ACTIVATION_RELU2; ++kind)
+        for (int option = 0; option < (kind == MOE_ACTIVATION_SWIGLU_CLAMPED ? 3 : 1); ++option) {
+            tbuf bv = tbuf_from("v", v, sizeof v, 0), bu = tbuf_from("up", up, sizeof up, 0);
+            tbuf bo = tbuf_new("out", sizeof got, 0);
+            moei_launch_config c = moei_grid(3, 64, 0, test_now.stream);
+            activation_args a;
+            double worst = 0;
+            memset(&a, 0, sizeof a);
+            a.v = (const float*)bv.p;
+            a.up = (const float*)bu.p;
+            a.out = (float*)bo.p;
+            a.n = N;
+            a.d.num_experts = 1;
+            a.d.n = a.d.k = 8;
+            a.d.dtype = MOE_FP16;
+            a.d.activation = kind;
+            if (option) {
+                a.d.alpha = option == 1 ? 1.0f : -0.01f;
+                a.d.limit = option == 1 ? 3.0f : 1e30f;
+            }
+            CHECK_STATUS(moe_gemm_tile_prepare(&a.d), MOE_OK);
+            CHECK_STATUS(MOE_LAUNCH(activation_kernel, c, a), MOE_OK);
+            tbuf_get(&bo, got);
+            for (int i = 0; i < N; ++i) {
+                const double alpha = fabs(a.d.alpha), at = fmin(fabs(v[i]), 1000);
+                const double ulps = 16 + alpha * at + (at < 15 ? 2 * at * at : 450);
+                double want = moe_ref_activation_f64(kind, v[i], up[i], a.d.alpha, a.d.limit);
+                if (v[i] == -INFINITY) want = option == 2 ? v[i] : 0; /* alpha < 0: no bound */
+                if (v[i] != v[i]) {
+                    CHECK(got[i] != got[i], "activation %d: NaN becomes %g", kind, (double)got[i]);
+                    continue;
+                }
+                if (fabs(want) >= 3.4e38) { /* the result, or on the way there */
+                    CHECK(got[i] == (want > 0 ? INFINITY : -INFINITY) ||
+                              fabs(got[i] - want) <= 1e-4 * fabs(want),
+                          "activation %d of %g is %g", kind, (double)v[i], (double)got[i]);
+                    continue;
+                }
+                {
+                    const double error = fabs(got[i] - want);
+                    const double bound = ldexp(ulps, -23) * fabs(want) +
+                                         ldexp(at * (fabs(up[i]) + 1) + 1, -126);
+                    if (!(error <= bound))
+                        CHECK(0, "activation %d (%d) of %.9g, %.9g: %.9g, not %.9g", kind, option,
+                              (double)v[i], (double)up[i], (double)got[i], want);
+                    if (error / bound > worst) worst = error / bound;
+                }
+            }
+            if (test_now.verbose) printf("  activation %d: %.2f of the bound\n", kind, worst);
+            tbuf_free(&bv);
+            tbuf_free(&bu);
+            tbuf_free(&bo);
+        }
+}
+
 /* ------------------------------------------------------------------ the grouped GEMM */
 
 typedef struct gemm_case {
@@ -292,7 +388,8 @@ typedef struct gemm_case {
     int rows[MOST_EXPERTS]; /* of each expert */
     int lead, slack;        /* rows before the first expert's and after the last one's */
     int dtype, c_dtype, a_major, b_major;
-    int epilogue, gate_up, bias;
+    int activation, gate_up, bias; /* moe_activation, never 0 */
+    float alpha, limit;
     int gather;           /* row_div; 0: no row_index */
     int none, bad;        /* percent of the rows whose row_index is -1, out of range */
     int a_rows;           /* rows of A; 0: as many as are needed */
@@ -319,18 +416,18 @@ static const char* case_text(const gemm_case* c)
     static char text[400];
     int at = snprintf(
         text, sizeof text,
-        "n=%d k=%d %s -> %s A %s B %s epilogue=%d gate_up=%d bias=%d gather=%d a_rows=%d tables %d "
+        "n=%d k=%d %s -> %s A %s B %s activation=%d (%g %g) gate_up=%d bias=%d gather=%d a_rows=%d tables %d "
         "%d pads %d %d %d fill=%d tile=%d lead=%d slack=%d E=%d:",
         c->n, c->k, moe_dtype_name(c->dtype), moe_dtype_name(c->c_dtype),
-        c->a_major == MOE_MAJOR_MN ? "M" : "K", c->b_major == MOE_MAJOR_MN ? "N" : "K", c->epilogue,
-        c->gate_up, c->bias, c->gather, c->a_rows, c->b_table, c->c_table, c->a_pad, c->b_pad,
+        c->a_major == MOE_MAJOR_MN ? "M" : "K", c->b_major == MOE_MAJOR_MN ? "N" : "K", c->activation,
+        (double)c->alpha, (double)c->limit, c->gate_up, c->bias, c->gather, c->a_rows, c->b_table, c->c_table, c->a_pad, c->b_pad,
         c->c_pad, c->fill, c->tile, c->lead, c->slack, c->E);
     for (int e = 0; e < c->E && at < (int)sizeof text - 12; ++e)
         at += snprintf(text + at, sizeof text - (size_t)at, " %d", c->rows[e]);
     return text;
 }
 
-static int is_swiglu(const gemm_case* c) { return c->epilogue == MOE_EPILOGUE_SWIGLU; }
+static int is_gated(const gemm_case* c) { return moe_activation_is_gated(c->activation); }
 
 /* Row of A that row m takes; -1: zeros, -2: zeros and a fault. */
 static int64_t a_row_of(const gemm_bufs* b, const gemm_case* c, int m)
@@ -344,8 +441,8 @@ static int64_t a_row_of(const gemm_bufs* b, const gemm_case* c, int m)
 
 static void bufs_new(gemm_bufs* b, const gemm_case* c, trand* r)
 {
-    const int swiglu = is_swiglu(c), separate = swiglu && c->gate_up == MOE_GATE_UP_SEPARATE;
-    const int b_n = c->n * (swiglu && !separate ? 2 : 1), c_bytes = moe_dtype_bytes(c->c_dtype);
+    const int gated = is_gated(c), separate = gated && c->gate_up == MOE_GATE_UP_SEPARATE;
+    const int b_n = c->n * (gated && !separate ? 2 : 1), c_bytes = moe_dtype_bytes(c->c_dtype);
     const int64_t c_stride = c->n + c->c_pad;
     const float scale = (float)(1 / sqrt((double)c->k));
     tweights_want want;
@@ -405,9 +502,9 @@ static void bufs_new(gemm_bufs* b, const gemm_case* c, trand* r)
     want.fill = c->fill;
     want.scale = scale;
     tweights_new(&b->b, &want, r);
-    b->h_bias = trows_new(r, c->E, c->n * (swiglu ? 2 : 1), c->n * (swiglu ? 2 : 1), c->dtype,
+    b->h_bias = trows_new(r, c->E, c->n * (gated ? 2 : 1), c->n * (gated ? 2 : 1), c->dtype,
                           c->fill, 1);
-    b->bias = tbuf_from("bias", b->h_bias, (size_t)(c->E * c->n * (swiglu ? 4 : 2)), 2);
+    b->bias = tbuf_from("bias", b->h_bias, (size_t)(c->E * c->n * (gated ? 4 : 2)), 2);
     b->offset = tbuf_from("offset", b->h_offset, (size_t)c->E * 4 + 4, 4);
     if (c->c_table) {
         void* address[MOST_EXPERTS];
@@ -439,7 +536,9 @@ static void bufs_new(gemm_bufs* b, const gemm_case* c, trand* r)
     b->d.dtype = c->dtype == MOE_BF16 ? MOE_DTYPE_DEFAULT : c->dtype;
     b->d.c_dtype = c->c_dtype == c->dtype ? MOE_DTYPE_DEFAULT : c->c_dtype;
     b->d.a_major = c->a_major == MOE_MAJOR_MN ? MOE_MAJOR_MN : MOE_MAJOR_DEFAULT;
-    b->d.epilogue = swiglu ? MOE_EPILOGUE_SWIGLU : MOE_EPILOGUE_DEFAULT;
+    b->d.activation = c->activation == MOE_ACTIVATION_NONE ? MOE_ACTIVATION_DEFAULT : c->activation;
+    b->d.alpha = c->alpha;
+    b->d.limit = c->limit;
     b->d.gate_up = c->gate_up == MOE_GATE_UP_CONCATENATED ? MOE_GATE_UP_DEFAULT : c->gate_up;
     b->d.tile = c->tile;
     if (c->tile == MOE_TILE_128x256 && (c->a_major == MOE_MAJOR_MN || c->b_major == MOE_MAJOR_MN))
@@ -502,11 +601,24 @@ static void exact_product(const gemm_bufs* b, const gemm_case* c, const int32_t*
     free(a);
 }
 
+static double activation_of(const gemm_case* c, double v, double up)
+{
+    return moe_ref_activation_f64(c->activation, v, up, c->alpha, c->limit);
+}
+
+/* Relative error of the device's activation at v: a few ulp, and an ulp of its exponent. */
+static double ulps_of(const gemm_case* c, double v)
+{
+    const double alpha = c->alpha != 0 ? fabs(c->alpha) : 1.702;
+    return ldexp(8 + alpha * fabs(v) + (fabs(v) < 15 ? v * v : 225), -23);
+}
+
 /* Everything that C holds, against the reference; and that nothing else was written. */
 static void compare(const gemm_bufs* b, const gemm_case* c)
 {
-    const int before = test_now.failures, swiglu = is_swiglu(c), n = c->n;
-    const int c_bytes = moe_dtype_bytes(c->c_dtype), b_n = swiglu ? 2 * n : n;
+    const int before = test_now.failures, gated = is_gated(c), n = c->n;
+    const int plain = c->activation == MOE_ACTIVATION_NONE;
+    const int c_bytes = moe_dtype_bytes(c->c_dtype), b_n = gated ? 2 * n : n;
     const int64_t c_stride = n + c->c_pad;
     const int64_t step = c->sampled ? c->sampled : 1;
     int32_t *pick = (int32_t*)test_host(b->num_rows * 4), offset[MOST_EXPERTS + 1];
@@ -529,7 +641,7 @@ static void compare(const gemm_bufs* b, const gemm_case* c)
     bound = (double*)test_host(count * n * 8);
     got = (float*)test_host(count * n * 4);
 
-    if (swiglu && c->gate_up == MOE_GATE_UP_SEPARATE) { /* gates, then ups: beside each other */
+    if (gated && c->gate_up == MOE_GATE_UP_SEPARATE) { /* gates, then ups: beside each other */
         double* half = (double*)test_host(count * n * 8);
         double* half_sum = (double*)test_host(count * n * 8);
         for (int up = 0; up < 2; ++up) {
@@ -545,23 +657,25 @@ static void compare(const gemm_bufs* b, const gemm_case* c)
         exact_product(b, c, pick, offset, b_n, b_n, 0, 0, raw, raw_sum);
     }
 
-    /* fp32 sums: (K/16 + 2) * 2^-23 * sum |a b| each. Through SwiGLU each of the two errors weighs
-       as the derivative says, and silu adds a few ulp and the rounding of its exponent. */
+    /* fp32 sums: (K/16 + 2) * 2^-23 * sum |a b| each. Through an activation the two errors move the
+       result as far as at the corners of what they allow, and the function adds some ulp and the
+       rounding of its exponent. */
     for (int64_t i = 0; i < count; ++i)
         for (int j = 0; j < n; ++j) {
             const double sums = (c->k / 16.0 + 2) * ldexp(1, -23);
             const int pairs = c->gate_up == MOE_GATE_UP_INTERLEAVED;
-            const int64_t g = i * b_n + (swiglu && pairs ? 2 * j : j);
-            const int64_t u = i * b_n + (pairs ? 2 * j + 1 : n + j);
-            if (!swiglu) {
-                exact[i * n + j] = raw[g];
-                bound[i * n + j] = sums * raw_sum[g];
-            } else {
-                const double silu = moe_ref_silu_f64(raw[g]);
-                exact[i * n + j] = silu * raw[u];
-                bound[i * n + j] = sums * (1.1 * raw_sum[g] * fabs(raw[u]) + fabs(silu) * raw_sum[u]) +
-                                   ldexp(fabs(raw[g]) + 8, -23) * fabs(exact[i * n + j]);
+            const int64_t g = i * b_n + (gated && pairs ? 2 * j : j);
+            const int64_t u = gated ? i * b_n + (pairs ? 2 * j + 1 : n + j) : g;
+            const double want = activation_of(c, raw[g], raw[u]);
+            double moved = sums * raw_sum[g];
+            exact[i * n + j] = want;
+            for (int corner = 0; corner < 4 && !plain; ++corner) {
+                const double v = raw[g] + (corner & 1 ? 1 : -1) * sums * raw_sum[g];
+                const double up = raw[u] + (corner & 2 ? 1 : -1) * sums * raw_sum[u];
+                const double by = 1.1 * fabs(activation_of(c, v, up) - want);
+                if (corner == 0 || by > moved) moved = by;
             }
+            bound[i * n + j] = moved + (plain ? 0 : ulps_of(c, raw[g]) * fabs(want) + ldexp(fabs(raw[g]) * (fabs(raw[u]) + 1) + 1, -126));
         }
 
     for (int e = 0; e < c->E; ++e) {
@@ -581,7 +695,7 @@ static void compare(const gemm_bufs* b, const gemm_case* c)
                                b->h_offset[c->E]);
     CHECK(written == 0, "%lld bytes that are nobody's were written", (long long)written);
 
-    if (c->fill == TFILL_INT && !swiglu) { /* exact sums, rounded once */
+    if (c->fill == TFILL_INT && plain) { /* exact sums, rounded once */
         for (int64_t i = 0; i < count * n; ++i) {
             wrong += !(got[i] == test_rounded(exact[i], c->c_dtype));
             nonzero += exact[i] != 0;
@@ -600,7 +714,7 @@ static void compare(const gemm_bufs* b, const gemm_case* c)
             free(ideal);
         }
     }
-    if (!c->bias) /* rows of zeros give zeros, exactly */
+    if (!c->bias) /* rows of zeros give zeros, exactly, whatever the activation */
         for (int64_t i = 0; i < count; ++i)
             for (int j = 0; j < n && a_row_of(b, c, pick[i]) < 0; ++j) wrong += got[i * n + j] != 0;
     CHECK(wrong == 0, "rows without a row of A");
@@ -647,19 +761,21 @@ static gemm_case normal_case(int E, const int* rows, int n, int k)
     for (int e = 0; e < E; ++e) c.rows[e] = rows[e];
     c.dtype = c.c_dtype = test_half();
     c.a_major = c.b_major = MOE_MAJOR_K;
-    c.epilogue = MOE_EPILOGUE_NONE;
+    c.activation = MOE_ACTIVATION_NONE;
     c.gate_up = MOE_GATE_UP_CONCATENATED;
     c.tile = MOE_TILE_64x64;
     return c;
 }
 
-/* Draws dtypes, majors, epilogue, pads, tables and the sort of numbers. */
+/* Draws dtypes, majors, activation, pads, tables and the sort of numbers. */
 static void randomise(gemm_case* c, trand* r)
 {
     c->dtype = trand_int(r, 0, 1) ? MOE_FP16 : MOE_BF16;
     c->c_dtype = trand_int(r, 0, 1) ? MOE_FP32 : c->dtype;
     c->b_major = (int)trand_int(r, MOE_MAJOR_K, MOE_MAJOR_MN);
-    c->epilogue = (int)trand_int(r, MOE_EPILOGUE_NONE, MOE_EPILOGUE_SWIGLU);
+    c->activation = (int)trand_int(r, MOE_ACTIVATION_NONE, MOE_ACTIVATION_RELU2);
+    if (trand_int(r, 0, 2) == 0) c->activation = MOE_ACTIVATION_SWIGLU;
+    if (trand_int(r, 0, 2) == 0) c->activation = MOE_ACTIVATION_NONE;
     c->gate_up = (int)trand_int(r, MOE_GATE_UP_CONCATENATED, MOE_GATE_UP_SEPARATE);
     c->bias = (int)trand_int(r, 0, 1);
     c->b_table = (int)trand_int(r, 0, 1);
@@ -672,7 +788,7 @@ static void randomise(gemm_case* c, trand* r)
     c->slack = trand_int(r, 0, 1) ? 0 : (int)trand_int(r, 1, 70);
 }
 
-/* Every tile with both dtypes, both majors of B, every epilogue, bias and dtype of C. */
+/* Every tile with both dtypes, both majors of B, none and SwiGLU, bias and dtype of C. */
 static void test_gemm_tiles(void)
 {
     trand r = trand_new(3);
@@ -688,7 +804,7 @@ static void test_gemm_tiles(void)
                     c.tile = tile;
                     c.dtype = i & 1 ? MOE_FP16 : MOE_BF16;
                     c.b_major = i & 2 ? MOE_MAJOR_MN : MOE_MAJOR_K;
-                    c.epilogue = kind ? MOE_EPILOGUE_SWIGLU : MOE_EPILOGUE_NONE;
+                    c.activation = kind ? MOE_ACTIVATION_SWIGLU : MOE_ACTIVATION_NONE;
                     c.gate_up = kind ? kind : MOE_GATE_UP_CONCATENATED;
                     c.bias = j & 1;
                     c.c_dtype = j & 2 ? MOE_FP32 : c.dtype;
@@ -697,6 +813,30 @@ static void test_gemm_tiles(void)
                     c.fill = kind == 0 && i == j ? TFILL_INT : TFILL_NORMAL;
                     run_case(&c, &r);
                 }
+}
+
+/* Every activation in every layout of gate and up, with biases and without, in both dtypes of C. */
+static void test_gemm_activations(void)
+{
+    static const int rows[] = {33, 0, 40};
+    trand r = trand_new(21);
+    for (int kind = MOE_ACTIVATION_NONE; kind <= MOE_ACTIVATION_RELU2; ++kind)
+        for (int gate_up = MOE_GATE_UP_CONCATENATED; gate_up <= MOE_GATE_UP_SEPARATE; ++gate_up)
+            for (int i = 0; i < 4; ++i) {
+                gemm_case c = normal_case(3, rows, 72, 40);
+                if (!moe_activation_is_gated(kind) && gate_up != MOE_GATE_UP_CONCATENATED) continue;
+                c.activation = kind;
+                c.gate_up = gate_up;
+                c.bias = i & 1;
+                c.c_dtype = i & 2 ? MOE_FP32 : c.dtype;
+                c.b_major = trand_int(&r, 0, 1) ? MOE_MAJOR_MN : MOE_MAJOR_K;
+                c.tile = (int)trand_int(&r, MOE_TILE_128x128, MOE_TILE_64x64);
+                if (kind == MOE_ACTIVATION_SWIGLU_CLAMPED && i) {
+                    c.alpha = i == 1 ? 0.5f : i == 2 ? 0 : -2.0f;
+                    c.limit = i == 1 ? 0 : 0.5f; /* some gates and ups are beyond it */
+                }
+                run_case(&c, &r);
+            }
 }
 
 /* The numbers of rows that break things, on each tile. */
@@ -800,7 +940,7 @@ static void test_gemm_a_along_m(void)
             c.c_dtype = i & 4 ? MOE_FP32 : c.dtype;
             c.b_major = i & 2 ? MOE_MAJOR_MN : MOE_MAJOR_K;
             c.fill = i % 3 == 0 ? TFILL_INT : TFILL_NORMAL;
-            if (c.fill == TFILL_INT) c.epilogue = MOE_EPILOGUE_NONE;
+            if (c.fill == TFILL_INT) c.activation = MOE_ACTIVATION_NONE;
             if (i == 5) { /* A ends within a piece of 8 */
                 c.lead = c.slack = 0;
                 for (int e = 0; e < c.E; ++e) c.a_rows += c.rows[e];
@@ -928,7 +1068,7 @@ static void test_gemm_plan(void)
         d.k = 64;
         d.num_experts = Es[i / 4 % 4];
         d.num_rows = rows[i / 16 % 5];
-        d.epilogue = i / 80 % 2 ? MOE_EPILOGUE_SWIGLU : MOE_EPILOGUE_NONE;
+        d.activation = i / 80 % 2 ? MOE_ACTIVATION_SWIGLU : MOE_ACTIVATION_NONE;
         d.tile = tile;
         d.a = d.b.base = d.c = (void*)(uintptr_t)4096; /* addresses only, nothing runs */
         d.b.base = (void*)((uintptr_t)1 << 44);
@@ -985,7 +1125,7 @@ static void test_gemm_refusals(void)
     c.gather = 2;
     c.a_rows = 30;
     c.bias = 1;
-    c.epilogue = MOE_EPILOGUE_SWIGLU;
+    c.activation = MOE_ACTIVATION_SWIGLU;
     c.gate_up = MOE_GATE_UP_SEPARATE;
     bufs_new(&b, &c, &r);
     for (int e = 0; e < 3; ++e) address[e] = (char*)b.c.p + e * 12 * 128;
@@ -1011,8 +1151,20 @@ static void test_gemm_refusals(void)
     REFUSED(d.c_dtype = 4, MOE_ERR_DTYPE, c_dtype);
     REFUSED(d.c_dtype = -1, MOE_ERR_DTYPE, c_dtype);
     REFUSED((d.dtype = MOE_FP16, d.c_dtype = MOE_BF16), MOE_ERR_DTYPE, c_dtype);
-    REFUSED(d.epilogue = 3, MOE_ERR_OPTION, epilogue);
-    REFUSED(d.epilogue = -1, MOE_ERR_OPTION, epilogue);
+    REFUSED(d.activation = MOE_ACTIVATION_RELU2 + 1, MOE_ERR_OPTION, activation);
+    REFUSED(d.activation = -1, MOE_ERR_OPTION, activation);
+    REFUSED(d.alpha = 1.702f, MOE_ERR_CONFLICT, alpha);
+    REFUSED(d.alpha = NAN, MOE_ERR_CONFLICT, alpha);
+    REFUSED(d.limit = 7, MOE_ERR_CONFLICT, limit);
+#define CLAMPED d.activation = MOE_ACTIVATION_SWIGLU_CLAMPED
+    REFUSED((CLAMPED, d.alpha = INFINITY), MOE_ERR_RANGE, alpha);
+    REFUSED((CLAMPED, d.alpha = -INFINITY), MOE_ERR_RANGE, alpha);
+    REFUSED((CLAMPED, d.alpha = NAN), MOE_ERR_RANGE, alpha);
+    REFUSED((CLAMPED, d.limit = INFINITY), MOE_ERR_RANGE, limit);
+    REFUSED((CLAMPED, d.limit = NAN), MOE_ERR_RANGE, limit);
+    REFUSED((CLAMPED, d.limit = -1), MOE_ERR_RANGE, limit);
+    REFUSED((CLAMPED, d.limit = -1e-40f), MOE_ERR_RANGE, limit);
+    REFUSED(d.activation = MOE_ACTIVATION_GELU, MOE_ERR_CONFLICT, b); /* a second matrix */
     REFUSED(d.gate_up = 4, MOE_ERR_OPTION, gate_up);
     REFUSED(d.gate_up = -1, MOE_ERR_OPTION, gate_up);
     REFUSED(d.a_major = 3, MOE_ERR_OPTION, a_major);
@@ -1096,6 +1248,88 @@ static void test_gemm_refusals(void)
     bufs_free(&b);
 }
 
+/* A kernel of one's own that computes whole products tile by tile: a block an expert, which reads the
+   offsets itself. */
+#define OWN_LIST(X)                                                                               \
+    X(64x64, MOE_FP16, MOE_MAJOR_K, MOE_MAJOR_K)                                                  \
+    X(64x64, MOE_BF16, MOE_MAJOR_MN, MOE_MAJOR_MN)                                                \
+    X(32x128, MOE_BF16, MOE_MAJOR_K, MOE_MAJOR_MN)                                                \
+    X(128x128, MOE_FP16, MOE_MAJOR_MN, MOE_MAJOR_K)
+
+typedef struct own_args {
+    moe_grouped_gemm_desc d;
+    int32_t tile, tile_rows, column_tiles;
+} own_args;
+
+MOE_KERNEL(256, 1) own_kernel(MOE_ARG(own_args) a)
+{
+    MOE_SHARED_DYNAMIC(shared);
+    const int e = (int)blockIdx.x;
+    const int begin = a.d.expert_offset[e], end = a.d.expert_offset[e + 1];
+    const int first = a.d.a_major == MOE_MAJOR_MN ? begin / 8 * 8 : begin;
+    for (int row = first; begin < end && row < end; row += a.tile_rows)
+        for (int column = 0; column < a.column_tiles; ++column) {
+#define OWN_TILE(name, dt, am, bm)                                                                \
+    if (a.tile == MOE_TILE_##name && a.d.dtype == dt && a.d.a_major == am && a.d.b.major == bm && \
+        MOEI_GEMM_HERE(dt, 1, 1))                                                                 \
+        moe_gemm_tile(&a.d, e, begin, end, row, column, shared, MOE_GEMM_SHAPE_##name, dt, am, bm);
+            OWN_LIST(OWN_TILE)
+#undef OWN_TILE
+        }
+}
+
+static void test_gemm_own_kernel(void)
+{
+    static const struct {
+        int tile, dtype, a_major, b_major;
+    } variant[] = {
+#define OWN_ROW(name, dt, am, bm) {MOE_TILE_##name, dt, am, bm},
+        OWN_LIST(OWN_ROW)
+#undef OWN_ROW
+    };
+    static const int some[] = {70, 0, 9, 33};
+    trand r = trand_new(22);
+    for (int v = 0; v < 4; ++v)
+        for (int i = 0; i < 6; ++i) {
+            gemm_case c = normal_case(4, some, i & 1 ? 72 : 136, i & 2 ? 40 : 136);
+            gemm_bufs b;
+            own_args a;
+            moe_gemm_plan p;
+            moei_launch_config l;
+            if (test_gemm_status(variant[v].dtype, variant[v].tile) != MOE_OK) continue;
+            randomise(&c, &r);
+            c.tile = variant[v].tile;
+            c.dtype = variant[v].dtype;
+            c.a_major = variant[v].a_major;
+            c.b_major = variant[v].b_major;
+            c.c_dtype = i & 1 ? MOE_FP32 : c.dtype;
+            if (i >= 4 && c.a_major == MOE_MAJOR_K) {
+                c.gather = 3;
+                c.a_rows = 50;
+                c.none = c.bad = 10;
+            }
+            bufs_new(&b, &c, &r);
+            memset(&a, 0, sizeof a);
+            a.d = b.d;
+            CHECK_STATUS(moe_gemm_tile_prepare(&a.d), MOE_OK);
+            CHECK_STATUS(moe_grouped_gemm_plan(&b.d, &p), MOE_OK);
+            a.tile = c.tile;
+            a.tile_rows = p.tile_m;
+            a.column_tiles = (c.n + p.tile_n - 1) / p.tile_n;
+            if (is_gated(&c)) a.column_tiles = (2 * c.n + p.tile_n - 1) / p.tile_n;
+#define OWN_SMEM(name, dt, am, bm)                                                                \
+    if (c.tile == MOE_TILE_##name && c.a_major == am && c.b_major == bm)                          \
+        l = moei_grid(c.E, p.threads, moe_gemm_tile_smem(MOE_GEMM_SHAPE_##name, am, bm),          \
+                      test_now.stream);
+            OWN_LIST(OWN_SMEM)
+#undef OWN_SMEM
+            CHECK_STATUS(MOE_LAUNCH(own_kernel, l, a), MOE_OK);
+            compare(&b, &c);
+            bufs_free(&b);
+        }
+    CHECK_STATUS(moe_gemm_tile_prepare(0), MOE_STATUS(MOE_ERR_NULL, desc));
+}
+
 /* C may begin where A ends. */
 static void test_gemm_neighbours(void)
 {
@@ -1138,7 +1372,7 @@ static void test_gemm_same_bits(void)
         gemm_bufs b;
         tbuf* out[1];
         c.tile = tile;
-        c.epilogue = tile & 1 ? MOE_EPILOGUE_SWIGLU : MOE_EPILOGUE_NONE;
+        c.activation = tile & 1 ? MOE_ACTIVATION_SWIGLU : MOE_ACTIVATION_NONE;
         c.c_dtype = MOE_FP32;
         if (test_gemm_status(c.dtype, tile) != MOE_OK) continue;
         bufs_new(&b, &c, &r);
@@ -1199,7 +1433,7 @@ static void test_gemm_large(void)
             c.a_rows = c.gather ? 3000 : 0;
             c.dtype = c.c_dtype = i & 2 ? MOE_FP16 : MOE_BF16;
             if (i == 3) c.c_dtype = MOE_FP32;
-            c.epilogue = i == 0 || i == 3 ? MOE_EPILOGUE_SWIGLU : MOE_EPILOGUE_NONE;
+            c.activation = i == 0 || i == 3 ? MOE_ACTIVATION_SWIGLU : MOE_ACTIVATION_NONE;
             c.b_major = i == 2 ? MOE_MAJOR_MN : MOE_MAJOR_K;
             c.bias = i & 1;
             c.sampled = 251;
@@ -1219,7 +1453,7 @@ static gemm_case far_case(int what)
     gemm_case c = normal_case(rows_of_b ? 1 : 5, rows_of_b ? one : some, 24, 40);
     if (what == A_GATHERED) c.gather = 2, c.a_rows = 5;
     if (what == A_ALONG_M) c.a_major = MOE_MAJOR_MN;
-    if (what == B_UP || what == B_HALVES) c.epilogue = MOE_EPILOGUE_SWIGLU;
+    if (what == B_UP || what == B_HALVES) c.activation = MOE_ACTIVATION_SWIGLU;
     if (what == B_UP) c.gate_up = MOE_GATE_UP_SEPARATE;
     if (what == B_ROWS) c.n = 72; /* more than the rows that a loader takes at once */
     if (what == B_ALONG_N) c.b_major = MOE_MAJOR_MN;
@@ -1333,7 +1567,9 @@ int main(int argc, char** argv)
     RUN(test_gemm_schedule);
     RUN(test_gemm_schedule_bad);
     RUN(test_gemm_mma);
+    RUN(test_gemm_activations_alone);
     RUN(test_gemm_tiles);
+    RUN(test_gemm_activations);
     RUN(test_gemm_rows);
     RUN(test_gemm_tails);
     RUN(test_gemm_gather);
@@ -1345,6 +1581,7 @@ int main(int argc, char** argv)
     RUN(test_gemm_no_rows);
     RUN(test_gemm_plan);
     RUN(test_gemm_refusals);
+    RUN(test_gemm_own_kernel);
     RUN(test_gemm_neighbours);
     RUN(test_gemm_same_bits);
     RUN(test_gemm_graph);
