@@ -1,0 +1,400 @@
+/* permute.cuh: token rows into expert order, and back, for those who want rows moved.
+
+     moe_permute     y[row, :]  = x[row_slot[row] / K, :]     zeros where row_slot is -1
+     moe_unpermute   y[slot, :] = x[slot_row[slot], :]        zeros where slot_row is -1
+
+   The experts here read tokens where they lie and combine reads rows where they lie, so neither
+   is needed between these stations. Both are plain copies: bits are moved, none is changed.
+
+   In:   permute: x [T, H], route's row_slot [num_rows] and, better with it, slot_row [T, K]
+         unpermute: x [num_rows, H], slot_row [T, K]
+   Out:  permute: y [num_rows, H]; unpermute: y [T, K, H]. Every row is written once.
+   num_rows is what moe_route_max_rows tells, or fewer if the caller knows how many rows there are.
+   fp32, fp16, bf16, or whatever has 4 or 2 bytes; rows of H single bytes are H / 2 elements.
+
+   A slot or row out of range gives zeros and sets the fault word (BAD_ROW; index: the row, for
+   slot_row the slot). So does, with both maps, a row whose slot is not mapped to it.
+
+   Cost of unpermute: each row that is asked for read once, each output written once. Of permute
+   with both maps: each token read once and written K times, (T + num_rows) H elements. Without
+   slot_row each row of y fetches its token for itself: a token's K rows lie far apart, so x is read
+   K times unless it fits into the L2 cache. All at the rate of a device-to-device copy where
+   addresses, strides and H allow 16 bytes at a time; else 8, 4 or 2 at a time, slower.
+   Minimum architecture: sm_75.
+
+     moe_permute_desc p = {0};
+     p.x = x;  p.row_slot = row_slot;  p.slot_row = slot_row;  p.y = rows;
+     p.num_tokens = T;  p.top_k = K;  p.hidden = H;  p.num_rows = num_rows;
+     moe_status s = moe_permute(&p, stream);
+     p.x = rows;  p.y = slots;                   // [T, K, H]
+     s = moe_unpermute(&p, stream);
+
+   Source: permute and unpermute of the field's grouped MoE layers, as gathers and with each token
+   read once. */
+#ifndef MOE_PERMUTE_CUH
+#define MOE_PERMUTE_CUH
+
+#include "base/copy.cuh"
+#include "base/fault.cuh"
+#include "base/warp.cuh"
+#include "layout.h"
+
+typedef struct moe_permute_desc {
+    /* in */
+    const void* x;           /* permute: [T, H]; unpermute: [num_rows, H] */
+    const int32_t* row_slot; /* [num_rows] slot of a row, -1 = none; unpermute: not read */
+    const int32_t* slot_row; /* [T, K] row of a slot, -1 = none; permute: or null */
+    int64_t x_stride;        /* elements between rows; 0 = H */
+    int32_t dtype;           /* moe_dtype of x and y; 0 = bf16 */
+    /* out */
+    void* y;          /* permute: [num_rows, H]; unpermute: [T, K, H] */
+    int64_t y_stride; /* elements between rows; 0 = H */
+    uint64_t* fault;  /* [1] fault word; or null */
+    /* sizes */
+    int32_t num_tokens; /* T >= 0 */
+    int32_t top_k;      /* K, 1 .. MOE_MAX_EXPERTS; T * K below 2^31 */
+    int32_t hidden;     /* H, 1 .. 2^28 */
+    int64_t num_rows;   /* 0 .. 2^31 - 1 */
+} moe_permute_desc;
+
+#define MOEI_PERMUTE_THREADS 256 /* of a block, at most */
+#define MOEI_PERMUTE_ROWS 8      /* rows of which a thread has a piece under way, gathering, */
+#define MOEI_PERMUTE_TOKENS 4    /* and by token */
+#define MOEI_PERMUTE_LIST 2048   /* rows of its tokens that a block looks up at once */
+
+/* A row is cut into pieces of 16 bytes, or 8, 4, 2, the same for all rows. `lanes` neighbouring
+   threads have neighbouring pieces of a row: all of it, or one of its `columns` where it is longer
+   than a block. A block does `groups` rows side by side, several times. */
+typedef struct moei_permute_args {
+    const char* x;
+    char* y;
+    const int32_t* index; /* gathering: of each row of y; by token: slot_row */
+    const int32_t* check; /* by token: row_slot, the map back */
+    uint64_t* fault;
+    int64_t x_bytes, y_bytes; /* between rows */
+    int64_t count;            /* rows of y; by token: tokens */
+    int64_t limit;            /* entries of index are below it */
+    uint32_t div;             /* an entry is a row of x times div; by token: top_k */
+    int32_t pieces;           /* of a row */
+    int32_t lanes;            /* a power of two where groups is not 1 */
+    int32_t lanes_log2;
+    int32_t groups;
+    int32_t columns;
+    int32_t list_log2; /* by token: log2 of the rows of a token that are looked up at once */
+} moei_permute_args;
+
+/* Where a thread stands. */
+typedef struct moei_permute_at {
+    int64_t row0; /* the block's first row of y, or token */
+    int group;
+    int piece; /* of each of its rows; the row may have fewer */
+} moei_permute_at;
+
+MOE_DEVICE moei_permute_at moei_permute_find(const moei_permute_args* a, const int rows)
+{
+    const int lane = a->groups > 1 ? (int)threadIdx.x & (a->lanes - 1) : (int)threadIdx.x;
+    uint32_t block = blockIdx.x, column = 0;
+    moei_permute_at at;
+    if (a->columns > 1) { /* those of one row are neighbours */
+        block = blockIdx.x / (uint32_t)a->columns;
+        column = blockIdx.x - block * (uint32_t)a->columns;
+    }
+    at.row0 = (int64_t)block * (a->groups * rows);
+    at.group = a->groups > 1 ? (int)(threadIdx.x >> a->lanes_log2) : 0;
+    at.piece = (int)column * a->lanes + lane;
+    return at;
+}
+
+/* One piece; width is a literal. Words past it are 0. */
+MOE_DEVICE uint4 moei_permute_load(const char* p, const int width)
+{
+    uint4 v = make_uint4(0, 0, 0, 0);
+    if (width == 16) return moei_load16(p);
+    if (width == 8) {
+        const uint2 u = *(const uint2*)p;
+        v.x = u.x, v.y = u.y;
+    } else if (width == 4) {
+        v.x = *(const uint32_t*)p;
+    } else {
+        v.x = *(const uint16_t*)p;
+    }
+    return v;
+}
+
+MOE_DEVICE void moei_permute_store(char* p, uint4 v, const int width)
+{
+    if (width == 16) moei_store16(p, v);
+    else if (width == 8) *(uint2*)p = make_uint2(v.x, v.y);
+    else if (width == 4) *(uint32_t*)p = v.x;
+    else *(uint16_t*)p = (uint16_t)v.x;
+}
+
+/* Gathers rows: y[i, :] = x[index[i] / div, :]. A thread looks its rows up, then loads a piece of
+   each, then stores them. */
+MOE_DEVICE_BODY void moei_permute_gather(const moei_permute_args* a, const int width)
+{
+    const moei_permute_at at = moei_permute_find(a, MOEI_PERMUTE_ROWS);
+    const int64_t first = at.row0 + at.group, offset = (int64_t)at.piece * width;
+    const bool in = at.piece < a->pieces;
+    int32_t from[MOEI_PERMUTE_ROWS];
+    uint4 v[MOEI_PERMUTE_ROWS];
+    char* y = a->y + first * a->y_bytes + offset;
+    MOEI_UNROLL
+    for (int u = 0; u < MOEI_PERMUTE_ROWS; ++u) {
+        const int64_t row = first + u * a->groups;
+        from[u] = row < a->count ? (int32_t)moei_load4_early(a->index + row) : -1;
+    }
+    MOEI_UNROLL
+    for (int u = 0; u < MOEI_PERMUTE_ROWS; ++u) {
+        v[u] = make_uint4(0, 0, 0, 0);
+        if ((uint32_t)from[u] < (uint32_t)a->limit) {
+            const uint32_t row = a->div == 1 ? (uint32_t)from[u] : (uint32_t)from[u] / a->div;
+            if (in) v[u] = moei_permute_load(a->x + row * a->x_bytes + offset, width);
+        } else if (from[u] != -1) {
+            moei_fault_raise(a->fault, MOE_FAULT_BAD_ROW, 0, first + u * a->groups);
+        }
+    }
+    MOEI_UNROLL
+    for (int u = 0; u < MOEI_PERMUTE_ROWS; ++u) {
+        if (in && first + u * a->groups < a->count) moei_permute_store(y, v[u], width);
+        y += a->groups * a->y_bytes;
+    }
+}
+
+typedef struct moei_permute_shared {
+    int32_t row[MOEI_PERMUTE_LIST]; /* where the block's tokens go; -1: nowhere */
+    uint32_t empty[MOEI_PERMUTE_THREADS / MOEI_WARP]; /* rows of a share that no slot fills */
+} moei_permute_shared;
+
+/* Writes zeros into those of the block's share of the rows that no slot fills: each row is either
+   here or in the list of its slot's token, never in both. */
+MOE_DEVICE void moei_permute_zero(const moei_permute_args* a, moei_permute_shared* s,
+                                  const int width)
+{
+    const int64_t each = (a->limit + gridDim.x - 1) / gridDim.x, slots = a->count * a->div;
+    const int64_t begin = blockIdx.x * each;
+    const int64_t end = begin + each < a->limit ? begin + each : a->limit;
+    for (int64_t r0 = begin; r0 < end; r0 += blockDim.x) {
+        const int64_t r = r0 + threadIdx.x;
+        bool empty = false;
+        uint32_t lanes;
+        if (r < end) {
+            const int32_t slot = a->check[r];
+            empty = slot < 0 || slot >= slots || a->index[slot] != (int32_t)r;
+            if (empty && slot != -1) moei_fault_raise(a->fault, MOE_FAULT_BAD_ROW, 0, r);
+        }
+        lanes = __ballot_sync(MOEI_FULL, empty);
+        __syncthreads(); /* the words of the round before have been read */
+        if (moei_lane() == 0) s->empty[moei_warp()] = lanes;
+        __syncthreads();
+        for (int w = 0; w < (int)(blockDim.x >> 5); ++w)
+            for (uint32_t left = s->empty[w]; left; left &= left - 1) {
+                char* y = a->y + (r0 + w * MOEI_WARP + __ffs((int)left) - 1) * a->y_bytes;
+                for (int i = (int)threadIdx.x; i < a->pieces; i += (int)blockDim.x)
+                    moei_permute_store(y + (int64_t)i * width, make_uint4(0, 0, 0, 0), width);
+            }
+    }
+}
+
+/* Row of y that a slot goes to: one whose own entry names the slot; else -1. */
+MOE_DEVICE int32_t moei_permute_row(const moei_permute_args* a, int64_t slot)
+{
+    const int32_t r = a->index[slot];
+    if (r == -1) return -1;
+    if (r >= 0 && r < a->limit) {
+        if (a->check[r] == (int32_t)slot) return r;
+        moei_fault_raise(a->fault, MOE_FAULT_BAD_ROW, 0, r);
+    } else {
+        moei_fault_raise(a->fault, MOE_FAULT_BAD_ROW, 0, slot);
+    }
+    return -1;
+}
+
+/* Each token read once and written to its rows: y[index[t * K + k], :] = x[t, :]. While the pieces
+   are on their way the block looks up where they go. */
+MOE_DEVICE_BODY void moei_permute_by_token(const moei_permute_args* a, moei_permute_shared* s,
+                                           const int width)
+{
+    const moei_permute_at at = moei_permute_find(a, MOEI_PERMUTE_TOKENS);
+    const int64_t first = at.row0 + at.group, offset = (int64_t)at.piece * width;
+    const bool in = at.piece < a->pieces;
+    const int K = (int)a->div, listed = 1 << a->list_log2;
+    const int entries = (a->groups * MOEI_PERMUTE_TOKENS) << a->list_log2;
+    uint4 v[MOEI_PERMUTE_TOKENS];
+    MOEI_UNROLL
+    for (int u = 0; u < MOEI_PERMUTE_TOKENS; ++u) {
+        const int64_t t = first + u * a->groups;
+        v[u] = make_uint4(0, 0, 0, 0);
+        if (in && t < a->count) v[u] = moei_permute_load(a->x + t * a->x_bytes + offset, width);
+    }
+    for (int k0 = 0; k0 < K; k0 += listed) {
+        if (k0 > 0) __syncthreads(); /* the rows before have been used */
+        for (int i = (int)threadIdx.x; i < entries; i += (int)blockDim.x) {
+            const int64_t t = at.row0 + (i >> a->list_log2);
+            const int k = k0 + (i & (listed - 1));
+            s->row[i] = t < a->count && k < K ? moei_permute_row(a, t * K + k) : -1;
+        }
+        __syncthreads();
+        MOEI_UNROLL
+        for (int u = 0; u < MOEI_PERMUTE_TOKENS; ++u) {
+            const int32_t* row = s->row + ((at.group + u * a->groups) << a->list_log2);
+            for (int k = 0; k < listed && in; ++k) {
+                const int32_t r = row[k];
+                if (r >= 0) moei_permute_store(a->y + r * a->y_bytes + offset, v[u], width);
+            }
+        }
+    }
+    moei_permute_zero(a, s, width);
+}
+
+#define MOEI_PERMUTE_LIST_OF(X) X(16) X(8) X(4) X(2)
+
+#define MOEI_PERMUTE_KERNELS(width)                                                               \
+    MOE_KERNEL(MOEI_PERMUTE_THREADS, 4) moei_permute_gather_##width(MOE_ARG(moei_permute_args) a) \
+    {                                                                                             \
+        moei_let_next_start();                                                                    \
+        moei_wait_for_previous();                                                                 \
+        if (!moei_fault_stopped(a.fault)) moei_permute_gather(&a, width);                         \
+    }                                                                                             \
+    MOE_KERNEL(MOEI_PERMUTE_THREADS, 4) moei_permute_token_##width(MOE_ARG(moei_permute_args) a)  \
+    {                                                                                             \
+        MOE_SHARED(moei_permute_shared, shared);                                                  \
+        moei_let_next_start();                                                                    \
+        moei_wait_for_previous();                                                                 \
+        if (!moei_fault_stopped(a.fault)) moei_permute_by_token(&a, &shared, width);              \
+    }
+MOEI_PERMUTE_LIST_OF(MOEI_PERMUTE_KERNELS)
+#undef MOEI_PERMUTE_KERNELS
+
+/* Checks the descriptor and fills in its defaults; `back` is 1 for unpermute. */
+MOE_HOST moe_status moei_permute_check(moe_permute_desc* d, int back)
+{
+    int64_t slots, x_rows, y_rows;
+    uintptr_t size;
+    MOEI_REQUIRE(d->num_tokens >= 0, MOE_ERR_RANGE, num_tokens);
+    MOEI_REQUIRE(d->top_k >= 1 && d->top_k <= MOE_MAX_EXPERTS, MOE_ERR_RANGE, top_k);
+    slots = (int64_t)d->num_tokens * d->top_k;
+    MOEI_REQUIRE(slots <= 0x7fffffff, MOE_ERR_RANGE, num_tokens);
+    MOEI_REQUIRE(d->hidden >= 1 && d->hidden <= 1 << 28, MOE_ERR_RANGE, hidden);
+    MOEI_REQUIRE(d->num_rows >= 0 && d->num_rows <= 0x7fffffff, MOE_ERR_RANGE, num_rows);
+    if (d->dtype == 0) d->dtype = MOE_BF16;
+    MOEI_REQUIRE(moe_dtype_bytes(d->dtype), MOE_ERR_DTYPE, dtype);
+    size = (uintptr_t)moe_dtype_bytes(d->dtype);
+    x_rows = back ? d->num_rows : d->num_tokens;
+    y_rows = back ? slots : d->num_rows;
+    if (d->x_stride == 0) d->x_stride = d->hidden;
+    if (d->y_stride == 0) d->y_stride = d->hidden;
+    MOEI_REQUIRE(moei_stride_fits(d->x_stride, d->hidden, x_rows), MOE_ERR_STRIDE, x_stride);
+    MOEI_REQUIRE(moei_stride_fits(d->y_stride, d->hidden, y_rows), MOE_ERR_STRIDE, y_stride);
+    MOEI_REQUIRE(moei_aligned(d->fault, 8), MOE_ERR_ALIGN, fault);
+    if (y_rows == 0) return MOE_OK;
+    MOEI_REQUIRE(d->x || x_rows == 0, MOE_ERR_NULL, x);
+    MOEI_REQUIRE(d->y, MOE_ERR_NULL, y);
+    MOEI_REQUIRE(back || d->row_slot, MOE_ERR_NULL, row_slot);
+    MOEI_REQUIRE(!back || d->slot_row, MOE_ERR_NULL, slot_row);
+    MOEI_REQUIRE(moei_aligned(d->x, size), MOE_ERR_ALIGN, x);
+    MOEI_REQUIRE(moei_aligned(d->y, size), MOE_ERR_ALIGN, y);
+    MOEI_REQUIRE(moei_aligned(d->row_slot, 4), MOE_ERR_ALIGN, row_slot);
+    MOEI_REQUIRE(moei_aligned(d->slot_row, 4), MOE_ERR_ALIGN, slot_row);
+    {
+        const moei_range r[] = {
+            {d->x, moei_extent(x_rows, d->x_stride, d->hidden, d->dtype), MOE_FIELD_x},
+            {back ? 0 : d->row_slot, (uint64_t)d->num_rows * 4, MOE_FIELD_row_slot},
+            {d->slot_row, (uint64_t)slots * 4, MOE_FIELD_slot_row},
+            {d->y, moei_extent(y_rows, d->y_stride, d->hidden, d->dtype), MOE_FIELD_y},
+            {d->fault, 8, MOE_FIELD_fault}};
+        return moei_disjoint(r, 3, 5);
+    }
+}
+
+/* How the rows are cut and how many blocks do `rows` of them a thread. Returns the bytes of a
+   piece. */
+MOE_HOST int moei_permute_cut(moei_permute_args* a, const moe_permute_desc* d, int rows,
+                              int64_t* blocks)
+{
+    const int64_t row = (int64_t)d->hidden * moe_dtype_bytes(d->dtype);
+    const uint64_t all = (uint64_t)(uintptr_t)a->x | (uint64_t)(uintptr_t)a->y |
+                         (uint64_t)a->x_bytes | (uint64_t)a->y_bytes | (uint64_t)row;
+    int width = 16, each;
+    while (all % (uint64_t)width != 0) width /= 2;
+    a->pieces = (int32_t)(row / width);
+    a->columns = (a->pieces + MOEI_PERMUTE_THREADS - 1) / MOEI_PERMUTE_THREADS;
+    each = (a->pieces + a->columns - 1) / a->columns;
+    a->groups = 1;
+    a->lanes = (each + 31) / 32 * 32;
+    if (each <= MOEI_PERMUTE_THREADS / 2) { /* several rows in a block */
+        while (1 << a->lanes_log2 < each) ++a->lanes_log2;
+        a->lanes = 1 << a->lanes_log2;
+        a->groups = MOEI_PERMUTE_THREADS / a->lanes;
+    }
+    *blocks = (a->count + a->groups * rows - 1) / (a->groups * rows) * a->columns;
+    return width;
+}
+
+MOE_HOST moe_status moei_permute_launch(const moe_permute_desc* desc, int back, cudaStream_t stream)
+{
+    moe_permute_desc d;
+    moei_permute_args a;
+    moei_launch_config c;
+    int by_token, width;
+    int64_t blocks, slots;
+    MOEI_REQUIRE(desc, MOE_ERR_NULL, desc);
+    d = *desc;
+    MOEI_TRY(moei_permute_check(&d, back));
+    slots = (int64_t)d.num_tokens * d.top_k;
+    if ((back ? slots : d.num_rows) == 0) return MOE_OK;
+    by_token = !back && d.slot_row && slots > 0;
+    memset(&a, 0, sizeof a);
+    a.x = (const char*)d.x;
+    a.y = (char*)d.y;
+    a.fault = d.fault;
+    a.x_bytes = d.x_stride * moe_dtype_bytes(d.dtype);
+    a.y_bytes = d.y_stride * moe_dtype_bytes(d.dtype);
+    a.index = back || by_token ? d.slot_row : d.row_slot;
+    a.check = d.row_slot;
+    a.count = back ? slots : by_token ? d.num_tokens : d.num_rows;
+    a.limit = back || by_token ? d.num_rows : slots;
+    a.div = back ? 1u : (uint32_t)d.top_k;
+    width =
+        moei_permute_cut(&a, &d, by_token ? MOEI_PERMUTE_TOKENS : MOEI_PERMUTE_ROWS, &blocks);
+    MOEI_REQUIRE(blocks <= 0x7fffffff, MOE_ERR_RANGE, hidden);
+    /* by token: the rows that the block's tokens look up at once fit into the list */
+    while (1 << a.list_log2 < d.top_k &&
+           (a.groups * MOEI_PERMUTE_TOKENS) << (a.list_log2 + 1) <= MOEI_PERMUTE_LIST)
+        ++a.list_log2;
+    c = moei_grid(blocks, a.groups * a.lanes, 0, stream);
+    c.dependent = 1;
+#define MOEI_PERMUTE_CASE(bytes)                                                                  \
+    if (width == bytes && by_token) return MOE_LAUNCH(moei_permute_token_##bytes, c, a);          \
+    if (width == bytes) return MOE_LAUNCH(moei_permute_gather_##bytes, c, a);
+    MOEI_PERMUTE_LIST_OF(MOEI_PERMUTE_CASE)
+#undef MOEI_PERMUTE_CASE
+    return MOE_STATUS(MOE_ERR_DTYPE, dtype);
+}
+
+/* Queues the permutation on `stream`. Errors: every field of the descriptor as documented above,
+   each with its own status; nothing is queued then. num_rows = 0 is no error; T = 0 gives zeros. */
+MOE_HOST moe_status moe_permute(const moe_permute_desc* desc, cudaStream_t stream)
+{
+    return moei_permute_launch(desc, 0, stream);
+}
+
+/* Queues the inverse: the same descriptor with x and y exchanged. T = 0 is no error; with
+   num_rows = 0 every row that is asked for is out of range. */
+MOE_HOST moe_status moe_unpermute(const moe_permute_desc* desc, cudaStream_t stream)
+{
+    return moei_permute_launch(desc, 1, stream);
+}
+
+/* Loads this header's kernels now. */
+MOE_HOST moe_status moe_permute_preload(void)
+{
+#define MOEI_PERMUTE_LOAD(width)                                                                  \
+    MOEI_TRY(moei_preload((const void*)moei_permute_gather_##width));                             \
+    MOEI_TRY(moei_preload((const void*)moei_permute_token_##width));
+    MOEI_PERMUTE_LIST_OF(MOEI_PERMUTE_LOAD)
+#undef MOEI_PERMUTE_LOAD
+    return MOE_OK;
+}
+
+#endif
