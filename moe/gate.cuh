@@ -32,8 +32,8 @@
      token_off       these tokens choose nothing and count for nothing
      whole_batch     the K experts with the largest sums of l over all tokens (and no other rule for
                      choosing than expert_off) are chosen for all; weights by each token's own l
-   An unused choice has id -1 and weight 0: behind the threshold, a sparsemax score of 0 (but not with
-   whole_batch), or fewer than K experts left.
+   An unused choice has id -1 and weight 0: below the threshold, a sparsemax score of 0, or fewer than K
+   experts left.
 
    Infinities are limits: +inf shares the whole softmax among its equals, -inf has weight 0 and
    is chosen last, a row of -inf counts as a row of equals. A row that holds a NaN (of an expert that
@@ -62,8 +62,8 @@
 
 #include <math.h>
 
-#include "gate/batch.cuh"
 #include "gate/plain.cuh"
+#include "gate/rules.cuh"
 
 /* most experts, most choices, lanes a token, logits a lane: the first that fits is taken. Predefine
    a list to compile fewer; what none fits runs, slower, by moei_gate_any. 512 threads, so that each
@@ -77,7 +77,7 @@
 /* The same with rules, and threads. */
 #ifndef MOE_GATE_RULES_LIST
 #define MOE_GATE_RULES_LIST(X)                                                                     \
-    X(128, 8, 4, 32, 512) X(256, 8, 8, 32, 512) X(1024, 32, 32, 32, 256)
+    X(128, 8, 8, 16, 512) X(256, 8, 16, 16, 512) X(1024, 32, 32, 32, 256)
 #endif
 #define MOEI_GATE_ANY_THREADS 1024
 
@@ -129,19 +129,12 @@ MOE_KERNEL(MOEI_GATE_ANY_THREADS, 1) moei_gate_batch_sum(MOE_ARG(moe_gate_desc) 
     if (!moei_fault_stopped(d.fault)) moei_gate_batch_sum_block(&d, (float*)memory);
 }
 
-MOE_KERNEL(MOEI_GATE_ANY_THREADS, 1) moei_gate_batch(MOE_ARG(moe_gate_desc) d)
-{
-    MOE_SHARED_DYNAMIC(memory);
-    moei_gate_shared s;
-    size_t at;
-    moei_let_next_start();
-    at = moei_gate_carve(&s, memory, &d, (int)blockDim.x / 32, 0, 0);
-    moei_wait_for_previous();
-    if (!moei_fault_stopped(d.fault)) moei_gate_batch_block(&d, &s, (int32_t*)(memory + at));
-}
+typedef struct moei_gate_chunk_sums {
+    float sum[32][MOEI_WARP];
+} moei_gate_chunk_sums;
 
-/* prob_sum from the chunks' sums: 32 experts a block, a warp for every eighth chunk. */
-MOE_KERNEL(256, 1) moei_gate_sum_chunks(MOE_ARG(moe_gate_desc) d)
+/* prob_sum from the chunks' sums: 32 experts a block, a warp for every 32nd chunk. */
+MOE_KERNEL(1024, 1) moei_gate_sum_chunks(MOE_ARG(moe_gate_desc) d)
 {
     MOE_SHARED(moei_gate_chunk_sums, s);
     const int e = (int)blockIdx.x * MOEI_WARP + moei_lane(), E = d.num_experts;
@@ -151,15 +144,18 @@ MOE_KERNEL(256, 1) moei_gate_sum_chunks(MOE_ARG(moe_gate_desc) d)
     moei_wait_for_previous();
     if (moei_fault_stopped(d.fault)) return;
     if (e < E) {
-        MOEI_UNROLL_8
-        for (int c = moei_warp(); c < chunks; c += 8)
-            sum += moei_gate_prob_part(&d)[(int64_t)c * E + e];
+        MOEI_UNROLL
+        for (int i = 0; i < MOE_MAX_CHUNKS / 32; ++i) {
+            const int c = i * 32 + moei_warp();
+            if (c < chunks) sum += moei_gate_prob_part(&d)[(int64_t)c * E + e];
+        }
     }
     s.sum[moei_warp()][moei_lane()] = sum;
     __syncthreads();
     if (moei_warp() == 0 && e < E) {
         sum = 0.0f;
-        for (int w = 0; w < 8; ++w) sum += s.sum[w][moei_lane()];
+        MOEI_UNROLL
+        for (int w = 0; w < 32; ++w) sum += s.sum[w][moei_lane()];
         d.prob_sum[e] = sum;
     }
 }
@@ -280,13 +276,13 @@ MOE_HOST int moei_gate_has_rules(const moe_gate_desc* d)
 {
     return d->score > MOE_SCORE_SIGMOID || d->temperature != 1.0f || d->noise > 0.0f ||
            d->dropout > 0.0f || d->threshold >= -3e38f || d->expert_bias || d->expert_off ||
-           d->token_off || d->num_groups > 1 || d->prob_sum;
+           d->token_off || d->num_groups > 1 || d->prob_sum || d->whole_batch;
 }
 
 /* Sets the block, `threads` at most, so that its shared memory fits the device: lanes a token; 0
    where a warp has one and needs no more than its own part of it. */
 MOE_HOST moe_status moei_gate_fit(moei_launch_config* c, const moe_gate_desc* d, int threads,
-                                  int lanes, int depth, size_t more)
+                                  int lanes, int depth)
 {
     const int64_t wanted = moe_chunk_tokens(d->num_tokens) * (lanes ? lanes : MOEI_WARP);
     moei_gate_shared s;
@@ -294,7 +290,7 @@ MOE_HOST moe_status moei_gate_fit(moei_launch_config* c, const moe_gate_desc* d,
     MOEI_TRY(moei_device_query(&device));
     if (threads > wanted) threads = (int)((wanted + 31) / 32 * 32);
     for (;; threads = (threads / 2 + 31) / 32 * 32) {
-        c->smem = more + moei_gate_carve(&s, 0, d, threads / 32, lanes ? threads / lanes : 0, depth);
+        c->smem = moei_gate_carve(&s, 0, d, threads / 32, lanes ? threads / lanes : 0, depth);
         if (c->smem + 2048 <= (size_t)device.smem_block || threads <= 32) break;
     }
     c->block.x = (unsigned)threads;
@@ -310,9 +306,9 @@ MOE_HOST moe_status moei_gate_queue(const moe_gate_desc* desc, cudaStream_t stre
         moei_grid(moe_num_chunks(d.num_tokens), 0, (size_t)d.num_experts * 4, stream);
     c.dependent = 1;
     if (d.whole_batch) {
-        MOEI_TRY(moei_gate_fit(&c, &d, MOEI_GATE_ANY_THREADS, 0, 0, (size_t)d.top_k * 4));
+        MOEI_TRY(moei_gate_fit(&c, &d, MOEI_GATE_ANY_THREADS, 0, 0));
         MOEI_TRY(MOE_LAUNCH(moei_gate_batch_sum, c, d));
-        return MOE_LAUNCH(moei_gate_batch, c, d);
+        c.smem = (size_t)d.num_experts * 4;
     }
     if (!moei_gate_has_rules(&d)) {
 #define MOEI_GATE_CASE(most, depth, lanes, per_lane)                                               \
@@ -327,13 +323,13 @@ MOE_HOST moe_status moei_gate_queue(const moe_gate_desc* desc, cudaStream_t stre
     } else if (d.num_groups == 1 || d.num_experts / d.num_groups % 4 == 0) {
 #define MOEI_GATE_RULES_CASE(most, depth, lanes, per_lane, threads)                                \
     if (d.top_k <= depth && d.num_experts <= most) {                                               \
-        MOEI_TRY(moei_gate_fit(&c, &d, threads, lanes, depth, 0));                                 \
+        MOEI_TRY(moei_gate_fit(&c, &d, threads, lanes, depth));                                 \
         return MOE_LAUNCH(moei_gate_rules_##most##_##depth, c, d);                                 \
     }
         MOE_GATE_RULES_LIST(MOEI_GATE_RULES_CASE)
 #undef MOEI_GATE_RULES_CASE
     }
-    MOEI_TRY(moei_gate_fit(&c, &d, MOEI_GATE_ANY_THREADS, 0, 0, 0));
+    MOEI_TRY(moei_gate_fit(&c, &d, MOEI_GATE_ANY_THREADS, 0, 0));
     return MOE_LAUNCH(moei_gate_any, c, d);
 }
 
@@ -365,7 +361,7 @@ MOE_HOST moe_status moe_gate(const moe_gate_desc* desc, cudaStream_t stream)
     }
     MOEI_TRY(moei_gate_queue(&d, stream));
     if (!d.prob_sum) return MOE_OK;
-    c = moei_grid((d.num_experts + 31) / 32, 256, 0, stream);
+    c = moei_grid((d.num_experts + 31) / 32, 1024, 0, stream);
     c.dependent = 1;
     return MOE_LAUNCH(moei_gate_sum_chunks, c, d);
 }
@@ -383,7 +379,6 @@ MOE_HOST moe_status moe_gate_preload(void)
 #undef MOEI_GATE_RULES_LOAD
     MOEI_TRY(moei_preload((const void*)moei_gate_any));
     MOEI_TRY(moei_preload((const void*)moei_gate_batch_sum));
-    MOEI_TRY(moei_preload((const void*)moei_gate_batch));
     return moei_preload((const void*)moei_gate_sum_chunks);
 }
 

@@ -1,34 +1,74 @@
 /* batch.cuh: one selection for a whole batch. A launch sums the logits of each expert over all tokens,
-   by chunk; in the next every block adds up the chunks, selects the K experts with the largest sums,
-   and weighs them for each of its chunk's tokens by the token's own logits. */
+   by chunk; in the next every block adds up the chunks and selects the K experts with the largest
+   sums, before it weighs them for its chunk's tokens by each token's own logits. */
 #ifndef MOE_GATE_BATCH_CUH
 #define MOE_GATE_BATCH_CUH
 
-#include "rules.cuh"
+#include "shared.cuh"
+#include "token.cuh"
 
-/* Launch 1, one block, a warp a token: the chunk's sums into the workspace. sum [warps][E] is in
-   shared memory. Tokens that are switched off or hold a NaN do not count. */
-MOE_DEVICE void moei_gate_batch_sum_block(const moe_gate_desc* d, float* sum)
+/* A chunk's sums by a warp a token: tokens that hold a NaN, or a logit that counts as one, are left
+   out. sum [warps][E] is in shared memory. */
+MOE_DEVICE void moei_gate_batch_sum_tokens(const moe_gate_desc* d, float* sum, int64_t first,
+                                           int64_t end)
 {
-    const int64_t chunk = moe_chunk_tokens(d->num_tokens), first = blockIdx.x * chunk;
-    const int64_t end = first + chunk < d->num_tokens ? first + chunk : d->num_tokens;
-    const int E = d->num_experts, warps = (int)blockDim.x / MOEI_WARP;
+    const int E = d->num_experts;
     float* own = sum + moei_warp() * E;
     for (int e = moei_lane(); e < E; e += MOEI_WARP) own[e] = 0.0f;
-    for (int64_t t = first + moei_warp(); t < end; t += warps) {
-        const int64_t row = t * d->logits_stride;
+    for (int64_t t = first + moei_warp(); t < end; t += blockDim.x / MOEI_WARP) {
         bool nan = d->token_off && d->token_off[t];
         float v;
         for (int e = moei_lane(); e < E; e += MOEI_WARP)
             nan = nan || (moei_gate_logit(&v, d, 0, t, e) && moei_is_nan(v));
         if (__any_sync(MOEI_FULL, nan)) continue;
         for (int e = moei_lane(); e < E; e += MOEI_WARP)
-            own[e] += moei_load_f32(d->logits, row + e, d->logits_dtype);
+            own[e] += moei_load_f32(d->logits, t * d->logits_stride + e, d->logits_dtype);
     }
-    __syncthreads();
+}
+
+/* The sum of an expert's logits over the tokens first, first + step, ... below end. *odd: one of them
+   counts as NaN, or may. dtype is a literal. */
+MOE_DEVICE float moei_gate_batch_column(bool* odd, const moe_gate_desc* d, int e, int64_t first,
+                                     int64_t end, int step, const int dtype)
+{
+    float all = 0.0f;
+    MOEI_UNROLL_8
+    for (int64_t t = first; t < end; t += step) {
+        const float v = moei_load_f32(d->logits, t * d->logits_stride + e, dtype);
+        const bool in = !d->token_off || !d->token_off[t];
+        *odd |= in && !(fabsf(v) < MOE_GATE_MAX_COSINE);
+        all += in ? v : 0.0f;
+    }
+    return all;
+}
+
+/* Launch 1, one block: the chunk's sums into the workspace. A thread has an expert and every so many
+   tokens; where that meets NaN or something huge, the tokens are summed one by one. */
+MOE_DEVICE void moei_gate_batch_sum_block(const moe_gate_desc* d, float* sum)
+{
+    const int64_t chunk = moe_chunk_tokens(d->num_tokens), first = blockIdx.x * chunk;
+    const int64_t end = first + chunk < d->num_tokens ? first + chunk : d->num_tokens;
+    const int E = d->num_experts, warps = (int)blockDim.x / MOEI_WARP;
+    const int fit = (int)blockDim.x / E, most = fit < warps ? fit : warps;
+    int rows = most > 1 ? most : 1; /* of `sum`: tokens under way together */
+    bool odd = false;
+    for (int i = (int)threadIdx.x; i < rows * E; i += (int)blockDim.x) {
+        const int e = i % E;
+        const int64_t from = first + i / E;
+        if (d->logits_dtype == MOE_FP32)
+            sum[i] = moei_gate_batch_column(&odd, d, e, from, end, rows, MOE_FP32);
+        else if (d->logits_dtype == MOE_FP16)
+            sum[i] = moei_gate_batch_column(&odd, d, e, from, end, rows, MOE_FP16);
+        else sum[i] = moei_gate_batch_column(&odd, d, e, from, end, rows, MOE_BF16);
+    }
+    if (__syncthreads_or(odd)) {
+        rows = warps;
+        moei_gate_batch_sum_tokens(d, sum, first, end);
+        __syncthreads();
+    }
     for (int e = (int)threadIdx.x; e < E; e += (int)blockDim.x) {
         float all = 0.0f;
-        for (int w = 0; w < warps; ++w) all += sum[w * E + e];
+        for (int r = 0; r < rows; ++r) all += sum[r * E + e];
         ((float*)d->workspace)[(int64_t)blockIdx.x * E + e] = all;
     }
 }
@@ -59,48 +99,22 @@ MOE_DEVICE void moei_gate_batch_row(const moe_gate_desc* d, float* row, float* p
     __syncthreads();
 }
 
-/* Shared memory of the launch that sums chunks. */
-typedef struct moei_gate_chunk_sums {
-    float sum[8][MOEI_WARP];
-} moei_gate_chunk_sums;
-
-/* Launch 2, one block, a warp a token. shared->bias is the row of sums here, shared->prob also its
-   scratch; chosen [K] is in shared memory. */
-MOE_DEVICE void moei_gate_batch_block(const moe_gate_desc* d, const moei_gate_shared* shared,
-                                      int32_t* chosen)
+/* shared->chosen [K] becomes the batch's choices; returns how many there are. Then shared->bias, as
+   int, has each chosen expert's place among them. All threads; a barrier must follow. What
+   shared->prob held is cleared. */
+MOE_DEVICE int moei_gate_batch_choose(const moe_gate_desc* d, const moei_gate_shared* shared)
 {
-    const int64_t chunk = moe_chunk_tokens(d->num_tokens), first = blockIdx.x * chunk;
-    const int64_t end = first + chunk < d->num_tokens ? first + chunk : d->num_tokens;
     const int E = d->num_experts, K = d->top_k, warps = (int)blockDim.x / MOEI_WARP;
-    float* prob = shared->prob + moei_warp() * E;
-    moei_gate_batch_row(d, shared->bias, shared->prob);
-    for (int e = moei_lane(); e < E; e += MOEI_WARP) prob[e] = 0.0f;
-    for (int e = (int)threadIdx.x; e < E; e += (int)blockDim.x) shared->count[e] = 0;
-    if (moei_warp() == 0) moe_warp_top_k(chosen, shared->bias, E, K);
+    int n = 0;
     __syncthreads();
-    for (int64_t t = first + moei_warp(); t < end; t += warps) {
-        moei_gate_stats s;
-        if (d->token_off && d->token_off[t]) {
-            moei_gate_unused(d, t, moei_lane(), MOEI_WARP);
-            continue;
-        }
-        s = moei_gate_row_stats(d, 0, t, 1);
-        if (s.nan) {
-            moei_gate_unused(d, t, moei_lane(), MOEI_WARP);
-            if (moei_lane() == 0) moei_fault_raise(d->fault, MOE_FAULT_NAN_LOGIT, 0, t);
-            continue;
-        }
-        for (int k = moei_lane(); k < K; k += MOEI_WARP) {
-            float v = 0.0f;
-            if (chosen[k] >= 0) moei_gate_logit(&v, d, 0, t, chosen[k]);
-            d->ids[t * K + k] = chosen[k];
-            d->weights[t * K + k] = v;
-        }
-        __syncwarp(MOEI_FULL);
-        moei_gate_finish(d, shared->count, t, &s, 1);
-        if (d->prob_sum) moei_gate_add_probabilities(d, prob, 0, t, &s);
-    }
-    moei_gate_rules_end(d, shared);
+    moei_gate_batch_row(d, shared->bias, shared->prob);
+    for (int i = (int)threadIdx.x; i < warps * E; i += (int)blockDim.x) shared->prob[i] = 0.0f;
+    if (moei_warp() == 0) moe_warp_top_k(shared->chosen, shared->bias, E, K);
+    __syncthreads();
+    for (int k = (int)threadIdx.x; k < K; k += (int)blockDim.x)
+        if (shared->chosen[k] >= 0) ((int*)shared->bias)[shared->chosen[k]] = k;
+    while (n < K && shared->chosen[n] >= 0) ++n;
+    return n;
 }
 
 #endif

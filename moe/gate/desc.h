@@ -46,7 +46,8 @@ typedef struct moe_gate_desc {
     float scale;         /* factor on the weights, finite; 0 = 1 */
     float temperature;   /* divides the logits, > 0; 0 = 1 */
     float noise;         /* standard deviation of normal noise on the divided logits; 0 = none */
-    float dropout;       /* chance that a token does not see an expert, 0 <= dropout < 1 */
+    float dropout;       /* chance that a token does not see an expert, 0 <= dropout < 1, in
+                            steps of 2^-16 */
     float threshold;     /* sigmoid: least weight that is used, 0 <= threshold < 1 */
     uint64_t seed;       /* of noise and dropout */
     int32_t num_groups;  /* neighbouring experts in so many equal groups; 0 = 1; divides E */
@@ -56,8 +57,18 @@ typedef struct moe_gate_desc {
     size_t workspace_bytes;
 } moe_gate_desc;
 
-/* Numbers drawn for token t and expert e: word e % 4 of moe_random_words(seed, e / 4, t, stream, 0). */
-#define MOE_GATE_STREAM_NOISE 0   /* words 0, 1 and words 2, 3 make two normal numbers each */
-#define MOE_GATE_STREAM_DROPOUT 1 /* dropped where the word is below dropout * 2^32 */
+/* What is drawn for token t and expert e, by moe_random_words(seed, c0, t, stream, 0) of
+   base/random.h. Noise: c0 = e / 4; words 0 and 1 make the normal numbers of e % 4 = 0 and 1, words 2
+   and 3 the others. Dropout: c0 = e / 8; the e % 8-th 16 bits of the words, low half first, drop the
+   expert where they are below moe_gate_dropout_steps. */
+#define MOE_GATE_STREAM_NOISE 0
+#define MOE_GATE_STREAM_DROPOUT 1
+
+/* The chance in steps of 2^-16, rounded; at least one step where it is not 0. */
+MOE_HOST_DEVICE int moe_gate_dropout_steps(float dropout)
+{
+    const int steps = (int)(dropout * 65536.0f + 0.5f);
+    return steps > 65535 ? 65535 : steps < 1 && dropout > 0.0f ? 1 : steps;
+}
 
 #endif

@@ -12,6 +12,16 @@ MOE_DEVICE uint64_t moei_gate_seed(const moe_gate_desc* d)
     return d->seed + (d->seed_offset ? *d->seed_offset : 0);
 }
 
+/* The same, where the compiler does not see that it is: it would keep the twenty keys that the rounds
+   of a random number make of a seed in registers over the whole loop. */
+MOE_DEVICE uint64_t moei_gate_seed_here(uint64_t seed)
+{
+#if !MOE_ON_HOST
+    asm volatile("" : "+l"(seed));
+#endif
+    return seed;
+}
+
 /* Two independent standard normal numbers from two words (Box and Muller). */
 MOE_DEVICE float2 moei_gate_normal(uint32_t a, uint32_t b)
 {
@@ -35,14 +45,16 @@ MOE_DEVICE void moei_gate_noise(float* n, uint64_t seed, int64_t t, int quad)
     n[0] = a.x, n[1] = a.y, n[2] = b.x, n[3] = b.y;
 }
 
-/* Bit i: token t does not see expert 4 quad + i. */
-MOE_DEVICE uint32_t moei_gate_dropped(const moe_gate_desc* d, uint64_t seed, int64_t t, int quad)
+/* Bit i: token t does not see expert 8 octet + i. */
+MOE_DEVICE uint32_t moei_gate_dropped(const moe_gate_desc* d, uint64_t seed, int64_t t, int octet)
 {
     const moe_random4 r =
-        moe_random_words(seed, (uint32_t)quad, (uint32_t)t, MOE_GATE_STREAM_DROPOUT, 0);
-    const uint32_t below = (uint32_t)(d->dropout * 4294967296.0f);
-    return (r.x < below ? 1u : 0u) | (r.y < below ? 2u : 0u) | (r.z < below ? 4u : 0u) |
-           (r.w < below ? 8u : 0u);
+        moe_random_words(seed, (uint32_t)octet, (uint32_t)t, MOE_GATE_STREAM_DROPOUT, 0);
+    const uint32_t below = (uint32_t)moe_gate_dropout_steps(d->dropout), high = below << 16;
+    return ((r.x & 0xffffu) < below ? 1u : 0u) | (r.x < high ? 2u : 0u) |
+           ((r.y & 0xffffu) < below ? 4u : 0u) | (r.y < high ? 8u : 0u) |
+           ((r.z & 0xffffu) < below ? 16u : 0u) | (r.z < high ? 32u : 0u) |
+           ((r.w & 0xffffu) < below ? 64u : 0u) | (r.w < high ? 128u : 0u);
 }
 
 /* cos(x)^2 to about 1e-6; NaN from MOE_GATE_MAX_COSINE on, as for infinities and NaN. */
@@ -65,7 +77,7 @@ MOE_DEVICE bool moei_gate_logit(float* out, const moe_gate_desc* d, uint64_t see
 {
     float v;
     if (d->expert_off && d->expert_off[e]) return false;
-    if (d->dropout > 0.0f && (moei_gate_dropped(d, seed, t, e >> 2) >> (e & 3) & 1)) return false;
+    if (d->dropout > 0.0f && (moei_gate_dropped(d, seed, t, e >> 3) >> (e & 7) & 1)) return false;
     v = moei_load_f32(d->logits, t * d->logits_stride + e, d->logits_dtype) * d->temperature;
     if (d->noise > 0.0f) {
         float n[4];
@@ -88,10 +100,11 @@ MOE_DEVICE void moei_gate_logits(float* v, uint32_t* unseen, const moe_gate_desc
         for (int j = 0; j < per_lane; ++j) v[j] *= d->temperature;
     }
     if (d->noise > 0.0f) {
+        const uint64_t here = moei_gate_seed_here(seed);
         MOEI_UNROLL
         for (int j = 0; j < per_lane; j += 4) {
             float n[4];
-            moei_gate_noise(n, seed, t, moei_gate_expert(j, rank, lanes) >> 2);
+            moei_gate_noise(n, here, t, moei_gate_expert(j, rank, lanes) >> 2);
             MOEI_UNROLL
             for (int i = 0; i < 4; ++i) v[j + i] = fmaf(d->noise, n[i], v[j + i]);
         }
@@ -104,13 +117,16 @@ MOE_DEVICE void moei_gate_logits(float* v, uint32_t* unseen, const moe_gate_desc
         for (int j = 0; j < per_lane; ++j) v[j] = moei_gate_cosine(v[j]);
     }
     if (d->dropout > 0.0f) {
+        const uint64_t here = moei_gate_seed_here(seed);
         MOEI_UNROLL
-        for (int j = 0; j < per_lane; j += 4)
-            *unseen |= moei_gate_dropped(d, seed, t, moei_gate_expert(j, rank, lanes) >> 2) << j;
+        for (int j = 0; j < per_lane; j += 8)
+            *unseen |= moei_gate_dropped(d, here, t, moei_gate_expert(j, rank, lanes) >> 3) << j;
     }
-    MOEI_UNROLL
-    for (int j = 0; j < per_lane; ++j)
-        if (*unseen >> j & 1) v[j] = __uint_as_float(0xff800000u);
+    if (*unseen) {
+        MOEI_UNROLL
+        for (int j = 0; j < per_lane; ++j)
+            if (*unseen >> j & 1) v[j] = __uint_as_float(0xff800000u);
+    }
 }
 
 #endif

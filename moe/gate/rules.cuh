@@ -6,96 +6,41 @@
 #ifndef MOE_GATE_RULES_CUH
 #define MOE_GATE_RULES_CUH
 
-#include "../base/copy.cuh"
-#include "token.cuh"
+#include "batch.cuh"
 
-/* A chosen expert: what selection compared, and its logit. */
-typedef struct moei_gate_pick {
-    float merit, logit;
-} moei_gate_pick;
-
-/* Shared memory of a block, in this order. `tokens` are under way together. */
-typedef struct moei_gate_shared {
-    float* prob;          /* [warps][E] where probabilities are summed */
-    int* count;           /* [E] */
-    float* bias;          /* [E] where there is a bias */
-    moei_gate_pick* pick; /* [tokens][2 depth] */
-    float2* best;         /* [tokens][E / 4] the two best of 4 experts, where there are groups */
-    float* group;         /* [tokens][groups] their scores */
-    uint16_t* expert;     /* [tokens][2 depth] expert of each pick */
-} moei_gate_shared;
-
-/* Shares the memory out; returns the bytes. */
-MOE_HOST_DEVICE size_t moei_gate_carve(moei_gate_shared* s, unsigned char* base,
-                                       const moe_gate_desc* d, int warps, int tokens, int depth)
+/* 1 / (1 + e^-v) to a few ulp, quick: for selection and for sums. */
+MOE_DEVICE float moei_gate_sigmoid_fast(float v)
 {
-    const size_t E = ((size_t)d->num_experts + 3) / 4 * 4; /* every piece at a multiple of 16 */
-    size_t at = 0;
-    s->prob = (float*)(base + at);
-    at += d->prob_sum || d->whole_batch ? (size_t)warps * E * 4 : 0;
-    s->count = (int*)(base + at);
-    at += E * 4;
-    s->bias = (float*)(base + at);
-    at += d->expert_bias || d->whole_batch ? E * 4 : 0;
-    s->pick = (moei_gate_pick*)(base + at);
-    at += (size_t)tokens * 2 * (size_t)depth * 8;
-    s->best = (float2*)(base + at);
-    at += d->num_groups > 1 ? (size_t)tokens * E * 2 : 0;
-    s->group = (float*)(base + at);
-    at += d->num_groups > 1 ? (size_t)tokens * (size_t)((d->num_groups + 3) / 4 * 4) * 4 : 0;
-    s->expert = (uint16_t*)(base + at);
-    return at + (size_t)tokens * 2 * (size_t)depth * 2;
+    const float x = 1.0f + moei_exp2_fast(-1.44269502f * v);
+#if MOE_ON_HOST
+    return 1.0f / x;
+#else
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+#endif
 }
 
-/* The chunks' sums of probabilities in the workspace, [moe_num_chunks(T), E]; before them, the sums of
-   a whole batch's logits. */
-MOE_HOST_DEVICE float* moei_gate_prob_part(const moe_gate_desc* d)
+/* Is one of a lane's logits NaN? */
+MOE_DEVICE bool moei_gate_lane_nan(const float* v, const int per_lane)
 {
-    return (float*)d->workspace +
-           (d->whole_batch ? moe_num_chunks(d->num_tokens) * d->num_experts : 0);
-}
-
-/* Clears what the block adds to, and fetches the bias; a barrier must follow. */
-MOE_DEVICE void moei_gate_rules_begin(const moe_gate_desc* d, const moei_gate_shared* s)
-{
-    const int E = d->num_experts, warps = (int)blockDim.x / MOEI_WARP;
-    MOEI_NO_UNROLL
-    for (int e = (int)threadIdx.x; e < E; e += (int)blockDim.x) {
-        s->count[e] = 0;
-        if (d->expert_bias) s->bias[e] = d->expert_bias[e];
-    }
-    MOEI_NO_UNROLL
-    for (int i = (int)threadIdx.x; d->prob_sum && i < warps * E; i += (int)blockDim.x)
-        s->prob[i] = 0.0f;
-}
-
-/* Writes the counts and the sums of probabilities of a block's chunk; all threads. */
-MOE_DEVICE void moei_gate_rules_end(const moe_gate_desc* d, const moei_gate_shared* s)
-{
-    const int E = d->num_experts, warps = (int)blockDim.x / MOEI_WARP;
-    moei_gate_write_counts(d, s->count);
-    MOEI_NO_UNROLL
-    for (int e = (int)threadIdx.x; d->prob_sum && e < E; e += (int)blockDim.x) {
-        float sum = 0.0f;
-        for (int w = 0; w < warps; ++w) sum += s->prob[w * E + e];
-        moei_gate_prob_part(d)[(int64_t)blockIdx.x * E + e] = sum;
-    }
+    float nan = 0.0f;
+    MOEI_UNROLL
+    for (int j = 0; j < per_lane; ++j) nan += moei_is_nan(v[j]) ? v[j] : 0.0f;
+    return moei_is_nan(nan);
 }
 
 /* What a group of lanes knows of its token's logits v, those that the token does not see being
-   -infinity. lanes and per_lane are literals here and below. */
+   -infinity; `nan` where this lane has seen one. lanes and per_lane are literals here and below. */
 MOE_DEVICE moei_gate_stats moei_gate_lane_stats(const moe_gate_desc* d, const float* v,
                                                 const int lanes, const int per_lane)
 {
     moei_gate_stats s;
-    float nan = 0.0f;
+    bool nan;
     s.max = v[0];
     s.sum = 0.0f;
     MOEI_UNROLL
-    for (int j = 0; j < per_lane; ++j) {
-        s.max = fmaxf(s.max, v[j]);
-        nan += moei_is_nan(v[j]) ? 1.0f : 0.0f;
-    }
+    for (int j = 1; j < per_lane; ++j) s.max = fmaxf(s.max, v[j]);
     s.max = moei_group_max(s.max, lanes);
     if (d->score == MOE_SCORE_SPARSEMAX) { /* Michelot: tau from below, till none leaves */
         float n = 4096.0f, before = 4097.0f;
@@ -117,12 +62,14 @@ MOE_DEVICE moei_gate_stats moei_gate_lane_stats(const moe_gate_desc* d, const fl
                 if (n > 0.0f) s.sum = __fdividef(part - 1.0f, n);
             }
         }
+        nan = moei_gate_lane_nan(v, per_lane);
     } else if (d->score == MOE_SCORE_SIGMOID) {
         if (d->prob_sum) {
             MOEI_UNROLL
             for (int j = 0; j < per_lane; ++j)
-                s.sum += __fdividef(1.0f, 1.0f + moei_exp2_fast(-1.44269502f * v[j]));
+                s.sum += moei_gate_sigmoid_fast(v[j]);
         }
+        nan = moei_gate_lane_nan(v, per_lane);
         s.sum = moei_group_sum(s.sum, lanes);
     } else {
         const float shift = -(s.max * 1.44269502f);
@@ -130,8 +77,9 @@ MOE_DEVICE moei_gate_stats moei_gate_lane_stats(const moe_gate_desc* d, const fl
         for (int j = 0; j < per_lane; ++j)
             s.sum += moei_exp2_fast(fmaf(v[j], 1.44269502f, shift));
         s.sum = moei_group_sum(s.sum, lanes);
+        nan = moei_is_nan(s.sum);
     }
-    s.nan = moei_group_sum(nan, lanes) > 0.0f;
+    s.nan = nan;
     return s;
 }
 
@@ -141,8 +89,7 @@ MOE_DEVICE void moei_gate_lane_scores(float* u, const float* v, const moe_gate_d
 {
     if (d->score == MOE_SCORE_SIGMOID) {
         MOEI_UNROLL
-        for (int j = 0; j < per_lane; ++j)
-            u[j] = __fdividef(1.0f, 1.0f + moei_exp2_fast(-1.44269502f * v[j]));
+        for (int j = 0; j < per_lane; ++j) u[j] = moei_gate_sigmoid_fast(v[j]);
     } else if (d->score == MOE_SCORE_SPARSEMAX) {
         MOEI_UNROLL
         for (int j = 0; j < per_lane; ++j) u[j] = fmaxf(v[j] - s->max - s->sum, 0.0f);
@@ -155,11 +102,11 @@ MOE_DEVICE void moei_gate_lane_scores(float* u, const float* v, const moe_gate_d
 }
 
 /* Lets only the experts of the token's best groups stay: the others' merits become -infinity. best
-   and group are this token's in shared memory. */
+   and group are this token's in shared memory; size: experts of a group. */
 MOE_DEVICE void moei_gate_lane_groups(float* u, const moe_gate_desc* d, float2* best, float* group,
-                                      int rank, const int lanes, const int per_lane)
+                                      int size, int rank, const int lanes, const int per_lane)
 {
-    const int G = d->num_groups, size = d->num_experts / G;
+    const int G = d->num_groups;
     const float none = __uint_as_float(0xff800000u), per_group = __fdividef(1.0f, (float)size);
     uint32_t kept = 0;
     MOEI_UNROLL
@@ -228,11 +175,109 @@ MOE_DEVICE void moei_gate_lane_add(float* p, float* prob, int E, int rank, const
     __syncwarp(MOEI_FULL);
 }
 
+/* Puts a token's n picks, K or more, in order: order[k] is the k-th by descending merit, equals by
+   ascending expert. top: the merits of the K in order. */
+MOE_DEVICE void moei_gate_lane_order(uint16_t* order, const moei_gate_pick* pick,
+                                     const uint16_t* expert, int n, const float* top, int K,
+                                     int rank, const int lanes, const int depth)
+{
+    bool tie = n > K;
+    MOEI_UNROLL
+    for (int k = 0; k < depth - 1; ++k) tie |= k + 1 < K && top[k] == top[k + 1];
+    if (!tie) { /* a pick's place is how many of the top are larger */
+        MOEI_UNROLL
+        for (int m = 0; m < 8; ++m) {
+            const int c = m * lanes + rank;
+            uint32_t larger = 0; /* a bit for each */
+            if (m * lanes < depth && c < n) {
+                const float merit = pick[c].merit;
+                MOEI_UNROLL
+                for (int k = 0; k < depth; ++k)
+                    larger = __funnelshift_l(__float_as_uint(merit - top[k]), larger, 1);
+                order[__popc(larger)] = (uint16_t)c;
+            }
+        }
+    } else {
+        MOEI_NO_UNROLL
+        for (int c = rank; c < n; c += lanes) {
+            const float merit = pick[c].merit;
+            const int e = expert[c];
+            int larger = 0;
+            for (int o = 0; o < n; ++o)
+                larger += pick[o].merit > merit || (pick[o].merit == merit && expert[o] < e);
+            if (larger < K) order[larger] = (uint16_t)c;
+        }
+    }
+}
+
+/* Writes a token's K choices from its picks in order, of which there are n, and counts them: lane r has
+   the choices r, r + lanes, ... */
+MOE_DEVICE void moei_gate_lane_finish(const moe_gate_desc* d, int* count, int64_t t, bool live, int n,
+                                      const moei_gate_pick* pick, const uint16_t* expert,
+                                      const uint16_t* order, const moei_gate_stats* s, int rank,
+                                      const int lanes, const int depth)
+{
+    const int K = d->top_k;
+    const bool softmax = moei_gate_is_softmax(d->score);
+    const float shift = -(s->max * 1.44269502f);
+    float weight[8], total = 0.0f, factor = d->scale;
+    int e[8];
+    MOEI_UNROLL
+    for (int m = 0; m < 8; ++m) {
+        const int k = m * lanes + rank;
+        weight[m] = 0.0f;
+        e[m] = -1;
+        if (m * lanes < depth && live && k < K && k < n) {
+            const int c = order[k];
+            const float v = pick[c].logit;
+            weight[m] = softmax ? moei_exp2_fast(fmaf(v, 1.44269502f, shift))
+                                : moei_gate_weight(d, v, s->max, s->sum);
+            if (moei_gate_used(d, v, weight[m])) e[m] = expert[c];
+            else weight[m] = 0.0f;
+            total += weight[m];
+        }
+    }
+    if (d->score == MOE_SCORE_TOPK_SOFTMAX || d->renormalize) total = moei_group_sum(total, lanes);
+    else total = softmax ? s->sum : 1.0f;
+    if (total > 0.0f) factor = __fdiv_rn(factor, total);
+    MOEI_UNROLL
+    for (int m = 0; m < 8; ++m) {
+        const int k = m * lanes + rank;
+        if (m * lanes < depth && live && k < K) {
+            d->ids[t * K + k] = e[m];
+            d->weights[t * K + k] = weight[m] * factor;
+            if (e[m] >= 0) atomicAdd(count + e[m], 1);
+        }
+    }
+}
+
+/* Picks what the whole batch has chosen. Is the token to be done again? */
+MOE_DEVICE bool moei_gate_lane_batch(moei_gate_pick* pick, uint16_t* expert, uint16_t* order,
+                                     const float* v, uint32_t batch, const moei_gate_shared* shared,
+                                     const moei_gate_stats* s, int rank, const int lanes,
+                                     const int per_lane)
+{
+    MOEI_UNROLL
+    for (int j = 0; j < per_lane; ++j)
+        if (batch >> j & 1) {
+            const int e = moei_gate_expert(j, rank, lanes);
+            const int k = ((const int*)shared->bias)[e];
+            pick[k].logit = v[j];
+            expert[k] = (uint16_t)e;
+            order[k] = (uint16_t)k;
+        }
+    {
+        bool redo = s->nan || !(fabsf(s->max) < 1e8f);
+        for (int w = 1; w < lanes; w <<= 1) redo |= __shfl_xor_sync(MOEI_FULL, (int)redo, w) != 0;
+        return redo;
+    }
+}
+
 /* One block; a token is owned by an aligned group of `lanes` lanes with `per_lane` logits each.
    K <= depth. The token's largest merits in order tell each lane which of its own are among the K;
-   those meet in shared memory, where each finds its rank. A token of which more than 2 depth experts
-   are not below the K-th, or that sees fewer than K, or whose logits are infinite, huge or NaN, is
-   done again by moei_gate_token. */
+   those meet in shared memory. A token of which more than 2 depth experts are not below the K-th, or
+   that sees fewer than K, or whose logits are infinite, huge or NaN, is done again by
+   moei_gate_token. */
 MOE_DEVICE_BODY void moei_gate_rules_block(const moe_gate_desc* d, const moei_gate_shared* shared,
                                            const int lanes, const int per_lane, const int depth)
 {
@@ -245,17 +290,31 @@ MOE_DEVICE_BODY void moei_gate_rules_block(const moe_gate_desc* d, const moei_ga
     const bool wide =
         (d->logits_stride | d->num_experts) % 8 == 0 && (uintptr_t)d->logits % 16 == 0;
     const bool grouped = d->num_groups > 1 && d->top_groups < d->num_groups;
+    const int group_size = E / d->num_groups;
     const bool by_score = moei_gate_by_score(d);
+    const bool early = per_lane <= 16; /* registers are left to fetch the next token's logits */
     const uint64_t seed = moei_gate_seed(d);
     moei_gate_pick* pick = shared->pick + own * (2 * depth);
     uint16_t* expert = shared->expert + own * (2 * depth);
+    uint16_t* order = shared->order + own * depth;
     float* prob = shared->prob + moei_warp() * E;
     uint32_t off = 0; /* of this lane's experts, for all tokens */
+    uint32_t batch = 0; /* those of this lane's that the whole batch has chosen */
+    int batch_size = 0;
+    float next[32];
 
+    if (early) moei_gate_read(next, d, first + (own < tokens ? own : 0), rank, wide, lanes, per_lane);
     MOEI_UNROLL
     for (int j = 0; j < per_lane; ++j) {
         const int e = moei_gate_expert(j, rank, lanes);
         if (e >= E || (d->expert_off && d->expert_off[e])) off |= 1u << j;
+    }
+    if (d->whole_batch) batch_size = moei_gate_batch_choose(d, shared);
+    MOEI_NO_UNROLL
+    for (int k = 0; k < batch_size; ++k) {
+        const int e = shared->chosen[k];
+        if (((e >> 3) & (lanes - 1)) != rank) continue;
+        batch |= 1u << (e / (8 * lanes) * 8 + (e & 7));
     }
     __syncthreads();
     for (int i = own; __any_sync(MOEI_FULL, i < tokens); i += step) {
@@ -265,13 +324,21 @@ MOE_DEVICE_BODY void moei_gate_rules_block(const moe_gate_desc* d, const moei_ga
         float v[32];   /* this lane's logits; where there is no token left, the first one's again */
         float u[32];   /* what selection compares */
         float top[32]; /* the token's largest u, `depth` of them */
-        float kth = 0.0f, total = 0.0f;
+        float kth = 0.0f;
         uint32_t unseen = off;
-        int n = 0, before, at;
+        int n = 0, before;
         bool redo;
         moei_gate_stats s;
 
-        moei_gate_read(v, d, t, rank, wide, lanes, per_lane);
+        if (early) {
+            MOEI_UNROLL
+            for (int j = 0; j < per_lane; ++j) v[j] = next[j];
+            if (i + step < chunk) /* the same for the whole warp */
+                moei_gate_read(next, d, first + (i + step < tokens ? i + step : 0), rank, wide,
+                               lanes, per_lane);
+        } else {
+            moei_gate_read(v, d, t, rank, wide, lanes, per_lane);
+        }
         moei_gate_logits(v, &unseen, d, seed, t, rank, lanes, per_lane);
         s = moei_gate_lane_stats(d, v, lanes, per_lane);
         MOEI_UNROLL
@@ -284,98 +351,74 @@ MOE_DEVICE_BODY void moei_gate_rules_block(const moe_gate_desc* d, const moei_ga
                 u[j] += e < E ? shared->bias[e] : 0.0f;
             }
         }
-        MOEI_UNROLL
-        for (int j = 0; j < per_lane; ++j)
-            if (unseen >> j & 1) u[j] = __uint_as_float(0xff800000u);
-        if (grouped)
-            moei_gate_lane_groups(u, d, shared->best + own * (E >> 2),
-                                  shared->group + own * ((d->num_groups + 3) / 4 * 4), rank, lanes,
-                                  per_lane);
-        moei_group_sort_largest(top, u, lanes, per_lane, depth);
-        MOEI_UNROLL
-        for (int k = 0; k < depth; ++k)
-            if (k < K) kth = top[k];
-        /* beyond, rounding is no longer small; and each of the K must be there */
-        redo = s.nan || !(fabsf(s.max) < 1e8f) || !(fabsf(top[0]) < 1e8f) || !(kth >= -3e38f);
-        MOEI_UNROLL
-        for (int j = 0; j < per_lane; ++j) n += u[j] >= kth ? 1 : 0;
-        at = n;
-        MOEI_UNROLL
-        for (int w = 1; w < lanes; w <<= 1) {
-            const int other = __shfl_up_sync(MOEI_FULL, at, w, lanes);
-            if (rank >= w) at += other;
-        }
-        before = at - n;
-        n = __shfl_sync(MOEI_FULL, at, lanes - 1, lanes);
-        redo = live && (redo || n < K || n > 2 * depth);
-        if (redo || !live) n = 0;
-        if (n > 0) {
+        if (by_score && unseen) {
             MOEI_UNROLL
             for (int j = 0; j < per_lane; ++j)
-                if (u[j] >= kth) {
-                    pick[before].merit = u[j];
-                    pick[before].logit = v[j];
-                    expert[before++] = (uint16_t)moei_gate_expert(j, rank, lanes);
-                }
+                if (unseen >> j & 1) u[j] = __uint_as_float(0xff800000u);
+        }
+        if (d->whole_batch) {
+            redo = moei_gate_lane_batch(pick, expert, order, v, batch, shared, &s, rank, lanes,
+                                        per_lane);
+            redo = redo && live;
+            n = batch_size;
+        } else {
+            if (grouped)
+                moei_gate_lane_groups(u, d, shared->best + own * (E >> 2),
+                                      shared->group + own * ((d->num_groups + 3) / 4 * 4), group_size,
+                                      rank, lanes, per_lane);
+            moei_group_sort_largest(top, u, lanes, per_lane, depth);
+            MOEI_UNROLL
+            for (int k = 0; k < depth; ++k)
+                if (k < K) kth = top[k];
+            /* beyond, rounding is no longer small; and each of the K must be there */
+            redo = s.nan || !(fabsf(s.max) < 1e8f) || !(fabsf(top[0]) < 1e8f) || !(kth >= -3e38f);
+            MOEI_UNROLL
+            for (int j = 0; j < per_lane; ++j) n += u[j] >= kth ? 1 : 0;
+            n |= redo ? 1 << 16 : 0;
+            before = n;
+            MOEI_UNROLL
+            for (int w = 1; w < lanes; w <<= 1) {
+                const int other = __shfl_up_sync(MOEI_FULL, before, w, lanes);
+                if (rank >= w) before += other;
+            }
+            {
+                const int all = __shfl_sync(MOEI_FULL, before, lanes - 1, lanes);
+                before = (before - n) & 0xffff;
+                n = all; /* over 16 bits: a lane wants it done again */
+            }
+            redo = live && (n < K || n > 2 * depth);
+            if (redo || !live) n = 0;
+            if (n > 0) {
+                MOEI_UNROLL
+                for (int j = 0; j < per_lane; ++j)
+                    if (u[j] >= kth) {
+                        pick[before].merit = u[j];
+                        pick[before].logit = v[j];
+                        expert[before++] = (uint16_t)moei_gate_expert(j, rank, lanes);
+                    }
+            }
+            __syncwarp(MOEI_FULL);
+            moei_gate_lane_order(order, pick, expert, n, top, K, rank, lanes, depth);
         }
         __syncwarp(MOEI_FULL);
-        { /* a lane has the picks rank, rank + lanes, ... */
-            float weight[16];
-            int place[16];
-            MOEI_UNROLL
-            for (int m = 0; m < 16; ++m)
-                if (m < 2 * depth / lanes || m == 0) {
-                    const int c = m * lanes + rank;
-                    place[m] = K;
-                    weight[m] = 0.0f;
-                    if (c < n) {
-                        const moei_gate_pick mine = pick[c];
-                        const int e = expert[c];
-                        int larger = 0;
-                        MOEI_NO_UNROLL
-                        for (int o = 0; o < n; ++o)
-                            larger += pick[o].merit > mine.merit ||
-                                      (pick[o].merit == mine.merit && expert[o] < e);
-                        if (larger < K) {
-                            weight[m] = moei_gate_weight(
-                                d, mine.logit, s.max,
-                                d->score == MOE_SCORE_TOPK_SOFTMAX ? 1.0f : s.sum);
-                            place[m] = larger | (moei_gate_used(d, mine.logit, weight[m]) ? 0 : 256);
-                            if (place[m] & 256) weight[m] = 0.0f;
-                            total += weight[m];
-                        }
-                    }
-                }
-            total = moei_group_sum(total, lanes);
-            if (d->score != MOE_SCORE_TOPK_SOFTMAX && !d->renormalize) total = 0.0f;
-            MOEI_UNROLL
-            for (int m = 0; m < 16; ++m)
-                if ((m < 2 * depth / lanes || m == 0) && place[m] != K) {
-                    const int e = expert[m * lanes + rank];
-                    const int64_t slot = t * K + (place[m] & 255);
-                    const bool used = place[m] < 256;
-                    const float w = total > 0.0f ? __fdiv_rn(weight[m], total) : weight[m];
-                    d->ids[slot] = used ? e : -1;
-                    d->weights[slot] = w * d->scale;
-                    if (used) atomicAdd(shared->count + e, 1);
-                }
-        }
+        moei_gate_lane_finish(d, shared->count, t, live && !redo, n, pick, expert, order, &s, rank,
+                              lanes, depth);
         if (masked) moei_gate_unused(d, t, rank, lanes);
         if (d->prob_sum) {
-            if (d->score == MOE_SCORE_SIGMOID) total = s.sum > 0.0f ? __fdiv_rn(1.0f, s.sum) : 0.0f;
-            else total = 1.0f;
+            const bool in = live && !redo;
+            const float part = d->score != MOE_SCORE_SIGMOID ? 1.0f
+                               : s.sum > 0.0f                ? __fdividef(1.0f, s.sum)
+                                                             : 0.0f;
             if (!by_score || d->expert_bias || grouped) moei_gate_lane_scores(u, v, d, &s, per_lane);
             MOEI_UNROLL
-            for (int j = 0; j < per_lane; ++j)
-                u[j] = !live || redo || (unseen >> j & 1) ? 0.0f : u[j] * total;
+            for (int j = 0; j < per_lane; ++j) u[j] = in && !(unseen >> j & 1) ? u[j] * part : 0.0f;
             moei_gate_lane_add(u, prob, E, rank, lanes, per_lane);
         }
-        __syncwarp(MOEI_FULL);
         {
             uint32_t again = __ballot_sync(MOEI_FULL, redo && rank == 0);
             while (again) {
                 const int from = __ffs((int)again) - 1;
-                moei_gate_token(d, shared->count, d->prob_sum ? prob : (float*)0,
+                moei_gate_token(d, shared->count, d->prob_sum ? prob : (float*)0, shared->chosen,
                                 first + __shfl_sync(MOEI_FULL, i, from), 1);
                 __syncwarp(MOEI_FULL);
                 again &= again - 1;
@@ -391,10 +434,11 @@ MOE_DEVICE void moei_gate_any_block(const moe_gate_desc* d, const moei_gate_shar
     const int64_t chunk = moe_chunk_tokens(d->num_tokens), first = blockIdx.x * chunk;
     const int64_t end = first + chunk < d->num_tokens ? first + chunk : d->num_tokens;
     float* prob = d->prob_sum ? shared->prob + moei_warp() * d->num_experts : (float*)0;
+    if (d->whole_batch) moei_gate_batch_choose(d, shared);
     __syncthreads();
     for (int64_t t = first + moei_warp(); t < end; t += blockDim.x / MOEI_WARP) {
         if (d->token_off && d->token_off[t]) moei_gate_unused(d, t, moei_lane(), MOEI_WARP);
-        else moei_gate_token(d, shared->count, prob, t, 1);
+        else moei_gate_token(d, shared->count, prob, shared->chosen, t, 1);
     }
     moei_gate_rules_end(d, shared);
 }

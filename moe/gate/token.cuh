@@ -186,7 +186,7 @@ MOE_DEVICE void moei_gate_finish(const moe_gate_desc* d, int* count, int64_t t,
             const bool used = !rules || moei_gate_used(d, weights[k], w);
             if (used) total += w;
             if (used) atomicAdd(count + ids[k], 1);
-            else if (!d->whole_batch) ids[k] = -1;
+            else ids[k] = -1;
             weights[k] = used ? w : 0.0f;
         }
     total = d->score == MOE_SCORE_TOPK_SOFTMAX || d->renormalize
@@ -197,10 +197,10 @@ MOE_DEVICE void moei_gate_finish(const moe_gate_desc* d, int* count, int64_t t,
 }
 
 /* Token t: takes, for each choice, the best of what comes after the choice before, in the order of
-   descending merit and ascending indices. The choices wait as logits in d->weights. prob: as above,
-   or null; rules is a literal. */
-MOE_DEVICE void moei_gate_token(const moe_gate_desc* d, int* count, float* prob, int64_t t,
-                                const int rules)
+   descending merit and ascending indices; or, where the batch has chosen, those of `chosen` [K]. The
+   choices wait as logits in d->weights. prob: as above, or null; rules is a literal. */
+MOE_DEVICE void moei_gate_token(const moe_gate_desc* d, int* count, float* prob,
+                                const int32_t* chosen, int64_t t, const int rules)
 {
     const int E = d->num_experts, K = d->top_k;
     const int group = rules ? E / d->num_groups : E;
@@ -213,8 +213,16 @@ MOE_DEVICE void moei_gate_token(const moe_gate_desc* d, int* count, float* prob,
         if (moei_lane() == 0) moei_fault_raise(d->fault, MOE_FAULT_NAN_LOGIT, 0, t);
         return;
     }
+    if (rules && d->whole_batch) {
+        for (int k = moei_lane(); k < K; k += MOEI_WARP) {
+            float v = 0.0f;
+            if (chosen[k] >= 0) moei_gate_logit(&v, d, seed, t, chosen[k]);
+            d->ids[t * K + k] = chosen[k];
+            d->weights[t * K + k] = v;
+        }
+    }
     if (rules && d->num_groups > 1) groups = moei_gate_groups(d, seed, t, &s);
-    for (int k = 0; k < K; ++k) {
+    for (int k = 0; k < K && !(rules && d->whole_batch); ++k) {
         uint32_t best = 0;
         int best_at = E;
         float v, best_v = 0.0f;

@@ -12,18 +12,18 @@
 #include "../gate/desc.h"
 #include "real.h"
 
-/* The words that noise and dropout draw for a token and an expert. */
-MOE_HOST moe_random4 moei_ref_words(const moe_gate_desc* d, int64_t t, int e, int stream)
+/* The words drawn for a token and experts 4 c0 .. (noise) or 8 c0 .. (dropout). */
+MOE_HOST moe_random4 moei_ref_words(const moe_gate_desc* d, int64_t t, int c0, int stream)
 {
     const uint64_t seed = d->seed + (d->seed_offset ? *d->seed_offset : 0);
-    return moe_random_words(seed, (uint32_t)e / 4, (uint32_t)t, (uint32_t)stream, 0);
+    return moe_random_words(seed, (uint32_t)c0, (uint32_t)t, (uint32_t)stream, 0);
 }
 
 MOE_HOST int moei_ref_dropped(const moe_gate_desc* d, int64_t t, int e)
 {
-    const moe_random4 r = moei_ref_words(d, t, e, MOE_GATE_STREAM_DROPOUT);
-    const uint32_t w = e & 2 ? (e & 1 ? r.w : r.z) : (e & 1 ? r.y : r.x);
-    return (double)w < floor((double)d->dropout * 4294967296.0);
+    const moe_random4 r = moei_ref_words(d, t, e / 8, MOE_GATE_STREAM_DROPOUT);
+    const uint32_t words[4] = {r.x, r.y, r.z, r.w}, w = words[e % 8 / 2];
+    return (int)(e % 2 ? w >> 16 : w & 0xffffu) < moe_gate_dropout_steps(d->dropout);
 }
 
 #define MOEI_REAL float

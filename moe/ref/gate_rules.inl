@@ -14,7 +14,7 @@ typedef struct MOEI_REF(moe_ref_row) {
 /* Standard normal, Box and Muller. */
 MOE_HOST MOEI_REAL MOEI_REF(moei_ref_normal)(const moe_gate_desc* d, int64_t t, int e)
 {
-    const moe_random4 r = moei_ref_words(d, t, e, MOE_GATE_STREAM_NOISE);
+    const moe_random4 r = moei_ref_words(d, t, e / 4, MOE_GATE_STREAM_NOISE);
     const uint32_t a = e & 2 ? r.z : r.x, b = e & 2 ? r.w : r.y;
     const double pi = 3.14159265358979323846;
     const double radius = sqrt(-2 * log(((double)a + 0.5) / 4294967296.0));
@@ -182,7 +182,7 @@ MOE_HOST void MOEI_REF(moe_ref_gate_rules)(const moe_gate_desc* d, int32_t* ids,
             last = row->merit[e];
             row->open[e] = 0;
             if (k == K) continue;
-            used = d->whole_batch || d->score != MOE_SCORE_SPARSEMAX || row->score[e] > 0;
+            used = d->score != MOE_SCORE_SPARSEMAX || row->score[e] > 0;
             if (d->score == MOE_SCORE_SPARSEMAX) {
                 MOEI_REAL max = -(MOEI_REAL)INFINITY;
                 for (int i = 0; i < E; ++i)

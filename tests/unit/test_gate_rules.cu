@@ -158,7 +158,7 @@ static double compare(const rules_bufs* b, const rules_case* c)
             const int64_t s = (int64_t)t * K + k;
             const int e = got_ids[s];
             if (!CHECK(e >= -1 && e < E, "token %d choice %d: id %d", t, k, e)) continue;
-            if (e >= 0 && !(c->options.whole_batch && got[s] == 0 && weights[s] == 0)) {
+            if (e >= 0) {
                 ++counted[E * (1 + t / moe_chunk_tokens(T)) + e];
                 ++counted[e];
             }

@@ -1,0 +1,87 @@
+/* shared.cuh: what a block of the gate with rules has in shared memory, and what it leaves of its chunk
+   of tokens: counts, and sums of probabilities. */
+#ifndef MOE_GATE_SHARED_CUH
+#define MOE_GATE_SHARED_CUH
+
+#include "row.cuh"
+
+/* A chosen expert: what selection compared, and its logit. */
+typedef struct moei_gate_pick {
+    float merit, logit;
+} moei_gate_pick;
+
+/* Shared memory of a block, in this order. `tokens` are under way together. */
+typedef struct moei_gate_shared {
+    float* prob;          /* [warps][E] where probabilities are summed */
+    int* count;           /* [E] */
+    float* bias;          /* [E] where there is a bias */
+    moei_gate_pick* pick; /* [tokens][2 depth] */
+    float2* best;         /* [tokens][E / 4] the two best of 4 experts, where there are groups */
+    float* group;         /* [tokens][groups] their scores */
+    uint16_t* expert;     /* [tokens][2 depth] expert of each pick */
+    uint16_t* order;      /* [tokens][depth] which pick is the choice */
+    int32_t* chosen;      /* [K] the batch's choices, where there is one for all */
+} moei_gate_shared;
+
+/* Shares the memory out; returns the bytes. */
+MOE_HOST_DEVICE size_t moei_gate_carve(moei_gate_shared* s, unsigned char* base,
+                                       const moe_gate_desc* d, int warps, int tokens, int depth)
+{
+    const size_t E = ((size_t)d->num_experts + 3) / 4 * 4; /* every piece at a multiple of 16 */
+    size_t at = 0;
+    s->prob = (float*)(base + at);
+    at += d->prob_sum || d->whole_batch ? (size_t)warps * E * 4 : 0;
+    s->count = (int*)(base + at);
+    at += E * 4;
+    s->bias = (float*)(base + at);
+    at += d->expert_bias || d->whole_batch ? E * 4 : 0;
+    s->pick = (moei_gate_pick*)(base + at);
+    at += (size_t)tokens * 2 * (size_t)depth * 8;
+    s->best = (float2*)(base + at);
+    at += d->num_groups > 1 ? (size_t)tokens * E * 2 : 0;
+    s->group = (float*)(base + at);
+    at += d->num_groups > 1 ? (size_t)tokens * (size_t)((d->num_groups + 3) / 4 * 4) * 4 : 0;
+    s->expert = (uint16_t*)(base + at);
+    at += (size_t)tokens * 2 * (size_t)depth * 2;
+    s->order = (uint16_t*)(base + at);
+    at += ((size_t)tokens * (size_t)depth * 2 + 15) / 16 * 16;
+    s->chosen = (int32_t*)(base + at);
+    return at + (d->whole_batch ? (size_t)d->top_k * 4 : 0);
+}
+
+/* The chunks' sums of probabilities in the workspace, [moe_num_chunks(T), E]; before them, the sums of
+   a whole batch's logits. */
+MOE_HOST_DEVICE float* moei_gate_prob_part(const moe_gate_desc* d)
+{
+    return (float*)d->workspace +
+           (d->whole_batch ? moe_num_chunks(d->num_tokens) * d->num_experts : 0);
+}
+
+/* Clears what the block adds to, and fetches the bias; a barrier must follow. */
+MOE_DEVICE void moei_gate_rules_begin(const moe_gate_desc* d, const moei_gate_shared* s)
+{
+    const int E = d->num_experts, warps = (int)blockDim.x / MOEI_WARP;
+    MOEI_NO_UNROLL
+    for (int e = (int)threadIdx.x; e < E; e += (int)blockDim.x) {
+        s->count[e] = 0;
+        if (d->expert_bias) s->bias[e] = d->expert_bias[e];
+    }
+    MOEI_NO_UNROLL
+    for (int i = (int)threadIdx.x; d->prob_sum && i < warps * E; i += (int)blockDim.x)
+        s->prob[i] = 0.0f;
+}
+
+/* Writes the counts and the sums of probabilities of a block's chunk; all threads. */
+MOE_DEVICE void moei_gate_rules_end(const moe_gate_desc* d, const moei_gate_shared* s)
+{
+    const int E = d->num_experts, warps = (int)blockDim.x / MOEI_WARP;
+    moei_gate_write_counts(d, s->count);
+    MOEI_NO_UNROLL
+    for (int e = (int)threadIdx.x; d->prob_sum && e < E; e += (int)blockDim.x) {
+        float sum = 0.0f;
+        for (int w = 0; w < warps; ++w) sum += s->prob[w * E + e];
+        moei_gate_prob_part(d)[(int64_t)blockIdx.x * E + e] = sum;
+    }
+}
+
+#endif
