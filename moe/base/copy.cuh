@@ -1,5 +1,5 @@
-/* copy.cuh: 16-byte copies, plain and asynchronous. The inline PTX of the copies lives here, each
-   piece with its body for older chips and for the CPU.
+/* copy.cuh: 16-byte copies, plain and asynchronous, and 16-byte atomic additions. Their inline PTX
+   lives here, each piece with its body for older chips and for the CPU.
 
    Rows that another kernel or a peer has just written are read by plain global loads, never
    through the read-only path. */
@@ -11,6 +11,24 @@
 /* 16 bytes, both addresses aligned to them. */
 MOE_DEVICE uint4 moei_load16(const void* p) { return *(const uint4*)p; }
 MOE_DEVICE void moei_store16(void* p, uint4 v) { *(uint4*)p = v; }
+
+/* 16 bytes that nobody will read again soon: they are the first to leave the caches. */
+MOE_DEVICE uint4 moei_load16_once(const void* p)
+{
+#if MOE_ON_HOST
+    return *(const uint4*)p;
+#else
+    return __ldcs((const uint4*)p);
+#endif
+}
+MOE_DEVICE uint2 moei_load8_once(const void* p)
+{
+#if MOE_ON_HOST
+    return *(const uint2*)p;
+#else
+    return __ldcs((const uint2*)p);
+#endif
+}
 
 /* 4 bytes, read here and now: the compiler leaves the load where it stands, so that several go out
    together long before their first use. */
@@ -75,6 +93,110 @@ MOE_DEVICE void moei_copy_wait(const int pending)
     }
 #else
     (void)pending;
+#endif
+}
+
+/* ---- atomic additions to global memory, whose result nobody asks for ----
+
+   Each element is added by itself: others may see some of the elements added and some not yet.
+   16-bit elements are rounded to nearest at each addition. */
+
+#if !MOE_ON_HOST
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#define MOEI_ADD_VECTOR 1 /* red with vectors, and with bf16 */
+#else
+#define MOEI_ADD_VECTOR 0
+#endif
+#endif
+
+/* One fp16 or bf16 element. */
+MOE_DEVICE void moei_add2_atomic(uint16_t* p, uint16_t v, const int dtype)
+{
+#if MOE_ON_HOST
+    moe_store(p, 0, dtype, moe_load(p, 0, dtype) + moe_load(&v, 0, dtype));
+#else
+    if (dtype == MOE_FP16) {
+        asm volatile("red.relaxed.gpu.global.add.noftz.f16 [%0], %1;" ::"l"(p), "h"(v) : "memory");
+    } else {
+#if MOEI_ADD_VECTOR
+        asm volatile("red.relaxed.gpu.global.add.noftz.bf16 [%0], %1;" ::"l"(p), "h"(v) : "memory");
+#else
+        unsigned short seen = *(volatile unsigned short*)p, old;
+        do {
+            const float sum =
+                __uint_as_float((uint32_t)seen << 16) + __uint_as_float((uint32_t)v << 16);
+            old = seen;
+            seen = atomicCAS((unsigned short*)p, old,
+                             __bfloat16_as_ushort(__float2bfloat16_rn(sum)));
+        } while (seen != old);
+#endif
+    }
+#endif
+}
+
+/* Two neighbours of fp16 or bf16, 4-byte aligned. */
+MOE_DEVICE void moei_add4_atomic(void* p, uint32_t v, const int dtype)
+{
+#if MOE_ON_HOST
+    moei_add2_atomic((uint16_t*)p, (uint16_t)(v & 0xffffu), dtype);
+    moei_add2_atomic((uint16_t*)p + 1, (uint16_t)(v >> 16), dtype);
+#else
+    if (dtype == MOE_FP16) {
+        asm volatile("red.relaxed.gpu.global.add.noftz.f16x2 [%0], %1;" ::"l"(p), "r"(v)
+                     : "memory");
+    } else {
+#if MOEI_ADD_VECTOR
+        asm volatile("red.relaxed.gpu.global.add.noftz.bf16x2 [%0], %1;" ::"l"(p), "r"(v)
+                     : "memory");
+#else
+        unsigned seen = *(volatile unsigned*)p, old;
+        do {
+            const __nv_bfloat162 sum = __floats2bfloat162_rn(
+                __uint_as_float(seen << 16) + __uint_as_float(v << 16),
+                __uint_as_float(seen & 0xffff0000u) + __uint_as_float(v & 0xffff0000u));
+            old = seen;
+            seen = atomicCAS((unsigned*)p, old, *(const unsigned*)&sum);
+        } while (seen != old);
+#endif
+    }
+#endif
+}
+
+/* 16 bytes, aligned to them: 8 elements of fp16 or bf16, or 4 of fp32. */
+MOE_DEVICE void moei_add16_atomic(void* p, uint4 v, const int dtype)
+{
+#if MOE_ON_HOST
+    const uint32_t w[4] = {v.x, v.y, v.z, v.w};
+    for (int i = 0; i < 4; ++i) {
+        if (dtype == MOE_FP32) ((float*)p)[i] += moe_f32_from_bits(w[i]);
+        else moei_add4_atomic((uint32_t*)p + i, w[i], dtype);
+    }
+#elif MOEI_ADD_VECTOR
+    if (dtype == MOE_FP32)
+        asm volatile("red.relaxed.gpu.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(p),
+                     "f"(__uint_as_float(v.x)), "f"(__uint_as_float(v.y)),
+                     "f"(__uint_as_float(v.z)), "f"(__uint_as_float(v.w))
+                     : "memory");
+    else if (dtype == MOE_FP16)
+        asm volatile("red.relaxed.gpu.global.add.noftz.v4.f16x2 [%0], {%1, %2, %3, %4};" ::"l"(p),
+                     "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+                     : "memory");
+    else
+        asm volatile("red.relaxed.gpu.global.add.noftz.v4.bf16x2 [%0], {%1, %2, %3, %4};" ::"l"(p),
+                     "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+                     : "memory");
+#else
+    if (dtype == MOE_FP32) {
+        atomicAdd((float*)p, __uint_as_float(v.x));
+        atomicAdd((float*)p + 1, __uint_as_float(v.y));
+        atomicAdd((float*)p + 2, __uint_as_float(v.z));
+        atomicAdd((float*)p + 3, __uint_as_float(v.w));
+    } else {
+        moei_add4_atomic(p, v.x, dtype);
+        moei_add4_atomic((char*)p + 4, v.y, dtype);
+        moei_add4_atomic((char*)p + 8, v.z, dtype);
+        moei_add4_atomic((char*)p + 12, v.w, dtype);
+    }
 #endif
 }
 

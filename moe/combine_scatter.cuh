@@ -1,0 +1,418 @@
+/* combine_scatter.cuh: expert rows -> tokens by atomic additions, for callers without a row map.
+   The order of the additions, and with it the last bits of y, differ from run to run;
+   combine.cuh is the deterministic one, and the faster one where route has made places.
+
+     y[token(r), :] += row_weight[r] * row(r)[:]        for every row r of every expert
+     row(r)   = table[e] + (r - first row of e) * row_stride,  or  rows + r * row_stride
+     token(r) = row_token[r],  or  row_slot[r] / top_k
+
+   One launch over a grid of (rows of the fullest expert) x (experts); blocks past an expert's last
+   row leave at once. Nothing is concatenated, the weight is fused, no scratch memory.
+
+   y is added to: the caller sets it to 0, or to the residual, before.
+   In:   rows fp32, fp16 or bf16; where each expert's rows begin: expert_offset [E + 1],
+         expert_count [E], or both (a padded expert: its count is less than its room)
+   Out:  y [T, H] fp32, fp16 or bf16
+   Numerics: weight * row is formed in fp32 and rounded to y's dtype, and y is rounded at each
+   addition. With K rows a token, bf16 y is good to about (K + 1) 2^-8 of the sum of the |products|;
+   fp32 y is recommended where memory allows.
+   Faults: an expert whose offset or count makes no sense is skipped (BAD_OFFSET), so is one with
+   rows and a null or misaligned address (BAD_TABLE); with a fault word these stop the whole, and
+   which of the other experts' rows are in y is undefined. A row whose token is out of range is
+   skipped (BAD_ROW), -1 is an unused row.
+
+   Cost: each row read once, and one 16-byte reduction for each 16 bytes of y that a row changes
+   (sm_90; before, narrower ones). Columns are taken in groups so small that the y of all tokens
+   stays in L2 while its rows come by. 16 bytes at a time where y's rows and the expert's begin at
+   multiples of 16; other shapes work, slower. Minimum architecture: sm_75.
+
+     cudaMemsetAsync(y, 0, T * H * 4, stream);
+     moe_combine_scatter_desc c = {0};
+     c.table = table;  c.expert_offset = offset;  c.row_token = token;  c.row_weight = weight;
+     c.y = y;  c.y_dtype = MOE_FP32;
+     c.num_tokens = T;  c.hidden = H;  c.num_experts = E;  c.num_rows = R;
+     moe_status s = moe_combine_scatter(&c, stream);
+
+   In a kernel of your own: moe_add_row_atomic.
+
+   Source: the grouped combine without `cat`: pointer table, one 2-D launch, early exit, atomics. */
+#ifndef MOE_COMBINE_SCATTER_CUH
+#define MOE_COMBINE_SCATTER_CUH
+
+#include "base/block.cuh"
+#include "base/copy.cuh"
+#include "base/fault.cuh"
+#include "base/numeric.cuh"
+#include "base/warp.cuh"
+#include "layout.h"
+
+typedef struct moe_combine_scatter_desc {
+    /* in */
+    const void* const* table;     /* [E] device array: address of each expert's rows; or null */
+    const void* rows;             /* [R, H] the rows of all experts, when there is no table */
+    const int32_t* expert_offset; /* [E + 1] first row of each expert; null: sums of the counts */
+    const int32_t* expert_count;  /* [E] rows of each; null: up to the next offset */
+    const int32_t* row_token;     /* [R] token of each row, -1 = unused; or null */
+    const int32_t* row_slot;      /* [R] route's: slot of each row, -1 = unused; or null */
+    const float* row_weight;      /* [R]; null = 1 each */
+    int64_t row_stride;           /* elements between rows; 0 = H */
+    int32_t rows_dtype;           /* moe_dtype; 0 = bf16 */
+    int32_t top_k;                /* K: slots of a token, with row_slot; else not looked at */
+    /* in and out */
+    void* y;          /* [T, H] y_dtype, added to */
+    int64_t y_stride; /* elements between rows; 0 = H */
+    int32_t y_dtype;  /* moe_dtype; 0 = rows_dtype */
+    uint64_t* fault;  /* [1] fault word; or null */
+    /* sizes */
+    int32_t num_tokens;  /* T >= 0 */
+    int32_t hidden;      /* H, 1 .. 2^28 */
+    int32_t num_experts; /* E, 1 .. MOE_MAX_EXPERTS */
+    int32_t num_rows;    /* R >= 0: rows of all experts, length of the [R] arrays */
+    int32_t max_rows;    /* most rows of an expert, as far as the host knows: sizes the grid, binds
+                            nobody; 0 = R */
+} moe_combine_scatter_desc;
+
+/* ---- adding one row ---- */
+
+/* Products of 16 bytes of y: 4 or 8 (width, a literal) elements from column h of the row on. */
+typedef struct moei_scatter_piece {
+    uint4 raw[2];
+} moei_scatter_piece;
+
+MOE_DEVICE void moei_scatter_load(moei_scatter_piece* p, const void* row, int h,
+                                  const int rows_dtype, const int width)
+{
+    if (rows_dtype == MOE_FP32) {
+        p->raw[0] = moei_load16_once((const float*)row + h);
+        if (width == 8) p->raw[1] = moei_load16_once((const float*)row + h + 4);
+    } else if (width == 8) {
+        p->raw[0] = moei_load16_once((const uint16_t*)row + h);
+    } else {
+        const uint2 u = moei_load8_once((const uint16_t*)row + h);
+        p->raw[0].x = u.x, p->raw[0].y = u.y;
+    }
+}
+
+MOE_DEVICE void moei_scatter_add(void* y, int y_dtype, const moei_scatter_piece* p, int h,
+                                 float weight, const int rows_dtype, const int width)
+{
+    const uint32_t w[8] = {p->raw[0].x, p->raw[0].y, p->raw[0].z, p->raw[0].w,
+                           p->raw[1].x, p->raw[1].y, p->raw[1].z, p->raw[1].w};
+    float v[8];
+    MOEI_UNROLL
+    for (int i = 0; i < width; i += 2) {
+        if (rows_dtype == MOE_FP32) {
+            v[i] = __uint_as_float(w[i]), v[i + 1] = __uint_as_float(w[i + 1]);
+        } else {
+            const float2 f = moei_unpack2(w[i / 2], rows_dtype);
+            v[i] = f.x, v[i + 1] = f.y;
+        }
+    }
+    MOEI_UNROLL
+    for (int i = 0; i < width; ++i) v[i] *= weight;
+    if (width == 4)
+        moei_add16_atomic((float*)y + h,
+                          make_uint4(__float_as_uint(v[0]), __float_as_uint(v[1]),
+                                     __float_as_uint(v[2]), __float_as_uint(v[3])),
+                          MOE_FP32);
+    else
+        moei_add16_atomic(
+            (uint16_t*)y + h,
+            make_uint4(moei_pack2(v[0], v[1], y_dtype), moei_pack2(v[2], v[3], y_dtype),
+                       moei_pack2(v[4], v[5], y_dtype), moei_pack2(v[6], v[7], y_dtype)),
+            y_dtype);
+}
+
+/* Columns 0 .. columns, a multiple of width; rows_dtype and width are literals. A thread has four
+   pieces under way. */
+MOE_DEVICE void moei_scatter_wide(void* y, int y_dtype, const void* row, float weight, int columns,
+                                  int thread, int threads, const int rows_dtype, const int width)
+{
+    const int step = threads * width;
+    for (int h = thread * width; h < columns; h += 4 * step) {
+        moei_scatter_piece p[4];
+        MOEI_UNROLL
+        for (int i = 0; i < 4; ++i)
+            if (h + i * step < columns)
+                moei_scatter_load(&p[i], row, h + i * step, rows_dtype, width);
+        MOEI_UNROLL
+        for (int i = 0; i < 4; ++i)
+            if (h + i * step < columns)
+                moei_scatter_add(y, y_dtype, &p[i], h + i * step, weight, rows_dtype, width);
+    }
+}
+
+/* Columns from `begin` on, whatever the addresses allow: pairs of 16-bit y, or single elements. */
+MOE_DEVICE void moei_scatter_narrow(void* y, int y_dtype, const void* row, int rows_dtype,
+                                    float weight, int begin, int columns, int thread, int threads)
+{
+    const bool pairs = y_dtype != MOE_FP32 && ((uintptr_t)y & 3) == 0 && begin % 2 == 0;
+    const int each = pairs ? 2 : 1;
+    for (int i = begin + each * thread; i < columns; i += each * threads) {
+        const float v = weight * moei_load_f32(row, i, rows_dtype);
+        if (y_dtype == MOE_FP32) atomicAdd((float*)y + i, v);
+        else if (pairs && i + 1 < columns)
+            moei_add4_atomic((uint16_t*)y + i,
+                             moei_pack2(v, weight * moei_load_f32(row, i + 1, rows_dtype), y_dtype),
+                             y_dtype);
+        else moei_add2_atomic((uint16_t*)y + i, moei_f32_to_half(v, y_dtype), y_dtype);
+    }
+}
+
+/* y[0 .. columns) += weight * row[0 .. columns), each element by an atomic addition that all of
+   this device see: for kernels of your own. `threads` threads share the work and this one is number
+   `thread` of them: (lane, 32) for a warp, (threadIdx.x, blockDim.x) for a block. No barrier, no
+   shared memory, and they need not come together. y and row are global memory, aligned to their
+   elements; 16 bytes at a time where both begin at multiples of 16. The dtypes are fp32, fp16 or
+   bf16, best given as literals. Rounding: see the top. */
+MOE_DEVICE void moe_add_row_atomic(void* y, int y_dtype, const void* row, int rows_dtype,
+                                   float weight, int columns, int thread, int threads)
+{
+    const int width = y_dtype == MOE_FP32 ? 4 : 8;
+    int done = 0;
+    if ((((uintptr_t)y | (uintptr_t)row) & 15) == 0) {
+        done = columns - columns % width;
+        if (y_dtype == MOE_FP32) {
+            if (rows_dtype == MOE_FP32)
+                moei_scatter_wide(y, y_dtype, row, weight, done, thread, threads, MOE_FP32, 4);
+            else if (rows_dtype == MOE_FP16)
+                moei_scatter_wide(y, y_dtype, row, weight, done, thread, threads, MOE_FP16, 4);
+            else moei_scatter_wide(y, y_dtype, row, weight, done, thread, threads, MOE_BF16, 4);
+        } else {
+            if (rows_dtype == MOE_FP32)
+                moei_scatter_wide(y, y_dtype, row, weight, done, thread, threads, MOE_FP32, 8);
+            else if (rows_dtype == MOE_FP16)
+                moei_scatter_wide(y, y_dtype, row, weight, done, thread, threads, MOE_FP16, 8);
+            else moei_scatter_wide(y, y_dtype, row, weight, done, thread, threads, MOE_BF16, 8);
+        }
+    }
+    if (done < columns)
+        moei_scatter_narrow(y, y_dtype, row, rows_dtype, weight, done, columns, thread, threads);
+}
+
+/* ---- the kernel ---- */
+
+#define MOEI_SCATTER_THREADS 256
+#define MOEI_SCATTER_WARPS (MOEI_SCATTER_THREADS / 32)
+#define MOEI_SCATTER_ROWS 4 /* of one warp, looked up together */
+
+typedef struct moei_scatter_args {
+    moe_combine_scatter_desc d;
+    int32_t columns; /* of a group; blockIdx.z counts them */
+} moei_scatter_args;
+
+/* First row and number of rows of an expert; false where they make no sense, which sets the fault
+   word. All threads of the block call it and get one answer. */
+MOE_DEVICE bool moei_scatter_rows(const moe_combine_scatter_desc* d,
+                                  moei_block_scan_scratch* scratch, int e, int* begin, int* count)
+{
+    bool good;
+    if (d->expert_offset) {
+        const int first = d->expert_offset[e], end = d->expert_offset[e + 1];
+        const int n = d->expert_count ? d->expert_count[e] : 0;
+        good = first >= 0 && end >= first && end <= d->num_rows && n >= 0 && n <= end - first;
+        *begin = first;
+        *count = !good || d->expert_count ? n : end - first;
+    } else {
+        unsigned before = 0;
+        int all;
+        for (int i = (int)threadIdx.x; i < e; i += (int)blockDim.x) {
+            const int n = d->expert_count[i];
+            if (n > 0) before += (unsigned)n;
+        }
+        (void)moei_block_exclusive_scan((int)before, scratch, &all);
+        *begin = all;
+        *count = d->expert_count[e];
+        good = *count >= 0 && (unsigned)all <= (unsigned)d->num_rows && *count <= d->num_rows - all;
+    }
+    if (!good && threadIdx.x == 0) moei_fault_raise(d->fault, MOE_FAULT_BAD_OFFSET, 0, e);
+    return good;
+}
+
+/* A block adds one group of columns of some rows of expert blockIdx.y. A warp looks up to four rows
+   up together, one in each of four lanes, and adds them one after the other. */
+MOE_DEVICE_BODY void moei_scatter_block(const moei_scatter_args* a,
+                                        moei_block_scan_scratch* scratch, const int rows_dtype)
+{
+    const moe_combine_scatter_desc* d = &a->d;
+    const int e = (int)blockIdx.y, column = (int)blockIdx.z * a->columns;
+    const int columns = min(a->columns, d->hidden - column);
+    const int row_bytes = rows_dtype == MOE_FP32 ? 4 : 2, y_bytes = d->y_dtype == MOE_FP32 ? 4 : 2;
+    const int block_rows = MOEI_SCATTER_WARPS * MOEI_SCATTER_ROWS;
+    const char* base;
+    int begin, count;
+
+    if (!moei_scatter_rows(d, scratch, e, &begin, &count)) return;
+    if ((int64_t)blockIdx.x * block_rows >= count) return;
+    base = d->table ? (const char*)d->table[e]
+                    : (const char*)d->rows + begin * d->row_stride * row_bytes;
+    if (!base || ((uintptr_t)base & (uintptr_t)(row_bytes - 1)) != 0) {
+        if (threadIdx.x == 0) moei_fault_raise(d->fault, MOE_FAULT_BAD_TABLE, 0, e);
+        return;
+    }
+    /* after the checks, so that every run meets the same faults, whichever block is first */
+    if (moei_fault_stopped(d->fault)) return;
+    for (int64_t first = (int64_t)blockIdx.x * block_rows + moei_warp(); first < count;
+         first += (int64_t)gridDim.x * block_rows) {
+        const int64_t mine = first + (int64_t)moei_lane() * MOEI_SCATTER_WARPS;
+        int token = -1;
+        float weight = 1.0f;
+        if (moei_lane() < MOEI_SCATTER_ROWS && mine < count) {
+            const int64_t r = begin + mine;
+            token = d->row_token ? d->row_token[r] : d->row_slot[r];
+            if (d->row_weight) weight = d->row_weight[r];
+            if (token >= 0 && d->row_slot) token /= d->top_k;
+            if (token < -1 || token >= d->num_tokens) {
+                moei_fault_raise(d->fault, MOE_FAULT_BAD_ROW, 0, r);
+                token = -1;
+            }
+        }
+        for (int i = 0; i < MOEI_SCATTER_ROWS; ++i) {
+            const int t = __shfl_sync(MOEI_FULL, token, i);
+            const float w = __shfl_sync(MOEI_FULL, weight, i);
+            if (t < 0) continue;
+            moe_add_row_atomic((char*)d->y + (t * d->y_stride + column) * y_bytes, d->y_dtype,
+                               base + ((first + i * MOEI_SCATTER_WARPS) * d->row_stride + column) *
+                                          row_bytes,
+                               rows_dtype, w, columns, moei_lane(), 32);
+        }
+    }
+}
+
+/* Blocks a multiprocessor, where 64 registers a thread do. */
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200
+#define MOEI_SCATTER_BLOCKS 4
+#else
+#define MOEI_SCATTER_BLOCKS 2
+#endif
+
+#define MOEI_SCATTER_LIST(X) X(fp32, MOE_FP32) X(fp16, MOE_FP16) X(bf16, MOE_BF16)
+
+#define MOEI_SCATTER_KERNEL(name, dtype)                                                          \
+    MOE_KERNEL(MOEI_SCATTER_THREADS, MOEI_SCATTER_BLOCKS)                                         \
+    moei_combine_scatter_##name(MOE_ARG(moei_scatter_args) a)                                     \
+    {                                                                                             \
+        MOE_SHARED(moei_block_scan_scratch, scratch);                                             \
+        moei_let_next_start();                                                                    \
+        moei_wait_for_previous();                                                                 \
+        moei_scatter_block(&a, &scratch, dtype);                                                  \
+    }
+MOEI_SCATTER_LIST(MOEI_SCATTER_KERNEL)
+#undef MOEI_SCATTER_KERNEL
+
+/* ---- the station ---- */
+
+/* Fills in the defaults and refuses what is wrong. */
+MOE_HOST moe_status moei_scatter_check(moe_combine_scatter_desc* d)
+{
+    const int64_t T = d->num_tokens, R = d->num_rows, E = d->num_experts;
+    MOEI_REQUIRE(T >= 0, MOE_ERR_RANGE, num_tokens);
+    MOEI_REQUIRE(d->hidden >= 1 && d->hidden <= 1 << 28, MOE_ERR_RANGE, hidden);
+    MOEI_REQUIRE(E >= 1 && E <= MOE_MAX_EXPERTS, MOE_ERR_RANGE, num_experts);
+    MOEI_REQUIRE(R >= 0, MOE_ERR_RANGE, num_rows);
+    MOEI_REQUIRE(d->max_rows >= 0, MOE_ERR_RANGE, max_rows);
+    if (d->max_rows == 0 || d->max_rows > R) d->max_rows = d->num_rows;
+    if (d->rows_dtype == 0) d->rows_dtype = MOE_BF16;
+    MOEI_REQUIRE(moe_dtype_bytes(d->rows_dtype), MOE_ERR_DTYPE, rows_dtype);
+    if (d->y_dtype == 0) d->y_dtype = d->rows_dtype;
+    MOEI_REQUIRE(moe_dtype_bytes(d->y_dtype), MOE_ERR_DTYPE, y_dtype);
+    if (d->row_stride == 0) d->row_stride = d->hidden;
+    MOEI_REQUIRE(moei_stride_fits(d->row_stride, d->hidden, R), MOE_ERR_STRIDE, row_stride);
+    if (d->y_stride == 0) d->y_stride = d->hidden;
+    MOEI_REQUIRE(moei_stride_fits(d->y_stride, d->hidden, T), MOE_ERR_STRIDE, y_stride);
+    MOEI_REQUIRE(!(d->table && d->rows), MOE_ERR_CONFLICT, rows);
+    MOEI_REQUIRE(!(d->row_token && d->row_slot), MOE_ERR_CONFLICT, row_slot);
+    MOEI_REQUIRE(!d->row_slot || d->top_k >= 1, MOE_ERR_RANGE, top_k);
+    MOEI_REQUIRE(moei_aligned(d->fault, 8), MOE_ERR_ALIGN, fault);
+    if (T == 0 || R == 0) return MOE_OK;
+    MOEI_REQUIRE(d->table || d->rows, MOE_ERR_NULL, table);
+    MOEI_REQUIRE(d->expert_offset || d->expert_count, MOE_ERR_NULL, expert_offset);
+    MOEI_REQUIRE(d->row_token || d->row_slot, MOE_ERR_NULL, row_token);
+    MOEI_REQUIRE(d->y, MOE_ERR_NULL, y);
+    MOEI_REQUIRE(moei_aligned(d->table, 8), MOE_ERR_ALIGN, table);
+    MOEI_REQUIRE(moei_aligned(d->rows, (uintptr_t)moe_dtype_bytes(d->rows_dtype)), MOE_ERR_ALIGN,
+                 rows);
+    MOEI_REQUIRE(moei_aligned(d->expert_offset, 4), MOE_ERR_ALIGN, expert_offset);
+    MOEI_REQUIRE(moei_aligned(d->expert_count, 4), MOE_ERR_ALIGN, expert_count);
+    MOEI_REQUIRE(moei_aligned(d->row_token, 4), MOE_ERR_ALIGN, row_token);
+    MOEI_REQUIRE(moei_aligned(d->row_slot, 4), MOE_ERR_ALIGN, row_slot);
+    MOEI_REQUIRE(moei_aligned(d->row_weight, 4), MOE_ERR_ALIGN, row_weight);
+    MOEI_REQUIRE(moei_aligned(d->y, (uintptr_t)moe_dtype_bytes(d->y_dtype)), MOE_ERR_ALIGN, y);
+    {
+        const moei_range r[] = {
+            {d->table, (uint64_t)E * 8, MOE_FIELD_table},
+            {d->rows, moei_extent(R, d->row_stride, d->hidden, d->rows_dtype), MOE_FIELD_rows},
+            {d->expert_offset, (uint64_t)E * 4 + 4, MOE_FIELD_expert_offset},
+            {d->expert_count, (uint64_t)E * 4, MOE_FIELD_expert_count},
+            {d->row_token, (uint64_t)R * 4, MOE_FIELD_row_token},
+            {d->row_slot, (uint64_t)R * 4, MOE_FIELD_row_slot},
+            {d->row_weight, (uint64_t)R * 4, MOE_FIELD_row_weight},
+            {d->y, moei_extent(T, d->y_stride, d->hidden, d->y_dtype), MOE_FIELD_y},
+            {d->fault, 8, MOE_FIELD_fault}};
+        return moei_disjoint(r, 7, 9);
+    }
+}
+
+/* y of all tokens that a group of columns may take: so much stays in L2 while rows pass through. */
+#ifndef MOE_SCATTER_Y_BYTES
+#define MOE_SCATTER_Y_BYTES (16 << 20)
+#endif
+#define MOEI_SCATTER_LEAST 512      /* columns of a group, where there are more than one */
+#define MOEI_SCATTER_GRID (1 << 17) /* blocks, about: past that they loop */
+
+/* Columns of a group: those whose y stays in L2, or fewer where there are not rows enough to keep
+   the device busy. */
+MOE_HOST int moei_scatter_columns(const moe_combine_scatter_desc* d, int sms)
+{
+    const int64_t H = d->hidden;
+    const int64_t fit =
+        MOE_SCATTER_Y_BYTES / ((int64_t)d->num_tokens * moe_dtype_bytes(d->y_dtype));
+    const int64_t spread = H * d->num_rows / ((int64_t)sms * 32); /* 32 warps a multiprocessor */
+    int64_t columns = fit < spread ? fit : spread, groups;
+    if (columns < MOEI_SCATTER_LEAST) columns = MOEI_SCATTER_LEAST;
+    groups = (H + columns - 1) / columns;
+    if (groups > 1024) groups = 1024;
+    return (int)(((H + groups - 1) / groups + 255) / 256 * 256);
+}
+
+/* Queues the additions on `stream`. Errors: every field of the descriptor as documented above, each
+   with its own status; nothing is queued then. T = 0 or R = 0 is no error. */
+MOE_HOST moe_status moe_combine_scatter(const moe_combine_scatter_desc* desc, cudaStream_t stream)
+{
+    moei_scatter_args a;
+    moei_launch_config c;
+    moei_device dev;
+    int64_t blocks, most, groups;
+    MOEI_REQUIRE(desc, MOE_ERR_NULL, desc);
+    a.d = *desc;
+    MOEI_TRY(moei_scatter_check(&a.d));
+    if (a.d.num_tokens == 0 || a.d.num_rows == 0) return MOE_OK;
+    MOEI_TRY(moei_device_query(&dev));
+    a.columns = moei_scatter_columns(&a.d, dev.sms);
+    groups = ((int64_t)a.d.hidden + a.columns - 1) / a.columns;
+    blocks = ((int64_t)a.d.max_rows + MOEI_SCATTER_WARPS * MOEI_SCATTER_ROWS - 1) /
+             (MOEI_SCATTER_WARPS * MOEI_SCATTER_ROWS);
+    most = MOEI_SCATTER_GRID / (a.d.num_experts * groups);
+    if (blocks > most) blocks = most;
+    c = moei_grid(blocks < 1 ? 1 : blocks, MOEI_SCATTER_THREADS, 0, stream);
+    c.grid.y = (unsigned)a.d.num_experts;
+    c.grid.z = (unsigned)groups;
+    c.dependent = 1;
+#define MOEI_SCATTER_CASE(name, dtype)                                                            \
+    if (a.d.rows_dtype == dtype) return MOE_LAUNCH(moei_combine_scatter_##name, c, a);
+    MOEI_SCATTER_LIST(MOEI_SCATTER_CASE)
+#undef MOEI_SCATTER_CASE
+    return MOE_STATUS(MOE_ERR_DTYPE, rows_dtype);
+}
+
+/* Loads this header's kernels now. */
+MOE_HOST moe_status moe_combine_scatter_preload(void)
+{
+#define MOEI_SCATTER_LOAD(name, dtype)                                                            \
+    MOEI_TRY(moei_preload((const void*)moei_combine_scatter_##name));
+    MOEI_SCATTER_LIST(MOEI_SCATTER_LOAD)
+#undef MOEI_SCATTER_LOAD
+    return MOE_OK;
+}
+
+#endif
