@@ -9,7 +9,7 @@
      moei_launch_config c = moei_grid(num_blocks, 256, 0, stream);
      return MOE_LAUNCH(my_kernel, c, args);        // a moe_status
 
-   Needs CUDA 12.3 or later for the cuda backend, C++14 for both. */
+   Needs CUDA 12.0 or later for the cuda backend, C++14 for both. */
 #ifndef MOE_BASE_CUDA_CUH
 #define MOE_BASE_CUDA_CUH
 

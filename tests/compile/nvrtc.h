@@ -1,0 +1,12 @@
+/* nvrtc.h: the host calls of moe/ that NVRTC does not declare, since it compiles device code alone.
+   A C compiler compares them with those of the toolkit's own cuda_runtime_api.h. */
+#ifdef __CUDACC_RTC__
+#include <cuda_runtime.h>
+#define NVRTC_CALL extern __device__
+#else
+#include <cuda_runtime_api.h>
+#define NVRTC_CALL extern
+#endif
+
+NVRTC_CALL cudaError_t cudaFuncSetAttribute(const void*, enum cudaFuncAttribute, int);
+NVRTC_CALL cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t*, const void*, void**);
