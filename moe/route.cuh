@@ -238,7 +238,7 @@ MOE_HOST moe_status moei_route_by_weight(const moei_route_args* a,
     const int64_t slots = (int64_t)a->d.num_tokens * a->d.top_k, P = a->d.num_replicas;
     moei_route_args list = *a;
     moei_launch_config c;
-    int threads = 256;
+    int threads = slots / P > 64 ? 256 : 64;
     list.d.expert_count = a->list_count;
     list.d.expert_offset = a->list_offset;
     list.d.row_slot = a->list_slot;

@@ -100,7 +100,7 @@ MOE_DEVICE uint32_t moei_route_differ(const moei_route_part* p, moei_route_keep_
    `need`. Ends with a barrier. */
 MOE_DEVICE void moei_route_find_digit(moei_route_keep_shared* s, int need)
 {
-    const int each = MOEI_ROUTE_BINS / (int)blockDim.x; /* bins of a thread, from the highest on */
+    const int each = MOEI_ROUTE_BINS / (int)blockDim.x; /* bins of a thread, highest first */
     const int top = MOEI_ROUTE_BINS - 1 - (int)threadIdx.x * each;
     int n = 0, before, total;
     for (int i = 0; i < each; ++i) n += s->bin[top - i];

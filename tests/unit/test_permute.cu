@@ -28,7 +28,7 @@ typedef struct permute_bufs {
     moe_permute_desc d;
 } permute_bufs;
 
-/* Maps that fit to each other: a random order of the slots among the rows, a part of them dropped. */
+/* Maps that fit to each other: the slots in a random order among the rows, some of them dropped. */
 static void fill_maps(permute_bufs* b, const permute_case* c, trand* r)
 {
     int64_t* order = (int64_t*)test_host(b->rows * 8);
@@ -220,7 +220,7 @@ static void test_permute_wide_tokens(void)
         }
 }
 
-/* No tokens: permute writes zeros; no rows: unpermute does, and with nothing dropped it complains. */
+/* No tokens: permute writes zeros; no rows: unpermute does, and a slot with a row is a fault. */
 static void test_permute_empty(void)
 {
     trand r = trand_new(3);
@@ -532,7 +532,8 @@ static void test_permute_wide_offsets(void)
 static void test_permute_large(void)
 {
 #if !MOE_ON_HOST
-    static const int TKH[][3] = {{4096, 8, 4096}, {2000, 6, 1536}, {1024, 8, 16384}, {100000, 2, 31}};
+    static const int TKH[][3] = {
+        {4096, 8, 4096}, {2000, 6, 1536}, {1024, 8, 16384}, {100000, 2, 31}};
     trand r = trand_new(10);
     for (int i = 0; i < 4; ++i)
         for (int n = 0; n < 3; ++n) {
