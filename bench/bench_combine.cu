@@ -1,11 +1,16 @@
-/* Combine through the pointer table, beside the copy rate, and beside cat then index-add.
+/* Combine through the pointer table, gather form and scatter form, beside the copy rate, and beside
+   cat then index-add.
    nvcc -O3 -std=c++14 -I. -arch=sm_90a bench/bench_combine.cu -o bench_combine
 
    Floor: each row read once, each token written once: (T K + T) H elements at the rate of a
    device-to-device copy. Every expert's rows are an allocation of their own.
+   The scatter form sets y to 0 and adds rows to it by atomics: in one launch over all experts, and
+   in one launch an expert. Both times count the zeros.
    The peer: one copy per expert into a joined array, one kernel that scales the rows in place,
    zeroed outputs, and one that adds each row to its token by atomics. */
 #include "bench.h"
+
+#include "../moe/combine_scatter.cuh"
 
 typedef struct job {
     moe_combine_desc combine;
@@ -14,12 +19,42 @@ typedef struct job {
     char* joined;            /* the peer's extra memory */
     const float* row_weight; /* [T * K] device */
     const int32_t* row_token;
+    moe_combine_scatter_desc scatter;
     int E;
 } job;
 
 static void run_combine(void* context, cudaStream_t stream)
 {
     BENCH_MOE(moe_combine(&((const job*)context)->combine, stream));
+}
+
+static void zero_y(const job* j, cudaStream_t stream)
+{
+    const moe_combine_scatter_desc* d = &j->scatter;
+    const size_t elems = (size_t)d->num_tokens * (size_t)d->hidden;
+    BENCH_CUDA(cudaMemsetAsync(d->y, 0, elems * (size_t)moe_dtype_bytes(d->y_dtype), stream));
+}
+
+static void run_scatter(void* context, cudaStream_t stream)
+{
+    const job* j = (const job*)context;
+    zero_y(j, stream);
+    BENCH_MOE(moe_combine_scatter(&j->scatter, stream));
+}
+
+/* The same kernel, one launch an expert. */
+static void run_each_expert(void* context, cudaStream_t stream)
+{
+    const job* j = (const job*)context;
+    zero_y(j, stream);
+    for (int e = 0; e < j->E; ++e) {
+        moe_combine_scatter_desc d = j->scatter;
+        d.table += e;
+        d.expert_offset += e;
+        d.num_experts = 1;
+        d.max_rows = j->count[e];
+        if (j->count[e]) BENCH_MOE(moe_combine_scatter(&d, stream));
+    }
 }
 
 typedef struct index_add_args {
@@ -78,10 +113,11 @@ static void run_cat(void* context, cudaStream_t stream)
 }
 
 /* Error of tokens 0, step, 2 step, ... against a double sum, over its bound: twice what rounding to
-   bf16 may cost, once, or with every addition. */
+   y's dtype may cost, once, or with every product and addition. */
 typedef struct check_args {
     moe_combine_desc c;
     int step, each;  /* each: every product and sum was rounded */
+    double unit;     /* of the last place of y, relative */
     unsigned* worst; /* bits of the largest error over its bound */
 } check_args;
 
@@ -99,20 +135,23 @@ MOE_KERNEL(256, 1) check_combine(MOE_ARG(check_args) d)
             want += v;
             sum += fabs(v);
         }
-        got = moei_load_f32(d.c.y, t * d.c.hidden + h, MOE_BF16);
-        bound = 2.0 * (d.each ? (d.c.top_k + 1) * sum : fabs(want)) / 256.0 + 1e-5;
+        got = moei_load_f32(d.c.y, t * d.c.hidden + h, d.c.y_dtype);
+        bound = 2.0 * (d.each ? (d.c.top_k + 1) * sum : fabs(want)) * d.unit + 1e-3 * d.unit;
         ratio = (float)(fabs(got - want) / bound);
         atomicMax(d.worst, ratio <= 1e30f ? __float_as_uint(ratio) : 0x7f800000u);
     }
 }
 
 /* The largest error of y over its bound. */
-static float check_y(bench_state* s, const job* j, int each)
+static float check_y(bench_state* s, const job* j, void* y, int y_dtype, int each)
 {
     check_args check;
     moei_launch_config l = moei_grid(256, 256, 0, s->stream);
     unsigned worst = 0;
     check.c = j->combine;
+    check.c.y = y;
+    check.c.y_dtype = y_dtype;
+    check.unit = y_dtype == MOE_FP32 ? 1.0 / 16777216.0 : 1.0 / 256.0;
     check.step = j->combine.num_tokens / 256;
     check.each = each;
     check.worst = (unsigned*)bench_alloc(4);
@@ -137,7 +176,7 @@ static void run_shape(bench_state* s, int T, int H, int E, int K, int* failures)
     float* row_weight = (float*)malloc((size_t)slots * 4);
     float worst;
     char what[96];
-    double ms, cat;
+    double ms, cat, scatter;
     bench_copy_args copy;
     size_t free_before, free_after, total;
 
@@ -175,13 +214,25 @@ static void run_shape(bench_state* s, int T, int H, int E, int K, int* failures)
     j.combine.y = bench_alloc((size_t)T * (size_t)H * 2);
     j.combine.num_buffers = E;
     j.combine.num_tokens = T, j.combine.hidden = H, j.combine.top_k = K;
+    {
+        void* offset = bench_alloc((size_t)(E + 1) * 4);
+        BENCH_CUDA(cudaMemcpy(offset, next, (size_t)(E + 1) * 4, cudaMemcpyHostToDevice));
+        j.scatter.expert_offset = (const int32_t*)offset;
+    }
+    j.scatter.table = j.combine.table;
+    j.scatter.row_token = j.row_token;
+    j.scatter.row_weight = j.row_weight;
+    j.scatter.num_tokens = T, j.scatter.hidden = H, j.scatter.num_experts = E;
+    j.scatter.num_rows = (int32_t)slots;
+    for (int e = 0; e < E; ++e)
+        if (j.count[e] > j.scatter.max_rows) j.scatter.max_rows = j.count[e];
 
     BENCH_CUDA(cudaMemset(j.combine.y, 0xff, (size_t)T * (size_t)H * 2));
     BENCH_CUDA(cudaMemGetInfo(&free_before, &total));
     run_combine(&j, s->stream);
     BENCH_CUDA(cudaStreamSynchronize(s->stream));
     BENCH_CUDA(cudaMemGetInfo(&free_after, &total));
-    worst = check_y(s, &j, 0);
+    worst = check_y(s, &j, j.combine.y, MOE_BF16, 0);
     *failures += !(worst <= 1.0f) || free_after != free_before;
     printf("T %d H %d E %d K %d bf16: worst error %.2f of its bound, extra memory %lld bytes\n", T, H, E,
            K, worst, (long long)(free_before - free_after));
@@ -201,16 +252,40 @@ static void run_shape(bench_state* s, int T, int H, int E, int K, int* failures)
     j.joined = (char*)bench_alloc((size_t)slots * (size_t)H * 2);
     BENCH_CUDA(cudaMemset(j.combine.y, 0xff, (size_t)T * (size_t)H * 2));
     run_cat(&j, s->stream);
-    *failures += !(check_y(s, &j, 1) <= 1.0f);
+    *failures += !(check_y(s, &j, j.combine.y, MOE_BF16, 1) <= 1.0f);
     bench_note_clocks(s, run_combine, &j, ms);
     cat = bench_time(s, run_cat, &j);
     snprintf(what, sizeof what, "cat + index_add, %.1f GiB extra", (double)slots * H * 2 / (1 << 30));
     bench_row(s, what, cat, bytes / cat * 1e-9, "TB/s", ms / cat, "its time taken by combine");
 
+    for (int y_dtype = MOE_FP32; y_dtype <= MOE_BF16; y_dtype += MOE_BF16 - MOE_FP32) {
+        j.scatter.y_dtype = y_dtype;
+        j.scatter.y = y_dtype == MOE_BF16 ? j.combine.y : bench_alloc((size_t)T * (size_t)H * 4);
+        for (int each = 0; each < 2; ++each) {
+            bench_fn run = each ? run_each_expert : run_scatter;
+            BENCH_CUDA(cudaMemset(j.scatter.y, 0xff,
+                                  (size_t)T * (size_t)H * (size_t)moe_dtype_bytes(y_dtype)));
+            BENCH_CUDA(cudaMemGetInfo(&free_before, &total));
+            run(&j, s->stream);
+            BENCH_CUDA(cudaStreamSynchronize(s->stream));
+            BENCH_CUDA(cudaMemGetInfo(&free_after, &total));
+            worst = check_y(s, &j, j.scatter.y, y_dtype, 1);
+            *failures += !(worst <= 1.0f) || free_after != free_before;
+            scatter = bench_time(s, run, &j);
+            snprintf(what, sizeof what, "scatter, y %s, %s: error %.2f, 0 extra",
+                     moe_dtype_name(y_dtype), each ? "a launch an expert" : "one launch", worst);
+            bench_row(s, what, scatter, bytes / scatter * 1e-9, "TB/s", scatter / cat,
+                      "the time of cat + index_add");
+        }
+        if (y_dtype != MOE_BF16) BENCH_CUDA(cudaFree(j.scatter.y));
+    }
+    printf("  cat + index_add takes %.1f times combine's time\n", cat / ms);
+
     for (int e = 0; e < E; ++e) cudaFree(j.buffer[e]);
     cudaFree((void*)j.combine.table), cudaFree((void*)j.combine.place), cudaFree((void*)j.row_token);
     cudaFree((void*)j.combine.weights), cudaFree((void*)j.row_weight), cudaFree(j.combine.y);
-    cudaFree(j.joined);
+    cudaFree(j.joined), cudaFree((void*)j.scatter.expert_offset);
+    free(row_weight), free(weights);
     free(place), free(row_token), free(id), free(next), free(j.count), free(j.buffer);
 }
 
@@ -218,6 +293,7 @@ int main(int argc, char** argv)
 {
     bench_state s = bench_open(argc, argv, "combine");
     int failures = 0;
+    BENCH_MOE(moe_combine_scatter_preload());
     run_shape(&s, 8192, 16384, 256, 8, &failures);
     run_shape(&s, 32768, 4096, 128, 8, &failures);
     run_shape(&s, 24576, 1536, 128, 8, &failures);
