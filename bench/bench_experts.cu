@@ -66,6 +66,16 @@ typedef struct check_args {
     unsigned* worst;
 } check_args;
 
+MOE_DEVICE double activation(const moe_experts_desc* d, double gate, double up)
+{
+    if (d->activation == MOE_ACTIVATION_GEGLU) return 0.5 * gate * erfc(-gate * sqrt(0.5)) * up;
+    if (d->activation == MOE_ACTIVATION_SWIGLU_CLAMPED) {
+        const double g = gate > 7.0 ? 7.0 : gate, u = up > 7.0 ? 7.0 : up < -7.0 ? -7.0 : up;
+        return g / (1.0 + exp(-1.702 * g)) * (u + 1.0);
+    }
+    return gate / (1.0 + exp(-gate)) * up;
+}
+
 MOE_DEVICE void check_one(unsigned* worst, float got, double want)
 {
     const float ratio = (float)(fabs(got - want) / (2.0 * fabs(want) / 256.0 + 1e-4));
@@ -88,7 +98,7 @@ MOE_KERNEL(256, 1) check_experts(MOE_ARG(check_args) a)
             gate += x * moei_load_f32(d->w1.base, (e * 2 * I + i) * H + h, MOE_BF16);
             up += x * moei_load_f32(d->w1.base, (e * 2 * I + I + i) * H + h, MOE_BF16);
         }
-        check_one(a.worst, moei_load_f32(d->act, r * I + i, MOE_BF16), gate / (1.0 + exp(-gate)) * up);
+        check_one(a.worst, moei_load_f32(d->act, r * I + i, MOE_BF16), activation(d, gate, up));
     }
     for (int64_t h = threadIdx.x; h < H; h += 256) {
         double sum = 0.0;
@@ -99,7 +109,8 @@ MOE_KERNEL(256, 1) check_experts(MOE_ARG(check_args) a)
     }
 }
 
-static void run_shape(bench_state* s, int T, int H, int I, int E, int K, int tile, int* failures)
+static void run_shape(bench_state* s, int T, int H, int I, int E, int K, int tile, int kind,
+                      int* failures)
 {
     const int64_t rows = (int64_t)T * K;
     const double flops = 2.0 * (double)rows * H * I, touched = E < rows ? E : (double)rows;
@@ -109,7 +120,10 @@ static void run_shape(bench_state* s, int T, int H, int I, int E, int K, int til
     moe_gemm_plan up, down;
     double ms_up, ms_down, dense_up, dense_down;
     unsigned worst = 0;
-    char what[96];
+    char what[112];
+    const char* name = kind == MOE_ACTIVATION_GEGLU            ? " GEGLU"
+                       : kind == MOE_ACTIVATION_SWIGLU_CLAMPED ? " SwiGLU clamped"
+                                                               : "";
     check_args check;
     moei_launch_config l;
     memset(&d, 0, sizeof d), memset(&g, 0, sizeof g), memset(&r, 0, sizeof r);
@@ -137,6 +151,7 @@ static void run_shape(bench_state* s, int T, int H, int I, int E, int K, int til
     d.rows = bench_alloc((size_t)rows * (size_t)H * 2);
     d.num_tokens = T, d.hidden = H, d.intermediate = I, d.num_experts = E, d.top_k = K;
     d.tile = tile;
+    d.activation = kind;
     BENCH_MOE(moe_experts_plan(&d, &up, &down));
     BENCH_CUDA(cudaMemset(d.act, 0xff, (size_t)rows * (size_t)I * 2));
     BENCH_CUDA(cudaMemset(d.rows, 0xff, (size_t)rows * (size_t)H * 2));
@@ -150,15 +165,15 @@ static void run_shape(bench_state* s, int T, int H, int I, int E, int K, int til
     BENCH_CUDA(cudaStreamSynchronize(s->stream));
     BENCH_CUDA(cudaMemcpy(&worst, check.worst, 4, cudaMemcpyDeviceToHost));
     *failures += !(moe_f32_from_bits(worst) <= 1.0f);
-    printf("T %d H %d I %d E %d K %d: worst error %.2f of its bound; path %s, tiles %dx%dx%d, %dx%dx%d\n",
-           T, H, I, E, K, moe_f32_from_bits(worst), moe_gemm_path_name(up.path), up.tile_m, up.tile_n,
+    printf("T %d H %d I %d E %d K %d%s: worst error %.2f of its bound; path %s, tiles %dx%dx%d, %dx%dx%d\n",
+           T, H, I, E, K, name, moe_f32_from_bits(worst), moe_gemm_path_name(up.path), up.tile_m, up.tile_n,
            up.tile_k, down.tile_m, down.tile_n, down.tile_k);
 
     ms_up = bench_time(s, run_up, &d);
     bench_note_clocks(s, run_up, &d, ms_up);
     ms_down = bench_time(s, run_down, &d);
     cudaFree((void*)d.w1.base), cudaFree((void*)d.w2.base);
-    snprintf(what, sizeof what, "up   T %d H %d I %d E %d K %d", T, H, I, E, K);
+    snprintf(what, sizeof what, "up   T %d H %d I %d E %d K %d%s", T, H, I, E, K, name);
     if (rows / E >= 64) {
         dense_up = time_dense(s, (int)rows, 2 * I, H);
         dense_down = time_dense(s, (int)rows, H, I);
@@ -185,13 +200,15 @@ static void run_shape(bench_state* s, int T, int H, int I, int E, int K, int til
 
 int main(int argc, char** argv)
 {
-    bench_state s = bench_open(argc, argv, "expert MLP, bf16, SwiGLU");
+    bench_state s = bench_open(argc, argv, "expert MLP, bf16, SwiGLU where nothing else is said");
     int failures = 0;
-    run_shape(&s, 32768, 4096, 1536, 128, 8, MOE_TILE_AUTO, &failures);
-    run_shape(&s, 24576, 1536, 256, 128, 8, MOE_TILE_AUTO, &failures);
-    run_shape(&s, 16384, 4096, 14336, 8, 2, MOE_TILE_AUTO, &failures);
-    run_shape(&s, 8192, 7168, 2048, 256, 8, MOE_TILE_AUTO, &failures);
-    run_shape(&s, 64, 7168, 2048, 256, 8, MOE_TILE_AUTO, &failures);
-    run_shape(&s, 256, 4096, 1536, 128, 8, MOE_TILE_AUTO, &failures);
+    run_shape(&s, 32768, 4096, 1536, 128, 8, MOE_TILE_AUTO, 0, &failures);
+    run_shape(&s, 32768, 4096, 1536, 128, 8, MOE_TILE_AUTO, MOE_ACTIVATION_GEGLU, &failures);
+    run_shape(&s, 32768, 4096, 1536, 128, 8, MOE_TILE_AUTO, MOE_ACTIVATION_SWIGLU_CLAMPED, &failures);
+    run_shape(&s, 24576, 1536, 256, 128, 8, MOE_TILE_AUTO, 0, &failures);
+    run_shape(&s, 16384, 4096, 14336, 8, 2, MOE_TILE_AUTO, 0, &failures);
+    run_shape(&s, 8192, 7168, 2048, 256, 8, MOE_TILE_AUTO, 0, &failures);
+    run_shape(&s, 64, 7168, 2048, 256, 8, MOE_TILE_AUTO, 0, &failures);
+    run_shape(&s, 256, 4096, 1536, 128, 8, MOE_TILE_AUTO, 0, &failures);
     return bench_close(&s, failures);
 }

@@ -27,7 +27,7 @@ static void run_stage(void* context, cudaStream_t stream)
 typedef struct check_args {
     moe_layer_desc l;
     moe_layer_view v;
-    float* act; /* [blocks, 2, K, I]: exact, rounded */
+    float* act; /* [blocks, 2, K * I + shared width]: exact, rounded */
     int step;
     unsigned* worst;
 } check_args;
@@ -35,8 +35,9 @@ typedef struct check_args {
 MOE_KERNEL(256, 1) check_layer(MOE_ARG(check_args) a)
 {
     const int64_t H = a.l.hidden, I = a.l.intermediate, K = a.l.top_k, E = a.l.num_experts;
+    const int64_t S = a.l.shared.intermediate, acts = K * I + S;
     const int64_t t = (int64_t)blockIdx.x * a.step;
-    float *act = a.act + (int64_t)blockIdx.x * 2 * K * I, *act_rounded = act + K * I;
+    float *act = a.act + (int64_t)blockIdx.x * 2 * acts, *act_rounded = act + acts;
     for (int64_t e = threadIdx.x; e < E; e += 256) {
         double sum = 0.0, size = 0.0;
         for (int64_t h = 0; h < H; ++h) {
@@ -51,13 +52,16 @@ MOE_KERNEL(256, 1) check_layer(MOE_ARG(check_args) a)
             atomicMax(a.worst + 2, ratio <= 1e30f ? __float_as_uint(ratio) : 0x7f800000u);
         }
     }
-    for (int64_t i = threadIdx.x; i < K * I; i += 256) {
-        const int64_t e = a.v.ids[t * K + i / I], n = i % I;
+    for (int64_t i = threadIdx.x; i < acts; i += 256) {
+        const bool shared = i >= K * I; /* of the shared expert, behind those of the others */
+        const int64_t e = shared ? 0 : a.v.ids[t * K + i / I], n = shared ? i - K * I : i % I;
+        const int64_t width = shared ? S : I;
+        const void* w1 = shared ? a.l.shared.w1.base : a.l.w1.base;
         double gate = 0.0, up = 0.0;
         for (int64_t h = 0; h < H; ++h) {
             const double x = moei_load_f32(a.l.x, t * H + h, MOE_BF16);
-            gate += x * moei_load_f32(a.l.w1.base, (e * 2 * I + n) * H + h, MOE_BF16);
-            up += x * moei_load_f32(a.l.w1.base, (e * 2 * I + I + n) * H + h, MOE_BF16);
+            gate += x * moei_load_f32(w1, (e * 2 * width + n) * H + h, MOE_BF16);
+            up += x * moei_load_f32(w1, (e * 2 * width + width + n) * H + h, MOE_BF16);
         }
         act[i] = (float)(gate / (1.0 + exp(-gate)) * up);
         act_rounded[i] = moei_half_to_f32(moei_f32_to_half(act[i], MOE_BF16), MOE_BF16);
@@ -66,16 +70,18 @@ MOE_KERNEL(256, 1) check_layer(MOE_ARG(check_args) a)
     for (int64_t h = threadIdx.x; h < H; h += 256) {
         double y = 0.0, y_rounded = 0.0;
         float got, rounded;
-        for (int64_t k = 0; k < K; ++k) {
-            const int64_t e = a.v.ids[t * K + k];
+        for (int64_t k = 0; k < K + (S > 0); ++k) {
+            const int64_t e = k < K ? a.v.ids[t * K + k] : 0, width = k < K ? I : S;
+            const void* w2 = k < K ? a.l.w2.base : a.l.shared.w2.base;
+            const double weight = k < K ? a.v.weights[t * K + k] : 1.0f;
             double row = 0.0, row_rounded = 0.0;
-            for (int64_t i = 0; i < I; ++i) {
-                const double w = moei_load_f32(a.l.w2.base, (e * H + h) * I + i, MOE_BF16);
+            for (int64_t i = 0; i < width; ++i) {
+                const double w = moei_load_f32(w2, (e * H + h) * width + i, MOE_BF16);
                 row += act[k * I + i] * w;
                 row_rounded += act_rounded[k * I + i] * w;
             }
-            y += (double)a.v.weights[t * K + k] * row;
-            y_rounded += (double)a.v.weights[t * K + k] *
+            y += weight * row;
+            y_rounded += weight *
                          moei_half_to_f32(moei_f32_to_half((float)row_rounded, MOE_BF16), MOE_BF16);
         }
         got = moei_load_f32(a.l.y, t * H + h, MOE_BF16);
@@ -90,15 +96,17 @@ MOE_KERNEL(256, 1) check_layer(MOE_ARG(check_args) a)
 
 static uint64_t piece(uint64_t bytes) { return (bytes + 255) / 256 * 256; }
 
-static void run_shape(bench_state* s, int T, int H, int I, int E, int K, int* failures)
+/* S: width of a shared expert; 0: none. */
+static void run_shape(bench_state* s, int T, int H, int I, int E, int K, int S, int* failures)
 {
     const uint64_t slots = (uint64_t)T * (uint64_t)K;
-    const double flops = 6.0 * (double)slots * H * I;
+    const double flops = 6.0 * (double)slots * H * I, shared_flops = 6.0 * (double)T * H * S;
     const uint64_t formula = piece((uint64_t)T * (uint64_t)E * 4) + 2 * piece(slots * 4) +
                              piece((uint64_t)E * (uint64_t)moe_num_chunks(T) * 4) +
                              piece((uint64_t)E * 4) + piece((uint64_t)E * 4 + 4) + piece(slots * 4) +
                              piece(slots * 8) + piece(slots * (uint64_t)I * 2) +
-                             piece(slots * (uint64_t)H * 2);
+                             piece(slots * (uint64_t)H * 2) +
+                             (S ? piece((uint64_t)T * (uint64_t)S * 2) + piece((uint64_t)T * (uint64_t)H * 2) : 0);
     moe_layer_desc l;
     moe_gemm_plan up, down;
     check_args check;
@@ -114,7 +122,12 @@ static void run_shape(bench_state* s, int T, int H, int I, int E, int K, int* fa
     l.w2.base = bench_random((int64_t)E * H * I, MOE_BF16, 1.0f / sqrtf((float)I), 4);
     l.y = bench_alloc((size_t)T * (size_t)H * 2);
     l.num_tokens = T, l.hidden = H, l.intermediate = I, l.num_experts = E, l.top_k = K;
-    l.renormalize = 1;
+    l.gate.renormalize = 1;
+    if (S) {
+        l.shared.w1.base = bench_random((int64_t)2 * S * H, MOE_BF16, 1.0f / sqrtf((float)H), 5);
+        l.shared.w2.base = bench_random((int64_t)H * S, MOE_BF16, 1.0f / sqrtf((float)S), 6);
+        l.shared.intermediate = S;
+    }
     BENCH_MOE(moe_layer_workspace(&l, &l.workspace_bytes));
     *failures += l.workspace_bytes != formula;
     l.workspace = bench_alloc(l.workspace_bytes);
@@ -130,7 +143,7 @@ static void run_shape(bench_state* s, int T, int H, int I, int E, int K, int* fa
     check.l = l;
     BENCH_MOE(moe_layer_get_view(&l, &check.v));
     check.step = T / 16;
-    check.act = (float*)bench_alloc(16 * 2 * (size_t)K * (size_t)I * 4);
+    check.act = (float*)bench_alloc(16 * 2 * ((size_t)K * (size_t)I + (size_t)S) * 4);
     check.worst = (unsigned*)bench_alloc(sizeof worst);
     BENCH_CUDA(cudaMemset(check.worst, 0, sizeof worst));
     BENCH_MOE(MOE_LAUNCH(check_layer, c, check));
@@ -141,35 +154,40 @@ static void run_shape(bench_state* s, int T, int H, int I, int E, int K, int* fa
         const float logit = moe_f32_from_bits(worst[2]);
         *failures += !(error <= bound) || !(logit <= 1.0f);
         BENCH_MOE(moe_layer_plan(&l, &up, &down));
-        printf("T %d H %d I %d E %d K %d: error %.2g (bound %.2g), logits %.2f of theirs; workspace %.2f GiB "
+        printf("T %d H %d I %d E %d K %d shared %d: error %.2g (bound %.2g), logits %.2f of theirs; workspace %.2f GiB "
                "= the formula's, other memory %lld bytes; tiles %dx%d, %dx%d\n",
-               T, H, I, E, K, error, bound, logit, (double)l.workspace_bytes / (1 << 30),
+               T, H, I, E, K, S, error, bound, logit, (double)l.workspace_bytes / (1 << 30),
                (long long)(free_before - free_after), up.tile_m, up.tile_n, down.tile_m, down.tile_n);
     }
     ms = bench_time(s, run_layer, &l);
     snprintf(what, sizeof what, "layer T %d H %d I %d E %d K %d", T, H, I, E, K);
-    bench_row(s, what, ms, flops / ms * 1e-9, "TFLOPS", 1.0, "the layer");
+    if (S) snprintf(what + strlen(what), sizeof what - strlen(what), " shared %d", S);
+    bench_row(s, what, ms, (flops + shared_flops) / ms * 1e-9, "TFLOPS", 1.0, "the layer");
     bench_note_clocks(s, run_layer, &l, ms);
     for (int stage = 0; stage < MOE_LAYER_STAGES; ++stage) {
         stage_job j;
         double part;
         j.layer = &l;
         j.stage = stage;
+        if (!S && (stage == MOE_LAYER_SHARED_UP || stage == MOE_LAYER_SHARED_DOWN)) continue;
         part = bench_time(s, run_stage, &j);
         snprintf(what, sizeof what, "    %s", moe_layer_stage_name(stage));
         bench_row(s, what, part,
                   stage == MOE_LAYER_UP ? flops * 2 / 3 / part * 1e-9
                   : stage == MOE_LAYER_DOWN ? flops / 3 / part * 1e-9
+                  : stage == MOE_LAYER_SHARED_UP ? shared_flops * 2 / 3 / part * 1e-9
+                  : stage == MOE_LAYER_SHARED_DOWN ? shared_flops / 3 / part * 1e-9
                   : stage == MOE_LAYER_ROUTER ? 2.0 * T * H * E / part * 1e-9
                   : stage == MOE_LAYER_COMBINE
-                      ? ((double)slots + T) * H * 2 / part * 1e-9
+                      ? ((double)slots + T * (S ? 2.0 : 1.0)) * H * 2 / part * 1e-9
                   : stage == MOE_LAYER_GATE ? (double)T * (4.0 * E + 8.0 * K) / part * 1e-9
                                             : (double)T * 16.0 * K / part * 1e-9,
-                  stage == MOE_LAYER_UP || stage == MOE_LAYER_DOWN || stage == MOE_LAYER_ROUTER ? "TFLOPS"
-                                                                                              : "TB/s",
+                  stage != MOE_LAYER_GATE && stage != MOE_LAYER_ROUTE && stage != MOE_LAYER_COMBINE ? "TFLOPS"
+                                                                                                  : "TB/s",
                   part / ms, "the layer");
     }
     cudaFree((void*)l.x), cudaFree((void*)l.router), cudaFree((void*)l.w1.base);
+    cudaFree((void*)l.shared.w1.base), cudaFree((void*)l.shared.w2.base);
     cudaFree((void*)l.w2.base), cudaFree(l.y), cudaFree(l.workspace), cudaFree(check.act);
     cudaFree(check.worst);
 }
@@ -178,11 +196,12 @@ int main(int argc, char** argv)
 {
     bench_state s = bench_open(argc, argv, "MoE layer, bf16, SwiGLU");
     int failures = 0;
-    run_shape(&s, 32768, 4096, 1536, 128, 8, &failures);
-    run_shape(&s, 24576, 1536, 256, 128, 8, &failures);
-    run_shape(&s, 16384, 4096, 14336, 8, 2, &failures);
-    run_shape(&s, 8192, 7168, 2048, 256, 8, &failures);
-    run_shape(&s, 256, 4096, 1536, 128, 8, &failures);
-    run_shape(&s, 64, 7168, 2048, 256, 8, &failures);
+    run_shape(&s, 32768, 4096, 1536, 128, 8, 0, &failures);
+    run_shape(&s, 24576, 1536, 256, 128, 8, 0, &failures);
+    run_shape(&s, 16384, 4096, 14336, 8, 2, 0, &failures);
+    run_shape(&s, 8192, 7168, 2048, 256, 8, 0, &failures);
+    run_shape(&s, 8192, 7168, 2048, 256, 8, 2048, &failures); /* DeepSeek-V3's shared expert */
+    run_shape(&s, 256, 4096, 1536, 128, 8, 0, &failures);
+    run_shape(&s, 64, 7168, 2048, 256, 8, 0, &failures);
     return bench_close(&s, failures);
 }

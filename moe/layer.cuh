@@ -1,31 +1,42 @@
 /* layer.cuh: the whole MoE layer on one GPU, x -> y.
 
      logits = x router^T            router.cuh
-     ids, weights = gate(logits)    gate.cuh
-     rows in expert order           route.cuh
+     ids, weights = gate(logits)    gate.cuh, with all its rules
+     rows in expert order           route.cuh, with replicas, padding and capacity
      rows = experts(x)              experts.cuh, two launches
-     y = residual + combine(rows)   combine.cuh
+     shared = expert(x)             the same with one expert for all tokens, if there is one
+     y = residual + combine(rows) + weight shared    combine.cuh
 
-   In:   x [T, H], router [E, H], w1 [E, 2I, H], w2 [E, H, I], biases and residual where wanted
+   In:   x [T, H], router [E, H], w1 [P, 2I, H], w2 [P, H, I], biases and residual where wanted
    Out:  y [T, H]; y may be x or the residual itself
    A caller that has logits of its own sets `logits` and no router; one that has ids and weights
-   sets those and neither.
+   sets those and neither. P, the experts that have weights, is E, or route.num_replicas with
+   replicas; ids and everything before them count the E experts that the router knows.
+
+   Options of gate and route stand in the nested descriptors; what the layer itself fills in there
+   must be 0 (else: `gate` or `route`, contradicts another field). A shared expert (`shared`) costs
+   two more launches and no copy: combine adds its rows last.
 
    A stop fault (base/fault.h) in the fault word keeps every later call from writing y until the
    caller clears the word. T = 0 is no error, but the workspace must be there.
    Nothing is allocated and nothing synchronised; the calls can be captured in a graph and the
-   graph replayed with other inputs. Six launches at most. The same bits every run.
+   graph replayed with other inputs. Six launches, without options. The same bits every run.
 
    Workspace, asked for by moe_layer_workspace (in bytes, each piece rounded up to 256):
      T E 4  logits        (unless given)      T K 4 + T K 4  ids, weights   (unless given)
-     moe_num_chunks(T) E 4  chunk counts      E 4 + (E + 1) 4  counts, offsets
-     T K 4  row_slot                          T K 8  places
-     T K I 2  act                             T K H 2  rows
+     moe_num_chunks(T) E 4  chunk counts      (but with ids or replicas)
+     what moe_gate_workspace says             0 for most
+     what moe_route_workspace says            0 but with ids, replicas or capacity by weight
+     P 4 + (P + 1) 4  counts, offsets         R 4  row_slot         T K 8  places
+     R I 2  act                               R H 2  rows
+     T Is 2 + T H 2  of the shared expert, where there is one, of width Is
+   R, the rows, is T K, or what moe_route_max_rows says with options of route.
    moe_layer_get_view tells where each piece lies, for statistics or for a backward pass.
 
      moe_layer_desc l = {0};
      l.x = x;  l.router = router;  l.w1.base = w1;  l.w2.base = w2;  l.y = y;
      l.num_tokens = T;  l.hidden = H;  l.intermediate = I;  l.num_experts = E;  l.top_k = K;
+     l.gate.renormalize = 1;
      moe_layer_workspace(&l, &bytes);   l.workspace = ...;  l.workspace_bytes = bytes;
      moe_status s = moe_layer_forward(&l, stream); */
 #ifndef MOE_LAYER_CUH
@@ -34,84 +45,56 @@
 #include "combine.cuh"
 #include "experts.cuh"
 #include "gate.cuh"
+#include "layer/desc.h"
 #include "route.cuh"
 #include "router.cuh"
-
-typedef struct moe_layer_desc {
-    /* in */
-    const void* x;           /* [T, H] dtype, 16-byte aligned */
-    const void* router;      /* [E, H] router_dtype; or null with logits or ids */
-    const float* logits;     /* [T, E] fp32 in place of the router; or null */
-    const int32_t* ids;      /* [T, K] in place of router and gate, -1 = unused; or null */
-    const float* weights;    /* [T, K] with ids */
-    moe_weights w1;          /* [E, 2I, H] per gate_up, dtype */
-    moe_weights w2;          /* [E, H, I] dtype */
-    const void* bias1;       /* [E, 2I] dtype; or null */
-    const void* bias2;       /* [E, H] dtype; or null */
-    const void* residual;    /* [T, H] dtype added to y; or null */
-    int64_t x_stride;        /* elements between rows; 0 = H; multiple of 8 */
-    int64_t residual_stride; /* elements between rows; 0 = H */
-    /* out */
-    void* y;          /* [T, H] dtype */
-    int64_t y_stride; /* elements between rows; 0 = H */
-    uint64_t* fault;  /* [1] fault word; or null */
-    /* sizes and options */
-    int32_t num_tokens;   /* T >= 0 */
-    int32_t hidden;       /* H, multiple of 8 */
-    int32_t intermediate; /* I, multiple of 8 */
-    int32_t num_experts;  /* E, 1 .. MOE_MAX_EXPERTS */
-    int32_t top_k;        /* K, 1 .. MOE_COMBINE_MAX_TOP_K; at most E unless ids are given */
-    int32_t dtype;        /* fp16 or bf16; 0 = bf16 */
-    int32_t router_dtype; /* 0 = dtype */
-    int32_t score;        /* moe_score; 0 = softmax; as the next two the gate's, 0 with ids */
-    int32_t renormalize;  /* 0 or 1 */
-    float scale;          /* factor on the weights; 0 = 1 */
-    int32_t gate_up;      /* moe_gate_up; 0 = concatenated */
-    int32_t tile;         /* moe_tile; 0 = chosen by shape and device */
-    /* workspace */
-    void* workspace; /* 256-byte aligned */
-    size_t workspace_bytes;
-} moe_layer_desc;
-
-/* Where the pieces of the workspace lie; what the caller gave points to the caller's own. */
-typedef struct moe_layer_view {
-    float* logits;          /* [T, E]; null where ids were given */
-    int32_t* ids;           /* [T, K] */
-    float* weights;         /* [T, K] */
-    int32_t* chunk_count;   /* [moe_num_chunks(T), E] */
-    int32_t* expert_count;  /* [E] */
-    int32_t* expert_offset; /* [E + 1] */
-    int32_t* row_slot;      /* [T * K] */
-    moe_place* place;       /* [T, K] */
-    void* act;              /* [T * K, I] */
-    void* rows;             /* [T * K, H] */
-} moe_layer_view;
-
-typedef enum moe_layer_stage {
-    MOE_LAYER_ROUTER,
-    MOE_LAYER_GATE,
-    MOE_LAYER_ROUTE,
-    MOE_LAYER_UP,
-    MOE_LAYER_DOWN,
-    MOE_LAYER_COMBINE,
-    MOE_LAYER_STAGES
-} moe_layer_stage;
-
-MOE_HOST const char* moe_layer_stage_name(int stage)
-{
-    static const char* const name[] = {"router", "gate", "route", "up", "down", "combine"};
-    return stage >= 0 && stage < MOE_LAYER_STAGES ? name[stage] : "?";
-}
 
 /* The stations' descriptors for one layer call. */
 typedef struct moei_layer {
     moe_router_desc router;
     moe_gate_desc gate;
     moe_route_desc route;
-    moe_experts_desc experts;
+    moe_experts_desc experts, shared;
     moe_combine_desc combine;
-    int has_router, has_gate;
+    int has_router, has_gate, has_shared;
 } moei_layer;
+
+/* Is every byte of it 0? */
+MOE_HOST int moei_all_zero(const void* p, size_t bytes)
+{
+    for (size_t i = 0; i < bytes; ++i)
+        if (((const unsigned char*)p)[i]) return 0;
+    return 1;
+}
+
+/* Gate and route with their options and sizes, all that their workspaces depend on. */
+MOE_HOST moe_status moei_layer_options(const moe_layer_desc* d, moe_gate_desc* gate,
+                                       moe_route_desc* route)
+{
+    const moe_gate_desc* g = &d->gate;
+    const moe_route_desc* r = &d->route;
+    MOEI_REQUIRE(!g->logits && !g->logits_stride && !g->logits_dtype && !g->ids && !g->weights &&
+                     !g->chunk_count && !g->fault && !g->num_tokens && !g->num_experts &&
+                     !g->top_k && !g->workspace && !g->workspace_bytes,
+                 MOE_ERR_CONFLICT, gate);
+    MOEI_REQUIRE(!d->ids || moei_all_zero(g, sizeof *g), MOE_ERR_CONFLICT, gate); /* none runs */
+    MOEI_REQUIRE(!r->ids && !r->weights && !r->chunk_count && !r->expert_count &&
+                     !r->expert_offset && !r->row_slot && !r->place && !r->fault &&
+                     !r->num_tokens && !r->num_experts && !r->top_k && !r->place_kind &&
+                     !r->workspace && !r->workspace_bytes,
+                 MOE_ERR_CONFLICT, route);
+    *gate = *g;
+    gate->fault = d->fault;
+    gate->num_tokens = d->num_tokens;
+    gate->num_experts = d->num_experts;
+    gate->top_k = d->top_k;
+    *route = *r;
+    route->fault = d->fault;
+    route->num_tokens = d->num_tokens;
+    route->num_experts = d->num_experts;
+    route->top_k = d->top_k;
+    return MOE_OK;
+}
 
 /* The next piece of a workspace; with a null base only counts. */
 MOE_HOST void* moei_carve(char* base, size_t* at, uint64_t bytes)
@@ -121,11 +104,14 @@ MOE_HOST void* moei_carve(char* base, size_t* at, uint64_t bytes)
     return p;
 }
 
-/* Shares the workspace out; both the size and the launch come from here. */
-MOE_HOST moe_status moei_layer_carve(const moe_layer_desc* d, moe_layer_view* v, size_t* bytes)
+/* Shares the workspace out among gate, route and the view; both the size and the launch come from
+   here. */
+MOE_HOST moe_status moei_layer_carve(const moe_layer_desc* d, moe_gate_desc* gate,
+                                     moe_route_desc* route, moe_layer_view* v, size_t* bytes)
 {
     char* base = (char*)d->workspace;
-    uint64_t T, K, E, slots;
+    uint64_t T, K, E, P, R, slots;
+    int32_t counted; /* stands for the gate's counts, as long as nobody reads them */
     *bytes = 0;
     MOEI_REQUIRE(d->num_tokens >= 0, MOE_ERR_RANGE, num_tokens);
     MOEI_REQUIRE(d->num_experts >= 1 && d->num_experts <= MOE_MAX_EXPERTS, MOE_ERR_RANGE,
@@ -134,9 +120,22 @@ MOE_HOST moe_status moei_layer_carve(const moe_layer_desc* d, moe_layer_view* v,
     MOEI_REQUIRE(d->ids || d->top_k <= d->num_experts, MOE_ERR_RANGE, top_k);
     MOEI_REQUIRE(d->hidden >= 8 && d->hidden % 8 == 0, MOE_ERR_RANGE, hidden);
     MOEI_REQUIRE(d->intermediate >= 8 && d->intermediate % 8 == 0, MOE_ERR_RANGE, intermediate);
-    T = (uint64_t)d->num_tokens, K = (uint64_t)d->top_k, E = (uint64_t)d->num_experts,
-    slots = T * K;
-    MOEI_REQUIRE(slots <= 0x7fffffffu, MOE_ERR_RANGE, num_tokens);
+    MOEI_REQUIRE(d->shared.intermediate >= 0 && d->shared.intermediate % 8 == 0, MOE_ERR_RANGE,
+                 shared);
+    MOEI_REQUIRE(d->shared.intermediate || moei_all_zero(&d->shared, sizeof d->shared),
+                 MOE_ERR_CONFLICT, shared);
+    MOEI_REQUIRE((uint64_t)d->num_tokens * (uint64_t)d->top_k <= 0x7fffffffu, MOE_ERR_RANGE,
+                 num_tokens);
+    MOEI_TRY(moei_layer_options(d, gate, route));
+    memset(v, 0, sizeof *v);
+    if (!d->ids && !route->replica_offset) route->chunk_count = &counted;
+    MOEI_TRY(moe_gate_workspace(gate, &gate->workspace_bytes));
+    MOEI_TRY(moe_route_workspace(route, &route->workspace_bytes));
+    MOEI_TRY(moe_route_max_rows(route, &v->num_rows));
+    v->num_physical = route->num_replicas ? route->num_replicas : d->num_experts;
+    T = (uint64_t)d->num_tokens, K = (uint64_t)d->top_k, E = (uint64_t)d->num_experts;
+    P = (uint64_t)v->num_physical, R = (uint64_t)v->num_rows, slots = T * K;
+
     v->logits = (float*)d->logits;
     v->ids = (int32_t*)d->ids;
     v->weights = (float*)d->weights;
@@ -145,35 +144,76 @@ MOE_HOST moe_status moei_layer_carve(const moe_layer_desc* d, moe_layer_view* v,
         v->ids = (int32_t*)moei_carve(base, bytes, slots * 4);
         v->weights = (float*)moei_carve(base, bytes, slots * 4);
     }
-    v->chunk_count =
-        (int32_t*)moei_carve(base, bytes, E * (uint64_t)moe_num_chunks((int64_t)T) * 4);
-    v->expert_count = (int32_t*)moei_carve(base, bytes, E * 4);
-    v->expert_offset = (int32_t*)moei_carve(base, bytes, (E + 1) * 4);
-    v->row_slot = (int32_t*)moei_carve(base, bytes, slots * 4);
+    if (route->chunk_count)
+        v->chunk_count =
+            (int32_t*)moei_carve(base, bytes, E * (uint64_t)moe_num_chunks((int64_t)T) * 4);
+    if (gate->workspace_bytes)
+        v->gate_workspace = moei_carve(base, bytes, gate->workspace_bytes);
+    if (route->workspace_bytes)
+        v->route_workspace = moei_carve(base, bytes, route->workspace_bytes);
+    v->expert_count = (int32_t*)moei_carve(base, bytes, P * 4);
+    v->expert_offset = (int32_t*)moei_carve(base, bytes, (P + 1) * 4);
+    v->row_slot = (int32_t*)moei_carve(base, bytes, R * 4);
     v->place = (moe_place*)moei_carve(base, bytes, slots * 8);
-    v->act = moei_carve(base, bytes, slots * (uint64_t)d->intermediate * 2);
-    v->rows = moei_carve(base, bytes, slots * (uint64_t)d->hidden * 2);
+    v->act = moei_carve(base, bytes, R * (uint64_t)d->intermediate * 2);
+    v->rows = moei_carve(base, bytes, R * (uint64_t)d->hidden * 2);
+    if (d->shared.intermediate) {
+        v->shared_act = moei_carve(base, bytes, T * (uint64_t)d->shared.intermediate * 2);
+        v->shared_rows = moei_carve(base, bytes, T * (uint64_t)d->hidden * 2);
+    }
+    gate->logits = v->logits;
+    gate->ids = v->ids;
+    gate->weights = v->weights;
+    gate->chunk_count = v->chunk_count;
+    gate->workspace = v->gate_workspace;
+    route->ids = v->ids;
+    if (route->row_weight || route->drop_rule == MOE_DROP_BY_WEIGHT) route->weights = v->weights;
+    route->chunk_count = v->chunk_count;
+    route->expert_count = v->expert_count;
+    route->expert_offset = v->expert_offset;
+    route->row_slot = v->row_slot;
+    route->place = v->place;
+    route->workspace = v->route_workspace;
     return MOE_OK;
 }
 
-/* Bytes of workspace for this layer: by the sizes and by which of logits and ids are given. */
+/* Bytes of workspace for this layer: by sizes, options and by which of logits and ids are given.
+   Errors: theirs. */
 MOE_HOST moe_status moe_layer_workspace(const moe_layer_desc* desc, size_t* bytes)
 {
     moe_layer_view v;
     moe_layer_desc d;
+    moe_gate_desc gate;
+    moe_route_desc route;
     MOEI_REQUIRE(desc && bytes, MOE_ERR_NULL, desc);
     d = *desc;
     d.workspace = 0;
-    return moei_layer_carve(&d, &v, bytes);
+    return moei_layer_carve(&d, &gate, &route, &v, bytes);
 }
 
 /* Where the pieces lie in the descriptor's workspace. */
 MOE_HOST moe_status moe_layer_get_view(const moe_layer_desc* desc, moe_layer_view* view)
 {
     size_t bytes;
+    moe_gate_desc gate;
+    moe_route_desc route;
     MOEI_REQUIRE(desc && view, MOE_ERR_NULL, desc);
     MOEI_REQUIRE(desc->workspace, MOE_ERR_NULL, workspace);
-    return moei_layer_carve(desc, view, &bytes);
+    return moei_layer_carve(desc, &gate, &route, view, &bytes);
+}
+
+/* A field of the shared expert's own is called `shared` here. */
+MOE_HOST moe_status moei_layer_rename_shared(moe_status s)
+{
+    static const int16_t own[] = {MOE_FIELD_w1,         MOE_FIELD_w2,         MOE_FIELD_bias1,
+                                  MOE_FIELD_bias2,      MOE_FIELD_activation, MOE_FIELD_alpha,
+                                  MOE_FIELD_limit,      MOE_FIELD_gate_up,
+                                  MOE_FIELD_intermediate};
+    const int kind = moe_status_kind(s);
+    if (kind == MOE_OK || kind == MOE_ERR_CUDA) return s;
+    for (size_t i = 0; i < sizeof own / sizeof own[0]; ++i)
+        if (moe_status_detail(s) == own[i]) return (moe_status)(kind | (MOE_FIELD_shared << 8));
+    return s;
 }
 
 /* Every station's own check. */
@@ -187,45 +227,73 @@ MOE_HOST moe_status moei_layer_check_stations(const moei_layer* l)
     int gemm;
     if (l->has_router) MOEI_TRY(moei_router_check(&router, &g, &gemm));
     if (l->has_gate) MOEI_TRY(moei_gate_check(&gate));
-    else route.chunk_count = (int32_t*)route.workspace;
     MOEI_TRY(moei_route_check(&route));
     MOEI_TRY(moei_experts_check(&l->experts, &up, &down));
+    if (l->has_shared)
+        MOEI_TRY(moei_layer_rename_shared(moei_experts_check(&l->shared, &up, &down)));
     return moei_combine_check(&combine);
 }
 
-/* y, the workspace and the fault word lie on nothing else; but y may be x or the residual. */
-MOE_HOST moe_status moei_layer_check_overlap(const moe_layer_desc* d, size_t workspace)
+/* What is written lies on nothing else; but y may be x or the residual. */
+MOE_HOST moe_status moei_layer_check_overlap(const moe_layer_desc* d, const moe_layer_view* v,
+                                             size_t workspace)
 {
+    const moe_layer_shared* s = &d->shared;
     const int64_t T = d->num_tokens, H = d->hidden, I = d->intermediate, E = d->num_experts;
+    const int64_t P = v->num_physical, Is = s->intermediate;
     const int dtype = d->dtype ? d->dtype : MOE_BF16;
     const int64_t x_stride = d->x_stride ? d->x_stride : H,
                   y_stride = d->y_stride ? d->y_stride : H;
     const int64_t residual_stride = d->residual_stride ? d->residual_stride : H;
-    const uint64_t slots = (uint64_t)T * (uint64_t)d->top_k;
+    const uint64_t slots = (uint64_t)T * (uint64_t)d->top_k, rows = (uint64_t)v->num_rows;
+    const int64_t up_rows = moei_experts_up_rows(d->activation, 0);
+    const int64_t shared_rows = moei_experts_up_rows(s->activation, 0);
     const uint64_t w1 =
-        moei_weight_extent(&d->w1, E, d->gate_up == MOE_GATE_UP_SEPARATE ? I : 2 * I, H);
-    const moei_range r[] = {{d->router,
-                             moei_extent(E, H, H, d->router_dtype ? d->router_dtype : dtype),
-                             MOE_FIELD_router},
-                            {d->logits, (uint64_t)T * (uint64_t)E * 4, MOE_FIELD_logits},
-                            {d->ids, slots * 4, MOE_FIELD_ids},
-                            {d->weights, slots * 4, MOE_FIELD_weights},
-                            {d->w1.base, w1, MOE_FIELD_w1},
-                            {d->w1.up, w1, MOE_FIELD_w1},
-                            {d->w1.table, (uint64_t)E * 8, MOE_FIELD_w1},
-                            {d->w1.up_table, (uint64_t)E * 8, MOE_FIELD_w1},
-                            {d->w2.base, moei_weight_extent(&d->w2, E, H, I), MOE_FIELD_w2},
-                            {d->w2.table, (uint64_t)E * 8, MOE_FIELD_w2},
-                            {d->bias1, (uint64_t)(E * 2 * I) * 2, MOE_FIELD_bias1},
-                            {d->bias2, (uint64_t)(E * H) * 2, MOE_FIELD_bias2},
-                            {d->residual == d->y && residual_stride == y_stride ? 0 : d->residual,
-                             moei_extent(T, residual_stride, H, dtype), MOE_FIELD_residual},
-                            {d->x == d->y && x_stride == y_stride ? 0 : d->x,
-                             moei_extent(T, x_stride, H, dtype), MOE_FIELD_x},
-                            {d->y, moei_extent(T, y_stride, H, dtype), MOE_FIELD_y},
-                            {d->workspace, workspace, MOE_FIELD_workspace},
-                            {d->fault, 8, MOE_FIELD_fault}};
-    return T > 0 ? moei_disjoint(r, 14, 17) : MOE_OK;
+        moei_weight_extent(&d->w1, P, I * moei_experts_up_rows(d->activation, d->gate_up), H);
+    const uint64_t shared_w1 =
+        moei_weight_extent(&s->w1, 1, Is * moei_experts_up_rows(s->activation, s->gate_up), H);
+    const moei_range r[] = {
+        {d->router, moei_extent(E, H, H, d->router_dtype ? d->router_dtype : dtype),
+         MOE_FIELD_router},
+        {d->logits, (uint64_t)T * (uint64_t)E * 4, MOE_FIELD_logits},
+        {d->ids, slots * 4, MOE_FIELD_ids},
+        {d->weights, slots * 4, MOE_FIELD_weights},
+        {d->w1.base, w1, MOE_FIELD_w1},
+        {d->w1.up, w1, MOE_FIELD_w1},
+        {d->w1.table, (uint64_t)P * 8, MOE_FIELD_w1},
+        {d->w1.up_table, (uint64_t)P * 8, MOE_FIELD_w1},
+        {d->w2.base, moei_weight_extent(&d->w2, P, H, I), MOE_FIELD_w2},
+        {d->w2.table, (uint64_t)P * 8, MOE_FIELD_w2},
+        {d->bias1, (uint64_t)(P * up_rows * I) * 2, MOE_FIELD_bias1},
+        {d->bias2, (uint64_t)(P * H) * 2, MOE_FIELD_bias2},
+        {s->w1.base, shared_w1, MOE_FIELD_shared},
+        {s->w1.up, shared_w1, MOE_FIELD_shared},
+        {s->w1.table, 8, MOE_FIELD_shared},
+        {s->w1.up_table, 8, MOE_FIELD_shared},
+        {s->w2.base, moei_weight_extent(&s->w2, 1, H, Is), MOE_FIELD_shared},
+        {s->w2.table, 8, MOE_FIELD_shared},
+        {s->bias1, (uint64_t)(shared_rows * Is) * 2, MOE_FIELD_shared},
+        {s->bias2, (uint64_t)H * 2, MOE_FIELD_shared},
+        {s->weight, (uint64_t)T * 4, MOE_FIELD_shared_weight},
+        {d->gate.expert_bias, (uint64_t)E * 4, MOE_FIELD_expert_bias},
+        {d->gate.expert_off, (uint64_t)E, MOE_FIELD_expert_off},
+        {d->gate.token_off, (uint64_t)T, MOE_FIELD_token_off},
+        {d->gate.seed_offset, 8, MOE_FIELD_seed_offset},
+        {d->route.replica_offset, (uint64_t)E * 4 + 4, MOE_FIELD_replica_offset},
+        {d->route.replica_expert, (uint64_t)P * 4, MOE_FIELD_replica_expert},
+        {d->residual == d->y && residual_stride == y_stride ? 0 : d->residual,
+         moei_extent(T, residual_stride, H, dtype), MOE_FIELD_residual},
+        {d->x == d->y && x_stride == y_stride ? 0 : d->x, moei_extent(T, x_stride, H, dtype),
+         MOE_FIELD_x},
+        {d->y, moei_extent(T, y_stride, H, dtype), MOE_FIELD_y},
+        {d->workspace, workspace, MOE_FIELD_workspace},
+        {d->fault, 8, MOE_FIELD_fault},
+        {d->gate.expert_count, (uint64_t)E * 4, MOE_FIELD_expert_count},
+        {d->gate.prob_sum, (uint64_t)E * 4, MOE_FIELD_prob_sum},
+        {d->route.drop_count, (uint64_t)P * 4, MOE_FIELD_drop_count},
+        {d->route.slot_row, slots * 4, MOE_FIELD_slot_row},
+        {d->route.row_weight, rows * 4, MOE_FIELD_row_weight}};
+    return T > 0 ? moei_disjoint(r, 29, (int)(sizeof r / sizeof r[0])) : MOE_OK;
 }
 
 /* Checks everything and fills in the stations' descriptors. */
@@ -234,23 +302,21 @@ MOE_HOST moe_status moei_layer_prepare(const moe_layer_desc* d, moei_layer* l)
     moe_layer_view v;
     size_t bytes;
     const int dtype = d->dtype ? d->dtype : MOE_BF16;
-    MOEI_TRY(moei_layer_carve(d, &v, &bytes));
+    memset(l, 0, sizeof *l);
+    MOEI_TRY(moei_layer_carve(d, &l->gate, &l->route, &v, &bytes));
     MOEI_REQUIRE(dtype == MOE_BF16 || dtype == MOE_FP16, MOE_ERR_DTYPE, dtype);
     MOEI_REQUIRE(d->router_dtype == 0 || moe_dtype_bytes(d->router_dtype), MOE_ERR_DTYPE,
                  router_dtype);
     MOEI_REQUIRE(d->workspace, MOE_ERR_NULL, workspace);
     MOEI_REQUIRE(moei_aligned(d->workspace, 256), MOE_ERR_ALIGN, workspace);
     MOEI_REQUIRE(d->workspace_bytes >= bytes, MOE_ERR_WORKSPACE, workspace_bytes);
-    memset(l, 0, sizeof *l);
     l->has_gate = !d->ids;
     l->has_router = !d->ids && !d->logits;
+    l->has_shared = d->shared.intermediate > 0;
     if (d->ids) {
         MOEI_REQUIRE(!d->logits, MOE_ERR_CONFLICT, logits);
         MOEI_REQUIRE(!d->router, MOE_ERR_CONFLICT, router);
         MOEI_REQUIRE(d->weights || d->num_tokens == 0, MOE_ERR_NULL, weights);
-        MOEI_REQUIRE(d->score == 0, MOE_ERR_CONFLICT, score); /* no gate runs */
-        MOEI_REQUIRE(d->renormalize == 0, MOE_ERR_CONFLICT, renormalize);
-        MOEI_REQUIRE(d->scale == 0.0f, MOE_ERR_CONFLICT, scale);
     } else {
         MOEI_REQUIRE(!d->weights, MOE_ERR_CONFLICT, weights);
         MOEI_REQUIRE(!(d->logits && d->router), MOE_ERR_CONFLICT, router);
@@ -267,31 +333,6 @@ MOE_HOST moe_status moei_layer_prepare(const moe_layer_desc* d, moei_layer* l)
     l->router.hidden = d->hidden;
     l->router.num_experts = d->num_experts;
 
-    l->gate.logits = v.logits;
-    l->gate.ids = v.ids;
-    l->gate.weights = v.weights;
-    l->gate.chunk_count = v.chunk_count;
-    l->gate.fault = d->fault;
-    l->gate.num_tokens = d->num_tokens;
-    l->gate.num_experts = d->num_experts;
-    l->gate.top_k = d->top_k;
-    l->gate.score = d->score;
-    l->gate.renormalize = d->renormalize;
-    l->gate.scale = d->scale;
-
-    l->route.ids = v.ids;
-    if (l->has_gate) l->route.chunk_count = v.chunk_count;
-    else l->route.workspace = v.chunk_count;
-    l->route.workspace_bytes = (size_t)d->num_experts * (size_t)moe_num_chunks(d->num_tokens) * 4;
-    l->route.expert_count = v.expert_count;
-    l->route.expert_offset = v.expert_offset;
-    l->route.row_slot = v.row_slot;
-    l->route.place = v.place;
-    l->route.fault = d->fault;
-    l->route.num_tokens = d->num_tokens;
-    l->route.num_experts = d->num_experts;
-    l->route.top_k = d->top_k;
-
     l->experts.x = d->x;
     l->experts.x_stride = d->x_stride;
     l->experts.w1 = d->w1;
@@ -304,19 +345,45 @@ MOE_HOST moe_status moei_layer_prepare(const moe_layer_desc* d, moei_layer* l)
     l->experts.rows = v.rows;
     l->experts.fault = d->fault;
     l->experts.num_tokens = d->num_tokens;
+    l->experts.num_rows = (int32_t)v.num_rows;
     l->experts.hidden = d->hidden;
     l->experts.intermediate = d->intermediate;
-    l->experts.num_experts = d->num_experts;
+    l->experts.num_experts = v.num_physical;
     l->experts.top_k = d->top_k;
     l->experts.dtype = dtype;
+    l->experts.activation = d->activation;
     l->experts.gate_up = d->gate_up;
+    l->experts.alpha = d->alpha;
+    l->experts.limit = d->limit;
     l->experts.tile = d->tile;
+
+    l->shared.x = d->x; /* its rows are the tokens */
+    l->shared.x_stride = d->x_stride;
+    l->shared.w1 = d->shared.w1;
+    l->shared.w2 = d->shared.w2;
+    l->shared.bias1 = d->shared.bias1;
+    l->shared.bias2 = d->shared.bias2;
+    l->shared.act = v.shared_act;
+    l->shared.rows = v.shared_rows;
+    l->shared.fault = d->fault;
+    l->shared.num_rows = d->num_tokens;
+    l->shared.hidden = d->hidden;
+    l->shared.intermediate = d->shared.intermediate;
+    l->shared.num_experts = 1;
+    l->shared.dtype = dtype;
+    l->shared.activation = d->shared.activation;
+    l->shared.gate_up = d->shared.gate_up;
+    l->shared.alpha = d->shared.alpha;
+    l->shared.limit = d->shared.limit;
+    l->shared.tile = d->tile;
 
     l->combine.rows = v.rows;
     l->combine.place = v.place;
     l->combine.weights = v.weights;
     l->combine.residual = d->residual;
     l->combine.residual_stride = d->residual_stride;
+    l->combine.shared = v.shared_rows;
+    l->combine.shared_weight = d->shared.weight;
     l->combine.rows_dtype = dtype;
     l->combine.y = d->y;
     l->combine.y_stride = d->y_stride;
@@ -324,11 +391,11 @@ MOE_HOST moe_status moei_layer_prepare(const moe_layer_desc* d, moei_layer* l)
     l->combine.num_tokens = d->num_tokens;
     l->combine.hidden = d->hidden;
     l->combine.top_k = d->top_k;
-    l->combine.num_rows = (int64_t)d->num_tokens * d->top_k;
+    l->combine.num_rows = v.num_rows;
     {
         const moe_status s = moei_layer_check_stations(l);
         if (s != MOE_OK && moe_status_kind(s) != MOE_ERR_OVERLAP) return s;
-        MOEI_TRY(moei_layer_check_overlap(d, bytes)); /* in the caller's own fields, first */
+        MOEI_TRY(moei_layer_check_overlap(d, &v, bytes)); /* in the caller's own fields, first */
         return s;
     }
 }
@@ -341,6 +408,9 @@ MOE_HOST moe_status moei_layer_queue(const moei_layer* l, int stage, cudaStream_
     case MOE_LAYER_ROUTE: return moe_route(&l->route, stream);
     case MOE_LAYER_UP: return moe_experts_up(&l->experts, stream);
     case MOE_LAYER_DOWN: return moe_experts_down(&l->experts, stream);
+    case MOE_LAYER_SHARED_UP: return l->has_shared ? moe_experts_up(&l->shared, stream) : MOE_OK;
+    case MOE_LAYER_SHARED_DOWN:
+        return l->has_shared ? moe_experts_down(&l->shared, stream) : MOE_OK;
     default: return moe_combine(&l->combine, stream);
     }
 }

@@ -1,5 +1,5 @@
-/* layer.h: the reference of the whole layer: router, gate, route, experts, combine.
-   C11 and C++14; no CUDA.
+/* layer.h: the reference of the whole layer: router, plain gate, route with its options, experts,
+   a shared expert, combine. C11 and C++14; no CUDA.
 
    moe_ref_layer_f32 and moe_ref_layer_f64. Nothing is rounded between the stations unless a
    dtype below asks for it, as kernels do that keep an intermediate result in that dtype. */
@@ -12,12 +12,23 @@
 #include "route.h"
 #include "router.h"
 
+/* An MLP that every token goes through, as in moe_layer_shared. */
+typedef struct moe_ref_layer_shared {
+    moe_weights w1, w2; /* w_dtype */
+    const void* bias1;  /* bias_dtype */
+    const void* bias2;
+    const float* weight;  /* [T]; null = 1 each */
+    int32_t intermediate; /* 0 = none */
+    int32_t activation, gate_up;
+    float alpha, limit;
+} moe_ref_layer_shared;
+
 typedef struct moe_ref_layer_desc {
     const void* x;        /* [T, H] x_dtype */
     const void* router;   /* [E, H] router_dtype; unused where logits are given */
     const void* logits;   /* [T, E] logits_dtype; null: the router's */
     const void* residual; /* [T, H] residual_dtype; or null */
-    moe_weights w1, w2;   /* as in experts.h */
+    moe_weights w1, w2;   /* as in experts.h; of physical experts, with replicas */
     const void* bias1;
     const void* bias2;
     int64_t x_stride, router_stride, logits_stride, residual_stride; /* elements; 0 = dense */
@@ -29,7 +40,11 @@ typedef struct moe_ref_layer_desc {
     int32_t num_tokens, num_experts, top_k, hidden, intermediate;
     int32_t score, renormalize; /* as in gate.h */
     float scale;
-    int32_t gate_up; /* moe_gate_up */
+    int32_t activation; /* moe_activation; 0 = SwiGLU */
+    int32_t gate_up;    /* moe_gate_up */
+    float alpha, limit; /* of the clamped SwiGLU; 0 = 1.702 and 7 */
+    moe_ref_route_desc route; /* its options and optional outputs, else 0 */
+    moe_ref_layer_shared shared;
 } moe_ref_layer_desc;
 
 #define MOEI_REAL float

@@ -7,15 +7,20 @@ MOE_HOST int MOEI_REF(moe_ref_layer)(const moe_ref_layer_desc* d, MOEI_REAL* y, 
 {
     const size_t T = (size_t)d->num_tokens, E = (size_t)d->num_experts, H = (size_t)d->hidden;
     const size_t slots = T * (size_t)d->top_k;
+    const size_t P = d->route.num_replicas ? (size_t)d->route.num_replicas : E;
+    const size_t R = slots + P * (size_t)d->route.row_multiple; /* rows at most */
     MOEI_REAL* logits = (MOEI_REAL*)malloc((T * E + 1) * sizeof(MOEI_REAL));
     MOEI_REAL* weight = (MOEI_REAL*)malloc((slots + 1) * sizeof(MOEI_REAL));
-    MOEI_REAL* rows = (MOEI_REAL*)malloc((slots * H + 1) * sizeof(MOEI_REAL));
+    MOEI_REAL* rows = (MOEI_REAL*)malloc((R * H + 1) * sizeof(MOEI_REAL));
+    MOEI_REAL* shared = (MOEI_REAL*)malloc((T * H + 1) * sizeof(MOEI_REAL));
+    float* single = (float*)malloc((slots + 1) * sizeof(float)); /* weights, for route */
     int32_t* id = (int32_t*)malloc((slots + 1) * sizeof(int32_t));
-    int32_t* row_slot = (int32_t*)malloc((slots + 1) * sizeof(int32_t));
-    int32_t* count = (int32_t*)malloc(E * sizeof(int32_t));
-    int32_t* offset = (int32_t*)malloc((E + 1) * sizeof(int32_t));
+    int32_t* row_slot = (int32_t*)malloc((R + 1) * sizeof(int32_t));
+    int32_t* count = (int32_t*)malloc(P * sizeof(int32_t));
+    int32_t* offset = (int32_t*)malloc((P + 1) * sizeof(int32_t));
     moe_place* place = (moe_place*)malloc((slots + 1) * sizeof(moe_place));
-    int bad = !logits || !weight || !rows || !id || !row_slot || !count || !offset || !place;
+    int bad = !logits || !weight || !rows || !shared || !single || !id || !row_slot || !count ||
+              !offset || !place;
 
     if (!bad) {
         moe_ref_gate_desc g;
@@ -51,9 +56,11 @@ MOE_HOST int MOEI_REF(moe_ref_layer)(const moe_ref_layer_desc* d, MOEI_REAL* y, 
         MOEI_REF(moe_ref_gate)(&g, id, weight, 0, 0);
     }
     if (!bad) {
-        moe_ref_route_desc r;
-        memset(&r, 0, sizeof r);
+        moe_ref_route_desc r = d->route;
+        for (size_t s = 0; s < slots; ++s) single[s] = (float)weight[s];
         r.ids = id;
+        r.weights = single;
+        r.max_rows = (int64_t)R;
         r.num_tokens = d->num_tokens;
         r.num_experts = d->num_experts;
         r.top_k = d->top_k;
@@ -61,7 +68,7 @@ MOE_HOST int MOEI_REF(moe_ref_layer)(const moe_ref_layer_desc* d, MOEI_REAL* y, 
         r.expert_offset = offset;
         r.row_slot = row_slot;
         r.place = place;
-        moe_ref_route(&r);
+        bad = moe_ref_route(&r) == -2;
     }
     if (!bad) {
         moe_ref_experts_desc e;
@@ -78,18 +85,49 @@ MOE_HOST int MOEI_REF(moe_ref_layer)(const moe_ref_layer_desc* d, MOEI_REAL* y, 
         e.w_dtype = d->w_dtype;
         e.bias_dtype = d->bias_dtype;
         e.act_dtype = d->act_dtype;
+        e.activation = d->activation;
+        e.alpha = d->alpha;
+        e.limit = d->limit;
         e.gate_up = d->gate_up;
-        e.num_experts = d->num_experts;
+        e.num_experts = (int)P;
         e.top_k = d->top_k;
         e.hidden = d->hidden;
         e.intermediate = d->intermediate;
         bad = MOEI_REF(moe_ref_experts)(&e, rows, 0, 0) != 0;
     }
+    if (!bad && d->shared.intermediate) {
+        const int32_t all[2] = {0, d->num_tokens}; /* one expert, a row a token */
+        moe_ref_experts_desc e;
+        memset(&e, 0, sizeof e);
+        e.x = d->x;
+        e.expert_offset = all;
+        e.w1 = d->shared.w1;
+        e.w2 = d->shared.w2;
+        e.bias1 = d->shared.bias1;
+        e.bias2 = d->shared.bias2;
+        e.x_stride = d->x_stride;
+        e.x_dtype = d->x_dtype;
+        e.w_dtype = d->w_dtype;
+        e.bias_dtype = d->bias_dtype;
+        e.act_dtype = d->act_dtype;
+        e.activation = d->shared.activation;
+        e.alpha = d->shared.alpha;
+        e.limit = d->shared.limit;
+        e.gate_up = d->shared.gate_up;
+        e.num_experts = 1;
+        e.hidden = d->hidden;
+        e.intermediate = d->shared.intermediate;
+        bad = MOEI_REF(moe_ref_experts)(&e, shared, 0, 0) != 0;
+    }
     if (!bad) {
         moe_ref_combine_desc c;
         memset(&c, 0, sizeof c);
-        for (size_t i = 0; i < (size_t)offset[E] * H; ++i)
+        for (size_t i = 0; i < (size_t)offset[P] * H; ++i)
             rows[i] = MOEI_REF(moe_ref_round)(rows[i], d->rows_dtype);
+        for (size_t i = 0; i < T * H && d->shared.intermediate; ++i)
+            shared[i] = MOEI_REF(moe_ref_round)(shared[i], d->rows_dtype);
+        if (d->shared.intermediate) c.shared = shared;
+        c.shared_weight = d->shared.weight;
         c.rows = rows;
         c.rows_dtype = MOE_REF_REAL;
         c.place = place;
@@ -110,6 +148,8 @@ MOE_HOST int MOEI_REF(moe_ref_layer)(const moe_ref_layer_desc* d, MOEI_REAL* y, 
     free(logits);
     free(weight);
     free(rows);
+    free(shared);
+    free(single);
     free(id);
     free(row_slot);
     free(count);

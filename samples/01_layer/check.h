@@ -10,14 +10,15 @@
 
 #include "moe/layer.cuh"
 #include "moe/ref/ref.h"
+#include "options.h"
 #include "show.h"
 
 /* All in host memory. */
 typedef struct check_input {
-    const uint16_t *x, *router, *w1, *w2, *y;
+    const uint16_t *x, *router, *w1, *w2, *shared_w1, *shared_w2, *y;
     const float* logits;
     const int32_t* ids;
-    int tokens, hidden, intermediate, experts, top_k, dtype, score, renormalize;
+    const options* o; /* what ran */
 } check_input;
 
 typedef struct check_result {
@@ -32,22 +33,23 @@ typedef struct check_result {
 /* Token number i of the sample: spread over the whole batch, moved by the seed. */
 static int64_t check_token(const check_input* in, int i, int count, uint64_t seed)
 {
-    const int64_t stride = in->tokens / count, at = i * stride;
+    const int64_t stride = in->o->tokens / count, at = i * stride;
     return at + (int64_t)((seed * 2654435761u + (uint64_t)i * 40503u) % (uint64_t)stride);
 }
 
 /* One token: its logits, choices and output. The reference runs twice, exact and rounded. */
 static int check_one(const check_input* in, int64_t t, check_result* r, double* scratch)
 {
-    const int H = in->hidden, E = in->experts, K = in->top_k;
+    const options* o = in->o;
+    const int H = o->hidden, E = o->experts, K = o->top_k;
     double *exact = scratch, *rounded = scratch + H;
     int32_t* ids = (int32_t*)(scratch + 2 * H);
     moe_ref_layer_desc d;
     for (int e = 0; e < E; ++e) {
         double sum = 0, abs_sum = 0, error, bound;
         for (int h = 0; h < H; ++h) {
-            const double p = (double)moe_load(in->x, t * H + h, in->dtype) *
-                             (double)moe_load(in->router, (int64_t)e * H + h, in->dtype);
+            const double p = (double)moe_load(in->x, t * H + h, o->dtype) *
+                             (double)moe_load(in->router, (int64_t)e * H + h, o->dtype);
             sum += p;
             abs_sum += fabs(p);
         }
@@ -60,21 +62,26 @@ static int check_one(const check_input* in, int64_t t, check_result* r, double* 
     d.logits = in->logits + t * E;
     d.w1.base = in->w1;
     d.w2.base = in->w2;
-    d.x_dtype = d.w_dtype = in->dtype;
+    d.x_dtype = d.w_dtype = o->dtype;
     d.num_tokens = 1;
     d.num_experts = E;
     d.top_k = K;
     d.hidden = H;
-    d.intermediate = in->intermediate;
-    d.score = in->score;
-    d.renormalize = in->renormalize;
+    d.intermediate = o->intermediate;
+    d.score = o->score;
+    d.renormalize = o->renormalize;
+    d.activation = o->activation;
+    d.shared.w1.base = in->shared_w1;
+    d.shared.w2.base = in->shared_w2;
+    d.shared.intermediate = o->shared;
+    d.shared.activation = o->activation;
     if (moe_ref_layer_f64(&d, exact, ids, 0)) return -1;
-    d.act_dtype = d.rows_dtype = in->dtype;
+    d.act_dtype = d.rows_dtype = o->dtype;
     if (moe_ref_layer_f64(&d, rounded, 0, 0)) return -1;
     for (int k = 0; k < K; ++k) r->other_ids += ids[k] != in->ids[t * K + k];
     for (int h = 0; h < H; ++h) {
-        const double error = fabs((double)moe_load(in->y, t * H + h, in->dtype) - exact[h]);
-        const double ideal = fabs(moe_ref_round_f64(rounded[h], in->dtype) - exact[h]);
+        const double error = fabs((double)moe_load(in->y, t * H + h, o->dtype) - exact[h]);
+        const double ideal = fabs(moe_ref_round_f64(rounded[h], o->dtype) - exact[h]);
         if (error > r->error || isnan(error)) r->error = error; /* a NaN stays */
         if (2 * ideal + 1e-5 > r->bound) r->bound = 2 * ideal + 1e-5;
         if (fabs(exact[h]) > r->largest) r->largest = fabs(exact[h]);
@@ -85,12 +92,12 @@ static int check_one(const check_input* in, int64_t t, check_result* r, double* 
 /* Compares `count` tokens; looks at all of y for what is not finite. 0, or -1 out of memory. */
 static int check_layer(const check_input* in, int count, uint64_t seed, check_result* r)
 {
-    double* scratch = (double*)malloc((size_t)(2 * in->hidden + in->top_k) * sizeof(double));
+    double* scratch = (double*)malloc((size_t)(2 * in->o->hidden + in->o->top_k) * sizeof(double));
     int bad = !scratch;
     memset(r, 0, sizeof *r);
-    for (int64_t i = 0; i < (int64_t)in->tokens * in->hidden; ++i)
-        r->not_finite += !isfinite(moe_load(in->y, i, in->dtype));
-    r->tokens = count < in->tokens ? count : in->tokens;
+    for (int64_t i = 0; i < (int64_t)in->o->tokens * in->o->hidden; ++i)
+        r->not_finite += !isfinite(moe_load(in->y, i, in->o->dtype));
+    r->tokens = count < in->o->tokens ? count : in->o->tokens;
     for (int i = 0; i < r->tokens && !bad; ++i) {
         show_progress("checking against the reference", i, r->tokens);
         bad = check_one(in, check_token(in, i, r->tokens, seed), r, scratch);
@@ -106,11 +113,11 @@ static int show_check(const check_input* in, const check_result* r)
     const int ok = r->not_finite == 0 && r->other_ids == 0 && r->logit_error <= 1 &&
                    r->error <= r->bound && r->largest > 16 * r->bound;
     printf("check against moe/ref in float64, %d of %d tokens, every element\n", r->tokens,
-           in->tokens);
+           in->o->tokens);
     printf("  logits    worst error %.2f of its bound, (H/16 + 2) 2^-23 sum |x w|\n",
            r->logit_error);
     printf("  experts   %lld of %lld choices differ\n", (long long)r->other_ids,
-           (long long)r->tokens * in->top_k);
+           (long long)r->tokens * in->o->top_k);
     printf(
         "  y         largest error %.3g, bound %.3g, values up to %.3g; %lld of all not finite\n",
         r->error, r->bound, r->largest, (long long)r->not_finite);

@@ -31,11 +31,11 @@
 
 /* Elements of the buffers. */
 typedef struct sizes {
-    int64_t x, router, w1, w2;
+    int64_t x, router, w1, w2, shared_w1, shared_w2;
 } sizes;
 
 typedef struct host_data {
-    uint16_t *x, *router, *w1, *w2, *y;
+    uint16_t *x, *router, *w1, *w2, *shared_w1, *shared_w2, *y;
 } host_data;
 
 typedef struct timing {
@@ -83,10 +83,15 @@ static host_data make_data(const options* o, const unsigned char* bytes, const s
     h.router = host_new(n->router);
     h.w1 = host_new(n->w1);
     h.w2 = host_new(n->w2);
+    h.shared_w1 = host_new(n->shared_w1);
+    h.shared_w2 = host_new(n->shared_w2);
     fill(table, 256 * (int64_t)H, 1.0f, o->dtype, mix(seed + 1));
     fill(h.router, n->router, 1.0f / sqrtf((float)H), o->dtype, mix(seed + 2));
     fill(h.w1, n->w1, 1.0f / sqrtf((float)H), o->dtype, mix(seed + 3));
     fill(h.w2, n->w2, 2.0f / sqrtf((float)o->intermediate), o->dtype, mix(seed + 4));
+    fill(h.shared_w1, n->shared_w1, 1.0f / sqrtf((float)H), o->dtype, mix(seed + 5));
+    if (o->shared)
+        fill(h.shared_w2, n->shared_w2, 2.0f / sqrtf((float)o->shared), o->dtype, mix(seed + 6));
     for (int64_t t = 0; t < o->tokens; ++t)
         for (int i = 0; i < H; ++i) {
             float v = moe_load(table, bytes[t] * (int64_t)H + i, o->dtype);
@@ -117,10 +122,17 @@ static moe_layer_desc make_layer(const options* o, const host_data* h, const siz
     d.num_experts = o->experts;
     d.top_k = o->top_k;
     d.dtype = o->dtype;
-    d.score = o->score;
-    d.renormalize = o->renormalize;
+    d.activation = o->activation;
+    d.gate.score = o->score;
+    d.gate.renormalize = o->renormalize;
+    d.shared.intermediate = o->shared;
     MOE(moe_layer_workspace(&d, &d.workspace_bytes));
     if (!h) return d; /* sizes only */
+    if (o->shared) {
+        d.shared.w1.base = device_copy(h->shared_w1, n->shared_w1 * 2);
+        d.shared.w2.base = device_copy(h->shared_w2, n->shared_w2 * 2);
+        d.shared.activation = o->activation;
+    }
     d.x = device_copy(h->x, n->x * 2);
     d.router = device_copy(h->router, n->router * 2);
     d.w1.base = device_copy(h->w1, n->w1 * 2);
@@ -138,6 +150,8 @@ static void free_layer(moe_layer_desc* d)
     CUDA(cudaFree((void*)d->router));
     CUDA(cudaFree((void*)d->w1.base));
     CUDA(cudaFree((void*)d->w2.base));
+    CUDA(cudaFree((void*)d->shared.w1.base));
+    CUDA(cudaFree((void*)d->shared.w2.base));
     CUDA(cudaFree(d->fault));
     CUDA(cudaFree(d->y));
     CUDA(cudaFree(d->workspace));
@@ -157,7 +171,7 @@ static timing measure(const moe_layer_desc* d, int repeat, cudaStream_t stream)
     cudaEvent_t event[EVENTS];
     double* ms = (double*)malloc(sizeof(double) * (size_t)repeat * EVENTS);
     timing t;
-    float one;
+    float one = 0;
     if (!ms) quit(EXIT_WRONG_INPUT, "--repeat %d: not enough memory", repeat);
     for (int i = 0; i < EVENTS; ++i) CUDA(cudaEventCreate(&event[i]));
     for (int r = 0; r < repeat; ++r) {
@@ -206,16 +220,19 @@ static void show_setting(const options* o, const moe_layer_desc* d, const char* 
                p[i].tile_n, p[i].tile_k, p[i].stages, p[i].threads);
     printf("tokens      %d from %s, %s\n", o->tokens, file,
            (size_t)o->tokens > file_bytes ? "repeated" : "from its beginning");
-    printf("shape       H %d, I %d, E %d, K %d, %s, %s gate%s, seed %llu\n", o->hidden,
+    printf("shape       H %d, I %d, E %d, K %d, %s, %s gate%s, %s, seed %llu\n", o->hidden,
            o->intermediate, o->experts, o->top_k, moe_dtype_name(o->dtype), gate[o->score],
-           o->renormalize ? " renormalised" : "", (unsigned long long)o->seed);
+           o->renormalize ? " renormalised" : "", activation_words[o->activation - 1],
+           (unsigned long long)o->seed);
+    if (o->shared) printf("shared      an expert of width %d for all tokens\n", o->shared);
     printf("workspace   %.1f MB\n\n", (double)d->workspace_bytes / 1e6);
 }
 
 static void show_timing(const options* o, const timing* t, int64_t rows)
 {
     const double T = o->tokens, H = o->hidden, I = o->intermediate, E = o->experts, K = o->top_k,
-                 R = (double)rows;
+                 R = (double)rows, S = o->shared;
+    const int gated = moe_activation_is_gated(o->activation);
     const struct {
         double amount;
         const char *unit, *counted;
@@ -223,16 +240,19 @@ static void show_timing(const options* o, const timing* t, int64_t rows)
         {2 * T * H * E, "FLOP", "2 T H E"},
         {T * E * 4 + T * K * 8, "B", "logits, ids, weights once"},
         {T * K * 4 + R * 4 + T * K * 8, "B", "ids, row_slot, places once"},
-        {4 * R * H * I, "FLOP", "4 R H I, R = rows"},
+        {(gated ? 4 : 2) * R * H * I, "FLOP", gated ? "4 R H I, R = rows" : "2 R H I, R = rows"},
         {2 * R * H * I, "FLOP", "2 R H I"},
-        {(R + T) * H * 2 + T * K * 12, "B", "rows, y, places, weights once"}};
+        {(gated ? 4 : 2) * T * H * S, "FLOP", gated ? "4 T H S, S = shared" : "2 T H S, S = shared"},
+        {2 * T * H * S, "FLOP", "2 T H S"},
+        {(R + T + (S > 0 ? T : 0)) * H * 2 + T * K * 12, "B", "rows, y, places, weights once"}};
     char text[32];
-    printf("stage          time      achieved        counted\n");
+    printf("stage             time      achieved        counted\n");
     for (int s = 0; s < MOE_LAYER_STAGES; ++s)
-        printf("%-8s %10.3f ms  %-14s  %s\n", moe_layer_stage_name(s), t->stage[s],
-               show_rate(work[s].amount, t->stage[s], work[s].unit, text, sizeof text),
-               work[s].counted);
-    printf("%-8s %10.3f ms  %-14s  %s\n", "layer", t->layer,
+        if (work[s].amount > 0) /* a stage that the layer has */
+            printf("%-11s %10.3f ms  %-14s  %s\n", moe_layer_stage_name(s), t->stage[s],
+                   show_rate(work[s].amount, t->stage[s], work[s].unit, text, sizeof text),
+                   work[s].counted);
+    printf("%-11s %10.3f ms  %-14s  %s\n", "layer", t->layer,
            show_rate(T, t->layer, "tokens", text, sizeof text), "the stages as one call");
     printf("medians of %d runs%s\n\n", o->repeat,
            MOE_ON_HOST ? "; the CPU shows that the kernels are right, not how fast they are" : "");
@@ -244,9 +264,8 @@ static int check(const options* o, host_data* h, const moe_layer_desc* d, const 
     const int64_t T = o->tokens;
     float* logits = (float*)host_new(T * o->experts * 2);
     int32_t* ids = (int32_t*)host_new(T * o->top_k * 2);
-    const check_input in = {h->x,       h->router, h->w1,     h->w2,     h->y,
-                            logits,     ids,       o->tokens, o->hidden, o->intermediate,
-                            o->experts, o->top_k,  o->dtype,  o->score,  o->renormalize};
+    const check_input in = {h->x, h->router, h->w1, h->w2, h->shared_w1, h->shared_w2, h->y,
+                            logits, ids, o};
     check_result r;
     CUDA(cudaMemcpy(logits, v->logits, (size_t)(T * o->experts) * 4, cudaMemcpyDeviceToHost));
     CUDA(cudaMemcpy(ids, v->ids, (size_t)(T * o->top_k) * 4, cudaMemcpyDeviceToHost));
@@ -279,6 +298,7 @@ int main(int argc, char** argv)
     if (o.hidden % 8) quit(EXIT_WRONG_INPUT, "--hidden %d: not a multiple of 8", o.hidden);
     if (o.intermediate % 8)
         quit(EXIT_WRONG_INPUT, "--intermediate %d: not a multiple of 8", o.intermediate);
+    if (o.shared % 8) quit(EXIT_WRONG_INPUT, "--shared %d: not a multiple of 8", o.shared);
     if (o.top_k > o.experts)
         quit(EXIT_WRONG_INPUT, "--top-k %d: more than --experts %d", o.top_k, o.experts);
     bytes = read_tokens(&o, &file, &file_bytes);
@@ -289,10 +309,12 @@ int main(int argc, char** argv)
     n.x = (int64_t)o.tokens * o.hidden;
     n.router = (int64_t)o.experts * o.hidden;
     n.w2 = n.router * o.intermediate;
-    n.w1 = 2 * n.w2;
+    n.w1 = (moe_activation_is_gated(o.activation) ? 2 : 1) * n.w2;
+    n.shared_w2 = (int64_t)o.hidden * o.shared;
+    n.shared_w1 = (moe_activation_is_gated(o.activation) ? 2 : 1) * n.shared_w2;
     d = make_layer(&o, 0, &n);
     CUDA(cudaMemGetInfo(&free_bytes, &all_bytes));
-    if ((double)d.workspace_bytes + 2.0 * (double)(2 * n.x + n.router + n.w1 + n.w2) >
+    if ((double)d.workspace_bytes + 2.0 * (double)(2 * n.x + n.router + n.w1 + n.w2 + n.shared_w1 + n.shared_w2) >
         0.9 * (double)free_bytes)
         quit(EXIT_WRONG_INPUT, "this shape needs more memory than the device's %.1f GB",
              (double)free_bytes / 1e9);
@@ -329,6 +351,8 @@ int main(int argc, char** argv)
     free(h.router);
     free(h.w1);
     free(h.w2);
+    free(h.shared_w1);
+    free(h.shared_w2);
     free(count);
     free(bytes);
     return ok && fault.code == MOE_FAULT_NONE ? 0 : EXIT_WRONG_RESULT;

@@ -9,7 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#include "moe/gate.cuh"
+#include "moe/gate.cuh" /* moe_score; moe_activation is in layout.h */
 
 #define EXIT_WRONG_RESULT 1
 #define EXIT_WRONG_INPUT 2
@@ -19,7 +19,9 @@ typedef struct options {
     const char* file; /* null: the text shipped with the sample */
     int tokens;       /* 0: the file's bytes, within the limits that --help states */
     int hidden, intermediate, experts, top_k;
+    int shared;      /* width of a shared expert; 0: none */
     int dtype;       /* moe_dtype */
+    int activation;  /* moe_activation */
     int score;       /* moe_score */
     int renormalize; /* 0 or 1 */
     int repeat;      /* timed runs */
@@ -29,13 +31,13 @@ typedef struct options {
 
 /* A shape that a real model has, and one that a CPU gets through in seconds. */
 #if MOE_ON_HOST
-static const options default_options = {0, 0, 256, 128, 16, 2, MOE_BF16, MOE_SCORE_SOFTMAX,
-                                        0, 3, 256, 1};
+static const options default_options = {
+    0, 0, 256, 128, 16, 2, 0, MOE_BF16, MOE_ACTIVATION_SWIGLU, MOE_SCORE_SOFTMAX, 0, 3, 256, 1};
 #define LEAST_TOKENS 1
 #define MOST_TOKENS 8192
 #else
-static const options default_options = {0, 0,  2048, 1024, 64, 8, MOE_BF16, MOE_SCORE_SOFTMAX,
-                                        0, 20, 32,   1};
+static const options default_options = {
+    0, 0, 2048, 1024, 64, 8, 0, MOE_BF16, MOE_ACTIVATION_SWIGLU, MOE_SCORE_SOFTMAX, 0, 20, 32, 1};
 #define LEAST_TOKENS 16384
 #define MOST_TOKENS 65536
 #endif
@@ -64,8 +66,11 @@ static void print_help(void)
            "  --intermediate N    I, width of an expert, a multiple of 8; default %d\n"
            "  --experts N         E; default %d\n"
            "  --top-k N           K, experts per token; default %d\n"
+           "  --shared N          width of a shared expert, a multiple of 8; default 0, none\n"
            "  --dtype D           bf16 or fp16; default bf16\n"
            "  --gate G            softmax, topk-softmax or sigmoid; default softmax\n"
+           "  --activation A      none, swiglu, geglu, geglu-tanh, swiglu-clamped, silu, gelu,\n"
+           "                      gelu-tanh or relu2; default swiglu\n"
            "  --renormalize       a token's weights sum to 1\n"
            "  --seed N            of embedding, router and experts; default %llu\n"
            "  --repeat N          timed runs, the median counts; default %d\n"
@@ -93,11 +98,20 @@ static int parse_word(const char* name, const char* text, const char* const* wor
 {
     int i = 0;
     while (words[i] && strcmp(words[i], text)) ++i;
-    if (!words[i])
-        quit(EXIT_WRONG_INPUT, "%s %s: not one of %s, %s%s%s", name, text, words[0], words[1],
-             words[2] ? ", " : "", words[2] ? words[2] : "");
+    if (!words[i]) {
+        char all[160] = "";
+        for (i = 0; words[i]; ++i) {
+            if (i) strcat(all, ", ");
+            strcat(all, words[i]);
+        }
+        quit(EXIT_WRONG_INPUT, "%s %s: not one of %s", name, text, all);
+    }
     return i;
 }
+
+static const char* const activation_words[] = {"none",           "swiglu", "geglu", "geglu-tanh",
+                                               "swiglu-clamped", "silu",   "gelu",  "gelu-tanh",
+                                               "relu2",          0};
 
 static options parse_options(int argc, char** argv)
 {
@@ -115,6 +129,7 @@ static options parse_options(int argc, char** argv)
                             {"--intermediate", &o.intermediate, 1},
                             {"--experts", &o.experts, 1},
                             {"--top-k", &o.top_k, 1},
+                            {"--shared", &o.shared, 0},
                             {"--repeat", &o.repeat, 1},
                             {"--check", &o.check, 0}};
         int known = 0;
@@ -137,12 +152,14 @@ static options parse_options(int argc, char** argv)
             known = 1;
         }
         if (!known && strcmp(name, "--file") && strcmp(name, "--dtype") && strcmp(name, "--gate") &&
-            strcmp(name, "--seed"))
+            strcmp(name, "--activation") && strcmp(name, "--seed"))
             quit(EXIT_WRONG_INPUT, "%s: no such option; --help lists them", name);
         if (!value) quit(EXIT_WRONG_INPUT, "%s needs a value", name);
         if (!strcmp(name, "--file")) o.file = value;
         if (!strcmp(name, "--dtype")) o.dtype = MOE_FP16 + parse_word(name, value, dtypes);
         if (!strcmp(name, "--gate")) o.score = MOE_SCORE_SOFTMAX + parse_word(name, value, gates);
+        if (!strcmp(name, "--activation"))
+            o.activation = MOE_ACTIVATION_NONE + parse_word(name, value, activation_words);
         if (!strcmp(name, "--seed"))
             o.seed = (uint64_t)parse_number(name, value, 0, 0x7fffffffffffffffll);
         ++i;

@@ -27,29 +27,42 @@ typedef struct layer_case {
     int x_pad, y_pad, residual_pad;
     int unused, bad; /* percent of given ids that are -1, out of range */
     int nan_token;   /* token with a NaN, + 1; 0: none */
+    int activation;
+    float alpha, limit;
+    int shared, shared_weighted; /* width of the shared expert; 0: none. 1: with weights */
+    int shared_activation, shared_gate_up, shared_bias;
+    int row_multiple, capacity, drop_rule;
+    int replicas; /* physical experts; 0: no replicas */
+    int outputs;  /* 1: all optional outputs of gate and route */
+    int rules;    /* 1: the gate has other rules than the plain ones, set by the test */
     int sampled;     /* check y of every so many tokens; 0: all */
 } layer_case;
 
 typedef struct layer_bufs {
     tbuf x, router, logits, ids, weights, residual, y, workspace, fault;
-    tmlp mlp;
+    tbuf shared_weight, replica_offset, replica_expert;
+    tbuf gate_count, drop_count, slot_row, row_weight; /* optional outputs */
+    tmlp mlp, shared;
     void *h_x, *h_router, *h_logits, *h_residual;
-    int32_t* h_ids;
-    float* h_weights;
+    int32_t *h_ids, *h_replica_offset, *h_replica_expert;
+    float *h_weights, *h_shared_weight;
     moe_layer_desc d;
 } layer_bufs;
 
 static const char* case_text(const layer_case* c)
 {
-    static char text[300];
+    static char text[500];
     snprintf(text, sizeof text,
              "T=%d H=%d I=%d E=%d K=%d %s router %s from=%d score=%d renormalize=%d scale=%g "
              "gate_up=%d bias=%d table=%d major=%d residual=%d y_is_x=%d pads %d %d %d unused=%d "
-             "bad=%d nan=%d tile=%d",
+             "bad=%d nan=%d tile=%d activation=%d (%g %g) shared=%d (%d, %d, %d, %d) multiple=%d "
+             "capacity=%d rule=%d replicas=%d outputs=%d rules=%d",
              c->T, c->H, c->I, c->E, c->K, moe_dtype_name(c->dtype), moe_dtype_name(c->router_dtype),
              c->from, c->score, c->renormalize, (double)c->scale, c->gate_up, c->bias, c->table,
              c->major, c->residual, c->y_is_x, c->x_pad, c->y_pad, c->residual_pad, c->unused, c->bad,
-             c->nan_token, c->tile);
+             c->nan_token, c->tile, c->activation, (double)c->alpha, (double)c->limit, c->shared,
+             c->shared_weighted, c->shared_activation, c->shared_gate_up, c->shared_bias,
+             c->row_multiple, c->capacity, c->drop_rule, c->replicas, c->outputs, c->rules);
     return text;
 }
 
@@ -70,11 +83,41 @@ static layer_case normal_case(int T, int H, int I, int E, int K)
     return c;
 }
 
+/* Experts that have weights. */
+static int physical(const layer_case* c) { return c->replicas ? c->replicas : c->E; }
+
+/* The options of route. */
+static moe_route_desc route_options(const layer_case* c)
+{
+    moe_route_desc r;
+    memset(&r, 0, sizeof r);
+    r.row_multiple = c->row_multiple;
+    r.capacity = c->capacity;
+    r.drop_rule = c->drop_rule;
+    r.num_replicas = c->replicas;
+    return r;
+}
+
+/* Rows at most, as route says. */
+static int64_t rows_of(const layer_case* c)
+{
+    static const int32_t some = 0;
+    moe_route_desc r = route_options(c);
+    int64_t rows = -1;
+    r.num_tokens = c->T;
+    r.num_experts = c->E;
+    r.top_k = c->K;
+    if (c->replicas) r.replica_offset = &some;
+    CHECK_STATUS(moe_route_max_rows(&r, &rows), MOE_OK);
+    return rows;
+}
+
 /* What layer.cuh says the workspace holds. */
-static size_t documented_bytes(const layer_case* c)
+static size_t documented_bytes(const layer_case* c, const moe_layer_desc* d)
 {
     const size_t T = (size_t)c->T, H = (size_t)c->H, I = (size_t)c->I, E = (size_t)c->E;
-    const size_t K = (size_t)c->K;
+    const size_t K = (size_t)c->K, P = (size_t)physical(c), R = (size_t)rows_of(c);
+    const size_t chunks = (size_t)moe_num_chunks((int64_t)T);
     size_t sum = 0;
 #define PIECE(bytes) sum += ((bytes) + 255) / 256 * 256
     if (c->from == FROM_ROUTER) PIECE(T * E * 4);
@@ -82,13 +125,27 @@ static size_t documented_bytes(const layer_case* c)
         PIECE(T * K * 4);
         PIECE(T * K * 4);
     }
-    PIECE(E * (size_t)moe_num_chunks((int64_t)T) * 4);
-    PIECE(E * 4);
-    PIECE((E + 1) * 4);
-    PIECE(T * K * 4);
+    if (c->from != FROM_IDS && !c->replicas) PIECE(E * chunks * 4);
+    if (d->gate.prob_sum || d->gate.whole_batch)
+        PIECE((size_t)((d->gate.prob_sum != 0) + (d->gate.whole_batch != 0)) * chunks * E * 4);
+    if (c->drop_rule == MOE_DROP_BY_WEIGHT) { /* as moe_route_workspace says */
+        size_t route = c->from != FROM_IDS && !c->replicas ? 0 : P * chunks * 4;
+        const size_t pieces[] = {P * 4, P * 4 + 4, T * K * 4, T * K * 4};
+        for (int i = 0; i < 4; ++i) route = (route + 15) / 16 * 16 + pieces[i];
+        PIECE(route);
+    } else if (c->from == FROM_IDS || c->replicas) {
+        PIECE(P * chunks * 4);
+    }
+    PIECE(P * 4);
+    PIECE((P + 1) * 4);
+    PIECE(R * 4);
     PIECE(T * K * 8);
-    PIECE(T * K * I * 2);
-    PIECE(T * K * H * 2);
+    PIECE(R * I * 2);
+    PIECE(R * H * 2);
+    if (c->shared) {
+        PIECE(T * (size_t)c->shared * 2);
+        PIECE(T * H * 2);
+    }
 #undef PIECE
     return sum;
 }
@@ -128,10 +185,33 @@ static void reset(layer_bufs* b, const layer_case* c)
 {
     const uint64_t none = 0;
     tbuf_poison(&b->workspace);
+    tbuf_poison(&b->gate_count);
+    tbuf_poison(&b->drop_count);
+    tbuf_poison(&b->slot_row);
+    tbuf_poison(&b->row_weight);
     tbuf_put(&b->fault, &none);
     if (c->y_is_x) tbuf_put(&b->x, b->h_x);
     else if (c->residual == RESIDUAL_IS_Y) tbuf_put(&b->y, b->h_residual);
     else tbuf_poison(&b->y);
+}
+
+/* Every expert has a replica, some have more; where they are is shuffled. */
+static void fill_replicas(layer_bufs* b, const layer_case* c, trand* r)
+{
+    const int P = physical(c);
+    b->h_replica_offset = (int32_t*)test_host(c->E * 4 + 4);
+    b->h_replica_expert = (int32_t*)test_host(P * 4);
+    for (int e = 0; e <= c->E; ++e) b->h_replica_offset[e] = e;
+    for (int more = P - c->E; more > 0; --more)
+        for (int e = (int)trand_int(r, 1, c->E); e <= c->E; ++e) ++b->h_replica_offset[e];
+    for (int i = 0; i < P; ++i) b->h_replica_expert[i] = i;
+    for (int i = P - 1; i > 0; --i) {
+        const int j = (int)trand_int(r, 0, i), at = b->h_replica_expert[i];
+        b->h_replica_expert[i] = b->h_replica_expert[j];
+        b->h_replica_expert[j] = at;
+    }
+    b->replica_offset = tbuf_from("replica_offset", b->h_replica_offset, (size_t)c->E * 4 + 4, 4);
+    b->replica_expert = tbuf_from("replica_expert", b->h_replica_expert, (size_t)P * 4, 4);
 }
 
 static void bufs_new(layer_bufs* b, const layer_case* c, trand* r)
@@ -156,14 +236,25 @@ static void bufs_new(layer_bufs* b, const layer_case* c, trand* r)
     b->h_router = trows_new(r, E, H, H, c->router_dtype, TFILL_NORMAL, (float)(1.5 / sqrt((double)H)));
     b->router = tbuf_from("router", b->h_router, (size_t)(E * H * moe_dtype_bytes(c->router_dtype)), 16);
     memset(&want, 0, sizeof want);
-    want.experts = c->E;
+    want.experts = physical(c);
     want.hidden = c->H;
     want.intermediate = c->I;
     want.dtype = c->dtype;
+    want.activation = c->activation;
     want.gate_up = c->gate_up;
     want.major1 = want.major2 = c->major;
     want.table1 = want.table2 = c->table;
     tmlp_new(&b->mlp, &want, r);
+    want.experts = 1;
+    want.intermediate = c->shared ? c->shared : 8;
+    want.activation = c->shared_activation;
+    want.gate_up = c->shared_gate_up;
+    tmlp_new(&b->shared, &want, r);
+    b->h_shared_weight = (float*)test_host(T * 4);
+    for (int64_t t = 0; t < T; ++t)
+        b->h_shared_weight[t] = 0.1f + 0.9f * (float)trand_int(r, 0, 1000) / 1000;
+    b->shared_weight = tbuf_from("shared_weight", b->h_shared_weight, (size_t)T * 4, 4);
+    fill_replicas(b, c, r);
     b->h_residual = trows_new(r, T, residual_stride, H, c->dtype, TFILL_NORMAL, 1);
     b->residual = tbuf_from("residual", b->h_residual,
                             (size_t)moei_extent(T, residual_stride, H, c->dtype), 2);
@@ -196,15 +287,43 @@ static void bufs_new(layer_bufs* b, const layer_case* c, trand* r)
     b->d.dtype = c->dtype == MOE_BF16 ? MOE_DTYPE_DEFAULT : c->dtype;
     b->d.router_dtype = c->router_dtype == c->dtype ? MOE_DTYPE_DEFAULT : c->router_dtype;
     if (c->from != FROM_IDS) { /* the gate's options: refused where none runs */
-        b->d.score = c->score;
-        b->d.renormalize = c->renormalize;
-        b->d.scale = c->scale;
+        b->d.gate.score = c->score;
+        b->d.gate.renormalize = c->renormalize;
+        b->d.gate.scale = c->scale;
+    }
+    b->d.route = route_options(c);
+    if (c->replicas) {
+        b->d.route.replica_offset = (const int32_t*)b->replica_offset.p;
+        b->d.route.replica_expert = (const int32_t*)b->replica_expert.p;
+    }
+    b->gate_count = tbuf_new("gate.expert_count", (size_t)E * 4, 4);
+    b->drop_count = tbuf_new("route.drop_count", (size_t)physical(c) * 4, 4);
+    b->slot_row = tbuf_new("route.slot_row", (size_t)slots * 4, 4);
+    b->row_weight = tbuf_new("route.row_weight", (size_t)rows_of(c) * 4, 4);
+    if (c->outputs) {
+        if (c->from != FROM_IDS) b->d.gate.expert_count = (int32_t*)b->gate_count.p;
+        b->d.route.drop_count = (int32_t*)b->drop_count.p;
+        b->d.route.slot_row = (int32_t*)b->slot_row.p;
+        b->d.route.row_weight = (float*)b->row_weight.p;
+    }
+    b->d.activation = c->activation;
+    b->d.alpha = c->alpha;
+    b->d.limit = c->limit;
+    if (c->shared) {
+        b->d.shared.w1 = b->shared.w1.d;
+        b->d.shared.w2 = b->shared.w2.d;
+        b->d.shared.bias1 = c->shared_bias ? b->shared.bias1.p : (const void*)0;
+        b->d.shared.bias2 = c->shared_bias ? b->shared.bias2.p : (const void*)0;
+        b->d.shared.weight = c->shared_weighted ? (const float*)b->shared_weight.p : (const float*)0;
+        b->d.shared.intermediate = c->shared;
+        b->d.shared.activation = c->shared_activation;
+        b->d.shared.gate_up = c->shared_gate_up;
     }
     b->d.gate_up = c->gate_up == MOE_GATE_UP_CONCATENATED ? MOE_GATE_UP_DEFAULT : c->gate_up;
     b->d.tile = c->tile;
     CHECK_STATUS(moe_layer_workspace(&b->d, &bytes), MOE_OK);
-    CHECK(bytes == documented_bytes(c), "%s: %zu bytes of workspace, not %zu", case_text(c), bytes,
-          documented_bytes(c));
+    CHECK(bytes == documented_bytes(c, &b->d), "%s: %zu bytes of workspace, not %zu", case_text(c), bytes,
+          documented_bytes(c, &b->d));
     b->workspace = tbuf_new("workspace", bytes, 0);
     b->d.workspace = b->workspace.p;
     b->d.workspace_bytes = bytes;
@@ -222,7 +341,18 @@ static void bufs_free(layer_bufs* b)
     tbuf_free(&b->y);
     tbuf_free(&b->workspace);
     tbuf_free(&b->fault);
+    tbuf_free(&b->shared_weight);
+    tbuf_free(&b->replica_offset);
+    tbuf_free(&b->replica_expert);
+    tbuf_free(&b->gate_count);
+    tbuf_free(&b->drop_count);
+    tbuf_free(&b->slot_row);
+    tbuf_free(&b->row_weight);
     tmlp_free(&b->mlp);
+    tmlp_free(&b->shared);
+    free(b->h_replica_offset);
+    free(b->h_replica_expert);
+    free(b->h_shared_weight);
     free(b->h_x);
     free(b->h_router);
     free(b->h_logits);
@@ -246,8 +376,24 @@ static const void* piece(const layer_bufs* b, const void* copy, const void* at)
     return (const char*)copy + ((const char*)at - (const char*)b->workspace.p);
 }
 
-/* y [n, H] of the tokens pick[0 .. n - 1], from given ids and weights [T, K]; act and rows rounded
-   to `dtype`, 0: nothing rounded. */
+/* The shared expert's weights and options for a reference. */
+static moe_ref_layer_shared ref_shared(const layer_bufs* b, const layer_case* c)
+{
+    moe_ref_layer_shared s;
+    memset(&s, 0, sizeof s);
+    s.w1 = tweights_host(&b->shared.w1);
+    s.w2 = tweights_host(&b->shared.w2);
+    s.bias1 = c->shared_bias ? b->shared.h_bias1 : (void*)0;
+    s.bias2 = c->shared_bias ? b->shared.h_bias2 : (void*)0;
+    s.weight = c->shared_weighted ? b->h_shared_weight : (float*)0;
+    s.intermediate = c->shared;
+    s.activation = c->shared_activation;
+    s.gate_up = c->shared_gate_up;
+    return s;
+}
+
+/* y [n, H] of the tokens pick[0 .. n - 1], from given physical ids and weights [T, K]; act and rows
+   rounded to `dtype`, 0: nothing rounded. */
 static void ref_y(const layer_bufs* b, const layer_case* c, const int32_t* ids, const float* weights,
                   const int32_t* pick, int64_t n, int dtype, double* y)
 {
@@ -256,11 +402,13 @@ static void ref_y(const layer_bufs* b, const layer_case* c, const int32_t* ids, 
     uint16_t* residual = (uint16_t*)test_host(n * H * 2);
     int32_t* id = (int32_t*)test_host(slots * 4);
     int32_t* row_slot = (int32_t*)test_host(slots * 4);
-    int32_t* count = (int32_t*)test_host(c->E * 4);
-    int32_t* offset = (int32_t*)test_host(c->E * 4 + 4);
+    int32_t* count = (int32_t*)test_host(physical(c) * 4);
+    int32_t* offset = (int32_t*)test_host(physical(c) * 4 + 4);
     moe_place* place = (moe_place*)test_host(slots * 8);
     float* weight = (float*)test_host(slots * 4);
+    float* shared_weight = (float*)test_host(n * 4);
     double* rows = (double*)test_host(slots * H * 8);
+    double* shared = (double*)test_host(n * H * 8);
     int64_t residual_stride;
     const void* h_residual = residual_of(b, c, &residual_stride);
     moe_ref_route_desc route;
@@ -273,6 +421,7 @@ static void ref_y(const layer_bufs* b, const layer_case* c, const int32_t* ids, 
                    (size_t)H * 2);
         memcpy(id + i * K, ids + pick[i] * K, (size_t)K * 4);
         memcpy(weight + i * K, weights + pick[i] * K, (size_t)K * 4);
+        shared_weight[i] = b->h_shared_weight[pick[i]];
     }
     memset(&route, 0, sizeof route);
     route.ids = id;
@@ -281,7 +430,7 @@ static void ref_y(const layer_bufs* b, const layer_case* c, const int32_t* ids, 
     route.row_slot = row_slot;
     route.place = place;
     route.num_tokens = (int)n;
-    route.num_experts = c->E;
+    route.num_experts = physical(c);
     route.top_k = c->K;
     moe_ref_route(&route);
     memset(&e, 0, sizeof e);
@@ -294,14 +443,36 @@ static void ref_y(const layer_bufs* b, const layer_case* c, const int32_t* ids, 
     e.bias2 = c->bias ? b->mlp.h_bias2 : (void*)0;
     e.x_dtype = e.w_dtype = e.bias_dtype = c->dtype;
     e.act_dtype = dtype;
+    e.activation = c->activation;
+    e.alpha = c->alpha;
+    e.limit = c->limit;
     e.gate_up = c->gate_up;
-    e.num_experts = c->E;
+    e.num_experts = physical(c);
     e.top_k = c->K;
     e.hidden = c->H;
     e.intermediate = c->I;
     CHECK(moe_ref_experts_f64(&e, rows, 0, 0) == 0, "memory");
-    for (int64_t i = 0; i < offset[c->E] * H; ++i) rows[i] = moe_ref_round_f64(rows[i], dtype);
+    for (int64_t i = 0; i < offset[physical(c)] * H; ++i) rows[i] = moe_ref_round_f64(rows[i], dtype);
+    if (c->shared) {
+        const moe_ref_layer_shared s = ref_shared(b, c);
+        const int32_t all[2] = {0, (int32_t)n};
+        e.row_slot = 0;
+        e.expert_offset = all;
+        e.w1 = s.w1;
+        e.w2 = s.w2;
+        e.bias1 = s.bias1;
+        e.bias2 = s.bias2;
+        e.activation = s.activation;
+        e.alpha = e.limit = 0;
+        e.gate_up = s.gate_up;
+        e.num_experts = 1;
+        e.intermediate = s.intermediate;
+        CHECK(moe_ref_experts_f64(&e, shared, 0, 0) == 0, "memory");
+        for (int64_t i = 0; i < n * H; ++i) shared[i] = moe_ref_round_f64(shared[i], dtype);
+    }
     memset(&combine, 0, sizeof combine);
+    combine.shared = c->shared ? shared : (double*)0;
+    combine.shared_weight = c->shared_weighted ? shared_weight : (float*)0;
     combine.rows = rows;
     combine.rows_dtype = MOE_REF_REAL;
     combine.place = place;
@@ -320,7 +491,9 @@ static void ref_y(const layer_bufs* b, const layer_case* c, const int32_t* ids, 
     free(offset);
     free(place);
     free(weight);
+    free(shared_weight);
     free(rows);
+    free(shared);
 }
 
 /* The router's logits against their exact sums; a NaN token's are NaN. */
@@ -389,7 +562,17 @@ static void compare_whole(const layer_bufs* b, const layer_case* c, const int32_
     d.score = c->score;
     d.renormalize = c->renormalize;
     d.scale = c->scale;
+    d.activation = c->activation;
+    d.alpha = c->alpha;
+    d.limit = c->limit;
     d.gate_up = c->gate_up;
+    if (c->shared) d.shared = ref_shared(b, c);
+    d.route.row_multiple = c->row_multiple;
+    d.route.num_replicas = c->replicas;
+    if (c->replicas) {
+        d.route.replica_offset = b->h_replica_offset;
+        d.route.replica_expert = b->h_replica_expert;
+    }
     CHECK(moe_ref_layer_f64(&d, exact, want, weights) == 0, "memory");
     d.act_dtype = d.rows_dtype = c->dtype;
     CHECK(moe_ref_layer_f64(&d, ideal, 0, 0) == 0, "memory");
@@ -445,7 +628,7 @@ static void compare(const layer_bufs* b, const layer_case* c)
     void* copy = tbuf_copy(&b->workspace);
     uint16_t* y = (uint16_t*)tbuf_copy(y_buf);
     float *y_all = (float*)test_host(T * H * 4), *got = (float*)test_host(T * H * 4);
-    int32_t* pick = (int32_t*)test_host(T * 4);
+    int32_t *pick = (int32_t*)test_host(T * 4), *went = (int32_t*)test_host(slots * 4);
     const int32_t* ids = b->h_ids;
     const float* weights = b->h_weights;
     int64_t n = 0, bad = -1, gaps, residual_stride;
@@ -478,51 +661,93 @@ static void compare(const layer_bufs* b, const layer_case* c)
         g.score = c->score;
         g.renormalize = c->renormalize;
         g.scale = c->scale;
-        moe_ref_gate_f64(&g, want_ids, want, 0, 0);
         ids = (const int32_t*)piece(b, copy, v.ids);
         weights = (const float*)piece(b, copy, v.weights);
-        CHECK_INTS("ids", ids, want_ids, slots);
-        CHECK_CLOSE_RELATIVE("weights", weights, MOE_FP32, K, want, 4e-6, T, K);
+        if (!c->rules) {
+            moe_ref_gate_f64(&g, want_ids, want, 0, 0);
+            CHECK_INTS("ids", ids, want_ids, slots);
+            CHECK_CLOSE_RELATIVE("weights", weights, MOE_FP32, K, want, 4e-6, T, K);
+        }
         free(want);
         free(want_ids);
     } else {
         CHECK(v.ids == b->d.ids && v.weights == b->d.weights, "the caller's own choice");
     }
     { /* the route, exactly */
-        int32_t* count = (int32_t*)test_host(E * 4);
-        int32_t* offset = (int32_t*)test_host(E * 4 + 4);
-        int32_t* row_slot = (int32_t*)test_host(slots * 4);
+        const int64_t P = physical(c), R = rows_of(c);
+        int32_t* count = (int32_t*)test_host(P * 4);
+        int32_t* drops = (int32_t*)test_host(P * 4);
+        int32_t* offset = (int32_t*)test_host(P * 4 + 4);
+        int32_t* row_slot = (int32_t*)test_host(R * 4);
+        int32_t* slot_row = (int32_t*)test_host(slots * 4);
+        float* row_weight = (float*)test_host(R * 4);
         moe_place* place = (moe_place*)test_host(slots * 8);
         moe_ref_route_desc r;
         memset(&r, 0, sizeof r);
         r.ids = ids;
+        r.weights = weights;
         r.expert_count = count;
         r.expert_offset = offset;
+        r.drop_count = drops;
+        r.slot_row = slot_row;
         r.row_slot = row_slot;
+        r.row_weight = row_weight;
         r.place = place;
         r.num_tokens = c->T;
         r.num_experts = c->E;
         r.top_k = c->K;
+        r.row_multiple = c->row_multiple;
+        r.capacity = c->capacity;
+        r.drop_rule = c->drop_rule;
+        r.num_replicas = c->replicas;
+        r.max_rows = R;
+        if (c->replicas) {
+            r.replica_offset = b->h_replica_offset;
+            r.replica_expert = b->h_replica_expert;
+        }
         bad = moe_ref_route(&r);
-        CHECK_INTS("expert_count", (const int32_t*)piece(b, copy, v.expert_count), count, E);
-        CHECK_INTS("expert_offset", (const int32_t*)piece(b, copy, v.expert_offset), offset, E + 1);
-        CHECK_INTS("row_slot", (const int32_t*)piece(b, copy, v.row_slot), row_slot, slots);
+        CHECK(bad != -2 && v.num_rows == R && v.num_physical == P, "%lld rows, not %lld",
+              (long long)v.num_rows, (long long)R);
+        CHECK_INTS("expert_count", (const int32_t*)piece(b, copy, v.expert_count), count, P);
+        CHECK_INTS("expert_offset", (const int32_t*)piece(b, copy, v.expert_offset), offset, P + 1);
+        CHECK_INTS("row_slot", (const int32_t*)piece(b, copy, v.row_slot), row_slot, R);
         CHECK_INTS("place", (const int32_t*)piece(b, copy, v.place), (const int32_t*)place, slots * 2);
+        if (c->outputs) {
+            CHECK(tbuf_holds(&b->drop_count, drops) && tbuf_holds(&b->slot_row, slot_row) &&
+                      tbuf_holds(&b->row_weight, row_weight),
+                  "an optional output of route");
+            memset(count, 0, (size_t)P * 4);
+            for (int64_t k = 0; k < slots; ++k)
+                if (ids[k] >= 0 && ids[k] < E) ++count[ids[k]];
+            if (c->from != FROM_IDS)
+                CHECK(tbuf_holds(&b->gate_count, count), "the gate's expert_count");
+        } else {
+            CHECK(tbuf_holds(&b->drop_count, 0) && tbuf_holds(&b->slot_row, 0) &&
+                      tbuf_holds(&b->row_weight, 0) && tbuf_holds(&b->gate_count, 0),
+                  "outputs nobody asked for");
+        }
+        for (int64_t k = 0; k < slots; ++k) { /* the physical expert that the slot's row belongs to */
+            int e = 0;
+            while (slot_row[k] >= 0 && offset[e + 1] <= slot_row[k]) ++e;
+            went[k] = slot_row[k] < 0 ? -1 : e;
+        }
         free(count);
+        free(drops);
         free(offset);
         free(row_slot);
+        free(slot_row);
+        free(row_weight);
         free(place);
     }
     if (T > 0) {
         double* exact = (double*)test_host(n * H * 8);
         double* ideal = (double*)test_host(n * H * 8);
         int64_t wrong = 0;
-        ref_y(b, c, ids, weights, pick, n, 0, exact);
-        ref_y(b, c, ids, weights, pick, n, c->dtype, ideal);
+        ref_y(b, c, went, weights, pick, n, 0, exact);
+        ref_y(b, c, went, weights, pick, n, c->dtype, ideal);
         for (int64_t i = 0; i < n; ++i) {
-            int live = 0;
-            for (int64_t k = 0; k < K; ++k)
-                live |= ids[pick[i] * K + k] >= 0 && ids[pick[i] * K + k] < E;
+            int live = c->shared;
+            for (int64_t k = 0; k < K; ++k) live |= went[pick[i] * K + k] >= 0;
             for (int64_t h = 0; h < H; ++h) {
                 got[i * H + h] = y_all[pick[i] * H + h];
                 ideal[i * H + h] = test_rounded(ideal[i * H + h], c->dtype);
@@ -536,14 +761,18 @@ static void compare(const layer_bufs* b, const layer_case* c)
         CHECK_CLOSE("y", got, MOE_FP32, H, exact, ideal, n, H);
         free(exact);
         free(ideal);
-        if (c->from != FROM_IDS && !c->nan_token && !c->sampled) compare_whole(b, c, ids, y_all);
+        if (c->from != FROM_IDS && !c->nan_token && !c->sampled && !c->capacity && !c->rules)
+            compare_whole(b, c, ids, y_all);
     }
     if (c->nan_token && c->from != FROM_IDS) CHECK_FAULT(&b->fault, MOE_FAULT_NAN_LOGIT, c->nan_token - 1);
     else CHECK_FAULT(&b->fault, bad < 0 ? MOE_FAULT_NONE : MOE_FAULT_BAD_ID, bad < 0 ? 0 : bad);
     CHECK((c->y_is_x || tbuf_holds(&b->x, b->h_x)) && tbuf_holds(&b->router, b->h_router) &&
               tbuf_holds(&b->logits, b->h_logits) && tbuf_holds(&b->ids, b->h_ids) &&
               tbuf_holds(&b->weights, b->h_weights) && tmlp_same(&b->mlp) &&
-              tbuf_holds(&b->residual, b->h_residual),
+              tbuf_holds(&b->residual, b->h_residual) && tmlp_same(&b->shared) &&
+              tbuf_holds(&b->shared_weight, b->h_shared_weight) &&
+              tbuf_holds(&b->replica_offset, b->h_replica_offset) &&
+              tbuf_holds(&b->replica_expert, b->h_replica_expert),
           "an input was written");
     if (test_now.failures > before) printf("  in: %s\n", case_text(c));
     free(copy);
@@ -551,6 +780,7 @@ static void compare(const layer_bufs* b, const layer_case* c)
     free(y_all);
     free(got);
     free(pick);
+    free(went);
 }
 
 /* Are y and the workspace as `reset` left them? */
@@ -588,6 +818,184 @@ static void test_layer_gates(void)
             c.from = i & 4 ? FROM_LOGITS : FROM_ROUTER;
             c.dtype = c.router_dtype = trand_int(&r, 0, 1) ? MOE_FP16 : MOE_BF16;
             run_case(&c, &r);
+        }
+}
+
+/* Every activation of the experts, and of a shared expert beside them. */
+static void test_layer_activations(void)
+{
+    trand r = trand_new(19);
+    for (int kind = MOE_ACTIVATION_NONE; kind <= MOE_ACTIVATION_RELU2; ++kind)
+        for (int i = 0; i < 2; ++i) {
+            layer_case c = normal_case(25, 64, 40, 6, 2);
+            c.activation = kind;
+            c.gate_up = (int)trand_int(&r, MOE_GATE_UP_CONCATENATED, MOE_GATE_UP_SEPARATE);
+            c.bias = i;
+            c.from = (int)trand_int(&r, FROM_ROUTER, FROM_IDS);
+            if (kind == MOE_ACTIVATION_SWIGLU_CLAMPED && i) c.alpha = 1.25f, c.limit = 0.5f;
+            if (i) {
+                c.shared = 32;
+                c.shared_activation = (int)trand_int(&r, 0, MOE_ACTIVATION_RELU2);
+                c.shared_gate_up = (int)trand_int(&r, 0, MOE_GATE_UP_SEPARATE);
+            }
+            run_case(&c, &r);
+        }
+}
+
+/* A shared expert of every form, weighted or not, with every residual and y over x. */
+static void test_layer_shared(void)
+{
+    trand r = trand_new(20);
+    for (int weighted = 0; weighted < 2; ++weighted)
+        for (int residual = NO_RESIDUAL; residual <= RESIDUAL_IS_X; ++residual)
+            for (int i = 0; i < 3; ++i) {
+                layer_case c = normal_case(33, 72, 40, 5, 2);
+                c.from = i;
+                c.residual = residual;
+                c.y_is_x = i == 1;
+                c.shared = 8 * (int)trand_int(&r, 1, 12);
+                c.shared_weighted = weighted;
+                c.shared_gate_up = i + 1;
+                c.shared_bias = (int)trand_int(&r, 0, 1);
+                c.dtype = c.router_dtype = i == 2 ? MOE_FP16 : MOE_BF16;
+                c.x_pad = residual == RESIDUAL ? 8 : 0;
+                c.unused = i == 2 ? 60 : 0; /* some tokens have the shared expert alone */
+                run_case(&c, &r);
+            }
+}
+
+/* Route's options: padding, capacity by position and by weight, replicas, each and together, with
+   all optional outputs of both stations. */
+static void test_layer_route_options(void)
+{
+    trand r = trand_new(21);
+    for (int i = 0; i < 24; ++i) {
+        layer_case c = normal_case(47, 64, 40, 6, i % 5 == 4 ? 3 : 2);
+        c.from = i % 3;
+        c.row_multiple = i & 1 ? (int)trand_int(&r, 2, 70) : 0;
+        c.capacity = i & 2 ? (int)trand_int(&r, 1, 20) : 0;
+        c.drop_rule = c.capacity ? (int)trand_int(&r, 0, MOE_DROP_BY_WEIGHT) : 0;
+        c.replicas = i & 4 ? 6 + (int)trand_int(&r, 0, 5) : 0;
+        c.outputs = i & 8 ? 1 : 0;
+        c.bias = (int)trand_int(&r, 0, 1); /* rows of padding are not zero then */
+        c.residual = (int)trand_int(&r, NO_RESIDUAL, RESIDUAL);
+        c.shared = i % 7 == 0 ? 24 : 0;
+        c.unused = 10;
+        run_case(&c, &r);
+    }
+}
+
+/* A workspace of the size that the descriptor has come to want. */
+static void fit_workspace(layer_bufs* b, const layer_case* c)
+{
+    size_t bytes = 0;
+    tbuf_free(&b->workspace);
+    CHECK_STATUS(moe_layer_workspace(&b->d, &bytes), MOE_OK);
+    CHECK(bytes == documented_bytes(c, &b->d), "%zu bytes, not %zu", bytes,
+          documented_bytes(c, &b->d));
+    b->workspace = tbuf_new("workspace", bytes, 0);
+    b->d.workspace = b->workspace.p;
+    b->d.workspace_bytes = bytes;
+}
+
+/* The gate's rules reach the gate: the choice is what moe_gate gives for the same logits with the
+   same options, bit for bit, and the rest of the layer follows it. */
+static void test_layer_gate_rules(void)
+{
+    enum { T = 39, E = 8, K = 2, RULES = 12 };
+    trand r = trand_new(22);
+    for (int rule = 0; rule < RULES; ++rule)
+        for (int from = FROM_ROUTER; from <= FROM_LOGITS; ++from) {
+            layer_case c = normal_case(T, 64, 40, E, K);
+            layer_bufs b;
+            moe_layer_view v;
+            moe_gate_desc g;
+            float bias[E];
+            uint8_t expert_off[E] = {0, 1, 0, 0, 0, 0, 1, 0}, token_off[T];
+            tbuf b_bias, b_expert, b_token, b_prob = tbuf_new("prob_sum", E * 4, 4);
+            tbuf ids = tbuf_new("ids", T * K * 4, 0), weights = tbuf_new("weights", T * K * 4, 0);
+            tbuf prob = tbuf_new("prob_sum", E * 4, 4), space;
+            size_t bytes = 0;
+            c.rules = c.outputs = 1;
+            c.from = from;
+            c.replicas = rule % 4 == 3 ? E + 2 : 0;
+            for (int e = 0; e < E; ++e) bias[e] = trand_normal(&r) * 0.2f;
+            for (int t = 0; t < T; ++t) token_off[t] = trand_int(&r, 0, 3) == 0;
+            b_bias = tbuf_from("expert_bias", bias, sizeof bias, 4);
+            b_expert = tbuf_from("expert_off", expert_off, sizeof expert_off, 1);
+            b_token = tbuf_from("token_off", token_off, sizeof token_off, 1);
+            bufs_new(&b, &c, &r);
+            memset(&g, 0, sizeof g);
+            g.expert_count = b.d.gate.expert_count;
+            switch (rule) {
+            case 0: g.score = MOE_SCORE_SPARSEMAX; break;
+            case 1: g.score = MOE_SCORE_QUADRATIC, g.renormalize = 1; break;
+            case 2: g.score = MOE_SCORE_PIONEER; break;
+            case 3: g.score = MOE_SCORE_SIGMOID, g.threshold = 0.6f; break;
+            case 4: g.score = MOE_SCORE_SIGMOID, g.expert_bias = (const float*)b_bias.p; break;
+            case 5: g.num_groups = 4, g.top_groups = 1; break;
+            case 6: g.temperature = 0.5f; break;
+            case 7: g.noise = 1, g.seed = 12345; break;
+            case 8: g.dropout = 0.4f, g.seed = 99; break;
+            case 9: g.expert_off = (const uint8_t*)b_expert.p; break;
+            case 10: g.token_off = (const uint8_t*)b_token.p; break;
+            default: g.whole_batch = 1;
+            }
+            g.prob_sum = rule & 1 ? (float*)b_prob.p : (float*)0;
+            b.d.gate = g;
+            fit_workspace(&b, &c);
+            CHECK_STATUS(moe_layer_forward(&b.d, test_now.stream), MOE_OK);
+            compare(&b, &c);
+            CHECK_STATUS(moe_layer_get_view(&b.d, &v), MOE_OK);
+            g.logits = v.logits;
+            g.ids = (int32_t*)ids.p;
+            g.weights = (float*)weights.p;
+            g.expert_count = 0;
+            if (g.prob_sum) g.prob_sum = (float*)prob.p;
+            g.num_tokens = T;
+            g.num_experts = E;
+            g.top_k = K;
+            CHECK_STATUS(moe_gate_workspace(&g, &bytes), MOE_OK);
+            space = tbuf_new("workspace", bytes, 0);
+            g.workspace = space.p;
+            g.workspace_bytes = bytes;
+            CHECK_STATUS(moe_gate(&g, test_now.stream), MOE_OK);
+            {
+                void *want_ids = tbuf_copy(&ids), *want_weights = tbuf_copy(&weights);
+                void *copy = tbuf_copy(&b.workspace), *want_prob = tbuf_copy(&prob);
+                moe_ref_gate_desc plain; /* the rule is seen in what comes out */
+                int32_t other[T * K];
+                double other_weights[T * K], most = 0;
+                CHECK(memcmp(piece(&b, copy, v.ids), want_ids, T * K * 4) == 0 &&
+                          memcmp(piece(&b, copy, v.weights), want_weights, T * K * 4) == 0 &&
+                          tbuf_holds(&b_prob, want_prob),
+                      "rule %d has not reached the gate", rule);
+                memset(&plain, 0, sizeof plain);
+                plain.logits = from == FROM_ROUTER ? piece(&b, copy, v.logits) : b.h_logits;
+                plain.logits_dtype = MOE_FP32;
+                plain.num_tokens = T;
+                plain.num_experts = E;
+                plain.top_k = K;
+                moe_ref_gate_f64(&plain, other, other_weights, 0, 0);
+                for (int k = 0; k < T * K; ++k)
+                    if (fabs(other_weights[k] - ((float*)want_weights)[k]) > most)
+                        most = fabs(other_weights[k] - ((float*)want_weights)[k]);
+                CHECK(most > 1e-3 || memcmp(other, want_ids, sizeof other) != 0,
+                      "rule %d changes nothing", rule);
+                free(want_ids);
+                free(want_weights);
+                free(want_prob);
+                free(copy);
+            }
+            tbuf_free(&b_bias);
+            tbuf_free(&b_expert);
+            tbuf_free(&b_token);
+            tbuf_free(&b_prob);
+            tbuf_free(&ids);
+            tbuf_free(&weights);
+            tbuf_free(&prob);
+            tbuf_free(&space);
+            bufs_free(&b);
         }
 }
 
@@ -733,6 +1141,7 @@ static void test_layer_stopped(void)
         layer_case c = normal_case(20, 64, 40, 4, 2);
         layer_bufs b;
         c.from = from;
+        c.shared = 40;
         bufs_new(&b, &c, &r);
         tbuf_put(&b.fault, &stop);
         CHECK_STATUS(moe_layer_forward(&b.d, test_now.stream), MOE_OK);
@@ -748,6 +1157,7 @@ static void test_layer_no_tokens(void)
     for (int from = FROM_ROUTER; from <= FROM_IDS; ++from) {
         layer_case c = normal_case(0, 64, 40, 4, 2);
         c.from = from;
+        c.shared = from == FROM_LOGITS ? 40 : 0;
         run_case(&c, &r);
     }
     { /* and nothing but a workspace is needed */
@@ -788,12 +1198,14 @@ static void test_layer_workspace(void)
         if (c.from == FROM_LOGITS) d.logits = (const float*)256;
         if (c.from == FROM_IDS) d.ids = (const int32_t*)256, d.weights = (const float*)512;
         CHECK_STATUS(moe_layer_workspace(&d, &bytes), MOE_OK);
-        CHECK(bytes == documented_bytes(&c), "%zu bytes, not %zu", bytes, documented_bytes(&c));
+        CHECK(bytes == documented_bytes(&c, &d), "%zu bytes, not %zu", bytes,
+              documented_bytes(&c, &d));
         d.workspace = (void*)((uintptr_t)1 << 40);
         CHECK_STATUS(moe_layer_get_view(&d, &v), MOE_OK);
         {
-            const char* at[] = {(char*)v.chunk_count, (char*)v.expert_count, (char*)v.expert_offset,
-                                (char*)v.row_slot, (char*)v.place, (char*)v.act, (char*)v.rows,
+            const char* at[] = {(char*)(c.from == FROM_IDS ? v.route_workspace : v.chunk_count),
+                                (char*)v.expert_count, (char*)v.expert_offset, (char*)v.row_slot,
+                                (char*)v.place, (char*)v.act, (char*)v.rows,
                                 (char*)d.workspace + bytes};
             const size_t slots = (size_t)c.T * (size_t)c.K, E = (size_t)c.E;
             const size_t size[] = {E * (size_t)moe_num_chunks(c.T) * 4, E * 4, E * 4 + 4, slots * 4,
@@ -851,6 +1263,7 @@ static void test_layer_stages(void)
         void *y, *workspace;
         c.from = from;
         c.residual = RESIDUAL;
+        c.shared = from == FROM_LOGITS ? 0 : 48;
         bufs_new(&b, &c, &r);
         CHECK_STATUS(moe_layer_forward(&b.d, test_now.stream), MOE_OK);
         y = tbuf_copy(&b.y);
@@ -876,6 +1289,8 @@ static void test_layer_stages(void)
         bufs_free(&b);
     }
     CHECK(strcmp(moe_layer_stage_name(MOE_LAYER_ROUTER), "router") == 0 &&
+              strcmp(moe_layer_stage_name(MOE_LAYER_SHARED_UP), "shared_up") == 0 &&
+              strcmp(moe_layer_stage_name(MOE_LAYER_SHARED_DOWN), "shared_down") == 0 &&
               strcmp(moe_layer_stage_name(MOE_LAYER_COMBINE), "combine") == 0 &&
               strcmp(moe_layer_stage_name(-1), "?") == 0 &&
               strcmp(moe_layer_stage_name(MOE_LAYER_STAGES), "?") == 0,
@@ -891,6 +1306,8 @@ static void test_layer_same_bits(void)
         tbuf* out[2];
         c.tile = i ? MOE_TILE_32x128 : MOE_TILE_AUTO;
         c.residual = RESIDUAL;
+        c.shared = i ? 40 : 0;
+        c.row_multiple = i ? 16 : 0;
         bufs_new(&b, &c, &r);
         out[0] = &b.y;
         out[1] = &b.workspace;
@@ -911,6 +1328,9 @@ static void test_layer_graph(void)
         tgraph g;
         c.from = from;
         c.y_is_x = from == FROM_LOGITS;
+        c.shared = from == FROM_IDS ? 64 : 0; /* where no token with a NaN comes by */
+        c.shared_weighted = 1;
+        c.capacity = from == FROM_IDS ? 9 : 0;
         bufs_new(&b, &c, &r);
         if (tgraph_capture(&g, call_layer, &b.d)) {
             CHECK(tbuf_holds(&b.y, 0) && tbuf_holds(&b.workspace, 0), "capture itself runs nothing");
@@ -984,6 +1404,8 @@ static void test_layer_refusals(void)
         c.from = from;
         c.bias = 1;
         c.residual = RESIDUAL;
+        c.shared = 24;
+        c.shared_weighted = c.shared_bias = 1;
         bufs_new(&b, &c, &r);
         good = b.d;
         CHECK_STATUS(moe_layer_forward(0, test_now.stream), MOE_STATUS(MOE_ERR_NULL, desc));
@@ -1003,23 +1425,77 @@ static void test_layer_refusals(void)
         REFUSED(d.top_k = MOE_COMBINE_MAX_TOP_K + 1, MOE_ERR_RANGE, top_k);
         if (from != FROM_IDS) {
             REFUSED(d.top_k = E + 1, MOE_ERR_RANGE, top_k);
-            REFUSED(d.score = MOE_SCORE_SIGMOID + 1, MOE_ERR_OPTION, score);
-            REFUSED(d.score = -1, MOE_ERR_OPTION, score);
+            REFUSED(d.gate.score = 99, MOE_ERR_OPTION, score);
+            REFUSED(d.gate.score = -1, MOE_ERR_OPTION, score);
         } else {
-            REFUSED(d.score = MOE_SCORE_SIGMOID, MOE_ERR_CONFLICT, score);
-            REFUSED(d.renormalize = 1, MOE_ERR_CONFLICT, renormalize);
-            REFUSED(d.scale = 2.5f, MOE_ERR_CONFLICT, scale);
+            REFUSED(d.gate.score = MOE_SCORE_SIGMOID, MOE_ERR_CONFLICT, gate); /* none runs */
+            REFUSED(d.gate.renormalize = 1, MOE_ERR_CONFLICT, gate);
+            REFUSED(d.gate.scale = 2.5f, MOE_ERR_CONFLICT, gate);
+            REFUSED(d.gate.whole_batch = 1, MOE_ERR_CONFLICT, gate);
+            REFUSED(d.gate.expert_count = (int32_t*)b.gate_count.p, MOE_ERR_CONFLICT, gate);
         }
         if (from != FROM_IDS) {
-            REFUSED(d.renormalize = 2, MOE_ERR_OPTION, renormalize);
-            REFUSED(d.renormalize = -1, MOE_ERR_OPTION, renormalize);
-            REFUSED(d.scale = INFINITY, MOE_ERR_RANGE, scale);
-            REFUSED(d.scale = NAN, MOE_ERR_RANGE, scale);
+            REFUSED(d.gate.renormalize = 2, MOE_ERR_OPTION, renormalize);
+            REFUSED(d.gate.renormalize = -1, MOE_ERR_OPTION, renormalize);
+            REFUSED(d.gate.scale = INFINITY, MOE_ERR_RANGE, scale);
+            REFUSED(d.gate.scale = NAN, MOE_ERR_RANGE, scale);
             REFUSED(d.weights = (const float*)b.weights.p, MOE_ERR_CONFLICT, weights);
         }
         REFUSED(d.dtype = MOE_FP32, MOE_ERR_DTYPE, dtype);
         REFUSED(d.dtype = 4, MOE_ERR_DTYPE, dtype);
         REFUSED(d.dtype = -1, MOE_ERR_DTYPE, dtype);
+        /* what the layer fills in itself */
+        REFUSED(d.gate.logits = b.logits.p, MOE_ERR_CONFLICT, gate);
+        REFUSED(d.gate.logits_stride = E, MOE_ERR_CONFLICT, gate);
+        REFUSED(d.gate.logits_dtype = MOE_FP32, MOE_ERR_CONFLICT, gate);
+        REFUSED(d.gate.ids = (int32_t*)b.ids.p, MOE_ERR_CONFLICT, gate);
+        REFUSED(d.gate.weights = (float*)b.weights.p, MOE_ERR_CONFLICT, gate);
+        REFUSED(d.gate.chunk_count = (int32_t*)b.gate_count.p, MOE_ERR_CONFLICT, gate);
+        REFUSED(d.gate.fault = d.fault, MOE_ERR_CONFLICT, gate);
+        REFUSED(d.gate.num_tokens = T, MOE_ERR_CONFLICT, gate);
+        REFUSED(d.gate.num_experts = E, MOE_ERR_CONFLICT, gate);
+        REFUSED(d.gate.top_k = K, MOE_ERR_CONFLICT, gate);
+        REFUSED(d.gate.workspace = b.y.p, MOE_ERR_CONFLICT, gate);
+        REFUSED(d.gate.workspace_bytes = 4, MOE_ERR_CONFLICT, gate);
+        REFUSED(d.route.ids = (const int32_t*)b.ids.p, MOE_ERR_CONFLICT, route);
+        REFUSED(d.route.weights = (const float*)b.weights.p, MOE_ERR_CONFLICT, route);
+        REFUSED(d.route.chunk_count = (int32_t*)b.gate_count.p, MOE_ERR_CONFLICT, route);
+        REFUSED(d.route.expert_count = (int32_t*)b.gate_count.p, MOE_ERR_CONFLICT, route);
+        REFUSED(d.route.expert_offset = (int32_t*)b.gate_count.p, MOE_ERR_CONFLICT, route);
+        REFUSED(d.route.row_slot = (int32_t*)b.slot_row.p, MOE_ERR_CONFLICT, route);
+        REFUSED(d.route.place = (moe_place*)b.y.p, MOE_ERR_CONFLICT, route);
+        REFUSED(d.route.fault = d.fault, MOE_ERR_CONFLICT, route);
+        REFUSED(d.route.num_tokens = T, MOE_ERR_CONFLICT, route);
+        REFUSED(d.route.num_experts = E, MOE_ERR_CONFLICT, route);
+        REFUSED(d.route.top_k = K, MOE_ERR_CONFLICT, route);
+        REFUSED(d.route.place_kind = MOE_PLACE_BY_EXPERT, MOE_ERR_CONFLICT, route);
+        REFUSED(d.route.workspace = b.y.p, MOE_ERR_CONFLICT, route);
+        REFUSED(d.route.workspace_bytes = 4, MOE_ERR_CONFLICT, route);
+        REFUSED(d.route.row_multiple = -1, MOE_ERR_RANGE, row_multiple);
+        REFUSED(d.route.capacity = -1, MOE_ERR_RANGE, capacity);
+        REFUSED(d.route.drop_rule = MOE_DROP_BY_WEIGHT, MOE_ERR_CONFLICT, drop_rule);
+        REFUSED(d.route.num_replicas = E + 1, MOE_ERR_CONFLICT, num_replicas);
+        REFUSED(d.route.slot_row = (int32_t*)AT(b.slot_row.p, 2), MOE_ERR_ALIGN, slot_row);
+        REFUSED(d.activation = MOE_ACTIVATION_RELU2 + 1, MOE_ERR_OPTION, activation);
+        REFUSED(d.activation = -1, MOE_ERR_OPTION, activation);
+        REFUSED(d.alpha = 1, MOE_ERR_CONFLICT, alpha);
+        REFUSED(d.limit = 1, MOE_ERR_CONFLICT, limit);
+        REFUSED((d.activation = MOE_ACTIVATION_SWIGLU_CLAMPED, d.limit = NAN), MOE_ERR_RANGE, limit);
+        /* the shared expert: its fields are one here */
+        REFUSED(d.shared.intermediate = -8, MOE_ERR_RANGE, shared);
+        REFUSED(d.shared.intermediate = 12, MOE_ERR_RANGE, shared);
+        REFUSED(d.shared.intermediate = 0, MOE_ERR_CONFLICT, shared);
+        REFUSED(d.shared.w1.base = 0, MOE_ERR_NULL, shared);
+        REFUSED(d.shared.w2.base = 0, MOE_ERR_NULL, shared);
+        REFUSED(d.shared.w1.base = AT(d.shared.w1.base, 8), MOE_ERR_ALIGN, shared);
+        REFUSED(d.shared.w2.row_stride = 8, MOE_ERR_STRIDE, shared);
+        REFUSED(d.shared.bias1 = AT(b.shared.bias1.p, 1), MOE_ERR_ALIGN, shared);
+        REFUSED(d.shared.activation = -1, MOE_ERR_OPTION, shared);
+        REFUSED(d.shared.gate_up = 9, MOE_ERR_OPTION, shared);
+        REFUSED(d.shared.alpha = 1, MOE_ERR_CONFLICT, shared);
+        REFUSED(d.shared.limit = 1, MOE_ERR_CONFLICT, shared);
+        REFUSED(d.shared.weight = (const float*)AT(b.shared_weight.p, 2), MOE_ERR_ALIGN,
+                shared_weight);
         REFUSED(d.gate_up = 4, MOE_ERR_OPTION, gate_up);
         REFUSED(d.gate_up = -1, MOE_ERR_OPTION, gate_up);
         REFUSED(d.tile = 99, MOE_ERR_OPTION, tile);
@@ -1098,6 +1574,9 @@ static void test_layer_overlaps(void)
         c.bias = 1;
         c.residual = RESIDUAL;
         c.router_dtype = MOE_FP32;
+        c.shared = 24;
+        c.shared_weighted = c.shared_bias = c.outputs = 1;
+        c.replicas = E;
         bufs_new(&b, &c, &r);
         arena = tbuf_new("arena", b.workspace.bytes + 65536, 0); /* a workspace and any input */
         for (int e = 0; e < E; ++e) address[e] = b.mlp.w1.part[0][0].p;
@@ -1124,8 +1603,28 @@ static void test_layer_overlaps(void)
             REFUSED(d.y = (void*)d.ids, MOE_ERR_OVERLAP, y);
             REFUSED(d.y = (void*)d.weights, MOE_ERR_OVERLAP, y);
         }
+        REFUSED(d.y = (void*)d.shared.w1.base, MOE_ERR_OVERLAP, y);
+        REFUSED(d.y = AT(d.shared.w1.base, 2 * 24 * H * 2 - 16), MOE_ERR_OVERLAP, y);
+        REFUSED(d.y = AT(d.shared.w2.base, 24 * H * 2 - 16), MOE_ERR_OVERLAP, y);
+        REFUSED(d.y = (void*)d.shared.bias1, MOE_ERR_OVERLAP, y);
+        REFUSED(d.y = (void*)d.shared.bias2, MOE_ERR_OVERLAP, y);
+        REFUSED(d.y = (void*)d.shared.weight, MOE_ERR_OVERLAP, y);
+        REFUSED(d.y = (void*)d.route.replica_offset, MOE_ERR_OVERLAP, y);
+        REFUSED(d.y = (void*)d.route.replica_expert, MOE_ERR_OVERLAP, y);
+        REFUSED(d.route.slot_row = (int32_t*)DOWN_TO(AT(d.y, 64), 4), MOE_ERR_OVERLAP, slot_row);
+        REFUSED(d.route.row_weight = (float*)d.x, MOE_ERR_OVERLAP, row_weight);
+        REFUSED(d.route.row_weight = (float*)AT(d.workspace, 512), MOE_ERR_OVERLAP, row_weight);
+        REFUSED(d.route.drop_count = (int32_t*)d.w1.base, MOE_ERR_OVERLAP, drop_count);
+        if (from != FROM_IDS) {
+            REFUSED(d.gate.expert_bias = (const float*)DOWN_TO(AT(d.y, 8), 4), MOE_ERR_OVERLAP, y);
+            REFUSED(d.gate.expert_off = (const uint8_t*)d.y, MOE_ERR_OVERLAP, y);
+            REFUSED(d.gate.token_off = (const uint8_t*)d.y, MOE_ERR_OVERLAP, y);
+            REFUSED(d.gate.expert_count = (int32_t*)d.shared.w1.base, MOE_ERR_OVERLAP,
+                    expert_count);
+        }
         good.fault = b.d.fault;
         REFUSED(d.fault = (uint64_t*)d.x, MOE_ERR_OVERLAP, fault);
+        REFUSED(d.fault = (uint64_t*)d.shared.w1.base, MOE_ERR_OVERLAP, fault);
         REFUSED(d.fault = (uint64_t*)DOWN_TO(AT(d.y, 8), 8), MOE_ERR_OVERLAP, fault);
         REFUSED(d.fault = (uint64_t*)DOWN_TO(AT(d.residual, 8), 8), MOE_ERR_OVERLAP, fault);
         REFUSED(d.fault = (uint64_t*)d.w1.base, MOE_ERR_OVERLAP, fault);
@@ -1152,6 +1651,9 @@ static void test_layer_overlaps(void)
             REFUSED(d.w2.base = at, MOE_ERR_OVERLAP, workspace);
             REFUSED(d.bias1 = at, MOE_ERR_OVERLAP, workspace);
             REFUSED(d.bias2 = at, MOE_ERR_OVERLAP, workspace);
+            REFUSED(d.shared.w1.base = at, MOE_ERR_OVERLAP, workspace);
+            REFUSED(d.shared.w2.base = at, MOE_ERR_OVERLAP, workspace);
+            REFUSED(d.shared.weight = (const float*)at, MOE_ERR_OVERLAP, workspace);
             if (from == FROM_ROUTER) {
                 REFUSED(d.router = at, MOE_ERR_OVERLAP, workspace);
             } else if (from == FROM_LOGITS) {
@@ -1269,6 +1771,10 @@ int main(int argc, char** argv)
 {
     test_begin(argc, argv);
     RUN(test_layer_gates);
+    RUN(test_layer_activations);
+    RUN(test_layer_shared);
+    RUN(test_layer_route_options);
+    RUN(test_layer_gate_rules);
     RUN(test_layer_entries);
     RUN(test_layer_shapes);
     RUN(test_layer_ids);

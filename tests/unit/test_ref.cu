@@ -243,6 +243,96 @@ static void test_ref_experts(void)
     CHECK(memcmp(y, other, sizeof y) != 0);
 }
 
+/* Every activation against its formula, and where the formulas meet. */
+static void test_ref_activations(void)
+{
+    static const double at[] = {-40, -9, -3, -1, -0.25, 0, 0.25, 1, 3, 9, 40};
+    for (size_t i = 0; i < sizeof at / sizeof *at; ++i) {
+        const double v = at[i], up = 1.5 - v / 3, silu = v / (1 + exp(-v));
+        const double gelu = 0.5 * v * erfc(-v / sqrt(2)), pi = acos(-1);
+        const double inner = sqrt(2 / pi) * (v + 0.044715 * v * v * v);
+        const double tanh_gelu = 0.5 * v * (1 + tanh(inner));
+        const double g = v > 7 ? 7 : v, u = up > 7 ? 7 : up < -7 ? -7 : up;
+#define REF(kind, alpha, limit) moe_ref_activation_f64(MOE_ACTIVATION_##kind, v, up, alpha, limit)
+#define NEAR(a, b) CHECK(near_to(a, b), "at %g: %.17g, not %.17g", v, a, b)
+        CHECK(REF(NONE, 0, 0) == v, "none");
+        NEAR(REF(SWIGLU, 0, 0), silu * up);
+        NEAR(REF(SILU, 0, 0), silu);
+        NEAR(REF(GELU, 0, 0), gelu);
+        NEAR(REF(GEGLU, 0, 0), gelu * up);
+        NEAR(REF(GELU_TANH, 0, 0), tanh_gelu);
+        NEAR(REF(GEGLU_TANH, 0, 0), tanh_gelu * up);
+        NEAR(REF(RELU2, 0, 0), v > 0 ? v * v : 0);
+        NEAR(REF(SWIGLU_CLAMPED, 0, 0), (u + 1) * g / (1 + exp(-(double)1.702f * g)));
+        NEAR(REF(SWIGLU_CLAMPED, 1, 100), (up + 1) * silu);
+        NEAR(REF(SWIGLU_CLAMPED, -2, 0.5f),
+             ((up > 0.5 ? 0.5 : up < -0.5 ? -0.5 : up) + 1) * (v > 0.5 ? 0.5 : v) /
+                 (1 + exp(2 * (v > 0.5 ? 0.5 : v))));
+        CHECK(fabs(REF(GELU, 0, 0) - REF(GELU_TANH, 0, 0)) < 1e-3, "both forms of Phi");
+        CHECK(fabs(moe_ref_activation_f32(MOE_ACTIVATION_GEGLU, (float)v, (float)up, 0, 0) -
+                   gelu * up) < 1e-5 * (1 + fabs(gelu * up)),
+              "float against double");
+#undef NEAR
+#undef REF
+    }
+    { /* not gated: w1 [I, H] and I biases an expert, whatever gate_up says */
+        trand r = trand_new(3);
+        float x[T * H], w1[E * I * H], w2[E * H * I], bias1[E * I];
+        const int32_t offset[] = {0, 2, 2, 5};
+        double y[5 * H], act[5 * I];
+        moe_ref_experts_desc d;
+        trand_fill_normal(&r, x, T * H, MOE_FP32);
+        trand_fill_normal(&r, w1, E * I * H, MOE_FP32);
+        trand_fill_normal(&r, w2, E * H * I, MOE_FP32);
+        trand_fill_normal(&r, bias1, E * I, MOE_FP32);
+        memset(&d, 0, sizeof d);
+        d.x = x;
+        d.expert_offset = offset;
+        d.w1.base = w1;
+        d.w2.base = w2;
+        d.bias1 = bias1;
+        d.x_dtype = d.w_dtype = MOE_FP32;
+        d.activation = MOE_ACTIVATION_RELU2;
+        d.num_experts = E;
+        d.hidden = H;
+        d.intermediate = I;
+        for (d.gate_up = 0; d.gate_up <= MOE_GATE_UP_SEPARATE; ++d.gate_up) {
+            CHECK(moe_ref_experts_f64(&d, y, act, 0) == 0);
+            for (int row = 0; row < 5; ++row)
+                for (int i = 0; i < I; ++i) {
+                    const int e = row < 2 ? 0 : 2;
+                    double v = bias1[e * I + i];
+                    for (int k = 0; k < H; ++k)
+                        v += (double)w1[(e * I + i) * H + k] * x[row * H + k];
+                    CHECK(near_to(act[row * I + i], v > 0 ? v * v : 0), "row %d [%d]", row, i);
+                }
+        }
+    }
+}
+
+/* A shared row is added with its weight, whatever becomes of the others. */
+static void test_ref_combine_shared(void)
+{
+    const float rows[] = {1, 2, 3, 4}, shared[] = {10, 20, 99, 30, 40}, weight[] = {2, 0.5f};
+    const moe_place place[] = {{0, 1}, {-1, -1}};
+    double y[4], sum[4];
+    moe_ref_combine_desc c;
+    memset(&c, 0, sizeof c);
+    c.rows = rows;
+    c.place = place;
+    c.shared = shared;
+    c.shared_stride = 3;
+    c.rows_dtype = MOE_FP32;
+    c.num_tokens = 2;
+    c.hidden = 2;
+    c.top_k = 1;
+    moe_ref_combine_f64(&c, y, sum);
+    CHECK(y[0] == 13 && y[1] == 24 && y[2] == 30 && y[3] == 40, "weight 1");
+    c.shared_weight = weight;
+    moe_ref_combine_f64(&c, y, sum);
+    CHECK(y[0] == 23 && y[1] == 44 && y[2] == 15 && y[3] == 20 && sum[1] == 44, "weighted");
+}
+
 /* The layer is what its stations give one after the other. */
 static void test_ref_layer(void)
 {
@@ -302,6 +392,40 @@ static void test_ref_layer(void)
         CHECK(fabs(y[i] - want[i]) < 1e-11, "[%d] %g, not %g", i, y[i], want[i]);
     CHECK(moe_ref_layer_f32(&d, single, 0, 0) == 0);
     for (int i = 0; i < T * H; ++i) CHECK(fabs(single[i] - y[i]) < 1e-3, "float against double");
+    { /* a shared expert adds what it gives as an expert that every token chooses */
+        float gates[T];
+        int32_t offset[2] = {0, T};
+        double alone[T * H];
+        moe_ref_experts_desc e;
+        for (int t = 0; t < T; ++t) gates[t] = 0.25f * (float)t;
+        memset(&e, 0, sizeof e);
+        e.x = x;
+        e.expert_offset = offset;
+        e.w1.base = w1 + 2 * I * H; /* that of expert 1 */
+        e.w2.base = w2 + H * I;
+        e.x_dtype = e.w_dtype = MOE_FP32;
+        e.activation = MOE_ACTIVATION_GEGLU;
+        e.num_experts = 1;
+        e.hidden = H;
+        e.intermediate = I;
+        CHECK(moe_ref_experts_f64(&e, alone, 0, 0) == 0);
+        d.shared.w1 = e.w1;
+        d.shared.w2 = e.w2;
+        d.shared.weight = gates;
+        d.shared.intermediate = I;
+        d.shared.activation = MOE_ACTIVATION_GEGLU;
+        CHECK(moe_ref_layer_f64(&d, want, 0, 0) == 0);
+        for (int i = 0; i < T * H; ++i)
+            CHECK(fabs(want[i] - y[i] - gates[i / H] * alone[i]) < 1e-11, "shared, [%d]", i);
+        memset(&d.shared, 0, sizeof d.shared);
+    }
+    { /* padding changes nothing; a capacity of one row an expert does */
+        d.route.row_multiple = 7;
+        CHECK(moe_ref_layer_f64(&d, want, 0, 0) == 0 && memcmp(want, y, sizeof y) == 0, "padding");
+        d.route.capacity = 1;
+        CHECK(moe_ref_layer_f64(&d, want, 0, 0) == 0 && memcmp(want, y, sizeof y) != 0, "capacity");
+        memset(&d.route, 0, sizeof d.route);
+    }
     d.rows_dtype = MOE_BF16;
     CHECK(moe_ref_layer_f64(&d, want, 0, 0) == 0);
     {
@@ -320,6 +444,8 @@ int main(int argc, char** argv)
     RUN(test_ref_route);
     RUN(test_ref_gemm);
     RUN(test_ref_experts);
+    RUN(test_ref_activations);
+    RUN(test_ref_combine_shared);
     RUN(test_ref_layer);
     return test_end();
 }

@@ -1,0 +1,103 @@
+/* desc.h: the layer's descriptor, its stages and the view of its workspace. C11 and C++14. What
+   they mean: layer.cuh. */
+#ifndef MOE_LAYER_DESC_H
+#define MOE_LAYER_DESC_H
+
+#include "../gate/desc.h"
+#include "../route/desc.h"
+
+/* A shared expert: an MLP that every token goes through, whatever the gate chose. Several shared
+   experts are one of their joint width: their w1 one under another, their w2 side by side. */
+typedef struct moe_layer_shared {
+    moe_weights w1;       /* one expert's [2 Is, H] per gate_up, not gated [Is, H], dtype */
+    moe_weights w2;       /* [H, Is] dtype */
+    const void* bias1;    /* [2 Is] or [Is] dtype; or null */
+    const void* bias2;    /* [H] dtype; or null */
+    const float* weight;  /* [T] factor on what it gives for each token; null = 1 each */
+    int32_t intermediate; /* Is, multiple of 8; 0 = no shared expert, and all else is 0 then */
+    int32_t activation;   /* moe_activation; 0 = SwiGLU; this and the next as in experts.cuh */
+    int32_t gate_up;      /* moe_gate_up; 0 = concatenated */
+    float alpha, limit;   /* of the clamped SwiGLU, else 0 */
+} moe_layer_shared;
+
+typedef struct moe_layer_desc {
+    /* in */
+    const void* x;           /* [T, H] dtype, 16-byte aligned */
+    const void* router;      /* [E, H] router_dtype; or null with logits or ids */
+    const float* logits;     /* [T, E] fp32 in place of the router; or null */
+    const int32_t* ids;      /* [T, K] in place of router and gate, -1 = unused; or null */
+    const float* weights;    /* [T, K] with ids */
+    moe_weights w1;          /* [P, 2I, H] per gate_up, not gated [P, I, H], dtype */
+    moe_weights w2;          /* [P, H, I] dtype */
+    const void* bias1;       /* [P, 2I] or [P, I] dtype; or null */
+    const void* bias2;       /* [P, H] dtype; or null */
+    const void* residual;    /* [T, H] dtype added to y; or null */
+    int64_t x_stride;        /* elements between rows; 0 = H; multiple of 8 */
+    int64_t residual_stride; /* elements between rows; 0 = H */
+    /* out */
+    void* y;          /* [T, H] dtype */
+    int64_t y_stride; /* elements between rows; 0 = H */
+    uint64_t* fault;  /* [1] fault word; or null */
+    /* sizes and options */
+    int32_t num_tokens;   /* T >= 0 */
+    int32_t hidden;       /* H, multiple of 8 */
+    int32_t intermediate; /* I, multiple of 8 */
+    int32_t num_experts;  /* E, 1 .. MOE_MAX_EXPERTS */
+    int32_t top_k;        /* K, 1 .. MOE_COMBINE_MAX_TOP_K; at most E unless ids are given */
+    int32_t dtype;        /* fp16 or bf16; 0 = bf16 */
+    int32_t router_dtype; /* 0 = dtype */
+    int32_t activation;   /* moe_activation; 0 = SwiGLU; this and the next as in experts.cuh */
+    int32_t gate_up;      /* moe_gate_up; 0 = concatenated */
+    float alpha, limit;   /* of the clamped SwiGLU, else 0 */
+    int32_t tile;         /* moe_tile of all products of experts; 0 = by shape and device */
+    /* the stations' options, as in their own headers: what the layer knows better (buffers between
+       the stations, sizes, fault word, workspace) is 0 here */
+    moe_gate_desc gate;      /* rules and their buffers, expert_count, prob_sum; with ids all 0 */
+    moe_route_desc route;    /* replicas, padding, capacity; drop_count, slot_row, row_weight */
+    moe_layer_shared shared; /* the shared expert */
+    /* workspace */
+    void* workspace; /* 256-byte aligned */
+    size_t workspace_bytes;
+} moe_layer_desc;
+
+/* Where the pieces of the workspace lie; what the caller gave points to the caller's own, what this
+   layer has no use for is null. */
+typedef struct moe_layer_view {
+    float* logits;          /* [T, E]; null where ids were given */
+    int32_t* ids;           /* [T, K] */
+    float* weights;         /* [T, K] */
+    int32_t* chunk_count;   /* [moe_num_chunks(T), E]; null with ids or replicas */
+    void* gate_workspace;   /* moe_gate_workspace bytes; or null */
+    void* route_workspace;  /* moe_route_workspace bytes; or null */
+    int32_t* expert_count;  /* [P] */
+    int32_t* expert_offset; /* [P + 1] */
+    int32_t* row_slot;      /* [R] */
+    moe_place* place;       /* [T, K] */
+    void* act;              /* [R, I] */
+    void* rows;             /* [R, H] */
+    void* shared_act;       /* [T, Is]; null without a shared expert */
+    void* shared_rows;      /* [T, H]; the same */
+    int64_t num_rows;       /* R, most rows there can be: T * K without options of route */
+    int32_t num_physical;   /* P, experts that have weights: E without replicas */
+} moe_layer_view;
+
+typedef enum moe_layer_stage {
+    MOE_LAYER_ROUTER,
+    MOE_LAYER_GATE,
+    MOE_LAYER_ROUTE,
+    MOE_LAYER_UP,
+    MOE_LAYER_DOWN,
+    MOE_LAYER_SHARED_UP,
+    MOE_LAYER_SHARED_DOWN,
+    MOE_LAYER_COMBINE,
+    MOE_LAYER_STAGES
+} moe_layer_stage;
+
+MOE_HOST const char* moe_layer_stage_name(int stage)
+{
+    static const char* const name[] = {"router", "gate",      "route",       "up",
+                                       "down",   "shared_up", "shared_down", "combine"};
+    return stage >= 0 && stage < MOE_LAYER_STAGES ? name[stage] : "?";
+}
+
+#endif
