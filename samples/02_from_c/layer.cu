@@ -1,0 +1,100 @@
+/* layer.cu: the one file that sees CUDA. It includes the layer and gives it a C interface, layer.h;
+   main.c has the commands that build it. Compiled by nvcc it runs on a GPU, by g++ on the CPU. */
+#include "moe/layer.cuh"
+
+#include <stdlib.h>
+
+#include "layer.h"
+
+struct layer {
+    moe_layer_desc d;       /* addresses on the device, sizes, workspace; zero means default */
+    void *x, *y;            /* [max_tokens, H] */
+    void *router, *w1, *w2; /* the weights, also in d */
+    int32_t max_tokens;
+    moe_fault fault; /* of the last run */
+};
+
+/* What layer.h declares is C to the linker. */
+extern "C" const char* layer_backend(void)
+{
+    int devices = 0;
+    if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) return 0;
+    return MOE_ON_HOST ? "host" : "cuda";
+}
+
+/* A device copy of `count` bf16 numbers; without a source uninitialised. */
+static moe_status device_new(void** p, const uint16_t* from, int64_t count)
+{
+    MOEI_TRY_CUDA(cudaMalloc(p, (size_t)count * 2));
+    if (from) MOEI_TRY_CUDA(cudaMemcpy(*p, from, (size_t)count * 2, cudaMemcpyHostToDevice));
+    return MOE_OK;
+}
+
+/* The workspace call refuses bad sizes, so it comes before anything is allocated by them. */
+static moe_status create(layer* l, const layer_config* c)
+{
+    const int64_t h = c->hidden, i = c->intermediate, e = c->num_experts, t = c->max_tokens;
+    moe_layer_desc* d = &l->d;
+    d->num_tokens = l->max_tokens = c->max_tokens;
+    d->hidden = c->hidden;
+    d->intermediate = c->intermediate;
+    d->num_experts = c->num_experts;
+    d->top_k = c->top_k;
+    MOEI_REQUIRE(c->router, MOE_ERR_NULL, router);
+    MOEI_REQUIRE(c->w1, MOE_ERR_NULL, w1);
+    MOEI_REQUIRE(c->w2, MOE_ERR_NULL, w2);
+    MOEI_TRY(moe_layer_workspace(d, &d->workspace_bytes));
+    MOEI_TRY_CUDA(cudaMalloc(&d->workspace, d->workspace_bytes));
+    MOEI_TRY_CUDA(cudaMalloc((void**)&d->fault, sizeof *d->fault));
+    MOEI_TRY(device_new(&l->x, 0, t * h));
+    MOEI_TRY(device_new(&l->y, 0, t * h));
+    MOEI_TRY(device_new(&l->router, c->router, e * h));
+    MOEI_TRY(device_new(&l->w1, c->w1, e * 2 * i * h));
+    MOEI_TRY(device_new(&l->w2, c->w2, e * h * i));
+    d->x = l->x, d->y = l->y;
+    d->router = l->router;
+    d->w1.base = l->w1, d->w2.base = l->w2;
+    return moe_preload(); /* the first run is then as quick as the others */
+}
+
+extern "C" moe_status layer_create(const layer_config* config, layer** l)
+{
+    moe_status s;
+    *l = (layer*)calloc(1, sizeof **l);
+    MOEI_REQUIRE(*l, MOE_ERR_NULL, desc);
+    s = create(*l, config);
+    if (s != MOE_OK) {
+        layer_destroy(*l);
+        *l = 0;
+    }
+    return s;
+}
+
+extern "C" moe_status layer_run(layer* l, const uint16_t* x, uint16_t* y, int32_t num_tokens)
+{
+    moe_layer_desc* d = &l->d;
+    const size_t bytes = (size_t)num_tokens * (size_t)d->hidden * 2;
+    uint64_t word = 0;
+    MOEI_REQUIRE(num_tokens >= 0 && num_tokens <= l->max_tokens, MOE_ERR_RANGE, num_tokens);
+    d->num_tokens = num_tokens;
+    /* The layer itself only queues work on the stream it is given, here 0; this wrapper, made for
+       host memory, waits in its copies. */
+    MOEI_TRY_CUDA(cudaMemset(d->fault, 0, sizeof word));
+    MOEI_TRY_CUDA(cudaMemcpy(l->x, x, bytes, cudaMemcpyHostToDevice));
+    MOEI_TRY(moe_layer_forward(d, 0));
+    MOEI_TRY_CUDA(cudaMemcpy(y, l->y, bytes, cudaMemcpyDeviceToHost));
+    MOEI_TRY_CUDA(cudaMemcpy(&word, d->fault, sizeof word, cudaMemcpyDeviceToHost));
+    l->fault = moe_fault_decode(word);
+    return MOE_OK;
+}
+
+extern "C" const char* layer_fault(const layer* l) { return moe_fault_text(l->fault.code); }
+
+extern "C" void layer_destroy(layer* l)
+{
+    if (!l) return;
+    cudaFree(l->x), cudaFree(l->y);
+    cudaFree(l->router), cudaFree(l->w1), cudaFree(l->w2);
+    cudaFree(l->d.workspace), cudaFree(l->d.fault);
+    free(l);
+}
