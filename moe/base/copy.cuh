@@ -102,8 +102,9 @@ MOE_DEVICE void moei_copy_wait(const int pending)
    16-bit elements are rounded to nearest at each addition. */
 
 #if !MOE_ON_HOST
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-#define MOEI_ADD_VECTOR 1 /* red with vectors, and with bf16 */
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900 &&                                             \
+    __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ >= 1201
+#define MOEI_ADD_VECTOR 1 /* red with vectors (PTX 8.1), and with bf16 */
 #else
 #define MOEI_ADD_VECTOR 0
 #endif
