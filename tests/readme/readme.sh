@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# readme.sh ROOT DIR commands|host|nvcc [COMPILER]
+# readme.sh ROOT DIR commands|host|nvcc [COMPILER [FILE NAME]]
 # commands: README.md names the two commands, and CMakePresets.json has them.
-# host, nvcc: takes the code block that follows the line <!-- example: ten-lines --> in README.md,
-# a whole file with main, compiles it as it stands and runs it.
+# host, nvcc: takes the code block that follows the line <!-- example: NAME --> in FILE, else that of
+# ten-lines in README.md, a whole file with main, compiles it as it stands and runs it.
 set -euo pipefail
-root=$1 dir=$2/$3 kind=$3 compiler=${4:-}
-readme=$root/README.md
+root=$1 kind=$3 compiler=${4:-}
+readme=$root/${5:-README.md} example=${6:-ten-lines}
+dir=$2/$example-$kind
 
 if [ "$kind" = commands ]; then
     for preset in sample test; do
@@ -20,11 +21,11 @@ fi
 
 mkdir -p "$dir"
 cd "$dir"
-awk '/^<!-- example: ten-lines -->[ \t]*$/ { marked = 1; next }
+awk -v mark="<!-- example: $example -->" 'index($0, mark) == 1 { marked = 1; next }
      marked == 1 { if ($0 ~ /^```(cuda|c|cpp|c\+\+)[ \t]*$/) { marked = 2; next } exit }
      marked == 2 { if ($0 ~ /^```/) exit; print }' "$readme" > example.cu
 if [ ! -s example.cu ]; then
-    echo "README.md has no code block right after the line <!-- example: ten-lines -->"
+    echo "$readme has no code block right after the line <!-- example: $example -->"
     exit 1
 fi
 if [ "$kind" = host ]; then
