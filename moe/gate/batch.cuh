@@ -74,20 +74,30 @@ MOE_DEVICE void moei_gate_batch_sum_block(const moe_gate_desc* d, float* sum)
 }
 
 /* row [E] becomes the sums over all chunks, NaN where the expert is switched off; part [warps][E] is
-   scratch. Every block gets the same. Ends with a barrier. */
+   scratch. A thread has 4 experts, or 1, and every so many chunks. Every block gets the same. Ends
+   with a barrier. */
 MOE_DEVICE void moei_gate_batch_row(const moe_gate_desc* d, float* row, float* part)
 {
     const int E = d->num_experts, warps = (int)blockDim.x / MOEI_WARP, chunks = (int)gridDim.x;
-    const int tiles = (E + MOEI_WARP - 1) / MOEI_WARP;
-    const int parts = warps > tiles ? warps / tiles : 1;
-    for (int u = moei_warp(); u < tiles * parts; u += warps) {
-        const int e = u % tiles * MOEI_WARP + moei_lane();
-        float sum = 0.0f;
-        if (e < E) {
+    const int width = E % 4 == 0 ? 4 : 1, columns = E / width;
+    const int fit = (int)blockDim.x / columns, most = fit < warps ? fit : warps;
+    const int parts = most > 1 ? most : 1;
+    const float* sums = (const float*)d->workspace;
+    for (int i = (int)threadIdx.x; i < parts * columns; i += (int)blockDim.x) {
+        const int e = i % columns * width;
+        if (width == 4) {
+            float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
             MOEI_UNROLL_8
-            for (int c = u / tiles; c < chunks; c += parts)
-                sum += ((const float*)d->workspace)[(int64_t)c * E + e];
-            part[u / tiles * E + e] = sum;
+            for (int c = i / columns; c < chunks; c += parts) {
+                const float4 v = *(const float4*)(sums + (int64_t)c * E + e);
+                sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
+            }
+            *(float4*)(part + i / columns * E + e) = sum;
+        } else {
+            float sum = 0.0f;
+            MOEI_UNROLL_8
+            for (int c = i / columns; c < chunks; c += parts) sum += sums[(int64_t)c * E + e];
+            part[i] = sum;
         }
     }
     __syncthreads();
@@ -99,22 +109,22 @@ MOE_DEVICE void moei_gate_batch_row(const moe_gate_desc* d, float* row, float* p
     __syncthreads();
 }
 
-/* shared->chosen [K] becomes the batch's choices; returns how many there are. Then shared->bias, as
-   int, has each chosen expert's place among them. All threads; a barrier must follow. What
-   shared->prob held is cleared. */
-MOE_DEVICE int moei_gate_batch_choose(const moe_gate_desc* d, const moei_gate_shared* shared)
+/* shared->chosen [K] becomes the batch's choices, -1 where there are no more, and shared->bias what
+   makes every token choose them, in order. All threads; a barrier must follow. What shared->prob held
+   is cleared. */
+MOE_DEVICE void moei_gate_batch_choose(const moe_gate_desc* d, const moei_gate_shared* shared)
 {
     const int E = d->num_experts, K = d->top_k, warps = (int)blockDim.x / MOEI_WARP;
-    int n = 0;
     __syncthreads();
     moei_gate_batch_row(d, shared->bias, shared->prob);
     for (int i = (int)threadIdx.x; i < warps * E; i += (int)blockDim.x) shared->prob[i] = 0.0f;
     if (moei_warp() == 0) moe_warp_top_k(shared->chosen, shared->bias, E, K);
     __syncthreads();
+    for (int e = (int)threadIdx.x; e < E; e += (int)blockDim.x)
+        shared->bias[e] = __uint_as_float(0xff800000u);
+    __syncthreads();
     for (int k = (int)threadIdx.x; k < K; k += (int)blockDim.x)
-        if (shared->chosen[k] >= 0) ((int*)shared->bias)[shared->chosen[k]] = k;
-    while (n < K && shared->chosen[n] >= 0) ++n;
-    return n;
+        if (shared->chosen[k] >= 0) shared->bias[shared->chosen[k]] = (float)-k;
 }
 
 #endif

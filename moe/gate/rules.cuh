@@ -210,9 +210,9 @@ MOE_DEVICE void moei_gate_lane_order(uint16_t* order, const moei_gate_pick* pick
     }
 }
 
-/* Writes a token's K choices from its picks in order, of which there are n, and counts them: lane r has
-   the choices r, r + lanes, ... */
-MOE_DEVICE void moei_gate_lane_finish(const moe_gate_desc* d, int* count, int64_t t, bool live, int n,
+/* Writes a token's K choices from its picks in order, and counts them: lane r has the choices r,
+   r + lanes, ... */
+MOE_DEVICE void moei_gate_lane_finish(const moe_gate_desc* d, int* count, int64_t t, bool live,
                                       const moei_gate_pick* pick, const uint16_t* expert,
                                       const uint16_t* order, const moei_gate_stats* s, int rank,
                                       const int lanes, const int depth)
@@ -227,7 +227,7 @@ MOE_DEVICE void moei_gate_lane_finish(const moe_gate_desc* d, int* count, int64_
         const int k = m * lanes + rank;
         weight[m] = 0.0f;
         e[m] = -1;
-        if (m * lanes < depth && live && k < K && k < n) {
+        if (m * lanes < depth && live && k < K) {
             const int c = order[k];
             const float v = pick[c].logit;
             weight[m] = softmax ? moei_exp2_fast(fmaf(v, 1.44269502f, shift))
@@ -251,27 +251,12 @@ MOE_DEVICE void moei_gate_lane_finish(const moe_gate_desc* d, int* count, int64_
     }
 }
 
-/* Picks what the whole batch has chosen. Is the token to be done again? */
-MOE_DEVICE bool moei_gate_lane_batch(moei_gate_pick* pick, uint16_t* expert, uint16_t* order,
-                                     const float* v, uint32_t batch, const moei_gate_shared* shared,
-                                     const moei_gate_stats* s, int rank, const int lanes,
-                                     const int per_lane)
-{
-    MOEI_UNROLL
-    for (int j = 0; j < per_lane; ++j)
-        if (batch >> j & 1) {
-            const int e = moei_gate_expert(j, rank, lanes);
-            const int k = ((const int*)shared->bias)[e];
-            pick[k].logit = v[j];
-            expert[k] = (uint16_t)e;
-            order[k] = (uint16_t)k;
-        }
-    {
-        bool redo = s->nan || !(fabsf(s->max) < 1e8f);
-        for (int w = 1; w < lanes; w <<= 1) redo |= __shfl_xor_sync(MOEI_FULL, (int)redo, w) != 0;
-        return redo;
-    }
-}
+/* Are registers left to fetch the next token's logits while this one's are sorted? */
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+#define MOEI_GATE_EARLY 0
+#else
+#define MOEI_GATE_EARLY 1
+#endif
 
 /* One block; a token is owned by an aligned group of `lanes` lanes with `per_lane` logits each.
    K <= depth. The token's largest merits in order tell each lane which of its own are among the K;
@@ -292,15 +277,13 @@ MOE_DEVICE_BODY void moei_gate_rules_block(const moe_gate_desc* d, const moei_ga
     const bool grouped = d->num_groups > 1 && d->top_groups < d->num_groups;
     const int group_size = E / d->num_groups;
     const bool by_score = moei_gate_by_score(d);
-    const bool early = per_lane <= 16; /* registers are left to fetch the next token's logits */
+    const bool early = per_lane <= 16 && MOEI_GATE_EARLY;
     const uint64_t seed = moei_gate_seed(d);
     moei_gate_pick* pick = shared->pick + own * (2 * depth);
     uint16_t* expert = shared->expert + own * (2 * depth);
     uint16_t* order = shared->order + own * depth;
     float* prob = shared->prob + moei_warp() * E;
     uint32_t off = 0; /* of this lane's experts, for all tokens */
-    uint32_t batch = 0; /* those of this lane's that the whole batch has chosen */
-    int batch_size = 0;
     float next[32];
 
     if (early) moei_gate_read(next, d, first + (own < tokens ? own : 0), rank, wide, lanes, per_lane);
@@ -309,13 +292,7 @@ MOE_DEVICE_BODY void moei_gate_rules_block(const moe_gate_desc* d, const moei_ga
         const int e = moei_gate_expert(j, rank, lanes);
         if (e >= E || (d->expert_off && d->expert_off[e])) off |= 1u << j;
     }
-    if (d->whole_batch) batch_size = moei_gate_batch_choose(d, shared);
-    MOEI_NO_UNROLL
-    for (int k = 0; k < batch_size; ++k) {
-        const int e = shared->chosen[k];
-        if (((e >> 3) & (lanes - 1)) != rank) continue;
-        batch |= 1u << (e / (8 * lanes) * 8 + (e & 7));
-    }
+    if (d->whole_batch) moei_gate_batch_choose(d, shared);
     __syncthreads();
     for (int i = own; __any_sync(MOEI_FULL, i < tokens); i += step) {
         const int64_t t = first + (i < tokens ? i : 0);
@@ -344,72 +321,66 @@ MOE_DEVICE_BODY void moei_gate_rules_block(const moe_gate_desc* d, const moei_ga
         MOEI_UNROLL
         for (int j = 0; j < per_lane; ++j) u[j] = v[j];
         if (by_score) moei_gate_lane_scores(u, v, d, &s, per_lane);
-        if (d->expert_bias) {
+        if (d->expert_bias || d->whole_batch) { /* the batch's choices are all that counts there */
             MOEI_UNROLL
             for (int j = 0; j < per_lane; ++j) {
                 const int e = moei_gate_expert(j, rank, lanes);
-                u[j] += e < E ? shared->bias[e] : 0.0f;
+                u[j] = (d->whole_batch ? 0.0f : u[j]) + (e < E ? shared->bias[e] : 0.0f);
             }
         }
-        if (by_score && unseen) {
+        if ((by_score || d->whole_batch) && unseen) {
             MOEI_UNROLL
             for (int j = 0; j < per_lane; ++j)
                 if (unseen >> j & 1) u[j] = __uint_as_float(0xff800000u);
         }
-        if (d->whole_batch) {
-            redo = moei_gate_lane_batch(pick, expert, order, v, batch, shared, &s, rank, lanes,
-                                        per_lane);
-            redo = redo && live;
-            n = batch_size;
-        } else {
-            if (grouped)
-                moei_gate_lane_groups(u, d, shared->best + own * (E >> 2),
-                                      shared->group + own * ((d->num_groups + 3) / 4 * 4), group_size,
-                                      rank, lanes, per_lane);
-            moei_group_sort_largest(top, u, lanes, per_lane, depth);
+        if (grouped)
+            moei_gate_lane_groups(u, d, shared->best + own * (E >> 2),
+                                  shared->group + own * ((d->num_groups + 3) / 4 * 4), group_size,
+                                  rank, lanes, per_lane);
+        moei_group_sort_largest(top, u, lanes, per_lane, depth);
+        MOEI_UNROLL
+        for (int k = 0; k < depth; ++k)
+            if (k < K) kth = top[k];
+        /* beyond, rounding is no longer small; and each of the K must be there */
+        redo = s.nan || !(fabsf(s.max) < 1e8f) || !(fabsf(top[0]) < 1e8f) || !(kth >= -3e38f);
+        MOEI_UNROLL
+        for (int j = 0; j < per_lane; ++j) n += u[j] >= kth ? 1 : 0;
+        n |= redo ? 1 << 16 : 0;
+        before = n;
+        MOEI_UNROLL
+        for (int w = 1; w < lanes; w <<= 1) {
+            const int other = __shfl_up_sync(MOEI_FULL, before, w, lanes);
+            if (rank >= w) before += other;
+        }
+        {
+            const int all = __shfl_sync(MOEI_FULL, before, lanes - 1, lanes);
+            before = (before - n) & 0xffff;
+            n = all; /* over 16 bits: a lane wants it done again */
+        }
+        redo = live && (n < K || n > 2 * depth);
+        if (redo || !live) n = 0;
+        if (n > 0) {
             MOEI_UNROLL
-            for (int k = 0; k < depth; ++k)
-                if (k < K) kth = top[k];
-            /* beyond, rounding is no longer small; and each of the K must be there */
-            redo = s.nan || !(fabsf(s.max) < 1e8f) || !(fabsf(top[0]) < 1e8f) || !(kth >= -3e38f);
-            MOEI_UNROLL
-            for (int j = 0; j < per_lane; ++j) n += u[j] >= kth ? 1 : 0;
-            n |= redo ? 1 << 16 : 0;
-            before = n;
-            MOEI_UNROLL
-            for (int w = 1; w < lanes; w <<= 1) {
-                const int other = __shfl_up_sync(MOEI_FULL, before, w, lanes);
-                if (rank >= w) before += other;
-            }
-            {
-                const int all = __shfl_sync(MOEI_FULL, before, lanes - 1, lanes);
-                before = (before - n) & 0xffff;
-                n = all; /* over 16 bits: a lane wants it done again */
-            }
-            redo = live && (n < K || n > 2 * depth);
-            if (redo || !live) n = 0;
-            if (n > 0) {
-                MOEI_UNROLL
-                for (int j = 0; j < per_lane; ++j)
-                    if (u[j] >= kth) {
-                        pick[before].merit = u[j];
-                        pick[before].logit = v[j];
-                        expert[before++] = (uint16_t)moei_gate_expert(j, rank, lanes);
-                    }
-            }
-            __syncwarp(MOEI_FULL);
-            moei_gate_lane_order(order, pick, expert, n, top, K, rank, lanes, depth);
+            for (int j = 0; j < per_lane; ++j)
+                if (u[j] >= kth) {
+                    pick[before].merit = u[j];
+                    pick[before].logit = v[j];
+                    expert[before++] = (uint16_t)moei_gate_expert(j, rank, lanes);
+                }
         }
         __syncwarp(MOEI_FULL);
-        moei_gate_lane_finish(d, shared->count, t, live && !redo, n, pick, expert, order, &s, rank,
-                              lanes, depth);
+        moei_gate_lane_order(order, pick, expert, n, top, K, rank, lanes, depth);
+        __syncwarp(MOEI_FULL);
+        moei_gate_lane_finish(d, shared->count, t, n > 0, pick, expert, order, &s, rank, lanes,
+                              depth);
         if (masked) moei_gate_unused(d, t, rank, lanes);
         if (d->prob_sum) {
             const bool in = live && !redo;
             const float part = d->score != MOE_SCORE_SIGMOID ? 1.0f
                                : s.sum > 0.0f                ? __fdividef(1.0f, s.sum)
                                                              : 0.0f;
-            if (!by_score || d->expert_bias || grouped) moei_gate_lane_scores(u, v, d, &s, per_lane);
+            if (!by_score || d->expert_bias || grouped)
+                moei_gate_lane_scores(u, v, d, &s, per_lane);
             MOEI_UNROLL
             for (int j = 0; j < per_lane; ++j) u[j] = in && !(unseen >> j & 1) ? u[j] * part : 0.0f;
             moei_gate_lane_add(u, prob, E, rank, lanes, per_lane);

@@ -34,6 +34,7 @@ MOE_DEVICE moei_gate_stats moei_gate_row_stats(const moe_gate_desc* d, uint64_t 
     moei_gate_stats s;
     float v, max = __uint_as_float(0xff800000u), sum = 0.0f;
     bool nan = false;
+    MOEI_NO_UNROLL
     for (int e = moei_lane(); e < E; e += MOEI_WARP)
         if (moei_gate_see(&v, d, seed, t, e, rules)) {
             nan = nan || moei_is_nan(v);
@@ -47,6 +48,7 @@ MOE_DEVICE moei_gate_stats moei_gate_row_stats(const moe_gate_desc* d, uint64_t 
         while (n < before && n > 0 && !s.nan) {
             float part = 0.0f;
             int above = 0;
+            MOEI_NO_UNROLL
             for (int e = moei_lane(); e < E; e += MOEI_WARP)
                 if (moei_gate_see(&v, d, seed, t, e, rules)) {
                     const float z = moei_gate_below(v, s.max);
@@ -59,6 +61,7 @@ MOE_DEVICE moei_gate_stats moei_gate_row_stats(const moe_gate_desc* d, uint64_t 
         }
         return s;
     }
+    MOEI_NO_UNROLL
     for (int e = moei_lane(); e < E; e += MOEI_WARP)
         if (moei_gate_see(&v, d, seed, t, e, rules)) {
             const float below = sigmoid ? -v : moei_gate_below(v, s.max);
@@ -106,6 +109,7 @@ MOE_DEVICE uint32_t moei_gate_groups(const moe_gate_desc* d, uint64_t seed, int6
     float best = none, second = none, v;
     int ahead = 0;
     if (d->top_groups == G) return MOEI_FULL;
+    MOEI_NO_UNROLL
     for (int e = g * size; g < G && e < (g + 1) * size; ++e)
         if (moei_gate_logit(&v, d, seed, t, e)) {
             v = moei_gate_merit(d, v, e, s);
@@ -125,6 +129,7 @@ MOE_DEVICE void moei_gate_add_probabilities(const moe_gate_desc* d, float* prob,
                                             int64_t t, const moei_gate_stats* s)
 {
     float v;
+    MOEI_NO_UNROLL
     for (int e = moei_lane(); e < d->num_experts; e += MOEI_WARP)
         if (moei_gate_logit(&v, d, seed, t, e)) prob[e] += moei_gate_probability(d, v, s);
 }
@@ -222,10 +227,12 @@ MOE_DEVICE void moei_gate_token(const moe_gate_desc* d, int* count, float* prob,
         }
     }
     if (rules && d->num_groups > 1) groups = moei_gate_groups(d, seed, t, &s);
+    MOEI_NO_UNROLL
     for (int k = 0; k < K && !(rules && d->whole_batch); ++k) {
         uint32_t best = 0;
         int best_at = E;
         float v, best_v = 0.0f;
+        MOEI_NO_UNROLL
         for (int e = moei_lane(); e < E; e += MOEI_WARP) {
             if (rules && !(groups >> (e / group) & 1)) continue;
             if (moei_gate_see(&v, d, seed, t, e, rules)) {
