@@ -2,7 +2,9 @@
 #ifndef MOE_MOE_CUH
 #define MOE_MOE_CUH
 
+#include "combine_scatter.cuh"
 #include "layer.cuh"
 #include "moe.h"
+#include "permute.cuh"
 
 #endif

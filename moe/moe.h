@@ -1,13 +1,17 @@
-/* moe.h: everything that is plain C, C11 and C++14: version, statuses, faults, types, shapes, the
-   grouped GEMM's descriptor. */
+/* moe.h: everything that is plain C, C11 and C++14: version, statuses, faults, types, shapes, random
+   numbers, and the descriptors that need no CUDA. */
 #ifndef MOE_MOE_H
 #define MOE_MOE_H
 
 #include "base/config.h"
 #include "base/fault.h"
+#include "base/random.h"
 #include "base/status.h"
 #include "base/types.h"
+#include "gate/desc.h"
 #include "gemm/desc.h"
+#include "layer/desc.h"
 #include "layout.h"
+#include "route/desc.h"
 
 #endif

@@ -11,6 +11,7 @@
 #include "gate_rules.h"
 #include "gemm.h"
 #include "layer.h"
+#include "permute.h"
 #include "real.h"
 #include "route.h"
 #include "router.h"
