@@ -4,8 +4,9 @@
    [16][wn + 4] fp32, reads it back in row order, adds the bias, applies the activation and
    writes 16 bytes a lane. No block barrier: each warp stores when it is done.
 
-   Gate and up of a gated activation: where they are interleaved, columns 2j and 2j + 1 of the strip;
-   otherwise columns j and wn/2 + j, since the loader has put both halves into the warp's columns. */
+   Gate and up of a gated activation: where they are interleaved, columns 2j and 2j + 1 of the
+   strip; otherwise columns j and wn/2 + j, since the loader has put both halves into the warp's
+   columns. */
 #ifndef MOE_GEMM_EPILOGUE_CUH
 #define MOE_GEMM_EPILOGUE_CUH
 
@@ -34,8 +35,8 @@ MOE_DEVICE void moei_epilogue_bias(float* v, const uint16_t* bias, int64_t at, i
     for (int i = 0; i < 8; ++i) v[i] += moei_half_to_f32(bias[at + i * step], dtype);
 }
 
-/* v = activation(v) of 8 gates or plain columns, w their ups where there are any. Knows all but NONE
-   and SwiGLU, which the caller has. */
+/* v = activation(v) of 8 gates or plain columns, w their ups where there are any. Knows all but
+   NONE and SwiGLU, which the caller has. */
 MOE_DEVICE void moei_epilogue_activate(float* v, float* w, const moe_grouped_gemm_desc* d)
 {
     const int kind = d->activation;
