@@ -917,7 +917,8 @@ static void test_combine_past_2_31(void)
     const int64_t stride = ((int64_t)1 << 30) + 8;
     trand r = trand_new(13);
     for (int i = 0; i < 2; ++i) {
-        const int64_t row_stride = wide[i][0] ? stride : H, y_stride = wide[i][1] ? stride : H;
+        const int64_t row_stride = wide[i][0] ? stride : (int64_t)H;
+        const int64_t y_stride = wide[i][1] ? stride : (int64_t)H;
         const size_t bytes = (size_t)stride * (wide[i][0] ? ROWS : T) * 2;
         size_t free_bytes, total;
         uint16_t* rows = (uint16_t*)new_rows(&r, ROWS, H, H, MOE_BF16);
