@@ -29,6 +29,8 @@
      p.x = rows;  p.y = slots;                   // [T, K, H]
      s = moe_unpermute(&p, stream);
 
+   In a kernel of your own: moe_copy_row.
+
    Source: permute and unpermute of the field's grouped MoE layers, as gathers and with each token
    read once. */
 #ifndef MOE_PERMUTE_CUH
@@ -127,6 +129,44 @@ MOE_DEVICE void moei_permute_store(char* p, uint4 v, const int width)
     else if (width == 8) *(uint2*)p = make_uint2(v.x, v.y);
     else if (width == 4) *(uint32_t*)p = v.x;
     else *(uint16_t*)p = (uint16_t)v.x;
+}
+
+MOE_DEVICE void moei_permute_copy(char* y, const char* x, int64_t bytes, int thread, int threads,
+                                  const int width)
+{
+    const int64_t step = (int64_t)threads * width;
+    for (int64_t i = (int64_t)thread * width; i < bytes; i += 4 * step) {
+        uint4 v[4];
+        MOEI_UNROLL
+        for (int u = 0; u < 4; ++u) {
+            v[u] = make_uint4(0, 0, 0, 0);
+            if (x && i + u * step < bytes) v[u] = moei_permute_load(x + i + u * step, width);
+        }
+        MOEI_UNROLL
+        for (int u = 0; u < 4; ++u)
+            if (i + u * step < bytes) moei_permute_store(y + i + u * step, v[u], width);
+    }
+}
+
+/* y[0 .. bytes) = x[0 .. bytes), zeros where x is null: one row, for kernels of your own. `threads`
+   threads share the work and this one is number `thread` of them: (lane, 32) for a warp,
+   (threadIdx.x, blockDim.x) for a block. A thread has four pieces under way. No barrier, no shared
+   memory, and they need not come together; whoever reads y by other threads puts a barrier between.
+   y and x do not overlap and are aligned to 2 bytes, and bytes is even; 16 (8, 4) bytes at a time
+   where both begin at multiples of 16 (8, 4), what is left at the end 2 at a time. */
+MOE_DEVICE void moe_copy_row(void* y, const void* x, int64_t bytes, int thread, int threads)
+{
+    const uintptr_t both = (uintptr_t)y | (uintptr_t)x;
+    const int width = both % 16 == 0 ? 16 : both % 8 == 0 ? 8 : both % 4 == 0 ? 4 : 2;
+    const int64_t done = bytes - bytes % width;
+    char* to = (char*)y;
+    const char* from = (const char*)x;
+    if (width == 16) moei_permute_copy(to, from, done, thread, threads, 16);
+    else if (width == 8) moei_permute_copy(to, from, done, thread, threads, 8);
+    else if (width == 4) moei_permute_copy(to, from, done, thread, threads, 4);
+    else moei_permute_copy(to, from, done, thread, threads, 2);
+    if (done < bytes)
+        moei_permute_copy(to + done, from ? from + done : 0, bytes - done, thread, threads, 2);
 }
 
 /* Gathers rows: y[i, :] = x[index[i] / div, :]. A thread looks its rows up, then loads a piece of
