@@ -33,7 +33,8 @@
    Cost: two launches, or one when the gate has left its chunk_count; one more for capacity by
    weight. Traffic: the ids once a launch, the weights once, each output once, and by each of up to
    MOE_MAX_CHUNKS blocks all the chunk counts. Capacity by weight: also slots and weights once to
-   the workspace and some four times, out of the cache, back.
+   the workspace and, out of the cache, back; some four times where an expert has half more
+   than the average, or more than 4096 slots.
    Any E up to MOE_MAX_EXPERTS; T * K, and the rows, below 2^31. Minimum architecture: sm_75.
 
      moe_route_desc r = {0};
@@ -249,8 +250,8 @@ MOE_HOST moe_status moei_route_by_weight(const moei_route_args* a,
     list.max_rows = (int32_t)slots;
     list.list_only = 1;
     MOEI_TRY(MOE_LAUNCH(moei_route_place_options, *placing, list));
-    /* an expert somewhat fuller than the average is still done in one go */
-    while (threads < MOEI_ROUTE_KEEP_THREADS && threads * MOEI_ROUTE_KEEP_STEPS < slots / P * 5 / 4)
+    /* an expert up to half fuller than the average is read once */
+    while (threads < MOEI_ROUTE_KEEP_THREADS && threads * MOEI_ROUTE_KEEP_STEPS < slots / P * 3 / 2)
         threads *= 2;
     c = moei_grid(P, threads, 0, stream);
     c.dependent = 1;

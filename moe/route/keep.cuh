@@ -2,35 +2,45 @@
 
    The slots already stand in expert order in a list in the workspace (place.cuh wrote it). One
    block has one expert: it finds the weight of the last slot that stays, digit by digit, and then
-   gives rows to those that stay, in slot order. All counts are integers, so nothing depends on the
-   order of the threads. An expert with all slots has its block to itself: right, not quick. */
+   gives rows to those that stay, in slot order. A list of at most MOEI_ROUTE_KEEP_STEPS entries a
+   thread is read once, into registers; a longer one round by round, each time anew. All counts are
+   integers, so nothing depends on the order of the threads. An expert with all slots has its block
+   to itself: right, not quick. */
 #ifndef MOE_ROUTE_KEEP_CUH
 #define MOE_ROUTE_KEEP_CUH
 
 #include "../base/numeric.cuh"
 #include "place.cuh"
 
-#define MOEI_ROUTE_KEEP_THREADS 1024 /* of a block, at most */
-#define MOEI_ROUTE_KEEP_STEPS 4      /* list entries of a thread that are under way together */
-#define MOEI_ROUTE_BIN_BITS 11       /* a digit */
-#define MOEI_ROUTE_BINS (1 << MOEI_ROUTE_BIN_BITS)
+#define MOEI_ROUTE_KEEP_THREADS 512  /* of a block, at most; a power of two, at least 32 */
+#define MOEI_ROUTE_KEEP_STEPS 8      /* list entries of a thread in a round, at most */
 
 typedef struct moei_route_keep_shared {
-    moei_block_scan_scratch scratch;
-    int bin[MOEI_ROUTE_BINS];
-    uint32_t differ; /* bits in which two keys of the list differ */
-    int digit;       /* the bin that the last slot to stay is in */
-    int above, in;   /* slots in the bins above it, and in it */
+    uint4 bin[MOEI_ROUTE_KEEP_THREADS]; /* slots by digit, four digits a thread */
+    int warp_sum[2][MOEI_WARP];
+    uint32_t row, rows; /* sums over the experts before, and over all */
+    uint32_t differ;    /* bits in which two keys of the list differ */
+    int digit;          /* the bin that the last slot to stay is in */
+    int above, in;      /* slots in the bins above it, and in it */
 } moei_route_keep_shared;
 
-/* An expert's part of the list, and its first row. */
+/* An expert's part of the list. */
 typedef struct moei_route_part {
     const int32_t* slot;
     const float* weight;
-    int count;
-    int row;  /* first row of the expert */
-    int rows; /* of all experts */
+    uint32_t count; /* below 2^31: sums of it and of a round do not wrap */
+    uint32_t round; /* entries that the block has in registers together */
+    int steps;      /* of them a thread's: 1 .. MOEI_ROUTE_KEEP_STEPS */
+    float first;    /* weight of the first entry */
 } moei_route_part;
+
+/* A thread's entries of the round that begins at `begin`. A warp's are neighbours, and so are its
+   lanes' of one step. */
+typedef struct moei_route_entries {
+    int slot[MOEI_ROUTE_KEEP_STEPS]; /* -1, weight 0: no entry */
+    float weight[MOEI_ROUTE_KEEP_STEPS];
+    uint32_t begin;
+} moei_route_entries;
 
 /* A slot stays where its key's bits from `shift` on are above `limit`, and so do the first `equal`
    slots where they are the same. shift 32, limit 0: the first `equal` slots stay. */
@@ -48,95 +58,152 @@ MOE_DEVICE uint32_t moei_route_key_bits(uint32_t key, int shift)
     return shift > 31 ? 0u : key >> shift;
 }
 
-/* This block's expert: counts, offsets and the part of the list. Ends with a barrier. */
-MOE_DEVICE moei_route_part moei_route_find_part(const moei_route_args* a,
-                                                moei_block_scan_scratch* scratch)
+/* The part of the list from `from` on. */
+MOE_DEVICE moei_route_part moei_route_find_part(const moei_route_args* a, int from, int count)
 {
-    const moe_route_desc* d = &a->d;
-    const int P = d->num_replicas, own = (int)blockIdx.x, slots = d->num_tokens * d->top_k;
-    const int from = a->list_offset[own];
-    unsigned before = 0, all = 0;
+    const int slots = a->d.num_tokens * a->d.top_k;
     moei_route_part p;
-    int sum;
-    for (int e = (int)threadIdx.x; e < P; e += (int)blockDim.x) {
-        const unsigned n = (unsigned)a->list_count[e];
-        const unsigned rows =
-            moei_route_padded(d, n < (unsigned)d->capacity ? n : (unsigned)d->capacity);
-        all += rows;
-        before += e < own ? rows : 0;
+    if (from < 0 || count < 0 || (int64_t)from + count > slots) { /* not these ids' counts */
+        if (threadIdx.x == 0) moei_fault_raise(a->d.fault, MOE_FAULT_BAD_COUNT, 0, 0);
+        from = count = 0;
     }
-    (void)moei_block_exclusive_scan((int)before, scratch, &sum);
-    p.row = sum;
-    (void)moei_block_exclusive_scan((int)all, scratch, &sum);
-    p.rows = sum;
-    p.count = a->list_count[own];
-    if (from < 0 || p.count < 0 || (int64_t)from + p.count > slots) { /* not these ids' counts */
-        if (threadIdx.x == 0) moei_fault_raise(d->fault, MOE_FAULT_BAD_COUNT, 0, 0);
-        p.count = 0;
-    }
-    p.slot = a->list_slot + (p.count ? from : 0);
-    p.weight = a->list_weight + (p.count ? from : 0);
+    p.slot = a->list_slot + from;
+    p.weight = a->list_weight + from;
+    p.count = (uint32_t)count;
+    p.steps = (int)((p.count + blockDim.x - 1) >> (31 - __clz((int)blockDim.x)));
+    if (p.steps == 0) p.steps = 1;
+    if (p.steps > MOEI_ROUTE_KEEP_STEPS) p.steps = MOEI_ROUTE_KEEP_STEPS;
+    p.round = blockDim.x * (uint32_t)p.steps;
+    p.first = count ? __uint_as_float(moei_load4_early(p.weight)) : 0.0f;
     return p;
 }
 
-/* The bits in which the keys of the list differ: a digit below the common ones spreads them over
-   more bins, and it is read by fewer passes. */
-MOE_DEVICE uint32_t moei_route_differ(const moei_route_part* p, moei_route_keep_shared* s)
+/* The list position of a thread's entry of step i in the round that begins at `begin`. */
+MOE_DEVICE uint32_t moei_route_at(const moei_route_part* p, uint32_t begin, int i)
 {
-    const uint32_t first = moei_route_key(p->weight[0]);
-    uint32_t differ = 0;
-    if (threadIdx.x == 0) s->differ = 0;
+    return begin + (uint32_t)((moei_warp() * p->steps + i) * MOEI_WARP + moei_lane());
+}
+
+/* Is there one? */
+MOE_DEVICE bool moei_route_is_entry(const moei_route_part* p, uint32_t begin, int i)
+{
+    return i < p->steps && moei_route_at(p, begin, i) < p->count;
+}
+
+MOE_DEVICE void moei_route_load_entries(moei_route_entries* x, const moei_route_part* p,
+                                        uint32_t begin)
+{
+    x->begin = begin;
+    MOEI_UNROLL
+    for (int i = 0; i < MOEI_ROUTE_KEEP_STEPS; ++i) {
+        const uint32_t at = moei_route_at(p, begin, i);
+        const bool in = moei_route_is_entry(p, begin, i);
+        x->slot[i] = in ? (int)moei_load4_early(p->slot + at) : -1;
+        x->weight[i] = in ? __uint_as_float(moei_load4_early(p->weight + at)) : 0.0f;
+    }
+}
+
+/* Has the round that begins at `begin` in x: the only one of a short list always is. */
+MOE_DEVICE void moei_route_have_entries(moei_route_entries* x, const moei_route_part* p,
+                                        uint32_t begin)
+{
+    if (x->begin != begin) moei_route_load_entries(x, p, begin);
+}
+
+/* Sets row and rows and, where the expert has too many slots, differ: a digit below the bits that
+   all keys share spreads them over more bins, and they are done in fewer passes. Ends with a
+   barrier. */
+MOE_DEVICE void moei_route_sum_up(const moei_route_args* a, const moei_route_part* p,
+                                  moei_route_entries* x, moei_route_keep_shared* s)
+{
+    const moe_route_desc* d = &a->d;
+    const uint32_t capacity = (uint32_t)d->capacity;
+    uint32_t before = 0, all = 0, differ = 0;
+    for (int e = (int)threadIdx.x; e < d->num_replicas; e += (int)blockDim.x) {
+        const uint32_t n = (uint32_t)a->list_count[e];
+        const uint32_t rows = moei_route_padded(d, n < capacity ? n : capacity);
+        all += rows;
+        before += e < (int)blockIdx.x ? rows : 0;
+    }
+    for (uint32_t begin = 0; p->count > capacity && begin < p->count; begin += p->round) {
+        moei_route_have_entries(x, p, begin);
+        MOEI_UNROLL
+        for (int i = 0; i < MOEI_ROUTE_KEEP_STEPS; ++i)
+            if (moei_route_is_entry(p, begin, i))
+                differ |= moei_route_key(x->weight[i]) ^ moei_route_key(p->first);
+    }
+    for (int l = MOEI_WARP / 2; l > 0; l >>= 1) {
+        before += __shfl_xor_sync(MOEI_FULL, before, l);
+        all += __shfl_xor_sync(MOEI_FULL, all, l);
+        differ |= __shfl_xor_sync(MOEI_FULL, differ, l);
+    }
+    if (moei_lane() == 0) { /* many warps have nothing to add */
+        if (before) atomicAdd(&s->row, before);
+        if (all) atomicAdd(&s->rows, all);
+        if (differ) atomicOr(&s->differ, differ);
+    }
     __syncthreads();
-    MOEI_UNROLL_8
-    for (uint32_t i = threadIdx.x; i < (uint32_t)p->count; i += blockDim.x)
-        differ |= moei_route_key(p->weight[i]) ^ first;
-    for (int l = MOEI_WARP / 2; l > 0; l >>= 1) differ |= __shfl_xor_sync(MOEI_FULL, differ, l);
-    if (moei_lane() == 0) atomicOr(&s->differ, differ);
+}
+
+/* Sum over the warps before this one of what their last lanes give; *total: over all warps. No
+   barrier at the end: one must come before warp_sum is used again. */
+MOE_DEVICE int moei_route_warps_before(int n, int* warp_sum, int* total)
+{
+    int sum, scan;
+    if (moei_lane() == MOEI_WARP - 1) warp_sum[moei_warp()] = n;
     __syncthreads();
-    return s->differ;
+    sum = moei_lane() < (int)(blockDim.x >> 5) ? warp_sum[moei_lane()] : 0;
+    scan = moei_warp_inclusive_scan(sum);
+    *total = __shfl_sync(MOEI_FULL, scan, MOEI_WARP - 1);
+    return __shfl_sync(MOEI_FULL, scan - sum, moei_warp());
 }
 
 /* Finds digit, above and in: the bin in which the slots counted from the highest bin on reach
-   `need`. Ends with a barrier. */
+   `need`. Clears the bins. Ends with a barrier. */
 MOE_DEVICE void moei_route_find_digit(moei_route_keep_shared* s, int need)
 {
-    const int each = MOEI_ROUTE_BINS / (int)blockDim.x; /* bins of a thread, highest first */
-    const int top = MOEI_ROUTE_BINS - 1 - (int)threadIdx.x * each;
-    int n = 0, before, total;
-    for (int i = 0; i < each; ++i) n += s->bin[top - i];
-    before = moei_block_exclusive_scan(n, &s->scratch, &total);
-    if (before < need && need <= before + n) /* one thread */
-        for (int i = 0; i < each; ++i) {
-            const int in = s->bin[top - i];
-            if (before < need && need <= before + in) {
-                s->digit = top - i;
-                s->above = before;
-                s->in = in;
-            }
-            before += in;
+    const int own = (int)(blockDim.x - 1 - threadIdx.x); /* the first thread has the highest */
+    const uint4 v = s->bin[own];
+    const int bin[4] = {(int)v.w, (int)v.z, (int)v.y, (int)v.x}; /* highest first */
+    const int inclusive = moei_warp_inclusive_scan(bin[0] + bin[1] + bin[2] + bin[3]);
+    int total;
+    int upto = inclusive + moei_route_warps_before(inclusive, s->warp_sum[0], &total);
+    s->bin[own] = make_uint4(0, 0, 0, 0);
+    MOEI_UNROLL
+    for (int i = 3; i >= 0; --i) {
+        const int before = upto - bin[i];
+        if (before < need && need <= upto) { /* one bin of one thread */
+            s->digit = own * 4 + 3 - i;
+            s->above = before;
+            s->in = bin[i];
         }
+        upto = before;
+    }
     __syncthreads();
 }
 
-/* The limit that `need` slots, fewer than the list has, pass. */
-MOE_DEVICE moei_route_limit moei_route_select(const moei_route_part* p, moei_route_keep_shared* s,
-                                              int need)
+/* The limit that `need` slots, fewer than the list has, pass. The bins are clear. */
+MOE_DEVICE moei_route_limit moei_route_select(const moei_route_part* p, moei_route_entries* x,
+                                              moei_route_keep_shared* s, int need)
 {
-    const uint32_t differ = moei_route_differ(p, s);
+    const int digit_bits = 33 - __clz((int)blockDim.x); /* log2 of the bins, four a thread */
+    uint32_t* bin = (uint32_t*)s->bin;
     moei_route_limit l;
-    l.shift = differ ? 32 - __clz((int)differ) : 0;
-    l.limit = moei_route_key_bits(moei_route_key(p->weight[0]), l.shift);
+    l.shift = s->differ ? 32 - __clz((int)s->differ) : 0;
+    l.limit = moei_route_key_bits(moei_route_key(p->first), l.shift);
     l.equal = need;
     while (l.shift > 0) {
-        const int above = l.shift;
-        const int bits = above < MOEI_ROUTE_BIN_BITS ? above : MOEI_ROUTE_BIN_BITS;
-        for (int i = (int)threadIdx.x; i < MOEI_ROUTE_BINS; i += (int)blockDim.x) s->bin[i] = 0;
-        __syncthreads();
+        const int above = l.shift, bits = above < digit_bits ? above : digit_bits;
         l.shift -= bits;
-        for (uint32_t i = threadIdx.x; i < (uint32_t)p->count; i += blockDim.x) {
-            const uint32_t key = moei_route_key(p->weight[i]);
-            if (moei_route_key_bits(key, above) == l.limit)
-                atomicAdd(s->bin + (int)(key >> l.shift & ((1u << bits) - 1u)), 1);
+        for (uint32_t begin = 0; begin < p->count; begin += p->round) {
+            moei_route_have_entries(x, p, begin);
+            MOEI_UNROLL
+            for (int i = 0; i < MOEI_ROUTE_KEEP_STEPS; ++i) {
+                const uint32_t key = moei_route_key(x->weight[i]);
+                if (moei_route_is_entry(p, begin, i) &&
+                    moei_route_key_bits(key, above) == l.limit)
+                    atomicAdd(bin + (key >> l.shift & ((1u << bits) - 1u)), 1u);
+            }
         }
         __syncthreads();
         moei_route_find_digit(s, l.equal);
@@ -147,13 +214,14 @@ MOE_DEVICE moei_route_limit moei_route_select(const moei_route_part* p, moei_rou
     return l;
 }
 
-/* Gives a slot its row, or none. */
-MOE_DEVICE void moei_route_write_slot(const moei_route_args* a, const moei_route_part* p, int slot,
+/* Gives a slot its row, or none: number `at`, or -1, of the expert's, of which expert_row is the
+   first. */
+MOE_DEVICE void moei_route_write_slot(const moei_route_args* a, uint32_t expert_row, int slot,
                                       float weight, int at)
 {
     const moe_route_desc* d = &a->d;
     const bool split = d->place_kind == MOE_PLACE_BY_EXPERT;
-    int row = at < 0 ? -1 : (int)((unsigned)p->row + (unsigned)at);
+    int row = at < 0 ? -1 : (int)(expert_row + (unsigned)at);
     moe_place place;
     if (slot < 0 || slot >= d->num_tokens * d->top_k || row < -1 || row >= a->max_rows) {
         moei_fault_raise(d->fault, MOE_FAULT_BAD_COUNT, 0, slot < 0 ? 0 : slot);
@@ -167,49 +235,49 @@ MOE_DEVICE void moei_route_write_slot(const moei_route_args* a, const moei_route
     if (row >= 0 && d->row_weight) d->row_weight[row] = weight;
 }
 
-/* Walks the list in slot order: a warp has 32 neighbours a step. */
-MOE_DEVICE void moei_route_write_part(const moei_route_args* a, const moei_route_part* p,
-                                      moei_route_keep_shared* s, const moei_route_limit* l)
+/* Which lanes' entries of step i are above the limit, and which are at it. */
+MOE_DEVICE void moei_route_ballot(const moei_route_part* p, const moei_route_entries* x, int i,
+                                  const moei_route_limit* l, uint32_t* high, uint32_t* same)
 {
-    const uint32_t count = (uint32_t)p->count; /* below 2^31: sums of it do not wrap */
-    const int steps = (int)min((count + blockDim.x - 1) / blockDim.x, MOEI_ROUTE_KEEP_STEPS);
-    const uint32_t lower = (1u << moei_lane()) - 1u;
+    const uint32_t bits = moei_route_key_bits(moei_route_key(x->weight[i]), l->shift);
+    const bool in = moei_route_is_entry(p, x->begin, i);
+    *high = __ballot_sync(MOEI_FULL, in && bits > l->limit);
+    *same = __ballot_sync(MOEI_FULL, in && bits == l->limit);
+}
+
+/* Walks the list in slot order. */
+MOE_DEVICE void moei_route_write_part(const moei_route_args* a, const moei_route_part* p,
+                                      moei_route_entries* x, moei_route_keep_shared* s,
+                                      const moei_route_limit* l)
+{
+    const uint32_t lane = 1u << moei_lane(), expert_row = s->row;
     int above = 0, equal = 0; /* among the slots before */
-    for (uint32_t begin = 0; begin < count; begin += blockDim.x * (uint32_t)steps) {
-        const uint32_t first = begin + (uint32_t)(moei_warp() * steps * MOEI_WARP + moei_lane());
-        uint32_t high[MOEI_ROUTE_KEEP_STEPS], same[MOEI_ROUTE_KEEP_STEPS];
-        int slot[MOEI_ROUTE_KEEP_STEPS], n = 0, more, same_before, total;
-        float weight[MOEI_ROUTE_KEEP_STEPS];
+    int buffer = 0;           /* of warp_sum; a warp that is ahead uses the other one */
+    for (uint32_t begin = 0; begin < p->count; begin += p->round, buffer ^= 1) {
+        uint32_t high, same;
+        int n = 0, more, same_before, total;
+        moei_route_have_entries(x, p, begin);
         MOEI_UNROLL
         for (int i = 0; i < MOEI_ROUTE_KEEP_STEPS; ++i) {
-            const uint32_t at = first + (uint32_t)(i * MOEI_WARP);
-            const bool in = i < steps && at < count;
-            slot[i] = in ? (int)moei_load4_early(p->slot + at) : -1;
-            weight[i] = in ? __uint_as_float(moei_load4_early(p->weight + at)) : 0.0f;
+            if (i >= p->steps) break;
+            moei_route_ballot(p, x, i, l, &high, &same);
+            n += __popc(high) | __popc(same) << 16; /* at most 2^12 each in the block */
         }
-        MOEI_UNROLL
-        for (int i = 0; i < MOEI_ROUTE_KEEP_STEPS; ++i) {
-            const bool in = i < steps && first + (uint32_t)(i * MOEI_WARP) < count;
-            const uint32_t bits = moei_route_key_bits(moei_route_key(weight[i]), l->shift);
-            high[i] = __ballot_sync(MOEI_FULL, in && bits > l->limit);
-            same[i] = __ballot_sync(MOEI_FULL, in && bits == l->limit);
-            n += __popc(high[i]) | __popc(same[i]) << 16; /* at most 2^12 each in the block */
-        }
-        n = moei_block_exclusive_scan(moei_lane() == 0 ? n : 0, &s->scratch, &total);
-        n = __shfl_sync(MOEI_FULL, n, 0);
+        n = moei_route_warps_before(n, s->warp_sum[buffer], &total);
         more = above + (n & 0xffff);
         same_before = equal + (n >> 16);
         MOEI_UNROLL
         for (int i = 0; i < MOEI_ROUTE_KEEP_STEPS; ++i) {
-            const int rank = same_before + __popc(same[i] & lower);
-            const bool stays = (high[i] >> moei_lane() & 1u) != 0 ||
-                               ((same[i] >> moei_lane() & 1u) != 0 && rank < l->equal);
-            const int at =
-                more + __popc(high[i] & lower) + (rank < l->equal ? rank : l->equal);
-            if (i < steps && first + (uint32_t)(i * MOEI_WARP) < count)
-                moei_route_write_slot(a, p, slot[i], weight[i], stays ? at : -1);
-            more += __popc(high[i]);
-            same_before += __popc(same[i]);
+            int rank, at;
+            if (i >= p->steps) break;
+            moei_route_ballot(p, x, i, l, &high, &same); /* again: fewer registers */
+            rank = same_before + __popc(same & (lane - 1u));
+            at = more + __popc(high & (lane - 1u)) + (rank < l->equal ? rank : l->equal);
+            if (!(high & lane) && !((same & lane) && rank < l->equal)) at = -1;
+            if (moei_route_is_entry(p, begin, i))
+                moei_route_write_slot(a, expert_row, x->slot[i], x->weight[i], at);
+            more += __popc(high);
+            same_before += __popc(same);
         }
         above += total & 0xffff;
         equal += total >> 16;
@@ -217,35 +285,45 @@ MOE_DEVICE void moei_route_write_part(const moei_route_args* a, const moei_route
 }
 
 /* One block an expert: gives rows to the slots that stay, and writes its counts. */
-MOE_KERNEL(MOEI_ROUTE_KEEP_THREADS, 1) moei_route_keep(MOE_ARG(moei_route_args) a)
+MOE_KERNEL(MOEI_ROUTE_KEEP_THREADS, 2) moei_route_keep(MOE_ARG(moei_route_args) a)
 {
     MOE_SHARED(moei_route_keep_shared, s);
     const int e = (int)blockIdx.x;
     moei_route_part p;
+    moei_route_entries x;
     moei_route_limit l;
-    int kept, padded;
+    int from, count, kept, padded, row, rows;
 
     moei_let_next_start();
+    s.bin[threadIdx.x] = make_uint4(0, 0, 0, 0);
+    if (threadIdx.x == 0) s.row = s.rows = s.differ = 0;
+    __syncthreads();
     moei_wait_for_previous();
+    from = (int)moei_load4_early(a.list_offset + e); /* beside the fault word */
+    count = (int)moei_load4_early(a.list_count + e);
     if (moei_fault_stopped(a.d.fault)) return;
-    p = moei_route_find_part(&a, &s.scratch);
-    kept = p.count < a.d.capacity ? p.count : a.d.capacity;
-    l.limit = 0, l.shift = 32, l.equal = p.count;
-    if (p.count > kept) l = moei_route_select(&p, &s, kept);
-    moei_route_write_part(&a, &p, &s, &l);
+    p = moei_route_find_part(&a, from, count);
+    moei_route_load_entries(&x, &p, 0);
+    moei_route_sum_up(&a, &p, &x, &s);
+    count = (int)p.count;
+    kept = count < a.d.capacity ? count : a.d.capacity;
+    l.limit = 0, l.shift = 32, l.equal = count;
+    if (count > kept) l = moei_route_select(&p, &x, &s, kept);
+    moei_route_write_part(&a, &p, &x, &s, &l);
 
     padded = (int)moei_route_padded(&a.d, (unsigned)kept);
+    row = (int)s.row, rows = (int)s.rows;
     if (threadIdx.x == 0) {
         a.d.expert_count[e] = kept;
-        a.d.expert_offset[e] = p.row;
-        if (a.d.drop_count) a.d.drop_count[e] = p.count - kept;
-        if (e == a.d.num_replicas - 1) a.d.expert_offset[e + 1] = p.rows;
+        a.d.expert_offset[e] = row;
+        if (a.d.drop_count) a.d.drop_count[e] = count - kept;
+        if (e == a.d.num_replicas - 1) a.d.expert_offset[e + 1] = rows;
     }
-    if (p.row >= 0) /* the rows that fill the expert up */
-        moei_route_clear_rows(&a, (uint32_t)p.row + (uint32_t)kept + threadIdx.x,
-                              (uint32_t)p.row + (uint32_t)padded, blockDim.x);
-    if (p.rows >= 0) /* rows past the last */
-        moei_route_clear_rows(&a, (uint32_t)p.rows + blockIdx.x * blockDim.x + threadIdx.x,
+    if (row >= 0) /* the rows that fill the expert up */
+        moei_route_clear_rows(&a, (uint32_t)row + (uint32_t)kept + threadIdx.x,
+                              (uint32_t)row + (uint32_t)padded, blockDim.x);
+    if (rows >= 0) /* rows past the last */
+        moei_route_clear_rows(&a, (uint32_t)rows + blockIdx.x * blockDim.x + threadIdx.x,
                               (uint32_t)a.max_rows, gridDim.x * blockDim.x);
 }
 

@@ -433,6 +433,30 @@ static void test_route_options_patterns(void)
                     }
 }
 
+/* Capacity by weight where an expert has as many slots as its block takes in one round, one fewer
+   or more, or several rounds: 512, 2048 and 4096 slots a round. */
+static void test_route_long_lists(void)
+{
+    static const int shape[][3] = {{511, 20, 1},  {512, 20, 1},  {513, 20, 1}, {2100, 1000, 1},
+                                   {2047, 20, 1}, {2048, 20, 1}, {683, 20, 3}, {431, 40, 10},
+                                   {1024, 2, 4},  {4097, 2, 1},  {1300, 4, 7}};
+    trand r = trand_new(25);
+    for (size_t i = 0; i < sizeof shape / sizeof *shape; ++i)
+        for (int n = 0; n < 3; ++n) {
+            route_case c = random_case(&r, shape[i][0], shape[i][1], shape[i][2]);
+            const int slots = c.T * c.K;
+            const int capacity[] = {1 + (int)trand_int(&r, 0, slots / 8),
+                                    (int)trand_int(&r, slots / 8, slots), slots - 1};
+            c.pattern = n == 1 ? DROPPED : ONE;
+            c.capacity = capacity[n];
+            c.rule = MOE_DROP_BY_WEIGHT;
+            c.drops = 1;
+            c.bare = 0;
+            if (n == 1) c.E = c.P = 1 + c.E / 20, c.counts = 0;
+            run_case(&c, &r);
+        }
+}
+
 /* The drop rules where they are easily seen: one expert, chosen by every token. */
 static void test_route_options_by_hand(void)
 {
@@ -1066,6 +1090,7 @@ int main(int argc, char** argv)
     RUN(test_route_patterns);
     RUN(test_route_options_shapes);
     RUN(test_route_options_patterns);
+    RUN(test_route_long_lists);
     RUN(test_route_options_by_hand);
     RUN(test_route_max_rows);
     RUN(test_route_rank);
