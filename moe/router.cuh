@@ -49,7 +49,7 @@ typedef struct moe_router_desc {
 typedef enum moe_router_path {
     MOE_ROUTER_SCALAR = 0,
     MOE_ROUTER_GEMM,
-    MOE_ROUTER_SPLIT_LARGE, /* tiles of 128 x 128 */
+    MOE_ROUTER_SPLIT_LARGE, /* tiles of 256 tokens (128 of fp16) x 128 experts */
     MOE_ROUTER_SPLIT_SMALL  /* tiles of 32 tokens (16 of fp16) x 16 experts, for few of them */
 } moe_router_path;
 
@@ -138,18 +138,10 @@ MOE_HOST int64_t moei_router_blocks(const moe_router_desc* d)
 #define MOEI_SPLIT_HERE 0
 #endif
 
-/* Blocks of the large tile a multiprocessor: two where shared memory has room for them. */
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200
-#define MOEI_SPLIT_BLOCKS 2
-#else
-#define MOEI_SPLIT_BLOCKS 1
-#endif
+#define MOEI_SPLIT_LIST(X) X(large) X(small)
 
-/* name, blocks a multiprocessor */
-#define MOEI_SPLIT_LIST(X) X(large, MOEI_SPLIT_BLOCKS) X(small, 1)
-
-#define MOEI_SPLIT_KERNEL(name, blocks)                                                           \
-    MOE_KERNEL(MOEI_SPLIT_THREADS, blocks) moei_router_split_##name(MOE_ARG(moei_split_args) d)   \
+#define MOEI_SPLIT_KERNEL(name)                                                                   \
+    MOE_KERNEL(MOEI_SPLIT_THREADS, 1) moei_router_split_##name(MOE_ARG(moei_split_args) d)        \
     {                                                                                             \
         MOE_SHARED_DYNAMIC(shared);                                                               \
         moei_let_next_start();                                                                    \
@@ -162,14 +154,14 @@ MOEI_SPLIT_LIST(MOEI_SPLIT_KERNEL)
 
 MOE_HOST int64_t moei_split_blocks(const moei_split_args* d, int small)
 {
-    const int64_t rows = small ? MOEI_SPLIT_ROWS : MOEI_SPLIT_TILE;
+    const int64_t rows = small ? MOEI_SPLIT_ROWS : MOEI_SPLIT_HIGH;
     const int64_t experts = small ? MOEI_SPLIT_EXPERTS : MOEI_SPLIT_TILE;
     const int64_t tokens = moei_split_tokens((int)rows, d->x_dtype);
     return ((d->num_tokens + tokens - 1) / tokens) * ((d->num_experts + experts - 1) / experts);
 }
 
 /* Small tiles that take a multiprocessor about as long as one large tile does. */
-#define MOEI_SPLIT_WORTH 16
+#define MOEI_SPLIT_WORTH 20
 
 /* Sets *path where the operands fit and the current device and this binary can run it. */
 MOE_HOST moe_status moei_split_plan(const moei_split_args* d, int* path)
@@ -181,9 +173,7 @@ MOE_HOST moe_status moei_split_plan(const moei_split_args* d, int* path)
         !moei_aligned(d->x, 16) || !moei_aligned(d->w, 16))
         return MOE_OK;
     MOEI_TRY(moei_device_query(&dev));
-    if (dev.major < 8 || (size_t)dev.smem_block < moei_split_large_smem() ||
-        (size_t)dev.smem_block < moei_split_small_smem())
-        return MOE_OK;
+    if (dev.major < 8 || (size_t)dev.smem_block < moei_split_small_smem()) return MOE_OK;
 #if !MOE_ON_HOST
     {
         cudaFuncAttributes fa;
@@ -193,7 +183,8 @@ MOE_HOST moe_status moei_split_plan(const moei_split_args* d, int* path)
 #endif
     waves = (moei_split_blocks(d, 0) + dev.sms - 1) / dev.sms;
     small_waves = (moei_split_blocks(d, 1) + dev.sms - 1) / dev.sms;
-    small = small_waves <= waves * MOEI_SPLIT_WORTH;
+    small = small_waves <= waves * MOEI_SPLIT_WORTH ||
+            (size_t)dev.smem_block < moei_split_large_smem();
     if (moei_split_blocks(d, small) <= 0x7fffffff)
         *path = small ? MOE_ROUTER_SPLIT_SMALL : MOE_ROUTER_SPLIT_LARGE;
     return MOE_OK;
@@ -332,7 +323,7 @@ MOE_HOST moe_status moe_router_logits(const moe_router_desc* desc, cudaStream_t 
 /* Loads this header's own kernels now; moe_grouped_gemm_preload loads those of the GEMM. */
 MOE_HOST moe_status moe_router_preload(void)
 {
-#define MOEI_SPLIT_LOAD(name, blocks) MOEI_TRY(moei_preload((const void*)moei_router_split_##name));
+#define MOEI_SPLIT_LOAD(name) MOEI_TRY(moei_preload((const void*)moei_router_split_##name));
     MOEI_SPLIT_LIST(MOEI_SPLIT_LOAD)
 #undef MOEI_SPLIT_LOAD
     return moei_preload((const void*)moei_router_any);

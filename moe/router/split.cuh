@@ -65,14 +65,11 @@ MOE_DEVICE void moei_split4(uint2* term, uint4 v, const int terms)
     uint32_t u[4] = {v.x, v.y, v.z, v.w};
     float r[4];
     MOEI_UNROLL
-    for (int i = 0; i < 4; ++i) r[i] = __uint_as_float(u[i]) - __uint_as_float(u[i] & 0xffff0000u);
-    if (moei_is_nan((r[0] + r[1]) + (r[2] + r[3]))) {
-        MOEI_UNROLL
-        for (int i = 0; i < 4; ++i)
-            if ((u[i] & 0x7f800000u) == 0x7f800000u) {
-                if ((u[i] & 0x007fffffu) != 0) u[i] |= 0x00400000u; /* a NaN remains one */
-                r[i] = 0.0f;
-            }
+    for (int i = 0; i < 4; ++i) {
+        const uint32_t size = u[i] & 0x7fffffffu;
+        r[i] = __uint_as_float(u[i]) - __uint_as_float(u[i] & 0xffff0000u);
+        if (size >= 0x7f800000u) r[i] = 0.0f;
+        if (size > 0x7f800000u) u[i] |= 0x00400000u; /* a NaN remains one */
     }
     term[0] = make_uint2(moei_split_upper(u[0], u[1]), moei_split_upper(u[2], u[3]));
     if (terms == 2) {
