@@ -7,9 +7,9 @@
    whichever thread met its own first.
 
    Codes are of two sorts. After a data fault (a NaN row, an id out of range) the
-   slot concerned is dropped and everything else is right. After a stop fault
-   (offsets that make no sense) the later kernels that are given the same word do
-   nothing.
+   slot, row or token concerned drops out, as the code's text says, and everything
+   else is right. After a stop fault (offsets that make no sense) the later kernels
+   that are given the same word do nothing.
 
    The caller clears the word: cudaMemsetAsync(fault, 0, 8, stream) before a chain,
    as often or as rarely as it likes. No kernel clears it.
@@ -29,9 +29,9 @@
     X(NONE, "no fault")                                                                           \
     X(BAD_OFFSET, "expert_offset decreases or passes the last row (index: expert)")               \
     X(BAD_TABLE, "null or misaligned address in a table of experts (index: expert)")              \
-    X(NAN_LOGIT, "a logit is NaN: the token selects nothing (index: token)")                      \
+    X(NAN_LOGIT, "a logit counts as NaN: the token selects nothing (index: token)")               \
     X(BAD_ID, "expert id out of range: the slot is dropped (index: slot)")                        \
-    X(BAD_ROW, "row_slot out of range: the row is read as zeros (index: row)")                    \
+    X(BAD_ROW, "row map out of range: read as zeros, not added to y (index: row or slot)")        \
     X(BAD_COUNT, "chunk_count is not that of these ids: their rows are wrong (index: slot)")      \
     X(BAD_PLACE, "place or its address out of range: the slot is dropped (index: slot)")          \
     X(BAD_REPLICA, "an expert without a replica in range: the slot is dropped (index: slot)")
