@@ -44,8 +44,8 @@
 
    Cost: one read of the logits (whole_batch: two). One launch; one more each for expert_count (a
    memset), prob_sum, whole_batch. Any E up to MOE_MAX_EXPERTS, any K up to E. In registers: E up to
-   1024 with K up to 32, groups of a multiple of 4 experts. Beyond, and for rows of infinities, NaN or
-   many equal logits at the top, a warp reads the row again for each choice.
+   1024, K up to 32, with rules up to 8, groups of a multiple of 4 experts. Beyond, and for rows of
+   infinities, NaN or many equal logits at the top, a warp goes over the row again for each choice.
    Minimum architecture: sm_75.
 
      moe_gate_desc g = {0};
@@ -71,13 +71,12 @@
 #define MOEI_GATE_THREADS 512
 #ifndef MOE_GATE_LIST
 #define MOE_GATE_LIST(X)                                                                           \
-    X(64, 8, 4, 16) X(128, 8, 4, 32) X(256, 8, 8, 32) X(256, 32, 8, 32) X(512, 32, 16, 32)         \
-    X(1024, 8, 32, 32) X(1024, 32, 32, 32)
+    X(64, 8, 4, 16) X(128, 8, 4, 32) X(256, 8, 8, 32) X(1024, 8, 32, 32) X(1024, 32, 32, 32)
 #endif
 /* The same with rules, and threads. */
 #ifndef MOE_GATE_RULES_LIST
 #define MOE_GATE_RULES_LIST(X)                                                                     \
-    X(128, 8, 8, 16, 512) X(256, 8, 16, 16, 512) X(1024, 32, 32, 32, 256)
+    X(128, 8, 8, 16, 512) X(256, 8, 16, 16, 512) X(1024, 8, 32, 32, 256)
 #endif
 #define MOEI_GATE_ANY_THREADS 1024
 

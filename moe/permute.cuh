@@ -125,7 +125,7 @@ MOE_DEVICE uint4 moei_permute_load(const char* p, const int width)
 
 MOE_DEVICE void moei_permute_store(char* p, uint4 v, const int width)
 {
-    if (width == 16) moei_store16(p, v);
+    if (width == 16) moei_store16_streaming(p, v);
     else if (width == 8) *(uint2*)p = make_uint2(v.x, v.y);
     else if (width == 4) *(uint32_t*)p = v.x;
     else *(uint16_t*)p = (uint16_t)v.x;

@@ -77,7 +77,6 @@ MOE_DEVICE bool moei_gate_logit(float* out, const moe_gate_desc* d, uint64_t see
 {
     float v;
     if (d->expert_off && d->expert_off[e]) return false;
-    seed = moei_gate_seed_here(seed);
     if (d->dropout > 0.0f && (moei_gate_dropped(d, seed, t, e >> 3) >> (e & 7) & 1)) return false;
     v = moei_load_f32(d->logits, t * d->logits_stride + e, d->logits_dtype) * d->temperature;
     if (d->noise > 0.0f) {

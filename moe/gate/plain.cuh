@@ -167,7 +167,7 @@ MOE_DEVICE_BODY void moei_gate_block(const moe_gate_desc* d, int* count, const i
             uint32_t again = __ballot_sync(MOEI_FULL, redo && rank == 0);
             while (again) {
                 const int from = __ffs((int)again) - 1;
-                moei_gate_token(d, count, 0, 0, first + __shfl_sync(MOEI_FULL, i, from), 0);
+                moei_gate_token(d, count, 0, 0, 0, first + __shfl_sync(MOEI_FULL, i, from), 0);
                 again &= again - 1;
             }
         }

@@ -286,7 +286,8 @@ MOE_DEVICE_BODY void moei_gate_rules_block(const moe_gate_desc* d, const moei_ga
     uint32_t off = 0; /* of this lane's experts, for all tokens */
     float next[32];
 
-    if (early) moei_gate_read(next, d, first + (own < tokens ? own : 0), rank, wide, lanes, per_lane);
+    MOEI_UNROLL
+    for (int j = 0; j < 32; ++j) next[j] = 0.0f;
     MOEI_UNROLL
     for (int j = 0; j < per_lane; ++j) {
         const int e = moei_gate_expert(j, rank, lanes);
@@ -294,9 +295,10 @@ MOE_DEVICE_BODY void moei_gate_rules_block(const moe_gate_desc* d, const moei_ga
     }
     if (d->whole_batch) moei_gate_batch_choose(d, shared);
     __syncthreads();
-    for (int i = own; __any_sync(MOEI_FULL, i < tokens); i += step) {
-        const int64_t t = first + (i < tokens ? i : 0);
-        const bool masked = i < tokens && d->token_off && d->token_off[t];
+    /* where logits are fetched early, a round before the first does nothing else */
+    for (int i = early ? own - step : own; __any_sync(MOEI_FULL, i < tokens); i += step) {
+        const int64_t t = first + (i >= 0 && i < tokens ? i : 0);
+        const bool masked = i >= 0 && i < tokens && d->token_off && d->token_off[t];
         const bool live = i < tokens && !masked;
         float v[32];   /* this lane's logits; where there is no token left, the first one's again */
         float u[32];   /* what selection compares */
@@ -310,9 +312,10 @@ MOE_DEVICE_BODY void moei_gate_rules_block(const moe_gate_desc* d, const moei_ga
         if (early) {
             MOEI_UNROLL
             for (int j = 0; j < per_lane; ++j) v[j] = next[j];
-            if (i + step < chunk) /* the same for the whole warp */
+            if (i + step < chunk) /* the same for the whole warp, as is the next */
                 moei_gate_read(next, d, first + (i + step < tokens ? i + step : 0), rank, wide,
                                lanes, per_lane);
+            if (i < 0) continue;
         } else {
             moei_gate_read(v, d, t, rank, wide, lanes, per_lane);
         }
@@ -389,7 +392,7 @@ MOE_DEVICE_BODY void moei_gate_rules_block(const moe_gate_desc* d, const moei_ga
             uint32_t again = __ballot_sync(MOEI_FULL, redo && rank == 0);
             while (again) {
                 const int from = __ffs((int)again) - 1;
-                moei_gate_token(d, shared->count, d->prob_sum ? prob : (float*)0, shared->chosen,
+                moei_gate_token(d, shared->count, prob, shared->row + moei_warp() * E, shared->chosen,
                                 first + __shfl_sync(MOEI_FULL, i, from), 1);
                 __syncwarp(MOEI_FULL);
                 again &= again - 1;
@@ -404,12 +407,13 @@ MOE_DEVICE void moei_gate_any_block(const moe_gate_desc* d, const moei_gate_shar
 {
     const int64_t chunk = moe_chunk_tokens(d->num_tokens), first = blockIdx.x * chunk;
     const int64_t end = first + chunk < d->num_tokens ? first + chunk : d->num_tokens;
-    float* prob = d->prob_sum ? shared->prob + moei_warp() * d->num_experts : (float*)0;
+    float* prob = shared->prob + moei_warp() * d->num_experts;
+    float* row = shared->row + moei_warp() * d->num_experts;
     if (d->whole_batch) moei_gate_batch_choose(d, shared);
     __syncthreads();
     for (int64_t t = first + moei_warp(); t < end; t += blockDim.x / MOEI_WARP) {
         if (d->token_off && d->token_off[t]) moei_gate_unused(d, t, moei_lane(), MOEI_WARP);
-        else moei_gate_token(d, shared->count, prob, shared->chosen, t, 1);
+        else moei_gate_token(d, shared->count, prob, row, shared->chosen, t, 1);
     }
     moei_gate_rules_end(d, shared);
 }

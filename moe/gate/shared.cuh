@@ -13,6 +13,7 @@ typedef struct moei_gate_pick {
 /* Shared memory of a block, in this order. `tokens` are under way together. */
 typedef struct moei_gate_shared {
     float* prob;          /* [warps][E] where probabilities are summed */
+    float* row;           /* [warps][E] a token's logits, for those done one by one */
     int* count;           /* [E] */
     float* bias;          /* [E] where there is a bias */
     moei_gate_pick* pick; /* [tokens][2 depth] */
@@ -31,6 +32,8 @@ MOE_HOST_DEVICE size_t moei_gate_carve(moei_gate_shared* s, unsigned char* base,
     size_t at = 0;
     s->prob = (float*)(base + at);
     at += d->prob_sum || d->whole_batch ? (size_t)warps * E * 4 : 0;
+    s->row = (float*)(base + at);
+    at += (size_t)warps * E * 4;
     s->count = (int*)(base + at);
     at += E * 4;
     s->bias = (float*)(base + at);

@@ -1,6 +1,7 @@
 /* token.cuh: one token by one warp, any E and K, every rule, ties, infinities and NaN included.
 
-   The row is read again for each pass and for each choice: right for everything, quick for nothing.
+   The row is read again for each pass and for each choice, from shared memory where rules have changed
+   it: right for everything, quick for nothing.
    The kernels that hold rows in registers come here for the few tokens they do not take. */
 #ifndef MOE_GATE_TOKEN_CUH
 #define MOE_GATE_TOKEN_CUH
@@ -15,18 +16,38 @@ typedef struct moei_gate_stats {
     bool nan;  /* one of them is NaN: the token selects nothing */
 } moei_gate_stats;
 
-/* The logit of a pass; false where the token does not see the expert. rules is a literal: 0 leaves
-   the logits as they are. */
-MOE_DEVICE bool moei_gate_see(float* v, const moe_gate_desc* d, uint64_t seed, int64_t t, int e,
+#define MOEI_GATE_UNSEEN 0xffffffffu /* bits of a logit that the token does not see */
+
+/* Takes the logits of token t through the rules into row [E], which is this warp's alone. */
+MOE_DEVICE void moei_gate_fill_row(const moe_gate_desc* d, float* row, int64_t t)
+{
+    const uint64_t seed = moei_gate_seed(d);
+    __syncwarp(MOEI_FULL); /* the row before has been read */
+    MOEI_NO_UNROLL
+    for (int e = moei_lane(); e < d->num_experts; e += MOEI_WARP) {
+        float v;
+        if (!moei_gate_logit(&v, d, seed, t, e)) v = __uint_as_float(MOEI_GATE_UNSEEN);
+        else if (moei_is_nan(v)) v = __uint_as_float(0x7fc00000u);
+        row[e] = v;
+    }
+    __syncwarp(MOEI_FULL);
+}
+
+/* The logit of a pass; false where the token does not see the expert. rules is a literal: with it the
+   logits are in row, without it they are used as they come. */
+MOE_DEVICE bool moei_gate_see(float* v, const moe_gate_desc* d, const float* row, int64_t t, int e,
                               const int rules)
 {
-    if (rules) return moei_gate_logit(v, d, seed, t, e);
+    if (rules) {
+        *v = row[e];
+        return __float_as_uint(*v) != MOEI_GATE_UNSEEN;
+    }
     *v = moei_load_f32(d->logits, t * d->logits_stride + e, d->logits_dtype);
     return true;
 }
 
 /* Reads the row of token t: all lanes get the result. */
-MOE_DEVICE moei_gate_stats moei_gate_row_stats(const moe_gate_desc* d, uint64_t seed, int64_t t,
+MOE_DEVICE moei_gate_stats moei_gate_row_stats(const moe_gate_desc* d, const float* row, int64_t t,
                                                const int rules)
 {
     const int E = d->num_experts;
@@ -36,7 +57,7 @@ MOE_DEVICE moei_gate_stats moei_gate_row_stats(const moe_gate_desc* d, uint64_t 
     bool nan = false;
     MOEI_NO_UNROLL
     for (int e = moei_lane(); e < E; e += MOEI_WARP)
-        if (moei_gate_see(&v, d, seed, t, e, rules)) {
+        if (moei_gate_see(&v, d, row, t, e, rules)) {
             nan = nan || moei_is_nan(v);
             if (moei_ordered(v) > moei_ordered(max)) max = v;
         }
@@ -50,7 +71,7 @@ MOE_DEVICE moei_gate_stats moei_gate_row_stats(const moe_gate_desc* d, uint64_t 
             int above = 0;
             MOEI_NO_UNROLL
             for (int e = moei_lane(); e < E; e += MOEI_WARP)
-                if (moei_gate_see(&v, d, seed, t, e, rules)) {
+                if (moei_gate_see(&v, d, row, t, e, rules)) {
                     const float z = moei_gate_below(v, s.max);
                     if (z > s.sum) part += z, ++above;
                 }
@@ -63,7 +84,7 @@ MOE_DEVICE moei_gate_stats moei_gate_row_stats(const moe_gate_desc* d, uint64_t 
     }
     MOEI_NO_UNROLL
     for (int e = moei_lane(); e < E; e += MOEI_WARP)
-        if (moei_gate_see(&v, d, seed, t, e, rules)) {
+        if (moei_gate_see(&v, d, row, t, e, rules)) {
             const float below = sigmoid ? -v : moei_gate_below(v, s.max);
             const float x = moei_exp2_fast(1.44269502f * below);
             sum += sigmoid ? __fdiv_rn(1.0f, 1.0f + x) : x;
@@ -99,9 +120,9 @@ MOE_DEVICE bool moei_gate_used(const moe_gate_desc* d, float v, float weight)
                                            : d->score != MOE_SCORE_SIGMOID || v >= d->threshold;
 }
 
-/* Bit g: token t may choose from group g. The score of a group is the sum of its two best; lane g
+/* Bit g: the token may choose from group g. The score of a group is the sum of its two best; lane g
    has group g. */
-MOE_DEVICE uint32_t moei_gate_groups(const moe_gate_desc* d, uint64_t seed, int64_t t,
+MOE_DEVICE uint32_t moei_gate_groups(const moe_gate_desc* d, const float* row,
                                      const moei_gate_stats* s)
 {
     const int G = d->num_groups, size = d->num_experts / G, g = moei_lane();
@@ -111,7 +132,7 @@ MOE_DEVICE uint32_t moei_gate_groups(const moe_gate_desc* d, uint64_t seed, int6
     if (d->top_groups == G) return MOEI_FULL;
     MOEI_NO_UNROLL
     for (int e = g * size; g < G && e < (g + 1) * size; ++e)
-        if (moei_gate_logit(&v, d, seed, t, e)) {
+        if (moei_gate_see(&v, d, row, 0, e, 1)) {
             v = moei_gate_merit(d, v, e, s);
             second = fmaxf(second, fminf(best, v));
             best = fmaxf(best, v);
@@ -125,13 +146,13 @@ MOE_DEVICE uint32_t moei_gate_groups(const moe_gate_desc* d, uint64_t seed, int6
 }
 
 /* Adds a token's probabilities to prob [E], which is this warp's alone. */
-MOE_DEVICE void moei_gate_add_probabilities(const moe_gate_desc* d, float* prob, uint64_t seed,
-                                            int64_t t, const moei_gate_stats* s)
+MOE_DEVICE void moei_gate_add_probabilities(const moe_gate_desc* d, float* prob, const float* row,
+                                            const moei_gate_stats* s)
 {
     float v;
     MOEI_NO_UNROLL
     for (int e = moei_lane(); e < d->num_experts; e += MOEI_WARP)
-        if (moei_gate_logit(&v, d, seed, t, e)) prob[e] += moei_gate_probability(d, v, s);
+        if (moei_gate_see(&v, d, row, 0, e, 1)) prob[e] += moei_gate_probability(d, v, s);
 }
 
 /* ids and weights of a token that selects nothing, from choice `first` on. */
@@ -203,16 +224,18 @@ MOE_DEVICE void moei_gate_finish(const moe_gate_desc* d, int* count, int64_t t,
 
 /* Token t: takes, for each choice, the best of what comes after the choice before, in the order of
    descending merit and ascending indices; or, where the batch has chosen, those of `chosen` [K]. The
-   choices wait as logits in d->weights. prob: as above, or null; rules is a literal. */
-MOE_DEVICE void moei_gate_token(const moe_gate_desc* d, int* count, float* prob,
+   choices wait as logits in d->weights. prob and row [E] are this warp's, prob where probabilities are
+   summed; rules is a literal, and without it neither is used. */
+MOE_DEVICE void moei_gate_token(const moe_gate_desc* d, int* count, float* prob, float* row,
                                 const int32_t* chosen, int64_t t, const int rules)
 {
     const int E = d->num_experts, K = d->top_k;
     const int group = rules ? E / d->num_groups : E;
-    const uint64_t seed = rules ? moei_gate_seed(d) : 0;
-    const moei_gate_stats s = moei_gate_row_stats(d, seed, t, rules);
     uint32_t last = MOEI_FULL, groups = MOEI_FULL;
     int last_at = -1;
+    moei_gate_stats s;
+    if (rules) moei_gate_fill_row(d, row, t);
+    s = moei_gate_row_stats(d, row, t, rules);
     if (s.nan) {
         moei_gate_unused(d, t, moei_lane(), MOEI_WARP);
         if (moei_lane() == 0) moei_fault_raise(d->fault, MOE_FAULT_NAN_LOGIT, 0, t);
@@ -221,12 +244,12 @@ MOE_DEVICE void moei_gate_token(const moe_gate_desc* d, int* count, float* prob,
     if (rules && d->whole_batch) {
         for (int k = moei_lane(); k < K; k += MOEI_WARP) {
             float v = 0.0f;
-            if (chosen[k] >= 0) moei_gate_logit(&v, d, seed, t, chosen[k]);
+            if (chosen[k] >= 0) moei_gate_see(&v, d, row, t, chosen[k], 1);
             d->ids[t * K + k] = chosen[k];
             d->weights[t * K + k] = v;
         }
     }
-    if (rules && d->num_groups > 1) groups = moei_gate_groups(d, seed, t, &s);
+    if (rules && d->num_groups > 1) groups = moei_gate_groups(d, row, &s);
     MOEI_NO_UNROLL
     for (int k = 0; k < K && !(rules && d->whole_batch); ++k) {
         uint32_t best = 0;
@@ -235,7 +258,7 @@ MOE_DEVICE void moei_gate_token(const moe_gate_desc* d, int* count, float* prob,
         MOEI_NO_UNROLL
         for (int e = moei_lane(); e < E; e += MOEI_WARP) {
             if (rules && !(groups >> (e / group) & 1)) continue;
-            if (moei_gate_see(&v, d, seed, t, e, rules)) {
+            if (moei_gate_see(&v, d, row, t, e, rules)) {
                 const uint32_t key = moei_ordered(rules ? moei_gate_merit(d, v, e, &s) : v);
                 if ((key < last || (key == last && e > last_at)) && key > best) {
                     best = key;
@@ -267,7 +290,7 @@ MOE_DEVICE void moei_gate_token(const moe_gate_desc* d, int* count, float* prob,
     }
     __syncwarp(MOEI_FULL);
     moei_gate_finish(d, count, t, &s, rules);
-    if (rules && prob) moei_gate_add_probabilities(d, prob, seed, t, &s);
+    if (rules && d->prob_sum) moei_gate_add_probabilities(d, prob, row, &s);
 }
 
 #endif
