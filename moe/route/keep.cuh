@@ -12,8 +12,8 @@
 #include "../base/numeric.cuh"
 #include "place.cuh"
 
-#define MOEI_ROUTE_KEEP_THREADS 512  /* of a block, at most; a power of two, at least 32 */
-#define MOEI_ROUTE_KEEP_STEPS 8      /* list entries of a thread in a round, at most */
+#define MOEI_ROUTE_KEEP_THREADS 1024 /* of a block, at most; a power of two, at least 32 */
+#define MOEI_ROUTE_KEEP_STEPS 4      /* list entries of a thread in a round, at most */
 
 typedef struct moei_route_keep_shared {
     uint4 bin[MOEI_ROUTE_KEEP_THREADS]; /* slots by digit, four digits a thread */
@@ -285,7 +285,7 @@ MOE_DEVICE void moei_route_write_part(const moei_route_args* a, const moei_route
 }
 
 /* One block an expert: gives rows to the slots that stay, and writes its counts. */
-MOE_KERNEL(MOEI_ROUTE_KEEP_THREADS, 2) moei_route_keep(MOE_ARG(moei_route_args) a)
+MOE_KERNEL(MOEI_ROUTE_KEEP_THREADS, 1) moei_route_keep(MOE_ARG(moei_route_args) a)
 {
     MOE_SHARED(moei_route_keep_shared, s);
     const int e = (int)blockIdx.x;

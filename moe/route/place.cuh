@@ -458,16 +458,15 @@ MOE_DEVICE_BODY void moei_route_place_chunk(const moei_route_args* a, unsigned c
                           (uint32_t)a->max_rows, gridDim.x * blockDim.x); /* past the last */
 }
 
-/* With options, registers for two blocks: capacity by weight has its next launch's beside it. */
-#define MOEI_ROUTE_PLACE(name, min_blocks, options)                                               \
-    MOE_KERNEL(MOEI_ROUTE_THREADS, min_blocks) name(MOE_ARG(moei_route_args) a)                   \
+#define MOEI_ROUTE_PLACE(name, options)                                                           \
+    MOE_KERNEL(MOEI_ROUTE_THREADS, 1) name(MOE_ARG(moei_route_args) a)                            \
     {                                                                                             \
         MOE_SHARED(moei_block_scan_scratch, scratch);                                             \
         MOE_SHARED_DYNAMIC(shared);                                                               \
         moei_route_place_chunk(&a, shared, &scratch, options);                                    \
     }
-MOEI_ROUTE_PLACE(moei_route_place, 1, 0)
-MOEI_ROUTE_PLACE(moei_route_place_options, 2, 1)
+MOEI_ROUTE_PLACE(moei_route_place, 0)
+MOEI_ROUTE_PLACE(moei_route_place_options, 1)
 #undef MOEI_ROUTE_PLACE
 
 #endif
