@@ -340,7 +340,12 @@ MOE_DEVICE_BODY void moei_gate_rules_block(const moe_gate_desc* d, const moei_ga
             moei_gate_lane_groups(u, d, shared->best + own * (E >> 2),
                                   shared->group + own * ((d->num_groups + 3) / 4 * 4), group_size,
                                   rank, lanes, per_lane);
-        moei_group_sort_largest(top, u, lanes, per_lane, depth);
+        if (d->whole_batch) { /* as batch.cuh has made them */
+            MOEI_UNROLL
+            for (int k = 0; k < depth; ++k) top[k] = (float)-k;
+        } else {
+            moei_group_sort_largest(top, u, lanes, per_lane, depth);
+        }
         MOEI_UNROLL
         for (int k = 0; k < depth; ++k)
             if (k < K) kth = top[k];
