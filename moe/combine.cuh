@@ -87,7 +87,8 @@ typedef struct moe_combine_shared {
 } moe_combine_shared;
 
 /* Address of the row that the place of slot t * K + k names, through the pointer table; null where
-   there is none. A place that is wrong sets the fault word. d is a descriptor that
+   there is none. A place that is wrong sets the fault word. slot is the index into place, no more:
+   with top_k = E, say, place may be [T, E]. d is a descriptor that
    moe_combine_prepare has filled in on the host. Any thread may call it. */
 MOE_DEVICE const char* moe_combine_row(const moe_combine_desc* d, int64_t slot)
 {
@@ -157,9 +158,9 @@ MOE_DEVICE void moei_combine_write(void* p, const float* v, int dtype, const int
    many rows a single chain would round as often as there are rows. */
 #define MOEI_COMBINE_GROUP 8
 
-/* Adds rows k0 .. k0 + rows to the pieces acc[0 .. cols) of a thread, span columns apart from column
-   h on. All loads go out before the first is used. full says that rows and columns are all there.
-   rows_dtype, cols, rows and full are literals. */
+/* Adds rows k0 .. k0 + rows to the pieces acc[0 .. cols) of a thread, span columns apart from
+   column h on. All loads go out before the first is used. full says that rows and columns are all
+   there. rows_dtype, cols, rows and full are literals. */
 MOE_DEVICE void moei_combine_add(float acc[2][8], const moe_combine_source* source, int k0,
                                  int count, int h, int span, int hidden, const int rows_dtype,
                                  const int cols, const int rows, const int full)
@@ -198,8 +199,8 @@ MOE_DEVICE void moei_combine_add(float acc[2][8], const moe_combine_source* sour
     }
 }
 
-/* The token's columns, 16 bytes of row at a time: a thread has `cols` such pieces at once, of `rows`
-   rows under way together. rows_dtype, cols and rows are literals. */
+/* The token's columns, 16 bytes of row at a time: a thread has `cols` such pieces at once, of
+   `rows` rows under way together. rows_dtype, cols and rows are literals. */
 MOE_DEVICE void moei_combine_wide(const moe_combine_desc* d, const moe_combine_source* source,
                                   int count, char* y, const char* residual, const int rows_dtype,
                                   const int cols, const int rows)
@@ -241,7 +242,8 @@ MOE_HOST_DEVICE int moe_combine_sources(const moe_combine_desc* d)
 
    All threads of a block of whole warps call it together. In shared memory lie the
    moe_combine_shared and moe_combine_sources(d) of moe_combine_source; a barrier stands between two
-   calls with the same ones. d is a descriptor that moe_combine_prepare has filled in on the host;
+   calls with the same ones. d is a descriptor that moe_combine_prepare has filled in on the host,
+   and what it points to is in global memory, also where this kernel wrote it before a barrier;
    rows_dtype is its own, a literal. */
 MOE_DEVICE_BODY void moe_combine_token(const moe_combine_desc* d, int64_t t,
                                        moe_combine_shared* shared, moe_combine_source* source,

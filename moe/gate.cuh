@@ -9,8 +9,8 @@
      quadratic           s_e = exp(l_e^2) / sum_j exp(l_j^2)
      pioneer             s_e = exp(cos(l_e)^2) / sum_j exp(cos(l_j)^2)
 
-   The K experts of the largest scores are chosen, in descending order, equals by ascending index; the
-   scores are their weights, divided by their sum where `renormalize` is set, and times `scale`.
+   The K experts of the largest scores are chosen, in descending order, equals by ascending index;
+   the scores are their weights, divided by their sum where `renormalize` is set, and times `scale`.
 
    In:   logits [T, E] fp32, fp16 or bf16, rows logits_stride apart
    Out:  ids [T, K] int32, weights [T, K] fp32, and in the same pass, where asked for,
@@ -28,19 +28,21 @@
                      (top-k softmax: the logit plus bias)
      num_groups,     the experts stand in groups, of which each token keeps top_groups: those with
      top_groups      the largest sums of their two best (score plus bias; equals: the lower group)
-     threshold       sigmoid: a choice of a smaller weight is not used
+     threshold       sigmoid: a choice of a smaller score is not used
      token_off       these tokens choose nothing and count for nothing
-     whole_batch     the K experts with the largest sums of l over all tokens (and no other rule for
-                     choosing than expert_off) are chosen for all; weights by each token's own l
-   An unused choice has id -1 and weight 0: below the threshold, a sparsemax score of 0, or fewer than K
-   experts left.
+     whole_batch     the K experts with the largest sums of logits over all tokens (of the logits
+                     as given; expert_off is the one other rule for choosing) are chosen for all
+                     tokens; weights by each token's own scores
+   An unused choice has id -1 and weight 0: below the threshold, a sparsemax score of 0, or fewer
+   than K experts left.
 
    Infinities are limits: +inf shares the whole softmax among its equals, -inf has weight 0 and
-   is chosen last, a row of -inf counts as a row of equals. A row that holds a NaN (of an expert that
-   the token sees), or a logit of 2^20 or more with pioneer, selects nothing (ids -1, weights 0) and
-   sets the fault word; no other token changes.
-   Without bias and groups selection compares the logits themselves, so rounding in exp never changes
-   it. Arithmetic is fp32 in a fixed order: equal inputs give equal bits.
+   is chosen last, a row of -inf counts as a row of equals; but squared, -inf is +inf. (An expert is
+   switched off by expert_off, with any score.) A row that holds a NaN (of an expert that the token
+   sees), or with pioneer a logit of 2^20 or more, selects nothing (ids -1, weights 0) and sets the
+   fault word; no other token changes. An expert whose bias is NaN is not chosen.
+   Without a bias selection compares the logits themselves, so rounding in exp never changes it
+   (but maybe the choice of groups). Arithmetic is fp32 in a fixed order: equal inputs give equal bits.
 
    Cost: one read of the logits (whole_batch: two). One launch; one more each for expert_count (a
    memset), prob_sum, whole_batch. Any E up to MOE_MAX_EXPERTS, any K up to E. In registers: E up to
@@ -53,7 +55,7 @@
      g.num_tokens = T;   g.num_experts = E;   g.top_k = K;
      moe_status s = moe_gate(&g, stream);
 
-   For one's own kernels: moe_warp_top_k (gate/token.cuh).
+   For kernels of one's own: moe_warp_top_k (gate/top_k.cuh).
 
    Sources: softmax and top-k gating, noise: Shazeer et al., arXiv 1701.06538; sigmoid scores, bias,
    groups: DeepSeek-V3, arXiv 2412.19437; sparsemax: Martins and Astudillo, arXiv 1602.02068. */
@@ -191,6 +193,7 @@ MOE_HOST moe_status moei_gate_check_options(moe_gate_desc* d)
     MOEI_REQUIRE(d->top_groups >= 1 && d->top_groups <= d->num_groups, MOE_ERR_RANGE, top_groups);
     MOEI_REQUIRE(d->top_k <= d->num_experts / d->num_groups * d->top_groups, MOE_ERR_CONFLICT,
                  top_groups);
+    if (d->top_groups == d->num_groups) d->num_groups = d->top_groups = 1; /* all: no rule */
     MOEI_REQUIRE(d->whole_batch == 0 || d->whole_batch == 1, MOE_ERR_OPTION, whole_batch);
     if (d->whole_batch) { /* rules for choosing that sums over all tokens have no use for */
         MOEI_REQUIRE(d->noise == 0.0f, MOE_ERR_CONFLICT, noise);
@@ -290,9 +293,10 @@ MOE_HOST moe_status moei_gate_fit(moei_launch_config* c, const moe_gate_desc* d,
     if (threads > wanted) threads = (int)((wanted + 31) / 32 * 32);
     for (;; threads = (threads / 2 + 31) / 32 * 32) {
         c->smem = moei_gate_carve(&s, 0, d, threads / 32, lanes ? threads / lanes : 0, depth);
-        if (c->smem + 2048 <= (size_t)device.smem_block || threads <= 32) break;
+        if (c->smem <= (size_t)device.smem_block || threads <= 32) break;
     }
     c->block.x = (unsigned)threads;
+    MOEI_REQUIRE(c->smem <= (size_t)device.smem_block, MOE_ERR_DEVICE, num_experts);
     return MOE_OK;
 }
 
@@ -304,6 +308,7 @@ MOE_HOST moe_status moei_gate_queue(const moe_gate_desc* desc, cudaStream_t stre
     moei_launch_config c =
         moei_grid(moe_num_chunks(d.num_tokens), 0, (size_t)d.num_experts * 4, stream);
     c.dependent = 1;
+    (void)chunk; /* with no kernels in the list */
     if (d.whole_batch) {
         MOEI_TRY(moei_gate_fit(&c, &d, MOEI_GATE_ANY_THREADS, 0, 0));
         MOEI_TRY(MOE_LAUNCH(moei_gate_batch_sum, c, d));
@@ -351,6 +356,7 @@ MOE_HOST moe_status moe_gate(const moe_gate_desc* desc, cudaStream_t stream)
     MOEI_REQUIRE(desc, MOE_ERR_NULL, desc);
     d = *desc;
     MOEI_TRY(moei_gate_check(&d));
+    if (moei_gate_has_rules(&d)) MOEI_TRY(moei_gate_fit(&c, &d, MOEI_WARP, 0, 0)); /* at all? */
     if (d.expert_count)
         MOEI_TRY_CUDA(cudaMemsetAsync(d.expert_count, 0, (size_t)d.num_experts * 4, stream));
     if (d.num_tokens == 0) {

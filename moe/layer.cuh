@@ -448,8 +448,8 @@ MOE_HOST moe_status moe_layer_plan(const moe_layer_desc* desc, moe_gemm_plan* up
     return moe_experts_plan(&l.experts, up, down);
 }
 
-/* Loads every kernel of this translation unit's stations now, before anything spins on the GPU: a
-   first launch under lazy loading synchronises. */
+/* Loads every kernel of this translation unit that a layer may run now, before anything spins on
+   the GPU: a first launch under lazy loading synchronises. */
 MOE_HOST moe_status moe_preload(void)
 {
     MOEI_TRY(moe_router_preload());

@@ -1,5 +1,5 @@
-/* moe.h: everything that is plain C, C11 and C++14: version, statuses, faults, types, shapes, random
-   numbers, and the descriptors that need no CUDA. */
+/* moe.h: everything that is plain C, C11 and C++14: version, statuses, faults, types, shapes,
+   random numbers, and the descriptors of gate, route, grouped GEMM and layer. */
 #ifndef MOE_MOE_H
 #define MOE_MOE_H
 

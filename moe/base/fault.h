@@ -32,7 +32,7 @@
     X(NAN_LOGIT, "a logit counts as NaN: the token selects nothing (index: token)")               \
     X(BAD_ID, "expert id out of range: the slot is dropped (index: slot)")                        \
     X(BAD_ROW, "row map out of range: read as zeros, not added to y (index: row or slot)")        \
-    X(BAD_COUNT, "chunk_count is not that of these ids: their rows are wrong (index: slot)")      \
+    X(BAD_COUNT, "chunk_count is not that of these ids: their rows are wrong (index: slot or 0)") \
     X(BAD_PLACE, "place or its address out of range: the slot is dropped (index: slot)")          \
     X(BAD_REPLICA, "an expert without a replica in range: the slot is dropped (index: slot)")
 

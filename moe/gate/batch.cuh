@@ -1,11 +1,12 @@
-/* batch.cuh: one selection for a whole batch. A launch sums the logits of each expert over all tokens,
-   by chunk; in the next every block adds up the chunks and selects the K experts with the largest
-   sums, before it weighs them for its chunk's tokens by each token's own logits. */
+/* batch.cuh: one selection for a whole batch. A launch sums the logits of each expert over all
+   tokens, by chunk; in the next every block adds up the chunks and selects the K experts with the
+   largest sums, before it weighs them for its chunk's tokens by each token's own logits. */
 #ifndef MOE_GATE_BATCH_CUH
 #define MOE_GATE_BATCH_CUH
 
 #include "shared.cuh"
 #include "token.cuh"
+#include "top_k.cuh"
 
 /* A chunk's sums by a warp a token: tokens that hold a NaN, or a logit that counts as one, are left
    out. sum [warps][E] is in shared memory. */
@@ -26,8 +27,8 @@ MOE_DEVICE void moei_gate_batch_sum_tokens(const moe_gate_desc* d, float* sum, i
     }
 }
 
-/* The sum of an expert's logits over the tokens first, first + step, ... below end. *odd: one of them
-   counts as NaN, or may. dtype is a literal. */
+/* The sum of an expert's logits over the tokens first, first + step, ... below end. *odd: one of
+   them counts as NaN, or may. dtype is a literal. */
 MOE_DEVICE float moei_gate_batch_column(bool* odd, const moe_gate_desc* d, int e, int64_t first,
                                      int64_t end, int step, const int dtype)
 {
@@ -42,8 +43,8 @@ MOE_DEVICE float moei_gate_batch_column(bool* odd, const moe_gate_desc* d, int e
     return all;
 }
 
-/* Launch 1, one block: the chunk's sums into the workspace. A thread has an expert and every so many
-   tokens; where that meets NaN or something huge, the tokens are summed one by one. */
+/* Launch 1, one block: the chunk's sums into the workspace. A thread has an expert and every so
+   many tokens; where that meets NaN or something huge, the tokens are summed one by one. */
 MOE_DEVICE void moei_gate_batch_sum_block(const moe_gate_desc* d, float* sum)
 {
     const int64_t chunk = moe_chunk_tokens(d->num_tokens), first = blockIdx.x * chunk;
@@ -73,9 +74,9 @@ MOE_DEVICE void moei_gate_batch_sum_block(const moe_gate_desc* d, float* sum)
     }
 }
 
-/* row [E] becomes the sums over all chunks, NaN where the expert is switched off; part [warps][E] is
-   scratch. A thread has 4 experts, or 1, and every so many chunks. Every block gets the same. Ends
-   with a barrier. */
+/* row [E] becomes the sums over all chunks, NaN where the expert is switched off; part [warps][E]
+   is scratch. A thread has 4 experts, or 1, and every so many chunks. Every block gets the same.
+   Ends with a barrier. */
 MOE_DEVICE void moei_gate_batch_row(const moe_gate_desc* d, float* row, float* part)
 {
     const int E = d->num_experts, warps = (int)blockDim.x / MOEI_WARP, chunks = (int)gridDim.x;
@@ -110,14 +111,11 @@ MOE_DEVICE void moei_gate_batch_row(const moe_gate_desc* d, float* row, float* p
 }
 
 /* shared->chosen [K] becomes the batch's choices, -1 where there are no more, and shared->bias what
-   makes every token choose them, in order. All threads; a barrier must follow. What shared->prob held
-   is cleared. */
+   makes every token choose them, in order. All threads; a barrier must follow. */
 MOE_DEVICE void moei_gate_batch_choose(const moe_gate_desc* d, const moei_gate_shared* shared)
 {
-    const int E = d->num_experts, K = d->top_k, warps = (int)blockDim.x / MOEI_WARP;
-    __syncthreads();
-    moei_gate_batch_row(d, shared->bias, shared->prob);
-    for (int i = (int)threadIdx.x; i < warps * E; i += (int)blockDim.x) shared->prob[i] = 0.0f;
+    const int E = d->num_experts, K = d->top_k;
+    moei_gate_batch_row(d, shared->bias, shared->row);
     if (moei_warp() == 0) moe_warp_top_k(shared->chosen, shared->bias, E, K);
     __syncthreads();
     for (int e = (int)threadIdx.x; e < E; e += (int)blockDim.x)

@@ -27,7 +27,7 @@ typedef struct moe_gate_desc {
     const float* expert_bias;    /* [E] added to the scores for selection alone; or null */
     const uint8_t* expert_off;   /* [E] not 0: the expert is switched off; or null */
     const uint8_t* token_off;    /* [T] not 0: the token selects nothing (padding); or null */
-    const uint64_t* seed_offset; /* [1] added to seed, so that a replayed graph draws anew; or null */
+    const uint64_t* seed_offset; /* [1] added to seed: a replayed graph draws anew; or null */
     int64_t logits_stride;       /* elements between rows; 0 = E */
     int32_t logits_dtype;        /* moe_dtype; 0 = fp32 */
     /* out */
@@ -44,11 +44,11 @@ typedef struct moe_gate_desc {
     int32_t score;       /* moe_score; 0 = softmax */
     int32_t renormalize; /* 0 or 1: divide a token's weights by their sum */
     float scale;         /* factor on the weights, finite; 0 = 1 */
-    float temperature;   /* divides the logits, > 0; 0 = 1 */
+    float temperature;   /* divides the logits, 1e-30 .. 1e30; 0 = 1 */
     float noise;         /* standard deviation of normal noise on the divided logits; 0 = none */
     float dropout;       /* chance that a token does not see an expert, 0 <= dropout < 1, in
                             steps of 2^-16 */
-    float threshold;     /* sigmoid: least weight that is used, 0 <= threshold < 1 */
+    float threshold;     /* sigmoid: least score that is used, 0 <= threshold < 1 */
     uint64_t seed;       /* of noise and dropout */
     int32_t num_groups;  /* neighbouring experts in so many equal groups; 0 = 1; divides E */
     int32_t top_groups;  /* groups a token may choose from, best first; 0 = num_groups */
@@ -58,9 +58,9 @@ typedef struct moe_gate_desc {
 } moe_gate_desc;
 
 /* What is drawn for token t and expert e, by moe_random_words(seed, c0, t, stream, 0) of
-   base/random.h. Noise: c0 = e / 4; words 0 and 1 make the normal numbers of e % 4 = 0 and 1, words 2
-   and 3 the others. Dropout: c0 = e / 8; the e % 8-th 16 bits of the words, low half first, drop the
-   expert where they are below moe_gate_dropout_steps. */
+   base/random.h. Noise: c0 = e / 4; words 0 and 1 make the normal numbers of e % 4 = 0 and 1, words
+   2 and 3 the others. Dropout: c0 = e / 8; the e % 8-th 16 bits of the words, low half first, drop
+   the expert where they are below moe_gate_dropout_steps. */
 #define MOE_GATE_STREAM_NOISE 0
 #define MOE_GATE_STREAM_DROPOUT 1
 

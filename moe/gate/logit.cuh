@@ -1,5 +1,6 @@
 /* logit.cuh: what the gate's rules make of one logit: temperature, noise, square or cosine, and the
-   experts that a token does not see. Each is a function of token and expert alone. */
+   experts that a token does not see. Each is a function of token and expert alone. In the
+   descriptor that kernels get, temperature is its reciprocal and threshold a logit. */
 #ifndef MOE_GATE_LOGIT_CUH
 #define MOE_GATE_LOGIT_CUH
 
@@ -12,8 +13,8 @@ MOE_DEVICE uint64_t moei_gate_seed(const moe_gate_desc* d)
     return d->seed + (d->seed_offset ? *d->seed_offset : 0);
 }
 
-/* The same, where the compiler does not see that it is: it would keep the twenty keys that the rounds
-   of a random number make of a seed in registers over the whole loop. */
+/* The same, where the compiler does not see that it is: it would keep the twenty keys that the
+   rounds of a random number make of a seed in registers over the whole loop. */
 MOE_DEVICE uint64_t moei_gate_seed_here(uint64_t seed)
 {
 #if !MOE_ON_HOST

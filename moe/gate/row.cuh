@@ -68,8 +68,8 @@ MOE_DEVICE int moei_gate_expert(int j, int rank, const int lanes)
     return ((j >> 3) * lanes + rank) * 8 + (j & 7);
 }
 
-/* Reads a lane's logits of token t; past E they are -inf. `wide`: E and all addresses are multiples
-   of 8 elements. lanes and per_lane are literals. */
+/* Reads a lane's logits of token t; past E they are -inf. `wide`: E and the stride are multiples
+   of 8, the base of 16 bytes. lanes and per_lane are literals. */
 MOE_DEVICE void moei_gate_read(float* v, const moe_gate_desc* d, int64_t t, int rank, bool wide,
                                const int lanes, const int per_lane)
 {

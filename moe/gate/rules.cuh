@@ -31,7 +31,8 @@ MOE_DEVICE bool moei_gate_lane_nan(const float* v, const int per_lane)
 }
 
 /* What a group of lanes knows of its token's logits v, those that the token does not see being
-   -infinity; `nan` where this lane has seen one. lanes and per_lane are literals here and below. */
+   -infinity; `nan`, maybe not in all lanes, where one is. lanes and per_lane are literals here and
+   below. */
 MOE_DEVICE moei_gate_stats moei_gate_lane_stats(const moe_gate_desc* d, const float* v,
                                                 const int lanes, const int per_lane)
 {
@@ -46,12 +47,12 @@ MOE_DEVICE moei_gate_stats moei_gate_lane_stats(const moe_gate_desc* d, const fl
         float n = 4096.0f, before = 4097.0f;
         s.sum = -1.0f;
         while (__any_sync(MOEI_FULL, n < before)) {
-            const float floor = s.max + s.sum;
             float part = 0.0f, above = 0.0f;
             MOEI_UNROLL
             for (int j = 0; j < per_lane; ++j) {
-                const bool in = v[j] > floor;
-                part += in ? v[j] - s.max : 0.0f;
+                const float z = v[j] - s.max;
+                const bool in = z > s.sum;
+                part += in ? z : 0.0f;
                 above += in ? 1.0f : 0.0f;
             }
             part = moei_group_sum(part, lanes);
@@ -101,10 +102,11 @@ MOE_DEVICE void moei_gate_lane_scores(float* u, const float* v, const moe_gate_d
     }
 }
 
-/* Lets only the experts of the token's best groups stay: the others' merits become -infinity. best
-   and group are this token's in shared memory; size: experts of a group. */
-MOE_DEVICE void moei_gate_lane_groups(float* u, const moe_gate_desc* d, float2* best, float* group,
-                                      int size, int rank, const int lanes, const int per_lane)
+/* Lets only the experts of the token's best groups stay: the others' merits become -infinity, and
+   without a bias theirs the logits. best and group are this token's in shared memory; size: experts
+   of a group. */
+MOE_DEVICE void moei_gate_lane_groups(float* u, const float* v, const moe_gate_desc* d,
+                                      float2* best, float* group, int size, int rank, const int lanes, const int per_lane)
 {
     const int G = d->num_groups;
     const float none = __uint_as_float(0xff800000u), per_group = __fdividef(1.0f, (float)size);
@@ -138,15 +140,14 @@ MOE_DEVICE void moei_gate_lane_groups(float* u, const moe_gate_desc* d, float2* 
     MOEI_UNROLL
     for (int j = 0; j < per_lane; j += 4) {
         const int g = (int)(((float)moei_gate_expert(j, rank, lanes) + 0.5f) * per_group);
-        if (!(kept >> (g & 31) & 1)) {
-            MOEI_UNROLL
-            for (int i = 0; i < 4; ++i) u[j + i] = none;
-        }
+        const bool in = (kept >> (g & 31) & 1) != 0;
+        MOEI_UNROLL
+        for (int i = 0; i < 4; ++i) u[j + i] = !in ? none : d->expert_bias ? u[j + i] : v[j + i];
     }
 }
 
-/* Adds the probabilities p of a warp's tokens, one a group of lanes, to the warp's own prob [E]. Each
-   step halves the tokens: a lane passes on one half of its experts and adds up the other. */
+/* Adds the probabilities p of a warp's tokens, one a group of lanes, to the warp's own prob [E].
+   Each step halves the tokens: a lane passes on one half of its experts and adds up the other. */
 MOE_DEVICE void moei_gate_lane_add(float* p, float* prob, int E, int rank, const int lanes,
                                    const int per_lane)
 {
@@ -218,26 +219,41 @@ MOE_DEVICE void moei_gate_lane_finish(const moe_gate_desc* d, int* count, int64_
                                       const int lanes, const int depth)
 {
     const int K = d->top_k;
-    const bool softmax = moei_gate_is_softmax(d->score);
-    const float shift = -(s->max * 1.44269502f);
-    float weight[8], total = 0.0f, factor = d->scale;
+    const bool softmax = moei_gate_is_softmax(d->score), own = moei_gate_own_sum(d);
+    float weight[8], total = 0.0f, factor = d->scale, max = s->max, shift;
     int e[8];
     MOEI_UNROLL
-    for (int m = 0; m < 8; ++m) {
+    for (int m = 0; m < 8; ++m) { /* the logits for now */
         const int k = m * lanes + rank;
-        weight[m] = 0.0f;
+        weight[m] = __uint_as_float(0xff800000u);
         e[m] = -1;
         if (m * lanes < depth && live && k < K) {
             const int c = order[k];
-            const float v = pick[c].logit;
-            weight[m] = softmax ? moei_exp2_fast(fmaf(v, 1.44269502f, shift))
-                                : moei_gate_weight(d, v, s->max, s->sum);
-            if (moei_gate_used(d, v, weight[m])) e[m] = expert[c];
-            else weight[m] = 0.0f;
-            total += weight[m];
+            weight[m] = pick[c].logit;
+            e[m] = expert[c];
         }
     }
-    if (d->score == MOE_SCORE_TOPK_SOFTMAX || d->renormalize) total = moei_group_sum(total, lanes);
+    if (own && d->score != MOE_SCORE_SPARSEMAX) {
+        float most = weight[0];
+        MOEI_UNROLL
+        for (int m = 1; m < 8; ++m) most = fmaxf(most, weight[m]);
+        most = moei_group_max(most, lanes);
+        if (most >= -3e38f) max = most;
+    }
+    shift = -(max * 1.44269502f);
+    MOEI_UNROLL
+    for (int m = 0; m < 8; ++m)
+        if (m * lanes < depth && e[m] >= 0) {
+            const float v = weight[m];
+            weight[m] = softmax ? moei_exp2_fast(fmaf(v, 1.44269502f, shift))
+                                : moei_gate_weight(d, v, max, s->sum);
+            if (!moei_gate_used(d, v, weight[m])) {
+                e[m] = -1;
+                weight[m] = 0.0f;
+            }
+            total += weight[m];
+        }
+    if (own) total = moei_group_sum(total, lanes);
     else total = softmax ? s->sum : 1.0f;
     if (total > 0.0f) factor = __fdiv_rn(factor, total);
     MOEI_UNROLL
@@ -245,7 +261,7 @@ MOE_DEVICE void moei_gate_lane_finish(const moe_gate_desc* d, int* count, int64_
         const int k = m * lanes + rank;
         if (m * lanes < depth && live && k < K) {
             d->ids[t * K + k] = e[m];
-            d->weights[t * K + k] = weight[m] * factor;
+            d->weights[t * K + k] = e[m] >= 0 ? weight[m] * factor : 0.0f;
             if (e[m] >= 0) atomicAdd(count + e[m], 1);
         }
     }
@@ -260,8 +276,8 @@ MOE_DEVICE void moei_gate_lane_finish(const moe_gate_desc* d, int* count, int64_
 
 /* One block; a token is owned by an aligned group of `lanes` lanes with `per_lane` logits each.
    K <= depth. The token's largest merits in order tell each lane which of its own are among the K;
-   those meet in shared memory. A token of which more than 2 depth experts are not below the K-th, or
-   that sees fewer than K, or whose logits are infinite, huge or NaN, is done again by
+   those meet in shared memory. A token of which more than 2 depth experts are not below the K-th,
+   or that sees fewer than K, or whose logits are infinite, huge or NaN, is done again by
    moei_gate_token. */
 MOE_DEVICE_BODY void moei_gate_rules_block(const moe_gate_desc* d, const moei_gate_shared* shared,
                                            const int lanes, const int per_lane, const int depth)
@@ -276,13 +292,16 @@ MOE_DEVICE_BODY void moei_gate_rules_block(const moe_gate_desc* d, const moei_ga
         (d->logits_stride | d->num_experts) % 8 == 0 && (uintptr_t)d->logits % 16 == 0;
     const bool grouped = d->num_groups > 1 && d->top_groups < d->num_groups;
     const int group_size = E / d->num_groups;
-    const bool by_score = moei_gate_by_score(d);
+    /* scores choose the groups, and with a bias the experts */
+    const bool scores =
+        (d->expert_bias || grouped) && d->score != MOE_SCORE_TOPK_SOFTMAX;
     const bool early = per_lane <= 16 && MOEI_GATE_EARLY;
     const uint64_t seed = moei_gate_seed(d);
     moei_gate_pick* pick = shared->pick + own * (2 * depth);
     uint16_t* expert = shared->expert + own * (2 * depth);
     uint16_t* order = shared->order + own * depth;
     float* prob = shared->prob + moei_warp() * E;
+    float* row = shared->row + moei_warp() * E;
     uint32_t off = 0; /* of this lane's experts, for all tokens */
     float next[32];
 
@@ -323,7 +342,7 @@ MOE_DEVICE_BODY void moei_gate_rules_block(const moe_gate_desc* d, const moei_ga
         s = moei_gate_lane_stats(d, v, lanes, per_lane);
         MOEI_UNROLL
         for (int j = 0; j < per_lane; ++j) u[j] = v[j];
-        if (by_score) moei_gate_lane_scores(u, v, d, &s, per_lane);
+        if (scores) moei_gate_lane_scores(u, v, d, &s, per_lane);
         if (d->expert_bias || d->whole_batch) { /* the batch's choices are all that counts there */
             MOEI_UNROLL
             for (int j = 0; j < per_lane; ++j) {
@@ -331,13 +350,13 @@ MOE_DEVICE_BODY void moei_gate_rules_block(const moe_gate_desc* d, const moei_ga
                 u[j] = (d->whole_batch ? 0.0f : u[j]) + (e < E ? shared->bias[e] : 0.0f);
             }
         }
-        if ((by_score || d->whole_batch) && unseen) {
+        if ((scores || d->expert_bias || d->whole_batch) && unseen) {
             MOEI_UNROLL
             for (int j = 0; j < per_lane; ++j)
                 if (unseen >> j & 1) u[j] = __uint_as_float(0xff800000u);
         }
         if (grouped)
-            moei_gate_lane_groups(u, d, shared->best + own * (E >> 2),
+            moei_gate_lane_groups(u, v, d, shared->best + own * (E >> 2),
                                   shared->group + own * ((d->num_groups + 3) / 4 * 4), group_size,
                                   rank, lanes, per_lane);
         if (d->whole_batch) { /* as batch.cuh has made them */
@@ -387,8 +406,7 @@ MOE_DEVICE_BODY void moei_gate_rules_block(const moe_gate_desc* d, const moei_ga
             const float part = d->score != MOE_SCORE_SIGMOID ? 1.0f
                                : s.sum > 0.0f                ? __fdividef(1.0f, s.sum)
                                                              : 0.0f;
-            if (!by_score || d->expert_bias || grouped)
-                moei_gate_lane_scores(u, v, d, &s, per_lane);
+            moei_gate_lane_scores(u, v, d, &s, per_lane);
             MOEI_UNROLL
             for (int j = 0; j < per_lane; ++j) u[j] = in && !(unseen >> j & 1) ? u[j] * part : 0.0f;
             moei_gate_lane_add(u, prob, E, rank, lanes, per_lane);
@@ -397,7 +415,7 @@ MOE_DEVICE_BODY void moei_gate_rules_block(const moe_gate_desc* d, const moei_ga
             uint32_t again = __ballot_sync(MOEI_FULL, redo && rank == 0);
             while (again) {
                 const int from = __ffs((int)again) - 1;
-                moei_gate_token(d, shared->count, prob, shared->row + moei_warp() * E, shared->chosen,
+                moei_gate_token(d, shared->count, prob, row, shared->chosen,
                                 first + __shfl_sync(MOEI_FULL, i, from), 1);
                 __syncwarp(MOEI_FULL);
                 again &= again - 1;

@@ -1,5 +1,5 @@
-/* shared.cuh: what a block of the gate with rules has in shared memory, and what it leaves of its chunk
-   of tokens: counts, and sums of probabilities. */
+/* shared.cuh: what a block of the gate with rules has in shared memory, and what it leaves of its
+   chunk of tokens: counts, and sums of probabilities. */
 #ifndef MOE_GATE_SHARED_CUH
 #define MOE_GATE_SHARED_CUH
 
@@ -31,7 +31,7 @@ MOE_HOST_DEVICE size_t moei_gate_carve(moei_gate_shared* s, unsigned char* base,
     const size_t E = ((size_t)d->num_experts + 3) / 4 * 4; /* every piece at a multiple of 16 */
     size_t at = 0;
     s->prob = (float*)(base + at);
-    at += d->prob_sum || d->whole_batch ? (size_t)warps * E * 4 : 0;
+    at += d->prob_sum ? (size_t)warps * E * 4 : 0;
     s->row = (float*)(base + at);
     at += (size_t)warps * E * 4;
     s->count = (int*)(base + at);
@@ -52,8 +52,8 @@ MOE_HOST_DEVICE size_t moei_gate_carve(moei_gate_shared* s, unsigned char* base,
     return at + (d->whole_batch ? (size_t)d->top_k * 4 : 0);
 }
 
-/* The chunks' sums of probabilities in the workspace, [moe_num_chunks(T), E]; before them, the sums of
-   a whole batch's logits. */
+/* The chunks' sums of probabilities in the workspace, [moe_num_chunks(T), E]; before them, the sums
+   of a whole batch's logits. */
 MOE_HOST_DEVICE float* moei_gate_prob_part(const moe_gate_desc* d)
 {
     return (float*)d->workspace +

@@ -1,7 +1,7 @@
 /* token.cuh: one token by one warp, any E and K, every rule, ties, infinities and NaN included.
 
-   The row is read again for each pass and for each choice, from shared memory where rules have changed
-   it: right for everything, quick for nothing.
+   The row is read again for each pass and for each choice, from shared memory where rules have
+   changed it: right for everything, quick for nothing.
    The kernels that hold rows in registers come here for the few tokens they do not take. */
 #ifndef MOE_GATE_TOKEN_CUH
 #define MOE_GATE_TOKEN_CUH
@@ -33,8 +33,8 @@ MOE_DEVICE void moei_gate_fill_row(const moe_gate_desc* d, float* row, int64_t t
     __syncwarp(MOEI_FULL);
 }
 
-/* The logit of a pass; false where the token does not see the expert. rules is a literal: with it the
-   logits are in row, without it they are used as they come. */
+/* The logit of a pass; false where the token does not see the expert. rules is a literal: with it
+   the logits are in row, without it they are used as they come. */
 MOE_DEVICE bool moei_gate_see(float* v, const moe_gate_desc* d, const float* row, int64_t t, int e,
                               const int rules)
 {
@@ -64,7 +64,7 @@ MOE_DEVICE moei_gate_stats moei_gate_row_stats(const moe_gate_desc* d, const flo
     s.nan = __any_sync(MOEI_FULL, nan) != 0;
     s.max = moei_group_max(max, MOEI_WARP);
     if (rules && d->score == MOE_SCORE_SPARSEMAX) { /* Michelot: tau from below, till none leaves */
-        int before = E + 1, n = E;
+        int before = E + 2, n = E + 1; /* more than there can be */
         s.sum = -1.0f;
         while (n < before && n > 0 && !s.nan) {
             float part = 0.0f;
@@ -100,16 +100,13 @@ MOE_DEVICE float moei_gate_probability(const moe_gate_desc* d, float v, const mo
     return d->score == MOE_SCORE_SIGMOID && s->sum > 0.0f ? __fdiv_rn(w, s->sum) : w;
 }
 
-/* Does selection compare scores, not logits? */
-MOE_DEVICE bool moei_gate_by_score(const moe_gate_desc* d)
+/* What selection compares: the logit or, with a bias, the score and the bias; groups always by scores
+   (top-k softmax: by logits throughout). */
+MOE_DEVICE float moei_gate_merit(const moe_gate_desc* d, float v, int e, const moei_gate_stats* s,
+                                 bool groups)
 {
-    return (d->expert_bias || d->num_groups > 1) && d->score != MOE_SCORE_TOPK_SOFTMAX;
-}
-
-/* What selection compares. */
-MOE_DEVICE float moei_gate_merit(const moe_gate_desc* d, float v, int e, const moei_gate_stats* s)
-{
-    if (moei_gate_by_score(d)) v = moei_gate_score(d, v, s->max, s->sum);
+    if ((d->expert_bias || groups) && d->score != MOE_SCORE_TOPK_SOFTMAX)
+        v = moei_gate_score(d, v, s->max, s->sum);
     return d->expert_bias ? v + d->expert_bias[e] : v;
 }
 
@@ -133,7 +130,7 @@ MOE_DEVICE uint32_t moei_gate_groups(const moe_gate_desc* d, const float* row,
     MOEI_NO_UNROLL
     for (int e = g * size; g < G && e < (g + 1) * size; ++e)
         if (moei_gate_see(&v, d, row, 0, e, 1)) {
-            v = moei_gate_merit(d, v, e, s);
+            v = moei_gate_merit(d, v, e, s, true);
             second = fmaxf(second, fminf(best, v));
             best = fmaxf(best, v);
         }
@@ -164,68 +161,50 @@ MOE_DEVICE void moei_gate_unused(const moe_gate_desc* d, int64_t t, int first, i
     }
 }
 
-/* One warp: ids [K] of the K largest of merit [E], in descending order, equals by ascending index. NaN
-   are never taken; -1 where there are no more. merit and ids in shared or global memory; what other
-   threads wrote there must be visible. Reads merit once a choice. For one's own kernels too. */
-MOE_DEVICE void moe_warp_top_k(int32_t* ids, const float* merit, int num_experts, int top_k)
+/* Are the weights of the chosen divided by their own sum? Then what they have in common cancels, and
+   the largest of them, not of the row, stands at 1: it may be far below the row's, where a bias,
+   groups or the whole batch have chosen. */
+MOE_DEVICE bool moei_gate_own_sum(const moe_gate_desc* d)
 {
-    uint32_t last = MOEI_FULL;
-    int last_at = -1;
-    for (int k = 0; k < top_k; ++k) {
-        uint32_t best = 0;
-        int best_at = num_experts;
-        for (int e = moei_lane(); e < num_experts; e += MOEI_WARP) {
-            const float v = merit[e];
-            const uint32_t key = moei_is_nan(v) ? 0 : moei_ordered(v);
-            if ((key < last || (key == last && e > last_at)) && key > best) {
-                best = key;
-                best_at = e;
-            }
-        }
-        for (int w = 16; w > 0; w >>= 1) {
-            const uint32_t other = __shfl_xor_sync(MOEI_FULL, best, w);
-            const int other_at = __shfl_xor_sync(MOEI_FULL, best_at, w);
-            if (other > best || (other == best && other_at < best_at)) {
-                best = other;
-                best_at = other_at;
-            }
-        }
-        if (moei_lane() == 0) ids[k] = best_at < num_experts ? best_at : -1;
-        last = best;
-        last_at = best_at;
-    }
-    __syncwarp(MOEI_FULL);
+    return d->score == MOE_SCORE_TOPK_SOFTMAX || d->renormalize != 0;
 }
 
-/* Turns the logits that wait in d->weights into weights, and counts the experts used. The whole warp;
-   what it wrote before is visible to it. */
+/* Turns the logits that wait in d->weights into weights, and counts the experts used. The whole
+   warp; what it wrote before is visible to it. */
 MOE_DEVICE void moei_gate_finish(const moe_gate_desc* d, int* count, int64_t t,
                                  const moei_gate_stats* s, const int rules)
 {
     const int K = d->top_k;
-    const float sum = d->score == MOE_SCORE_TOPK_SOFTMAX ? 1.0f : s->sum;
+    const bool own = moei_gate_own_sum(d);
+    const float sum = own && d->score != MOE_SCORE_SPARSEMAX ? 1.0f : s->sum;
     int32_t* ids = d->ids + t * K;
-    float *weights = d->weights + t * K, total = 0.0f;
+    float *weights = d->weights + t * K, total = 0.0f, max = s->max;
+    if (own && d->score != MOE_SCORE_SPARSEMAX) {
+        float most = __uint_as_float(0xff800000u);
+        for (int k = moei_lane(); k < K; k += MOEI_WARP)
+            if (ids[k] >= 0) most = fmaxf(most, weights[k]);
+        most = moei_group_max(most, MOEI_WARP);
+        if (most >= -3e38f) max = most;
+    }
     for (int k = moei_lane(); k < K; k += MOEI_WARP)
         if (ids[k] >= 0) {
-            const float w = moei_gate_weight(d, weights[k], s->max, sum);
+            const float w = moei_gate_weight(d, weights[k], max, sum);
             const bool used = !rules || moei_gate_used(d, weights[k], w);
             if (used) total += w;
             if (used) atomicAdd(count + ids[k], 1);
             else ids[k] = -1;
             weights[k] = used ? w : 0.0f;
         }
-    total = d->score == MOE_SCORE_TOPK_SOFTMAX || d->renormalize
-                ? moei_group_sum(total, MOEI_WARP) /* short sums: a long one would round K times */
+    total = own ? moei_group_sum(total, MOEI_WARP) /* short sums: a long one rounds K times */
                 : 0.0f;
     for (int k = moei_lane(); k < K; k += MOEI_WARP)
         weights[k] = (total > 0.0f ? __fdiv_rn(weights[k], total) : weights[k]) * d->scale;
 }
 
 /* Token t: takes, for each choice, the best of what comes after the choice before, in the order of
-   descending merit and ascending indices; or, where the batch has chosen, those of `chosen` [K]. The
-   choices wait as logits in d->weights. prob and row [E] are this warp's, prob where probabilities are
-   summed; rules is a literal, and without it neither is used. */
+   descending merit and ascending indices; or, where the batch has chosen, those of `chosen` [K].
+   The choices wait as logits in d->weights. prob and row [E] are this warp's, prob where
+   probabilities are summed; rules is a literal, and without it neither is used. */
 MOE_DEVICE void moei_gate_token(const moe_gate_desc* d, int* count, float* prob, float* row,
                                 const int32_t* chosen, int64_t t, const int rules)
 {
@@ -259,7 +238,8 @@ MOE_DEVICE void moei_gate_token(const moe_gate_desc* d, int* count, float* prob,
         for (int e = moei_lane(); e < E; e += MOEI_WARP) {
             if (rules && !(groups >> (e / group) & 1)) continue;
             if (moei_gate_see(&v, d, row, t, e, rules)) {
-                const uint32_t key = moei_ordered(rules ? moei_gate_merit(d, v, e, &s) : v);
+                const float merit = rules ? moei_gate_merit(d, v, e, &s, false) : v;
+                const uint32_t key = moei_is_nan(merit) ? 0 : moei_ordered(merit);
                 if ((key < last || (key == last && e > last_at)) && key > best) {
                     best = key;
                     best_at = e;

@@ -21,7 +21,7 @@
      moe_status s = moe_grouped_gemm(&g, stream);
 
    A faster path for one architecture joins here: a kernel of its own, a line in moe_gemm_path, a
-   choice in moe_grouped_gemm_plan; schedule.cuh and the descriptor serve it as they are. */
+   choice in moei_gemm_plan; schedule.cuh and the descriptor serve it as they are. */
 #ifndef MOE_GEMM_GROUPED_CUH
 #define MOE_GEMM_GROUPED_CUH
 

@@ -7,7 +7,8 @@
 #include "../route/desc.h"
 
 /* A shared expert: an MLP that every token goes through, whatever the gate chose. Several shared
-   experts are one of their joint width: their w1 one under another, their w2 side by side. */
+   experts are one of their joint width: all their gates, then all their ups (interleaved: one after
+   another) are the rows of w1, their w2 stand side by side. */
 typedef struct moe_layer_shared {
     moe_weights w1;       /* one expert's [2 Is, H] per gate_up, not gated [Is, H], dtype */
     moe_weights w2;       /* [H, Is] dtype */

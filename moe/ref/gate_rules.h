@@ -1,8 +1,8 @@
 /* gate_rules.h: the reference of moe/gate.cuh with every rule and score. C11 and C++14; no CUDA.
 
    It reads the gate's own descriptor, with host addresses in it (zero means default there too), and
-   computes one token after the other, as gate.cuh's first lines tell it. gate.h has the plain gate by
-   itself.
+   computes one token after the other, as gate.cuh's first lines tell it. gate.h has the plain gate
+   by itself.
 
    moe_ref_gate_rules_f32 and moe_ref_gate_rules_f64. */
 #ifndef MOE_REF_GATE_RULES_H

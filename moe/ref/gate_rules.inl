@@ -52,7 +52,7 @@ MOE_HOST void MOEI_REF(moei_ref_score)(const moe_gate_desc* d, MOEI_REF(moe_ref_
         if (row->seen[e] && row->logit[e] > max) max = row->logit[e];
     row->tau = -1;
     if (d->score == MOE_SCORE_SPARSEMAX) { /* tau rises until those above it are the same */
-        int above = E + 1, before;
+        int above = E + 1, before; /* more than there can be */
         do {
             MOEI_REAL part = 0;
             before = above;
@@ -88,10 +88,10 @@ MOE_HOST void MOEI_REF(moei_ref_merit)(const moe_gate_desc* d, MOEI_REF(moe_ref_
 {
     const int E = d->num_experts, G = d->num_groups ? d->num_groups : 1, size = E / G;
     const int keep = d->top_groups ? d->top_groups : G;
-    const int by_score = (d->expert_bias || G > 1) && d->score != MOE_SCORE_TOPK_SOFTMAX;
+    const int scores = d->score != MOE_SCORE_TOPK_SOFTMAX;
     MOEI_REAL group[MOE_GATE_MAX_GROUPS];
-    for (int e = 0; e < E; ++e) {
-        row->merit[e] = by_score ? row->score[e] : row->logit[e];
+    for (int e = 0; e < E; ++e) { /* of groups, at first */
+        row->merit[e] = scores ? row->score[e] : row->logit[e];
         if (d->expert_bias) row->merit[e] += d->expert_bias[e];
         row->open[e] = row->seen[e];
     }
@@ -105,6 +105,7 @@ MOE_HOST void MOEI_REF(moei_ref_merit)(const moe_gate_desc* d, MOEI_REF(moe_ref_
         group[g] = best < 0 ? -(MOEI_REAL)INFINITY : row->merit[best];
         if (second >= 0) group[g] += row->merit[second];
     }
+    for (int e = 0; e < E && !d->expert_bias; ++e) row->merit[e] = row->logit[e];
     for (int g = 0; g < G && keep < G; ++g) {
         int ahead = 0;
         for (int i = 0; i < G; ++i) ahead += group[i] > group[g] || (group[i] == group[g] && i < g);
@@ -175,7 +176,8 @@ MOE_HOST void MOEI_REF(moe_ref_gate_rules)(const moe_gate_desc* d, int32_t* ids,
                 prob_sum[e] += d->score == MOE_SCORE_SIGMOID && scores > 0 ? row->score[e] / scores
                                                                            : row->score[e];
         for (int k = 0; k <= K; ++k) {
-            const int e = d->whole_batch ? (k < K ? batch[k] : -1) : MOEI_REF(moei_ref_best)(row, E);
+            const int own = MOEI_REF(moei_ref_best)(row, E);
+            const int e = d->whole_batch ? (k < K ? batch[k] : -1) : own;
             int used;
             if (e < 0) continue;
             if (k > 0 && !d->whole_batch) MOEI_REF(moei_ref_near)(&near, last, row->merit[e]);

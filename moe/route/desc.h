@@ -20,7 +20,7 @@ typedef enum moe_drop_rule {
 typedef struct moe_route_desc {
     /* in */
     const int32_t* ids;   /* [T, K] */
-    const float* weights; /* [T, K]; null unless row_weight or MOE_DROP_BY_WEIGHT is wanted */
+    const float* weights; /* [T, K]; read for row_weight and MOE_DROP_BY_WEIGHT alone */
     int32_t* chunk_count; /* [moe_num_chunks(T), E] as moe_gate left it for these very ids (if not,
                              BAD_COUNT); null: counted here, in the workspace; null with replicas */
     const int32_t* replica_offset; /* [E + 1] first replica of each expert; null: no replicas */

@@ -142,9 +142,9 @@ MOE_DEVICE void moei_split_load_a(moei_mma_a* a, const uint16_t* x, const int i)
 }
 
 /* One block makes one tile; its warps 64 x 64 each. While a step is multiplied, the next one's
-   weights are split into the other of two buffers; x is two steps ahead, the weights three. The small
-   terms are multiplied first, where sums are small too. One barrier a step: it says that the step's x
-   and weights are there and that the step before has been read by everyone. */
+   weights are split into the other of two buffers; x is two steps ahead, the weights three. The
+   small terms are multiplied first, where sums are small too. One barrier a step: it says that the
+   step's x and weights are there and that the step before has been read by everyone. */
 MOE_DEVICE_BODY void moei_split_large(const moei_split_args* d, unsigned char* shared,
                                       const int terms)
 {
@@ -156,7 +156,7 @@ MOE_DEVICE_BODY void moei_split_large(const moei_split_args* d, unsigned char* s
     const int row = moei_warp() % 4 * 64, column = moei_warp() / 4 * 64; /* the warp's */
     uint16_t* const ring = (uint16_t*)shared;
     uint16_t* x[3] = {ring, ring + MOEI_SPLIT_X_ELEMS, ring + 2 * MOEI_SPLIT_X_ELEMS};
-    uint16_t* w = ring + 3 * MOEI_SPLIT_X_ELEMS; /* `terms` tiles to multiply, and as many to come */
+    uint16_t* w = ring + 3 * MOEI_SPLIT_X_ELEMS; /* `terms` tiles to multiply, then as many more */
     uint16_t* next = w + terms * MOEI_SPLIT_ELEMS;
     uint4* raw = (uint4*)(next + terms * MOEI_SPLIT_ELEMS); /* and the same behind it */
     uint4* raw_next = raw + 4 * MOEI_SPLIT_THREADS;

@@ -16,7 +16,11 @@ typedef struct rules_case {
     int T, E, K, dtype;
     int bias, expert_off, token_off, prob, nan, seed_offset; /* 1: with it */
     float spread; /* of the logits; 0 = 1 */
+    int pad;      /* stride - E */
+    int misalign; /* of the logits, elements */
 } rules_case;
+
+static int64_t row_of(const rules_case* c, int64_t t) { return t * (c->E + c->pad); }
 
 /* The same twice: on the host for the reference, on the device for the gate. */
 typedef struct rules_bufs {
@@ -32,8 +36,10 @@ typedef struct rules_bufs {
 static void fill(rules_bufs* b, const rules_case* c, trand* r)
 {
     const float spread = c->spread != 0 ? c->spread : 1.0f;
-    for (int64_t i = 0; i < (int64_t)c->T * c->E; ++i)
-        moe_store(b->logits, i, c->dtype, spread * trand_normal(r));
+    memset(b->logits, 0xff, b->d_logits.bytes); /* NaN between the rows */
+    for (int64_t t = 0; t < c->T; ++t)
+        for (int e = 0; e < c->E; ++e)
+            moe_store(b->logits, row_of(c, t) + e, c->dtype, spread * trand_normal(r));
     for (int e = 0; e < c->E; ++e) {
         b->bias[e] = 0.3f * trand_normal(r);
         b->expert_off[e] = trand_int(r, 0, 5) == 0;
@@ -41,7 +47,7 @@ static void fill(rules_bufs* b, const rules_case* c, trand* r)
     for (int t = 0; t < c->T; ++t) {
         b->token_off[t] = (uint8_t)(trand_int(r, 0, 4) == 0 ? trand_int(r, 1, 255) : 0);
         if (c->nan && trand_int(r, 0, 6) == 0)
-            moe_store(b->logits, (int64_t)t * c->E + trand_int(r, 0, c->E - 1), c->dtype, NAN);
+            moe_store(b->logits, row_of(c, t) + trand_int(r, 0, c->E - 1), c->dtype, NAN);
     }
     b->offset = trand_bits(r);
 }
@@ -59,14 +65,15 @@ static void bufs_new(rules_bufs* b, const rules_case* c, trand* r)
 {
     const size_t slots = (size_t)c->T * (size_t)c->K, E = (size_t)c->E, T = (size_t)c->T;
     moe_gate_desc* d = &b->device;
-    const size_t logits = T * E * (size_t)moe_dtype_bytes(c->dtype);
+    const size_t elem = (size_t)moe_dtype_bytes(c->dtype);
+    const size_t logits = (size_t)row_of(c, c->T) * elem;
     size_t bytes = 0;
     b->logits = test_host((int64_t)logits);
     b->bias = (float*)test_host((int64_t)E * 4);
     b->expert_off = (uint8_t*)test_host((int64_t)E);
     b->token_off = (uint8_t*)test_host((int64_t)T);
+    b->d_logits = tbuf_new("logits", logits, (size_t)c->misalign * elem);
     fill(b, c, r);
-    b->d_logits = tbuf_new("logits", logits, 0);
     b->d_bias = tbuf_new("expert_bias", E * 4, 4);
     b->d_expert_off = tbuf_new("expert_off", E, 1);
     b->d_token_off = tbuf_new("token_off", T, 3);
@@ -84,6 +91,7 @@ static void bufs_new(rules_bufs* b, const rules_case* c, trand* r)
     b->host.top_k = c->K;
     b->host.logits_dtype = c->dtype;
     b->host.logits = b->logits;
+    b->host.logits_stride = c->pad ? c->E + c->pad : 0;
     if (c->bias) b->host.expert_bias = b->bias;
     if (c->expert_off) b->host.expert_off = b->expert_off;
     if (c->token_off) b->host.token_off = b->token_off;
@@ -177,7 +185,7 @@ static double compare(const rules_bufs* b, const rules_case* c)
             for (int e = 0; e < E; ++e)
                 if (!(c->expert_off && b->expert_off[e]) &&
                     !(c->options.dropout > 0 && moei_ref_dropped(&b->host, t, e))) {
-                    const float l = (float)moe_load(b->logits, (int64_t)t * E + e, c->dtype);
+                    const float l = (float)moe_load(b->logits, row_of(c, t) + e, c->dtype);
                     if (l != l) first_nan = t;
                 }
     }
@@ -185,7 +193,9 @@ static double compare(const rules_bufs* b, const rules_case* c)
     CHECK_INTS("chunk_count", chunk, counted + E, E * chunks);
     CHECK_FAULT(&b->fault, first_nan < 0 ? MOE_FAULT_NONE : MOE_FAULT_NAN_LOGIT,
                 first_nan < 0 ? 0 : first_nan);
-    CHECK(T < 8 || used > 0 || c->nan, "nothing was chosen, so this shows nothing");
+    CHECK(T < 8 || used > 0 || c->nan ||
+              (c->options.score == MOE_SCORE_SPARSEMAX && c->options.whole_batch),
+          "nothing was chosen, so this shows nothing");
     if (c->prob) {
         float* sums = (float*)tbuf_copy(&b->prob);
         double all = 0, want = 0;
@@ -277,6 +287,9 @@ static void test_rules(void)
                 c.options.score = score;
                 c.options.seed = trand_bits(&r);
                 c.options.renormalize = (int)trand_int(&r, 0, 1);
+                c.dtype = trand_int(&r, 0, 2) ? MOE_FP32 : MOE_BF16;
+                c.pad = trand_int(&r, 0, 1) ? 0 : (int)trand_int(&r, 1, 17);
+                c.misalign = trand_int(&r, 0, 1) ? 0 : (int)trand_int(&r, 1, 9);
                 c.seed_offset = (int)trand_int(&r, 0, 1);
                 c.prob = (int)trand_int(&r, 0, 1);
                 if (rule == TEMPERATURE || rule == ALL) c.options.temperature = 0.7f;
@@ -296,6 +309,68 @@ static void test_rules(void)
                 share += run_case(&c, &r), ++n;
             }
     CHECK(share / n > 0.7, "only %.2f of the tokens could be compared", share / n);
+}
+
+/* Logits that are nearly equal (sparsemax keeps them all) and far apart (what is chosen by a bias, by
+   groups or for the batch is far below the largest), each score in each form. */
+static void test_spreads(void)
+{
+    static const float spreads[] = {0.1f, 40.0f};
+    trand r = trand_new(14);
+    for (int i = 0; i < SHAPES; ++i)
+        for (int score = 1; score <= MOE_SCORE_PIONEER; ++score)
+            for (int n = 0; n < 8; ++n) {
+                rules_case c = plain_case(shapes[i][0] / 2, shapes[i][1], shapes[i][2]);
+                c.spread = spreads[n & 1];
+                c.options.score = score;
+                c.options.renormalize = n >> 1 & 1;
+                c.prob = 1;
+                c.bias = n >= 4 && score == MOE_SCORE_TOPK_SOFTMAX;
+                c.options.whole_batch = n >= 4 && !c.bias;
+                if (c.spread > 1 && score == MOE_SCORE_QUADRATIC) c.spread = 6;
+                run_case(&c, &r);
+            }
+}
+
+/* More chunks than a block has warps, with sums over them; one token; one expert; all experts. */
+static void test_sizes(void)
+{
+    static const int sizes[][3] = {{700, 12, 3}, {2300, 7, 2}, {1, 128, 8}, {1, 1, 1}, {50, 1, 1},
+                                   {9, 8, 8},    {5, 33, 33},  {3, 700, 8}, {17, 96, 8}};
+    trand r = trand_new(15);
+    for (int i = 0; i < 9; ++i)
+        for (int n = 0; n < 4; ++n) {
+            rules_case c = plain_case(sizes[i][0], sizes[i][1], sizes[i][2]);
+            c.options.whole_batch = n & 1;
+            c.prob = c.token_off = 1;
+            c.bias = !(n & 1);
+            c.dtype = n & 2 ? MOE_BF16 : MOE_FP32;
+            c.pad = n & 2 ? 5 : 0;
+            c.nan = n == 3 || c.T < 20; /* maybe nothing is chosen */
+            run_case(&c, &r);
+        }
+}
+
+/* After a stop fault nothing is written. */
+static void test_stopped(void)
+{
+    trand r = trand_new(16);
+    for (int batch = 0; batch < 2; ++batch)
+        for (int i = 0; i < SHAPES; ++i) {
+            const uint64_t word = MOEI_FAULT_KEY(MOE_FAULT_BAD_OFFSET, 0, 4);
+            rules_case c = plain_case(shapes[i][0], shapes[i][1], shapes[i][2]);
+            rules_bufs b;
+            c.options.whole_batch = batch;
+            c.prob = 1;
+            bufs_new(&b, &c, &r);
+            tbuf_put(&b.fault, &word);
+            CHECK_STATUS(moe_gate(&b.device, test_now.stream), MOE_OK);
+            CHECK(tbuf_holds(&b.ids, 0) && tbuf_holds(&b.weights, 0) && tbuf_holds(&b.chunk, 0) &&
+                      tbuf_holds(&b.prob, 0) && tbuf_holds(&b.workspace, 0),
+                  "the gate ran on after a stop fault");
+            CHECK_FAULT(&b.fault, MOE_FAULT_BAD_OFFSET, 4);
+            bufs_free(&b);
+        }
 }
 
 /* The sigmoid's threshold: from all chosen to none, the unused at the end. */
@@ -545,7 +620,8 @@ static void test_refusals(void)
     REFUSED(d.whole_batch = 1, MOE_ERR_CONFLICT, expert_bias);
     REFUSED((d.whole_batch = 1, d.expert_bias = 0, d.noise = 1), MOE_ERR_CONFLICT, noise);
     REFUSED((d.whole_batch = 1, d.expert_bias = 0, d.dropout = 0.5f), MOE_ERR_CONFLICT, dropout);
-    REFUSED((d.whole_batch = 1, d.expert_bias = 0, d.num_groups = 2), MOE_ERR_CONFLICT, num_groups);
+    REFUSED((d.whole_batch = 1, d.expert_bias = 0, d.num_groups = 2, d.top_groups = 1),
+            MOE_ERR_CONFLICT, num_groups);
     REFUSED((d.whole_batch = 1, d.expert_bias = 0, d.score = MOE_SCORE_SIGMOID, d.threshold = 0.5f),
             MOE_ERR_CONFLICT, threshold);
     REFUSED((d.whole_batch = 1, d.expert_bias = 0), MOE_ERR_WORKSPACE, workspace_bytes);
@@ -656,6 +732,9 @@ int main(int argc, char** argv)
     test_begin(argc, argv);
     RUN(test_scores);
     RUN(test_rules);
+    RUN(test_spreads);
+    RUN(test_sizes);
+    RUN(test_stopped);
     RUN(test_threshold);
     RUN(test_few_experts);
     RUN(test_whole_batch);

@@ -1,0 +1,42 @@
+/* top_k.cuh: the largest of a row by one warp, for the gate and for kernels of one's own. */
+#ifndef MOE_GATE_TOP_K_CUH
+#define MOE_GATE_TOP_K_CUH
+
+#include "../base/numeric.cuh"
+#include "../base/warp.cuh"
+
+/* One warp: ids [K] of the K largest of merit [E], in descending order, equals by ascending index.
+   NaN are never taken; -1 where there are no more. merit and ids in shared or global memory; what
+   other threads wrote there must be visible. Reads merit once a choice. Ends with __syncwarp: the
+   lanes may read ids. */
+MOE_DEVICE void moe_warp_top_k(int32_t* ids, const float* merit, int num_experts, int top_k)
+{
+    uint32_t last = MOEI_FULL;
+    int last_at = -1;
+    for (int k = 0; k < top_k; ++k) {
+        uint32_t best = 0;
+        int best_at = num_experts;
+        for (int e = moei_lane(); e < num_experts; e += MOEI_WARP) {
+            const float v = merit[e];
+            const uint32_t key = moei_is_nan(v) ? 0 : moei_ordered(v);
+            if ((key < last || (key == last && e > last_at)) && key > best) {
+                best = key;
+                best_at = e;
+            }
+        }
+        for (int w = 16; w > 0; w >>= 1) {
+            const uint32_t other = __shfl_xor_sync(MOEI_FULL, best, w);
+            const int other_at = __shfl_xor_sync(MOEI_FULL, best_at, w);
+            if (other > best || (other == best && other_at < best_at)) {
+                best = other;
+                best_at = other_at;
+            }
+        }
+        if (moei_lane() == 0) ids[k] = best_at < num_experts ? best_at : -1;
+        last = best;
+        last_at = best_at;
+    }
+    __syncwarp(MOEI_FULL);
+}
+
+#endif
