@@ -190,6 +190,7 @@ MOE_HOST void MOEI_REF(moe_ref_gate_rules)(const moe_gate_desc* d, int32_t* ids,
                 for (int i = 0; i < E; ++i)
                     if (row->seen[i] && row->logit[i] > max) max = row->logit[i];
                 MOEI_REF(moei_ref_near)(&near, row->logit[e] - max, row->tau);
+                if (row->logit[e] - max == row->tau) near = 0; /* on the edge */
             }
             if (d->threshold > 0) {
                 const double at = log((double)d->threshold / (1 - (double)d->threshold));

@@ -9,14 +9,14 @@
 #include "moe/base/random.h"
 #include "moe/combine.cuh"
 #include "moe/combine_scatter.cuh"
-#include "moe/gate/token.cuh"
+#include "moe/gate/top_k.cuh"
 #include "moe/gemm/grouped.cuh"
 #include "moe/permute.cuh"
 #include "moe/route/rank.cuh"
 
 #include "tests/test.h"
 
-/* ---- choose, weigh and sum up: moe/gate/token.cuh, moe/combine.cuh ---- */
+/* ---- choose, weigh and sum up: moe/gate/top_k.cuh, moe/combine.cuh ---- */
 
 #define STEP_MAX_E 200
 #define STEP_MAX_K 40
@@ -534,7 +534,7 @@ static void test_device_copy_row(void)
     tbuf_free(&from), tbuf_free(&to);
 }
 
-/* ---- a choice with noise: moe/base/random.h, moe/gate/token.cuh ---- */
+/* ---- a choice with noise: moe/base/random.h, moe/gate/top_k.cuh ---- */
 
 #define NOISY_MAX_E 160
 
