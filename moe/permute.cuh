@@ -125,7 +125,7 @@ MOE_DEVICE uint4 moei_permute_load(const char* p, const int width)
 
 MOE_DEVICE void moei_permute_store(char* p, uint4 v, const int width)
 {
-    if (width == 16) moei_store16_streaming(p, v);
+    if (width == 16) moei_store16(p, v);
     else if (width == 8) *(uint2*)p = make_uint2(v.x, v.y);
     else if (width == 4) *(uint32_t*)p = v.x;
     else *(uint16_t*)p = (uint16_t)v.x;
@@ -280,7 +280,10 @@ MOE_DEVICE_BODY void moei_permute_by_token(const moei_permute_args* a, moei_perm
             const int32_t* row = s->row + ((at.group + u * a->groups) << a->list_log2);
             for (int k = 0; k < listed && in; ++k) {
                 const int32_t r = row[k];
-                if (r >= 0) moei_permute_store(a->y + r * a->y_bytes + offset, v[u], width);
+                char* y = a->y + r * a->y_bytes + offset;
+                if (r < 0) continue;
+                if (width == 16) moei_store16_streaming(y, v[u]); /* rows far apart */
+                else moei_permute_store(y, v[u], width);
             }
         }
     }
