@@ -156,12 +156,55 @@ static void free_rule(job* j)
     cudaFree((void*)j->gate.expert_off), cudaFree((void*)j->gate.token_off);
 }
 
-/* Each rule beside the plain gate: gate + route, and the gate alone. tests/unit/test_gate_rules.cu has
-   their results. */
-static void time_rules(bench_state* s, int T, int E, int K)
+static void* host_copy(const void* device, size_t bytes)
+{
+    void* p = malloc(bytes);
+    if (device) BENCH_CUDA(cudaMemcpy(p, device, bytes, cudaMemcpyDeviceToHost));
+    return p;
+}
+
+/* Ids and weights of the first tokens (of a batch: of all) against the reference; tokens whose choice
+   hangs on less than fp32 rounds are left out, and most must not be. */
+static int verify_rule(const job* j, cudaStream_t stream)
+{
+    moe_gate_desc d = j->gate;
+    const int K = d.top_k;
+    const int T = d.whole_batch || d.num_tokens < 2048 ? d.num_tokens : 2048;
+    const size_t slots = (size_t)T * (size_t)K, E = (size_t)d.num_experts;
+    int32_t *ids, *want = (int32_t*)malloc(slots * 4);
+    float* got;
+    double *weights = (double*)malloc(slots * 8), *margin = (double*)malloc((size_t)T * 8);
+    int wrong = 0, compared = 0;
+    run_both((void*)j, stream);
+    BENCH_CUDA(cudaStreamSynchronize(stream));
+    ids = (int32_t*)host_copy(d.ids, slots * 4);
+    got = (float*)host_copy(d.weights, slots * 4);
+    d.num_tokens = T;
+    d.logits = host_copy(d.logits, (size_t)T * E * 4);
+    if (d.expert_bias) d.expert_bias = (const float*)host_copy(d.expert_bias, E * 4);
+    if (d.expert_off) d.expert_off = (const uint8_t*)host_copy(d.expert_off, E);
+    if (d.token_off) d.token_off = (const uint8_t*)host_copy(d.token_off, (size_t)T);
+    moe_ref_gate_rules_f64(&d, want, weights, 0, margin);
+    for (int t = 0; t < T; ++t) {
+        if (!(margin[t] >= 3e-5)) continue;
+        ++compared;
+        for (size_t i = (size_t)t * (size_t)K; i < (size_t)(t + 1) * (size_t)K; ++i)
+            wrong += ids[i] != want[i] || !(fabs(got[i] - weights[i]) < 3e-5);
+    }
+    wrong += compared < (d.whole_batch ? 1 : T / 2);
+    free((void*)d.logits), free(ids), free(want), free(got), free(weights), free(margin);
+    if (d.expert_bias) free((void*)d.expert_bias);
+    if (d.expert_off) free((void*)d.expert_off);
+    if (d.token_off) free((void*)d.token_off);
+    return wrong;
+}
+
+/* Each rule beside the plain gate: gate + route, and the gate alone. Returns how many were wrong. */
+static int time_rules(bench_state* s, int T, int E, int K)
 {
     enum { CALLS = 24 };
     double plain = 0;
+    int failures = 0;
     for (int rule = 0; rule < RULES; ++rule) {
         job jobs[CALLS];
         void* context[CALLS];
@@ -172,13 +215,15 @@ static void time_rules(bench_state* s, int T, int E, int K)
             set_rule(&jobs[c], rule);
             context[c] = &jobs[c];
         }
+        failures += verify_rule(&jobs[0], s->stream) != 0;
         both = bench_time_graph(s, run_both, context, CALLS);
         gate = bench_time_graph(s, run_gate, context, CALLS);
         if (rule == RULE_NONE) plain = both;
         snprintf(what, sizeof what, "T %d E %d K %d, %s", T, E, K, rule_name[rule]);
-        bench_row(s, what, both, gate * 1e3, "us gate", both / plain, "of plain");
+        bench_row(s, what, both, gate * 1e3, "us gate", both / plain, "plain");
         for (int c = 0; c < CALLS; ++c) free_rule(&jobs[c]), free_job(&jobs[c]);
     }
+    return failures;
 }
 
 int main(int argc, char** argv)
@@ -231,7 +276,7 @@ int main(int argc, char** argv)
                   "TB/s", (route_bytes + 4.0 * T * K) / s.copy_rate * 1e3 / ms, "floor");
         for (int c = 0; c < CALLS; ++c) free_job(&jobs[c]);
     }
-    time_rules(&s, 32768, 128, 8);
-    time_rules(&s, 8192, 256, 8);
+    failures += time_rules(&s, 32768, 128, 8);
+    failures += time_rules(&s, 8192, 256, 8);
     return bench_close(&s, failures);
 }

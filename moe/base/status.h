@@ -51,14 +51,13 @@ enum {
     X(place) X(place_kind) X(table) X(num_buffers) X(rows) X(rows_dtype) X(row_stride)            \
     X(residual) X(residual_stride) X(w1) X(w2) X(bias1) X(bias2) X(gate_up)                       \
     X(act) X(act_stride) X(a) X(a_stride) X(a_major) X(b) X(b_stride) X(b_major)                  \
-    X(bias) X(c) X(c_dtype) X(c_stride) X(n) X(k) X(row_div) X(row_index) X(epilogue)             \
+    X(bias) X(c) X(c_dtype) X(c_stride) X(n) X(k) X(row_div) X(row_index)                         \
     X(a_rows) X(tile) X(activation) X(alpha) X(limit)                                             \
     X(temperature) X(noise) X(dropout) X(seed_offset) X(threshold) X(expert_bias)                 \
     X(expert_off) X(token_off) X(num_groups) X(top_groups) X(prob_sum) X(whole_batch)             \
     X(row_multiple) X(capacity) X(drop_rule) X(drop_count)                                        \
     X(replica_offset) X(replica_expert) X(num_replicas)                                           \
     X(row_token) X(max_rows) X(shared) X(shared_stride) X(shared_weight) X(gate) X(route)         \
-    X(index) X(index_div) X(num_slots)                                                            \
     X(workspace) X(workspace_bytes) X(fault) X(stage)
 
 enum {

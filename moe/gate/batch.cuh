@@ -30,7 +30,7 @@ MOE_DEVICE void moei_gate_batch_sum_tokens(const moe_gate_desc* d, float* sum, i
 /* The sum of an expert's logits over the tokens first, first + step, ... below end. *odd: one of
    them counts as NaN, or may. dtype is a literal. */
 MOE_DEVICE float moei_gate_batch_column(bool* odd, const moe_gate_desc* d, int e, int64_t first,
-                                     int64_t end, int step, const int dtype)
+                                        int64_t end, int step, const int dtype)
 {
     float all = 0.0f;
     MOEI_UNROLL_8

@@ -106,7 +106,8 @@ MOE_DEVICE void moei_gate_lane_scores(float* u, const float* v, const moe_gate_d
    without a bias theirs the logits. best and group are this token's in shared memory; size: experts
    of a group. */
 MOE_DEVICE void moei_gate_lane_groups(float* u, const float* v, const moe_gate_desc* d,
-                                      float2* best, float* group, int size, int rank, const int lanes, const int per_lane)
+                                      float2* best, float* group, int size, int rank,
+                                      const int lanes, const int per_lane)
 {
     const int G = d->num_groups;
     const float none = __uint_as_float(0xff800000u), per_group = __fdividef(1.0f, (float)size);
@@ -290,11 +291,10 @@ MOE_DEVICE_BODY void moei_gate_rules_block(const moe_gate_desc* d, const moei_ga
     const int tokens = d->num_tokens - first < chunk ? d->num_tokens - first : chunk;
     const bool wide =
         (d->logits_stride | d->num_experts) % 8 == 0 && (uintptr_t)d->logits % 16 == 0;
-    const bool grouped = d->num_groups > 1 && d->top_groups < d->num_groups;
+    const bool grouped = d->num_groups > 1;
     const int group_size = E / d->num_groups;
     /* scores choose the groups, and with a bias the experts */
-    const bool scores =
-        (d->expert_bias || grouped) && d->score != MOE_SCORE_TOPK_SOFTMAX;
+    const bool scores = (d->expert_bias || grouped) && d->score != MOE_SCORE_TOPK_SOFTMAX;
     const bool early = per_lane <= 16 && MOEI_GATE_EARLY;
     const uint64_t seed = moei_gate_seed(d);
     moei_gate_pick* pick = shared->pick + own * (2 * depth);

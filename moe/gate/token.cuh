@@ -126,7 +126,6 @@ MOE_DEVICE uint32_t moei_gate_groups(const moe_gate_desc* d, const float* row,
     const float none = __uint_as_float(0xff800000u);
     float best = none, second = none, v;
     int ahead = 0;
-    if (d->top_groups == G) return MOEI_FULL;
     MOEI_NO_UNROLL
     for (int e = g * size; g < G && e < (g + 1) * size; ++e)
         if (moei_gate_see(&v, d, row, 0, e, 1)) {

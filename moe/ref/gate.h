@@ -13,17 +13,15 @@
 #ifndef MOE_REF_GATE_H
 #define MOE_REF_GATE_H
 
+#include "../gate/desc.h"
 #include "real.h"
-
-/* The values of moe_score in gate.cuh, which needs CUDA. */
-enum { MOE_REF_SOFTMAX = 1, MOE_REF_TOPK_SOFTMAX = 2, MOE_REF_SIGMOID = 3 };
 
 typedef struct moe_ref_gate_desc {
     const void* logits;    /* [T, E] logits_dtype */
     int64_t logits_stride; /* elements between rows; 0 = E */
     int32_t logits_dtype;  /* moe_dtype or MOE_REF_REAL */
     int32_t num_tokens, num_experts, top_k;
-    int32_t score;       /* MOE_REF_*; 0 = softmax */
+    int32_t score;       /* moe_score, one of the three; 0 = softmax */
     int32_t renormalize; /* 0 or 1 */
     float scale;         /* 0 = 1 */
 } moe_ref_gate_desc;

@@ -51,14 +51,14 @@ MOE_HOST int64_t MOEI_REF(moe_ref_gate)(const moe_ref_gate_desc* d, int32_t* ids
         }
 
         max = MOEI_LOGIT(id[0]);
-        if (d->score == MOE_REF_TOPK_SOFTMAX)
+        if (d->score == MOE_SCORE_TOPK_SOFTMAX)
             for (int k = 0; k < K; ++k)
                 sum += exp(MOEI_REF(moei_ref_below)(MOEI_LOGIT(id[k]), max));
         else
             for (int e = 0; e < E; ++e) sum += exp(MOEI_REF(moei_ref_below)(MOEI_LOGIT(e), max));
         for (int k = 0; k < K; ++k) {
             const MOEI_REAL l = MOEI_LOGIT(id[k]);
-            weight[k] = d->score == MOE_REF_SIGMOID ? 1 / (1 + exp(-l))
+            weight[k] = d->score == MOE_SCORE_SIGMOID ? 1 / (1 + exp(-l))
                                                     : exp(MOEI_REF(moei_ref_below)(l, max)) / sum;
             total += weight[k];
         }

@@ -197,9 +197,10 @@ static unsigned char* read_tokens(options* o, const char** name, size_t* file_by
     if (!bytes) quit(EXIT_WRONG_INPUT, "--tokens %d: not enough memory", o->tokens);
     if (o->file) f = fopen(*name = o->file, "rb");
     else f = open_shipped_text(name);
+    n = f ? fread(bytes, 1, most, f) : 0;
+    bad = f && ferror(f);
+    if (bad || n == 0) free(bytes);
     if (!f) quit(EXIT_WRONG_INPUT, "%s: cannot be opened", *name);
-    n = fread(bytes, 1, most, f);
-    bad = ferror(f);
     fclose(f);
     if (bad) quit(EXIT_WRONG_INPUT, "%s: cannot be read", *name);
     if (n == 0) quit(EXIT_WRONG_INPUT, "%s: is empty", *name);

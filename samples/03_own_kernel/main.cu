@@ -101,6 +101,12 @@ static step_args make_step(const float* logits, void* const* table, int tokens)
     return a;
 }
 
+static void free_step(step_args* a)
+{
+    CUDA(cudaFree(a->ids)), CUDA(cudaFree(a->weights)), CUDA(cudaFree(a->place));
+    CUDA(cudaFree(a->combine.y));
+}
+
 static void own_step(step_args* a)
 {
     const moei_launch_config c = moei_grid(a->combine.num_tokens, 256, 0, 0);
@@ -173,6 +179,9 @@ int main(int argc, char** argv)
         CUDA(cudaMemcpy(ids[i], step[i].ids, sizeof ids[i], cudaMemcpyDeviceToHost));
     }
     CUDA(cudaMemcpy(weights, step[0].weights, sizeof weights, cudaMemcpyDeviceToHost));
+    free_step(&step[0]), free_step(&step[1]);
+    CUDA(cudaFree(device_logits)), CUDA(cudaFree(device_table));
+    for (int e = 0; e < E; ++e) CUDA(cudaFree(table[e]));
     printf("%d tokens of %d numbers, %d of %d experts each, on the %s\n", tokens, H, K, E,
            MOE_ON_HOST ? "CPU" : "GPU");
     printf("token  expert x weight                              y[0]    collection's\n");

@@ -56,11 +56,11 @@ static void test_ref_gate(void)
         CHECK(count[0] == 2 && count[1] == 3 && count[2] == 4 && count[3] == 3);
         CHECK(memcmp(count, chunk, sizeof count) == 0);
     }
-    g.score = MOE_REF_TOPK_SOFTMAX;
+    g.score = MOE_SCORE_TOPK_SOFTMAX;
     g.scale = 3;
     moe_ref_gate_f64(&g, ids, w, 0, 0);
     CHECK(near_to(w[0], 3 / (2 + exp(-1))) && near_to(w[0] + w[1] + w[2], 3) && near_to(w[3], 1));
-    g.score = MOE_REF_SIGMOID;
+    g.score = MOE_SCORE_SIGMOID;
     g.renormalize = 1;
     moe_ref_gate_f64(&g, ids, w, 0, 0);
     {

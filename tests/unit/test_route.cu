@@ -656,7 +656,7 @@ static void test_route_optional_outputs(void)
     free(weights);
 }
 
-/* The smallest bad slot wins; a stop fault stops all three launches. */
+/* The smallest bad slot wins; a stop fault stops every launch, those of a capacity by weight too. */
 static void test_route_faults(void)
 {
     trand r = trand_new(6);
@@ -671,10 +671,13 @@ static void test_route_faults(void)
     ids[777] = 10;
     ids[555] = -7;
     ids[1199] = 99;
-    for (int counts = 0; counts < 2; ++counts) {
+    for (int n = 0; n < 4; ++n) {
         uint64_t word;
         route_bufs b;
-        c.counts = counts;
+        c.counts = n % 2;
+        c.rule = n / 2 ? MOE_DROP_BY_WEIGHT : 0;
+        c.capacity = n / 2 ? 20 : 0;
+        c.drops = n / 2;
         bufs_new(&b, &c, ids, weights);
         CHECK_STATUS(moe_route(&b.d, test_now.stream), MOE_OK);
         CHECK_FAULT(&b.fault, MOE_FAULT_BAD_ID, 555);
