@@ -141,7 +141,7 @@ static void set_rule(job* j, int rule)
         const int n = rule == RULE_EXPERT_OFF ? E : g->num_tokens;
         uint8_t* off = (uint8_t*)bench_alloc((size_t)n);
         BENCH_CUDA(cudaMemset(off, 0, (size_t)n));
-        BENCH_CUDA(cudaMemset(off, 1, (size_t)n / 16));
+        BENCH_CUDA(cudaMemset2D(off, 16, 1, 1, (size_t)n / 16)); /* each sixteenth */
         if (rule == RULE_EXPERT_OFF) g->expert_off = off;
         else g->token_off = off;
     }
@@ -163,11 +163,13 @@ static void* host_copy(const void* device, size_t bytes)
     return p;
 }
 
-/* Ids and weights of the first tokens (of a batch: of all) against the reference; tokens whose choice
-   hangs on less than fp32 rounds are left out, and most must not be. */
+/* Ids and weights of the first tokens (of a batch: of all) against the reference. Tokens whose choice
+   hangs on what fp32 may round are left out, at most half of them. Small are the margins of a batch,
+   counted in the sum of the absolute logits, and of squared cosines. */
 static int verify_rule(const job* j, cudaStream_t stream)
 {
     moe_gate_desc d = j->gate;
+    const double least_margin = d.whole_batch || d.score == MOE_SCORE_PIONEER ? 1e-6 : 3e-5;
     const int K = d.top_k;
     const int T = d.whole_batch || d.num_tokens < 2048 ? d.num_tokens : 2048;
     const size_t slots = (size_t)T * (size_t)K, E = (size_t)d.num_experts;
@@ -186,12 +188,12 @@ static int verify_rule(const job* j, cudaStream_t stream)
     if (d.token_off) d.token_off = (const uint8_t*)host_copy(d.token_off, (size_t)T);
     moe_ref_gate_rules_f64(&d, want, weights, 0, margin);
     for (int t = 0; t < T; ++t) {
-        if (!(margin[t] >= 3e-5)) continue;
+        if (!(margin[t] >= least_margin)) continue;
         ++compared;
         for (size_t i = (size_t)t * (size_t)K; i < (size_t)(t + 1) * (size_t)K; ++i)
             wrong += ids[i] != want[i] || !(fabs(got[i] - weights[i]) < 3e-5);
     }
-    wrong += compared < (d.whole_batch ? 1 : T / 2);
+    wrong += compared < T / 2;
     free((void*)d.logits), free(ids), free(want), free(got), free(weights), free(margin);
     if (d.expert_bias) free((void*)d.expert_bias);
     if (d.expert_off) free((void*)d.expert_off);
@@ -215,7 +217,10 @@ static int time_rules(bench_state* s, int T, int E, int K)
             set_rule(&jobs[c], rule);
             context[c] = &jobs[c];
         }
-        failures += verify_rule(&jobs[0], s->stream) != 0;
+        if (verify_rule(&jobs[0], s->stream)) {
+            ++failures;
+            fprintf(stderr, "wrong: T %d E %d K %d, %s\n", T, E, K, rule_name[rule]);
+        }
         both = bench_time_graph(s, run_both, context, CALLS);
         gate = bench_time_graph(s, run_gate, context, CALLS);
         if (rule == RULE_NONE) plain = both;
