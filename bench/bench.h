@@ -1,9 +1,9 @@
 /* bench.h: what every bench shares. Each bench verifies before it times.
 
    Time: after 50 ms of warm-up each repetition flushes L2 by writing a buffer of four times its
-   size, then runs once between two events; the median counts. Launches of a few microseconds are timed as a captured
-   graph of 24 calls over rotating inputs, divided by the calls: together they pass the L2, but for
-   the smallest shapes, which stay in it.
+   size, then runs once between two events; the median counts. Launches of a few microseconds are
+   timed as a captured graph of 24 calls over rotating inputs, divided by the calls: together they
+   pass the L2, but for the smallest shapes, which stay in it.
    Ceilings are measured in the same run: device-to-device copy (bytes read + written) and, where
    a bench has one, its peer. Clocks and power are read with nvidia-smi while it runs.
 

@@ -66,27 +66,37 @@ static void free_job(job* j)
     cudaFree(j->gate.chunk_count ? (void*)j->gate.chunk_count : j->route.workspace);
 }
 
+static void* host_copy(const void* device, size_t bytes)
+{
+    void* p = malloc(bytes);
+    BENCH_CUDA(cudaMemcpy(p, device, bytes, cudaMemcpyDeviceToHost));
+    return p;
+}
+
 /* Every id and every row against the reference. */
 static int verify(const job* j, cudaStream_t stream)
 {
     const int T = j->gate.num_tokens, E = j->gate.num_experts, K = j->gate.top_k;
     const size_t slots = (size_t)T * (size_t)K;
-    const size_t logit_bytes = (size_t)T * (size_t)E * (size_t)moe_dtype_bytes(j->gate.logits_dtype);
-    void* logits = malloc(logit_bytes);
-    int32_t* ids = (int32_t*)malloc(slots * 4);
-    int32_t* row_slot = (int32_t*)malloc(slots * 4);
+    const size_t logit_bytes =
+        (size_t)T * (size_t)E * (size_t)moe_dtype_bytes(j->gate.logits_dtype);
     int32_t* want_ids = (int32_t*)malloc(slots * 4);
     double* want_weights = (double*)malloc(slots * 8);
-    float* weights = (float*)malloc(slots * 4);
     int32_t* next = (int32_t*)calloc((size_t)E + 1, 4);
     moe_ref_gate_desc want;
+    void* logits;
+    int32_t *ids, *row_slot;
+    float* weights;
     int wrong = 0;
+    BENCH_CUDA(cudaMemset(j->gate.ids, 0x55, slots * 4));
+    BENCH_CUDA(cudaMemset(j->gate.weights, 0xff, slots * 4)); /* NaN */
+    BENCH_CUDA(cudaMemset(j->route.row_slot, 0xff, slots * 4));
     run_both((void*)j, stream);
     BENCH_CUDA(cudaStreamSynchronize(stream));
-    BENCH_CUDA(cudaMemcpy(logits, j->gate.logits, logit_bytes, cudaMemcpyDeviceToHost));
-    BENCH_CUDA(cudaMemcpy(ids, j->gate.ids, slots * 4, cudaMemcpyDeviceToHost));
-    BENCH_CUDA(cudaMemcpy(weights, j->gate.weights, slots * 4, cudaMemcpyDeviceToHost));
-    BENCH_CUDA(cudaMemcpy(row_slot, j->route.row_slot, slots * 4, cudaMemcpyDeviceToHost));
+    logits = host_copy(j->gate.logits, logit_bytes);
+    ids = (int32_t*)host_copy(j->gate.ids, slots * 4);
+    weights = (float*)host_copy(j->gate.weights, slots * 4);
+    row_slot = (int32_t*)host_copy(j->route.row_slot, slots * 4);
     memset(&want, 0, sizeof want);
     want.logits = logits;
     want.logits_dtype = j->gate.logits_dtype;
@@ -156,16 +166,9 @@ static void free_rule(job* j)
     cudaFree((void*)j->gate.expert_off), cudaFree((void*)j->gate.token_off);
 }
 
-static void* host_copy(const void* device, size_t bytes)
-{
-    void* p = malloc(bytes);
-    if (device) BENCH_CUDA(cudaMemcpy(p, device, bytes, cudaMemcpyDeviceToHost));
-    return p;
-}
-
-/* Ids and weights of the first tokens (of a batch: of all) against the reference. Tokens whose choice
-   hangs on what fp32 may round are left out, at most half of them. Small are the margins of a batch,
-   counted in the sum of the absolute logits, and of squared cosines. */
+/* Ids and weights of the first tokens (of a batch: of all) against the reference. Tokens whose
+   choice hangs on what fp32 may round are left out, at most half of them. Small are the margins of
+   a batch, counted in the sum of the absolute logits, and of squared cosines. */
 static int verify_rule(const job* j, cudaStream_t stream)
 {
     moe_gate_desc d = j->gate;
@@ -177,6 +180,8 @@ static int verify_rule(const job* j, cudaStream_t stream)
     float* got;
     double *weights = (double*)malloc(slots * 8), *margin = (double*)malloc((size_t)T * 8);
     int wrong = 0, compared = 0;
+    BENCH_CUDA(cudaMemset(d.ids, 0x55, (size_t)d.num_tokens * (size_t)K * 4));
+    BENCH_CUDA(cudaMemset(d.weights, 0xff, (size_t)d.num_tokens * (size_t)K * 4)); /* NaN */
     run_both((void*)j, stream);
     BENCH_CUDA(cudaStreamSynchronize(stream));
     ids = (int32_t*)host_copy(d.ids, slots * 4);

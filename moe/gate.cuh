@@ -42,7 +42,8 @@
    sees), or with pioneer a logit of 2^20 or more, selects nothing (ids -1, weights 0) and sets the
    fault word; no other token changes. An expert whose bias is NaN is not chosen.
    Without a bias selection compares the logits themselves, so rounding in exp never changes it
-   (but maybe the choice of groups). Arithmetic is fp32 in a fixed order: equal inputs give equal bits.
+   (but maybe the choice of groups). Arithmetic is fp32 in a fixed order: equal inputs give equal
+   bits.
 
    Cost: one read of the logits (whole_batch: two). One launch; one more each for expert_count (a
    memset), prob_sum, whole_batch. Any E up to MOE_MAX_EXPERTS, any K up to E. In registers: E up to

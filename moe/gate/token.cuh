@@ -100,8 +100,8 @@ MOE_DEVICE float moei_gate_probability(const moe_gate_desc* d, float v, const mo
     return d->score == MOE_SCORE_SIGMOID && s->sum > 0.0f ? __fdiv_rn(w, s->sum) : w;
 }
 
-/* What selection compares: the logit or, with a bias, the score and the bias; groups always by scores
-   (top-k softmax: by logits throughout). */
+/* What selection compares: the logit or, with a bias, the score and the bias; groups always by
+   scores (top-k softmax: by logits throughout). */
 MOE_DEVICE float moei_gate_merit(const moe_gate_desc* d, float v, int e, const moei_gate_stats* s,
                                  bool groups)
 {
@@ -160,9 +160,9 @@ MOE_DEVICE void moei_gate_unused(const moe_gate_desc* d, int64_t t, int first, i
     }
 }
 
-/* Are the weights of the chosen divided by their own sum? Then what they have in common cancels, and
-   the largest of them, not of the row, stands at 1: it may be far below the row's, where a bias,
-   groups or the whole batch have chosen. */
+/* Are the weights of the chosen divided by their own sum? Then what they have in common cancels,
+   and the largest of them, not of the row, stands at 1: it may be far below the row's, where a
+   bias, groups or the whole batch have chosen. */
 MOE_DEVICE bool moei_gate_own_sum(const moe_gate_desc* d)
 {
     return d->score == MOE_SCORE_TOPK_SOFTMAX || d->renormalize != 0;

@@ -285,7 +285,7 @@ int main(int argc, char** argv)
     unsigned char* bytes;
     int32_t* count;
     uint64_t word;
-    int64_t rows = 0;
+    int64_t rows = 0, elements;
     int devices = 0, ok = 1;
     sizes n;
     host_data h;
@@ -314,8 +314,8 @@ int main(int argc, char** argv)
     n.shared_w1 = (moe_activation_is_gated(o.activation) ? 2 : 1) * n.shared_w2;
     d = make_layer(&o, 0, &n);
     CUDA(cudaMemGetInfo(&free_bytes, &all_bytes));
-    if ((double)d.workspace_bytes + 2.0 * (double)(2 * n.x + n.router + n.w1 + n.w2 + n.shared_w1 + n.shared_w2) >
-        0.9 * (double)free_bytes)
+    elements = 2 * n.x + n.router + n.w1 + n.w2 + n.shared_w1 + n.shared_w2;
+    if ((double)d.workspace_bytes + 2.0 * (double)elements > 0.9 * (double)free_bytes)
         quit(EXIT_WRONG_INPUT, "this shape needs more memory than the device's %.1f GB",
              (double)free_bytes / 1e9);
 

@@ -4,8 +4,8 @@
      g++ -x c++ -std=c++14 -O2 -I. samples/03_own_kernel/main.cu -o 03_own_kernel && ./03_own_kernel
 
    A decoding step has so few tokens that nearly every expert is chosen by one of them. Then all
-   experts may as well compute all tokens: that reads no more weights, nothing is routed, and row t of
-   expert e's buffer is token t's. What is left is one kernel: choose, weigh, sum up.
+   experts may as well compute all tokens: that reads no more weights, nothing is routed, and row t
+   of expert e's buffer is token t's. What is left is one kernel: choose, weigh, sum up.
    What to copy from here: step_kernel and make_step. The rest tries and times it. */
 #include "moe/combine.cuh" /* moe_combine_token */
 #include "moe/gate.cuh"    /* moe_warp_top_k; moe_gate to compare with */
