@@ -8,6 +8,7 @@
 #include "base/random.h"
 #include "base/status.h"
 #include "base/types.h"
+#include "block_sparse/desc.h"
 #include "gate/desc.h"
 #include "gemm/desc.h"
 #include "layer/desc.h"

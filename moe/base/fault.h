@@ -29,6 +29,8 @@
     X(NONE, "no fault")                                                                           \
     X(BAD_OFFSET, "expert_offset decreases or passes the last row (index: expert)")               \
     X(BAD_TABLE, "null or misaligned address in a table of experts (index: expert)")              \
+    X(BAD_BLOCK, "a block list out of range or not ascending (index: entry)")                     \
+    X(NO_ROOM, "max_blocks is less than the mask has (index: blocks it has)")                     \
     X(NAN_LOGIT, "a logit counts as NaN: the token selects nothing (index: token)")               \
     X(BAD_ID, "expert id out of range: the slot is dropped (index: slot)")                        \
     X(BAD_ROW, "row map out of range: read as zeros, not added to y (index: row or slot)")        \
@@ -41,7 +43,7 @@ enum {
     MOEI_FAULT_LIST(MOEI_FAULT_ENUM)
 #undef MOEI_FAULT_ENUM
         MOE_NUM_FAULTS,
-    MOE_FAULT_LAST_STOP = MOE_FAULT_BAD_TABLE
+    MOE_FAULT_LAST_STOP = MOE_FAULT_NO_ROOM
 };
 
 typedef struct moe_fault {

@@ -58,6 +58,11 @@ enum {
     X(row_multiple) X(capacity) X(drop_rule) X(drop_count)                                        \
     X(replica_offset) X(replica_expert) X(num_replicas)                                           \
     X(row_token) X(max_rows) X(shared) X(shared_stride) X(shared_weight) X(gate) X(route)         \
+    X(op) X(m) X(mask) X(bytes) X(bits) X(row_offset) X(column_index) X(column_offset)            \
+    X(position) X(columns) X(block_rows) X(block_columns) X(max_blocks)              \
+    X(a_table) X(b_table) X(c_table) X(a_transposed) X(b_transposed) X(packed) X(zero_masked)     \
+    X(form) X(act_grad) X(dy) X(dx) X(dw1) X(dw2) X(dweights) X(dy_stride) X(dx_stride)           \
+    X(max_experts) X(choice)                                                                      \
     X(workspace) X(workspace_bytes) X(fault) X(stage)
 
 enum {
