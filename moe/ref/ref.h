@@ -5,6 +5,7 @@
 #ifndef MOE_REF_REF_H
 #define MOE_REF_REF_H
 
+#include "block_sparse.h"
 #include "combine.h"
 #include "experts.h"
 #include "gate.h"
