@@ -34,8 +34,9 @@ typedef struct moe_block_layer_desc {
     int64_t dx_stride; /* elements between rows; 0 = H; multiple of 8 */
     void* dw1;         /* [max_experts, 2I or I, H] grad_dtype, 16-byte aligned; or null */
     void* dw2;         /* [max_experts, H, I] grad_dtype, 16-byte aligned; or null */
-    int32_t* grad_expert; /* [max_experts] the expert that each slot of dw1 and dw2 holds, ascending;
-                             -1: none, the slot is not written. With dw1 or dw2; else null */
+    int32_t* grad_expert; /* [max_experts] the expert that each slot of dw1 and dw2 holds,
+                             ascending; -1: none, the slot is not written. With dw1 or dw2; else
+                             null */
     float* dweights;      /* shape of weights; 0 where ids has no expert; or null */
     void* act_grad; /* moe_block_layer_bytes.act_grad bytes, 16-byte aligned: where the gradient of
                        the pre-activations goes; null: over the pre-activations in `saved`, which
@@ -53,8 +54,8 @@ typedef struct moe_block_layer_desc {
     int32_t dtype;        /* fp16 or bf16; 0 = bf16 */
     int32_t grad_dtype;   /* of dw1 and dw2: dtype or fp32; 0 = dtype */
     int32_t activation;   /* moe_activation; 0 = SwiGLU */
-    float alpha, limit;   /* of the clamped SwiGLU, else 0: alpha finite, 0 = 1.702; limit finite and
-                             not negative, 0 = 7 */
+    float alpha, limit;   /* of the clamped SwiGLU, else 0: alpha finite, 0 = 1.702; limit finite
+                             and not negative, 0 = 7 */
     moe_block_choice choice; /* of all products */
     /* memory */
     void* saved; /* 256-byte aligned: what backward needs of its forward */
