@@ -96,14 +96,6 @@ MOE_HOST moe_status moei_layer_options(const moe_layer_desc* d, moe_gate_desc* g
     return MOE_OK;
 }
 
-/* The next piece of a workspace; with a null base only counts. */
-MOE_HOST void* moei_carve(char* base, size_t* at, uint64_t bytes)
-{
-    void* p = base ? base + *at : (char*)0;
-    *at += (size_t)((bytes + 255) / 256 * 256);
-    return p;
-}
-
 /* Shares the workspace out among gate, route and the view; both the size and the launch come from
    here. */
 MOE_HOST moe_status moei_layer_carve(const moe_layer_desc* d, moe_gate_desc* gate,

@@ -6,6 +6,7 @@
 #ifndef MOE_BASE_TYPES_H
 #define MOE_BASE_TYPES_H
 
+#include <stddef.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -37,6 +38,14 @@ MOE_HOST uint64_t moei_extent(int64_t rows, int64_t stride, int64_t columns, int
 MOE_HOST int moei_stride_fits(int64_t stride, int64_t columns, int64_t rows)
 {
     return stride >= columns && stride <= ((int64_t)1 << 60) / (rows > 0 ? rows : 1);
+}
+
+/* The next piece of a workspace; with a null base only counts. */
+MOE_HOST void* moei_carve(char* base, size_t* at, uint64_t bytes)
+{
+    void* p = base ? base + *at : (char*)0;
+    *at += (size_t)((bytes + 255) / 256 * 256);
+    return p;
 }
 
 MOE_HOST const char* moe_dtype_name(int dtype)

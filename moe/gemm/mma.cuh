@@ -1,17 +1,18 @@
-/* mma.cuh: one 16 x 16 x 16 tensor-core product of a warp behind plain functions. The one file
-   that names nvcuda::wmma; on the CPU the stand-in of host/mma.h has the same functions.
+/* mma.cuh: one 16 x 16 x 16 tensor-core product of a warp behind plain functions: WMMA, written
+   with the instructions that nvcuda::wmma compiles to (ldmatrix, mma.sync), so that a piece may be
+   loaded along either axis at run time and a product may be left out. The one file that names
+   them; on the CPU the stand-in of host/mma.h has the same functions.
 
      moei_mma_a, moei_mma_b   a 16 x 16 piece of A [M, K] or B [K, N], fp16 or bf16
      moei_mma_c               a 16 x 16 piece of C, fp32; x[MOEI_MMA_C_ELEMS] of each lane
 
-   dtype and major are literals where these are called, so each piece is one fragment type in
-   registers. Which element a lane holds is not defined; it is the same for all C pieces.
-   All 32 lanes call together; addresses in shared memory, 32-byte aligned, ld a multiple of 8.
-   fp16 from sm_75, bf16 from sm_80. */
+   dtype is a literal where these are called. Callers lean on no layout of a piece among the lanes;
+   it is the same for all C pieces. All 32 lanes call together; addresses in shared memory, 32-byte
+   aligned, ld a multiple of 8. fp16 from sm_75, bf16 from sm_80. */
 #ifndef MOE_GEMM_MMA_CUH
 #define MOE_GEMM_MMA_CUH
 
-#include "../base/cuda.cuh"
+#include "../base/warp.cuh"
 #include "../layout.h"
 
 #if MOE_ON_HOST
@@ -20,66 +21,57 @@
 
 #else
 
-#include <mma.h>
-
 #define MOEI_MMA_C_ELEMS 8
 
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
-#define MOEI_MMA_BF16 1
-#else
-#define MOEI_MMA_BF16 0
-#endif
-
-/* Only the member that dtype and major name is ever used; the others take no register. */
+/* Registers are those of mma.m16n8k16: of A four 8 x 8 matrices, of B and C two halves of 8
+   columns. */
 typedef struct moei_mma_a {
-    nvcuda::wmma::fragment<nvcuda::wmma::matrix_a, 16, 16, 16, __half, nvcuda::wmma::row_major> hk;
-    nvcuda::wmma::fragment<nvcuda::wmma::matrix_a, 16, 16, 16, __half, nvcuda::wmma::col_major> hm;
-#if MOEI_MMA_BF16
-    nvcuda::wmma::fragment<nvcuda::wmma::matrix_a, 16, 16, 16, __nv_bfloat16,
-                           nvcuda::wmma::row_major> bk;
-    nvcuda::wmma::fragment<nvcuda::wmma::matrix_a, 16, 16, 16, __nv_bfloat16,
-                           nvcuda::wmma::col_major> bm;
-#endif
+    uint32_t x[4];
 } moei_mma_a;
-
 typedef struct moei_mma_b {
-    nvcuda::wmma::fragment<nvcuda::wmma::matrix_b, 16, 16, 16, __half, nvcuda::wmma::col_major> hk;
-    nvcuda::wmma::fragment<nvcuda::wmma::matrix_b, 16, 16, 16, __half, nvcuda::wmma::row_major> hm;
-#if MOEI_MMA_BF16
-    nvcuda::wmma::fragment<nvcuda::wmma::matrix_b, 16, 16, 16, __nv_bfloat16,
-                           nvcuda::wmma::col_major> bk;
-    nvcuda::wmma::fragment<nvcuda::wmma::matrix_b, 16, 16, 16, __nv_bfloat16,
-                           nvcuda::wmma::row_major> bm;
-#endif
+    uint32_t x[4];
 } moei_mma_b;
+typedef struct moei_mma_c {
+    float x[MOEI_MMA_C_ELEMS];
+} moei_mma_c;
 
-typedef nvcuda::wmma::fragment<nvcuda::wmma::accumulator, 16, 16, 16, float> moei_mma_c;
+/* Four 8 x 8 matrices; each lane names one of their rows. */
+MOE_DEVICE void moei_mma_load(uint32_t* x, const uint16_t* row)
+{
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+                 : "r"((unsigned)__cvta_generic_to_shared(row))
+                 : "memory");
+}
 
-/* nvcuda's loads of bf16 pieces address memory generically, four loads where the fp16 ones are one
-   ldmatrix; so the instruction they stand for is written here with its address in shared memory.
-   op is a or b, layout row or col. */
-#define MOEI_MMA_LOAD_BF16(op, layout, f, p, ld)                                                  \
-    asm volatile("wmma.load." #op ".sync.aligned." #layout ".m16n16k16.shared.bf16 "              \
-                 "{%0, %1, %2, %3}, [%4], %5;"                                                    \
-                 : "=r"(((unsigned*)&(f))[0]), "=r"(((unsigned*)&(f))[1]),                        \
-                   "=r"(((unsigned*)&(f))[2]), "=r"(((unsigned*)&(f))[3])                         \
-                 : "r"((unsigned)__cvta_generic_to_shared(p)), "r"(ld)                            \
-                 : "memory")
+/* The same, each turned on the way. */
+MOE_DEVICE void moei_mma_load_turned(uint32_t* x, const uint16_t* row)
+{
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+                 : "r"((unsigned)__cvta_generic_to_shared(row))
+                 : "memory");
+}
+
+/* The row a lane names in a 16 x 16 piece at p: matrices 1 and 2 lie below one another and beside
+   one another, or the other way round. */
+MOE_DEVICE const uint16_t* moei_mma_row_down(const uint16_t* p, int ld)
+{
+    return p + (moei_lane() & 15) * ld + (moei_lane() >> 4) * 8;
+}
+MOE_DEVICE const uint16_t* moei_mma_row_across(const uint16_t* p, int ld)
+{
+    return p + ((moei_lane() & 7) + (moei_lane() >> 4) * 8) * ld + (moei_lane() >> 3 & 1) * 8;
+}
 
 /* Piece of A at p: element (m, k) at p[m * ld + k] where major is MOE_MAJOR_K, at p[k * ld + m]
    where it is MOE_MAJOR_MN. */
 MOE_DEVICE void moei_mma_load_a(moei_mma_a* f, const uint16_t* p, int ld, const int dtype,
                                 const int major)
 {
-    if (dtype == MOE_FP16) {
-        if (major == MOE_MAJOR_K) nvcuda::wmma::load_matrix_sync(f->hk, (const __half*)p, ld);
-        else nvcuda::wmma::load_matrix_sync(f->hm, (const __half*)p, ld);
-    } else {
-#if MOEI_MMA_BF16
-        if (major == MOE_MAJOR_K) MOEI_MMA_LOAD_BF16(a, row, f->bk, p, ld);
-        else MOEI_MMA_LOAD_BF16(a, col, f->bm, p, ld);
-#endif
-    }
+    (void)dtype;
+    if (major == MOE_MAJOR_K) moei_mma_load(f->x, moei_mma_row_down(p, ld));
+    else moei_mma_load_turned(f->x, moei_mma_row_across(p, ld));
 }
 
 /* Piece of B at p: element (k, n) at p[n * ld + k] where major is MOE_MAJOR_K, at p[k * ld + n]
@@ -87,47 +79,81 @@ MOE_DEVICE void moei_mma_load_a(moei_mma_a* f, const uint16_t* p, int ld, const 
 MOE_DEVICE void moei_mma_load_b(moei_mma_b* f, const uint16_t* p, int ld, const int dtype,
                                 const int major)
 {
+    (void)dtype;
+    if (major == MOE_MAJOR_K) moei_mma_load(f->x, moei_mma_row_across(p, ld));
+    else moei_mma_load_turned(f->x, moei_mma_row_down(p, ld));
+}
+
+MOE_DEVICE void moei_mma_zero(moei_mma_c* c)
+{
+    MOEI_UNROLL
+    for (int i = 0; i < MOEI_MMA_C_ELEMS; ++i) c->x[i] = 0.0f;
+}
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+#define MOEI_MMA_HALF(type, half)                                                                 \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.s32 p, %10, 0;\n"                                      \
+                 "@p mma.sync.aligned.m16n8k16.row.col.f32." type "." type ".f32 "                \
+                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n}"             \
+                 : "+f"(c->x[4 * half]), "+f"(c->x[4 * half + 1]), "+f"(c->x[4 * half + 2]),      \
+                   "+f"(c->x[4 * half + 3])                                                       \
+                 : "r"(a->x[0]), "r"(a->x[1]), "r"(a->x[2]), "r"(a->x[3]), "r"(b->x[2 * half]),   \
+                   "r"(b->x[2 * half + 1]), "r"(keep))
+#define MOEI_MMA_BF16 1
+#else
+/* sm_75 has products 8 deep, of fp16 alone. */
+#define MOEI_MMA_HALF(type, half)                                                                 \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.s32 p, %10, 0;\n"                                      \
+                 "@p mma.sync.aligned.m16n8k8.row.col.f32." type "." type ".f32 "                 \
+                 "{%0, %1, %2, %3}, {%4, %5}, {%8}, {%0, %1, %2, %3};\n"                          \
+                 "@p mma.sync.aligned.m16n8k8.row.col.f32." type "." type ".f32 "                 \
+                 "{%0, %1, %2, %3}, {%6, %7}, {%9}, {%0, %1, %2, %3};\n}"                         \
+                 : "+f"(c->x[4 * half]), "+f"(c->x[4 * half + 1]), "+f"(c->x[4 * half + 2]),      \
+                   "+f"(c->x[4 * half + 3])                                                       \
+                 : "r"(a->x[0]), "r"(a->x[1]), "r"(a->x[2]), "r"(a->x[3]), "r"(b->x[2 * half]),   \
+                   "r"(b->x[2 * half + 1]), "r"(keep))
+#define MOEI_MMA_BF16 0
+#endif
+
+/* c += a * b if keep, the same in all lanes, is not 0; else c stays as it is. */
+MOE_DEVICE void moei_mma_if(moei_mma_c* c, const moei_mma_a* a, const moei_mma_b* b,
+                            const int dtype, int keep)
+{
     if (dtype == MOE_FP16) {
-        if (major == MOE_MAJOR_K) nvcuda::wmma::load_matrix_sync(f->hk, (const __half*)p, ld);
-        else nvcuda::wmma::load_matrix_sync(f->hm, (const __half*)p, ld);
+        MOEI_MMA_HALF("f16", 0);
+        MOEI_MMA_HALF("f16", 1);
     } else {
 #if MOEI_MMA_BF16
-        if (major == MOE_MAJOR_K) MOEI_MMA_LOAD_BF16(b, col, f->bk, p, ld);
-        else MOEI_MMA_LOAD_BF16(b, row, f->bm, p, ld);
+        MOEI_MMA_HALF("bf16", 0);
+        MOEI_MMA_HALF("bf16", 1);
 #endif
     }
 }
 
-MOE_DEVICE void moei_mma_zero(moei_mma_c* c) { nvcuda::wmma::fill_fragment(*c, 0.0f); }
-
 /* c += a * b */
-MOE_DEVICE void moei_mma(moei_mma_c* c, const moei_mma_a* a, const moei_mma_b* b, const int dtype,
-                         const int a_major, const int b_major)
+MOE_DEVICE void moei_mma(moei_mma_c* c, const moei_mma_a* a, const moei_mma_b* b, const int dtype)
 {
-    if (dtype == MOE_FP16) {
-        if (a_major == MOE_MAJOR_K && b_major == MOE_MAJOR_K)
-            nvcuda::wmma::mma_sync(*c, a->hk, b->hk, *c);
-        else if (a_major == MOE_MAJOR_K) nvcuda::wmma::mma_sync(*c, a->hk, b->hm, *c);
-        else if (b_major == MOE_MAJOR_K) nvcuda::wmma::mma_sync(*c, a->hm, b->hk, *c);
-        else nvcuda::wmma::mma_sync(*c, a->hm, b->hm, *c);
-    } else {
-#if MOEI_MMA_BF16
-        if (a_major == MOE_MAJOR_K && b_major == MOE_MAJOR_K)
-            nvcuda::wmma::mma_sync(*c, a->bk, b->bk, *c);
-        else if (a_major == MOE_MAJOR_K) nvcuda::wmma::mma_sync(*c, a->bk, b->bm, *c);
-        else if (b_major == MOE_MAJOR_K) nvcuda::wmma::mma_sync(*c, a->bm, b->bk, *c);
-        else nvcuda::wmma::mma_sync(*c, a->bm, b->bm, *c);
-#endif
-    }
+    moei_mma_if(c, a, b, dtype, 1);
 }
 
 /* Rows of the piece at p, ld floats apart. */
 MOE_DEVICE void moei_mma_store(float* p, const moei_mma_c* c, int ld)
 {
-    nvcuda::wmma::store_matrix_sync(p, *c, (unsigned)ld, nvcuda::wmma::mem_row_major);
+    p += (moei_lane() >> 2) * ld + (moei_lane() & 3) * 2;
+    MOEI_UNROLL
+    for (int i = 0; i < 4; ++i)
+        *(float2*)(p + (i & 1) * 8 * ld + (i >> 1) * 8) = make_float2(c->x[2 * i], c->x[2 * i + 1]);
 }
 
-#undef MOEI_MMA_LOAD_BF16
+/* Columns of the piece at p, ld floats apart. */
+MOE_DEVICE void moei_mma_store_turned(float* p, const moei_mma_c* c, int ld)
+{
+    p += (moei_lane() >> 2) + (moei_lane() & 3) * 2 * ld;
+    MOEI_UNROLL
+    for (int i = 0; i < 8; ++i) p[((i >> 2) * 8 + (i & 1)) * ld + (i >> 1 & 1) * 8] = c->x[i];
+}
+
+#undef MOEI_MMA_HALF
 
 #endif
 #endif

@@ -267,7 +267,7 @@ MOE_DEVICE void moei_tile_step(moei_mma_c acc[4][4], moei_loader* load,
         for (int m = 0; m < wm / 16; ++m) {
             MOEI_UNROLL
             for (int n = 0; n < wn / 16; ++n)
-                moei_mma(&acc[m][n], &a[now][m], &b[now][n], dtype, a_major, b_major);
+                moei_mma(&acc[m][n], &a[now][m], &b[now][n], dtype);
         }
     }
     moei_copy_commit();

@@ -11,7 +11,7 @@
    otherwise, so exact checks want small integers. moei_mma is a meeting of the 32 lanes: the last
    to come computes for all. Loads and stores are each lane's own and do not wait; others see a
    store after __syncwarp. Misaligned pointers and leading dimensions, and pieces loaded with
-   another dtype or major than they are used with, fail the run. */
+   another dtype than they are used with, fail the run. */
 #ifndef MOE_HOST_MMA_H
 #define MOE_HOST_MMA_H
 
@@ -25,7 +25,7 @@
 
 typedef struct moeh_mma_input {
     float x[8];
-    int dtype, major;
+    int dtype;
 } moei_mma_a, moei_mma_b;
 typedef struct moei_mma_c {
     float x[MOEI_MMA_C_ELEMS];
@@ -62,7 +62,7 @@ inline const moeh_layouts& moeh_mma_layouts()
 /* This lane's elements of a piece: rows lie ld apart and columns side by side, or, where `turned`,
    the other way round. */
 inline void moeh_mma_load(moeh_mma_input* f, const moeh_layout& l, const uint16_t* p, int ld,
-                          int dtype, int major, bool turned)
+                          int dtype, bool turned)
 {
     if ((uintptr_t)p % 32 || ld % 8 || ld <= 0)
         moeh_fail("loads a tensor-core piece that is not 32-byte aligned, or ld % 8 is not 0");
@@ -71,18 +71,17 @@ inline void moeh_mma_load(moeh_mma_input* f, const moeh_layout& l, const uint16_
     p += (run >> 1) * row + (run & 1) * 8 * column;
     for (int j = 0; j < 8; ++j) f->x[l.slot[j]] = moe_load(p, j * column, dtype);
     f->dtype = dtype;
-    f->major = major;
 }
 
 MOE_DEVICE void moei_mma_load_a(moei_mma_a* f, const uint16_t* p, int ld, int dtype, int major)
 {
-    moeh_mma_load(f, moeh_mma_layouts().a, p, ld, dtype, major, major == MOE_MAJOR_MN);
+    moeh_mma_load(f, moeh_mma_layouts().a, p, ld, dtype, major == MOE_MAJOR_MN);
 }
 
 /* b is held as [k, n]. */
 MOE_DEVICE void moei_mma_load_b(moei_mma_b* f, const uint16_t* p, int ld, int dtype, int major)
 {
-    moeh_mma_load(f, moeh_mma_layouts().b, p, ld, dtype, major, major != MOE_MAJOR_MN);
+    moeh_mma_load(f, moeh_mma_layouts().b, p, ld, dtype, major != MOE_MAJOR_MN);
 }
 
 MOE_DEVICE void moei_mma_zero(moei_mma_c* c)
@@ -124,24 +123,42 @@ __attribute__((noinline)) inline void moeh_mma_all(moeh_warp* w, uint32_t mask)
     }
 }
 
-MOE_DEVICE void moei_mma(moei_mma_c* c, const moei_mma_a* a, const moei_mma_b* b, int dtype,
-                         int a_major, int b_major)
+MOE_DEVICE void moei_mma(moei_mma_c* c, const moei_mma_a* a, const moei_mma_b* b, int dtype)
 {
     const moeh_mma_lane mine = {c->x, a->x, b->x};
-    if (a->dtype != dtype || b->dtype != dtype || a->major != a_major || b->major != b_major)
-        moeh_fail("uses a tensor-core piece with another dtype or major than it was loaded with");
+    if (a->dtype != dtype || b->dtype != dtype)
+        moeh_fail("uses a tensor-core piece with another dtype than it was loaded with");
     moeh_meet(0xffffffffu, "moei_mma", moeh_mma_all, (uint64_t)(uintptr_t)&mine);
 }
 
-/* Row-major fp32, ld elements a row. */
-MOE_DEVICE void moei_mma_store(float* p, const moei_mma_c* c, int ld)
+MOE_DEVICE void moei_mma_if(moei_mma_c* c, const moei_mma_a* a, const moei_mma_b* b, int dtype,
+                            int keep)
+{
+    if (keep) moei_mma(c, a, b, dtype);
+}
+
+/* This lane's elements of a piece to p: those of a row `column` apart, rows `row`. */
+inline void moeh_mma_store(float* p, const moei_mma_c* c, int row, int column)
 {
     const moeh_layout& l = moeh_mma_layouts().c;
+    const int ld = row > column ? row : column;
     if ((uintptr_t)p % 32 || ld % 4 || ld <= 0)
         moeh_fail("stores a tensor-core piece that is not 32-byte aligned, or ld % 4 is not 0");
     const int run = l.run[moeh_lane()];
-    p += (run >> 1) * ld + (run & 1) * 8;
-    for (int j = 0; j < 8; ++j) p[j] = c->x[l.slot[j]];
+    p += (run >> 1) * row + (run & 1) * 8 * column;
+    for (int j = 0; j < 8; ++j) p[j * column] = c->x[l.slot[j]];
+}
+
+/* Rows of the piece at p, ld floats apart. */
+MOE_DEVICE void moei_mma_store(float* p, const moei_mma_c* c, int ld)
+{
+    moeh_mma_store(p, c, ld, 1);
+}
+
+/* Columns of the piece at p, ld floats apart. */
+MOE_DEVICE void moei_mma_store_turned(float* p, const moei_mma_c* c, int ld)
+{
+    moeh_mma_store(p, c, 1, ld);
 }
 
 #endif

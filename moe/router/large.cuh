@@ -215,7 +215,7 @@ MOE_DEVICE_BODY void moei_split_large(const moei_split_args* d, unsigned char* s
             for (int i = 0; i < 4; ++i) {
                 MOEI_UNROLL
                 for (int j = 0; j < 4; ++j)
-                    moei_mma(&acc[i][j], &a[i], &b[u & 1][j], MOE_BF16, MOE_MAJOR_K, MOE_MAJOR_K);
+                    moei_mma(&acc[i][j], &a[i], &b[u & 1][j], MOE_BF16);
                 if (u == terms - 1) moei_split_load_a(&a[i], xw + 16, i);
             }
             if (u < 4) {

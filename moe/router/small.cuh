@@ -114,7 +114,7 @@ MOE_DEVICE_BODY void moei_split_small(const moei_split_args* d, unsigned char* s
                                 MOEI_SPLIT_SMALL_PITCH, MOE_BF16, MOE_MAJOR_K);
                 MOEI_UNROLL
                 for (int m = 0; m < 2; ++m)
-                    moei_mma(&acc[m], &a[m], &b, MOE_BF16, MOE_MAJOR_K, MOE_MAJOR_K);
+                    moei_mma(&acc[m], &a[m], &b, MOE_BF16);
             }
         }
         __syncwarp(MOEI_FULL);

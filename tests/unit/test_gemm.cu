@@ -200,7 +200,7 @@ MOE_DEVICE void mma_warp(const mma_args* d, uint16_t* s, float* strip, const int
         moei_mma_load_a(&a, s + (a_major == MOE_MAJOR_K ? k : k * MMA_LD), MMA_LD, dtype, a_major);
         moei_mma_load_b(&b, s + MMA_ELEMS + (b_major == MOE_MAJOR_K ? k : k * MMA_LD), MMA_LD,
                         dtype, b_major);
-        moei_mma(&c, &a, &b, dtype, a_major, b_major);
+        moei_mma(&c, &a, &b, dtype);
     }
     moei_mma_store(strip, &c, 20);
     __syncwarp(MOEI_FULL);

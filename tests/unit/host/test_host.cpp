@@ -637,7 +637,7 @@ MOE_KERNEL(64, 1) product(MOE_ARG(args) d)
         moei_mma_load_a(&fa, d.a + (am ? 16 * i * 16 : 16 * i), am ? 16 : k, d.dtype, d.a_major);
         moei_mma_load_b(&fb, d.b + (bm ? 16 * i * n + 16 * w : 16 * w * k + 16 * i), bm ? n : k,
                         d.dtype, d.b_major);
-        moei_mma(i & 1 ? &fd : &fc, &fa, &fb, d.dtype, d.a_major, d.b_major);
+        moei_mma(i & 1 ? &fd : &fc, &fa, &fb, d.dtype);
     }
     for (int i = 0; i < MOEI_MMA_C_ELEMS; ++i) fc.x[i] += fd.x[i];
     moei_mma_store(d.c + 16 * w, &fc, n);

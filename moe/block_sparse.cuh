@@ -1,0 +1,337 @@
+/* block_sparse.cuh: C = A * B on tensor cores where one of the three is sparse by blocks.
+
+     sdd   C sparse   C[i, j] = A[i, :] * B[:, j]            only for blocks (i, j) of C's mask
+     dsd   A sparse   C[i, :] = sum of A[i, l] * B[l, :]     over blocks (i, l) of A's mask
+     dds   B sparse   C[:, j] = sum of A[:, l] * B[l, j]     over blocks (l, j) of B's mask
+
+   A [m, k], B [k, n], C [m, n], each in row order, A and B also transposed; fp16 (sm_75 and later)
+   or bf16 (sm_80 and later), accumulated in fp32; C in the same dtype or fp32. Blocks of 16, 32, 64
+   or 128 in each direction, ragged at the edges. Masks, storage, tables: block_sparse/desc.h.
+
+   Masked-out blocks are neither loaded nor computed, so what they hold never matters; those of C
+   are not written, or by zero_masked written as zeros. A row of blocks of dsd without any makes
+   zeros. Both gradients are calls of the same three:
+
+                 dA                            dB
+     sdd   dsd(dC, B transposed)       dds(A transposed, dC)          with C's mask
+     dsd   sdd(dC, B transposed)       dsd(A transposed, dC)          with A's mask
+     dds   dds(dC, B transposed)       sdd(A transposed, dC)          with B's mask
+
+   Each element is one sum with k ascending: equal inputs give equal bits, and a full mask those of
+   the dense product by the same tile.
+
+   Cost: 2 * elements kept * k (or n, m) flops. One launch, with a small one before it that walks
+   the mask unless it is a list whose blocks are as high as a tile (then none).
+
+     moe_block_sparse_desc d = {0};
+     d.op = MOE_BLOCK_DSD;  d.a = a;  d.b = b;  d.c = c;  d.m = m;  d.n = n;  d.k = k;
+     d.mask.bytes = mask;  d.mask.rows = m;  d.mask.columns = k;
+     d.mask.block_rows = d.mask.block_columns = 64;
+     moe_block_sparse_workspace(&d, &d.workspace_bytes);  d.workspace = ...;
+     moe_status s = moe_block_sparse(&d, stream);
+
+   Tile without a choice: as high as the blocks where they are 128 or 64 (128x128, 64x256), else
+   128x128 over joined strips: blocks of 16 and 32 that stand together run like large ones, and
+   blocks anywhere never cost more than the dense product. Few small blocks anywhere are quicker by
+   32x256. moe_block_sparse_tune times all of them.
+
+   Source of the method: Gale, Narayanan, Young and Zaharia, MegaBlocks (2022), whose names for the
+   products these are. */
+#ifndef MOE_BLOCK_SPARSE_CUH
+#define MOE_BLOCK_SPARSE_CUH
+
+#include "block_sparse/plan.cuh"
+#include "gemm/desc.h"
+
+/* name, rows, columns, warps along each, stages, blocks a multiprocessor. */
+#define MOEI_BLOCK_TILE_LIST(X, ...)                                                               \
+    X(128x128, 128, 128, 2, 2, 4, 2, __VA_ARGS__)                                                  \
+    X(64x256, 64, 256, 1, 4, 4, 2, __VA_ARGS__)                                                    \
+    X(32x256, 32, 256, 1, 4, 4, 2, __VA_ARGS__)                                                    \
+    X(64x64, 64, 64, 2, 2, 3, 3, __VA_ARGS__)
+
+/* dtypes every tile is stamped with; predefine it to trim what is compiled. */
+#ifndef MOE_BLOCK_SPARSE_DTYPE_LIST
+#define MOE_BLOCK_SPARSE_DTYPE_LIST(X)                                                             \
+    X(f16, MOE_FP16)                                                                               \
+    X(bf16, MOE_BF16)
+#endif
+
+/* What has a body: bf16 from sm_80. */
+#if MOE_ON_HOST || !defined(__CUDA_ARCH__)
+#define MOEI_BLOCK_HERE(dtype) 1
+#else
+#define MOEI_BLOCK_HERE(dtype) (__CUDA_ARCH__ >= 800 || (dtype) == MOE_FP16)
+#endif
+
+#define MOEI_BLOCK_KERNEL(name, tm, tn, wm, wn, stages, blocks, suffix, dtype)                     \
+    MOE_KERNEL((wm) * (wn)*32, blocks)                                                             \
+    moei_block_##name##_##suffix(MOE_ARG(moei_block_args) d)                                       \
+    {                                                                                              \
+        MOE_SHARED(moei_block_shared, s);                                                          \
+        MOE_SHARED_DYNAMIC(shared);                                                                \
+        moei_let_next_start();                                                                     \
+        moei_wait_for_previous();                                                                  \
+        if (MOEI_BLOCK_HERE(dtype) && !moei_fault_stopped(d.fault))                                \
+            moei_block_tile(&d, shared, &s, tm, tn, wm, wn, stages, dtype);                        \
+    }
+#define MOEI_BLOCK_KERNELS(suffix, dtype) MOEI_BLOCK_TILE_LIST(MOEI_BLOCK_KERNEL, suffix, dtype)
+MOE_BLOCK_SPARSE_DTYPE_LIST(MOEI_BLOCK_KERNELS)
+#undef MOEI_BLOCK_KERNELS
+#undef MOEI_BLOCK_KERNEL
+
+static const moei_block_shape moei_block_shapes[] = {
+#define MOEI_BLOCK_ROW(name, tm, tn, wm, wn, stages, blocks, unused)                               \
+    {MOE_BLOCK_TILE_##name, tm, tn, wm, wn, stages, blocks},
+    MOEI_BLOCK_TILE_LIST(MOEI_BLOCK_ROW, )
+#undef MOEI_BLOCK_ROW
+};
+#define MOEI_BLOCK_SHAPES ((int)(sizeof moei_block_shapes / sizeof moei_block_shapes[0]))
+
+/* The kernel of one tile and dtype; null where MOE_BLOCK_SPARSE_DTYPE_LIST lacks it. */
+MOE_HOST const void* moei_block_kernel(int tile, int dtype)
+{
+#define MOEI_BLOCK_FIND(name, tm, tn, wm, wn, stages, blocks, suffix, dt)                          \
+    if (tile == MOE_BLOCK_TILE_##name && dtype == dt)                                              \
+        return (const void*)moei_block_##name##_##suffix;
+#define MOEI_BLOCK_FINDS(suffix, dt) MOEI_BLOCK_TILE_LIST(MOEI_BLOCK_FIND, suffix, dt)
+    MOE_BLOCK_SPARSE_DTYPE_LIST(MOEI_BLOCK_FINDS)
+#undef MOEI_BLOCK_FINDS
+#undef MOEI_BLOCK_FIND
+    return 0;
+}
+
+MOE_HOST size_t moei_block_shape_smem(const moei_block_shape* t)
+{
+    return moei_block_smem(t->tm, t->tn, t->warps_m, t->warps_n, t->stages);
+}
+
+/* Can the current device and this binary run the shape? */
+MOE_HOST moe_status moei_block_runs(const moei_block_shape* t, int dtype, int* runs)
+{
+    moei_device dev;
+    MOEI_REQUIRE(moei_block_kernel(t->tile, dtype), MOE_ERR_DTYPE, dtype); /* trimmed away */
+    MOEI_TRY(moei_device_query(&dev));
+    MOEI_REQUIRE(MOE_ON_HOST || dtype == MOE_FP16 || dev.major >= 8, MOE_ERR_DEVICE, dtype);
+    *runs = moei_block_shape_smem(t) + sizeof(moei_block_shared) <= (size_t)dev.smem_block;
+#if !MOE_ON_HOST
+    {
+        cudaFuncAttributes fa;
+        MOEI_TRY_CUDA(cudaFuncGetAttributes(&fa, moei_block_kernel(t->tile, dtype)));
+        *runs = *runs && (dtype == MOE_FP16 || fa.ptxVersion >= 80);
+    }
+#endif
+    return MOE_OK;
+}
+
+/* The tile of a checked descriptor: the caller's, or by the rule at the top. */
+MOE_HOST moe_status moei_block_choose(const moe_block_sparse_desc* d, const moei_block_shape** t)
+{
+    const int height = moei_block_by_column(d) ? d->mask.block_columns : d->mask.block_rows;
+    const int small = height <= 32 && d->packed; /* strips that cannot be joined */
+    const int first = small          ? MOE_BLOCK_TILE_32x256
+                      : height == 64 ? MOE_BLOCK_TILE_64x256
+                                     : MOE_BLOCK_TILE_128x128;
+    const int wanted[] = {d->choice.tile ? d->choice.tile : first, MOE_BLOCK_TILE_64x64};
+    for (int w = 0; w < 2; ++w)
+        for (int i = 0; i < MOEI_BLOCK_SHAPES; ++i)
+            if (moei_block_shapes[i].tile == wanted[w]) {
+                int runs;
+                MOEI_TRY(moei_block_runs(&moei_block_shapes[i], d->dtype, &runs));
+                *t = &moei_block_shapes[i];
+                if (runs) return MOE_OK;
+                MOEI_REQUIRE(!d->choice.tile, MOE_ERR_DEVICE, choice);
+            }
+    return MOE_STATUS(MOE_ERR_DEVICE, dtype); /* built without -arch=sm_80 or later, most often */
+}
+
+/* Bytes of workspace that moe_block_sparse wants for this descriptor, whose own workspace is not
+   looked at: for its choice, or without one enough for any. Errors as of moe_block_sparse. */
+MOE_HOST moe_status moe_block_sparse_workspace(const moe_block_sparse_desc* desc, size_t* bytes)
+{
+    moe_block_sparse_desc d;
+    MOEI_REQUIRE(desc && bytes, MOE_ERR_NULL, desc);
+    d = *desc;
+    d.workspace = 0;
+    MOEI_TRY(moei_block_check(&d));
+    *bytes = 0;
+    if (d.m == 0 || d.n == 0) return MOE_OK;
+    for (int i = 0; i < MOEI_BLOCK_SHAPES; ++i) {
+        moei_block_plan p;
+        if (d.choice.tile && d.choice.tile != moei_block_shapes[i].tile) continue;
+        MOEI_TRY(moei_block_plan_tile(&d, &moei_block_shapes[i], 0, &p));
+        if (p.workspace_bytes > *bytes) *bytes = p.workspace_bytes;
+    }
+    return MOE_OK;
+}
+
+/* Writes zeros to the blocks of C that its mask leaves out; a thread block takes one after another. */
+typedef struct moei_block_zero_args {
+    moe_block_mask mask;
+    char* c;
+    int64_t stride;
+    uint64_t* fault;
+    int32_t rows, columns, bytes; /* blocks; bytes of an element */
+} moei_block_zero_args;
+
+MOE_KERNEL(256, 1) moei_block_zero(MOE_ARG(moei_block_zero_args) d)
+{
+    const moe_block_mask* m = &d.mask;
+    const int64_t blocks = (int64_t)d.rows * d.columns;
+    moei_let_next_start();
+    moei_wait_for_previous();
+    if (moei_fault_stopped(d.fault)) return;
+    for (int64_t b = blockIdx.x; b < blocks; b += gridDim.x) {
+        const int i = (int)(b / d.columns), j = (int)(b % d.columns);
+        const int row = i * m->block_rows, column = j * m->block_columns;
+        const int height = m->rows - row < m->block_rows ? m->rows - row : m->block_rows;
+        const int width =
+            m->columns - column < m->block_columns ? m->columns - column : m->block_columns;
+        bool has;
+        if (m->bytes) has = m->bytes[b] != 0;
+        else if (m->bits)
+            has = m->bits[i * (int64_t)((d.columns + 31) / 32) + j / 32] >> (j & 31) & 1;
+        else {
+            int lo = m->row_offset[i], hi = m->row_offset[i + 1]; /* the first not less than j */
+            const int end = hi;
+            if (lo < 0 || hi < lo || hi > m->max_blocks) continue; /* the product tells */
+            while (lo < hi) {
+                const int mid = (lo + hi) >> 1;
+                if (m->column_index[mid] < j) lo = mid + 1;
+                else hi = mid;
+            }
+            has = lo < end && m->column_index[lo] == j;
+        }
+        if (has) continue;
+        for (int u = (int)threadIdx.x; u < height * m->block_columns / 8; u += 256) {
+            const int r = u / (m->block_columns / 8), g = u % (m->block_columns / 8) * 8;
+            char* to = d.c + ((row + r) * d.stride + column + g) * d.bytes;
+            if (g + 8 <= width) {
+                moei_store16(to, make_uint4(0, 0, 0, 0));
+                if (d.bytes == 4) moei_store16(to + 16, make_uint4(0, 0, 0, 0));
+            } else {
+                for (int x = 0; x < (width - g) * d.bytes / 2; ++x) ((uint16_t*)to)[x] = 0;
+            }
+        }
+    }
+}
+
+/* Queues the product on `stream`. Errors: every field as documented in block_sparse/desc.h, each
+   with its own status; nothing is queued then. Sizes of 0 are no error. */
+MOE_HOST moe_status moe_block_sparse(const moe_block_sparse_desc* desc, cudaStream_t stream)
+{
+    moe_block_sparse_desc d;
+    const moei_block_shape* t;
+    moei_block_plan p;
+    moei_launch_config c;
+    MOEI_REQUIRE(desc, MOE_ERR_NULL, desc);
+    d = *desc;
+    MOEI_TRY(moei_block_check(&d));
+    MOEI_TRY(moei_block_choose(&d, &t));
+    if (d.m == 0 || d.n == 0) return MOE_OK;
+    MOEI_TRY(moei_block_plan_tile(&d, t, (char*)d.workspace, &p));
+    MOEI_REQUIRE(p.workspace_bytes == 0 || d.workspace, MOE_ERR_NULL, workspace);
+    MOEI_REQUIRE(p.workspace_bytes <= d.workspace_bytes, MOE_ERR_WORKSPACE, workspace_bytes);
+    if (d.zero_masked) {
+        moei_block_zero_args z;
+        z.mask = d.mask;
+        z.c = (char*)d.c;
+        z.stride = d.c_stride;
+        z.fault = d.fault;
+        z.rows = moe_num_blocks(d.m, d.mask.block_rows);
+        z.columns = moe_num_blocks(d.n, d.mask.block_columns);
+        z.bytes = moe_dtype_bytes(d.c_dtype);
+        {
+            const int64_t blocks = (int64_t)z.rows * z.columns;
+            c = moei_grid(blocks < 4096 ? blocks : 4096, 256, 0, stream);
+        }
+        c.dependent = 1;
+        MOEI_TRY(MOE_LAUNCH(moei_block_zero, c, z));
+    }
+    if (p.num_strips) {
+        c = moei_grid(p.num_strips, MOEI_STRIPS_THREADS, 0, stream);
+        c.dependent = 1;
+        MOEI_TRY(MOE_LAUNCH(moei_block_strips, c, p.strips));
+    }
+    if (p.tiles == 0) return MOE_OK;
+    c = moei_grid(p.tiles, t->warps_m * t->warps_n * 32, moei_block_shape_smem(t), stream);
+    c.dependent = 1;
+#define MOEI_BLOCK_CASE(name, tm, tn, wm, wn, stages, blocks, suffix, dt)                          \
+    if (t->tile == MOE_BLOCK_TILE_##name && d.dtype == dt)                                         \
+        return MOE_LAUNCH(moei_block_##name##_##suffix, c, p.args);
+#define MOEI_BLOCK_CASES(suffix, dt) MOEI_BLOCK_TILE_LIST(MOEI_BLOCK_CASE, suffix, dt)
+    MOE_BLOCK_SPARSE_DTYPE_LIST(MOEI_BLOCK_CASES)
+#undef MOEI_BLOCK_CASES
+#undef MOEI_BLOCK_CASE
+    return MOE_STATUS(MOE_ERR_DTYPE, dtype); /* moei_block_choose has refused it */
+}
+
+/* Times every tile that the device runs on this very call, mask and all, and fills in the quickest.
+   The one function here that is no launch: it runs the product a few dozen times, C being written
+   each time, makes and destroys two events, and waits for the stream. The workspace must do for any
+   choice (desc->choice is not looked at). Not while a graph is captured. */
+MOE_HOST moe_status moe_block_sparse_tune(const moe_block_sparse_desc* desc, cudaStream_t stream,
+                                          moe_block_choice* choice)
+{
+    moe_block_sparse_desc d;
+    cudaEvent_t begin, end;
+    moe_status status = MOE_OK;
+    float best = 0.0f;
+    MOEI_REQUIRE(desc && choice, MOE_ERR_NULL, desc);
+    d = *desc;
+    memset(&d.choice, 0, sizeof d.choice);
+    {
+        size_t bytes;
+        MOEI_TRY(moe_block_sparse_workspace(&d, &bytes));
+        MOEI_REQUIRE(bytes == 0 || d.workspace, MOE_ERR_NULL, workspace);
+        MOEI_REQUIRE(bytes <= d.workspace_bytes, MOE_ERR_WORKSPACE, workspace_bytes);
+    }
+    memset(choice, 0, sizeof *choice);
+    MOEI_TRY_CUDA(cudaEventCreate(&begin));
+    status = moei_cuda_status(cudaEventCreate(&end));
+    if (status != MOE_OK) {
+        cudaEventDestroy(begin);
+        return status;
+    }
+    for (int i = 0; i < MOEI_BLOCK_SHAPES && status == MOE_OK; ++i) {
+        float quickest = 0.0f;
+        d.choice.tile = moei_block_shapes[i].tile;
+        status = moe_block_sparse(&d, stream);
+        if (moe_status_kind(status) == MOE_ERR_DEVICE) { /* not this one */
+            status = MOE_OK;
+            continue;
+        }
+        for (int rep = 0; rep < 5 && status == MOE_OK; ++rep) {
+            float ms = 0.0f;
+            status = moei_cuda_status(cudaEventRecord(begin, stream));
+            if (status == MOE_OK) status = moe_block_sparse(&d, stream);
+            if (status == MOE_OK) status = moei_cuda_status(cudaEventRecord(end, stream));
+            if (status == MOE_OK) status = moei_cuda_status(cudaEventSynchronize(end));
+            if (status == MOE_OK) status = moei_cuda_status(cudaEventElapsedTime(&ms, begin, end));
+            if (rep == 0 || ms < quickest) quickest = ms;
+        }
+        if (status == MOE_OK && (choice->tile == 0 || quickest < best)) {
+            best = quickest;
+            choice->tile = d.choice.tile;
+        }
+    }
+    cudaEventDestroy(begin);
+    cudaEventDestroy(end);
+    if (status == MOE_OK && choice->tile == 0) status = MOE_STATUS(MOE_ERR_DEVICE, dtype);
+    return status;
+}
+
+/* Loads this header's kernels now. */
+MOE_HOST moe_status moe_block_sparse_preload(void)
+{
+#define MOEI_BLOCK_LOAD(name, tm, tn, wm, wn, stages, blocks, suffix, dt)                          \
+    MOEI_TRY(moei_preload((const void*)moei_block_##name##_##suffix));
+#define MOEI_BLOCK_LOADS(suffix, dt) MOEI_BLOCK_TILE_LIST(MOEI_BLOCK_LOAD, suffix, dt)
+    MOE_BLOCK_SPARSE_DTYPE_LIST(MOEI_BLOCK_LOADS)
+#undef MOEI_BLOCK_LOADS
+#undef MOEI_BLOCK_LOAD
+    MOEI_TRY(moei_preload((const void*)moei_block_zero));
+    return moei_preload((const void*)moei_block_strips);
+}
+
+#endif
