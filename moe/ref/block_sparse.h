@@ -6,8 +6,8 @@
        dsd  A: an element in a masked-out block counts as 0 and is not read
        dds  B: the same
 
-   moe_ref_block_sparse_f32 and moe_ref_block_sparse_f64. C comes back dense, whatever the storage of
-   the sparse matrix; moe_ref_block_where tells where one of its elements stands. Masks are bytes
+   moe_ref_block_sparse_f32 and moe_ref_block_sparse_f64. C comes back dense, whatever the storage
+   of the sparse matrix; moe_ref_block_where tells where one of its elements stands. Masks are bytes
    [RB, CB] here, of the sparse matrix as it lies; moe_ref_block_bytes makes them from all else. */
 #ifndef MOE_REF_BLOCK_SPARSE_H
 #define MOE_REF_BLOCK_SPARSE_H
@@ -100,7 +100,7 @@ MOE_HOST moe_fault moe_ref_block_bytes(const moe_block_list_desc* d, uint8_t* by
     const int64_t RB = moe_num_blocks(d->rows, d->block_rows);
     const int64_t CB = moe_num_blocks(d->columns, d->block_columns);
     const int64_t words = (CB + 31) / 32;
-    const int64_t slots = (d->whole_batch ? 1 : d->rows) * (int64_t)d->top_k;
+    const int64_t slots = (d->whole_batch ? d->rows > 0 : d->rows) * (int64_t)d->top_k;
     moe_fault fault = {MOE_FAULT_NONE, 0, 0};
     memset(bytes, 0, (size_t)(RB * CB));
     for (int64_t i = 0; d->bytes && i < RB * CB; ++i) bytes[i] = d->bytes[i] != 0;
@@ -136,8 +136,8 @@ MOE_HOST moe_fault moe_ref_block_bytes(const moe_block_list_desc* d, uint8_t* by
     return fault;
 }
 
-/* Where element (i, j) of a sparse matrix with CB blocks in a row stands, as it lies; -1 where it is
-   masked out. number as moe_ref_block_numbers gives it; stride of a strided matrix, 0: packed. */
+/* Where element (i, j) of a sparse matrix with CB blocks in a row stands, as it lies; -1 where it
+   is masked out. number as moe_ref_block_numbers gives it; stride: of a strided matrix, else 0. */
 MOE_HOST int64_t moe_ref_block_where(const int32_t* number, int64_t CB, int block_rows,
                                      int block_columns, int64_t stride, int64_t i, int64_t j)
 {

@@ -1,0 +1,209 @@
+/* list.cuh: which blocks a mask has, row after row and column after column, made on the device.
+
+   In:   one source, and the matrix's rows, columns and block sizes (desc.h):
+           bytes [RB, CB]              a block is there where its byte is not 0
+           bits [RB, ceil(CB / 32)]    the same by bits; those past the last column do not count
+           ids [rows, top_k]           rows of tokens, columns of experts, columns / num_experts
+                                       each: row r has all columns of its experts; -1 is none
+           ids [top_k], whole_batch    the same experts for all rows
+           expert_offset [E + 1]       rows in expert order, as moe_route gives them: row r has
+                                       the columns of the expert whose range it is in; rows
+                                       past the last range have none
+         With ids and expert_offset, a block is there if any of its rows has any of its columns. A
+         block-row may lie in the ranges of several experts.
+   Out:  row_offset [RB + 1], column_index [max_blocks], and by wish column_offset [CB + 1],
+         row_index and position [max_blocks], as in moe_block_mask. Entries past the last block
+         are not written.
+
+   Faults: an id that is neither an expert nor -1 (BAD_ID, index: slot) counts as -1, the rest is
+   right. Offsets that decrease or pass the last row (BAD_OFFSET, index: expert), and a mask of more
+   than max_blocks blocks (NO_ROOM, index: how many), give an empty list: offsets of 0 and nothing
+   else. After an earlier stop fault nothing is written.
+
+   The same mask gives the same list every time. Three launches, no synchronisation; a captured
+   graph may be replayed with another mask. Traffic: the source once (ids, and offsets for each
+   block-row, once for every 1024 experts), the mask as bits and as counts of 32 x 32 blocks through
+   the workspace, the lists once. With ids and expert_offset a bit stands for all columns of an
+   expert, so nothing but the lists has their size. Minimum architecture: sm_75.
+
+     moe_block_list_desc l = {0};
+     l.expert_offset = expert_offset;  l.num_experts = E;        // or bytes, bits, ids
+     l.rows = R;  l.columns = E * I;
+     l.block_rows = 128;  l.block_columns = 64;
+     l.row_offset = row_offset;  l.column_index = column_index;  l.max_blocks = max_blocks;
+     moe_block_list_workspace(&l, &bytes);  l.workspace = ...;  l.workspace_bytes = bytes;
+     moe_status s = moe_block_list_build(&l, stream);
+
+   Source: a compressed-row build by counting, over tiles of 32 x 32 bits; a tile is turned over by
+   ballots, so both orders come from one reading of the mask. */
+#ifndef MOE_BLOCK_SPARSE_LIST_CUH
+#define MOE_BLOCK_SPARSE_LIST_CUH
+
+#include "list_fill.cuh"
+
+/* Checks the sizes and derives the kernels' ones. */
+MOE_HOST moe_status moei_block_list_sizes(moei_block_list_args* a)
+{
+    const moe_block_list_desc* d = &a->d;
+    MOEI_REQUIRE(d->rows >= 0, MOE_ERR_RANGE, rows);
+    MOEI_REQUIRE(d->columns >= 0, MOE_ERR_RANGE, columns);
+    MOEI_REQUIRE(moei_block_size_offered(d->block_rows), MOE_ERR_RANGE, block_rows);
+    MOEI_REQUIRE(moei_block_size_offered(d->block_columns), MOE_ERR_RANGE, block_columns);
+    MOEI_REQUIRE(d->num_experts >= 0 && d->num_experts <= MOE_MAX_EXPERTS, MOE_ERR_RANGE,
+                 num_experts);
+    a->RB = moe_num_blocks(d->rows, d->block_rows);
+    a->CB = moe_num_blocks(d->columns, d->block_columns);
+    if (d->num_experts) {
+        MOEI_REQUIRE(d->columns % d->num_experts == 0, MOE_ERR_CONFLICT, num_experts);
+        MOEI_REQUIRE(d->columns / d->num_experts % d->block_columns == 0, MOE_ERR_CONFLICT,
+                     num_experts);
+        a->groups = d->num_experts;
+        a->each = a->CB / d->num_experts;
+    } else {
+        MOEI_REQUIRE((int64_t)a->RB * a->CB <= 0x7fffffff, MOE_ERR_RANGE, columns);
+        a->groups = a->CB;
+        a->each = 1;
+    }
+    a->words = (a->groups + 31) / 32;
+    a->spans = a->words > 32 ? (a->words + 31) / 32 : 1;
+    a->tiles = a->RB > 32 ? (a->RB + 31) / 32 : 1;
+    a->row_sums = a->RB > 1024 ? (a->RB + 1023) / 1024 : 1;
+    return MOE_OK;
+}
+
+/* The next piece of a workspace, at a multiple of 16 bytes; with a null base only counts. */
+MOE_HOST void* moei_block_list_piece(char* base, size_t* at, int64_t entries)
+{
+    const size_t from = (*at + 15) / 16 * 16;
+    *at = from + (size_t)entries * 4;
+    return base ? base + from : (char*)0;
+}
+
+/* Shares the workspace out; returns its bytes. */
+MOE_HOST size_t moei_block_list_carve_workspace(moei_block_list_args* a)
+{
+    char* base = (char*)a->d.workspace;
+    const int64_t rows = a->RB, words = a->words, groups = words * 32;
+    size_t at = 0;
+    a->stopped = (int32_t*)moei_block_list_piece(base, &at, 1);
+    a->bad_offset = (int32_t*)moei_block_list_piece(base, &at, a->spans);
+    a->word = (uint32_t*)moei_block_list_piece(base, &at, rows * words);
+    a->row_count = (int32_t*)moei_block_list_piece(base, &at, rows * a->spans);
+    a->row_start = (int32_t*)moei_block_list_piece(base, &at, rows);
+    a->row_sum = (int32_t*)moei_block_list_piece(base, &at, a->row_sums);
+    a->above = (int32_t*)moei_block_list_piece(base, &at, a->tiles * groups);
+    a->group_count = (int32_t*)moei_block_list_piece(base, &at, groups);
+    a->group_start = (int32_t*)moei_block_list_piece(base, &at, groups);
+    a->word_sum = (int32_t*)moei_block_list_piece(base, &at, words);
+    return at;
+}
+
+/* Bytes of workspace that moe_block_list_build wants: about 1/4 byte for each block that a mask of
+   bytes or bits could have, or, with num_experts, for each pair of a block-row and an expert.
+   Reads the sizes; errors: theirs. */
+MOE_HOST moe_status moe_block_list_workspace(const moe_block_list_desc* desc, size_t* bytes)
+{
+    moei_block_list_args a;
+    MOEI_REQUIRE(desc && bytes, MOE_ERR_NULL, desc);
+    memset(&a, 0, sizeof a);
+    a.d = *desc;
+    a.d.workspace = 0;
+    MOEI_TRY(moei_block_list_sizes(&a));
+    *bytes = moei_block_list_carve_workspace(&a);
+    return MOE_OK;
+}
+
+/* One source, or none where there is no block to ask it for, and the fields that go with it. */
+MOE_HOST moe_status moei_block_list_check_source(const moei_block_list_args* a)
+{
+    const moe_block_list_desc* d = &a->d;
+    const int routing = d->ids || d->expert_offset, mask = d->bytes || d->bits;
+    MOEI_REQUIRE(!d->bits || !d->bytes, MOE_ERR_CONFLICT, bits);
+    MOEI_REQUIRE(!d->ids || !mask, MOE_ERR_CONFLICT, ids);
+    MOEI_REQUIRE(!d->expert_offset || (!d->ids && !mask), MOE_ERR_CONFLICT, expert_offset);
+    MOEI_REQUIRE(!mask || d->num_experts == 0, MOE_ERR_CONFLICT, num_experts);
+    MOEI_REQUIRE(!routing || d->num_experts > 0, MOE_ERR_RANGE, num_experts);
+    MOEI_REQUIRE(!d->ids || (d->top_k >= 1 && d->top_k <= MOE_MAX_EXPERTS), MOE_ERR_RANGE, top_k);
+    MOEI_REQUIRE(d->top_k == 0 || d->ids || (!routing && !mask), MOE_ERR_CONFLICT, top_k);
+    MOEI_REQUIRE((d->whole_batch | 1) == 1, MOE_ERR_OPTION, whole_batch);
+    MOEI_REQUIRE(!d->whole_batch || d->ids || (!routing && !mask), MOE_ERR_CONFLICT, whole_batch);
+    if (!routing && !mask) MOEI_REQUIRE(a->RB == 0 || a->CB == 0, MOE_ERR_NULL, bytes);
+    MOEI_REQUIRE(moei_aligned(d->bits, 4), MOE_ERR_ALIGN, bits);
+    MOEI_REQUIRE(moei_aligned(d->ids, 4), MOE_ERR_ALIGN, ids);
+    MOEI_REQUIRE(moei_aligned(d->expert_offset, 4), MOE_ERR_ALIGN, expert_offset);
+    return MOE_OK;
+}
+
+MOE_HOST moe_status moei_block_list_check(const moei_block_list_args* a, size_t workspace)
+{
+    const moe_block_list_desc* d = &a->d;
+    const int columns = d->column_offset || d->row_index || d->position;
+    MOEI_TRY(moei_block_list_check_source(a));
+    MOEI_REQUIRE(d->max_blocks >= 0, MOE_ERR_RANGE, max_blocks);
+    MOEI_REQUIRE(d->row_offset, MOE_ERR_NULL, row_offset);
+    MOEI_REQUIRE(d->column_index || d->max_blocks == 0, MOE_ERR_NULL, column_index);
+    MOEI_REQUIRE(d->column_offset || !columns, MOE_ERR_NULL, column_offset);
+    MOEI_REQUIRE(d->row_index || !columns || d->max_blocks == 0, MOE_ERR_NULL, row_index);
+    MOEI_REQUIRE(d->position || !columns || d->max_blocks == 0, MOE_ERR_NULL, position);
+    MOEI_REQUIRE(moei_aligned(d->row_offset, 4), MOE_ERR_ALIGN, row_offset);
+    MOEI_REQUIRE(moei_aligned(d->column_index, 4), MOE_ERR_ALIGN, column_index);
+    MOEI_REQUIRE(moei_aligned(d->column_offset, 4), MOE_ERR_ALIGN, column_offset);
+    MOEI_REQUIRE(moei_aligned(d->row_index, 4), MOE_ERR_ALIGN, row_index);
+    MOEI_REQUIRE(moei_aligned(d->position, 4), MOE_ERR_ALIGN, position);
+    MOEI_REQUIRE(moei_aligned(d->workspace, 16), MOE_ERR_ALIGN, workspace);
+    MOEI_REQUIRE(moei_aligned(d->fault, 8), MOE_ERR_ALIGN, fault);
+    {
+        const uint64_t RB = (uint64_t)a->RB, CB = (uint64_t)a->CB, E = (uint64_t)d->num_experts;
+        const uint64_t tokens = d->whole_batch ? d->rows > 0 : (uint64_t)d->rows;
+        const uint64_t entries = (uint64_t)d->max_blocks * 4;
+        const moei_range r[] = {{d->bytes, RB * CB, MOE_FIELD_bytes},
+                                {d->bits, RB * (uint64_t)a->words * 4, MOE_FIELD_bits},
+                                {d->ids, tokens * (uint64_t)d->top_k * 4, MOE_FIELD_ids},
+                                {d->expert_offset, E * 4 + 4, MOE_FIELD_expert_offset},
+                                {d->row_offset, RB * 4 + 4, MOE_FIELD_row_offset},
+                                {d->column_index, entries, MOE_FIELD_column_index},
+                                {d->column_offset, CB * 4 + 4, MOE_FIELD_column_offset},
+                                {d->row_index, entries, MOE_FIELD_row_index},
+                                {d->position, entries, MOE_FIELD_position},
+                                {d->workspace, workspace, MOE_FIELD_workspace},
+                                {d->fault, 8, MOE_FIELD_fault}};
+        return moei_disjoint(r, 4, 11);
+    }
+}
+
+/* Queues the making of the list on `stream`. Errors: every field as documented above and in desc.h,
+   each with its own status; nothing is queued then. Also columns: more than 2^31 - 1 blocks, of
+   bytes or bits. num_experts: the columns do not divide into experts, or the experts' columns into
+   blocks. Without rows or columns no source is needed. */
+MOE_HOST moe_status moe_block_list_build(const moe_block_list_desc* desc, cudaStream_t stream)
+{
+    moei_block_list_args a;
+    moei_launch_config c;
+    size_t want;
+    MOEI_REQUIRE(desc, MOE_ERR_NULL, desc);
+    memset(&a, 0, sizeof a);
+    a.d = *desc;
+    MOEI_TRY(moei_block_list_sizes(&a));
+    want = moei_block_list_carve_workspace(&a);
+    MOEI_TRY(moei_block_list_check(&a, want));
+    MOEI_REQUIRE(a.d.workspace, MOE_ERR_NULL, workspace);
+    MOEI_REQUIRE(want <= a.d.workspace_bytes, MOE_ERR_WORKSPACE, workspace_bytes);
+    a.wide_bytes = a.CB % 16 == 0 && moei_aligned(a.d.bytes, 16);
+    c = moei_grid((int64_t)a.tiles * a.spans, MOEI_BLOCK_LIST_THREADS, 0, stream);
+    c.dependent = 1;
+    MOEI_TRY(MOE_LAUNCH(moei_block_list_mark, c, a));
+    c.grid.x = (unsigned)(a.row_sums + (a.d.column_offset ? a.words : 0));
+    MOEI_TRY(MOE_LAUNCH(moei_block_list_sum, c, a));
+    c.grid.x = (unsigned)a.tiles * (unsigned)a.spans;
+    return MOE_LAUNCH(moei_block_list_fill, c, a);
+}
+
+/* Loads this header's kernels now. */
+MOE_HOST moe_status moe_block_list_preload(void)
+{
+    MOEI_TRY(moei_preload((const void*)moei_block_list_mark));
+    MOEI_TRY(moei_preload((const void*)moei_block_list_sum));
+    return moei_preload((const void*)moei_block_list_fill);
+}
+
+#endif

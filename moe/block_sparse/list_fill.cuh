@@ -1,0 +1,264 @@
+/* list_fill.cuh: the second and the third launch of list.cuh: sums, and the lists. */
+#ifndef MOE_BLOCK_SPARSE_LIST_FILL_CUH
+#define MOE_BLOCK_SPARSE_LIST_FILL_CUH
+
+#include "../base/block.cuh"
+#include "list_mark.cuh"
+
+typedef struct moei_block_list_sum_shared {
+    moei_block_scan_scratch scan;
+    int part[32][33]; /* [warp][group] */
+} moei_block_list_sum_shared;
+
+/* 1024 rows, a thread each. */
+MOE_DEVICE void moei_block_list_sum_rows(const moei_block_list_args* a, int number,
+                                         moei_block_list_sum_shared* s)
+{
+    const int row = number * MOEI_BLOCK_LIST_THREADS + (int)threadIdx.x;
+    int n = 0, at, all;
+    if (row < a->RB) {
+        MOEI_UNROLL_8
+        for (int span = 0; span < a->spans; ++span) n += a->row_count[(int64_t)span * a->RB + row];
+    }
+    at = moei_block_exclusive_scan(n, &s->scan, &all);
+    if (row < a->RB) a->row_start[row] = at;
+    if (threadIdx.x == 0) a->row_sum[number] = all;
+}
+
+/* The 32 groups of word k, a lane each; a warp has some tiles, one below the other. Counts of tiles
+   become counts of all tiles above. */
+MOE_DEVICE void moei_block_list_sum_columns(const moei_block_list_args* a, int k,
+                                            moei_block_list_sum_shared* s)
+{
+    const int lane = moei_lane(), warp = moei_warp(), each = (a->tiles + 31) / 32;
+    const int from = warp * each, upto = from + each < a->tiles ? from + each : a->tiles;
+    const int64_t pitch = (int64_t)a->words * 32;
+    int32_t* above = a->above + (int64_t)k * 32 + lane;
+    unsigned sum = 0, before = 0, all = 0; /* these may wrap where the list has no room */
+    MOEI_UNROLL_8
+    for (int t = from; t < upto; ++t) sum += (unsigned)above[t * pitch];
+    s->part[warp][lane] = (int)sum;
+    __syncthreads();
+    for (int w = 0; w < 32; ++w) {
+        const unsigned part = (unsigned)s->part[w][lane];
+        all += part;
+        before += w < warp ? part : 0;
+    }
+    for (int t = from; t < upto; t += 8) {
+        int n[8];
+        MOEI_UNROLL
+        for (int i = 0; i < 8; ++i) n[i] = t + i < upto ? above[(t + i) * pitch] : 0;
+        MOEI_UNROLL
+        for (int i = 0; i < 8; ++i) {
+            if (t + i < upto) above[(t + i) * pitch] = (int)before;
+            before += (unsigned)n[i];
+        }
+    }
+    if (warp == 0) {
+        const int upto_lane = moei_warp_inclusive_scan((int)all);
+        a->group_count[k * 32 + lane] = (int)all;
+        a->group_start[k * 32 + lane] = (int)((unsigned)upto_lane - all);
+        if (lane == 31) a->word_sum[k] = upto_lane;
+    }
+}
+
+/* The first blocks have rows, the others, if columns are wanted, a word each. */
+MOE_KERNEL(MOEI_BLOCK_LIST_THREADS, 1) moei_block_list_sum(MOE_ARG(moei_block_list_args) a)
+{
+    MOE_SHARED(moei_block_list_sum_shared, s);
+    moei_let_next_start();
+    moei_wait_for_previous();
+    if ((int)blockIdx.x < a.row_sums) moei_block_list_sum_rows(&a, (int)blockIdx.x, &s);
+    else moei_block_list_sum_columns(&a, (int)blockIdx.x - a.row_sums, &s);
+}
+
+/* Shared memory of the last launch. */
+typedef struct moei_block_list_fill_shared {
+    uint32_t word[32][33]; /* [row][word] of the tile */
+    int before[32][33];    /* bits of the mask before that word, in row order */
+    int word_start[32];    /* bits of all groups of the words before, in column order */
+    long long row_start;   /* bits of the rows before these 1024 */
+    long long all;         /* bits of the mask */
+    int bad_offset;        /* first expert with a bad offset, or -1 */
+} moei_block_list_fill_shared;
+
+MOE_DEVICE long long moei_block_list_warp_sum(long long v)
+{
+    for (int d = 16; d > 0; d >>= 1) v += __shfl_xor_sync(MOEI_FULL, v, d);
+    return v;
+}
+
+/* Adds up the sums of the launch before, one warp each kind. A barrier must follow. */
+MOE_DEVICE void moei_block_list_totals(const moei_block_list_args* a, int tile, int span,
+                                       moei_block_list_fill_shared* s)
+{
+    const int lane = moei_lane();
+    if (moei_warp() == 0) {
+        long long before = 0, all = 0;
+        MOEI_UNROLL_8
+        for (int i = lane; i < a->row_sums; i += MOEI_WARP) {
+            const int n = a->row_sum[i];
+            all += n;
+            before += i < tile / 32 ? n : 0;
+        }
+        before = moei_block_list_warp_sum(before);
+        all = moei_block_list_warp_sum(all);
+        if (lane == 0) s->row_start = before, s->all = all;
+    } else if (moei_warp() == 1 && a->d.column_offset) {
+        const int k = span * 32 + lane, own = k < a->words ? a->word_sum[k] : 0;
+        unsigned before = 0;
+        MOEI_UNROLL_8
+        for (int i = lane; i < span * 32; i += MOEI_WARP) before += (unsigned)a->word_sum[i];
+        before = (unsigned)moei_block_list_warp_sum(before);
+        s->word_start[lane] =
+            (int)(before + (unsigned)moei_warp_inclusive_scan(own) - (unsigned)own);
+    } else if (moei_warp() == 2) { /* an expert a bit: there are at most 4 spans */
+        const int bad = a->d.expert_offset && lane < a->spans ? a->bad_offset[lane] : -1;
+        const uint32_t spans = __ballot_sync(MOEI_FULL, bad >= 0);
+        const int first = __shfl_sync(MOEI_FULL, bad, spans ? __ffs((int)spans) - 1 : 0);
+        if (lane == 0) s->bad_offset = first;
+    }
+}
+
+/* Number of the set bit that has n set bits below it; anything where there is none. */
+MOE_DEVICE int moei_block_list_nth_bit(uint32_t word, int n)
+{
+    int at = 0;
+    MOEI_UNROLL
+    for (int half = 16; half > 0; half >>= 1) {
+        const int below = __popc(word >> at & ((1u << half) - 1u));
+        if (n >= below) {
+            n -= below;
+            at += half;
+        }
+    }
+    return at;
+}
+
+/* One row's part of the row order, by a warp; a lane brings a word and the bits before it. */
+MOE_DEVICE void moei_block_list_fill_row(const moei_block_list_args* a, int span, uint32_t word,
+                                         int before)
+{
+    const unsigned each = (unsigned)a->each;
+    MOEI_NO_UNROLL
+    for (uint32_t left = __ballot_sync(MOEI_FULL, word != 0); left; left &= left - 1u) {
+        const int k = __ffs((int)left) - 1;
+        const uint32_t bits = __shfl_sync(MOEI_FULL, word, k);
+        const unsigned first = (unsigned)(span * MOEI_BLOCK_LIST_SPAN + k * 32);
+        unsigned at = (unsigned)__shfl_sync(MOEI_FULL, before, k) * each;
+        if (each == 1) {
+            at += (unsigned)__popc(bits & ((1u << moei_lane()) - 1u));
+            if (bits >> moei_lane() & 1u) a->d.column_index[at] = (int)first + moei_lane();
+        } else {
+            const unsigned n = (unsigned)__popc(bits) * each;
+            const int bit = moei_block_list_nth_bit(bits, moei_lane());
+            MOEI_NO_UNROLL
+            for (unsigned from = 0; from < n; from += MOEI_WARP) {
+                const unsigned i = from + (unsigned)moei_lane(), g = i / each;
+                const unsigned group = first + (unsigned)__shfl_sync(MOEI_FULL, bit, (int)(g & 31));
+                if (i < n) a->d.column_index[at + i] = (int)(group * each + i - g * each);
+            }
+        }
+    }
+}
+
+/* The column offsets of a span, by a block of the first tile. */
+MOE_DEVICE void moei_block_list_fill_offsets(const moei_block_list_args* a, int span, bool empty,
+                                             const moei_block_list_fill_shared* s)
+{
+    const int first = span * MOEI_BLOCK_LIST_SPAN;
+    const int groups = min(a->groups - first, MOEI_BLOCK_LIST_SPAN);
+    const unsigned each = (unsigned)a->each, columns = (unsigned)groups * each;
+    for (unsigned i = threadIdx.x; i < columns; i += MOEI_BLOCK_LIST_THREADS) {
+        const unsigned g = i / each, c = i - g * each;
+        const unsigned start =
+            (unsigned)a->group_start[first + (int)g] + (unsigned)s->word_start[g / 32];
+        const unsigned at = start * each + c * (unsigned)a->group_count[first + (int)g];
+        a->d.column_offset[(unsigned)first * each + i] = empty ? 0 : (int)at;
+    }
+}
+
+/* The tile's part of the column order: a warp has a word, or some bits of one; lanes are rows. */
+MOE_DEVICE void moei_block_list_fill_columns(const moei_block_list_args* a, int tile, int span,
+                                             const moei_block_list_fill_shared* s)
+{
+    const int lane = moei_lane(), words = max(min(a->words - span * 32, 32), 1);
+    const int share_log2 = __clz(words - 1) - 27; /* of the warps that have one word */
+    const int k = moei_warp() >> share_log2, bits = 32 >> share_log2;
+    const int first = (moei_warp() & ((1 << share_log2) - 1)) * bits;
+    const unsigned each = (unsigned)a->each;
+    if (span * 32 + k < a->words) {
+        const uint32_t word = s->word[lane][k];
+        const int group = (span * 32 + k) * 32 + lane;
+        const unsigned start = (unsigned)a->group_start[group] + (unsigned)s->word_start[k];
+        const unsigned above = (unsigned)a->above[(int64_t)tile * a->words * 32 + group];
+        const unsigned entry = start * each + above; /* of a lane's own group, the first column */
+        const int count = a->group_count[group];
+        unsigned number = (unsigned)s->before[lane][k];
+        number += (unsigned)__popc(word & ((1u << first) - 1u));
+        MOEI_NO_UNROLL
+        for (int b = first; b < first + bits; ++b) {
+            const bool here = word >> b & 1u;
+            const uint32_t rows = __ballot_sync(MOEI_FULL, here);
+            const unsigned step = (unsigned)__shfl_sync(MOEI_FULL, count, b);
+            unsigned at = __shfl_sync(MOEI_FULL, entry, b);
+            if (here) {
+                at += (unsigned)__popc(rows & ((1u << lane) - 1u));
+                for (unsigned c = 0; c < each; ++c, at += step) {
+                    a->d.row_index[at] = tile * 32 + lane;
+                    a->d.position[at] = (int)(number * each + c);
+                }
+                ++number;
+            }
+        }
+    }
+}
+
+/* A block has the tile and the span that it had in the marking launch. */
+MOE_KERNEL(MOEI_BLOCK_LIST_THREADS, 1) moei_block_list_fill(MOE_ARG(moei_block_list_args) a)
+{
+    MOE_SHARED(moei_block_list_fill_shared, s);
+    const int tile = (int)(blockIdx.x / (unsigned)a.spans);
+    const int span = (int)(blockIdx.x % (unsigned)a.spans);
+    const int lane = moei_lane(), warp = moei_warp(), row = tile * 32 + warp;
+    uint32_t word = 0;
+    long long all;
+    unsigned before = 0;
+    bool empty;
+
+    moei_let_next_start();
+    moei_wait_for_previous();
+    if (*a.stopped) return;
+    if (row < a.RB) {
+        if (span * 32 + lane < a.words) word = a.word[(int64_t)row * a.words + span * 32 + lane];
+        for (int i = lane; i < span; i += MOEI_WARP)
+            before += (unsigned)a.row_count[(int64_t)i * a.RB + row];
+        if (lane == 0) before += (unsigned)a.row_start[row];
+        before = (unsigned)moei_block_list_warp_sum(before);
+    }
+    moei_block_list_totals(&a, tile, span, &s);
+    __syncthreads();
+    all = s.all * a.each;
+    empty = s.bad_offset >= 0 || all > a.d.max_blocks;
+    before += (unsigned)s.row_start;
+    if (row < a.RB && span == 0 && lane == 0)
+        a.d.row_offset[row] = empty ? 0 : (int)(before * (unsigned)a.each);
+    if (blockIdx.x == 0 && threadIdx.x == 0) {
+        a.d.row_offset[a.RB] = empty ? 0 : (int)all;
+        if (a.d.column_offset) a.d.column_offset[a.CB] = empty ? 0 : (int)all;
+        if (s.bad_offset >= 0) moei_fault_raise(a.d.fault, MOE_FAULT_BAD_OFFSET, 0, s.bad_offset);
+        else if (empty) moei_fault_raise(a.d.fault, MOE_FAULT_NO_ROOM, 0, all);
+    }
+    if (tile == 0 && a.d.column_offset) moei_block_list_fill_offsets(&a, span, empty, &s);
+    if (empty) return;
+
+    before += (unsigned)moei_warp_inclusive_scan(__popc(word)) - (unsigned)__popc(word);
+    s.word[warp][lane] = word;
+    s.before[warp][lane] = (int)before;
+    moei_block_list_fill_row(&a, span, word, (int)before);
+    if (!a.d.column_offset) return;
+    __syncthreads();
+    moei_block_list_fill_columns(&a, tile, span, &s);
+}
+
+#endif
