@@ -1,0 +1,777 @@
+/* Block-sparse products beside cuBLAS dense: sdd, dsd, dds, each forward, dA and dB, over kinds of
+   mask and densities.
+   nvcc -O3 -std=c++14 -I. -arch=sm_90a bench/bench_block_sparse.cu -lcublas -o bench_block_sparse
+
+     --size N      m = n = k, a multiple of 8; 8192
+     --quick       densities 0.1, 0.25 and 0.5 of the kinds that have a target, fewer repetitions
+     --only NAME   one kind of mask, as random-128 or diagonal-32
+     --mask FORM   bytes (default), bits or list
+     --tune        each row by the tile that moe_block_sparse_tune chooses
+     --tiles       each row that has a target also by every tile
+     --reps N, --csv FILE
+
+   Masks: random      as many blocks as the density says, anywhere
+          diagonal    a block-diagonal of 1 / density experts, rows uneven as routing leaves them,
+                      every border a multiple of 128
+          batch       whole strips of 128 columns: experts that one choice gave to all rows
+   d is the share of blocks kept. A ratio is a time over that of cuBLAS dense of the same size with
+   plain operands; beside it stands the ratio to cuBLAS with the row's transposes. cuBLAS is timed
+   again before each kind of mask. TFLOPS: of the blocks kept.
+
+   Verified first: every element of small ragged products, then 8192 elements of each row's product,
+   against sums in double. Masked-out blocks of operands hold NaN throughout, C is poisoned, and
+   masked-out blocks of a sparse C must stay so. Every list built on the device is compared with the
+   host's. */
+#include <cublas_v2.h>
+
+#include "bench.h"
+
+#include "../moe/block_sparse.cuh"
+#include "../moe/block_sparse/list.cuh"
+
+#define BENCH_CUBLAS(call)                                                                         \
+    do {                                                                                           \
+        if ((call) != CUBLAS_STATUS_SUCCESS) {                                                     \
+            fprintf(stderr, "%s:%d: %s failed\n", __FILE__, __LINE__, #call);                      \
+            exit(1);                                                                               \
+        }                                                                                          \
+    } while (0)
+
+enum { RANDOM, DIAGONAL, BATCH };
+enum { FORM_BYTES, FORM_BITS, FORM_LIST };
+enum { NN, NT, TN, NUM_TRANSPOSES };
+
+static const char* const transpose_name[] = {"NN", "NT", "TN"};
+
+/* Target: slope * d + offset of cuBLAS dense; both 0: none. */
+typedef struct kind {
+    const char* name;
+    int block, shape;
+    double slope, offset;
+    int some_densities; /* 1: the target is for densities of 0.1, 0.25 and 0.5 */
+} kind;
+
+static const kind kinds[] = {
+    {"random", 128, RANDOM, 2.2, 0.05, 1},    {"random", 64, RANDOM, 2.6, 0.1, 0},
+    {"random", 32, RANDOM, 0.0, 2.6, 0},      {"diagonal", 128, DIAGONAL, 0.0, 0.0, 0},
+    {"diagonal", 32, DIAGONAL, 2.4, 0.05, 0}, {"batch", 32, BATCH, 2.4, 0.05, 0},
+};
+enum { NUM_KINDS = sizeof kinds / sizeof kinds[0] };
+
+static const double densities[] = {0.05, 0.1, 0.25, 0.5, 0.75, 1.0};
+enum { NUM_DENSITIES = sizeof densities / sizeof densities[0] };
+
+/* A forward product or a gradient of it, and the call that it is. Of the forward product C [m, n] =
+   A [m, k] B [k, n], dA is [m, k] and dB [k, n]. */
+typedef struct pass {
+    const char *product, *name;
+    int op, transposes;
+} pass;
+
+static const pass passes[] = {
+    {"sdd", "forward", MOE_BLOCK_SDD, NN}, {"sdd", "dA", MOE_BLOCK_DSD, NT},
+    {"sdd", "dB", MOE_BLOCK_DDS, TN},      {"dsd", "forward", MOE_BLOCK_DSD, NN},
+    {"dsd", "dA", MOE_BLOCK_SDD, NT},      {"dsd", "dB", MOE_BLOCK_DSD, TN},
+    {"dds", "forward", MOE_BLOCK_DDS, NN}, {"dds", "dA", MOE_BLOCK_DDS, NT},
+    {"dds", "dB", MOE_BLOCK_SDD, TN},
+};
+enum { NUM_PASSES = sizeof passes / sizeof passes[0] };
+
+typedef struct tile {
+    const char* name;
+    int value;
+} tile;
+
+static const tile tiles[] = {
+    {"128x128", MOE_BLOCK_TILE_128x128},
+    {"64x256", MOE_BLOCK_TILE_64x256},
+    {"32x256", MOE_BLOCK_TILE_32x256},
+    {"64x64", MOE_BLOCK_TILE_64x64},
+};
+enum { NUM_TILES = sizeof tiles / sizeof tiles[0] };
+
+typedef struct options {
+    int size, quick, form, tune, tiles;
+    const char* only;
+    FILE* csv;
+} options;
+
+static const char* op_name(int op)
+{
+    return op == MOE_BLOCK_SDD ? "sdd" : op == MOE_BLOCK_DSD ? "dsd" : "dds";
+}
+
+static const char* tile_name(int value)
+{
+    for (int i = 0; i < NUM_TILES; ++i)
+        if (tiles[i].value == value) return tiles[i].name;
+    return "auto";
+}
+
+/* ---- masks ---- */
+
+typedef struct mask {
+    moe_block_mask m;      /* in the form asked for */
+    const uint8_t* bytes;  /* device; the checks read these */
+    moe_block_list_desc l; /* what builds its list */
+    uint8_t* host;
+    int RB, CB, blocks;
+    double kept; /* share of the blocks */
+} mask;
+
+typedef struct ranked {
+    uint32_t hash;
+    int index;
+} ranked;
+
+static int compare_ranked(const void* a, const void* b)
+{
+    const ranked *x = (const ranked*)a, *y = (const ranked*)b;
+    if (x->hash != y->hash) return x->hash < y->hash ? -1 : 1;
+    return (x->index > y->index) - (x->index < y->index);
+}
+
+/* Marks `count` of n entries, those of the smallest hashes. */
+static void choose(uint8_t* chosen, int n, int count, uint32_t seed)
+{
+    ranked* r = (ranked*)malloc((size_t)n * sizeof(ranked));
+    for (int i = 0; i < n; ++i) r[i].hash = bench_hash((uint32_t)i, seed), r[i].index = i;
+    qsort(r, (size_t)n, sizeof *r, compare_ranked);
+    memset(chosen, 0, (size_t)n);
+    for (int i = 0; i < count; ++i) chosen[r[i].index] = 1;
+    free(r);
+}
+
+/* Experts of a block-diagonal: as many as bring the density nearest, at most one to 128 rows. */
+static int diagonal_experts(double density, int most)
+{
+    const int n = (int)(1.0 / density + 0.5);
+    return n < most ? n : most;
+}
+
+/* bench/compare/block_sparse_triton.py makes the same masks. */
+static void fill_mask(uint8_t* to, const kind* d, double density, int rows, int columns)
+{
+    const int RB = moe_num_blocks(rows, d->block), CB = moe_num_blocks(columns, d->block);
+    const int row_strips = moe_num_blocks(rows, 128), column_strips = moe_num_blocks(columns, 128);
+    const int each = 128 / d->block; /* blocks in a strip */
+    const uint32_t seed =
+        (uint32_t)(d->shape * 100000 + d->block * 100) + (uint32_t)(density * 100 + 0.5);
+    memset(to, 0, (size_t)RB * (size_t)CB);
+    if (d->shape == RANDOM) {
+        int count = (int)(density * RB * CB + 0.5);
+        choose(to, RB * CB, count > 1 ? count : 1, seed);
+    } else if (d->shape == BATCH) {
+        uint8_t* strip = (uint8_t*)malloc((size_t)column_strips);
+        int count = (int)(density * column_strips + 0.5);
+        choose(strip, column_strips, count > 1 ? count : 1, seed);
+        for (int i = 0; i < RB; ++i)
+            for (int j = 0; j < CB; ++j) to[(int64_t)i * CB + j] = strip[j / each];
+        free(strip);
+    } else {
+        const int least = row_strips < column_strips ? row_strips : column_strips;
+        const int experts = diagonal_experts(density, least);
+        int64_t total = 0, sum = 0;
+        int row = 0, column = 0; /* strips */
+        for (int e = 0; e < experts; ++e) total += 1024 + (bench_hash((uint32_t)e, seed) & 1023u);
+        for (int e = 0; e < experts; ++e) {
+            const int left = experts - 1 - e;
+            const int column_end = ((e + 1) * column_strips + experts / 2) / experts;
+            int row_end;
+            sum += 1024 + (bench_hash((uint32_t)e, seed) & 1023u);
+            row_end = (int)((sum * row_strips + total / 2) / total);
+            if (row_end < row + 1) row_end = row + 1;
+            if (row_end > row_strips - left) row_end = row_strips - left;
+            for (int i = row * each; i < row_end * each && i < RB; ++i)
+                for (int j = column * each; j < column_end * each && j < CB; ++j)
+                    to[(int64_t)i * CB + j] = 1;
+            row = row_end, column = column_end;
+        }
+    }
+}
+
+static void* upload(const void* from, size_t bytes)
+{
+    void* p = bench_alloc(bytes);
+    BENCH_CUDA(cudaMemcpy(p, from, bytes, cudaMemcpyHostToDevice));
+    return p;
+}
+
+static int32_t* download(const void* from, int count)
+{
+    int32_t* p = (int32_t*)malloc((size_t)count * 4 + 4);
+    BENCH_CUDA(cudaMemcpy(p, from, (size_t)count * 4, cudaMemcpyDeviceToHost));
+    return p;
+}
+
+/* 0 where the list on the device is the mask's. */
+static int list_differs(const mask* k)
+{
+    const moe_block_list_desc* l = &k->l;
+    int32_t *row_offset = download(l->row_offset, k->RB + 1),
+            *column_index = download(l->column_index, k->blocks),
+            *column_offset = download(l->column_offset, k->CB + 1),
+            *row_index = download(l->row_index, k->blocks),
+            *position = download(l->position, k->blocks);
+    int32_t* number = (int32_t*)malloc((size_t)k->RB * (size_t)k->CB * 4); /* in the row order */
+    int bad = 0, p = 0;
+    for (int i = 0; i < k->RB; ++i) {
+        bad += row_offset[i] != p;
+        for (int j = 0; j < k->CB; ++j)
+            if (k->host[i * k->CB + j]) {
+                number[i * k->CB + j] = p;
+                bad += column_index[p++] != j;
+            }
+    }
+    bad += row_offset[k->RB] != p;
+    p = 0;
+    for (int j = 0; j < k->CB; ++j) {
+        bad += column_offset[j] != p;
+        for (int i = 0; i < k->RB; ++i)
+            if (k->host[i * k->CB + j]) {
+                bad += row_index[p] != i || position[p] != number[i * k->CB + j];
+                ++p;
+            }
+    }
+    bad += column_offset[k->CB] != p;
+    free(row_offset), free(column_index), free(column_offset), free(row_index), free(position);
+    free(number);
+    return bad;
+}
+
+static mask make_mask(const kind* d, double density, int rows, int columns, int form, int* failures)
+{
+    mask k;
+    uint32_t* bits;
+    int words;
+    memset(&k, 0, sizeof k);
+    k.RB = moe_num_blocks(rows, d->block), k.CB = moe_num_blocks(columns, d->block);
+    words = (k.CB + 31) / 32;
+    k.host = (uint8_t*)malloc((size_t)k.RB * (size_t)k.CB);
+    fill_mask(k.host, d, density, rows, columns);
+    bits = (uint32_t*)calloc((size_t)k.RB * (size_t)words, 4);
+    for (int i = 0; i < k.RB; ++i)
+        for (int j = 0; j < k.CB; ++j)
+            if (k.host[i * k.CB + j]) bits[i * words + j / 32] |= 1u << (j & 31), ++k.blocks;
+    k.kept = (double)k.blocks / ((double)k.RB * k.CB);
+    k.bytes = (const uint8_t*)upload(k.host, (size_t)k.RB * (size_t)k.CB);
+    k.m.rows = rows, k.m.columns = columns;
+    k.m.block_rows = k.m.block_columns = d->block;
+
+    k.l.bytes = k.bytes;
+    k.l.rows = rows, k.l.columns = columns;
+    k.l.block_rows = k.l.block_columns = d->block;
+    k.l.max_blocks = k.blocks;
+    k.l.row_offset = (int32_t*)bench_alloc((size_t)k.RB * 4 + 4);
+    k.l.column_offset = (int32_t*)bench_alloc((size_t)k.CB * 4 + 4);
+    k.l.column_index = (int32_t*)bench_alloc((size_t)k.blocks * 4);
+    k.l.row_index = (int32_t*)bench_alloc((size_t)k.blocks * 4);
+    k.l.position = (int32_t*)bench_alloc((size_t)k.blocks * 4);
+    BENCH_MOE(moe_block_list_workspace(&k.l, &k.l.workspace_bytes));
+    k.l.workspace = bench_alloc(k.l.workspace_bytes);
+    BENCH_MOE(moe_block_list_build(&k.l, 0));
+    BENCH_CUDA(cudaDeviceSynchronize());
+    if (list_differs(&k)) {
+        printf("the list of %s-%d at density %g is wrong\n", d->name, d->block, density);
+        ++*failures;
+    }
+
+    if (form == FORM_BYTES) k.m.bytes = k.bytes;
+    if (form == FORM_BITS)
+        k.m.bits = (const uint32_t*)upload(bits, (size_t)k.RB * (size_t)words * 4);
+    if (form == FORM_LIST) {
+        k.m.row_offset = k.l.row_offset, k.m.column_index = k.l.column_index;
+        k.m.column_offset = k.l.column_offset, k.m.row_index = k.l.row_index;
+        k.m.max_blocks = k.blocks;
+    }
+    free(bits);
+    return k;
+}
+
+static void free_mask(mask* k)
+{
+    free(k->host);
+    cudaFree((void*)k->bytes), cudaFree((void*)k->m.bits), cudaFree(k->l.workspace);
+    cudaFree(k->l.row_offset), cudaFree(k->l.column_index), cudaFree(k->l.column_offset);
+    cudaFree(k->l.row_index), cudaFree(k->l.position);
+}
+
+/* ---- operands and checks ---- */
+
+typedef struct operands {
+    void *x, *y;  /* dense, random */
+    void* sparse; /* x, but NaN in the blocks masked out */
+    void* c;
+    uint64_t* fault;
+    void* workspace;
+    size_t workspace_bytes;
+} operands;
+
+typedef struct poison_args {
+    const uint16_t* from;
+    uint16_t* to;
+    const uint8_t* mask;
+    int rows, columns, block, CB;
+} poison_args;
+
+MOE_KERNEL(256, 1) poison_masked(MOE_ARG(poison_args) a)
+{
+    const int64_t count = (int64_t)a.rows * a.columns;
+    for (int64_t i = blockIdx.x * 256ll + threadIdx.x; i < count; i += gridDim.x * 256ll) {
+        const int r = (int)(i / a.columns), c = (int)(i % a.columns);
+        const bool kept = a.mask[(int64_t)(r / a.block) * a.CB + c / a.block] != 0;
+        a.to[i] = kept ? a.from[i] : (uint16_t)0xffff;
+    }
+}
+
+static void poison_operand(const operands* o, const mask* k, cudaStream_t stream)
+{
+    poison_args a;
+    moei_launch_config c = moei_grid(1320, 256, 0, stream);
+    a.from = (const uint16_t*)o->x, a.to = (uint16_t*)o->sparse;
+    a.mask = k->bytes;
+    a.rows = k->m.rows, a.columns = k->m.columns, a.block = k->m.block_rows, a.CB = k->CB;
+    BENCH_MOE(MOE_LAUNCH(poison_masked, c, a));
+}
+
+/* Each group of `lanes` threads takes elements of C: all of them in turn, or with samples != 0 so
+   many, anywhere. worst[0]: the largest error over its bound; worst[1]: elements compared. */
+typedef struct check_args {
+    const void *a, *b, *c;
+    const uint8_t* mask; /* null: dense */
+    int op, m, n, k, a_transposed, b_transposed, block, CB;
+    int samples, lanes; /* lanes: 1 or 32 */
+    unsigned* worst;
+} check_args;
+
+MOE_KERNEL(256, 1) check_product(MOE_ARG(check_args) a)
+{
+    const int64_t count = a.samples ? a.samples : (int64_t)a.m * a.n;
+    const int64_t step = (int64_t)gridDim.x * 256 / a.lanes;
+    const int lane = (int)threadIdx.x % a.lanes;
+    for (int64_t u = (blockIdx.x * 256ll + threadIdx.x) / a.lanes; u < count; u += step) {
+        const int i =
+            a.samples ? (int)(bench_hash((uint32_t)u, 71u) % (unsigned)a.m) : (int)(u / a.n);
+        const int j =
+            a.samples ? (int)(bench_hash((uint32_t)u, 72u) % (unsigned)a.n) : (int)(u % a.n);
+        const uint16_t bits = ((const uint16_t*)a.c)[(int64_t)i * a.n + j];
+        double want = 0.0, size = 0.0;
+        float ratio;
+        if (a.mask && a.op == MOE_BLOCK_SDD &&
+            !a.mask[(int64_t)(i / a.block) * a.CB + j / a.block]) {
+            if (lane == 0 && bits != 0xffffu) atomicMax(a.worst, 0x7f800000u); /* written */
+            continue;
+        }
+        for (int l = lane; l < a.k; l += a.lanes) {
+            double p;
+            if (a.mask && a.op != MOE_BLOCK_SDD) {
+                const int row = a.op == MOE_BLOCK_DSD ? i : l,
+                          column = a.op == MOE_BLOCK_DSD ? l : j;
+                const int over = a.op == MOE_BLOCK_DSD ? a.a_transposed : a.b_transposed;
+                const int r = over ? column : row, c = over ? row : column;
+                if (!a.mask[(int64_t)(r / a.block) * a.CB + c / a.block]) continue;
+            }
+            p = (double)moei_load_f32(
+                    a.a, a.a_transposed ? (int64_t)l * a.m + i : (int64_t)i * a.k + l, MOE_BF16) *
+                moei_load_f32(a.b, a.b_transposed ? (int64_t)j * a.k + l : (int64_t)l * a.n + j,
+                              MOE_BF16);
+            want += p;
+            size += fabs(p);
+        }
+        for (int w = a.lanes / 2; w > 0; w >>= 1) {
+            want += __shfl_xor_sync(MOEI_FULL, want, w);
+            size += __shfl_xor_sync(MOEI_FULL, size, w);
+        }
+        if (lane) continue;
+        ratio = (float)(fabs(moei_half_to_f32(bits, MOE_BF16) - want) /
+                        (fabs(want) / 256.0 + (a.k / 16 + 2) * size / 8388608.0 + 1e-5));
+        atomicMax(a.worst, ratio <= 1e30f ? __float_as_uint(ratio) : 0x7f800000u);
+        atomicAdd(a.worst + 1, 1u);
+    }
+}
+
+/* Whether C is right, compared in at least one element if there is a block. */
+static int check_c(bench_state* s, check_args* a, int blocks, const char* what, float* largest)
+{
+    unsigned worst[2] = {0, 0};
+    float ratio;
+    moei_launch_config l = moei_grid(1056, 256, 0, s->stream);
+    a->worst = (unsigned*)bench_alloc(sizeof worst);
+    BENCH_CUDA(cudaMemset(a->worst, 0, sizeof worst));
+    BENCH_MOE(MOE_LAUNCH(check_product, l, *a));
+    BENCH_CUDA(cudaStreamSynchronize(s->stream));
+    BENCH_CUDA(cudaMemcpy(worst, a->worst, sizeof worst, cudaMemcpyDeviceToHost));
+    cudaFree(a->worst);
+    ratio = moe_f32_from_bits(worst[0]);
+    if (ratio > *largest) *largest = ratio;
+    if (ratio <= 1.0f && (worst[1] || !blocks)) return 1;
+    printf("%s: %g of its bound, %u elements compared\n", what, ratio, worst[1]);
+    return 0;
+}
+
+/* The call that pass p of the forward product m, n, k is. */
+static moe_block_sparse_desc describe(const operands* o, const pass* p, const mask* k, int m, int n,
+                                      int kk)
+{
+    moe_block_sparse_desc d;
+    memset(&d, 0, sizeof d);
+    d.op = p->op;
+    d.a = p->op == MOE_BLOCK_DSD ? o->sparse : p->op == MOE_BLOCK_DDS ? o->y : o->x;
+    d.b = p->op == MOE_BLOCK_DDS ? o->sparse : o->y;
+    d.c = o->c;
+    d.mask = k->m;
+    d.fault = o->fault;
+    d.a_transposed = p->transposes == TN;
+    d.b_transposed = p->transposes == NT;
+    d.m = p->transposes == TN ? kk : m;
+    d.n = p->transposes == NT ? kk : n;
+    d.k = p->transposes == NN ? kk : p->transposes == NT ? n : m;
+    d.workspace = o->workspace;
+    d.workspace_bytes = o->workspace_bytes;
+    return d;
+}
+
+static void room_for(operands* o, moe_block_sparse_desc* d)
+{
+    size_t bytes;
+    BENCH_MOE(moe_block_sparse_workspace(d, &bytes));
+    if (bytes > o->workspace_bytes) {
+        BENCH_CUDA(cudaDeviceSynchronize());
+        cudaFree(o->workspace);
+        o->workspace = bench_alloc(bytes);
+        o->workspace_bytes = bytes;
+    }
+    d->workspace = o->workspace;
+    d->workspace_bytes = o->workspace_bytes;
+}
+
+/* samples: 0 = every element. */
+static int verify(bench_state* s, const operands* o, const moe_block_sparse_desc* d, const mask* k,
+                  int samples, const char* what, float* largest)
+{
+    check_args a;
+    uint64_t fault;
+    const size_t bytes = (size_t)d->m * (size_t)d->n * 2;
+    memset(&a, 0, sizeof a);
+    a.a = d->a, a.b = d->b, a.c = d->c;
+    a.mask = k->bytes;
+    a.op = d->op, a.m = d->m, a.n = d->n, a.k = d->k;
+    a.a_transposed = d->a_transposed, a.b_transposed = d->b_transposed;
+    a.block = k->m.block_rows, a.CB = k->CB;
+    a.samples = samples, a.lanes = samples ? 32 : 1;
+    BENCH_CUDA(cudaMemsetAsync(d->c, 0xff, bytes, s->stream));
+    if (d->workspace_bytes)
+        BENCH_CUDA(cudaMemsetAsync(d->workspace, 0xff, d->workspace_bytes, s->stream));
+    BENCH_MOE(moe_block_sparse(d, s->stream));
+    BENCH_CUDA(cudaStreamSynchronize(s->stream));
+    BENCH_CUDA(cudaMemcpy(&fault, o->fault, 8, cudaMemcpyDeviceToHost));
+    if (fault) {
+        printf("%s: %s\n", what, moe_fault_text(moe_fault_decode(fault).code));
+        BENCH_CUDA(cudaMemset(o->fault, 0, 8));
+        return 0;
+    }
+    return check_c(s, &a, samples ? 0 : k->blocks, what, largest);
+}
+
+static operands make_operands(int64_t count)
+{
+    operands o;
+    memset(&o, 0, sizeof o);
+    o.x = bench_random(count, MOE_BF16, 1.0f, 31);
+    o.y = bench_random(count, MOE_BF16, 1.0f / sqrtf(sqrtf((float)count)), 32);
+    o.sparse = bench_alloc((size_t)count * 2);
+    o.c = bench_alloc((size_t)count * 2);
+    o.fault = (uint64_t*)bench_alloc(8);
+    BENCH_CUDA(cudaMemset(o.fault, 0, 8));
+    BENCH_CUDA(cudaDeviceSynchronize());
+    return o;
+}
+
+static void free_operands(operands* o)
+{
+    cudaFree(o->x), cudaFree(o->y), cudaFree(o->sparse), cudaFree(o->c), cudaFree(o->fault);
+    cudaFree(o->workspace);
+}
+
+static int is_wanted(const options* opt, const kind* d)
+{
+    char name[32];
+    snprintf(name, sizeof name, "%s-%d", d->name, d->block);
+    return !opt->only || !strcmp(opt->only, name);
+}
+
+/* Every element of small products with ragged edges, by every tile. */
+static void verify_small(bench_state* s, const options* opt, int* failures)
+{
+    const int base = opt->size < 512 ? opt->size : 512, m = base + 8, n = base + 136, k = base + 72;
+    operands o = make_operands((int64_t)(base + 136) * (base + 136));
+    float largest = 0.0f;
+    int products = 0;
+    for (int i = 0; i < NUM_KINDS; ++i) {
+        if (!is_wanted(opt, &kinds[i])) continue;
+        for (int p = 0; p < NUM_PASSES; ++p) {
+            const char* product = passes[p].product;
+            mask mk = make_mask(&kinds[i], 0.25, !strcmp(product, "dds") ? k : m,
+                                !strcmp(product, "dsd") ? k : n, opt->form, failures);
+            moe_block_sparse_desc d = describe(&o, &passes[p], &mk, m, n, k);
+            poison_operand(&o, &mk, s->stream);
+            room_for(&o, &d);
+            for (int t = -1; t < NUM_TILES; ++t) { /* -1: the heuristic's */
+                char what[96];
+                d.choice.tile = t < 0 ? 0 : tiles[t].value;
+                if (t >= 0 && moe_status_kind(moe_block_sparse(&d, s->stream)) == MOE_ERR_DEVICE)
+                    continue;
+                snprintf(what, sizeof what, "small %s-%d, %s %s, tile %s", kinds[i].name,
+                         kinds[i].block, product, passes[p].name, tile_name(d.choice.tile));
+                *failures += !verify(s, &o, &d, &mk, 0, what, &largest);
+                ++products;
+            }
+            free_mask(&mk);
+        }
+    }
+    printf("%d small products, every element: worst error %.2f of its bound\n", products, largest);
+    free_operands(&o);
+}
+
+/* ---- timing ---- */
+
+static void run_product(void* context, cudaStream_t stream)
+{
+    BENCH_MOE(moe_block_sparse((const moe_block_sparse_desc*)context, stream));
+}
+
+static void run_list(void* context, cudaStream_t stream)
+{
+    BENCH_MOE(moe_block_list_build((const moe_block_list_desc*)context, stream));
+}
+
+typedef struct dense_job {
+    cublasHandle_t handle;
+    const void *a, *b;
+    void* c;
+    int size, transposes;
+} dense_job;
+
+/* Rows are cuBLAS's columns: C^T = B^T A^T. */
+static void run_dense(void* context, cudaStream_t stream)
+{
+    const dense_job* j = (const dense_job*)context;
+    const float one = 1.0f, zero = 0.0f;
+    const int n = j->size;
+    BENCH_CUBLAS(cublasSetStream(j->handle, stream));
+    BENCH_CUBLAS(cublasGemmEx(j->handle, j->transposes == NT ? CUBLAS_OP_T : CUBLAS_OP_N,
+                              j->transposes == TN ? CUBLAS_OP_T : CUBLAS_OP_N, n, n, n, &one, j->b,
+                              CUDA_R_16BF, n, j->a, CUDA_R_16BF, n, &zero, j->c, CUDA_R_16BF, n,
+                              CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
+}
+
+static void verify_dense(bench_state* s, dense_job* j, int* failures)
+{
+    for (j->transposes = 0; j->transposes < NUM_TRANSPOSES; ++j->transposes) {
+        check_args a;
+        float largest = 0.0f;
+        memset(&a, 0, sizeof a);
+        a.a = j->a, a.b = j->b, a.c = j->c;
+        a.m = a.n = a.k = j->size;
+        a.a_transposed = j->transposes == TN, a.b_transposed = j->transposes == NT;
+        a.samples = 8192, a.lanes = 32;
+        BENCH_CUDA(cudaMemset(j->c, 0xff, (size_t)j->size * (size_t)j->size * 2));
+        run_dense(j, s->stream);
+        *failures += !check_c(s, &a, 1, "cuBLAS", &largest);
+    }
+}
+
+static void csv_row(FILE* csv, const char* by, const kind* d, double density, const mask* k,
+                    const pass* p, const char* tile_used, double ms, const double* dense,
+                    double target)
+{
+    const double n = k->m.rows, flops = 2.0 * n * n * n * k->kept;
+    if (!csv) return;
+    fprintf(csv, "%s,%s,%d,%g,%.5f,%s,%s,%s,%s,%s,%.5f,%.5f,%.4f,%.5f,%.4f,", by, d->name, d->block,
+            density, k->kept, p->product, p->name, op_name(p->op), transpose_name[p->transposes],
+            tile_used, ms, dense[NN], ms / dense[NN], dense[p->transposes],
+            ms / dense[p->transposes]);
+    if (target > 0) fprintf(csv, "%.4f,%s,", target, ms / dense[NN] <= target ? "held" : "missed");
+    else fprintf(csv, ",,");
+    fprintf(csv, "%.1f\n", flops / ms * 1e-9);
+}
+
+/* What came of the targets of one kind of mask. */
+typedef struct tally {
+    int held, missed;
+    double worst; /* ratio over target */
+} tally;
+
+static void run_mask(bench_state* s, const options* opt, const kind* d, double density, operands* o,
+                     const double* dense, tally* sum, float* largest, int* failures)
+{
+    const int n = opt->size;
+    const double flops = 2.0 * n * (double)n * n;
+    mask k = make_mask(d, density, n, n, opt->form, failures);
+    const int named = density > 0.09 && density < 0.51; /* 0.1, 0.25, 0.5 */
+    const double target =
+        !d->some_densities || named ? d->slope * k.kept + d->offset : 0.0; /* 0: none */
+    printf("%s-%d, d %.4f, %d of %d blocks", d->name, d->block, k.kept, k.blocks, k.RB * k.CB);
+    if (target > 0) printf(", target %.3f", target);
+    printf("\n");
+    poison_operand(o, &k, s->stream);
+    for (int p = 0; p < NUM_PASSES; ++p) {
+        moe_block_sparse_desc job = describe(o, &passes[p], &k, n, n, n);
+        char what[96];
+        double ms, ratio;
+        room_for(o, &job);
+        if (opt->tune) BENCH_MOE(moe_block_sparse_tune(&job, s->stream, &job.choice));
+        snprintf(what, sizeof what, "%s-%d d %.4f %s %s", d->name, d->block, k.kept,
+                 passes[p].product, passes[p].name);
+        *failures += !verify(s, o, &job, &k, 8192, what, largest);
+        ms = bench_time(s, run_product, &job);
+        ratio = ms / dense[NN];
+        printf("  %s %-7s  %s %s %-7s %9.4f ms %8.3f of cuBLAS, %6.3f of its %s %7.1f TFLOPS%s\n",
+               passes[p].product, passes[p].name, op_name(passes[p].op),
+               transpose_name[passes[p].transposes], tile_name(job.choice.tile), ms, ratio,
+               ms / dense[passes[p].transposes], transpose_name[passes[p].transposes],
+               flops * k.kept / ms * 1e-9,
+               target > 0 ? ratio <= target ? "  held" : "  MISSED" : "");
+        fflush(stdout);
+        csv_row(opt->csv, "moe", d, density, &k, &passes[p], tile_name(job.choice.tile), ms, dense,
+                target);
+        if (target > 0) {
+            if (ratio <= target) ++sum->held;
+            else ++sum->missed;
+            if (ratio / target > sum->worst) sum->worst = ratio / target;
+        }
+        if (opt->tiles && target > 0) {
+            double best = 0.0;
+            printf("     ");
+            for (int t = 0; t < NUM_TILES; ++t) {
+                double tile_ms;
+                job.choice.tile = tiles[t].value;
+                if (moe_status_kind(moe_block_sparse(&job, s->stream)) == MOE_ERR_DEVICE) continue;
+                tile_ms = bench_time(s, run_product, &job);
+                if (best == 0.0 || tile_ms < best) best = tile_ms;
+                printf(" %s %.4f,", tiles[t].name, tile_ms);
+                csv_row(opt->csv, "moe-tiles", d, density, &k, &passes[p], tiles[t].name, tile_ms,
+                        dense, 0.0);
+            }
+            printf(" %s %.3f of the best\n", opt->tune ? "tuned" : "auto", ms / best);
+        }
+    }
+    free_mask(&k);
+}
+
+/* Lists out of bytes, 256 x 256 blocks and others, in a captured graph of 24 builds. */
+static void time_list(bench_state* s, int* failures)
+{
+    enum { CALLS = 24 };
+    static const kind lists[] = {
+        {"random", 32, RANDOM, 0.0, 0.0, 0},
+        {"diagonal", 32, DIAGONAL, 0.0, 0.0, 0},
+        {"batch", 32, BATCH, 0.0, 0.0, 0},
+    };
+    for (int l = 0; l < 3; ++l) {
+        mask k = make_mask(&lists[l], 0.1, 8192, 8192, FORM_BYTES, failures);
+        void* context[CALLS];
+        for (int i = 0; i < CALLS; ++i) context[i] = &k.l;
+        printf("  list of %d x %d blocks from bytes, %s, %d kept: %.2f us\n", k.RB, k.CB,
+               lists[l].name, k.blocks, bench_time_graph(s, run_list, context, CALLS) * 1e3);
+        BENCH_CUDA(cudaStreamSynchronize(s->stream));
+        *failures += list_differs(&k) != 0;
+        free_mask(&k);
+    }
+}
+
+static void usage(const char* name)
+{
+    fprintf(stderr,
+            "usage: %s [--size N] [--quick] [--only KIND-BLOCK] [--mask bytes|bits|list] "
+            "[--tune] [--tiles] [--reps N] [--csv FILE]\n",
+            name);
+    exit(2);
+}
+
+int main(int argc, char** argv)
+{
+    options opt;
+    bench_state s;
+    dense_job dense;
+    operands o;
+    tally sums[NUM_KINDS];
+    char reps[16] = "", reps_name[] = "--reps";
+    char* args[] = {argv[0], reps_name, reps};
+    float largest = 0.0f;
+    int failures = 0, known = 0;
+    memset(&opt, 0, sizeof opt), memset(sums, 0, sizeof sums);
+    opt.size = 8192;
+    for (int i = 1; i < argc; ++i) {
+        const int value = i + 1 < argc;
+        if (!strcmp(argv[i], "--quick")) opt.quick = 1;
+        else if (!strcmp(argv[i], "--tune")) opt.tune = 1;
+        else if (!strcmp(argv[i], "--tiles")) opt.tiles = 1;
+        else if (!strcmp(argv[i], "--size") && value) opt.size = atoi(argv[++i]);
+        else if (!strcmp(argv[i], "--only") && value) opt.only = argv[++i];
+        else if (!strcmp(argv[i], "--reps") && value) snprintf(reps, sizeof reps, "%s", argv[++i]);
+        else if (!strcmp(argv[i], "--mask") && value) {
+            ++i;
+            if (!strcmp(argv[i], "bytes")) opt.form = FORM_BYTES;
+            else if (!strcmp(argv[i], "bits")) opt.form = FORM_BITS;
+            else if (!strcmp(argv[i], "list")) opt.form = FORM_LIST;
+            else usage(argv[0]);
+        } else if (!strcmp(argv[i], "--csv") && value) {
+            opt.csv = fopen(argv[++i], "w");
+            if (!opt.csv) fprintf(stderr, "cannot write %s\n", argv[i]), exit(1);
+            fprintf(opt.csv,
+                    "by,mask,block,density,kept,product,pass,call,transposes,tile,ms,dense_ms,"
+                    "ratio,like_ms,like_ratio,target,held,tflops\n");
+        } else usage(argv[0]);
+    }
+    for (int i = 0; i < NUM_KINDS; ++i) known += is_wanted(&opt, &kinds[i]);
+    if (!known || opt.size < 8 || opt.size > 32768 || opt.size % 8) usage(argv[0]);
+    if (!reps[0]) snprintf(reps, sizeof reps, opt.quick ? "7" : "11");
+    s = bench_open(3, args, "block-sparse products, bf16");
+    BENCH_MOE(moe_block_sparse_preload());
+
+    verify_small(&s, &opt, &failures);
+    o = make_operands((int64_t)opt.size * opt.size);
+    memset(&dense, 0, sizeof dense);
+    BENCH_CUBLAS(cublasCreate(&dense.handle));
+    dense.a = o.x, dense.b = o.y, dense.c = o.c, dense.size = opt.size;
+    verify_dense(&s, &dense, &failures);
+    time_list(&s, &failures);
+
+    for (int i = 0; i < NUM_KINDS; ++i) {
+        double ms[NUM_TRANSPOSES];
+        const double flops = 2.0 * opt.size * (double)opt.size * opt.size;
+        int experts = 0;
+        if (!is_wanted(&opt, &kinds[i])) continue;
+        if (opt.quick && kinds[i].slope == 0.0 && kinds[i].offset == 0.0) continue;
+        for (int t = 0; t < NUM_TRANSPOSES; ++t) {
+            dense.transposes = t;
+            ms[t] = bench_time(&s, run_dense, &dense);
+        }
+        for (int t = 0; t < NUM_TRANSPOSES; ++t) {
+            char what[32];
+            snprintf(what, sizeof what, "cuBLAS dense, %s", transpose_name[t]);
+            bench_row(&s, what, ms[t], flops / ms[t] * 1e-9, "TFLOPS", ms[t] / ms[NN], "NN's time");
+        }
+        for (int j = 0; j < NUM_DENSITIES; ++j) {
+            if (opt.quick && !(densities[j] > 0.09 && densities[j] < 0.51)) continue;
+            if (kinds[i].shape == DIAGONAL) { /* as many experts as before: that mask has been */
+                const int now = diagonal_experts(densities[j], moe_num_blocks(opt.size, 128));
+                if (now == experts || (now == 1 && densities[j] < 1.0)) continue;
+                experts = now;
+            }
+            run_mask(&s, &opt, &kinds[i], densities[j], &o, ms, &sums[i], &largest, &failures);
+        }
+    }
+    dense.transposes = NN;
+    bench_note_clocks(&s, run_dense, &dense, 2.0);
+    printf("rows' products, sampled: worst error %.2f of its bound\n", largest);
+    for (int i = 0; i < NUM_KINDS; ++i)
+        if (sums[i].held + sums[i].missed)
+            printf("%s-%d: %d of %d targets held, worst %.3f of its target\n", kinds[i].name,
+                   kinds[i].block, sums[i].held, sums[i].held + sums[i].missed, sums[i].worst);
+    BENCH_CUBLAS(cublasDestroy(dense.handle));
+    free_operands(&o);
+    if (opt.csv) fclose(opt.csv);
+    return bench_close(&s, failures);
+}
