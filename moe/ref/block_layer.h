@@ -33,7 +33,8 @@ typedef struct moe_ref_block_layer_desc {
     int64_t x_stride, dy_stride;              /* elements between rows; 0 = H */
     int32_t x_dtype, dy_dtype, weights_dtype; /* moe_dtype or MOE_REF_REAL */
     int32_t w_dtype;                          /* moe_dtype; MOE_REF_REAL: dense, at base */
-    int32_t act_dtype;  /* what h, w f, da and dh are rounded to; 0 = not rounded */
+    int32_t pre_dtype;  /* what h is rounded to; 0 = not rounded */
+    int32_t act_dtype;  /* the same of w f, da and dh */
     int32_t rows_dtype; /* what a slot's share of y and of dx is rounded to; 0 = not rounded */
     int32_t activation; /* moe_activation; 0 = SwiGLU */
     float alpha, limit; /* of the clamped SwiGLU; 0 = 1.702 and 7 */

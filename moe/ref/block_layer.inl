@@ -97,7 +97,7 @@ MOE_HOST int MOEI_REF(moe_ref_block_layer)(const moe_ref_block_layer_desc* d, MO
             for (int i = 0; i < U; ++i) {
                 MOEI_REAL v = 0;
                 for (int j = 0; j < H; ++j) v += MOEI_W1(i, j) * x[j];
-                h[i] = MOEI_REF(moe_ref_round)(v, d->act_dtype);
+                h[i] = MOEI_REF(moe_ref_round)(v, d->pre_dtype);
             }
             for (int i = 0; i < I; ++i) {
                 f[i] = MOEI_REF(moe_ref_activation)(activation, h[i], gated ? h[I + i] : 0,

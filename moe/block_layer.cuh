@@ -1,0 +1,287 @@
+/* block_layer.cuh: three forms of the MoE layer as block-sparse products, forward and backward.
+
+     y[t] = sum over experts e of weight(t, e) w2_e activation(w1_e x[t])
+
+     dense    MOE_BLOCK_LAYER_DENSE: every expert for every token, weights [T, E]
+     sparse   MOE_BLOCK_LAYER_SPARSE: each token's own K experts, ids and weights [T, K] of any
+              gate
+     batch    MOE_BLOCK_LAYER_BATCH: ids and weights [T, K] of a gate with whole_batch: each token
+              has the batch's K experts or, with -1, fewer of them
+
+   All three run the same code. The activations of all experts stand side by side as one matrix
+   [rows, E * I], of which only the blocks of (rows, expert) that are wanted exist, packed; w1 and
+   w2 are used where they lie, as strips of blocks through a table of addresses. The rows are the
+   tokens themselves or, in the sparse form, copies of them in expert order, each expert's filled
+   up to whole blocks.
+
+     forward    rows = x, gathered          sparse alone: moe_route, moe_permute
+                pre  = rows w1^T            sdd
+                act  = weight activation(pre)
+                y    = act w2^T             dsd; sparse: and each token's rows added up, moe_combine
+     backward   d    = dy w2                sdd, by act; dweights = d . activation(pre)
+                dw2  = dy^T act             dds
+                dw1  = (gradient by pre)^T rows   dsd
+                dx   = (gradient by pre) w1       dsd; sparse: added up
+
+   In:   x [T, H], ids, weights, w1 [E, 2I, H] (gates, then ups; not gated [E, I, H]), w2 [E, H, I];
+         backward: dy [T, H] and `saved` as forward left it, x, ids, weights, w1, w2 unchanged
+   Out:  y [T, H]; dx [T, H], dw1, dw2, dweights (shape of weights), each where it is wanted
+   No biases. Any activation of moe_activation; gate and up concatenated; weights' rows along K.
+
+   Gradients of the experts that are not active (chosen by no token; in the dense form all are)
+   are neither computed nor allocated: dw1 and dw2 have max_experts slots, grad_expert says on the
+   device which expert each holds. With max_experts = E and all active, slot e is expert e. More
+   active experts than slots, or in the batch form more than K in all: fault NO_ROOM (index: the
+   number). Nothing of an inactive expert's weights is read.
+
+   Memory: `saved` holds pre (and maps and lists, some 0.1 % of it at blocks of 128), from forward
+   to backward; `workspace` is scratch of one call. Activations take, in elements of rows * I:
+     saved 2 (not gated 1), workspace 1; rows are T E, sparse T K and up to block - 1 more for
+     each expert, batch T K (or T E, if that is less)
+   and the sparse form's copies H elements a row besides. The gradient by pre lies over pre, unless
+   act_grad gives it memory of its own: then a forward can serve several backwards.
+
+   fp16 (sm_75) or bf16 (sm_80), fp32 accumulation and activation. pre, act, d, the gradient by pre
+   and the sparse form's rows are rounded to the dtype. Equal inputs give equal bits; dense and
+   batch add experts in ascending order, so that batch with all experts is dense to the last bit.
+   The gradient of what the clamped SwiGLU holds back is 0; at the limit itself it passes.
+   An id outside -1 .. E-1: fault BAD_ID, and the slot is dropped; null or misaligned entries in a
+   table of weights: BAD_TABLE, for active experts alone. A stop fault in the word keeps later
+   calls from writing. T = 0: no expert is active; backward writes grad_expert alone.
+   No allocation, no synchronisation; can be captured in a graph and replayed with other inputs.
+
+     moe_block_layer_desc l = {0};
+     l.form = MOE_BLOCK_LAYER_SPARSE;
+     l.x = x;  l.ids = ids;  l.weights = weights;  l.w1.base = w1;  l.w2.base = w2;  l.y = y;
+     l.num_tokens = T;  l.hidden = H;  l.intermediate = I;  l.num_experts = E;  l.top_k = K;
+     moe_block_layer_bytes bytes;
+     moe_block_layer_sizes(&l, &bytes);
+     l.saved = ...;      l.saved_bytes = bytes.saved;
+     l.workspace = ...;  l.workspace_bytes = bytes.forward;     // or the larger one, for both
+     moe_status s = moe_block_layer_forward(&l, stream);
+     l.dy = dy;  l.dx = dx;  l.dw1 = dw1;  l.dw2 = dw2;  l.grad_expert = slots;
+     l.dweights = dweights;
+     s = moe_block_layer_backward(&l, stream);
+
+   Source: the MoE layer as sdd, dsd and dds with blocks by expert: Gale et al., MegaBlocks, arXiv
+   2211.15841. */
+#ifndef MOE_BLOCK_LAYER_CUH
+#define MOE_BLOCK_LAYER_CUH
+
+#include "block_layer/desc.h"
+#include "block_layer/plan.cuh"
+
+/* Bytes that these sizes and options take; reads no pointers. Errors: theirs. */
+MOE_HOST moe_status moe_block_layer_sizes(const moe_block_layer_desc* desc,
+                                          moe_block_layer_bytes* bytes)
+{
+    moei_block_layer l;
+    moe_block_layer_desc d;
+    MOEI_REQUIRE(desc && bytes, MOE_ERR_NULL, desc);
+    d = *desc;
+    d.saved = d.workspace = 0;
+    memset(bytes, 0, sizeof *bytes);
+    MOEI_TRY(moei_block_layer_plan(&d, &l));
+    *bytes = l.bytes;
+    return MOE_OK;
+}
+
+/* Checks the pointers of forward or backward, and what they point to. */
+MOE_HOST moe_status moei_block_layer_check(const moei_block_layer* l, int backward)
+{
+    const moe_block_layer_desc* d = &l->d;
+    const int64_t T = d->num_tokens, H = d->hidden, I = d->intermediate, E = d->num_experts;
+    const int64_t U = l->gated ? 2 * I : I;
+    const uint64_t slots = (uint64_t)T * (uint64_t)d->top_k;
+    const uint64_t weights = (d->form == MOE_BLOCK_LAYER_DENSE ? (uint64_t)(T * E) : slots) * 4;
+    const uint64_t grads = (uint64_t)d->max_experts * (uint64_t)moe_dtype_bytes(d->grad_dtype);
+    const size_t workspace = backward ? l->bytes.backward : l->bytes.forward;
+    const int grad = backward && (d->dw1 || d->dw2);
+    MOEI_REQUIRE(moei_aligned(d->x, 16), MOE_ERR_ALIGN, x);
+    MOEI_REQUIRE(moei_aligned(d->ids, 4), MOE_ERR_ALIGN, ids);
+    MOEI_REQUIRE(moei_aligned(d->weights, 4), MOE_ERR_ALIGN, weights);
+    MOEI_REQUIRE(moei_aligned(d->w1.base, 16) && moei_aligned((const void*)d->w1.table, 8),
+                 MOE_ERR_ALIGN, w1);
+    MOEI_REQUIRE(moei_aligned(d->w2.base, 16) && moei_aligned((const void*)d->w2.table, 8),
+                 MOE_ERR_ALIGN, w2);
+    MOEI_REQUIRE(moei_aligned(d->fault, 8), MOE_ERR_ALIGN, fault);
+    if (backward) {
+        MOEI_REQUIRE(moei_aligned(d->dy, 16), MOE_ERR_ALIGN, dy);
+        MOEI_REQUIRE(moei_aligned(d->dx, 16), MOE_ERR_ALIGN, dx);
+        MOEI_REQUIRE(moei_aligned(d->dw1, 16), MOE_ERR_ALIGN, dw1);
+        MOEI_REQUIRE(moei_aligned(d->dw2, 16), MOE_ERR_ALIGN, dw2);
+        MOEI_REQUIRE(moei_aligned(d->dweights, 4), MOE_ERR_ALIGN, dweights);
+        MOEI_REQUIRE(moei_aligned(d->grad_expert, 4), MOE_ERR_ALIGN, grad_expert);
+        MOEI_REQUIRE(moei_aligned(d->act_grad, 16), MOE_ERR_ALIGN, act_grad);
+        MOEI_REQUIRE(!grad || d->grad_expert, MOE_ERR_NULL, grad_expert);
+        MOEI_REQUIRE(grad || !d->grad_expert, MOE_ERR_CONFLICT, grad_expert);
+    } else {
+        MOEI_REQUIRE(moei_aligned(d->y, 16), MOE_ERR_ALIGN, y);
+    }
+    if (T > 0) {
+        MOEI_REQUIRE(d->x, MOE_ERR_NULL, x);
+        MOEI_REQUIRE(d->ids || d->form == MOE_BLOCK_LAYER_DENSE, MOE_ERR_NULL, ids);
+        MOEI_REQUIRE(d->weights, MOE_ERR_NULL, weights);
+        MOEI_REQUIRE(d->w1.base || d->w1.table, MOE_ERR_NULL, w1);
+        MOEI_REQUIRE(d->w2.base || d->w2.table, MOE_ERR_NULL, w2);
+        MOEI_REQUIRE(backward || d->y, MOE_ERR_NULL, y);
+        MOEI_REQUIRE(!backward || d->dy, MOE_ERR_NULL, dy);
+        MOEI_REQUIRE(d->saved, MOE_ERR_NULL, saved);
+        MOEI_REQUIRE(moei_aligned(d->saved, 256), MOE_ERR_ALIGN, saved);
+        MOEI_REQUIRE(d->saved_bytes >= l->bytes.saved, MOE_ERR_WORKSPACE, saved_bytes);
+        MOEI_REQUIRE(d->workspace, MOE_ERR_NULL, workspace);
+        MOEI_REQUIRE(moei_aligned(d->workspace, 256), MOE_ERR_ALIGN, workspace);
+        MOEI_REQUIRE(d->workspace_bytes >= workspace, MOE_ERR_WORKSPACE, workspace_bytes);
+    }
+    {
+        const int in_place = d->dx == d->dy && d->dx_stride == d->dy_stride;
+        const moei_range in[] = {
+            {d->x, moei_extent(T, d->x_stride, H, d->dtype), MOE_FIELD_x},
+            {d->ids, slots * 4, MOE_FIELD_ids},
+            {d->weights, weights, MOE_FIELD_weights},
+            {d->w1.base, moei_weight_extent(&d->w1, E, U, H), MOE_FIELD_w1},
+            {d->w1.table, (uint64_t)E * 8, MOE_FIELD_w1},
+            {d->w2.base, moei_weight_extent(&d->w2, E, H, I), MOE_FIELD_w2},
+            {d->w2.table, (uint64_t)E * 8, MOE_FIELD_w2},
+            {backward && !in_place ? d->dy : 0, moei_extent(T, d->dy_stride, H, d->dtype),
+             MOE_FIELD_dy},
+            {backward ? 0 : d->y, moei_extent(T, d->y_stride, H, d->dtype), MOE_FIELD_y},
+            {backward ? d->dx : 0, moei_extent(T, d->dx_stride, H, d->dtype), MOE_FIELD_dx},
+            {backward ? d->dw1 : 0, grads * (uint64_t)(U * H), MOE_FIELD_dw1},
+            {backward ? d->dw2 : 0, grads * (uint64_t)(H * I), MOE_FIELD_dw2},
+            {backward ? d->dweights : 0, weights, MOE_FIELD_dweights},
+            {backward ? d->grad_expert : 0, (uint64_t)d->max_experts * 4, MOE_FIELD_grad_expert},
+            {backward ? d->act_grad : 0, l->bytes.act_grad, MOE_FIELD_act_grad},
+            {d->saved, l->bytes.saved, MOE_FIELD_saved},
+            {d->workspace, workspace, MOE_FIELD_workspace},
+            {d->fault, 8, MOE_FIELD_fault}};
+        return moei_disjoint(in, 8, (int)(sizeof in / sizeof in[0]));
+    }
+}
+
+/* Asks the products first .. last whether they will run: sizes and what the device offers. */
+MOE_HOST moe_status moei_block_layer_check_products(const moei_block_layer* l, int first, int last)
+{
+    for (int i = first; i <= last; ++i) {
+        moe_block_sparse_desc p = l->product[i];
+        const moei_block_shape* t;
+        moe_status s;
+        if ((i == MOEI_BLOCK_LAYER_DW1 && !l->d.dw1) || (i == MOEI_BLOCK_LAYER_DW2 && !l->d.dw2) ||
+            (i == MOEI_BLOCK_LAYER_DX && !l->d.dx))
+            continue;
+        s = moei_block_check(&p);
+        if (s == MOE_OK) s = moei_block_choose(&p, &t);
+        if (moe_status_kind(s) == MOE_ERR_RANGE) return MOE_STATUS(MOE_ERR_RANGE, num_tokens);
+        MOEI_TRY(s);
+    }
+    return MOE_OK;
+}
+
+/* Queues the tables of addresses. */
+MOE_HOST moe_status moei_block_layer_tables_launch(const moei_block_layer* l, int backward,
+                                                   cudaStream_t stream)
+{
+    moei_block_tables_args a = l->tables;
+    const int64_t strips = l->d.num_tokens ? (int64_t)a.num_experts * a.strips1 : 0;
+    const int64_t threads = strips > a.max_experts ? strips : a.max_experts;
+    moei_launch_config c =
+        moei_grid((threads + MOEI_BLOCK_SETUP_THREADS - 1) / MOEI_BLOCK_SETUP_THREADS,
+                  MOEI_BLOCK_SETUP_THREADS, 0, stream);
+    c.dependent = 1;
+    a.no_tokens = l->d.num_tokens == 0;
+    if (!backward) a.grad_expert = 0;
+    if (!backward || !a.dw1) a.dw1_table = 0;
+    if (!backward || !a.dw2) a.dw2_table = 0;
+    return MOE_LAUNCH(moei_block_layer_tables, c, a);
+}
+
+/* The sparse form: rows in expert order from x or dy, and back. */
+MOE_HOST moe_status moei_block_layer_gather(const moei_block_layer* l, const void* x,
+                                            int64_t stride, cudaStream_t stream)
+{
+    moe_permute_desc p = l->permute;
+    if (l->d.form != MOE_BLOCK_LAYER_SPARSE) return MOE_OK;
+    p.x = x;
+    p.x_stride = stride;
+    return moe_permute(&p, stream);
+}
+
+MOE_HOST moe_status moei_block_layer_combine(const moei_block_layer* l, void* y, int64_t stride,
+                                             cudaStream_t stream)
+{
+    moe_combine_desc c = l->combine;
+    if (l->d.form != MOE_BLOCK_LAYER_SPARSE) return MOE_OK;
+    c.y = y;
+    c.y_stride = stride;
+    return moe_combine(&c, stream);
+}
+
+/* Queues y on `stream`, and what backward needs into `saved`. Errors: every field as documented,
+   each with its own status; nothing is queued then and nothing written. T = 0 is no error. */
+MOE_HOST moe_status moe_block_layer_forward(const moe_block_layer_desc* desc, cudaStream_t stream)
+{
+    moei_block_layer l;
+    moei_launch_config c;
+    MOEI_REQUIRE(desc, MOE_ERR_NULL, desc);
+    MOEI_TRY(moei_block_layer_plan(desc, &l));
+    MOEI_TRY(moei_block_layer_check(&l, 0));
+    if (l.d.num_tokens == 0) return MOE_OK;
+    MOEI_TRY(moei_block_layer_check_products(&l, MOEI_BLOCK_LAYER_UP, MOEI_BLOCK_LAYER_DOWN));
+    if (l.d.form == MOE_BLOCK_LAYER_SPARSE) MOEI_TRY(moe_route(&l.route, stream));
+    if (l.d.form == MOE_BLOCK_LAYER_BATCH) {
+        MOEI_TRY_CUDA(cudaMemsetAsync(l.active.flag, 0, (size_t)l.d.num_experts * 4, stream));
+        c = moei_grid((l.active.slots + MOEI_BLOCK_SETUP_THREADS - 1) / MOEI_BLOCK_SETUP_THREADS,
+                      MOEI_BLOCK_SETUP_THREADS, 0, stream);
+        c.dependent = 1;
+        MOEI_TRY(MOE_LAUNCH(moei_block_layer_mark, c, l.active));
+    }
+    c = moei_grid(1, MOEI_BLOCK_SETUP_THREADS, 0, stream);
+    c.dependent = 1;
+    MOEI_TRY(MOE_LAUNCH(moei_block_layer_active, c, l.active));
+    for (int i = 0; i <= l.gated; ++i) MOEI_TRY(moe_block_list_build(&l.list[i], stream));
+    MOEI_TRY(moei_block_layer_tables_launch(&l, 0, stream));
+    MOEI_TRY(moei_block_layer_gather(&l, l.d.x, l.d.x_stride, stream));
+    MOEI_TRY(moe_block_sparse(&l.product[MOEI_BLOCK_LAYER_UP], stream));
+    MOEI_TRY(moei_block_act_launch(&l.act, l.runs, 0, l.d.dtype, stream));
+    MOEI_TRY(moe_block_sparse(&l.product[MOEI_BLOCK_LAYER_DOWN], stream));
+    return moei_block_layer_combine(&l, l.d.y, l.d.y_stride, stream);
+}
+
+/* Queues the gradients that are wanted on `stream`. `saved` is as a forward with the same form,
+   sizes, options and inputs left it; without act_grad it is used up. Errors: as of forward. */
+MOE_HOST moe_status moe_block_layer_backward(const moe_block_layer_desc* desc, cudaStream_t stream)
+{
+    moei_block_layer l;
+    MOEI_REQUIRE(desc, MOE_ERR_NULL, desc);
+    MOEI_TRY(moei_block_layer_plan(desc, &l));
+    MOEI_TRY(moei_block_layer_check(&l, 1));
+    if (l.d.num_tokens == 0)
+        return l.d.grad_expert ? moei_block_layer_tables_launch(&l, 1, stream) : MOE_OK;
+    MOEI_TRY(moei_block_layer_check_products(&l, MOEI_BLOCK_LAYER_DACT, MOEI_BLOCK_LAYER_DX));
+    MOEI_TRY(moei_block_layer_tables_launch(&l, 1, stream));
+    MOEI_TRY(moei_block_layer_gather(&l, l.d.dy, l.d.dy_stride, stream));
+    MOEI_TRY(moe_block_sparse(&l.product[MOEI_BLOCK_LAYER_DACT], stream));
+    MOEI_TRY(moei_block_act_launch(&l.act, l.runs, 1, l.d.dtype, stream));
+    if (l.d.dw2) MOEI_TRY(moe_block_sparse(&l.product[MOEI_BLOCK_LAYER_DW2], stream));
+    if (l.d.dw1) { /* the sparse form's rows of dy have been used: x takes their place */
+        MOEI_TRY(moei_block_layer_gather(&l, l.d.x, l.d.x_stride, stream));
+        MOEI_TRY(moe_block_sparse(&l.product[MOEI_BLOCK_LAYER_DW1], stream));
+    }
+    if (!l.d.dx) return MOE_OK;
+    MOEI_TRY(moe_block_sparse(&l.product[MOEI_BLOCK_LAYER_DX], stream));
+    return moei_block_layer_combine(&l, l.d.dx, l.d.dx_stride, stream);
+}
+
+/* Loads the kernels that the layer forms may run now. */
+MOE_HOST moe_status moe_block_layer_preload(void)
+{
+    MOEI_TRY(moe_route_preload());
+    MOEI_TRY(moe_permute_preload());
+    MOEI_TRY(moe_combine_preload());
+    MOEI_TRY(moe_block_list_preload());
+    MOEI_TRY(moe_block_sparse_preload());
+    MOEI_TRY(moei_block_act_preload());
+    return moei_block_layer_setup_preload();
+}
+
+#endif

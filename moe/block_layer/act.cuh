@@ -1,0 +1,399 @@
+/* act.cuh: what happens between the two products of a layer form, over packed blocks, in fp32.
+
+     forward    act = weight activation(pre)
+     backward   d = gradient by act: dweight = sum over I of d activation(pre)
+                pre_grad = d weight activation'(pre), and act anew, over d
+
+   A run is what one row of blocks has of one expert: I / block blocks of act side by side in its
+   list, and twice as many of pre, gates and then ups, where the activation is gated. So from a
+   run's number and act's list all places follow. A group of 2 to 32 neighbouring lanes has one row
+   of a run, 8 elements a lane at a time: it reads the row's weight once and adds up dweight in a
+   fixed order. Every element is read by the lane that writes it, so gradients may lie over what
+   they are made from. Rows of the blocks that hold no token (past the last one, or between experts)
+   are written as zeros and never read. */
+#ifndef MOE_BLOCK_LAYER_ACT_CUH
+#define MOE_BLOCK_LAYER_ACT_CUH
+
+#include "../base/copy.cuh"
+#include "../base/fault.cuh"
+#include "../base/numeric.cuh"
+#include "../base/warp.cuh"
+#include "desc.h"
+
+#define MOEI_BLOCK_ACT_THREADS 256
+
+/* An activation as a function of one number. */
+typedef enum moei_block_curve {
+    MOEI_BLOCK_CURVE_NONE,
+    MOEI_BLOCK_CURVE_SIGMOID, /* v / (1 + 2^(v (a + b v^2))) */
+    MOEI_BLOCK_CURVE_ERF,     /* v Phi(v) */
+    MOEI_BLOCK_CURVE_RELU2
+} moei_block_curve;
+
+typedef struct moei_block_act_args {
+    const uint16_t* pre; /* packed */
+    uint16_t* act;       /* packed; backward: d first */
+    uint16_t* pre_grad;  /* packed; backward alone; may be pre */
+    const int32_t* row_offset;   /* of act's list */
+    const int32_t* column_index;
+    const int32_t* row_slot;     /* sparse: [num_rows] */
+    const int32_t* ids;          /* sparse, batch: [T, K] */
+    const int32_t* expert_slot;  /* [E] -1: not active */
+    const float* weights;
+    float* dweights; /* backward alone; or null */
+    uint64_t* fault;
+    int64_t slots; /* T * K; dense: 0 */
+    int64_t row_grid; /* blocks of threads that do rows; those behind them: dweights of slots
+                         without an expert */
+    int32_t form, num_rows, row_blocks, num_experts, top_k;
+    int32_t block_log2, lanes_log2;
+    int32_t run;          /* blocks of act in a run */
+    int32_t gated, clamped;
+    int32_t curve;        /* moei_block_curve */
+    float curve_a, curve_b, limit;
+} moei_block_act_args;
+
+/* One row of a run. */
+typedef struct moei_block_act_row {
+    int64_t act, pre; /* its first element; rows of the run's other blocks are a block apart */
+    int64_t row;      /* of the matrix */
+    int64_t weight_at; /* of weights and dweights; batch: of the row's first slot */
+    float weight;
+    int32_t expert;
+    bool there; /* the run exists */
+    bool live;  /* the row holds a token */
+} moei_block_act_row;
+
+MOE_DEVICE moei_block_act_row moei_block_act_find(const moei_block_act_args* a)
+{
+    const int block = 1 << a->block_log2, n = a->run, lanes = 1 << a->lanes_log2;
+    const int lane = (int)threadIdx.x & (lanes - 1);
+    const int64_t group = (int64_t)blockIdx.x * (MOEI_BLOCK_ACT_THREADS >> a->lanes_log2) +
+                          (threadIdx.x >> a->lanes_log2);
+    const int64_t run = group >> a->block_log2, in_block = group & (block - 1);
+    moei_block_act_row r;
+    r.there = run < a->row_offset[a->row_blocks] / n;
+    r.live = false;
+    r.act = ((run * n) << 2 * a->block_log2) + (in_block << a->block_log2);
+    r.pre = ((run * n * (a->gated ? 2 : 1)) << 2 * a->block_log2) + (in_block << a->block_log2);
+    r.row = r.weight_at = 0;
+    r.expert = 0;
+    r.weight = 0.0f;
+    if (r.there) {
+        const int each = a->row_offset[1] / n; /* runs of a row of blocks: all that have any have as
+                                                  many, and they come first */
+        r.row = ((int64_t)((uint32_t)run / (uint32_t)(each > 0 ? each : 1)) << a->block_log2) +
+                in_block;
+        r.expert = a->column_index[run * n] / n;
+        r.live = r.row < a->num_rows;
+    }
+    if (a->form == MOE_BLOCK_LAYER_SPARSE) {
+        const int32_t slot = r.live ? a->row_slot[r.row] : -1;
+        r.live = slot >= 0 && slot < a->slots;
+        r.weight_at = slot;
+        if (r.live) r.weight = a->weights[slot];
+    } else if (a->form == MOE_BLOCK_LAYER_BATCH) {
+        r.weight_at = r.row * a->top_k;
+        for (int k = lane; r.live && k < a->top_k; k += lanes)
+            if (a->ids[r.weight_at + k] == r.expert) r.weight += a->weights[r.weight_at + k];
+        r.weight = moei_group_sum(r.weight, lanes);
+    } else {
+        r.weight_at = r.row * a->num_experts + r.expert;
+        if (r.live) r.weight = a->weights[r.weight_at];
+    }
+    return r;
+}
+
+/* The derivative of v / (1 + 2^(v (a + b v^2))) = v s:  s - ln 2 (a v + 3 b v^3) s (1 - s). From an
+   exponent of 115 on s (1 - s) counts as nothing. Infinities are limits, NaN stays. */
+MOE_DEVICE float moei_block_sigmoid_slope(float x, float a, float b)
+{
+    const float most = 3.40282347e38f, v = fminf(fmaxf(x, -most), most);
+    const float p = a * v, q = b * fminf(v * v, 1e30f) * v;
+    const float e = moei_exp2_fast(fminf(fmaxf(p + q, -115.0f), 115.0f));
+    const float m = fminf(fmaxf(fmaf(3.0f, q, p), -345.0f), 345.0f);
+    const float s = __fdividef(1.0f, 1.0f + e);
+    return moei_is_nan(x) ? x : s * fmaf(-0.693147182f * m, e * s, 1.0f);
+}
+
+/* The derivative of v Phi(v): Phi(v) + v e^(-v^2 / 2) / sqrt(2 pi). NaN stays. */
+MOE_DEVICE float moei_block_gelu_slope(float x)
+{
+    const float z = fminf(fmaxf(x, -15.0f), 15.0f);
+    const float density = 0.398942280f * moei_exp2_fast(-0.721347520f * z * z);
+    const float near_0 = fmaf(z * z, fmaf(z * z, 0.025f, -0.166666667f), 1.0f);
+    const float phi = fabsf(z) > 0.125f ? __fdividef(moei_gelu(z), z)
+                                        : fmaf(z * 0.398942280f, near_0, 0.5f);
+    return moei_is_nan(x) ? x : fmaf(z, density, phi);
+}
+
+/* v = curve(v) of 8 numbers. */
+MOE_DEVICE void moei_block_curve_8(float* v, const moei_block_act_args* a)
+{
+    if (a->curve == MOEI_BLOCK_CURVE_SIGMOID) {
+        MOEI_UNROLL
+        for (int i = 0; i < 8; ++i) v[i] = moei_sigmoid_unit(v[i], a->curve_a, a->curve_b);
+    } else if (a->curve == MOEI_BLOCK_CURVE_ERF) {
+        MOEI_UNROLL
+        for (int i = 0; i < 8; ++i) v[i] = moei_gelu(v[i]);
+    } else if (a->curve == MOEI_BLOCK_CURVE_RELU2) {
+        MOEI_UNROLL
+        for (int i = 0; i < 8; ++i) v[i] = v[i] < 0.0f ? 0.0f : v[i] * v[i];
+    }
+}
+
+/* slope = curve'(v) of 8 numbers. */
+MOE_DEVICE void moei_block_slope_8(float* slope, const float* v, const moei_block_act_args* a)
+{
+    if (a->curve == MOEI_BLOCK_CURVE_SIGMOID) {
+        MOEI_UNROLL
+        for (int i = 0; i < 8; ++i)
+            slope[i] = moei_block_sigmoid_slope(v[i], a->curve_a, a->curve_b);
+    } else if (a->curve == MOEI_BLOCK_CURVE_ERF) {
+        MOEI_UNROLL
+        for (int i = 0; i < 8; ++i) slope[i] = moei_block_gelu_slope(v[i]);
+    } else if (a->curve == MOEI_BLOCK_CURVE_RELU2) {
+        MOEI_UNROLL
+        for (int i = 0; i < 8; ++i) slope[i] = v[i] < 0.0f ? 0.0f : 2.0f * v[i];
+    } else {
+        MOEI_UNROLL
+        for (int i = 0; i < 8; ++i) slope[i] = 1.0f;
+    }
+}
+
+/* What the clamped SwiGLU multiplies; comparisons, so that NaN stays. */
+MOE_DEVICE float moei_block_clamp_up(float u, float limit)
+{
+    return (u > limit ? limit : u < -limit ? -limit : u) + 1.0f;
+}
+
+MOE_DEVICE void moei_block_unpack_8(float* v, uint4 raw, const int dtype)
+{
+    const uint32_t w[4] = {raw.x, raw.y, raw.z, raw.w};
+    MOEI_UNROLL
+    for (int i = 0; i < 4; ++i) {
+        const float2 f = moei_unpack2(w[i], dtype);
+        v[2 * i] = f.x;
+        v[2 * i + 1] = f.y;
+    }
+}
+
+MOE_DEVICE uint4 moei_block_pack_8(const float* v, const int dtype)
+{
+    return make_uint4(moei_pack2(v[0], v[1], dtype), moei_pack2(v[2], v[3], dtype),
+                      moei_pack2(v[4], v[5], dtype), moei_pack2(v[6], v[7], dtype));
+}
+
+/* 8 elements forward: the gates (or plain numbers) and ups become act. */
+MOE_DEVICE uint4 moei_block_act_8(uint4 gate, uint4 up, float weight, const moei_block_act_args* a,
+                                  const int dtype)
+{
+    float v[8], u[8];
+    moei_block_unpack_8(v, gate, dtype);
+    moei_block_unpack_8(u, up, dtype);
+    if (a->clamped) {
+        MOEI_UNROLL
+        for (int i = 0; i < 8; ++i) {
+            v[i] = v[i] > a->limit ? a->limit : v[i];
+            u[i] = moei_block_clamp_up(u[i], a->limit);
+        }
+    }
+    moei_block_curve_8(v, a);
+    if (a->gated) {
+        MOEI_UNROLL
+        for (int i = 0; i < 8; ++i) v[i] *= u[i];
+    }
+    MOEI_UNROLL
+    for (int i = 0; i < 8; ++i) v[i] *= weight;
+    return moei_block_pack_8(v, dtype);
+}
+
+/* 8 elements backward: gate, up and d become their gradients and act. Returns sum, to which each d
+   times its activation is added, in order. */
+MOE_DEVICE float moei_block_grad_8(uint4* gate, uint4* up, uint4* d, float weight, float sum,
+                                   const moei_block_act_args* a, const int dtype)
+{
+    float v[8], u[8], s[8], t[8];
+    moei_block_unpack_8(v, *gate, dtype);
+    moei_block_unpack_8(t, *d, dtype);
+    if (a->clamped) {
+        MOEI_UNROLL
+        for (int i = 0; i < 8; ++i) v[i] = v[i] > a->limit ? a->limit : v[i];
+    }
+    moei_block_slope_8(s, v, a);
+    if (a->clamped) { /* the gate as it was: at the limit itself the gradient passes */
+        moei_block_unpack_8(u, *gate, dtype);
+        MOEI_UNROLL
+        for (int i = 0; i < 8; ++i) s[i] = u[i] > a->limit ? 0.0f : s[i];
+    }
+    moei_block_curve_8(v, a);
+    if (a->gated) {
+        float c[8];
+        moei_block_unpack_8(u, *up, dtype);
+        MOEI_UNROLL
+        for (int i = 0; i < 8; ++i) {
+            const bool out = a->clamped && (u[i] > a->limit || u[i] < -a->limit);
+            c[i] = out ? 0.0f : t[i] * weight * v[i];
+            u[i] = a->clamped ? moei_block_clamp_up(u[i], a->limit) : u[i];
+            v[i] *= u[i];
+            s[i] *= u[i];
+        }
+        *up = moei_block_pack_8(c, dtype);
+    }
+    MOEI_UNROLL
+    for (int i = 0; i < 8; ++i) {
+        sum = fmaf(t[i], v[i], sum);
+        s[i] *= t[i] * weight;
+        v[i] *= weight;
+    }
+    *gate = moei_block_pack_8(s, dtype);
+    *d = moei_block_pack_8(v, dtype);
+    return sum;
+}
+
+/* The row's elements, two pieces of a lane under way together. backward and dtype are literals. */
+MOE_DEVICE float moei_block_act_row_8(const moei_block_act_args* a, const moei_block_act_row* r,
+                                      const int backward, const int dtype)
+{
+    const int lanes = 1 << a->lanes_log2, lane = (int)threadIdx.x & (lanes - 1);
+    const int width_log2 = a->block_log2 - 3; /* pieces in a row of one block */
+    const int pieces = r->there ? a->run << width_log2 : 0;
+    const int64_t to_up = (int64_t)a->run << 2 * a->block_log2;
+    float sum = 0.0f;
+    for (int p0 = lane; p0 < pieces; p0 += 2 * lanes) {
+        uint4 gate[2], up[2], d[2];
+        int64_t at[2];
+        MOEI_UNROLL
+        for (int u = 0; u < 2; ++u) {
+            const int p = p0 + u * lanes;
+            at[u] = ((int64_t)(p >> width_log2) << 2 * a->block_log2) +
+                    ((p & ((1 << width_log2) - 1)) << 3);
+            gate[u] = up[u] = d[u] = make_uint4(0, 0, 0, 0);
+            if (r->live && p < pieces) {
+                gate[u] = moei_load16(a->pre + r->pre + at[u]);
+                if (a->gated) up[u] = moei_load16(a->pre + r->pre + to_up + at[u]);
+                if (backward) d[u] = moei_load16(a->act + r->act + at[u]);
+            }
+        }
+        MOEI_UNROLL
+        for (int u = 0; u < 2; ++u) {
+            if (p0 + u * lanes >= pieces) break;
+            if (r->live) { /* else zeros are what is written */
+                if (backward) sum = moei_block_grad_8(&gate[u], &up[u], &d[u], r->weight, sum, a,
+                                                      dtype);
+                else d[u] = moei_block_act_8(gate[u], up[u], r->weight, a, dtype);
+            }
+            moei_store16(a->act + r->act + at[u], d[u]);
+            if (backward) {
+                moei_store16(a->pre_grad + r->pre + at[u], gate[u]);
+                if (a->gated) moei_store16(a->pre_grad + r->pre + to_up + at[u], up[u]);
+            }
+        }
+    }
+    return sum;
+}
+
+MOE_DEVICE_BODY void moei_block_act_forward(const moei_block_act_args* a, const int dtype)
+{
+    const moei_block_act_row r = moei_block_act_find(a);
+    (void)moei_block_act_row_8(a, &r, 0, dtype);
+}
+
+MOE_DEVICE_BODY void moei_block_act_backward(const moei_block_act_args* a, const int dtype)
+{
+    const int lanes = 1 << a->lanes_log2, lane = (int)threadIdx.x & (lanes - 1);
+    if (blockIdx.x >= a->row_grid) { /* slots whose expert has no column */
+        const int64_t slot =
+            (blockIdx.x - a->row_grid) * MOEI_BLOCK_ACT_THREADS + (int64_t)threadIdx.x;
+        const int32_t e = slot < a->slots ? a->ids[slot] : 0;
+        if (slot < a->slots && (e < 0 || e >= a->num_experts || a->expert_slot[e] < 0))
+            a->dweights[slot] = 0.0f;
+    } else {
+        const moei_block_act_row r = moei_block_act_find(a);
+        const float sum = moei_group_sum(moei_block_act_row_8(a, &r, 1, dtype), lanes);
+        if (!a->dweights || !r.live) return;
+        if (a->form == MOE_BLOCK_LAYER_BATCH) {
+            for (int k = lane; k < a->top_k; k += lanes)
+                if (a->ids[r.weight_at + k] == r.expert) a->dweights[r.weight_at + k] = sum;
+        } else if (lane == 0) {
+            a->dweights[r.weight_at] = sum;
+        }
+    }
+}
+
+#define MOEI_BLOCK_ACT_LIST(X) X(fp16, MOE_FP16) X(bf16, MOE_BF16)
+
+#define MOEI_BLOCK_ACT_KERNELS(name, dtype)                                                       \
+    MOE_KERNEL(MOEI_BLOCK_ACT_THREADS, 2)                                                         \
+    moei_block_act_forward_##name(MOE_ARG(moei_block_act_args) a)                                 \
+    {                                                                                             \
+        moei_let_next_start();                                                                    \
+        moei_wait_for_previous();                                                                 \
+        if (!moei_fault_stopped(a.fault)) moei_block_act_forward(&a, dtype);                      \
+    }                                                                                             \
+    MOE_KERNEL(MOEI_BLOCK_ACT_THREADS, 2)                                                         \
+    moei_block_act_backward_##name(MOE_ARG(moei_block_act_args) a)                                \
+    {                                                                                             \
+        moei_let_next_start();                                                                    \
+        moei_wait_for_previous();                                                                 \
+        if (!moei_fault_stopped(a.fault)) moei_block_act_backward(&a, dtype);                     \
+    }
+MOEI_BLOCK_ACT_LIST(MOEI_BLOCK_ACT_KERNELS)
+#undef MOEI_BLOCK_ACT_KERNELS
+
+/* Says in the arguments how this activation is computed. */
+MOE_HOST void moei_block_act_choose(moei_block_act_args* a, int activation, float alpha,
+                                    float limit)
+{
+    a->gated = moe_activation_is_gated(activation);
+    a->clamped = activation == MOE_ACTIVATION_SWIGLU_CLAMPED;
+    a->limit = limit;
+    a->curve = MOEI_BLOCK_CURVE_SIGMOID;
+    a->curve_a = -1.44269504f;
+    if (activation == MOE_ACTIVATION_NONE) a->curve = MOEI_BLOCK_CURVE_NONE;
+    if (activation == MOE_ACTIVATION_GELU || activation == MOE_ACTIVATION_GEGLU)
+        a->curve = MOEI_BLOCK_CURVE_ERF;
+    if (activation == MOE_ACTIVATION_RELU2) a->curve = MOEI_BLOCK_CURVE_RELU2;
+    if (activation == MOE_ACTIVATION_SWIGLU_CLAMPED) a->curve_a *= alpha;
+    if (activation == MOE_ACTIVATION_GELU_TANH || activation == MOE_ACTIVATION_GEGLU_TANH) {
+        a->curve_a = MOEI_GELU_TANH_A;
+        a->curve_b = MOEI_GELU_TANH_B;
+    }
+}
+
+/* Queues the forward or backward kernel; `runs`: how many there can be. */
+MOE_HOST moe_status moei_block_act_launch(moei_block_act_args* a, int64_t runs, int backward,
+                                          int dtype, cudaStream_t stream)
+{
+    const int pieces = a->run << (a->block_log2 - 3);
+    moei_launch_config c;
+    int64_t zero_grid = 0;
+    int groups;
+    a->lanes_log2 = 1;
+    while (a->lanes_log2 < 5 && 1 << a->lanes_log2 < pieces) ++a->lanes_log2;
+    groups = MOEI_BLOCK_ACT_THREADS >> a->lanes_log2;
+    a->row_grid = ((runs << a->block_log2) + groups - 1) / groups;
+    if (backward && a->dweights)
+        zero_grid = (a->slots + MOEI_BLOCK_ACT_THREADS - 1) / MOEI_BLOCK_ACT_THREADS;
+    if (a->row_grid + zero_grid == 0) return MOE_OK;
+    c = moei_grid(a->row_grid + zero_grid, MOEI_BLOCK_ACT_THREADS, 0, stream);
+    c.dependent = 1;
+#define MOEI_BLOCK_ACT_CASE(name, dt)                                                             \
+    if (dtype == dt && backward) return MOE_LAUNCH(moei_block_act_backward_##name, c, *a);        \
+    if (dtype == dt) return MOE_LAUNCH(moei_block_act_forward_##name, c, *a);
+    MOEI_BLOCK_ACT_LIST(MOEI_BLOCK_ACT_CASE)
+#undef MOEI_BLOCK_ACT_CASE
+    return MOE_STATUS(MOE_ERR_DTYPE, dtype);
+}
+
+MOE_HOST moe_status moei_block_act_preload(void)
+{
+#define MOEI_BLOCK_ACT_LOAD(name, dt)                                                             \
+    MOEI_TRY(moei_preload((const void*)moei_block_act_forward_##name));                           \
+    MOEI_TRY(moei_preload((const void*)moei_block_act_backward_##name));
+    MOEI_BLOCK_ACT_LIST(MOEI_BLOCK_ACT_LOAD)
+#undef MOEI_BLOCK_ACT_LOAD
+    return MOE_OK;
+}
+
+#endif

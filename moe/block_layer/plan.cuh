@@ -1,0 +1,431 @@
+/* plan.cuh: a layer form's check, its sizes, and the descriptors of what it is composed of, for
+   block_layer.cuh. Sizes and launches come from one function, moei_block_layer_plan. */
+#ifndef MOE_BLOCK_LAYER_PLAN_CUH
+#define MOE_BLOCK_LAYER_PLAN_CUH
+
+#include "../block_sparse.cuh"
+#include "../block_sparse/list.cuh"
+#include "../combine.cuh"
+#include "../gemm/desc.h"
+#include "../permute.cuh"
+#include "../route.cuh"
+#include "act.cuh"
+#include "setup.cuh"
+
+/* The products, in the order in which they run. */
+enum {
+    MOEI_BLOCK_LAYER_UP,   /* pre = rows w1^T */
+    MOEI_BLOCK_LAYER_DOWN, /* rows of y = act w2^T */
+    MOEI_BLOCK_LAYER_DACT, /* backward: d = rows of dy w2 */
+    MOEI_BLOCK_LAYER_DW2,  /* dy^T act */
+    MOEI_BLOCK_LAYER_DW1,  /* pre_grad^T rows */
+    MOEI_BLOCK_LAYER_DX,   /* pre_grad w1 */
+    MOEI_BLOCK_LAYER_PRODUCTS
+};
+
+/* What a call needs. */
+typedef struct moei_block_layer {
+    moe_block_layer_desc d; /* with its defaults */
+    moe_block_layer_bytes bytes;
+    int gated;
+    int32_t room;          /* experts that can be active */
+    int32_t strips[2];     /* blocks side by side of an expert: of act, of pre */
+    int64_t num_rows;      /* of the block-sparse matrices: T, sparse: R */
+    int64_t runs;          /* row of blocks and expert: so many at most */
+    moe_block_mask mask[2]; /* of act, of pre; the same where the activation is not gated */
+    moe_route_desc route;
+    moe_block_list_desc list[2];
+    moei_block_active_args active;
+    moei_block_tables_args tables; /* as backward wants them */
+    moei_block_act_args act;
+    moe_permute_desc permute; /* without x */
+    moe_combine_desc combine; /* without y */
+    moe_block_sparse_desc product[MOEI_BLOCK_LAYER_PRODUCTS];
+} moei_block_layer;
+
+/* Checks an expert's matrices [n, k] and fills in their strides. */
+#define MOEI_BLOCK_LAYER_WEIGHTS(w, n, k, field)                                                  \
+    do {                                                                                          \
+        MOEI_REQUIRE(!(w)->up && !(w)->up_table, MOE_ERR_CONFLICT, field);                        \
+        MOEI_REQUIRE((w)->major == 0 || (w)->major == MOE_MAJOR_K, MOE_ERR_OPTION, field);        \
+        if ((w)->row_stride == 0) (w)->row_stride = (k);                                          \
+        MOEI_REQUIRE(moei_stride_fits((w)->row_stride, (k), (n)), MOE_ERR_STRIDE, field);         \
+        if ((w)->expert_stride == 0) (w)->expert_stride = (w)->row_stride * (n);                  \
+        MOEI_REQUIRE(moei_stride_fits((w)->expert_stride, 1, d->num_experts), MOE_ERR_STRIDE,     \
+                     field);                                                                      \
+        MOEI_REQUIRE((w)->row_stride % 8 == 0 && (w)->expert_stride % 8 == 0, MOE_ERR_ALIGN,      \
+                     field);                                                                      \
+        MOEI_REQUIRE(!((w)->base && (w)->table), MOE_ERR_CONFLICT, field);                        \
+    } while (0)
+
+#define MOEI_BLOCK_LAYER_STRIDE(stride, field)                                                    \
+    do {                                                                                          \
+        if ((stride) == 0) (stride) = d->hidden;                                                  \
+        MOEI_REQUIRE(moei_stride_fits((stride), d->hidden, d->num_tokens), MOE_ERR_STRIDE, field); \
+        MOEI_REQUIRE((stride) % 8 == 0, MOE_ERR_ALIGN, field);                                    \
+    } while (0)
+
+/* Sizes and options; fills in the defaults. */
+MOE_HOST moe_status moei_block_layer_options(moei_block_layer* l)
+{
+    moe_block_layer_desc* d = &l->d;
+    MOEI_REQUIRE(d->form >= MOE_BLOCK_LAYER_DENSE && d->form <= MOE_BLOCK_LAYER_BATCH,
+                 MOE_ERR_OPTION, form);
+    MOEI_REQUIRE(d->num_tokens >= 0 && d->num_tokens <= MOEI_BLOCK_MOST, MOE_ERR_RANGE,
+                 num_tokens);
+    MOEI_REQUIRE(d->num_experts >= 1 && d->num_experts <= MOE_MAX_EXPERTS, MOE_ERR_RANGE,
+                 num_experts);
+    if (d->form == MOE_BLOCK_LAYER_DENSE) {
+        MOEI_REQUIRE(d->top_k == 0, MOE_ERR_CONFLICT, top_k);
+        MOEI_REQUIRE(!d->ids, MOE_ERR_CONFLICT, ids);
+    } else {
+        MOEI_REQUIRE(d->top_k >= 1 && d->top_k <= MOE_COMBINE_MAX_TOP_K, MOE_ERR_RANGE, top_k);
+    }
+    MOEI_REQUIRE((int64_t)d->num_tokens * d->top_k <= 0x7fffffff, MOE_ERR_RANGE, num_tokens);
+    MOEI_REQUIRE(d->hidden >= 8 && d->hidden % 8 == 0 && d->hidden <= 1 << 28, MOE_ERR_RANGE,
+                 hidden);
+    if (d->block == 0) d->block = 128;
+    MOEI_REQUIRE(moei_block_size_offered(d->block), MOE_ERR_OPTION, block);
+    MOEI_REQUIRE(d->intermediate >= d->block && d->intermediate % d->block == 0 &&
+                     d->intermediate <= 1 << 28,
+                 MOE_ERR_RANGE, intermediate);
+    if (d->max_experts == 0) d->max_experts = d->num_experts;
+    MOEI_REQUIRE(d->max_experts >= 1 && d->max_experts <= d->num_experts, MOE_ERR_RANGE,
+                 max_experts);
+    if (d->dtype == 0) d->dtype = MOE_BF16;
+    MOEI_REQUIRE(d->dtype == MOE_BF16 || d->dtype == MOE_FP16, MOE_ERR_DTYPE, dtype);
+    if (d->grad_dtype == 0) d->grad_dtype = d->dtype;
+    MOEI_REQUIRE(d->grad_dtype == d->dtype || d->grad_dtype == MOE_FP32, MOE_ERR_DTYPE, grad_dtype);
+    if (d->activation == 0) d->activation = MOE_ACTIVATION_SWIGLU;
+    MOEI_REQUIRE(d->activation >= MOE_ACTIVATION_NONE && d->activation <= MOE_ACTIVATION_RELU2,
+                 MOE_ERR_OPTION, activation);
+    if (d->activation == MOE_ACTIVATION_SWIGLU_CLAMPED) {
+        MOEI_REQUIRE((moe_f32_bits(d->alpha) & 0x7f800000u) != 0x7f800000u, MOE_ERR_RANGE, alpha);
+        MOEI_REQUIRE(moe_f32_bits(d->limit + 0.0f) < 0x7f800000u, MOE_ERR_RANGE, limit);
+        if (d->alpha == 0.0f) d->alpha = 1.702f;
+        if (d->limit == 0.0f) d->limit = 7.0f;
+    } else {
+        MOEI_REQUIRE(d->alpha == 0.0f, MOE_ERR_CONFLICT, alpha);
+        MOEI_REQUIRE(d->limit == 0.0f, MOE_ERR_CONFLICT, limit);
+    }
+    l->gated = moe_activation_is_gated(d->activation);
+    MOEI_BLOCK_LAYER_STRIDE(d->x_stride, x_stride);
+    MOEI_BLOCK_LAYER_STRIDE(d->y_stride, y_stride);
+    MOEI_BLOCK_LAYER_STRIDE(d->dy_stride, dy_stride);
+    MOEI_BLOCK_LAYER_STRIDE(d->dx_stride, dx_stride);
+    MOEI_BLOCK_LAYER_WEIGHTS(&d->w1, (int64_t)d->intermediate * (l->gated ? 2 : 1),
+                             (int64_t)d->hidden, w1);
+    MOEI_BLOCK_LAYER_WEIGHTS(&d->w2, (int64_t)d->hidden, (int64_t)d->intermediate, w2);
+    return MOE_OK;
+}
+
+/* A product with what all of them share. */
+MOE_HOST moe_block_sparse_desc moei_block_layer_product(const moei_block_layer* l, int op, int mask)
+{
+    moe_block_sparse_desc p;
+    memset(&p, 0, sizeof p);
+    p.op = op;
+    p.mask = l->mask[mask];
+    p.packed = 1;
+    p.dtype = l->d.dtype;
+    p.choice = l->d.choice;
+    p.fault = l->d.fault;
+    return p;
+}
+
+/* The products. rows: [num_rows, H], the tokens or their copies in expert order. */
+MOE_HOST void moei_block_layer_products(moei_block_layer* l, void* rows, void* pre, void* act)
+{
+    const moe_block_layer_desc* d = &l->d;
+    const int sparse = d->form == MOE_BLOCK_LAYER_SPARSE;
+    const int32_t R = (int32_t)l->num_rows, H = d->hidden, EI = d->num_experts * d->intermediate;
+    const int32_t EU = l->gated ? 2 * EI : EI;
+    void* pre_grad = d->act_grad ? d->act_grad : pre;
+    const void* const* w1 = (const void* const*)l->tables.w1_table;
+    const void* const* w2 = (const void* const*)l->tables.w2_table;
+    moe_block_sparse_desc* p = l->product;
+
+    p[MOEI_BLOCK_LAYER_UP] = moei_block_layer_product(l, MOE_BLOCK_SDD, 1);
+    p->a = sparse ? rows : d->x;
+    p->a_stride = sparse ? H : d->x_stride;
+    p->b_table = w1;
+    p->b_stride = d->w1.row_stride;
+    p->b_transposed = 1;
+    p->c = pre;
+    p->m = R, p->n = EU, p->k = H;
+
+    p = l->product + MOEI_BLOCK_LAYER_DOWN;
+    *p = moei_block_layer_product(l, MOE_BLOCK_DSD, 0);
+    p->a = act;
+    p->b_table = w2;
+    p->b_stride = d->w2.row_stride;
+    p->b_transposed = 1;
+    p->c = sparse ? rows : d->y;
+    p->c_stride = sparse ? H : d->y_stride;
+    p->m = R, p->n = H, p->k = EI;
+
+    p = l->product + MOEI_BLOCK_LAYER_DACT;
+    *p = moei_block_layer_product(l, MOE_BLOCK_SDD, 0);
+    p->a = sparse ? rows : d->dy;
+    p->a_stride = sparse ? H : d->dy_stride;
+    p->b_table = w2;
+    p->b_stride = d->w2.row_stride;
+    p->c = act;
+    p->m = R, p->n = EI, p->k = H;
+
+    p = l->product + MOEI_BLOCK_LAYER_DW2;
+    *p = moei_block_layer_product(l, MOE_BLOCK_DDS, 0);
+    p->a = sparse ? rows : d->dy;
+    p->a_stride = sparse ? H : d->dy_stride;
+    p->a_transposed = 1;
+    p->b = act;
+    p->c_table = l->tables.dw2_table;
+    p->c_stride = d->intermediate;
+    p->c_dtype = d->grad_dtype;
+    p->m = H, p->n = EI, p->k = R;
+
+    p = l->product + MOEI_BLOCK_LAYER_DW1;
+    *p = moei_block_layer_product(l, MOE_BLOCK_DSD, 1);
+    p->a = pre_grad;
+    p->a_transposed = 1;
+    p->b = sparse ? rows : d->x;
+    p->b_stride = sparse ? H : d->x_stride;
+    p->c_table = l->tables.dw1_table;
+    p->c_stride = H;
+    p->c_dtype = d->grad_dtype;
+    p->m = EU, p->n = H, p->k = R;
+
+    p = l->product + MOEI_BLOCK_LAYER_DX;
+    *p = moei_block_layer_product(l, MOE_BLOCK_DSD, 1);
+    p->a = pre_grad;
+    p->b_table = w1;
+    p->b_stride = d->w1.row_stride;
+    p->c = sparse ? rows : d->dx;
+    p->c_stride = sparse ? H : d->dx_stride;
+    p->m = R, p->n = H, p->k = EU;
+}
+
+/* Workspace of one product. It depends on sizes alone, but the product's own check wants addresses:
+   these lie far from each other, and nobody reads them. */
+MOE_HOST moe_status moei_block_layer_product_bytes(const moe_block_sparse_desc* product,
+                                                   size_t* bytes)
+{
+    moe_block_sparse_desc p = *product;
+    const void* far[8];
+    for (int i = 0; i < 8; ++i) far[i] = (const void*)((uintptr_t)(i + 1) << (sizeof(void*) * 7));
+    p.a = far[0];
+    p.b = far[1];
+    p.c = (void*)(uintptr_t)far[2];
+    p.a_table = p.b_table = 0;
+    p.c_table = 0;
+    p.a_stride = p.b_stride = p.c_stride = 0;
+    p.mask.row_offset = (const int32_t*)far[3];
+    p.mask.column_index = (const int32_t*)far[4];
+    p.mask.column_offset = (const int32_t*)far[5];
+    p.mask.row_index = (const int32_t*)far[6];
+    p.mask.position = (const int32_t*)far[7];
+    p.fault = 0;
+    return moe_block_sparse_workspace(&p, bytes);
+}
+
+/* A list of mask number i, with room for all that may be there; carved out of `saved`. */
+MOE_HOST moe_status moei_block_layer_list(moei_block_layer* l, int i, size_t* at)
+{
+    const moe_block_layer_desc* d = &l->d;
+    const int64_t columns = (int64_t)d->num_experts * d->intermediate * (i ? 2 : 1);
+    const int64_t blocks = l->runs * l->strips[i];
+    moe_block_list_desc* list = &l->list[i];
+    moe_block_mask* m = &l->mask[i];
+    uint64_t entries, row_blocks, column_blocks;
+    MOEI_REQUIRE(columns <= MOEI_BLOCK_MOST && blocks <= 0x7fffffff, MOE_ERR_RANGE, intermediate);
+    entries = (uint64_t)blocks * 4;
+    list->rows = (int32_t)l->num_rows;
+    list->columns = (int32_t)columns;
+    list->block_rows = list->block_columns = d->block;
+    list->num_experts = d->num_experts;
+    list->max_blocks = (int32_t)blocks;
+    list->fault = d->fault;
+    if (d->form == MOE_BLOCK_LAYER_SPARSE) {
+        list->expert_offset = l->route.expert_offset;
+    } else {
+        list->ids = l->active.active;
+        list->top_k = l->room;
+        list->whole_batch = 1;
+    }
+    row_blocks = (uint64_t)moe_num_blocks(list->rows, d->block);
+    column_blocks = (uint64_t)(columns / d->block);
+    list->row_offset = (int32_t*)moei_carve((char*)d->saved, at, row_blocks * 4 + 4);
+    list->column_offset = (int32_t*)moei_carve((char*)d->saved, at, column_blocks * 4 + 4);
+    list->column_index = (int32_t*)moei_carve((char*)d->saved, at, entries);
+    list->row_index = (int32_t*)moei_carve((char*)d->saved, at, entries);
+    list->position = (int32_t*)moei_carve((char*)d->saved, at, entries);
+    m->row_offset = list->row_offset;
+    m->column_index = list->column_index;
+    m->column_offset = list->column_offset;
+    m->row_index = list->row_index;
+    m->position = list->position;
+    m->rows = list->rows;
+    m->columns = list->columns;
+    m->block_rows = m->block_columns = d->block;
+    m->max_blocks = list->max_blocks;
+    return MOE_OK;
+}
+
+/* Rows and maps of the sparse form; carved out of `saved`. */
+MOE_HOST moe_status moei_block_layer_route(moei_block_layer* l, size_t* at)
+{
+    const moe_block_layer_desc* d = &l->d;
+    const uint64_t E = (uint64_t)d->num_experts;
+    const uint64_t slots = (uint64_t)d->num_tokens * (uint64_t)d->top_k;
+    moe_route_desc* r = &l->route;
+    r->ids = d->ids;
+    r->num_tokens = d->num_tokens;
+    r->num_experts = d->num_experts;
+    r->top_k = d->top_k;
+    r->row_multiple = d->block;
+    r->fault = d->fault;
+    {
+        const moe_status s = moe_route_max_rows(r, &l->num_rows);
+        MOEI_REQUIRE(s == MOE_OK && l->num_rows <= MOEI_BLOCK_MOST, MOE_ERR_RANGE, num_tokens);
+    }
+    r->expert_count = (int32_t*)moei_carve((char*)d->saved, at, E * 4);
+    r->expert_offset = (int32_t*)moei_carve((char*)d->saved, at, E * 4 + 4);
+    r->slot_row = (int32_t*)moei_carve((char*)d->saved, at, slots * 4);
+    r->row_slot = (int32_t*)moei_carve((char*)d->saved, at, (uint64_t)l->num_rows * 4);
+    r->place = (moe_place*)moei_carve((char*)d->saved, at, slots * 8);
+    return moe_route_workspace(r, &r->workspace_bytes);
+}
+
+/* Checks sizes and options, and fills in everything; bytes are told in any case, and where the
+   descriptor has memory, all lies in it. */
+MOE_HOST moe_status moei_block_layer_plan(const moe_block_layer_desc* desc, moei_block_layer* l)
+{
+    moe_block_layer_desc* d = &l->d;
+    const int32_t E = desc->num_experts;
+    size_t saved = 0, forward = 0, backward = 0, temporary[2] = {0, 0};
+    uint64_t rows_bytes, act_bytes, table[2];
+    void *rows, *pre, *act, *at_end;
+    int sparse;
+    memset(l, 0, sizeof *l);
+    l->d = *desc;
+    MOEI_TRY(moei_block_layer_options(l));
+    sparse = d->form == MOE_BLOCK_LAYER_SPARSE;
+    l->tables.w1 = d->w1;
+    l->tables.w2 = d->w2;
+    l->tables.grad_expert = d->grad_expert;
+    l->tables.dw1 = (char*)d->dw1;
+    l->tables.dw2 = (char*)d->dw2;
+    l->tables.fault = d->fault;
+    l->tables.hidden = d->hidden;
+    l->tables.intermediate = d->intermediate;
+    l->tables.num_experts = E;
+    l->tables.max_experts = d->max_experts;
+    l->tables.block = d->block;
+    l->tables.grad_bytes = moe_dtype_bytes(d->grad_dtype);
+    l->strips[0] = l->tables.strips2 = d->intermediate / d->block;
+    l->strips[1] = l->tables.strips1 = l->strips[0] * (l->gated ? 2 : 1);
+    if (d->num_tokens == 0) return MOE_OK; /* there is nothing to keep */
+
+    /* saved: pre, who is active, maps, lists */
+    l->num_rows = d->num_tokens;
+    l->room = d->form == MOE_BLOCK_LAYER_BATCH && d->top_k < E ? d->top_k : E;
+    l->active.active = (int32_t*)moei_carve((char*)d->saved, &saved, (uint64_t)E * 4);
+    l->active.expert_slot = (int32_t*)moei_carve((char*)d->saved, &saved, (uint64_t)E * 4);
+    l->active.count = (int32_t*)moei_carve((char*)d->saved, &saved, 4);
+    if (d->form == MOE_BLOCK_LAYER_BATCH)
+        l->active.flag = (int32_t*)moei_carve((char*)d->saved, &saved, (uint64_t)E * 4);
+    if (sparse) MOEI_TRY(moei_block_layer_route(l, &saved));
+    l->runs = (l->num_rows + d->block - 1) / d->block * (sparse ? 1 : l->room);
+    MOEI_TRY(moei_block_layer_list(l, 0, &saved));
+    l->mask[1] = l->mask[0];
+    if (l->gated) MOEI_TRY(moei_block_layer_list(l, 1, &saved));
+    act_bytes = (uint64_t)l->mask[0].max_blocks * (uint64_t)(d->block * d->block) * 2;
+    rows_bytes = sparse ? (uint64_t)l->num_rows * (uint64_t)d->hidden * 2 : 0;
+    pre = moei_carve((char*)d->saved, &saved, act_bytes * (l->gated ? 2 : 1));
+
+    /* scratch: what both calls have comes first */
+    for (int i = 0; i < 2; ++i) table[i] = (uint64_t)E * (uint64_t)l->strips[i] * 8;
+    l->tables.w1_table = (const void**)moei_carve((char*)d->workspace, &forward, table[1]);
+    l->tables.w2_table = (const void**)moei_carve((char*)d->workspace, &forward, table[0]);
+    rows = moei_carve((char*)d->workspace, &forward, rows_bytes);
+    act = moei_carve((char*)d->workspace, &forward, act_bytes);
+    backward = forward;
+    l->tables.dw1_table = (void**)moei_carve((char*)d->workspace, &backward, table[1]);
+    l->tables.dw2_table = (void**)moei_carve((char*)d->workspace, &backward, table[0]);
+    moei_block_layer_products(l, rows, pre, act);
+
+    /* behind it what one of the parts wants while it runs: nothing outlives its launch */
+    temporary[0] = l->route.workspace_bytes;
+    for (int i = 0; i <= l->gated; ++i) {
+        MOEI_TRY(moe_block_list_workspace(&l->list[i], &l->list[i].workspace_bytes));
+        if (l->list[i].workspace_bytes > temporary[0]) temporary[0] = l->list[i].workspace_bytes;
+    }
+    for (int i = 0; i < MOEI_BLOCK_LAYER_PRODUCTS; ++i) {
+        size_t *bytes = &l->product[i].workspace_bytes,
+               *most = &temporary[i > MOEI_BLOCK_LAYER_DOWN];
+        MOEI_TRY(moei_block_layer_product_bytes(&l->product[i], bytes));
+        if (*bytes > *most) *most = *bytes;
+    }
+    l->route.workspace = moei_carve((char*)d->workspace, &forward, temporary[0]);
+    for (int i = 0; i <= l->gated; ++i) l->list[i].workspace = l->route.workspace;
+    at_end = moei_carve((char*)d->workspace, &backward, temporary[1]);
+    for (int i = 0; i < MOEI_BLOCK_LAYER_PRODUCTS; ++i)
+        if (l->product[i].workspace_bytes)
+            l->product[i].workspace = i > MOEI_BLOCK_LAYER_DOWN ? at_end : l->route.workspace;
+    l->bytes.saved = saved;
+    l->bytes.forward = forward;
+    l->bytes.backward = backward;
+    l->bytes.act_grad = (size_t)act_bytes * (l->gated ? 2 : 1);
+
+    l->tables.active = l->active.active;
+    l->tables.expert_slot = l->active.expert_slot;
+    l->tables.count = l->active.count;
+    l->active.ids = d->ids;
+    l->active.expert_offset = l->route.expert_offset;
+    l->active.fault = d->fault;
+    l->active.slots = (int64_t)d->num_tokens * d->top_k;
+    l->active.num_experts = l->active.entries = E;
+    l->active.room = l->room;
+
+    l->act.pre = (const uint16_t*)pre;
+    l->act.act = (uint16_t*)act;
+    l->act.pre_grad = (uint16_t*)(d->act_grad ? d->act_grad : pre);
+    l->act.row_offset = l->mask[0].row_offset;
+    l->act.column_index = l->mask[0].column_index;
+    l->act.row_slot = l->route.row_slot;
+    l->act.ids = d->ids;
+    l->act.expert_slot = l->active.expert_slot;
+    l->act.weights = d->weights;
+    l->act.dweights = d->dweights;
+    l->act.fault = d->fault;
+    l->act.slots = l->active.slots;
+    l->act.form = d->form;
+    l->act.num_rows = (int32_t)l->num_rows;
+    l->act.row_blocks = moe_num_blocks((int32_t)l->num_rows, d->block);
+    l->act.num_experts = E;
+    l->act.top_k = d->top_k;
+    l->act.run = l->strips[0];
+    while (1 << l->act.block_log2 < d->block) ++l->act.block_log2;
+    moei_block_act_choose(&l->act, d->activation, d->alpha, d->limit);
+
+    l->permute.row_slot = l->route.row_slot;
+    l->permute.slot_row = l->route.slot_row;
+    l->permute.dtype = d->dtype;
+    l->permute.y = rows;
+    l->permute.fault = d->fault;
+    l->permute.num_tokens = d->num_tokens;
+    l->permute.top_k = d->top_k;
+    l->permute.hidden = d->hidden;
+    l->permute.num_rows = l->num_rows;
+    l->combine.rows = rows;
+    l->combine.place = l->route.place;
+    l->combine.rows_dtype = d->dtype;
+    l->combine.fault = d->fault;
+    l->combine.num_tokens = d->num_tokens;
+    l->combine.hidden = d->hidden;
+    l->combine.top_k = d->top_k;
+    l->combine.num_rows = l->num_rows;
+    return MOE_OK;
+}
+
+#endif

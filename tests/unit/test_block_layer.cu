@@ -1,0 +1,1265 @@
+/* test_block_layer.cu: moe/block_layer.cuh against its reference in double.
+
+     nvcc -I. -arch=sm_90a tests/unit/test_block_layer.cu -o test_block_layer
+     g++ -x c++ -std=c++14 -O2 -I. tests/unit/test_block_layer.cu -o test_block_layer */
+#include "tests/test.h"
+#include "tests/test_weights.h"
+
+#include "moe/block_layer.cuh"
+#include "moe/ref/block_layer.h"
+
+enum {
+    DENSE = MOE_BLOCK_LAYER_DENSE,
+    SPARSE = MOE_BLOCK_LAYER_SPARSE,
+    BATCH = MOE_BLOCK_LAYER_BATCH
+};
+
+typedef struct layer_case {
+    int form, T, H, I, E, K;
+    int block, dtype, grad_dtype, activation;
+    float alpha, limit;
+    int max_experts;
+    int table, pad;      /* of the weights; pad also of x, y, dy and dx */
+    int unused, bad;     /* percent of ids that are -1, out of range */
+    int experts;         /* only the first so many are chosen; 0: all */
+    int one_expert;      /* 1: every slot has expert E - 1 */
+    int own_act_grad;    /* 1: the gradient by pre has memory of its own */
+    int in_place;        /* 1: dx is dy */
+    int tile;
+} layer_case;
+
+typedef struct layer_bufs {
+    tbuf x, ids, weights, y, dy, dx, dw1, dw2, grad_expert, dweights, act_grad, saved, workspace;
+    tbuf fault;
+    tweights w1, w2;
+    void *h_x, *h_dy;
+    int32_t* h_ids;
+    float* h_weights;
+    int num_active, active[TWEIGHTS_MOST]; /* ascending */
+    moe_block_layer_desc d;
+} layer_bufs;
+
+static const char* case_text(const layer_case* c)
+{
+    static char text[400];
+    snprintf(text, sizeof text,
+             "%s T=%d H=%d I=%d E=%d K=%d block=%d %s grads %s activation=%d (%g %g) max=%d "
+             "table=%d pad=%d unused=%d bad=%d experts=%d one=%d own=%d in_place=%d tile=%d",
+             c->form == DENSE ? "dense" : c->form == SPARSE ? "sparse" : "batch", c->T, c->H, c->I,
+             c->E, c->K, c->block, moe_dtype_name(c->dtype), moe_dtype_name(c->grad_dtype),
+             c->activation, (double)c->alpha, (double)c->limit, c->max_experts, c->table, c->pad,
+             c->unused, c->bad, c->experts, c->one_expert, c->own_act_grad, c->in_place, c->tile);
+    return text;
+}
+
+static layer_case normal_case(int form, int T, int H, int I, int E, int K)
+{
+    layer_case c;
+    memset(&c, 0, sizeof c);
+    c.form = form;
+    c.T = T;
+    c.H = H;
+    c.I = I;
+    c.E = E;
+    c.K = form == DENSE ? 0 : K;
+    c.block = 16;
+    c.dtype = c.grad_dtype = test_half();
+    return c;
+}
+
+static int gated(const layer_case* c)
+{
+    return c->activation == 0 || moe_activation_is_gated(c->activation);
+}
+
+/* Rows of w1, entries of a token's weights, slots of dw1. */
+static int64_t up_rows(const layer_case* c) { return gated(c) ? 2 * c->I : c->I; }
+static int64_t choices(const layer_case* c) { return c->form == DENSE ? c->E : c->K; }
+static int slots_of(const layer_case* c) { return c->max_experts ? c->max_experts : c->E; }
+
+/* Fresh ids and weights; who is active. */
+static void fill_routing(layer_bufs* b, const layer_case* c, trand* r)
+{
+    const int64_t K = choices(c), experts = c->experts ? c->experts : c->E;
+    int order[TWEIGHTS_MOST], seen[TWEIGHTS_MOST] = {0};
+    for (int e = 0; e < c->E; ++e) order[e] = e;
+    for (int i = (int)experts - 1; i > 0; --i) { /* batch: the first K are the batch's */
+        const int j = (int)trand_int(r, 0, i), at = order[i];
+        order[i] = order[j];
+        order[j] = at;
+    }
+    for (int64_t t = 0; t < c->T; ++t)
+        for (int64_t k = 0; k < K; ++k) {
+            const int64_t s = t * K + k, u = trand_int(r, 0, 99);
+            int e = (int)trand_int(r, 0, experts - 1);
+            b->h_weights[s] = 0.1f + 0.9f * (float)trand_int(r, 0, 1000) / 1000;
+            if (c->form == DENSE) e = (int)k;
+            if (c->form == BATCH) e = order[(k + t) % K];
+            if (c->one_expert && c->form != DENSE) e = c->E - 1;
+            if (c->form != DENSE && u < c->unused) e = -1;
+            else if (c->form != DENSE && u < c->unused + c->bad)
+                e = u % 4 == 0 ? c->E : u % 4 == 1 ? INT32_MAX : u % 4 == 2 ? -2 : INT32_MIN;
+            if (c->form != DENSE) b->h_ids[s] = e;
+            if (e >= 0 && e < c->E) seen[e] = 1;
+        }
+    b->num_active = 0;
+    for (int e = 0; e < c->E; ++e)
+        if (seen[e]) b->active[b->num_active++] = e;
+    tbuf_put(&b->weights, b->h_weights);
+    if (c->form != DENSE) tbuf_put(&b->ids, b->h_ids);
+}
+
+/* Weights [E, n, k], NaN or null where the expert is not active. */
+static void fill_weights(tweights* w, const layer_bufs* b, const layer_case* c, int n, int k,
+                         trand* r)
+{
+    tweights_want want;
+    int on[TWEIGHTS_MOST] = {0};
+    memset(&want, 0, sizeof want);
+    want.experts = c->E;
+    want.n = n;
+    want.k = k;
+    want.dtype = c->dtype;
+    want.major = MOE_MAJOR_K;
+    want.table = c->table;
+    want.pad = c->pad;
+    want.scale = (float)(1.5 / sqrt((double)k));
+    tweights_new(w, &want, r);
+    for (int i = 0; i < b->num_active; ++i) on[b->active[i]] = 1;
+    if (c->table) {
+        void** address = (void**)tbuf_copy(&w->table[0]);
+        for (int e = 0; e < c->E; ++e)
+            if (!on[e]) address[e] = 0;
+        tbuf_put(&w->table[0], address);
+        free(address);
+    } else {
+        const int64_t row = k + c->pad, matrix = row * n + c->pad;
+        for (int e = 0; e < c->E; ++e)
+            for (int64_t i = 0; i < n && !on[e]; ++i)
+                memset((uint16_t*)w->host[0][0] + e * matrix + i * row, 0xff, (size_t)k * 2);
+        tbuf_put(&w->part[0][0], w->host[0][0]);
+    }
+}
+
+static void reset(layer_bufs* b)
+{
+    const uint64_t none = 0;
+    tbuf_poison(&b->y);
+    tbuf_poison(&b->dx);
+    tbuf_poison(&b->dw1);
+    tbuf_poison(&b->dw2);
+    tbuf_poison(&b->grad_expert);
+    tbuf_poison(&b->dweights);
+    tbuf_poison(&b->act_grad);
+    tbuf_poison(&b->saved);
+    tbuf_poison(&b->workspace);
+    tbuf_put(&b->dy, b->h_dy);
+    tbuf_put(&b->fault, &none);
+}
+
+static void bufs_new(layer_bufs* b, const layer_case* c, trand* r)
+{
+    const int64_t T = c->T, H = c->H, I = c->I, K = choices(c), stride = H + c->pad, U = up_rows(c);
+    const size_t row_bytes = (size_t)moei_extent(T, stride, H, c->dtype);
+    const size_t slots = (size_t)slots_of(c), grad = (size_t)moe_dtype_bytes(c->grad_dtype);
+    moe_block_layer_bytes bytes;
+    moe_block_layer_desc* d = &b->d;
+    memset(b, 0, sizeof *b);
+    b->h_x = trows_new(r, T, stride, H, c->dtype, TFILL_NORMAL, 1);
+    b->h_dy = trows_new(r, T, stride, H, c->dtype, TFILL_NORMAL, 1);
+    b->h_ids = (int32_t*)test_host(T * K * 4);
+    b->h_weights = (float*)test_host(T * K * 4);
+    b->x = tbuf_from("x", b->h_x, row_bytes, 16);
+    b->dy = tbuf_from("dy", b->h_dy, row_bytes, 16);
+    b->ids = tbuf_new("ids", c->form == DENSE ? 0 : (size_t)(T * K) * 4, 4);
+    b->weights = tbuf_new("weights", (size_t)(T * K) * 4, 4);
+    fill_routing(b, c, r);
+    fill_weights(&b->w1, b, c, (int)U, (int)H, r);
+    fill_weights(&b->w2, b, c, (int)H, (int)I, r);
+    b->y = tbuf_new("y", row_bytes, 16);
+    b->dx = tbuf_new("dx", c->in_place ? 0 : row_bytes, 16);
+    b->dw1 = tbuf_new("dw1", slots * (size_t)(U * H) * grad, 16);
+    b->dw2 = tbuf_new("dw2", slots * (size_t)(H * I) * grad, 16);
+    b->grad_expert = tbuf_new("grad_expert", slots * 4, 4);
+    b->dweights = tbuf_new("dweights", (size_t)(T * K) * 4, 4);
+    b->fault = tfault_new(0);
+    d->x = b->x.p;
+    d->ids = c->form == DENSE ? (const int32_t*)0 : (const int32_t*)b->ids.p;
+    d->weights = (const float*)b->weights.p;
+    d->w1 = b->w1.d;
+    d->w2 = b->w2.d;
+    d->y = b->y.p;
+    d->dy = b->dy.p;
+    d->dx = c->in_place ? b->dy.p : b->dx.p;
+    d->dw1 = b->dw1.p;
+    d->dw2 = b->dw2.p;
+    d->grad_expert = (int32_t*)b->grad_expert.p;
+    d->dweights = (float*)b->dweights.p;
+    d->x_stride = d->y_stride = d->dy_stride = d->dx_stride = c->pad ? stride : 0;
+    d->fault = (uint64_t*)b->fault.p;
+    d->form = c->form;
+    d->num_tokens = c->T;
+    d->hidden = c->H;
+    d->intermediate = c->I;
+    d->num_experts = c->E;
+    d->top_k = c->K;
+    d->max_experts = c->max_experts;
+    d->block = c->block == 128 ? 0 : c->block;
+    d->dtype = c->dtype == MOE_BF16 ? MOE_DTYPE_DEFAULT : c->dtype;
+    d->grad_dtype = c->grad_dtype == c->dtype ? MOE_DTYPE_DEFAULT : c->grad_dtype;
+    d->activation = c->activation;
+    d->alpha = c->alpha;
+    d->limit = c->limit;
+    d->choice.tile = c->tile;
+    CHECK_STATUS(moe_block_layer_sizes(d, &bytes), MOE_OK);
+    b->act_grad = tbuf_new("act_grad", c->own_act_grad ? bytes.act_grad : 0, 16);
+    if (c->own_act_grad) d->act_grad = b->act_grad.p;
+    b->saved = tbuf_new("saved", bytes.saved, 0);
+    b->workspace =
+        tbuf_new("workspace", bytes.forward > bytes.backward ? bytes.forward : bytes.backward, 0);
+    d->saved = b->saved.p;
+    d->saved_bytes = bytes.saved;
+    d->workspace = b->workspace.p;
+    d->workspace_bytes = b->workspace.bytes;
+    reset(b);
+}
+
+static void bufs_free(layer_bufs* b)
+{
+    tbuf* all[] = {&b->x,     &b->ids,       &b->weights, &b->y,           &b->dy,
+                   &b->dx,    &b->dw1,       &b->dw2,     &b->grad_expert, &b->dweights,
+                   &b->saved, &b->workspace, &b->fault,   &b->act_grad};
+    for (size_t i = 0; i < sizeof all / sizeof all[0]; ++i) tbuf_free(all[i]);
+    tweights_free(&b->w1);
+    tweights_free(&b->w2);
+    free(b->h_x);
+    free(b->h_dy);
+    free(b->h_ids);
+    free(b->h_weights);
+}
+
+/* Scratch is poisoned between the two, so that backward cannot lean on what forward left there. */
+static moe_status both(layer_bufs* b)
+{
+    moe_status s = moe_block_layer_forward(&b->d, test_now.stream);
+    if (s != MOE_OK) return s;
+    tbuf_poison(&b->workspace);
+    return moe_block_layer_backward(&b->d, test_now.stream);
+}
+
+/* What the reference gives, exact or as the dtypes on the way round it. */
+typedef struct layer_ref {
+    double *y, *dx, *dw1, *dw2, *dweights;
+} layer_ref;
+
+static layer_ref ref_new(const layer_bufs* b, const layer_case* c, int rounded)
+{
+    const int64_t T = c->T, H = c->H, I = c->I, K = choices(c), U = up_rows(c);
+    double* weights = (double*)test_host(T * K * 8);
+    int32_t* ids = (int32_t*)test_host(T * K * 4);
+    moe_ref_block_layer_desc d;
+    layer_ref r;
+    memset(&d, 0, sizeof d);
+    for (int64_t s = 0; s < T * K; ++s) {
+        weights[s] = b->h_weights[s];
+        if (c->form != DENSE) ids[s] = b->h_ids[s];
+        for (int64_t j = s / K * K; c->form == BATCH && j < s; ++j)
+            if (ids[s] >= 0 && ids[j] == ids[s]) { /* one row of act has both weights */
+                weights[j] += weights[s];
+                ids[s] = -1;
+            }
+    }
+    d.x = b->h_x;
+    d.ids = c->form == DENSE ? (const int32_t*)0 : ids;
+    d.weights = weights;
+    d.weights_dtype = MOE_REF_REAL;
+    d.dy = b->h_dy;
+    d.w1 = tweights_host(&b->w1);
+    d.w2 = tweights_host(&b->w2);
+    d.x_stride = d.dy_stride = H + c->pad;
+    d.x_dtype = d.dy_dtype = d.w_dtype = c->dtype;
+    /* the clamped SwiGLU's gradient jumps: both have to agree on which side a number is */
+    d.pre_dtype = rounded || c->activation == MOE_ACTIVATION_SWIGLU_CLAMPED ? c->dtype : 0;
+    d.act_dtype = rounded ? c->dtype : 0;
+    d.rows_dtype = rounded && c->form == SPARSE ? c->dtype : 0;
+    d.activation = c->activation;
+    d.alpha = c->alpha;
+    d.limit = c->limit;
+    d.num_tokens = c->T;
+    d.num_experts = c->E;
+    d.top_k = (int)K;
+    d.hidden = c->H;
+    d.intermediate = c->I;
+    r.y = (double*)test_host(T * H * 8);
+    r.dx = (double*)test_host(T * H * 8);
+    r.dw1 = (double*)test_host(c->E * U * H * 8);
+    r.dw2 = (double*)test_host(c->E * H * I * 8);
+    r.dweights = (double*)test_host(T * K * 8);
+    CHECK(moe_ref_block_layer_f64(&d, r.y, r.dx, r.dw1, r.dw2, r.dweights) == 0, "out of memory");
+    for (int64_t s = 0; c->form == BATCH && s < T * K; ++s)
+        for (int64_t j = s / K * K; j < s; ++j)
+            if (b->h_ids[s] >= 0 && b->h_ids[j] == b->h_ids[s]) {
+                r.dweights[s] = r.dweights[j];
+                break;
+            }
+    free(weights);
+    free(ids);
+    if (rounded) {
+        for (int64_t i = 0; i < T * H; ++i) r.y[i] = test_rounded(r.y[i], c->dtype);
+        for (int64_t i = 0; i < T * H; ++i) r.dx[i] = test_rounded(r.dx[i], c->dtype);
+        for (int64_t i = 0; i < c->E * U * H; ++i) r.dw1[i] = test_rounded(r.dw1[i], c->grad_dtype);
+        for (int64_t i = 0; i < c->E * H * I; ++i) r.dw2[i] = test_rounded(r.dw2[i], c->grad_dtype);
+        for (int64_t i = 0; i < T * K; ++i) r.dweights[i] = test_rounded(r.dweights[i], MOE_FP32);
+    }
+    return r;
+}
+
+static void ref_free(layer_ref* r)
+{
+    free(r->y);
+    free(r->dx);
+    free(r->dw1);
+    free(r->dw2);
+    free(r->dweights);
+}
+
+/* The house bound over few numbers, which may all be small. */
+static void check_few(const char* what, const void* got, int dtype, const double* exact,
+                      const double* ideal, int64_t n)
+{
+    double bound = 0, worst = 0;
+    for (int64_t i = 0; i < n; ++i) {
+        const double e = fabs(ideal[i] - exact[i]), g = fabs(moe_load(got, i, dtype) - exact[i]);
+        if (!(e <= bound)) bound = e;
+        if (!(g <= worst)) worst = g;
+    }
+    CHECK(worst <= 2 * bound + 1e-5, "%s: error %g, bound %g", what, worst, 2 * bound + 1e-5);
+}
+
+static void check_array(const char* what, const void* got, int dtype, int64_t stride,
+                        const double* exact, const double* ideal, int64_t rows, int64_t cols)
+{
+    int64_t zeros = 0;
+    for (int64_t i = 0; i < rows * cols; ++i) zeros += exact[i] == 0;
+    if (zeros == rows * cols) { /* nothing was chosen: zeros and no less */
+        int64_t bad = 0;
+        for (int64_t i = 0; i < rows; ++i)
+            for (int64_t j = 0; j < cols; ++j) bad += moe_load(got, i * stride + j, dtype) != 0;
+        CHECK(bad == 0, "%s: %lld are not zero", what, (long long)bad);
+    } else if (rows * cols < 256) {
+        CHECK(stride == cols, "%s", what);
+        check_few(what, got, dtype, exact, ideal, rows * cols);
+    } else {
+        CHECK_CLOSE(what, got, dtype, stride, exact, ideal, rows, cols);
+    }
+}
+
+static void check_forward(const layer_bufs* b, const layer_case* c, const layer_ref* exact,
+                          const layer_ref* ideal)
+{
+    const int64_t stride = c->H + c->pad;
+    void* y = tbuf_copy(&b->y);
+    if (c->T * c->H < 256)
+        for (int64_t t = 0; t < c->T; ++t)
+            check_array("y", (uint16_t*)y + t * stride, c->dtype, c->H, exact->y + t * c->H,
+                        ideal->y + t * c->H, 1, c->H);
+    else check_array("y", y, c->dtype, stride, exact->y, ideal->y, c->T, c->H);
+    CHECK(test_strays(y, (int64_t)b->y.bytes, 2, stride, c->H, 0, c->T) == 0, "y");
+    free(y);
+}
+
+static void check_backward(const layer_bufs* b, const layer_case* c, const layer_ref* exact,
+                           const layer_ref* ideal)
+{
+    const int64_t T = c->T, H = c->H, I = c->I, U = up_rows(c), stride = H + c->pad;
+    const int slots = slots_of(c), bytes = moe_dtype_bytes(c->grad_dtype);
+    char* dx = (char*)tbuf_copy(c->in_place ? &b->dy : &b->dx);
+    char *dw1 = (char*)tbuf_copy(&b->dw1), *dw2 = (char*)tbuf_copy(&b->dw2);
+    float* dweights = (float*)tbuf_copy(&b->dweights);
+    int32_t* grad_expert = (int32_t*)tbuf_copy(&b->grad_expert);
+    int64_t strays = 0;
+    if (T * H < 256)
+        for (int64_t t = 0; t < T; ++t)
+            check_array("dx", dx + t * stride * 2, c->dtype, H, exact->dx + t * H,
+                        ideal->dx + t * H, 1, H);
+    else check_array("dx", dx, c->dtype, stride, exact->dx, ideal->dx, T, H);
+    if (!c->in_place)
+        CHECK(test_strays(dx, (int64_t)b->dx.bytes, 2, stride, H, 0, T) == 0, "dx");
+    check_array("dweights", dweights, MOE_FP32, choices(c), exact->dweights, ideal->dweights, T,
+                choices(c));
+    for (int i = 0; i < slots; ++i) {
+        const int want = i < b->num_active ? b->active[i] : -1;
+        if (!CHECK(grad_expert[i] == want, "slot %d: %d, not %d", i, grad_expert[i], want)) break;
+    }
+    for (int i = 0; i < slots && i < b->num_active; ++i) { /* each by its own bound */
+        const int64_t e = b->active[i];
+        check_array("dw1", dw1 + i * U * H * bytes, c->grad_dtype, H, exact->dw1 + e * U * H,
+                    ideal->dw1 + e * U * H, U, H);
+        check_array("dw2", dw2 + i * H * I * bytes, c->grad_dtype, I, exact->dw2 + e * H * I,
+                    ideal->dw2 + e * H * I, H, I);
+    }
+    for (int64_t i = b->num_active * U * H * bytes; i < (int64_t)b->dw1.bytes; ++i)
+        strays += (unsigned char)dw1[i] != 0xff;
+    for (int64_t i = b->num_active * H * I * bytes; i < (int64_t)b->dw2.bytes; ++i)
+        strays += (unsigned char)dw2[i] != 0xff;
+    CHECK(strays == 0, "%lld bytes of slots without an expert were written", (long long)strays);
+    free(dx);
+    free(dw1);
+    free(dw2);
+    free(dweights);
+    free(grad_expert);
+}
+
+/* Inputs are what they were. */
+static void check_inputs(const layer_bufs* b, const layer_case* c)
+{
+    CHECK(tbuf_holds(&b->x, b->h_x), "x changed");
+    CHECK(c->in_place || tbuf_holds(&b->dy, b->h_dy), "dy changed");
+    CHECK(c->form == DENSE || tbuf_holds(&b->ids, b->h_ids), "ids changed");
+    CHECK(tbuf_holds(&b->weights, b->h_weights), "weights changed");
+    CHECK(tweights_same(&b->w1) && tweights_same(&b->w2), "w1 or w2 changed");
+}
+
+/* First slot whose id is bad; -1: none. */
+static int64_t first_bad(const layer_bufs* b, const layer_case* c)
+{
+    for (int64_t s = 0; c->form != DENSE && s < (int64_t)c->T * c->K; ++s)
+        if (b->h_ids[s] < -1 || b->h_ids[s] >= c->E) return s;
+    return -1;
+}
+
+static void run_case(const layer_case* c, trand* r)
+{
+    layer_bufs b;
+    layer_ref exact, ideal;
+    const int failures = test_now.failures;
+    int64_t bad;
+    bufs_new(&b, c, r);
+    exact = ref_new(&b, c, 0);
+    ideal = ref_new(&b, c, 1);
+    bad = first_bad(&b, c);
+    if (CHECK_STATUS(both(&b), MOE_OK)) {
+        check_forward(&b, c, &exact, &ideal);
+        check_backward(&b, c, &exact, &ideal);
+        check_inputs(&b, c);
+        CHECK_FAULT(&b.fault, bad < 0 ? MOE_FAULT_NONE : MOE_FAULT_BAD_ID, bad < 0 ? 0 : bad);
+    }
+    if (test_now.failures > failures) printf("  in %s\n", case_text(c));
+    ref_free(&exact);
+    ref_free(&ideal);
+    bufs_free(&b);
+}
+
+/* ---- the reference ---- */
+
+/* A loss, and its change along a random direction, by all that has a gradient. */
+static void test_reference_gradients(void)
+{
+    trand r = trand_new(1);
+    for (int activation = MOE_ACTIVATION_NONE; activation <= MOE_ACTIVATION_RELU2; ++activation)
+        for (int dense = 0; dense < 2; ++dense) {
+            enum { T = 5, H = 6, I = 7, E = 4, K = 3, MOST = 4096 };
+            const int k = dense ? E : K, U = moe_activation_is_gated(activation) ? 2 * I : I;
+            const double step = 1e-5;
+            int32_t ids[T * K];
+            static double in[4][MOST], dir[4][MOST], at[4][MOST], grad[4][MOST];
+            double dy[T * H], y[T * H];
+            const int64_t count[4] = {T * H, E * U * H, E * H * I, T * k};
+            double loss[2] = {0, 0}, slope = 0, terms = 0;
+            moe_ref_block_layer_desc d;
+            memset(&d, 0, sizeof d);
+            for (int i = 0; i < T * K; ++i) ids[i] = (int)trand_int(&r, -1, E - 1);
+            for (int i = 0; i < T * H; ++i) dy[i] = trand_normal(&r);
+            for (int i = 0; i < 4; ++i)
+                for (int64_t j = 0; j < count[i]; ++j) {
+                    in[i][j] = trand_normal(&r) * (i == 1 || i == 2 ? 0.6 : 1);
+                    dir[i][j] = trand_normal(&r);
+                }
+            d.ids = dense ? (const int32_t*)0 : ids;
+            d.dy = dy;
+            d.x_dtype = d.dy_dtype = d.weights_dtype = d.w_dtype = MOE_REF_REAL;
+            d.activation = activation;
+            if (activation == MOE_ACTIVATION_SWIGLU_CLAMPED) d.alpha = 1.3f, d.limit = 1.1f;
+            d.num_tokens = T, d.num_experts = E, d.top_k = k, d.hidden = H, d.intermediate = I;
+            for (int side = -1; side <= 1; ++side) {
+                for (int i = 0; i < 4; ++i)
+                    for (int64_t j = 0; j < count[i]; ++j)
+                        at[i][j] = in[i][j] + side * step * dir[i][j];
+                d.x = at[0];
+                d.w1.base = at[1];
+                d.w2.base = at[2];
+                d.weights = at[3];
+                if (side == 0) {
+                    moe_ref_block_layer_f64(&d, y, grad[0], grad[1], grad[2], grad[3]);
+                    continue;
+                }
+                moe_ref_block_layer_f64(&d, y, 0, 0, 0, 0);
+                for (int i = 0; i < T * H; ++i) loss[side > 0] += y[i] * dy[i];
+            }
+            for (int i = 0; i < 4; ++i)
+                for (int64_t j = 0; j < count[i]; ++j) {
+                    slope += grad[i][j] * dir[i][j];
+                    terms += fabs(grad[i][j] * dir[i][j]);
+                }
+            /* kinks of the clamp and of ReLU^2's slope may lie within a step */
+            CHECK(fabs((loss[1] - loss[0]) / (2 * step) - slope) <= 1e-4 * terms && terms > 1,
+                  "activation %d: %g, not %g", activation, slope, (loss[1] - loss[0]) / (2 * step));
+        }
+}
+
+/* ---- the forms ---- */
+
+static void test_forms(void)
+{
+    static const int tokens[] = {1, 2, 15, 16, 17, 37};
+    trand r = trand_new(2);
+    for (int form = DENSE; form <= BATCH; ++form)
+        for (size_t i = 0; i < sizeof tokens / sizeof tokens[0]; ++i) {
+            layer_case c = normal_case(form, tokens[i], 24, 32, 5, (int)(1 + i % 3));
+            if (i % 2) c.dtype = c.grad_dtype = MOE_FP16;
+            if (i % 3 == 1) c.grad_dtype = MOE_FP32;
+            c.table = i % 2 == 0;
+            c.pad = i % 3 == 2 ? 8 : 0;
+            c.own_act_grad = i % 3 == 0;
+            c.in_place = i % 4 == 3;
+            if (form != DENSE) c.unused = i % 3 == 0 ? 0 : 20;
+            run_case(&c, &r);
+        }
+}
+
+static void test_blocks(void)
+{
+    static const int block[] = {16, 32, 64, 128};
+    trand r = trand_new(3);
+    for (int form = DENSE; form <= BATCH; ++form)
+        for (int i = 0; i < 4; ++i) {
+            layer_case c = normal_case(form, block[i] + 3, 16 + 8 * i,
+                                       block[i] < 64 ? 3 * block[i] : block[i], 3, 2);
+            c.block = block[i];
+            c.activation = i % 2 ? MOE_ACTIVATION_GELU : MOE_ACTIVATION_SWIGLU;
+            c.grad_dtype = MOE_FP32;
+            run_case(&c, &r);
+        }
+}
+
+static void test_activations(void)
+{
+    trand r = trand_new(4);
+    for (int a = 0; a <= MOE_ACTIVATION_RELU2; ++a)
+        for (int clamp = 0; clamp < (a == MOE_ACTIVATION_SWIGLU_CLAMPED ? 2 : 1); ++clamp) {
+            layer_case c = normal_case(DENSE + (a + clamp) % 3, 21, 32, 48, 3, 2);
+            c.activation = a;
+            if (clamp) c.alpha = 0.8f, c.limit = 0.75f;
+            c.dtype = c.grad_dtype = a % 2 ? MOE_FP16 : test_half();
+            run_case(&c, &r);
+        }
+}
+
+/* Activations and their slopes over all sizes of numbers, through the identity: H = I = block, w1
+   and w2 put each token's numbers straight into pre and out of act. */
+static void test_curves(void)
+{
+    static const float edge[] = {0,   -0.0f, 1e-6f, -1e-6f, 30,   -30,
+                                 200, -200,  3e4f,  -3e4f,  6e4f, -6e4f};
+    trand r = trand_new(5);
+    for (int a = MOE_ACTIVATION_NONE; a <= MOE_ACTIVATION_RELU2; ++a) {
+        layer_case c = normal_case(DENSE, 64, 32, 16, 1, 0);
+        layer_bufs b;
+        const int g = moe_activation_is_gated(a);
+        int64_t bad = 0, checked = 0;
+        c.activation = a;
+        c.dtype = c.grad_dtype = MOE_FP16;
+        bufs_new(&b, &c, &r);
+        memset(b.w1.host[0][0], 0, b.w1.part[0][0].bytes);
+        memset(b.w2.host[0][0], 0, b.w2.part[0][0].bytes);
+        for (int i = 0; i < up_rows(&c); ++i) moe_store(b.w1.host[0][0], i * c.H + i, c.dtype, 1);
+        for (int i = 0; i < c.I; ++i) moe_store(b.w2.host[0][0], i * c.I + i, c.dtype, 1);
+        for (int64_t i = 0; i < (int64_t)c.T * c.H; ++i) {
+            static const float scale[] = {0.1f, 1, 4, 10};
+            float v = trand_normal(&r) * scale[i / c.H % 4];
+            if (i / c.H >= 60) { /* ups that keep what comes out finite, as ReLU^2 does not */
+                v = i % c.H < c.I ? edge[trand_int(&r, 0, a == MOE_ACTIVATION_RELU2 ? 7 : 11)]
+                                  : trand_normal(&r) * 0.25f;
+            }
+            moe_store(b.h_x, i, c.dtype, v);
+            if (i / c.H >= 60) moe_store(b.h_dy, i, c.dtype, 1);
+        }
+        for (int64_t i = 0; i < c.T; ++i) b.h_weights[i] = 1;
+        tbuf_put(&b.w1.part[0][0], b.w1.host[0][0]);
+        tbuf_put(&b.w2.part[0][0], b.w2.host[0][0]);
+        tbuf_put(&b.x, b.h_x);
+        tbuf_put(&b.weights, b.h_weights);
+        reset(&b);
+        if (CHECK_STATUS(both(&b), MOE_OK)) {
+            uint16_t *y = (uint16_t*)tbuf_copy(&b.y), *dx = (uint16_t*)tbuf_copy(&b.dx);
+            for (int64_t t = 0; t < c.T; ++t)
+                for (int i = 0; i < c.I; ++i) {
+                    const double v = moe_load(b.h_x, t * c.H + i, c.dtype);
+                    const double up = g ? moe_load(b.h_x, t * c.H + c.I + i, c.dtype) : 0;
+                    const double d = moe_load(b.h_dy, t * c.H + i, c.dtype);
+                    double by_v, by_up, want[3], got[3];
+                    moe_ref_activation_grad_f64(a, v, up, 0, 0, &by_v, &by_up);
+                    want[0] = moe_ref_activation_f64(a, v, up, 0, 0);
+                    want[1] = by_v * d;
+                    want[2] = by_up * d;
+                    got[0] = moe_load(y, t * c.H + i, c.dtype);
+                    got[1] = moe_load(dx, t * c.H + i, c.dtype);
+                    got[2] = g ? moe_load(dx, t * c.H + c.I + i, c.dtype) : 0;
+                    for (int j = 0; j < 3; ++j) {
+                        if (fabs(want[j]) > 65000) continue; /* infinite in fp16, or nearly */
+                        ++checked;
+                        if (!(fabs(got[j] - want[j]) <= fabs(want[j]) / 900 + 2e-6) && bad++ < 3)
+                            CHECK(0, "activation %d of %g, %g: part %d is %g, not %g", a, v, up, j,
+                                  got[j], want[j]);
+                    }
+                }
+            CHECK(bad == 0 && checked > 2000, "activation %d: %lld of %lld", a, (long long)bad,
+                  (long long)checked);
+            free(y);
+            free(dx);
+        }
+        bufs_free(&b);
+    }
+}
+
+/* A longer run of everything. */
+static void test_large(void)
+{
+    trand r = trand_new(6);
+    for (int form = DENSE; form <= BATCH; ++form) {
+        layer_case c = normal_case(form, MOE_ON_HOST ? 70 : 700, MOE_ON_HOST ? 64 : 256,
+                                   MOE_ON_HOST ? 64 : 256, MOE_ON_HOST ? 6 : 16, 3);
+        c.block = MOE_ON_HOST ? 32 : 64;
+        run_case(&c, &r);
+    }
+}
+
+static void test_ids(void)
+{
+    trand r = trand_new(7);
+    for (int form = SPARSE; form <= BATCH; ++form) {
+        layer_case c = normal_case(form, 33, 24, 32, 7, 3);
+        c.unused = 30;
+        c.bad = 20;
+        run_case(&c, &r);
+        c.unused = 97;
+        c.bad = 0;
+        run_case(&c, &r);
+        c.unused = 100; /* nothing at all */
+        run_case(&c, &r);
+        c.unused = 0;
+        c.bad = 100;
+        run_case(&c, &r);
+        c.bad = 0;
+        c.one_expert = 1; /* everything on one, in each of a token's slots */
+        run_case(&c, &r);
+        c.one_expert = 0;
+        c.experts = 3; /* experts 3 .. 6 have nothing */
+        run_case(&c, &r);
+        c = normal_case(form, 20, 24, 16, 2, 5); /* more choices than experts */
+        c.one_expert = 1;
+        run_case(&c, &r);
+        c = normal_case(form, 19, 16, 16, 1, 1);
+        run_case(&c, &r);
+        c = normal_case(form, 9, 16, 16, 70, 2); /* more experts than blocks of rows */
+        run_case(&c, &r);
+    }
+}
+
+static void test_max_experts(void)
+{
+    trand r = trand_new(8);
+    for (int form = SPARSE; form <= BATCH; ++form) {
+        layer_case c = normal_case(form, 33, 24, 32, 8, 3);
+        c.experts = 3;
+        c.max_experts = 3;
+        run_case(&c, &r);
+        c.max_experts = 5; /* the last ones stay empty */
+        c.grad_dtype = MOE_FP32;
+        run_case(&c, &r);
+    }
+}
+
+/* More active experts than slots: nothing is written but the fault. */
+static void test_no_room(void)
+{
+    trand r = trand_new(9);
+    for (int form = DENSE; form <= BATCH; ++form) {
+        layer_case c = normal_case(form, 40, 24, 32, 5, 3);
+        layer_bufs b;
+        layer_ref exact, ideal;
+        c.max_experts = 2;
+        bufs_new(&b, &c, &r);
+        exact = ref_new(&b, &c, 0);
+        ideal = ref_new(&b, &c, 1);
+        CHECK_STATUS(both(&b), MOE_OK);
+        check_forward(&b, &c, &exact, &ideal);
+        CHECK_FAULT(&b.fault, MOE_FAULT_NO_ROOM, b.num_active);
+        CHECK(b.num_active > 2, "%d experts", b.num_active);
+        CHECK(tbuf_holds(&b.dx, 0) && tbuf_holds(&b.dw1, 0) && tbuf_holds(&b.dw2, 0) &&
+                  tbuf_holds(&b.dweights, 0) && tbuf_holds(&b.grad_expert, 0),
+              "form %d: written", form);
+        reset(&b); /* without gradients of weights nobody wants room */
+        b.d.dw1 = b.d.dw2 = 0;
+        b.d.grad_expert = 0;
+        CHECK_STATUS(both(&b), MOE_OK);
+        CHECK_FAULT(&b.fault, MOE_FAULT_NONE, 0);
+        CHECK(!tbuf_holds(&b.dx, 0) && !tbuf_holds(&b.dweights, 0), "not written");
+        reset(&b); /* nowhere to tell: the first ones, and within bounds */
+        b.d.dw1 = b.dw1.p;
+        b.d.dw2 = b.dw2.p;
+        b.d.grad_expert = (int32_t*)b.grad_expert.p;
+        b.d.fault = 0;
+        CHECK_STATUS(both(&b), MOE_OK);
+        {
+            int32_t* got = (int32_t*)tbuf_copy(&b.grad_expert);
+            CHECK_INTS("grad_expert", got, b.active, 2);
+            free(got);
+        }
+        ref_free(&exact);
+        ref_free(&ideal);
+        bufs_free(&b);
+    }
+}
+
+/* A batch whose tokens do not agree. */
+static void test_batch_of_many(void)
+{
+    trand r = trand_new(10);
+    layer_case c = normal_case(BATCH, 20, 24, 32, 6, 2);
+    layer_bufs b;
+    bufs_new(&b, &c, &r);
+    for (int s = 0; s < c.T * c.K; ++s) b.h_ids[s] = s % 5;
+    tbuf_put(&b.ids, b.h_ids);
+    CHECK_STATUS(both(&b), MOE_OK);
+    CHECK_FAULT(&b.fault, MOE_FAULT_NO_ROOM, 5);
+    CHECK(tbuf_holds(&b.y, 0) && tbuf_holds(&b.dx, 0) && tbuf_holds(&b.dw1, 0) &&
+              tbuf_holds(&b.dw2, 0) && tbuf_holds(&b.dweights, 0) && tbuf_holds(&b.grad_expert, 0),
+          "written");
+    b.d.fault = 0; /* nowhere to tell: within bounds */
+    CHECK_STATUS(both(&b), MOE_OK);
+    bufs_free(&b);
+}
+
+static void test_bad_table(void)
+{
+    trand r = trand_new(11);
+    for (int second = 0; second < 2; ++second) {
+        layer_case c = normal_case(SPARSE, 30, 24, 32, 4, 2);
+        layer_bufs b;
+        void** address;
+        c.table = 1;
+        bufs_new(&b, &c, &r);
+        address = (void**)tbuf_copy(second ? &b.w2.table[0] : &b.w1.table[0]);
+        address[b.active[1]] = second ? (char*)address[b.active[1]] + 8 : 0;
+        tbuf_put(second ? &b.w2.table[0] : &b.w1.table[0], address);
+        CHECK_STATUS(both(&b), MOE_OK);
+        CHECK_FAULT(&b.fault, MOE_FAULT_BAD_TABLE, b.active[1]);
+        CHECK(tbuf_holds(&b.y, 0) && tbuf_holds(&b.dx, 0) && tbuf_holds(&b.dw1, 0), "written");
+        free(address);
+        bufs_free(&b);
+    }
+}
+
+/* ---- the forms against each other ---- */
+
+/* `to` gets from's tokens and weights: ids [T, E] in any order, or the dense form's columns. */
+static void same_inputs(layer_bufs* to, const layer_bufs* from)
+{
+    tbuf* a[] = {&to->x, &to->w1.part[0][0], &to->w2.part[0][0]};
+    const void* host[] = {from->h_x, from->w1.host[0][0], from->w2.host[0][0]};
+    memcpy(to->h_dy, from->h_dy, from->dy.bytes);
+    for (int i = 0; i < 3; ++i) tbuf_put(a[i], host[i]);
+    reset(to);
+}
+
+static void test_batch_of_all_is_dense(void)
+{
+    trand r = trand_new(12);
+    for (int i = 0; i < 3; ++i) {
+        layer_case dense = normal_case(DENSE, i == 0 ? 37 : 16 + i, 24, 32, 5, 0), batch = dense;
+        layer_bufs a, b;
+        dense.activation = batch.activation = i == 1 ? MOE_ACTIVATION_GELU_TANH : 0;
+        dense.block = batch.block = i == 2 ? 32 : 16;
+        batch.form = BATCH;
+        batch.K = batch.E;
+        bufs_new(&a, &dense, &r);
+        bufs_new(&b, &batch, &r);
+        same_inputs(&b, &a);
+        for (int s = 0; s < batch.T * batch.K; ++s)
+            b.h_weights[s] = a.h_weights[s / batch.K * batch.E + b.h_ids[s]];
+        tbuf_put(&b.weights, b.h_weights);
+        CHECK_STATUS(both(&a), MOE_OK);
+        CHECK_STATUS(both(&b), MOE_OK);
+        {
+            const tbuf* one[] = {&a.y, &a.dx, &a.dw1, &a.dw2, &a.grad_expert};
+            const tbuf* two[] = {&b.y, &b.dx, &b.dw1, &b.dw2, &b.grad_expert};
+            float *da = (float*)tbuf_copy(&a.dweights), *db = (float*)tbuf_copy(&b.dweights);
+            int bad = 0;
+            for (int j = 0; j < 5; ++j) {
+                void* got = tbuf_copy(one[j]);
+                CHECK(tbuf_holds(two[j], got), "%s differs", one[j]->name);
+                CHECK(!tbuf_holds(one[j], 0), "%s is not written", one[j]->name);
+                free(got);
+            }
+            for (int s = 0; s < batch.T * batch.K; ++s)
+                bad += memcmp(&db[s], &da[s / batch.K * batch.E + b.h_ids[s]], 4) != 0;
+            CHECK(bad == 0, "%d of dweights differ", bad);
+            free(da);
+            free(db);
+        }
+        bufs_free(&a);
+        bufs_free(&b);
+    }
+}
+
+/* Largest difference and largest value of two buffers. */
+static void check_agree(const tbuf* a, const tbuf* b, int dtype)
+{
+    void *x = tbuf_copy(a), *y = tbuf_copy(b);
+    double most = 0, apart = 0;
+    for (int64_t i = 0; i < (int64_t)a->bytes / moe_dtype_bytes(dtype); ++i) {
+        const double v = moe_load(x, i, dtype), d = fabs(v - moe_load(y, i, dtype));
+        if (fabs(v) > most) most = fabs(v);
+        if (!(d <= apart)) apart = d;
+    }
+    CHECK(most > 0.1 && apart <= most / 50, "%s: %g apart of %g", a->name, apart, most);
+    free(x);
+    free(y);
+}
+
+/* One routing, three ways: sparse, batch with the same ids, dense with weights 0 elsewhere. */
+static void test_forms_agree(void)
+{
+    trand r = trand_new(13);
+    layer_case batch = normal_case(BATCH, 45, 24, 32, 5, 3), sparse = batch, dense = batch;
+    layer_bufs a, b, c;
+    sparse.form = SPARSE;
+    dense.form = DENSE;
+    dense.K = 0;
+    batch.grad_dtype = sparse.grad_dtype = dense.grad_dtype = MOE_FP32;
+    bufs_new(&c, &dense, &r); /* has all experts' weights */
+    bufs_new(&a, &batch, &r);
+    bufs_new(&b, &sparse, &r);
+    same_inputs(&a, &c);
+    same_inputs(&b, &c);
+    memcpy(b.h_ids, a.h_ids, a.ids.bytes);
+    memcpy(b.h_weights, a.h_weights, a.weights.bytes);
+    memset(c.h_weights, 0, c.weights.bytes);
+    for (int s = 0; s < batch.T * batch.K; ++s)
+        c.h_weights[s / batch.K * batch.E + a.h_ids[s]] = a.h_weights[s];
+    tbuf_put(&b.ids, b.h_ids);
+    tbuf_put(&b.weights, b.h_weights);
+    tbuf_put(&c.weights, c.h_weights);
+    CHECK_STATUS(both(&a), MOE_OK);
+    CHECK_STATUS(both(&b), MOE_OK);
+    CHECK_STATUS(both(&c), MOE_OK);
+    check_agree(&a.y, &b.y, batch.dtype);
+    check_agree(&a.y, &c.y, batch.dtype);
+    check_agree(&a.dx, &b.dx, batch.dtype);
+    check_agree(&a.dx, &c.dx, batch.dtype);
+    check_agree(&a.dweights, &b.dweights, MOE_FP32);
+    {
+        const int64_t m1 = up_rows(&batch) * batch.H, m2 = (int64_t)batch.H * batch.I;
+        tbuf one[2], two[2], three[2];
+        one[0] = a.dw1, one[1] = a.dw2;
+        two[0] = b.dw1, two[1] = b.dw2;
+        three[0] = c.dw1, three[1] = c.dw2;
+        for (int i = 0; i < a.num_active; ++i)
+            for (int j = 0; j < 2; ++j) { /* slot i; in the dense form the expert's own */
+                const size_t bytes = (size_t)(j ? m2 : m1) * 4;
+                tbuf p = one[j], q = two[j], s = three[j];
+                p.p = (char*)p.p + (size_t)i * bytes;
+                q.p = (char*)q.p + (size_t)i * bytes;
+                s.p = (char*)s.p + (size_t)a.active[i] * bytes;
+                p.bytes = q.bytes = s.bytes = bytes;
+                check_agree(&p, &q, MOE_FP32);
+                check_agree(&p, &s, MOE_FP32);
+            }
+    }
+    bufs_free(&a);
+    bufs_free(&b);
+    bufs_free(&c);
+}
+
+/* ---- bits, graphs, faults ---- */
+
+static moe_status call_both(void* context, cudaStream_t stream)
+{
+    layer_bufs* b = (layer_bufs*)context;
+    const moe_status s = moe_block_layer_forward(&b->d, stream);
+    return s == MOE_OK ? moe_block_layer_backward(&b->d, stream) : s;
+}
+
+static moe_status call_backward(void* context, cudaStream_t stream)
+{
+    return moe_block_layer_backward(&((layer_bufs*)context)->d, stream);
+}
+
+static void test_same_bits_again(void)
+{
+    const int runs = MOE_ON_HOST ? 4 : 100;
+    trand r = trand_new(14);
+    for (int form = DENSE; form <= BATCH; ++form) {
+        layer_case c = normal_case(form, 37, 24, 32, 5, 2);
+        layer_bufs b;
+        c.own_act_grad = 1;
+        bufs_new(&b, &c, &r);
+        {
+            tbuf* out[] = {&b.y, &b.dx, &b.dw1, &b.dw2, &b.dweights, &b.grad_expert};
+            void* first[6];
+            test_same_bits("both", call_both, &b, out, 6, runs);
+            for (int i = 0; i < 6; ++i) first[i] = tbuf_copy(out[i]);
+            test_same_bits("one forward, several backwards", call_backward, &b, out + 1, 5, runs);
+            for (int i = 1; i < 6; ++i) CHECK(tbuf_holds(out[i], first[i]), "%s", out[i]->name);
+            b.d.act_grad = 0; /* over pre itself */
+            reset(&b);
+            CHECK_STATUS(both(&b), MOE_OK);
+            for (int i = 0; i < 6; ++i) CHECK(tbuf_holds(out[i], first[i]), "%s", out[i]->name);
+            for (int i = 0; i < 6; ++i) free(first[i]);
+        }
+        bufs_free(&b);
+    }
+}
+
+/* Only what is wanted is written, and it is what it is with all of them. */
+static void test_wanted(void)
+{
+    trand r = trand_new(15);
+    for (int form = DENSE; form <= BATCH; ++form) {
+        layer_case c = normal_case(form, 21, 24, 32, 4, 2);
+        layer_bufs b;
+        bufs_new(&b, &c, &r);
+        CHECK_STATUS(both(&b), MOE_OK);
+        {
+            tbuf* out[] = {&b.dx, &b.dw1, &b.dw2, &b.dweights};
+            void* all[4];
+            for (int i = 0; i < 4; ++i) all[i] = tbuf_copy(out[i]);
+            for (int i = 0; i < 4; ++i) {
+                const moe_block_layer_desc d = b.d;
+                reset(&b);
+                if (i != 0) b.d.dx = 0;
+                if (i != 1) b.d.dw1 = 0;
+                if (i != 2) b.d.dw2 = 0;
+                if (i != 3) b.d.dweights = 0;
+                if (i != 1 && i != 2) b.d.grad_expert = 0;
+                CHECK_STATUS(both(&b), MOE_OK);
+                for (int j = 0; j < 4; ++j)
+                    CHECK(tbuf_holds(out[j], i == j ? all[j] : 0), "%s, %d wanted", out[j]->name,
+                          i);
+                b.d = d;
+            }
+            for (int i = 0; i < 4; ++i) free(all[i]);
+        }
+        bufs_free(&b);
+    }
+}
+
+static void test_graph(void)
+{
+    trand r = trand_new(16);
+    for (int form = DENSE; form <= BATCH; ++form) {
+        layer_case c = normal_case(form, 37, 24, 32, 5, 2);
+        layer_bufs b;
+        tgraph g;
+        bufs_new(&b, &c, &r);
+        if (c.form != DENSE) { /* every expert will be chosen in some replay */
+            layer_case full = c;
+            layer_bufs other;
+            full.form = DENSE;
+            full.K = 0;
+            bufs_new(&other, &full, &r);
+            same_inputs(&b, &other);
+            for (int i = 0; i < 2; ++i) {
+                tweights *to = i ? &b.w2 : &b.w1, *from = i ? &other.w2 : &other.w1;
+                memcpy(to->host[0][0], from->host[0][0], to->part[0][0].bytes);
+            }
+            memcpy(b.h_x, other.h_x, b.x.bytes);
+            bufs_free(&other);
+        }
+        if (!tgraph_capture(&g, call_both, &b)) return;
+        for (int replay = 0; replay < 3; ++replay) {
+            layer_ref exact, ideal;
+            c.unused = replay == 1 ? 60 : 0;
+            c.one_expert = replay == 2;
+            fill_routing(&b, &c, &r);
+            reset(&b);
+            exact = ref_new(&b, &c, 0);
+            ideal = ref_new(&b, &c, 1);
+            tgraph_launch(&g);
+            TEST_CUDA(cudaDeviceSynchronize());
+            check_forward(&b, &c, &exact, &ideal);
+            check_backward(&b, &c, &exact, &ideal);
+            CHECK_FAULT(&b.fault, MOE_FAULT_NONE, 0);
+            ref_free(&exact);
+            ref_free(&ideal);
+        }
+        tgraph_free(&g);
+        bufs_free(&b);
+    }
+}
+
+static void test_stop_faults(void)
+{
+    const uint64_t word = MOEI_FAULT_KEY(MOE_FAULT_BAD_OFFSET, 0, 7);
+    trand r = trand_new(17);
+    for (int form = DENSE; form <= BATCH; ++form) {
+        layer_case c = normal_case(form, 37, 24, 32, 5, 2);
+        layer_bufs b;
+        bufs_new(&b, &c, &r);
+        for (int after = 0; after < 2; ++after) { /* before forward, before backward */
+            reset(&b);
+            if (after) CHECK_STATUS(moe_block_layer_forward(&b.d, test_now.stream), MOE_OK);
+            TEST_CUDA(cudaDeviceSynchronize());
+            tbuf_put(&b.fault, &word);
+            if (!after) CHECK_STATUS(moe_block_layer_forward(&b.d, test_now.stream), MOE_OK);
+            CHECK_STATUS(moe_block_layer_backward(&b.d, test_now.stream), MOE_OK);
+            CHECK(tbuf_holds(&b.y, 0) == !after, "y");
+            CHECK(tbuf_holds(&b.dx, 0) && tbuf_holds(&b.dw1, 0) && tbuf_holds(&b.dw2, 0) &&
+                      tbuf_holds(&b.dweights, 0) && tbuf_holds(&b.grad_expert, 0),
+                  "form %d: written", form);
+            CHECK_FAULT(&b.fault, MOE_FAULT_BAD_OFFSET, 7);
+        }
+        bufs_free(&b);
+    }
+}
+
+static void test_no_tokens(void)
+{
+    trand r = trand_new(18);
+    for (int form = DENSE; form <= BATCH; ++form) {
+        layer_case c = normal_case(form, 0, 24, 32, 5, 2);
+        layer_bufs b;
+        moe_block_layer_bytes bytes;
+        bufs_new(&b, &c, &r);
+        CHECK_STATUS(moe_block_layer_sizes(&b.d, &bytes), MOE_OK);
+        CHECK(bytes.saved == 0 && bytes.forward == 0 && bytes.backward == 0 && bytes.act_grad == 0,
+              "no memory for nothing");
+        CHECK_STATUS(both(&b), MOE_OK);
+        CHECK_FAULT(&b.fault, MOE_FAULT_NONE, 0);
+        CHECK(tbuf_holds(&b.dw1, 0) && tbuf_holds(&b.dw2, 0), "written");
+        CHECK(tbuf_holds(&b.grad_expert, 0), "poison is -1"); /* 0xff bytes are what it says */
+        {
+            const int32_t zeros[5] = {0, 0, 0, 0, 0}, none[5] = {-1, -1, -1, -1, -1};
+            tbuf_put(&b.grad_expert, zeros);
+            CHECK_STATUS(moe_block_layer_backward(&b.d, test_now.stream), MOE_OK);
+            CHECK(tbuf_holds(&b.grad_expert, none), "grad_expert");
+        }
+        bufs_free(&b);
+    }
+}
+
+/* Memory is what block_layer.cuh says. */
+static void test_sizes(void)
+{
+    for (int form = DENSE; form <= BATCH; ++form)
+        for (int block = 16; block <= 128; block *= 2) {
+            const int T = 1000, H = 64, I = 256, E = 16, K = 4;
+            moe_block_layer_desc d;
+            moe_block_layer_bytes bytes;
+            double rows;
+            memset(&d, 0, sizeof d);
+            d.form = form;
+            d.num_tokens = T, d.hidden = H, d.intermediate = I, d.num_experts = E;
+            d.top_k = form == DENSE ? 0 : K;
+            d.block = block;
+            CHECK_STATUS(moe_block_layer_sizes(&d, &bytes), MOE_OK);
+            rows = form == SPARSE ? (T * K + E * (block - 1)) / block * block
+                                  : (T + block - 1) / block * block * (form == DENSE ? E : K);
+            CHECK((double)bytes.act_grad == rows * 2 * I * 2, "%zu", bytes.act_grad);
+            CHECK((double)bytes.saved >= rows * 2 * I * 2 &&
+                      (double)bytes.saved <= rows * 2 * I * 2 * (1 + 24.0 / block / block) + 131072,
+                  "form %d, block %d: saved %zu of %g", form, block, bytes.saved, rows * 2 * I * 2);
+            rows = rows * I * 2 + (form == SPARSE ? rows * H * 2 : 0);
+            CHECK((double)bytes.forward >= rows && (double)bytes.forward <= rows + 131072,
+                  "%zu of %g", bytes.forward, rows);
+            CHECK((double)bytes.backward >= rows && (double)bytes.backward <= rows + 131072,
+                  "%zu of %g", bytes.backward, rows);
+        }
+}
+
+/* ---- refusals ---- */
+
+static layer_bufs* refused_bufs;
+
+static void refused_by(const moe_block_layer_desc* d, moe_status want, int line, int which)
+{
+    layer_bufs* b = refused_bufs;
+    moe_status got = MOE_OK;
+    moe_block_layer_bytes bytes;
+    char text[2][MOE_STATUS_TEXT];
+    if (which & 1) got = moe_block_layer_forward(d, test_now.stream);
+    CHECK(!(which & 1) || got == want, "line %d, forward: got \"%s\", expected \"%s\"", line,
+          moe_status_describe(got, text[0]), moe_status_describe(want, text[1]));
+    if (which & 2) got = moe_block_layer_backward(d, test_now.stream);
+    CHECK(!(which & 2) || got == want, "line %d, backward: got \"%s\", expected \"%s\"", line,
+          moe_status_describe(got, text[0]), moe_status_describe(want, text[1]));
+    if (which & 4) got = moe_block_layer_sizes(d, &bytes);
+    CHECK(!(which & 4) || got == want, "line %d, sizes: got \"%s\", expected \"%s\"", line,
+          moe_status_describe(got, text[0]), moe_status_describe(want, text[1]));
+    CHECK(tbuf_holds(&b->y, 0) && tbuf_holds(&b->dx, 0) && tbuf_holds(&b->dw1, 0) &&
+              tbuf_holds(&b->dw2, 0) && tbuf_holds(&b->dweights, 0) &&
+              tbuf_holds(&b->grad_expert, 0) && tbuf_holds(&b->saved, 0) &&
+              tbuf_holds(&b->workspace, 0),
+          "line %d: written", line);
+}
+
+static void refused(const moe_block_layer_desc* d, moe_status want, int line)
+{
+    refused_by(d, want, line, 7);
+}
+
+/* Refused by forward, by backward, by both of them. */
+#define REFUSED_BY(which, change, kind, field)                                                    \
+    d = good;                                                                                     \
+    change;                                                                                       \
+    refused_by(&d, MOE_STATUS(kind, field), __LINE__, which)
+#define REFUSED_FORWARD(change, kind, field) REFUSED_BY(1, change, kind, field)
+#define REFUSED_BACKWARD(change, kind, field) REFUSED_BY(2, change, kind, field)
+#define REFUSED_BOTH(change, kind, field) REFUSED_BY(3, change, kind, field)
+
+static void test_refusals(void)
+{
+    trand r = trand_new(19);
+    layer_case c = normal_case(SPARSE, 37, 24, 32, 5, 2);
+    layer_bufs b;
+    moe_block_layer_desc d, good;
+    moe_block_layer_bytes bytes;
+    c.own_act_grad = 1;
+    bufs_new(&b, &c, &r);
+    refused_bufs = &b;
+    good = b.d;
+    CHECK_STATUS(moe_block_layer_forward(0, test_now.stream), MOE_STATUS(MOE_ERR_NULL, desc));
+    CHECK_STATUS(moe_block_layer_backward(0, test_now.stream), MOE_STATUS(MOE_ERR_NULL, desc));
+    CHECK_STATUS(moe_block_layer_sizes(0, &bytes), MOE_STATUS(MOE_ERR_NULL, desc));
+    CHECK_STATUS(moe_block_layer_sizes(&good, 0), MOE_STATUS(MOE_ERR_NULL, desc));
+    CHECK_STATUS(moe_block_layer_sizes(&good, &bytes), MOE_OK);
+
+    REFUSED(d.form = 0, MOE_ERR_OPTION, form);
+    REFUSED(d.form = 4, MOE_ERR_OPTION, form);
+    REFUSED(d.num_tokens = -1, MOE_ERR_RANGE, num_tokens);
+    REFUSED(d.num_tokens = INT32_MAX, MOE_ERR_RANGE, num_tokens);
+    REFUSED(d.num_tokens = INT32_MAX / 2 - 100, MOE_ERR_RANGE, num_tokens);
+    REFUSED(d.hidden = 0, MOE_ERR_RANGE, hidden);
+    REFUSED(d.hidden = 20, MOE_ERR_RANGE, hidden);
+    REFUSED(d.hidden = INT32_MAX - 7, MOE_ERR_RANGE, hidden);
+    REFUSED(d.intermediate = 0, MOE_ERR_RANGE, intermediate);
+    REFUSED(d.intermediate = 24, MOE_ERR_RANGE, intermediate);
+    REFUSED(d.intermediate = INT32_MAX - 15, MOE_ERR_RANGE, intermediate);
+    REFUSED(d.intermediate = 1 << 28, MOE_ERR_RANGE, intermediate); /* columns of all experts */
+    REFUSED(d.num_experts = 0, MOE_ERR_RANGE, num_experts);
+    REFUSED(d.num_experts = MOE_MAX_EXPERTS + 1, MOE_ERR_RANGE, num_experts);
+    REFUSED(d.top_k = 0, MOE_ERR_RANGE, top_k);
+    REFUSED(d.top_k = MOE_COMBINE_MAX_TOP_K + 1, MOE_ERR_RANGE, top_k);
+    REFUSED(d.max_experts = -1, MOE_ERR_RANGE, max_experts);
+    REFUSED(d.max_experts = 6, MOE_ERR_RANGE, max_experts);
+    REFUSED(d.block = 8, MOE_ERR_OPTION, block);
+    REFUSED(d.block = 48, MOE_ERR_OPTION, block);
+    REFUSED(d.dtype = MOE_FP32, MOE_ERR_DTYPE, dtype);
+    REFUSED(d.dtype = 9, MOE_ERR_DTYPE, dtype);
+    REFUSED(d.dtype = MOE_FP16; d.grad_dtype = MOE_BF16, MOE_ERR_DTYPE, grad_dtype);
+    REFUSED(d.grad_dtype = 9, MOE_ERR_DTYPE, grad_dtype);
+    REFUSED(d.activation = -1, MOE_ERR_OPTION, activation);
+    REFUSED(d.activation = MOE_ACTIVATION_RELU2 + 1, MOE_ERR_OPTION, activation);
+    REFUSED(d.alpha = 1, MOE_ERR_CONFLICT, alpha);
+    REFUSED(d.limit = 1, MOE_ERR_CONFLICT, limit);
+    REFUSED(d.activation = MOE_ACTIVATION_SWIGLU_CLAMPED; d.alpha = INFINITY, MOE_ERR_RANGE, alpha);
+    REFUSED(d.activation = MOE_ACTIVATION_SWIGLU_CLAMPED; d.limit = -1, MOE_ERR_RANGE, limit);
+    REFUSED(d.activation = MOE_ACTIVATION_SWIGLU_CLAMPED; d.limit = NAN, MOE_ERR_RANGE, limit);
+    REFUSED(d.x_stride = 16, MOE_ERR_STRIDE, x_stride);
+    REFUSED(d.y_stride = 16, MOE_ERR_STRIDE, y_stride);
+    REFUSED(d.dy_stride = 16, MOE_ERR_STRIDE, dy_stride);
+    REFUSED(d.dx_stride = 16, MOE_ERR_STRIDE, dx_stride);
+    REFUSED(d.x_stride = 28, MOE_ERR_ALIGN, x_stride);
+    REFUSED(d.y_stride = 28, MOE_ERR_ALIGN, y_stride);
+    REFUSED(d.dy_stride = 28, MOE_ERR_ALIGN, dy_stride);
+    REFUSED(d.dx_stride = 28, MOE_ERR_ALIGN, dx_stride);
+    REFUSED(d.w1.row_stride = 16, MOE_ERR_STRIDE, w1);
+    REFUSED(d.w2.row_stride = 16, MOE_ERR_STRIDE, w2);
+    REFUSED(d.w1.row_stride = 28, MOE_ERR_ALIGN, w1);
+    REFUSED(d.w2.expert_stride = 12, MOE_ERR_ALIGN, w2);
+    REFUSED(d.w1.expert_stride = -8, MOE_ERR_STRIDE, w1);
+    REFUSED(d.w1.major = MOE_MAJOR_MN, MOE_ERR_OPTION, w1);
+    REFUSED(d.w2.major = 7, MOE_ERR_OPTION, w2);
+    REFUSED(d.w1.up = d.x, MOE_ERR_CONFLICT, w1);
+    REFUSED(d.w2.up = d.x, MOE_ERR_CONFLICT, w2);
+    REFUSED(d.w1.table = (const void* const*)d.x, MOE_ERR_CONFLICT, w1);
+    REFUSED(d.w2.table = (const void* const*)d.x, MOE_ERR_CONFLICT, w2);
+    REFUSED(d.form = MOE_BLOCK_LAYER_DENSE; d.ids = 0, MOE_ERR_CONFLICT, top_k);
+    REFUSED(d.form = MOE_BLOCK_LAYER_DENSE; d.top_k = 0, MOE_ERR_CONFLICT, ids);
+    REFUSED_BOTH(d.choice.tile = 99, MOE_ERR_OPTION, choice);
+
+    REFUSED_BOTH(d.x = 0, MOE_ERR_NULL, x);
+    REFUSED_BOTH(d.ids = 0, MOE_ERR_NULL, ids);
+    REFUSED_BOTH(d.weights = 0, MOE_ERR_NULL, weights);
+    REFUSED_BOTH(d.w1.base = 0, MOE_ERR_NULL, w1);
+    REFUSED_BOTH(d.w2.base = 0, MOE_ERR_NULL, w2);
+    REFUSED_FORWARD(d.y = 0, MOE_ERR_NULL, y);
+    REFUSED_BACKWARD(d.dy = 0, MOE_ERR_NULL, dy);
+    REFUSED_BACKWARD(d.grad_expert = 0, MOE_ERR_NULL, grad_expert);
+    REFUSED_BACKWARD(d.dw1 = d.dw2 = 0, MOE_ERR_CONFLICT, grad_expert);
+    REFUSED_BOTH(d.saved = 0, MOE_ERR_NULL, saved);
+    REFUSED_BOTH(d.workspace = 0, MOE_ERR_NULL, workspace);
+    REFUSED_BOTH(d.saved_bytes = bytes.saved - 1, MOE_ERR_WORKSPACE, saved_bytes);
+    REFUSED_FORWARD(d.workspace_bytes = bytes.forward - 1, MOE_ERR_WORKSPACE, workspace_bytes);
+    REFUSED_BACKWARD(d.workspace_bytes = bytes.backward - 1, MOE_ERR_WORKSPACE, workspace_bytes);
+
+    REFUSED_BOTH(d.x = AT(d.x, 8), MOE_ERR_ALIGN, x);
+    REFUSED_BOTH(d.ids = (const int32_t*)AT(d.ids, 2), MOE_ERR_ALIGN, ids);
+    REFUSED_BOTH(d.weights = (const float*)AT(d.weights, 2), MOE_ERR_ALIGN, weights);
+    REFUSED_BOTH(d.w1.base = AT(d.w1.base, 8), MOE_ERR_ALIGN, w1);
+    REFUSED_BOTH(d.w2.base = AT(d.w2.base, 8), MOE_ERR_ALIGN, w2);
+    REFUSED_BOTH(d.saved = AT(d.saved, 16), MOE_ERR_ALIGN, saved);
+    REFUSED_BOTH(d.workspace = AT(d.workspace, 16), MOE_ERR_ALIGN, workspace);
+    REFUSED_BOTH(d.fault = (uint64_t*)AT(d.fault, 4), MOE_ERR_ALIGN, fault);
+    REFUSED_FORWARD(d.y = AT(d.y, 8), MOE_ERR_ALIGN, y);
+    REFUSED_BACKWARD(d.dy = AT(d.dy, 8), MOE_ERR_ALIGN, dy);
+    REFUSED_BACKWARD(d.dx = AT(d.dx, 8), MOE_ERR_ALIGN, dx);
+    REFUSED_BACKWARD(d.dw1 = AT(d.dw1, 8), MOE_ERR_ALIGN, dw1);
+    REFUSED_BACKWARD(d.dw2 = AT(d.dw2, 8), MOE_ERR_ALIGN, dw2);
+    REFUSED_BACKWARD(d.dweights = (float*)AT(d.dweights, 2), MOE_ERR_ALIGN, dweights);
+    REFUSED_BACKWARD(d.grad_expert = (int32_t*)AT(d.grad_expert, 2), MOE_ERR_ALIGN, grad_expert);
+    REFUSED_BACKWARD(d.act_grad = AT(d.act_grad, 8), MOE_ERR_ALIGN, act_grad);
+
+    REFUSED_FORWARD(d.y = (void*)d.x, MOE_ERR_OVERLAP, y);
+    REFUSED_BACKWARD(d.dx = (void*)d.x, MOE_ERR_OVERLAP, dx);
+    REFUSED_BACKWARD(d.dx = (void*)d.dy; d.dx_stride = 32, MOE_ERR_OVERLAP, dx);
+    REFUSED_BACKWARD(d.dw2 = d.dw1, MOE_ERR_OVERLAP, dw2);
+    REFUSED_BACKWARD(d.dw1 = (void*)d.w1.base, MOE_ERR_OVERLAP, dw1);
+    REFUSED_BACKWARD(d.dweights = (float*)d.weights, MOE_ERR_OVERLAP, dweights);
+    REFUSED_BACKWARD(d.grad_expert = (int32_t*)d.ids, MOE_ERR_OVERLAP, grad_expert);
+    REFUSED_BACKWARD(d.act_grad = d.dw2, MOE_ERR_OVERLAP, act_grad);
+    REFUSED_BOTH(d.workspace = d.saved; d.workspace_bytes = d.saved_bytes << 8, MOE_ERR_OVERLAP,
+                 workspace);
+    REFUSED_BOTH(d.fault = (uint64_t*)d.saved, MOE_ERR_OVERLAP, fault);
+    bufs_free(&b);
+}
+
+static void test_preload(void) { CHECK_STATUS(moe_block_layer_preload(), MOE_OK); }
+
+int main(int argc, char** argv)
+{
+    test_begin(argc, argv);
+    RUN(test_reference_gradients);
+    RUN(test_forms);
+    RUN(test_blocks);
+    RUN(test_activations);
+    RUN(test_curves);
+    RUN(test_large);
+    RUN(test_ids);
+    RUN(test_max_experts);
+    RUN(test_no_room);
+    RUN(test_batch_of_many);
+    RUN(test_bad_table);
+    RUN(test_batch_of_all_is_dense);
+    RUN(test_forms_agree);
+    RUN(test_same_bits_again);
+    RUN(test_wanted);
+    RUN(test_graph);
+    RUN(test_stop_faults);
+    RUN(test_no_tokens);
+    RUN(test_sizes);
+    RUN(test_refusals);
+    RUN(test_preload);
+    return test_end();
+}
