@@ -3,9 +3,10 @@
    nvcc -O3 -std=c++14 -I. -arch=sm_90a bench/bench_block_layer.cu -lcublas -o bench_block_layer
 
    Floor: cuBLAS's time for the dense form's products as plain dense ones (two forward, four
-   backward), for the other forms the share of it that their experts are. Memory: weights, gradients,
-   saved, workspace, inputs and outputs of one step, as asked for and as cudaMemGetInfo sees it. In
-   the sparse form all experts have tokens, so all have gradients; in the batch form K of them do. */
+   backward), for the other forms the share of it that their experts are. Memory: weights,
+   gradients, saved, workspace, inputs and outputs of one step, as asked for and as cudaMemGetInfo
+   sees it. In the sparse form all experts have tokens, so all have gradients; in the batch form K
+   of them do. */
 #include <cublas_v2.h>
 
 #include "bench.h"
@@ -391,9 +392,8 @@ static form_run run_form(bench_state* s, const shape* p, int form, int* failures
         BENCH_CUDA(cudaMemcpy(&word, d->fault, 8, cudaMemcpyDeviceToHost));
         *failures += word != 0;
     }
-    printf("  %s: worst error %.2f of its bound, %d experts active; saved %.1f MB, workspace %.1f MB"
-           "\n", form_name(form), worst, active, (double)f.bytes.saved * 1e-6,
-           (double)workspace * 1e-6);
+    printf("  %s: worst error %.2f of its bound, %d experts at work; saved %.1f, scratch %.1f MB\n",
+           form_name(form), worst, active, (double)f.bytes.saved * 1e-6, (double)workspace * 1e-6);
     d->act_grad = bench_alloc(f.bytes.act_grad); /* so that backward can be repeated */
     run_forward(&f, s->stream);
     f.ms[0] = bench_time(s, run_forward, &f);
