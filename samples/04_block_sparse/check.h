@@ -20,7 +20,8 @@ static int check(const options* o, const uint16_t* a, const uint16_t* b, const u
     int64_t wrong = 0, skipped = 0;
     double worst = 0, largest = 0;
     for (int64_t e = 0; e < count; ++e) {
-        const int64_t at = count == all ? e : (int64_t)(mix(o->seed + 99 + (uint64_t)e) % (uint64_t)all);
+        const int64_t at =
+            count == all ? e : (int64_t)(mix(o->seed + 99 + (uint64_t)e) % (uint64_t)all);
         const int64_t i = at / o->n, j = at % o->n;
         const double got = moe_load(c, i * ldb + j, o->dtype);
         double want = 0, sum = 0, bound;
@@ -37,13 +38,15 @@ static int check(const options* o, const uint16_t* a, const uint16_t* b, const u
             want += v;
             sum += fabs(v);
         }
-        bound = (o->k / 16.0 + 2) * ldexp(sum, -23); /* of the sums in fp32, and C is rounded once */
+        bound =
+            (o->k / 16.0 + 2) * ldexp(sum, -23); /* of the sums in fp32, and C is rounded once */
         bound += ldexp(fabs(want) + bound, o->dtype == MOE_BF16 ? -8 : -11) + ldexp(1, -25);
         wrong += !(fabs(got - want) <= bound);
         if (!(fabs(got - want) <= worst)) worst = fabs(got - want);
         if (fabs(want) > largest) largest = fabs(want);
     }
-    printf("check     %lld of %lld elements of C against a naive product: %lld wrong, largest error %.2g,\n"
+    printf("check     %lld of %lld elements of C against a naive product: %lld wrong, largest "
+           "error %.2g,\n"
            "          values up to %.3g; %lld of them in skipped blocks, which must be untouched\n",
            (long long)count, (long long)all, (long long)wrong, worst, largest, (long long)skipped);
     return wrong == 0;

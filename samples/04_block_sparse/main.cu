@@ -1,7 +1,7 @@
 /* 04_block_sparse: a product of matrices one of which has blocks missing, as a picture says.
 
-     nvcc -I. -O2 -arch=sm_90a samples/04_block_sparse/main.cu -o 04_block_sparse && ./04_block_sparse
-     g++ -x c++ -std=c++14 -O2 -I. samples/04_block_sparse/main.cu -o 04_block_sparse && ./04_block_sparse
+     nvcc -I. -O2 -arch=sm_90a samples/04_block_sparse/main.cu -o block_sparse && ./block_sparse
+     g++ -x c++ -std=c++14 -O2 -I. samples/04_block_sparse/main.cu -o block_sparse && ./block_sparse
 
    The first runs on the GPU, the second, with no CUDA toolkit, on the CPU; --help lists options.
    What to copy from here: make_product and run. The rest reads, times, prints and checks. */
@@ -117,7 +117,8 @@ int main(int argc, char** argv)
     const char *file = o.file, *kind;
     picture p = {1, 1, picture_dots};
     const int rows = o.op == MOE_BLOCK_DDS ? o.k : o.m, columns = o.op == MOE_BLOCK_DSD ? o.k : o.n;
-    const int RB = moe_num_blocks(rows, o.block_rows), CB = moe_num_blocks(columns, o.block_columns);
+    const int RB = moe_num_blocks(rows, o.block_rows),
+              CB = moe_num_blocks(columns, o.block_columns);
     const int64_t a_bytes = o.m * stride_of(o.k) * 2, b_bytes = o.k * stride_of(o.n) * 2;
     const int64_t c_bytes = o.m * stride_of(o.n) * 2, blocks = (int64_t)RB * CB;
     const double dense = 2.0 * o.m * o.n * o.k;
@@ -171,8 +172,8 @@ int main(int argc, char** argv)
     CUDA(cudaMemcpy(&word, d.fault, 8, cudaMemcpyDeviceToHost));
 
     printf("moe %s on the %s\n", MOE_VERSION_STRING, MOE_ON_HOST ? "CPU (moe/host)" : "GPU");
-    printf("product   %s: C [%d, %d] = A [%d, %d] * B [%d, %d], %s\n", ops[o.op], o.m, o.n, o.m, o.k,
-           o.k, o.n, moe_dtype_name(o.dtype));
+    printf("product   %s: C [%d, %d] = A [%d, %d] * B [%d, %d], %s\n", ops[o.op], o.m, o.n, o.m,
+           o.k, o.k, o.n, moe_dtype_name(o.dtype));
     printf("mask      %s%s%s, %d x %d blocks of %d x %d, %lld of %lld there\n\n", kind,
            file ? ", " : "", file ? file : "", RB, CB, o.block_rows, o.block_columns,
            (long long)there, (long long)blocks);
@@ -182,9 +183,12 @@ int main(int argc, char** argv)
     show_run("full mask", all_ms, dense, dense);
     printf("tile      %s, full mask %s; mean of %d runs\n", tiles[d.choice.tile],
            tiles[all.choice.tile], o.repeat);
-    if (MOE_ON_HOST) printf("          the CPU shows that the kernels are right, not how fast they are\n");
+    if (MOE_ON_HOST)
+        printf("          the CPU shows that the kernels are right, not how fast they are\n");
     ok = check(&o, a, b, c, mask, CB) && word == 0;
     printf("%s: %s\n", ok ? "PASSED" : "FAILED",
-           word ? moe_fault_text(moe_fault_decode(word).code) : ok ? "C is right" : "C is wrong");
+           word ? moe_fault_text(moe_fault_decode(word).code)
+           : ok ? "C is right"
+                : "C is wrong");
     return ok ? 0 : EXIT_WRONG_RESULT;
 }

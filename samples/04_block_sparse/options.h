@@ -16,7 +16,7 @@
 #define EXIT_NO_DEVICE 77
 
 typedef struct options {
-    const char* file; /* null: the picture shipped with the sample, unless a mask is made */
+    const char* file;       /* null: the picture shipped with the sample, unless a mask is made */
     double random, columns; /* share of blocks, of columns; negative: not asked for */
     int diagonal;           /* squares along the diagonal; 0: not asked for */
     int op;                 /* moe_block_op */
@@ -32,9 +32,21 @@ typedef struct options {
 /* Sizes that a GPU has something to do with, and such that a CPU gets through in a moment. */
 #define DEFAULT_SIZE (MOE_ON_HOST ? 304 : 4864)
 #define DEFAULT_BLOCK (MOE_ON_HOST ? 16 : 64)
-static const options default_options = {0, -1, -1, 0, MOE_BLOCK_DSD, DEFAULT_SIZE, DEFAULT_SIZE,
-                                        DEFAULT_SIZE, DEFAULT_BLOCK, DEFAULT_BLOCK, MOE_BF16, 4096,
-                                        MOE_ON_HOST ? 1 : 20, 0, 1};
+static const options default_options = {0,
+                                        -1,
+                                        -1,
+                                        0,
+                                        MOE_BLOCK_DSD,
+                                        DEFAULT_SIZE,
+                                        DEFAULT_SIZE,
+                                        DEFAULT_SIZE,
+                                        DEFAULT_BLOCK,
+                                        DEFAULT_BLOCK,
+                                        MOE_BF16,
+                                        4096,
+                                        MOE_ON_HOST ? 1 : 20,
+                                        0,
+                                        1};
 
 /* Prints "04_block_sparse: ..." as one line and ends the program. */
 static void quit(int code, const char* format, ...)
@@ -52,25 +64,26 @@ static void quit(int code, const char* format, ...)
 static void print_help(void)
 {
     const options* d = &default_options;
-    printf("04_block_sparse: multiplies by a mask of blocks, C [m, n] = A [m, k] * B [k, n]\n"
-           "The mask, a picture that is stretched to the sparse matrix's blocks:\n"
-           "  --mask F         a text file of # and . or a PBM file (P1, P4); default: moe.txt\n"
-           "  --random D       each block with probability D, 0 to 1\n"
-           "  --diagonal N     N squares along the diagonal, as tokens of N experts have them\n"
-           "  --columns D      whole columns with probability D, as one choice for a batch has them\n"
-           "The product:\n"
-           "  --op O           sdd (C sparse), dsd (A sparse) or dds (B sparse); default dsd\n"
-           "  --m N --n N --k N  sizes, any; default %d each\n"
-           "  --block N        16, 32, 64 or 128, or two of them as 32x128; default %d\n"
-           "  --dtype D        bf16 or fp16; default bf16\n"
-           "  --tune           the quickest tile for this mask; default: by the header's rule\n"
-           "  --seed N         of mask, A and B; default %llu\n"
-           "  --repeat N       timed runs, their mean counts; default %d\n"
-           "  --check N        elements of C compared with a naive product; default %d\n"
-           "  --check all      every element\n"
-           "  --help           this\n"
-           "Exit code 0: C is right; 1: it is not; 2: wrong option or unreadable picture\n",
-           d->m, d->block_rows, (unsigned long long)d->seed, d->repeat, d->check);
+    printf(
+        "04_block_sparse: multiplies by a mask of blocks, C [m, n] = A [m, k] * B [k, n]\n"
+        "The mask, a picture that is stretched to the sparse matrix's blocks:\n"
+        "  --mask F         a text file of # and . or a PBM file (P1, P4); default: moe.txt\n"
+        "  --random D       each block with probability D, 0 to 1\n"
+        "  --diagonal N     N squares along the diagonal, as tokens of N experts have them\n"
+        "  --columns D      whole columns with probability D, as one choice for a batch has them\n"
+        "The product:\n"
+        "  --op O           sdd (C sparse), dsd (A sparse) or dds (B sparse); default dsd\n"
+        "  --m N --n N --k N  sizes, any; default %d each\n"
+        "  --block N        16, 32, 64 or 128, or two of them as 32x128; default %d\n"
+        "  --dtype D        bf16 or fp16; default bf16\n"
+        "  --tune           the quickest tile for this mask; default: by the header's rule\n"
+        "  --seed N         of mask, A and B; default %llu\n"
+        "  --repeat N       timed runs, their mean counts; default %d\n"
+        "  --check N        elements of C compared with a naive product; default %d\n"
+        "  --check all      every element\n"
+        "  --help           this\n"
+        "Exit code 0: C is right; 1: it is not; 2: wrong option or unreadable picture\n",
+        d->m, d->block_rows, (unsigned long long)d->seed, d->repeat, d->check);
 }
 
 static long long parse_number(const char* name, const char* value, long long least, long long most)
@@ -78,7 +91,8 @@ static long long parse_number(const char* name, const char* value, long long lea
     char* end;
     const long long v = strtoll(value, &end, 10);
     if (*end || end == value || v < least || v > most)
-        quit(EXIT_WRONG_INPUT, "%s %s: not a whole number from %lld to %lld", name, value, least, most);
+        quit(EXIT_WRONG_INPUT, "%s %s: not a whole number from %lld to %lld", name, value, least,
+             most);
     return v;
 }
 
@@ -98,7 +112,8 @@ static void parse_block(options* o, const char* value)
     if (*end == 'x') o->block_columns = (int)strtol(end + 1, &end, 10);
     if (*end || !moei_block_size_offered(o->block_rows) ||
         !moei_block_size_offered(o->block_columns))
-        quit(EXIT_WRONG_INPUT, "--block %s: not 16, 32, 64 or 128, nor two of them as 32x128", value);
+        quit(EXIT_WRONG_INPUT, "--block %s: not 16, 32, 64 or 128, nor two of them as 32x128",
+             value);
 }
 
 static options parse_options(int argc, char** argv)
@@ -107,9 +122,9 @@ static options parse_options(int argc, char** argv)
     int masks = 0;
     for (int i = 1; i < argc; ++i) {
         const char *name = argv[i], *value = i + 1 < argc ? argv[i + 1] : 0;
-        static const char* const known[] = {"--mask", "--random", "--diagonal", "--columns", "--op",
-                                            "--m", "--n", "--k", "--block", "--dtype", "--seed",
-                                            "--repeat", "--check"};
+        static const char* const known[] = {
+            "--mask", "--random", "--diagonal", "--columns", "--op",     "--m",    "--n",
+            "--k",    "--block",  "--dtype",    "--seed",    "--repeat", "--check"};
         size_t which = 0;
         if (!strcmp(name, "--help")) {
             print_help();

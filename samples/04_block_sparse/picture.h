@@ -1,5 +1,5 @@
-/* picture.h: masks as pictures: read from a text or a PBM file, made, stretched to a grid of blocks,
-   drawn. */
+/* picture.h: masks as pictures: read from a text or a PBM file, made, stretched to a grid of
+   blocks, drawn. */
 #ifndef MOE_SAMPLE_PICTURE_H
 #define MOE_SAMPLE_PICTURE_H
 
@@ -48,7 +48,8 @@ static const char* read_pbm(FILE* f, int kind, picture* p)
                 if (c != EOF && c != '0' && c != '1') return "a P1 picture has 0 and 1 only";
             }
             if (c == EOF) return "ends before its last dot";
-            p->dots[i * p->columns + j] = (unsigned char)(kind == '4' ? byte >> (7 - j % 8) & 1 : c == '1');
+            p->dots[i * p->columns + j] =
+                (unsigned char)(kind == '4' ? byte >> (7 - j % 8) & 1 : c == '1');
         }
     return 0;
 }
@@ -120,7 +121,8 @@ static double share_of(uint64_t seed, uint64_t i)
 }
 
 /* Fills the mask [RB, CB] as the options say; returns what it is, for print. */
-static const char* make_mask(const options* o, const picture* p, int RB, int CB, unsigned char* mask)
+static const char* make_mask(const options* o, const picture* p, int RB, int CB,
+                             unsigned char* mask)
 {
     const uint64_t seed = mix(o->seed);
     const int64_t squares = o->diagonal < RB ? o->diagonal : RB;
