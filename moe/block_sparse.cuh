@@ -254,7 +254,7 @@ MOE_HOST moe_status moe_block_sparse(const moe_block_sparse_desc* desc, cudaStre
         MOEI_TRY(MOE_LAUNCH(moei_block_strips, c, p.strips));
     }
     if (p.tiles == 0) return MOE_OK;
-    c = moei_grid(p.tiles, t->warps_m * t->warps_n * 32, moei_block_shape_smem(t), stream);
+    c = moei_grid(p.tiles, MOEI_BLOCK_THREADS, moei_block_shape_smem(t), stream);
     c.dependent = 1;
 #define MOEI_BLOCK_CASE(name, tm, tn, wm, wn, stages, blocks, suffix, dt)                          \
     if (t->tile == MOE_BLOCK_TILE_##name && d.dtype == dt)                                         \

@@ -274,6 +274,7 @@ MOE_HOST moe_status moei_block_plan_tile(const moe_block_sparse_desc* d, const m
     s->index = index;
     s->begin = (int32_t*)moei_carve(base, &p->workspace_bytes, (uint64_t)p->num_strips * 4);
     s->end = (int32_t*)moei_carve(base, &p->workspace_bytes, (uint64_t)p->num_strips * 4);
+    s->partial = (int32_t*)moei_carve(base, &p->workspace_bytes, (uint64_t)p->num_strips * 4);
     s->block = (int32_t*)moei_carve(base, &p->workspace_bytes, (uint64_t)entries * 4);
     s->info = (int32_t*)moei_carve(base, &p->workspace_bytes, (uint64_t)entries * 4);
     s->fault = d->fault;
@@ -287,6 +288,7 @@ MOE_HOST moe_status moei_block_plan_tile(const moe_block_sparse_desc* d, const m
     a->end = s->end;
     a->block = s->block;
     a->info = join > 1 ? s->info : 0;
+    a->partial = join > 1 ? s->partial : 0;
     a->max_blocks = (int32_t)entries;
     return MOE_OK;
 }

@@ -21,6 +21,7 @@ typedef struct moei_strips_args {
     const uint32_t* bits;
     const int32_t *offset, *index; /* the list's row or column order */
     int32_t *begin, *end, *block, *info;
+    int32_t* partial; /* [strips] 1: some block is not in all of the joined strips */
     uint64_t* fault;
     int32_t lines;      /* strips of blocks along the axis of the tiles' rows */
     int32_t others;     /* blocks along the other axis */
@@ -49,7 +50,8 @@ MOE_KERNEL(MOEI_STRIPS_THREADS, 1) moei_block_strips(MOE_ARG(moei_strips_args) d
     const int strip = (int)blockIdx.x, tid = (int)threadIdx.x;
     const int first = strip * d.join;
     const int joined = d.lines - first < d.join ? d.lines - first : d.join;
-    int bad = 0, at, count = 0;
+    const uint32_t all = (1u << joined) - 1;
+    int bad = 0, partial = 0, at, count = 0;
     moei_let_next_start();
     moei_wait_for_previous();
     if (moei_fault_stopped(d.fault)) return;
@@ -94,13 +96,16 @@ MOE_KERNEL(MOEI_STRIPS_THREADS, 1) moei_block_strips(MOE_ARG(moei_strips_args) d
             const uint32_t bits = s.bits[o];
             const int before = moei_block_exclusive_scan(bits != 0, &s.scan, &total);
             if (bits) {
+                if (bits != all) partial = 1;
                 d.block[at + count + before] = from + o;
                 d.info[at + count + before] = (int32_t)bits;
             }
             count += total;
         }
     }
+    partial = __syncthreads_or(partial);
     if (tid == 0) {
+        d.partial[strip] = partial;
         d.begin[strip] = bad ? 0 : at;
         d.end[strip] = bad ? 0 : at + count;
     }

@@ -29,8 +29,9 @@
 #include "../gemm/epilogue.cuh"
 #include "desc.h"
 
-/* Rows of X, columns of Y, warps along each, stages, blocks a multiprocessor. Depth of a step: */
+/* Depth of a step, threads of a block. */
 #define MOEI_BLOCK_DEPTH 32
+#define MOEI_BLOCK_THREADS 128
 #define MOEI_BLOCK_CHUNKS (MOEI_BLOCK_DEPTH / 16)
 
 /* An operand, or C, with its axis along the strips of blocks and the other one. */
@@ -48,6 +49,7 @@ typedef struct moei_block_args {
     const int32_t* block;       /* number of each along the other axis */
     const int32_t* info;        /* of each: packed: its place; where strips are joined: bits,
                                        which of them have it; null: its number in the list */
+    const int32_t* partial; /* [strips] 1: some block is not in all of the strips joined; or null */
     uint64_t* fault;
     int32_t m, n, k;
     int32_t sparse_c; /* sdd */
@@ -59,12 +61,21 @@ typedef struct moei_block_args {
     int32_t c_dtype;
 } moei_block_args;
 
+/* One chunk of depth of an operand: where it lies, and who wants it. */
+typedef struct moei_block_chunk {
+    uint64_t at;   /* address part */
+    int32_t count; /* depths that there are, 0 .. 16 */
+    uint32_t rows; /* bits: the row chunks that are multiplied with it */
+} moei_block_chunk;
+
 /* What the threads of a block share beside the ring. Chunks are 16 rows, columns or depths. */
 typedef struct moei_block_shared {
-    uint64_t x[8], y[16]; /* address parts of the row chunks, of the column chunks */
+    moei_block_chunk chunk_x[2 * MOEI_WARP], chunk_y[2 * MOEI_WARP]; /* the next chunks of depth; a
+                                                                        warp makes 32 at a time */
+    uint64_t x[8], y[16]; /* address parts of the row chunks, column chunks */
     uint32_t have[16];    /* bits: the row chunks that a column chunk is multiplied with */
-    uint32_t live[8];     /* the same of each chunk of each stage */
     uint32_t rows;        /* the same of the tile: those that C has */
+    uint32_t columns;     /* bits: the column chunks of the tile that are there */
 } moei_block_shared;
 
 /* Elements of a stage of `rows` rows, whichever way it lies. */
@@ -225,153 +236,180 @@ MOE_DEVICE void moei_block_address(const moei_block_args* d, const moei_block_wh
         }
         s->y[j] = p;
         s->have[j] = have;
+        if (have) atomicOr(&s->columns, 1u << j);
     }
 }
 
-/* What a step is made of: where each of its chunks of depth lies, and how much of it there is. */
-typedef struct moei_block_depth {
-    uint64_t x[MOEI_BLOCK_CHUNKS], y[MOEI_BLOCK_CHUNKS]; /* address parts */
-    int32_t count[MOEI_BLOCK_CHUNKS];                    /* depths that there are, 0 .. 16 */
-    uint32_t rows[MOEI_BLOCK_CHUNKS];                    /* bits: row chunks that have it */
-} moei_block_depth;
-
-/* A walk along the depth of a tile. */
-typedef struct moei_block_walk {
-    int32_t depth; /* of the step to copy, in the tile's own count */
-    int32_t block; /* entry that it lies in */
-    int32_t info;
-    int32_t before;                            /* the block of the last good entry */
-    moei_block_entry ahead[MOEI_BLOCK_CHUNKS]; /* entries read before they are needed */
-} moei_block_walk;
-
-MOE_DEVICE void moei_block_look_ahead(const moei_block_args* d, const moei_block_where* t,
-                                      moei_block_walk* w)
+/* A warp makes the 32 chunks from chunk number `first` on, one a lane. */
+MOE_DEVICE void moei_block_chunks(const moei_block_args* d, const moei_block_where* t,
+                                  moei_block_shared* s, int first, const int tm)
 {
-    MOEI_UNROLL
-    for (int c = 0; c < MOEI_BLOCK_CHUNKS; ++c) {
-        const int depth = w->depth + c * 16;
-        if ((depth & ((1 << d->block_other) - 1)) == 0)
-            w->ahead[c] = moei_block_read(d, t, depth >> d->block_other);
-    }
-}
-
-/* The next step; the walk moves on. */
-MOE_DEVICE void moei_block_next(const moei_block_args* d, const moei_block_where* t,
-                                moei_block_walk* w, moei_block_depth* p, uint32_t tile_rows,
-                                const int tm)
-{
-    MOEI_UNROLL
-    for (int c = 0; c < MOEI_BLOCK_CHUNKS; ++c) {
-        const int depth = w->depth + c * 16;
-        const int64_t x_step = moei_block_step(&d->x, MOE_MAJOR_MN);
-        const int64_t y_step = moei_block_step(&d->y, MOE_MAJOR_MN);
-        int64_t k = depth;
-        p->rows[c] = tile_rows;
-        p->x[c] = p->y[c] = 0;
-        if (!d->sparse_c) {
-            const int in = depth & ((1 << d->block_other) - 1);
-            if (in == 0) {
-                moei_block_entry e = w->ahead[c];
-                moei_block_test(d, t, depth >> d->block_other, w->before, &e);
-                w->block = e.block;
-                w->info = e.info;
-                if (e.block >= 0) w->before = e.block;
-            }
-            k = w->block * ((int64_t)1 << d->block_other) + in;
-            p->rows[c] &= moei_block_rows(d, w->info, tm);
-            if (w->block < 0) {
-                k = d->k;
-            } else if (d->y.table) {
-                const uint64_t strip = moei_block_strip(d, &d->y, w->block);
-                p->y[c] = strip - (uint64_t)((k - in) * y_step);
-                if (strip == 0) k = d->k;
-            }
-            if (d->packed)
-                p->x[c] = ((uint64_t)(uint32_t)w->info << (d->block_m + d->block_other)) * 2 +
-                          (uint64_t)((in - k) * x_step);
+    const int number = first + moei_lane(), depth = number * 16;
+    const int64_t x_step = moei_block_step(&d->x, MOE_MAJOR_MN);
+    const int64_t y_step = moei_block_step(&d->y, MOE_MAJOR_MN);
+    moei_block_chunk x, y;
+    int64_t k = depth; /* in the matrix */
+    x.at = y.at = 0;
+    x.rows = s->rows;
+    if (!d->sparse_c) {
+        const int at = depth >> d->block_other, in = depth & ((1 << d->block_other) - 1);
+        moei_block_entry e = moei_block_read(d, t, at);
+        if (e.block >= 0) moei_block_test(d, t, at, at > 0 ? d->block[t->begin + at - 1] : -1, &e);
+        x.rows &= moei_block_rows(d, e.info, tm);
+        k = e.block * ((int64_t)1 << d->block_other) + in;
+        if (e.block < 0) {
+            k = d->k;
+        } else if (d->y.table) {
+            const uint64_t strip = moei_block_strip(d, &d->y, e.block);
+            y.at = strip - (uint64_t)((k - in) * y_step);
+            if (strip == 0) k = d->k;
         }
-        p->x[c] += (uint64_t)(k * x_step);
-        p->y[c] += (uint64_t)(k * y_step);
-        p->count[c] = k >= d->k ? 0 : d->k - k < 16 ? (int)(d->k - k) : 16;
-        if (p->count[c] == 0) p->rows[c] = 0;
+        if (d->packed && k < d->k)
+            x.at = ((uint64_t)(uint32_t)e.info << (d->block_m + d->block_other)) * 2 +
+                   (uint64_t)((in - k) * x_step);
     }
-    w->depth += MOEI_BLOCK_DEPTH;
-    if (!d->sparse_c) moei_block_look_ahead(d, t, w);
+    x.at += (uint64_t)(k * x_step);
+    y.at += (uint64_t)(k * y_step);
+    x.count = y.count = k >= d->k ? 0 : d->k - k < 16 ? (int)(d->k - k) : 16;
+    if (x.count == 0) x.rows = 0;
+    y.rows = s->columns;
+    s->chunk_x[number % (2 * MOEI_WARP)] = x;
+    s->chunk_y[number % (2 * MOEI_WARP)] = y;
 }
 
-/* Copies one step of an operand, `width` rows of a tile of which `here` are there, into a stage.
-   `at`, `count` and `rows` are those of its chunks of depth. */
-MOE_DEVICE void moei_block_copy(const moei_block_matrix* x, uint16_t* stage, const uint64_t* chunk,
-                                const uint64_t* at, const int32_t* count, const uint32_t* rows,
-                                int here, const int width, const int threads)
+/* A thread's part in the copies of one operand, the same in all steps: one piece, 8 elements, of
+   each of width / 32 lines that follow one another. Along K lines are rows, along MN depths; either
+   way the thread's lines lie in one chunk of rows and one chunk of depth, and are `stride` apart. So
+   the copies have no branch: only the numbers here say which way the operand lies. */
+typedef struct moei_block_loader {
+    uint64_t from;  /* address part of the chunk of rows, and of the piece in both chunks */
+    int64_t stride; /* bytes between lines */
+    int32_t to, ld; /* place in a stage, elements to the next line */
+    int32_t chunk;  /* chunk of depth */
+    int32_t row;    /* chunk of rows */
+    int32_t first;  /* depth of the piece, or of the first line, in its chunk */
+    int32_t each;   /* lines for each depth of the chunk behind `first`; K: all */
+    int32_t lines;  /* that there are */
+    int32_t ragged; /* pieces may be cut off: the extent along memory is no multiple of 8 */
+} moei_block_loader;
+
+/* `width` rows of a tile, of which `here` are there; `chunk` are their address parts. */
+MOE_DEVICE moei_block_loader moei_block_loader_begin(const moei_block_matrix* x,
+                                                     const uint64_t* chunk, int depth, int here,
+                                                     const int width)
 {
-    const int tid = (int)threadIdx.x;
-    if (x->major == MOE_MAJOR_K) {
-        const int pieces = MOEI_BLOCK_DEPTH / 8, r = tid / pieces, piece = tid % pieces;
-        const int each = threads / pieces; /* rows of a pass */
-        const bool second = piece >= 2;
-        const uint64_t from =
-            (second ? at[1] : at[0]) + (uint64_t)(r % 16 * x->stride * 2 + piece % 2 * 16);
-        const uint32_t want = second ? rows[1] : rows[0];
-        const int left = ((second ? count[1] : count[0]) - piece % 2 * 8) * 2;
-        const int bytes = left > 16 ? 16 : left > 0 ? left : 0;
-        uint16_t* to = stage + r * (MOEI_BLOCK_DEPTH + 8) + piece * 8;
-        MOEI_UNROLL
-        for (int i = 0; i < width / each; ++i) {
-            const int row = i * each + r;
-            moei_copy16_async(to + i * each * (MOEI_BLOCK_DEPTH + 8),
-                              (const void*)(uintptr_t)(chunk[row / 16] + from),
-                              row < here && (want >> row / 16 & 1) ? bytes : 0);
-        }
+    const int along = x->major == MOE_MAJOR_K, tid = (int)threadIdx.x;
+    const int pieces = along ? MOEI_BLOCK_DEPTH / 8 : width / 8, lines = width / 32;
+    const int line = tid / pieces * lines, piece = tid % pieces; /* its first line */
+    int left;
+    moei_block_loader l;
+    l.row = along ? line / 16 : piece / 2;
+    l.chunk = along ? piece / 2 : line / 16;
+    l.first = along ? piece % 2 * 8 : line % 16;
+    l.each = along ? lines : 1;
+    left = along ? here - line : piece * 8 < here ? lines : 0;
+    l.lines = left < lines ? left : lines;
+    l.stride = x->stride * 2;
+    l.from = chunk[l.row] + (uint64_t)(line % 16 * l.stride + piece % 2 * 16);
+    l.ld = (along ? MOEI_BLOCK_DEPTH : width) + 8;
+    l.to = line * l.ld + piece * 8;
+    l.ragged = (along ? depth : here) % 8 != 0;
+    return l;
+}
+
+/* Copies one step of an operand into a stage, the thread's part; `c` is the thread's chunk of depth
+   of that step. `masked`, a literal: only if its rows want it. */
+MOE_DEVICE void moei_block_copy(const moei_block_loader* l, uint16_t* stage, moei_block_chunk c,
+                                const int width, const int masked)
+{
+    const int deep = (c.count - l->first) * l->each;
+    int lines = deep < l->lines ? deep : l->lines;
+    uint64_t from = l->from + c.at;
+    if (masked && !(c.rows >> l->row & 1)) lines = 0;
+    stage += l->to;
+    MOEI_UNROLL
+    for (int i = 0; i < width / 32; ++i) {
+        moei_copy16_async(stage + i * l->ld, (const void*)(uintptr_t)from, i < lines ? 16 : 0);
+        from += (uint64_t)l->stride;
+    }
+}
+
+/* The whole step where pieces may be cut off, for matrices whose extent along memory is no multiple
+   of 8. */
+MOE_DEVICE void moei_block_copy_ragged(const moei_block_matrix* x, uint16_t* stage,
+                                       const uint64_t* chunk, const moei_block_chunk* p, int here,
+                                       const int width)
+{
+    const int along = x->major == MOE_MAJOR_K;
+    const int pieces = along ? MOEI_BLOCK_DEPTH / 8 : width / 8;
+    MOEI_NO_UNROLL
+    for (int u = (int)threadIdx.x; u < width * MOEI_BLOCK_DEPTH / 8; u += MOEI_BLOCK_THREADS) {
+        const int line = u / pieces, piece = u % pieces * 8;
+        const int row = along ? line : piece, k = along ? piece : line; /* first of the piece */
+        const moei_block_chunk* c = p + k / 16;
+        const int left = along ? c->count - k % 16 : here - row;
+        const bool wanted = row < here && k % 16 < c->count && (c->rows >> row / 16 & 1);
+        moei_copy16_async(
+            stage + line * ((along ? MOEI_BLOCK_DEPTH : width) + 8) + piece,
+            (const void*)(uintptr_t)(chunk[row / 16] + c->at +
+                                     (uint64_t)(line % 16 * x->stride * 2 + piece % 16 * 2)),
+            !wanted    ? 0
+            : left < 8 ? left * 2
+                       : 16);
+    }
+}
+
+/* Copies step `step` of a tile into a stage; closes a group of copies. x_chunk and y_chunk are the
+   thread's chunks of that step, and become those of the next: read long before they are needed.
+   `careful`, a literal: some rows may not want it, pieces may be cut off. */
+MOE_DEVICE void moei_block_fill(const moei_block_args* d, const moei_block_where* t,
+                                const moei_block_shared* s, const moei_block_loader* x,
+                                const moei_block_loader* y, moei_block_chunk* x_chunk,
+                                moei_block_chunk* y_chunk, int step, uint16_t* stage,
+                                const int careful, const int tm, const int tn)
+{
+    const int first = step * MOEI_BLOCK_CHUNKS % (2 * MOEI_WARP);
+    const int next = (step + 1) * MOEI_BLOCK_CHUNKS % (2 * MOEI_WARP);
+    uint16_t* stage_y = stage + moei_block_stage(tm);
+    if (careful && (x->ragged || y->ragged)) {
+        moei_block_copy_ragged(&d->x, stage, s->x, s->chunk_x + first, t->rows, tm);
+        moei_block_copy_ragged(&d->y, stage_y, s->y, s->chunk_y + first, t->columns, tn);
     } else {
-        const int pieces = width / 8, r = tid / pieces, piece = tid % pieces;
-        const int each = threads / pieces; /* depths of a pass */
-        const int left = (here - piece * 8) * 2;
-        const int bytes = left > 16 ? 16 : left > 0 ? left : 0;
-        const uint64_t from =
-            chunk[piece / 2] + (uint64_t)(r % 16 * x->stride * 2 + piece % 2 * 16);
-        uint16_t* to = stage + r * (width + 8) + piece * 8;
-        MOEI_UNROLL
-        for (int i = 0; i < MOEI_BLOCK_DEPTH / each; ++i) {
-            const int k = i * each; /* first depth of the pass; a pass of 32 has both chunks */
-            const bool second = each > 16 ? r >= 16 : k >= 16;
-            moei_copy16_async(to + k * (width + 8),
-                              (const void*)(uintptr_t)(from + (second ? at[1] : at[0]) +
-                                                       (uint64_t)(k % 16 * x->stride * 2)),
-                              k % 16 + r % 16 < (second ? count[1] : count[0]) &&
-                                      ((second ? rows[1] : rows[0]) >> piece / 2 & 1)
-                                  ? bytes
-                                  : 0);
-        }
+        moei_block_copy(x, stage, *x_chunk, tm, careful);
+        moei_block_copy(y, stage_y, *y_chunk, tn, careful);
+        *x_chunk = s->chunk_x[next + x->chunk];
+        *y_chunk = s->chunk_y[next + y->chunk];
     }
+    moei_copy_commit();
 }
 
-/* Pieces that a warp multiplies at depth k of a stage. */
-MOE_DEVICE void moei_block_fragments(moei_mma_a* a, moei_mma_b* b, const moei_block_args* d,
-                                     const uint16_t* sx, const uint16_t* sy, int warp_m, int warp_n,
-                                     const int k, const int tm, const int tn, const int wm,
-                                     const int wn, const int dtype)
+/* Pieces that a warp multiplies at depth k of a stage; sx and sy are its first rows and columns
+   there, lane_x and lane_y from moei_mma_lane_a and _b. */
+MOE_DEVICE void moei_block_fragments(moei_mma_a* a, moei_mma_b* b, const uint16_t* sx,
+                                     const uint16_t* sy, int lane_x, int lane_y, const int k,
+                                     const int tm, const int tn, const int wm, const int wn,
+                                     const int dtype, const int x_major, const int y_major)
 {
     const int ld = MOEI_BLOCK_DEPTH + 8;
-    if (d->x.major == MOE_MAJOR_K) {
+    if (x_major == MOE_MAJOR_K) {
         MOEI_UNROLL
         for (int i = 0; i < wm / 16; ++i)
-            moei_mma_load_a(&a[i], sx + (warp_m * wm + i * 16) * ld + k, ld, dtype, MOE_MAJOR_K);
+            moei_mma_load_a_at(&a[i], sx + i * 16 * ld + k, lane_x, ld, dtype, MOE_MAJOR_K);
     } else {
         MOEI_UNROLL
         for (int i = 0; i < wm / 16; ++i)
-            moei_mma_load_a(&a[i], sx + k * (tm + 8) + warp_m * wm + i * 16, tm + 8, dtype,
-                            MOE_MAJOR_MN);
+            moei_mma_load_a_at(&a[i], sx + k * (tm + 8) + i * 16, lane_x, tm + 8, dtype,
+                               MOE_MAJOR_MN);
     }
-    if (d->y.major == MOE_MAJOR_K) {
+    if (y_major == MOE_MAJOR_K) {
         MOEI_UNROLL
         for (int j = 0; j < wn / 16; ++j)
-            moei_mma_load_b(&b[j], sy + (warp_n * wn + j * 16) * ld + k, ld, dtype, MOE_MAJOR_K);
+            moei_mma_load_b_at(&b[j], sy + j * 16 * ld + k, lane_y, ld, dtype, MOE_MAJOR_K);
     } else {
         MOEI_UNROLL
         for (int j = 0; j < wn / 16; ++j)
-            moei_mma_load_b(&b[j], sy + k * (tn + 8) + warp_n * wn + j * 16, tn + 8, dtype,
-                            MOE_MAJOR_MN);
+            moei_mma_load_b_at(&b[j], sy + k * (tn + 8) + j * 16, lane_y, tn + 8, dtype,
+                               MOE_MAJOR_MN);
     }
 }
 
@@ -446,82 +484,91 @@ MOE_DEVICE void moei_block_store(const moei_block_args* d, const moei_block_wher
     }
 }
 
-/* A block's life. */
-MOE_DEVICE_BODY void moei_block_tile(const moei_block_args* d, unsigned char* shared,
-                                     moei_block_shared* s, const int tm, const int tn,
-                                     const int warps_m, const int warps_n, const int stages,
-                                     const int dtype)
+/* Must some products of the tile be left out, some rows not be read, or pieces be cut off? All
+   threads of the block get one answer. What is past the edges of X and Y is not asked for: it is
+   zero in both along the depth, and else not stored. */
+MOE_DEVICE bool moei_block_careful(const moei_block_args* d, const moei_block_where* t,
+                                   const moei_block_shared* s)
 {
-    const int wm = tm / warps_m, wn = tn / warps_n, threads = warps_m * warps_n * 32;
+    const int j = (int)threadIdx.x;
+    const uint32_t rows = (1u << (t->rows + 15) / 16) - 1;
+    const bool ragged_x = (d->x.major == MOE_MAJOR_K ? d->k : t->rows) % 8 != 0;
+    const bool ragged_y = (d->y.major == MOE_MAJOR_K ? d->k : t->columns) % 8 != 0;
+    if (ragged_x || ragged_y || s->rows != rows) return true;
+    if (d->sparse_c)
+        return __syncthreads_or(j < 16 && j * 16 < t->columns && (~s->have[j] & rows) != 0) != 0;
+    return d->partial && d->partial[t->strip] != 0;
+}
+
+/* Multiplies all steps of a tile. `careful`, a literal: some may be partial. */
+MOE_DEVICE void moei_block_multiply(const moei_block_args* d, const moei_block_where* t,
+                                    moei_block_shared* s, uint16_t* ring, moei_mma_c acc[4][4],
+                                    int steps, const int careful, const int tm, const int tn,
+                                    const int warps_m, const int warps_n, const int stages,
+                                    const int dtype)
+{
+    const int wm = tm / warps_m, wn = tn / warps_n;
     const int x_elems = moei_block_stage(tm), elems = x_elems + moei_block_stage(tn);
     const int warp_m = moei_warp() % warps_m, warp_n = moei_warp() / warps_m;
-    const moei_block_where t = moei_block_find(d, (int)blockIdx.x, tm, tn);
-    const uint32_t all[MOEI_BLOCK_CHUNKS] = {0xffffffffu, 0xffffffffu};
-    uint16_t* ring = (uint16_t*)shared;
-    uint32_t fixed = 0; /* bit j * 4 + i: the warp's piece (i, j) of C is wanted */
-    int steps;
-    moei_block_walk w;
-    moei_block_depth p;
-    moei_mma_c acc[4][4];
+    const int x_major = d->x.major, y_major = d->y.major, deep = MOEI_BLOCK_DEPTH + 8;
+    const int lane_x = moei_mma_lane_a(x_major == MOE_MAJOR_K ? deep : tm + 8, x_major);
+    const int lane_y = moei_mma_lane_b(y_major == MOE_MAJOR_K ? deep : tn + 8, y_major);
+    const moei_block_loader load_x = moei_block_loader_begin(&d->x, s->x, d->k, t->rows, tm);
+    const moei_block_loader load_y = moei_block_loader_begin(&d->y, s->y, d->k, t->columns, tn);
+    const uint16_t* my_x = ring + warp_m * wm * (x_major == MOE_MAJOR_K ? deep : 1);
+    const uint16_t* my_y = ring + x_elems + warp_n * wn * (y_major == MOE_MAJOR_K ? deep : 1);
+    uint32_t fixed = 0;                /* bit j * 4 + i: the warp's piece (i, j) of C is wanted */
+    moei_block_chunk x_chunk, y_chunk; /* the thread's own, of the step to copy next */
     moei_mma_a a[2][4];
     moei_mma_b b[2][4];
 
-    if (t.columns <= 0) return;
-    if (threadIdx.x == 0) s->rows = 0;
-    __syncthreads();
-    moei_block_address(d, &t, s, tm, tn);
-    __syncthreads();
-    if (s->rows == 0) return;
-    steps = d->sparse_c ? d->k : (t.end - t.begin) << d->block_other;
-    steps = (steps + MOEI_BLOCK_DEPTH - 1) / MOEI_BLOCK_DEPTH;
     MOEI_UNROLL
     for (int j = 0; j < wn / 16; ++j)
         fixed |= (s->have[warp_n * (wn / 16) + j] >> warp_m * (wm / 16) & ((1u << (wm / 16)) - 1))
                  << j * 4;
-
-    w.depth = 0;
-    w.block = w.before = -1;
-    w.info = 0;
-    if (!d->sparse_c) moei_block_look_ahead(d, &t, &w);
-#define MOEI_BLOCK_STEP(slot)                                                                      \
-    do {                                                                                           \
-        uint16_t* stage = ring + (slot)*elems;                                                     \
-        moei_block_next(d, &t, &w, &p, s->rows, tm);                                               \
-        if (threadIdx.x == 0) {                                                                    \
-            s->live[(slot)*2] = p.rows[0];                                                         \
-            s->live[(slot)*2 + 1] = p.rows[1];                                                     \
-        }                                                                                          \
-        moei_block_copy(&d->x, stage, s->x, p.x, p.count, p.rows, t.rows, tm, threads);            \
-        moei_block_copy(&d->y, stage + x_elems, s->y, p.y, p.count, all, t.columns, tn, threads);  \
-        moei_copy_commit();                                                                        \
-    } while (0)
-    for (int i = 0; i < stages - 1; ++i) MOEI_BLOCK_STEP(i);
-    MOEI_UNROLL
-    for (int i = 0; i < wm / 16; ++i) MOEI_UNROLL
-    for (int j = 0; j < wn / 16; ++j) moei_mma_zero(&acc[i][j]);
+    x_chunk = s->chunk_x[load_x.chunk];
+    y_chunk = s->chunk_y[load_y.chunk];
+    for (int i = 0; i < stages - 1; ++i)
+        moei_block_fill(d, t, s, &load_x, &load_y, &x_chunk, &y_chunk, i, ring + i * elems, careful,
+                        tm, tn);
     moei_copy_wait(stages - 2);
     __syncthreads();
-    moei_block_fragments(a[0], b[0], d, ring, ring + x_elems, warp_m, warp_n, 0, tm, tn, wm, wn,
-                         dtype);
+    moei_block_fragments(a[0], b[0], my_x, my_y, lane_x, lane_y, 0, tm, tn, wm, wn, dtype, x_major,
+                         y_major);
     for (int step = 0, slot = 0; step < steps; ++step) {
         const int next = slot + 1 == stages ? 0 : slot + 1;
+        /* 16 steps use up half of the chunks made: a warp makes the next half */
+        if (step % 16 == 0 && step > 0 &&
+            moei_warp() == step / 16 % (MOEI_BLOCK_THREADS / MOEI_WARP))
+            moei_block_chunks(d, t, s, (step / 16 + 1) * MOEI_WARP, tm);
         MOEI_UNROLL
-        for (int c = 0; c < MOEI_BLOCK_CHUNKS; ++c) {
-            const int last = c == MOEI_BLOCK_CHUNKS - 1;
-            const uint16_t* stage = ring + (last ? next : slot) * elems;
-            const uint32_t live =
-                fixed &
-                (s->live[slot * 2 + c] >> warp_m * (wm / 16) & ((1u << (wm / 16)) - 1)) * 0x1111u;
+        for (int c = 0; c < MOEI_BLOCK_CHUNKS; ++c) { /* no branch from here on: one run of products
+                                                         with all else that is to do among them */
+            const int last = c == MOEI_BLOCK_CHUNKS - 1, at = (last ? next : slot) * elems;
+            uint32_t live = 0;
+            if (careful)
+                live = fixed & (s->chunk_x[(step * MOEI_BLOCK_CHUNKS + c) % (2 * MOEI_WARP)].rows >>
+                                    warp_m * (wm / 16) &
+                                ((1u << (wm / 16)) - 1)) *
+                                   0x1111u;
             if (last) {
                 moei_copy_wait(stages - 2);
                 __syncthreads();
             }
-            moei_block_fragments(a[!(c & 1)], b[!(c & 1)], d, stage, stage + x_elems, warp_m,
-                                 warp_n, last ? 0 : c * 16 + 16, tm, tn, wm, wn, dtype);
-            if (c == 0) MOEI_BLOCK_STEP(slot == 0 ? stages - 1 : slot - 1);
-            MOEI_UNROLL
-            for (int i = 0; i < wm / 16; ++i) {
+            moei_block_fragments(a[!(c & 1)], b[!(c & 1)], my_x + at, my_y + at, lane_x, lane_y,
+                                 last ? 0 : c * 16 + 16, tm, tn, wm, wn, dtype, x_major, y_major);
+            if (c == 0)
+                moei_block_fill(d, t, s, &load_x, &load_y, &x_chunk, &y_chunk, step + stages - 1,
+                                ring + (slot == 0 ? stages - 1 : slot - 1) * elems, careful, tm,
+                                tn);
+            if (!careful) {
                 MOEI_UNROLL
+                for (int i = 0; i < wm / 16; ++i) MOEI_UNROLL
+                for (int j = 0; j < wn / 16; ++j)
+                    moei_mma(&acc[i][j], &a[c & 1][i], &b[c & 1][j], dtype);
+            } else if (live) {
+                MOEI_UNROLL
+                for (int i = 0; i < wm / 16; ++i) MOEI_UNROLL
                 for (int j = 0; j < wn / 16; ++j)
                     moei_mma_if(&acc[i][j], &a[c & 1][i], &b[c & 1][j], dtype,
                                 (int)(live & (1u << (j * 4 + i))));
@@ -529,13 +576,45 @@ MOE_DEVICE_BODY void moei_block_tile(const moei_block_args* d, unsigned char* sh
         }
         slot = next;
     }
-#undef MOEI_BLOCK_STEP
+}
+
+/* A block's life. */
+MOE_DEVICE_BODY void moei_block_tile(const moei_block_args* d, unsigned char* shared,
+                                     moei_block_shared* s, const int tm, const int tn,
+                                     const int warps_m, const int warps_n, const int stages,
+                                     const int dtype)
+{
+    const int wm = tm / warps_m, wn = tn / warps_n;
+    const moei_block_where t = moei_block_find(d, (int)blockIdx.x, tm, tn);
+    int steps;
+    moei_mma_c acc[4][4];
+
+    if (t.columns <= 0) return;
+    if (threadIdx.x == 0) s->rows = s->columns = 0;
+    __syncthreads();
+    moei_block_address(d, &t, s, tm, tn);
+    __syncthreads();
+    if (s->rows == 0) return;
+    steps = d->sparse_c ? d->k : (t.end - t.begin) << d->block_other;
+    steps = (steps + MOEI_BLOCK_DEPTH - 1) / MOEI_BLOCK_DEPTH;
+    if (moei_warp() < 2) moei_block_chunks(d, &t, s, moei_warp() * MOEI_WARP, tm);
+    __syncthreads();
+    MOEI_UNROLL
+    for (int i = 0; i < wm / 16; ++i) MOEI_UNROLL
+    for (int j = 0; j < wn / 16; ++j) moei_mma_zero(&acc[i][j]);
+    if (moei_block_careful(d, &t, s))
+        moei_block_multiply(d, &t, s, (uint16_t*)shared, acc, steps, 1, tm, tn, warps_m, warps_n,
+                            stages, dtype);
+    else
+        moei_block_multiply(d, &t, s, (uint16_t*)shared, acc, steps, 0, tm, tn, warps_m, warps_n,
+                            stages, dtype);
     moei_copy_wait(0);
     __syncthreads();
     moei_block_address_c(d, &t, s, tm, tn);
     __syncthreads();
     {
         const int wide = wm > wn ? wm : wn;
+        const int warp_m = moei_warp() % warps_m, warp_n = moei_warp() / warps_m;
         float* strip = (float*)shared + moei_warp() * 16 * (wide + 8);
         if (d->c.major == MOE_MAJOR_MN)
             moei_block_store(d, &t, s, acc, strip, warp_m, warp_n, wm, wn, 1);

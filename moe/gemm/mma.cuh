@@ -53,35 +53,57 @@ MOE_DEVICE void moei_mma_load_turned(uint32_t* x, const uint16_t* row)
                  : "memory");
 }
 
-/* The row a lane names in a 16 x 16 piece at p: matrices 1 and 2 lie below one another and beside
-   one another, or the other way round. */
-MOE_DEVICE const uint16_t* moei_mma_row_down(const uint16_t* p, int ld)
+/* The row a lane names in a 16 x 16 piece: matrices 1 and 2 lie below one another and beside one
+   another, or the other way round. */
+MOE_DEVICE int moei_mma_row_down(int ld)
 {
-    return p + (moei_lane() & 15) * ld + (moei_lane() >> 4) * 8;
+    return (moei_lane() & 15) * ld + (moei_lane() >> 4) * 8;
 }
-MOE_DEVICE const uint16_t* moei_mma_row_across(const uint16_t* p, int ld)
+MOE_DEVICE int moei_mma_row_across(int ld)
 {
-    return p + ((moei_lane() & 7) + (moei_lane() >> 4) * 8) * ld + (moei_lane() >> 3 & 1) * 8;
+    return ((moei_lane() & 7) + (moei_lane() >> 4) * 8) * ld + (moei_lane() >> 3 & 1) * 8;
+}
+
+/* What is a lane's own in the loads below; loads in a loop take it from outside. */
+MOE_DEVICE int moei_mma_lane_a(int ld, int major)
+{
+    return major == MOE_MAJOR_K ? moei_mma_row_down(ld) : moei_mma_row_across(ld);
+}
+MOE_DEVICE int moei_mma_lane_b(int ld, int major)
+{
+    return major == MOE_MAJOR_K ? moei_mma_row_across(ld) : moei_mma_row_down(ld);
 }
 
 /* Piece of A at p: element (m, k) at p[m * ld + k] where major is MOE_MAJOR_K, at p[k * ld + m]
-   where it is MOE_MAJOR_MN. */
+   where it is MOE_MAJOR_MN; lane = moei_mma_lane_a(ld, major). */
+MOE_DEVICE void moei_mma_load_a_at(moei_mma_a* f, const uint16_t* p, int lane, int ld,
+                                   const int dtype, const int major)
+{
+    (void)dtype;
+    (void)ld;
+    if (major == MOE_MAJOR_K) moei_mma_load(f->x, p + lane);
+    else moei_mma_load_turned(f->x, p + lane);
+}
 MOE_DEVICE void moei_mma_load_a(moei_mma_a* f, const uint16_t* p, int ld, const int dtype,
                                 const int major)
 {
-    (void)dtype;
-    if (major == MOE_MAJOR_K) moei_mma_load(f->x, moei_mma_row_down(p, ld));
-    else moei_mma_load_turned(f->x, moei_mma_row_across(p, ld));
+    moei_mma_load_a_at(f, p, moei_mma_lane_a(ld, major), ld, dtype, major);
 }
 
 /* Piece of B at p: element (k, n) at p[n * ld + k] where major is MOE_MAJOR_K, at p[k * ld + n]
-   where it is MOE_MAJOR_MN. */
+   where it is MOE_MAJOR_MN; lane = moei_mma_lane_b(ld, major). */
+MOE_DEVICE void moei_mma_load_b_at(moei_mma_b* f, const uint16_t* p, int lane, int ld,
+                                   const int dtype, const int major)
+{
+    (void)dtype;
+    (void)ld;
+    if (major == MOE_MAJOR_K) moei_mma_load(f->x, p + lane);
+    else moei_mma_load_turned(f->x, p + lane);
+}
 MOE_DEVICE void moei_mma_load_b(moei_mma_b* f, const uint16_t* p, int ld, const int dtype,
                                 const int major)
 {
-    (void)dtype;
-    if (major == MOE_MAJOR_K) moei_mma_load(f->x, moei_mma_row_across(p, ld));
-    else moei_mma_load_turned(f->x, moei_mma_row_down(p, ld));
+    moei_mma_load_b_at(f, p, moei_mma_lane_b(ld, major), ld, dtype, major);
 }
 
 MOE_DEVICE void moei_mma_zero(moei_mma_c* c)
@@ -91,26 +113,26 @@ MOE_DEVICE void moei_mma_zero(moei_mma_c* c)
 }
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
-#define MOEI_MMA_HALF(type, half)                                                                 \
+#define MOEI_MMA_HALF(type, half)                                                                  \
     asm volatile("{\n.reg .pred p;\nsetp.ne.s32 p, %10, 0;\n"                                      \
-                 "@p mma.sync.aligned.m16n8k16.row.col.f32." type "." type ".f32 "                \
-                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n}"             \
-                 : "+f"(c->x[4 * half]), "+f"(c->x[4 * half + 1]), "+f"(c->x[4 * half + 2]),      \
-                   "+f"(c->x[4 * half + 3])                                                       \
-                 : "r"(a->x[0]), "r"(a->x[1]), "r"(a->x[2]), "r"(a->x[3]), "r"(b->x[2 * half]),   \
+                 "@p mma.sync.aligned.m16n8k16.row.col.f32." type "." type ".f32 "                 \
+                 "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};\n}"              \
+                 : "+f"(c->x[4 * half]), "+f"(c->x[4 * half + 1]), "+f"(c->x[4 * half + 2]),       \
+                   "+f"(c->x[4 * half + 3])                                                        \
+                 : "r"(a->x[0]), "r"(a->x[1]), "r"(a->x[2]), "r"(a->x[3]), "r"(b->x[2 * half]),    \
                    "r"(b->x[2 * half + 1]), "r"(keep))
 #define MOEI_MMA_BF16 1
 #else
 /* sm_75 has products 8 deep, of fp16 alone. */
-#define MOEI_MMA_HALF(type, half)                                                                 \
+#define MOEI_MMA_HALF(type, half)                                                                  \
     asm volatile("{\n.reg .pred p;\nsetp.ne.s32 p, %10, 0;\n"                                      \
-                 "@p mma.sync.aligned.m16n8k8.row.col.f32." type "." type ".f32 "                 \
-                 "{%0, %1, %2, %3}, {%4, %5}, {%8}, {%0, %1, %2, %3};\n"                          \
-                 "@p mma.sync.aligned.m16n8k8.row.col.f32." type "." type ".f32 "                 \
-                 "{%0, %1, %2, %3}, {%6, %7}, {%9}, {%0, %1, %2, %3};\n}"                         \
-                 : "+f"(c->x[4 * half]), "+f"(c->x[4 * half + 1]), "+f"(c->x[4 * half + 2]),      \
-                   "+f"(c->x[4 * half + 3])                                                       \
-                 : "r"(a->x[0]), "r"(a->x[1]), "r"(a->x[2]), "r"(a->x[3]), "r"(b->x[2 * half]),   \
+                 "@p mma.sync.aligned.m16n8k8.row.col.f32." type "." type ".f32 "                  \
+                 "{%0, %1, %2, %3}, {%4, %5}, {%8}, {%0, %1, %2, %3};\n"                           \
+                 "@p mma.sync.aligned.m16n8k8.row.col.f32." type "." type ".f32 "                  \
+                 "{%0, %1, %2, %3}, {%6, %7}, {%9}, {%0, %1, %2, %3};\n}"                          \
+                 : "+f"(c->x[4 * half]), "+f"(c->x[4 * half + 1]), "+f"(c->x[4 * half + 2]),       \
+                   "+f"(c->x[4 * half + 3])                                                        \
+                 : "r"(a->x[0]), "r"(a->x[1]), "r"(a->x[2]), "r"(a->x[3]), "r"(b->x[2 * half]),    \
                    "r"(b->x[2 * half + 1]), "r"(keep))
 #define MOEI_MMA_BF16 0
 #endif

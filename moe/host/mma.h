@@ -84,6 +84,20 @@ MOE_DEVICE void moei_mma_load_b(moei_mma_b* f, const uint16_t* p, int ld, int dt
     moeh_mma_load(f, moeh_mma_layouts().b, p, ld, dtype, major != MOE_MAJOR_MN);
 }
 
+/* There is nothing of a lane's own in these loads. */
+MOE_DEVICE int moei_mma_lane_a(int, int) { return 0; }
+MOE_DEVICE int moei_mma_lane_b(int, int) { return 0; }
+MOE_DEVICE void moei_mma_load_a_at(moei_mma_a* f, const uint16_t* p, int, int ld, int dtype,
+                                   int major)
+{
+    moei_mma_load_a(f, p, ld, dtype, major);
+}
+MOE_DEVICE void moei_mma_load_b_at(moei_mma_b* f, const uint16_t* p, int, int ld, int dtype,
+                                   int major)
+{
+    moei_mma_load_b(f, p, ld, dtype, major);
+}
+
 MOE_DEVICE void moei_mma_zero(moei_mma_c* c)
 {
     for (int j = 0; j < 8; ++j) c->x[j] = 0.0f;
