@@ -83,7 +83,7 @@ typedef struct tile {
 } tile;
 
 static const tile tiles[] = {
-    {"128x128", MOE_BLOCK_TILE_128x128},
+    {"128x256", MOE_BLOCK_TILE_128x256},
     {"64x256", MOE_BLOCK_TILE_64x256},
     {"32x256", MOE_BLOCK_TILE_32x256},
     {"64x64", MOE_BLOCK_TILE_64x64},

@@ -30,25 +30,27 @@
      moe_block_sparse_workspace(&d, &d.workspace_bytes);  d.workspace = ...;
      moe_status s = moe_block_sparse(&d, stream);
 
-   Tile without a choice: as high as the blocks where they are 128 or 64 (128x128, 64x256), else
-   128x128 over joined strips: blocks of 16 and 32 that stand together run like large ones, and
-   blocks anywhere never cost more than the dense product. Few small blocks anywhere are quicker by
-   32x256. moe_block_sparse_tune times all of them.
+   Tile without a choice: 64x256 where the blocks are 64 high, else 128x256, over joined strips where
+   they are lower: blocks of 16 and 32 that stand together then run like large ones. Packed ones of
+   16 and 32: 32x256. A smaller tile (64x256, then 64x64) where the device cannot run it, or where
+   C has not one tile for each multiprocessor. Small blocks that stand anywhere are quicker by 32x256,
+   which no rule on the host can see: moe_block_sparse_tune times all of them.
 
    Source of the method: Gale, Narayanan, Young and Zaharia, MegaBlocks (2022), whose names for the
    products these are. */
 #ifndef MOE_BLOCK_SPARSE_CUH
 #define MOE_BLOCK_SPARSE_CUH
 
+#include "block_sparse/list.cuh"
 #include "block_sparse/plan.cuh"
 #include "gemm/desc.h"
 
 /* name, rows, columns, warps along each, stages, blocks a multiprocessor. */
 #define MOEI_BLOCK_TILE_LIST(X, ...)                                                               \
-    X(128x128, 128, 128, 2, 2, 4, 2, __VA_ARGS__)                                                  \
-    X(64x256, 64, 256, 1, 4, 4, 2, __VA_ARGS__)                                                    \
-    X(32x256, 32, 256, 1, 4, 4, 2, __VA_ARGS__)                                                    \
-    X(64x64, 64, 64, 2, 2, 3, 3, __VA_ARGS__)
+    X(128x256, 128, 256, 2, 4, 3, 1, __VA_ARGS__)                                                  \
+    X(64x256, 64, 256, 1, 4, 2, 2, __VA_ARGS__)                                                    \
+    X(32x256, 32, 256, 1, 4, 2, 2, __VA_ARGS__)                                                    \
+    X(64x64, 64, 64, 2, 2, 2, 3, __VA_ARGS__)
 
 /* dtypes every tile is stamped with; predefine it to trim what is compiled. */
 #ifndef MOE_BLOCK_SPARSE_DTYPE_LIST
@@ -98,6 +100,8 @@ MOE_HOST const void* moei_block_kernel(int tile, int dtype)
     MOE_BLOCK_SPARSE_DTYPE_LIST(MOEI_BLOCK_FINDS)
 #undef MOEI_BLOCK_FINDS
 #undef MOEI_BLOCK_FIND
+    (void)tile;
+    (void)dtype;
     return 0;
 }
 
@@ -128,19 +132,27 @@ MOE_HOST moe_status moei_block_runs(const moei_block_shape* t, int dtype, int* r
 MOE_HOST moe_status moei_block_choose(const moe_block_sparse_desc* d, const moei_block_shape** t)
 {
     const int height = moei_block_by_column(d) ? d->mask.block_columns : d->mask.block_rows;
-    const int small = height <= 32 && d->packed; /* strips that cannot be joined */
-    const int first = small          ? MOE_BLOCK_TILE_32x256
+    const int alone = height <= 32 && d->packed; /* strips that cannot be joined */
+    const int first = alone          ? MOE_BLOCK_TILE_32x256
                       : height == 64 ? MOE_BLOCK_TILE_64x256
-                                     : MOE_BLOCK_TILE_128x128;
-    const int wanted[] = {d->choice.tile ? d->choice.tile : first, MOE_BLOCK_TILE_64x64};
-    for (int w = 0; w < 2; ++w)
+                                     : MOE_BLOCK_TILE_128x256;
+    const int wanted[] = {d->choice.tile ? d->choice.tile : first, MOE_BLOCK_TILE_64x256,
+                          MOE_BLOCK_TILE_64x64};
+    moei_device dev;
+    MOEI_TRY(moei_device_query(&dev));
+    for (int w = 0; w < 3; ++w)
         for (int i = 0; i < MOEI_BLOCK_SHAPES; ++i)
             if (moei_block_shapes[i].tile == wanted[w]) {
+                const moei_block_shape* o = &moei_block_shapes[i];
+                const int64_t rows = d->op == MOE_BLOCK_DDS ? d->n : d->m;
+                const int64_t columns = d->op == MOE_BLOCK_DDS ? d->m : d->n;
+                const int enough =
+                    (rows + o->tm - 1) / o->tm * ((columns + o->tn - 1) / o->tn) >= dev.sms;
                 int runs;
-                MOEI_TRY(moei_block_runs(&moei_block_shapes[i], d->dtype, &runs));
-                *t = &moei_block_shapes[i];
-                if (runs) return MOE_OK;
-                MOEI_REQUIRE(!d->choice.tile, MOE_ERR_DEVICE, choice);
+                MOEI_TRY(moei_block_runs(o, d->dtype, &runs));
+                *t = o;
+                MOEI_REQUIRE(runs || !d->choice.tile, MOE_ERR_DEVICE, choice);
+                if (runs && (w == 2 || d->choice.tile || enough)) return MOE_OK;
             }
     return MOE_STATUS(MOE_ERR_DEVICE, dtype); /* built without -arch=sm_80 or later, most often */
 }
@@ -254,7 +266,7 @@ MOE_HOST moe_status moe_block_sparse(const moe_block_sparse_desc* desc, cudaStre
         MOEI_TRY(MOE_LAUNCH(moei_block_strips, c, p.strips));
     }
     if (p.tiles == 0) return MOE_OK;
-    c = moei_grid(p.tiles, MOEI_BLOCK_THREADS, moei_block_shape_smem(t), stream);
+    c = moei_grid(p.tiles, t->warps_m * t->warps_n * 32, moei_block_shape_smem(t), stream);
     c.dependent = 1;
 #define MOEI_BLOCK_CASE(name, tm, tn, wm, wn, stages, blocks, suffix, dt)                          \
     if (t->tile == MOE_BLOCK_TILE_##name && d.dtype == dt)                                         \

@@ -2,6 +2,7 @@
 #ifndef MOE_MOE_CUH
 #define MOE_MOE_CUH
 
+#include "block_layer.cuh"
 #include "combine_scatter.cuh"
 #include "layer.cuh"
 #include "moe.h"

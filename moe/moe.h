@@ -1,5 +1,5 @@
 /* moe.h: everything that is plain C, C11 and C++14: version, statuses, faults, types, shapes,
-   random numbers, and the descriptors of gate, route, grouped GEMM and layer. */
+   random numbers, and the descriptors of gate, route, grouped GEMM, block-sparse product and layers. */
 #ifndef MOE_MOE_H
 #define MOE_MOE_H
 
@@ -8,6 +8,7 @@
 #include "base/random.h"
 #include "base/status.h"
 #include "base/types.h"
+#include "block_layer/desc.h"
 #include "block_sparse/desc.h"
 #include "gate/desc.h"
 #include "gemm/desc.h"

@@ -49,9 +49,10 @@ typedef enum moe_block_op {
    rows run along M, the columns are blocks of a row side by side. */
 typedef enum moe_block_tile {
     MOE_BLOCK_TILE_AUTO = 0,
-    MOE_BLOCK_TILE_128x128, /* blocks of 128, and smaller ones that stand together */
-    MOE_BLOCK_TILE_64x256,  /* blocks of 64 anywhere */
-    MOE_BLOCK_TILE_32x256,  /* few blocks of 16 or 32 anywhere */
+    MOE_BLOCK_TILE_128x256, /* blocks of 128, and smaller ones that stand together; 166 KB of shared
+                               memory a block */
+    MOE_BLOCK_TILE_64x256,  /* blocks of 64 anywhere, and of 128 on smaller chips */
+    MOE_BLOCK_TILE_32x256,  /* blocks of 16 or 32 anywhere */
     MOE_BLOCK_TILE_64x64    /* small matrices; runs anywhere, sm_75 included */
 } moe_block_tile;
 
@@ -72,8 +73,10 @@ typedef struct moe_block_choice {
 
    A table gives a dense matrix's blocks addresses of their own, so that it may lie in pieces: entry
    i, in device memory, is the address, 16-byte aligned, of the first element of the i-th strip
-   along the axis that it shares with the sparse matrix, in strips of the mask's blocks. Null
-   entries: a strip of C is not computed; one of A or B is a fault where a block wants it. */
+   along the axis that it shares with the sparse matrix, in strips of the mask's blocks. Where strips lie side
+   by side within rows, the stride is that of the pieces, and may be as short as a strip; 0 still
+   means that of the whole matrix. Null entries: a strip of C is not computed; one of A or B is a
+   fault where a block wants it. */
 typedef struct moe_block_sparse_desc {
     /* in */
     const void* a;              /* dtype, 16-byte aligned; or null with a table */

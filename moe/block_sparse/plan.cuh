@@ -74,15 +74,49 @@ MOE_HOST int moei_block_by_column(const moe_block_sparse_desc* d)
                                     : moei_block_turned(d);
 }
 
-/* Stride of one operand [rows, columns] as it lies; `packed`: it has none. */
+/* Stride of one operand [rows, columns] as it lies, `strip` wide strips of it anywhere, or 0;
+   `packed`: it has none. */
 MOE_HOST moe_status moei_block_check_stride(int64_t* stride, int64_t rows, int64_t columns,
-                                            int packed, int field)
+                                            int strip, int packed, int field)
 {
     if (packed) return *stride == 0 ? MOE_OK : (moe_status)(MOE_ERR_CONFLICT | (field << 8));
     if (*stride == 0) *stride = columns;
-    if (!moei_stride_fits(*stride, columns, rows))
+    if (!moei_stride_fits(*stride, strip && strip < columns ? strip : columns, rows))
         return (moe_status)(MOE_ERR_STRIDE | (field << 8));
     return *stride % 8 == 0 ? MOE_OK : (moe_status)(MOE_ERR_ALIGN | (field << 8));
+}
+
+/* Strides, and tables where they are offered. A table whose strips lie side by side lets rows be as
+   short as a strip. */
+MOE_HOST moe_status moei_block_check_strides(moe_block_sparse_desc* d)
+{
+    const int sdd = d->op == MOE_BLOCK_SDD, dsd = d->op == MOE_BLOCK_DSD,
+              dds = d->op == MOE_BLOCK_DDS;
+    const int a_rows = d->a_transposed ? d->k : d->m, a_columns = d->a_transposed ? d->m : d->k;
+    const int b_rows = d->b_transposed ? d->n : d->k, b_columns = d->b_transposed ? d->k : d->n;
+    const moe_block_mask* m = &d->mask;
+    /* width of a strip along m, n and k, as far as the mask has blocks there */
+    const int strip_m = dsd && d->a_transposed ? m->block_columns : m->block_rows;
+    const int strip_n = dds && d->b_transposed ? m->block_rows : m->block_columns;
+    const int strip_k = dsd ? (d->a_transposed ? m->block_rows : m->block_columns)
+                            : (d->b_transposed ? m->block_columns : m->block_rows);
+    const int a_beside = d->a_table && d->a_transposed == sdd; /* strips side by side */
+    const int b_beside = d->b_table && d->b_transposed != sdd;
+    MOEI_REQUIRE(!d->a_table || !dsd, MOE_ERR_CONFLICT, a_table);
+    MOEI_REQUIRE(!d->b_table || !dds, MOE_ERR_CONFLICT, b_table);
+    MOEI_REQUIRE(!d->c_table || !sdd, MOE_ERR_CONFLICT, c_table);
+    MOEI_TRY(moei_block_check_stride(&d->a_stride, a_rows, a_columns,
+                                     !a_beside ? 0
+                                     : sdd     ? strip_m
+                                               : strip_k,
+                                     dsd && d->packed, MOE_FIELD_a_stride));
+    MOEI_TRY(moei_block_check_stride(&d->b_stride, b_rows, b_columns,
+                                     !b_beside ? 0
+                                     : sdd     ? strip_n
+                                               : strip_k,
+                                     dds && d->packed, MOE_FIELD_b_stride));
+    return moei_block_check_stride(&d->c_stride, d->m, d->n, d->c_table && dds ? strip_n : 0,
+                                   sdd && d->packed, MOE_FIELD_c_stride);
 }
 
 /* Fills in the defaults and refuses what the header does not offer. */
@@ -117,15 +151,7 @@ MOE_HOST moe_status moei_block_check(moe_block_sparse_desc* d)
                                    moei_block_by_column(d), d->packed));
     MOEI_REQUIRE(!d->zero_masked || d->mask.bytes || d->mask.bits || d->mask.row_offset,
                  MOE_ERR_NULL, row_offset);
-    MOEI_TRY(moei_block_check_stride(&d->a_stride, a_rows, a_columns, dsd && d->packed,
-                                     MOE_FIELD_a_stride));
-    MOEI_TRY(moei_block_check_stride(&d->b_stride, b_rows, b_columns, dds && d->packed,
-                                     MOE_FIELD_b_stride));
-    MOEI_TRY(
-        moei_block_check_stride(&d->c_stride, d->m, d->n, sdd && d->packed, MOE_FIELD_c_stride));
-    MOEI_REQUIRE(!d->a_table || !dsd, MOE_ERR_CONFLICT, a_table);
-    MOEI_REQUIRE(!d->b_table || !dds, MOE_ERR_CONFLICT, b_table);
-    MOEI_REQUIRE(!d->c_table || !sdd, MOE_ERR_CONFLICT, c_table);
+    MOEI_TRY(moei_block_check_strides(d));
     MOEI_REQUIRE(!(d->a && d->a_table), MOE_ERR_CONFLICT, a);
     MOEI_REQUIRE(!(d->b && d->b_table), MOE_ERR_CONFLICT, b);
     MOEI_REQUIRE(!(d->c && d->c_table), MOE_ERR_CONFLICT, c);

@@ -29,9 +29,8 @@
 #include "../gemm/epilogue.cuh"
 #include "desc.h"
 
-/* Depth of a step, threads of a block. */
-#define MOEI_BLOCK_DEPTH 32
-#define MOEI_BLOCK_THREADS 128
+/* Depth of a step. */
+#define MOEI_BLOCK_DEPTH 64
 #define MOEI_BLOCK_CHUNKS (MOEI_BLOCK_DEPTH / 16)
 
 /* An operand, or C, with its axis along the strips of blocks and the other one. */
@@ -68,8 +67,16 @@ typedef struct moei_block_chunk {
     uint32_t rows; /* bits: the row chunks that are multiplied with it */
 } moei_block_chunk;
 
+/* Where a tile lies. */
+typedef struct moei_block_where {
+    int32_t row, strip, rows; /* first row in M, its strip, rows that there are */
+    int32_t column, columns;  /* first column among those the strip has, columns that there are */
+    int32_t begin, end;       /* the strip's list */
+} moei_block_where;
+
 /* What the threads of a block share beside the ring. Chunks are 16 rows, columns or depths. */
 typedef struct moei_block_shared {
+    moei_block_where tile;
     moei_block_chunk chunk_x[2 * MOEI_WARP], chunk_y[2 * MOEI_WARP]; /* the next chunks of depth; a
                                                                         warp makes 32 at a time */
     uint64_t x[8], y[16]; /* address parts of the row chunks, column chunks */
@@ -92,13 +99,6 @@ MOE_HOST size_t moei_block_smem(int tm, int tn, int warps_m, int warps_n, int st
     const size_t strips = (size_t)warps_m * (size_t)warps_n * 16 * (size_t)(wide + 8) * 4;
     return ring > strips ? ring : strips;
 }
-
-/* Where a tile lies. */
-typedef struct moei_block_where {
-    int32_t row, strip, rows; /* first row in M, its strip, rows that there are */
-    int32_t column, columns;  /* first column among those the strip has, columns that there are */
-    int32_t begin, end;       /* the strip's list */
-} moei_block_where;
 
 #define MOEI_BLOCK_BAND 16 /* strips of tiles that share the columns they read */
 
@@ -153,8 +153,10 @@ MOE_DEVICE moei_block_entry moei_block_read(const moei_block_args* d, const moei
 MOE_DEVICE void moei_block_test(const moei_block_args* d, const moei_block_where* t, int at,
                                 int before, moei_block_entry* e)
 {
+    const bool last = t->begin + at + 1 == t->end; /* a ragged block is the last one */
     if (t->begin + at >= t->end) return;
     if ((uint32_t)e->block >= (uint32_t)d->others || e->block <= before ||
+        (e->block == d->others - 1 && !last) ||
         (d->packed && (uint32_t)e->info >= (uint32_t)d->max_blocks)) {
         moei_fault_raise(d->fault, MOE_FAULT_BAD_BLOCK, 0, t->begin + at);
         e->block = -1;
@@ -200,9 +202,9 @@ MOE_DEVICE void moei_block_address(const moei_block_args* d, const moei_block_wh
         if (d->sparse_c) {
             p = (uint64_t)(uintptr_t)d->x.base + (uint64_t)(row * step);
             if (d->x.table && there) {
-                const uint64_t strip = moei_block_strip(d, &d->x, row >> d->block_m);
+                const uint64_t strip = (uint64_t)(uintptr_t)d->x.table[row >> d->block_m];
                 p = strip + (uint64_t)((row & ((1 << d->block_m) - 1)) * step);
-                there = strip != 0;
+                there = strip != 0 && strip % 16 == 0; /* a fault only if a block wants it: below */
             }
         } else if (d->c.table && there) {
             there = d->c.table[row >> d->block_m] != 0;
@@ -218,12 +220,16 @@ MOE_DEVICE void moei_block_address(const moei_block_args* d, const moei_block_wh
         if (d->sparse_c) {
             const int at = column >> d->block_other, in = column & ((1 << d->block_other) - 1);
             moei_block_entry e = moei_block_read(d, t, at);
-            const int before = at > 0 && e.block >= 0 ? d->block[t->begin + at - 1] : -1;
+            const bool follows = at > 0 && t->begin + at < t->end;
+            const int before = follows ? d->block[t->begin + at - 1] : -1;
             moei_block_test(d, t, at, before, &e);
             p = (uint64_t)(uintptr_t)d->y.base;
             have = 0;
             if (e.block >= 0 && j * 16 < t->columns) {
                 have = moei_block_rows(d, e.info, tm);
+                for (int i = 0; i < tm / 16 && d->x.table; ++i)
+                    if ((have >> i & 1) && i * 16 < t->rows)
+                        (void)moei_block_strip(d, &d->x, (t->row + i * 16) >> d->block_m);
                 p += (uint64_t)((e.block * ((int64_t)1 << d->block_other) + in) * step);
                 if (d->y.table) {
                     p = moei_block_strip(d, &d->y, e.block);
@@ -254,7 +260,8 @@ MOE_DEVICE void moei_block_chunks(const moei_block_args* d, const moei_block_whe
     if (!d->sparse_c) {
         const int at = depth >> d->block_other, in = depth & ((1 << d->block_other) - 1);
         moei_block_entry e = moei_block_read(d, t, at);
-        if (e.block >= 0) moei_block_test(d, t, at, at > 0 ? d->block[t->begin + at - 1] : -1, &e);
+        const bool follows = at > 0 && t->begin + at < t->end;
+        moei_block_test(d, t, at, follows ? d->block[t->begin + at - 1] : -1, &e);
         x.rows &= moei_block_rows(d, e.info, tm);
         k = e.block * ((int64_t)1 << d->block_other) + in;
         if (e.block < 0) {
@@ -278,7 +285,7 @@ MOE_DEVICE void moei_block_chunks(const moei_block_args* d, const moei_block_whe
 }
 
 /* A thread's part in the copies of one operand, the same in all steps: one piece, 8 elements, of
-   each of width / 32 lines that follow one another. Along K lines are rows, along MN depths; either
+   each of a few lines that follow one another. Along K lines are rows, along MN depths; either
    way the thread's lines lie in one chunk of rows and one chunk of depth, and are `stride` apart. So
    the copies have no branch: only the numbers here say which way the operand lies. */
 typedef struct moei_block_loader {
@@ -296,10 +303,11 @@ typedef struct moei_block_loader {
 /* `width` rows of a tile, of which `here` are there; `chunk` are their address parts. */
 MOE_DEVICE moei_block_loader moei_block_loader_begin(const moei_block_matrix* x,
                                                      const uint64_t* chunk, int depth, int here,
-                                                     const int width)
+                                                     const int width, const int threads)
 {
     const int along = x->major == MOE_MAJOR_K, tid = (int)threadIdx.x;
-    const int pieces = along ? MOEI_BLOCK_DEPTH / 8 : width / 8, lines = width / 32;
+    const int pieces = along ? MOEI_BLOCK_DEPTH / 8 : width / 8,
+              lines = width * MOEI_BLOCK_DEPTH / 8 / threads;
     const int line = tid / pieces * lines, piece = tid % pieces; /* its first line */
     int left;
     moei_block_loader l;
@@ -320,7 +328,7 @@ MOE_DEVICE moei_block_loader moei_block_loader_begin(const moei_block_matrix* x,
 /* Copies one step of an operand into a stage, the thread's part; `c` is the thread's chunk of depth
    of that step. `masked`, a literal: only if its rows want it. */
 MOE_DEVICE void moei_block_copy(const moei_block_loader* l, uint16_t* stage, moei_block_chunk c,
-                                const int width, const int masked)
+                                const int width, const int threads, const int masked)
 {
     const int deep = (c.count - l->first) * l->each;
     int lines = deep < l->lines ? deep : l->lines;
@@ -328,7 +336,7 @@ MOE_DEVICE void moei_block_copy(const moei_block_loader* l, uint16_t* stage, moe
     if (masked && !(c.rows >> l->row & 1)) lines = 0;
     stage += l->to;
     MOEI_UNROLL
-    for (int i = 0; i < width / 32; ++i) {
+    for (int i = 0; i < width * MOEI_BLOCK_DEPTH / 8 / threads; ++i) {
         moei_copy16_async(stage + i * l->ld, (const void*)(uintptr_t)from, i < lines ? 16 : 0);
         from += (uint64_t)l->stride;
     }
@@ -338,12 +346,12 @@ MOE_DEVICE void moei_block_copy(const moei_block_loader* l, uint16_t* stage, moe
    of 8. */
 MOE_DEVICE void moei_block_copy_ragged(const moei_block_matrix* x, uint16_t* stage,
                                        const uint64_t* chunk, const moei_block_chunk* p, int here,
-                                       const int width)
+                                       const int width, const int threads)
 {
     const int along = x->major == MOE_MAJOR_K;
     const int pieces = along ? MOEI_BLOCK_DEPTH / 8 : width / 8;
     MOEI_NO_UNROLL
-    for (int u = (int)threadIdx.x; u < width * MOEI_BLOCK_DEPTH / 8; u += MOEI_BLOCK_THREADS) {
+    for (int u = (int)threadIdx.x; u < width * MOEI_BLOCK_DEPTH / 8; u += threads) {
         const int line = u / pieces, piece = u % pieces * 8;
         const int row = along ? line : piece, k = along ? piece : line; /* first of the piece */
         const moei_block_chunk* c = p + k / 16;
@@ -366,17 +374,17 @@ MOE_DEVICE void moei_block_fill(const moei_block_args* d, const moei_block_where
                                 const moei_block_shared* s, const moei_block_loader* x,
                                 const moei_block_loader* y, moei_block_chunk* x_chunk,
                                 moei_block_chunk* y_chunk, int step, uint16_t* stage,
-                                const int careful, const int tm, const int tn)
+                                const int careful, const int tm, const int tn, const int threads)
 {
     const int first = step * MOEI_BLOCK_CHUNKS % (2 * MOEI_WARP);
     const int next = (step + 1) * MOEI_BLOCK_CHUNKS % (2 * MOEI_WARP);
     uint16_t* stage_y = stage + moei_block_stage(tm);
     if (careful && (x->ragged || y->ragged)) {
-        moei_block_copy_ragged(&d->x, stage, s->x, s->chunk_x + first, t->rows, tm);
-        moei_block_copy_ragged(&d->y, stage_y, s->y, s->chunk_y + first, t->columns, tn);
+        moei_block_copy_ragged(&d->x, stage, s->x, s->chunk_x + first, t->rows, tm, threads);
+        moei_block_copy_ragged(&d->y, stage_y, s->y, s->chunk_y + first, t->columns, tn, threads);
     } else {
-        moei_block_copy(x, stage, *x_chunk, tm, careful);
-        moei_block_copy(y, stage_y, *y_chunk, tn, careful);
+        moei_block_copy(x, stage, *x_chunk, tm, threads, careful);
+        moei_block_copy(y, stage_y, *y_chunk, tn, threads, careful);
         *x_chunk = s->chunk_x[next + x->chunk];
         *y_chunk = s->chunk_y[next + y->chunk];
     }
@@ -435,7 +443,7 @@ MOE_DEVICE void moei_block_address_c(const moei_block_args* d, const moei_block_
             const moei_block_entry e = moei_block_read(d, t, column >> d->block_other);
             at = (e.block * ((int64_t)1 << d->block_other) + in) * step;
             if (d->packed)
-                at = ((int64_t)e.info << (d->block_m + d->block_other)) * bytes + in * step;
+                at = e.info * ((int64_t)bytes << (d->block_m + d->block_other)) + in * step;
         }
         s->y[tid - 32] = (uint64_t)at;
     }
@@ -507,14 +515,17 @@ MOE_DEVICE void moei_block_multiply(const moei_block_args* d, const moei_block_w
                                     const int warps_m, const int warps_n, const int stages,
                                     const int dtype)
 {
-    const int wm = tm / warps_m, wn = tn / warps_n;
+    const int wm = tm / warps_m, wn = tn / warps_n, threads = warps_m * warps_n * 32;
     const int x_elems = moei_block_stage(tm), elems = x_elems + moei_block_stage(tn);
     const int warp_m = moei_warp() % warps_m, warp_n = moei_warp() / warps_m;
+    const int half = MOEI_WARP / MOEI_BLOCK_CHUNKS; /* steps */
     const int x_major = d->x.major, y_major = d->y.major, deep = MOEI_BLOCK_DEPTH + 8;
     const int lane_x = moei_mma_lane_a(x_major == MOE_MAJOR_K ? deep : tm + 8, x_major);
     const int lane_y = moei_mma_lane_b(y_major == MOE_MAJOR_K ? deep : tn + 8, y_major);
-    const moei_block_loader load_x = moei_block_loader_begin(&d->x, s->x, d->k, t->rows, tm);
-    const moei_block_loader load_y = moei_block_loader_begin(&d->y, s->y, d->k, t->columns, tn);
+    const moei_block_loader load_x =
+        moei_block_loader_begin(&d->x, s->x, d->k, t->rows, tm, threads);
+    const moei_block_loader load_y =
+        moei_block_loader_begin(&d->y, s->y, d->k, t->columns, tn, threads);
     const uint16_t* my_x = ring + warp_m * wm * (x_major == MOE_MAJOR_K ? deep : 1);
     const uint16_t* my_y = ring + x_elems + warp_n * wn * (y_major == MOE_MAJOR_K ? deep : 1);
     uint32_t fixed = 0;                /* bit j * 4 + i: the warp's piece (i, j) of C is wanted */
@@ -530,48 +541,59 @@ MOE_DEVICE void moei_block_multiply(const moei_block_args* d, const moei_block_w
     y_chunk = s->chunk_y[load_y.chunk];
     for (int i = 0; i < stages - 1; ++i)
         moei_block_fill(d, t, s, &load_x, &load_y, &x_chunk, &y_chunk, i, ring + i * elems, careful,
-                        tm, tn);
-    moei_copy_wait(stages - 2);
-    __syncthreads();
-    moei_block_fragments(a[0], b[0], my_x, my_y, lane_x, lane_y, 0, tm, tn, wm, wn, dtype, x_major,
-                         y_major);
+                        tm, tn, threads);
+    if (!careful) {
+        moei_copy_wait(stages - 2);
+        __syncthreads();
+        moei_block_fragments(a[0], b[0], my_x, my_y, lane_x, lane_y, 0, tm, tn, wm, wn, dtype,
+                             x_major, y_major);
+    }
     for (int step = 0, slot = 0; step < steps; ++step) {
         const int next = slot + 1 == stages ? 0 : slot + 1;
-        /* 16 steps use up half of the chunks made: a warp makes the next half */
-        if (step % 16 == 0 && step > 0 &&
-            moei_warp() == step / 16 % (MOEI_BLOCK_THREADS / MOEI_WARP))
-            moei_block_chunks(d, t, s, (step / 16 + 1) * MOEI_WARP, tm);
+        uint16_t* refill = ring + (slot == 0 ? stages - 1 : slot - 1) * elems;
+        if (careful) {
+            moei_copy_wait(stages - 2);
+            __syncthreads();
+        }
+        /* each half of the chunks made is used up in turn: a warp makes the next */
+        if (step % half == 0 && step > 0 && moei_warp() == step / half % (threads / MOEI_WARP))
+            moei_block_chunks(d, t, s, (step / half + 1) * MOEI_WARP, tm);
+        if (careful)
+            moei_block_fill(d, t, s, &load_x, &load_y, &x_chunk, &y_chunk, step + stages - 1,
+                            refill, careful, tm, tn, threads);
         MOEI_UNROLL
-        for (int c = 0; c < MOEI_BLOCK_CHUNKS; ++c) { /* no branch from here on: one run of products
-                                                         with all else that is to do among them */
-            const int last = c == MOEI_BLOCK_CHUNKS - 1, at = (last ? next : slot) * elems;
-            uint32_t live = 0;
-            if (careful)
-                live = fixed & (s->chunk_x[(step * MOEI_BLOCK_CHUNKS + c) % (2 * MOEI_WARP)].rows >>
-                                    warp_m * (wm / 16) &
-                                ((1u << (wm / 16)) - 1)) *
-                                   0x1111u;
-            if (last) {
-                moei_copy_wait(stages - 2);
-                __syncthreads();
-            }
-            moei_block_fragments(a[!(c & 1)], b[!(c & 1)], my_x + at, my_y + at, lane_x, lane_y,
-                                 last ? 0 : c * 16 + 16, tm, tn, wm, wn, dtype, x_major, y_major);
-            if (c == 0)
-                moei_block_fill(d, t, s, &load_x, &load_y, &x_chunk, &y_chunk, step + stages - 1,
-                                ring + (slot == 0 ? stages - 1 : slot - 1) * elems, careful, tm,
-                                tn);
-            if (!careful) {
+        for (int c = 0; c < MOEI_BLOCK_CHUNKS; ++c) {
+            if (!careful) { /* no branch from here on: one run of products, with all else that is to
+                               do among them; the next pieces are read while these are multiplied */
+                const int last = c == MOEI_BLOCK_CHUNKS - 1, at = (last ? next : slot) * elems;
+                if (last) {
+                    moei_copy_wait(stages - 2);
+                    __syncthreads();
+                }
+                moei_block_fragments(a[!(c & 1)], b[!(c & 1)], my_x + at, my_y + at, lane_x, lane_y,
+                                     last ? 0 : c * 16 + 16, tm, tn, wm, wn, dtype, x_major,
+                                     y_major);
+                if (c == 0)
+                    moei_block_fill(d, t, s, &load_x, &load_y, &x_chunk, &y_chunk,
+                                    step + stages - 1, refill, careful, tm, tn, threads);
                 MOEI_UNROLL
                 for (int i = 0; i < wm / 16; ++i) MOEI_UNROLL
                 for (int j = 0; j < wn / 16; ++j)
                     moei_mma(&acc[i][j], &a[c & 1][i], &b[c & 1][j], dtype);
-            } else if (live) {
-                MOEI_UNROLL
-                for (int i = 0; i < wm / 16; ++i) MOEI_UNROLL
-                for (int j = 0; j < wn / 16; ++j)
-                    moei_mma_if(&acc[i][j], &a[c & 1][i], &b[c & 1][j], dtype,
-                                (int)(live & (1u << (j * 4 + i))));
+            } else {
+                const int number = (step * MOEI_BLOCK_CHUNKS + c) % (2 * MOEI_WARP);
+                const uint32_t rows = s->chunk_x[number].rows >> warp_m * (wm / 16);
+                const uint32_t live = fixed & (rows & ((1u << (wm / 16)) - 1)) * 0x1111u;
+                if (live) {
+                    moei_block_fragments(a[0], b[0], my_x + slot * elems, my_y + slot * elems,
+                                         lane_x, lane_y, c * 16, tm, tn, wm, wn, dtype, x_major,
+                                         y_major);
+                    MOEI_UNROLL
+                    for (int i = 0; i < wm / 16; ++i) MOEI_UNROLL
+                    for (int j = 0; j < wn / 16; ++j)
+                        moei_mma_if(&acc[i][j], &a[0][i], &b[0][j], dtype,
+                                    (int)(live & (1u << (j * 4 + i))));
+                }
             }
         }
         slot = next;
@@ -585,40 +607,43 @@ MOE_DEVICE_BODY void moei_block_tile(const moei_block_args* d, unsigned char* sh
                                      const int dtype)
 {
     const int wm = tm / warps_m, wn = tn / warps_n;
-    const moei_block_where t = moei_block_find(d, (int)blockIdx.x, tm, tn);
+    const moei_block_where* t = &s->tile; /* there, so that it takes no registers */
     int steps;
     moei_mma_c acc[4][4];
 
-    if (t.columns <= 0) return;
-    if (threadIdx.x == 0) s->rows = s->columns = 0;
+    if (threadIdx.x == 0) {
+        s->tile = moei_block_find(d, (int)blockIdx.x, tm, tn);
+        s->rows = s->columns = 0;
+    }
     __syncthreads();
-    moei_block_address(d, &t, s, tm, tn);
+    if (t->columns <= 0) return;
+    moei_block_address(d, t, s, tm, tn);
     __syncthreads();
     if (s->rows == 0) return;
-    steps = d->sparse_c ? d->k : (t.end - t.begin) << d->block_other;
+    steps = d->sparse_c ? d->k : (t->end - t->begin) << d->block_other;
     steps = (steps + MOEI_BLOCK_DEPTH - 1) / MOEI_BLOCK_DEPTH;
-    if (moei_warp() < 2) moei_block_chunks(d, &t, s, moei_warp() * MOEI_WARP, tm);
+    if (moei_warp() < 2) moei_block_chunks(d, t, s, moei_warp() * MOEI_WARP, tm);
     __syncthreads();
     MOEI_UNROLL
     for (int i = 0; i < wm / 16; ++i) MOEI_UNROLL
     for (int j = 0; j < wn / 16; ++j) moei_mma_zero(&acc[i][j]);
-    if (moei_block_careful(d, &t, s))
-        moei_block_multiply(d, &t, s, (uint16_t*)shared, acc, steps, 1, tm, tn, warps_m, warps_n,
+    if (moei_block_careful(d, t, s))
+        moei_block_multiply(d, t, s, (uint16_t*)shared, acc, steps, 1, tm, tn, warps_m, warps_n,
                             stages, dtype);
     else
-        moei_block_multiply(d, &t, s, (uint16_t*)shared, acc, steps, 0, tm, tn, warps_m, warps_n,
+        moei_block_multiply(d, t, s, (uint16_t*)shared, acc, steps, 0, tm, tn, warps_m, warps_n,
                             stages, dtype);
     moei_copy_wait(0);
     __syncthreads();
-    moei_block_address_c(d, &t, s, tm, tn);
+    moei_block_address_c(d, t, s, tm, tn);
     __syncthreads();
     {
         const int wide = wm > wn ? wm : wn;
         const int warp_m = moei_warp() % warps_m, warp_n = moei_warp() / warps_m;
         float* strip = (float*)shared + moei_warp() * 16 * (wide + 8);
         if (d->c.major == MOE_MAJOR_MN)
-            moei_block_store(d, &t, s, acc, strip, warp_m, warp_n, wm, wn, 1);
-        else moei_block_store(d, &t, s, acc, strip, warp_m, warp_n, wm, wn, 0);
+            moei_block_store(d, t, s, acc, strip, warp_m, warp_n, wm, wn, 1);
+        else moei_block_store(d, t, s, acc, strip, warp_m, warp_n, wm, wn, 0);
     }
 }
 

@@ -112,7 +112,7 @@ static void show_run(const char* what, double ms, double flops, double dense)
 int main(int argc, char** argv)
 {
     static const char* const ops[] = {"", "sdd, C sparse", "dsd, A sparse", "dds, B sparse"};
-    static const char* const tiles[] = {"by rule", "128x128", "64x256", "32x256", "64x64"};
+    static const char* const tiles[] = {"by rule", "128x256", "64x256", "32x256", "64x64"};
     const options o = parse_options(argc, argv);
     const char *file = o.file, *kind;
     picture p = {1, 1, picture_dots};

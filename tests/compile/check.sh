@@ -10,8 +10,8 @@
 #   front-cxx20      so for sm_90a alone, as C++20
 #   program          a whole .cu, so for sm_80, sm_90a and the newest
 #
-# Headers are included alone and twice. gemm/grouped.cuh is compiled with all its kernels, whatever
-# includes it without them: they are most of the work.
+# Headers are included alone and twice. gemm/grouped.cuh and block_sparse.cuh are compiled with all
+# their kernels, whatever includes them without: they are most of the work.
 set -euo pipefail
 kind=$1 file=$2 dir=$3 compiler=$4
 root=$(cd "$(dirname "$0")/../.." && pwd)
@@ -24,6 +24,8 @@ write() { local name=$1; shift; printf '%s\n' "$@" > "$name"; }
 twice=("#include \"$file\"" "#include \"$file\"")
 no_gemm='#define MOE_GEMM_VARIANT_LIST(X, ...)'
 if [ "$file" = moe/gemm/grouped.cuh ]; then no_gemm=; fi
+no_block='#define MOE_BLOCK_SPARSE_DTYPE_LIST(X)'
+if [ "$file" = moe/block_sparse.cuh ]; then no_block=; fi
 strict=(-Wall -Wextra -Werror "-I$root" -fsyntax-only)
 
 case $kind in
@@ -40,13 +42,13 @@ esac
 
 newest=$("$compiler" --list-gpu-arch | sed 's/compute_//' | sort -n | tail -1)
 targets="75 80 90a $newest" std=c++14 flags=(-G) code=compute
-write alone.cu "$no_gemm" "${twice[@]}"
+write alone.cu "$no_gemm" "$no_block" "${twice[@]}"
 case $kind in
 nvcc) code=sm flags=(-Xptxas -warn-spills,-warn-lmem-usage,-Werror) ;;
 nvcc-front) ;;
 front-cxx17) targets=90a std=c++17 flags+=(--use_fast_math) ;;
 front-cxx20) targets=90a std=c++20 ;;
-program) targets="80 90a $newest"; write alone.cu "$no_gemm" "#include \"$file\"" ;;
+program) targets="80 90a $newest"; write alone.cu "$no_gemm" "$no_block" "#include \"$file\"" ;;
 *) echo "check.sh: no such kind: $kind" >&2; exit 2 ;;
 esac
 for t in $targets; do flags+=(-gencode "arch=compute_$t,code=${code}_$t"); done

@@ -15,6 +15,7 @@ cat > trimmed.cu << 'END'
 #define MOE_GATE_LIST(X) X(128, 8, 4, 32)
 #define MOE_GATE_RULES_LIST(X)
 #define MOE_GEMM_VARIANT_LIST(X, ...) X(bf16_kk, MOE_BF16, MOE_MAJOR_K, MOE_MAJOR_K, __VA_ARGS__)
+#define MOE_BLOCK_SPARSE_DTYPE_LIST(X) X(bf16, MOE_BF16)
 #include "moe/moe.cuh"
 END
 

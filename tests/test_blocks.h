@@ -1,0 +1,294 @@
+/* test_blocks.h: masks of blocks in all their forms, and matrices strided, packed or in pieces
+   behind a table. test_product.h makes block-sparse products of them. Included after test.h. */
+#ifndef MOE_TESTS_TEST_BLOCKS_H
+#define MOE_TESTS_TEST_BLOCKS_H
+
+#include "moe/block_sparse/desc.h"
+#include "moe/ref/block_sparse.h"
+
+#define TMATRIX_MOST 24 /* pieces of a matrix */
+
+enum { TFORM_BYTES, TFORM_BITS, TFORM_LIST };
+enum {
+    TPATTERN_RANDOM,
+    TPATTERN_EMPTY,
+    TPATTERN_FULL,
+    TPATTERN_ONE,
+    TPATTERN_LAST,
+    TPATTERN_DIAGONAL
+};
+/* Normal numbers; whole ones, -2 .. 2; whole ones without 0. */
+enum { TDRAW_NORMAL, TDRAW_INT, TDRAW_NONZERO };
+
+/* ------------------------------------------------------------------ masks */
+
+typedef struct tmask {
+    int rows, columns, block_rows, block_columns, RB, CB;
+    int count, max_blocks;
+    uint8_t* there;  /* [RB, CB] */
+    int32_t* number; /* [RB, CB] in row order, -1: masked out */
+    int32_t *row_offset, *column_index, *column_offset, *row_index, *position; /* host copies */
+    tbuf d_bytes, d_bits, d_row_offset, d_column_index, d_column_offset, d_row_index, d_position;
+} tmask;
+
+/* Puts all forms of `there` on the device. What is there is any byte but 0; bits past the last
+   column are noise; list entries past the last block are -1. */
+MOEI_UNUSED static void tmask_put(tmask* t, trand* r)
+{
+    const int words = (t->CB + 31) / 32;
+    uint8_t* bytes = (uint8_t*)test_host(t->RB * t->CB);
+    uint32_t* bits = (uint32_t*)test_host(t->RB * words * 4);
+    moe_ref_block_bits(t->there, t->RB, t->CB, bits);
+    t->count = (int)moe_ref_block_numbers(t->there, t->RB, t->CB, t->number);
+    memset(t->column_index, 0xff, (size_t)t->max_blocks * 4);
+    memset(t->row_index, 0xff, (size_t)t->max_blocks * 4);
+    memset(t->position, 0xff, (size_t)t->max_blocks * 4);
+    (void)moe_ref_block_list(t->there, t->RB, t->CB, t->row_offset, t->column_index,
+                             t->column_offset, t->row_index, t->position);
+    for (int i = 0; i < t->RB * t->CB; ++i)
+        bytes[i] = t->there[i] ? (uint8_t)trand_int(r, 1, 255) : 0;
+    for (int i = 0; i < t->RB && t->CB % 32; ++i)
+        bits[i * words + words - 1] |= (uint32_t)trand_bits(r) << (t->CB % 32);
+    tbuf_put(&t->d_bytes, bytes);
+    tbuf_put(&t->d_bits, bits);
+    tbuf_put(&t->d_row_offset, t->row_offset);
+    tbuf_put(&t->d_column_index, t->column_index);
+    tbuf_put(&t->d_column_offset, t->column_offset);
+    tbuf_put(&t->d_row_index, t->row_index);
+    tbuf_put(&t->d_position, t->position);
+    free(bytes);
+    free(bits);
+}
+
+/* percent: of the blocks, where they are random. */
+MOEI_UNUSED static void tmask_draw(tmask* t, int pattern, int percent, trand* r)
+{
+    const int n = t->RB * t->CB, one = n > 0 ? (int)trand_int(r, 0, n - 1) : 0;
+    for (int i = 0; i < n; ++i) {
+        const int row = i / t->CB, column = i % t->CB;
+        const int most = t->RB > t->CB ? t->RB : t->CB;
+        t->there[i] = pattern == TPATTERN_RANDOM     ? trand_int(r, 0, 99) < percent
+                      : pattern == TPATTERN_FULL     ? 1
+                      : pattern == TPATTERN_ONE      ? i == one
+                      : pattern == TPATTERN_LAST     ? i == n - 1
+                      : pattern == TPATTERN_DIAGONAL ? row * most / t->RB == column * most / t->CB
+                                                     : 0;
+    }
+}
+
+/* room: for how many blocks the list has room; 0: as many as there are, -1: all that may be. */
+MOEI_UNUSED static void tmask_new(tmask* t, int rows, int columns, int block_rows,
+                                  int block_columns, int pattern, int percent, int room, trand* r)
+{
+    int all, count = 0;
+    memset(t, 0, sizeof *t);
+    t->rows = rows;
+    t->columns = columns;
+    t->block_rows = block_rows;
+    t->block_columns = block_columns;
+    t->RB = moe_num_blocks(rows, block_rows);
+    t->CB = moe_num_blocks(columns, block_columns);
+    all = t->RB * t->CB;
+    t->there = (uint8_t*)test_host(all);
+    t->number = (int32_t*)test_host(all * 4);
+    tmask_draw(t, pattern, percent, r);
+    for (int i = 0; i < all; ++i) count += t->there[i];
+    t->max_blocks = room < 0 ? all : count + room;
+    t->row_offset = (int32_t*)test_host(t->RB * 4 + 4);
+    t->column_offset = (int32_t*)test_host(t->CB * 4 + 4);
+    t->column_index = (int32_t*)test_host(t->max_blocks * 4);
+    t->row_index = (int32_t*)test_host(t->max_blocks * 4);
+    t->position = (int32_t*)test_host(t->max_blocks * 4);
+    t->d_bytes = tbuf_new("mask bytes", (size_t)all, 1);
+    t->d_bits = tbuf_new("mask bits", (size_t)(t->RB * ((t->CB + 31) / 32)) * 4, 4);
+    t->d_row_offset = tbuf_new("row_offset", (size_t)t->RB * 4 + 4, 4);
+    t->d_column_offset = tbuf_new("column_offset", (size_t)t->CB * 4 + 4, 4);
+    t->d_column_index = tbuf_new("column_index", (size_t)t->max_blocks * 4, 4);
+    t->d_row_index = tbuf_new("row_index", (size_t)t->max_blocks * 4, 4);
+    t->d_position = tbuf_new("position", (size_t)t->max_blocks * 4, 4);
+    tmask_put(t, r);
+}
+
+MOEI_UNUSED static void tmask_free(tmask* t)
+{
+    tbuf_free(&t->d_bytes);
+    tbuf_free(&t->d_bits);
+    tbuf_free(&t->d_row_offset);
+    tbuf_free(&t->d_column_index);
+    tbuf_free(&t->d_column_offset);
+    tbuf_free(&t->d_row_index);
+    tbuf_free(&t->d_position);
+    free(t->there);
+    free(t->number);
+    free(t->row_offset);
+    free(t->column_index);
+    free(t->column_offset);
+    free(t->row_index);
+    free(t->position);
+}
+
+/* by_column: the list has its column order too; position: and the numbers of its blocks. */
+MOEI_UNUSED static moe_block_mask tmask_view(const tmask* t, int form, int by_column, int position)
+{
+    moe_block_mask m;
+    memset(&m, 0, sizeof m);
+    m.rows = t->rows;
+    m.columns = t->columns;
+    m.block_rows = t->block_rows;
+    m.block_columns = t->block_columns;
+    if (form == TFORM_BYTES) m.bytes = (const uint8_t*)t->d_bytes.p;
+    if (form == TFORM_BITS) m.bits = (const uint32_t*)t->d_bits.p;
+    if (form == TFORM_LIST) {
+        m.row_offset = (const int32_t*)t->d_row_offset.p;
+        m.column_index = (const int32_t*)t->d_column_index.p;
+        m.max_blocks = t->max_blocks;
+    }
+    if (form == TFORM_LIST && by_column) {
+        m.column_offset = (const int32_t*)t->d_column_offset.p;
+        m.row_index = (const int32_t*)t->d_row_index.p;
+    }
+    if (form == TFORM_LIST && by_column && position) m.position = (const int32_t*)t->d_position.p;
+    return m;
+}
+
+/* Is anything in block row i, or with by_column in block column i? */
+MOEI_UNUSED static int tmask_any(const tmask* t, int i, int by_column)
+{
+    int any = 0;
+    for (int j = 0; j < (by_column ? t->RB : t->CB); ++j)
+        any |= t->there[by_column ? j * t->CB + i : i * t->CB + j];
+    return any;
+}
+
+/* ------------------------------------------------------------------ matrices */
+
+/* A matrix as it lies. Whatever is no element of it is NaN: gaps between rows, masked-out
+   blocks. */
+typedef struct tmatrix {
+    int rows, columns, dtype;
+    int64_t stride;       /* elements between rows; 0: packed */
+    const tmask* mask;    /* of the sparse one; else null */
+    int strip, by_column; /* pieces of `strip` rows or columns each; 0: in one piece */
+    int parts;
+    tbuf part[TMATRIX_MOST], table; /* device; a null piece has no buffer */
+    void* host[TMATRIX_MOST];       /* what was put there */
+} tmatrix;
+
+/* Where element (i, j) stands in its part; -1: nowhere. */
+MOEI_UNUSED static int64_t tmatrix_at(const tmatrix* t, int i, int j, int* part)
+{
+    *part = !t->strip ? 0 : (t->by_column ? j : i) / t->strip;
+    if (t->mask)
+        return moe_ref_block_where(t->mask->number, t->mask->CB, t->mask->block_rows,
+                                   t->mask->block_columns, t->stride, i, j);
+    if (!t->host[*part]) return -1;
+    if (t->strip && t->by_column) j %= t->strip;
+    else if (t->strip) i %= t->strip;
+    return i * t->stride + j;
+}
+
+typedef struct tmatrix_want {
+    const char* name;
+    int rows, columns, dtype, pad;
+    const tmask* mask; /* of the sparse one */
+    int packed;
+    int strip, by_column;
+    int narrow;            /* 1: pieces by column have rows no further apart than they need */
+    const uint8_t* wanted; /* of pieces: 0: the entry is null; or null, all are there */
+} tmatrix_want;
+
+MOEI_UNUSED static void tmatrix_new(tmatrix* t, const tmatrix_want* w)
+{
+    const int elem = moe_dtype_bytes(w->dtype), along = w->by_column ? w->columns : w->rows;
+    const int across =
+        w->strip && w->by_column && w->narrow && w->strip < w->columns ? w->strip : w->columns;
+    memset(t, 0, sizeof *t);
+    t->rows = w->rows;
+    t->columns = w->columns;
+    t->dtype = w->dtype;
+    t->mask = w->mask;
+    t->strip = w->strip;
+    t->by_column = w->by_column;
+    t->stride = w->packed ? 0 : (across + 7) / 8 * 8 + w->pad;
+    t->parts = w->strip ? moe_num_blocks(along, w->strip) : 1;
+    if (t->parts > TMATRIX_MOST) {
+        printf("%d pieces are too many\n", t->parts);
+        exit(1);
+    }
+    for (int s = 0; s < t->parts; ++s) {
+        const int left = along - s * w->strip, here = left < w->strip ? left : w->strip;
+        const int rows = w->strip && !w->by_column ? here : w->rows;
+        const int columns = w->strip && w->by_column ? here : w->columns;
+        size_t bytes = (size_t)moei_extent(rows, t->stride, columns, w->dtype);
+        if (w->packed)
+            bytes = (size_t)elem * (size_t)w->mask->max_blocks *
+                    (size_t)(w->mask->block_rows * w->mask->block_columns);
+        if (w->wanted && !w->wanted[s]) continue;
+        t->part[s] = tbuf_new(w->name, bytes, 16 * (size_t)(s % 3));
+        t->host[s] = test_host((int64_t)bytes);
+    }
+    if (w->strip) {
+        void* address[TMATRIX_MOST];
+        for (int s = 0; s < t->parts; ++s) address[s] = t->part[s].p;
+        t->table = tbuf_from("table", address, (size_t)t->parts * sizeof(void*), 8);
+    }
+}
+
+MOEI_UNUSED static void tmatrix_free(tmatrix* t)
+{
+    for (int s = 0; s < t->parts; ++s) {
+        if (t->host[s]) tbuf_free(&t->part[s]);
+        free(t->host[s]);
+    }
+    if (t->strip) tbuf_free(&t->table);
+}
+
+MOEI_UNUSED static void tmatrix_put(tmatrix* t)
+{
+    for (int s = 0; s < t->parts; ++s)
+        if (t->host[s]) tbuf_put(&t->part[s], t->host[s]);
+}
+
+MOEI_UNUSED static void tmatrix_poison(tmatrix* t)
+{
+    for (int s = 0; s < t->parts; ++s)
+        if (t->host[s]) tbuf_poison(&t->part[s]);
+}
+
+/* Draws the elements and puts them on the device. */
+MOEI_UNUSED static void tmatrix_fill(tmatrix* t, int draw, float scale, trand* r)
+{
+    for (int i = 0; i < t->rows; ++i)
+        for (int j = 0; j < t->columns; ++j) {
+            int part;
+            const int64_t at = tmatrix_at(t, i, j, &part);
+            const int whole = (int)trand_int(r, -2, 2);
+            float v = draw == TDRAW_NORMAL ? trand_normal(r) * scale : (float)whole;
+            if (draw == TDRAW_NONZERO && whole == 0) v = 1;
+            if (at >= 0) moe_store(t->host[part], at, t->dtype, v);
+        }
+    tmatrix_put(t);
+}
+
+/* Sets the elements of rows, or with by_column of columns, begin .. end to v. */
+MOEI_UNUSED static void tmatrix_set(tmatrix* t, int by_column, int begin, int end, float v)
+{
+    for (int i = by_column ? 0 : begin; i < (by_column ? t->rows : end) && i < t->rows; ++i)
+        for (int j = by_column ? begin : 0; j < (by_column ? end : t->columns) && j < t->columns;
+             ++j) {
+            int part;
+            const int64_t at = tmatrix_at(t, i, j, &part);
+            if (at >= 0) moe_store(t->host[part], at, t->dtype, v);
+        }
+}
+
+/* Does the device still hold what was put there; with `poison`, the poison? */
+MOEI_UNUSED static int tmatrix_same(const tmatrix* t, int poison)
+{
+    int same = 1;
+    for (int s = 0; s < t->parts; ++s)
+        if (t->host[s]) same &= tbuf_holds(&t->part[s], poison ? (const void*)0 : t->host[s]);
+    return same;
+}
+
+#endif

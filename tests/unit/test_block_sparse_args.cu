@@ -1,0 +1,417 @@
+/* test_block_sparse_args.cu: what the block-sparse product refuses, and what it does with lists and
+   tables that make no sense.
+
+     nvcc -I. -arch=sm_90a tests/unit/test_block_sparse_args.cu -o test_block_sparse_args
+     g++ -x c++ -std=c++14 -O2 -I. tests/unit/test_block_sparse_args.cu -o test_block_sparse_args */
+#include "tests/test.h"
+#include "tests/test_product.h"
+
+/* ------------------------------------------------------------------ bad lists */
+
+/* Everything C holds is a finite number where C is, or the poison; nothing else is written. */
+static void check_in_bounds(const tproduct* p, const char* what)
+{
+    const tmatrix* t = &p->c;
+    const int elem = moe_dtype_bytes(p->w.c_dtype);
+    int64_t strays = 0;
+    char* all = (char*)tbuf_copy(&t->part[0]);
+    if (!t->stride) { /* packed: any byte is some block's; the canaries show what is outside */
+        free(all);
+        return;
+    }
+    for (int i = 0; i < t->rows; ++i)
+        memset(all + i * t->stride * elem, 0xff, (size_t)(t->columns * elem));
+    strays = test_strays(all, (int64_t)t->part[0].bytes, 1, (int64_t)t->part[0].bytes, 0, 0, 0);
+    CHECK(strays == 0, "%s: %lld bytes beside C, %s", what, (long long)strays,
+          tproduct_text(&p->w));
+    free(all);
+}
+
+/* With a list spoilt like that: the fault says so, the call ends, nothing outside C is touched; the
+   same without a fault word; and later calls with the word do nothing. */
+static void check_bad_list(tproduct* p, const char* what)
+{
+    const moe_fault none = {MOE_FAULT_NONE, 0, 0};
+    moe_fault f = none;
+    uint64_t word = 0;
+    tbuf_put(&p->fault, &word);
+    tmatrix_poison(&p->c);
+    CHECK_STATUS(moe_block_sparse(&p->d, test_now.stream), MOE_OK);
+    f = moe_fault_decode(tfault_word(&p->fault));
+    CHECK(f.code == MOE_FAULT_BAD_BLOCK && f.rank == 0, "%s: fault \"%s\" at %lld: %s", what,
+          moe_fault_text(f.code), (long long)f.index, tproduct_text(&p->w));
+    check_in_bounds(p, what);
+    CHECK(tproduct_inputs_same(p), "%s: an input was written", what);
+    tmatrix_poison(&p->c);
+    CHECK_STATUS(moe_block_sparse(&p->d, test_now.stream), MOE_OK);
+    CHECK(tmatrix_same(&p->c, 1), "%s: a later call with the word wrote: %s", what,
+          tproduct_text(&p->w));
+    p->d.fault = 0;
+    CHECK_STATUS(moe_block_sparse(&p->d, test_now.stream), MOE_OK);
+    check_in_bounds(p, what);
+    p->d.fault = (uint64_t*)p->fault.p;
+}
+
+/* Entries out of range, twice the same, not ascending; offsets that decrease, or pass the end; in
+   the order that the operation walks. Numbers of blocks out of range. */
+static void test_block_bad_lists(void)
+{
+    static const int ops[] = {MOE_BLOCK_SDD, MOE_BLOCK_DSD, MOE_BLOCK_DDS};
+    trand r = trand_new(1);
+    for (int i = 0; i < 3 * 4 * (MOE_ON_HOST ? 2 : 12); ++i) {
+        tproduct_want w = tproduct_normal(ops[i % 3], 100, 90, 110);
+        tproduct p;
+        tproduct_randomise(&w, &r);
+        w.a_transposed = i / 3 % 2;
+        w.b_transposed = i / 6 % 2;
+        w.block_rows = 16 << trand_int(&r, 0, 1);
+        w.block_columns = 16 << trand_int(&r, 0, 1);
+        w.percent = 70;
+        w.form = TFORM_LIST;
+        w.packed = (int)trand_int(&r, 0, 1);
+        w.zero_masked = 0;
+        w.dtype = w.c_dtype = tproduct_half();
+        w.by_column = (int)trand_int(&r, 0, 1); /* then sdd may walk either order */
+        tproduct_new(&p, &w, &r);
+        if (tproduct_launch(&p)) {
+            tmask* t = &p.mask;
+            const int by_column = moei_block_by_column(&p.d), lines = by_column ? t->CB : t->RB;
+            const int others = by_column ? t->RB : t->CB;
+            int32_t* offset = by_column ? t->column_offset : t->row_offset;
+            int32_t* index = by_column ? t->row_index : t->column_index;
+            tbuf* d_offset = by_column ? &t->d_column_offset : &t->d_row_offset;
+            tbuf* d_index = by_column ? &t->d_row_index : &t->d_column_index;
+            tproduct_compare(&p); /* what is spoilt below was right */
+            for (int how = 0; how < 11; ++how) {
+                static const char* const name[] = {
+                    "past the last",   "far past it",       "negative",   "far negative",
+                    "twice",           "not ascending",     "decreasing", "past the room",
+                    "negative offset", "far past the room", "number"};
+                int line = (int)trand_int(&r, 0, lines - 1), at, saved[2];
+                int32_t* spoilt = index;
+                tbuf* d_spoilt = d_index;
+                for (int l = 0; l < lines && offset[line + 1] - offset[line] < 2; ++l)
+                    line = (line + 1) % lines;
+                if (offset[line + 1] - offset[line] < 2) break; /* no two in any line */
+                at = (int)trand_int(&r, offset[line] + 1, offset[line + 1] - 1);
+                if (how >= 6) spoilt = offset, d_spoilt = d_offset, at = line + 1;
+                if (how == 10) spoilt = t->position, d_spoilt = &t->d_position, at = offset[line];
+                if (how == 10 && (!by_column || !w.packed)) continue; /* nobody reads them */
+                saved[0] = spoilt[at];
+                saved[1] = spoilt[at - (at > 0)];
+                if (how == 0) spoilt[at] = others;
+                if (how == 1) spoilt[at] = INT32_MAX;
+                if (how == 2) spoilt[at] = -1;
+                if (how == 3) spoilt[at] = INT32_MIN;
+                if (how == 4) spoilt[at] = spoilt[at - 1];
+                if (how == 5) spoilt[at] = saved[1], spoilt[at - 1] = saved[0];
+                if (how == 6) spoilt[at] = offset[line] - 1;
+                if (how == 7) spoilt[at] = t->max_blocks + 1;
+                if (how == 8) spoilt[at] = -1;
+                if (how == 9) spoilt[at] = INT32_MAX;
+                if (how == 10) spoilt[at] = trand_int(&r, 0, 1) ? -1 : t->max_blocks;
+                tbuf_put(d_spoilt, spoilt);
+                check_bad_list(&p, name[how]);
+                spoilt[at - (at > 0)] = saved[1];
+                spoilt[at] = saved[0];
+                tbuf_put(d_spoilt, spoilt);
+            }
+            {
+                const uint64_t word = 0;
+                tbuf_put(&p.fault, &word);
+                tmatrix_poison(&p.c);
+                CHECK_STATUS(moe_block_sparse(&p.d, test_now.stream), MOE_OK);
+                tproduct_compare(&p); /* and it is right again */
+            }
+        }
+        tproduct_free(&p);
+    }
+}
+
+/* A piece of A or B that a block wants must have an address, 16-byte aligned. */
+static void test_block_bad_tables(void)
+{
+    static const int ops[] = {MOE_BLOCK_SDD, MOE_BLOCK_SDD, MOE_BLOCK_DSD, MOE_BLOCK_DDS};
+    trand r = trand_new(2);
+    for (int i = 0; i < 4 * 4; ++i) {
+        const int of_a = i % 4 == 0 || i % 4 == 3;
+        tproduct_want w = tproduct_normal(ops[i % 4], 100, 90, 110);
+        tproduct p;
+        tproduct_randomise(&w, &r);
+        w.pattern = TPATTERN_FULL;
+        w.dtype = w.c_dtype = tproduct_half();
+        w.tile = MOE_BLOCK_TILE_AUTO;
+        w.a_table = of_a;
+        w.b_table = !of_a;
+        tproduct_new(&p, &w, &r);
+        if (tproduct_launch(&p)) {
+            tmatrix* t = of_a ? &p.a : &p.b;
+            char* address[TMATRIX_MOST];
+            const int at = (int)trand_int(&r, 0, t->parts - 1);
+            moe_fault f;
+            tproduct_compare(&p);
+            tbuf_get(&t->table, address);
+            address[at] = i / 4 % 2 ? address[at] + 8 : (char*)0;
+            tbuf_put(&t->table, address);
+            tmatrix_poison(&p.c);
+            CHECK_STATUS(moe_block_sparse(&p.d, test_now.stream), MOE_OK);
+            f = moe_fault_decode(tfault_word(&p.fault));
+            CHECK(f.code == MOE_FAULT_BAD_TABLE && f.index == at,
+                  "fault \"%s\" at %lld, not %d: %s", moe_fault_text(f.code), (long long)f.index,
+                  at, tproduct_text(&w));
+            check_in_bounds(&p, "table");
+            tmatrix_poison(&p.c);
+            CHECK_STATUS(moe_block_sparse(&p.d, test_now.stream), MOE_OK);
+            CHECK(tmatrix_same(&p.c, 1), "a later call with the word wrote");
+        }
+        tproduct_free(&p);
+    }
+}
+
+/* A stop fault of an earlier kernel: nothing happens. A data fault: everything does. */
+static void test_block_stopped(void)
+{
+    trand r = trand_new(3);
+    for (int i = 0; i < 9; ++i) {
+        tproduct_want w = tproduct_normal(MOE_BLOCK_SDD + i % 3, 50, 60, 70);
+        tproduct p;
+        uint64_t word = MOEI_FAULT_KEY(i & 1 ? MOE_FAULT_NO_ROOM : MOE_FAULT_BAD_OFFSET, 0, 7);
+        tproduct_randomise(&w, &r);
+        w.form = i / 3;
+        w.packed = w.packed && w.form == TFORM_LIST;
+        w.dtype = w.c_dtype = tproduct_half();
+        w.tile = MOE_BLOCK_TILE_AUTO;
+        tproduct_new(&p, &w, &r);
+        tbuf_put(&p.fault, &word);
+        CHECK_STATUS(moe_block_sparse(&p.d, test_now.stream), MOE_OK);
+        CHECK(tmatrix_same(&p.c, 1), "after a stop fault: %s", tproduct_text(&w));
+        CHECK_FAULT(&p.fault, i & 1 ? MOE_FAULT_NO_ROOM : MOE_FAULT_BAD_OFFSET, 7);
+        word = MOEI_FAULT_KEY(MOE_FAULT_BAD_ID, 0, 3);
+        tbuf_put(&p.fault, &word);
+        CHECK_STATUS(moe_block_sparse(&p.d, test_now.stream), MOE_OK);
+        CHECK_FAULT(&p.fault, MOE_FAULT_BAD_ID, 3);
+        word = 0;
+        tbuf_put(&p.fault, &word);
+        tproduct_compare(&p);
+        tproduct_free(&p);
+    }
+}
+
+/* ------------------------------------------------------------------ refusals */
+
+static void refused(const moe_block_sparse_desc* d, moe_status want, int line)
+{
+    moe_block_choice choice;
+    const moe_status s = moe_block_sparse(d, test_now.stream);
+    memset(&choice, 0x5a, sizeof choice);
+    test_status(s, want, __FILE__, line, "moe_block_sparse");
+    if (s != MOE_OK && want != MOE_STATUS(MOE_ERR_OPTION, choice)) /* tuning looks at no choice */
+        test_status(moe_block_sparse_tune(d, test_now.stream, &choice), want, __FILE__, line,
+                    "moe_block_sparse_tune");
+    CHECK(choice.tile == 0x5a5a5a5a || choice.tile == 0, "line %d: refused, but a choice was made",
+          line);
+}
+
+#define REFUSED(change, kind, field)                                                               \
+    do {                                                                                           \
+        d = good;                                                                                  \
+        change;                                                                                    \
+        refused(&d, MOE_STATUS(kind, field), __LINE__);                                            \
+    } while (0)
+#define AT(p, bytes) ((void*)((char*)(p) + (bytes)))
+#define DOWN_TO(p, bytes) ((void*)((uintptr_t)(p) & ~(uintptr_t)((bytes)-1)))
+
+/* Each wrong field is refused with its own kind and field, and nothing is queued. */
+static void test_block_refusals(void)
+{
+    trand r = trand_new(4);
+    for (int op = MOE_BLOCK_SDD; op <= MOE_BLOCK_DDS; ++op) {
+        const int sdd = op == MOE_BLOCK_SDD, dsd = op == MOE_BLOCK_DSD;
+        tproduct_want w = tproduct_normal(op, 96, 64, 80);
+        tproduct p;
+        moe_block_sparse_desc good, d;
+        size_t bytes;
+        tbuf table;
+        void* address[8];
+        w.form = TFORM_LIST;
+        w.packed = 0;
+        w.by_column = 1;
+        w.percent = 60;
+        w.room = 2;
+        tproduct_new(&p, &w, &r);
+        good = p.d;
+        for (int i = 0; i < 8; ++i) address[i] = AT(p.c.part[0].p, i * 16);
+        table = tbuf_from("table", address, sizeof address, 0);
+        CHECK_STATUS(moe_block_sparse(0, test_now.stream), MOE_STATUS(MOE_ERR_NULL, desc));
+        CHECK_STATUS(moe_block_sparse_workspace(0, &bytes), MOE_STATUS(MOE_ERR_NULL, desc));
+        REFUSED(d.op = 0, MOE_ERR_OPTION, op);
+        REFUSED(d.op = 4, MOE_ERR_OPTION, op);
+        REFUSED(d.op = -1, MOE_ERR_OPTION, op);
+        REFUSED(d.m = -1, MOE_ERR_RANGE, m);
+        REFUSED(d.n = -1, MOE_ERR_RANGE, n);
+        REFUSED(d.k = -1, MOE_ERR_RANGE, k);
+        REFUSED(d.dtype = MOE_FP32, MOE_ERR_DTYPE, dtype);
+        REFUSED(d.dtype = 4, MOE_ERR_DTYPE, dtype);
+        REFUSED(d.dtype = -1, MOE_ERR_DTYPE, dtype);
+        REFUSED((d.dtype = MOE_BF16, d.c_dtype = MOE_FP16), MOE_ERR_DTYPE, c_dtype);
+        REFUSED((d.dtype = MOE_FP16, d.c_dtype = MOE_BF16), MOE_ERR_DTYPE, c_dtype);
+        REFUSED(d.c_dtype = 4, MOE_ERR_DTYPE, c_dtype);
+        REFUSED(d.a_transposed = 2, MOE_ERR_OPTION, a_transposed);
+        REFUSED(d.b_transposed = -1, MOE_ERR_OPTION, b_transposed);
+        REFUSED(d.packed = 2, MOE_ERR_OPTION, packed);
+        REFUSED(d.zero_masked = 2, MOE_ERR_OPTION, zero_masked);
+        REFUSED(d.choice.tile = -1, MOE_ERR_OPTION, choice);
+        REFUSED(d.choice.tile = MOE_BLOCK_TILE_64x64 + 1, MOE_ERR_OPTION, choice);
+        if (!sdd) REFUSED(d.zero_masked = 1, MOE_ERR_CONFLICT, zero_masked);
+        if (sdd)
+            REFUSED((d.zero_masked = 1, d.packed = 1, d.c_stride = 0), MOE_ERR_CONFLICT,
+                    zero_masked);
+        /* the mask */
+        REFUSED(d.mask.rows += 1, MOE_ERR_CONFLICT, mask);
+        REFUSED(d.mask.columns -= 1, MOE_ERR_CONFLICT, mask);
+        REFUSED(d.mask.rows = -1, MOE_ERR_CONFLICT, mask);
+        REFUSED(d.mask.block_rows = 0, MOE_ERR_RANGE, block_rows);
+        REFUSED(d.mask.block_rows = 48, MOE_ERR_RANGE, block_rows);
+        REFUSED(d.mask.block_rows = 256, MOE_ERR_RANGE, block_rows);
+        REFUSED(d.mask.block_columns = 8, MOE_ERR_RANGE, block_columns);
+        REFUSED(d.mask.block_columns = -16, MOE_ERR_RANGE, block_columns);
+        REFUSED(d.mask.max_blocks = -1, MOE_ERR_RANGE, max_blocks);
+        REFUSED((d.mask.row_offset = 0, d.mask.column_index = 0, d.mask.column_offset = 0,
+                 d.mask.row_index = 0, d.mask.position = 0, d.mask.max_blocks = 0),
+                MOE_ERR_NULL, mask);
+        REFUSED(d.mask.bytes = (const uint8_t*)p.mask.d_bytes.p, MOE_ERR_CONFLICT, mask);
+        REFUSED(d.mask.bits = (const uint32_t*)p.mask.d_bits.p, MOE_ERR_CONFLICT, mask);
+        if (tproduct_by_column(&w)) {
+            REFUSED(d.mask.column_offset = 0, MOE_ERR_NULL, column_offset);
+            REFUSED(d.mask.row_index = 0, MOE_ERR_NULL, row_index);
+            REFUSED((d.packed = 1, d.a_stride = d.b_stride = 0, d.mask.position = 0), MOE_ERR_NULL,
+                    position);
+        } else {
+            REFUSED(d.mask.row_offset = 0, MOE_ERR_NULL, row_offset);
+            REFUSED(d.mask.column_index = 0, MOE_ERR_NULL, column_index);
+        }
+        REFUSED((d.packed = 1, d.mask = tmask_view(&p.mask, TFORM_BYTES, 0, 0)), MOE_ERR_CONFLICT,
+                packed);
+        REFUSED((d.packed = 1, d.mask = tmask_view(&p.mask, TFORM_BITS, 0, 0)), MOE_ERR_CONFLICT,
+                packed);
+        /* strides */
+        REFUSED(d.a_stride = 72, MOE_ERR_STRIDE, a_stride);
+        REFUSED(d.a_stride = 84, MOE_ERR_ALIGN, a_stride);
+        REFUSED(d.a_stride = -80, MOE_ERR_STRIDE, a_stride);
+        REFUSED(d.b_stride = 56, MOE_ERR_STRIDE, b_stride);
+        REFUSED(d.b_stride = 68, MOE_ERR_ALIGN, b_stride);
+        REFUSED(d.c_stride = 56, MOE_ERR_STRIDE, c_stride);
+        REFUSED(d.c_stride = 66, MOE_ERR_ALIGN, c_stride);
+        REFUSED(d.a_stride = (int64_t)1 << 61, MOE_ERR_STRIDE, a_stride);
+        if (sdd) REFUSED((d.packed = 1, d.c_stride = 64), MOE_ERR_CONFLICT, c_stride);
+        else if (dsd) REFUSED((d.packed = 1, d.a_stride = 80), MOE_ERR_CONFLICT, a_stride);
+        else REFUSED((d.packed = 1, d.b_stride = 64), MOE_ERR_CONFLICT, b_stride);
+        /* addresses */
+        REFUSED(d.a = 0, MOE_ERR_NULL, a);
+        REFUSED(d.b = 0, MOE_ERR_NULL, b);
+        REFUSED(d.c = 0, MOE_ERR_NULL, c);
+        REFUSED(d.a = AT(d.a, 8), MOE_ERR_ALIGN, a);
+        REFUSED(d.b = AT(d.b, 8), MOE_ERR_ALIGN, b);
+        REFUSED(d.c = AT(d.c, 8), MOE_ERR_ALIGN, c);
+        REFUSED(d.fault = (uint64_t*)AT(d.fault, 4), MOE_ERR_ALIGN, fault);
+        if (d.workspace_bytes) {
+            REFUSED(d.workspace = 0, MOE_ERR_NULL, workspace);
+            REFUSED(d.workspace = AT(d.workspace, 8), MOE_ERR_ALIGN, workspace);
+            REFUSED(d.workspace_bytes -= 1, MOE_ERR_WORKSPACE, workspace_bytes);
+            REFUSED(d.workspace = (void*)d.a, MOE_ERR_OVERLAP, workspace);
+            REFUSED(d.workspace = (void*)d.c, MOE_ERR_OVERLAP, workspace);
+        }
+        REFUSED(d.mask.row_offset = (const int32_t*)AT(d.mask.row_offset, 2), MOE_ERR_ALIGN,
+                row_offset);
+        REFUSED(d.mask.column_index = (const int32_t*)AT(d.mask.column_index, 1), MOE_ERR_ALIGN,
+                column_index);
+        REFUSED(d.mask.column_offset = (const int32_t*)AT(d.mask.column_offset, 2), MOE_ERR_ALIGN,
+                column_offset);
+        REFUSED(d.mask.row_index = (const int32_t*)AT(d.mask.row_index, 3), MOE_ERR_ALIGN,
+                row_index);
+        REFUSED(d.mask.position = (const int32_t*)AT(d.mask.position, 2), MOE_ERR_ALIGN, position);
+        REFUSED((d.mask = tmask_view(&p.mask, TFORM_BITS, 0, 0),
+                 d.mask.bits = (const uint32_t*)AT(d.mask.bits, 2)),
+                MOE_ERR_ALIGN, bits);
+        /* tables */
+        if (!dsd)
+            REFUSED((d.a = 0, d.a_table = (const void* const*)AT(table.p, 4)), MOE_ERR_ALIGN,
+                    a_table);
+        if (sdd || dsd)
+            REFUSED((d.b = 0, d.b_table = (const void* const*)AT(table.p, 4)), MOE_ERR_ALIGN,
+                    b_table);
+        if (!sdd)
+            REFUSED((d.c = 0, d.c_table = (void* const*)AT(table.p, 4)), MOE_ERR_ALIGN, c_table);
+        if (dsd)
+            REFUSED((d.a = 0, d.a_table = (const void* const*)table.p), MOE_ERR_CONFLICT, a_table);
+        else REFUSED(d.a_table = (const void* const*)table.p, MOE_ERR_CONFLICT, a);
+        if (!sdd && !dsd)
+            REFUSED((d.b = 0, d.b_table = (const void* const*)table.p), MOE_ERR_CONFLICT, b_table);
+        else REFUSED(d.b_table = (const void* const*)table.p, MOE_ERR_CONFLICT, b);
+        if (sdd) REFUSED((d.c = 0, d.c_table = (void* const*)table.p), MOE_ERR_CONFLICT, c_table);
+        else REFUSED(d.c_table = (void* const*)table.p, MOE_ERR_CONFLICT, c);
+        /* what is written lies apart from all that is read */
+        REFUSED(d.c = (void*)d.a, MOE_ERR_OVERLAP, c);
+        REFUSED(d.c = AT(d.a, 96 * 80 * 2 - 16), MOE_ERR_OVERLAP, c);
+        REFUSED(d.c = (void*)d.b, MOE_ERR_OVERLAP, c);
+        REFUSED(d.c = AT(d.b, 80 * 64 * 2 - 16), MOE_ERR_OVERLAP, c);
+        REFUSED(d.c = DOWN_TO(tproduct_by_column(&w) ? d.mask.row_index : d.mask.column_index, 16),
+                MOE_ERR_OVERLAP, c);
+        REFUSED((d.mask = tmask_view(&p.mask, TFORM_BYTES, 0, 0), d.c = DOWN_TO(d.mask.bytes, 16)),
+                MOE_ERR_OVERLAP, c);
+        REFUSED((d.mask = tmask_view(&p.mask, TFORM_BITS, 0, 0), d.c = DOWN_TO(d.mask.bits, 16)),
+                MOE_ERR_OVERLAP, c);
+        if (!dsd)
+            REFUSED((d.a = 0, d.a_table = (const void* const*)AT(d.c, 64)), MOE_ERR_OVERLAP, c);
+        if (!sdd) REFUSED((d.c = 0, d.c_table = (void* const*)d.fault), MOE_ERR_OVERLAP, fault);
+        REFUSED(d.fault = (uint64_t*)d.a, MOE_ERR_OVERLAP, fault);
+        REFUSED(d.fault = (uint64_t*)d.c, MOE_ERR_OVERLAP, fault);
+        REFUSED(d.fault = (uint64_t*)DOWN_TO(AT(d.c, 96 * 64 * 2 - 1), 8), MOE_ERR_OVERLAP, fault);
+        TEST_CUDA(cudaDeviceSynchronize());
+        CHECK(tmatrix_same(&p.c, 1), "a refused call wrote c");
+        CHECK(tproduct_inputs_same(&p) && tbuf_holds(&table, address), "or an input");
+        CHECK_FAULT(&p.fault, MOE_FAULT_NONE, 0);
+        CHECK_STATUS(moe_block_sparse(&good, test_now.stream), MOE_OK);
+        tproduct_compare(&p);
+        CHECK_STATUS(moe_block_sparse_tune(&good, test_now.stream, 0),
+                     MOE_STATUS(MOE_ERR_NULL, desc));
+        tbuf_free(&table);
+        tproduct_free(&p);
+    }
+}
+
+/* A mask of bytes or bits that covers another matrix is refused by its sizes, for every operation
+   and transpose; of the right size it runs. */
+static void test_block_mask_sizes(void)
+{
+    trand r = trand_new(5);
+    for (int i = 0; i < 3 * 4; ++i) {
+        tproduct_want w = tproduct_normal(MOE_BLOCK_SDD + i % 3, 40, 50, 60);
+        tproduct p;
+        moe_block_sparse_desc good, d;
+        w.a_transposed = i / 3 % 2;
+        w.b_transposed = i / 6;
+        w.form = i % 2 ? TFORM_BYTES : TFORM_BITS;
+        tproduct_new(&p, &w, &r);
+        good = p.d;
+        REFUSED((d.mask.rows = good.mask.columns, d.mask.columns = good.mask.rows),
+                MOE_ERR_CONFLICT, mask);
+        REFUSED(d.mask.rows -= 1, MOE_ERR_CONFLICT, mask);
+        REFUSED(d.mask.columns += 1, MOE_ERR_CONFLICT, mask);
+        CHECK(tmatrix_same(&p.c, 1), "a refused call wrote c");
+        CHECK_STATUS(moe_block_sparse(&good, test_now.stream), MOE_OK);
+        tproduct_compare(&p);
+        tproduct_free(&p);
+    }
+}
+
+int main(int argc, char** argv)
+{
+    test_begin(argc, argv);
+    RUN(test_block_bad_lists);
+    RUN(test_block_bad_tables);
+    RUN(test_block_stopped);
+    RUN(test_block_refusals);
+    RUN(test_block_mask_sizes);
+    return test_end();
+}
