@@ -31,32 +31,32 @@ typedef enum moei_block_curve {
 } moei_block_curve;
 
 typedef struct moei_block_act_args {
-    const uint16_t* pre; /* packed */
-    uint16_t* act;       /* packed; backward: d first */
-    uint16_t* pre_grad;  /* packed; backward alone; may be pre */
-    const int32_t* row_offset;   /* of act's list */
+    const uint16_t* pre;       /* packed */
+    uint16_t* act;             /* packed; backward: d first */
+    uint16_t* pre_grad;        /* packed; backward alone; may be pre */
+    const int32_t* row_offset; /* of act's list */
     const int32_t* column_index;
-    const int32_t* row_slot;     /* sparse: [num_rows] */
-    const int32_t* ids;          /* sparse, batch: [T, K] */
-    const int32_t* expert_slot;  /* [E] -1: not active */
+    const int32_t* row_slot;    /* sparse: [num_rows] */
+    const int32_t* ids;         /* sparse, batch: [T, K] */
+    const int32_t* expert_slot; /* [E] -1: not active */
     const float* weights;
     float* dweights; /* backward alone; or null */
     uint64_t* fault;
-    int64_t slots; /* T * K; dense: 0 */
+    int64_t slots;    /* T * K; dense: 0 */
     int64_t row_grid; /* blocks of threads that do rows; those behind them: dweights of slots
                          without an expert */
     int32_t form, num_rows, row_blocks, num_experts, top_k;
     int32_t block_log2, lanes_log2;
-    int32_t run;          /* blocks of act in a run */
+    int32_t run; /* blocks of act in a run */
     int32_t gated, clamped;
-    int32_t curve;        /* moei_block_curve */
+    int32_t curve; /* moei_block_curve */
     float curve_a, curve_b, limit;
 } moei_block_act_args;
 
 /* One row of a run. */
 typedef struct moei_block_act_row {
-    int64_t act, pre; /* its first element; rows of the run's other blocks are a block apart */
-    int64_t row;      /* of the matrix */
+    int64_t act, pre;  /* its first element; rows of the run's other blocks are a block apart */
+    int64_t row;       /* of the matrix */
     int64_t weight_at; /* of weights and dweights; batch: of the row's first slot */
     float weight;
     int32_t expert;
@@ -122,8 +122,8 @@ MOE_DEVICE float moei_block_gelu_slope(float x)
     const float z = fminf(fmaxf(x, -15.0f), 15.0f);
     const float density = 0.398942280f * moei_exp2_fast(-0.721347520f * z * z);
     const float near_0 = fmaf(z * z, fmaf(z * z, 0.025f, -0.166666667f), 1.0f);
-    const float phi = fabsf(z) > 0.125f ? __fdividef(moei_gelu(z), z)
-                                        : fmaf(z * 0.398942280f, near_0, 0.5f);
+    const float phi =
+        fabsf(z) > 0.125f ? __fdividef(moei_gelu(z), z) : fmaf(z * 0.398942280f, near_0, 0.5f);
     return moei_is_nan(x) ? x : fmaf(z, density, phi);
 }
 
@@ -279,8 +279,8 @@ MOE_DEVICE float moei_block_act_row_8(const moei_block_act_args* a, const moei_b
         for (int u = 0; u < 2; ++u) {
             if (p0 + u * lanes >= pieces) break;
             if (r->live) { /* else zeros are what is written */
-                if (backward) sum = moei_block_grad_8(&gate[u], &up[u], &d[u], r->weight, sum, a,
-                                                      dtype);
+                if (backward)
+                    sum = moei_block_grad_8(&gate[u], &up[u], &d[u], r->weight, sum, a, dtype);
                 else d[u] = moei_block_act_8(gate[u], up[u], r->weight, a, dtype);
             }
             moei_store16(a->act + r->act + at[u], d[u]);
@@ -323,20 +323,20 @@ MOE_DEVICE_BODY void moei_block_act_backward(const moei_block_act_args* a, const
 
 #define MOEI_BLOCK_ACT_LIST(X) X(fp16, MOE_FP16) X(bf16, MOE_BF16)
 
-#define MOEI_BLOCK_ACT_KERNELS(name, dtype)                                                       \
-    MOE_KERNEL(MOEI_BLOCK_ACT_THREADS, 2)                                                         \
-    moei_block_act_forward_##name(MOE_ARG(moei_block_act_args) a)                                 \
-    {                                                                                             \
-        moei_let_next_start();                                                                    \
-        moei_wait_for_previous();                                                                 \
-        if (!moei_fault_stopped(a.fault)) moei_block_act_forward(&a, dtype);                      \
-    }                                                                                             \
-    MOE_KERNEL(MOEI_BLOCK_ACT_THREADS, 2)                                                         \
-    moei_block_act_backward_##name(MOE_ARG(moei_block_act_args) a)                                \
-    {                                                                                             \
-        moei_let_next_start();                                                                    \
-        moei_wait_for_previous();                                                                 \
-        if (!moei_fault_stopped(a.fault)) moei_block_act_backward(&a, dtype);                     \
+#define MOEI_BLOCK_ACT_KERNELS(name, dtype)                                                        \
+    MOE_KERNEL(MOEI_BLOCK_ACT_THREADS, 2)                                                          \
+    moei_block_act_forward_##name(MOE_ARG(moei_block_act_args) a)                                  \
+    {                                                                                              \
+        moei_let_next_start();                                                                     \
+        moei_wait_for_previous();                                                                  \
+        if (!moei_fault_stopped(a.fault)) moei_block_act_forward(&a, dtype);                       \
+    }                                                                                              \
+    MOE_KERNEL(MOEI_BLOCK_ACT_THREADS, 2)                                                          \
+    moei_block_act_backward_##name(MOE_ARG(moei_block_act_args) a)                                 \
+    {                                                                                              \
+        moei_let_next_start();                                                                     \
+        moei_wait_for_previous();                                                                  \
+        if (!moei_fault_stopped(a.fault)) moei_block_act_backward(&a, dtype);                      \
     }
 MOEI_BLOCK_ACT_LIST(MOEI_BLOCK_ACT_KERNELS)
 #undef MOEI_BLOCK_ACT_KERNELS
@@ -378,8 +378,8 @@ MOE_HOST moe_status moei_block_act_launch(moei_block_act_args* a, int64_t runs, 
     if (a->row_grid + zero_grid == 0) return MOE_OK;
     c = moei_grid(a->row_grid + zero_grid, MOEI_BLOCK_ACT_THREADS, 0, stream);
     c.dependent = 1;
-#define MOEI_BLOCK_ACT_CASE(name, dt)                                                             \
-    if (dtype == dt && backward) return MOE_LAUNCH(moei_block_act_backward_##name, c, *a);        \
+#define MOEI_BLOCK_ACT_CASE(name, dt)                                                              \
+    if (dtype == dt && backward) return MOE_LAUNCH(moei_block_act_backward_##name, c, *a);         \
     if (dtype == dt) return MOE_LAUNCH(moei_block_act_forward_##name, c, *a);
     MOEI_BLOCK_ACT_LIST(MOEI_BLOCK_ACT_CASE)
 #undef MOEI_BLOCK_ACT_CASE
@@ -388,8 +388,8 @@ MOE_HOST moe_status moei_block_act_launch(moei_block_act_args* a, int64_t runs, 
 
 MOE_HOST moe_status moei_block_act_preload(void)
 {
-#define MOEI_BLOCK_ACT_LOAD(name, dt)                                                             \
-    MOEI_TRY(moei_preload((const void*)moei_block_act_forward_##name));                           \
+#define MOEI_BLOCK_ACT_LOAD(name, dt)                                                              \
+    MOEI_TRY(moei_preload((const void*)moei_block_act_forward_##name));                            \
     MOEI_TRY(moei_preload((const void*)moei_block_act_backward_##name));
     MOEI_BLOCK_ACT_LIST(MOEI_BLOCK_ACT_LOAD)
 #undef MOEI_BLOCK_ACT_LOAD

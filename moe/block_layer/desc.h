@@ -30,31 +30,31 @@ typedef struct moe_block_layer_desc {
     const void* dy;    /* [T, H] dtype, 16-byte aligned: gradient of y */
     int64_t dy_stride; /* elements between rows; 0 = H; multiple of 8 */
     /* out: backward. Gradients of a loss of which dy is the gradient by y; null: not wanted */
-    void* dx;          /* [T, H] dtype, 16-byte aligned; or null; may be dy itself */
-    int64_t dx_stride; /* elements between rows; 0 = H; multiple of 8 */
-    void* dw1;         /* [max_experts, 2I or I, H] grad_dtype, 16-byte aligned; or null */
-    void* dw2;         /* [max_experts, H, I] grad_dtype, 16-byte aligned; or null */
+    void* dx;             /* [T, H] dtype, 16-byte aligned; or null; may be dy itself */
+    int64_t dx_stride;    /* elements between rows; 0 = H; multiple of 8 */
+    void* dw1;            /* [max_experts, 2I or I, H] grad_dtype, 16-byte aligned; or null */
+    void* dw2;            /* [max_experts, H, I] grad_dtype, 16-byte aligned; or null */
     int32_t* grad_expert; /* [max_experts] the expert that each slot of dw1 and dw2 holds,
                              ascending; -1: none, the slot is not written. With dw1 or dw2; else
                              null */
     float* dweights;      /* shape of weights; 0 where ids has no expert; or null */
-    void* act_grad; /* moe_block_layer_bytes.act_grad bytes, 16-byte aligned: where the gradient of
+    void* act_grad;  /* moe_block_layer_bytes.act_grad bytes, 16-byte aligned: where the gradient of
                        the pre-activations goes; null: over the pre-activations in `saved`, which
                        then serves one backward */
     uint64_t* fault; /* [1] fault word; or null */
     /* sizes and options */
-    int32_t form;         /* moe_block_layer_form */
-    int32_t num_tokens;   /* T >= 0 */
-    int32_t hidden;       /* H, multiple of 8 */
-    int32_t intermediate; /* I, multiple of block */
-    int32_t num_experts;  /* E, 1 .. MOE_MAX_EXPERTS */
-    int32_t top_k;        /* K, 1 .. 2048; dense: 0 */
-    int32_t max_experts;  /* slots of dw1 and dw2, 1 .. E; 0 = E */
-    int32_t block;        /* rows and columns of a block: 16, 32, 64 or 128; 0 = 128 */
-    int32_t dtype;        /* fp16 or bf16; 0 = bf16 */
-    int32_t grad_dtype;   /* of dw1 and dw2: dtype or fp32; 0 = dtype */
-    int32_t activation;   /* moe_activation; 0 = SwiGLU */
-    float alpha, limit;   /* of the clamped SwiGLU, else 0: alpha finite, 0 = 1.702; limit finite
+    int32_t form;            /* moe_block_layer_form */
+    int32_t num_tokens;      /* T >= 0 */
+    int32_t hidden;          /* H, multiple of 8 */
+    int32_t intermediate;    /* I, multiple of block */
+    int32_t num_experts;     /* E, 1 .. MOE_MAX_EXPERTS */
+    int32_t top_k;           /* K, 1 .. 2048; dense: 0 */
+    int32_t max_experts;     /* slots of dw1 and dw2, 1 .. E; 0 = E */
+    int32_t block;           /* rows and columns of a block: 16, 32, 64 or 128; 0 = 128 */
+    int32_t dtype;           /* fp16 or bf16; 0 = bf16 */
+    int32_t grad_dtype;      /* of dw1 and dw2: dtype or fp32; 0 = dtype */
+    int32_t activation;      /* moe_activation; 0 = SwiGLU */
+    float alpha, limit;      /* of the clamped SwiGLU, else 0: alpha finite, 0 = 1.702; limit finite
                              and not negative, 0 = 7 */
     moe_block_choice choice; /* of all products */
     /* memory */

@@ -28,10 +28,10 @@ typedef struct moei_block_layer {
     moe_block_layer_desc d; /* with its defaults */
     moe_block_layer_bytes bytes;
     int gated;
-    int32_t room;          /* experts that can be active */
-    int32_t strips[2];     /* blocks side by side of an expert: of act, of pre */
-    int64_t num_rows;      /* of the block-sparse matrices: T, sparse: R */
-    int64_t runs;          /* row of blocks and expert: so many at most */
+    int32_t room;           /* experts that can be active */
+    int32_t strips[2];      /* blocks side by side of an expert: of act, of pre */
+    int64_t num_rows;       /* of the block-sparse matrices: T, sparse: R */
+    int64_t runs;           /* row of blocks and expert: so many at most */
     moe_block_mask mask[2]; /* of act, of pre; the same where the activation is not gated */
     moe_route_desc route;
     moe_block_list_desc list[2];
@@ -44,25 +44,25 @@ typedef struct moei_block_layer {
 } moei_block_layer;
 
 /* Checks an expert's matrices [n, k] and fills in their strides. */
-#define MOEI_BLOCK_LAYER_WEIGHTS(w, n, k, field)                                                  \
-    do {                                                                                          \
-        MOEI_REQUIRE(!(w)->up && !(w)->up_table, MOE_ERR_CONFLICT, field);                        \
-        MOEI_REQUIRE((w)->major == 0 || (w)->major == MOE_MAJOR_K, MOE_ERR_OPTION, field);        \
-        if ((w)->row_stride == 0) (w)->row_stride = (k);                                          \
-        MOEI_REQUIRE(moei_stride_fits((w)->row_stride, (k), (n)), MOE_ERR_STRIDE, field);         \
-        if ((w)->expert_stride == 0) (w)->expert_stride = (w)->row_stride * (n);                  \
-        MOEI_REQUIRE(moei_stride_fits((w)->expert_stride, 1, d->num_experts), MOE_ERR_STRIDE,     \
-                     field);                                                                      \
-        MOEI_REQUIRE((w)->row_stride % 8 == 0 && (w)->expert_stride % 8 == 0, MOE_ERR_ALIGN,      \
-                     field);                                                                      \
-        MOEI_REQUIRE(!((w)->base && (w)->table), MOE_ERR_CONFLICT, field);                        \
+#define MOEI_BLOCK_LAYER_WEIGHTS(w, n, k, field)                                                   \
+    do {                                                                                           \
+        MOEI_REQUIRE(!(w)->up && !(w)->up_table, MOE_ERR_CONFLICT, field);                         \
+        MOEI_REQUIRE((w)->major == 0 || (w)->major == MOE_MAJOR_K, MOE_ERR_OPTION, field);         \
+        if ((w)->row_stride == 0) (w)->row_stride = (k);                                           \
+        MOEI_REQUIRE(moei_stride_fits((w)->row_stride, (k), (n)), MOE_ERR_STRIDE, field);          \
+        if ((w)->expert_stride == 0) (w)->expert_stride = (w)->row_stride * (n);                   \
+        MOEI_REQUIRE(moei_stride_fits((w)->expert_stride, 1, d->num_experts), MOE_ERR_STRIDE,      \
+                     field);                                                                       \
+        MOEI_REQUIRE((w)->row_stride % 8 == 0 && (w)->expert_stride % 8 == 0, MOE_ERR_ALIGN,       \
+                     field);                                                                       \
+        MOEI_REQUIRE(!((w)->base && (w)->table), MOE_ERR_CONFLICT, field);                         \
     } while (0)
 
-#define MOEI_BLOCK_LAYER_STRIDE(stride, field)                                                    \
-    do {                                                                                          \
-        if ((stride) == 0) (stride) = d->hidden;                                                  \
+#define MOEI_BLOCK_LAYER_STRIDE(stride, field)                                                     \
+    do {                                                                                           \
+        if ((stride) == 0) (stride) = d->hidden;                                                   \
         MOEI_REQUIRE(moei_stride_fits((stride), d->hidden, d->num_tokens), MOE_ERR_STRIDE, field); \
-        MOEI_REQUIRE((stride) % 8 == 0, MOE_ERR_ALIGN, field);                                    \
+        MOEI_REQUIRE((stride) % 8 == 0, MOE_ERR_ALIGN, field);                                     \
     } while (0)
 
 /* Sizes and options; fills in the defaults. */
@@ -71,8 +71,7 @@ MOE_HOST moe_status moei_block_layer_options(moei_block_layer* l)
     moe_block_layer_desc* d = &l->d;
     MOEI_REQUIRE(d->form >= MOE_BLOCK_LAYER_DENSE && d->form <= MOE_BLOCK_LAYER_BATCH,
                  MOE_ERR_OPTION, form);
-    MOEI_REQUIRE(d->num_tokens >= 0 && d->num_tokens <= MOEI_BLOCK_MOST, MOE_ERR_RANGE,
-                 num_tokens);
+    MOEI_REQUIRE(d->num_tokens >= 0 && d->num_tokens <= MOEI_BLOCK_MOST, MOE_ERR_RANGE, num_tokens);
     MOEI_REQUIRE(d->num_experts >= 1 && d->num_experts <= MOE_MAX_EXPERTS, MOE_ERR_RANGE,
                  num_experts);
     if (d->form == MOE_BLOCK_LAYER_DENSE) {

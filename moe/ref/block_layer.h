@@ -24,17 +24,17 @@
 #include "experts.h"
 
 typedef struct moe_ref_block_layer_desc {
-    const void* x;        /* [T, H] x_dtype */
-    const int32_t* ids;   /* [T, K], outside 0 .. E-1: the slot is not used; null: slot k of each
+    const void* x;       /* [T, H] x_dtype */
+    const int32_t* ids;  /* [T, K], outside 0 .. E-1: the slot is not used; null: slot k of each
                              token is expert k, and K is E */
-    const void* weights;  /* [T, K] weights_dtype */
-    const void* dy;       /* [T, H] dy_dtype; or null: forward alone */
-    moe_weights w1, w2;   /* as in block_layer/desc.h, w_dtype; host pointers */
+    const void* weights; /* [T, K] weights_dtype */
+    const void* dy;      /* [T, H] dy_dtype; or null: forward alone */
+    moe_weights w1, w2;  /* as in block_layer/desc.h, w_dtype; host pointers */
     int64_t x_stride, dy_stride;              /* elements between rows; 0 = H */
     int32_t x_dtype, dy_dtype, weights_dtype; /* moe_dtype or MOE_REF_REAL */
     int32_t w_dtype;                          /* moe_dtype; MOE_REF_REAL: dense, at base */
-    int32_t pre_dtype;  /* what h is rounded to; 0 = not rounded */
-    int32_t act_dtype;  /* the same of w f, da and dh */
+    int32_t pre_dtype;                        /* what h is rounded to; 0 = not rounded */
+    int32_t act_dtype;                        /* the same of w f, da and dh */
     int32_t rows_dtype; /* what a slot's share of y and of dx is rounded to; 0 = not rounded */
     int32_t activation; /* moe_activation; 0 = SwiGLU */
     float alpha, limit; /* of the clamped SwiGLU; 0 = 1.702 and 7 */

@@ -7,7 +7,7 @@ MOE_HOST void MOEI_REF(moe_ref_activation_grad)(int activation, MOEI_REAL v, MOE
 {
     const MOEI_REAL most = limit != 0 ? limit : 7, a = alpha != 0 ? alpha : 1.702f;
     const MOEI_REAL c = (MOEI_REAL)1.59576912160573071176; /* 2 sqrt(2 / pi) */
-    MOEI_REAL value = v, slope = 1, s; /* of the activation of v alone */
+    MOEI_REAL value = v, slope = 1, s;                     /* of the activation of v alone */
     switch (activation) {
     case MOE_ACTIVATION_NONE: break;
     case MOE_ACTIVATION_GELU:
@@ -90,9 +90,9 @@ MOE_HOST int MOEI_REF(moe_ref_block_layer)(const moe_ref_block_layer_desc* d, MO
             if (e < 0 || e >= E) continue;
             m1 = MOEI_REF(moei_ref_block_layer_matrix)(&d->w1, d->w_dtype, e, U, H);
             m2 = MOEI_REF(moei_ref_block_layer_matrix)(&d->w2, d->w_dtype, e, H, I);
-#define MOEI_W1(i, j)                                                                             \
+#define MOEI_W1(i, j)                                                                              \
     MOEI_REF(moe_ref_load)(m1, moei_ref_element(&d->w1, U, H, (i), (j)), d->w_dtype)
-#define MOEI_W2(i, j)                                                                             \
+#define MOEI_W2(i, j)                                                                              \
     MOEI_REF(moe_ref_load)(m2, moei_ref_element(&d->w2, H, I, (i), (j)), d->w_dtype)
             for (int i = 0; i < U; ++i) {
                 MOEI_REAL v = 0;
@@ -114,8 +114,8 @@ MOE_HOST int MOEI_REF(moe_ref_block_layer)(const moe_ref_block_layer_desc* d, MO
                 MOEI_REAL v = 0, by_v, by_up;
                 for (int j = 0; j < H; ++j) v += MOEI_W2(j, i) * dy[j];
                 da[i] = MOEI_REF(moe_ref_round)(v, d->act_dtype);
-                MOEI_REF(moe_ref_activation_grad)(activation, h[i], gated ? h[I + i] : 0, d->alpha,
-                                                  d->limit, &by_v, &by_up);
+                MOEI_REF(moe_ref_activation_grad)
+                (activation, h[i], gated ? h[I + i] : 0, d->alpha, d->limit, &by_v, &by_up);
                 sum += da[i] * f[i];
                 dh[i] = MOEI_REF(moe_ref_round)(w * da[i] * by_v, d->act_dtype);
                 if (gated) dh[I + i] = MOEI_REF(moe_ref_round)(w * da[i] * by_up, d->act_dtype);
