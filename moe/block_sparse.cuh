@@ -43,7 +43,6 @@
 
 #include "block_sparse/list.cuh"
 #include "block_sparse/plan.cuh"
-#include "gemm/desc.h"
 
 /* name, rows, columns, warps along each, stages, blocks a multiprocessor. */
 #define MOEI_BLOCK_TILE_LIST(X, ...)                                                               \
@@ -286,19 +285,20 @@ MOE_HOST moe_status moe_block_sparse_tune(const moe_block_sparse_desc* desc, cud
                                           moe_block_choice* choice)
 {
     moe_block_sparse_desc d;
+    moe_block_choice found;
     cudaEvent_t begin, end;
     moe_status status = MOE_OK;
     float best = 0.0f;
     MOEI_REQUIRE(desc && choice, MOE_ERR_NULL, desc);
     d = *desc;
     memset(&d.choice, 0, sizeof d.choice);
+    memset(&found, 0, sizeof found);
     {
         size_t bytes;
         MOEI_TRY(moe_block_sparse_workspace(&d, &bytes));
         MOEI_REQUIRE(bytes == 0 || d.workspace, MOE_ERR_NULL, workspace);
         MOEI_REQUIRE(bytes <= d.workspace_bytes, MOE_ERR_WORKSPACE, workspace_bytes);
     }
-    memset(choice, 0, sizeof *choice);
     MOEI_TRY_CUDA(cudaEventCreate(&begin));
     status = moei_cuda_status(cudaEventCreate(&end));
     if (status != MOE_OK) {
@@ -322,14 +322,15 @@ MOE_HOST moe_status moe_block_sparse_tune(const moe_block_sparse_desc* desc, cud
             if (status == MOE_OK) status = moei_cuda_status(cudaEventElapsedTime(&ms, begin, end));
             if (rep == 0 || ms < quickest) quickest = ms;
         }
-        if (status == MOE_OK && (choice->tile == 0 || quickest < best)) {
+        if (status == MOE_OK && (found.tile == 0 || quickest < best)) {
             best = quickest;
-            choice->tile = d.choice.tile;
+            found = d.choice;
         }
     }
     cudaEventDestroy(begin);
     cudaEventDestroy(end);
-    if (status == MOE_OK && choice->tile == 0) status = MOE_STATUS(MOE_ERR_DEVICE, dtype);
+    if (status == MOE_OK && found.tile == 0) status = MOE_STATUS(MOE_ERR_DEVICE, dtype);
+    if (status == MOE_OK) *choice = found;
     return status;
 }
 

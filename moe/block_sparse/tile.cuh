@@ -10,7 +10,8 @@
    A block owns TM rows and TN columns of C. Its threads copy X and Y, KB deep at a time, into a
    ring of stages in shared memory with cp.async; its warps, WM x WN of the tile each, multiply what
    has arrived. A barrier a step, placed before the last products of a stage, whose pieces are in
-   registers by then: behind it the next stage may be read and the one before may be refilled.
+   registers by then: behind it the next stage may be read and the one before may be refilled. Tiles
+   that leave products out or cut pieces off wait at the step's start instead.
 
      stage  K along memory [rows][KB + 8], else [KB][rows + 8]   the 8 more spread rows over the
                                                                   banks
@@ -46,9 +47,9 @@ typedef struct moei_block_args {
     moei_block_matrix x, y, c;
     const int32_t *begin, *end; /* [strips] where each strip's blocks stand in the list */
     const int32_t* block;       /* number of each along the other axis */
-    const int32_t* info;        /* of each: packed: its place; where strips are joined: bits,
-                                       which of them have it; null: its number in the list */
-    const int32_t* partial; /* [strips] 1: some block is not in all of the strips joined; or null */
+    const int32_t* info;        /* of each: packed: its place; where strips are joined: bits, which
+                                   of them have it; null: its number in the list */
+    const int32_t* partial;     /* [strips] 1: some block is not in all strips joined; or null */
     uint64_t* fault;
     int32_t m, n, k;
     int32_t sparse_c; /* sdd */
@@ -577,9 +578,11 @@ MOE_DEVICE void moei_block_multiply(const moei_block_args* d, const moei_block_w
                     moei_block_fill(d, t, s, &load_x, &load_y, &x_chunk, &y_chunk,
                                     step + stages - 1, refill, careful, tm, tn, threads);
                 MOEI_UNROLL
-                for (int i = 0; i < wm / 16; ++i) MOEI_UNROLL
-                for (int j = 0; j < wn / 16; ++j)
-                    moei_mma(&acc[i][j], &a[c & 1][i], &b[c & 1][j], dtype);
+                for (int i = 0; i < wm / 16; ++i) {
+                    MOEI_UNROLL
+                    for (int j = 0; j < wn / 16; ++j)
+                        moei_mma(&acc[i][j], &a[c & 1][i], &b[c & 1][j], dtype);
+                }
             } else {
                 const int number = (step * MOEI_BLOCK_CHUNKS + c) % (2 * MOEI_WARP);
                 const uint32_t rows = s->chunk_x[number].rows >> warp_m * (wm / 16);
@@ -589,10 +592,12 @@ MOE_DEVICE void moei_block_multiply(const moei_block_args* d, const moei_block_w
                                          lane_x, lane_y, c * 16, tm, tn, wm, wn, dtype, x_major,
                                          y_major);
                     MOEI_UNROLL
-                    for (int i = 0; i < wm / 16; ++i) MOEI_UNROLL
-                    for (int j = 0; j < wn / 16; ++j)
-                        moei_mma_if(&acc[i][j], &a[0][i], &b[0][j], dtype,
-                                    (int)(live & (1u << (j * 4 + i))));
+                    for (int i = 0; i < wm / 16; ++i) {
+                        MOEI_UNROLL
+                        for (int j = 0; j < wn / 16; ++j)
+                            moei_mma_if(&acc[i][j], &a[0][i], &b[0][j], dtype,
+                                        (int)(live & (1u << (j * 4 + i))));
+                    }
                 }
             }
         }
@@ -625,8 +630,10 @@ MOE_DEVICE_BODY void moei_block_tile(const moei_block_args* d, unsigned char* sh
     if (moei_warp() < 2) moei_block_chunks(d, t, s, moei_warp() * MOEI_WARP, tm);
     __syncthreads();
     MOEI_UNROLL
-    for (int i = 0; i < wm / 16; ++i) MOEI_UNROLL
-    for (int j = 0; j < wn / 16; ++j) moei_mma_zero(&acc[i][j]);
+    for (int i = 0; i < wm / 16; ++i) {
+        MOEI_UNROLL
+        for (int j = 0; j < wn / 16; ++j) moei_mma_zero(&acc[i][j]);
+    }
     if (moei_block_careful(d, t, s))
         moei_block_multiply(d, t, s, (uint16_t*)shared, acc, steps, 1, tm, tn, warps_m, warps_n,
                             stages, dtype);
