@@ -101,11 +101,17 @@ static const char* op_name(int op)
     return op == MOE_BLOCK_SDD ? "sdd" : op == MOE_BLOCK_DSD ? "dsd" : "dds";
 }
 
-static const char* tile_name(int value)
+/* Name of a choice: tile, or tile+rest. */
+static const char* tile_name(const moe_block_choice* c)
 {
-    for (int i = 0; i < NUM_TILES; ++i)
-        if (tiles[i].value == value) return tiles[i].name;
-    return "auto";
+    static char name[24];
+    const char *tile = "auto", *rest = 0;
+    for (int i = 0; i < NUM_TILES; ++i) {
+        if (tiles[i].value == c->tile) tile = tiles[i].name;
+        if (tiles[i].value == c->rest) rest = tiles[i].name;
+    }
+    snprintf(name, sizeof name, "%s%s%s", tile, rest ? "+" : "", rest ? rest : "");
+    return name;
 }
 
 /* ---- masks ---- */
@@ -522,7 +528,7 @@ static void verify_small(bench_state* s, const options* opt, int* failures)
                 if (t >= 0 && moe_status_kind(moe_block_sparse(&d, s->stream)) == MOE_ERR_DEVICE)
                     continue;
                 snprintf(what, sizeof what, "small %s-%d, %s %s, tile %s", kinds[i].name,
-                         kinds[i].block, product, passes[p].name, tile_name(d.choice.tile));
+                         kinds[i].block, product, passes[p].name, tile_name(&d.choice));
                 *failures += !verify(s, &o, &d, &mk, 0, what, &largest);
                 ++products;
             }
@@ -626,14 +632,14 @@ static void run_mask(bench_state* s, const options* opt, const kind* d, double d
         *failures += !verify(s, o, &job, &k, 8192, what, largest);
         ms = bench_time(s, run_product, &job);
         ratio = ms / dense[NN];
-        printf("  %s %-7s  %s %s %-7s %9.4f ms %8.3f of cuBLAS, %6.3f of its %s %7.1f TFLOPS%s\n",
+        printf("  %s %-7s  %s %s %-14s %9.4f ms %8.3f of cuBLAS, %6.3f of its %s %7.1f TFLOPS%s\n",
                passes[p].product, passes[p].name, op_name(passes[p].op),
-               transpose_name[passes[p].transposes], tile_name(job.choice.tile), ms, ratio,
+               transpose_name[passes[p].transposes], tile_name(&job.choice), ms, ratio,
                ms / dense[passes[p].transposes], transpose_name[passes[p].transposes],
                flops * k.kept / ms * 1e-9,
                target > 0 ? ratio <= target ? "  held" : "  MISSED" : "");
         fflush(stdout);
-        csv_row(opt->csv, "moe", d, density, &k, &passes[p], tile_name(job.choice.tile), ms, dense,
+        csv_row(opt->csv, "moe", d, density, &k, &passes[p], tile_name(&job.choice), ms, dense,
                 target);
         if (target > 0) {
             if (ratio <= target) ++sum->held;
@@ -646,6 +652,7 @@ static void run_mask(bench_state* s, const options* opt, const kind* d, double d
             for (int t = 0; t < NUM_TILES; ++t) {
                 double tile_ms;
                 job.choice.tile = tiles[t].value;
+                job.choice.rest = 0;
                 if (moe_status_kind(moe_block_sparse(&job, s->stream)) == MOE_ERR_DEVICE) continue;
                 tile_ms = bench_time(s, run_product, &job);
                 if (best == 0.0 || tile_ms < best) best = tile_ms;

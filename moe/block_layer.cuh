@@ -164,13 +164,13 @@ MOE_HOST moe_status moei_block_layer_check_products(const moei_block_layer* l, i
 {
     for (int i = first; i <= last; ++i) {
         moe_block_sparse_desc p = l->product[i];
-        const moei_block_shape* t;
+        const moei_block_shape* t[2];
         moe_status s;
         if ((i == MOEI_BLOCK_LAYER_DW1 && !l->d.dw1) || (i == MOEI_BLOCK_LAYER_DW2 && !l->d.dw2) ||
             (i == MOEI_BLOCK_LAYER_DX && !l->d.dx))
             continue;
         s = moei_block_check(&p);
-        if (s == MOE_OK) s = moei_block_choose(&p, &t);
+        if (s == MOE_OK) s = moei_block_choose(&p, t);
         if (moe_status_kind(s) == MOE_ERR_RANGE) return MOE_STATUS(MOE_ERR_RANGE, num_tokens);
         MOEI_TRY(s);
     }

@@ -20,8 +20,8 @@
    Each element is one sum with k ascending: equal inputs give equal bits, and a full mask those of
    the dense product by the same tile.
 
-   Cost: 2 * elements kept * k (or n, m) flops. One launch, with a small one before it that walks
-   the mask unless it is a list whose blocks are as high as a tile (then none).
+   Cost: 2 * elements kept * k (or n, m) flops. One launch, or two where strips are joined, with a
+   small one before each that walks the mask unless it is a list whose blocks are as high as a tile.
 
      moe_block_sparse_desc d = {0};
      d.op = MOE_BLOCK_DSD;  d.a = a;  d.b = b;  d.c = c;  d.m = m;  d.n = n;  d.k = k;
@@ -30,11 +30,12 @@
      moe_block_sparse_workspace(&d, &d.workspace_bytes);  d.workspace = ...;
      moe_status s = moe_block_sparse(&d, stream);
 
-   Tile without a choice: 64x256 where the blocks are 64 high, else 128x256, over joined strips where
-   they are lower: blocks of 16 and 32 that stand together then run like large ones. Packed ones of
-   16 and 32: 32x256. A smaller tile (64x256, then 64x64) where the device cannot run it, or where
-   C has not one tile for each multiprocessor. Small blocks that stand anywhere are quicker by 32x256,
-   which no rule on the host can see: moe_block_sparse_tune times all of them.
+   Tiles without a choice: 128x256, over several strips of blocks where those are lower, so that
+   blocks of 16, 32 and 64 that stand together run like large ones. Strips that have not the same
+   blocks cannot share a tile well: the device finds them, and they are left over for 64x256 where
+   blocks are 64 high, else for 32x256, a second launch. Packed ones of less than 128 have that tile
+   alone. A smaller tile (64x256, then 64x64) where the device cannot run it, or where C has not one
+   tile for each multiprocessor.
 
    Source of the method: Gale, Narayanan, Young and Zaharia, MegaBlocks (2022), whose names for the
    products these are. */
@@ -44,12 +45,13 @@
 #include "block_sparse/list.cuh"
 #include "block_sparse/plan.cuh"
 
-/* name, rows, columns, warps along each, stages, blocks a multiprocessor. */
+/* name, rows, columns, depth of a step, warps along rows and columns, stages, blocks a
+   multiprocessor. */
 #define MOEI_BLOCK_TILE_LIST(X, ...)                                                               \
-    X(128x256, 128, 256, 2, 4, 3, 1, __VA_ARGS__)                                                  \
-    X(64x256, 64, 256, 1, 4, 2, 2, __VA_ARGS__)                                                    \
-    X(32x256, 32, 256, 1, 4, 2, 2, __VA_ARGS__)                                                    \
-    X(64x64, 64, 64, 2, 2, 2, 3, __VA_ARGS__)
+    X(128x256, 128, 256, 64, 2, 4, 3, 1, __VA_ARGS__)                                              \
+    X(64x256, 64, 256, 32, 1, 4, 4, 2, __VA_ARGS__)                                                \
+    X(32x256, 32, 256, 64, 1, 4, 3, 2, __VA_ARGS__)                                                \
+    X(64x64, 64, 64, 64, 2, 2, 2, 3, __VA_ARGS__)
 
 /* dtypes every tile is stamped with; predefine it to trim what is compiled. */
 #ifndef MOE_BLOCK_SPARSE_DTYPE_LIST
@@ -58,14 +60,15 @@
     X(bf16, MOE_BF16)
 #endif
 
-/* What has a body: bf16 from sm_80. */
+/* What has a body: bf16 from sm_80; on sm_75, what fits into its 64 KB of shared memory. */
 #if MOE_ON_HOST || !defined(__CUDA_ARCH__)
-#define MOEI_BLOCK_HERE(dtype) 1
+#define MOEI_BLOCK_HERE(smem, dtype) 1
 #else
-#define MOEI_BLOCK_HERE(dtype) (__CUDA_ARCH__ >= 800 || (dtype) == MOE_FP16)
+#define MOEI_BLOCK_HERE(smem, dtype)                                                               \
+    (__CUDA_ARCH__ >= 800 || ((dtype) == MOE_FP16 && (smem) < 65536))
 #endif
 
-#define MOEI_BLOCK_KERNEL(name, tm, tn, wm, wn, stages, blocks, suffix, dtype)                     \
+#define MOEI_BLOCK_KERNEL(name, tm, tn, deep, wm, wn, stages, blocks, suffix, dtype)               \
     MOE_KERNEL((wm) * (wn)*32, blocks)                                                             \
     moei_block_##name##_##suffix(MOE_ARG(moei_block_args) d)                                       \
     {                                                                                              \
@@ -73,8 +76,9 @@
         MOE_SHARED_DYNAMIC(shared);                                                                \
         moei_let_next_start();                                                                     \
         moei_wait_for_previous();                                                                  \
-        if (MOEI_BLOCK_HERE(dtype) && !moei_fault_stopped(d.fault))                                \
-            moei_block_tile(&d, shared, &s, tm, tn, wm, wn, stages, dtype);                        \
+        if (MOEI_BLOCK_HERE(moei_block_smem(tm, tn, deep, stages), dtype) &&                       \
+            !moei_fault_stopped(d.fault))                                                          \
+            moei_block_tile(&d, shared, &s, tm, tn, deep, wm, wn, stages, dtype);                  \
     }
 #define MOEI_BLOCK_KERNELS(suffix, dtype) MOEI_BLOCK_TILE_LIST(MOEI_BLOCK_KERNEL, suffix, dtype)
 MOE_BLOCK_SPARSE_DTYPE_LIST(MOEI_BLOCK_KERNELS)
@@ -82,8 +86,8 @@ MOE_BLOCK_SPARSE_DTYPE_LIST(MOEI_BLOCK_KERNELS)
 #undef MOEI_BLOCK_KERNEL
 
 static const moei_block_shape moei_block_shapes[] = {
-#define MOEI_BLOCK_ROW(name, tm, tn, wm, wn, stages, blocks, unused)                               \
-    {MOE_BLOCK_TILE_##name, tm, tn, wm, wn, stages, blocks},
+#define MOEI_BLOCK_ROW(name, tm, tn, deep, wm, wn, stages, blocks, unused)                         \
+    {MOE_BLOCK_TILE_##name, tm, tn, deep, wm, wn, stages, blocks},
     MOEI_BLOCK_TILE_LIST(MOEI_BLOCK_ROW, )
 #undef MOEI_BLOCK_ROW
 };
@@ -92,7 +96,7 @@ static const moei_block_shape moei_block_shapes[] = {
 /* The kernel of one tile and dtype; null where MOE_BLOCK_SPARSE_DTYPE_LIST lacks it. */
 MOE_HOST const void* moei_block_kernel(int tile, int dtype)
 {
-#define MOEI_BLOCK_FIND(name, tm, tn, wm, wn, stages, blocks, suffix, dt)                          \
+#define MOEI_BLOCK_FIND(name, tm, tn, deep, wm, wn, stages, blocks, suffix, dt)                    \
     if (tile == MOE_BLOCK_TILE_##name && dtype == dt)                                              \
         return (const void*)moei_block_##name##_##suffix;
 #define MOEI_BLOCK_FINDS(suffix, dt) MOEI_BLOCK_TILE_LIST(MOEI_BLOCK_FIND, suffix, dt)
@@ -106,7 +110,7 @@ MOE_HOST const void* moei_block_kernel(int tile, int dtype)
 
 MOE_HOST size_t moei_block_shape_smem(const moei_block_shape* t)
 {
-    return moei_block_smem(t->tm, t->tn, t->warps_m, t->warps_n, t->stages);
+    return moei_block_smem(t->tm, t->tn, t->deep, t->stages);
 }
 
 /* Can the current device and this binary run the shape? */
@@ -127,33 +131,68 @@ MOE_HOST moe_status moei_block_runs(const moei_block_shape* t, int dtype, int* r
     return MOE_OK;
 }
 
-/* The tile of a checked descriptor: the caller's, or by the rule at the top. */
-MOE_HOST moe_status moei_block_choose(const moe_block_sparse_desc* d, const moei_block_shape** t)
+MOE_HOST const moei_block_shape* moei_block_shape_of(int tile)
+{
+    for (int i = 0; i < MOEI_BLOCK_SHAPES; ++i)
+        if (moei_block_shapes[i].tile == tile) return &moei_block_shapes[i];
+    return 0;
+}
+
+/* The tile for what a tile shape leaves over; null where it runs all itself. */
+MOE_HOST const moei_block_shape* moei_block_rest(const moe_block_sparse_desc* d,
+                                                 const moei_block_shape* t, int rest)
+{
+    const moei_block_shape* r = moei_block_shape_of(rest);
+    return r && r->tm < t->tm && moei_block_join(d, t) > 1 ? r : 0;
+}
+
+/* The tile as high as the blocks. */
+MOE_HOST int moei_block_low(const moe_block_sparse_desc* d)
 {
     const int height = moei_block_by_column(d) ? d->mask.block_columns : d->mask.block_rows;
-    const int alone = height <= 32 && d->packed; /* strips that cannot be joined */
-    const int first = alone          ? MOE_BLOCK_TILE_32x256
-                      : height == 64 ? MOE_BLOCK_TILE_64x256
-                                     : MOE_BLOCK_TILE_128x256;
-    const int wanted[] = {d->choice.tile ? d->choice.tile : first, MOE_BLOCK_TILE_64x256,
-                          MOE_BLOCK_TILE_64x64};
+    return height >= 128  ? MOE_BLOCK_TILE_128x256
+           : height == 64 ? MOE_BLOCK_TILE_64x256
+                          : MOE_BLOCK_TILE_32x256;
+}
+
+/* The tiles of a checked descriptor, the caller's, or by the rule at the top: t[0], and t[1] for the
+   rest, which may be null. */
+MOE_HOST moe_status moei_block_choose(const moe_block_sparse_desc* d, const moei_block_shape** t)
+{
+    const int low = moei_block_low(d);
+    const int wanted[] = {d->choice.tile ? d->choice.tile
+                          : d->packed    ? low /* strips that cannot be joined */
+                                         : MOE_BLOCK_TILE_128x256,
+                          MOE_BLOCK_TILE_64x256, MOE_BLOCK_TILE_64x64};
     moei_device dev;
     MOEI_TRY(moei_device_query(&dev));
-    for (int w = 0; w < 3; ++w)
-        for (int i = 0; i < MOEI_BLOCK_SHAPES; ++i)
-            if (moei_block_shapes[i].tile == wanted[w]) {
-                const moei_block_shape* o = &moei_block_shapes[i];
-                const int64_t rows = d->op == MOE_BLOCK_DDS ? d->n : d->m;
-                const int64_t columns = d->op == MOE_BLOCK_DDS ? d->m : d->n;
-                const int enough =
-                    (rows + o->tm - 1) / o->tm * ((columns + o->tn - 1) / o->tn) >= dev.sms;
-                int runs;
-                MOEI_TRY(moei_block_runs(o, d->dtype, &runs));
-                *t = o;
-                MOEI_REQUIRE(runs || !d->choice.tile, MOE_ERR_DEVICE, choice);
-                if (runs && (w == 2 || d->choice.tile || enough)) return MOE_OK;
-            }
+    for (int w = 0; w < 3; ++w) {
+        const moei_block_shape* o = moei_block_shape_of(wanted[w]);
+        const int64_t rows = d->op == MOE_BLOCK_DDS ? d->n : d->m;
+        const int64_t columns = d->op == MOE_BLOCK_DDS ? d->m : d->n;
+        const int enough = (rows + o->tm - 1) / o->tm * ((columns + o->tn - 1) / o->tn) >= dev.sms;
+        int runs;
+        MOEI_TRY(moei_block_runs(o, d->dtype, &runs));
+        t[0] = o;
+        MOEI_REQUIRE(runs || !d->choice.tile, MOE_ERR_DEVICE, choice);
+        if (!runs || !(w == 2 || d->choice.tile || enough)) continue;
+        t[1] = moei_block_rest(d, o, d->choice.tile ? d->choice.rest : low);
+        if (t[1]) MOEI_TRY(moei_block_runs(t[1], d->dtype, &runs));
+        MOEI_REQUIRE(runs || !d->choice.tile, MOE_ERR_DEVICE, choice);
+        if (!runs) t[1] = 0;
+        return MOE_OK;
+    }
     return MOE_STATUS(MOE_ERR_DEVICE, dtype); /* built without -arch=sm_80 or later, most often */
+}
+
+/* Plans of both tiles; the pieces of the workspace lie at `base`. */
+MOE_HOST moe_status moei_block_plan_both(const moe_block_sparse_desc* d,
+                                         const moei_block_shape* const* t, char* base,
+                                         size_t* bytes, moei_block_plan* p)
+{
+    *bytes = 0;
+    MOEI_TRY(moei_block_plan_tile(d, t[0], base, bytes, 0, &p[0]));
+    return t[1] ? moei_block_plan_tile(d, t[1], base, bytes, &p[0], &p[1]) : MOE_OK;
 }
 
 /* Bytes of workspace that moe_block_sparse wants for this descriptor, whose own workspace is not
@@ -167,12 +206,16 @@ MOE_HOST moe_status moe_block_sparse_workspace(const moe_block_sparse_desc* desc
     MOEI_TRY(moei_block_check(&d));
     *bytes = 0;
     if (d.m == 0 || d.n == 0) return MOE_OK;
-    for (int i = 0; i < MOEI_BLOCK_SHAPES; ++i) {
-        moei_block_plan p;
-        if (d.choice.tile && d.choice.tile != moei_block_shapes[i].tile) continue;
-        MOEI_TRY(moei_block_plan_tile(&d, &moei_block_shapes[i], 0, &p));
-        if (p.workspace_bytes > *bytes) *bytes = p.workspace_bytes;
-    }
+    for (int i = 0; i < MOEI_BLOCK_SHAPES; ++i)
+        for (int rest = 0; rest <= MOE_BLOCK_TILE_64x64; ++rest) {
+            const moei_block_shape* o = &moei_block_shapes[i];
+            const moei_block_shape* const t[] = {o, moei_block_rest(&d, o, rest)};
+            moei_block_plan p[2];
+            size_t needed;
+            if (d.choice.tile && (d.choice.tile != o->tile || d.choice.rest != rest)) continue;
+            MOEI_TRY(moei_block_plan_both(&d, t, 0, &needed, p));
+            if (needed > *bytes) *bytes = needed;
+        }
     return MOE_OK;
 }
 
@@ -227,22 +270,41 @@ MOE_KERNEL(256, 1) moei_block_zero(MOE_ARG(moei_block_zero_args) d)
     }
 }
 
+/* Queues one plan's tiles. */
+MOE_HOST moe_status moei_block_launch(const moei_block_shape* t, const moei_block_plan* p,
+                                      int dtype, cudaStream_t stream)
+{
+    moei_launch_config c =
+        moei_grid(p->tiles, t->warps_m * t->warps_n * 32, moei_block_shape_smem(t), stream);
+    c.dependent = 1;
+    if (p->tiles == 0) return MOE_OK;
+#define MOEI_BLOCK_CASE(name, tm, tn, deep, wm, wn, stages, blocks, suffix, dt)                    \
+    if (t->tile == MOE_BLOCK_TILE_##name && dtype == dt)                                           \
+        return MOE_LAUNCH(moei_block_##name##_##suffix, c, p->args);
+#define MOEI_BLOCK_CASES(suffix, dt) MOEI_BLOCK_TILE_LIST(MOEI_BLOCK_CASE, suffix, dt)
+    MOE_BLOCK_SPARSE_DTYPE_LIST(MOEI_BLOCK_CASES)
+#undef MOEI_BLOCK_CASES
+#undef MOEI_BLOCK_CASE
+    return MOE_STATUS(MOE_ERR_DTYPE, dtype); /* moei_block_choose has refused it */
+}
+
 /* Queues the product on `stream`. Errors: every field as documented in block_sparse/desc.h, each
    with its own status; nothing is queued then. Sizes of 0 are no error. */
 MOE_HOST moe_status moe_block_sparse(const moe_block_sparse_desc* desc, cudaStream_t stream)
 {
     moe_block_sparse_desc d;
-    const moei_block_shape* t;
-    moei_block_plan p;
+    const moei_block_shape* t[2];
+    moei_block_plan p[2];
     moei_launch_config c;
+    size_t bytes;
     MOEI_REQUIRE(desc, MOE_ERR_NULL, desc);
     d = *desc;
     MOEI_TRY(moei_block_check(&d));
-    MOEI_TRY(moei_block_choose(&d, &t));
+    MOEI_TRY(moei_block_choose(&d, t));
     if (d.m == 0 || d.n == 0) return MOE_OK;
-    MOEI_TRY(moei_block_plan_tile(&d, t, (char*)d.workspace, &p));
-    MOEI_REQUIRE(p.workspace_bytes == 0 || d.workspace, MOE_ERR_NULL, workspace);
-    MOEI_REQUIRE(p.workspace_bytes <= d.workspace_bytes, MOE_ERR_WORKSPACE, workspace_bytes);
+    MOEI_TRY(moei_block_plan_both(&d, t, (char*)d.workspace, &bytes, p));
+    MOEI_REQUIRE(bytes == 0 || d.workspace, MOE_ERR_NULL, workspace);
+    MOEI_REQUIRE(bytes <= d.workspace_bytes, MOE_ERR_WORKSPACE, workspace_bytes);
     if (d.zero_masked) {
         moei_block_zero_args z;
         z.mask = d.mask;
@@ -259,25 +321,18 @@ MOE_HOST moe_status moe_block_sparse(const moe_block_sparse_desc* desc, cudaStre
         c.dependent = 1;
         MOEI_TRY(MOE_LAUNCH(moei_block_zero, c, z));
     }
-    if (p.num_strips) {
-        c = moei_grid(p.num_strips, MOEI_STRIPS_THREADS, 0, stream);
-        c.dependent = 1;
-        MOEI_TRY(MOE_LAUNCH(moei_block_strips, c, p.strips));
-    }
-    if (p.tiles == 0) return MOE_OK;
-    c = moei_grid(p.tiles, t->warps_m * t->warps_n * 32, moei_block_shape_smem(t), stream);
-    c.dependent = 1;
-#define MOEI_BLOCK_CASE(name, tm, tn, wm, wn, stages, blocks, suffix, dt)                          \
-    if (t->tile == MOE_BLOCK_TILE_##name && d.dtype == dt)                                         \
-        return MOE_LAUNCH(moei_block_##name##_##suffix, c, p.args);
-#define MOEI_BLOCK_CASES(suffix, dt) MOEI_BLOCK_TILE_LIST(MOEI_BLOCK_CASE, suffix, dt)
-    MOE_BLOCK_SPARSE_DTYPE_LIST(MOEI_BLOCK_CASES)
-#undef MOEI_BLOCK_CASES
-#undef MOEI_BLOCK_CASE
-    return MOE_STATUS(MOE_ERR_DTYPE, dtype); /* moei_block_choose has refused it */
+    for (int i = 0; i < 2 && t[i]; ++i)
+        if (p[i].num_strips) {
+            c = moei_grid(p[i].num_strips, MOEI_STRIPS_THREADS, 0, stream);
+            c.dependent = 1;
+            MOEI_TRY(MOE_LAUNCH(moei_block_strips, c, p[i].strips));
+        }
+    for (int i = 0; i < 2 && t[i]; ++i) MOEI_TRY(moei_block_launch(t[i], &p[i], d.dtype, stream));
+    return MOE_OK;
 }
 
-/* Times every tile that the device runs on this very call, mask and all, and fills in the quickest.
+/* Times every tile that the device runs on this very call, mask and all, also with a smaller one for
+   the rest where strips are joined, and fills in the quickest.
    The one function here that is no launch: it runs the product a few dozen times, C being written
    each time, makes and destroys two events, and waits for the stream. The workspace must do for any
    choice (desc->choice is not looked at). Not while a graph is captured. */
@@ -305,9 +360,11 @@ MOE_HOST moe_status moe_block_sparse_tune(const moe_block_sparse_desc* desc, cud
         cudaEventDestroy(begin);
         return status;
     }
-    for (int i = 0; i < MOEI_BLOCK_SHAPES && status == MOE_OK; ++i) {
+    for (int i = 0; i < MOEI_BLOCK_SHAPES * 2 && status == MOE_OK; ++i) {
         float quickest = 0.0f;
-        d.choice.tile = moei_block_shapes[i].tile;
+        d.choice.tile = moei_block_shapes[i / 2].tile;
+        d.choice.rest = i % 2 ? moei_block_low(&d) : 0;
+        if (i % 2 && !moei_block_rest(&d, &moei_block_shapes[i / 2], d.choice.rest)) continue;
         status = moe_block_sparse(&d, stream);
         if (moe_status_kind(status) == MOE_ERR_DEVICE) { /* not this one */
             status = MOE_OK;
@@ -337,7 +394,7 @@ MOE_HOST moe_status moe_block_sparse_tune(const moe_block_sparse_desc* desc, cud
 /* Loads this header's kernels now. */
 MOE_HOST moe_status moe_block_sparse_preload(void)
 {
-#define MOEI_BLOCK_LOAD(name, tm, tn, wm, wn, stages, blocks, suffix, dt)                          \
+#define MOEI_BLOCK_LOAD(name, tm, tn, deep, wm, wn, stages, blocks, suffix, dt)                    \
     MOEI_TRY(moei_preload((const void*)moei_block_##name##_##suffix));
 #define MOEI_BLOCK_LOADS(suffix, dt) MOEI_BLOCK_TILE_LIST(MOEI_BLOCK_LOAD, suffix, dt)
     MOE_BLOCK_SPARSE_DTYPE_LIST(MOEI_BLOCK_LOADS)

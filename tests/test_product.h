@@ -13,7 +13,7 @@ typedef struct tproduct_want {
     int a_pad, b_pad, c_pad;                  /* stride - least; multiples of 8 */
     int a_table, b_table, c_table;            /* 1: in pieces; 2: narrow ones */
     int none;                                 /* percent of C's pieces that are null */
-    int dtype, c_dtype, draw, tile;
+    int dtype, c_dtype, draw, tile, rest;
     int odd; /* 1: infinities and NaN among the dense operand's numbers */
 } tproduct_want;
 
@@ -33,12 +33,12 @@ MOEI_UNUSED static const char* tproduct_text(const tproduct_want* w)
     snprintf(text, sizeof text,
              "%s m=%d n=%d k=%d%s%s %s -> %s blocks %dx%d pattern=%d %d%% %s%s%s pads %d %d %d "
              "tables %d "
-             "%d %d draw=%d odd=%d tile=%d",
+             "%d %d draw=%d odd=%d tile=%d rest=%d",
              op[w->op], w->m, w->n, w->k, w->a_transposed ? " A^T" : "",
              w->b_transposed ? " B^T" : "", moe_dtype_name(w->dtype), moe_dtype_name(w->c_dtype),
              w->block_rows, w->block_columns, w->pattern, w->percent, form[w->form],
              w->packed ? " packed" : "", w->zero_masked ? " zero" : "", w->a_pad, w->b_pad,
-             w->c_pad, w->a_table, w->b_table, w->c_table, w->draw, w->odd, w->tile);
+             w->c_pad, w->a_table, w->b_table, w->c_table, w->draw, w->odd, w->tile, w->rest);
     return text;
 }
 
@@ -83,6 +83,7 @@ MOEI_UNUSED static void tproduct_describe(tproduct* p)
     d->dtype = w->dtype == MOE_BF16 ? MOE_DTYPE_DEFAULT : w->dtype;
     d->c_dtype = w->c_dtype == w->dtype ? MOE_DTYPE_DEFAULT : w->c_dtype;
     d->choice.tile = w->tile;
+    d->choice.rest = w->tile ? w->rest : 0;
     CHECK_STATUS(moe_block_sparse_workspace(d, &d->workspace_bytes), MOE_OK);
     p->workspace = tbuf_new("workspace", d->workspace_bytes, 16);
     d->workspace = d->workspace_bytes ? p->workspace.p : (void*)0;
@@ -411,6 +412,7 @@ MOEI_UNUSED static void tproduct_randomise(tproduct_want* w, trand* r)
     w->c_pad = 8 * (int)trand_int(r, 0, 2);
     w->draw = trand_int(r, 0, 3) ? TDRAW_NORMAL : TDRAW_INT;
     w->tile = (int)trand_int(r, MOE_BLOCK_TILE_AUTO, MOE_BLOCK_TILE_64x64);
+    w->rest = (int)trand_int(r, 0, MOE_BLOCK_TILE_64x64);
 }
 
 #endif

@@ -49,7 +49,7 @@ typedef enum moe_block_op {
    rows run along M, the columns are blocks of a row side by side. */
 typedef enum moe_block_tile {
     MOE_BLOCK_TILE_AUTO = 0,
-    MOE_BLOCK_TILE_128x256, /* blocks of 128, and smaller ones that stand together; 166 KB of shared
+    MOE_BLOCK_TILE_128x256, /* blocks of 128, and smaller ones that stand together; 150 KB of shared
                                memory a block */
     MOE_BLOCK_TILE_64x256,  /* blocks of 64 anywhere, and of 128 on smaller chips */
     MOE_BLOCK_TILE_32x256,  /* blocks of 16 or 32 anywhere */
@@ -60,6 +60,8 @@ typedef enum moe_block_tile {
    like shapes and masks. All zero: by the rule in block_sparse.cuh. */
 typedef struct moe_block_choice {
     int32_t tile; /* moe_block_tile */
+    int32_t rest; /* where several strips of low blocks share a tile: the moe_block_tile, of fewer
+                     rows, for those that have not the same blocks; 0: as the others */
 } moe_block_choice;
 
 /* C [m, n] = A [m, k] * B [k, n], all in row order; a transposed operand lies as A [k, m] or

@@ -12,7 +12,7 @@
 
 /* A tile shape and what a launch of it needs. */
 typedef struct moei_block_shape {
-    int tile, tm, tn, warps_m, warps_n, stages, blocks_sm;
+    int tile, tm, tn, deep, warps_m, warps_n, stages, blocks_sm;
 } moei_block_shape;
 
 /* What a call will run. */
@@ -21,7 +21,6 @@ typedef struct moei_block_plan {
     moei_strips_args strips; /* num_strips 0: the mask's own list is walked */
     int32_t num_strips;
     int64_t tiles;
-    size_t workspace_bytes;
 } moei_block_plan;
 
 /* The mask of the sparse matrix [rows, columns]. */
@@ -135,8 +134,10 @@ MOE_HOST moe_status moei_block_check(moe_block_sparse_desc* d)
     MOEI_REQUIRE((d->packed | 1) == 1, MOE_ERR_OPTION, packed);
     MOEI_REQUIRE((d->zero_masked | 1) == 1, MOE_ERR_OPTION, zero_masked);
     MOEI_REQUIRE(!d->zero_masked || (sdd && !d->packed), MOE_ERR_CONFLICT, zero_masked);
-    MOEI_REQUIRE(d->choice.tile >= 0 && d->choice.tile <= MOE_BLOCK_TILE_64x64, MOE_ERR_OPTION,
-                 choice);
+    MOEI_REQUIRE(d->choice.tile >= 0 && d->choice.tile <= MOE_BLOCK_TILE_64x64 &&
+                     d->choice.rest >= 0 && d->choice.rest <= MOE_BLOCK_TILE_64x64,
+                 MOE_ERR_OPTION, choice);
+    MOEI_REQUIRE(d->choice.rest == 0 || d->choice.tile, MOE_ERR_OPTION, choice);
     if (d->dtype == 0) d->dtype = MOE_BF16;
     MOEI_REQUIRE(d->dtype == MOE_BF16 || d->dtype == MOE_FP16, MOE_ERR_DTYPE, dtype);
     if (d->c_dtype == 0) d->c_dtype = d->dtype;
@@ -236,9 +237,18 @@ MOE_HOST int moei_block_log2(int n)
     return l;
 }
 
-/* What a checked descriptor runs with one tile shape; the pieces of the workspace lie at `base`. */
+/* Strips of blocks that a tile shape joins. */
+MOE_HOST int moei_block_join(const moe_block_sparse_desc* d, const moei_block_shape* t)
+{
+    const int height = moei_block_by_column(d) ? d->mask.block_columns : d->mask.block_rows;
+    return d->packed || height >= t->tm ? 1 : t->tm / height;
+}
+
+/* What a checked descriptor runs with one tile shape; its workspace begins at workspace_bytes behind
+   `base`, and is added there. `first`: the plan whose rest this one runs; or null. */
 MOE_HOST moe_status moei_block_plan_tile(const moe_block_sparse_desc* d, const moei_block_shape* t,
-                                         char* base, moei_block_plan* p)
+                                         char* base, size_t* workspace_bytes,
+                                         moei_block_plan* first, moei_block_plan* p)
 {
     const moe_block_mask* m = &d->mask;
     const int turned = moei_block_turned(d), by_column = moei_block_by_column(d);
@@ -246,7 +256,7 @@ MOE_HOST moe_status moei_block_plan_tile(const moe_block_sparse_desc* d, const m
     const int height = by_column ? m->block_columns : m->block_rows;
     const int width = by_column ? m->block_rows : m->block_columns;
     const int lines = moe_num_blocks(by_column ? m->columns : m->rows, height);
-    const int join = d->packed || height >= t->tm ? 1 : t->tm / height;
+    const int join = moei_block_join(d, t);
     const int32_t *offset = by_column ? m->column_offset : m->row_offset,
                   *index = by_column ? m->row_index : m->column_index;
     moei_block_args* a = &p->args;
@@ -283,6 +293,11 @@ MOE_HOST moe_status moei_block_plan_tile(const moe_block_sparse_desc* d, const m
         MOEI_REQUIRE(p->tiles + (int64_t)a->tiles_n * MOEI_BLOCK_BAND <= 0x7fffffff, MOE_ERR_RANGE,
                      m);
     }
+    if (first) {
+        first->args.share = a->share = first->args.partial;
+        first->args.share_m = a->share_m = moei_block_log2(first->args.strip_m);
+        a->share_of = 1;
+    }
     if (list && join == 1) { /* as it is */
         a->begin = offset;
         a->end = offset + 1;
@@ -298,11 +313,11 @@ MOE_HOST moe_status moei_block_plan_tile(const moe_block_sparse_desc* d, const m
     s->bits = m->bits;
     s->offset = offset;
     s->index = index;
-    s->begin = (int32_t*)moei_carve(base, &p->workspace_bytes, (uint64_t)p->num_strips * 4);
-    s->end = (int32_t*)moei_carve(base, &p->workspace_bytes, (uint64_t)p->num_strips * 4);
-    s->partial = (int32_t*)moei_carve(base, &p->workspace_bytes, (uint64_t)p->num_strips * 4);
-    s->block = (int32_t*)moei_carve(base, &p->workspace_bytes, (uint64_t)entries * 4);
-    s->info = (int32_t*)moei_carve(base, &p->workspace_bytes, (uint64_t)entries * 4);
+    s->begin = (int32_t*)moei_carve(base, workspace_bytes, (uint64_t)p->num_strips * 4);
+    s->end = (int32_t*)moei_carve(base, workspace_bytes, (uint64_t)p->num_strips * 4);
+    s->partial = (int32_t*)moei_carve(base, workspace_bytes, (uint64_t)p->num_strips * 4);
+    s->block = (int32_t*)moei_carve(base, workspace_bytes, (uint64_t)entries * 4);
+    s->info = (int32_t*)moei_carve(base, workspace_bytes, (uint64_t)entries * 4);
     s->fault = d->fault;
     s->lines = lines;
     s->others = a->others;
@@ -310,6 +325,8 @@ MOE_HOST moe_status moei_block_plan_tile(const moe_block_sparse_desc* d, const m
     s->by_column = by_column;
     s->words = (moe_num_blocks(m->columns, m->block_columns) + 31) / 32;
     s->max_blocks = m->max_blocks;
+    s->only = a->share;
+    s->ratio = first ? first->args.strip_m / a->strip_m : 1;
     a->begin = s->begin;
     a->end = s->end;
     a->block = s->block;

@@ -22,6 +22,8 @@ typedef struct moei_strips_args {
     const int32_t *offset, *index; /* the list's row or column order */
     int32_t *begin, *end, *block, *info;
     int32_t* partial; /* [strips] 1: some block is not in all of the joined strips */
+    const int32_t*
+        only; /* of these strips, `ratio` times as high, those that are 1; or null: all */
     uint64_t* fault;
     int32_t lines;      /* strips of blocks along the axis of the tiles' rows */
     int32_t others;     /* blocks along the other axis */
@@ -29,6 +31,7 @@ typedef struct moei_strips_args {
     int32_t by_column;  /* 1: lines are columns of the mask's bytes or bits */
     int32_t words;      /* words in a row of bits */
     int32_t max_blocks; /* of the list */
+    int32_t ratio;
 } moei_strips_args;
 
 typedef struct moei_strips_shared {
@@ -55,6 +58,7 @@ MOE_KERNEL(MOEI_STRIPS_THREADS, 1) moei_block_strips(MOE_ARG(moei_strips_args) d
     moei_let_next_start();
     moei_wait_for_previous();
     if (moei_fault_stopped(d.fault)) return;
+    if (d.only && !d.only[strip / d.ratio]) return; /* nobody reads this one */
     at = d.offset ? d.offset[first] : strip * d.others;
     if (d.offset) { /* the list must be in order before anything is written at its offsets */
         for (int i = 0; i < joined; ++i) {

@@ -14,6 +14,7 @@
 
 #include "../base/warp.cuh"
 #include "../layout.h"
+#include "swizzle.h"
 
 #if MOE_ON_HOST
 
@@ -53,57 +54,71 @@ MOE_DEVICE void moei_mma_load_turned(uint32_t* x, const uint16_t* row)
                  : "memory");
 }
 
-/* The row a lane names in a 16 x 16 piece: matrices 1 and 2 lie below one another and beside one
-   another, or the other way round. */
-MOE_DEVICE int moei_mma_row_down(int ld)
+/* The row of 8 elements that a lane names in a 16 x 16 piece: matrices 1 and 2 lie below one another
+   and beside one another, or the other way round. */
+MOE_DEVICE int moei_mma_line(int across)
 {
-    return (moei_lane() & 15) * ld + (moei_lane() >> 4) * 8;
+    return across ? (moei_lane() & 7) + (moei_lane() >> 4) * 8 : moei_lane() & 15;
 }
-MOE_DEVICE int moei_mma_row_across(int ld)
+MOE_DEVICE int moei_mma_beside(int across)
 {
-    return ((moei_lane() & 7) + (moei_lane() >> 4) * 8) * ld + (moei_lane() >> 3 & 1) * 8;
-}
-
-/* What is a lane's own in the loads below; loads in a loop take it from outside. */
-MOE_DEVICE int moei_mma_lane_a(int ld, int major)
-{
-    return major == MOE_MAJOR_K ? moei_mma_row_down(ld) : moei_mma_row_across(ld);
-}
-MOE_DEVICE int moei_mma_lane_b(int ld, int major)
-{
-    return major == MOE_MAJOR_K ? moei_mma_row_across(ld) : moei_mma_row_down(ld);
+    return (across ? moei_lane() >> 3 & 1 : moei_lane() >> 4) * 8;
 }
 
 /* Piece of A at p: element (m, k) at p[m * ld + k] where major is MOE_MAJOR_K, at p[k * ld + m]
-   where it is MOE_MAJOR_MN; lane = moei_mma_lane_a(ld, major). */
-MOE_DEVICE void moei_mma_load_a_at(moei_mma_a* f, const uint16_t* p, int lane, int ld,
-                                   const int dtype, const int major)
-{
-    (void)dtype;
-    (void)ld;
-    if (major == MOE_MAJOR_K) moei_mma_load(f->x, p + lane);
-    else moei_mma_load_turned(f->x, p + lane);
-}
+   where it is MOE_MAJOR_MN. */
 MOE_DEVICE void moei_mma_load_a(moei_mma_a* f, const uint16_t* p, int ld, const int dtype,
                                 const int major)
 {
-    moei_mma_load_a_at(f, p, moei_mma_lane_a(ld, major), ld, dtype, major);
+    const int across = major == MOE_MAJOR_MN;
+    p += moei_mma_line(across) * ld + moei_mma_beside(across);
+    (void)dtype;
+    if (across) moei_mma_load_turned(f->x, p);
+    else moei_mma_load(f->x, p);
 }
 
 /* Piece of B at p: element (k, n) at p[n * ld + k] where major is MOE_MAJOR_K, at p[k * ld + n]
-   where it is MOE_MAJOR_MN; lane = moei_mma_lane_b(ld, major). */
-MOE_DEVICE void moei_mma_load_b_at(moei_mma_b* f, const uint16_t* p, int lane, int ld,
-                                   const int dtype, const int major)
-{
-    (void)dtype;
-    (void)ld;
-    if (major == MOE_MAJOR_K) moei_mma_load(f->x, p + lane);
-    else moei_mma_load_turned(f->x, p + lane);
-}
+   where it is MOE_MAJOR_MN. */
 MOE_DEVICE void moei_mma_load_b(moei_mma_b* f, const uint16_t* p, int ld, const int dtype,
                                 const int major)
 {
-    moei_mma_load_b_at(f, p, moei_mma_lane_b(ld, major), ld, dtype, major);
+    const int across = major == MOE_MAJOR_K;
+    p += moei_mma_line(across) * ld + moei_mma_beside(across);
+    (void)dtype;
+    if (across) moei_mma_load(f->x, p);
+    else moei_mma_load_turned(f->x, p);
+}
+
+/* The same out of a swizzled stage: piece (row + m, k) of A, or (k, row + n) of B, where m, n < 64
+   and k are multiples of 16, and row is one of the largest m or n and 16. A lane's own part, in
+   which row is, is made once: lane = moei_mma_lane_a(row, ld, major), or _b. */
+MOE_DEVICE int moei_mma_lane_a(int row, int ld, int major)
+{
+    const int across = major == MOE_MAJOR_MN;
+    const int line = moei_mma_line(across), e = moei_mma_beside(across);
+    return across ? moei_swizzled(line, row + e, ld) : moei_swizzled(row + line, e, ld);
+}
+MOE_DEVICE int moei_mma_lane_b(int row, int ld, int major)
+{
+    const int across = major == MOE_MAJOR_K;
+    const int line = moei_mma_line(across), e = moei_mma_beside(across);
+    return across ? moei_swizzled(row + line, e, ld) : moei_swizzled(line, row + e, ld);
+}
+MOE_DEVICE void moei_mma_load_a_swizzled(moei_mma_a* f, const uint16_t* stage, int lane,
+                                         const int m, int k, int ld, const int dtype,
+                                         const int major)
+{
+    (void)dtype;
+    if (major == MOE_MAJOR_K) moei_mma_load(f->x, stage + (lane ^ k) + m * ld);
+    else moei_mma_load_turned(f->x, stage + (lane ^ m) + k * ld);
+}
+MOE_DEVICE void moei_mma_load_b_swizzled(moei_mma_b* f, const uint16_t* stage, int lane,
+                                         const int n, int k, int ld, const int dtype,
+                                         const int major)
+{
+    (void)dtype;
+    if (major == MOE_MAJOR_K) moei_mma_load(f->x, stage + (lane ^ k) + n * ld);
+    else moei_mma_load_turned(f->x, stage + (lane ^ n) + k * ld);
 }
 
 MOE_DEVICE void moei_mma_zero(moei_mma_c* c)

@@ -19,6 +19,7 @@
 #include <random>
 
 #include "../base/cuda.cuh"
+#include "../gemm/swizzle.h"
 #include "../layout.h"
 
 #define MOEI_MMA_C_ELEMS 8 /* elements of moei_mma_c::x in one lane */
@@ -84,18 +85,37 @@ MOE_DEVICE void moei_mma_load_b(moei_mma_b* f, const uint16_t* p, int ld, int dt
     moeh_mma_load(f, moeh_mma_layouts().b, p, ld, dtype, major != MOE_MAJOR_MN);
 }
 
-/* There is nothing of a lane's own in these loads. */
-MOE_DEVICE int moei_mma_lane_a(int, int) { return 0; }
-MOE_DEVICE int moei_mma_lane_b(int, int) { return 0; }
-MOE_DEVICE void moei_mma_load_a_at(moei_mma_a* f, const uint16_t* p, int, int ld, int dtype,
-                                   int major)
+/* Out of a swizzled stage; along lines: the rows of the piece are lines, and its columns stand side by
+   side in them; else the other way round. */
+inline void moeh_mma_load_swizzled(moeh_mma_input* f, const moeh_layout& l, const uint16_t* stage,
+                                   int row, int column, int ld, int dtype, bool along)
 {
-    moei_mma_load_a(f, p, ld, dtype, major);
+    if ((uintptr_t)stage % 32 || ld <= 0 || (ld != 32 && ld % 64))
+        moeh_fail("loads a tensor-core piece from a stage that is not 32-byte aligned, or has no "
+                  "swizzled lines");
+    const int run = l.run[moeh_lane()];
+    row += run >> 1, column += (run & 1) * 8;
+    for (int j = 0; j < 8; ++j)
+        f->x[l.slot[j]] = moe_load(
+            stage, along ? moei_swizzled(row, column + j, ld) : moei_swizzled(column + j, row, ld),
+            dtype);
+    f->dtype = dtype;
 }
-MOE_DEVICE void moei_mma_load_b_at(moei_mma_b* f, const uint16_t* p, int, int ld, int dtype,
-                                   int major)
+
+/* A lane's own part is the first row here. */
+MOE_DEVICE int moei_mma_lane_a(int row, int, int) { return row; }
+MOE_DEVICE int moei_mma_lane_b(int row, int, int) { return row; }
+MOE_DEVICE void moei_mma_load_a_swizzled(moei_mma_a* f, const uint16_t* stage, int lane, int m,
+                                         int k, int ld, int dtype, int major)
 {
-    moei_mma_load_b(f, p, ld, dtype, major);
+    moeh_mma_load_swizzled(f, moeh_mma_layouts().a, stage, lane + m, k, ld, dtype,
+                           major == MOE_MAJOR_K);
+}
+MOE_DEVICE void moei_mma_load_b_swizzled(moei_mma_b* f, const uint16_t* stage, int lane, int n,
+                                         int k, int ld, int dtype, int major)
+{
+    moeh_mma_load_swizzled(f, moeh_mma_layouts().b, stage, k, lane + n, ld, dtype,
+                           major == MOE_MAJOR_MN);
 }
 
 MOE_DEVICE void moei_mma_zero(moei_mma_c* c)

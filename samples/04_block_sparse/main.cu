@@ -181,7 +181,8 @@ int main(int argc, char** argv)
     printf("\n");
     show_run("mask", ms, dense * (double)kept / ((double)rows * columns), dense);
     show_run("full mask", all_ms, dense, dense);
-    printf("tile      %s, full mask %s; mean of %d runs\n", tiles[d.choice.tile],
+    printf("tile      %s%s%s, full mask %s; mean of %d runs\n", tiles[d.choice.tile],
+           d.choice.rest ? " and " : "", d.choice.rest ? tiles[d.choice.rest] : "",
            tiles[all.choice.tile], o.repeat);
     if (MOE_ON_HOST)
         printf("          the CPU shows that the kernels are right, not how fast they are\n");

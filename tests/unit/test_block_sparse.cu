@@ -264,6 +264,7 @@ static void test_block_tiles_agree(void)
                 char* got;
                 p.w.form = form;
                 p.w.tile = tile;
+                p.w.rest = form == tile % 3 ? MOE_BLOCK_TILE_32x256 : 0;
                 tbuf_free(&p.workspace);
                 tproduct_describe(&p);
                 tmatrix_poison(&p.c);
@@ -531,8 +532,9 @@ static void test_block_tune(void)
             moe_block_choice choice;
             memset(&choice, 0xff, sizeof choice);
             CHECK_STATUS(moe_block_sparse_tune(&p.d, test_now.stream, &choice), MOE_OK);
-            CHECK(choice.tile >= MOE_BLOCK_TILE_AUTO && choice.tile <= MOE_BLOCK_TILE_64x64,
-                  "tile %d", choice.tile);
+            CHECK(choice.tile >= MOE_BLOCK_TILE_AUTO && choice.tile <= MOE_BLOCK_TILE_64x64 &&
+                      choice.rest >= 0 && choice.rest <= MOE_BLOCK_TILE_64x64,
+                  "tile %d, rest %d", choice.tile, choice.rest);
             tmatrix_poison(&p.c);
             p.d.choice = choice;
             if (CHECK_STATUS(moe_block_sparse(&p.d, test_now.stream), MOE_OK)) tproduct_compare(&p);
@@ -552,6 +554,7 @@ static void test_block_large(void)
             tproduct_randomise(&w, &r);
             w.tile = tile;
             w.percent = 20;
+            if (i % 2) w.pattern = TPATTERN_DIAGONAL; /* strips alike, and others between them */
             w.draw = TDRAW_NORMAL;
             tproduct_run(&w, &r);
         }

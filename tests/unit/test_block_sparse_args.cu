@@ -229,7 +229,7 @@ static void test_block_refusals(void)
         tproduct_want w = tproduct_normal(op, 96, 64, 80);
         tproduct p;
         moe_block_sparse_desc good, d;
-        size_t bytes;
+        size_t bytes, needed;
         tbuf table;
         void* address[8];
         w.form = TFORM_LIST;
@@ -237,6 +237,8 @@ static void test_block_refusals(void)
         w.by_column = 1;
         w.percent = 60;
         w.room = 2;
+        w.tile =
+            MOE_BLOCK_TILE_64x64; /* without a choice there may be more workspace than is used */
         tproduct_new(&p, &w, &r);
         good = p.d;
         for (int i = 0; i < 8; ++i) address[i] = AT(p.c.part[0].p, i * 16);
@@ -261,6 +263,9 @@ static void test_block_refusals(void)
         REFUSED(d.zero_masked = 2, MOE_ERR_OPTION, zero_masked);
         REFUSED(d.choice.tile = -1, MOE_ERR_OPTION, choice);
         REFUSED(d.choice.tile = MOE_BLOCK_TILE_64x64 + 1, MOE_ERR_OPTION, choice);
+        REFUSED(d.choice.rest = -1, MOE_ERR_OPTION, choice);
+        REFUSED(d.choice.rest = MOE_BLOCK_TILE_64x64 + 1, MOE_ERR_OPTION, choice);
+        REFUSED((d.choice.tile = 0, d.choice.rest = MOE_BLOCK_TILE_32x256), MOE_ERR_OPTION, choice);
         if (!sdd) REFUSED(d.zero_masked = 1, MOE_ERR_CONFLICT, zero_masked);
         if (sdd)
             REFUSED((d.zero_masked = 1, d.packed = 1, d.c_stride = 0), MOE_ERR_CONFLICT,
@@ -313,10 +318,10 @@ static void test_block_refusals(void)
         REFUSED(d.b = AT(d.b, 8), MOE_ERR_ALIGN, b);
         REFUSED(d.c = AT(d.c, 8), MOE_ERR_ALIGN, c);
         REFUSED(d.fault = (uint64_t*)AT(d.fault, 4), MOE_ERR_ALIGN, fault);
-        if (d.workspace_bytes) {
+        if (needed) {
             REFUSED(d.workspace = 0, MOE_ERR_NULL, workspace);
             REFUSED(d.workspace = AT(d.workspace, 8), MOE_ERR_ALIGN, workspace);
-            REFUSED(d.workspace_bytes -= 1, MOE_ERR_WORKSPACE, workspace_bytes);
+            REFUSED(d.workspace_bytes = needed - 1, MOE_ERR_WORKSPACE, workspace_bytes);
             REFUSED(d.workspace = (void*)d.a, MOE_ERR_OVERLAP, workspace);
             REFUSED(d.workspace = (void*)d.c, MOE_ERR_OVERLAP, workspace);
         }

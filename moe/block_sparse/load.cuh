@@ -1,0 +1,141 @@
+/* load.cuh: the way of a block-sparse tile's operands: from memory to a stage of shared memory, from
+   there to the registers that are multiplied.
+
+     stage   X, then Y; K along memory: [rows][deep], else [deep][rows]; lines swizzled */
+#ifndef MOE_BLOCK_SPARSE_LOAD_CUH
+#define MOE_BLOCK_SPARSE_LOAD_CUH
+
+#include "../base/copy.cuh"
+#include "../gemm/mma.cuh"
+#include "where.cuh"
+
+/* A thread's part in the copies of one operand, the same in all steps: one piece, 8 elements, of
+   each of a few lines that follow one another. Along K lines are rows, along MN depths; either
+   way the thread's lines lie in one chunk of rows and one chunk of depth, and are `stride` apart. So
+   the copies have no branch: only the numbers here say which way the operand lies. */
+typedef struct moei_block_loader {
+    uint64_t from;  /* address part of the chunk of rows, and of the piece in both chunks */
+    int32_t stride; /* bytes between lines */
+    int32_t along;  /* lines are rows */
+    int32_t to;     /* place of the first in a stage */
+    int32_t chunk;  /* chunk of depth */
+    int32_t first;  /* its first depth in that; 16: no row of these is read */
+    int32_t row;    /* from here on where pieces may be cut off: chunk of rows */
+    int32_t lines;  /* that there are */
+    int32_t each;   /* lines for each depth of the chunk behind `first`; K: all */
+    int32_t wide;   /* elements of the piece that there are; K: 0, as many as depths */
+} moei_block_loader;
+
+/* `width` rows of a tile, of which `here` are there and those of the bits `wanted` are read;
+   `chunk` are their address parts. */
+MOE_DEVICE moei_block_loader moei_block_loader_begin(const moei_block_matrix* x,
+                                                     const uint64_t* chunk, int here,
+                                                     uint32_t wanted, const int major,
+                                                     const int width, const int deep,
+                                                     const int threads)
+{
+    const int along = major == MOE_MAJOR_K, tid = (int)threadIdx.x;
+    const int pieces = along ? deep / 8 : width / 8, lines = width * deep / 8 / threads;
+    const int line = tid / pieces * lines, piece = tid % pieces; /* its first line */
+    int left;
+    moei_block_loader l;
+    l.row = along ? line / 16 : piece / 2;
+    l.chunk = along ? piece / 2 : line / 16;
+    left = along ? here - line : piece * 8 < here ? lines : 0;
+    l.lines = !(wanted >> l.row & 1) ? 0 : left < lines ? left : lines;
+    l.first = l.lines <= 0 ? 16 : along ? piece % 2 * 8 : line % 16;
+    l.each = along ? lines : 1;
+    l.wide = along ? 0 : here - piece * 8;
+    l.stride = (int32_t)(x->stride * 2);
+    l.from = chunk[l.row] + (uint64_t)(line % 16 * (int64_t)l.stride + piece % 2 * 16);
+    l.along = along;
+    l.to = moei_swizzled(line, piece * 8, along ? deep : width);
+    return l;
+}
+
+/* Where line i of a thread's lies in a stage: its first is a multiple of their number. */
+MOE_DEVICE int moei_block_to(const moei_block_loader* l, const int i, const int width,
+                             const int deep)
+{
+    return l->to ^ (l->along ? moei_swizzled(i, 0, deep) : moei_swizzled(i, 0, width));
+}
+
+/* Copies one part in `parts` of a step of an operand into a stage, of that the thread's share; `c`
+   is the thread's chunk of depth of that step. `careful`, a literal: chunks may be cut off, which
+   they are not else, and if `masked`, a literal, rows may not want it. */
+MOE_DEVICE void moei_block_copy(const moei_block_loader* l, uint16_t* stage, moei_block_chunk c,
+                                const int part, const int parts, const int width, const int deep,
+                                const int threads, const int careful, const int masked)
+{
+    const uint64_t from = l->from + c.at;
+    const int each = width * deep / 8 / threads;
+    int lines = c.count > l->first ? each : 0;
+    if (careful) {
+        const int there = (c.count - l->first) * l->each;
+        const int wide = l->wide ? l->wide : c.count - l->first;
+        lines = there < l->lines ? there : l->lines;
+        if (masked && !(c.rows >> l->row & 1)) lines = 0;
+        if (lines > 0 && wide < 8) {
+            MOEI_NO_UNROLL
+            for (int i = 0; part == 0 && i < each * 8; ++i) {
+                const uint64_t at = from + (uint64_t)(i / 8 * (int64_t)l->stride);
+                stage[moei_block_to(l, i / 8, width, deep) + i % 8] =
+                    i / 8 < lines && i % 8 < wide ? ((const uint16_t*)(uintptr_t)at)[i % 8]
+                                                  : (uint16_t)0;
+            }
+            return;
+        }
+    }
+    MOEI_UNROLL
+    for (int i = each * part / parts; i < each * (part + 1) / parts; ++i)
+        moei_copy16_async(stage + moei_block_to(l, i, width, deep),
+                          (const void*)(uintptr_t)(from + (uint64_t)(i * (int64_t)l->stride)),
+                          (careful ? i < lines : lines > 0) ? 16 : 0);
+}
+
+/* Copies one part in `parts` of step `step` of a tile into a stage; the last one closes the group of
+   copies. x_chunk and y_chunk are the thread's chunks of that step, and become those of the next:
+   read long before they are needed. */
+MOE_DEVICE void moei_block_fill(const moei_block_shared* s, const moei_block_loader* x,
+                                const moei_block_loader* y, moei_block_chunk* x_chunk,
+                                moei_block_chunk* y_chunk, int step, uint16_t* stage,
+                                const int part, const int parts, const int careful, const int tm,
+                                const int tn, const int deep, const int threads)
+{
+    const int next = (step + 1) * (deep / 16) % (2 * MOEI_WARP);
+    moei_block_copy(x, stage, *x_chunk, part, parts, tm, deep, threads, careful, 1);
+    moei_block_copy(y, stage + tm * deep, *y_chunk, part, parts, tn, deep, threads, careful, 0);
+    if (part < parts - 1) return;
+    *x_chunk = s->chunk_x[next + x->chunk];
+    *y_chunk = s->chunk_y[next + y->chunk];
+    moei_copy_commit();
+}
+
+/* Pieces that a warp multiplies at depth k of a stage; lane_x and lane_y from moei_mma_lane_a and _b. */
+MOE_DEVICE void moei_block_fragments(moei_mma_a* a, moei_mma_b* b, const uint16_t* stage,
+                                     int lane_x, int lane_y, int k, const int tm, const int tn,
+                                     const int deep, const int wm, const int wn, const int dtype,
+                                     const int x_major, const int y_major)
+{
+    const uint16_t* y = stage + tm * deep;
+    if (x_major == MOE_MAJOR_K) {
+        MOEI_UNROLL
+        for (int i = 0; i < wm / 16; ++i)
+            moei_mma_load_a_swizzled(&a[i], stage, lane_x, i * 16, k, deep, dtype, MOE_MAJOR_K);
+    } else {
+        MOEI_UNROLL
+        for (int i = 0; i < wm / 16; ++i)
+            moei_mma_load_a_swizzled(&a[i], stage, lane_x, i * 16, k, tm, dtype, MOE_MAJOR_MN);
+    }
+    if (y_major == MOE_MAJOR_K) {
+        MOEI_UNROLL
+        for (int j = 0; j < wn / 16; ++j)
+            moei_mma_load_b_swizzled(&b[j], y, lane_y, j * 16, k, deep, dtype, MOE_MAJOR_K);
+    } else {
+        MOEI_UNROLL
+        for (int j = 0; j < wn / 16; ++j)
+            moei_mma_load_b_swizzled(&b[j], y, lane_y, j * 16, k, tn, dtype, MOE_MAJOR_MN);
+    }
+}
+
+#endif

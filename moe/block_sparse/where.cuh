@@ -1,0 +1,285 @@
+/* where.cuh: where a tile of a block-sparse product and its operands lie: what a launch is
+   given, which tile a block has, the addresses of its chunks.
+
+   Addresses come in two parts that are added: one of each 16 rows (or columns) of the tile, fixed,
+   in shared memory, and one of each 16 deep, which the list names. So a tile can be put together
+   from blocks anywhere, of 16 elements and more, and tables cost nothing where there are none. */
+#ifndef MOE_BLOCK_SPARSE_WHERE_CUH
+#define MOE_BLOCK_SPARSE_WHERE_CUH
+
+#include "../base/fault.cuh"
+#include "../layout.h"
+#include "desc.h"
+
+/* An operand, or C, with its axis along the strips of blocks and the other one. */
+typedef struct moei_block_matrix {
+    const char* base;
+    const void* const* table; /* address of each strip of blocks along the shared axis; or null */
+    int64_t stride;           /* elements between rows as they lie */
+    int32_t major;            /* X, Y: moe_major; C: MOE_MAJOR_MN: stored turned */
+} moei_block_matrix;
+
+/* What a launch needs; made by plan.cuh. */
+typedef struct moei_block_args {
+    moei_block_matrix x, y, c;
+    const int32_t *begin, *end; /* [strips] where each strip's blocks stand in the list */
+    const int32_t* block;       /* number of each along the other axis */
+    const int32_t* info;        /* of each: packed: its place; where strips are joined: bits, which
+                                   of them have it; null: its number in the list */
+    const int32_t* partial;     /* [strips] 1: some block is not in all strips joined; or null */
+    const int32_t* share;       /* [m >> share_m] whose strips are run: those that are share_of; or
+                                   null: all */
+    uint64_t* fault;
+    int32_t m, n, k;
+    int32_t sparse_c; /* sdd */
+    int32_t packed;
+    int32_t block_m, block_other; /* log2 of the block's height along M, width along K or N */
+    int32_t strip_m;              /* rows of a strip of the list: a block's, or a tile's */
+    int32_t others, max_blocks;   /* blocks along the other axis; entries of the list */
+    int32_t tiles_m, tiles_n;
+    int32_t share_m, share_of;
+    int32_t c_dtype;
+} moei_block_args;
+
+/* One chunk of depth of an operand: where it lies, and who wants it. */
+typedef struct moei_block_chunk {
+    uint64_t at;   /* address part */
+    int32_t count; /* depths that there are, 0 .. 16 */
+    uint32_t rows; /* bits: the row chunks that are multiplied with it */
+} moei_block_chunk;
+
+/* Where a tile lies. */
+typedef struct moei_block_where {
+    int32_t row, strip, rows; /* first row in M, its strip, rows that there are */
+    int32_t column, columns;  /* first column among those the strip has, columns that there are */
+    int32_t begin, end;       /* the strip's list */
+} moei_block_where;
+
+/* What the threads of a block share beside the ring. Chunks are 16 rows, columns or depths. */
+typedef struct moei_block_shared {
+    moei_block_where tile;
+    int32_t index;                                                   /* of the tile */
+    moei_block_chunk chunk_x[2 * MOEI_WARP], chunk_y[2 * MOEI_WARP]; /* the next chunks of depth; a
+                                                                        warp makes 32 at a time */
+    uint64_t x[8], y[16]; /* address parts of the row chunks, column chunks */
+    uint32_t have[16];    /* bits: the row chunks that a column chunk is multiplied with */
+    uint32_t rows;        /* the same of the tile: those that C has */
+    uint32_t columns;     /* bits: the column chunks of the tile that are there */
+} moei_block_shared;
+
+/* Rows whose tiles run together, so that they read the same columns of Y from L2. */
+#define MOEI_BLOCK_BAND 2048
+
+MOE_DEVICE moei_block_where moei_block_find(const moei_block_args* d, int index, const int tm,
+                                            const int tn)
+{
+    const int step = d->strip_m < tm ? d->strip_m : tm;
+    const int most = MOEI_BLOCK_BAND / step, band = index / (most * d->tiles_n);
+    const int in = index - band * most * d->tiles_n, left = d->tiles_m - band * most;
+    const int height = left < most ? left : most;
+    const int column = in / height;
+    moei_block_where t;
+    t.row = (band * most + in - column * height) * step;
+    t.strip = t.row / d->strip_m;
+    t.rows = d->m - t.row < step ? d->m - t.row : step;
+    t.column = column * tn;
+    t.columns = 0;
+    t.begin = t.end = 0;
+    if (d->share && d->share[t.row >> d->share_m] != d->share_of) return t;
+    t.begin = d->begin[t.strip];
+    t.end = d->end[t.strip];
+    if (t.begin < 0 || t.end < t.begin || t.end > d->max_blocks) {
+        moei_fault_raise(d->fault, MOE_FAULT_BAD_BLOCK, 0, t.begin);
+        t.end = t.begin = 0;
+    }
+    t.columns = d->n - t.column;
+    if (d->sparse_c) {
+        const int last = t.end > t.begin ? d->block[t.end - 1] : -1;
+        t.columns = ((t.end - t.begin) << d->block_other) - t.column;
+        if (last == d->others - 1) t.columns -= (d->others << d->block_other) - d->n;
+    }
+    if (t.columns > tn) t.columns = tn;
+    return t;
+}
+
+/* An entry of a strip's list: block < 0 where there is none. */
+typedef struct moei_block_entry {
+    int32_t block, info;
+} moei_block_entry;
+
+MOE_DEVICE moei_block_entry moei_block_read(const moei_block_args* d, const moei_block_where* t,
+                                            int at)
+{
+    moei_block_entry e = {-1, 0};
+    if (t->begin + at < t->end) {
+        e.block = d->block[t->begin + at];
+        e.info = d->info ? d->info[t->begin + at] : t->begin + at;
+    }
+    return e;
+}
+
+/* Is it in range, and behind the one before it? If not, it counts as none and the fault word is
+   set. */
+MOE_DEVICE void moei_block_test(const moei_block_args* d, const moei_block_where* t, int at,
+                                int before, moei_block_entry* e)
+{
+    const bool last = t->begin + at + 1 == t->end; /* a ragged block is the last one */
+    if (t->begin + at >= t->end) return;
+    if ((uint32_t)e->block >= (uint32_t)d->others || e->block <= before ||
+        (e->block == d->others - 1 && !last) ||
+        (d->packed && (uint32_t)e->info >= (uint32_t)d->max_blocks)) {
+        moei_fault_raise(d->fault, MOE_FAULT_BAD_BLOCK, 0, t->begin + at);
+        e->block = -1;
+    }
+}
+
+/* Bits of the row chunks that an entry is for. */
+MOE_DEVICE uint32_t moei_block_rows(const moei_block_args* d, int info, const int tm)
+{
+    uint32_t rows = 0;
+    if (d->strip_m >> d->block_m <= 1) return (1u << (tm / 16)) - 1;
+    MOEI_UNROLL
+    for (int i = 0; i < tm / 16; ++i) rows |= ((uint32_t)info >> (i * 16 >> d->block_m) & 1u) << i;
+    return rows;
+}
+
+/* Address of strip `block` of a matrix with a table, 0 after a fault. */
+MOE_DEVICE uint64_t moei_block_strip(const moei_block_args* d, const moei_block_matrix* x,
+                                     int block)
+{
+    const uint64_t p = (uint64_t)(uintptr_t)x->table[block];
+    if (p != 0 && p % 16 == 0) return p;
+    moei_fault_raise(d->fault, MOE_FAULT_BAD_TABLE, 0, block);
+    return 0;
+}
+
+/* Bytes between rows of the tile, and between depths, of 16-bit elements as they lie. */
+MOE_DEVICE int64_t moei_block_step(const moei_block_matrix* x, const int major)
+{
+    return x->major == major ? x->stride * 2 : 2;
+}
+
+/* Fills the address parts of the chunks of X and Y and the bits that go with them. */
+MOE_DEVICE void moei_block_address(const moei_block_args* d, const moei_block_where* t,
+                                   moei_block_shared* s, const int tm, const int tn)
+{
+    const int tid = (int)threadIdx.x;
+    if (tid < tm / 16) {
+        const int row = t->row + tid * 16, in = row - t->strip * d->strip_m;
+        const int64_t step = moei_block_step(&d->x, MOE_MAJOR_K);
+        bool there = tid * 16 < t->rows;
+        uint64_t p = (uint64_t)(uintptr_t)d->x.base + (uint64_t)((d->packed ? in : row) * step);
+        if (d->sparse_c) {
+            p = (uint64_t)(uintptr_t)d->x.base + (uint64_t)(row * step);
+            if (d->x.table && there) {
+                const uint64_t strip = (uint64_t)(uintptr_t)d->x.table[row >> d->block_m];
+                p = strip + (uint64_t)((row & ((1 << d->block_m) - 1)) * step);
+                there = strip != 0 && strip % 16 == 0; /* a fault only if a block wants it: below */
+            }
+        } else if (d->c.table && there) {
+            there = d->c.table[row >> d->block_m] != 0;
+        }
+        s->x[tid] = p;
+        if (there) atomicOr(&s->rows, 1u << tid);
+    }
+    if (tid >= 32 && tid < 32 + tn / 16) { /* another warp */
+        const int j = tid - 32, column = t->column + j * 16;
+        const int64_t step = moei_block_step(&d->y, MOE_MAJOR_K);
+        uint64_t p = (uint64_t)(uintptr_t)d->y.base + (uint64_t)(column * step);
+        uint32_t have = j * 16 < t->columns ? (1u << (tm / 16)) - 1 : 0;
+        if (d->sparse_c) {
+            const int at = column >> d->block_other, in = column & ((1 << d->block_other) - 1);
+            moei_block_entry e = moei_block_read(d, t, at);
+            const bool follows = at > 0 && t->begin + at < t->end;
+            const int before = follows ? d->block[t->begin + at - 1] : -1;
+            moei_block_test(d, t, at, before, &e);
+            p = (uint64_t)(uintptr_t)d->y.base;
+            have = 0;
+            if (e.block >= 0 && j * 16 < t->columns) {
+                have = moei_block_rows(d, e.info, tm);
+                for (int i = 0; i < tm / 16 && d->x.table; ++i)
+                    if ((have >> i & 1) && i * 16 < t->rows)
+                        (void)moei_block_strip(d, &d->x, (t->row + i * 16) >> d->block_m);
+                p += (uint64_t)((e.block * ((int64_t)1 << d->block_other) + in) * step);
+                if (d->y.table) {
+                    p = moei_block_strip(d, &d->y, e.block);
+                    if (p == 0) have = 0;
+                    p += (uint64_t)(in * step);
+                }
+            }
+        } else if (d->y.table) {
+            p = (uint64_t)(column * step);
+        }
+        s->y[j] = p;
+        s->have[j] = have;
+        if (have) atomicOr(&s->columns, 1u << j);
+    }
+}
+
+/* A warp makes the 32 chunks from chunk number `first` on, one a lane. */
+MOE_DEVICE void moei_block_chunks(const moei_block_args* d, const moei_block_where* t,
+                                  moei_block_shared* s, int first, const int tm)
+{
+    const int number = first + moei_lane(), depth = number * 16;
+    const int64_t x_step = moei_block_step(&d->x, MOE_MAJOR_MN);
+    const int64_t y_step = moei_block_step(&d->y, MOE_MAJOR_MN);
+    moei_block_chunk x, y;
+    int64_t k = depth; /* in the matrix */
+    x.at = y.at = 0;
+    x.rows = s->rows;
+    if (!d->sparse_c) {
+        const int at = depth >> d->block_other, in = depth & ((1 << d->block_other) - 1);
+        moei_block_entry e = moei_block_read(d, t, at);
+        const bool follows = at > 0 && t->begin + at < t->end;
+        moei_block_test(d, t, at, follows ? d->block[t->begin + at - 1] : -1, &e);
+        x.rows &= moei_block_rows(d, e.info, tm);
+        k = e.block * ((int64_t)1 << d->block_other) + in;
+        if (e.block < 0) {
+            k = d->k;
+        } else if (d->y.table) {
+            const uint64_t strip = moei_block_strip(d, &d->y, e.block);
+            y.at = strip - (uint64_t)((k - in) * y_step);
+            if (strip == 0) k = d->k;
+        }
+        if (d->packed && k < d->k)
+            x.at = ((uint64_t)(uint32_t)e.info << (d->block_m + d->block_other)) * 2 +
+                   (uint64_t)((in - k) * x_step);
+    }
+    x.at += (uint64_t)(k * x_step);
+    y.at += (uint64_t)(k * y_step);
+    x.count = y.count = k >= d->k ? 0 : d->k - k < 16 ? (int)(d->k - k) : 16;
+    if (x.count == 0) x.rows = 0;
+    y.rows = s->columns;
+    s->chunk_x[number % (2 * MOEI_WARP)] = x;
+    s->chunk_y[number % (2 * MOEI_WARP)] = y;
+}
+
+/* Address parts of the chunks of C, in place of those of X and Y. */
+MOE_DEVICE void moei_block_address_c(const moei_block_args* d, const moei_block_where* t,
+                                     moei_block_shared* s, const int tm, const int tn)
+{
+    const int tid = (int)threadIdx.x, bytes = (d->c_dtype == MOE_FP32 ? 4 : 2);
+    if (tid < tm / 16) {
+        const int64_t step = d->c.major == MOE_MAJOR_MN ? bytes : d->c.stride * bytes;
+        const int row = t->row + tid * 16, in = row & ((1 << d->block_m) - 1);
+        uint64_t p = (uint64_t)(uintptr_t)d->c.base;
+        if (d->c.table)
+            p = (s->rows >> tid & 1) ? (uint64_t)(uintptr_t)d->c.table[row >> d->block_m] : 0;
+        s->x[tid] = p + (uint64_t)((d->c.table || (d->sparse_c && d->packed) ? in : row) * step);
+    }
+    if (tid >= 32 && tid < 32 + tn / 16) {
+        const int64_t step = d->c.major == MOE_MAJOR_MN ? d->c.stride * bytes : bytes;
+        const int column = t->column + (tid - 32) * 16;
+        int64_t at = column * step;
+        if (d->sparse_c) {
+            const int in = column & ((1 << d->block_other) - 1);
+            const moei_block_entry e = moei_block_read(d, t, column >> d->block_other);
+            at = (e.block * ((int64_t)1 << d->block_other) + in) * step;
+            if (d->packed)
+                at = e.info * ((int64_t)bytes << (d->block_m + d->block_other)) + in * step;
+        }
+        s->y[tid - 32] = (uint64_t)at;
+    }
+}
+
+#endif
