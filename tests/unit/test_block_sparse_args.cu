@@ -237,10 +237,10 @@ static void test_block_refusals(void)
         w.by_column = 1;
         w.percent = 60;
         w.room = 2;
-        w.tile =
-            MOE_BLOCK_TILE_64x64; /* without a choice there may be more workspace than is used */
         tproduct_new(&p, &w, &r);
         good = p.d;
+        good.choice.tile = MOE_BLOCK_TILE_64x64; /* what it needs is known; the room is for any */
+        CHECK_STATUS(moe_block_sparse_workspace(&good, &needed), MOE_OK);
         for (int i = 0; i < 8; ++i) address[i] = AT(p.c.part[0].p, i * 16);
         table = tbuf_from("table", address, sizeof address, 0);
         CHECK_STATUS(moe_block_sparse(0, test_now.stream), MOE_STATUS(MOE_ERR_NULL, desc));
