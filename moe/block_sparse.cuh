@@ -104,6 +104,7 @@ MOE_HOST const void* moei_block_kernel(int tile, int dtype)
 #undef MOEI_BLOCK_FINDS
 #undef MOEI_BLOCK_FIND
     (void)tile;
+    (void)c;
     (void)dtype;
     return 0;
 }
@@ -277,6 +278,7 @@ MOE_HOST moe_status moei_block_launch(const moei_block_shape* t, const moei_bloc
     moei_launch_config c =
         moei_grid(p->tiles, t->warps_m * t->warps_n * 32, moei_block_shape_smem(t), stream);
     c.dependent = 1;
+    (void)c;
     (void)dtype;
     if (p->tiles == 0) return MOE_OK;
 #define MOEI_BLOCK_CASE(name, tm, tn, deep, wm, wn, stages, blocks, suffix, dt)                    \

@@ -8,6 +8,7 @@
 #define MOE_BLOCK_SPARSE_WHERE_CUH
 
 #include "../base/fault.cuh"
+#include "../base/warp.cuh"
 #include "../layout.h"
 #include "desc.h"
 
