@@ -104,7 +104,6 @@ MOE_HOST const void* moei_block_kernel(int tile, int dtype)
 #undef MOEI_BLOCK_FINDS
 #undef MOEI_BLOCK_FIND
     (void)tile;
-    (void)c;
     (void)dtype;
     return 0;
 }
