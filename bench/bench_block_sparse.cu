@@ -647,7 +647,7 @@ static void run_mask(bench_state* s, const options* opt, const kind* d, double d
             if (ratio / target > sum->worst) sum->worst = ratio / target;
         }
         if (opt->tiles && target > 0) {
-            double best = 0.0;
+            double best = ms;
             printf("     ");
             for (int t = 0; t < NUM_TILES; ++t) {
                 double tile_ms;
@@ -655,7 +655,7 @@ static void run_mask(bench_state* s, const options* opt, const kind* d, double d
                 job.choice.rest = 0;
                 if (moe_status_kind(moe_block_sparse(&job, s->stream)) == MOE_ERR_DEVICE) continue;
                 tile_ms = bench_time(s, run_product, &job);
-                if (best == 0.0 || tile_ms < best) best = tile_ms;
+                if (tile_ms < best) best = tile_ms;
                 printf(" %s %.4f,", tiles[t].name, tile_ms);
                 csv_row(opt->csv, "moe-tiles", d, density, &k, &passes[p], tiles[t].name, tile_ms,
                         dense, 0.0);

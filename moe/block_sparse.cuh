@@ -60,12 +60,13 @@
     X(bf16, MOE_BF16)
 #endif
 
-/* What has a body: bf16 from sm_80; on sm_75, what fits into its 64 KB of shared memory. */
+/* What has a body: bf16 from sm_80; on sm_75, what fits into its shared memory. */
+#define MOEI_BLOCK_SM75_SMEM 65536
 #if MOE_ON_HOST || !defined(__CUDA_ARCH__)
 #define MOEI_BLOCK_HERE(smem, dtype) 1
 #else
 #define MOEI_BLOCK_HERE(smem, dtype)                                                               \
-    (__CUDA_ARCH__ >= 800 || ((dtype) == MOE_FP16 && (smem) < 65536))
+    (__CUDA_ARCH__ >= 800 || ((dtype) == MOE_FP16 && (smem) < MOEI_BLOCK_SM75_SMEM))
 #endif
 
 #define MOEI_BLOCK_KERNEL(name, tm, tn, deep, wm, wn, stages, blocks, suffix, dtype)               \
@@ -77,8 +78,12 @@
         moei_let_next_start();                                                                     \
         moei_wait_for_previous();                                                                  \
         if (MOEI_BLOCK_HERE(moei_block_smem(tm, tn, deep, stages), dtype) &&                       \
-            !moei_fault_stopped(d.fault))                                                          \
-            moei_block_tile(&d, shared, &s, tm, tn, deep, wm, wn, stages, dtype);                  \
+            !moei_fault_stopped(d.fault)) {                                                        \
+            for (int round = 0;                                                                    \
+                 moei_block_tile(&d, shared, &s, round, tm, tn, deep, wm, wn, stages, dtype);      \
+                 ++round)                                                                          \
+                __syncthreads();                                                                   \
+        }                                                                                          \
     }
 #define MOEI_BLOCK_KERNELS(suffix, dtype) MOEI_BLOCK_TILE_LIST(MOEI_BLOCK_KERNEL, suffix, dtype)
 MOE_BLOCK_SPARSE_DTYPE_LIST(MOEI_BLOCK_KERNELS)
@@ -87,7 +92,7 @@ MOE_BLOCK_SPARSE_DTYPE_LIST(MOEI_BLOCK_KERNELS)
 
 static const moei_block_shape moei_block_shapes[] = {
 #define MOEI_BLOCK_ROW(name, tm, tn, deep, wm, wn, stages, blocks, unused)                         \
-    {MOE_BLOCK_TILE_##name, tm, tn, deep, wm, wn, stages, blocks},
+    {MOE_BLOCK_TILE_##name, tm, tn, deep, wm, wn, stages},
     MOEI_BLOCK_TILE_LIST(MOEI_BLOCK_ROW, )
 #undef MOEI_BLOCK_ROW
 };
@@ -125,7 +130,8 @@ MOE_HOST moe_status moei_block_runs(const moei_block_shape* t, int dtype, int* r
     {
         cudaFuncAttributes fa;
         MOEI_TRY_CUDA(cudaFuncGetAttributes(&fa, moei_block_kernel(t->tile, dtype)));
-        *runs = *runs && (dtype == MOE_FP16 || fa.ptxVersion >= 80);
+        *runs = *runs && (fa.ptxVersion >= 80 ||
+                          (dtype == MOE_FP16 && moei_block_shape_smem(t) < MOEI_BLOCK_SM75_SMEM));
     }
 #endif
     return MOE_OK;
@@ -155,8 +161,8 @@ MOE_HOST int moei_block_low(const moe_block_sparse_desc* d)
                           : MOE_BLOCK_TILE_32x256;
 }
 
-/* The tiles of a checked descriptor, the caller's, or by the rule at the top: t[0], and t[1] for the
-   rest, which may be null. */
+/* The tiles of a checked descriptor, the caller's, or by the rule at the top: t[0], and t[1] for
+   the rest, which may be null. */
 MOE_HOST moe_status moei_block_choose(const moe_block_sparse_desc* d, const moei_block_shape** t)
 {
     const int low = moei_block_low(d);
@@ -176,7 +182,7 @@ MOE_HOST moe_status moei_block_choose(const moe_block_sparse_desc* d, const moei
         t[0] = o;
         MOEI_REQUIRE(runs || !d->choice.tile, MOE_ERR_DEVICE, choice);
         if (!runs || !(w == 2 || d->choice.tile || enough)) continue;
-        t[1] = moei_block_rest(d, o, d->choice.tile ? d->choice.rest : low);
+        t[1] = moei_block_rest(d, o, d->choice.tile ? d->choice.rest : w < 2 ? low : 0);
         if (t[1]) MOEI_TRY(moei_block_runs(t[1], d->dtype, &runs));
         MOEI_REQUIRE(runs || !d->choice.tile, MOE_ERR_DEVICE, choice);
         if (!runs) t[1] = 0;
@@ -200,6 +206,8 @@ MOE_HOST moe_status moei_block_plan_both(const moe_block_sparse_desc* d,
 MOE_HOST moe_status moe_block_sparse_workspace(const moe_block_sparse_desc* desc, size_t* bytes)
 {
     moe_block_sparse_desc d;
+    moe_status refused = MOE_OK;
+    int offered = 0;
     MOEI_REQUIRE(desc && bytes, MOE_ERR_NULL, desc);
     d = *desc;
     d.workspace = 0;
@@ -211,15 +219,22 @@ MOE_HOST moe_status moe_block_sparse_workspace(const moe_block_sparse_desc* desc
             const moei_block_shape* o = &moei_block_shapes[i];
             const moei_block_shape* const t[] = {o, moei_block_rest(&d, o, rest)};
             moei_block_plan p[2];
+            moe_status s;
             size_t needed;
             if (d.choice.tile && (d.choice.tile != o->tile || d.choice.rest != rest)) continue;
-            MOEI_TRY(moei_block_plan_both(&d, t, 0, &needed, p));
+            s = moei_block_plan_both(&d, t, 0, &needed, p);
+            if (s != MOE_OK) { /* too many tiles of this shape */
+                refused = s;
+                continue;
+            }
+            offered = 1;
             if (needed > *bytes) *bytes = needed;
         }
-    return MOE_OK;
+    return offered ? MOE_OK : refused;
 }
 
-/* Writes zeros to the blocks of C that its mask leaves out; a thread block takes one after another. */
+/* Writes zeros to the blocks of C that its mask leaves out; a thread block takes one after another.
+   */
 typedef struct moei_block_zero_args {
     moe_block_mask mask;
     char* c;
@@ -333,11 +348,11 @@ MOE_HOST moe_status moe_block_sparse(const moe_block_sparse_desc* desc, cudaStre
     return MOE_OK;
 }
 
-/* Times every tile that the device runs on this very call, mask and all, also with a smaller one for
-   the rest where strips are joined, and fills in the quickest.
-   The one function here that is no launch: it runs the product a few dozen times, C being written
-   each time, makes and destroys two events, and waits for the stream. The workspace must do for any
-   choice (desc->choice is not looked at). Not while a graph is captured. */
+/* Times every tile that the device runs on this very call, mask and all, also with a smaller one
+   for the rest where strips are joined, and fills in the quickest. The one function here that is no
+   launch: it runs the product a few dozen times, C being written each time, makes and destroys two
+   events, and waits for the stream. The workspace must do for any choice (desc->choice is not
+   looked at). Not while a graph is captured. */
 MOE_HOST moe_status moe_block_sparse_tune(const moe_block_sparse_desc* desc, cudaStream_t stream,
                                           moe_block_choice* choice)
 {
@@ -356,6 +371,8 @@ MOE_HOST moe_status moe_block_sparse_tune(const moe_block_sparse_desc* desc, cud
         MOEI_REQUIRE(bytes == 0 || d.workspace, MOE_ERR_NULL, workspace);
         MOEI_REQUIRE(bytes <= d.workspace_bytes, MOE_ERR_WORKSPACE, workspace_bytes);
     }
+    MOEI_TRY(moei_block_check(&d));
+    d.fault = 0; /* a word that is set would stop them all; the calls to come tell */
     MOEI_TRY_CUDA(cudaEventCreate(&begin));
     status = moei_cuda_status(cudaEventCreate(&end));
     if (status != MOE_OK) {

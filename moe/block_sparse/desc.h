@@ -10,7 +10,8 @@
 
 /* Which blocks of a matrix [rows, columns], as it lies in memory, there are. The matrix is cut into
    blocks of block_rows x block_columns; the last ones may be ragged. RB = ceil(rows / block_rows),
-   CB = ceil(columns / block_columns). One of three forms, in device memory:
+   CB = ceil(columns / block_columns). One of three forms, in device memory, also where there are no
+   blocks:
 
      bytes   [RB, CB], 0: masked out
      bits    [RB, ceil(CB / 32)] words, bit j % 32 of word j / 32: block (i, j) is there
@@ -61,7 +62,8 @@ typedef enum moe_block_tile {
 typedef struct moe_block_choice {
     int32_t tile; /* moe_block_tile */
     int32_t rest; /* where several strips of low blocks share a tile: the moe_block_tile, of fewer
-                     rows, for those that have not the same blocks; 0: as the others */
+                     rows, for those that have not the same blocks; 0: as the others. Not looked at
+                     where none are joined */
 } moe_block_choice;
 
 /* C [m, n] = A [m, k] * B [k, n], all in row order; a transposed operand lies as A [k, m] or
@@ -75,10 +77,10 @@ typedef struct moe_block_choice {
 
    A table gives a dense matrix's blocks addresses of their own, so that it may lie in pieces: entry
    i, in device memory, is the address, 16-byte aligned, of the first element of the i-th strip
-   along the axis that it shares with the sparse matrix, in strips of the mask's blocks. Where strips lie side
-   by side within rows, the stride is that of the pieces, and may be as short as a strip; 0 still
-   means that of the whole matrix. Null entries: a strip of C is not computed; one of A or B is a
-   fault where a block wants it. */
+   along the axis that it shares with the sparse matrix, in strips of the mask's blocks. Where
+   strips lie side by side within rows, the stride is that of the pieces, and may be as short as a
+   strip; 0 still means that of the whole matrix. Null entries: a strip of C is not computed; one of
+   A or B is a fault where a block wants it. */
 typedef struct moe_block_sparse_desc {
     /* in */
     const void* a;              /* dtype, 16-byte aligned; or null with a table */

@@ -1,5 +1,5 @@
-/* load.cuh: the way of a block-sparse tile's operands: from memory to a stage of shared memory, from
-   there to the registers that are multiplied.
+/* load.cuh: the way of a block-sparse tile's operands: from memory to a stage of shared memory,
+   from there to the registers that are multiplied.
 
      stage   X, then Y; K along memory: [rows][deep], else [deep][rows]; lines swizzled */
 #ifndef MOE_BLOCK_SPARSE_LOAD_CUH
@@ -10,12 +10,12 @@
 #include "where.cuh"
 
 /* A thread's part in the copies of one operand, the same in all steps: one piece, 8 elements, of
-   each of a few lines that follow one another. Along K lines are rows, along MN depths; either
-   way the thread's lines lie in one chunk of rows and one chunk of depth, and are `stride` apart. So
+   each of a few lines that follow one another. Along K lines are rows, along MN depths; either way
+   the thread's lines lie in one chunk of rows and one chunk of depth, and are `stride` apart. So
    the copies have no branch: only the numbers here say which way the operand lies. */
 typedef struct moei_block_loader {
     uint64_t from;  /* address part of the chunk of rows, and of the piece in both chunks */
-    int32_t stride; /* bytes between lines */
+    int32_t stride; /* 16-byte pieces between lines */
     int32_t along;  /* lines are rows */
     int32_t to;     /* place of the first in a stage */
     int32_t chunk;  /* chunk of depth */
@@ -46,8 +46,8 @@ MOE_DEVICE moei_block_loader moei_block_loader_begin(const moei_block_matrix* x,
     l.first = l.lines <= 0 ? 16 : along ? piece % 2 * 8 : line % 16;
     l.each = along ? lines : 1;
     l.wide = along ? 0 : here - piece * 8;
-    l.stride = (int32_t)(x->stride * 2);
-    l.from = chunk[l.row] + (uint64_t)(line % 16 * (int64_t)l.stride + piece % 2 * 16);
+    l.stride = (int32_t)(x->stride / 8);
+    l.from = chunk[l.row] + (uint64_t)(line % 16 * 16 * (int64_t)l.stride + piece % 2 * 16);
     l.along = along;
     l.to = moei_swizzled(line, piece * 8, along ? deep : width);
     return l;
@@ -78,7 +78,7 @@ MOE_DEVICE void moei_block_copy(const moei_block_loader* l, uint16_t* stage, moe
         if (lines > 0 && wide < 8) {
             MOEI_NO_UNROLL
             for (int i = 0; part == 0 && i < each * 8; ++i) {
-                const uint64_t at = from + (uint64_t)(i / 8 * (int64_t)l->stride);
+                const uint64_t at = from + (uint64_t)(i / 8 * 16 * (int64_t)l->stride);
                 stage[moei_block_to(l, i / 8, width, deep) + i % 8] =
                     i / 8 < lines && i % 8 < wide ? ((const uint16_t*)(uintptr_t)at)[i % 8]
                                                   : (uint16_t)0;
@@ -89,13 +89,13 @@ MOE_DEVICE void moei_block_copy(const moei_block_loader* l, uint16_t* stage, moe
     MOEI_UNROLL
     for (int i = each * part / parts; i < each * (part + 1) / parts; ++i)
         moei_copy16_async(stage + moei_block_to(l, i, width, deep),
-                          (const void*)(uintptr_t)(from + (uint64_t)(i * (int64_t)l->stride)),
+                          (const void*)(uintptr_t)(from + (uint64_t)(i * 16 * (int64_t)l->stride)),
                           (careful ? i < lines : lines > 0) ? 16 : 0);
 }
 
-/* Copies one part in `parts` of step `step` of a tile into a stage; the last one closes the group of
-   copies. x_chunk and y_chunk are the thread's chunks of that step, and become those of the next:
-   read long before they are needed. */
+/* Copies one part in `parts` of step `step` of a tile into a stage; the last one closes the group
+   of copies. x_chunk and y_chunk are the thread's chunks of that step, and become those of the
+   next: read long before they are needed. */
 MOE_DEVICE void moei_block_fill(const moei_block_shared* s, const moei_block_loader* x,
                                 const moei_block_loader* y, moei_block_chunk* x_chunk,
                                 moei_block_chunk* y_chunk, int step, uint16_t* stage,
@@ -111,7 +111,8 @@ MOE_DEVICE void moei_block_fill(const moei_block_shared* s, const moei_block_loa
     moei_copy_commit();
 }
 
-/* Pieces that a warp multiplies at depth k of a stage; lane_x and lane_y from moei_mma_lane_a and _b. */
+/* Pieces that a warp multiplies at depth k of a stage; lane_x and lane_y from moei_mma_lane_a and
+   _b. */
 MOE_DEVICE void moei_block_fragments(moei_mma_a* a, moei_mma_b* b, const uint16_t* stage,
                                      int lane_x, int lane_y, int k, const int tm, const int tn,
                                      const int deep, const int wm, const int wn, const int dtype,

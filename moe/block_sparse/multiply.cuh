@@ -23,8 +23,9 @@ MOE_DEVICE bool moei_block_careful(const moei_block_args* d, const moei_block_wh
     return d->partial && d->partial[t->strip] != 0;
 }
 
-/* Multiplies all steps of a tile whose chunks are whole. x_major and y_major are literals: the loop's
-   own work, beside loads and products, is much of what keeps it from the tensor cores' rate. */
+/* Multiplies all steps of a tile whose chunks are whole. x_major and y_major are literals: the
+   loop's own work, beside loads and products, is much of what keeps it from the tensor cores' rate.
+   */
 MOE_DEVICE void moei_block_multiply(const moei_block_args* d, moei_block_shared* s, uint16_t* ring,
                                     moei_mma_c acc[4][4], int steps, const int x_major,
                                     const int y_major, const int tm, const int tn, const int deep,
@@ -88,8 +89,8 @@ MOE_DEVICE void moei_block_multiply(const moei_block_args* d, moei_block_shared*
     }
 }
 
-/* The same of a tile at an edge, or of strips joined that have not the same blocks: chunks may be cut
-   off, rows not read, products left out. Compact rather than quick. */
+/* The same of a tile at an edge, or of strips joined that have not the same blocks: chunks may be
+   cut off, rows not read, products left out. Compact rather than quick. */
 MOE_DEVICE void moei_block_multiply_careful(const moei_block_args* d, moei_block_shared* s,
                                             uint16_t* ring, moei_mma_c acc[4][4], int steps,
                                             const int tm, const int tn, const int deep,

@@ -10,9 +10,14 @@
 
 #define MOEI_BLOCK_MOST (0x7fffffff - 511) /* m, n, k: a tile past them still counts */
 
+/* Tiles of a strip of sdd that have a thread block each; it goes on with those beyond them. A strip
+   may have few of its blocks, the host does not know how many, and blocks for all would mostly be
+   idle. */
+#define MOEI_BLOCK_SDD_TILES 32
+
 /* A tile shape and what a launch of it needs. */
 typedef struct moei_block_shape {
-    int tile, tm, tn, deep, warps_m, warps_n, stages, blocks_sm;
+    int tile, tm, tn, deep, warps_m, warps_n, stages;
 } moei_block_shape;
 
 /* What a call will run. */
@@ -80,7 +85,8 @@ MOE_HOST moe_status moei_block_check_stride(int64_t* stride, int64_t rows, int64
 {
     if (packed) return *stride == 0 ? MOE_OK : (moe_status)(MOE_ERR_CONFLICT | (field << 8));
     if (*stride == 0) *stride = columns;
-    if (!moei_stride_fits(*stride, strip && strip < columns ? strip : columns, rows))
+    if (!moei_stride_fits(*stride, strip && strip < columns ? strip : columns, rows) ||
+        *stride / 8 > 0x7fffffff) /* loads count in pieces of 8 */
         return (moe_status)(MOE_ERR_STRIDE | (field << 8));
     return *stride % 8 == 0 ? MOE_OK : (moe_status)(MOE_ERR_ALIGN | (field << 8));
 }
@@ -152,6 +158,9 @@ MOE_HOST moe_status moei_block_check(moe_block_sparse_desc* d)
                                    moei_block_by_column(d), d->packed));
     MOEI_REQUIRE(!d->zero_masked || d->mask.bytes || d->mask.bits || d->mask.row_offset,
                  MOE_ERR_NULL, row_offset);
+    MOEI_REQUIRE(!d->zero_masked || d->mask.bytes || d->mask.bits || d->mask.column_index ||
+                     d->mask.max_blocks == 0,
+                 MOE_ERR_NULL, column_index);
     MOEI_TRY(moei_block_check_strides(d));
     MOEI_REQUIRE(!(d->a && d->a_table), MOE_ERR_CONFLICT, a);
     MOEI_REQUIRE(!(d->b && d->b_table), MOE_ERR_CONFLICT, b);
@@ -244,8 +253,8 @@ MOE_HOST int moei_block_join(const moe_block_sparse_desc* d, const moei_block_sh
     return d->packed || height >= t->tm ? 1 : t->tm / height;
 }
 
-/* What a checked descriptor runs with one tile shape; its workspace begins at workspace_bytes behind
-   `base`, and is added there. `first`: the plan whose rest this one runs; or null. */
+/* What a checked descriptor runs with one tile shape; its workspace begins at workspace_bytes
+   behind `base`, and is added there. `first`: the plan whose rest this one runs; or null. */
 MOE_HOST moe_status moei_block_plan_tile(const moe_block_sparse_desc* d, const moei_block_shape* t,
                                          char* base, size_t* workspace_bytes,
                                          moei_block_plan* first, moei_block_plan* p)
@@ -289,6 +298,7 @@ MOE_HOST moe_status moei_block_plan_tile(const moe_block_sparse_desc* d, const m
         const int64_t columns = sdd ? (int64_t)a->others * width : a->n;
         a->tiles_m = (int32_t)((a->m + step - 1) / step);
         a->tiles_n = (int32_t)((columns + t->tn - 1) / t->tn);
+        if (sdd && a->tiles_n > MOEI_BLOCK_SDD_TILES) a->tiles_n = MOEI_BLOCK_SDD_TILES;
         p->tiles = (int64_t)a->tiles_m * a->tiles_n;
         MOEI_REQUIRE(p->tiles + (int64_t)a->tiles_n * MOEI_BLOCK_BAND <= 0x7fffffff, MOE_ERR_RANGE,
                      m);

@@ -7,7 +7,8 @@
 #include "where.cuh"
 
 /* A warp stores its wm x wn accumulators, 16 rows (turned: columns) at a time through a strip of
-   shared memory [16][inner + 8]. A lane has 8 neighbours in C, always at the same place along them. */
+   shared memory [16][inner + 8]. A lane has 8 neighbours in C, always at the same place along them.
+   */
 MOE_DEVICE void moei_block_store(const moei_block_args* d, const moei_block_shared* s,
                                  moei_mma_c acc[4][4], float* strip, int warp_m, int warp_n,
                                  const int wm, const int wn, const int turned, const int dtype)

@@ -21,9 +21,9 @@ typedef struct moei_strips_args {
     const uint32_t* bits;
     const int32_t *offset, *index; /* the list's row or column order */
     int32_t *begin, *end, *block, *info;
-    int32_t* partial; /* [strips] 1: some block is not in all of the joined strips */
-    const int32_t*
-        only; /* of these strips, `ratio` times as high, those that are 1; or null: all */
+    int32_t* partial;    /* [strips] 1: some block is not in all of the joined strips */
+    const int32_t* only; /* partial of the plan whose rest this is, a strip of which is `ratio`
+                            strips here: 0: not walked; or null: all are */
     uint64_t* fault;
     int32_t lines;      /* strips of blocks along the axis of the tiles' rows */
     int32_t others;     /* blocks along the other axis */
@@ -63,7 +63,8 @@ MOE_KERNEL(MOEI_STRIPS_THREADS, 1) moei_block_strips(MOE_ARG(moei_strips_args) d
     if (d.offset) { /* the list must be in order before anything is written at its offsets */
         for (int i = 0; i < joined; ++i) {
             const int begin = d.offset[first + i], end = d.offset[first + i + 1];
-            if (begin < 0 || end < begin || end > d.max_blocks || (i == 0 && begin != at)) {
+            if (begin < 0 || end < begin || end > d.max_blocks || end - begin > d.others ||
+                (i == 0 && begin != at)) {
                 if (tid == 0) moei_fault_raise(d.fault, MOE_FAULT_BAD_BLOCK, 0, begin);
                 bad = 1;
                 break;

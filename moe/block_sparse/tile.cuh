@@ -24,9 +24,9 @@ MOE_HOST_DEVICE size_t moei_block_smem(int tm, int tn, int deep, int stages)
     return (size_t)stages * 2 * (size_t)(tm + tn) * (size_t)deep;
 }
 
-/* A block's life. */
-MOE_DEVICE_BODY void moei_block_tile(const moei_block_args* d, unsigned char* shared,
-                                     moei_block_shared* s, const int tm, const int tn,
+/* Computes a block's tile of this round. Yes: there may be another round. */
+MOE_DEVICE_BODY bool moei_block_tile(const moei_block_args* d, unsigned char* shared,
+                                     moei_block_shared* s, int round, const int tm, const int tn,
                                      const int deep, const int warps_m, const int warps_n,
                                      const int stages, const int dtype)
 {
@@ -38,14 +38,14 @@ MOE_DEVICE_BODY void moei_block_tile(const moei_block_args* d, unsigned char* sh
     moei_mma_c acc[4][4];
 
     if (threadIdx.x == 0) {
-        s->tile = moei_block_find(d, (int)blockIdx.x, tm, tn);
+        s->tile = moei_block_find(d, (int)blockIdx.x, round, tm, tn);
         s->rows = s->columns = 0;
     }
     __syncthreads();
-    if (t->columns <= 0) return;
+    if (t->columns <= 0) return false;
     moei_block_address(d, t, s, tm, tn);
     __syncthreads();
-    if (s->rows == 0) return;
+    if (s->rows == 0) return false;
     steps = d->sparse_c ? d->k : (t->end - t->begin) << d->block_other;
     steps = (steps + deep - 1) / deep;
     if (moei_warp() < 2) moei_block_chunks(d, t, s, moei_warp() * MOEI_WARP, tm);
@@ -58,7 +58,8 @@ MOE_DEVICE_BODY void moei_block_tile(const moei_block_args* d, unsigned char* sh
 #define MOEI_BLOCK_MULTIPLY(x_major, y_major)                                                      \
     moei_block_multiply(d, s, ring, acc, steps, x_major, y_major, tm, tn, deep, warps_m, warps_n,  \
                         stages, dtype)
-    if (moei_block_careful(d, t, s))
+    if (steps == 0) { /* zeros are stored */
+    } else if (moei_block_careful(d, t, s))
         moei_block_multiply_careful(d, s, ring, acc, steps, tm, tn, deep, warps_m, warps_n, stages,
                                     dtype);
     else if (x_along && y_along) MOEI_BLOCK_MULTIPLY(MOE_MAJOR_K, MOE_MAJOR_K);
@@ -77,6 +78,7 @@ MOE_DEVICE_BODY void moei_block_tile(const moei_block_args* d, unsigned char* sh
             moei_block_store(d, s, acc, strip, warp_m, warp_n, wm, wn, 1, dtype);
         else moei_block_store(d, s, acc, strip, warp_m, warp_n, wm, wn, 0, dtype);
     }
+    return d->sparse_c != 0;
 }
 
 #endif

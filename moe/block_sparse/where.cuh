@@ -71,35 +71,40 @@ typedef struct moei_block_shared {
 /* Rows whose tiles run together, so that they read the same columns of Y from L2. */
 #define MOEI_BLOCK_BAND 2048
 
-MOE_DEVICE moei_block_where moei_block_find(const moei_block_args* d, int index, const int tm,
-                                            const int tn)
+/* The tile that a block has in a round: `tiles_n` further along its strip each time. */
+MOE_DEVICE moei_block_where moei_block_find(const moei_block_args* d, int index, int round,
+                                            const int tm, const int tn)
 {
     const int step = d->strip_m < tm ? d->strip_m : tm;
     const int most = MOEI_BLOCK_BAND / step, band = index / (most * d->tiles_n);
     const int in = index - band * most * d->tiles_n, left = d->tiles_m - band * most;
     const int height = left < most ? left : most;
     const int column = in / height;
+    const int64_t at = ((int64_t)round * d->tiles_n + column) * tn;
+    int there; /* columns of the strip */
     moei_block_where t;
     t.row = (band * most + in - column * height) * step;
     t.strip = t.row / d->strip_m;
     t.rows = d->m - t.row < step ? d->m - t.row : step;
-    t.column = column * tn;
-    t.columns = 0;
+    t.column = t.columns = 0;
     t.begin = t.end = 0;
     if (d->share && d->share[t.row >> d->share_m] != d->share_of) return t;
     t.begin = d->begin[t.strip];
     t.end = d->end[t.strip];
-    if (t.begin < 0 || t.end < t.begin || t.end > d->max_blocks) {
+    if (t.begin < 0 || t.end < t.begin || t.end > d->max_blocks || t.end - t.begin > d->others) {
         moei_fault_raise(d->fault, MOE_FAULT_BAD_BLOCK, 0, t.begin);
         t.end = t.begin = 0;
     }
-    t.columns = d->n - t.column;
+    there = d->n;
     if (d->sparse_c) {
         const int last = t.end > t.begin ? d->block[t.end - 1] : -1;
-        t.columns = ((t.end - t.begin) << d->block_other) - t.column;
-        if (last == d->others - 1) t.columns -= (d->others << d->block_other) - d->n;
+        there = (t.end - t.begin) << d->block_other;
+        if (last == d->others - 1) there -= (d->others << d->block_other) - d->n;
     }
-    if (t.columns > tn) t.columns = tn;
+    if (at < there) {
+        t.column = (int)at;
+        t.columns = there - t.column < tn ? there - t.column : tn;
+    }
     return t;
 }
 
@@ -178,7 +183,8 @@ MOE_DEVICE void moei_block_address(const moei_block_args* d, const moei_block_wh
                 there = strip != 0 && strip % 16 == 0; /* a fault only if a block wants it: below */
             }
         } else if (d->c.table && there) {
-            there = d->c.table[row >> d->block_m] != 0;
+            there = d->c.table[row >> d->block_m] != 0 &&
+                    moei_block_strip(d, &d->c, row >> d->block_m) != 0;
         }
         s->x[tid] = p;
         if (there) atomicOr(&s->rows, 1u << tid);
@@ -250,7 +256,7 @@ MOE_DEVICE void moei_block_chunks(const moei_block_args* d, const moei_block_whe
     y.at += (uint64_t)(k * y_step);
     x.count = y.count = k >= d->k ? 0 : d->k - k < 16 ? (int)(d->k - k) : 16;
     if (x.count == 0) x.rows = 0;
-    y.rows = s->columns;
+    y.rows = 0; /* X's alone tell */
     s->chunk_x[number % (2 * MOEI_WARP)] = x;
     s->chunk_y[number % (2 * MOEI_WARP)] = y;
 }

@@ -54,8 +54,8 @@ MOE_DEVICE void moei_mma_load_turned(uint32_t* x, const uint16_t* row)
                  : "memory");
 }
 
-/* The row of 8 elements that a lane names in a 16 x 16 piece: matrices 1 and 2 lie below one another
-   and beside one another, or the other way round. */
+/* The row of 8 elements that a lane names in a 16 x 16 piece: matrices 1 and 2 lie below one
+   another and beside one another, or the other way round. */
 MOE_DEVICE int moei_mma_line(int across)
 {
     return across ? (moei_lane() & 7) + (moei_lane() >> 4) * 8 : moei_lane() & 15;

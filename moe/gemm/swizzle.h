@@ -1,5 +1,5 @@
-/* swizzle.h: the places of 16-bit elements in a stage of shared memory whose lines follow one another
-   without padding.
+/* swizzle.h: the places of 16-bit elements in a stage of shared memory whose lines follow one
+   another without padding.
 
    The 16-byte pieces of each 128 bytes change places with the line's number, so that eight pieces
    below one another, a matrix of ldmatrix, lie in different banks. Padding the lines does that too;

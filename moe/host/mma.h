@@ -85,8 +85,8 @@ MOE_DEVICE void moei_mma_load_b(moei_mma_b* f, const uint16_t* p, int ld, int dt
     moeh_mma_load(f, moeh_mma_layouts().b, p, ld, dtype, major != MOE_MAJOR_MN);
 }
 
-/* Out of a swizzled stage; along lines: the rows of the piece are lines, and its columns stand side by
-   side in them; else the other way round. */
+/* Out of a swizzled stage; along lines: the rows of the piece are lines, and its columns stand side
+   by side in them; else the other way round. */
 inline void moeh_mma_load_swizzled(moeh_mma_input* f, const moeh_layout& l, const uint16_t* stage,
                                    int row, int column, int ld, int dtype, bool along)
 {

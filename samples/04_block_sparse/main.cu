@@ -181,9 +181,10 @@ int main(int argc, char** argv)
     printf("\n");
     show_run("mask", ms, dense * (double)kept / ((double)rows * columns), dense);
     show_run("full mask", all_ms, dense, dense);
-    printf("tile      %s%s%s, full mask %s; mean of %d runs\n", tiles[d.choice.tile],
+    printf("tile      %s%s%s, full mask %s%s%s; mean of %d runs\n", tiles[d.choice.tile],
            d.choice.rest ? " and " : "", d.choice.rest ? tiles[d.choice.rest] : "",
-           tiles[all.choice.tile], o.repeat);
+           tiles[all.choice.tile], all.choice.rest ? " and " : "",
+           all.choice.rest ? tiles[all.choice.rest] : "", o.repeat);
     if (MOE_ON_HOST)
         printf("          the CPU shows that the kernels are right, not how fast they are\n");
     ok = check(&o, a, b, c, mask, CB) && word == 0;

@@ -477,14 +477,17 @@ static void test_block_graph(void)
 {
     trand r = trand_new(12);
     for (int i = 0; i < 9; ++i) {
-        tproduct_want w = tproduct_normal(ops[i % 3], 75, 72, 70);
+        const int size = i / 3 == 1 ? 150 : 75; /* strips alike in one run, and not in the next */
+        tproduct_want w = tproduct_normal(ops[i % 3], size, size - 3, size - 5);
         tproduct p;
         tgraph g;
         tproduct_randomise(&w, &r);
         w.form = i / 3;
         w.packed = 0;
         w.room = -1;
-        w.tile = MOE_BLOCK_TILE_AUTO;
+        w.tile = i / 3 == 1 ? MOE_BLOCK_TILE_64x256 : MOE_BLOCK_TILE_AUTO;
+        w.rest = MOE_BLOCK_TILE_32x256;
+        if (i / 3 == 1) w.block_rows = w.block_columns = 32;
         w.dtype = w.c_dtype = tproduct_half();
         tproduct_new(&p, &w, &r);
         if (tproduct_launch(&p))
@@ -567,7 +570,8 @@ static void test_block_past_2_31(void)
     trand r = trand_new(15);
     for (int i = 0; i < 9; ++i) {
         const int far = i / 3; /* which of A, B, C */
-        tproduct_want w = tproduct_normal(ops[i % 3], 40, 48, 56);
+        tproduct_want w =      /* few rows: strides past 2^30 */
+            tproduct_normal(ops[i % 3], far == 0 ? 2 : 40, 48, far == 1 ? 2 : 56);
         tproduct p;
         tmatrix* t;
         twide wide;

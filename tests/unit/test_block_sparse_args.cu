@@ -168,6 +168,37 @@ static void test_block_bad_tables(void)
     }
 }
 
+/* A piece of C may be left out, but must be aligned. */
+static void test_block_bad_c_table(void)
+{
+    trand r = trand_new(5);
+    for (int i = 0; i < 2 * 3; ++i) {
+        tproduct_want w = tproduct_normal(i % 2 ? MOE_BLOCK_DSD : MOE_BLOCK_DDS, 100, 90, 110);
+        tproduct p;
+        tproduct_randomise(&w, &r);
+        w.dtype = w.c_dtype = tproduct_half();
+        w.tile = i / 2 % 2 ? MOE_BLOCK_TILE_AUTO : MOE_BLOCK_TILE_64x64;
+        w.c_table = 1;
+        tproduct_new(&p, &w, &r);
+        if (tproduct_launch(&p)) {
+            char* address[TMATRIX_MOST];
+            const int at = (int)trand_int(&r, 0, p.c.parts - 1);
+            moe_fault f;
+            tproduct_compare(&p);
+            tbuf_get(&p.c.table, address);
+            address[at] += 8;
+            tbuf_put(&p.c.table, address);
+            tmatrix_poison(&p.c);
+            CHECK_STATUS(moe_block_sparse(&p.d, test_now.stream), MOE_OK);
+            f = moe_fault_decode(tfault_word(&p.fault));
+            CHECK(f.code == MOE_FAULT_BAD_TABLE && f.index == at,
+                  "fault \"%s\" at %lld, not %d: %s", moe_fault_text(f.code), (long long)f.index,
+                  at, tproduct_text(&w));
+        }
+        tproduct_free(&p);
+    }
+}
+
 /* A stop fault of an earlier kernel: nothing happens. A data fault: everything does. */
 static void test_block_stopped(void)
 {
@@ -307,6 +338,8 @@ static void test_block_refusals(void)
         REFUSED(d.c_stride = 56, MOE_ERR_STRIDE, c_stride);
         REFUSED(d.c_stride = 66, MOE_ERR_ALIGN, c_stride);
         REFUSED(d.a_stride = (int64_t)1 << 61, MOE_ERR_STRIDE, a_stride);
+        REFUSED(d.a_stride = (int64_t)1 << 34, MOE_ERR_STRIDE, a_stride);
+        REFUSED(d.b_stride = (int64_t)1 << 34, MOE_ERR_STRIDE, b_stride);
         if (sdd) REFUSED((d.packed = 1, d.c_stride = 64), MOE_ERR_CONFLICT, c_stride);
         else if (dsd) REFUSED((d.packed = 1, d.a_stride = 80), MOE_ERR_CONFLICT, a_stride);
         else REFUSED((d.packed = 1, d.b_stride = 64), MOE_ERR_CONFLICT, b_stride);
@@ -318,6 +351,10 @@ static void test_block_refusals(void)
         REFUSED(d.b = AT(d.b, 8), MOE_ERR_ALIGN, b);
         REFUSED(d.c = AT(d.c, 8), MOE_ERR_ALIGN, c);
         REFUSED(d.fault = (uint64_t*)AT(d.fault, 4), MOE_ERR_ALIGN, fault);
+        if (sdd) /* walked by columns; the zeros are by rows */
+            REFUSED((d.zero_masked = 1, d.mask.block_rows = 16, d.mask.block_columns = 32,
+                     d.mask.column_index = 0),
+                    MOE_ERR_NULL, column_index);
         if (needed) {
             REFUSED(d.workspace = 0, MOE_ERR_NULL, workspace);
             REFUSED(d.workspace = AT(d.workspace, 8), MOE_ERR_ALIGN, workspace);
@@ -414,6 +451,7 @@ int main(int argc, char** argv)
     test_begin(argc, argv);
     RUN(test_block_bad_lists);
     RUN(test_block_bad_tables);
+    RUN(test_block_bad_c_table);
     RUN(test_block_stopped);
     RUN(test_block_refusals);
     RUN(test_block_mask_sizes);
