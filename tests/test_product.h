@@ -348,8 +348,9 @@ MOEI_UNUSED static void tproduct_compare(const tproduct* p)
    untouched. fp16 runs everywhere, on the tile that the header chooses and on the smallest. */
 MOEI_UNUSED static int tproduct_launch(const tproduct* p)
 {
-    const int everywhere = MOE_ON_HOST || (p->w.dtype == MOE_FP16 &&
-                                           (p->w.tile == 0 || p->w.tile == MOE_BLOCK_TILE_64x64));
+    const int everywhere =
+        MOE_ON_HOST || (p->w.dtype == MOE_FP16 &&
+                        (p->w.tile == 0 || (p->w.tile == MOE_BLOCK_TILE_64x64 && p->w.rest == 0)));
     const moe_status s = moe_block_sparse(&p->d, test_now.stream);
     if (!everywhere && moe_status_kind(s) == MOE_ERR_DEVICE) {
         CHECK(tmatrix_same(&p->c, 1), "%s: refused, but C was written", tproduct_text(&p->w));
@@ -371,10 +372,9 @@ MOEI_UNUSED static void tproduct_run(const tproduct_want* w, trand* r)
 /* bf16 where this binary has code for it, else fp16. */
 MOEI_UNUSED static int tproduct_half(void)
 {
-    moei_device dev;
-    if (MOE_ON_HOST) return MOE_BF16;
-    CHECK_STATUS(moei_device_query(&dev), MOE_OK);
-    return dev.major >= 8 ? MOE_BF16 : MOE_FP16;
+    int runs = 0;
+    const moei_block_shape* smallest = moei_block_shape_of(MOE_BLOCK_TILE_64x64);
+    return moei_block_runs(smallest, MOE_BF16, &runs) == MOE_OK && runs ? MOE_BF16 : MOE_FP16;
 }
 
 /* Blocks of 32 x 32, half of them there, by bytes; strided, in one piece each. */
