@@ -23,9 +23,8 @@ MOE_DEVICE bool moei_block_careful(const moei_block_args* d, const moei_block_wh
     return d->partial && d->partial[t->strip] != 0;
 }
 
-/* Multiplies all steps of a tile whose chunks are whole. x_major and y_major are literals: the
-   loop's own work, beside loads and products, is much of what keeps it from the tensor cores' rate.
-   */
+/* Multiplies all steps of a tile whose chunks are whole. x_major and y_major are literals: what the
+   loop does beside loads and products is much of what keeps it from the tensor cores' rate. */
 MOE_DEVICE void moei_block_multiply(const moei_block_args* d, moei_block_shared* s, uint16_t* ring,
                                     moei_mma_c acc[4][4], int steps, const int x_major,
                                     const int y_major, const int tm, const int tn, const int deep,

@@ -7,8 +7,7 @@
 #include "where.cuh"
 
 /* A warp stores its wm x wn accumulators, 16 rows (turned: columns) at a time through a strip of
-   shared memory [16][inner + 8]. A lane has 8 neighbours in C, always at the same place along them.
-   */
+   shared memory [16][inner + 8]. A lane has 8 neighbours in C, at one place along them. */
 MOE_DEVICE void moei_block_store(const moei_block_args* d, const moei_block_shared* s,
                                  moei_mma_c acc[4][4], float* strip, int warp_m, int warp_n,
                                  const int wm, const int wn, const int turned, const int dtype)
@@ -16,14 +15,14 @@ MOE_DEVICE void moei_block_store(const moei_block_args* d, const moei_block_shar
     const moei_block_where* t = &s->tile;
     const int outer = turned ? wn : wm, inner = turned ? wm : wn, ld = inner + 8;
     const int bytes = d->c_dtype == MOE_FP32 ? 4 : 2;
-    const int r = moei_lane() / (inner / 8),
-              g = moei_lane() % (inner / 8) * 8; /* first row; place */
-    const int rows = MOEI_WARP / (inner / 8);    /* that the warp stores at a time */
+    const int rows = MOEI_WARP / (inner / 8); /* that the warp stores at a time */
+    const int r = moei_lane() / (inner / 8);  /* the lane's first */
+    const int g = moei_lane() % (inner / 8) * 8;
     const int first = turned ? warp_n * wn : warp_m * wm;
     const int place = (turned ? warp_m * wm : warp_n * wn) + g;
     const int left = (turned ? t->rows : t->columns) - place;
-    const int there =
-        (turned ? t->columns : t->rows) - first - r; /* rows from the lane's first on */
+    /* rows from the lane's first on */
+    const int there = (turned ? t->columns : t->rows) - first - r;
     const uint64_t side =
         (turned ? s->x : s->y)[place / 16] + (uint64_t)((r * d->c.stride + g % 16) * bytes);
     const int64_t step = rows * d->c.stride * bytes;

@@ -18,7 +18,8 @@
 #include "multiply.cuh"
 #include "store.cuh"
 
-/* Dynamic shared memory of a block, bytes: the ring, which C goes through at the end. */
+/* Dynamic shared memory of a block, bytes: the ring, which C goes through at the end (a strip of
+   store.cuh for each warp: less than the ring in every shape of the list). */
 MOE_HOST_DEVICE size_t moei_block_smem(int tm, int tn, int deep, int stages)
 {
     return (size_t)stages * 2 * (size_t)(tm + tn) * (size_t)deep;

@@ -89,9 +89,10 @@ MOE_DEVICE void moei_mma_load_b(moei_mma_b* f, const uint16_t* p, int ld, const 
     else moei_mma_load_turned(f->x, p);
 }
 
-/* The same out of a swizzled stage: piece (row + m, k) of A, or (k, row + n) of B, where m, n < 64
-   and k are multiples of 16, and row is one of the largest m or n and 16. A lane's own part, in
-   which row is, is made once: lane = moei_mma_lane_a(row, ld, major), or _b. */
+/* The same out of a swizzled stage: piece (row + m, k) of A, or (k, row + n) of B. row is where the
+   warp's rows (or columns) begin, a multiple of their number, 16, 32 or 64; m and n, below that
+   number, and k are multiples of 16. A lane's own part, in which row is, is made once: lane =
+   moei_mma_lane_a(row, ld, major), or _b. */
 MOE_DEVICE int moei_mma_lane_a(int row, int ld, int major)
 {
     const int across = major == MOE_MAJOR_MN;
