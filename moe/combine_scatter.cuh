@@ -236,7 +236,7 @@ MOE_DEVICE_BODY void moei_scatter_block(const moei_scatter_args* a,
 {
     const moe_combine_scatter_desc* d = &a->d;
     const int e = (int)blockIdx.y, column = (int)blockIdx.z * a->columns;
-    const int columns = min(a->columns, d->hidden - column);
+    const int left = d->hidden - column, columns = a->columns < left ? a->columns : left;
     const int row_bytes = rows_dtype == MOE_FP32 ? 4 : 2, y_bytes = d->y_dtype == MOE_FP32 ? 4 : 2;
     const int block_rows = MOEI_SCATTER_WARPS * MOEI_SCATTER_ROWS;
     const char* base;

@@ -35,8 +35,11 @@
 
 /* Static shared memory: one struct a kernel. */
 #define MOE_SHARED(type, name) __shared__ type name
-/* Dynamic shared memory, 128-byte aligned, as unsigned char*. */
-#define MOE_SHARED_DYNAMIC(name) extern __shared__ __align__(128) unsigned char name[]
+/* Dynamic shared memory, 128-byte aligned, as unsigned char*. The array has one name of its own:
+   a name such as `shared` may have another type in the file that includes this. */
+#define MOE_SHARED_DYNAMIC(name)                                                                  \
+    extern __shared__ __align__(128) unsigned char moei_shared_dynamic[];                         \
+    unsigned char* const name = moei_shared_dynamic
 /* Stands in every polling loop; on the CPU it lets the thread waited for run. */
 #define MOE_SPIN() ((void)0)
 

@@ -167,7 +167,8 @@ MOE_DEVICE void moei_block_list_fill_offsets(const moei_block_list_args* a, int 
                                              const moei_block_list_fill_shared* s)
 {
     const int first = span * MOEI_BLOCK_LIST_SPAN;
-    const int groups = min(a->groups - first, MOEI_BLOCK_LIST_SPAN);
+    const int left = a->groups - first;
+    const int groups = left < MOEI_BLOCK_LIST_SPAN ? left : MOEI_BLOCK_LIST_SPAN;
     const unsigned each = (unsigned)a->each, columns = (unsigned)groups * each;
     for (unsigned i = threadIdx.x; i < columns; i += MOEI_BLOCK_LIST_THREADS) {
         const unsigned g = i / each, c = i - g * each;
@@ -182,7 +183,8 @@ MOE_DEVICE void moei_block_list_fill_offsets(const moei_block_list_args* a, int 
 MOE_DEVICE void moei_block_list_fill_columns(const moei_block_list_args* a, int tile, int span,
                                              const moei_block_list_fill_shared* s)
 {
-    const int lane = moei_lane(), words = max(min(a->words - span * 32, 32), 1);
+    const int lane = moei_lane(), left = a->words - span * 32;
+    const int words = left < 1 ? 1 : left < 32 ? left : 32;
     const int share_log2 = __clz(words - 1) - 27; /* of the warps that have one word */
     const int k = moei_warp() >> share_log2, bits = 32 >> share_log2;
     const int first = (moei_warp() & ((1 << share_log2) - 1)) * bits;

@@ -167,12 +167,16 @@ MOE_DEVICE uint32_t moei_block_list_of_offset(const moei_block_list_args* a, int
             const bool here = from[i] < upto[i] && from[i] < end && upto[i] > begin;
             const uint32_t bits = __ballot_sync(MOEI_FULL, here);
             if (lane == k0 + i) word = bits;
-            if (from[i] < 0 || upto[i] < from[i] || upto[i] > d->rows)
-                first_bad = min(first_bad, (unsigned)(first + (k0 + i) * 32 + lane));
+            if (from[i] < 0 || upto[i] < from[i] || upto[i] > d->rows) {
+                const unsigned expert = (unsigned)(first + (k0 + i) * 32 + lane);
+                first_bad = expert < first_bad ? expert : first_bad;
+            }
         }
     }
-    for (int step = 16; step > 0; step >>= 1)
-        first_bad = min(first_bad, __shfl_xor_sync(MOEI_FULL, first_bad, step));
+    for (int step = 16; step > 0; step >>= 1) {
+        const unsigned other = __shfl_xor_sync(MOEI_FULL, first_bad, step);
+        first_bad = other < first_bad ? other : first_bad;
+    }
     *bad = (int)first_bad;
     return word;
 }

@@ -39,6 +39,12 @@
 #error "moe: the CPU backend needs C++14"
 #endif
 
+/* Macros of the user's by these names would break the C++ library's headers. */
+#pragma push_macro("min")
+#pragma push_macro("max")
+#undef min
+#undef max
+
 #include "../base/config.h"
 #include "types.h"
 #include "fiber.h"
@@ -47,6 +53,9 @@
 #include "warp.h"
 #include "intrinsics.h"
 #include "runtime.h"
+
+#pragma pop_macro("min")
+#pragma pop_macro("max")
 
 /* After the system headers, so that these names cannot meet theirs. */
 #define __global__

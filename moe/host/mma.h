@@ -15,10 +15,7 @@
 #ifndef MOE_HOST_MMA_H
 #define MOE_HOST_MMA_H
 
-#include <numeric>
-#include <random>
-
-#include "../base/cuda.cuh"
+#include "../base/cuda.cuh" /* host.h, and through it <numeric> and <random> */
 #include "../gemm/swizzle.h"
 #include "../layout.h"
 

@@ -3,31 +3,32 @@
 /* c [R, N]; abs_sum [R, N], for error bounds, gets |bias| + sum |a * b|, or is null. */
 MOE_HOST void MOEI_REF(moe_ref_gemm)(const moe_ref_gemm_desc* d, MOEI_REAL* c, MOEI_REAL* abs_sum)
 {
-    const int N = d->n, K = d->k;
-    const int64_t a_stride = moei_ref_or(d->a_stride, K);
-    const int64_t bias_stride = moei_ref_or(d->bias_stride, N);
+    const int columns = d->n, depth = d->k;
+    const int64_t a_stride = moei_ref_or(d->a_stride, depth);
+    const int64_t bias_stride = moei_ref_or(d->bias_stride, columns);
     const int bias_dtype = d->bias_dtype ? d->bias_dtype : MOE_FP32;
     for (int e = 0; e < d->num_experts; ++e) {
         const void* b =
             moei_ref_matrix(d->use_up ? d->b.up : d->b.base, d->use_up ? d->b.up_table : d->b.table,
-                            &d->b, d->b_dtype, e, N, K);
+                            &d->b, d->b_dtype, e, columns, depth);
         for (int64_t r = d->expert_offset[e]; r < d->expert_offset[e + 1]; ++r) {
             int64_t from = d->row_index ? d->row_index[r] : r;
             if (from >= 0 && d->row_div > 1) from /= d->row_div;
             if (d->a_rows && from >= d->a_rows) from = -1;
-            for (int n = 0; n < N; ++n) {
+            for (int n = 0; n < columns; ++n) {
                 MOEI_REAL sum = 0, sum_abs = 0;
                 if (d->bias) sum = MOEI_REF(moe_ref_load)(d->bias, e * bias_stride + n, bias_dtype);
                 sum_abs = sum < 0 ? -sum : sum;
-                for (int k = 0; k < K && from >= 0; ++k) {
+                for (int k = 0; k < depth && from >= 0; ++k) {
                     const MOEI_REAL p =
                         MOEI_REF(moe_ref_load)(d->a, from * a_stride + k, d->a_dtype) *
-                        MOEI_REF(moe_ref_load)(b, moei_ref_element(&d->b, N, K, n, k), d->b_dtype);
+                        MOEI_REF(moe_ref_load)(b, moei_ref_element(&d->b, columns, depth, n, k),
+                                               d->b_dtype);
                     sum += p;
                     sum_abs += p < 0 ? -p : p;
                 }
-                c[r * N + n] = sum;
-                if (abs_sum) abs_sum[r * N + n] = sum_abs;
+                c[r * columns + n] = sum;
+                if (abs_sum) abs_sum[r * columns + n] = sum_abs;
             }
         }
     }

@@ -9,6 +9,8 @@
 #   front-cxx17      so for sm_90a alone, as C++17 with --use_fast_math
 #   front-cxx20      so for sm_90a alone, as C++20
 #   program          a whole .cu, so for sm_80, sm_90a and the newest
+#   host-names       as host, but after names.h, a file full of everyday names and macros
+#   front-names      so with nvcc, for sm_90a alone
 #
 # Headers are included alone and twice. gemm/grouped.cuh and block_sparse.cuh are compiled with all
 # their kernels, whatever includes them without: they are most of the work.
@@ -26,7 +28,8 @@ no_gemm='#define MOE_GEMM_VARIANT_LIST(X, ...)'
 if [ "$file" = moe/gemm/grouped.cuh ]; then no_gemm=; fi
 no_block='#define MOE_BLOCK_SPARSE_DTYPE_LIST(X)'
 if [ "$file" = moe/block_sparse.cuh ]; then no_block=; fi
-strict=(-Wall -Wextra -Werror "-I$root" -fsyntax-only)
+strict=(-Wall -Wextra -Wshadow -Werror "-I$root" -fsyntax-only)
+named=('#include "tests/compile/names.h"' "${twice[@]}" 'int use_names(void) { return names_sum(); }')
 
 case $kind in
 c11)
@@ -38,6 +41,9 @@ cxx14)
 host)
     write alone.cpp "${twice[@]}"
     exec "$compiler" -std=c++14 -DMOE_BACKEND=host "${strict[@]}" alone.cpp ;;
+host-names) # names of the headers' own shadow those of the file: that is no fault
+    write alone.cpp "${named[@]}"
+    exec "$compiler" -std=c++14 -DMOE_BACKEND=host "${strict[@]}" -Wno-shadow alone.cpp ;;
 esac
 
 newest=$("$compiler" --list-gpu-arch | sed 's/compute_//' | sort -n | tail -1)
@@ -48,6 +54,7 @@ nvcc) code=sm flags=(-Xptxas -warn-spills,-warn-lmem-usage,-Werror) ;;
 nvcc-front) ;;
 front-cxx17) targets=90a std=c++17 flags+=(--use_fast_math) ;;
 front-cxx20) targets=90a std=c++20 ;;
+front-names) targets=90a; write alone.cu "${named[@]}" ;;
 program) targets="80 90a $newest"; write alone.cu "$no_gemm" "$no_block" "#include \"$file\"" ;;
 *) echo "check.sh: no such kind: $kind" >&2; exit 2 ;;
 esac
