@@ -208,8 +208,16 @@ MOEI_UNUSED static void trand_fill_int(trand* r, void* p, int64_t n, int dtype, 
     for (int64_t i = 0; i < n; ++i) moe_store(p, i, dtype, (float)trand_int(r, lo, hi));
 }
 
-/* Host memory, filled with 0xFF bytes: NaN in every dtype, -1 in every integer. At least one
-   byte, so that the pointer is never null. */
+/* What memory holds before a test writes it: NaN in fp32, fp16, bf16 and double, and in integers a
+   negative number that is not -1. Buffers begin at an even i. */
+MOEI_UNUSED static unsigned char test_poison_byte(size_t i) { return (i & 1) ? 0xff : 0xda; }
+
+MOEI_UNUSED static void test_poison(void* p, size_t bytes)
+{
+    for (size_t i = 0; i < bytes; ++i) ((unsigned char*)p)[i] = test_poison_byte(i);
+}
+
+/* Host memory full of poison. At least one byte, so that the pointer is never null. */
 MOEI_UNUSED static void* test_host(int64_t bytes)
 {
     void* p = malloc((size_t)bytes + 1);
@@ -217,7 +225,7 @@ MOEI_UNUSED static void* test_host(int64_t bytes)
         printf("out of host memory\n");
         exit(1);
     }
-    memset(p, 0xff, (size_t)bytes + 1);
+    test_poison(p, (size_t)bytes + 1);
     return p;
 }
 

@@ -40,9 +40,9 @@ MOEI_UNUSED static void tmask_put(tmask* t, trand* r)
     uint32_t* bits = (uint32_t*)test_host(t->RB * words * 4);
     moe_ref_block_bits(t->there, t->RB, t->CB, bits);
     t->count = (int)moe_ref_block_numbers(t->there, t->RB, t->CB, t->number);
-    memset(t->column_index, 0xff, (size_t)t->max_blocks * 4);
-    memset(t->row_index, 0xff, (size_t)t->max_blocks * 4);
-    memset(t->position, 0xff, (size_t)t->max_blocks * 4);
+    test_poison(t->column_index, (size_t)t->max_blocks * 4);
+    test_poison(t->row_index, (size_t)t->max_blocks * 4);
+    test_poison(t->position, (size_t)t->max_blocks * 4);
     (void)moe_ref_block_list(t->there, t->RB, t->CB, t->row_offset, t->column_index,
                              t->column_offset, t->row_index, t->position);
     for (int i = 0; i < t->RB * t->CB; ++i)

@@ -21,16 +21,24 @@ typedef struct tbuf {
     const char* name;
 } tbuf;
 
-/* NaN as fp32, fp16 and bf16, a negative number as an integer, and not the poison. */
+/* NaN and a negative number, as the poison is, but another one. */
 MOEI_UNUSED static unsigned char tbuf_canary(size_t i) { return (i & 1) ? 0xff : 0xc5; }
 
-/* Fills the buffer with 0xFF bytes. */
-MOEI_UNUSED static void tbuf_poison(tbuf* b)
+/* Fills device memory with poison: some bytes from the host, then twice as many each time. */
+MOEI_UNUSED static void test_poison_device(void* p, size_t bytes)
 {
+    unsigned char first[4096];
+    size_t done = bytes < sizeof first ? bytes : sizeof first;
+    test_poison(first, done);
     TEST_CUDA(cudaDeviceSynchronize());
-    if (b->bytes) TEST_CUDA(cudaMemset(b->p, 0xff, b->bytes));
+    if (bytes) TEST_CUDA(cudaMemcpy(p, first, done, cudaMemcpyHostToDevice));
+    for (; done < bytes; done *= 2)
+        TEST_CUDA(cudaMemcpy((char*)p + done, p, done < bytes - done ? done : bytes - done,
+                             cudaMemcpyDeviceToDevice));
     TEST_CUDA(cudaDeviceSynchronize());
 }
+
+MOEI_UNUSED static void tbuf_poison(tbuf* b) { test_poison_device(b->p, b->bytes); }
 
 /* `misalign` bytes past an address that is a multiple of 256. */
 MOEI_UNUSED static tbuf tbuf_new(const char* name, size_t bytes, size_t misalign)
@@ -88,7 +96,7 @@ MOEI_UNUSED static int tbuf_holds(const tbuf* b, const void* want)
     unsigned char* got = (unsigned char*)tbuf_copy(b);
     int same = 1;
     for (size_t i = 0; i < b->bytes && same; ++i)
-        same = got[i] == (want ? ((const unsigned char*)want)[i] : 0xff);
+        same = got[i] == (want ? ((const unsigned char*)want)[i] : test_poison_byte(i));
     free(got);
     return same;
 }
@@ -121,7 +129,8 @@ MOEI_UNUSED static int64_t test_strays(const void* p, int64_t bytes, int elem, i
     for (int64_t row = 0; row * pitch < bytes; ++row) {
         const int64_t from = row * pitch + (row >= begin && row < end ? cols * elem : 0);
         const int64_t to = (row + 1) * pitch < bytes ? (row + 1) * pitch : bytes;
-        for (int64_t i = from; i < to; ++i) n += ((const unsigned char*)p)[i] != 0xff;
+        for (int64_t i = from; i < to; ++i) 
+            n += ((const unsigned char*)p)[i] != test_poison_byte((size_t)i);
     }
     return n;
 }
@@ -154,9 +163,7 @@ typedef struct twide {
 MOEI_UNUSED static void twide_poison(const twide* w)
 {
     const int64_t elems = (w->rows - 1) * w->stride + w->cols + TWIDE_ZONE;
-    TEST_CUDA(cudaDeviceSynchronize());
-    TEST_CUDA(cudaMemset(w->p, 0xff, (size_t)(elems * w->elem)));
-    TEST_CUDA(cudaDeviceSynchronize());
+    test_poison_device(w->p, (size_t)(elems * w->elem));
 }
 
 /* 0 where the device lacks the memory: 8 GiB for elements of 2 bytes, 16 GiB for those of 4. */

@@ -281,10 +281,10 @@ MOEI_UNUSED static void tproduct_compare_to(const tproduct* p, double* exact, do
         if (at < 0 && w->op == MOE_BLOCK_SDD && w->zero_masked) { /* zeros, and no minus sign */
             at = i * t->stride + j;
             for (int b = 0; b < elem; ++b) not_zero += all[part][at * elem + b] != 0;
-            memset(all[part] + at * elem, 0xff, (size_t)elem);
+            test_poison(all[part] + at * elem, (size_t)elem);
         } else if (at >= 0) {
             got[x] = moe_load(all[part], at, w->c_dtype);
-            memset(all[part] + at * elem, 0xff, (size_t)elem);
+            test_poison(all[part] + at * elem, (size_t)elem);
             ++count;
             nonzero += exact[x] != 0;
             if (!isfinite(exact[x])) {

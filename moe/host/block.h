@@ -57,7 +57,7 @@ inline void* moeh_shared(const void* site, size_t bytes)
 inline void moeh_copy_async(void* to, const void* from, size_t bytes, size_t keep)
 {
     moeh_thread* const t = moeh_now();
-    memset(to, 0xff, bytes);
+    moeh_poison(to, bytes);
     t->copies.push_back(moeh_copy{to, from, bytes, keep, t->groups});
 }
 

@@ -69,7 +69,7 @@
 #define blockDim (moeh_now()->block->grid->block)
 #define gridDim (moeh_now()->block->grid->grid)
 
-/* Shared memory of the block, poisoned with 0xFF bytes when the block first reaches it. A
+/* Shared memory of the block, poisoned when the block first reaches it. A
    declaration is known by its place in the source: several in one kernel are several objects. */
 #define MOE_SHARED(type, name)                                                                    \
     static char moeh_site_##name;                                                                 \

@@ -1,7 +1,7 @@
 /* runtime.h: the subset of the cuda* API for memory and devices, with CUDA's names, signatures
    and error codes.
 
-   Device memory is malloc'd to its exact size and filled with 0xFF bytes, so that a sanitizer
+   Device memory is malloc'd to its exact size and filled with poison, so that a sanitizer
    guards it and an element nobody wrote is a NaN. Every virtual device may read the memory of
    every other. An asynchronous copy reads its source when its turn comes, as from pinned memory.
    cudaFree waits for all devices. After a failed run every call returns the error until

@@ -155,12 +155,21 @@ inline void moeh_thread_main()
 
 /* ---- blocks ---- */
 
-/* Memory of 0xFF bytes; null: there is none to be had. */
+/* What memory holds before it is written: NaN in every dtype, a negative number in integers, and not
+   the -1 that kernels write on purpose. `p` is even. */
+inline unsigned char moeh_poison_byte(size_t i) { return (i & 1) ? 0xff : 0xda; }
+
+inline void moeh_poison(void* p, size_t bytes)
+{
+    for (size_t i = 0; i < bytes; ++i) ((unsigned char*)p)[i] = moeh_poison_byte(i);
+}
+
+/* Memory full of poison; null: there is none to be had. */
 inline void* moeh_poisoned(size_t bytes, size_t align)
 {
     void* p = nullptr;
     if (posix_memalign(&p, align, bytes ? bytes : 1)) return nullptr;
-    memset(p, 0xff, bytes);
+    moeh_poison(p, bytes);
     return p;
 }
 

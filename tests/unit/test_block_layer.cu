@@ -136,7 +136,7 @@ static void fill_weights(tweights* w, const layer_bufs* b, const layer_case* c, 
         const int64_t row = k + c->pad, matrix = row * n + c->pad;
         for (int e = 0; e < c->E; ++e)
             for (int64_t i = 0; i < n && !on[e]; ++i)
-                memset((uint16_t*)w->host[0][0] + e * matrix + i * row, 0xff, (size_t)k * 2);
+                test_poison((uint16_t*)w->host[0][0] + e * matrix + i * row, (size_t)k * 2);
         tbuf_put(&w->part[0][0], w->host[0][0]);
     }
 }
@@ -399,9 +399,9 @@ static void check_backward(const layer_bufs* b, const layer_case* c, const layer
                     ideal->dw2 + e * H * I, H, I);
     }
     for (int64_t i = b->num_active * U * H * bytes; i < (int64_t)b->dw1.bytes; ++i)
-        strays += (unsigned char)dw1[i] != 0xff;
+        strays += (unsigned char)dw1[i] != test_poison_byte((size_t)i);
     for (int64_t i = b->num_active * H * I * bytes; i < (int64_t)b->dw2.bytes; ++i)
-        strays += (unsigned char)dw2[i] != 0xff;
+        strays += (unsigned char)dw2[i] != test_poison_byte((size_t)i);
     CHECK(strays == 0, "%lld bytes of slots without an expert were written", (long long)strays);
     free(dx);
     free(dw1);
@@ -1038,11 +1038,8 @@ static void test_no_tokens(void)
         CHECK_STATUS(both(&b), MOE_OK);
         CHECK_FAULT(&b.fault, MOE_FAULT_NONE, 0);
         CHECK(tbuf_holds(&b.dw1, 0) && tbuf_holds(&b.dw2, 0), "written");
-        CHECK(tbuf_holds(&b.grad_expert, 0), "poison is -1"); /* 0xff bytes are what it says */
         {
-            const int32_t zeros[5] = {0, 0, 0, 0, 0}, none[5] = {-1, -1, -1, -1, -1};
-            tbuf_put(&b.grad_expert, zeros);
-            CHECK_STATUS(moe_block_layer_backward(&b.d, test_now.stream), MOE_OK);
+            const int32_t none[5] = {-1, -1, -1, -1, -1};
             CHECK(tbuf_holds(&b.grad_expert, none), "grad_expert");
         }
         bufs_free(&b);

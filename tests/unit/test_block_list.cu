@@ -388,7 +388,7 @@ static void test_huge(void)
     trand r = trand_new(8);
     tlist t;
     moe_block_list_desc* d = &t.d;
-    int32_t* ids = (int32_t*)test_host(RB * 16 * top_k * 4); /* -1 */
+    int32_t* ids = (int32_t*)test_host(RB * 16 * top_k * 4);
     int64_t at = 0;
     size_t workspace;
     memset(&t, 0, sizeof t);
@@ -399,6 +399,7 @@ static void test_huge(void)
     d->top_k = top_k;
     d->max_blocks = 8 * each;
     CHECK((int64_t)RB * CB > 0x7fffffff);
+    memset(ids, 0xff, (size_t)(RB * 16 * top_k) * 4); /* -1: unused */
     t.row_offset_want = (int32_t*)test_host(RB * 4 + 4);
     t.column_index_want = (int32_t*)test_host((int64_t)d->max_blocks * 4);
     for (int i = 0; i < RB; ++i) {

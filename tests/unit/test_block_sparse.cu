@@ -504,7 +504,7 @@ static void test_block_graph(void)
                 tmask_put(&p.mask, &r);
                 for (int s = 0; s < 2; ++s) { /* what is masked out now may have been there */
                     tmatrix* t = s ? &p.b : &p.a;
-                    memset(t->host[0], 0xff, t->part[0].bytes);
+                    test_poison(t->host[0], t->part[0].bytes);
                     tmatrix_fill(t, TDRAW_NORMAL, 1, &r);
                 }
                 p.w.draw = TDRAW_NORMAL;
@@ -533,7 +533,7 @@ static void test_block_tune(void)
         memset(&p.d.choice, 0, sizeof p.d.choice);
         {
             moe_block_choice choice;
-            memset(&choice, 0xff, sizeof choice);
+            test_poison(&choice, sizeof choice);
             CHECK_STATUS(moe_block_sparse_tune(&p.d, test_now.stream, &choice), MOE_OK);
             CHECK(choice.tile >= MOE_BLOCK_TILE_AUTO && choice.tile <= MOE_BLOCK_TILE_64x64 &&
                       choice.rest >= 0 && choice.rest <= MOE_BLOCK_TILE_64x64,
@@ -649,7 +649,7 @@ static void test_block_many_past_2_31(void)
             CHECK_STATUS(moe_block_sparse_workspace(&d, &d.workspace_bytes), MOE_OK);
             workspace = tbuf_new("workspace", d.workspace_bytes, 0);
             d.workspace = d.workspace_bytes ? workspace.p : (void*)0;
-            TEST_CUDA(cudaMemset(c, 0xff, bytes));
+            test_poison_device(c, (size_t)bytes);
             TEST_CUDA(cudaDeviceSynchronize());
             CHECK_STATUS(moe_block_sparse(&d, test_now.stream), MOE_OK);
             TEST_CUDA(cudaDeviceSynchronize());

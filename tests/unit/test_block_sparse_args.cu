@@ -20,7 +20,7 @@ static void check_in_bounds(const tproduct* p, const char* what)
         return;
     }
     for (int i = 0; i < t->rows; ++i)
-        memset(all + i * t->stride * elem, 0xff, (size_t)(t->columns * elem));
+        test_poison(all + i * t->stride * elem, (size_t)(t->columns * elem));
     strays = test_strays(all, (int64_t)t->part[0].bytes, 1, (int64_t)t->part[0].bytes, 0, 0, 0);
     CHECK(strays == 0, "%s: %lld bytes beside C, %s", what, (long long)strays,
           tproduct_text(&p->w));

@@ -945,8 +945,8 @@ static void test_combine_past_2_31(void)
         }
         TEST_CUDA(cudaMalloc((void**)&d_rows, (size_t)(row_stride * ROWS * 2)));
         TEST_CUDA(cudaMalloc((void**)&d_y, (size_t)(y_stride * T * 2)));
-        TEST_CUDA(cudaMemset(d_rows, 0xff, (size_t)(row_stride * ROWS * 2)));
-        TEST_CUDA(cudaMemset(d_y, 0xff, (size_t)(y_stride * T * 2)));
+        test_poison_device(d_rows, (size_t)(row_stride * ROWS * 2));
+        test_poison_device(d_y, (size_t)(y_stride * T * 2));
         TEST_CUDA(cudaMemcpy2D(d_rows, (size_t)row_stride * 2, rows, H * 2, H * 2, ROWS,
                                cudaMemcpyHostToDevice));
         bp = tbuf_from("place", place, sizeof place, 0);

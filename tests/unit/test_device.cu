@@ -521,7 +521,7 @@ static void test_device_copy_row(void)
     a.y = (char*)to.p;
     for (a.x_at = 0; a.x_at < 16; a.x_at += 2)
         for (a.y_at = 0; a.y_at < 16; a.y_at += a.x_at == 0 || a.x_at == 8 ? 2 : 8) {
-            memset(want, 0xff, 2 * COPY_LENGTHS * COPY_SPAN);
+            test_poison(want, 2 * COPY_LENGTHS * COPY_SPAN);
             for (int i = 0; i < COPY_LENGTHS; ++i) {
                 memcpy(want + 2 * i * COPY_SPAN + a.y_at, x + a.x_at, (size_t)length[i]);
                 memset(want + (2 * i + 1) * COPY_SPAN + a.y_at, 0, (size_t)length[i]);

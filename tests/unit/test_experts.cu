@@ -586,7 +586,7 @@ static void test_experts_plan(void)
         experts_bufs b;
         moe_gemm_plan p[2];
         c.tile = tile;
-        memset(p, 0xff, sizeof p);
+        test_poison(p, sizeof p);
         bufs_new(&b, &c, &r);
         if (CHECK_STATUS(moe_experts_plan(&b.d, p, p + 1), expected(&c)) && expected(&c) == MOE_OK)
             for (int i = 0; i < 2; ++i) test_plan(&p[i], c.dtype, tile);

@@ -36,7 +36,7 @@ typedef struct rules_bufs {
 static void fill(rules_bufs* b, const rules_case* c, trand* r)
 {
     const float spread = c->spread != 0 ? c->spread : 1.0f;
-    memset(b->logits, 0xff, b->d_logits.bytes); /* NaN between the rows */
+    test_poison(b->logits, b->d_logits.bytes); /* NaN between the rows */
     for (int64_t t = 0; t < c->T; ++t)
         for (int e = 0; e < c->E; ++e)
             moe_store(b->logits, row_of(c, t) + e, c->dtype, spread * trand_normal(r));

@@ -1062,7 +1062,7 @@ static void test_gemm_plan(void)
         moe_grouped_gemm_desc d;
         moe_gemm_plan p;
         moe_status want;
-        memset(&p, 0xff, sizeof p);
+        test_poison(&p, sizeof p);
         memset(&d, 0, sizeof d);
         d.n = sizes[i % 4];
         d.k = 64;

@@ -1370,7 +1370,7 @@ static void test_layer_plan(void)
     layer_case c = normal_case(40, 64, 40, 4, 2);
     layer_bufs b;
     moe_gemm_plan p[2];
-    memset(p, 0xff, sizeof p);
+    test_poison(p, sizeof p);
     bufs_new(&b, &c, &r);
     CHECK_STATUS(moe_layer_plan(&b.d, p, p + 1), MOE_OK);
     for (int i = 0; i < 2; ++i) test_plan(&p[i], c.dtype, MOE_TILE_64x64);

@@ -249,14 +249,14 @@ MOE_KERNEL(32, 1) shared_poison(MOE_ARG(args) d)
     MOE_SHARED(two_ints, other);
     MOE_SHARED_DYNAMIC(bytes);
     const int t = (int)threadIdx.x;
-    WANT(s.v[t] == -1 && s.total == -1 && &s != &other);
-    for (int i = t; i < d.n; i += 32) WANT(bytes[i] == 0xff);
+    WANT(s.v[t] < -1 && s.total == s.v[t] && &s != &other); /* as an integer it is not -1 */
+    for (int i = t; i < d.n; i += 32) WANT(bytes[i] == moeh_poison_byte((size_t)i));
     WANT((uintptr_t)bytes % 128 == 0 && (uintptr_t)&s % 16 == 0);
     __syncthreads();
     s.v[t] = (int)blockIdx.x;
     for (int i = t; i < d.n; i += 32) bytes[i] = (unsigned char)blockIdx.x;
     __syncthreads();
-    WANT(s.v[31 - t] == (int)blockIdx.x && other.v[t] == -1);
+    WANT(s.v[31 - t] == (int)blockIdx.x && other.v[t] < -1);
     for (int i = t; i < d.n; i += 32) WANT(bytes[d.n - 1 - i] == (unsigned char)blockIdx.x);
 }
 
@@ -579,7 +579,7 @@ static void test_memory()
     moei_device d;
     OK(cudaMemGetInfo(&available, &total));
     OK(cudaMalloc(&p, 1001));
-    CHECK(available && (uintptr_t)p % 256 == 0 && p[0] == 0xff && p[1000] == 0xff);
+    CHECK(available && (uintptr_t)p % 256 == 0 && p[0] == moeh_poison_byte(0) && p[999] == moeh_poison_byte(999));
     OK(cudaMemset(p, 0, 1001));
     OK(cudaMemset(p + 10, 5, 6));
     OK(cudaMemcpy2D(p + 100, 50, p + 8, 10, 10, 2, cudaMemcpyDeviceToDevice));
