@@ -24,6 +24,11 @@
                    of replica_expert. From here on expert means physical expert, 0 .. P-1: counts,
                    offsets, places. An expert without a replica, or with one out of range, loses
                    the slots that would go there and sets the fault word.
+     absent_replicas  With replicas: an expert without a replica (an empty range), or a replica
+                   whose replica_expert is -1, lives elsewhere, on another rank for instance. Its
+                   slots are dropped like those of id -1: slot_row -1, place {-1, -1}, no fault.
+                   drop_count, which counts slots without room, leaves them out. Whatever else is
+                   out of range still sets the fault word.
      capacity      An expert keeps so many slots at most: the first ones (MOE_DROP_BY_POSITION), or
                    those with the largest weights (MOE_DROP_BY_WEIGHT). The others are dropped:
                    slot_row -1, place {-1, -1}; drop_count counts them.
@@ -87,6 +92,9 @@ MOE_HOST moe_status moei_route_sizes(moe_route_desc* d)
                  num_replicas);
     MOEI_REQUIRE(d->replica_offset || !d->replica_expert, MOE_ERR_CONFLICT, replica_expert);
     MOEI_REQUIRE(!d->replica_offset || !d->chunk_count, MOE_ERR_CONFLICT, chunk_count);
+    MOEI_REQUIRE(d->absent_replicas == 0 || d->absent_replicas == 1, MOE_ERR_OPTION,
+                 absent_replicas);
+    MOEI_REQUIRE(d->replica_offset || !d->absent_replicas, MOE_ERR_CONFLICT, absent_replicas);
     if (d->row_multiple == 0) d->row_multiple = 1;
     MOEI_REQUIRE(d->row_multiple >= 1 && d->row_multiple <= MOE_ROUTE_MAX_MULTIPLE, MOE_ERR_RANGE,
                  row_multiple);

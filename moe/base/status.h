@@ -56,7 +56,7 @@ enum {
     X(temperature) X(noise) X(dropout) X(seed_offset) X(threshold) X(expert_bias)                 \
     X(expert_off) X(token_off) X(num_groups) X(top_groups) X(prob_sum) X(whole_batch)             \
     X(row_multiple) X(capacity) X(drop_rule) X(drop_count)                                        \
-    X(replica_offset) X(replica_expert) X(num_replicas)                                           \
+    X(replica_offset) X(replica_expert) X(num_replicas) X(absent_replicas)                        \
     X(row_token) X(max_rows) X(shared) X(shared_stride) X(shared_weight) X(gate) X(route)         \
     X(op) X(m) X(mask) X(bytes) X(bits) X(row_offset) X(column_index) X(column_offset)            \
     X(position) X(columns) X(block_rows) X(block_columns) X(max_blocks)              \

@@ -29,6 +29,7 @@ typedef struct moe_ref_route_desc {
     int32_t row_multiple; /* 0 = 1 */
     int32_t capacity;     /* 0 = no limit */
     int32_t drop_rule;    /* moe_drop_rule; 0 = by position */
+    int32_t absent_replicas; /* 1: an expert without a replica, or one of -1, is no bad replica */
     int64_t max_rows;     /* 0 = T * K */
 } moe_ref_route_desc;
 
@@ -48,7 +49,7 @@ MOE_HOST int moei_ref_choice_order(const void* a, const void* b)
     return x->slot < y->slot ? -1 : 1;
 }
 
-/* Physical expert of a slot; -1: unused or out of range, -2: no replica. */
+/* Physical expert of a slot; -1: unused, out of range or elsewhere, -2: no replica. */
 MOE_HOST int32_t moei_ref_expert(const moe_ref_route_desc* d, int64_t slot, int32_t num_replicas)
 {
     const int32_t id = d->ids[slot];
@@ -57,9 +58,11 @@ MOE_HOST int32_t moei_ref_expert(const moe_ref_route_desc* d, int64_t slot, int3
     if (!d->replica_offset) return id;
     from = d->replica_offset[id];
     upto = d->replica_offset[id + 1];
-    if (from < 0 || upto <= from || upto > num_replicas) return -2;
+    if (from < 0 || upto < from || upto > num_replicas) return -2;
+    if (upto == from) return d->absent_replicas ? -1 : -2;
     e = from + (int32_t)(slot / d->top_k % (upto - from));
     if (d->replica_expert) e = d->replica_expert[e];
+    if (e == -1 && d->absent_replicas) return -1;
     return e < 0 || e >= num_replicas ? -2 : e;
 }
 

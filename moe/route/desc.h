@@ -44,6 +44,9 @@ typedef struct moe_route_desc {
                              1 .. MOE_ROUTE_MAX_MULTIPLE; 0 = 1 */
     int32_t capacity;     /* most slots of an expert; 0 = no limit */
     int32_t drop_rule;    /* moe_drop_rule, with a capacity only; 0 = by position */
+    int32_t absent_replicas; /* with replicas only. 1: an empty range, or a replica_expert of -1, is
+                                an expert elsewhere: its slots are dropped, no fault.
+                                0: BAD_REPLICA */
     void* workspace;      /* 16-byte aligned; null if moe_route_workspace asks for 0 */
     size_t workspace_bytes;
 } moe_route_desc;

@@ -26,18 +26,19 @@ typedef struct moei_route_args {
 #define MOEI_ROUTE_NO_LIMIT 0x7fffffff /* a capacity that no expert reaches */
 
 /* Which replica of expert `id` takes the slot: number t % n of its n; -1 and a fault where there is
-   none or its number is out of range. */
+   none or its number is out of range. With absent_replicas no fault for an empty range or for a
+   replica_expert of -1. */
 MOE_DEVICE int moei_route_replica(const moe_route_desc* d, uint32_t slot, int id)
 {
     const int from = d->replica_offset[id], upto = d->replica_offset[id + 1];
-    int e = -1;
+    int e = from >= 0 && from == upto && upto <= d->num_replicas ? -1 : -2; /* absent, bad */
     if (from >= 0 && from < upto && upto <= d->num_replicas) {
         const uint32_t t = slot / (uint32_t)d->top_k;
         e = from + (int)(t % (uint32_t)(upto - from));
         if (d->replica_expert) e = d->replica_expert[e];
     }
     if (e >= 0 && e < d->num_replicas) return e;
-    moei_fault_raise(d->fault, MOE_FAULT_BAD_REPLICA, 0, slot);
+    if (e != -1 || !d->absent_replicas) moei_fault_raise(d->fault, MOE_FAULT_BAD_REPLICA, 0, slot);
     return -1;
 }
 

@@ -26,9 +26,11 @@ typedef struct route_case {
     int counts; /* 1: chunk_count is given */
     int bare;   /* 1: only the counts and the offsets are wanted, and there is no fault word */
     int multiple, capacity, rule; /* row_multiple, capacity, drop_rule */
-    int replicas; /* 0: none, 1: in replica_expert, 2: their own numbers, 3: some out of range */
+    int replicas; /* 0: none, 1: in replica_expert, 2: their own numbers, 3: some out of range,
+                     4: some experts have none, or one of -1 */
     int P;        /* physical experts, E without replicas */
     int drops;    /* 1: drop_count is wanted */
+    int absent;   /* absent_replicas */
     int32_t *replica_offset, *replica_expert;
 } route_case;
 
@@ -77,7 +79,7 @@ static void fill_weights(float* weights, int64_t n, trand* r)
 }
 
 /* The replicas of a case: each expert has at least one where there are enough, and with kind 3 some
-   have numbers out of range. */
+   have numbers out of range; with kind 4 some have none, or -1, and nothing is out of range. */
 static void fill_replicas(route_case* c, trand* r)
 {
     int at = 0;
@@ -93,6 +95,11 @@ static void fill_replicas(route_case* c, trand* r)
         const int j = (int)trand_int(r, 0, i);
         if (i != j) c->replica_expert[i] = c->replica_expert[j];
         c->replica_expert[j] = i;
+    }
+    if (c->replicas == 4) {
+        const int32_t first = c->replica_offset[c->E / 2], end = c->replica_offset[c->E / 2 + 1];
+        for (int e = c->E / 2 + 1; e <= c->E; ++e) c->replica_offset[e] -= end - first;
+        for (int n = 0; n < 3; ++n) c->replica_expert[trand_int(r, 0, c->P - 1)] = -1;
     }
     if (c->replicas != 3) return;
     for (int n = 0; n < 3; ++n) {
@@ -126,6 +133,7 @@ static void bufs_new(route_bufs* b, const route_case* c, const int32_t* ids, con
     b->d.row_multiple = c->multiple;
     b->d.capacity = c->capacity;
     b->d.drop_rule = c->rule;
+    b->d.absent_replicas = c->absent;
     if (c->replicas) b->d.num_replicas = c->P;
     b->replica_offset =
         tbuf_from("replica_offset", c->replica_offset, c->replicas ? (size_t)c->E * 4 + 4 : 0, 4);
@@ -245,6 +253,7 @@ static void compare(const route_bufs* b, const route_case* c, const int32_t* ids
     r.drop_rule = c->rule;
     r.max_rows = b->rows;
     r.bad_replica = &bad_replica;
+    r.absent_replicas = c->absent;
     if (c->replicas) {
         r.num_replicas = c->P;
         r.replica_offset = c->replica_offset;
@@ -273,9 +282,9 @@ static void compare(const route_bufs* b, const route_case* c, const int32_t* ids
     }
     if (test_now.failures > before)
         printf("  in: T=%d E=%d K=%d pattern=%d place_kind=%d counts=%d bare=%d multiple=%d "
-               "capacity=%d rule=%d replicas=%d P=%d drops=%d\n",
+               "capacity=%d rule=%d replicas=%d P=%d drops=%d absent=%d\n",
                c->T, c->E, c->K, c->pattern, c->place_kind, c->counts, c->bare, c->multiple,
-               c->capacity, c->rule, c->replicas, c->P, c->drops);
+               c->capacity, c->rule, c->replicas, c->P, c->drops, c->absent);
     free(r.expert_count);
     free(r.expert_offset);
     free(r.drop_count);
@@ -347,12 +356,13 @@ static void draw_options(route_case* c, trand* r)
         c->rule = (int)trand_int(r, 0, 2);
         if (trand_int(r, 0, 1)) c->rule = MOE_DROP_BY_WEIGHT;
     }
-    c->replicas = (int)trand_int(r, 0, 3);
+    c->replicas = (int)trand_int(r, 0, 4);
     if (c->replicas) {
         c->P = c->E + (int)trand_int(r, 0, c->E < 8 ? 8 : c->E / 2);
         if (trand_int(r, 0, 9) == 0) c->P = (int)trand_int(r, 1, c->E); /* some have none */
         if (c->P > MOE_MAX_EXPERTS) c->P = MOE_MAX_EXPERTS;
         c->counts = 0;
+        c->absent = c->replicas == 4 || (c->replicas == 3 && trand_int(r, 0, 1));
     }
 }
 
@@ -417,7 +427,7 @@ static void test_route_options_patterns(void)
     for (size_t i = 0; i < sizeof shape / sizeof *shape; ++i)
         for (int pattern = 0; pattern < PATTERNS; ++pattern)
             for (int rule = 0; rule <= MOE_DROP_BY_WEIGHT; ++rule)
-                for (int replicas = 0; replicas < 4; ++replicas)
+                for (int replicas = 0; replicas < 5; ++replicas)
                     for (int multiple = 0; multiple <= 8; multiple += 8) {
                         route_case c = random_case(&r, shape[i][0], shape[i][1], shape[i][2]);
                         const int average = c.T * c.K / c.E;
@@ -425,6 +435,7 @@ static void test_route_options_patterns(void)
                         c.capacity = rule ? average * (int)trand_int(&r, 2, 6) / 4 + 1 : 0;
                         c.rule = rule;
                         c.replicas = replicas;
+                        c.absent = replicas == 4;
                         c.multiple = multiple;
                         c.drops = 1;
                         c.bare = 0;
@@ -492,6 +503,55 @@ static void test_route_options_by_hand(void)
         CHECK_INTS("padding", rows + step[i].capacity, none, 4 - step[i].capacity);
         for (int s = 0; s < T; ++s) CHECK(got[s] < 0 || rows[got[s]] == s);
         compare(&b, &c, ids, weights);
+        bufs_free(&b);
+    }
+}
+
+/* Experts that live elsewhere: 0 has an empty range, 2 one replica here and one elsewhere. With
+   absent_replicas their slots are dropped like those of id -1 and no fault is set; without, the
+   first of them is the fault's. A decreasing range and a number past P are faults in both. */
+static void test_route_absent_replicas(void)
+{
+    enum { T = 4, SLOTS = 8, E = 3 };
+    static const int32_t ids[SLOTS] = {1, -1, 0, 2, 2, 1, 1, 2};
+    static const float weights[SLOTS] = {1, 2, 3, 4, 5, 6, 7, 8};
+    static const int32_t offset[E + 1] = {0, 0, 1, 3}, expert[3] = {1, 0, -1};
+    static const int32_t slot_row[SLOTS] = {1, -1, -1, -1, 0, 2, 3, -1};
+    static const int32_t row_slot[SLOTS] = {4, 0, 5, 6, -1, -1, -1, -1};
+    static const int32_t place[2 * SLOTS] = {1, 0,  -1, -1, -1, -1, -1, -1,
+                                             0, 0,  1,  1,  1,  2,  -1, -1};
+    static const int32_t count[3] = {1, 3, 0}, starts[4] = {0, 1, 4, 4}, drops[3] = {0, 0, 0};
+    trand r = trand_new(26);
+    for (int n = 0; n < 6; ++n) {
+        route_case c = random_case(&r, T, E, 2);
+        int32_t own_offset[E + 1], own_expert[3];
+        route_bufs b;
+        memcpy(own_offset, offset, sizeof offset);
+        memcpy(own_expert, expert, sizeof expert);
+        if (n == 4) own_offset[0] = 1;  /* expert 0: 1 .. 0 */
+        if (n == 5) own_expert[2] = -2; /* no more than a number that does not exist */
+        c.bare = c.counts = 0;
+        c.drops = 1;
+        c.place_kind = MOE_PLACE_BY_EXPERT;
+        c.replicas = 4;
+        c.absent = n != 0;
+        c.capacity = n == 2 || n == 3 ? 3 : 0;
+        c.rule = n == 3 ? MOE_DROP_BY_WEIGHT : 0;
+        c.replica_offset = own_offset;
+        c.replica_expert = own_expert;
+        bufs_new(&b, &c, ids, weights);
+        CHECK_STATUS(moe_route(&b.d, test_now.stream), MOE_OK);
+        compare(&b, &c, ids, weights);
+        if (n == 0 || n == 4) CHECK_FAULT(&b.fault, MOE_FAULT_BAD_REPLICA, 2);
+        else if (n == 5) CHECK_FAULT(&b.fault, MOE_FAULT_BAD_REPLICA, 3);
+        else CHECK_FAULT(&b.fault, MOE_FAULT_NONE, 0);
+        compare_buffer(&b.count, count);
+        compare_buffer(&b.offset, starts);
+        compare_buffer(&b.drops, drops);
+        compare_buffer(&b.slot_row, slot_row);
+        compare_buffer(&b.place, place);
+        CHECK(b.rows == SLOTS, "%lld rows", (long long)b.rows);
+        compare_buffer(&b.row_slot, row_slot);
         bufs_free(&b);
     }
 }
@@ -782,6 +842,9 @@ static void test_route_refusals(void)
     REFUSED(d.num_replicas = 11, MOE_ERR_CONFLICT, num_replicas);
     REFUSED(d.replica_expert = extra, MOE_ERR_CONFLICT, replica_expert);
     REFUSED((d.replica_offset = extra, d.num_replicas = -1), MOE_ERR_RANGE, num_replicas);
+    REFUSED((d.replica_offset = extra, d.absent_replicas = 2), MOE_ERR_OPTION, absent_replicas);
+    REFUSED((d.replica_offset = extra, d.absent_replicas = -1), MOE_ERR_OPTION, absent_replicas);
+    REFUSED(d.absent_replicas = 1, MOE_ERR_CONFLICT, absent_replicas);
     REFUSED((d.replica_offset = extra, d.num_replicas = MOE_MAX_EXPERTS + 1), MOE_ERR_RANGE,
             num_replicas);
     REFUSED((d.replica_offset = extra, d.chunk_count = (int32_t*)b.chunk.p), MOE_ERR_CONFLICT,
@@ -1095,6 +1158,7 @@ int main(int argc, char** argv)
     RUN(test_route_options_patterns);
     RUN(test_route_long_lists);
     RUN(test_route_options_by_hand);
+    RUN(test_route_absent_replicas);
     RUN(test_route_max_rows);
     RUN(test_route_rank);
     RUN(test_route_big_chunks);
