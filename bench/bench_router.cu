@@ -187,6 +187,7 @@ int main(int argc, char** argv)
     run_shape(&s, 8192, 7168, 256, handle, &failures);
     run_shape(&s, 1024, 7168, 256, handle, &failures);
     run_shape(&s, 64, 7168, 256, handle, &failures);
+    run_shape(&s, 32768, 2048, 60, handle, &failures); /* E no multiple of 8 */
     BENCH_CUBLAS(cublasDestroy(handle));
     return bench_close(&s, failures);
 }

@@ -5,11 +5,13 @@
    In:   x [T, H], router [E, H] (a checkpoint's layout), fp32, fp16 or bf16 each
    Out:  logits [T, E] fp32
 
-   Accumulated and stored in fp32: logits rounded to bf16 choose other experts. Three ways, chosen
+   Accumulated and stored in fp32: logits rounded to bf16 choose other experts. Four ways, chosen
    from dtypes, shapes and device (moe_router_plan says which); each sums in a fixed order, so equal
    inputs give equal bits:
      gemm    x and router of one 16-bit dtype, H and E multiples of 8, 16-byte aligned rows: tensor
              cores (gemm/grouped.cuh)
+     ragged  the same with any E, and logits of any stride and alignment: tensor cores, the last
+             tile of experts padded inside (router/ragged.cuh)
      split   16-bit x and an fp32 router, H a multiple of 8, any E, 16-byte aligned rows, sm_80 and
              later: tensor cores, each weight as three bf16 terms whose products are exact
              (router/split.cuh, which says what infinities do). Error as of an fp32 sum
@@ -25,6 +27,7 @@
 
 #include "gemm/grouped.cuh"
 #include "router/large.cuh"
+#include "router/ragged.cuh"
 #include "router/small.cuh"
 
 typedef struct moe_router_desc {
@@ -50,13 +53,15 @@ typedef enum moe_router_path {
     MOE_ROUTER_SCALAR = 0,
     MOE_ROUTER_GEMM,
     MOE_ROUTER_SPLIT_LARGE, /* tiles of 256 tokens (128 of fp16) x 128 experts */
-    MOE_ROUTER_SPLIT_SMALL  /* tiles of 32 tokens (16 of fp16) x 16 experts, for few of them */
+    MOE_ROUTER_SPLIT_SMALL, /* tiles of 32 tokens (16 of fp16) x 16 experts, for few of them */
+    MOE_ROUTER_GEMM_RAGGED  /* 16-bit dtypes, E no multiple of 8: padded inside the tile */
 } moe_router_path;
 
 MOE_HOST const char* moe_router_path_name(int path)
 {
-    static const char* const name[] = {"scalar", "gemm", "split, large tile", "split, small tile"};
-    return path >= 0 && path <= MOE_ROUTER_SPLIT_SMALL ? name[path] : "?";
+    static const char* const name[] = {"scalar", "gemm", "split, large tile", "split, small tile",
+                                       "gemm, ragged"};
+    return path >= 0 && path <= MOE_ROUTER_GEMM_RAGGED ? name[path] : "?";
 }
 
 #define MOEI_ROUTER_TILE 64  /* tokens and experts of a block */
@@ -221,8 +226,27 @@ MOE_HOST moei_split_args moei_router_split_args(const moe_router_desc* d)
 
 /* ---- the station ---- */
 
+/* The product as a GEMM of one expert; d has its defaults filled in. */
+MOE_HOST void moei_router_gemm_desc(const moe_router_desc* d, moe_grouped_gemm_desc* g)
+{
+    memset(g, 0, sizeof *g);
+    g->a = d->x;
+    g->a_stride = d->x_stride;
+    g->b.base = d->router;
+    g->b.row_stride = d->router_stride;
+    g->c = d->logits;
+    g->c_stride = d->logits_stride;
+    g->c_dtype = MOE_FP32;
+    g->fault = d->fault;
+    g->num_experts = 1;
+    g->num_rows = d->num_tokens;
+    g->n = d->num_experts;
+    g->k = d->hidden;
+    g->dtype = d->x_dtype;
+}
+
 /* Fills in the defaults, refuses what is wrong, and says in *path how the product will be made;
-   *g is the descriptor of the GEMM, if that is the way. */
+   *g is the descriptor of the GEMM, ragged or not, if that is the way. */
 MOE_HOST moe_status moei_router_check(moe_router_desc* d, moe_grouped_gemm_desc* g, int* path)
 {
     MOEI_REQUIRE(d->num_tokens >= 0, MOE_ERR_RANGE, num_tokens);
@@ -260,25 +284,21 @@ MOE_HOST moe_status moei_router_check(moe_router_desc* d, moe_grouped_gemm_desc*
             {d->fault, 8, MOE_FIELD_fault}};
         MOEI_TRY(moei_disjoint(r, 2, 4));
     }
-    memset(g, 0, sizeof *g);
-    g->a = d->x;
-    g->a_stride = d->x_stride;
-    g->b.base = d->router;
-    g->b.row_stride = d->router_stride;
-    g->c = d->logits;
-    g->c_stride = d->logits_stride;
-    g->c_dtype = MOE_FP32;
-    g->fault = d->fault;
-    g->num_experts = 1;
-    g->num_rows = d->num_tokens;
-    g->n = d->num_experts;
-    g->k = d->hidden;
-    g->dtype = d->x_dtype;
-    if (d->x_dtype == d->router_dtype && d->x_dtype != MOE_FP32 && moei_gemm_check(g) == MOE_OK) {
+    if (d->x_dtype == d->router_dtype && d->x_dtype != MOE_FP32) {
         moe_gemm_plan p;
-        const moe_status s = moei_gemm_plan(g, &p);
+        moe_status s;
+        int fits;
+        moei_router_gemm_desc(d, g);
+        s = moei_gemm_check(g);
+        if (s == MOE_OK) s = moei_gemm_plan(g, &p);
         if (moe_status_kind(s) == MOE_ERR_CUDA) return s;
-        if (s == MOE_OK) *path = MOE_ROUTER_GEMM;
+        if (s == MOE_OK) {
+            *path = MOE_ROUTER_GEMM;
+        } else {
+            moei_router_gemm_desc(d, g);
+            MOEI_TRY(moei_ragged_plan(g, &fits));
+            if (fits) *path = MOE_ROUTER_GEMM_RAGGED;
+        }
     } else if (d->x_dtype != MOE_FP32 && d->router_dtype == MOE_FP32) {
         const moei_split_args a = moei_router_split_args(d);
         MOEI_TRY(moei_split_plan(&a, path));
@@ -311,6 +331,11 @@ MOE_HOST moe_status moe_router_logits(const moe_router_desc* desc, cudaStream_t 
     MOEI_TRY(moei_router_check(&d, &g, &path));
     if (d.num_tokens == 0) return MOE_OK;
     if (path == MOE_ROUTER_GEMM) return moe_grouped_gemm(&g, stream);
+    if (path == MOE_ROUTER_GEMM_RAGGED) {
+        moei_device dev;
+        MOEI_TRY(moei_device_query(&dev));
+        return moei_ragged_launch(&g, moei_ragged_narrow(&g, dev.sms), stream);
+    }
     if (path != MOE_ROUTER_SCALAR) {
         const moei_split_args a = moei_router_split_args(&d);
         return moei_split_launch(&a, path == MOE_ROUTER_SPLIT_SMALL, stream);
@@ -326,6 +351,11 @@ MOE_HOST moe_status moe_router_preload(void)
 #define MOEI_SPLIT_LOAD(name) MOEI_TRY(moei_preload((const void*)moei_router_split_##name));
     MOEI_SPLIT_LIST(MOEI_SPLIT_LOAD)
 #undef MOEI_SPLIT_LOAD
+#define MOEI_RAGGED_LOAD(name, tm, tn, kb, wm, wn, stages, blocks, half, dtype)                   \
+    MOEI_TRY(moei_preload((const void*)moei_router_ragged_##name##_##half));
+    MOEI_RAGGED_LIST(MOEI_RAGGED_LOAD, f16, MOE_FP16)
+    MOEI_RAGGED_LIST(MOEI_RAGGED_LOAD, bf16, MOE_BF16)
+#undef MOEI_RAGGED_LOAD
     return moei_preload((const void*)moei_router_any);
 }
 

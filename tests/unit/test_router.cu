@@ -88,25 +88,24 @@ static void bufs_free(router_bufs* b)
 
 /* Must tensor cores take it, and how? As router.cuh documents it; where this binary holds no code
    for the dtype, they do not. */
-enum { SCALAR, GEMM, SPLIT };
+enum { SCALAR, GEMM, SPLIT, RAGGED, WAYS };
 static int wanted_way(const router_case* c)
 {
     const int half = c->x_dtype != MOE_FP32 && c->H % 8 == 0 && c->x_pad % 8 == 0 &&
                      c->x_at % 8 == 0;
-    if (half && c->x_dtype == c->router_dtype && c->E % 8 == 0 && c->router_pad % 8 == 0 &&
-        c->logits_pad % 8 == 0 && c->router_at % 8 == 0 && c->logits_at % 4 == 0 &&
+    if (half && c->x_dtype == c->router_dtype && c->router_pad % 8 == 0 && c->router_at % 8 == 0 &&
         test_gemm_status(c->x_dtype, MOE_TILE_AUTO) == MOE_OK)
-        return GEMM;
+        return c->E % 8 == 0 && c->logits_pad % 8 == 0 && c->logits_at % 4 == 0 ? GEMM : RAGGED;
     if (half && c->router_dtype == MOE_FP32 && c->router_pad % 4 == 0 && c->router_at % 4 == 0 &&
         test_gemm_status(MOE_BF16, MOE_TILE_AUTO) == MOE_OK)
         return SPLIT;
     return SCALAR;
 }
 
-/* A shape that goes one of the three ways. */
+/* A shape that goes one of the ways. */
 static router_case case_of(int way, int T, int H, int E)
 {
-    router_case c = normal_case(T, way == SCALAR ? H - 1 : H, E);
+    router_case c = normal_case(T, way == SCALAR ? H - 1 : H, way == RAGGED ? E - 1 : E);
     if (way == SPLIT) c.router_dtype = MOE_FP32;
     return c;
 }
@@ -172,7 +171,9 @@ static void check_path(const moe_router_desc* d, const router_case* c)
     int path = -1;
     CHECK_STATUS(moe_router_plan(d, &path), MOE_OK);
     CHECK(way == SPLIT ? path == MOE_ROUTER_SPLIT_LARGE || path == MOE_ROUTER_SPLIT_SMALL
-                       : path == (way == GEMM ? MOE_ROUTER_GEMM : MOE_ROUTER_SCALAR),
+                       : path == (way == GEMM     ? MOE_ROUTER_GEMM
+                                  : way == RAGGED ? MOE_ROUTER_GEMM_RAGGED
+                                                  : MOE_ROUTER_SCALAR),
           "%s: path %d", case_text(c), path);
 }
 
@@ -230,8 +231,56 @@ static void test_router_fallback(void)
             if (i == 6) c.router_at = 3;
             if (i == 7) c.logits_at = 1;
             if (i == 8) c.router_dtype = dtype == MOE_FP16 ? MOE_BF16 : MOE_FP16;
-            CHECK(wanted_way(&c) == SCALAR, "case %d", i);
+            if (test_gemm_status(dtype, MOE_TILE_AUTO) == MOE_OK)
+                CHECK(wanted_way(&c) == (i == 1 || i == 4 || i == 7 ? RAGGED : SCALAR), "case %d",
+                      i);
             run_case(&c, &r);
+        }
+}
+
+/* Queues the ragged product with one tile or the other, whatever the shape would choose. */
+static moe_status call_ragged(moe_router_desc d, int narrow)
+{
+    moe_grouped_gemm_desc g;
+    int path;
+    MOEI_TRY(moei_router_check(&d, &g, &path));
+    CHECK(path == MOE_ROUTER_GEMM_RAGGED, "path %d", path);
+    return moei_ragged_launch(&g, narrow, test_now.stream);
+}
+
+/* Numbers of experts that are no multiple of 8, those of models among them, on tensor cores with
+   either tile: no scalar path, no stray write between rows of logits. */
+static void test_router_ragged(void)
+{
+    static const int Es[] = {1, 7, 12, 60, 65, 100, 127, 129, 130};
+    static const int Ts[] = {1, 63, 64, 65, 127, 129, 200}, Hs[] = {8, 24, 32, 64, 72, 136, 200};
+    trand r = trand_new(12);
+    for (size_t i = 0; i < sizeof Es / sizeof *Es; ++i)
+        for (int n = 0; n < (MOE_ON_HOST ? 4 : 20); ++n) {
+            router_case c = normal_case(Ts[trand_int(&r, 0, 6)], Hs[trand_int(&r, 0, 6)], Es[i]);
+            float* both[2];
+            c.x_dtype = c.router_dtype = n & 1 ? MOE_FP16 : MOE_BF16;
+            c.x_pad = (int)trand_int(&r, 0, 2) * 8;
+            c.router_pad = (int)trand_int(&r, 0, 2) * 8;
+            c.logits_pad = (int)trand_int(&r, 0, 5);
+            c.logits_at = (int)trand_int(&r, 0, 3);
+            c.fill = n == 3 && c.T * c.E > 100 ? TFILL_INT : TFILL_NORMAL;
+            if (wanted_way(&c) == GEMM) c.logits_pad = 1;
+            if (wanted_way(&c) != RAGGED) continue; /* the binary lacks the dtype */
+            for (int narrow = 0; narrow < 2; ++narrow) {
+                router_bufs b;
+                trand same = trand_new(100 + n);
+                bufs_new(&b, &c, &same);
+                check_path(&b.d, &c);
+                if (CHECK_STATUS(call_ragged(b.d, narrow), MOE_OK)) compare_some(&b, &c, 1);
+                both[narrow] = (float*)tbuf_copy(&b.logits);
+                if (narrow)
+                    CHECK(memcmp(both[0], both[1], b.logits.bytes) == 0,
+                          "%s: the tiles give different bits", case_text(&c));
+                bufs_free(&b);
+            }
+            free(both[0]);
+            free(both[1]);
         }
 }
 
@@ -358,7 +407,7 @@ static void test_router_no_tokens(void)
 static void test_router_nan(void)
 {
     trand r = trand_new(4);
-    for (int way = SCALAR; way <= SPLIT; ++way) {
+    for (int way = SCALAR; way < WAYS; ++way) {
         router_case c = case_of(way, 70, 64, 16);
         router_bufs b;
         float* got;
@@ -387,7 +436,7 @@ static void test_router_nan(void)
 static void test_router_stopped(void)
 {
     trand r = trand_new(5);
-    for (int way = SCALAR; way <= SPLIT; ++way) {
+    for (int way = SCALAR; way < WAYS; ++way) {
         const uint64_t stop = MOEI_FAULT_KEY(MOE_FAULT_BAD_OFFSET, 0, 2), none = 0;
         router_case c = case_of(way, 20, 64, 16);
         router_bufs b;
@@ -449,6 +498,23 @@ static void test_router_refusals(void)
     REFUSED(d.fault = (uint64_t*)d.x, MOE_ERR_OVERLAP, fault);
     REFUSED(d.fault = (uint64_t*)d.router, MOE_ERR_OVERLAP, fault);
     REFUSED(d.fault = (uint64_t*)AT(d.logits, 20 * 16 * 4 - 8), MOE_ERR_OVERLAP, fault);
+    { /* rows apart: the last of them, and what lies beyond the dense extent */
+        tbuf big = tbuf_new("big", 20 * 72 * 4 + 64, 0);
+        char *p = (char*)big.p, *last = p + 19 * 72 * 2, *last_w = p + 15 * 80 * 2;
+        REFUSED((d.x = p, d.x_stride = 72, d.fault = (uint64_t*)(last + 120)), MOE_ERR_OVERLAP,
+                fault);
+        REFUSED((d.x = p, d.x_stride = 72, d.logits = (float*)(last + 124)), MOE_ERR_OVERLAP,
+                logits);
+        REFUSED((d.router = p, d.router_stride = 80, d.fault = (uint64_t*)(last_w + 120)),
+                MOE_ERR_OVERLAP, fault);
+        REFUSED((d.router = p, d.router_stride = 80, d.logits = (float*)(last_w + 124)),
+                MOE_ERR_OVERLAP, logits);
+        REFUSED((d.logits = (float*)p, d.logits_stride = 72,
+                 d.fault = (uint64_t*)(p + 19 * 72 * 4 + 56)),
+                MOE_ERR_OVERLAP, fault);
+        CHECK(tbuf_holds(&big, 0), "a refused call wrote something");
+        tbuf_free(&big);
+    }
     TEST_CUDA(cudaDeviceSynchronize());
     CHECK(tbuf_holds(&b.logits, 0), "a refused call wrote logits");
     CHECK_STATUS(moe_router_logits(&good, test_now.stream), MOE_OK);
@@ -465,7 +531,7 @@ static void test_router_same_bits(void)
 {
     trand r = trand_new(7);
     CHECK_STATUS(moe_router_preload(), MOE_OK);
-    for (int way = SCALAR; way <= SPLIT; ++way) {
+    for (int way = SCALAR; way < WAYS; ++way) {
         router_case c = case_of(way, 150, 200, 72);
         router_bufs b;
         tbuf* out[1];
@@ -495,6 +561,7 @@ static void test_router_large(void)
         int T, H, E, x_dtype, router_dtype;
     } shape[] = {{4096, 2048, 256, MOE_FP16, MOE_FP16},  {4096, 7168, 256, MOE_BF16, MOE_BF16},
                  {1000, 2047, 161, MOE_FP16, MOE_FP32},  {1000, 2048, 161, MOE_FP16, MOE_FP32},
+                 {9000, 2048, 60, MOE_BF16, MOE_BF16},   {20000, 2048, 130, MOE_FP16, MOE_FP16},
                  {40000, 2048, 250, MOE_BF16, MOE_FP32}, {64, 7168, 256, MOE_BF16, MOE_FP32}};
     for (int i = 0; i < (int)(sizeof shape / sizeof *shape); ++i) {
         router_case c = normal_case(shape[i].T, shape[i].H, shape[i].E);
@@ -509,20 +576,36 @@ static void test_router_large(void)
 #endif
 }
 
-/* Rows of x, of the router or of the logits that lie past 2^32 elements, on every path: the bits
-   of the same call on dense rows. */
+/* Queues the product with the tile that the shape would choose, the large one or the small one. */
+enum { CHOSEN, LARGE, SMALL };
+static moe_status call_tile(const moe_router_desc* d, int way, int tile)
+{
+    if (tile == CHOSEN) return moe_router_logits(d, test_now.stream);
+    return way == SPLIT ? call_split(*d, tile == SMALL) : call_ragged(*d, tile == SMALL);
+}
+
+/* Rows of x, of the router or of the logits that lie past 2^32 elements, on every path and with
+   every tile: the bits of the same call on dense rows. The large tiles have more than one of each
+   thread's rows, and two tiles along both sides. */
 static void test_router_past_2_31(void)
 {
     enum { X, ROUTER, LOGITS };
     static const char* const name[] = {"x", "router", "logits"};
+    static const struct {
+        int way, tile, T, E;
+    } run[] = {{SCALAR, CHOSEN, 5, 8},  {GEMM, CHOSEN, 5, 8},    {SPLIT, LARGE, 260, 136},
+               {SPLIT, SMALL, 35, 24}, {RAGGED, LARGE, 130, 136}, {RAGGED, SMALL, 67, 72}};
     trand r = trand_new(9);
-    for (int way = SCALAR; way <= SPLIT; ++way)
+    for (size_t i = 0; i < sizeof run / sizeof *run; ++i)
         for (int which = X; which <= LOGITS; ++which) {
-            const router_case c = case_of(way, 5, 64, 8);
+            const int way = run[i].way, tile = run[i].tile;
+            router_case c = case_of(way, run[i].T, 64, run[i].E);
             router_bufs b;
             moe_router_desc d;
             twide wide;
             void* want;
+            if (MOE_ON_HOST && TWIDE_SPAN == 0 && c.T > 100) c.H = 16;
+            if (wanted_way(&c) != way) continue; /* the binary lacks bf16 */
             if (!twide_new(&wide, name[which], which == ROUTER ? c.E : c.T,
                            which == LOGITS ? c.E : c.H,
                            which == LOGITS   ? MOE_FP32
@@ -530,7 +613,7 @@ static void test_router_past_2_31(void)
                                              : c.x_dtype))
                 continue;
             bufs_new(&b, &c, &r);
-            CHECK_STATUS(moe_router_logits(&b.d, test_now.stream), MOE_OK);
+            CHECK_STATUS(call_tile(&b.d, way, tile), MOE_OK);
             compare_some(&b, &c, 1);
             want = tbuf_copy(&b.logits);
             tbuf_poison(&b.logits);
@@ -548,7 +631,7 @@ static void test_router_past_2_31(void)
                 d.logits_stride = wide.stride;
             }
             check_path(&d, &c);
-            CHECK_STATUS(moe_router_logits(&d, test_now.stream), MOE_OK);
+            CHECK_STATUS(call_tile(&d, way, tile), MOE_OK);
             if (which == LOGITS) twide_holds(&wide, want);
             else CHECK(tbuf_holds(&b.logits, want), "wide %s, way %d", name[which], way);
             twide_free(&wide);
@@ -562,6 +645,7 @@ int main(int argc, char** argv)
     test_begin(argc, argv);
     RUN(test_router_dtypes);
     RUN(test_router_fallback);
+    RUN(test_router_ragged);
     RUN(test_router_shapes);
     RUN(test_router_split);
     RUN(test_router_split_exact);

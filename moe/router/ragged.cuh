@@ -1,0 +1,165 @@
+/* ragged.cuh: the product of x and a router of one 16-bit dtype for any number of experts, and for
+   logits of any stride: E of 60, 1 or 100, which gemm/grouped.cuh does not take.
+
+   The tile of gemm/tile.cuh, padded inside: weights past expert E - 1 are zeros in shared memory
+   and the products with them are not stored. Nothing is read past the operands, nothing is written
+   between rows of logits, and there is no workspace. Each logit is one sum in ascending h, 16 at a
+   time: its bits do not depend on the tile, on E, or on T.
+
+   A block makes one tile. When the last step has been multiplied, the ring of stages becomes the
+   strips through which the warps store.
+
+   fp16 from sm_75, bf16 from sm_80; H a multiple of 8, x and its rows and the weights and theirs
+   16-byte aligned. */
+#ifndef MOE_ROUTER_RAGGED_CUH
+#define MOE_ROUTER_RAGGED_CUH
+
+#include "../gemm/grouped.cuh"
+
+/* name; as MOE_GEMM_SHAPE_*: rows, experts, depth of a step, warps along rows and experts, stages;
+   blocks a multiprocessor. Either takes less than the 64 KB that sm_75 has. */
+#define MOEI_RAGGED_LIST(X, ...)                                                                  \
+    X(wide, 128, 128, 32, 2, 2, 3, 2, __VA_ARGS__)                                                \
+    X(narrow, 64, 64, 64, 2, 4, 3, 3, __VA_ARGS__)
+
+/* Shared memory of a block, bytes: the ring; the strips take less. */
+MOE_HOST_DEVICE size_t moei_ragged_smem(int tm, int tn, int kb, int stages)
+{
+    return (size_t)stages * 2 *
+           (size_t)(moei_stage_elems(tm, kb, MOE_MAJOR_K) + moei_stage_elems(tn, kb, MOE_MAJOR_K));
+}
+
+/* Stores a warp's accumulators: rows row .. row + wm - 1, experts from `column` on. */
+MOE_DEVICE void moei_ragged_store(const moe_grouped_gemm_desc* d, moei_mma_c acc[4][4],
+                                  float* strip, int row, int column, const int wm, const int wn)
+{
+    MOEI_UNROLL
+    for (int m = 0; m < wm / 16; ++m) {
+        MOEI_UNROLL
+        for (int j = 0; j < wn / 16; ++j) moei_mma_store(strip + j * 16, &acc[m][j], wn + 4);
+        __syncwarp(MOEI_FULL);
+        MOEI_NO_UNROLL
+        for (int u = moei_lane(); u < 16 * wn; u += MOEI_WARP) {
+            const int64_t t = (int64_t)row + m * 16 + u / wn;
+            const int e = column + u % wn;
+            if (t < d->num_rows && e < d->n)
+                ((float*)d->c)[t * d->c_stride + e] = strip[u / wn * (wn + 4) + u % wn];
+        }
+        __syncwarp(MOEI_FULL);
+    }
+}
+
+/* One block makes one tile. The blocks of the same rows are neighbours and share them in L2.
+   1. The first steps are copied.  2. Each step is multiplied while a later one is copied.
+   3. The sums are stored. */
+MOE_DEVICE_BODY void moei_ragged_block(const moe_grouped_gemm_desc* d, unsigned char* shared,
+                                       const int tm, const int tn, const int kb, const int warps_m,
+                                       const int warps_n, const int stages, const int dtype)
+{
+    const int wm = tm / warps_m, wn = tn / warps_n, threads = warps_m * warps_n * 32;
+    const int a_elems = moei_stage_elems(tm, kb, MOE_MAJOR_K);
+    const int elems = a_elems + moei_stage_elems(tn, kb, MOE_MAJOR_K); /* of a stage */
+    const int warp_m = moei_warp() % warps_m, warp_n = moei_warp() / warps_m;
+    const int steps = (d->k + kb - 1) / kb, columns = (d->n + tn - 1) / tn;
+    uint16_t* const ring = (uint16_t*)shared;
+    moei_mma_c acc[4][4];
+    moei_loader load;
+    moei_tile t;
+    t.expert = t.begin = 0;
+    t.end = d->num_rows;
+    t.row = (int)(blockIdx.x / (unsigned)columns) * tm;
+    t.column = (int)(blockIdx.x % (unsigned)columns);
+    moei_loader_begin(&load, t, 0, d, tm, tn, kb, wn, MOE_MAJOR_K, MOE_MAJOR_K);
+    for (int i = 0; i < stages - 1; ++i) { /* past the end of k the copies read nothing */
+        moei_loader_copy(&load, d, ring + i * elems, ring + i * elems + a_elems, 0, 1, tm, tn, kb,
+                         threads, MOE_MAJOR_K, MOE_MAJOR_K);
+        moei_copy_commit();
+    }
+    moei_tile_zero(acc, wm, wn);
+    for (int i = 0; i < steps; ++i) {
+        moei_copy_wait(stages - 2);
+        __syncthreads();
+        moei_tile_step(acc, &load, d, ring + i % stages * elems,
+                       ring + (i + stages - 1) % stages * elems, warp_m, warp_n, tm, tn, kb,
+                       warps_m, warps_n, dtype, MOE_MAJOR_K, MOE_MAJOR_K);
+    }
+    moei_copy_wait(0);
+    __syncthreads(); /* the ring has been read by everyone, and no copy is under way */
+    moei_ragged_store(d, acc, (float*)ring + moei_warp() * 16 * (wn + 4), t.row + warp_m * wm,
+                      t.column * tn + warp_n * wn, wm, wn);
+}
+
+#define MOEI_RAGGED_KERNEL(name, tm, tn, kb, wm, wn, stages, blocks, half, dtype)                 \
+    MOE_KERNEL((wm) * (wn) * 32, blocks)                                                          \
+    moei_router_ragged_##name##_##half(MOE_ARG(moe_grouped_gemm_desc) d)                          \
+    {                                                                                             \
+        MOE_SHARED_DYNAMIC(shared);                                                               \
+        moei_let_next_start();                                                                    \
+        moei_wait_for_previous();                                                                 \
+        if (MOEI_GEMM_HERE(dtype, tm, tn) && !moei_fault_stopped(d.fault))                        \
+            moei_ragged_block(&d, shared, tm, tn, kb, wm, wn, stages, dtype);                     \
+    }
+MOEI_RAGGED_LIST(MOEI_RAGGED_KERNEL, f16, MOE_FP16)
+MOEI_RAGGED_LIST(MOEI_RAGGED_KERNEL, bf16, MOE_BF16)
+#undef MOEI_RAGGED_KERNEL
+
+/* Tiles of a product, with the narrow tile or the wide one. */
+MOE_HOST int64_t moei_ragged_blocks(const moe_grouped_gemm_desc* d, int narrow)
+{
+    const int64_t side = narrow ? 64 : 128;
+    return ((d->num_rows + side - 1) / side) * ((d->n + side - 1) / side);
+}
+
+/* The wide tile reads x half as often, and is worth it where it keeps all multiprocessors busy. */
+MOE_HOST int moei_ragged_narrow(const moe_grouped_gemm_desc* d, int sms)
+{
+    return d->n <= 64 || moei_ragged_blocks(d, 0) < sms;
+}
+
+/* Sets *fits where the current device and this binary can make the product. d has a, b.base, c,
+   dtype, n, k, num_rows and all strides; fills in the other defaults. */
+MOE_HOST moe_status moei_ragged_plan(moe_grouped_gemm_desc* d, int* fits)
+{
+    moei_device dev;
+    *fits = 0;
+    d->activation = MOE_ACTIVATION_NONE;
+    d->gate_up = MOE_GATE_UP_DEFAULT;
+    d->a_major = d->b.major = MOE_MAJOR_K;
+    d->row_div = 1;
+    d->a_rows = d->num_rows;
+    if (d->k % 8 != 0 || d->a_stride % 8 != 0 || d->b.row_stride % 8 != 0 ||
+        !moei_aligned(d->a, 16) || !moei_aligned(d->b.base, 16) || d->num_rows > MOE_GEMM_MAX_ROWS)
+        return MOE_OK;
+    MOEI_TRY(moei_device_query(&dev));
+    if (!MOE_ON_HOST && d->dtype == MOE_BF16 && dev.major < 8) return MOE_OK;
+    if ((size_t)dev.smem_block < moei_ragged_smem(128, 128, 32, 3)) return MOE_OK;
+#if !MOE_ON_HOST
+    {
+        cudaFuncAttributes fa;
+        MOEI_TRY_CUDA(cudaFuncGetAttributes(&fa, (const void*)moei_router_ragged_wide_bf16));
+        if (d->dtype == MOE_BF16 && fa.ptxVersion < 80) return MOE_OK;
+    }
+#endif
+    *fits = moei_ragged_blocks(d, moei_ragged_narrow(d, dev.sms)) <= 0x7fffffff;
+    return MOE_OK;
+}
+
+MOE_HOST moe_status moei_ragged_launch(const moe_grouped_gemm_desc* args, int narrow,
+                                       cudaStream_t stream)
+{
+    const moe_grouped_gemm_desc d = *args;
+    moei_launch_config c;
+#define MOEI_RAGGED_CASE(name, tm, tn, kb, wm, wn, stages, blocks, half, dt)                      \
+    if (d.dtype == (dt) && narrow == ((tm) == 64)) {                                              \
+        c = moei_grid(moei_ragged_blocks(&d, narrow), (wm) * (wn) * 32,                           \
+                      moei_ragged_smem(tm, tn, kb, stages), stream);                              \
+        c.dependent = 1;                                                                          \
+        return MOE_LAUNCH(moei_router_ragged_##name##_##half, c, d);                              \
+    }
+    MOEI_RAGGED_LIST(MOEI_RAGGED_CASE, f16, MOE_FP16)
+    MOEI_RAGGED_LIST(MOEI_RAGGED_CASE, bf16, MOE_BF16)
+#undef MOEI_RAGGED_CASE
+    return MOE_STATUS(MOE_ERR_DTYPE, x_dtype); /* moei_router_check knows no other */
+}
+
+#endif
