@@ -215,7 +215,9 @@ MOE_DEVICE moei_route_limit moei_route_select(const moei_route_part* p, moei_rou
 }
 
 /* Gives a slot its row, or none: number `at`, or -1, of the expert's, of which expert_row is the
-   first. */
+   first. A slot out of range is what stood in an entry of the list that the placing launch did not
+   fill. That launch has named the chunk: the fault's index here is the last slot, which does not
+   come first. */
 MOE_DEVICE void moei_route_write_slot(const moei_route_args* a, uint32_t expert_row, int slot,
                                       float weight, int at)
 {
@@ -224,7 +226,7 @@ MOE_DEVICE void moei_route_write_slot(const moei_route_args* a, uint32_t expert_
     int row = at < 0 ? -1 : (int)(expert_row + (unsigned)at);
     moe_place place;
     if (slot < 0 || slot >= d->num_tokens * d->top_k || row < -1 || row >= a->max_rows) {
-        moei_fault_raise(d->fault, MOE_FAULT_BAD_COUNT, 0, slot < 0 ? 0 : slot);
+        moei_fault_raise(d->fault, MOE_FAULT_BAD_COUNT, 0, d->num_tokens * d->top_k - 1);
         return;
     }
     if (d->slot_row) d->slot_row[slot] = row;

@@ -614,6 +614,46 @@ static void test_combine_faults(void)
     bufs_free(&b);
 }
 
+/* An entry of the table that is no address of an element: null, or misaligned by a byte or, for
+   fp32, by two. Its slots are dropped, the first of them is the fault's, and nothing traps. An
+   entry that is aligned to its elements alone is a good one. */
+static void test_combine_bad_table(void)
+{
+    enum { BAD = 2 };
+    static const int offs[] = {1, 2, 3, 4, 6, 8, 16, 0}; /* bytes; 0: null */
+    trand r = trand_new(16);
+    for (int dtype = MOE_FP32; dtype <= MOE_BF16; ++dtype)
+        for (size_t i = 0; i < sizeof offs / sizeof *offs; ++i) {
+            combine_case c = normal_case(30, i & 1 ? 64 : 51, 3);
+            const int off = offs[i], good = off && off % moe_dtype_bytes(dtype) == 0;
+            combine_bufs b;
+            void** table;
+            c.rows_dtype = c.y_dtype = dtype;
+            c.row_pad = 16;
+            c.rows = 5;
+            bufs_new(&b, &c, &r);
+            table = (void**)tbuf_copy(&b.table);
+            if (good) { /* the rows moved along */
+                const size_t bytes = b.buffer[BAD].bytes;
+                tbuf_free(&b.buffer[BAD]);
+                b.buffer[BAD] = tbuf_from("rows", b.row[BAD], bytes, (size_t)off);
+                table[BAD] = b.buffer[BAD].p;
+            } else {
+                table[BAD] = off ? (char*)table[BAD] + off : (void*)0;
+            }
+            tbuf_put(&b.table, table);
+            for (int s = 0; s < c.T * c.K && !good; ++s)
+                if (b.h_place[s].buffer == BAD) b.h_weights[s] = NAN;
+            tbuf_put(&b.weights, b.h_weights);
+            CHECK_STATUS(moe_combine(&b.d, test_now.stream), MOE_OK);
+            for (int s = 0; s < c.T * c.K && !good; ++s) /* what the reference leaves out */
+                if (b.h_place[s].buffer == BAD) b.h_place[s].buffer = c.buffers;
+            compare(&b, &c);
+            free(table);
+            bufs_free(&b);
+        }
+}
+
 /* Every field, wrong in every way: its own status, and nothing is written. */
 static void test_combine_refusals(void)
 {
@@ -682,6 +722,27 @@ static void test_combine_refusals(void)
     REFUSED((d.y = (void*)d.residual, d.y_stride = 72), MOE_ERR_OVERLAP, y);
     REFUSED(d.fault = (uint64_t*)d.y, MOE_ERR_OVERLAP, fault);
     REFUSED(d.fault = (uint64_t*)d.place, MOE_ERR_OVERLAP, fault);
+    { /* rows further apart than H: another buffer in the last of them */
+        tbuf big = tbuf_new("big", 24 * 72 * 2, 0);
+        char *p = (char*)big.p, *end = p + (9 * 72 + 64) * 2, *end_rows = p + (4 * 72 + 64) * 2;
+        REFUSED((d.residual = p, d.residual_stride = 72, d.y = end - 2), MOE_ERR_OVERLAP, y);
+        REFUSED((d.residual = p, d.residual_stride = 72, d.fault = (uint64_t*)(end - 8)),
+                MOE_ERR_OVERLAP, fault);
+        REFUSED((d.shared = p, d.shared_stride = 72, d.y = end - 2), MOE_ERR_OVERLAP, y);
+        REFUSED((d.shared = p, d.shared_stride = 72, d.fault = (uint64_t*)(end - 8)),
+                MOE_ERR_OVERLAP, fault);
+        REFUSED((d.y = p, d.y_stride = 72, d.residual = end - 2), MOE_ERR_OVERLAP, y);
+        REFUSED((d.y = p, d.y_stride = 72, d.shared = end - 2), MOE_ERR_OVERLAP, y);
+        REFUSED((d.y = p, d.y_stride = 72, d.fault = (uint64_t*)(end - 8)), MOE_ERR_OVERLAP,
+                fault);
+        REFUSED((ONE_ARRAY, d.rows = p, d.row_stride = 72, d.num_rows = 5, d.y = end_rows - 2),
+                MOE_ERR_OVERLAP, y);
+        REFUSED((ONE_ARRAY, d.rows = p, d.row_stride = 72, d.num_rows = 5,
+                 d.fault = (uint64_t*)(end_rows - 8)),
+                MOE_ERR_OVERLAP, fault);
+        CHECK(tbuf_holds(&big, 0), "a refused call wrote something");
+        tbuf_free(&big);
+    }
 #undef REFUSED
     TEST_CUDA(cudaDeviceSynchronize());
     CHECK(tbuf_holds(&b.y, 0), "a refused call wrote y");
@@ -908,83 +969,61 @@ static void test_combine_large(void)
 #endif
 }
 
-/* Rows, then y, that reach past 2^31 elements: strides of 2^30 and a bit. */
+/* Rows, y, residual or shared rows that lie past 2^32 elements: the bits of the same call on dense
+   ones, 16 bytes and an element at a time. */
 static void test_combine_past_2_31(void)
 {
-#if !MOE_ON_HOST
-    enum { T = 3, H = 264, K = 2, ROWS = 4 };
-    static const int wide[][2] = {{0, 1}, {1, 0}};
-    const int64_t stride = ((int64_t)1 << 30) + 8;
+    enum { ROWS, Y, RESIDUALS, SHAREDS };
+    static const char* const name[] = {"rows", "y", "residual", "shared"};
     trand r = trand_new(13);
-    for (int i = 0; i < 2; ++i) {
-        const int64_t row_stride = wide[i][0] ? stride : (int64_t)H;
-        const int64_t y_stride = wide[i][1] ? stride : (int64_t)H;
-        const size_t bytes = (size_t)stride * (wide[i][0] ? ROWS : T) * 2;
-        size_t free_bytes, total;
-        uint16_t* rows = (uint16_t*)new_rows(&r, ROWS, H, H, MOE_BF16);
-        uint16_t* got = (uint16_t*)test_host(T * H * 2);
-        double* exact = (double*)test_host(T * H * 8);
-        moe_place place[T * K];
-        float weights[T * K];
-        tbuf bp, bw;
-        char *d_rows, *d_y;
-        moe_combine_desc d;
-        moe_ref_combine_desc ref;
-        TEST_CUDA(cudaMemGetInfo(&free_bytes, &total));
-        if (free_bytes < bytes + ((size_t)1 << 28)) {
-            printf("  not run: %zu bytes are free, %zu needed\n", free_bytes, bytes);
-            free(rows);
-            free(got);
-            free(exact);
-            continue;
+    for (int which = ROWS; which <= SHAREDS; ++which)
+        for (int narrow = 0; narrow < 2; ++narrow) {
+            combine_case c = normal_case(5, narrow ? 67 : 264, 2);
+            combine_bufs b;
+            moe_combine_desc d;
+            twide wide;
+            void* want;
+            c.buffers = 0; /* one array: 5 rows */
+            c.residual = RESIDUAL;
+            c.shared = SHARED_WEIGHTED;
+            if (!twide_new(&wide, name[which], 5, c.H, MOE_BF16)) continue;
+            bufs_new(&b, &c, &r);
+            for (int s = 0; s < c.T * c.K; ++s) { /* every row of every buffer counts */
+                b.h_place[s].buffer = 0;
+                b.h_place[s].row = s % c.rows;
+                b.h_weights[s] = trand_normal(&r) + 0.25f;
+            }
+            tbuf_put(&b.place, b.h_place);
+            tbuf_put(&b.weights, b.h_weights);
+            CHECK_STATUS(moe_combine(&b.d, test_now.stream), MOE_OK);
+            compare(&b, &c);
+            want = tbuf_copy(&b.y);
+            tbuf_poison(&b.y);
+            d = b.d;
+            if (which == ROWS) {
+                d.rows = wide.p;
+                d.row_stride = wide.stride;
+                twide_put(&wide, b.row[0]);
+            } else if (which == Y) {
+                d.y = wide.p;
+                d.y_stride = wide.stride;
+            } else if (which == RESIDUALS) {
+                d.residual = wide.p;
+                d.residual_stride = wide.stride;
+                twide_put(&wide, b.h_residual);
+            } else {
+                d.shared = wide.p;
+                d.shared_stride = wide.stride;
+                twide_put(&wide, b.h_shared);
+            }
+            CHECK_STATUS(moe_combine(&d, test_now.stream), MOE_OK);
+            if (which == Y) twide_holds(&wide, want);
+            else CHECK(tbuf_holds(&b.y, want), "wide %s, narrow %d", name[which], narrow);
+            CHECK_FAULT(&b.fault, MOE_FAULT_NONE, 0);
+            twide_free(&wide);
+            free(want);
+            bufs_free(&b);
         }
-        for (int s = 0; s < T * K; ++s) {
-            place[s].buffer = 0;
-            place[s].row = s % ROWS;
-            weights[s] = trand_normal(&r) + 0.25f;
-        }
-        TEST_CUDA(cudaMalloc((void**)&d_rows, (size_t)(row_stride * ROWS * 2)));
-        TEST_CUDA(cudaMalloc((void**)&d_y, (size_t)(y_stride * T * 2)));
-        test_poison_device(d_rows, (size_t)(row_stride * ROWS * 2));
-        test_poison_device(d_y, (size_t)(y_stride * T * 2));
-        TEST_CUDA(cudaMemcpy2D(d_rows, (size_t)row_stride * 2, rows, H * 2, H * 2, ROWS,
-                               cudaMemcpyHostToDevice));
-        bp = tbuf_from("place", place, sizeof place, 0);
-        bw = tbuf_from("weights", weights, sizeof weights, 0);
-        memset(&d, 0, sizeof d);
-        d.rows = d_rows;
-        d.row_stride = row_stride;
-        d.num_rows = ROWS;
-        d.place = (const moe_place*)bp.p;
-        d.weights = (const float*)bw.p;
-        d.y = d_y;
-        d.y_stride = y_stride;
-        d.num_tokens = T;
-        d.hidden = H;
-        d.top_k = K;
-        CHECK_STATUS(moe_combine(&d, test_now.stream), MOE_OK);
-        TEST_CUDA(cudaDeviceSynchronize());
-        TEST_CUDA(cudaMemcpy2D(got, H * 2, d_y, (size_t)y_stride * 2, H * 2, T,
-                               cudaMemcpyDeviceToHost));
-        memset(&ref, 0, sizeof ref);
-        ref.rows = rows;
-        ref.place = place;
-        ref.weights = weights;
-        ref.rows_dtype = MOE_BF16;
-        ref.num_tokens = T;
-        ref.hidden = H;
-        ref.top_k = K;
-        moe_ref_combine_f64(&ref, exact, 0);
-        CHECK_CLOSE("y", got, MOE_BF16, H, exact, (const double*)0, T, H);
-        tbuf_free(&bp);
-        tbuf_free(&bw);
-        TEST_CUDA(cudaFree(d_rows));
-        TEST_CUDA(cudaFree(d_y));
-        free(rows);
-        free(got);
-        free(exact);
-    }
-#endif
 }
 
 int main(int argc, char** argv)
@@ -999,6 +1038,7 @@ int main(int argc, char** argv)
     RUN(test_combine_nothing_to_add);
     RUN(test_combine_no_tokens);
     RUN(test_combine_faults);
+    RUN(test_combine_bad_table);
     RUN(test_combine_refusals);
     RUN(test_combine_one_array);
     RUN(test_combine_same_bits);

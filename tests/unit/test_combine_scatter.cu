@@ -420,6 +420,54 @@ static void test_scatter_bad_offset(void)
     }
 }
 
+/* Counts without offsets whose sum passes 2^31 and 2^32, within a thread's share and across threads:
+   an expert behind them begins nowhere, though the sum modulo 2^32 is a row. */
+static void test_scatter_counts_past_2_31(void)
+{
+    enum { T = 6, H = 16, R = 8, MOST = 600 };
+    static const struct {
+        int experts, big, small; /* the first ones count INT32_MAX each, then one `small` */
+    } step[] = {{4, 2, 2}, {4, 2, 3}, {4, 1, 1}, {6, 4, 4}, {600, 514, 514}, {600, 516, 516}};
+    trand r = trand_new(16);
+    scatter_case c = normal_case(T, H, 1, R);
+    void* rows = new_rows(&c, &r, R, H, MOE_BF16);
+    void* y = new_rows(&c, &r, T, H, MOE_BF16);
+    int32_t token[R];
+    for (int i = 0; i < R; ++i) token[i] = i % T;
+    for (size_t i = 0; i < sizeof step / sizeof *step; ++i) {
+        int32_t count[MOST] = {0};
+        tbuf brows = tbuf_from("rows", rows, R * H * 2, 0), by = tbuf_from("y", y, T * H * 2, 0);
+        tbuf btoken = tbuf_from("row_token", token, sizeof token, 0), bcount, fault = tfault_new(0);
+        moe_combine_scatter_desc d;
+        for (int e = 0; e < step[i].big; ++e) count[e] = INT32_MAX;
+        count[step[i].big] = step[i].small;
+        count[step[i].experts - 1] = 5;
+        bcount = tbuf_from("expert_count", count, (size_t)step[i].experts * 4, 0);
+        memset(&d, 0, sizeof d);
+        d.rows = brows.p;
+        d.expert_count = (const int32_t*)bcount.p;
+        d.row_token = (const int32_t*)btoken.p;
+        d.y = by.p;
+        d.num_tokens = T;
+        d.hidden = H;
+        d.num_experts = step[i].experts;
+        d.num_rows = R;
+        CHECK_STATUS(moe_combine_scatter(&d, test_now.stream), MOE_OK);
+        CHECK(tbuf_holds(&by, y), "step %d: rows of an expert that begins nowhere", (int)i);
+        d.fault = (uint64_t*)fault.p;
+        CHECK_STATUS(moe_combine_scatter(&d, test_now.stream), MOE_OK);
+        CHECK_FAULT(&fault, MOE_FAULT_BAD_OFFSET, 0);
+        CHECK(tbuf_holds(&by, y), "step %d, with a fault word", (int)i);
+        tbuf_free(&brows);
+        tbuf_free(&by);
+        tbuf_free(&btoken);
+        tbuf_free(&bcount);
+        tbuf_free(&fault);
+    }
+    free(rows);
+    free(y);
+}
+
 /* The first offset alone is wrong: only the first expert is. */
 static void test_scatter_bad_first(void)
 {
@@ -694,6 +742,21 @@ static void test_scatter_refusals(void)
     REFUSED(d.fault = (uint64_t*)AT(d.fault, 4), MOE_ERR_ALIGN, fault);
     REFUSED(d.y = (void*)d.rows, MOE_ERR_OVERLAP, y);
     REFUSED(d.fault = (uint64_t*)d.y, MOE_ERR_OVERLAP, fault);
+    { /* rows further apart than H: another buffer in the last of them */
+        tbuf big = tbuf_new("big", (size_t)(20 + b.R) * 72 * 2, 0);
+        char *p = (char*)big.p, *end_y = p + (19 * 72 + 64) * 2;
+        char* end_rows = p + ((b.R - 1) * 72 + 64) * 2;
+        REFUSED((d.y = p, d.y_stride = 72, d.fault = (uint64_t*)(end_y - 8)), MOE_ERR_OVERLAP,
+                fault);
+        REFUSED((d.y = p, d.y_stride = 72, d.row_token = (const int32_t*)(end_y - 4)),
+                MOE_ERR_OVERLAP, y);
+        REFUSED((d.y = p, d.y_stride = 72, d.rows = end_y - 2), MOE_ERR_OVERLAP, y);
+        REFUSED((d.rows = p, d.row_stride = 72, d.y = end_rows - 2), MOE_ERR_OVERLAP, y);
+        REFUSED((d.rows = p, d.row_stride = 72, d.fault = (uint64_t*)(end_rows - 8)),
+                MOE_ERR_OVERLAP, fault);
+        CHECK(tbuf_holds(&big, 0), "a refused call wrote something");
+        tbuf_free(&big);
+    }
     TEST_CUDA(cudaDeviceSynchronize());
     CHECK(tbuf_holds(&b.y, b.h_y), "a refused call wrote y");
     CHECK_STATUS(moe_combine_scatter(&good, test_now.stream), MOE_OK);
@@ -764,6 +827,7 @@ int main(int argc, char** argv)
     RUN(test_scatter_loops);
     RUN(test_scatter_nothing);
     RUN(test_scatter_bad_offset);
+    RUN(test_scatter_counts_past_2_31);
     RUN(test_scatter_bad_first);
     RUN(test_scatter_bad_table);
     RUN(test_scatter_nan);

@@ -305,9 +305,11 @@ static void test_permute_refusals(void)
         bufs_new(&b, &c, &r);
         good = b.d;
 #define REFUSED(change, kind, field)                                                              \
-    d = good;                                                                                     \
-    change;                                                                                       \
-    CHECK_STATUS(call(&d, test_now.stream), MOE_STATUS(kind, field))
+    do {                                                                                          \
+        d = good;                                                                                 \
+        change;                                                                                   \
+        CHECK_STATUS(call(&d, test_now.stream), MOE_STATUS(kind, field));                         \
+    } while (0)
 #define AT(type, p, bytes) ((type*)((char*)(p) + (bytes)))
         CHECK_STATUS(call(0, test_now.stream), MOE_STATUS(MOE_ERR_NULL, desc));
         REFUSED(d.num_tokens = -1, MOE_ERR_RANGE, num_tokens);
@@ -341,6 +343,24 @@ static void test_permute_refusals(void)
         REFUSED(d.y = (void*)AT(char, d.x, b.bx.bytes - 4), MOE_ERR_OVERLAP, y);
         REFUSED(d.y = (void*)d.slot_row, MOE_ERR_OVERLAP, y);
         REFUSED(d.fault = (uint64_t*)d.y, MOE_ERR_OVERLAP, fault);
+        { /* rows further apart than H: another buffer in the last of them */
+            tbuf big = tbuf_new("big", 44 * 32 * 4, 0);
+            char *p = (char*)big.p, *end_x = p + ((b.x_rows - 1) * 32 + 24) * 4,
+                 *end_y = p + ((b.y_rows - 1) * 32 + 24) * 4;
+            REFUSED((d.x = p, d.x_stride = 32, d.y = end_x - 4), MOE_ERR_OVERLAP, y);
+            REFUSED((d.x = p, d.x_stride = 32, d.fault = (uint64_t*)(end_x - 8)), MOE_ERR_OVERLAP,
+                    fault);
+            REFUSED((d.y = p, d.y_stride = 32, d.x = end_y - 4), MOE_ERR_OVERLAP, y);
+            REFUSED((d.y = p, d.y_stride = 32, d.fault = (uint64_t*)(end_y - 8)), MOE_ERR_OVERLAP,
+                    fault);
+            REFUSED((d.y = p, d.y_stride = 32, d.slot_row = (int32_t*)(end_y - 4)),
+                    MOE_ERR_OVERLAP, y);
+            if (!c.back)
+                REFUSED((d.y = p, d.y_stride = 32, d.row_slot = (int32_t*)(end_y - 4)),
+                        MOE_ERR_OVERLAP, y);
+            CHECK(tbuf_holds(&big, 0), "a refused call wrote something");
+            tbuf_free(&big);
+        }
         TEST_CUDA(cudaDeviceSynchronize());
         CHECK(tbuf_holds(&b.by, 0), "a refused call wrote something");
         CHECK_FAULT(&b.fault, MOE_FAULT_NONE, 0);
@@ -419,7 +439,7 @@ static void test_permute_after_route(void)
         tbuf bids, bw, bx, brow, bslot, bcount, boffset, bspace, by, by2, bback, fault;
         moe_route_desc d;
         moe_permute_desc p;
-        int64_t rows;
+        int64_t rows = 0;
         size_t bytes;
         int64_t dropped = 0;
         memset(&d, 0, sizeof d);

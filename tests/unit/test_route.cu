@@ -635,6 +635,54 @@ static void test_route_foreign_counts(void)
     }
 }
 
+/* Where BAD_COUNT points, under every drop rule: to the first slot of the first chunk whose counts
+   are not its ids', or to 0 where the counts give more rows than there are slots; by position the
+   capacity cuts them first. Not to what the workspace held before: that is poison once, and valid
+   slots the next time. */
+static void test_route_bad_count_index(void)
+{
+    enum { T = 40, E = 4, K = 2 }; /* chunks of 16 tokens: from slots 0, 32, 64 on */
+    static const struct {
+        int chunk, add; /* that much to expert 0, as much less to expert 2 */
+        int index, by_position;
+    } step[] = {{0, 1, 0, 0}, {1, 1, 32, 32}, {1, -1, 32, 32}, {2, 1, 64, 64}, {2, INT32_MAX, 0, 64}};
+    trand r = trand_new(27);
+    for (size_t i = 0; i < sizeof step / sizeof *step; ++i)
+        for (int rule = 0; rule <= MOE_DROP_BY_WEIGHT; ++rule)
+            for (int used = 0; used < 2; ++used) { /* 1: the workspace of a call before */
+                const uint64_t none = 0;
+                route_case c = random_case(&r, T, E, K);
+                int32_t* ids;
+                int32_t chunk[3 * E];
+                float* weights;
+                route_bufs b;
+                c.pattern = DISTINCT; /* each expert in every chunk */
+                c.counts = 1;
+                c.bare = 0;
+                c.rule = rule;
+                c.capacity = rule ? 12 : 0;
+                case_new(&b, &c, &r, &ids, &weights);
+                CHECK(moe_num_chunks(T) == 3 && b.chunk.bytes == sizeof chunk);
+                tbuf_get(&b.chunk, chunk);
+                if (used) {
+                    CHECK_STATUS(moe_route(&b.d, test_now.stream), MOE_OK);
+                    compare(&b, &c, ids, weights);
+                    tbuf_put(&b.fault, &none);
+                }
+                chunk[step[i].chunk * E] =
+                    (int32_t)((unsigned)chunk[step[i].chunk * E] + (unsigned)step[i].add);
+                if (step[i].add < INT32_MAX) chunk[step[i].chunk * E + 2] -= step[i].add;
+                tbuf_put(&b.chunk, chunk);
+                CHECK_STATUS(moe_route(&b.d, test_now.stream), MOE_OK);
+                if (!CHECK_FAULT(&b.fault, MOE_FAULT_BAD_COUNT,
+                                 rule == MOE_DROP_BY_POSITION ? step[i].by_position
+                                                              : step[i].index))
+                    printf("  in: step %d, rule %d, used %d\n", (int)i, rule, used);
+                bufs_free(&b);
+                free(ids), free(weights);
+            }
+}
+
 /* One id was changed after it was counted: told, whatever the change does to the rows. */
 static void test_route_changed_id(void)
 {
@@ -1163,6 +1211,7 @@ int main(int argc, char** argv)
     RUN(test_route_rank);
     RUN(test_route_big_chunks);
     RUN(test_route_foreign_counts);
+    RUN(test_route_bad_count_index);
     RUN(test_route_changed_id);
     RUN(test_route_wide_tokens);
     RUN(test_route_optional_outputs);
