@@ -614,6 +614,61 @@ static void test_combine_faults(void)
     bufs_free(&b);
 }
 
+/* Small whole numbers, sums by hand: a row that two slots of a token name, a slot of -1 between
+   live ones, a token without any, and no place for what a dropped slot weighs. */
+static void test_combine_by_hand(void)
+{
+    enum { T = 3, H = 2, K = 3 };
+    static const float rows[] = {1, 2, 10, 20, 100, 200}, other[] = {3, -3};
+    static const moe_place place[] = {{0, 1}, {-1, -1}, {1, 0},  {0, 2},  {0, 2},
+                                      {0, 0}, {-1, -1}, {-1, 7}, {-1, -1}};
+    static const float weights[] = {2, NAN, -1, 1, 0.5f, 4, NAN, INFINITY, NAN};
+    static const float residual[] = {1000, 2000, 0, 0, 5, 6}, shared[] = {7, 8, 1, 2, 3, 4};
+    static const float shared_weight[] = {1, -2, 10};
+    static const float plain[] = {17, 43, 154, 308, 0, 0};
+    static const float all[] = {1024, 2051, 152, 304, 35, 46};
+    tbuf b0 = tbuf_from("rows", rows, sizeof rows, 0), b1 = tbuf_from("rows", other, 8, 0);
+    void* address[] = {b0.p, b1.p};
+    tbuf bt = tbuf_from("table", address, sizeof address, 0);
+    tbuf bp = tbuf_from("place", place, sizeof place, 0);
+    tbuf bw = tbuf_from("weights", weights, sizeof weights, 0);
+    tbuf br = tbuf_from("residual", residual, sizeof residual, 0);
+    tbuf bs = tbuf_from("shared", shared, sizeof shared, 0);
+    tbuf bsw = tbuf_from("shared_weight", shared_weight, sizeof shared_weight, 0);
+    tbuf by = tbuf_new("y", sizeof plain, 0), fault = tfault_new(0);
+    moe_combine_desc d;
+    memset(&d, 0, sizeof d);
+    d.table = (const void* const*)bt.p;
+    d.num_buffers = 2;
+    d.place = (const moe_place*)bp.p;
+    d.weights = (const float*)bw.p;
+    d.rows_dtype = MOE_FP32;
+    d.y = by.p;
+    d.fault = (uint64_t*)fault.p;
+    d.num_tokens = T;
+    d.hidden = H;
+    d.top_k = K;
+    CHECK_STATUS(moe_combine(&d, test_now.stream), MOE_OK);
+    CHECK(tbuf_holds(&by, plain), "rows alone");
+    d.residual = br.p;
+    d.shared = bs.p;
+    d.shared_weight = (const float*)bsw.p;
+    tbuf_poison(&by);
+    CHECK_STATUS(moe_combine(&d, test_now.stream), MOE_OK);
+    CHECK(tbuf_holds(&by, all), "rows, residual and shared row");
+    CHECK_FAULT(&fault, MOE_FAULT_NONE, 0);
+    tbuf_free(&b0);
+    tbuf_free(&b1);
+    tbuf_free(&bt);
+    tbuf_free(&bp);
+    tbuf_free(&bw);
+    tbuf_free(&br);
+    tbuf_free(&bs);
+    tbuf_free(&bsw);
+    tbuf_free(&by);
+    tbuf_free(&fault);
+}
+
 /* An entry of the table that is no address of an element: null, or misaligned by a byte or, for
    fp32, by two. Its slots are dropped, the first of them is the fault's, and nothing traps. An
    entry that is aligned to its elements alone is a good one. */
@@ -733,8 +788,7 @@ static void test_combine_refusals(void)
                 MOE_ERR_OVERLAP, fault);
         REFUSED((d.y = p, d.y_stride = 72, d.residual = end - 2), MOE_ERR_OVERLAP, y);
         REFUSED((d.y = p, d.y_stride = 72, d.shared = end - 2), MOE_ERR_OVERLAP, y);
-        REFUSED((d.y = p, d.y_stride = 72, d.fault = (uint64_t*)(end - 8)), MOE_ERR_OVERLAP,
-                fault);
+        REFUSED((d.y = p, d.y_stride = 72, d.fault = (uint64_t*)(end - 8)), MOE_ERR_OVERLAP, fault);
         REFUSED((ONE_ARRAY, d.rows = p, d.row_stride = 72, d.num_rows = 5, d.y = end_rows - 2),
                 MOE_ERR_OVERLAP, y);
         REFUSED((ONE_ARRAY, d.rows = p, d.row_stride = 72, d.num_rows = 5,
@@ -1038,6 +1092,7 @@ int main(int argc, char** argv)
     RUN(test_combine_nothing_to_add);
     RUN(test_combine_no_tokens);
     RUN(test_combine_faults);
+    RUN(test_combine_by_hand);
     RUN(test_combine_bad_table);
     RUN(test_combine_refusals);
     RUN(test_combine_one_array);

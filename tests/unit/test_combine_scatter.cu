@@ -426,8 +426,10 @@ static void test_scatter_counts_past_2_31(void)
 {
     enum { T = 6, H = 16, R = 8, MOST = 600 };
     static const struct {
-        int experts, big, small; /* the first ones count INT32_MAX each, then one `small` */
-    } step[] = {{4, 2, 2}, {4, 2, 3}, {4, 1, 1}, {6, 4, 4}, {600, 514, 514}, {600, 516, 516}};
+        int experts, apart; /* experts between two with a count; 256: all of them one thread's */
+        int big, small;     /* so many count INT32_MAX each, then one `small` */
+    } step[] = {{4, 1, 2, 2}, {4, 1, 2, 3},       {4, 1, 1, 1},     {6, 1, 4, 4},
+                {4, 1, 0, 9}, {600, 1, 514, 514}, {600, 256, 2, 2}, {600, 256, 2, 4}};
     trand r = trand_new(16);
     scatter_case c = normal_case(T, H, 1, R);
     void* rows = new_rows(&c, &r, R, H, MOE_BF16);
@@ -439,8 +441,8 @@ static void test_scatter_counts_past_2_31(void)
         tbuf brows = tbuf_from("rows", rows, R * H * 2, 0), by = tbuf_from("y", y, T * H * 2, 0);
         tbuf btoken = tbuf_from("row_token", token, sizeof token, 0), bcount, fault = tfault_new(0);
         moe_combine_scatter_desc d;
-        for (int e = 0; e < step[i].big; ++e) count[e] = INT32_MAX;
-        count[step[i].big] = step[i].small;
+        for (int e = 0; e < step[i].big; ++e) count[e * step[i].apart] = INT32_MAX;
+        count[step[i].big * step[i].apart] = step[i].small;
         count[step[i].experts - 1] = 5;
         bcount = tbuf_from("expert_count", count, (size_t)step[i].experts * 4, 0);
         memset(&d, 0, sizeof d);

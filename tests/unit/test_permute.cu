@@ -304,11 +304,11 @@ static void test_permute_refusals(void)
         c.by_token = 1;
         bufs_new(&b, &c, &r);
         good = b.d;
-#define REFUSED(change, kind, field)                                                              \
-    do {                                                                                          \
-        d = good;                                                                                 \
-        change;                                                                                   \
-        CHECK_STATUS(call(&d, test_now.stream), MOE_STATUS(kind, field));                         \
+#define REFUSED(change, kind, field)                                                               \
+    do {                                                                                           \
+        d = good;                                                                                  \
+        change;                                                                                    \
+        CHECK_STATUS(call(&d, test_now.stream), MOE_STATUS(kind, field));                          \
     } while (0)
 #define AT(type, p, bytes) ((type*)((char*)(p) + (bytes)))
         CHECK_STATUS(call(0, test_now.stream), MOE_STATUS(MOE_ERR_NULL, desc));
@@ -353,8 +353,8 @@ static void test_permute_refusals(void)
             REFUSED((d.y = p, d.y_stride = 32, d.x = end_y - 4), MOE_ERR_OVERLAP, y);
             REFUSED((d.y = p, d.y_stride = 32, d.fault = (uint64_t*)(end_y - 8)), MOE_ERR_OVERLAP,
                     fault);
-            REFUSED((d.y = p, d.y_stride = 32, d.slot_row = (int32_t*)(end_y - 4)),
-                    MOE_ERR_OVERLAP, y);
+            REFUSED((d.y = p, d.y_stride = 32, d.slot_row = (int32_t*)(end_y - 4)), MOE_ERR_OVERLAP,
+                    y);
             if (!c.back)
                 REFUSED((d.y = p, d.y_stride = 32, d.row_slot = (int32_t*)(end_y - 4)),
                         MOE_ERR_OVERLAP, y);

@@ -507,6 +507,91 @@ static void test_route_options_by_hand(void)
     }
 }
 
+/* The two pictures of docs/layouts.md, number by number. */
+static void test_route_documented(void)
+{
+    enum { T = 3, K = 2, E = 3 };
+    static const int32_t ids[] = {2, 0, 0, 1, 2, -1};
+    static const float weights[] = {1, 2, 3, 4, 5, 6};
+    static const struct {
+        int multiple, capacity;
+        int32_t count[E], offset[E + 1], drops[E], row_slot[6], slot_row[6], joined[12], split[12];
+        float row_weight[6];
+    } want[] = {{0,
+                 0,
+                 {2, 1, 2},
+                 {0, 2, 3, 5},
+                 {0, 0, 0},
+                 {1, 2, 3, 0, 4, -1},
+                 {3, 0, 1, 2, 4, -1},
+                 {0, 3, 0, 0, 0, 1, 0, 2, 0, 4, -1, -1},
+                 {2, 0, 0, 0, 0, 1, 1, 0, 2, 1, -1, -1},
+                 {2, 3, 4, 1, 5, 0}},
+                {2,
+                 1,
+                 {1, 1, 1},
+                 {0, 2, 4, 6},
+                 {1, 0, 1},
+                 {1, -1, 3, -1, 0, -1},
+                 {4, 0, -1, 2, -1, -1},
+                 {0, 4, 0, 0, -1, -1, 0, 2, -1, -1, -1, -1},
+                 {2, 0, 0, 0, -1, -1, 1, 0, -1, -1, -1, -1},
+                 {2, 0, 4, 0, 1, 0}}};
+    trand r = trand_new(28);
+    for (int i = 0; i < 2; ++i)
+        for (int split = 0; split < 2; ++split) {
+            route_case c = random_case(&r, T, E, K);
+            route_bufs b;
+            c.bare = c.counts = 0;
+            c.drops = 1;
+            c.place_kind = split ? MOE_PLACE_BY_EXPERT : MOE_PLACE_JOINED;
+            c.multiple = want[i].multiple;
+            c.capacity = want[i].capacity;
+            bufs_new(&b, &c, ids, weights);
+            CHECK(b.rows == 6, "%lld rows", (long long)b.rows);
+            CHECK_STATUS(moe_route(&b.d, test_now.stream), MOE_OK);
+            compare_buffer(&b.count, want[i].count);
+            compare_buffer(&b.offset, want[i].offset);
+            compare_buffer(&b.drops, want[i].drops);
+            compare_buffer(&b.row_slot, want[i].row_slot);
+            compare_buffer(&b.slot_row, want[i].slot_row);
+            compare_buffer(&b.place, split ? want[i].split : want[i].joined);
+            compare_buffer(&b.row_weight, want[i].row_weight);
+            compare(&b, &c, ids, weights);
+            bufs_free(&b);
+        }
+}
+
+/* Capacity by weight among numbers that order in an unusual way: both zeros are equal, numbers
+   below the normal ones count, infinities are numbers, a NaN of either sign is less than all. */
+static void test_route_special_weights(void)
+{
+    enum { T = 8 };
+    static const int32_t ids[T] = {0, 0, 0, 0, 0, 0, 0, 0};
+    static const float weights[T] = {NAN, -0.0f, 0.0f, -INFINITY, INFINITY, -NAN, 1e-42f, -1e-42f};
+    static const int order[T] = {4, 6, 1, 2, 7, 3, 0, 5}; /* who stays first */
+    trand r = trand_new(29);
+    for (int capacity = 1; capacity <= T; ++capacity) {
+        route_case c = random_case(&r, T, 1, 1);
+        int32_t want[T];
+        route_bufs b;
+        int row = 0;
+        for (int s = 0; s < T; ++s) {
+            want[s] = -1;
+            for (int i = 0; i < capacity; ++i)
+                if (order[i] == s) want[s] = row++;
+        }
+        c.bare = c.counts = 0;
+        c.capacity = capacity;
+        c.rule = MOE_DROP_BY_WEIGHT;
+        bufs_new(&b, &c, ids, weights);
+        CHECK_STATUS(moe_route(&b.d, test_now.stream), MOE_OK);
+        compare_buffer(&b.slot_row, want);
+        compare(&b, &c, ids, weights);
+        bufs_free(&b);
+    }
+}
+
 /* Experts that live elsewhere: 0 has an empty range, 2 one replica here and one elsewhere. With
    absent_replicas their slots are dropped like those of id -1 and no fault is set; without, the
    first of them is the fault's. A decreasing range and a number past P are faults in both. */
@@ -518,8 +603,8 @@ static void test_route_absent_replicas(void)
     static const int32_t offset[E + 1] = {0, 0, 1, 3}, expert[3] = {1, 0, -1};
     static const int32_t slot_row[SLOTS] = {1, -1, -1, -1, 0, 2, 3, -1};
     static const int32_t row_slot[SLOTS] = {4, 0, 5, 6, -1, -1, -1, -1};
-    static const int32_t place[2 * SLOTS] = {1, 0,  -1, -1, -1, -1, -1, -1,
-                                             0, 0,  1,  1,  1,  2,  -1, -1};
+    static const int32_t place[2 * SLOTS] = {1, 0, -1, -1, -1, -1, -1, -1,
+                                             0, 0, 1,  1,  1,  2,  -1, -1};
     static const int32_t count[3] = {1, 3, 0}, starts[4] = {0, 1, 4, 4}, drops[3] = {0, 0, 0};
     trand r = trand_new(26);
     for (int n = 0; n < 6; ++n) {
@@ -645,7 +730,8 @@ static void test_route_bad_count_index(void)
     static const struct {
         int chunk, add; /* that much to expert 0, as much less to expert 2 */
         int index, by_position;
-    } step[] = {{0, 1, 0, 0}, {1, 1, 32, 32}, {1, -1, 32, 32}, {2, 1, 64, 64}, {2, INT32_MAX, 0, 64}};
+    } step[] = {
+        {0, 1, 0, 0}, {1, 1, 32, 32}, {1, -1, 32, 32}, {2, 1, 64, 64}, {2, INT32_MAX, 0, 64}};
     trand r = trand_new(27);
     for (size_t i = 0; i < sizeof step / sizeof *step; ++i)
         for (int rule = 0; rule <= MOE_DROP_BY_WEIGHT; ++rule)
@@ -1206,6 +1292,8 @@ int main(int argc, char** argv)
     RUN(test_route_options_patterns);
     RUN(test_route_long_lists);
     RUN(test_route_options_by_hand);
+    RUN(test_route_documented);
+    RUN(test_route_special_weights);
     RUN(test_route_absent_replicas);
     RUN(test_route_max_rows);
     RUN(test_route_rank);

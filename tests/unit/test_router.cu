@@ -593,7 +593,7 @@ static void test_router_past_2_31(void)
     static const char* const name[] = {"x", "router", "logits"};
     static const struct {
         int way, tile, T, E;
-    } run[] = {{SCALAR, CHOSEN, 5, 8},  {GEMM, CHOSEN, 5, 8},    {SPLIT, LARGE, 260, 136},
+    } run[] = {{SCALAR, CHOSEN, 5, 8}, {GEMM, CHOSEN, 5, 8},      {SPLIT, LARGE, 260, 136},
                {SPLIT, SMALL, 35, 24}, {RAGGED, LARGE, 130, 136}, {RAGGED, SMALL, 67, 72}};
     trand r = trand_new(9);
     for (size_t i = 0; i < sizeof run / sizeof *run; ++i)
