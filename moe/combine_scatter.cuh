@@ -214,17 +214,18 @@ MOE_DEVICE bool moei_scatter_rows(const moe_combine_scatter_desc* d,
         *begin = first;
         *count = !good || d->expert_count ? n : end - first;
     } else {
-        unsigned before = 0, ahead;
-        int all;
+        unsigned before = 0;
+        int all, high;
         for (int i = (int)threadIdx.x; i < e; i += (int)blockDim.x) {
             const int n = d->expert_count[i];
             if (n > 0) before += (unsigned)n;
             if (before > 0x7fffffffu) before = 0x80000000u; /* more than there can be rows */
         }
-        ahead = (unsigned)moei_block_exclusive_scan((int)before, scratch, &all);
+        (void)moei_block_exclusive_scan((int)(before >> 16), scratch, &high);
+        (void)moei_block_exclusive_scan((int)before, scratch, &all);
         *begin = all;
         *count = d->expert_count[e];
-        good = !__syncthreads_or(ahead + before < ahead) && /* the sum does not pass 2^32 */
+        good = high < 1 << 15 && /* the sum stays below 2^32 */
                *count >= 0 && (unsigned)all <= (unsigned)d->num_rows && *count <= d->num_rows - all;
     }
     if (!good && threadIdx.x == 0) moei_fault_raise(d->fault, MOE_FAULT_BAD_OFFSET, 0, e);
