@@ -17,10 +17,10 @@
 #include "../gemm/grouped.cuh"
 
 /* name; as MOE_GEMM_SHAPE_*: rows, experts, depth of a step, warps along rows and experts, stages;
-   blocks a multiprocessor. Either takes less than the 64 KB that sm_75 has. */
+   least blocks a multiprocessor. Either takes less than the 64 KB that sm_75 has. */
 #define MOEI_RAGGED_LIST(X, ...)                                                                  \
     X(wide, 128, 128, 32, 2, 2, 3, 2, __VA_ARGS__)                                                \
-    X(narrow, 64, 64, 64, 2, 4, 3, 3, __VA_ARGS__)
+    X(narrow, 64, 64, 64, 2, 4, 3, 2, __VA_ARGS__)
 
 /* Shared memory of a block, bytes: the ring; the strips take less. */
 MOE_HOST_DEVICE size_t moei_ragged_smem(int tm, int tn, int kb, int stages)
