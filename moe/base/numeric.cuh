@@ -102,10 +102,11 @@ MOE_DEVICE float moei_exp2_fast(float x)
 #endif
 }
 
-/* x / (1 + e^-x) */
+/* x / (1 + e^-x). Infinities are limits, NaN stays. */
 MOE_DEVICE float moei_silu(float x)
 {
-    return __fdividef(x, 1.0f + moei_exp2_fast(-1.44269504f * x));
+    const float v = x < -3.40282347e38f ? -3.40282347e38f : x; /* infinity over infinity is NaN */
+    return __fdividef(v, 1.0f + moei_exp2_fast(-1.44269504f * v));
 }
 
 /* x / (1 + 2^(x (a + b x^2))): x sigma(alpha x) with a = -log2(e) alpha and b = 0; with the numbers

@@ -1,6 +1,13 @@
 /* experts.inl: the expert MLP for one type of number; experts.h includes it twice. */
 
-MOE_HOST MOEI_REAL MOEI_REF(moe_ref_silu)(MOEI_REAL v) { return (MOEI_REAL)(v / (1 + exp(-v))); }
+/* v / (1 + e^u), the limit where v is -infinity and u infinity. */
+MOE_HOST MOEI_REAL MOEI_REF(moe_ref_logistic)(MOEI_REAL v, double u)
+{
+    const double e = exp(u);
+    return isinf(e) ? 0 : (MOEI_REAL)(v / (1 + e));
+}
+
+MOE_HOST MOEI_REAL MOEI_REF(moe_ref_silu)(MOEI_REAL v) { return MOEI_REF(moe_ref_logistic)(v, -v); }
 
 /* Phi(v), the normal distribution function. */
 MOE_HOST MOEI_REAL MOEI_REF(moe_ref_phi)(MOEI_REAL v)
@@ -8,10 +15,16 @@ MOE_HOST MOEI_REAL MOEI_REF(moe_ref_phi)(MOEI_REAL v)
     return (MOEI_REAL)(0.5 * erfc(-v * 0.70710678118654752440));
 }
 
+MOE_HOST MOEI_REAL MOEI_REF(moe_ref_gelu)(MOEI_REAL v)
+{
+    const MOEI_REAL phi = MOEI_REF(moe_ref_phi)(v);
+    return phi == 0 ? 0 : v * phi;
+}
+
 /* v (1 + tanh(sqrt(2 / pi) (v + 0.044715 v^3))) / 2, written so that nothing cancels. */
 MOE_HOST MOEI_REAL MOEI_REF(moe_ref_gelu_tanh)(MOEI_REAL v)
 {
-    return (MOEI_REAL)(v / (1 + exp(-1.59576912160573071176 * (v + 0.044715 * v * v * v))));
+    return MOEI_REF(moe_ref_logistic)(v, -1.59576912160573071176 * (v + 0.044715 * v * v * v));
 }
 
 /* One number of act: from a gate and its up, or from v alone. alpha and limit 0: the defaults. */
@@ -21,17 +34,17 @@ MOE_HOST MOEI_REAL MOEI_REF(moe_ref_activation)(int activation, MOEI_REAL v, MOE
     const MOEI_REAL most = limit != 0 ? limit : 7, a = alpha != 0 ? alpha : 1.702f;
     switch (activation) {
     case MOE_ACTIVATION_NONE: return v;
-    case MOE_ACTIVATION_GEGLU: return v * MOEI_REF(moe_ref_phi)(v) * up;
+    case MOE_ACTIVATION_GEGLU: return MOEI_REF(moe_ref_gelu)(v) * up;
     case MOE_ACTIVATION_GEGLU_TANH: return MOEI_REF(moe_ref_gelu_tanh)(v) * up;
     case MOE_ACTIVATION_SWIGLU_CLAMPED:
         if (v > most) v = most;
         if (up > most) up = most;
         if (up < -most) up = -most;
-        return (MOEI_REAL)(v / (1 + exp(-a * v)) * (up + 1));
+        return MOEI_REF(moe_ref_logistic)(v, -a * v) * (up + 1);
     case MOE_ACTIVATION_SILU: return MOEI_REF(moe_ref_silu)(v);
-    case MOE_ACTIVATION_GELU: return v * MOEI_REF(moe_ref_phi)(v);
+    case MOE_ACTIVATION_GELU: return MOEI_REF(moe_ref_gelu)(v);
     case MOE_ACTIVATION_GELU_TANH: return MOEI_REF(moe_ref_gelu_tanh)(v);
-    case MOE_ACTIVATION_RELU2: return v > 0 ? v * v : 0;
+    case MOE_ACTIVATION_RELU2: return v < 0 ? 0 : v * v;
     default: return MOEI_REF(moe_ref_silu)(v) * up;
     }
 }

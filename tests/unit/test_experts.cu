@@ -412,6 +412,56 @@ static void test_experts_activations(void)
     }
 }
 
+/* Every activation at infinities, NaN and numbers whose exponential overflows, as biases of rows of
+   zeros: infinities are limits, NaN stays. */
+static void test_experts_limits(void)
+{
+    static const double gate[] = {-INFINITY, INFINITY, NAN, -3e38, 3e38, -1e4, -200, -100, -90, 90, 0, -1};
+    enum { LIMITS = sizeof gate / sizeof gate[0] };
+    trand r = trand_new(18);
+    for (int kind = MOE_ACTIVATION_SWIGLU; kind <= MOE_ACTIVATION_RELU2; ++kind)
+        for (int gate_up = MOE_GATE_UP_CONCATENATED; gate_up <= MOE_GATE_UP_SEPARATE; ++gate_up)
+            for (int half = 0; half < 2; ++half) {
+                experts_case c = normal_case(3, 8, 16, 1, 1);
+                const int gated = moe_activation_is_gated(kind);
+                const int pairs = gated && gate_up == MOE_GATE_UP_INTERLEAVED;
+                experts_bufs b;
+                char* act;
+                c.activation = kind;
+                c.gate_up = gate_up;
+                c.bias1 = c.in_order = 1;
+                c.dtype = c.rows_dtype = half ? MOE_FP16 : MOE_BF16;
+                bufs_new(&b, &c, &r);
+                if (expected(&c) != MOE_OK) {
+                    bufs_free(&b);
+                    continue;
+                }
+                memset(b.h_x, 0, b.x.bytes);
+                tbuf_put(&b.x, b.h_x);
+                for (int i = 0; i < c.I; ++i) {
+                    moe_store(b.mlp.h_bias1, pairs ? 2 * i : i, c.dtype, (float)gate[i % LIMITS]);
+                    if (gated)
+                        moe_store(b.mlp.h_bias1, pairs ? 2 * i + 1 : c.I + i, c.dtype, 1.5f);
+                }
+                tbuf_put(&b.mlp.bias1, b.mlp.h_bias1);
+                CHECK_STATUS(moe_experts_up(&b.d, test_now.stream), MOE_OK);
+                act = (char*)tbuf_copy(&b.act);
+                for (int i = 0; i < c.T * c.I; ++i) {
+                    const int at = i % c.I;
+                    const double v = moe_load(b.mlp.h_bias1, pairs ? 2 * at : at, c.dtype);
+                    const double exact = moe_ref_activation_f64(kind, v, 1.5, 0, 0);
+                    const double want = test_rounded(exact, c.dtype), got = moe_load(act, i, c.dtype);
+                    CHECK(isnan(v) ? isnan(want) && isnan(got)
+                          : isfinite(want)
+                              ? fabs(got - want) <= 0.01 * fabs(want) + 1e-6 /* subnormals may be 0 */
+                              : got == want,
+                          "activation %d of %g is %g, not %g; %s", kind, v, got, want, case_text(&c));
+                }
+                free(act);
+                bufs_free(&b);
+            }
+}
+
 /* One expert needs no offsets: all num_rows rows are its own. */
 static void test_experts_no_offset(void)
 {
@@ -902,6 +952,7 @@ int main(int argc, char** argv)
     test_begin(argc, argv);
     RUN(test_experts_layouts);
     RUN(test_experts_activations);
+    RUN(test_experts_limits);
     RUN(test_experts_no_offset);
     RUN(test_experts_shapes);
     RUN(test_experts_tiles);
