@@ -28,8 +28,8 @@
      what moe_gate_workspace says             0 for most
      what moe_route_workspace says            0 but with ids, replicas or capacity by weight
      P 4 + (P + 1) 4  counts, offsets         R 4  row_slot         T K 8  places
-     R I 2  act                               R H 2  rows
-     T Is 2 + T H 2  of the shared expert, where there is one, of width Is
+     R I 2  act                               R H 2  rows, R H 4 with fp32 rows
+     T Is 2 + T H 2 (fp32 rows: T H 4)  of the shared expert, where there is one, of width Is
    R, the rows, is T K, or what moe_route_max_rows says with options of route.
    moe_layer_get_view tells where each piece lies, for statistics or for a backward pass.
 
@@ -102,6 +102,7 @@ MOE_HOST moe_status moei_layer_carve(const moe_layer_desc* d, moe_gate_desc* gat
                                      moe_route_desc* route, moe_layer_view* v, size_t* bytes)
 {
     char* base = (char*)d->workspace;
+    const uint64_t row_bytes = d->rows_dtype == MOE_FP32 ? 4 : 2;
     uint64_t T, K, E, P, R, slots;
     int32_t counted; /* stands for the gate's counts, as long as nobody reads them */
     *bytes = 0;
@@ -112,6 +113,9 @@ MOE_HOST moe_status moei_layer_carve(const moe_layer_desc* d, moe_gate_desc* gat
     MOEI_REQUIRE(d->ids || d->top_k <= d->num_experts, MOE_ERR_RANGE, top_k);
     MOEI_REQUIRE(d->hidden >= 8 && d->hidden % 8 == 0, MOE_ERR_RANGE, hidden);
     MOEI_REQUIRE(d->intermediate >= 8 && d->intermediate % 8 == 0, MOE_ERR_RANGE, intermediate);
+    MOEI_REQUIRE(d->rows_dtype == 0 || d->rows_dtype == MOE_FP32 ||
+                     d->rows_dtype == (d->dtype ? d->dtype : MOE_BF16),
+                 MOE_ERR_DTYPE, rows_dtype);
     MOEI_REQUIRE(d->shared.intermediate >= 0 && d->shared.intermediate % 8 == 0, MOE_ERR_RANGE,
                  shared);
     MOEI_REQUIRE(d->shared.intermediate || moei_all_zero(&d->shared, sizeof d->shared),
@@ -148,10 +152,10 @@ MOE_HOST moe_status moei_layer_carve(const moe_layer_desc* d, moe_gate_desc* gat
     v->row_slot = (int32_t*)moei_carve(base, bytes, R * 4);
     v->place = (moe_place*)moei_carve(base, bytes, slots * 8);
     v->act = moei_carve(base, bytes, R * (uint64_t)d->intermediate * 2);
-    v->rows = moei_carve(base, bytes, R * (uint64_t)d->hidden * 2);
+    v->rows = moei_carve(base, bytes, R * (uint64_t)d->hidden * row_bytes);
     if (d->shared.intermediate) {
         v->shared_act = moei_carve(base, bytes, T * (uint64_t)d->shared.intermediate * 2);
-        v->shared_rows = moei_carve(base, bytes, T * (uint64_t)d->hidden * 2);
+        v->shared_rows = moei_carve(base, bytes, T * (uint64_t)d->hidden * row_bytes);
     }
     gate->logits = v->logits;
     gate->ids = v->ids;
@@ -343,6 +347,7 @@ MOE_HOST moe_status moei_layer_prepare(const moe_layer_desc* d, moei_layer* l)
     l->experts.num_experts = v.num_physical;
     l->experts.top_k = d->top_k;
     l->experts.dtype = dtype;
+    l->experts.rows_dtype = d->rows_dtype;
     l->experts.activation = d->activation;
     l->experts.gate_up = d->gate_up;
     l->experts.alpha = d->alpha;
@@ -363,6 +368,7 @@ MOE_HOST moe_status moei_layer_prepare(const moe_layer_desc* d, moei_layer* l)
     l->shared.intermediate = d->shared.intermediate;
     l->shared.num_experts = 1;
     l->shared.dtype = dtype;
+    l->shared.rows_dtype = d->rows_dtype;
     l->shared.activation = d->shared.activation;
     l->shared.gate_up = d->shared.gate_up;
     l->shared.alpha = d->shared.alpha;
@@ -376,7 +382,8 @@ MOE_HOST moe_status moei_layer_prepare(const moe_layer_desc* d, moei_layer* l)
     l->combine.residual_stride = d->residual_stride;
     l->combine.shared = v.shared_rows;
     l->combine.shared_weight = d->shared.weight;
-    l->combine.rows_dtype = dtype;
+    l->combine.rows_dtype = d->rows_dtype ? d->rows_dtype : dtype;
+    l->combine.y_dtype = dtype;
     l->combine.y = d->y;
     l->combine.y_stride = d->y_stride;
     l->combine.fault = d->fault;

@@ -46,6 +46,8 @@ typedef struct moe_layer_desc {
     int32_t num_experts;  /* E, 1 .. MOE_MAX_EXPERTS */
     int32_t top_k;        /* K, 1 .. MOE_COMBINE_MAX_TOP_K; at most E unless ids are given */
     int32_t dtype;        /* fp16 or bf16; 0 = bf16 */
+    int32_t rows_dtype;   /* what combine weighs: dtype or fp32; 0 = dtype. With fp16 a row past
+                             65504 is infinite before a small weight can make it fit */
     int32_t router_dtype; /* 0 = dtype */
     int32_t activation;   /* moe_activation; 0 = SwiGLU; this and the next as in experts.cuh */
     int32_t gate_up;      /* moe_gate_up; 0 = concatenated */
@@ -75,9 +77,9 @@ typedef struct moe_layer_view {
     int32_t* row_slot;      /* [R] */
     moe_place* place;       /* [T, K] */
     void* act;              /* [R, I] */
-    void* rows;             /* [R, H] */
+    void* rows;             /* [R, H] rows_dtype */
     void* shared_act;       /* [T, Is]; null without a shared expert */
-    void* shared_rows;      /* [T, H]; the same */
+    void* shared_rows;      /* [T, H] rows_dtype; the same */
     int64_t num_rows;       /* R, most rows there can be: T * K without options of route */
     int32_t num_physical;   /* P, experts that have weights: E without replicas */
 } moe_layer_view;

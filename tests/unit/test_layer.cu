@@ -18,6 +18,7 @@ enum { NO_RESIDUAL, RESIDUAL, RESIDUAL_IS_Y, RESIDUAL_IS_X };
 typedef struct layer_case {
     int T, H, I, E, K;
     int dtype, router_dtype, gate_up, tile;
+    int rows_dtype; /* as in the descriptor: 0 is dtype */
     int from; /* as above */
     int score, renormalize;
     float scale;
@@ -56,13 +57,13 @@ static const char* case_text(const layer_case* c)
              "T=%d H=%d I=%d E=%d K=%d %s router %s from=%d score=%d renormalize=%d scale=%g "
              "gate_up=%d bias=%d table=%d major=%d residual=%d y_is_x=%d pads %d %d %d unused=%d "
              "bad=%d nan=%d tile=%d activation=%d (%g %g) shared=%d (%d, %d, %d, %d) multiple=%d "
-             "capacity=%d rule=%d replicas=%d outputs=%d rules=%d",
+             "capacity=%d rule=%d replicas=%d outputs=%d rules=%d rows_dtype=%d",
              c->T, c->H, c->I, c->E, c->K, moe_dtype_name(c->dtype), moe_dtype_name(c->router_dtype),
              c->from, c->score, c->renormalize, (double)c->scale, c->gate_up, c->bias, c->table,
              c->major, c->residual, c->y_is_x, c->x_pad, c->y_pad, c->residual_pad, c->unused, c->bad,
              c->nan_token, c->tile, c->activation, (double)c->alpha, (double)c->limit, c->shared,
              c->shared_weighted, c->shared_activation, c->shared_gate_up, c->shared_bias,
-             c->row_multiple, c->capacity, c->drop_rule, c->replicas, c->outputs, c->rules);
+             c->row_multiple, c->capacity, c->drop_rule, c->replicas, c->outputs, c->rules, c->rows_dtype);
     return text;
 }
 
@@ -141,10 +142,10 @@ static size_t documented_bytes(const layer_case* c, const moe_layer_desc* d)
     PIECE(R * 4);
     PIECE(T * K * 8);
     PIECE(R * I * 2);
-    PIECE(R * H * 2);
+    PIECE(R * H * (c->rows_dtype == MOE_FP32 ? 4 : 2));
     if (c->shared) {
         PIECE(T * (size_t)c->shared * 2);
-        PIECE(T * H * 2);
+        PIECE(T * H * (c->rows_dtype == MOE_FP32 ? 4 : 2));
     }
 #undef PIECE
     return sum;
@@ -285,6 +286,7 @@ static void bufs_new(layer_bufs* b, const layer_case* c, trand* r)
     b->d.num_experts = c->E;
     b->d.top_k = c->K;
     b->d.dtype = c->dtype == MOE_BF16 ? MOE_DTYPE_DEFAULT : c->dtype;
+    b->d.rows_dtype = c->rows_dtype;
     b->d.router_dtype = c->router_dtype == c->dtype ? MOE_DTYPE_DEFAULT : c->router_dtype;
     if (c->from != FROM_IDS) { /* the gate's options: refused where none runs */
         b->d.gate.score = c->score;
@@ -392,8 +394,11 @@ static moe_ref_layer_shared ref_shared(const layer_bufs* b, const layer_case* c)
     return s;
 }
 
-/* y [n, H] of the tokens pick[0 .. n - 1], from given physical ids and weights [T, K]; act and rows
-   rounded to `dtype`, 0: nothing rounded. */
+/* What the rows are rounded to. */
+static int rows_dtype(const layer_case* c) { return c->rows_dtype ? c->rows_dtype : c->dtype; }
+
+/* y [n, H] of the tokens pick[0 .. n - 1], from given physical ids and weights [T, K]; act rounded to
+   `dtype` and rows to their own, dtype 0: nothing rounded. */
 static void ref_y(const layer_bufs* b, const layer_case* c, const int32_t* ids, const float* weights,
                   const int32_t* pick, int64_t n, int dtype, double* y)
 {
@@ -452,7 +457,8 @@ static void ref_y(const layer_bufs* b, const layer_case* c, const int32_t* ids, 
     e.hidden = c->H;
     e.intermediate = c->I;
     CHECK(moe_ref_experts_f64(&e, rows, 0, 0) == 0, "memory");
-    for (int64_t i = 0; i < offset[physical(c)] * H; ++i) rows[i] = moe_ref_round_f64(rows[i], dtype);
+    for (int64_t i = 0; i < offset[physical(c)] * H; ++i) 
+        rows[i] = moe_ref_round_f64(rows[i], dtype ? rows_dtype(c) : 0);
     if (c->shared) {
         const moe_ref_layer_shared s = ref_shared(b, c);
         const int32_t all[2] = {0, (int32_t)n};
@@ -468,7 +474,8 @@ static void ref_y(const layer_bufs* b, const layer_case* c, const int32_t* ids, 
         e.num_experts = 1;
         e.intermediate = s.intermediate;
         CHECK(moe_ref_experts_f64(&e, shared, 0, 0) == 0, "memory");
-        for (int64_t i = 0; i < n * H; ++i) shared[i] = moe_ref_round_f64(shared[i], dtype);
+        for (int64_t i = 0; i < n * H; ++i)
+            shared[i] = moe_ref_round_f64(shared[i], dtype ? rows_dtype(c) : 0);
     }
     memset(&combine, 0, sizeof combine);
     combine.shared = c->shared ? shared : (double*)0;
@@ -574,7 +581,8 @@ static void compare_whole(const layer_bufs* b, const layer_case* c, const int32_
         d.route.replica_expert = b->h_replica_expert;
     }
     CHECK(moe_ref_layer_f64(&d, exact, want, weights) == 0, "memory");
-    d.act_dtype = d.rows_dtype = c->dtype;
+    d.act_dtype = c->dtype;
+    d.rows_dtype = rows_dtype(c);
     CHECK(moe_ref_layer_f64(&d, ideal, 0, 0) == 0, "memory");
     if (c->from == FROM_LOGITS) {
         for (int64_t i = 0; i < T * E; ++i) logits[i] = ((const float*)b->h_logits)[i];
@@ -862,6 +870,53 @@ static void test_layer_shared(void)
                 c.unused = i == 2 ? 60 : 0; /* some tokens have the shared expert alone */
                 run_case(&c, &r);
             }
+}
+
+/* fp32 rows between the experts and combine, with both dtypes and the shared expert. */
+static void test_layer_rows_dtype(void)
+{
+    trand r = trand_new(23);
+    for (int i = 0; i < 8; ++i) {
+        layer_case c = normal_case(29, 72, 40, 5, 2);
+        c.from = i % 3;
+        c.dtype = c.router_dtype = i & 1 ? MOE_FP16 : MOE_BF16;
+        c.rows_dtype = i < 6 ? MOE_FP32 : c.dtype; /* dtype may be said aloud */
+        c.shared = i & 2 ? 24 : 0;
+        c.shared_weighted = i & 1;
+        c.residual = (int)trand_int(&r, NO_RESIDUAL, RESIDUAL);
+        c.row_multiple = i & 4 ? 16 : 0;
+        run_case(&c, &r);
+    }
+    for (int wide = 0; wide < 2; ++wide) { /* rows past what fp16 holds, that their weight makes fit */
+        layer_case c = normal_case(5, 16, 8, 1, 1);
+        layer_bufs b;
+        char* y;
+        c.dtype = c.router_dtype = MOE_FP16;
+        c.from = FROM_IDS;
+        c.bias = 1;
+        c.rows_dtype = wide ? MOE_FP32 : 0;
+        bufs_new(&b, &c, &r);
+        for (int i = 0; i < c.H * c.I; ++i) moe_store(b.mlp.w2.host[0][0], i, c.dtype, 18.0f);
+        tbuf_put(&b.mlp.w2.part[0][0], b.mlp.w2.host[0][0]);
+        memset(b.mlp.h_bias2, 0, b.mlp.bias2.bytes);
+        tbuf_put(&b.mlp.bias2, b.mlp.h_bias2);
+        memset(b.h_x, 0, b.x.bytes);
+        tbuf_put(&b.x, b.h_x);
+        for (int i = 0; i < 2 * c.I; ++i) /* act is 1250 = 50 * 25 */
+            moe_store(b.mlp.h_bias1, i, c.dtype, i < c.I ? 50.0f : 25.0f);
+        tbuf_put(&b.mlp.bias1, b.mlp.h_bias1);
+        for (int t = 0; t < c.T; ++t) b.h_ids[t] = 0, b.h_weights[t] = 0.03f;
+        tbuf_put(&b.ids, b.h_ids);
+        tbuf_put(&b.weights, b.h_weights);
+        CHECK_STATUS(moe_layer_forward(&b.d, test_now.stream), MOE_OK);
+        y = (char*)tbuf_copy(&b.y);
+        for (int i = 0; i < c.T * c.H; ++i) {
+            const float got = moe_load(y, i, c.dtype); /* rows of 8 * 18 * 1250 = 1.8e5 */
+            CHECK(wide ? got >= 5396 && got <= 5404 : isinf(got), "y is %g", (double)got);
+        }
+        free(y);
+        bufs_free(&b);
+    }
 }
 
 /* Route's options: padding, capacity by position and by weight, replicas, each and together, with
@@ -1444,6 +1499,9 @@ static void test_layer_refusals(void)
         REFUSED(d.dtype = MOE_FP32, MOE_ERR_DTYPE, dtype);
         REFUSED(d.dtype = 4, MOE_ERR_DTYPE, dtype);
         REFUSED(d.dtype = -1, MOE_ERR_DTYPE, dtype);
+        REFUSED(d.rows_dtype = test_half() == MOE_FP16 ? MOE_BF16 : MOE_FP16, MOE_ERR_DTYPE,
+                rows_dtype);
+        REFUSED(d.rows_dtype = 4, MOE_ERR_DTYPE, rows_dtype);
         /* what the layer fills in itself */
         REFUSED(d.gate.logits = b.logits.p, MOE_ERR_CONFLICT, gate);
         REFUSED(d.gate.logits_stride = E, MOE_ERR_CONFLICT, gate);
@@ -1773,6 +1831,7 @@ int main(int argc, char** argv)
     RUN(test_layer_gates);
     RUN(test_layer_activations);
     RUN(test_layer_shared);
+    RUN(test_layer_rows_dtype);
     RUN(test_layer_route_options);
     RUN(test_layer_gate_rules);
     RUN(test_layer_entries);
