@@ -89,8 +89,10 @@ MOE_HOST moe_status moei_experts_gemms(const moe_experts_desc* d, moe_grouped_ge
     MOEI_REQUIRE(d->num_rows >= 0, MOE_ERR_RANGE, num_rows);
     if (num_rows == 0) num_rows = (int64_t)d->num_tokens * d->top_k;
     MOEI_REQUIRE(num_rows <= 0x7fffffff, MOE_ERR_RANGE, num_tokens);
-    MOEI_REQUIRE(d->hidden >= 8 && d->hidden % 8 == 0, MOE_ERR_RANGE, hidden);
-    MOEI_REQUIRE(d->intermediate >= 8 && d->intermediate % 8 == 0, MOE_ERR_RANGE, intermediate);
+    MOEI_REQUIRE(d->hidden >= 1, MOE_ERR_RANGE, hidden);
+    MOEI_REQUIRE(d->hidden % 8 == 0, MOE_ERR_MULTIPLE, hidden);
+    MOEI_REQUIRE(d->intermediate >= 1, MOE_ERR_RANGE, intermediate);
+    MOEI_REQUIRE(d->intermediate % 8 == 0, MOE_ERR_MULTIPLE, intermediate);
     MOEI_REQUIRE(!d->row_slot || d->num_tokens > 0 || num_rows == 0, MOE_ERR_RANGE, num_tokens);
     memset(up, 0, sizeof *up);
     up->a = d->x;
@@ -143,6 +145,7 @@ MOE_HOST moe_status moei_experts_rename(moe_status s, int is_up)
         /* in desc.h, of up, of down */
         {MOE_FIELD_a, MOE_FIELD_x, MOE_FIELD_act},
         {MOE_FIELD_a_stride, MOE_FIELD_x_stride, MOE_FIELD_act_stride},
+        {MOE_FIELD_a_major, MOE_FIELD_dtype, MOE_FIELD_dtype}, /* no entry has rows of x */
         {MOE_FIELD_b, MOE_FIELD_w1, MOE_FIELD_w2},
         {MOE_FIELD_b_stride, MOE_FIELD_w1, MOE_FIELD_w2},
         {MOE_FIELD_b_major, MOE_FIELD_w1, MOE_FIELD_w2},

@@ -111,13 +111,15 @@ MOE_HOST moe_status moei_layer_carve(const moe_layer_desc* d, moe_gate_desc* gat
                  num_experts);
     MOEI_REQUIRE(d->top_k >= 1 && d->top_k <= MOE_COMBINE_MAX_TOP_K, MOE_ERR_RANGE, top_k);
     MOEI_REQUIRE(d->ids || d->top_k <= d->num_experts, MOE_ERR_RANGE, top_k);
-    MOEI_REQUIRE(d->hidden >= 8 && d->hidden % 8 == 0, MOE_ERR_RANGE, hidden);
-    MOEI_REQUIRE(d->intermediate >= 8 && d->intermediate % 8 == 0, MOE_ERR_RANGE, intermediate);
+    MOEI_REQUIRE(d->hidden >= 1, MOE_ERR_RANGE, hidden);
+    MOEI_REQUIRE(d->hidden % 8 == 0, MOE_ERR_MULTIPLE, hidden);
+    MOEI_REQUIRE(d->intermediate >= 1, MOE_ERR_RANGE, intermediate);
+    MOEI_REQUIRE(d->intermediate % 8 == 0, MOE_ERR_MULTIPLE, intermediate);
     MOEI_REQUIRE(d->rows_dtype == 0 || d->rows_dtype == MOE_FP32 ||
                      d->rows_dtype == (d->dtype ? d->dtype : MOE_BF16),
                  MOE_ERR_DTYPE, rows_dtype);
-    MOEI_REQUIRE(d->shared.intermediate >= 0 && d->shared.intermediate % 8 == 0, MOE_ERR_RANGE,
-                 shared);
+    MOEI_REQUIRE(d->shared.intermediate >= 0, MOE_ERR_RANGE, shared);
+    MOEI_REQUIRE(d->shared.intermediate % 8 == 0, MOE_ERR_MULTIPLE, shared);
     MOEI_REQUIRE(d->shared.intermediate || moei_all_zero(&d->shared, sizeof d->shared),
                  MOE_ERR_CONFLICT, shared);
     MOEI_REQUIRE((uint64_t)d->num_tokens * (uint64_t)d->top_k <= 0x7fffffffu, MOE_ERR_RANGE,
@@ -449,7 +451,7 @@ MOE_HOST moe_status moe_layer_plan(const moe_layer_desc* desc, moe_gemm_plan* up
 
 /* Loads every kernel of this translation unit that a layer may run now, before anything spins on
    the GPU: a first launch under lazy loading synchronises. */
-MOE_HOST moe_status moe_preload(void)
+MOE_HOST moe_status moe_layer_preload(void)
 {
     MOEI_TRY(moe_router_preload());
     MOEI_TRY(moe_gate_preload());

@@ -32,7 +32,9 @@
     X(ERR_WORKSPACE, "workspace too small")                                                       \
     X(ERR_CONFLICT, "contradicts another field")                                                  \
     X(ERR_DEVICE, "this device cannot run it")                                                    \
-    X(ERR_CUDA, "CUDA error")
+    X(ERR_CUDA, "CUDA error")                                                                     \
+    X(ERR_MULTIPLE, "not a multiple of 8 (or of the block)")                                      \
+    X(ERR_NOT_COMPILED, "not in the list of kernels that this file was compiled with")
 
 enum {
 #define MOEI_STATUS_ENUM(name, text) MOE_##name,

@@ -119,8 +119,10 @@ MOE_HOST moe_status moei_gemm_check(moe_grouped_gemm_desc* d)
     MOEI_REQUIRE(d->num_experts >= 1 && d->num_experts <= MOE_MAX_EXPERTS, MOE_ERR_RANGE,
                  num_experts);
     MOEI_REQUIRE(d->num_rows >= 0 && d->num_rows <= MOE_GEMM_MAX_ROWS, MOE_ERR_RANGE, num_rows);
-    MOEI_REQUIRE(d->n >= 8 && d->n <= (1 << 28) && d->n % 8 == 0, MOE_ERR_RANGE, n);
-    MOEI_REQUIRE(d->k >= 8 && d->k <= (1 << 28) && d->k % 8 == 0, MOE_ERR_RANGE, k);
+    MOEI_REQUIRE(d->n >= 1 && d->n <= (1 << 28), MOE_ERR_RANGE, n);
+    MOEI_REQUIRE(d->n % 8 == 0, MOE_ERR_MULTIPLE, n);
+    MOEI_REQUIRE(d->k >= 1 && d->k <= (1 << 28), MOE_ERR_RANGE, k);
+    MOEI_REQUIRE(d->k % 8 == 0, MOE_ERR_MULTIPLE, k);
     if (d->dtype == 0) d->dtype = MOE_BF16;
     MOEI_REQUIRE(d->dtype == MOE_BF16 || d->dtype == MOE_FP16, MOE_ERR_DTYPE, dtype);
     if (d->c_dtype == 0) d->c_dtype = d->dtype;
@@ -241,6 +243,23 @@ MOE_HOST const void* moei_gemm_kernel(int tile, const moe_grouped_gemm_desc* d)
     return 0;
 }
 
+/* Refuses what MOE_GEMM_VARIANT_LIST lacks, by the first field that no entry agrees with. */
+MOE_HOST moe_status moei_gemm_listed(const moe_grouped_gemm_desc* d)
+{
+    int dtype = 0, a_major = 0, b_major = 0;
+#define MOEI_GEMM_LISTED(variant, dt, am, bm, ...)                                                \
+    dtype |= d->dtype == dt;                                                                      \
+    a_major |= d->dtype == dt && d->a_major == am;                                                \
+    b_major |= d->dtype == dt && d->a_major == am && d->b.major == bm;
+    MOE_GEMM_VARIANT_LIST(MOEI_GEMM_LISTED, 0)
+#undef MOEI_GEMM_LISTED
+    MOEI_REQUIRE(dtype, MOE_ERR_NOT_COMPILED, dtype);
+    MOEI_REQUIRE(a_major, MOE_ERR_NOT_COMPILED, a_major);
+    MOEI_REQUIRE(b_major, MOE_ERR_NOT_COMPILED, b_major);
+    (void)d;
+    return MOE_OK;
+}
+
 /* Does the binary hold a body of this tile for the current device? 0, 1 or a CUDA error. */
 MOE_HOST moe_status moei_gemm_has_body(const moei_gemm_choice* t, const moe_grouped_gemm_desc* d,
                                        int* has)
@@ -264,8 +283,7 @@ MOE_HOST moe_status moei_gemm_plan(const moe_grouped_gemm_desc* d, moe_gemm_plan
     moei_device dev;
     const moei_gemm_choice* t = 0;
     int64_t per_sm;
-    /* not in this file's MOE_GEMM_VARIANT_LIST */
-    MOEI_REQUIRE(moei_gemm_kernel(MOE_TILE_64x64, d), MOE_ERR_OPTION, b_major);
+    MOEI_TRY(moei_gemm_listed(d));
     MOEI_TRY(moei_device_query(&dev));
     MOEI_REQUIRE(MOE_ON_HOST || d->dtype == MOE_FP16 || dev.major >= 8, MOE_ERR_DEVICE, dtype);
     for (int i = 0; i < MOEI_GEMM_CHOICES && !t; ++i) {
@@ -335,7 +353,7 @@ MOE_HOST moe_status moe_grouped_gemm(const moe_grouped_gemm_desc* desc, cudaStre
     MOEI_GEMM_TILE_LIST(MOEI_GEMM_TILE_CASES)
 #undef MOEI_GEMM_TILE_CASES
 #undef MOEI_GEMM_CASE
-    return MOE_STATUS(MOE_ERR_OPTION, b_major); /* moei_gemm_plan has refused it */
+    return MOE_STATUS(MOE_ERR_NOT_COMPILED, b_major); /* moei_gemm_plan has refused it */
 }
 
 /* Loads this header's kernels now. */

@@ -325,7 +325,7 @@ int main(int argc, char** argv)
     CUDA(cudaStreamCreate(&stream));
     show_setting(&o, &d, file, file_bytes);
     fflush(stdout);
-    MOE(moe_preload());
+    MOE(moe_layer_preload());
     run_once(&d, stream);
     t = measure(&d, o.repeat, stream);
 

@@ -54,7 +54,7 @@ static moe_status create(layer* l, const layer_config* c)
     d->x = l->x, d->y = l->y;
     d->router = l->router;
     d->w1.base = l->w1, d->w2.base = l->w2;
-    return moe_preload(); /* the first run is then as quick as the others */
+    return moe_layer_preload(); /* the first run is then as quick as the others */
 }
 
 extern "C" moe_status layer_create(const layer_config* config, layer** l)

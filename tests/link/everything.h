@@ -40,9 +40,7 @@ static moe_status link_layer(float* y)
         host[i] = moe_f32_to_bf16((float)((i * 37) % 29 - 14) / 16.0f);
     d.num_tokens = LINK_T, d.hidden = LINK_H, d.intermediate = LINK_I;
     d.num_experts = LINK_E, d.top_k = LINK_K;
-    MOEI_TRY(moe_preload()); /* the layer's stations, then the others */
-    MOEI_TRY(moe_permute_preload());
-    MOEI_TRY(moe_combine_scatter_preload());
+    MOEI_TRY(moe_preload());
     MOEI_TRY(moe_layer_workspace(&d, &d.workspace_bytes));
     MOEI_TRY_CUDA(cudaMalloc((void**)&device, sizeof host));
     MOEI_TRY_CUDA(cudaMalloc((void**)&out, X * 2));

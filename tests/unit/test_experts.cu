@@ -331,8 +331,8 @@ static moe_status expected(const experts_case* c)
 {
     const moe_status s = test_gemm_status(c->dtype, c->tile);
     const int fp16 = c->dtype == MOE_FP16;
-    if (fp16 && c->major1 == MOE_MAJOR_MN) return MOE_STATUS(MOE_ERR_OPTION, w1);
-    if (s == MOE_OK && fp16 && c->major2 == MOE_MAJOR_MN) return MOE_STATUS(MOE_ERR_OPTION, w2);
+    if (fp16 && c->major1 == MOE_MAJOR_MN) return MOE_STATUS(MOE_ERR_NOT_COMPILED, w1);
+    if (s == MOE_OK && fp16 && c->major2 == MOE_MAJOR_MN) return MOE_STATUS(MOE_ERR_NOT_COMPILED, w2);
     return s;
 }
 
@@ -685,10 +685,10 @@ static void test_experts_refusals(void)
     REFUSED((d.row_slot = 0, d.top_k = -1, d.num_rows = ROWS), MOE_ERR_RANGE, top_k);
     REFUSED(d.hidden = 0, MOE_ERR_RANGE, hidden);
     REFUSED(d.hidden = -64, MOE_ERR_RANGE, hidden);
-    REFUSED(d.hidden = 60, MOE_ERR_RANGE, hidden);
+    REFUSED(d.hidden = 60, MOE_ERR_MULTIPLE, hidden);
     REFUSED(d.intermediate = 0, MOE_ERR_RANGE, intermediate);
     REFUSED(d.intermediate = -8, MOE_ERR_RANGE, intermediate);
-    REFUSED(d.intermediate = 36, MOE_ERR_RANGE, intermediate);
+    REFUSED(d.intermediate = 36, MOE_ERR_MULTIPLE, intermediate);
     REFUSED(d.num_experts = 0, MOE_ERR_RANGE, num_experts);
     REFUSED(d.num_experts = -1, MOE_ERR_RANGE, num_experts);
     REFUSED(d.num_experts = MOE_MAX_EXPERTS + 1, MOE_ERR_RANGE, num_experts);
@@ -816,9 +816,9 @@ static void test_experts_not_compiled(void)
         c.major1 = second ? MOE_MAJOR_K : MOE_MAJOR_MN;
         c.major2 = second ? MOE_MAJOR_MN : MOE_MAJOR_K;
         bufs_new(&b, &c, &r);
-        CHECK(moe_status_kind(moe_experts_plan(&b.d, &up, &down)) == MOE_ERR_OPTION,
-              "the plan offers what product %d cannot run", second);
-        CHECK(moe_status_kind(moe_experts(&b.d, test_now.stream)) == MOE_ERR_OPTION, "refused");
+        CHECK_STATUS(moe_experts_plan(&b.d, &up, &down), expected(&c));
+        CHECK_STATUS(moe_experts(&b.d, test_now.stream), expected(&c));
+        CHECK(moe_status_kind(expected(&c)) == MOE_ERR_NOT_COMPILED, "product %d", second);
         TEST_CUDA(cudaDeviceSynchronize());
         CHECK(untouched(&b, &c), "refused because of product %d, but something was queued", second);
         bufs_free(&b);

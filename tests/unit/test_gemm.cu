@@ -1139,11 +1139,11 @@ static void test_gemm_refusals(void)
     REFUSED(d.num_rows = MOE_GEMM_MAX_ROWS + 1, MOE_ERR_RANGE, num_rows);
     REFUSED(d.n = 0, MOE_ERR_RANGE, n);
     REFUSED(d.n = -8, MOE_ERR_RANGE, n);
-    REFUSED(d.n = 68, MOE_ERR_RANGE, n);
+    REFUSED(d.n = 68, MOE_ERR_MULTIPLE, n);
     REFUSED(d.n = (1 << 28) + 8, MOE_ERR_RANGE, n);
     REFUSED(d.k = 0, MOE_ERR_RANGE, k);
     REFUSED(d.k = -8, MOE_ERR_RANGE, k);
-    REFUSED(d.k = 36, MOE_ERR_RANGE, k);
+    REFUSED(d.k = 36, MOE_ERR_MULTIPLE, k);
     REFUSED(d.dtype = MOE_FP32, MOE_ERR_DTYPE, dtype);
     REFUSED(d.dtype = -1, MOE_ERR_DTYPE, dtype);
     REFUSED(d.dtype = 4, MOE_ERR_DTYPE, dtype);

@@ -1376,7 +1376,7 @@ static void test_layer_same_bits(void)
 static void test_layer_graph(void)
 {
     trand r = trand_new(12);
-    CHECK_STATUS(moe_preload(), MOE_OK);
+    CHECK_STATUS(moe_layer_preload(), MOE_OK);
     for (int from = FROM_ROUTER; from <= FROM_IDS; ++from) {
         layer_case c = normal_case(45, 64, 40, 6, 2);
         layer_bufs b;
@@ -1468,10 +1468,10 @@ static void test_layer_refusals(void)
         REFUSED((d.num_tokens = INT32_MAX), MOE_ERR_RANGE, num_tokens);
         REFUSED(d.hidden = 0, MOE_ERR_RANGE, hidden);
         REFUSED(d.hidden = -64, MOE_ERR_RANGE, hidden);
-        REFUSED(d.hidden = 60, MOE_ERR_RANGE, hidden);
+        REFUSED(d.hidden = 60, MOE_ERR_MULTIPLE, hidden);
         REFUSED(d.intermediate = 0, MOE_ERR_RANGE, intermediate);
         REFUSED(d.intermediate = -8, MOE_ERR_RANGE, intermediate);
-        REFUSED(d.intermediate = 36, MOE_ERR_RANGE, intermediate);
+        REFUSED(d.intermediate = 36, MOE_ERR_MULTIPLE, intermediate);
         REFUSED(d.num_experts = 0, MOE_ERR_RANGE, num_experts);
         REFUSED(d.num_experts = -1, MOE_ERR_RANGE, num_experts);
         REFUSED(d.num_experts = MOE_MAX_EXPERTS + 1, MOE_ERR_RANGE, num_experts);
@@ -1541,7 +1541,7 @@ static void test_layer_refusals(void)
         REFUSED((d.activation = MOE_ACTIVATION_SWIGLU_CLAMPED, d.limit = NAN), MOE_ERR_RANGE, limit);
         /* the shared expert: its fields are one here */
         REFUSED(d.shared.intermediate = -8, MOE_ERR_RANGE, shared);
-        REFUSED(d.shared.intermediate = 12, MOE_ERR_RANGE, shared);
+        REFUSED(d.shared.intermediate = 12, MOE_ERR_MULTIPLE, shared);
         REFUSED(d.shared.intermediate = 0, MOE_ERR_CONFLICT, shared);
         REFUSED(d.shared.w1.base = 0, MOE_ERR_NULL, shared);
         REFUSED(d.shared.w2.base = 0, MOE_ERR_NULL, shared);
