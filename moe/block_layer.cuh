@@ -192,6 +192,7 @@ MOE_HOST moe_status moei_block_layer_tables_launch(const moei_block_layer* l, in
     if (!backward) a.grad_expert = 0;
     if (!backward || !a.dw1) a.dw1_table = 0;
     if (!backward || !a.dw2) a.dw2_table = 0;
+    if (!backward) a.lacking = 0;
     return MOE_LAUNCH(moei_block_layer_tables, c, a);
 }
 

@@ -9,8 +9,15 @@
    run's number and act's list all places follow. A group of 2 to 32 neighbouring lanes has one row
    of a run, 8 elements a lane at a time: it reads the row's weight once and adds up dweight in a
    fixed order. Every element is read by the lane that writes it, so gradients may lie over what
-   they are made from. Rows of the blocks that hold no token (past the last one, or between experts)
-   are written as zeros and never read. */
+   they are made from. Rows of the blocks that hold no token (past the last one, between experts; in
+   the batch form those of a token that lacks the expert) are written as zeros and take no part,
+   whatever lies there.
+
+   In the batch form a token that lacks an expert has its row in the expert's blocks nonetheless, so
+   that dw1 and dw2 would multiply its x and dy by these zeros. An infinity or NaN in x [t] makes the
+   token's whole row of pre infinite or NaN, one in dy [t] that of d. Where backward finds one in the
+   first element of such a row, it marks the expert, and moe_block_depths leaves the row out of the
+   expert's products; all other experts keep the products' full speed. */
 #ifndef MOE_BLOCK_LAYER_ACT_CUH
 #define MOE_BLOCK_LAYER_ACT_CUH
 
@@ -42,6 +49,10 @@ typedef struct moei_block_act_args {
     const float* weights;
     float* dweights; /* backward alone; or null */
     uint64_t* fault;
+    int32_t* lacking; /* batch, backward: [E] cleared; set to 1 + the expert's slot in `held`
+                             where a token that lacks the expert is not finite; or null */
+    uint8_t* held;    /* [active experts, held_stride] 1: the token has the expert */
+    int64_t held_stride;
     int64_t slots;    /* T * K; dense: 0 */
     int64_t row_grid; /* blocks of threads that do rows; those behind them: dweights of slots
                          without an expert */
@@ -61,7 +72,7 @@ typedef struct moei_block_act_row {
     float weight;
     int32_t expert;
     bool there; /* the run exists */
-    bool live;  /* the row holds a token */
+    bool live;  /* the row holds a token, batch: that has the expert */
 } moei_block_act_row;
 
 MOE_DEVICE moei_block_act_row moei_block_act_find(const moei_block_act_args* a)
@@ -94,9 +105,14 @@ MOE_DEVICE moei_block_act_row moei_block_act_find(const moei_block_act_args* a)
         if (r.live) r.weight = a->weights[slot];
     } else if (a->form == MOE_BLOCK_LAYER_BATCH) {
         r.weight_at = r.row * a->top_k;
+        float has = 0.0f;
         for (int k = lane; r.live && k < a->top_k; k += lanes)
-            if (a->ids[r.weight_at + k] == r.expert) r.weight += a->weights[r.weight_at + k];
+            if (a->ids[r.weight_at + k] == r.expert) {
+                r.weight += a->weights[r.weight_at + k];
+                has = 1.0f;
+            }
         r.weight = moei_group_sum(r.weight, lanes);
+        r.live = moei_group_max(has, lanes) > 0.0f;
     } else {
         r.weight_at = r.row * a->num_experts + r.expert;
         if (r.live) r.weight = a->weights[r.weight_at];
@@ -293,6 +309,27 @@ MOE_DEVICE float moei_block_act_row_8(const moei_block_act_args* a, const moei_b
     return sum;
 }
 
+/* Is the number not finite? */
+MOE_DEVICE bool moei_block_odd(uint16_t v, const int dtype)
+{
+    const int infinite = dtype == MOE_FP16 ? 0x7c00 : 0x7f80;
+    return (v & infinite) == infinite;
+}
+
+/* Batch, backward: says who has the row's expert, and marks the expert where a token that lacks it
+   must not enter its products. Before anything is written over pre and d; the lane that calls this
+   is the one that does. */
+MOE_DEVICE void moei_block_act_hold(const moei_block_act_args* a, const moei_block_act_row* r,
+                                    const int dtype)
+{
+    const int32_t slot = a->expert_slot[r->expert];
+    if (slot < 0 || r->row >= a->num_rows) return;
+    a->held[slot * a->held_stride + r->row] = r->live;
+    if (!r->live &&
+        (moei_block_odd(a->pre[r->pre], dtype) || moei_block_odd(a->act[r->act], dtype)))
+        a->lacking[r->expert] = slot + 1; /* all who write it write this */
+}
+
 MOE_DEVICE_BODY void moei_block_act_forward(const moei_block_act_args* a, const int dtype)
 {
     const moei_block_act_row r = moei_block_act_find(a);
@@ -310,7 +347,9 @@ MOE_DEVICE_BODY void moei_block_act_backward(const moei_block_act_args* a, const
             a->dweights[slot] = 0.0f;
     } else {
         const moei_block_act_row r = moei_block_act_find(a);
-        const float sum = moei_group_sum(moei_block_act_row_8(a, &r, 1, dtype), lanes);
+        float sum;
+        if (a->lacking && lane == 0 && r.there) moei_block_act_hold(a, &r, dtype);
+        sum = moei_group_sum(moei_block_act_row_8(a, &r, 1, dtype), lanes);
         if (!a->dweights || !r.live) return;
         if (a->form == MOE_BLOCK_LAYER_BATCH) {
             for (int k = lane; k < a->top_k; k += lanes)

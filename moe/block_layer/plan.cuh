@@ -132,6 +132,18 @@ MOE_HOST moe_block_sparse_desc moei_block_layer_product(const moei_block_layer* 
     return p;
 }
 
+/* Batch: tokens that lack an expert and are not finite stay out of its gradients. */
+MOE_HOST moe_block_depths moei_block_layer_depths(const moei_block_layer* l, int mask)
+{
+    moe_block_depths p;
+    memset(&p, 0, sizeof p);
+    p.slot = l->act.lacking;
+    p.there = l->act.held;
+    p.stride = l->act.held_stride;
+    p.strips = l->strips[mask];
+    return p;
+}
+
 /* The products. rows: [num_rows, H], the tokens or their copies in expert order. */
 MOE_HOST void moei_block_layer_products(moei_block_layer* l, void* rows, void* pre, void* act)
 {
@@ -182,6 +194,7 @@ MOE_HOST void moei_block_layer_products(moei_block_layer* l, void* rows, void* p
     p->c_stride = d->intermediate;
     p->c_dtype = d->grad_dtype;
     p->m = H, p->n = EI, p->k = R;
+    p->depths = moei_block_layer_depths(l, 0);
 
     p = l->product + MOEI_BLOCK_LAYER_DW1;
     *p = moei_block_layer_product(l, MOE_BLOCK_DSD, 1);
@@ -193,6 +206,7 @@ MOE_HOST void moei_block_layer_products(moei_block_layer* l, void* rows, void* p
     p->c_stride = H;
     p->c_dtype = d->grad_dtype;
     p->m = EU, p->n = H, p->k = R;
+    p->depths = moei_block_layer_depths(l, 1);
 
     p = l->product + MOEI_BLOCK_LAYER_DX;
     *p = moei_block_layer_product(l, MOE_BLOCK_DSD, 1);
@@ -351,6 +365,14 @@ MOE_HOST moe_status moei_block_layer_plan(const moe_block_layer_desc* desc, moei
     backward = forward;
     l->tables.dw1_table = (void**)moei_carve((char*)d->workspace, &backward, table[1]);
     l->tables.dw2_table = (void**)moei_carve((char*)d->workspace, &backward, table[0]);
+    if (d->form == MOE_BLOCK_LAYER_BATCH) {
+        l->act.held_stride = (l->num_rows + 15) / 16 * 16;
+        l->act.held = (uint8_t*)moei_carve((char*)d->workspace, &backward,
+                                           (uint64_t)(l->room * l->act.held_stride));
+        l->act.lacking = (int32_t*)moei_carve((char*)d->workspace, &backward, (uint64_t)E * 4);
+        if (!d->dw1 && !d->dw2) l->act.lacking = 0;
+        l->tables.lacking = l->act.lacking;
+    }
     moei_block_layer_products(l, rows, pre, act);
 
     /* behind it what one of the parts wants while it runs: nothing outlives its launch */

@@ -6,7 +6,7 @@
               it, -1: not active)
      tables   w1_table [E 2I / block], w2_table [E I / block]: address of each strip of blocks of
               the active experts, null of the others; backward: the same of dw1 and dw2 by slots,
-              and grad_expert */
+              grad_expert, and zeros in what act.cuh marks */
 #ifndef MOE_BLOCK_LAYER_SETUP_CUH
 #define MOE_BLOCK_LAYER_SETUP_CUH
 
@@ -79,6 +79,7 @@ typedef struct moei_block_tables_args {
     void** dw1_table; /* backward, where wanted; else null, and so the next */
     void** dw2_table;
     int32_t* grad_expert; /* or null */
+    int32_t* lacking;     /* batch, backward: [num_experts], cleared; or null */
     char* dw1;
     char* dw2;
     uint64_t* fault;
@@ -115,6 +116,7 @@ MOE_KERNEL(MOEI_BLOCK_SETUP_THREADS, 1) moei_block_layer_tables(MOE_ARG(moei_blo
         }
         if (i < a.max_experts) a.grad_expert[i] = i < count ? a.active[i] : -1;
     }
+    if (a.lacking && i < a.num_experts) a.lacking[i] = 0;
     if (!a.no_tokens && i < (int64_t)a.num_experts * a.strips1) {
         const int e = (int)(i / a.strips1), j = (int)(i - (int64_t)e * a.strips1);
         const int64_t at2 = (int64_t)e * a.strips2 + j;

@@ -66,6 +66,17 @@ typedef struct moe_block_choice {
                      where none are joined */
 } moe_block_choice;
 
+/* Leaves rows of the dense operand out where blocks are coarser than what is there. Of dsd with B
+   untransposed and of dds with A transposed, C's strips being columns of a packed matrix whose rows
+   are the depths. A row that does not count reads as zeros, for that group of strips alone. */
+typedef struct moe_block_depths {
+    const int32_t* slot;  /* [groups] 1 + row of `there`; 0: all rows count, at full speed; or null:
+                             so for all groups */
+    const uint8_t* there; /* [slots, stride] 0: the row does not count */
+    int64_t stride;       /* multiple of 16, >= k; `there` is 16-byte aligned */
+    int32_t strips;       /* of a group, >= 1 */
+} moe_block_depths;
+
 /* C [m, n] = A [m, k] * B [k, n], all in row order; a transposed operand lies as A [k, m] or
    B [n, k]. The mask is that of the sparse matrix as it lies: of sdd [m, n], of dsd [m, k] or
    transposed [k, m], of dds [k, n] or transposed [n, k].
@@ -104,6 +115,7 @@ typedef struct moe_block_sparse_desc {
     int32_t dtype;       /* of A and B: fp16 or bf16; 0 = bf16 */
     int32_t c_dtype;     /* dtype or fp32; 0 = dtype */
     moe_block_choice choice;
+    moe_block_depths depths; /* unchecked, as block_layer.cuh sets it; else zero */
     /* workspace */
     void* workspace; /* 16-byte aligned; null if moe_block_sparse_workspace asks for 0 */
     size_t workspace_bytes;

@@ -62,7 +62,8 @@ MOE_DEVICE int moei_block_to(const moei_block_loader* l, const int i, const int 
 
 /* Copies one part in `parts` of a step of an operand into a stage, of that the thread's share; `c`
    is the thread's chunk of depth of that step. `careful`, a literal: chunks may be cut off, which
-   they are not else, and if `masked`, a literal, rows may not want it. */
+   they are not else; and if `masked`, a literal, of X, rows may not want it, if not, of Y, depths
+   may not count. */
 MOE_DEVICE void moei_block_copy(const moei_block_loader* l, uint16_t* stage, moei_block_chunk c,
                                 const int part, const int parts, const int width, const int deep,
                                 const int threads, const int careful, const int masked)
@@ -70,18 +71,21 @@ MOE_DEVICE void moei_block_copy(const moei_block_loader* l, uint16_t* stage, moe
     const uint64_t from = l->from + c.at;
     const int each = width * deep / 8 / threads;
     int lines = c.count > l->first ? each : 0;
+    uint32_t count = 0xffff; /* bits: lines that count */
     if (careful) {
         const int there = (c.count - l->first) * l->each;
         const int wide = l->wide ? l->wide : c.count - l->first;
         lines = there < l->lines ? there : l->lines;
         if (masked && !(c.rows >> l->row & 1)) lines = 0;
+        if (!masked && !l->along) count = c.rows >> l->first;
         if (lines > 0 && wide < 8) {
             MOEI_NO_UNROLL
             for (int i = 0; part == 0 && i < each * 8; ++i) {
                 const uint64_t at = from + (uint64_t)(i / 8 * 16 * (int64_t)l->stride);
                 stage[moei_block_to(l, i / 8, width, deep) + i % 8] =
-                    i / 8 < lines && i % 8 < wide ? ((const uint16_t*)(uintptr_t)at)[i % 8]
-                                                  : (uint16_t)0;
+                    i / 8 < lines && (count >> i / 8 & 1) && i % 8 < wide
+                        ? ((const uint16_t*)(uintptr_t)at)[i % 8]
+                        : (uint16_t)0;
             }
             return;
         }
@@ -90,7 +94,7 @@ MOE_DEVICE void moei_block_copy(const moei_block_loader* l, uint16_t* stage, moe
     for (int i = each * part / parts; i < each * (part + 1) / parts; ++i)
         moei_copy16_async(stage + moei_block_to(l, i, width, deep),
                           (const void*)(uintptr_t)(from + (uint64_t)(i * 16 * (int64_t)l->stride)),
-                          (careful ? i < lines : lines > 0) ? 16 : 0);
+                          (careful ? i < lines && (count >> i & 1) : lines > 0) ? 16 : 0);
 }
 
 /* Copies one part in `parts` of step `step` of a tile into a stage; the last one closes the group

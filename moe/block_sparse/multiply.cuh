@@ -9,7 +9,7 @@
 
 #include "load.cuh"
 
-/* Must some products of the tile be left out, some rows not be read, or chunks be cut off? All
+/* Must some products of the tile be left out, some rows or depths not be read, or chunks be cut off? All
    threads of the block get one answer. Whole chunks past the edges of X and Y are not asked for:
    along the depth they are zero in both, else not stored. */
 MOE_DEVICE bool moei_block_careful(const moei_block_args* d, const moei_block_where* t,
@@ -18,6 +18,7 @@ MOE_DEVICE bool moei_block_careful(const moei_block_args* d, const moei_block_wh
     const int j = (int)threadIdx.x;
     const uint32_t rows = (1u << (t->rows + 15) / 16) - 1;
     if ((t->rows | t->columns | d->k) % 16 != 0 || s->rows != rows) return true;
+    if (moei_block_depths_of(d, t)) return true;
     if (d->sparse_c)
         return __syncthreads_or(j < 16 && j * 16 < t->columns && (~s->have[j] & rows) != 0) != 0;
     return d->partial && d->partial[t->strip] != 0;
@@ -88,8 +89,9 @@ MOE_DEVICE void moei_block_multiply(const moei_block_args* d, moei_block_shared*
     }
 }
 
-/* The same of a tile at an edge, or of strips joined that have not the same blocks: chunks may be
-   cut off, rows not read, products left out. Compact rather than quick. */
+/* The same of a tile at an edge, of strips joined that have not the same blocks, or with depths that
+   do not count: chunks may be cut off, rows or depths not read, products left out. Compact rather
+   than quick. */
 MOE_DEVICE void moei_block_multiply_careful(const moei_block_args* d, moei_block_shared* s,
                                             uint16_t* ring, moei_mma_c acc[4][4], int steps,
                                             const int tm, const int tn, const int deep,

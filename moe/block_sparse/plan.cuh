@@ -293,6 +293,7 @@ MOE_HOST moe_status moei_block_plan_tile(const moe_block_sparse_desc* d, const m
     a->strip_m = height * join;
     a->others = moe_num_blocks(by_column ? m->rows : m->columns, width);
     a->c_dtype = d->c_dtype;
+    a->depths = d->depths;
     {
         const int64_t step = a->strip_m < t->tm ? a->strip_m : t->tm;
         const int64_t columns = sdd ? (int64_t)a->others * width : a->n;

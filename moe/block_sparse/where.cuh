@@ -40,13 +40,15 @@ typedef struct moei_block_args {
     int32_t tiles_m, tiles_n;
     int32_t share_m, share_of;
     int32_t c_dtype;
+    moe_block_depths depths;
 } moei_block_args;
 
 /* One chunk of depth of an operand: where it lies, and who wants it. */
 typedef struct moei_block_chunk {
     uint64_t at;   /* address part */
     int32_t count; /* depths that there are, 0 .. 16 */
-    uint32_t rows; /* bits: the row chunks that are multiplied with it */
+    uint32_t rows; /* X: bits of the row chunks that are multiplied with it; Y: of the depths that
+                      count, where it lies by depths */
 } moei_block_chunk;
 
 /* Where a tile lies. */
@@ -223,6 +225,24 @@ MOE_DEVICE void moei_block_address(const moei_block_args* d, const moei_block_wh
     }
 }
 
+/* Row of depths.there that the tile goes by; null: all depths count. */
+MOE_DEVICE const uint8_t* moei_block_depths_of(const moei_block_args* d, const moei_block_where* t)
+{
+    const int32_t slot = d->depths.slot ? d->depths.slot[t->strip / d->depths.strips] : 0;
+    return slot > 0 ? d->depths.there + (slot - 1) * d->depths.stride : (const uint8_t*)0;
+}
+
+/* Bits of the 16 depths from k on that count. */
+MOE_DEVICE uint32_t moei_block_depth_bits(const moei_block_args* d, const moei_block_where* t,
+                                          int64_t k)
+{
+    const uint8_t* there = moei_block_depths_of(d, t);
+    uint32_t bits = 0;
+    if (!there) return 0xffff;
+    for (int i = 0; i < 16; ++i) bits |= (there[k + i] != 0 ? 1u : 0u) << i;
+    return bits;
+}
+
 /* A warp makes the 32 chunks from chunk number `first` on, one a lane. */
 MOE_DEVICE void moei_block_chunks(const moei_block_args* d, const moei_block_where* t,
                                   moei_block_shared* s, int first, const int tm)
@@ -256,7 +276,8 @@ MOE_DEVICE void moei_block_chunks(const moei_block_args* d, const moei_block_whe
     y.at += (uint64_t)(k * y_step);
     x.count = y.count = k >= d->k ? 0 : d->k - k < 16 ? (int)(d->k - k) : 16;
     if (x.count == 0) x.rows = 0;
-    y.rows = 0; /* X's alone tell */
+    y.rows = 0xffff;
+    if (d->depths.slot && y.count > 0) y.rows = moei_block_depth_bits(d, t, k);
     s->chunk_x[number % (2 * MOEI_WARP)] = x;
     s->chunk_y[number % (2 * MOEI_WARP)] = y;
 }
