@@ -19,12 +19,12 @@ typedef struct layer_case {
     int block, dtype, grad_dtype, activation;
     float alpha, limit;
     int max_experts;
-    int table, pad;      /* of the weights; pad also of x, y, dy and dx */
-    int unused, bad;     /* percent of ids that are -1, out of range */
-    int experts;         /* only the first so many are chosen; 0: all */
-    int one_expert;      /* 1: every slot has expert E - 1 */
-    int own_act_grad;    /* 1: the gradient by pre has memory of its own */
-    int in_place;        /* 1: dx is dy */
+    int table, pad;   /* of the weights; pad also of x, y, dy and dx */
+    int unused, bad;  /* percent of ids that are -1, out of range */
+    int experts;      /* only the first so many are chosen; 0: all */
+    int one_expert;   /* 1: every slot has expert E - 1 */
+    int own_act_grad; /* 1: the gradient by pre has memory of its own */
+    int in_place;     /* 1: dx is dy */
     int tile;
 } layer_case;
 
@@ -45,10 +45,13 @@ static const char* case_text(const layer_case* c)
     snprintf(text, sizeof text,
              "%s T=%d H=%d I=%d E=%d K=%d block=%d %s grads %s activation=%d (%g %g) max=%d "
              "table=%d pad=%d unused=%d bad=%d experts=%d one=%d own=%d in_place=%d tile=%d",
-             c->form == DENSE ? "dense" : c->form == SPARSE ? "sparse" : "batch", c->T, c->H, c->I,
-             c->E, c->K, c->block, moe_dtype_name(c->dtype), moe_dtype_name(c->grad_dtype),
-             c->activation, (double)c->alpha, (double)c->limit, c->max_experts, c->table, c->pad,
-             c->unused, c->bad, c->experts, c->one_expert, c->own_act_grad, c->in_place, c->tile);
+             c->form == DENSE    ? "dense"
+             : c->form == SPARSE ? "sparse"
+                                 : "batch",
+             c->T, c->H, c->I, c->E, c->K, c->block, moe_dtype_name(c->dtype),
+             moe_dtype_name(c->grad_dtype), c->activation, (double)c->alpha, (double)c->limit,
+             c->max_experts, c->table, c->pad, c->unused, c->bad, c->experts, c->one_expert,
+             c->own_act_grad, c->in_place, c->tile);
     return text;
 }
 
@@ -383,8 +386,7 @@ static void check_backward(const layer_bufs* b, const layer_case* c, const layer
             check_array("dx", dx + t * stride * 2, c->dtype, H, exact->dx + t * H,
                         ideal->dx + t * H, 1, H);
     else check_array("dx", dx, c->dtype, stride, exact->dx, ideal->dx, T, H);
-    if (!c->in_place)
-        CHECK(test_strays(dx, (int64_t)b->dx.bytes, 2, stride, H, 0, T) == 0, "dx");
+    if (!c->in_place) CHECK(test_strays(dx, (int64_t)b->dx.bytes, 2, stride, H, 0, T) == 0, "dx");
     check_array("dweights", dweights, MOE_FP32, choices(c), exact->dweights, ideal->dweights, T,
                 choices(c));
     for (int i = 0; i < slots; ++i) {
@@ -761,6 +763,188 @@ static void test_bad_table(void)
     }
 }
 
+/* ---- who lacks an expert ---- */
+
+enum { ODD_X_ROW, ODD_X_NAN, ODD_X_INF, ODD_DY_ROW, ODD_DY_INF, ODD_BOTH, ODD_LARGE, ODD_KINDS };
+
+/* Puts what is not finite, or overflows fp16 on its way, into token t's x, dy or both. */
+static void make_odd(layer_bufs* b, const layer_case* c, int64_t t, int kind, trand* r)
+{
+    const int64_t at = trand_int(r, 0, c->H - 1);
+    for (int64_t j = 0; j < c->H; ++j) {
+        const int64_t x = t * (c->H + c->pad) + j, dy = x;
+        if (kind == ODD_X_ROW || kind == ODD_BOTH) moe_store(b->h_x, x, c->dtype, NAN);
+        if (kind == ODD_X_NAN && j == at) moe_store(b->h_x, x, c->dtype, NAN);
+        if (kind == ODD_X_INF && j == at) moe_store(b->h_x, x, c->dtype, -INFINITY);
+        if (kind == ODD_DY_ROW || kind == ODD_BOTH) moe_store(b->h_dy, dy, c->dtype, NAN);
+        if (kind == ODD_DY_INF && j == at) moe_store(b->h_dy, dy, c->dtype, INFINITY);
+        if (kind == ODD_LARGE) moe_store(b->h_x, x, c->dtype, j % 2 ? 6e4f : -6e4f);
+    }
+}
+
+static int all_zero(const void* p, size_t bytes)
+{
+    int zero = 1;
+    for (size_t i = 0; i < bytes; ++i) zero &= ((const unsigned char*)p)[i] == 0;
+    return zero;
+}
+
+/* Two tokens, one of which has no expert: it changes nothing, whatever it holds. */
+static void test_lacking_one(void)
+{
+    trand r = trand_new(20);
+    for (int i = 0; i < 2 * ODD_KINDS; ++i) {
+        layer_case c = normal_case(BATCH, 2, 8, 16, 1, 1), alone = c;
+        const int kind = i % ODD_KINDS;
+        layer_bufs b, one;
+        alone.T = 1;
+        c.dtype = c.grad_dtype = alone.dtype = alone.grad_dtype = i % 2 ? MOE_FP16 : test_half();
+        bufs_new(&b, &c, &r);
+        bufs_new(&one, &alone, &r);
+        b.h_ids[0] = 0, b.h_ids[1] = -1;
+        b.h_weights[0] = one.h_weights[0] = 1;
+        b.h_weights[1] = i % 3 == 2 ? NAN : 0;
+        make_odd(&b, &c, 1, kind, &r);
+        memcpy(one.h_x, b.h_x, one.x.bytes);
+        memcpy(one.h_dy, b.h_dy, one.dy.bytes);
+        tbuf_put(&b.x, b.h_x);
+        tbuf_put(&b.ids, b.h_ids);
+        tbuf_put(&b.weights, b.h_weights);
+        reset(&b);
+        tbuf_put(&one.x, one.h_x);
+        tbuf_put(&one.weights, one.h_weights);
+        tbuf_put(&one.w1.part[0][0], b.w1.host[0][0]);
+        tbuf_put(&one.w2.part[0][0], b.w2.host[0][0]);
+        reset(&one);
+        CHECK_STATUS(both(&b), MOE_OK);
+        CHECK_STATUS(both(&one), MOE_OK);
+        {
+            const tbuf* mine[] = {&b.y, &b.dx, &b.dweights, &b.dw1, &b.dw2};
+            const tbuf* want[] = {&one.y, &one.dx, &one.dweights, &one.dw1, &one.dw2};
+            for (int j = 0; j < 5; ++j) {
+                char *got = (char*)tbuf_copy(mine[j]), *first = (char*)tbuf_copy(want[j]);
+                CHECK(memcmp(got, first, want[j]->bytes) == 0, "kind %d: %s of token 0", kind,
+                      mine[j]->name);
+                CHECK(!all_zero(first, want[j]->bytes), "%s shows nothing", mine[j]->name);
+                CHECK(all_zero(got + want[j]->bytes, mine[j]->bytes - want[j]->bytes),
+                      "kind %d: %s of token 1", kind, mine[j]->name);
+                free(got);
+                free(first);
+            }
+        }
+        CHECK_FAULT(&b.fault, MOE_FAULT_NONE, 0);
+        bufs_free(&b);
+        bufs_free(&one);
+    }
+}
+
+static int has_expert(const layer_bufs* b, const layer_case* c, int64_t t, int e)
+{
+    int has = 0;
+    for (int k = 0; k < c->K; ++k) has |= b->h_ids[t * c->K + k] == e;
+    return has;
+}
+
+static int any_odd(const char* p, int64_t n, int dtype)
+{
+    int odd = 0;
+    for (int64_t i = 0; i < n; ++i) odd |= !isfinite(moe_load(p, i, dtype));
+    return odd;
+}
+
+/* Makes some tokens that lack one expert odd: every other token, and the gradients of every expert
+   that none of them has, keep their bits; a token without any expert gets zeros. Sparse too. */
+static void run_lacking(const layer_case* c, int kind, trand* r)
+{
+    const int64_t T = c->T, H = c->H, stride = H + c->pad, grad = moe_dtype_bytes(c->grad_dtype);
+    const int64_t m1 = up_rows(c) * H * grad, m2 = H * c->I * grad;
+    const int failures = test_now.failures;
+    layer_bufs b;
+    char *before[5], *after[5], *odd = (char*)test_host(T);
+    int victim, lacking = 0, kept = 0;
+    bufs_new(&b, c, r);
+    {
+        const tbuf* out[] = {&b.y, &b.dx, &b.dweights, &b.dw1, &b.dw2};
+        victim = b.active[trand_int(r, 0, b.num_active - 1)];
+        memset(odd, 0, (size_t)T);
+        for (int64_t t = T - 1; t >= 0; --t) { /* the last one, and some */
+            int none = 1;
+            if (has_expert(&b, c, t, victim) || (lacking && trand_int(r, 0, 5) > 0)) continue;
+            for (int e = 0; e < c->E; ++e) none &= !has_expert(&b, c, t, e);
+            odd[t] = (char)(none ? 2 : 1);
+            ++lacking;
+        }
+        CHECK_STATUS(both(&b), MOE_OK);
+        for (int j = 0; j < 5; ++j) before[j] = (char*)tbuf_copy(out[j]);
+        for (int64_t t = 0; t < T; ++t)
+            if (odd[t]) make_odd(&b, c, t, kind, r);
+        tbuf_put(&b.x, b.h_x);
+        reset(&b);
+        CHECK_STATUS(both(&b), MOE_OK);
+        for (int j = 0; j < 5; ++j) after[j] = (char*)tbuf_copy(out[j]);
+    }
+    for (int64_t t = 0; t < T; ++t)
+        for (int j = 0; j < 3; ++j) { /* y, dx, dweights */
+            const int64_t row = j < 2 ? H * 2 : c->K * 4, at = t * (j < 2 ? stride * 2 : row);
+            static const char* const name[] = {"y", "dx", "dweights"};
+            if (odd[t] == 2)
+                CHECK(all_zero(after[j] + at, (size_t)row), "%s of token %d, which has no expert",
+                      name[j], (int)t);
+            else if (!odd[t])
+                CHECK(memcmp(after[j] + at, before[j] + at, (size_t)row) == 0,
+                      "%s of token %d, which is as it was", name[j], (int)t);
+            else if (j == 0 && (kind <= ODD_X_NAN || kind == ODD_BOTH))
+                CHECK(any_odd(after[j] + at, H, c->dtype), "y of token %d hides what x holds",
+                      (int)t);
+            else if (j == 1 && kind <= ODD_BOTH && kind != ODD_X_INF)
+                CHECK(any_odd(after[j] + at, H, c->dtype), "dx of token %d hides it", (int)t);
+        }
+    for (int i = 0; i < b.num_active; ++i) {
+        int has = 0;
+        for (int64_t t = 0; t < T; ++t) has |= odd[t] && has_expert(&b, c, t, b.active[i]);
+        if (has && kind < ODD_LARGE && kind != ODD_X_INF) {
+            CHECK(any_odd(after[3] + i * m1, m1 / grad, c->grad_dtype), "dw1 hides it");
+            CHECK(any_odd(after[4] + i * m2, m2 / grad, c->grad_dtype), "dw2 hides it");
+        } else if (!has) {
+            CHECK(memcmp(after[3] + i * m1, before[3] + i * m1, (size_t)m1) == 0,
+                  "dw1 of expert %d, which no odd token has", b.active[i]);
+            CHECK(memcmp(after[4] + i * m2, before[4] + i * m2, (size_t)m2) == 0,
+                  "dw2 of expert %d, which no odd token has", b.active[i]);
+            ++kept;
+        }
+    }
+    CHECK(lacking > 0 && kept > 0, "%d tokens lack expert %d: shows nothing", lacking, victim);
+    CHECK_FAULT(&b.fault, MOE_FAULT_NONE, 0);
+    if (test_now.failures > failures) printf("  in %s, kind %d\n", case_text(c), kind);
+    for (int j = 0; j < 5; ++j) {
+        free(before[j]);
+        free(after[j]);
+    }
+    free(odd);
+    bufs_free(&b);
+}
+
+static void test_lacking(void)
+{
+    static const int blocks[] = {16, 16, 32, 64, 128};
+    trand r = trand_new(21);
+    for (int form = SPARSE; form <= BATCH; ++form)
+        for (int i = 0; i < 3 * ODD_KINDS; ++i) {
+            const int block = blocks[i % 5];
+            layer_case c = normal_case(form, 45 + i, i % 4 == 1 ? 264 : 40, block, 6, 3);
+            c.block = block;
+            c.unused = 45;
+            c.dtype = c.grad_dtype = i % 2 ? MOE_FP16 : test_half();
+            if (i % 3 == 1) c.grad_dtype = MOE_FP32;
+            c.pad = i % 3 == 2 ? 8 : 0;
+            c.table = i % 4 == 2;
+            c.own_act_grad = i % 2;
+            c.activation = i % 3 == 0 ? MOE_ACTIVATION_GELU : 0;
+            c.tile = i % 7 == 3 ? MOE_BLOCK_TILE_64x64 : 0;
+            run_lacking(&c, i % ODD_KINDS, &r);
+        }
+}
+
 /* ---- the forms against each other ---- */
 
 /* `to` gets from's tokens and weights: ids [T, E] in any order, or the dense form's columns. */
@@ -1107,9 +1291,9 @@ static void refused(const moe_block_layer_desc* d, moe_status want, int line)
 }
 
 /* Refused by forward, by backward, by both of them. */
-#define REFUSED_BY(which, change, kind, field)                                                    \
-    d = good;                                                                                     \
-    change;                                                                                       \
+#define REFUSED_BY(which, change, kind, field)                                                     \
+    d = good;                                                                                      \
+    change;                                                                                        \
     refused_by(&d, MOE_STATUS(kind, field), __LINE__, which)
 #define REFUSED_FORWARD(change, kind, field) REFUSED_BY(1, change, kind, field)
 #define REFUSED_BACKWARD(change, kind, field) REFUSED_BY(2, change, kind, field)
@@ -1226,8 +1410,8 @@ static void test_refusals(void)
     REFUSED_BACKWARD(d.dweights = (float*)d.weights, MOE_ERR_OVERLAP, dweights);
     REFUSED_BACKWARD(d.grad_expert = (int32_t*)d.ids, MOE_ERR_OVERLAP, grad_expert);
     REFUSED_BACKWARD(d.act_grad = d.dw2, MOE_ERR_OVERLAP, act_grad);
-    REFUSED_BOTH(d.workspace = d.saved; d.workspace_bytes = d.saved_bytes << 8, MOE_ERR_OVERLAP,
-                 workspace);
+    REFUSED_BOTH(d.workspace = d.saved;
+                 d.workspace_bytes = d.saved_bytes << 8, MOE_ERR_OVERLAP, workspace);
     REFUSED_BOTH(d.fault = (uint64_t*)d.saved, MOE_ERR_OVERLAP, fault);
     bufs_free(&b);
 }
@@ -1248,6 +1432,8 @@ int main(int argc, char** argv)
     RUN(test_no_room);
     RUN(test_batch_of_many);
     RUN(test_bad_table);
+    RUN(test_lacking_one);
+    RUN(test_lacking);
     RUN(test_batch_of_all_is_dense);
     RUN(test_forms_agree);
     RUN(test_same_bits_again);
