@@ -320,7 +320,7 @@ static void test_offsets(void)
         d.expert_offset = offset;
         if (i % 13 == 0) d.columns = 0;
         tlist_run(&d, i % 5 != 0, trand_int(&r, 0, 40), (size_t)trand_int(&r, 0, 3) * 4, "offsets");
-        if (rows > 0) { /* spoilt at one place or two */
+        { /* spoilt at one place or two; also where there are no rows */
             for (int k = i & 1; k < 2; ++k) {
                 const int e = (int)trand_int(&r, 0, experts);
                 static const int32_t odd[] = {-1, 0x7fffffff, (int32_t)0x80000000, 0};
@@ -330,6 +330,31 @@ static void test_offsets(void)
             tlist_run(&d, i % 5 != 0, 50, 0, "bad offsets");
         }
         free(offset);
+    }
+}
+
+/* Without rows the offsets are looked at all the same; the index is the expert whose range it is. */
+static void test_offsets_without_rows(void)
+{
+    static const struct {
+        int32_t offset[4];
+        int bad;
+    } cases[] = {{{0, 0, 0, 0}, -1}, {{0, 0, 0, 1}, 2},  {{0, 0, 1, 0}, 1},
+                 {{0, 1, 0, 0}, 0},  {{1, 0, 0, 0}, 0},  {{-1, 0, 0, 0}, 0},
+                 {{0, -1, 0, 0}, 0}, {{0, 0, -1, 0}, 1}, {{0, 0, 0, -1}, 2}};
+    trand r = trand_new(14);
+    for (size_t i = 0; i < 2 * sizeof cases / sizeof cases[0]; ++i) {
+        moe_block_list_desc d = tlist_routing(&r, 0, 3, 2);
+        tlist t;
+        d.expert_offset = cases[i / 2].offset;
+        t = tlist_new(&d, (int)(i & 1), 4, -1, 0);
+        CHECK(t.fault.code == (cases[i / 2].bad < 0 ? MOE_FAULT_NONE : MOE_FAULT_BAD_OFFSET) &&
+                  (cases[i / 2].bad < 0 || t.fault.index == cases[i / 2].bad),
+              "the reference: \"%s\" at %lld", moe_fault_text(t.fault.code),
+              (long long)t.fault.index);
+        CHECK_STATUS(moe_block_list_build(&t.d, test_now.stream), MOE_OK);
+        tlist_check(&t, "offsets without rows");
+        tlist_free(&t);
     }
 }
 
@@ -668,6 +693,9 @@ static void test_refusals(void)
     REFUSE(t, OVERLAP, column_offset, d.column_offset = d.column_index);
     REFUSE(t, OVERLAP, row_index, d.row_index = d.column_index + d.max_blocks - 1);
     REFUSE(t, OVERLAP, position, d.position = d.column_offset + 50);
+    REFUSE(t, OVERLAP, position, d.position = d.row_index + d.max_blocks - 1);
+    REFUSE(t, OVERLAP, position, d.position = d.column_index - (d.max_blocks - 1));
+    REFUSE(t, OVERLAP, fault, d.fault = SHIFT(uint64_t, d.position, (d.max_blocks - 2) / 2 * 8));
     REFUSE(t, OVERLAP, workspace, d.workspace = SHIFT(void, d.position, 0));
     REFUSE(t, OVERLAP, fault, d.fault = SHIFT(uint64_t, d.workspace, 64));
 #undef SHIFT
@@ -697,6 +725,7 @@ int main(int argc, char** argv)
     RUN(test_one_block);
     RUN(test_ids);
     RUN(test_offsets);
+    RUN(test_offsets_without_rows);
     RUN(test_many_experts);
     RUN(test_no_room);
     RUN(test_huge);

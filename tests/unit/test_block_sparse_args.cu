@@ -28,8 +28,9 @@ static void check_in_bounds(const tproduct* p, const char* what)
 }
 
 /* With a list spoilt like that: the fault says so, the call ends, nothing outside C is touched; the
-   same without a fault word; and later calls with the word do nothing. */
-static void check_bad_list(tproduct* p, const char* what)
+   same without a fault word; and later calls with the word do nothing. first .. last: the entry that
+   the fault names; -1: any. */
+static void check_bad_list(tproduct* p, const char* what, int first, int last)
 {
     const moe_fault none = {MOE_FAULT_NONE, 0, 0};
     moe_fault f = none;
@@ -40,6 +41,8 @@ static void check_bad_list(tproduct* p, const char* what)
     f = moe_fault_decode(tfault_word(&p->fault));
     CHECK(f.code == MOE_FAULT_BAD_BLOCK && f.rank == 0, "%s: fault \"%s\" at %lld: %s", what,
           moe_fault_text(f.code), (long long)f.index, tproduct_text(&p->w));
+    CHECK(first < 0 || (f.index >= first && f.index <= last), "%s: entry %lld, not %d .. %d: %s",
+          what, (long long)f.index, first, last, tproduct_text(&p->w));
     check_in_bounds(p, what);
     CHECK(tproduct_inputs_same(p), "%s: an input was written", what);
     tmatrix_poison(&p->c);
@@ -87,7 +90,7 @@ static void test_block_bad_lists(void)
                     "past the last",   "far past it",       "negative",   "far negative",
                     "twice",           "not ascending",     "decreasing", "past the room",
                     "negative offset", "far past the room", "number"};
-                int line = (int)trand_int(&r, 0, lines - 1), at, saved[2];
+                int line = (int)trand_int(&r, 0, lines - 1), at, saved[2], first, last;
                 int32_t* spoilt = index;
                 tbuf* d_spoilt = d_index;
                 for (int l = 0; l < lines && offset[line + 1] - offset[line] < 2; ++l)
@@ -111,7 +114,13 @@ static void test_block_bad_lists(void)
                 if (how == 9) spoilt[at] = INT32_MAX;
                 if (how == 10) spoilt[at] = trand_int(&r, 0, 1) ? -1 : t->max_blocks;
                 tbuf_put(d_spoilt, spoilt);
-                check_bad_list(&p, name[how]);
+                first = last = how < 6 || how == 10 ? at : -1; /* of offsets, one of two strips' */
+                if (how < 2 && w.op == MOE_BLOCK_SDD)
+                    last = at + 1; /* what follows is not behind
+                                                                        it, in the next tile */
+                if (how == 5 && saved[0] == others - 1)
+                    first = at - 1; /* the ragged one, not last */
+                check_bad_list(&p, name[how], first, last);
                 spoilt[at - (at > 0)] = saved[1];
                 spoilt[at] = saved[0];
                 tbuf_put(d_spoilt, spoilt);
@@ -398,6 +407,12 @@ static void test_block_refusals(void)
         REFUSED(d.c = AT(d.b, 80 * 64 * 2 - 16), MOE_ERR_OVERLAP, c);
         REFUSED(d.c = DOWN_TO(tproduct_by_column(&w) ? d.mask.row_index : d.mask.column_index, 16),
                 MOE_ERR_OVERLAP, c);
+        REFUSED(d.c = DOWN_TO(d.mask.row_offset, 16), MOE_ERR_OVERLAP, c);
+        REFUSED(d.c = DOWN_TO(d.mask.column_index, 16), MOE_ERR_OVERLAP, c);
+        REFUSED(d.c = DOWN_TO(d.mask.column_offset, 16), MOE_ERR_OVERLAP, c);
+        REFUSED(d.c = DOWN_TO(d.mask.row_index, 16), MOE_ERR_OVERLAP, c);
+        REFUSED(d.c = DOWN_TO(d.mask.position, 16), MOE_ERR_OVERLAP, c);
+        REFUSED(d.c = DOWN_TO(d.mask.position + d.mask.max_blocks - 1, 16), MOE_ERR_OVERLAP, c);
         REFUSED((d.mask = tmask_view(&p.mask, TFORM_BYTES, 0, 0), d.c = DOWN_TO(d.mask.bytes, 16)),
                 MOE_ERR_OVERLAP, c);
         REFUSED((d.mask = tmask_view(&p.mask, TFORM_BITS, 0, 0), d.c = DOWN_TO(d.mask.bits, 16)),
@@ -446,6 +461,36 @@ static void test_block_mask_sizes(void)
     }
 }
 
+/* Packed without any block: the sparse matrix has no memory and needs no address, the others do. */
+static void test_block_packed_nothing(void)
+{
+    trand r = trand_new(6);
+    for (int i = 0; i < 3 * 4; ++i) {
+        tproduct_want w = tproduct_normal(MOE_BLOCK_SDD + i % 3, 40, 56, 72);
+        const int sdd = w.op == MOE_BLOCK_SDD, dsd = w.op == MOE_BLOCK_DSD;
+        tproduct p;
+        moe_block_sparse_desc good, d;
+        w.a_transposed = i / 3 % 2;
+        w.b_transposed = i / 6;
+        w.form = TFORM_LIST;
+        w.packed = 1;
+        w.pattern = TPATTERN_EMPTY;
+        tproduct_new(&p, &w, &r);
+        good = p.d;
+        CHECK(good.mask.max_blocks == 0, "%d blocks", good.mask.max_blocks);
+        if (sdd) good.c = 0;
+        else if (dsd) good.a = 0;
+        else good.b = 0;
+        if (!dsd) REFUSED(d.a = 0, MOE_ERR_NULL, a);
+        if (sdd || dsd) REFUSED(d.b = 0, MOE_ERR_NULL, b);
+        if (!sdd) REFUSED(d.c = 0, MOE_ERR_NULL, c);
+        CHECK(tmatrix_same(&p.c, 1), "a refused call wrote c");
+        CHECK_STATUS(moe_block_sparse(&good, test_now.stream), MOE_OK);
+        tproduct_compare(&p);
+        tproduct_free(&p);
+    }
+}
+
 int main(int argc, char** argv)
 {
     test_begin(argc, argv);
@@ -455,5 +500,6 @@ int main(int argc, char** argv)
     RUN(test_block_stopped);
     RUN(test_block_refusals);
     RUN(test_block_mask_sizes);
+    RUN(test_block_packed_nothing);
     return test_end();
 }
