@@ -19,7 +19,7 @@ typedef struct layer_case {
     int block, dtype, grad_dtype, activation;
     float alpha, limit;
     int max_experts;
-    int table, pad;   /* of the weights; pad also of x, y, dy and dx */
+    int table, pad;   /* of the weights; pad also of x, y, dy and dx, times 1, 2, 3, 4 */
     int unused, bad;  /* percent of ids that are -1, out of range */
     int experts;      /* only the first so many are chosen; 0: all */
     int one_expert;   /* 1: every slot has expert E - 1 */
@@ -73,6 +73,17 @@ static layer_case normal_case(int form, int T, int H, int I, int E, int K)
 static int gated(const layer_case* c)
 {
     return c->activation == 0 || moe_activation_is_gated(c->activation);
+}
+
+/* Elements between rows, all of them different where there is a pad. */
+static int64_t x_stride(const layer_case* c) { return c->H + c->pad; }
+static int64_t y_stride(const layer_case* c) { return c->H + 2 * c->pad; }
+static int64_t dy_stride(const layer_case* c) { return c->H + 3 * c->pad; }
+static int64_t dx_stride(const layer_case* c) { return c->H + (c->in_place ? 3 : 4) * c->pad; }
+
+static size_t rows_bytes(const layer_case* c, int64_t stride)
+{
+    return (size_t)moei_extent(c->T, stride, c->H, c->dtype);
 }
 
 /* Rows of w1, entries of a token's weights, slots of dw1. */
@@ -162,25 +173,24 @@ static void reset(layer_bufs* b)
 
 static void bufs_new(layer_bufs* b, const layer_case* c, trand* r)
 {
-    const int64_t T = c->T, H = c->H, I = c->I, K = choices(c), stride = H + c->pad, U = up_rows(c);
-    const size_t row_bytes = (size_t)moei_extent(T, stride, H, c->dtype);
+    const int64_t T = c->T, H = c->H, I = c->I, K = choices(c), U = up_rows(c);
     const size_t slots = (size_t)slots_of(c), grad = (size_t)moe_dtype_bytes(c->grad_dtype);
     moe_block_layer_bytes bytes;
     moe_block_layer_desc* d = &b->d;
     memset(b, 0, sizeof *b);
-    b->h_x = trows_new(r, T, stride, H, c->dtype, TFILL_NORMAL, 1);
-    b->h_dy = trows_new(r, T, stride, H, c->dtype, TFILL_NORMAL, 1);
+    b->h_x = trows_new(r, T, x_stride(c), H, c->dtype, TFILL_NORMAL, 1);
+    b->h_dy = trows_new(r, T, dy_stride(c), H, c->dtype, TFILL_NORMAL, 1);
     b->h_ids = (int32_t*)test_host(T * K * 4);
     b->h_weights = (float*)test_host(T * K * 4);
-    b->x = tbuf_from("x", b->h_x, row_bytes, 16);
-    b->dy = tbuf_from("dy", b->h_dy, row_bytes, 16);
+    b->x = tbuf_from("x", b->h_x, rows_bytes(c, x_stride(c)), 16);
+    b->dy = tbuf_from("dy", b->h_dy, rows_bytes(c, dy_stride(c)), 16);
     b->ids = tbuf_new("ids", c->form == DENSE ? 0 : (size_t)(T * K) * 4, 4);
     b->weights = tbuf_new("weights", (size_t)(T * K) * 4, 4);
     fill_routing(b, c, r);
     fill_weights(&b->w1, b, c, (int)U, (int)H, r);
     fill_weights(&b->w2, b, c, (int)H, (int)I, r);
-    b->y = tbuf_new("y", row_bytes, 16);
-    b->dx = tbuf_new("dx", c->in_place ? 0 : row_bytes, 16);
+    b->y = tbuf_new("y", rows_bytes(c, y_stride(c)), 16);
+    b->dx = tbuf_new("dx", c->in_place ? 0 : rows_bytes(c, dx_stride(c)), 16);
     b->dw1 = tbuf_new("dw1", slots * (size_t)(U * H) * grad, 16);
     b->dw2 = tbuf_new("dw2", slots * (size_t)(H * I) * grad, 16);
     b->grad_expert = tbuf_new("grad_expert", slots * 4, 4);
@@ -198,7 +208,10 @@ static void bufs_new(layer_bufs* b, const layer_case* c, trand* r)
     d->dw2 = b->dw2.p;
     d->grad_expert = (int32_t*)b->grad_expert.p;
     d->dweights = (float*)b->dweights.p;
-    d->x_stride = d->y_stride = d->dy_stride = d->dx_stride = c->pad ? stride : 0;
+    d->x_stride = c->pad ? x_stride(c) : 0;
+    d->y_stride = c->pad ? y_stride(c) : 0;
+    d->dy_stride = c->pad ? dy_stride(c) : 0;
+    d->dx_stride = c->pad ? dx_stride(c) : 0;
     d->fault = (uint64_t*)b->fault.p;
     d->form = c->form;
     d->num_tokens = c->T;
@@ -279,7 +292,8 @@ static layer_ref ref_new(const layer_bufs* b, const layer_case* c, int rounded)
     d.dy = b->h_dy;
     d.w1 = tweights_host(&b->w1);
     d.w2 = tweights_host(&b->w2);
-    d.x_stride = d.dy_stride = H + c->pad;
+    d.x_stride = x_stride(c);
+    d.dy_stride = dy_stride(c);
     d.x_dtype = d.dy_dtype = d.w_dtype = c->dtype;
     /* the clamped SwiGLU's gradient jumps: both have to agree on which side a number is */
     d.pre_dtype = rounded || c->activation == MOE_ACTIVATION_SWIGLU_CLAMPED ? c->dtype : 0;
@@ -360,7 +374,7 @@ static void check_array(const char* what, const void* got, int dtype, int64_t st
 static void check_forward(const layer_bufs* b, const layer_case* c, const layer_ref* exact,
                           const layer_ref* ideal)
 {
-    const int64_t stride = c->H + c->pad;
+    const int64_t stride = y_stride(c);
     void* y = tbuf_copy(&b->y);
     if (c->T * c->H < 256)
         for (int64_t t = 0; t < c->T; ++t)
@@ -374,7 +388,7 @@ static void check_forward(const layer_bufs* b, const layer_case* c, const layer_
 static void check_backward(const layer_bufs* b, const layer_case* c, const layer_ref* exact,
                            const layer_ref* ideal)
 {
-    const int64_t T = c->T, H = c->H, I = c->I, U = up_rows(c), stride = H + c->pad;
+    const int64_t T = c->T, H = c->H, I = c->I, U = up_rows(c), stride = dx_stride(c);
     const int slots = slots_of(c), bytes = moe_dtype_bytes(c->grad_dtype);
     char* dx = (char*)tbuf_copy(c->in_place ? &b->dy : &b->dx);
     char *dw1 = (char*)tbuf_copy(&b->dw1), *dw2 = (char*)tbuf_copy(&b->dw2);
@@ -772,7 +786,7 @@ static void make_odd(layer_bufs* b, const layer_case* c, int64_t t, int kind, tr
 {
     const int64_t at = trand_int(r, 0, c->H - 1);
     for (int64_t j = 0; j < c->H; ++j) {
-        const int64_t x = t * (c->H + c->pad) + j, dy = x;
+        const int64_t x = t * x_stride(c) + j, dy = t * dy_stride(c) + j;
         if (kind == ODD_X_ROW || kind == ODD_BOTH) moe_store(b->h_x, x, c->dtype, NAN);
         if (kind == ODD_X_NAN && j == at) moe_store(b->h_x, x, c->dtype, NAN);
         if (kind == ODD_X_INF && j == at) moe_store(b->h_x, x, c->dtype, -INFINITY);
@@ -856,7 +870,7 @@ static int any_odd(const char* p, int64_t n, int dtype)
    that none of them has, keep their bits; a token without any expert gets zeros. Sparse too. */
 static void run_lacking(const layer_case* c, int kind, trand* r)
 {
-    const int64_t T = c->T, H = c->H, stride = H + c->pad, grad = moe_dtype_bytes(c->grad_dtype);
+    const int64_t T = c->T, H = c->H, grad = moe_dtype_bytes(c->grad_dtype);
     const int64_t m1 = up_rows(c) * H * grad, m2 = H * c->I * grad;
     const int failures = test_now.failures;
     layer_bufs b;
@@ -885,7 +899,8 @@ static void run_lacking(const layer_case* c, int kind, trand* r)
     }
     for (int64_t t = 0; t < T; ++t)
         for (int j = 0; j < 3; ++j) { /* y, dx, dweights */
-            const int64_t row = j < 2 ? H * 2 : c->K * 4, at = t * (j < 2 ? stride * 2 : row);
+            const int64_t row = j < 2 ? H * 2 : c->K * 4;
+            const int64_t at = t * (j == 0 ? y_stride(c) * 2 : j == 1 ? dx_stride(c) * 2 : row);
             static const char* const name[] = {"y", "dx", "dweights"};
             if (odd[t] == 2)
                 CHECK(all_zero(after[j] + at, (size_t)row), "%s of token %d, which has no expert",
@@ -1416,6 +1431,266 @@ static void test_refusals(void)
     bufs_free(&b);
 }
 
+/* With rows further apart than they are long the last one lies behind T * H elements. What is
+   written must stay out of that too, and out of the last expert's matrices. */
+static void test_strided_overlap(void)
+{
+    trand r = trand_new(22);
+    for (int form = DENSE; form <= BATCH; ++form) {
+        layer_case c = normal_case(form, 3, 24, 16, 3, 2);
+        layer_bufs b;
+        moe_block_layer_desc d, good;
+        char *x, *y, *dy, *dx, *w1, *w2;
+        c.pad = 32;
+        bufs_new(&b, &c, &r);
+        refused_bufs = &b;
+        good = b.d;
+        x = (char*)good.x + (c.T - 1) * x_stride(&c) * 2;
+        y = (char*)good.y + (c.T - 1) * y_stride(&c) * 2;
+        dy = (char*)good.dy + (c.T - 1) * dy_stride(&c) * 2;
+        dx = (char*)good.dx + (c.T - 1) * dx_stride(&c) * 2;
+        w1 = (char*)good.w1.base + b.w1.part[0][0].bytes - (c.pad + 8) * 2;
+        w2 = (char*)good.w2.base + b.w2.part[0][0].bytes - (c.pad + 8) * 2;
+        REFUSED_BOTH(d.fault = (uint64_t*)x, MOE_ERR_OVERLAP, fault);
+        REFUSED_BOTH(d.fault = (uint64_t*)(x + 40), MOE_ERR_OVERLAP, fault);
+        REFUSED_BOTH(d.fault = (uint64_t*)w1, MOE_ERR_OVERLAP, fault);
+        REFUSED_BOTH(d.fault = (uint64_t*)w2, MOE_ERR_OVERLAP, fault);
+        REFUSED_FORWARD(d.fault = (uint64_t*)y, MOE_ERR_OVERLAP, fault);
+        REFUSED_FORWARD(d.fault = (uint64_t*)(y + 40), MOE_ERR_OVERLAP, fault);
+        REFUSED_FORWARD(d.y = x + 32, MOE_ERR_OVERLAP, y);
+        REFUSED_BACKWARD(d.fault = (uint64_t*)(dy + 40), MOE_ERR_OVERLAP, fault);
+        REFUSED_BACKWARD(d.fault = (uint64_t*)(dx + 40), MOE_ERR_OVERLAP, fault);
+        REFUSED_BACKWARD(d.dx = x + 32, MOE_ERR_OVERLAP, dx);
+        REFUSED_BACKWARD(d.dx = dy + 32, MOE_ERR_OVERLAP, dx);
+        REFUSED_BACKWARD(d.dw1 = x + 32, MOE_ERR_OVERLAP, dw1);
+        REFUSED_BACKWARD(d.dw1 = dy + 32, MOE_ERR_OVERLAP, dw1);
+        REFUSED_BACKWARD(d.dw1 = dx + 32, MOE_ERR_OVERLAP, dw1);
+        REFUSED_BACKWARD(d.dw2 = x + 32, MOE_ERR_OVERLAP, dw2);
+        REFUSED_BACKWARD(d.dw2 = dy + 32, MOE_ERR_OVERLAP, dw2);
+        REFUSED_BACKWARD(d.dw2 = dx + 32, MOE_ERR_OVERLAP, dw2);
+        REFUSED_BACKWARD(d.dweights = (float*)(x + 44), MOE_ERR_OVERLAP, dweights);
+        REFUSED_BACKWARD(d.dweights = (float*)(dy + 44), MOE_ERR_OVERLAP, dweights);
+        REFUSED_BACKWARD(d.dweights = (float*)(dx + 44), MOE_ERR_OVERLAP, dweights);
+        REFUSED_BACKWARD(d.grad_expert = (int32_t*)(dy + 44), MOE_ERR_OVERLAP, grad_expert);
+        REFUSED_BACKWARD(d.grad_expert = (int32_t*)(dx + 44), MOE_ERR_OVERLAP, grad_expert);
+        REFUSED_BACKWARD(d.act_grad = dy + 32, MOE_ERR_OVERLAP, act_grad);
+        REFUSED_BACKWARD(d.act_grad = dx + 32, MOE_ERR_OVERLAP, act_grad);
+        CHECK_STATUS(both(&b), MOE_OK);
+        bufs_free(&b);
+    }
+}
+
+/* Who is active, in the memory that forward leaves: places past the last one and experts without a
+   token are -1, written over whatever was there. */
+static void test_active(void)
+{
+    trand r = trand_new(23);
+    for (int i = 0; i < 3 * 4; ++i) {
+        layer_case c = normal_case(DENSE + i % 3, 20, 16, 16, i < 6 ? 7 : 300, 3);
+        layer_bufs b;
+        moei_block_layer l;
+        int32_t active[TWEIGHTS_MOST], slot[TWEIGHTS_MOST];
+        int32_t got[TWEIGHTS_MOST];
+        if (c.E > TWEIGHTS_MOST) c.E = TWEIGHTS_MOST;
+        c.unused = 20 + 80 * (i / 3 % 2);
+        bufs_new(&b, &c, &r);
+        if (i / 3 % 2) { /* whatever was there: zeros are experts and places */
+            char* zeros = (char*)test_host((int64_t)b.saved.bytes);
+            memset(zeros, 0, b.saved.bytes);
+            tbuf_put(&b.saved, zeros);
+            free(zeros);
+        }
+        for (int e = 0; e < c.E; ++e) active[e] = slot[e] = -1;
+        for (int k = 0; k < b.num_active; ++k) {
+            active[k] = b.active[k];
+            slot[b.active[k]] = k;
+        }
+        CHECK_STATUS(moe_block_layer_forward(&b.d, test_now.stream), MOE_OK);
+        CHECK_STATUS(moei_block_layer_plan(&b.d, &l), MOE_OK);
+        TEST_CUDA(cudaDeviceSynchronize());
+        TEST_CUDA(cudaMemcpy(got, l.active.active, (size_t)c.E * 4, cudaMemcpyDeviceToHost));
+        CHECK_INTS("active", got, active, c.E);
+        TEST_CUDA(cudaMemcpy(got, l.active.expert_slot, (size_t)c.E * 4, cudaMemcpyDeviceToHost));
+        CHECK_INTS("expert_slot", got, slot, c.E);
+        TEST_CUDA(cudaMemcpy(got, l.active.count, 4, cudaMemcpyDeviceToHost));
+        CHECK(got[0] == b.num_active, "%d are active, not %d", got[0], b.num_active);
+        bufs_free(&b);
+    }
+}
+
+/* ---- 64 bits ---- */
+
+/* Rows of x, y, dy, dx and matrices of experts that lie past 2^32 elements: the bits of the same
+   call on dense ones. Two far buffers at a time, 8 GiB each. */
+static void test_block_layer_past_2_31(void)
+{
+    static const char* const name[2][2] = {{"x", "y"}, {"dy", "dx"}};
+    trand r = trand_new(24);
+    for (int i = 0; i < 3 * 3; ++i) {
+        layer_case c = normal_case(DENSE + i / 3, 37, 24, 32, 5, 2);
+        const int weights = i % 3 == 2;
+        const int64_t m1 = up_rows(&c) * c.H, m2 = (int64_t)c.H * c.I;
+        const tbuf* out[7];
+        void* near[7];
+        layer_bufs b;
+        twide wide[2];
+        c.own_act_grad = 1;
+        bufs_new(&b, &c, &r);
+        out[0] = &b.y, out[1] = &b.dx, out[2] = &b.dw1, out[3] = &b.dw2, out[4] = &b.dweights;
+        out[5] = &b.grad_expert;
+        CHECK_STATUS(both(&b), MOE_OK);
+        for (int j = 0; j < 6; ++j) near[j] = tbuf_copy(out[j]);
+        reset(&b);
+        if (twide_new(&wide[0], weights ? "w1" : name[i % 3][0], weights ? c.E : c.T,
+                      weights ? m1 : c.H, c.dtype)) {
+            if (twide_new(&wide[1], weights ? "w2" : name[i % 3][1], weights ? c.E : c.T,
+                          weights ? m2 : c.H, c.dtype)) {
+                const void* first = weights ? b.w1.host[0][0] : i % 3 ? b.h_dy : b.h_x;
+                twide_put(&wide[0], first);
+                if (weights) twide_put(&wide[1], b.w2.host[0][0]);
+                if (i % 3 == 0) {
+                    b.d.x = wide[0].p, b.d.x_stride = wide[0].stride;
+                    b.d.y = wide[1].p, b.d.y_stride = wide[1].stride;
+                } else if (i % 3 == 1) {
+                    b.d.dy = wide[0].p, b.d.dy_stride = wide[0].stride;
+                    b.d.dx = wide[1].p, b.d.dx_stride = wide[1].stride;
+                } else {
+                    b.d.w1.base = wide[0].p, b.d.w1.expert_stride = wide[0].stride;
+                    b.d.w2.base = wide[1].p, b.d.w2.expert_stride = wide[1].stride;
+                }
+                CHECK_STATUS(both(&b), MOE_OK);
+                for (int j = 0; j < 6; ++j)
+                    if (weights || j != i % 3)
+                        CHECK(tbuf_holds(out[j], near[j]), "other bits in %s, form %d, far %s",
+                              out[j]->name, c.form, wide[0].name);
+                CHECK(twide_holds(&wide[0], first), "an input was written");
+                twide_holds(&wide[1], weights ? b.w2.host[0][0] : near[i % 3]);
+                CHECK_FAULT(&b.fault, MOE_FAULT_NONE, 0);
+                twide_free(&wide[1]);
+            }
+            twide_free(&wide[0]);
+        }
+        for (int j = 0; j < 6; ++j) free(near[j]);
+        bufs_free(&b);
+    }
+}
+
+/* Slots of dw1 and dw2 past 2^32 elements: 4096 experts, a token each, that share their matrices
+   and repeat after 4 tokens; each slot is that of a layer of the first 4. On the CPU fewer and
+   smaller ones. weights [T, E] and [T, K] cannot get there: act has at least 16 times as many
+   elements, in one list of blocks. */
+static void test_gradients_past_2_31(void)
+{
+    const int far = TWIDE_SPAN > 0, E = far ? 4096 : 12, H = far ? 1024 : 32, I = far ? 1040 : 48;
+    const int64_t matrix = (int64_t)H * I, most = (int64_t)E * matrix * 2;
+    trand r = trand_new(25);
+    layer_case small = normal_case(SPARSE, 4, H, I, 4, 1);
+    layer_bufs b;
+    moe_block_layer_desc d;
+    moe_block_layer_bytes bytes;
+    char *x, *dy, *near[2], *got;
+    int32_t* ids;
+    float* weights;
+    void** address[2];
+    if (far && !test_has_memory(2 * (size_t)most + ((size_t)4 << 30))) return;
+    small.activation = MOE_ACTIVATION_GELU;
+    bufs_new(&b, &small, &r);
+    for (int e = 0; e < 4; ++e) { /* one expert's matrices for all */
+        memcpy((char*)b.w1.host[0][0] + e * matrix * 2, b.w1.host[0][0], (size_t)matrix * 2);
+        memcpy((char*)b.w2.host[0][0] + e * matrix * 2, b.w2.host[0][0], (size_t)matrix * 2);
+        b.h_ids[e] = e;
+    }
+    trand_fill_normal(&r, b.w1.host[0][0], matrix, small.dtype);
+    trand_fill_normal(&r, b.w2.host[0][0], matrix, small.dtype);
+    for (int e = 1; e < 4; ++e) {
+        memcpy((char*)b.w1.host[0][0] + e * matrix * 2, b.w1.host[0][0], (size_t)matrix * 2);
+        memcpy((char*)b.w2.host[0][0] + e * matrix * 2, b.w2.host[0][0], (size_t)matrix * 2);
+    }
+    tbuf_put(&b.w1.part[0][0], b.w1.host[0][0]);
+    tbuf_put(&b.w2.part[0][0], b.w2.host[0][0]);
+    tbuf_put(&b.ids, b.h_ids);
+    b.d.max_experts = 0;
+    CHECK_STATUS(both(&b), MOE_OK);
+    near[0] = (char*)tbuf_copy(&b.dw1);
+    near[1] = (char*)tbuf_copy(&b.dw2);
+
+    x = (char*)test_host((int64_t)E * H * 2);
+    dy = (char*)test_host((int64_t)E * H * 2);
+    ids = (int32_t*)test_host((int64_t)E * 4);
+    weights = (float*)test_host((int64_t)E * 4);
+    for (int i = 0; i < 2; ++i) address[i] = (void**)test_host((int64_t)E * 8);
+    for (int e = 0; e < E; ++e) {
+        memcpy(x + (int64_t)e * H * 2, (char*)b.h_x + e % 4 * H * 2, (size_t)H * 2);
+        memcpy(dy + (int64_t)e * H * 2, (char*)b.h_dy + e % 4 * H * 2, (size_t)H * 2);
+        ids[e] = e;
+        weights[e] = b.h_weights[e % 4];
+        address[0][e] = b.w1.part[0][0].p;
+        address[1][e] = b.w2.part[0][0].p;
+    }
+    {
+        tbuf d_x = tbuf_from("x", x, (size_t)E * (size_t)H * 2, 0);
+        tbuf d_dy = tbuf_from("dy", dy, (size_t)E * (size_t)H * 2, 0);
+        tbuf d_y = tbuf_new("y", (size_t)E * (size_t)H * 2, 0);
+        tbuf d_ids = tbuf_from("ids", ids, (size_t)E * 4, 0);
+        tbuf d_weights = tbuf_from("weights", weights, (size_t)E * 4, 0);
+        tbuf w1 = tbuf_from("w1 table", address[0], (size_t)E * 8, 0);
+        tbuf w2 = tbuf_from("w2 table", address[1], (size_t)E * 8, 0);
+        tbuf slots = tbuf_new("grad_expert", (size_t)E * 4, 0);
+        tbuf dw[2], saved, workspace;
+        d = b.d;
+        d.num_tokens = d.num_experts = E;
+        d.x = d_x.p, d.dy = d_dy.p, d.y = d_y.p, d.dx = 0, d.dweights = 0;
+        d.ids = (const int32_t*)d_ids.p, d.weights = (const float*)d_weights.p;
+        d.w1.base = d.w2.base = 0;
+        d.w1.table = (const void* const*)w1.p, d.w2.table = (const void* const*)w2.p;
+        d.grad_expert = (int32_t*)slots.p;
+        CHECK_STATUS(moe_block_layer_sizes(&d, &bytes), MOE_OK);
+        saved = tbuf_new("saved", bytes.saved, 0);
+        workspace = tbuf_new("workspace",
+                             bytes.forward > bytes.backward ? bytes.forward : bytes.backward, 0);
+        d.saved = saved.p, d.saved_bytes = bytes.saved;
+        d.workspace = workspace.p, d.workspace_bytes = workspace.bytes;
+        for (int i = 0; i < 2; ++i) dw[i] = tbuf_new(i ? "dw2" : "dw1", (size_t)most, 0);
+        d.dw1 = dw[0].p, d.dw2 = dw[1].p;
+        CHECK(!far || (int64_t)(E - 1) * matrix > (int64_t)1 << 32, "not far");
+        CHECK_STATUS(moe_block_layer_forward(&d, test_now.stream), MOE_OK);
+        CHECK_STATUS(moe_block_layer_backward(&d, test_now.stream), MOE_OK);
+        CHECK_FAULT(&b.fault, MOE_FAULT_NONE, 0);
+        got = (char*)test_host(matrix * 2);
+        for (int i = 0; i < 2; ++i)
+            for (int j = 0; j < 12; ++j) { /* the first four, four in the middle, the last four */
+                const int e = (j < 4 ? 0 : j < 8 ? E / 2 - 2 : E - 4) + j % 4;
+                TEST_CUDA(cudaMemcpy(got, (char*)dw[i].p + (int64_t)e * matrix * 2,
+                                     (size_t)matrix * 2, cudaMemcpyDeviceToHost));
+                CHECK(memcmp(got, near[i] + e % 4 * matrix * 2, (size_t)matrix * 2) == 0,
+                      "%s of slot %d", dw[i].name, e);
+                CHECK(any_odd(got, matrix, small.dtype) == 0 && !all_zero(got, (size_t)matrix * 2),
+                      "%s of slot %d shows nothing", dw[i].name, e);
+            }
+        free(got);
+        for (int i = 0; i < 2; ++i) tbuf_free(&dw[i]);
+        tbuf_free(&saved);
+        tbuf_free(&workspace);
+        tbuf_free(&slots);
+        tbuf_free(&w1);
+        tbuf_free(&w2);
+        tbuf_free(&d_x);
+        tbuf_free(&d_dy);
+        tbuf_free(&d_y);
+        tbuf_free(&d_ids);
+        tbuf_free(&d_weights);
+    }
+    for (int i = 0; i < 2; ++i) {
+        free(near[i]);
+        free(address[i]);
+    }
+    free(x);
+    free(dy);
+    free(ids);
+    free(weights);
+    bufs_free(&b);
+}
+
 static void test_preload(void) { CHECK_STATUS(moe_block_layer_preload(), MOE_OK); }
 
 int main(int argc, char** argv)
@@ -1443,6 +1718,10 @@ int main(int argc, char** argv)
     RUN(test_no_tokens);
     RUN(test_sizes);
     RUN(test_refusals);
+    RUN(test_strided_overlap);
+    RUN(test_active);
+    RUN(test_block_layer_past_2_31);
+    RUN(test_gradients_past_2_31);
     RUN(test_preload);
     return test_end();
 }

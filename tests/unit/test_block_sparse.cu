@@ -568,10 +568,12 @@ static void test_block_large(void)
 static void test_block_past_2_31(void)
 {
     trand r = trand_new(15);
-    for (int i = 0; i < 9; ++i) {
-        const int far = i / 3; /* which of A, B, C */
-        tproduct_want w =      /* few rows: strides past 2^30 */
-            tproduct_normal(ops[i % 3], far == 0 ? 2 : 40, 48, far == 1 ? 2 : 56);
+    for (int i = 0; i < 18; ++i) {
+        const int far = i / 3 % 3; /* which of A, B, C */
+        const int rows =
+            i < 9 ? 2 : 37; /* two: a stride of 2^32; more: lines of a copy far apart */
+        tproduct_want w =
+            tproduct_normal(ops[i % 3], far == 0 ? rows : 40, 48, far == 1 ? rows : 56);
         tproduct p;
         tmatrix* t;
         twide wide;
@@ -610,7 +612,7 @@ static void test_block_past_2_31(void)
 static void test_block_many_past_2_31(void)
 {
 #if !MOE_ON_HOST
-    enum { BLOCK = 128, SIDE = 368, K = 16, N = SIDE * BLOCK, COUNT = SIDE * SIDE }; /* 2.2e9 */
+    enum { BLOCK = 128, SIDE = 520, K = 16, N = SIDE * BLOCK, COUNT = SIDE * SIDE }; /* 4.4e9 */
     static double exact[BLOCK * BLOCK], sum[BLOCK * BLOCK];
     static uint16_t got[BLOCK * BLOCK];
     trand r = trand_new(16);
