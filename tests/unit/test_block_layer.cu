@@ -571,6 +571,19 @@ static void test_activations(void)
         }
 }
 
+/* w1 and w2 that put a token's numbers into pre and out of act as they are; weights of 1. */
+static void make_identity(layer_bufs* b, const layer_case* c)
+{
+    memset(b->w1.host[0][0], 0, b->w1.part[0][0].bytes);
+    memset(b->w2.host[0][0], 0, b->w2.part[0][0].bytes);
+    for (int i = 0; i < up_rows(c); ++i) moe_store(b->w1.host[0][0], i * c->H + i, c->dtype, 1);
+    for (int i = 0; i < c->I; ++i) moe_store(b->w2.host[0][0], i * c->I + i, c->dtype, 1);
+    for (int64_t i = 0; i < c->T; ++i) b->h_weights[i] = 1;
+    tbuf_put(&b->w1.part[0][0], b->w1.host[0][0]);
+    tbuf_put(&b->w2.part[0][0], b->w2.host[0][0]);
+    tbuf_put(&b->weights, b->h_weights);
+}
+
 /* Activations and their slopes over all sizes of numbers, through the identity: H = I = block, w1
    and w2 put each token's numbers straight into pre and out of act. */
 static void test_curves(void)
@@ -586,10 +599,7 @@ static void test_curves(void)
         c.activation = a;
         c.dtype = c.grad_dtype = MOE_FP16;
         bufs_new(&b, &c, &r);
-        memset(b.w1.host[0][0], 0, b.w1.part[0][0].bytes);
-        memset(b.w2.host[0][0], 0, b.w2.part[0][0].bytes);
-        for (int i = 0; i < up_rows(&c); ++i) moe_store(b.w1.host[0][0], i * c.H + i, c.dtype, 1);
-        for (int i = 0; i < c.I; ++i) moe_store(b.w2.host[0][0], i * c.I + i, c.dtype, 1);
+        make_identity(&b, &c);
         for (int64_t i = 0; i < (int64_t)c.T * c.H; ++i) {
             static const float scale[] = {0.1f, 1, 4, 10};
             float v = trand_normal(&r) * scale[i / c.H % 4];
@@ -600,11 +610,7 @@ static void test_curves(void)
             moe_store(b.h_x, i, c.dtype, v);
             if (i / c.H >= 60) moe_store(b.h_dy, i, c.dtype, 1);
         }
-        for (int64_t i = 0; i < c.T; ++i) b.h_weights[i] = 1;
-        tbuf_put(&b.w1.part[0][0], b.w1.host[0][0]);
-        tbuf_put(&b.w2.part[0][0], b.w2.host[0][0]);
         tbuf_put(&b.x, b.h_x);
-        tbuf_put(&b.weights, b.h_weights);
         reset(&b);
         if (CHECK_STATUS(both(&b), MOE_OK)) {
             uint16_t *y = (uint16_t*)tbuf_copy(&b.y), *dx = (uint16_t*)tbuf_copy(&b.dx);
@@ -636,6 +642,117 @@ static void test_curves(void)
         }
         bufs_free(&b);
     }
+}
+
+/* The clamped SwiGLU's gradient at the limit itself, where it passes, and a step of fp16 to either
+   side of it, where it passes or is 0. */
+static void test_clamp_edges(void)
+{
+    static const float limits[] = {0, 0.75f}; /* 0: 7 */
+    trand r = trand_new(26);
+    for (int l = 0; l < 2; ++l) {
+        const float limit = l ? limits[l] : 7, step = l ? 1.0f / 2048 : 1.0f / 256;
+        const float edge[] = {limit,        limit - step,  limit + step, -limit,
+                              step - limit, -limit - step, 0.5f,         -0.25f};
+        layer_case c = normal_case(DENSE, 64, 32, 16, 1, 0);
+        layer_bufs b;
+        int64_t passed[2] = {0, 0}, zero[2] = {0, 0};
+        c.activation = MOE_ACTIVATION_SWIGLU_CLAMPED;
+        c.limit = limits[l];
+        c.dtype = c.grad_dtype = MOE_FP16;
+        bufs_new(&b, &c, &r);
+        make_identity(&b, &c);
+        for (int i = 0; i < c.T * c.I; ++i) { /* all pairs */
+            const int64_t at = i / c.I * c.H + i % c.I;
+            moe_store(b.h_x, at, c.dtype, edge[i % 8]);
+            moe_store(b.h_x, at + c.I, c.dtype, edge[i / 8 % 8]);
+            moe_store(b.h_dy, at, c.dtype, 1 + (float)(i % 3));
+        }
+        tbuf_put(&b.x, b.h_x);
+        reset(&b);
+        if (CHECK_STATUS(both(&b), MOE_OK)) {
+            uint16_t *y = (uint16_t*)tbuf_copy(&b.y), *dx = (uint16_t*)tbuf_copy(&b.dx);
+            for (int i = 0; i < c.T * c.I; ++i) {
+                const int64_t at = i / c.I * c.H + i % c.I;
+                const float v = edge[i % 8], up = edge[i / 8 % 8];
+                const double d = moe_load(b.h_dy, at, c.dtype);
+                const double got[] = {moe_load(y, at, c.dtype), moe_load(dx, at, c.dtype),
+                                      moe_load(dx, at + c.I, c.dtype)};
+                double want[3];
+                want[0] = moe_ref_activation_f64(c.activation, v, up, 0, c.limit);
+                moe_ref_activation_grad_f64(c.activation, v, up, 0, c.limit, &want[1], &want[2]);
+                for (int j = 0; j < 3; ++j) {
+                    const double w = j ? want[j] * d : want[j];
+                    CHECK(fabs(got[j] - w) <= fabs(w) / 900 + 2e-6,
+                          "limit %g, gate %g, up %g: part %d is %g, not %g", (double)limit,
+                          (double)v, (double)up, j, got[j], w);
+                }
+                passed[0] += v == limit && got[1] != 0;
+                passed[1] += fabsf(up) == limit && got[2] != 0;
+                zero[0] += v > limit && got[1] == 0;
+                zero[1] += fabsf(up) > limit && got[2] == 0;
+            }
+            CHECK(passed[0] >= 64 && passed[1] >= 128 && zero[0] == 128 && zero[1] == 256,
+                  "gates %lld pass, %lld not; ups %lld, %lld", (long long)passed[0],
+                  (long long)zero[0], (long long)passed[1], (long long)zero[1]);
+            free(y);
+            free(dx);
+        }
+        bufs_free(&b);
+    }
+}
+
+typedef struct slope_args {
+    const float* v;
+    float* slope;
+    int32_t n;
+} slope_args;
+
+MOE_KERNEL(256, 1) slope_kernel(MOE_ARG(slope_args) a)
+{
+    const int i = (int)(blockIdx.x * 256 + threadIdx.x);
+    if (i < a.n) a.slope[i] = moei_block_gelu_slope(a.v[i]);
+}
+
+/* GELU's slope in fp32: near 0 a series, further off by a quotient, and where they meet. */
+static void test_gelu_slope(void)
+{
+    enum { N = 4096 };
+    static const float edge[] = {0,       -0.0f,       1e-30f,       -1e-30f,    1e-6f, 0.125f,
+                                 -0.125f, 0.12500001f, -0.12500001f, 0.1249999f, 15,    -15,
+                                 16,      -16,         1e30f,        -1e30f};
+    trand r = trand_new(27);
+    static float v[N];
+    const moei_launch_config config = moei_grid(N / 256, 256, 0, test_now.stream);
+    slope_args a;
+    tbuf in, out;
+    float* got;
+    double worst[2] = {0, 0};
+    for (int i = 0; i < N; ++i) {
+        v[i] = i < 16 ? edge[i] : (float)trand_int(&r, -1000, 1000) / 1000;
+        if (i >= 16 && i % 2) v[i] *= 0.13f;
+        if (i >= 16 && i % 8 == 0) v[i] *= 6;
+    }
+    in = tbuf_from("v", v, sizeof v, 0);
+    out = tbuf_new("slope", sizeof v, 0);
+    a.v = (const float*)in.p;
+    a.slope = (float*)out.p;
+    a.n = N;
+    CHECK_STATUS(MOE_LAUNCH(slope_kernel, config, a), MOE_OK);
+    got = (float*)tbuf_copy(&out);
+    for (int i = 0; i < N; ++i) {
+        const int far = fabsf(v[i]) > 0.125f;
+        const double bound = far ? 2e-6 : 1.5e-7;
+        double want, by_up, error;
+        moe_ref_activation_grad_f64(MOE_ACTIVATION_GELU, v[i], 0, 0, 0, &want, &by_up);
+        error = fabs(got[i] - want);
+        if (error > worst[far]) worst[far] = error;
+        CHECK(error <= bound, "slope of %.9g: %.9g, not %.9g", (double)v[i], (double)got[i], want);
+    }
+    if (test_now.verbose) printf("  gelu's slope: errors up to %g, %g\n", worst[0], worst[1]);
+    free(got);
+    tbuf_free(&in);
+    tbuf_free(&out);
 }
 
 /* A longer run of everything. */
@@ -1595,14 +1712,10 @@ static void test_gradients_past_2_31(void)
     if (far && !test_has_memory(2 * (size_t)most + ((size_t)4 << 30))) return;
     small.activation = MOE_ACTIVATION_GELU;
     bufs_new(&b, &small, &r);
-    for (int e = 0; e < 4; ++e) { /* one expert's matrices for all */
-        memcpy((char*)b.w1.host[0][0] + e * matrix * 2, b.w1.host[0][0], (size_t)matrix * 2);
-        memcpy((char*)b.w2.host[0][0] + e * matrix * 2, b.w2.host[0][0], (size_t)matrix * 2);
-        b.h_ids[e] = e;
-    }
+    for (int e = 0; e < 4; ++e) b.h_ids[e] = e;
     trand_fill_normal(&r, b.w1.host[0][0], matrix, small.dtype);
     trand_fill_normal(&r, b.w2.host[0][0], matrix, small.dtype);
-    for (int e = 1; e < 4; ++e) {
+    for (int e = 1; e < 4; ++e) { /* one expert's matrices for all */
         memcpy((char*)b.w1.host[0][0] + e * matrix * 2, b.w1.host[0][0], (size_t)matrix * 2);
         memcpy((char*)b.w2.host[0][0] + e * matrix * 2, b.w2.host[0][0], (size_t)matrix * 2);
     }
@@ -1701,6 +1814,8 @@ int main(int argc, char** argv)
     RUN(test_blocks);
     RUN(test_activations);
     RUN(test_curves);
+    RUN(test_clamp_edges);
+    RUN(test_gelu_slope);
     RUN(test_large);
     RUN(test_ids);
     RUN(test_max_experts);
