@@ -137,6 +137,46 @@ static void test_block_bad_lists(void)
     }
 }
 
+/* The ragged block, which is the last of all, before the last place of its strip: twice there, or
+   before another one. In each strip, of each operation, packed and not. Where strips are joined, or
+   each tile of sdd looks at its own columns alone, the place after it may be the one that is named.
+   */
+static void test_block_ragged_not_last(void)
+{
+    trand r = trand_new(7);
+    for (int i = 0; i < 3 * 2 * 2; ++i) {
+        tproduct_want w = tproduct_normal(MOE_BLOCK_SDD + i % 3, 75, 85, 69);
+        tproduct p;
+        w.block_rows = w.block_columns = 32; /* 3 of them, ragged each way */
+        w.form = TFORM_LIST;
+        w.pattern = TPATTERN_FULL;
+        w.packed = i / 3 % 2;
+        w.by_column = 1;
+        w.tile = i / 6 ? MOE_BLOCK_TILE_32x256 : MOE_BLOCK_TILE_AUTO;
+        tproduct_new(&p, &w, &r);
+        if (tproduct_launch(&p)) {
+            tmask* t = &p.mask;
+            const int by_column = moei_block_by_column(&p.d);
+            int32_t* index = by_column ? t->row_index : t->column_index;
+            tbuf* d_index = by_column ? &t->d_row_index : &t->d_column_index;
+            tproduct_compare(&p);
+            for (int line = 0; line < 3; ++line)
+                for (int twice = 0; twice < 2; ++twice) {
+                    const int at = line * 3 + 1; /* its last place but one */
+                    index[at] = 2;
+                    index[at + 1] = twice ? 2 : 1;
+                    tbuf_put(d_index, index);
+                    check_bad_list(&p, twice ? "ragged twice" : "ragged before the last", at,
+                                   at + !(w.op != MOE_BLOCK_SDD && (w.packed || w.tile)));
+                    index[at] = 1;
+                    index[at + 1] = 2;
+                    tbuf_put(d_index, index);
+                }
+        }
+        tproduct_free(&p);
+    }
+}
+
 /* A piece of A or B that a block wants must have an address, 16-byte aligned. */
 static void test_block_bad_tables(void)
 {
@@ -495,6 +535,7 @@ int main(int argc, char** argv)
 {
     test_begin(argc, argv);
     RUN(test_block_bad_lists);
+    RUN(test_block_ragged_not_last);
     RUN(test_block_bad_tables);
     RUN(test_block_bad_c_table);
     RUN(test_block_stopped);
