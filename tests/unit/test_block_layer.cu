@@ -266,7 +266,168 @@ static moe_status both(layer_bufs* b)
 /* What the reference gives, exact or as the dtypes on the way round it. */
 typedef struct layer_ref {
     double *y, *dx, *dw1, *dw2, *dweights;
+    struct layer_ref* bound; /* of each element's error; of the exact ones alone */
 } layer_ref;
+
+/* What rounding a number to the dtype may change it by. */
+static double half_ulp(double v, int dtype)
+{
+    if (dtype == MOE_FP32) return ldexp(fabs(v), -24);
+    return dtype == MOE_FP16 ? ldexp(fabs(v), -11) + ldexp(1, -25) : ldexp(fabs(v), -8);
+}
+
+/* What summing n products in fp32 may, in the order of the tensor cores. */
+static double sum_error(double abs_sum, int64_t n)
+{
+    return ((double)n / 16 + 2) * ldexp(1, -23) * abs_sum;
+}
+
+static double square(double v) { return v * v; }
+
+static double* zeros(int64_t n)
+{
+    double* p = (double*)test_host(n * 8);
+    for (int64_t i = 0; i < n; ++i) p[i] = 0;
+    return p;
+}
+
+/* An activation and its two derivatives, and how far each moves where its arguments do. */
+static void moved(const moe_ref_block_layer_desc* d, double v, double up, double by_v, double by_up,
+                  double* at, double* move)
+{
+    const int a = d->activation ? d->activation : MOE_ACTIVATION_SWIGLU;
+    for (int i = 0; i < 5; ++i) {
+        const double x = v + (i == 0 ? 0 : i & 1 ? by_v : -by_v);
+        const double u = up + (i == 0 ? 0 : i & 2 ? by_up : -by_up);
+        double f[3];
+        f[0] = moe_ref_activation_f64(a, x, u, d->alpha, d->limit);
+        moe_ref_activation_grad_f64(a, x, u, d->alpha, d->limit, &f[1], &f[2]);
+        for (int j = 0; j < 3; ++j) {
+            if (i == 0) at[j] = f[j], move[j] = 1e-6 * fabs(f[j]) + 1e-6;
+            else if (fabs(f[j] - at[j]) > move[j]) move[j] = fabs(f[j] - at[j]);
+        }
+    }
+}
+
+/* Squares of errors, and sums of absolute values, that come together in each element: roundings of
+   pre, act, d and the gradient by pre, each by itself, and the sums. */
+static void bound_of_slot(const moe_ref_block_layer_desc* d, int64_t t, int64_t slot, int e,
+                          layer_ref* square_of, layer_ref* abs_of)
+{
+    const int gate = !d->activation || moe_activation_is_gated(d->activation);
+    const int I = d->intermediate, H = d->hidden, U = gate ? 2 * I : I, dtype = d->w_dtype;
+    const double w = ((const double*)d->weights)[slot];
+    const void* m1 = moei_ref_matrix(d->w1.base, d->w1.table, &d->w1, dtype, e, U, H);
+    const void* m2 = moei_ref_matrix(d->w2.base, d->w2.table, &d->w2, dtype, e, H, I);
+    double *w1 = zeros((int64_t)U * H), *w2 = zeros((int64_t)H * I), *h = zeros(U), *eh = zeros(U);
+    double *x = zeros(H), *dy = zeros(H), *sum_y = zeros(H), *sum_dx = zeros(H);
+    for (int i = 0; i < U * H; ++i)
+        w1[i] = moe_load(m1, moei_ref_element(&d->w1, U, H, i / H, i % H), dtype);
+    for (int i = 0; i < H * I; ++i)
+        w2[i] = moe_load(m2, moei_ref_element(&d->w2, H, I, i / I, i % I), dtype);
+    for (int j = 0; j < H; ++j) {
+        x[j] = moe_load(d->x, t * d->x_stride + j, dtype);
+        dy[j] = moe_load(d->dy, t * d->dy_stride + j, dtype);
+    }
+    for (int i = 0; i < U; ++i) {
+        double sum = 0;
+        for (int j = 0; j < H; ++j) h[i] += w1[i * H + j] * x[j], sum += fabs(w1[i * H + j] * x[j]);
+        eh[i] = half_ulp(h[i], dtype) + sum_error(sum, H);
+    }
+    for (int i = 0; i < I; ++i) {
+        double at[3], move[3], da = 0, sum = 0, a, ea, eda;
+        moved(d, h[i], gate ? h[I + i] : 0, eh[i], gate ? eh[I + i] : 0, at, move);
+        a = w * at[0];
+        ea = fabs(w) * move[0] + half_ulp(a, dtype);
+        for (int j = 0; j < H; ++j) da += w2[j * I + i] * dy[j], sum += fabs(w2[j * I + i] * dy[j]);
+        eda = half_ulp(da, dtype) + sum_error(sum, H);
+        square_of->dweights[slot] += square(eda * at[0]) + square(da * move[0]);
+        abs_of->dweights[slot] += fabs(da * at[0]);
+        for (int j = 0; j < H; ++j) {
+            const int64_t at_w2 = ((int64_t)e * H + j) * I + i;
+            square_of->y[t * H + j] += square(w2[j * I + i] * ea);
+            sum_y[j] += fabs(w2[j * I + i] * a);
+            square_of->dw2[at_w2] += square(dy[j] * ea);
+            abs_of->dw2[at_w2] += fabs(dy[j] * a);
+        }
+        for (int g = 0; g <= gate; ++g) {
+            const double dh = w * da * at[1 + g];
+            const double edh =
+                fabs(w) * (eda * fabs(at[1 + g]) + fabs(da) * move[1 + g] + eda * move[1 + g]) +
+                half_ulp(dh, dtype);
+            for (int j = 0; j < H; ++j) {
+                const int64_t at_w1 = ((int64_t)e * U + g * I + i) * H + j;
+                const double by = w1[(g * I + i) * H + j];
+                square_of->dx[t * H + j] += square(by * edh);
+                sum_dx[j] += fabs(by * dh);
+                square_of->dw1[at_w1] += square(x[j] * edh);
+                abs_of->dw1[at_w1] += fabs(x[j] * dh);
+            }
+        }
+    }
+    for (int j = 0; j < H; ++j) {
+        abs_of->y[t * H + j] += sum_y[j];
+        abs_of->dx[t * H + j] += sum_dx[j];
+        if (d->rows_dtype) { /* rounded before tokens' rows are added up: at most this much */
+            square_of->y[t * H + j] += square(half_ulp(sum_y[j], dtype));
+            square_of->dx[t * H + j] += square(half_ulp(sum_dx[j], dtype));
+        }
+    }
+    free(w1), free(w2), free(h), free(eh), free(x), free(dy), free(sum_y), free(sum_dx);
+}
+
+static layer_ref sums_new(int64_t tokens, int64_t dw1, int64_t dw2, int64_t slots)
+{
+    layer_ref r;
+    r.y = zeros(tokens);
+    r.dx = zeros(tokens);
+    r.dw1 = zeros(dw1);
+    r.dw2 = zeros(dw2);
+    r.dweights = zeros(slots);
+    r.bound = 0;
+    return r;
+}
+
+static void ref_free(layer_ref* r)
+{
+    free(r->y);
+    free(r->dx);
+    free(r->dw1);
+    free(r->dw2);
+    free(r->dweights);
+    if (r->bound) ref_free(r->bound);
+    free(r->bound);
+}
+
+/* Four times the root of the squares, for errors that are as often up as down; then the sum's own
+   and what is stored. */
+static void bound_all(double* bound, const double* abs_sum, const double* exact, int64_t count,
+                      int64_t terms, int dtype)
+{
+    for (int64_t i = 0; i < count; ++i)
+        bound[i] = 4 * sqrt(bound[i]) + sum_error(abs_sum[i], terms) +
+                   1.01 * half_ulp(fabs(exact[i]) + 4 * sqrt(bound[i]), dtype);
+}
+
+static layer_ref* bounds_new(const moe_ref_block_layer_desc* d, const layer_case* c,
+                             const layer_ref* exact)
+{
+    const int64_t T = c->T, H = c->H, I = c->I, K = d->top_k, E = c->E, U = up_rows(c);
+    layer_ref* r = (layer_ref*)test_host(sizeof *r);
+    layer_ref sums = sums_new(T * H, E * U * H, E * H * I, T * K);
+    *r = sums_new(T * H, E * U * H, E * H * I, T * K);
+    for (int64_t s = 0; s < T * K; ++s) {
+        const int e = d->ids ? d->ids[s] : (int)(s % K);
+        if (e >= 0 && e < E) bound_of_slot(d, s / K, s, e, r, &sums);
+    }
+    bound_all(r->y, sums.y, exact->y, T * H, K * I, c->dtype);
+    bound_all(r->dx, sums.dx, exact->dx, T * H, K * U, c->dtype);
+    bound_all(r->dw1, sums.dw1, exact->dw1, E * U * H, T, c->grad_dtype);
+    bound_all(r->dw2, sums.dw2, exact->dw2, E * H * I, T, c->grad_dtype);
+    bound_all(r->dweights, sums.dweights, exact->dweights, T * K, I, MOE_FP32);
+    ref_free(&sums);
+    return r;
+}
 
 static layer_ref ref_new(const layer_bufs* b, const layer_case* c, int rounded)
 {
@@ -313,10 +474,13 @@ static layer_ref ref_new(const layer_bufs* b, const layer_case* c, int rounded)
     r.dw2 = (double*)test_host(c->E * H * I * 8);
     r.dweights = (double*)test_host(T * K * 8);
     CHECK(moe_ref_block_layer_f64(&d, r.y, r.dx, r.dw1, r.dw2, r.dweights) == 0, "out of memory");
+    d.rows_dtype = c->form == SPARSE ? c->dtype : 0;
+    r.bound = rounded ? (layer_ref*)0 : bounds_new(&d, c, &r);
     for (int64_t s = 0; c->form == BATCH && s < T * K; ++s)
         for (int64_t j = s / K * K; j < s; ++j)
             if (b->h_ids[s] >= 0 && b->h_ids[j] == b->h_ids[s]) {
                 r.dweights[s] = r.dweights[j];
+                if (r.bound) r.bound->dweights[s] = r.bound->dweights[j];
                 break;
             }
     free(weights);
@@ -331,13 +495,22 @@ static layer_ref ref_new(const layer_bufs* b, const layer_case* c, int rounded)
     return r;
 }
 
-static void ref_free(layer_ref* r)
+/* Each element by its own bound. */
+static void check_each(const char* what, const void* got, int dtype, int64_t stride,
+                       const double* exact, const double* bound, int64_t rows, int64_t cols)
 {
-    free(r->y);
-    free(r->dx);
-    free(r->dw1);
-    free(r->dw2);
-    free(r->dweights);
+    int64_t bad = 0;
+    double worst = 0;
+    for (int64_t i = 0; i < rows * cols; ++i) {
+        const double v = moe_load(got, i / cols * stride + i % cols, dtype);
+        const double error = fabs(v - exact[i]);
+        if (error <= bound[i] && bound[i] > 0 && error / bound[i] > worst) worst = error / bound[i];
+        if (!(error <= bound[i]) && bad++ < 3)
+            CHECK(0, "%s: [%lld, %lld] is %.9g, not %.9g; its bound is %.3g", what,
+                  (long long)(i / cols), (long long)(i % cols), v, exact[i], bound[i]);
+    }
+    CHECK(bad == 0, "%s: %lld of %lld", what, (long long)bad, (long long)(rows * cols));
+    if (test_now.verbose) printf("  each of %s: at most %.2f of its bound\n", what, worst);
 }
 
 /* The house bound over few numbers, which may all be small. */
@@ -381,6 +554,7 @@ static void check_forward(const layer_bufs* b, const layer_case* c, const layer_
             check_array("y", (uint16_t*)y + t * stride, c->dtype, c->H, exact->y + t * c->H,
                         ideal->y + t * c->H, 1, c->H);
     else check_array("y", y, c->dtype, stride, exact->y, ideal->y, c->T, c->H);
+    check_each("y", y, c->dtype, stride, exact->y, exact->bound->y, c->T, c->H);
     CHECK(test_strays(y, (int64_t)b->y.bytes, 2, stride, c->H, 0, c->T) == 0, "y");
     free(y);
 }
@@ -400,6 +574,9 @@ static void check_backward(const layer_bufs* b, const layer_case* c, const layer
             check_array("dx", dx + t * stride * 2, c->dtype, H, exact->dx + t * H,
                         ideal->dx + t * H, 1, H);
     else check_array("dx", dx, c->dtype, stride, exact->dx, ideal->dx, T, H);
+    check_each("dx", dx, c->dtype, stride, exact->dx, exact->bound->dx, T, H);
+    check_each("dweights", dweights, MOE_FP32, choices(c), exact->dweights, exact->bound->dweights,
+               T, choices(c));
     if (!c->in_place) CHECK(test_strays(dx, (int64_t)b->dx.bytes, 2, stride, H, 0, T) == 0, "dx");
     check_array("dweights", dweights, MOE_FP32, choices(c), exact->dweights, ideal->dweights, T,
                 choices(c));
@@ -413,6 +590,10 @@ static void check_backward(const layer_bufs* b, const layer_case* c, const layer
                     ideal->dw1 + e * U * H, U, H);
         check_array("dw2", dw2 + i * H * I * bytes, c->grad_dtype, I, exact->dw2 + e * H * I,
                     ideal->dw2 + e * H * I, H, I);
+        check_each("dw1", dw1 + i * U * H * bytes, c->grad_dtype, H, exact->dw1 + e * U * H,
+                   exact->bound->dw1 + e * U * H, U, H);
+        check_each("dw2", dw2 + i * H * I * bytes, c->grad_dtype, I, exact->dw2 + e * H * I,
+                   exact->bound->dw2 + e * H * I, H, I);
     }
     for (int64_t i = b->num_active * U * H * bytes; i < (int64_t)b->dw1.bytes; ++i)
         strays += (unsigned char)dw1[i] != test_poison_byte((size_t)i);
