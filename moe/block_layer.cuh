@@ -45,6 +45,11 @@
    and the sparse form's rows are rounded to the dtype. Equal inputs give equal bits; dense and
    batch add experts in ascending order, so that batch with all experts is dense to the last bit.
    The gradient of what the clamped SwiGLU holds back is 0; at the limit itself it passes.
+   NaN and infinity stay with those that have them. A token does not change other tokens' y, dx and
+   dweights, nor dw1 and dw2 of an expert that it lacks, whatever its x, dy and weights are; a token
+   without any expert has y and dx of 0, a slot of -1 has dweights of 0. Rows that fill blocks up
+   enter no product. The one exception: in the batch form NaN or infinity in w1 of an active expert
+   reaches dx, in w2 y, of the tokens that lack it too.
    An id outside -1 .. E-1: fault BAD_ID, and the slot is dropped; null or misaligned entries in a
    table of weights: BAD_TABLE, for active experts alone. A stop fault in the word keeps later
    calls from writing. T = 0: no expert is active; backward writes grad_expert alone.
