@@ -36,11 +36,16 @@
    An unused choice has id -1 and weight 0: below the threshold, a sparsemax score of 0, or fewer
    than K experts left.
 
-   Infinities are limits: +inf shares the whole softmax among its equals, -inf has weight 0 and
-   is chosen last, a row of -inf counts as a row of equals; but squared, -inf is +inf. (An expert is
-   switched off by expert_off, with any score.) A row that holds a NaN (of an expert that the token
-   sees), or with pioneer a logit of 2^20 or more, selects nothing (ids -1, weights 0) and sets the
-   fault word; no other token changes. An expert whose bias is NaN is not chosen.
+   Infinities are limits: +inf shares the whole softmax among its equals. A logit of -inf is no
+   choice, as if the token did not see the expert: a row of -inf selects nothing, without a fault.
+   Squared, -inf is +inf. Quadratic compares |l|, so what overflows squared keeps its order.
+   whole_batch: a sum of -inf is no choice either; +inf and -inf of one expert sum to NaN, which is
+   no choice and sets the fault word. Finite logits have finite sums.
+   A row that holds a NaN (of an expert that the token sees), or with pioneer a logit of 2^20 or
+   more, selects nothing (ids -1, weights 0) and sets the fault word; no other token changes. An
+   expert whose bias is NaN is not chosen, and its group has its score from the others.
+   With a temperature, softmax, sparsemax and (without groups) top-k softmax take a row's largest
+   logit off before they divide: an offset of the whole row costs no precision.
    Without a bias selection compares the logits themselves, so rounding in exp never changes it
    (but maybe the choice of groups). Arithmetic is fp32 in a fixed order: equal inputs give equal
    bits.
@@ -70,7 +75,12 @@
 
 /* most experts, most choices, lanes a token, logits a lane: the first that fits is taken. Predefine
    a list to compile fewer; what none fits runs, slower, by moei_gate_any. 512 threads, so that each
-   may have 128 registers. */
+   may have 128 registers.
+
+   The sorting networks want most choices, lanes (1 .. 32) and logits a lane (8 .. 32) to be powers
+   of two; logits a lane / 4 <= most choices <= 32; most choices <= 8 lanes; most experts <= lanes
+   times logits a lane. With rules also 32 <= lanes times logits a lane, and 32 .. 1024 threads, a
+   multiple of 32. Any other entry does not compile. */
 #define MOEI_GATE_THREADS 512
 #ifndef MOE_GATE_LIST
 #define MOE_GATE_LIST(X)                                                                           \
@@ -82,6 +92,23 @@
     X(128, 8, 8, 16, 512) X(256, 8, 16, 16, 512) X(1024, 8, 32, 32, 256)
 #endif
 #define MOEI_GATE_ANY_THREADS 1024
+
+#define MOEI_GATE_POWER(n, least, most) ((n) >= (least) && (n) <= (most) && ((n) & ((n)-1)) == 0)
+#define MOEI_GATE_SORTS(most, depth, lanes, per_lane)                                              \
+    (MOEI_GATE_POWER(lanes, 1, 32) && MOEI_GATE_POWER(per_lane, 8, 32) &&                          \
+     MOEI_GATE_POWER(depth, (per_lane) / 4, 32) && (depth) <= 8 * (lanes) && (most) >= 1 &&        \
+     (most) <= (lanes) * (per_lane))
+#define MOEI_GATE_CHECK(most, depth, lanes, per_lane)                                              \
+    static_assert(MOEI_GATE_SORTS(most, depth, lanes, per_lane),                                   \
+                  "MOE_GATE_LIST: an entry that the sorting networks cannot do (gate.cuh)");
+MOE_GATE_LIST(MOEI_GATE_CHECK)
+#undef MOEI_GATE_CHECK
+#define MOEI_GATE_CHECK(most, depth, lanes, per_lane, threads)                                     \
+    static_assert(MOEI_GATE_SORTS(most, depth, lanes, per_lane) && (lanes) * (per_lane) >= 32 &&   \
+                      (threads) >= 32 && (threads) <= 1024 && (threads) % 32 == 0,                 \
+                  "MOE_GATE_RULES_LIST: an entry that the kernels cannot do (gate.cuh)");
+MOE_GATE_RULES_LIST(MOEI_GATE_CHECK)
+#undef MOEI_GATE_CHECK
 
 #define MOEI_GATE_KERNEL(most, depth, lanes, per_lane)                                             \
     MOE_KERNEL(MOEI_GATE_THREADS, 1) moei_gate_##most##_##depth(MOE_ARG(moe_gate_desc) d)          \

@@ -36,7 +36,8 @@
     X(BAD_ROW, "row map out of range: read as zeros, not added to y (index: row or slot)")        \
     X(BAD_COUNT, "chunk_count is not that of these ids: their rows are wrong (index: slot or 0)") \
     X(BAD_PLACE, "place or its address out of range: the slot is dropped (index: slot)")          \
-    X(BAD_REPLICA, "an expert without a replica in range: the slot is dropped (index: slot)")
+    X(BAD_REPLICA, "an expert without a replica in range: the slot is dropped (index: slot)")     \
+    X(NAN_SUM, "a batch's logits of +inf and -inf: the expert is not chosen (index: expert)")
 
 enum {
 #define MOEI_FAULT_ENUM(name, text) MOE_FAULT_##name,

@@ -8,6 +8,8 @@
 #include "token.cuh"
 #include "top_k.cuh"
 
+#define MOEI_GATE_BATCH_UNIT 2.3283064e-10f /* 2^-32: sums of finite logits stay finite */
+
 /* A chunk's sums by a warp a token: tokens that hold a NaN, or a logit that counts as one, are left
    out. sum [warps][E] is in shared memory. */
 MOE_DEVICE void moei_gate_batch_sum_tokens(const moe_gate_desc* d, float* sum, int64_t first,
@@ -20,10 +22,12 @@ MOE_DEVICE void moei_gate_batch_sum_tokens(const moe_gate_desc* d, float* sum, i
         bool nan = d->token_off && d->token_off[t];
         float v;
         for (int e = moei_lane(); e < E; e += MOEI_WARP)
-            nan = nan || (moei_gate_logit(&v, d, 0, t, e) && moei_is_nan(v));
+            nan = nan || (moei_gate_given(&v, d, 0, t, e) &&
+                          moei_is_nan(moei_gate_logit(d, v, 0.0f, 0, t, e)));
         if (__any_sync(MOEI_FULL, nan)) continue;
         for (int e = moei_lane(); e < E; e += MOEI_WARP)
-            own[e] += moei_load_f32(d->logits, t * d->logits_stride + e, d->logits_dtype);
+            own[e] = fmaf(moei_load_f32(d->logits, t * d->logits_stride + e, d->logits_dtype),
+                          MOEI_GATE_BATCH_UNIT, own[e]);
     }
 }
 
@@ -38,7 +42,7 @@ MOE_DEVICE float moei_gate_batch_column(bool* odd, const moe_gate_desc* d, int e
         const float v = moei_load_f32(d->logits, t * d->logits_stride + e, dtype);
         const bool in = !d->token_off || !d->token_off[t];
         *odd |= in && !(fabsf(v) < MOE_GATE_MAX_COSINE);
-        all += in ? v : 0.0f;
+        all = fmaf(in ? v : 0.0f, MOEI_GATE_BATCH_UNIT, all);
     }
     return all;
 }
@@ -74,9 +78,9 @@ MOE_DEVICE void moei_gate_batch_sum_block(const moe_gate_desc* d, float* sum)
     }
 }
 
-/* row [E] becomes the sums over all chunks, NaN where the expert is switched off; part [warps][E]
-   is scratch. A thread has 4 experts, or 1, and every so many chunks. Every block gets the same.
-   Ends with a barrier. */
+/* row [E] becomes the sums over all chunks, NaN where the expert is no choice: switched off, a sum
+   of -infinity, or one of both infinities, which is a fault. part [warps][E] is scratch. A thread
+   has 4 experts, or 1, and every so many chunks. Every block gets the same. Ends with a barrier. */
 MOE_DEVICE void moei_gate_batch_row(const moe_gate_desc* d, float* row, float* part)
 {
     const int E = d->num_experts, warps = (int)blockDim.x / MOEI_WARP, chunks = (int)gridDim.x;
@@ -103,9 +107,12 @@ MOE_DEVICE void moei_gate_batch_row(const moe_gate_desc* d, float* row, float* p
     }
     __syncthreads();
     for (int e = (int)threadIdx.x; e < E; e += (int)blockDim.x) {
+        const bool off = d->expert_off && d->expert_off[e];
         float sum = 0.0f;
         for (int p = 0; p < parts; ++p) sum += part[p * E + e];
-        row[e] = d->expert_off && d->expert_off[e] ? __uint_as_float(0x7fc00000u) : sum;
+        if (!off && moei_is_nan(sum)) moei_fault_raise(d->fault, MOE_FAULT_NAN_SUM, 0, e);
+        row[e] =
+            off || __float_as_uint(sum) == MOEI_GATE_MINUS ? __uint_as_float(0x7fc00000u) : sum;
     }
     __syncthreads();
 }

@@ -26,7 +26,7 @@ MOE_DEVICE uint64_t moei_gate_seed_here(uint64_t seed)
 /* Two independent standard normal numbers from two words (Box and Muller). */
 MOE_DEVICE float2 moei_gate_normal(uint32_t a, uint32_t b)
 {
-    const float u = ((float)a + 0.5f) * 2.3283064e-10f;        /* 2^-32: in (0, 1] */
+    const float u = ((float)a + 0.5f) * 2.3283064e-10f;           /* 2^-32: in (0, 1] */
     const float angle = (float)(int32_t)b * 1.46291807926716e-9f; /* pi 2^-31: -pi .. pi */
 #if MOE_ON_HOST
     const float radius = sqrtf(fmaxf(-1.38629436f * log2f(u), 0.0f)); /* -2 ln u */
@@ -73,32 +73,90 @@ MOE_DEVICE float moei_gate_cosine(float x)
                : __uint_as_float(0x7fc00000u);
 }
 
-/* One logit, read and taken through the rules; false where the token does not see the expert. */
-MOE_DEVICE bool moei_gate_logit(float* out, const moe_gate_desc* d, uint64_t seed, int64_t t, int e)
+/* Does a temperature scale what is left of the logits without the row's largest? Only where a
+   common offset changes neither choice nor weight: a group of one expert counts it once, others
+   twice. */
+MOE_DEVICE bool moei_gate_takes_off(const moe_gate_desc* d)
 {
-    float v;
+    return d->temperature != 1.0f &&
+           (d->score == MOE_SCORE_SOFTMAX || d->score == MOE_SCORE_SPARSEMAX ||
+            (d->score == MOE_SCORE_TOPK_SOFTMAX && d->num_groups == 1));
+}
+
+/* The logit as given; false where the token does not see the expert. */
+MOE_DEVICE bool moei_gate_given(float* out, const moe_gate_desc* d, uint64_t seed, int64_t t, int e)
+{
     if (d->expert_off && d->expert_off[e]) return false;
     if (d->dropout > 0.0f && (moei_gate_dropped(d, seed, t, e >> 3) >> (e & 7) & 1)) return false;
-    v = moei_load_f32(d->logits, t * d->logits_stride + e, d->logits_dtype) * d->temperature;
+    *out = moei_load_f32(d->logits, t * d->logits_stride + e, d->logits_dtype);
+    return true;
+}
+
+/* v, or where v has overflowed the largest finite number. */
+MOE_DEVICE float moei_gate_bounded(float v)
+{
+    return moei_is_nan(v) ? v : fminf(fmaxf(v, -3.40282347e38f), 3.40282347e38f);
+}
+
+/* A given logit, less `most`, taken through the rules; finite ones stay finite. Quadratic: |l|,
+   which has the order of l^2. */
+MOE_DEVICE float moei_gate_logit(const moe_gate_desc* d, float v, float most, uint64_t seed,
+                                 int64_t t, int e)
+{
+    const bool finite = (__float_as_uint(v) & 0x7f800000u) != 0x7f800000u;
+    if (most != 0.0f) v -= most;
+    v *= d->temperature;
+    if (finite) v = moei_gate_bounded(v);
     if (d->noise > 0.0f) {
         float n[4];
         moei_gate_noise(n, seed, t, e >> 2);
         v = fmaf(d->noise, (e & 2) ? ((e & 1) ? n[3] : n[2]) : ((e & 1) ? n[1] : n[0]), v);
+        if (finite) v = moei_gate_bounded(v);
     }
-    if (d->score == MOE_SCORE_QUADRATIC) v = v * v;
+    if (d->score == MOE_SCORE_QUADRATIC) v = fabsf(v);
     if (d->score == MOE_SCORE_PIONEER) v = moei_gate_cosine(v);
-    *out = v;
-    return true;
+    return v;
+}
+
+/* The largest of a token's logits that it may see, of a lane's each. */
+MOE_DEVICE float moei_gate_lane_most(const float* v, uint32_t unseen, const int lanes,
+                                     const int per_lane)
+{
+    const float none = __uint_as_float(0xff800000u);
+    float most = none;
+    if (unseen) {
+        MOEI_UNROLL
+        for (int j = 0; j < per_lane; ++j) most = fmaxf(most, unseen >> j & 1 ? none : v[j]);
+    } else {
+        MOEI_UNROLL
+        for (int j = 0; j < per_lane; ++j) most = fmaxf(most, v[j]);
+    }
+    return moei_group_max(most, lanes);
 }
 
 /* The same for a lane's logits of a token, read already. *unseen has a bit for each that the token
-   does not see; it becomes -infinity. lanes and per_lane are literals. */
-MOE_DEVICE void moei_gate_logits(float* v, uint32_t* unseen, const moe_gate_desc* d, uint64_t seed,
-                                 int64_t t, int rank, const int lanes, const int per_lane)
+   does not see; it becomes -infinity. Returns the token's largest, NaN where that is not known yet.
+   lanes and per_lane are literals. */
+MOE_DEVICE float moei_gate_logits(float* v, uint32_t* unseen, const moe_gate_desc* d, uint64_t seed,
+                                  int64_t t, int rank, const int lanes, const int per_lane)
 {
-    if (d->temperature != 1.0f) {
+    float max = __uint_as_float(0x7fc00000u);
+    if (d->dropout > 0.0f) {
+        const uint64_t here = moei_gate_seed_here(seed);
         MOEI_UNROLL
-        for (int j = 0; j < per_lane; ++j) v[j] *= d->temperature;
+        for (int j = 0; j < per_lane; j += 8)
+            *unseen |= moei_gate_dropped(d, here, t, moei_gate_expert(j, rank, lanes) >> 3) << j;
+    }
+    if (d->temperature != 1.0f) {
+        float offset = 0.0f;
+        if (moei_gate_takes_off(d)) {
+            const float most = moei_gate_lane_most(v, *unseen, lanes, per_lane);
+            offset = -(most * d->temperature);           /* its rounding is common to all */
+            if (!(fabsf(offset) < 3e38f)) offset = 0.0f; /* moei_gate_token does such a row */
+            if (!(d->noise > 0.0f)) max = fmaf(most, d->temperature, offset);
+        }
+        MOEI_UNROLL
+        for (int j = 0; j < per_lane; ++j) v[j] = fmaf(v[j], d->temperature, offset);
     }
     if (d->noise > 0.0f) {
         const uint64_t here = moei_gate_seed_here(seed);
@@ -117,17 +175,12 @@ MOE_DEVICE void moei_gate_logits(float* v, uint32_t* unseen, const moe_gate_desc
         MOEI_UNROLL
         for (int j = 0; j < per_lane; ++j) v[j] = moei_gate_cosine(v[j]);
     }
-    if (d->dropout > 0.0f) {
-        const uint64_t here = moei_gate_seed_here(seed);
-        MOEI_UNROLL
-        for (int j = 0; j < per_lane; j += 8)
-            *unseen |= moei_gate_dropped(d, here, t, moei_gate_expert(j, rank, lanes) >> 3) << j;
-    }
     if (*unseen) {
         MOEI_UNROLL
         for (int j = 0; j < per_lane; ++j)
             if (*unseen >> j & 1) v[j] = __uint_as_float(0xff800000u);
     }
+    return max;
 }
 
 #endif

@@ -10,6 +10,13 @@
 /* l - max, with the limits that the header promises: equal infinities differ by 0. */
 MOE_DEVICE float moei_gate_below(float l, float max) { return l == max ? 0.0f : l - max; }
 
+/* What a row's sigmoids are divided by, as an exponent, before they are summed up: the largest,
+   where all are small. */
+MOE_DEVICE float moei_gate_sigmoid_shift(float max)
+{
+    return max < 0.0f && max >= -3e38f ? max : 0.0f;
+}
+
 /* Clears the counts of a block's chunk; a barrier must follow. */
 MOE_DEVICE void moei_gate_clear_counts(const moe_gate_desc* d, int* count)
 {
@@ -35,20 +42,28 @@ MOE_DEVICE bool moei_gate_is_softmax(int score)
     return score != MOE_SCORE_SIGMOID && score != MOE_SCORE_SPARSEMAX;
 }
 
-/* 1 / (1 + e^-l), times e^-shift. */
+/* 1 / (1 + e^-l), where l is negative times e^-shift. */
 MOE_DEVICE float moei_gate_sigmoid(float l, float shift)
 {
     if (l >= 0.0f) return __fdiv_rn(1.0f, 1.0f + moei_exp(-l));
     return __fdiv_rn(moei_exp(moei_gate_below(l, shift)), 1.0f + moei_exp(l));
 }
 
-/* The score of one logit; max is the largest logit of the token, `sum` the softmax denominator, or
-   sparsemax's tau counted from max. */
+/* By how much an exponent is below that of the token's largest: l - max, or l^2 - max^2 where
+   `squared` (moei_gate_token has |l| then, which does not overflow). */
+MOE_DEVICE float moei_gate_exponent(float l, float max, bool squared)
+{
+    const float below = moei_gate_below(l, max);
+    return squared && below != 0.0f ? below * (l + max) : below;
+}
+
+/* The score of one logit by moei_gate_token; max is the largest logit of the token, `sum` the
+   softmax denominator, or sparsemax's tau counted from max. */
 MOE_DEVICE float moei_gate_score(const moe_gate_desc* d, float l, float max, float sum)
 {
     if (d->score == MOE_SCORE_SIGMOID) return moei_gate_sigmoid(l, 0.0f);
     if (d->score == MOE_SCORE_SPARSEMAX) return fmaxf(moei_gate_below(l, max) - sum, 0.0f);
-    return __fdiv_rn(moei_exp(moei_gate_below(l, max)), sum);
+    return __fdiv_rn(moei_exp(moei_gate_exponent(l, max, d->score == MOE_SCORE_QUADRATIC)), sum);
 }
 
 /* The weight of one chosen logit before renormalisation and scale; top-k softmax has its sum still

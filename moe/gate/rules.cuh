@@ -8,10 +8,11 @@
 
 #include "batch.cuh"
 
-/* 1 / (1 + e^-v) to a few ulp, quick: for selection and for sums. */
-MOE_DEVICE float moei_gate_sigmoid_fast(float v)
+/* 1 / (1 + e^-v) to a few ulp, quick: for selection, and for sums, of which e^shift is taken out:
+   `one` is e^shift, `shift2` log2 of it. */
+MOE_DEVICE float moei_gate_sigmoid_fast(float v, float one, float shift2)
 {
-    const float x = 1.0f + moei_exp2_fast(-1.44269502f * v);
+    const float x = one + moei_exp2_fast(fmaf(v, -1.44269502f, shift2));
 #if MOE_ON_HOST
     return 1.0f / x;
 #else
@@ -19,6 +20,21 @@ MOE_DEVICE float moei_gate_sigmoid_fast(float v)
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 #endif
+}
+
+/* Is one of a lane's logits, of those that the token may see, NaN or infinite? */
+MOE_DEVICE bool moei_gate_lane_odd(const float* v, uint32_t unseen, const int per_lane)
+{
+    float sum = 0.0f; /* finite for finite logits */
+    if (unseen) {
+        MOEI_UNROLL
+        for (int j = 0; j < per_lane; ++j)
+            if (!(unseen >> j & 1)) sum = fmaf(v[j], 1e-3f, sum);
+    } else {
+        MOEI_UNROLL
+        for (int j = 0; j < per_lane; ++j) sum = fmaf(v[j], 1e-3f, sum);
+    }
+    return (__float_as_uint(sum) & 0x7f800000u) == 0x7f800000u;
 }
 
 /* Is one of a lane's logits NaN? */
@@ -31,18 +47,22 @@ MOE_DEVICE bool moei_gate_lane_nan(const float* v, const int per_lane)
 }
 
 /* What a group of lanes knows of its token's logits v, those that the token does not see being
-   -infinity; `nan`, maybe not in all lanes, where one is. lanes and per_lane are literals here and
-   below. */
-MOE_DEVICE moei_gate_stats moei_gate_lane_stats(const moe_gate_desc* d, const float* v,
-                                                const int lanes, const int per_lane)
+   -infinity; `nan`, maybe not in all lanes, where one is, which only lanes that are `odd` have
+   where the score is no softmax. max: the largest, where it is known, else NaN. lanes and per_lane
+   are literals here and below. */
+MOE_DEVICE moei_gate_stats moei_gate_lane_stats(const moe_gate_desc* d, const float* v, bool odd,
+                                                float max, const int lanes, const int per_lane)
 {
     moei_gate_stats s;
     bool nan;
-    s.max = v[0];
+    s.max = max;
     s.sum = 0.0f;
-    MOEI_UNROLL
-    for (int j = 1; j < per_lane; ++j) s.max = fmaxf(s.max, v[j]);
-    s.max = moei_group_max(s.max, lanes);
+    if (moei_is_nan(max)) {
+        s.max = v[0];
+        MOEI_UNROLL
+        for (int j = 1; j < per_lane; ++j) s.max = fmaxf(s.max, v[j]);
+        s.max = moei_group_max(s.max, lanes);
+    }
     if (d->score == MOE_SCORE_SPARSEMAX) { /* Michelot: tau from below, till none leaves */
         float n = 4096.0f, before = 4097.0f;
         s.sum = -1.0f;
@@ -63,20 +83,20 @@ MOE_DEVICE moei_gate_stats moei_gate_lane_stats(const moe_gate_desc* d, const fl
                 if (n > 0.0f) s.sum = __fdividef(part - 1.0f, n);
             }
         }
-        nan = moei_gate_lane_nan(v, per_lane);
+        nan = odd && moei_gate_lane_nan(v, per_lane);
     } else if (d->score == MOE_SCORE_SIGMOID) {
         if (d->prob_sum) {
+            const float shift2 = 1.44269502f * moei_gate_sigmoid_shift(s.max);
+            const float one = moei_exp2_fast(shift2);
             MOEI_UNROLL
-            for (int j = 0; j < per_lane; ++j)
-                s.sum += moei_gate_sigmoid_fast(v[j]);
+            for (int j = 0; j < per_lane; ++j) s.sum += moei_gate_sigmoid_fast(v[j], one, shift2);
         }
-        nan = moei_gate_lane_nan(v, per_lane);
+        nan = odd && moei_gate_lane_nan(v, per_lane);
         s.sum = moei_group_sum(s.sum, lanes);
     } else {
         const float shift = -(s.max * 1.44269502f);
         MOEI_UNROLL
-        for (int j = 0; j < per_lane; ++j)
-            s.sum += moei_exp2_fast(fmaf(v[j], 1.44269502f, shift));
+        for (int j = 0; j < per_lane; ++j) s.sum += moei_exp2_fast(fmaf(v[j], 1.44269502f, shift));
         s.sum = moei_group_sum(s.sum, lanes);
         nan = moei_is_nan(s.sum);
     }
@@ -84,13 +104,16 @@ MOE_DEVICE moei_gate_stats moei_gate_lane_stats(const moe_gate_desc* d, const fl
     return s;
 }
 
-/* The scores of a lane's logits, quick: for selection and for sums. */
+/* The scores of a lane's logits, quick: for selection, or where `sums` (a literal) for sums,
+   sigmoids over e^shift then. */
 MOE_DEVICE void moei_gate_lane_scores(float* u, const float* v, const moe_gate_desc* d,
-                                      const moei_gate_stats* s, const int per_lane)
+                                      const moei_gate_stats* s, const int sums, const int per_lane)
 {
     if (d->score == MOE_SCORE_SIGMOID) {
+        const float shift2 = sums ? 1.44269502f * moei_gate_sigmoid_shift(s->max) : 0.0f;
+        const float one = sums ? moei_exp2_fast(shift2) : 1.0f;
         MOEI_UNROLL
-        for (int j = 0; j < per_lane; ++j) u[j] = moei_gate_sigmoid_fast(v[j]);
+        for (int j = 0; j < per_lane; ++j) u[j] = moei_gate_sigmoid_fast(v[j], one, shift2);
     } else if (d->score == MOE_SCORE_SPARSEMAX) {
         MOEI_UNROLL
         for (int j = 0; j < per_lane; ++j) u[j] = fmaxf(v[j] - s->max - s->sum, 0.0f);
@@ -124,9 +147,9 @@ MOE_DEVICE void moei_gate_lane_groups(float* u, const float* v, const moe_gate_d
     for (int g = rank; g < G; g += lanes) {
         float first = none, second = none;
         for (int i = g * (size >> 2); i < (g + 1) * (size >> 2); ++i) {
-            const float2 v = best[i];
-            second = fmaxf(fminf(first, v.x), fmaxf(second, v.y));
-            first = fmaxf(first, v.x);
+            const float2 two = best[i];
+            second = fmaxf(fminf(first, two.x), fmaxf(second, two.y));
+            first = fmaxf(first, two.x);
         }
         group[g] = second > none ? first + second : first;
     }
@@ -246,8 +269,9 @@ MOE_DEVICE void moei_gate_lane_finish(const moe_gate_desc* d, int* count, int64_
     for (int m = 0; m < 8; ++m)
         if (m * lanes < depth && e[m] >= 0) {
             const float v = weight[m];
-            weight[m] = softmax ? moei_exp2_fast(fmaf(v, 1.44269502f, shift))
-                                : moei_gate_weight(d, v, max, s->sum);
+            weight[m] = !softmax ? moei_gate_weight(d, v, max, s->sum)
+                                 : moei_exp2_fast(own ? 1.44269502f * (v - max)
+                                                      : fmaf(v, 1.44269502f, shift));
             if (!moei_gate_used(d, v, weight[m])) {
                 e[m] = -1;
                 weight[m] = 0.0f;
@@ -293,8 +317,11 @@ MOE_DEVICE_BODY void moei_gate_rules_block(const moe_gate_desc* d, const moei_ga
         (d->logits_stride | d->num_experts) % 8 == 0 && (uintptr_t)d->logits % 16 == 0;
     const bool grouped = d->num_groups > 1;
     const int group_size = E / d->num_groups;
+    const bool judged = d->expert_bias || grouped; /* by more than the logits */
     /* scores choose the groups, and with a bias the experts */
-    const bool scores = (d->expert_bias || grouped) && d->score != MOE_SCORE_TOPK_SOFTMAX;
+    const bool scores = judged && d->score != MOE_SCORE_TOPK_SOFTMAX;
+    /* may a finite logit become -infinity? moei_gate_token tells the two apart */
+    const bool overflows = d->temperature != 1.0f || d->noise > 1e28f;
     const bool early = per_lane <= 16 && MOEI_GATE_EARLY;
     const uint64_t seed = moei_gate_seed(d);
     moei_gate_pick* pick = shared->pick + own * (2 * depth);
@@ -322,10 +349,10 @@ MOE_DEVICE_BODY void moei_gate_rules_block(const moe_gate_desc* d, const moei_ga
         float v[32];   /* this lane's logits; where there is no token left, the first one's again */
         float u[32];   /* what selection compares */
         float top[32]; /* the token's largest u, `depth` of them */
-        float kth = 0.0f;
+        float kth = 0.0f, max;
         uint32_t unseen = off;
         int n = 0, before;
-        bool redo;
+        bool redo, odd;
         moei_gate_stats s;
 
         if (early) {
@@ -338,11 +365,19 @@ MOE_DEVICE_BODY void moei_gate_rules_block(const moe_gate_desc* d, const moei_ga
         } else {
             moei_gate_read(v, d, t, rank, wide, lanes, per_lane);
         }
-        moei_gate_logits(v, &unseen, d, seed, t, rank, lanes, per_lane);
-        s = moei_gate_lane_stats(d, v, lanes, per_lane);
+        max = moei_gate_logits(v, &unseen, d, seed, t, rank, lanes, per_lane);
+        odd =
+            (judged || !moei_gate_is_softmax(d->score)) && moei_gate_lane_odd(v, unseen, per_lane);
+        s = moei_gate_lane_stats(d, v, odd, max, lanes, per_lane);
+        if (judged && odd) { /* a score or a bias would make a choice of -infinity */
+            MOEI_UNROLL
+            for (int j = 0; j < per_lane; ++j)
+                unseen |= __float_as_uint(v[j]) == MOEI_GATE_MINUS ? 1u << j : 0u;
+            s.nan = s.nan || overflows;
+        }
         MOEI_UNROLL
         for (int j = 0; j < per_lane; ++j) u[j] = v[j];
-        if (scores) moei_gate_lane_scores(u, v, d, &s, per_lane);
+        if (scores) moei_gate_lane_scores(u, v, d, &s, 0, per_lane);
         if (d->expert_bias || d->whole_batch) { /* the batch's choices are all that counts there */
             MOEI_UNROLL
             for (int j = 0; j < per_lane; ++j) {
@@ -406,7 +441,7 @@ MOE_DEVICE_BODY void moei_gate_rules_block(const moe_gate_desc* d, const moei_ga
             const float part = d->score != MOE_SCORE_SIGMOID ? 1.0f
                                : s.sum > 0.0f                ? __fdividef(1.0f, s.sum)
                                                              : 0.0f;
-            moei_gate_lane_scores(u, v, d, &s, per_lane);
+            moei_gate_lane_scores(u, v, d, &s, 1, per_lane);
             MOEI_UNROLL
             for (int j = 0; j < per_lane; ++j) u[j] = in && !(unseen >> j & 1) ? u[j] * part : 0.0f;
             moei_gate_lane_add(u, prob, E, rank, lanes, per_lane);

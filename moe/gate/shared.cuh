@@ -67,7 +67,10 @@ MOE_DEVICE void moei_gate_rules_begin(const moe_gate_desc* d, const moei_gate_sh
     MOEI_NO_UNROLL
     for (int e = (int)threadIdx.x; e < E; e += (int)blockDim.x) {
         s->count[e] = 0;
-        if (d->expert_bias) s->bias[e] = d->expert_bias[e];
+        if (d->expert_bias) { /* a NaN would count twice in its group */
+            const float b = d->expert_bias[e];
+            s->bias[e] = moei_is_nan(b) ? __uint_as_float(0xff800000u) : b;
+        }
     }
     MOEI_NO_UNROLL
     for (int i = (int)threadIdx.x; d->prob_sum && i < warps * E; i += (int)blockDim.x)

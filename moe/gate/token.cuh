@@ -12,29 +12,39 @@
 /* What a token's weights need of its whole row. */
 typedef struct moei_gate_stats {
     float max; /* of the logits that the token sees */
-    float sum; /* sum of e^(l - max); of the sigmoids; sparsemax: tau - max */
+    float sum; /* sum of e^(l - max); of the sigmoids / e^shift; sparsemax: tau - max */
     bool nan;  /* one of them is NaN: the token selects nothing */
 } moei_gate_stats;
 
 #define MOEI_GATE_UNSEEN 0xffffffffu /* bits of a logit that the token does not see */
+#define MOEI_GATE_MINUS 0xff800000u  /* of -infinity, which is no choice */
 
 /* Takes the logits of token t through the rules into row [E], which is this warp's alone. */
 MOE_DEVICE void moei_gate_fill_row(const moe_gate_desc* d, float* row, int64_t t)
 {
     const uint64_t seed = moei_gate_seed(d);
+    float v, most = __uint_as_float(MOEI_GATE_MINUS);
+    if (moei_gate_takes_off(d)) {
+        MOEI_NO_UNROLL
+        for (int e = moei_lane(); e < d->num_experts; e += MOEI_WARP)
+            if (moei_gate_given(&v, d, seed, t, e)) most = fmaxf(most, v);
+        most = moei_group_max(most, MOEI_WARP);
+    }
+    if (!(fabsf(most) < __uint_as_float(0x7f800000u))) most = 0.0f;
     __syncwarp(MOEI_FULL); /* the row before has been read */
     MOEI_NO_UNROLL
     for (int e = moei_lane(); e < d->num_experts; e += MOEI_WARP) {
-        float v;
-        if (!moei_gate_logit(&v, d, seed, t, e)) v = __uint_as_float(MOEI_GATE_UNSEEN);
+        const bool seen = moei_gate_given(&v, d, seed, t, e);
+        if (seen) v = moei_gate_logit(d, v, most, seed, t, e);
+        if (!seen || __float_as_uint(v) == MOEI_GATE_MINUS) v = __uint_as_float(MOEI_GATE_UNSEEN);
         else if (moei_is_nan(v)) v = __uint_as_float(0x7fc00000u);
         row[e] = v;
     }
     __syncwarp(MOEI_FULL);
 }
 
-/* The logit of a pass; false where the token does not see the expert. rules is a literal: with it
-   the logits are in row, without it they are used as they come. */
+/* The logit of a pass; false where the token does not see the expert, or it is -infinity. rules is
+   a literal: with it the logits are in row, without it they are used as they come. */
 MOE_DEVICE bool moei_gate_see(float* v, const moe_gate_desc* d, const float* row, int64_t t, int e,
                               const int rules)
 {
@@ -43,7 +53,7 @@ MOE_DEVICE bool moei_gate_see(float* v, const moe_gate_desc* d, const float* row
         return __float_as_uint(*v) != MOEI_GATE_UNSEEN;
     }
     *v = moei_load_f32(d->logits, t * d->logits_stride + e, d->logits_dtype);
-    return true;
+    return __float_as_uint(*v) != MOEI_GATE_MINUS;
 }
 
 /* Reads the row of token t: all lanes get the result. */
@@ -52,8 +62,9 @@ MOE_DEVICE moei_gate_stats moei_gate_row_stats(const moe_gate_desc* d, const flo
 {
     const int E = d->num_experts;
     const bool sigmoid = d->score == MOE_SCORE_SIGMOID;
+    const bool squared = rules && d->score == MOE_SCORE_QUADRATIC;
     moei_gate_stats s;
-    float v, max = __uint_as_float(0xff800000u), sum = 0.0f;
+    float v, max = __uint_as_float(MOEI_GATE_MINUS), sum = 0.0f, shift, one;
     bool nan = false;
     MOEI_NO_UNROLL
     for (int e = moei_lane(); e < E; e += MOEI_WARP)
@@ -64,7 +75,7 @@ MOE_DEVICE moei_gate_stats moei_gate_row_stats(const moe_gate_desc* d, const flo
     s.nan = __any_sync(MOEI_FULL, nan) != 0;
     s.max = moei_group_max(max, MOEI_WARP);
     if (rules && d->score == MOE_SCORE_SPARSEMAX) { /* Michelot: tau from below, till none leaves */
-        int before = E + 2, n = E + 1; /* more than there can be */
+        int before = E + 2, n = E + 1;              /* more than there can be */
         s.sum = -1.0f;
         while (n < before && n > 0 && !s.nan) {
             float part = 0.0f;
@@ -82,12 +93,14 @@ MOE_DEVICE moei_gate_stats moei_gate_row_stats(const moe_gate_desc* d, const flo
         }
         return s;
     }
+    shift = moei_gate_sigmoid_shift(s.max);
+    one = moei_exp2_fast(1.44269502f * shift);
     MOEI_NO_UNROLL
     for (int e = moei_lane(); e < E; e += MOEI_WARP)
         if (moei_gate_see(&v, d, row, t, e, rules)) {
-            const float below = sigmoid ? -v : moei_gate_below(v, s.max);
+            const float below = sigmoid ? shift - v : moei_gate_exponent(v, s.max, squared);
             const float x = moei_exp2_fast(1.44269502f * below);
-            sum += sigmoid ? __fdiv_rn(1.0f, 1.0f + x) : x;
+            sum += sigmoid ? __fdiv_rn(1.0f, one + x) : x;
         }
     s.sum = moei_group_sum(sum, MOEI_WARP);
     return s;
@@ -96,8 +109,9 @@ MOE_DEVICE moei_gate_stats moei_gate_row_stats(const moe_gate_desc* d, const flo
 /* The probability of an expert: the score, over the sum of all scores. */
 MOE_DEVICE float moei_gate_probability(const moe_gate_desc* d, float v, const moei_gate_stats* s)
 {
-    const float w = moei_gate_score(d, v, s->max, s->sum);
-    return d->score == MOE_SCORE_SIGMOID && s->sum > 0.0f ? __fdiv_rn(w, s->sum) : w;
+    if (d->score != MOE_SCORE_SIGMOID) return moei_gate_score(d, v, s->max, s->sum);
+    v = moei_gate_sigmoid(v, moei_gate_sigmoid_shift(s->max));
+    return s->sum > 0.0f ? __fdiv_rn(v, s->sum) : v;
 }
 
 /* What selection compares: the logit or, with a bias, the score and the bias; groups always by
@@ -130,6 +144,7 @@ MOE_DEVICE uint32_t moei_gate_groups(const moe_gate_desc* d, const float* row,
     for (int e = g * size; g < G && e < (g + 1) * size; ++e)
         if (moei_gate_see(&v, d, row, 0, e, 1)) {
             v = moei_gate_merit(d, v, e, s, true);
+            if (moei_is_nan(v)) continue; /* it is not chosen */
             second = fmaxf(second, fminf(best, v));
             best = fmaxf(best, v);
         }
@@ -183,7 +198,7 @@ MOE_DEVICE void moei_gate_finish(const moe_gate_desc* d, int* count, int64_t t,
         for (int k = moei_lane(); k < K; k += MOEI_WARP)
             if (ids[k] >= 0) most = fmaxf(most, weights[k]);
         most = moei_group_max(most, MOEI_WARP);
-        if (most >= -3e38f) max = most;
+        if (most > __uint_as_float(MOEI_GATE_MINUS)) max = most;
     }
     for (int k = moei_lane(); k < K; k += MOEI_WARP)
         if (ids[k] >= 0) {
@@ -222,9 +237,9 @@ MOE_DEVICE void moei_gate_token(const moe_gate_desc* d, int* count, float* prob,
     if (rules && d->whole_batch) {
         for (int k = moei_lane(); k < K; k += MOEI_WARP) {
             float v = 0.0f;
-            if (chosen[k] >= 0) moei_gate_see(&v, d, row, t, chosen[k], 1);
-            d->ids[t * K + k] = chosen[k];
-            d->weights[t * K + k] = v;
+            const bool seen = chosen[k] >= 0 && moei_gate_see(&v, d, row, t, chosen[k], 1);
+            d->ids[t * K + k] = seen ? chosen[k] : -1;
+            d->weights[t * K + k] = seen ? v : 0.0f;
         }
     }
     if (rules && d->num_groups > 1) groups = moei_gate_groups(d, row, &s);

@@ -6,8 +6,9 @@
 
    then the K weights are divided by their sum if `renormalize` is set (a sum of 0 divides
    nothing), then multiplied by `scale`. Choices stand in descending order of the logit, equals
-   in ascending order of the expert. +inf shares a softmax among its equals, -inf has weight 0,
-   a row of -inf counts as a row of equals. A row that holds a NaN gets ids -1 and weights 0.
+   in ascending order of the expert. +inf shares a softmax among its equals; -inf has score 0 and is
+   not chosen: with fewer other logits than K the last choices have id -1 and weight 0. A row that
+   holds a NaN gets ids -1 and weights 0.
 
    moe_ref_gate_f32 and moe_ref_gate_f64. */
 #ifndef MOE_REF_GATE_H

@@ -43,28 +43,34 @@ MOE_HOST int64_t MOEI_REF(moe_ref_gate)(const moe_ref_gate_desc* d, int32_t* ids
             int best = -1;
             for (int e = 0; e < E; ++e) {
                 const MOEI_REAL l = MOEI_LOGIT(e);
-                const int left = k == 0 || l < MOEI_LOGIT(id[k - 1]) ||
-                                 (l == MOEI_LOGIT(id[k - 1]) && e > id[k - 1]);
-                if (left && (best < 0 || l > MOEI_LOGIT(best))) best = e;
+                const int left =
+                    k == 0 || (id[k - 1] >= 0 && (l < MOEI_LOGIT(id[k - 1]) ||
+                                                  (l == MOEI_LOGIT(id[k - 1]) && e > id[k - 1])));
+                if (left && l > -(MOEI_REAL)INFINITY && (best < 0 || l > MOEI_LOGIT(best)))
+                    best = e;
             }
             id[k] = best;
         }
 
-        max = MOEI_LOGIT(id[0]);
+        if (id[0] >= 0) max = MOEI_LOGIT(id[0]);
         if (d->score == MOE_SCORE_TOPK_SOFTMAX)
-            for (int k = 0; k < K; ++k)
+            for (int k = 0; k < K && id[k] >= 0; ++k)
                 sum += exp(MOEI_REF(moei_ref_below)(MOEI_LOGIT(id[k]), max));
         else
             for (int e = 0; e < E; ++e) sum += exp(MOEI_REF(moei_ref_below)(MOEI_LOGIT(e), max));
         for (int k = 0; k < K; ++k) {
-            const MOEI_REAL l = MOEI_LOGIT(id[k]);
-            weight[k] = d->score == MOE_SCORE_SIGMOID ? 1 / (1 + exp(-l))
-                                                    : exp(MOEI_REF(moei_ref_below)(l, max)) / sum;
+            const MOEI_REAL l = id[k] >= 0 ? MOEI_LOGIT(id[k]) : 0;
+            if (id[k] < 0) weight[k] = 0;
+            else
+                weight[k] = d->score == MOE_SCORE_SIGMOID
+                                ? 1 / (1 + exp(-l))
+                                : exp(MOEI_REF(moei_ref_below)(l, max)) / sum;
             total += weight[k];
         }
         for (int k = 0; k < K; ++k) {
             if (d->renormalize && total > 0) weight[k] /= total;
             if (d->scale != 0) weight[k] *= d->scale;
+            if (id[k] < 0) continue;
             if (expert_count) ++expert_count[id[k]];
             if (chunk_count) ++chunk_count[t / moe_chunk_tokens(d->num_tokens) * E + id[k]];
         }

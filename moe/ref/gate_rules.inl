@@ -8,6 +8,7 @@ typedef struct MOEI_REF(moe_ref_row) {
     int seen[MOE_MAX_EXPERTS];        /* 0: the token does not see the expert */
     int open[MOE_MAX_EXPERTS];        /* 0: nor may it be chosen, or it has been */
     MOEI_REAL tau;                    /* sparsemax */
+    MOEI_REAL max;                    /* largest logit that is seen */
     int nan;
 } MOEI_REF(moe_ref_row);
 
@@ -31,8 +32,11 @@ MOE_HOST void MOEI_REF(moei_ref_read)(const moe_gate_desc* d, int64_t t,
     row->nan = 0;
     for (int e = 0; e < d->num_experts; ++e) {
         MOEI_REAL l = MOEI_REF(moe_ref_load)(d->logits, t * stride + e, dtype);
-        row->seen[e] = !(d->expert_off && d->expert_off[e]) &&
-                       !(d->dropout > 0 && moei_ref_dropped(d, t, e));
+        row->seen[e] =
+            !(d->expert_off && d->expert_off[e]) && !(d->dropout > 0 && moei_ref_dropped(d, t, e));
+        if (l == -(MOEI_REAL)INFINITY && d->score != MOE_SCORE_QUADRATIC &&
+            d->score != MOE_SCORE_PIONEER)
+            row->seen[e] = 0; /* no choice, and score 0 */
         if (d->temperature != 0) l = l / d->temperature;
         if (d->noise != 0) l += d->noise * MOEI_REF(moei_ref_normal)(d, t, e);
         if (d->score == MOE_SCORE_QUADRATIC) l = l * l;
@@ -51,8 +55,9 @@ MOE_HOST void MOEI_REF(moei_ref_score)(const moe_gate_desc* d, MOEI_REF(moe_ref_
     for (int e = 0; e < E; ++e)
         if (row->seen[e] && row->logit[e] > max) max = row->logit[e];
     row->tau = -1;
+    row->max = max;
     if (d->score == MOE_SCORE_SPARSEMAX) { /* tau rises until those above it are the same */
-        int above = E + 1, before; /* more than there can be */
+        int above = E + 1, before;         /* more than there can be */
         do {
             MOEI_REAL part = 0;
             before = above;
@@ -82,6 +87,23 @@ MOE_HOST void MOEI_REF(moei_ref_near)(MOEI_REAL* margin, MOEI_REAL a, MOEI_REAL 
     if (gap > 0 && gap < *margin) *margin = gap;
 }
 
+/* Two experts whose merits are equal: will they be so in another precision? */
+MOE_HOST void MOEI_REF(moei_ref_tie)(const moe_gate_desc* d, const MOEI_REF(moe_ref_row) * row,
+                                     int a, int b, MOEI_REAL* margin)
+{
+    const int bias = !d->expert_bias || d->expert_bias[a] == d->expert_bias[b];
+    if (bias && row->logit[a] == row->logit[b]) return;
+    if (bias && row->score[a] == 0 && row->score[b] == 0 && d->score != MOE_SCORE_TOPK_SOFTMAX) {
+        if (d->score != MOE_SCORE_SPARSEMAX) return;
+        if (row->logit[a] - row->max < row->tau && row->logit[b] - row->max < row->tau) {
+            MOEI_REF(moei_ref_near)(margin, row->logit[a] - row->max, row->tau);
+            MOEI_REF(moei_ref_near)(margin, row->logit[b] - row->max, row->tau);
+            return;
+        }
+    }
+    *margin = 0;
+}
+
 /* Merits, and what the groups leave open. */
 MOE_HOST void MOEI_REF(moei_ref_merit)(const moe_gate_desc* d, MOEI_REF(moe_ref_row) * row,
                                        MOEI_REAL* margin)
@@ -90,26 +112,37 @@ MOE_HOST void MOEI_REF(moei_ref_merit)(const moe_gate_desc* d, MOEI_REF(moe_ref_
     const int keep = d->top_groups ? d->top_groups : G;
     const int scores = d->score != MOE_SCORE_TOPK_SOFTMAX;
     MOEI_REAL group[MOE_GATE_MAX_GROUPS];
-    for (int e = 0; e < E; ++e) { /* of groups, at first */
+    int two[MOE_GATE_MAX_GROUPS][2]; /* a group's best, -1 where there is none */
+    for (int e = 0; e < E; ++e) {    /* of groups, at first */
         row->merit[e] = scores ? row->score[e] : row->logit[e];
         if (d->expert_bias) row->merit[e] += d->expert_bias[e];
-        row->open[e] = row->seen[e];
+        row->open[e] = row->seen[e] && row->merit[e] == row->merit[e]; /* a NaN is never chosen */
     }
     for (int g = 0; g < G; ++g) {
         int best = -1, second = -1;
         for (int e = g * size; e < (g + 1) * size; ++e) {
-            if (!row->seen[e]) continue;
+            if (!row->open[e]) continue;
             if (best < 0 || row->merit[e] > row->merit[best]) second = best, best = e;
             else if (second < 0 || row->merit[e] > row->merit[second]) second = e;
         }
         group[g] = best < 0 ? -(MOEI_REAL)INFINITY : row->merit[best];
         if (second >= 0) group[g] += row->merit[second];
+        two[g][0] = best, two[g][1] = second;
     }
     for (int e = 0; e < E && !d->expert_bias; ++e) row->merit[e] = row->logit[e];
     for (int g = 0; g < G && keep < G; ++g) {
         int ahead = 0;
         for (int i = 0; i < G; ++i) ahead += group[i] > group[g] || (group[i] == group[g] && i < g);
-        for (int i = 0; i < G; ++i) MOEI_REF(moei_ref_near)(margin, group[g], group[i]);
+        for (int i = 0; i < G; ++i) {
+            MOEI_REF(moei_ref_near)(margin, group[g], group[i]);
+            if (i == g || group[i] != group[g]) continue;
+            for (int n = 0; n < 2; ++n) { /* sums that other rounding may tell apart */
+                if (two[g][n] >= 0 && two[i][n] >= 0 &&
+                    row->merit[two[g][n]] == row->merit[two[i][n]])
+                    MOEI_REF(moei_ref_tie)(d, row, two[g][n], two[i][n], margin);
+                else if (two[g][n] >= 0 || two[i][n] >= 0) *margin = 0;
+            }
+        }
         for (int e = g * size; e < (g + 1) * size && ahead >= keep; ++e) row->open[e] = 0;
     }
 }
@@ -138,6 +171,7 @@ MOE_HOST void MOEI_REF(moe_ref_gate_rules)(const moe_gate_desc* d, int32_t* ids,
         const int64_t stride = moei_ref_or(d->logits_stride, E);
         MOEI_REF(moe_ref_row)* sum = (MOEI_REF(moe_ref_row)*)calloc(1, sizeof *sum);
         MOEI_REAL size = 0, last = 0;
+        int last_at = -1;
         for (int64_t t = 0; t < d->num_tokens; ++t) {
             MOEI_REF(moei_ref_read)(d, t, row);
             if (row->nan || (d->token_off && d->token_off[t])) continue;
@@ -147,13 +181,21 @@ MOE_HOST void MOEI_REF(moe_ref_gate_rules)(const moe_gate_desc* d, int32_t* ids,
                 size += (l < 0 ? -l : l) / E;
             }
         }
-        for (int e = 0; e < E; ++e) sum->open[e] = !(d->expert_off && d->expert_off[e]);
+        for (int e = 0; e < E; ++e) /* a sum of -infinity is no choice, nor one that is NaN */
+            sum->open[e] =
+                !(d->expert_off && d->expert_off[e]) && sum->merit[e] > -(MOEI_REAL)INFINITY;
         for (int k = 0; k <= K; ++k) {
             const int e = MOEI_REF(moei_ref_best)(sum, E);
             if (k < K) batch[k] = e;
             if (e < 0) continue;
             if (k > 0) MOEI_REF(moei_ref_near)(&batch_margin, last, sum->merit[e] / (size + 1));
+            if (k > 0 && last == sum->merit[e] / (size + 1)) /* of the same numbers? */
+                for (int64_t t = 0; t < d->num_tokens; ++t)
+                    if (MOEI_REF(moe_ref_load)(d->logits, t * stride + e, dtype) !=
+                        MOEI_REF(moe_ref_load)(d->logits, t * stride + last_at, dtype))
+                        batch_margin = 0;
             last = sum->merit[e] / (size + 1);
+            last_at = e;
             sum->open[e] = 0;
         }
         free(sum);
@@ -163,34 +205,40 @@ MOE_HOST void MOEI_REF(moe_ref_gate_rules)(const moe_gate_desc* d, int32_t* ids,
         MOEI_REAL near = batch_margin, total = 0, last = 0;
         int32_t* id = ids + t * K;
         MOEI_REAL* weight = weights + t * K;
-        MOEI_REAL scores = 0;
+        MOEI_REAL scores = 0, shift;
+        int last_at = -1;
         for (int k = 0; k < K; ++k) id[k] = -1, weight[k] = 0;
         if (margin) margin[t] = near;
         MOEI_REF(moei_ref_read)(d, t, row);
         if (row->nan || (d->token_off && d->token_off[t])) continue;
         MOEI_REF(moei_ref_score)(d, row);
         MOEI_REF(moei_ref_merit)(d, row, &near);
-        for (int e = 0; e < E; ++e) scores += row->score[e];
+        shift = row->max < 0 ? row->max : 0; /* of sigmoids that would all underflow */
+        for (int e = 0; e < E; ++e)
+            if (row->seen[e]) scores += 1 / (exp(shift) + exp(shift - row->logit[e]));
         for (int e = 0; prob_sum && e < E; ++e)
             if (row->seen[e])
-                prob_sum[e] += d->score == MOE_SCORE_SIGMOID && scores > 0 ? row->score[e] / scores
-                                                                           : row->score[e];
+                prob_sum[e] += d->score == MOE_SCORE_SIGMOID
+                                   ? 1 / (exp(shift) + exp(shift - row->logit[e])) / scores
+                                   : row->score[e];
         for (int k = 0; k <= K; ++k) {
             const int own = MOEI_REF(moei_ref_best)(row, E);
             const int e = d->whole_batch ? (k < K ? batch[k] : -1) : own;
             int used;
-            if (e < 0) continue;
-            if (k > 0 && !d->whole_batch) MOEI_REF(moei_ref_near)(&near, last, row->merit[e]);
+            if (e < 0 || !row->seen[e]) continue;
+            if (k > 0 && !d->whole_batch) {
+                MOEI_REF(moei_ref_near)(&near, last, row->merit[e]);
+                if (last == row->merit[e] && d->expert_bias)
+                    MOEI_REF(moei_ref_tie)(d, row, last_at, e, &near);
+            }
             last = row->merit[e];
+            last_at = e;
             row->open[e] = 0;
             if (k == K) continue;
             used = d->score != MOE_SCORE_SPARSEMAX || row->score[e] > 0;
             if (d->score == MOE_SCORE_SPARSEMAX) {
-                MOEI_REAL max = -(MOEI_REAL)INFINITY;
-                for (int i = 0; i < E; ++i)
-                    if (row->seen[i] && row->logit[i] > max) max = row->logit[i];
-                MOEI_REF(moei_ref_near)(&near, row->logit[e] - max, row->tau);
-                if (row->logit[e] - max == row->tau) near = 0; /* on the edge */
+                MOEI_REF(moei_ref_near)(&near, row->logit[e] - row->max, row->tau);
+                if (row->logit[e] - row->max == row->tau) near = 0; /* on the edge */
             }
             if (d->threshold > 0) {
                 const double at = log((double)d->threshold / (1 - (double)d->threshold));

@@ -473,9 +473,6 @@ static void test_infinities(void)
             for (int64_t k = 0; k < (int64_t)c.T * c.E; ++k)
                 ((float*)b.logits)[k] = values[trand_int(&r, 0, 6)];
             put(&b);
-            if (score == MOE_SCORE_QUADRATIC) /* what overflows fp32 is one infinity */
-                for (int64_t k = 0; k < (int64_t)c.T * c.E; ++k)
-                    if (fabsf(((float*)b.logits)[k]) > 1e19f) ((float*)b.logits)[k] = INFINITY;
             CHECK_STATUS(moe_gate(&b.device, test_now.stream), MOE_OK);
             compare(&b, &c);
             bufs_free(&b);
