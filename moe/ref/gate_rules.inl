@@ -250,6 +250,22 @@ MOE_HOST void MOEI_REF(moe_ref_gate_rules)(const moe_gate_desc* d, int32_t* ids,
             weight[k] = row->score[e];
             total += weight[k];
         }
+        if ((d->renormalize || d->score == MOE_SCORE_TOPK_SOFTMAX) &&
+            d->score != MOE_SCORE_SPARSEMAX) { /* the largest of the chosen may underflow too */
+            const int sigmoid = d->score == MOE_SCORE_SIGMOID;
+            MOEI_REAL most = -(MOEI_REAL)INFINITY;
+            for (int k = 0; k < K; ++k)
+                if (id[k] >= 0 && row->logit[id[k]] > most) most = row->logit[id[k]];
+            if (sigmoid && most > 0) most = 0;
+            total = 0;
+            for (int k = 0; k < K; ++k) {
+                const MOEI_REAL l = id[k] >= 0 ? row->logit[id[k]] : 0;
+                if (id[k] >= 0)
+                    weight[k] =
+                        sigmoid ? 1 / (exp(most) + exp(most - l)) : exp(l == most ? 0 : l - most);
+                total += weight[k];
+            }
+        }
         for (int k = 0; k < K; ++k) {
             if ((d->renormalize || d->score == MOE_SCORE_TOPK_SOFTMAX) && total > 0)
                 weight[k] /= total;

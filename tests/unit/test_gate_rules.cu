@@ -46,8 +46,12 @@ static void fill(rules_bufs* b, const rules_case* c, trand* r)
     }
     for (int t = 0; t < c->T; ++t) {
         b->token_off[t] = (uint8_t)(trand_int(r, 0, 4) == 0 ? trand_int(r, 1, 255) : 0);
-        if (c->nan && trand_int(r, 0, 6) == 0)
-            moe_store(b->logits, row_of(c, t) + trand_int(r, 0, c->E - 1), c->dtype, NAN);
+        if (c->nan && trand_int(r, 0, 6) == 0) { /* any NaN: all bits set is one too */
+            const int64_t at = row_of(c, t) + trand_int(r, 0, c->E - 1);
+            moe_store(b->logits, at, c->dtype, NAN);
+            if (t & 1 && c->dtype == MOE_FP32) ((uint32_t*)b->logits)[at] = 0xffffffffu;
+            if (t & 1 && c->dtype != MOE_FP32) ((uint16_t*)b->logits)[at] = 0xffff;
+        }
     }
     b->offset = trand_bits(r);
 }
@@ -157,6 +161,9 @@ static double compare(const rules_bufs* b, const rules_case* c)
     /* what rounding does: to logits a step of theirs, which their noise, squares and cosines spread */
     const double spread = c->spread != 0 ? (double)c->spread : 1.0;
     const double least = 3e-6 * (1 + spread) * (1 + spread) * (1 + c->options.noise * 4);
+    const double close = c->options.score >= MOE_SCORE_QUADRATIC /* to weights: e to the logits */
+                             ? least
+                             : least / (1 + spread);
     int compared = 0, used = 0;
     int64_t first_nan = -1;
     moe_ref_gate_rules_f64(&b->host, ids, weights, prob, margin);
@@ -176,7 +183,7 @@ static double compare(const rules_bufs* b, const rules_case* c)
             if (!same) continue;
             CHECK(e == ids[s], "token %d choice %d: id %d, not %d (margin %g)", t, k, e, ids[s],
                   margin[t]);
-            CHECK(fabs(got[s] - weights[s]) <= least * 2 * (fabs(weights[s]) + (c->options.score ==
+            CHECK(fabs(got[s] - weights[s]) <= close * 2 * (fabs(weights[s]) + (c->options.score ==
                   MOE_SCORE_SPARSEMAX ? 1.0 : 1e-30)) * (c->options.scale ? fabs(c->options.scale) : 1),
                   "token %d choice %d: weight %.9g, not %.9g", t, k, (double)got[s], weights[s]);
         }
@@ -243,6 +250,429 @@ static rules_case plain_case(int T, int E, int K)
     c.K = K;
     c.dtype = MOE_FP32;
     return c;
+}
+
+/* Rows written by hand, fp32: `o` has the options, the sizes and host addresses of logits, bias and
+   experts that are off. ids, weights, prob: what must come; null: what the reference says, which
+   must agree in any case. Each form of the kernel runs: as it is; with expert_off; and, without
+   groups, one of so many experts, all further ones off, that a warp has a token. */
+static void check_rows(const char* what, const moe_gate_desc* o, const int32_t* ids,
+                       const double* weights, const double* prob, int fault, int64_t index)
+{
+    const int T = o->num_tokens, K = o->top_k, before = test_now.failures;
+    const int forms = o->num_groups > 1 ? 2 : 3;
+    const int64_t slots = (int64_t)T * K;
+    for (int form = 0; form < forms; ++form) {
+        const int E = form == 2 ? 1028 : o->num_experts;
+        float* logits = (float*)test_host((int64_t)T * E * 4);
+        float* bias = (float*)test_host(E * 4);
+        uint8_t* off = (uint8_t*)test_host(E);
+        int32_t* want_ids = (int32_t*)test_host(slots * 4);
+        double* want = (double*)test_host(slots * 8);
+        double* want_prob = (double*)test_host(E * 8);
+        void* poison = test_host(slots * 4);
+        moe_gate_desc h = *o, d;
+        tbuf b[8];
+        size_t bytes = 0;
+        int32_t* got_ids;
+        float *got, *got_prob;
+        memset(poison, 0x5a, (size_t)slots * 4);
+        for (int e = 0; e < E; ++e) {
+            const int in = e < o->num_experts;
+            for (int t = 0; t < T; ++t)
+                logits[t * E + e] = in ? ((const float*)o->logits)[t * o->num_experts + e] : 3.0f;
+            bias[e] = in && o->expert_bias ? o->expert_bias[e] : 0.0f;
+            off[e] = in ? (uint8_t)(o->expert_off && o->expert_off[e]) : 1;
+        }
+        h.num_experts = E;
+        h.logits = logits;
+        h.expert_bias = o->expert_bias ? bias : 0;
+        h.expert_off = o->expert_off || form > 0 ? off : 0;
+        moe_ref_gate_rules_f64(&h, want_ids, want, want_prob, 0);
+        if (ids) CHECK(memcmp(ids, want_ids, (size_t)slots * 4) == 0, "ids of the reference");
+        for (int64_t s = 0; weights && s < slots; ++s)
+            CHECK(fabs(weights[s] - want[s]) <= 1e-9 + 1e-6 * fabs(want[s]),
+                  "slot %lld: the reference has %g", (long long)s, want[s]);
+        for (int e = 0; prob && e < E; ++e)
+            CHECK(fabs((e < o->num_experts ? prob[e] : 0) - want_prob[e]) <= 1e-6 * T,
+                  "prob_sum %d: the reference has %g", e, want_prob[e]);
+        d = h;
+        b[0] = tbuf_from("logits", logits, (size_t)T * (size_t)E * 4, 0);
+        b[1] = tbuf_from("expert_bias", bias, (size_t)E * 4, 0);
+        b[2] = tbuf_from("expert_off", off, (size_t)E, 0);
+        b[3] = tbuf_from("ids", poison, (size_t)slots * 4, 0);
+        b[4] = tbuf_from("weights", poison, (size_t)slots * 4, 0);
+        b[5] = tbuf_new("prob_sum", (size_t)E * 4, 0);
+        b[6] = tfault_new(0);
+        d.logits = b[0].p;
+        if (d.expert_bias) d.expert_bias = (const float*)b[1].p;
+        if (d.expert_off) d.expert_off = (const uint8_t*)b[2].p;
+        d.ids = (int32_t*)b[3].p;
+        d.weights = (float*)b[4].p;
+        if (prob) d.prob_sum = (float*)b[5].p;
+        d.fault = (uint64_t*)b[6].p;
+        CHECK_STATUS(moe_gate_workspace(&d, &bytes), MOE_OK);
+        b[7] = tbuf_new("workspace", bytes, 0);
+        d.workspace = bytes ? b[7].p : 0;
+        d.workspace_bytes = bytes;
+        CHECK_STATUS(moe_gate(&d, test_now.stream), MOE_OK);
+        got_ids = (int32_t*)tbuf_copy(&b[3]);
+        got = (float*)tbuf_copy(&b[4]);
+        got_prob = (float*)tbuf_copy(&b[5]);
+        for (int64_t s = 0; s < slots; ++s) {
+            CHECK(got_ids[s] == want_ids[s], "slot %lld: id %d, not %d", (long long)s, got_ids[s],
+                  want_ids[s]);
+            CHECK(fabs(got[s] - want[s]) <= 4e-6 * fabs(want[s]) + 1e-37,
+                  "slot %lld: weight %.9g, not %.9g", (long long)s, (double)got[s], want[s]);
+        }
+        for (int e = 0; prob && e < E; ++e)
+            CHECK(fabs(got_prob[e] - want_prob[e]) <= 4e-6 * T, "prob_sum %d: %.9g, not %.9g", e,
+                  (double)got_prob[e], want_prob[e]);
+        CHECK_FAULT(&b[6], fault, index);
+        if (test_now.failures > before) printf("  in: %s, form %d\n", what, form);
+        for (int i = 0; i < 8; ++i) tbuf_free(&b[i]);
+        free(logits), free(bias), free(off), free(want_ids), free(want), free(want_prob);
+        free(poison), free(got_ids), free(got), free(got_prob);
+    }
+}
+
+/* Options of rows written by hand. */
+static moe_gate_desc rows(const float* logits, int T, int E, int K, int score)
+{
+    moe_gate_desc o;
+    memset(&o, 0, sizeof o);
+    o.logits = logits;
+    o.num_tokens = T;
+    o.num_experts = E;
+    o.top_k = K;
+    o.score = score;
+    return o;
+}
+
+/* -infinity is no choice: id -1 where fewer others are left than K, whatever speaks for it. */
+static void test_minus_infinity(void)
+{
+    const float inf = INFINITY;
+    const float few[] = {-inf, 1, -inf, 0, -inf, -inf, -inf, -inf, NAN, 0, -inf, 1};
+    const double e1 = exp(-1.0), s0 = 1 / (1 + exp(-1.0)), none[4] = {0, 0, 0, 0};
+    {
+        const int32_t ids[] = {1, 3, -1, -1, -1, -1, -1, -1, -1};
+        const double soft[] = {1 / (1 + e1), e1 / (1 + e1), 0, 0, 0, 0, 0, 0, 0};
+        const double prob[] = {0, 1 / (1 + e1), 0, e1 / (1 + e1)};
+        const double sigmoid[] = {s0, 0.5, 0, 0, 0, 0, 0, 0, 0};
+        moe_gate_desc o = rows(few, 3, 4, 3, MOE_SCORE_SOFTMAX);
+        check_rows("softmax", &o, ids, soft, 0, MOE_FAULT_NAN_LOGIT, 2);
+        check_rows("softmax, sums", &o, ids, soft, prob, MOE_FAULT_NAN_LOGIT, 2);
+        o.score = MOE_SCORE_TOPK_SOFTMAX;
+        check_rows("top-k softmax", &o, ids, soft, 0, MOE_FAULT_NAN_LOGIT, 2);
+        o.score = MOE_SCORE_SIGMOID;
+        check_rows("sigmoid", &o, ids, sigmoid, 0, MOE_FAULT_NAN_LOGIT, 2);
+    }
+    {
+        const int32_t ids[] = {1, -1, -1, -1, -1, -1, -1, -1, -1};
+        const double one[] = {1, 0, 0, 0, 0, 0, 0, 0, 0}, prob[] = {0, 1, 0, 0};
+        moe_gate_desc o = rows(few, 3, 4, 3, MOE_SCORE_SPARSEMAX);
+        check_rows("sparsemax", &o, ids, one, prob, MOE_FAULT_NAN_LOGIT, 2);
+    }
+    for (int score = 1; score <= MOE_SCORE_SPARSEMAX; ++score) { /* a row of nothing else */
+        const int32_t ids[] = {-1, -1};
+        moe_gate_desc o = rows(few + 4, 1, 4, 2, score);
+        check_rows("a row of -inf", &o, ids, none, none, MOE_FAULT_NONE, 0);
+        o.renormalize = 1;
+        o.temperature = 0.5f;
+        check_rows("a row of -inf, divided", &o, ids, none, none, MOE_FAULT_NONE, 0);
+    }
+    for (int score = 1; score <= MOE_SCORE_SIGMOID; ++score) { /* a bias speaks for it */
+        const float bias[] = {9, 0, inf, 0};
+        const int32_t ids[] = {1, 3, -1};
+        moe_gate_desc o = rows(few, 1, 4, 3, score);
+        o.expert_bias = bias;
+        check_rows("bias", &o, ids, 0, 0, MOE_FAULT_NONE, 0);
+        o.top_k = 2;
+        check_rows("bias, enough others", &o, ids, 0, 0, MOE_FAULT_NONE, 0);
+    }
+    for (int size = 2; size <= 4; size += 2) { /* nor does it help its group */
+        const float l2[] = {-inf, 1, 0.9f, 0.9f}, b2[] = {5, 0, 0, 0};
+        const float l4[] = {-inf, 1, -inf, -inf, 0.9f, 0.9f, -1, -1}, b4[] = {5, 0, 0, 0, 0, 0, 0, 0};
+        const int32_t ids2[] = {2, 3, -1}, ids4[] = {4, 5, 6};
+        for (int score = 1; score <= MOE_SCORE_SIGMOID; ++score) {
+            moe_gate_desc o = rows(size == 2 ? l2 : l4, 1, 2 * size, 2, score);
+            o.expert_bias = size == 2 ? b2 : b4;
+            o.num_groups = 2;
+            o.top_groups = 1;
+            if (score == MOE_SCORE_TOPK_SOFTMAX) o.temperature = 2; /* .5 alone; .45 twice */
+            check_rows("groups", &o, size == 2 ? ids2 : ids4, 0, 0, MOE_FAULT_NONE, 0);
+        }
+    }
+    { /* a finite logit is a choice, however low; a temperature does not make it -inf */
+        const float low[] = {-3e38f, -inf, -2e38f, -inf};
+        const int32_t ids[] = {2, 0, -1};
+        const float bias[] = {0, 1, 0.5f, 1};
+        moe_gate_desc o = rows(low, 1, 4, 3, MOE_SCORE_SIGMOID);
+        check_rows("low", &o, ids, none, 0, MOE_FAULT_NONE, 0);
+        o.expert_bias = bias;
+        check_rows("low, bias", &o, ids, none, 0, MOE_FAULT_NONE, 0);
+        o.temperature = 0.1f;
+        check_rows("low, bias, temperature", &o, ids, none, 0, MOE_FAULT_NONE, 0);
+    }
+    { /* squared it is +inf */
+        const float l[] = {-inf, 1, inf, 2};
+        const int32_t ids[] = {0, 2, 3};
+        const double half[] = {0.5, 0.5, 0}, prob[] = {0.5, 0, 0.5, 0};
+        moe_gate_desc o = rows(l, 1, 4, 3, MOE_SCORE_QUADRATIC);
+        check_rows("quadratic", &o, ids, half, prob, MOE_FAULT_NONE, 0);
+    }
+}
+
+/* A NaN bias: its expert is out, and its group has no more for it than its other experts. */
+static void test_nan_bias(void)
+{
+    const float l2[] = {1, 0, 0.9f, 0.9f}, b2[] = {0, NAN, 0, 0};
+    const float l4[] = {1, 0, -9, -9, 0.9f, 0.9f, -9, -9}, b4[] = {0, NAN, NAN, NAN, 0, 0, 0, 0};
+    const float lone[] = {NAN, NAN, 0, 0};
+    const int32_t two = 2, four = 4, none[] = {2, 3, -1};
+    moe_gate_desc o = rows(l2, 1, 4, 1, MOE_SCORE_SIGMOID);
+    o.num_groups = 2;
+    o.top_groups = 1;
+    o.expert_bias = b2;
+    check_rows("groups of 2", &o, &two, 0, 0, MOE_FAULT_NONE, 0);
+    o = rows(l4, 1, 8, 1, MOE_SCORE_SIGMOID);
+    o.num_groups = 2;
+    o.top_groups = 1;
+    o.expert_bias = b4;
+    check_rows("groups of 4", &o, &four, 0, 0, MOE_FAULT_NONE, 0);
+    o = rows(l2, 1, 4, 3, MOE_SCORE_SIGMOID);
+    o.expert_bias = lone;
+    check_rows("no groups", &o, none, 0, 0, MOE_FAULT_NONE, 0);
+}
+
+/* Groups of which one expert is left: its score is that one's, and a temperature's offset would
+   count once there and twice elsewhere. */
+static void test_lone_expert(void)
+{
+    const float l[] = {3, 9, 9, 9, 2, 2, 1, 1}, low[] = {-1, 9, 9, 9, -2, -2, -3, -3};
+    const uint8_t off[] = {0, 1, 1, 1, 0, 0, 0, 0};
+    const int32_t four = 4, zero = 0;
+    for (int temperature = 0; temperature < 2; ++temperature)
+        for (int score = 1; score <= MOE_SCORE_SIGMOID; ++score) {
+            const int32_t* want = score == MOE_SCORE_TOPK_SOFTMAX || score == MOE_SCORE_SIGMOID
+                                      ? &four : &zero; /* softmax: e against 2 */
+            moe_gate_desc o = rows(l, 1, 8, 1, score);
+            o.num_groups = 2;
+            o.top_groups = 1;
+            o.expert_off = off;
+            o.temperature = temperature ? 0.5f : 0.0f;
+            check_rows("lone", &o, want, 0, 0, MOE_FAULT_NONE, 0);
+            if (score != MOE_SCORE_TOPK_SOFTMAX) continue;
+            o.logits = low;
+            check_rows("lone, low", &o, &zero, 0, 0, MOE_FAULT_NONE, 0);
+        }
+}
+
+/* Probabilities of sigmoids that all underflow. */
+static void test_small_sigmoids(void)
+{
+    const float l[] = {-100, -100, -100, -101, -1e30f, -1e30f, -2e30f, -1e30f, -88, 0};
+    const double a = 1 / (1 + exp(-1.0)), half[] = {0.5, 0.5}, ab[] = {a, 1 - a};
+    const double b[] = {0, 1}, all[] = {1 + a, 4 - a};
+    moe_gate_desc o = rows(l, 1, 2, 1, MOE_SCORE_SIGMOID);
+    check_rows("-100, -100", &o, 0, 0, half, MOE_FAULT_NONE, 0);
+    o.logits = l + 2;
+    check_rows("-100, -101", &o, 0, 0, ab, MOE_FAULT_NONE, 0);
+    o.logits = l + 4;
+    check_rows("-1e30, -1e30", &o, 0, 0, half, MOE_FAULT_NONE, 0);
+    o.logits = l + 6;
+    check_rows("-2e30, -1e30", &o, 0, 0, b, MOE_FAULT_NONE, 0);
+    o.logits = l;
+    o.num_tokens = 5;
+    check_rows("all", &o, 0, 0, all, MOE_FAULT_NONE, 0);
+}
+
+/* A batch's sums of infinities and of large numbers; whom NaN leave out. */
+static void test_batch_sums(void)
+{
+    const float inf = INFINITY, far = MOE_GATE_MAX_COSINE;
+    { /* both infinities: NaN, and a fault */
+        const float l[] = {inf, 1, 0, -inf, 2, 0};
+        const int32_t ids[] = {1, 2, -1, 1, 2, -1};
+        moe_gate_desc o = rows(l, 2, 3, 3, MOE_SCORE_SIGMOID);
+        o.whole_batch = 1;
+        check_rows("inf - inf", &o, ids, 0, 0, MOE_FAULT_NAN_SUM, 0);
+    }
+    { /* one of them */
+        const float l[] = {3, 1, inf, -inf, 2, 0};
+        const int32_t ids[] = {2, 1, -1, 2, 1, -1};
+        moe_gate_desc o = rows(l, 2, 3, 3, MOE_SCORE_SIGMOID);
+        o.whole_batch = 1;
+        check_rows("one infinity", &o, ids, 0, 0, MOE_FAULT_NONE, 0);
+    }
+    { /* finite numbers have finite sums */
+        const float l[] = {-3e38f, 2e38f, 3e38f, 3e38f, -3e38f, 2e38f, 3e38f, -3e38f};
+        const int32_t ids[] = {2, 1, 3, 0, 2, 1, 3, 0};
+        moe_gate_desc o = rows(l, 2, 4, 4, MOE_SCORE_SIGMOID);
+        o.whole_batch = 1;
+        check_rows("large", &o, ids, 0, 0, MOE_FAULT_NONE, 0);
+    }
+    { /* a NaN of a disabled expert leaves no token out */
+        const float l[] = {NAN, 0, 1, 0, 5, 1};
+        const uint8_t off[] = {1, 0, 0};
+        const int32_t ids[] = {1, 1};
+        moe_gate_desc o = rows(l, 2, 3, 1, MOE_SCORE_SOFTMAX);
+        float swapped[6];
+        o.whole_batch = 1;
+        o.expert_off = off;
+        check_rows("NaN of a disabled expert", &o, ids, 0, 0, MOE_FAULT_NONE, 0);
+        for (int i = 0; i < 6; ++i) swapped[i] = l[(i + 3) % 6]; /* then it is expert 0 of token 1 */
+        o.logits = swapped;
+        check_rows("the same, later", &o, ids, 0, 0, MOE_FAULT_NONE, 0);
+    }
+    { /* a cosine that counts as NaN does */
+        const float l[] = {0, 1, far, -2, 2, 3};
+        const int32_t ids[] = {1, -1, 1};
+        moe_gate_desc o = rows(l, 3, 2, 1, MOE_SCORE_PIONEER);
+        o.whole_batch = 1;
+        check_rows("pioneer", &o, ids, 0, 0, MOE_FAULT_NAN_LOGIT, 1);
+    }
+}
+
+/* Quadratic scores of logits whose squares overflow: |l| decides, weights are limits. */
+static void test_large_squares(void)
+{
+    const float l[] = {2e19f, 3e19f, -3e19f, 1, 1e30f, -2e38f, 2e37f, 3e38f};
+    const int32_t ids[] = {1, 2, 0, 3, 1, 2}; /* of 1e30, -2e38, 2e37, 3e38 */
+    const double weights[] = {0.5, 0.5, 0, 1, 0, 0}, prob[] = {0, 0.5, 0.5, 1};
+    moe_gate_desc o = rows(l, 2, 4, 3, MOE_SCORE_QUADRATIC);
+    check_rows("squares", &o, ids, weights, prob, MOE_FAULT_NONE, 0);
+    o.temperature = 4; /* some are finite again */
+    check_rows("squares, temperature", &o, ids, weights, prob, MOE_FAULT_NONE, 0);
+}
+
+/* Rows whose largest logit is huge, with no infinity in sight; and chosen ones far below 0. */
+static void test_huge(void)
+{
+    static const float at[] = {0.9e8f, 1e8f, 1e9f, 1e12f, 1e20f, 1e30f, 1e38f, 3.4e38f};
+    for (int i = 0; i < 8; ++i)
+        for (int score = 1; score <= MOE_SCORE_QUADRATIC; ++score)
+            for (int renormalize = 0; renormalize < 2; ++renormalize) {
+                const float h = at[i];
+                const float l[] = {1,      h / 2, h, 0, -h, h, 0,      -1,  h, nextafterf(h, 0),
+                                   -h / 2, 1,     0, -h, -h, -h, -h / 2, -h, -h, -h / 4};
+                moe_gate_desc o = rows(l, 4, 5, 3, score);
+                o.renormalize = renormalize && i < 6; /* nor are sigmoids of -1e38 renormalised */
+                check_rows("huge", &o, 0, 0, 0, MOE_FAULT_NONE, 0);
+            }
+    {
+        const float l[] = {0, 0, -1e10f, -1e10f}, bias[] = {-1, -1, 1e10f, 1e10f};
+        const int32_t ids[] = {2, 3};
+        const double half[] = {0.5, 0.5};
+        moe_gate_desc o = rows(l, 1, 4, 2, MOE_SCORE_TOPK_SOFTMAX);
+        o.expert_bias = bias;
+        check_rows("far below", &o, ids, half, 0, MOE_FAULT_NONE, 0);
+    }
+}
+
+/* An offset of the whole row, under a temperature. */
+static void test_offset(void)
+{
+    static const float at[] = {0, 906, -906, 60000, 4e6f};
+    for (int i = 0; i < 5; ++i)
+        for (int score = 1; score <= MOE_SCORE_SPARSEMAX; ++score) {
+            enum { T = 20, E = 24 };
+            float l[T * E];
+            moe_gate_desc o = rows(l, T, E, 4, score);
+            if (score == MOE_SCORE_SIGMOID) continue;
+            for (int t = 0; t < T; ++t) /* all different, in steps that fp32 has at 4e6 */
+                for (int e = 0; e < E; ++e)
+                    l[t * E + e] = at[i] + 0.5f * (float)((e * 7 + t) % E);
+            o.temperature = 15.6f;
+            check_rows("offset", &o, 0, 0, 0, MOE_FAULT_NONE, 0);
+        }
+}
+
+/* A score that is the threshold is used. */
+static void test_threshold_edge(void)
+{
+    const float l[] = {0, 1e-5f, -1e-5f, -0.0f, 1.0986123f + 1e-5f, 1.0986123f - 1e-5f, 2, -2};
+    const int32_t most[] = {-1, -1, -1, -1, 2, 0, -1, -1};
+    const int32_t ids[] = {1, 0, 3, -1, 2, 0, 1, -1};
+    moe_gate_desc o = rows(l, 2, 4, 4, MOE_SCORE_SIGMOID);
+    o.threshold = 0.5f;
+    check_rows("0.5", &o, ids, 0, 0, MOE_FAULT_NONE, 0);
+    o.threshold = 0.75f;
+    check_rows("0.75", &o, most, 0, 0, MOE_FAULT_NONE, 0);
+}
+
+/* Cosines of large angles. */
+static void test_large_angles(void)
+{
+    enum { T = 60, E = 12, K = 2 };
+    static const float at[] = {1e4f, 1e5f, 1e6f};
+    trand r = trand_new(18);
+    for (int i = 0; i < 3; ++i)
+        for (int form = 0; form < 2; ++form) {
+            rules_case c = plain_case(T, form ? 1100 : E, K);
+            rules_bufs b;
+            int32_t* ids = (int32_t*)test_host(T * K * 4);
+            double* want = (double*)test_host(T * K * 8);
+            double* margin = (double*)test_host(T * 8);
+            int32_t* got_ids;
+            float* got;
+            int compared = 0;
+            c.options.score = MOE_SCORE_PIONEER;
+            c.expert_off = form;
+            bufs_new(&b, &c, &r);
+            for (int e = 0; e < c.E; ++e) b.expert_off[e] = e >= E;
+            for (int64_t k = 0; k < (int64_t)T * c.E; ++k)
+                ((float*)b.logits)[k] = at[i] * (float)(trand_int(&r, 0, 1) * 2 - 1) *
+                                        (1 + 0.04f * trand_normal(&r) / 6);
+            put(&b);
+            moe_ref_gate_rules_f64(&b.host, ids, want, 0, margin);
+            CHECK_STATUS(moe_gate(&b.device, test_now.stream), MOE_OK);
+            got_ids = (int32_t*)tbuf_copy(&b.ids);
+            got = (float*)tbuf_copy(&b.weights);
+            for (int t = 0; t < T; ++t)
+                for (int k = 0; k < K && margin[t] >= 3e-6; ++k, ++compared) {
+                    const int s = t * K + k;
+                    CHECK(got_ids[s] == ids[s], "token %d choice %d: %d, not %d", t, k, got_ids[s],
+                          ids[s]);
+                    CHECK(fabs(got[s] - want[s]) <= 3e-6 * want[s],
+                          "token %d choice %d: %.9g, not %.9g", t, k, (double)got[s], want[s]);
+                }
+            CHECK(compared > T * K * 2 / 3, "only %d choices could be compared", compared);
+            bufs_free(&b);
+            free(ids), free(want), free(margin), free(got_ids), free(got);
+        }
+}
+
+/* Dropout in steps of 2^-16: a draw that is the steps keeps the expert. */
+static void test_dropout_steps(void)
+{
+    enum { E = 16 };
+    CHECK(moe_gate_dropout_steps(0.3f) == 19661, "0.3: %d", moe_gate_dropout_steps(0.3f));
+    CHECK(moe_gate_dropout_steps(1e-9f) == 1, "1e-9: %d", moe_gate_dropout_steps(1e-9f));
+    CHECK(moe_gate_dropout_steps(0.99999994f) == 65535, "nearly 1");
+    CHECK(moe_gate_dropout_steps(0) == 0, "0");
+    for (int e = 0; e < E; ++e) { /* the expert whose draw is looked at has the largest logit */
+        float l[E];
+        int32_t id;
+        moe_gate_desc o = rows(l, 1, E, 1, MOE_SCORE_SOFTMAX);
+        moe_random4 r;
+        uint32_t words[4], draw;
+        for (int i = 0; i < E; ++i) l[i] = i == e ? 5.0f : -(float)i;
+        do { /* a draw in the middle: steps around it are in range */
+            ++o.seed;
+            r = moe_random_words(o.seed, (uint32_t)e / 8, 0, MOE_GATE_STREAM_DROPOUT, 0);
+            words[0] = r.x, words[1] = r.y, words[2] = r.z, words[3] = r.w;
+            draw = e & 1 ? words[e % 8 / 2] >> 16 : words[e % 8 / 2] & 0xffffu;
+        } while (draw < 1000 || draw > 60000);
+        id = e;
+        o.dropout = (float)draw / 65536.0f;
+        check_rows("a draw that is the steps", &o, 0, 0, 0, MOE_FAULT_NONE, 0);
+        CHECK(!moei_ref_dropped(&o, 0, id), "the reference keeps it");
+        o.dropout = (float)(draw + 1) / 65536.0f;
+        check_rows("a draw one below the steps", &o, 0, 0, 0, MOE_FAULT_NONE, 0);
+        CHECK(moei_ref_dropped(&o, 0, id), "the reference drops it");
+    }
 }
 
 /* Shapes of each form of the kernel: in registers with 4, 8 and 32 lanes, a warp a token. */
@@ -742,6 +1172,17 @@ int main(int argc, char** argv)
     RUN(test_no_tokens);
     RUN(test_refusals);
     RUN(test_warp_top_k);
+    RUN(test_minus_infinity);
+    RUN(test_nan_bias);
+    RUN(test_lone_expert);
+    RUN(test_small_sigmoids);
+    RUN(test_batch_sums);
+    RUN(test_large_squares);
+    RUN(test_huge);
+    RUN(test_offset);
+    RUN(test_threshold_edge);
+    RUN(test_large_angles);
+    RUN(test_dropout_steps);
     RUN(test_large);
     return test_end();
 }
