@@ -88,8 +88,7 @@
 #endif
 /* The same with rules, and threads. */
 #ifndef MOE_GATE_RULES_LIST
-#define MOE_GATE_RULES_LIST(X)                                                                     \
-    X(128, 8, 8, 16, 512) X(256, 8, 16, 16, 512) X(1024, 8, 32, 32, 256)
+#define MOE_GATE_RULES_LIST(X) X(128, 8, 8, 16, 512) X(256, 8, 16, 16, 512) X(1024, 8, 32, 32, 256)
 #endif
 #define MOEI_GATE_ANY_THREADS 1024
 
@@ -345,8 +344,8 @@ MOE_HOST moe_status moei_gate_queue(const moe_gate_desc* desc, cudaStream_t stre
     if (!moei_gate_has_rules(&d)) {
 #define MOEI_GATE_CASE(most, depth, lanes, per_lane)                                               \
     if (d.top_k <= depth && d.num_experts <= most) {                                               \
-        c.block.x =                                                                                \
-            (unsigned)(chunk * lanes < MOEI_GATE_THREADS ? chunk * lanes : MOEI_GATE_THREADS);     \
+        c.block.x = (unsigned)(chunk * lanes < MOEI_GATE_THREADS ? (chunk * lanes + 31) / 32 * 32  \
+                                                                 : MOEI_GATE_THREADS);             \
         c.smem += c.block.x / lanes * depth * 4;                                                   \
         return MOE_LAUNCH(moei_gate_##most##_##depth, c, d);                                       \
     }
@@ -355,7 +354,7 @@ MOE_HOST moe_status moei_gate_queue(const moe_gate_desc* desc, cudaStream_t stre
     } else if (d.num_groups == 1 || d.num_experts / d.num_groups % 4 == 0) {
 #define MOEI_GATE_RULES_CASE(most, depth, lanes, per_lane, threads)                                \
     if (d.top_k <= depth && d.num_experts <= most) {                                               \
-        MOEI_TRY(moei_gate_fit(&c, &d, threads, lanes, depth));                                 \
+        MOEI_TRY(moei_gate_fit(&c, &d, threads, lanes, depth));                                    \
         return MOE_LAUNCH(moei_gate_rules_##most##_##depth, c, d);                                 \
     }
         MOE_GATE_RULES_LIST(MOEI_GATE_RULES_CASE)

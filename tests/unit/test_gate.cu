@@ -378,7 +378,8 @@ static void test_gate_refusals(void)
     c.E = 20;
     c.K = 3;
     c.dtype = MOE_FP32;
-    logits = test_host(c.T * c.E * 4);
+    c.pad = 20; /* a last row that dense strides would not reach */
+    logits = test_host(c.T * (c.E + c.pad) * 4);
     fill_logits(logits, &c, &r);
     bufs_new(&b, &c, logits);
     good = b.d;
@@ -420,7 +421,11 @@ static void test_gate_refusals(void)
     REFUSED(d.chunk_count = (int32_t*)((char*)d.chunk_count + 3), MOE_ERR_ALIGN, chunk_count);
     REFUSED(d.fault = (uint64_t*)((char*)d.fault + 4), MOE_ERR_ALIGN, fault);
     REFUSED(d.ids = (int32_t*)d.logits, MOE_ERR_OVERLAP, ids);
-    REFUSED(d.ids = (int32_t*)d.logits + 33 * 20 - 1, MOE_ERR_OVERLAP, ids);
+    REFUSED(d.ids = (int32_t*)d.logits + 32 * 40 + 19, MOE_ERR_OVERLAP, ids);
+    REFUSED(d.weights = (float*)d.logits + 32 * 40 + 19, MOE_ERR_OVERLAP, weights);
+    REFUSED(d.expert_count = (int32_t*)d.logits + 32 * 40, MOE_ERR_OVERLAP, expert_count);
+    REFUSED(d.chunk_count = (int32_t*)d.logits + 32 * 40 + 1, MOE_ERR_OVERLAP, chunk_count);
+    REFUSED(d.fault = (uint64_t*)d.logits + 16 * 40 + 9, MOE_ERR_OVERLAP, fault);
     REFUSED(d.weights = (float*)d.logits, MOE_ERR_OVERLAP, weights);
     REFUSED(d.weights = (float*)d.ids + 98, MOE_ERR_OVERLAP, weights);
     REFUSED(d.expert_count = (int32_t*)d.logits + 5, MOE_ERR_OVERLAP, expert_count);

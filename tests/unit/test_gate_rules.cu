@@ -1014,6 +1014,7 @@ static void test_refusals(void)
     rules_bufs b;
     moe_gate_desc good, d;
     c.prob = c.bias = c.expert_off = c.token_off = c.seed_offset = 1;
+    c.pad = 24; /* a last row that dense strides would not reach */
     bufs_new(&b, &c, &r);
     good = b.device;
 #define REFUSED(change, kind, field)                                                              \
@@ -1037,7 +1038,7 @@ static void test_refusals(void)
     REFUSED(d.threshold = 0.5f, MOE_ERR_CONFLICT, threshold);
     REFUSED(d.num_groups = -1, MOE_ERR_RANGE, num_groups);
     REFUSED(d.num_groups = 5, MOE_ERR_RANGE, num_groups);
-    REFUSED((d.num_groups = 40, d.num_experts = 80), MOE_ERR_RANGE, num_groups);
+    REFUSED((d.num_groups = 40, d.num_experts = 80, d.logits_stride = 0), MOE_ERR_RANGE, num_groups);
     REFUSED(d.top_groups = 2, MOE_ERR_RANGE, top_groups);
     REFUSED((d.num_groups = 4, d.top_groups = 5), MOE_ERR_RANGE, top_groups);
     REFUSED((d.num_groups = 4, d.top_groups = -1), MOE_ERR_RANGE, top_groups);
@@ -1060,6 +1061,9 @@ static void test_refusals(void)
     REFUSED(d.expert_bias = (float*)((char*)d.expert_bias + 1), MOE_ERR_ALIGN, expert_bias);
     REFUSED(d.seed_offset = (uint64_t*)((char*)d.seed_offset + 4), MOE_ERR_ALIGN, seed_offset);
     REFUSED(d.prob_sum = (float*)d.logits, MOE_ERR_OVERLAP, prob_sum);
+    REFUSED(d.prob_sum = (float*)d.logits + 39 * 48 + 23, MOE_ERR_OVERLAP, prob_sum);
+    REFUSED(d.workspace = (void*)(((uintptr_t)d.logits + 39 * 48 * 4 + 15) & ~(uintptr_t)15),
+            MOE_ERR_OVERLAP, workspace);
     REFUSED(d.prob_sum = (float*)d.expert_bias, MOE_ERR_OVERLAP, prob_sum);
     REFUSED(d.ids = (int32_t*)((uintptr_t)d.expert_off & ~(uintptr_t)3), MOE_ERR_OVERLAP, ids);
     REFUSED(d.ids = (int32_t*)((uintptr_t)(d.token_off + 4) & ~(uintptr_t)3), MOE_ERR_OVERLAP, ids);
