@@ -1,9 +1,12 @@
 /* bench.h: what every bench shares. Each bench verifies before it times.
 
-   Time: after 50 ms of warm-up each repetition flushes L2 by writing a buffer of four times its
-   size, then runs once between two events; the median counts. Launches of a few microseconds are
-   timed as a captured graph of 24 calls over rotating inputs, divided by the calls: together they
-   pass the L2, but for the smallest shapes, which stay in it.
+   Time: calls that are compared run in turn, A B A B ..., so that power and clocks are the same for
+   each (bench_alternate). After 50 ms of such rounds as warm-up the median of each call counts, over
+   --reps rounds. Before a call L2 is flushed by writing a buffer of four times its size. A pause on
+   the GPU opens each round and is longer than the host takes to queue the round, so no launch is
+   waited for. Launches of a few microseconds are timed as a captured graph of 24 calls over rotating
+   inputs, divided by the calls: together they pass the L2, but for the smallest shapes, which stay
+   in it; no flush there.
    Ceilings are measured in the same run: device-to-device copy (bytes read + written) and, where
    a bench has one, its peer. Clocks and power are read with nvidia-smi while it runs.
 
@@ -16,6 +19,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <time.h>
 
 #include "../moe/moe.cuh"
 
@@ -96,72 +100,148 @@ static inline void* bench_random(int64_t count, int dtype, float scale, uint32_t
     return a.p;
 }
 
-static int bench_compare_float(const void* a, const void* b)
+static inline int bench_compare_float(const void* a, const void* b)
 {
     const float x = *(const float*)a, y = *(const float*)b;
     return (x > y) - (x < y);
 }
 
-/* Median milliseconds of fn with a cold L2. */
-static inline double bench_time(bench_state* s, bench_fn fn, void* context)
+typedef struct bench_pause_args {
+    uint64_t ns;
+} bench_pause_args;
+
+MOE_KERNEL(32, 1) bench_pause_kernel(MOE_ARG(bench_pause_args) a)
 {
-    float ms[256];
-    cudaEvent_t begin, end;
-    const int reps = s->reps < 256 ? s->reps : 256;
-    BENCH_CUDA(cudaEventCreate(&begin));
-    BENCH_CUDA(cudaEventCreate(&end));
-    for (float spent = 0.0f; spent < 50.0f;) { /* the first calls run at the clocks of an idle GPU */
-        BENCH_CUDA(cudaEventRecord(begin, s->stream));
-        for (int i = 0; i < 8; ++i) {
-            BENCH_CUDA(cudaMemsetAsync(s->flush, i, s->flush_bytes, s->stream));
-            fn(context, s->stream);
-        }
-        BENCH_CUDA(cudaEventRecord(end, s->stream));
-        BENCH_CUDA(cudaEventSynchronize(end));
-        BENCH_CUDA(cudaEventElapsedTime(&ms[0], begin, end));
-        spent += ms[0];
-    }
-    for (int i = 0; i < reps; ++i) {
-        BENCH_CUDA(cudaMemsetAsync(s->flush, i & 255, s->flush_bytes, s->stream));
-        BENCH_CUDA(cudaEventRecord(begin, s->stream));
-        fn(context, s->stream);
-        BENCH_CUDA(cudaEventRecord(end, s->stream));
-        BENCH_CUDA(cudaEventSynchronize(end));
-        BENCH_CUDA(cudaEventElapsedTime(&ms[i], begin, end));
-    }
-    BENCH_CUDA(cudaEventDestroy(begin));
-    BENCH_CUDA(cudaEventDestroy(end));
-    qsort(ms, (size_t)reps, sizeof ms[0], bench_compare_float);
-    return ms[reps / 2];
+    uint64_t begin, now;
+    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(begin));
+    do asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(now));
+    while (now - begin < a.ns);
 }
 
-/* Median milliseconds of one of `calls` calls in a captured graph; call i gets context i, so that
-   rotating inputs keep the L2 cold. */
-static inline double bench_time_graph(bench_state* s, bench_fn fn, void** context, int calls)
+/* The GPU stands still for so long, at most 2 ms. */
+static inline void bench_pause(double ms, cudaStream_t stream)
 {
-    float ms[256];
+    bench_pause_args a;
+    moei_launch_config c = moei_grid(1, 32, 0, stream);
+    a.ns = (uint64_t)((ms < 2.0 ? ms : 2.0) * 1e6);
+    BENCH_MOE(MOE_LAUNCH(bench_pause_kernel, c, a));
+}
+
+static inline double bench_host_ms(void)
+{
+    struct timespec t;
+    timespec_get(&t, TIME_UTC);
+    return (double)t.tv_sec * 1e3 + (double)t.tv_nsec * 1e-6;
+}
+
+/* What is timed: fn(context), or with repeats > 1 a captured graph of so many calls. */
+typedef struct bench_call {
+    bench_fn fn;
+    void* context;
+    int repeats;
+    double ms; /* out: median of one call */
     cudaEvent_t begin, end;
+} bench_call;
+
+static inline bench_call bench_one(bench_fn fn, void* context)
+{
+    bench_call c;
+    memset(&c, 0, sizeof c);
+    c.fn = fn, c.context = context, c.repeats = 1;
+    return c;
+}
+
+static inline void bench_launch_graph(void* context, cudaStream_t stream)
+{
+    BENCH_CUDA(cudaGraphLaunch((cudaGraphExec_t)context, stream));
+}
+
+/* Call i of `calls` gets context i, so that rotating inputs keep the L2 cold. The caller destroys the
+   graph by bench_free_graph. */
+static inline bench_call bench_graph(bench_state* s, bench_fn fn, void** context, int calls)
+{
+    bench_call c;
     cudaGraph_t graph;
     cudaGraphExec_t exec;
-    const int reps = s->reps < 256 ? s->reps : 256;
     BENCH_CUDA(cudaStreamBeginCapture(s->stream, cudaStreamCaptureModeThreadLocal));
     for (int i = 0; i < calls; ++i) fn(context[i], s->stream);
     BENCH_CUDA(cudaStreamEndCapture(s->stream, &graph));
     BENCH_CUDA(cudaGraphInstantiate(&exec, graph, 0));
-    BENCH_CUDA(cudaEventCreate(&begin));
-    BENCH_CUDA(cudaEventCreate(&end));
-    BENCH_CUDA(cudaGraphLaunch(exec, s->stream));
-    for (int i = 0; i < reps; ++i) {
-        BENCH_CUDA(cudaEventRecord(begin, s->stream));
-        BENCH_CUDA(cudaGraphLaunch(exec, s->stream));
-        BENCH_CUDA(cudaEventRecord(end, s->stream));
-        BENCH_CUDA(cudaEventSynchronize(end));
-        BENCH_CUDA(cudaEventElapsedTime(&ms[i], begin, end));
-    }
-    BENCH_CUDA(cudaGraphExecDestroy(exec));
     BENCH_CUDA(cudaGraphDestroy(graph));
-    qsort(ms, (size_t)reps, sizeof ms[0], bench_compare_float);
-    return ms[reps / 2] / calls;
+    c = bench_one(bench_launch_graph, exec);
+    c.repeats = calls;
+    return c;
+}
+
+static inline void bench_free_graph(bench_call* c)
+{
+    BENCH_CUDA(cudaGraphExecDestroy((cudaGraphExec_t)c->context));
+}
+
+/* One round: a pause, then each call once. Returns milliseconds that the host took to queue. */
+static inline double bench_round(bench_state* s, bench_call* calls, int count, double pause)
+{
+    const double began = bench_host_ms();
+    double queued;
+    bench_pause(pause, s->stream);
+    for (int i = 0; i < count; ++i) {
+        if (calls[i].repeats == 1)
+            BENCH_CUDA(cudaMemsetAsync(s->flush, i & 255, s->flush_bytes, s->stream));
+        BENCH_CUDA(cudaEventRecord(calls[i].begin, s->stream));
+        calls[i].fn(calls[i].context, s->stream);
+        BENCH_CUDA(cudaEventRecord(calls[i].end, s->stream));
+    }
+    queued = bench_host_ms() - began;
+    BENCH_CUDA(cudaStreamSynchronize(s->stream));
+    return queued;
+}
+
+/* Median milliseconds of each call with a cold L2, the calls taken in turn: all meet the card in the
+   same state, so calls[i].ms / calls[j].ms is their ratio. */
+static inline void bench_alternate(bench_state* s, bench_call* calls, int count)
+{
+    float* ms = (float*)malloc((size_t)count * (size_t)s->reps * sizeof(float));
+    const double began = bench_host_ms();
+    double pause = 0.0;
+    for (int i = 0; i < count; ++i) {
+        BENCH_CUDA(cudaEventCreate(&calls[i].begin));
+        BENCH_CUDA(cudaEventCreate(&calls[i].end));
+    }
+    bench_round(s, calls, count, 0.0); /* loads what is loaded at a first launch */
+    do { /* the first calls run at the clocks of an idle GPU */
+        const double queued = bench_round(s, calls, count, 0.0);
+        if (pause == 0.0 || queued < pause) pause = queued;
+    } while (bench_host_ms() - began < 50.0);
+    for (int r = 0; r < s->reps; ++r) {
+        bench_round(s, calls, count, 1.5 * pause + 0.01);
+        for (int i = 0; i < count; ++i)
+            BENCH_CUDA(cudaEventElapsedTime(&ms[i * s->reps + r], calls[i].begin, calls[i].end));
+    }
+    for (int i = 0; i < count; ++i) {
+        float* own = ms + i * s->reps;
+        qsort(own, (size_t)s->reps, sizeof own[0], bench_compare_float);
+        calls[i].ms = own[s->reps / 2] / calls[i].repeats;
+        BENCH_CUDA(cudaEventDestroy(calls[i].begin));
+        BENCH_CUDA(cudaEventDestroy(calls[i].end));
+    }
+    free(ms);
+}
+
+/* Median milliseconds of fn alone. */
+static inline double bench_time(bench_state* s, bench_fn fn, void* context)
+{
+    bench_call c = bench_one(fn, context);
+    bench_alternate(s, &c, 1);
+    return c.ms;
+}
+
+/* Median milliseconds of one of `calls` calls in a captured graph. */
+static inline double bench_time_graph(bench_state* s, bench_fn fn, void** context, int calls)
+{
+    bench_call c = bench_graph(s, fn, context, calls);
+    bench_alternate(s, &c, 1);
+    bench_free_graph(&c);
+    return c.ms;
 }
 
 typedef struct bench_copy_args {
