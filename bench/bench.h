@@ -130,7 +130,7 @@ static inline void bench_pause(double ms, cudaStream_t stream)
 static inline double bench_host_ms(void)
 {
     struct timespec t;
-    timespec_get(&t, TIME_UTC);
+    clock_gettime(CLOCK_MONOTONIC, &t);
     return (double)t.tv_sec * 1e3 + (double)t.tv_nsec * 1e-6;
 }
 
@@ -201,14 +201,15 @@ static inline double bench_round(bench_state* s, bench_call* calls, int count, d
 static inline void bench_alternate(bench_state* s, bench_call* calls, int count)
 {
     float* ms = (float*)malloc((size_t)count * (size_t)s->reps * sizeof(float));
-    const double began = bench_host_ms();
-    double pause = 0.0;
+    double pause = 0.0, began;
     for (int i = 0; i < count; ++i) {
         BENCH_CUDA(cudaEventCreate(&calls[i].begin));
         BENCH_CUDA(cudaEventCreate(&calls[i].end));
     }
     bench_round(s, calls, count, 0.0); /* loads what is loaded at a first launch */
-    do { /* the first calls run at the clocks of an idle GPU */
+    began = bench_host_ms();
+    /* The first calls run at the clocks of an idle GPU. */
+    do {
         const double queued = bench_round(s, calls, count, 0.0);
         if (pause == 0.0 || queued < pause) pause = queued;
     } while (bench_host_ms() - began < 50.0);

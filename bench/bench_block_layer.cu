@@ -1,25 +1,15 @@
 /* The three layer forms on block-sparse products, forward and backward, and what a training step
    takes in memory.
-   nvcc -O3 -std=c++14 -I. -arch=sm_90a bench/bench_block_layer.cu -lcublas -o bench_block_layer
+   nvcc -O3 -std=c++14 -I. -arch=sm_90a bench/bench_block_layer.cu -lcublas -lcublasLt -o bench_block_layer
 
    Floor: cuBLAS's time for the dense form's products as plain dense ones (two forward, four
-   backward), for the other forms the share of it that their experts are. Memory: weights,
+   backward, in turn with each form), for the other forms the share of it that their experts are. Memory: weights,
    gradients, saved, workspace, inputs and outputs of one step, as asked for and as cudaMemGetInfo
    sees it. In the sparse form all experts have tokens, so all have gradients; in the batch form K
    of them do. */
-#include <cublas_v2.h>
-
-#include "bench.h"
+#include "bench_blas.h"
 
 #include "../moe/block_layer.cuh"
-
-#define BENCH_CUBLAS(call)                                                                        \
-    do {                                                                                          \
-        if ((call) != CUBLAS_STATUS_SUCCESS) {                                                    \
-            fprintf(stderr, "%s:%d: %s failed\n", __FILE__, __LINE__, #call);                     \
-            exit(1);                                                                              \
-        }                                                                                         \
-    } while (0)
 
 typedef struct shape {
     int T, H, I, E, K, block, activation;
@@ -30,37 +20,40 @@ static int gated(const shape* p) { return moe_activation_is_gated(p->activation)
 
 /* ---- cuBLAS ---- */
 
-typedef struct dense_job {
-    cublasHandle_t handle;
-    const void *a, *b;
-    void* c;
-    int m, n, k;
-} dense_job;
+enum { DENSE_FORWARD = 2, DENSE_PRODUCTS = 6 }; /* the others are backward's */
 
-/* C [m, n] = A [m, k] B [n, k]^T, bf16 with fp32 accumulation. */
-static void run_dense(void* context, cudaStream_t stream)
+/* The dense form's products, C [m, n] = A [m, k] B [n, k]^T, on operands that they share. */
+typedef struct dense_step {
+    bench_gemm g[DENSE_PRODUCTS];
+    void *a, *b, *c;
+} dense_step;
+
+static void open_dense(bench_state* s, const bench_blas* blas, const shape* p, dense_step* d)
 {
-    const dense_job* j = (const dense_job*)context;
-    const float one = 1.0f, zero = 0.0f;
-    BENCH_CUBLAS(cublasSetStream(j->handle, stream));
-    BENCH_CUBLAS(cublasGemmEx(j->handle, CUBLAS_OP_T, CUBLAS_OP_N, j->n, j->m, j->k, &one, j->b,
-                              CUDA_R_16BF, j->k, j->a, CUDA_R_16BF, j->k, &zero, j->c, CUDA_R_16BF,
-                              j->n, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
+    const int EI = p->E * p->I, EU = gated(p) ? 2 * EI : EI;
+    const int size[DENSE_PRODUCTS][3] = {{p->T, EU, p->H}, {p->T, p->H, EI}, {p->T, EI, p->H},
+                                         {p->H, EI, p->T}, {EU, p->H, p->T}, {p->T, p->H, EU}};
+    int64_t a = 0, b = 0, c = 0;
+    for (int i = 0; i < DENSE_PRODUCTS; ++i) {
+        const int64_t m = size[i][0], n = size[i][1], k = size[i][2];
+        d->g[i] = bench_gemm_bf16(blas, size[i][0], size[i][1], size[i][2]);
+        if (m * k > a) a = m * k;
+        if (n * k > b) b = n * k;
+        if (m * n > c) c = m * n;
+    }
+    d->a = bench_random(a, MOE_BF16, 1.0f, 21);
+    d->b = bench_random(b, MOE_BF16, 0.02f, 22);
+    d->c = bench_alloc((size_t)c * 2);
+    for (int i = 0; i < DENSE_PRODUCTS; ++i) {
+        d->g[i].a = d->a, d->g[i].b = d->b, d->g[i].c = d->c;
+        bench_gemm_choose(s, &d->g[i]);
+    }
 }
 
-static double time_dense(bench_state* s, int m, int n, int k)
+static void close_dense(dense_step* d)
 {
-    dense_job j;
-    double ms;
-    BENCH_CUBLAS(cublasCreate(&j.handle));
-    j.m = m, j.n = n, j.k = k;
-    j.a = bench_random((int64_t)m * k, MOE_BF16, 1.0f, 21);
-    j.b = bench_random((int64_t)n * k, MOE_BF16, 0.02f, 22);
-    j.c = bench_alloc((size_t)m * (size_t)n * 2);
-    ms = bench_time(s, run_dense, &j);
-    cudaFree((void*)j.a), cudaFree((void*)j.b), cudaFree(j.c);
-    BENCH_CUBLAS(cublasDestroy(j.handle));
-    return ms;
+    for (int i = 0; i < DENSE_PRODUCTS; ++i) bench_gemm_free(&d->g[i]);
+    cudaFree(d->a), cudaFree(d->b), cudaFree(d->c);
 }
 
 /* ---- one form ---- */
@@ -73,6 +66,7 @@ typedef struct form_run {
     int count;
     double asked, measured; /* bytes of a step */
     double ms[2];           /* forward, backward */
+    double dense_ms[2];     /* cuBLAS's, in turn with them */
 } form_run;
 
 static void* form_keep(form_run* f, void* p, size_t bytes)
@@ -330,13 +324,14 @@ static const char* form_name(int form)
                                             : "batch";
 }
 
-/* Allocates what a step of one form needs, runs it poisoned, verifies it, times it. */
-static form_run run_form(bench_state* s, const shape* p, int form, int* failures)
+/* Allocates what a step of one form needs, runs it poisoned, verifies it, times it beside dense. */
+static form_run run_form(bench_state* s, const shape* p, int form, dense_step* dense, int* failures)
 {
     const int64_t T = p->T, H = p->H, I = p->I, U = gated(p) ? 2 * I : I;
     const size_t row_bytes = (size_t)(T * H) * 2;
     moe_block_layer_desc* d;
     size_t before, after, total, workspace;
+    bench_call call[2 + DENSE_PRODUCTS];
     form_run f;
     int active;
     float worst;
@@ -395,42 +390,42 @@ static form_run run_form(bench_state* s, const shape* p, int form, int* failures
     printf("  %s: worst error %.2f of its bound, %d experts at work; saved %.1f, scratch %.1f MB\n",
            form_name(form), worst, active, (double)f.bytes.saved * 1e-6, (double)workspace * 1e-6);
     d->act_grad = bench_alloc(f.bytes.act_grad); /* so that backward can be repeated */
-    run_forward(&f, s->stream);
-    f.ms[0] = bench_time(s, run_forward, &f);
-    f.ms[1] = bench_time(s, run_backward, &f);
+    call[0] = bench_one(run_forward, &f);
+    call[1] = bench_one(run_backward, &f);
+    for (int i = 0; i < DENSE_PRODUCTS; ++i) call[2 + i] = bench_one(bench_run_gemm, &dense->g[i]);
+    bench_alternate(s, call, 2 + DENSE_PRODUCTS);
+    f.ms[0] = call[0].ms, f.ms[1] = call[1].ms;
+    for (int i = 0; i < DENSE_PRODUCTS; ++i) f.dense_ms[i >= DENSE_FORWARD] += call[2 + i].ms;
     if (p->timed) bench_note_clocks(s, run_backward, &f, f.ms[1]);
     cudaFree(d->act_grad);
     for (int i = 0; i < f.count; ++i) cudaFree(f.all[i]);
     return f;
 }
 
-static void run_shape(bench_state* s, const shape* p, int* failures)
+static void run_shape(bench_state* s, const bench_blas* blas, const shape* p, int* failures)
 {
     static const int forms[] = {MOE_BLOCK_LAYER_DENSE, MOE_BLOCK_LAYER_SPARSE,
                                 MOE_BLOCK_LAYER_BATCH};
     const int EI = p->E * p->I, EU = gated(p) ? 2 * EI : EI;
     const double flops = 2.0 * (double)p->T * p->H * ((double)EI + EU); /* forward, dense */
-    double cublas[2] = {0.0, 0.0};
+    dense_step dense;
     form_run f[3];
     printf("T %d H %d I %d E %d K %d, %s, blocks of %d\n", p->T, p->H, p->I, p->E, p->K,
            gated(p) ? "SwiGLU" : "GELU", p->block);
-    for (int i = 0; i < 3; ++i) f[i] = run_form(s, p, forms[i], failures);
-    cublas[0] = time_dense(s, p->T, EU, p->H) + time_dense(s, p->T, p->H, EI);
-    cublas[1] = time_dense(s, p->T, EI, p->H) + time_dense(s, p->H, EI, p->T) +
-                time_dense(s, EU, p->H, p->T) + time_dense(s, p->T, p->H, EU);
-    for (int back = 0; back < 2; ++back) {
-        char what[96];
+    open_dense(s, blas, p, &dense);
+    for (int i = 0; i < 3; ++i) f[i] = run_form(s, p, forms[i], &dense, failures);
+    close_dense(&dense);
+    for (int back = 0; back < 2; ++back)
         for (int i = 0; i < 3; ++i) {
-            const double part = i == 0 ? 1.0 : (double)p->K / p->E, ms = f[i].ms[back];
+            const double part = i == 0 ? 1.0 : (double)p->K / p->E, all = flops * (1 + back);
+            char what[96];
             snprintf(what, sizeof what, "%s %s T %d H %d I %d E %d K %d", form_name(forms[i]),
                      back ? "backward" : "forward", p->T, p->H, p->I, p->E, p->K);
-            bench_row(s, what, ms, part * flops * (1 + back) / ms * 1e-9, "TFLOPS",
-                      part * cublas[back] / ms, "cuBLAS dense");
+            bench_row_dense(s, what, f[i].ms[back], part * all, part * f[i].dense_ms[back]);
+            snprintf(what, sizeof what, "  cuBLAS dense %s beside it",
+                     back ? "backward" : "forward");
+            bench_row_dense(s, what, f[i].dense_ms[back], all, f[i].dense_ms[back]);
         }
-        snprintf(what, sizeof what, "cuBLAS dense %s", back ? "backward" : "forward");
-        bench_row(s, what, cublas[back], flops * (1 + back) / cublas[back] * 1e-9, "TFLOPS", 1.0,
-                  "cuBLAS dense");
-    }
     for (int i = 0; i < 3; ++i) {
         printf("  %s: a step takes %.1f MB, measured %.1f MB: %.3f and %.3f of dense\n",
                form_name(forms[i]), f[i].asked * 1e-6, f[i].measured * 1e-6,
@@ -451,9 +446,11 @@ int main(int argc, char** argv)
         {1024, 128, 512, 16, 4, 32, MOE_ACTIVATION_GELU, 0}, /* tens of MB, as small models have */
     };
     bench_state s = bench_open(argc, argv, "block-sparse layer forms, bf16");
+    bench_blas blas = bench_blas_open(&s, 0);
     int failures = 0;
     BENCH_MOE(moe_block_layer_preload());
     for (size_t i = 0; i < sizeof shapes / sizeof shapes[0]; ++i)
-        run_shape(&s, &shapes[i], &failures);
+        run_shape(&s, &blas, &shapes[i], &failures);
+    bench_blas_close(&blas);
     return bench_close(&s, failures);
 }

@@ -1,6 +1,6 @@
 /* Block-sparse products beside cuBLAS dense: sdd, dsd, dds, each forward, dA and dB, over kinds of
    mask and densities.
-   nvcc -O3 -std=c++14 -I. -arch=sm_90a bench/bench_block_sparse.cu -lcublas -o bench_block_sparse
+   nvcc -O3 -std=c++14 -I. -arch=sm_90a bench/bench_block_sparse.cu -lcublas -lcublasLt -o bench_block_sparse
 
      --size N      m = n = k, a multiple of 8; 8192
      --quick       densities 0.1, 0.25 and 0.5 of the kinds that have a target, fewer repetitions
@@ -15,27 +15,17 @@
                       every border a multiple of 128
           batch       whole strips of 128 columns: experts that one choice gave to all rows
    d is the share of blocks kept. A ratio is a time over that of cuBLAS dense of the same size with
-   plain operands; beside it stands the ratio to cuBLAS with the row's transposes. cuBLAS is timed
-   again before each kind of mask. TFLOPS: of the blocks kept.
+   plain operands; beside it stands the ratio to cuBLAS with the row's transposes. A row's product and
+   cuBLAS's run in turn. TFLOPS: of the blocks kept.
 
    Verified first: every element of small ragged products, then 8192 elements of each row's product,
    against sums in double. Masked-out blocks of operands hold NaN throughout, C is poisoned, and
    masked-out blocks of a sparse C must stay so. Every list built on the device is compared with the
    host's. */
-#include <cublas_v2.h>
-
-#include "bench.h"
+#include "bench_blas.h"
 
 #include "../moe/block_sparse.cuh"
 #include "../moe/block_sparse/list.cuh"
-
-#define BENCH_CUBLAS(call)                                                                         \
-    do {                                                                                           \
-        if ((call) != CUBLAS_STATUS_SUCCESS) {                                                     \
-            fprintf(stderr, "%s:%d: %s failed\n", __FILE__, __LINE__, #call);                      \
-            exit(1);                                                                               \
-        }                                                                                          \
-    } while (0)
 
 enum { RANDOM, DIAGONAL, BATCH };
 enum { FORM_BYTES, FORM_BITS, FORM_LIST };
@@ -344,7 +334,7 @@ static void poison_operand(const operands* o, const mask* k, cudaStream_t stream
    many, anywhere. worst[0]: the largest error over its bound; worst[1]: elements compared. */
 typedef struct check_args {
     const void *a, *b, *c;
-    const uint8_t* mask; /* null: dense */
+    const uint8_t* mask;
     int op, m, n, k, a_transposed, b_transposed, block, CB;
     int samples, lanes; /* lanes: 1 or 32 */
     unsigned* worst;
@@ -363,14 +353,13 @@ MOE_KERNEL(256, 1) check_product(MOE_ARG(check_args) a)
         const uint16_t bits = ((const uint16_t*)a.c)[(int64_t)i * a.n + j];
         double want = 0.0, size = 0.0;
         float ratio;
-        if (a.mask && a.op == MOE_BLOCK_SDD &&
-            !a.mask[(int64_t)(i / a.block) * a.CB + j / a.block]) {
+        if (a.op == MOE_BLOCK_SDD && !a.mask[(int64_t)(i / a.block) * a.CB + j / a.block]) {
             if (lane == 0 && bits != 0xffffu) atomicMax(a.worst, 0x7f800000u); /* written */
             continue;
         }
         for (int l = lane; l < a.k; l += a.lanes) {
             double p;
-            if (a.mask && a.op != MOE_BLOCK_SDD) {
+            if (a.op != MOE_BLOCK_SDD) {
                 const int row = a.op == MOE_BLOCK_DSD ? i : l,
                           column = a.op == MOE_BLOCK_DSD ? l : j;
                 const int over = a.op == MOE_BLOCK_DSD ? a.a_transposed : a.b_transposed;
@@ -551,117 +540,108 @@ static void run_list(void* context, cudaStream_t stream)
     BENCH_MOE(moe_block_list_build((const moe_block_list_desc*)context, stream));
 }
 
-typedef struct dense_job {
-    cublasHandle_t handle;
-    const void *a, *b;
-    void* c;
-    int size, transposes;
-} dense_job;
-
-/* Rows are cuBLAS's columns: C^T = B^T A^T. */
-static void run_dense(void* context, cudaStream_t stream)
-{
-    const dense_job* j = (const dense_job*)context;
-    const float one = 1.0f, zero = 0.0f;
-    const int n = j->size;
-    BENCH_CUBLAS(cublasSetStream(j->handle, stream));
-    BENCH_CUBLAS(cublasGemmEx(j->handle, j->transposes == NT ? CUBLAS_OP_T : CUBLAS_OP_N,
-                              j->transposes == TN ? CUBLAS_OP_T : CUBLAS_OP_N, n, n, n, &one, j->b,
-                              CUDA_R_16BF, n, j->a, CUDA_R_16BF, n, &zero, j->c, CUDA_R_16BF, n,
-                              CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
-}
-
-static void verify_dense(bench_state* s, dense_job* j, int* failures)
-{
-    for (j->transposes = 0; j->transposes < NUM_TRANSPOSES; ++j->transposes) {
-        check_args a;
-        float largest = 0.0f;
-        memset(&a, 0, sizeof a);
-        a.a = j->a, a.b = j->b, a.c = j->c;
-        a.m = a.n = a.k = j->size;
-        a.a_transposed = j->transposes == TN, a.b_transposed = j->transposes == NT;
-        a.samples = 8192, a.lanes = 32;
-        BENCH_CUDA(cudaMemset(j->c, 0xff, (size_t)j->size * (size_t)j->size * 2));
-        run_dense(j, s->stream);
-        *failures += !check_c(s, &a, 1, "cuBLAS", &largest);
-    }
-}
-
-static void csv_row(FILE* csv, const char* by, const kind* d, double density, const mask* k,
-                    const pass* p, const char* tile_used, double ms, const double* dense,
-                    double target)
-{
-    const double n = k->m.rows, flops = 2.0 * n * n * n * k->kept;
-    if (!csv) return;
-    fprintf(csv, "%s,%s,%d,%g,%.5f,%s,%s,%s,%s,%s,%.5f,%.5f,%.4f,%.5f,%.4f,", by, d->name, d->block,
-            density, k->kept, p->product, p->name, op_name(p->op), transpose_name[p->transposes],
-            tile_used, ms, dense[NN], ms / dense[NN], dense[p->transposes],
-            ms / dense[p->transposes]);
-    if (target > 0) fprintf(csv, "%.4f,%s,", target, ms / dense[NN] <= target ? "held" : "missed");
-    else fprintf(csv, ",,");
-    fprintf(csv, "%.1f\n", flops / ms * 1e-9);
-}
-
 /* What came of the targets of one kind of mask. */
 typedef struct tally {
     int held, missed;
     double worst; /* ratio over target */
 } tally;
 
-static void run_mask(bench_state* s, const options* opt, const kind* d, double density, operands* o,
-                     const double* dense, tally* sum, float* largest, int* failures)
+/* One mask, and what its rows are compared with. */
+typedef struct table {
+    const options* opt;
+    const kind* d;
+    const mask* k;
+    bench_gemm* dense;      /* [NUM_TRANSPOSES] */
+    double density, target; /* target 0: none */
+    tally* sum;
+} table;
+
+/* dense: milliseconds of cuBLAS by transposes, NN's and those of p. */
+static void csv_row(const table* t, const char* by, const pass* p, const char* tile_used, double ms,
+                    const double* dense, double target)
 {
-    const int n = opt->size;
+    const double n = t->k->m.rows, flops = 2.0 * n * n * n * t->k->kept;
+    FILE* csv = t->opt->csv;
+    if (!csv) return;
+    fprintf(csv, "%s,%s,%d,%g,%.5f,%s,%s,%s,%s,%s,%.5f,%.5f,%.4f,%.5f,%.4f,", by, t->d->name,
+            t->d->block, t->density, t->k->kept, p->product, p->name, op_name(p->op),
+            transpose_name[p->transposes], tile_used, ms, dense[NN], ms / dense[NN],
+            dense[p->transposes], ms / dense[p->transposes]);
+    if (target > 0) fprintf(csv, "%.4f,%s,", target, ms / dense[NN] <= target ? "held" : "missed");
+    else fprintf(csv, ",,");
+    fprintf(csv, "%.1f\n", flops / ms * 1e-9);
+}
+
+/* One row: the product in turn with cuBLAS's NN, cuBLAS's with its transposes and, with --tiles, with
+   itself by every tile. */
+static void run_row(bench_state* s, const table* t, const pass* p, moe_block_sparse_desc* job)
+{
+    const int n = t->opt->size, like = p->transposes;
     const double flops = 2.0 * n * (double)n * n;
-    mask k = make_mask(d, density, n, n, opt->form, failures);
-    const int named = density > 0.09 && density < 0.51; /* 0.1, 0.25, 0.5 */
-    const double target =
-        !d->some_densities || named ? d->slope * k.kept + d->offset : 0.0; /* 0: none */
+    moe_block_sparse_desc by_tile[NUM_TILES];
+    bench_call call[1 + NUM_TILES + 2]; /* the product, by tile, cuBLAS */
+    double dense[NUM_TRANSPOSES], ms, ratio, best;
+    int tile_of[NUM_TILES], count = 0;
+    call[0] = bench_one(run_product, job);
+    for (int i = 0; i < NUM_TILES && t->opt->tiles && t->target > 0; ++i) {
+        by_tile[count] = *job;
+        by_tile[count].choice.tile = tiles[i].value;
+        by_tile[count].choice.rest = 0;
+        if (moe_status_kind(moe_block_sparse(&by_tile[count], s->stream)) == MOE_ERR_DEVICE)
+            continue;
+        tile_of[count] = i;
+        call[1 + count] = bench_one(run_product, &by_tile[count]);
+        ++count;
+    }
+    call[1 + count] = bench_one(bench_run_gemm, &t->dense[NN]);
+    call[2 + count] = bench_one(bench_run_gemm, &t->dense[like]);
+    bench_alternate(s, call, (like == NN ? 2 : 3) + count);
+    ms = best = call[0].ms;
+    dense[NN] = call[1 + count].ms;
+    if (like != NN) dense[like] = call[2 + count].ms;
+    ratio = ms / dense[NN];
+    printf("  %s %-7s  %s %s %-14s %9.4f ms %8.3f of cuBLAS, %6.3f of its %s %7.1f TFLOPS%s\n",
+           p->product, p->name, op_name(p->op), transpose_name[like], tile_name(&job->choice), ms,
+           ratio, ms / dense[like], transpose_name[like], flops * t->k->kept / ms * 1e-9,
+           t->target > 0 ? ratio <= t->target ? "  held" : "  MISSED" : "");
+    csv_row(t, "moe", p, tile_name(&job->choice), ms, dense, t->target);
+    if (t->target > 0) {
+        if (ratio <= t->target) ++t->sum->held;
+        else ++t->sum->missed;
+        if (ratio / t->target > t->sum->worst) t->sum->worst = ratio / t->target;
+    }
+    for (int i = 0; i < count; ++i) {
+        const char* name = tiles[tile_of[i]].name;
+        if (call[1 + i].ms < best) best = call[1 + i].ms;
+        printf("%s %s %.4f,", i ? "" : "     ", name, call[1 + i].ms);
+        csv_row(t, "moe-tiles", p, name, call[1 + i].ms, dense, 0.0);
+    }
+    if (count) printf(" %s %.3f of the best\n", t->opt->tune ? "tuned" : "auto", ms / best);
+    fflush(stdout);
+}
+
+/* The rows of t's mask, made here for t->d and t->density. */
+static void run_mask(bench_state* s, table* t, operands* o, float* largest, int* failures)
+{
+    const int n = t->opt->size;
+    const kind* d = t->d;
+    mask k = make_mask(d, t->density, n, n, t->opt->form, failures);
+    const int named = t->density > 0.09 && t->density < 0.51; /* 0.1, 0.25, 0.5 */
+    t->k = &k;
+    t->target = !d->some_densities || named ? d->slope * k.kept + d->offset : 0.0;
     printf("%s-%d, d %.4f, %d of %d blocks", d->name, d->block, k.kept, k.blocks, k.RB * k.CB);
-    if (target > 0) printf(", target %.3f", target);
+    if (t->target > 0) printf(", target %.3f", t->target);
     printf("\n");
     poison_operand(o, &k, s->stream);
     for (int p = 0; p < NUM_PASSES; ++p) {
         moe_block_sparse_desc job = describe(o, &passes[p], &k, n, n, n);
         char what[96];
-        double ms, ratio;
         room_for(o, &job);
-        if (opt->tune) BENCH_MOE(moe_block_sparse_tune(&job, s->stream, &job.choice));
+        if (t->opt->tune) BENCH_MOE(moe_block_sparse_tune(&job, s->stream, &job.choice));
         snprintf(what, sizeof what, "%s-%d d %.4f %s %s", d->name, d->block, k.kept,
                  passes[p].product, passes[p].name);
         *failures += !verify(s, o, &job, &k, 8192, what, largest);
-        ms = bench_time(s, run_product, &job);
-        ratio = ms / dense[NN];
-        printf("  %s %-7s  %s %s %-14s %9.4f ms %8.3f of cuBLAS, %6.3f of its %s %7.1f TFLOPS%s\n",
-               passes[p].product, passes[p].name, op_name(passes[p].op),
-               transpose_name[passes[p].transposes], tile_name(&job.choice), ms, ratio,
-               ms / dense[passes[p].transposes], transpose_name[passes[p].transposes],
-               flops * k.kept / ms * 1e-9,
-               target > 0 ? ratio <= target ? "  held" : "  MISSED" : "");
-        fflush(stdout);
-        csv_row(opt->csv, "moe", d, density, &k, &passes[p], tile_name(&job.choice), ms, dense,
-                target);
-        if (target > 0) {
-            if (ratio <= target) ++sum->held;
-            else ++sum->missed;
-            if (ratio / target > sum->worst) sum->worst = ratio / target;
-        }
-        if (opt->tiles && target > 0) {
-            double best = ms;
-            printf("     ");
-            for (int t = 0; t < NUM_TILES; ++t) {
-                double tile_ms;
-                job.choice.tile = tiles[t].value;
-                job.choice.rest = 0;
-                if (moe_status_kind(moe_block_sparse(&job, s->stream)) == MOE_ERR_DEVICE) continue;
-                tile_ms = bench_time(s, run_product, &job);
-                if (tile_ms < best) best = tile_ms;
-                printf(" %s %.4f,", tiles[t].name, tile_ms);
-                csv_row(opt->csv, "moe-tiles", d, density, &k, &passes[p], tiles[t].name, tile_ms,
-                        dense, 0.0);
-            }
-            printf(" %s %.3f of the best\n", opt->tune ? "tuned" : "auto", ms / best);
-        }
+        run_row(s, t, &passes[p], &job);
     }
     free_mask(&k);
 }
@@ -700,7 +680,9 @@ int main(int argc, char** argv)
 {
     options opt;
     bench_state s;
-    dense_job dense;
+    bench_blas blas;
+    bench_gemm dense[NUM_TRANSPOSES];
+    bench_call call[NUM_TRANSPOSES];
     operands o;
     tally sums[NUM_KINDS];
     char reps[16] = "", reps_name[] = "--reps";
@@ -739,27 +721,31 @@ int main(int argc, char** argv)
 
     verify_small(&s, &opt, &failures);
     o = make_operands((int64_t)opt.size * opt.size);
-    memset(&dense, 0, sizeof dense);
-    BENCH_CUBLAS(cublasCreate(&dense.handle));
-    dense.a = o.x, dense.b = o.y, dense.c = o.c, dense.size = opt.size;
-    verify_dense(&s, &dense, &failures);
+    blas = bench_blas_open(&s, 0);
+    for (int t = 0; t < NUM_TRANSPOSES; ++t) {
+        dense[t] = bench_gemm_bf16(&blas, opt.size, opt.size, opt.size);
+        dense[t].a_transposed = t == TN, dense[t].b_transposed = t == NT;
+        dense[t].a = o.x, dense[t].b = o.y, dense[t].c = o.c;
+        bench_gemm_choose(&s, &dense[t]);
+        call[t] = bench_one(bench_run_gemm, &dense[t]);
+    }
+    bench_alternate(&s, call, NUM_TRANSPOSES);
+    for (int t = 0; t < NUM_TRANSPOSES; ++t) {
+        const double flops = 2.0 * opt.size * (double)opt.size * opt.size;
+        char what[32];
+        snprintf(what, sizeof what, "cuBLAS dense, %s", transpose_name[t]);
+        bench_row(&s, what, call[t].ms, flops / call[t].ms * 1e-9, "TFLOPS",
+                  call[t].ms / call[NN].ms, "NN's time");
+    }
     time_list(&s, &failures);
 
     for (int i = 0; i < NUM_KINDS; ++i) {
-        double ms[NUM_TRANSPOSES];
-        const double flops = 2.0 * opt.size * (double)opt.size * opt.size;
         int experts = 0;
+        table t;
+        memset(&t, 0, sizeof t);
+        t.opt = &opt, t.d = &kinds[i], t.dense = dense, t.sum = &sums[i];
         if (!is_wanted(&opt, &kinds[i])) continue;
         if (opt.quick && kinds[i].slope == 0.0 && kinds[i].offset == 0.0) continue;
-        for (int t = 0; t < NUM_TRANSPOSES; ++t) {
-            dense.transposes = t;
-            ms[t] = bench_time(&s, run_dense, &dense);
-        }
-        for (int t = 0; t < NUM_TRANSPOSES; ++t) {
-            char what[32];
-            snprintf(what, sizeof what, "cuBLAS dense, %s", transpose_name[t]);
-            bench_row(&s, what, ms[t], flops / ms[t] * 1e-9, "TFLOPS", ms[t] / ms[NN], "NN's time");
-        }
         for (int j = 0; j < NUM_DENSITIES; ++j) {
             if (opt.quick && !(densities[j] > 0.09 && densities[j] < 0.51)) continue;
             if (kinds[i].shape == DIAGONAL) { /* as many experts as before: that mask has been */
@@ -767,17 +753,18 @@ int main(int argc, char** argv)
                 if (now == experts || (now == 1 && densities[j] < 1.0)) continue;
                 experts = now;
             }
-            run_mask(&s, &opt, &kinds[i], densities[j], &o, ms, &sums[i], &largest, &failures);
+            t.density = densities[j];
+            run_mask(&s, &t, &o, &largest, &failures);
         }
     }
-    dense.transposes = NN;
-    bench_note_clocks(&s, run_dense, &dense, 2.0);
+    bench_note_clocks(&s, bench_run_gemm, &dense[NN], call[NN].ms);
     printf("rows' products, sampled: worst error %.2f of its bound\n", largest);
     for (int i = 0; i < NUM_KINDS; ++i)
         if (sums[i].held + sums[i].missed)
             printf("%s-%d: %d of %d targets held, worst %.3f of its target\n", kinds[i].name,
                    kinds[i].block, sums[i].held, sums[i].held + sums[i].missed, sums[i].worst);
-    BENCH_CUBLAS(cublasDestroy(dense.handle));
+    for (int t = 0; t < NUM_TRANSPOSES; ++t) bench_gemm_free(&dense[t]);
+    bench_blas_close(&blas);
     free_operands(&o);
     if (opt.csv) fclose(opt.csv);
     return bench_close(&s, failures);

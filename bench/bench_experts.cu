@@ -1,19 +1,9 @@
 /* Expert MLP through the grouped GEMM, each product beside cuBLAS dense of the same FLOPs.
-   nvcc -O3 -std=c++14 -I. -arch=sm_90a bench/bench_experts.cu -lcublas -o bench_experts
+   nvcc -O3 -std=c++14 -I. -arch=sm_90a bench/bench_experts.cu -lcublas -lcublasLt -o bench_experts
 
-   Floor: 2 rows n k flops at cuBLAS's rate for one dense product of that shape; for few tokens,
-   the bytes of the weights at the copy rate. */
-#include <cublas_v2.h>
-
-#include "bench.h"
-
-#define BENCH_CUBLAS(call)                                                                        \
-    do {                                                                                          \
-        if ((call) != CUBLAS_STATUS_SUCCESS) {                                                    \
-            fprintf(stderr, "%s:%d: %s failed\n", __FILE__, __LINE__, #call);                     \
-            exit(1);                                                                              \
-        }                                                                                         \
-    } while (0)
+   Floor: 2 rows n k flops at cuBLAS's rate for one dense product of that shape, the four products in
+   turn; for few tokens, the bytes of the weights at the copy rate. */
+#include "bench_blas.h"
 
 static void run_up(void* context, cudaStream_t stream)
 {
@@ -23,40 +13,6 @@ static void run_up(void* context, cudaStream_t stream)
 static void run_down(void* context, cudaStream_t stream)
 {
     BENCH_MOE(moe_experts_down((const moe_experts_desc*)context, stream));
-}
-
-typedef struct dense_job {
-    cublasHandle_t handle;
-    const void *a, *b;
-    void* c;
-    int m, n, k;
-} dense_job;
-
-/* C [m, n] = A [m, k] B [n, k]^T, bf16 with fp32 accumulation. */
-static void run_dense(void* context, cudaStream_t stream)
-{
-    const dense_job* j = (const dense_job*)context;
-    const float one = 1.0f, zero = 0.0f;
-    BENCH_CUBLAS(cublasSetStream(j->handle, stream));
-    BENCH_CUBLAS(cublasGemmEx(j->handle, CUBLAS_OP_T, CUBLAS_OP_N, j->n, j->m, j->k, &one, j->b,
-                              CUDA_R_16BF, j->k, j->a, CUDA_R_16BF, j->k, &zero, j->c, CUDA_R_16BF,
-                              j->n, CUBLAS_COMPUTE_32F, CUBLAS_GEMM_DEFAULT));
-}
-
-static double time_dense(bench_state* s, int m, int n, int k)
-{
-    dense_job j;
-    double ms;
-    BENCH_CUBLAS(cublasCreate(&j.handle));
-    j.m = m, j.n = n, j.k = k;
-    j.a = bench_random((int64_t)m * k, MOE_BF16, 1.0f, 21);
-    j.b = bench_random((int64_t)n * k, MOE_BF16, 0.02f, 22);
-    j.c = bench_alloc((size_t)m * (size_t)n * 2);
-    ms = bench_time(s, run_dense, &j);
-    bench_note_clocks(s, run_dense, &j, ms);
-    cudaFree((void*)j.a), cudaFree((void*)j.b), cudaFree(j.c);
-    BENCH_CUBLAS(cublasDestroy(j.handle));
-    return ms;
 }
 
 /* Rows 0, step, ... of both products against double sums, over the bound that rounding allows. */
@@ -109,8 +65,8 @@ MOE_KERNEL(256, 1) check_experts(MOE_ARG(check_args) a)
     }
 }
 
-static void run_shape(bench_state* s, int T, int H, int I, int E, int K, int tile, int kind,
-                      int* failures)
+static void run_shape(bench_state* s, const bench_blas* blas, int T, int H, int I, int E, int K,
+                      int kind, int* failures)
 {
     const int64_t rows = (int64_t)T * K;
     const double flops = 2.0 * (double)rows * H * I, touched = E < rows ? E : (double)rows;
@@ -118,7 +74,7 @@ static void run_shape(bench_state* s, int T, int H, int I, int E, int K, int til
     moe_gate_desc g;
     moe_route_desc r;
     moe_gemm_plan up, down;
-    double ms_up, ms_down, dense_up, dense_down;
+    bench_call call[4]; /* up, down, cuBLAS's */
     unsigned worst = 0;
     char what[112];
     const char* name = kind == MOE_ACTIVATION_GEGLU            ? " GEGLU"
@@ -150,7 +106,6 @@ static void run_shape(bench_state* s, int T, int H, int I, int E, int K, int til
     d.act = bench_alloc((size_t)rows * (size_t)I * 2);
     d.rows = bench_alloc((size_t)rows * (size_t)H * 2);
     d.num_tokens = T, d.hidden = H, d.intermediate = I, d.num_experts = E, d.top_k = K;
-    d.tile = tile;
     d.activation = kind;
     BENCH_MOE(moe_experts_plan(&d, &up, &down));
     BENCH_CUDA(cudaMemset(d.act, 0xff, (size_t)rows * (size_t)I * 2));
@@ -169,30 +124,39 @@ static void run_shape(bench_state* s, int T, int H, int I, int E, int K, int til
            T, H, I, E, K, name, moe_f32_from_bits(worst), moe_gemm_path_name(up.path), up.tile_m, up.tile_n,
            up.tile_k, down.tile_m, down.tile_n, down.tile_k);
 
-    ms_up = bench_time(s, run_up, &d);
-    bench_note_clocks(s, run_up, &d, ms_up);
-    ms_down = bench_time(s, run_down, &d);
-    cudaFree((void*)d.w1.base), cudaFree((void*)d.w2.base);
-    snprintf(what, sizeof what, "up   T %d H %d I %d E %d K %d%s", T, H, I, E, K, name);
+    call[0] = bench_one(run_up, &d);
+    call[1] = bench_one(run_down, &d);
     if (rows / E >= 64) {
-        dense_up = time_dense(s, (int)rows, 2 * I, H);
-        dense_down = time_dense(s, (int)rows, H, I);
-        bench_row(s, what, ms_up, 2 * flops / ms_up * 1e-9, "TFLOPS", dense_up / ms_up, "cuBLAS dense");
+        bench_gemm dense_up = bench_gemm_random(s, blas, (int)rows, 2 * I, H);
+        bench_gemm dense_down = bench_gemm_random(s, blas, (int)rows, H, I);
+        double both, dense;
+        call[2] = bench_one(bench_run_gemm, &dense_up);
+        call[3] = bench_one(bench_run_gemm, &dense_down);
+        bench_alternate(s, call, 4);
+        bench_note_clocks(s, run_up, &d, call[0].ms);
+        bench_note_clocks(s, bench_run_gemm, &dense_up, call[2].ms);
+        bench_gemm_free_random(&dense_up), bench_gemm_free_random(&dense_down);
+        both = call[0].ms + call[1].ms, dense = call[2].ms + call[3].ms;
+        snprintf(what, sizeof what, "up   T %d H %d I %d E %d K %d%s", T, H, I, E, K, name);
+        bench_row_dense(s, what, call[0].ms, 2 * flops, call[2].ms);
         snprintf(what, sizeof what, "down T %d H %d I %d E %d K %d", T, H, I, E, K);
-        bench_row(s, what, ms_down, flops / ms_down * 1e-9, "TFLOPS", dense_down / ms_down,
-                  "cuBLAS dense");
-        bench_row(s, "both", ms_up + ms_down, 3 * flops / (ms_up + ms_down) * 1e-9, "TFLOPS",
-                  (dense_up + dense_down) / (ms_up + ms_down), "cuBLAS dense");
-        bench_row(s, "cuBLAS dense, both", dense_up + dense_down,
-                  3 * flops / (dense_up + dense_down) * 1e-9, "TFLOPS", 1.0, "cuBLAS dense");
+        bench_row_dense(s, what, call[1].ms, flops, call[3].ms);
+        bench_row_dense(s, "both", both, 3 * flops, dense);
+        bench_row_dense(s, "cuBLAS dense, up", call[2].ms, 2 * flops, call[2].ms);
+        bench_row_dense(s, "cuBLAS dense, down", call[3].ms, flops, call[3].ms);
+        bench_row_dense(s, "cuBLAS dense, both", dense, 3 * flops, dense);
     } else {
         const double b_up = touched * 2 * I * H * 2, b_down = touched * H * I * 2;
-        bench_row(s, what, ms_up, b_up / ms_up * 1e-9, "TB/s", b_up / s->copy_rate * 1e3 / ms_up,
-                  "weights at copy rate");
+        bench_alternate(s, call, 2);
+        bench_note_clocks(s, run_up, &d, call[0].ms);
+        snprintf(what, sizeof what, "up   T %d H %d I %d E %d K %d%s", T, H, I, E, K, name);
+        bench_row(s, what, call[0].ms, b_up / call[0].ms * 1e-9, "TB/s",
+                  b_up / s->copy_rate * 1e3 / call[0].ms, "weights at copy rate");
         snprintf(what, sizeof what, "down T %d H %d I %d E %d K %d", T, H, I, E, K);
-        bench_row(s, what, ms_down, b_down / ms_down * 1e-9, "TB/s",
-                  b_down / s->copy_rate * 1e3 / ms_down, "weights at copy rate");
+        bench_row(s, what, call[1].ms, b_down / call[1].ms * 1e-9, "TB/s",
+                  b_down / s->copy_rate * 1e3 / call[1].ms, "weights at copy rate");
     }
+    cudaFree((void*)d.w1.base), cudaFree((void*)d.w2.base);
     cudaFree((void*)g.logits), cudaFree(g.ids), cudaFree(g.weights), cudaFree(r.expert_count);
     cudaFree(r.expert_offset), cudaFree(r.row_slot), cudaFree(r.workspace), cudaFree((void*)d.x);
     cudaFree(d.act), cudaFree(d.rows), cudaFree(check.worst);
@@ -201,14 +165,16 @@ static void run_shape(bench_state* s, int T, int H, int I, int E, int K, int til
 int main(int argc, char** argv)
 {
     bench_state s = bench_open(argc, argv, "expert MLP, bf16, SwiGLU where nothing else is said");
+    bench_blas blas = bench_blas_open(&s, 0);
     int failures = 0;
-    run_shape(&s, 32768, 4096, 1536, 128, 8, MOE_TILE_AUTO, 0, &failures);
-    run_shape(&s, 32768, 4096, 1536, 128, 8, MOE_TILE_AUTO, MOE_ACTIVATION_GEGLU, &failures);
-    run_shape(&s, 32768, 4096, 1536, 128, 8, MOE_TILE_AUTO, MOE_ACTIVATION_SWIGLU_CLAMPED, &failures);
-    run_shape(&s, 24576, 1536, 256, 128, 8, MOE_TILE_AUTO, 0, &failures);
-    run_shape(&s, 16384, 4096, 14336, 8, 2, MOE_TILE_AUTO, 0, &failures);
-    run_shape(&s, 8192, 7168, 2048, 256, 8, MOE_TILE_AUTO, 0, &failures);
-    run_shape(&s, 64, 7168, 2048, 256, 8, MOE_TILE_AUTO, 0, &failures);
-    run_shape(&s, 256, 4096, 1536, 128, 8, MOE_TILE_AUTO, 0, &failures);
+    run_shape(&s, &blas, 32768, 4096, 1536, 128, 8, 0, &failures);
+    run_shape(&s, &blas, 32768, 4096, 1536, 128, 8, MOE_ACTIVATION_GEGLU, &failures);
+    run_shape(&s, &blas, 32768, 4096, 1536, 128, 8, MOE_ACTIVATION_SWIGLU_CLAMPED, &failures);
+    run_shape(&s, &blas, 24576, 1536, 256, 128, 8, 0, &failures);
+    run_shape(&s, &blas, 16384, 4096, 14336, 8, 2, 0, &failures);
+    run_shape(&s, &blas, 8192, 7168, 2048, 256, 8, 0, &failures);
+    run_shape(&s, &blas, 64, 7168, 2048, 256, 8, 0, &failures);
+    run_shape(&s, &blas, 256, 4096, 1536, 128, 8, 0, &failures);
+    bench_blas_close(&blas);
     return bench_close(&s, failures);
 }

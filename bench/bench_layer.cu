@@ -1,8 +1,9 @@
 /* The whole layer, router to combine, and each of its stages.
    nvcc -O3 -std=c++14 -I. -arch=sm_90a bench/bench_layer.cu -o bench_layer
 
-   Rate: the 6 T K H I flops of the experts over the layer's time. Also checked: the workspace is
-   what the formula in layer.cuh says to the byte, and a call takes no other device memory. */
+   Rate: the 6 T K H I flops of the experts over the layer's time. Layer and stages are timed in turn.
+   Also checked: the workspace is what the formula in layer.cuh says to the byte, and a call takes no
+   other device memory. */
 #include "bench.h"
 
 static void run_layer(void* context, cudaStream_t stream)
@@ -113,6 +114,9 @@ static void run_shape(bench_state* s, int T, int H, int I, int E, int K, int S, 
     unsigned worst[3];
     size_t free_before, free_after, total;
     char what[96];
+    bench_call call[1 + MOE_LAYER_STAGES];
+    stage_job job[1 + MOE_LAYER_STAGES];
+    int calls = 1;
     double ms;
     moei_launch_config c = moei_grid(16, 256, 0, s->stream);
     memset(&l, 0, sizeof l);
@@ -159,18 +163,23 @@ static void run_shape(bench_state* s, int T, int H, int I, int E, int K, int S, 
                T, H, I, E, K, S, error, bound, logit, (double)l.workspace_bytes / (1 << 30),
                (long long)(free_before - free_after), up.tile_m, up.tile_n, down.tile_m, down.tile_n);
     }
-    ms = bench_time(s, run_layer, &l);
+    call[0] = bench_one(run_layer, &l);
+    for (int stage = 0; stage < MOE_LAYER_STAGES; ++stage) {
+        if (!S && (stage == MOE_LAYER_SHARED_UP || stage == MOE_LAYER_SHARED_DOWN)) continue;
+        job[calls].layer = &l;
+        job[calls].stage = stage;
+        call[calls] = bench_one(run_stage, &job[calls]);
+        ++calls;
+    }
+    bench_alternate(s, call, calls);
+    ms = call[0].ms;
     snprintf(what, sizeof what, "layer T %d H %d I %d E %d K %d", T, H, I, E, K);
     if (S) snprintf(what + strlen(what), sizeof what - strlen(what), " shared %d", S);
     bench_row(s, what, ms, (flops + shared_flops) / ms * 1e-9, "TFLOPS", 1.0, "the layer");
     bench_note_clocks(s, run_layer, &l, ms);
-    for (int stage = 0; stage < MOE_LAYER_STAGES; ++stage) {
-        stage_job j;
-        double part;
-        j.layer = &l;
-        j.stage = stage;
-        if (!S && (stage == MOE_LAYER_SHARED_UP || stage == MOE_LAYER_SHARED_DOWN)) continue;
-        part = bench_time(s, run_stage, &j);
+    for (int i = 1; i < calls; ++i) {
+        const int stage = job[i].stage;
+        const double part = call[i].ms;
         snprintf(what, sizeof what, "    %s", moe_layer_stage_name(stage));
         bench_row(s, what, part,
                   stage == MOE_LAYER_UP ? flops * 2 / 3 / part * 1e-9

@@ -1,21 +1,12 @@
 /* The router's product, bf16 and fp32 weights, beside cuBLAS in bf16, TF32 and fp32.
-   nvcc -O3 -std=c++14 -I. -arch=sm_90a bench/bench_router.cu -lcublas -o bench_router
+   nvcc -O3 -std=c++14 -I. -arch=sm_90a bench/bench_router.cu -lcublas -lcublasLt -o bench_router
 
    Floor: x and router read once, logits written once, at the rate of a device-to-device copy. An
    fp32 router is three bf16 products on tensor cores: cuBLAS's bf16 time three times is the other
-   floor. The split product is also timed with either tile, whichever the plan chooses.
+   floor. The split product is also timed with either tile, whichever the plan chooses. All ways of a
+   shape are timed in turn.
    Few tokens: a captured graph of 24 calls over as many copies of all operands. */
-#include <cublas_v2.h>
-
-#include "bench.h"
-
-#define BENCH_CUBLAS(call)                                                                        \
-    do {                                                                                          \
-        if ((call) != CUBLAS_STATUS_SUCCESS) {                                                    \
-            fprintf(stderr, "%s:%d: %s failed\n", __FILE__, __LINE__, #call);                     \
-            exit(1);                                                                              \
-        }                                                                                         \
-    } while (0)
+#include "bench_blas.h"
 
 #define MOST_COPIES 24
 
@@ -24,8 +15,7 @@ enum { PLANNED, LARGE_TILE, SMALL_TILE };
 typedef struct job {
     moe_router_desc d;
     int tile; /* as above */
-    cublasHandle_t handle;
-    cublasComputeType_t compute;
+    bench_gemm dense; /* cuBLAS's product of the same operands */
 } job;
 
 static void run_router(void* context, cudaStream_t stream)
@@ -44,17 +34,9 @@ static void run_router(void* context, cudaStream_t stream)
     }
 }
 
-/* logits [T, E] = x [T, H] router [E, H]^T, fp32 out. */
-static void run_cublas(void* context, cudaStream_t stream)
+static void run_dense(void* context, cudaStream_t stream)
 {
-    const job* j = (const job*)context;
-    const float one = 1.0f, zero = 0.0f;
-    const int T = j->d.num_tokens, H = j->d.hidden, E = j->d.num_experts;
-    const cudaDataType_t type = j->d.x_dtype == MOE_FP32 ? CUDA_R_32F : CUDA_R_16BF;
-    BENCH_CUBLAS(cublasSetStream(j->handle, stream));
-    BENCH_CUBLAS(cublasGemmEx(j->handle, CUBLAS_OP_T, CUBLAS_OP_N, E, T, H, &one, j->d.router, type,
-                              H, j->d.x, type, H, &zero, j->d.logits, CUDA_R_32F, E, j->compute,
-                              CUBLAS_GEMM_DEFAULT));
+    bench_run_gemm(&((job*)context)->dense, stream);
 }
 
 /* Logits of tokens 0, step, 2 step, ... against double sums of the operands as they are, over the
@@ -117,62 +99,85 @@ static const way ways[] = {
     {"cuBLAS, TF32", MOE_FP32, MOE_FP32, PLANNED, 1, CUBLAS_COMPUTE_32F_FAST_TF32},
     {"cuBLAS, fp32", MOE_FP32, MOE_FP32, PLANNED, 1, CUBLAS_COMPUTE_32F},
 };
+enum { NUM_WAYS = sizeof ways / sizeof ways[0] };
 
-static double run_way(bench_state* s, const way* w, int T, int H, int E, cublasHandle_t handle,
-                      int* failures)
-{
-    const int copies = T <= 1024 ? MOST_COPIES : 1;
-    const double bytes = (double)T * H * moe_dtype_bytes(w->x_dtype) +
-                         (double)E * H * moe_dtype_bytes(w->router_dtype) + (double)T * E * 4;
-    const bench_fn run = w->cublas ? run_cublas : run_router;
+/* A way at one shape: verified, captured where tokens are few. */
+typedef struct trial {
     job jobs[MOST_COPIES];
-    void* context[MOST_COPIES];
+    int copies;
     char what[128];
-    float worst;
-    double ms;
+} trial;
+
+static bench_call prepare(bench_state* s, const bench_blas* blas, const way* w, int T, int H, int E,
+                          trial* t, int* failures)
+{
+    const bench_fn run = w->cublas ? run_dense : run_router;
+    void* context[MOST_COPIES];
     int path = 0;
-    for (int i = 0; i < copies; ++i) {
-        job* j = &jobs[i];
-        memset(j, 0, sizeof *j);
+    memset(t, 0, sizeof *t);
+    t->copies = T <= 1024 ? MOST_COPIES : 1;
+    for (int i = 0; i < t->copies; ++i) {
+        job* j = &t->jobs[i];
         j->d.x = bench_random((int64_t)T * H, w->x_dtype, 1.0f, (uint32_t)(2 * i + 1));
         j->d.router = bench_random((int64_t)E * H, w->router_dtype, 0.02f, (uint32_t)(2 * i + 2));
         j->d.logits = (float*)bench_alloc((size_t)T * (size_t)E * 4);
         j->d.x_dtype = w->x_dtype, j->d.router_dtype = w->router_dtype;
         j->d.num_tokens = T, j->d.hidden = H, j->d.num_experts = E;
         j->tile = w->tile;
-        j->handle = handle;
-        j->compute = w->compute;
+        if (w->cublas) { /* logits [T, E] = x [T, H] router [E, H]^T, fp32 out; one choice for all */
+            j->dense = i ? t->jobs[0].dense : bench_gemm_bf16(blas, T, E, H);
+            j->dense.in = w->x_dtype, j->dense.out = MOE_FP32;
+            j->dense.compute = w->compute;
+            j->dense.a = j->d.x, j->dense.b = j->d.router, j->dense.c = j->d.logits;
+            if (i == 0) bench_gemm_choose(s, &j->dense);
+        }
         context[i] = j;
     }
-    BENCH_CUDA(cudaMemset(jobs[0].d.logits, 0xff, (size_t)T * (size_t)E * 4));
-    run(&jobs[0], s->stream);
-    worst = check(s, &jobs[0].d);
-    if (!w->cublas) {
-        BENCH_MOE(moe_router_plan(&jobs[0].d, &path));
+    if (w->cublas) {
+        snprintf(t->what, sizeof t->what, "%s", w->name);
+    } else {
+        float worst;
+        BENCH_CUDA(cudaMemset(t->jobs[0].d.logits, 0xff, (size_t)T * (size_t)E * 4));
+        run(&t->jobs[0], s->stream);
+        worst = check(s, &t->jobs[0].d);
         *failures += !(worst <= 1.0f);
+        BENCH_MOE(moe_router_plan(&t->jobs[0].d, &path));
+        snprintf(t->what, sizeof t->what, "%s%s%s, error %.2f of bound", w->name,
+                 w->tile != PLANNED ? "" : ": ",
+                 w->tile != PLANNED ? "" : moe_router_path_name(path), worst);
     }
-    ms = copies > 1 ? bench_time_graph(s, run, context, copies) : bench_time(s, run, &jobs[0]);
-    snprintf(what, sizeof what, "%s%s%s, error %.2f of bound", w->name,
-             w->cublas || w->tile != PLANNED ? "" : ": ",
-             w->cublas || w->tile != PLANNED ? "" : moe_router_path_name(path), worst);
-    bench_row(s, what, ms, 2.0 * T * H * E / ms * 1e-9, "TFLOPS", bytes / s->copy_rate * 1e3 / ms,
-              "floor, bytes at copy rate");
-    for (int i = 0; i < copies; ++i) {
-        cudaFree((void*)jobs[i].d.x), cudaFree((void*)jobs[i].d.router);
-        cudaFree(jobs[i].d.logits);
-    }
-    return ms;
+    return t->copies > 1 ? bench_graph(s, run, context, t->copies) : bench_one(run, &t->jobs[0]);
 }
 
-static void run_shape(bench_state* s, int T, int H, int E, cublasHandle_t handle, int* failures)
+static void release(bench_call* call, trial* t)
 {
-    double ms[sizeof ways / sizeof *ways];
+    if (t->copies > 1) bench_free_graph(call);
+    bench_gemm_free(&t->jobs[0].dense);
+    for (int i = 0; i < t->copies; ++i) {
+        cudaFree((void*)t->jobs[i].d.x), cudaFree((void*)t->jobs[i].d.router);
+        cudaFree(t->jobs[i].d.logits);
+    }
+}
+
+static void run_shape(bench_state* s, const bench_blas* blas, int T, int H, int E, int* failures)
+{
+    static trial trials[NUM_WAYS];
+    bench_call call[NUM_WAYS];
     printf("T %d H %d E %d\n", T, H, E);
     if (s->csv) fprintf(s->csv, "\"T %d H %d E %d\"\n", T, H, E);
-    for (size_t i = 0; i < sizeof ways / sizeof *ways; ++i)
-        ms[i] = run_way(s, &ways[i], T, H, E, handle, failures);
+    for (int i = 0; i < NUM_WAYS; ++i)
+        call[i] = prepare(s, blas, &ways[i], T, H, E, &trials[i], failures);
+    bench_alternate(s, call, NUM_WAYS);
+    for (int i = 0; i < NUM_WAYS; ++i) {
+        const double bytes = (double)T * H * moe_dtype_bytes(ways[i].x_dtype) +
+                             (double)E * H * moe_dtype_bytes(ways[i].router_dtype) +
+                             (double)T * E * 4;
+        bench_row(s, trials[i].what, call[i].ms, 2.0 * T * H * E / call[i].ms * 1e-9, "TFLOPS",
+                  bytes / s->copy_rate * 1e3 / call[i].ms, "floor, bytes at copy rate");
+    }
     printf("  bf16 x fp32 takes %.2f times cuBLAS's bf16, %.2f of its TF32, %.3f of its fp32\n",
-           ms[1] / ms[5], ms[1] / ms[6], ms[1] / ms[7]);
+           call[1].ms / call[5].ms, call[1].ms / call[6].ms, call[1].ms / call[7].ms);
+    for (int i = 0; i < NUM_WAYS; ++i) release(&call[i], &trials[i]);
 }
 
 int main(int argc, char** argv)
@@ -180,14 +185,13 @@ int main(int argc, char** argv)
     bench_state s = bench_open(argc, argv, MOE_ROUTER_SPLIT_TERMS == 2
                                                ? "router, fp32 weights as two terms"
                                                : "router, fp32 weights as three terms");
-    cublasHandle_t handle;
+    bench_blas blas = bench_blas_open(&s, 0);
     int failures = 0;
-    BENCH_CUBLAS(cublasCreate(&handle));
-    run_shape(&s, 32768, 4096, 128, handle, &failures);
-    run_shape(&s, 8192, 7168, 256, handle, &failures);
-    run_shape(&s, 1024, 7168, 256, handle, &failures);
-    run_shape(&s, 64, 7168, 256, handle, &failures);
-    run_shape(&s, 32768, 2048, 60, handle, &failures); /* E no multiple of 8 */
-    BENCH_CUBLAS(cublasDestroy(handle));
+    run_shape(&s, &blas, 32768, 4096, 128, &failures);
+    run_shape(&s, &blas, 8192, 7168, 256, &failures);
+    run_shape(&s, &blas, 1024, 7168, 256, &failures);
+    run_shape(&s, &blas, 64, 7168, 256, &failures);
+    run_shape(&s, &blas, 32768, 2048, 60, &failures); /* E no multiple of 8 */
+    bench_blas_close(&blas);
     return bench_close(&s, failures);
 }
