@@ -182,7 +182,7 @@ MOEI_UNUSED static size_t twide_bytes(const twide* w)
    that makes other checks too, so that it is skipped as a whole. */
 MOEI_UNUSED static int twide_possible(int elem)
 {
-    if (!TWIDE_SPAN) {
+    if (TWIDE_SPAN == 0) {
         printf("  not run: rows far apart are left out on the CPU, see TWIDE_SPAN\n");
         return 0;
     }

@@ -9,14 +9,22 @@
 #include "cuda.cuh"
 
 /* 16 bytes, both addresses aligned to them. */
-MOE_DEVICE uint4 moei_load16(const void* p) { return *(const uint4*)p; }
-MOE_DEVICE void moei_store16(void* p, uint4 v) { *(uint4*)p = v; }
+MOE_DEVICE uint4 moei_load16(const void* p)
+{
+    MOEI_ALIGNED(p, 16);
+    return *(const uint4*)p;
+}
+MOE_DEVICE void moei_store16(void* p, uint4 v)
+{
+    MOEI_ALIGNED(p, 16);
+    *(uint4*)p = v;
+}
 
 /* 16 bytes that nobody will read again soon: they are the first to leave the caches. */
 MOE_DEVICE uint4 moei_load16_once(const void* p)
 {
 #if MOE_ON_HOST
-    return *(const uint4*)p;
+    return moei_load16(p);
 #else
     return __ldcs((const uint4*)p);
 #endif
@@ -24,6 +32,7 @@ MOE_DEVICE uint4 moei_load16_once(const void* p)
 MOE_DEVICE uint2 moei_load8_once(const void* p)
 {
 #if MOE_ON_HOST
+    MOEI_ALIGNED(p, 8);
     return *(const uint2*)p;
 #else
     return __ldcs((const uint2*)p);
@@ -46,6 +55,7 @@ MOE_DEVICE uint32_t moei_load4_early(const void* p)
 {
 #if MOE_ON_HOST
     uint32_t v;
+    MOEI_ALIGNED(p, 4);
     memcpy(&v, p, 4);
     return v;
 #else
@@ -124,6 +134,7 @@ MOE_DEVICE void moei_copy_wait(const int pending)
 MOE_DEVICE void moei_add2_atomic(uint16_t* p, uint16_t v, const int dtype)
 {
 #if MOE_ON_HOST
+    MOEI_ALIGNED(p, 2);
     moe_store(p, 0, dtype, moe_load(p, 0, dtype) + moe_load(&v, 0, dtype));
 #else
     if (dtype == MOE_FP16) {
@@ -149,6 +160,7 @@ MOE_DEVICE void moei_add2_atomic(uint16_t* p, uint16_t v, const int dtype)
 MOE_DEVICE void moei_add4_atomic(void* p, uint32_t v, const int dtype)
 {
 #if MOE_ON_HOST
+    MOEI_ALIGNED(p, 4);
     moei_add2_atomic((uint16_t*)p, (uint16_t)(v & 0xffffu), dtype);
     moei_add2_atomic((uint16_t*)p + 1, (uint16_t)(v >> 16), dtype);
 #else
@@ -178,6 +190,7 @@ MOE_DEVICE void moei_add16_atomic(void* p, uint4 v, const int dtype)
 {
 #if MOE_ON_HOST
     const uint32_t w[4] = {v.x, v.y, v.z, v.w};
+    MOEI_ALIGNED(p, 16);
     for (int i = 0; i < 4; ++i) {
         if (dtype == MOE_FP32) ((float*)p)[i] += moe_f32_from_bits(w[i]);
         else moei_add4_atomic((uint32_t*)p + i, w[i], dtype);

@@ -42,6 +42,8 @@
     unsigned char* const name = moei_shared_dynamic
 /* Stands in every polling loop; on the CPU it lets the thread waited for run. */
 #define MOE_SPIN() ((void)0)
+/* The address must be a multiple of `bytes`; the CPU looks. */
+#define MOEI_ALIGNED(p, bytes) ((void)0)
 
 #endif
 
@@ -102,7 +104,8 @@ MOE_HOST moe_status moei_cuda_status(cudaError_t e)
 /* The CPU backend copies the struct and queues the call on the stream. */
 #define MOE_LAUNCH(kernel, config, arg)                                                           \
     moei_cuda_status(moeh_launch((config).grid, (config).block, (config).smem, (config).stream,  \
-                                 moeh_bind(kernel, arg), #kernel))
+                                 moeh_bind(kernel, arg), #kernel, (const void*)(kernel),           \
+                                 (config).dependent != 0))
 #else
 #define MOE_LAUNCH(kernel, config, arg) moei_launch((const void*)(kernel), &(config), (void*)&(arg))
 
@@ -143,11 +146,13 @@ MOE_HOST moe_status moei_launch(const void* kernel, const moei_launch_config* c,
 }
 #endif
 
-/* A kernel launched with dependent = 1 calls it before it touches global memory: from here on, all
+/* Every thread of a kernel launched with dependent = 1 calls it before it touches global memory: from here on, all
    earlier kernels of the stream have ended and what they wrote is visible. */
 MOE_DEVICE void moei_wait_for_previous(void)
 {
-#if !MOE_ON_HOST && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#if MOE_ON_HOST
+    moeh_wait_for_previous();
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     cudaGridDependencySynchronize();
 #endif
 }
@@ -183,11 +188,12 @@ MOE_HOST moe_status moei_device_query(moei_device* d)
 }
 
 /* Loads one kernel now rather than at its first launch: under lazy loading a first launch
-   synchronises, and can hang while another kernel spins. */
+   synchronises, and can hang while another kernel spins. The CPU remembers which were loaded, for
+   moeh_require_preload. */
 MOE_HOST moe_status moei_preload(const void* kernel)
 {
 #if MOE_ON_HOST
-    (void)kernel;
+    moeh_get().preloaded.insert(kernel);
     return MOE_OK;
 #else
     cudaFuncAttributes fa;

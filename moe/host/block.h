@@ -5,6 +5,12 @@
 
 #include "sched.h"
 
+/* A GPU refuses an address that is no multiple of the bytes moved there. */
+inline void moeh_check_aligned(const void* p, size_t bytes, const char* why)
+{
+    if ((uintptr_t)p % bytes) moeh_fail(why);
+}
+
 /* Waits for the live threads of the block; those that have ended are not waited for. Returns
    whether any of them brought a vote. */
 __attribute__((noinline)) inline bool moeh_barrier(bool vote)
@@ -51,12 +57,14 @@ inline void* moeh_shared(const void* site, size_t bytes)
     return made;
 }
 
-/* Begins a copy of `bytes`, of which those past `keep` become zeros. Until the wait that covers
+/* Begins a copy of `bytes` (4, 8 or 16, both addresses aligned to them), of which those past `keep` become zeros. Until the wait that covers
    its group, the destination holds poison: reading it too early shows, and so does beginning the
    copy while another thread still reads what was there. */
 inline void moeh_copy_async(void* to, const void* from, size_t bytes, size_t keep)
 {
     moeh_thread* const t = moeh_now();
+    moeh_check_aligned(to, bytes, "copies to a misaligned address");
+    moeh_check_aligned(from, bytes, "copies from a misaligned address");
     moeh_poison(to, bytes);
     t->copies.push_back(moeh_copy{to, from, bytes, keep, t->groups});
 }

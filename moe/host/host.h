@@ -76,5 +76,6 @@
     type& name = *(type*)moeh_shared(&moeh_site_##name, sizeof(type))
 #define MOE_SHARED_DYNAMIC(name) unsigned char* name = moeh_now()->block->dynamic
 #define MOE_SPIN() moeh_spin()
+#define MOEI_ALIGNED(p, bytes) moeh_check_aligned(p, bytes, "moves data at a misaligned address")
 
 #endif

@@ -1,7 +1,8 @@
 /* intrinsics.h: atomics, fences, and the bit and arithmetic intrinsics that the kernels use.
 
    One OS thread runs every fiber, and a fiber keeps the CPU between waits, so an atomic is plain
-   arithmetic and a fence is nothing. Sums wrap, as on a GPU. */
+   arithmetic and a fence is nothing. Sums wrap, as on a GPU. An address that is not aligned fails
+   the run. */
 #ifndef MOE_HOST_INTRINSICS_H
 #define MOE_HOST_INTRINSICS_H
 
@@ -11,6 +12,8 @@
 
 #include <type_traits>
 
+#include "block.h"
+
 template <class T> inline T moeh_sum(T a, T b) { return a + b; }
 inline int moeh_sum(int a, int b) { return (int)((unsigned)a + (unsigned)b); }
 
@@ -18,6 +21,7 @@ inline int moeh_sum(int a, int b) { return (int)((unsigned)a + (unsigned)b); }
 #define MOEH_ATOMIC(name, expression)                                                             \
     template <class T> inline T name(T* p, typename std::common_type<T>::type v)                  \
     {                                                                                             \
+        moeh_check_aligned(p, sizeof *p, #name " of a misaligned address");                       \
         const T old = *(volatile T*)p;                                                            \
         *(volatile T*)p = (expression);                                                           \
         return old;                                                                               \
@@ -35,6 +39,7 @@ template <class T>
 inline T atomicCAS(T* p, typename std::common_type<T>::type expected,
                    typename std::common_type<T>::type v)
 {
+    moeh_check_aligned(p, sizeof *p, "atomicCAS of a misaligned address");
     const T old = *(volatile T*)p;
     if (old == expected) *(volatile T*)p = v;
     return old;

@@ -15,7 +15,9 @@
    the length of each slice and the order in which blocks start.
 
    A run fails when a block has live threads and none can go on, when a thread calls moeh_fail
-   (misuse of an intrinsic), or when the polling has passed a limit. Then a report goes to stderr,
+   (misuse of an intrinsic), when one ends with asynchronous copies under way, or in a dependent
+   launch without moei_wait_for_previous, when a kernel is launched that should have been preloaded,
+   or when the polling has passed a limit. Then a report goes to stderr,
    every grid and every queue is thrown away, and the error stays until moeh_reset. */
 #ifndef MOE_HOST_SCHED_H
 #define MOE_HOST_SCHED_H
@@ -112,6 +114,9 @@ inline void moeh_set_failed(const char* why, const moeh_block* first)
     fprintf(stderr, "%s%zu blocks were alive\n", s.report.c_str(), s.alive.size());
 }
 
+/* The calling thread has waited for the kernels before its own. */
+inline void moeh_wait_for_previous() { moeh_now()->waited = true; }
+
 /* For stand-ins of intrinsics: the calling thread met misuse. Fails the run, does not return. */
 inline void moeh_fail(const char* why)
 {
@@ -145,6 +150,9 @@ inline void moeh_thread_main()
         if (w->at[lane].mask & me)
             moeh_fail("ends while lanes of its warp wait for it in a warp intrinsic");
     });
+    if (b->grid->dependent && !t->waited)
+        moeh_fail("ends without moei_wait_for_previous, in a dependent launch");
+    if (!t->copies.empty()) moeh_fail("ends with asynchronous copies that it has not waited for");
     w->live &= ~me;
     --b->live;
     moeh_get().spins = 0;
@@ -216,8 +224,9 @@ inline void moeh_start_block(moeh_sched& s, moeh_grid* g)
         t->lane = i % 32;
         t->block = b;
         t->warp = w;
+        t->waited = false;
         t->groups = 0;
-        t->copies.clear(); /* what was not waited for never arrives */
+        t->copies.clear(); /* those of a failed run */
         w->index = i / 32;
         w->exist = w->live |= 1u << t->lane;
         moeh_make_ready(b, w, 1u << t->lane);
@@ -344,6 +353,10 @@ template <class F> inline cudaError_t moeh_host_wait(F done)
 /* ---- controls ---- */
 
 inline void moeh_set_seed(uint64_t seed) { moeh_seed(moeh_get(), seed); }
+
+/* 1: from here on a launch of a kernel that moei_preload was not given fails the run. The
+   environment's MOE_HOST_PRELOAD=1 says so from the start. */
+inline void moeh_require_preload(int on) { moeh_get().preload_only = on; }
 
 /* What went wrong; "" where nothing did. */
 inline const char* moeh_report() { return moeh_get().report.c_str(); }

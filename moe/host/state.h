@@ -12,6 +12,7 @@
 #include <memory>
 #include <numeric>
 #include <random>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -40,6 +41,7 @@ struct moeh_thread {
     unsigned lane;
     struct moeh_block* block; /* null: this is the host */
     struct moeh_warp* warp;
+    bool waited;     /* was in moei_wait_for_previous */
     uint64_t groups; /* groups of copies closed so far */
     std::vector<moeh_copy> copies;
 };
@@ -81,6 +83,7 @@ struct moeh_grid {
     int device;
     dim3 grid, block;
     size_t smem;
+    bool dependent;                /* every thread must call moei_wait_for_previous */
     unsigned room;                 /* share of the device that a block takes */
     uint64_t total, started, done; /* blocks */
     uint64_t next, step;           /* which one starts next; `next` moves by `step`, in a circle */
@@ -116,6 +119,8 @@ struct moeh_sched {
     uint64_t spin_limit = 100000000;  /* as many end a run */
     cudaError_t sticky = cudaSuccess; /* of a failed run */
     std::string report;
+    std::set<const void*> preloaded; /* kernels that moei_preload was given */
+    bool preload_only = false;       /* others fail the run */
 };
 
 /* The thread that runs; its address never changes while the thread lives. */
@@ -146,8 +151,10 @@ inline moeh_sched* moeh_new_sched()
     moeh_sched* const s = new moeh_sched();
     const char* const devices = getenv("MOE_HOST_DEVICES");
     const char* const seed = getenv("MOE_HOST_SEED");
+    const char* const preload = getenv("MOE_HOST_PRELOAD");
     if (devices) s->devices = std::min(std::max(atoi(devices), 1), (int)MOEH_DEVICES);
     moeh_seed(*s, seed ? strtoull(seed, nullptr, 0) : 0);
+    s->preload_only = preload && atoi(preload);
     for (int i = 0; i < MOEH_DEVICES; ++i) {
         s->room[i] = MOEH_SMS * MOEH_BLOCKS_PER_SM;
         s->streams.push_back(new moeh_stream{i, true, true, false, {}, nullptr});

@@ -92,10 +92,12 @@ template <class K, class A> inline auto moeh_bind(K* kernel, const A& arg)
     return [kernel, arg] { kernel(arg); };
 }
 
-/* Queues a grid. Nothing runs before the host waits for something. */
+/* Queues a grid. Nothing runs before the host waits for something. `kernel`: its address, null where
+   no preload is asked for. */
 template <class F>
 inline cudaError_t moeh_launch(dim3 grid, dim3 block, size_t smem, cudaStream_t handle, F call,
-                               const char* name)
+                               const char* name, const void* kernel = nullptr,
+                               bool dependent = false)
 {
     moeh_sched& s = moeh_get();
     const moeh_stream* const stream = moeh_stream_of(handle);
@@ -107,7 +109,13 @@ inline cudaError_t moeh_launch(dim3 grid, dim3 block, size_t smem, cudaStream_t 
         grid.y > 65535 || grid.z > 65535)
         return cudaErrorInvalidConfiguration;
     if (smem > MOEH_SMEM_BLOCK) return cudaErrorInvalidValue;
-    moeh_grid g = {call, name, stream->device, grid, block, smem, room, total, 0, 0, 0, 1};
+    if (s.preload_only && kernel && !s.preloaded.count(kernel) && !s.sticky && !moeh_now()->block) {
+        moeh_say("kernel %s: ", name);
+        moeh_set_failed("launched, and moei_preload was never given it", nullptr);
+        moeh_discard_all(s);
+    }
+    moeh_grid g = {call, name, stream->device, grid, block, smem, dependent, room, total, 0, 0,
+                   0,    1};
     return moeh_queue(handle, [g]() mutable { return moeh_advance_grid(&g); });
 }
 
