@@ -1,0 +1,272 @@
+/* test_preload.cu: after its preload, a station launches no kernel that was not loaded. The CPU
+   backend refuses any other; on a GPU the calls just run.
+
+     nvcc -I. -arch=sm_90a tests/unit/test_preload.cu -o test_preload
+     g++ -x c++ -std=c++14 -O2 -I. tests/unit/test_preload.cu -o test_preload */
+#include "tests/test.h"
+
+#include "moe/moe.cuh"
+
+enum { T = 5, H = 64, I = 32, E = 4, K = 2, R = T * K, PIECES = 16 };
+
+static const int dtypes[] = {MOE_BF16, MOE_FP16};
+
+/* Buffers of one test, zeros all. */
+static tbuf piece[PIECES];
+static int pieces;
+
+static void* zeros(size_t bytes)
+{
+    tbuf* const b = &piece[pieces++];
+    *b = tbuf_new("zeros", bytes, 0);
+    TEST_CUDA(cudaMemset(b->p, 0, bytes));
+    return b->p;
+}
+
+static void* ints(const int32_t* from, int n)
+{
+    piece[pieces] = tbuf_from("integers", from, (size_t)n * 4, 0);
+    return piece[pieces++].p;
+}
+
+/* Only what this preload loads may run from here on. */
+static void begin(moe_status (*preload)(void))
+{
+#if MOE_ON_HOST
+    moeh_require_preload(0);
+    moeh_get().preloaded.clear();
+#endif
+    CHECK_STATUS(preload(), MOE_OK);
+#if MOE_ON_HOST
+    moeh_require_preload(1);
+#endif
+}
+
+static void end(void)
+{
+    TEST_CUDA(cudaDeviceSynchronize());
+#if MOE_ON_HOST
+    moeh_require_preload(0);
+#endif
+    while (pieces) tbuf_free(&piece[--pieces]);
+}
+
+static const int32_t some_ids[T * K] = {0, 1, 2, 3, 3, 1, 0, 2, 1, 2};
+static const int32_t map[R] = {4, 0, 2, 5, 3, 1, 9, 7, 8, 6},
+                     back[R] = {1, 5, 2, 4, 0, 3, 9, 7, 8, 6};
+static const int32_t offsets[E + 1] = {0, 3, 5, 8, R};
+
+static void test_layer(void)
+{
+    for (int tile = MOE_TILE_AUTO; tile <= MOE_TILE_64x64; ++tile)
+        for (int i = 0; i < 4; ++i) { /* dtypes; with a router, with ids and a shared expert */
+            moe_layer_desc d;
+            begin(moe_preload);
+            memset(&d, 0, sizeof d);
+            d.x = zeros(T * H * 2);
+            if (i < 2) {
+                d.router = zeros(E * H * 2);
+            } else {
+                d.ids = (const int32_t*)ints(some_ids, T * K);
+                d.weights = (const float*)zeros(T * K * 4);
+                d.shared.w1.base = zeros(2 * I * H * 2);
+                d.shared.w2.base = zeros(I * H * 2);
+                d.shared.intermediate = I;
+            }
+            d.w1.base = zeros(E * 2 * I * H * 2);
+            d.w2.base = zeros(E * I * H * 2);
+            d.y = zeros(T * H * 2);
+            d.num_tokens = T;
+            d.hidden = H;
+            d.intermediate = I;
+            d.num_experts = E;
+            d.top_k = K;
+            d.dtype = dtypes[i % 2];
+            d.tile = tile;
+            CHECK_STATUS(moe_layer_workspace(&d, &d.workspace_bytes), MOE_OK);
+            d.workspace = zeros(d.workspace_bytes);
+            CHECK_STATUS(moe_layer_forward(&d, test_now.stream), MOE_OK);
+            end();
+        }
+}
+
+static void test_permute(void)
+{
+    static const int widths[] = {8, 4, 2, 1, 16, 24, 40, 64}; /* elements of a row: all pieces */
+    for (int i = 0; i < 16; ++i) {
+        moe_permute_desc d;
+        begin(moe_permute_preload);
+        memset(&d, 0, sizeof d);
+        d.x = zeros(R * H * 2);
+        d.y = zeros(R * H * 2);
+        d.row_slot = (const int32_t*)ints(map, R);
+        if (i % 2) d.slot_row = (const int32_t*)ints(back, R);
+        d.num_tokens = T;
+        d.top_k = K;
+        d.hidden = widths[i / 2];
+        d.num_rows = R;
+        CHECK_STATUS(moe_permute(&d, test_now.stream), MOE_OK);
+        if (i % 2) CHECK_STATUS(moe_unpermute(&d, test_now.stream), MOE_OK);
+        end();
+    }
+}
+
+static void test_combine_scatter(void)
+{
+    static const int all[] = {MOE_FP32, MOE_FP16, MOE_BF16};
+    for (int i = 0; i < 18; ++i) {
+        moe_combine_scatter_desc d;
+        begin(moe_combine_scatter_preload);
+        memset(&d, 0, sizeof d);
+        d.rows = zeros(R * H * 4);
+        d.expert_offset = (const int32_t*)ints(offsets, E + 1);
+        d.row_slot = (const int32_t*)ints(map, R);
+        d.top_k = K;
+        d.y = zeros(T * H * 4);
+        d.rows_dtype = all[i % 3];
+        d.y_dtype = all[i / 3 % 3];
+        d.num_tokens = T;
+        d.hidden = i < 9 ? H : 31; /* in pieces of 16 bytes, and one by one */
+        d.num_experts = E;
+        d.num_rows = R;
+        CHECK_STATUS(moe_combine_scatter(&d, test_now.stream), MOE_OK);
+        end();
+    }
+}
+
+/* A list of all blocks of 32 x 32 of a matrix of 64 x 96. */
+static moe_block_mask list_of_all(void)
+{
+    static const int32_t row[] = {0, 3, 6}, column[] = {0, 1, 2, 0, 1, 2};
+    static const int32_t down[] = {0, 2, 4, 6}, line[] = {0, 1, 0, 1, 0, 1};
+    static const int32_t position[] = {0, 3, 1, 4, 2, 5};
+    moe_block_mask m;
+    memset(&m, 0, sizeof m);
+    m.row_offset = (const int32_t*)ints(row, 3);
+    m.column_index = (const int32_t*)ints(column, 6);
+    m.column_offset = (const int32_t*)ints(down, 4);
+    m.row_index = (const int32_t*)ints(line, 6);
+    m.position = (const int32_t*)ints(position, 6);
+    m.rows = 64;
+    m.columns = 96;
+    m.block_rows = m.block_columns = 32;
+    m.max_blocks = 6;
+    return m;
+}
+
+static void test_block_sparse(void)
+{
+    for (int tile = MOE_BLOCK_TILE_AUTO; tile <= MOE_BLOCK_TILE_64x64; ++tile)
+        for (int op = MOE_BLOCK_SDD; op <= MOE_BLOCK_DDS; ++op)
+            for (int i = 0; i < 8; ++i) { /* dtype, transposed, zero_masked */
+                moe_block_sparse_desc d;
+                if (tile == MOE_BLOCK_TILE_128x256 || tile == MOE_BLOCK_TILE_64x256) {
+                    if (i > 1) continue;
+                }
+                begin(moe_block_sparse_preload);
+                memset(&d, 0, sizeof d);
+                d.mask = list_of_all();
+                d.a = zeros(128 * 128 * 2);
+                d.b = zeros(128 * 128 * 2);
+                d.c = zeros(128 * 128 * 2);
+                d.op = op;
+                d.a_transposed = i / 2 % 2;
+                d.b_transposed = i / 2 % 2;
+                d.m = op == MOE_BLOCK_SDD ? 64 : op == MOE_BLOCK_DSD ? 64 : 40;
+                d.k = op == MOE_BLOCK_SDD ? 40 : op == MOE_BLOCK_DSD ? 96 : 64;
+                d.n = op == MOE_BLOCK_SDD ? 96 : op == MOE_BLOCK_DSD ? 40 : 96;
+                if (op == MOE_BLOCK_DSD && d.a_transposed) d.m = 96, d.k = 64;
+                if (op == MOE_BLOCK_DDS && d.b_transposed) d.k = 96, d.n = 64;
+                d.zero_masked = op == MOE_BLOCK_SDD && i / 4;
+                d.dtype = dtypes[i % 2];
+                d.choice.tile = tile;
+                CHECK_STATUS(moe_block_sparse_workspace(&d, &d.workspace_bytes), MOE_OK);
+                if (d.workspace_bytes) d.workspace = zeros(d.workspace_bytes);
+                CHECK_STATUS(moe_block_sparse(&d, test_now.stream), MOE_OK);
+                end();
+            }
+}
+
+static void test_block_list(void)
+{
+    for (int i = 0; i < 2; ++i) {
+        moe_block_list_desc d;
+        begin(moe_block_list_preload);
+        memset(&d, 0, sizeof d);
+        if (i) d.bytes = (const uint8_t*)zeros(2 * 3);
+        else d.ids = (const int32_t*)ints(some_ids, T * K);
+        d.rows = i ? 64 : T;
+        d.columns = 96;
+        d.block_rows = d.block_columns = 32;
+        if (!i) {
+            d.columns = E * 32;
+            d.num_experts = E;
+            d.top_k = K;
+        }
+        d.row_offset = (int32_t*)zeros(16 * 4);
+        d.column_index = (int32_t*)zeros(16 * 4);
+        d.column_offset = (int32_t*)zeros(16 * 4);
+        d.row_index = (int32_t*)zeros(16 * 4);
+        d.position = (int32_t*)zeros(16 * 4);
+        d.max_blocks = 8;
+        CHECK_STATUS(moe_block_list_workspace(&d, &d.workspace_bytes), MOE_OK);
+        if (d.workspace_bytes) d.workspace = zeros(d.workspace_bytes);
+        CHECK_STATUS(moe_block_list_build(&d, test_now.stream), MOE_OK);
+        end();
+    }
+}
+
+static void test_block_layer(void)
+{
+    for (int i = 0; i < 12;
+         ++i) { /* forms; dtypes; gradients in fp32, over the activations or not */
+        const int form = MOE_BLOCK_LAYER_DENSE + i % 3, apart = i / 6;
+        moe_block_layer_bytes bytes;
+        moe_block_layer_desc d;
+        begin(moe_block_layer_preload);
+        memset(&d, 0, sizeof d);
+        d.x = zeros(T * H * 2);
+        if (form == MOE_BLOCK_LAYER_SPARSE) d.ids = (const int32_t*)ints(some_ids, T * K);
+        if (form == MOE_BLOCK_LAYER_BATCH) d.ids = (const int32_t*)zeros(T * K * 4);
+        d.weights = (const float*)zeros(T * E * 4);
+        d.w1.base = zeros(E * 2 * I * H * 2);
+        d.w2.base = zeros(E * I * H * 2);
+        d.y = zeros(T * H * 2);
+        d.dy = zeros(T * H * 2);
+        d.dx = zeros(T * H * 2);
+        d.dw1 = zeros(E * 2 * I * H * 4);
+        d.dw2 = zeros(E * I * H * 4);
+        d.grad_expert = (int32_t*)zeros(E * 4);
+        d.dweights = (float*)zeros(T * E * 4);
+        d.form = form;
+        d.num_tokens = T;
+        d.hidden = H;
+        d.intermediate = I;
+        d.num_experts = E;
+        d.top_k = form == MOE_BLOCK_LAYER_DENSE ? 0 : K;
+        d.block = 32;
+        d.dtype = dtypes[i / 3 % 2];
+        d.grad_dtype = apart ? MOE_FP32 : 0;
+        CHECK_STATUS(moe_block_layer_sizes(&d, &bytes), MOE_OK);
+        d.saved_bytes = bytes.saved;
+        d.saved = zeros(bytes.saved);
+        if (apart) d.act_grad = zeros(bytes.act_grad);
+        d.workspace_bytes = bytes.forward > bytes.backward ? bytes.forward : bytes.backward;
+        d.workspace = zeros(d.workspace_bytes);
+        CHECK_STATUS(moe_block_layer_forward(&d, test_now.stream), MOE_OK);
+        CHECK_STATUS(moe_block_layer_backward(&d, test_now.stream), MOE_OK);
+        end();
+    }
+}
+
+int main(int argc, char** argv)
+{
+    test_begin(argc, argv);
+    RUN(test_layer);
+    RUN(test_permute);
+    RUN(test_combine_scatter);
+    RUN(test_block_sparse);
+    RUN(test_block_list);
+    RUN(test_block_layer);
+    return test_end();
+}
