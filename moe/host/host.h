@@ -9,6 +9,9 @@
    barrier to light. Launches only queue; work runs while the host waits in a cuda* call. Several
    virtual devices (MOE_HOST_DEVICES) share the one scheduler.
 
+   What it refuses, as a GPU would or worse: see sched.h. MOE_HOST_PRELOAD=1 or
+   moeh_require_preload(1) also refuses launches of kernels that moei_preload was not given.
+
    What it cannot show: missing fences, bank conflicts, speed, the rounding of tensor cores, a
    race between two threads that no barrier or warp intrinsic separates in either order. A polling
    loop with no MOE_SPIN() in it hangs. All cuda* calls must come from one OS thread.
