@@ -66,8 +66,9 @@ MOE_DEVICE uint32_t moei_load4_early(const void* p)
 }
 
 /* Copies `bytes` (0, 2, ... 16) bytes from global to shared memory without waiting and fills up to
-   16 with zeros. Where it is 0, `from` is not read, but must still be an address. Both addresses
-   16-byte aligned. Before sm_80 the copy passes through registers at once. */
+   16 with zeros. Where it is 0, `from` is not read, but must still be an address. to_shared, and
+   `from` where it is read, are 16-byte aligned. Before sm_80 the copy passes through registers at
+   once. */
 MOE_DEVICE void moei_copy16_async(void* to_shared, const void* from, int bytes)
 {
 #if MOE_ON_HOST

@@ -57,14 +57,15 @@ inline void* moeh_shared(const void* site, size_t bytes)
     return made;
 }
 
-/* Begins a copy of `bytes` (4, 8 or 16, both addresses aligned to them), of which those past `keep` become zeros. Until the wait that covers
-   its group, the destination holds poison: reading it too early shows, and so does beginning the
-   copy while another thread still reads what was there. */
+/* Begins a copy of `bytes` (4, 8 or 16; the addresses aligned to them, `from` only where it is
+   read), of which those past `keep` become zeros. Until the wait that covers its group, the
+   destination holds poison: reading it too early shows, and so does beginning the copy while
+   another thread still reads what was there. */
 inline void moeh_copy_async(void* to, const void* from, size_t bytes, size_t keep)
 {
     moeh_thread* const t = moeh_now();
     moeh_check_aligned(to, bytes, "copies to a misaligned address");
-    moeh_check_aligned(from, bytes, "copies from a misaligned address");
+    if (keep) moeh_check_aligned(from, bytes, "copies from a misaligned address");
     moeh_poison(to, bytes);
     t->copies.push_back(moeh_copy{to, from, bytes, keep, t->groups});
 }

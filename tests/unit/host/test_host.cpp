@@ -342,13 +342,14 @@ MOE_KERNEL(1, 1) moves(MOE_ARG(args) d)
     if (d.option == 10) (void)moei_load4_early(p);
     if (d.option == 11) moei_copy16_async(shared, p, 16);
     if (d.option == 12) moei_copy16_async(shared + d.n, d.out, 16);
+    if (d.option == 13) moei_copy16_async(shared, p, 0); /* not read */
     moei_copy_commit();
     moei_copy_wait(0);
 }
 
 static void test_misuse()
 {
-    static const int aligned[] = {4, 8, 8, 16, 4, 2, 16, 16, 16, 8, 4, 16, 16};
+    static const int aligned[] = {4, 8, 8, 16, 4, 2, 16, 16, 16, 8, 4, 16, 16, 1};
     args a = zero_args();
     moei_launch_config c = moei_grid(3, 64, 0, nullptr);
     a.out = ints(32);
@@ -366,7 +367,7 @@ static void test_misuse()
         }
     CHECK(a.out[0] >= 9);
 
-    for (a.option = 0; a.option < 13; ++a.option)
+    for (a.option = 0; a.option < 14; ++a.option)
         for (a.n = 0; a.n <= 16; ++a.n) {
             const int bad = a.n % aligned[a.option];
             CHECK(RUN(moves, 1, 1, 64, a) == (bad ? cudaErrorLaunchFailure : cudaSuccess));
