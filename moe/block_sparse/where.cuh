@@ -272,10 +272,13 @@ MOE_DEVICE void moei_block_chunks(const moei_block_args* d, const moei_block_whe
             x.at = ((uint64_t)(uint32_t)e.info << (d->block_m + d->block_other)) * 2 +
                    (uint64_t)((in - k) * x_step);
     }
+    x.count = y.count = k >= d->k ? 0 : d->k - k < 16 ? (int)(d->k - k) : 16;
+    if (x.count == 0) { /* nothing is read, but of an aligned address */
+        x.rows = 0;
+        k = 0;
+    }
     x.at += (uint64_t)(k * x_step);
     y.at += (uint64_t)(k * y_step);
-    x.count = y.count = k >= d->k ? 0 : d->k - k < 16 ? (int)(d->k - k) : 16;
-    if (x.count == 0) x.rows = 0;
     y.rows = 0xffff;
     if (d->depths.slot && y.count > 0) y.rows = moei_block_depth_bits(d, t, k);
     s->chunk_x[number % (2 * MOEI_WARP)] = x;
