@@ -118,47 +118,51 @@ MOE_DEVICE float moei_gate_logit(const moe_gate_desc* d, float v, float most, ui
     return v;
 }
 
-/* The largest of a token's logits that it may see, of a lane's each. */
-MOE_DEVICE float moei_gate_lane_most(const float* v, uint32_t unseen, const int lanes,
-                                     const int per_lane)
+/* The largest of a token's logits, of a lane's each. */
+MOE_DEVICE float moei_gate_lane_max(const float* v, const int lanes, const int per_lane)
 {
-    const float none = __uint_as_float(0xff800000u);
-    float most = none;
-    if (unseen) {
-        MOEI_UNROLL
-        for (int j = 0; j < per_lane; ++j) most = fmaxf(most, unseen >> j & 1 ? none : v[j]);
-    } else {
-        MOEI_UNROLL
-        for (int j = 0; j < per_lane; ++j) most = fmaxf(most, v[j]);
-    }
-    return moei_group_max(most, lanes);
+    float max = v[0];
+    MOEI_UNROLL
+    for (int j = 1; j < per_lane; ++j) max = fmaxf(max, v[j]);
+    return moei_group_max(max, lanes);
+}
+
+MOE_DEVICE void moei_gate_lane_hide(float* v, uint32_t unseen, const int per_lane)
+{
+    if (!unseen) return;
+    MOEI_UNROLL
+    for (int j = 0; j < per_lane; ++j)
+        if (unseen >> j & 1) v[j] = __uint_as_float(0xff800000u);
 }
 
 /* The same for a lane's logits of a token, read already. *unseen has a bit for each that the token
-   does not see; it becomes -infinity. Returns the token's largest, NaN where that is not known yet.
-   lanes and per_lane are literals. */
+   does not see; it becomes -infinity. Returns the token's largest. lanes and per_lane are
+   literals. */
 MOE_DEVICE float moei_gate_logits(float* v, uint32_t* unseen, const moe_gate_desc* d, uint64_t seed,
                                   int64_t t, int rank, const int lanes, const int per_lane)
 {
-    float max = __uint_as_float(0x7fc00000u);
+    const bool curved = d->score == MOE_SCORE_QUADRATIC || d->score == MOE_SCORE_PIONEER;
+    const bool noise = d->noise > 0.0f, ordered = !curved && !noise; /* the largest stays it */
+    float max = 0.0f;
     if (d->dropout > 0.0f) {
         const uint64_t here = moei_gate_seed_here(seed);
         MOEI_UNROLL
         for (int j = 0; j < per_lane; j += 8)
             *unseen |= moei_gate_dropped(d, here, t, moei_gate_expert(j, rank, lanes) >> 3) << j;
     }
+    if (!curved) moei_gate_lane_hide(v, *unseen, per_lane);
+    if (ordered || moei_gate_takes_off(d)) max = moei_gate_lane_max(v, lanes, per_lane);
     if (d->temperature != 1.0f) {
         float offset = 0.0f;
         if (moei_gate_takes_off(d)) {
-            const float most = moei_gate_lane_most(v, *unseen, lanes, per_lane);
-            offset = -(most * d->temperature);           /* its rounding is common to all */
+            offset = -(max * d->temperature);            /* its rounding is common to all */
             if (!(fabsf(offset) < 3e38f)) offset = 0.0f; /* moei_gate_token does such a row */
-            if (!(d->noise > 0.0f)) max = fmaf(most, d->temperature, offset);
         }
+        max = fmaf(max, d->temperature, offset);
         MOEI_UNROLL
         for (int j = 0; j < per_lane; ++j) v[j] = fmaf(v[j], d->temperature, offset);
     }
-    if (d->noise > 0.0f) {
+    if (noise) {
         const uint64_t here = moei_gate_seed_here(seed);
         MOEI_UNROLL
         for (int j = 0; j < per_lane; j += 4) {
@@ -175,11 +179,8 @@ MOE_DEVICE float moei_gate_logits(float* v, uint32_t* unseen, const moe_gate_des
         MOEI_UNROLL
         for (int j = 0; j < per_lane; ++j) v[j] = moei_gate_cosine(v[j]);
     }
-    if (*unseen) {
-        MOEI_UNROLL
-        for (int j = 0; j < per_lane; ++j)
-            if (*unseen >> j & 1) v[j] = __uint_as_float(0xff800000u);
-    }
+    if (curved) moei_gate_lane_hide(v, *unseen, per_lane);
+    if (!ordered) max = moei_gate_lane_max(v, lanes, per_lane);
     return max;
 }
 

@@ -22,18 +22,12 @@ MOE_DEVICE float moei_gate_sigmoid_fast(float v, float one, float shift2)
 #endif
 }
 
-/* Is one of a lane's logits, of those that the token may see, NaN or infinite? */
-MOE_DEVICE bool moei_gate_lane_odd(const float* v, uint32_t unseen, const int per_lane)
+/* May one of a lane's logits be NaN or infinite? Those that the token does not see are. */
+MOE_DEVICE bool moei_gate_lane_odd(const float* v, const int per_lane)
 {
-    float sum = 0.0f; /* finite for finite logits */
-    if (unseen) {
-        MOEI_UNROLL
-        for (int j = 0; j < per_lane; ++j)
-            if (!(unseen >> j & 1)) sum = fmaf(v[j], 1e-3f, sum);
-    } else {
-        MOEI_UNROLL
-        for (int j = 0; j < per_lane; ++j) sum = fmaf(v[j], 1e-3f, sum);
-    }
+    float sum = v[0]; /* also infinite where finite ones are huge */
+    MOEI_UNROLL
+    for (int j = 1; j < per_lane; ++j) sum += v[j];
     return (__float_as_uint(sum) & 0x7f800000u) == 0x7f800000u;
 }
 
@@ -48,8 +42,8 @@ MOE_DEVICE bool moei_gate_lane_nan(const float* v, const int per_lane)
 
 /* What a group of lanes knows of its token's logits v, those that the token does not see being
    -infinity; `nan`, maybe not in all lanes, where one is, which only lanes that are `odd` have
-   where the score is no softmax. max: the largest, where it is known, else NaN. lanes and per_lane
-   are literals here and below. */
+   where the score is no softmax. max: the largest. lanes and per_lane are literals here and
+   below. */
 MOE_DEVICE moei_gate_stats moei_gate_lane_stats(const moe_gate_desc* d, const float* v, bool odd,
                                                 float max, const int lanes, const int per_lane)
 {
@@ -57,12 +51,6 @@ MOE_DEVICE moei_gate_stats moei_gate_lane_stats(const moe_gate_desc* d, const fl
     bool nan;
     s.max = max;
     s.sum = 0.0f;
-    if (moei_is_nan(max)) {
-        s.max = v[0];
-        MOEI_UNROLL
-        for (int j = 1; j < per_lane; ++j) s.max = fmaxf(s.max, v[j]);
-        s.max = moei_group_max(s.max, lanes);
-    }
     if (d->score == MOE_SCORE_SPARSEMAX) { /* Michelot: tau from below, till none leaves */
         float n = 4096.0f, before = 4097.0f;
         s.sum = -1.0f;
@@ -366,14 +354,15 @@ MOE_DEVICE_BODY void moei_gate_rules_block(const moe_gate_desc* d, const moei_ga
             moei_gate_read(v, d, t, rank, wide, lanes, per_lane);
         }
         max = moei_gate_logits(v, &unseen, d, seed, t, rank, lanes, per_lane);
-        odd =
-            (judged || !moei_gate_is_softmax(d->score)) && moei_gate_lane_odd(v, unseen, per_lane);
+        odd = (judged || !moei_gate_is_softmax(d->score)) && moei_gate_lane_odd(v, per_lane);
         s = moei_gate_lane_stats(d, v, odd, max, lanes, per_lane);
         if (judged && odd) { /* a score or a bias would make a choice of -infinity */
+            uint32_t minus = 0;
             MOEI_UNROLL
             for (int j = 0; j < per_lane; ++j)
-                unseen |= __float_as_uint(v[j]) == MOEI_GATE_MINUS ? 1u << j : 0u;
-            s.nan = s.nan || overflows;
+                minus |= __float_as_uint(v[j]) == MOEI_GATE_MINUS ? 1u << j : 0u;
+            s.nan = s.nan || (overflows && (minus & ~unseen) != 0);
+            unseen |= minus;
         }
         MOEI_UNROLL
         for (int j = 0; j < per_lane; ++j) u[j] = v[j];

@@ -1049,7 +1049,7 @@ static void test_gemm_no_rows(void)
     CHECK_STATUS(moe_grouped_gemm(&d, test_now.stream), MOE_OK);
     CHECK_STATUS(moe_grouped_gemm_plan(&d, &p), MOE_OK);
     d.n = 12;
-    CHECK_STATUS(moe_grouped_gemm(&d, test_now.stream), MOE_STATUS(MOE_ERR_RANGE, n));
+    CHECK_STATUS(moe_grouped_gemm(&d, test_now.stream), MOE_STATUS(MOE_ERR_MULTIPLE, n));
 }
 
 /* What the plan says is what a launch takes, and it is sane for any shape. */
