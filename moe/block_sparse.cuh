@@ -122,7 +122,7 @@ MOE_HOST size_t moei_block_shape_smem(const moei_block_shape* t)
 MOE_HOST moe_status moei_block_runs(const moei_block_shape* t, int dtype, int* runs)
 {
     moei_device dev;
-    MOEI_REQUIRE(moei_block_kernel(t->tile, dtype), MOE_ERR_DTYPE, dtype); /* trimmed away */
+    MOEI_REQUIRE(moei_block_kernel(t->tile, dtype), MOE_ERR_NOT_COMPILED, dtype);
     MOEI_TRY(moei_device_query(&dev));
     MOEI_REQUIRE(MOE_ON_HOST || dtype == MOE_FP16 || dev.major >= 8, MOE_ERR_DEVICE, dtype);
     *runs = moei_block_shape_smem(t) + sizeof(moei_block_shared) <= (size_t)dev.smem_block;

@@ -81,13 +81,12 @@ MOE_HOST moe_status moei_block_layer_options(moei_block_layer* l)
         MOEI_REQUIRE(d->top_k >= 1 && d->top_k <= MOE_COMBINE_MAX_TOP_K, MOE_ERR_RANGE, top_k);
     }
     MOEI_REQUIRE((int64_t)d->num_tokens * d->top_k <= 0x7fffffff, MOE_ERR_RANGE, num_tokens);
-    MOEI_REQUIRE(d->hidden >= 8 && d->hidden % 8 == 0 && d->hidden <= 1 << 28, MOE_ERR_RANGE,
-                 hidden);
+    MOEI_REQUIRE(d->hidden >= 1 && d->hidden <= 1 << 28, MOE_ERR_RANGE, hidden);
+    MOEI_REQUIRE(d->hidden % 8 == 0, MOE_ERR_MULTIPLE, hidden);
     if (d->block == 0) d->block = 128;
     MOEI_REQUIRE(moei_block_size_offered(d->block), MOE_ERR_OPTION, block);
-    MOEI_REQUIRE(d->intermediate >= d->block && d->intermediate % d->block == 0 &&
-                     d->intermediate <= 1 << 28,
-                 MOE_ERR_RANGE, intermediate);
+    MOEI_REQUIRE(d->intermediate >= 1 && d->intermediate <= 1 << 28, MOE_ERR_RANGE, intermediate);
+    MOEI_REQUIRE(d->intermediate % d->block == 0, MOE_ERR_MULTIPLE, intermediate);
     if (d->max_experts == 0) d->max_experts = d->num_experts;
     MOEI_REQUIRE(d->max_experts >= 1 && d->max_experts <= d->num_experts, MOE_ERR_RANGE,
                  max_experts);

@@ -1647,10 +1647,10 @@ static void test_refusals(void)
     REFUSED(d.num_tokens = INT32_MAX, MOE_ERR_RANGE, num_tokens);
     REFUSED(d.num_tokens = INT32_MAX / 2 - 100, MOE_ERR_RANGE, num_tokens);
     REFUSED(d.hidden = 0, MOE_ERR_RANGE, hidden);
-    REFUSED(d.hidden = 20, MOE_ERR_RANGE, hidden);
+    REFUSED(d.hidden = 20, MOE_ERR_MULTIPLE, hidden);
     REFUSED(d.hidden = INT32_MAX - 7, MOE_ERR_RANGE, hidden);
     REFUSED(d.intermediate = 0, MOE_ERR_RANGE, intermediate);
-    REFUSED(d.intermediate = 24, MOE_ERR_RANGE, intermediate);
+    REFUSED(d.intermediate = 24, MOE_ERR_MULTIPLE, intermediate);
     REFUSED(d.intermediate = INT32_MAX - 15, MOE_ERR_RANGE, intermediate);
     REFUSED(d.intermediate = 1 << 28, MOE_ERR_RANGE, intermediate); /* columns of all experts */
     REFUSED(d.num_experts = 0, MOE_ERR_RANGE, num_experts);
@@ -1843,7 +1843,7 @@ static void test_block_layer_past_2_31(void)
         const tbuf* out[7];
         void* near[7];
         layer_bufs b;
-        twide wide[2];
+        twide wide[2] = {};
         c.own_act_grad = 1;
         bufs_new(&b, &c, &r);
         out[0] = &b.y, out[1] = &b.dx, out[2] = &b.dw1, out[3] = &b.dw2, out[4] = &b.dweights;

@@ -58,10 +58,25 @@ static void test_trimmed_experts(void)
     CHECK_STATUS(moe_experts(&d, test_now.stream), LACKS(w1));
 }
 
+static void test_trimmed_block_sparse(void)
+{
+    moe_block_sparse_desc d;
+    int32_t row_offset[2] = {0, 1}, column_index[1] = {0};
+    memset(&d, 0, sizeof d);
+    d.op = MOE_BLOCK_SDD;
+    d.a = address(0), d.b = address(1), d.c = address(2);
+    d.m = d.n = d.k = 64;
+    d.mask.row_offset = row_offset, d.mask.column_index = column_index;
+    d.mask.rows = d.mask.columns = d.mask.block_rows = d.mask.block_columns = 64;
+    d.mask.max_blocks = 1;
+    CHECK_STATUS(moe_block_sparse(&d, test_now.stream), LACKS(dtype));
+}
+
 int main(int argc, char** argv)
 {
     test_begin(argc, argv);
     RUN(test_trimmed_gemm);
     RUN(test_trimmed_experts);
+    RUN(test_trimmed_block_sparse);
     return test_end();
 }
