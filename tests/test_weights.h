@@ -32,6 +32,13 @@ typedef struct tweights {
     void* host[2][TWEIGHTS_MOST];
 } tweights;
 
+/* What rounding a number of at most this size to the dtype may change it by. */
+MOEI_UNUSED static double tround(double size, int dtype)
+{
+    if (dtype == MOE_FP32) return ldexp(size, -24);
+    return dtype == MOE_FP16 ? ldexp(size, -11) + ldexp(1, -25) : ldexp(size, -8);
+}
+
 /* One number as `fill` says. */
 MOEI_UNUSED static float tweights_draw(trand* r, int fill, float scale)
 {

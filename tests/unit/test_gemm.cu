@@ -19,6 +19,7 @@
 #include "moe/gemm/grouped.cuh"
 #include "moe/ref/experts.h"
 #include "moe/ref/gemm.h"
+#include "tests/test_bound.h"
 
 #define MOST_EXPERTS TWEIGHTS_MOST
 
@@ -606,13 +607,6 @@ static double activation_of(const gemm_case* c, double v, double up)
     return moe_ref_activation_f64(c->activation, v, up, c->alpha, c->limit);
 }
 
-/* Relative error of the device's activation at v: a few ulp, and an ulp of its exponent. */
-static double ulps_of(const gemm_case* c, double v)
-{
-    const double alpha = c->alpha != 0 ? fabs(c->alpha) : 1.702;
-    return ldexp(8 + alpha * fabs(v) + (fabs(v) < 15 ? v * v : 225), -23);
-}
-
 /* Everything that C holds, against the reference; and that nothing else was written. */
 static void compare(const gemm_bufs* b, const gemm_case* c)
 {
@@ -657,25 +651,15 @@ static void compare(const gemm_bufs* b, const gemm_case* c)
         exact_product(b, c, pick, offset, b_n, b_n, 0, 0, raw, raw_sum);
     }
 
-    /* fp32 sums: (K/16 + 2) * 2^-23 * sum |a b| each. Through an activation the two errors move the
-       result as far as at the corners of what they allow, and the function adds some ulp and the
-       rounding of its exponent. */
     for (int64_t i = 0; i < count; ++i)
         for (int j = 0; j < n; ++j) {
-            const double sums = (c->k / 16.0 + 2) * ldexp(1, -23);
             const int pairs = c->gate_up == MOE_GATE_UP_INTERLEAVED;
             const int64_t g = i * b_n + (gated && pairs ? 2 * j : j);
             const int64_t u = gated ? i * b_n + (pairs ? 2 * j + 1 : n + j) : g;
-            const double want = activation_of(c, raw[g], raw[u]);
-            double moved = sums * raw_sum[g];
-            exact[i * n + j] = want;
-            for (int corner = 0; corner < 4 && !plain; ++corner) {
-                const double v = raw[g] + (corner & 1 ? 1 : -1) * sums * raw_sum[g];
-                const double up = raw[u] + (corner & 2 ? 1 : -1) * sums * raw_sum[u];
-                const double by = 1.1 * fabs(activation_of(c, v, up) - want);
-                if (corner == 0 || by > moved) moved = by;
-            }
-            bound[i * n + j] = moved + (plain ? 0 : ulps_of(c, raw[g]) * fabs(want) + ldexp(fabs(raw[g]) * (fabs(raw[u]) + 1) + 1, -126));
+            exact[i * n + j] = activation_of(c, raw[g], raw[u]);
+            bound[i * n + j] =
+                tactivation_error(c->activation, c->alpha, c->limit, raw[g], raw[u],
+                                  tsum_error(raw_sum[g], c->k), tsum_error(raw_sum[u], c->k));
         }
 
     for (int e = 0; e < c->E; ++e) {
@@ -711,6 +695,9 @@ static void compare(const gemm_bufs* b, const gemm_case* c)
             double* ideal = (double*)test_host(count * n * 8);
             for (int64_t i = 0; i < count * n; ++i) ideal[i] = test_rounded(exact[i], c->c_dtype);
             CHECK_CLOSE("c", got, MOE_FP32, n, exact, ideal, count, n);
+            for (int64_t i = 0; i < count * n; ++i) /* each element by itself */
+                bound[i] += tround(fabs(exact[i]) + bound[i], c->c_dtype);
+            test_within("c", got, MOE_FP32, n, exact, bound, 1, count, n, __FILE__, __LINE__);
             free(ideal);
         }
     }
@@ -977,41 +964,52 @@ static void test_gemm_bad_offsets(void)
         }
 }
 
-/* A null or misaligned address of an expert that has rows: a fault that names it, and nothing is
-   written. That of an expert without rows is not looked at. */
+/* A null or misaligned address of an expert that has rows, in each of the tables: a fault that names
+   the expert, and nothing is written. That of an expert without rows is not looked at. */
 static void test_gemm_bad_tables(void)
 {
+    enum { OF_B, OF_UP, OF_C, N = 72, K = 40, BAD = 2 };
+    enum { IS_NULL, IS_OFF_BY_8, IS_OFF_BY_2, IS_GOOD };
     static const int rows[] = {10, 0, 30, 5};
     trand r = trand_new(19);
-    for (int how = 0; how < 5; ++how) {
-        gemm_case c = normal_case(4, rows, 72, 40);
-        gemm_bufs b;
-        char* at[4];
-        tbuf table;
-        bufs_new(&b, &c, &r);
-        for (int e = 0; e < 4; ++e)
-            at[e] = (char*)(how < 3 ? (char*)b.d.b.base + e * 72 * 40 * 2 : (char*)b.d.c);
-        if (how == 0 || how == 3) at[2] = 0;
-        if (how == 1 || how == 4) at[2] += 8;
-        at[1] = (char*)1; /* has no rows */
-        table = tbuf_from("table", at, sizeof at, 0);
-        if (how < 3) {
-            b.d.b.table = (const void* const*)table.p;
-            b.d.b.base = 0;
-        } else {
-            b.d.c_table = (void* const*)table.p;
-            b.d.c = 0;
-        }
-        CHECK_STATUS(moe_grouped_gemm(&b.d, test_now.stream), MOE_OK);
-        if (how == 2) {
-            compare(&b, &c);
-        } else {
-            CHECK(untouched(&b, &c), "how=%d", how);
-            CHECK_FAULT(&b.fault, MOE_FAULT_BAD_TABLE, 2);
-        }
-        tbuf_free(&table);
-        bufs_free(&b);
-    }
+    for (int of = OF_B; of <= OF_C; ++of)
+        for (int separate = of == OF_UP; separate < 2; ++separate)
+            for (int how = IS_NULL; how <= IS_GOOD; ++how) {
+                gemm_case c = normal_case(4, rows, N, K);
+                gemm_bufs b;
+                char* at[4];
+                tbuf table;
+                c.activation = separate ? MOE_ACTIVATION_SWIGLU : MOE_ACTIVATION_NONE;
+                c.gate_up = separate ? MOE_GATE_UP_SEPARATE : MOE_GATE_UP_CONCATENATED;
+                bufs_new(&b, &c, &r);
+                for (int e = 0; e < 4; ++e)
+                    at[e] = of == OF_C ? (char*)b.d.c + b.h_offset[e] * N * 2
+                                       : (char*)(of == OF_UP ? b.d.b.up : b.d.b.base) + e * N * K * 2;
+                if (how == IS_NULL) at[BAD] = 0;
+                if (how == IS_OFF_BY_8) at[BAD] += 8;
+                if (how == IS_OFF_BY_2) at[BAD] += 2;
+                at[1] = (char*)1; /* has no rows */
+                table = tbuf_from("table", at, sizeof at, 0);
+                if (of == OF_B) {
+                    b.d.b.table = (const void* const*)table.p;
+                    b.d.b.base = 0;
+                } else if (of == OF_UP) {
+                    b.d.b.up_table = (const void* const*)table.p;
+                    b.d.b.up = 0;
+                } else {
+                    b.d.c_table = (void* const*)table.p;
+                    b.d.c = 0;
+                }
+                CHECK_STATUS(moe_grouped_gemm(&b.d, test_now.stream), MOE_OK);
+                if (how == IS_GOOD) {
+                    compare(&b, &c);
+                } else {
+                    CHECK(untouched(&b, &c), "table %d, how=%d", of, how);
+                    CHECK_FAULT(&b.fault, MOE_FAULT_BAD_TABLE, BAD);
+                }
+                tbuf_free(&table);
+                bufs_free(&b);
+            }
 }
 
 /* A stop fault of an earlier kernel: nothing happens. A data fault: everything does. */
@@ -1232,6 +1230,36 @@ static void test_gemm_refusals(void)
     REFUSED(d.fault = (uint64_t*)((uintptr_t)d.row_index & ~(uintptr_t)7), MOE_ERR_OVERLAP, fault);
     REFUSED(d.fault = (uint64_t*)((uintptr_t)d.expert_offset & ~(uintptr_t)7), MOE_ERR_OVERLAP, fault);
     REFUSED(d.fault = (uint64_t*)AT(d.c, 41 * 64 * 2 - 8), MOE_ERR_OVERLAP, fault);
+    { /* last rows of strided buffers, at addresses far from all others: nothing is launched */
+        char* const far = (char*)((uintptr_t)1 << 44);
+        moe_gemm_plan p;
+        REFUSED((d.a = far, d.a_stride = 48, d.c = far + 29 * 48 * 2 + 64), MOE_ERR_OVERLAP, c);
+        d.c = far + 29 * 48 * 2 + 80; /* where A ends */
+        CHECK_STATUS(moe_grouped_gemm_plan(&d, &p), MOE_OK);
+        REFUSED((d.row_index = 0, d.a_major = MOE_MAJOR_MN, d.a = far, d.a_stride = 48,
+                 d.c = far + 39 * 48 * 2 + 48),
+                MOE_ERR_OVERLAP, c);
+        d.c = far + 39 * 48 * 2 + 64; /* 30 of A's columns, and the next multiple of 16 bytes */
+        CHECK_STATUS(moe_grouped_gemm_plan(&d, &p), MOE_OK);
+        for (int up = 0; up < 2; ++up) { /* 64 rows an expert, 56 apart, experts 4096 apart */
+            const int64_t end = (2 * 4096 + 63 * 56 + 40) * 2;
+            REFUSED((d.b.row_stride = 56, d.b.expert_stride = 4096,
+                     d.b.base = up ? far + (1 << 20) : far, d.b.up = up ? far : far + (1 << 20),
+                     d.c = far + end - 16),
+                    MOE_ERR_OVERLAP, c);
+            d.c = far + end;
+            CHECK_STATUS(moe_grouped_gemm_plan(&d, &p), MOE_OK);
+        }
+        REFUSED((d.c = far, d.c_stride = 80, d.a = far + (40 * 80 + 56) * 2), MOE_ERR_OVERLAP, c);
+        REFUSED((d.c = far, d.c_stride = 80, d.fault = (uint64_t*)(far + (40 * 80 + 60) * 2)),
+                MOE_ERR_OVERLAP, fault);
+        REFUSED((d.c_dtype = MOE_FP32, d.c = far, d.c_stride = 80,
+                 d.fault = (uint64_t*)(far + (40 * 80 + 62) * 4)),
+                MOE_ERR_OVERLAP, fault);
+        d.fault = (uint64_t*)(far + (40 * 80 + 64) * 4); /* where C ends */
+        CHECK_STATUS(moe_grouped_gemm_plan(&d, &p), MOE_OK);
+        REFUSED((d.bias = far, d.c = far + 3 * 2 * 64 * 2 - 16), MOE_ERR_OVERLAP, c);
+    }
     /* the tables are read while C and the fault word are written */
     REFUSED((d.b.base = 0, d.b.table = (const void* const*)AT(d.c, 64)), MOE_ERR_OVERLAP, c);
     REFUSED((d.b.up = 0, d.b.up_table = (const void* const*)AT(d.c, 64)), MOE_ERR_OVERLAP, c);
