@@ -13,6 +13,7 @@
 #include "moe/experts.cuh"
 #include "moe/ref/experts.h"
 #include "moe/ref/route.h"
+#include "tests/test_bound.h"
 
 #define MOST_EXPERTS TWEIGHTS_MOST
 
@@ -212,7 +213,7 @@ static void compare(const experts_bufs* b, const experts_case* c)
     int32_t offset[MOST_EXPERTS + 1], *row_slot = (int32_t*)test_host(total * 4);
     int32_t* pick = (int32_t*)test_host(total * 4);
     int64_t n = 0, bad = -1, written = 0;
-    double *exact, *exact_act, *ideal, *product, *product_sum, *mine;
+    double *exact, *exact_act, *ideal, *product, *product_sum, *mine, *act_bound, *row_bound;
     char* act = (char*)tbuf_copy(&b->act);
     char* rows = c->out_table ? (char*)0 : (char*)tbuf_copy(&b->rows);
     float *got, *got_act;
@@ -235,6 +236,8 @@ static void compare(const experts_bufs* b, const experts_case* c)
     product_sum = (double*)test_host(n * H * 8);
     exact_act = (double*)test_host(n * I * 8);
     mine = (double*)test_host(n * I * 8);
+    act_bound = (double*)test_host(n * I * 8);
+    row_bound = (double*)test_host(n * H * 8);
     got = (float*)test_host(n * H * 4);
     got_act = (float*)test_host(n * I * 4);
 
@@ -257,6 +260,7 @@ static void compare(const experts_bufs* b, const experts_case* c)
     d.hidden = H;
     d.intermediate = I;
     CHECK(moe_ref_experts_f64(&d, exact, exact_act, 0) == 0, "memory");
+    texperts_bound(&d, c->dtype, c->rows_dtype, act_bound, row_bound); /* each element's own */
     d.act_dtype = c->dtype;
     CHECK(moe_ref_experts_f64(&d, ideal, 0, 0) == 0, "memory");
 
@@ -296,14 +300,22 @@ static void compare(const experts_bufs* b, const experts_case* c)
         double* rounded = (double*)test_host(n * (H > I ? H : I) * 8);
         for (int64_t i = 0; i < n * I; ++i) rounded[i] = test_rounded(exact_act[i], c->dtype);
         CHECK_CLOSE("act", got_act, MOE_FP32, I, exact_act, rounded, n, I);
+        test_within("act", got_act, MOE_FP32, I, exact_act, act_bound, 1, n, I, __FILE__, __LINE__);
         if (c->rows_dtype == MOE_FP32) {
             CHECK_CLOSE_SUM("rows from act", got, H, product, product_sum, I, n, H);
         } else {
             for (int64_t i = 0; i < n * H; ++i) rounded[i] = test_rounded(product[i], c->rows_dtype);
             CHECK_CLOSE("rows from act", got, MOE_FP32, H, product, rounded, n, H);
+            for (int64_t i = 0; i < n * H; ++i) {
+                const double by = tsum_error(product_sum[i], I);
+                rounded[i] = by + tround(fabs(product[i]) + by, c->rows_dtype);
+            }
+            test_within("rows from act", got, MOE_FP32, H, product, rounded, 1, n, H, __FILE__,
+                        __LINE__);
         }
         for (int64_t i = 0; i < n * H; ++i) ideal[i] = test_rounded(ideal[i], c->rows_dtype);
         CHECK_CLOSE("rows", got, MOE_FP32, H, exact, ideal, n, H);
+        test_within("rows", got, MOE_FP32, H, exact, row_bound, 1, n, H, __FILE__, __LINE__);
         free(rounded);
     }
     CHECK_FAULT(&b->fault, bad < 0 ? MOE_FAULT_NONE : MOE_FAULT_BAD_ROW, bad < 0 ? 0 : bad);
@@ -317,6 +329,8 @@ static void compare(const experts_bufs* b, const experts_case* c)
     free(product_sum);
     free(exact_act);
     free(mine);
+    free(act_bound);
+    free(row_bound);
     free(got);
     free(got_act);
     free(row_slot);
@@ -780,6 +794,44 @@ static void test_experts_refusals(void)
         REFUSED(d.bias1 = at, MOE_ERR_OVERLAP, rows);
         REFUSED(d.row_slot = (const int32_t*)at, MOE_ERR_OVERLAP, rows);
         good.rows = b.rows.p;
+    }
+    { /* at addresses far from all others: nothing is launched */
+        char* const far = (char*)((uintptr_t)1 << 44);
+        const size_t bias = E * 2 * I * 2; /* bytes, of gates and of ups */
+        const size_t last = (ROWS - 1) * 2;
+        moe_gemm_plan up, down;
+        /* the last ups' biases; where they end, rows may begin */
+        REFUSED((d.rows = far, d.bias1 = far - bias + 2), MOE_ERR_OVERLAP, rows);
+        d.bias1 = far - bias;
+        CHECK_STATUS(moe_experts_plan(&d, &up, &down), MOE_OK);
+        REFUSED((d.act = far, d.bias1 = far - bias + 2), MOE_ERR_OVERLAP, act);
+        REFUSED((d.rows = far, d.bias2 = far - E * H * 2 + 2), MOE_ERR_OVERLAP, rows);
+        /* tables of which one entry lies there */
+        REFUSED((d.rows = far, d.w1.up = 0, d.w1.up_table = (const void* const*)(far - E * 8 + 8)),
+                MOE_ERR_OVERLAP, rows);
+        REFUSED((d.rows = far, d.w1.base = 0, d.w1.table = (const void* const*)(far - E * 8 + 8)),
+                MOE_ERR_OVERLAP, rows);
+        REFUSED((d.rows = far, d.w2.base = 0, d.w2.table = (const void* const*)(far - E * 8 + 8)),
+                MOE_ERR_OVERLAP, rows);
+        REFUSED((d.act = far, d.w1.up = 0, d.w1.up_table = (const void* const*)(far - E * 8 + 8)),
+                MOE_ERR_OVERLAP, act);
+        REFUSED((d.act = far, d.w2.base = 0, d.w2.table = (const void* const*)(far - E * 8 + 8)),
+                MOE_ERR_OVERLAP, act);
+        REFUSED((d.act = far, d.rows = 0, d.table = (void* const*)(far - E * 8 + 8)),
+                MOE_ERR_OVERLAP, act);
+        /* the last rows of strided ones */
+        REFUSED((d.x = far, d.x_stride = 72, d.rows = far + (T - 1) * 72 * 2 + 112),
+                MOE_ERR_OVERLAP, rows);
+        REFUSED((d.x = far, d.x_stride = 72, d.act = far + (T - 1) * 72 * 2 + 112), MOE_ERR_OVERLAP,
+                act);
+        REFUSED((d.act = far, d.act_stride = 48, d.rows = far + last * 48 + 64), MOE_ERR_OVERLAP,
+                rows);
+        REFUSED((d.rows = far, d.row_stride = 72, d.fault = (uint64_t*)(far + last * 72 + 120)),
+                MOE_ERR_OVERLAP, fault);
+        REFUSED((d.rows = far, d.row_stride = 72, d.act = far + last * 72 + 112), MOE_ERR_OVERLAP,
+                rows);
+        REFUSED((d.rows = far, d.row_stride = 72, d.x = far + last * 72 + 112), MOE_ERR_OVERLAP,
+                rows);
     }
     /* the last bytes of the last expert's weights count */
     REFUSED((d.w1.base = arena.p, d.act = AT(arena.p, E * I * H * 2 - 16)), MOE_ERR_OVERLAP, act);
