@@ -11,6 +11,7 @@
     X(bf16_kn, MOE_BF16, MOE_MAJOR_K, MOE_MAJOR_MN, __VA_ARGS__)
 #include "moe/layer.cuh"
 #include "moe/ref/layer.h"
+#include "tests/test_bound.h"
 
 enum { FROM_ROUTER, FROM_LOGITS, FROM_IDS };
 enum { NO_RESIDUAL, RESIDUAL, RESIDUAL_IS_Y, RESIDUAL_IS_X };
@@ -398,9 +399,10 @@ static moe_ref_layer_shared ref_shared(const layer_bufs* b, const layer_case* c)
 static int rows_dtype(const layer_case* c) { return c->rows_dtype ? c->rows_dtype : c->dtype; }
 
 /* y [n, H] of the tokens pick[0 .. n - 1], from given physical ids and weights [T, K]; act rounded to
-   `dtype` and rows to their own, dtype 0: nothing rounded. */
+   `dtype` and rows to their own, dtype 0: nothing rounded. bound and size [n, H] get each element's
+   own bound and the sum of the terms' absolutes, or are null. */
 static void ref_y(const layer_bufs* b, const layer_case* c, const int32_t* ids, const float* weights,
-                  const int32_t* pick, int64_t n, int dtype, double* y)
+                  const int32_t* pick, int64_t n, int dtype, double* y, double* bound, double* size)
 {
     const int64_t K = c->K, H = c->H, slots = n * K, x_stride = H + c->x_pad;
     uint16_t* x = (uint16_t*)test_host(n * H * 2);
@@ -414,6 +416,9 @@ static void ref_y(const layer_bufs* b, const layer_case* c, const int32_t* ids, 
     float* shared_weight = (float*)test_host(n * 4);
     double* rows = (double*)test_host(slots * H * 8);
     double* shared = (double*)test_host(n * H * 8);
+    double* row_bound = (double*)test_host(slots * H * 8);
+    double* shared_bound = (double*)test_host(n * H * 8);
+    double* act_bound = (double*)test_host((slots * c->I + n * c->shared) * 8); /* of either */
     int64_t residual_stride;
     const void* h_residual = residual_of(b, c, &residual_stride);
     moe_ref_route_desc route;
@@ -457,6 +462,7 @@ static void ref_y(const layer_bufs* b, const layer_case* c, const int32_t* ids, 
     e.hidden = c->H;
     e.intermediate = c->I;
     CHECK(moe_ref_experts_f64(&e, rows, 0, 0) == 0, "memory");
+    if (bound) texperts_bound(&e, c->dtype, rows_dtype(c), act_bound, row_bound);
     for (int64_t i = 0; i < offset[physical(c)] * H; ++i) 
         rows[i] = moe_ref_round_f64(rows[i], dtype ? rows_dtype(c) : 0);
     if (c->shared) {
@@ -474,6 +480,7 @@ static void ref_y(const layer_bufs* b, const layer_case* c, const int32_t* ids, 
         e.num_experts = 1;
         e.intermediate = s.intermediate;
         CHECK(moe_ref_experts_f64(&e, shared, 0, 0) == 0, "memory");
+        if (bound) texperts_bound(&e, c->dtype, rows_dtype(c), act_bound, shared_bound);
         for (int64_t i = 0; i < n * H; ++i)
             shared[i] = moe_ref_round_f64(shared[i], dtype ? rows_dtype(c) : 0);
     }
@@ -489,7 +496,22 @@ static void ref_y(const layer_bufs* b, const layer_case* c, const int32_t* ids, 
     combine.num_tokens = (int)n;
     combine.hidden = c->H;
     combine.top_k = c->K;
-    moe_ref_combine_f64(&combine, y, 0);
+    moe_ref_combine_f64(&combine, y, size);
+    if (bound) { /* of the rows, weighted; of fp32 sums; of what is stored */
+        double* moved = (double*)test_host(n * H * 8);
+        combine.rows = row_bound;
+        combine.shared = c->shared ? shared_bound : (double*)0;
+        combine.residual = 0;
+        moe_ref_combine_f64(&combine, moved, bound);
+        for (int64_t i = 0; i < n * H; ++i) {
+            bound[i] += (c->K + 2) * ldexp(size[i] + bound[i], -23);
+            bound[i] += tround(fabs(y[i]) + bound[i], c->dtype);
+        }
+        free(moved);
+    }
+    free(row_bound);
+    free(shared_bound);
+    free(act_bound);
     free(x);
     free(residual);
     free(id);
@@ -537,14 +559,16 @@ static void compare_logits(const layer_bufs* b, const layer_case* c, const float
 }
 
 /* The whole layer in double, against what came out, for the tokens whose choice no rounding of the
-   logits can change. */
-static void compare_whole(const layer_bufs* b, const layer_case* c, const int32_t* ids, const float* y)
+   logits can change. bound and size [T, H]: of y from the device's own ids and weights. */
+static void compare_whole(const layer_bufs* b, const layer_case* c, const int32_t* ids,
+                          const float* y, const double* bound, const double* size)
 {
     const int64_t T = c->T, E = c->E, K = c->K, H = c->H;
     double* exact = (double*)test_host(T * H * 8);
     double* ideal = (double*)test_host(T * H * 8);
     double* weights = (double*)test_host(T * K * 8);
     double* logits = (double*)test_host(T * E * 8);
+    double* each = (double*)test_host(T * H * 8);
     float* got = (float*)test_host(T * H * 4);
     int32_t* want = (int32_t*)test_host(T * K * 4);
     int64_t clear = 0, wrong = 0;
@@ -612,12 +636,16 @@ static void compare_whole(const layer_bufs* b, const layer_case* c, const int32_
         for (int64_t h = 0; h < H; ++h) {
             ideal[clear * H + h] = test_rounded(ideal[t * H + h], c->dtype);
             got[clear * H + h] = y[t * H + h];
+            each[clear * H + h] = bound[t * H + h] + ldexp(size[t * H + h], -11); /* the weights' */
         }
         ++clear;
     }
     CHECK(wrong == 0, "%lld tokens go to other experts", (long long)wrong);
     CHECK(2 * clear >= T, "%lld of %lld tokens are clear", (long long)clear, (long long)T);
     CHECK_CLOSE("y of the whole layer", got, MOE_FP32, H, exact, ideal, clear, H);
+    test_within("y of the whole layer", got, MOE_FP32, H, exact, each, 1, clear, H, __FILE__,
+                __LINE__);
+    free(each);
     free(exact);
     free(ideal);
     free(weights);
@@ -747,12 +775,40 @@ static void compare(const layer_bufs* b, const layer_case* c)
         free(row_weight);
         free(place);
     }
+    if (T > 0) { /* combine, on the device's own rows: its sums and one rounding */
+        double* exact = (double*)test_host(T * H * 8);
+        double* bound = (double*)test_host(T * H * 8);
+        moe_ref_combine_desc d;
+        memset(&d, 0, sizeof d);
+        d.rows = piece(b, copy, v.rows);
+        d.rows_dtype = rows_dtype(c);
+        d.place = (const moe_place*)piece(b, copy, v.place);
+        d.weights = weights;
+        d.residual = residual;
+        d.residual_stride = residual_stride;
+        d.residual_dtype = c->dtype;
+        d.shared = c->shared ? piece(b, copy, v.shared_rows) : (const void*)0;
+        d.shared_weight = c->shared_weighted ? b->h_shared_weight : (float*)0;
+        d.num_tokens = c->T;
+        d.hidden = c->H;
+        d.top_k = c->K;
+        moe_ref_combine_f64(&d, exact, bound);
+        for (int64_t i = 0; i < T * H; ++i) {
+            bound[i] = (double)(K + 2) * ldexp(bound[i], -23);
+            bound[i] += tround(fabs(exact[i]) + bound[i], c->dtype);
+        }
+        test_within("y from rows", y_all, MOE_FP32, H, exact, bound, 1, T, H, __FILE__, __LINE__);
+        free(exact);
+        free(bound);
+    }
     if (T > 0) {
         double* exact = (double*)test_host(n * H * 8);
         double* ideal = (double*)test_host(n * H * 8);
+        double* bound = (double*)test_host(n * H * 8);
+        double* size = (double*)test_host(n * H * 8);
         int64_t wrong = 0;
-        ref_y(b, c, went, weights, pick, n, 0, exact);
-        ref_y(b, c, went, weights, pick, n, c->dtype, ideal);
+        ref_y(b, c, went, weights, pick, n, 0, exact, bound, size);
+        ref_y(b, c, went, weights, pick, n, c->dtype, ideal, 0, 0);
         for (int64_t i = 0; i < n; ++i) {
             int live = c->shared;
             for (int64_t k = 0; k < K; ++k) live |= went[pick[i] * K + k] >= 0;
@@ -767,10 +823,13 @@ static void compare(const layer_bufs* b, const layer_case* c)
         }
         CHECK(wrong == 0, "a token with no expert is its residual, or 0");
         CHECK_CLOSE("y", got, MOE_FP32, H, exact, ideal, n, H);
+        test_within("y", got, MOE_FP32, H, exact, bound, 1, n, H, __FILE__, __LINE__);
         free(exact);
         free(ideal);
         if (c->from != FROM_IDS && !c->nan_token && !c->sampled && !c->capacity && !c->rules)
-            compare_whole(b, c, ids, y_all);
+            compare_whole(b, c, ids, y_all, bound, size);
+        free(bound);
+        free(size);
     }
     if (c->nan_token && c->from != FROM_IDS) CHECK_FAULT(&b->fault, MOE_FAULT_NAN_LOGIT, c->nan_token - 1);
     else CHECK_FAULT(&b->fault, bad < 0 ? MOE_FAULT_NONE : MOE_FAULT_BAD_ID, bad < 0 ? 0 : bad);
@@ -1433,6 +1492,58 @@ static void test_layer_plan(void)
     CHECK_STATUS(moe_layer_plan(&b.d, 0, p), MOE_STATUS(MOE_ERR_NULL, desc));
     CHECK_STATUS(moe_layer_plan(&b.d, p, 0), MOE_STATUS(MOE_ERR_NULL, desc));
     bufs_free(&b);
+    for (int from = FROM_ROUTER; from <= FROM_IDS; ++from) { /* with a shared expert: of the others */
+        moe_gemm_plan plain[2], alone[2];
+        moe_experts_desc e;
+        moe_layer_view v;
+        c = normal_case(40, 64, 40, 4, 2);
+        c.from = from;
+        c.tile = MOE_TILE_AUTO;
+        c.shared = 200;
+        c.rows_dtype = from == FROM_IDS ? MOE_FP32 : 0;
+        bufs_new(&b, &c, &r);
+        CHECK_STATUS(moe_layer_plan(&b.d, p, p + 1), MOE_OK);
+        CHECK_STATUS(moe_layer_get_view(&b.d, &v), MOE_OK);
+        memset(&e, 0, sizeof e);
+        e.x = b.d.x;
+        e.w1 = b.d.w1;
+        e.w2 = b.d.w2;
+        e.expert_offset = v.expert_offset;
+        e.row_slot = v.row_slot;
+        e.act = v.act;
+        e.rows = v.rows;
+        e.num_tokens = c.T;
+        e.hidden = c.H;
+        e.intermediate = c.I;
+        e.num_experts = c.E;
+        e.top_k = c.K;
+        e.dtype = c.dtype;
+        e.rows_dtype = c.rows_dtype;
+        CHECK_STATUS(moe_experts_plan(&e, plain, plain + 1), MOE_OK);
+        e.w1 = b.d.shared.w1;
+        e.w2 = b.d.shared.w2;
+        e.expert_offset = e.row_slot = 0;
+        e.act = v.shared_act;
+        e.rows = v.shared_rows;
+        e.num_rows = c.T;
+        e.num_tokens = 0;
+        e.intermediate = c.shared;
+        e.num_experts = 1;
+        e.top_k = 0;
+        CHECK_STATUS(moe_experts_plan(&e, alone, alone + 1), MOE_OK);
+        for (int i = 0; i < 2; ++i) {
+            test_plan(&p[i], c.dtype, MOE_TILE_AUTO);
+            CHECK(p[i].path == plain[i].path && p[i].tile == plain[i].tile &&
+                      p[i].blocks == plain[i].blocks && p[i].smem == plain[i].smem,
+                  "product %d: tile %d, %d blocks, not %d, %d", i, p[i].tile, p[i].blocks,
+                  plain[i].tile, plain[i].blocks);
+            CHECK(plain[i].smem != alone[i].smem || plain[i].tile != alone[i].tile,
+                  "the shared expert's plan is the same, so this shows nothing");
+        }
+        TEST_CUDA(cudaDeviceSynchronize());
+        CHECK(untouched(&b, &c), "a plan runs nothing");
+        bufs_free(&b);
+    }
 }
 
 /* The plan, a stage and the layer must refuse it alike. Where the plan does not, nothing runs. */
@@ -1626,7 +1737,7 @@ static void test_layer_overlaps(void)
         layer_case c = normal_case(T, H, I, E, K);
         layer_bufs b;
         moe_layer_desc good, d;
-        tbuf table, arena;
+        tbuf table, arena, prob = tbuf_new("prob_sum", E * 4, 4);
         void* address[E];
         c.from = from;
         c.bias = 1;
@@ -1636,6 +1747,10 @@ static void test_layer_overlaps(void)
         c.shared_weighted = c.shared_bias = c.outputs = 1;
         c.replicas = E;
         bufs_new(&b, &c, &r);
+        if (from != FROM_IDS) { /* which takes workspace */
+            b.d.gate.prob_sum = (float*)prob.p;
+            fit_workspace(&b, &c);
+        }
         arena = tbuf_new("arena", b.workspace.bytes + 65536, 0); /* a workspace and any input */
         for (int e = 0; e < E; ++e) address[e] = b.mlp.w1.part[0][0].p;
         table = tbuf_from("table", address, sizeof address, 0);
@@ -1679,6 +1794,52 @@ static void test_layer_overlaps(void)
             REFUSED(d.gate.token_off = (const uint8_t*)d.y, MOE_ERR_OVERLAP, y);
             REFUSED(d.gate.expert_count = (int32_t*)d.shared.w1.base, MOE_ERR_OVERLAP,
                     expert_count);
+#define OVER(p) REFUSED(d.gate.prob_sum = (float*)DOWN_TO(p, 4), MOE_ERR_OVERLAP, prob_sum)
+            OVER(d.x);
+            OVER(d.y);
+            OVER(AT(d.y, 64));
+            OVER(d.residual);
+            OVER(from == FROM_ROUTER ? d.router : d.logits);
+            OVER(d.w1.base);
+            OVER(d.w2.base);
+            OVER(d.bias1);
+            OVER(AT(d.bias1, E * I * 2)); /* a bias of an up */
+            OVER(d.bias2);
+            OVER(d.shared.w1.base);
+            OVER(d.shared.w2.base);
+            OVER(d.shared.bias1);
+            OVER(d.shared.bias2);
+            OVER(d.shared.weight);
+            OVER(d.route.replica_offset);
+            OVER(d.route.replica_expert);
+            OVER(d.workspace);
+            OVER(AT(d.workspace, d.workspace_bytes - 4));
+            REFUSED((d.fault = b.d.fault, d.gate.prob_sum = (float*)b.d.fault), MOE_ERR_OVERLAP,
+                    prob_sum);
+            OVER(d.gate.expert_count);
+#undef OVER
+            REFUSED(d.route.drop_count = (int32_t*)d.gate.prob_sum, MOE_ERR_OVERLAP, drop_count);
+            REFUSED(d.route.slot_row = (int32_t*)d.gate.prob_sum, MOE_ERR_OVERLAP, slot_row);
+            REFUSED(d.route.row_weight = (float*)AT(d.gate.prob_sum, 4 * E - 4), MOE_ERR_OVERLAP,
+                    row_weight);
+            REFUSED(d.gate.expert_bias = d.gate.prob_sum, MOE_ERR_OVERLAP, prob_sum);
+            REFUSED(d.gate.expert_off = (const uint8_t*)AT(d.gate.prob_sum, 4 * E - 1),
+                    MOE_ERR_OVERLAP, prob_sum);
+        }
+        { /* at addresses far from all others: nothing is launched */
+            char* const far = (char*)((uintptr_t)1 << 44);
+            REFUSED((d.y = far, d.bias1 = far - E * 2 * I * 2 + 2), MOE_ERR_OVERLAP, y);
+            REFUSED((d.y = far, d.shared.bias1 = far - 2 * 24 * 2 + 2), MOE_ERR_OVERLAP, y);
+            REFUSED((d.x = far, d.x_stride = 72, d.y = far + (T - 1) * 72 * 2 + 126),
+                    MOE_ERR_OVERLAP, y);
+            REFUSED((d.residual = far, d.residual_stride = 71, d.y = far + (T - 1) * 71 * 2 + 126),
+                    MOE_ERR_OVERLAP, y);
+            REFUSED((d.residual = far, d.residual_stride = 71,
+                     d.route.drop_count = (int32_t*)(far + (T - 1) * 71 * 2 + 126)),
+                    MOE_ERR_OVERLAP, drop_count);
+            REFUSED((d.y = far, d.y_stride = 71,
+                     d.route.drop_count = (int32_t*)(far + (T - 1) * 71 * 2 + 126)),
+                    MOE_ERR_OVERLAP, drop_count);
         }
         good.fault = b.d.fault;
         REFUSED(d.fault = (uint64_t*)d.x, MOE_ERR_OVERLAP, fault);
@@ -1729,6 +1890,7 @@ static void test_layer_overlaps(void)
         compare(&b, &c);
         CHECK(tbuf_holds(&arena, 0), "or there");
         tbuf_free(&arena);
+        tbuf_free(&prob);
         tbuf_free(&table);
         bufs_free(&b);
     }
