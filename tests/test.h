@@ -21,8 +21,9 @@
      }
 
    A test that makes no check is skipped, not passed: it lacks the memory, or the CPU would take
-   too long. Exit code 0: all that ran passed, 1: one failed, 77: no device, or all were skipped
-   (CTest's SKIP_RETURN_CODE). Arguments name the tests to run (any part of the name).
+   too long; "skipped NAME (why)". Exit code 0: all that ran passed, 1: one failed, 77: no device,
+   or all were skipped (CTest's SKIP_RETURN_CODE). Arguments name the tests to run (any part of the
+   name).
      MOE_TEST_SEED=<n>    seed of the inputs, else a fresh one. A failure prints it.
      MOE_TEST_REPS=<n>    runs every test n times, each time with the next seed
      MOE_TEST_VERBOSE=1   prints what the comparisons found
@@ -52,6 +53,7 @@ typedef struct test_state {
     int reps, verbose;
     int failures;      /* failed checks of the test that runs */
     int64_t checks;    /* all checks so far */
+    char left_out[96]; /* why the test that runs left something out, or "" */
     int passed, failed, skipped; /* tests */
     int argc;
     char** argv;
@@ -124,6 +126,17 @@ MOEI_UNUSED static void test_begin(int argc, char** argv)
     TEST_CUDA(cudaStreamCreateWithFlags(&test_now.stream, cudaStreamNonBlocking));
 }
 
+/* The test that runs leaves something out: why is printed beside its name. With no check made it
+   is skipped. */
+MOEI_UNUSED static void test_leave_out(const char* format, ...)
+{
+    va_list args;
+    if (test_now.left_out[0]) return; /* the first reason is shown */
+    va_start(args, format);
+    vsnprintf(test_now.left_out, sizeof test_now.left_out, format, args);
+    va_end(args);
+}
+
 #define RUN(test) test_run(test, #test)
 MOEI_UNUSED static void test_run(void (*test)(void), const char* name)
 {
@@ -137,6 +150,7 @@ MOEI_UNUSED static void test_run(void (*test)(void), const char* name)
         test_now.name = name;
         test_now.seed = test_now.base_seed + (uint64_t)rep;
         test_now.failures = 0;
+        test_now.left_out[0] = 0;
         test();
         TEST_CUDA(cudaDeviceSynchronize());
         timespec_get(&b, TIME_UTC);
@@ -146,11 +160,15 @@ MOEI_UNUSED static void test_run(void (*test)(void), const char* name)
                    test_now.failures, (unsigned long long)test_now.seed);
         } else if (test_now.checks == checks) {
             ++test_now.skipped;
-            printf("skipped %s\n", name);
+            printf("skipped %s (%s)\n", name,
+                   test_now.left_out[0] ? test_now.left_out
+                   : MOE_ON_HOST        ? "on a GPU only"
+                                        : "no check was made");
         } else {
             ++test_now.passed;
-            printf("passed %s (%.2f s)\n", name,
-                   (double)(b.tv_sec - a.tv_sec) + 1e-9 * (double)(b.tv_nsec - a.tv_nsec));
+            printf("passed %s (%.2f s)%s%s\n", name,
+                   (double)(b.tv_sec - a.tv_sec) + 1e-9 * (double)(b.tv_nsec - a.tv_nsec),
+                   test_now.left_out[0] ? ", in part: " : "", test_now.left_out);
         }
         fflush(stdout);
     }

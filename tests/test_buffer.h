@@ -135,13 +135,14 @@ MOEI_UNUSED static int64_t test_strays(const void* p, int64_t bytes, int elem, i
     return n;
 }
 
-/* Is there room for so many bytes? Prints where there is not. */
+/* Is there room for so many bytes? What has none is left out of the test. */
 MOEI_UNUSED static int test_has_memory(size_t bytes)
 {
     size_t free_bytes, total;
     TEST_CUDA(cudaMemGetInfo(&free_bytes, &total));
     if (free_bytes >= bytes + ((size_t)1 << 28)) return 1;
-    printf("  not run: %zu bytes are free, %zu needed\n", free_bytes, bytes);
+    test_leave_out("%.1f GiB are free, %.1f needed", (double)free_bytes / (1 << 30),
+                   (double)bytes / (1 << 30));
     return 0;
 }
 
@@ -178,12 +179,12 @@ MOEI_UNUSED static size_t twide_bytes(const twide* w)
     return (size_t)(((w->rows - 1) * w->stride + w->cols + TWIDE_ZONE) * w->elem);
 }
 
-/* Can there be wide rows of elements of so many bytes? Prints where not. First statement of a test
-   that makes other checks too, so that it is skipped as a whole. */
+/* Can there be wide rows of elements of so many bytes? First statement of a test that makes other
+   checks too, so that it is skipped as a whole. */
 MOEI_UNUSED static int twide_possible(int elem)
 {
     if (TWIDE_SPAN == 0) {
-        printf("  not run: rows far apart are left out on the CPU, see TWIDE_SPAN\n");
+        test_leave_out("rows far apart, on the CPU: preset full");
         return 0;
     }
     return MOE_ON_HOST || test_has_memory((size_t)TWIDE_SPAN * (size_t)elem);
@@ -203,7 +204,7 @@ MOEI_UNUSED static int twide_new(twide* w, const char* name, int64_t rows, int64
     w->p = (char*)mmap(0, twide_bytes(w), PROT_READ | PROT_WRITE,
                        MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (w->p == (char*)MAP_FAILED) {
-        printf("  not run: no %zu bytes of addresses\n", twide_bytes(w));
+        test_leave_out("no %.1f GiB of addresses", (double)twide_bytes(w) / (1 << 30));
         return 0;
     }
 #else

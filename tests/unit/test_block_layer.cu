@@ -1836,6 +1836,7 @@ static void test_block_layer_past_2_31(void)
 {
     static const char* const name[2][2] = {{"x", "y"}, {"dy", "dx"}};
     trand r = trand_new(24);
+    if (!twide_possible(2)) return;
     for (int i = 0; i < 3 * 3; ++i) {
         layer_case c = normal_case(DENSE + i / 3, 37, 24, 32, 5, 2);
         const int weights = i % 3 == 2;
@@ -1886,12 +1887,12 @@ static void test_block_layer_past_2_31(void)
 }
 
 /* Slots of dw1 and dw2 past 2^32 elements: 4096 experts, a token each, that share their matrices
-   and repeat after 4 tokens; each slot is that of a layer of the first 4. On the CPU fewer and
+   and repeat after 4 tokens; each slot is that of a layer of the first 4. Not far: fewer and
    smaller ones. weights [T, E] and [T, K] cannot get there: act has at least 16 times as many
    elements, in one list of blocks. */
-static void test_gradients_past_2_31(void)
+static void run_gradients(int far)
 {
-    const int far = TWIDE_SPAN > 0, E = far ? 4096 : 12, H = far ? 1024 : 32, I = far ? 1040 : 48;
+    const int E = far ? 4096 : 12, H = far ? 1024 : 32, I = far ? 1040 : 48;
     const int64_t matrix = (int64_t)H * I, most = (int64_t)E * matrix * 2;
     trand r = trand_new(25);
     layer_case small = normal_case(SPARSE, 4, H, I, 4, 1);
@@ -1997,6 +1998,13 @@ static void test_gradients_past_2_31(void)
     bufs_free(&b);
 }
 
+static void test_gradients_of_copies(void) { run_gradients(0); }
+
+static void test_gradients_past_2_31(void)
+{
+    if (twide_possible(2)) run_gradients(1);
+}
+
 static void test_preload(void) { CHECK_STATUS(moe_block_layer_preload(), MOE_OK); }
 
 int main(int argc, char** argv)
@@ -2029,6 +2037,7 @@ int main(int argc, char** argv)
     RUN(test_strided_overlap);
     RUN(test_active);
     RUN(test_block_layer_past_2_31);
+    RUN(test_gradients_of_copies);
     RUN(test_gradients_past_2_31);
     RUN(test_preload);
     return test_end();
