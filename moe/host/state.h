@@ -121,6 +121,7 @@ struct moeh_sched {
     std::string report;
     std::set<const void*> preloaded; /* kernels that moei_preload was given */
     bool preload_only = false;       /* others fail the run */
+    std::set<const void*> launched;  /* kernels, while others fail the run */
 };
 
 /* The thread that runs; its address never changes while the thread lives. */

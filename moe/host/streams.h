@@ -92,8 +92,8 @@ template <class K, class A> inline auto moeh_bind(K* kernel, const A& arg)
     return [kernel, arg] { kernel(arg); };
 }
 
-/* Queues a grid. Nothing runs before the host waits for something. `kernel`: its address, null where
-   no preload is asked for. */
+/* Queues a grid. Nothing runs before the host waits for something. `kernel`: its address; null
+   where none must be preloaded. */
 template <class F>
 inline cudaError_t moeh_launch(dim3 grid, dim3 block, size_t smem, cudaStream_t handle, F call,
                                const char* name, const void* kernel = nullptr,
@@ -109,6 +109,7 @@ inline cudaError_t moeh_launch(dim3 grid, dim3 block, size_t smem, cudaStream_t 
         grid.y > 65535 || grid.z > 65535)
         return cudaErrorInvalidConfiguration;
     if (smem > MOEH_SMEM_BLOCK) return cudaErrorInvalidValue;
+    if (s.preload_only && kernel) s.launched.insert(kernel);
     if (s.preload_only && kernel && !s.preloaded.count(kernel) && !s.sticky && !moeh_now()->block) {
         moeh_say("kernel %s: ", name);
         moeh_set_failed("launched, and moei_preload was never given it", nullptr);

@@ -1,5 +1,6 @@
 /* test_preload.cu: after its preload, a station launches no kernel that was not loaded. The CPU
-   backend refuses any other; on a GPU the calls just run.
+   backend refuses any other, and says whether the calls of a test launched all that was loaded; on
+   a GPU the calls just run.
 
      nvcc -I. -arch=sm_90a tests/unit/test_preload.cu -o test_preload
      g++ -x c++ -std=c++14 -O2 -I. tests/unit/test_preload.cu -o test_preload */
@@ -33,8 +34,11 @@ static void* ints(const int32_t* from, int n)
 static void begin(moe_status (*preload)(void))
 {
 #if MOE_ON_HOST
+    static moe_status (*last)(void);
     moeh_require_preload(0);
     moeh_get().preloaded.clear();
+    if (preload != last) moeh_get().launched.clear();
+    last = preload;
 #endif
     CHECK_STATUS(preload(), MOE_OK);
 #if MOE_ON_HOST
@@ -51,10 +55,166 @@ static void end(void)
     while (pieces) tbuf_free(&piece[--pieces]);
 }
 
+/* Every kernel of this preload was launched since the last preload changed. */
+static void all_launched(moe_status (*preload)(void))
+{
+#if MOE_ON_HOST
+    int missing = 0;
+    moeh_get().preloaded.clear();
+    CHECK_STATUS(preload(), MOE_OK);
+    for (const void* kernel : moeh_get().preloaded) missing += !moeh_get().launched.count(kernel);
+    CHECK(missing == 0, "%d of %zu kernels were not launched", missing,
+          moeh_get().preloaded.size());
+#else
+    (void)preload;
+#endif
+}
+
 static const int32_t some_ids[T * K] = {0, 1, 2, 3, 3, 1, 0, 2, 1, 2};
 static const int32_t map[R] = {4, 0, 2, 5, 3, 1, 9, 7, 8, 6},
                      back[R] = {1, 5, 2, 4, 0, 3, 9, 7, 8, 6};
 static const int32_t offsets[E + 1] = {0, 3, 5, 8, R};
+
+static moe_status router_preload(void) /* the product may be a GEMM */
+{
+    MOEI_TRY(moe_router_preload());
+    return moe_grouped_gemm_preload();
+}
+
+static void test_router(void)
+{
+    static const struct {
+        int tokens, experts, x_dtype, router_dtype;
+    } shape[] = {
+        {5, 4, MOE_FP32, MOE_FP32}, {5, 8, MOE_BF16, MOE_BF16},      {5, 6, MOE_FP16, MOE_FP16},
+        {5, 6, MOE_BF16, MOE_BF16}, {300, 260, MOE_FP16, MOE_FP16},  {300, 260, MOE_BF16, MOE_BF16},
+        {5, 6, MOE_BF16, MOE_FP32}, {1100, 160, MOE_BF16, MOE_FP32}, {600, 130, MOE_FP16, MOE_FP32},
+    };
+    for (size_t i = 0; i < sizeof shape / sizeof *shape; ++i) {
+        moe_router_desc d;
+        begin(router_preload);
+        memset(&d, 0, sizeof d);
+        d.num_tokens = shape[i].tokens;
+        d.num_experts = shape[i].experts;
+        d.hidden = 16;
+        d.x_dtype = shape[i].x_dtype;
+        d.router_dtype = shape[i].router_dtype;
+        d.x = zeros((size_t)d.num_tokens * 16 * 4);
+        d.router = zeros((size_t)d.num_experts * 16 * 4);
+        d.logits = (float*)zeros((size_t)d.num_tokens * (size_t)d.num_experts * 4);
+        CHECK_STATUS(moe_router_logits(&d, test_now.stream), MOE_OK);
+        end();
+    }
+    all_launched(moe_router_preload);
+}
+
+static void test_gate(void)
+{
+    static const int experts[] = {5, 64, 100, 128, 200, 256, 600, 1024, 1500};
+    static const int top_k[] = {2, 8, 20, 40};
+    for (int i = 0; i < 9 * 4 * 3; ++i) { /* plain, with rules, one selection for all */
+        const int E = experts[i / 12], K = top_k[i / 3 % 4];
+        moe_gate_desc d;
+        if (K > E) continue;
+        begin(moe_gate_preload);
+        memset(&d, 0, sizeof d);
+        d.logits = zeros((size_t)T * (size_t)E * 4);
+        d.ids = (int32_t*)zeros((size_t)T * (size_t)K * 4);
+        d.weights = (float*)zeros((size_t)T * (size_t)K * 4);
+        d.expert_count = (int32_t*)zeros((size_t)E * 4);
+        d.num_tokens = T;
+        d.num_experts = E;
+        d.top_k = K;
+        if (i % 3) d.prob_sum = (float*)zeros((size_t)E * 4);
+        d.whole_batch = i % 3 == 2;
+        CHECK_STATUS(moe_gate_workspace(&d, &d.workspace_bytes), MOE_OK);
+        if (d.workspace_bytes) d.workspace = zeros(d.workspace_bytes);
+        CHECK_STATUS(moe_gate(&d, test_now.stream), MOE_OK);
+        end();
+    }
+    all_launched(moe_gate_preload);
+}
+
+static void test_route(void)
+{
+    static const int32_t replicas[E + 1] = {0, 1, 2, 4, 5};
+    for (int i = 0; i < 2 * 2 * 3; ++i) { /* counts given; replicas; capacity, by what rule */
+        const int counted = i % 2, replicated = i / 2 % 2, P = E + replicated;
+        moe_route_desc d;
+        if (counted && replicated) continue;
+        begin(moe_route_preload);
+        memset(&d, 0, sizeof d);
+        d.ids = (const int32_t*)ints(some_ids, T * K);
+        d.weights = (const float*)zeros(T * K * 4);
+        if (counted) {
+            static const int32_t counts[E] = {2, 3, 3, 2};
+            d.chunk_count = (int32_t*)ints(counts, E);
+        }
+        if (replicated) d.replica_offset = (const int32_t*)ints(replicas, E + 1);
+        d.num_replicas = replicated ? P : 0;
+        d.expert_count = (int32_t*)zeros((size_t)P * 4);
+        d.expert_offset = (int32_t*)zeros((size_t)P * 4 + 4);
+        d.slot_row = (int32_t*)zeros(T * K * 4);
+        d.num_tokens = T;
+        d.num_experts = E;
+        d.top_k = K;
+        if (i / 4) d.capacity = 2;
+        if (i / 4 == 2) d.drop_rule = MOE_DROP_BY_WEIGHT;
+        CHECK_STATUS(moe_route_workspace(&d, &d.workspace_bytes), MOE_OK);
+        if (d.workspace_bytes) d.workspace = zeros(d.workspace_bytes);
+        CHECK_STATUS(moe_route(&d, test_now.stream), MOE_OK);
+        end();
+    }
+    all_launched(moe_route_preload);
+}
+
+static void test_grouped_gemm(void)
+{
+    for (int tile = MOE_TILE_AUTO; tile <= MOE_TILE_64x64; ++tile)
+        for (int i = 0; i < 4; ++i) { /* dtype, major of B */
+            moe_grouped_gemm_desc d;
+            moe_gemm_plan p;
+            begin(moe_grouped_gemm_preload);
+            memset(&d, 0, sizeof d);
+            d.a = zeros(R * H * 2);
+            d.b.base = zeros(E * I * H * 2);
+            d.b.major = i / 2 ? MOE_MAJOR_MN : MOE_MAJOR_K;
+            d.c = zeros(R * I * 2);
+            d.expert_offset = (const int32_t*)ints(offsets, E + 1);
+            d.num_experts = E;
+            d.num_rows = R;
+            d.n = I;
+            d.k = H;
+            d.dtype = dtypes[i % 2];
+            d.tile = tile;
+            if (moe_grouped_gemm_plan(&d, &p) != MOE_STATUS(MOE_ERR_CONFLICT, tile)) {
+                CHECK_STATUS(moe_grouped_gemm(&d, test_now.stream), MOE_OK);
+            } else {
+                CHECK(tile == MOE_TILE_128x256 && i / 2, "the largest tile has B k-major alone");
+            }
+            end();
+        }
+}
+
+static void test_combine(void)
+{
+    static const int all[] = {MOE_FP32, MOE_FP16, MOE_BF16};
+    for (int i = 0; i < 6; ++i) {
+        moe_combine_desc d;
+        begin(moe_combine_preload);
+        memset(&d, 0, sizeof d);
+        d.rows = zeros(R * H * 4);
+        d.place = (const moe_place*)zeros(T * K * sizeof(moe_place));
+        d.y = zeros(T * H * 4);
+        d.rows_dtype = all[i % 3];
+        d.num_tokens = T;
+        d.hidden = i < 3 ? H : 31; /* in pieces of 16 bytes, and one by one */
+        d.top_k = K;
+        CHECK_STATUS(moe_combine(&d, test_now.stream), MOE_OK);
+        end();
+    }
+    all_launched(moe_combine_preload);
+}
 
 static void test_layer(void)
 {
@@ -109,6 +269,7 @@ static void test_permute(void)
         if (i % 2) CHECK_STATUS(moe_unpermute(&d, test_now.stream), MOE_OK);
         end();
     }
+    all_launched(moe_permute_preload);
 }
 
 static void test_combine_scatter(void)
@@ -132,6 +293,7 @@ static void test_combine_scatter(void)
         CHECK_STATUS(moe_combine_scatter(&d, test_now.stream), MOE_OK);
         end();
     }
+    all_launched(moe_combine_scatter_preload);
 }
 
 /* A list of all blocks of 32 x 32 of a matrix of 64 x 96. */
@@ -185,6 +347,7 @@ static void test_block_sparse(void)
                 CHECK_STATUS(moe_block_sparse(&d, test_now.stream), MOE_OK);
                 end();
             }
+    all_launched(moe_block_sparse_preload);
 }
 
 static void test_block_list(void)
@@ -214,6 +377,7 @@ static void test_block_list(void)
         CHECK_STATUS(moe_block_list_build(&d, test_now.stream), MOE_OK);
         end();
     }
+    all_launched(moe_block_list_preload);
 }
 
 static void test_block_layer(void)
@@ -257,11 +421,18 @@ static void test_block_layer(void)
         CHECK_STATUS(moe_block_layer_backward(&d, test_now.stream), MOE_OK);
         end();
     }
+    all_launched(moei_block_act_preload);
+    all_launched(moei_block_layer_setup_preload);
 }
 
 int main(int argc, char** argv)
 {
     test_begin(argc, argv);
+    RUN(test_router);
+    RUN(test_gate);
+    RUN(test_route);
+    RUN(test_grouped_gemm);
+    RUN(test_combine);
     RUN(test_layer);
     RUN(test_permute);
     RUN(test_combine_scatter);
