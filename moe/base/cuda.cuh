@@ -146,8 +146,9 @@ MOE_HOST moe_status moei_launch(const void* kernel, const moei_launch_config* c,
 }
 #endif
 
-/* Every thread of a kernel launched with dependent = 1 calls it before it touches global memory: from here on, all
-   earlier kernels of the stream have ended and what they wrote is visible. */
+/* Every thread of a kernel launched with dependent = 1 calls it before it touches global memory:
+   from here on, all earlier kernels of the stream have ended and what they wrote is visible. The
+   CPU refuses a thread that ends without it. */
 MOE_DEVICE void moei_wait_for_previous(void)
 {
 #if MOE_ON_HOST

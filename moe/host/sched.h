@@ -15,10 +15,10 @@
    the length of each slice and the order in which blocks start.
 
    A run fails when a block has live threads and none can go on, when a thread calls moeh_fail
-   (misuse of an intrinsic), when one ends with asynchronous copies under way, or in a dependent
-   launch without moei_wait_for_previous, when a kernel is launched that should have been preloaded,
-   or when the polling has passed a limit. Then a report goes to stderr,
-   every grid and every queue is thrown away, and the error stays until moeh_reset. */
+   (misuse of an intrinsic, a misaligned address), when one ends with asynchronous copies under way,
+   or in a dependent launch without moei_wait_for_previous, when a kernel is launched that should
+   have been preloaded, or when the polling has passed a limit. Then a report goes to stderr, every
+   grid and every queue is thrown away, and the error stays until moeh_reset. */
 #ifndef MOE_HOST_SCHED_H
 #define MOE_HOST_SCHED_H
 
