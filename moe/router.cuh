@@ -54,14 +54,15 @@ typedef enum moe_router_path {
     MOE_ROUTER_GEMM,
     MOE_ROUTER_SPLIT_LARGE, /* tiles of 256 tokens (128 of fp16) x 128 experts */
     MOE_ROUTER_SPLIT_SMALL, /* tiles of 32 tokens (16 of fp16) x 16 experts, for few of them */
-    MOE_ROUTER_GEMM_RAGGED  /* 16-bit dtypes, E no multiple of 8: padded inside the tile */
+    MOE_ROUTER_RAGGED_WIDE,  /* 16-bit dtypes, any E: tiles of 128 tokens x 128 experts */
+    MOE_ROUTER_RAGGED_NARROW /* tiles of 64 x 64, for few of them */
 } moe_router_path;
 
 MOE_HOST const char* moe_router_path_name(int path)
 {
     static const char* const name[] = {"scalar", "gemm", "split, large tile", "split, small tile",
-                                       "gemm, ragged"};
-    return path >= 0 && path <= MOE_ROUTER_GEMM_RAGGED ? name[path] : "?";
+                                       "ragged, wide tile", "ragged, narrow tile"};
+    return path >= 0 && path <= MOE_ROUTER_RAGGED_NARROW ? name[path] : "?";
 }
 
 #define MOEI_ROUTER_TILE 64  /* tokens and experts of a block */
@@ -287,7 +288,7 @@ MOE_HOST moe_status moei_router_check(moe_router_desc* d, moe_grouped_gemm_desc*
     if (d->x_dtype == d->router_dtype && d->x_dtype != MOE_FP32) {
         moe_gemm_plan p;
         moe_status s;
-        int fits;
+        int narrow;
         moei_router_gemm_desc(d, g);
         s = moei_gemm_check(g);
         if (s == MOE_OK) s = moei_gemm_plan(g, &p);
@@ -296,8 +297,8 @@ MOE_HOST moe_status moei_router_check(moe_router_desc* d, moe_grouped_gemm_desc*
             *path = MOE_ROUTER_GEMM;
         } else {
             moei_router_gemm_desc(d, g);
-            MOEI_TRY(moei_ragged_plan(g, &fits));
-            if (fits) *path = MOE_ROUTER_GEMM_RAGGED;
+            MOEI_TRY(moei_ragged_plan(g, &narrow));
+            if (narrow >= 0) *path = narrow ? MOE_ROUTER_RAGGED_NARROW : MOE_ROUTER_RAGGED_WIDE;
         }
     } else if (d->x_dtype != MOE_FP32 && d->router_dtype == MOE_FP32) {
         const moei_split_args a = moei_router_split_args(d);
@@ -331,11 +332,8 @@ MOE_HOST moe_status moe_router_logits(const moe_router_desc* desc, cudaStream_t 
     MOEI_TRY(moei_router_check(&d, &g, &path));
     if (d.num_tokens == 0) return MOE_OK;
     if (path == MOE_ROUTER_GEMM) return moe_grouped_gemm(&g, stream);
-    if (path == MOE_ROUTER_GEMM_RAGGED) {
-        moei_device dev;
-        MOEI_TRY(moei_device_query(&dev));
-        return moei_ragged_launch(&g, moei_ragged_narrow(&g, dev.sms), stream);
-    }
+    if (path >= MOE_ROUTER_RAGGED_WIDE)
+        return moei_ragged_launch(&g, path == MOE_ROUTER_RAGGED_NARROW, stream);
     if (path != MOE_ROUTER_SCALAR) {
         const moei_split_args a = moei_router_split_args(&d);
         return moei_split_launch(&a, path == MOE_ROUTER_SPLIT_SMALL, stream);

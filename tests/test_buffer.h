@@ -129,7 +129,7 @@ MOEI_UNUSED static int64_t test_strays(const void* p, int64_t bytes, int elem, i
     for (int64_t row = 0; row * pitch < bytes; ++row) {
         const int64_t from = row * pitch + (row >= begin && row < end ? cols * elem : 0);
         const int64_t to = (row + 1) * pitch < bytes ? (row + 1) * pitch : bytes;
-        for (int64_t i = from; i < to; ++i) 
+        for (int64_t i = from; i < to; ++i)
             n += ((const unsigned char*)p)[i] != test_poison_byte((size_t)i);
     }
     return n;

@@ -73,9 +73,8 @@ MOE_DEVICE float moei_gate_cosine(float x)
                : __uint_as_float(0x7fc00000u);
 }
 
-/* Does a temperature scale what is left of the logits without the row's largest? Only where a
-   common offset changes neither choice nor weight: a group of one expert counts it once, others
-   twice. */
+/* Tells whether the row's largest logit comes off before a temperature divides. A common offset must
+   change neither choice nor weight: a group of one expert counts an offset once, others twice. */
 MOE_DEVICE bool moei_gate_takes_off(const moe_gate_desc* d)
 {
     return d->temperature != 1.0f &&
@@ -127,6 +126,7 @@ MOE_DEVICE float moei_gate_lane_max(const float* v, const int lanes, const int p
     return moei_group_max(max, lanes);
 }
 
+/* The logits that the token does not see become -infinity. */
 MOE_DEVICE void moei_gate_lane_hide(float* v, uint32_t unseen, const int per_lane)
 {
     if (!unseen) return;
@@ -142,7 +142,7 @@ MOE_DEVICE float moei_gate_logits(float* v, uint32_t* unseen, const moe_gate_des
                                   int64_t t, int rank, const int lanes, const int per_lane)
 {
     const bool curved = d->score == MOE_SCORE_QUADRATIC || d->score == MOE_SCORE_PIONEER;
-    const bool noise = d->noise > 0.0f, ordered = !curved && !noise; /* the largest stays it */
+    const bool noise = d->noise > 0.0f, ordered = !curved && !noise; /* rules keep the order */
     float max = 0.0f;
     if (d->dropout > 0.0f) {
         const uint64_t here = moei_gate_seed_here(seed);

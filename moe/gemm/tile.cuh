@@ -360,6 +360,36 @@ MOE_HOST_DEVICE size_t moe_gemm_tile_smem(int tm, int tn, int kb, int warps_m, i
     return moei_tile_smem(tm, tn, kb, stages, warps_m * warps_n, tn / warps_n, a_major, b_major, 0);
 }
 
+/* Multiplies one tile by one block, through a ring of stages that moei_loader_copy fills: acc gets
+   each warp's sums. On return no copy is under way; other warps may still read the ring. */
+MOE_DEVICE void moei_tile_sum(moei_mma_c acc[4][4], const moe_grouped_gemm_desc* d,
+                              const moei_tile t, uint16_t* ring, const int tm, const int tn,
+                              const int kb, const int warps_m, const int warps_n, const int stages,
+                              const int dtype, const int a_major, const int b_major)
+{
+    const int wm = tm / warps_m, wn = tn / warps_n, threads = warps_m * warps_n * 32;
+    const int a_elems = moei_stage_elems(tm, kb, a_major);
+    const int elems = a_elems + moei_stage_elems(tn, kb, b_major); /* of a stage */
+    const int warp_m = moei_warp() % warps_m, warp_n = moei_warp() / warps_m;
+    const int steps = (d->k + kb - 1) / kb;
+    moei_loader load;
+    moei_loader_begin(&load, t, 0, d, tm, tn, kb, wn, a_major, b_major);
+    for (int i = 0; i < stages - 1; ++i) { /* past the end of k the copies read nothing */
+        moei_loader_copy(&load, d, ring + i * elems, ring + i * elems + a_elems, 0, 1, tm, tn, kb,
+                         threads, a_major, b_major);
+        moei_copy_commit();
+    }
+    moei_tile_zero(acc, wm, wn);
+    for (int i = 0; i < steps; ++i) {
+        moei_copy_wait(stages - 2);
+        __syncthreads();
+        moei_tile_step(acc, &load, d, ring + i % stages * elems,
+                       ring + (i + stages - 1) % stages * elems, warp_m, warp_n, tm, tn, kb,
+                       warps_m, warps_n, dtype, a_major, b_major);
+    }
+    moei_copy_wait(0);
+}
+
 /* One tile of C for a kernel of one's own: rows row .. row + tm - 1 and the columns of tile number
    `column` along N (tn columns each, tn / 2 with a gated activation), with bias and activation;
    what lies past row `end` or column n is left alone. The expert's rows begin .. end lie at those
@@ -384,30 +414,13 @@ MOE_DEVICE_BODY void moe_gemm_tile(const moe_grouped_gemm_desc* d, int expert, i
                                    const int stages, const int dtype, const int a_major,
                                    const int b_major)
 {
-    const int wm = tm / warps_m, wn = tn / warps_n, threads = warps_m * warps_n * 32;
-    const int a_elems = moei_stage_elems(tm, kb, a_major);
-    const int elems = a_elems + moei_stage_elems(tn, kb, b_major); /* of a stage */
+    const int wm = tm / warps_m, wn = tn / warps_n, columns = d->gate_up ? tn / 2 : tn;
+    const int elems = moei_stage_elems(tm, kb, a_major) + moei_stage_elems(tn, kb, b_major);
     const int warp_m = moei_warp() % warps_m, warp_n = moei_warp() / warps_m;
-    const int steps = (d->k + kb - 1) / kb, columns = d->gate_up ? tn / 2 : tn;
     uint16_t* ring = (uint16_t*)shared;
     const moei_tile t = {expert, begin, end, row, column};
     moei_mma_c acc[4][4];
-    moei_loader load;
-    moei_loader_begin(&load, t, 0, d, tm, tn, kb, wn, a_major, b_major);
-    for (int i = 0; i < stages - 1; ++i) { /* past the end of k the copies read nothing */
-        moei_loader_copy(&load, d, ring + i * elems, ring + i * elems + a_elems, 0, 1, tm, tn, kb,
-                         threads, a_major, b_major);
-        moei_copy_commit();
-    }
-    moei_tile_zero(acc, wm, wn);
-    for (int i = 0; i < steps; ++i) {
-        moei_copy_wait(stages - 2);
-        __syncthreads();
-        moei_tile_step(acc, &load, d, ring + i % stages * elems,
-                       ring + (i + stages - 1) % stages * elems, warp_m, warp_n, tm, tn, kb,
-                       warps_m, warps_n, dtype, a_major, b_major);
-    }
-    moei_copy_wait(0);
+    moei_tile_sum(acc, d, t, ring, tm, tn, kb, warps_m, warps_n, stages, dtype, a_major, b_major);
     moei_epilogue_warp(d, &t, acc, (float*)(ring + stages * elems) + moei_warp() * 16 * (wn + 4),
                        row + warp_m * wm, column * columns + warp_n * (columns / warps_n), wm, wn);
     __syncthreads();

@@ -163,8 +163,8 @@ inline void moeh_thread_main()
 
 /* ---- blocks ---- */
 
-/* What memory holds before it is written: NaN in every dtype, a negative number in integers, and not
-   the -1 that kernels write on purpose. `p` is even. */
+/* What memory holds before it is written: NaN in every dtype, in integers a negative number that is
+   not the -1 of kernels. `p` is even. */
 inline unsigned char moeh_poison_byte(size_t i) { return (i & 1) ? 0xff : 0xda; }
 
 inline void moeh_poison(void* p, size_t bytes)

@@ -49,42 +49,23 @@ MOE_DEVICE void moei_ragged_store(const moe_grouped_gemm_desc* d, moei_mma_c acc
     }
 }
 
-/* One block makes one tile. The blocks of the same rows are neighbours and share them in L2.
-   1. The first steps are copied.  2. Each step is multiplied while a later one is copied.
-   3. The sums are stored. */
+/* One block makes one tile. The blocks of the same rows are neighbours and share them in L2. */
 MOE_DEVICE_BODY void moei_ragged_block(const moe_grouped_gemm_desc* d, unsigned char* shared,
                                        const int tm, const int tn, const int kb, const int warps_m,
                                        const int warps_n, const int stages, const int dtype)
 {
-    const int wm = tm / warps_m, wn = tn / warps_n, threads = warps_m * warps_n * 32;
-    const int a_elems = moei_stage_elems(tm, kb, MOE_MAJOR_K);
-    const int elems = a_elems + moei_stage_elems(tn, kb, MOE_MAJOR_K); /* of a stage */
+    const int wm = tm / warps_m, wn = tn / warps_n, columns = (d->n + tn - 1) / tn;
     const int warp_m = moei_warp() % warps_m, warp_n = moei_warp() / warps_m;
-    const int steps = (d->k + kb - 1) / kb, columns = (d->n + tn - 1) / tn;
     uint16_t* const ring = (uint16_t*)shared;
     moei_mma_c acc[4][4];
-    moei_loader load;
     moei_tile t;
     t.expert = t.begin = 0;
     t.end = d->num_rows;
     t.row = (int)(blockIdx.x / (unsigned)columns) * tm;
     t.column = (int)(blockIdx.x % (unsigned)columns);
-    moei_loader_begin(&load, t, 0, d, tm, tn, kb, wn, MOE_MAJOR_K, MOE_MAJOR_K);
-    for (int i = 0; i < stages - 1; ++i) { /* past the end of k the copies read nothing */
-        moei_loader_copy(&load, d, ring + i * elems, ring + i * elems + a_elems, 0, 1, tm, tn, kb,
-                         threads, MOE_MAJOR_K, MOE_MAJOR_K);
-        moei_copy_commit();
-    }
-    moei_tile_zero(acc, wm, wn);
-    for (int i = 0; i < steps; ++i) {
-        moei_copy_wait(stages - 2);
-        __syncthreads();
-        moei_tile_step(acc, &load, d, ring + i % stages * elems,
-                       ring + (i + stages - 1) % stages * elems, warp_m, warp_n, tm, tn, kb,
-                       warps_m, warps_n, dtype, MOE_MAJOR_K, MOE_MAJOR_K);
-    }
-    moei_copy_wait(0);
-    __syncthreads(); /* the ring has been read by everyone, and no copy is under way */
+    moei_tile_sum(acc, d, t, ring, tm, tn, kb, warps_m, warps_n, stages, dtype, MOE_MAJOR_K,
+                  MOE_MAJOR_K);
+    __syncthreads(); /* every warp has read the ring */
     moei_ragged_store(d, acc, (float*)ring + moei_warp() * 16 * (wn + 4), t.row + warp_m * wm,
                       t.column * tn + warp_n * wn, wm, wn);
 }
@@ -110,18 +91,15 @@ MOE_HOST int64_t moei_ragged_blocks(const moe_grouped_gemm_desc* d, int narrow)
     return ((d->num_rows + side - 1) / side) * ((d->n + side - 1) / side);
 }
 
-/* The wide tile reads x half as often, and is worth it where it keeps all multiprocessors busy. */
-MOE_HOST int moei_ragged_narrow(const moe_grouped_gemm_desc* d, int sms)
-{
-    return d->n <= 64 || moei_ragged_blocks(d, 0) < sms;
-}
-
-/* Sets *fits where the current device and this binary can make the product. d has a, b.base, c,
-   dtype, n, k, num_rows and all strides; fills in the other defaults. */
-MOE_HOST moe_status moei_ragged_plan(moe_grouped_gemm_desc* d, int* fits)
+/* Sets *narrow: 1 for the narrow tile, 0 for the wide one, -1 where the current device or this
+   binary cannot make the product. d has a, b.base, c, dtype, n, k, num_rows and all strides; fills
+   in the other defaults. The wide tile reads x half as often. It pays where every multiprocessor
+   has one. */
+MOE_HOST moe_status moei_ragged_plan(moe_grouped_gemm_desc* d, int* narrow)
 {
     moei_device dev;
-    *fits = 0;
+    int small;
+    *narrow = -1;
     d->activation = MOE_ACTIVATION_NONE;
     d->gate_up = MOE_GATE_UP_DEFAULT;
     d->a_major = d->b.major = MOE_MAJOR_K;
@@ -140,7 +118,8 @@ MOE_HOST moe_status moei_ragged_plan(moe_grouped_gemm_desc* d, int* fits)
         if (d->dtype == MOE_BF16 && fa.ptxVersion < 80) return MOE_OK;
     }
 #endif
-    *fits = moei_ragged_blocks(d, moei_ragged_narrow(d, dev.sms)) <= 0x7fffffff;
+    small = d->n <= 64 || moei_ragged_blocks(d, 0) < dev.sms;
+    if (moei_ragged_blocks(d, small) <= 0x7fffffff) *narrow = small;
     return MOE_OK;
 }
 

@@ -35,6 +35,7 @@ typedef struct layer_case {
     int shared_activation, shared_gate_up, shared_bias;
     int row_multiple, capacity, drop_rule;
     int replicas; /* physical experts; 0: no replicas */
+    int absent;   /* 1: an expert has no replica here, and one of another's is elsewhere */
     int outputs;  /* 1: all optional outputs of gate and route */
     int rules;    /* 1: the gate has other rules than the plain ones, set by the test */
     int sampled;     /* check y of every so many tokens; 0: all */
@@ -58,13 +59,14 @@ static const char* case_text(const layer_case* c)
              "T=%d H=%d I=%d E=%d K=%d %s router %s from=%d score=%d renormalize=%d scale=%g "
              "gate_up=%d bias=%d table=%d major=%d residual=%d y_is_x=%d pads %d %d %d unused=%d "
              "bad=%d nan=%d tile=%d activation=%d (%g %g) shared=%d (%d, %d, %d, %d) multiple=%d "
-             "capacity=%d rule=%d replicas=%d outputs=%d rules=%d rows_dtype=%d",
+             "capacity=%d rule=%d replicas=%d absent=%d outputs=%d rules=%d rows_dtype=%d",
              c->T, c->H, c->I, c->E, c->K, moe_dtype_name(c->dtype), moe_dtype_name(c->router_dtype),
              c->from, c->score, c->renormalize, (double)c->scale, c->gate_up, c->bias, c->table,
              c->major, c->residual, c->y_is_x, c->x_pad, c->y_pad, c->residual_pad, c->unused, c->bad,
              c->nan_token, c->tile, c->activation, (double)c->alpha, (double)c->limit, c->shared,
              c->shared_weighted, c->shared_activation, c->shared_gate_up, c->shared_bias,
-             c->row_multiple, c->capacity, c->drop_rule, c->replicas, c->outputs, c->rules, c->rows_dtype);
+             c->row_multiple, c->capacity, c->drop_rule, c->replicas, c->absent, c->outputs,
+             c->rules, c->rows_dtype);
     return text;
 }
 
@@ -97,6 +99,7 @@ static moe_route_desc route_options(const layer_case* c)
     r.capacity = c->capacity;
     r.drop_rule = c->drop_rule;
     r.num_replicas = c->replicas;
+    r.absent_replicas = c->absent;
     return r;
 }
 
@@ -197,7 +200,8 @@ static void reset(layer_bufs* b, const layer_case* c)
     else tbuf_poison(&b->y);
 }
 
-/* Every expert has a replica, some have more; where they are is shuffled. */
+/* Every expert has a replica, some have more; where they are is shuffled. With `absent` the first has
+   none, and one is elsewhere. */
 static void fill_replicas(layer_bufs* b, const layer_case* c, trand* r)
 {
     const int P = physical(c);
@@ -211,6 +215,10 @@ static void fill_replicas(layer_bufs* b, const layer_case* c, trand* r)
         const int j = (int)trand_int(r, 0, i), at = b->h_replica_expert[i];
         b->h_replica_expert[i] = b->h_replica_expert[j];
         b->h_replica_expert[j] = at;
+    }
+    if (c->absent) {
+        b->h_replica_offset[1] = 0;
+        b->h_replica_expert[trand_int(r, 0, P - 1)] = -1;
     }
     b->replica_offset = tbuf_from("replica_offset", b->h_replica_offset, (size_t)c->E * 4 + 4, 4);
     b->replica_expert = tbuf_from("replica_expert", b->h_replica_expert, (size_t)P * 4, 4);
@@ -600,6 +608,7 @@ static void compare_whole(const layer_bufs* b, const layer_case* c, const int32_
     if (c->shared) d.shared = ref_shared(b, c);
     d.route.row_multiple = c->row_multiple;
     d.route.num_replicas = c->replicas;
+    d.route.absent_replicas = c->absent;
     if (c->replicas) {
         d.route.replica_offset = b->h_replica_offset;
         d.route.replica_expert = b->h_replica_expert;
@@ -736,6 +745,7 @@ static void compare(const layer_bufs* b, const layer_case* c)
         r.capacity = c->capacity;
         r.drop_rule = c->drop_rule;
         r.num_replicas = c->replicas;
+        r.absent_replicas = c->absent;
         r.max_rows = R;
         if (c->replicas) {
             r.replica_offset = b->h_replica_offset;
@@ -990,6 +1000,7 @@ static void test_layer_route_options(void)
         c.capacity = i & 2 ? (int)trand_int(&r, 1, 20) : 0;
         c.drop_rule = c.capacity ? (int)trand_int(&r, 0, MOE_DROP_BY_WEIGHT) : 0;
         c.replicas = i & 4 ? 6 + (int)trand_int(&r, 0, 5) : 0;
+        c.absent = c.replicas ? i >> 3 & 1 : 0;
         c.outputs = i & 8 ? 1 : 0;
         c.bias = (int)trand_int(&r, 0, 1); /* rows of padding are not zero then */
         c.residual = (int)trand_int(&r, NO_RESIDUAL, RESIDUAL);

@@ -170,10 +170,10 @@ static void check_path(const moe_router_desc* d, const router_case* c)
     const int way = wanted_way(c);
     int path = -1;
     CHECK_STATUS(moe_router_plan(d, &path), MOE_OK);
-    CHECK(way == SPLIT ? path == MOE_ROUTER_SPLIT_LARGE || path == MOE_ROUTER_SPLIT_SMALL
-                       : path == (way == GEMM     ? MOE_ROUTER_GEMM
-                                  : way == RAGGED ? MOE_ROUTER_GEMM_RAGGED
-                                                  : MOE_ROUTER_SCALAR),
+    CHECK(way == SPLIT    ? path == MOE_ROUTER_SPLIT_LARGE || path == MOE_ROUTER_SPLIT_SMALL
+          : way == RAGGED ? path == MOE_ROUTER_RAGGED_NARROW ||
+                                (path == MOE_ROUTER_RAGGED_WIDE && c->E > 64)
+                          : path == (way == GEMM ? MOE_ROUTER_GEMM : MOE_ROUTER_SCALAR),
           "%s: path %d", case_text(c), path);
 }
 
@@ -244,7 +244,7 @@ static moe_status call_ragged(moe_router_desc d, int narrow)
     moe_grouped_gemm_desc g;
     int path;
     MOEI_TRY(moei_router_check(&d, &g, &path));
-    CHECK(path == MOE_ROUTER_GEMM_RAGGED, "path %d", path);
+    CHECK(path == MOE_ROUTER_RAGGED_WIDE || path == MOE_ROUTER_RAGGED_NARROW, "path %d", path);
     return moei_ragged_launch(&g, narrow, test_now.stream);
 }
 
