@@ -22,8 +22,8 @@
 
    A test that makes no check is skipped, not passed: it lacks the memory, or the CPU would take
    too long; "skipped NAME (why)". Exit code 0: all that ran passed, 1: one failed, 77: no device,
-   or all were skipped (CTest's SKIP_RETURN_CODE). Arguments name the tests to run (any part of the
-   name).
+   or all were skipped (CTest's SKIP_RETURN_CODE). An argument names the tests to run, by any part of
+   the name; "-PART" leaves out those whose name has PART.
      MOE_TEST_SEED=<n>    seed of the inputs, else a fresh one. A failure prints it.
      MOE_TEST_REPS=<n>    runs every test n times, each time with the next seed
      MOE_TEST_VERBOSE=1   prints what the comparisons found
@@ -137,12 +137,26 @@ MOEI_UNUSED static void test_leave_out(const char* format, ...)
     va_end(args);
 }
 
+/* Do the program's arguments want the test of this name? */
+MOEI_UNUSED static int test_wanted(const char* name)
+{
+    int named = 0, given = 0;
+    for (int i = 1; i < test_now.argc; ++i) {
+        const char* part = test_now.argv[i];
+        if (part[0] == '-') {
+            if (strstr(name, part + 1)) return 0;
+        } else {
+            given = 1;
+            named |= strstr(name, part) != 0;
+        }
+    }
+    return named || !given;
+}
+
 #define RUN(test) test_run(test, #test)
 MOEI_UNUSED static void test_run(void (*test)(void), const char* name)
 {
-    int wanted = test_now.argc < 2;
-    for (int i = 1; i < test_now.argc; ++i) wanted |= strstr(name, test_now.argv[i]) != 0;
-    if (!wanted) return;
+    if (!test_wanted(name)) return;
     for (int rep = 0; rep < test_now.reps; ++rep) {
         const int64_t checks = test_now.checks;
         struct timespec a, b;

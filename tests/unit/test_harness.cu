@@ -27,6 +27,30 @@ static void test_skipped(void)
     test_now.left_out[0] = 0;
 }
 
+/* Does a program with two arguments run the test of this name? "" is no argument. */
+static int wanted(const char* first, const char* second, const char* name)
+{
+    const int argc = test_now.argc;
+    char** argv = test_now.argv;
+    const char* own[3] = {"program", first, second};
+    int is;
+    test_now.argc = second[0] ? 3 : first[0] ? 2 : 1;
+    test_now.argv = (char**)own;
+    is = test_wanted(name);
+    test_now.argc = argc;
+    test_now.argv = argv;
+    return is;
+}
+
+static void test_arguments(void)
+{
+    CHECK(wanted("", "", "test_sum") && wanted("sum", "", "test_sum"));
+    CHECK(!wanted("sum", "", "test_product") && wanted("sum", "product", "test_product"));
+    CHECK(!wanted("-sum", "", "test_sum") && wanted("-sum", "", "test_product"));
+    CHECK(!wanted("test", "-sum", "test_sum") && wanted("test", "-sum", "test_product"));
+    CHECK(!wanted("-sum", "test", "test_sum") && !wanted("-sum", "product", "test_layer"));
+}
+
 /* The last row begins past 2^32 elements. */
 static void test_rows_far_apart(void)
 {
@@ -47,6 +71,7 @@ int main(int argc, char** argv)
     RUN(test_no_check);
     RUN(test_no_memory);
     RUN(test_skipped);
+    RUN(test_arguments);
     RUN(test_rows_far_apart);
     return test_end();
 }
