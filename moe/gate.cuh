@@ -44,8 +44,8 @@
    A row that holds a NaN (of an expert that the token sees), or with pioneer a logit of 2^20 or
    more, selects nothing (ids -1, weights 0) and sets the fault word; no other token changes. An
    expert whose bias is NaN is not chosen, and its group has its score from the others.
-   With a temperature, softmax, sparsemax and (without groups) top-k softmax take a row's largest
-   logit off before they divide: an offset of the whole row costs no precision.
+   A temperature of softmax, sparsemax and (without groups) top-k softmax divides a logit's distance
+   from the row's largest: an offset of the whole row costs no precision.
    Without a bias selection compares the logits themselves, so rounding in exp never changes it
    (but maybe the choice of groups). Arithmetic is fp32 in a fixed order: equal inputs give equal
    bits.

@@ -12,6 +12,16 @@
 MOE_DEVICE int moei_lane(void) { return (int)(threadIdx.x & 31u); }
 MOE_DEVICE int moei_warp(void) { return (int)(threadIdx.x >> 5); }
 
+/* x, where the compiler does not see that it is x: it would keep in registers what it once made of x
+   rather than make it again. */
+MOE_DEVICE uint64_t moei_opaque(uint64_t x)
+{
+#if !MOE_ON_HOST
+    asm volatile("" : "+l"(x));
+#endif
+    return x;
+}
+
 /* Sum over the aligned group of `width` lanes; every lane gets it. */
 MOE_DEVICE float moei_group_sum(float v, int width)
 {

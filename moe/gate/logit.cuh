@@ -5,22 +5,13 @@
 #define MOE_GATE_LOGIT_CUH
 
 #include "../base/random.h"
+#include "../base/warp.cuh"
 #include "row.cuh"
 
 /* The seed of this launch. */
 MOE_DEVICE uint64_t moei_gate_seed(const moe_gate_desc* d)
 {
     return d->seed + (d->seed_offset ? *d->seed_offset : 0);
-}
-
-/* The same, where the compiler does not see that it is: it would keep the twenty keys that the
-   rounds of a random number make of a seed in registers over the whole loop. */
-MOE_DEVICE uint64_t moei_gate_seed_here(uint64_t seed)
-{
-#if !MOE_ON_HOST
-    asm volatile("" : "+l"(seed));
-#endif
-    return seed;
 }
 
 /* Two independent standard normal numbers from two words (Box and Muller). */
@@ -117,71 +108,68 @@ MOE_DEVICE float moei_gate_logit(const moe_gate_desc* d, float v, float most, ui
     return v;
 }
 
-/* The largest of a token's logits, of a lane's each. */
-MOE_DEVICE float moei_gate_lane_max(const float* v, const int lanes, const int per_lane)
-{
-    float max = v[0];
-    MOEI_UNROLL
-    for (int j = 1; j < per_lane; ++j) max = fmaxf(max, v[j]);
-    return moei_group_max(max, lanes);
-}
+/* How a lane's logits stand in registers: `unit` times them are what the rules make of them, so a
+   temperature costs nothing and no offset is rounded by it. */
+typedef struct moei_gate_units {
+    float unit, log2; /* log2: unit log2(e), for powers of two */
+    float noise;      /* standard deviation, in these units */
+} moei_gate_units;
 
-/* The logits that the token does not see become -infinity. */
-MOE_DEVICE void moei_gate_lane_hide(float* v, uint32_t unseen, const int per_lane)
-{
-    if (!unseen) return;
-    MOEI_UNROLL
-    for (int j = 0; j < per_lane; ++j)
-        if (unseen >> j & 1) v[j] = __uint_as_float(0xff800000u);
-}
-
-/* The same for a lane's logits of a token, read already. *unseen has a bit for each that the token
-   does not see; it becomes -infinity. Returns the token's largest. lanes and per_lane are
-   literals. */
-MOE_DEVICE float moei_gate_logits(float* v, uint32_t* unseen, const moe_gate_desc* d, uint64_t seed,
-                                  int64_t t, int rank, const int lanes, const int per_lane)
+MOE_DEVICE moei_gate_units moei_gate_units_of(const moe_gate_desc* d)
 {
     const bool curved = d->score == MOE_SCORE_QUADRATIC || d->score == MOE_SCORE_PIONEER;
-    const bool noise = d->noise > 0.0f, ordered = !curved && !noise; /* rules keep the order */
-    float max = 0.0f;
-    if (d->dropout > 0.0f) {
-        const uint64_t here = moei_gate_seed_here(seed);
+    moei_gate_units u;
+    u.unit = curved ? 1.0f : d->temperature; /* of what is curved it comes off before */
+    u.log2 = 1.44269502f * u.unit;
+    u.noise = d->noise > 0.0f ? __fdiv_rn(d->noise, u.unit) : 0.0f; /* 0 over x is a slow path */
+    return u;
+}
+
+/* Takes a lane's logits of a token, read already, through the rules, in units. *unseen has a bit for
+   each that the token does not see; it becomes -infinity. Returns the token's largest. lanes and
+   per_lane are literals. */
+MOE_DEVICE float moei_gate_logits(float* v, uint32_t* unseen, const moe_gate_desc* d,
+                                  const moei_gate_units* units, uint64_t seed, int64_t t, int rank,
+                                  const int lanes, const int per_lane)
+{
+    const bool quadratic = d->score == MOE_SCORE_QUADRATIC, pioneer = d->score == MOE_SCORE_PIONEER;
+    float max;
+    if ((quadratic || pioneer) && d->temperature != 1.0f) {
         MOEI_UNROLL
-        for (int j = 0; j < per_lane; j += 8)
-            *unseen |= moei_gate_dropped(d, here, t, moei_gate_expert(j, rank, lanes) >> 3) << j;
+        for (int j = 0; j < per_lane; ++j) v[j] *= d->temperature;
     }
-    if (!curved) moei_gate_lane_hide(v, *unseen, per_lane);
-    if (ordered || moei_gate_takes_off(d)) max = moei_gate_lane_max(v, lanes, per_lane);
-    if (d->temperature != 1.0f) {
-        float offset = 0.0f;
-        if (moei_gate_takes_off(d)) {
-            offset = -(max * d->temperature);            /* its rounding is common to all */
-            if (!(fabsf(offset) < 3e38f)) offset = 0.0f; /* moei_gate_token does such a row */
-        }
-        max = fmaf(max, d->temperature, offset);
-        MOEI_UNROLL
-        for (int j = 0; j < per_lane; ++j) v[j] = fmaf(v[j], d->temperature, offset);
-    }
-    if (noise) {
-        const uint64_t here = moei_gate_seed_here(seed);
+    if (d->noise > 0.0f) {
+        const uint64_t here = moei_opaque(seed); /* else the twenty keys of its rounds are kept */
         MOEI_UNROLL
         for (int j = 0; j < per_lane; j += 4) {
             float n[4];
             moei_gate_noise(n, here, t, moei_gate_expert(j, rank, lanes) >> 2);
             MOEI_UNROLL
-            for (int i = 0; i < 4; ++i) v[j + i] = fmaf(d->noise, n[i], v[j + i]);
+            for (int i = 0; i < 4; ++i) v[j + i] = fmaf(units->noise, n[i], v[j + i]);
         }
     }
-    if (d->score == MOE_SCORE_QUADRATIC) {
+    if (quadratic) {
         MOEI_UNROLL
         for (int j = 0; j < per_lane; ++j) v[j] = v[j] * v[j];
-    } else if (d->score == MOE_SCORE_PIONEER) {
+    } else if (pioneer) {
         MOEI_UNROLL
         for (int j = 0; j < per_lane; ++j) v[j] = moei_gate_cosine(v[j]);
     }
-    if (curved) moei_gate_lane_hide(v, *unseen, per_lane);
-    if (!ordered) max = moei_gate_lane_max(v, lanes, per_lane);
-    return max;
+    if (d->dropout > 0.0f) {
+        const uint64_t here = moei_opaque(seed);
+        MOEI_UNROLL
+        for (int j = 0; j < per_lane; j += 8)
+            *unseen |= moei_gate_dropped(d, here, t, moei_gate_expert(j, rank, lanes) >> 3) << j;
+    }
+    if (*unseen) {
+        MOEI_UNROLL
+        for (int j = 0; j < per_lane; ++j)
+            if (*unseen >> j & 1) v[j] = __uint_as_float(0xff800000u);
+    }
+    max = v[0];
+    MOEI_UNROLL
+    for (int j = 1; j < per_lane; ++j) max = fmaxf(max, v[j]);
+    return moei_group_max(max, lanes);
 }
 
 #endif

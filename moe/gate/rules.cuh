@@ -8,11 +8,11 @@
 
 #include "batch.cuh"
 
-/* 1 / (1 + e^-v) to a few ulp, quick: for selection, and for sums, of which e^shift is taken out:
-   `one` is e^shift, `shift2` log2 of it. */
-MOE_DEVICE float moei_gate_sigmoid_fast(float v, float one, float shift2)
+/* 1 / (1 + 2^-(v unit)) to a few ulp, quick: for selection, and for sums, of which 2^shift is taken
+   out: `one` is 2^shift. */
+MOE_DEVICE float moei_gate_sigmoid_fast(float v, float unit, float one, float shift)
 {
-    const float x = one + moei_exp2_fast(fmaf(v, -1.44269502f, shift2));
+    const float x = one + moei_exp2_fast(fmaf(v, -unit, shift));
 #if MOE_ON_HOST
     return 1.0f / x;
 #else
@@ -41,19 +41,20 @@ MOE_DEVICE bool moei_gate_lane_nan(const float* v, const int per_lane)
 }
 
 /* What a group of lanes knows of its token's logits v, those that the token does not see being
-   -infinity; `nan`, maybe not in all lanes, where one is, which only lanes that are `odd` have
-   where the score is no softmax. max: the largest. lanes and per_lane are literals here and
-   below. */
-MOE_DEVICE moei_gate_stats moei_gate_lane_stats(const moe_gate_desc* d, const float* v, bool odd,
+   -infinity; max is the largest. Both and sparsemax's tau are in units. `nan`, maybe not in all
+   lanes: of a softmax. lanes and per_lane are literals here and below. */
+MOE_DEVICE moei_gate_stats moei_gate_lane_stats(const moe_gate_desc* d,
+                                                const moei_gate_units* units, const float* v,
                                                 float max, const int lanes, const int per_lane)
 {
     moei_gate_stats s;
-    bool nan;
+    s.nan = false;
     s.max = max;
     s.sum = 0.0f;
     if (d->score == MOE_SCORE_SPARSEMAX) { /* Michelot: tau from below, till none leaves */
+        const float whole = __fdiv_rn(1.0f, units->unit); /* what the scores sum up to */
         float n = 4096.0f, before = 4097.0f;
-        s.sum = -1.0f;
+        s.sum = -whole;
         while (__any_sync(MOEI_FULL, n < before)) {
             float part = 0.0f, above = 0.0f;
             MOEI_UNROLL
@@ -68,48 +69,51 @@ MOE_DEVICE moei_gate_stats moei_gate_lane_stats(const moe_gate_desc* d, const fl
             if (n < before) { /* else this token is done, and only goes along */
                 before = n;
                 n = above;
-                if (n > 0.0f) s.sum = __fdividef(part - 1.0f, n);
+                if (n > 0.0f) s.sum = __fdividef(part - whole, n);
             }
         }
-        nan = odd && moei_gate_lane_nan(v, per_lane);
     } else if (d->score == MOE_SCORE_SIGMOID) {
         if (d->prob_sum) {
-            const float shift2 = 1.44269502f * moei_gate_sigmoid_shift(s.max);
-            const float one = moei_exp2_fast(shift2);
+            const float shift = units->log2 * moei_gate_sigmoid_shift(s.max);
+            const float one = moei_exp2_fast(shift);
             MOEI_UNROLL
-            for (int j = 0; j < per_lane; ++j) s.sum += moei_gate_sigmoid_fast(v[j], one, shift2);
+            for (int j = 0; j < per_lane; ++j)
+                s.sum += moei_gate_sigmoid_fast(v[j], units->log2, one, shift);
         }
-        nan = odd && moei_gate_lane_nan(v, per_lane);
         s.sum = moei_group_sum(s.sum, lanes);
     } else {
-        const float shift = -(s.max * 1.44269502f);
+        const float shift = -(s.max * units->log2);
         MOEI_UNROLL
-        for (int j = 0; j < per_lane; ++j) s.sum += moei_exp2_fast(fmaf(v[j], 1.44269502f, shift));
+        for (int j = 0; j < per_lane; ++j) s.sum += moei_exp2_fast(fmaf(v[j], units->log2, shift));
         s.sum = moei_group_sum(s.sum, lanes);
-        nan = moei_is_nan(s.sum);
+        s.nan = moei_is_nan(s.sum);
     }
-    s.nan = nan;
     return s;
 }
 
-/* The scores of a lane's logits, quick: for selection, or where `sums` (a literal) for sums,
-   sigmoids over e^shift then. */
+/* What selection compares where more than the logits decide, quick: scores, of top-k softmax the
+   logits; or where `sums` (a literal) the probabilities times the sum of sigmoids over e^shift. */
 MOE_DEVICE void moei_gate_lane_scores(float* u, const float* v, const moe_gate_desc* d,
-                                      const moei_gate_stats* s, const int sums, const int per_lane)
+                                      const moei_gate_units* units, const moei_gate_stats* s,
+                                      const int sums, const int per_lane)
 {
     if (d->score == MOE_SCORE_SIGMOID) {
-        const float shift2 = sums ? 1.44269502f * moei_gate_sigmoid_shift(s->max) : 0.0f;
-        const float one = sums ? moei_exp2_fast(shift2) : 1.0f;
-        MOEI_UNROLL
-        for (int j = 0; j < per_lane; ++j) u[j] = moei_gate_sigmoid_fast(v[j], one, shift2);
-    } else if (d->score == MOE_SCORE_SPARSEMAX) {
-        MOEI_UNROLL
-        for (int j = 0; j < per_lane; ++j) u[j] = fmaxf(v[j] - s->max - s->sum, 0.0f);
-    } else {
-        const float shift = -(s->max * 1.44269502f), part = __fdiv_rn(1.0f, s->sum);
+        const float shift = sums ? units->log2 * moei_gate_sigmoid_shift(s->max) : 0.0f;
+        const float one = sums ? moei_exp2_fast(shift) : 1.0f;
         MOEI_UNROLL
         for (int j = 0; j < per_lane; ++j)
-            u[j] = part * moei_exp2_fast(fmaf(v[j], 1.44269502f, shift));
+            u[j] = moei_gate_sigmoid_fast(v[j], units->log2, one, shift);
+    } else if (d->score == MOE_SCORE_SPARSEMAX) {
+        MOEI_UNROLL
+        for (int j = 0; j < per_lane; ++j) u[j] = fmaxf(v[j] - s->max - s->sum, 0.0f) * units->unit;
+    } else if (!sums && d->score == MOE_SCORE_TOPK_SOFTMAX) {
+        MOEI_UNROLL
+        for (int j = 0; j < per_lane; ++j) u[j] = v[j] * units->unit;
+    } else {
+        const float shift = -(s->max * units->log2), part = __fdiv_rn(1.0f, s->sum);
+        MOEI_UNROLL
+        for (int j = 0; j < per_lane; ++j)
+            u[j] = part * moei_exp2_fast(fmaf(v[j], units->log2, shift));
     }
 }
 
@@ -188,13 +192,32 @@ MOE_DEVICE void moei_gate_lane_add(float* p, float* prob, int E, int rank, const
     __syncwarp(MOEI_FULL);
 }
 
-/* Puts a token's n picks, K or more, in order: order[k] is the k-th by descending merit, equals by
-   ascending expert. top: the merits of the K in order. */
-MOE_DEVICE void moei_gate_lane_order(uint16_t* order, const moei_gate_pick* pick,
-                                     const uint16_t* expert, int n, const float* top, int K,
-                                     int rank, const int lanes, const int depth)
+/* Writes those of a lane's experts that have a bit in `picked`, one after the other, with u where
+   `merits` (a literal). */
+MOE_DEVICE void moei_gate_lane_pick(moei_gate_pick* pick, uint32_t picked, const float* v,
+                                    const float* u, int rank, const int lanes, const int per_lane,
+                                    const int merits)
 {
+    MOEI_UNROLL
+    for (int j = 0; j < per_lane; ++j)
+        if (picked >> j & 1) {
+            pick->logit = v[j];
+            pick->expert = moei_gate_expert(j, rank, lanes);
+            if (merits) pick->merit = u[j];
+            ++pick;
+        }
+}
+
+/* Puts a token's n picks, K or more, in order: by descending merit, equals by ascending expert. top:
+   the merits of the K in order. */
+MOE_DEVICE void moei_gate_lane_order(moei_gate_pick* pick, bool merits, int n, const float* top,
+                                     int K, int rank, const int lanes, const int depth)
+{
+    const float* merit = merits ? &pick->merit : &pick->logit;
+    const int step = (int)(sizeof *pick / sizeof *merit);
+    uint16_t* order = moei_gate_order(pick, depth);
     bool tie = n > K;
+    K = (int)moei_opaque((uint64_t)K); /* else each k < K is kept since kth was found */
     MOEI_UNROLL
     for (int k = 0; k < depth - 1; ++k) tie |= k + 1 < K && top[k] == top[k + 1];
     if (!tie) { /* a pick's place is how many of the top are larger */
@@ -203,21 +226,24 @@ MOE_DEVICE void moei_gate_lane_order(uint16_t* order, const moei_gate_pick* pick
             const int c = m * lanes + rank;
             uint32_t larger = 0; /* a bit for each */
             if (m * lanes < depth && c < n) {
-                const float merit = pick[c].merit;
+                const float own = merit[c * step];
                 MOEI_UNROLL
                 for (int k = 0; k < depth; ++k)
-                    larger = __funnelshift_l(__float_as_uint(merit - top[k]), larger, 1);
+                    larger = __funnelshift_l(__float_as_uint(own - top[k]), larger, 1);
                 order[__popc(larger)] = (uint16_t)c;
             }
         }
     } else {
         MOEI_NO_UNROLL
         for (int c = rank; c < n; c += lanes) {
-            const float merit = pick[c].merit;
-            const int e = expert[c];
+            const float own = merit[c * step];
+            const int e = pick[c].expert;
             int larger = 0;
-            for (int o = 0; o < n; ++o)
-                larger += pick[o].merit > merit || (pick[o].merit == merit && expert[o] < e);
+            MOEI_NO_UNROLL
+            for (int o = 0; o < n; ++o) {
+                const float other = merit[o * step];
+                larger += other > own || (other == own && pick[o].expert < e);
+            }
             if (larger < K) order[larger] = (uint16_t)c;
         }
     }
@@ -225,12 +251,13 @@ MOE_DEVICE void moei_gate_lane_order(uint16_t* order, const moei_gate_pick* pick
 
 /* Writes a token's K choices from its picks in order, and counts them: lane r has the choices r,
    r + lanes, ... */
-MOE_DEVICE void moei_gate_lane_finish(const moe_gate_desc* d, int* count, int64_t t, bool live,
-                                      const moei_gate_pick* pick, const uint16_t* expert,
-                                      const uint16_t* order, const moei_gate_stats* s, int rank,
-                                      const int lanes, const int depth)
+MOE_DEVICE void moei_gate_lane_finish(const moe_gate_desc* d, const moei_gate_units* units,
+                                      int* count, int64_t t, bool live, moei_gate_pick* pick,
+                                      const moei_gate_stats* s, int rank, const int lanes,
+                                      const int depth)
 {
     const int K = d->top_k;
+    const uint16_t* order = moei_gate_order(pick, depth);
     const bool softmax = moei_gate_is_softmax(d->score), own = moei_gate_own_sum(d);
     float weight[8], total = 0.0f, factor = d->scale, max = s->max, shift;
     int e[8];
@@ -240,9 +267,9 @@ MOE_DEVICE void moei_gate_lane_finish(const moe_gate_desc* d, int* count, int64_
         weight[m] = __uint_as_float(0xff800000u);
         e[m] = -1;
         if (m * lanes < depth && live && k < K) {
-            const int c = order[k];
-            weight[m] = pick[c].logit;
-            e[m] = expert[c];
+            const moei_gate_pick p = pick[order[k]];
+            weight[m] = p.logit;
+            e[m] = p.expert;
         }
     }
     if (own && d->score != MOE_SCORE_SPARSEMAX) {
@@ -252,15 +279,17 @@ MOE_DEVICE void moei_gate_lane_finish(const moe_gate_desc* d, int* count, int64_
         most = moei_group_max(most, lanes);
         if (most >= -3e38f) max = most;
     }
-    shift = -(max * 1.44269502f);
+    shift = -(max * units->log2);
     MOEI_UNROLL
     for (int m = 0; m < 8; ++m)
         if (m * lanes < depth && e[m] >= 0) {
             const float v = weight[m];
-            weight[m] = !softmax ? moei_gate_weight(d, v, max, s->sum)
-                                 : moei_exp2_fast(own ? 1.44269502f * (v - max)
-                                                      : fmaf(v, 1.44269502f, shift));
-            if (!moei_gate_used(d, v, weight[m])) {
+            weight[m] = softmax ? moei_exp2_fast(own ? units->log2 * (v - max)
+                                                     : fmaf(v, units->log2, shift))
+                        : d->score == MOE_SCORE_SPARSEMAX
+                            ? fmaxf(v - max - s->sum, 0.0f) * units->unit
+                            : moei_gate_weight(d, v * units->unit, max * units->unit, s->sum);
+            if (!moei_gate_used(d, v * units->unit, weight[m])) {
                 e[m] = -1;
                 weight[m] = 0.0f;
             }
@@ -306,15 +335,16 @@ MOE_DEVICE_BODY void moei_gate_rules_block(const moe_gate_desc* d, const moei_ga
     const bool grouped = d->num_groups > 1;
     const int group_size = E / d->num_groups;
     const bool judged = d->expert_bias || grouped; /* by more than the logits */
+    const bool merits = judged || d->whole_batch;  /* else the logits are compared */
     /* scores choose the groups, and with a bias the experts */
-    const bool scores = judged && d->score != MOE_SCORE_TOPK_SOFTMAX;
+    const bool scores = judged && (d->score != MOE_SCORE_TOPK_SOFTMAX || d->temperature != 1.0f);
+    const moei_gate_units units = moei_gate_units_of(d);
     /* may a finite logit become -infinity? moei_gate_token tells the two apart */
-    const bool overflows = d->temperature != 1.0f || d->noise > 1e28f;
+    const bool overflows = !(units.noise < 1e28f);
     const bool early = per_lane <= 16 && MOEI_GATE_EARLY;
     const uint64_t seed = moei_gate_seed(d);
-    moei_gate_pick* pick = shared->pick + own * (2 * depth);
-    uint16_t* expert = shared->expert + own * (2 * depth);
-    uint16_t* order = shared->order + own * depth;
+    moei_gate_pick* pick =
+        (moei_gate_pick*)(shared->picks + (size_t)own * moei_gate_picks_bytes(depth));
     float* prob = shared->prob + moei_warp() * E;
     float* row = shared->row + moei_warp() * E;
     uint32_t off = 0; /* of this lane's experts, for all tokens */
@@ -338,9 +368,9 @@ MOE_DEVICE_BODY void moei_gate_rules_block(const moe_gate_desc* d, const moei_ga
         float u[32];   /* what selection compares */
         float top[32]; /* the token's largest u, `depth` of them */
         float kth = 0.0f, max;
-        uint32_t unseen = off;
-        int n = 0, before;
-        bool redo, odd;
+        uint32_t unseen = off, picked = 0;
+        int n, before;
+        bool redo;
         moei_gate_stats s;
 
         if (early) {
@@ -353,20 +383,19 @@ MOE_DEVICE_BODY void moei_gate_rules_block(const moe_gate_desc* d, const moei_ga
         } else {
             moei_gate_read(v, d, t, rank, wide, lanes, per_lane);
         }
-        max = moei_gate_logits(v, &unseen, d, seed, t, rank, lanes, per_lane);
-        odd = (judged || !moei_gate_is_softmax(d->score)) && moei_gate_lane_odd(v, per_lane);
-        s = moei_gate_lane_stats(d, v, odd, max, lanes, per_lane);
-        if (judged && odd) { /* a score or a bias would make a choice of -infinity */
-            uint32_t minus = 0;
+        max = moei_gate_logits(v, &unseen, d, &units, seed, t, rank, lanes, per_lane);
+        s = moei_gate_lane_stats(d, &units, v, max, lanes, per_lane);
+        if ((judged || !moei_gate_is_softmax(d->score)) && moei_gate_lane_odd(v, per_lane)) {
+            uint32_t minus = 0; /* of these a score or a bias would make a choice */
             MOEI_UNROLL
             for (int j = 0; j < per_lane; ++j)
                 minus |= __float_as_uint(v[j]) == MOEI_GATE_MINUS ? 1u << j : 0u;
-            s.nan = s.nan || (overflows && (minus & ~unseen) != 0);
+            s.nan = moei_gate_lane_nan(v, per_lane) || (overflows && (minus & ~unseen) != 0);
             unseen |= minus;
         }
         MOEI_UNROLL
         for (int j = 0; j < per_lane; ++j) u[j] = v[j];
-        if (scores) moei_gate_lane_scores(u, v, d, &s, 0, per_lane);
+        if (scores) moei_gate_lane_scores(u, v, d, &units, &s, 0, per_lane);
         if (d->expert_bias || d->whole_batch) { /* the batch's choices are all that counts there */
             MOEI_UNROLL
             for (int j = 0; j < per_lane; ++j) {
@@ -393,10 +422,11 @@ MOE_DEVICE_BODY void moei_gate_rules_block(const moe_gate_desc* d, const moei_ga
         for (int k = 0; k < depth; ++k)
             if (k < K) kth = top[k];
         /* beyond, rounding is no longer small; and each of the K must be there */
-        redo = s.nan || !(fabsf(s.max) < 1e8f) || !(fabsf(top[0]) < 1e8f) || !(kth >= -3e38f);
+        redo = s.nan || !(fabsf(s.max * units.log2) < 1e8f) || !(fabsf(top[0]) < 1e8f) ||
+               !(kth >= -3e38f);
         MOEI_UNROLL
-        for (int j = 0; j < per_lane; ++j) n += u[j] >= kth ? 1 : 0;
-        n |= redo ? 1 << 16 : 0;
+        for (int j = 0; j < per_lane; ++j) picked |= u[j] >= kth ? 1u << j : 0u;
+        n = __popc(picked) | (redo ? 1 << 16 : 0);
         before = n;
         MOEI_UNROLL
         for (int w = 1; w < lanes; w <<= 1) {
@@ -410,27 +440,20 @@ MOE_DEVICE_BODY void moei_gate_rules_block(const moe_gate_desc* d, const moei_ga
         }
         redo = live && (n < K || n > 2 * depth);
         if (redo || !live) n = 0;
-        if (n > 0) {
-            MOEI_UNROLL
-            for (int j = 0; j < per_lane; ++j)
-                if (u[j] >= kth) {
-                    pick[before].merit = u[j];
-                    pick[before].logit = v[j];
-                    expert[before++] = (uint16_t)moei_gate_expert(j, rank, lanes);
-                }
-        }
+        if (n == 0) picked = 0;
+        if (merits) moei_gate_lane_pick(pick + before, picked, v, u, rank, lanes, per_lane, 1);
+        else moei_gate_lane_pick(pick + before, picked, v, u, rank, lanes, per_lane, 0);
         __syncwarp(MOEI_FULL);
-        moei_gate_lane_order(order, pick, expert, n, top, K, rank, lanes, depth);
+        moei_gate_lane_order(pick, merits, n, top, K, rank, lanes, depth);
         __syncwarp(MOEI_FULL);
-        moei_gate_lane_finish(d, shared->count, t, n > 0, pick, expert, order, &s, rank, lanes,
-                              depth);
+        moei_gate_lane_finish(d, &units, shared->count, t, n > 0, pick, &s, rank, lanes, depth);
         if (masked) moei_gate_unused(d, t, rank, lanes);
         if (d->prob_sum) {
             const bool in = live && !redo;
             const float part = d->score != MOE_SCORE_SIGMOID ? 1.0f
                                : s.sum > 0.0f                ? __fdividef(1.0f, s.sum)
                                                              : 0.0f;
-            moei_gate_lane_scores(u, v, d, &s, 1, per_lane);
+            moei_gate_lane_scores(u, v, d, &units, &s, 1, per_lane);
             MOEI_UNROLL
             for (int j = 0; j < per_lane; ++j) u[j] = in && !(unseen >> j & 1) ? u[j] * part : 0.0f;
             moei_gate_lane_add(u, prob, E, rank, lanes, per_lane);

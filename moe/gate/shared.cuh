@@ -5,22 +5,33 @@
 
 #include "row.cuh"
 
-/* A chosen expert: what selection compared, and its logit. */
+/* A chosen expert. 16 bytes, so that one address serves the stores of all. */
 typedef struct moei_gate_pick {
-    float merit, logit;
+    float logit;
+    int expert;
+    float merit; /* what selection compared, where that is not the logit */
+    int unused;
 } moei_gate_pick;
+
+/* A token's picks, at most 2 depth, and after them which are the choices, in order. */
+MOE_HOST_DEVICE size_t moei_gate_picks_bytes(int depth)
+{
+    return ((size_t)depth * (2 * sizeof(moei_gate_pick) + sizeof(uint16_t)) + 7) / 8 * 8;
+}
+MOE_DEVICE uint16_t* moei_gate_order(moei_gate_pick* pick, const int depth)
+{
+    return (uint16_t*)(pick + 2 * depth);
+}
 
 /* Shared memory of a block, in this order. `tokens` are under way together. */
 typedef struct moei_gate_shared {
-    float* prob;          /* [warps][E] where probabilities are summed */
-    float* row;           /* [warps][E] a token's logits, for those done one by one */
+    unsigned char* picks; /* [tokens][moei_gate_picks_bytes] */
     int* count;           /* [E] */
     float* bias;          /* [E] where there is a bias */
-    moei_gate_pick* pick; /* [tokens][2 depth] */
     float2* best;         /* [tokens][E / 4] the two best of 4 experts, where there are groups */
     float* group;         /* [tokens][groups] their scores */
-    uint16_t* expert;     /* [tokens][2 depth] expert of each pick */
-    uint16_t* order;      /* [tokens][depth] which pick is the choice */
+    float* row;           /* [warps][E] a token's logits, for those done one by one */
+    float* prob;          /* [warps][E] where probabilities are summed */
     int32_t* chosen;      /* [K] the batch's choices, where there is one for all */
 } moei_gate_shared;
 
@@ -30,24 +41,20 @@ MOE_HOST_DEVICE size_t moei_gate_carve(moei_gate_shared* s, unsigned char* base,
 {
     const size_t E = ((size_t)d->num_experts + 3) / 4 * 4; /* every piece at a multiple of 16 */
     size_t at = 0;
-    s->prob = (float*)(base + at);
-    at += d->prob_sum ? (size_t)warps * E * 4 : 0;
-    s->row = (float*)(base + at);
-    at += (size_t)warps * E * 4;
+    s->picks = base + at;
+    at += ((size_t)tokens * moei_gate_picks_bytes(depth) + 15) / 16 * 16;
     s->count = (int*)(base + at);
     at += E * 4;
     s->bias = (float*)(base + at);
     at += d->expert_bias || d->whole_batch ? E * 4 : 0;
-    s->pick = (moei_gate_pick*)(base + at);
-    at += (size_t)tokens * 2 * (size_t)depth * 8;
     s->best = (float2*)(base + at);
     at += d->num_groups > 1 ? (size_t)tokens * E * 2 : 0;
     s->group = (float*)(base + at);
     at += d->num_groups > 1 ? (size_t)tokens * (size_t)((d->num_groups + 3) / 4 * 4) * 4 : 0;
-    s->expert = (uint16_t*)(base + at);
-    at += (size_t)tokens * 2 * (size_t)depth * 2;
-    s->order = (uint16_t*)(base + at);
-    at += ((size_t)tokens * (size_t)depth * 2 + 15) / 16 * 16;
+    s->row = (float*)(base + at);
+    at += (size_t)warps * E * 4;
+    s->prob = (float*)(base + at);
+    at += d->prob_sum ? (size_t)warps * E * 4 : 0;
     s->chosen = (int32_t*)(base + at);
     return at + (d->whole_batch ? (size_t)d->top_k * 4 : 0);
 }

@@ -616,6 +616,26 @@ static void test_offset(void)
         }
 }
 
+/* Logits and temperature that are both tiny or both huge: what one divides by the other is not. */
+static void test_temperatures(void)
+{
+    static const int power[] = {-80, -20, 20, 80};
+    for (int i = 0; i < 4; ++i)
+        for (int score = 1; score <= MOE_SCORE_PIONEER; ++score)
+            for (int judged = 0; judged < 2; ++judged) {
+                enum { T = 12, E = 24 };
+                float l[T * E], bias[E];
+                moe_gate_desc o = rows(l, T, E, 4, score);
+                for (int t = 0; t < T; ++t)
+                    for (int e = 0; e < E; ++e)
+                        l[t * E + e] = ldexpf(0.37f * (float)((e * 7 + t) % E - 9), power[i]);
+                for (int e = 0; e < E; ++e) bias[e] = 0.013f * (float)(e * 5 % E);
+                o.temperature = ldexpf(1.0f, power[i]);
+                if (judged) o.expert_bias = bias;
+                check_rows("temperature", &o, 0, 0, 0, MOE_FAULT_NONE, 0);
+            }
+}
+
 /* A score that is the threshold is used. */
 static void test_threshold_edge(void)
 {
@@ -1211,6 +1231,7 @@ int main(int argc, char** argv)
     RUN(test_large_squares);
     RUN(test_huge);
     RUN(test_offset);
+    RUN(test_temperatures);
     RUN(test_threshold_edge);
     RUN(test_large_angles);
     RUN(test_dropout_steps);
