@@ -62,7 +62,7 @@ MOE_DEVICE void moei_block_multiply(const moei_block_args* d, moei_block_shared*
         uint16_t* refill = ring + (slot == 0 ? stages - 1 : slot - 1) * elems;
         /* each half of the chunks made is used up in turn: a warp makes the next */
         if (step % half == 0 && step > 0 && moei_warp() == step / half % (threads / MOEI_WARP))
-            moei_block_chunks(d, t, s, (step / half + 1) * MOEI_WARP, tm);
+            moei_block_chunks(d, t, s, (step / half + 1) * MOEI_WARP, 0, tm);
         /* no branch from here on: one run of products, with all else that is to do among them; the
            next pieces are read while these are multiplied */
         MOEI_UNROLL
@@ -124,7 +124,7 @@ MOE_DEVICE void moei_block_multiply_careful(const moei_block_args* d, moei_block
             moei_copy_wait(stages - 2);
             __syncthreads();
             if (step % half == 0 && step > 0 && moei_warp() == step / half % (threads / MOEI_WARP))
-                moei_block_chunks(d, t, s, (step / half + 1) * MOEI_WARP, tm);
+                moei_block_chunks(d, t, s, (step / half + 1) * MOEI_WARP, 1, tm);
         }
         {
             const int to = slot == 0 ? stages - 1 : slot - 1;

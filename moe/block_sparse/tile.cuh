@@ -49,7 +49,7 @@ MOE_DEVICE_BODY bool moei_block_tile(const moei_block_args* d, unsigned char* sh
     if (s->rows == 0) return false;
     steps = d->sparse_c ? d->k : (t->end - t->begin) << d->block_other;
     steps = (steps + deep - 1) / deep;
-    if (moei_warp() < 2) moei_block_chunks(d, t, s, moei_warp() * MOEI_WARP, tm);
+    if (moei_warp() < 2) moei_block_chunks(d, t, s, moei_warp() * MOEI_WARP, 1, tm);
     __syncthreads();
     MOEI_UNROLL
     for (int i = 0; i < wm / 16; ++i) {

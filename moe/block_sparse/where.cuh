@@ -239,13 +239,15 @@ MOE_DEVICE uint32_t moei_block_depth_bits(const moei_block_args* d, const moei_b
     const uint8_t* there = moei_block_depths_of(d, t);
     uint32_t bits = 0;
     if (!there) return 0xffff;
+    MOEI_NO_UNROLL
     for (int i = 0; i < 16; ++i) bits |= (there[k + i] != 0 ? 1u : 0u) << i;
     return bits;
 }
 
-/* A warp makes the 32 chunks from chunk number `first` on, one a lane. */
+/* A warp makes the 32 chunks from chunk number `first` on, one a lane. Without `careful`, a literal,
+   all depths count. */
 MOE_DEVICE void moei_block_chunks(const moei_block_args* d, const moei_block_where* t,
-                                  moei_block_shared* s, int first, const int tm)
+                                  moei_block_shared* s, int first, const int careful, const int tm)
 {
     const int number = first + moei_lane(), depth = number * 16;
     const int64_t x_step = moei_block_step(&d->x, MOE_MAJOR_MN);
@@ -280,7 +282,7 @@ MOE_DEVICE void moei_block_chunks(const moei_block_args* d, const moei_block_whe
     x.at += (uint64_t)(k * x_step);
     y.at += (uint64_t)(k * y_step);
     y.rows = 0xffff;
-    if (d->depths.slot && y.count > 0) y.rows = moei_block_depth_bits(d, t, k);
+    if (careful && d->depths.slot && y.count > 0) y.rows = moei_block_depth_bits(d, t, k);
     s->chunk_x[number % (2 * MOEI_WARP)] = x;
     s->chunk_y[number % (2 * MOEI_WARP)] = y;
 }
