@@ -70,6 +70,7 @@
 
 #include <math.h>
 
+#include "base/check.h"
 #include "gate/plain.cuh"
 #include "gate/rules.cuh"
 
@@ -190,10 +191,26 @@ MOE_KERNEL(1024, 1) moei_gate_sum_chunks(MOE_ARG(moe_gate_desc) d)
 
 MOE_HOST int moei_gate_finite(float v) { return (moe_f32_bits(v) & 0x7f800000u) != 0x7f800000u; }
 
-/* Refuses options that the header does not offer, and fills in their defaults. What kernels get has
-   the reciprocal of the temperature, and the threshold as a logit. */
+/* Refuses sizes that a workspace query reads. */
+MOE_HOST moe_status moei_gate_check_sizes(const moe_gate_desc* d)
+{
+    MOEI_REQUIRE(d->num_tokens >= 0, MOE_ERR_RANGE, num_tokens);
+    MOEI_REQUIRE(d->num_experts >= 1 && d->num_experts <= MOE_MAX_EXPERTS, MOE_ERR_RANGE,
+                 num_experts);
+    return MOE_OK;
+}
+
+/* Refuses sizes and options that the header does not offer, and fills in their defaults. What kernels
+   get has the reciprocal of the temperature, and the threshold as a logit. */
 MOE_HOST moe_status moei_gate_check_options(moe_gate_desc* d)
 {
+    MOEI_TRY(moei_gate_check_sizes(d));
+    MOEI_REQUIRE(d->top_k >= 1 && d->top_k <= d->num_experts, MOE_ERR_RANGE, top_k);
+    if (d->logits_dtype == 0) d->logits_dtype = MOE_FP32;
+    MOEI_REQUIRE(moe_dtype_bytes(d->logits_dtype), MOE_ERR_DTYPE, logits_dtype);
+    if (d->logits_stride == 0) d->logits_stride = d->num_experts;
+    MOEI_REQUIRE(moei_stride_fits(d->logits_stride, d->num_experts, d->num_tokens), MOE_ERR_STRIDE,
+                 logits_stride);
     if (d->score == 0) d->score = MOE_SCORE_SOFTMAX;
     MOEI_REQUIRE(d->score >= 0 && d->score <= MOE_SCORE_PIONEER, MOE_ERR_OPTION, score);
     MOEI_REQUIRE(d->renormalize == 0 || d->renormalize == 1, MOE_ERR_OPTION, renormalize);
@@ -239,65 +256,36 @@ MOE_HOST uint64_t moei_gate_workspace(const moe_gate_desc* d)
            ((d->prob_sum ? 1u : 0u) + (d->whole_batch ? 1u : 0u));
 }
 
-MOE_HOST moe_status moei_gate_check_sizes(const moe_gate_desc* d)
+/* Refuses buffers that are absent, misaligned or overlap, of a descriptor whose options are checked. */
+MOE_HOST moe_status moei_gate_check_buffers(const moe_gate_desc* d)
 {
-    MOEI_REQUIRE(d->num_tokens >= 0, MOE_ERR_RANGE, num_tokens);
-    MOEI_REQUIRE(d->num_experts >= 1 && d->num_experts <= MOE_MAX_EXPERTS, MOE_ERR_RANGE,
-                 num_experts);
+    const uint64_t T = (uint64_t)d->num_tokens, E = (uint64_t)d->num_experts;
+    const uint64_t slots = T * (uint64_t)d->top_k, workspace = moei_gate_workspace(d);
+    const moei_buffer b[] = {
+        {d->logits, moei_extent(d->num_tokens, d->logits_stride, d->num_experts, d->logits_dtype),
+         (uint32_t)moe_dtype_bytes(d->logits_dtype), MOEI_REQUIRED, MOE_FIELD_logits},
+        {d->expert_bias, E * 4, 4, MOEI_READ, MOE_FIELD_expert_bias},
+        {d->expert_off, E, 1, MOEI_READ, MOE_FIELD_expert_off},
+        {d->token_off, T, 1, MOEI_READ, MOE_FIELD_token_off},
+        {d->seed_offset, 8, 8, MOEI_READ, MOE_FIELD_seed_offset},
+        {d->ids, slots * 4, 4, MOEI_REQUIRED | MOEI_WRITTEN, MOE_FIELD_ids},
+        {d->weights, slots * 4, 4, MOEI_REQUIRED | MOEI_WRITTEN, MOE_FIELD_weights},
+        {d->expert_count, E * 4, 4, MOEI_WRITTEN, MOE_FIELD_expert_count},
+        {d->chunk_count, E * (uint64_t)moe_num_chunks(d->num_tokens) * 4, 4, MOEI_WRITTEN,
+         MOE_FIELD_chunk_count},
+        {d->prob_sum, E * 4, 4, MOEI_WRITTEN, MOE_FIELD_prob_sum},
+        {d->workspace, workspace, 16, MOEI_REQUIRED | MOEI_WRITTEN, MOE_FIELD_workspace},
+        {d->fault, 8, 8, MOEI_WRITTEN, MOE_FIELD_fault}};
+    MOEI_TRY(moei_check_buffers(b, (int)(sizeof b / sizeof b[0])));
+    MOEI_REQUIRE(d->workspace_bytes >= workspace, MOE_ERR_WORKSPACE, workspace_bytes);
     return MOE_OK;
 }
 
 /* Refuses what the header does not offer, and fills in the defaults. */
 MOE_HOST moe_status moei_gate_check(moe_gate_desc* d)
 {
-    const uint64_t slots =
-        (uint64_t)(d->num_tokens > 0 ? d->num_tokens : 0) * (uint64_t)(d->top_k > 0 ? d->top_k : 0);
-    uint64_t workspace;
-    MOEI_TRY(moei_gate_check_sizes(d));
-    MOEI_REQUIRE(d->top_k >= 1 && d->top_k <= d->num_experts, MOE_ERR_RANGE, top_k);
-    if (d->logits_dtype == 0) d->logits_dtype = MOE_FP32;
-    MOEI_REQUIRE(moe_dtype_bytes(d->logits_dtype), MOE_ERR_DTYPE, logits_dtype);
-    if (d->logits_stride == 0) d->logits_stride = d->num_experts;
-    MOEI_REQUIRE(moei_stride_fits(d->logits_stride, d->num_experts, d->num_tokens), MOE_ERR_STRIDE,
-                 logits_stride);
     MOEI_TRY(moei_gate_check_options(d));
-    MOEI_REQUIRE(moei_aligned(d->fault, 8), MOE_ERR_ALIGN, fault);
-    MOEI_REQUIRE(moei_aligned(d->expert_count, 4), MOE_ERR_ALIGN, expert_count);
-    MOEI_REQUIRE(moei_aligned(d->prob_sum, 4), MOE_ERR_ALIGN, prob_sum);
-    MOEI_REQUIRE(moei_aligned(d->expert_bias, 4), MOE_ERR_ALIGN, expert_bias);
-    MOEI_REQUIRE(moei_aligned(d->seed_offset, 8), MOE_ERR_ALIGN, seed_offset);
-    MOEI_REQUIRE(d->logits || slots == 0, MOE_ERR_NULL, logits);
-    MOEI_REQUIRE(d->ids || slots == 0, MOE_ERR_NULL, ids);
-    MOEI_REQUIRE(d->weights || slots == 0, MOE_ERR_NULL, weights);
-    MOEI_REQUIRE(moei_aligned(d->logits, (uintptr_t)moe_dtype_bytes(d->logits_dtype)),
-                 MOE_ERR_ALIGN, logits);
-    MOEI_REQUIRE(moei_aligned(d->ids, 4), MOE_ERR_ALIGN, ids);
-    MOEI_REQUIRE(moei_aligned(d->weights, 4), MOE_ERR_ALIGN, weights);
-    MOEI_REQUIRE(moei_aligned(d->chunk_count, 4), MOE_ERR_ALIGN, chunk_count);
-    workspace = moei_gate_workspace(d);
-    MOEI_REQUIRE(moei_aligned(d->workspace, 16), MOE_ERR_ALIGN, workspace);
-    MOEI_REQUIRE(d->workspace || workspace == 0, MOE_ERR_NULL, workspace);
-    MOEI_REQUIRE(d->workspace_bytes >= workspace, MOE_ERR_WORKSPACE, workspace_bytes);
-    {
-        const uint64_t E = (uint64_t)d->num_experts;
-        const moei_range r[] = {
-            {d->logits,
-             moei_extent(d->num_tokens, d->logits_stride, d->num_experts, d->logits_dtype),
-             MOE_FIELD_logits},
-            {d->expert_bias, E * 4, MOE_FIELD_expert_bias},
-            {d->expert_off, E, MOE_FIELD_expert_off},
-            {d->token_off, (uint64_t)d->num_tokens, MOE_FIELD_token_off},
-            {d->seed_offset, 8, MOE_FIELD_seed_offset},
-            {d->ids, slots * 4, MOE_FIELD_ids},
-            {d->weights, slots * 4, MOE_FIELD_weights},
-            {d->expert_count, E * 4, MOE_FIELD_expert_count},
-            {d->chunk_count, E * (uint64_t)moe_num_chunks(d->num_tokens) * 4,
-             MOE_FIELD_chunk_count},
-            {d->prob_sum, E * 4, MOE_FIELD_prob_sum},
-            {d->workspace, workspace, MOE_FIELD_workspace},
-            {d->fault, 8, MOE_FIELD_fault}};
-        return moei_disjoint(r, 5, 12);
-    }
+    return moei_gate_check_buffers(d);
 }
 
 /* Does a checked descriptor ask for more than softmax, top-k softmax or sigmoid of the logits? */

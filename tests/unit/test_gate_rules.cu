@@ -619,7 +619,7 @@ static void test_offset(void)
 /* Logits and temperature that are both tiny or both huge: what one divides by the other is not. */
 static void test_temperatures(void)
 {
-    static const int power[] = {-80, -20, 20, 80};
+    static const int power[] = {-50, -20, 20, 80};
     for (int i = 0; i < 4; ++i)
         for (int score = 1; score <= MOE_SCORE_PIONEER; ++score)
             for (int judged = 0; judged < 2; ++judged) {
@@ -632,7 +632,11 @@ static void test_temperatures(void)
                 for (int e = 0; e < E; ++e) bias[e] = 0.013f * (float)(e * 5 % E);
                 o.temperature = ldexpf(1.0f, power[i]);
                 if (judged) o.expert_bias = bias;
+                if (score == MOE_SCORE_SIGMOID) o.threshold = 0.6f;
                 check_rows("temperature", &o, 0, 0, 0, MOE_FAULT_NONE, 0);
+                if (score == MOE_SCORE_PIONEER) continue;
+                o.temperature = ldexpf(1.0f, power[i] - 40); /* now only the logits are moderate */
+                check_rows("steep", &o, 0, 0, 0, MOE_FAULT_NONE, 0);
             }
 }
 

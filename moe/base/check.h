@@ -1,0 +1,53 @@
+/* check.h: the one check of a descriptor's buffers. C11 and C++14.
+
+   A launch helper lists its buffers in a table, inputs and outputs in any order, and asks once:
+
+     const moei_buffer b[] = {
+         {d->x, moei_extent(T, d->x_stride, H, d->x_dtype), 16, MOEI_REQUIRED, MOE_FIELD_x},
+         {d->fault, 8, 8, MOEI_WRITTEN, MOE_FIELD_fault}};
+     return moei_check_buffers(b, 2);
+
+   Sizes and options are checked before: the table's extents are computed from them. */
+#ifndef MOE_BASE_CHECK_H
+#define MOE_BASE_CHECK_H
+
+#include "status.h"
+
+enum {
+    MOEI_READ = 0,
+    MOEI_REQUIRED = 1, /* must not be null, unless it has 0 bytes */
+    MOEI_WRITTEN = 2   /* by the device: shares no byte with any other buffer of the table */
+};
+
+typedef struct moei_buffer {
+    const void* p;  /* null: absent */
+    uint64_t bytes; /* that are read or written; 0: none */
+    uint32_t align; /* of the address, a power of two */
+    int32_t use;    /* MOEI_REQUIRED | MOEI_WRITTEN */
+    int32_t field;  /* MOE_FIELD_* */
+} moei_buffer;
+
+/* Refuses, in this order, a required buffer that is null, an address that is not aligned, a written
+   buffer that overlaps another. Names the field; of an overlap the written one, of two written ones
+   the later. */
+MOE_HOST moe_status moei_check_buffers(const moei_buffer* b, int count)
+{
+    int i, j;
+    for (i = 0; i < count; ++i)
+        if (!b[i].p && b[i].bytes && (b[i].use & MOEI_REQUIRED))
+            return (moe_status)(MOE_ERR_NULL | (b[i].field << 8));
+    for (i = 0; i < count; ++i)
+        if ((uintptr_t)b[i].p & (b[i].align - 1))
+            return (moe_status)(MOE_ERR_ALIGN | (b[i].field << 8));
+    for (i = 0; i < count; ++i)
+        for (j = 0; j < i; ++j) {
+            const uintptr_t p = (uintptr_t)b[i].p, q = (uintptr_t)b[j].p;
+            const int written = (b[i].use & MOEI_WRITTEN) ? i : j;
+            if (p && q && b[i].bytes && b[j].bytes && (b[written].use & MOEI_WRITTEN) &&
+                p < q + b[j].bytes && q < p + b[i].bytes)
+                return (moe_status)(MOE_ERR_OVERLAP | (b[written].field << 8));
+        }
+    return MOE_OK;
+}
+
+#endif
