@@ -37,6 +37,7 @@
 #ifndef MOE_COMBINE_CUH
 #define MOE_COMBINE_CUH
 
+#include "base/check.h"
 #include "base/copy.cuh"
 #include "base/fault.cuh"
 #include "base/numeric.cuh"
@@ -335,7 +336,8 @@ MOE_DEVICE_BODY void moe_combine_token(const moe_combine_desc* d, int64_t t,
 MOEI_COMBINE_LIST(MOEI_COMBINE_KERNEL)
 #undef MOEI_COMBINE_KERNEL
 
-MOE_HOST moe_status moei_combine_check(moe_combine_desc* d)
+/* Refuses sizes and options that the header does not offer, and fills in their defaults. */
+MOE_HOST moe_status moei_combine_check_options(moe_combine_desc* d)
 {
     const int64_t T = d->num_tokens;
     MOEI_REQUIRE(T >= 0, MOE_ERR_RANGE, num_tokens);
@@ -364,40 +366,42 @@ MOE_HOST moe_status moei_combine_check(moe_combine_desc* d)
         MOEI_REQUIRE(d->num_buffers == 0 || d->num_buffers == 1, MOE_ERR_RANGE, num_buffers);
         d->num_buffers = 1;
     }
-    MOEI_REQUIRE(moei_aligned(d->fault, 8), MOE_ERR_ALIGN, fault);
-    if (T == 0) return MOE_OK;
-    MOEI_REQUIRE(d->table || d->rows, MOE_ERR_NULL, table);
-    MOEI_REQUIRE(d->place, MOE_ERR_NULL, place);
-    MOEI_REQUIRE(d->y, MOE_ERR_NULL, y);
-    MOEI_REQUIRE(moei_aligned(d->table, 8), MOE_ERR_ALIGN, table);
-    MOEI_REQUIRE(moei_aligned(d->rows, (uintptr_t)moe_dtype_bytes(d->rows_dtype)), MOE_ERR_ALIGN,
-                 rows);
-    MOEI_REQUIRE(moei_aligned(d->place, 8), MOE_ERR_ALIGN, place);
-    MOEI_REQUIRE(moei_aligned(d->weights, 4), MOE_ERR_ALIGN, weights);
-    MOEI_REQUIRE(moei_aligned(d->y, (uintptr_t)moe_dtype_bytes(d->y_dtype)), MOE_ERR_ALIGN, y);
-    MOEI_REQUIRE(moei_aligned(d->residual, (uintptr_t)moe_dtype_bytes(d->y_dtype)), MOE_ERR_ALIGN,
-                 residual);
-    MOEI_REQUIRE(moei_aligned(d->shared, (uintptr_t)moe_dtype_bytes(d->rows_dtype)), MOE_ERR_ALIGN,
-                 shared);
-    MOEI_REQUIRE(moei_aligned(d->shared_weight, 4), MOE_ERR_ALIGN, shared_weight);
-    {
-        const bool in_place = d->residual == d->y && d->residual_stride == d->y_stride;
-        const moei_range r[] = {
-            {d->table, (uint64_t)d->num_buffers * 8, MOE_FIELD_table},
-            {d->rows,
-             moei_extent(d->num_rows ? d->num_rows : 1, d->row_stride, d->hidden, d->rows_dtype),
-             MOE_FIELD_rows},
-            {d->place, (uint64_t)T * (uint64_t)d->top_k * 8, MOE_FIELD_place},
-            {d->weights, (uint64_t)T * (uint64_t)d->top_k * 4, MOE_FIELD_weights},
-            {in_place ? 0 : d->residual, moei_extent(T, d->residual_stride, d->hidden, d->y_dtype),
-             MOE_FIELD_residual},
-            {d->shared, moei_extent(T, d->shared_stride, d->hidden, d->rows_dtype),
-             MOE_FIELD_shared},
-            {d->shared_weight, (uint64_t)T * 4, MOE_FIELD_shared_weight},
-            {d->y, moei_extent(T, d->y_stride, d->hidden, d->y_dtype), MOE_FIELD_y},
-            {d->fault, 8, MOE_FIELD_fault}};
-        return moei_disjoint(r, 7, 9);
-    }
+    return MOE_OK;
+}
+
+/* Refuses buffers that are absent, misaligned or overlap; options have been checked. */
+MOE_HOST moe_status moei_combine_check_buffers(const moe_combine_desc* d)
+{
+    const int64_t T = d->num_tokens, H = d->hidden;
+    const uint64_t slots = (uint64_t)T * (uint64_t)d->top_k;
+    const uint32_t row_align = (uint32_t)moe_dtype_bytes(d->rows_dtype);
+    const uint32_t y_align = (uint32_t)moe_dtype_bytes(d->y_dtype);
+    const bool in_place = d->residual == d->y && d->residual_stride == d->y_stride;
+    const moei_buffer b[] = {
+        {d->table, (uint64_t)d->num_buffers * 8, 8, d->rows ? MOEI_READ : MOEI_REQUIRED,
+         MOE_FIELD_table},
+        {d->rows, moei_extent(d->num_rows ? d->num_rows : 1, d->row_stride, H, d->rows_dtype),
+         row_align, MOEI_READ, MOE_FIELD_rows},
+        {d->place, slots * 8, 8, MOEI_REQUIRED, MOE_FIELD_place},
+        {d->weights, slots * 4, 4, MOEI_READ, MOE_FIELD_weights},
+        {d->residual, in_place ? 0 : moei_extent(T, d->residual_stride, H, d->y_dtype), y_align,
+         MOEI_READ, MOE_FIELD_residual},
+        {d->shared, moei_extent(T, d->shared_stride, H, d->rows_dtype), row_align, MOEI_READ,
+         MOE_FIELD_shared},
+        {d->shared_weight, (uint64_t)T * 4, 4, MOEI_READ, MOE_FIELD_shared_weight},
+        {d->y, moei_extent(T, d->y_stride, H, d->y_dtype), y_align, MOEI_REQUIRED | MOEI_WRITTEN,
+         MOE_FIELD_y},
+        {d->fault, 8, 8, MOEI_WRITTEN, MOE_FIELD_fault}};
+    const int count = (int)(sizeof b / sizeof b[0]);
+    if (T == 0) return moei_check_buffers(b + count - 1, 1); /* the fault word alone */
+    return moei_check_buffers(b, count);
+}
+
+/* Refuses what the header does not offer, and fills in the defaults. */
+MOE_HOST moe_status moei_combine_check(moe_combine_desc* d)
+{
+    MOEI_TRY(moei_combine_check_options(d));
+    return moei_combine_check_buffers(d);
 }
 
 /* For moe_combine_token and moe_combine_row in a kernel of one's own: fills in the descriptor's

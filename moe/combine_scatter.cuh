@@ -40,6 +40,7 @@
 #define MOE_COMBINE_SCATTER_CUH
 
 #include "base/block.cuh"
+#include "base/check.h"
 #include "base/copy.cuh"
 #include "base/fault.cuh"
 #include "base/numeric.cuh"
@@ -305,8 +306,8 @@ MOEI_SCATTER_LIST(MOEI_SCATTER_KERNEL)
 
 /* ---- the station ---- */
 
-/* Fills in the defaults and refuses what is wrong. */
-MOE_HOST moe_status moei_scatter_check(moe_combine_scatter_desc* d)
+/* Refuses sizes and options that the header does not offer, and fills in their defaults. */
+MOE_HOST moe_status moei_scatter_check_options(moe_combine_scatter_desc* d)
 {
     const int64_t T = d->num_tokens, R = d->num_rows, E = d->num_experts;
     MOEI_REQUIRE(T >= 0, MOE_ERR_RANGE, num_tokens);
@@ -326,34 +327,37 @@ MOE_HOST moe_status moei_scatter_check(moe_combine_scatter_desc* d)
     MOEI_REQUIRE(!(d->table && d->rows), MOE_ERR_CONFLICT, rows);
     MOEI_REQUIRE(!(d->row_token && d->row_slot), MOE_ERR_CONFLICT, row_slot);
     MOEI_REQUIRE(!d->row_slot || d->top_k >= 1, MOE_ERR_RANGE, top_k);
-    MOEI_REQUIRE(moei_aligned(d->fault, 8), MOE_ERR_ALIGN, fault);
-    if (T == 0 || R == 0) return MOE_OK;
-    MOEI_REQUIRE(d->table || d->rows, MOE_ERR_NULL, table);
-    MOEI_REQUIRE(d->expert_offset || d->expert_count, MOE_ERR_NULL, expert_offset);
-    MOEI_REQUIRE(d->row_token || d->row_slot, MOE_ERR_NULL, row_token);
-    MOEI_REQUIRE(d->y, MOE_ERR_NULL, y);
-    MOEI_REQUIRE(moei_aligned(d->table, 8), MOE_ERR_ALIGN, table);
-    MOEI_REQUIRE(moei_aligned(d->rows, (uintptr_t)moe_dtype_bytes(d->rows_dtype)), MOE_ERR_ALIGN,
-                 rows);
-    MOEI_REQUIRE(moei_aligned(d->expert_offset, 4), MOE_ERR_ALIGN, expert_offset);
-    MOEI_REQUIRE(moei_aligned(d->expert_count, 4), MOE_ERR_ALIGN, expert_count);
-    MOEI_REQUIRE(moei_aligned(d->row_token, 4), MOE_ERR_ALIGN, row_token);
-    MOEI_REQUIRE(moei_aligned(d->row_slot, 4), MOE_ERR_ALIGN, row_slot);
-    MOEI_REQUIRE(moei_aligned(d->row_weight, 4), MOE_ERR_ALIGN, row_weight);
-    MOEI_REQUIRE(moei_aligned(d->y, (uintptr_t)moe_dtype_bytes(d->y_dtype)), MOE_ERR_ALIGN, y);
-    {
-        const moei_range r[] = {
-            {d->table, (uint64_t)E * 8, MOE_FIELD_table},
-            {d->rows, moei_extent(R, d->row_stride, d->hidden, d->rows_dtype), MOE_FIELD_rows},
-            {d->expert_offset, (uint64_t)E * 4 + 4, MOE_FIELD_expert_offset},
-            {d->expert_count, (uint64_t)E * 4, MOE_FIELD_expert_count},
-            {d->row_token, (uint64_t)R * 4, MOE_FIELD_row_token},
-            {d->row_slot, (uint64_t)R * 4, MOE_FIELD_row_slot},
-            {d->row_weight, (uint64_t)R * 4, MOE_FIELD_row_weight},
-            {d->y, moei_extent(T, d->y_stride, d->hidden, d->y_dtype), MOE_FIELD_y},
-            {d->fault, 8, MOE_FIELD_fault}};
-        return moei_disjoint(r, 7, 9);
-    }
+    return MOE_OK;
+}
+
+/* Refuses buffers that are absent, misaligned or overlap; options have been checked. */
+MOE_HOST moe_status moei_scatter_check_buffers(const moe_combine_scatter_desc* d)
+{
+    const int64_t T = d->num_tokens, H = d->hidden;
+    const uint64_t R = (uint64_t)d->num_rows, E = (uint64_t)d->num_experts;
+    const moei_buffer b[] = {
+        {d->table, E * 8, 8, d->rows ? MOEI_READ : MOEI_REQUIRED, MOE_FIELD_table},
+        {d->rows, moei_extent(d->num_rows, d->row_stride, H, d->rows_dtype),
+         (uint32_t)moe_dtype_bytes(d->rows_dtype), MOEI_READ, MOE_FIELD_rows},
+        {d->expert_offset, E * 4 + 4, 4, d->expert_count ? MOEI_READ : MOEI_REQUIRED,
+         MOE_FIELD_expert_offset},
+        {d->expert_count, E * 4, 4, MOEI_READ, MOE_FIELD_expert_count},
+        {d->row_token, R * 4, 4, d->row_slot ? MOEI_READ : MOEI_REQUIRED, MOE_FIELD_row_token},
+        {d->row_slot, R * 4, 4, MOEI_READ, MOE_FIELD_row_slot},
+        {d->row_weight, R * 4, 4, MOEI_READ, MOE_FIELD_row_weight},
+        {d->y, moei_extent(T, d->y_stride, H, d->y_dtype), (uint32_t)moe_dtype_bytes(d->y_dtype),
+         MOEI_REQUIRED | MOEI_WRITTEN, MOE_FIELD_y},
+        {d->fault, 8, 8, MOEI_WRITTEN, MOE_FIELD_fault}};
+    const int count = (int)(sizeof b / sizeof b[0]);
+    if (T == 0 || R == 0) return moei_check_buffers(b + count - 1, 1); /* the fault word alone */
+    return moei_check_buffers(b, count);
+}
+
+/* Refuses what the header does not offer, and fills in the defaults. */
+MOE_HOST moe_status moei_scatter_check(moe_combine_scatter_desc* d)
+{
+    MOEI_TRY(moei_scatter_check_options(d));
+    return moei_scatter_check_buffers(d);
 }
 
 /* y of all tokens that a group of columns may take: so much stays in L2 while rows pass through. */

@@ -36,6 +36,7 @@
 #ifndef MOE_PERMUTE_CUH
 #define MOE_PERMUTE_CUH
 
+#include "base/check.h"
 #include "base/copy.cuh"
 #include "base/fault.cuh"
 #include "base/warp.cuh"
@@ -309,11 +310,11 @@ MOE_DEVICE_BODY void moei_permute_by_token(const moei_permute_args* a, moei_perm
 MOEI_PERMUTE_LIST_OF(MOEI_PERMUTE_KERNELS)
 #undef MOEI_PERMUTE_KERNELS
 
-/* Checks the descriptor and fills in its defaults; `back` is 1 for unpermute. */
-MOE_HOST moe_status moei_permute_check(moe_permute_desc* d, int back)
+/* Refuses sizes and options that the header does not offer, and fills in their defaults. `back` is
+   1 for unpermute. */
+MOE_HOST moe_status moei_permute_check_options(moe_permute_desc* d, int back)
 {
-    int64_t slots, x_rows, y_rows;
-    uintptr_t size;
+    int64_t slots;
     MOEI_REQUIRE(d->num_tokens >= 0, MOE_ERR_RANGE, num_tokens);
     MOEI_REQUIRE(d->top_k >= 1 && d->top_k <= MOE_MAX_EXPERTS, MOE_ERR_RANGE, top_k);
     slots = (int64_t)d->num_tokens * d->top_k;
@@ -322,32 +323,39 @@ MOE_HOST moe_status moei_permute_check(moe_permute_desc* d, int back)
     MOEI_REQUIRE(d->num_rows >= 0 && d->num_rows <= 0x7fffffff, MOE_ERR_RANGE, num_rows);
     if (d->dtype == 0) d->dtype = MOE_BF16;
     MOEI_REQUIRE(moe_dtype_bytes(d->dtype), MOE_ERR_DTYPE, dtype);
-    size = (uintptr_t)moe_dtype_bytes(d->dtype);
-    x_rows = back ? d->num_rows : d->num_tokens;
-    y_rows = back ? slots : d->num_rows;
     if (d->x_stride == 0) d->x_stride = d->hidden;
     if (d->y_stride == 0) d->y_stride = d->hidden;
-    MOEI_REQUIRE(moei_stride_fits(d->x_stride, d->hidden, x_rows), MOE_ERR_STRIDE, x_stride);
-    MOEI_REQUIRE(moei_stride_fits(d->y_stride, d->hidden, y_rows), MOE_ERR_STRIDE, y_stride);
-    MOEI_REQUIRE(moei_aligned(d->fault, 8), MOE_ERR_ALIGN, fault);
-    if (y_rows == 0) return MOE_OK;
-    MOEI_REQUIRE(d->x || x_rows == 0, MOE_ERR_NULL, x);
-    MOEI_REQUIRE(d->y, MOE_ERR_NULL, y);
-    MOEI_REQUIRE(back || d->row_slot, MOE_ERR_NULL, row_slot);
-    MOEI_REQUIRE(!back || d->slot_row, MOE_ERR_NULL, slot_row);
-    MOEI_REQUIRE(moei_aligned(d->x, size), MOE_ERR_ALIGN, x);
-    MOEI_REQUIRE(moei_aligned(d->y, size), MOE_ERR_ALIGN, y);
-    MOEI_REQUIRE(moei_aligned(d->row_slot, 4), MOE_ERR_ALIGN, row_slot);
-    MOEI_REQUIRE(moei_aligned(d->slot_row, 4), MOE_ERR_ALIGN, slot_row);
-    {
-        const moei_range r[] = {
-            {d->x, moei_extent(x_rows, d->x_stride, d->hidden, d->dtype), MOE_FIELD_x},
-            {back ? 0 : d->row_slot, (uint64_t)d->num_rows * 4, MOE_FIELD_row_slot},
-            {d->slot_row, (uint64_t)slots * 4, MOE_FIELD_slot_row},
-            {d->y, moei_extent(y_rows, d->y_stride, d->hidden, d->dtype), MOE_FIELD_y},
-            {d->fault, 8, MOE_FIELD_fault}};
-        return moei_disjoint(r, 3, 5);
-    }
+    MOEI_REQUIRE(moei_stride_fits(d->x_stride, d->hidden, back ? d->num_rows : d->num_tokens),
+                 MOE_ERR_STRIDE, x_stride);
+    MOEI_REQUIRE(moei_stride_fits(d->y_stride, d->hidden, back ? slots : d->num_rows),
+                 MOE_ERR_STRIDE, y_stride);
+    return MOE_OK;
+}
+
+/* Refuses buffers that are absent, misaligned or overlap; options have been checked. */
+MOE_HOST moe_status moei_permute_check_buffers(const moe_permute_desc* d, int back)
+{
+    const int64_t slots = (int64_t)d->num_tokens * d->top_k;
+    const int64_t x_rows = back ? d->num_rows : d->num_tokens, y_rows = back ? slots : d->num_rows;
+    const uint32_t align = (uint32_t)moe_dtype_bytes(d->dtype);
+    const moei_buffer b[] = {
+        {d->x, moei_extent(x_rows, d->x_stride, d->hidden, d->dtype), align, MOEI_REQUIRED,
+         MOE_FIELD_x},
+        {d->row_slot, back ? 0 : (uint64_t)d->num_rows * 4, 4, MOEI_REQUIRED, MOE_FIELD_row_slot},
+        {d->slot_row, (uint64_t)slots * 4, 4, back ? MOEI_REQUIRED : MOEI_READ, MOE_FIELD_slot_row},
+        {d->y, moei_extent(y_rows, d->y_stride, d->hidden, d->dtype), align,
+         MOEI_REQUIRED | MOEI_WRITTEN, MOE_FIELD_y},
+        {d->fault, 8, 8, MOEI_WRITTEN, MOE_FIELD_fault}};
+    const int count = (int)(sizeof b / sizeof b[0]);
+    if (y_rows == 0) return moei_check_buffers(b + count - 1, 1); /* the fault word alone */
+    return moei_check_buffers(b, count);
+}
+
+/* Refuses what the header does not offer, and fills in the defaults. */
+MOE_HOST moe_status moei_permute_check(moe_permute_desc* d, int back)
+{
+    MOEI_TRY(moei_permute_check_options(d, back));
+    return moei_permute_check_buffers(d, back);
 }
 
 /* How the rows are cut and how many blocks do `rows` of them a thread. Returns the bytes of a

@@ -61,6 +61,7 @@
 #ifndef MOE_ROUTE_CUH
 #define MOE_ROUTE_CUH
 
+#include "base/check.h"
 #include "route/desc.h"
 #include "route/keep.cuh"
 #include "route/place.cuh"
@@ -77,8 +78,8 @@ MOE_HOST int64_t moei_route_row_bound(const moe_route_desc* d)
     return rows < full ? rows : full;
 }
 
-/* Checks sizes and options, and fills in the defaults. */
-MOE_HOST moe_status moei_route_sizes(moe_route_desc* d)
+/* Refuses sizes and options that the header does not offer, and fills in their defaults. */
+MOE_HOST moe_status moei_route_check_options(moe_route_desc* d)
 {
     MOEI_REQUIRE(d->num_tokens >= 0, MOE_ERR_RANGE, num_tokens);
     MOEI_REQUIRE(d->num_experts >= 1 && d->num_experts <= MOE_MAX_EXPERTS, MOE_ERR_RANGE,
@@ -105,6 +106,9 @@ MOE_HOST moe_status moei_route_sizes(moe_route_desc* d)
     if (d->capacity == 0) d->capacity = MOEI_ROUTE_NO_LIMIT;
     if (d->drop_rule == 0) d->drop_rule = MOE_DROP_BY_POSITION;
     MOEI_REQUIRE(moei_route_row_bound(d) <= 0x7fffffff, MOE_ERR_RANGE, row_multiple);
+    if (d->place_kind == 0) d->place_kind = MOE_PLACE_JOINED;
+    MOEI_REQUIRE(d->place_kind > 0 && d->place_kind <= MOE_PLACE_BY_EXPERT, MOE_ERR_OPTION,
+                 place_kind);
     return MOE_OK;
 }
 
@@ -116,7 +120,7 @@ MOE_HOST moe_status moe_route_max_rows(const moe_route_desc* desc, int64_t* rows
     moe_route_desc d;
     MOEI_REQUIRE(desc && rows, MOE_ERR_NULL, desc);
     d = *desc;
-    MOEI_TRY(moei_route_sizes(&d));
+    MOEI_TRY(moei_route_check_options(&d));
     *rows = moei_route_row_bound(&d);
     return MOE_OK;
 }
@@ -151,55 +155,43 @@ MOE_HOST size_t moei_route_carve_workspace(const moe_route_desc* d, moei_route_a
     return at;
 }
 
+/* Refuses buffers that are absent, misaligned or overlap; options have been checked. */
+MOE_HOST moe_status moei_route_check_buffers(const moe_route_desc* d)
+{
+    const uint64_t E = (uint64_t)d->num_experts, P = (uint64_t)d->num_replicas;
+    const uint64_t slots = (uint64_t)d->num_tokens * (uint64_t)d->top_k;
+    const uint64_t rows = (uint64_t)moei_route_row_bound(d);
+    const uint64_t workspace = moei_route_carve_workspace(d, 0);
+    const int weigh = d->row_weight || d->drop_rule == MOE_DROP_BY_WEIGHT;
+    const moei_buffer b[] = {
+        {d->ids, slots * 4, 4, MOEI_REQUIRED, MOE_FIELD_ids},
+        {d->weights, slots * 4, 4, weigh ? MOEI_REQUIRED : MOEI_READ, MOE_FIELD_weights},
+        {d->replica_offset, E * 4 + 4, 4, MOEI_READ, MOE_FIELD_replica_offset},
+        {d->replica_expert, P * 4, 4, MOEI_READ, MOE_FIELD_replica_expert},
+        {d->chunk_count, P * (uint64_t)moe_num_chunks(d->num_tokens) * 4, 4, MOEI_WRITTEN,
+         d->chunk_count == d->workspace ? MOE_FIELD_workspace : MOE_FIELD_chunk_count},
+        /* what there is of one that is too small: it does not overlap what follows it */
+        {d->workspace,
+         d->workspace && d->workspace_bytes < workspace ? d->workspace_bytes : workspace, 16,
+         MOEI_REQUIRED | MOEI_WRITTEN, MOE_FIELD_workspace},
+        {d->expert_count, P * 4, 4, MOEI_REQUIRED | MOEI_WRITTEN, MOE_FIELD_expert_count},
+        {d->expert_offset, P * 4 + 4, 4, MOEI_REQUIRED | MOEI_WRITTEN, MOE_FIELD_expert_offset},
+        {d->drop_count, P * 4, 4, MOEI_WRITTEN, MOE_FIELD_drop_count},
+        {d->slot_row, slots * 4, 4, MOEI_WRITTEN, MOE_FIELD_slot_row},
+        {d->row_slot, rows * 4, 4, MOEI_WRITTEN, MOE_FIELD_row_slot},
+        {d->row_weight, rows * 4, 4, MOEI_WRITTEN, MOE_FIELD_row_weight},
+        {d->place, slots * 8, 8, MOEI_WRITTEN, MOE_FIELD_place},
+        {d->fault, 8, 8, MOEI_WRITTEN, MOE_FIELD_fault}};
+    MOEI_TRY(moei_check_buffers(b, (int)(sizeof b / sizeof b[0])));
+    MOEI_REQUIRE(d->workspace_bytes >= workspace, MOE_ERR_WORKSPACE, workspace_bytes);
+    return MOE_OK;
+}
+
+/* Refuses what the header does not offer, and fills in the defaults. */
 MOE_HOST moe_status moei_route_check(moe_route_desc* d)
 {
-    uint64_t slots, rows;
-    MOEI_TRY(moei_route_sizes(d));
-    slots = (uint64_t)d->num_tokens * (uint64_t)d->top_k;
-    rows = (uint64_t)moei_route_row_bound(d);
-    if (d->place_kind == 0) d->place_kind = MOE_PLACE_JOINED;
-    MOEI_REQUIRE(d->place_kind > 0 && d->place_kind <= MOE_PLACE_BY_EXPERT, MOE_ERR_OPTION,
-                 place_kind);
-    MOEI_REQUIRE(d->expert_count, MOE_ERR_NULL, expert_count);
-    MOEI_REQUIRE(d->expert_offset, MOE_ERR_NULL, expert_offset);
-    MOEI_REQUIRE(d->ids || slots == 0, MOE_ERR_NULL, ids);
-    MOEI_REQUIRE(d->weights || slots == 0 ||
-                     (!d->row_weight && d->drop_rule != MOE_DROP_BY_WEIGHT),
-                 MOE_ERR_NULL, weights);
-    MOEI_REQUIRE(moei_aligned(d->ids, 4), MOE_ERR_ALIGN, ids);
-    MOEI_REQUIRE(moei_aligned(d->weights, 4), MOE_ERR_ALIGN, weights);
-    MOEI_REQUIRE(moei_aligned(d->chunk_count, 4), MOE_ERR_ALIGN, chunk_count);
-    MOEI_REQUIRE(moei_aligned(d->replica_offset, 4), MOE_ERR_ALIGN, replica_offset);
-    MOEI_REQUIRE(moei_aligned(d->replica_expert, 4), MOE_ERR_ALIGN, replica_expert);
-    MOEI_REQUIRE(moei_aligned(d->expert_count, 4), MOE_ERR_ALIGN, expert_count);
-    MOEI_REQUIRE(moei_aligned(d->expert_offset, 4), MOE_ERR_ALIGN, expert_offset);
-    MOEI_REQUIRE(moei_aligned(d->drop_count, 4), MOE_ERR_ALIGN, drop_count);
-    MOEI_REQUIRE(moei_aligned(d->slot_row, 4), MOE_ERR_ALIGN, slot_row);
-    MOEI_REQUIRE(moei_aligned(d->row_slot, 4), MOE_ERR_ALIGN, row_slot);
-    MOEI_REQUIRE(moei_aligned(d->row_weight, 4), MOE_ERR_ALIGN, row_weight);
-    MOEI_REQUIRE(moei_aligned(d->place, 8), MOE_ERR_ALIGN, place);
-    MOEI_REQUIRE(moei_aligned(d->workspace, 16), MOE_ERR_ALIGN, workspace);
-    MOEI_REQUIRE(moei_aligned(d->fault, 8), MOE_ERR_ALIGN, fault);
-    {
-        const uint64_t E = (uint64_t)d->num_experts, P = (uint64_t)d->num_replicas;
-        const moei_range r[] = {
-            {d->ids, slots * 4, MOE_FIELD_ids},
-            {d->weights, slots * 4, MOE_FIELD_weights},
-            {d->replica_offset, E * 4 + 4, MOE_FIELD_replica_offset},
-            {d->replica_expert, P * 4, MOE_FIELD_replica_expert},
-            {d->chunk_count, P * (uint64_t)moe_num_chunks(d->num_tokens) * 4,
-             d->chunk_count == d->workspace ? MOE_FIELD_workspace : MOE_FIELD_chunk_count},
-            {d->workspace, moei_route_carve_workspace(d, 0), MOE_FIELD_workspace},
-            {d->expert_count, P * 4, MOE_FIELD_expert_count},
-            {d->expert_offset, P * 4 + 4, MOE_FIELD_expert_offset},
-            {d->drop_count, P * 4, MOE_FIELD_drop_count},
-            {d->slot_row, slots * 4, MOE_FIELD_slot_row},
-            {d->row_slot, rows * 4, MOE_FIELD_row_slot},
-            {d->row_weight, rows * 4, MOE_FIELD_row_weight},
-            {d->place, slots * 8, MOE_FIELD_place},
-            {d->fault, 8, MOE_FIELD_fault}};
-        return moei_disjoint(r, 4, 14);
-    }
+    MOEI_TRY(moei_route_check_options(d));
+    return moei_route_check_buffers(d);
 }
 
 /* A block a chunk: a thread for each of its slots or, where it adds up the counts of many chunks,
@@ -234,7 +226,7 @@ MOE_HOST moe_status moe_route_workspace(const moe_route_desc* desc, size_t* byte
     moe_route_desc d;
     MOEI_REQUIRE(desc && bytes, MOE_ERR_NULL, desc);
     d = *desc;
-    MOEI_TRY(moei_route_sizes(&d));
+    MOEI_TRY(moei_route_check_options(&d));
     d.workspace = 0;
     *bytes = moei_route_carve_workspace(&d, 0);
     return MOE_OK;
@@ -272,15 +264,9 @@ MOE_HOST moe_status moe_route(const moe_route_desc* desc, cudaStream_t stream)
 {
     moei_route_args a;
     moei_launch_config c;
-    size_t want;
     MOEI_REQUIRE(desc, MOE_ERR_NULL, desc);
     memset(&a, 0, sizeof a);
     a.d = *desc;
-    MOEI_TRY(moe_route_workspace(&a.d, &want));
-    if (want > 0) {
-        MOEI_REQUIRE(a.d.workspace, MOE_ERR_NULL, workspace);
-        MOEI_REQUIRE(want <= a.d.workspace_bytes, MOE_ERR_WORKSPACE, workspace_bytes);
-    }
     MOEI_TRY(moei_route_check(&a.d));
     a.max_rows = (int32_t)moei_route_row_bound(&a.d);
     (void)moei_route_carve_workspace(&a.d, &a);

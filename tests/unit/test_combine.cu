@@ -768,6 +768,7 @@ static void test_combine_refusals(void)
     REFUSED((d.y = AT(d.y, 2), d.y_dtype = MOE_FP32), MOE_ERR_ALIGN, y);
     REFUSED(d.residual = AT(d.residual, 1), MOE_ERR_ALIGN, residual);
     REFUSED(d.fault = (uint64_t*)AT(d.fault, 4), MOE_ERR_ALIGN, fault);
+    REFUSED((d.num_tokens = 0, d.fault = (uint64_t*)AT(d.fault, 4)), MOE_ERR_ALIGN, fault);
     REFUSED(d.y = (void*)d.table, MOE_ERR_OVERLAP, y);
     REFUSED((ONE_ARRAY, d.y = b.buffer[0].p), MOE_ERR_OVERLAP, y);
     REFUSED((ONE_ARRAY, d.y = AT(b.buffer[0].p, 4 * 64 * 2)), MOE_ERR_OVERLAP, y);
@@ -777,6 +778,8 @@ static void test_combine_refusals(void)
     REFUSED((d.y = (void*)d.residual, d.y_stride = 72), MOE_ERR_OVERLAP, y);
     REFUSED(d.fault = (uint64_t*)d.y, MOE_ERR_OVERLAP, fault);
     REFUSED(d.fault = (uint64_t*)d.place, MOE_ERR_OVERLAP, fault);
+    REFUSED(d.fault = (uint64_t*)d.table, MOE_ERR_OVERLAP, fault);
+    REFUSED((d.y = (void*)d.residual, d.fault = (uint64_t*)d.y), MOE_ERR_OVERLAP, fault);
     { /* rows further apart than H: another buffer in the last of them */
         tbuf big = tbuf_new("big", 24 * 72 * 2, 0);
         char *p = (char*)big.p, *end = p + (9 * 72 + 64) * 2, *end_rows = p + (4 * 72 + 64) * 2;

@@ -743,7 +743,15 @@ static void test_scatter_refusals(void)
     REFUSED(d.y = AT(d.y, 1), MOE_ERR_ALIGN, y);
     REFUSED(d.fault = (uint64_t*)AT(d.fault, 4), MOE_ERR_ALIGN, fault);
     REFUSED(d.y = (void*)d.rows, MOE_ERR_OVERLAP, y);
+    REFUSED((d.num_tokens = 0, d.fault = (uint64_t*)AT(d.fault, 4)), MOE_ERR_ALIGN, fault);
+    REFUSED((d.num_rows = 0, d.fault = (uint64_t*)AT(d.fault, 4)), MOE_ERR_ALIGN, fault);
     REFUSED(d.fault = (uint64_t*)d.y, MOE_ERR_OVERLAP, fault);
+    REFUSED((d.rows = 0, d.table = (const void* const*)d.y), MOE_ERR_OVERLAP, y);
+    REFUSED(d.expert_offset = (const int32_t*)AT(d.y, 20 * 64 * 2 - 4), MOE_ERR_OVERLAP, y);
+    REFUSED(d.expert_count = (const int32_t*)d.y, MOE_ERR_OVERLAP, y);
+    REFUSED((d.row_slot = (const int32_t*)d.y, d.row_token = 0, d.top_k = 1), MOE_ERR_OVERLAP, y);
+    REFUSED(d.row_weight = (const float*)d.y, MOE_ERR_OVERLAP, y);
+    REFUSED(d.expert_count = (const int32_t*)d.fault, MOE_ERR_OVERLAP, fault);
     { /* rows further apart than H: another buffer in the last of them */
         tbuf big = tbuf_new("big", (size_t)(20 + b.R) * 72 * 2, 0);
         char *p = (char*)big.p, *end_y = p + (19 * 72 + 64) * 2;

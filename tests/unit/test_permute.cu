@@ -330,6 +330,7 @@ static void test_permute_refusals(void)
         REFUSED(d.y = 0, MOE_ERR_NULL, y);
         if (c.back) {
             REFUSED(d.slot_row = 0, MOE_ERR_NULL, slot_row);
+            REFUSED(d.row_slot = (int32_t*)1, MOE_ERR_ALIGN, row_slot); /* though it is not read */
         } else {
             REFUSED(d.row_slot = 0, MOE_ERR_NULL, row_slot);
             REFUSED(d.row_slot = AT(int32_t, d.row_slot, 2), MOE_ERR_ALIGN, row_slot);
@@ -343,6 +344,10 @@ static void test_permute_refusals(void)
         REFUSED(d.y = (void*)AT(char, d.x, b.bx.bytes - 4), MOE_ERR_OVERLAP, y);
         REFUSED(d.y = (void*)d.slot_row, MOE_ERR_OVERLAP, y);
         REFUSED(d.fault = (uint64_t*)d.y, MOE_ERR_OVERLAP, fault);
+        REFUSED(d.fault = (uint64_t*)d.x, MOE_ERR_OVERLAP, fault);
+        REFUSED(d.slot_row = (int32_t*)d.fault, MOE_ERR_OVERLAP, fault);
+        REFUSED((d.num_tokens = 0, d.num_rows = 0, d.fault = AT(uint64_t, d.fault, 4)),
+                MOE_ERR_ALIGN, fault);
         { /* rows further apart than H: another buffer in the last of them */
             tbuf big = tbuf_new("big", 44 * 32 * 4, 0);
             char *p = (char*)big.p, *end_x = p + ((b.x_rows - 1) * 32 + 24) * 4,
@@ -440,7 +445,7 @@ static void test_permute_after_route(void)
         moe_route_desc d;
         moe_permute_desc p;
         int64_t rows = 0;
-        size_t bytes;
+        size_t bytes = 0;
         int64_t dropped = 0;
         memset(&d, 0, sizeof d);
         memset(&p, 0, sizeof p);

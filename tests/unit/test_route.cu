@@ -952,6 +952,8 @@ static void test_route_refusals(void)
     REFUSED(d.workspace = (void*)((uintptr_t)((char*)b.ids.p + 16) & ~(uintptr_t)15),
             MOE_ERR_OVERLAP, workspace);
     REFUSED(d.chunk_count = (int32_t*)b.ids.p, MOE_ERR_OVERLAP, chunk_count);
+    REFUSED((d.chunk_count = (int32_t*)b.chunk.p, d.slot_row = d.chunk_count), MOE_ERR_OVERLAP,
+            slot_row);
     REFUSED(d.expert_count = (int32_t*)b.ids.p, MOE_ERR_OVERLAP, expert_count);
     REFUSED(d.expert_count = (int32_t*)d.workspace, MOE_ERR_OVERLAP, expert_count);
     REFUSED(d.expert_offset = d.expert_count + 9, MOE_ERR_OVERLAP, expert_offset);
@@ -1006,6 +1008,13 @@ static void test_route_refusals(void)
         REFUSED((d.capacity = 5, d.drop_rule = MOE_DROP_BY_WEIGHT, d.workspace = large.p,
                  d.workspace_bytes = bytes, d.place = AT(moe_place, large.p, bytes / 8 * 8 - 8)),
                 MOE_ERR_OVERLAP, place);
+        /* one that is too small, right before another buffer, overlaps nothing */
+        REFUSED(
+            (d.workspace = large.p, d.workspace_bytes = 16, d.fault = AT(uint64_t, large.p, 16)),
+            MOE_ERR_WORKSPACE, workspace_bytes);
+        REFUSED((d.workspace = large.p, d.fault = AT(uint64_t, large.p, 16)), MOE_ERR_OVERLAP,
+                fault);
+        REFUSED((d.workspace = 0, d.workspace_bytes = 0), MOE_ERR_NULL, workspace);
         CHECK(tbuf_holds(&large, 0), "a refused call wrote to its workspace");
         tbuf_free(&large);
         bytes = 12345;
@@ -1017,6 +1026,10 @@ static void test_route_refusals(void)
         d = good;
         d.top_k = 0;
         CHECK_STATUS(moe_route_max_rows(&d, &rows), MOE_STATUS(MOE_ERR_RANGE, top_k));
+        d = good;
+        d.place_kind = 3;
+        CHECK_STATUS(moe_route_max_rows(&d, &rows), MOE_STATUS(MOE_ERR_OPTION, place_kind));
+        CHECK_STATUS(moe_route_workspace(&d, &bytes), MOE_STATUS(MOE_ERR_OPTION, place_kind));
         d = good;
         d.num_tokens = INT32_MAX;
         d.top_k = 1;
