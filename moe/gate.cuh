@@ -276,9 +276,9 @@ MOE_HOST moe_status moei_gate_check_buffers(const moe_gate_desc* d)
         {d->prob_sum, E * 4, 4, MOEI_WRITTEN, MOE_FIELD_prob_sum},
         {d->workspace, workspace, 16, MOEI_REQUIRED | MOEI_WRITTEN, MOE_FIELD_workspace},
         {d->fault, 8, 8, MOEI_WRITTEN, MOE_FIELD_fault}};
-    MOEI_TRY(moei_check_buffers(b, (int)(sizeof b / sizeof b[0])));
-    MOEI_REQUIRE(d->workspace_bytes >= workspace, MOE_ERR_WORKSPACE, workspace_bytes);
-    return MOE_OK;
+    MOEI_REQUIRE(!d->workspace || d->workspace_bytes >= workspace, MOE_ERR_WORKSPACE,
+                 workspace_bytes);
+    return moei_check_buffers(b, (int)(sizeof b / sizeof b[0]));
 }
 
 /* Refuses what the header does not offer, and fills in the defaults. */

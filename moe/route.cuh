@@ -169,11 +169,8 @@ MOE_HOST moe_status moei_route_check_buffers(const moe_route_desc* d)
         {d->replica_offset, E * 4 + 4, 4, MOEI_READ, MOE_FIELD_replica_offset},
         {d->replica_expert, P * 4, 4, MOEI_READ, MOE_FIELD_replica_expert},
         {d->chunk_count, P * (uint64_t)moe_num_chunks(d->num_tokens) * 4, 4, MOEI_WRITTEN,
-         d->chunk_count == d->workspace ? MOE_FIELD_workspace : MOE_FIELD_chunk_count},
-        /* what there is of one that is too small: it does not overlap what follows it */
-        {d->workspace,
-         d->workspace && d->workspace_bytes < workspace ? d->workspace_bytes : workspace, 16,
-         MOEI_REQUIRED | MOEI_WRITTEN, MOE_FIELD_workspace},
+         MOE_FIELD_chunk_count},
+        {d->workspace, workspace, 16, MOEI_REQUIRED | MOEI_WRITTEN, MOE_FIELD_workspace},
         {d->expert_count, P * 4, 4, MOEI_REQUIRED | MOEI_WRITTEN, MOE_FIELD_expert_count},
         {d->expert_offset, P * 4 + 4, 4, MOEI_REQUIRED | MOEI_WRITTEN, MOE_FIELD_expert_offset},
         {d->drop_count, P * 4, 4, MOEI_WRITTEN, MOE_FIELD_drop_count},
@@ -182,9 +179,9 @@ MOE_HOST moe_status moei_route_check_buffers(const moe_route_desc* d)
         {d->row_weight, rows * 4, 4, MOEI_WRITTEN, MOE_FIELD_row_weight},
         {d->place, slots * 8, 8, MOEI_WRITTEN, MOE_FIELD_place},
         {d->fault, 8, 8, MOEI_WRITTEN, MOE_FIELD_fault}};
-    MOEI_TRY(moei_check_buffers(b, (int)(sizeof b / sizeof b[0])));
-    MOEI_REQUIRE(d->workspace_bytes >= workspace, MOE_ERR_WORKSPACE, workspace_bytes);
-    return MOE_OK;
+    MOEI_REQUIRE(!d->workspace || d->workspace_bytes >= workspace, MOE_ERR_WORKSPACE,
+                 workspace_bytes);
+    return moei_check_buffers(b, (int)(sizeof b / sizeof b[0]));
 }
 
 /* Refuses what the header does not offer, and fills in the defaults. */
