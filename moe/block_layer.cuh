@@ -73,6 +73,7 @@
 #ifndef MOE_BLOCK_LAYER_CUH
 #define MOE_BLOCK_LAYER_CUH
 
+#include "base/check.h"
 #include "block_layer/desc.h"
 #include "block_layer/plan.cuh"
 
@@ -91,8 +92,10 @@ MOE_HOST moe_status moe_block_layer_sizes(const moe_block_layer_desc* desc,
     return MOE_OK;
 }
 
-/* Checks the pointers of forward or backward, and what they point to. */
-MOE_HOST moe_status moei_block_layer_check(const moei_block_layer* l, int backward)
+/* Refuses buffers of forward or backward that are absent, misaligned or overlap, of a plan, whose
+   options are checked. What the other one alone takes is not looked at; nor, without tokens, is
+   memory. */
+MOE_HOST moe_status moei_block_layer_check_buffers(const moei_block_layer* l, int backward)
 {
     const moe_block_layer_desc* d = &l->d;
     const int64_t T = d->num_tokens, H = d->hidden, I = d->intermediate, E = d->num_experts;
@@ -101,67 +104,47 @@ MOE_HOST moe_status moei_block_layer_check(const moei_block_layer* l, int backwa
     const uint64_t weights = (d->form == MOE_BLOCK_LAYER_DENSE ? (uint64_t)(T * E) : slots) * 4;
     const uint64_t grads = (uint64_t)d->max_experts * (uint64_t)moe_dtype_bytes(d->grad_dtype);
     const size_t workspace = backward ? l->bytes.backward : l->bytes.forward;
-    const int grad = backward && (d->dw1 || d->dw2);
-    MOEI_REQUIRE(moei_aligned(d->x, 16), MOE_ERR_ALIGN, x);
-    MOEI_REQUIRE(moei_aligned(d->ids, 4), MOE_ERR_ALIGN, ids);
-    MOEI_REQUIRE(moei_aligned(d->weights, 4), MOE_ERR_ALIGN, weights);
-    MOEI_REQUIRE(moei_aligned(d->w1.base, 16) && moei_aligned((const void*)d->w1.table, 8),
-                 MOE_ERR_ALIGN, w1);
-    MOEI_REQUIRE(moei_aligned(d->w2.base, 16) && moei_aligned((const void*)d->w2.table, 8),
-                 MOE_ERR_ALIGN, w2);
-    MOEI_REQUIRE(moei_aligned(d->fault, 8), MOE_ERR_ALIGN, fault);
-    if (backward) {
-        MOEI_REQUIRE(moei_aligned(d->dy, 16), MOE_ERR_ALIGN, dy);
-        MOEI_REQUIRE(moei_aligned(d->dx, 16), MOE_ERR_ALIGN, dx);
-        MOEI_REQUIRE(moei_aligned(d->dw1, 16), MOE_ERR_ALIGN, dw1);
-        MOEI_REQUIRE(moei_aligned(d->dw2, 16), MOE_ERR_ALIGN, dw2);
-        MOEI_REQUIRE(moei_aligned(d->dweights, 4), MOE_ERR_ALIGN, dweights);
-        MOEI_REQUIRE(moei_aligned(d->grad_expert, 4), MOE_ERR_ALIGN, grad_expert);
-        MOEI_REQUIRE(moei_aligned(d->act_grad, 16), MOE_ERR_ALIGN, act_grad);
-        MOEI_REQUIRE(!grad || d->grad_expert, MOE_ERR_NULL, grad_expert);
-        MOEI_REQUIRE(grad || !d->grad_expert, MOE_ERR_CONFLICT, grad_expert);
-    } else {
-        MOEI_REQUIRE(moei_aligned(d->y, 16), MOE_ERR_ALIGN, y);
-    }
-    if (T > 0) {
-        MOEI_REQUIRE(d->x, MOE_ERR_NULL, x);
-        MOEI_REQUIRE(d->ids || d->form == MOE_BLOCK_LAYER_DENSE, MOE_ERR_NULL, ids);
-        MOEI_REQUIRE(d->weights, MOE_ERR_NULL, weights);
-        MOEI_REQUIRE(d->w1.base || d->w1.table, MOE_ERR_NULL, w1);
-        MOEI_REQUIRE(d->w2.base || d->w2.table, MOE_ERR_NULL, w2);
-        MOEI_REQUIRE(backward || d->y, MOE_ERR_NULL, y);
-        MOEI_REQUIRE(!backward || d->dy, MOE_ERR_NULL, dy);
-        MOEI_REQUIRE(d->saved, MOE_ERR_NULL, saved);
-        MOEI_REQUIRE(moei_aligned(d->saved, 256), MOE_ERR_ALIGN, saved);
-        MOEI_REQUIRE(d->saved_bytes >= l->bytes.saved, MOE_ERR_WORKSPACE, saved_bytes);
-        MOEI_REQUIRE(d->workspace, MOE_ERR_NULL, workspace);
-        MOEI_REQUIRE(moei_aligned(d->workspace, 256), MOE_ERR_ALIGN, workspace);
-        MOEI_REQUIRE(d->workspace_bytes >= workspace, MOE_ERR_WORKSPACE, workspace_bytes);
-    }
-    {
-        const int in_place = d->dx == d->dy && d->dx_stride == d->dy_stride;
-        const moei_range in[] = {
-            {d->x, moei_extent(T, d->x_stride, H, d->dtype), MOE_FIELD_x},
-            {d->ids, slots * 4, MOE_FIELD_ids},
-            {d->weights, weights, MOE_FIELD_weights},
-            {d->w1.base, moei_weight_extent(&d->w1, E, U, H), MOE_FIELD_w1},
-            {d->w1.table, (uint64_t)E * 8, MOE_FIELD_w1},
-            {d->w2.base, moei_weight_extent(&d->w2, E, H, I), MOE_FIELD_w2},
-            {d->w2.table, (uint64_t)E * 8, MOE_FIELD_w2},
-            {backward && !in_place ? d->dy : 0, moei_extent(T, d->dy_stride, H, d->dtype),
-             MOE_FIELD_dy},
-            {backward ? 0 : d->y, moei_extent(T, d->y_stride, H, d->dtype), MOE_FIELD_y},
-            {backward ? d->dx : 0, moei_extent(T, d->dx_stride, H, d->dtype), MOE_FIELD_dx},
-            {backward ? d->dw1 : 0, grads * (uint64_t)(U * H), MOE_FIELD_dw1},
-            {backward ? d->dw2 : 0, grads * (uint64_t)(H * I), MOE_FIELD_dw2},
-            {backward ? d->dweights : 0, weights, MOE_FIELD_dweights},
-            {backward ? d->grad_expert : 0, (uint64_t)d->max_experts * 4, MOE_FIELD_grad_expert},
-            {backward ? d->act_grad : 0, l->bytes.act_grad, MOE_FIELD_act_grad},
-            {d->saved, l->bytes.saved, MOE_FIELD_saved},
-            {d->workspace, workspace, MOE_FIELD_workspace},
-            {d->fault, 8, MOE_FIELD_fault}};
-        return moei_disjoint(in, 8, (int)(sizeof in / sizeof in[0]));
-    }
+    const int in_place = d->dx && d->dx == d->dy && d->dx_stride == d->dy_stride;
+    const int both = MOEI_REQUIRED | MOEI_WRITTEN, written = MOEI_WRITTEN;
+    const moei_buffer b[] = {
+        {d->x, moei_extent(T, d->x_stride, H, d->dtype), 16, MOEI_REQUIRED, MOE_FIELD_x},
+        {d->ids, slots * 4, 4, MOEI_REQUIRED, MOE_FIELD_ids},
+        {d->weights, weights, 4, MOEI_REQUIRED, MOE_FIELD_weights},
+        {d->w1.base, moei_weight_extent(&d->w1, E, U, H), 16,
+         T && !d->w1.table ? MOEI_REQUIRED : MOEI_READ, MOE_FIELD_w1},
+        {d->w1.table, (uint64_t)E * 8, 8, MOEI_READ, MOE_FIELD_w1},
+        {d->w2.base, moei_weight_extent(&d->w2, E, H, I), 16,
+         T && !d->w2.table ? MOEI_REQUIRED : MOEI_READ, MOE_FIELD_w2},
+        {d->w2.table, (uint64_t)E * 8, 8, MOEI_READ, MOE_FIELD_w2},
+        {backward ? d->dy : 0, in_place ? 0 : moei_extent(T, d->dy_stride, H, d->dtype), 16,
+         backward ? MOEI_REQUIRED : MOEI_READ, MOE_FIELD_dy},
+        {backward ? 0 : d->y, moei_extent(T, d->y_stride, H, d->dtype), 16,
+         backward ? written : both, MOE_FIELD_y},
+        {backward ? d->dx : 0, moei_extent(T, d->dx_stride, H, d->dtype), 16, written,
+         MOE_FIELD_dx},
+        {backward ? d->dw1 : 0, grads * (uint64_t)(U * H), 16, written, MOE_FIELD_dw1},
+        {backward ? d->dw2 : 0, grads * (uint64_t)(H * I), 16, written, MOE_FIELD_dw2},
+        {backward ? d->dweights : 0, weights, 4, written, MOE_FIELD_dweights},
+        {backward ? d->grad_expert : 0, (uint64_t)d->max_experts * 4, 4,
+         backward && (d->dw1 || d->dw2) ? both : written, MOE_FIELD_grad_expert},
+        {backward ? d->act_grad : 0, l->bytes.act_grad, 16, written, MOE_FIELD_act_grad},
+        {T ? d->saved : 0, l->bytes.saved, 256, both, MOE_FIELD_saved},
+        {T ? d->workspace : 0, workspace, 256, both, MOE_FIELD_workspace},
+        {d->fault, 8, 8, written, MOE_FIELD_fault}};
+    MOEI_TRY(moei_check_buffers(b, (int)(sizeof b / sizeof b[0])));
+    MOEI_REQUIRE(d->saved_bytes >= l->bytes.saved, MOE_ERR_WORKSPACE, saved_bytes);
+    MOEI_REQUIRE(d->workspace_bytes >= workspace, MOE_ERR_WORKSPACE, workspace_bytes);
+    return MOE_OK;
+}
+
+/* Refuses what the header does not offer, and plans forward or backward. */
+MOE_HOST moe_status moei_block_layer_check(const moe_block_layer_desc* desc, int backward,
+                                           moei_block_layer* l)
+{
+    MOEI_TRY(moei_block_layer_plan(desc, l));
+    MOEI_REQUIRE(!backward || !desc->grad_expert || desc->dw1 || desc->dw2, MOE_ERR_CONFLICT,
+                 grad_expert);
+    return moei_block_layer_check_buffers(l, backward);
 }
 
 /* Asks the products first .. last whether they will run: sizes and what the device offers. */
@@ -174,7 +157,7 @@ MOE_HOST moe_status moei_block_layer_check_products(const moei_block_layer* l, i
         if ((i == MOEI_BLOCK_LAYER_DW1 && !l->d.dw1) || (i == MOEI_BLOCK_LAYER_DW2 && !l->d.dw2) ||
             (i == MOEI_BLOCK_LAYER_DX && !l->d.dx))
             continue;
-        s = moei_block_check(&p);
+        s = moei_block_check(&p, p.workspace_bytes);
         if (s == MOE_OK) s = moei_block_choose(&p, t);
         if (moe_status_kind(s) == MOE_ERR_RANGE) return MOE_STATUS(MOE_ERR_RANGE, num_tokens);
         MOEI_TRY(s);
@@ -229,8 +212,7 @@ MOE_HOST moe_status moe_block_layer_forward(const moe_block_layer_desc* desc, cu
     moei_block_layer l;
     moei_launch_config c;
     MOEI_REQUIRE(desc, MOE_ERR_NULL, desc);
-    MOEI_TRY(moei_block_layer_plan(desc, &l));
-    MOEI_TRY(moei_block_layer_check(&l, 0));
+    MOEI_TRY(moei_block_layer_check(desc, 0, &l));
     if (l.d.num_tokens == 0) return MOE_OK;
     MOEI_TRY(moei_block_layer_check_products(&l, MOEI_BLOCK_LAYER_UP, MOEI_BLOCK_LAYER_DOWN));
     if (l.d.form == MOE_BLOCK_LAYER_SPARSE) MOEI_TRY(moe_route(&l.route, stream));
@@ -259,8 +241,7 @@ MOE_HOST moe_status moe_block_layer_backward(const moe_block_layer_desc* desc, c
 {
     moei_block_layer l;
     MOEI_REQUIRE(desc, MOE_ERR_NULL, desc);
-    MOEI_TRY(moei_block_layer_plan(desc, &l));
-    MOEI_TRY(moei_block_layer_check(&l, 1));
+    MOEI_TRY(moei_block_layer_check(desc, 1, &l));
     if (l.d.num_tokens == 0)
         return l.d.grad_expert ? moei_block_layer_tables_launch(&l, 1, stream) : MOE_OK;
     MOEI_TRY(moei_block_layer_check_products(&l, MOEI_BLOCK_LAYER_DACT, MOEI_BLOCK_LAYER_DX));

@@ -201,8 +201,9 @@ MOE_HOST moe_status moei_block_plan_both(const moe_block_sparse_desc* d,
     return t[1] ? moei_block_plan_tile(d, t[1], base, bytes, &p[0], &p[1]) : MOE_OK;
 }
 
-/* Bytes of workspace that moe_block_sparse wants for this descriptor, whose own workspace is not
-   looked at: for its choice, or without one enough for any. Errors as of moe_block_sparse. */
+/* Bytes of workspace that moe_block_sparse wants for this descriptor: for its choice, or without
+   one enough for any. Reads sizes and options, and which of the mask's pointers and of the tables
+   there are; errors: theirs. */
 MOE_HOST moe_status moe_block_sparse_workspace(const moe_block_sparse_desc* desc, size_t* bytes)
 {
     moe_block_sparse_desc d;
@@ -210,8 +211,7 @@ MOE_HOST moe_status moe_block_sparse_workspace(const moe_block_sparse_desc* desc
     int offered = 0;
     MOEI_REQUIRE(desc && bytes, MOE_ERR_NULL, desc);
     d = *desc;
-    d.workspace = 0;
-    MOEI_TRY(moei_block_check(&d));
+    MOEI_TRY(moei_block_check_options(&d));
     *bytes = 0;
     if (d.m == 0 || d.n == 0) return MOE_OK;
     for (int i = 0; i < MOEI_BLOCK_SHAPES; ++i)
@@ -316,12 +316,11 @@ MOE_HOST moe_status moe_block_sparse(const moe_block_sparse_desc* desc, cudaStre
     size_t bytes;
     MOEI_REQUIRE(desc, MOE_ERR_NULL, desc);
     d = *desc;
-    MOEI_TRY(moei_block_check(&d));
+    MOEI_TRY(moei_block_check_options(&d));
     MOEI_TRY(moei_block_choose(&d, t));
-    if (d.m == 0 || d.n == 0) return MOE_OK;
+    if (d.m == 0 || d.n == 0) return moei_block_check_buffers(&d, 0);
     MOEI_TRY(moei_block_plan_both(&d, t, (char*)d.workspace, &bytes, p));
-    MOEI_REQUIRE(bytes == 0 || d.workspace, MOE_ERR_NULL, workspace);
-    MOEI_REQUIRE(bytes <= d.workspace_bytes, MOE_ERR_WORKSPACE, workspace_bytes);
+    MOEI_TRY(moei_block_check_buffers(&d, bytes));
     if (d.zero_masked) {
         moei_block_zero_args z;
         z.mask = d.mask;
@@ -368,10 +367,8 @@ MOE_HOST moe_status moe_block_sparse_tune(const moe_block_sparse_desc* desc, cud
     {
         size_t bytes;
         MOEI_TRY(moe_block_sparse_workspace(&d, &bytes));
-        MOEI_REQUIRE(bytes == 0 || d.workspace, MOE_ERR_NULL, workspace);
-        MOEI_REQUIRE(bytes <= d.workspace_bytes, MOE_ERR_WORKSPACE, workspace_bytes);
+        MOEI_TRY(moei_block_check(&d, bytes));
     }
-    MOEI_TRY(moei_block_check(&d));
     d.fault = 0; /* a word that is set would stop them all; the calls to come tell */
     MOEI_TRY_CUDA(cudaEventCreate(&begin));
     status = moei_cuda_status(cudaEventCreate(&end));

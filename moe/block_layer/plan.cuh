@@ -65,8 +65,8 @@ typedef struct moei_block_layer {
         MOEI_REQUIRE((stride) % 8 == 0, MOE_ERR_ALIGN, field);                                     \
     } while (0)
 
-/* Sizes and options; fills in the defaults. */
-MOE_HOST moe_status moei_block_layer_options(moei_block_layer* l)
+/* Refuses sizes and options that the header does not offer, and fills in their defaults. */
+MOE_HOST moe_status moei_block_layer_check_options(moei_block_layer* l)
 {
     moe_block_layer_desc* d = &l->d;
     MOEI_REQUIRE(d->form >= MOE_BLOCK_LAYER_DENSE && d->form <= MOE_BLOCK_LAYER_BATCH,
@@ -217,26 +217,13 @@ MOE_HOST void moei_block_layer_products(moei_block_layer* l, void* rows, void* p
     p->m = R, p->n = H, p->k = EU;
 }
 
-/* Workspace of one product. It depends on sizes alone, but the product's own check wants addresses:
-   these lie far from each other, and nobody reads them. */
+/* Workspace of one product. It depends on sizes alone; short strides need tables, which only a call
+   has. */
 MOE_HOST moe_status moei_block_layer_product_bytes(const moe_block_sparse_desc* product,
                                                    size_t* bytes)
 {
     moe_block_sparse_desc p = *product;
-    const void* far[8];
-    for (int i = 0; i < 8; ++i) far[i] = (const void*)((uintptr_t)(i + 1) << (sizeof(void*) * 7));
-    p.a = far[0];
-    p.b = far[1];
-    p.c = (void*)(uintptr_t)far[2];
-    p.a_table = p.b_table = 0;
-    p.c_table = 0;
     p.a_stride = p.b_stride = p.c_stride = 0;
-    p.mask.row_offset = (const int32_t*)far[3];
-    p.mask.column_index = (const int32_t*)far[4];
-    p.mask.column_offset = (const int32_t*)far[5];
-    p.mask.row_index = (const int32_t*)far[6];
-    p.mask.position = (const int32_t*)far[7];
-    p.fault = 0;
     return moe_block_sparse_workspace(&p, bytes);
 }
 
@@ -320,7 +307,7 @@ MOE_HOST moe_status moei_block_layer_plan(const moe_block_layer_desc* desc, moei
     int sparse;
     memset(l, 0, sizeof *l);
     l->d = *desc;
-    MOEI_TRY(moei_block_layer_options(l));
+    MOEI_TRY(moei_block_layer_check_options(l));
     sparse = d->form == MOE_BLOCK_LAYER_SPARSE;
     l->tables.w1 = d->w1;
     l->tables.w2 = d->w2;

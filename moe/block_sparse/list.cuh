@@ -39,6 +39,7 @@
 #ifndef MOE_BLOCK_SPARSE_LIST_CUH
 #define MOE_BLOCK_SPARSE_LIST_CUH
 
+#include "../base/check.h"
 #include "list_fill.cuh"
 
 /* Checks the sizes and derives the kernels' ones. */
@@ -113,11 +114,12 @@ MOE_HOST moe_status moe_block_list_workspace(const moe_block_list_desc* desc, si
     return MOE_OK;
 }
 
-/* One source, or none where there is no block to ask it for, and the fields that go with it. */
-MOE_HOST moe_status moei_block_list_check_source(const moei_block_list_args* a)
+/* Sizes; one source at most, and the fields that go with it; derives the kernels' sizes. */
+MOE_HOST moe_status moei_block_list_check_options(moei_block_list_args* a)
 {
     const moe_block_list_desc* d = &a->d;
     const int routing = d->ids || d->expert_offset, mask = d->bytes || d->bits;
+    MOEI_TRY(moei_block_list_sizes(a));
     MOEI_REQUIRE(!d->bits || !d->bytes, MOE_ERR_CONFLICT, bits);
     MOEI_REQUIRE(!d->ids || !mask, MOE_ERR_CONFLICT, ids);
     MOEI_REQUIRE(!d->expert_offset || (!d->ids && !mask), MOE_ERR_CONFLICT, expert_offset);
@@ -127,48 +129,44 @@ MOE_HOST moe_status moei_block_list_check_source(const moei_block_list_args* a)
     MOEI_REQUIRE(d->top_k == 0 || d->ids || (!routing && !mask), MOE_ERR_CONFLICT, top_k);
     MOEI_REQUIRE((d->whole_batch | 1) == 1, MOE_ERR_OPTION, whole_batch);
     MOEI_REQUIRE(!d->whole_batch || d->ids || (!routing && !mask), MOE_ERR_CONFLICT, whole_batch);
-    if (!routing && !mask) MOEI_REQUIRE(a->RB == 0 || a->CB == 0, MOE_ERR_NULL, bytes);
-    MOEI_REQUIRE(moei_aligned(d->bits, 4), MOE_ERR_ALIGN, bits);
-    MOEI_REQUIRE(moei_aligned(d->ids, 4), MOE_ERR_ALIGN, ids);
-    MOEI_REQUIRE(moei_aligned(d->expert_offset, 4), MOE_ERR_ALIGN, expert_offset);
+    MOEI_REQUIRE(d->max_blocks >= 0, MOE_ERR_RANGE, max_blocks);
     return MOE_OK;
 }
 
-MOE_HOST moe_status moei_block_list_check(const moei_block_list_args* a, size_t workspace)
+/* Refuses buffers that are absent, misaligned or overlap, of a descriptor whose options are checked
+   and which wants so much workspace. There is a source unless there is no block to ask it for. */
+MOE_HOST moe_status moei_block_list_check_buffers(const moei_block_list_args* a, size_t workspace)
 {
     const moe_block_list_desc* d = &a->d;
-    const int columns = d->column_offset || d->row_index || d->position;
-    MOEI_TRY(moei_block_list_check_source(a));
-    MOEI_REQUIRE(d->max_blocks >= 0, MOE_ERR_RANGE, max_blocks);
-    MOEI_REQUIRE(d->row_offset, MOE_ERR_NULL, row_offset);
-    MOEI_REQUIRE(d->column_index || d->max_blocks == 0, MOE_ERR_NULL, column_index);
-    MOEI_REQUIRE(d->column_offset || !columns, MOE_ERR_NULL, column_offset);
-    MOEI_REQUIRE(d->row_index || !columns || d->max_blocks == 0, MOE_ERR_NULL, row_index);
-    MOEI_REQUIRE(d->position || !columns || d->max_blocks == 0, MOE_ERR_NULL, position);
-    MOEI_REQUIRE(moei_aligned(d->row_offset, 4), MOE_ERR_ALIGN, row_offset);
-    MOEI_REQUIRE(moei_aligned(d->column_index, 4), MOE_ERR_ALIGN, column_index);
-    MOEI_REQUIRE(moei_aligned(d->column_offset, 4), MOE_ERR_ALIGN, column_offset);
-    MOEI_REQUIRE(moei_aligned(d->row_index, 4), MOE_ERR_ALIGN, row_index);
-    MOEI_REQUIRE(moei_aligned(d->position, 4), MOE_ERR_ALIGN, position);
-    MOEI_REQUIRE(moei_aligned(d->workspace, 16), MOE_ERR_ALIGN, workspace);
-    MOEI_REQUIRE(moei_aligned(d->fault, 8), MOE_ERR_ALIGN, fault);
-    {
-        const uint64_t RB = (uint64_t)a->RB, CB = (uint64_t)a->CB, E = (uint64_t)d->num_experts;
-        const uint64_t tokens = d->whole_batch ? d->rows > 0 : (uint64_t)d->rows;
-        const uint64_t entries = (uint64_t)d->max_blocks * 4;
-        const moei_range r[] = {{d->bytes, RB * CB, MOE_FIELD_bytes},
-                                {d->bits, RB * (uint64_t)a->words * 4, MOE_FIELD_bits},
-                                {d->ids, tokens * (uint64_t)d->top_k * 4, MOE_FIELD_ids},
-                                {d->expert_offset, E * 4 + 4, MOE_FIELD_expert_offset},
-                                {d->row_offset, RB * 4 + 4, MOE_FIELD_row_offset},
-                                {d->column_index, entries, MOE_FIELD_column_index},
-                                {d->column_offset, CB * 4 + 4, MOE_FIELD_column_offset},
-                                {d->row_index, entries, MOE_FIELD_row_index},
-                                {d->position, entries, MOE_FIELD_position},
-                                {d->workspace, workspace, MOE_FIELD_workspace},
-                                {d->fault, 8, MOE_FIELD_fault}};
-        return moei_disjoint(r, 4, 11);
-    }
+    const uint64_t RB = (uint64_t)a->RB, CB = (uint64_t)a->CB, E = (uint64_t)d->num_experts;
+    const uint64_t tokens = d->whole_batch ? d->rows > 0 : (uint64_t)d->rows;
+    const uint64_t entries = (uint64_t)d->max_blocks * 4;
+    const int by_rows = MOEI_REQUIRED | MOEI_WRITTEN;
+    const int by_columns =
+        d->column_offset || d->row_index || d->position ? by_rows : (int)MOEI_WRITTEN;
+    const moei_buffer b[] = {
+        {d->bytes, RB * CB, 1, d->bits || d->ids || d->expert_offset ? MOEI_READ : MOEI_REQUIRED,
+         MOE_FIELD_bytes},
+        {d->bits, RB * (uint64_t)a->words * 4, 4, MOEI_READ, MOE_FIELD_bits},
+        {d->ids, tokens * (uint64_t)d->top_k * 4, 4, MOEI_READ, MOE_FIELD_ids},
+        {d->expert_offset, E * 4 + 4, 4, MOEI_READ, MOE_FIELD_expert_offset},
+        {d->row_offset, RB * 4 + 4, 4, by_rows, MOE_FIELD_row_offset},
+        {d->column_index, entries, 4, by_rows, MOE_FIELD_column_index},
+        {d->column_offset, CB * 4 + 4, 4, by_columns, MOE_FIELD_column_offset},
+        {d->row_index, entries, 4, by_columns, MOE_FIELD_row_index},
+        {d->position, entries, 4, by_columns, MOE_FIELD_position},
+        {d->workspace, workspace, 16, MOEI_REQUIRED | MOEI_WRITTEN, MOE_FIELD_workspace},
+        {d->fault, 8, 8, MOEI_WRITTEN, MOE_FIELD_fault}};
+    MOEI_TRY(moei_check_buffers(b, (int)(sizeof b / sizeof b[0])));
+    MOEI_REQUIRE(d->workspace_bytes >= workspace, MOE_ERR_WORKSPACE, workspace_bytes);
+    return MOE_OK;
+}
+
+/* Refuses what the header does not offer, derives the kernels' sizes, shares the workspace out. */
+MOE_HOST moe_status moei_block_list_check(moei_block_list_args* a)
+{
+    MOEI_TRY(moei_block_list_check_options(a));
+    return moei_block_list_check_buffers(a, moei_block_list_carve_workspace(a));
 }
 
 /* Queues the making of the list on `stream`. Errors: every field as documented above and in desc.h,
@@ -179,15 +177,10 @@ MOE_HOST moe_status moe_block_list_build(const moe_block_list_desc* desc, cudaSt
 {
     moei_block_list_args a;
     moei_launch_config c;
-    size_t want;
     MOEI_REQUIRE(desc, MOE_ERR_NULL, desc);
     memset(&a, 0, sizeof a);
     a.d = *desc;
-    MOEI_TRY(moei_block_list_sizes(&a));
-    want = moei_block_list_carve_workspace(&a);
-    MOEI_TRY(moei_block_list_check(&a, want));
-    MOEI_REQUIRE(a.d.workspace, MOE_ERR_NULL, workspace);
-    MOEI_REQUIRE(want <= a.d.workspace_bytes, MOE_ERR_WORKSPACE, workspace_bytes);
+    MOEI_TRY(moei_block_list_check(&a));
     a.wide_bytes = a.CB % 16 == 0 && moei_aligned(a.d.bytes, 16);
     c = moei_grid((int64_t)a.tiles * a.spans, MOEI_BLOCK_LIST_THREADS, 0, stream);
     c.dependent = 1;

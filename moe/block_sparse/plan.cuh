@@ -5,6 +5,7 @@
 
 #include <string.h>
 
+#include "../base/check.h"
 #include "strips.cuh"
 #include "tile.cuh"
 
@@ -28,9 +29,9 @@ typedef struct moei_block_plan {
     int64_t tiles;
 } moei_block_plan;
 
-/* The mask of the sparse matrix [rows, columns]. */
+/* Sizes and form of the mask of the sparse matrix [rows, columns]. */
 MOE_HOST moe_status moei_block_check_mask(const moe_block_mask* m, int32_t rows, int32_t columns,
-                                          int by_column, int packed)
+                                          int packed)
 {
     const int list = m->row_offset || m->column_index || m->column_offset || m->row_index ||
                      m->position || m->max_blocks;
@@ -40,22 +41,7 @@ MOE_HOST moe_status moei_block_check_mask(const moe_block_mask* m, int32_t rows,
     MOEI_REQUIRE(m->bytes || m->bits || list, MOE_ERR_NULL, mask);
     MOEI_REQUIRE((m->bytes != 0) + (m->bits != 0) + list == 1, MOE_ERR_CONFLICT, mask);
     MOEI_REQUIRE(!packed || list, MOE_ERR_CONFLICT, packed);
-    MOEI_REQUIRE(moei_aligned(m->bits, 4), MOE_ERR_ALIGN, bits);
-    if (!list) return MOE_OK;
     MOEI_REQUIRE(m->max_blocks >= 0, MOE_ERR_RANGE, max_blocks);
-    if (by_column) {
-        MOEI_REQUIRE(m->column_offset, MOE_ERR_NULL, column_offset);
-        MOEI_REQUIRE(m->row_index || m->max_blocks == 0, MOE_ERR_NULL, row_index);
-        MOEI_REQUIRE(m->position || m->max_blocks == 0 || !packed, MOE_ERR_NULL, position);
-    } else {
-        MOEI_REQUIRE(m->row_offset, MOE_ERR_NULL, row_offset);
-        MOEI_REQUIRE(m->column_index || m->max_blocks == 0, MOE_ERR_NULL, column_index);
-    }
-    MOEI_REQUIRE(moei_aligned(m->row_offset, 4), MOE_ERR_ALIGN, row_offset);
-    MOEI_REQUIRE(moei_aligned(m->column_index, 4), MOE_ERR_ALIGN, column_index);
-    MOEI_REQUIRE(moei_aligned(m->column_offset, 4), MOE_ERR_ALIGN, column_offset);
-    MOEI_REQUIRE(moei_aligned(m->row_index, 4), MOE_ERR_ALIGN, row_index);
-    MOEI_REQUIRE(moei_aligned(m->position, 4), MOE_ERR_ALIGN, position);
     return MOE_OK;
 }
 
@@ -76,6 +62,22 @@ MOE_HOST int moei_block_by_column(const moe_block_sparse_desc* d)
     return d->op == MOE_BLOCK_DSD   ? d->a_transposed
            : d->op == MOE_BLOCK_DDS ? !d->b_transposed
                                     : moei_block_turned(d);
+}
+
+/* Widths of a strip along m, n and k, as far as the mask has blocks there. */
+typedef struct moei_block_widths {
+    int m, n, k;
+} moei_block_widths;
+
+MOE_HOST moei_block_widths moei_block_strip_widths(const moe_block_sparse_desc* d)
+{
+    const int dsd = d->op == MOE_BLOCK_DSD, dds = d->op == MOE_BLOCK_DDS;
+    const int rows = d->mask.block_rows, columns = d->mask.block_columns;
+    moei_block_widths w;
+    w.m = dsd && d->a_transposed ? columns : rows;
+    w.n = dds && d->b_transposed ? rows : columns;
+    w.k = (dsd ? !d->a_transposed : d->b_transposed) ? columns : rows;
+    return w;
 }
 
 /* Stride of one operand [rows, columns] as it lies, `strip` wide strips of it anywhere, or 0;
@@ -99,12 +101,7 @@ MOE_HOST moe_status moei_block_check_strides(moe_block_sparse_desc* d)
               dds = d->op == MOE_BLOCK_DDS;
     const int a_rows = d->a_transposed ? d->k : d->m, a_columns = d->a_transposed ? d->m : d->k;
     const int b_rows = d->b_transposed ? d->n : d->k, b_columns = d->b_transposed ? d->k : d->n;
-    const moe_block_mask* m = &d->mask;
-    /* width of a strip along m, n and k, as far as the mask has blocks there */
-    const int strip_m = dsd && d->a_transposed ? m->block_columns : m->block_rows;
-    const int strip_n = dds && d->b_transposed ? m->block_rows : m->block_columns;
-    const int strip_k = dsd ? (d->a_transposed ? m->block_rows : m->block_columns)
-                            : (d->b_transposed ? m->block_columns : m->block_rows);
+    const moei_block_widths strip = moei_block_strip_widths(d);
     const int a_beside = d->a_table && d->a_transposed == sdd; /* strips side by side */
     const int b_beside = d->b_table && d->b_transposed != sdd;
     MOEI_REQUIRE(!d->a_table || !dsd, MOE_ERR_CONFLICT, a_table);
@@ -112,20 +109,21 @@ MOE_HOST moe_status moei_block_check_strides(moe_block_sparse_desc* d)
     MOEI_REQUIRE(!d->c_table || !sdd, MOE_ERR_CONFLICT, c_table);
     MOEI_TRY(moei_block_check_stride(&d->a_stride, a_rows, a_columns,
                                      !a_beside ? 0
-                                     : sdd     ? strip_m
-                                               : strip_k,
+                                     : sdd     ? strip.m
+                                               : strip.k,
                                      dsd && d->packed, MOE_FIELD_a_stride));
     MOEI_TRY(moei_block_check_stride(&d->b_stride, b_rows, b_columns,
                                      !b_beside ? 0
-                                     : sdd     ? strip_n
-                                               : strip_k,
+                                     : sdd     ? strip.n
+                                               : strip.k,
                                      dds && d->packed, MOE_FIELD_b_stride));
-    return moei_block_check_stride(&d->c_stride, d->m, d->n, d->c_table && dds ? strip_n : 0,
+    return moei_block_check_stride(&d->c_stride, d->m, d->n, d->c_table && dds ? strip.n : 0,
                                    sdd && d->packed, MOE_FIELD_c_stride);
 }
 
-/* Fills in the defaults and refuses what the header does not offer. */
-MOE_HOST moe_status moei_block_check(moe_block_sparse_desc* d)
+/* Refuses sizes and options that the header does not offer, and fills in their defaults. Asks only
+   which pointers there are: they tell the mask's form, its order, and tables. */
+MOE_HOST moe_status moei_block_check_options(moe_block_sparse_desc* d)
 {
     const int sdd = d->op == MOE_BLOCK_SDD, dsd = d->op == MOE_BLOCK_DSD,
               dds = d->op == MOE_BLOCK_DDS;
@@ -155,77 +153,68 @@ MOE_HOST moe_status moei_block_check(moe_block_sparse_desc* d)
                                    dsd   ? a_columns
                                    : dds ? b_columns
                                          : d->n,
-                                   moei_block_by_column(d), d->packed));
-    MOEI_REQUIRE(!d->zero_masked || d->mask.bytes || d->mask.bits || d->mask.row_offset,
-                 MOE_ERR_NULL, row_offset);
-    MOEI_REQUIRE(!d->zero_masked || d->mask.bytes || d->mask.bits || d->mask.column_index ||
-                     d->mask.max_blocks == 0,
-                 MOE_ERR_NULL, column_index);
+                                   d->packed));
     MOEI_TRY(moei_block_check_strides(d));
     MOEI_REQUIRE(!(d->a && d->a_table), MOE_ERR_CONFLICT, a);
     MOEI_REQUIRE(!(d->b && d->b_table), MOE_ERR_CONFLICT, b);
     MOEI_REQUIRE(!(d->c && d->c_table), MOE_ERR_CONFLICT, c);
-    MOEI_REQUIRE(moei_aligned((const void*)d->a_table, 8), MOE_ERR_ALIGN, a_table);
-    MOEI_REQUIRE(moei_aligned((const void*)d->b_table, 8), MOE_ERR_ALIGN, b_table);
-    MOEI_REQUIRE(moei_aligned((const void*)d->c_table, 8), MOE_ERR_ALIGN, c_table);
-    MOEI_REQUIRE(moei_aligned(d->a, 16), MOE_ERR_ALIGN, a);
-    MOEI_REQUIRE(moei_aligned(d->b, 16), MOE_ERR_ALIGN, b);
-    MOEI_REQUIRE(moei_aligned(d->c, 16), MOE_ERR_ALIGN, c);
-    MOEI_REQUIRE(moei_aligned(d->fault, 8), MOE_ERR_ALIGN, fault);
-    MOEI_REQUIRE(moei_aligned(d->workspace, 16), MOE_ERR_ALIGN, workspace);
-    if (d->m == 0 || d->n == 0) return MOE_OK;
-    {
-        const moe_block_mask* m = &d->mask;
-        const uint64_t rb = (uint64_t)moe_num_blocks(m->rows, m->block_rows);
-        const uint64_t cb = (uint64_t)moe_num_blocks(m->columns, m->block_columns);
-        const uint64_t area =
-            (uint64_t)m->max_blocks * (uint64_t)(m->block_rows * m->block_columns);
-        const int empty = d->packed && m->max_blocks == 0; /* no block of the packed matrix */
-        const uint64_t strip_m =
-            (uint64_t)moe_num_blocks(d->m,
-                                     dsd && d->a_transposed ? m->block_columns : m->block_rows) *
-            8;
-        const uint64_t strip_n =
-            (uint64_t)moe_num_blocks(d->n,
-                                     dds && d->b_transposed ? m->block_rows : m->block_columns) *
-            8;
-        const uint64_t strip_k =
-            (uint64_t)moe_num_blocks(d->k,
-                                     dsd ? (d->a_transposed ? m->block_rows : m->block_columns)
-                                         : (d->b_transposed ? m->block_columns : m->block_rows)) *
-            8;
-        MOEI_REQUIRE(d->a || d->a_table || d->k == 0 || (dsd && empty), MOE_ERR_NULL, a);
-        MOEI_REQUIRE(d->b || d->b_table || d->k == 0 || (dds && empty), MOE_ERR_NULL, b);
-        MOEI_REQUIRE(d->c || d->c_table || (sdd && empty), MOE_ERR_NULL, c);
-        {
-            const moei_range r[] = {
-                {d->a,
-                 dsd && d->packed ? area * 2
-                                  : moei_extent(a_rows, d->a_stride, a_columns, d->dtype),
-                 MOE_FIELD_a},
-                {d->b,
-                 dds && d->packed ? area * 2
-                                  : moei_extent(b_rows, d->b_stride, b_columns, d->dtype),
-                 MOE_FIELD_b},
-                {d->a_table, sdd ? strip_m : strip_k, MOE_FIELD_a_table},
-                {d->b_table, sdd ? strip_n : strip_k, MOE_FIELD_b_table},
-                {d->c_table, dsd ? strip_m : strip_n, MOE_FIELD_c_table},
-                {m->bytes, rb * cb, MOE_FIELD_bytes},
-                {m->bits, rb * ((cb + 31) / 32) * 4, MOE_FIELD_bits},
-                {m->row_offset, rb * 4 + 4, MOE_FIELD_row_offset},
-                {m->column_index, (uint64_t)m->max_blocks * 4, MOE_FIELD_column_index},
-                {m->column_offset, cb * 4 + 4, MOE_FIELD_column_offset},
-                {m->row_index, (uint64_t)m->max_blocks * 4, MOE_FIELD_row_index},
-                {m->position, (uint64_t)m->max_blocks * 4, MOE_FIELD_position},
-                {d->c,
-                 sdd && d->packed ? area * (d->c_dtype == MOE_FP32 ? 4 : 2)
-                                  : moei_extent(d->m, d->c_stride, d->n, d->c_dtype),
-                 MOE_FIELD_c},
-                {d->workspace, d->workspace_bytes, MOE_FIELD_workspace},
-                {d->fault, 8, MOE_FIELD_fault}};
-            return moei_disjoint(r, 12, 15);
-        }
-    }
+    return MOE_OK;
+}
+
+/* Refuses buffers that are absent, misaligned or overlap, of a descriptor whose options are checked
+   and which wants so much workspace. Where C is empty only the mask has to be there. */
+MOE_HOST moe_status moei_block_check_buffers(const moe_block_sparse_desc* d, size_t workspace)
+{
+    const int sdd = d->op == MOE_BLOCK_SDD, dsd = d->op == MOE_BLOCK_DSD,
+              dds = d->op == MOE_BLOCK_DDS;
+    const int a_rows = d->a_transposed ? d->k : d->m, a_columns = d->a_transposed ? d->m : d->k;
+    const int b_rows = d->b_transposed ? d->n : d->k, b_columns = d->b_transposed ? d->k : d->n;
+    const moe_block_mask* m = &d->mask;
+    const moei_block_widths strip = moei_block_strip_widths(d);
+    const uint64_t strips_m = (uint64_t)moe_num_blocks(d->m, strip.m) * 8;
+    const uint64_t strips_n = (uint64_t)moe_num_blocks(d->n, strip.n) * 8;
+    const uint64_t strips_k = (uint64_t)moe_num_blocks(d->k, strip.k) * 8;
+    const uint64_t rb = (uint64_t)moe_num_blocks(m->rows, m->block_rows);
+    const uint64_t cb = (uint64_t)moe_num_blocks(m->columns, m->block_columns);
+    const uint64_t entries = (uint64_t)m->max_blocks * 4;
+    const uint64_t area = (uint64_t)m->max_blocks * (uint64_t)(m->block_rows * m->block_columns);
+    const int runs = d->m > 0 && d->n > 0, written = runs ? MOEI_WRITTEN : MOEI_READ;
+    const int list = !m->bytes && !m->bits, by_column = moei_block_by_column(d);
+    /* the order that is walked, and for zeros that by rows */
+    const int by_rows = list && (!by_column || d->zero_masked) ? MOEI_REQUIRED : MOEI_READ;
+    const int by_columns = list && by_column ? MOEI_REQUIRED : MOEI_READ;
+    const moei_buffer b[] = {
+        {d->a, dsd && d->packed ? area * 2 : moei_extent(a_rows, d->a_stride, a_columns, d->dtype),
+         16, runs && d->k && !d->a_table ? MOEI_REQUIRED : MOEI_READ, MOE_FIELD_a},
+        {d->b, dds && d->packed ? area * 2 : moei_extent(b_rows, d->b_stride, b_columns, d->dtype),
+         16, runs && d->k && !d->b_table ? MOEI_REQUIRED : MOEI_READ, MOE_FIELD_b},
+        {d->a_table, sdd ? strips_m : strips_k, 8, MOEI_READ, MOE_FIELD_a_table},
+        {d->b_table, sdd ? strips_n : strips_k, 8, MOEI_READ, MOE_FIELD_b_table},
+        {d->c_table, dsd ? strips_m : strips_n, 8, MOEI_READ, MOE_FIELD_c_table},
+        {m->bytes, rb * cb, 1, MOEI_READ, MOE_FIELD_bytes},
+        {m->bits, rb * ((cb + 31) / 32) * 4, 4, MOEI_READ, MOE_FIELD_bits},
+        {m->row_offset, rb * 4 + 4, 4, by_rows, MOE_FIELD_row_offset},
+        {m->column_index, entries, 4, by_rows, MOE_FIELD_column_index},
+        {m->column_offset, cb * 4 + 4, 4, by_columns, MOE_FIELD_column_offset},
+        {m->row_index, entries, 4, by_columns, MOE_FIELD_row_index},
+        {m->position, entries, 4, d->packed ? by_columns : 0, MOE_FIELD_position},
+        {d->c,
+         sdd && d->packed ? area * (d->c_dtype == MOE_FP32 ? 4 : 2)
+                          : moei_extent(d->m, d->c_stride, d->n, d->c_dtype),
+         16, (runs && !d->c_table ? MOEI_REQUIRED : MOEI_READ) | written, MOE_FIELD_c},
+        {d->workspace, d->workspace_bytes > workspace ? d->workspace_bytes : workspace, 16,
+         (workspace ? MOEI_REQUIRED : MOEI_READ) | written, MOE_FIELD_workspace},
+        {d->fault, 8, 8, written, MOE_FIELD_fault}};
+    MOEI_TRY(moei_check_buffers(b, (int)(sizeof b / sizeof b[0])));
+    MOEI_REQUIRE(d->workspace_bytes >= workspace, MOE_ERR_WORKSPACE, workspace_bytes);
+    return MOE_OK;
+}
+
+/* Fills in the defaults and refuses what the header does not offer. */
+MOE_HOST moe_status moei_block_check(moe_block_sparse_desc* d, size_t workspace)
+{
+    MOEI_TRY(moei_block_check_options(d));
+    return moei_block_check_buffers(d, workspace);
 }
 
 MOE_HOST moei_block_matrix moei_block_operand(const void* base, const void* const* table,

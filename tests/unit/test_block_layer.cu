@@ -1551,6 +1551,17 @@ static void test_no_tokens(void)
             const int32_t none[5] = {-1, -1, -1, -1, -1};
             CHECK(tbuf_holds(&b.grad_expert, none), "grad_expert");
         }
+        b.d.grad_expert = 0;
+        CHECK_STATUS(moe_block_layer_backward(&b.d, test_now.stream),
+                     MOE_STATUS(MOE_ERR_NULL, grad_expert));
+        b.d.grad_expert = (int32_t*)b.grad_expert.p;
+        b.d.x = b.d.dy = b.d.w1.base = b.d.w2.base = 0; /* nobody reads them, nor memory */
+        b.d.w1.table = b.d.w2.table = 0;
+        b.d.y = b.d.dx = 0;
+        b.d.ids = 0;
+        b.d.weights = 0;
+        b.d.saved = b.d.workspace = (void*)16;
+        CHECK_STATUS(both(&b), MOE_OK);
         bufs_free(&b);
     }
 }
@@ -1620,6 +1631,7 @@ static void refused(const moe_block_layer_desc* d, moe_status want, int line)
     d = good;                                                                                      \
     change;                                                                                        \
     refused_by(&d, MOE_STATUS(kind, field), __LINE__, which)
+#define UP_TO(p, bytes) AT(p, -(uintptr_t)(p) % (bytes))
 #define REFUSED_FORWARD(change, kind, field) REFUSED_BY(1, change, kind, field)
 #define REFUSED_BACKWARD(change, kind, field) REFUSED_BY(2, change, kind, field)
 #define REFUSED_BOTH(change, kind, field) REFUSED_BY(3, change, kind, field)
@@ -1702,10 +1714,13 @@ static void test_refusals(void)
     REFUSED_BOTH(d.w2.base = 0, MOE_ERR_NULL, w2);
     REFUSED_FORWARD(d.y = 0, MOE_ERR_NULL, y);
     REFUSED_BACKWARD(d.dy = 0, MOE_ERR_NULL, dy);
+    REFUSED_BACKWARD(d.dy = 0; d.dx = 0, MOE_ERR_NULL, dy);
     REFUSED_BACKWARD(d.grad_expert = 0, MOE_ERR_NULL, grad_expert);
     REFUSED_BACKWARD(d.dw1 = d.dw2 = 0, MOE_ERR_CONFLICT, grad_expert);
     REFUSED_BOTH(d.saved = 0, MOE_ERR_NULL, saved);
     REFUSED_BOTH(d.workspace = 0, MOE_ERR_NULL, workspace);
+    REFUSED_BOTH(d.saved = 0; d.saved_bytes = 0, MOE_ERR_NULL, saved);
+    REFUSED_BOTH(d.workspace = 0; d.workspace_bytes = 0, MOE_ERR_NULL, workspace);
     REFUSED_BOTH(d.saved_bytes = bytes.saved - 1, MOE_ERR_WORKSPACE, saved_bytes);
     REFUSED_FORWARD(d.workspace_bytes = bytes.forward - 1, MOE_ERR_WORKSPACE, workspace_bytes);
     REFUSED_BACKWARD(d.workspace_bytes = bytes.backward - 1, MOE_ERR_WORKSPACE, workspace_bytes);
@@ -1715,6 +1730,9 @@ static void test_refusals(void)
     REFUSED_BOTH(d.weights = (const float*)AT(d.weights, 2), MOE_ERR_ALIGN, weights);
     REFUSED_BOTH(d.w1.base = AT(d.w1.base, 8), MOE_ERR_ALIGN, w1);
     REFUSED_BOTH(d.w2.base = AT(d.w2.base, 8), MOE_ERR_ALIGN, w2);
+    REFUSED_BOTH(d.w1.base = 0; d.w1.table = (const void* const*)AT(d.x, 4), MOE_ERR_ALIGN, w1);
+    REFUSED_BOTH(d.w2.base = 0; d.w2.table = (const void* const*)AT(d.x, 4), MOE_ERR_ALIGN, w2);
+    REFUSED_BACKWARD(d.dy = d.dx = AT(d.dx, 8), MOE_ERR_ALIGN, dy);
     REFUSED_BOTH(d.saved = AT(d.saved, 16), MOE_ERR_ALIGN, saved);
     REFUSED_BOTH(d.workspace = AT(d.workspace, 16), MOE_ERR_ALIGN, workspace);
     REFUSED_BOTH(d.fault = (uint64_t*)AT(d.fault, 4), MOE_ERR_ALIGN, fault);
@@ -1728,6 +1746,13 @@ static void test_refusals(void)
     REFUSED_BACKWARD(d.act_grad = AT(d.act_grad, 8), MOE_ERR_ALIGN, act_grad);
 
     REFUSED_FORWARD(d.y = (void*)d.x, MOE_ERR_OVERLAP, y);
+    REFUSED_FORWARD(d.y = (void*)d.w2.base, MOE_ERR_OVERLAP, y);
+    REFUSED_FORWARD(d.w1.base = 0; d.w1.table = (const void* const*)d.y, MOE_ERR_OVERLAP, y);
+    REFUSED_BACKWARD(d.w2.base = 0; d.w2.table = (const void* const*)d.dw2, MOE_ERR_OVERLAP, dw2);
+    REFUSED_BOTH(d.saved = UP_TO(d.x, 256), MOE_ERR_OVERLAP, saved);
+    REFUSED_BOTH(d.fault = (uint64_t*)UP_TO(d.ids, 8), MOE_ERR_OVERLAP, fault);
+    REFUSED_BOTH(d.fault = (uint64_t*)UP_TO(d.weights, 8), MOE_ERR_OVERLAP, fault);
+    REFUSED_BOTH(d.fault = (uint64_t*)d.workspace, MOE_ERR_OVERLAP, fault);
     REFUSED_BACKWARD(d.dx = (void*)d.x, MOE_ERR_OVERLAP, dx);
     REFUSED_BACKWARD(d.dx = (void*)d.dy; d.dx_stride = 32, MOE_ERR_OVERLAP, dx);
     REFUSED_BACKWARD(d.dw2 = d.dw1, MOE_ERR_OVERLAP, dw2);

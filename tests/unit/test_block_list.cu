@@ -643,6 +643,11 @@ static void test_refusals(void)
     d = t.d;
     d.block_rows = 48;
     CHECK_STATUS(moe_block_list_workspace(&d, &n), MOE_STATUS(MOE_ERR_RANGE, block_rows));
+    memset(&d, 0, sizeof d);
+    d.rows = t.d.rows, d.columns = t.d.columns;
+    d.block_rows = t.d.block_rows, d.block_columns = t.d.block_columns;
+    CHECK_STATUS(moe_block_list_workspace(&d, &n), MOE_OK); /* no address is needed */
+    CHECK(n == t.d.workspace_bytes, "%zu bytes, with addresses %zu", n, t.d.workspace_bytes);
     REFUSE(t, RANGE, rows, d.rows = -1);
     REFUSE(t, RANGE, columns, d.columns = -1);
     REFUSE(t, RANGE, columns, d.rows = d.columns = 0x7fffffff; d.block_rows = d.block_columns = 16);
@@ -674,6 +679,9 @@ static void test_refusals(void)
     REFUSE(t, NULL, row_index, d.row_index = 0);
     REFUSE(t, NULL, position, d.position = 0);
     REFUSE(t, NULL, workspace, d.workspace = 0);
+    REFUSE(t, NULL, workspace, d.workspace = 0; d.workspace_bytes = 0);
+    REFUSE(t, NULL, column_offset, d.column_offset = d.row_index = 0);
+    REFUSE(t, NULL, row_index, d.row_index = d.position = 0);
     REFUSE(t, WORKSPACE, workspace_bytes, --d.workspace_bytes);
 #define SHIFT(type, p, by) ((type*)((char*)(p) + (by)))
     REFUSE(t, ALIGN, bits, d.bytes = 0; d.bits = SHIFT(const uint32_t, t.source.p, 2));
@@ -689,6 +697,10 @@ static void test_refusals(void)
     REFUSE(t, ALIGN, fault, d.fault = SHIFT(uint64_t, d.fault, 4));
     REFUSE(t, OVERLAP, row_offset, d.row_offset = SHIFT(int32_t, d.bytes, 1600));
     REFUSE(u, OVERLAP, row_offset, d.row_offset = SHIFT(int32_t, d.ids, 796));
+    REFUSE(t, OVERLAP, row_offset, d.bits = (const uint32_t*)d.bytes; d.bytes = 0;
+           d.row_offset = SHIFT(int32_t, d.bits, 40 * 2 * 4 - 4));
+    REFUSE(u, OVERLAP, column_index, d.expert_offset = d.ids; d.ids = 0; d.top_k = 0;
+           d.column_index = SHIFT(int32_t, d.expert_offset, 40));
     REFUSE(t, OVERLAP, column_index, d.column_index = d.row_offset + 40);
     REFUSE(t, OVERLAP, column_offset, d.column_offset = d.column_index);
     REFUSE(t, OVERLAP, row_index, d.row_index = d.column_index + d.max_blocks - 1);
@@ -697,6 +709,7 @@ static void test_refusals(void)
     REFUSE(t, OVERLAP, position, d.position = d.column_index - (d.max_blocks - 1));
     REFUSE(t, OVERLAP, fault, d.fault = SHIFT(uint64_t, d.position, (d.max_blocks - 2) / 2 * 8));
     REFUSE(t, OVERLAP, workspace, d.workspace = SHIFT(void, d.position, 0));
+    REFUSE(t, OVERLAP, workspace, d.workspace = SHIFT(void, (uintptr_t)d.bytes & ~15ull, 1024));
     REFUSE(t, OVERLAP, fault, d.fault = SHIFT(uint64_t, d.workspace, 64));
 #undef SHIFT
 #undef REFUSE

@@ -404,8 +404,18 @@ static void test_block_refusals(void)
             REFUSED((d.zero_masked = 1, d.mask.block_rows = 16, d.mask.block_columns = 32,
                      d.mask.column_index = 0),
                     MOE_ERR_NULL, column_index);
+        if (sdd)
+            REFUSED((d.zero_masked = 1, d.mask.block_rows = 16, d.mask.block_columns = 32,
+                     d.mask.row_offset = 0),
+                    MOE_ERR_NULL, row_offset);
         if (needed) {
             REFUSED(d.workspace = 0, MOE_ERR_NULL, workspace);
+            REFUSED((d.workspace = 0, d.workspace_bytes = 0), MOE_ERR_NULL, workspace);
+            REFUSED(d.workspace = DOWN_TO(d.mask.row_offset, 16), MOE_ERR_OVERLAP, workspace);
+            REFUSED(d.fault = (uint64_t*)d.workspace, MOE_ERR_OVERLAP, fault);
+            if (!sdd)
+                REFUSED((d.c = 0, d.c_table = (void* const*)d.workspace), MOE_ERR_OVERLAP,
+                        workspace);
             REFUSED(d.workspace = AT(d.workspace, 8), MOE_ERR_ALIGN, workspace);
             REFUSED(d.workspace_bytes = needed - 1, MOE_ERR_WORKSPACE, workspace_bytes);
             REFUSED(d.workspace = (void*)d.a, MOE_ERR_OVERLAP, workspace);
@@ -459,7 +469,10 @@ static void test_block_refusals(void)
                 MOE_ERR_OVERLAP, c);
         if (!dsd)
             REFUSED((d.a = 0, d.a_table = (const void* const*)AT(d.c, 64)), MOE_ERR_OVERLAP, c);
+        if (sdd || dsd)
+            REFUSED((d.b = 0, d.b_table = (const void* const*)AT(d.c, 64)), MOE_ERR_OVERLAP, c);
         if (!sdd) REFUSED((d.c = 0, d.c_table = (void* const*)d.fault), MOE_ERR_OVERLAP, fault);
+        REFUSED(d.fault = (uint64_t*)DOWN_TO(d.mask.row_offset, 8), MOE_ERR_OVERLAP, fault);
         REFUSED(d.fault = (uint64_t*)d.a, MOE_ERR_OVERLAP, fault);
         REFUSED(d.fault = (uint64_t*)d.c, MOE_ERR_OVERLAP, fault);
         REFUSED(d.fault = (uint64_t*)DOWN_TO(AT(d.c, 96 * 64 * 2 - 1), 8), MOE_ERR_OVERLAP, fault);
@@ -469,9 +482,48 @@ static void test_block_refusals(void)
         CHECK_FAULT(&p.fault, MOE_FAULT_NONE, 0);
         CHECK_STATUS(moe_block_sparse(&good, test_now.stream), MOE_OK);
         tproduct_compare(&p);
+        d = good; /* the query needs no address */
+        d.a = d.b = 0;
+        d.c = d.workspace = 0;
+        d.mask.row_offset = d.mask.column_index = d.mask.column_offset = d.mask.row_index = 0;
+        d.mask.position = 0;
+        CHECK_STATUS(moe_block_sparse_workspace(&d, &bytes), MOE_OK);
+        CHECK(bytes == needed, "%zu bytes, with addresses %zu", bytes, needed);
         CHECK_STATUS(moe_block_sparse_tune(&good, test_now.stream, 0),
                      MOE_STATUS(MOE_ERR_NULL, desc));
         tbuf_free(&table);
+        tproduct_free(&p);
+    }
+}
+
+/* Where C is empty nothing is read or written, and only the mask must be there; without k, C too.
+   All addresses must be aligned. */
+static void test_block_empty(void)
+{
+    trand r = trand_new(8);
+    for (int i = 0; i < 3 * 3; ++i) {
+        const int zero = i / 3; /* which of m, n, k is 0 */
+        tproduct_want w = tproduct_normal(MOE_BLOCK_SDD + i % 3, zero == 0 ? 0 : 40,
+                                          zero == 1 ? 0 : 56, zero == 2 ? 0 : 72);
+        tproduct p;
+        moe_block_sparse_desc good, d;
+        w.form = TFORM_LIST;
+        tproduct_new(&p, &w, &r);
+        good = p.d;
+        good.a = good.b = 0;
+        if (zero < 2) good.c = good.workspace = 0;
+        CHECK_STATUS(moe_block_sparse(&good, test_now.stream), MOE_OK);
+        if (zero == 2) {
+            REFUSED(d.c = 0, MOE_ERR_NULL, c);
+            REFUSED(d.fault = (uint64_t*)d.c, MOE_ERR_OVERLAP, fault);
+        } else {
+            d = good;
+            d.a = d.c = (void*)d.fault;
+            CHECK_STATUS(moe_block_sparse(&d, test_now.stream), MOE_OK);
+        }
+        REFUSED(d.a = (void*)8, MOE_ERR_ALIGN, a);
+        if (tproduct_by_column(&w)) REFUSED(d.mask.column_offset = 0, MOE_ERR_NULL, column_offset);
+        else REFUSED(d.mask.row_offset = 0, MOE_ERR_NULL, row_offset);
         tproduct_free(&p);
     }
 }
@@ -540,6 +592,7 @@ int main(int argc, char** argv)
     RUN(test_block_bad_c_table);
     RUN(test_block_stopped);
     RUN(test_block_refusals);
+    RUN(test_block_empty);
     RUN(test_block_mask_sizes);
     RUN(test_block_packed_nothing);
     return test_end();
