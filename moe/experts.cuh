@@ -34,6 +34,7 @@
 #ifndef MOE_EXPERTS_CUH
 #define MOE_EXPERTS_CUH
 
+#include "base/check.h"
 #include "gemm/grouped.cuh"
 
 typedef struct moe_experts_desc {
@@ -164,41 +165,61 @@ MOE_HOST moe_status moei_experts_rename(moe_status s, int is_up)
     return s;
 }
 
+/* Refuses sizes and options that the header does not offer; fills in both products, with their
+   defaults. */
+MOE_HOST moe_status moei_experts_check_options(const moe_experts_desc* d, moe_grouped_gemm_desc* up,
+                                               moe_grouped_gemm_desc* down)
+{
+    MOEI_TRY(moei_experts_gemms(d, up, down));
+    MOEI_TRY(moei_experts_rename(moei_gemm_check_options(up), 1));
+    return moei_experts_rename(moei_gemm_check_options(down), 0);
+}
+
+/* Refuses buffers that are absent, misaligned or overlap, of both products together: what one reads
+   the other may write. Options have been checked. */
+MOE_HOST moe_status moei_experts_check_buffers(const moe_grouped_gemm_desc* up,
+                                               const moe_grouped_gemm_desc* down)
+{
+    const int64_t E = up->num_experts, R = up->num_rows, H = up->k, I = up->n;
+    const int separate = up->gate_up == MOE_GATE_UP_SEPARATE;
+    const int64_t all_I = up->gate_up ? 2 * I : I; /* of gate and up */
+    const uint64_t w1 = moei_weight_extent(&up->b, E, separate ? I : all_I, H);
+    const uint64_t table = (uint64_t)E * 8;
+    const moei_buffer b[] = {
+        {up->a, moei_extent(up->a_rows, up->a_stride, H, up->dtype), 16, MOEI_REQUIRED,
+         MOE_FIELD_x},
+        {up->b.base, w1, 16, up->b.table ? MOEI_READ : MOEI_REQUIRED, MOE_FIELD_w1},
+        {up->b.up, w1, 16, separate && !up->b.up_table ? MOEI_REQUIRED : MOEI_READ, MOE_FIELD_w1},
+        {up->b.table, table, 8, MOEI_READ, MOE_FIELD_w1},
+        {up->b.up_table, table, 8, MOEI_READ, MOE_FIELD_w1},
+        {down->b.base, moei_weight_extent(&down->b, E, H, I), 16,
+         down->b.table ? MOEI_READ : MOEI_REQUIRED, MOE_FIELD_w2},
+        {down->b.table, table, 8, MOEI_READ, MOE_FIELD_w2},
+        {up->bias, (uint64_t)(E * all_I) * 2, 2, MOEI_READ, MOE_FIELD_bias1},
+        {down->bias, (uint64_t)(E * H) * 2, 2, MOEI_READ, MOE_FIELD_bias2},
+        {up->row_index, (uint64_t)R * 4, 4, MOEI_READ, MOE_FIELD_row_slot},
+        {down->c_table, table, 8, MOEI_READ, MOE_FIELD_rows},
+        {up->c, moei_extent(R, up->c_stride, I, up->dtype), 16, MOEI_REQUIRED | MOEI_WRITTEN,
+         MOE_FIELD_act},
+        {down->c, moei_extent(R, down->c_stride, H, down->c_dtype), 16,
+         down->c_table ? MOEI_WRITTEN : MOEI_REQUIRED | MOEI_WRITTEN, MOE_FIELD_rows},
+        {up->expert_offset, (uint64_t)E * 4 + 4, 4, E > 1 ? MOEI_REQUIRED : MOEI_READ,
+         MOE_FIELD_expert_offset},
+        {up->fault, 8, 8, MOEI_WRITTEN, MOE_FIELD_fault}};
+    const int count = (int)(sizeof b / sizeof b[0]);
+    if (R == 0) return moei_check_buffers(b + count - 2, 2); /* offsets and fault word alone */
+    return moei_check_buffers(b, count);
+}
+
 /* Checks the whole descriptor without queueing anything; fills in both products. */
 MOE_HOST moe_status moei_experts_check(const moe_experts_desc* d, moe_grouped_gemm_desc* up,
                                        moe_grouped_gemm_desc* down)
 {
     moe_gemm_plan p;
-    MOEI_TRY(moei_experts_gemms(d, up, down));
-    MOEI_TRY(moei_experts_rename(moei_gemm_check(up), 1));
+    MOEI_TRY(moei_experts_check_options(d, up, down));
     MOEI_TRY(moei_experts_rename(moei_gemm_plan(up, &p), 1));
-    MOEI_TRY(moei_experts_rename(moei_gemm_check(down), 0));
     MOEI_TRY(moei_experts_rename(moei_gemm_plan(down, &p), 0));
-    if (up->num_rows == 0) return MOE_OK;
-    { /* each product has been checked for itself; here what one reads and the other writes */
-        const int64_t E = up->num_experts, R = up->num_rows, H = up->k, I = up->n;
-        const uint64_t w1 =
-            moei_weight_extent(&up->b, E, I * moei_experts_up_rows(d->activation, d->gate_up), H);
-        const uint64_t bias1 = (uint64_t)(E * I) * 2 *
-                               (uint64_t)moei_experts_up_rows(d->activation, 0);
-        const moei_range r[] = {
-            {d->x, moei_extent(up->a_rows, up->a_stride, H, up->dtype), MOE_FIELD_x},
-            {d->w1.base, w1, MOE_FIELD_w1},
-            {d->w1.up, w1, MOE_FIELD_w1},
-            {d->w1.table, (uint64_t)E * 8, MOE_FIELD_w1},
-            {d->w1.up_table, (uint64_t)E * 8, MOE_FIELD_w1},
-            {d->w2.base, moei_weight_extent(&down->b, E, H, I), MOE_FIELD_w2},
-            {d->w2.table, (uint64_t)E * 8, MOE_FIELD_w2},
-            {d->bias1, bias1, MOE_FIELD_bias1},
-            {d->bias2, (uint64_t)(E * H) * 2, MOE_FIELD_bias2},
-            {d->expert_offset, (uint64_t)E * 4 + 4, MOE_FIELD_expert_offset},
-            {d->row_slot, (uint64_t)R * 4, MOE_FIELD_row_slot},
-            {d->table, (uint64_t)E * 8, MOE_FIELD_table},
-            {d->act, moei_extent(R, up->c_stride, I, up->dtype), MOE_FIELD_act},
-            {d->rows, moei_extent(R, down->c_stride, H, down->c_dtype), MOE_FIELD_rows},
-            {d->fault, 8, MOE_FIELD_fault}};
-        return moei_disjoint(r, 12, 15);
-    }
+    return moei_experts_check_buffers(up, down);
 }
 
 /* Queues the up product alone: x -> act. */

@@ -42,6 +42,7 @@
 #ifndef MOE_LAYER_CUH
 #define MOE_LAYER_CUH
 
+#include "base/check.h"
 #include "combine.cuh"
 #include "experts.cuh"
 #include "gate.cuh"
@@ -65,6 +66,30 @@ MOE_HOST int moei_all_zero(const void* p, size_t bytes)
     for (size_t i = 0; i < bytes; ++i)
         if (((const unsigned char*)p)[i]) return 0;
     return 1;
+}
+
+/* Refuses sizes that the workspace depends on. */
+MOE_HOST moe_status moei_layer_check_sizes(const moe_layer_desc* d)
+{
+    MOEI_REQUIRE(d->num_tokens >= 0, MOE_ERR_RANGE, num_tokens);
+    MOEI_REQUIRE(d->num_experts >= 1 && d->num_experts <= MOE_MAX_EXPERTS, MOE_ERR_RANGE,
+                 num_experts);
+    MOEI_REQUIRE(d->top_k >= 1 && d->top_k <= MOE_COMBINE_MAX_TOP_K, MOE_ERR_RANGE, top_k);
+    MOEI_REQUIRE(d->ids || d->top_k <= d->num_experts, MOE_ERR_RANGE, top_k);
+    MOEI_REQUIRE(d->hidden >= 1, MOE_ERR_RANGE, hidden);
+    MOEI_REQUIRE(d->hidden % 8 == 0, MOE_ERR_MULTIPLE, hidden);
+    MOEI_REQUIRE(d->intermediate >= 1, MOE_ERR_RANGE, intermediate);
+    MOEI_REQUIRE(d->intermediate % 8 == 0, MOE_ERR_MULTIPLE, intermediate);
+    MOEI_REQUIRE(d->rows_dtype == 0 || d->rows_dtype == MOE_FP32 ||
+                     d->rows_dtype == (d->dtype ? d->dtype : MOE_BF16),
+                 MOE_ERR_DTYPE, rows_dtype);
+    MOEI_REQUIRE(d->shared.intermediate >= 0, MOE_ERR_RANGE, shared);
+    MOEI_REQUIRE(d->shared.intermediate % 8 == 0, MOE_ERR_MULTIPLE, shared);
+    MOEI_REQUIRE(d->shared.intermediate || moei_all_zero(&d->shared, sizeof d->shared),
+                 MOE_ERR_CONFLICT, shared);
+    MOEI_REQUIRE((uint64_t)d->num_tokens * (uint64_t)d->top_k <= 0x7fffffffu, MOE_ERR_RANGE,
+                 num_tokens);
+    return MOE_OK;
 }
 
 /* Gate and route with their options and sizes, all that their workspaces depend on. */
@@ -103,36 +128,24 @@ MOE_HOST moe_status moei_layer_carve(const moe_layer_desc* d, moe_gate_desc* gat
 {
     char* base = (char*)d->workspace;
     const uint64_t row_bytes = d->rows_dtype == MOE_FP32 ? 4 : 2;
-    uint64_t T, K, E, P, R, slots;
-    int32_t counted; /* stands for the gate's counts, as long as nobody reads them */
+    uint64_t T, K, E, P, R, slots, counts;
+    int gate_counts; /* the gate leaves its chunk counts for route */
     *bytes = 0;
-    MOEI_REQUIRE(d->num_tokens >= 0, MOE_ERR_RANGE, num_tokens);
-    MOEI_REQUIRE(d->num_experts >= 1 && d->num_experts <= MOE_MAX_EXPERTS, MOE_ERR_RANGE,
-                 num_experts);
-    MOEI_REQUIRE(d->top_k >= 1 && d->top_k <= MOE_COMBINE_MAX_TOP_K, MOE_ERR_RANGE, top_k);
-    MOEI_REQUIRE(d->ids || d->top_k <= d->num_experts, MOE_ERR_RANGE, top_k);
-    MOEI_REQUIRE(d->hidden >= 1, MOE_ERR_RANGE, hidden);
-    MOEI_REQUIRE(d->hidden % 8 == 0, MOE_ERR_MULTIPLE, hidden);
-    MOEI_REQUIRE(d->intermediate >= 1, MOE_ERR_RANGE, intermediate);
-    MOEI_REQUIRE(d->intermediate % 8 == 0, MOE_ERR_MULTIPLE, intermediate);
-    MOEI_REQUIRE(d->rows_dtype == 0 || d->rows_dtype == MOE_FP32 ||
-                     d->rows_dtype == (d->dtype ? d->dtype : MOE_BF16),
-                 MOE_ERR_DTYPE, rows_dtype);
-    MOEI_REQUIRE(d->shared.intermediate >= 0, MOE_ERR_RANGE, shared);
-    MOEI_REQUIRE(d->shared.intermediate % 8 == 0, MOE_ERR_MULTIPLE, shared);
-    MOEI_REQUIRE(d->shared.intermediate || moei_all_zero(&d->shared, sizeof d->shared),
-                 MOE_ERR_CONFLICT, shared);
-    MOEI_REQUIRE((uint64_t)d->num_tokens * (uint64_t)d->top_k <= 0x7fffffffu, MOE_ERR_RANGE,
-                 num_tokens);
+    MOEI_TRY(moei_layer_check_sizes(d));
     MOEI_TRY(moei_layer_options(d, gate, route));
+    gate_counts = !d->ids && !route->replica_offset;
     memset(v, 0, sizeof *v);
-    if (!d->ids && !route->replica_offset) route->chunk_count = &counted;
     MOEI_TRY(moe_gate_workspace(gate, &gate->workspace_bytes));
     MOEI_TRY(moe_route_workspace(route, &route->workspace_bytes));
     MOEI_TRY(moe_route_max_rows(route, &v->num_rows));
     v->num_physical = route->num_replicas ? route->num_replicas : d->num_experts;
     T = (uint64_t)d->num_tokens, K = (uint64_t)d->top_k, E = (uint64_t)d->num_experts;
     P = (uint64_t)v->num_physical, R = (uint64_t)v->num_rows, slots = T * K;
+    counts = E * (uint64_t)moe_num_chunks(d->num_tokens) * 4;
+    if (gate_counts) { /* route's own would come first in its workspace, up to a multiple of 16 */
+        const size_t own = (size_t)(counts + 15) / 16 * 16;
+        route->workspace_bytes = route->workspace_bytes > own ? route->workspace_bytes - own : 0;
+    }
 
     v->logits = (float*)d->logits;
     v->ids = (int32_t*)d->ids;
@@ -142,9 +155,7 @@ MOE_HOST moe_status moei_layer_carve(const moe_layer_desc* d, moe_gate_desc* gat
         v->ids = (int32_t*)moei_carve(base, bytes, slots * 4);
         v->weights = (float*)moei_carve(base, bytes, slots * 4);
     }
-    if (route->chunk_count)
-        v->chunk_count =
-            (int32_t*)moei_carve(base, bytes, E * (uint64_t)moe_num_chunks((int64_t)T) * 4);
+    if (gate_counts) v->chunk_count = (int32_t*)moei_carve(base, bytes, counts);
     if (gate->workspace_bytes)
         v->gate_workspace = moei_carve(base, bytes, gate->workspace_bytes);
     if (route->workspace_bytes)
@@ -214,6 +225,35 @@ MOE_HOST moe_status moei_layer_rename_shared(moe_status s)
     return s;
 }
 
+/* Refuses options that the header does not offer, the stations' among them. Route's have been
+   checked with its workspace. */
+MOE_HOST moe_status moei_layer_check_options(const moe_layer_desc* d, const moei_layer* l)
+{
+    const int64_t T = d->num_tokens, H = d->hidden;
+    moe_router_desc router = l->router;
+    moe_gate_desc gate = l->gate;
+    moe_grouped_gemm_desc up, down;
+    MOEI_REQUIRE(l->experts.dtype == MOE_BF16 || l->experts.dtype == MOE_FP16, MOE_ERR_DTYPE,
+                 dtype);
+    MOEI_REQUIRE(d->router_dtype == 0 || moe_dtype_bytes(d->router_dtype), MOE_ERR_DTYPE,
+                 router_dtype);
+    if (d->ids) {
+        MOEI_REQUIRE(!d->logits, MOE_ERR_CONFLICT, logits);
+        MOEI_REQUIRE(!d->router, MOE_ERR_CONFLICT, router);
+    } else {
+        MOEI_REQUIRE(!d->weights, MOE_ERR_CONFLICT, weights);
+        MOEI_REQUIRE(!(d->logits && d->router), MOE_ERR_CONFLICT, router);
+    }
+    MOEI_REQUIRE(!d->y_stride || moei_stride_fits(d->y_stride, H, T), MOE_ERR_STRIDE, y_stride);
+    MOEI_REQUIRE(!d->residual_stride || moei_stride_fits(d->residual_stride, H, T), MOE_ERR_STRIDE,
+                 residual_stride);
+    if (l->has_router) MOEI_TRY(moei_router_check_options(&router));
+    if (l->has_gate) MOEI_TRY(moei_gate_check_options(&gate));
+    MOEI_TRY(moei_experts_check_options(&l->experts, &up, &down));
+    if (!l->has_shared) return MOE_OK;
+    return moei_layer_rename_shared(moei_experts_check_options(&l->shared, &up, &down));
+}
+
 /* Every station's own check. */
 MOE_HOST moe_status moei_layer_check_stations(const moei_layer* l)
 {
@@ -222,8 +262,8 @@ MOE_HOST moe_status moei_layer_check_stations(const moei_layer* l)
     moe_route_desc route = l->route;
     moe_combine_desc combine = l->combine;
     moe_grouped_gemm_desc g, up, down;
-    int gemm;
-    if (l->has_router) MOEI_TRY(moei_router_check(&router, &g, &gemm));
+    int path;
+    if (l->has_router) MOEI_TRY(moei_router_check(&router, &g, &path));
     if (l->has_gate) MOEI_TRY(moei_gate_check(&gate));
     MOEI_TRY(moei_route_check(&route));
     MOEI_TRY(moei_experts_check(&l->experts, &up, &down));
@@ -232,66 +272,83 @@ MOE_HOST moe_status moei_layer_check_stations(const moei_layer* l)
     return moei_combine_check(&combine);
 }
 
-/* What is written lies on nothing else; but y may be x or the residual. */
-MOE_HOST moe_status moei_layer_check_overlap(const moe_layer_desc* d, const moe_layer_view* v,
+/* Refuses the caller's buffers that are absent, misaligned or overlap; but y may be x or the
+   residual. Options have been checked. */
+MOE_HOST moe_status moei_layer_check_buffers(const moe_layer_desc* d, const moe_layer_view* v,
                                              size_t workspace)
 {
     const moe_layer_shared* s = &d->shared;
     const int64_t T = d->num_tokens, H = d->hidden, I = d->intermediate, E = d->num_experts;
     const int64_t P = v->num_physical, Is = s->intermediate;
     const int dtype = d->dtype ? d->dtype : MOE_BF16;
+    const int router_dtype = d->router_dtype ? d->router_dtype : dtype;
     const int64_t x_stride = d->x_stride ? d->x_stride : H,
                   y_stride = d->y_stride ? d->y_stride : H;
     const int64_t residual_stride = d->residual_stride ? d->residual_stride : H;
     const uint64_t slots = (uint64_t)T * (uint64_t)d->top_k, rows = (uint64_t)v->num_rows;
-    const int64_t up_rows = moei_experts_up_rows(d->activation, 0);
-    const int64_t shared_rows = moei_experts_up_rows(s->activation, 0);
-    const uint64_t w1 =
-        moei_weight_extent(&d->w1, P, I * moei_experts_up_rows(d->activation, d->gate_up), H);
-    const uint64_t shared_w1 =
-        moei_weight_extent(&s->w1, 1, Is * moei_experts_up_rows(s->activation, s->gate_up), H);
-    const moei_range r[] = {
-        {d->router, moei_extent(E, H, H, d->router_dtype ? d->router_dtype : dtype),
-         MOE_FIELD_router},
-        {d->logits, (uint64_t)T * (uint64_t)E * 4, MOE_FIELD_logits},
-        {d->ids, slots * 4, MOE_FIELD_ids},
-        {d->weights, slots * 4, MOE_FIELD_weights},
-        {d->w1.base, w1, MOE_FIELD_w1},
-        {d->w1.up, w1, MOE_FIELD_w1},
-        {d->w1.table, (uint64_t)P * 8, MOE_FIELD_w1},
-        {d->w1.up_table, (uint64_t)P * 8, MOE_FIELD_w1},
-        {d->w2.base, moei_weight_extent(&d->w2, P, H, I), MOE_FIELD_w2},
-        {d->w2.table, (uint64_t)P * 8, MOE_FIELD_w2},
-        {d->bias1, (uint64_t)(P * up_rows * I) * 2, MOE_FIELD_bias1},
-        {d->bias2, (uint64_t)(P * H) * 2, MOE_FIELD_bias2},
-        {s->w1.base, shared_w1, MOE_FIELD_shared},
-        {s->w1.up, shared_w1, MOE_FIELD_shared},
-        {s->w1.table, 8, MOE_FIELD_shared},
-        {s->w1.up_table, 8, MOE_FIELD_shared},
-        {s->w2.base, moei_weight_extent(&s->w2, 1, H, Is), MOE_FIELD_shared},
-        {s->w2.table, 8, MOE_FIELD_shared},
-        {s->bias1, (uint64_t)(shared_rows * Is) * 2, MOE_FIELD_shared},
-        {s->bias2, (uint64_t)H * 2, MOE_FIELD_shared},
-        {s->weight, (uint64_t)T * 4, MOE_FIELD_shared_weight},
-        {d->gate.expert_bias, (uint64_t)E * 4, MOE_FIELD_expert_bias},
-        {d->gate.expert_off, (uint64_t)E, MOE_FIELD_expert_off},
-        {d->gate.token_off, (uint64_t)T, MOE_FIELD_token_off},
-        {d->gate.seed_offset, 8, MOE_FIELD_seed_offset},
-        {d->route.replica_offset, (uint64_t)E * 4 + 4, MOE_FIELD_replica_offset},
-        {d->route.replica_expert, (uint64_t)P * 4, MOE_FIELD_replica_expert},
-        {d->residual == d->y && residual_stride == y_stride ? 0 : d->residual,
-         moei_extent(T, residual_stride, H, dtype), MOE_FIELD_residual},
-        {d->x == d->y && x_stride == y_stride ? 0 : d->x, moei_extent(T, x_stride, H, dtype),
-         MOE_FIELD_x},
-        {d->y, moei_extent(T, y_stride, H, dtype), MOE_FIELD_y},
-        {d->workspace, workspace, MOE_FIELD_workspace},
-        {d->fault, 8, MOE_FIELD_fault},
-        {d->gate.expert_count, (uint64_t)E * 4, MOE_FIELD_expert_count},
-        {d->gate.prob_sum, (uint64_t)E * 4, MOE_FIELD_prob_sum},
-        {d->route.drop_count, (uint64_t)P * 4, MOE_FIELD_drop_count},
-        {d->route.slot_row, slots * 4, MOE_FIELD_slot_row},
-        {d->route.row_weight, rows * 4, MOE_FIELD_row_weight}};
-    return T > 0 ? moei_disjoint(r, 29, (int)(sizeof r / sizeof r[0])) : MOE_OK;
+    const uint64_t table = (uint64_t)P * 8;
+    const int64_t matrices = moei_experts_up_rows(d->activation, 0); /* gate and up, or one */
+    const int64_t s_matrices = moei_experts_up_rows(s->activation, 0);
+    const int64_t together = moei_experts_up_rows(d->activation, d->gate_up); /* of them in base */
+    const int64_t s_together = moei_experts_up_rows(s->activation, s->gate_up);
+    const uint64_t w1 = moei_weight_extent(&d->w1, P, I * together, H);
+    const uint64_t s_w1 = moei_weight_extent(&s->w1, 1, Is * s_together, H);
+    const int x_is_y = d->x == d->y && x_stride == y_stride;
+    const int residual_is_y = d->residual == d->y && residual_stride == y_stride;
+    const moei_buffer always[] = {
+        /* without tokens, too; of a workspace too small what there is */
+        {d->workspace,
+         d->workspace && d->workspace_bytes < workspace ? d->workspace_bytes : workspace, 256,
+         MOEI_REQUIRED | MOEI_WRITTEN, MOE_FIELD_workspace},
+        {d->fault, 8, 8, MOEI_WRITTEN, MOE_FIELD_fault}};
+    const moei_buffer b[] = {
+        {d->router, moei_extent(E, H, H, router_dtype), (uint32_t)moe_dtype_bytes(router_dtype),
+         d->ids || d->logits ? MOEI_READ : MOEI_REQUIRED, MOE_FIELD_router},
+        {d->logits, (uint64_t)T * (uint64_t)E * 4, 4, MOEI_READ, MOE_FIELD_logits},
+        {d->ids, slots * 4, 4, MOEI_READ, MOE_FIELD_ids},
+        {d->weights, slots * 4, 4, d->ids ? MOEI_REQUIRED : MOEI_READ, MOE_FIELD_weights},
+        {d->w1.base, w1, 16, d->w1.table ? MOEI_READ : MOEI_REQUIRED, MOE_FIELD_w1},
+        {d->w1.up, w1, 16, together < matrices && !d->w1.up_table ? MOEI_REQUIRED : MOEI_READ,
+         MOE_FIELD_w1},
+        {d->w1.table, table, 8, MOEI_READ, MOE_FIELD_w1},
+        {d->w1.up_table, table, 8, MOEI_READ, MOE_FIELD_w1},
+        {d->w2.base, moei_weight_extent(&d->w2, P, H, I), 16,
+         d->w2.table ? MOEI_READ : MOEI_REQUIRED, MOE_FIELD_w2},
+        {d->w2.table, table, 8, MOEI_READ, MOE_FIELD_w2},
+        {d->bias1, (uint64_t)(P * matrices * I) * 2, 2, MOEI_READ, MOE_FIELD_bias1},
+        {d->bias2, (uint64_t)(P * H) * 2, 2, MOEI_READ, MOE_FIELD_bias2},
+        {s->w1.base, s_w1, 16, s->w1.table ? MOEI_READ : MOEI_REQUIRED, MOE_FIELD_shared},
+        {s->w1.up, s_w1, 16, s_together < s_matrices && !s->w1.up_table ? MOEI_REQUIRED : MOEI_READ,
+         MOE_FIELD_shared},
+        {s->w1.table, 8, 8, MOEI_READ, MOE_FIELD_shared},
+        {s->w1.up_table, 8, 8, MOEI_READ, MOE_FIELD_shared},
+        {s->w2.base, moei_weight_extent(&s->w2, 1, H, Is), 16,
+         s->w2.table ? MOEI_READ : MOEI_REQUIRED, MOE_FIELD_shared},
+        {s->w2.table, 8, 8, MOEI_READ, MOE_FIELD_shared},
+        {s->bias1, (uint64_t)(s_matrices * Is) * 2, 2, MOEI_READ, MOE_FIELD_shared},
+        {s->bias2, (uint64_t)H * 2, 2, MOEI_READ, MOE_FIELD_shared},
+        {s->weight, (uint64_t)T * 4, 4, MOEI_READ, MOE_FIELD_shared_weight},
+        {d->gate.expert_bias, (uint64_t)E * 4, 4, MOEI_READ, MOE_FIELD_expert_bias},
+        {d->gate.expert_off, (uint64_t)E, 1, MOEI_READ, MOE_FIELD_expert_off},
+        {d->gate.token_off, (uint64_t)T, 1, MOEI_READ, MOE_FIELD_token_off},
+        {d->gate.seed_offset, 8, 8, MOEI_READ, MOE_FIELD_seed_offset},
+        {d->route.replica_offset, (uint64_t)E * 4 + 4, 4, MOEI_READ, MOE_FIELD_replica_offset},
+        {d->route.replica_expert, (uint64_t)P * 4, 4, MOEI_READ, MOE_FIELD_replica_expert},
+        {d->residual, residual_is_y ? 0 : moei_extent(T, residual_stride, H, dtype), 2, MOEI_READ,
+         MOE_FIELD_residual},
+        {d->x, x_is_y ? 0 : moei_extent(T, x_stride, H, dtype), 16, MOEI_REQUIRED, MOE_FIELD_x},
+        {d->y, moei_extent(T, y_stride, H, dtype), 2, MOEI_REQUIRED | MOEI_WRITTEN, MOE_FIELD_y},
+        always[0],
+        always[1],
+        {d->gate.expert_count, (uint64_t)E * 4, 4, MOEI_WRITTEN, MOE_FIELD_expert_count},
+        {d->gate.prob_sum, (uint64_t)E * 4, 4, MOEI_WRITTEN, MOE_FIELD_prob_sum},
+        {d->route.drop_count, (uint64_t)P * 4, 4, MOEI_WRITTEN, MOE_FIELD_drop_count},
+        {d->route.slot_row, slots * 4, 4, MOEI_WRITTEN, MOE_FIELD_slot_row},
+        {d->route.row_weight, rows * 4, 4, MOEI_WRITTEN, MOE_FIELD_row_weight}};
+    if (T == 0) MOEI_TRY(moei_check_buffers(always, 2));
+    else MOEI_TRY(moei_check_buffers(b, (int)(sizeof b / sizeof b[0])));
+    MOEI_REQUIRE(d->workspace_bytes >= workspace, MOE_ERR_WORKSPACE, workspace_bytes);
+    return MOE_OK;
 }
 
 /* Checks everything and fills in the stations' descriptors. */
@@ -302,23 +359,9 @@ MOE_HOST moe_status moei_layer_prepare(const moe_layer_desc* d, moei_layer* l)
     const int dtype = d->dtype ? d->dtype : MOE_BF16;
     memset(l, 0, sizeof *l);
     MOEI_TRY(moei_layer_carve(d, &l->gate, &l->route, &v, &bytes));
-    MOEI_REQUIRE(dtype == MOE_BF16 || dtype == MOE_FP16, MOE_ERR_DTYPE, dtype);
-    MOEI_REQUIRE(d->router_dtype == 0 || moe_dtype_bytes(d->router_dtype), MOE_ERR_DTYPE,
-                 router_dtype);
-    MOEI_REQUIRE(d->workspace, MOE_ERR_NULL, workspace);
-    MOEI_REQUIRE(moei_aligned(d->workspace, 256), MOE_ERR_ALIGN, workspace);
-    MOEI_REQUIRE(d->workspace_bytes >= bytes, MOE_ERR_WORKSPACE, workspace_bytes);
     l->has_gate = !d->ids;
     l->has_router = !d->ids && !d->logits;
     l->has_shared = d->shared.intermediate > 0;
-    if (d->ids) {
-        MOEI_REQUIRE(!d->logits, MOE_ERR_CONFLICT, logits);
-        MOEI_REQUIRE(!d->router, MOE_ERR_CONFLICT, router);
-        MOEI_REQUIRE(d->weights || d->num_tokens == 0, MOE_ERR_NULL, weights);
-    } else {
-        MOEI_REQUIRE(!d->weights, MOE_ERR_CONFLICT, weights);
-        MOEI_REQUIRE(!(d->logits && d->router), MOE_ERR_CONFLICT, router);
-    }
 
     l->router.x = d->x;
     l->router.router = d->router;
@@ -393,12 +436,9 @@ MOE_HOST moe_status moei_layer_prepare(const moe_layer_desc* d, moei_layer* l)
     l->combine.hidden = d->hidden;
     l->combine.top_k = d->top_k;
     l->combine.num_rows = v.num_rows;
-    {
-        const moe_status s = moei_layer_check_stations(l);
-        if (s != MOE_OK && moe_status_kind(s) != MOE_ERR_OVERLAP) return s;
-        MOEI_TRY(moei_layer_check_overlap(d, &v, bytes)); /* in the caller's own fields, first */
-        return s;
-    }
+    MOEI_TRY(moei_layer_check_options(d, l));
+    MOEI_TRY(moei_layer_check_buffers(d, &v, bytes)); /* the caller's own fields come first */
+    return moei_layer_check_stations(l);
 }
 
 MOE_HOST moe_status moei_layer_queue(const moei_layer* l, int stage, cudaStream_t stream)

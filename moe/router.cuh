@@ -25,6 +25,7 @@
 #ifndef MOE_ROUTER_CUH
 #define MOE_ROUTER_CUH
 
+#include "base/check.h"
 #include "gemm/grouped.cuh"
 #include "router/large.cuh"
 #include "router/ragged.cuh"
@@ -246,9 +247,8 @@ MOE_HOST void moei_router_gemm_desc(const moe_router_desc* d, moe_grouped_gemm_d
     g->dtype = d->x_dtype;
 }
 
-/* Fills in the defaults, refuses what is wrong, and says in *path how the product will be made;
-   *g is the descriptor of the GEMM, ragged or not, if that is the way. */
-MOE_HOST moe_status moei_router_check(moe_router_desc* d, moe_grouped_gemm_desc* g, int* path)
+/* Refuses sizes, dtypes and strides that the header does not offer, and fills in the defaults. */
+MOE_HOST moe_status moei_router_check_options(moe_router_desc* d)
 {
     MOEI_REQUIRE(d->num_tokens >= 0, MOE_ERR_RANGE, num_tokens);
     MOEI_REQUIRE(d->hidden >= 1 && d->hidden <= 1 << 28, MOE_ERR_RANGE, hidden);
@@ -265,26 +265,35 @@ MOE_HOST moe_status moei_router_check(moe_router_desc* d, moe_grouped_gemm_desc*
     if (d->logits_stride == 0) d->logits_stride = d->num_experts;
     MOEI_REQUIRE(moei_stride_fits(d->logits_stride, d->num_experts, d->num_tokens), MOE_ERR_STRIDE,
                  logits_stride);
-    MOEI_REQUIRE(moei_aligned(d->fault, 8), MOE_ERR_ALIGN, fault);
+    return MOE_OK;
+}
+
+/* Refuses buffers that are absent, misaligned or overlap; options have been checked. */
+MOE_HOST moe_status moei_router_check_buffers(const moe_router_desc* d)
+{
+    const int64_t T = d->num_tokens, H = d->hidden, E = d->num_experts;
+    const uint32_t x_align = (uint32_t)moe_dtype_bytes(d->x_dtype);
+    const uint32_t router_align = (uint32_t)moe_dtype_bytes(d->router_dtype);
+    const moei_buffer b[] = {
+        {d->x, moei_extent(T, d->x_stride, H, d->x_dtype), x_align, MOEI_REQUIRED, MOE_FIELD_x},
+        {d->router, moei_extent(E, d->router_stride, H, d->router_dtype), router_align,
+         MOEI_REQUIRED, MOE_FIELD_router},
+        {d->logits, moei_extent(T, d->logits_stride, E, MOE_FP32), 4, MOEI_REQUIRED | MOEI_WRITTEN,
+         MOE_FIELD_logits},
+        {d->fault, 8, 8, MOEI_WRITTEN, MOE_FIELD_fault}};
+    const int count = (int)(sizeof b / sizeof b[0]);
+    if (T == 0) return moei_check_buffers(b + count - 1, 1); /* the fault word alone */
+    return moei_check_buffers(b, count);
+}
+
+/* Fills in the defaults, refuses what is wrong, and says in *path how the product will be made;
+   *g is the descriptor of the GEMM, ragged or not, if that is the way. */
+MOE_HOST moe_status moei_router_check(moe_router_desc* d, moe_grouped_gemm_desc* g, int* path)
+{
+    MOEI_TRY(moei_router_check_options(d));
+    MOEI_TRY(moei_router_check_buffers(d));
     *path = MOE_ROUTER_SCALAR;
     if (d->num_tokens == 0) return MOE_OK;
-    MOEI_REQUIRE(d->x, MOE_ERR_NULL, x);
-    MOEI_REQUIRE(d->router, MOE_ERR_NULL, router);
-    MOEI_REQUIRE(d->logits, MOE_ERR_NULL, logits);
-    MOEI_REQUIRE(moei_aligned(d->x, (uintptr_t)moe_dtype_bytes(d->x_dtype)), MOE_ERR_ALIGN, x);
-    MOEI_REQUIRE(moei_aligned(d->router, (uintptr_t)moe_dtype_bytes(d->router_dtype)),
-                 MOE_ERR_ALIGN, router);
-    MOEI_REQUIRE(moei_aligned(d->logits, 4), MOE_ERR_ALIGN, logits);
-    {
-        const moei_range r[] = {
-            {d->x, moei_extent(d->num_tokens, d->x_stride, d->hidden, d->x_dtype), MOE_FIELD_x},
-            {d->router, moei_extent(d->num_experts, d->router_stride, d->hidden, d->router_dtype),
-             MOE_FIELD_router},
-            {d->logits, moei_extent(d->num_tokens, d->logits_stride, d->num_experts, MOE_FP32),
-             MOE_FIELD_logits},
-            {d->fault, 8, MOE_FIELD_fault}};
-        MOEI_TRY(moei_disjoint(r, 2, 4));
-    }
     if (d->x_dtype == d->router_dtype && d->x_dtype != MOE_FP32) {
         moe_gemm_plan p;
         moe_status s;

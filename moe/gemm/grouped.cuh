@@ -25,6 +25,7 @@
 #ifndef MOE_GEMM_GROUPED_CUH
 #define MOE_GEMM_GROUPED_CUH
 
+#include "../base/check.h"
 #include "tile.cuh"
 
 /* tile, its shape, blocks a multiprocessor. */
@@ -111,8 +112,8 @@ MOE_HOST int moei_gemm_suits(const moei_gemm_choice* t, const moe_grouped_gemm_d
     }
 }
 
-/* Fills in the defaults and refuses what the header does not offer. */
-MOE_HOST moe_status moei_gemm_check(moe_grouped_gemm_desc* d)
+/* Refuses sizes and options that the header does not offer, and fills in the defaults. */
+MOE_HOST moe_status moei_gemm_check_options(moe_grouped_gemm_desc* d)
 {
     const int gated = moe_activation_is_gated(d->activation);
     int64_t b_rows, b_cols;
@@ -179,44 +180,45 @@ MOE_HOST moe_status moei_gemm_check(moe_grouped_gemm_desc* d)
     MOEI_REQUIRE(!(d->c && d->c_table), MOE_ERR_CONFLICT, c);
     MOEI_REQUIRE(!(d->b.base && d->b.table), MOE_ERR_CONFLICT, b);
     MOEI_REQUIRE(!(d->b.up && d->b.up_table), MOE_ERR_CONFLICT, b);
-    MOEI_REQUIRE(d->expert_offset || d->num_experts == 1, MOE_ERR_NULL, expert_offset);
-    MOEI_REQUIRE(moei_aligned(d->expert_offset, 4), MOE_ERR_ALIGN, expert_offset);
-    MOEI_REQUIRE(moei_aligned(d->fault, 8), MOE_ERR_ALIGN, fault);
-    if (d->num_rows == 0) return MOE_OK;
-    MOEI_REQUIRE(d->a, MOE_ERR_NULL, a);
-    MOEI_REQUIRE(d->b.base || d->b.table, MOE_ERR_NULL, b);
-    MOEI_REQUIRE(d->gate_up != MOE_GATE_UP_SEPARATE || d->b.up || d->b.up_table, MOE_ERR_NULL, b);
-    MOEI_REQUIRE(d->c || d->c_table, MOE_ERR_NULL, c);
-    MOEI_REQUIRE(moei_aligned(d->a, 16), MOE_ERR_ALIGN, a);
-    MOEI_REQUIRE(moei_aligned(d->b.base, 16) && moei_aligned(d->b.up, 16) &&
-                     moei_aligned((const void*)d->b.table, 8) &&
-                     moei_aligned((const void*)d->b.up_table, 8),
-                 MOE_ERR_ALIGN, b);
-    MOEI_REQUIRE(moei_aligned(d->c, 16) && moei_aligned((const void*)d->c_table, 8), MOE_ERR_ALIGN,
-                 c);
-    MOEI_REQUIRE(moei_aligned(d->row_index, 4), MOE_ERR_ALIGN, row_index);
-    MOEI_REQUIRE(moei_aligned(d->bias, 2), MOE_ERR_ALIGN, bias);
-    {
-        const uint64_t b_bytes = moei_weight_extent(
-            &d->b, d->num_experts,
-            (int64_t)d->n * (gated && d->gate_up != MOE_GATE_UP_SEPARATE ? 2 : 1), d->k);
-        const moei_range r[] = {
-            {d->a,
-             d->a_major == MOE_MAJOR_K ? moei_extent(d->a_rows, d->a_stride, d->k, d->dtype)
-                                       : moei_extent(d->k, d->a_stride, d->a_rows, d->dtype),
-             MOE_FIELD_a},
-            {d->b.base, b_bytes, MOE_FIELD_b},
-            {d->b.up, b_bytes, MOE_FIELD_b},
-            {d->bias, (uint64_t)d->num_experts * (uint64_t)d->n * (gated ? 4 : 2), MOE_FIELD_bias},
-            {d->row_index, (uint64_t)d->num_rows * 4, MOE_FIELD_row_index},
-            {d->expert_offset, (uint64_t)d->num_experts * 4 + 4, MOE_FIELD_expert_offset},
-            {d->b.table, (uint64_t)d->num_experts * 8, MOE_FIELD_b},
-            {d->b.up_table, (uint64_t)d->num_experts * 8, MOE_FIELD_b},
-            {d->c_table, (uint64_t)d->num_experts * 8, MOE_FIELD_c},
-            {d->c, moei_extent(d->num_rows, d->c_stride, d->n, d->c_dtype), MOE_FIELD_c},
-            {d->fault, 8, MOE_FIELD_fault}};
-        return moei_disjoint(r, 9, 11);
-    }
+    return MOE_OK;
+}
+
+/* Refuses buffers that are absent, misaligned or overlap; options have been checked. */
+MOE_HOST moe_status moei_gemm_check_buffers(const moe_grouped_gemm_desc* d)
+{
+    const int64_t E = d->num_experts, R = d->num_rows, n = d->n, k = d->k;
+    const int separate = d->gate_up == MOE_GATE_UP_SEPARATE;
+    const int64_t all_n = d->gate_up ? 2 * n : n; /* of gate and up */
+    const uint64_t matrices = moei_weight_extent(&d->b, E, separate ? n : all_n, k);
+    const uint64_t table = (uint64_t)E * 8;
+    const moei_buffer b[] = {
+        {d->a,
+         d->a_major == MOE_MAJOR_K ? moei_extent(d->a_rows, d->a_stride, k, d->dtype)
+                                   : moei_extent(k, d->a_stride, d->a_rows, d->dtype),
+         16, MOEI_REQUIRED, MOE_FIELD_a},
+        {d->b.base, matrices, 16, d->b.table ? MOEI_READ : MOEI_REQUIRED, MOE_FIELD_b},
+        {d->b.up, matrices, 16, separate && !d->b.up_table ? MOEI_REQUIRED : MOEI_READ,
+         MOE_FIELD_b},
+        {d->b.table, table, 8, MOEI_READ, MOE_FIELD_b},
+        {d->b.up_table, table, 8, MOEI_READ, MOE_FIELD_b},
+        {d->bias, (uint64_t)(E * all_n) * 2, 2, MOEI_READ, MOE_FIELD_bias},
+        {d->row_index, (uint64_t)R * 4, 4, MOEI_READ, MOE_FIELD_row_index},
+        {d->c_table, table, 8, MOEI_READ, MOE_FIELD_c},
+        {d->c, moei_extent(R, d->c_stride, n, d->c_dtype), 16,
+         d->c_table ? MOEI_WRITTEN : MOEI_REQUIRED | MOEI_WRITTEN, MOE_FIELD_c},
+        {d->expert_offset, (uint64_t)E * 4 + 4, 4, E > 1 ? MOEI_REQUIRED : MOEI_READ,
+         MOE_FIELD_expert_offset},
+        {d->fault, 8, 8, MOEI_WRITTEN, MOE_FIELD_fault}};
+    const int count = (int)(sizeof b / sizeof b[0]);
+    if (R == 0) return moei_check_buffers(b + count - 2, 2); /* offsets and fault word alone */
+    return moei_check_buffers(b, count);
+}
+
+/* Fills in the defaults and refuses what the header does not offer. */
+MOE_HOST moe_status moei_gemm_check(moe_grouped_gemm_desc* d)
+{
+    MOEI_TRY(moei_gemm_check_options(d));
+    return moei_gemm_check_buffers(d);
 }
 
 /* For moe_gemm_tile (tile.cuh) in a kernel of one's own: fills in the descriptor's defaults, which

@@ -758,7 +758,10 @@ static void test_experts_refusals(void)
     REFUSED(d.w1.base = AT(d.w1.base, 8), MOE_ERR_ALIGN, w1);
     REFUSED(d.w1.up = AT(d.w1.up, 2), MOE_ERR_ALIGN, w1);
     REFUSED(d.w2.base = AT(d.w2.base, 8), MOE_ERR_ALIGN, w2);
+    REFUSED((d.w1.base = 0, d.w1.table = (const void* const*)AT(table.p, 4)), MOE_ERR_ALIGN, w1);
+    REFUSED((d.w1.up = 0, d.w1.up_table = (const void* const*)AT(table.p, 4)), MOE_ERR_ALIGN, w1);
     REFUSED((d.w2.base = 0, d.w2.table = (const void* const*)AT(table.p, 4)), MOE_ERR_ALIGN, w2);
+    REFUSED((d.rows = 0, d.table = (void* const*)AT(table.p, 4)), MOE_ERR_ALIGN, rows);
     REFUSED(d.bias1 = AT(d.bias1, 1), MOE_ERR_ALIGN, bias1);
     REFUSED(d.bias2 = AT(d.bias2, 1), MOE_ERR_ALIGN, bias2);
     REFUSED(d.expert_offset = (const int32_t*)AT(d.expert_offset, 2), MOE_ERR_ALIGN, expert_offset);
@@ -766,6 +769,9 @@ static void test_experts_refusals(void)
     REFUSED(d.act = AT(d.act, 8), MOE_ERR_ALIGN, act);
     REFUSED(d.rows = AT(d.rows, 8), MOE_ERR_ALIGN, rows);
     REFUSED(d.fault = (uint64_t*)AT(d.fault, 4), MOE_ERR_ALIGN, fault);
+    /* without tokens, too */
+    REFUSED((d.num_tokens = 0, d.expert_offset = 0), MOE_ERR_NULL, expert_offset);
+    REFUSED((d.num_tokens = 0, d.fault = (uint64_t*)AT(d.fault, 4)), MOE_ERR_ALIGN, fault);
     /* act is written first, and may be nothing that either product reads; rows are an output, and
        no input, x and the first weights included, may be lost to them */
     for (int end = 0; end < 2; ++end) { /* an input over an output's first or last bytes */
@@ -815,6 +821,8 @@ static void test_experts_refusals(void)
                 MOE_ERR_OVERLAP, rows);
         REFUSED((d.act = far, d.w1.up = 0, d.w1.up_table = (const void* const*)(far - E * 8 + 8)),
                 MOE_ERR_OVERLAP, act);
+        REFUSED((d.act = far, d.w1.base = 0, d.w1.table = (const void* const*)(far - E * 8 + 8)),
+                MOE_ERR_OVERLAP, act);
         REFUSED((d.act = far, d.w2.base = 0, d.w2.table = (const void* const*)(far - E * 8 + 8)),
                 MOE_ERR_OVERLAP, act);
         REFUSED((d.act = far, d.rows = 0, d.table = (void* const*)(far - E * 8 + 8)),
@@ -837,7 +845,9 @@ static void test_experts_refusals(void)
     REFUSED((d.w1.base = arena.p, d.act = AT(arena.p, E * I * H * 2 - 16)), MOE_ERR_OVERLAP, act);
     REFUSED((d.w2.base = arena.p, d.act = AT(arena.p, E * I * H * 2 - 16)), MOE_ERR_OVERLAP, act);
     REFUSED(d.fault = (uint64_t*)d.x, MOE_ERR_OVERLAP, fault);
+    REFUSED((d.rows = 0, d.table = (void* const*)d.fault), MOE_ERR_OVERLAP, fault);
     REFUSED(d.fault = (uint64_t*)d.w1.base, MOE_ERR_OVERLAP, fault);
+    REFUSED(d.fault = (uint64_t*)d.w1.up, MOE_ERR_OVERLAP, fault);
     REFUSED(d.fault = (uint64_t*)d.w2.base, MOE_ERR_OVERLAP, fault);
     REFUSED(d.fault = (uint64_t*)DOWN_TO(d.bias1, 8), MOE_ERR_OVERLAP, fault);
     REFUSED(d.fault = (uint64_t*)DOWN_TO(d.bias2, 8), MOE_ERR_OVERLAP, fault);

@@ -1260,6 +1260,20 @@ static void test_gemm_refusals(void)
         CHECK_STATUS(moe_grouped_gemm_plan(&d, &p), MOE_OK);
         REFUSED((d.bias = far, d.c = far + 3 * 2 * 64 * 2 - 16), MOE_ERR_OVERLAP, c);
     }
+    { /* without rows nothing but the offsets must be there */
+        moe_gemm_plan p;
+        REFUSED((d.num_rows = 0, d.expert_offset = 0), MOE_ERR_NULL, expert_offset);
+        REFUSED((d.num_rows = 0, d.expert_offset = (const int32_t*)AT(d.expert_offset, 2)),
+                MOE_ERR_ALIGN, expert_offset);
+        REFUSED((d.num_rows = 0, d.fault = (uint64_t*)AT(d.fault, 4)), MOE_ERR_ALIGN, fault);
+        d = good;
+        d.num_rows = 0;
+        d.a = d.b.base = d.b.up = d.c = 0;
+        CHECK_STATUS(moe_grouped_gemm_plan(&d, &p), MOE_OK);
+        d.c = (void*)good.a; /* of which nothing is read or written */
+        d.a = good.a;
+        CHECK_STATUS(moe_grouped_gemm_plan(&d, &p), MOE_OK);
+    }
     /* the tables are read while C and the fault word are written */
     REFUSED((d.b.base = 0, d.b.table = (const void* const*)AT(d.c, 64)), MOE_ERR_OVERLAP, c);
     REFUSED((d.b.up = 0, d.b.up_table = (const void* const*)AT(d.c, 64)), MOE_ERR_OVERLAP, c);

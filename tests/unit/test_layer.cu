@@ -1572,6 +1572,7 @@ static void refused(const moe_layer_desc* d, moe_status want, int line)
 /* Each wrong field is refused with its own kind and field, and nothing is queued. */
 static void test_layer_refusals(void)
 {
+    char* const far = (char*)((uintptr_t)1 << 44); /* from all buffers; nothing is launched */
     trand r = trand_new(14);
     for (int from = FROM_ROUTER; from <= FROM_IDS; ++from) {
         enum { T = 20, H = 64, I = 40, E = 4, K = 2 };
@@ -1700,6 +1701,29 @@ static void test_layer_refusals(void)
         REFUSED(d.w2.base = AT(d.w2.base, 8), MOE_ERR_ALIGN, w2);
         REFUSED(d.w1.table = (const void* const*)b.router.p, MOE_ERR_CONFLICT, w1);
         REFUSED(d.w2.table = (const void* const*)b.router.p, MOE_ERR_CONFLICT, w2);
+        REFUSED((d.w1.base = 0, d.w1.table = (const void* const*)AT(far, 4)), MOE_ERR_ALIGN, w1);
+        REFUSED((d.w2.base = 0, d.w2.table = (const void* const*)AT(far, 4)), MOE_ERR_ALIGN, w2);
+        REFUSED((d.gate_up = MOE_GATE_UP_SEPARATE, d.w1.up = AT(d.w1.base, 8)), MOE_ERR_ALIGN, w1);
+        REFUSED((d.gate_up = MOE_GATE_UP_SEPARATE, d.w1.up_table = (const void* const*)AT(far, 4)),
+                MOE_ERR_ALIGN, w1);
+        REFUSED((d.shared.w1.base = 0, d.shared.w1.table = (const void* const*)AT(far, 4)),
+                MOE_ERR_ALIGN, shared);
+        REFUSED((d.shared.w2.base = 0, d.shared.w2.table = (const void* const*)AT(far, 4)),
+                MOE_ERR_ALIGN, shared);
+        REFUSED(d.shared.gate_up = MOE_GATE_UP_SEPARATE, MOE_ERR_NULL, shared);
+        REFUSED(d.shared.bias2 = AT(d.shared.bias2, 1), MOE_ERR_ALIGN, shared);
+        REFUSED(d.route.replica_offset = (const int32_t*)AT(far, 2), MOE_ERR_ALIGN, replica_offset);
+        REFUSED((d.route.replica_offset = (const int32_t*)far,
+                 d.route.replica_expert = (const int32_t*)AT(far, 2)),
+                MOE_ERR_ALIGN, replica_expert);
+        REFUSED(d.route.drop_count = (int32_t*)AT(far, 2), MOE_ERR_ALIGN, drop_count);
+        REFUSED(d.route.row_weight = (float*)AT(far, 2), MOE_ERR_ALIGN, row_weight);
+        if (from != FROM_IDS) {
+            REFUSED(d.gate.expert_bias = (const float*)AT(far, 2), MOE_ERR_ALIGN, expert_bias);
+            REFUSED((d.gate.seed_offset = (const uint64_t*)AT(far, 4), d.gate.noise = 1),
+                    MOE_ERR_ALIGN, seed_offset);
+            REFUSED(d.gate.expert_count = (int32_t*)AT(far, 2), MOE_ERR_ALIGN, expert_count);
+        }
         REFUSED(d.bias1 = AT(d.bias1, 1), MOE_ERR_ALIGN, bias1);
         REFUSED(d.bias2 = AT(d.bias2, 1), MOE_ERR_ALIGN, bias2);
         REFUSED(d.x = 0, MOE_ERR_NULL, x);
@@ -1713,6 +1737,11 @@ static void test_layer_refusals(void)
         REFUSED(d.workspace = AT(d.workspace, 128), MOE_ERR_ALIGN, workspace);
         REFUSED(d.workspace_bytes -= 1, MOE_ERR_WORKSPACE, workspace_bytes);
         REFUSED(d.workspace_bytes = 0, MOE_ERR_WORKSPACE, workspace_bytes);
+        REFUSED((d.workspace_bytes -= 256, d.fault = (uint64_t*)AT(d.workspace, d.workspace_bytes)),
+                MOE_ERR_WORKSPACE, workspace_bytes); /* where it ends, too early */
+        REFUSED((d.num_tokens = 0, d.workspace = 0), MOE_ERR_NULL, workspace);
+        REFUSED((d.num_tokens = 0, d.workspace = AT(d.workspace, 128)), MOE_ERR_ALIGN, workspace);
+        REFUSED((d.num_tokens = 0, d.fault = (uint64_t*)AT(d.fault, 4)), MOE_ERR_ALIGN, fault);
         if (from == FROM_ROUTER) {
             REFUSED(d.router = 0, MOE_ERR_NULL, router);
             REFUSED(d.router = AT(d.router, 1), MOE_ERR_ALIGN, router);
@@ -1830,6 +1859,7 @@ static void test_layer_overlaps(void)
             OVER(d.gate.expert_count);
 #undef OVER
             REFUSED(d.route.drop_count = (int32_t*)d.gate.prob_sum, MOE_ERR_OVERLAP, drop_count);
+            REFUSED((d.num_tokens = 0, d.fault = (uint64_t*)d.workspace), MOE_ERR_OVERLAP, fault);
             REFUSED(d.route.slot_row = (int32_t*)d.gate.prob_sum, MOE_ERR_OVERLAP, slot_row);
             REFUSED(d.route.row_weight = (float*)AT(d.gate.prob_sum, 4 * E - 4), MOE_ERR_OVERLAP,
                     row_weight);

@@ -492,6 +492,7 @@ static void test_router_refusals(void)
     REFUSED((d.router = AT(d.router, 2), d.router_dtype = MOE_FP32), MOE_ERR_ALIGN, router);
     REFUSED(d.logits = (float*)AT(d.logits, 2), MOE_ERR_ALIGN, logits);
     REFUSED(d.fault = (uint64_t*)AT(d.fault, 4), MOE_ERR_ALIGN, fault);
+    REFUSED((d.num_tokens = 0, d.fault = (uint64_t*)AT(d.fault, 4)), MOE_ERR_ALIGN, fault);
     REFUSED(d.logits = (float*)d.x, MOE_ERR_OVERLAP, logits);
     REFUSED(d.logits = (float*)AT(d.x, 20 * 64 * 2 - 4), MOE_ERR_OVERLAP, logits);
     REFUSED(d.logits = (float*)AT(d.router, 16 * 64 * 2 - 4), MOE_ERR_OVERLAP, logits);
