@@ -38,12 +38,14 @@
 
    Infinities are limits: +inf shares the whole softmax among its equals. A logit of -inf is no
    choice, as if the token did not see the expert: a row of -inf selects nothing, without a fault.
-   Squared, -inf is +inf. Quadratic compares |l|, so what overflows squared keeps its order.
+   Exceptions: squared, -inf is +inf; with pioneer it counts as NaN, as all from 2^20 on do.
+   Quadratic compares |l|, so what overflows squared keeps its order.
    whole_batch: a sum of -inf is no choice either; +inf and -inf of one expert sum to NaN, which is
    no choice and sets the fault word. Finite logits have finite sums.
    A row that holds a NaN (of an expert that the token sees), or with pioneer a logit of 2^20 or
    more, selects nothing (ids -1, weights 0) and sets the fault word; no other token changes. An
-   expert whose bias is NaN is not chosen, and its group has its score from the others.
+   expert whose bias is NaN is not chosen, and its group has its score from the others. With a bias
+   of -inf it is chosen last, and its group has its score from the others too.
    A temperature of softmax, sparsemax and (without groups) top-k softmax divides a logit's distance
    from the row's largest: an offset of the whole row costs no precision.
    Without a bias selection compares the logits themselves, so rounding in exp never changes it

@@ -64,11 +64,12 @@ MOE_DEVICE float moei_gate_cosine(float x)
                : __uint_as_float(0x7fc00000u);
 }
 
-/* Tells whether the row's largest logit comes off before a temperature divides. A common offset must
-   change neither choice nor weight: a group of one expert counts an offset once, others twice. */
+/* Tells whether the row's largest logit comes off before a temperature is multiplied out: where a common
+   offset changes neither choice nor weight. A group of one expert counts an offset once, others
+   twice. */
 MOE_DEVICE bool moei_gate_takes_off(const moe_gate_desc* d)
 {
-    return d->temperature != 1.0f &&
+    return d->temperature != 1.0f && d->noise > 0.0f &&
            (d->score == MOE_SCORE_SOFTMAX || d->score == MOE_SCORE_SPARSEMAX ||
             (d->score == MOE_SCORE_TOPK_SOFTMAX && d->num_groups == 1));
 }
@@ -88,14 +89,34 @@ MOE_DEVICE float moei_gate_bounded(float v)
     return moei_is_nan(v) ? v : fminf(fmaxf(v, -3.40282347e38f), 3.40282347e38f);
 }
 
-/* A given logit, less `most`, taken through the rules; finite ones stay finite. Quadratic: |l|,
-   which has the order of l^2. */
+/* How the kernels hold a token's logits: `unit` times them are what the rules make of them. A
+   temperature alone is the unit: it costs nothing, rounds no offset and keeps the order. */
+typedef struct moei_gate_units {
+    float unit, log2; /* log2: unit log2(e), for powers of two */
+} moei_gate_units;
+
+/* Does noise, a square or a cosine follow the temperature? Then it has to be multiplied out. */
+MOE_DEVICE bool moei_gate_multiplies(const moe_gate_desc* d)
+{
+    return d->noise > 0.0f || d->score == MOE_SCORE_QUADRATIC || d->score == MOE_SCORE_PIONEER;
+}
+
+MOE_DEVICE moei_gate_units moei_gate_units_of(const moe_gate_desc* d)
+{
+    moei_gate_units u;
+    u.unit = moei_gate_multiplies(d) ? 1.0f : d->temperature;
+    u.log2 = 1.44269502f * u.unit;
+    return u;
+}
+
+/* A given logit, less `most`, taken through the rules, in units; finite ones stay finite. Quadratic:
+   |l|, which has the order of l^2. */
 MOE_DEVICE float moei_gate_logit(const moe_gate_desc* d, float v, float most, uint64_t seed,
                                  int64_t t, int e)
 {
     const bool finite = (__float_as_uint(v) & 0x7f800000u) != 0x7f800000u;
-    if (most != 0.0f) v -= most;
-    v *= d->temperature;
+    if (!moei_gate_multiplies(d)) return v;
+    v = (v - most) * d->temperature;
     if (finite) v = moei_gate_bounded(v);
     if (d->noise > 0.0f) {
         float n[4];
@@ -108,68 +129,65 @@ MOE_DEVICE float moei_gate_logit(const moe_gate_desc* d, float v, float most, ui
     return v;
 }
 
-/* How a lane's logits stand in registers: `unit` times them are what the rules make of them, so a
-   temperature costs nothing and no offset is rounded by it. */
-typedef struct moei_gate_units {
-    float unit, log2; /* log2: unit log2(e), for powers of two */
-    float noise;      /* standard deviation, in these units */
-} moei_gate_units;
-
-MOE_DEVICE moei_gate_units moei_gate_units_of(const moe_gate_desc* d)
+/* A lane's logits that the token does not see become -infinity. */
+MOE_DEVICE void moei_gate_lane_hide(float* v, uint32_t unseen, const int per_lane)
 {
-    const bool curved = d->score == MOE_SCORE_QUADRATIC || d->score == MOE_SCORE_PIONEER;
-    moei_gate_units u;
-    u.unit = curved ? 1.0f : d->temperature; /* of what is curved it comes off before */
-    u.log2 = 1.44269502f * u.unit;
-    u.noise = d->noise > 0.0f ? __fdiv_rn(d->noise, u.unit) : 0.0f; /* 0 over x is a slow path */
-    return u;
+    if (!unseen) return;
+    MOEI_UNROLL
+    for (int j = 0; j < per_lane; ++j)
+        if (unseen >> j & 1) v[j] = __uint_as_float(0xff800000u);
+}
+
+/* The largest of a token's logits, of a lane's each. */
+MOE_DEVICE float moei_gate_lane_max(const float* v, const int lanes, const int per_lane)
+{
+    float max = v[0];
+    MOEI_UNROLL
+    for (int j = 1; j < per_lane; ++j) max = fmaxf(max, v[j]);
+    return moei_group_max(max, lanes);
 }
 
 /* Takes a lane's logits of a token, read already, through the rules, in units. *unseen has a bit for
    each that the token does not see; it becomes -infinity. Returns the token's largest. lanes and
    per_lane are literals. */
-MOE_DEVICE float moei_gate_logits(float* v, uint32_t* unseen, const moe_gate_desc* d,
-                                  const moei_gate_units* units, uint64_t seed, int64_t t, int rank,
-                                  const int lanes, const int per_lane)
+MOE_DEVICE float moei_gate_logits(float* v, uint32_t* unseen, const moe_gate_desc* d, uint64_t seed,
+                                  int64_t t, int rank, const int lanes, const int per_lane)
 {
-    const bool quadratic = d->score == MOE_SCORE_QUADRATIC, pioneer = d->score == MOE_SCORE_PIONEER;
-    float max;
-    if ((quadratic || pioneer) && d->temperature != 1.0f) {
-        MOEI_UNROLL
-        for (int j = 0; j < per_lane; ++j) v[j] *= d->temperature;
-    }
-    if (d->noise > 0.0f) {
-        const uint64_t here = moei_opaque(seed); /* else the twenty keys of its rounds are kept */
-        MOEI_UNROLL
-        for (int j = 0; j < per_lane; j += 4) {
-            float n[4];
-            moei_gate_noise(n, here, t, moei_gate_expert(j, rank, lanes) >> 2);
-            MOEI_UNROLL
-            for (int i = 0; i < 4; ++i) v[j + i] = fmaf(units->noise, n[i], v[j + i]);
-        }
-    }
-    if (quadratic) {
-        MOEI_UNROLL
-        for (int j = 0; j < per_lane; ++j) v[j] = v[j] * v[j];
-    } else if (pioneer) {
-        MOEI_UNROLL
-        for (int j = 0; j < per_lane; ++j) v[j] = moei_gate_cosine(v[j]);
-    }
     if (d->dropout > 0.0f) {
         const uint64_t here = moei_opaque(seed);
         MOEI_UNROLL
         for (int j = 0; j < per_lane; j += 8)
             *unseen |= moei_gate_dropped(d, here, t, moei_gate_expert(j, rank, lanes) >> 3) << j;
     }
-    if (*unseen) {
-        MOEI_UNROLL
-        for (int j = 0; j < per_lane; ++j)
-            if (*unseen >> j & 1) v[j] = __uint_as_float(0xff800000u);
+    moei_gate_lane_hide(v, *unseen, per_lane);
+    if (moei_gate_multiplies(d)) {
+        if (d->temperature != 1.0f) {
+            const float most =
+                moei_gate_takes_off(d) ? moei_gate_lane_max(v, lanes, per_lane) : 0.0f;
+            MOEI_UNROLL
+            for (int j = 0; j < per_lane; ++j) v[j] = (v[j] - most) * d->temperature;
+        }
+        if (d->noise > 0.0f) {
+            const uint64_t here =
+                moei_opaque(seed); /* else the twenty keys of its rounds are kept */
+            MOEI_UNROLL
+            for (int j = 0; j < per_lane; j += 4) {
+                float n[4];
+                moei_gate_noise(n, here, t, moei_gate_expert(j, rank, lanes) >> 2);
+                MOEI_UNROLL
+                for (int i = 0; i < 4; ++i) v[j + i] = fmaf(d->noise, n[i], v[j + i]);
+            }
+        }
+        if (d->score == MOE_SCORE_QUADRATIC) {
+            MOEI_UNROLL
+            for (int j = 0; j < per_lane; ++j) v[j] = v[j] * v[j];
+        } else if (d->score == MOE_SCORE_PIONEER) {
+            MOEI_UNROLL
+            for (int j = 0; j < per_lane; ++j) v[j] = moei_gate_cosine(v[j]);
+        }
+        moei_gate_lane_hide(v, *unseen, per_lane); /* squares and cosines of -infinity */
     }
-    max = v[0];
-    MOEI_UNROLL
-    for (int j = 1; j < per_lane; ++j) max = fmaxf(max, v[j]);
-    return moei_group_max(max, lanes);
+    return moei_gate_lane_max(v, lanes, per_lane);
 }
 
 #endif

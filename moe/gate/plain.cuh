@@ -136,7 +136,7 @@ MOE_DEVICE_BODY void moei_gate_block(const moe_gate_desc* d, int* count, const i
                 if (r < lanes && n * lanes + r < depth && rank == r) l = top[n * lanes + r];
             weight[n] = 0.0f;
             if (mine[n]) /* what is common to all, an error in `shift` too, cancels below */
-                weight[n] = score == MOE_SCORE_SIGMOID ? moei_gate_weight(d, l, top[0], 1.0f)
+                weight[n] = score == MOE_SCORE_SIGMOID ? moei_gate_weight(d, 1.0f, l, top[0], 1.0f)
                                                        : moei_exp2_fast(fmaf(l, log2e, shift));
             part += weight[n];
         }

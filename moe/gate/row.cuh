@@ -14,7 +14,7 @@ MOE_DEVICE float moei_gate_below(float l, float max) { return l == max ? 0.0f : 
    where all are small. */
 MOE_DEVICE float moei_gate_sigmoid_shift(float max)
 {
-    return max < 0.0f && max >= -3e38f ? max : 0.0f;
+    return max < 0.0f && max >= -3.40282347e38f ? max : 0.0f;
 }
 
 /* Clears the counts of a block's chunk; a barrier must follow. */
@@ -42,11 +42,11 @@ MOE_DEVICE bool moei_gate_is_softmax(int score)
     return score != MOE_SCORE_SIGMOID && score != MOE_SCORE_SPARSEMAX;
 }
 
-/* 1 / (1 + e^-l), where l is negative times e^-shift. */
-MOE_DEVICE float moei_gate_sigmoid(float l, float shift)
+/* 1 / (1 + e^-l), where l is negative times e^-shift; l and shift count in `unit`. */
+MOE_DEVICE float moei_gate_sigmoid(float l, float shift, float unit)
 {
-    if (l >= 0.0f) return __fdiv_rn(1.0f, 1.0f + moei_exp(-l));
-    return __fdiv_rn(moei_exp(moei_gate_below(l, shift)), 1.0f + moei_exp(l));
+    if (l >= 0.0f) return __fdiv_rn(1.0f, 1.0f + moei_exp(-l * unit));
+    return __fdiv_rn(moei_exp(moei_gate_below(l, shift) * unit), 1.0f + moei_exp(l * unit));
 }
 
 /* By how much an exponent is below that of the token's largest: l - max, or l^2 - max^2 where
@@ -58,22 +58,23 @@ MOE_DEVICE float moei_gate_exponent(float l, float max, bool squared)
 }
 
 /* The score of one logit by moei_gate_token; max is the largest logit of the token, `sum` the
-   softmax denominator, or sparsemax's tau counted from max. */
-MOE_DEVICE float moei_gate_score(const moe_gate_desc* d, float l, float max, float sum)
+   softmax denominator, or sparsemax's tau counted from max. All but a denominator count in `unit`. */
+MOE_DEVICE float moei_gate_score(const moe_gate_desc* d, float unit, float l, float max, float sum)
 {
-    if (d->score == MOE_SCORE_SIGMOID) return moei_gate_sigmoid(l, 0.0f);
-    if (d->score == MOE_SCORE_SPARSEMAX) return fmaxf(moei_gate_below(l, max) - sum, 0.0f);
-    return __fdiv_rn(moei_exp(moei_gate_exponent(l, max, d->score == MOE_SCORE_QUADRATIC)), sum);
+    const float below = moei_gate_exponent(l, max, d->score == MOE_SCORE_QUADRATIC);
+    if (d->score == MOE_SCORE_SIGMOID) return moei_gate_sigmoid(l, 0.0f, unit);
+    if (d->score == MOE_SCORE_SPARSEMAX) return fmaxf(below - sum, 0.0f) * unit;
+    return __fdiv_rn(moei_exp(below * unit), sum);
 }
 
 /* The weight of one chosen logit before renormalisation and scale; top-k softmax has its sum still
    to come, so it is passed as 1. Sigmoids that will be renormalised are all multiplied by e^-max
    where max is negative: they would underflow together. */
-MOE_DEVICE float moei_gate_weight(const moe_gate_desc* d, float l, float max, float sum)
+MOE_DEVICE float moei_gate_weight(const moe_gate_desc* d, float unit, float l, float max, float sum)
 {
-    if (d->score == MOE_SCORE_SIGMOID && d->renormalize && max < 0.0f && max >= -3e38f)
-        return moei_gate_sigmoid(l, max);
-    return moei_gate_score(d, l, max, sum);
+    if (d->score == MOE_SCORE_SIGMOID && d->renormalize)
+        return moei_gate_sigmoid(l, moei_gate_sigmoid_shift(max), unit);
+    return moei_gate_score(d, unit, l, max, sum);
 }
 
 /* Lane `rank` of a token's `lanes` lanes has the experts (i lanes + rank) 8 .. + 8, i = 0, 1, ...:

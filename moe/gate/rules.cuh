@@ -41,8 +41,9 @@ MOE_DEVICE bool moei_gate_lane_nan(const float* v, const int per_lane)
 }
 
 /* What a group of lanes knows of its token's logits v, those that the token does not see being
-   -infinity; max is the largest. Both and sparsemax's tau are in units. `nan`, maybe not in all
-   lanes: of a softmax. lanes and per_lane are literals here and below. */
+   -infinity; max is the largest. Both and sparsemax's tau are in units. `nan` is found here for
+   softmax scores alone, and maybe not by every lane. lanes and per_lane are literals here and below.
+   */
 MOE_DEVICE moei_gate_stats moei_gate_lane_stats(const moe_gate_desc* d,
                                                 const moei_gate_units* units, const float* v,
                                                 float max, const int lanes, const int per_lane)
@@ -92,7 +93,8 @@ MOE_DEVICE moei_gate_stats moei_gate_lane_stats(const moe_gate_desc* d,
 }
 
 /* What selection compares where more than the logits decide, quick: scores, of top-k softmax the
-   logits; or where `sums` (a literal) the probabilities times the sum of sigmoids over e^shift. */
+   logits. Where `sums`, a literal: the probabilities, of sigmoids over 2^shift and not divided by
+   their sum yet. */
 MOE_DEVICE void moei_gate_lane_scores(float* u, const float* v, const moe_gate_desc* d,
                                       const moei_gate_units* units, const moei_gate_stats* s,
                                       const int sums, const int per_lane)
@@ -108,7 +110,7 @@ MOE_DEVICE void moei_gate_lane_scores(float* u, const float* v, const moe_gate_d
         for (int j = 0; j < per_lane; ++j) u[j] = fmaxf(v[j] - s->max - s->sum, 0.0f) * units->unit;
     } else if (!sums && d->score == MOE_SCORE_TOPK_SOFTMAX) {
         MOEI_UNROLL
-        for (int j = 0; j < per_lane; ++j) u[j] = v[j] * units->unit;
+        for (int j = 0; j < per_lane; ++j) u[j] = moei_gate_bounded(v[j] * units->unit);
     } else {
         const float shift = -(s->max * units->log2), part = __fdiv_rn(1.0f, s->sum);
         MOEI_UNROLL
@@ -143,7 +145,8 @@ MOE_DEVICE void moei_gate_lane_groups(float* u, const float* v, const moe_gate_d
             second = fmaxf(fminf(first, two.x), fmaxf(second, two.y));
             first = fmaxf(first, two.x);
         }
-        group[g] = second > none ? first + second : first;
+        group[g] =
+            0.5f * first + (second > none ? 0.5f * second : 0.0f); /* halves do not overflow */
     }
     __syncwarp(MOEI_FULL);
     for (int g = rank; g < G; g += lanes) {
@@ -217,7 +220,8 @@ MOE_DEVICE void moei_gate_lane_order(moei_gate_pick* pick, bool merits, int n, c
     const int step = (int)(sizeof *pick / sizeof *merit);
     uint16_t* order = moei_gate_order(pick, depth);
     bool tie = n > K;
-    K = (int)moei_opaque((uint64_t)K); /* else each k < K is kept since kth was found */
+    K = (int)moei_opaque(
+        (uint64_t)K); /* else each k < K stays in a register from where kth was found */
     MOEI_UNROLL
     for (int k = 0; k < depth - 1; ++k) tie |= k + 1 < K && top[k] == top[k + 1];
     if (!tie) { /* a pick's place is how many of the top are larger */
@@ -277,7 +281,7 @@ MOE_DEVICE void moei_gate_lane_finish(const moe_gate_desc* d, const moei_gate_un
         MOEI_UNROLL
         for (int m = 1; m < 8; ++m) most = fmaxf(most, weight[m]);
         most = moei_group_max(most, lanes);
-        if (most >= -3e38f) max = most;
+        if (most >= -3.40282347e38f) max = most;
     }
     shift = -(max * units->log2);
     MOEI_UNROLL
@@ -286,9 +290,7 @@ MOE_DEVICE void moei_gate_lane_finish(const moe_gate_desc* d, const moei_gate_un
             const float v = weight[m];
             weight[m] = softmax ? moei_exp2_fast(own ? units->log2 * (v - max)
                                                      : fmaf(v, units->log2, shift))
-                        : d->score == MOE_SCORE_SPARSEMAX
-                            ? fmaxf(v - max - s->sum, 0.0f) * units->unit
-                            : moei_gate_weight(d, v * units->unit, max * units->unit, s->sum);
+                                : moei_gate_weight(d, units->unit, v, max, s->sum);
             if (!moei_gate_used(d, v * units->unit, weight[m])) {
                 e[m] = -1;
                 weight[m] = 0.0f;
@@ -336,11 +338,12 @@ MOE_DEVICE_BODY void moei_gate_rules_block(const moe_gate_desc* d, const moei_ga
     const int group_size = E / d->num_groups;
     const bool judged = d->expert_bias || grouped; /* by more than the logits */
     const bool merits = judged || d->whole_batch;  /* else the logits are compared */
-    /* scores choose the groups, and with a bias the experts */
-    const bool scores = judged && (d->score != MOE_SCORE_TOPK_SOFTMAX || d->temperature != 1.0f);
     const moei_gate_units units = moei_gate_units_of(d);
+    /* scores choose the groups, and with a bias the experts */
+    const bool scores =
+        judged && (d->score != MOE_SCORE_TOPK_SOFTMAX || (d->expert_bias && units.unit != 1.0f));
     /* may a finite logit become -infinity? moei_gate_token tells the two apart */
-    const bool overflows = !(units.noise < 1e28f);
+    const bool overflows = d->noise > 0.0f && (d->temperature != 1.0f || d->noise > 1e28f);
     const bool early = per_lane <= 16 && MOEI_GATE_EARLY;
     const uint64_t seed = moei_gate_seed(d);
     moei_gate_pick* pick =
@@ -383,7 +386,7 @@ MOE_DEVICE_BODY void moei_gate_rules_block(const moe_gate_desc* d, const moei_ga
         } else {
             moei_gate_read(v, d, t, rank, wide, lanes, per_lane);
         }
-        max = moei_gate_logits(v, &unseen, d, &units, seed, t, rank, lanes, per_lane);
+        max = moei_gate_logits(v, &unseen, d, seed, t, rank, lanes, per_lane);
         s = moei_gate_lane_stats(d, &units, v, max, lanes, per_lane);
         if ((judged || !moei_gate_is_softmax(d->score)) && moei_gate_lane_odd(v, per_lane)) {
             uint32_t minus = 0; /* of these a score or a bias would make a choice */

@@ -27,7 +27,7 @@ MOE_DEVICE uint16_t* moei_gate_order(moei_gate_pick* pick, const int depth)
 typedef struct moei_gate_shared {
     unsigned char* picks; /* [tokens][moei_gate_picks_bytes] */
     int* count;           /* [E] */
-    float* bias;          /* [E] where there is a bias */
+    float* bias;          /* [E] where there is a bias, or one choice for the batch */
     float2* best;         /* [tokens][E / 4] the two best of 4 experts, where there are groups */
     float* group;         /* [tokens][groups] their scores */
     float* row;           /* [warps][E] a token's logits, for those done one by one */

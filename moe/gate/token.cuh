@@ -11,8 +11,8 @@
 
 /* What a token's weights need of its whole row. */
 typedef struct moei_gate_stats {
-    float max; /* of the logits that the token sees */
-    float sum; /* sum of e^(l - max); of the sigmoids / e^shift; sparsemax: tau - max */
+    float max; /* of the logits that the token sees, in units */
+    float sum; /* sum of e^(l - max); of the sigmoids / e^shift; sparsemax: tau - max, in units */
     bool nan;  /* one of them is NaN: the token selects nothing */
 } moei_gate_stats;
 
@@ -63,6 +63,7 @@ MOE_DEVICE moei_gate_stats moei_gate_row_stats(const moe_gate_desc* d, const flo
     const int E = d->num_experts;
     const bool sigmoid = d->score == MOE_SCORE_SIGMOID;
     const bool squared = rules && d->score == MOE_SCORE_QUADRATIC;
+    const float unit = rules ? moei_gate_units_of(d).unit : 1.0f;
     moei_gate_stats s;
     float v, max = __uint_as_float(MOEI_GATE_MINUS), sum = 0.0f, shift, one;
     bool nan = false;
@@ -75,8 +76,9 @@ MOE_DEVICE moei_gate_stats moei_gate_row_stats(const moe_gate_desc* d, const flo
     s.nan = __any_sync(MOEI_FULL, nan) != 0;
     s.max = moei_group_max(max, MOEI_WARP);
     if (rules && d->score == MOE_SCORE_SPARSEMAX) { /* Michelot: tau from below, till none leaves */
+        const float whole = __fdiv_rn(1.0f, unit);  /* what the scores sum up to */
         int before = E + 2, n = E + 1;              /* more than there can be */
-        s.sum = -1.0f;
+        s.sum = -whole;
         while (n < before && n > 0 && !s.nan) {
             float part = 0.0f;
             int above = 0;
@@ -89,17 +91,17 @@ MOE_DEVICE moei_gate_stats moei_gate_row_stats(const moe_gate_desc* d, const flo
             before = n;
             n = (int)moei_group_sum((float)above, MOEI_WARP);
             part = moei_group_sum(part, MOEI_WARP);
-            if (n > 0) s.sum = __fdiv_rn(part - 1.0f, (float)n);
+            if (n > 0) s.sum = __fdiv_rn(part - whole, (float)n);
         }
         return s;
     }
     shift = moei_gate_sigmoid_shift(s.max);
-    one = moei_exp2_fast(1.44269502f * shift);
+    one = moei_exp2_fast(1.44269502f * (shift * unit));
     MOEI_NO_UNROLL
     for (int e = moei_lane(); e < E; e += MOEI_WARP)
         if (moei_gate_see(&v, d, row, t, e, rules)) {
             const float below = sigmoid ? shift - v : moei_gate_exponent(v, s.max, squared);
-            const float x = moei_exp2_fast(1.44269502f * below);
+            const float x = moei_exp2_fast(1.44269502f * (below * unit));
             sum += sigmoid ? __fdiv_rn(1.0f, one + x) : x;
         }
     s.sum = moei_group_sum(sum, MOEI_WARP);
@@ -109,8 +111,9 @@ MOE_DEVICE moei_gate_stats moei_gate_row_stats(const moe_gate_desc* d, const flo
 /* The probability of an expert: the score, over the sum of all scores. */
 MOE_DEVICE float moei_gate_probability(const moe_gate_desc* d, float v, const moei_gate_stats* s)
 {
-    if (d->score != MOE_SCORE_SIGMOID) return moei_gate_score(d, v, s->max, s->sum);
-    v = moei_gate_sigmoid(v, moei_gate_sigmoid_shift(s->max));
+    const float unit = moei_gate_units_of(d).unit;
+    if (d->score != MOE_SCORE_SIGMOID) return moei_gate_score(d, unit, v, s->max, s->sum);
+    v = moei_gate_sigmoid(v, moei_gate_sigmoid_shift(s->max), unit);
     return s->sum > 0.0f ? __fdiv_rn(v, s->sum) : v;
 }
 
@@ -119,12 +122,15 @@ MOE_DEVICE float moei_gate_probability(const moe_gate_desc* d, float v, const mo
 MOE_DEVICE float moei_gate_merit(const moe_gate_desc* d, float v, int e, const moei_gate_stats* s,
                                  bool groups)
 {
+    const float unit = moei_gate_units_of(d).unit;
     if ((d->expert_bias || groups) && d->score != MOE_SCORE_TOPK_SOFTMAX)
-        v = moei_gate_score(d, v, s->max, s->sum);
+        v = moei_gate_score(d, unit, v, s->max, s->sum);
+    else if (d->expert_bias && (__float_as_uint(v) & 0x7f800000u) != 0x7f800000u)
+        v = moei_gate_bounded(v * unit);
     return d->expert_bias ? v + d->expert_bias[e] : v;
 }
 
-/* Is a chosen expert used? */
+/* Is a chosen expert used? v: its logit by the rules, not in units. */
 MOE_DEVICE bool moei_gate_used(const moe_gate_desc* d, float v, float weight)
 {
     return d->score == MOE_SCORE_SPARSEMAX ? weight > 0.0f
@@ -148,7 +154,7 @@ MOE_DEVICE uint32_t moei_gate_groups(const moe_gate_desc* d, const float* row,
             second = fmaxf(second, fminf(best, v));
             best = fmaxf(best, v);
         }
-    if (second > none) best += second;
+    best = 0.5f * best + (second > none ? 0.5f * second : 0.0f); /* halves do not overflow */
     for (int i = 0; i < G; ++i) {
         const float other = __shfl_sync(MOEI_FULL, best, i);
         ahead += other > best || (other == best && i < g);
@@ -190,6 +196,7 @@ MOE_DEVICE void moei_gate_finish(const moe_gate_desc* d, int* count, int64_t t,
 {
     const int K = d->top_k;
     const bool own = moei_gate_own_sum(d);
+    const float unit = rules ? moei_gate_units_of(d).unit : 1.0f;
     const float sum = own && d->score != MOE_SCORE_SPARSEMAX ? 1.0f : s->sum;
     int32_t* ids = d->ids + t * K;
     float *weights = d->weights + t * K, total = 0.0f, max = s->max;
@@ -202,8 +209,8 @@ MOE_DEVICE void moei_gate_finish(const moe_gate_desc* d, int* count, int64_t t,
     }
     for (int k = moei_lane(); k < K; k += MOEI_WARP)
         if (ids[k] >= 0) {
-            const float w = moei_gate_weight(d, weights[k], max, sum);
-            const bool used = !rules || moei_gate_used(d, weights[k], w);
+            const float w = moei_gate_weight(d, unit, weights[k], max, sum);
+            const bool used = !rules || moei_gate_used(d, weights[k] * unit, w);
             if (used) total += w;
             if (used) atomicAdd(count + ids[k], 1);
             else ids[k] = -1;

@@ -126,6 +126,7 @@ MOE_HOST void MOEI_REF(moei_ref_merit)(const moe_gate_desc* d, MOEI_REF(moe_ref_
             else if (second < 0 || row->merit[e] > row->merit[second]) second = e;
         }
         group[g] = best < 0 ? -(MOEI_REAL)INFINITY : row->merit[best];
+        if (second >= 0 && !(row->merit[second] > -(MOEI_REAL)INFINITY)) second = -1;
         if (second >= 0) group[g] += row->merit[second];
         two[g][0] = best, two[g][1] = second;
     }
@@ -184,9 +185,10 @@ MOE_HOST void MOEI_REF(moe_ref_gate_rules)(const moe_gate_desc* d, int32_t* ids,
         for (int e = 0; e < E; ++e) /* a sum of -infinity is no choice, nor one that is NaN */
             sum->open[e] =
                 !(d->expert_off && d->expert_off[e]) && sum->merit[e] > -(MOEI_REAL)INFINITY;
-        for (int k = 0; k <= K; ++k) {
+        for (int k = 0, more = 1; more; ++k) { /* K, and on to the first below the K-th */
             const int e = MOEI_REF(moei_ref_best)(sum, E);
             if (k < K) batch[k] = e;
+            more = k < K || (e >= 0 && sum->merit[e] / (size + 1) == last);
             if (e < 0) continue;
             if (k > 0) MOEI_REF(moei_ref_near)(&batch_margin, last, sum->merit[e] / (size + 1));
             if (k > 0 && last == sum->merit[e] / (size + 1)) /* of the same numbers? */
@@ -221,10 +223,11 @@ MOE_HOST void MOEI_REF(moe_ref_gate_rules)(const moe_gate_desc* d, int32_t* ids,
                 prob_sum[e] += d->score == MOE_SCORE_SIGMOID
                                    ? 1 / (exp(shift) + exp(shift - row->logit[e])) / scores
                                    : row->score[e];
-        for (int k = 0; k <= K; ++k) {
+        for (int k = 0, more = 1; more; ++k) { /* K, and on to the first below the K-th */
             const int own = MOEI_REF(moei_ref_best)(row, E);
             const int e = d->whole_batch ? (k < K ? batch[k] : -1) : own;
             int used;
+            more = k < K || (e >= 0 && row->merit[e] == last);
             if (e < 0 || !row->seen[e]) continue;
             if (k > 0 && !d->whole_batch) {
                 MOEI_REF(moei_ref_near)(&near, last, row->merit[e]);
@@ -234,7 +237,7 @@ MOE_HOST void MOEI_REF(moe_ref_gate_rules)(const moe_gate_desc* d, int32_t* ids,
             last = row->merit[e];
             last_at = e;
             row->open[e] = 0;
-            if (k == K) continue;
+            if (k >= K) continue;
             used = d->score != MOE_SCORE_SPARSEMAX || row->score[e] > 0;
             if (d->score == MOE_SCORE_SPARSEMAX) {
                 MOEI_REF(moei_ref_near)(&near, row->logit[e] - row->max, row->tau);

@@ -433,6 +433,7 @@ static void test_gate_refusals(void)
     REFUSED(d.expert_count = (int32_t*)d.weights - 19, MOE_ERR_OVERLAP, expert_count);
     REFUSED(d.chunk_count = d.expert_count, MOE_ERR_OVERLAP, chunk_count);
     REFUSED(d.chunk_count = (int32_t*)d.logits, MOE_ERR_OVERLAP, chunk_count);
+    REFUSED(d.weights = (float*)d.chunk_count + 59, MOE_ERR_OVERLAP, chunk_count); /* 3 chunks */
     REFUSED(d.fault = (uint64_t*)d.logits, MOE_ERR_OVERLAP, fault);
     REFUSED(d.fault = (uint64_t*)((uintptr_t)(d.ids + 8) & ~(uintptr_t)7), MOE_ERR_OVERLAP, fault);
 #undef REFUSED

@@ -280,6 +280,7 @@ static void check_rows(const char* what, const moe_gate_desc* o, const int32_t* 
 {
     const int T = o->num_tokens, K = o->top_k, before = test_now.failures;
     const int forms = o->num_groups > 1 ? 2 : 3;
+    const double least = o->noise > 0 ? 2e-6 : 1e-37; /* the device draws noise by quick functions */
     const int64_t slots = (int64_t)T * K;
     for (int form = 0; form < forms; ++form) {
         const int E = form == 2 ? 1028 : o->num_experts;
@@ -341,7 +342,7 @@ static void check_rows(const char* what, const moe_gate_desc* o, const int32_t* 
         for (int64_t s = 0; s < slots; ++s) {
             CHECK(got_ids[s] == want_ids[s], "slot %lld: id %d, not %d", (long long)s, got_ids[s],
                   want_ids[s]);
-            CHECK(fabs(got[s] - want[s]) <= 4e-6 * fabs(want[s]) + 1e-37,
+            CHECK(fabs(got[s] - want[s]) <= 4e-6 * fabs(want[s]) + least,
                   "slot %lld: weight %.9g, not %.9g", (long long)s, (double)got[s], want[s]);
         }
         for (int e = 0; prob && e < E; ++e)
@@ -614,6 +615,96 @@ static void test_offset(void)
             o.temperature = 15.6f;
             check_rows("offset", &o, 0, 0, 0, MOE_FAULT_NONE, 0);
         }
+}
+
+/* A bias of -infinity: chosen last, and its group has its score from the other. */
+static void test_low_bias(void)
+{
+    const float l[] = {1, 0, 0.9f, 0.9f}, bias[] = {0, -INFINITY, 0, 0};
+    const int32_t all[] = {0, 2, 3, 1}, one[] = {2}, lone[] = {0, 1};
+    moe_gate_desc o = rows(l, 1, 4, 4, MOE_SCORE_SIGMOID);
+    o.expert_bias = bias;
+    check_rows("all", &o, all, 0, 0, MOE_FAULT_NONE, 0);
+    o.num_groups = 2, o.top_groups = 1;
+    o.top_k = 1;
+    check_rows("the group of two", &o, one, 0, 0, MOE_FAULT_NONE, 0);
+    {
+        const float high[] = {9, 0, -9, -9}; /* 1 + nothing is more than 0 + 0 */
+        o.logits = high;
+        o.top_k = 2;
+        check_rows("the lone one's group", &o, lone, 0, 0, MOE_FAULT_NONE, 0);
+    }
+}
+
+/* An offset of the whole row, under a temperature and with noise: neither rounds the other away. */
+static void test_offset_noise(void)
+{
+    static const float at[] = {0, 906, -906, 1e5f}, temperature[] = {2, 15.6f, 1e-3f, 1e-7f};
+    for (int i = 0; i < 4; ++i)
+        for (int n = 0; n < 4; ++n)
+            for (int score = 1; score <= MOE_SCORE_SPARSEMAX; ++score) {
+                enum { T = 12, E = 24 };
+                float l[T * E];
+                moe_gate_desc o = rows(l, T, E, 4, score);
+                if (score == MOE_SCORE_SIGMOID) continue;
+                if (fabs(at[i] / temperature[n]) > 1e10) continue; /* the reference rounds there */
+                for (int t = 0; t < T; ++t) /* of the low temperatures all alike */
+                    for (int e = 0; e < E; ++e)
+                        l[t * E + e] = at[i] + (n < 2 ? 0.5f * (float)((e * 7 + t) % E) : 0.0f);
+                o.temperature = temperature[n];
+                o.noise = 0.5f;
+                o.seed = 3;
+                check_rows("offset, noise", &o, 0, 0, 0, MOE_FAULT_NONE, 0);
+            }
+}
+
+/* Groups of huge negative logits: their sums of two, and what a temperature makes of them, stay above
+   a group that has none. */
+static void test_groups_low(void)
+{
+    const float m = -3.40282347e38f, f = -3.3895314e38f; /* fp32's and bf16's smallest */
+    const float low[] = {0, m, m, m, -1, -1, -1, -1, 0, f, f, f, -1, -1, -1, -1,
+                         0, -1e9f, -1e9f, -1e9f, -1e-30f, -1e-30f, -1e-30f, -1e-30f};
+    const float all[] = {0, 0, 0, 0, -2e38f, -2e38f, -2e38f, -2e38f, 0, 0, 0, 0, m, m, m, m};
+    const float bias[8] = {0}, temperature[] = {0, 0.5f, 0.7f, 1e-30f};
+    const uint8_t off[] = {1, 1, 1, 1, 0, 0, 0, 0};
+    const int32_t ids[] = {4, 4, 4};
+    for (int i = 0; i < 4; ++i)
+        for (int biased = 0; biased < 2; ++biased) {
+            moe_gate_desc o = rows(low, 3, 8, 1, MOE_SCORE_TOPK_SOFTMAX);
+            o.num_groups = 2, o.top_groups = 1;
+            o.temperature = temperature[i];
+            if (biased) o.expert_bias = bias;
+            check_rows("low", &o, ids, 0, 0, MOE_FAULT_NONE, 0);
+            o.logits = all, o.num_tokens = 2;
+            o.expert_off = off;
+            check_rows("only low ones left", &o, ids, 0, 0, MOE_FAULT_NONE, 0);
+        }
+}
+
+/* Under a temperature a huge largest logit leaves the others' order as it is. */
+static void test_order_below_huge(void)
+{
+    static const int scores[] = {MOE_SCORE_SOFTMAX, MOE_SCORE_TOPK_SOFTMAX, MOE_SCORE_SIGMOID};
+    const float l[] = {1e9f, 1, 2, 3, 3e38f, 1e9f, -5, 2e9f};
+    const int32_t ids[] = {0, 3, 2, 0, 3, 1};
+    for (int i = 0; i < 3; ++i) {
+        moe_gate_desc o = rows(l, 2, 4, 3, scores[i]);
+        o.temperature = 2;
+        check_rows("below a huge one", &o, ids, 0, 0, MOE_FAULT_NONE, 0);
+    }
+}
+
+/* Sigmoids of the smallest numbers there are do not vanish together. */
+static void test_smallest_sigmoids(void)
+{
+    const float m = -3.40282347e38f;
+    const float l[] = {m, m, m, -3.2e38f, -3.2e38f, -3.2e38f, -3.39e38f, -3.39e38f, -3.39e38f};
+    const double third[] = {1.0 / 3, 1.0 / 3, 1.0 / 3, 1.0 / 3, 1.0 / 3, 1.0 / 3, 1.0 / 3, 1.0 / 3,
+                            1.0 / 3}, prob[] = {1, 1, 1};
+    moe_gate_desc o = rows(l, 3, 3, 3, MOE_SCORE_SIGMOID);
+    o.renormalize = 1;
+    check_rows("smallest", &o, 0, third, prob, MOE_FAULT_NONE, 0);
 }
 
 /* Logits and temperature that are both tiny or both huge: what one divides by the other is not. */
@@ -1116,6 +1207,9 @@ static void test_refusals(void)
     REFUSED(d.workspace = (void*)(((uintptr_t)d.logits + 39 * 48 * 4 + 15) & ~(uintptr_t)15),
             MOE_ERR_OVERLAP, workspace);
     REFUSED(d.prob_sum = (float*)d.expert_bias, MOE_ERR_OVERLAP, prob_sum);
+    REFUSED(d.prob_sum = (float*)d.expert_bias + 23, MOE_ERR_OVERLAP, prob_sum);
+    REFUSED(d.ids = (int32_t*)((uintptr_t)(d.expert_off + 23) & ~(uintptr_t)3), MOE_ERR_OVERLAP, ids);
+    REFUSED(d.ids = (int32_t*)((uintptr_t)(d.token_off + 39) & ~(uintptr_t)3), MOE_ERR_OVERLAP, ids);
     REFUSED(d.ids = (int32_t*)((uintptr_t)d.expert_off & ~(uintptr_t)3), MOE_ERR_OVERLAP, ids);
     REFUSED(d.ids = (int32_t*)((uintptr_t)(d.token_off + 4) & ~(uintptr_t)3), MOE_ERR_OVERLAP, ids);
     REFUSED(d.weights = (float*)d.seed_offset, MOE_ERR_OVERLAP, weights);
@@ -1235,6 +1329,11 @@ int main(int argc, char** argv)
     RUN(test_large_squares);
     RUN(test_huge);
     RUN(test_offset);
+    RUN(test_low_bias);
+    RUN(test_offset_noise);
+    RUN(test_groups_low);
+    RUN(test_order_below_huge);
+    RUN(test_smallest_sigmoids);
     RUN(test_temperatures);
     RUN(test_threshold_edge);
     RUN(test_large_angles);

@@ -425,6 +425,32 @@ static void test_block_layer(void)
     all_launched(moei_block_layer_setup_preload);
 }
 
+/* moe_preload loads what every station's own preload loads. */
+static void test_everything(void)
+{
+    static moe_status (*const stations[])(void) = {
+        moe_router_preload,       moe_gate_preload,        moe_route_preload,
+        moe_grouped_gemm_preload, moe_combine_preload,     moe_layer_preload,
+        moe_permute_preload,      moe_combine_scatter_preload,
+        moe_block_sparse_preload, moe_block_list_preload,  moe_block_layer_preload};
+    for (size_t i = 0; i < sizeof stations / sizeof stations[0]; ++i) {
+#if MOE_ON_HOST
+        int missing = 0;
+        std::set<const void*> all;
+        moeh_get().preloaded.clear();
+        CHECK_STATUS(moe_preload(), MOE_OK);
+        all.swap(moeh_get().preloaded);
+        CHECK_STATUS(stations[i](), MOE_OK);
+        for (const void* kernel : moeh_get().preloaded) missing += !all.count(kernel);
+        CHECK(missing == 0 && !moeh_get().preloaded.empty(), "station %d: %d of %zu", (int)i,
+              missing, moeh_get().preloaded.size());
+#else
+        CHECK_STATUS(stations[i](), MOE_OK);
+#endif
+    }
+    CHECK_STATUS(moe_preload(), MOE_OK);
+}
+
 int main(int argc, char** argv)
 {
     test_begin(argc, argv);
@@ -439,5 +465,6 @@ int main(int argc, char** argv)
     RUN(test_block_sparse);
     RUN(test_block_list);
     RUN(test_block_layer);
+    RUN(test_everything);
     return test_end();
 }
