@@ -27,6 +27,11 @@ typedef struct moei_buffer {
     int32_t field;  /* MOE_FIELD_* */
 } moei_buffer;
 
+MOE_HOST int moei_aligned(const void* p, uintptr_t bytes)
+{
+    return ((uintptr_t)p & (bytes - 1)) == 0;
+}
+
 /* Refuses, in this order, a required buffer that is null, an address that is not aligned, a written
    buffer that overlaps another. Names the field; of an overlap the written one, of two written ones
    the later. */
@@ -37,7 +42,7 @@ MOE_HOST moe_status moei_check_buffers(const moei_buffer* b, int count)
         if (!b[i].p && b[i].bytes && (b[i].use & MOEI_REQUIRED))
             return (moe_status)(MOE_ERR_NULL | (b[i].field << 8));
     for (i = 0; i < count; ++i)
-        if ((uintptr_t)b[i].p & (b[i].align - 1))
+        if (!moei_aligned(b[i].p, b[i].align))
             return (moe_status)(MOE_ERR_ALIGN | (b[i].field << 8));
     for (i = 0; i < count; ++i)
         for (j = 0; j < i; ++j) {

@@ -155,29 +155,4 @@ MOE_HOST const char* moe_status_describe(moe_status s, char* text)
         if (moei_try_status != MOE_OK) return moei_try_status;                                    \
     } while (0)
 
-/* A buffer of a descriptor, for the check below. */
-typedef struct moei_range {
-    const void* p; /* null or empty: shares nothing */
-    uint64_t bytes;
-    int field; /* MOE_FIELD_* */
-} moei_range;
-
-/* The first `inputs` ranges may share bytes with each other; every later one is written and must
-   share none with any other. Names the first range that does. */
-MOE_HOST moe_status moei_disjoint(const moei_range* r, int inputs, int count)
-{
-    for (int i = inputs; i < count; ++i)
-        for (int j = 0; j < i; ++j) {
-            const uintptr_t a = (uintptr_t)r[i].p, b = (uintptr_t)r[j].p;
-            if (a && b && r[i].bytes && r[j].bytes && a < b + r[j].bytes && b < a + r[i].bytes)
-                return (moe_status)(MOE_ERR_OVERLAP | (r[i].field << 8));
-        }
-    return MOE_OK;
-}
-
-MOE_HOST int moei_aligned(const void* p, uintptr_t bytes)
-{
-    return ((uintptr_t)p & (bytes - 1)) == 0;
-}
-
 #endif

@@ -14,6 +14,7 @@
 #ifndef MOE_ROUTER_RAGGED_CUH
 #define MOE_ROUTER_RAGGED_CUH
 
+#include "../base/check.h"
 #include "../gemm/grouped.cuh"
 
 /* name; as MOE_GEMM_SHAPE_*: rows, experts, depth of a step, warps along rows and experts, stages;

@@ -6,6 +6,7 @@
 #include "tests/test.h"
 
 #include "moe/base/block.cuh"
+#include "moe/base/check.h"
 #include "moe/base/copy.cuh"
 #include "moe/base/fault.cuh"
 #include "moe/base/numeric.cuh"
@@ -100,24 +101,40 @@ static moe_status try_positive(int v)
     return MOE_STATUS(MOE_ERR_OPTION, score);
 }
 
-static void test_ranges(void)
+/* Two buffers at any distance, read or written; what is named where several things are wrong. */
+static void test_buffers(void)
 {
     char m[64];
     CHECK_STATUS(require_positive(1), MOE_OK);
     CHECK_STATUS(try_positive(0), MOE_STATUS(MOE_ERR_RANGE, hidden));
     CHECK_STATUS(try_positive(1), MOE_STATUS(MOE_ERR_OPTION, score));
     for (int at = 0; at < 40; ++at)
-        for (int bytes = 0; bytes < 12; ++bytes) {
-            const moei_range r[] = {{m + 16, 8, MOE_FIELD_x},
-                                    {m + at, (uint64_t)bytes, MOE_FIELD_y}};
-            const int overlap = bytes > 0 && at < 24 && at + bytes > 16;
-            CHECK(moei_disjoint(r, 1, 2) == (overlap ? MOE_STATUS(MOE_ERR_OVERLAP, y) : MOE_OK),
-                  "at %d, %d bytes", at, bytes);
-            CHECK(moei_disjoint(r, 2, 2) == MOE_OK, "two inputs may overlap");
-        }
+        for (int bytes = 0; bytes < 12; ++bytes)
+            for (int use = 0; use < 4; ++use) { /* bit 0: x is written, bit 1: y is */
+                const moei_buffer b[] = {
+                    {m + 16, 8, 1, use & 1 ? MOEI_WRITTEN : MOEI_READ, MOE_FIELD_x},
+                    {m + at, (uint64_t)bytes, 1, use & 2 ? MOEI_WRITTEN : MOEI_READ, MOE_FIELD_y}};
+                const int overlap = use && bytes > 0 && at < 24 && at + bytes > 16;
+                CHECK_STATUS(moei_check_buffers(b, 2),
+                             !overlap  ? MOE_OK
+                             : use & 2 ? MOE_STATUS(MOE_ERR_OVERLAP, y)
+                                       : MOE_STATUS(MOE_ERR_OVERLAP, x));
+            }
     {
-        const moei_range r[] = {{0, 64, MOE_FIELD_x}, {0, 64, MOE_FIELD_y}};
-        CHECK(moei_disjoint(r, 0, 2) == MOE_OK, "null shares nothing");
+        const moei_buffer b[] = {{0, 64, 1, MOEI_WRITTEN, MOE_FIELD_x},
+                                 {0, 64, 16, MOEI_WRITTEN, MOE_FIELD_y},
+                                 {0, 0, 1, MOEI_REQUIRED, MOE_FIELD_w1}};
+        CHECK_STATUS(moei_check_buffers(b, 3), MOE_OK); /* absent, or nothing in it */
+    }
+    {
+        moei_buffer b[] = {{(void*)72, 64, 16, MOEI_WRITTEN, MOE_FIELD_x},
+                           {(void*)80, 64, 16, MOEI_WRITTEN, MOE_FIELD_y},
+                           {0, 1, 1, MOEI_REQUIRED, MOE_FIELD_w1}};
+        CHECK_STATUS(moei_check_buffers(b, 3), MOE_STATUS(MOE_ERR_NULL, w1));
+        CHECK_STATUS(moei_check_buffers(b, 2), MOE_STATUS(MOE_ERR_ALIGN, x));
+        b[0].p = (void*)64;
+        CHECK_STATUS(moei_check_buffers(b, 2), MOE_STATUS(MOE_ERR_OVERLAP, y));
+        CHECK_STATUS(moei_check_buffers(b, 1), MOE_OK);
     }
     CHECK(moei_aligned((void*)64, 16) && !moei_aligned((void*)72, 16) && moei_aligned(0, 16));
     CHECK(moei_extent(0, 8, 8, MOE_FP32) == 0 && moei_extent(3, 8, 0, MOE_FP32) == 0);
@@ -748,7 +765,7 @@ int main(int argc, char** argv)
     test_begin(argc, argv);
     RUN(test_status_texts);
     RUN(test_status_garbage);
-    RUN(test_ranges);
+    RUN(test_buffers);
     RUN(test_fault_order);
     RUN(test_fault_raise);
     RUN(test_conversions);
