@@ -64,12 +64,20 @@ MOE_DEVICE float moei_gate_cosine(float x)
                : __uint_as_float(0x7fc00000u);
 }
 
+/* Does noise, a square, a cosine or a logit's bias follow the temperature? Then it has to be multiplied
+   out. */
+MOE_DEVICE bool moei_gate_multiplies(const moe_gate_desc* d)
+{
+    return d->noise > 0.0f || d->score == MOE_SCORE_QUADRATIC || d->score == MOE_SCORE_PIONEER ||
+           (d->score == MOE_SCORE_TOPK_SOFTMAX && d->expert_bias);
+}
+
 /* Tells whether the row's largest logit comes off before a temperature is multiplied out: where a common
    offset changes neither choice nor weight. A group of one expert counts an offset once, others
    twice. */
 MOE_DEVICE bool moei_gate_takes_off(const moe_gate_desc* d)
 {
-    return d->temperature != 1.0f && d->noise > 0.0f &&
+    return d->temperature != 1.0f && moei_gate_multiplies(d) &&
            (d->score == MOE_SCORE_SOFTMAX || d->score == MOE_SCORE_SPARSEMAX ||
             (d->score == MOE_SCORE_TOPK_SOFTMAX && d->num_groups == 1));
 }
@@ -94,12 +102,6 @@ MOE_DEVICE float moei_gate_bounded(float v)
 typedef struct moei_gate_units {
     float unit, log2; /* log2: unit log2(e), for powers of two */
 } moei_gate_units;
-
-/* Does noise, a square or a cosine follow the temperature? Then it has to be multiplied out. */
-MOE_DEVICE bool moei_gate_multiplies(const moe_gate_desc* d)
-{
-    return d->noise > 0.0f || d->score == MOE_SCORE_QUADRATIC || d->score == MOE_SCORE_PIONEER;
-}
 
 MOE_DEVICE moei_gate_units moei_gate_units_of(const moe_gate_desc* d)
 {

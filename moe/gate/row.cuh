@@ -58,12 +58,12 @@ MOE_DEVICE float moei_gate_exponent(float l, float max, bool squared)
 }
 
 /* The score of one logit by moei_gate_token; max is the largest logit of the token, `sum` the
-   softmax denominator, or sparsemax's tau counted from max. All but a denominator count in `unit`. */
+   softmax denominator, or sparsemax's tau counted from max. l and max count in `unit`. */
 MOE_DEVICE float moei_gate_score(const moe_gate_desc* d, float unit, float l, float max, float sum)
 {
     const float below = moei_gate_exponent(l, max, d->score == MOE_SCORE_QUADRATIC);
     if (d->score == MOE_SCORE_SIGMOID) return moei_gate_sigmoid(l, 0.0f, unit);
-    if (d->score == MOE_SCORE_SPARSEMAX) return fmaxf(below - sum, 0.0f) * unit;
+    if (d->score == MOE_SCORE_SPARSEMAX) return fmaxf(below * unit - sum, 0.0f);
     return __fdiv_rn(moei_exp(below * unit), sum);
 }
 

@@ -41,7 +41,7 @@ MOE_DEVICE bool moei_gate_lane_nan(const float* v, const int per_lane)
 }
 
 /* What a group of lanes knows of its token's logits v, those that the token does not see being
-   -infinity; max is the largest. Both and sparsemax's tau are in units. `nan` is found here for
+   -infinity; max is the largest. Both are in units. `nan` is found here for
    softmax scores alone, and maybe not by every lane. lanes and per_lane are literals here and below.
    */
 MOE_DEVICE moei_gate_stats moei_gate_lane_stats(const moe_gate_desc* d,
@@ -73,6 +73,7 @@ MOE_DEVICE moei_gate_stats moei_gate_lane_stats(const moe_gate_desc* d,
                 if (n > 0.0f) s.sum = __fdividef(part - whole, n);
             }
         }
+        s.sum *= units->unit;
     } else if (d->score == MOE_SCORE_SIGMOID) {
         if (d->prob_sum) {
             const float shift = units->log2 * moei_gate_sigmoid_shift(s.max);
@@ -92,9 +93,8 @@ MOE_DEVICE moei_gate_stats moei_gate_lane_stats(const moe_gate_desc* d,
     return s;
 }
 
-/* What selection compares where more than the logits decide, quick: scores, of top-k softmax the
-   logits. Where `sums`, a literal: the probabilities, of sigmoids over 2^shift and not divided by
-   their sum yet. */
+/* The scores of a lane's logits, quick, for selection. Where `sums`, a literal: the probabilities, of
+   sigmoids over 2^shift and not divided by their sum yet. */
 MOE_DEVICE void moei_gate_lane_scores(float* u, const float* v, const moe_gate_desc* d,
                                       const moei_gate_units* units, const moei_gate_stats* s,
                                       const int sums, const int per_lane)
@@ -107,10 +107,8 @@ MOE_DEVICE void moei_gate_lane_scores(float* u, const float* v, const moe_gate_d
             u[j] = moei_gate_sigmoid_fast(v[j], units->log2, one, shift);
     } else if (d->score == MOE_SCORE_SPARSEMAX) {
         MOEI_UNROLL
-        for (int j = 0; j < per_lane; ++j) u[j] = fmaxf(v[j] - s->max - s->sum, 0.0f) * units->unit;
-    } else if (!sums && d->score == MOE_SCORE_TOPK_SOFTMAX) {
-        MOEI_UNROLL
-        for (int j = 0; j < per_lane; ++j) u[j] = moei_gate_bounded(v[j] * units->unit);
+        for (int j = 0; j < per_lane; ++j)
+            u[j] = fmaxf(fmaf(v[j] - s->max, units->unit, -s->sum), 0.0f);
     } else {
         const float shift = -(s->max * units->log2), part = __fdiv_rn(1.0f, s->sum);
         MOEI_UNROLL
@@ -340,10 +338,9 @@ MOE_DEVICE_BODY void moei_gate_rules_block(const moe_gate_desc* d, const moei_ga
     const bool merits = judged || d->whole_batch;  /* else the logits are compared */
     const moei_gate_units units = moei_gate_units_of(d);
     /* scores choose the groups, and with a bias the experts */
-    const bool scores =
-        judged && (d->score != MOE_SCORE_TOPK_SOFTMAX || (d->expert_bias && units.unit != 1.0f));
+    const bool scores = judged && d->score != MOE_SCORE_TOPK_SOFTMAX;
     /* may a finite logit become -infinity? moei_gate_token tells the two apart */
-    const bool overflows = d->noise > 0.0f && (d->temperature != 1.0f || d->noise > 1e28f);
+    const bool overflows = moei_gate_multiplies(d) && (d->temperature != 1.0f || d->noise > 1e28f);
     const bool early = per_lane <= 16 && MOEI_GATE_EARLY;
     const uint64_t seed = moei_gate_seed(d);
     moei_gate_pick* pick =
@@ -478,13 +475,14 @@ MOE_DEVICE_BODY void moei_gate_rules_block(const moe_gate_desc* d, const moei_ga
 /* One block, a warp a token. */
 MOE_DEVICE void moei_gate_any_block(const moe_gate_desc* d, const moei_gate_shared* shared)
 {
-    const int64_t chunk = moe_chunk_tokens(d->num_tokens), first = blockIdx.x * chunk;
-    const int64_t end = first + chunk < d->num_tokens ? first + chunk : d->num_tokens;
+    const int chunk = (int)moe_chunk_tokens(d->num_tokens), first = (int)blockIdx.x * chunk;
+    const int tokens = d->num_tokens - first < chunk ? d->num_tokens - first : chunk;
     float* prob = shared->prob + moei_warp() * d->num_experts;
     float* row = shared->row + moei_warp() * d->num_experts;
     if (d->whole_batch) moei_gate_batch_choose(d, shared);
     __syncthreads();
-    for (int64_t t = first + moei_warp(); t < end; t += blockDim.x / MOEI_WARP) {
+    for (int i = moei_warp(); i < tokens; i += (int)blockDim.x / MOEI_WARP) {
+        const int t = first + i;
         if (d->token_off && d->token_off[t]) moei_gate_unused(d, t, moei_lane(), MOEI_WARP);
         else moei_gate_token(d, shared->count, prob, row, shared->chosen, t, 1);
     }

@@ -12,7 +12,7 @@
 /* What a token's weights need of its whole row. */
 typedef struct moei_gate_stats {
     float max; /* of the logits that the token sees, in units */
-    float sum; /* sum of e^(l - max); of the sigmoids / e^shift; sparsemax: tau - max, in units */
+    float sum; /* sum of e^(l - max); of the sigmoids / e^shift; sparsemax: tau - max */
     bool nan;  /* one of them is NaN: the token selects nothing */
 } moei_gate_stats;
 
@@ -63,9 +63,8 @@ MOE_DEVICE moei_gate_stats moei_gate_row_stats(const moe_gate_desc* d, const flo
     const int E = d->num_experts;
     const bool sigmoid = d->score == MOE_SCORE_SIGMOID;
     const bool squared = rules && d->score == MOE_SCORE_QUADRATIC;
-    const float unit = rules ? moei_gate_units_of(d).unit : 1.0f;
     moei_gate_stats s;
-    float v, max = __uint_as_float(MOEI_GATE_MINUS), sum = 0.0f, shift, one;
+    float v, max = __uint_as_float(MOEI_GATE_MINUS), sum = 0.0f, shift, one, log2;
     bool nan = false;
     MOEI_NO_UNROLL
     for (int e = moei_lane(); e < E; e += MOEI_WARP)
@@ -76,32 +75,33 @@ MOE_DEVICE moei_gate_stats moei_gate_row_stats(const moe_gate_desc* d, const flo
     s.nan = __any_sync(MOEI_FULL, nan) != 0;
     s.max = moei_group_max(max, MOEI_WARP);
     if (rules && d->score == MOE_SCORE_SPARSEMAX) { /* Michelot: tau from below, till none leaves */
-        const float whole = __fdiv_rn(1.0f, unit);  /* what the scores sum up to */
+        const float unit = moei_gate_units_of(d).unit;
         int before = E + 2, n = E + 1;              /* more than there can be */
-        s.sum = -whole;
+        s.sum = -1.0f;
         while (n < before && n > 0 && !s.nan) {
             float part = 0.0f;
             int above = 0;
             MOEI_NO_UNROLL
             for (int e = moei_lane(); e < E; e += MOEI_WARP)
                 if (moei_gate_see(&v, d, row, t, e, rules)) {
-                    const float z = moei_gate_below(v, s.max);
+                    const float z = moei_gate_below(v, s.max) * unit;
                     if (z > s.sum) part += z, ++above;
                 }
             before = n;
             n = (int)moei_group_sum((float)above, MOEI_WARP);
             part = moei_group_sum(part, MOEI_WARP);
-            if (n > 0) s.sum = __fdiv_rn(part - whole, (float)n);
+            if (n > 0) s.sum = __fdiv_rn(part - 1.0f, (float)n);
         }
         return s;
     }
     shift = moei_gate_sigmoid_shift(s.max);
-    one = moei_exp2_fast(1.44269502f * (shift * unit));
+    log2 = rules ? moei_gate_units_of(d).log2 : 1.44269502f;
+    one = moei_exp2_fast(log2 * shift);
     MOEI_NO_UNROLL
     for (int e = moei_lane(); e < E; e += MOEI_WARP)
         if (moei_gate_see(&v, d, row, t, e, rules)) {
             const float below = sigmoid ? shift - v : moei_gate_exponent(v, s.max, squared);
-            const float x = moei_exp2_fast(1.44269502f * (below * unit));
+            const float x = moei_exp2_fast(log2 * below);
             sum += sigmoid ? __fdiv_rn(1.0f, one + x) : x;
         }
     s.sum = moei_group_sum(sum, MOEI_WARP);
@@ -122,11 +122,8 @@ MOE_DEVICE float moei_gate_probability(const moe_gate_desc* d, float v, const mo
 MOE_DEVICE float moei_gate_merit(const moe_gate_desc* d, float v, int e, const moei_gate_stats* s,
                                  bool groups)
 {
-    const float unit = moei_gate_units_of(d).unit;
     if ((d->expert_bias || groups) && d->score != MOE_SCORE_TOPK_SOFTMAX)
-        v = moei_gate_score(d, unit, v, s->max, s->sum);
-    else if (d->expert_bias && (__float_as_uint(v) & 0x7f800000u) != 0x7f800000u)
-        v = moei_gate_bounded(v * unit);
+        v = moei_gate_score(d, moei_gate_units_of(d).unit, v, s->max, s->sum);
     return d->expert_bias ? v + d->expert_bias[e] : v;
 }
 
@@ -227,7 +224,7 @@ MOE_DEVICE void moei_gate_finish(const moe_gate_desc* d, int* count, int64_t t,
    The choices wait as logits in d->weights. prob and row [E] are this warp's, prob where
    probabilities are summed; rules is a literal, and without it neither is used. */
 MOE_DEVICE void moei_gate_token(const moe_gate_desc* d, int* count, float* prob, float* row,
-                                const int32_t* chosen, int64_t t, const int rules)
+                                const int32_t* chosen, int t, const int rules)
 {
     const int E = d->num_experts, K = d->top_k;
     const int group = rules ? E / d->num_groups : E;
@@ -245,8 +242,8 @@ MOE_DEVICE void moei_gate_token(const moe_gate_desc* d, int* count, float* prob,
         for (int k = moei_lane(); k < K; k += MOEI_WARP) {
             float v = 0.0f;
             const bool seen = chosen[k] >= 0 && moei_gate_see(&v, d, row, t, chosen[k], 1);
-            d->ids[t * K + k] = seen ? chosen[k] : -1;
-            d->weights[t * K + k] = seen ? v : 0.0f;
+            d->ids[(int64_t)t * K + k] = seen ? chosen[k] : -1;
+            d->weights[(int64_t)t * K + k] = seen ? v : 0.0f;
         }
     }
     if (rules && d->num_groups > 1) groups = moei_gate_groups(d, row, &s);
@@ -285,8 +282,8 @@ MOE_DEVICE void moei_gate_token(const moe_gate_desc* d, int* count, float* prob,
         last = best;
         last_at = best_at;
         if (moei_lane() == 0) {
-            d->ids[t * K + k] = best_at;
-            d->weights[t * K + k] = best_v;
+            d->ids[(int64_t)t * K + k] = best_at;
+            d->weights[(int64_t)t * K + k] = best_v;
         }
     }
     __syncwarp(MOEI_FULL);
