@@ -202,8 +202,8 @@ MOE_HOST moe_status moei_gate_check_sizes(const moe_gate_desc* d)
     return MOE_OK;
 }
 
-/* Refuses sizes and options that the header does not offer, and fills in their defaults. What kernels
-   get has the reciprocal of the temperature, and the threshold as a logit. */
+/* Refuses sizes and options that the header does not offer, and fills in their defaults. The kernels'
+   descriptor has the reciprocal of the temperature, and the threshold as a logit. */
 MOE_HOST moe_status moei_gate_check_options(moe_gate_desc* d)
 {
     MOEI_TRY(moei_gate_check_sizes(d));
@@ -258,7 +258,7 @@ MOE_HOST uint64_t moei_gate_workspace(const moe_gate_desc* d)
            ((d->prob_sum ? 1u : 0u) + (d->whole_batch ? 1u : 0u));
 }
 
-/* Refuses buffers that are absent, misaligned or overlap, of a descriptor whose options are checked. */
+/* Refuses buffers that are absent, misaligned or overlap; options have been checked. */
 MOE_HOST moe_status moei_gate_check_buffers(const moe_gate_desc* d)
 {
     const uint64_t T = (uint64_t)d->num_tokens, E = (uint64_t)d->num_experts;

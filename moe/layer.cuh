@@ -128,24 +128,22 @@ MOE_HOST moe_status moei_layer_carve(const moe_layer_desc* d, moe_gate_desc* gat
 {
     char* base = (char*)d->workspace;
     const uint64_t row_bytes = d->rows_dtype == MOE_FP32 ? 4 : 2;
-    uint64_t T, K, E, P, R, slots, counts;
-    int gate_counts; /* the gate leaves its chunk counts for route */
+    uint64_t T, K, E, P, R, slots;
+    moe_route_desc checked; /* with its defaults */
+    int gate_counts;        /* the gate leaves its chunk counts for route */
     *bytes = 0;
     MOEI_TRY(moei_layer_check_sizes(d));
     MOEI_TRY(moei_layer_options(d, gate, route));
     gate_counts = !d->ids && !route->replica_offset;
     memset(v, 0, sizeof *v);
     MOEI_TRY(moe_gate_workspace(gate, &gate->workspace_bytes));
-    MOEI_TRY(moe_route_workspace(route, &route->workspace_bytes));
+    checked = *route;
+    MOEI_TRY(moei_route_check_options(&checked));
+    route->workspace_bytes = moei_route_carve_workspace(&checked, 0, gate_counts);
     MOEI_TRY(moe_route_max_rows(route, &v->num_rows));
     v->num_physical = route->num_replicas ? route->num_replicas : d->num_experts;
     T = (uint64_t)d->num_tokens, K = (uint64_t)d->top_k, E = (uint64_t)d->num_experts;
     P = (uint64_t)v->num_physical, R = (uint64_t)v->num_rows, slots = T * K;
-    counts = E * (uint64_t)moe_num_chunks(d->num_tokens) * 4;
-    if (gate_counts) { /* route's own would come first in its workspace, up to a multiple of 16 */
-        const size_t own = (size_t)(counts + 15) / 16 * 16;
-        route->workspace_bytes = route->workspace_bytes > own ? route->workspace_bytes - own : 0;
-    }
 
     v->logits = (float*)d->logits;
     v->ids = (int32_t*)d->ids;
@@ -155,7 +153,9 @@ MOE_HOST moe_status moei_layer_carve(const moe_layer_desc* d, moe_gate_desc* gat
         v->ids = (int32_t*)moei_carve(base, bytes, slots * 4);
         v->weights = (float*)moei_carve(base, bytes, slots * 4);
     }
-    if (gate_counts) v->chunk_count = (int32_t*)moei_carve(base, bytes, counts);
+    if (gate_counts)
+        v->chunk_count =
+            (int32_t*)moei_carve(base, bytes, E * (uint64_t)moe_num_chunks(d->num_tokens) * 4);
     if (gate->workspace_bytes)
         v->gate_workspace = moei_carve(base, bytes, gate->workspace_bytes);
     if (route->workspace_bytes)

@@ -134,8 +134,8 @@ MOE_HOST void* moei_route_piece(char* base, size_t* at, uint64_t bytes)
 }
 
 /* Shares the workspace out among the kernels' arguments, if there are any; returns its bytes. d has
-   its defaults filled in. */
-MOE_HOST size_t moei_route_carve_workspace(const moe_route_desc* d, moei_route_args* a)
+   its defaults filled in. counted: chunk_count is given, or will be. */
+MOE_HOST size_t moei_route_carve_workspace(const moe_route_desc* d, moei_route_args* a, int counted)
 {
     char* base = (char*)d->workspace;
     const uint64_t P = (uint64_t)d->num_replicas;
@@ -143,7 +143,7 @@ MOE_HOST size_t moei_route_carve_workspace(const moe_route_desc* d, moei_route_a
     moei_route_args unused;
     size_t at = 0;
     if (!a) a = &unused;
-    if (!d->chunk_count)
+    if (!counted)
         a->d.chunk_count = (int32_t*)moei_route_piece(
             base, &at, P * (uint64_t)moe_num_chunks(d->num_tokens) * 4);
     if (d->drop_rule == MOE_DROP_BY_WEIGHT) {
@@ -161,7 +161,7 @@ MOE_HOST moe_status moei_route_check_buffers(const moe_route_desc* d)
     const uint64_t E = (uint64_t)d->num_experts, P = (uint64_t)d->num_replicas;
     const uint64_t slots = (uint64_t)d->num_tokens * (uint64_t)d->top_k;
     const uint64_t rows = (uint64_t)moei_route_row_bound(d);
-    const uint64_t workspace = moei_route_carve_workspace(d, 0);
+    const uint64_t workspace = moei_route_carve_workspace(d, 0, d->chunk_count != 0);
     const int weigh = d->row_weight || d->drop_rule == MOE_DROP_BY_WEIGHT;
     const moei_buffer b[] = {
         {d->ids, slots * 4, 4, MOEI_REQUIRED, MOE_FIELD_ids},
@@ -225,7 +225,7 @@ MOE_HOST moe_status moe_route_workspace(const moe_route_desc* desc, size_t* byte
     d = *desc;
     MOEI_TRY(moei_route_check_options(&d));
     d.workspace = 0;
-    *bytes = moei_route_carve_workspace(&d, 0);
+    *bytes = moei_route_carve_workspace(&d, 0, d.chunk_count != 0);
     return MOE_OK;
 }
 
@@ -266,7 +266,7 @@ MOE_HOST moe_status moe_route(const moe_route_desc* desc, cudaStream_t stream)
     a.d = *desc;
     MOEI_TRY(moei_route_check(&a.d));
     a.max_rows = (int32_t)moei_route_row_bound(&a.d);
-    (void)moei_route_carve_workspace(&a.d, &a);
+    (void)moei_route_carve_workspace(&a.d, &a, a.d.chunk_count != 0);
     if (!desc->chunk_count && a.d.num_tokens > 0) {
         MOEI_TRY(moei_route_grid(&c, &a.d, 0, stream));
         if (a.d.replica_offset) MOEI_TRY(MOE_LAUNCH(moei_route_count_options, c, a));

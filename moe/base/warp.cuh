@@ -12,8 +12,8 @@
 MOE_DEVICE int moei_lane(void) { return (int)(threadIdx.x & 31u); }
 MOE_DEVICE int moei_warp(void) { return (int)(threadIdx.x >> 5); }
 
-/* x, where the compiler does not see that it is x: it would keep in registers what it once made of x
-   rather than make it again. */
+/* Returns x, which the compiler takes for a new value: it computes again what it would otherwise
+   have kept in registers since x was last used. */
 MOE_DEVICE uint64_t moei_opaque(uint64_t x)
 {
 #if !MOE_ON_HOST

@@ -9,8 +9,8 @@
 
 #include "load.cuh"
 
-/* Must some products of the tile be left out, some rows or depths not be read, or chunks be cut off? All
-   threads of the block get one answer. Whole chunks past the edges of X and Y are not asked for:
+/* Must some products of the tile be left out, some rows or depths not be read, or chunks be cut
+   off? All threads of the block get one answer. Whole chunks past the edges of X and Y are not asked for:
    along the depth they are zero in both, else not stored. */
 MOE_DEVICE bool moei_block_careful(const moei_block_args* d, const moei_block_where* t,
                                    const moei_block_shared* s)
@@ -89,9 +89,9 @@ MOE_DEVICE void moei_block_multiply(const moei_block_args* d, moei_block_shared*
     }
 }
 
-/* The same of a tile at an edge, of strips joined that have not the same blocks, or with depths that
-   do not count: chunks may be cut off, rows or depths not read, products left out. Compact rather
-   than quick. */
+/* The same of a tile at an edge, of strips joined that have not the same blocks, or with depths
+   that do not count: chunks may be cut off, rows or depths not read, products left out. Compact
+   rather than quick. */
 MOE_DEVICE void moei_block_multiply_careful(const moei_block_args* d, moei_block_shared* s,
                                             uint16_t* ring, moei_mma_c acc[4][4], int steps,
                                             const int tm, const int tn, const int deep,

@@ -64,17 +64,17 @@ MOE_DEVICE float moei_gate_cosine(float x)
                : __uint_as_float(0x7fc00000u);
 }
 
-/* Does noise, a square, a cosine or a logit's bias follow the temperature? Then it has to be multiplied
-   out. */
+/* Tells whether noise, a square, a cosine or a logit's bias follows the temperature, which is
+   multiplied out then. */
 MOE_DEVICE bool moei_gate_multiplies(const moe_gate_desc* d)
 {
     return d->noise > 0.0f || d->score == MOE_SCORE_QUADRATIC || d->score == MOE_SCORE_PIONEER ||
            (d->score == MOE_SCORE_TOPK_SOFTMAX && d->expert_bias);
 }
 
-/* Tells whether the row's largest logit comes off before a temperature is multiplied out: where a common
-   offset changes neither choice nor weight. A group of one expert counts an offset once, others
-   twice. */
+/* Tells whether the row's largest logit comes off before a temperature is multiplied out: where a
+   common offset changes neither choice nor weight. A group of one expert counts an offset once,
+   others twice. */
 MOE_DEVICE bool moei_gate_takes_off(const moe_gate_desc* d)
 {
     return d->temperature != 1.0f && moei_gate_multiplies(d) &&
@@ -149,14 +149,14 @@ MOE_DEVICE float moei_gate_lane_max(const float* v, const int lanes, const int p
     return moei_group_max(max, lanes);
 }
 
-/* Takes a lane's logits of a token, read already, through the rules, in units. *unseen has a bit for
-   each that the token does not see; it becomes -infinity. Returns the token's largest. lanes and
+/* Takes a lane's logits of a token, read already, through the rules, in units. *unseen has a bit
+   for each that the token does not see; it becomes -infinity. Returns the token's largest. lanes and
    per_lane are literals. */
 MOE_DEVICE float moei_gate_logits(float* v, uint32_t* unseen, const moe_gate_desc* d, uint64_t seed,
                                   int64_t t, int rank, const int lanes, const int per_lane)
 {
     if (d->dropout > 0.0f) {
-        const uint64_t here = moei_opaque(seed);
+        const uint64_t here = moei_opaque(seed); /* else the twenty keys of its rounds are kept */
         MOEI_UNROLL
         for (int j = 0; j < per_lane; j += 8)
             *unseen |= moei_gate_dropped(d, here, t, moei_gate_expert(j, rank, lanes) >> 3) << j;
@@ -170,8 +170,7 @@ MOE_DEVICE float moei_gate_logits(float* v, uint32_t* unseen, const moe_gate_des
             for (int j = 0; j < per_lane; ++j) v[j] = (v[j] - most) * d->temperature;
         }
         if (d->noise > 0.0f) {
-            const uint64_t here =
-                moei_opaque(seed); /* else the twenty keys of its rounds are kept */
+            const uint64_t here = moei_opaque(seed); /* as above */
             MOEI_UNROLL
             for (int j = 0; j < per_lane; j += 4) {
                 float n[4];

@@ -41,9 +41,8 @@ MOE_DEVICE bool moei_gate_lane_nan(const float* v, const int per_lane)
 }
 
 /* What a group of lanes knows of its token's logits v, those that the token does not see being
-   -infinity; max is the largest. Both are in units. `nan` is found here for
-   softmax scores alone, and maybe not by every lane. lanes and per_lane are literals here and below.
-   */
+   -infinity; max is the largest. Both are in units. `nan` is found here for softmax scores alone,
+   and maybe not by every lane. lanes and per_lane are literals here and below. */
 MOE_DEVICE moei_gate_stats moei_gate_lane_stats(const moe_gate_desc* d,
                                                 const moei_gate_units* units, const float* v,
                                                 float max, const int lanes, const int per_lane)
@@ -93,8 +92,8 @@ MOE_DEVICE moei_gate_stats moei_gate_lane_stats(const moe_gate_desc* d,
     return s;
 }
 
-/* The scores of a lane's logits, quick, for selection. Where `sums`, a literal: the probabilities, of
-   sigmoids over 2^shift and not divided by their sum yet. */
+/* The scores of a lane's logits, quick, for selection. Where `sums`, a literal: the probabilities,
+   of sigmoids over 2^shift and not divided by their sum yet. */
 MOE_DEVICE void moei_gate_lane_scores(float* u, const float* v, const moe_gate_desc* d,
                                       const moei_gate_units* units, const moei_gate_stats* s,
                                       const int sums, const int per_lane)
@@ -143,8 +142,8 @@ MOE_DEVICE void moei_gate_lane_groups(float* u, const float* v, const moe_gate_d
             second = fmaxf(fminf(first, two.x), fmaxf(second, two.y));
             first = fmaxf(first, two.x);
         }
-        group[g] =
-            0.5f * first + (second > none ? 0.5f * second : 0.0f); /* halves do not overflow */
+        /* halves do not overflow */
+        group[g] = 0.5f * first + (second > none ? 0.5f * second : 0.0f);
     }
     __syncwarp(MOEI_FULL);
     for (int g = rank; g < G; g += lanes) {
@@ -209,8 +208,8 @@ MOE_DEVICE void moei_gate_lane_pick(moei_gate_pick* pick, uint32_t picked, const
         }
 }
 
-/* Puts a token's n picks, K or more, in order: by descending merit, equals by ascending expert. top:
-   the merits of the K in order. */
+/* Puts a token's n picks, K or more, in order: by descending merit, equals by ascending expert.
+   top: the merits of the K in order. */
 MOE_DEVICE void moei_gate_lane_order(moei_gate_pick* pick, bool merits, int n, const float* top,
                                      int K, int rank, const int lanes, const int depth)
 {
@@ -218,8 +217,8 @@ MOE_DEVICE void moei_gate_lane_order(moei_gate_pick* pick, bool merits, int n, c
     const int step = (int)(sizeof *pick / sizeof *merit);
     uint16_t* order = moei_gate_order(pick, depth);
     bool tie = n > K;
-    K = (int)moei_opaque(
-        (uint64_t)K); /* else each k < K stays in a register from where kth was found */
+    /* else each k < K stays in a register from where the K-th was found */
+    K = (int)moei_opaque((uint64_t)K);
     MOEI_UNROLL
     for (int k = 0; k < depth - 1; ++k) tie |= k + 1 < K && top[k] == top[k + 1];
     if (!tie) { /* a pick's place is how many of the top are larger */
