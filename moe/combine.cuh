@@ -112,16 +112,11 @@ MOE_DEVICE const char* moe_combine_row(const moe_combine_desc* d, int64_t slot)
 /* The elements that 16 bytes of rows hold: 4 in fp32, 8 otherwise. dtype is a literal. */
 MOE_DEVICE void moei_combine_unpack(float* v, uint4 raw, const int dtype)
 {
-    const uint32_t w[4] = {raw.x, raw.y, raw.z, raw.w};
-    MOEI_UNROLL
-    for (int i = 0; i < 4; ++i) {
-        if (dtype == MOE_FP32) {
-            v[i] = __uint_as_float(w[i]);
-        } else {
-            const float2 f = moei_unpack2(w[i], dtype);
-            v[2 * i] = f.x;
-            v[2 * i + 1] = f.y;
-        }
+    if (dtype == MOE_FP32) {
+        v[0] = __uint_as_float(raw.x), v[1] = __uint_as_float(raw.y);
+        v[2] = __uint_as_float(raw.z), v[3] = __uint_as_float(raw.w);
+    } else {
+        moei_unpack_8(v, raw, dtype);
     }
 }
 
@@ -148,8 +143,7 @@ MOE_DEVICE void moei_combine_write(void* p, const float* v, int dtype, const int
         for (int i = 0; i < count; i += 4)
             *(float4*)((float*)p + i) = make_float4(v[i], v[i + 1], v[i + 2], v[i + 3]);
     } else if (count == 8) {
-        moei_store16(p, make_uint4(moei_pack2(v[0], v[1], dtype), moei_pack2(v[2], v[3], dtype),
-                                   moei_pack2(v[4], v[5], dtype), moei_pack2(v[6], v[7], dtype)));
+        moei_store16(p, moei_pack_8(v, dtype));
     } else {
         *(uint2*)p = make_uint2(moei_pack2(v[0], v[1], dtype), moei_pack2(v[2], v[3], dtype));
     }

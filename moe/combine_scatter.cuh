@@ -117,11 +117,7 @@ MOE_DEVICE void moei_scatter_add(void* y, int y_dtype, const moei_scatter_piece*
                                      __float_as_uint(v[2]), __float_as_uint(v[3])),
                           MOE_FP32);
     else
-        moei_add16_atomic(
-            (uint16_t*)y + h,
-            make_uint4(moei_pack2(v[0], v[1], y_dtype), moei_pack2(v[2], v[3], y_dtype),
-                       moei_pack2(v[4], v[5], y_dtype), moei_pack2(v[6], v[7], y_dtype)),
-            y_dtype);
+        moei_add16_atomic((uint16_t*)y + h, moei_pack_8(v, y_dtype), y_dtype);
 }
 
 /* Columns 0 .. columns, a multiple of width; rows_dtype and width are literals. A thread has four

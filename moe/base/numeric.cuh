@@ -63,6 +63,24 @@ MOE_DEVICE float2 moei_unpack2(uint32_t w, int dtype)
                        moei_half_to_f32((uint16_t)(w >> 16), dtype));
 }
 
+/* 8 neighbours of 16 bits in 16 bytes. */
+MOE_DEVICE void moei_unpack_8(float* v, uint4 raw, int dtype)
+{
+    const uint32_t w[4] = {raw.x, raw.y, raw.z, raw.w};
+    MOEI_UNROLL
+    for (int i = 0; i < 4; ++i) {
+        const float2 f = moei_unpack2(w[i], dtype);
+        v[2 * i] = f.x;
+        v[2 * i + 1] = f.y;
+    }
+}
+
+MOE_DEVICE uint4 moei_pack_8(const float* v, int dtype)
+{
+    return make_uint4(moei_pack2(v[0], v[1], dtype), moei_pack2(v[2], v[3], dtype),
+                      moei_pack2(v[4], v[5], dtype), moei_pack2(v[6], v[7], dtype));
+}
+
 /* Element i of a buffer of any dtype. */
 MOE_DEVICE float moei_load_f32(const void* p, int64_t i, int dtype)
 {
@@ -100,42 +118,6 @@ MOE_DEVICE float moei_exp2_fast(float x)
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 #endif
-}
-
-/* x / (1 + e^-x). Infinities are limits, NaN stays. */
-MOE_DEVICE float moei_silu(float x)
-{
-    const float v = x < -3.40282347e38f ? -3.40282347e38f : x; /* infinity over infinity is NaN */
-    return __fdividef(v, 1.0f + moei_exp2_fast(-1.44269504f * v));
-}
-
-/* x / (1 + 2^(x (a + b x^2))): x sigma(alpha x) with a = -log2(e) alpha and b = 0; with the numbers
-   below x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2, since (1 + tanh(u)) / 2 = sigma(2 u).
-   Infinities are limits, NaN stays. */
-#define MOEI_GELU_TANH_A (-2.30220819f)  /* -2 log2(e) sqrt(2 / pi) */
-#define MOEI_GELU_TANH_B (-0.102943240f) /* the same times 0.044715 */
-MOE_DEVICE float moei_sigmoid_unit(float x, float a, float b)
-{
-    const float most = 3.40282347e38f, v = x < -most ? -most : x; /* infinity times 0 is NaN */
-    return v * __fdividef(1.0f, 1.0f + moei_exp2_fast(v * fmaf(b, fminf(v * v, 1e30f), a)));
-}
-
-/* x Phi(x) = x (1 + erf(x / sqrt(2))) / 2. With z = |x|, Phi(-z) = e^(-z^2 / 2) f(1 / (1 + 0.3 z)),
-   f a polynomial of degree 8 without constant, fitted to a relative error of 2^-22; so what is left
-   of large negative x is right too, to the rounding of z^2. Infinities are limits, NaN stays. */
-MOE_DEVICE float moei_gelu(float x)
-{
-    const float z = fminf(fabsf(x), 15.0f), t = __fdividef(1.0f, fmaf(0.3f, z, 1.0f));
-    float f = 0.03593173251f;
-    f = fmaf(f, t, -0.15827599168f);
-    f = fmaf(f, t, 0.20820659399f);
-    f = fmaf(f, t, -0.05539385602f);
-    f = fmaf(f, t, 0.12946921587f);
-    f = fmaf(f, t, 0.09963748604f);
-    f = fmaf(f, t, 0.12079835683f);
-    f = fmaf(f, t, 0.11962638795f);
-    f *= t * moei_exp2_fast(-0.721347520f * z * z);
-    return (x < 0.0f ? 0.0f : x) - z * f;
 }
 
 #endif

@@ -21,21 +21,13 @@
 #ifndef MOE_BLOCK_LAYER_ACT_CUH
 #define MOE_BLOCK_LAYER_ACT_CUH
 
+#include "../activation.cuh"
 #include "../base/copy.cuh"
 #include "../base/fault.cuh"
-#include "../base/numeric.cuh"
 #include "../base/warp.cuh"
 #include "desc.h"
 
 #define MOEI_BLOCK_ACT_THREADS 256
-
-/* An activation as a function of one number. */
-typedef enum moei_block_curve {
-    MOEI_BLOCK_CURVE_NONE,
-    MOEI_BLOCK_CURVE_SIGMOID, /* v / (1 + 2^(v (a + b v^2))) */
-    MOEI_BLOCK_CURVE_ERF,     /* v Phi(v) */
-    MOEI_BLOCK_CURVE_RELU2
-} moei_block_curve;
 
 typedef struct moei_block_act_args {
     const uint16_t* pre;       /* packed */
@@ -59,9 +51,8 @@ typedef struct moei_block_act_args {
     int32_t form, num_rows, row_blocks, num_experts, top_k;
     int32_t block_log2, lanes_log2;
     int32_t run; /* blocks of act in a run */
-    int32_t gated, clamped;
-    int32_t curve; /* moei_block_curve */
-    float curve_a, curve_b, limit;
+    int32_t gated;
+    moei_activation activation;
 } moei_block_act_args;
 
 /* One row of a run. */
@@ -120,108 +111,17 @@ MOE_DEVICE moei_block_act_row moei_block_act_find(const moei_block_act_args* a)
     return r;
 }
 
-/* The derivative of v / (1 + 2^(v (a + b v^2))) = v s:  s - ln 2 (a v + 3 b v^3) s (1 - s). From an
-   exponent of 115 on s (1 - s) counts as nothing. Infinities are limits, NaN stays. */
-MOE_DEVICE float moei_block_sigmoid_slope(float x, float a, float b)
-{
-    const float most = 3.40282347e38f, v = fminf(fmaxf(x, -most), most);
-    const float p = a * v, q = b * fminf(v * v, 1e30f) * v;
-    const float e = moei_exp2_fast(fminf(fmaxf(p + q, -115.0f), 115.0f));
-    const float m = fminf(fmaxf(fmaf(3.0f, q, p), -345.0f), 345.0f);
-    const float s = __fdividef(1.0f, 1.0f + e);
-    return moei_is_nan(x) ? x : s * fmaf(-0.693147182f * m, e * s, 1.0f);
-}
-
-/* The derivative of v Phi(v): Phi(v) + v e^(-v^2 / 2) / sqrt(2 pi). NaN stays. */
-MOE_DEVICE float moei_block_gelu_slope(float x)
-{
-    const float z = fminf(fmaxf(x, -15.0f), 15.0f);
-    const float density = 0.398942280f * moei_exp2_fast(-0.721347520f * z * z);
-    const float near_0 = fmaf(z * z, fmaf(z * z, 0.025f, -0.166666667f), 1.0f);
-    const float phi =
-        fabsf(z) > 0.125f ? __fdividef(moei_gelu(z), z) : fmaf(z * 0.398942280f, near_0, 0.5f);
-    return moei_is_nan(x) ? x : fmaf(z, density, phi);
-}
-
-/* v = curve(v) of 8 numbers. */
-MOE_DEVICE void moei_block_curve_8(float* v, const moei_block_act_args* a)
-{
-    if (a->curve == MOEI_BLOCK_CURVE_SIGMOID) {
-        MOEI_UNROLL
-        for (int i = 0; i < 8; ++i) v[i] = moei_sigmoid_unit(v[i], a->curve_a, a->curve_b);
-    } else if (a->curve == MOEI_BLOCK_CURVE_ERF) {
-        MOEI_UNROLL
-        for (int i = 0; i < 8; ++i) v[i] = moei_gelu(v[i]);
-    } else if (a->curve == MOEI_BLOCK_CURVE_RELU2) {
-        MOEI_UNROLL
-        for (int i = 0; i < 8; ++i) v[i] = v[i] < 0.0f ? 0.0f : v[i] * v[i];
-    }
-}
-
-/* slope = curve'(v) of 8 numbers. */
-MOE_DEVICE void moei_block_slope_8(float* slope, const float* v, const moei_block_act_args* a)
-{
-    if (a->curve == MOEI_BLOCK_CURVE_SIGMOID) {
-        MOEI_UNROLL
-        for (int i = 0; i < 8; ++i)
-            slope[i] = moei_block_sigmoid_slope(v[i], a->curve_a, a->curve_b);
-    } else if (a->curve == MOEI_BLOCK_CURVE_ERF) {
-        MOEI_UNROLL
-        for (int i = 0; i < 8; ++i) slope[i] = moei_block_gelu_slope(v[i]);
-    } else if (a->curve == MOEI_BLOCK_CURVE_RELU2) {
-        MOEI_UNROLL
-        for (int i = 0; i < 8; ++i) slope[i] = v[i] < 0.0f ? 0.0f : 2.0f * v[i];
-    } else {
-        MOEI_UNROLL
-        for (int i = 0; i < 8; ++i) slope[i] = 1.0f;
-    }
-}
-
-/* What the clamped SwiGLU multiplies; comparisons, so that NaN stays. */
-MOE_DEVICE float moei_block_clamp_up(float u, float limit)
-{
-    return (u > limit ? limit : u < -limit ? -limit : u) + 1.0f;
-}
-
-MOE_DEVICE void moei_block_unpack_8(float* v, uint4 raw, const int dtype)
-{
-    const uint32_t w[4] = {raw.x, raw.y, raw.z, raw.w};
-    MOEI_UNROLL
-    for (int i = 0; i < 4; ++i) {
-        const float2 f = moei_unpack2(w[i], dtype);
-        v[2 * i] = f.x;
-        v[2 * i + 1] = f.y;
-    }
-}
-
-MOE_DEVICE uint4 moei_block_pack_8(const float* v, const int dtype)
-{
-    return make_uint4(moei_pack2(v[0], v[1], dtype), moei_pack2(v[2], v[3], dtype),
-                      moei_pack2(v[4], v[5], dtype), moei_pack2(v[6], v[7], dtype));
-}
-
 /* 8 elements forward: the gates (or plain numbers) and ups become act. */
 MOE_DEVICE uint4 moei_block_act_8(uint4 gate, uint4 up, float weight, const moei_block_act_args* a,
                                   const int dtype)
 {
     float v[8], u[8];
-    moei_block_unpack_8(v, gate, dtype);
-    moei_block_unpack_8(u, up, dtype);
-    if (a->clamped) {
-        MOEI_UNROLL
-        for (int i = 0; i < 8; ++i) {
-            v[i] = v[i] > a->limit ? a->limit : v[i];
-            u[i] = moei_block_clamp_up(u[i], a->limit);
-        }
-    }
-    moei_block_curve_8(v, a);
-    if (a->gated) {
-        MOEI_UNROLL
-        for (int i = 0; i < 8; ++i) v[i] *= u[i];
-    }
+    moei_unpack_8(v, gate, dtype);
+    moei_unpack_8(u, up, dtype);
+    moei_activate_8(v, u, &a->activation, a->gated != 0);
     MOEI_UNROLL
     for (int i = 0; i < 8; ++i) v[i] *= weight;
-    return moei_block_pack_8(v, dtype);
+    return moei_pack_8(v, dtype);
 }
 
 /* 8 elements backward: gate, up and d become their gradients and act. Returns sum, to which each d
@@ -230,40 +130,21 @@ MOE_DEVICE float moei_block_grad_8(uint4* gate, uint4* up, uint4* d, float weigh
                                    const moei_block_act_args* a, const int dtype)
 {
     float v[8], u[8], s[8], t[8];
-    moei_block_unpack_8(v, *gate, dtype);
-    moei_block_unpack_8(t, *d, dtype);
-    if (a->clamped) {
-        MOEI_UNROLL
-        for (int i = 0; i < 8; ++i) v[i] = v[i] > a->limit ? a->limit : v[i];
-    }
-    moei_block_slope_8(s, v, a);
-    if (a->clamped) { /* the gate as it was: at the limit itself the gradient passes */
-        moei_block_unpack_8(u, *gate, dtype);
-        MOEI_UNROLL
-        for (int i = 0; i < 8; ++i) s[i] = u[i] > a->limit ? 0.0f : s[i];
-    }
-    moei_block_curve_8(v, a);
-    if (a->gated) {
-        float c[8];
-        moei_block_unpack_8(u, *up, dtype);
-        MOEI_UNROLL
-        for (int i = 0; i < 8; ++i) {
-            const bool out = a->clamped && (u[i] > a->limit || u[i] < -a->limit);
-            c[i] = out ? 0.0f : t[i] * weight * v[i];
-            u[i] = a->clamped ? moei_block_clamp_up(u[i], a->limit) : u[i];
-            v[i] *= u[i];
-            s[i] *= u[i];
-        }
-        *up = moei_block_pack_8(c, dtype);
-    }
+    moei_unpack_8(v, *gate, dtype);
+    moei_unpack_8(u, *up, dtype);
+    moei_unpack_8(t, *d, dtype);
+    moei_activate_grad_8(v, u, s, &a->activation, a->gated != 0);
     MOEI_UNROLL
     for (int i = 0; i < 8; ++i) {
         sum = fmaf(t[i], v[i], sum);
-        s[i] *= t[i] * weight;
+        t[i] *= weight;
+        u[i] *= t[i];
+        s[i] *= t[i];
         v[i] *= weight;
     }
-    *gate = moei_block_pack_8(s, dtype);
-    *d = moei_block_pack_8(v, dtype);
+    if (a->gated) *up = moei_pack_8(u, dtype);
+    *gate = moei_pack_8(s, dtype);
+    *d = moei_pack_8(v, dtype);
     return sum;
 }
 
@@ -379,26 +260,6 @@ MOE_DEVICE_BODY void moei_block_act_backward(const moei_block_act_args* a, const
     }
 MOEI_BLOCK_ACT_LIST(MOEI_BLOCK_ACT_KERNELS)
 #undef MOEI_BLOCK_ACT_KERNELS
-
-/* Says in the arguments how this activation is computed. */
-MOE_HOST void moei_block_act_choose(moei_block_act_args* a, int activation, float alpha,
-                                    float limit)
-{
-    a->gated = moe_activation_is_gated(activation);
-    a->clamped = activation == MOE_ACTIVATION_SWIGLU_CLAMPED;
-    a->limit = limit;
-    a->curve = MOEI_BLOCK_CURVE_SIGMOID;
-    a->curve_a = -1.44269504f;
-    if (activation == MOE_ACTIVATION_NONE) a->curve = MOEI_BLOCK_CURVE_NONE;
-    if (activation == MOE_ACTIVATION_GELU || activation == MOE_ACTIVATION_GEGLU)
-        a->curve = MOEI_BLOCK_CURVE_ERF;
-    if (activation == MOE_ACTIVATION_RELU2) a->curve = MOEI_BLOCK_CURVE_RELU2;
-    if (activation == MOE_ACTIVATION_SWIGLU_CLAMPED) a->curve_a *= alpha;
-    if (activation == MOE_ACTIVATION_GELU_TANH || activation == MOE_ACTIVATION_GEGLU_TANH) {
-        a->curve_a = MOEI_GELU_TANH_A;
-        a->curve_b = MOEI_GELU_TANH_B;
-    }
-}
 
 /* Queues the forward or backward kernel; `runs`: how many there can be. */
 MOE_HOST moe_status moei_block_act_launch(moei_block_act_args* a, int64_t runs, int backward,

@@ -413,7 +413,8 @@ MOE_HOST moe_status moei_block_layer_plan(const moe_block_layer_desc* desc, moei
     l->act.top_k = d->top_k;
     l->act.run = l->strips[0];
     while (1 << l->act.block_log2 < d->block) ++l->act.block_log2;
-    moei_block_act_choose(&l->act, d->activation, d->alpha, d->limit);
+    l->act.activation = moei_activation_of(d->activation, d->alpha, d->limit);
+    l->act.gated = moe_activation_is_gated(d->activation);
 
     l->permute.row_slot = l->route.row_slot;
     l->permute.slot_row = l->route.slot_row;

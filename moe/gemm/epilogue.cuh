@@ -10,7 +10,7 @@
 #ifndef MOE_GEMM_EPILOGUE_CUH
 #define MOE_GEMM_EPILOGUE_CUH
 
-#include "../base/numeric.cuh"
+#include "../activation.cuh"
 #include "../base/warp.cuh"
 #include "desc.h"
 #include "mma.cuh"
@@ -23,8 +23,7 @@ MOE_DEVICE void moei_epilogue_store8(void* p, const float* v, int dtype)
         ((float4*)p)[0] = make_float4(v[0], v[1], v[2], v[3]);
         ((float4*)p)[1] = make_float4(v[4], v[5], v[6], v[7]);
     } else {
-        *(uint4*)p = make_uint4(moei_pack2(v[0], v[1], dtype), moei_pack2(v[2], v[3], dtype),
-                                moei_pack2(v[4], v[5], dtype), moei_pack2(v[6], v[7], dtype));
+        *(uint4*)p = moei_pack_8(v, dtype);
     }
 }
 
@@ -33,42 +32,6 @@ MOE_DEVICE void moei_epilogue_bias(float* v, const uint16_t* bias, int64_t at, i
 {
     MOEI_UNROLL
     for (int i = 0; i < 8; ++i) v[i] += moei_half_to_f32(bias[at + i * step], dtype);
-}
-
-/* v = activation(v) of 8 gates or plain columns, w their ups where there are any. Knows all but
-   NONE and SwiGLU, which the caller has. */
-MOE_DEVICE void moei_epilogue_activate(float* v, float* w, const moe_grouped_gemm_desc* d)
-{
-    const int kind = d->activation;
-    if (kind == MOE_ACTIVATION_RELU2) {
-        MOEI_UNROLL
-        for (int x = 0; x < 8; ++x) v[x] = v[x] < 0.0f ? 0.0f : v[x] * v[x];
-        return;
-    }
-    if (kind == MOE_ACTIVATION_GELU || kind == MOE_ACTIVATION_GEGLU) {
-        MOEI_UNROLL
-        for (int x = 0; x < 8; ++x) v[x] = moei_gelu(v[x]);
-    } else {
-        float a = -1.44269504f, b = 0.0f;
-        if (kind == MOE_ACTIVATION_SWIGLU_CLAMPED) {
-            const float limit = d->limit;
-            a *= d->alpha;
-            MOEI_UNROLL
-            for (int x = 0; x < 8; ++x) { /* comparisons, so that NaN stays */
-                v[x] = v[x] > limit ? limit : v[x];
-                w[x] = (w[x] > limit ? limit : w[x] < -limit ? -limit : w[x]) + 1.0f;
-            }
-        } else if (kind != MOE_ACTIVATION_SILU) {
-            a = MOEI_GELU_TANH_A;
-            b = MOEI_GELU_TANH_B;
-        }
-        MOEI_UNROLL
-        for (int x = 0; x < 8; ++x) v[x] = moei_sigmoid_unit(v[x], a, b);
-    }
-    if (d->gate_up) {
-        MOEI_UNROLL
-        for (int x = 0; x < 8; ++x) v[x] *= w[x];
-    }
 }
 
 /* One warp: its wm x wn accumulators become rows row .. row + wm and columns from `column` of C. */
@@ -118,11 +81,9 @@ MOE_DEVICE void moei_epilogue_warp(const moe_grouped_gemm_desc* d, const moei_ti
                     moei_epilogue_bias(w, bias, pairs ? 2 * n + 1 : d->n + n, pairs ? 2 : 1,
                                        d->dtype);
             }
-            if (d->activation == MOE_ACTIVATION_SWIGLU) {
-                MOEI_UNROLL
-                for (int x = 0; x < 8; ++x) v[x] = moei_silu(v[x]) * w[x];
-            } else if (d->activation != MOE_ACTIVATION_NONE) {
-                moei_epilogue_activate(v, w, d);
+            if (d->activation != MOE_ACTIVATION_NONE) {
+                const moei_activation a = moei_activation_of(d->activation, d->alpha, d->limit);
+                moei_activate_8(v, w, &a, gated);
             }
             moei_epilogue_store8(c + (m * d->c_stride + n) * c_bytes, v, d->c_dtype);
         }

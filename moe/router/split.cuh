@@ -89,18 +89,16 @@ MOE_DEVICE void moei_split4(uint2* term, uint4 v, const int terms)
 /* Splits 8 fp16 numbers into the upper and lower bits of each, both exact. */
 MOE_DEVICE void moei_split_x(uint4* hi, uint4* lo, uint4 v)
 {
-    const uint32_t w[4] = {v.x, v.y, v.z, v.w};
     uint2 a[2], b[2];
-    float2 f[4];
-    MOEI_UNROLL
-    for (int i = 0; i < 4; ++i) f[i] = moei_unpack2(w[i], MOE_FP16);
+    float f[8];
+    moei_unpack_8(f, v, MOE_FP16);
     moei_split4(a,
-                make_uint4(__float_as_uint(f[0].x), __float_as_uint(f[0].y),
-                           __float_as_uint(f[1].x), __float_as_uint(f[1].y)),
+                make_uint4(__float_as_uint(f[0]), __float_as_uint(f[1]), __float_as_uint(f[2]),
+                           __float_as_uint(f[3])),
                 2);
     moei_split4(b,
-                make_uint4(__float_as_uint(f[2].x), __float_as_uint(f[2].y),
-                           __float_as_uint(f[3].x), __float_as_uint(f[3].y)),
+                make_uint4(__float_as_uint(f[4]), __float_as_uint(f[5]), __float_as_uint(f[6]),
+                           __float_as_uint(f[7])),
                 2);
     *hi = make_uint4(a[0].x, a[0].y, b[0].x, b[0].y);
     *lo = make_uint4(a[1].x, a[1].y, b[1].x, b[1].y);

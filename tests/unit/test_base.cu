@@ -9,7 +9,7 @@
 #include "moe/base/check.h"
 #include "moe/base/copy.cuh"
 #include "moe/base/fault.cuh"
-#include "moe/base/numeric.cuh"
+#include "moe/activation.cuh"
 #include "moe/base/random.h"
 #include "moe/base/warp.cuh"
 #include "moe/layout.h"
@@ -635,7 +635,7 @@ MOE_KERNEL(256, 1) exp_kernel(MOE_ARG(exp_args) d)
     for (int i = (int)(blockIdx.x * blockDim.x + threadIdx.x); i < d.n;
          i += (int)(gridDim.x * blockDim.x)) {
         d.exp[i] = moei_exp(d.x[i]);
-        d.silu[i] = moei_silu(d.x[i]);
+        d.silu[i] = moei_sigmoid_unit(d.x[i], -1.44269504f);
         d.nan[i] = moei_is_nan(d.x[i]);
     }
 }

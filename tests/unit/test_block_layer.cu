@@ -892,7 +892,7 @@ typedef struct slope_args {
 MOE_KERNEL(256, 1) slope_kernel(MOE_ARG(slope_args) a)
 {
     const int i = (int)(blockIdx.x * 256 + threadIdx.x);
-    if (i < a.n) a.slope[i] = moei_block_gelu_slope(a.v[i]);
+    if (i < a.n) a.slope[i] = moei_gelu_slope(a.v[i]);
 }
 
 /* GELU's slope in fp32: near 0 a series, further off by a quotient, and where they meet. */

@@ -1,0 +1,211 @@
+/* activation.cuh: every activation of the experts and its derivative, 8 numbers at a time, in fp32.
+
+     SwiGLU            v sigma(v) u               SiLU        v sigma(v)
+     GEGLU             v Phi(v) u                 GELU        v Phi(v)
+     GEGLU, tanh form  v (1 + tanh(c(v))) / 2 u   GELU, tanh  v (1 + tanh(c(v))) / 2
+     clamped SwiGLU    g sigma(alpha g) (h + 1)   ReLU^2      max(v, 0)^2
+                       g = min(v, limit), h = u held within +-limit
+
+   v is the gate, or the one number of an activation that is not gated; u is up. Infinities are
+   limits, NaN stays NaN. Errors: about 2 ulp of the exponential, 2^-22 for Phi; slopes within 1e-6 of
+   their largest value. With --use_fast_math the same.
+
+     const moei_activation a = moei_activation_of(MOE_ACTIVATION_SWIGLU, 0.0f, 0.0f);
+     moei_activate_8(v, u, &a, true);      // v becomes the activation
+     moei_activate_grad_8(v, u, s, &a, true);  // and s, u its derivatives by gate and up
+
+   Source of the forms: Shazeer 2020 (arXiv 2002.05202), Hendrycks and Gimpel 2016 (arXiv 1606.08415),
+   So et al. 2021 (arXiv 2109.08668); the clamped form is that of gpt-oss. Minimum architecture: any. */
+#ifndef MOE_ACTIVATION_CUH
+#define MOE_ACTIVATION_CUH
+
+#include "base/numeric.cuh"
+#include "layout.h"
+
+/* What a gate goes through: a function of one number. */
+typedef enum moei_curve {
+    MOEI_CURVE_NONE,
+    MOEI_CURVE_SIGMOID, /* v / (1 + 2^(a v)) */
+    MOEI_CURVE_TANH,    /* v / (1 + 2^(v (A + B v^2))), A and B below */
+    MOEI_CURVE_ERF,     /* v Phi(v) */
+    MOEI_CURVE_RELU2
+} moei_curve;
+
+typedef struct moei_activation {
+    int32_t curve; /* moei_curve */
+    int32_t clamped;
+    float a;     /* of MOEI_CURVE_SIGMOID: -log2(e), times alpha where clamped */
+    float limit; /* where clamped */
+} moei_activation;
+
+/* Resolves a MOE_ACTIVATION_*; alpha and limit are the clamped SwiGLU's. */
+MOE_HOST_DEVICE moei_activation moei_activation_of(int activation, float alpha, float limit)
+{
+    moei_activation a;
+    a.clamped = activation == MOE_ACTIVATION_SWIGLU_CLAMPED;
+    a.a = a.clamped ? -1.44269504f * alpha : -1.44269504f;
+    a.limit = limit;
+    a.curve = activation == MOE_ACTIVATION_NONE    ? MOEI_CURVE_NONE
+              : activation == MOE_ACTIVATION_RELU2 ? MOEI_CURVE_RELU2
+              : activation == MOE_ACTIVATION_GELU || activation == MOE_ACTIVATION_GEGLU
+                  ? MOEI_CURVE_ERF
+              : activation == MOE_ACTIVATION_GELU_TANH || activation == MOE_ACTIVATION_GEGLU_TANH
+                  ? MOEI_CURVE_TANH
+                  : MOEI_CURVE_SIGMOID;
+    return a;
+}
+
+/* x / (1 + 2^(a x)); with a = -log2(e) it is SiLU. */
+MOE_DEVICE float moei_sigmoid_unit(float x, float a)
+{
+    const float v = x < -3.40282347e38f ? -3.40282347e38f : x; /* infinity over infinity is NaN */
+    return __fdividef(v, 1.0f + moei_exp2_fast(a * v));
+}
+
+/* x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2 = x / (1 + 2^(x (A + B x^2))), since
+   (1 + tanh(u)) / 2 = sigma(2 u). */
+#define MOEI_GELU_TANH_A (-2.30220819f)  /* -2 log2(e) sqrt(2 / pi) */
+#define MOEI_GELU_TANH_B (-0.102943240f) /* the same times 0.044715 */
+MOE_DEVICE float moei_gelu_tanh(float x)
+{
+    const float most = 3.40282347e38f, v = x < -most ? -most : x; /* infinity times 0 is NaN */
+    const float square = fminf(v * v, 1e30f);
+    return v * __fdividef(1.0f, 1.0f + moei_exp2_fast(
+                                           v * fmaf(MOEI_GELU_TANH_B, square, MOEI_GELU_TANH_A)));
+}
+
+/* x Phi(x) = x (1 + erf(x / sqrt(2))) / 2. With z = |x|, Phi(-z) = e^(-z^2 / 2) f(1 / (1 + 0.3 z)),
+   f a polynomial of degree 8 without constant, fitted to a relative error of 2^-22; so what is left
+   of large negative x is right too, to the rounding of z^2. Infinities are limits, NaN stays. */
+MOE_DEVICE float moei_gelu(float x)
+{
+    const float z = fminf(fabsf(x), 15.0f), t = __fdividef(1.0f, fmaf(0.3f, z, 1.0f));
+    float f = 0.03593173251f;
+    f = fmaf(f, t, -0.15827599168f);
+    f = fmaf(f, t, 0.20820659399f);
+    f = fmaf(f, t, -0.05539385602f);
+    f = fmaf(f, t, 0.12946921587f);
+    f = fmaf(f, t, 0.09963748604f);
+    f = fmaf(f, t, 0.12079835683f);
+    f = fmaf(f, t, 0.11962638795f);
+    f *= t * moei_exp2_fast(-0.721347520f * z * z);
+    return (x < 0.0f ? 0.0f : x) - z * f;
+}
+
+/* The derivative of v / (1 + 2^(p + q)) = v s, where p = a v and q = b v^3, by v:
+   s - ln 2 (p + 3 q) s (1 - s). From an exponent of 115 on s (1 - s) counts as nothing. */
+MOE_DEVICE float moei_sigmoid_slope(float x, float p, float q)
+{
+    const float e = moei_exp2_fast(fminf(fmaxf(p + q, -115.0f), 115.0f));
+    const float m = fminf(fmaxf(fmaf(3.0f, q, p), -345.0f), 345.0f);
+    const float s = __fdividef(1.0f, 1.0f + e);
+    return moei_is_nan(x) ? x : s * fmaf(-0.693147182f * m, e * s, 1.0f);
+}
+
+/* The derivative of v Phi(v): Phi(v) + v e^(-v^2 / 2) / sqrt(2 pi). */
+MOE_DEVICE float moei_gelu_slope(float x)
+{
+    const float z = fminf(fmaxf(x, -15.0f), 15.0f);
+    const float density = 0.398942280f * moei_exp2_fast(-0.721347520f * z * z);
+    const float near_0 = fmaf(z * z, fmaf(z * z, 0.025f, -0.166666667f), 1.0f);
+    const float phi =
+        fabsf(z) > 0.125f ? __fdividef(moei_gelu(z), z) : fmaf(z * 0.398942280f, near_0, 0.5f);
+    return moei_is_nan(x) ? x : fmaf(z, density, phi);
+}
+
+/* v = curve(v). */
+MOE_DEVICE void moei_curve_8(float* v, const moei_activation* a)
+{
+    if (a->curve == MOEI_CURVE_SIGMOID) {
+        MOEI_UNROLL
+        for (int i = 0; i < 8; ++i) v[i] = moei_sigmoid_unit(v[i], a->a);
+    } else if (a->curve == MOEI_CURVE_TANH) {
+        MOEI_UNROLL
+        for (int i = 0; i < 8; ++i) v[i] = moei_gelu_tanh(v[i]);
+    } else if (a->curve == MOEI_CURVE_ERF) {
+        MOEI_UNROLL
+        for (int i = 0; i < 8; ++i) v[i] = moei_gelu(v[i]);
+    } else if (a->curve == MOEI_CURVE_RELU2) {
+        MOEI_UNROLL
+        for (int i = 0; i < 8; ++i) v[i] = v[i] < 0.0f ? 0.0f : v[i] * v[i];
+    }
+}
+
+/* slope = curve'(v). */
+MOE_DEVICE void moei_slope_8(float* slope, const float* v, const moei_activation* a)
+{
+    const float most = 3.40282347e38f;
+    if (a->curve == MOEI_CURVE_SIGMOID) {
+        MOEI_UNROLL
+        for (int i = 0; i < 8; ++i)
+            slope[i] = moei_sigmoid_slope(v[i], a->a * fminf(fmaxf(v[i], -most), most), 0.0f);
+    } else if (a->curve == MOEI_CURVE_TANH) {
+        MOEI_UNROLL
+        for (int i = 0; i < 8; ++i) {
+            const float x = fminf(fmaxf(v[i], -most), most);
+            slope[i] = moei_sigmoid_slope(v[i], MOEI_GELU_TANH_A * x,
+                                          MOEI_GELU_TANH_B * fminf(x * x, 1e30f) * x);
+        }
+    } else if (a->curve == MOEI_CURVE_ERF) {
+        MOEI_UNROLL
+        for (int i = 0; i < 8; ++i) slope[i] = moei_gelu_slope(v[i]);
+    } else if (a->curve == MOEI_CURVE_RELU2) {
+        MOEI_UNROLL
+        for (int i = 0; i < 8; ++i) slope[i] = v[i] < 0.0f ? 0.0f : 2.0f * v[i];
+    } else {
+        MOEI_UNROLL
+        for (int i = 0; i < 8; ++i) slope[i] = 1.0f;
+    }
+}
+
+/* v = activation(v, u); u is read where gated. */
+MOE_DEVICE void moei_activate_8(float* v, float* u, const moei_activation* a, bool gated)
+{
+    if (a->clamped) {
+        MOEI_UNROLL
+        for (int i = 0; i < 8; ++i) { /* comparisons, so that NaN stays */
+            v[i] = v[i] > a->limit ? a->limit : v[i];
+            u[i] = (u[i] > a->limit ? a->limit : u[i] < -a->limit ? -a->limit : u[i]) + 1.0f;
+        }
+    }
+    moei_curve_8(v, a);
+    if (gated) {
+        MOEI_UNROLL
+        for (int i = 0; i < 8; ++i) v[i] *= u[i];
+    }
+}
+
+/* v = activation(v, u), s its derivative by v, and where gated u its derivative by u. At the limit
+   itself a clamped number's gradient passes. */
+MOE_DEVICE void moei_activate_grad_8(float* v, float* u, float* s, const moei_activation* a,
+                                     bool gated)
+{
+    uint32_t out = 0; /* bits: gates, then ups, beyond the limit */
+    if (a->clamped) {
+        MOEI_UNROLL
+        for (int i = 0; i < 8; ++i) {
+            out |= (v[i] > a->limit ? 1u : 0u) << i;
+            out |= (u[i] > a->limit || u[i] < -a->limit ? 256u : 0u) << i;
+            v[i] = v[i] > a->limit ? a->limit : v[i];
+            u[i] = (u[i] > a->limit ? a->limit : u[i] < -a->limit ? -a->limit : u[i]) + 1.0f;
+        }
+    }
+    moei_slope_8(s, v, a);
+    moei_curve_8(v, a);
+    if (a->clamped) {
+        MOEI_UNROLL
+        for (int i = 0; i < 8; ++i)
+            if (out >> i & 1) s[i] = 0.0f;
+    }
+    if (gated) {
+        MOEI_UNROLL
+        for (int i = 0; i < 8; ++i) {
+            const float up = u[i];
+            u[i] = out >> i & 256 ? 0.0f : v[i];
+            v[i] *= up;
+            s[i] *= up;
+        }
+    }
+}
+
+#endif
