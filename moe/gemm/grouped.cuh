@@ -95,7 +95,7 @@ static const moei_gemm_choice moei_gemm_choices[] = {
 MOE_HOST size_t moei_gemm_smem(const moei_gemm_choice* t, const moe_grouped_gemm_desc* d)
 {
     return moei_tile_smem(t->tm, t->tn, t->kb, t->stages, t->warps_m * t->warps_n,
-                          t->tn / t->warps_n, d->a_major, d->b.major, d->num_experts);
+                          t->tn / t->warps_n, d->num_experts);
 }
 
 /* Is the tile a good one for this many rows an expert? The list is in order of preference. */

@@ -5,11 +5,11 @@
    each, multiply what has arrived. The ring runs on across tiles: while the warps finish one
    tile and store it, the first stages of the next are under way.
 
-     stage  A  MOE_MAJOR_K [TM][KB + 8], MOE_MAJOR_MN [KB][TM + 8]   16-bit elements; the 8 more
-            B  MOE_MAJOR_K [TN][KB + 8], MOE_MAJOR_MN [KB][TN + 8]   spread rows over the banks
+     stage  A  MOE_MAJOR_K [TM][KB], MOE_MAJOR_MN [KB][TM]   16-bit elements, lines swizzled
+            B  MOE_MAJOR_K [TN][KB], MOE_MAJOR_MN [KB][TN]   (swizzle.h)
 
-   One barrier a step: it says that the stage to compute has arrived for everyone and that the
-   stage to be refilled, computed one step before, is free.
+   One barrier a step, before the last products of a stage, whose fragments are in registers by then:
+   behind it the next stage has arrived for everyone, and the one before may be refilled.
 
    All shape parameters are literals in the stamped kernels, so that the accumulators
    stay in registers and the loops unroll. Gated activations with gate and up apart: the columns of
@@ -28,21 +28,13 @@
 #define MOE_GEMM_SHAPE_128x256 128, 256, 64, 2, 4, 3
 #define MOE_GEMM_SHAPE_128x128 128, 128, 32, 2, 2, 3
 #define MOE_GEMM_SHAPE_32x128 32, 128, 64, 2, 4, 3
-#define MOE_GEMM_SHAPE_64x64 64, 64, 32, 2, 2, 2
-
-/* Elements of one stage of an operand `rows` wide. */
-MOE_HOST_DEVICE int moei_stage_elems(int rows, int depth, int major)
-{
-    return major == MOE_MAJOR_MN ? depth * (rows + 8) : rows * (depth + 8);
-}
+#define MOE_GEMM_SHAPE_64x64 64, 64, 32, 2, 2, 3
 
 /* Shared memory of a block, bytes: the ring, the epilogue's staging, then tile_start [E + 1]. */
 MOE_HOST_DEVICE size_t moei_tile_smem(int tm, int tn, int kb, int stages, int warps, int wn,
-                                      int a_major, int b_major, int num_experts)
+                                      int num_experts)
 {
-    return (size_t)stages * 2 *
-               (size_t)(moei_stage_elems(tm, kb, a_major) + moei_stage_elems(tn, kb, b_major)) +
-           (size_t)warps * 16 * (size_t)(wn + 4) * 4 + ((size_t)num_experts + 1) * 4;
+    return (size_t)stages * 2 * (size_t)(tm + tn) * (size_t)kb + (size_t)warps * 16 * (size_t)(wn + 4) * 4 + ((size_t)num_experts + 1) * 4;
 }
 
 /* Where a thread's copies of the current tile come from. K-major operands are copied in passes
@@ -149,13 +141,14 @@ MOE_DEVICE void moei_loader_copy(moei_loader* p, const moe_grouped_gemm_desc* d,
 {
     const int tid = (int)threadIdx.x, piece = tid % (kb / 8), r = tid / (kb / 8);
     const int depth = d->k - p->k; /* what is left of k */
+    const int to = moei_swizzled(r, piece * 8, kb); /* 8 lines on the swizzle is the same */
     const bool halves = moei_gemm_halves(d);
     const int b_rows = d->gate_up == MOE_GATE_UP_INTERLEAVED ? 2 * d->n : d->n;
 
     if (a_major == MOE_MAJOR_K) {
         MOEI_UNROLL
         for (int i = part; i < tm / 32; i += parts) {
-            moei_copy16_async(sa + (i * 32 + r) * (kb + 8) + piece * 8, p->a[i],
+            moei_copy16_async(sa + i * 32 * kb + to, p->a[i],
                               piece * 8 < depth && (p->a_keep >> i & 1) ? 16 : 0);
             p->a[i] += kb * 2;
         }
@@ -164,7 +157,8 @@ MOE_DEVICE void moei_loader_copy(moei_loader* p, const moe_grouped_gemm_desc* d,
         MOEI_UNROLL
         for (int i = part; i < kb / rows; i += parts) {
             const int kr = i * rows + tid / (tm / 8);
-            moei_copy16_async(sa + kr * (tm + 8) + c * 8, p->a[0] + i * rows * d->a_stride * 2,
+            moei_copy16_async(sa + moei_swizzled(kr, c * 8, tm),
+                              p->a[0] + i * rows * d->a_stride * 2,
                               kr < depth ? p->a_keep : 0);
         }
         if (part == parts - 1) p->a[0] += kb * d->a_stride * 2;
@@ -174,7 +168,7 @@ MOE_DEVICE void moei_loader_copy(moei_loader* p, const moe_grouped_gemm_desc* d,
         MOEI_UNROLL
         for (int i = part; i < tn / 32; i += parts) {
             const int row = p->b_row[i & 1] + (i >> 1) * step;
-            moei_copy16_async(sb + (i * 32 + r) * (kb + 8) + piece * 8,
+            moei_copy16_async(sb + i * 32 * kb + to,
                               p->b[i & 1] + (i >> 1) * step * d->b.row_stride * 2,
                               row < b_rows && piece * 8 < depth ? 16 : 0);
         }
@@ -187,7 +181,8 @@ MOE_DEVICE void moei_loader_copy(moei_loader* p, const moe_grouped_gemm_desc* d,
         MOEI_UNROLL
         for (int i = part; i < kb / rows; i += parts) {
             const int kr = i * rows + tid / (tn / 8);
-            moei_copy16_async(sb + kr * (tn + 8) + c * 8, p->b[0] + i * rows * d->b.row_stride * 2,
+            moei_copy16_async(sb + moei_swizzled(kr, c * 8, tn),
+                              p->b[0] + i * rows * d->b.row_stride * 2,
                               kr < depth && p->b_row[0] < b_rows ? 16 : 0);
         }
         if (part == parts - 1) p->b[0] += kb * d->b.row_stride * 2;
@@ -211,27 +206,21 @@ MOE_DEVICE void moei_loader_advance(moei_loader* p, const moe_grouped_gemm_desc*
     }
 }
 
-/* Pieces of A and B that a warp multiplies at depth k of a stage. */
-MOE_DEVICE void moei_tile_fragments(moei_mma_a* a, moei_mma_b* b, const uint16_t* sa,
-                                    const uint16_t* sb, int warp_m, int warp_n, const int k,
-                                    const int tm, const int tn, const int kb, const int wm,
-                                    const int wn, const int dtype, const int a_major,
-                                    const int b_major)
+/* Fragments of A and B that a warp multiplies at depth k of a stage; lane_a and lane_b from
+   moei_mma_lane_a and _b. */
+MOE_DEVICE void moei_tile_fragments(moei_mma_a* a, moei_mma_b* b, const uint16_t* stage, int lane_a,
+                                    int lane_b, const int k, const int tm, const int tn,
+                                    const int kb, const int wm, const int wn, const int dtype,
+                                    const int a_major, const int b_major)
 {
-    const int lda = a_major == MOE_MAJOR_K ? kb + 8 : tm + 8;
-    const int ldb = b_major == MOE_MAJOR_K ? kb + 8 : tn + 8;
     MOEI_UNROLL
-    for (int i = 0; i < wm / 16; ++i) {
-        const int m = warp_m * wm + i * 16;
-        moei_mma_load_a(&a[i], sa + (a_major == MOE_MAJOR_K ? m * lda + k : k * lda + m), lda,
-                        dtype, a_major);
-    }
+    for (int i = 0; i < wm / 16; ++i)
+        moei_mma_load_a_swizzled(&a[i], stage, lane_a, i * 16, k, a_major == MOE_MAJOR_K ? kb : tm,
+                                 dtype, a_major);
     MOEI_UNROLL
-    for (int j = 0; j < wn / 16; ++j) {
-        const int n = warp_n * wn + j * 16;
-        moei_mma_load_b(&b[j], sb + (b_major == MOE_MAJOR_K ? n * ldb + k : k * ldb + n), ldb,
-                        dtype, b_major);
-    }
+    for (int j = 0; j < wn / 16; ++j)
+        moei_mma_load_b_swizzled(&b[j], stage + tm * kb, lane_b, j * 16, k,
+                                 b_major == MOE_MAJOR_K ? kb : tn, dtype, b_major);
 }
 
 MOE_DEVICE void moei_tile_zero(moei_mma_c acc[4][4], const int wm, const int wn)
@@ -242,35 +231,55 @@ MOE_DEVICE void moei_tile_zero(moei_mma_c acc[4][4], const int wm, const int wn)
         for (int j = 0; j < wn / 16; ++j) moei_mma_zero(&acc[i][j]);
 }
 
-/* One step of a warp: multiplies the stage that has arrived, while the loader's next step is copied
-   to the one that is free. */
-MOE_DEVICE void moei_tile_step(moei_mma_c acc[4][4], moei_loader* load,
-                               const moe_grouped_gemm_desc* d, const uint16_t* stage,
-                               uint16_t* refill, int warp_m, int warp_n, const int tm, const int tn,
-                               const int kb, const int warps_m, const int warps_n, const int dtype,
-                               const int a_major, const int b_major)
+/* Multiplies the steps of one tile, from the ring's stage *slot on, which has arrived for everyone;
+   *slot moves on. Copies go on meanwhile, stages - 1 steps ahead: with a schedule into the block's
+   next tiles, without one (null) past the end of k, where they read nothing. On return the next
+   stage has arrived for everyone. */
+MOE_DEVICE void moei_tile_steps(moei_mma_c acc[4][4], moei_loader* load, int* slot,
+                                const moe_grouped_gemm_desc* d, const moei_schedule* schedule,
+                                int num_tiles, uint16_t* ring, const int tm, const int tn,
+                                const int kb, const int warps_m, const int warps_n,
+                                const int stages, const int dtype, const int a_major,
+                                const int b_major)
 {
-    const int wm = tm / warps_m, wn = tn / warps_n, a_elems = moei_stage_elems(tm, kb, a_major);
+    const int wm = tm / warps_m, wn = tn / warps_n, elems = (tm + tn) * kb;
+    const int warp_m = moei_warp() % warps_m, warp_n = moei_warp() / warps_m;
+    const int chunks = kb / 16, parts = chunks - 1; /* of a step's copies: one a chunk but the last */
+    const int steps = (d->k + kb - 1) / kb;
+    const int lane_a = moei_mma_lane_a(warp_m * wm, a_major == MOE_MAJOR_K ? kb : tm, a_major);
+    const int lane_b = moei_mma_lane_b(warp_n * wn, b_major == MOE_MAJOR_K ? kb : tn, b_major);
     moei_mma_a a[2][4];
     moei_mma_b b[2][4];
-    moei_tile_fragments(a[0], b[0], stage, stage + a_elems, warp_m, warp_n, 0, tm, tn, kb, wm, wn,
+    moei_tile_fragments(a[0], b[0], ring + *slot * elems, lane_a, lane_b, 0, tm, tn, kb, wm, wn,
                         dtype, a_major, b_major);
-    MOEI_UNROLL
-    for (int k = 0; k < kb; k += 16) { /* the next pieces and copies go out first */
-        const int now = k / 16 & 1;
-        if (k + 16 < kb)
-            moei_tile_fragments(a[!now], b[!now], stage, stage + a_elems, warp_m, warp_n, k + 16,
-                                tm, tn, kb, wm, wn, dtype, a_major, b_major);
-        moei_loader_copy(load, d, refill, refill + a_elems, k / 16, kb / 16, tm, tn, kb,
-                         warps_m * warps_n * 32, a_major, b_major);
+    for (int i = 0; i < steps; ++i) {
+        const int next = *slot + 1 == stages ? 0 : *slot + 1;
+        uint16_t* refill = ring + (*slot == 0 ? stages - 1 : *slot - 1) * elems;
+        if (schedule)
+            moei_loader_advance(load, d, schedule, num_tiles, tm, tn, kb, wn, a_major, b_major);
         MOEI_UNROLL
-        for (int m = 0; m < wm / 16; ++m) {
+        for (int c = 0; c < chunks; ++c) {
+            const int now = c & 1, last = c == chunks - 1;
+            if (last) {
+                moei_copy_wait(stages - 2);
+                __syncthreads();
+            }
+            moei_tile_fragments(a[!now], b[!now], ring + (last ? next : *slot) * elems, lane_a,
+                                lane_b, last ? 0 : c * 16 + 16, tm, tn, kb, wm, wn, dtype, a_major,
+                                b_major);
+            if (c < parts)
+                moei_loader_copy(load, d, refill, refill + tm * kb, c, parts, tm, tn, kb,
+                                 warps_m * warps_n * 32, a_major, b_major);
+            if (c == parts - 1) moei_copy_commit();
             MOEI_UNROLL
-            for (int n = 0; n < wn / 16; ++n)
-                moei_mma(&acc[m][n], &a[now][m], &b[now][n], dtype);
+            for (int m = 0; m < wm / 16; ++m) {
+                MOEI_UNROLL
+                for (int n = 0; n < wn / 16; ++n)
+                    moei_mma(&acc[m][n], &a[now][m], &b[now][n], dtype);
+            }
         }
+        *slot = next;
     }
-    moei_copy_commit();
 }
 
 /* Do the tables name an address, aligned to 16 bytes, for each expert that has rows? All threads of
@@ -300,54 +309,44 @@ MOE_DEVICE_BODY void moei_gemm_block(const moe_grouped_gemm_desc* d, unsigned ch
                                      const int b_major)
 {
     const int wm = tm / warps_m, wn = tn / warps_n, threads = warps_m * warps_n * 32;
-    const int a_elems = moei_stage_elems(tm, kb, a_major),
-              b_elems = moei_stage_elems(tn, kb, b_major);
+    const int elems = (tm + tn) * kb; /* of a stage */
     uint16_t* ring = (uint16_t*)shared;
-    float* staging = (float*)(ring + stages * (a_elems + b_elems)) + moei_warp() * 16 * (wn + 4);
+    float* staging = (float*)(ring + stages * elems) + moei_warp() * 16 * (wn + 4);
     const int warp_m = moei_warp() % warps_m, warp_n = moei_warp() / warps_m;
-    const int steps = (d->k + kb - 1) / kb;
     const int columns = d->gate_up ? tn / 2 : tn; /* of C */
     moei_schedule s;
     moei_loader load;
-    int num_tiles, step = 0; /* steps computed so far, which names the ring's stage */
+    int num_tiles, slot = 0; /* the ring's stage to multiply next */
 
     s.expert_offset = d->expert_offset;
     s.num_experts = d->num_experts;
     s.num_rows = d->num_rows;
     s.column_tiles = (d->n + columns - 1) / columns;
     s.row_align = a_major == MOE_MAJOR_MN ? 8 : 1;
-    s.tile_start =
-        (int*)((float*)(ring + stages * (a_elems + b_elems)) + warps_m * warps_n * 16 * (wn + 4));
+    s.tile_start = (int*)((float*)(ring + stages * elems) + warps_m * warps_n * 16 * (wn + 4));
     num_tiles = moei_schedule_build(&s, scratch, d->fault, tm);
     if ((int)blockIdx.x >= num_tiles || !moei_gemm_tables_good(d, &s)) return;
 
     moei_loader_begin(&load, moei_schedule_tile(&s, (int)blockIdx.x, tm), (int)blockIdx.x, d, tm,
                       tn, kb, wn, a_major, b_major);
     for (int i = 0; i < stages - 1; ++i) {
-        uint16_t* stage = ring + i * (a_elems + b_elems);
+        uint16_t* stage = ring + i * elems;
         moei_loader_advance(&load, d, &s, num_tiles, tm, tn, kb, wn, a_major, b_major);
-        moei_loader_copy(&load, d, stage, stage + a_elems, 0, 1, tm, tn, kb, threads, a_major,
+        moei_loader_copy(&load, d, stage, stage + tm * kb, 0, 1, tm, tn, kb, threads, a_major,
                          b_major);
         moei_copy_commit();
     }
+    moei_copy_wait(stages - 2);
+    __syncthreads();
 
     for (int tile = (int)blockIdx.x; tile < num_tiles; tile += (int)gridDim.x) {
+        const moei_tile t = moei_schedule_tile(&s, tile, tm);
         moei_mma_c acc[4][4];
         moei_tile_zero(acc, wm, wn);
-        for (int i = 0; i < steps; ++i, ++step) {
-            const uint16_t* stage = ring + step % stages * (a_elems + b_elems);
-            uint16_t* refill = ring + (step + stages - 1) % stages * (a_elems + b_elems);
-            moei_copy_wait(stages - 2);
-            __syncthreads();
-            moei_loader_advance(&load, d, &s, num_tiles, tm, tn, kb, wn, a_major, b_major);
-            moei_tile_step(acc, &load, d, stage, refill, warp_m, warp_n, tm, tn, kb, warps_m,
-                           warps_n, dtype, a_major, b_major);
-        }
-        {
-            const moei_tile t = moei_schedule_tile(&s, tile, tm);
-            moei_epilogue_warp(d, &t, acc, staging, t.row + warp_m * wm,
-                               t.column * columns + warp_n * (columns / warps_n), wm, wn);
-        }
+        moei_tile_steps(acc, &load, &slot, d, &s, num_tiles, ring, tm, tn, kb, warps_m, warps_n,
+                        stages, dtype, a_major, b_major);
+        moei_epilogue_warp(d, &t, acc, staging, t.row + warp_m * wm,
+                           t.column * columns + warp_n * (columns / warps_n), wm, wn);
     }
     moei_copy_wait(0); /* the steps past the last tile */
 }
@@ -357,7 +356,8 @@ MOE_DEVICE_BODY void moei_gemm_block(const moe_grouped_gemm_desc* d, unsigned ch
 MOE_HOST_DEVICE size_t moe_gemm_tile_smem(int tm, int tn, int kb, int warps_m, int warps_n,
                                           int stages, int a_major, int b_major)
 {
-    return moei_tile_smem(tm, tn, kb, stages, warps_m * warps_n, tn / warps_n, a_major, b_major, 0);
+    (void)a_major, (void)b_major;
+    return moei_tile_smem(tm, tn, kb, stages, warps_m * warps_n, tn / warps_n, 0);
 }
 
 /* Multiplies one tile by one block, through a ring of stages that moei_loader_copy fills: acc gets
@@ -367,26 +367,20 @@ MOE_DEVICE void moei_tile_sum(moei_mma_c acc[4][4], const moe_grouped_gemm_desc*
                               const int kb, const int warps_m, const int warps_n, const int stages,
                               const int dtype, const int a_major, const int b_major)
 {
-    const int wm = tm / warps_m, wn = tn / warps_n, threads = warps_m * warps_n * 32;
-    const int a_elems = moei_stage_elems(tm, kb, a_major);
-    const int elems = a_elems + moei_stage_elems(tn, kb, b_major); /* of a stage */
-    const int warp_m = moei_warp() % warps_m, warp_n = moei_warp() / warps_m;
-    const int steps = (d->k + kb - 1) / kb;
+    const int wm = tm / warps_m, wn = tn / warps_n, elems = (tm + tn) * kb; /* of a stage */
     moei_loader load;
+    int slot = 0;
     moei_loader_begin(&load, t, 0, d, tm, tn, kb, wn, a_major, b_major);
     for (int i = 0; i < stages - 1; ++i) { /* past the end of k the copies read nothing */
-        moei_loader_copy(&load, d, ring + i * elems, ring + i * elems + a_elems, 0, 1, tm, tn, kb,
-                         threads, a_major, b_major);
+        moei_loader_copy(&load, d, ring + i * elems, ring + i * elems + tm * kb, 0, 1, tm, tn, kb,
+                         warps_m * warps_n * 32, a_major, b_major);
         moei_copy_commit();
     }
+    moei_copy_wait(stages - 2);
+    __syncthreads();
     moei_tile_zero(acc, wm, wn);
-    for (int i = 0; i < steps; ++i) {
-        moei_copy_wait(stages - 2);
-        __syncthreads();
-        moei_tile_step(acc, &load, d, ring + i % stages * elems,
-                       ring + (i + stages - 1) % stages * elems, warp_m, warp_n, tm, tn, kb,
-                       warps_m, warps_n, dtype, a_major, b_major);
-    }
+    moei_tile_steps(acc, &load, &slot, d, 0, 0, ring, tm, tn, kb, warps_m, warps_n, stages, dtype,
+                    a_major, b_major);
     moei_copy_wait(0);
 }
 
@@ -415,7 +409,7 @@ MOE_DEVICE_BODY void moe_gemm_tile(const moe_grouped_gemm_desc* d, int expert, i
                                    const int b_major)
 {
     const int wm = tm / warps_m, wn = tn / warps_n, columns = d->gate_up ? tn / 2 : tn;
-    const int elems = moei_stage_elems(tm, kb, a_major) + moei_stage_elems(tn, kb, b_major);
+    const int elems = (tm + tn) * kb;
     const int warp_m = moei_warp() % warps_m, warp_n = moei_warp() / warps_m;
     uint16_t* ring = (uint16_t*)shared;
     const moei_tile t = {expert, begin, end, row, column};

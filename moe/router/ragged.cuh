@@ -26,8 +26,7 @@
 /* Shared memory of a block, bytes: the ring; the strips take less. */
 MOE_HOST_DEVICE size_t moei_ragged_smem(int tm, int tn, int kb, int stages)
 {
-    return (size_t)stages * 2 *
-           (size_t)(moei_stage_elems(tm, kb, MOE_MAJOR_K) + moei_stage_elems(tn, kb, MOE_MAJOR_K));
+    return (size_t)stages * 2 * (size_t)(tm + tn) * (size_t)kb;
 }
 
 /* Stores a warp's accumulators: rows row .. row + wm - 1, experts from `column` on. */

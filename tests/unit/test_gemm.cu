@@ -305,7 +305,11 @@ MOE_KERNEL(64, 1) activation_kernel(MOE_ARG(activation_args) a)
             v[x] = a.v[i + x];
             up[x] = a.up[i + x];
         }
-        moei_epilogue_activate(v, up, &a.d);
+        {
+            const moei_activation act =
+                moei_activation_of(a.d.activation, a.d.alpha, a.d.limit);
+            moei_activate_8(v, up, &act, a.d.gate_up != 0);
+        }
         MOEI_UNROLL
         for (int x = 0; x < 8; ++x) a.out[i + x] = v[x];
     }
