@@ -35,7 +35,7 @@ MOE_DEVICE void moei_epilogue_bias(float* v, const uint16_t* bias, int64_t at, i
 }
 
 /* One warp: its wm x wn accumulators become rows row .. row + wm and columns from `column` of C. */
-MOE_DEVICE void moei_epilogue_warp(const moe_grouped_gemm_desc* d, const moei_tile* t,
+MOE_DEVICE void moei_epilogue_warp(const moe_grouped_gemm_desc* d, const moe_tile_position* t,
                                    moei_mma_c acc[4][4], float* strip, int row, int column,
                                    const int wm, const int wn)
 {

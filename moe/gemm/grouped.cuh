@@ -69,8 +69,9 @@
         moei_wait_for_previous();                                                                 \
         if (MOEI_GEMM_OFFERED(tm, tn, a_major, b_major) && MOEI_GEMM_HERE(dtype, tm, tn) &&       \
             !moei_fault_stopped(d.fault))                                                         \
-            moei_gemm_block(&d, shared, &scratch, tm, tn, kb, wm, wn, stages, dtype, a_major,     \
-                            b_major);                                                             \
+            moei_gemm_block(                                                                      \
+                &d, shared, &scratch,                                                             \
+                moe_gemm_shape_of(tm, tn, kb, wm, wn, stages, dtype, a_major, b_major));          \
     }
 #define MOEI_GEMM_TILE_KERNELS(...) MOE_GEMM_VARIANT_LIST(MOEI_GEMM_KERNEL, __VA_ARGS__)
 MOEI_GEMM_TILE_LIST(MOEI_GEMM_TILE_KERNELS)
@@ -79,7 +80,9 @@ MOEI_GEMM_TILE_LIST(MOEI_GEMM_TILE_KERNELS)
 
 /* One tile and what a launch of it needs. */
 typedef struct moei_gemm_choice {
-    int tile, tm, tn, kb, warps_m, warps_n, stages, blocks_sm;
+    int tile;                                 /* MOE_TILE_* */
+    int tm, tn, tk, warps_m, warps_n, stages; /* MOE_GEMM_SHAPE_* */
+    int blocks_sm;
 } moei_gemm_choice;
 
 static const moei_gemm_choice moei_gemm_choices[] = {
@@ -92,10 +95,16 @@ static const moei_gemm_choice moei_gemm_choices[] = {
 };
 #define MOEI_GEMM_CHOICES ((int)(sizeof moei_gemm_choices / sizeof moei_gemm_choices[0]))
 
+/* The shape of a choice for a checked descriptor. */
+MOE_HOST moe_gemm_shape moei_gemm_shape(const moei_gemm_choice* t, const moe_grouped_gemm_desc* d)
+{
+    return moe_gemm_shape_of(t->tm, t->tn, t->tk, t->warps_m, t->warps_n, t->stages, d->dtype,
+                             d->a_major, d->b.major);
+}
+
 MOE_HOST size_t moei_gemm_smem(const moei_gemm_choice* t, const moe_grouped_gemm_desc* d)
 {
-    return moei_tile_smem(t->tm, t->tn, t->kb, t->stages, t->warps_m * t->warps_n,
-                          t->tn / t->warps_n, d->num_experts);
+    return moei_tile_smem(moei_gemm_shape(t, d), d->num_experts);
 }
 
 /* Is the tile a good one for this many rows an expert? The list is in order of preference. */
@@ -307,7 +316,7 @@ MOE_HOST moe_status moei_gemm_plan(const moe_grouped_gemm_desc* d, moe_gemm_plan
     p->tile = t->tile;
     p->tile_m = t->tm;
     p->tile_n = t->tn;
-    p->tile_k = t->kb;
+    p->tile_k = t->tk;
     p->stages = t->stages;
     p->threads = t->warps_m * t->warps_n * 32;
     p->smem = moei_gemm_smem(t, d);

@@ -14,12 +14,12 @@
 #define MOEI_GEMM_BAND 16
 
 /* One tile of C. Rows count from the first row of the expert's row range. */
-typedef struct moei_tile {
+typedef struct moe_tile_position {
     int32_t expert;
     int32_t begin, end; /* the expert's rows */
     int32_t row;        /* first row of the tile; below `begin` only where rows are aligned down */
     int32_t column;     /* first column of the tile, in units of column tiles */
-} moei_tile;
+} moe_tile_position;
 
 /* What the schedule needs; tile_start [E + 1] lies in shared memory. */
 typedef struct moei_schedule {
@@ -68,10 +68,10 @@ MOE_DEVICE int moei_schedule_build(const moei_schedule* s, moei_block_scan_scrat
 }
 
 /* Where tile number `index` lies. Needs index below the number of tiles. */
-MOE_DEVICE moei_tile moei_schedule_tile(const moei_schedule* s, int index, const int tile_rows)
+MOE_DEVICE moe_tile_position moei_schedule_tile(const moei_schedule* s, int index, const int tile_rows)
 {
     int lo = 0, hi = s->num_experts; /* tile_start[lo] <= index < tile_start[hi] */
-    moei_tile t;
+    moe_tile_position t;
     int local, row_tiles, first, band, in_band, height;
     while (hi - lo > 1) {
         const int mid = (lo + hi) >> 1;

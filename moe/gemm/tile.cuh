@@ -22,19 +22,13 @@
 #include "epilogue.cuh"
 #include "mma.cuh"
 #include "schedule.cuh"
-
-/* Shapes of tiles: rows, columns of B, depth of a step, warps along rows and columns, stages.
-   Threads * 8 / depth are 32, warp tiles at most 64 x 64. */
-#define MOE_GEMM_SHAPE_128x256 128, 256, 64, 2, 4, 3
-#define MOE_GEMM_SHAPE_128x128 128, 128, 32, 2, 2, 3
-#define MOE_GEMM_SHAPE_32x128 32, 128, 64, 2, 4, 3
-#define MOE_GEMM_SHAPE_64x64 64, 64, 32, 2, 2, 3
+#include "shape.h"
 
 /* Shared memory of a block, bytes: the ring, the epilogue's staging, then tile_start [E + 1]. */
-MOE_HOST_DEVICE size_t moei_tile_smem(int tm, int tn, int kb, int stages, int warps, int wn,
-                                      int num_experts)
+MOE_HOST_DEVICE size_t moei_tile_smem(const moe_gemm_shape f, int num_experts)
 {
-    return (size_t)stages * 2 * (size_t)(tm + tn) * (size_t)kb + (size_t)warps * 16 * (size_t)(wn + 4) * 4 + ((size_t)num_experts + 1) * 4;
+    return moei_ring_bytes(f) + (size_t)f.threads / 32 * 16 * (size_t)(f.wn + 4) * 4 +
+           ((size_t)num_experts + 1) * 4;
 }
 
 /* Where a thread's copies of the current tile come from. K-major operands are copied in passes
@@ -67,25 +61,24 @@ MOE_DEVICE bool moei_gemm_halves(const moe_grouped_gemm_desc* d)
 }
 
 /* Points the loader at the first step of tile t, whose number is `index`. */
-MOE_DEVICE void moei_loader_begin(moei_loader* p, moei_tile t, int index,
-                                  const moe_grouped_gemm_desc* d, const int tm, const int tn,
-                                  const int kb, const int wn, const int a_major, const int b_major)
+MOE_DEVICE void moei_loader_begin(moei_loader* p, moe_tile_position t, int index,
+                                  const moe_grouped_gemm_desc* d, const moe_gemm_shape f)
 {
-    const int piece = (int)threadIdx.x % (kb / 8), r = (int)threadIdx.x / (kb / 8);
+    const int piece = (int)threadIdx.x % (f.tk / 8), r = (int)threadIdx.x / (f.tk / 8);
     const bool halves = moei_gemm_halves(d);
     const int64_t ld = d->b.row_stride;
     const char* weight = moei_weight_base(&d->b, t.expert);
     const char* up = d->gate_up == MOE_GATE_UP_SEPARATE ? moei_weight_up(&d->b, t.expert) : weight;
-    const int column = t.column * (halves ? tn / 2 : tn); /* first of B's rows in each half */
+    const int column = t.column * (halves ? f.tn / 2 : f.tn); /* first of B's rows in each half */
     p->tile = index;
     p->k = 0;
     if (d->gate_up == MOE_GATE_UP_CONCATENATED)
-        up += (int64_t)d->n * (b_major == MOE_MAJOR_K ? ld : 1) * 2;
+        up += (int64_t)d->n * (f.b_major == MOE_MAJOR_K ? ld : 1) * 2;
 
-    if (a_major == MOE_MAJOR_K) {
+    if (f.a_major == MOE_MAJOR_K) {
         p->a_keep = 0;
         MOEI_UNROLL
-        for (int i = 0; i < tm / 32; ++i) {
+        for (int i = 0; i < f.tm / 32; ++i) {
             const int m = t.row + i * 32 + r;
             int row = -1;
             if (m < t.end) {
@@ -100,20 +93,20 @@ MOE_DEVICE void moei_loader_begin(moei_loader* p, moei_tile t, int index,
             p->a[i] = (const char*)d->a + ((row >= 0 ? row : 0) * d->a_stride + piece * 8) * 2;
         }
     } else {
-        const int m = t.row + (int)threadIdx.x % (tm / 8) * 8;
+        const int m = t.row + (int)threadIdx.x % (f.tm / 8) * 8;
         const int64_t left = d->a_rows - m;
         p->a_keep = left >= 8 ? 16 : left > 0 ? (int)left * 2 : 0;
         p->a[0] = (const char*)d->a +
-                  ((int)threadIdx.x / (tm / 8) * d->a_stride + (left > 0 ? m : 0)) * 2;
+                  ((int)threadIdx.x / (f.tm / 8) * d->a_stride + (left > 0 ? m : 0)) * 2;
     }
 
-    if (b_major == MOE_MAJOR_K) {
+    if (f.b_major == MOE_MAJOR_K) {
         if (!halves) {
             p->b_row[0] = column + r;
             p->b_row[1] = column + 32 + r;
             p->b[0] = weight + (p->b_row[0] * ld + piece * 8) * 2;
             p->b[1] = p->b[0] + 32 * ld * 2;
-        } else if (wn == 64) { /* even passes gate, odd passes up */
+        } else if (f.wn == 64) { /* even passes gate, odd passes up */
             p->b_row[0] = p->b_row[1] = column + r;
             p->b[0] = weight + (p->b_row[0] * ld + piece * 8) * 2;
             p->b[1] = up + (p->b_row[0] * ld + piece * 8) * 2;
@@ -124,111 +117,103 @@ MOE_DEVICE void moei_loader_begin(moei_loader* p, moei_tile t, int index,
             p->b[1] = p->b[0] + 16 * ld * 2;
         }
     } else {
-        const int j = (int)threadIdx.x % (tn / 8) * 8; /* column of the stage */
-        const int in = j % wn, half = wn / 2;
-        p->b_row[0] = !halves ? column + j : column + j / wn * half + in % half;
+        const int j = (int)threadIdx.x % (f.tn / 8) * 8; /* column of the stage */
+        const int in = j % f.wn, half = f.wn / 2;
+        p->b_row[0] = !halves ? column + j : column + j / f.wn * half + in % half;
         p->b[0] = (halves && in >= half ? up : weight) +
-                  ((int)threadIdx.x / (tn / 8) * ld + p->b_row[0]) * 2;
+                  ((int)threadIdx.x / (f.tn / 8) * ld + p->b_row[0]) * 2;
     }
 }
 
 /* Copies part `part` of `parts` (literals) of one step of A and B into a stage; after the last
    part the loader stands at the next step. */
 MOE_DEVICE void moei_loader_copy(moei_loader* p, const moe_grouped_gemm_desc* d, uint16_t* sa,
-                                 uint16_t* sb, const int part, const int parts, const int tm,
-                                 const int tn, const int kb, const int threads, const int a_major,
-                                 const int b_major)
+                                 uint16_t* sb, const int part, const int parts,
+                                 const moe_gemm_shape f)
 {
-    const int tid = (int)threadIdx.x, piece = tid % (kb / 8), r = tid / (kb / 8);
-    const int depth = d->k - p->k; /* what is left of k */
-    const int to = moei_swizzled(r, piece * 8, kb); /* 8 lines on the swizzle is the same */
+    const int tid = (int)threadIdx.x, piece = tid % (f.tk / 8), r = tid / (f.tk / 8);
+    const int depth = d->k - p->k;                    /* what is left of k */
+    const int to = moei_swizzled(r, piece * 8, f.tk); /* 8 lines on the swizzle is the same */
     const bool halves = moei_gemm_halves(d);
     const int b_rows = d->gate_up == MOE_GATE_UP_INTERLEAVED ? 2 * d->n : d->n;
 
-    if (a_major == MOE_MAJOR_K) {
+    if (f.a_major == MOE_MAJOR_K) {
         MOEI_UNROLL
-        for (int i = part; i < tm / 32; i += parts) {
-            moei_copy16_async(sa + i * 32 * kb + to, p->a[i],
+        for (int i = part; i < f.tm / 32; i += parts) {
+            moei_copy16_async(sa + i * 32 * f.tk + to, p->a[i],
                               piece * 8 < depth && (p->a_keep >> i & 1) ? 16 : 0);
-            p->a[i] += kb * 2;
+            p->a[i] += f.tk * 2;
         }
     } else {
-        const int c = tid % (tm / 8), rows = threads / (tm / 8);
+        const int c = tid % (f.tm / 8), rows = f.threads / (f.tm / 8);
         MOEI_UNROLL
-        for (int i = part; i < kb / rows; i += parts) {
-            const int kr = i * rows + tid / (tm / 8);
-            moei_copy16_async(sa + moei_swizzled(kr, c * 8, tm),
-                              p->a[0] + i * rows * d->a_stride * 2,
-                              kr < depth ? p->a_keep : 0);
+        for (int i = part; i < f.tk / rows; i += parts) {
+            const int kr = i * rows + tid / (f.tm / 8);
+            moei_copy16_async(sa + moei_swizzled(kr, c * 8, f.tm),
+                              p->a[0] + i * rows * d->a_stride * 2, kr < depth ? p->a_keep : 0);
         }
-        if (part == parts - 1) p->a[0] += kb * d->a_stride * 2;
+        if (part == parts - 1) p->a[0] += f.tk * d->a_stride * 2;
     }
-    if (b_major == MOE_MAJOR_K) {
+    if (f.b_major == MOE_MAJOR_K) {
         const int step = halves ? 32 : 64; /* rows of B between two even passes */
         MOEI_UNROLL
-        for (int i = part; i < tn / 32; i += parts) {
+        for (int i = part; i < f.tn / 32; i += parts) {
             const int row = p->b_row[i & 1] + (i >> 1) * step;
-            moei_copy16_async(sb + i * 32 * kb + to,
+            moei_copy16_async(sb + i * 32 * f.tk + to,
                               p->b[i & 1] + (i >> 1) * step * d->b.row_stride * 2,
                               row < b_rows && piece * 8 < depth ? 16 : 0);
         }
         if (part == parts - 1) {
-            p->b[0] += kb * 2;
-            p->b[1] += kb * 2;
+            p->b[0] += f.tk * 2;
+            p->b[1] += f.tk * 2;
         }
     } else {
-        const int c = tid % (tn / 8), rows = threads / (tn / 8);
+        const int c = tid % (f.tn / 8), rows = f.threads / (f.tn / 8);
         MOEI_UNROLL
-        for (int i = part; i < kb / rows; i += parts) {
-            const int kr = i * rows + tid / (tn / 8);
-            moei_copy16_async(sb + moei_swizzled(kr, c * 8, tn),
+        for (int i = part; i < f.tk / rows; i += parts) {
+            const int kr = i * rows + tid / (f.tn / 8);
+            moei_copy16_async(sb + moei_swizzled(kr, c * 8, f.tn),
                               p->b[0] + i * rows * d->b.row_stride * 2,
                               kr < depth && p->b_row[0] < b_rows ? 16 : 0);
         }
-        if (part == parts - 1) p->b[0] += kb * d->b.row_stride * 2;
+        if (part == parts - 1) p->b[0] += f.tk * d->b.row_stride * 2;
     }
-    if (part == parts - 1) p->k += kb;
+    if (part == parts - 1) p->k += f.tk;
 }
 
 /* Before a step is copied: on to the block's next tile, once the current one has been copied. Past
    the last tile k stays at the end: the copies that follow read nothing and write zeros, which
    nobody reads; so the steps have no branch, and every step closes one group of copies. */
 MOE_DEVICE void moei_loader_advance(moei_loader* p, const moe_grouped_gemm_desc* d,
-                                    const moei_schedule* s, int num_tiles, const int tm,
-                                    const int tn, const int kb, const int wn, const int a_major,
-                                    const int b_major)
+                                    const moei_schedule* s, int num_tiles, const moe_gemm_shape f)
 {
     if (p->k >= d->k && p->tile < num_tiles) {
         p->tile += (int)gridDim.x;
         if (p->tile < num_tiles)
-            moei_loader_begin(p, moei_schedule_tile(s, p->tile, tm), p->tile, d, tm, tn, kb, wn,
-                              a_major, b_major);
+            moei_loader_begin(p, moei_schedule_tile(s, p->tile, f.tm), p->tile, d, f);
     }
 }
 
 /* Fragments of A and B that a warp multiplies at depth k of a stage; lane_a and lane_b from
    moei_mma_lane_a and _b. */
 MOE_DEVICE void moei_tile_fragments(moei_mma_a* a, moei_mma_b* b, const uint16_t* stage, int lane_a,
-                                    int lane_b, const int k, const int tm, const int tn,
-                                    const int kb, const int wm, const int wn, const int dtype,
-                                    const int a_major, const int b_major)
+                                    int lane_b, const int k, const moe_gemm_shape f)
 {
     MOEI_UNROLL
-    for (int i = 0; i < wm / 16; ++i)
-        moei_mma_load_a_swizzled(&a[i], stage, lane_a, i * 16, k, a_major == MOE_MAJOR_K ? kb : tm,
-                                 dtype, a_major);
+    for (int i = 0; i < f.wm / 16; ++i)
+        moei_mma_load_a_swizzled(&a[i], stage, lane_a, i * 16, k,
+                                 f.a_major == MOE_MAJOR_K ? f.tk : f.tm, f.dtype, f.a_major);
     MOEI_UNROLL
-    for (int j = 0; j < wn / 16; ++j)
-        moei_mma_load_b_swizzled(&b[j], stage + tm * kb, lane_b, j * 16, k,
-                                 b_major == MOE_MAJOR_K ? kb : tn, dtype, b_major);
+    for (int j = 0; j < f.wn / 16; ++j)
+        moei_mma_load_b_swizzled(&b[j], stage + f.tm * f.tk, lane_b, j * 16, k,
+                                 f.b_major == MOE_MAJOR_K ? f.tk : f.tn, f.dtype, f.b_major);
 }
 
-MOE_DEVICE void moei_tile_zero(moei_mma_c acc[4][4], const int wm, const int wn)
+MOE_DEVICE void moei_tile_zero(moei_mma_c acc[4][4], const moe_gemm_shape f)
 {
     MOEI_UNROLL
-    for (int i = 0; i < wm / 16; ++i)
-        MOEI_UNROLL
-        for (int j = 0; j < wn / 16; ++j) moei_mma_zero(&acc[i][j]);
+    for (int i = 0; i < f.wm / 16; ++i) MOEI_UNROLL
+    for (int j = 0; j < f.wn / 16; ++j) moei_mma_zero(&acc[i][j]);
 }
 
 /* Multiplies the steps of one tile, from the ring's stage *slot on, which has arrived for everyone;
@@ -237,45 +222,40 @@ MOE_DEVICE void moei_tile_zero(moei_mma_c acc[4][4], const int wm, const int wn)
    stage has arrived for everyone. */
 MOE_DEVICE void moei_tile_steps(moei_mma_c acc[4][4], moei_loader* load, int* slot,
                                 const moe_grouped_gemm_desc* d, const moei_schedule* schedule,
-                                int num_tiles, uint16_t* ring, const int tm, const int tn,
-                                const int kb, const int warps_m, const int warps_n,
-                                const int stages, const int dtype, const int a_major,
-                                const int b_major)
+                                int num_tiles, uint16_t* ring, const moe_gemm_shape f)
 {
-    const int wm = tm / warps_m, wn = tn / warps_n, elems = (tm + tn) * kb;
-    const int warp_m = moei_warp() % warps_m, warp_n = moei_warp() / warps_m;
-    const int chunks = kb / 16, parts = chunks - 1; /* of a step's copies: one a chunk but the last */
-    const int steps = (d->k + kb - 1) / kb;
-    const int lane_a = moei_mma_lane_a(warp_m * wm, a_major == MOE_MAJOR_K ? kb : tm, a_major);
-    const int lane_b = moei_mma_lane_b(warp_n * wn, b_major == MOE_MAJOR_K ? kb : tn, b_major);
+    const int elems = (f.tm + f.tn) * f.tk; /* of a stage */
+    const int warp_m = moei_warp() % f.warps_m, warp_n = moei_warp() / f.warps_m;
+    const int chunks = f.tk / 16,
+              parts = chunks - 1; /* of a step's copies: one a chunk but the last */
+    const int steps = (d->k + f.tk - 1) / f.tk;
+    const int lane_a =
+        moei_mma_lane_a(warp_m * f.wm, f.a_major == MOE_MAJOR_K ? f.tk : f.tm, f.a_major);
+    const int lane_b =
+        moei_mma_lane_b(warp_n * f.wn, f.b_major == MOE_MAJOR_K ? f.tk : f.tn, f.b_major);
     moei_mma_a a[2][4];
     moei_mma_b b[2][4];
-    moei_tile_fragments(a[0], b[0], ring + *slot * elems, lane_a, lane_b, 0, tm, tn, kb, wm, wn,
-                        dtype, a_major, b_major);
+    moei_tile_fragments(a[0], b[0], ring + *slot * elems, lane_a, lane_b, 0, f);
     for (int i = 0; i < steps; ++i) {
-        const int next = *slot + 1 == stages ? 0 : *slot + 1;
-        uint16_t* refill = ring + (*slot == 0 ? stages - 1 : *slot - 1) * elems;
-        if (schedule)
-            moei_loader_advance(load, d, schedule, num_tiles, tm, tn, kb, wn, a_major, b_major);
+        const int next = *slot + 1 == f.stages ? 0 : *slot + 1;
+        uint16_t* refill = ring + (*slot == 0 ? f.stages - 1 : *slot - 1) * elems;
+        if (schedule) moei_loader_advance(load, d, schedule, num_tiles, f);
         MOEI_UNROLL
         for (int c = 0; c < chunks; ++c) {
             const int now = c & 1, last = c == chunks - 1;
             if (last) {
-                moei_copy_wait(stages - 2);
+                moei_copy_wait(f.stages - 2);
                 __syncthreads();
             }
             moei_tile_fragments(a[!now], b[!now], ring + (last ? next : *slot) * elems, lane_a,
-                                lane_b, last ? 0 : c * 16 + 16, tm, tn, kb, wm, wn, dtype, a_major,
-                                b_major);
-            if (c < parts)
-                moei_loader_copy(load, d, refill, refill + tm * kb, c, parts, tm, tn, kb,
-                                 warps_m * warps_n * 32, a_major, b_major);
+                                lane_b, last ? 0 : c * 16 + 16, f);
+            if (c < parts) moei_loader_copy(load, d, refill, refill + f.tm * f.tk, c, parts, f);
             if (c == parts - 1) moei_copy_commit();
             MOEI_UNROLL
-            for (int m = 0; m < wm / 16; ++m) {
+            for (int m = 0; m < f.wm / 16; ++m) {
                 MOEI_UNROLL
-                for (int n = 0; n < wn / 16; ++n)
-                    moei_mma(&acc[m][n], &a[now][m], &b[now][n], dtype);
+                for (int n = 0; n < f.wn / 16; ++n)
+                    moei_mma(&acc[m][n], &a[now][m], &b[now][n], f.dtype);
             }
         }
         *slot = next;
@@ -303,17 +283,13 @@ MOE_DEVICE bool moei_gemm_tables_good(const moe_grouped_gemm_desc* d, const moei
 
 /* A block's life: tiles blockIdx.x, blockIdx.x + gridDim.x, ... */
 MOE_DEVICE_BODY void moei_gemm_block(const moe_grouped_gemm_desc* d, unsigned char* shared,
-                                     moei_block_scan_scratch* scratch, const int tm, const int tn,
-                                     const int kb, const int warps_m, const int warps_n,
-                                     const int stages, const int dtype, const int a_major,
-                                     const int b_major)
+                                     moei_block_scan_scratch* scratch, const moe_gemm_shape f)
 {
-    const int wm = tm / warps_m, wn = tn / warps_n, threads = warps_m * warps_n * 32;
-    const int elems = (tm + tn) * kb; /* of a stage */
+    const int elems = (f.tm + f.tn) * f.tk; /* of a stage */
     uint16_t* ring = (uint16_t*)shared;
-    float* staging = (float*)(ring + stages * elems) + moei_warp() * 16 * (wn + 4);
-    const int warp_m = moei_warp() % warps_m, warp_n = moei_warp() / warps_m;
-    const int columns = d->gate_up ? tn / 2 : tn; /* of C */
+    float* staging = (float*)(ring + f.stages * elems) + moei_warp() * 16 * (f.wn + 4);
+    const int warp_m = moei_warp() % f.warps_m, warp_n = moei_warp() / f.warps_m;
+    const int columns = d->gate_up ? f.tn / 2 : f.tn; /* of C */
     moei_schedule s;
     moei_loader load;
     int num_tiles, slot = 0; /* the ring's stage to multiply next */
@@ -322,65 +298,53 @@ MOE_DEVICE_BODY void moei_gemm_block(const moe_grouped_gemm_desc* d, unsigned ch
     s.num_experts = d->num_experts;
     s.num_rows = d->num_rows;
     s.column_tiles = (d->n + columns - 1) / columns;
-    s.row_align = a_major == MOE_MAJOR_MN ? 8 : 1;
-    s.tile_start = (int*)((float*)(ring + stages * elems) + warps_m * warps_n * 16 * (wn + 4));
-    num_tiles = moei_schedule_build(&s, scratch, d->fault, tm);
+    s.row_align = f.a_major == MOE_MAJOR_MN ? 8 : 1;
+    s.tile_start =
+        (int*)((float*)(ring + f.stages * elems) + f.warps_m * f.warps_n * 16 * (f.wn + 4));
+    num_tiles = moei_schedule_build(&s, scratch, d->fault, f.tm);
     if ((int)blockIdx.x >= num_tiles || !moei_gemm_tables_good(d, &s)) return;
 
-    moei_loader_begin(&load, moei_schedule_tile(&s, (int)blockIdx.x, tm), (int)blockIdx.x, d, tm,
-                      tn, kb, wn, a_major, b_major);
-    for (int i = 0; i < stages - 1; ++i) {
+    moei_loader_begin(&load, moei_schedule_tile(&s, (int)blockIdx.x, f.tm), (int)blockIdx.x, d, f);
+    for (int i = 0; i < f.stages - 1; ++i) {
         uint16_t* stage = ring + i * elems;
-        moei_loader_advance(&load, d, &s, num_tiles, tm, tn, kb, wn, a_major, b_major);
-        moei_loader_copy(&load, d, stage, stage + tm * kb, 0, 1, tm, tn, kb, threads, a_major,
-                         b_major);
+        moei_loader_advance(&load, d, &s, num_tiles, f);
+        moei_loader_copy(&load, d, stage, stage + f.tm * f.tk, 0, 1, f);
         moei_copy_commit();
     }
-    moei_copy_wait(stages - 2);
+    moei_copy_wait(f.stages - 2);
     __syncthreads();
 
     for (int tile = (int)blockIdx.x; tile < num_tiles; tile += (int)gridDim.x) {
-        const moei_tile t = moei_schedule_tile(&s, tile, tm);
+        const moe_tile_position t = moei_schedule_tile(&s, tile, f.tm);
         moei_mma_c acc[4][4];
-        moei_tile_zero(acc, wm, wn);
-        moei_tile_steps(acc, &load, &slot, d, &s, num_tiles, ring, tm, tn, kb, warps_m, warps_n,
-                        stages, dtype, a_major, b_major);
-        moei_epilogue_warp(d, &t, acc, staging, t.row + warp_m * wm,
-                           t.column * columns + warp_n * (columns / warps_n), wm, wn);
+        moei_tile_zero(acc, f);
+        moei_tile_steps(acc, &load, &slot, d, &s, num_tiles, ring, f);
+        moei_epilogue_warp(d, &t, acc, staging, t.row + warp_m * f.wm,
+                           t.column * columns + warp_n * (columns / f.warps_n), f.wm, f.wn);
     }
     moei_copy_wait(0); /* the steps past the last tile */
 }
 
-/* Bytes of shared memory that moe_gemm_tile wants, for instance
-   moe_gemm_tile_smem(MOE_GEMM_SHAPE_64x64, a_major, b_major). */
-MOE_HOST_DEVICE size_t moe_gemm_tile_smem(int tm, int tn, int kb, int warps_m, int warps_n,
-                                          int stages, int a_major, int b_major)
-{
-    (void)a_major, (void)b_major;
-    return moei_tile_smem(tm, tn, kb, stages, warps_m * warps_n, tn / warps_n, 0);
-}
+/* Bytes of shared memory that moe_gemm_tile needs. */
+MOE_HOST_DEVICE size_t moe_gemm_tile_smem(const moe_gemm_shape f) { return moei_tile_smem(f, 0); }
 
 /* Multiplies one tile by one block, through a ring of stages that moei_loader_copy fills: acc gets
    each warp's sums. On return no copy is under way; other warps may still read the ring. */
 MOE_DEVICE void moei_tile_sum(moei_mma_c acc[4][4], const moe_grouped_gemm_desc* d,
-                              const moei_tile t, uint16_t* ring, const int tm, const int tn,
-                              const int kb, const int warps_m, const int warps_n, const int stages,
-                              const int dtype, const int a_major, const int b_major)
+                              const moe_tile_position t, uint16_t* ring, const moe_gemm_shape f)
 {
-    const int wm = tm / warps_m, wn = tn / warps_n, elems = (tm + tn) * kb; /* of a stage */
+    const int elems = (f.tm + f.tn) * f.tk; /* of a stage */
     moei_loader load;
     int slot = 0;
-    moei_loader_begin(&load, t, 0, d, tm, tn, kb, wn, a_major, b_major);
-    for (int i = 0; i < stages - 1; ++i) { /* past the end of k the copies read nothing */
-        moei_loader_copy(&load, d, ring + i * elems, ring + i * elems + tm * kb, 0, 1, tm, tn, kb,
-                         warps_m * warps_n * 32, a_major, b_major);
+    moei_loader_begin(&load, t, 0, d, f);
+    for (int i = 0; i < f.stages - 1; ++i) { /* past the end of k the copies read nothing */
+        moei_loader_copy(&load, d, ring + i * elems, ring + i * elems + f.tm * f.tk, 0, 1, f);
         moei_copy_commit();
     }
-    moei_copy_wait(stages - 2);
+    moei_copy_wait(f.stages - 2);
     __syncthreads();
-    moei_tile_zero(acc, wm, wn);
-    moei_tile_steps(acc, &load, &slot, d, 0, 0, ring, tm, tn, kb, warps_m, warps_n, stages, dtype,
-                    a_major, b_major);
+    moei_tile_zero(acc, f);
+    moei_tile_steps(acc, &load, &slot, d, 0, 0, ring, f);
     moei_copy_wait(0);
 }
 
@@ -392,31 +356,29 @@ MOE_DEVICE void moei_tile_sum(moei_mma_c acc[4][4], const moe_grouped_gemm_desc*
 
    d is a descriptor that moe_gemm_tile_prepare (grouped.cuh) has filled in on the host; its offsets
    are not looked at, nor whether the fault word says stop; a row_index outside A sets that word.
-   The shape (MOE_GEMM_SHAPE_*), dtype and majors are literals and the descriptor's own. All threads
-   of a block of warps_m * warps_n warps call it together; `shared` has moe_gemm_tile_smem(...)
-   bytes, 128-byte aligned, and may be used again afterwards. fp16 from sm_75, bf16 from sm_80.
+   The shape's members are literals, dtype and majors the descriptor's own. All threads of a block of
+   f.threads call it together; `shared` has moe_gemm_tile_smem(f) bytes, 128-byte aligned, and may be
+   used again afterwards. fp16 from sm_75, bf16 from sm_80.
 
      MOE_KERNEL(128, 1) mine(MOE_ARG(moe_grouped_gemm_desc) d)
      {
          MOE_SHARED_DYNAMIC(shared);
-         moe_gemm_tile(&d, 0, 0, d.num_rows, blockIdx.x * 64, blockIdx.y, shared,
-                       MOE_GEMM_SHAPE_64x64, MOE_BF16, MOE_MAJOR_K, MOE_MAJOR_K);
+         const moe_tile_position t = {0, 0, d.num_rows, (int)blockIdx.x * 64, (int)blockIdx.y};
+         moe_gemm_tile(&d, t, shared, moe_gemm_shape_of(MOE_GEMM_SHAPE_64x64, MOE_BF16,
+                                                        MOE_MAJOR_K, MOE_MAJOR_K));
      } */
-MOE_DEVICE_BODY void moe_gemm_tile(const moe_grouped_gemm_desc* d, int expert, int begin, int end,
-                                   int row, int column, unsigned char* shared, const int tm,
-                                   const int tn, const int kb, const int warps_m, const int warps_n,
-                                   const int stages, const int dtype, const int a_major,
-                                   const int b_major)
+MOE_DEVICE_BODY void moe_gemm_tile(const moe_grouped_gemm_desc* d, const moe_tile_position t,
+                                   unsigned char* shared, const moe_gemm_shape f)
 {
-    const int wm = tm / warps_m, wn = tn / warps_n, columns = d->gate_up ? tn / 2 : tn;
-    const int elems = (tm + tn) * kb;
-    const int warp_m = moei_warp() % warps_m, warp_n = moei_warp() / warps_m;
+    const int columns = d->gate_up ? f.tn / 2 : f.tn;
+    const int elems = (f.tm + f.tn) * f.tk;
+    const int warp_m = moei_warp() % f.warps_m, warp_n = moei_warp() / f.warps_m;
     uint16_t* ring = (uint16_t*)shared;
-    const moei_tile t = {expert, begin, end, row, column};
     moei_mma_c acc[4][4];
-    moei_tile_sum(acc, d, t, ring, tm, tn, kb, warps_m, warps_n, stages, dtype, a_major, b_major);
-    moei_epilogue_warp(d, &t, acc, (float*)(ring + stages * elems) + moei_warp() * 16 * (wn + 4),
-                       row + warp_m * wm, column * columns + warp_n * (columns / warps_n), wm, wn);
+    moei_tile_sum(acc, d, t, ring, f);
+    moei_epilogue_warp(
+        d, &t, acc, (float*)(ring + f.stages * elems) + moei_warp() * 16 * (f.wn + 4),
+        t.row + warp_m * f.wm, t.column * columns + warp_n * (columns / f.warps_n), f.wm, f.wn);
     __syncthreads();
 }
 

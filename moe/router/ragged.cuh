@@ -23,12 +23,6 @@
     X(wide, 128, 128, 32, 2, 2, 3, 2, __VA_ARGS__)                                                \
     X(narrow, 64, 64, 64, 2, 4, 3, 2, __VA_ARGS__)
 
-/* Shared memory of a block, bytes: the ring; the strips take less. */
-MOE_HOST_DEVICE size_t moei_ragged_smem(int tm, int tn, int kb, int stages)
-{
-    return (size_t)stages * 2 * (size_t)(tm + tn) * (size_t)kb;
-}
-
 /* Stores a warp's accumulators: rows row .. row + wm - 1, experts from `column` on. */
 MOE_DEVICE void moei_ragged_store(const moe_grouped_gemm_desc* d, moei_mma_c acc[4][4],
                                   float* strip, int row, int column, const int wm, const int wn)
@@ -51,24 +45,24 @@ MOE_DEVICE void moei_ragged_store(const moe_grouped_gemm_desc* d, moei_mma_c acc
 
 /* One block makes one tile. The blocks of the same rows are neighbours and share them in L2. */
 MOE_DEVICE_BODY void moei_ragged_block(const moe_grouped_gemm_desc* d, unsigned char* shared,
-                                       const int tm, const int tn, const int kb, const int warps_m,
-                                       const int warps_n, const int stages, const int dtype)
+                                       const moe_gemm_shape f)
 {
-    const int wm = tm / warps_m, wn = tn / warps_n, columns = (d->n + tn - 1) / tn;
-    const int warp_m = moei_warp() % warps_m, warp_n = moei_warp() / warps_m;
+    const int columns = (d->n + f.tn - 1) / f.tn;
+    const int warp_m = moei_warp() % f.warps_m, warp_n = moei_warp() / f.warps_m;
     uint16_t* const ring = (uint16_t*)shared;
     moei_mma_c acc[4][4];
-    moei_tile t;
+    moe_tile_position t;
     t.expert = t.begin = 0;
     t.end = d->num_rows;
-    t.row = (int)(blockIdx.x / (unsigned)columns) * tm;
+    t.row = (int)(blockIdx.x / (unsigned)columns) * f.tm;
     t.column = (int)(blockIdx.x % (unsigned)columns);
-    moei_tile_sum(acc, d, t, ring, tm, tn, kb, warps_m, warps_n, stages, dtype, MOE_MAJOR_K,
-                  MOE_MAJOR_K);
+    moei_tile_sum(acc, d, t, ring, f);
     __syncthreads(); /* every warp has read the ring */
-    moei_ragged_store(d, acc, (float*)ring + moei_warp() * 16 * (wn + 4), t.row + warp_m * wm,
-                      t.column * tn + warp_n * wn, wm, wn);
+    moei_ragged_store(d, acc, (float*)ring + moei_warp() * 16 * (f.wn + 4), t.row + warp_m * f.wm,
+                      t.column * f.tn + warp_n * f.wn, f.wm, f.wn);
 }
+
+#define MOEI_RAGGED_SHAPE(...) moe_gemm_shape_of(__VA_ARGS__, MOE_MAJOR_K, MOE_MAJOR_K)
 
 #define MOEI_RAGGED_KERNEL(name, tm, tn, kb, wm, wn, stages, blocks, half, dtype)                 \
     MOE_KERNEL((wm) * (wn) * 32, blocks)                                                          \
@@ -78,7 +72,7 @@ MOE_DEVICE_BODY void moei_ragged_block(const moe_grouped_gemm_desc* d, unsigned 
         moei_let_next_start();                                                                    \
         moei_wait_for_previous();                                                                 \
         if (MOEI_GEMM_HERE(dtype, tm, tn) && !moei_fault_stopped(d.fault))                        \
-            moei_ragged_block(&d, shared, tm, tn, kb, wm, wn, stages, dtype);                     \
+            moei_ragged_block(&d, shared, MOEI_RAGGED_SHAPE(tm, tn, kb, wm, wn, stages, dtype));  \
     }
 MOEI_RAGGED_LIST(MOEI_RAGGED_KERNEL, f16, MOE_FP16)
 MOEI_RAGGED_LIST(MOEI_RAGGED_KERNEL, bf16, MOE_BF16)
@@ -110,7 +104,7 @@ MOE_HOST moe_status moei_ragged_plan(moe_grouped_gemm_desc* d, int* narrow)
         return MOE_OK;
     MOEI_TRY(moei_device_query(&dev));
     if (!MOE_ON_HOST && d->dtype == MOE_BF16 && dev.major < 8) return MOE_OK;
-    if ((size_t)dev.smem_block < moei_ragged_smem(128, 128, 32, 3)) return MOE_OK;
+    if ((size_t)dev.smem_block < moei_ring_bytes(MOEI_RAGGED_SHAPE(128, 128, 32, 2, 2, 3, MOE_BF16))) return MOE_OK;
 #if !MOE_ON_HOST
     {
         cudaFuncAttributes fa;
@@ -131,7 +125,7 @@ MOE_HOST moe_status moei_ragged_launch(const moe_grouped_gemm_desc* args, int na
 #define MOEI_RAGGED_CASE(name, tm, tn, kb, wm, wn, stages, blocks, half, dt)                      \
     if (d.dtype == (dt) && narrow == ((tm) == 64)) {                                              \
         c = moei_grid(moei_ragged_blocks(&d, narrow), (wm) * (wn) * 32,                           \
-                      moei_ragged_smem(tm, tn, kb, stages), stream);                              \
+                      moei_ring_bytes(MOEI_RAGGED_SHAPE(tm, tn, kb, wm, wn, stages, dt)), stream);                              \
         c.dependent = 1;                                                                          \
         return MOE_LAUNCH(moei_router_ragged_##name##_##half, c, d);                              \
     }

@@ -254,6 +254,8 @@ typedef struct down_args {
     float* y; /* [T, N], added to */
 } down_args;
 
+#define DOWN_SHAPE moe_gemm_shape_of(MOE_GEMM_SHAPE_64x64, MOE_FP16, MOE_MAJOR_K, MOE_MAJOR_K)
+
 /* A block makes one tile of 64 x 64 and adds its rows to their tokens. Grid: columns x rows x
    experts. */
 MOE_KERNEL(128, 1) down_kernel(MOE_ARG(down_args) a)
@@ -262,10 +264,10 @@ MOE_KERNEL(128, 1) down_kernel(MOE_ARG(down_args) a)
     const int e = (int)blockIdx.z, column = (int)blockIdx.x * 64;
     const int begin = a.d.expert_offset[e], end = a.d.expert_offset[e + 1];
     const int row = begin + (int)blockIdx.y * 64;
+    const moe_tile_position t = {e, begin, end, row, (int)blockIdx.x};
     const float* c = (const float*)a.d.c;
     if (row >= end) return;
-    moe_gemm_tile(&a.d, e, begin, end, row, (int)blockIdx.x, shared, MOE_GEMM_SHAPE_64x64, MOE_FP16,
-                  MOE_MAJOR_K, MOE_MAJOR_K);
+    moe_gemm_tile(&a.d, t, shared, DOWN_SHAPE);
     __syncthreads(); /* the tile is in c */
     for (int i = row + (int)threadIdx.x / 32; i < end && i < row + 64; i += 4)
         moe_add_row_atomic(a.y + (int64_t)a.row_token[i] * a.d.n + column, MOE_FP32,
@@ -325,7 +327,7 @@ static void down_try(trand* r, int T, int K, int E, int N, int depth, int one_ex
     a.y = (float*)y.p;
     CHECK_STATUS(moe_gemm_tile_prepare(&a.d), MOE_OK);
     l = moei_grid((N + 63) / 64, 128,
-                  moe_gemm_tile_smem(MOE_GEMM_SHAPE_64x64, MOE_MAJOR_K, MOE_MAJOR_K),
+                  moe_gemm_tile_smem(DOWN_SHAPE),
                   test_now.stream);
     l.grid.y = (unsigned)(most + 63) / 64;
     l.grid.z = (unsigned)E;

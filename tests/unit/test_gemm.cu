@@ -29,7 +29,7 @@ typedef struct schedule_args {
     const int32_t* expert_offset;
     int32_t num_experts, num_rows, column_tiles, row_align, tile_rows, most;
     int32_t* num_tiles; /* [1] */
-    moei_tile* tiles;   /* [most] */
+    moe_tile_position* tiles;   /* [most] */
     uint64_t* fault;
 } schedule_args;
 
@@ -53,14 +53,14 @@ MOE_KERNEL(128, 1) schedule_kernel(MOE_ARG(schedule_args) d)
 
 /* Runs the schedule for these offsets; returns the number of tiles, and the tiles in *tiles. */
 static int run_schedule(const int32_t* offset, int E, int rows, int columns, int align,
-                        int tile_rows, int bad, moei_tile** tiles)
+                        int tile_rows, int bad, moe_tile_position** tiles)
 {
     const int most = (rows / tile_rows + 2 * E + 1) * columns;
     int32_t count;
     schedule_args a;
     moei_launch_config c = moei_grid(1, 128, ((size_t)E + 1) * 4, test_now.stream);
     tbuf bo, bn = tbuf_new("num_tiles", 4, 0), bf = tfault_new(0);
-    tbuf bt = tbuf_new("tiles", (size_t)most * sizeof(moei_tile), 0);
+    tbuf bt = tbuf_new("tiles", (size_t)most * sizeof(moe_tile_position), 0);
     memset(&a, 0, sizeof a);
     memset(&bo, 0, sizeof bo);
     if (offset) {
@@ -74,13 +74,13 @@ static int run_schedule(const int32_t* offset, int E, int rows, int columns, int
     a.tile_rows = tile_rows;
     a.most = most;
     a.num_tiles = (int32_t*)bn.p;
-    a.tiles = (moei_tile*)bt.p;
+    a.tiles = (moe_tile_position*)bt.p;
     a.fault = (uint64_t*)bf.p;
     CHECK_STATUS(MOE_LAUNCH(schedule_kernel, c, a), MOE_OK);
     tbuf_get(&bn, &count);
     CHECK(count <= most, "%d tiles of %d", count, most);
     CHECK_FAULT(&bf, bad < 0 ? MOE_FAULT_NONE : MOE_FAULT_BAD_OFFSET, bad < 0 ? 0 : bad);
-    *tiles = (moei_tile*)tbuf_copy(&bt);
+    *tiles = (moe_tile_position*)tbuf_copy(&bt);
     if (bad >= 0) CHECK(tbuf_holds(&bt, 0), "tiles of offsets that make no sense");
     if (offset) tbuf_free(&bo);
     tbuf_free(&bn);
@@ -94,7 +94,7 @@ static int run_schedule(const int32_t* offset, int E, int rows, int columns, int
 static void check_schedule(const int32_t* offset, int E, int rows, int columns, int align,
                            int tile_rows)
 {
-    moei_tile* tiles;
+    moe_tile_position* tiles;
     const int count = run_schedule(offset, E, rows, columns, align, tile_rows, -1, &tiles);
     int at = 0, wrong = 0;
     for (int e = 0; e < E; ++e) {
@@ -104,7 +104,7 @@ static void check_schedule(const int32_t* offset, int E, int rows, int columns, 
         for (int band = first; band < end; band += MOEI_GEMM_BAND * tile_rows)
             for (int column = 0; column < columns; ++column)
                 for (int i = 0; i < MOEI_GEMM_BAND && band + i * tile_rows < end; ++i, ++at) {
-                    const moei_tile t = tiles[at < count ? at : 0];
+                    const moe_tile_position t = tiles[at < count ? at : 0];
                     wrong += at >= count || t.expert != e || t.begin != begin || t.end != end ||
                              t.row != band + i * tile_rows || t.column != column;
                 }
@@ -150,7 +150,7 @@ static void test_gemm_schedule_bad(void)
     enum { E = 200 };
     static const int where[] = {0, 1, 60, 127, 128, 150, E - 1};
     int32_t offset[E + 1];
-    moei_tile* tiles;
+    moe_tile_position* tiles;
     for (size_t i = 0; i < sizeof where / sizeof *where; ++i)
         for (int how = 0; how < 3; ++how) {
             const int at = where[i]; /* the expert that is wrong */
@@ -1315,10 +1315,11 @@ MOE_KERNEL(256, 1) own_kernel(MOE_ARG(own_args) a)
     const int first = a.d.a_major == MOE_MAJOR_MN ? begin / 8 * 8 : begin;
     for (int row = first; begin < end && row < end; row += a.tile_rows)
         for (int column = 0; column < a.column_tiles; ++column) {
+            const moe_tile_position t = {e, begin, end, row, column};
 #define OWN_TILE(name, dt, am, bm)                                                                \
     if (a.tile == MOE_TILE_##name && a.d.dtype == dt && a.d.a_major == am && a.d.b.major == bm && \
         MOEI_GEMM_HERE(dt, 1, 1))                                                                 \
-        moe_gemm_tile(&a.d, e, begin, end, row, column, shared, MOE_GEMM_SHAPE_##name, dt, am, bm);
+        moe_gemm_tile(&a.d, t, shared, moe_gemm_shape_of(MOE_GEMM_SHAPE_##name, dt, am, bm));
             OWN_LIST(OWN_TILE)
 #undef OWN_TILE
         }
@@ -1365,8 +1366,10 @@ static void test_gemm_own_kernel(void)
             if (is_gated(&c)) a.column_tiles = (2 * c.n + p.tile_n - 1) / p.tile_n;
 #define OWN_SMEM(name, dt, am, bm)                                                                \
     if (c.tile == MOE_TILE_##name && c.a_major == am && c.b_major == bm)                          \
-        l = moei_grid(c.E, p.threads, moe_gemm_tile_smem(MOE_GEMM_SHAPE_##name, am, bm),          \
-                      test_now.stream);
+        l = moei_grid(                                                                            \
+            c.E, p.threads,                                                                       \
+            moe_gemm_tile_smem(moe_gemm_shape_of(MOE_GEMM_SHAPE_##name, dt, am, bm)),             \
+            test_now.stream);
             OWN_LIST(OWN_SMEM)
 #undef OWN_SMEM
             CHECK_STATUS(MOE_LAUNCH(own_kernel, l, a), MOE_OK);

@@ -1,0 +1,43 @@
+/* shape.h: the shape of a tensor-core tile. C11 and C++14.
+
+   Travels by value; in the stamped kernels all members are literals once the calls are inlined, so
+   that accumulators stay in registers and loops unroll. */
+#ifndef MOE_GEMM_SHAPE_H
+#define MOE_GEMM_SHAPE_H
+
+#include "../base/types.h"
+
+typedef struct moe_gemm_shape {
+    int32_t tm, tn, tk;       /* rows of A, rows or columns of B of a tile; depth of a step */
+    int32_t warps_m, warps_n; /* along rows and columns */
+    int32_t stages;           /* of the ring, 3 or more */
+    int32_t dtype;            /* MOE_FP16 or MOE_BF16 */
+    int32_t a_major, b_major; /* MOE_MAJOR_* */
+    int32_t wm, wn, threads;  /* of a warp's tile; of a block */
+} moe_gemm_shape;
+
+/* The first six, for moe_gemm_shape_of: threads * 8 / tk are 32, warp tiles at most 64 x 64. */
+#define MOE_GEMM_SHAPE_128x256 128, 256, 64, 2, 4, 3
+#define MOE_GEMM_SHAPE_128x128 128, 128, 32, 2, 2, 3
+#define MOE_GEMM_SHAPE_32x128 32, 128, 64, 2, 4, 3
+#define MOE_GEMM_SHAPE_64x64 64, 64, 32, 2, 2, 3
+
+/* moe_gemm_shape_of(MOE_GEMM_SHAPE_64x64, MOE_BF16, MOE_MAJOR_K, MOE_MAJOR_K) */
+MOE_HOST_DEVICE moe_gemm_shape moe_gemm_shape_of(int tm, int tn, int tk, int warps_m, int warps_n,
+                                                 int stages, int dtype, int a_major, int b_major)
+{
+    moe_gemm_shape f;
+    f.tm = tm, f.tn = tn, f.tk = tk;
+    f.warps_m = warps_m, f.warps_n = warps_n, f.stages = stages;
+    f.dtype = dtype, f.a_major = a_major, f.b_major = b_major;
+    f.wm = tm / warps_m, f.wn = tn / warps_n, f.threads = warps_m * warps_n * 32;
+    return f;
+}
+
+/* Bytes of the ring of stages, A and then B each. */
+MOE_HOST_DEVICE size_t moei_ring_bytes(const moe_gemm_shape f)
+{
+    return (size_t)f.stages * 2 * (size_t)(f.tm + f.tn) * (size_t)f.tk;
+}
+
+#endif
