@@ -35,6 +35,20 @@ MOE_DEVICE float moei_group_max(float v, int width)
     return v;
 }
 
+/* Largest of the warp's; every lane gets it. */
+MOE_DEVICE uint32_t moei_warp_max(uint32_t v)
+{
+#if !MOE_ON_HOST && __CUDA_ARCH__ >= 800
+    return __reduce_max_sync(MOEI_FULL, v);
+#else
+    for (int d = MOEI_WARP >> 1; d > 0; d >>= 1) {
+        const uint32_t u = __shfl_xor_sync(MOEI_FULL, v, d);
+        v = u > v ? u : v;
+    }
+    return v;
+#endif
+}
+
 /* Sum of the values of the lanes up to and including this one, modulo 2^32. */
 MOE_DEVICE int moei_warp_inclusive_scan(int v)
 {

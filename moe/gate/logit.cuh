@@ -72,9 +72,9 @@ MOE_DEVICE bool moei_gate_multiplies(const moe_gate_desc* d)
            (d->score == MOE_SCORE_TOPK_SOFTMAX && d->expert_bias);
 }
 
-/* Tells whether the row's largest logit comes off before a temperature is multiplied out: where a
-   common offset changes neither choice nor weight. A group of one expert counts an offset once,
-   others twice. */
+/* Tells whether the row's largest logit comes off before a temperature is multiplied out: where a common
+   offset changes neither choice nor weight. A group of one expert counts an offset once, others
+   twice. */
 MOE_DEVICE bool moei_gate_takes_off(const moe_gate_desc* d)
 {
     return d->temperature != 1.0f && moei_gate_multiplies(d) &&
@@ -132,63 +132,62 @@ MOE_DEVICE float moei_gate_logit(const moe_gate_desc* d, float v, float most, ui
 }
 
 /* A lane's logits that the token does not see become -infinity. */
-MOE_DEVICE void moei_gate_lane_hide(float* v, uint32_t unseen, const int per_lane)
+MOE_DEVICE void moei_gate_lane_hide(float* v, uint32_t unseen, const moei_gate_lanes w)
 {
     if (!unseen) return;
     MOEI_UNROLL
-    for (int j = 0; j < per_lane; ++j)
+    for (int j = 0; j < w.per_lane; ++j)
         if (unseen >> j & 1) v[j] = __uint_as_float(0xff800000u);
 }
 
 /* The largest of a token's logits, of a lane's each. */
-MOE_DEVICE float moei_gate_lane_max(const float* v, const int lanes, const int per_lane)
+MOE_DEVICE float moei_gate_lane_max(const float* v, const moei_gate_lanes w)
 {
     float max = v[0];
     MOEI_UNROLL
-    for (int j = 1; j < per_lane; ++j) max = fmaxf(max, v[j]);
-    return moei_group_max(max, lanes);
+    for (int j = 1; j < w.per_lane; ++j) max = fmaxf(max, v[j]);
+    return moei_group_max(max, w.lanes);
 }
 
-/* Takes a lane's logits of a token, read already, through the rules, in units. *unseen has a bit
-   for each that the token does not see; it becomes -infinity. Returns the token's largest. lanes and
-   per_lane are literals. */
+/* Takes a lane's logits of a token, read already, through the rules, in units. *unseen has a bit for
+   each that the token does not see; it becomes -infinity. Returns the token's largest. */
 MOE_DEVICE float moei_gate_logits(float* v, uint32_t* unseen, const moe_gate_desc* d, uint64_t seed,
-                                  int64_t t, int rank, const int lanes, const int per_lane)
+                                  int64_t t, const moei_gate_lanes w)
 {
     if (d->dropout > 0.0f) {
-        const uint64_t here = moei_opaque(seed); /* else the twenty keys of its rounds are kept */
+        const uint64_t here = moei_opaque(seed);
         MOEI_UNROLL
-        for (int j = 0; j < per_lane; j += 8)
-            *unseen |= moei_gate_dropped(d, here, t, moei_gate_expert(j, rank, lanes) >> 3) << j;
+        for (int j = 0; j < w.per_lane; j += 8)
+            *unseen |= moei_gate_dropped(d, here, t, moei_gate_expert(j, w) >> 3) << j;
     }
-    moei_gate_lane_hide(v, *unseen, per_lane);
+    moei_gate_lane_hide(v, *unseen, w);
     if (moei_gate_multiplies(d)) {
         if (d->temperature != 1.0f) {
-            const float most =
-                moei_gate_takes_off(d) ? moei_gate_lane_max(v, lanes, per_lane) : 0.0f;
+            const float most = moei_gate_takes_off(d) ? moei_gate_lane_max(v, w) : 0.0f;
             MOEI_UNROLL
-            for (int j = 0; j < per_lane; ++j) v[j] = (v[j] - most) * d->temperature;
+            for (int j = 0; j < w.per_lane; ++j) v[j] = (v[j] - most) * d->temperature;
         }
         if (d->noise > 0.0f) {
-            const uint64_t here = moei_opaque(seed); /* as above */
+            const uint64_t here =
+                moei_opaque(seed); /* else the twenty keys of its rounds are kept */
             MOEI_UNROLL
-            for (int j = 0; j < per_lane; j += 4) {
+            for (int j = 0; j < w.per_lane; j += 4) {
                 float n[4];
-                moei_gate_noise(n, here, t, moei_gate_expert(j, rank, lanes) >> 2);
+                moei_gate_noise(n, here, t, moei_gate_expert(j, w) >> 2);
                 MOEI_UNROLL
                 for (int i = 0; i < 4; ++i) v[j + i] = fmaf(d->noise, n[i], v[j + i]);
             }
         }
         if (d->score == MOE_SCORE_QUADRATIC) {
             MOEI_UNROLL
-            for (int j = 0; j < per_lane; ++j) v[j] = v[j] * v[j];
+            for (int j = 0; j < w.per_lane; ++j) v[j] = v[j] * v[j];
         } else if (d->score == MOE_SCORE_PIONEER) {
             MOEI_UNROLL
-            for (int j = 0; j < per_lane; ++j) v[j] = moei_gate_cosine(v[j]);
+            for (int j = 0; j < w.per_lane; ++j) v[j] = moei_gate_cosine(v[j]);
         }
-        moei_gate_lane_hide(v, *unseen, per_lane); /* squares and cosines of -infinity */
+        moei_gate_lane_hide(v, *unseen, w); /* squares and cosines of -infinity */
     }
-    return moei_gate_lane_max(v, lanes, per_lane);
+    return moei_gate_lane_max(v, w);
 }
 
 #endif

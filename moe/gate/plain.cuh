@@ -40,7 +40,8 @@ MOE_DEVICE_BODY void moei_gate_block(const moe_gate_desc* d, int* count, const i
                                      const int per_lane, const int depth)
 {
     const int K = d->top_k, score = d->score;
-    const int rank = moei_lane() & (lanes - 1), step = (int)blockDim.x / lanes;
+    const moei_gate_lanes w = moei_gate_lanes_of(lanes, per_lane, depth);
+    const int rank = w.rank, step = (int)blockDim.x / lanes;
     const int chunk = (int)moe_chunk_tokens(d->num_tokens);
     const int first = (int)blockIdx.x * chunk;
     const int tokens = d->num_tokens - first < chunk ? d->num_tokens - first : chunk;
@@ -53,7 +54,7 @@ MOE_DEVICE_BODY void moei_gate_block(const moe_gate_desc* d, int* count, const i
     float next[32];
     int i = (int)threadIdx.x / lanes;
 
-    if (early) moei_gate_read(next, d, first + (i < tokens ? i : 0), rank, wide, lanes, per_lane);
+    if (early) moei_gate_read(next, d, first + (i < tokens ? i : 0), wide, w);
     __syncthreads();
     for (; __any_sync(MOEI_FULL, i < tokens); i += step) {
         const bool live = i < tokens;
@@ -61,7 +62,7 @@ MOE_DEVICE_BODY void moei_gate_block(const moe_gate_desc* d, int* count, const i
         float v[32];   /* this lane's logits; where there is no token left, the first one's again */
         float top[32]; /* the token's largest, `depth` of them */
         float kth = 0.0f, sum = 0.0f, shift, factor;
-        uint32_t chosen = 0; /* bit j: v[j] is among the K */
+        uint32_t chosen; /* bit j: v[j] is among the K */
         int redo = 0, chosen_count, before;
         bool tie = false;
         int expert[8];
@@ -72,10 +73,9 @@ MOE_DEVICE_BODY void moei_gate_block(const moe_gate_desc* d, int* count, const i
             MOEI_UNROLL
             for (int j = 0; j < per_lane; ++j) v[j] = next[j];
             if (i + step < chunk) /* the same for the whole warp */
-                moei_gate_read(next, d, first + (i + step < tokens ? i + step : 0), rank, wide,
-                               lanes, per_lane);
+                moei_gate_read(next, d, first + (i + step < tokens ? i + step : 0), wide, w);
         } else {
-            moei_gate_read(v, d, t, rank, wide, lanes, per_lane);
+            moei_gate_read(v, d, t, wide, w);
         }
         moei_group_sort_largest(top, v, lanes, per_lane, depth);
         shift = -(top[0] * log2e);
@@ -95,16 +95,12 @@ MOE_DEVICE_BODY void moei_gate_block(const moe_gate_desc* d, int* count, const i
             if (k + 1 < K && k + 1 < depth) tie |= top[k] == top[k + 1];
         }
         redo |= !(kth >= -3e38f);
-        if (kth == 0.0f) kth = __uint_as_float(0x80000000u); /* -0 - +0 is negative */
-        MOEI_UNROLL
-        for (int j = 31; j >= 0; --j) /* bit j is the sign of a difference, 0 where v[j] >= kth */
-            if (j < per_lane) chosen = __funnelshift_l(__float_as_uint(v[j] - kth), chosen, 1);
-        chosen = ~chosen & (MOEI_FULL >> (32 - per_lane));
+        chosen = moei_gate_not_below(v, kth, w);
         before = chosen_count = __popc(chosen) | redo << 16; /* two sums in one */
         MOEI_UNROLL
-        for (int w = 1; w < lanes; w <<= 1) {
-            const int other = __shfl_up_sync(MOEI_FULL, before, w, lanes);
-            if (rank >= w) before += other;
+        for (int by = 1; by < lanes; by <<= 1) {
+            const int other = __shfl_up_sync(MOEI_FULL, before, by, lanes);
+            if (rank >= by) before += other;
         }
         chosen_count = __shfl_sync(MOEI_FULL, before, lanes - 1, lanes);
         before = (before & 0xffff) - __popc(chosen);
@@ -115,7 +111,7 @@ MOE_DEVICE_BODY void moei_gate_block(const moe_gate_desc* d, int* count, const i
 
         while (chosen) { /* the chosen come together, so that each lane finishes as many of them */
             const int j = 31 - __clz((int)chosen);
-            pick[before++] = (uint16_t)moei_gate_expert(j, rank, lanes);
+            pick[before++] = (uint16_t)moei_gate_expert(j, w);
             chosen ^= 1u << j;
         }
         __syncwarp(MOEI_FULL);

@@ -77,40 +77,63 @@ MOE_DEVICE float moei_gate_weight(const moe_gate_desc* d, float unit, float l, f
     return moei_gate_score(d, unit, l, max, sum);
 }
 
-/* Lane `rank` of a token's `lanes` lanes has the experts (i lanes + rank) 8 .. + 8, i = 0, 1, ...:
-   where its j-th logit stands. */
-MOE_DEVICE int moei_gate_expert(int j, int rank, const int lanes)
+/* How registers hold rows: an aligned group of `lanes` lanes has a token, per_lane logits each; `depth`
+   of its largest are found. The three are literals. */
+typedef struct moei_gate_lanes {
+    int lanes, per_lane, depth;
+    int rank; /* of this lane in its group */
+} moei_gate_lanes;
+
+MOE_DEVICE moei_gate_lanes moei_gate_lanes_of(const int lanes, const int per_lane, const int depth)
 {
-    return ((j >> 3) * lanes + rank) * 8 + (j & 7);
+    const moei_gate_lanes w = {lanes, per_lane, depth, moei_lane() & (lanes - 1)};
+    return w;
+}
+
+/* Where a lane's j-th logit stands: it has the experts (i lanes + rank) 8 .. + 8, i = 0, 1, ... */
+MOE_DEVICE int moei_gate_expert(int j, const moei_gate_lanes w)
+{
+    return ((j >> 3) * w.lanes + w.rank) * 8 + (j & 7);
+}
+
+/* Bit j: v[j] is not below kth, which is finite. */
+MOE_DEVICE uint32_t moei_gate_not_below(const float* v, float kth, const moei_gate_lanes w)
+{
+    uint32_t below = 0;
+    if (kth == 0.0f) kth = __uint_as_float(0x80000000u); /* -0 - +0 is negative */
+    MOEI_UNROLL
+    for (int j = 31; j >= 0; --j) /* the sign of a difference */
+        if (j < w.per_lane) below = __funnelshift_l(__float_as_uint(v[j] - kth), below, 1);
+    return ~below & (MOEI_FULL >> (32 - w.per_lane));
 }
 
 /* Reads a lane's logits of token t; past E they are -inf. `wide`: E and the stride are multiples
-   of 8, the base of 16 bytes. lanes and per_lane are literals. */
-MOE_DEVICE void moei_gate_read(float* v, const moe_gate_desc* d, int64_t t, int rank, bool wide,
-                               const int lanes, const int per_lane)
+   of 8, the base of 16 bytes. */
+MOE_DEVICE void moei_gate_read(float* v, const moe_gate_desc* d, int64_t t, bool wide,
+                               const moei_gate_lanes w)
 {
     const int E = d->num_experts;
     const float none = __uint_as_float(0xff800000u);
     if (d->logits_dtype == MOE_FP32) {
         const float* row = (const float*)d->logits + t * d->logits_stride;
-        if (wide && E == lanes * per_lane) {
+        if (wide && E == w.lanes * w.per_lane) {
             MOEI_UNROLL
-            for (int j = 0; j < per_lane; j += 4) {
-                const float4 f = *(const float4*)(row + moei_gate_expert(j, rank, lanes));
+            for (int j = 0; j < w.per_lane; j += 4) {
+                const float4 f = *(const float4*)(row + moei_gate_expert(j, w));
                 v[j] = f.x, v[j + 1] = f.y, v[j + 2] = f.z, v[j + 3] = f.w;
             }
         } else if (wide) {
             MOEI_UNROLL
-            for (int j = 0; j < per_lane; j += 4) {
-                const int e = moei_gate_expert(j, rank, lanes);
+            for (int j = 0; j < w.per_lane; j += 4) {
+                const int e = moei_gate_expert(j, w);
                 float4 f = make_float4(none, none, none, none);
                 if (e < E) f = *(const float4*)(row + e);
                 v[j] = f.x, v[j + 1] = f.y, v[j + 2] = f.z, v[j + 3] = f.w;
             }
         } else {
             MOEI_UNROLL
-            for (int j = 0; j < per_lane; ++j) {
-                const int e = moei_gate_expert(j, rank, lanes);
+            for (int j = 0; j < w.per_lane; ++j) {
+                const int e = moei_gate_expert(j, w);
                 v[j] = e < E ? row[e] : none;
             }
         }
@@ -119,15 +142,15 @@ MOE_DEVICE void moei_gate_read(float* v, const moe_gate_desc* d, int64_t t, int 
         const uint16_t* row = (const uint16_t*)d->logits + t * d->logits_stride;
         uint32_t u[16]; /* two logits each */
         MOEI_UNROLL
-        for (int j = 0; j < per_lane; j += 8) {
-            const int e = moei_gate_expert(j, rank, lanes);
+        for (int j = 0; j < w.per_lane; j += 8) {
+            const int e = moei_gate_expert(j, w);
             uint4 q = make_uint4(minus, minus, minus, minus);
             if (wide && e < E) q = *(const uint4*)(row + e);
             u[j / 2] = q.x, u[j / 2 + 1] = q.y, u[j / 2 + 2] = q.z, u[j / 2 + 3] = q.w;
         }
         MOEI_UNROLL
-        for (int j = 0; j < per_lane; ++j) {
-            const int e = moei_gate_expert(j, rank, lanes);
+        for (int j = 0; j < w.per_lane; ++j) {
+            const int e = moei_gate_expert(j, w);
             uint16_t h = (uint16_t)(u[j / 2] >> (j % 2 * 16));
             if (!wide && e < E) h = row[e];
             v[j] = moei_half_to_f32(h, d->logits_dtype);

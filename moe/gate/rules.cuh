@@ -23,29 +23,29 @@ MOE_DEVICE float moei_gate_sigmoid_fast(float v, float unit, float one, float sh
 }
 
 /* May one of a lane's logits be NaN or infinite? Those that the token does not see are. */
-MOE_DEVICE bool moei_gate_lane_odd(const float* v, const int per_lane)
+MOE_DEVICE bool moei_gate_lane_odd(const float* v, const moei_gate_lanes w)
 {
     float sum = v[0]; /* also infinite where finite ones are huge */
     MOEI_UNROLL
-    for (int j = 1; j < per_lane; ++j) sum += v[j];
+    for (int j = 1; j < w.per_lane; ++j) sum += v[j];
     return (__float_as_uint(sum) & 0x7f800000u) == 0x7f800000u;
 }
 
 /* Is one of a lane's logits NaN? */
-MOE_DEVICE bool moei_gate_lane_nan(const float* v, const int per_lane)
+MOE_DEVICE bool moei_gate_lane_nan(const float* v, const moei_gate_lanes w)
 {
     float nan = 0.0f;
     MOEI_UNROLL
-    for (int j = 0; j < per_lane; ++j) nan += moei_is_nan(v[j]) ? v[j] : 0.0f;
+    for (int j = 0; j < w.per_lane; ++j) nan += moei_is_nan(v[j]) ? v[j] : 0.0f;
     return moei_is_nan(nan);
 }
 
 /* What a group of lanes knows of its token's logits v, those that the token does not see being
-   -infinity; max is the largest. Both are in units. `nan` is found here for softmax scores alone,
-   and maybe not by every lane. lanes and per_lane are literals here and below. */
+   -infinity; max is the largest. Both are in units. `nan` is found here for
+   softmax scores alone, and maybe not by every lane. */
 MOE_DEVICE moei_gate_stats moei_gate_lane_stats(const moe_gate_desc* d,
                                                 const moei_gate_units* units, const float* v,
-                                                float max, const int lanes, const int per_lane)
+                                                float max, const moei_gate_lanes w)
 {
     moei_gate_stats s;
     s.nan = false;
@@ -58,14 +58,14 @@ MOE_DEVICE moei_gate_stats moei_gate_lane_stats(const moe_gate_desc* d,
         while (__any_sync(MOEI_FULL, n < before)) {
             float part = 0.0f, above = 0.0f;
             MOEI_UNROLL
-            for (int j = 0; j < per_lane; ++j) {
+            for (int j = 0; j < w.per_lane; ++j) {
                 const float z = v[j] - s.max;
                 const bool in = z > s.sum;
                 part += in ? z : 0.0f;
                 above += in ? 1.0f : 0.0f;
             }
-            part = moei_group_sum(part, lanes);
-            above = moei_group_sum(above, lanes);
+            part = moei_group_sum(part, w.lanes);
+            above = moei_group_sum(above, w.lanes);
             if (n < before) { /* else this token is done, and only goes along */
                 before = n;
                 n = above;
@@ -78,64 +78,63 @@ MOE_DEVICE moei_gate_stats moei_gate_lane_stats(const moe_gate_desc* d,
             const float shift = units->log2 * moei_gate_sigmoid_shift(s.max);
             const float one = moei_exp2_fast(shift);
             MOEI_UNROLL
-            for (int j = 0; j < per_lane; ++j)
+            for (int j = 0; j < w.per_lane; ++j)
                 s.sum += moei_gate_sigmoid_fast(v[j], units->log2, one, shift);
         }
-        s.sum = moei_group_sum(s.sum, lanes);
+        s.sum = moei_group_sum(s.sum, w.lanes);
     } else {
         const float shift = -(s.max * units->log2);
         MOEI_UNROLL
-        for (int j = 0; j < per_lane; ++j) s.sum += moei_exp2_fast(fmaf(v[j], units->log2, shift));
-        s.sum = moei_group_sum(s.sum, lanes);
+        for (int j = 0; j < w.per_lane; ++j)
+            s.sum += moei_exp2_fast(fmaf(v[j], units->log2, shift));
+        s.sum = moei_group_sum(s.sum, w.lanes);
         s.nan = moei_is_nan(s.sum);
     }
     return s;
 }
 
-/* The scores of a lane's logits, quick, for selection. Where `sums`, a literal: the probabilities,
-   of sigmoids over 2^shift and not divided by their sum yet. */
+/* The scores of a lane's logits, quick, for selection. Where `sums`, a literal: the probabilities, of
+   sigmoids over 2^shift and not divided by their sum yet. */
 MOE_DEVICE void moei_gate_lane_scores(float* u, const float* v, const moe_gate_desc* d,
                                       const moei_gate_units* units, const moei_gate_stats* s,
-                                      const int sums, const int per_lane)
+                                      const int sums, const moei_gate_lanes w)
 {
     if (d->score == MOE_SCORE_SIGMOID) {
         const float shift = sums ? units->log2 * moei_gate_sigmoid_shift(s->max) : 0.0f;
         const float one = sums ? moei_exp2_fast(shift) : 1.0f;
         MOEI_UNROLL
-        for (int j = 0; j < per_lane; ++j)
+        for (int j = 0; j < w.per_lane; ++j)
             u[j] = moei_gate_sigmoid_fast(v[j], units->log2, one, shift);
     } else if (d->score == MOE_SCORE_SPARSEMAX) {
         MOEI_UNROLL
-        for (int j = 0; j < per_lane; ++j)
+        for (int j = 0; j < w.per_lane; ++j)
             u[j] = fmaxf(fmaf(v[j] - s->max, units->unit, -s->sum), 0.0f);
     } else {
         const float shift = -(s->max * units->log2), part = __fdiv_rn(1.0f, s->sum);
         MOEI_UNROLL
-        for (int j = 0; j < per_lane; ++j)
+        for (int j = 0; j < w.per_lane; ++j)
             u[j] = part * moei_exp2_fast(fmaf(v[j], units->log2, shift));
     }
 }
 
 /* Lets only the experts of the token's best groups stay: the others' merits become -infinity, and
-   without a bias theirs the logits. best and group are this token's in shared memory; size: experts
-   of a group. */
+   without a bias theirs the logits. best and group are this token's in shared memory. */
 MOE_DEVICE void moei_gate_lane_groups(float* u, const float* v, const moe_gate_desc* d,
-                                      float2* best, float* group, int size, int rank,
-                                      const int lanes, const int per_lane)
+                                      float2* best, float* group, const moei_gate_lanes w)
 {
-    const int G = d->num_groups;
+    const int G = d->num_groups, size = d->num_experts / G;
     const float none = __uint_as_float(0xff800000u), per_group = __fdividef(1.0f, (float)size);
     uint32_t kept = 0;
     MOEI_UNROLL
-    for (int j = 0; j < per_lane; j += 4) {
-        const int e = moei_gate_expert(j, rank, lanes);
+    for (int j = 0; j < w.per_lane; j += 4) {
+        const int e = moei_gate_expert(j, w);
         const float a = fmaxf(u[j], u[j + 1]), b = fminf(u[j], u[j + 1]);
         const float c = fmaxf(u[j + 2], u[j + 3]), f = fminf(u[j + 2], u[j + 3]);
         if (e < d->num_experts)
             best[e >> 2] = make_float2(fmaxf(a, c), fmaxf(fminf(a, c), fmaxf(b, f)));
     }
     __syncwarp(MOEI_FULL);
-    for (int g = rank; g < G; g += lanes) {
+    for (int g = w.rank; g < G; g += w.lanes) {
         float first = none, second = none;
         for (int i = g * (size >> 2); i < (g + 1) * (size >> 2); ++i) {
             const float2 two = best[i];
@@ -146,16 +145,16 @@ MOE_DEVICE void moei_gate_lane_groups(float* u, const float* v, const moe_gate_d
         group[g] = 0.5f * first + (second > none ? 0.5f * second : 0.0f);
     }
     __syncwarp(MOEI_FULL);
-    for (int g = rank; g < G; g += lanes) {
+    for (int g = w.rank; g < G; g += w.lanes) {
         const float own = group[g];
         int ahead = 0;
         for (int i = 0; i < G; ++i) ahead += group[i] > own || (group[i] == own && i < g);
         kept |= (ahead < d->top_groups ? 1u : 0u) << g;
     }
-    for (int w = 1; w < lanes; w <<= 1) kept |= __shfl_xor_sync(MOEI_FULL, kept, w);
+    for (int by = 1; by < w.lanes; by <<= 1) kept |= __shfl_xor_sync(MOEI_FULL, kept, by);
     MOEI_UNROLL
-    for (int j = 0; j < per_lane; j += 4) {
-        const int g = (int)(((float)moei_gate_expert(j, rank, lanes) + 0.5f) * per_group);
+    for (int j = 0; j < w.per_lane; j += 4) {
+        const int g = (int)(((float)moei_gate_expert(j, w) + 0.5f) * per_group);
         const bool in = (kept >> (g & 31) & 1) != 0;
         MOEI_UNROLL
         for (int i = 0; i < 4; ++i) u[j + i] = !in ? none : d->expert_bias ? u[j + i] : v[j + i];
@@ -164,29 +163,28 @@ MOE_DEVICE void moei_gate_lane_groups(float* u, const float* v, const moe_gate_d
 
 /* Adds the probabilities p of a warp's tokens, one a group of lanes, to the warp's own prob [E].
    Each step halves the tokens: a lane passes on one half of its experts and adds up the other. */
-MOE_DEVICE void moei_gate_lane_add(float* p, float* prob, int E, int rank, const int lanes,
-                                   const int per_lane)
+MOE_DEVICE void moei_gate_lane_add(float* p, float* prob, int E, const moei_gate_lanes w)
 {
     int from = 0;
     MOEI_UNROLL
     for (int s = 0; s < 5; ++s) {
-        const int w = 16 >> s, half = per_lane >> (s + 1);
-        if (w >= lanes && half > 0) {
-            const bool upper = (moei_lane() & w) != 0;
+        const int by = 16 >> s, half = w.per_lane >> (s + 1);
+        if (by >= w.lanes && half > 0) {
+            const bool upper = (moei_lane() & by) != 0;
             MOEI_UNROLL
             for (int j = 0; j < 16; ++j)
                 if (j < half) {
                     const float pass = upper ? p[j] : p[j + half];
                     const float keep = upper ? p[j + half] : p[j];
-                    p[j] = keep + __shfl_xor_sync(MOEI_FULL, pass, w);
+                    p[j] = keep + __shfl_xor_sync(MOEI_FULL, pass, by);
                 }
             from += upper ? half : 0;
         }
     }
     MOEI_UNROLL
-    for (int j = 0; j < per_lane; ++j)
-        if (j < per_lane * lanes / 32) {
-            const int e = moei_gate_expert(from + j, rank, lanes);
+    for (int j = 0; j < w.per_lane; ++j)
+        if (j < w.per_lane * w.lanes / 32) {
+            const int e = moei_gate_expert(from + j, w);
             if (e < E) prob[e] += p[j];
         }
     __syncwarp(MOEI_FULL);
@@ -195,48 +193,46 @@ MOE_DEVICE void moei_gate_lane_add(float* p, float* prob, int E, int rank, const
 /* Writes those of a lane's experts that have a bit in `picked`, one after the other, with u where
    `merits` (a literal). */
 MOE_DEVICE void moei_gate_lane_pick(moei_gate_pick* pick, uint32_t picked, const float* v,
-                                    const float* u, int rank, const int lanes, const int per_lane,
-                                    const int merits)
+                                    const float* u, const moei_gate_lanes w, const int merits)
 {
     MOEI_UNROLL
-    for (int j = 0; j < per_lane; ++j)
+    for (int j = 0; j < w.per_lane; ++j)
         if (picked >> j & 1) {
             pick->logit = v[j];
-            pick->expert = moei_gate_expert(j, rank, lanes);
+            pick->expert = moei_gate_expert(j, w);
             if (merits) pick->merit = u[j];
             ++pick;
         }
 }
 
-/* Puts a token's n picks, K or more, in order: by descending merit, equals by ascending expert.
-   top: the merits of the K in order. */
+/* Puts a token's n picks, K or more, in order: by descending merit, equals by ascending expert. top:
+   the merits of the K in order. */
 MOE_DEVICE void moei_gate_lane_order(moei_gate_pick* pick, bool merits, int n, const float* top,
-                                     int K, int rank, const int lanes, const int depth)
+                                     int K, const moei_gate_lanes w)
 {
     const float* merit = merits ? &pick->merit : &pick->logit;
     const int step = (int)(sizeof *pick / sizeof *merit);
-    uint16_t* order = moei_gate_order(pick, depth);
+    uint16_t* order = moei_gate_order(pick, w.depth);
     bool tie = n > K;
-    /* else each k < K stays in a register from where the K-th was found */
-    K = (int)moei_opaque((uint64_t)K);
+    K = (int)moei_opaque((uint64_t)K); /* else each k < K waits in a register since kth was found */
     MOEI_UNROLL
-    for (int k = 0; k < depth - 1; ++k) tie |= k + 1 < K && top[k] == top[k + 1];
+    for (int k = 0; k < w.depth - 1; ++k) tie |= k + 1 < K && top[k] == top[k + 1];
     if (!tie) { /* a pick's place is how many of the top are larger */
         MOEI_UNROLL
         for (int m = 0; m < 8; ++m) {
-            const int c = m * lanes + rank;
+            const int c = m * w.lanes + w.rank;
             uint32_t larger = 0; /* a bit for each */
-            if (m * lanes < depth && c < n) {
+            if (m * w.lanes < w.depth && c < n) {
                 const float own = merit[c * step];
                 MOEI_UNROLL
-                for (int k = 0; k < depth; ++k)
+                for (int k = 0; k < w.depth; ++k)
                     larger = __funnelshift_l(__float_as_uint(own - top[k]), larger, 1);
                 order[__popc(larger)] = (uint16_t)c;
             }
         }
     } else {
         MOEI_NO_UNROLL
-        for (int c = rank; c < n; c += lanes) {
+        for (int c = w.rank; c < n; c += w.lanes) {
             const float own = merit[c * step];
             const int e = pick[c].expert;
             int larger = 0;
@@ -254,20 +250,19 @@ MOE_DEVICE void moei_gate_lane_order(moei_gate_pick* pick, bool merits, int n, c
    r + lanes, ... */
 MOE_DEVICE void moei_gate_lane_finish(const moe_gate_desc* d, const moei_gate_units* units,
                                       int* count, int64_t t, bool live, moei_gate_pick* pick,
-                                      const moei_gate_stats* s, int rank, const int lanes,
-                                      const int depth)
+                                      const moei_gate_stats* s, const moei_gate_lanes w)
 {
     const int K = d->top_k;
-    const uint16_t* order = moei_gate_order(pick, depth);
+    const uint16_t* order = moei_gate_order(pick, w.depth);
     const bool softmax = moei_gate_is_softmax(d->score), own = moei_gate_own_sum(d);
     float weight[8], total = 0.0f, factor = d->scale, max = s->max, shift;
     int e[8];
     MOEI_UNROLL
     for (int m = 0; m < 8; ++m) { /* the logits for now */
-        const int k = m * lanes + rank;
+        const int k = m * w.lanes + w.rank;
         weight[m] = __uint_as_float(0xff800000u);
         e[m] = -1;
-        if (m * lanes < depth && live && k < K) {
+        if (m * w.lanes < w.depth && live && k < K) {
             const moei_gate_pick p = pick[order[k]];
             weight[m] = p.logit;
             e[m] = p.expert;
@@ -277,13 +272,13 @@ MOE_DEVICE void moei_gate_lane_finish(const moe_gate_desc* d, const moei_gate_un
         float most = weight[0];
         MOEI_UNROLL
         for (int m = 1; m < 8; ++m) most = fmaxf(most, weight[m]);
-        most = moei_group_max(most, lanes);
+        most = moei_group_max(most, w.lanes);
         if (most >= -3.40282347e38f) max = most;
     }
     shift = -(max * units->log2);
     MOEI_UNROLL
     for (int m = 0; m < 8; ++m)
-        if (m * lanes < depth && e[m] >= 0) {
+        if (m * w.lanes < w.depth && e[m] >= 0) {
             const float v = weight[m];
             weight[m] = softmax ? moei_exp2_fast(own ? units->log2 * (v - max)
                                                      : fmaf(v, units->log2, shift))
@@ -294,18 +289,91 @@ MOE_DEVICE void moei_gate_lane_finish(const moe_gate_desc* d, const moei_gate_un
             }
             total += weight[m];
         }
-    if (own) total = moei_group_sum(total, lanes);
+    if (own) total = moei_group_sum(total, w.lanes);
     else total = softmax ? s->sum : 1.0f;
     if (total > 0.0f) factor = __fdiv_rn(factor, total);
     MOEI_UNROLL
     for (int m = 0; m < 8; ++m) {
-        const int k = m * lanes + rank;
-        if (m * lanes < depth && live && k < K) {
+        const int k = m * w.lanes + w.rank;
+        if (m * w.lanes < w.depth && live && k < K) {
             d->ids[t * K + k] = e[m];
             d->weights[t * K + k] = e[m] >= 0 ? weight[m] * factor : 0.0f;
             if (e[m] >= 0) atomicAdd(count + e[m], 1);
         }
     }
+}
+
+/* Turns odd logits of a token into what selection knows: of -infinity a score or a bias would make a
+   choice, so its bits join *unseen. Returns whether the token has to be done again: one is NaN, or, as
+   some finite one may have become -infinity where `overflows`, -infinity. */
+MOE_DEVICE bool moei_gate_lane_minus(uint32_t* unseen, const float* v, bool overflows,
+                                     const moei_gate_lanes w)
+{
+    uint32_t minus = 0;
+    bool again;
+    MOEI_UNROLL
+    for (int j = 0; j < w.per_lane; ++j)
+        minus |= __float_as_uint(v[j]) == MOEI_GATE_MINUS ? 1u << j : 0u;
+    again = moei_gate_lane_nan(v, w) || (overflows && (minus & ~*unseen) != 0);
+    *unseen |= minus;
+    return again;
+}
+
+/* u = what selection compares, without the groups. bias [E] is in shared memory: with a bias, and for
+   the batch's choices, which are all that counts there. */
+MOE_DEVICE void moei_gate_lane_merits(float* u, const float* v, uint32_t unseen,
+                                      const moe_gate_desc* d, const moei_gate_units* units,
+                                      const moei_gate_stats* s, const float* bias,
+                                      const moei_gate_lanes w)
+{
+    /* scores choose the groups, and with a bias the experts */
+    const bool scores =
+        (d->expert_bias || d->num_groups > 1) && d->score != MOE_SCORE_TOPK_SOFTMAX;
+    const bool biased = d->expert_bias || d->whole_batch;
+    MOEI_UNROLL
+    for (int j = 0; j < w.per_lane; ++j) u[j] = v[j];
+    if (scores) moei_gate_lane_scores(u, v, d, units, s, 0, w);
+    if (biased) {
+        MOEI_UNROLL
+        for (int j = 0; j < w.per_lane; ++j) {
+            const int e = moei_gate_expert(j, w);
+            u[j] = (d->whole_batch ? 0.0f : u[j]) + (e < d->num_experts ? bias[e] : 0.0f);
+        }
+    }
+    if ((scores || biased) && unseen) {
+        MOEI_UNROLL
+        for (int j = 0; j < w.per_lane; ++j)
+            if (unseen >> j & 1) u[j] = __uint_as_float(0xff800000u);
+    }
+}
+
+/* Sums n over the lanes of the group; *before becomes the sum of the lanes before this one, modulo
+   2^16. */
+MOE_DEVICE int moei_gate_lane_count(int* before, int n, const moei_gate_lanes w)
+{
+    int sum = n;
+    MOEI_UNROLL
+    for (int by = 1; by < w.lanes; by <<= 1) {
+        const int other = __shfl_up_sync(MOEI_FULL, sum, by, w.lanes);
+        if (w.rank >= by) sum += other;
+    }
+    *before = (sum - n) & 0xffff;
+    return __shfl_sync(MOEI_FULL, sum, w.lanes - 1, w.lanes);
+}
+
+/* Adds the probabilities of a token's logits v to the warp's own prob [E], where `in`. */
+MOE_DEVICE void moei_gate_lane_probabilities(float* prob, const float* v, uint32_t unseen, bool in,
+                                             const moe_gate_desc* d, const moei_gate_units* units,
+                                             const moei_gate_stats* s, const moei_gate_lanes w)
+{
+    const float part = d->score != MOE_SCORE_SIGMOID ? 1.0f
+                       : s->sum > 0.0f               ? __fdividef(1.0f, s->sum)
+                                                     : 0.0f;
+    float p[32];
+    moei_gate_lane_scores(p, v, d, units, s, 1, w);
+    MOEI_UNROLL
+    for (int j = 0; j < w.per_lane; ++j) p[j] = in && !(unseen >> j & 1) ? p[j] * part : 0.0f;
+    moei_gate_lane_add(p, prob, d->num_experts, w);
 }
 
 /* Are registers left to fetch the next token's logits while this one's are sorted? */
@@ -315,29 +383,34 @@ MOE_DEVICE void moei_gate_lane_finish(const moe_gate_desc* d, const moei_gate_un
 #define MOEI_GATE_EARLY 1
 #endif
 
-/* One block; a token is owned by an aligned group of `lanes` lanes with `per_lane` logits each.
-   K <= depth. The token's largest merits in order tell each lane which of its own are among the K;
-   those meet in shared memory. A token of which more than 2 depth experts are not below the K-th,
-   or that sees fewer than K, or whose logits are infinite, huge or NaN, is done again by
-   moei_gate_token. */
+/* One block; a token is owned by an aligned group of `lanes` lanes with `per_lane` logits each, and
+   K <= depth. In a round each group does a token:
+
+     1. the next round's logits are fetched
+     2. the rules of single logits; the largest
+     3. sums over the row; -infinity and NaN
+     4. merits: what selection compares; groups
+     5. the token's `depth` largest merits in order, of them the K-th
+     6. which of a lane's own are not below the K-th, and how many of the lanes before
+     7. those meet in shared memory: their order, weights and ids
+     8. sums of probabilities
+     9. what this does not take is done again by moei_gate_token: a token of which more than 2 depth
+        experts are not below the K-th, or that sees fewer than K, or whose logits are infinite, huge
+        or NaN */
 MOE_DEVICE_BODY void moei_gate_rules_block(const moe_gate_desc* d, const moei_gate_shared* shared,
                                            const int lanes, const int per_lane, const int depth)
 {
-    const int E = d->num_experts, K = d->top_k;
-    const int rank = moei_lane() & (lanes - 1), step = (int)blockDim.x / lanes;
+    const moei_gate_lanes w = moei_gate_lanes_of(lanes, per_lane, depth);
+    const int E = d->num_experts, K = d->top_k, step = (int)blockDim.x / lanes;
     const int own = (int)threadIdx.x / lanes; /* of the tokens under way */
     const int chunk = (int)moe_chunk_tokens(d->num_tokens);
     const int first = (int)blockIdx.x * chunk;
     const int tokens = d->num_tokens - first < chunk ? d->num_tokens - first : chunk;
     const bool wide =
         (d->logits_stride | d->num_experts) % 8 == 0 && (uintptr_t)d->logits % 16 == 0;
-    const bool grouped = d->num_groups > 1;
-    const int group_size = E / d->num_groups;
-    const bool judged = d->expert_bias || grouped; /* by more than the logits */
-    const bool merits = judged || d->whole_batch;  /* else the logits are compared */
+    const bool judged = d->expert_bias || d->num_groups > 1; /* by more than the logits */
+    const bool merits = judged || d->whole_batch;            /* else the logits are compared */
     const moei_gate_units units = moei_gate_units_of(d);
-    /* scores choose the groups, and with a bias the experts */
-    const bool scores = judged && d->score != MOE_SCORE_TOPK_SOFTMAX;
     /* may a finite logit become -infinity? moei_gate_token tells the two apart */
     const bool overflows = moei_gate_multiplies(d) && (d->temperature != 1.0f || d->noise > 1e28f);
     const bool early = per_lane <= 16 && MOEI_GATE_EARLY;
@@ -353,7 +426,7 @@ MOE_DEVICE_BODY void moei_gate_rules_block(const moe_gate_desc* d, const moei_ga
     for (int j = 0; j < 32; ++j) next[j] = 0.0f;
     MOEI_UNROLL
     for (int j = 0; j < per_lane; ++j) {
-        const int e = moei_gate_expert(j, rank, lanes);
+        const int e = moei_gate_expert(j, w);
         if (e >= E || (d->expert_off && d->expert_off[e])) off |= 1u << j;
     }
     if (d->whole_batch) moei_gate_batch_choose(d, shared);
@@ -364,54 +437,32 @@ MOE_DEVICE_BODY void moei_gate_rules_block(const moe_gate_desc* d, const moei_ga
         const bool masked = i >= 0 && i < tokens && d->token_off && d->token_off[t];
         const bool live = i < tokens && !masked;
         float v[32];   /* this lane's logits; where there is no token left, the first one's again */
-        float u[32];   /* what selection compares */
-        float top[32]; /* the token's largest u, `depth` of them */
+        float u[32];   /* their merits */
+        float top[32]; /* the token's largest, `depth` of them */
         float kth = 0.0f, max;
-        uint32_t unseen = off, picked = 0;
+        uint32_t unseen = off, picked, again;
         int n, before;
         bool redo;
         moei_gate_stats s;
 
-        if (early) {
+        if (early) { /* 1 */
             MOEI_UNROLL
             for (int j = 0; j < per_lane; ++j) v[j] = next[j];
             if (i + step < chunk) /* the same for the whole warp, as is the next */
-                moei_gate_read(next, d, first + (i + step < tokens ? i + step : 0), rank, wide,
-                               lanes, per_lane);
+                moei_gate_read(next, d, first + (i + step < tokens ? i + step : 0), wide, w);
             if (i < 0) continue;
         } else {
-            moei_gate_read(v, d, t, rank, wide, lanes, per_lane);
+            moei_gate_read(v, d, t, wide, w);
         }
-        max = moei_gate_logits(v, &unseen, d, seed, t, rank, lanes, per_lane);
-        s = moei_gate_lane_stats(d, &units, v, max, lanes, per_lane);
-        if ((judged || !moei_gate_is_softmax(d->score)) && moei_gate_lane_odd(v, per_lane)) {
-            uint32_t minus = 0; /* of these a score or a bias would make a choice */
-            MOEI_UNROLL
-            for (int j = 0; j < per_lane; ++j)
-                minus |= __float_as_uint(v[j]) == MOEI_GATE_MINUS ? 1u << j : 0u;
-            s.nan = moei_gate_lane_nan(v, per_lane) || (overflows && (minus & ~unseen) != 0);
-            unseen |= minus;
-        }
-        MOEI_UNROLL
-        for (int j = 0; j < per_lane; ++j) u[j] = v[j];
-        if (scores) moei_gate_lane_scores(u, v, d, &units, &s, 0, per_lane);
-        if (d->expert_bias || d->whole_batch) { /* the batch's choices are all that counts there */
-            MOEI_UNROLL
-            for (int j = 0; j < per_lane; ++j) {
-                const int e = moei_gate_expert(j, rank, lanes);
-                u[j] = (d->whole_batch ? 0.0f : u[j]) + (e < E ? shared->bias[e] : 0.0f);
-            }
-        }
-        if ((scores || d->expert_bias || d->whole_batch) && unseen) {
-            MOEI_UNROLL
-            for (int j = 0; j < per_lane; ++j)
-                if (unseen >> j & 1) u[j] = __uint_as_float(0xff800000u);
-        }
-        if (grouped)
+        max = moei_gate_logits(v, &unseen, d, seed, t, w); /* 2 */
+        s = moei_gate_lane_stats(d, &units, v, max, w);    /* 3 */
+        if ((judged || !moei_gate_is_softmax(d->score)) && moei_gate_lane_odd(v, w))
+            s.nan = moei_gate_lane_minus(&unseen, v, overflows, w);
+        moei_gate_lane_merits(u, v, unseen, d, &units, &s, shared->bias, w); /* 4 */
+        if (d->num_groups > 1)
             moei_gate_lane_groups(u, v, d, shared->best + own * (E >> 2),
-                                  shared->group + own * ((d->num_groups + 3) / 4 * 4), group_size,
-                                  rank, lanes, per_lane);
-        if (d->whole_batch) { /* as batch.cuh has made them */
+                                  shared->group + own * ((d->num_groups + 3) / 4 * 4), w);
+        if (d->whole_batch) { /* 5; as batch.cuh has made them */
             MOEI_UNROLL
             for (int k = 0; k < depth; ++k) top[k] = (float)-k;
         } else {
@@ -423,49 +474,27 @@ MOE_DEVICE_BODY void moei_gate_rules_block(const moe_gate_desc* d, const moei_ga
         /* beyond, rounding is no longer small; and each of the K must be there */
         redo = s.nan || !(fabsf(s.max * units.log2) < 1e8f) || !(fabsf(top[0]) < 1e8f) ||
                !(kth >= -3e38f);
-        MOEI_UNROLL
-        for (int j = 0; j < per_lane; ++j) picked |= u[j] >= kth ? 1u << j : 0u;
-        n = __popc(picked) | (redo ? 1 << 16 : 0);
-        before = n;
-        MOEI_UNROLL
-        for (int w = 1; w < lanes; w <<= 1) {
-            const int other = __shfl_up_sync(MOEI_FULL, before, w, lanes);
-            if (rank >= w) before += other;
-        }
-        {
-            const int all = __shfl_sync(MOEI_FULL, before, lanes - 1, lanes);
-            before = (before - n) & 0xffff;
-            n = all; /* over 16 bits: a lane wants it done again */
-        }
-        redo = live && (n < K || n > 2 * depth);
+        picked = moei_gate_not_below(u, kth, w); /* 6 */
+        n = moei_gate_lane_count(&before, __popc(picked) | (redo ? 1 << 16 : 0), w);
+        redo = live && (n < K || n > 2 * depth); /* over 16 bits: a lane wants it done again */
         if (redo || !live) n = 0;
         if (n == 0) picked = 0;
-        if (merits) moei_gate_lane_pick(pick + before, picked, v, u, rank, lanes, per_lane, 1);
-        else moei_gate_lane_pick(pick + before, picked, v, u, rank, lanes, per_lane, 0);
+        if (merits) moei_gate_lane_pick(pick + before, picked, v, u, w, 1); /* 7 */
+        else moei_gate_lane_pick(pick + before, picked, v, u, w, 0);
         __syncwarp(MOEI_FULL);
-        moei_gate_lane_order(pick, merits, n, top, K, rank, lanes, depth);
+        moei_gate_lane_order(pick, merits, n, top, K, w);
         __syncwarp(MOEI_FULL);
-        moei_gate_lane_finish(d, &units, shared->count, t, n > 0, pick, &s, rank, lanes, depth);
-        if (masked) moei_gate_unused(d, t, rank, lanes);
-        if (d->prob_sum) {
-            const bool in = live && !redo;
-            const float part = d->score != MOE_SCORE_SIGMOID ? 1.0f
-                               : s.sum > 0.0f                ? __fdividef(1.0f, s.sum)
-                                                             : 0.0f;
-            moei_gate_lane_scores(u, v, d, &units, &s, 1, per_lane);
-            MOEI_UNROLL
-            for (int j = 0; j < per_lane; ++j) u[j] = in && !(unseen >> j & 1) ? u[j] * part : 0.0f;
-            moei_gate_lane_add(u, prob, E, rank, lanes, per_lane);
-        }
-        {
-            uint32_t again = __ballot_sync(MOEI_FULL, redo && rank == 0);
-            while (again) {
-                const int from = __ffs((int)again) - 1;
-                moei_gate_token(d, shared->count, prob, row, shared->chosen,
-                                first + __shfl_sync(MOEI_FULL, i, from), 1);
-                __syncwarp(MOEI_FULL);
-                again &= again - 1;
-            }
+        moei_gate_lane_finish(d, &units, shared->count, t, n > 0, pick, &s, w);
+        if (masked) moei_gate_unused(d, t, w.rank, lanes);
+        if (d->prob_sum) /* 8 */
+            moei_gate_lane_probabilities(prob, v, unseen, live && !redo, d, &units, &s, w);
+        again = __ballot_sync(MOEI_FULL, redo && w.rank == 0); /* 9 */
+        while (again) {
+            const int from = __ffs((int)again) - 1;
+            moei_gate_token(d, shared->count, prob, row, shared->chosen,
+                            first + __shfl_sync(MOEI_FULL, i, from), 1);
+            __syncwarp(MOEI_FULL);
+            again &= again - 1;
         }
     }
     moei_gate_rules_end(d, shared);

@@ -24,17 +24,9 @@ MOE_DEVICE void moe_warp_top_k(int32_t* ids, const float* merit, int num_experts
                 best_at = e;
             }
         }
-        for (int w = 16; w > 0; w >>= 1) {
-            const uint32_t other = __shfl_xor_sync(MOEI_FULL, best, w);
-            const int other_at = __shfl_xor_sync(MOEI_FULL, best_at, w);
-            if (other > best || (other == best && other_at < best_at)) {
-                best = other;
-                best_at = other_at;
-            }
-        }
-        if (moei_lane() == 0) ids[k] = best_at < num_experts ? best_at : -1;
-        last = best;
-        last_at = best_at;
+        last = moei_warp_max(best);
+        last_at = (int)~moei_warp_max(~(uint32_t)(best == last ? best_at : num_experts));
+        if (moei_lane() == 0) ids[k] = last_at < num_experts ? last_at : -1;
     }
     __syncwarp(MOEI_FULL);
 }
