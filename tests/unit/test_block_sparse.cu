@@ -608,8 +608,76 @@ static void test_block_past_2_31(void)
     }
 }
 
+#if !MOE_ON_HOST
+/* Row y of a packed matrix of side * side blocks, from the device. */
+static void packed_row(uint16_t* row, const char* packed, int64_t y, int side, int block)
+{
+    const int64_t at = (y / block * side * block + y % block) * block;
+    TEST_CUDA(cudaMemcpy2D(row, (size_t)block * 2, packed + at * 2, (size_t)block * block * 2,
+                           (size_t)block * 2, (size_t)side, cudaMemcpyDeviceToHost));
+}
+
+/* The packed matrix S [n, n] of more than 2^32 elements as A of dsd and, transposed, as B of dds: d
+   is the sdd that made it, and has the mask. Rows here and there, the first and the last among
+   them. */
+static void check_far_operand(moe_block_sparse_desc d, const char* packed, int side, int block,
+                              trand* r)
+{
+    enum { OTHER = 16, ROWS = 6 };
+    const int n = side * block;
+    double *exact = (double*)test_host(ROWS * OTHER * 8),
+           *sum = (double*)test_host(ROWS * OTHER * 8);
+    uint16_t *dense = (uint16_t*)test_host((int64_t)n * OTHER * 2),
+             *row = (uint16_t*)test_host(n * 2);
+    tbuf d_dense, workspace, c;
+    trand_fill_normal(r, dense, (int64_t)n * OTHER, MOE_FP16);
+    d_dense = tbuf_from("dense", dense, (size_t)n * OTHER * 2, 0);
+    for (int dds = 0; dds < 2; ++dds) { /* dense: B [n, OTHER]; A [OTHER, n] */
+        float got[ROWS * OTHER], *all;
+        c = tbuf_new("c", (size_t)n * OTHER * 4, 0);
+        d.op = dds ? MOE_BLOCK_DDS : MOE_BLOCK_DSD;
+        d.a = dds ? d_dense.p : packed;
+        d.b = dds ? packed : d_dense.p;
+        d.c = c.p;
+        d.m = dds ? OTHER : n, d.n = dds ? n : OTHER, d.k = n;
+        d.b_transposed = dds;
+        d.packed = 1;
+        d.c_dtype = MOE_FP32;
+        CHECK_STATUS(moe_block_sparse_workspace(&d, &d.workspace_bytes), MOE_OK);
+        workspace = tbuf_new("workspace", d.workspace_bytes, 0);
+        d.workspace = d.workspace_bytes ? workspace.p : (void*)0;
+        CHECK_STATUS(moe_block_sparse(&d, test_now.stream), MOE_OK);
+        TEST_CUDA(cudaDeviceSynchronize());
+        all = (float*)tbuf_copy(&c);
+        for (int i = 0; i < ROWS; ++i) {
+            const int64_t y = i == 0 ? 0 : i == 1 ? n - 1 : trand_int(r, 0, n - 1);
+            packed_row(row, packed, y, side, block);
+            for (int j = 0; j < OTHER; ++j) {
+                double e = 0, abs_sum = 0;
+                for (int64_t k = 0; k < n; ++k) {
+                    const double v =
+                        (double)moe_load(row, k, MOE_FP16) *
+                        moe_load(dense, dds ? j * (int64_t)n + k : k * OTHER + j, MOE_FP16);
+                    e += v;
+                    abs_sum += fabs(v);
+                }
+                exact[i * OTHER + j] = e;
+                sum[i * OTHER + j] = abs_sum;
+                got[i * OTHER + j] = all[dds ? j * (int64_t)n + y : y * OTHER + j];
+            }
+        }
+        CHECK_CLOSE_SUM(dds ? "far B" : "far A", got, OTHER, exact, sum, n, ROWS, OTHER);
+        free(all);
+        tbuf_free(&workspace);
+        tbuf_free(&c);
+    }
+    tbuf_free(&d_dense);
+    free(exact), free(sum), free(dense), free(row);
+}
+#endif
+
 /* A C of more than 2^31 elements, packed and strided: blocks here and there, the first and the last
-   among them. */
+   among them. The packed one, 4.4e9 elements, is then an operand. */
 static void test_block_many_past_2_31(void)
 {
 #if !MOE_ON_HOST
@@ -674,8 +742,9 @@ static void test_block_many_past_2_31(void)
                                        BLOCK * 2, BLOCK, cudaMemcpyDeviceToHost));
                 CHECK_CLOSE("block", got, MOE_FP16, BLOCK, exact, 0, BLOCK, BLOCK);
             }
-            CHECK_FAULT(&fault, MOE_FAULT_NONE, 0);
             tbuf_free(&workspace);
+            if (packed) check_far_operand(d, c, SIDE, BLOCK, &r);
+            CHECK_FAULT(&fault, MOE_FAULT_NONE, 0);
         }
         TEST_CUDA(cudaFree(c));
         tbuf_free(&d_a);
