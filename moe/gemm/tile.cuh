@@ -17,12 +17,10 @@
 #ifndef MOE_GEMM_TILE_CUH
 #define MOE_GEMM_TILE_CUH
 
-#include "../base/copy.cuh"
 #include "desc.h"
 #include "epilogue.cuh"
-#include "mma.cuh"
+#include "mainloop.cuh"
 #include "schedule.cuh"
-#include "shape.h"
 
 /* Shared memory of a block, bytes: the ring, the epilogue's staging, then tile_start [E + 1]. */
 MOE_HOST_DEVICE size_t moei_tile_smem(const moe_gemm_shape f, int num_experts)
@@ -194,71 +192,45 @@ MOE_DEVICE void moei_loader_advance(moei_loader* p, const moe_grouped_gemm_desc*
     }
 }
 
-/* Fragments of A and B that a warp multiplies at depth k of a stage; lane_a and lane_b from
-   moei_mma_lane_a and _b. */
-MOE_DEVICE void moei_tile_fragments(moei_mma_a* a, moei_mma_b* b, const uint16_t* stage, int lane_a,
-                                    int lane_b, const int k, const moe_gemm_shape f)
-{
-    MOEI_UNROLL
-    for (int i = 0; i < f.wm / 16; ++i)
-        moei_mma_load_a_swizzled(&a[i], stage, lane_a, i * 16, k,
-                                 f.a_major == MOE_MAJOR_K ? f.tk : f.tm, f.dtype, f.a_major);
-    MOEI_UNROLL
-    for (int j = 0; j < f.wn / 16; ++j)
-        moei_mma_load_b_swizzled(&b[j], stage + f.tm * f.tk, lane_b, j * 16, k,
-                                 f.b_major == MOE_MAJOR_K ? f.tk : f.tn, f.dtype, f.b_major);
-}
-
-MOE_DEVICE void moei_tile_zero(moei_mma_c acc[4][4], const moe_gemm_shape f)
-{
-    MOEI_UNROLL
-    for (int i = 0; i < f.wm / 16; ++i) MOEI_UNROLL
-    for (int j = 0; j < f.wn / 16; ++j) moei_mma_zero(&acc[i][j]);
-}
-
-/* Multiplies the steps of one tile, from the ring's stage *slot on, which has arrived for everyone;
-   *slot moves on. Copies go on meanwhile, stages - 1 steps ahead: with a schedule into the block's
-   next tiles, without one (null) past the end of k, where they read nothing. On return the next
-   stage has arrived for everyone. */
-MOE_DEVICE void moei_tile_steps(moei_mma_c acc[4][4], moei_loader* load, int* slot,
+/* Fills the first stages - 1 stages of the ring, with a schedule (or null) on into the block's next
+   tiles, and waits until the first has arrived for every warp. All threads of the block. */
+MOE_DEVICE void moei_tile_start(moei_loader* load, const moei_ring* r,
                                 const moe_grouped_gemm_desc* d, const moei_schedule* schedule,
-                                int num_tiles, uint16_t* ring, const moe_gemm_shape f)
+                                int num_tiles, const moe_gemm_shape f)
 {
-    const int elems = (f.tm + f.tn) * f.tk; /* of a stage */
-    const int warp_m = moei_warp() % f.warps_m, warp_n = moei_warp() / f.warps_m;
-    const int chunks = f.tk / 16,
-              parts = chunks - 1; /* of a step's copies: one a chunk but the last */
-    const int steps = (d->k + f.tk - 1) / f.tk;
-    const int lane_a =
-        moei_mma_lane_a(warp_m * f.wm, f.a_major == MOE_MAJOR_K ? f.tk : f.tm, f.a_major);
-    const int lane_b =
-        moei_mma_lane_b(warp_n * f.wn, f.b_major == MOE_MAJOR_K ? f.tk : f.tn, f.b_major);
+    for (int i = 0; i < f.stages - 1; ++i) {
+        uint16_t* stage = r->stages + i * r->elems;
+        if (schedule) moei_loader_advance(load, d, schedule, num_tiles, f);
+        moei_loader_copy(load, d, stage, stage + f.tm * f.tk, 0, 1, f);
+        moei_copy_commit();
+    }
+    moei_copy_wait(f.stages - 2);
+    __syncthreads();
+}
+
+/* Multiplies the steps of one tile, from the ring's slot on, which has arrived for every warp. Copies go
+   on meanwhile: with a schedule into the block's next tiles, without one (null) past the end of k,
+   where they read nothing. On return the next stage has arrived for every warp. */
+MOE_DEVICE void moei_tile_steps(moei_mma_c acc[4][4], moei_loader* load, moei_ring* r,
+                                const moe_grouped_gemm_desc* d, const moei_schedule* schedule,
+                                int num_tiles, const moe_gemm_shape f)
+{
+    const int chunks = f.tk / 16, steps = (d->k + f.tk - 1) / f.tk;
     moei_mma_a a[2][4];
     moei_mma_b b[2][4];
-    moei_tile_fragments(a[0], b[0], ring + *slot * elems, lane_a, lane_b, 0, f);
+    moei_ring_fragments(a[0], b[0], r, r->slot, 0, f);
     for (int i = 0; i < steps; ++i) {
-        const int next = *slot + 1 == f.stages ? 0 : *slot + 1;
-        uint16_t* refill = ring + (*slot == 0 ? f.stages - 1 : *slot - 1) * elems;
+        uint16_t* refill = moei_ring_refill(r, f);
         if (schedule) moei_loader_advance(load, d, schedule, num_tiles, f);
         MOEI_UNROLL
         for (int c = 0; c < chunks; ++c) {
-            const int now = c & 1, last = c == chunks - 1;
-            if (last) {
-                moei_copy_wait(f.stages - 2);
-                __syncthreads();
-            }
-            moei_tile_fragments(a[!now], b[!now], ring + (last ? next : *slot) * elems, lane_a,
-                                lane_b, last ? 0 : c * 16 + 16, f);
-            if (c < parts) moei_loader_copy(load, d, refill, refill + f.tm * f.tk, c, parts, f);
-            if (c == parts - 1) moei_copy_commit();
-            MOEI_UNROLL
-            for (int m = 0; m < f.wm / 16; ++m) {
-                MOEI_UNROLL
-                for (int n = 0; n < f.wn / 16; ++n)
-                    moei_mma(&acc[m][n], &a[now][m], &b[now][n], f.dtype);
-            }
+            moei_ring_advance(a[!(c & 1)], b[!(c & 1)], r, c, f);
+            if (c < chunks - 1)
+                moei_loader_copy(load, d, refill, refill + f.tm * f.tk, c, chunks - 1, f);
+            if (c == chunks - 2) moei_copy_commit();
+            moei_tile_products(acc, a[c & 1], b[c & 1], f);
         }
-        *slot = next;
+        r->slot = moei_ring_next(r, f);
     }
 }
 
@@ -290,9 +262,10 @@ MOE_DEVICE_BODY void moei_gemm_block(const moe_grouped_gemm_desc* d, unsigned ch
     float* staging = (float*)(ring + f.stages * elems) + moei_warp() * 16 * (f.wn + 4);
     const int warp_m = moei_warp() % f.warps_m, warp_n = moei_warp() / f.warps_m;
     const int columns = d->gate_up ? f.tn / 2 : f.tn; /* of C */
+    moei_ring r = moei_ring_of(ring, f);
     moei_schedule s;
     moei_loader load;
-    int num_tiles, slot = 0; /* the ring's stage to multiply next */
+    int num_tiles;
 
     s.expert_offset = d->expert_offset;
     s.num_experts = d->num_experts;
@@ -305,20 +278,12 @@ MOE_DEVICE_BODY void moei_gemm_block(const moe_grouped_gemm_desc* d, unsigned ch
     if ((int)blockIdx.x >= num_tiles || !moei_gemm_tables_good(d, &s)) return;
 
     moei_loader_begin(&load, moei_schedule_tile(&s, (int)blockIdx.x, f.tm), (int)blockIdx.x, d, f);
-    for (int i = 0; i < f.stages - 1; ++i) {
-        uint16_t* stage = ring + i * elems;
-        moei_loader_advance(&load, d, &s, num_tiles, f);
-        moei_loader_copy(&load, d, stage, stage + f.tm * f.tk, 0, 1, f);
-        moei_copy_commit();
-    }
-    moei_copy_wait(f.stages - 2);
-    __syncthreads();
-
+    moei_tile_start(&load, &r, d, &s, num_tiles, f);
     for (int tile = (int)blockIdx.x; tile < num_tiles; tile += (int)gridDim.x) {
         const moe_tile_position t = moei_schedule_tile(&s, tile, f.tm);
         moei_mma_c acc[4][4];
         moei_tile_zero(acc, f);
-        moei_tile_steps(acc, &load, &slot, d, &s, num_tiles, ring, f);
+        moei_tile_steps(acc, &load, &r, d, &s, num_tiles, f);
         moei_epilogue_warp(d, &t, acc, staging, t.row + warp_m * f.wm,
                            t.column * columns + warp_n * (columns / f.warps_n), f.wm, f.wn);
     }
@@ -333,18 +298,12 @@ MOE_HOST_DEVICE size_t moe_gemm_tile_smem(const moe_gemm_shape f) { return moei_
 MOE_DEVICE void moei_tile_sum(moei_mma_c acc[4][4], const moe_grouped_gemm_desc* d,
                               const moe_tile_position t, uint16_t* ring, const moe_gemm_shape f)
 {
-    const int elems = (f.tm + f.tn) * f.tk; /* of a stage */
+    moei_ring r = moei_ring_of(ring, f);
     moei_loader load;
-    int slot = 0;
     moei_loader_begin(&load, t, 0, d, f);
-    for (int i = 0; i < f.stages - 1; ++i) { /* past the end of k the copies read nothing */
-        moei_loader_copy(&load, d, ring + i * elems, ring + i * elems + f.tm * f.tk, 0, 1, f);
-        moei_copy_commit();
-    }
-    moei_copy_wait(f.stages - 2);
-    __syncthreads();
+    moei_tile_start(&load, &r, d, 0, 0, f);
     moei_tile_zero(acc, f);
-    moei_tile_steps(acc, &load, &slot, d, 0, 0, ring, f);
+    moei_tile_steps(acc, &load, &r, d, 0, 0, f);
     moei_copy_wait(0);
 }
 

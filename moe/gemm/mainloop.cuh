@@ -1,0 +1,109 @@
+/* mainloop.cuh: what the steps of every tensor-core tile are made of: shared memory to registers to
+   mma.sync.
+
+   A ring of stages, A and then B each, lines swizzled (swizzle.h):
+
+     A  MOE_MAJOR_K [tm][tk], MOE_MAJOR_MN [tk][tm]   16-bit elements
+     B  MOE_MAJOR_K [tn][tk], MOE_MAJOR_MN [tk][tn]
+
+   cp.async fills stages, stages - 1 steps ahead; warps, wm x wn of the tile each, multiply what has
+   arrived. A step is tk / 16 chunks of depth. Of each chunk but the last the next one's fragments are
+   loaded and a part of the copies goes out before its products. One barrier a step, before the last
+   chunk's products: behind it the next stage has arrived for every warp, and the stage multiplied
+   before may be refilled. */
+#ifndef MOE_GEMM_MAINLOOP_CUH
+#define MOE_GEMM_MAINLOOP_CUH
+
+#include "../base/copy.cuh"
+#include "mma.cuh"
+#include "shape.h"
+
+/* Where a warp stands in the ring. */
+typedef struct moei_ring {
+    uint16_t* stages;
+    int elems;          /* of a stage */
+    int slot;           /* stage to multiply next */
+    int lane_a, lane_b; /* moei_mma_lane_a, moei_mma_lane_b */
+} moei_ring;
+
+MOE_DEVICE moei_ring moei_ring_of(uint16_t* stages, const moe_gemm_shape f)
+{
+    const int warp_m = moei_warp() % f.warps_m, warp_n = moei_warp() / f.warps_m;
+    moei_ring r;
+    r.stages = stages;
+    r.elems = (f.tm + f.tn) * f.tk;
+    r.slot = 0;
+    r.lane_a = moei_mma_lane_a(warp_m * f.wm, f.a_major == MOE_MAJOR_K ? f.tk : f.tm, f.a_major);
+    r.lane_b = moei_mma_lane_b(warp_n * f.wn, f.b_major == MOE_MAJOR_K ? f.tk : f.tn, f.b_major);
+    return r;
+}
+
+MOE_DEVICE int moei_ring_next(const moei_ring* r, const moe_gemm_shape f)
+{
+    return r->slot + 1 == f.stages ? 0 : r->slot + 1;
+}
+
+/* The stage to refill: the one multiplied before. */
+MOE_DEVICE uint16_t* moei_ring_refill(const moei_ring* r, const moe_gemm_shape f)
+{
+    return r->stages + (r->slot == 0 ? f.stages - 1 : r->slot - 1) * r->elems;
+}
+
+/* Loads the fragments of A and B that a warp multiplies at depth k of stage `slot`. */
+MOE_DEVICE void moei_ring_fragments(moei_mma_a* a, moei_mma_b* b, const moei_ring* r, int slot,
+                                    int k, const moe_gemm_shape f)
+{
+    const uint16_t *sa = r->stages + slot * r->elems, *sb = sa + f.tm * f.tk;
+    if (f.a_major == MOE_MAJOR_K) {
+        MOEI_UNROLL
+        for (int i = 0; i < f.wm / 16; ++i)
+            moei_mma_load_a_swizzled(&a[i], sa, r->lane_a, i * 16, k, f.tk, f.dtype, MOE_MAJOR_K);
+    } else {
+        MOEI_UNROLL
+        for (int i = 0; i < f.wm / 16; ++i)
+            moei_mma_load_a_swizzled(&a[i], sa, r->lane_a, i * 16, k, f.tm, f.dtype, MOE_MAJOR_MN);
+    }
+    if (f.b_major == MOE_MAJOR_K) {
+        MOEI_UNROLL
+        for (int j = 0; j < f.wn / 16; ++j)
+            moei_mma_load_b_swizzled(&b[j], sb, r->lane_b, j * 16, k, f.tk, f.dtype, MOE_MAJOR_K);
+    } else {
+        MOEI_UNROLL
+        for (int j = 0; j < f.wn / 16; ++j)
+            moei_mma_load_b_swizzled(&b[j], sb, r->lane_b, j * 16, k, f.tn, f.dtype, MOE_MAJOR_MN);
+    }
+}
+
+/* Before the products of chunk c of a step: at the last chunk waits until the next stage has arrived
+   for every warp, all threads of the block; then loads the fragments that come after the chunk's. */
+MOE_DEVICE void moei_ring_advance(moei_mma_a* a, moei_mma_b* b, const moei_ring* r, const int c,
+                                  const moe_gemm_shape f)
+{
+    const int last = c == f.tk / 16 - 1;
+    if (last) {
+        moei_copy_wait(f.stages - 2);
+        __syncthreads();
+    }
+    moei_ring_fragments(a, b, r, last ? moei_ring_next(r, f) : r->slot, last ? 0 : c * 16 + 16, f);
+}
+
+MOE_DEVICE void moei_tile_zero(moei_mma_c acc[4][4], const moe_gemm_shape f)
+{
+    MOEI_UNROLL
+    for (int i = 0; i < f.wm / 16; ++i)
+        MOEI_UNROLL
+        for (int j = 0; j < f.wn / 16; ++j) moei_mma_zero(&acc[i][j]);
+}
+
+/* Adds the products of the fragments to a warp's accumulators. */
+MOE_DEVICE void moei_tile_products(moei_mma_c acc[4][4], const moei_mma_a* a, const moei_mma_b* b,
+                                   const moe_gemm_shape f)
+{
+    MOEI_UNROLL
+    for (int i = 0; i < f.wm / 16; ++i) {
+        MOEI_UNROLL
+        for (int j = 0; j < f.wn / 16; ++j) moei_mma(&acc[i][j], &a[i], &b[j], f.dtype);
+    }
+}
+
+#endif
