@@ -77,13 +77,11 @@
         MOE_SHARED_DYNAMIC(shared);                                                                \
         moei_let_next_start();                                                                     \
         moei_wait_for_previous();                                                                  \
-        if (MOEI_BLOCK_HERE(moei_block_smem(tm, tn, deep, stages), dtype) &&                       \
-            !moei_fault_stopped(d.fault)) {                                                        \
-            for (int round = 0;                                                                    \
-                 moei_block_tile(&d, shared, &s, round, tm, tn, deep, wm, wn, stages, dtype);      \
-                 ++round)                                                                          \
+        const moe_gemm_shape f = moe_gemm_shape_of(tm, tn, deep, wm, wn, stages, dtype, 0, 0);     \
+        if (MOEI_BLOCK_HERE((stages) * 2 * ((tm) + (tn)) * (deep), dtype) &&                       \
+            !moei_fault_stopped(d.fault))                                                          \
+            for (int round = 0; moei_block_tile(&d, shared, &s, round, f); ++round)                \
                 __syncthreads();                                                                   \
-        }                                                                                          \
     }
 #define MOEI_BLOCK_KERNELS(suffix, dtype) MOEI_BLOCK_TILE_LIST(MOEI_BLOCK_KERNEL, suffix, dtype)
 MOE_BLOCK_SPARSE_DTYPE_LIST(MOEI_BLOCK_KERNELS)
@@ -115,7 +113,8 @@ MOE_HOST const void* moei_block_kernel(int tile, int dtype)
 
 MOE_HOST size_t moei_block_shape_smem(const moei_block_shape* t)
 {
-    return moei_block_smem(t->tm, t->tn, t->deep, t->stages);
+    return moei_ring_bytes(moe_gemm_shape_of(t->tm, t->tn, t->deep, t->warps_m, t->warps_n,
+                                             t->stages, 0, 0, 0));
 }
 
 /* Can the current device and this binary run the shape? */

@@ -1,12 +1,9 @@
-/* load.cuh: the way of a block-sparse tile's operands: from memory to a stage of shared memory,
-   from there to the registers that are multiplied.
-
-     stage   X, then Y; K along memory: [rows][deep], else [deep][rows]; lines swizzled */
+/* load.cuh: the copies of a block-sparse tile's operands from memory to the ring of stages of
+   gemm/mainloop.cuh: X is its A, Y its B. */
 #ifndef MOE_BLOCK_SPARSE_LOAD_CUH
 #define MOE_BLOCK_SPARSE_LOAD_CUH
 
-#include "../base/copy.cuh"
-#include "../gemm/mma.cuh"
+#include "../gemm/mainloop.cuh"
 #include "where.cuh"
 
 /* A thread's part in the copies of one operand, the same in all steps: one piece, 8 elements, of
@@ -97,50 +94,41 @@ MOE_DEVICE void moei_block_copy(const moei_block_loader* l, uint16_t* stage, moe
                           (careful ? i < lines && (count >> i & 1) : lines > 0) ? 16 : 0);
 }
 
-/* Copies one part in `parts` of step `step` of a tile into a stage; the last one closes the group
-   of copies. x_chunk and y_chunk are the thread's chunks of that step, and become those of the
-   next: read long before they are needed. */
-MOE_DEVICE void moei_block_fill(const moei_block_shared* s, const moei_block_loader* x,
-                                const moei_block_loader* y, moei_block_chunk* x_chunk,
-                                moei_block_chunk* y_chunk, int step, uint16_t* stage,
-                                const int part, const int parts, const int careful, const int tm,
-                                const int tn, const int deep, const int threads)
+/* A thread's copies of a tile: its part of X and of Y, and its chunks of the step to copy next, read
+   long before they are needed. */
+typedef struct moei_block_copies {
+    moei_block_loader x, y;
+    moei_block_chunk x_chunk, y_chunk;
+} moei_block_copies;
+
+MOE_DEVICE moei_block_copies moei_block_copies_begin(const moei_block_args* d,
+                                                     const moei_block_shared* s,
+                                                     const moe_gemm_shape f)
 {
-    const int next = (step + 1) * (deep / 16) % (2 * MOEI_WARP);
-    moei_block_copy(x, stage, *x_chunk, part, parts, tm, deep, threads, careful, 1);
-    moei_block_copy(y, stage + tm * deep, *y_chunk, part, parts, tn, deep, threads, careful, 0);
-    if (part < parts - 1) return;
-    *x_chunk = s->chunk_x[next + x->chunk];
-    *y_chunk = s->chunk_y[next + y->chunk];
-    moei_copy_commit();
+    const moei_block_where* t = &s->tile;
+    moei_block_copies o;
+    o.x = moei_block_loader_begin(&d->x, s->x, t->rows, s->rows, f.a_major, f.tm, f.tk, f.threads);
+    o.y = moei_block_loader_begin(&d->y, s->y, t->columns, s->columns, f.b_major, f.tn, f.tk,
+                                  f.threads);
+    o.x_chunk = s->chunk_x[o.x.chunk];
+    o.y_chunk = s->chunk_y[o.y.chunk];
+    return o;
 }
 
-/* Pieces that a warp multiplies at depth k of a stage; lane_x and lane_y from moei_mma_lane_a and
-   _b. */
-MOE_DEVICE void moei_block_fragments(moei_mma_a* a, moei_mma_b* b, const uint16_t* stage,
-                                     int lane_x, int lane_y, int k, const int tm, const int tn,
-                                     const int deep, const int wm, const int wn, const int dtype,
-                                     const int x_major, const int y_major)
+/* Copies one part in `parts` of step `step` of a tile into a stage; the last one closes the group
+   of copies. careful is a literal. */
+MOE_DEVICE void moei_block_fill(moei_block_copies* o, const moei_block_shared* s, int step,
+                                uint16_t* stage, const int part, const int parts,
+                                const int careful, const moe_gemm_shape f)
 {
-    const uint16_t* y = stage + tm * deep;
-    if (x_major == MOE_MAJOR_K) {
-        MOEI_UNROLL
-        for (int i = 0; i < wm / 16; ++i)
-            moei_mma_load_a_swizzled(&a[i], stage, lane_x, i * 16, k, deep, dtype, MOE_MAJOR_K);
-    } else {
-        MOEI_UNROLL
-        for (int i = 0; i < wm / 16; ++i)
-            moei_mma_load_a_swizzled(&a[i], stage, lane_x, i * 16, k, tm, dtype, MOE_MAJOR_MN);
-    }
-    if (y_major == MOE_MAJOR_K) {
-        MOEI_UNROLL
-        for (int j = 0; j < wn / 16; ++j)
-            moei_mma_load_b_swizzled(&b[j], y, lane_y, j * 16, k, deep, dtype, MOE_MAJOR_K);
-    } else {
-        MOEI_UNROLL
-        for (int j = 0; j < wn / 16; ++j)
-            moei_mma_load_b_swizzled(&b[j], y, lane_y, j * 16, k, tn, dtype, MOE_MAJOR_MN);
-    }
+    const int next = (step + 1) * (f.tk / 16) % (2 * MOEI_WARP);
+    moei_block_copy(&o->x, stage, o->x_chunk, part, parts, f.tm, f.tk, f.threads, careful, 1);
+    moei_block_copy(&o->y, stage + f.tm * f.tk, o->y_chunk, part, parts, f.tn, f.tk, f.threads,
+                    careful, 0);
+    if (part < parts - 1) return;
+    o->x_chunk = s->chunk_x[next + o->x.chunk];
+    o->y_chunk = s->chunk_y[next + o->y.chunk];
+    moei_copy_commit();
 }
 
 #endif

@@ -18,20 +18,12 @@
 #include "multiply.cuh"
 #include "store.cuh"
 
-/* Dynamic shared memory of a block, bytes: the ring, which C goes through at the end (a strip of
-   store.cuh for each warp: less than the ring in every shape of the list). */
-MOE_HOST_DEVICE size_t moei_block_smem(int tm, int tn, int deep, int stages)
-{
-    return (size_t)stages * 2 * (size_t)(tm + tn) * (size_t)deep;
-}
-
-/* Computes a block's tile of this round. Yes: there may be another round. */
+/* Computes a block's tile of this round. Yes: there may be another round. `shared` has the ring of f,
+   moei_ring_bytes, which C goes through at the end (a strip of store.cuh for each warp: less than the
+   ring in every shape of the list). The majors of f do not count: the arguments tell. */
 MOE_DEVICE_BODY bool moei_block_tile(const moei_block_args* d, unsigned char* shared,
-                                     moei_block_shared* s, int round, const int tm, const int tn,
-                                     const int deep, const int warps_m, const int warps_n,
-                                     const int stages, const int dtype)
+                                     moei_block_shared* s, int round, const moe_gemm_shape f)
 {
-    const int wm = tm / warps_m, wn = tn / warps_n;
     const int x_along = d->x.major == MOE_MAJOR_K, y_along = d->y.major == MOE_MAJOR_K;
     const moei_block_where* t = &s->tile; /* there, so that it takes no registers */
     uint16_t* ring = (uint16_t*)shared;
@@ -39,45 +31,41 @@ MOE_DEVICE_BODY bool moei_block_tile(const moei_block_args* d, unsigned char* sh
     moei_mma_c acc[4][4];
 
     if (threadIdx.x == 0) {
-        s->tile = moei_block_find(d, (int)blockIdx.x, round, tm, tn);
+        s->tile = moei_block_find(d, (int)blockIdx.x, round, f.tm, f.tn);
         s->rows = s->columns = 0;
     }
     __syncthreads();
     if (t->columns <= 0) return false;
-    moei_block_address(d, t, s, tm, tn);
+    moei_block_address(d, t, s, f.tm, f.tn);
     __syncthreads();
     if (s->rows == 0) return false;
     steps = d->sparse_c ? d->k : (t->end - t->begin) << d->block_other;
-    steps = (steps + deep - 1) / deep;
-    if (moei_warp() < 2) moei_block_chunks(d, t, s, moei_warp() * MOEI_WARP, 1, tm);
+    steps = (steps + f.tk - 1) / f.tk;
+    if (moei_warp() < 2) moei_block_chunks(d, t, s, moei_warp() * MOEI_WARP, 1, f.tm);
     __syncthreads();
-    MOEI_UNROLL
-    for (int i = 0; i < wm / 16; ++i) {
-        MOEI_UNROLL
-        for (int j = 0; j < wn / 16; ++j) moei_mma_zero(&acc[i][j]);
-    }
-#define MOEI_BLOCK_MULTIPLY(x_major, y_major)                                                      \
-    moei_block_multiply(d, s, ring, acc, steps, x_major, y_major, tm, tn, deep, warps_m, warps_n,  \
-                        stages, dtype)
+    moei_tile_zero(acc, f);
     if (steps == 0) { /* zeros are stored */
     } else if (moei_block_careful(d, t, s))
-        moei_block_multiply_careful(d, s, ring, acc, steps, tm, tn, deep, warps_m, warps_n, stages,
-                                    dtype);
-    else if (x_along && y_along) MOEI_BLOCK_MULTIPLY(MOE_MAJOR_K, MOE_MAJOR_K);
-    else if (x_along) MOEI_BLOCK_MULTIPLY(MOE_MAJOR_K, MOE_MAJOR_MN);
-    else if (y_along) MOEI_BLOCK_MULTIPLY(MOE_MAJOR_MN, MOE_MAJOR_K);
-    else MOEI_BLOCK_MULTIPLY(MOE_MAJOR_MN, MOE_MAJOR_MN);
-#undef MOEI_BLOCK_MULTIPLY
+        moei_block_multiply_careful(d, s, ring, acc, steps,
+                                    moei_shape_with(f, d->x.major, d->y.major));
+    else if (x_along && y_along)
+        moei_block_multiply(d, s, ring, acc, steps, moei_shape_with(f, MOE_MAJOR_K, MOE_MAJOR_K));
+    else if (x_along)
+        moei_block_multiply(d, s, ring, acc, steps, moei_shape_with(f, MOE_MAJOR_K, MOE_MAJOR_MN));
+    else if (y_along)
+        moei_block_multiply(d, s, ring, acc, steps, moei_shape_with(f, MOE_MAJOR_MN, MOE_MAJOR_K));
+    else
+        moei_block_multiply(d, s, ring, acc, steps, moei_shape_with(f, MOE_MAJOR_MN, MOE_MAJOR_MN));
     moei_copy_wait(0);
     __syncthreads();
-    moei_block_address_c(d, t, s, tm, tn);
+    moei_block_address_c(d, t, s, f.tm, f.tn);
     __syncthreads();
     {
-        const int warp_m = moei_warp() % warps_m, warp_n = moei_warp() / warps_m;
-        float* strip = (float*)shared + moei_warp() * 16 * ((wm > wn ? wm : wn) + 8);
+        const int warp_m = moei_warp() % f.warps_m, warp_n = moei_warp() / f.warps_m;
+        float* strip = (float*)shared + moei_warp() * 16 * ((f.wm > f.wn ? f.wm : f.wn) + 8);
         if (d->c.major == MOE_MAJOR_MN)
-            moei_block_store(d, s, acc, strip, warp_m, warp_n, wm, wn, 1, dtype);
-        else moei_block_store(d, s, acc, strip, warp_m, warp_n, wm, wn, 0, dtype);
+            moei_block_store(d, s, acc, strip, warp_m, warp_n, f.wm, f.wn, 1, f.dtype);
+        else moei_block_store(d, s, acc, strip, warp_m, warp_n, f.wm, f.wn, 0, f.dtype);
     }
     return d->sparse_c != 0;
 }

@@ -34,6 +34,13 @@ MOE_HOST_DEVICE moe_gemm_shape moe_gemm_shape_of(int tm, int tn, int tk, int war
     return f;
 }
 
+/* The same shape with other majors. */
+MOE_HOST_DEVICE moe_gemm_shape moei_shape_with(moe_gemm_shape f, int a_major, int b_major)
+{
+    f.a_major = a_major, f.b_major = b_major;
+    return f;
+}
+
 /* Bytes of the ring of stages, A and then B each. */
 MOE_HOST_DEVICE size_t moei_ring_bytes(const moe_gemm_shape f)
 {
