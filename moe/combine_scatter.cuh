@@ -45,6 +45,8 @@
 #include "base/fault.cuh"
 #include "base/numeric.cuh"
 #include "base/warp.cuh"
+#include "faults.h"
+#include "fields.h"
 #include "layout.h"
 
 typedef struct moe_combine_scatter_desc {

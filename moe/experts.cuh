@@ -35,6 +35,7 @@
 #define MOE_EXPERTS_CUH
 
 #include "base/check.h"
+#include "fields.h"
 #include "gemm/grouped.cuh"
 
 typedef struct moe_experts_desc {

@@ -73,6 +73,7 @@
 #include <math.h>
 
 #include "base/check.h"
+#include "fields.h"
 #include "gate/plain.cuh"
 #include "gate/rules.cuh"
 

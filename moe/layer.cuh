@@ -45,6 +45,7 @@
 #include "base/check.h"
 #include "combine.cuh"
 #include "experts.cuh"
+#include "fields.h"
 #include "gate.cuh"
 #include "layer/desc.h"
 #include "route.cuh"

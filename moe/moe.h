@@ -4,12 +4,12 @@
 #define MOE_MOE_H
 
 #include "base/config.h"
-#include "base/fault.h"
 #include "base/random.h"
-#include "base/status.h"
 #include "base/types.h"
 #include "block_layer/desc.h"
 #include "block_sparse/desc.h"
+#include "faults.h"
+#include "fields.h"
 #include "gate/desc.h"
 #include "gemm/desc.h"
 #include "layer/desc.h"

@@ -40,6 +40,8 @@
 #include "base/copy.cuh"
 #include "base/fault.cuh"
 #include "base/warp.cuh"
+#include "faults.h"
+#include "fields.h"
 #include "layout.h"
 
 typedef struct moe_permute_desc {

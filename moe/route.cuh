@@ -62,6 +62,7 @@
 #define MOE_ROUTE_CUH
 
 #include "base/check.h"
+#include "fields.h"
 #include "route/desc.h"
 #include "route/keep.cuh"
 #include "route/place.cuh"

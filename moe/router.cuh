@@ -26,6 +26,7 @@
 #define MOE_ROUTER_CUH
 
 #include "base/check.h"
+#include "fields.h"
 #include "gemm/grouped.cuh"
 #include "router/large.cuh"
 #include "router/ragged.cuh"

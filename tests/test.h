@@ -41,7 +41,8 @@
 #include <time.h>
 
 #include "moe/base/cuda.cuh"
-#include "moe/base/fault.h"
+#include "moe/faults.h"
+#include "moe/fields.h"
 
 #define TEST_SKIPPED 77
 #define TEST_MOST_MESSAGES 12 /* of one test; the rest is only counted */

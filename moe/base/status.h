@@ -1,20 +1,12 @@
 /* status.h: what a call returns. C11 and C++14.
 
-   A moe_status is 0 (MOE_OK) or a kind with a detail: which field was refused,
-   or which cudaError_t came back. So every field has its own status for every
-   way in which it can be wrong, and the text names the field:
-
-     moe_status s = moe_gate(&desc, stream);
-     if (s != MOE_OK) {
-         char text[MOE_STATUS_TEXT];
-         fprintf(stderr, "%s\n", moe_status_describe(s, text));
-     }                      // "top_k: out of range"
+   A moe_status is 0 (MOE_OK) or a kind with a detail: the field that was refused (fields.h), or
+   the cudaError_t that came back. fields.h writes a status as text.
 
    A refused call has queued nothing and written nothing. */
 #ifndef MOE_BASE_STATUS_H
 #define MOE_BASE_STATUS_H
 
-#include <stddef.h>
 #include <stdint.h>
 
 #include "config.h"
@@ -43,48 +35,13 @@ enum {
         MOE_STATUS_KINDS
 };
 
-/* The fields a descriptor may have, named as the descriptors name them. */
-#define MOEI_FIELD_LIST(X)                                                                        \
-    X(desc) X(num_tokens) X(hidden) X(intermediate) X(num_experts) X(top_k) X(num_rows)           \
-    X(x) X(x_dtype) X(x_stride) X(y) X(y_dtype) X(y_stride) X(dtype)                              \
-    X(logits) X(logits_dtype) X(logits_stride) X(router) X(router_dtype) X(router_stride)         \
-    X(ids) X(weights) X(score) X(renormalize) X(scale)                                            \
-    X(expert_count) X(expert_offset) X(chunk_count) X(slot_row) X(row_slot) X(row_weight)         \
-    X(place) X(place_kind) X(table) X(num_buffers) X(rows) X(rows_dtype) X(row_stride)            \
-    X(residual) X(residual_stride) X(w1) X(w2) X(bias1) X(bias2) X(gate_up)                       \
-    X(act) X(act_stride) X(a) X(a_stride) X(a_major) X(b) X(b_stride) X(b_major)                  \
-    X(bias) X(c) X(c_dtype) X(c_stride) X(n) X(k) X(row_div) X(row_index)                         \
-    X(a_rows) X(tile) X(activation) X(alpha) X(limit)                                             \
-    X(temperature) X(noise) X(dropout) X(seed_offset) X(threshold) X(expert_bias)                 \
-    X(expert_off) X(token_off) X(num_groups) X(top_groups) X(prob_sum) X(whole_batch)             \
-    X(row_multiple) X(capacity) X(drop_rule) X(drop_count)                                        \
-    X(replica_offset) X(replica_expert) X(num_replicas) X(absent_replicas)                        \
-    X(row_token) X(max_rows) X(shared) X(shared_stride) X(shared_weight) X(gate) X(route)         \
-    X(op) X(m) X(mask) X(bytes) X(bits) X(row_offset) X(column_index) X(column_offset)            \
-    X(position) X(columns) X(block_rows) X(block_columns) X(max_blocks)              \
-    X(a_table) X(b_table) X(c_table) X(a_transposed) X(b_transposed) X(packed) X(zero_masked)     \
-    X(form) X(act_grad) X(dy) X(dx) X(dw1) X(dw2) X(dweights) X(dy_stride) X(dx_stride)           \
-    X(max_experts) X(choice)                                                                      \
-    X(workspace) X(workspace_bytes) X(fault) X(stage)                                             \
-    X(block) X(grad_dtype) X(grad_expert) X(saved) X(saved_bytes)
-
-enum {
-    MOE_FIELD_NONE,
-#define MOEI_FIELD_ENUM(name) MOE_FIELD_##name,
-    MOEI_FIELD_LIST(MOEI_FIELD_ENUM)
-#undef MOEI_FIELD_ENUM
-        MOE_NUM_FIELDS
-};
-
 typedef int32_t moe_status;
-
-/* The status of one kind for one field: what a call returns when it refuses. */
-#define MOE_STATUS(kind, field) ((moe_status)((kind) | (MOE_FIELD_##field << 8)))
 
 /* Kind of a status, one of MOE_OK, MOE_ERR_*. */
 MOE_HOST int moe_status_kind(moe_status s) { return (int)(s & 0xff); }
 
-/* MOE_FIELD_* of a refusal; the cudaError_t when the kind is MOE_ERR_CUDA. */
+/* The field of a refusal (MOE_FIELD_* of fields.h, 0: none), or the cudaError_t when the kind is
+   MOE_ERR_CUDA. */
 MOE_HOST int moe_status_detail(moe_status s) { return (int)(s >> 8); }
 
 /* Text of the kind alone: static storage, never null. */
@@ -98,55 +55,6 @@ MOE_HOST const char* moe_status_text(moe_status s)
     const int kind = moe_status_kind(s);
     return kind < MOE_STATUS_KINDS ? text[kind] : "unknown status";
 }
-
-/* Name of the field a refusal is about, "" where there is none: static storage. */
-MOE_HOST const char* moe_status_field(moe_status s)
-{
-    static const char* const name[] = {"",
-#define MOEI_FIELD_STR(f) #f,
-                                       MOEI_FIELD_LIST(MOEI_FIELD_STR)
-#undef MOEI_FIELD_STR
-    };
-    const int field = moe_status_detail(s);
-    if (moe_status_kind(s) == MOE_ERR_CUDA || field < 0 || field >= MOE_NUM_FIELDS) return "";
-    return name[field];
-}
-
-#define MOE_STATUS_TEXT 96 /* bytes that moe_status_describe may write */
-
-/* "top_k: out of range", "CUDA error 700": writes at most MOE_STATUS_TEXT bytes to `text`
-   and returns it. */
-MOE_HOST const char* moe_status_describe(moe_status s, char* text)
-{
-    const char* part[3];
-    char number[12];
-    size_t at = 0;
-    int i;
-    part[0] = moe_status_field(s);
-    part[1] = part[0][0] ? ": " : "";
-    part[2] = moe_status_text(s);
-    for (i = 0; i < 3; ++i) {
-        const char* p = part[i];
-        while (*p && at + 1 < MOE_STATUS_TEXT) text[at++] = *p++;
-    }
-    if (moe_status_kind(s) == MOE_ERR_CUDA) {
-        int n = 0, v = moe_status_detail(s);
-        do {
-            number[n++] = (char)('0' + v % 10);
-            v /= 10;
-        } while (v > 0 && n < 11);
-        if (at + 1 < MOE_STATUS_TEXT) text[at++] = ' ';
-        while (n > 0 && at + 1 < MOE_STATUS_TEXT) text[at++] = number[--n];
-    }
-    text[at] = 0;
-    return text;
-}
-
-/* In a launch helper: refuse with this kind and field unless the condition holds. */
-#define MOEI_REQUIRE(cond, kind, field)                                                           \
-    do {                                                                                          \
-        if (!(cond)) return MOE_STATUS(kind, field);                                              \
-    } while (0)
 
 /* In a launch helper: pass on what a call refused. */
 #define MOEI_TRY(call)                                                                            \

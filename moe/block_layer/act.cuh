@@ -25,6 +25,7 @@
 #include "../base/copy.cuh"
 #include "../base/fault.cuh"
 #include "../base/warp.cuh"
+#include "../fields.h"
 #include "desc.h"
 
 #define MOEI_BLOCK_ACT_THREADS 256

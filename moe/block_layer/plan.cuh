@@ -6,6 +6,7 @@
 #include "../block_sparse.cuh"
 #include "../block_sparse/list.cuh"
 #include "../combine.cuh"
+#include "../fields.h"
 #include "../gemm/desc.h"
 #include "../permute.cuh"
 #include "../route.cuh"

@@ -12,6 +12,7 @@
 
 #include "../base/block.cuh"
 #include "../base/fault.cuh"
+#include "../faults.h"
 #include "desc.h"
 
 #define MOEI_BLOCK_SETUP_THREADS 256

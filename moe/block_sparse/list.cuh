@@ -40,6 +40,7 @@
 #define MOE_BLOCK_SPARSE_LIST_CUH
 
 #include "../base/check.h"
+#include "../fields.h"
 #include "list_fill.cuh"
 
 /* Checks the sizes and derives the kernels' ones. */

@@ -8,6 +8,7 @@
 #include "../base/copy.cuh"
 #include "../base/fault.cuh"
 #include "../base/warp.cuh"
+#include "../faults.h"
 #include "desc.h"
 
 #define MOEI_BLOCK_LIST_THREADS 1024

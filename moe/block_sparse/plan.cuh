@@ -6,6 +6,7 @@
 #include <string.h>
 
 #include "../base/check.h"
+#include "../fields.h"
 #include "strips.cuh"
 #include "tile.cuh"
 

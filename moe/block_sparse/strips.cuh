@@ -11,6 +11,7 @@
 
 #include "../base/block.cuh"
 #include "../base/fault.cuh"
+#include "../faults.h"
 #include "desc.h"
 
 #define MOEI_STRIPS_THREADS 256

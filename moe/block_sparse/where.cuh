@@ -9,6 +9,7 @@
 
 #include "../base/fault.cuh"
 #include "../base/warp.cuh"
+#include "../faults.h"
 #include "../layout.h"
 #include "desc.h"
 

@@ -5,6 +5,7 @@
 #include "../base/fault.cuh"
 #include "../base/numeric.cuh"
 #include "../base/sort.cuh"
+#include "../faults.h"
 #include "desc.h"
 
 /* l - max, with the limits that the header promises: equal infinities differ by 0. */

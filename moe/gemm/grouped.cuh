@@ -26,6 +26,7 @@
 #define MOE_GEMM_GROUPED_CUH
 
 #include "../base/check.h"
+#include "../fields.h"
 #include "tile.cuh"
 
 /* tile, its shape, blocks a multiprocessor. */

@@ -9,6 +9,7 @@
 
 #include "../base/block.cuh"
 #include "../base/fault.cuh"
+#include "../faults.h"
 #include "../layout.h"
 
 #define MOEI_GEMM_BAND 16

@@ -14,8 +14,8 @@
 
 #include <string.h>
 
-#include "../base/fault.h"
 #include "../block_sparse/desc.h"
+#include "../faults.h"
 #include "real.h"
 
 typedef struct moe_ref_block_sparse_desc {

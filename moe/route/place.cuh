@@ -5,6 +5,7 @@
 #include "../base/block.cuh"
 #include "../base/copy.cuh"
 #include "../base/fault.cuh"
+#include "../faults.h"
 #include "desc.h"
 #include "rank.cuh"
 

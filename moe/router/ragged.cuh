@@ -15,6 +15,7 @@
 #define MOE_ROUTER_RAGGED_CUH
 
 #include "../base/check.h"
+#include "../fields.h"
 #include "../gemm/grouped.cuh"
 
 /* name; as MOE_GEMM_SHAPE_*: rows, experts, depth of a step, warps along rows and experts, stages;

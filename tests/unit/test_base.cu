@@ -14,7 +14,7 @@
 #include "moe/base/warp.cuh"
 #include "moe/layout.h"
 
-/* ---- status.h ---- */
+/* ---- base/status.h, fields.h ---- */
 
 static void test_status_texts(void)
 {
@@ -151,16 +151,23 @@ static void test_buffers(void)
     }
 }
 
-/* ---- fault.h ---- */
+/* ---- base/fault.h, faults.h ---- */
 
 static void test_fault_order(void)
 {
     static const int64_t index[] = {0, 1, 2, 1000, 0x7fffffff, 0x80000000ll, 0xfffffffffffll};
     static const int rank[] = {0, 1, 7, 4095};
     uint64_t before = ~(uint64_t)0;
-    for (int code = 1; code < MOE_NUM_FAULTS; ++code)
+    static const int codes[] = {
+#define CODE(name, code, text) code,
+        MOEI_FAULT_LIST(CODE)
+#undef CODE
+    };
+    const int num_codes = (int)(sizeof codes / sizeof codes[0]);
+    for (int c = 1; c < num_codes; ++c)
         for (int r = 0; r < 4; ++r)
             for (int i = 0; i < 7; ++i) {
+                const int code = codes[c];
                 const uint64_t word = MOEI_FAULT_KEY(code, rank[r], index[i]);
                 const moe_fault f = moe_fault_decode(word);
                 CHECK(word != 0 && word < before, "code, rank, index is the order");
@@ -169,13 +176,17 @@ static void test_fault_order(void)
                 before = word;
             }
     CHECK(moe_fault_decode(0).code == MOE_FAULT_NONE && !MOEI_FAULT_STOPS((uint64_t)0));
-    for (int code = 0; code < MOE_NUM_FAULTS; ++code) {
-        CHECK(moe_fault_text(code)[0] != 0);
-        for (int other = 0; other < code; ++other)
-            CHECK(strcmp(moe_fault_text(code), moe_fault_text(other)) != 0);
+    CHECK((int)MOE_FAULT_NO_ROOM <= (int)MOE_FAULT_LAST_STOP &&
+          (int)MOE_FAULT_LAST_STOP < (int)MOE_FAULT_NAN_LOGIT);
+    for (int c = 0; c < num_codes; ++c) {
+        CHECK(moe_fault_text(codes[c])[0] != 0);
+        CHECK(strcmp(moe_fault_text(codes[c]), "unknown fault") != 0, "code %d", codes[c]);
+        for (int other = 0; other < c; ++other)
+            CHECK(codes[other] < codes[c] &&
+                  strcmp(moe_fault_text(codes[c]), moe_fault_text(codes[other])) != 0);
     }
     CHECK(strcmp(moe_fault_text(-1), "unknown fault") == 0);
-    CHECK(strcmp(moe_fault_text(MOE_NUM_FAULTS), "unknown fault") == 0);
+    CHECK(strcmp(moe_fault_text(MOE_FAULT_LAST_STOP), "unknown fault") == 0);
 }
 
 typedef struct fault_args {
