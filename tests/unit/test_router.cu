@@ -54,11 +54,13 @@ static void bufs_new(router_bufs* b, const router_case* c, trand* r)
     b->h_x = trows_new(r, c->T, x_stride, c->H, c->x_dtype, c->fill, 1);
     b->h_router = trows_new(r, c->E, router_stride, c->H, c->router_dtype, c->fill,
                             (float)(1 / sqrt((double)c->H)));
-    /* of few logits one may be about zero by chance: those of token 0 get products of one sign */
+    /* of few logits one may be about zero by chance: of token 0's products the first half (of a few
+       all) are positive, the signs of the others alternate */
     for (int64_t i = 0; (int64_t)c->T * c->E < 8 && i < (int64_t)c->E * c->H; ++i) {
-        const int64_t at = i / c->H * router_stride + i % c->H;
+        const int64_t h = i % c->H, at = i / c->H * router_stride + h;
         const float w = moe_load(b->h_router, at, c->router_dtype);
-        if (moe_load(b->h_x, i % c->H, c->x_dtype) * w < 0)
+        const int positive = c->H < 32 || h <= c->H / 2 || h % 2;
+        if ((moe_load(b->h_x, h, c->x_dtype) * w > 0) != positive)
             moe_store(b->h_router, at, c->router_dtype, -w);
     }
     b->x = tbuf_from("x", b->h_x, (size_t)moei_extent(c->T, x_stride, c->H, c->x_dtype),
