@@ -92,7 +92,7 @@ typedef struct moe_combine_shared {
 /* Address of the row that the place of slot t * K + k names, through the pointer table; null where
    there is none. A place that is wrong sets the fault word. slot is the index into place, no more:
    with top_k = E, say, place may be [T, E]. d is a descriptor that
-   moe_combine_prepare has filled in on the host. Any thread may call it. */
+   moe_combine_resolve has filled in on the host. Any thread may call it. */
 MOE_DEVICE const char* moe_combine_row(const moe_combine_desc* d, int64_t slot)
 {
     const moe_place p = d->place[slot];
@@ -239,7 +239,7 @@ MOE_HOST_DEVICE int moe_combine_sources(const moe_combine_desc* d)
 
    All threads of a block of whole warps call it together. In shared memory lie the
    moe_combine_shared and moe_combine_sources(d) of moe_combine_source; a barrier stands between two
-   calls with the same ones. d is a descriptor that moe_combine_prepare has filled in on the host,
+   calls with the same ones. d is a descriptor that moe_combine_resolve has filled in on the host,
    and what it points to is in global memory, also where this kernel wrote it before a barrier;
    rows_dtype is its own, a literal. */
 MOE_DEVICE_BODY void moe_combine_token(const moe_combine_desc* d, int64_t t,
@@ -402,34 +402,56 @@ MOE_HOST moe_status moei_combine_check(moe_combine_desc* d)
 
 /* For moe_combine_token and moe_combine_row in a kernel of one's own: fills in the descriptor's
    defaults, which device code needs. Errors as of moe_combine. */
-MOE_HOST moe_status moe_combine_prepare(moe_combine_desc* desc)
+MOE_HOST moe_status moe_combine_resolve(moe_combine_desc* desc)
 {
     MOEI_REQUIRE(desc, MOE_ERR_NULL, desc);
     return moei_combine_check(desc);
 }
 
-/* Queues the combine on `stream`. Errors: every field of the descriptor as documented above, each
-   with its own status; nothing is queued then. T = 0 is no error. */
-MOE_HOST moe_status moe_combine(const moe_combine_desc* desc, cudaStream_t stream)
+/* A combine with all but its stream settled, for the device that was current. */
+typedef struct moe_combine_prepared {
+    moe_combine_desc args; /* with its defaults filled in */
+    moei_launch launch;
+} moe_combine_prepared;
+
+/* Settles a combine: moe_combine_run queues it any number of times. Errors: every field of the
+   descriptor as documented above, each with its own status. T = 0 is no error. */
+MOE_HOST moe_status moe_combine_prepare(const moe_combine_desc* desc, moe_combine_prepared* p)
 {
-    moe_combine_desc d;
+    moe_combine_desc* d;
     moei_launch_config c;
     int threads, pieces;
-    MOEI_REQUIRE(desc, MOE_ERR_NULL, desc);
-    d = *desc;
-    MOEI_TRY(moei_combine_check(&d));
-    if (d.num_tokens == 0) return MOE_OK;
-    pieces = (d.hidden + 7) / 8 * (d.rows_dtype == MOE_FP32 ? 2 : 1); /* 16 bytes of a row each */
-    threads = ((moe_combine_sources(&d) <= 2 ? (pieces + 1) / 2 : pieces) + 31) / 32 * 32;
+    MOEI_REQUIRE(desc && p, MOE_ERR_NULL, desc);
+    d = &p->args;
+    *d = *desc;
+    p->launch.kernel = 0;
+    MOEI_TRY(moei_combine_check(d));
+    if (d->num_tokens == 0) return MOE_OK;
+    pieces = (d->hidden + 7) / 8 * (d->rows_dtype == MOE_FP32 ? 2 : 1); /* 16 bytes of a row each */
+    threads = ((moe_combine_sources(d) <= 2 ? (pieces + 1) / 2 : pieces) + 31) / 32 * 32;
     if (threads > MOEI_COMBINE_THREADS) threads = MOEI_COMBINE_THREADS;
-    c = moei_grid(d.num_tokens, threads,
-                  (size_t)moe_combine_sources(&d) * sizeof(moe_combine_source), stream);
+    c = moei_grid(d->num_tokens, threads,
+                  (size_t)moe_combine_sources(d) * sizeof(moe_combine_source), 0);
     c.dependent = 1;
 #define MOEI_COMBINE_CASE(name, dtype)                                                            \
-    if (d.rows_dtype == dtype) return MOE_LAUNCH(moei_combine_##name, c, d);
+    if (d->rows_dtype == dtype) return MOE_PREPARE(&p->launch, moei_combine_##name, c);
     MOEI_COMBINE_LIST(MOEI_COMBINE_CASE)
 #undef MOEI_COMBINE_CASE
     return MOE_STATUS(MOE_ERR_DTYPE, rows_dtype);
+}
+
+/* Queues a prepared combine on `stream`. */
+MOE_HOST moe_status moe_combine_run(const moe_combine_prepared* p, cudaStream_t stream)
+{
+    return MOE_RUN(&p->launch, p->args, stream);
+}
+
+/* Prepares and runs. Nothing is queued where a field is refused. */
+MOE_HOST moe_status moe_combine(const moe_combine_desc* desc, cudaStream_t stream)
+{
+    moe_combine_prepared p;
+    MOEI_TRY(moe_combine_prepare(desc, &p));
+    return moe_combine_run(&p, stream);
 }
 
 /* Loads this header's kernels now. */

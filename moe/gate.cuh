@@ -114,7 +114,7 @@ MOE_GATE_RULES_LIST(MOEI_GATE_CHECK)
 #undef MOEI_GATE_CHECK
 
 #define MOEI_GATE_KERNEL(most, depth, lanes, per_lane)                                             \
-    MOE_KERNEL(MOEI_GATE_THREADS, 1) moei_gate_##most##_##depth(MOE_ARG(moe_gate_desc) d)          \
+    MOE_KERNEL(MOEI_GATE_THREADS, 1) moei_gate_##most##_##depth(MOE_ARG(moei_gate_args) d)          \
     {                                                                                              \
         MOE_SHARED_DYNAMIC(count);                                                                 \
         moei_let_next_start();                                                                     \
@@ -127,7 +127,7 @@ MOE_GATE_LIST(MOEI_GATE_KERNEL)
 #undef MOEI_GATE_KERNEL
 
 #define MOEI_GATE_RULES_KERNEL(most, depth, lanes, per_lane, threads)                              \
-    MOE_KERNEL(threads, 1) moei_gate_rules_##most##_##depth(MOE_ARG(moe_gate_desc) d)              \
+    MOE_KERNEL(threads, 1) moei_gate_rules_##most##_##depth(MOE_ARG(moei_gate_args) d)              \
     {                                                                                              \
         MOE_SHARED_DYNAMIC(memory);                                                                \
         moei_gate_shared s;                                                                        \
@@ -141,7 +141,7 @@ MOE_GATE_LIST(MOEI_GATE_KERNEL)
 MOE_GATE_RULES_LIST(MOEI_GATE_RULES_KERNEL)
 #undef MOEI_GATE_RULES_KERNEL
 
-MOE_KERNEL(MOEI_GATE_ANY_THREADS, 1) moei_gate_any(MOE_ARG(moe_gate_desc) d)
+MOE_KERNEL(MOEI_GATE_ANY_THREADS, 1) moei_gate_any(MOE_ARG(moei_gate_args) d)
 {
     MOE_SHARED_DYNAMIC(memory);
     moei_gate_shared s;
@@ -153,7 +153,7 @@ MOE_KERNEL(MOEI_GATE_ANY_THREADS, 1) moei_gate_any(MOE_ARG(moe_gate_desc) d)
     moei_gate_any_block(&d, &s);
 }
 
-MOE_KERNEL(MOEI_GATE_ANY_THREADS, 1) moei_gate_batch_sum(MOE_ARG(moe_gate_desc) d)
+MOE_KERNEL(MOEI_GATE_ANY_THREADS, 1) moei_gate_batch_sum(MOE_ARG(moei_gate_args) d)
 {
     MOE_SHARED_DYNAMIC(memory);
     moei_let_next_start();
@@ -166,7 +166,7 @@ typedef struct moei_gate_chunk_sums {
 } moei_gate_chunk_sums;
 
 /* prob_sum from the chunks' sums: 32 experts a block, a warp for every 32nd chunk. */
-MOE_KERNEL(1024, 1) moei_gate_sum_chunks(MOE_ARG(moe_gate_desc) d)
+MOE_KERNEL(1024, 1) moei_gate_sum_chunks(MOE_ARG(moei_gate_args) d)
 {
     MOE_SHARED(moei_gate_chunk_sums, s);
     const int e = (int)blockIdx.x * MOEI_WARP + moei_lane(), E = d.num_experts;
@@ -203,8 +203,7 @@ MOE_HOST moe_status moei_gate_check_sizes(const moe_gate_desc* d)
     return MOE_OK;
 }
 
-/* Refuses sizes and options that the header does not offer, and fills in their defaults. The kernels'
-   descriptor has the reciprocal of the temperature, and the threshold as a logit. */
+/* Refuses sizes and options that the header does not offer, and fills in their defaults. */
 MOE_HOST moe_status moei_gate_check_options(moe_gate_desc* d)
 {
     MOEI_TRY(moei_gate_check_sizes(d));
@@ -223,15 +222,11 @@ MOE_HOST moe_status moei_gate_check_options(moe_gate_desc* d)
     MOEI_REQUIRE(moei_gate_finite(d->temperature) && d->temperature >= 1e-30f &&
                      d->temperature <= 1e30f,
                  MOE_ERR_RANGE, temperature);
-    d->temperature = 1.0f / d->temperature;
     MOEI_REQUIRE(moei_gate_finite(d->noise) && d->noise >= 0.0f, MOE_ERR_RANGE, noise);
     MOEI_REQUIRE(d->dropout >= 0.0f && d->dropout < 1.0f, MOE_ERR_RANGE, dropout);
     MOEI_REQUIRE(d->threshold >= 0.0f && d->threshold < 1.0f, MOE_ERR_RANGE, threshold);
     MOEI_REQUIRE(d->threshold == 0.0f || d->score == MOE_SCORE_SIGMOID, MOE_ERR_CONFLICT,
                  threshold);
-    d->threshold = d->threshold == 0.0f
-                       ? moe_f32_from_bits(0xff800000u)
-                       : (float)log((double)d->threshold / (1.0 - (double)d->threshold));
     if (d->num_groups == 0) d->num_groups = 1;
     MOEI_REQUIRE(d->num_groups >= 1 && d->num_groups <= MOE_GATE_MAX_GROUPS &&
                      d->num_experts % d->num_groups == 0,
@@ -245,7 +240,7 @@ MOE_HOST moe_status moei_gate_check_options(moe_gate_desc* d)
     if (d->whole_batch) { /* rules for choosing that sums over all tokens have no use for */
         MOEI_REQUIRE(d->noise == 0.0f, MOE_ERR_CONFLICT, noise);
         MOEI_REQUIRE(d->dropout == 0.0f, MOE_ERR_CONFLICT, dropout);
-        MOEI_REQUIRE(d->threshold < -3e38f, MOE_ERR_CONFLICT, threshold);
+        MOEI_REQUIRE(d->threshold == 0.0f, MOE_ERR_CONFLICT, threshold);
         MOEI_REQUIRE(!d->expert_bias, MOE_ERR_CONFLICT, expert_bias);
         MOEI_REQUIRE(d->num_groups == 1, MOE_ERR_CONFLICT, num_groups);
     }
@@ -295,22 +290,59 @@ MOE_HOST moe_status moei_gate_check(moe_gate_desc* d)
 MOE_HOST int moei_gate_has_rules(const moe_gate_desc* d)
 {
     return d->score > MOE_SCORE_SIGMOID || d->temperature != 1.0f || d->noise > 0.0f ||
-           d->dropout > 0.0f || d->threshold >= -3e38f || d->expert_bias || d->expert_off ||
+           d->dropout > 0.0f || d->threshold > 0.0f || d->expert_bias || d->expert_off ||
            d->token_off || d->num_groups > 1 || d->prob_sum || d->whole_batch;
+}
+
+/* What the kernels take, from a checked descriptor. */
+MOE_HOST moei_gate_args moei_gate_resolve(const moe_gate_desc* d)
+{
+    moei_gate_args a;
+    a.logits = d->logits;
+    a.expert_bias = d->expert_bias;
+    a.expert_off = d->expert_off;
+    a.token_off = d->token_off;
+    a.seed_offset = d->seed_offset;
+    a.logits_stride = d->logits_stride;
+    a.ids = d->ids;
+    a.weights = d->weights;
+    a.expert_count = d->expert_count;
+    a.chunk_count = d->chunk_count;
+    a.prob_sum = d->prob_sum;
+    a.fault = d->fault;
+    a.workspace = d->workspace;
+    a.seed = d->seed;
+    a.logits_dtype = d->logits_dtype;
+    a.num_tokens = d->num_tokens;
+    a.num_experts = d->num_experts;
+    a.top_k = d->top_k;
+    a.score = d->score;
+    a.renormalize = d->renormalize;
+    a.scale = d->scale;
+    a.noise = d->noise;
+    a.dropout = d->dropout;
+    a.num_groups = d->num_groups;
+    a.top_groups = d->top_groups;
+    a.whole_batch = d->whole_batch;
+    a.inverse_temperature = 1.0f / d->temperature;
+    a.least_logit = d->threshold == 0.0f
+                        ? moe_f32_from_bits(0xff800000u)
+                        : (float)log((double)d->threshold / (1.0 - (double)d->threshold));
+    return a;
 }
 
 /* Sets the block, `threads` at most, so that its shared memory fits the device: lanes a token; 0
    where a warp has one and needs no more than its own part of it. */
-MOE_HOST moe_status moei_gate_fit(moei_launch_config* c, const moe_gate_desc* d, int threads,
+MOE_HOST moe_status moei_gate_fit(moei_launch_config* c, const moei_gate_args* a, int threads,
                                   int lanes, int depth)
 {
-    const int64_t wanted = moe_chunk_tokens(d->num_tokens) * (lanes ? lanes : MOEI_WARP);
+    const int64_t wanted = moe_chunk_tokens(a->num_tokens) * (lanes ? lanes : MOEI_WARP);
     moei_gate_shared s;
     moei_device device;
     MOEI_TRY(moei_device_query(&device));
     if (threads > wanted) threads = (int)((wanted + 31) / 32 * 32);
     for (;; threads = (threads / 2 + 31) / 32 * 32) {
-        c->smem = moei_gate_carve(&s, 0, d, threads / 32, lanes ? threads / lanes : 0, depth);
+        c->smem = moei_gate_carve(&s, 0, a, threads / 32, lanes ? threads / lanes : 0, depth);
         if (c->smem <= (size_t)device.smem_block || threads <= 32) break;
     }
     c->block.x = (unsigned)threads;
@@ -318,41 +350,44 @@ MOE_HOST moe_status moei_gate_fit(moei_launch_config* c, const moe_gate_desc* d,
     return MOE_OK;
 }
 
-/* Queues the launches that choose and weigh, for a checked descriptor with T > 0. */
-MOE_HOST moe_status moei_gate_queue(const moe_gate_desc* desc, cudaStream_t stream)
+/* A gate with all but its stream settled, for the device that was current. */
+typedef struct moe_gate_prepared {
+    moei_gate_args args;
+    moei_launch sum_batch; /* each launch only where the options need it */
+    moei_launch choose;
+    moei_launch sum_chunks;
+} moe_gate_prepared;
+
+/* Settles the launch that chooses and weighs. */
+MOE_HOST moe_status moei_gate_prepare_choice(const moe_gate_desc* d, moe_gate_prepared* p)
 {
-    const moe_gate_desc d = *desc;
-    const int64_t chunk = moe_chunk_tokens(d.num_tokens);
+    const moei_gate_args* a = &p->args;
+    const int64_t chunk = moe_chunk_tokens(d->num_tokens);
     moei_launch_config c =
-        moei_grid(moe_num_chunks(d.num_tokens), 0, (size_t)d.num_experts * 4, stream);
+        moei_grid(moe_num_chunks(d->num_tokens), 0, (size_t)d->num_experts * 4, 0);
     c.dependent = 1;
     (void)chunk; /* with no kernels in the list */
-    if (d.whole_batch) {
-        MOEI_TRY(moei_gate_fit(&c, &d, MOEI_GATE_ANY_THREADS, 0, 0));
-        MOEI_TRY(MOE_LAUNCH(moei_gate_batch_sum, c, d));
-        c.smem = (size_t)d.num_experts * 4;
-    }
-    if (!moei_gate_has_rules(&d)) {
+    if (!moei_gate_has_rules(d)) {
 #define MOEI_GATE_CASE(most, depth, lanes, per_lane)                                               \
-    if (d.top_k <= depth && d.num_experts <= most) {                                               \
+    if (d->top_k <= depth && d->num_experts <= most) {                                             \
         c.block.x = (unsigned)(chunk * lanes < MOEI_GATE_THREADS ? (chunk * lanes + 31) / 32 * 32  \
                                                                  : MOEI_GATE_THREADS);             \
         c.smem += c.block.x / lanes * depth * 4;                                                   \
-        return MOE_LAUNCH(moei_gate_##most##_##depth, c, d);                                       \
+        return MOE_PREPARE(&p->choose, moei_gate_##most##_##depth, c);                             \
     }
         MOE_GATE_LIST(MOEI_GATE_CASE)
 #undef MOEI_GATE_CASE
-    } else if (d.num_groups == 1 || d.num_experts / d.num_groups % 4 == 0) {
+    } else if (d->num_groups == 1 || d->num_experts / d->num_groups % 4 == 0) {
 #define MOEI_GATE_RULES_CASE(most, depth, lanes, per_lane, threads)                                \
-    if (d.top_k <= depth && d.num_experts <= most) {                                               \
-        MOEI_TRY(moei_gate_fit(&c, &d, threads, lanes, depth));                                    \
-        return MOE_LAUNCH(moei_gate_rules_##most##_##depth, c, d);                                 \
+    if (d->top_k <= depth && d->num_experts <= most) {                                             \
+        MOEI_TRY(moei_gate_fit(&c, a, threads, lanes, depth));                                     \
+        return MOE_PREPARE(&p->choose, moei_gate_rules_##most##_##depth, c);                       \
     }
         MOE_GATE_RULES_LIST(MOEI_GATE_RULES_CASE)
 #undef MOEI_GATE_RULES_CASE
     }
-    MOEI_TRY(moei_gate_fit(&c, &d, MOEI_GATE_ANY_THREADS, 0, 0));
-    return MOE_LAUNCH(moei_gate_any, c, d);
+    MOEI_TRY(moei_gate_fit(&c, a, MOEI_GATE_ANY_THREADS, 0, 0));
+    return MOE_PREPARE(&p->choose, moei_gate_any, c);
 }
 
 /* Bytes of workspace that moe_gate wants: moe_num_chunks(T) * E * 4 each for prob_sum and for
@@ -365,28 +400,53 @@ MOE_HOST moe_status moe_gate_workspace(const moe_gate_desc* desc, size_t* bytes)
     return MOE_OK;
 }
 
-/* Queues the gate on `stream`. Errors: every field of the descriptor as documented above, each
-   with its own status; nothing is queued then. T = 0 only clears expert_count and prob_sum. */
-MOE_HOST moe_status moe_gate(const moe_gate_desc* desc, cudaStream_t stream)
+/* Settles a gate: moe_gate_run queues it any number of times. Errors: every field of the descriptor
+   as documented above, each with its own status. */
+MOE_HOST moe_status moe_gate_prepare(const moe_gate_desc* desc, moe_gate_prepared* p)
 {
     moe_gate_desc d;
-    moei_launch_config c;
-    MOEI_REQUIRE(desc, MOE_ERR_NULL, desc);
+    moei_launch_config c = moei_grid(1, 32, 0, 0);
+    MOEI_REQUIRE(desc && p, MOE_ERR_NULL, desc);
     d = *desc;
+    memset(p, 0, sizeof *p);
     MOEI_TRY(moei_gate_check(&d));
-    if (moei_gate_has_rules(&d)) MOEI_TRY(moei_gate_fit(&c, &d, MOEI_WARP, 0, 0)); /* at all? */
-    if (d.expert_count)
-        MOEI_TRY_CUDA(cudaMemsetAsync(d.expert_count, 0, (size_t)d.num_experts * 4, stream));
-    if (d.num_tokens == 0) {
-        if (d.prob_sum)
-            MOEI_TRY_CUDA(cudaMemsetAsync(d.prob_sum, 0, (size_t)d.num_experts * 4, stream));
-        return MOE_OK;
-    }
-    MOEI_TRY(moei_gate_queue(&d, stream));
-    if (!d.prob_sum) return MOE_OK;
-    c = moei_grid((d.num_experts + 31) / 32, 1024, 0, stream);
+    p->args = moei_gate_resolve(&d);
     c.dependent = 1;
-    return MOE_LAUNCH(moei_gate_sum_chunks, c, d);
+    if (moei_gate_has_rules(&d))
+        MOEI_TRY(moei_gate_fit(&c, &p->args, MOEI_WARP, 0, 0)); /* at all? */
+    if (d.num_tokens == 0) return MOE_OK;
+    if (d.whole_batch) {
+        c.grid.x = (unsigned)moe_num_chunks(d.num_tokens);
+        MOEI_TRY(moei_gate_fit(&c, &p->args, MOEI_GATE_ANY_THREADS, 0, 0));
+        MOEI_TRY(MOE_PREPARE(&p->sum_batch, moei_gate_batch_sum, c));
+    }
+    MOEI_TRY(moei_gate_prepare_choice(&d, p));
+    if (!d.prob_sum) return MOE_OK;
+    c.grid.x = (unsigned)(d.num_experts + 31) / 32;
+    c.block.x = 1024;
+    c.smem = 0;
+    return MOE_PREPARE(&p->sum_chunks, moei_gate_sum_chunks, c);
+}
+
+/* Queues a prepared gate on `stream`. T = 0 only clears expert_count and prob_sum. */
+MOE_HOST moe_status moe_gate_run(const moe_gate_prepared* p, cudaStream_t stream)
+{
+    const moei_gate_args* a = &p->args;
+    if (a->expert_count)
+        MOEI_TRY_CUDA(cudaMemsetAsync(a->expert_count, 0, (size_t)a->num_experts * 4, stream));
+    if (a->prob_sum && a->num_tokens == 0)
+        MOEI_TRY_CUDA(cudaMemsetAsync(a->prob_sum, 0, (size_t)a->num_experts * 4, stream));
+    MOEI_TRY(MOE_RUN(&p->sum_batch, *a, stream));
+    MOEI_TRY(MOE_RUN(&p->choose, *a, stream));
+    return MOE_RUN(&p->sum_chunks, *a, stream);
+}
+
+/* Prepares and runs. Nothing is queued where a field is refused. */
+MOE_HOST moe_status moe_gate(const moe_gate_desc* desc, cudaStream_t stream)
+{
+    moe_gate_prepared p;
+    MOEI_TRY(moe_gate_prepare(desc, &p));
+    return moe_gate_run(&p, stream);
 }
 
 /* Loads this header's kernels now. */

@@ -9,6 +9,12 @@
      moei_launch_config c = moei_grid(num_blocks, 256, 0, stream);
      return MOE_LAUNCH(my_kernel, c, args);        // a moe_status
 
+   or prepared once and run many times, where a run costs the host one call of the runtime:
+
+     moei_launch l;
+     MOEI_TRY(MOE_PREPARE(&l, my_kernel, c));
+     return MOE_RUN(&l, args, stream);
+
    Needs CUDA 12.0 or later for the cuda backend, C++14 for both. */
 #ifndef MOE_BASE_CUDA_CUH
 #define MOE_BASE_CUDA_CUH
@@ -100,49 +106,101 @@ MOE_HOST moe_status moei_cuda_status(cudaError_t e)
 /* Pass on what a CUDA call refused. */
 #define MOEI_TRY_CUDA(call) MOEI_TRY(moei_cuda_status(call))
 
+/* A launch with all but its stream settled, for the device that was current. */
+typedef struct moei_launch {
+    const void* kernel; /* null: nothing to launch */
+    const char* name;   /* of the kernel; used on the CPU */
+    size_t smem;
+    uint32_t grid[3], block[3];
+    int32_t dependent, cluster;
+} moei_launch;
+
+/* Settles a launch: loads the kernel and gives it the shared memory it may need. */
+#define MOE_PREPARE(launch, kernel, config)                                                       \
+    moei_launch_prepare(launch, (const void*)(kernel), #kernel, &(config))
+
+/* Queues a prepared launch on `stream`: one call of the runtime. */
+#define MOE_RUN(launch, arg, stream) moei_launch_run(launch, &(arg), stream)
+
+MOE_HOST moe_status moei_launch_prepare(moei_launch* l, const void* kernel, const char* name,
+                                        const moei_launch_config* c)
+{
+    l->kernel = kernel;
+    l->name = name;
+    l->smem = c->smem;
+    l->grid[0] = c->grid.x, l->grid[1] = c->grid.y, l->grid[2] = c->grid.z;
+    l->block[0] = c->block.x, l->block[1] = c->block.y, l->block[2] = c->block.z;
+    l->dependent = c->dependent;
+    l->cluster = c->cluster;
+#if !MOE_ON_HOST
+    {
+        cudaFuncAttributes fa;
+        MOEI_TRY_CUDA(cudaFuncGetAttributes(&fa, kernel));
+        if (c->smem > 32 * 1024) { /* a setting of each device: always the most there is, so that
+                                      calls with more and with less can be queued side by side */
+            int id = 0, most = 0;
+            MOEI_TRY_CUDA(cudaGetDevice(&id));
+            MOEI_TRY_CUDA(
+                cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, id));
+            MOEI_TRY_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                               most - (int)fa.sharedSizeBytes));
+        }
+        /* only code built for 9.0 has the instruction that waits */
+        if (fa.binaryVersion < 90 || fa.ptxVersion < 90) l->dependent = 0;
+    }
+#endif
+    return MOE_OK;
+}
+
+MOE_HOST dim3 moei_launch_dim(const uint32_t* n) { return dim3(n[0], n[1], n[2]); }
+
+/* MOE_LAUNCH: both at once, on the config's stream. */
 #if MOE_ON_HOST
 /* The CPU backend copies the struct and queues the call on the stream. */
+#define moei_launch_run(l, arg, stream)                                                           \
+    ((l)->kernel ? moei_cuda_status(                                                              \
+                       moeh_launch(moei_launch_dim((l)->grid), moei_launch_dim((l)->block),       \
+                                   (l)->smem, stream, moeh_bind_prepared((l)->kernel, *(arg)),    \
+                                   (l)->name, (l)->kernel, (l)->dependent != 0))                  \
+                 : MOE_OK)
 #define MOE_LAUNCH(kernel, config, arg)                                                           \
-    moei_cuda_status(moeh_launch((config).grid, (config).block, (config).smem, (config).stream,  \
-                                 moeh_bind(kernel, arg), #kernel, (const void*)(kernel),           \
+    moei_cuda_status(moeh_launch((config).grid, (config).block, (config).smem, (config).stream,   \
+                                 moeh_bind(kernel, arg), #kernel, (const void*)(kernel),          \
                                  (config).dependent != 0))
 #else
-#define MOE_LAUNCH(kernel, config, arg) moei_launch((const void*)(kernel), &(config), (void*)&(arg))
+#define MOE_LAUNCH(kernel, config, arg) moei_launch_once((const void*)(kernel), &(config), &(arg))
 
-MOE_HOST moe_status moei_launch(const void* kernel, const moei_launch_config* c, void* arg)
+MOE_HOST moe_status moei_launch_run(const moei_launch* l, const void* arg, cudaStream_t stream)
 {
     cudaLaunchConfig_t config = {};
     cudaLaunchAttribute attr[2];
-    cudaFuncAttributes fa;
     void* args[1];
-    args[0] = arg;
-    config.gridDim = c->grid;
-    config.blockDim = c->block;
-    config.dynamicSmemBytes = c->smem;
-    config.stream = c->stream;
+    if (!l->kernel) return MOE_OK;
+    args[0] = (void*)arg;
+    config.gridDim = moei_launch_dim(l->grid);
+    config.blockDim = moei_launch_dim(l->block);
+    config.dynamicSmemBytes = l->smem;
+    config.stream = stream;
     config.attrs = attr;
-    MOEI_TRY_CUDA(cudaFuncGetAttributes(&fa, kernel));
-    if (c->smem > 32 * 1024) { /* a setting of each device: always the most there is, so that calls
-                                  with more and with less can be queued side by side */
-        int id = 0, most = 0;
-        MOEI_TRY_CUDA(cudaGetDevice(&id));
-        MOEI_TRY_CUDA(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, id));
-        MOEI_TRY_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                           most - (int)fa.sharedSizeBytes));
+    if (l->dependent) {
+        attr[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        attr[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
     }
-    if (c->dependent) { /* only code built for 9.0 has the instruction that waits */
-        if (fa.binaryVersion >= 90 && fa.ptxVersion >= 90) {
-            attr[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
-            attr[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
-        }
-    }
-    if (c->cluster > 1) {
+    if (l->cluster > 1) {
         attr[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
-        attr[config.numAttrs].val.clusterDim.x = (unsigned)c->cluster;
+        attr[config.numAttrs].val.clusterDim.x = (unsigned)l->cluster;
         attr[config.numAttrs].val.clusterDim.y = 1;
         attr[config.numAttrs++].val.clusterDim.z = 1;
     }
-    return moei_cuda_status(cudaLaunchKernelExC(&config, kernel, args));
+    return moei_cuda_status(cudaLaunchKernelExC(&config, l->kernel, args));
+}
+
+MOE_HOST moe_status moei_launch_once(const void* kernel, const moei_launch_config* c,
+                                     const void* arg)
+{
+    moei_launch l;
+    MOEI_TRY(moei_launch_prepare(&l, kernel, "", c));
+    return moei_launch_run(&l, arg, c->stream);
 }
 #endif
 

@@ -12,7 +12,7 @@
 
 /* A chunk's sums by a warp a token: tokens that hold a NaN, or a logit that counts as one, are left
    out. sum [warps][E] is in shared memory. */
-MOE_DEVICE void moei_gate_batch_sum_tokens(const moe_gate_desc* d, float* sum, int64_t first,
+MOE_DEVICE void moei_gate_batch_sum_tokens(const moei_gate_args* d, float* sum, int64_t first,
                                            int64_t end)
 {
     const int E = d->num_experts;
@@ -33,7 +33,7 @@ MOE_DEVICE void moei_gate_batch_sum_tokens(const moe_gate_desc* d, float* sum, i
 
 /* The sum of an expert's logits over the tokens first, first + step, ... below end. *odd: one of
    them counts as NaN, or may. dtype is a literal. */
-MOE_DEVICE float moei_gate_batch_column(bool* odd, const moe_gate_desc* d, int e, int64_t first,
+MOE_DEVICE float moei_gate_batch_column(bool* odd, const moei_gate_args* d, int e, int64_t first,
                                         int64_t end, int step, const int dtype)
 {
     float all = 0.0f;
@@ -49,7 +49,7 @@ MOE_DEVICE float moei_gate_batch_column(bool* odd, const moe_gate_desc* d, int e
 
 /* Launch 1, one block: the chunk's sums into the workspace. A thread has an expert and every so
    many tokens; where that meets NaN or something huge, the tokens are summed one by one. */
-MOE_DEVICE void moei_gate_batch_sum_block(const moe_gate_desc* d, float* sum)
+MOE_DEVICE void moei_gate_batch_sum_block(const moei_gate_args* d, float* sum)
 {
     const int64_t chunk = moe_chunk_tokens(d->num_tokens), first = blockIdx.x * chunk;
     const int64_t end = first + chunk < d->num_tokens ? first + chunk : d->num_tokens;
@@ -81,7 +81,7 @@ MOE_DEVICE void moei_gate_batch_sum_block(const moe_gate_desc* d, float* sum)
 /* row [E] becomes the sums over all chunks, NaN where the expert is no choice: switched off, a sum
    of -infinity, or one of both infinities, which is a fault. part [warps][E] is scratch. A thread
    has 4 experts, or 1, and every so many chunks. Every block gets the same. Ends with a barrier. */
-MOE_DEVICE void moei_gate_batch_row(const moe_gate_desc* d, float* row, float* part)
+MOE_DEVICE void moei_gate_batch_row(const moei_gate_args* d, float* row, float* part)
 {
     const int E = d->num_experts, warps = (int)blockDim.x / MOEI_WARP, chunks = (int)gridDim.x;
     const int width = E % 4 == 0 ? 4 : 1, columns = E / width;
@@ -119,7 +119,7 @@ MOE_DEVICE void moei_gate_batch_row(const moe_gate_desc* d, float* row, float* p
 
 /* shared->chosen [K] becomes the batch's choices, -1 where there are no more, and shared->bias what
    makes every token choose them, in order. All threads; a barrier must follow. */
-MOE_DEVICE void moei_gate_batch_choose(const moe_gate_desc* d, const moei_gate_shared* shared)
+MOE_DEVICE void moei_gate_batch_choose(const moei_gate_args* d, const moei_gate_shared* shared)
 {
     const int E = d->num_experts, K = d->top_k;
     moei_gate_batch_row(d, shared->bias, shared->row);

@@ -1,6 +1,5 @@
 /* logit.cuh: what the gate's rules make of one logit: temperature, noise, square or cosine, and the
-   experts that a token does not see. Each is a function of token and expert alone. In the
-   descriptor that kernels get, temperature is its reciprocal and threshold a logit. */
+   experts that a token does not see. Each is a function of token and expert alone. */
 #ifndef MOE_GATE_LOGIT_CUH
 #define MOE_GATE_LOGIT_CUH
 
@@ -9,7 +8,7 @@
 #include "row.cuh"
 
 /* The seed of this launch. */
-MOE_DEVICE uint64_t moei_gate_seed(const moe_gate_desc* d)
+MOE_DEVICE uint64_t moei_gate_seed(const moei_gate_args* d)
 {
     return d->seed + (d->seed_offset ? *d->seed_offset : 0);
 }
@@ -38,7 +37,7 @@ MOE_DEVICE void moei_gate_noise(float* n, uint64_t seed, int64_t t, int quad)
 }
 
 /* Bit i: token t does not see expert 8 octet + i. */
-MOE_DEVICE uint32_t moei_gate_dropped(const moe_gate_desc* d, uint64_t seed, int64_t t, int octet)
+MOE_DEVICE uint32_t moei_gate_dropped(const moei_gate_args* d, uint64_t seed, int64_t t, int octet)
 {
     const moe_random4 r =
         moe_random_words(seed, (uint32_t)octet, (uint32_t)t, MOE_GATE_STREAM_DROPOUT, 0);
@@ -66,7 +65,7 @@ MOE_DEVICE float moei_gate_cosine(float x)
 
 /* Tells whether noise, a square, a cosine or a logit's bias follows the temperature, which is
    multiplied out then. */
-MOE_DEVICE bool moei_gate_multiplies(const moe_gate_desc* d)
+MOE_DEVICE bool moei_gate_multiplies(const moei_gate_args* d)
 {
     return d->noise > 0.0f || d->score == MOE_SCORE_QUADRATIC || d->score == MOE_SCORE_PIONEER ||
            (d->score == MOE_SCORE_TOPK_SOFTMAX && d->expert_bias);
@@ -75,15 +74,15 @@ MOE_DEVICE bool moei_gate_multiplies(const moe_gate_desc* d)
 /* Tells whether the row's largest logit comes off before a temperature is multiplied out: where a common
    offset changes neither choice nor weight. A group of one expert counts an offset once, others
    twice. */
-MOE_DEVICE bool moei_gate_takes_off(const moe_gate_desc* d)
+MOE_DEVICE bool moei_gate_takes_off(const moei_gate_args* d)
 {
-    return d->temperature != 1.0f && moei_gate_multiplies(d) &&
+    return d->inverse_temperature != 1.0f && moei_gate_multiplies(d) &&
            (d->score == MOE_SCORE_SOFTMAX || d->score == MOE_SCORE_SPARSEMAX ||
             (d->score == MOE_SCORE_TOPK_SOFTMAX && d->num_groups == 1));
 }
 
 /* The logit as given; false where the token does not see the expert. */
-MOE_DEVICE bool moei_gate_given(float* out, const moe_gate_desc* d, uint64_t seed, int64_t t, int e)
+MOE_DEVICE bool moei_gate_given(float* out, const moei_gate_args* d, uint64_t seed, int64_t t, int e)
 {
     if (d->expert_off && d->expert_off[e]) return false;
     if (d->dropout > 0.0f && (moei_gate_dropped(d, seed, t, e >> 3) >> (e & 7) & 1)) return false;
@@ -103,22 +102,22 @@ typedef struct moei_gate_units {
     float unit, log2; /* log2: unit log2(e), for powers of two */
 } moei_gate_units;
 
-MOE_DEVICE moei_gate_units moei_gate_units_of(const moe_gate_desc* d)
+MOE_DEVICE moei_gate_units moei_gate_units_of(const moei_gate_args* d)
 {
     moei_gate_units u;
-    u.unit = moei_gate_multiplies(d) ? 1.0f : d->temperature;
+    u.unit = moei_gate_multiplies(d) ? 1.0f : d->inverse_temperature;
     u.log2 = 1.44269502f * u.unit;
     return u;
 }
 
 /* A given logit, less `most`, taken through the rules, in units; finite ones stay finite. Quadratic:
    |l|, which has the order of l^2. */
-MOE_DEVICE float moei_gate_logit(const moe_gate_desc* d, float v, float most, uint64_t seed,
+MOE_DEVICE float moei_gate_logit(const moei_gate_args* d, float v, float most, uint64_t seed,
                                  int64_t t, int e)
 {
     const bool finite = (__float_as_uint(v) & 0x7f800000u) != 0x7f800000u;
     if (!moei_gate_multiplies(d)) return v;
-    v = (v - most) * d->temperature;
+    v = (v - most) * d->inverse_temperature;
     if (finite) v = moei_gate_bounded(v);
     if (d->noise > 0.0f) {
         float n[4];
@@ -151,7 +150,7 @@ MOE_DEVICE float moei_gate_lane_max(const float* v, const moei_gate_lanes w)
 
 /* Takes a lane's logits of a token, read already, through the rules, in units. *unseen has a bit for
    each that the token does not see; it becomes -infinity. Returns the token's largest. */
-MOE_DEVICE float moei_gate_logits(float* v, uint32_t* unseen, const moe_gate_desc* d, uint64_t seed,
+MOE_DEVICE float moei_gate_logits(float* v, uint32_t* unseen, const moei_gate_args* d, uint64_t seed,
                                   int64_t t, const moei_gate_lanes w)
 {
     if (d->dropout > 0.0f) {
@@ -162,10 +161,10 @@ MOE_DEVICE float moei_gate_logits(float* v, uint32_t* unseen, const moe_gate_des
     }
     moei_gate_lane_hide(v, *unseen, w);
     if (moei_gate_multiplies(d)) {
-        if (d->temperature != 1.0f) {
+        if (d->inverse_temperature != 1.0f) {
             const float most = moei_gate_takes_off(d) ? moei_gate_lane_max(v, w) : 0.0f;
             MOEI_UNROLL
-            for (int j = 0; j < w.per_lane; ++j) v[j] = (v[j] - most) * d->temperature;
+            for (int j = 0; j < w.per_lane; ++j) v[j] = (v[j] - most) * d->inverse_temperature;
         }
         if (d->noise > 0.0f) {
             const uint64_t here =

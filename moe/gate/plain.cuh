@@ -8,7 +8,7 @@
 
 /* The ids of a token by its group, where logits that are not below the K-th are equal: n experts in
    `pick`, of which the K first in the order of descending logits and ascending indices count. */
-MOE_DEVICE void moei_gate_ties(const moe_gate_desc* d, int* count, int64_t t, const uint16_t* pick,
+MOE_DEVICE void moei_gate_ties(const moei_gate_args* d, int* count, int64_t t, const uint16_t* pick,
                                int n, int rank, const int lanes)
 {
     const int64_t row = t * d->logits_stride;
@@ -36,7 +36,7 @@ MOE_DEVICE void moei_gate_ties(const moe_gate_desc* d, int* count, int64_t t, co
    are not below the K-th or two of the K are equal, moei_gate_ties finds the ranks; where 2 depth
    are not enough for them, where the largest is infinite or huge, the K-th -infinity or one is NaN,
    the token is done again by moei_gate_token. */
-MOE_DEVICE_BODY void moei_gate_block(const moe_gate_desc* d, int* count, const int lanes,
+MOE_DEVICE_BODY void moei_gate_block(const moei_gate_args* d, int* count, const int lanes,
                                      const int per_lane, const int depth)
 {
     const int K = d->top_k, score = d->score;

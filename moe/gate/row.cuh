@@ -6,7 +6,7 @@
 #include "../base/numeric.cuh"
 #include "../base/sort.cuh"
 #include "../faults.h"
-#include "desc.h"
+#include "args.h"
 
 /* l - max, with the limits that the header promises: equal infinities differ by 0. */
 MOE_DEVICE float moei_gate_below(float l, float max) { return l == max ? 0.0f : l - max; }
@@ -19,14 +19,14 @@ MOE_DEVICE float moei_gate_sigmoid_shift(float max)
 }
 
 /* Clears the counts of a block's chunk; a barrier must follow. */
-MOE_DEVICE void moei_gate_clear_counts(const moe_gate_desc* d, int* count)
+MOE_DEVICE void moei_gate_clear_counts(const moei_gate_args* d, int* count)
 {
     MOEI_NO_UNROLL
     for (int e = (int)threadIdx.x; e < d->num_experts; e += (int)blockDim.x) count[e] = 0;
 }
 
 /* Writes the counts of a block's chunk; all threads. */
-MOE_DEVICE void moei_gate_write_counts(const moe_gate_desc* d, const int* count)
+MOE_DEVICE void moei_gate_write_counts(const moei_gate_args* d, const int* count)
 {
     __syncthreads();
     MOEI_NO_UNROLL
@@ -60,7 +60,7 @@ MOE_DEVICE float moei_gate_exponent(float l, float max, bool squared)
 
 /* The score of one logit by moei_gate_token; max is the largest logit of the token, `sum` the
    softmax denominator, or sparsemax's tau counted from max. l and max count in `unit`. */
-MOE_DEVICE float moei_gate_score(const moe_gate_desc* d, float unit, float l, float max, float sum)
+MOE_DEVICE float moei_gate_score(const moei_gate_args* d, float unit, float l, float max, float sum)
 {
     const float below = moei_gate_exponent(l, max, d->score == MOE_SCORE_QUADRATIC);
     if (d->score == MOE_SCORE_SIGMOID) return moei_gate_sigmoid(l, 0.0f, unit);
@@ -71,7 +71,7 @@ MOE_DEVICE float moei_gate_score(const moe_gate_desc* d, float unit, float l, fl
 /* The weight of one chosen logit before renormalisation and scale; top-k softmax has its sum still
    to come, so it is passed as 1. Sigmoids that will be renormalised are all multiplied by e^-max
    where max is negative: they would underflow together. */
-MOE_DEVICE float moei_gate_weight(const moe_gate_desc* d, float unit, float l, float max, float sum)
+MOE_DEVICE float moei_gate_weight(const moei_gate_args* d, float unit, float l, float max, float sum)
 {
     if (d->score == MOE_SCORE_SIGMOID && d->renormalize)
         return moei_gate_sigmoid(l, moei_gate_sigmoid_shift(max), unit);
@@ -110,7 +110,7 @@ MOE_DEVICE uint32_t moei_gate_not_below(const float* v, float kth, const moei_ga
 
 /* Reads a lane's logits of token t; past E they are -inf. `wide`: E and the stride are multiples
    of 8, the base of 16 bytes. */
-MOE_DEVICE void moei_gate_read(float* v, const moe_gate_desc* d, int64_t t, bool wide,
+MOE_DEVICE void moei_gate_read(float* v, const moei_gate_args* d, int64_t t, bool wide,
                                const moei_gate_lanes w)
 {
     const int E = d->num_experts;

@@ -43,7 +43,7 @@ MOE_DEVICE bool moei_gate_lane_nan(const float* v, const moei_gate_lanes w)
 /* What a group of lanes knows of its token's logits v, those that the token does not see being
    -infinity; max is the largest. Both are in units. `nan` is found here for
    softmax scores alone, and maybe not by every lane. */
-MOE_DEVICE moei_gate_stats moei_gate_lane_stats(const moe_gate_desc* d,
+MOE_DEVICE moei_gate_stats moei_gate_lane_stats(const moei_gate_args* d,
                                                 const moei_gate_units* units, const float* v,
                                                 float max, const moei_gate_lanes w)
 {
@@ -95,7 +95,7 @@ MOE_DEVICE moei_gate_stats moei_gate_lane_stats(const moe_gate_desc* d,
 
 /* The scores of a lane's logits, quick, for selection. Where `sums`, a literal: the probabilities, of
    sigmoids over 2^shift and not divided by their sum yet. */
-MOE_DEVICE void moei_gate_lane_scores(float* u, const float* v, const moe_gate_desc* d,
+MOE_DEVICE void moei_gate_lane_scores(float* u, const float* v, const moei_gate_args* d,
                                       const moei_gate_units* units, const moei_gate_stats* s,
                                       const int sums, const moei_gate_lanes w)
 {
@@ -119,7 +119,7 @@ MOE_DEVICE void moei_gate_lane_scores(float* u, const float* v, const moe_gate_d
 
 /* Lets only the experts of the token's best groups stay: the others' merits become -infinity, and
    without a bias theirs the logits. best and group are this token's in shared memory. */
-MOE_DEVICE void moei_gate_lane_groups(float* u, const float* v, const moe_gate_desc* d,
+MOE_DEVICE void moei_gate_lane_groups(float* u, const float* v, const moei_gate_args* d,
                                       float2* best, float* group, const moei_gate_lanes w)
 {
     const int G = d->num_groups, size = d->num_experts / G;
@@ -248,7 +248,7 @@ MOE_DEVICE void moei_gate_lane_order(moei_gate_pick* pick, bool merits, int n, c
 
 /* Writes a token's K choices from its picks in order, and counts them: lane r has the choices r,
    r + lanes, ... */
-MOE_DEVICE void moei_gate_lane_finish(const moe_gate_desc* d, const moei_gate_units* units,
+MOE_DEVICE void moei_gate_lane_finish(const moei_gate_args* d, const moei_gate_units* units,
                                       int* count, int64_t t, bool live, moei_gate_pick* pick,
                                       const moei_gate_stats* s, const moei_gate_lanes w)
 {
@@ -322,7 +322,7 @@ MOE_DEVICE bool moei_gate_lane_minus(uint32_t* unseen, const float* v, bool over
 /* u = what selection compares, without the groups. bias [E] is in shared memory: with a bias, and for
    the batch's choices, which are all that counts there. */
 MOE_DEVICE void moei_gate_lane_merits(float* u, const float* v, uint32_t unseen,
-                                      const moe_gate_desc* d, const moei_gate_units* units,
+                                      const moei_gate_args* d, const moei_gate_units* units,
                                       const moei_gate_stats* s, const float* bias,
                                       const moei_gate_lanes w)
 {
@@ -363,7 +363,7 @@ MOE_DEVICE int moei_gate_lane_count(int* before, int n, const moei_gate_lanes w)
 
 /* Adds the probabilities of a token's logits v to the warp's own prob [E], where `in`. */
 MOE_DEVICE void moei_gate_lane_probabilities(float* prob, const float* v, uint32_t unseen, bool in,
-                                             const moe_gate_desc* d, const moei_gate_units* units,
+                                             const moei_gate_args* d, const moei_gate_units* units,
                                              const moei_gate_stats* s, const moei_gate_lanes w)
 {
     const float part = d->score != MOE_SCORE_SIGMOID ? 1.0f
@@ -397,7 +397,7 @@ MOE_DEVICE void moei_gate_lane_probabilities(float* prob, const float* v, uint32
      9. what this does not take is done again by moei_gate_token: a token of which more than 2 depth
         experts are not below the K-th, or that sees fewer than K, or whose logits are infinite, huge
         or NaN */
-MOE_DEVICE_BODY void moei_gate_rules_block(const moe_gate_desc* d, const moei_gate_shared* shared,
+MOE_DEVICE_BODY void moei_gate_rules_block(const moei_gate_args* d, const moei_gate_shared* shared,
                                            const int lanes, const int per_lane, const int depth)
 {
     const moei_gate_lanes w = moei_gate_lanes_of(lanes, per_lane, depth);
@@ -412,7 +412,7 @@ MOE_DEVICE_BODY void moei_gate_rules_block(const moe_gate_desc* d, const moei_ga
     const bool merits = judged || d->whole_batch;            /* else the logits are compared */
     const moei_gate_units units = moei_gate_units_of(d);
     /* may a finite logit become -infinity? moei_gate_token tells the two apart */
-    const bool overflows = moei_gate_multiplies(d) && (d->temperature != 1.0f || d->noise > 1e28f);
+    const bool overflows = moei_gate_multiplies(d) && (d->inverse_temperature != 1.0f || d->noise > 1e28f);
     const bool early = per_lane <= 16 && MOEI_GATE_EARLY;
     const uint64_t seed = moei_gate_seed(d);
     moei_gate_pick* pick =
@@ -501,7 +501,7 @@ MOE_DEVICE_BODY void moei_gate_rules_block(const moe_gate_desc* d, const moei_ga
 }
 
 /* One block, a warp a token. */
-MOE_DEVICE void moei_gate_any_block(const moe_gate_desc* d, const moei_gate_shared* shared)
+MOE_DEVICE void moei_gate_any_block(const moei_gate_args* d, const moei_gate_shared* shared)
 {
     const int chunk = (int)moe_chunk_tokens(d->num_tokens), first = (int)blockIdx.x * chunk;
     const int tokens = d->num_tokens - first < chunk ? d->num_tokens - first : chunk;

@@ -37,7 +37,7 @@ typedef struct moei_gate_shared {
 
 /* Shares the memory out; returns the bytes. */
 MOE_HOST_DEVICE size_t moei_gate_carve(moei_gate_shared* s, unsigned char* base,
-                                       const moe_gate_desc* d, int warps, int tokens, int depth)
+                                       const moei_gate_args* d, int warps, int tokens, int depth)
 {
     const size_t E = ((size_t)d->num_experts + 3) / 4 * 4; /* every piece at a multiple of 16 */
     size_t at = 0;
@@ -61,14 +61,14 @@ MOE_HOST_DEVICE size_t moei_gate_carve(moei_gate_shared* s, unsigned char* base,
 
 /* The chunks' sums of probabilities in the workspace, [moe_num_chunks(T), E]; before them, the sums
    of a whole batch's logits. */
-MOE_HOST_DEVICE float* moei_gate_prob_part(const moe_gate_desc* d)
+MOE_HOST_DEVICE float* moei_gate_prob_part(const moei_gate_args* d)
 {
     return (float*)d->workspace +
            (d->whole_batch ? moe_num_chunks(d->num_tokens) * d->num_experts : 0);
 }
 
 /* Clears what the block adds to, and fetches the bias; a barrier must follow. */
-MOE_DEVICE void moei_gate_rules_begin(const moe_gate_desc* d, const moei_gate_shared* s)
+MOE_DEVICE void moei_gate_rules_begin(const moei_gate_args* d, const moei_gate_shared* s)
 {
     const int E = d->num_experts, warps = (int)blockDim.x / MOEI_WARP;
     MOEI_NO_UNROLL
@@ -85,7 +85,7 @@ MOE_DEVICE void moei_gate_rules_begin(const moe_gate_desc* d, const moei_gate_sh
 }
 
 /* Writes the counts and the sums of probabilities of a block's chunk; all threads. */
-MOE_DEVICE void moei_gate_rules_end(const moe_gate_desc* d, const moei_gate_shared* s)
+MOE_DEVICE void moei_gate_rules_end(const moei_gate_args* d, const moei_gate_shared* s)
 {
     const int E = d->num_experts, warps = (int)blockDim.x / MOEI_WARP;
     moei_gate_write_counts(d, s->count);

@@ -20,7 +20,7 @@ typedef struct moei_gate_stats {
 #define MOEI_GATE_MINUS 0xff800000u  /* of -infinity, which is no choice */
 
 /* Takes the logits of token t through the rules into row [E], which is this warp's alone. */
-MOE_DEVICE void moei_gate_fill_row(const moe_gate_desc* d, float* row, int64_t t)
+MOE_DEVICE void moei_gate_fill_row(const moei_gate_args* d, float* row, int64_t t)
 {
     const uint64_t seed = moei_gate_seed(d);
     float v, most = __uint_as_float(MOEI_GATE_MINUS);
@@ -45,7 +45,7 @@ MOE_DEVICE void moei_gate_fill_row(const moe_gate_desc* d, float* row, int64_t t
 
 /* The logit of a pass; false where the token does not see the expert, or it is -infinity. rules is
    a literal: with it the logits are in row, without it they are used as they come. */
-MOE_DEVICE bool moei_gate_see(float* v, const moe_gate_desc* d, const float* row, int64_t t, int e,
+MOE_DEVICE bool moei_gate_see(float* v, const moei_gate_args* d, const float* row, int64_t t, int e,
                               const int rules)
 {
     if (rules) {
@@ -57,7 +57,7 @@ MOE_DEVICE bool moei_gate_see(float* v, const moe_gate_desc* d, const float* row
 }
 
 /* Reads the row of token t: all lanes get the result. */
-MOE_DEVICE moei_gate_stats moei_gate_row_stats(const moe_gate_desc* d, const float* row, int64_t t,
+MOE_DEVICE moei_gate_stats moei_gate_row_stats(const moei_gate_args* d, const float* row, int64_t t,
                                                const int rules)
 {
     const int E = d->num_experts;
@@ -109,7 +109,7 @@ MOE_DEVICE moei_gate_stats moei_gate_row_stats(const moe_gate_desc* d, const flo
 }
 
 /* The probability of an expert: the score, over the sum of all scores. */
-MOE_DEVICE float moei_gate_probability(const moe_gate_desc* d, float v, const moei_gate_stats* s)
+MOE_DEVICE float moei_gate_probability(const moei_gate_args* d, float v, const moei_gate_stats* s)
 {
     const float unit = moei_gate_units_of(d).unit;
     if (d->score != MOE_SCORE_SIGMOID) return moei_gate_score(d, unit, v, s->max, s->sum);
@@ -119,7 +119,7 @@ MOE_DEVICE float moei_gate_probability(const moe_gate_desc* d, float v, const mo
 
 /* What selection compares: the logit or, with a bias, the score and the bias; groups always by
    scores (top-k softmax: by logits throughout). */
-MOE_DEVICE float moei_gate_merit(const moe_gate_desc* d, float v, int e, const moei_gate_stats* s,
+MOE_DEVICE float moei_gate_merit(const moei_gate_args* d, float v, int e, const moei_gate_stats* s,
                                  bool groups)
 {
     if ((d->expert_bias || groups) && d->score != MOE_SCORE_TOPK_SOFTMAX)
@@ -128,15 +128,15 @@ MOE_DEVICE float moei_gate_merit(const moe_gate_desc* d, float v, int e, const m
 }
 
 /* Is a chosen expert used? v: its logit by the rules, not in units. */
-MOE_DEVICE bool moei_gate_used(const moe_gate_desc* d, float v, float weight)
+MOE_DEVICE bool moei_gate_used(const moei_gate_args* d, float v, float weight)
 {
     return d->score == MOE_SCORE_SPARSEMAX ? weight > 0.0f
-                                           : d->score != MOE_SCORE_SIGMOID || v >= d->threshold;
+                                           : d->score != MOE_SCORE_SIGMOID || v >= d->least_logit;
 }
 
 /* Bit g: the token may choose from group g. The score of a group is the sum of its two best; lane g
    has group g. */
-MOE_DEVICE uint32_t moei_gate_groups(const moe_gate_desc* d, const float* row,
+MOE_DEVICE uint32_t moei_gate_groups(const moei_gate_args* d, const float* row,
                                      const moei_gate_stats* s)
 {
     const int G = d->num_groups, size = d->num_experts / G, g = moei_lane();
@@ -160,7 +160,7 @@ MOE_DEVICE uint32_t moei_gate_groups(const moe_gate_desc* d, const float* row,
 }
 
 /* Adds a token's probabilities to prob [E], which is this warp's alone. */
-MOE_DEVICE void moei_gate_add_probabilities(const moe_gate_desc* d, float* prob, const float* row,
+MOE_DEVICE void moei_gate_add_probabilities(const moei_gate_args* d, float* prob, const float* row,
                                             const moei_gate_stats* s)
 {
     float v;
@@ -170,7 +170,7 @@ MOE_DEVICE void moei_gate_add_probabilities(const moe_gate_desc* d, float* prob,
 }
 
 /* ids and weights of a token that selects nothing, from choice `first` on. */
-MOE_DEVICE void moei_gate_unused(const moe_gate_desc* d, int64_t t, int first, int step)
+MOE_DEVICE void moei_gate_unused(const moei_gate_args* d, int64_t t, int first, int step)
 {
     for (int k = first; k < d->top_k; k += step) {
         d->ids[t * d->top_k + k] = -1;
@@ -181,14 +181,14 @@ MOE_DEVICE void moei_gate_unused(const moe_gate_desc* d, int64_t t, int first, i
 /* Are the weights of the chosen divided by their own sum? Then what they have in common cancels,
    and the largest of them, not of the row, stands at 1: it may be far below the row's, where a
    bias, groups or the whole batch have chosen. */
-MOE_DEVICE bool moei_gate_own_sum(const moe_gate_desc* d)
+MOE_DEVICE bool moei_gate_own_sum(const moei_gate_args* d)
 {
     return d->score == MOE_SCORE_TOPK_SOFTMAX || d->renormalize != 0;
 }
 
 /* Turns the logits that wait in d->weights into weights, and counts the experts used. The whole
    warp; what it wrote before is visible to it. */
-MOE_DEVICE void moei_gate_finish(const moe_gate_desc* d, int* count, int64_t t,
+MOE_DEVICE void moei_gate_finish(const moei_gate_args* d, int* count, int64_t t,
                                  const moei_gate_stats* s, const int rules)
 {
     const int K = d->top_k;
@@ -223,7 +223,7 @@ MOE_DEVICE void moei_gate_finish(const moe_gate_desc* d, int* count, int64_t t,
    descending merit and ascending indices; or, where the batch has chosen, those of `chosen` [K].
    The choices wait as logits in d->weights. prob and row [E] are this warp's, prob where
    probabilities are summed; rules is a literal, and without it neither is used. */
-MOE_DEVICE void moei_gate_token(const moe_gate_desc* d, int* count, float* prob, float* row,
+MOE_DEVICE void moei_gate_token(const moei_gate_args* d, int* count, float* prob, float* row,
                                 const int32_t* chosen, int t, const int rules)
 {
     const int E = d->num_experts, K = d->top_k;

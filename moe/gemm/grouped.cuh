@@ -234,7 +234,7 @@ MOE_HOST moe_status moei_gemm_check(moe_grouped_gemm_desc* d)
 /* For moe_gemm_tile (tile.cuh) in a kernel of one's own: fills in the descriptor's defaults, which
    device code needs. Errors as of moe_grouped_gemm. A file that wants no other kernel defines
    MOE_GEMM_VARIANT_LIST(X, ...) as nothing before it includes this header. */
-MOE_HOST moe_status moe_gemm_tile_prepare(moe_grouped_gemm_desc* desc)
+MOE_HOST moe_status moe_gemm_tile_resolve(moe_grouped_gemm_desc* desc)
 {
     MOEI_REQUIRE(desc, MOE_ERR_NULL, desc);
     return moei_gemm_check(desc);

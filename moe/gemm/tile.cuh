@@ -313,7 +313,7 @@ MOE_DEVICE void moei_tile_sum(moei_mma_c acc[4][4], const moe_grouped_gemm_desc*
    rows of C, or from c_table[expert] on; of A they are row_index's, or themselves. Where a_major is
    MOE_MAJOR_MN, row is a multiple of 8.
 
-   d is a descriptor that moe_gemm_tile_prepare (grouped.cuh) has filled in on the host; its offsets
+   d is a descriptor that moe_gemm_tile_resolve (grouped.cuh) has filled in on the host; its offsets
    are not looked at, nor whether the fault word says stop; a row_index outside A sets that word.
    The shape's members are literals, dtype and majors the descriptor's own. All threads of a block of
    f.threads call it together; `shared` has moe_gemm_tile_smem(f) bytes, 128-byte aligned, and may be

@@ -92,6 +92,13 @@ template <class K, class A> inline auto moeh_bind(K* kernel, const A& arg)
     return [kernel, arg] { kernel(arg); };
 }
 
+/* The same of a kernel whose type is not known any more. */
+template <class A> inline auto moeh_bind_prepared(const void* kernel, const A& arg)
+{
+    void (*const typed)(const A) = (void (*)(const A))kernel;
+    return [typed, arg] { typed(arg); };
+}
+
 /* Queues a grid. Nothing runs before the host waits for something. `kernel`: its address; null
    where none must be preloaded. */
 template <class F>

@@ -97,7 +97,7 @@ static step_args make_step(const float* logits, void* const* table, int tokens)
     c->y_dtype = MOE_FP32;
     c->num_tokens = tokens;
     c->hidden = H, c->top_k = K;
-    MOE(moe_combine_prepare(c)); /* device code needs the defaults filled in */
+    MOE(moe_combine_resolve(c)); /* device code needs the defaults filled in */
     return a;
 }
 

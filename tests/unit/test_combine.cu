@@ -514,7 +514,7 @@ static void test_combine_own_kernel(void)
         c.buffers = i == 5 ? 0 : 7;
         bufs_new(&b, &c, &r);
         a.d = b.d;
-        CHECK_STATUS(moe_combine_prepare(&a.d), MOE_OK);
+        CHECK_STATUS(moe_combine_resolve(&a.d), MOE_OK);
         {
             const int64_t row_bytes = c.H * moe_dtype_bytes(c.rows_dtype);
             const int64_t stride = (c.H + c.row_pad) * moe_dtype_bytes(c.rows_dtype);
@@ -544,7 +544,7 @@ static void test_combine_own_kernel(void)
         compare(&b, &c);
         bufs_free(&b);
     }
-    CHECK_STATUS(moe_combine_prepare(0), MOE_STATUS(MOE_ERR_NULL, desc));
+    CHECK_STATUS(moe_combine_resolve(0), MOE_STATUS(MOE_ERR_NULL, desc));
 }
 
 /* All slots dropped: the residual, or 0. All slots bad: the same, and the first one is named. */

@@ -200,7 +200,7 @@ static void step_try(const step_case* c, trand* r, int by_block)
     a.d.y_dtype = c->y_dtype;
     a.d.num_tokens = T;
     a.d.hidden = H;
-    CHECK_STATUS(moe_combine_prepare(&a.d), MOE_OK);
+    CHECK_STATUS(moe_combine_resolve(&a.d), MOE_OK);
     out[0] = &ids, out[1] = &weights, out[2] = &y;
     test_same_bits(by_block ? "block" : "warp", step_launch, &a, out, 3, 3);
 
@@ -325,7 +325,7 @@ static void down_try(trand* r, int T, int K, int E, int N, int depth, int one_ex
     a.row_token = (const int32_t*)tokens.p;
     a.row_weight = (const float*)weights.p;
     a.y = (float*)y.p;
-    CHECK_STATUS(moe_gemm_tile_prepare(&a.d), MOE_OK);
+    CHECK_STATUS(moe_gemm_tile_resolve(&a.d), MOE_OK);
     l = moei_grid((N + 63) / 64, 128,
                   moe_gemm_tile_smem(DOWN_SHAPE),
                   test_now.stream);

@@ -351,7 +351,7 @@ static void test_gemm_activations_alone(void)
                 a.d.alpha = option == 1 ? 1.0f : -0.01f;
                 a.d.limit = option == 1 ? 3.0f : 1e30f;
             }
-            CHECK_STATUS(moe_gemm_tile_prepare(&a.d), MOE_OK);
+            CHECK_STATUS(moe_gemm_tile_resolve(&a.d), MOE_OK);
             CHECK_STATUS(MOE_LAUNCH(activation_kernel, c, a), MOE_OK);
             tbuf_get(&bo, got);
             for (int i = 0; i < N; ++i) {
@@ -1358,7 +1358,7 @@ static void test_gemm_own_kernel(void)
             bufs_new(&b, &c, &r);
             memset(&a, 0, sizeof a);
             a.d = b.d;
-            CHECK_STATUS(moe_gemm_tile_prepare(&a.d), MOE_OK);
+            CHECK_STATUS(moe_gemm_tile_resolve(&a.d), MOE_OK);
             CHECK_STATUS(moe_grouped_gemm_plan(&b.d, &p), MOE_OK);
             a.tile = c.tile;
             a.tile_rows = p.tile_m;
@@ -1376,7 +1376,7 @@ static void test_gemm_own_kernel(void)
             compare(&b, &c);
             bufs_free(&b);
         }
-    CHECK_STATUS(moe_gemm_tile_prepare(0), MOE_STATUS(MOE_ERR_NULL, desc));
+    CHECK_STATUS(moe_gemm_tile_resolve(0), MOE_STATUS(MOE_ERR_NULL, desc));
 }
 
 /* C may begin where A ends. */
