@@ -8,11 +8,11 @@
 
 static void run_layer(void* context, cudaStream_t stream)
 {
-    BENCH_MOE(moe_layer_forward((const moe_layer_desc*)context, stream));
+    BENCH_MOE(moe_layer_run((const moe_layer_prepared*)context, stream));
 }
 
 typedef struct stage_job {
-    const moe_layer_desc* layer;
+    const moe_layer_prepared* layer;
     int stage;
 } stage_job;
 
@@ -109,7 +109,7 @@ static void run_shape(bench_state* s, int T, int H, int I, int E, int K, int S, 
                              piece(slots * (uint64_t)H * 2) +
                              (S ? piece((uint64_t)T * (uint64_t)S * 2) + piece((uint64_t)T * (uint64_t)H * 2) : 0);
     moe_layer_desc l;
-    moe_gemm_plan up, down;
+    moe_layer_prepared p;
     check_args check;
     unsigned worst[3];
     size_t free_before, free_after, total;
@@ -139,7 +139,8 @@ static void run_shape(bench_state* s, int T, int H, int I, int E, int K, int S, 
     BENCH_CUDA(cudaMemset(l.y, 0xff, (size_t)T * (size_t)H * 2));
     BENCH_MOE(moe_preload());
     BENCH_CUDA(cudaMemGetInfo(&free_before, &total));
-    BENCH_MOE(moe_layer_forward(&l, s->stream));
+    BENCH_MOE(moe_layer_prepare(&l, &p));
+    BENCH_MOE(moe_layer_run(&p, s->stream));
     BENCH_CUDA(cudaStreamSynchronize(s->stream));
     BENCH_CUDA(cudaMemGetInfo(&free_after, &total));
     *failures += free_after != free_before;
@@ -157,16 +158,16 @@ static void run_shape(bench_state* s, int T, int H, int I, int E, int K, int S, 
         const float error = moe_f32_from_bits(worst[0]), bound = 2 * moe_f32_from_bits(worst[1]) + 1e-5f;
         const float logit = moe_f32_from_bits(worst[2]);
         *failures += !(error <= bound) || !(logit <= 1.0f);
-        BENCH_MOE(moe_layer_plan(&l, &up, &down));
         printf("T %d H %d I %d E %d K %d shared %d: error %.2g (bound %.2g), logits %.2f of theirs; workspace %.2f GiB "
                "= the formula's, other memory %lld bytes; tiles %dx%d, %dx%d\n",
                T, H, I, E, K, S, error, bound, logit, (double)l.workspace_bytes / (1 << 30),
-               (long long)(free_before - free_after), up.tile_m, up.tile_n, down.tile_m, down.tile_n);
+               (long long)(free_before - free_after), p.experts.up.plan.tile_m,
+               p.experts.up.plan.tile_n, p.experts.down.plan.tile_m, p.experts.down.plan.tile_n);
     }
-    call[0] = bench_one(run_layer, &l);
+    call[0] = bench_one(run_layer, &p);
     for (int stage = 0; stage < MOE_LAYER_STAGES; ++stage) {
         if (!S && (stage == MOE_LAYER_SHARED_UP || stage == MOE_LAYER_SHARED_DOWN)) continue;
-        job[calls].layer = &l;
+        job[calls].layer = &p;
         job[calls].stage = stage;
         call[calls] = bench_one(run_stage, &job[calls]);
         ++calls;
@@ -176,7 +177,7 @@ static void run_shape(bench_state* s, int T, int H, int I, int E, int K, int S, 
     snprintf(what, sizeof what, "layer T %d H %d I %d E %d K %d", T, H, I, E, K);
     if (S) snprintf(what + strlen(what), sizeof what - strlen(what), " shared %d", S);
     bench_row(s, what, ms, (flops + shared_flops) / ms * 1e-9, "TFLOPS", 1.0, "the layer");
-    bench_note_clocks(s, run_layer, &l, ms);
+    bench_note_clocks(s, run_layer, &p, ms);
     for (int i = 1; i < calls; ++i) {
         const int stage = job[i].stage;
         const double part = call[i].ms;

@@ -24,13 +24,10 @@ static void run_router(void* context, cudaStream_t stream)
     if (j->tile == PLANNED) {
         BENCH_MOE(moe_router_logits(&j->d, stream));
     } else {
-        moe_router_desc d = j->d;
-        moe_grouped_gemm_desc g;
-        moei_split_args a;
-        int path;
-        BENCH_MOE(moei_router_check(&d, &g, &path));
-        a = moei_router_split_args(&d);
-        BENCH_MOE(moei_split_launch(&a, j->tile == SMALL_TILE, stream));
+        moe_router_prepared p;
+        BENCH_MOE(moe_router_prepare(&j->d, &p));
+        BENCH_MOE(moei_split_prepare(&p.gemm.launch, &p.split, j->tile == SMALL_TILE));
+        BENCH_MOE(moe_router_run(&p, stream));
     }
 }
 

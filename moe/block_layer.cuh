@@ -147,116 +147,175 @@ MOE_HOST moe_status moei_block_layer_check(const moe_block_layer_desc* desc, int
     return moei_block_layer_check_buffers(l, backward);
 }
 
-/* Asks the products first .. last whether they will run: sizes and what the device offers. */
-MOE_HOST moe_status moei_block_layer_check_products(const moei_block_layer* l, int first, int last)
+/* Forward or backward with all but its stream settled, for the device that was current. What this
+   one of them does not run, or not with these options, has null kernels. */
+typedef struct moe_block_layer_prepared {
+    moe_route_prepared route;
+    int32_t* flag; /* [E] of active experts, cleared first; or null */
+    size_t flag_bytes;
+    moei_block_active_args active_args;
+    moei_launch mark, active;
+    moe_block_list_prepared list[2];
+    moei_block_tables_args tables_args;
+    moei_launch tables;
+    moe_permute_prepared gather[2];       /* before the first, and before the third product */
+    moe_block_sparse_prepared product[4]; /* up, down; or dact, dw2, dw1, dx */
+    moei_block_act_args act_args;
+    moei_launch act; /* between the first two */
+    moe_combine_prepared combine;
+} moe_block_layer_prepared;
+
+/* Settles product i of a plan. */
+MOE_HOST moe_status moei_block_layer_product(const moei_block_layer* l, int i,
+                                             moe_block_sparse_prepared* p)
 {
-    for (int i = first; i <= last; ++i) {
-        moe_block_sparse_desc p = l->product[i];
-        const moei_block_shape* t[2];
-        moe_status s;
-        if ((i == MOEI_BLOCK_LAYER_DW1 && !l->d.dw1) || (i == MOEI_BLOCK_LAYER_DW2 && !l->d.dw2) ||
-            (i == MOEI_BLOCK_LAYER_DX && !l->d.dx))
-            continue;
-        s = moei_block_check(&p, p.workspace_bytes);
-        if (s == MOE_OK) s = moei_block_choose(&p, t);
-        if (moe_status_kind(s) == MOE_ERR_RANGE) return MOE_STATUS(MOE_ERR_RANGE, num_tokens);
-        MOEI_TRY(s);
+    const moe_status s = moe_block_sparse_prepare(&l->product[i], p);
+    return moe_status_kind(s) == MOE_ERR_RANGE ? MOE_STATUS(MOE_ERR_RANGE, num_tokens) : s;
+}
+
+/* Settles the tables of addresses. */
+MOE_HOST moe_status moei_block_layer_prepare_tables(const moei_block_layer* l, int backward,
+                                                    moe_block_layer_prepared* p)
+{
+    moei_block_tables_args* a = &p->tables_args;
+    const int64_t strips = l->d.num_tokens ? (int64_t)l->tables.num_experts * l->tables.strips1 : 0;
+    const int64_t threads = strips > l->tables.max_experts ? strips : l->tables.max_experts;
+    moei_launch_config c =
+        moei_grid((threads + MOEI_BLOCK_SETUP_THREADS - 1) / MOEI_BLOCK_SETUP_THREADS,
+                  MOEI_BLOCK_SETUP_THREADS, 0, 0);
+    c.dependent = 1;
+    *a = l->tables;
+    a->no_tokens = l->d.num_tokens == 0;
+    if (!backward) a->grad_expert = 0;
+    if (!backward || !a->dw1) a->dw1_table = 0;
+    if (!backward || !a->dw2) a->dw2_table = 0;
+    if (!backward) a->lacking = 0;
+    return MOE_PREPARE(&p->tables, moei_block_layer_tables, c);
+}
+
+/* The sparse form: settles rows in expert order from x or dy, and back. */
+MOE_HOST moe_status moei_block_layer_prepare_gather(const moei_block_layer* l, const void* x,
+                                                    int64_t stride, moe_permute_prepared* p)
+{
+    moe_permute_desc d = l->permute;
+    if (l->d.form != MOE_BLOCK_LAYER_SPARSE) return MOE_OK;
+    d.x = x;
+    d.x_stride = stride;
+    return moe_permute_prepare(&d, p);
+}
+
+MOE_HOST moe_status moei_block_layer_prepare_combine(const moei_block_layer* l, void* y,
+                                                     int64_t stride, moe_combine_prepared* p)
+{
+    moe_combine_desc d = l->combine;
+    if (l->d.form != MOE_BLOCK_LAYER_SPARSE) return MOE_OK;
+    d.y = y;
+    d.y_stride = stride;
+    return moe_combine_prepare(&d, p);
+}
+
+/* Settles what finds the active experts and makes the lists, which backward finds in `saved`. */
+MOE_HOST moe_status moei_block_layer_prepare_lists(const moei_block_layer* l,
+                                                   moe_block_layer_prepared* p)
+{
+    moei_launch_config c = moei_grid(1, MOEI_BLOCK_SETUP_THREADS, 0, 0);
+    c.dependent = 1;
+    p->active_args = l->active;
+    MOEI_TRY(MOE_PREPARE(&p->active, moei_block_layer_active, c));
+    if (l->d.form == MOE_BLOCK_LAYER_BATCH) {
+        p->flag = l->active.flag;
+        p->flag_bytes = (size_t)l->d.num_experts * 4;
+        c = moei_grid((l->active.slots + MOEI_BLOCK_SETUP_THREADS - 1) / MOEI_BLOCK_SETUP_THREADS,
+                      MOEI_BLOCK_SETUP_THREADS, 0, 0);
+        c.dependent = 1;
+        MOEI_TRY(MOE_PREPARE(&p->mark, moei_block_layer_mark, c));
     }
+    for (int i = 0; i <= l->gated; ++i)
+        MOEI_TRY(moe_block_list_prepare(&l->list[i], &p->list[i]));
     return MOE_OK;
 }
 
-/* Queues the tables of addresses. */
-MOE_HOST moe_status moei_block_layer_tables_launch(const moei_block_layer* l, int backward,
-                                                   cudaStream_t stream)
-{
-    moei_block_tables_args a = l->tables;
-    const int64_t strips = l->d.num_tokens ? (int64_t)a.num_experts * a.strips1 : 0;
-    const int64_t threads = strips > a.max_experts ? strips : a.max_experts;
-    moei_launch_config c =
-        moei_grid((threads + MOEI_BLOCK_SETUP_THREADS - 1) / MOEI_BLOCK_SETUP_THREADS,
-                  MOEI_BLOCK_SETUP_THREADS, 0, stream);
-    c.dependent = 1;
-    a.no_tokens = l->d.num_tokens == 0;
-    if (!backward) a.grad_expert = 0;
-    if (!backward || !a.dw1) a.dw1_table = 0;
-    if (!backward || !a.dw2) a.dw2_table = 0;
-    if (!backward) a.lacking = 0;
-    return MOE_LAUNCH(moei_block_layer_tables, c, a);
-}
-
-/* The sparse form: rows in expert order from x or dy, and back. */
-MOE_HOST moe_status moei_block_layer_gather(const moei_block_layer* l, const void* x,
-                                            int64_t stride, cudaStream_t stream)
-{
-    moe_permute_desc p = l->permute;
-    if (l->d.form != MOE_BLOCK_LAYER_SPARSE) return MOE_OK;
-    p.x = x;
-    p.x_stride = stride;
-    return moe_permute(&p, stream);
-}
-
-MOE_HOST moe_status moei_block_layer_combine(const moei_block_layer* l, void* y, int64_t stride,
-                                             cudaStream_t stream)
-{
-    moe_combine_desc c = l->combine;
-    if (l->d.form != MOE_BLOCK_LAYER_SPARSE) return MOE_OK;
-    c.y = y;
-    c.y_stride = stride;
-    return moe_combine(&c, stream);
-}
-
-/* Queues y on `stream`, and what backward needs into `saved`. Errors: every field as documented,
-   each with its own status; nothing is queued then and nothing written. T = 0 is no error. */
-MOE_HOST moe_status moe_block_layer_forward(const moe_block_layer_desc* desc, cudaStream_t stream)
+/* Settles forward: moe_block_layer_run queues y, and what backward needs into `saved`, any number of
+   times. Errors: every field as documented, each with its own status. T = 0 is no error. */
+MOE_HOST moe_status moe_block_layer_prepare_forward(const moe_block_layer_desc* desc,
+                                                    moe_block_layer_prepared* p)
 {
     moei_block_layer l;
-    moei_launch_config c;
-    MOEI_REQUIRE(desc, MOE_ERR_NULL, desc);
+    MOEI_REQUIRE(desc && p, MOE_ERR_NULL, desc);
+    memset(p, 0, sizeof *p);
     MOEI_TRY(moei_block_layer_check(desc, 0, &l));
     if (l.d.num_tokens == 0) return MOE_OK;
-    MOEI_TRY(moei_block_layer_check_products(&l, MOEI_BLOCK_LAYER_UP, MOEI_BLOCK_LAYER_DOWN));
-    if (l.d.form == MOE_BLOCK_LAYER_SPARSE) MOEI_TRY(moe_route(&l.route, stream));
-    if (l.d.form == MOE_BLOCK_LAYER_BATCH) {
-        MOEI_TRY_CUDA(cudaMemsetAsync(l.active.flag, 0, (size_t)l.d.num_experts * 4, stream));
-        c = moei_grid((l.active.slots + MOEI_BLOCK_SETUP_THREADS - 1) / MOEI_BLOCK_SETUP_THREADS,
-                      MOEI_BLOCK_SETUP_THREADS, 0, stream);
-        c.dependent = 1;
-        MOEI_TRY(MOE_LAUNCH(moei_block_layer_mark, c, l.active));
-    }
-    c = moei_grid(1, MOEI_BLOCK_SETUP_THREADS, 0, stream);
-    c.dependent = 1;
-    MOEI_TRY(MOE_LAUNCH(moei_block_layer_active, c, l.active));
-    for (int i = 0; i <= l.gated; ++i) MOEI_TRY(moe_block_list_build(&l.list[i], stream));
-    MOEI_TRY(moei_block_layer_tables_launch(&l, 0, stream));
-    MOEI_TRY(moei_block_layer_gather(&l, l.d.x, l.d.x_stride, stream));
-    MOEI_TRY(moe_block_sparse(&l.product[MOEI_BLOCK_LAYER_UP], stream));
-    MOEI_TRY(moei_block_act_launch(&l.act, l.runs, 0, l.d.dtype, stream));
-    MOEI_TRY(moe_block_sparse(&l.product[MOEI_BLOCK_LAYER_DOWN], stream));
-    return moei_block_layer_combine(&l, l.d.y, l.d.y_stride, stream);
+    MOEI_TRY(moei_block_layer_product(&l, MOEI_BLOCK_LAYER_UP, &p->product[0]));
+    MOEI_TRY(moei_block_layer_product(&l, MOEI_BLOCK_LAYER_DOWN, &p->product[1]));
+    if (l.d.form == MOE_BLOCK_LAYER_SPARSE) MOEI_TRY(moe_route_prepare(&l.route, &p->route));
+    MOEI_TRY(moei_block_layer_prepare_lists(&l, p));
+    MOEI_TRY(moei_block_layer_prepare_tables(&l, 0, p));
+    MOEI_TRY(moei_block_layer_prepare_gather(&l, l.d.x, l.d.x_stride, &p->gather[0]));
+    p->act_args = l.act;
+    MOEI_TRY(moei_block_act_prepare(&p->act, &p->act_args, l.runs, 0, l.d.dtype));
+    return moei_block_layer_prepare_combine(&l, l.d.y, l.d.y_stride, &p->combine);
 }
 
-/* Queues the gradients that are wanted on `stream`. `saved` is as a forward with the same form,
-   sizes, options and inputs left it; without act_grad it is used up. Errors: as of forward. */
-MOE_HOST moe_status moe_block_layer_backward(const moe_block_layer_desc* desc, cudaStream_t stream)
+/* Settles backward: moe_block_layer_run queues the gradients that are wanted. `saved` is as a forward
+   with the same form, sizes, options and inputs left it; without act_grad it is used up. Errors: as
+   of forward. */
+MOE_HOST moe_status moe_block_layer_prepare_backward(const moe_block_layer_desc* desc,
+                                                     moe_block_layer_prepared* p)
 {
     moei_block_layer l;
-    MOEI_REQUIRE(desc, MOE_ERR_NULL, desc);
+    MOEI_REQUIRE(desc && p, MOE_ERR_NULL, desc);
+    memset(p, 0, sizeof *p);
     MOEI_TRY(moei_block_layer_check(desc, 1, &l));
     if (l.d.num_tokens == 0)
-        return l.d.grad_expert ? moei_block_layer_tables_launch(&l, 1, stream) : MOE_OK;
-    MOEI_TRY(moei_block_layer_check_products(&l, MOEI_BLOCK_LAYER_DACT, MOEI_BLOCK_LAYER_DX));
-    MOEI_TRY(moei_block_layer_tables_launch(&l, 1, stream));
-    MOEI_TRY(moei_block_layer_gather(&l, l.d.dy, l.d.dy_stride, stream));
-    MOEI_TRY(moe_block_sparse(&l.product[MOEI_BLOCK_LAYER_DACT], stream));
-    MOEI_TRY(moei_block_act_launch(&l.act, l.runs, 1, l.d.dtype, stream));
-    if (l.d.dw2) MOEI_TRY(moe_block_sparse(&l.product[MOEI_BLOCK_LAYER_DW2], stream));
-    if (l.d.dw1) { /* the sparse form's rows of dy have been used: x takes their place */
-        MOEI_TRY(moei_block_layer_gather(&l, l.d.x, l.d.x_stride, stream));
-        MOEI_TRY(moe_block_sparse(&l.product[MOEI_BLOCK_LAYER_DW1], stream));
-    }
+        return l.d.grad_expert ? moei_block_layer_prepare_tables(&l, 1, p) : MOE_OK;
+    MOEI_TRY(moei_block_layer_product(&l, MOEI_BLOCK_LAYER_DACT, &p->product[0]));
+    if (l.d.dw2) MOEI_TRY(moei_block_layer_product(&l, MOEI_BLOCK_LAYER_DW2, &p->product[1]));
+    if (l.d.dw1) MOEI_TRY(moei_block_layer_product(&l, MOEI_BLOCK_LAYER_DW1, &p->product[2]));
+    if (l.d.dx) MOEI_TRY(moei_block_layer_product(&l, MOEI_BLOCK_LAYER_DX, &p->product[3]));
+    MOEI_TRY(moei_block_layer_prepare_tables(&l, 1, p));
+    MOEI_TRY(moei_block_layer_prepare_gather(&l, l.d.dy, l.d.dy_stride, &p->gather[0]));
+    p->act_args = l.act;
+    MOEI_TRY(moei_block_act_prepare(&p->act, &p->act_args, l.runs, 1, l.d.dtype));
+    if (l.d.dw1) /* the sparse form's rows of dy have been used: x takes their place */
+        MOEI_TRY(moei_block_layer_prepare_gather(&l, l.d.x, l.d.x_stride, &p->gather[1]));
     if (!l.d.dx) return MOE_OK;
-    MOEI_TRY(moe_block_sparse(&l.product[MOEI_BLOCK_LAYER_DX], stream));
-    return moei_block_layer_combine(&l, l.d.dx, l.d.dx_stride, stream);
+    return moei_block_layer_prepare_combine(&l, l.d.dx, l.d.dx_stride, &p->combine);
+}
+
+/* Queues a prepared forward or backward on `stream`. */
+MOE_HOST moe_status moe_block_layer_run(const moe_block_layer_prepared* p, cudaStream_t stream)
+{
+    MOEI_REQUIRE(p, MOE_ERR_NULL, desc);
+    MOEI_TRY(moe_route_run(&p->route, stream));
+    if (p->flag) MOEI_TRY_CUDA(cudaMemsetAsync(p->flag, 0, p->flag_bytes, stream));
+    MOEI_TRY(MOE_RUN(&p->mark, p->active_args, stream));
+    MOEI_TRY(MOE_RUN(&p->active, p->active_args, stream));
+    for (int i = 0; i < 2; ++i) MOEI_TRY(moe_block_list_run(&p->list[i], stream));
+    MOEI_TRY(MOE_RUN(&p->tables, p->tables_args, stream));
+    MOEI_TRY(moe_permute_run(&p->gather[0], stream));
+    MOEI_TRY(moe_block_sparse_run(&p->product[0], stream));
+    MOEI_TRY(MOE_RUN(&p->act, p->act_args, stream));
+    MOEI_TRY(moe_block_sparse_run(&p->product[1], stream));
+    MOEI_TRY(moe_permute_run(&p->gather[1], stream));
+    MOEI_TRY(moe_block_sparse_run(&p->product[2], stream));
+    MOEI_TRY(moe_block_sparse_run(&p->product[3], stream));
+    return moe_combine_run(&p->combine, stream);
+}
+
+/* Prepares and runs forward. Nothing is queued where a field is refused, and nothing written. */
+MOE_HOST moe_status moe_block_layer_forward(const moe_block_layer_desc* desc, cudaStream_t stream)
+{
+    moe_block_layer_prepared p;
+    MOEI_TRY(moe_block_layer_prepare_forward(desc, &p));
+    return moe_block_layer_run(&p, stream);
+}
+
+/* The same of backward. */
+MOE_HOST moe_status moe_block_layer_backward(const moe_block_layer_desc* desc, cudaStream_t stream)
+{
+    moe_block_layer_prepared p;
+    MOEI_TRY(moe_block_layer_prepare_backward(desc, &p));
+    return moe_block_layer_run(&p, stream);
 }
 
 /* Loads the kernels that the layer forms may run now. */

@@ -60,14 +60,9 @@
     X(bf16, MOE_BF16)
 #endif
 
-/* What has a body: bf16 from sm_80; on sm_75, what fits into its shared memory. */
-#define MOEI_BLOCK_SM75_SMEM 65536
-#if MOE_ON_HOST || !defined(__CUDA_ARCH__)
-#define MOEI_BLOCK_HERE(smem, dtype) 1
-#else
-#define MOEI_BLOCK_HERE(smem, dtype)                                                               \
-    (__CUDA_ARCH__ >= 800 || ((dtype) == MOE_FP16 && (smem) < MOEI_BLOCK_SM75_SMEM))
-#endif
+/* Versions of code that have a body: bf16 from sm_80; sm_75 what fits into its shared memory. */
+#define MOEI_BLOCK_LEAST(dtype, tm, tn, deep, stages)                                              \
+    ((dtype) == MOE_FP16 && (stages) * 2 * ((tm) + (tn)) * (deep) < 65536 ? 75 : 80)
 
 #define MOEI_BLOCK_KERNEL(name, tm, tn, deep, wm, wn, stages, blocks, suffix, dtype)               \
     MOE_KERNEL((wm) * (wn)*32, blocks)                                                             \
@@ -78,7 +73,7 @@
         moei_let_next_start();                                                                     \
         moei_wait_for_previous();                                                                  \
         const moe_gemm_shape f = moe_gemm_shape_of(tm, tn, deep, wm, wn, stages, dtype, 0, 0);     \
-        if (MOEI_BLOCK_HERE((stages) * 2 * ((tm) + (tn)) * (deep), dtype) &&                       \
+        if (MOEI_CODE_HERE(MOEI_BLOCK_LEAST(dtype, tm, tn, deep, stages), MOEI_CODE_ANY) &&        \
             !moei_fault_stopped(d.fault))                                                          \
             for (int round = 0; moei_block_tile(&d, shared, &s, round, f); ++round)                \
                 __syncthreads();                                                                   \
@@ -88,67 +83,55 @@ MOE_BLOCK_SPARSE_DTYPE_LIST(MOEI_BLOCK_KERNELS)
 #undef MOEI_BLOCK_KERNELS
 #undef MOEI_BLOCK_KERNEL
 
-static const moei_block_shape moei_block_shapes[] = {
-#define MOEI_BLOCK_ROW(name, tm, tn, deep, wm, wn, stages, blocks, unused)                         \
-    {MOE_BLOCK_TILE_##name, tm, tn, deep, wm, wn, stages},
-    MOEI_BLOCK_TILE_LIST(MOEI_BLOCK_ROW, )
+static const moei_variant moei_block_variants[] = {
+#define MOEI_BLOCK_ROW(name, tm, tn, deep, wm, wn, stages, blocks, suffix, dtype)                  \
+    {(const void*)moei_block_##name##_##suffix,                                                    \
+     "moei_block_" #name "_" #suffix,                                                              \
+     MOEI_SHAPE_INIT(tm, tn, deep, wm, wn, stages, dtype, 0, 0),                                   \
+     MOE_BLOCK_TILE_##name,                                                                        \
+     blocks,                                                                                       \
+     MOEI_BLOCK_LEAST(dtype, tm, tn, deep, stages),                                                \
+     MOEI_CODE_ANY},
+#define MOEI_BLOCK_ROWS(suffix, dtype) MOEI_BLOCK_TILE_LIST(MOEI_BLOCK_ROW, suffix, dtype)
+    MOE_BLOCK_SPARSE_DTYPE_LIST(MOEI_BLOCK_ROWS)
+#undef MOEI_BLOCK_ROWS
 #undef MOEI_BLOCK_ROW
-};
-#define MOEI_BLOCK_SHAPES ((int)(sizeof moei_block_shapes / sizeof moei_block_shapes[0]))
+    MOEI_VARIANT_END};
 
-/* The kernel of one tile and dtype; null where MOE_BLOCK_SPARSE_DTYPE_LIST lacks it. */
-MOE_HOST const void* moei_block_kernel(int tile, int dtype)
+/* The kernel of one tile and dtype, the tensors' majors being arguments; null where
+   MOE_BLOCK_SPARSE_DTYPE_LIST lacks it. */
+MOE_HOST const moei_variant* moei_block_variant(int tile, int dtype)
 {
-#define MOEI_BLOCK_FIND(name, tm, tn, deep, wm, wn, stages, blocks, suffix, dt)                    \
-    if (tile == MOE_BLOCK_TILE_##name && dtype == dt)                                              \
-        return (const void*)moei_block_##name##_##suffix;
-#define MOEI_BLOCK_FINDS(suffix, dt) MOEI_BLOCK_TILE_LIST(MOEI_BLOCK_FIND, suffix, dt)
-    MOE_BLOCK_SPARSE_DTYPE_LIST(MOEI_BLOCK_FINDS)
-#undef MOEI_BLOCK_FINDS
-#undef MOEI_BLOCK_FIND
-    (void)tile;
-    (void)dtype;
-    return 0;
+    return moei_variant_find(moei_block_variants, tile, dtype, 0, 0);
 }
 
-MOE_HOST size_t moei_block_shape_smem(const moei_block_shape* t)
-{
-    return moei_ring_bytes(moe_gemm_shape_of(t->tm, t->tn, t->deep, t->warps_m, t->warps_n,
-                                             t->stages, 0, 0, 0));
-}
-
-/* Can the current device and this binary run the shape? */
-MOE_HOST moe_status moei_block_runs(const moei_block_shape* t, int dtype, int* runs)
+/* Refuses a dtype that this file was not compiled with, or the device has not. */
+MOE_HOST moe_status moei_block_check_dtype(int dtype)
 {
     moei_device dev;
-    MOEI_REQUIRE(moei_block_kernel(t->tile, dtype), MOE_ERR_NOT_COMPILED, dtype);
+    MOEI_REQUIRE(moei_block_variant(MOE_BLOCK_TILE_64x64, dtype), MOE_ERR_NOT_COMPILED, dtype);
     MOEI_TRY(moei_device_query(&dev));
     MOEI_REQUIRE(MOE_ON_HOST || dtype == MOE_FP16 || dev.major >= 8, MOE_ERR_DEVICE, dtype);
-    *runs = moei_block_shape_smem(t) + sizeof(moei_block_shared) <= (size_t)dev.smem_block;
-#if !MOE_ON_HOST
-    {
-        cudaFuncAttributes fa;
-        MOEI_TRY_CUDA(cudaFuncGetAttributes(&fa, moei_block_kernel(t->tile, dtype)));
-        *runs = *runs && (fa.ptxVersion >= 80 ||
-                          (dtype == MOE_FP16 && moei_block_shape_smem(t) < MOEI_BLOCK_SM75_SMEM));
-    }
-#endif
     return MOE_OK;
 }
 
-MOE_HOST const moei_block_shape* moei_block_shape_of(int tile)
+/* Can the current device and this binary run it? */
+MOE_HOST moe_status moei_block_runs(const moei_variant* t, int* runs)
 {
-    for (int i = 0; i < MOEI_BLOCK_SHAPES; ++i)
-        if (moei_block_shapes[i].tile == tile) return &moei_block_shapes[i];
-    return 0;
+    moei_device dev;
+    MOEI_TRY(moei_device_query(&dev));
+    MOEI_TRY(moei_variant_runs(t, runs));
+    *runs = *runs &&
+            moei_ring_bytes(t->shape) + sizeof(moei_block_shared) <= (size_t)dev.smem_block;
+    return MOE_OK;
 }
 
 /* The tile for what a tile shape leaves over; null where it runs all itself. */
-MOE_HOST const moei_block_shape* moei_block_rest(const moe_block_sparse_desc* d,
-                                                 const moei_block_shape* t, int rest)
+MOE_HOST const moei_variant* moei_block_rest(const moe_block_sparse_desc* d,
+                                                 const moei_variant* t, int rest)
 {
-    const moei_block_shape* r = moei_block_shape_of(rest);
-    return r && r->tm < t->tm && moei_block_join(d, t) > 1 ? r : 0;
+    const moei_variant* r = moei_block_variant(rest, d->dtype);
+    return r && r->shape.tm < t->shape.tm && moei_block_join(d, t) > 1 ? r : 0;
 }
 
 /* The tile as high as the blocks. */
@@ -162,7 +145,7 @@ MOE_HOST int moei_block_low(const moe_block_sparse_desc* d)
 
 /* The tiles of a checked descriptor, the caller's, or by the rule at the top: t[0], and t[1] for
    the rest, which may be null. */
-MOE_HOST moe_status moei_block_choose(const moe_block_sparse_desc* d, const moei_block_shape** t)
+MOE_HOST moe_status moei_block_choose(const moe_block_sparse_desc* d, const moei_variant** t)
 {
     const int low = moei_block_low(d);
     const int wanted[] = {d->choice.tile ? d->choice.tile
@@ -170,19 +153,22 @@ MOE_HOST moe_status moei_block_choose(const moe_block_sparse_desc* d, const moei
                                          : MOE_BLOCK_TILE_128x256,
                           MOE_BLOCK_TILE_64x256, MOE_BLOCK_TILE_64x64};
     moei_device dev;
+    MOEI_TRY(moei_block_check_dtype(d->dtype));
     MOEI_TRY(moei_device_query(&dev));
     for (int w = 0; w < 3; ++w) {
-        const moei_block_shape* o = moei_block_shape_of(wanted[w]);
+        const moei_variant* o = moei_block_variant(wanted[w], d->dtype);
         const int64_t rows = d->op == MOE_BLOCK_DDS ? d->n : d->m;
         const int64_t columns = d->op == MOE_BLOCK_DDS ? d->m : d->n;
-        const int enough = (rows + o->tm - 1) / o->tm * ((columns + o->tn - 1) / o->tn) >= dev.sms;
+        const int enough = (rows + o->shape.tm - 1) / o->shape.tm *
+                               ((columns + o->shape.tn - 1) / o->shape.tn) >=
+                           dev.sms;
         int runs;
-        MOEI_TRY(moei_block_runs(o, d->dtype, &runs));
+        MOEI_TRY(moei_block_runs(o, &runs));
         t[0] = o;
         MOEI_REQUIRE(runs || !d->choice.tile, MOE_ERR_DEVICE, choice);
         if (!runs || !(w == 2 || d->choice.tile || enough)) continue;
         t[1] = moei_block_rest(d, o, d->choice.tile ? d->choice.rest : w < 2 ? low : 0);
-        if (t[1]) MOEI_TRY(moei_block_runs(t[1], d->dtype, &runs));
+        if (t[1]) MOEI_TRY(moei_block_runs(t[1], &runs));
         MOEI_REQUIRE(runs || !d->choice.tile, MOE_ERR_DEVICE, choice);
         if (!runs) t[1] = 0;
         return MOE_OK;
@@ -192,7 +178,7 @@ MOE_HOST moe_status moei_block_choose(const moe_block_sparse_desc* d, const moei
 
 /* Plans of both tiles; the pieces of the workspace lie at `base`. */
 MOE_HOST moe_status moei_block_plan_both(const moe_block_sparse_desc* d,
-                                         const moei_block_shape* const* t, char* base,
+                                         const moei_variant* const* t, char* base,
                                          size_t* bytes, moei_block_plan* p)
 {
     *bytes = 0;
@@ -213,10 +199,9 @@ MOE_HOST moe_status moe_block_sparse_workspace(const moe_block_sparse_desc* desc
     MOEI_TRY(moei_block_check_options(&d));
     *bytes = 0;
     if (d.m == 0 || d.n == 0) return MOE_OK;
-    for (int i = 0; i < MOEI_BLOCK_SHAPES; ++i)
+    for (const moei_variant* o = moei_block_variants; o->kernel; ++o)
         for (int rest = 0; rest <= MOE_BLOCK_TILE_64x64; ++rest) {
-            const moei_block_shape* o = &moei_block_shapes[i];
-            const moei_block_shape* const t[] = {o, moei_block_rest(&d, o, rest)};
+            const moei_variant* const t[] = {o, moei_block_rest(&d, o, rest)};
             moei_block_plan p[2];
             moe_status s;
             size_t needed;
@@ -284,66 +269,89 @@ MOE_KERNEL(256, 1) moei_block_zero(MOE_ARG(moei_block_zero_args) d)
     }
 }
 
-/* Queues one plan's tiles. */
-MOE_HOST moe_status moei_block_launch(const moei_block_shape* t, const moei_block_plan* p,
-                                      int dtype, cudaStream_t stream)
+/* A product with all but its stream settled, for the device that was current. */
+typedef struct moe_block_sparse_prepared {
+    moei_block_zero_args zero; /* each launch only where it is needed */
+    moei_launch zeroes;
+    struct {
+        moei_block_args args;
+        moei_strips_args strips;
+        moei_launch lists, product;
+    } tile[2]; /* the second for the rest */
+} moe_block_sparse_prepared;
+
+/* Settles the launch that writes zeros, for a checked descriptor. */
+MOE_HOST moe_status moei_block_prepare_zeroes(const moe_block_sparse_desc* d,
+                                              moe_block_sparse_prepared* p)
 {
-    moei_launch_config c =
-        moei_grid(p->tiles, t->warps_m * t->warps_n * 32, moei_block_shape_smem(t), stream);
+    moei_block_zero_args* z = &p->zero;
+    const int64_t rows = moe_num_blocks(d->m, d->mask.block_rows);
+    const int64_t blocks = rows * moe_num_blocks(d->n, d->mask.block_columns);
+    moei_launch_config c = moei_grid(blocks < 4096 ? blocks : 4096, 256, 0, 0);
+    z->mask = d->mask;
+    z->c = (char*)d->c;
+    z->stride = d->c_stride;
+    z->fault = d->fault;
+    z->rows = (int32_t)rows;
+    z->columns = moe_num_blocks(d->n, d->mask.block_columns);
+    z->bytes = moe_dtype_bytes(d->c_dtype);
     c.dependent = 1;
-    (void)c;
-    (void)dtype;
-    if (p->tiles == 0) return MOE_OK;
-#define MOEI_BLOCK_CASE(name, tm, tn, deep, wm, wn, stages, blocks, suffix, dt)                    \
-    if (t->tile == MOE_BLOCK_TILE_##name && dtype == dt)                                           \
-        return MOE_LAUNCH(moei_block_##name##_##suffix, c, p->args);
-#define MOEI_BLOCK_CASES(suffix, dt) MOEI_BLOCK_TILE_LIST(MOEI_BLOCK_CASE, suffix, dt)
-    MOE_BLOCK_SPARSE_DTYPE_LIST(MOEI_BLOCK_CASES)
-#undef MOEI_BLOCK_CASES
-#undef MOEI_BLOCK_CASE
-    return MOE_STATUS(MOE_ERR_DTYPE, dtype); /* moei_block_choose has refused it */
+    return MOE_PREPARE(&p->zeroes, moei_block_zero, c);
 }
 
-/* Queues the product on `stream`. Errors: every field as documented in block_sparse/desc.h, each
-   with its own status; nothing is queued then. Sizes of 0 are no error. */
-MOE_HOST moe_status moe_block_sparse(const moe_block_sparse_desc* desc, cudaStream_t stream)
+/* Settles a product: moe_block_sparse_run queues it any number of times; the mask may change between
+   runs, its list's room and the tables' places may not. Errors: every field as documented in
+   block_sparse/desc.h, each with its own status. Sizes of 0 are no error. */
+MOE_HOST moe_status moe_block_sparse_prepare(const moe_block_sparse_desc* desc,
+                                             moe_block_sparse_prepared* p)
 {
     moe_block_sparse_desc d;
-    const moei_block_shape* t[2];
-    moei_block_plan p[2];
-    moei_launch_config c;
+    const moei_variant* t[2];
+    moei_block_plan plan[2];
     size_t bytes;
-    MOEI_REQUIRE(desc, MOE_ERR_NULL, desc);
+    MOEI_REQUIRE(desc && p, MOE_ERR_NULL, desc);
     d = *desc;
+    p->zeroes.kernel = 0;
+    for (int i = 0; i < 2; ++i) p->tile[i].lists.kernel = p->tile[i].product.kernel = 0;
     MOEI_TRY(moei_block_check_options(&d));
     MOEI_TRY(moei_block_choose(&d, t));
     if (d.m == 0 || d.n == 0) return moei_block_check_buffers(&d, 0);
-    MOEI_TRY(moei_block_plan_both(&d, t, (char*)d.workspace, &bytes, p));
+    MOEI_TRY(moei_block_plan_both(&d, t, (char*)d.workspace, &bytes, plan));
     MOEI_TRY(moei_block_check_buffers(&d, bytes));
-    if (d.zero_masked) {
-        moei_block_zero_args z;
-        z.mask = d.mask;
-        z.c = (char*)d.c;
-        z.stride = d.c_stride;
-        z.fault = d.fault;
-        z.rows = moe_num_blocks(d.m, d.mask.block_rows);
-        z.columns = moe_num_blocks(d.n, d.mask.block_columns);
-        z.bytes = moe_dtype_bytes(d.c_dtype);
-        {
-            const int64_t blocks = (int64_t)z.rows * z.columns;
-            c = moei_grid(blocks < 4096 ? blocks : 4096, 256, 0, stream);
-        }
-        c.dependent = 1;
-        MOEI_TRY(MOE_LAUNCH(moei_block_zero, c, z));
-    }
-    for (int i = 0; i < 2 && t[i]; ++i)
-        if (p[i].num_strips) {
-            c = moei_grid(p[i].num_strips, MOEI_STRIPS_THREADS, 0, stream);
+    if (d.zero_masked) MOEI_TRY(moei_block_prepare_zeroes(&d, p));
+    for (int i = 0; i < 2 && t[i]; ++i) {
+        p->tile[i].args = plan[i].args;
+        p->tile[i].strips = plan[i].strips;
+        if (plan[i].num_strips) {
+            moei_launch_config c = moei_grid(plan[i].num_strips, MOEI_STRIPS_THREADS, 0, 0);
             c.dependent = 1;
-            MOEI_TRY(MOE_LAUNCH(moei_block_strips, c, p[i].strips));
+            MOEI_TRY(MOE_PREPARE(&p->tile[i].lists, moei_block_strips, c));
         }
-    for (int i = 0; i < 2 && t[i]; ++i) MOEI_TRY(moei_block_launch(t[i], &p[i], d.dtype, stream));
+        if (plan[i].tiles)
+            MOEI_TRY(moei_variant_prepare(&p->tile[i].product, t[i], plan[i].tiles,
+                                          moei_ring_bytes(t[i]->shape)));
+    }
     return MOE_OK;
+}
+
+/* Queues a prepared product on `stream`. */
+MOE_HOST moe_status moe_block_sparse_run(const moe_block_sparse_prepared* p, cudaStream_t stream)
+{
+    MOEI_REQUIRE(p, MOE_ERR_NULL, desc);
+    MOEI_TRY(MOE_RUN(&p->zeroes, p->zero, stream));
+    for (int i = 0; i < 2; ++i)
+        MOEI_TRY(MOE_RUN(&p->tile[i].lists, p->tile[i].strips, stream));
+    for (int i = 0; i < 2; ++i)
+        MOEI_TRY(MOE_RUN(&p->tile[i].product, p->tile[i].args, stream));
+    return MOE_OK;
+}
+
+/* Prepares and runs. Nothing is queued where a field is refused. */
+MOE_HOST moe_status moe_block_sparse(const moe_block_sparse_desc* desc, cudaStream_t stream)
+{
+    moe_block_sparse_prepared p;
+    MOEI_TRY(moe_block_sparse_prepare(desc, &p));
+    return moe_block_sparse_run(&p, stream);
 }
 
 /* Times every tile that the device runs on this very call, mask and all, also with a smaller one
@@ -375,11 +383,13 @@ MOE_HOST moe_status moe_block_sparse_tune(const moe_block_sparse_desc* desc, cud
         cudaEventDestroy(begin);
         return status;
     }
-    for (int i = 0; i < MOEI_BLOCK_SHAPES * 2 && status == MOE_OK; ++i) {
+    for (int i = 0; i < 2 * MOE_BLOCK_TILE_64x64 && status == MOE_OK; ++i) {
+        const moei_variant* t = moei_block_variant(i / 2 + 1, d.dtype);
         float quickest = 0.0f;
-        d.choice.tile = moei_block_shapes[i / 2].tile;
+        if (!t) continue;
+        d.choice.tile = t->tile;
         d.choice.rest = i % 2 ? moei_block_low(&d) : 0;
-        if (i % 2 && !moei_block_rest(&d, &moei_block_shapes[i / 2], d.choice.rest)) continue;
+        if (i % 2 && !moei_block_rest(&d, t, d.choice.rest)) continue;
         status = moe_block_sparse(&d, stream);
         if (moe_status_kind(status) == MOE_ERR_DEVICE) { /* not this one */
             status = MOE_OK;
@@ -409,12 +419,7 @@ MOE_HOST moe_status moe_block_sparse_tune(const moe_block_sparse_desc* desc, cud
 /* Loads this header's kernels now. */
 MOE_HOST moe_status moe_block_sparse_preload(void)
 {
-#define MOEI_BLOCK_LOAD(name, tm, tn, deep, wm, wn, stages, blocks, suffix, dt)                    \
-    MOEI_TRY(moei_preload((const void*)moei_block_##name##_##suffix));
-#define MOEI_BLOCK_LOADS(suffix, dt) MOEI_BLOCK_TILE_LIST(MOEI_BLOCK_LOAD, suffix, dt)
-    MOE_BLOCK_SPARSE_DTYPE_LIST(MOEI_BLOCK_LOADS)
-#undef MOEI_BLOCK_LOADS
-#undef MOEI_BLOCK_LOAD
+    MOEI_TRY(moei_variant_preload(moei_block_variants));
     MOEI_TRY(moei_preload((const void*)moei_block_zero));
     return moei_preload((const void*)moei_block_strips);
 }

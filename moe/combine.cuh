@@ -443,6 +443,7 @@ MOE_HOST moe_status moe_combine_prepare(const moe_combine_desc* desc, moe_combin
 /* Queues a prepared combine on `stream`. */
 MOE_HOST moe_status moe_combine_run(const moe_combine_prepared* p, cudaStream_t stream)
 {
+    MOEI_REQUIRE(p, MOE_ERR_NULL, desc);
     return MOE_RUN(&p->launch, p->args, stream);
 }
 

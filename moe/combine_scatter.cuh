@@ -380,34 +380,59 @@ MOE_HOST int moei_scatter_columns(const moe_combine_scatter_desc* d, int sms)
     return (int)(((H + groups - 1) / groups + 255) / 256 * 256);
 }
 
-/* Queues the additions on `stream`. Errors: every field of the descriptor as documented above, each
-   with its own status; nothing is queued then. T = 0 or R = 0 is no error. */
-MOE_HOST moe_status moe_combine_scatter(const moe_combine_scatter_desc* desc, cudaStream_t stream)
+/* A scatter with all but its stream settled, for the device that was current. */
+typedef struct moe_combine_scatter_prepared {
+    moei_scatter_args args;
+    moei_launch launch;
+} moe_combine_scatter_prepared;
+
+/* Settles a scatter: moe_combine_scatter_run queues it any number of times. Errors: every field of
+   the descriptor as documented above, each with its own status. T = 0 or R = 0 is no error. */
+MOE_HOST moe_status moe_combine_scatter_prepare(const moe_combine_scatter_desc* desc,
+                                                moe_combine_scatter_prepared* p)
 {
-    moei_scatter_args a;
+    moei_scatter_args* a;
     moei_launch_config c;
     moei_device dev;
     int64_t blocks, most, groups;
-    MOEI_REQUIRE(desc, MOE_ERR_NULL, desc);
-    a.d = *desc;
-    MOEI_TRY(moei_scatter_check(&a.d));
-    if (a.d.num_tokens == 0 || a.d.num_rows == 0) return MOE_OK;
+    MOEI_REQUIRE(desc && p, MOE_ERR_NULL, desc);
+    a = &p->args;
+    a->d = *desc;
+    p->launch.kernel = 0;
+    MOEI_TRY(moei_scatter_check(&a->d));
+    if (a->d.num_tokens == 0 || a->d.num_rows == 0) return MOE_OK;
     MOEI_TRY(moei_device_query(&dev));
-    a.columns = moei_scatter_columns(&a.d, dev.sms);
-    groups = ((int64_t)a.d.hidden + a.columns - 1) / a.columns;
-    blocks = ((int64_t)a.d.max_rows + MOEI_SCATTER_WARPS * MOEI_SCATTER_ROWS - 1) /
+    a->columns = moei_scatter_columns(&a->d, dev.sms);
+    groups = ((int64_t)a->d.hidden + a->columns - 1) / a->columns;
+    blocks = ((int64_t)a->d.max_rows + MOEI_SCATTER_WARPS * MOEI_SCATTER_ROWS - 1) /
              (MOEI_SCATTER_WARPS * MOEI_SCATTER_ROWS);
-    most = MOEI_SCATTER_GRID / (a.d.num_experts * groups);
+    most = MOEI_SCATTER_GRID / (a->d.num_experts * groups);
     if (blocks > most) blocks = most;
-    c = moei_grid(blocks < 1 ? 1 : blocks, MOEI_SCATTER_THREADS, 0, stream);
-    c.grid.y = (unsigned)a.d.num_experts;
+    c = moei_grid(blocks < 1 ? 1 : blocks, MOEI_SCATTER_THREADS, 0, 0);
+    c.grid.y = (unsigned)a->d.num_experts;
     c.grid.z = (unsigned)groups;
     c.dependent = 1;
 #define MOEI_SCATTER_CASE(name, dtype)                                                            \
-    if (a.d.rows_dtype == dtype) return MOE_LAUNCH(moei_combine_scatter_##name, c, a);
+    if (a->d.rows_dtype == dtype) return MOE_PREPARE(&p->launch, moei_combine_scatter_##name, c);
     MOEI_SCATTER_LIST(MOEI_SCATTER_CASE)
 #undef MOEI_SCATTER_CASE
     return MOE_STATUS(MOE_ERR_DTYPE, rows_dtype);
+}
+
+/* Queues prepared additions on `stream`. */
+MOE_HOST moe_status moe_combine_scatter_run(const moe_combine_scatter_prepared* p,
+                                            cudaStream_t stream)
+{
+    MOEI_REQUIRE(p, MOE_ERR_NULL, desc);
+    return MOE_RUN(&p->launch, p->args, stream);
+}
+
+/* Prepares and runs. Nothing is queued where a field is refused. */
+MOE_HOST moe_status moe_combine_scatter(const moe_combine_scatter_desc* desc, cudaStream_t stream)
+{
+    moe_combine_scatter_prepared p;
+    MOEI_TRY(moe_combine_scatter_prepare(desc, &p));
+    return moe_combine_scatter_run(&p, stream);
 }
 
 /* Loads this header's kernels now. */

@@ -212,55 +212,65 @@ MOE_HOST moe_status moei_experts_check_buffers(const moe_grouped_gemm_desc* up,
     return moei_check_buffers(b, count);
 }
 
-/* Checks the whole descriptor without queueing anything; fills in both products. */
-MOE_HOST moe_status moei_experts_check(const moe_experts_desc* d, moe_grouped_gemm_desc* up,
-                                       moe_grouped_gemm_desc* down)
+/* Both products with all but their stream settled, for the device that was current. */
+typedef struct moe_experts_prepared {
+    moe_grouped_gemm_prepared up, down; /* x -> act, act -> rows; each can be run alone */
+} moe_experts_prepared;
+
+/* Settles both products: moe_experts_run queues them any number of times. Keeps the addresses of
+   weight tables, not their entries. Errors: every field as documented above, each with its own
+   status. No rows is no error. */
+MOE_HOST moe_status moe_experts_prepare(const moe_experts_desc* desc, moe_experts_prepared* p)
 {
-    moe_gemm_plan p;
-    MOEI_TRY(moei_experts_check_options(d, up, down));
-    MOEI_TRY(moei_experts_rename(moei_gemm_plan(up, &p), 1));
-    MOEI_TRY(moei_experts_rename(moei_gemm_plan(down, &p), 0));
-    return moei_experts_check_buffers(up, down);
+    MOEI_REQUIRE(desc && p, MOE_ERR_NULL, desc);
+    MOEI_TRY(moei_experts_check_options(desc, &p->up.args, &p->down.args));
+    MOEI_TRY(moei_experts_rename(moei_gemm_prepare(&p->up), 1));
+    MOEI_TRY(moei_experts_rename(moei_gemm_prepare(&p->down), 0));
+    return moei_experts_check_buffers(&p->up.args, &p->down.args);
 }
 
-/* Queues the up product alone: x -> act. */
+/* Queues both prepared products on `stream`. */
+MOE_HOST moe_status moe_experts_run(const moe_experts_prepared* p, cudaStream_t stream)
+{
+    MOEI_REQUIRE(p, MOE_ERR_NULL, desc);
+    MOEI_TRY(moe_grouped_gemm_run(&p->up, stream));
+    return moe_grouped_gemm_run(&p->down, stream);
+}
+
+/* Prepares both, runs the up product alone: x -> act. */
 MOE_HOST moe_status moe_experts_up(const moe_experts_desc* desc, cudaStream_t stream)
 {
-    moe_grouped_gemm_desc up, down;
-    MOEI_REQUIRE(desc, MOE_ERR_NULL, desc);
-    MOEI_TRY(moei_experts_check(desc, &up, &down));
-    return moe_grouped_gemm(&up, stream);
+    moe_experts_prepared p;
+    MOEI_TRY(moe_experts_prepare(desc, &p));
+    return moe_grouped_gemm_run(&p.up, stream);
 }
 
-/* Queues the down product alone: act -> rows. */
+/* Prepares both, runs the down product alone: act -> rows. */
 MOE_HOST moe_status moe_experts_down(const moe_experts_desc* desc, cudaStream_t stream)
 {
-    moe_grouped_gemm_desc up, down;
-    MOEI_REQUIRE(desc, MOE_ERR_NULL, desc);
-    MOEI_TRY(moei_experts_check(desc, &up, &down));
-    return moe_grouped_gemm(&down, stream);
+    moe_experts_prepared p;
+    MOEI_TRY(moe_experts_prepare(desc, &p));
+    return moe_grouped_gemm_run(&p.down, stream);
 }
 
-/* Queues both products on `stream`. Errors: every field as documented above, each with its own
-   status; nothing is queued then. No rows is no error. */
+/* Prepares and runs. Nothing is queued where a field is refused. */
 MOE_HOST moe_status moe_experts(const moe_experts_desc* desc, cudaStream_t stream)
 {
-    moe_grouped_gemm_desc up, down;
-    MOEI_REQUIRE(desc, MOE_ERR_NULL, desc);
-    MOEI_TRY(moei_experts_check(desc, &up, &down));
-    MOEI_TRY(moe_grouped_gemm(&up, stream));
-    return moe_grouped_gemm(&down, stream);
+    moe_experts_prepared p;
+    MOEI_TRY(moe_experts_prepare(desc, &p));
+    return moe_experts_run(&p, stream);
 }
 
 /* Which path and tiles moe_experts runs on the current device. */
 MOE_HOST moe_status moe_experts_plan(const moe_experts_desc* desc, moe_gemm_plan* up,
                                      moe_gemm_plan* down)
 {
-    moe_grouped_gemm_desc u, w;
+    moe_experts_prepared p;
     MOEI_REQUIRE(desc && up && down, MOE_ERR_NULL, desc);
-    MOEI_TRY(moei_experts_check(desc, &u, &w));
-    MOEI_TRY(moe_grouped_gemm_plan(&u, up));
-    return moe_grouped_gemm_plan(&w, down);
+    MOEI_TRY(moe_experts_prepare(desc, &p));
+    *up = p.up.plan;
+    *down = p.down.plan;
+    return MOE_OK;
 }
 
 #endif

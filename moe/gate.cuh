@@ -431,7 +431,9 @@ MOE_HOST moe_status moe_gate_prepare(const moe_gate_desc* desc, moe_gate_prepare
 /* Queues a prepared gate on `stream`. T = 0 only clears expert_count and prob_sum. */
 MOE_HOST moe_status moe_gate_run(const moe_gate_prepared* p, cudaStream_t stream)
 {
-    const moei_gate_args* a = &p->args;
+    const moei_gate_args* a;
+    MOEI_REQUIRE(p, MOE_ERR_NULL, desc);
+    a = &p->args;
     if (a->expert_count)
         MOEI_TRY_CUDA(cudaMemsetAsync(a->expert_count, 0, (size_t)a->num_experts * 4, stream));
     if (a->prob_sum && a->num_tokens == 0)

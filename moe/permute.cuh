@@ -384,59 +384,92 @@ MOE_HOST int moei_permute_cut(moei_permute_args* a, const moe_permute_desc* d, i
     return width;
 }
 
-MOE_HOST moe_status moei_permute_launch(const moe_permute_desc* desc, int back, cudaStream_t stream)
+/* A permutation, or its inverse, with all but its stream settled, for the device that was current. */
+typedef struct moe_permute_prepared {
+    moei_permute_args args;
+    moei_launch launch;
+} moe_permute_prepared;
+
+MOE_HOST moe_status moei_permute_prepare(const moe_permute_desc* desc, int back,
+                                         moe_permute_prepared* p)
 {
     moe_permute_desc d;
-    moei_permute_args a;
+    moei_permute_args* a;
     moei_launch_config c;
     int by_token, width;
     int64_t blocks, slots;
-    MOEI_REQUIRE(desc, MOE_ERR_NULL, desc);
+    MOEI_REQUIRE(desc && p, MOE_ERR_NULL, desc);
     d = *desc;
+    a = &p->args;
+    p->launch.kernel = 0;
     MOEI_TRY(moei_permute_check(&d, back));
     slots = (int64_t)d.num_tokens * d.top_k;
     if ((back ? slots : d.num_rows) == 0) return MOE_OK;
     by_token = !back && d.slot_row && slots > 0;
-    memset(&a, 0, sizeof a);
-    a.x = (const char*)d.x;
-    a.y = (char*)d.y;
-    a.fault = d.fault;
-    a.x_bytes = d.x_stride * moe_dtype_bytes(d.dtype);
-    a.y_bytes = d.y_stride * moe_dtype_bytes(d.dtype);
-    a.index = back || by_token ? d.slot_row : d.row_slot;
-    a.check = d.row_slot;
-    a.count = back ? slots : by_token ? d.num_tokens : d.num_rows;
-    a.limit = back || by_token ? d.num_rows : slots;
-    a.div = back ? 1u : (uint32_t)d.top_k;
-    width =
-        moei_permute_cut(&a, &d, by_token ? MOEI_PERMUTE_TOKENS : MOEI_PERMUTE_ROWS, &blocks);
+    memset(a, 0, sizeof *a);
+    a->x = (const char*)d.x;
+    a->y = (char*)d.y;
+    a->fault = d.fault;
+    a->x_bytes = d.x_stride * moe_dtype_bytes(d.dtype);
+    a->y_bytes = d.y_stride * moe_dtype_bytes(d.dtype);
+    a->index = back || by_token ? d.slot_row : d.row_slot;
+    a->check = d.row_slot;
+    a->count = back ? slots : by_token ? d.num_tokens : d.num_rows;
+    a->limit = back || by_token ? d.num_rows : slots;
+    a->div = back ? 1u : (uint32_t)d.top_k;
+    width = moei_permute_cut(a, &d, by_token ? MOEI_PERMUTE_TOKENS : MOEI_PERMUTE_ROWS, &blocks);
     MOEI_REQUIRE(blocks <= 0x7fffffff, MOE_ERR_RANGE, hidden);
     /* by token: the rows that the block's tokens look up at once fit into the list */
-    while (1 << a.list_log2 < d.top_k &&
-           (a.groups * MOEI_PERMUTE_TOKENS) << (a.list_log2 + 1) <= MOEI_PERMUTE_LIST)
-        ++a.list_log2;
-    c = moei_grid(blocks, a.groups * a.lanes, 0, stream);
+    while (1 << a->list_log2 < d.top_k &&
+           (a->groups * MOEI_PERMUTE_TOKENS) << (a->list_log2 + 1) <= MOEI_PERMUTE_LIST)
+        ++a->list_log2;
+    c = moei_grid(blocks, a->groups * a->lanes, 0, 0);
     c.dependent = 1;
 #define MOEI_PERMUTE_CASE(bytes)                                                                  \
-    if (width == bytes && by_token) return MOE_LAUNCH(moei_permute_token_##bytes, c, a);          \
-    if (width == bytes) return MOE_LAUNCH(moei_permute_gather_##bytes, c, a);
+    if (width == bytes && by_token)                                                               \
+        return MOE_PREPARE(&p->launch, moei_permute_token_##bytes, c);                            \
+    if (width == bytes) return MOE_PREPARE(&p->launch, moei_permute_gather_##bytes, c);
     MOEI_PERMUTE_LIST_OF(MOEI_PERMUTE_CASE)
 #undef MOEI_PERMUTE_CASE
     return MOE_STATUS(MOE_ERR_DTYPE, dtype);
 }
 
-/* Queues the permutation on `stream`. Errors: every field of the descriptor as documented above,
-   each with its own status; nothing is queued then. num_rows = 0 is no error; T = 0 gives zeros. */
-MOE_HOST moe_status moe_permute(const moe_permute_desc* desc, cudaStream_t stream)
+/* Settles a permutation: moe_permute_run queues it any number of times. Errors: every field of the
+   descriptor as documented above, each with its own status. num_rows = 0 is no error; T = 0 gives
+   zeros. */
+MOE_HOST moe_status moe_permute_prepare(const moe_permute_desc* desc, moe_permute_prepared* p)
 {
-    return moei_permute_launch(desc, 0, stream);
+    return moei_permute_prepare(desc, 0, p);
 }
 
-/* Queues the inverse: the same descriptor with x and y exchanged. T = 0 is no error; with
-   num_rows = 0 every row that is asked for is out of range. */
+/* Settles the inverse, for moe_permute_run as well: the same descriptor with x and y exchanged. T = 0
+   is no error; with num_rows = 0 every row that is asked for is out of range. */
+MOE_HOST moe_status moe_unpermute_prepare(const moe_permute_desc* desc, moe_permute_prepared* p)
+{
+    return moei_permute_prepare(desc, 1, p);
+}
+
+/* Queues a prepared permutation or inverse on `stream`. */
+MOE_HOST moe_status moe_permute_run(const moe_permute_prepared* p, cudaStream_t stream)
+{
+    MOEI_REQUIRE(p, MOE_ERR_NULL, desc);
+    return MOE_RUN(&p->launch, p->args, stream);
+}
+
+/* Prepares and runs. Nothing is queued where a field is refused. */
+MOE_HOST moe_status moe_permute(const moe_permute_desc* desc, cudaStream_t stream)
+{
+    moe_permute_prepared p;
+    MOEI_TRY(moe_permute_prepare(desc, &p));
+    return moe_permute_run(&p, stream);
+}
+
+/* The same of the inverse. */
 MOE_HOST moe_status moe_unpermute(const moe_permute_desc* desc, cudaStream_t stream)
 {
-    return moei_permute_launch(desc, 1, stream);
+    moe_permute_prepared p;
+    MOEI_TRY(moe_unpermute_prepare(desc, &p));
+    return moe_permute_run(&p, stream);
 }
 
 /* Loads this header's kernels now. */

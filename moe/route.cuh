@@ -195,8 +195,7 @@ MOE_HOST moe_status moei_route_check(moe_route_desc* d)
 /* A block a chunk: a thread for each of its slots or, where it adds up the counts of many chunks,
    more; within bounds, and no more warps than the device's shared memory has room for (one warp,
    with 4096 experts, wants 57 KB). */
-MOE_HOST moe_status moei_route_grid(moei_launch_config* c, const moe_route_desc* d, int placing,
-                                    cudaStream_t stream)
+MOE_HOST moe_status moei_route_grid(moei_launch_config* c, const moe_route_desc* d, int placing)
 {
     const int64_t chunks = moe_num_chunks(d->num_tokens);
     const int64_t slots = moe_chunk_tokens(d->num_tokens) * d->top_k;
@@ -211,7 +210,7 @@ MOE_HOST moe_status moei_route_grid(moei_launch_config* c, const moe_route_desc*
                    (size_t)device.smem_block &&
                warps > 1)
             warps /= 2;
-    *c = moei_grid(chunks > 0 ? chunks : 1, warps * 32, smem, stream);
+    *c = moei_grid(chunks > 0 ? chunks : 1, warps * 32, smem, 0);
     c->dependent = 1;
     return MOE_OK;
 }
@@ -230,55 +229,82 @@ MOE_HOST moe_status moe_route_workspace(const moe_route_desc* desc, size_t* byte
     return MOE_OK;
 }
 
+/* A routing with all but its stream settled, for the device that was current. */
+typedef struct moe_route_prepared {
+    moei_route_args args;
+    moei_route_args list; /* capacity by weight: what placing takes */
+    moei_launch count, place, keep; /* each only where the options need it */
+} moe_route_prepared;
+
 /* Capacity by weight: all slots are placed into the list, then each expert's best get rows. */
-MOE_HOST moe_status moei_route_by_weight(const moei_route_args* a,
-                                         const moei_launch_config* placing, cudaStream_t stream)
+MOE_HOST moe_status moei_route_prepare_by_weight(moe_route_prepared* p, const moei_launch_config* placing)
 {
+    const moei_route_args* a = &p->args;
     const int64_t slots = (int64_t)a->d.num_tokens * a->d.top_k, P = a->d.num_replicas;
-    moei_route_args list = *a;
+    moei_route_args* list = &p->list;
     moei_launch_config c;
     int threads = slots / P > 64 ? 256 : 64;
-    list.d.expert_count = a->list_count;
-    list.d.expert_offset = a->list_offset;
-    list.d.row_slot = a->list_slot;
-    list.d.row_weight = a->list_weight;
-    list.d.drop_count = 0;
-    list.d.row_multiple = 1;
-    list.d.capacity = MOEI_ROUTE_NO_LIMIT;
-    list.max_rows = (int32_t)slots;
-    list.list_only = 1;
-    MOEI_TRY(MOE_LAUNCH(moei_route_place_options, *placing, list));
+    *list = *a;
+    list->d.expert_count = a->list_count;
+    list->d.expert_offset = a->list_offset;
+    list->d.row_slot = a->list_slot;
+    list->d.row_weight = a->list_weight;
+    list->d.drop_count = 0;
+    list->d.row_multiple = 1;
+    list->d.capacity = MOEI_ROUTE_NO_LIMIT;
+    list->max_rows = (int32_t)slots;
+    list->list_only = 1;
+    MOEI_TRY(MOE_PREPARE(&p->place, moei_route_place_options, *placing));
     /* an expert up to half fuller than the average is read once */
     while (threads < MOEI_ROUTE_KEEP_THREADS && threads * MOEI_ROUTE_KEEP_STEPS < slots / P * 3 / 2)
         threads *= 2;
-    c = moei_grid(P, threads, 0, stream);
+    c = moei_grid(P, threads, 0, 0);
     c.dependent = 1;
-    return MOE_LAUNCH(moei_route_keep, c, *a);
+    return MOE_PREPARE(&p->keep, moei_route_keep, c);
 }
 
-/* Queues the routing on `stream`. Errors: every field as documented above, each with its own
-   status; nothing is queued then. T = 0 writes zero counts and offsets. */
+/* Settles a routing: moe_route_run queues it any number of times. Errors: every field as documented
+   above, each with its own status. */
+MOE_HOST moe_status moe_route_prepare(const moe_route_desc* desc, moe_route_prepared* p)
+{
+    moei_route_args* a;
+    moei_launch_config c;
+    MOEI_REQUIRE(desc && p, MOE_ERR_NULL, desc);
+    memset(p, 0, sizeof *p);
+    a = &p->args;
+    a->d = *desc;
+    MOEI_TRY(moei_route_check(&a->d));
+    a->max_rows = (int32_t)moei_route_row_bound(&a->d);
+    (void)moei_route_carve_workspace(&a->d, a, a->d.chunk_count != 0);
+    if (!desc->chunk_count && a->d.num_tokens > 0) {
+        MOEI_TRY(moei_route_grid(&c, &a->d, 0));
+        if (a->d.replica_offset) MOEI_TRY(MOE_PREPARE(&p->count, moei_route_count_options, c));
+        else MOEI_TRY(MOE_PREPARE(&p->count, moei_route_count, c));
+    }
+    MOEI_TRY(moei_route_grid(&c, &a->d, 1));
+    if (a->d.drop_rule == MOE_DROP_BY_WEIGHT) return moei_route_prepare_by_weight(p, &c);
+    if (a->d.replica_offset || a->d.drop_count || a->d.row_multiple > 1 ||
+        a->d.capacity != MOEI_ROUTE_NO_LIMIT)
+        return MOE_PREPARE(&p->place, moei_route_place_options, c);
+    return MOE_PREPARE(&p->place, moei_route_place, c);
+}
+
+/* Queues a prepared routing on `stream`. T = 0 writes zero counts and offsets. */
+MOE_HOST moe_status moe_route_run(const moe_route_prepared* p, cudaStream_t stream)
+{
+    MOEI_REQUIRE(p, MOE_ERR_NULL, desc);
+    MOEI_TRY(MOE_RUN(&p->count, p->args, stream));
+    if (!p->keep.kernel) return MOE_RUN(&p->place, p->args, stream);
+    MOEI_TRY(MOE_RUN(&p->place, p->list, stream));
+    return MOE_RUN(&p->keep, p->args, stream);
+}
+
+/* Prepares and runs. Nothing is queued where a field is refused. */
 MOE_HOST moe_status moe_route(const moe_route_desc* desc, cudaStream_t stream)
 {
-    moei_route_args a;
-    moei_launch_config c;
-    MOEI_REQUIRE(desc, MOE_ERR_NULL, desc);
-    memset(&a, 0, sizeof a);
-    a.d = *desc;
-    MOEI_TRY(moei_route_check(&a.d));
-    a.max_rows = (int32_t)moei_route_row_bound(&a.d);
-    (void)moei_route_carve_workspace(&a.d, &a, a.d.chunk_count != 0);
-    if (!desc->chunk_count && a.d.num_tokens > 0) {
-        MOEI_TRY(moei_route_grid(&c, &a.d, 0, stream));
-        if (a.d.replica_offset) MOEI_TRY(MOE_LAUNCH(moei_route_count_options, c, a));
-        else MOEI_TRY(MOE_LAUNCH(moei_route_count, c, a));
-    }
-    MOEI_TRY(moei_route_grid(&c, &a.d, 1, stream));
-    if (a.d.drop_rule == MOE_DROP_BY_WEIGHT) return moei_route_by_weight(&a, &c, stream);
-    if (a.d.replica_offset || a.d.drop_count || a.d.row_multiple > 1 ||
-        a.d.capacity != MOEI_ROUTE_NO_LIMIT)
-        return MOE_LAUNCH(moei_route_place_options, c, a);
-    return MOE_LAUNCH(moei_route_place, c, a);
+    moe_route_prepared p;
+    MOEI_TRY(moe_route_prepare(desc, &p));
+    return moe_route_run(&p, stream);
 }
 
 /* Loads this header's kernels now. */

@@ -138,15 +138,8 @@ MOE_HOST int64_t moei_router_blocks(const moe_router_desc* d)
 
 /* ---- the fp32 router, split: router/split.cuh ---- */
 
-/* Only code of sm_80 and later has a body; which code this binary holds for the device,
-   moei_split_plan asks the kernel itself. */
-#if MOE_ON_HOST || !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
-#define MOEI_SPLIT_HERE 1
-#else
-#define MOEI_SPLIT_HERE 0
-#endif
-
 #define MOEI_SPLIT_LIST(X) X(large) X(small)
+#define MOEI_SPLIT_LEAST 80 /* code of sm_80 and later has a body */
 
 #define MOEI_SPLIT_KERNEL(name)                                                                   \
     MOE_KERNEL(MOEI_SPLIT_THREADS, 1) moei_router_split_##name(MOE_ARG(moei_split_args) d)        \
@@ -154,11 +147,27 @@ MOE_HOST int64_t moei_router_blocks(const moe_router_desc* d)
         MOE_SHARED_DYNAMIC(shared);                                                               \
         moei_let_next_start();                                                                    \
         moei_wait_for_previous();                                                                 \
-        if (MOEI_SPLIT_HERE && !moei_fault_stopped(d.fault))                                      \
+        if (MOEI_CODE_HERE(MOEI_SPLIT_LEAST, MOEI_CODE_ANY) && !moei_fault_stopped(d.fault))      \
             moei_split_##name(&d, shared, MOE_ROUTER_SPLIT_TERMS);                                \
     }
 MOEI_SPLIT_LIST(MOEI_SPLIT_KERNEL)
 #undef MOEI_SPLIT_KERNEL
+
+enum { MOEI_SPLIT_TILE_large, MOEI_SPLIT_TILE_small };
+
+/* Their shapes are their own: large.cuh, small.cuh. */
+static const moei_variant moei_split_variants[] = {
+#define MOEI_SPLIT_ROW(name)                                                                      \
+    {(const void*)moei_router_split_##name,                                                       \
+     "moei_router_split_" #name,                                                                  \
+     MOEI_SHAPE_INIT(0, 0, 0, 1, MOEI_SPLIT_THREADS / 32, 0, MOE_BF16, 0, 0),                     \
+     MOEI_SPLIT_TILE_##name,                                                                      \
+     1,                                                                                           \
+     MOEI_SPLIT_LEAST,                                                                            \
+     MOEI_CODE_ANY},
+    MOEI_SPLIT_LIST(MOEI_SPLIT_ROW)
+#undef MOEI_SPLIT_ROW
+    MOEI_VARIANT_END};
 
 MOE_HOST int64_t moei_split_blocks(const moei_split_args* d, int small)
 {
@@ -176,19 +185,13 @@ MOE_HOST moe_status moei_split_plan(const moei_split_args* d, int* path)
 {
     moei_device dev;
     int64_t waves, small_waves;
-    int small;
+    int small, runs;
     if (d->hidden % 8 != 0 || d->x_stride % 8 != 0 || d->w_stride % 4 != 0 ||
         !moei_aligned(d->x, 16) || !moei_aligned(d->w, 16))
         return MOE_OK;
     MOEI_TRY(moei_device_query(&dev));
-    if (dev.major < 8 || (size_t)dev.smem_block < moei_split_small_smem()) return MOE_OK;
-#if !MOE_ON_HOST
-    {
-        cudaFuncAttributes fa;
-        MOEI_TRY_CUDA(cudaFuncGetAttributes(&fa, (const void*)moei_router_split_large));
-        if (fa.ptxVersion < 80) return MOE_OK;
-    }
-#endif
+    MOEI_TRY(moei_variant_runs(moei_split_variants, &runs));
+    if (!runs || dev.major < 8 || (size_t)dev.smem_block < moei_split_small_smem()) return MOE_OK;
     waves = (moei_split_blocks(d, 0) + dev.sms - 1) / dev.sms;
     small_waves = (moei_split_blocks(d, 1) + dev.sms - 1) / dev.sms;
     small = small_waves <= waves * MOEI_SPLIT_WORTH ||
@@ -198,15 +201,10 @@ MOE_HOST moe_status moei_split_plan(const moei_split_args* d, int* path)
     return MOE_OK;
 }
 
-MOE_HOST moe_status moei_split_launch(const moei_split_args* args, int small, cudaStream_t stream)
+MOE_HOST moe_status moei_split_prepare(moei_launch* l, const moei_split_args* d, int small)
 {
-    const moei_split_args d = *args;
-    moei_launch_config c =
-        moei_grid(moei_split_blocks(&d, small), MOEI_SPLIT_THREADS,
-                  small ? moei_split_small_smem() : moei_split_large_smem(), stream);
-    c.dependent = 1;
-    return small ? MOE_LAUNCH(moei_router_split_small, c, d)
-                 : MOE_LAUNCH(moei_router_split_large, c, d);
+    return moei_variant_prepare(l, &moei_split_variants[small], moei_split_blocks(d, small),
+                                small ? moei_split_small_smem() : moei_split_large_smem());
 }
 
 /* The part of the descriptor that the split product is made from. */
@@ -287,83 +285,110 @@ MOE_HOST moe_status moei_router_check_buffers(const moe_router_desc* d)
     return moei_check_buffers(b, count);
 }
 
-/* Fills in the defaults, refuses what is wrong, and says in *path how the product will be made;
-   *g is the descriptor of the GEMM, ragged or not, if that is the way. */
-MOE_HOST moe_status moei_router_check(moe_router_desc* d, moe_grouped_gemm_desc* g, int* path)
+/* Fills in the defaults and refuses what the header does not offer. */
+MOE_HOST moe_status moei_router_check(moe_router_desc* d)
 {
     MOEI_TRY(moei_router_check_options(d));
-    MOEI_TRY(moei_router_check_buffers(d));
-    *path = MOE_ROUTER_SCALAR;
+    return moei_router_check_buffers(d);
+}
+
+/* A router product with all but its stream settled, for the device that was current. What it takes
+   stands in gemm.args for a GEMM, ragged or not, in split for a split one, else in args. */
+typedef struct moe_router_prepared {
+    int32_t path;         /* moe_router_path */
+    moe_router_desc args; /* with its defaults filled in */
+    moei_split_args split;
+    moe_grouped_gemm_prepared gemm; /* its launch is of every path's kernel */
+} moe_router_prepared;
+
+/* A product of two operands of one 16-bit dtype: path stays scalar where tensor cores cannot. */
+MOE_HOST moe_status moei_router_prepare_gemm(moe_router_prepared* p)
+{
+    moe_grouped_gemm_desc* g = &p->gemm.args;
+    const moei_variant* v;
+    moe_status s;
+    moei_router_gemm_desc(&p->args, g);
+    s = moei_gemm_check(g);
+    if (s == MOE_OK) s = moei_gemm_prepare(&p->gemm);
+    if (moe_status_kind(s) == MOE_ERR_CUDA) return s;
+    if (s == MOE_OK) {
+        p->path = MOE_ROUTER_GEMM;
+        return MOE_OK;
+    }
+    moei_router_gemm_desc(&p->args, g);
+    MOEI_TRY(moei_ragged_choose(g, &v));
+    if (!v) return MOE_OK;
+    p->path = v->tile == MOEI_RAGGED_TILE_narrow ? MOE_ROUTER_RAGGED_NARROW : MOE_ROUTER_RAGGED_WIDE;
+    return moei_ragged_prepare(&p->gemm.launch, g, v);
+}
+
+/* Settles a product: moe_router_run queues it any number of times. Errors: every field as
+   documented above, each with its own status. T = 0 is no error. */
+MOE_HOST moe_status moe_router_prepare(const moe_router_desc* desc, moe_router_prepared* p)
+{
+    const moe_router_desc* d;
+    MOEI_REQUIRE(desc && p, MOE_ERR_NULL, desc);
+    d = &p->args;
+    p->args = *desc;
+    p->path = MOE_ROUTER_SCALAR;
+    p->gemm.launch.kernel = 0;
+    MOEI_TRY(moei_router_check(&p->args));
     if (d->num_tokens == 0) return MOE_OK;
     if (d->x_dtype == d->router_dtype && d->x_dtype != MOE_FP32) {
-        moe_gemm_plan p;
-        moe_status s;
-        int narrow;
-        moei_router_gemm_desc(d, g);
-        s = moei_gemm_check(g);
-        if (s == MOE_OK) s = moei_gemm_plan(g, &p);
-        if (moe_status_kind(s) == MOE_ERR_CUDA) return s;
-        if (s == MOE_OK) {
-            *path = MOE_ROUTER_GEMM;
-        } else {
-            moei_router_gemm_desc(d, g);
-            MOEI_TRY(moei_ragged_plan(g, &narrow));
-            if (narrow >= 0) *path = narrow ? MOE_ROUTER_RAGGED_NARROW : MOE_ROUTER_RAGGED_WIDE;
-        }
+        MOEI_TRY(moei_router_prepare_gemm(p));
     } else if (d->x_dtype != MOE_FP32 && d->router_dtype == MOE_FP32) {
-        const moei_split_args a = moei_router_split_args(d);
-        MOEI_TRY(moei_split_plan(&a, path));
+        p->split = moei_router_split_args(d);
+        MOEI_TRY(moei_split_plan(&p->split, &p->path));
+        if (p->path != MOE_ROUTER_SCALAR)
+            return moei_split_prepare(&p->gemm.launch, &p->split,
+                                      p->path == MOE_ROUTER_SPLIT_SMALL);
     }
-    MOEI_REQUIRE(*path != MOE_ROUTER_SCALAR || moei_router_blocks(d) <= 0x7fffffff, MOE_ERR_RANGE,
-                 num_tokens);
-    return MOE_OK;
+    if (p->path != MOE_ROUTER_SCALAR) return MOE_OK;
+    MOEI_REQUIRE(moei_router_blocks(d) <= 0x7fffffff, MOE_ERR_RANGE, num_tokens);
+    {
+        moei_launch_config c = moei_grid(moei_router_blocks(d), 256, 0, 0);
+        c.dependent = 1;
+        return MOE_PREPARE(&p->gemm.launch, moei_router_any, c);
+    }
+}
+
+/* Queues a prepared product on `stream`. */
+MOE_HOST moe_status moe_router_run(const moe_router_prepared* p, cudaStream_t stream)
+{
+    const moei_launch* l;
+    MOEI_REQUIRE(p, MOE_ERR_NULL, desc);
+    l = &p->gemm.launch;
+    switch (p->path) {
+    case MOE_ROUTER_SCALAR: return MOE_RUN(l, p->args, stream);
+    case MOE_ROUTER_SPLIT_LARGE:
+    case MOE_ROUTER_SPLIT_SMALL: return MOE_RUN(l, p->split, stream);
+    default: return MOE_RUN(l, p->gemm.args, stream);
+    }
 }
 
 /* What moe_router_logits would run for this descriptor on the current device: a moe_router_path. */
 MOE_HOST moe_status moe_router_plan(const moe_router_desc* desc, int* path)
 {
-    moe_router_desc d;
-    moe_grouped_gemm_desc g;
+    moe_router_prepared p;
     MOEI_REQUIRE(desc && path, MOE_ERR_NULL, desc);
-    d = *desc;
-    return moei_router_check(&d, &g, path);
+    MOEI_TRY(moe_router_prepare(desc, &p));
+    *path = p.path;
+    return MOE_OK;
 }
 
-/* Queues the product on `stream`. Errors: every field as documented above, each with its own
-   status; nothing is queued then. T = 0 is no error. */
+/* Prepares and runs. Nothing is queued where a field is refused. */
 MOE_HOST moe_status moe_router_logits(const moe_router_desc* desc, cudaStream_t stream)
 {
-    moe_router_desc d;
-    moe_grouped_gemm_desc g;
-    moei_launch_config c;
-    int path;
-    MOEI_REQUIRE(desc, MOE_ERR_NULL, desc);
-    d = *desc;
-    MOEI_TRY(moei_router_check(&d, &g, &path));
-    if (d.num_tokens == 0) return MOE_OK;
-    if (path == MOE_ROUTER_GEMM) return moe_grouped_gemm(&g, stream);
-    if (path >= MOE_ROUTER_RAGGED_WIDE)
-        return moei_ragged_launch(&g, path == MOE_ROUTER_RAGGED_NARROW, stream);
-    if (path != MOE_ROUTER_SCALAR) {
-        const moei_split_args a = moei_router_split_args(&d);
-        return moei_split_launch(&a, path == MOE_ROUTER_SPLIT_SMALL, stream);
-    }
-    c = moei_grid(moei_router_blocks(&d), 256, 0, stream);
-    c.dependent = 1;
-    return MOE_LAUNCH(moei_router_any, c, d);
+    moe_router_prepared p;
+    MOEI_TRY(moe_router_prepare(desc, &p));
+    return moe_router_run(&p, stream);
 }
 
 /* Loads this header's own kernels now; moe_grouped_gemm_preload loads those of the GEMM. */
 MOE_HOST moe_status moe_router_preload(void)
 {
-#define MOEI_SPLIT_LOAD(name) MOEI_TRY(moei_preload((const void*)moei_router_split_##name));
-    MOEI_SPLIT_LIST(MOEI_SPLIT_LOAD)
-#undef MOEI_SPLIT_LOAD
-#define MOEI_RAGGED_LOAD(name, tm, tn, kb, wm, wn, stages, blocks, half, dtype)                   \
-    MOEI_TRY(moei_preload((const void*)moei_router_ragged_##name##_##half));
-    MOEI_RAGGED_LIST(MOEI_RAGGED_LOAD, f16, MOE_FP16)
-    MOEI_RAGGED_LIST(MOEI_RAGGED_LOAD, bf16, MOE_BF16)
-#undef MOEI_RAGGED_LOAD
+    MOEI_TRY(moei_variant_preload(moei_split_variants));
+    MOEI_TRY(moei_variant_preload(moei_ragged_variants));
     return moei_preload((const void*)moei_router_any);
 }
 

@@ -373,8 +373,12 @@ MOEI_UNUSED static void tproduct_run(const tproduct_want* w, trand* r)
 MOEI_UNUSED static int tproduct_half(void)
 {
     int runs = 0;
-    const moei_block_shape* smallest = moei_block_shape_of(MOE_BLOCK_TILE_64x64);
-    return moei_block_runs(smallest, MOE_BF16, &runs) == MOE_OK && runs ? MOE_BF16 : MOE_FP16;
+    return moei_block_check_dtype(MOE_BF16) == MOE_OK &&
+                   moei_block_runs(moei_block_variant(MOE_BLOCK_TILE_64x64, MOE_BF16), &runs) ==
+                       MOE_OK &&
+                   runs
+               ? MOE_BF16
+               : MOE_FP16;
 }
 
 /* Blocks of 32 x 32, half of them there, by bytes; strided, in one piece each. */

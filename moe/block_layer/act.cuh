@@ -262,9 +262,9 @@ MOE_DEVICE_BODY void moei_block_act_backward(const moei_block_act_args* a, const
 MOEI_BLOCK_ACT_LIST(MOEI_BLOCK_ACT_KERNELS)
 #undef MOEI_BLOCK_ACT_KERNELS
 
-/* Queues the forward or backward kernel; `runs`: how many there can be. */
-MOE_HOST moe_status moei_block_act_launch(moei_block_act_args* a, int64_t runs, int backward,
-                                          int dtype, cudaStream_t stream)
+/* Settles the forward or backward kernel; `runs`: how many there can be. */
+MOE_HOST moe_status moei_block_act_prepare(moei_launch* l, moei_block_act_args* a, int64_t runs,
+                                           int backward, int dtype)
 {
     const int pieces = a->run << (a->block_log2 - 3);
     moei_launch_config c;
@@ -277,11 +277,11 @@ MOE_HOST moe_status moei_block_act_launch(moei_block_act_args* a, int64_t runs, 
     if (backward && a->dweights)
         zero_grid = (a->slots + MOEI_BLOCK_ACT_THREADS - 1) / MOEI_BLOCK_ACT_THREADS;
     if (a->row_grid + zero_grid == 0) return MOE_OK;
-    c = moei_grid(a->row_grid + zero_grid, MOEI_BLOCK_ACT_THREADS, 0, stream);
+    c = moei_grid(a->row_grid + zero_grid, MOEI_BLOCK_ACT_THREADS, 0, 0);
     c.dependent = 1;
 #define MOEI_BLOCK_ACT_CASE(name, dt)                                                              \
-    if (dtype == dt && backward) return MOE_LAUNCH(moei_block_act_backward_##name, c, *a);         \
-    if (dtype == dt) return MOE_LAUNCH(moei_block_act_forward_##name, c, *a);
+    if (dtype == dt && backward) return MOE_PREPARE(l, moei_block_act_backward_##name, c);         \
+    if (dtype == dt) return MOE_PREPARE(l, moei_block_act_forward_##name, c);
     MOEI_BLOCK_ACT_LIST(MOEI_BLOCK_ACT_CASE)
 #undef MOEI_BLOCK_ACT_CASE
     return MOE_STATUS(MOE_ERR_DTYPE, dtype);

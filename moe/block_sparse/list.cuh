@@ -170,26 +170,50 @@ MOE_HOST moe_status moei_block_list_check(moei_block_list_args* a)
     return moei_block_list_check_buffers(a, moei_block_list_carve_workspace(a));
 }
 
-/* Queues the making of the list on `stream`. Errors: every field as documented above and in desc.h,
-   each with its own status; nothing is queued then. Also columns: more than 2^31 - 1 blocks, of
-   bytes or bits. num_experts: the columns do not divide into experts, or the experts' columns into
-   blocks. Without rows or columns no source is needed. */
+/* The making of a list with all but its stream settled, for the device that was current. */
+typedef struct moe_block_list_prepared {
+    moei_block_list_args args;
+    moei_launch mark, sum, fill;
+} moe_block_list_prepared;
+
+/* Settles the making of the list: moe_block_list_run queues it any number of times. Errors: every
+   field as documented above and in desc.h, each with its own status. Also columns: more than 2^31 - 1
+   blocks, of bytes or bits. num_experts: the columns do not divide into experts, or the experts'
+   columns into blocks. Without rows or columns no source is needed. */
+MOE_HOST moe_status moe_block_list_prepare(const moe_block_list_desc* desc,
+                                           moe_block_list_prepared* p)
+{
+    moei_block_list_args* a;
+    moei_launch_config c;
+    MOEI_REQUIRE(desc && p, MOE_ERR_NULL, desc);
+    memset(p, 0, sizeof *p);
+    a = &p->args;
+    a->d = *desc;
+    MOEI_TRY(moei_block_list_check(a));
+    a->wide_bytes = a->CB % 16 == 0 && moei_aligned(a->d.bytes, 16);
+    c = moei_grid((int64_t)a->tiles * a->spans, MOEI_BLOCK_LIST_THREADS, 0, 0);
+    c.dependent = 1;
+    MOEI_TRY(MOE_PREPARE(&p->mark, moei_block_list_mark, c));
+    MOEI_TRY(MOE_PREPARE(&p->fill, moei_block_list_fill, c));
+    c.grid.x = (unsigned)(a->row_sums + (a->d.column_offset ? a->words : 0));
+    return MOE_PREPARE(&p->sum, moei_block_list_sum, c);
+}
+
+/* Queues the prepared making of a list on `stream`. */
+MOE_HOST moe_status moe_block_list_run(const moe_block_list_prepared* p, cudaStream_t stream)
+{
+    MOEI_REQUIRE(p, MOE_ERR_NULL, desc);
+    MOEI_TRY(MOE_RUN(&p->mark, p->args, stream));
+    MOEI_TRY(MOE_RUN(&p->sum, p->args, stream));
+    return MOE_RUN(&p->fill, p->args, stream);
+}
+
+/* Prepares and runs. Nothing is queued where a field is refused. */
 MOE_HOST moe_status moe_block_list_build(const moe_block_list_desc* desc, cudaStream_t stream)
 {
-    moei_block_list_args a;
-    moei_launch_config c;
-    MOEI_REQUIRE(desc, MOE_ERR_NULL, desc);
-    memset(&a, 0, sizeof a);
-    a.d = *desc;
-    MOEI_TRY(moei_block_list_check(&a));
-    a.wide_bytes = a.CB % 16 == 0 && moei_aligned(a.d.bytes, 16);
-    c = moei_grid((int64_t)a.tiles * a.spans, MOEI_BLOCK_LIST_THREADS, 0, stream);
-    c.dependent = 1;
-    MOEI_TRY(MOE_LAUNCH(moei_block_list_mark, c, a));
-    c.grid.x = (unsigned)(a.row_sums + (a.d.column_offset ? a.words : 0));
-    MOEI_TRY(MOE_LAUNCH(moei_block_list_sum, c, a));
-    c.grid.x = (unsigned)a.tiles * (unsigned)a.spans;
-    return MOE_LAUNCH(moei_block_list_fill, c, a);
+    moe_block_list_prepared p;
+    MOEI_TRY(moe_block_list_prepare(desc, &p));
+    return moe_block_list_run(&p, stream);
 }
 
 /* Loads this header's kernels now. */

@@ -7,6 +7,7 @@
 
 #include "../base/check.h"
 #include "../fields.h"
+#include "../gemm/variant.cuh"
 #include "strips.cuh"
 #include "tile.cuh"
 
@@ -16,11 +17,6 @@
    may have few of its blocks, the host does not know how many, and blocks for all would mostly be
    idle. */
 #define MOEI_BLOCK_SDD_TILES 32
-
-/* A tile shape and what a launch of it needs. */
-typedef struct moei_block_shape {
-    int tile, tm, tn, deep, warps_m, warps_n, stages;
-} moei_block_shape;
 
 /* What a call will run. */
 typedef struct moei_block_plan {
@@ -237,15 +233,15 @@ MOE_HOST int moei_block_log2(int n)
 }
 
 /* Strips of blocks that a tile shape joins. */
-MOE_HOST int moei_block_join(const moe_block_sparse_desc* d, const moei_block_shape* t)
+MOE_HOST int moei_block_join(const moe_block_sparse_desc* d, const moei_variant* t)
 {
     const int height = moei_block_by_column(d) ? d->mask.block_columns : d->mask.block_rows;
-    return d->packed || height >= t->tm ? 1 : t->tm / height;
+    return d->packed || height >= t->shape.tm ? 1 : t->shape.tm / height;
 }
 
 /* What a checked descriptor runs with one tile shape; its workspace begins at workspace_bytes
    behind `base`, and is added there. `first`: the plan whose rest this one runs; or null. */
-MOE_HOST moe_status moei_block_plan_tile(const moe_block_sparse_desc* d, const moei_block_shape* t,
+MOE_HOST moe_status moei_block_plan_tile(const moe_block_sparse_desc* d, const moei_variant* t,
                                          char* base, size_t* workspace_bytes,
                                          moei_block_plan* first, moei_block_plan* p)
 {
@@ -285,10 +281,10 @@ MOE_HOST moe_status moei_block_plan_tile(const moe_block_sparse_desc* d, const m
     a->c_dtype = d->c_dtype;
     a->depths = d->depths;
     {
-        const int64_t step = a->strip_m < t->tm ? a->strip_m : t->tm;
+        const int64_t step = a->strip_m < t->shape.tm ? a->strip_m : t->shape.tm;
         const int64_t columns = sdd ? (int64_t)a->others * width : a->n;
         a->tiles_m = (int32_t)((a->m + step - 1) / step);
-        a->tiles_n = (int32_t)((columns + t->tn - 1) / t->tn);
+        a->tiles_n = (int32_t)((columns + t->shape.tn - 1) / t->shape.tn);
         if (sdd && a->tiles_n > MOEI_BLOCK_SDD_TILES) a->tiles_n = MOEI_BLOCK_SDD_TILES;
         p->tiles = (int64_t)a->tiles_m * a->tiles_n;
         MOEI_REQUIRE(p->tiles + (int64_t)a->tiles_n * MOEI_BLOCK_BAND <= 0x7fffffff, MOE_ERR_RANGE,

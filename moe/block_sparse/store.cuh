@@ -45,7 +45,7 @@ MOE_DEVICE void moei_block_store(const moei_block_args* d, const moei_block_shar
                 MOEI_UNROLL
                 for (int x = 0; x < 8; ++x) v[x] = strip[(p * rows + r) * ld + g + x];
                 if (p * rows < n)
-                    moei_epilogue_store8((void*)(uintptr_t)to, v, bytes == 4 ? MOE_FP32 : dtype);
+                    moei_epilogue_store8((void*)(uintptr_t)to, v, 0, bytes == 4 ? MOE_FP32 : dtype);
                 to += (uint64_t)step;
             }
         } else {

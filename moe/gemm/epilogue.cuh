@@ -1,8 +1,9 @@
 /* epilogue.cuh: what happens to a warp's accumulators on their way to C.
 
    A warp passes its tile, 16 rows at a time, through a strip of shared memory of its own
-   [16][wn + 4] fp32, reads it back in row order, adds the bias, applies the activation and
-   writes 16 bytes a lane. No block barrier: each warp stores when it is done.
+   [16][wn + 8] fp32, reads it back in row order, adds the bias, applies the activation and
+   writes 16 bytes a lane. No block barrier: each warp stores when it is done. A lane has 8 columns,
+   4 and 4; half of the lanes take the second 4 first, so that no two lanes meet in a bank.
 
    Gate and up of a gated activation: where they are interleaved, columns 2j and 2j + 1 of the
    strip; otherwise columns j and wn/2 + j, since the loader has put both halves into the warp's
@@ -16,22 +17,42 @@
 #include "mma.cuh"
 #include "schedule.cuh"
 
-/* Writes 8 neighbours, 16-byte aligned. */
-MOE_DEVICE void moei_epilogue_store8(void* p, const float* v, int dtype)
+/* Floats between rows of a warp's strip, and of a strip. */
+MOE_HOST_DEVICE int moei_strip_pitch(int wn) { return wn + 8; }
+MOE_HOST_DEVICE int moei_strip_floats(int wn) { return 16 * moei_strip_pitch(wn); }
+
+/* Reads 4 floats, 16-byte aligned. */
+MOE_DEVICE void moei_strip_read4(float* v, const float* p)
+{
+    const float4 f = *(const float4*)p;
+    v[0] = f.x, v[1] = f.y, v[2] = f.z, v[3] = f.w;
+}
+
+/* Writes 8 neighbours, 16-byte aligned: v[0] is number `first`, 0 or 4, v[4] the other's. */
+MOE_DEVICE void moei_epilogue_store8(void* p, const float* v, int first, int dtype)
 {
     if (dtype == MOE_FP32) {
-        ((float4*)p)[0] = make_float4(v[0], v[1], v[2], v[3]);
-        ((float4*)p)[1] = make_float4(v[4], v[5], v[6], v[7]);
+        *(float4*)((float*)p + first) = make_float4(v[0], v[1], v[2], v[3]);
+        *(float4*)((float*)p + 4 - first) = make_float4(v[4], v[5], v[6], v[7]);
     } else {
-        *(uint4*)p = moei_pack_8(v, dtype);
+        const uint4 w = moei_pack_8(v, dtype);
+        *(uint4*)p = first ? make_uint4(w.z, w.w, w.x, w.y) : w;
     }
 }
 
-/* Adds bias[at + i * step] to v[i]. */
+/* Adds bias[at + i * step] to v[i], i < 4. */
 MOE_DEVICE void moei_epilogue_bias(float* v, const uint16_t* bias, int64_t at, int step, int dtype)
 {
     MOEI_UNROLL
-    for (int i = 0; i < 8; ++i) v[i] += moei_half_to_f32(bias[at + i * step], dtype);
+    for (int i = 0; i < 4; ++i) v[i] += moei_half_to_f32(bias[at + i * step], dtype);
+}
+
+/* Adds the bias of 8 columns from n on; `first` as in moei_epilogue_store8. */
+MOE_DEVICE void moei_epilogue_bias8(float* v, const uint16_t* bias, int64_t n, int first, int step,
+                                    int dtype)
+{
+    moei_epilogue_bias(v, bias, n + first * step, step, dtype);
+    moei_epilogue_bias(v + 4, bias, n + (4 - first) * step, step, dtype);
 }
 
 /* One warp: its wm x wn accumulators become rows row .. row + wm and columns from `column` of C. */
@@ -41,7 +62,7 @@ MOE_DEVICE void moei_epilogue_warp(const moe_grouped_gemm_desc* d, const moe_til
 {
     const bool gated = d->gate_up != 0;
     const bool pairs = d->gate_up == MOE_GATE_UP_INTERLEAVED;
-    const int ld = wn + 4;
+    const int ld = moei_strip_pitch(wn);
     const int groups = (gated ? wn / 2 : wn) / 8; /* of 8 columns of C, in one strip row */
     const int c_bytes = d->c_dtype == MOE_FP32 ? 4 : 2;
     char* c = d->c_table ? (char*)d->c_table[t->expert] - (int64_t)t->begin * d->c_stride * c_bytes
@@ -58,8 +79,10 @@ MOE_DEVICE void moei_epilogue_warp(const moe_grouped_gemm_desc* d, const moe_til
         __syncwarp(MOEI_FULL);
         for (int u = moei_lane(); u < 16 * groups; u += MOEI_WARP) {
             const int r = u / groups, j = u % groups * 8;
+            const int first = pairs ? 0 : u & 4;
             const int64_t m = row + i * 16 + r;
             const int n = column + j;
+            const float* p = strip + r * ld + (pairs ? 2 * j : j + first);
             float v[8], w[8];
             /* here, so that nothing of it takes a register while the accumulators wait */
             const uint16_t* bias = (const uint16_t*)d->bias;
@@ -67,25 +90,29 @@ MOE_DEVICE void moei_epilogue_warp(const moe_grouped_gemm_desc* d, const moe_til
             if (bias) bias += (int64_t)t->expert * d->n * (gated ? 2 : 1);
             if (pairs) {
                 MOEI_UNROLL
-                for (int x = 0; x < 8; ++x) v[x] = strip[r * ld + 2 * (j + x)];
+                for (int x = 0; x < 4; ++x) {
+                    const float4 f = *(const float4*)(p + 4 * x);
+                    v[2 * x] = f.x, w[2 * x] = f.y, v[2 * x + 1] = f.z, w[2 * x + 1] = f.w;
+                }
             } else {
-                MOEI_UNROLL
-                for (int x = 0; x < 8; ++x) v[x] = strip[r * ld + j + x];
+                moei_strip_read4(v, p);
+                moei_strip_read4(v + 4, p + 4 - 2 * first);
             }
-            if (bias) moei_epilogue_bias(v, bias, pairs ? 2 * n : n, pairs ? 2 : 1, d->dtype);
-            if (gated) {
-                MOEI_UNROLL
-                for (int x = 0; x < 8; ++x)
-                    w[x] = strip[r * ld + (pairs ? 2 * (j + x) + 1 : wn / 2 + j + x)];
-                if (bias)
-                    moei_epilogue_bias(w, bias, pairs ? 2 * n + 1 : d->n + n, pairs ? 2 : 1,
-                                       d->dtype);
+            if (gated && !pairs) {
+                moei_strip_read4(w, p + wn / 2);
+                moei_strip_read4(w + 4, p + wn / 2 + 4 - 2 * first);
+            }
+            if (bias) {
+                moei_epilogue_bias8(v, bias, pairs ? 2 * n : n, first, pairs ? 2 : 1, d->dtype);
+                if (gated)
+                    moei_epilogue_bias8(w, bias, pairs ? 2 * n + 1 : d->n + n, first,
+                                        pairs ? 2 : 1, d->dtype);
             }
             if (d->activation != MOE_ACTIVATION_NONE) {
                 const moei_activation a = moei_activation_of(d->activation, d->alpha, d->limit);
                 moei_activate_8(v, w, &a, gated);
             }
-            moei_epilogue_store8(c + (m * d->c_stride + n) * c_bytes, v, d->c_dtype);
+            moei_epilogue_store8(c + (m * d->c_stride + n) * c_bytes, v, first, d->c_dtype);
         }
         __syncwarp(MOEI_FULL);
     }

@@ -20,14 +20,15 @@
      g.num_experts = E;  g.num_rows = T * K;  g.n = N;  g.k = H;
      moe_status s = moe_grouped_gemm(&g, stream);
 
-   A faster path for one architecture joins here: a kernel of its own, a line in moe_gemm_path, a
-   choice in moei_gemm_plan; schedule.cuh and the descriptor serve it as they are. */
+   A faster path for one architecture joins here: a kernel of its own, a line in moe_gemm_path, rows
+   of moei_gemm_variants; schedule.cuh and the descriptor serve it as they are. */
 #ifndef MOE_GEMM_GROUPED_CUH
 #define MOE_GEMM_GROUPED_CUH
 
 #include "../base/check.h"
 #include "../fields.h"
 #include "tile.cuh"
+#include "variant.cuh"
 
 /* tile, its shape, blocks a multiprocessor. */
 #define MOEI_GEMM_TILE_LIST(X)                                                                    \
@@ -45,33 +46,27 @@
     X(bf16_kn, MOE_BF16, MOE_MAJOR_K, MOE_MAJOR_MN, __VA_ARGS__)
 #endif
 
-/* The largest tile takes all registers as it is: it reads both operands along K. */
-#define MOEI_GEMM_OFFERED(tm, tn, a_major, b_major)                                               \
-    ((tm) * (tn) <= 128 * 128 || ((a_major) == MOE_MAJOR_K && (b_major) == MOE_MAJOR_K))
-
-/* What has a body: bf16 from sm_80, the largest tile where a block may have 200 KB. Which of them
-   this binary holds for this device, moei_gemm_plan asks the kernel itself: code built for less
-   than the device (no -arch, say) is found out there. */
-#if MOE_ON_HOST || !defined(__CUDA_ARCH__)
-#define MOEI_GEMM_HERE(dtype, tm, tn) 1
-#else
-#define MOEI_GEMM_HERE(dtype, tm, tn)                                                             \
-    ((__CUDA_ARCH__ >= 800 || (dtype) == MOE_FP16) &&                                             \
-     ((tm) * (tn) <= 128 * 128 || (__CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200)))
-#endif
+/* Versions of code that have a body: bf16 from sm_80, the largest tile where a block may have
+   200 KB. It takes all registers as it is: it reads both operands along K alone. */
+#define MOEI_GEMM_LEAST(dtype, tm, tn, a_major, b_major)                                          \
+    ((tm) * (tn) <= 128 * 128 ? ((dtype) == MOE_BF16 ? 80 : 75)                                   \
+     : (a_major) == MOE_MAJOR_K && (b_major) == MOE_MAJOR_K ? 90                                  \
+                                                            : MOEI_CODE_NEVER)
+#define MOEI_GEMM_MOST(tm, tn) ((tm) * (tn) <= 128 * 128 ? MOEI_CODE_ANY : 119)
 
 #define MOEI_GEMM_KERNEL(variant, dtype, a_major, b_major, name, tm, tn, kb, wm, wn, stages, blocks) \
     MOE_KERNEL((wm) * (wn) * 32, blocks)                                                          \
     moei_gemm_##name##_##variant(MOE_ARG(moe_grouped_gemm_desc) d)                                \
     {                                                                                             \
-        MOE_SHARED(moei_block_scan_scratch, scratch);                                             \
+        MOE_SHARED(moei_gemm_shared, s);                                                          \
         MOE_SHARED_DYNAMIC(shared);                                                               \
         moei_let_next_start();                                                                    \
         moei_wait_for_previous();                                                                 \
-        if (MOEI_GEMM_OFFERED(tm, tn, a_major, b_major) && MOEI_GEMM_HERE(dtype, tm, tn) &&       \
+        if (MOEI_CODE_HERE(MOEI_GEMM_LEAST(dtype, tm, tn, a_major, b_major),                      \
+                           MOEI_GEMM_MOST(tm, tn)) &&                                             \
             !moei_fault_stopped(d.fault))                                                         \
             moei_gemm_block(                                                                      \
-                &d, shared, &scratch,                                                             \
+                &d, shared, &s,                                                                   \
                 moe_gemm_shape_of(tm, tn, kb, wm, wn, stages, dtype, a_major, b_major));          \
     }
 #define MOEI_GEMM_TILE_KERNELS(...) MOE_GEMM_VARIANT_LIST(MOEI_GEMM_KERNEL, __VA_ARGS__)
@@ -79,43 +74,30 @@ MOEI_GEMM_TILE_LIST(MOEI_GEMM_TILE_KERNELS)
 #undef MOEI_GEMM_TILE_KERNELS
 #undef MOEI_GEMM_KERNEL
 
-/* One tile and what a launch of it needs. */
-typedef struct moei_gemm_choice {
-    int tile;                                 /* MOE_TILE_* */
-    int tm, tn, tk, warps_m, warps_n, stages; /* MOE_GEMM_SHAPE_* */
-    int blocks_sm;
-} moei_gemm_choice;
-
-static const moei_gemm_choice moei_gemm_choices[] = {
-#define MOEI_GEMM_ROW(name, tm, tn, kb, wm, wn, stages, blocks)                                   \
-    {MOE_TILE_##name, tm, tn, kb, wm, wn, stages, blocks},
-#define MOEI_GEMM_TILE_ROW(...) MOEI_GEMM_ROW(__VA_ARGS__)
-    MOEI_GEMM_TILE_LIST(MOEI_GEMM_TILE_ROW)
-#undef MOEI_GEMM_TILE_ROW
+/* In order of preference. */
+static const moei_variant moei_gemm_variants[] = {
+#define MOEI_GEMM_ROW(variant, dtype, a_major, b_major, name, tm, tn, kb, wm, wn, stages, blocks) \
+    {(const void*)moei_gemm_##name##_##variant,                                                   \
+     "moei_gemm_" #name "_" #variant,                                                             \
+     MOEI_SHAPE_INIT(tm, tn, kb, wm, wn, stages, dtype, a_major, b_major),                        \
+     MOE_TILE_##name,                                                                             \
+     blocks,                                                                                      \
+     MOEI_GEMM_LEAST(dtype, tm, tn, a_major, b_major),                                            \
+     MOEI_GEMM_MOST(tm, tn)},
+#define MOEI_GEMM_ROWS(...) MOE_GEMM_VARIANT_LIST(MOEI_GEMM_ROW, __VA_ARGS__)
+    MOEI_GEMM_TILE_LIST(MOEI_GEMM_ROWS)
+#undef MOEI_GEMM_ROWS
 #undef MOEI_GEMM_ROW
-};
-#define MOEI_GEMM_CHOICES ((int)(sizeof moei_gemm_choices / sizeof moei_gemm_choices[0]))
+    MOEI_VARIANT_END};
 
-/* The shape of a choice for a checked descriptor. */
-MOE_HOST moe_gemm_shape moei_gemm_shape(const moei_gemm_choice* t, const moe_grouped_gemm_desc* d)
+/* Is the tile a good one for this many rows an expert? */
+MOE_HOST int moei_gemm_suits(const moei_variant* v, const moe_grouped_gemm_desc* d, int sms)
 {
-    return moe_gemm_shape_of(t->tm, t->tn, t->tk, t->warps_m, t->warps_n, t->stages, d->dtype,
-                             d->a_major, d->b.major);
-}
-
-MOE_HOST size_t moei_gemm_smem(const moei_gemm_choice* t, const moe_grouped_gemm_desc* d)
-{
-    return moei_tile_smem(moei_gemm_shape(t, d), d->num_experts);
-}
-
-/* Is the tile a good one for this many rows an expert? The list is in order of preference. */
-MOE_HOST int moei_gemm_suits(const moei_gemm_choice* t, const moe_grouped_gemm_desc* d, int sms)
-{
+    const int64_t tm = v->shape.tm, tn = v->shape.tn;
     const int64_t rows = d->num_rows / d->num_experts; /* an expert's, on average */
     const int64_t b_rows = (int64_t)d->n * (d->gate_up ? 2 : 1);
-    const int64_t tiles =
-        ((rows + t->tm - 1) / t->tm) * d->num_experts * ((b_rows + t->tn - 1) / t->tn);
-    switch (t->tile) {
+    const int64_t tiles = ((rows + tm - 1) / tm) * d->num_experts * ((b_rows + tn - 1) / tn);
+    switch (v->tile) {
     case MOE_TILE_128x256: return rows > 64 && b_rows > 128 && tiles >= sms;
     case MOE_TILE_128x128: return rows > 64;
     default: return 1;
@@ -240,144 +222,125 @@ MOE_HOST moe_status moe_gemm_tile_resolve(moe_grouped_gemm_desc* desc)
     return moei_gemm_check(desc);
 }
 
-/* The kernel of one tile and variant; null where MOE_GEMM_VARIANT_LIST lacks it. */
-MOE_HOST const void* moei_gemm_kernel(int tile, const moe_grouped_gemm_desc* d)
-{
-#define MOEI_GEMM_FIND(variant, dt, am, bm, name, tm, tn, kb, wm, wn, stages, blocks)             \
-    if (tile == MOE_TILE_##name && d->dtype == dt && d->a_major == am && d->b.major == bm)        \
-        return (const void*)moei_gemm_##name##_##variant;
-#define MOEI_GEMM_TILE_FINDS(...) MOE_GEMM_VARIANT_LIST(MOEI_GEMM_FIND, __VA_ARGS__)
-    MOEI_GEMM_TILE_LIST(MOEI_GEMM_TILE_FINDS)
-#undef MOEI_GEMM_TILE_FINDS
-#undef MOEI_GEMM_FIND
-    (void)tile;
-    (void)d;
-    return 0;
-}
-
 /* Refuses what MOE_GEMM_VARIANT_LIST lacks, by the first field that no entry agrees with. */
 MOE_HOST moe_status moei_gemm_listed(const moe_grouped_gemm_desc* d)
 {
     int dtype = 0, a_major = 0, b_major = 0;
-#define MOEI_GEMM_LISTED(variant, dt, am, bm, ...)                                                \
-    dtype |= d->dtype == dt;                                                                      \
-    a_major |= d->dtype == dt && d->a_major == am;                                                \
-    b_major |= d->dtype == dt && d->a_major == am && d->b.major == bm;
-    MOE_GEMM_VARIANT_LIST(MOEI_GEMM_LISTED, 0)
-#undef MOEI_GEMM_LISTED
+    for (const moei_variant* v = moei_gemm_variants; v->kernel; ++v) {
+        const int agrees = v->shape.dtype == d->dtype;
+        dtype |= agrees;
+        a_major |= agrees && v->shape.a_major == d->a_major;
+        b_major |= agrees && v->shape.a_major == d->a_major && v->shape.b_major == d->b.major;
+    }
     MOEI_REQUIRE(dtype, MOE_ERR_NOT_COMPILED, dtype);
     MOEI_REQUIRE(a_major, MOE_ERR_NOT_COMPILED, a_major);
     MOEI_REQUIRE(b_major, MOE_ERR_NOT_COMPILED, b_major);
-    (void)d;
     return MOE_OK;
 }
 
-/* Does the binary hold a body of this tile for the current device? 0, 1 or a CUDA error. */
-MOE_HOST moe_status moei_gemm_has_body(const moei_gemm_choice* t, const moe_grouped_gemm_desc* d,
-                                       int* has)
+/* The variant for a checked descriptor on the current device. */
+MOE_HOST moe_status moei_gemm_choose(const moe_grouped_gemm_desc* d, const moei_device* dev,
+                                     const moei_variant** chosen)
 {
-    *has = 1;
-#if !MOE_ON_HOST
-    cudaFuncAttributes fa;
-    MOEI_TRY_CUDA(cudaFuncGetAttributes(&fa, moei_gemm_kernel(t->tile, d)));
-    *has = (d->dtype == MOE_FP16 || fa.ptxVersion >= 80) &&
-           (t->tm * t->tn <= 128 * 128 || (fa.ptxVersion >= 90 && fa.ptxVersion < 120));
-#else
-    (void)t;
-    (void)d;
-#endif
-    return MOE_OK;
-}
-
-/* The choice for a checked descriptor on the current device. */
-MOE_HOST moe_status moei_gemm_plan(const moe_grouped_gemm_desc* d, moe_gemm_plan* p)
-{
-    moei_device dev;
-    const moei_gemm_choice* t = 0;
-    int64_t per_sm;
     MOEI_TRY(moei_gemm_listed(d));
-    MOEI_TRY(moei_device_query(&dev));
-    MOEI_REQUIRE(MOE_ON_HOST || d->dtype == MOE_FP16 || dev.major >= 8, MOE_ERR_DEVICE, dtype);
-    for (int i = 0; i < MOEI_GEMM_CHOICES && !t; ++i) {
-        const moei_gemm_choice* o = &moei_gemm_choices[i];
-        const int fits =
-            moei_gemm_smem(o, d) + sizeof(moei_block_scan_scratch) <= (size_t)dev.smem_block;
-        const int offered = MOEI_GEMM_OFFERED(o->tm, o->tn, d->a_major, d->b.major);
-        int body;
-        MOEI_TRY(moei_gemm_has_body(o, d, &body));
-        if (d->tile ? o->tile == d->tile
-                    : fits && offered && body && moei_gemm_suits(o, d, dev.sms)) {
-            MOEI_REQUIRE(offered, MOE_ERR_CONFLICT, tile);
-            MOEI_REQUIRE(fits && body, MOE_ERR_DEVICE, tile);
-            t = o;
-        }
+    MOEI_REQUIRE(MOE_ON_HOST || d->dtype == MOE_FP16 || dev->major >= 8, MOE_ERR_DEVICE, dtype);
+    for (const moei_variant* v = moei_gemm_variants; v->kernel; ++v) {
+        const size_t smem = moei_tile_smem(v->shape, d->num_experts) + sizeof(moei_gemm_shared);
+        int runs;
+        if (v->shape.dtype != d->dtype || v->shape.a_major != d->a_major ||
+            v->shape.b_major != d->b.major ||
+            !(d->tile ? v->tile == d->tile : moei_gemm_suits(v, d, dev->sms)))
+            continue;
+        MOEI_REQUIRE(!d->tile || v->least != MOEI_CODE_NEVER, MOE_ERR_CONFLICT, tile);
+        MOEI_TRY(moei_variant_runs(v, &runs));
+        *chosen = v;
+        if (runs && smem <= (size_t)dev->smem_block) return MOE_OK;
+        MOEI_REQUIRE(!d->tile, MOE_ERR_DEVICE, tile);
     }
-    MOEI_REQUIRE(t, MOE_ERR_DEVICE, dtype); /* built without -arch=sm_80 or later, most often */
-    p->path = MOE_ON_HOST ? MOE_GEMM_PATH_HOST : MOE_GEMM_PATH_WMMA;
-    p->tile = t->tile;
-    p->tile_m = t->tm;
-    p->tile_n = t->tn;
-    p->tile_k = t->tk;
-    p->stages = t->stages;
-    p->threads = t->warps_m * t->warps_n * 32;
-    p->smem = moei_gemm_smem(t, d);
-    per_sm = (int64_t)((size_t)dev.smem_sm / (p->smem + 1024));
-    if (per_sm > t->blocks_sm) per_sm = t->blocks_sm;
+    return MOE_STATUS(MOE_ERR_DEVICE, dtype); /* built without -arch=sm_80 or later, most often */
+}
+
+/* A product with all but its stream settled, for the device that was current. */
+typedef struct moe_grouped_gemm_prepared {
+    moe_grouped_gemm_desc args; /* with its defaults filled in */
+    moe_gemm_plan plan;
+    moei_launch launch;
+} moe_grouped_gemm_prepared;
+
+/* Fills in plan and launch for p->args, which has been checked. */
+MOE_HOST moe_status moei_gemm_prepare(moe_grouped_gemm_prepared* p)
+{
+    const moe_grouped_gemm_desc* d = &p->args;
+    moe_gemm_plan* plan = &p->plan;
+    moei_device dev;
+    const moei_variant* v = 0;
+    int64_t per_sm;
+    p->launch.kernel = 0;
+    MOEI_TRY(moei_device_query(&dev));
+    MOEI_TRY(moei_gemm_choose(d, &dev, &v));
+    plan->path = MOE_ON_HOST ? MOE_GEMM_PATH_HOST : MOE_GEMM_PATH_WMMA;
+    plan->tile = v->tile;
+    plan->tile_m = v->shape.tm;
+    plan->tile_n = v->shape.tn;
+    plan->tile_k = v->shape.tk;
+    plan->stages = v->shape.stages;
+    plan->threads = v->shape.threads;
+    plan->smem = moei_tile_smem(v->shape, d->num_experts);
+    per_sm = (int64_t)((size_t)dev.smem_sm / (plan->smem + 1024));
+    if (per_sm > v->blocks_sm) per_sm = v->blocks_sm;
     if (per_sm < 1) per_sm = 1;
     {
-        const int columns = d->gate_up ? t->tn / 2 : t->tn;
-        const int64_t most =
-            ((int64_t)d->num_rows / t->tm + d->num_experts + 1) * ((d->n + columns - 1) / columns);
+        const int columns = d->gate_up ? v->shape.tn / 2 : v->shape.tn;
+        const int64_t most = ((int64_t)d->num_rows / v->shape.tm + d->num_experts + 1) *
+                             ((d->n + columns - 1) / columns);
         MOEI_REQUIRE(most <= 0x7fffffff, MOE_ERR_RANGE, num_rows);
-        p->blocks = (int32_t)(most < per_sm * dev.sms ? most : per_sm * dev.sms);
+        plan->blocks = (int32_t)(most < per_sm * dev.sms ? most : per_sm * dev.sms);
     }
-    return MOE_OK;
+    if (d->num_rows == 0) return MOE_OK;
+    return moei_variant_prepare(&p->launch, v, plan->blocks, plan->smem);
+}
+
+/* Settles a product: moe_grouped_gemm_run queues it any number of times. Keeps the addresses of
+   weight tables, not their entries. Errors: every field as documented in desc.h, each with its own
+   status. num_rows = 0 is no error. */
+MOE_HOST moe_status moe_grouped_gemm_prepare(const moe_grouped_gemm_desc* desc,
+                                             moe_grouped_gemm_prepared* p)
+{
+    MOEI_REQUIRE(desc && p, MOE_ERR_NULL, desc);
+    p->args = *desc;
+    MOEI_TRY(moei_gemm_check(&p->args));
+    return moei_gemm_prepare(p);
+}
+
+/* Queues a prepared product on `stream`. */
+MOE_HOST moe_status moe_grouped_gemm_run(const moe_grouped_gemm_prepared* p, cudaStream_t stream)
+{
+    MOEI_REQUIRE(p, MOE_ERR_NULL, desc);
+    return MOE_RUN(&p->launch, p->args, stream);
 }
 
 /* What moe_grouped_gemm would run for this descriptor on the current device. */
 MOE_HOST moe_status moe_grouped_gemm_plan(const moe_grouped_gemm_desc* desc, moe_gemm_plan* plan)
 {
-    moe_grouped_gemm_desc d;
+    moe_grouped_gemm_prepared p;
     MOEI_REQUIRE(desc && plan, MOE_ERR_NULL, desc);
-    d = *desc;
-    MOEI_TRY(moei_gemm_check(&d));
-    return moei_gemm_plan(&d, plan);
+    MOEI_TRY(moe_grouped_gemm_prepare(desc, &p));
+    *plan = p.plan;
+    return MOE_OK;
 }
 
-/* Queues the product on `stream`. Errors: every field as documented in desc.h, each with its own
-   status; nothing is queued then. num_rows = 0 is no error. */
+/* Prepares and runs. Nothing is queued where a field is refused. */
 MOE_HOST moe_status moe_grouped_gemm(const moe_grouped_gemm_desc* desc, cudaStream_t stream)
 {
-    moe_grouped_gemm_desc d;
-    moe_gemm_plan p;
-    moei_launch_config c;
-    MOEI_REQUIRE(desc, MOE_ERR_NULL, desc);
-    d = *desc;
-    MOEI_TRY(moei_gemm_check(&d));
-    MOEI_TRY(moei_gemm_plan(&d, &p));
-    if (d.num_rows == 0) return MOE_OK;
-    c = moei_grid(p.blocks, p.threads, p.smem, stream);
-    c.dependent = 1;
-#define MOEI_GEMM_CASE(variant, dt, am, bm, name, tm, tn, kb, wm, wn, stages, blocks)             \
-    if (p.tile == MOE_TILE_##name && d.dtype == dt && d.a_major == am && d.b.major == bm)         \
-        return MOE_LAUNCH(moei_gemm_##name##_##variant, c, d);
-#define MOEI_GEMM_TILE_CASES(...) MOE_GEMM_VARIANT_LIST(MOEI_GEMM_CASE, __VA_ARGS__)
-    MOEI_GEMM_TILE_LIST(MOEI_GEMM_TILE_CASES)
-#undef MOEI_GEMM_TILE_CASES
-#undef MOEI_GEMM_CASE
-    return MOE_STATUS(MOE_ERR_NOT_COMPILED, b_major); /* moei_gemm_plan has refused it */
+    moe_grouped_gemm_prepared p;
+    MOEI_TRY(moe_grouped_gemm_prepare(desc, &p));
+    return moe_grouped_gemm_run(&p, stream);
 }
 
 /* Loads this header's kernels now. */
 MOE_HOST moe_status moe_grouped_gemm_preload(void)
 {
-#define MOEI_GEMM_LOAD(variant, dt, am, bm, name, tm, tn, kb, wm, wn, stages, blocks)             \
-    MOEI_TRY(moei_preload((const void*)moei_gemm_##name##_##variant));
-#define MOEI_GEMM_TILE_LOADS(...) MOE_GEMM_VARIANT_LIST(MOEI_GEMM_LOAD, __VA_ARGS__)
-    MOEI_GEMM_TILE_LIST(MOEI_GEMM_TILE_LOADS)
-#undef MOEI_GEMM_TILE_LOADS
-#undef MOEI_GEMM_LOAD
-    return MOE_OK;
+    return moei_variant_preload(moei_gemm_variants);
 }
 
 #endif

@@ -22,6 +22,12 @@ typedef struct moe_gemm_shape {
 #define MOE_GEMM_SHAPE_32x128 32, 128, 64, 2, 4, 3
 #define MOE_GEMM_SHAPE_64x64 64, 64, 32, 2, 2, 3
 
+/* A shape in a table: the arguments of moe_gemm_shape_of. */
+#define MOEI_SHAPE_INIT(...) MOEI_SHAPE_INIT_(__VA_ARGS__)
+#define MOEI_SHAPE_INIT_(tm, tn, tk, warps_m, warps_n, stages, dtype, a_major, b_major)           \
+    {tm,      tn,      tk,                 warps_m,            warps_n,                 stages, dtype, \
+     a_major, b_major, (tm) / (warps_m), (tn) / (warps_n), (warps_m) * (warps_n) * 32}
+
 /* moe_gemm_shape_of(MOE_GEMM_SHAPE_64x64, MOE_BF16, MOE_MAJOR_K, MOE_MAJOR_K) */
 MOE_HOST_DEVICE moe_gemm_shape moe_gemm_shape_of(int tm, int tn, int tk, int warps_m, int warps_n,
                                                  int stages, int dtype, int a_major, int b_major)

@@ -25,7 +25,7 @@
 /* Shared memory of a block, bytes: the ring, the epilogue's staging, then tile_start [E + 1]. */
 MOE_HOST_DEVICE size_t moei_tile_smem(const moe_gemm_shape f, int num_experts)
 {
-    return moei_ring_bytes(f) + (size_t)f.threads / 32 * 16 * (size_t)(f.wn + 4) * 4 +
+    return moei_ring_bytes(f) + (size_t)f.threads / 32 * (size_t)moei_strip_floats(f.wn) * 4 +
            ((size_t)num_experts + 1) * 4;
 }
 
@@ -37,6 +37,7 @@ typedef struct moei_loader {
     int32_t b_row[2]; /* B: row of C's columns that belongs to b[0], b[1] */
     int32_t a_keep;   /* A: bit i: pass i has a row; MN: bytes to copy */
     int32_t tile;     /* number of the tile */
+    int32_t turn;     /* how many tiles the block had before it */
     int32_t k;        /* first depth of the step to copy */
 } moei_loader;
 
@@ -58,8 +59,8 @@ MOE_DEVICE bool moei_gemm_halves(const moe_grouped_gemm_desc* d)
     return d->gate_up == MOE_GATE_UP_CONCATENATED || d->gate_up == MOE_GATE_UP_SEPARATE;
 }
 
-/* Points the loader at the first step of tile t, whose number is `index`. */
-MOE_DEVICE void moei_loader_begin(moei_loader* p, moe_tile_position t, int index,
+/* Points the loader at the first step of tile t. */
+MOE_DEVICE void moei_loader_begin(moei_loader* p, moe_tile_position t,
                                   const moe_grouped_gemm_desc* d, const moe_gemm_shape f)
 {
     const int piece = (int)threadIdx.x % (f.tk / 8), r = (int)threadIdx.x / (f.tk / 8);
@@ -68,24 +69,26 @@ MOE_DEVICE void moei_loader_begin(moei_loader* p, moe_tile_position t, int index
     const char* weight = moei_weight_base(&d->b, t.expert);
     const char* up = d->gate_up == MOE_GATE_UP_SEPARATE ? moei_weight_up(&d->b, t.expert) : weight;
     const int column = t.column * (halves ? f.tn / 2 : f.tn); /* first of B's rows in each half */
-    p->tile = index;
     p->k = 0;
     if (d->gate_up == MOE_GATE_UP_CONCATENATED)
         up += (int64_t)d->n * (f.b_major == MOE_MAJOR_K ? ld : 1) * 2;
 
     if (f.a_major == MOE_MAJOR_K) {
-        p->a_keep = 0;
+        int from[4]; /* all loads before the first use */
         MOEI_UNROLL
         for (int i = 0; i < f.tm / 32; ++i) {
             const int m = t.row + i * 32 + r;
-            int row = -1;
-            if (m < t.end) {
-                row = d->row_index ? d->row_index[m] : m;
-                if (row >= 0) row = row / d->row_div;
-                if (row >= d->a_rows || row < -1) {
-                    if (piece == 0) moei_fault_raise(d->fault, MOE_FAULT_BAD_ROW, 0, m);
-                    row = -1;
-                }
+            from[i] = m >= t.end ? -1 : d->row_index ? d->row_index[m] : m;
+        }
+        p->a_keep = 0;
+        MOEI_UNROLL
+        for (int i = 0; i < f.tm / 32; ++i) {
+            int row = from[i];
+            if (d->row_div > 1 && row >= 0) row = row / d->row_div;
+            if (row >= d->a_rows || row < -1) {
+                if (piece == 0)
+                    moei_fault_raise(d->fault, MOE_FAULT_BAD_ROW, 0, t.row + i * 32 + r);
+                row = -1;
             }
             p->a_keep |= (row >= 0 ? 1 : 0) << i;
             p->a[i] = (const char*)d->a + ((row >= 0 ? row : 0) * d->a_stride + piece * 8) * 2;
@@ -179,28 +182,45 @@ MOE_DEVICE void moei_loader_copy(moei_loader* p, const moe_grouped_gemm_desc* d,
     if (part == parts - 1) p->k += f.tk;
 }
 
+/* A block's tiles: what its loader and its warps know of them. */
+typedef struct moei_tiles {
+    moei_schedule schedule;
+    moe_tile_position* position; /* [4] shared: of tile `turn` at turn % 4; the loader is at most
+                                    stages - 1 = 2 tiles ahead of the warps */
+    int num_tiles;
+} moei_tiles;
+
+/* Points the loader at tile p->tile, whose position is written for the warps. */
+MOE_DEVICE void moei_loader_tile(moei_loader* p, const moe_grouped_gemm_desc* d,
+                                 const moei_tiles* s, const moe_gemm_shape f)
+{
+    const moe_tile_position t = moei_schedule_tile(&s->schedule, p->tile, f.tm);
+    if (threadIdx.x == 0) s->position[p->turn & 3] = t;
+    moei_loader_begin(p, t, d, f);
+}
+
 /* Before a step is copied: on to the block's next tile, once the current one has been copied. Past
    the last tile k stays at the end: the copies that follow read nothing and write zeros, which
    nobody reads; so the steps have no branch, and every step closes one group of copies. */
 MOE_DEVICE void moei_loader_advance(moei_loader* p, const moe_grouped_gemm_desc* d,
-                                    const moei_schedule* s, int num_tiles, const moe_gemm_shape f)
+                                    const moei_tiles* s, const moe_gemm_shape f)
 {
-    if (p->k >= d->k && p->tile < num_tiles) {
+    if (p->k >= d->k && p->tile < s->num_tiles) {
         p->tile += (int)gridDim.x;
-        if (p->tile < num_tiles)
-            moei_loader_begin(p, moei_schedule_tile(s, p->tile, f.tm), p->tile, d, f);
+        ++p->turn;
+        if (p->tile < s->num_tiles) moei_loader_tile(p, d, s, f);
     }
 }
 
-/* Fills the first stages - 1 stages of the ring, with a schedule (or null) on into the block's next
-   tiles, and waits until the first has arrived for every warp. All threads of the block. */
+/* Fills the first stages - 1 stages of the ring, with tiles (or null) on into the block's next
+   ones, and waits until the first has arrived for every warp. All threads of the block. */
 MOE_DEVICE void moei_tile_start(moei_loader* load, const moei_ring* r,
-                                const moe_grouped_gemm_desc* d, const moei_schedule* schedule,
-                                int num_tiles, const moe_gemm_shape f)
+                                const moe_grouped_gemm_desc* d, const moei_tiles* tiles,
+                                const moe_gemm_shape f)
 {
     for (int i = 0; i < f.stages - 1; ++i) {
         uint16_t* stage = r->stages + i * r->elems;
-        if (schedule) moei_loader_advance(load, d, schedule, num_tiles, f);
+        if (tiles) moei_loader_advance(load, d, tiles, f);
         moei_loader_copy(load, d, stage, stage + f.tm * f.tk, 0, 1, f);
         moei_copy_commit();
     }
@@ -209,11 +229,11 @@ MOE_DEVICE void moei_tile_start(moei_loader* load, const moei_ring* r,
 }
 
 /* Multiplies the steps of one tile, from the ring's slot on, which has arrived for every warp. Copies go
-   on meanwhile: with a schedule into the block's next tiles, without one (null) past the end of k,
-   where they read nothing. On return the next stage has arrived for every warp. */
+   on meanwhile: with tiles into the block's next ones, without (null) past the end of k, where they
+   read nothing. On return the next stage has arrived for every warp. */
 MOE_DEVICE void moei_tile_steps(moei_mma_c acc[4][4], moei_loader* load, moei_ring* r,
-                                const moe_grouped_gemm_desc* d, const moei_schedule* schedule,
-                                int num_tiles, const moe_gemm_shape f)
+                                const moe_grouped_gemm_desc* d, const moei_tiles* tiles,
+                                const moe_gemm_shape f)
 {
     const int chunks = f.tk / 16, steps = (d->k + f.tk - 1) / f.tk;
     moei_mma_a a[2][4];
@@ -221,7 +241,7 @@ MOE_DEVICE void moei_tile_steps(moei_mma_c acc[4][4], moei_loader* load, moei_ri
     moei_ring_fragments(a[0], b[0], r, r->slot, 0, f);
     for (int i = 0; i < steps; ++i) {
         uint16_t* refill = moei_ring_refill(r, f);
-        if (schedule) moei_loader_advance(load, d, schedule, num_tiles, f);
+        if (tiles) moei_loader_advance(load, d, tiles, f);
         MOEI_UNROLL
         for (int c = 0; c < chunks; ++c) {
             moei_ring_advance(a[!(c & 1)], b[!(c & 1)], r, c, f);
@@ -253,38 +273,49 @@ MOE_DEVICE bool moei_gemm_tables_good(const moe_grouped_gemm_desc* d, const moei
     return !__syncthreads_or(bad);
 }
 
+/* Static shared memory of a block. */
+typedef struct moei_gemm_shared {
+    moei_block_scan_scratch scan;
+    moe_tile_position position[4];
+} moei_gemm_shared;
+
 /* A block's life: tiles blockIdx.x, blockIdx.x + gridDim.x, ... */
 MOE_DEVICE_BODY void moei_gemm_block(const moe_grouped_gemm_desc* d, unsigned char* shared,
-                                     moei_block_scan_scratch* scratch, const moe_gemm_shape f)
+                                     moei_gemm_shared* s, const moe_gemm_shape f)
 {
     const int elems = (f.tm + f.tn) * f.tk; /* of a stage */
     uint16_t* ring = (uint16_t*)shared;
-    float* staging = (float*)(ring + f.stages * elems) + moei_warp() * 16 * (f.wn + 4);
+    float* strip = (float*)(ring + f.stages * elems) + moei_warp() * moei_strip_floats(f.wn);
     const int warp_m = moei_warp() % f.warps_m, warp_n = moei_warp() / f.warps_m;
     const int columns = d->gate_up ? f.tn / 2 : f.tn; /* of C */
     moei_ring r = moei_ring_of(ring, f);
-    moei_schedule s;
+    moei_tiles tiles;
+    moei_schedule* schedule = &tiles.schedule;
     moei_loader load;
-    int num_tiles;
+    int turn = 0;
 
-    s.expert_offset = d->expert_offset;
-    s.num_experts = d->num_experts;
-    s.num_rows = d->num_rows;
-    s.column_tiles = (d->n + columns - 1) / columns;
-    s.row_align = f.a_major == MOE_MAJOR_MN ? 8 : 1;
-    s.tile_start =
-        (int*)((float*)(ring + f.stages * elems) + f.warps_m * f.warps_n * 16 * (f.wn + 4));
-    num_tiles = moei_schedule_build(&s, scratch, d->fault, f.tm);
-    if ((int)blockIdx.x >= num_tiles || !moei_gemm_tables_good(d, &s)) return;
+    schedule->expert_offset = d->expert_offset;
+    schedule->num_experts = d->num_experts;
+    schedule->num_rows = d->num_rows;
+    schedule->column_tiles = (d->n + columns - 1) / columns;
+    schedule->row_align = f.a_major == MOE_MAJOR_MN ? 8 : 1;
+    schedule->tile_start =
+        (int*)((float*)(ring + f.stages * elems) + f.warps_m * f.warps_n * moei_strip_floats(f.wn));
+    tiles.position = s->position;
+    tiles.num_tiles = moei_schedule_build(schedule, &s->scan, d->fault, f.tm);
+    if ((int)blockIdx.x >= tiles.num_tiles || !moei_gemm_tables_good(d, schedule)) return;
 
-    moei_loader_begin(&load, moei_schedule_tile(&s, (int)blockIdx.x, f.tm), (int)blockIdx.x, d, f);
-    moei_tile_start(&load, &r, d, &s, num_tiles, f);
-    for (int tile = (int)blockIdx.x; tile < num_tiles; tile += (int)gridDim.x) {
-        const moe_tile_position t = moei_schedule_tile(&s, tile, f.tm);
+    load.tile = (int)blockIdx.x;
+    load.turn = 0;
+    moei_loader_tile(&load, d, &tiles, f);
+    moei_tile_start(&load, &r, d, &tiles, f);
+    for (int tile = (int)blockIdx.x; tile < tiles.num_tiles; tile += (int)gridDim.x) {
         moei_mma_c acc[4][4];
+        moe_tile_position t;
         moei_tile_zero(acc, f);
-        moei_tile_steps(acc, &load, &r, d, &s, num_tiles, f);
-        moei_epilogue_warp(d, &t, acc, staging, t.row + warp_m * f.wm,
+        moei_tile_steps(acc, &load, &r, d, &tiles, f);
+        t = s->position[turn++ & 3];
+        moei_epilogue_warp(d, &t, acc, strip, t.row + warp_m * f.wm,
                            t.column * columns + warp_n * (columns / f.warps_n), f.wm, f.wn);
     }
     moei_copy_wait(0); /* the steps past the last tile */
@@ -300,10 +331,10 @@ MOE_DEVICE void moei_tile_sum(moei_mma_c acc[4][4], const moe_grouped_gemm_desc*
 {
     moei_ring r = moei_ring_of(ring, f);
     moei_loader load;
-    moei_loader_begin(&load, t, 0, d, f);
-    moei_tile_start(&load, &r, d, 0, 0, f);
+    moei_loader_begin(&load, t, d, f);
+    moei_tile_start(&load, &r, d, 0, f);
     moei_tile_zero(acc, f);
-    moei_tile_steps(acc, &load, &r, d, 0, 0, f);
+    moei_tile_steps(acc, &load, &r, d, 0, f);
     moei_copy_wait(0);
 }
 
@@ -336,7 +367,7 @@ MOE_DEVICE_BODY void moe_gemm_tile(const moe_grouped_gemm_desc* d, const moe_til
     moei_mma_c acc[4][4];
     moei_tile_sum(acc, d, t, ring, f);
     moei_epilogue_warp(
-        d, &t, acc, (float*)(ring + f.stages * elems) + moei_warp() * 16 * (f.wn + 4),
+        d, &t, acc, (float*)(ring + f.stages * elems) + moei_warp() * moei_strip_floats(f.wn),
         t.row + warp_m * f.wm, t.column * columns + warp_n * (columns / f.warps_n), f.wm, f.wn);
     __syncthreads();
 }

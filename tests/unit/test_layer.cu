@@ -1372,8 +1372,10 @@ static moe_status call_layer(void* d, cudaStream_t stream)
 
 static moe_status call_stages(void* d, cudaStream_t stream)
 {
+    moe_layer_prepared p;
+    MOEI_TRY(moe_layer_prepare((const moe_layer_desc*)d, &p));
     for (int stage = 0; stage < MOE_LAYER_STAGES; ++stage)
-        MOEI_TRY(moe_layer_run_stage((const moe_layer_desc*)d, stage, stream));
+        MOEI_TRY(moe_layer_run_stage(&p, stage, stream));
     return MOE_OK;
 }
 
@@ -1385,6 +1387,7 @@ static void test_layer_stages(void)
     for (int from = FROM_ROUTER; from <= FROM_IDS; ++from) {
         layer_case c = normal_case(40, 64, 40, 8, 2);
         layer_bufs b;
+        moe_layer_prepared p;
         void *y, *workspace;
         c.from = from;
         c.residual = RESIDUAL;
@@ -1398,17 +1401,20 @@ static void test_layer_stages(void)
         CHECK(tbuf_holds(&b.y, y) && tbuf_holds(&b.workspace, workspace), "from %d", from);
         compare(&b, &c);
         reset(&b, &c);
+        CHECK_STATUS(moe_layer_prepare(&b.d, &p), MOE_OK);
         for (int stage = 0; stage < MOE_LAYER_STAGES; ++stage) {
             CHECK(tbuf_holds(&b.y, 0), "before stage %d", stage);
-            CHECK_STATUS(moe_layer_run_stage(&b.d, stage, test_now.stream), MOE_OK);
+            CHECK_STATUS(moe_layer_run_stage(&p, stage, test_now.stream), MOE_OK);
             if (stage == MOE_LAYER_ROUTER || (stage == MOE_LAYER_GATE && from == FROM_IDS))
                 CHECK(tbuf_holds(&b.workspace, 0) == (from != FROM_ROUTER), "stage %d", stage);
         }
         CHECK(tbuf_holds(&b.y, y), "one by one");
-        CHECK_STATUS(moe_layer_run_stage(&b.d, -1, test_now.stream), MOE_STATUS(MOE_ERR_OPTION, stage));
-        CHECK_STATUS(moe_layer_run_stage(&b.d, MOE_LAYER_STAGES, test_now.stream),
+        CHECK_STATUS(moe_layer_run_stage(&p, -1, test_now.stream), MOE_STATUS(MOE_ERR_OPTION, stage));
+        CHECK_STATUS(moe_layer_run_stage(&p, MOE_LAYER_STAGES, test_now.stream),
                      MOE_STATUS(MOE_ERR_OPTION, stage));
         CHECK_STATUS(moe_layer_run_stage(0, 0, test_now.stream), MOE_STATUS(MOE_ERR_NULL, desc));
+        CHECK_STATUS(moe_layer_run(0, test_now.stream), MOE_STATUS(MOE_ERR_NULL, desc));
+        CHECK_STATUS(moe_layer_prepare(&b.d, 0), MOE_STATUS(MOE_ERR_NULL, desc));
         free(y);
         free(workspace);
         bufs_free(&b);
@@ -1557,16 +1563,62 @@ static void test_layer_plan(void)
     }
 }
 
-/* The plan, a stage and the layer must refuse it alike. Where the plan does not, nothing runs. */
+/* A prepared layer reads its weight tables, and all else on the device, when it runs: entries that
+   change places between runs count, and so do other inputs. Its runs are bit for bit what calls are. */
+static void test_layer_prepared(void)
+{
+    trand r = trand_new(31);
+    for (int from = FROM_ROUTER; from <= FROM_IDS; ++from) {
+        layer_case c = normal_case(33, 64, 40, 4, 2);
+        layer_bufs b;
+        moe_layer_prepared p;
+        void *first, *y, *home[2];
+        c.from = from;
+        c.table = 1;
+        c.shared = from == FROM_LOGITS ? 48 : 0;
+        bufs_new(&b, &c, &r);
+        CHECK_STATUS(moe_layer_prepare(&b.d, &p), MOE_OK);
+        CHECK(untouched(&b, &c), "preparing runs nothing");
+        CHECK_STATUS(moe_layer_run(&p, test_now.stream), MOE_OK);
+        compare(&b, &c);
+        first = tbuf_copy(&b.y);
+        for (int i = 0; i < 2; ++i) { /* expert 0's matrices for expert 1, and the other way round */
+            tweights* w = i ? &b.mlp.w2 : &b.mlp.w1;
+            void* entry[TWEIGHTS_MOST];
+            home[i] = tbuf_copy(&w->table[0]);
+            memcpy(entry, home[i], w->table[0].bytes);
+            entry[0] = ((void**)home[i])[1];
+            entry[1] = ((void**)home[i])[0];
+            tbuf_put(&w->table[0], entry);
+        }
+        reset(&b, &c);
+        CHECK_STATUS(moe_layer_run(&p, test_now.stream), MOE_OK);
+        y = tbuf_copy(&b.y);
+        CHECK(memcmp(y, first, b.y.bytes) != 0, "moved experts change nothing");
+        reset(&b, &c);
+        CHECK_STATUS(moe_layer_forward(&b.d, test_now.stream), MOE_OK);
+        CHECK(tbuf_holds(&b.y, y), "a run is not what the call is");
+        tbuf_put(&b.mlp.w1.table[0], home[0]);
+        tbuf_put(&b.mlp.w2.table[0], home[1]);
+        fill_inputs(&b, &c, &r);
+        reset(&b, &c);
+        CHECK_STATUS(moe_layer_run(&p, test_now.stream), MOE_OK);
+        compare(&b, &c);
+        free(first), free(y), free(home[0]), free(home[1]);
+        bufs_free(&b);
+    }
+}
+
+/* The plan, preparing and the layer must refuse it alike. Where the plan does not, nothing runs. */
 static void refused(const moe_layer_desc* d, moe_status want, int line)
 {
     moe_gemm_plan up, down;
+    moe_layer_prepared p;
     const moe_status s = moe_layer_plan(d, &up, &down);
     test_status(s, want, __FILE__, line, "moe_layer_plan");
     if (s == MOE_OK) return;
     test_status(moe_layer_forward(d, test_now.stream), want, __FILE__, line, "moe_layer_forward");
-    test_status(moe_layer_run_stage(d, MOE_LAYER_COMBINE, test_now.stream), want, __FILE__, line,
-                "moe_layer_run_stage");
+    test_status(moe_layer_prepare(d, &p), want, __FILE__, line, "moe_layer_prepare");
 }
 
 /* Each wrong field is refused with its own kind and field, and nothing is queued. */
@@ -2015,13 +2067,14 @@ static void test_layer_old_code(void)
                 layer_case c = normal_case(20, 64, 40, 4, 2);
                 layer_bufs b;
                 moe_gemm_plan up, down;
+                moe_layer_prepared p;
                 c.dtype = c.router_dtype = dtype;
                 c.tile = tile;
                 c.from = from;
                 bufs_new(&b, &c, &r);
                 CHECK_STATUS(moe_layer_plan(&b.d, &up, &down), want);
-                for (int stage = 0; stage < MOE_LAYER_STAGES && want != MOE_OK; ++stage)
-                    CHECK_STATUS(moe_layer_run_stage(&b.d, stage, test_now.stream), want);
+                CHECK_STATUS(moe_layer_prepare(&b.d, &p), want);
+                if (want != MOE_OK) CHECK_STATUS(moe_layer_forward(&b.d, test_now.stream), want);
                 CHECK(untouched(&b, &c), "%s: an output was written", case_text(&c));
                 bufs_free(&b);
                 run_case(&c, &r);
@@ -2046,6 +2099,7 @@ int main(int argc, char** argv)
     RUN(test_layer_no_tokens);
     RUN(test_layer_workspace);
     RUN(test_layer_stages);
+    RUN(test_layer_prepared);
     RUN(test_layer_same_bits);
     RUN(test_layer_graph);
     RUN(test_layer_plan);

@@ -451,9 +451,40 @@ static void test_everything(void)
     CHECK_STATUS(moe_preload(), MOE_OK);
 }
 
+/* A null descriptor or prepared struct is refused, in every station. */
+static void test_null(void)
+{
+    const moe_status want = MOE_STATUS(MOE_ERR_NULL, desc);
+#define NULLS(prepare, run, type)                                                                 \
+    {                                                                                             \
+        moe_##type##_desc d;                                                                      \
+        static moe_##type##_prepared p;                                                           \
+        memset(&d, 0, sizeof d);                                                                  \
+        CHECK_STATUS(moe_##prepare(0, &p), want);                                                 \
+        CHECK_STATUS(moe_##prepare(&d, 0), want);                                                 \
+        CHECK_STATUS(moe_##run(0, test_now.stream), want);                                        \
+    }
+    NULLS(router_prepare, router_run, router)
+    NULLS(gate_prepare, gate_run, gate)
+    NULLS(route_prepare, route_run, route)
+    NULLS(grouped_gemm_prepare, grouped_gemm_run, grouped_gemm)
+    NULLS(experts_prepare, experts_run, experts)
+    NULLS(combine_prepare, combine_run, combine)
+    NULLS(layer_prepare, layer_run, layer)
+    NULLS(permute_prepare, permute_run, permute)
+    NULLS(unpermute_prepare, permute_run, permute)
+    NULLS(combine_scatter_prepare, combine_scatter_run, combine_scatter)
+    NULLS(block_list_prepare, block_list_run, block_list)
+    NULLS(block_sparse_prepare, block_sparse_run, block_sparse)
+    NULLS(block_layer_prepare_forward, block_layer_run, block_layer)
+    NULLS(block_layer_prepare_backward, block_layer_run, block_layer)
+#undef NULLS
+}
+
 int main(int argc, char** argv)
 {
     test_begin(argc, argv);
+    RUN(test_null);
     RUN(test_router);
     RUN(test_gate);
     RUN(test_route);

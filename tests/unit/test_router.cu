@@ -189,12 +189,11 @@ static void check_path(const moe_router_desc* d, const router_case* c)
 /* Queues the split product with one tile or the other, whatever the shape would choose. */
 static moe_status call_split(moe_router_desc d, int small)
 {
-    moe_grouped_gemm_desc g;
-    moei_split_args a;
-    int path;
-    MOEI_TRY(moei_router_check(&d, &g, &path));
-    a = moei_router_split_args(&d);
-    return moei_split_launch(&a, small, test_now.stream);
+    moe_router_prepared p;
+    MOEI_TRY(moe_router_prepare(&d, &p));
+    CHECK(p.path == MOE_ROUTER_SPLIT_LARGE || p.path == MOE_ROUTER_SPLIT_SMALL, "path %d", p.path);
+    MOEI_TRY(moei_split_prepare(&p.gemm.launch, &p.split, small));
+    return moe_router_run(&p, test_now.stream);
 }
 
 static void run_case(const router_case* c, trand* r)
@@ -250,11 +249,15 @@ static void test_router_fallback(void)
 /* Queues the ragged product with one tile or the other, whatever the shape would choose. */
 static moe_status call_ragged(moe_router_desc d, int narrow)
 {
-    moe_grouped_gemm_desc g;
-    int path;
-    MOEI_TRY(moei_router_check(&d, &g, &path));
-    CHECK(path == MOE_ROUTER_RAGGED_WIDE || path == MOE_ROUTER_RAGGED_NARROW, "path %d", path);
-    return moei_ragged_launch(&g, narrow, test_now.stream);
+    moe_router_prepared p;
+    MOEI_TRY(moe_router_prepare(&d, &p));
+    CHECK(p.path == MOE_ROUTER_RAGGED_WIDE || p.path == MOE_ROUTER_RAGGED_NARROW, "path %d", p.path);
+    MOEI_TRY(moei_ragged_prepare(
+        &p.gemm.launch, &p.gemm.args,
+        moei_variant_find(moei_ragged_variants,
+                          narrow ? MOEI_RAGGED_TILE_narrow : MOEI_RAGGED_TILE_wide,
+                          p.gemm.args.dtype, MOE_MAJOR_K, MOE_MAJOR_K)));
+    return moe_router_run(&p, test_now.stream);
 }
 
 /* Numbers of experts that are no multiple of 8, those of models among them, on tensor cores with

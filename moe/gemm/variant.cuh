@@ -1,0 +1,80 @@
+/* variant.cuh: the table of compiled tensor-core kernels. What is in it can be chosen, launched and
+   preloaded; what the current device can run of it, moei_variant_runs tells.
+
+     static const moei_variant table[] = {
+         {(const void*)my_kernel, "my_kernel", MOEI_SHAPE_INIT(MOE_GEMM_SHAPE_64x64, MOE_BF16,
+                                                               MOE_MAJOR_K, MOE_MAJOR_K),
+          tile, blocks_sm, 80, MOEI_CODE_ANY},
+         MOEI_VARIANT_END};
+
+   The kernel's body stands behind MOEI_CODE_HERE with the same two versions. */
+#ifndef MOE_GEMM_VARIANT_CUH
+#define MOE_GEMM_VARIANT_CUH
+
+#include "../base/cuda.cuh"
+#include "shape.h"
+
+typedef struct moei_variant {
+    const void* kernel;
+    const char* name;
+    moe_gemm_shape shape;
+    int32_t tile;        /* the client's number of the shape */
+    int32_t blocks_sm;   /* blocks a multiprocessor, at most */
+    int32_t least, most; /* versions of code (80 is sm_80) that have a body */
+} moei_variant;
+
+#define MOEI_VARIANT_END {0, 0, MOEI_SHAPE_INIT(0, 0, 0, 1, 1, 0, 0, 0, 0), 0, 0, 0, 0}
+
+#define MOEI_CODE_ANY 9999   /* no upper bound */
+#define MOEI_CODE_NEVER 9999 /* as the least one: no code has a body */
+
+/* Does the code that is being compiled have a body for versions least .. most? */
+#if MOE_ON_HOST || !defined(__CUDA_ARCH__)
+#define MOEI_CODE_HERE(least, most) 1
+#else
+#define MOEI_CODE_HERE(least, most) (__CUDA_ARCH__ >= (least)*10 && __CUDA_ARCH__ < (most)*10 + 10)
+#endif
+
+/* Tells whether this binary holds a body of the kernel for the current device: code built for less
+   than the device (no -arch, say) may lack it. The CPU runs all. */
+MOE_HOST moe_status moei_variant_runs(const moei_variant* v, int* runs)
+{
+    *runs = v->least != MOEI_CODE_NEVER;
+#if !MOE_ON_HOST
+    {
+        cudaFuncAttributes fa;
+        MOEI_TRY_CUDA(cudaFuncGetAttributes(&fa, v->kernel));
+        *runs = fa.ptxVersion >= v->least && fa.ptxVersion <= v->most;
+    }
+#endif
+    return MOE_OK;
+}
+
+/* The first entry with this tile, dtype and majors; null where the table has none. */
+MOE_HOST const moei_variant* moei_variant_find(const moei_variant* table, int tile, int dtype,
+                                               int a_major, int b_major)
+{
+    for (; table->kernel; ++table)
+        if (table->tile == tile && table->shape.dtype == dtype &&
+            table->shape.a_major == a_major && table->shape.b_major == b_major)
+            return table;
+    return 0;
+}
+
+/* Settles a launch of `blocks` blocks. */
+MOE_HOST moe_status moei_variant_prepare(moei_launch* l, const moei_variant* v, int64_t blocks,
+                                         size_t smem)
+{
+    moei_launch_config c = moei_grid(blocks, v->shape.threads, smem, 0);
+    c.dependent = 1;
+    return moei_launch_prepare(l, v->kernel, v->name, &c);
+}
+
+/* Loads all kernels of a table now. */
+MOE_HOST moe_status moei_variant_preload(const moei_variant* table)
+{
+    for (; table->kernel; ++table) MOEI_TRY(moei_preload(table->kernel));
+    return MOE_OK;
+}
+
+#endif
