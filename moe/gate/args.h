@@ -36,6 +36,7 @@ typedef struct moei_gate_args {
     int32_t num_groups;
     int32_t top_groups;
     int32_t whole_batch;
+    int32_t rank;
     float inverse_temperature; /* factor on the logits */
     float least_logit;         /* sigmoid: a choice of a smaller logit is not used; -inf: all are */
 } moei_gate_args;
