@@ -58,6 +58,7 @@ typedef struct moe_grouped_gemm_desc {
     float alpha, limit;  /* of MOE_ACTIVATION_SWIGLU_CLAMPED, else 0: alpha finite, 0 = 1.702; limit
                             finite and not negative, 0 = 7 */
     int32_t tile;        /* moe_tile; 0 = chosen by shape and device */
+    int32_t accumulate;  /* 1: added to what C holds; 0: written */
     int32_t rank;        /* reported with a fault, 0 .. MOE_FAULT_MAX_RANK */
 } moe_grouped_gemm_desc;
 

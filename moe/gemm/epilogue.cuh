@@ -40,6 +40,20 @@ MOE_DEVICE void moei_epilogue_store8(void* p, const float* v, int first, int dty
     }
 }
 
+/* Adds 8 neighbours, 16-byte aligned; `first` as in moei_epilogue_store8. */
+MOE_DEVICE void moei_epilogue_add8(float* v, const void* p, int first, int dtype)
+{
+    float w[8];
+    if (dtype == MOE_FP32) {
+        moei_strip_read4(w, (const float*)p);
+        moei_strip_read4(w + 4, (const float*)p + 4);
+    } else {
+        moei_unpack_8(w, *(const uint4*)p, dtype);
+    }
+    MOEI_UNROLL
+    for (int i = 0; i < 8; ++i) v[i] += first ? w[i ^ 4] : w[i];
+}
+
 /* Adds bias[at + i * step] to v[i], i < 4. */
 MOE_DEVICE void moei_epilogue_bias(float* v, const uint16_t* bias, int64_t at, int step, int dtype)
 {
@@ -112,7 +126,11 @@ MOE_DEVICE void moei_epilogue_warp(const moe_grouped_gemm_desc* d, const moe_til
                 const moei_activation a = moei_activation_of(d->activation, d->alpha, d->limit);
                 moei_activate_8(v, w, &a, gated);
             }
-            moei_epilogue_store8(c + (m * d->c_stride + n) * c_bytes, v, first, d->c_dtype);
+            {
+                void* to = c + (m * d->c_stride + n) * c_bytes;
+                if (d->accumulate) moei_epilogue_add8(v, to, first, d->c_dtype);
+                moei_epilogue_store8(to, v, first, d->c_dtype);
+            }
         }
         __syncwarp(MOEI_FULL);
     }

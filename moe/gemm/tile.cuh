@@ -212,47 +212,17 @@ MOE_DEVICE void moei_loader_advance(moei_loader* p, const moe_grouped_gemm_desc*
     }
 }
 
-/* Fills the first stages - 1 stages of the ring, with tiles (or null) on into the block's next
-   ones, and waits until the first has arrived for every warp. All threads of the block. */
-MOE_DEVICE void moei_tile_start(moei_loader* load, const moei_ring* r,
-                                const moe_grouped_gemm_desc* d, const moei_tiles* tiles,
-                                const moe_gemm_shape f)
-{
-    for (int i = 0; i < f.stages - 1; ++i) {
-        uint16_t* stage = r->stages + i * r->elems;
-        if (tiles) moei_loader_advance(load, d, tiles, f);
-        moei_loader_copy(load, d, stage, stage + f.tm * f.tk, 0, 1, f);
-        moei_copy_commit();
-    }
-    moei_copy_wait(f.stages - 2);
-    __syncthreads();
-}
-
-/* Multiplies the steps of one tile, from the ring's slot on, which has arrived for every warp. Copies go
-   on meanwhile: with tiles into the block's next ones, without (null) past the end of k, where they
-   read nothing. On return the next stage has arrived for every warp. */
-MOE_DEVICE void moei_tile_steps(moei_mma_c acc[4][4], moei_loader* load, moei_ring* r,
-                                const moe_grouped_gemm_desc* d, const moei_tiles* tiles,
-                                const moe_gemm_shape f)
-{
-    const int chunks = f.tk / 16, steps = (d->k + f.tk - 1) / f.tk;
-    moei_mma_a a[2][4];
-    moei_mma_b b[2][4];
-    moei_ring_fragments(a[0], b[0], r, r->slot, 0, f);
-    for (int i = 0; i < steps; ++i) {
-        uint16_t* refill = moei_ring_refill(r, f);
-        if (tiles) moei_loader_advance(load, d, tiles, f);
-        MOEI_UNROLL
-        for (int c = 0; c < chunks; ++c) {
-            moei_ring_advance(a[!(c & 1)], b[!(c & 1)], r, c, f);
-            if (c < chunks - 1)
-                moei_loader_copy(load, d, refill, refill + f.tm * f.tk, c, chunks - 1, f);
-            if (c == chunks - 2) moei_copy_commit();
-            moei_tile_products(acc, a[c & 1], b[c & 1], f);
-        }
-        r->slot = moei_ring_next(r, f);
-    }
-}
+#define MOEI_LOADER moei_loader
+#define MOEI_LOADER_DESC moe_grouped_gemm_desc
+#define MOEI_LOADER_TILES moei_tiles
+#define MOEI_TILE_START moei_tile_start
+#define MOEI_TILE_STEPS moei_tile_steps
+#include "steps.inl"
+#undef MOEI_LOADER
+#undef MOEI_LOADER_DESC
+#undef MOEI_LOADER_TILES
+#undef MOEI_TILE_START
+#undef MOEI_TILE_STEPS
 
 /* Do the tables name an address, aligned to 16 bytes, for each expert that has rows? All threads of
    the block call it. Where they do not, the fault word is set. */
@@ -288,6 +258,7 @@ MOE_DEVICE_BODY void moei_gemm_block(const moe_grouped_gemm_desc* d, unsigned ch
     float* strip = (float*)(ring + f.stages * elems) + moei_warp() * moei_strip_floats(f.wn);
     const int warp_m = moei_warp() % f.warps_m, warp_n = moei_warp() / f.warps_m;
     const int columns = d->gate_up ? f.tn / 2 : f.tn; /* of C */
+    const int steps = (d->k + f.tk - 1) / f.tk;
     moei_ring r = moei_ring_of(ring, f);
     moei_tiles tiles;
     moei_schedule* schedule = &tiles.schedule;
@@ -315,7 +286,7 @@ MOE_DEVICE_BODY void moei_gemm_block(const moe_grouped_gemm_desc* d, unsigned ch
         moei_mma_c acc[4][4];
         moe_tile_position t;
         moei_tile_zero(acc, f);
-        moei_tile_steps(acc, &load, &r, d, &tiles, f);
+        moei_tile_steps(acc, &load, &r, d, &tiles, steps, f);
         t = s->position[turn++ & 3];
         moei_epilogue_warp(d, &t, acc, strip, t.row + warp_m * f.wm,
                            t.column * columns + warp_n * (columns / f.warps_n), f.wm, f.wn);
@@ -336,7 +307,7 @@ MOE_DEVICE void moei_tile_sum(moei_mma_c acc[4][4], const moe_grouped_gemm_desc*
     moei_loader_begin(&load, t, d, f);
     moei_tile_start(&load, &r, d, 0, f);
     moei_tile_zero(acc, f);
-    moei_tile_steps(acc, &load, &r, d, 0, f);
+    moei_tile_steps(acc, &load, &r, d, 0, (d->k + f.tk - 1) / f.tk, f);
     moei_copy_wait(0);
 }
 

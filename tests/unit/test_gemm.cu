@@ -1220,6 +1220,7 @@ static void test_gemm_refusals(void)
     REFUSED(d.row_index = (const int32_t*)AT(d.row_index, 2), MOE_ERR_ALIGN, row_index);
     REFUSED(d.bias = AT(d.bias, 1), MOE_ERR_ALIGN, bias);
     REFUSED(d.expert_offset = (const int32_t*)AT(d.expert_offset, 2), MOE_ERR_ALIGN, expert_offset);
+    REFUSED(d.accumulate = 2, MOE_ERR_OPTION, accumulate);
     REFUSED(d.rank = -1, MOE_ERR_RANGE, rank);
     REFUSED(d.rank = MOE_FAULT_MAX_RANK + 1, MOE_ERR_RANGE, rank);
     REFUSED(d.fault = (uint64_t*)AT(d.fault, 4), MOE_ERR_ALIGN, fault);
@@ -1437,6 +1438,55 @@ static void test_gemm_same_bits(void)
     }
 }
 
+/* accumulate: the product is added to what C holds, in fp32, and rounded once. */
+static void test_gemm_accumulate(void)
+{
+    static const int rows[] = {40, 0, 70};
+    trand r = trand_new(32);
+    for (int tile = MOE_TILE_128x256; tile <= MOE_TILE_64x64; ++tile)
+        for (int kind = 0; kind < 3; ++kind) {
+            gemm_case c = normal_case(3, rows, 72, 136);
+            gemm_bufs b;
+            const int64_t size = 110 * 72;
+            tbuf exact;
+            float* v;
+            char* got;
+            int64_t wrong = 0, at = 0;
+            c.tile = tile;
+            c.activation = kind ? MOE_ACTIVATION_SWIGLU : MOE_ACTIVATION_NONE;
+            c.gate_up = kind == 2 ? MOE_GATE_UP_INTERLEAVED : MOE_GATE_UP_CONCATENATED;
+            if (test_gemm_status(c.dtype, tile) != MOE_OK) continue;
+            bufs_new(&b, &c, &r);
+            exact = tbuf_new("exact", (size_t)size * 4, 16);
+            {
+                moe_grouped_gemm_desc d = b.d;
+                d.c = exact.p;
+                d.c_dtype = MOE_FP32;
+                CHECK_STATUS(moe_grouped_gemm(&d, test_now.stream), MOE_OK);
+                v = (float*)tbuf_copy(&exact);
+                d.accumulate = 1;
+                CHECK_STATUS(moe_grouped_gemm(&d, test_now.stream), MOE_OK);
+                got = (char*)tbuf_copy(&exact);
+                for (int64_t i = 0; i < size; ++i) wrong += ((float*)got)[i] != 2 * v[i];
+                CHECK(wrong == 0, "fp32: %lld are not the double, kind %d", (long long)wrong, kind);
+                free(got);
+            }
+            CHECK_STATUS(moe_grouped_gemm(&b.d, test_now.stream), MOE_OK);
+            b.d.accumulate = 1;
+            CHECK_STATUS(moe_grouped_gemm(&b.d, test_now.stream), MOE_OK);
+            got = (char*)tbuf_copy(&b.c);
+            for (int64_t i = 0; i < size; ++i) {
+                const float sum = (float)test_rounded(v[i], c.dtype) + v[i];
+                if (moe_load(got, i, c.dtype) != (float)test_rounded(sum, c.dtype)) ++wrong, at = i;
+            }
+            CHECK(wrong == 0, "%s: %lld are wrong, the last at %lld, kind %d",
+                  moe_dtype_name(c.dtype), (long long)wrong, (long long)at, kind);
+            free(v), free(got);
+            tbuf_free(&exact);
+            bufs_free(&b);
+        }
+}
+
 /* A captured product, launched again with other offsets, other rows and other inputs. */
 static void test_gemm_graph(void)
 {
@@ -1639,6 +1689,7 @@ int main(int argc, char** argv)
     RUN(test_gemm_own_kernel);
     RUN(test_gemm_neighbours);
     RUN(test_gemm_same_bits);
+    RUN(test_gemm_accumulate);
     RUN(test_gemm_graph);
     RUN(test_gemm_large);
     RUN(test_gemm_past_2_31);

@@ -1,0 +1,483 @@
+/* test_k_gemm.cu: the grouped GEMM whose reduced dimension is the ragged one, against the reference.
+
+     nvcc -I. -arch=sm_90a tests/unit/test_k_gemm.cu -o test_k_gemm
+     g++ -x c++ -std=c++14 -O2 -I. tests/unit/test_k_gemm.cu -o test_k_gemm */
+#include "tests/test.h"
+
+#include "moe/gemm/k_grouped.cuh"
+#include "moe/ref/k_gemm.h"
+#include "tests/test_weights.h"
+
+enum { MOST = 80 };
+
+typedef struct k_case {
+    int E, m, n, dtype, c_dtype, tile;
+    int rows[MOST];           /* of each expert */
+    int a_gather, b_gather;   /* 0: row r itself; else an index, that divided by this */
+    int none, bad;            /* entries of the indices: -1; out of range */
+    int a_pad, b_pad, c_pad;  /* stride - least */
+    int c_table, accumulate;
+    int beyond;               /* rows that no expert owns: NaN all */
+} k_case;
+
+typedef struct k_bufs {
+    void *h_a, *h_b, *h_c; /* what C holds before */
+    int32_t *h_index[2], h_offset[MOST + 1];
+    int num_rows;
+    int64_t a_rows, b_rows, c_size; /* elements of C, strides included */
+    tbuf a, b, index[2], offset, c, table, fault;
+    moe_k_grouped_gemm_desc d;
+} k_bufs;
+
+static const char* case_text(const k_case* c)
+{
+    static char text[200];
+    snprintf(text, sizeof text,
+             "E=%d m=%d n=%d rows %d %d %d.. %s -> %s tile=%d gather %d %d none=%d bad=%d pads %d %d "
+             "%d table=%d accumulate=%d",
+             c->E, c->m, c->n, c->rows[0], c->rows[1], c->rows[2], moe_dtype_name(c->dtype),
+             moe_dtype_name(c->c_dtype), c->tile, c->a_gather, c->b_gather, c->none, c->bad,
+             c->a_pad, c->b_pad, c->c_pad, c->c_table, c->accumulate);
+    return text;
+}
+
+static k_case normal_case(int E, const int* rows, int m, int n)
+{
+    k_case c;
+    memset(&c, 0, sizeof c);
+    c.E = E, c.m = m, c.n = n;
+    memcpy(c.rows, rows, (size_t)E * sizeof(int));
+    c.dtype = c.c_dtype = test_half();
+    return c;
+}
+
+/* What the call must answer where this binary or device lacks the code. */
+static moe_status expected(const k_case* c)
+{
+    return test_gemm_status(c->dtype, c->tile == MOE_TILE_128x128 ? c->tile : MOE_TILE_AUTO);
+}
+
+/* An index of `rows` rows of an operand; the first `none` entries that experts own are -1. */
+static int32_t* index_new(const k_bufs* b, const k_case* c, int gather, int64_t rows, trand* r)
+{
+    int32_t* index = (int32_t*)test_host((b->num_rows + 1) * 4);
+    for (int i = 0; i < b->num_rows; ++i)
+        index[i] = (int32_t)trand_int(r, 0, (int)(rows * gather) - 1);
+    for (int i = 0; i < c->none + c->bad && b->h_offset[c->E] > 0; ++i)
+        index[trand_int(r, 0, b->h_offset[c->E] - 1)] =
+            i < c->none ? -1 : i & 1 ? (int32_t)(rows * gather) : -3;
+    return index;
+}
+
+static void bufs_new(k_bufs* b, const k_case* c, trand* r)
+{
+    const int64_t a_stride = c->m + c->a_pad, b_stride = c->n + c->b_pad, c_stride = c->n + c->c_pad;
+    memset(b, 0, sizeof *b);
+    for (int e = 0; e < c->E; ++e) b->h_offset[e + 1] = b->h_offset[e] + c->rows[e];
+    b->num_rows = b->h_offset[c->E] + c->beyond;
+    b->a_rows = c->a_gather ? b->num_rows / 2 + 3 : b->num_rows;
+    b->b_rows = c->b_gather ? b->num_rows / 2 + 5 : b->num_rows;
+    b->h_a = trows_new(r, b->a_rows, a_stride, c->m, c->dtype, TFILL_NORMAL, 1);
+    b->h_b = trows_new(r, b->b_rows, b_stride, c->n, c->dtype, TFILL_NORMAL, 1);
+    for (int64_t i = b->h_offset[c->E]; i < b->num_rows; ++i) { /* of nobody: never read */
+        for (int j = 0; j < c->m && !c->a_gather; ++j)
+            moe_store(b->h_a, i * a_stride + j, c->dtype, NAN);
+        for (int j = 0; j < c->n && !c->b_gather; ++j)
+            moe_store(b->h_b, i * b_stride + j, c->dtype, NAN);
+    }
+    if (c->a_gather) b->h_index[0] = index_new(b, c, c->a_gather, b->a_rows, r);
+    if (c->b_gather) b->h_index[1] = index_new(b, c, c->b_gather, b->b_rows, r);
+    b->a = tbuf_from("a", b->h_a, (size_t)moei_extent(b->a_rows, a_stride, c->m, c->dtype), 16);
+    b->b = tbuf_from("b", b->h_b, (size_t)moei_extent(b->b_rows, b_stride, c->n, c->dtype), 16);
+    for (int i = 0; i < 2; ++i)
+        if (b->h_index[i])
+            b->index[i] = tbuf_from("index", b->h_index[i], (size_t)b->num_rows * 4, 4);
+    b->offset = tbuf_from("offset", b->h_offset, (size_t)c->E * 4 + 4, 4);
+    b->c_size = (int64_t)c->E * c->m * c_stride;
+    b->h_c = trows_new(r, (int64_t)c->E * c->m, c_stride, c_stride, c->c_dtype, TFILL_NORMAL, 1);
+    b->c = tbuf_new("c", (size_t)(b->c_size * moe_dtype_bytes(c->c_dtype)), 16);
+    if (c->accumulate) tbuf_put(&b->c, b->h_c);
+    if (c->c_table) { /* experts the other way round */
+        void* at[MOST];
+        for (int e = 0; e < c->E; ++e)
+            at[e] = (char*)b->c.p +
+                    (c->E - 1 - e) * c->m * c_stride * moe_dtype_bytes(c->c_dtype);
+        b->table = tbuf_from("table", at, (size_t)c->E * sizeof(void*), 8);
+    }
+    b->fault = tfault_new(0);
+    b->d.a = b->a.p, b->d.b = b->b.p;
+    b->d.a_stride = c->a_pad ? a_stride : 0, b->d.b_stride = c->b_pad ? b_stride : 0;
+    b->d.a_rows = c->a_gather ? b->a_rows : 0, b->d.b_rows = c->b_gather ? b->b_rows : 0;
+    b->d.a_index = (const int32_t*)b->index[0].p, b->d.b_index = (const int32_t*)b->index[1].p;
+    b->d.a_div = c->a_gather > 1 ? c->a_gather : 0, b->d.b_div = c->b_gather > 1 ? c->b_gather : 0;
+    b->d.expert_offset = (const int32_t*)b->offset.p;
+    b->d.c = c->c_table ? (void*)0 : b->c.p;
+    b->d.c_table = (void* const*)b->table.p;
+    b->d.c_stride = c->c_pad ? c_stride : 0;
+    b->d.fault = (uint64_t*)b->fault.p;
+    b->d.rank = TEST_RANK;
+    b->d.num_experts = c->E, b->d.num_rows = b->num_rows, b->d.m = c->m, b->d.n = c->n;
+    b->d.dtype = c->dtype == MOE_BF16 ? MOE_DTYPE_DEFAULT : c->dtype;
+    b->d.c_dtype = c->c_dtype == c->dtype ? MOE_DTYPE_DEFAULT : c->c_dtype;
+    b->d.accumulate = c->accumulate;
+    b->d.tile = c->tile;
+}
+
+static void bufs_free(k_bufs* b)
+{
+    tbuf_free(&b->a), tbuf_free(&b->b), tbuf_free(&b->offset), tbuf_free(&b->c);
+    tbuf_free(&b->fault);
+    if (b->table.p) tbuf_free(&b->table);
+    for (int i = 0; i < 2; ++i) {
+        if (b->index[i].p) tbuf_free(&b->index[i]);
+        free(b->h_index[i]);
+    }
+    free(b->h_a), free(b->h_b), free(b->h_c);
+}
+
+/* The first row of an expert whose index is out of range, or -1. */
+static int64_t first_bad(const k_bufs* b, const k_case* c)
+{
+    for (int64_t i = 0; i < b->h_offset[c->E]; ++i)
+        for (int of = 0; of < 2; ++of) {
+            const int64_t rows = of ? b->b_rows : b->a_rows, div = of ? c->b_gather : c->a_gather;
+            const int32_t* index = b->h_index[of];
+            if (index && (index[i] < -1 || index[i] >= rows * div)) return i;
+        }
+    return -1;
+}
+
+static void compare(const k_bufs* b, const k_case* c)
+{
+    const int before = test_now.failures;
+    const int64_t E = c->E, rows = E * c->m, size = rows * c->n, c_stride = c->n + c->c_pad;
+    const int64_t bad = first_bad(b, c);
+    double* exact = (double*)test_host(size * 8);
+    double* bound = (double*)test_host(size * 8);
+    char* got = (char*)tbuf_copy(&b->c);
+    moe_ref_k_gemm_desc r;
+    int64_t written;
+    memset(&r, 0, sizeof r);
+    r.a = b->h_a, r.b = b->h_b;
+    r.a_stride = c->m + c->a_pad, r.b_stride = c->n + c->b_pad;
+    r.a_rows = b->a_rows, r.b_rows = b->b_rows;
+    r.a_index = b->h_index[0], r.b_index = b->h_index[1];
+    r.a_div = c->a_gather, r.b_div = c->b_gather;
+    r.expert_offset = b->h_offset;
+    r.dtype = c->dtype;
+    r.num_experts = c->E, r.m = c->m, r.n = c->n;
+    moe_ref_k_gemm_f64(&r, exact, bound);
+    for (int64_t i = 0; i < size; ++i) {
+        const int e = (int)(i / c->n / c->m);
+        const int64_t at = (i / c->n) * c_stride + i % c->n;
+        const int64_t in_c = c->c_table ? at + (c->E - 1 - 2 * e) * (int64_t)c->m * c_stride : at;
+        if (c->accumulate) exact[i] += moe_load(b->h_c, in_c, c->c_dtype);
+        bound[i] = (c->rows[e] / 16.0 + 2) * ldexp(1, -23) * (bound[i] + fabs(exact[i])) +
+                   2 * tround(fabs(exact[i]), c->c_dtype) + 1e-30;
+    }
+    if (c->c_table) { /* back into the order of experts */
+        const int64_t one = c->m * c_stride * moe_dtype_bytes(c->c_dtype);
+        char* turned = (char*)test_host(E * one);
+        for (int e = 0; e < c->E; ++e) memcpy(turned + e * one, got + (c->E - 1 - e) * one, (size_t)one);
+        free(got);
+        got = turned;
+    }
+    if (b->h_offset[c->E] > 0)
+        test_within("c", got, c->c_dtype, c_stride, exact, bound, 1, rows, c->n, __FILE__, __LINE__);
+    for (int e = 0; e < c->E && !c->accumulate; ++e)
+        for (int64_t i = 0; i < (int64_t)c->m * c->n && c->rows[e] == 0; ++i)
+            CHECK(moe_load(got, (e * c->m + i / c->n) * c_stride + i % c->n, c->c_dtype) == 0,
+                  "an expert without rows");
+    written = c->accumulate ? 0
+                            : test_strays(got, b->c_size * moe_dtype_bytes(c->c_dtype),
+                                          moe_dtype_bytes(c->c_dtype), c_stride, c->n, 0, rows);
+    CHECK(written == 0, "%lld bytes between the rows were written", (long long)written);
+    CHECK_FAULT(&b->fault, bad < 0 ? MOE_FAULT_NONE : MOE_FAULT_BAD_ROW, bad < 0 ? 0 : bad);
+    CHECK(tbuf_holds(&b->a, b->h_a) && tbuf_holds(&b->b, b->h_b), "an input was written");
+    if (test_now.failures > before) printf("  in: %s\n", case_text(c));
+    free(exact), free(bound), free(got);
+}
+
+static void run_case(const k_case* c, trand* r)
+{
+    k_bufs b;
+    bufs_new(&b, c, r);
+    if (CHECK_STATUS(moe_k_grouped_gemm(&b.d, test_now.stream), expected(c)) &&
+        expected(c) == MOE_OK)
+        compare(&b, c);
+    bufs_free(&b);
+}
+
+/* Numbers of rows about a step's depth, none, many; both tiles; tails of m and n; both dtypes. */
+static void test_k_shapes(void)
+{
+    static const int rows[] = {0, 1, 31, 32, 33, 63, 64, 65, 127, 129, 0};
+    static const int sizes[][2] = {{8, 8}, {64, 64}, {72, 136}, {136, 72}, {200, 264}};
+    trand r = trand_new(1);
+    for (int i = 0; i < 5; ++i)
+        for (int tile = 0; tile < 3; ++tile)
+            for (int half = 0; half < 2; ++half) {
+                k_case c = normal_case(11, rows, sizes[i][0], sizes[i][1]);
+                if (MOE_ON_HOST && i == 4 && half) continue;
+                c.tile = tile == 0 ? MOE_TILE_AUTO : tile == 1 ? MOE_TILE_64x64 : MOE_TILE_128x128;
+                c.dtype = half ? MOE_FP16 : MOE_BF16;
+                c.c_dtype = trand_int(&r, 0, 1) ? MOE_FP32 : c.dtype;
+                c.beyond = 9;
+                run_case(&c, &r);
+            }
+}
+
+/* One expert alone; every row at one expert of many; no rows at all. */
+static void test_k_lone(void)
+{
+    trand r = trand_new(2);
+    for (int i = 0; i < 6; ++i) {
+        int rows[MOST] = {0};
+        k_case c;
+        k_bufs b;
+        if (i < 2) rows[0] = i ? 97 : 1;
+        else rows[i * 11 % 64] = i == 5 ? 0 : 40;
+        c = normal_case(i < 2 ? 1 : 64, rows, 40, 72);
+        if (i == 4) c.c_table = 1;
+        bufs_new(&b, &c, &r);
+        if (i < 2) b.d.expert_offset = 0; /* all rows are the one expert's */
+        CHECK_STATUS(moe_k_grouped_gemm(&b.d, test_now.stream), MOE_OK);
+        compare(&b, &c);
+        bufs_free(&b);
+    }
+}
+
+/* Either operand gathered, or both; entries of -1 and out of range; strides; tables; added to C. */
+static void test_k_gather(void)
+{
+    static const int some[] = {30, 0, 70, 5, 41};
+    trand r = trand_new(3);
+    for (int i = 0; i < (MOE_ON_HOST ? 24 : 60); ++i) {
+        k_case c = normal_case(5, some, i % 5 == 4 ? 136 : 40, i % 3 ? 72 : 24);
+        c.a_gather = (int)trand_int(&r, 0, 3);
+        c.b_gather = (int)trand_int(&r, 0, 3);
+        if (i % 3 == 1) c.none = 12;
+        if (i % 6 == 2) c.bad = 1 + (int)trand_int(&r, 0, 5);
+        c.a_pad = 8 * (int)trand_int(&r, 0, 2);
+        c.b_pad = 8 * (int)trand_int(&r, 0, 2);
+        c.c_pad = 8 * (int)trand_int(&r, 0, 2);
+        c.c_table = (int)trand_int(&r, 0, 1);
+        c.accumulate = (int)trand_int(&r, 0, 1);
+        c.c_dtype = trand_int(&r, 0, 1) ? MOE_FP32 : c.dtype;
+        c.tile = i & 1 ? MOE_TILE_64x64 : MOE_TILE_128x128;
+        c.beyond = (int)trand_int(&r, 0, 1) * 20;
+        if (expected(&c) == MOE_OK) run_case(&c, &r);
+    }
+}
+
+/* NaN and infinities of one expert's rows stay with that expert, though tiles run past its rows. */
+static void test_k_nan(void)
+{
+    static const int some[] = {20, 7, 33};
+    trand r = trand_new(4);
+    for (int tile = MOE_TILE_128x128; tile <= MOE_TILE_64x64; ++tile) {
+        k_case c = normal_case(3, some, 40, 72);
+        k_bufs b;
+        float* got;
+        int64_t nan[3] = {0, 0, 0};
+        if (tile != MOE_TILE_128x128 && tile != MOE_TILE_64x64) continue;
+        c.tile = tile;
+        c.c_dtype = MOE_FP32;
+        if (expected(&c) != MOE_OK) continue;
+        bufs_new(&b, &c, &r);
+        for (int i = 20 * 40; i < 27 * 40; ++i) moe_store(b.h_a, i, c.dtype, i & 1 ? NAN : INFINITY);
+        tbuf_put(&b.a, b.h_a);
+        CHECK_STATUS(moe_k_grouped_gemm(&b.d, test_now.stream), MOE_OK);
+        got = (float*)tbuf_copy(&b.c);
+        for (int i = 0; i < 3 * 40 * 72; ++i) nan[i / (40 * 72)] += !(fabsf(got[i]) <= 3e38f);
+        CHECK(nan[0] == 0 && nan[1] == 40 * 72 && nan[2] == 0, "%d %d %d", (int)nan[0], (int)nan[1],
+              (int)nan[2]);
+        free(got);
+        bufs_free(&b);
+    }
+}
+
+/* Offsets that make no sense, addresses of no use, a stop fault of an earlier kernel: C stays. */
+static void test_k_faults(void)
+{
+    static const int some[] = {10, 20, 30, 5};
+    trand r = trand_new(5);
+    for (int how = 0; how < 7; ++how) {
+        k_case c = normal_case(4, some, 72, 40);
+        k_bufs b;
+        int32_t offset[5];
+        void* at[4];
+        const uint64_t stop = MOEI_FAULT_KEY(MOE_FAULT_BAD_BLOCK, TEST_RANK, 3);
+        c.c_table = how >= 4;
+        bufs_new(&b, &c, &r);
+        memcpy(offset, b.h_offset, sizeof offset);
+        if (how == 0) offset[2] = 9;  /* expert 1 ends before it begins */
+        if (how == 1) offset[4] = 66; /* past num_rows */
+        if (how == 2) offset[0] = -1;
+        if (how == 3) tbuf_put(&b.fault, &stop);
+        tbuf_put(&b.offset, offset);
+        if (c.c_table) {
+            tbuf_get(&b.table, at);
+            if (how == 4) at[2] = 0;
+            if (how == 5) at[2] = (char*)at[2] + 8;
+            if (how < 6) tbuf_put(&b.table, at);
+        }
+        CHECK_STATUS(moe_k_grouped_gemm(&b.d, test_now.stream), MOE_OK);
+        if (how == 6) {
+            compare(&b, &c);
+        } else {
+            CHECK(tbuf_holds(&b.c, 0), "how=%d", how);
+            CHECK_FAULT(&b.fault,
+                        how == 3  ? MOE_FAULT_BAD_BLOCK
+                        : how < 3 ? MOE_FAULT_BAD_OFFSET
+                                  : MOE_FAULT_BAD_TABLE,
+                        how == 3  ? 3
+                        : how < 3 ? (how == 0 ? 1 : how == 1 ? 3 : 0)
+                                  : 2);
+            b.d.fault = 0; /* nobody to tell: still nothing is written */
+            if (how != 3) CHECK_STATUS(moe_k_grouped_gemm(&b.d, test_now.stream), MOE_OK);
+            CHECK(tbuf_holds(&b.c, 0), "without a fault word, how=%d", how);
+        }
+        bufs_free(&b);
+    }
+}
+
+static moe_status call(void* d, cudaStream_t stream)
+{
+    return moe_k_grouped_gemm((const moe_k_grouped_gemm_desc*)d, stream);
+}
+
+static void test_k_same_bits(void)
+{
+    static const int some[] = {30, 0, 170, 5, 41};
+    trand r = trand_new(6);
+    k_case c = normal_case(5, some, 136, 264);
+    k_bufs b;
+    tbuf* out[1];
+    c.a_gather = 2;
+    bufs_new(&b, &c, &r);
+    out[0] = &b.c;
+    test_same_bits("k_gemm", call, &b.d, out, 1, MOE_ON_HOST ? 3 : 100);
+    compare(&b, &c);
+    bufs_free(&b);
+}
+
+static void refused(const moe_k_grouped_gemm_desc* d, moe_status want, int line)
+{
+    moe_k_grouped_gemm_prepared p;
+    test_status(moe_k_grouped_gemm_prepare(d, &p), want, __FILE__, line, "prepare");
+    test_status(moe_k_grouped_gemm(d, test_now.stream), want, __FILE__, line, "moe_k_grouped_gemm");
+}
+
+static void test_k_refusals(void)
+{
+    static const int some[] = {10, 20, 11};
+    trand r = trand_new(7);
+    k_case c = normal_case(3, some, 64, 72);
+    k_bufs b;
+    moe_k_grouped_gemm_desc good, d;
+    moe_k_grouped_gemm_prepared p;
+    c.a_gather = c.b_gather = 2;
+    bufs_new(&b, &c, &r);
+    good = b.d;
+    CHECK_STATUS(moe_k_grouped_gemm_prepare(0, &p), MOE_STATUS(MOE_ERR_NULL, desc));
+    CHECK_STATUS(moe_k_grouped_gemm_prepare(&good, 0), MOE_STATUS(MOE_ERR_NULL, desc));
+    CHECK_STATUS(moe_k_grouped_gemm_run(0, test_now.stream), MOE_STATUS(MOE_ERR_NULL, desc));
+    REFUSED(d.a = 0, MOE_ERR_NULL, a);
+    REFUSED(d.b = 0, MOE_ERR_NULL, b);
+    REFUSED(d.c = 0, MOE_ERR_NULL, c);
+    REFUSED(d.expert_offset = 0, MOE_ERR_NULL, expert_offset);
+    REFUSED(d.num_experts = 0, MOE_ERR_RANGE, num_experts);
+    REFUSED(d.num_experts = MOE_MAX_EXPERTS + 1, MOE_ERR_RANGE, num_experts);
+    REFUSED(d.num_rows = -1, MOE_ERR_RANGE, num_rows);
+    REFUSED(d.m = 0, MOE_ERR_RANGE, m);
+    REFUSED(d.m = 60, MOE_ERR_MULTIPLE, m);
+    REFUSED(d.n = -8, MOE_ERR_RANGE, n);
+    REFUSED(d.n = 68, MOE_ERR_MULTIPLE, n);
+    REFUSED(d.dtype = MOE_FP32, MOE_ERR_DTYPE, dtype);
+    REFUSED(d.c_dtype = c.dtype == MOE_BF16 ? MOE_FP16 : MOE_BF16, MOE_ERR_DTYPE, c_dtype);
+    REFUSED(d.a_div = -1, MOE_ERR_RANGE, row_div);
+    REFUSED(d.b_div = -1, MOE_ERR_RANGE, row_div);
+    REFUSED(d.accumulate = 2, MOE_ERR_OPTION, accumulate);
+    REFUSED(d.rank = -1, MOE_ERR_RANGE, rank);
+    REFUSED(d.rank = MOE_FAULT_MAX_RANK + 1, MOE_ERR_RANGE, rank);
+    REFUSED(d.tile = MOE_TILE_128x256, MOE_ERR_OPTION, tile);
+    REFUSED(d.tile = -1, MOE_ERR_OPTION, tile);
+    REFUSED(d.a_rows = -1, MOE_ERR_RANGE, a_rows);
+    REFUSED(d.b_rows = -1, MOE_ERR_RANGE, b_rows);
+    REFUSED(d.a_stride = 56, MOE_ERR_STRIDE, a_stride);
+    REFUSED(d.a_stride = 65, MOE_ERR_ALIGN, a_stride);
+    REFUSED(d.b_stride = 64, MOE_ERR_STRIDE, b_stride);
+    REFUSED(d.b_stride = 76, MOE_ERR_ALIGN, b_stride);
+    REFUSED(d.c_stride = 64, MOE_ERR_STRIDE, c_stride);
+    REFUSED(d.c_stride = 76, MOE_ERR_ALIGN, c_stride);
+    REFUSED(d.c_expert_stride = 64 * 72 - 8, MOE_ERR_STRIDE, c_stride);
+    REFUSED(d.c_expert_stride = 64 * 72 + 4, MOE_ERR_ALIGN, c_stride);
+    REFUSED(d.a = AT(d.a, 8), MOE_ERR_ALIGN, a);
+    REFUSED(d.b = AT(d.b, 8), MOE_ERR_ALIGN, b);
+    REFUSED(d.c = AT(d.c, 8), MOE_ERR_ALIGN, c);
+    REFUSED(d.a_index = (const int32_t*)AT(d.a_index, 2), MOE_ERR_ALIGN, a_index);
+    REFUSED(d.b_index = (const int32_t*)AT(d.b_index, 2), MOE_ERR_ALIGN, b_index);
+    REFUSED(d.expert_offset = (const int32_t*)AT(d.expert_offset, 2), MOE_ERR_ALIGN, expert_offset);
+    REFUSED(d.fault = (uint64_t*)AT(d.fault, 4), MOE_ERR_ALIGN, fault);
+    REFUSED(d.c_table = (void* const*)b.offset.p, MOE_ERR_CONFLICT, c);
+    REFUSED((d.c = 0, d.c_table = (void* const*)AT(b.c.p, 4)), MOE_ERR_ALIGN, c);
+    REFUSED(d.c = (void*)d.a, MOE_ERR_OVERLAP, c);
+    REFUSED(d.c = (void*)d.b, MOE_ERR_OVERLAP, c);
+    REFUSED(d.c = (void*)((uintptr_t)d.a_index & ~(uintptr_t)15), MOE_ERR_OVERLAP, c);
+    REFUSED(d.c = (void*)((uintptr_t)d.b_index & ~(uintptr_t)15), MOE_ERR_OVERLAP, c);
+    REFUSED(d.fault = (uint64_t*)d.c, MOE_ERR_OVERLAP, fault);
+    REFUSED(d.fault = (uint64_t*)AT(d.c, 3 * 64 * 72 * 2 - 8), MOE_ERR_OVERLAP, fault);
+    TEST_CUDA(cudaDeviceSynchronize());
+    CHECK(tbuf_holds(&b.c, 0), "a refused call wrote C");
+    bufs_free(&b);
+}
+
+/* A captured product, launched again with other offsets, indices and inputs. */
+static void test_k_graph(void)
+{
+    static const int some[] = {30, 10, 0, 25};
+    trand r = trand_new(8);
+    k_case c = normal_case(4, some, 72, 40);
+    k_bufs b;
+    tgraph g;
+    c.b_gather = 2;
+    bufs_new(&b, &c, &r);
+    CHECK_STATUS(moe_k_grouped_gemm_preload(), MOE_OK);
+    if (tgraph_capture(&g, call, &b.d)) {
+        CHECK(tbuf_holds(&b.c, 0), "capture itself runs nothing");
+        for (int run = 0; run < 3; ++run) {
+            for (int e = 0, left = b.num_rows; e < 4; ++e) {
+                c.rows[e] = run == 0 ? some[e] : (int)trand_int(&r, 0, left);
+                left -= c.rows[e];
+                b.h_offset[e + 1] = b.h_offset[e] + c.rows[e];
+            }
+            for (int i = 0; i < b.num_rows; ++i)
+                b.h_index[1][i] = (int32_t)trand_int(&r, 0, (int)(b.b_rows * 2) - 1);
+            for (int64_t i = 0; i < b.a_rows * c.m; ++i)
+                moe_store(b.h_a, i, c.dtype, trand_normal(&r));
+            tbuf_put(&b.offset, b.h_offset);
+            tbuf_put(&b.index[1], b.h_index[1]);
+            tbuf_put(&b.a, b.h_a);
+            tbuf_poison(&b.c);
+            tgraph_launch(&g);
+            compare(&b, &c);
+        }
+        tgraph_free(&g);
+    }
+    bufs_free(&b);
+}
+
+int main(int argc, char** argv)
+{
+    test_begin(argc, argv);
+    RUN(test_k_shapes);
+    RUN(test_k_lone);
+    RUN(test_k_gather);
+    RUN(test_k_nan);
+    RUN(test_k_faults);
+    RUN(test_k_same_bits);
+    RUN(test_k_graph);
+    RUN(test_k_refusals);
+    return test_end();
+}
