@@ -90,82 +90,133 @@ MOE_DEVICE moe_tile_position moei_k_tile(const moe_k_grouped_gemm_desc* d, const
 
 /* ---- the loader ---- */
 
-/* What a thread copies next of one operand: one 16-byte piece of each of a few rows. */
-typedef struct moei_k_side {
-    const char* base;     /* of the piece in row 0 */
-    const int32_t* index; /* or null */
-    int64_t stride, rows;
-    int32_t div;
-    int32_t keep;    /* bytes of the piece: 16, or 0 past the last column */
-    int32_t from[4]; /* entries of the rows of the next step, as index has them; -1: none */
-} moei_k_side;
+#define MOEI_K_STEP 32 /* rows of a step: tk of both tiles */
 
+/* Shared memory: the rows of A and B that the next steps copy, resolved; -1: zeros. Step number n has
+   slot n % 4. */
+typedef struct moei_k_shared {
+    int32_t row[4][2][MOEI_K_STEP];
+} moei_k_shared;
+
+/* Rows that are left of a tile's expert. */
+typedef struct moei_k_rows {
+    int32_t begin, end, tile;
+} moei_k_rows;
+
+/* What a thread copies next: of A and of B one 16-byte piece of some rows of each step. Warps 0 and 1
+   find the rows, of A and of B, two steps ahead: a lane has one row of a step, whose index it reads
+   three steps ahead. */
 typedef struct moei_k_loader {
-    moei_k_side a, b;
-    int32_t begin, end; /* rows that are left of the tile's expert; none left: on to the next tile */
-    int32_t tile;       /* its number */
+    const char *a, *b;      /* of the piece in row 0 */
+    int32_t a_keep, b_keep; /* bytes of the piece: 16, or 0 past the last column */
+    int32_t slot;           /* of the step to copy */
+    moei_k_rows copy, look; /* of the step to copy; of the index to read */
+    int32_t index, at;      /* warps 0, 1: read for the step to find next, and where it stood */
+    moei_k_shared* shared;
 } moei_k_loader;
 
-/* Reads which rows the next step copies, long before it does. `width`: columns of a tile. */
-MOE_DEVICE void moei_k_look(moei_k_side* s, int begin, int end, const int width,
-                            const moe_gemm_shape f)
+/* On to the next tile that has rows, if the current one has none left. */
+MOE_DEVICE bool moei_k_rows_next(moei_k_rows* p, const moe_k_grouped_gemm_desc* d,
+                                 const moei_k_tiles* s, const moe_gemm_shape f)
 {
-    const int each = f.threads / (width / 8); /* rows of a pass */
-    MOEI_UNROLL
-    for (int i = 0; i < f.tk / each; ++i) {
-        const int r = begin + i * each + (int)threadIdx.x / (width / 8);
-        s->from[i] = r >= end ? -1 : s->index ? s->index[r] : r;
+    bool moved = false;
+    while (p->begin >= p->end && p->tile < s->num_tiles) {
+        p->tile += (int)gridDim.x;
+        moved = true;
+        if (p->tile < s->num_tiles) {
+            const moe_tile_position t = moei_k_tile(d, s, p->tile, f);
+            p->begin = t.begin;
+            p->end = t.end;
+        }
+    }
+    return moved;
+}
+
+/* Warps 0 and 1: reads the index of the lane's row of the step after those that were looked at. */
+MOE_DEVICE void moei_k_read(moei_k_loader* p, const moe_k_grouped_gemm_desc* d,
+                            const moei_k_tiles* s, const moe_gemm_shape f)
+{
+    const int32_t* index = moei_warp() == 0 ? d->a_index : d->b_index;
+    (void)moei_k_rows_next(&p->look, d, s, f);
+    p->at = p->look.begin + moei_lane();
+    p->index = p->at >= p->look.end ? -1 : index ? index[p->at] : p->at;
+    p->look.begin += MOEI_K_STEP;
+}
+
+/* Warps 0 and 1: resolves the rows of the step with this slot, whose index has been read, and reads
+   the next one's. */
+MOE_DEVICE void moei_k_find(moei_k_loader* p, const moe_k_grouped_gemm_desc* d,
+                            const moei_k_tiles* s, int slot, const moe_gemm_shape f)
+{
+    const int side = moei_warp();
+    if (side < 2) {
+        const int div = side == 0 ? d->a_div : d->b_div;
+        int row = p->index;
+        if (div > 1 && row >= 0) row = row / div;
+        if (row >= (side == 0 ? d->a_rows : d->b_rows) || row < -1) {
+            moei_fault_raise(d->fault, MOE_FAULT_BAD_ROW, d->rank, p->at);
+            row = -1;
+        }
+        p->shared->row[slot][side][moei_lane()] = row;
+        moei_k_read(p, d, s, f);
     }
 }
 
-MOE_DEVICE void moei_k_side_begin(moei_k_side* s, int column, int columns, const void* base,
-                                  const int width)
+/* Points the copies at the columns of the tile. */
+MOE_DEVICE void moei_k_loader_columns(moei_k_loader* p, const moe_k_grouped_gemm_desc* d,
+                                      const moei_k_tiles* s, const moe_gemm_shape f)
 {
-    const int at = column + (int)threadIdx.x % (width / 8) * 8;
-    s->keep = at < columns ? 16 : 0;
-    s->base = (const char*)base + (at < columns ? at : 0) * 2;
+    if (p->copy.tile < s->num_tiles) {
+        const moe_tile_position t = moei_k_tile(d, s, p->copy.tile, f);
+        const int i = t.row + (int)threadIdx.x % (f.tm / 8) * 8;
+        const int j = t.column + (int)threadIdx.x % (f.tn / 8) * 8;
+        p->a = (const char*)d->a + (i < d->m ? i : 0) * 2;
+        p->b = (const char*)d->b + (j < d->n ? j : 0) * 2;
+        p->a_keep = i < d->m ? 16 : 0;
+        p->b_keep = j < d->n ? 16 : 0;
+    }
 }
 
-/* Points the loader at tile p->tile. */
-MOE_DEVICE void moei_k_loader_tile(moei_k_loader* p, const moe_k_grouped_gemm_desc* d,
-                                   const moei_k_tiles* s, const moe_gemm_shape f)
+/* Begins with the block's first tile; all threads of the block. On return the rows of the first two
+   steps are there for every thread. */
+MOE_DEVICE void moei_k_loader_begin(moei_k_loader* p, const moe_k_grouped_gemm_desc* d,
+                                    const moei_k_tiles* s, moei_k_shared* shared,
+                                    const moe_gemm_shape f)
 {
-    const moe_tile_position t = moei_k_tile(d, s, p->tile, f);
-    p->begin = t.begin;
-    p->end = t.end;
-    moei_k_side_begin(&p->a, t.row, d->m, d->a, f.tm);
-    moei_k_side_begin(&p->b, t.column, d->n, d->b, f.tn);
-    moei_k_look(&p->a, p->begin, p->end, f.tm, f);
-    moei_k_look(&p->b, p->begin, p->end, f.tn, f);
+    const moe_tile_position t = moei_k_tile(d, s, (int)blockIdx.x, f);
+    p->shared = shared;
+    p->slot = 0;
+    p->copy.begin = t.begin;
+    p->copy.end = t.end;
+    p->copy.tile = (int)blockIdx.x;
+    p->look = p->copy;
+    p->index = -1, p->at = 0;
+    moei_k_loader_columns(p, d, s, f);
+    if (moei_warp() < 2) moei_k_read(p, d, s, f);
+    moei_k_find(p, d, s, 0, f);
+    moei_k_find(p, d, s, 1, f);
+    __syncthreads();
 }
 
 MOE_DEVICE void moei_k_loader_advance(moei_k_loader* p, const moe_k_grouped_gemm_desc* d,
                                       const moei_k_tiles* s, const moe_gemm_shape f)
 {
-    while (p->begin >= p->end && p->tile < s->num_tiles) { /* experts without rows have no steps */
-        p->tile += (int)gridDim.x;
-        if (p->tile < s->num_tiles) moei_k_loader_tile(p, d, s, f);
-    }
+    if (moei_k_rows_next(&p->copy, d, s, f)) moei_k_loader_columns(p, d, s, f);
+    moei_k_find(p, d, s, (p->slot + 2) & 3, f);
 }
 
-/* Copies part `part` of `parts` of one side of a step, whose first row is `begin`. */
-MOE_DEVICE void moei_k_side_copy(const moei_k_side* s, const moe_k_grouped_gemm_desc* d,
-                                 uint16_t* stage, int begin, const int part, const int parts,
-                                 const int width, const moe_gemm_shape f)
+/* Copies part `part` of `parts` of one operand's rows of a step. */
+MOE_DEVICE void moei_k_copy(const int32_t* row, const char* from, int64_t stride, int keep,
+                            uint16_t* stage, const int part, const int parts, const int width,
+                            const int threads)
 {
     const int piece = (int)threadIdx.x % (width / 8), line = (int)threadIdx.x / (width / 8);
-    const int each = f.threads / (width / 8);
+    const int each = threads / (width / 8);
     MOEI_UNROLL
-    for (int i = part; i < f.tk / each; i += parts) {
-        int row = s->from[i];
-        if (s->div > 1 && row >= 0) row = row / s->div;
-        if (row >= s->rows || row < -1) {
-            if (piece == 0)
-                moei_fault_raise(d->fault, MOE_FAULT_BAD_ROW, d->rank, begin + i * each + line);
-            row = -1;
-        }
+    for (int i = part; i < MOEI_K_STEP / each; i += parts) {
+        const int r = row[i * each + line];
         moei_copy16_async(stage + moei_swizzled(i * each + line, piece * 8, width),
-                          s->base + (row >= 0 ? row : 0) * s->stride * 2, row >= 0 ? s->keep : 0);
+                          from + (r >= 0 ? r : 0) * stride * 2, r >= 0 ? keep : 0);
     }
 }
 
@@ -173,12 +224,13 @@ MOE_DEVICE void moei_k_loader_copy(moei_k_loader* p, const moe_k_grouped_gemm_de
                                    uint16_t* sb, const int part, const int parts,
                                    const moe_gemm_shape f)
 {
-    moei_k_side_copy(&p->a, d, sa, p->begin, part, parts, f.tm, f);
-    moei_k_side_copy(&p->b, d, sb, p->begin, part, parts, f.tn, f);
+    moei_k_copy(p->shared->row[p->slot][0], p->a, d->a_stride, p->a_keep, sa, part, parts, f.tm,
+                f.threads);
+    moei_k_copy(p->shared->row[p->slot][1], p->b, d->b_stride, p->b_keep, sb, part, parts, f.tn,
+                f.threads);
     if (part < parts - 1) return;
-    p->begin += f.tk;
-    moei_k_look(&p->a, p->begin, p->end, f.tm, f);
-    moei_k_look(&p->b, p->begin, p->end, f.tn, f);
+    p->copy.begin += MOEI_K_STEP;
+    p->slot = (p->slot + 1) & 3;
 }
 
 #define MOEI_LOADER moei_k_loader
@@ -244,7 +296,7 @@ MOE_HOST_DEVICE size_t moei_k_smem(const moe_gemm_shape f)
 
 /* A block computes tiles blockIdx.x, blockIdx.x + gridDim.x, ... */
 MOE_DEVICE_BODY void moei_k_block(const moe_k_grouped_gemm_desc* d, unsigned char* shared,
-                                  const moe_gemm_shape f)
+                                  moei_k_shared* s, const moe_gemm_shape f)
 {
     uint16_t* ring = (uint16_t*)shared;
     float* strip = (float*)(ring + f.stages * (f.tm + f.tn) * f.tk) +
@@ -259,12 +311,7 @@ MOE_DEVICE_BODY void moei_k_block(const moe_k_grouped_gemm_desc* d, unsigned cha
     tiles.column_tiles = (d->n + f.tn - 1) / f.tn;
     tiles.num_tiles = tiles.row_tiles * tiles.column_tiles * d->num_experts;
     if ((int)blockIdx.x >= tiles.num_tiles) return;
-    load.a.index = d->a_index, load.b.index = d->b_index;
-    load.a.stride = d->a_stride, load.b.stride = d->b_stride;
-    load.a.rows = d->a_rows, load.b.rows = d->b_rows;
-    load.a.div = d->a_div, load.b.div = d->b_div;
-    load.tile = (int)blockIdx.x;
-    moei_k_loader_tile(&load, d, &tiles, f);
+    moei_k_loader_begin(&load, d, &tiles, s, f);
     moei_k_tile_start(&load, &r, d, &tiles, f);
     for (int tile = (int)blockIdx.x; tile < tiles.num_tiles; tile += (int)gridDim.x) {
         const moe_tile_position t = moei_k_tile(d, &tiles, tile, f);
@@ -288,12 +335,13 @@ MOE_DEVICE_BODY void moei_k_block(const moe_k_grouped_gemm_desc* d, unsigned cha
     MOE_KERNEL((wm) * (wn) * 32, blocks)                                                          \
     moei_k_gemm_##name##_##suffix(MOE_ARG(moe_k_grouped_gemm_desc) d)                             \
     {                                                                                             \
+        MOE_SHARED(moei_k_shared, s);                                                             \
         MOE_SHARED_DYNAMIC(shared);                                                               \
         moei_let_next_start();                                                                    \
         moei_wait_for_previous();                                                                 \
         if (MOEI_CODE_HERE(MOEI_K_GEMM_LEAST(dtype), MOEI_CODE_ANY) &&                            \
             !moei_fault_stopped(d.fault))                                                         \
-            moei_k_block(&d, shared,                                                              \
+            moei_k_block(&d, shared, &s,                                                          \
                          moe_gemm_shape_of(tm, tn, kb, wm, wn, stages, dtype, MOE_MAJOR_MN,       \
                                            MOE_MAJOR_MN));                                        \
     }
@@ -426,7 +474,7 @@ MOE_HOST moe_status moei_k_prepare(moe_k_grouped_gemm_prepared* p)
             (d->tile ? v->tile != d->tile : v->tile != MOE_TILE_64x64 && tiles < dev.sms))
             continue;
         MOEI_TRY(moei_variant_runs(v, &runs));
-        if (!runs || smem > (size_t)dev.smem_block) {
+        if (!runs || smem + sizeof(moei_k_shared) > (size_t)dev.smem_block) {
             MOEI_REQUIRE(!d->tile, MOE_ERR_DEVICE, tile);
             continue;
         }
