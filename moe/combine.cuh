@@ -69,7 +69,6 @@ typedef struct moe_combine_desc {
     int32_t hidden;      /* H, 1 .. 2^28 */
     int32_t top_k;       /* K, 1 .. MOE_COMBINE_MAX_TOP_K */
     int32_t num_buffers; /* length of the table; without a table, 0 or 1 */
-    int32_t rank;        /* reported with a fault, 0 .. MOE_FAULT_MAX_RANK */
     int64_t num_rows;    /* most rows that any buffer has: bounds of places, and of `rows` against
                             what is written; 0 = neither is checked */
 } moe_combine_desc;
@@ -101,12 +100,12 @@ MOE_DEVICE const char* moe_combine_row(const moe_combine_desc* d, int64_t slot)
     if (p.buffer == -1) return 0;
     if (p.buffer < 0 || p.buffer >= d->num_buffers || p.row < 0 ||
         (d->num_rows && p.row >= d->num_rows)) {
-        moei_fault_raise(d->fault, MOE_FAULT_BAD_PLACE, d->rank, slot);
+        moei_fault_raise(d->fault, MOE_FAULT_BAD_PLACE, 0, slot);
         return 0;
     }
     base = (const char*)(d->table ? d->table[p.buffer] : d->rows);
     if (!base || ((uintptr_t)base & (d->rows_dtype == MOE_FP32 ? 3 : 1)) != 0) {
-        moei_fault_raise(d->fault, MOE_FAULT_BAD_PLACE, d->rank, slot);
+        moei_fault_raise(d->fault, MOE_FAULT_BAD_PLACE, 0, slot);
         return 0;
     }
     return base + p.row * d->row_stride * (d->rows_dtype == MOE_FP32 ? 4 : 2);
@@ -353,7 +352,6 @@ MOE_HOST moe_status moei_combine_check_options(moe_combine_desc* d)
     if (d->shared_stride == 0) d->shared_stride = d->hidden;
     MOEI_REQUIRE(moei_stride_fits(d->shared_stride, d->hidden, T), MOE_ERR_STRIDE, shared_stride);
     MOEI_REQUIRE(d->shared || !d->shared_weight, MOE_ERR_CONFLICT, shared_weight);
-    MOEI_REQUIRE_RANK(d);
     MOEI_REQUIRE(d->num_rows >= 0, MOE_ERR_RANGE, num_rows);
     MOEI_REQUIRE(moei_stride_fits(d->row_stride, d->hidden, d->num_rows ? d->num_rows : 1 << 20),
                  MOE_ERR_STRIDE, row_stride);
@@ -426,7 +424,7 @@ MOE_HOST moe_status moe_combine_prepare(const moe_combine_desc* desc, moe_combin
     MOEI_REQUIRE(desc && p, MOE_ERR_NULL, desc);
     d = &p->args;
     *d = *desc;
-    memset(&p->launch, 0, sizeof p->launch);
+    p->launch.kernel = 0;
     MOEI_TRY(moei_combine_check(d));
     if (d->num_tokens == 0) return MOE_OK;
     pieces = (d->hidden + 7) / 8 * (d->rows_dtype == MOE_FP32 ? 2 : 1); /* 16 bytes of a row each */

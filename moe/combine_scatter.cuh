@@ -71,7 +71,6 @@ typedef struct moe_combine_scatter_desc {
     int32_t hidden;      /* H, 1 .. 2^28 */
     int32_t num_experts; /* E, 1 .. MOE_MAX_EXPERTS */
     int32_t num_rows;    /* R >= 0: rows of all experts, length of the [R] arrays */
-    int32_t rank;        /* reported with a fault, 0 .. MOE_FAULT_MAX_RANK */
     int32_t max_rows;    /* most rows of an expert, as far as the host knows: sizes the grid, binds
                             nobody; 0 = R */
 } moe_combine_scatter_desc;
@@ -228,7 +227,7 @@ MOE_DEVICE bool moei_scatter_rows(const moe_combine_scatter_desc* d,
         good = high < 1 << 15 && /* the sum stays below 2^32 */
                *count >= 0 && (unsigned)all <= (unsigned)d->num_rows && *count <= d->num_rows - all;
     }
-    if (!good && threadIdx.x == 0) moei_fault_raise(d->fault, MOE_FAULT_BAD_OFFSET, d->rank, e);
+    if (!good && threadIdx.x == 0) moei_fault_raise(d->fault, MOE_FAULT_BAD_OFFSET, 0, e);
     return good;
 }
 
@@ -250,7 +249,7 @@ MOE_DEVICE_BODY void moei_scatter_block(const moei_scatter_args* a,
     base = d->table ? (const char*)d->table[e]
                     : (const char*)d->rows + begin * d->row_stride * row_bytes;
     if (!base || ((uintptr_t)base & (uintptr_t)(row_bytes - 1)) != 0) {
-        if (threadIdx.x == 0) moei_fault_raise(d->fault, MOE_FAULT_BAD_TABLE, d->rank, e);
+        if (threadIdx.x == 0) moei_fault_raise(d->fault, MOE_FAULT_BAD_TABLE, 0, e);
         return;
     }
     /* after the checks, so that every run meets the same faults, whichever block is first */
@@ -266,7 +265,7 @@ MOE_DEVICE_BODY void moei_scatter_block(const moei_scatter_args* a,
             if (d->row_weight) weight = d->row_weight[r];
             if (token >= 0 && d->row_slot) token /= d->top_k;
             if (token < -1 || token >= d->num_tokens) {
-                moei_fault_raise(d->fault, MOE_FAULT_BAD_ROW, d->rank, r);
+                moei_fault_raise(d->fault, MOE_FAULT_BAD_ROW, 0, r);
                 token = -1;
             }
         }
@@ -309,7 +308,6 @@ MOEI_SCATTER_LIST(MOEI_SCATTER_KERNEL)
 MOE_HOST moe_status moei_scatter_check_options(moe_combine_scatter_desc* d)
 {
     const int64_t T = d->num_tokens, R = d->num_rows, E = d->num_experts;
-    MOEI_REQUIRE_RANK(d);
     MOEI_REQUIRE(T >= 0, MOE_ERR_RANGE, num_tokens);
     MOEI_REQUIRE(d->hidden >= 1 && d->hidden <= 1 << 28, MOE_ERR_RANGE, hidden);
     MOEI_REQUIRE(E >= 1 && E <= MOE_MAX_EXPERTS, MOE_ERR_RANGE, num_experts);
@@ -400,7 +398,7 @@ MOE_HOST moe_status moe_combine_scatter_prepare(const moe_combine_scatter_desc* 
     MOEI_REQUIRE(desc && p, MOE_ERR_NULL, desc);
     a = &p->args;
     a->d = *desc;
-    memset(&p->launch, 0, sizeof p->launch);
+    p->launch.kernel = 0;
     MOEI_TRY(moei_scatter_check(&a->d));
     if (a->d.num_tokens == 0 || a->d.num_rows == 0) return MOE_OK;
     MOEI_TRY(moei_device_query(&dev));

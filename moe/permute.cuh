@@ -60,7 +60,6 @@ typedef struct moe_permute_desc {
     int32_t top_k;      /* K, 1 .. MOE_MAX_EXPERTS; T * K below 2^31 */
     int32_t hidden;     /* H, 1 .. 2^28 */
     int64_t num_rows;   /* 0 .. 2^31 - 1 */
-    int32_t rank;       /* reported with a fault, 0 .. MOE_FAULT_MAX_RANK */
 } moe_permute_desc;
 
 #define MOEI_PERMUTE_THREADS 256 /* of a block, at most */
@@ -80,7 +79,6 @@ typedef struct moei_permute_args {
     int64_t x_bytes, y_bytes; /* between rows */
     int64_t count;            /* rows of y; by token: tokens */
     int64_t limit;            /* entries of index are below it */
-    int32_t rank;
     uint32_t div;             /* an entry is a row of x times div; by token: top_k */
     int32_t pieces;           /* of a row */
     int32_t lanes;            /* a power of two where groups is not 1 */
@@ -196,7 +194,7 @@ MOE_DEVICE_BODY void moei_permute_gather(const moei_permute_args* a, const int w
             const uint32_t row = a->div == 1 ? (uint32_t)from[u] : (uint32_t)from[u] / a->div;
             if (in) v[u] = moei_permute_load(a->x + row * a->x_bytes + offset, width);
         } else if (from[u] != -1) {
-            moei_fault_raise(a->fault, MOE_FAULT_BAD_ROW, a->rank, first + u * a->groups);
+            moei_fault_raise(a->fault, MOE_FAULT_BAD_ROW, 0, first + u * a->groups);
         }
     }
     MOEI_UNROLL
@@ -226,7 +224,7 @@ MOE_DEVICE void moei_permute_zero(const moei_permute_args* a, moei_permute_share
         if (r < end) {
             const int32_t slot = a->check[r];
             empty = slot < 0 || slot >= slots || a->index[slot] != (int32_t)r;
-            if (empty && slot != -1) moei_fault_raise(a->fault, MOE_FAULT_BAD_ROW, a->rank, r);
+            if (empty && slot != -1) moei_fault_raise(a->fault, MOE_FAULT_BAD_ROW, 0, r);
         }
         lanes = __ballot_sync(MOEI_FULL, empty);
         __syncthreads(); /* the words of the round before have been read */
@@ -248,9 +246,9 @@ MOE_DEVICE int32_t moei_permute_row(const moei_permute_args* a, int64_t slot)
     if (r == -1) return -1;
     if (r >= 0 && r < a->limit) {
         if (a->check[r] == (int32_t)slot) return r;
-        moei_fault_raise(a->fault, MOE_FAULT_BAD_ROW, a->rank, r);
+        moei_fault_raise(a->fault, MOE_FAULT_BAD_ROW, 0, r);
     } else {
-        moei_fault_raise(a->fault, MOE_FAULT_BAD_ROW, a->rank, slot);
+        moei_fault_raise(a->fault, MOE_FAULT_BAD_ROW, 0, slot);
     }
     return -1;
 }
@@ -325,7 +323,6 @@ MOE_HOST moe_status moei_permute_check_options(moe_permute_desc* d, int back)
     MOEI_REQUIRE(slots <= 0x7fffffff, MOE_ERR_RANGE, num_tokens);
     MOEI_REQUIRE(d->hidden >= 1 && d->hidden <= 1 << 28, MOE_ERR_RANGE, hidden);
     MOEI_REQUIRE(d->num_rows >= 0 && d->num_rows <= 0x7fffffff, MOE_ERR_RANGE, num_rows);
-    MOEI_REQUIRE_RANK(d);
     if (d->dtype == 0) d->dtype = MOE_BF16;
     MOEI_REQUIRE(moe_dtype_bytes(d->dtype), MOE_ERR_DTYPE, dtype);
     if (d->x_stride == 0) d->x_stride = d->hidden;
@@ -404,7 +401,7 @@ MOE_HOST moe_status moei_permute_prepare(const moe_permute_desc* desc, int back,
     MOEI_REQUIRE(desc && p, MOE_ERR_NULL, desc);
     d = *desc;
     a = &p->args;
-    memset(&p->launch, 0, sizeof p->launch);
+    p->launch.kernel = 0;
     MOEI_TRY(moei_permute_check(&d, back));
     slots = (int64_t)d.num_tokens * d.top_k;
     if ((back ? slots : d.num_rows) == 0) return MOE_OK;
@@ -413,7 +410,6 @@ MOE_HOST moe_status moei_permute_prepare(const moe_permute_desc* desc, int back,
     a->x = (const char*)d.x;
     a->y = (char*)d.y;
     a->fault = d.fault;
-    a->rank = d.rank;
     a->x_bytes = d.x_stride * moe_dtype_bytes(d.dtype);
     a->y_bytes = d.y_stride * moe_dtype_bytes(d.dtype);
     a->index = back || by_token ? d.slot_row : d.row_slot;

@@ -19,10 +19,7 @@
 
 #include "config.h"
 
-enum {
-    MOE_FAULT_LAST_STOP = 15,
-    MOE_FAULT_MAX_RANK = 4095 /* that a word can hold */
-};
+enum { MOE_FAULT_LAST_STOP = 15 };
 
 typedef struct moe_fault {
     int32_t code;  /* MOE_FAULT_*, 0: none */

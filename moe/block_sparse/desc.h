@@ -114,7 +114,6 @@ typedef struct moe_block_sparse_desc {
                                            is strided; 0: leaves them as they are */
     int32_t dtype;       /* of A and B: fp16 or bf16; 0 = bf16 */
     int32_t c_dtype;     /* dtype or fp32; 0 = dtype */
-    int32_t rank;        /* reported with a fault, 0 .. MOE_FAULT_MAX_RANK */
     moe_block_choice choice;
     moe_block_depths depths; /* unchecked, as block_layer.cuh sets it; else zero */
     /* workspace */
@@ -146,7 +145,6 @@ typedef struct moe_block_list_desc {
     int32_t num_experts;                              /* of ids and expert_offset; else 0 */
     int32_t top_k;                                    /* of ids; else 0 */
     int32_t whole_batch;                              /* 1: one row of ids */
-    int32_t rank;       /* reported with a fault, 0 .. MOE_FAULT_MAX_RANK */
     int32_t max_blocks; /* room in the lists, RB * CB is always enough. A mask with more blocks:
                            fault NO_ROOM, and an empty list */
     /* workspace */

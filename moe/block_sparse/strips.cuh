@@ -26,7 +26,6 @@ typedef struct moei_strips_args {
     const int32_t* only; /* partial of the plan whose rest this is, a strip of which is `ratio`
                             strips here: 0: not walked; or null: all are */
     uint64_t* fault;
-    int32_t rank;
     int32_t lines;      /* strips of blocks along the axis of the tiles' rows */
     int32_t others;     /* blocks along the other axis */
     int32_t join;       /* strips of blocks in a strip of tiles, 1 .. 8 */
@@ -67,14 +66,14 @@ MOE_KERNEL(MOEI_STRIPS_THREADS, 1) moei_block_strips(MOE_ARG(moei_strips_args) d
             const int begin = d.offset[first + i], end = d.offset[first + i + 1];
             if (begin < 0 || end < begin || end > d.max_blocks || end - begin > d.others ||
                 (i == 0 && begin != at)) {
-                if (tid == 0) moei_fault_raise(d.fault, MOE_FAULT_BAD_BLOCK, d.rank, begin);
+                if (tid == 0) moei_fault_raise(d.fault, MOE_FAULT_BAD_BLOCK, 0, begin);
                 bad = 1;
                 break;
             }
             for (int b = begin + tid; b < end; b += MOEI_STRIPS_THREADS) {
                 const int o = d.index[b];
                 if ((uint32_t)o >= (uint32_t)d.others || (b > begin && d.index[b - 1] >= o)) {
-                    moei_fault_raise(d.fault, MOE_FAULT_BAD_BLOCK, d.rank, b);
+                    moei_fault_raise(d.fault, MOE_FAULT_BAD_BLOCK, 0, b);
                     bad = 1;
                 }
             }

@@ -32,7 +32,6 @@ typedef struct moei_block_args {
     const int32_t* share;       /* [m >> share_m] whose strips are run: those that are share_of; or
                                    null: all */
     uint64_t* fault;
-    int32_t rank;
     int32_t m, n, k;
     int32_t sparse_c; /* sdd */
     int32_t packed;
@@ -96,7 +95,7 @@ MOE_DEVICE moei_block_where moei_block_find(const moei_block_args* d, int index,
     t.begin = d->begin[t.strip];
     t.end = d->end[t.strip];
     if (t.begin < 0 || t.end < t.begin || t.end > d->max_blocks || t.end - t.begin > d->others) {
-        moei_fault_raise(d->fault, MOE_FAULT_BAD_BLOCK, d->rank, t.begin);
+        moei_fault_raise(d->fault, MOE_FAULT_BAD_BLOCK, 0, t.begin);
         t.end = t.begin = 0;
     }
     there = d->n;
@@ -138,7 +137,7 @@ MOE_DEVICE void moei_block_test(const moei_block_args* d, const moei_block_where
     if ((uint32_t)e->block >= (uint32_t)d->others || e->block <= before ||
         (e->block == d->others - 1 && !last) ||
         (d->packed && (uint32_t)e->info >= (uint32_t)d->max_blocks)) {
-        moei_fault_raise(d->fault, MOE_FAULT_BAD_BLOCK, d->rank, t->begin + at);
+        moei_fault_raise(d->fault, MOE_FAULT_BAD_BLOCK, 0, t->begin + at);
         e->block = -1;
     }
 }
@@ -159,7 +158,7 @@ MOE_DEVICE uint64_t moei_block_strip(const moei_block_args* d, const moei_block_
 {
     const uint64_t p = (uint64_t)(uintptr_t)x->table[block];
     if (p != 0 && p % 16 == 0) return p;
-    moei_fault_raise(d->fault, MOE_FAULT_BAD_TABLE, d->rank, block);
+    moei_fault_raise(d->fault, MOE_FAULT_BAD_TABLE, 0, block);
     return 0;
 }
 

@@ -142,7 +142,6 @@ MOE_HOST moe_status moei_gemm_check_options(moe_grouped_gemm_desc* d)
     if (d->b.major == 0) d->b.major = MOE_MAJOR_K;
     MOEI_REQUIRE(d->b.major == MOE_MAJOR_K || d->b.major == MOE_MAJOR_MN, MOE_ERR_OPTION, b_major);
     MOEI_REQUIRE((d->accumulate | 1) == 1, MOE_ERR_OPTION, accumulate);
-    MOEI_REQUIRE_RANK(d);
     if (d->row_div == 0) d->row_div = 1;
     MOEI_REQUIRE(d->row_div >= 1, MOE_ERR_RANGE, row_div);
     MOEI_REQUIRE(d->tile >= 0 && d->tile <= MOE_TILE_64x64, MOE_ERR_OPTION, tile);
@@ -277,7 +276,7 @@ MOE_HOST moe_status moei_gemm_prepare(moe_grouped_gemm_prepared* p)
     moei_device dev;
     const moei_variant* v = 0;
     int64_t per_sm;
-    memset(&p->launch, 0, sizeof p->launch);
+    p->launch.kernel = 0;
     MOEI_TRY(moei_device_query(&dev));
     MOEI_TRY(moei_gemm_choose(d, &dev, &v));
     plan->path = MOE_ON_HOST ? MOE_GEMM_PATH_HOST : MOE_GEMM_PATH_WMMA;

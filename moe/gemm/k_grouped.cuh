@@ -51,7 +51,6 @@ typedef struct moe_k_grouped_gemm_desc {
     int32_t dtype;        /* of A and B: fp16 or bf16; 0 = bf16 */
     int32_t c_dtype;      /* dtype or fp32; 0 = dtype */
     int32_t accumulate;   /* 1: added to what C holds; 0: written */
-    int32_t rank;         /* reported with a fault, 0 .. MOE_FAULT_MAX_RANK */
     int32_t tile;         /* MOE_TILE_128x128, MOE_TILE_64x64; 0 = chosen by shape and device */
 } moe_k_grouped_gemm_desc;
 
@@ -154,7 +153,7 @@ MOE_DEVICE void moei_k_find(moei_k_loader* p, const moe_k_grouped_gemm_desc* d,
         int row = p->index;
         if (div > 1 && row >= 0) row = row / div;
         if (row >= (side == 0 ? d->a_rows : d->b_rows) || row < -1) {
-            moei_fault_raise(d->fault, MOE_FAULT_BAD_ROW, d->rank, p->at);
+            moei_fault_raise(d->fault, MOE_FAULT_BAD_ROW, 0, p->at);
             row = -1;
         }
         p->shared->row[slot][side][moei_lane()] = row;
@@ -258,11 +257,11 @@ MOE_DEVICE bool moei_k_good(const moe_k_grouped_gemm_desc* d)
         const uintptr_t c = d->c_table ? (uintptr_t)d->c_table[e] : 16;
         if (begin < 0 || end < begin || end > d->num_rows) {
             bad = true;
-            moei_fault_raise(d->fault, MOE_FAULT_BAD_OFFSET, d->rank, e);
+            moei_fault_raise(d->fault, MOE_FAULT_BAD_OFFSET, 0, e);
         }
         if (!c || (c & 15) != 0) {
             bad = true;
-            moei_fault_raise(d->fault, MOE_FAULT_BAD_TABLE, d->rank, e);
+            moei_fault_raise(d->fault, MOE_FAULT_BAD_TABLE, 0, e);
         }
     }
     return !__syncthreads_or(bad);
@@ -406,7 +405,6 @@ MOE_HOST moe_status moei_k_check_options(moe_k_grouped_gemm_desc* d)
     if (d->b_div == 0) d->b_div = 1;
     MOEI_REQUIRE(d->b_div >= 1, MOE_ERR_RANGE, row_div);
     MOEI_REQUIRE((d->accumulate | 1) == 1, MOE_ERR_OPTION, accumulate);
-    MOEI_REQUIRE_RANK(d);
     MOEI_REQUIRE(d->tile == 0 || d->tile == MOE_TILE_128x128 || d->tile == MOE_TILE_64x64,
                  MOE_ERR_OPTION, tile);
     MOEI_TRY(moei_k_check_side(&d->a_stride, &d->a_rows, d->m, d->num_rows, MOE_FIELD_a_stride,

@@ -29,8 +29,6 @@ typedef struct moei_schedule {
     int32_t column_tiles; /* tiles along N */
     int32_t row_align;    /* 1, or 8 where A is read along M and tiles begin at multiples of 8 */
     int* tile_start;      /* first tile of each expert; the last entry is the number of tiles */
-    uint64_t* fault;      /* fault word, or null */
-    int32_t rank;         /* reported with a fault */
 } moei_schedule;
 
 MOE_DEVICE int moei_expert_begin(const moei_schedule* s, int e)
@@ -46,7 +44,7 @@ MOE_DEVICE int moei_expert_end(const moei_schedule* s, int e)
 /* Fills tile_start; all threads of the block call it. Returns the number of tiles, or -1 when the
    offsets make no sense, which sets the fault word. */
 MOE_DEVICE int moei_schedule_build(const moei_schedule* s, moei_block_scan_scratch* scratch,
-                                   const int tile_rows)
+                                   uint64_t* fault, const int tile_rows)
 {
     int before = 0, bad = 0;
     for (int e0 = 0; e0 < s->num_experts; e0 += (int)blockDim.x) {
@@ -56,7 +54,7 @@ MOE_DEVICE int moei_schedule_build(const moei_schedule* s, moei_block_scan_scrat
             const int begin = moei_expert_begin(s, e), end = moei_expert_end(s, e);
             if (begin < 0 || end < begin || end > s->num_rows) {
                 bad = 1;
-                moei_fault_raise(s->fault, MOE_FAULT_BAD_OFFSET, s->rank, e);
+                moei_fault_raise(fault, MOE_FAULT_BAD_OFFSET, 0, e);
             } else if (end > begin) {
                 const int first = begin - begin % s->row_align;
                 tiles = (end - first + tile_rows - 1) / tile_rows * s->column_tiles;

@@ -45,9 +45,7 @@ MOE_KERNEL(128, 1) schedule_kernel(MOE_ARG(schedule_args) d)
     s.column_tiles = d.column_tiles;
     s.row_align = d.row_align;
     s.tile_start = (int*)shared;
-    s.fault = d.fault;
-    s.rank = TEST_RANK;
-    count = moei_schedule_build(&s, &scratch, d.tile_rows);
+    count = moei_schedule_build(&s, &scratch, d.fault, d.tile_rows);
     if (threadIdx.x == 0) *d.num_tiles = count;
     for (int i = (int)threadIdx.x; i < count && i < d.most; i += (int)blockDim.x)
         d.tiles[i] = moei_schedule_tile(&s, i, d.tile_rows);
@@ -536,7 +534,6 @@ static void bufs_new(gemm_bufs* b, const gemm_case* c, trand* r)
     b->d.expert_offset = c->no_offset ? (const int32_t*)0 : (const int32_t*)b->offset.p;
     b->d.c_stride = c->c_pad ? c_stride : 0;
     b->d.fault = (uint64_t*)b->fault.p;
-    b->d.rank = TEST_RANK;
     b->d.num_experts = c->E;
     b->d.num_rows = b->num_rows;
     b->d.n = c->n;
@@ -1026,13 +1023,13 @@ static void test_gemm_stopped(void)
     trand r = trand_new(10);
     gemm_case c = normal_case(2, rows, 72, 40);
     gemm_bufs b;
-    uint64_t word = MOEI_FAULT_KEY(MOE_FAULT_BAD_OFFSET, TEST_RANK, 7);
+    uint64_t word = MOEI_FAULT_KEY(MOE_FAULT_BAD_OFFSET, 0, 7);
     bufs_new(&b, &c, &r);
     tbuf_put(&b.fault, &word);
     CHECK_STATUS(moe_grouped_gemm(&b.d, test_now.stream), MOE_OK);
     CHECK(untouched(&b, &c), "after a stop fault");
     CHECK_FAULT(&b.fault, MOE_FAULT_BAD_OFFSET, 7);
-    word = MOEI_FAULT_KEY(MOE_FAULT_BAD_ID, TEST_RANK, 3);
+    word = MOEI_FAULT_KEY(MOE_FAULT_BAD_ID, 0, 3);
     tbuf_put(&b.fault, &word);
     CHECK_STATUS(moe_grouped_gemm(&b.d, test_now.stream), MOE_OK);
     CHECK_FAULT(&b.fault, MOE_FAULT_BAD_ID, 3);
@@ -1046,7 +1043,7 @@ static void test_gemm_stopped(void)
 static void test_gemm_no_rows(void)
 {
     moe_grouped_gemm_desc d;
-    moe_gemm_plan p = {};
+    moe_gemm_plan p;
     memset(&d, 0, sizeof d);
     d.num_experts = 1;
     d.n = d.k = 8;
@@ -1065,7 +1062,7 @@ static void test_gemm_plan(void)
     for (int i = 0; i < 4 * 4 * 5 * 2 * 5 * 2; ++i) {
         const int tile = i / 160 % 5;
         moe_grouped_gemm_desc d;
-        moe_gemm_plan p = {};
+        moe_gemm_plan p;
         moe_status want;
         test_poison(&p, sizeof p);
         memset(&d, 0, sizeof d);
@@ -1088,7 +1085,7 @@ static void test_gemm_plan(void)
         static const int m[] = {0, 128, 128, 32, 64}, n[] = {0, 256, 128, 128, 64};
         for (int tile = MOE_TILE_128x256; tile <= MOE_TILE_64x64; ++tile) {
             moe_grouped_gemm_desc d;
-            moe_gemm_plan p = {};
+            moe_gemm_plan p;
             memset(&d, 0, sizeof d);
             d.num_experts = 1;
             d.n = d.k = 8;
@@ -1110,7 +1107,7 @@ static void test_gemm_plan(void)
    that would read and write anywhere. */
 static void refused(const moe_grouped_gemm_desc* d, moe_status want, int line)
 {
-    moe_gemm_plan p = {};
+    moe_gemm_plan p;
     const moe_status s = moe_grouped_gemm_plan(d, &p);
     test_status(s, want, __FILE__, line, "moe_grouped_gemm_plan");
     if (s != MOE_OK)
@@ -1221,8 +1218,6 @@ static void test_gemm_refusals(void)
     REFUSED(d.bias = AT(d.bias, 1), MOE_ERR_ALIGN, bias);
     REFUSED(d.expert_offset = (const int32_t*)AT(d.expert_offset, 2), MOE_ERR_ALIGN, expert_offset);
     REFUSED(d.accumulate = 2, MOE_ERR_OPTION, accumulate);
-    REFUSED(d.rank = -1, MOE_ERR_RANGE, rank);
-    REFUSED(d.rank = MOE_FAULT_MAX_RANK + 1, MOE_ERR_RANGE, rank);
     REFUSED(d.fault = (uint64_t*)AT(d.fault, 4), MOE_ERR_ALIGN, fault);
     REFUSED(d.c = (void*)d.a, MOE_ERR_OVERLAP, c);
     REFUSED(d.c = AT(d.a, 30 * 40 * 2 - 16), MOE_ERR_OVERLAP, c); /* its last 16 bytes */
@@ -1242,7 +1237,7 @@ static void test_gemm_refusals(void)
     REFUSED(d.fault = (uint64_t*)AT(d.c, 41 * 64 * 2 - 8), MOE_ERR_OVERLAP, fault);
     { /* last rows of strided buffers, at addresses far from all others: nothing is launched */
         char* const far = (char*)((uintptr_t)1 << 44);
-        moe_gemm_plan p = {};
+        moe_gemm_plan p;
         REFUSED((d.a = far, d.a_stride = 48, d.c = far + 29 * 48 * 2 + 64), MOE_ERR_OVERLAP, c);
         d.c = far + 29 * 48 * 2 + 80; /* where A ends */
         CHECK_STATUS(moe_grouped_gemm_plan(&d, &p), MOE_OK);
@@ -1271,7 +1266,7 @@ static void test_gemm_refusals(void)
         REFUSED((d.bias = far, d.c = far + 3 * 2 * 64 * 2 - 16), MOE_ERR_OVERLAP, c);
     }
     { /* without rows nothing but the offsets must be there */
-        moe_gemm_plan p = {};
+        moe_gemm_plan p;
         REFUSED((d.num_rows = 0, d.expert_offset = 0), MOE_ERR_NULL, expert_offset);
         REFUSED((d.num_rows = 0, d.expert_offset = (const int32_t*)AT(d.expert_offset, 2)),
                 MOE_ERR_ALIGN, expert_offset);
@@ -1347,7 +1342,7 @@ static void test_gemm_own_kernel(void)
             gemm_case c = normal_case(4, some, i & 1 ? 72 : 136, i & 2 ? 40 : 136);
             gemm_bufs b;
             own_args a;
-            moe_gemm_plan p = {};
+            moe_gemm_plan p;
             moei_launch_config l;
             if (test_gemm_status(variant[v].dtype, variant[v].tile) != MOE_OK) continue;
             randomise(&c, &r);

@@ -449,7 +449,7 @@ static void test_router_stopped(void)
 {
     trand r = trand_new(5);
     for (int way = SCALAR; way < WAYS; ++way) {
-        const uint64_t stop = MOEI_FAULT_KEY(MOE_FAULT_BAD_OFFSET, TEST_RANK, 2), none = 0;
+        const uint64_t stop = MOEI_FAULT_KEY(MOE_FAULT_BAD_OFFSET, 0, 2), none = 0;
         router_case c = case_of(way, 20, 64, 16);
         router_bufs b;
         bufs_new(&b, &c, &r);
