@@ -311,8 +311,7 @@ MOE_HOST moe_status moe_block_sparse_prepare(const moe_block_sparse_desc* desc,
     size_t bytes;
     MOEI_REQUIRE(desc && p, MOE_ERR_NULL, desc);
     d = *desc;
-    p->zeroes.kernel = 0;
-    for (int i = 0; i < 2; ++i) p->tile[i].lists.kernel = p->tile[i].product.kernel = 0;
+    memset(p, 0, sizeof *p);
     MOEI_TRY(moei_block_check_options(&d));
     MOEI_TRY(moei_block_choose(&d, t));
     if (d.m == 0 || d.n == 0) return moei_block_check_buffers(&d, 0);

@@ -424,7 +424,7 @@ MOE_HOST moe_status moe_combine_prepare(const moe_combine_desc* desc, moe_combin
     MOEI_REQUIRE(desc && p, MOE_ERR_NULL, desc);
     d = &p->args;
     *d = *desc;
-    p->launch.kernel = 0;
+    memset(&p->launch, 0, sizeof p->launch);
     MOEI_TRY(moei_combine_check(d));
     if (d->num_tokens == 0) return MOE_OK;
     pieces = (d->hidden + 7) / 8 * (d->rows_dtype == MOE_FP32 ? 2 : 1); /* 16 bytes of a row each */

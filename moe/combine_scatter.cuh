@@ -398,7 +398,7 @@ MOE_HOST moe_status moe_combine_scatter_prepare(const moe_combine_scatter_desc* 
     MOEI_REQUIRE(desc && p, MOE_ERR_NULL, desc);
     a = &p->args;
     a->d = *desc;
-    p->launch.kernel = 0;
+    memset(&p->launch, 0, sizeof p->launch);
     MOEI_TRY(moei_scatter_check(&a->d));
     if (a->d.num_tokens == 0 || a->d.num_rows == 0) return MOE_OK;
     MOEI_TRY(moei_device_query(&dev));

@@ -401,7 +401,7 @@ MOE_HOST moe_status moei_permute_prepare(const moe_permute_desc* desc, int back,
     MOEI_REQUIRE(desc && p, MOE_ERR_NULL, desc);
     d = *desc;
     a = &p->args;
-    p->launch.kernel = 0;
+    memset(&p->launch, 0, sizeof p->launch);
     MOEI_TRY(moei_permute_check(&d, back));
     slots = (int64_t)d.num_tokens * d.top_k;
     if ((back ? slots : d.num_rows) == 0) return MOE_OK;

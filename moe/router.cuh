@@ -331,7 +331,7 @@ MOE_HOST moe_status moe_router_prepare(const moe_router_desc* desc, moe_router_p
     d = &p->args;
     p->args = *desc;
     p->path = MOE_ROUTER_SCALAR;
-    p->gemm.launch.kernel = 0;
+    memset(&p->gemm.launch, 0, sizeof p->gemm.launch);
     MOEI_TRY(moei_router_check(&p->args));
     if (d->num_tokens == 0) return MOE_OK;
     if (d->x_dtype == d->router_dtype && d->x_dtype != MOE_FP32) {

@@ -276,7 +276,7 @@ MOE_HOST moe_status moei_gemm_prepare(moe_grouped_gemm_prepared* p)
     moei_device dev;
     const moei_variant* v = 0;
     int64_t per_sm;
-    p->launch.kernel = 0;
+    memset(&p->launch, 0, sizeof p->launch);
     MOEI_TRY(moei_device_query(&dev));
     MOEI_TRY(moei_gemm_choose(d, &dev, &v));
     plan->path = MOE_ON_HOST ? MOE_GEMM_PATH_HOST : MOE_GEMM_PATH_WMMA;

@@ -1043,7 +1043,7 @@ static void test_gemm_stopped(void)
 static void test_gemm_no_rows(void)
 {
     moe_grouped_gemm_desc d;
-    moe_gemm_plan p;
+    moe_gemm_plan p = {};
     memset(&d, 0, sizeof d);
     d.num_experts = 1;
     d.n = d.k = 8;
@@ -1062,7 +1062,7 @@ static void test_gemm_plan(void)
     for (int i = 0; i < 4 * 4 * 5 * 2 * 5 * 2; ++i) {
         const int tile = i / 160 % 5;
         moe_grouped_gemm_desc d;
-        moe_gemm_plan p;
+        moe_gemm_plan p = {};
         moe_status want;
         test_poison(&p, sizeof p);
         memset(&d, 0, sizeof d);
@@ -1085,7 +1085,7 @@ static void test_gemm_plan(void)
         static const int m[] = {0, 128, 128, 32, 64}, n[] = {0, 256, 128, 128, 64};
         for (int tile = MOE_TILE_128x256; tile <= MOE_TILE_64x64; ++tile) {
             moe_grouped_gemm_desc d;
-            moe_gemm_plan p;
+            moe_gemm_plan p = {};
             memset(&d, 0, sizeof d);
             d.num_experts = 1;
             d.n = d.k = 8;
@@ -1107,7 +1107,7 @@ static void test_gemm_plan(void)
    that would read and write anywhere. */
 static void refused(const moe_grouped_gemm_desc* d, moe_status want, int line)
 {
-    moe_gemm_plan p;
+    moe_gemm_plan p = {};
     const moe_status s = moe_grouped_gemm_plan(d, &p);
     test_status(s, want, __FILE__, line, "moe_grouped_gemm_plan");
     if (s != MOE_OK)
@@ -1237,7 +1237,7 @@ static void test_gemm_refusals(void)
     REFUSED(d.fault = (uint64_t*)AT(d.c, 41 * 64 * 2 - 8), MOE_ERR_OVERLAP, fault);
     { /* last rows of strided buffers, at addresses far from all others: nothing is launched */
         char* const far = (char*)((uintptr_t)1 << 44);
-        moe_gemm_plan p;
+        moe_gemm_plan p = {};
         REFUSED((d.a = far, d.a_stride = 48, d.c = far + 29 * 48 * 2 + 64), MOE_ERR_OVERLAP, c);
         d.c = far + 29 * 48 * 2 + 80; /* where A ends */
         CHECK_STATUS(moe_grouped_gemm_plan(&d, &p), MOE_OK);
@@ -1266,7 +1266,7 @@ static void test_gemm_refusals(void)
         REFUSED((d.bias = far, d.c = far + 3 * 2 * 64 * 2 - 16), MOE_ERR_OVERLAP, c);
     }
     { /* without rows nothing but the offsets must be there */
-        moe_gemm_plan p;
+        moe_gemm_plan p = {};
         REFUSED((d.num_rows = 0, d.expert_offset = 0), MOE_ERR_NULL, expert_offset);
         REFUSED((d.num_rows = 0, d.expert_offset = (const int32_t*)AT(d.expert_offset, 2)),
                 MOE_ERR_ALIGN, expert_offset);
@@ -1342,7 +1342,7 @@ static void test_gemm_own_kernel(void)
             gemm_case c = normal_case(4, some, i & 1 ? 72 : 136, i & 2 ? 40 : 136);
             gemm_bufs b;
             own_args a;
-            moe_gemm_plan p;
+            moe_gemm_plan p = {};
             moei_launch_config l;
             if (test_gemm_status(variant[v].dtype, variant[v].tile) != MOE_OK) continue;
             randomise(&c, &r);
