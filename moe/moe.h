@@ -1,5 +1,5 @@
 /* moe.h: everything that is plain C, C11 and C++14: version, statuses, faults, types, shapes,
-   random numbers, and the descriptors of gate, route, grouped GEMM, block-sparse product and layers. */
+   random numbers, and the descriptors of gate, route, grouped GEMMs, block-sparse product and layers. */
 #ifndef MOE_MOE_H
 #define MOE_MOE_H
 
@@ -12,6 +12,7 @@
 #include "fields.h"
 #include "gate/desc.h"
 #include "gemm/desc.h"
+#include "gemm/k_desc.h"
 #include "layer/desc.h"
 #include "layout.h"
 #include "route/desc.h"

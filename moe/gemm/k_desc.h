@@ -1,0 +1,35 @@
+/* k_desc.h: the descriptor of the grouped GEMM whose reduced dimension is the ragged one; what it
+   computes: k_grouped.cuh. C11 and C++14. */
+#ifndef MOE_GEMM_K_DESC_H
+#define MOE_GEMM_K_DESC_H
+
+#include "../base/status.h"
+#include "desc.h"
+
+typedef struct moe_k_grouped_gemm_desc {
+    /* in */
+    const void* a;                /* [a_rows, m] dtype, 16-byte aligned */
+    const void* b;                /* [b_rows, n] dtype, 16-byte aligned */
+    int64_t a_stride, b_stride;   /* elements between rows; 0 = dense; multiples of 8 */
+    int64_t a_rows, b_rows;       /* 0 = num_rows */
+    const int32_t* a_index;       /* [num_rows] see above, -1 = a row of zeros; null = r itself */
+    const int32_t* b_index;       /* the same */
+    const int32_t* expert_offset; /* [E + 1]; null with one expert: all num_rows rows */
+    /* out */
+    void* c;                 /* [E, m, n] c_dtype, 16-byte aligned; or null with a table */
+    void* const* c_table;    /* [E] device array: each expert's matrix, 16-byte aligned; or null */
+    int64_t c_stride;        /* elements between rows; 0 = n; multiple of 8 */
+    int64_t c_expert_stride; /* elements between matrices of c; 0 = m c_stride; multiple of 8 */
+    uint64_t* fault;         /* [1] fault word; or null */
+    /* sizes and options */
+    int32_t num_experts;  /* E, 1 .. MOE_MAX_EXPERTS */
+    int32_t num_rows;     /* R, 0 .. MOE_GEMM_MAX_ROWS: most that there can be */
+    int32_t m, n;         /* rows and columns of each C; multiples of 8 */
+    int32_t a_div, b_div; /* 0 = 1; K turns slots into tokens */
+    int32_t dtype;        /* of A and B: fp16 or bf16; 0 = bf16 */
+    int32_t c_dtype;      /* dtype or fp32; 0 = dtype */
+    int32_t accumulate;   /* 1: added to what C holds; 0: written */
+    int32_t tile;         /* MOE_TILE_128x128, MOE_TILE_64x64; 0 = chosen by shape and device */
+} moe_k_grouped_gemm_desc;
+
+#endif

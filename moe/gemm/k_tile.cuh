@@ -1,0 +1,278 @@
+/* k_tile.cuh: the tiles of a k-grouped GEMM, one after another by one block: rows m .. m + tm - 1 and
+   columns n .. n + tn - 1 of one expert's C, over all rows of that expert.
+
+   The ring, its steps and the epilogue are those of every tile (mainloop.cuh, steps.inl, epilogue.cuh).
+   Both operands lie along MN: a step is 32 rows of each, copied 16 bytes at a time. Two warps find
+   which rows: an index is read a step before it is resolved, and resolved two steps before the copies,
+   so that no copy waits for it. Rows past an expert's last are zeros in both. */
+#ifndef MOE_GEMM_K_TILE_CUH
+#define MOE_GEMM_K_TILE_CUH
+
+#include "epilogue.cuh"
+#include "k_desc.h"
+#include "mainloop.cuh"
+#include "schedule.cuh"
+
+/* ---- a block's tiles: each expert has as many ---- */
+
+typedef struct moei_k_tiles {
+    int32_t num_tiles, row_tiles, column_tiles; /* of all experts; of one */
+} moei_k_tiles;
+
+/* Where tile number `index` lies: first row and column of C_e, rows begin .. end of A and B. Rows of
+   C fastest, so that neighbours share columns of B. */
+MOE_DEVICE moe_tile_position moei_k_tile(const moe_k_grouped_gemm_desc* d, const moei_k_tiles* s,
+                                         int index, const moe_gemm_shape f)
+{
+    const int each = s->row_tiles * s->column_tiles, local = index % each;
+    moe_tile_position t;
+    t.expert = index / each;
+    t.begin = d->expert_offset ? d->expert_offset[t.expert] : 0;
+    t.end = d->expert_offset ? d->expert_offset[t.expert + 1] : d->num_rows;
+    t.row = local % s->row_tiles * f.tm;
+    t.column = local / s->row_tiles * f.tn;
+    return t;
+}
+
+/* ---- the loader ---- */
+
+#define MOEI_K_STEP 32 /* rows of a step: tk of both tiles */
+
+/* Shared memory: the rows of A and B that the next steps copy, resolved; -1: zeros. Step number n has
+   slot n % 4. */
+typedef struct moei_k_shared {
+    int32_t row[4][2][MOEI_K_STEP];
+} moei_k_shared;
+
+/* Rows that are left of a tile's expert. */
+typedef struct moei_k_rows {
+    int32_t begin, end, tile;
+} moei_k_rows;
+
+/* What a thread copies next: of A and of B one 16-byte piece of some rows of each step. Warps 0 and 1
+   find the rows, of A and of B, two steps ahead: a lane has one row of a step, whose index it reads
+   three steps ahead. */
+typedef struct moei_k_loader {
+    const char *a, *b;      /* of the piece in row 0 */
+    int32_t a_keep, b_keep; /* bytes of the piece: 16, or 0 past the last column */
+    int32_t slot;           /* of the step to copy */
+    moei_k_rows copy, look; /* of the step to copy; of the index to read */
+    int32_t index, at;      /* warps 0, 1: read for the step to find next, and where it stood */
+    moei_k_shared* shared;
+} moei_k_loader;
+
+/* On to the next tile that has rows, if the current one has none left. */
+MOE_DEVICE bool moei_k_rows_next(moei_k_rows* p, const moe_k_grouped_gemm_desc* d,
+                                 const moei_k_tiles* s, const moe_gemm_shape f)
+{
+    bool moved = false;
+    while (p->begin >= p->end && p->tile < s->num_tiles) {
+        p->tile += (int)gridDim.x;
+        moved = true;
+        if (p->tile < s->num_tiles) {
+            const moe_tile_position t = moei_k_tile(d, s, p->tile, f);
+            p->begin = t.begin;
+            p->end = t.end;
+        }
+    }
+    return moved;
+}
+
+/* Warps 0 and 1: reads the index of the lane's row of the step after those that were looked at. */
+MOE_DEVICE void moei_k_read(moei_k_loader* p, const moe_k_grouped_gemm_desc* d,
+                            const moei_k_tiles* s, const moe_gemm_shape f)
+{
+    const int32_t* index = moei_warp() == 0 ? d->a_index : d->b_index;
+    (void)moei_k_rows_next(&p->look, d, s, f);
+    p->at = p->look.begin + moei_lane();
+    p->index = p->at >= p->look.end ? -1 : index ? index[p->at] : p->at;
+    p->look.begin += MOEI_K_STEP;
+}
+
+/* Warps 0 and 1: resolves the rows of the step with this slot, whose index has been read, and reads
+   the next one's. */
+MOE_DEVICE void moei_k_find(moei_k_loader* p, const moe_k_grouped_gemm_desc* d,
+                            const moei_k_tiles* s, int slot, const moe_gemm_shape f)
+{
+    const int side = moei_warp();
+    if (side < 2) {
+        const int div = side == 0 ? d->a_div : d->b_div;
+        int row = p->index;
+        if (div > 1 && row >= 0) row = row / div;
+        if (row >= (side == 0 ? d->a_rows : d->b_rows) || row < -1) {
+            moei_fault_raise(d->fault, MOE_FAULT_BAD_ROW, 0, p->at);
+            row = -1;
+        }
+        p->shared->row[slot][side][moei_lane()] = row;
+        moei_k_read(p, d, s, f);
+    }
+}
+
+/* Points the copies at the columns of the tile. */
+MOE_DEVICE void moei_k_loader_columns(moei_k_loader* p, const moe_k_grouped_gemm_desc* d,
+                                      const moei_k_tiles* s, const moe_gemm_shape f)
+{
+    if (p->copy.tile < s->num_tiles) {
+        const moe_tile_position t = moei_k_tile(d, s, p->copy.tile, f);
+        const int i = t.row + (int)threadIdx.x % (f.tm / 8) * 8;
+        const int j = t.column + (int)threadIdx.x % (f.tn / 8) * 8;
+        p->a = (const char*)d->a + (i < d->m ? i : 0) * 2;
+        p->b = (const char*)d->b + (j < d->n ? j : 0) * 2;
+        p->a_keep = i < d->m ? 16 : 0;
+        p->b_keep = j < d->n ? 16 : 0;
+    }
+}
+
+/* Begins with the block's first tile; all threads of the block. On return the rows of the first two
+   steps are there for every thread. */
+MOE_DEVICE void moei_k_loader_begin(moei_k_loader* p, const moe_k_grouped_gemm_desc* d,
+                                    const moei_k_tiles* s, moei_k_shared* shared,
+                                    const moe_gemm_shape f)
+{
+    const moe_tile_position t = moei_k_tile(d, s, (int)blockIdx.x, f);
+    p->shared = shared;
+    p->slot = 0;
+    p->copy.begin = t.begin;
+    p->copy.end = t.end;
+    p->copy.tile = (int)blockIdx.x;
+    p->look = p->copy;
+    p->index = -1, p->at = 0;
+    moei_k_loader_columns(p, d, s, f);
+    if (moei_warp() < 2) moei_k_read(p, d, s, f);
+    moei_k_find(p, d, s, 0, f);
+    moei_k_find(p, d, s, 1, f);
+    __syncthreads();
+}
+
+MOE_DEVICE void moei_k_loader_advance(moei_k_loader* p, const moe_k_grouped_gemm_desc* d,
+                                      const moei_k_tiles* s, const moe_gemm_shape f)
+{
+    if (moei_k_rows_next(&p->copy, d, s, f)) moei_k_loader_columns(p, d, s, f);
+    moei_k_find(p, d, s, (p->slot + 2) & 3, f);
+}
+
+/* Copies part `part` of `parts` of one operand's rows of a step. */
+MOE_DEVICE void moei_k_copy(const int32_t* row, const char* from, int64_t stride, int keep,
+                            uint16_t* stage, const int part, const int parts, const int width,
+                            const int threads)
+{
+    const int piece = (int)threadIdx.x % (width / 8), line = (int)threadIdx.x / (width / 8);
+    const int each = threads / (width / 8);
+    MOEI_UNROLL
+    for (int i = part; i < MOEI_K_STEP / each; i += parts) {
+        const int r = row[i * each + line];
+        moei_copy16_async(stage + moei_swizzled(i * each + line, piece * 8, width),
+                          from + (r >= 0 ? r : 0) * stride * 2, r >= 0 ? keep : 0);
+    }
+}
+
+MOE_DEVICE void moei_k_loader_copy(moei_k_loader* p, const moe_k_grouped_gemm_desc* d, uint16_t* sa,
+                                   uint16_t* sb, const int part, const int parts,
+                                   const moe_gemm_shape f)
+{
+    moei_k_copy(p->shared->row[p->slot][0], p->a, d->a_stride, p->a_keep, sa, part, parts, f.tm,
+                f.threads);
+    moei_k_copy(p->shared->row[p->slot][1], p->b, d->b_stride, p->b_keep, sb, part, parts, f.tn,
+                f.threads);
+    if (part < parts - 1) return;
+    p->copy.begin += MOEI_K_STEP;
+    p->slot = (p->slot + 1) & 3;
+}
+
+#define MOEI_LOADER moei_k_loader
+#define MOEI_LOADER_DESC moe_k_grouped_gemm_desc
+#define MOEI_LOADER_TILES moei_k_tiles
+#define MOEI_TILE_START moei_k_tile_start
+#define MOEI_TILE_STEPS moei_k_tile_steps
+#include "steps.inl"
+#undef MOEI_LOADER
+#undef MOEI_LOADER_DESC
+#undef MOEI_LOADER_TILES
+#undef MOEI_TILE_START
+#undef MOEI_TILE_STEPS
+
+/* ---- the kernel ---- */
+
+/* Are the offsets in order and within the rows, and do the tables name an address, aligned to 16
+   bytes, for each expert? All threads of the block call it. Where not, the fault word is set. */
+MOE_DEVICE bool moei_k_good(const moe_k_grouped_gemm_desc* d)
+{
+    bool bad = false;
+    for (int e = (int)threadIdx.x; e < d->num_experts; e += (int)blockDim.x) {
+        const int begin = d->expert_offset ? d->expert_offset[e] : 0;
+        const int end = d->expert_offset ? d->expert_offset[e + 1] : d->num_rows;
+        const uintptr_t c = d->c_table ? (uintptr_t)d->c_table[e] : 16;
+        if (begin < 0 || end < begin || end > d->num_rows) {
+            bad = true;
+            moei_fault_raise(d->fault, MOE_FAULT_BAD_OFFSET, 0, e);
+        }
+        if (!c || (c & 15) != 0) {
+            bad = true;
+            moei_fault_raise(d->fault, MOE_FAULT_BAD_TABLE, 0, e);
+        }
+    }
+    return !__syncthreads_or(bad);
+}
+
+/* What the epilogue stores of a tile: C_e's rows are its own. */
+MOE_DEVICE moe_grouped_gemm_desc moei_k_store_of(const moe_k_grouped_gemm_desc* d, int expert)
+{
+    moe_grouped_gemm_desc c;
+    c.c = d->c_table ? d->c_table[expert]
+                     : (char*)d->c + (int64_t)expert * d->c_expert_stride *
+                                         (d->c_dtype == MOE_FP32 ? 4 : 2);
+    c.c_table = 0;
+    c.c_stride = d->c_stride;
+    c.c_dtype = d->c_dtype;
+    c.n = d->n;
+    c.bias = 0;
+    c.gate_up = 0;
+    c.activation = MOE_ACTIVATION_NONE;
+    c.alpha = c.limit = 0.0f;
+    c.dtype = d->dtype;
+    c.accumulate = d->accumulate;
+    return c;
+}
+
+/* Shared memory of a block, bytes: the ring, then the epilogue's strips. */
+MOE_HOST_DEVICE size_t moei_k_smem(const moe_gemm_shape f)
+{
+    return moei_ring_bytes(f) + (size_t)f.threads / 32 * (size_t)moei_strip_floats(f.wn) * 4;
+}
+
+/* A block computes tiles blockIdx.x, blockIdx.x + gridDim.x, ... */
+MOE_DEVICE_BODY void moei_k_block(const moe_k_grouped_gemm_desc* d, unsigned char* shared,
+                                  moei_k_shared* s, const moe_gemm_shape f)
+{
+    uint16_t* ring = (uint16_t*)shared;
+    float* strip = (float*)(ring + f.stages * (f.tm + f.tn) * f.tk) +
+                   moei_warp() * moei_strip_floats(f.wn);
+    const int warp_m = moei_warp() % f.warps_m, warp_n = moei_warp() / f.warps_m;
+    moei_ring r = moei_ring_of(ring, f);
+    moei_k_tiles tiles;
+    moei_k_loader load;
+
+    if (!moei_k_good(d)) return;
+    tiles.row_tiles = (d->m + f.tm - 1) / f.tm;
+    tiles.column_tiles = (d->n + f.tn - 1) / f.tn;
+    tiles.num_tiles = tiles.row_tiles * tiles.column_tiles * d->num_experts;
+    if ((int)blockIdx.x >= tiles.num_tiles) return;
+    moei_k_loader_begin(&load, d, &tiles, s, f);
+    moei_k_tile_start(&load, &r, d, &tiles, f);
+    for (int tile = (int)blockIdx.x; tile < tiles.num_tiles; tile += (int)gridDim.x) {
+        const moe_tile_position t = moei_k_tile(d, &tiles, tile, f);
+        const moe_grouped_gemm_desc c = moei_k_store_of(d, t.expert);
+        moe_tile_position whole = t; /* the epilogue counts rows of C */
+        moei_mma_c acc[4][4];
+        moei_tile_zero(acc, f);
+        if (t.end > t.begin)
+            moei_k_tile_steps(acc, &load, &r, d, &tiles, (t.end - t.begin + f.tk - 1) / f.tk, f);
+        whole.begin = 0;
+        whole.end = d->m;
+        moei_epilogue_warp(&c, &whole, acc, strip, t.row + warp_m * f.wm, t.column + warp_n * f.wn,
+                           f.wm, f.wn);
+    }
+    moei_copy_wait(0); /* the steps past the last tile */
+}
+
+#endif
