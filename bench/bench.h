@@ -297,7 +297,7 @@ static bench_state bench_open(int argc, char** argv, const char* title)
 }
 
 /* SM clock in MHz and power in W, as nvidia-smi sees them under `fn`, called for about a second. */
-static void bench_note_clocks(bench_state* s, bench_fn fn, void* context, double ms)
+MOEI_UNUSED static void bench_note_clocks(bench_state* s, bench_fn fn, void* context, double ms)
 {
     char line[128] = "";
     FILE* p;
@@ -315,7 +315,7 @@ static void bench_note_clocks(bench_state* s, bench_fn fn, void* context, double
 }
 
 /* One row: what, milliseconds, a rate with its unit, share of the ceiling or ratio to a peer. */
-static void bench_row(bench_state* s, const char* what, double ms, double rate, const char* unit,
+MOEI_UNUSED static void bench_row(bench_state* s, const char* what, double ms, double rate, const char* unit,
                       double share, const char* of)
 {
     printf("  %-58s %9.4f ms %9.2f %-7s %6.3f of %s\n", what, ms, rate, unit, share, of);

@@ -21,7 +21,7 @@ static void bare_add(bare* b, const moei_launch* l, const void* arg, cudaStream_
     cudaLaunchConfig_t* c = &b->config[b->count];
     cudaLaunchAttribute* a = &b->attribute[b->count];
     if (!l->kernel) return;
-    memset(c, 0, sizeof *c);
+    *c = cudaLaunchConfig_t();
     c->gridDim = moei_launch_dim(l->grid);
     c->blockDim = moei_launch_dim(l->block);
     c->dynamicSmemBytes = l->smem;
@@ -53,7 +53,7 @@ int main(int argc, char** argv)
     char *want = (char*)malloc(T * H * 2), *got = (char*)malloc(T * H * 2);
     int failures = 0;
     memset(&l, 0, sizeof l);
-    memset(&b, 0, sizeof b);
+    b.count = 0;
     l.x = bench_random(T * H, MOE_BF16, 1.0f, 1);
     l.router = bench_random(E * H, MOE_BF16, 1.0f / sqrtf((float)H), 2);
     l.w1.base = bench_random(E * 2 * I * H, MOE_BF16, 1.0f / sqrtf((float)H), 3);
@@ -101,9 +101,10 @@ int main(int argc, char** argv)
         const float bottom = us[2][ROUNDS / 2];
         for (int way = 0; way < 3; ++way) {
             const float median = us[way][ROUNDS / 2];
-            printf("  %-52s %7.2f us for %d launches, %.3f us more a launch than bare\n", name[way],
-                   median, b.count, (median - bottom) / (float)b.count);
+            bench_row(&s, name[way], median * 1e-3, (median - bottom) / (float)b.count, "us more",
+                      bottom / median, "the bare calls' rate");
         }
+        printf("  us more: a launch, over the bare call; %d launches\n", b.count);
     }
     free(want), free(got);
     return bench_close(&s, failures);

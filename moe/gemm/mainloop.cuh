@@ -26,9 +26,22 @@ typedef struct moei_ring {
     int lane_a, lane_b; /* moei_mma_lane_a, moei_mma_lane_b */
 } moei_ring;
 
+/* The warp's number. But on sm_90 read anew each time: a kernel with loops for several majors would
+   otherwise compute the lanes' places of all of them first, and spill. */
+MOE_DEVICE int moei_ring_warp(void)
+{
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ / 10 != 90
+    unsigned thread;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+    return (int)(thread / MOEI_WARP);
+#else
+    return moei_warp();
+#endif
+}
+
 MOE_DEVICE moei_ring moei_ring_of(uint16_t* stages, const moe_gemm_shape f)
 {
-    const int warp_m = moei_warp() % f.warps_m, warp_n = moei_warp() / f.warps_m;
+    const int warp = moei_ring_warp(), warp_m = warp % f.warps_m, warp_n = warp / f.warps_m;
     moei_ring r;
     r.stages = stages;
     r.elems = (f.tm + f.tn) * f.tk;
