@@ -44,7 +44,8 @@
    fp16 (sm_75) or bf16 (sm_80), fp32 accumulation and activation. pre, act, d, the gradient by pre
    and the sparse form's rows are rounded to the dtype. Equal inputs give equal bits; dense and
    batch add experts in ascending order, so that batch with all experts is dense to the last bit.
-   The gradient of what the clamped SwiGLU holds back is 0; at the limit itself it passes.
+   The gradient of what the clamped SwiGLU holds back is 0 where dy and the weight are finite; at the
+   limit itself it passes.
    NaN and infinity stay with those that have them. A token does not change other tokens' y, dx and
    dweights, nor dw1 and dw2 of an expert that it lacks, whatever its x, dy and weights are; a token
    without any expert has y and dx of 0, a slot of -1 has dweights of 0. Rows that fill blocks up

@@ -199,12 +199,14 @@ MOE_HOST moe_status moe_block_sparse_workspace(const moe_block_sparse_desc* desc
     MOEI_TRY(moei_block_check_options(&d));
     *bytes = 0;
     if (d.m == 0 || d.n == 0) return MOE_OK;
+    MOEI_REQUIRE(moei_block_variant(MOE_BLOCK_TILE_64x64, d.dtype), MOE_ERR_NOT_COMPILED, dtype);
     for (const moei_variant* o = moei_block_variants; o->kernel; ++o)
         for (int rest = 0; rest <= MOE_BLOCK_TILE_64x64; ++rest) {
             const moei_variant* const t[] = {o, moei_block_rest(&d, o, rest)};
             moei_block_plan p[2];
             moe_status s;
             size_t needed;
+            if (o->shape.dtype != d.dtype) continue;
             if (d.choice.tile && (d.choice.tile != o->tile || d.choice.rest != rest)) continue;
             s = moei_block_plan_both(&d, t, 0, &needed, p);
             if (s != MOE_OK) { /* too many tiles of this shape */

@@ -223,6 +223,7 @@ typedef struct moe_experts_prepared {
 MOE_HOST moe_status moe_experts_prepare(const moe_experts_desc* desc, moe_experts_prepared* p)
 {
     MOEI_REQUIRE(desc && p, MOE_ERR_NULL, desc);
+    memset(p, 0, sizeof *p);
     MOEI_TRY(moei_experts_check_options(desc, &p->up.args, &p->down.args));
     MOEI_TRY(moei_experts_rename(moei_gemm_prepare(&p->up), 1));
     MOEI_TRY(moei_experts_rename(moei_gemm_prepare(&p->down), 0));

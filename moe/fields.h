@@ -35,7 +35,8 @@
     X(position) X(columns) X(block_rows) X(block_columns) X(max_blocks)              \
     X(a_table) X(b_table) X(c_table) X(a_transposed) X(b_transposed) X(packed) X(zero_masked)     \
     X(form) X(act_grad) X(dy) X(dx) X(dw1) X(dw2) X(dweights) X(dy_stride) X(dx_stride)           \
-    X(max_experts) X(choice) X(accumulate) X(a_index) X(b_index) X(b_rows)                        \
+    X(max_experts) X(choice) X(accumulate) X(a_index) X(b_index) X(b_rows) X(a_div)               \
+    X(b_div) X(c_expert_stride)                                                                   \
     X(workspace) X(workspace_bytes) X(fault) X(stage)                                             \
     X(block) X(grad_dtype) X(grad_expert) X(saved) X(saved_bytes)
 

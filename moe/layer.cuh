@@ -24,9 +24,9 @@
 
    Workspace, asked for by moe_layer_workspace (in bytes, each piece rounded up to 256):
      T E 4  logits        (unless given)      T K 4 + T K 4  ids, weights   (unless given)
-     moe_num_chunks(T) E 4  chunk counts      (but with ids or replicas)
+     moe_num_chunks(T) E 4  chunk counts      (except with ids or replicas)
      what moe_gate_workspace says             0 for most
-     what moe_route_workspace says            0 but with ids, replicas or capacity by weight
+     what moe_route_workspace says            0 except with ids, replicas or capacity by weight
      P 4 + (P + 1) 4  counts, offsets         R 4  row_slot         T K 8  places
      R I 2  act                               R H 2  rows, R H 4 with fp32 rows
      T Is 2 + T H 2 (fp32 rows: T H 4)  of the shared expert, where there is one, of width Is
@@ -80,7 +80,7 @@ typedef struct moe_layer_prepared {
 } moe_layer_prepared;
 
 /* Settles a layer: moe_layer_run queues it any number of times. Keeps the addresses of weight tables,
-   not their entries: experts may move between runs. Errors: every field as documented above, each
+   not their entries: experts may move between runs. A refused struct is not to be run. Errors: every field as documented above, each
    with its own status. T = 0 is no error. */
 MOE_HOST moe_status moe_layer_prepare(const moe_layer_desc* desc, moe_layer_prepared* p)
 {
@@ -89,6 +89,7 @@ MOE_HOST moe_status moe_layer_prepare(const moe_layer_desc* desc, moe_layer_prep
     moe_layer_view v;
     size_t bytes;
     MOEI_REQUIRE(desc && p, MOE_ERR_NULL, desc);
+    memset(p, 0, sizeof *p);
     MOEI_TRY(moei_layer_resolve(desc, &o));
     moei_layer_carve(desc, &o, desc->workspace, &v, &bytes);
     moei_layer_describe(desc, &o, &v, &l);

@@ -8,8 +8,9 @@
 #include "moe.h"
 #include "permute.cuh"
 
-/* Loads every kernel of this translation unit now, before anything spins on the GPU: a first launch
-   under lazy loading synchronises. Each station's header has the same for its own. */
+/* Loads every station's kernels now, before anything spins on the GPU: a first launch under lazy
+   loading synchronises. Each station's header has the same for its own; a file that includes
+   gemm/k_grouped.cuh as well calls moe_k_grouped_gemm_preload. */
 MOE_HOST moe_status moe_preload(void)
 {
     MOEI_TRY(moe_layer_preload());

@@ -1,4 +1,4 @@
-/* fault.cuh: the fault word as kernels see it; fault.h has its meaning and its texts. */
+/* fault.cuh: the fault word as kernels see it; fault.h has its meaning, faults.h the codes and texts. */
 #ifndef MOE_BASE_FAULT_CUH
 #define MOE_BASE_FAULT_CUH
 

@@ -3,7 +3,7 @@
    A warp passes its tile, 16 rows at a time, through a strip of shared memory of its own
    [16][wn + 8] fp32, reads it back in row order, adds the bias, applies the activation and
    writes 16 bytes a lane. No block barrier: each warp stores when it is done. A lane has 8 columns,
-   4 and 4; half of the lanes take the second 4 first, so that no two lanes meet in a bank.
+   4 and 4; half of the lanes take the second 4 first, so that few lanes meet in a bank.
 
    Gate and up of a gated activation: where they are interleaved, columns 2j and 2j + 1 of the
    strip; otherwise columns j and wn/2 + j, since the loader has put both halves into the warp's

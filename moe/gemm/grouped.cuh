@@ -47,7 +47,7 @@
 #endif
 
 /* Versions of code that have a body: bf16 from sm_80, the largest tile where a block may have
-   200 KB. It takes all registers as it is: it reads both operands along K alone. */
+   180 KB. The largest tile uses every register already, so it is compiled for operands along K alone. */
 #define MOEI_GEMM_LEAST(dtype, tm, tn, a_major, b_major)                                          \
     ((tm) * (tn) <= 128 * 128 ? ((dtype) == MOE_BF16 ? 80 : 75)                                   \
      : (a_major) == MOE_MAJOR_K && (b_major) == MOE_MAJOR_K ? 90                                  \
@@ -69,6 +69,12 @@
                 &d, shared, &s,                                                                   \
                 moe_gemm_shape_of(tm, tn, kb, wm, wn, stages, dtype, a_major, b_major));          \
     }
+#define MOEI_GEMM_CHECK(name, tm, tn, kb, wm, wn, stages, blocks)                                 \
+    static_assert((stages) == 3, "moei_tiles.position has room for a loader two tiles ahead");
+#define MOEI_GEMM_TILE_CHECK(...) MOEI_GEMM_CHECK(__VA_ARGS__)
+MOEI_GEMM_TILE_LIST(MOEI_GEMM_TILE_CHECK)
+#undef MOEI_GEMM_TILE_CHECK
+#undef MOEI_GEMM_CHECK
 #define MOEI_GEMM_TILE_KERNELS(...) MOE_GEMM_VARIANT_LIST(MOEI_GEMM_KERNEL, __VA_ARGS__)
 MOEI_GEMM_TILE_LIST(MOEI_GEMM_TILE_KERNELS)
 #undef MOEI_GEMM_TILE_KERNELS

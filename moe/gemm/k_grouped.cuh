@@ -7,9 +7,9 @@
    and the gathered tokens, of w2 with the gathered gradient of y and the activations.
 
    In:   A [a_rows, m], B [b_rows, n] fp16 or bf16; expert_offset [E + 1]; indices [R]
-   Out:  C [E, m, n] in the same dtype or fp32, written or added to; an expert without rows has zeros
-   A row index of -1 is a row of zeros. Rows that no expert owns are not read, so they may hold
-   anything. fp32 accumulation, one sum for each element in ascending r: equal inputs give equal bits.
+   Out:  C [E, m, n] in the same dtype or fp32, written or added to; without rows zeros
+   A row index of -1 is a row of zeros: what the other operand's row is multiplied with, so that one
+   has to be finite. Rows that no expert owns are not read, so they may hold anything. fp32 accumulation, one sum for each element in ascending r: equal inputs give equal bits.
 
    Cost: 2 * R * m * n flops. One launch. m and n multiples of 8. fp16 from sm_75, bf16 from sm_80.
 
@@ -112,9 +112,9 @@ MOE_HOST moe_status moei_k_check_options(moe_k_grouped_gemm_desc* d)
     if (d->c_dtype == 0) d->c_dtype = d->dtype;
     MOEI_REQUIRE(d->c_dtype == d->dtype || d->c_dtype == MOE_FP32, MOE_ERR_DTYPE, c_dtype);
     if (d->a_div == 0) d->a_div = 1;
-    MOEI_REQUIRE(d->a_div >= 1, MOE_ERR_RANGE, row_div);
+    MOEI_REQUIRE(d->a_div >= 1, MOE_ERR_RANGE, a_div);
     if (d->b_div == 0) d->b_div = 1;
-    MOEI_REQUIRE(d->b_div >= 1, MOE_ERR_RANGE, row_div);
+    MOEI_REQUIRE(d->b_div >= 1, MOE_ERR_RANGE, b_div);
     MOEI_REQUIRE((d->accumulate | 1) == 1, MOE_ERR_OPTION, accumulate);
     MOEI_REQUIRE(d->tile == 0 || d->tile == MOE_TILE_128x128 || d->tile == MOE_TILE_64x64,
                  MOE_ERR_OPTION, tile);
@@ -129,8 +129,8 @@ MOE_HOST moe_status moei_k_check_options(moe_k_grouped_gemm_desc* d)
     MOEI_REQUIRE(moei_stride_fits(d->c_expert_stride,
                                   d->num_experts > 1 ? d->c_stride * (d->m - 1) + d->n : 0,
                                   d->num_experts),
-                 MOE_ERR_STRIDE, c_stride);
-    MOEI_REQUIRE(d->c_expert_stride % 8 == 0, MOE_ERR_ALIGN, c_stride);
+                 MOE_ERR_STRIDE, c_expert_stride);
+    MOEI_REQUIRE(d->c_expert_stride % 8 == 0, MOE_ERR_ALIGN, c_expert_stride);
     MOEI_REQUIRE(!(d->c && d->c_table), MOE_ERR_CONFLICT, c);
     return MOE_OK;
 }
@@ -206,15 +206,19 @@ MOE_HOST moe_status moei_k_prepare(moe_k_grouped_gemm_prepared* p)
 }
 
 /* Settles a product: moe_k_grouped_gemm_run queues it any number of times. Errors: every field as
-   documented above, each with its own status. num_rows = 0 is no error. */
+   documented in k_desc.h, each with its own status. num_rows = 0 is no error. */
 MOE_HOST moe_status moe_k_grouped_gemm_prepare(const moe_k_grouped_gemm_desc* desc,
                                                moe_k_grouped_gemm_prepared* p)
 {
+    const void* any;
     MOEI_REQUIRE(desc && p, MOE_ERR_NULL, desc);
+    any = desc->c ? desc->c : (const void*)desc->c_table;
     p->args = *desc;
     memset(&p->launch, 0, sizeof p->launch);
     MOEI_TRY(moei_k_check_options(&p->args));
     MOEI_TRY(moei_k_check_buffers(&p->args));
+    if (!p->args.a) p->args.a = any; /* no row is read, but the copies of none have an address */
+    if (!p->args.b) p->args.b = any;
     return moei_k_prepare(p);
 }
 

@@ -7,8 +7,8 @@
      B  MOE_MAJOR_K [tn][tk], MOE_MAJOR_MN [tk][tn]
 
    cp.async fills stages, stages - 1 steps ahead; warps, wm x wn of the tile each, multiply what has
-   arrived. A step is tk / 16 chunks of depth. Of each chunk but the last the next one's fragments are
-   loaded and a part of the copies goes out before its products. One barrier a step, before the last
+   arrived. A step is tk / 16 chunks of depth. Before a chunk's products the
+   fragments of the next chunk are loaded. Before all chunks' but the last a part of the copies goes out. One barrier a step, before the last
    chunk's products: behind it the next stage has arrived for every warp, and the stage multiplied
    before may be refilled. */
 #ifndef MOE_GEMM_MAINLOOP_CUH
@@ -26,7 +26,7 @@ typedef struct moei_ring {
     int lane_a, lane_b; /* moei_mma_lane_a, moei_mma_lane_b */
 } moei_ring;
 
-/* The warp's number. But on sm_90 read anew each time: a kernel with loops for several majors would
+/* The warp's number. On all but sm_90 it is read anew each time: a kernel with loops for several majors would
    otherwise compute the lanes' places of all of them first, and spill. */
 MOE_DEVICE int moei_ring_warp(void)
 {

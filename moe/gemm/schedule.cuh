@@ -14,12 +14,12 @@
 
 #define MOEI_GEMM_BAND 16
 
-/* One tile of C. Rows count from the first row of the expert's row range. */
+/* One tile of C. */
 typedef struct moe_tile_position {
     int32_t expert;
-    int32_t begin, end; /* the expert's rows */
+    int32_t begin, end; /* the expert's rows; k-grouped: of A and B */
     int32_t row;        /* first row of the tile; below `begin` only where rows are aligned down */
-    int32_t column;     /* first column of the tile, in units of column tiles */
+    int32_t column;     /* number of the tile along the columns; k-grouped: first column */
 } moe_tile_position;
 
 /* What the schedule needs; tile_start [E + 1] lies in shared memory. */

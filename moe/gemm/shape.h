@@ -10,13 +10,14 @@
 typedef struct moe_gemm_shape {
     int32_t tm, tn, tk;       /* rows of A, rows or columns of B of a tile; depth of a step */
     int32_t warps_m, warps_n; /* along rows and columns */
-    int32_t stages;           /* of the ring, 3 or more */
+    int32_t stages;           /* of the ring, 2 or more; of a grouped GEMM 3 */
     int32_t dtype;            /* MOE_FP16 or MOE_BF16 */
     int32_t a_major, b_major; /* MOE_MAJOR_* */
     int32_t wm, wn, threads;  /* of a warp's tile; of a block */
 } moe_gemm_shape;
 
-/* The first six, for moe_gemm_shape_of: threads * 8 / tk are 32, warp tiles at most 64 x 64. */
+/* The first six, for moe_gemm_shape_of: a pass of copies has 32 rows (threads * 8 / tk), a warp's tile
+   is at most 64 x 64. */
 #define MOE_GEMM_SHAPE_128x256 128, 256, 64, 2, 4, 3
 #define MOE_GEMM_SHAPE_128x128 128, 128, 32, 2, 2, 3
 #define MOE_GEMM_SHAPE_32x128 32, 128, 64, 2, 4, 3

@@ -1,15 +1,8 @@
 /* tile.cuh: the pipeline that computes one tile after another of a grouped GEMM.
 
-   A block owns a tile of TM rows and TN columns of B. Its threads copy A and B, KB deep at a
-   time, into a ring of stages in shared memory with cp.async; its warps, WM x WN of the tile
-   each, multiply what has arrived. The ring runs on across tiles: while the warps finish one
-   tile and store it, the first stages of the next are under way.
-
-     stage  A  MOE_MAJOR_K [TM][KB], MOE_MAJOR_MN [KB][TM]   16-bit elements, lines swizzled
-            B  MOE_MAJOR_K [TN][KB], MOE_MAJOR_MN [KB][TN]   (swizzle.h)
-
-   One barrier a step, before the last products of a stage, whose fragments are in registers by then:
-   behind it the next stage has arrived for everyone, and the one before may be refilled.
+   A block owns a tile of tm rows and tn columns of B: its steps are mainloop.cuh's. The ring of
+   stages runs on across tiles: while the warps finish one tile and store it, the first stages of the
+   next are under way.
 
    All shape parameters are literals in the stamped kernels, so that the accumulators
    stay in registers and the loops unroll. Gated activations with gate and up apart: the columns of
@@ -34,7 +27,7 @@ MOE_HOST_DEVICE size_t moei_tile_smem(const moe_gemm_shape f, int num_experts)
 typedef struct moei_loader {
     const char* a[4]; /* A, MOE_MAJOR_K: address of the row of each pass; MN: [0] the column */
     const char* b[2]; /* B: address for even and for odd passes; MN: [0] the column */
-    int32_t b_row[2]; /* B: row of C's columns that belongs to b[0], b[1] */
+    int32_t b_row[2]; /* B: row of B at b[0], b[1] */
     int32_t a_keep;   /* A: bit i: pass i has a row; MN: bytes to copy */
     int32_t tile;     /* number of the tile */
     int32_t turn;     /* how many tiles the block had before it */

@@ -36,7 +36,7 @@ typedef struct moei_variant {
 #endif
 
 /* Tells whether this binary holds a body of the kernel for the current device: code built for less
-   than the device (no -arch, say) may lack it. The CPU runs all. */
+   than the device (no -arch, say) may lack it. The CPU runs all that any code has. */
 MOE_HOST moe_status moei_variant_runs(const moei_variant* v, int* runs)
 {
     *runs = v->least != MOEI_CODE_NEVER;
@@ -61,7 +61,8 @@ MOE_HOST const moei_variant* moei_variant_find(const moei_variant* table, int ti
     return 0;
 }
 
-/* Settles a launch of `blocks` blocks. */
+/* Settles a launch of `blocks` blocks, which may start before the kernel ahead has ended: every kernel
+   of a table calls moei_wait_for_previous. */
 MOE_HOST moe_status moei_variant_prepare(moei_launch* l, const moei_variant* v, int64_t blocks,
                                          size_t smem)
 {

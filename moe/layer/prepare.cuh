@@ -66,7 +66,7 @@ MOE_HOST moe_status moei_layer_check_sizes(const moe_layer_desc* d)
     return MOE_OK;
 }
 
-/* Refuses sizes and nested options that the workspace depends on. */
+/* First step: refuses sizes and nested options that the workspace depends on, and resolves them. */
 MOE_HOST moe_status moei_layer_resolve(const moe_layer_desc* d, moei_layer_options* o)
 {
     const moe_gate_desc* g = &d->gate;

@@ -14,12 +14,11 @@ MOE_HOST void MOEI_REF(moe_ref_k_gemm)(const moe_ref_k_gemm_desc* d, MOEI_REAL* 
                 for (int64_t r = d->expert_offset[e]; r < d->expert_offset[e + 1]; ++r) {
                     const int64_t p = moei_ref_k_row(d->a_index, r, d->a_div, d->a_rows);
                     const int64_t q = moei_ref_k_row(d->b_index, r, d->b_div, d->b_rows);
-                    if (p >= 0 && q >= 0) {
-                        const MOEI_REAL v = MOEI_REF(moe_ref_load)(d->a, p * a_stride + i, d->dtype) *
-                                            MOEI_REF(moe_ref_load)(d->b, q * b_stride + j, d->dtype);
-                        sum += v;
-                        sum_abs += v < 0 ? -v : v;
-                    }
+                    MOEI_REAL v = 0, w = 0;
+                    if (p >= 0) v = MOEI_REF(moe_ref_load)(d->a, p * a_stride + i, d->dtype);
+                    if (q >= 0) w = MOEI_REF(moe_ref_load)(d->b, q * b_stride + j, d->dtype);
+                    sum += v * w;
+                    sum_abs += v * w < 0 ? -(v * w) : v * w;
                 }
                 c[at] = sum;
                 if (abs_sum) abs_sum[at] = sum_abs;

@@ -5,12 +5,14 @@
 #ifndef MOE_REF_REF_H
 #define MOE_REF_REF_H
 
+#include "block_layer.h"
 #include "block_sparse.h"
 #include "combine.h"
 #include "experts.h"
 #include "gate.h"
 #include "gate_rules.h"
 #include "gemm.h"
+#include "k_gemm.h"
 #include "layer.h"
 #include "permute.h"
 #include "real.h"

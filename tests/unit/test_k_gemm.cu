@@ -395,8 +395,8 @@ static void test_k_refusals(void)
     REFUSED(d.n = 68, MOE_ERR_MULTIPLE, n);
     REFUSED(d.dtype = MOE_FP32, MOE_ERR_DTYPE, dtype);
     REFUSED(d.c_dtype = c.dtype == MOE_BF16 ? MOE_FP16 : MOE_BF16, MOE_ERR_DTYPE, c_dtype);
-    REFUSED(d.a_div = -1, MOE_ERR_RANGE, row_div);
-    REFUSED(d.b_div = -1, MOE_ERR_RANGE, row_div);
+    REFUSED(d.a_div = -1, MOE_ERR_RANGE, a_div);
+    REFUSED(d.b_div = -1, MOE_ERR_RANGE, b_div);
     REFUSED(d.accumulate = 2, MOE_ERR_OPTION, accumulate);
     REFUSED(d.tile = MOE_TILE_128x256, MOE_ERR_OPTION, tile);
     REFUSED(d.tile = -1, MOE_ERR_OPTION, tile);
@@ -408,8 +408,8 @@ static void test_k_refusals(void)
     REFUSED(d.b_stride = 76, MOE_ERR_ALIGN, b_stride);
     REFUSED(d.c_stride = 64, MOE_ERR_STRIDE, c_stride);
     REFUSED(d.c_stride = 76, MOE_ERR_ALIGN, c_stride);
-    REFUSED(d.c_expert_stride = 64 * 72 - 8, MOE_ERR_STRIDE, c_stride);
-    REFUSED(d.c_expert_stride = 64 * 72 + 4, MOE_ERR_ALIGN, c_stride);
+    REFUSED(d.c_expert_stride = 64 * 72 - 8, MOE_ERR_STRIDE, c_expert_stride);
+    REFUSED(d.c_expert_stride = 64 * 72 + 4, MOE_ERR_ALIGN, c_expert_stride);
     REFUSED(d.a = AT(d.a, 8), MOE_ERR_ALIGN, a);
     REFUSED(d.b = AT(d.b, 8), MOE_ERR_ALIGN, b);
     REFUSED(d.c = AT(d.c, 8), MOE_ERR_ALIGN, c);
