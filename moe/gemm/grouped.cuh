@@ -278,33 +278,19 @@ typedef struct moe_grouped_gemm_prepared {
 MOE_HOST moe_status moei_gemm_prepare(moe_grouped_gemm_prepared* p)
 {
     const moe_grouped_gemm_desc* d = &p->args;
-    moe_gemm_plan* plan = &p->plan;
     moei_device dev;
     const moei_variant* v = 0;
-    int64_t per_sm;
+    int64_t columns, tiles;
     memset(&p->launch, 0, sizeof p->launch);
     MOEI_TRY(moei_device_query(&dev));
     MOEI_TRY(moei_gemm_choose(d, &dev, &v));
-    plan->path = MOE_ON_HOST ? MOE_GEMM_PATH_HOST : MOE_GEMM_PATH_WMMA;
-    plan->tile = v->tile;
-    plan->tile_m = v->shape.tm;
-    plan->tile_n = v->shape.tn;
-    plan->tile_k = v->shape.tk;
-    plan->stages = v->shape.stages;
-    plan->threads = v->shape.threads;
-    plan->smem = moei_tile_smem(v->shape, d->num_experts);
-    per_sm = (int64_t)((size_t)dev.smem_sm / (plan->smem + 1024));
-    if (per_sm > v->blocks_sm) per_sm = v->blocks_sm;
-    if (per_sm < 1) per_sm = 1;
-    {
-        const int columns = d->gate_up ? v->shape.tn / 2 : v->shape.tn;
-        const int64_t most = ((int64_t)d->num_rows / v->shape.tm + d->num_experts + 1) *
-                             ((d->n + columns - 1) / columns);
-        MOEI_REQUIRE(most <= 0x7fffffff, MOE_ERR_RANGE, num_rows);
-        plan->blocks = (int32_t)(most < per_sm * dev.sms ? most : per_sm * dev.sms);
-    }
+    columns = d->gate_up ? v->shape.tn / 2 : v->shape.tn;
+    tiles = ((int64_t)d->num_rows / v->shape.tm + d->num_experts + 1) *
+            ((d->n + columns - 1) / columns); /* at most */
+    MOEI_REQUIRE(tiles <= 0x7fffffff, MOE_ERR_RANGE, num_rows);
+    p->plan = moei_variant_plan(v, &dev, tiles, moei_tile_smem(v->shape, d->num_experts));
     if (d->num_rows == 0) return MOE_OK;
-    return moei_variant_prepare(&p->launch, v, plan->blocks, plan->smem);
+    return moei_variant_prepare(&p->launch, v, p->plan.blocks, p->plan.smem);
 }
 
 /* Settles a product: moe_grouped_gemm_run queues it any number of times. Keeps the addresses of

@@ -178,7 +178,6 @@ MOE_HOST moe_status moei_k_prepare(moe_k_grouped_gemm_prepared* p)
         const int64_t tiles = each * d->num_experts;
         const size_t smem = moei_k_smem(v->shape);
         int runs;
-        int64_t per_sm;
         if (v->shape.dtype != d->dtype ||
             (d->tile ? v->tile != d->tile : v->tile != MOE_TILE_64x64 && tiles < dev.sms))
             continue;
@@ -188,18 +187,7 @@ MOE_HOST moe_status moei_k_prepare(moe_k_grouped_gemm_prepared* p)
             continue;
         }
         MOEI_REQUIRE(tiles <= 0x7fffffff, MOE_ERR_RANGE, m);
-        per_sm = (int64_t)((size_t)dev.smem_sm / (smem + 1024));
-        if (per_sm > v->blocks_sm) per_sm = v->blocks_sm;
-        if (per_sm < 1) per_sm = 1;
-        p->plan.path = MOE_ON_HOST ? MOE_GEMM_PATH_HOST : MOE_GEMM_PATH_WMMA;
-        p->plan.tile = v->tile;
-        p->plan.tile_m = v->shape.tm;
-        p->plan.tile_n = v->shape.tn;
-        p->plan.tile_k = v->shape.tk;
-        p->plan.stages = v->shape.stages;
-        p->plan.threads = v->shape.threads;
-        p->plan.blocks = (int32_t)(tiles < per_sm * dev.sms ? tiles : per_sm * dev.sms);
-        p->plan.smem = smem;
+        p->plan = moei_variant_plan(v, &dev, tiles, smem);
         return moei_variant_prepare(&p->launch, v, p->plan.blocks, smem);
     }
     return MOE_STATUS(MOE_ERR_DEVICE, dtype); /* built without -arch=sm_80 or later, most often */

@@ -12,6 +12,7 @@
 #define MOE_GEMM_VARIANT_CUH
 
 #include "../base/cuda.cuh"
+#include "desc.h"
 #include "shape.h"
 
 typedef struct moei_variant {
@@ -69,6 +70,27 @@ MOE_HOST moe_status moei_variant_prepare(moei_launch* l, const moei_variant* v, 
     moei_launch_config c = moei_grid(blocks, v->shape.threads, smem, 0);
     c.dependent = 1;
     return moei_launch_prepare(l, v->kernel, v->name, &c);
+}
+
+/* What a launch of persistent blocks with `smem` bytes each will run: as many blocks as the device
+   holds at one time, at most one for each of `tiles`. */
+MOE_HOST moe_gemm_plan moei_variant_plan(const moei_variant* v, const moei_device* dev,
+                                         int64_t tiles, size_t smem)
+{
+    int64_t per_sm = (int64_t)((size_t)dev->smem_sm / (smem + 1024));
+    moe_gemm_plan p;
+    if (per_sm > v->blocks_sm) per_sm = v->blocks_sm;
+    if (per_sm < 1) per_sm = 1;
+    p.path = MOE_ON_HOST ? MOE_GEMM_PATH_HOST : MOE_GEMM_PATH_WMMA;
+    p.tile = v->tile;
+    p.tile_m = v->shape.tm;
+    p.tile_n = v->shape.tn;
+    p.tile_k = v->shape.tk;
+    p.stages = v->shape.stages;
+    p.threads = v->shape.threads;
+    p.blocks = (int32_t)(tiles < per_sm * dev->sms ? tiles : per_sm * dev->sms);
+    p.smem = smem;
+    return p;
 }
 
 /* Loads all kernels of a table now. */
