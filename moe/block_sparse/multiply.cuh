@@ -22,38 +22,45 @@ MOE_DEVICE bool moei_block_careful(const moei_block_args* d, const moei_block_wh
     return d->partial && d->partial[t->strip] != 0;
 }
 
+/* ---- the loader of tiles whose chunks are whole ---- */
+
+MOE_DEVICE void moei_block_copies_advance(moei_block_copies* o, const moei_block_args* d,
+                                          const moei_block_shared* s, int step,
+                                          const moe_gemm_shape f)
+{
+    (void)s;
+    moei_block_advance(o, d, step, 0, f);
+}
+
+MOE_DEVICE void moei_block_copies_copy(moei_block_copies* o, const moei_block_args* d,
+                                       uint16_t* sx, uint16_t* sy, const int part,
+                                       const int parts, const moe_gemm_shape f)
+{
+    (void)d;
+    moei_block_fill(o, sx, sy, part, parts, 0, f);
+}
+
+#define MOEI_LOADER moei_block_copies
+#define MOEI_LOADER_DESC moei_block_args
+#define MOEI_LOADER_TILES const moei_block_shared
+#define MOEI_TILE_START moei_block_start
+#define MOEI_TILE_STEPS moei_block_steps
+#include "../gemm/steps.inl"
+#undef MOEI_LOADER
+#undef MOEI_LOADER_DESC
+#undef MOEI_LOADER_TILES
+#undef MOEI_TILE_START
+#undef MOEI_TILE_STEPS
+
 /* Multiplies all steps of a tile whose chunks are whole. The shape's majors are literals here: what
    the loop does beside loads and products is much of what keeps it from the tensor cores' rate. */
 MOE_DEVICE void moei_block_multiply(const moei_block_args* d, moei_block_shared* s, uint16_t* stages,
                                     moei_mma_c acc[4][4], int steps, const moe_gemm_shape f)
 {
-    const int chunks = f.tk / 16, half = MOEI_WARP / chunks; /* of a step; steps */
     moei_block_copies o = moei_block_copies_begin(d, s, f);
     moei_ring r = moei_ring_of(stages, f);
-    moei_mma_a a[2][4];
-    moei_mma_b b[2][4];
-
-    MOEI_NO_UNROLL
-    for (int i = 0; i < f.stages - 1; ++i)
-        moei_block_fill(&o, s, i, stages + i * r.elems, 0, 1, 0, f);
-    moei_copy_wait(f.stages - 2);
-    __syncthreads();
-    moei_ring_fragments(a[0], b[0], &r, 0, 0, f);
-    for (int step = 0; step < steps; ++step) {
-        uint16_t* refill = moei_ring_refill(&r, f);
-        /* each half of the chunks made is used up in turn: a warp makes the next */
-        if (step % half == 0 && step > 0 && moei_warp() == step / half % (f.threads / MOEI_WARP))
-            moei_block_chunks(d, &s->tile, s, (step / half + 1) * MOEI_WARP, 0, f.tm);
-        /* no branch from here on: one run of products, with all else that is to do among them */
-        MOEI_UNROLL
-        for (int c = 0; c < chunks; ++c) {
-            moei_ring_advance(a[!(c & 1)], b[!(c & 1)], &r, c, f);
-            if (c < chunks - 1)
-                moei_block_fill(&o, s, step + f.stages - 1, refill, c, chunks - 1, 0, f);
-            moei_tile_products(acc, a[c & 1], b[c & 1], f);
-        }
-        r.slot = moei_ring_next(&r, f);
-    }
+    moei_block_start(&o, &r, d, s, f);
+    moei_block_steps(acc, &o, &r, d, s, steps, f);
 }
 
 /* The same of a tile at an edge, of strips joined that have not the same blocks, or with depths that
@@ -63,7 +70,7 @@ MOE_DEVICE void moei_block_multiply_careful(const moei_block_args* d, moei_block
                                             uint16_t* stages, moei_mma_c acc[4][4], int steps,
                                             const moe_gemm_shape f)
 {
-    const int chunks = f.tk / 16, half = MOEI_WARP / chunks;
+    const int chunks = f.tk / 16;
     const int warp_m = moei_warp() % f.warps_m, warp_n = moei_warp() / f.warps_m;
     moei_block_copies o = moei_block_copies_begin(d, s, f);
     moei_ring r = moei_ring_of(stages, f);
@@ -77,17 +84,15 @@ MOE_DEVICE void moei_block_multiply_careful(const moei_block_args* d, moei_block
                  ((1u << (f.wm / 16)) - 1))
                 << j * 4;
     for (int step = 1 - f.stages; step < steps; ++step) {
+        uint16_t* refill;
         if (step >= 0) {
             moei_copy_wait(f.stages - 2);
             __syncthreads();
-            if (step % half == 0 && step > 0 &&
-                moei_warp() == step / half % (f.threads / MOEI_WARP))
-                moei_block_chunks(d, &s->tile, s, (step / half + 1) * MOEI_WARP, 1, f.tm);
         }
-        moei_block_fill(&o, s, step + f.stages - 1,
-                        step < 0 ? stages + (step + f.stages - 1) * r.elems
-                                 : moei_ring_refill(&r, f),
-                        0, 1, 1, f);
+        moei_block_advance(&o, d, step, 1, f);
+        refill = step < 0 ? stages + (step + f.stages - 1) * r.elems : moei_ring_refill(&r, f);
+        moei_block_fill(&o, refill, refill + f.tm * f.tk, 0, 1, 1, f);
+        moei_copy_commit();
         if (step < 0) continue;
         MOEI_NO_UNROLL
         for (int c = 0; c < chunks; ++c) {

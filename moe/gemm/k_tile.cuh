@@ -145,8 +145,9 @@ MOE_DEVICE void moei_k_loader_begin(moei_k_loader* p, const moe_k_grouped_gemm_d
 }
 
 MOE_DEVICE void moei_k_loader_advance(moei_k_loader* p, const moe_k_grouped_gemm_desc* d,
-                                      const moei_k_tiles* s, const moe_gemm_shape f)
+                                      const moei_k_tiles* s, int step, const moe_gemm_shape f)
 {
+    (void)step;
     if (moei_k_rows_next(&p->copy, d, s, f)) moei_k_loader_columns(p, d, s, f);
     moei_k_find(p, d, s, (p->slot + 2) & 3, f);
 }
@@ -181,7 +182,7 @@ MOE_DEVICE void moei_k_loader_copy(moei_k_loader* p, const moe_k_grouped_gemm_de
 
 #define MOEI_LOADER moei_k_loader
 #define MOEI_LOADER_DESC moe_k_grouped_gemm_desc
-#define MOEI_LOADER_TILES moei_k_tiles
+#define MOEI_LOADER_TILES const moei_k_tiles
 #define MOEI_TILE_START moei_k_tile_start
 #define MOEI_TILE_STEPS moei_k_tile_steps
 #include "steps.inl"

@@ -4,18 +4,20 @@
      MOEI_LOADER_DESC     what its products are described by
      MOEI_LOADER_TILES    what tells the block's next tiles
      name_copy            copies part `part` of `parts` of a step
-     name_advance         before a step is copied: on to the next tile, if the current one is copied
+     name_advance         before a step is copied, with tiles alone: what the copies need first, such as
+                          the next tile's rows, if the current tile is copied
 
    and names the two functions made here, MOEI_TILE_START and MOEI_TILE_STEPS. */
 
 /* Fills the first stages - 1 stages of the ring, with tiles (or null) on into the block's next
    ones, and waits until the first has arrived for every warp. All threads of the block. */
 MOE_DEVICE void MOEI_TILE_START(MOEI_LOADER* load, const moei_ring* r, const MOEI_LOADER_DESC* d,
-                                const MOEI_LOADER_TILES* tiles, const moe_gemm_shape f)
+                                MOEI_LOADER_TILES* tiles, const moe_gemm_shape f)
 {
+    MOEI_NO_UNROLL
     for (int i = 0; i < f.stages - 1; ++i) {
         uint16_t* stage = r->stages + i * r->elems;
-        if (tiles) MOEI_JOIN(MOEI_LOADER, _advance)(load, d, tiles, f);
+        if (tiles) MOEI_JOIN(MOEI_LOADER, _advance)(load, d, tiles, i - (f.stages - 1), f);
         MOEI_JOIN(MOEI_LOADER, _copy)(load, d, stage, stage + f.tm * f.tk, 0, 1, f);
         moei_copy_commit();
     }
@@ -27,7 +29,7 @@ MOE_DEVICE void MOEI_TILE_START(MOEI_LOADER* load, const moei_ring* r, const MOE
    Copies go on meanwhile: with tiles into the block's next ones, without (null) past the end of the
    depth, where they read nothing. On return the next stage has arrived for every warp. */
 MOE_DEVICE void MOEI_TILE_STEPS(moei_mma_c acc[4][4], MOEI_LOADER* load, moei_ring* r,
-                                const MOEI_LOADER_DESC* d, const MOEI_LOADER_TILES* tiles,
+                                const MOEI_LOADER_DESC* d, MOEI_LOADER_TILES* tiles,
                                 int steps, const moe_gemm_shape f)
 {
     const int chunks = f.tk / 16;
@@ -36,7 +38,7 @@ MOE_DEVICE void MOEI_TILE_STEPS(moei_mma_c acc[4][4], MOEI_LOADER* load, moei_ri
     moei_ring_fragments(a[0], b[0], r, r->slot, 0, f);
     for (int i = 0; i < steps; ++i) {
         uint16_t* refill = moei_ring_refill(r, f);
-        if (tiles) MOEI_JOIN(MOEI_LOADER, _advance)(load, d, tiles, f);
+        if (tiles) MOEI_JOIN(MOEI_LOADER, _advance)(load, d, tiles, i, f);
         MOEI_UNROLL
         for (int c = 0; c < chunks; ++c) {
             moei_ring_advance(a[!(c & 1)], b[!(c & 1)], r, c, f);

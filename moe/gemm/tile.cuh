@@ -196,8 +196,9 @@ MOE_DEVICE void moei_loader_tile(moei_loader* p, const moe_grouped_gemm_desc* d,
    the last tile k stays at the end: the copies that follow read nothing and write zeros, which
    nobody reads; so the steps have no branch, and every step closes one group of copies. */
 MOE_DEVICE void moei_loader_advance(moei_loader* p, const moe_grouped_gemm_desc* d,
-                                    const moei_tiles* s, const moe_gemm_shape f)
+                                    const moei_tiles* s, int step, const moe_gemm_shape f)
 {
+    (void)step;
     if (p->k >= d->k && p->tile < s->num_tiles) {
         p->tile += (int)gridDim.x;
         ++p->turn;
@@ -207,7 +208,7 @@ MOE_DEVICE void moei_loader_advance(moei_loader* p, const moe_grouped_gemm_desc*
 
 #define MOEI_LOADER moei_loader
 #define MOEI_LOADER_DESC moe_grouped_gemm_desc
-#define MOEI_LOADER_TILES moei_tiles
+#define MOEI_LOADER_TILES const moei_tiles
 #define MOEI_TILE_START moei_tile_start
 #define MOEI_TILE_STEPS moei_tile_steps
 #include "steps.inl"
