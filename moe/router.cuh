@@ -138,43 +138,70 @@ MOE_HOST int64_t moei_router_blocks(const moe_router_desc* d)
 
 /* ---- the fp32 router, split: router/split.cuh ---- */
 
-#define MOEI_SPLIT_LIST(X) X(large) X(small)
-#define MOEI_SPLIT_LEAST 80 /* code of sm_80 and later has a body */
+/* name, its shape; dtype of x */
+#define MOEI_SPLIT_LIST(X)                                                                         \
+    X(large, MOEI_SPLIT_LARGE, f16, MOE_FP16)                                                      \
+    X(large, MOEI_SPLIT_LARGE, bf16, MOE_BF16)                                                     \
+    X(small, MOEI_SPLIT_SMALL, f16, MOE_FP16)                                                      \
+    X(small, MOEI_SPLIT_SMALL, bf16, MOE_BF16)
+#define MOEI_SPLIT_LEAST 80   /* code of sm_80 and later has a body */
+#define MOEI_SPLIT_THREADS 256 /* of a block, either tile */
 
-#define MOEI_SPLIT_KERNEL(name)                                                                   \
-    MOE_KERNEL(MOEI_SPLIT_THREADS, 1) moei_router_split_##name(MOE_ARG(moei_split_args) d)        \
-    {                                                                                             \
-        MOE_SHARED_DYNAMIC(shared);                                                               \
-        moei_let_next_start();                                                                    \
-        moei_wait_for_previous();                                                                 \
-        if (MOEI_CODE_HERE(MOEI_SPLIT_LEAST, MOEI_CODE_ANY) && !moei_fault_stopped(d.fault))      \
-            moei_split_##name(&d, shared, MOE_ROUTER_SPLIT_TERMS);                                \
+/* What is multiplied are bf16 terms, whatever x is. */
+#define MOEI_SPLIT_SHAPE(...)                                                                      \
+    moei_shape_terms(moe_gemm_shape_of(__VA_ARGS__, MOE_BF16, MOE_MAJOR_K, MOE_MAJOR_K),           \
+                     MOE_ROUTER_SPLIT_TERMS)
+
+#define MOEI_SPLIT_KERNEL(name, shape, half, dtype)                                                \
+    MOE_KERNEL(MOEI_SPLIT_THREADS, 1) moei_router_split_##name##_##half(MOE_ARG(moei_split_args) d) \
+    {                                                                                              \
+        MOE_SHARED_DYNAMIC(shared);                                                                \
+        moei_let_next_start();                                                                     \
+        moei_wait_for_previous();                                                                  \
+        if (MOEI_CODE_HERE(MOEI_SPLIT_LEAST, MOEI_CODE_ANY) && !moei_fault_stopped(d.fault))       \
+            moei_split_##name(&d, shared, dtype, MOEI_SPLIT_SHAPE(shape));                         \
     }
 MOEI_SPLIT_LIST(MOEI_SPLIT_KERNEL)
 #undef MOEI_SPLIT_KERNEL
 
-enum { MOEI_SPLIT_TILE_large, MOEI_SPLIT_TILE_small };
+enum {
+    MOEI_SPLIT_TILE_large_f16,
+    MOEI_SPLIT_TILE_large_bf16,
+    MOEI_SPLIT_TILE_small_f16,
+    MOEI_SPLIT_TILE_small_bf16
+};
 
-/* Their shapes are their own: large.cuh, small.cuh. */
+/* In the order of the tiles above. */
 static const moei_variant moei_split_variants[] = {
-#define MOEI_SPLIT_ROW(name)                                                                      \
-    {(const void*)moei_router_split_##name,                                                       \
-     "moei_router_split_" #name,                                                                  \
-     MOEI_SHAPE_INIT(0, 0, 0, 1, MOEI_SPLIT_THREADS / 32, 0, MOE_BF16, 0, 0),                     \
-     MOEI_SPLIT_TILE_##name,                                                                      \
-     1,                                                                                           \
-     MOEI_SPLIT_LEAST,                                                                            \
+#define MOEI_SPLIT_ROW(name, shape, half, dtype)                                                   \
+    {(const void*)moei_router_split_##name##_##half,                                               \
+     "moei_router_split_" #name "_" #half,                                                         \
+     MOEI_SHAPE_INIT_TERMS(MOE_ROUTER_SPLIT_TERMS, shape, MOE_BF16, MOE_MAJOR_K, MOE_MAJOR_K),     \
+     MOEI_SPLIT_TILE_##name##_##half,                                                              \
+     1,                                                                                            \
+     MOEI_SPLIT_LEAST,                                                                             \
      MOEI_CODE_ANY},
     MOEI_SPLIT_LIST(MOEI_SPLIT_ROW)
 #undef MOEI_SPLIT_ROW
     MOEI_VARIANT_END};
 
+MOE_HOST const moei_variant* moei_split_variant(int small, int x_dtype)
+{
+    return &moei_split_variants[(small ? 2 : 0) + (x_dtype == MOE_BF16)];
+}
+
+/* Shared memory of a block, bytes. */
+MOE_HOST size_t moei_split_smem(int small, int x_dtype)
+{
+    const moe_gemm_shape f = moei_split_variant(small, x_dtype)->shape;
+    return small ? moei_split_small_smem(f) : moei_split_large_smem(f, x_dtype);
+}
+
 MOE_HOST int64_t moei_split_blocks(const moei_split_args* d, int small)
 {
-    const int64_t rows = small ? MOEI_SPLIT_ROWS : MOEI_SPLIT_HIGH;
-    const int64_t experts = small ? MOEI_SPLIT_EXPERTS : MOEI_SPLIT_TILE;
-    const int64_t tokens = moei_split_tokens((int)rows, d->x_dtype);
-    return ((d->num_tokens + tokens - 1) / tokens) * ((d->num_experts + experts - 1) / experts);
+    const moe_gemm_shape f = moei_split_variant(small, d->x_dtype)->shape;
+    const int64_t tokens = moei_split_tokens(f.tm, d->x_dtype);
+    return ((d->num_tokens + tokens - 1) / tokens) * ((d->num_experts + f.tn - 1) / f.tn);
 }
 
 /* Small tiles that take a multiprocessor about as long as one large tile does. */
@@ -191,11 +218,12 @@ MOE_HOST moe_status moei_split_plan(const moei_split_args* d, int* path)
         return MOE_OK;
     MOEI_TRY(moei_device_query(&dev));
     MOEI_TRY(moei_variant_runs(moei_split_variants, &runs));
-    if (!runs || dev.major < 8 || (size_t)dev.smem_block < moei_split_small_smem()) return MOE_OK;
+    if (!runs || dev.major < 8 || (size_t)dev.smem_block < moei_split_smem(1, d->x_dtype))
+        return MOE_OK;
     waves = (moei_split_blocks(d, 0) + dev.sms - 1) / dev.sms;
     small_waves = (moei_split_blocks(d, 1) + dev.sms - 1) / dev.sms;
     small = small_waves <= waves * MOEI_SPLIT_WORTH ||
-            (size_t)dev.smem_block < moei_split_large_smem();
+            (size_t)dev.smem_block < moei_split_smem(0, d->x_dtype);
     if (moei_split_blocks(d, small) <= 0x7fffffff)
         *path = small ? MOE_ROUTER_SPLIT_SMALL : MOE_ROUTER_SPLIT_LARGE;
     return MOE_OK;
@@ -203,8 +231,11 @@ MOE_HOST moe_status moei_split_plan(const moei_split_args* d, int* path)
 
 MOE_HOST moe_status moei_split_prepare(moei_launch* l, const moei_split_args* d, int small)
 {
-    return moei_variant_prepare(l, &moei_split_variants[small], moei_split_blocks(d, small),
-                                small ? moei_split_small_smem() : moei_split_large_smem());
+    const moei_variant* v = moei_split_variant(small, d->x_dtype);
+    moei_launch_config c = moei_grid(moei_split_blocks(d, small), MOEI_SPLIT_THREADS,
+                                     moei_split_smem(small, d->x_dtype), 0);
+    c.dependent = 1;
+    return moei_launch_prepare(l, v->kernel, v->name, &c);
 }
 
 /* The part of the descriptor that the split product is made from. */

@@ -100,7 +100,8 @@ MOE_DEVICE void moei_block_multiply_careful(const moei_block_args* d, moei_block
             const uint32_t rows = s->chunk_x[number].rows >> warp_m * (f.wm / 16);
             const uint32_t live = have & (rows & ((1u << (f.wm / 16)) - 1)) * 0x1111u;
             if (live == 0) continue;
-            moei_ring_fragments(a, b, &r, r.slot, c * 16, f);
+            moei_ring_load_a(a, &r, r.slot, c * 16, f);
+            moei_ring_load_b(b, &r, r.slot, c * 16, 0, f);
             MOEI_UNROLL
             for (int i = 0; i < f.wm / 16; ++i) {
                 MOEI_UNROLL

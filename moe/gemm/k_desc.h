@@ -12,7 +12,7 @@ typedef struct moe_k_grouped_gemm_desc {
     const void* b;                /* [b_rows, n] dtype, 16-byte aligned */
     int64_t a_stride, b_stride;   /* elements between rows; 0 = dense; multiples of 8 */
     int64_t a_rows, b_rows;       /* 0 = num_rows */
-    const int32_t* a_index;       /* [num_rows] a_row(r) = a_index[r] / a_div, -1 = zeros; null = r */
+    const int32_t* a_index;       /* [num_rows] a_row(r) = a_index[r] / a_div; -1: r is left out; null = r */
     const int32_t* b_index;       /* the same */
     const int32_t* expert_offset; /* [E + 1]; null with one expert: all num_rows rows */
     /* out */

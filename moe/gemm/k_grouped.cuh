@@ -8,8 +8,8 @@
 
    In:   A [a_rows, m], B [b_rows, n] fp16 or bf16; expert_offset [E + 1]; indices [R]
    Out:  C [E, m, n] in the same dtype or fp32, written or added to; without rows zeros
-   A row index of -1 is a row of zeros: what the other operand's row is multiplied with, so that one
-   has to be finite. Rows that no expert owns are not read, so they may hold anything. fp32 accumulation, one sum for each element in ascending r: equal inputs give equal bits.
+   A row index of -1 leaves r out of the sum: neither operand is read. Nor are rows that no expert owns.
+   fp32 accumulation, one sum for each element in ascending r: equal inputs give equal bits.
 
    Cost: 2 * R * m * n flops. One launch. m and n multiples of 8. fp16 from sm_75, bf16 from sm_80.
 

@@ -1,5 +1,5 @@
 /* k_tile.cuh: the tiles of a k-grouped GEMM, one after another by one block: rows m .. m + tm - 1 and
-   columns n .. n + tn - 1 of one expert's C, over all rows of that expert.
+   columns n .. n + tn - 1 of one expert's C, over all rows of that expert that A and B both have.
 
    The ring, its steps and the epilogue are those of every tile (mainloop.cuh, steps.inl, epilogue.cuh).
    Both operands lie along MN: a step is 32 rows of each, copied 16 bytes at a time. Two warps find
@@ -57,7 +57,7 @@ typedef struct moei_k_loader {
     int32_t a_keep, b_keep; /* bytes of the piece: 16, or 0 past the last column */
     int32_t slot;           /* of the step to copy */
     moei_k_rows copy, look; /* of the step to copy; of the index to read */
-    int32_t index, at;      /* warps 0, 1: read for the step to find next, and where it stood */
+    int32_t index[2], at;   /* warps 0, 1: of A and of B, read for the step to find next, and where */
     moei_k_shared* shared;
 } moei_k_loader;
 
@@ -78,32 +78,31 @@ MOE_DEVICE bool moei_k_rows_next(moei_k_rows* p, const moe_k_grouped_gemm_desc* 
     return moved;
 }
 
-/* Warps 0 and 1: reads the index of the lane's row of the step after those that were looked at. */
+/* Warps 0 and 1: reads both indices of the lane's row of the step after those that were looked at. */
 MOE_DEVICE void moei_k_read(moei_k_loader* p, const moe_k_grouped_gemm_desc* d,
                             const moei_k_tiles* s, const moe_gemm_shape f)
 {
-    const int32_t* index = moei_warp() == 0 ? d->a_index : d->b_index;
+    bool in;
     (void)moei_k_rows_next(&p->look, d, s, f);
     p->at = p->look.begin + moei_lane();
-    p->index = p->at >= p->look.end ? -1 : index ? index[p->at] : p->at;
+    in = p->at < p->look.end;
+    p->index[0] = !in ? -1 : d->a_index ? d->a_index[p->at] : p->at;
+    p->index[1] = !in ? -1 : d->b_index ? d->b_index[p->at] : p->at;
     p->look.begin += MOEI_K_STEP;
 }
 
-/* Warps 0 and 1: resolves the rows of the step with this slot, whose index has been read, and reads
-   the next one's. */
+/* Warps 0 and 1, of A and of B: resolves the rows of the step with this slot, whose indices have been
+   read, and reads the next ones. Where one operand has no row, none of the other is read either. */
 MOE_DEVICE void moei_k_find(moei_k_loader* p, const moe_k_grouped_gemm_desc* d,
                             const moei_k_tiles* s, int slot, const moe_gemm_shape f)
 {
     const int side = moei_warp();
     if (side < 2) {
-        const int div = side == 0 ? d->a_div : d->b_div;
-        int row = p->index;
-        if (div > 1 && row >= 0) row = row / div;
-        if (row >= (side == 0 ? d->a_rows : d->b_rows) || row < -1) {
-            moei_fault_raise(d->fault, MOE_FAULT_BAD_ROW, 0, p->at);
-            row = -1;
-        }
-        p->shared->row[slot][side][moei_lane()] = row;
+        const int a = d->a_div > 1 && p->index[0] >= 0 ? p->index[0] / d->a_div : p->index[0];
+        const int b = d->b_div > 1 && p->index[1] >= 0 ? p->index[1] / d->b_div : p->index[1];
+        const bool bad = a >= d->a_rows || a < -1 || b >= d->b_rows || b < -1;
+        if (bad) moei_fault_raise(d->fault, MOE_FAULT_BAD_ROW, 0, p->at);
+        p->shared->row[slot][side][moei_lane()] = bad || a < 0 || b < 0 ? -1 : side == 0 ? a : b;
         moei_k_read(p, d, s, f);
     }
 }
@@ -136,7 +135,7 @@ MOE_DEVICE void moei_k_loader_begin(moei_k_loader* p, const moe_k_grouped_gemm_d
     p->copy.end = t.end;
     p->copy.tile = (int)blockIdx.x;
     p->look = p->copy;
-    p->index = -1, p->at = 0;
+    p->index[0] = p->index[1] = -1, p->at = 0;
     moei_k_loader_columns(p, d, s, f);
     if (moei_warp() < 2) moei_k_read(p, d, s, f);
     moei_k_find(p, d, s, 0, f);

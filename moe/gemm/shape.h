@@ -14,6 +14,8 @@ typedef struct moe_gemm_shape {
     int32_t dtype;            /* MOE_FP16 or MOE_BF16 */
     int32_t a_major, b_major; /* MOE_MAJOR_* */
     int32_t wm, wn, threads;  /* of a warp's tile; of a block */
+    int32_t terms;            /* 1; else B is a sum of `terms` matrices, 2 or 3: a stage has the tile
+                                 of each (router/split.cuh) */
 } moe_gemm_shape;
 
 /* The first six, for moe_gemm_shape_of: a pass of copies has 32 rows (threads * 8 / tk), a warp's tile
@@ -23,11 +25,12 @@ typedef struct moe_gemm_shape {
 #define MOE_GEMM_SHAPE_32x128 32, 128, 64, 2, 4, 3
 #define MOE_GEMM_SHAPE_64x64 64, 64, 32, 2, 2, 3
 
-/* A shape in a table: the arguments of moe_gemm_shape_of. */
-#define MOEI_SHAPE_INIT(...) MOEI_SHAPE_INIT_(__VA_ARGS__)
-#define MOEI_SHAPE_INIT_(tm, tn, tk, warps_m, warps_n, stages, dtype, a_major, b_major)           \
+/* A shape in a table: the arguments of moe_gemm_shape_of; with terms before them. */
+#define MOEI_SHAPE_INIT(...) MOEI_SHAPE_INIT_(1, __VA_ARGS__)
+#define MOEI_SHAPE_INIT_TERMS(...) MOEI_SHAPE_INIT_(__VA_ARGS__)
+#define MOEI_SHAPE_INIT_(terms, tm, tn, tk, warps_m, warps_n, stages, dtype, a_major, b_major)    \
     {tm,      tn,      tk,                 warps_m,            warps_n,                 stages, dtype, \
-     a_major, b_major, (tm) / (warps_m), (tn) / (warps_n), (warps_m) * (warps_n) * 32}
+     a_major, b_major, (tm) / (warps_m), (tn) / (warps_n), (warps_m) * (warps_n) * 32, terms}
 
 /* moe_gemm_shape_of(MOE_GEMM_SHAPE_64x64, MOE_BF16, MOE_MAJOR_K, MOE_MAJOR_K) */
 MOE_HOST_DEVICE moe_gemm_shape moe_gemm_shape_of(int tm, int tn, int tk, int warps_m, int warps_n,
@@ -38,6 +41,7 @@ MOE_HOST_DEVICE moe_gemm_shape moe_gemm_shape_of(int tm, int tn, int tk, int war
     f.warps_m = warps_m, f.warps_n = warps_n, f.stages = stages;
     f.dtype = dtype, f.a_major = a_major, f.b_major = b_major;
     f.wm = tm / warps_m, f.wn = tn / warps_n, f.threads = warps_m * warps_n * 32;
+    f.terms = 1;
     return f;
 }
 
@@ -48,10 +52,23 @@ MOE_HOST_DEVICE moe_gemm_shape moei_shape_with(moe_gemm_shape f, int a_major, in
     return f;
 }
 
-/* Bytes of the ring of stages, A and then B each. */
+/* The same shape with B as a sum. */
+MOE_HOST_DEVICE moe_gemm_shape moei_shape_terms(moe_gemm_shape f, int terms)
+{
+    f.terms = terms;
+    return f;
+}
+
+/* Elements of a stage: A, then B's terms. */
+MOE_HOST_DEVICE int moei_stage_elems(const moe_gemm_shape f)
+{
+    return (f.tm + f.terms * f.tn) * f.tk;
+}
+
+/* Bytes of the ring of stages. */
 MOE_HOST_DEVICE size_t moei_ring_bytes(const moe_gemm_shape f)
 {
-    return (size_t)f.stages * 2 * (size_t)(f.tm + f.tn) * (size_t)f.tk;
+    return (size_t)f.stages * 2 * (size_t)moei_stage_elems(f);
 }
 
 #endif

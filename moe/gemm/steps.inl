@@ -32,21 +32,20 @@ MOE_DEVICE void MOEI_TILE_STEPS(moei_mma_c acc[4][4], MOEI_LOADER* load, moei_ri
                                 const MOEI_LOADER_DESC* d, MOEI_LOADER_TILES* tiles,
                                 int steps, const moe_gemm_shape f)
 {
-    const int chunks = f.tk / 16;
-    moei_mma_a a[2][4];
-    moei_mma_b b[2][4];
-    moei_ring_fragments(a[0], b[0], r, r->slot, 0, f);
+    const int chunks = moei_ring_chunks(f);
+    moei_ring_fragments g;
+    moei_ring_load(&g, r, r->slot, 0, f);
     for (int i = 0; i < steps; ++i) {
         uint16_t* refill = moei_ring_refill(r, f);
         if (tiles) MOEI_JOIN(MOEI_LOADER, _advance)(load, d, tiles, i, f);
         MOEI_UNROLL
         for (int c = 0; c < chunks; ++c) {
-            moei_ring_advance(a[!(c & 1)], b[!(c & 1)], r, c, f);
+            moei_ring_advance(&g, r, c, f);
             if (c < chunks - 1)
                 MOEI_JOIN(MOEI_LOADER, _copy)
                 (load, d, refill, refill + f.tm * f.tk, c, chunks - 1, f);
             if (c == chunks - 2) moei_copy_commit();
-            moei_tile_products(acc, a[c & 1], b[c & 1], f);
+            moei_tile_products(acc, g.a[c / f.terms & 1], g.b[c & 1], f);
         }
         r->slot = moei_ring_next(r, f);
     }

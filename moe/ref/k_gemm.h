@@ -4,7 +4,7 @@
      c[e, i, j] = sum over rows r of expert e of a[a_row(r), i] * b[b_row(r), j]
      a_row(r) = a_index ? a_index[r] / a_div : r, and the same of b
 
-   An index of -1 (or any outside 0 .. a_rows-1, if a_rows is given) reads zeros.
+   An index of -1 (or any outside 0 .. a_rows-1, if a_rows is given) leaves r out of the sum.
    moe_ref_k_gemm_f32 and moe_ref_k_gemm_f64. */
 #ifndef MOE_REF_K_GEMM_H
 #define MOE_REF_K_GEMM_H
@@ -24,7 +24,7 @@ typedef struct moe_ref_k_gemm_desc {
     int32_t num_experts, m, n;
 } moe_ref_k_gemm_desc;
 
-/* Row that entry r reads; -1: zeros. */
+/* Row that entry r reads; -1: none. */
 MOE_HOST int64_t moei_ref_k_row(const int32_t* index, int64_t r, int32_t div, int64_t rows)
 {
     int64_t from = index ? index[r] : r;

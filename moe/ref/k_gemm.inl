@@ -14,9 +14,10 @@ MOE_HOST void MOEI_REF(moe_ref_k_gemm)(const moe_ref_k_gemm_desc* d, MOEI_REAL* 
                 for (int64_t r = d->expert_offset[e]; r < d->expert_offset[e + 1]; ++r) {
                     const int64_t p = moei_ref_k_row(d->a_index, r, d->a_div, d->a_rows);
                     const int64_t q = moei_ref_k_row(d->b_index, r, d->b_div, d->b_rows);
-                    MOEI_REAL v = 0, w = 0;
-                    if (p >= 0) v = MOEI_REF(moe_ref_load)(d->a, p * a_stride + i, d->dtype);
-                    if (q >= 0) w = MOEI_REF(moe_ref_load)(d->b, q * b_stride + j, d->dtype);
+                    MOEI_REAL v, w;
+                    if (p < 0 || q < 0) continue;
+                    v = MOEI_REF(moe_ref_load)(d->a, p * a_stride + i, d->dtype);
+                    w = MOEI_REF(moe_ref_load)(d->b, q * b_stride + j, d->dtype);
                     sum += v * w;
                     sum_abs += v * w < 0 ? -(v * w) : v * w;
                 }

@@ -1,58 +1,124 @@
-/* large.cuh: the tile of many tokens: a block makes 256 rows of x times 128 experts.
+/* large.cuh: the split product for many tokens: a block makes 256 rows of x times 128 experts.
 
-   x comes through a ring of three stages filled by cp.async. The weights come the same way as fp32,
-   each thread's to a place of its own, and it splits them, a step ahead, into one of two buffers of
-   `terms` tiles. A piece of x, once loaded, is multiplied by all terms; copies and splits stand
-   between the products, so that the tensor cores have work meanwhile. */
+   The steps are those of every tile (gemm/mainloop.cuh, gemm/steps.inl). The loader here copies x into
+   a stage as it is. What must be split comes as it is to a place of the thread's own, two steps before
+   the step that it is split for: the weights, and an fp16 x. */
 #ifndef MOE_ROUTER_LARGE_CUH
 #define MOE_ROUTER_LARGE_CUH
 
-#include "../base/copy.cuh"
-#include "../base/warp.cuh"
-#include "../gemm/mma.cuh"
+#include "../gemm/mainloop.cuh"
 #include "split.cuh"
+#include "store.cuh"
 
-/* The large tile: rows of x, experts, depth of a step, pitch of its rows in shared memory. */
-#define MOEI_SPLIT_HIGH 256
-#define MOEI_SPLIT_TILE 128
-#define MOEI_SPLIT_DEPTH 32
-#define MOEI_SPLIT_PITCH (MOEI_SPLIT_DEPTH + 8)
-#define MOEI_SPLIT_X_ELEMS (MOEI_SPLIT_HIGH * MOEI_SPLIT_PITCH) /* of a stage of x */
-#define MOEI_SPLIT_ELEMS (MOEI_SPLIT_TILE * MOEI_SPLIT_PITCH)   /* of a term of the weights */
-#define MOEI_SPLIT_OUT (MOEI_SPLIT_TILE + 4)                    /* pitch of the sums */
+/* As MOE_GEMM_SHAPE_*: rows of x, experts, depth of a step, warps along rows and experts, stages. */
+#define MOEI_SPLIT_LARGE 256, 128, 32, 4, 2, 3
 
-/* Shared memory of a block, bytes: x, the terms, the weights as they came; then the sums. */
-MOE_HOST size_t moei_split_large_smem(void)
+#define MOEI_SPLIT_PIECES 4 /* 16-byte pieces of a step's weights that a thread splits; of x as many */
+
+/* Pieces of an fp16 x that a thread splits: half as many, since each becomes two. */
+MOE_HOST_DEVICE int moei_split_x_pieces(int x_dtype)
 {
-    const size_t ring = (size_t)2 * (3 * MOEI_SPLIT_X_ELEMS +
-                                     2 * MOE_ROUTER_SPLIT_TERMS * MOEI_SPLIT_ELEMS) +
-                        (size_t)8 * MOEI_SPLIT_THREADS * 16;
-    const size_t out = (size_t)MOEI_SPLIT_HIGH * MOEI_SPLIT_OUT * 4;
-    return ring > out ? ring : out;
+    return x_dtype == MOE_FP16 ? MOEI_SPLIT_PIECES / 2 : 0;
 }
 
-/* What a thread of the large tile copies: of x one 16-byte piece of the rows 0, 64, 128, 192 below
-   its first, of the weights 4 neighbours of two rows in each half of a step. Within a warp the rows
-   are such that both stores meet all banks. The pointers move on at the end of a step, when the
-   copies have long read them. */
+/* Shared memory of a block, bytes: the ring, then two steps of what comes unsplit. The strips of the
+   warps are at the place of the ring. */
+MOE_HOST_DEVICE size_t moei_split_large_smem(const moe_gemm_shape f, int x_dtype)
+{
+    return moei_ring_bytes(f) +
+           (size_t)2 * 16 * (size_t)((MOEI_SPLIT_PIECES + moei_split_x_pieces(x_dtype)) * f.threads);
+}
+
+/* What a thread copies next: of x a piece, 8 neighbours, of the rows 0, 64, 128 and 192 below its
+   first; of the weights 4 neighbours of two rows, in each half of a step. Within a warp the rows are
+   such that the stores of the terms meet all banks. */
 typedef struct moei_split_loader {
-    const char* x[4];  /* the piece of each row, at the depth to be copied next */
-    const float* w[2]; /* the 4 neighbours of each row */
-    int x_at, w_at;    /* elements from the beginning of a tile */
-    int x_left;        /* what is left of H for the piece of x; not above 0: zeros */
-    int w_left;
-    int x_rows, w_rows; /* bit i: the i-th of the rows exists */
+    const char* x[4];   /* the piece of each row, at the depth to be copied next */
+    const float* w[2];  /* the 4 neighbours of each row */
+    uint4* own;         /* the thread's places: [2 steps][pieces], threads apart */
+    int32_t slot;       /* which of the two steps */
+    int32_t x_at, w_at; /* elements from the beginning of a tile of a stage */
+    int32_t x_left;     /* what is left of H for the piece of x; not above 0: zeros */
+    int32_t w_left;
+    int32_t x_rows, w_rows; /* bit i: the i-th of the rows exists */
+    int32_t x_dtype;        /* a literal */
 } moei_split_loader;
 
-MOE_DEVICE void moei_split_begin(moei_split_loader* p, const moei_split_args* d, int64_t t0, int e0)
+/* The row of A that a thread's i-th piece of x goes to, for its first row r. Of fp16 it is the upper
+   part's, 32 rows before the lower part's: a warp's 64 rows are both parts of 32 tokens. */
+MOE_DEVICE int moei_split_x_row(int r, int i, int x_dtype)
 {
-    const int lane = moei_lane(), warp = moei_warp();
-    const int xr = warp * 8 + (lane >> 2 & 1) * 4 + (lane >> 3), xk = (lane & 3) * 8;
+    return x_dtype == MOE_FP16 ? r / 32 * 64 + r % 32 + i * 128 : r + i * 64;
+}
+
+/* Begins the copy of piece i of the weights to the thread's own place. */
+MOE_DEVICE void moei_split_copy_w(const moei_split_loader* p, const int i, const moe_gemm_shape f)
+{
+    moei_copy16_async(p->own + (p->slot + i) * f.threads, p->w[i & 1] + i / 2 * 16,
+                      i / 2 * 16 < p->w_left && (p->w_rows >> (i & 1) & 1) ? 16 : 0);
+}
+
+/* Begins the copy of piece i of x: to its place in a stage, of fp16 to the thread's own. */
+MOE_DEVICE void moei_split_copy_x(const moei_split_loader* p, uint16_t* stage, const int i,
+                                  const moe_gemm_shape f)
+{
+    void* to = p->x_dtype == MOE_FP16 ? (void*)(p->own + (p->slot + MOEI_SPLIT_PIECES + i) * f.threads)
+                                      : (void*)(stage + p->x_at + i * 64 * f.tk);
+    moei_copy16_async(to, p->x[i], p->x_left > 0 && (p->x_rows >> i & 1) ? 16 : 0);
+}
+
+/* Splits piece i of the weights, which has come, into the terms of a stage. */
+MOE_DEVICE void moei_split_store_w(const moei_split_loader* p, uint16_t* stage, const int i,
+                                   const moe_gemm_shape f)
+{
+    uint2 term[3];
+    moei_split4(term, p->own[(p->slot + i) * f.threads], f.terms);
+    MOEI_UNROLL
+    for (int j = 0; j < f.terms; ++j)
+        *(uint2*)(stage + (j * f.tn + (i & 1) * 8) * f.tk + (p->w_at ^ i / 2 * 16)) = term[j];
+}
+
+/* The same of an fp16 x, into its two rows. */
+MOE_DEVICE void moei_split_store_x(const moei_split_loader* p, uint16_t* stage, const int i,
+                                   const moe_gemm_shape f)
+{
+    uint16_t* to = stage + p->x_at + i * 128 * f.tk;
+    uint4 hi, lo;
+    moei_split_x(&hi, &lo, p->own[(p->slot + MOEI_SPLIT_PIECES + i) * f.threads]);
+    moei_store16(to, hi);
+    moei_store16(to + 32 * f.tk, lo);
+}
+
+/* On to the next step's x and weights: the copies have long read the pointers. */
+MOE_DEVICE void moei_split_next_x(moei_split_loader* p, const moe_gemm_shape f)
+{
+    MOEI_UNROLL
+    for (int i = 0; i < 4; ++i) p->x[i] += f.tk * 2;
+    p->x_left -= f.tk;
+}
+
+MOE_DEVICE void moei_split_next_w(moei_split_loader* p, const moe_gemm_shape f)
+{
+    p->w[0] += f.tk;
+    p->w[1] += f.tk;
+    p->w_left -= f.tk;
+}
+
+/* Points the loader at the tile's first token and expert, and brings what is split in the first two
+   steps. own: moei_split_large_smem behind the ring. */
+MOE_DEVICE void moei_split_begin(moei_split_loader* p, const moei_split_args* d, uint4* own,
+                                 int64_t t0, int e0, const int x_dtype, const moe_gemm_shape f)
+{
+    const int lane = moei_lane(), warp = moei_warp(), tid = (int)threadIdx.x;
+    const int xr = tid / 4, xk = tid % 4 * 8;
     const int wr = warp * 16 + (lane >> 1 & 7), wk = (lane >> 4) * 8 + (lane & 1) * 4;
+    const int x_pieces = moei_split_x_pieces(x_dtype);
+    p->x_dtype = x_dtype;
+    p->own = own + tid;
     p->x_rows = p->w_rows = 0;
     MOEI_UNROLL
     for (int i = 0; i < 4; ++i) {
-        const bool in = t0 + xr + 64 * i < d->num_tokens && (i < 2 || d->x_dtype != MOE_FP16);
+        const bool in = t0 + xr + 64 * i < d->num_tokens;
         p->x_rows |= (in ? 1 : 0) << i;
         p->x[i] = (const char*)d->x + ((in ? t0 + xr + 64 * i : 0) * d->x_stride + xk) * 2;
     }
@@ -62,199 +128,97 @@ MOE_DEVICE void moei_split_begin(moei_split_loader* p, const moei_split_args* d,
         p->w_rows |= (in ? 1 : 0) << i;
         p->w[i] = d->w + (in ? e0 + wr + 8 * i : 0) * d->w_stride + wk;
     }
-    p->x_at = xr * MOEI_SPLIT_PITCH + xk;
-    p->w_at = wr * MOEI_SPLIT_PITCH + wk;
+    p->x_at = moei_swizzled(moei_split_x_row(xr, 0, x_dtype), xk, f.tk);
+    p->w_at = moei_swizzled(wr, wk, f.tk);
     p->x_left = d->hidden - xk;
     p->w_left = d->hidden - wk;
-}
-
-/* Begins the copy of piece i (0 .. 3) of x. fp16 has two rows alone. */
-MOE_DEVICE void moei_split_copy_x(const moei_split_loader* p, const moei_split_args* d,
-                                  uint16_t* stage, const int i)
-{
-    if (i < 2 || d->x_dtype != MOE_FP16)
-        moei_copy16_async(stage + p->x_at + i * 64 * MOEI_SPLIT_PITCH, p->x[i],
-                          p->x_left > 0 && (p->x_rows >> i & 1) ? 16 : 0);
-}
-
-/* Begins the copy of piece i (half * 2 + row) of the weights, as they are, to a place of the
-   thread's own. */
-MOE_DEVICE void moei_split_copy_w(const moei_split_loader* p, uint4* raw, const int i)
-{
-    moei_copy16_async(raw + i * MOEI_SPLIT_THREADS + threadIdx.x, p->w[i & 1] + i / 2 * 16,
-                      i / 2 * 16 < p->w_left && (p->w_rows >> (i & 1) & 1) ? 16 : 0);
-}
-
-MOE_DEVICE void moei_split_next_x(moei_split_loader* p)
-{
     MOEI_UNROLL
-    for (int i = 0; i < 4; ++i) p->x[i] += MOEI_SPLIT_DEPTH * 2;
-    p->x_left -= MOEI_SPLIT_DEPTH;
-}
-
-MOE_DEVICE void moei_split_next_w(moei_split_loader* p)
-{
-    p->w[0] += MOEI_SPLIT_DEPTH;
-    p->w[1] += MOEI_SPLIT_DEPTH;
-    p->w_left -= MOEI_SPLIT_DEPTH;
-}
-
-/* fp16 alone: the thread splits the piece that it has copied itself, when that has arrived. */
-MOE_DEVICE void moei_split_arrived(const moei_split_loader* p, const moei_split_args* d,
-                                   uint16_t* stage)
-{
-    if (d->x_dtype == MOE_FP16) {
+    for (int s = 0; s < 2; ++s) {
+        p->slot = s * (MOEI_SPLIT_PIECES + x_pieces);
         MOEI_UNROLL
-        for (int i = 0; i < MOEI_SPLIT_HIGH / 128; ++i) {
-            uint16_t* at = stage + p->x_at + i * 64 * MOEI_SPLIT_PITCH;
-            uint4 hi, lo;
-            moei_split_x(&hi, &lo, moei_load16(at));
-            moei_store16(at, hi);
-            moei_store16(at + MOEI_SPLIT_HIGH / 2 * MOEI_SPLIT_PITCH, lo);
-        }
-    }
-}
-
-/* Splits piece `piece` (half * 2 + row) of a step's weights into the `terms` tiles at `to`. */
-MOE_DEVICE void moei_split_store_w(const moei_split_loader* p, uint16_t* to, uint4 v,
-                                   const int piece, const int terms)
-{
-    uint2 term[3];
-    moei_split4(term, v, terms);
-    MOEI_UNROLL
-    for (int j = 0; j < terms; ++j)
-        *(uint2*)(to + j * MOEI_SPLIT_ELEMS + p->w_at + (piece & 1) * 8 * MOEI_SPLIT_PITCH +
-                  piece / 2 * 16) = term[j];
-}
-
-/* The pieces of a term of the weights that a warp multiplies at 16 of depth. */
-MOE_DEVICE void moei_split_load_b(moei_mma_b* b, const uint16_t* w, const int term)
-{
-    MOEI_UNROLL
-    for (int j = 0; j < 4; ++j)
-        moei_mma_load_b(&b[j], w + term * MOEI_SPLIT_ELEMS + j * 16 * MOEI_SPLIT_PITCH,
-                        MOEI_SPLIT_PITCH, MOE_BF16, MOE_MAJOR_K);
-}
-
-MOE_DEVICE void moei_split_load_a(moei_mma_a* a, const uint16_t* x, const int i)
-{
-    moei_mma_load_a(a, x + i * 16 * MOEI_SPLIT_PITCH, MOEI_SPLIT_PITCH, MOE_BF16, MOE_MAJOR_K);
-}
-
-/* One block makes one tile; its warps 64 x 64 each. While a step is multiplied, the next one's
-   weights are split into the other of two buffers; x is two steps ahead, the weights three. The
-   small terms are multiplied first, where sums are small too. One barrier a step: it says that the
-   step's x and weights are there and that the step before has been read by everyone. */
-MOE_DEVICE_BODY void moei_split_large(const moei_split_args* d, unsigned char* shared,
-                                      const int terms)
-{
-    const int tokens = moei_split_tokens(MOEI_SPLIT_HIGH, d->x_dtype);
-    const int tiles = (d->num_experts + MOEI_SPLIT_TILE - 1) / MOEI_SPLIT_TILE;
-    const int64_t t0 = (int64_t)(blockIdx.x / (unsigned)tiles) * tokens;
-    const int e0 = (int)(blockIdx.x % (unsigned)tiles) * MOEI_SPLIT_TILE;
-    const int steps = (d->hidden + MOEI_SPLIT_DEPTH - 1) / MOEI_SPLIT_DEPTH;
-    const int row = moei_warp() % 4 * 64, column = moei_warp() / 4 * 64; /* the warp's */
-    uint16_t* const ring = (uint16_t*)shared;
-    uint16_t* x[3] = {ring, ring + MOEI_SPLIT_X_ELEMS, ring + 2 * MOEI_SPLIT_X_ELEMS};
-    uint16_t* w = ring + 3 * MOEI_SPLIT_X_ELEMS; /* `terms` tiles to multiply, then as many more */
-    uint16_t* next = w + terms * MOEI_SPLIT_ELEMS;
-    uint4* raw = (uint4*)(next + terms * MOEI_SPLIT_ELEMS); /* and the same behind it */
-    uint4* raw_next = raw + 4 * MOEI_SPLIT_THREADS;
-    float* const out = (float*)shared; /* after the last step */
-    moei_split_loader load;
-    moei_mma_c acc[4][4];
-
-    MOEI_UNROLL
-    for (int i = 0; i < 4; ++i) {
+        for (int i = 0; i < MOEI_SPLIT_PIECES; ++i) moei_split_copy_w(p, i, f);
         MOEI_UNROLL
-        for (int j = 0; j < 4; ++j) moei_mma_zero(&acc[i][j]);
+        for (int i = 0; i < x_pieces; ++i) moei_split_copy_x(p, 0, i, f);
+        moei_split_next_w(p, f);
+        if (x_pieces) moei_split_next_x(p, f);
     }
-    moei_split_begin(&load, d, t0, e0);
-    MOEI_UNROLL
-    for (int i = 0; i < 4; ++i) moei_split_copy_w(&load, raw, i);
-    moei_split_next_w(&load);
+    p->slot = 0;
     moei_copy_commit();
     moei_copy_wait(0);
-    MOEI_UNROLL
-    for (int i = 0; i < 4; ++i)
-        moei_split_store_w(&load, w, raw[i * MOEI_SPLIT_THREADS + threadIdx.x], i, terms);
-    MOEI_UNROLL
-    for (int s = 0; s < 2; ++s) { /* x of a step and the weights of the step after */
-        MOEI_UNROLL
-        for (int i = 0; i < 4; ++i) {
-            moei_split_copy_x(&load, d, x[s], i);
-            moei_split_copy_w(&load, s ? raw_next : raw, i);
-        }
-        moei_split_next_x(&load);
-        moei_split_next_w(&load);
-        moei_copy_commit();
-    }
-    moei_copy_wait(1);
-    moei_split_arrived(&load, d, x[0]);
+}
 
-    for (int step = 0; step < steps; ++step) {
-        const uint16_t* xw = x[0] + row * MOEI_SPLIT_PITCH;
-        const uint16_t* ww = w + column * MOEI_SPLIT_PITCH;
-        moei_mma_a a[4];
-        moei_mma_b b[2][4];
-        uint4 v = make_uint4(0, 0, 0, 0);
-        __syncthreads();
-        moei_split_load_b(b[0], ww, terms - 1);
-        MOEI_UNROLL
-        for (int i = 0; i < 4; ++i) moei_split_load_a(&a[i], xw, i);
-        MOEI_UNROLL
-        for (int u = 0; u < 2 * terms; ++u) { /* half u / terms, term terms - 1 - u % terms */
-            if (u + 1 < 2 * terms)
-                moei_split_load_b(b[(u + 1) & 1], ww + (u + 1) / terms * 16,
-                                  terms - 1 - (u + 1) % terms);
-            if (u < 4) {
-                v = raw[u * MOEI_SPLIT_THREADS + threadIdx.x];
-                moei_split_copy_x(&load, d, x[2], u);
-            }
-            MOEI_UNROLL
-            for (int i = 0; i < 4; ++i) {
-                MOEI_UNROLL
-                for (int j = 0; j < 4; ++j)
-                    moei_mma(&acc[i][j], &a[i], &b[u & 1][j], MOE_BF16);
-                if (u == terms - 1) moei_split_load_a(&a[i], xw + 16, i);
-            }
-            if (u < 4) {
-                moei_split_store_w(&load, next, v, u, terms);
-                moei_split_copy_w(&load, raw, u); /* where v stood */
-            }
-        }
-        moei_copy_commit();
-        moei_split_next_x(&load);
-        moei_split_next_w(&load);
-        {
-            uint16_t *const x0 = x[0], *const w0 = w;
-            uint4* const raw0 = raw;
-            x[0] = x[1], x[1] = x[2], x[2] = x0;
-            raw = raw_next, raw_next = raw0;
-            w = next, next = w0;
-        }
-        moei_copy_wait(1);
-        moei_split_arrived(&load, d, x[0]);
-    }
+/* A block has one tile: what steps.inl would call before a step is copied is nothing. */
+MOE_DEVICE void moei_split_loader_advance(moei_split_loader* p, const moei_split_args* d,
+                                          const void* tiles, int step, const moe_gemm_shape f)
+{
+    (void)p, (void)d, (void)tiles, (void)step, (void)f;
+}
 
+/* Copies part `part` of `parts` of a step, and splits it. What comes unsplit for the step after the
+   next takes the place of what has been split. */
+MOE_DEVICE void moei_split_loader_copy(moei_split_loader* p, const moei_split_args* d, uint16_t* sa,
+                                       uint16_t* sb, const int part, const int parts,
+                                       const moe_gemm_shape f)
+{
+    const int x_pieces = moei_split_x_pieces(p->x_dtype);
+    (void)d;
+    MOEI_UNROLL
+    for (int i = part; i < MOEI_SPLIT_PIECES; i += parts) {
+        if (i < x_pieces || p->x_dtype != MOE_FP16) {
+            if (i < x_pieces) moei_split_store_x(p, sa, i, f);
+            moei_split_copy_x(p, sa, i, f);
+        }
+        moei_split_store_w(p, sb, i, f);
+        moei_split_copy_w(p, i, f);
+    }
+    if (part < parts - 1) return;
+    moei_split_next_x(p, f);
+    moei_split_next_w(p, f);
+    p->slot = MOEI_SPLIT_PIECES + x_pieces - p->slot;
+}
+
+#define MOEI_LOADER moei_split_loader
+#define MOEI_LOADER_DESC moei_split_args
+#define MOEI_LOADER_TILES const void
+#define MOEI_TILE_START moei_split_start
+#define MOEI_TILE_STEPS moei_split_steps
+#include "../gemm/steps.inl"
+#undef MOEI_LOADER
+#undef MOEI_LOADER_DESC
+#undef MOEI_LOADER_TILES
+#undef MOEI_TILE_START
+#undef MOEI_TILE_STEPS
+
+/* One block makes one tile, each warp 64 rows and 64 experts. x_dtype and f are literals. */
+MOE_DEVICE_BODY void moei_split_large(const moei_split_args* d, unsigned char* shared,
+                                      const int x_dtype, const moe_gemm_shape f)
+{
+    const int tiles = (d->num_experts + f.tn - 1) / f.tn;
+    const int64_t t0 = (int64_t)(blockIdx.x / (unsigned)tiles) * moei_split_tokens(f.tm, x_dtype);
+    const int e0 = (int)(blockIdx.x % (unsigned)tiles) * f.tn;
+    const int warp_m = moei_warp() % f.warps_m, warp_n = moei_warp() / f.warps_m;
+    const moei_logits to = {d->logits, d->logits_stride, d->num_tokens, d->num_experts};
+    const int wm = moei_split_tokens(f.wm, x_dtype);
+    moei_split_loader load;
+    moei_ring r = moei_ring_of((uint16_t*)shared, f);
+    moei_mma_c acc[4][4];
+
+    moei_split_begin(&load, d, (uint4*)(shared + moei_ring_bytes(f)), t0, e0, x_dtype, f);
+    moei_split_start(&load, &r, d, 0, f);
+    moei_tile_zero(acc, f);
+    moei_split_steps(acc, &load, &r, d, 0, (d->hidden + f.tk - 1) / f.tk, f);
     moei_copy_wait(0);
-    __syncthreads();
-    MOEI_UNROLL
-    for (int i = 0; i < 4; ++i) {
+    __syncthreads(); /* every warp has read the ring: it becomes the strips */
+    if (x_dtype == MOE_FP16) { /* the lower part of x is 32 rows below the upper */
         MOEI_UNROLL
-        for (int j = 0; j < 4; ++j)
-            moei_mma_store(out + (row + i * 16) * MOEI_SPLIT_OUT + column + j * 16, &acc[i][j],
-                           MOEI_SPLIT_OUT);
+        for (int i = 0; i < 2; ++i)
+            MOEI_UNROLL
+            for (int j = 0; j < 4; ++j)
+                MOEI_UNROLL
+                for (int u = 0; u < MOEI_MMA_C_ELEMS; ++u) acc[i][j].x[u] += acc[i + 2][j].x[u];
     }
-    __syncthreads();
-    for (int r = moei_warp(); r < tokens && t0 + r < d->num_tokens; r += MOEI_SPLIT_THREADS / 32) {
-        MOEI_UNROLL
-        for (int c = moei_lane(); c < MOEI_SPLIT_TILE; c += 32) {
-            float sum = out[r * MOEI_SPLIT_OUT + c];
-            if (d->x_dtype == MOE_FP16) sum += out[(r + tokens) * MOEI_SPLIT_OUT + c];
-            if (e0 + c < d->num_experts) d->logits[(t0 + r) * d->logits_stride + e0 + c] = sum;
-        }
-    }
+    moei_router_store(to, acc, (float*)shared + moei_warp() * moei_strip_floats(f.wn),
+                      t0 + warp_m * wm, e0 + warp_n * f.wn, wm, f.wn);
 }
 
 #endif

@@ -17,6 +17,7 @@
 #include "../base/check.h"
 #include "../fields.h"
 #include "../gemm/grouped.cuh"
+#include "store.cuh"
 
 /* name; as MOE_GEMM_SHAPE_*: rows, experts, depth of a step, warps along rows and experts, stages;
    least blocks a multiprocessor. Either takes less than the 64 KB that sm_75 has. */
@@ -24,33 +25,13 @@
     X(wide, 128, 128, 32, 2, 2, 3, 2, __VA_ARGS__)                                                \
     X(narrow, 64, 64, 64, 2, 4, 3, 2, __VA_ARGS__)
 
-/* Stores a warp's accumulators: rows row .. row + wm - 1, experts from `column` on. */
-MOE_DEVICE void moei_ragged_store(const moe_grouped_gemm_desc* d, moei_mma_c acc[4][4],
-                                  float* strip, int row, int column, const int wm, const int wn)
-{
-    const int ld = moei_strip_pitch(wn);
-    MOEI_UNROLL
-    for (int m = 0; m < wm / 16; ++m) {
-        MOEI_UNROLL
-        for (int j = 0; j < wn / 16; ++j) moei_mma_store(strip + j * 16, &acc[m][j], ld);
-        __syncwarp(MOEI_FULL);
-        MOEI_NO_UNROLL
-        for (int u = moei_lane(); u < 16 * wn; u += MOEI_WARP) {
-            const int64_t t = (int64_t)row + m * 16 + u / wn;
-            const int e = column + u % wn;
-            if (t < d->num_rows && e < d->n)
-                ((float*)d->c)[t * d->c_stride + e] = strip[u / wn * ld + u % wn];
-        }
-        __syncwarp(MOEI_FULL);
-    }
-}
-
 /* One block makes one tile. The blocks of the same rows are neighbours and share them in L2. */
 MOE_DEVICE_BODY void moei_ragged_block(const moe_grouped_gemm_desc* d, unsigned char* shared,
                                        const moe_gemm_shape f)
 {
     const int columns = (d->n + f.tn - 1) / f.tn;
     const int warp_m = moei_warp() % f.warps_m, warp_n = moei_warp() / f.warps_m;
+    const moei_logits to = {(float*)d->c, d->c_stride, d->num_rows, d->n};
     uint16_t* const ring = (uint16_t*)shared;
     moei_mma_c acc[4][4];
     moe_tile_position t;
@@ -60,8 +41,8 @@ MOE_DEVICE_BODY void moei_ragged_block(const moe_grouped_gemm_desc* d, unsigned 
     t.column = (int)(blockIdx.x % (unsigned)columns);
     moei_tile_sum(acc, d, t, ring, f);
     __syncthreads(); /* every warp has read the ring */
-    moei_ragged_store(d, acc, (float*)ring + moei_warp() * moei_strip_floats(f.wn), t.row + warp_m * f.wm,
-                      t.column * f.tn + warp_n * f.wn, f.wm, f.wn);
+    moei_router_store(to, acc, (float*)ring + moei_warp() * moei_strip_floats(f.wn),
+                      (int64_t)t.row + warp_m * f.wm, t.column * f.tn + warp_n * f.wn, f.wm, f.wn);
 }
 
 #define MOEI_RAGGED_SHAPE(...) moe_gemm_shape_of(__VA_ARGS__, MOE_MAJOR_K, MOE_MAJOR_K)

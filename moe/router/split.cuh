@@ -36,11 +36,9 @@ typedef struct moei_split_args {
     float* logits;  /* [T, E] */
     uint64_t* fault;
     int64_t x_stride, w_stride, logits_stride;
-    int32_t x_dtype; /* fp16 or bf16 */
+    int32_t x_dtype; /* fp16 or bf16: which kernel is run */
     int32_t num_tokens, hidden, num_experts;
 } moei_split_args;
-
-#define MOEI_SPLIT_THREADS 256 /* of a block, either tile */
 
 /* Tokens of a tile with so many rows: an fp16 token has two. */
 MOE_HOST_DEVICE int moei_split_tokens(int rows, int x_dtype)

@@ -69,6 +69,12 @@ static int32_t* index_new(const k_bufs* b, const k_case* c, int gather, int64_t 
     return index;
 }
 
+/* Does an operand with this index, or without one, have no row for entry i? */
+static int row_lacks(const int32_t* index, int64_t i, int64_t rows, int gather)
+{
+    return index && (index[i] < 0 || index[i] >= rows * gather);
+}
+
 static void bufs_new(k_bufs* b, const k_case* c, trand* r)
 {
     const int64_t a_stride = c->m + c->a_pad, b_stride = c->n + c->b_pad, c_stride = c->n + c->c_pad;
@@ -87,6 +93,12 @@ static void bufs_new(k_bufs* b, const k_case* c, trand* r)
     }
     if (c->a_gather) b->h_index[0] = index_new(b, c, c->a_gather, b->a_rows, r);
     if (c->b_gather) b->h_index[1] = index_new(b, c, c->b_gather, b->b_rows, r);
+    for (int64_t i = 0; i < b->h_offset[c->E]; ++i) { /* left out: never read */
+        for (int j = 0; j < c->m && !c->a_gather && row_lacks(b->h_index[1], i, b->b_rows, c->b_gather); ++j)
+            moe_store(b->h_a, i * a_stride + j, c->dtype, NAN);
+        for (int j = 0; j < c->n && !c->b_gather && row_lacks(b->h_index[0], i, b->a_rows, c->a_gather); ++j)
+            moe_store(b->h_b, i * b_stride + j, c->dtype, NAN);
+    }
     b->a = tbuf_from("a", b->h_a, (size_t)moei_extent(b->a_rows, a_stride, c->m, c->dtype), 16);
     b->b = tbuf_from("b", b->h_b, (size_t)moei_extent(b->b_rows, b_stride, c->n, c->dtype), 16);
     for (int i = 0; i < 2; ++i)

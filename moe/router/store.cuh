@@ -1,0 +1,37 @@
+/* store.cuh: the way of a tensor-core tile of logits from accumulators to memory, for any E and any
+   stride of logits. */
+#ifndef MOE_ROUTER_STORE_CUH
+#define MOE_ROUTER_STORE_CUH
+
+#include "../gemm/epilogue.cuh"
+#include "../gemm/mma.cuh"
+
+/* Where logits go. */
+typedef struct moei_logits {
+    float* to; /* [rows, experts] */
+    int64_t stride;
+    int32_t rows, experts;
+} moei_logits;
+
+/* Stores a warp's accumulators, wm x wn: rows `row` .. , experts from `column` on. What lies past the
+   last row or expert is left alone. The strip is the warp's: moei_strip_floats(wn), shared memory. */
+MOE_DEVICE void moei_router_store(const moei_logits d, const moei_mma_c acc[4][4], float* strip,
+                                  int64_t row, int column, const int wm, const int wn)
+{
+    const int ld = moei_strip_pitch(wn);
+    MOEI_UNROLL
+    for (int m = 0; m < wm / 16; ++m) {
+        MOEI_UNROLL
+        for (int j = 0; j < wn / 16; ++j) moei_mma_store(strip + j * 16, &acc[m][j], ld);
+        __syncwarp(MOEI_FULL);
+        MOEI_NO_UNROLL
+        for (int u = moei_lane(); u < 16 * wn; u += MOEI_WARP) {
+            const int64_t t = row + m * 16 + u / wn;
+            const int e = column + u % wn;
+            if (t < d.rows && e < d.experts) d.to[t * d.stride + e] = strip[u / wn * ld + u % wn];
+        }
+        __syncwarp(MOEI_FULL);
+    }
+}
+
+#endif
