@@ -155,12 +155,19 @@ MOE_DEVICE void moei_combine_write(void* p, const float* v, int dtype, const int
    many rows a single chain would round as often as there are rows. */
 #define MOEI_COMBINE_GROUP 8
 
-/* Adds rows k0 .. k0 + rows to the pieces acc[0 .. cols) of a thread, span columns apart from
-   column h on. All loads go out before the first is used. full says that rows and columns are all
-   there. rows_dtype, cols, rows and full are literals. */
-MOE_DEVICE void moei_combine_add(float acc[2][8], const moe_combine_source* source, int k0,
-                                 int count, int h, int span, int hidden, const int rows_dtype,
-                                 const int cols, const int rows, const int full)
+/* Where a thread's pieces of a token lie, and what is added to them. */
+typedef struct moei_combine_piece {
+    const moe_combine_source* source; /* the token's rows */
+    int count;                        /* of them */
+    int h, span, hidden;              /* column of the first piece; from piece to piece; H */
+} moei_combine_piece;
+
+/* Adds rows k0 .. k0 + rows to the pieces acc[0 .. cols) of a thread. All loads go out before the
+   first is used. full says that rows and columns are all there. rows_dtype, cols, rows and full are
+   literals. */
+MOE_DEVICE void moei_combine_add(float acc[2][8], const moei_combine_piece p, int k0,
+                                 const int rows_dtype, const int cols, const int rows,
+                                 const int full)
 {
     const int width = rows_dtype == MOE_FP32 ? 4 : 8; /* elements in 16 bytes of row */
     uint4 raw[2][8];
@@ -169,9 +176,9 @@ MOE_DEVICE void moei_combine_add(float acc[2][8], const moe_combine_source* sour
     for (int u = 0; u < rows; ++u) {
         MOEI_UNROLL
         for (int c = 0; c < cols; ++c)
-            if (full || (k0 + u < count && h + c * span < hidden))
-                raw[c][u] =
-                    moei_load16(source[k0 + u].row + (int64_t)(h + c * span) * (16 / width));
+            if (full || (k0 + u < p.count && p.h + c * p.span < p.hidden))
+                raw[c][u] = moei_load16(p.source[k0 + u].row +
+                                        (int64_t)(p.h + c * p.span) * (16 / width));
     }
     MOEI_UNROLL
     for (int c = 0; c < cols; ++c) {
@@ -180,8 +187,8 @@ MOE_DEVICE void moei_combine_add(float acc[2][8], const moe_combine_source* sour
     }
     MOEI_UNROLL
     for (int u = 0; u < rows; ++u)
-        if (full || k0 + u < count) {
-            const float w = source[k0 + u].weight;
+        if (full || k0 + u < p.count) {
+            const float w = p.source[k0 + u].weight;
             MOEI_UNROLL
             for (int c = 0; c < cols; ++c) {
                 moei_combine_unpack(v, raw[c][u], rows_dtype);
@@ -205,6 +212,7 @@ MOE_DEVICE void moei_combine_wide(const moe_combine_desc* d, const moe_combine_s
     const int width = rows_dtype == MOE_FP32 ? 4 : 8, y_bytes = d->y_dtype == MOE_FP32 ? 4 : 2;
     const int H = d->hidden, span = (int)blockDim.x * width;
     for (int h = (int)threadIdx.x * width; h < H; h += cols * span) {
+        const moei_combine_piece p = {source, count, h, span, H};
         float acc[2][8];
         int k0 = 0;
         MOEI_UNROLL
@@ -217,9 +225,9 @@ MOE_DEVICE void moei_combine_wide(const moe_combine_desc* d, const moe_combine_s
         }
         if (h + (cols - 1) * span < H)
             for (; k0 + rows <= count; k0 += rows)
-                moei_combine_add(acc, source, k0, count, h, span, H, rows_dtype, cols, rows, 1);
+                moei_combine_add(acc, p, k0, rows_dtype, cols, rows, 1);
         for (; k0 < count; k0 += rows)
-            moei_combine_add(acc, source, k0, count, h, span, H, rows_dtype, cols, rows, 0);
+            moei_combine_add(acc, p, k0, rows_dtype, cols, rows, 0);
         MOEI_UNROLL
         for (int c = 0; c < cols; ++c)
             if (h + c * span < H)
