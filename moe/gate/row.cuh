@@ -58,6 +58,32 @@ MOE_DEVICE float moei_gate_exponent(float l, float max, bool squared)
     return squared && below != 0.0f ? below * (l + max) : below;
 }
 
+/* Michelot's search for sparsemax's tau: from below, till no logit leaves. */
+typedef struct moei_sparsemax {
+    float tau;       /* counted from the largest logit */
+    float n, before; /* logits above tau in the last two steps */
+} moei_sparsemax;
+
+/* whole: what the scores sum up to. */
+MOE_DEVICE moei_sparsemax moei_sparsemax_begin(float whole)
+{
+    const moei_sparsemax s = {-whole, 1e6f, 2e6f}; /* more than there can be */
+    return s;
+}
+
+/* One step: sum and number of this lane's logits above tau, both over `width` lanes, which all call. */
+MOE_DEVICE void moei_sparsemax_step(moei_sparsemax* s, float sum, float above, float whole,
+                                    const int width)
+{
+    sum = moei_group_sum(sum, width);
+    above = moei_group_sum(above, width);
+    if (s->n < s->before) { /* else it is done, and only goes along */
+        s->before = s->n;
+        s->n = above;
+        if (above > 0.0f) s->tau = __fdividef(sum - whole, above);
+    }
+}
+
 /* The score of one logit by moei_gate_token; max is the largest logit of the token, `sum` the
    softmax denominator, or sparsemax's tau counted from max. l and max count in `unit`. */
 MOE_DEVICE float moei_gate_score(const moei_gate_args* d, float unit, float l, float max, float sum)

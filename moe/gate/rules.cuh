@@ -51,28 +51,21 @@ MOE_DEVICE moei_gate_stats moei_gate_lane_stats(const moei_gate_args* d,
     s.nan = false;
     s.max = max;
     s.sum = 0.0f;
-    if (d->score == MOE_SCORE_SPARSEMAX) { /* Michelot: tau from below, till none leaves */
+    if (d->score == MOE_SCORE_SPARSEMAX) {
         const float whole = __fdiv_rn(1.0f, units->unit); /* what the scores sum up to */
-        float n = 4096.0f, before = 4097.0f;
-        s.sum = -whole;
-        while (__any_sync(MOEI_FULL, n < before)) {
+        moei_sparsemax search = moei_sparsemax_begin(whole);
+        while (__any_sync(MOEI_FULL, search.n < search.before)) {
             float part = 0.0f, above = 0.0f;
             MOEI_UNROLL
             for (int j = 0; j < w.per_lane; ++j) {
                 const float z = v[j] - s.max;
-                const bool in = z > s.sum;
+                const bool in = z > search.tau;
                 part += in ? z : 0.0f;
                 above += in ? 1.0f : 0.0f;
             }
-            part = moei_group_sum(part, w.lanes);
-            above = moei_group_sum(above, w.lanes);
-            if (n < before) { /* else this token is done, and only goes along */
-                before = n;
-                n = above;
-                if (n > 0.0f) s.sum = __fdividef(part - whole, n);
-            }
+            moei_sparsemax_step(&search, part, above, whole, w.lanes);
         }
-        s.sum *= units->unit;
+        s.sum = search.tau * units->unit;
     } else if (d->score == MOE_SCORE_SIGMOID) {
         if (d->prob_sum) {
             const float shift = units->log2 * moei_gate_sigmoid_shift(s.max);

@@ -74,24 +74,20 @@ MOE_DEVICE moei_gate_stats moei_gate_row_stats(const moei_gate_args* d, const fl
         }
     s.nan = __any_sync(MOEI_FULL, nan) != 0;
     s.max = moei_group_max(max, MOEI_WARP);
-    if (rules && d->score == MOE_SCORE_SPARSEMAX) { /* Michelot: tau from below, till none leaves */
+    if (rules && d->score == MOE_SCORE_SPARSEMAX) {
         const float unit = moei_gate_units_of(d).unit;
-        int before = E + 2, n = E + 1;              /* more than there can be */
-        s.sum = -1.0f;
-        while (n < before && n > 0 && !s.nan) {
-            float part = 0.0f;
-            int above = 0;
+        moei_sparsemax search = moei_sparsemax_begin(1.0f);
+        while (search.n < search.before && !s.nan) {
+            float part = 0.0f, above = 0.0f;
             MOEI_NO_UNROLL
             for (int e = moei_lane(); e < E; e += MOEI_WARP)
                 if (moei_gate_see(&v, d, row, t, e, rules)) {
                     const float z = moei_gate_below(v, s.max) * unit;
-                    if (z > s.sum) part += z, ++above;
+                    if (z > search.tau) part += z, above += 1.0f;
                 }
-            before = n;
-            n = (int)moei_group_sum((float)above, MOEI_WARP);
-            part = moei_group_sum(part, MOEI_WARP);
-            if (n > 0) s.sum = __fdiv_rn(part - 1.0f, (float)n);
+            moei_sparsemax_step(&search, part, above, 1.0f, MOEI_WARP);
         }
+        s.sum = search.tau;
         return s;
     }
     shift = moei_gate_sigmoid_shift(s.max);

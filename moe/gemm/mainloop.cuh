@@ -71,11 +71,11 @@ MOE_DEVICE void moei_ring_load_a(moei_mma_a* a, const moei_ring* r, int slot, in
     if (f.a_major == MOE_MAJOR_K) {
         MOEI_UNROLL
         for (int i = 0; i < f.wm / 16; ++i)
-            moei_mma_load_a_swizzled(&a[i], s, r->lane_a, i * 16, k, f.tk, f.dtype, MOE_MAJOR_K);
+            moei_mma_load_a(&a[i], s, r->lane_a, i * 16, k, f.tk, f.dtype, MOE_MAJOR_K);
     } else {
         MOEI_UNROLL
         for (int i = 0; i < f.wm / 16; ++i)
-            moei_mma_load_a_swizzled(&a[i], s, r->lane_a, i * 16, k, f.tm, f.dtype, MOE_MAJOR_MN);
+            moei_mma_load_a(&a[i], s, r->lane_a, i * 16, k, f.tm, f.dtype, MOE_MAJOR_MN);
     }
 }
 
@@ -87,11 +87,11 @@ MOE_DEVICE void moei_ring_load_b(moei_mma_b* b, const moei_ring* r, int slot, in
     if (f.b_major == MOE_MAJOR_K) {
         MOEI_UNROLL
         for (int j = 0; j < f.wn / 16; ++j)
-            moei_mma_load_b_swizzled(&b[j], s, r->lane_b, j * 16, k, f.tk, f.dtype, MOE_MAJOR_K);
+            moei_mma_load_b(&b[j], s, r->lane_b, j * 16, k, f.tk, f.dtype, MOE_MAJOR_K);
     } else {
         MOEI_UNROLL
         for (int j = 0; j < f.wn / 16; ++j)
-            moei_mma_load_b_swizzled(&b[j], s, r->lane_b, j * 16, k, f.tn, f.dtype, MOE_MAJOR_MN);
+            moei_mma_load_b(&b[j], s, r->lane_b, j * 16, k, f.tn, f.dtype, MOE_MAJOR_MN);
     }
 }
 

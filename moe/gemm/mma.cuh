@@ -8,7 +8,7 @@
 
    dtype is a literal where these are called. Callers lean on no layout of a piece among the lanes;
    it is the same for all C pieces. All 32 lanes call together; addresses in shared memory, 32-byte
-   aligned, ld a multiple of 8. fp16 from sm_75, bf16 from sm_80. */
+   aligned; ld is 32 or a multiple of 64. fp16 from sm_75, bf16 from sm_80. */
 #ifndef MOE_GEMM_MMA_CUH
 #define MOE_GEMM_MMA_CUH
 
@@ -65,32 +65,9 @@ MOE_DEVICE int moei_mma_beside(int across)
     return (across ? moei_lane() >> 3 & 1 : moei_lane() >> 4) * 8;
 }
 
-/* Piece of A at p: element (m, k) at p[m * ld + k] where major is MOE_MAJOR_K, at p[k * ld + m]
-   where it is MOE_MAJOR_MN. */
-MOE_DEVICE void moei_mma_load_a(moei_mma_a* f, const uint16_t* p, int ld, const int dtype,
-                                const int major)
-{
-    const int across = major == MOE_MAJOR_MN;
-    p += moei_mma_line(across) * ld + moei_mma_beside(across);
-    (void)dtype;
-    if (across) moei_mma_load_turned(f->x, p);
-    else moei_mma_load(f->x, p);
-}
-
-/* Piece of B at p: element (k, n) at p[n * ld + k] where major is MOE_MAJOR_K, at p[k * ld + n]
-   where it is MOE_MAJOR_MN. */
-MOE_DEVICE void moei_mma_load_b(moei_mma_b* f, const uint16_t* p, int ld, const int dtype,
-                                const int major)
-{
-    const int across = major == MOE_MAJOR_K;
-    p += moei_mma_line(across) * ld + moei_mma_beside(across);
-    (void)dtype;
-    if (across) moei_mma_load(f->x, p);
-    else moei_mma_load_turned(f->x, p);
-}
-
-/* The same out of a swizzled stage: piece (row + m, k) of A, or (k, row + n) of B. row is where the
-   warp's rows (or columns) begin, a multiple of their number, 16, 32 or 64; m and n, below that
+/* Loads piece (row + m, k) of A, or (k, row + n) of B, out of a stage whose lines of ld elements are
+   swizzled (swizzle.h): along K lines are rows of A and columns of B, along MN depths. row is where
+   the warp's rows (or columns) begin, a multiple of their number, 16, 32 or 64; m and n, below that
    number, and k are multiples of 16. A lane's own part, in which row is, is made once: lane =
    moei_mma_lane_a(row, ld, major), or _b. */
 MOE_DEVICE int moei_mma_lane_a(int row, int ld, int major)
@@ -105,17 +82,15 @@ MOE_DEVICE int moei_mma_lane_b(int row, int ld, int major)
     const int line = moei_mma_line(across), e = moei_mma_beside(across);
     return across ? moei_swizzled(row + line, e, ld) : moei_swizzled(line, row + e, ld);
 }
-MOE_DEVICE void moei_mma_load_a_swizzled(moei_mma_a* f, const uint16_t* stage, int lane,
-                                         const int m, int k, int ld, const int dtype,
-                                         const int major)
+MOE_DEVICE void moei_mma_load_a(moei_mma_a* f, const uint16_t* stage, int lane, const int m, int k,
+                                int ld, const int dtype, const int major)
 {
     (void)dtype;
     if (major == MOE_MAJOR_K) moei_mma_load(f->x, stage + (lane ^ k) + m * ld);
     else moei_mma_load_turned(f->x, stage + (lane ^ m) + k * ld);
 }
-MOE_DEVICE void moei_mma_load_b_swizzled(moei_mma_b* f, const uint16_t* stage, int lane,
-                                         const int n, int k, int ld, const int dtype,
-                                         const int major)
+MOE_DEVICE void moei_mma_load_b(moei_mma_b* f, const uint16_t* stage, int lane, const int n, int k,
+                                int ld, const int dtype, const int major)
 {
     (void)dtype;
     if (major == MOE_MAJOR_K) moei_mma_load(f->x, stage + (lane ^ k) + n * ld);

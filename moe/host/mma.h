@@ -57,36 +57,12 @@ inline const moeh_layouts& moeh_mma_layouts()
     return l;
 }
 
-/* This lane's elements of a piece: rows lie ld apart and columns side by side, or, where `turned`,
-   the other way round. */
-inline void moeh_mma_load(moeh_mma_input* f, const moeh_layout& l, const uint16_t* p, int ld,
-                          int dtype, bool turned)
+/* This lane's elements of a piece of a swizzled stage; along lines: the rows of the piece are lines,
+   and its columns stand side by side in them; else the other way round. */
+inline void moeh_mma_load(moeh_mma_input* f, const moeh_layout& l, const uint16_t* stage, int row,
+                          int column, int ld, int dtype, bool along)
 {
-    if ((uintptr_t)p % 32 || ld % 8 || ld <= 0)
-        moeh_fail("loads a tensor-core piece that is not 32-byte aligned, or ld % 8 is not 0");
     if (dtype != MOE_FP16 && dtype != MOE_BF16) moeh_fail("loads a tensor-core piece of no dtype");
-    const int row = turned ? 1 : ld, column = turned ? ld : 1, run = l.run[moeh_lane()];
-    p += (run >> 1) * row + (run & 1) * 8 * column;
-    for (int j = 0; j < 8; ++j) f->x[l.slot[j]] = moe_load(p, j * column, dtype);
-    f->dtype = dtype;
-}
-
-MOE_DEVICE void moei_mma_load_a(moei_mma_a* f, const uint16_t* p, int ld, int dtype, int major)
-{
-    moeh_mma_load(f, moeh_mma_layouts().a, p, ld, dtype, major == MOE_MAJOR_MN);
-}
-
-/* b is held as [k, n]. */
-MOE_DEVICE void moei_mma_load_b(moei_mma_b* f, const uint16_t* p, int ld, int dtype, int major)
-{
-    moeh_mma_load(f, moeh_mma_layouts().b, p, ld, dtype, major != MOE_MAJOR_MN);
-}
-
-/* Out of a swizzled stage; along lines: the rows of the piece are lines, and its columns stand side
-   by side in them; else the other way round. */
-inline void moeh_mma_load_swizzled(moeh_mma_input* f, const moeh_layout& l, const uint16_t* stage,
-                                   int row, int column, int ld, int dtype, bool along)
-{
     if ((uintptr_t)stage % 32 || ld <= 0 || (ld != 32 && ld % 64))
         moeh_fail("loads a tensor-core piece from a stage that is not 32-byte aligned, or has no "
                   "swizzled lines");
@@ -102,17 +78,16 @@ inline void moeh_mma_load_swizzled(moeh_mma_input* f, const moeh_layout& l, cons
 /* A lane's own part is the first row here. */
 MOE_DEVICE int moei_mma_lane_a(int row, int, int) { return row; }
 MOE_DEVICE int moei_mma_lane_b(int row, int, int) { return row; }
-MOE_DEVICE void moei_mma_load_a_swizzled(moei_mma_a* f, const uint16_t* stage, int lane, int m,
-                                         int k, int ld, int dtype, int major)
+MOE_DEVICE void moei_mma_load_a(moei_mma_a* f, const uint16_t* stage, int lane, int m, int k, int ld,
+                                int dtype, int major)
 {
-    moeh_mma_load_swizzled(f, moeh_mma_layouts().a, stage, lane + m, k, ld, dtype,
-                           major == MOE_MAJOR_K);
+    moeh_mma_load(f, moeh_mma_layouts().a, stage, lane + m, k, ld, dtype, major == MOE_MAJOR_K);
 }
-MOE_DEVICE void moei_mma_load_b_swizzled(moei_mma_b* f, const uint16_t* stage, int lane, int n,
-                                         int k, int ld, int dtype, int major)
+/* b is held as [k, n]. */
+MOE_DEVICE void moei_mma_load_b(moei_mma_b* f, const uint16_t* stage, int lane, int n, int k, int ld,
+                                int dtype, int major)
 {
-    moeh_mma_load_swizzled(f, moeh_mma_layouts().b, stage, k, lane + n, ld, dtype,
-                           major == MOE_MAJOR_MN);
+    moeh_mma_load(f, moeh_mma_layouts().b, stage, k, lane + n, ld, dtype, major == MOE_MAJOR_MN);
 }
 
 MOE_DEVICE void moei_mma_zero(moei_mma_c* c)

@@ -174,20 +174,22 @@ static void test_gemm_schedule_bad(void)
 /* ------------------------------------------------------------------ tensor-core pieces */
 
 typedef struct mma_args {
-    const uint16_t* a; /* the stored piece [32 or 16][lda] */
+    const uint16_t* a; /* the stage of the piece, [32][MMA_LD] */
     const uint16_t* b;
     float* c; /* [16][20] */
     int32_t variant;
 } mma_args;
 
 #define MMA_K 32  /* two products deep */
-#define MMA_LD 40 /* of a and b */
+#define MMA_LD 64 /* of a and b, swizzled; the rows of the piece are 16 to 31 */
 #define MMA_ELEMS (MMA_K * MMA_LD)
 
 /* One warp: c = a b, k 32, added to c once more, then stored. */
 MOE_DEVICE void mma_warp(const mma_args* d, uint16_t* s, float* strip, const int dtype,
                          const int a_major, const int b_major)
 {
+    const int lane_a = moei_mma_lane_a(16, MMA_LD, a_major);
+    const int lane_b = moei_mma_lane_b(16, MMA_LD, b_major);
     moei_mma_a a;
     moei_mma_b b;
     moei_mma_c c;
@@ -198,9 +200,8 @@ MOE_DEVICE void mma_warp(const mma_args* d, uint16_t* s, float* strip, const int
     __syncwarp(MOEI_FULL);
     moei_mma_zero(&c);
     for (int k = 0; k < MMA_K; k += 16) {
-        moei_mma_load_a(&a, s + (a_major == MOE_MAJOR_K ? k : k * MMA_LD), MMA_LD, dtype, a_major);
-        moei_mma_load_b(&b, s + MMA_ELEMS + (b_major == MOE_MAJOR_K ? k : k * MMA_LD), MMA_LD,
-                        dtype, b_major);
+        moei_mma_load_a(&a, s, lane_a, 0, k, MMA_LD, dtype, a_major);
+        moei_mma_load_b(&b, s + MMA_ELEMS, lane_b, 0, k, MMA_LD, dtype, b_major);
         moei_mma(&c, &a, &b, dtype);
     }
     moei_mma_store(strip, &c, 20);
@@ -230,6 +231,12 @@ MOE_KERNEL(32, 1) mma_kernel(MOE_ARG(mma_args) d)
 #undef MMA_CASE
 }
 
+/* Where row i (or column) of the piece lies in its stage, at depth k. */
+static int mma_at(int i, int k, int mn)
+{
+    return mn ? moei_swizzled(k, 16 + i, MMA_LD) : moei_swizzled(16 + i, k, MMA_LD);
+}
+
 static void test_gemm_mma(void)
 {
     static const int variants[][3] = {
@@ -255,10 +262,8 @@ static void test_gemm_mma(void)
         memset(b, 0xff, sizeof b);
         for (int i = 0; i < 16; ++i)
             for (int k = 0; k < MMA_K; ++k) {
-                moe_store(a, a_mn ? k * MMA_LD + i : i * MMA_LD + k, dtype,
-                          (float)trand_int(&r, -9, 9));
-                moe_store(b, b_mn ? k * MMA_LD + i : i * MMA_LD + k, dtype,
-                          (float)trand_int(&r, -9, 9));
+                moe_store(a, mma_at(i, k, a_mn), dtype, (float)trand_int(&r, -9, 9));
+                moe_store(b, mma_at(i, k, b_mn), dtype, (float)trand_int(&r, -9, 9));
             }
         ba = tbuf_from("a", a, sizeof a, 0);
         bb = tbuf_from("b", b, sizeof b, 0);
@@ -272,8 +277,8 @@ static void test_gemm_mma(void)
             for (int n = 0; n < 20; ++n) {
                 float want = 0;
                 for (int k = 0; k < MMA_K && n < 16; ++k)
-                    want += moe_load(a, a_mn ? k * MMA_LD + m : m * MMA_LD + k, dtype) *
-                            moe_load(b, b_mn ? k * MMA_LD + n : n * MMA_LD + k, dtype);
+                    want += moe_load(a, mma_at(m, k, a_mn), dtype) *
+                            moe_load(b, mma_at(n, k, b_mn), dtype);
                 if (n < 16) wrong += got[m * 20 + n] != want;
                 else written += got[m * 20 + n] == got[m * 20 + n];
                 nonzero += want != 0;

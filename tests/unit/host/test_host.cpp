@@ -710,7 +710,7 @@ MOE_KERNEL(1, 1) intrinsics(MOE_ARG(args) d)
 
 /* ---- tensor-core pieces ---- */
 
-/* c [16, 16 * n] += a [16, 16 * option] * b by n warps. */
+/* c [16, 16 * n] += a [16, 16 * option] * b by n warps; a and b lie as in a stage. */
 MOE_KERNEL(64, 1) product(MOE_ARG(args) d)
 {
     const int w = moei_warp(), k = 16 * d.option, n = 16 * d.n;
@@ -721,9 +721,11 @@ MOE_KERNEL(64, 1) product(MOE_ARG(args) d)
     moei_mma_zero(&fd);
     for (int i = 0; i < d.option; ++i) {
         const bool am = d.a_major == MOE_MAJOR_MN, bm = d.b_major == MOE_MAJOR_MN;
-        moei_mma_load_a(&fa, d.a + (am ? 16 * i * 16 : 16 * i), am ? 16 : k, d.dtype, d.a_major);
-        moei_mma_load_b(&fb, d.b + (bm ? 16 * i * n + 16 * w : 16 * w * k + 16 * i), bm ? n : k,
-                        d.dtype, d.b_major);
+        const int a_ld = am ? 32 : k, b_ld = bm ? n : k;
+        moei_mma_load_a(&fa, d.a, moei_mma_lane_a(0, a_ld, d.a_major), 0, 16 * i, a_ld, d.dtype,
+                        d.a_major);
+        moei_mma_load_b(&fb, d.b, moei_mma_lane_b(16 * w, b_ld, d.b_major), 0, 16 * i, b_ld, d.dtype,
+                        d.b_major);
         moei_mma(i & 1 ? &fd : &fc, &fa, &fb, d.dtype);
     }
     for (int i = 0; i < MOEI_MMA_C_ELEMS; ++i) fc.x[i] += fd.x[i];
@@ -732,13 +734,13 @@ MOE_KERNEL(64, 1) product(MOE_ARG(args) d)
 
 static void test_mma()
 {
-    enum { K = 48, N = 32 };
+    enum { K = 64, N = 32 };
     const uint64_t seed = moeh_get().seed;
     uint16_t *a, *b;
     float* c;
     int* out = ints(1);
     args d = zero_args();
-    OK(cudaMalloc(&a, 16 * K * 2 + 64));
+    OK(cudaMalloc(&a, 32 * K * 2 + 64));
     OK(cudaMalloc(&b, K * N * 2));
     OK(cudaMalloc(&c, 16 * N * 4));
     d.out = out;
@@ -759,12 +761,14 @@ static void test_mma()
         for (int m = 0; m < 16; ++m)
             for (int k = 0; k < K; ++k) {
                 A[m][k] = (m * 7 + k * 3 + v) % 17 - 8;
-                moe_store(a, v & 2 ? k * 16 + m : m * K + k, d.dtype, (float)A[m][k]);
+                moe_store(a, v & 2 ? moei_swizzled(k, m, 32) : moei_swizzled(m, k, K), d.dtype,
+                          (float)A[m][k]);
             }
         for (int k = 0; k < K; ++k)
             for (int n = 0; n < N; ++n) {
                 B[k][n] = (k * 5 + n * 11 + v) % 13 - 6;
-                moe_store(b, v & 4 ? k * N + n : n * K + k, d.dtype, (float)B[k][n]);
+                moe_store(b, v & 4 ? moei_swizzled(k, n, N) : moei_swizzled(n, k, K), d.dtype,
+                          (float)B[k][n]);
             }
         OK(cudaMemset(c, 0xff, 16 * N * 4));
         OK(RUN(product, 1, 64, 0, d));
