@@ -1,4 +1,4 @@
-/* What a file with trimmed lists of kernels refuses, and by which field.
+/* What a file with trimmed lists of kernels refuses, and by which field; a router of two terms.
    nvcc -I. -arch=sm_90a tests/unit/test_trimmed.cu -o test_trimmed
    g++ -x c++ -std=c++14 -O2 -I. tests/unit/test_trimmed.cu -o test_trimmed */
 #include "tests/test.h"
@@ -7,6 +7,7 @@
 #define MOE_BLOCK_SPARSE_DTYPE_LIST(X) X(f16, MOE_FP16)
 #define MOE_GATE_LIST(X)
 #define MOE_GATE_RULES_LIST(X)
+#define MOE_ROUTER_SPLIT_TERMS 2
 #include "moe/moe.cuh"
 
 #define LACKS(field) MOE_STATUS(MOE_ERR_NOT_COMPILED, field)
@@ -72,11 +73,59 @@ static void test_trimmed_block_sparse(void)
     CHECK_STATUS(moe_block_sparse(&d, test_now.stream), LACKS(dtype));
 }
 
+/* Two terms hold 16 bits of a weight: those are exact, the bits below are rounded off. */
+static void test_trimmed_router(void)
+{
+    enum { T = 260, H = 72, E = 24 };
+    moei_device dev;
+    trand r = trand_new(1);
+    if (moei_device_query(&dev) != MOE_OK || dev.major < 8) return;
+    for (int way = 0; way < 4; ++way) {
+        const int small = way & 1, dtype = way & 2 ? MOE_FP16 : MOE_BF16;
+        uint16_t x[T * H];
+        float w[E * H], got[T * E];
+        tbuf bx, bw, logits = tbuf_new("logits", sizeof got, 16);
+        moe_router_desc d;
+        moe_router_prepared p;
+        int wrong = 0, nonzero = 0;
+        for (int i = 0; i < T * H; ++i) moe_store(x, i, dtype, (float)trand_int(&r, -1, 1));
+        for (int i = 0; i < E * H; ++i) w[i] = (float)trand_int(&r, -32768, 32768) / 256;
+        for (int h = 0; h < H; ++h) moe_store(x, h, dtype, h == 5);
+        w[7 * H + 5] = 1 + ldexpf(1, -9) + ldexpf(1, -20);
+        bx = tbuf_from("x", x, sizeof x, 16);
+        bw = tbuf_from("router", w, sizeof w, 16);
+        memset(&d, 0, sizeof d);
+        d.x = bx.p, d.x_dtype = dtype;
+        d.router = bw.p, d.router_dtype = MOE_FP32;
+        d.logits = (float*)logits.p;
+        d.num_tokens = T, d.hidden = H, d.num_experts = E;
+        memset(&p, 0, sizeof p);
+        CHECK_STATUS(moe_router_prepare(&d, &p), MOE_OK);
+        CHECK(p.path == MOE_ROUTER_SPLIT_LARGE || p.path == MOE_ROUTER_SPLIT_SMALL, "%d", p.path);
+        CHECK_STATUS(moei_split_prepare(&p.gemm.launch, &p.split, small), MOE_OK);
+        CHECK_STATUS(moe_router_run(&p, test_now.stream), MOE_OK);
+        tbuf_get(&logits, got);
+        CHECK(got[7] == 1 + ldexpf(1, -9), "%.9g", got[7]);
+        w[7 * H + 5] = 1 + ldexpf(1, -9);
+        for (int t = 0; t < T; ++t)
+            for (int e = 0; e < E; ++e) {
+                double sum = 0;
+                for (int h = 0; h < H; ++h) sum += moe_load(x, t * H + h, dtype) * (double)w[e * H + h];
+                if (e == 7 && t > 0) continue; /* sums with the rounded weight are rounded too */
+                wrong += got[t * E + e] != sum;
+                nonzero += sum != 0;
+            }
+        CHECK(wrong == 0 && nonzero > T * E / 2, "way %d: %d wrong", way, wrong);
+        tbuf_free(&bx), tbuf_free(&bw), tbuf_free(&logits);
+    }
+}
+
 int main(int argc, char** argv)
 {
     test_begin(argc, argv);
     RUN(test_trimmed_gemm);
     RUN(test_trimmed_experts);
     RUN(test_trimmed_block_sparse);
+    RUN(test_trimmed_router);
     return test_end();
 }
