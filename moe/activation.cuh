@@ -38,12 +38,14 @@ typedef struct moei_activation {
     float limit; /* where clamped */
 } moei_activation;
 
+#define MOEI_MINUS_LOG2E (-1.44269504f)
+
 /* Resolves a MOE_ACTIVATION_*; alpha and limit are the clamped SwiGLU's. */
 MOE_HOST_DEVICE moei_activation moei_activation_of(int activation, float alpha, float limit)
 {
     moei_activation a;
     a.clamped = activation == MOE_ACTIVATION_SWIGLU_CLAMPED;
-    a.a = a.clamped ? -1.44269504f * alpha : -1.44269504f;
+    a.a = a.clamped ? MOEI_MINUS_LOG2E * alpha : MOEI_MINUS_LOG2E;
     a.limit = limit;
     a.curve = activation == MOE_ACTIVATION_NONE    ? MOEI_CURVE_NONE
               : activation == MOE_ACTIVATION_RELU2 ? MOEI_CURVE_RELU2
@@ -55,7 +57,7 @@ MOE_HOST_DEVICE moei_activation moei_activation_of(int activation, float alpha, 
     return a;
 }
 
-/* x / (1 + 2^(a x)); with a = -log2(e) it is SiLU. */
+/* x / (1 + 2^(a x)); with a = MOEI_MINUS_LOG2E it is SiLU. */
 MOE_DEVICE float moei_sigmoid_unit(float x, float a)
 {
     const float v = x < -3.40282347e38f ? -3.40282347e38f : x; /* infinity over infinity is NaN */

@@ -1,13 +1,16 @@
 /* epilogue.cuh: what happens to a warp's accumulators on their way to C.
 
-   A warp passes its tile, 16 rows at a time, through a strip of shared memory of its own
-   [16][wn + 8] fp32, reads it back in row order, adds the bias, applies the activation and
-   writes 16 bytes a lane. No block barrier: each warp stores when it is done. A lane has 8 columns,
-   4 and 4; half of the lanes take the second 4 first, so that few lanes meet in a bank.
+   A warp passes its tile, 16 rows at a time, through a strip of shared memory of its own, reads it
+   back in row order and writes 16 bytes a lane. No block barrier: each warp stores when it is done.
+   Two ways:
 
-   Gate and up of a gated activation: where they are interleaved, columns 2j and 2j + 1 of the
-   strip; otherwise columns j and wn/2 + j, since the loader has put both halves into the warp's
-   columns. */
+     plain   no bias, C 16-bit and written, no activation, SiLU or SwiGLU with gate and up apart: the
+             activation is taken of the accumulators, the strip has C's dtype
+     any     the strip is fp32 [16][wn + 8]; bias and activation come behind it. A lane has 8 columns,
+             4 and 4; half of the lanes take the second 4 first, so that few lanes meet in a bank
+
+   Gate and up of a gated activation: where they are interleaved, columns 2j and 2j + 1; otherwise
+   columns j and wn/2 + j, since the loader has put both halves into the warp's columns. */
 #ifndef MOE_GEMM_EPILOGUE_CUH
 #define MOE_GEMM_EPILOGUE_CUH
 
@@ -16,6 +19,7 @@
 #include "desc.h"
 #include "mma.cuh"
 #include "schedule.cuh"
+#include "shape.h"
 
 /* Floats between rows of a warp's strip, and of a strip. */
 MOE_HOST_DEVICE int moei_strip_pitch(int wn) { return wn + 8; }
@@ -69,11 +73,62 @@ MOE_DEVICE void moei_epilogue_bias8(float* v, const uint16_t* bias, int64_t n, i
     moei_epilogue_bias(v + 4, bias, n + (4 - first) * step, step, dtype);
 }
 
-/* One warp: its wm x wn accumulators become rows row .. row + wm and columns from `column` of C. */
-MOE_DEVICE void moei_epilogue_warp(const moe_grouped_gemm_desc* d, const moe_tile_position* t,
-                                   moei_mma_c acc[4][4], float* strip, int row, int column,
-                                   const int wm, const int wn)
+/* Is it plain? */
+MOE_DEVICE bool moei_epilogue_is_plain(const moe_grouped_gemm_desc* d, const int dtype)
 {
+    const int a = d->activation;
+    return !d->bias && !d->accumulate && d->c_dtype == dtype &&
+           d->gate_up != MOE_GATE_UP_INTERLEAVED &&
+           (a == MOE_ACTIVATION_NONE || a == MOE_ACTIVATION_SILU || a == MOE_ACTIVATION_SWIGLU);
+}
+
+/* The plain way. gated, and here and below f, are literals. */
+MOE_DEVICE void moei_epilogue_plain(const moe_grouped_gemm_desc* d, const moe_tile_position* t,
+                                    moei_mma_c acc[4][4], uint16_t* strip, int row, int column,
+                                    const int gated, const moe_gemm_shape f)
+{
+    const int columns = gated ? f.wn / 2 : f.wn, ld = columns + 8;
+    const int groups = columns / 8, each = MOEI_WARP / groups; /* lanes to a row; rows of a pass */
+    const int r = moei_lane() / groups, j = moei_lane() % groups * 8;
+    const bool in = column + j < d->n;
+    uint16_t* c = d->c_table ? (uint16_t*)d->c_table[t->expert] - (int64_t)t->begin * d->c_stride
+                             : (uint16_t*)d->c;
+    row += r;
+    c += row * d->c_stride + column + j;
+    MOEI_UNROLL
+    for (int m = 0; m < f.wm / 16; ++m) {
+        uint4 v[4];
+        if (d->activation != MOE_ACTIVATION_NONE) {
+            MOEI_UNROLL
+            for (int i = 0; i < columns / 16; ++i)
+                MOEI_UNROLL
+                for (int x = 0; x < MOEI_MMA_C_ELEMS; ++x) {
+                    acc[m][i].x[x] = moei_sigmoid_unit(acc[m][i].x[x], MOEI_MINUS_LOG2E);
+                    if (gated) acc[m][i].x[x] *= acc[m][i + columns / 16].x[x];
+                }
+        }
+        MOEI_UNROLL
+        for (int i = 0; i < columns / 16; ++i)
+            moei_mma_store_half(strip + i * 16, &acc[m][i], ld, f.dtype);
+        __syncwarp(MOEI_FULL);
+        MOEI_UNROLL
+        for (int p = 0; p < 16 / each; ++p) v[p] = *(const uint4*)(strip + (p * each + r) * ld + j);
+        MOEI_UNROLL
+        for (int p = 0; p < 16 / each; ++p) {
+            if (in && row >= t->begin && row < t->end) *(uint4*)c = v[p];
+            row += each;
+            c += each * d->c_stride;
+        }
+        __syncwarp(MOEI_FULL);
+    }
+}
+
+/* Any. */
+MOE_DEVICE void moei_epilogue_any(const moe_grouped_gemm_desc* d, const moe_tile_position* t,
+                                  moei_mma_c acc[4][4], float* strip, int row, int column,
+                                  const moe_gemm_shape f)
+{
+    const int wm = f.wm, wn = f.wn;
     const bool gated = d->gate_up != 0;
     const bool pairs = d->gate_up == MOE_GATE_UP_INTERLEAVED;
     const int ld = moei_strip_pitch(wn);
@@ -134,6 +189,18 @@ MOE_DEVICE void moei_epilogue_warp(const moe_grouped_gemm_desc* d, const moe_til
         }
         __syncwarp(MOEI_FULL);
     }
+}
+
+/* One warp: its accumulators become rows row .. row + wm - 1 and columns from `column` on of C. */
+MOE_DEVICE void moei_epilogue_warp(const moe_grouped_gemm_desc* d, const moe_tile_position* t,
+                                   moei_mma_c acc[4][4], float* strip, int row, int column,
+                                   const moe_gemm_shape f)
+{
+    if (!moei_epilogue_is_plain(d, f.dtype))
+        moei_epilogue_any(d, t, acc, strip, row, column, f);
+    else if (d->gate_up)
+        moei_epilogue_plain(d, t, acc, (uint16_t*)strip, row, column, 1, f);
+    else moei_epilogue_plain(d, t, acc, (uint16_t*)strip, row, column, 0, f);
 }
 
 #endif

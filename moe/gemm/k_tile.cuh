@@ -270,7 +270,7 @@ MOE_DEVICE_BODY void moei_k_block(const moe_k_grouped_gemm_desc* d, unsigned cha
         whole.begin = 0;
         whole.end = d->m;
         moei_epilogue_warp(&c, &whole, acc, strip, t.row + warp_m * f.wm, t.column + warp_n * f.wn,
-                           f.wm, f.wn);
+                           f);
     }
     moei_copy_wait(0); /* the steps past the last tile */
 }

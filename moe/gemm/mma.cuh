@@ -12,6 +12,7 @@
 #ifndef MOE_GEMM_MMA_CUH
 #define MOE_GEMM_MMA_CUH
 
+#include "../base/numeric.cuh"
 #include "../base/warp.cuh"
 #include "../layout.h"
 #include "swizzle.h"
@@ -156,6 +157,16 @@ MOE_DEVICE void moei_mma_store(float* p, const moei_mma_c* c, int ld)
     MOEI_UNROLL
     for (int i = 0; i < 4; ++i)
         *(float2*)(p + (i & 1) * 8 * ld + (i >> 1) * 8) = make_float2(c->x[2 * i], c->x[2 * i + 1]);
+}
+
+/* Rows of the piece, rounded to fp16 or bf16, at p, ld elements apart. */
+MOE_DEVICE void moei_mma_store_half(uint16_t* p, const moei_mma_c* c, int ld, const int dtype)
+{
+    p += (moei_lane() >> 2) * ld + (moei_lane() & 3) * 2;
+    MOEI_UNROLL
+    for (int i = 0; i < 4; ++i)
+        *(uint32_t*)(p + (i & 1) * 8 * ld + (i >> 1) * 8) =
+            moei_pack2(c->x[2 * i], c->x[2 * i + 1], dtype);
 }
 
 /* Columns of the piece at p, ld floats apart. */

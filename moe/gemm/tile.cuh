@@ -281,7 +281,7 @@ MOE_DEVICE_BODY void moei_gemm_block(const moe_grouped_gemm_desc* d, unsigned ch
         moei_tile_steps(acc, &load, &r, d, &tiles, steps, f);
         t = s->position[turn++ & 3];
         moei_epilogue_warp(d, &t, acc, strip, t.row + warp_m * f.wm,
-                           t.column * columns + warp_n * (columns / f.warps_n), f.wm, f.wn);
+                           t.column * columns + warp_n * (columns / f.warps_n), f);
     }
     moei_copy_wait(0); /* the steps past the last tile */
 }
@@ -333,7 +333,7 @@ MOE_DEVICE_BODY void moe_gemm_tile(const moe_grouped_gemm_desc* d, const moe_til
     moei_tile_sum(acc, d, t, ring, f);
     moei_epilogue_warp(
         d, &t, acc, (float*)(ring + f.stages * elems) + moei_warp() * moei_strip_floats(f.wn),
-        t.row + warp_m * f.wm, t.column * columns + warp_n * (columns / f.warps_n), f.wm, f.wn);
+        t.row + warp_m * f.wm, t.column * columns + warp_n * (columns / f.warps_n), f);
     __syncthreads();
 }
 

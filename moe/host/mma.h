@@ -161,6 +161,15 @@ MOE_DEVICE void moei_mma_store(float* p, const moei_mma_c* c, int ld)
     moeh_mma_store(p, c, ld, 1);
 }
 
+/* Rows of the piece, rounded to fp16 or bf16, at p, ld elements apart. */
+MOE_DEVICE void moei_mma_store_half(uint16_t* p, const moei_mma_c* c, int ld, int dtype)
+{
+    const moeh_layout& l = moeh_mma_layouts().c;
+    const int run = l.run[moeh_lane()];
+    p += (run >> 1) * ld + (run & 1) * 8;
+    for (int j = 0; j < 8; ++j) moe_store(p, j, dtype, c->x[l.slot[j]]);
+}
+
 /* Columns of the piece at p, ld floats apart. */
 MOE_DEVICE void moei_mma_store_turned(float* p, const moei_mma_c* c, int ld)
 {
