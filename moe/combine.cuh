@@ -63,6 +63,7 @@ typedef struct moe_combine_desc {
     void* y;          /* [T, H] y_dtype */
     int64_t y_stride; /* elements between rows; 0 = H */
     int32_t y_dtype;  /* moe_dtype; 0 = rows_dtype */
+    int32_t rank;     /* reported with a fault, 0 .. MOE_FAULT_MAX_RANK */
     uint64_t* fault;  /* [1] fault word; or null */
     /* sizes */
     int32_t num_tokens;  /* T >= 0 */
@@ -100,12 +101,12 @@ MOE_DEVICE const char* moe_combine_row(const moe_combine_desc* d, int64_t slot)
     if (p.buffer == -1) return 0;
     if (p.buffer < 0 || p.buffer >= d->num_buffers || p.row < 0 ||
         (d->num_rows && p.row >= d->num_rows)) {
-        moei_fault_raise(d->fault, MOE_FAULT_BAD_PLACE, 0, slot);
+        moei_fault_raise(d->fault, MOE_FAULT_BAD_PLACE, d->rank, slot);
         return 0;
     }
     base = (const char*)(d->table ? d->table[p.buffer] : d->rows);
     if (!base || ((uintptr_t)base & (d->rows_dtype == MOE_FP32 ? 3 : 1)) != 0) {
-        moei_fault_raise(d->fault, MOE_FAULT_BAD_PLACE, 0, slot);
+        moei_fault_raise(d->fault, MOE_FAULT_BAD_PLACE, d->rank, slot);
         return 0;
     }
     return base + p.row * d->row_stride * (d->rows_dtype == MOE_FP32 ? 4 : 2);
@@ -360,6 +361,7 @@ MOE_HOST moe_status moei_combine_check_options(moe_combine_desc* d)
     if (d->shared_stride == 0) d->shared_stride = d->hidden;
     MOEI_REQUIRE(moei_stride_fits(d->shared_stride, d->hidden, T), MOE_ERR_STRIDE, shared_stride);
     MOEI_REQUIRE(d->shared || !d->shared_weight, MOE_ERR_CONFLICT, shared_weight);
+    MOEI_REQUIRE_RANK(d);
     MOEI_REQUIRE(d->num_rows >= 0, MOE_ERR_RANGE, num_rows);
     MOEI_REQUIRE(moei_stride_fits(d->row_stride, d->hidden, d->num_rows ? d->num_rows : 1 << 20),
                  MOE_ERR_STRIDE, row_stride);

@@ -73,6 +73,7 @@ typedef struct moe_combine_scatter_desc {
     int32_t num_rows;    /* R >= 0: rows of all experts, length of the [R] arrays */
     int32_t max_rows;    /* most rows of an expert, as far as the host knows: sizes the grid, binds
                             nobody; 0 = R */
+    int32_t rank;        /* reported with a fault, 0 .. MOE_FAULT_MAX_RANK */
 } moe_combine_scatter_desc;
 
 /* ---- adding one row ---- */
@@ -227,7 +228,7 @@ MOE_DEVICE bool moei_scatter_rows(const moe_combine_scatter_desc* d,
         good = high < 1 << 15 && /* the sum stays below 2^32 */
                *count >= 0 && (unsigned)all <= (unsigned)d->num_rows && *count <= d->num_rows - all;
     }
-    if (!good && threadIdx.x == 0) moei_fault_raise(d->fault, MOE_FAULT_BAD_OFFSET, 0, e);
+    if (!good && threadIdx.x == 0) moei_fault_raise(d->fault, MOE_FAULT_BAD_OFFSET, d->rank, e);
     return good;
 }
 
@@ -249,7 +250,7 @@ MOE_DEVICE_BODY void moei_scatter_block(const moei_scatter_args* a,
     base = d->table ? (const char*)d->table[e]
                     : (const char*)d->rows + begin * d->row_stride * row_bytes;
     if (!base || ((uintptr_t)base & (uintptr_t)(row_bytes - 1)) != 0) {
-        if (threadIdx.x == 0) moei_fault_raise(d->fault, MOE_FAULT_BAD_TABLE, 0, e);
+        if (threadIdx.x == 0) moei_fault_raise(d->fault, MOE_FAULT_BAD_TABLE, d->rank, e);
         return;
     }
     /* after the checks, so that every run meets the same faults, whichever block is first */
@@ -265,7 +266,7 @@ MOE_DEVICE_BODY void moei_scatter_block(const moei_scatter_args* a,
             if (d->row_weight) weight = d->row_weight[r];
             if (token >= 0 && d->row_slot) token /= d->top_k;
             if (token < -1 || token >= d->num_tokens) {
-                moei_fault_raise(d->fault, MOE_FAULT_BAD_ROW, 0, r);
+                moei_fault_raise(d->fault, MOE_FAULT_BAD_ROW, d->rank, r);
                 token = -1;
             }
         }
@@ -308,6 +309,7 @@ MOEI_SCATTER_LIST(MOEI_SCATTER_KERNEL)
 MOE_HOST moe_status moei_scatter_check_options(moe_combine_scatter_desc* d)
 {
     const int64_t T = d->num_tokens, R = d->num_rows, E = d->num_experts;
+    MOEI_REQUIRE_RANK(d);
     MOEI_REQUIRE(T >= 0, MOE_ERR_RANGE, num_tokens);
     MOEI_REQUIRE(d->hidden >= 1 && d->hidden <= 1 << 28, MOE_ERR_RANGE, hidden);
     MOEI_REQUIRE(E >= 1 && E <= MOE_MAX_EXPERTS, MOE_ERR_RANGE, num_experts);

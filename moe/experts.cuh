@@ -69,6 +69,7 @@ typedef struct moe_experts_desc {
     float alpha, limit;   /* of the clamped SwiGLU, else 0: alpha finite, 0 = 1.702; limit finite
                              and not negative, 0 = 7 */
     int32_t tile;         /* moe_tile of both products; 0 = chosen by shape and device */
+    int32_t rank;         /* reported with a fault, 0 .. MOE_FAULT_MAX_RANK */
 } moe_experts_desc;
 
 /* Rows of w1 [rows I, H] for one column of act: 2 where gate and up are in one matrix, else 1. With
@@ -118,6 +119,7 @@ MOE_HOST moe_status moei_experts_gemms(const moe_experts_desc* d, moe_grouped_ge
     up->alpha = d->alpha;
     up->limit = d->limit;
     up->tile = d->tile;
+    up->rank = d->rank;
 
     memset(down, 0, sizeof *down);
     down->a = d->act;
@@ -137,6 +139,7 @@ MOE_HOST moe_status moei_experts_gemms(const moe_experts_desc* d, moe_grouped_ge
     down->dtype = d->dtype;
     down->c_dtype = d->rows_dtype;
     down->tile = d->tile;
+    down->rank = d->rank;
     return MOE_OK;
 }
 

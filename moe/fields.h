@@ -12,6 +12,7 @@
 
 #include <stddef.h>
 
+#include "base/fault.h"
 #include "base/status.h"
 
 /* The fields a descriptor may have, named as the descriptors name them. */
@@ -37,7 +38,7 @@
     X(form) X(act_grad) X(dy) X(dx) X(dw1) X(dw2) X(dweights) X(dy_stride) X(dx_stride)           \
     X(max_experts) X(choice) X(accumulate) X(a_index) X(b_index) X(b_rows) X(a_div)               \
     X(b_div) X(c_expert_stride)                                                                   \
-    X(workspace) X(workspace_bytes) X(fault) X(stage)                                             \
+    X(workspace) X(workspace_bytes) X(fault) X(rank) X(stage)                                     \
     X(block) X(grad_dtype) X(grad_expert) X(saved) X(saved_bytes)
 
 enum {
@@ -93,6 +94,10 @@ MOE_HOST const char* moe_status_describe(moe_status s, char* text)
     text[at] = 0;
     return text;
 }
+
+/* In a launch helper: refuse a rank that a fault word cannot hold. */
+#define MOEI_REQUIRE_RANK(d)                                                                      \
+    MOEI_REQUIRE((d)->rank >= 0 && (d)->rank <= MOE_FAULT_MAX_RANK, MOE_ERR_RANGE, rank)
 
 /* In a launch helper: refuse with this kind and field unless the condition holds. */
 #define MOEI_REQUIRE(cond, kind, field)                                                           \

@@ -236,6 +236,7 @@ MOE_HOST moe_status moei_gate_check_options(moe_gate_desc* d)
     MOEI_REQUIRE(d->top_k <= d->num_experts / d->num_groups * d->top_groups, MOE_ERR_CONFLICT,
                  top_groups);
     if (d->top_groups == d->num_groups) d->num_groups = d->top_groups = 1; /* all: no rule */
+    MOEI_REQUIRE_RANK(d);
     MOEI_REQUIRE(d->whole_batch == 0 || d->whole_batch == 1, MOE_ERR_OPTION, whole_batch);
     if (d->whole_batch) { /* rules for choosing that sums over all tokens have no use for */
         MOEI_REQUIRE(d->noise == 0.0f, MOE_ERR_CONFLICT, noise);
@@ -324,6 +325,7 @@ MOE_HOST moei_gate_args moei_gate_resolve(const moe_gate_desc* d)
     a.num_groups = d->num_groups;
     a.top_groups = d->top_groups;
     a.whole_batch = d->whole_batch;
+    a.rank = d->rank;
     a.inverse_temperature = 1.0f / d->temperature;
     a.least_logit = d->threshold == 0.0f
                         ? moe_f32_from_bits(0xff800000u)

@@ -59,6 +59,7 @@ typedef struct moe_permute_desc {
     int32_t num_tokens; /* T >= 0 */
     int32_t top_k;      /* K, 1 .. MOE_MAX_EXPERTS; T * K below 2^31 */
     int32_t hidden;     /* H, 1 .. 2^28 */
+    int32_t rank;       /* reported with a fault, 0 .. MOE_FAULT_MAX_RANK */
     int64_t num_rows;   /* 0 .. 2^31 - 1 */
 } moe_permute_desc;
 
@@ -86,6 +87,7 @@ typedef struct moei_permute_args {
     int32_t groups;
     int32_t columns;
     int32_t list_log2; /* by token: log2 of the rows of a token that are looked up at once */
+    int32_t rank;
 } moei_permute_args;
 
 /* Where a thread stands. */
@@ -194,7 +196,7 @@ MOE_DEVICE_BODY void moei_permute_gather(const moei_permute_args* a, const int w
             const uint32_t row = a->div == 1 ? (uint32_t)from[u] : (uint32_t)from[u] / a->div;
             if (in) v[u] = moei_permute_load(a->x + row * a->x_bytes + offset, width);
         } else if (from[u] != -1) {
-            moei_fault_raise(a->fault, MOE_FAULT_BAD_ROW, 0, first + u * a->groups);
+            moei_fault_raise(a->fault, MOE_FAULT_BAD_ROW, a->rank, first + u * a->groups);
         }
     }
     MOEI_UNROLL
@@ -224,7 +226,7 @@ MOE_DEVICE void moei_permute_zero(const moei_permute_args* a, moei_permute_share
         if (r < end) {
             const int32_t slot = a->check[r];
             empty = slot < 0 || slot >= slots || a->index[slot] != (int32_t)r;
-            if (empty && slot != -1) moei_fault_raise(a->fault, MOE_FAULT_BAD_ROW, 0, r);
+            if (empty && slot != -1) moei_fault_raise(a->fault, MOE_FAULT_BAD_ROW, a->rank, r);
         }
         lanes = __ballot_sync(MOEI_FULL, empty);
         __syncthreads(); /* the words of the round before have been read */
@@ -246,9 +248,9 @@ MOE_DEVICE int32_t moei_permute_row(const moei_permute_args* a, int64_t slot)
     if (r == -1) return -1;
     if (r >= 0 && r < a->limit) {
         if (a->check[r] == (int32_t)slot) return r;
-        moei_fault_raise(a->fault, MOE_FAULT_BAD_ROW, 0, r);
+        moei_fault_raise(a->fault, MOE_FAULT_BAD_ROW, a->rank, r);
     } else {
-        moei_fault_raise(a->fault, MOE_FAULT_BAD_ROW, 0, slot);
+        moei_fault_raise(a->fault, MOE_FAULT_BAD_ROW, a->rank, slot);
     }
     return -1;
 }
@@ -323,6 +325,7 @@ MOE_HOST moe_status moei_permute_check_options(moe_permute_desc* d, int back)
     MOEI_REQUIRE(slots <= 0x7fffffff, MOE_ERR_RANGE, num_tokens);
     MOEI_REQUIRE(d->hidden >= 1 && d->hidden <= 1 << 28, MOE_ERR_RANGE, hidden);
     MOEI_REQUIRE(d->num_rows >= 0 && d->num_rows <= 0x7fffffff, MOE_ERR_RANGE, num_rows);
+    MOEI_REQUIRE_RANK(d);
     if (d->dtype == 0) d->dtype = MOE_BF16;
     MOEI_REQUIRE(moe_dtype_bytes(d->dtype), MOE_ERR_DTYPE, dtype);
     if (d->x_stride == 0) d->x_stride = d->hidden;
@@ -410,6 +413,7 @@ MOE_HOST moe_status moei_permute_prepare(const moe_permute_desc* desc, int back,
     a->x = (const char*)d.x;
     a->y = (char*)d.y;
     a->fault = d.fault;
+    a->rank = d.rank;
     a->x_bytes = d.x_stride * moe_dtype_bytes(d.dtype);
     a->y_bytes = d.y_stride * moe_dtype_bytes(d.dtype);
     a->index = back || by_token ? d.slot_row : d.row_slot;

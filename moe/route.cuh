@@ -97,6 +97,7 @@ MOE_HOST moe_status moei_route_check_options(moe_route_desc* d)
     MOEI_REQUIRE(d->absent_replicas == 0 || d->absent_replicas == 1, MOE_ERR_OPTION,
                  absent_replicas);
     MOEI_REQUIRE(d->replica_offset || !d->absent_replicas, MOE_ERR_CONFLICT, absent_replicas);
+    MOEI_REQUIRE_RANK(d);
     if (d->row_multiple == 0) d->row_multiple = 1;
     MOEI_REQUIRE(d->row_multiple >= 1 && d->row_multiple <= MOE_ROUTE_MAX_MULTIPLE, MOE_ERR_RANGE,
                  row_multiple);

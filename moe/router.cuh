@@ -48,6 +48,7 @@ typedef struct moe_router_desc {
     int32_t num_tokens;  /* T >= 0 */
     int32_t hidden;      /* H, 1 .. 2^28 */
     int32_t num_experts; /* E, 1 .. 2^20 */
+    int32_t rank;        /* reported with a fault, 0 .. MOE_FAULT_MAX_RANK */
 } moe_router_desc;
 
 /* How the product is made. */
@@ -270,6 +271,7 @@ MOE_HOST void moei_router_gemm_desc(const moe_router_desc* d, moe_grouped_gemm_d
     g->c_stride = d->logits_stride;
     g->c_dtype = MOE_FP32;
     g->fault = d->fault;
+    g->rank = d->rank;
     g->num_experts = 1;
     g->num_rows = d->num_tokens;
     g->n = d->num_experts;
@@ -283,6 +285,7 @@ MOE_HOST moe_status moei_router_check_options(moe_router_desc* d)
     MOEI_REQUIRE(d->num_tokens >= 0, MOE_ERR_RANGE, num_tokens);
     MOEI_REQUIRE(d->hidden >= 1 && d->hidden <= 1 << 28, MOE_ERR_RANGE, hidden);
     MOEI_REQUIRE(d->num_experts >= 1 && d->num_experts <= (1 << 20), MOE_ERR_RANGE, num_experts);
+    MOEI_REQUIRE_RANK(d);
     if (d->x_dtype == 0) d->x_dtype = MOE_BF16;
     MOEI_REQUIRE(moe_dtype_bytes(d->x_dtype), MOE_ERR_DTYPE, x_dtype);
     if (d->router_dtype == 0) d->router_dtype = d->x_dtype;

@@ -267,16 +267,20 @@ MOEI_UNUSED static uint64_t tfault_word(const tbuf* b)
     return word;
 }
 
-/* The word must hold exactly this fault; code 0: none. */
+/* The rank that the tests' descriptors report. */
+#define TEST_RANK 7
+
+/* The word must hold exactly this fault, of that rank; code 0: none. */
 #define CHECK_FAULT(buffer, code, index)                                                          \
     test_fault(tfault_word(buffer), (code), (index), __FILE__, __LINE__)
 MOEI_UNUSED static int test_fault(uint64_t word, int code, int64_t index, const char* file,
                                   int line)
 {
     const moe_fault f = moe_fault_decode(word);
-    return test_check(f.code == code && f.rank == 0 && f.index == index, file, line, "fault word",
-                      ": got \"%s\" at %lld, expected \"%s\" at %lld", moe_fault_text(f.code),
-                      (long long)f.index, moe_fault_text(code), (long long)index);
+    return test_check(f.code == code && f.rank == (code ? TEST_RANK : 0) && f.index == index, file,
+                      line, "fault word", ": got \"%s\" at %lld, rank %d, expected \"%s\" at %lld",
+                      moe_fault_text(f.code), (long long)f.index, f.rank, moe_fault_text(code),
+                      (long long)index);
 }
 
 /* Something that queues work on a stream: one launch helper, or a chain of them. */

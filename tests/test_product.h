@@ -72,6 +72,7 @@ MOEI_UNUSED static void tproduct_describe(tproduct* p)
     d->b_stride = tproduct_stride(&p->b);
     d->c_stride = tproduct_stride(&p->c);
     d->fault = (uint64_t*)p->fault.p;
+    d->rank = TEST_RANK;
     d->op = w->op;
     d->m = w->m;
     d->n = w->n;

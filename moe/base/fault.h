@@ -19,7 +19,10 @@
 
 #include "config.h"
 
-enum { MOE_FAULT_LAST_STOP = 15 };
+enum {
+    MOE_FAULT_LAST_STOP = 15,
+    MOE_FAULT_MAX_RANK = 4095 /* that a word can hold */
+};
 
 typedef struct moe_fault {
     int32_t code;  /* MOE_FAULT_*, 0: none */

@@ -57,6 +57,7 @@ typedef struct moe_block_layer_desc {
     float alpha, limit;      /* of the clamped SwiGLU, else 0: alpha finite, 0 = 1.702; limit finite
                              and not negative, 0 = 7 */
     moe_block_choice choice; /* of all products */
+    int32_t rank;            /* reported with a fault, 0 .. MOE_FAULT_MAX_RANK */
     /* memory */
     void* saved; /* 256-byte aligned: what backward needs of its forward */
     size_t saved_bytes;

@@ -73,6 +73,7 @@ MOE_HOST moe_status moei_block_layer_check_options(moei_block_layer* l)
     MOEI_REQUIRE(d->form >= MOE_BLOCK_LAYER_DENSE && d->form <= MOE_BLOCK_LAYER_BATCH,
                  MOE_ERR_OPTION, form);
     MOEI_REQUIRE(d->num_tokens >= 0 && d->num_tokens <= MOEI_BLOCK_MOST, MOE_ERR_RANGE, num_tokens);
+    MOEI_REQUIRE_RANK(d);
     MOEI_REQUIRE(d->num_experts >= 1 && d->num_experts <= MOE_MAX_EXPERTS, MOE_ERR_RANGE,
                  num_experts);
     if (d->form == MOE_BLOCK_LAYER_DENSE) {
@@ -129,6 +130,7 @@ MOE_HOST moe_block_sparse_desc moei_block_layer_product(const moei_block_layer* 
     p.dtype = l->d.dtype;
     p.choice = l->d.choice;
     p.fault = l->d.fault;
+    p.rank = l->d.rank;
     return p;
 }
 
@@ -245,6 +247,7 @@ MOE_HOST moe_status moei_block_layer_list(moei_block_layer* l, int i, size_t* at
     list->num_experts = d->num_experts;
     list->max_blocks = (int32_t)blocks;
     list->fault = d->fault;
+    list->rank = d->rank;
     if (d->form == MOE_BLOCK_LAYER_SPARSE) {
         list->expert_offset = l->route.expert_offset;
     } else {
@@ -284,6 +287,7 @@ MOE_HOST moe_status moei_block_layer_route(moei_block_layer* l, size_t* at)
     r->top_k = d->top_k;
     r->row_multiple = d->block;
     r->fault = d->fault;
+    r->rank = d->rank;
     {
         const moe_status s = moe_route_max_rows(r, &l->num_rows);
         MOEI_REQUIRE(s == MOE_OK && l->num_rows <= MOEI_BLOCK_MOST, MOE_ERR_RANGE, num_tokens);
@@ -316,6 +320,7 @@ MOE_HOST moe_status moei_block_layer_plan(const moe_block_layer_desc* desc, moei
     l->tables.dw1 = (char*)d->dw1;
     l->tables.dw2 = (char*)d->dw2;
     l->tables.fault = d->fault;
+    l->tables.rank = d->rank;
     l->tables.hidden = d->hidden;
     l->tables.intermediate = d->intermediate;
     l->tables.num_experts = E;
@@ -391,6 +396,7 @@ MOE_HOST moe_status moei_block_layer_plan(const moe_block_layer_desc* desc, moei
     l->active.ids = d->ids;
     l->active.expert_offset = l->route.expert_offset;
     l->active.fault = d->fault;
+    l->active.rank = d->rank;
     l->active.slots = (int64_t)d->num_tokens * d->top_k;
     l->active.num_experts = l->active.entries = E;
     l->active.room = l->room;
@@ -422,6 +428,7 @@ MOE_HOST moe_status moei_block_layer_plan(const moe_block_layer_desc* desc, moei
     l->permute.dtype = d->dtype;
     l->permute.y = rows;
     l->permute.fault = d->fault;
+    l->permute.rank = d->rank;
     l->permute.num_tokens = d->num_tokens;
     l->permute.top_k = d->top_k;
     l->permute.hidden = d->hidden;
@@ -430,6 +437,7 @@ MOE_HOST moe_status moei_block_layer_plan(const moe_block_layer_desc* desc, moei
     l->combine.place = l->route.place;
     l->combine.rows_dtype = d->dtype;
     l->combine.fault = d->fault;
+    l->combine.rank = d->rank;
     l->combine.num_tokens = d->num_tokens;
     l->combine.hidden = d->hidden;
     l->combine.top_k = d->top_k;

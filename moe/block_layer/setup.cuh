@@ -29,6 +29,7 @@ typedef struct moei_block_active_args {
     int32_t num_experts;
     int32_t room;    /* most experts there may be */
     int32_t entries; /* of active */
+    int32_t rank;
 } moei_block_active_args;
 
 MOE_KERNEL(MOEI_BLOCK_SETUP_THREADS, 1) moei_block_layer_mark(MOE_ARG(moei_block_active_args) a)
@@ -40,7 +41,7 @@ MOE_KERNEL(MOEI_BLOCK_SETUP_THREADS, 1) moei_block_layer_mark(MOE_ARG(moei_block
     {
         const int32_t e = a.ids[slot];
         if (e >= 0 && e < a.num_experts) a.flag[e] = 1; /* all who write it write this */
-        else if (e != -1) moei_fault_raise(a.fault, MOE_FAULT_BAD_ID, 0, slot);
+        else if (e != -1) moei_fault_raise(a.fault, MOE_FAULT_BAD_ID, a.rank, slot);
     }
 }
 
@@ -63,7 +64,7 @@ MOE_KERNEL(MOEI_BLOCK_SETUP_THREADS, 1) moei_block_layer_active(MOE_ARG(moei_blo
         before += all;
     }
     if (threadIdx.x == 0) {
-        if (before > a.room) moei_fault_raise(a.fault, MOE_FAULT_NO_ROOM, 0, before);
+        if (before > a.room) moei_fault_raise(a.fault, MOE_FAULT_NO_ROOM, a.rank, before);
         *a.count = before < a.room ? before : a.room;
     }
     for (int i = before + (int)threadIdx.x; i < a.entries; i += MOEI_BLOCK_SETUP_THREADS)
@@ -89,15 +90,17 @@ typedef struct moei_block_tables_args {
     int32_t strips1, strips2; /* of an expert in w1 and w2 */
     int32_t grad_bytes;       /* of an element of dw1 and dw2 */
     int32_t no_tokens;        /* 1: no expert is active; grad_expert alone is written */
+    int32_t rank;
 } moei_block_tables_args;
 
 /* An expert's matrix; null where the table's entry is of no use. */
-MOE_DEVICE const char* moei_block_layer_matrix(const moe_weights* w, int e, uint64_t* fault)
+MOE_DEVICE const char* moei_block_layer_matrix(const moe_weights* w, int e, uint64_t* fault,
+                                               int rank)
 {
     const char* p = w->table ? (const char*)w->table[e]
                              : (const char*)w->base + (int64_t)e * w->expert_stride * 2;
     if (p && ((uintptr_t)p & 15) == 0) return p;
-    moei_fault_raise(fault, MOE_FAULT_BAD_TABLE, 0, e);
+    moei_fault_raise(fault, MOE_FAULT_BAD_TABLE, rank, e);
     return 0;
 }
 
@@ -112,7 +115,7 @@ MOE_KERNEL(MOEI_BLOCK_SETUP_THREADS, 1) moei_block_layer_tables(MOE_ARG(moei_blo
     count = a.no_tokens ? 0 : *a.count;
     if (a.grad_expert) {
         if (count > a.max_experts && a.fault) {
-            if (i == 0) moei_fault_raise(a.fault, MOE_FAULT_NO_ROOM, 0, count);
+            if (i == 0) moei_fault_raise(a.fault, MOE_FAULT_NO_ROOM, a.rank, count);
             return;
         }
         if (i < a.max_experts) a.grad_expert[i] = i < count ? a.active[i] : -1;
@@ -123,14 +126,15 @@ MOE_KERNEL(MOEI_BLOCK_SETUP_THREADS, 1) moei_block_layer_tables(MOE_ARG(moei_blo
         const int64_t at2 = (int64_t)e * a.strips2 + j;
         const int64_t slot = a.expert_slot[e];
         const bool grad = slot >= 0 && slot < a.max_experts;
-        const char* p = slot >= 0 ? moei_block_layer_matrix(&a.w1, e, a.fault) : (const char*)0;
+        const char* p =
+            slot >= 0 ? moei_block_layer_matrix(&a.w1, e, a.fault, a.rank) : (const char*)0;
         a.w1_table[i] = p ? p + (int64_t)j * a.block * a.w1.row_stride * 2 : p;
         if (a.dw1_table) {
             const int64_t row = slot * a.strips1 * a.block + (int64_t)j * a.block;
             a.dw1_table[i] = grad ? a.dw1 + row * a.hidden * a.grad_bytes : (char*)0;
         }
         if (j >= a.strips2) return;
-        p = slot >= 0 ? moei_block_layer_matrix(&a.w2, e, a.fault) : (const char*)0;
+        p = slot >= 0 ? moei_block_layer_matrix(&a.w2, e, a.fault, a.rank) : (const char*)0;
         a.w2_table[at2] = p ? p + (int64_t)j * a.block * 2 : p;
         if (a.dw2_table) {
             const int64_t at = slot * a.hidden * a.intermediate + (int64_t)j * a.block;

@@ -115,6 +115,7 @@ typedef struct moe_block_sparse_desc {
     int32_t dtype;       /* of A and B: fp16 or bf16; 0 = bf16 */
     int32_t c_dtype;     /* dtype or fp32; 0 = dtype */
     moe_block_choice choice;
+    int32_t rank;            /* reported with a fault, 0 .. MOE_FAULT_MAX_RANK */
     moe_block_depths depths; /* unchecked, as block_layer.cuh sets it; else zero */
     /* workspace */
     void* workspace; /* 16-byte aligned; null if moe_block_sparse_workspace asks for 0 */
@@ -147,6 +148,7 @@ typedef struct moe_block_list_desc {
     int32_t whole_batch;                              /* 1: one row of ids */
     int32_t max_blocks; /* room in the lists, RB * CB is always enough. A mask with more blocks:
                            fault NO_ROOM, and an empty list */
+    int32_t rank;       /* reported with a fault, 0 .. MOE_FAULT_MAX_RANK */
     /* workspace */
     void* workspace; /* 16-byte aligned; null if moe_block_list_workspace asks for 0 */
     size_t workspace_bytes;

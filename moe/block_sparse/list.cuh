@@ -130,6 +130,7 @@ MOE_HOST moe_status moei_block_list_check_options(moei_block_list_args* a)
     MOEI_REQUIRE(d->top_k == 0 || d->ids || (!routing && !mask), MOE_ERR_CONFLICT, top_k);
     MOEI_REQUIRE((d->whole_batch | 1) == 1, MOE_ERR_OPTION, whole_batch);
     MOEI_REQUIRE(!d->whole_batch || d->ids || (!routing && !mask), MOE_ERR_CONFLICT, whole_batch);
+    MOEI_REQUIRE_RANK(d);
     MOEI_REQUIRE(d->max_blocks >= 0, MOE_ERR_RANGE, max_blocks);
     return MOE_OK;
 }

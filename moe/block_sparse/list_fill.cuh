@@ -248,8 +248,9 @@ MOE_KERNEL(MOEI_BLOCK_LIST_THREADS, 1) moei_block_list_fill(MOE_ARG(moei_block_l
     if (blockIdx.x == 0 && threadIdx.x == 0) {
         a.d.row_offset[a.RB] = empty ? 0 : (int)all;
         if (a.d.column_offset) a.d.column_offset[a.CB] = empty ? 0 : (int)all;
-        if (s.bad_offset >= 0) moei_fault_raise(a.d.fault, MOE_FAULT_BAD_OFFSET, 0, s.bad_offset);
-        else if (empty) moei_fault_raise(a.d.fault, MOE_FAULT_NO_ROOM, 0, all);
+        if (s.bad_offset >= 0)
+            moei_fault_raise(a.d.fault, MOE_FAULT_BAD_OFFSET, a.d.rank, s.bad_offset);
+        else if (empty) moei_fault_raise(a.d.fault, MOE_FAULT_NO_ROOM, a.d.rank, all);
     }
     if (tile == 0 && a.d.column_offset) moei_block_list_fill_offsets(&a, span, empty, &s);
     if (empty) return;

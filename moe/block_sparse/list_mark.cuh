@@ -138,7 +138,7 @@ MOE_DEVICE uint32_t moei_block_list_of_ids(const moei_block_list_args* a, int ro
                 if (bit >= 0 && bit < MOEI_BLOCK_LIST_SPAN)
                     atomicOr(bits + (bit >> 5), 1u << (bit & 31));
             } else if (id[i] != -1 && span == 0) {
-                moei_fault_raise(d->fault, MOE_FAULT_BAD_ID, 0, first + from + i * MOEI_WARP);
+                moei_fault_raise(d->fault, MOE_FAULT_BAD_ID, d->rank, first + from + i * MOEI_WARP);
             }
         }
     }

@@ -139,6 +139,7 @@ MOE_HOST moe_status moei_block_check_options(moe_block_sparse_desc* d)
                      d->choice.rest >= 0 && d->choice.rest <= MOE_BLOCK_TILE_64x64,
                  MOE_ERR_OPTION, choice);
     MOEI_REQUIRE(d->choice.rest == 0 || d->choice.tile, MOE_ERR_OPTION, choice);
+    MOEI_REQUIRE_RANK(d);
     if (d->dtype == 0) d->dtype = MOE_BF16;
     MOEI_REQUIRE(d->dtype == MOE_BF16 || d->dtype == MOE_FP16, MOE_ERR_DTYPE, dtype);
     if (d->c_dtype == 0) d->c_dtype = d->dtype;
@@ -269,6 +270,7 @@ MOE_HOST moe_status moei_block_plan_tile(const moe_block_sparse_desc* d, const m
     a->c = moei_block_operand(d->c, (const void* const*)d->c_table,
                               sdd && d->packed ? m->block_columns : d->c_stride, !turned);
     a->fault = d->fault;
+    a->rank = d->rank;
     a->m = turned ? d->n : d->m;
     a->n = turned ? d->m : d->n;
     a->k = d->k;
@@ -316,6 +318,7 @@ MOE_HOST moe_status moei_block_plan_tile(const moe_block_sparse_desc* d, const m
     s->block = (int32_t*)moei_carve(base, workspace_bytes, (uint64_t)entries * 4);
     s->info = (int32_t*)moei_carve(base, workspace_bytes, (uint64_t)entries * 4);
     s->fault = d->fault;
+    s->rank = d->rank;
     s->lines = lines;
     s->others = a->others;
     s->join = join;

@@ -33,6 +33,7 @@ typedef struct moei_strips_args {
     int32_t words;      /* words in a row of bits */
     int32_t max_blocks; /* of the list */
     int32_t ratio;
+    int32_t rank;
 } moei_strips_args;
 
 typedef struct moei_strips_shared {
@@ -66,14 +67,14 @@ MOE_KERNEL(MOEI_STRIPS_THREADS, 1) moei_block_strips(MOE_ARG(moei_strips_args) d
             const int begin = d.offset[first + i], end = d.offset[first + i + 1];
             if (begin < 0 || end < begin || end > d.max_blocks || end - begin > d.others ||
                 (i == 0 && begin != at)) {
-                if (tid == 0) moei_fault_raise(d.fault, MOE_FAULT_BAD_BLOCK, 0, begin);
+                if (tid == 0) moei_fault_raise(d.fault, MOE_FAULT_BAD_BLOCK, d.rank, begin);
                 bad = 1;
                 break;
             }
             for (int b = begin + tid; b < end; b += MOEI_STRIPS_THREADS) {
                 const int o = d.index[b];
                 if ((uint32_t)o >= (uint32_t)d.others || (b > begin && d.index[b - 1] >= o)) {
-                    moei_fault_raise(d.fault, MOE_FAULT_BAD_BLOCK, 0, b);
+                    moei_fault_raise(d.fault, MOE_FAULT_BAD_BLOCK, d.rank, b);
                     bad = 1;
                 }
             }

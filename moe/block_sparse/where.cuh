@@ -41,6 +41,7 @@ typedef struct moei_block_args {
     int32_t tiles_m, tiles_n;
     int32_t share_m, share_of;
     int32_t c_dtype;
+    int32_t rank;
     moe_block_depths depths;
 } moei_block_args;
 
@@ -95,7 +96,7 @@ MOE_DEVICE moei_block_where moei_block_find(const moei_block_args* d, int index,
     t.begin = d->begin[t.strip];
     t.end = d->end[t.strip];
     if (t.begin < 0 || t.end < t.begin || t.end > d->max_blocks || t.end - t.begin > d->others) {
-        moei_fault_raise(d->fault, MOE_FAULT_BAD_BLOCK, 0, t.begin);
+        moei_fault_raise(d->fault, MOE_FAULT_BAD_BLOCK, d->rank, t.begin);
         t.end = t.begin = 0;
     }
     there = d->n;
@@ -137,7 +138,7 @@ MOE_DEVICE void moei_block_test(const moei_block_args* d, const moei_block_where
     if ((uint32_t)e->block >= (uint32_t)d->others || e->block <= before ||
         (e->block == d->others - 1 && !last) ||
         (d->packed && (uint32_t)e->info >= (uint32_t)d->max_blocks)) {
-        moei_fault_raise(d->fault, MOE_FAULT_BAD_BLOCK, 0, t->begin + at);
+        moei_fault_raise(d->fault, MOE_FAULT_BAD_BLOCK, d->rank, t->begin + at);
         e->block = -1;
     }
 }
@@ -158,7 +159,7 @@ MOE_DEVICE uint64_t moei_block_strip(const moei_block_args* d, const moei_block_
 {
     const uint64_t p = (uint64_t)(uintptr_t)x->table[block];
     if (p != 0 && p % 16 == 0) return p;
-    moei_fault_raise(d->fault, MOE_FAULT_BAD_TABLE, 0, block);
+    moei_fault_raise(d->fault, MOE_FAULT_BAD_TABLE, d->rank, block);
     return 0;
 }
 

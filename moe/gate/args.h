@@ -35,6 +35,7 @@ typedef struct moei_gate_args {
     int32_t num_groups;
     int32_t top_groups;
     int32_t whole_batch;
+    int32_t rank;
     void* workspace;
 } moei_gate_args;
 

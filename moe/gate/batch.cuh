@@ -110,7 +110,7 @@ MOE_DEVICE void moei_gate_batch_row(const moei_gate_args* d, float* row, float* 
         const bool off = d->expert_off && d->expert_off[e];
         float sum = 0.0f;
         for (int p = 0; p < parts; ++p) sum += part[p * E + e];
-        if (!off && moei_is_nan(sum)) moei_fault_raise(d->fault, MOE_FAULT_NAN_SUM, 0, e);
+        if (!off && moei_is_nan(sum)) moei_fault_raise(d->fault, MOE_FAULT_NAN_SUM, d->rank, e);
         row[e] =
             off || __float_as_uint(sum) == MOEI_GATE_MINUS ? __uint_as_float(0x7fc00000u) : sum;
     }

@@ -53,6 +53,7 @@ typedef struct moe_gate_desc {
     int32_t num_groups;  /* neighbouring experts in so many equal groups; 0 = 1; divides E */
     int32_t top_groups;  /* groups a token may choose from, best first; 0 = num_groups */
     int32_t whole_batch; /* 1: one selection for all tokens, by the sums of their logits */
+    int32_t rank;        /* reported with a fault, 0 .. MOE_FAULT_MAX_RANK */
     void* workspace;     /* 16-byte aligned; null if moe_gate_workspace asks for 0 */
     size_t workspace_bytes;
 } moe_gate_desc;

@@ -231,7 +231,7 @@ MOE_DEVICE void moei_gate_token(const moei_gate_args* d, int* count, float* prob
     s = moei_gate_row_stats(d, row, t, rules);
     if (s.nan) {
         moei_gate_unused(d, t, moei_lane(), MOEI_WARP);
-        if (moei_lane() == 0) moei_fault_raise(d->fault, MOE_FAULT_NAN_LOGIT, 0, t);
+        if (moei_lane() == 0) moei_fault_raise(d->fault, MOE_FAULT_NAN_LOGIT, d->rank, (uint32_t)t);
         return;
     }
     if (rules && d->whole_batch) {

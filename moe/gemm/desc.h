@@ -59,6 +59,7 @@ typedef struct moe_grouped_gemm_desc {
                             finite and not negative, 0 = 7 */
     int32_t tile;        /* moe_tile; 0 = chosen by shape and device */
     int32_t accumulate;  /* 1: added to what C holds; 0: written */
+    int32_t rank;        /* reported with a fault, 0 .. MOE_FAULT_MAX_RANK */
 } moe_grouped_gemm_desc;
 
 /* What a launch will run: filled by moe_grouped_gemm_plan, the same choice the launch makes. */

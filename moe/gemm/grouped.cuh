@@ -148,6 +148,7 @@ MOE_HOST moe_status moei_gemm_check_options(moe_grouped_gemm_desc* d)
     if (d->b.major == 0) d->b.major = MOE_MAJOR_K;
     MOEI_REQUIRE(d->b.major == MOE_MAJOR_K || d->b.major == MOE_MAJOR_MN, MOE_ERR_OPTION, b_major);
     MOEI_REQUIRE((d->accumulate | 1) == 1, MOE_ERR_OPTION, accumulate);
+    MOEI_REQUIRE_RANK(d);
     if (d->row_div == 0) d->row_div = 1;
     MOEI_REQUIRE(d->row_div >= 1, MOE_ERR_RANGE, row_div);
     MOEI_REQUIRE(d->tile >= 0 && d->tile <= MOE_TILE_64x64, MOE_ERR_OPTION, tile);

@@ -118,6 +118,7 @@ MOE_HOST moe_status moei_k_check_options(moe_k_grouped_gemm_desc* d)
     MOEI_REQUIRE((d->accumulate | 1) == 1, MOE_ERR_OPTION, accumulate);
     MOEI_REQUIRE(d->tile == 0 || d->tile == MOE_TILE_128x128 || d->tile == MOE_TILE_64x64,
                  MOE_ERR_OPTION, tile);
+    MOEI_REQUIRE_RANK(d);
     MOEI_TRY(moei_k_check_side(&d->a_stride, &d->a_rows, d->m, d->num_rows, MOE_FIELD_a_stride,
                                MOE_FIELD_a_rows));
     MOEI_TRY(moei_k_check_side(&d->b_stride, &d->b_rows, d->n, d->num_rows, MOE_FIELD_b_stride,

@@ -101,7 +101,7 @@ MOE_DEVICE void moei_k_find(moei_k_loader* p, const moe_k_grouped_gemm_desc* d,
         const int a = d->a_div > 1 && p->index[0] >= 0 ? p->index[0] / d->a_div : p->index[0];
         const int b = d->b_div > 1 && p->index[1] >= 0 ? p->index[1] / d->b_div : p->index[1];
         const bool bad = a >= d->a_rows || a < -1 || b >= d->b_rows || b < -1;
-        if (bad) moei_fault_raise(d->fault, MOE_FAULT_BAD_ROW, 0, p->at);
+        if (bad) moei_fault_raise(d->fault, MOE_FAULT_BAD_ROW, d->rank, p->at);
         p->shared->row[slot][side][moei_lane()] = bad || a < 0 || b < 0 ? -1 : side == 0 ? a : b;
         moei_k_read(p, d, s, f);
     }
@@ -204,11 +204,11 @@ MOE_DEVICE bool moei_k_good(const moe_k_grouped_gemm_desc* d)
         const uintptr_t c = d->c_table ? (uintptr_t)d->c_table[e] : 16;
         if (begin < 0 || end < begin || end > d->num_rows) {
             bad = true;
-            moei_fault_raise(d->fault, MOE_FAULT_BAD_OFFSET, 0, e);
+            moei_fault_raise(d->fault, MOE_FAULT_BAD_OFFSET, d->rank, e);
         }
         if (!c || (c & 15) != 0) {
             bad = true;
-            moei_fault_raise(d->fault, MOE_FAULT_BAD_TABLE, 0, e);
+            moei_fault_raise(d->fault, MOE_FAULT_BAD_TABLE, d->rank, e);
         }
     }
     return !__syncthreads_or(bad);

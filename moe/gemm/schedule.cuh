@@ -44,7 +44,7 @@ MOE_DEVICE int moei_expert_end(const moei_schedule* s, int e)
 /* Fills tile_start; all threads of the block call it. Returns the number of tiles, or -1 when the
    offsets make no sense, which sets the fault word. */
 MOE_DEVICE int moei_schedule_build(const moei_schedule* s, moei_block_scan_scratch* scratch,
-                                   uint64_t* fault, const int tile_rows)
+                                   uint64_t* fault, int rank, const int tile_rows)
 {
     int before = 0, bad = 0;
     for (int e0 = 0; e0 < s->num_experts; e0 += (int)blockDim.x) {
@@ -54,7 +54,7 @@ MOE_DEVICE int moei_schedule_build(const moei_schedule* s, moei_block_scan_scrat
             const int begin = moei_expert_begin(s, e), end = moei_expert_end(s, e);
             if (begin < 0 || end < begin || end > s->num_rows) {
                 bad = 1;
-                moei_fault_raise(fault, MOE_FAULT_BAD_OFFSET, 0, e);
+                moei_fault_raise(fault, MOE_FAULT_BAD_OFFSET, rank, e);
             } else if (end > begin) {
                 const int first = begin - begin % s->row_align;
                 tiles = (end - first + tile_rows - 1) / tile_rows * s->column_tiles;

@@ -80,7 +80,7 @@ MOE_DEVICE void moei_loader_begin(moei_loader* p, moe_tile_position t,
             if (d->row_div > 1 && row >= 0) row = row / d->row_div;
             if (row >= d->a_rows || row < -1) {
                 if (piece == 0)
-                    moei_fault_raise(d->fault, MOE_FAULT_BAD_ROW, 0, t.row + i * 32 + r);
+                    moei_fault_raise(d->fault, MOE_FAULT_BAD_ROW, d->rank, t.row + i * 32 + r);
                 row = -1;
             }
             p->a_keep |= (row >= 0 ? 1 : 0) << i;
@@ -231,7 +231,7 @@ MOE_DEVICE bool moei_gemm_tables_good(const moe_grouped_gemm_desc* d, const moei
         if (moei_expert_end(s, e) > moei_expert_begin(s, e) &&
             (!b || !up || !c || ((b | up | c) & 15) != 0)) {
             bad = true;
-            moei_fault_raise(d->fault, MOE_FAULT_BAD_TABLE, 0, e);
+            moei_fault_raise(d->fault, MOE_FAULT_BAD_TABLE, d->rank, e);
         }
     }
     return !__syncthreads_or(bad);
@@ -267,7 +267,7 @@ MOE_DEVICE_BODY void moei_gemm_block(const moe_grouped_gemm_desc* d, unsigned ch
     schedule->tile_start =
         (int*)((float*)(ring + f.stages * elems) + f.warps_m * f.warps_n * moei_strip_floats(f.wn));
     tiles.position = s->position;
-    tiles.num_tiles = moei_schedule_build(schedule, &s->scan, d->fault, f.tm);
+    tiles.num_tiles = moei_schedule_build(schedule, &s->scan, d->fault, d->rank, f.tm);
     if ((int)blockIdx.x >= tiles.num_tiles || !moei_gemm_tables_good(d, schedule)) return;
 
     load.tile = (int)blockIdx.x;

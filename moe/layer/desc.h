@@ -53,6 +53,7 @@ typedef struct moe_layer_desc {
     int32_t gate_up;      /* moe_gate_up; 0 = concatenated */
     float alpha, limit;   /* of the clamped SwiGLU, else 0 */
     int32_t tile;         /* moe_tile of all products of experts; 0 = by shape and device */
+    int32_t rank;         /* reported with a fault, 0 .. MOE_FAULT_MAX_RANK */
     /* the stations' options, as in their own headers: what the layer knows better (buffers between
        the stations, sizes, fault word, workspace) is 0 here */
     moe_gate_desc gate;      /* rules and their buffers, expert_count, prob_sum; with ids all 0 */

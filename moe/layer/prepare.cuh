@@ -50,6 +50,7 @@ MOE_HOST moe_status moei_layer_check_sizes(const moe_layer_desc* d)
                  num_experts);
     MOEI_REQUIRE(d->top_k >= 1 && d->top_k <= MOE_COMBINE_MAX_TOP_K, MOE_ERR_RANGE, top_k);
     MOEI_REQUIRE(d->ids || d->top_k <= d->num_experts, MOE_ERR_RANGE, top_k);
+    MOEI_REQUIRE_RANK(d);
     MOEI_REQUIRE(d->hidden >= 1, MOE_ERR_RANGE, hidden);
     MOEI_REQUIRE(d->hidden % 8 == 0, MOE_ERR_MULTIPLE, hidden);
     MOEI_REQUIRE(d->intermediate >= 1, MOE_ERR_RANGE, intermediate);
@@ -74,22 +75,24 @@ MOE_HOST moe_status moei_layer_resolve(const moe_layer_desc* d, moei_layer_optio
     moe_route_desc checked; /* with its defaults */
     MOEI_TRY(moei_layer_check_sizes(d));
     MOEI_REQUIRE(!g->logits && !g->logits_stride && !g->logits_dtype && !g->ids && !g->weights &&
-                     !g->chunk_count && !g->fault && !g->num_tokens && !g->num_experts &&
-                     !g->top_k && !g->workspace && !g->workspace_bytes,
+                     !g->chunk_count && !g->fault && !g->rank && !g->num_tokens &&
+                     !g->num_experts && !g->top_k && !g->workspace && !g->workspace_bytes,
                  MOE_ERR_CONFLICT, gate);
     MOEI_REQUIRE(!d->ids || moei_all_zero(g, sizeof *g), MOE_ERR_CONFLICT, gate); /* none runs */
     MOEI_REQUIRE(!r->ids && !r->weights && !r->chunk_count && !r->expert_count &&
-                     !r->expert_offset && !r->row_slot && !r->place && !r->fault &&
+                     !r->expert_offset && !r->row_slot && !r->place && !r->fault && !r->rank &&
                      !r->num_tokens && !r->num_experts && !r->top_k && !r->place_kind &&
                      !r->workspace && !r->workspace_bytes,
                  MOE_ERR_CONFLICT, route);
     o->gate = *g;
     o->gate.fault = d->fault;
+    o->gate.rank = d->rank;
     o->gate.num_tokens = d->num_tokens;
     o->gate.num_experts = d->num_experts;
     o->gate.top_k = d->top_k;
     o->route = *r;
     o->route.fault = d->fault;
+    o->route.rank = d->rank;
     o->route.num_tokens = d->num_tokens;
     o->route.num_experts = d->num_experts;
     o->route.top_k = d->top_k;
@@ -281,6 +284,7 @@ MOE_HOST void moei_layer_describe(const moe_layer_desc* d, const moei_layer_opti
     l->router.router_dtype = d->router_dtype;
     l->router.logits = v->logits;
     l->router.fault = d->fault;
+    l->router.rank = d->rank;
     l->router.num_tokens = d->num_tokens;
     l->router.hidden = d->hidden;
     l->router.num_experts = d->num_experts;
@@ -314,6 +318,7 @@ MOE_HOST void moei_layer_describe(const moe_layer_desc* d, const moei_layer_opti
     l->experts.act = v->act;
     l->experts.rows = v->rows;
     l->experts.fault = d->fault;
+    l->experts.rank = d->rank;
     l->experts.num_tokens = d->num_tokens;
     l->experts.num_rows = (int32_t)v->num_rows;
     l->experts.hidden = d->hidden;
@@ -337,6 +342,7 @@ MOE_HOST void moei_layer_describe(const moe_layer_desc* d, const moei_layer_opti
     l->shared.act = v->shared_act;
     l->shared.rows = v->shared_rows;
     l->shared.fault = d->fault;
+    l->shared.rank = d->rank;
     l->shared.num_rows = d->num_tokens;
     l->shared.hidden = d->hidden;
     l->shared.intermediate = d->shared.intermediate;
@@ -361,6 +367,7 @@ MOE_HOST void moei_layer_describe(const moe_layer_desc* d, const moei_layer_opti
     l->combine.y = d->y;
     l->combine.y_stride = d->y_stride;
     l->combine.fault = d->fault;
+    l->combine.rank = d->rank;
     l->combine.num_tokens = d->num_tokens;
     l->combine.hidden = d->hidden;
     l->combine.top_k = d->top_k;

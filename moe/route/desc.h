@@ -47,6 +47,7 @@ typedef struct moe_route_desc {
     int32_t absent_replicas; /* with replicas only. 1: an empty range, or a replica_expert of -1, is
                                 an expert elsewhere: its slots are dropped, no fault.
                                 0: BAD_REPLICA */
+    int32_t rank;            /* reported with a fault, 0 .. MOE_FAULT_MAX_RANK */
     void* workspace;      /* 16-byte aligned; null if moe_route_workspace asks for 0 */
     size_t workspace_bytes;
 } moe_route_desc;

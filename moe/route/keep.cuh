@@ -64,7 +64,7 @@ MOE_DEVICE moei_route_part moei_route_find_part(const moei_route_args* a, int fr
     const int slots = a->d.num_tokens * a->d.top_k;
     moei_route_part p;
     if (from < 0 || count < 0 || (int64_t)from + count > slots) { /* not these ids' counts */
-        if (threadIdx.x == 0) moei_fault_raise(a->d.fault, MOE_FAULT_BAD_COUNT, 0, 0);
+        if (threadIdx.x == 0) moei_fault_raise(a->d.fault, MOE_FAULT_BAD_COUNT, a->d.rank, 0);
         from = count = 0;
     }
     p.slot = a->list_slot + from;
@@ -226,7 +226,7 @@ MOE_DEVICE void moei_route_write_slot(const moei_route_args* a, uint32_t expert_
     int row = at < 0 ? -1 : (int)(expert_row + (unsigned)at);
     moe_place place;
     if (slot < 0 || slot >= d->num_tokens * d->top_k || row < -1 || row >= a->max_rows) {
-        moei_fault_raise(d->fault, MOE_FAULT_BAD_COUNT, 0, d->num_tokens * d->top_k - 1);
+        moei_fault_raise(d->fault, MOE_FAULT_BAD_COUNT, d->rank, d->num_tokens * d->top_k - 1);
         return;
     }
     if (d->slot_row) d->slot_row[slot] = row;

@@ -39,7 +39,8 @@ MOE_DEVICE int moei_route_replica(const moe_route_desc* d, uint32_t slot, int id
         if (d->replica_expert) e = d->replica_expert[e];
     }
     if (e >= 0 && e < d->num_replicas) return e;
-    if (e != -1 || !d->absent_replicas) moei_fault_raise(d->fault, MOE_FAULT_BAD_REPLICA, 0, slot);
+    if (e != -1 || !d->absent_replicas)
+        moei_fault_raise(d->fault, MOE_FAULT_BAD_REPLICA, d->rank, slot);
     return -1;
 }
 
@@ -49,7 +50,7 @@ MOE_DEVICE int moei_route_id(const moe_route_desc* d, uint32_t slot, int id, con
 {
     if (id >= 0 && id < d->num_experts)
         return options && d->replica_offset ? moei_route_replica(d, slot, id) : id;
-    if (id != -1) moei_fault_raise(d->fault, MOE_FAULT_BAD_ID, 0, slot);
+    if (id != -1) moei_fault_raise(d->fault, MOE_FAULT_BAD_ID, d->rank, slot);
     return -1;
 }
 
@@ -287,7 +288,7 @@ MOE_DEVICE int moei_route_offsets(const moei_route_args* a, const moei_route_sha
     if (blockIdx.x == 0 && threadIdx.x == 0) {
         d->expert_offset[E] = rows;
         if (rows < 0 || rows > a->max_rows)
-            moei_fault_raise(d->fault, MOE_FAULT_BAD_COUNT, 0, 0);
+            moei_fault_raise(d->fault, MOE_FAULT_BAD_COUNT, d->rank, 0);
     }
     return rows;
 }
@@ -418,7 +419,7 @@ MOE_DEVICE_BODY void moei_route_place_chunk(const moei_route_args* a, unsigned c
                 if (options && (unsigned)row - (unsigned)s.offset[e] >= (unsigned)d->capacity) {
                     row = -1; /* no room */
                 } else if (row < 0 || row >= a->max_rows) { /* not the ids that were counted */
-                    moei_fault_raise(d->fault, MOE_FAULT_BAD_COUNT, 0, slot);
+                    moei_fault_raise(d->fault, MOE_FAULT_BAD_COUNT, d->rank, slot);
                     row = -1;
                 }
                 s.row[at] = row;
@@ -454,7 +455,7 @@ MOE_DEVICE_BODY void moei_route_place_chunk(const moei_route_args* a, unsigned c
     for (int e = (int)threadIdx.x; e < E; e += (int)blockDim.x)
         checksum -= moei_route_checksum(e, s.base[e]);
     if (d->num_tokens > 0 && checksum != 0) /* the ids are not those that were counted */
-        moei_fault_raise(d->fault, MOE_FAULT_BAD_COUNT, 0, moei_route_begin(d, blockIdx.x));
+        moei_fault_raise(d->fault, MOE_FAULT_BAD_COUNT, d->rank, moei_route_begin(d, blockIdx.x));
     if (rows < 0) rows = 0;
     moei_route_clear_rows(a, (uint32_t)rows + blockIdx.x * blockDim.x + threadIdx.x,
                           (uint32_t)a->max_rows, gridDim.x * blockDim.x); /* past the last */

@@ -192,15 +192,16 @@ static void test_fault_order(void)
 typedef struct fault_args {
     uint64_t* word;
     int32_t* stopped; /* [threads of the grid] */
-    int32_t code;
-    int32_t n; /* threads that raise, each with another index; the last thread has index 5 */
+    int64_t index;
+    int32_t code, rank;
+    int32_t n; /* threads that raise, each with another index; the last of them has `index` */
 } fault_args;
 
 MOE_KERNEL(256, 1) fault_kernel(MOE_ARG(fault_args) d)
 {
     const int i = (int)(blockIdx.x * blockDim.x + threadIdx.x);
     d.stopped[i] = moei_fault_stopped(d.word);
-    if (i < d.n) moei_fault_raise(d.word, d.code, 3, 5 + (d.n - 1 - i));
+    if (i < d.n) moei_fault_raise(d.word, d.code, d.rank, d.index + (d.n - 1 - i));
 }
 
 static void test_fault_raise(void)
@@ -212,6 +213,8 @@ static void test_fault_raise(void)
     a.word = (uint64_t*)word.p;
     a.stopped = (int32_t*)stopped.p;
     a.code = MOE_FAULT_BAD_ID;
+    a.rank = 3;
+    a.index = 5;
     a.n = 1000;
     CHECK_STATUS(MOE_LAUNCH(fault_kernel, c, a), MOE_OK);
     CHECK(tfault_word(&word) == MOEI_FAULT_KEY(MOE_FAULT_BAD_ID, 3, 5), "the smallest index wins");
@@ -229,6 +232,18 @@ static void test_fault_raise(void)
     got = (int32_t*)tbuf_copy(&stopped);
     for (int i = 0; i < 4 * 256; ++i) CHECK(got[i] == 1, "thread %d did not see the stop", i);
     free(got);
+    for (int i = 0; i < 2 * 4 * 6; ++i) { /* every part of the key */
+        static const int32_t ranks[] = {0, 1, 3000, MOE_FAULT_MAX_RANK};
+        static const int64_t indices[] = {0, 1, 0xffffffff, 0x100000000, 0xfffffffffff, -1};
+        const uint64_t none = 0;
+        tbuf_put(&word, &none);
+        a.code = i % 2 ? MOE_FAULT_NAN_LOGIT : MOE_FAULT_NO_ROOM;
+        a.rank = ranks[i / 2 % 4];
+        a.index = indices[i / 8];
+        CHECK_STATUS(MOE_LAUNCH(fault_kernel, c, a), MOE_OK);
+        CHECK(tfault_word(&word) == MOEI_FAULT_KEY(a.code, a.rank, a.index),
+              "code %d rank %d index %lld", a.code, a.rank, (long long)a.index);
+    }
     a.word = 0; /* no word: nothing is raised, nothing stops */
     CHECK_STATUS(MOE_LAUNCH(fault_kernel, c, a), MOE_OK);
     got = (int32_t*)tbuf_copy(&stopped);

@@ -213,6 +213,7 @@ static void bufs_new(layer_bufs* b, const layer_case* c, trand* r)
     d->dy_stride = c->pad ? dy_stride(c) : 0;
     d->dx_stride = c->pad ? dx_stride(c) : 0;
     d->fault = (uint64_t*)b->fault.p;
+    d->rank = TEST_RANK;
     d->form = c->form;
     d->num_tokens = c->T;
     d->hidden = c->H;
@@ -1510,7 +1511,7 @@ static void test_graph(void)
 
 static void test_stop_faults(void)
 {
-    const uint64_t word = MOEI_FAULT_KEY(MOE_FAULT_BAD_OFFSET, 0, 7);
+    const uint64_t word = MOEI_FAULT_KEY(MOE_FAULT_BAD_OFFSET, TEST_RANK, 7);
     trand r = trand_new(17);
     for (int form = DENSE; form <= BATCH; ++form) {
         layer_case c = normal_case(form, 37, 24, 32, 5, 2);
@@ -1735,6 +1736,8 @@ static void test_refusals(void)
     REFUSED_BACKWARD(d.dy = d.dx = AT(d.dx, 8), MOE_ERR_ALIGN, dy);
     REFUSED_BOTH(d.saved = AT(d.saved, 16), MOE_ERR_ALIGN, saved);
     REFUSED_BOTH(d.workspace = AT(d.workspace, 16), MOE_ERR_ALIGN, workspace);
+    REFUSED_BOTH(d.rank = -1, MOE_ERR_RANGE, rank);
+    REFUSED_BOTH(d.rank = MOE_FAULT_MAX_RANK + 1, MOE_ERR_RANGE, rank);
     REFUSED_BOTH(d.fault = (uint64_t*)AT(d.fault, 4), MOE_ERR_ALIGN, fault);
     REFUSED_FORWARD(d.y = AT(d.y, 8), MOE_ERR_ALIGN, y);
     REFUSED_BACKWARD(d.dy = AT(d.dy, 8), MOE_ERR_ALIGN, dy);

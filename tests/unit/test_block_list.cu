@@ -100,6 +100,7 @@ static tlist tlist_new(const moe_block_list_desc* host, int columns, int64_t spa
         t.d.position = (int32_t*)t.position.p;
     }
     t.d.fault = (uint64_t*)t.word.p;
+    t.d.rank = TEST_RANK;
     CHECK_STATUS(moe_block_list_workspace(&t.d, &workspace), MOE_OK);
     t.workspace = tbuf_new("workspace", workspace, 0);
     t.d.workspace = t.workspace.p;
@@ -444,6 +445,7 @@ static void test_huge(void)
     d->row_offset = (int32_t*)t.row_offset.p;
     d->column_index = (int32_t*)t.column_index.p;
     d->fault = (uint64_t*)t.word.p;
+    d->rank = TEST_RANK;
     CHECK_STATUS(moe_block_list_workspace(d, &workspace), MOE_OK);
     t.workspace = tbuf_new("workspace", workspace, 0);
     d->workspace = t.workspace.p;
@@ -579,7 +581,7 @@ static void test_stop_fault(void)
         const int stops = codes[i / 2] <= MOE_FAULT_LAST_STOP;
         moe_block_list_desc d = tlist_routing(&r, 300, 30, 2);
         int32_t* source = i & 1 ? tlist_ids(&r, 600, 30, 0) : tlist_offsets(&r, 300, 30);
-        uint64_t word = MOEI_FAULT_KEY(codes[i / 2], 0, 77);
+        uint64_t word = MOEI_FAULT_KEY(codes[i / 2], TEST_RANK, 77);
         tlist t;
         if (i & 1) d.ids = source, d.top_k = 2;
         else d.expert_offset = source;
@@ -694,6 +696,8 @@ static void test_refusals(void)
     REFUSE(t, ALIGN, row_index, d.row_index = SHIFT(int32_t, d.row_index, 2));
     REFUSE(t, ALIGN, position, d.position = SHIFT(int32_t, d.position, 2));
     REFUSE(t, ALIGN, workspace, d.workspace = SHIFT(void, d.workspace, 8));
+    REFUSE(t, RANGE, rank, d.rank = -1);
+    REFUSE(t, RANGE, rank, d.rank = MOE_FAULT_MAX_RANK + 1);
     REFUSE(t, ALIGN, fault, d.fault = SHIFT(uint64_t, d.fault, 4));
     REFUSE(t, OVERLAP, row_offset, d.row_offset = SHIFT(int32_t, d.bytes, 1600));
     REFUSE(u, OVERLAP, row_offset, d.row_offset = SHIFT(int32_t, d.ids, 796));

@@ -712,6 +712,7 @@ static void test_block_many_past_2_31(void)
         d.b_transposed = 1;
         d.dtype = MOE_FP16;
         d.fault = (uint64_t*)fault.p;
+        d.rank = TEST_RANK;
         d.mask.row_offset = (const int32_t*)d_rows.p;
         d.mask.column_index = (const int32_t*)d_columns.p;
         d.mask.block_rows = d.mask.block_columns = BLOCK;

@@ -39,7 +39,7 @@ static void check_bad_list(tproduct* p, const char* what, int first, int last)
     tmatrix_poison(&p->c);
     CHECK_STATUS(moe_block_sparse(&p->d, test_now.stream), MOE_OK);
     f = moe_fault_decode(tfault_word(&p->fault));
-    CHECK(f.code == MOE_FAULT_BAD_BLOCK && f.rank == 0, "%s: fault \"%s\" at %lld: %s", what,
+    CHECK(f.code == MOE_FAULT_BAD_BLOCK && f.rank == TEST_RANK, "%s: fault \"%s\" at %lld: %s", what,
           moe_fault_text(f.code), (long long)f.index, tproduct_text(&p->w));
     CHECK(first < 0 || (f.index >= first && f.index <= last), "%s: entry %lld, not %d .. %d: %s",
           what, (long long)f.index, first, last, tproduct_text(&p->w));
@@ -255,7 +255,8 @@ static void test_block_stopped(void)
     for (int i = 0; i < 9; ++i) {
         tproduct_want w = tproduct_normal(MOE_BLOCK_SDD + i % 3, 50, 60, 70);
         tproduct p;
-        uint64_t word = MOEI_FAULT_KEY(i & 1 ? MOE_FAULT_NO_ROOM : MOE_FAULT_BAD_OFFSET, 0, 7);
+        uint64_t word =
+            MOEI_FAULT_KEY(i & 1 ? MOE_FAULT_NO_ROOM : MOE_FAULT_BAD_OFFSET, TEST_RANK, 7);
         tproduct_randomise(&w, &r);
         w.form = i / 3;
         w.packed = w.packed && w.form == TFORM_LIST;
@@ -266,7 +267,7 @@ static void test_block_stopped(void)
         CHECK_STATUS(moe_block_sparse(&p.d, test_now.stream), MOE_OK);
         CHECK(tmatrix_same(&p.c, 1), "after a stop fault: %s", tproduct_text(&w));
         CHECK_FAULT(&p.fault, i & 1 ? MOE_FAULT_NO_ROOM : MOE_FAULT_BAD_OFFSET, 7);
-        word = MOEI_FAULT_KEY(MOE_FAULT_BAD_ID, 0, 3);
+        word = MOEI_FAULT_KEY(MOE_FAULT_BAD_ID, TEST_RANK, 3);
         tbuf_put(&p.fault, &word);
         CHECK_STATUS(moe_block_sparse(&p.d, test_now.stream), MOE_OK);
         CHECK_FAULT(&p.fault, MOE_FAULT_BAD_ID, 3);
@@ -399,6 +400,8 @@ static void test_block_refusals(void)
         REFUSED(d.a = AT(d.a, 8), MOE_ERR_ALIGN, a);
         REFUSED(d.b = AT(d.b, 8), MOE_ERR_ALIGN, b);
         REFUSED(d.c = AT(d.c, 8), MOE_ERR_ALIGN, c);
+        REFUSED(d.rank = -1, MOE_ERR_RANGE, rank);
+        REFUSED(d.rank = MOE_FAULT_MAX_RANK + 1, MOE_ERR_RANGE, rank);
         REFUSED(d.fault = (uint64_t*)AT(d.fault, 4), MOE_ERR_ALIGN, fault);
         if (sdd) /* walked by columns; the zeros are by rows */
             REFUSED((d.zero_masked = 1, d.mask.block_rows = 16, d.mask.block_columns = 32,

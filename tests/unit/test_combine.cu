@@ -156,6 +156,7 @@ static void bufs_new(combine_bufs* b, const combine_case* c, trand* r)
     b->d.y_stride = y_pad ? c->H + y_pad : 0;
     b->d.y_dtype = c->y_dtype == c->rows_dtype ? MOE_DTYPE_DEFAULT : c->y_dtype;
     b->d.fault = c->bare ? (uint64_t*)0 : (uint64_t*)b->fault.p;
+    b->d.rank = TEST_RANK;
     b->d.num_tokens = c->T;
     b->d.hidden = c->H;
     b->d.top_k = c->K;
@@ -599,13 +600,13 @@ static void test_combine_faults(void)
         CHECK_FAULT(&b.fault, MOE_FAULT_BAD_PLACE, 77);
     }
     compare(&b, &c);
-    word = MOEI_FAULT_KEY(MOE_FAULT_BAD_ID, 0, 5000); /* an earlier code stays */
+    word = MOEI_FAULT_KEY(MOE_FAULT_BAD_ID, TEST_RANK, 5000); /* an earlier code stays */
     tbuf_put(&b.fault, &word);
     tbuf_poison(&b.y);
     CHECK_STATUS(moe_combine(&b.d, test_now.stream), MOE_OK);
     CHECK_FAULT(&b.fault, MOE_FAULT_BAD_ID, 5000);
     CHECK(!tbuf_holds(&b.y, 0), "a data fault stopped combine");
-    word = MOEI_FAULT_KEY(MOE_FAULT_BAD_OFFSET, 0, 2);
+    word = MOEI_FAULT_KEY(MOE_FAULT_BAD_OFFSET, TEST_RANK, 2);
     tbuf_put(&b.fault, &word);
     tbuf_poison(&b.y);
     CHECK_STATUS(moe_combine(&b.d, test_now.stream), MOE_OK);
@@ -645,6 +646,7 @@ static void test_combine_by_hand(void)
     d.rows_dtype = MOE_FP32;
     d.y = by.p;
     d.fault = (uint64_t*)fault.p;
+    d.rank = TEST_RANK;
     d.num_tokens = T;
     d.hidden = H;
     d.top_k = K;
@@ -767,6 +769,8 @@ static void test_combine_refusals(void)
     REFUSED(d.y = AT(d.y, 1), MOE_ERR_ALIGN, y);
     REFUSED((d.y = AT(d.y, 2), d.y_dtype = MOE_FP32), MOE_ERR_ALIGN, y);
     REFUSED(d.residual = AT(d.residual, 1), MOE_ERR_ALIGN, residual);
+    REFUSED(d.rank = -1, MOE_ERR_RANGE, rank);
+    REFUSED(d.rank = MOE_FAULT_MAX_RANK + 1, MOE_ERR_RANGE, rank);
     REFUSED(d.fault = (uint64_t*)AT(d.fault, 4), MOE_ERR_ALIGN, fault);
     REFUSED((d.num_tokens = 0, d.fault = (uint64_t*)AT(d.fault, 4)), MOE_ERR_ALIGN, fault);
     REFUSED(d.y = (void*)d.table, MOE_ERR_OVERLAP, y);
@@ -899,6 +903,7 @@ static void test_combine_after_route(void)
     both.route.place = (moe_place*)bp.p;
     both.route.place_kind = MOE_PLACE_BY_EXPERT;
     both.route.fault = (uint64_t*)bf.p;
+    both.route.rank = TEST_RANK;
     both.route.num_tokens = T;
     both.route.num_experts = E;
     both.route.top_k = K;
@@ -913,6 +918,7 @@ static void test_combine_after_route(void)
     both.combine.rows_dtype = MOE_FP32;
     both.combine.y = by.p;
     both.combine.fault = (uint64_t*)bf.p;
+    both.combine.rank = TEST_RANK;
     both.combine.num_tokens = T;
     both.combine.hidden = H;
     both.combine.top_k = K;

@@ -156,6 +156,7 @@ static void bufs_new(scatter_bufs* b, const scatter_case* c, trand* r)
     b->d.y_stride = c->y_pad ? y_stride : 0;
     b->d.y_dtype = c->y_dtype == c->rows_dtype ? MOE_DTYPE_DEFAULT : c->y_dtype;
     b->d.fault = c->bare ? (uint64_t*)0 : (uint64_t*)b->fault.p;
+    b->d.rank = TEST_RANK;
     b->d.num_tokens = c->T;
     b->d.hidden = c->H;
     b->d.num_experts = c->E;
@@ -457,6 +458,7 @@ static void test_scatter_counts_past_2_31(void)
         CHECK_STATUS(moe_combine_scatter(&d, test_now.stream), MOE_OK);
         CHECK(tbuf_holds(&by, y), "step %d: rows of an expert that begins nowhere", (int)i);
         d.fault = (uint64_t*)fault.p;
+        d.rank = TEST_RANK;
         CHECK_STATUS(moe_combine_scatter(&d, test_now.stream), MOE_OK);
         CHECK_FAULT(&fault, MOE_FAULT_BAD_OFFSET, 0);
         CHECK(tbuf_holds(&by, y), "step %d, with a fault word", (int)i);
@@ -741,6 +743,8 @@ static void test_scatter_refusals(void)
             MOE_ERR_ALIGN, row_slot);
     REFUSED(d.row_weight = (const float*)AT(d.row_weight, 1), MOE_ERR_ALIGN, row_weight);
     REFUSED(d.y = AT(d.y, 1), MOE_ERR_ALIGN, y);
+    REFUSED(d.rank = -1, MOE_ERR_RANGE, rank);
+    REFUSED(d.rank = MOE_FAULT_MAX_RANK + 1, MOE_ERR_RANGE, rank);
     REFUSED(d.fault = (uint64_t*)AT(d.fault, 4), MOE_ERR_ALIGN, fault);
     REFUSED(d.y = (void*)d.rows, MOE_ERR_OVERLAP, y);
     REFUSED((d.num_tokens = 0, d.fault = (uint64_t*)AT(d.fault, 4)), MOE_ERR_ALIGN, fault);

@@ -168,6 +168,7 @@ static void bufs_new(experts_bufs* b, const experts_case* c, trand* r)
     b->d.act_stride = c->act_pad ? act_stride : 0;
     b->d.row_stride = c->row_pad ? row_stride : 0;
     b->d.fault = (uint64_t*)b->fault.p;
+    b->d.rank = TEST_RANK;
     b->d.num_tokens = c->in_order && c->num_rows ? 0 : c->T;
     b->d.num_rows = c->num_rows;
     b->d.hidden = c->H;
@@ -773,6 +774,8 @@ static void test_experts_refusals(void)
     REFUSED(d.row_slot = (const int32_t*)AT(d.row_slot, 2), MOE_ERR_ALIGN, row_slot);
     REFUSED(d.act = AT(d.act, 8), MOE_ERR_ALIGN, act);
     REFUSED(d.rows = AT(d.rows, 8), MOE_ERR_ALIGN, rows);
+    REFUSED(d.rank = -1, MOE_ERR_RANGE, rank);
+    REFUSED(d.rank = MOE_FAULT_MAX_RANK + 1, MOE_ERR_RANGE, rank);
     REFUSED(d.fault = (uint64_t*)AT(d.fault, 4), MOE_ERR_ALIGN, fault);
     /* without tokens, too */
     REFUSED((d.num_tokens = 0, d.expert_offset = 0), MOE_ERR_NULL, expert_offset);

@@ -88,6 +88,7 @@ static void bufs_new(gate_bufs* b, const gate_case* c, const void* logits)
         b->d.expert_count = (int32_t*)b->count.p;
         b->d.chunk_count = (int32_t*)b->chunk.p;
         b->d.fault = (uint64_t*)b->fault.p;
+        b->d.rank = TEST_RANK;
     }
     b->d.num_tokens = c->T;
     b->d.num_experts = c->E;
@@ -344,15 +345,15 @@ static void test_gate_faults(void)
         CHECK_STATUS(moe_gate(&b.d, test_now.stream), MOE_OK);
         CHECK_FAULT(&b.fault, MOE_FAULT_NAN_LOGIT, 36);
     }
-    word = MOEI_FAULT_KEY(MOE_FAULT_NAN_LOGIT, 0, 12); /* an earlier fault stays */
+    word = MOEI_FAULT_KEY(MOE_FAULT_NAN_LOGIT, TEST_RANK, 12); /* an earlier fault stays */
     tbuf_put(&b.fault, &word);
     CHECK_STATUS(moe_gate(&b.d, test_now.stream), MOE_OK);
     CHECK_FAULT(&b.fault, MOE_FAULT_NAN_LOGIT, 12);
-    word = MOEI_FAULT_KEY(MOE_FAULT_BAD_PLACE, 0, 0); /* one with a later code does not */
+    word = MOEI_FAULT_KEY(MOE_FAULT_BAD_PLACE, TEST_RANK, 0); /* one with a later code does not */
     tbuf_put(&b.fault, &word);
     CHECK_STATUS(moe_gate(&b.d, test_now.stream), MOE_OK);
     CHECK_FAULT(&b.fault, MOE_FAULT_NAN_LOGIT, 36);
-    word = MOEI_FAULT_KEY(MOE_FAULT_BAD_OFFSET, 0, 4);
+    word = MOEI_FAULT_KEY(MOE_FAULT_BAD_OFFSET, TEST_RANK, 4);
     tbuf_put(&b.fault, &word);
     tbuf_poison(&b.ids);
     tbuf_poison(&b.weights);
@@ -419,6 +420,8 @@ static void test_gate_refusals(void)
     REFUSED(d.weights = (float*)((char*)d.weights + 2), MOE_ERR_ALIGN, weights);
     REFUSED(d.expert_count = (int32_t*)((char*)d.expert_count + 2), MOE_ERR_ALIGN, expert_count);
     REFUSED(d.chunk_count = (int32_t*)((char*)d.chunk_count + 3), MOE_ERR_ALIGN, chunk_count);
+    REFUSED(d.rank = -1, MOE_ERR_RANGE, rank);
+    REFUSED(d.rank = MOE_FAULT_MAX_RANK + 1, MOE_ERR_RANGE, rank);
     REFUSED(d.fault = (uint64_t*)((char*)d.fault + 4), MOE_ERR_ALIGN, fault);
     REFUSED(d.ids = (int32_t*)d.logits, MOE_ERR_OVERLAP, ids);
     REFUSED(d.ids = (int32_t*)d.logits + 32 * 40 + 19, MOE_ERR_OVERLAP, ids);
@@ -626,6 +629,7 @@ static void test_gate_many_tokens(void)
     d.expert_count = (int32_t*)bc.p;
     d.chunk_count = (int32_t*)bk.p;
     d.fault = (uint64_t*)bf.p;
+    d.rank = TEST_RANK;
     d.num_tokens = (int32_t)T;
     d.num_experts = E;
     d.top_k = K;

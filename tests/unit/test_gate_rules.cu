@@ -112,6 +112,7 @@ static void bufs_new(rules_bufs* b, const rules_case* c, trand* r)
     d->chunk_count = (int32_t*)b->chunk.p;
     if (c->prob) d->prob_sum = (float*)b->prob.p;
     d->fault = (uint64_t*)b->fault.p;
+    d->rank = TEST_RANK;
     CHECK_STATUS(moe_gate_workspace(d, &bytes), MOE_OK);
     b->workspace = tbuf_new("workspace", bytes, 0);
     d->workspace = bytes ? b->workspace.p : 0;
@@ -331,6 +332,7 @@ static void check_rows(const char* what, const moe_gate_desc* o, const int32_t* 
         d.weights = (float*)b[4].p;
         if (prob) d.prob_sum = (float*)b[5].p;
         d.fault = (uint64_t*)b[6].p;
+        d.rank = TEST_RANK;
         CHECK_STATUS(moe_gate_workspace(&d, &bytes), MOE_OK);
         b[7] = tbuf_new("workspace", bytes, 0);
         d.workspace = bytes ? b[7].p : 0;
@@ -929,7 +931,7 @@ static void test_stopped(void)
     trand r = trand_new(16);
     for (int batch = 0; batch < 2; ++batch)
         for (int i = 0; i < SHAPES; ++i) {
-            const uint64_t word = MOEI_FAULT_KEY(MOE_FAULT_BAD_OFFSET, 0, 4);
+            const uint64_t word = MOEI_FAULT_KEY(MOE_FAULT_BAD_OFFSET, TEST_RANK, 4);
             rules_case c = plain_case(shapes[i][0], shapes[i][1], shapes[i][2]);
             rules_bufs b;
             c.options.whole_batch = batch;

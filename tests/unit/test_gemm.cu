@@ -45,7 +45,7 @@ MOE_KERNEL(128, 1) schedule_kernel(MOE_ARG(schedule_args) d)
     s.column_tiles = d.column_tiles;
     s.row_align = d.row_align;
     s.tile_start = (int*)shared;
-    count = moei_schedule_build(&s, &scratch, d.fault, d.tile_rows);
+    count = moei_schedule_build(&s, &scratch, d.fault, TEST_RANK, d.tile_rows);
     if (threadIdx.x == 0) *d.num_tiles = count;
     for (int i = (int)threadIdx.x; i < count && i < d.most; i += (int)blockDim.x)
         d.tiles[i] = moei_schedule_tile(&s, i, d.tile_rows);
@@ -539,6 +539,7 @@ static void bufs_new(gemm_bufs* b, const gemm_case* c, trand* r)
     b->d.expert_offset = c->no_offset ? (const int32_t*)0 : (const int32_t*)b->offset.p;
     b->d.c_stride = c->c_pad ? c_stride : 0;
     b->d.fault = (uint64_t*)b->fault.p;
+    b->d.rank = TEST_RANK;
     b->d.num_experts = c->E;
     b->d.num_rows = b->num_rows;
     b->d.n = c->n;
@@ -1028,13 +1029,13 @@ static void test_gemm_stopped(void)
     trand r = trand_new(10);
     gemm_case c = normal_case(2, rows, 72, 40);
     gemm_bufs b;
-    uint64_t word = MOEI_FAULT_KEY(MOE_FAULT_BAD_OFFSET, 0, 7);
+    uint64_t word = MOEI_FAULT_KEY(MOE_FAULT_BAD_OFFSET, TEST_RANK, 7);
     bufs_new(&b, &c, &r);
     tbuf_put(&b.fault, &word);
     CHECK_STATUS(moe_grouped_gemm(&b.d, test_now.stream), MOE_OK);
     CHECK(untouched(&b, &c), "after a stop fault");
     CHECK_FAULT(&b.fault, MOE_FAULT_BAD_OFFSET, 7);
-    word = MOEI_FAULT_KEY(MOE_FAULT_BAD_ID, 0, 3);
+    word = MOEI_FAULT_KEY(MOE_FAULT_BAD_ID, TEST_RANK, 3);
     tbuf_put(&b.fault, &word);
     CHECK_STATUS(moe_grouped_gemm(&b.d, test_now.stream), MOE_OK);
     CHECK_FAULT(&b.fault, MOE_FAULT_BAD_ID, 3);
@@ -1223,6 +1224,8 @@ static void test_gemm_refusals(void)
     REFUSED(d.bias = AT(d.bias, 1), MOE_ERR_ALIGN, bias);
     REFUSED(d.expert_offset = (const int32_t*)AT(d.expert_offset, 2), MOE_ERR_ALIGN, expert_offset);
     REFUSED(d.accumulate = 2, MOE_ERR_OPTION, accumulate);
+    REFUSED(d.rank = -1, MOE_ERR_RANGE, rank);
+    REFUSED(d.rank = MOE_FAULT_MAX_RANK + 1, MOE_ERR_RANGE, rank);
     REFUSED(d.fault = (uint64_t*)AT(d.fault, 4), MOE_ERR_ALIGN, fault);
     REFUSED(d.c = (void*)d.a, MOE_ERR_OVERLAP, c);
     REFUSED(d.c = AT(d.a, 30 * 40 * 2 - 16), MOE_ERR_OVERLAP, c); /* its last 16 bytes */

@@ -127,6 +127,7 @@ static void bufs_new(k_bufs* b, const k_case* c, trand* r)
     b->d.c_table = (void* const*)b->table.p;
     b->d.c_stride = c->c_pad ? c_stride : 0;
     b->d.fault = (uint64_t*)b->fault.p;
+    b->d.rank = TEST_RANK;
     b->d.num_experts = c->E, b->d.num_rows = b->num_rows, b->d.m = c->m, b->d.n = c->n;
     b->d.dtype = c->dtype == MOE_BF16 ? MOE_DTYPE_DEFAULT : c->dtype;
     b->d.c_dtype = c->c_dtype == c->dtype ? MOE_DTYPE_DEFAULT : c->c_dtype;
@@ -327,7 +328,7 @@ static void test_k_faults(void)
         k_bufs b;
         int32_t offset[5];
         void* at[4];
-        const uint64_t stop = MOEI_FAULT_KEY(MOE_FAULT_BAD_BLOCK, 0, 3);
+        const uint64_t stop = MOEI_FAULT_KEY(MOE_FAULT_BAD_BLOCK, TEST_RANK, 3);
         c.c_table = how >= 4;
         bufs_new(&b, &c, &r);
         memcpy(offset, b.h_offset, sizeof offset);
@@ -419,6 +420,8 @@ static void test_k_refusals(void)
     REFUSED(d.a_div = -1, MOE_ERR_RANGE, a_div);
     REFUSED(d.b_div = -1, MOE_ERR_RANGE, b_div);
     REFUSED(d.accumulate = 2, MOE_ERR_OPTION, accumulate);
+    REFUSED(d.rank = -1, MOE_ERR_RANGE, rank);
+    REFUSED(d.rank = MOE_FAULT_MAX_RANK + 1, MOE_ERR_RANGE, rank);
     REFUSED(d.tile = MOE_TILE_128x256, MOE_ERR_OPTION, tile);
     REFUSED(d.tile = -1, MOE_ERR_OPTION, tile);
     REFUSED(d.a_rows = -1, MOE_ERR_RANGE, a_rows);

@@ -289,6 +289,7 @@ static void bufs_new(layer_bufs* b, const layer_case* c, trand* r)
     b->d.y_stride = y_stride == H ? 0 : y_stride;
     b->d.residual_stride = residual_stride == H ? 0 : residual_stride;
     b->d.fault = (uint64_t*)b->fault.p;
+    b->d.rank = TEST_RANK;
     b->d.num_tokens = c->T;
     b->d.hidden = c->H;
     b->d.intermediate = c->I;
@@ -1262,7 +1263,7 @@ static void test_layer_stopped(void)
 {
     trand r = trand_new(7);
     for (int from = FROM_ROUTER; from <= FROM_IDS; ++from) {
-        const uint64_t stop = MOEI_FAULT_KEY(MOE_FAULT_BAD_OFFSET, 0, 5);
+        const uint64_t stop = MOEI_FAULT_KEY(MOE_FAULT_BAD_OFFSET, TEST_RANK, 5);
         layer_case c = normal_case(20, 64, 40, 4, 2);
         layer_bufs b;
         c.from = from;
@@ -1684,6 +1685,8 @@ static void test_layer_refusals(void)
         REFUSED(d.gate.ids = (int32_t*)b.ids.p, MOE_ERR_CONFLICT, gate);
         REFUSED(d.gate.weights = (float*)b.weights.p, MOE_ERR_CONFLICT, gate);
         REFUSED(d.gate.chunk_count = (int32_t*)b.gate_count.p, MOE_ERR_CONFLICT, gate);
+        REFUSED(d.gate.rank = 1, MOE_ERR_CONFLICT, gate);
+        REFUSED(d.route.rank = 1, MOE_ERR_CONFLICT, route);
         REFUSED(d.gate.fault = d.fault, MOE_ERR_CONFLICT, gate);
         REFUSED(d.gate.num_tokens = T, MOE_ERR_CONFLICT, gate);
         REFUSED(d.gate.num_experts = E, MOE_ERR_CONFLICT, gate);
@@ -1784,6 +1787,8 @@ static void test_layer_refusals(void)
         REFUSED(d.y = 0, MOE_ERR_NULL, y);
         REFUSED(d.y = AT(d.y, 1), MOE_ERR_ALIGN, y);
         REFUSED(d.residual = AT(d.residual, 1), MOE_ERR_ALIGN, residual);
+        REFUSED(d.rank = -1, MOE_ERR_RANGE, rank);
+        REFUSED(d.rank = MOE_FAULT_MAX_RANK + 1, MOE_ERR_RANGE, rank);
         REFUSED(d.fault = (uint64_t*)AT(d.fault, 4), MOE_ERR_ALIGN, fault);
         REFUSED(d.workspace = 0, MOE_ERR_NULL, workspace);
         REFUSED(d.workspace = AT(d.workspace, 128), MOE_ERR_ALIGN, workspace);

@@ -92,6 +92,7 @@ static void bufs_new(permute_bufs* b, const permute_case* c, trand* r)
     b->d.y_stride = c->y_pad ? y_stride : 0;
     b->d.dtype = c->dtype;
     b->d.fault = (uint64_t*)b->fault.p;
+    b->d.rank = TEST_RANK;
     b->d.num_tokens = c->T;
     b->d.top_k = c->K;
     b->d.hidden = c->H;
@@ -339,6 +340,8 @@ static void test_permute_refusals(void)
         REFUSED(d.x = AT(void, d.x, 2), MOE_ERR_ALIGN, x);
         REFUSED(d.y = AT(void, d.y, 1), MOE_ERR_ALIGN, y);
         REFUSED(d.slot_row = AT(int32_t, d.slot_row, 1), MOE_ERR_ALIGN, slot_row);
+        REFUSED(d.rank = -1, MOE_ERR_RANGE, rank);
+        REFUSED(d.rank = MOE_FAULT_MAX_RANK + 1, MOE_ERR_RANGE, rank);
         REFUSED(d.fault = AT(uint64_t, d.fault, 4), MOE_ERR_ALIGN, fault);
         REFUSED(d.y = (void*)d.x, MOE_ERR_OVERLAP, y);
         REFUSED(d.y = (void*)AT(char, d.x, b.bx.bytes - 4), MOE_ERR_OVERLAP, y);
@@ -370,7 +373,7 @@ static void test_permute_refusals(void)
         CHECK(tbuf_holds(&b.by, 0), "a refused call wrote something");
         CHECK_FAULT(&b.fault, MOE_FAULT_NONE, 0);
         { /* a stop fault stops it */
-            const uint64_t word = MOEI_FAULT_KEY(MOE_FAULT_BAD_OFFSET, 0, 1), none = 0;
+            const uint64_t word = MOEI_FAULT_KEY(MOE_FAULT_BAD_OFFSET, TEST_RANK, 1), none = 0;
             tbuf_put(&b.fault, &word);
             CHECK_STATUS(call(&good, test_now.stream), MOE_OK);
             CHECK(tbuf_holds(&b.by, 0), "it ran on after a stop fault");
@@ -479,6 +482,7 @@ static void test_permute_after_route(void)
         d.workspace = bspace.p;
         d.workspace_bytes = bytes;
         d.fault = p.fault = (uint64_t*)fault.p;
+        d.rank = p.rank = TEST_RANK;
         p.x = bx.p;
         p.y = by.p;
         p.row_slot = d.row_slot;

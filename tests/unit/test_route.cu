@@ -177,6 +177,7 @@ static void bufs_new(route_bufs* b, const route_case* c, const int32_t* ids, con
         b->d.row_weight = (float*)b->row_weight.p;
         b->d.place = (moe_place*)b->place.p;
         b->d.fault = (uint64_t*)b->fault.p;
+        b->d.rank = TEST_RANK;
     }
     b->d.workspace = want ? b->workspace.p : 0;
     b->d.workspace_bytes = want;
@@ -878,11 +879,11 @@ static void test_route_faults(void)
         compare(&b, &c, ids, weights);
         bufs_free(&b);
         bufs_new(&b, &c, ids, weights);
-        word = MOEI_FAULT_KEY(MOE_FAULT_NAN_LOGIT, 0, 9000); /* an earlier code stays */
+        word = MOEI_FAULT_KEY(MOE_FAULT_NAN_LOGIT, TEST_RANK, 9000); /* an earlier code stays */
         tbuf_put(&b.fault, &word);
         CHECK_STATUS(moe_route(&b.d, test_now.stream), MOE_OK);
         CHECK_FAULT(&b.fault, MOE_FAULT_NAN_LOGIT, 9000);
-        word = MOEI_FAULT_KEY(MOE_FAULT_BAD_OFFSET, 0, 1);
+        word = MOEI_FAULT_KEY(MOE_FAULT_BAD_OFFSET, TEST_RANK, 1);
         tbuf_put(&b.fault, &word);
         bufs_poison(&b);
         CHECK_STATUS(moe_route(&b.d, test_now.stream), MOE_OK);
@@ -948,6 +949,8 @@ static void test_route_refusals(void)
     REFUSED(d.row_weight = AT(float, d.row_weight, 2), MOE_ERR_ALIGN, row_weight);
     REFUSED(d.place = AT(moe_place, d.place, 4), MOE_ERR_ALIGN, place);
     REFUSED(d.workspace = AT(void, d.workspace, 8), MOE_ERR_ALIGN, workspace);
+    REFUSED(d.rank = -1, MOE_ERR_RANGE, rank);
+    REFUSED(d.rank = MOE_FAULT_MAX_RANK + 1, MOE_ERR_RANGE, rank);
     REFUSED(d.fault = AT(uint64_t, d.fault, 4), MOE_ERR_ALIGN, fault);
     REFUSED(d.workspace = (void*)((uintptr_t)((char*)b.ids.p + 16) & ~(uintptr_t)15),
             MOE_ERR_OVERLAP, workspace);
@@ -1140,6 +1143,7 @@ static void test_route_after_gate(void)
         both.gate.weights = (float*)b.weights.p;
         both.gate.chunk_count = (int32_t*)b.chunk.p;
         both.gate.fault = (uint64_t*)b.fault.p;
+        both.gate.rank = TEST_RANK;
         both.gate.num_tokens = c.T;
         both.gate.num_experts = c.E;
         both.gate.top_k = c.K;

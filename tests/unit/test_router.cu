@@ -449,7 +449,7 @@ static void test_router_stopped(void)
 {
     trand r = trand_new(5);
     for (int way = SCALAR; way < WAYS; ++way) {
-        const uint64_t stop = MOEI_FAULT_KEY(MOE_FAULT_BAD_OFFSET, 0, 2), none = 0;
+        const uint64_t stop = MOEI_FAULT_KEY(MOE_FAULT_BAD_OFFSET, TEST_RANK, 2), none = 0;
         router_case c = case_of(way, 20, 64, 16);
         router_bufs b;
         bufs_new(&b, &c, &r);
@@ -485,6 +485,8 @@ static void test_router_refusals(void)
     REFUSED(d.num_experts = 0, MOE_ERR_RANGE, num_experts);
     REFUSED(d.num_experts = -1, MOE_ERR_RANGE, num_experts);
     REFUSED(d.num_experts = INT32_MAX, MOE_ERR_RANGE, num_experts);
+    REFUSED(d.rank = -1, MOE_ERR_RANGE, rank);
+    REFUSED(d.rank = MOE_FAULT_MAX_RANK + 1, MOE_ERR_RANGE, rank);
     REFUSED(d.x_dtype = 4, MOE_ERR_DTYPE, x_dtype);
     REFUSED(d.x_dtype = -1, MOE_ERR_DTYPE, x_dtype);
     REFUSED(d.router_dtype = 4, MOE_ERR_DTYPE, router_dtype);
