@@ -10,7 +10,8 @@
 /* Tile shapes, rows x columns; a tile of a gated activation makes half as many columns of C. */
 typedef enum moe_tile {
     MOE_TILE_AUTO = 0,
-    MOE_TILE_128x256, /* many rows an expert; 180 KB of shared memory a block; operands along K */
+    MOE_TILE_128x256, /* many rows an expert; 180 KB of shared memory a block; of an m-grouped product
+                         operands along K */
     MOE_TILE_128x128, /* many rows an expert on smaller chips */
     MOE_TILE_32x128,  /* few rows an expert: the weights' bytes decide */
     MOE_TILE_64x64    /* runs anywhere, sm_75 included */

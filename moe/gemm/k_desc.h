@@ -29,7 +29,7 @@ typedef struct moe_k_grouped_gemm_desc {
     int32_t dtype;        /* of A and B: fp16 or bf16; 0 = bf16 */
     int32_t c_dtype;      /* dtype or fp32; 0 = dtype */
     int32_t accumulate;   /* 1: added to what C holds; 0: written */
-    int32_t tile;         /* MOE_TILE_128x128, MOE_TILE_64x64; 0 = chosen by shape and device */
+    int32_t tile;         /* MOE_TILE_128x256, _128x128, _64x64; 0 = chosen by shape and device */
     int32_t rank;         /* reported with a fault, 0 .. MOE_FAULT_MAX_RANK */
 } moe_k_grouped_gemm_desc;
 

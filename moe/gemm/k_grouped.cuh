@@ -27,19 +27,23 @@
 #include "k_tile.cuh"
 #include "variant.cuh"
 
-/* Both tiles read rows of 16-byte pieces; as MOE_GEMM_SHAPE_*, then blocks a multiprocessor. */
+/* tile, its shape, blocks a multiprocessor. */
 #define MOEI_K_GEMM_TILE_LIST(X, ...)                                                             \
+    X(128x256, MOE_GEMM_SHAPE_128x256, 1, __VA_ARGS__)                                            \
     X(128x128, MOE_GEMM_SHAPE_128x128, 2, __VA_ARGS__)                                            \
     X(64x64, MOE_GEMM_SHAPE_64x64, 4, __VA_ARGS__)
 
-/* dtypes that both tiles are stamped with; predefine it to trim what is compiled. */
+/* dtypes that all tiles are stamped with; predefine it to trim what is compiled. */
 #ifndef MOE_K_GEMM_DTYPE_LIST
 #define MOE_K_GEMM_DTYPE_LIST(X)                                                                  \
     X(f16, MOE_FP16)                                                                              \
     X(bf16, MOE_BF16)
 #endif
 
-#define MOEI_K_GEMM_LEAST(dtype) ((dtype) == MOE_BF16 ? 80 : 75)
+/* Versions of code that have a body: bf16 from sm_80, the largest tile where a block may have 190 KB. */
+#define MOEI_K_GEMM_LEAST(dtype, tm, tn)                                                          \
+    ((tm) * (tn) > 128 * 128 ? 90 : (dtype) == MOE_BF16 ? 80 : 75)
+#define MOEI_K_GEMM_MOST(tm, tn) ((tm) * (tn) <= 128 * 128 ? MOEI_CODE_ANY : 119)
 
 #define MOEI_K_GEMM_KERNEL(name, tm, tn, kb, wm, wn, stages, blocks, suffix, dtype)               \
     MOE_KERNEL((wm) * (wn) * 32, blocks)                                                          \
@@ -49,7 +53,7 @@
         MOE_SHARED_DYNAMIC(shared);                                                               \
         moei_let_next_start();                                                                    \
         moei_wait_for_previous();                                                                 \
-        if (MOEI_CODE_HERE(MOEI_K_GEMM_LEAST(dtype), MOEI_CODE_ANY) &&                            \
+        if (MOEI_CODE_HERE(MOEI_K_GEMM_LEAST(dtype, tm, tn), MOEI_K_GEMM_MOST(tm, tn)) &&         \
             !moei_fault_stopped(d.fault))                                                         \
             moei_k_block(&d, shared, &s,                                                          \
                          moe_gemm_shape_of(tm, tn, kb, wm, wn, stages, dtype, MOE_MAJOR_MN,       \
@@ -72,8 +76,8 @@ static const moei_variant moei_k_gemm_variants[] = {
      MOEI_SHAPE_INIT(tm, tn, kb, wm, wn, stages, dtype, MOE_MAJOR_MN, MOE_MAJOR_MN),              \
      MOE_TILE_##name,                                                                             \
      blocks,                                                                                      \
-     MOEI_K_GEMM_LEAST(dtype),                                                                    \
-     MOEI_CODE_ANY},
+     MOEI_K_GEMM_LEAST(dtype, tm, tn),                                                            \
+     MOEI_K_GEMM_MOST(tm, tn)},
 #define MOEI_K_GEMM_ROW_OF(...) MOEI_K_GEMM_EXPAND(MOEI_K_GEMM_ROW, __VA_ARGS__)
 #define MOEI_K_GEMM_ROWS(suffix, dtype) MOEI_K_GEMM_TILE_LIST(MOEI_K_GEMM_ROW_OF, suffix, dtype)
     MOE_K_GEMM_DTYPE_LIST(MOEI_K_GEMM_ROWS)
@@ -116,7 +120,8 @@ MOE_HOST moe_status moei_k_check_options(moe_k_grouped_gemm_desc* d)
     if (d->b_div == 0) d->b_div = 1;
     MOEI_REQUIRE(d->b_div >= 1, MOE_ERR_RANGE, b_div);
     MOEI_REQUIRE((d->accumulate | 1) == 1, MOE_ERR_OPTION, accumulate);
-    MOEI_REQUIRE(d->tile == 0 || d->tile == MOE_TILE_128x128 || d->tile == MOE_TILE_64x64,
+    MOEI_REQUIRE(d->tile == 0 || d->tile == MOE_TILE_128x256 || d->tile == MOE_TILE_128x128 ||
+                     d->tile == MOE_TILE_64x64,
                  MOE_ERR_OPTION, tile);
     MOEI_REQUIRE_RANK(d);
     MOEI_TRY(moei_k_check_side(&d->a_stride, &d->a_rows, d->m, d->num_rows, MOE_FIELD_a_stride,
@@ -163,6 +168,21 @@ typedef struct moe_k_grouped_gemm_prepared {
     moei_launch launch;
 } moe_k_grouped_gemm_prepared;
 
+/* Tiles of all experts. */
+MOE_HOST int64_t moei_k_num_tiles(const moe_k_grouped_gemm_desc* d, const moei_variant* v)
+{
+    return (((int64_t)d->m + v->shape.tm - 1) / v->shape.tm) *
+           (((int64_t)d->n + v->shape.tn - 1) / v->shape.tn) * d->num_experts;
+}
+
+/* Is the tile the caller's, or a good one for these sizes? */
+MOE_HOST int moei_k_suits(const moei_variant* v, const moe_k_grouped_gemm_desc* d, int sms)
+{
+    if (d->tile) return v->tile == d->tile;
+    return v->tile == MOE_TILE_64x64 ||
+           (moei_k_num_tiles(d, v) >= sms && (v->tile != MOE_TILE_128x256 || d->n > 128));
+}
+
 /* Fills in plan and launch for p->args, which has been checked. */
 MOE_HOST moe_status moei_k_prepare(moe_k_grouped_gemm_prepared* p)
 {
@@ -174,14 +194,10 @@ MOE_HOST moe_status moei_k_prepare(moe_k_grouped_gemm_prepared* p)
                                    MOE_MAJOR_MN),
                  MOE_ERR_NOT_COMPILED, dtype);
     for (const moei_variant* v = moei_k_gemm_variants; v->kernel; ++v) {
-        const int64_t each = (((int64_t)d->m + v->shape.tm - 1) / v->shape.tm) *
-                             (((int64_t)d->n + v->shape.tn - 1) / v->shape.tn);
-        const int64_t tiles = each * d->num_experts;
+        const int64_t tiles = moei_k_num_tiles(d, v);
         const size_t smem = moei_k_smem(v->shape);
         int runs;
-        if (v->shape.dtype != d->dtype ||
-            (d->tile ? v->tile != d->tile : v->tile != MOE_TILE_64x64 && tiles < dev.sms))
-            continue;
+        if (v->shape.dtype != d->dtype || !moei_k_suits(v, d, dev.sms)) continue;
         MOEI_TRY(moei_variant_runs(v, &runs));
         if (!runs || smem + sizeof(moei_k_shared) > (size_t)dev.smem_block) {
             MOEI_REQUIRE(!d->tile, MOE_ERR_DEVICE, tile);

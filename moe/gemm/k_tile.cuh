@@ -2,7 +2,7 @@
    columns n .. n + tn - 1 of one expert's C, over all rows of that expert that A and B both have.
 
    The ring, its steps and the epilogue are those of every tile (mainloop.cuh, steps.inl, epilogue.cuh).
-   Both operands lie along MN: a step is 32 rows of each, copied 16 bytes at a time. Two warps find
+   Both operands lie along MN: a step is tk rows of each, copied 16 bytes at a time. Some warps find
    which rows: an index is read a step before it is resolved, and resolved two steps before the copies,
    so that no copy waits for it. Rows past an expert's last are zeros in both. */
 #ifndef MOE_GEMM_K_TILE_CUH
@@ -36,12 +36,13 @@ MOE_DEVICE moe_tile_position moei_k_tile(const moe_k_grouped_gemm_desc* d, const
 
 /* ---- the loader ---- */
 
-#define MOEI_K_STEP 32 /* rows of a step: tk of both tiles */
+#define MOEI_K_STEP 64 /* most rows of a step: tk of the largest tile */
 
-/* Shared memory: the rows of A and B that the next steps copy, resolved; -1: zeros. Step number n has
-   slot n % 4. */
+/* Shared memory: where the rows of A and B lie that the next steps copy. Step number n has slot n % 4.
+   An operand's row is copied where both operands have one. */
 typedef struct moei_k_shared {
-    int32_t row[4][2][MOEI_K_STEP];
+    int64_t from[4][2][MOEI_K_STEP];       /* bytes from row 0; 0 where there is none */
+    uint32_t have[4][2][MOEI_K_STEP / 32]; /* bits: rows that there are */
 } moei_k_shared;
 
 /* Rows that are left of a tile's expert. */
@@ -49,15 +50,15 @@ typedef struct moei_k_rows {
     int32_t begin, end, tile;
 } moei_k_rows;
 
-/* What a thread copies next: of A and of B one 16-byte piece of some rows of each step. Warps 0 and 1
-   find the rows, of A and of B, two steps ahead: a lane has one row of a step, whose index it reads
-   three steps ahead. */
+/* What a thread copies next: of A and of B one 16-byte piece of some rows of each step. Two warps for
+   each 32 rows of a step, of A and of B, find those two steps ahead: a lane has one row, whose index
+   it reads three steps ahead. */
 typedef struct moei_k_loader {
     const char *a, *b;      /* of the piece in row 0 */
     int32_t a_keep, b_keep; /* bytes of the piece: 16, or 0 past the last column */
     int32_t slot;           /* of the step to copy */
     moei_k_rows copy, look; /* of the step to copy; of the index to read */
-    int32_t index[2], at;   /* warps 0, 1: of A and of B, read for the step to find next, and where */
+    int32_t index, at;      /* of warps that find: read for the step to find next, and where it stood */
     moei_k_shared* shared;
 } moei_k_loader;
 
@@ -78,31 +79,39 @@ MOE_DEVICE bool moei_k_rows_next(moei_k_rows* p, const moe_k_grouped_gemm_desc* 
     return moved;
 }
 
-/* Warps 0 and 1: reads both indices of the lane's row of the step after those that were looked at. */
+/* Reads the index of the lane's row of the step after those that were looked at: even warps of A, odd
+   ones of B. */
 MOE_DEVICE void moei_k_read(moei_k_loader* p, const moe_k_grouped_gemm_desc* d,
                             const moei_k_tiles* s, const moe_gemm_shape f)
 {
-    bool in;
+    const int32_t* index = moei_warp() % 2 == 0 ? d->a_index : d->b_index;
     (void)moei_k_rows_next(&p->look, d, s, f);
-    p->at = p->look.begin + moei_lane();
-    in = p->at < p->look.end;
-    p->index[0] = !in ? -1 : d->a_index ? d->a_index[p->at] : p->at;
-    p->index[1] = !in ? -1 : d->b_index ? d->b_index[p->at] : p->at;
-    p->look.begin += MOEI_K_STEP;
+    p->at = p->look.begin + moei_warp() / 2 * MOEI_WARP + moei_lane();
+    p->index = p->at >= p->look.end ? -1 : index ? index[p->at] : p->at;
+    p->look.begin += f.tk;
 }
 
-/* Warps 0 and 1, of A and of B: resolves the rows of the step with this slot, whose indices have been
-   read, and reads the next ones. Where one operand has no row, none of the other is read either. */
+MOE_DEVICE bool moei_k_finds(const moe_gemm_shape f) { return moei_warp() < f.tk / MOEI_WARP * 2; }
+
+/* Warps that find: resolves the rows of the step with this slot, whose index has been read, and reads
+   the next one's. */
 MOE_DEVICE void moei_k_find(moei_k_loader* p, const moe_k_grouped_gemm_desc* d,
                             const moei_k_tiles* s, int slot, const moe_gemm_shape f)
 {
-    const int side = moei_warp();
-    if (side < 2) {
-        const int a = d->a_div > 1 && p->index[0] >= 0 ? p->index[0] / d->a_div : p->index[0];
-        const int b = d->b_div > 1 && p->index[1] >= 0 ? p->index[1] / d->b_div : p->index[1];
-        const bool bad = a >= d->a_rows || a < -1 || b >= d->b_rows || b < -1;
-        if (bad) moei_fault_raise(d->fault, MOE_FAULT_BAD_ROW, d->rank, p->at);
-        p->shared->row[slot][side][moei_lane()] = bad || a < 0 || b < 0 ? -1 : side == 0 ? a : b;
+    if (moei_k_finds(f)) {
+        const int side = moei_warp() % 2, part = moei_warp() / 2;
+        const int div = side == 0 ? d->a_div : d->b_div;
+        int row = p->index;
+        uint32_t have;
+        if (div > 1 && row >= 0) row = row / div;
+        if (row >= (side == 0 ? d->a_rows : d->b_rows) || row < -1) {
+            moei_fault_raise(d->fault, MOE_FAULT_BAD_ROW, d->rank, p->at);
+            row = -1;
+        }
+        have = __ballot_sync(MOEI_FULL, row >= 0);
+        if (moei_lane() == 0) p->shared->have[slot][side][part] = have;
+        p->shared->from[slot][side][part * MOEI_WARP + moei_lane()] =
+            row < 0 ? 0 : row * (side == 0 ? d->a_stride : d->b_stride) * 2;
         moei_k_read(p, d, s, f);
     }
 }
@@ -135,9 +144,9 @@ MOE_DEVICE void moei_k_loader_begin(moei_k_loader* p, const moe_k_grouped_gemm_d
     p->copy.end = t.end;
     p->copy.tile = (int)blockIdx.x;
     p->look = p->copy;
-    p->index[0] = p->index[1] = -1, p->at = 0;
+    p->index = -1, p->at = 0;
     moei_k_loader_columns(p, d, s, f);
-    if (moei_warp() < 2) moei_k_read(p, d, s, f);
+    if (moei_k_finds(f)) moei_k_read(p, d, s, f);
     moei_k_find(p, d, s, 0, f);
     moei_k_find(p, d, s, 1, f);
     __syncthreads();
@@ -151,18 +160,18 @@ MOE_DEVICE void moei_k_loader_advance(moei_k_loader* p, const moe_k_grouped_gemm
     moei_k_find(p, d, s, (p->slot + 2) & 3, f);
 }
 
-/* Copies part `part` of `parts` of one operand's rows of a step. */
-MOE_DEVICE void moei_k_copy(const int32_t* row, const char* from, int64_t stride, int keep,
+/* Copies part `part` of `parts` of one operand's rows of a step, those of the bits `have`. */
+MOE_DEVICE void moei_k_copy(const int64_t* from, const uint32_t* have, const char* piece, int keep,
                             uint16_t* stage, const int part, const int parts, const int width,
-                            const int threads)
+                            const moe_gemm_shape f)
 {
-    const int piece = (int)threadIdx.x % (width / 8), line = (int)threadIdx.x / (width / 8);
-    const int each = threads / (width / 8);
+    const int column = (int)threadIdx.x % (width / 8) * 8, line = (int)threadIdx.x / (width / 8);
+    const int each = f.threads / (width / 8); /* lines of a pass, 32 or a part of that */
     MOEI_UNROLL
-    for (int i = part; i < MOEI_K_STEP / each; i += parts) {
-        const int r = row[i * each + line];
-        moei_copy16_async(stage + moei_swizzled(i * each + line, piece * 8, width),
-                          from + (r >= 0 ? r : 0) * stride * 2, r >= 0 ? keep : 0);
+    for (int i = part; i < f.tk / each; i += parts) {
+        const uint32_t bits = have[i * each / 32] >> i * each % 32;
+        moei_copy16_async(stage + moei_swizzled(i * each + line, column, width),
+                          piece + from[i * each + line], bits >> line & 1 ? keep : 0);
     }
 }
 
@@ -170,12 +179,15 @@ MOE_DEVICE void moei_k_loader_copy(moei_k_loader* p, const moe_k_grouped_gemm_de
                                    uint16_t* sb, const int part, const int parts,
                                    const moe_gemm_shape f)
 {
-    moei_k_copy(p->shared->row[p->slot][0], p->a, d->a_stride, p->a_keep, sa, part, parts, f.tm,
-                f.threads);
-    moei_k_copy(p->shared->row[p->slot][1], p->b, d->b_stride, p->b_keep, sb, part, parts, f.tn,
-                f.threads);
+    const moei_k_shared* s = p->shared;
+    uint32_t have[MOEI_K_STEP / 32];
+    (void)d;
+    MOEI_UNROLL
+    for (int i = 0; i < f.tk / 32; ++i) have[i] = s->have[p->slot][0][i] & s->have[p->slot][1][i];
+    moei_k_copy(s->from[p->slot][0], have, p->a, p->a_keep, sa, part, parts, f.tm, f);
+    moei_k_copy(s->from[p->slot][1], have, p->b, p->b_keep, sb, part, parts, f.tn, f);
     if (part < parts - 1) return;
-    p->copy.begin += MOEI_K_STEP;
+    p->copy.begin += f.tk;
     p->slot = (p->slot + 1) & 3;
 }
 

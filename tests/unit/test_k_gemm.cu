@@ -54,7 +54,7 @@ static k_case normal_case(int E, const int* rows, int m, int n)
 /* What the call must answer where this binary or device lacks the code. */
 static moe_status expected(const k_case* c)
 {
-    return test_gemm_status(c->dtype, c->tile == MOE_TILE_128x128 ? c->tile : MOE_TILE_AUTO);
+    return test_gemm_status(c->dtype, c->tile == MOE_TILE_64x64 ? MOE_TILE_AUTO : c->tile);
 }
 
 /* An index of `rows` rows of an operand; the first `none` entries that experts own are -1. */
@@ -229,18 +229,19 @@ static void run_case(const k_case* c, trand* r)
     bufs_free(&b);
 }
 
-/* Numbers of rows about a step's depth, none, many; both tiles; tails of m and n; both dtypes. */
+/* Numbers of rows about a step's depth, none, many; all tiles; tails of m and n; both dtypes. */
 static void test_k_shapes(void)
 {
     static const int rows[] = {0, 1, 31, 32, 33, 63, 64, 65, 127, 129, 0};
     static const int sizes[][2] = {{8, 8}, {64, 64}, {72, 136}, {136, 72}, {200, 264}};
+    static const int tiles[] = {MOE_TILE_AUTO, MOE_TILE_64x64, MOE_TILE_128x128, MOE_TILE_128x256};
     trand r = trand_new(1);
     for (int i = 0; i < 5; ++i)
-        for (int tile = 0; tile < 3; ++tile)
+        for (int tile = 0; tile < 4; ++tile)
             for (int half = 0; half < 2; ++half) {
                 k_case c = normal_case(11, rows, sizes[i][0], sizes[i][1]);
                 if (MOE_ON_HOST && i == 4 && half) continue;
-                c.tile = tile == 0 ? MOE_TILE_AUTO : tile == 1 ? MOE_TILE_64x64 : MOE_TILE_128x128;
+                c.tile = tiles[tile];
                 c.dtype = half ? MOE_FP16 : MOE_BF16;
                 c.c_dtype = trand_int(&r, 0, 1) ? MOE_FP32 : c.dtype;
                 c.beyond = 9;
@@ -285,7 +286,7 @@ static void test_k_gather(void)
         c.c_table = (int)trand_int(&r, 0, 1);
         c.accumulate = (int)trand_int(&r, 0, 1);
         c.c_dtype = trand_int(&r, 0, 1) ? MOE_FP32 : c.dtype;
-        c.tile = i & 1 ? MOE_TILE_64x64 : MOE_TILE_128x128;
+        c.tile = i % 4 == 0 ? MOE_TILE_128x128 : i % 4 == 2 ? MOE_TILE_128x256 : MOE_TILE_64x64;
         c.beyond = (int)trand_int(&r, 0, 1) * 20;
         if (expected(&c) == MOE_OK) run_case(&c, &r);
     }
@@ -296,12 +297,12 @@ static void test_k_nan(void)
 {
     static const int some[] = {20, 7, 33};
     trand r = trand_new(4);
-    for (int tile = MOE_TILE_128x128; tile <= MOE_TILE_64x64; ++tile) {
+    for (int tile = MOE_TILE_128x256; tile <= MOE_TILE_64x64; ++tile) {
         k_case c = normal_case(3, some, 40, 72);
         k_bufs b;
         float* got;
         int64_t nan[3] = {0, 0, 0};
-        if (tile != MOE_TILE_128x128 && tile != MOE_TILE_64x64) continue;
+        if (tile == MOE_TILE_32x128) continue;
         c.tile = tile;
         c.c_dtype = MOE_FP32;
         if (expected(&c) != MOE_OK) continue;
@@ -422,7 +423,7 @@ static void test_k_refusals(void)
     REFUSED(d.accumulate = 2, MOE_ERR_OPTION, accumulate);
     REFUSED(d.rank = -1, MOE_ERR_RANGE, rank);
     REFUSED(d.rank = MOE_FAULT_MAX_RANK + 1, MOE_ERR_RANGE, rank);
-    REFUSED(d.tile = MOE_TILE_128x256, MOE_ERR_OPTION, tile);
+    REFUSED(d.tile = MOE_TILE_32x128, MOE_ERR_OPTION, tile);
     REFUSED(d.tile = -1, MOE_ERR_OPTION, tile);
     REFUSED(d.a_rows = -1, MOE_ERR_RANGE, a_rows);
     REFUSED(d.b_rows = -1, MOE_ERR_RANGE, b_rows);
