@@ -99,8 +99,8 @@ MOE_DEVICE void moei_block_copy(const moei_block_loader* l, uint16_t* stage, moe
 typedef struct moei_block_copies {
     moei_block_loader x, y;
     moei_block_chunk x_chunk, y_chunk;
-    moei_block_shared* shared; /* has the chunks */
-    int next;                  /* where the chunks of the step after it begin */
+    moei_block_shared* shared;               /* has the chunks */
+    const moei_block_chunk *next_x, *next_y; /* of the step after it */
 } moei_block_copies;
 
 MOE_DEVICE moei_block_copies moei_block_copies_begin(const moei_block_args* d,
@@ -114,7 +114,7 @@ MOE_DEVICE moei_block_copies moei_block_copies_begin(const moei_block_args* d,
     o.x_chunk = s->chunk_x[o.x.chunk];
     o.y_chunk = s->chunk_y[o.y.chunk];
     o.shared = s;
-    o.next = 0;
+    o.next_x = s->chunk_x, o.next_y = s->chunk_y;
     return o;
 }
 
@@ -124,21 +124,22 @@ MOE_DEVICE void moei_block_advance(moei_block_copies* o, const moei_block_args* 
                                    const int careful, const moe_gemm_shape f)
 {
     const int chunks = f.tk / 16, half = MOEI_WARP / chunks; /* of a step; steps */
+    const int next = (step + f.stages) * chunks % (2 * MOEI_WARP);
     if (step % half == 0 && step > 0 && moei_warp() == step / half % (f.threads / MOEI_WARP))
         moei_block_chunks(d, &o->shared->tile, o->shared, (step / half + 1) * MOEI_WARP, careful, f.tm);
-    o->next = (step + f.stages) * chunks % (2 * MOEI_WARP);
+    o->next_x = &o->shared->chunk_x[next + o->x.chunk];
+    o->next_y = &o->shared->chunk_y[next + o->y.chunk];
 }
 
 /* Copies one part in `parts` of a step of a tile into a stage. careful is a literal. */
 MOE_DEVICE void moei_block_fill(moei_block_copies* o, uint16_t* sx, uint16_t* sy, const int part,
                                 const int parts, const int careful, const moe_gemm_shape f)
 {
-    const moei_block_shared* s = o->shared;
     moei_block_copy(&o->x, sx, o->x_chunk, part, parts, f.tm, f.tk, f.threads, careful, 1);
     moei_block_copy(&o->y, sy, o->y_chunk, part, parts, f.tn, f.tk, f.threads, careful, 0);
     if (part < parts - 1) return;
-    o->x_chunk = s->chunk_x[o->next + o->x.chunk];
-    o->y_chunk = s->chunk_y[o->next + o->y.chunk];
+    o->x_chunk = *o->next_x;
+    o->y_chunk = *o->next_y;
 }
 
 #endif

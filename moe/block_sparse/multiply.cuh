@@ -24,11 +24,12 @@ MOE_DEVICE bool moei_block_careful(const moei_block_args* d, const moei_block_wh
 
 /* ---- the loader of tiles whose chunks are whole ---- */
 
+/* tiles only says that this is called: it is the loader, whose address the compiler knows not to be null. */
 MOE_DEVICE void moei_block_copies_advance(moei_block_copies* o, const moei_block_args* d,
-                                          const moei_block_shared* s, int step,
+                                          const moei_block_copies* tiles, int step,
                                           const moe_gemm_shape f)
 {
-    (void)s;
+    (void)tiles;
     moei_block_advance(o, d, step, 0, f);
 }
 
@@ -42,7 +43,7 @@ MOE_DEVICE void moei_block_copies_copy(moei_block_copies* o, const moei_block_ar
 
 #define MOEI_LOADER moei_block_copies
 #define MOEI_LOADER_DESC moei_block_args
-#define MOEI_LOADER_TILES const moei_block_shared
+#define MOEI_LOADER_TILES const moei_block_copies
 #define MOEI_TILE_START moei_block_start
 #define MOEI_TILE_STEPS moei_block_steps
 #include "../gemm/steps.inl"
@@ -59,8 +60,8 @@ MOE_DEVICE void moei_block_multiply(const moei_block_args* d, moei_block_shared*
 {
     moei_block_copies o = moei_block_copies_begin(d, s, f);
     moei_ring r = moei_ring_of(stages, f);
-    moei_block_start(&o, &r, d, s, f);
-    moei_block_steps(acc, &o, &r, d, s, steps, f);
+    moei_block_start(&o, &r, d, &o, f);
+    moei_block_steps(acc, &o, &r, d, &o, steps, f);
 }
 
 /* The same of a tile at an edge, of strips joined that have not the same blocks, or with depths that

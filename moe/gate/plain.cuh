@@ -30,6 +30,7 @@ MOE_DEVICE void moei_gate_ties(const moei_gate_args* d, int* count, int64_t t, c
 
 /* What a lane knows of its group's token in one round. */
 typedef struct moei_gate_round {
+    int K, score;          /* the descriptor's: read once, not in every round */
     int64_t t;             /* the token; where none is left, the block's first */
     bool live;             /* there is one */
     bool redo;             /* it is done again by moei_gate_token */
@@ -38,21 +39,21 @@ typedef struct moei_gate_round {
     float kth;             /* the K-th largest logit */
     uint32_t chosen;       /* bit j: the lane's j-th logit is not below it */
     int before, all;       /* chosen of the lanes before; of the group */
-    int expert[8];         /* pick r, r + lanes, ... of the group, where mine[n] */
+    int expert[8];         /* pick r, r + lanes, ... of the group, below `picks` */
     float logit[8], weight[8];
-    bool mine[8];
+    int picks;             /* choices that are written: K; 0 where none is, or the token is done again */
 } moei_gate_round;
 
 /* Step 3: shift, sum and the K-th largest; rows with NaN, a largest that is infinite or huge or a
    K-th of -infinity are done again. */
-MOE_DEVICE void moei_gate_plain_sum(moei_gate_round* o, const moei_gate_args* d, const float* v,
-                                    const float* top, const moei_gate_lanes w)
+MOE_DEVICE void moei_gate_plain_sum(moei_gate_round* o, const float* v, const float* top,
+                                    const moei_gate_lanes w)
 {
-    const int K = d->top_k;
+    const int K = o->K;
     const float log2e = 1.44269502f;
     float sum = 0.0f;
     o->shift = -(top[0] * log2e);
-    if (d->score == MOE_SCORE_SOFTMAX) {
+    if (o->score == MOE_SCORE_SOFTMAX) {
         MOEI_UNROLL
         for (int j = 0; j < w.per_lane; ++j) sum += moei_exp2_fast(fmaf(v[j], log2e, o->shift));
     } else { /* only to find a NaN, as the softmax's sum does */
@@ -60,7 +61,7 @@ MOE_DEVICE void moei_gate_plain_sum(moei_gate_round* o, const moei_gate_args* d,
         for (int j = 0; j < w.per_lane; ++j) sum += moei_is_nan(v[j]) ? v[j] : 0.0f;
     }
     o->redo = moei_is_nan(sum);
-    o->sum = d->score == MOE_SCORE_SOFTMAX ? moei_group_sum(sum, w.lanes) : 1.0f;
+    o->sum = o->score == MOE_SCORE_SOFTMAX ? moei_group_sum(sum, w.lanes) : 1.0f;
     o->redo |= !(fabsf(top[0]) < 1e8f); /* beyond, the rounding of `shift` may overflow 2^ */
     o->kth = 0.0f;
     o->tie = false;
@@ -73,8 +74,7 @@ MOE_DEVICE void moei_gate_plain_sum(moei_gate_round* o, const moei_gate_args* d,
 }
 
 /* Step 4: which of the lane's logits are among the K, and how many the lanes before have. */
-MOE_DEVICE void moei_gate_plain_choose(moei_gate_round* o, const moei_gate_args* d, const float* v,
-                                       const moei_gate_lanes w)
+MOE_DEVICE void moei_gate_plain_choose(moei_gate_round* o, const float* v, const moei_gate_lanes w)
 {
     int before, all;
     o->chosen = moei_gate_not_below(v, o->kth, w);
@@ -87,10 +87,11 @@ MOE_DEVICE void moei_gate_plain_choose(moei_gate_round* o, const moei_gate_args*
     all = __shfl_sync(MOEI_FULL, before, w.lanes - 1, w.lanes);
     o->before = (before & 0xffff) - __popc(o->chosen);
     /* a count over 16 bits says that one lane wants it */
-    o->redo = o->live && (all < d->top_k || all > 2 * w.depth);
-    o->tie |= all > d->top_k;
+    o->redo = o->live && (all < o->K || all > 2 * w.depth);
+    o->tie |= all > o->K;
     o->all = all;
-    if (o->redo || !o->live) o->chosen = 0;
+    o->picks = o->redo || !o->live ? 0 : o->K;
+    if (o->picks == 0) o->chosen = 0;
 }
 
 /* Step 5: the chosen come together in `pick`, so that each lane finishes as many of them: lane r
@@ -107,9 +108,9 @@ MOE_DEVICE void moei_gate_plain_pick(moei_gate_round* o, const moei_gate_args* d
     MOEI_UNROLL
     for (int n = 0; n < 8; ++n) {
         const int c = n * w.lanes + w.rank;
-        o->mine[n] = n * w.lanes < w.depth && c < d->top_k && o->live && !o->redo;
-        o->expert[n] = o->mine[n] ? pick[c] : 0;
-        o->logit[n] = o->mine[n] ? moei_load_f32(d->logits, o->t * d->logits_stride + o->expert[n],
+        const bool mine = n * w.lanes < w.depth && c < o->picks;
+        o->expert[n] = mine ? pick[c] : 0;
+        o->logit[n] = mine ? moei_load_f32(d->logits, o->t * d->logits_stride + o->expert[n],
                                                  d->logits_dtype)
                                  : 0.0f;
     }
@@ -119,7 +120,7 @@ MOE_DEVICE void moei_gate_plain_pick(moei_gate_round* o, const moei_gate_args* d
 MOE_DEVICE void moei_gate_plain_weigh(moei_gate_round* o, const moei_gate_args* d, const float* top,
                                       const moei_gate_lanes w)
 {
-    const int score = d->score;
+    const int score = o->score;
     const float log2e = 1.44269502f;
     float sum = o->sum, part = 0.0f, factor = d->scale;
     MOEI_UNROLL
@@ -129,7 +130,7 @@ MOE_DEVICE void moei_gate_plain_weigh(moei_gate_round* o, const moei_gate_args* 
         for (int r = 0; r < 32; ++r)
             if (r < w.lanes && n * w.lanes + r < w.depth && w.rank == r) l = top[n * w.lanes + r];
         o->weight[n] = 0.0f;
-        if (o->mine[n]) /* what is common to all, an error in `shift` too, cancels below */
+        if (n * w.lanes < w.depth && n * w.lanes + w.rank < o->picks) /* what is common to all, an error in `shift` too, cancels below */
             o->weight[n] = score == MOE_SCORE_SIGMOID
                                ? moei_gate_weight(d, 1.0f, l, top[0], 1.0f)
                                : moei_exp2_fast(fmaf(l, log2e, o->shift));
@@ -152,15 +153,16 @@ MOE_DEVICE void moei_gate_plain_write(const moei_gate_round* o, const moei_gate_
                                       const uint16_t* pick, const float* top,
                                       const moei_gate_lanes w)
 {
-    const int K = d->top_k;
+    const int K = o->K;
     MOEI_UNROLL
     for (int n = 0; n < 8; ++n) {
         uint32_t larger = 0; /* a bit for each */
         MOEI_UNROLL
         for (int u = 0; u < w.depth; ++u)
             larger = __funnelshift_l(__float_as_uint(o->logit[n] - top[u]), larger, 1);
-        if (o->mine[n]) d->weights[o->t * K + n * w.lanes + w.rank] = o->weight[n];
-        if (o->mine[n] && !o->tie) {
+        const bool mine = n * w.lanes < w.depth && n * w.lanes + w.rank < o->picks;
+        if (mine) d->weights[o->t * K + n * w.lanes + w.rank] = o->weight[n];
+        if (mine && !o->tie) {
             d->ids[o->t * K + __popc(larger)] = o->expert[n];
             atomicAdd(count + o->expert[n], 1);
         }
@@ -186,6 +188,7 @@ MOE_DEVICE_BODY void moei_gate_block(const moei_gate_args* d, int* count, const 
                                      const int per_lane, const int depth)
 {
     const moei_gate_lanes w = moei_gate_lanes_of(lanes, per_lane, depth);
+    const int K = d->top_k, score = d->score;
     const int step = (int)blockDim.x / lanes;
     const int chunk = (int)moe_chunk_tokens(d->num_tokens);
     const int first = (int)blockIdx.x * chunk;
@@ -204,6 +207,7 @@ MOE_DEVICE_BODY void moei_gate_block(const moei_gate_args* d, int* count, const 
         float v[32];   /* this lane's logits; where there is no token left, the first one's again */
         float top[32]; /* the token's largest, `depth` of them */
         moei_gate_round o;
+        o.K = K, o.score = score;
         o.live = i < tokens;
         o.t = first + (o.live ? i : 0);
         if (early) {
@@ -215,8 +219,8 @@ MOE_DEVICE_BODY void moei_gate_block(const moei_gate_args* d, int* count, const 
             moei_gate_read(v, d, o.t, wide, w);
         }
         moei_group_sort_largest(top, v, lanes, per_lane, depth);
-        moei_gate_plain_sum(&o, d, v, top, w);
-        moei_gate_plain_choose(&o, d, v, w);
+        moei_gate_plain_sum(&o, v, top, w);
+        moei_gate_plain_choose(&o, v, w);
         moei_gate_plain_pick(&o, d, pick, w);
         moei_gate_plain_weigh(&o, d, top, w);
         moei_gate_plain_write(&o, d, count, pick, top, w);

@@ -2,10 +2,11 @@
 
    A warp passes its tile, 16 rows at a time, through a strip of shared memory of its own, reads it
    back in row order and writes 16 bytes a lane. No block barrier: each warp stores when it is done.
-   Two ways:
+   Three ways:
 
      plain   no bias, C 16-bit and written, no activation, SiLU or SwiGLU with gate and up apart: the
              activation is taken of the accumulators, the strip has C's dtype
+     fp32    no bias, C fp32, no activation: written or added to
      any     the strip is fp32 [16][wn + 8]; bias and activation come behind it. A lane has 8 columns,
              4 and 4; half of the lanes take the second 4 first, so that few lanes meet in a bank
 
@@ -20,12 +21,13 @@
 #include "mma.cuh"
 #include "schedule.cuh"
 #include "shape.h"
+#include "variant.cuh"
 
 /* Floats between rows of a warp's strip, and of a strip. */
 MOE_HOST_DEVICE int moei_strip_pitch(int wn) { return wn + 8; }
 MOE_HOST_DEVICE int moei_strip_floats(int wn) { return 16 * moei_strip_pitch(wn); }
 
-/* Reads 4 floats, 16-byte aligned. */
+/* Reads 4 floats of shared or global memory, 16-byte aligned. */
 MOE_DEVICE void moei_strip_read4(float* v, const float* p)
 {
     const float4 f = *(const float4*)p;
@@ -73,15 +75,6 @@ MOE_DEVICE void moei_epilogue_bias8(float* v, const uint16_t* bias, int64_t n, i
     moei_epilogue_bias(v + 4, bias, n + (4 - first) * step, step, dtype);
 }
 
-/* Is it plain? */
-MOE_DEVICE bool moei_epilogue_is_plain(const moe_grouped_gemm_desc* d, const int dtype)
-{
-    const int a = d->activation;
-    return !d->bias && !d->accumulate && d->c_dtype == dtype &&
-           d->gate_up != MOE_GATE_UP_INTERLEAVED &&
-           (a == MOE_ACTIVATION_NONE || a == MOE_ACTIVATION_SILU || a == MOE_ACTIVATION_SWIGLU);
-}
-
 /* The plain way. gated, and here and below f, are literals. */
 MOE_DEVICE void moei_epilogue_plain(const moe_grouped_gemm_desc* d, const moe_tile_position* t,
                                     moei_mma_c acc[4][4], uint16_t* strip, int row, int column,
@@ -118,6 +111,48 @@ MOE_DEVICE void moei_epilogue_plain(const moe_grouped_gemm_desc* d, const moe_ti
             if (in && row >= t->begin && row < t->end) *(uint4*)c = v[p];
             row += each;
             c += each * d->c_stride;
+        }
+        __syncwarp(MOEI_FULL);
+    }
+}
+
+/* The way of fp32. */
+MOE_DEVICE void moei_epilogue_fp32(const moe_grouped_gemm_desc* d, const moe_tile_position* t,
+                                   moei_mma_c acc[4][4], float* strip, int row, int column,
+                                   const moe_gemm_shape f)
+{
+    const int ld = moei_strip_pitch(f.wn), groups = f.wn / 4, each = MOEI_WARP / groups;
+    const int r = moei_lane() / groups, j = moei_lane() % groups * 4;
+    const bool in = column + j < d->n;
+    float* c = d->c_table ? (float*)d->c_table[t->expert] - (int64_t)t->begin * d->c_stride
+                          : (float*)d->c;
+    row += r;
+    c += row * d->c_stride + column + j;
+    MOEI_UNROLL
+    for (int m = 0; m < f.wm / 16; ++m) {
+        MOEI_UNROLL
+        for (int i = 0; i < f.wn / 16; ++i) moei_mma_store(strip + i * 16, &acc[m][i], ld);
+        __syncwarp(MOEI_FULL);
+        MOEI_NO_UNROLL
+        for (int p = 0; p < 16 / each; p += 2) { /* two at a time: their latencies overlap */
+            float v[2][4], was[2][4];
+            MOEI_UNROLL
+            for (int i = 0; i < 2; ++i) {
+                const bool there = in && row + i * each >= t->begin && row + i * each < t->end;
+                moei_strip_read4(v[i], strip + ((p + i) * each + r) * ld + j);
+                if (d->accumulate && there) moei_strip_read4(was[i], c + i * each * d->c_stride);
+            }
+            MOEI_UNROLL
+            for (int i = 0; i < 2; ++i) {
+                if (d->accumulate) {
+                    MOEI_UNROLL
+                    for (int x = 0; x < 4; ++x) v[i][x] += was[i][x];
+                }
+                if (in && row >= t->begin && row < t->end)
+                    *(float4*)c = make_float4(v[i][0], v[i][1], v[i][2], v[i][3]);
+                row += each;
+                c += each * d->c_stride;
+            }
         }
         __syncwarp(MOEI_FULL);
     }
@@ -196,11 +231,18 @@ MOE_DEVICE void moei_epilogue_warp(const moe_grouped_gemm_desc* d, const moe_til
                                    moei_mma_c acc[4][4], float* strip, int row, int column,
                                    const moe_gemm_shape f)
 {
-    if (!moei_epilogue_is_plain(d, f.dtype))
-        moei_epilogue_any(d, t, acc, strip, row, column, f);
-    else if (d->gate_up)
+    const int a = d->activation;
+    const bool none = a == MOE_ACTIVATION_NONE;
+    const bool bare = MOEI_CODE_HERE(80, MOEI_CODE_ANY) && /* sm_75 would spill */
+                      !d->bias && d->gate_up != MOE_GATE_UP_INTERLEAVED;
+    const bool plain = bare && !d->accumulate && d->c_dtype == f.dtype &&
+                       (none || a == MOE_ACTIVATION_SILU || a == MOE_ACTIVATION_SWIGLU);
+    if (plain && d->gate_up)
         moei_epilogue_plain(d, t, acc, (uint16_t*)strip, row, column, 1, f);
-    else moei_epilogue_plain(d, t, acc, (uint16_t*)strip, row, column, 0, f);
+    else if (plain) moei_epilogue_plain(d, t, acc, (uint16_t*)strip, row, column, 0, f);
+    else if (bare && none && d->c_dtype == MOE_FP32)
+        moei_epilogue_fp32(d, t, acc, strip, row, column, f);
+    else moei_epilogue_any(d, t, acc, strip, row, column, f);
 }
 
 #endif
