@@ -4,7 +4,7 @@
    back in row order and writes 16 bytes a lane. No block barrier: each warp stores when it is done.
    Three ways:
 
-     plain   no bias, C 16-bit and written, no activation, SiLU or SwiGLU with gate and up apart: the
+     plain   no bias, C 16-bit and written, no activation, or SwiGLU with gate and up apart: the
              activation is taken of the accumulators, the strip has C's dtype
      fp32    no bias, C fp32, no activation: written or added to
      any     the strip is fp32 [16][wn + 8]; bias and activation come behind it. A lane has 8 columns,
@@ -75,7 +75,7 @@ MOE_DEVICE void moei_epilogue_bias8(float* v, const uint16_t* bias, int64_t n, i
     moei_epilogue_bias(v + 4, bias, n + (4 - first) * step, step, dtype);
 }
 
-/* The plain way. gated, and here and below f, are literals. */
+/* The plain way. gated (SwiGLU), and here and below f, are literals. */
 MOE_DEVICE void moei_epilogue_plain(const moe_grouped_gemm_desc* d, const moe_tile_position* t,
                                     moei_mma_c acc[4][4], uint16_t* strip, int row, int column,
                                     const int gated, const moe_gemm_shape f)
@@ -91,14 +91,13 @@ MOE_DEVICE void moei_epilogue_plain(const moe_grouped_gemm_desc* d, const moe_ti
     MOEI_UNROLL
     for (int m = 0; m < f.wm / 16; ++m) {
         uint4 v[4];
-        if (d->activation != MOE_ACTIVATION_NONE) {
+        if (gated) {
             MOEI_UNROLL
             for (int i = 0; i < columns / 16; ++i)
                 MOEI_UNROLL
-                for (int x = 0; x < MOEI_MMA_C_ELEMS; ++x) {
-                    acc[m][i].x[x] = moei_sigmoid_unit(acc[m][i].x[x], MOEI_MINUS_LOG2E);
-                    if (gated) acc[m][i].x[x] *= acc[m][i + columns / 16].x[x];
-                }
+                for (int x = 0; x < MOEI_MMA_C_ELEMS; ++x)
+                    acc[m][i].x[x] = moei_sigmoid_unit(acc[m][i].x[x], MOEI_MINUS_LOG2E) *
+                                     acc[m][i + columns / 16].x[x];
         }
         MOEI_UNROLL
         for (int i = 0; i < columns / 16; ++i)
@@ -231,15 +230,15 @@ MOE_DEVICE void moei_epilogue_warp(const moe_grouped_gemm_desc* d, const moe_til
                                    moei_mma_c acc[4][4], float* strip, int row, int column,
                                    const moe_gemm_shape f)
 {
-    const int a = d->activation;
-    const bool none = a == MOE_ACTIVATION_NONE;
-    const bool bare = MOEI_CODE_HERE(80, MOEI_CODE_ANY) && /* sm_75 would spill */
-                      !d->bias && d->gate_up != MOE_GATE_UP_INTERLEAVED;
-    const bool plain = bare && !d->accumulate && d->c_dtype == f.dtype &&
-                       (none || a == MOE_ACTIVATION_SILU || a == MOE_ACTIVATION_SWIGLU);
-    if (plain && d->gate_up)
+    const bool none = d->activation == MOE_ACTIVATION_NONE;
+    /* in large tiles: what it gains in others is not worth the code; on sm_75 they would spill */
+    const bool bare = MOEI_CODE_HERE(80, MOEI_CODE_ANY) && f.tm * f.tn >= 128 * 128 && !d->bias &&
+                      d->gate_up != MOE_GATE_UP_INTERLEAVED;
+    const bool plain = bare && !d->accumulate && d->c_dtype == f.dtype;
+    if (plain && d->activation == MOE_ACTIVATION_SWIGLU)
         moei_epilogue_plain(d, t, acc, (uint16_t*)strip, row, column, 1, f);
-    else if (plain) moei_epilogue_plain(d, t, acc, (uint16_t*)strip, row, column, 0, f);
+    else if (plain && none)
+        moei_epilogue_plain(d, t, acc, (uint16_t*)strip, row, column, 0, f);
     else if (bare && none && d->c_dtype == MOE_FP32)
         moei_epilogue_fp32(d, t, acc, strip, row, column, f);
     else moei_epilogue_any(d, t, acc, strip, row, column, f);
