@@ -235,12 +235,12 @@ MOE_DEVICE void moei_epilogue_warp(const moe_grouped_gemm_desc* d, const moe_til
     const bool bare = MOEI_CODE_HERE(80, MOEI_CODE_ANY) && f.tm * f.tn >= 128 * 128 && !d->bias &&
                       d->gate_up != MOE_GATE_UP_INTERLEAVED;
     const bool plain = bare && !d->accumulate && d->c_dtype == f.dtype;
-    if (plain && d->activation == MOE_ACTIVATION_SWIGLU)
-        moei_epilogue_plain(d, t, acc, (uint16_t*)strip, row, column, 1, f);
+    if (bare && none && d->c_dtype == MOE_FP32)
+        moei_epilogue_fp32(d, t, acc, strip, row, column, f);
     else if (plain && none)
         moei_epilogue_plain(d, t, acc, (uint16_t*)strip, row, column, 0, f);
-    else if (bare && none && d->c_dtype == MOE_FP32)
-        moei_epilogue_fp32(d, t, acc, strip, row, column, f);
+    else if (plain && d->activation == MOE_ACTIVATION_SWIGLU)
+        moei_epilogue_plain(d, t, acc, (uint16_t*)strip, row, column, 1, f);
     else moei_epilogue_any(d, t, acc, strip, row, column, f);
 }
 
