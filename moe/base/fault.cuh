@@ -13,14 +13,16 @@ MOE_DEVICE uint64_t moei_fault_key(int code, int rank, int64_t index)
 #if MOE_ON_HOST
     return MOEI_FAULT_KEY(code, rank, index);
 #else
-    uint32_t lower, upper;
-    asm("{ .reg .u64 key;\n\t" /* as if of rank 0, then less rank << 44 */
-        "sub.u64 key, %2, %3;\n\t"
-        "mov.b64 {%0, %1}, key;\n\t"
-        "mad.lo.u32 %1, %4, 0xfffff000, %1; }"
-        : "=&r"(lower), "=&r"(upper)
+    uint64_t key;
+    asm("{ .reg .u32 lower, upper;\n\t" /* as if of rank 0, then less rank << 44 */
+        ".reg .u64 first;\n\t"
+        "sub.u64 first, %1, %2;\n\t"
+        "mov.b64 {lower, upper}, first;\n\t"
+        "mad.lo.u32 upper, %3, 0xfffff000, upper;\n\t"
+        "mov.b64 %0, {lower, upper}; }"
+        : "=l"(key)
         : "l"(MOEI_FAULT_KEY(code, 0, 0)), "l"((uint64_t)index & 0xfffffffffffull), "r"(rank));
-    return (uint64_t)upper << 32 | lower;
+    return key;
 #endif
 }
 

@@ -194,8 +194,8 @@ MOE_DEVICE void moei_epilogue_any(const moe_grouped_gemm_desc* d, const moe_tile
             if (pairs) {
                 MOEI_UNROLL
                 for (int x = 0; x < 4; ++x) {
-                    const float4 f = *(const float4*)(p + 4 * x);
-                    v[2 * x] = f.x, w[2 * x] = f.y, v[2 * x + 1] = f.z, w[2 * x + 1] = f.w;
+                    const float4 four = *(const float4*)(p + 4 * x);
+                    v[2 * x] = four.x, w[2 * x] = four.y, v[2 * x + 1] = four.z, w[2 * x + 1] = four.w;
                 }
             } else {
                 moei_strip_read4(v, p);
