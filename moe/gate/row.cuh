@@ -71,16 +71,18 @@ MOE_DEVICE moei_sparsemax moei_sparsemax_begin(float whole)
     return s;
 }
 
-/* One step: sum and number of this lane's logits above tau, both over `width` lanes, which all call. */
+/* One step: sum and number of this lane's logits above tau, both over `width` lanes, which all call.
+   exact, a literal: the division is rounded, not approximate. */
 MOE_DEVICE void moei_sparsemax_step(moei_sparsemax* s, float sum, float above, float whole,
-                                    const int width)
+                                    const int width, const int exact)
 {
     sum = moei_group_sum(sum, width);
     above = moei_group_sum(above, width);
     if (s->n < s->before) { /* else it is done, and only goes along */
         s->before = s->n;
         s->n = above;
-        if (above > 0.0f) s->tau = __fdividef(sum - whole, above);
+        if (above > 0.0f)
+            s->tau = exact ? __fdiv_rn(sum - whole, above) : __fdividef(sum - whole, above);
     }
 }
 

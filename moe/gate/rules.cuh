@@ -63,7 +63,7 @@ MOE_DEVICE moei_gate_stats moei_gate_lane_stats(const moei_gate_args* d,
                 part += in ? z : 0.0f;
                 above += in ? 1.0f : 0.0f;
             }
-            moei_sparsemax_step(&search, part, above, whole, w.lanes);
+            moei_sparsemax_step(&search, part, above, whole, w.lanes, 0);
         }
         s.sum = search.tau * units->unit;
     } else if (d->score == MOE_SCORE_SIGMOID) {

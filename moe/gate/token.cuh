@@ -85,7 +85,7 @@ MOE_DEVICE moei_gate_stats moei_gate_row_stats(const moei_gate_args* d, const fl
                     const float z = moei_gate_below(v, s.max) * unit;
                     if (z > search.tau) part += z, above += 1.0f;
                 }
-            moei_sparsemax_step(&search, part, above, 1.0f, MOEI_WARP);
+            moei_sparsemax_step(&search, part, above, 1.0f, MOEI_WARP, 1);
         }
         s.sum = search.tau;
         return s;

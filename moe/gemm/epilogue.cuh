@@ -2,7 +2,7 @@
 
    A warp passes its tile, 16 rows at a time, through a strip of shared memory of its own, reads it
    back in row order and writes 16 bytes a lane. No block barrier: each warp stores when it is done.
-   Three ways:
+   Three ways, the first two of tiles of 128 x 128 and more on sm_80 and later:
 
      plain   no bias, C 16-bit and written, no activation, or SwiGLU with gate and up apart: the
              activation is taken of the accumulators, the strip has C's dtype

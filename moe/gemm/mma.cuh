@@ -7,8 +7,8 @@
      moei_mma_c               a 16 x 16 piece of C, fp32; x[MOEI_MMA_C_ELEMS] of each lane
 
    dtype is a literal where these are called. Callers lean on no layout of a piece among the lanes;
-   it is the same for all C pieces. All 32 lanes call together; addresses in shared memory, 32-byte
-   aligned; ld is 32 or a multiple of 64. fp16 from sm_75, bf16 from sm_80. */
+   it is the same for all C pieces. All 32 lanes call together; addresses in shared memory. Of loads
+   they are 32-byte aligned, and ld is 32 or a multiple of 64. fp16 from sm_75, bf16 from sm_80. */
 #ifndef MOE_GEMM_MMA_CUH
 #define MOE_GEMM_MMA_CUH
 

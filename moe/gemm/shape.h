@@ -10,7 +10,7 @@
 typedef struct moe_gemm_shape {
     int32_t tm, tn, tk;       /* rows of A, rows or columns of B of a tile; depth of a step */
     int32_t warps_m, warps_n; /* along rows and columns */
-    int32_t stages;           /* of the ring, 2 or more; of a grouped GEMM 3 */
+    int32_t stages;           /* of the ring, 2 or more; of a grouped GEMM 3; 1: no ring */
     int32_t dtype;            /* MOE_FP16 or MOE_BF16 */
     int32_t a_major, b_major; /* MOE_MAJOR_* */
     int32_t wm, wn, threads;  /* of a warp's tile; of a block */

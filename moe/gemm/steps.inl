@@ -5,7 +5,8 @@
      MOEI_LOADER_TILES    what tells the block's next tiles
      name_copy            copies part `part` of `parts` of a step
      name_advance         before a step is copied, with tiles alone: what the copies need first, such as
-                          the next tile's rows, if the current tile is copied
+                          the next tile's rows, if the current tile is copied; `step` of the tile is
+                          multiplied meanwhile, before the first a negative one
 
    and names the two functions made here, MOEI_TILE_START and MOEI_TILE_STEPS. */
 

@@ -2,7 +2,8 @@
 
    The steps are those of every tile (gemm/mainloop.cuh, gemm/steps.inl). The loader here copies x into
    a stage as it is. What must be split comes as it is to a place of the thread's own, two steps before
-   the step that it is split for: the weights, and an fp16 x. */
+   the step that it is split for: the weights, and an fp16 x. A block takes 152 KB of shared memory, with
+   an fp16 x 168 KB: more than sm_80 has, which takes the small tile for it. */
 #ifndef MOE_ROUTER_LARGE_CUH
 #define MOE_ROUTER_LARGE_CUH
 
@@ -30,7 +31,7 @@ MOE_HOST_DEVICE size_t moei_split_large_smem(const moe_gemm_shape f, int x_dtype
 }
 
 /* What a thread copies next: of x a piece, 8 neighbours, of the rows 0, 64, 128 and 192 below its
-   first; of the weights 4 neighbours of two rows, in each half of a step. Within a warp the rows are
+   first (of fp16 0 and 64); of the weights 4 neighbours of two rows, in each half of a step. Within a warp the rows are
    such that the stores of the terms meet all banks. */
 typedef struct moei_split_loader {
     const char* x[4];   /* the piece of each row, at the depth to be copied next */
