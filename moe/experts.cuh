@@ -225,12 +225,15 @@ typedef struct moe_experts_prepared {
    status. No rows is no error. */
 MOE_HOST moe_status moe_experts_prepare(const moe_experts_desc* desc, moe_experts_prepared* p)
 {
+    moe_status s;
     MOEI_REQUIRE(desc && p, MOE_ERR_NULL, desc);
     memset(p, 0, sizeof *p);
     MOEI_TRY(moei_experts_check_options(desc, &p->up.args, &p->down.args));
-    MOEI_TRY(moei_experts_rename(moei_gemm_prepare(&p->up), 1));
-    MOEI_TRY(moei_experts_rename(moei_gemm_prepare(&p->down), 0));
-    return moei_experts_check_buffers(&p->up.args, &p->down.args);
+    s = moei_experts_rename(moei_gemm_prepare(&p->up), 1);
+    if (s == MOE_OK) s = moei_experts_rename(moei_gemm_prepare(&p->down), 0);
+    if (s == MOE_OK) s = moei_experts_check_buffers(&p->up.args, &p->down.args);
+    if (s != MOE_OK) memset(p, 0, sizeof *p); /* a refused one runs nothing */
+    return s;
 }
 
 /* Queues both prepared products on `stream`. */

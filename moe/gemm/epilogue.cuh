@@ -135,19 +135,20 @@ MOE_DEVICE void moei_epilogue_fp32(const moe_grouped_gemm_desc* d, const moe_til
         MOEI_NO_UNROLL
         for (int p = 0; p < 16 / each; p += 2) { /* two at a time: their latencies overlap */
             float v[2][4], was[2][4];
+            bool there[2];
             MOEI_UNROLL
             for (int i = 0; i < 2; ++i) {
-                const bool there = in && row + i * each >= t->begin && row + i * each < t->end;
+                there[i] = in && row + i * each >= t->begin && row + i * each < t->end;
                 moei_strip_read4(v[i], strip + ((p + i) * each + r) * ld + j);
-                if (d->accumulate && there) moei_strip_read4(was[i], c + i * each * d->c_stride);
+                if (d->accumulate && there[i]) moei_strip_read4(was[i], c + i * each * d->c_stride);
             }
             MOEI_UNROLL
             for (int i = 0; i < 2; ++i) {
-                if (d->accumulate) {
+                if (d->accumulate && there[i]) {
                     MOEI_UNROLL
                     for (int x = 0; x < 4; ++x) v[i][x] += was[i][x];
                 }
-                if (in && row >= t->begin && row < t->end)
+                if (there[i])
                     *(float4*)c = make_float4(v[i][0], v[i][1], v[i][2], v[i][3]);
                 row += each;
                 c += each * d->c_stride;

@@ -288,7 +288,7 @@ MOE_HOST moe_status moei_gemm_prepare(moe_grouped_gemm_prepared* p)
     columns = d->gate_up ? v->shape.tn / 2 : v->shape.tn;
     tiles = ((int64_t)d->num_rows / v->shape.tm + d->num_experts + 1) *
             ((d->n + columns - 1) / columns); /* at most */
-    MOEI_REQUIRE(tiles <= 0x7fffffff, MOE_ERR_RANGE, num_rows);
+    MOEI_REQUIRE(tiles <= MOEI_VARIANT_MAX_TILES, MOE_ERR_RANGE, num_rows);
     p->plan = moei_variant_plan(v, &dev, tiles, moei_tile_smem(v->shape, d->num_experts));
     if (d->num_rows == 0) return MOE_OK;
     return moei_variant_prepare(&p->launch, v, p->plan.blocks, p->plan.smem);
@@ -302,6 +302,7 @@ MOE_HOST moe_status moe_grouped_gemm_prepare(const moe_grouped_gemm_desc* desc,
 {
     MOEI_REQUIRE(desc && p, MOE_ERR_NULL, desc);
     p->args = *desc;
+    memset(&p->launch, 0, sizeof p->launch);
     MOEI_TRY(moei_gemm_check(&p->args));
     return moei_gemm_prepare(p);
 }

@@ -6,6 +6,9 @@
 #include "../base/status.h"
 #include "desc.h"
 
+/* Most rows: the look-ahead counts up to 447 past the last. */
+#define MOE_K_GEMM_MAX_ROWS (0x7fffffff - 511)
+
 typedef struct moe_k_grouped_gemm_desc {
     /* in */
     const void* a;                /* [a_rows, m] dtype, 16-byte aligned */
@@ -23,7 +26,7 @@ typedef struct moe_k_grouped_gemm_desc {
     uint64_t* fault;         /* [1] fault word; or null */
     /* sizes and options */
     int32_t num_experts;  /* E, 1 .. MOE_MAX_EXPERTS */
-    int32_t num_rows;     /* R, 0 .. MOE_GEMM_MAX_ROWS: most that there can be */
+    int32_t num_rows;     /* R, 0 .. MOE_K_GEMM_MAX_ROWS: most that there can be */
     int32_t m, n;         /* rows and columns of each C; multiples of 8 */
     int32_t a_div, b_div; /* 0 = 1; K turns slots into tokens */
     int32_t dtype;        /* of A and B: fp16 or bf16; 0 = bf16 */

@@ -106,7 +106,7 @@ MOE_HOST moe_status moei_k_check_options(moe_k_grouped_gemm_desc* d)
 {
     MOEI_REQUIRE(d->num_experts >= 1 && d->num_experts <= MOE_MAX_EXPERTS, MOE_ERR_RANGE,
                  num_experts);
-    MOEI_REQUIRE(d->num_rows >= 0 && d->num_rows <= MOE_GEMM_MAX_ROWS, MOE_ERR_RANGE, num_rows);
+    MOEI_REQUIRE(d->num_rows >= 0 && d->num_rows <= MOE_K_GEMM_MAX_ROWS, MOE_ERR_RANGE, num_rows);
     MOEI_REQUIRE(d->m >= 1 && d->m <= (1 << 28), MOE_ERR_RANGE, m);
     MOEI_REQUIRE(d->m % 8 == 0, MOE_ERR_MULTIPLE, m);
     MOEI_REQUIRE(d->n >= 1 && d->n <= (1 << 28), MOE_ERR_RANGE, n);
@@ -203,7 +203,7 @@ MOE_HOST moe_status moei_k_prepare(moe_k_grouped_gemm_prepared* p)
             MOEI_REQUIRE(!d->tile, MOE_ERR_DEVICE, tile);
             continue;
         }
-        MOEI_REQUIRE(tiles <= 0x7fffffff, MOE_ERR_RANGE, m);
+        MOEI_REQUIRE(tiles <= MOEI_VARIANT_MAX_TILES, MOE_ERR_RANGE, m);
         p->plan = moei_variant_plan(v, &dev, tiles, smem);
         return moei_variant_prepare(&p->launch, v, p->plan.blocks, smem);
     }

@@ -101,7 +101,7 @@ typedef struct moei_ring_fragments {
     moei_mma_b b[2][4]; /* of chunk number c at c % 2 */
 } moei_ring_fragments;
 
-/* Chunks of a step: an even number. */
+/* Chunks of a step. tk / 16 is even, or fragments would take the places of those in use. */
 MOE_HOST_DEVICE int moei_ring_chunks(const moe_gemm_shape f) { return f.tk / 16 * f.terms; }
 
 /* Loads what chunk c of stage `slot` multiplies and the chunk before did not; c is a literal. */

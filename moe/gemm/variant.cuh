@@ -72,6 +72,9 @@ MOE_HOST moe_status moei_variant_prepare(moei_launch* l, const moei_variant* v, 
     return moei_launch_prepare(l, v->kernel, v->name, &c);
 }
 
+/* Most tiles of persistent blocks: a tile number and the blocks of a launch do not overflow. */
+#define MOEI_VARIANT_MAX_TILES (0x7fffffff - 65535)
+
 /* What a launch of persistent blocks with `smem` bytes each will run: as many blocks as the device
    holds at one time, at most one for each of `tiles`. */
 MOE_HOST moe_gemm_plan moei_variant_plan(const moei_variant* v, const moei_device* dev,

@@ -75,18 +75,28 @@ inline void moeh_mma_load(moeh_mma_input* f, const moeh_layout& l, const uint16_
     f->dtype = dtype;
 }
 
+/* What the device asks of a piece's place: it joins the numbers by XOR. along: lines are rows. */
+inline void moeh_mma_place(int row, int m, int k, int ld, bool along)
+{
+    if (row < 0 || m < 0 || k < 0 || row % 16 || m % 16 || k % 16 || (row & m) ||
+        (along ? k : row + m) + 16 > ld)
+        moeh_fail("loads a tensor-core piece from a place that a warp does not have");
+}
+
 /* A lane's own part is the first row here. */
 MOE_DEVICE int moei_mma_lane_a(int row, int, int) { return row; }
 MOE_DEVICE int moei_mma_lane_b(int row, int, int) { return row; }
 MOE_DEVICE void moei_mma_load_a(moei_mma_a* f, const uint16_t* stage, int lane, int m, int k, int ld,
                                 int dtype, int major)
 {
+    moeh_mma_place(lane, m, k, ld, major == MOE_MAJOR_K);
     moeh_mma_load(f, moeh_mma_layouts().a, stage, lane + m, k, ld, dtype, major == MOE_MAJOR_K);
 }
 /* b is held as [k, n]. */
 MOE_DEVICE void moei_mma_load_b(moei_mma_b* f, const uint16_t* stage, int lane, int n, int k, int ld,
                                 int dtype, int major)
 {
+    moeh_mma_place(lane, n, k, ld, major == MOE_MAJOR_K);
     moeh_mma_load(f, moeh_mma_layouts().b, stage, k, lane + n, ld, dtype, major == MOE_MAJOR_MN);
 }
 
@@ -166,6 +176,8 @@ MOE_DEVICE void moei_mma_store_half(uint16_t* p, const moei_mma_c* c, int ld, in
 {
     const moeh_layout& l = moeh_mma_layouts().c;
     const int run = l.run[moeh_lane()];
+    if ((uintptr_t)p % 4 || ld % 2 || ld <= 0)
+        moeh_fail("stores a tensor-core piece that is not 4-byte aligned, or ld is odd");
     p += (run >> 1) * ld + (run & 1) * 8;
     for (int j = 0; j < 8; ++j) moe_store(p, j, dtype, c->x[l.slot[j]]);
 }

@@ -55,7 +55,7 @@ typedef struct moe_layer_desc {
     int32_t tile;         /* moe_tile of all products of experts; 0 = by shape and device */
     int32_t rank;         /* reported with a fault, 0 .. MOE_FAULT_MAX_RANK */
     /* the stations' options, as in their own headers: what the layer knows better (buffers between
-       the stations, sizes, fault word, workspace) is 0 here */
+       the stations, sizes, fault word, rank, workspace) is 0 here */
     moe_gate_desc gate;      /* rules and their buffers, expert_count, prob_sum; with ids all 0 */
     moe_route_desc route;    /* replicas, padding, capacity; drop_count, slot_row, row_weight */
     moe_layer_shared shared; /* the shared expert */

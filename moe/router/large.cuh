@@ -14,6 +14,11 @@
 /* As MOE_GEMM_SHAPE_*: rows of x, experts, depth of a step, warps along rows and experts, stages. */
 #define MOEI_SPLIT_LARGE 256, 128, 32, 4, 2, 3
 
+#define MOEI_SPLIT_STAGES_(tm, tn, tk, warps_m, warps_n, stages) stages
+#define MOEI_SPLIT_STAGES(...) MOEI_SPLIT_STAGES_(__VA_ARGS__)
+static_assert(MOEI_SPLIT_STAGES(MOEI_SPLIT_LARGE) == 3,
+              "what comes unsplit has arrived when the copies of two steps later have been waited for");
+
 #define MOEI_SPLIT_PIECES 4 /* 16-byte pieces of a step's weights that a thread splits; of x as many */
 
 /* Pieces of an fp16 x that a thread splits: half as many, since each becomes two. */

@@ -26,18 +26,19 @@ MOE_HOST_DEVICE size_t moei_split_small_smem(const moe_gemm_shape f)
 /* What a lane of the small tile holds of a step: of x a piece of every 4th row, of the weights 4
    neighbours of every 2nd. */
 MOE_DEVICE void moei_split_small_load(const moei_split_args* d, uint4* x, uint4* w, int64_t t0,
-                                      int e0, int k, const int x_dtype)
+                                      int e0, int k, const int x_dtype,
+                                      const moe_gemm_shape f)
 {
     const int xk = k + (moei_lane() & 7) * 8, wk = k + (moei_lane() & 15) * 4;
     MOEI_UNROLL
-    for (int i = 0; i < moei_split_tokens(32, x_dtype) / 4; ++i) {
+    for (int i = 0; i < moei_split_tokens(f.tm, x_dtype) / 4; ++i) {
         const int r = (moei_lane() >> 3) + i * 4;
         x[i] = make_uint4(0, 0, 0, 0);
         if (t0 + r < d->num_tokens && xk < d->hidden)
             x[i] = moei_load16((const uint16_t*)d->x + (t0 + r) * d->x_stride + xk);
     }
     MOEI_UNROLL
-    for (int i = 0; i < 8; ++i) {
+    for (int i = 0; i < f.tn / 2; ++i) {
         const int r = (moei_lane() >> 4) + i * 2;
         w[i] = make_uint4(0, 0, 0, 0);
         if (e0 + r < d->num_experts && wk < d->hidden)
@@ -62,7 +63,7 @@ MOE_DEVICE void moei_split_small_store(uint16_t* stage, const uint4* x, const ui
     }
     stage += f.tm * f.tk;
     MOEI_UNROLL
-    for (int i = 0; i < 8; ++i) {
+    for (int i = 0; i < f.tn / 2; ++i) {
         uint2 term[3];
         moei_split4(term, w[i], f.terms);
         MOEI_UNROLL
@@ -91,12 +92,12 @@ MOE_DEVICE_BODY void moei_split_small(const moei_split_args* d, unsigned char* s
     r.lane_a = moei_mma_lane_a(0, f.tk, MOE_MAJOR_K);
     r.lane_b = moei_mma_lane_b(0, f.tk, MOE_MAJOR_K);
     moei_tile_zero(acc, f);
-    moei_split_small_load(d, x, w, t0, e0, moei_warp() * f.tk, x_dtype);
+    moei_split_small_load(d, x, w, t0, e0, moei_warp() * f.tk, x_dtype, f);
     for (int k = moei_warp() * f.tk; k < d->hidden; k += stride) {
         moei_ring_fragments g;
         moei_split_small_store(stage, x, w, x_dtype, f);
         __syncwarp(MOEI_FULL);
-        if (k + stride < d->hidden) moei_split_small_load(d, x, w, t0, e0, k + stride, x_dtype);
+        if (k + stride < d->hidden) moei_split_small_load(d, x, w, t0, e0, k + stride, x_dtype, f);
         MOEI_UNROLL
         for (int c = 0; c < moei_ring_chunks(f); ++c) {
             moei_ring_load(&g, &r, 0, c, f);

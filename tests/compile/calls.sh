@@ -10,7 +10,7 @@ cd "$dir"
     echo '#include "moe/moe.cuh"'
     echo '#include "moe/gemm/k_grouped.cuh"'
 } > calls.cu
-"$nvcc" -O3 -std=c++14 "-I$root" -arch=compute_90 -ptx calls.cu -o calls.ptx
+"$nvcc" -O3 -std=c++14 "-I$root" -gencode arch=compute_90a,code=compute_90a -ptx calls.cu -o calls.ptx
 kernels=$(grep -c '^\.visible \.entry\|^\.entry' calls.ptx)
 echo "$kernels kernels"
 [ "$kernels" -gt 50 ]

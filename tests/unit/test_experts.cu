@@ -672,9 +672,14 @@ static void test_experts_plan(void)
 static void refused(const moe_experts_desc* d, moe_status want, int line)
 {
     moe_gemm_plan up, down;
+    moe_experts_prepared prepared;
     const moe_status s = moe_experts_plan(d, &up, &down);
     test_status(s, want, __FILE__, line, "moe_experts_plan");
     if (s == MOE_OK) return;
+    test_poison(&prepared, sizeof prepared);
+    test_status(moe_experts_prepare(d, &prepared), want, __FILE__, line, "moe_experts_prepare");
+    test_status(moe_experts_run(&prepared, test_now.stream), MOE_OK, __FILE__, line, "moe_experts_run");
+    CHECK(!prepared.up.launch.kernel && !prepared.down.launch.kernel, "line %d: a refused one runs", line);
     test_status(moe_experts(d, test_now.stream), want, __FILE__, line, "moe_experts");
     test_status(moe_experts_up(d, test_now.stream), want, __FILE__, line, "moe_experts_up");
     test_status(moe_experts_down(d, test_now.stream), want, __FILE__, line, "moe_experts_down");

@@ -455,6 +455,41 @@ static void test_k_refusals(void)
     bufs_free(&b);
 }
 
+/* Rows whose numbers are as large as they may be: the look-ahead past the last does not overflow. */
+static void test_k_far_rows(void)
+{
+    const int last = MOE_K_GEMM_MAX_ROWS, offset[2] = {last - 3, last};
+    static const int some[] = {3};
+    trand r = trand_new(9);
+    for (int tile = MOE_TILE_128x256; tile <= MOE_TILE_64x64; ++tile) {
+        k_case c = normal_case(1, some, 40, 72);
+        k_bufs b;
+        float got[40 * 72];
+        int wrong = 0;
+        c.tile = tile;
+        c.c_dtype = MOE_FP32;
+        if (tile == MOE_TILE_32x128 || expected(&c) != MOE_OK) continue;
+        bufs_new(&b, &c, &r);
+        tbuf_free(&b.offset);
+        b.offset = tbuf_from("offset", offset, sizeof offset, 4);
+        b.d.expert_offset = (const int32_t*)b.offset.p;
+        b.d.num_rows = last;
+        b.d.a_div = b.d.b_div = 1 << 30; /* all three are row 1 */
+        b.d.a_rows = b.d.b_rows = 2;
+        CHECK_STATUS(moe_k_grouped_gemm(&b.d, test_now.stream), MOE_OK);
+        tbuf_get(&b.c, got);
+        for (int i = 0; i < 40 * 72; ++i) {
+            const float v = moe_load(b.h_a, 40 + i / 72, c.dtype) * moe_load(b.h_b, 72 + i % 72, c.dtype);
+            wrong += !(fabsf(got[i] - 3 * v) <= ldexpf(fabsf(v), -20));
+        }
+        CHECK(wrong == 0, "tile %d: %d wrong", tile, wrong);
+        CHECK_FAULT(&b.fault, MOE_FAULT_NONE, 0);
+        b.d.num_rows = last + 1;
+        CHECK_STATUS(moe_k_grouped_gemm(&b.d, test_now.stream), MOE_STATUS(MOE_ERR_RANGE, num_rows));
+        bufs_free(&b);
+    }
+}
+
 /* A captured product, launched again with other offsets, indices and inputs. */
 static void test_k_graph(void)
 {
@@ -499,6 +534,7 @@ int main(int argc, char** argv)
     RUN(test_k_nan);
     RUN(test_k_faults);
     RUN(test_k_same_bits);
+    RUN(test_k_far_rows);
     RUN(test_k_graph);
     RUN(test_k_refusals);
     return test_end();

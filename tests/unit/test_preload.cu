@@ -452,7 +452,8 @@ static void test_everything(void)
     CHECK_STATUS(moe_preload(), MOE_OK);
 }
 
-/* A null descriptor or prepared struct is refused, in every station. */
+/* In every station a null descriptor or prepared struct is refused, and a prepared struct whose
+   descriptor was refused runs nothing, whatever it held before. */
 static void test_null(void)
 {
     const moe_status want = MOE_STATUS(MOE_ERR_NULL, desc);
@@ -461,6 +462,9 @@ static void test_null(void)
         moe_##type##_desc d;                                                                      \
         static moe_##type##_prepared p;                                                           \
         memset(&d, 0, sizeof d);                                                                  \
+        memset((void*)&p, 0xab, sizeof p);                                                        \
+        (void)moe_##prepare(&d, &p); /* refused, or nothing to do */                              \
+        CHECK_STATUS(moe_##run(&p, test_now.stream), MOE_OK);                                     \
         CHECK_STATUS(moe_##prepare(0, &p), want);                                                 \
         CHECK_STATUS(moe_##prepare(&d, 0), want);                                                 \
         CHECK_STATUS(moe_##run(0, test_now.stream), want);                                        \
