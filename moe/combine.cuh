@@ -178,8 +178,8 @@ MOE_DEVICE void moei_combine_add(float acc[2][8], const moei_combine_piece p, in
         MOEI_UNROLL
         for (int c = 0; c < cols; ++c)
             if (full || (k0 + u < p.count && p.h + c * p.span < p.hidden))
-                raw[c][u] = moei_load16(p.source[k0 + u].row +
-                                        (int64_t)(p.h + c * p.span) * (16 / width));
+                raw[c][u] =
+                    moei_load16(p.source[k0 + u].row + (int64_t)(p.h + c * p.span) * (16 / width));
     }
     MOEI_UNROLL
     for (int c = 0; c < cols; ++c) {
@@ -227,8 +227,7 @@ MOE_DEVICE void moei_combine_wide(const moe_combine_desc* d, const moe_combine_s
         if (h + (cols - 1) * span < H)
             for (; k0 + rows <= count; k0 += rows)
                 moei_combine_add(acc, p, k0, rows_dtype, cols, rows, 1);
-        for (; k0 < count; k0 += rows)
-            moei_combine_add(acc, p, k0, rows_dtype, cols, rows, 0);
+        for (; k0 < count; k0 += rows) moei_combine_add(acc, p, k0, rows_dtype, cols, rows, 0);
         MOEI_UNROLL
         for (int c = 0; c < cols; ++c)
             if (h + c * span < H)

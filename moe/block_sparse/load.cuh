@@ -103,8 +103,8 @@ typedef struct moei_block_copies {
     const moei_block_chunk *next_x, *next_y; /* of the step after it */
 } moei_block_copies;
 
-MOE_DEVICE moei_block_copies moei_block_copies_begin(const moei_block_args* d,
-                                                     moei_block_shared* s, const moe_gemm_shape f)
+MOE_DEVICE moei_block_copies moei_block_copies_begin(const moei_block_args* d, moei_block_shared* s,
+                                                     const moe_gemm_shape f)
 {
     const moei_block_where* t = &s->tile;
     moei_block_copies o;
@@ -126,7 +126,8 @@ MOE_DEVICE void moei_block_advance(moei_block_copies* o, const moei_block_args* 
     const int chunks = f.tk / 16, half = MOEI_WARP / chunks; /* of a step; steps */
     const int next = (step + f.stages) * chunks % (2 * MOEI_WARP);
     if (step % half == 0 && step > 0 && moei_warp() == step / half % (f.threads / MOEI_WARP))
-        moei_block_chunks(d, &o->shared->tile, o->shared, (step / half + 1) * MOEI_WARP, careful, f.tm);
+        moei_block_chunks(d, &o->shared->tile, o->shared, (step / half + 1) * MOEI_WARP, careful,
+                          f.tm);
     o->next_x = &o->shared->chunk_x[next + o->x.chunk];
     o->next_y = &o->shared->chunk_y[next + o->y.chunk];
 }

@@ -33,9 +33,9 @@ MOE_DEVICE void moei_block_copies_advance(moei_block_copies* o, const moei_block
     moei_block_advance(o, d, step, 0, f);
 }
 
-MOE_DEVICE void moei_block_copies_copy(moei_block_copies* o, const moei_block_args* d,
-                                       uint16_t* sx, uint16_t* sy, const int part,
-                                       const int parts, const moe_gemm_shape f)
+MOE_DEVICE void moei_block_copies_copy(moei_block_copies* o, const moei_block_args* d, uint16_t* sx,
+                                       uint16_t* sy, const int part, const int parts,
+                                       const moe_gemm_shape f)
 {
     (void)d;
     moei_block_fill(o, sx, sy, part, parts, 0, f);

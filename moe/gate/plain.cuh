@@ -30,18 +30,18 @@ MOE_DEVICE void moei_gate_ties(const moei_gate_args* d, int* count, int64_t t, c
 
 /* What a lane knows of its group's token in one round. */
 typedef struct moei_gate_round {
-    int K, score;          /* the descriptor's: read once, not in every round */
-    int64_t t;             /* the token; where none is left, the block's first */
-    bool live;             /* there is one */
-    bool redo;             /* it is done again by moei_gate_token */
-    bool tie;              /* some logits that are not below the K-th are equal */
-    float shift, sum;      /* -largest log2(e); the softmax's denominator, else 1 */
-    float kth;             /* the K-th largest logit */
-    uint32_t chosen;       /* bit j: the lane's j-th logit is not below it */
-    int before, all;       /* chosen of the lanes before; of the group */
-    int expert[8];         /* pick r, r + lanes, ... of the group, below `picks` */
+    int K, score;     /* the descriptor's: read once, not in every round */
+    int64_t t;        /* the token; where none is left, the block's first */
+    bool live;        /* there is one */
+    bool redo;        /* it is done again by moei_gate_token */
+    bool tie;         /* some logits that are not below the K-th are equal */
+    float shift, sum; /* -largest log2(e); the softmax's denominator, else 1 */
+    float kth;        /* the K-th largest logit */
+    uint32_t chosen;  /* bit j: the lane's j-th logit is not below it */
+    int before, all;  /* chosen of the lanes before; of the group */
+    int expert[8];    /* pick r, r + lanes, ... of the group, below `picks` */
     float logit[8], weight[8];
-    int picks;             /* choices that are written: K; 0 where none is, or the token is done again */
+    int picks; /* choices that are written: K; 0 where none is, or the token is done again */
 } moei_gate_round;
 
 /* Step 3: shift, sum and the K-th largest; rows with NaN, a largest that is infinite or huge or a
@@ -110,9 +110,9 @@ MOE_DEVICE void moei_gate_plain_pick(moei_gate_round* o, const moei_gate_args* d
         const int c = n * w.lanes + w.rank;
         const bool mine = n * w.lanes < w.depth && c < o->picks;
         o->expert[n] = mine ? pick[c] : 0;
-        o->logit[n] = mine ? moei_load_f32(d->logits, o->t * d->logits_stride + o->expert[n],
-                                                 d->logits_dtype)
-                                 : 0.0f;
+        o->logit[n] =
+            mine ? moei_load_f32(d->logits, o->t * d->logits_stride + o->expert[n], d->logits_dtype)
+                 : 0.0f;
     }
 }
 
@@ -130,10 +130,11 @@ MOE_DEVICE void moei_gate_plain_weigh(moei_gate_round* o, const moei_gate_args* 
         for (int r = 0; r < 32; ++r)
             if (r < w.lanes && n * w.lanes + r < w.depth && w.rank == r) l = top[n * w.lanes + r];
         o->weight[n] = 0.0f;
-        if (n * w.lanes < w.depth && n * w.lanes + w.rank < o->picks) /* what is common to all, an error in `shift` too, cancels below */
-            o->weight[n] = score == MOE_SCORE_SIGMOID
-                               ? moei_gate_weight(d, 1.0f, l, top[0], 1.0f)
-                               : moei_exp2_fast(fmaf(l, log2e, o->shift));
+        if (n * w.lanes < w.depth &&
+            n * w.lanes + w.rank <
+                o->picks) /* what is common to all, an error in `shift` too, cancels below */
+            o->weight[n] = score == MOE_SCORE_SIGMOID ? moei_gate_weight(d, 1.0f, l, top[0], 1.0f)
+                                                      : moei_exp2_fast(fmaf(l, log2e, o->shift));
         part += o->weight[n];
     }
     if (score == MOE_SCORE_TOPK_SOFTMAX || d->renormalize) sum = moei_group_sum(part, w.lanes);
@@ -167,7 +168,8 @@ MOE_DEVICE void moei_gate_plain_write(const moei_gate_round* o, const moei_gate_
             atomicAdd(count + o->expert[n], 1);
         }
     }
-    if (o->tie && o->live && !o->redo) moei_gate_ties(d, count, o->t, pick, o->all, w.rank, w.lanes);
+    if (o->tie && o->live && !o->redo)
+        moei_gate_ties(d, count, o->t, pick, o->all, w.rank, w.lanes);
     __syncwarp(MOEI_FULL);
 }
 

@@ -93,11 +93,10 @@ MOE_DEVICE void moei_epilogue_plain(const moe_grouped_gemm_desc* d, const moe_ti
         uint4 v[4];
         if (gated) {
             MOEI_UNROLL
-            for (int i = 0; i < columns / 16; ++i)
-                MOEI_UNROLL
-                for (int x = 0; x < MOEI_MMA_C_ELEMS; ++x)
-                    acc[m][i].x[x] = moei_sigmoid_unit(acc[m][i].x[x], MOEI_MINUS_LOG2E) *
-                                     acc[m][i + columns / 16].x[x];
+            for (int i = 0; i < columns / 16; ++i) MOEI_UNROLL
+            for (int x = 0; x < MOEI_MMA_C_ELEMS; ++x)
+                acc[m][i].x[x] = moei_sigmoid_unit(acc[m][i].x[x], MOEI_MINUS_LOG2E) *
+                                 acc[m][i + columns / 16].x[x];
         }
         MOEI_UNROLL
         for (int i = 0; i < columns / 16; ++i)
@@ -123,8 +122,8 @@ MOE_DEVICE void moei_epilogue_fp32(const moe_grouped_gemm_desc* d, const moe_til
     const int ld = moei_strip_pitch(f.wn), groups = f.wn / 4, each = MOEI_WARP / groups;
     const int r = moei_lane() / groups, j = moei_lane() % groups * 4;
     const bool in = column + j < d->n;
-    float* c = d->c_table ? (float*)d->c_table[t->expert] - (int64_t)t->begin * d->c_stride
-                          : (float*)d->c;
+    float* c =
+        d->c_table ? (float*)d->c_table[t->expert] - (int64_t)t->begin * d->c_stride : (float*)d->c;
     row += r;
     c += row * d->c_stride + column + j;
     MOEI_UNROLL
@@ -148,8 +147,7 @@ MOE_DEVICE void moei_epilogue_fp32(const moe_grouped_gemm_desc* d, const moe_til
                     MOEI_UNROLL
                     for (int x = 0; x < 4; ++x) v[i][x] += was[i][x];
                 }
-                if (there[i])
-                    *(float4*)c = make_float4(v[i][0], v[i][1], v[i][2], v[i][3]);
+                if (there[i]) *(float4*)c = make_float4(v[i][0], v[i][1], v[i][2], v[i][3]);
                 row += each;
                 c += each * d->c_stride;
             }
@@ -196,7 +194,8 @@ MOE_DEVICE void moei_epilogue_any(const moe_grouped_gemm_desc* d, const moe_tile
                 MOEI_UNROLL
                 for (int x = 0; x < 4; ++x) {
                     const float4 four = *(const float4*)(p + 4 * x);
-                    v[2 * x] = four.x, w[2 * x] = four.y, v[2 * x + 1] = four.z, w[2 * x + 1] = four.w;
+                    v[2 * x] = four.x, w[2 * x] = four.y, v[2 * x + 1] = four.z,
+                          w[2 * x + 1] = four.w;
                 }
             } else {
                 moei_strip_read4(v, p);
@@ -238,8 +237,7 @@ MOE_DEVICE void moei_epilogue_warp(const moe_grouped_gemm_desc* d, const moe_til
     const bool plain = bare && !d->accumulate && d->c_dtype == f.dtype;
     if (bare && none && d->c_dtype == MOE_FP32)
         moei_epilogue_fp32(d, t, acc, strip, row, column, f);
-    else if (plain && none)
-        moei_epilogue_plain(d, t, acc, (uint16_t*)strip, row, column, 0, f);
+    else if (plain && none) moei_epilogue_plain(d, t, acc, (uint16_t*)strip, row, column, 0, f);
     else if (plain && d->activation == MOE_ACTIVATION_SWIGLU)
         moei_epilogue_plain(d, t, acc, (uint16_t*)strip, row, column, 1, f);
     else moei_epilogue_any(d, t, acc, strip, row, column, f);

@@ -58,7 +58,7 @@ typedef struct moei_k_loader {
     int32_t a_keep, b_keep; /* bytes of the piece: 16, or 0 past the last column */
     int32_t slot;           /* of the step to copy */
     moei_k_rows copy, look; /* of the step to copy; of the index to read */
-    int32_t index, at;      /* of warps that find: read for the step to find next, and where it stood */
+    int32_t index, at; /* of warps that find: read for the step to find next, and where it stood */
     moei_k_shared* shared;
 } moei_k_loader;
 

@@ -86,15 +86,15 @@ inline void moeh_mma_place(int row, int m, int k, int ld, bool along)
 /* A lane's own part is the first row here. */
 MOE_DEVICE int moei_mma_lane_a(int row, int, int) { return row; }
 MOE_DEVICE int moei_mma_lane_b(int row, int, int) { return row; }
-MOE_DEVICE void moei_mma_load_a(moei_mma_a* f, const uint16_t* stage, int lane, int m, int k, int ld,
-                                int dtype, int major)
+MOE_DEVICE void moei_mma_load_a(moei_mma_a* f, const uint16_t* stage, int lane, int m, int k,
+                                int ld, int dtype, int major)
 {
     moeh_mma_place(lane, m, k, ld, major == MOE_MAJOR_K);
     moeh_mma_load(f, moeh_mma_layouts().a, stage, lane + m, k, ld, dtype, major == MOE_MAJOR_K);
 }
 /* b is held as [k, n]. */
-MOE_DEVICE void moei_mma_load_b(moei_mma_b* f, const uint16_t* stage, int lane, int n, int k, int ld,
-                                int dtype, int major)
+MOE_DEVICE void moei_mma_load_b(moei_mma_b* f, const uint16_t* stage, int lane, int n, int k,
+                                int ld, int dtype, int major)
 {
     moeh_mma_place(lane, n, k, ld, major == MOE_MAJOR_K);
     moeh_mma_load(f, moeh_mma_layouts().b, stage, k, lane + n, ld, dtype, major == MOE_MAJOR_MN);

@@ -16,10 +16,12 @@
 
 #define MOEI_SPLIT_STAGES_(tm, tn, tk, warps_m, warps_n, stages) stages
 #define MOEI_SPLIT_STAGES(...) MOEI_SPLIT_STAGES_(__VA_ARGS__)
-static_assert(MOEI_SPLIT_STAGES(MOEI_SPLIT_LARGE) == 3,
-              "what comes unsplit has arrived when the copies of two steps later have been waited for");
+static_assert(
+    MOEI_SPLIT_STAGES(MOEI_SPLIT_LARGE) == 3,
+    "what comes unsplit has arrived when the copies of two steps later have been waited for");
 
-#define MOEI_SPLIT_PIECES 4 /* 16-byte pieces of a step's weights that a thread splits; of x as many */
+/* 16-byte pieces of a step's weights that a thread splits; of x as many. */
+#define MOEI_SPLIT_PIECES 4
 
 /* Pieces of an fp16 x that a thread splits: half as many, since each becomes two. */
 MOE_HOST_DEVICE int moei_split_x_pieces(int x_dtype)
@@ -32,7 +34,8 @@ MOE_HOST_DEVICE int moei_split_x_pieces(int x_dtype)
 MOE_HOST_DEVICE size_t moei_split_large_smem(const moe_gemm_shape f, int x_dtype)
 {
     return moei_ring_bytes(f) +
-           (size_t)2 * 16 * (size_t)((MOEI_SPLIT_PIECES + moei_split_x_pieces(x_dtype)) * f.threads);
+           (size_t)2 * 16 *
+               (size_t)((MOEI_SPLIT_PIECES + moei_split_x_pieces(x_dtype)) * f.threads);
 }
 
 /* What a thread copies next: of x a piece, 8 neighbours, of the rows 0, 64, 128 and 192 below its
@@ -68,8 +71,9 @@ MOE_DEVICE void moei_split_copy_w(const moei_split_loader* p, const int i, const
 MOE_DEVICE void moei_split_copy_x(const moei_split_loader* p, uint16_t* stage, const int i,
                                   const moe_gemm_shape f)
 {
-    void* to = p->x_dtype == MOE_FP16 ? (void*)(p->own + (p->slot + MOEI_SPLIT_PIECES + i) * f.threads)
-                                      : (void*)(stage + p->x_at + i * 64 * f.tk);
+    void* to = p->x_dtype == MOE_FP16
+                   ? (void*)(p->own + (p->slot + MOEI_SPLIT_PIECES + i) * f.threads)
+                   : (void*)(stage + p->x_at + i * 64 * f.tk);
     moei_copy16_async(to, p->x[i], p->x_left > 0 && (p->x_rows >> i & 1) ? 16 : 0);
 }
 
@@ -214,14 +218,12 @@ MOE_DEVICE_BODY void moei_split_large(const moei_split_args* d, unsigned char* s
     moei_tile_zero(acc, f);
     moei_split_steps(acc, &load, &r, d, 0, (d->hidden + f.tk - 1) / f.tk, f);
     moei_copy_wait(0);
-    __syncthreads(); /* every warp has read the ring: it becomes the strips */
+    __syncthreads();           /* every warp has read the ring: it becomes the strips */
     if (x_dtype == MOE_FP16) { /* the lower part of x is 32 rows below the upper */
         MOEI_UNROLL
-        for (int i = 0; i < 2; ++i)
-            MOEI_UNROLL
-            for (int j = 0; j < 4; ++j)
-                MOEI_UNROLL
-                for (int u = 0; u < MOEI_MMA_C_ELEMS; ++u) acc[i][j].x[u] += acc[i + 2][j].x[u];
+        for (int i = 0; i < 2; ++i) MOEI_UNROLL
+        for (int j = 0; j < 4; ++j) MOEI_UNROLL
+        for (int u = 0; u < MOEI_MMA_C_ELEMS; ++u) acc[i][j].x[u] += acc[i + 2][j].x[u];
     }
     moei_router_store(to, acc, (float*)shared + moei_warp() * moei_strip_floats(f.wn),
                       t0 + warp_m * wm, e0 + warp_n * f.wn, wm, f.wn);

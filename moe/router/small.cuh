@@ -26,8 +26,7 @@ MOE_HOST_DEVICE size_t moei_split_small_smem(const moe_gemm_shape f)
 /* What a lane of the small tile holds of a step: of x a piece of every 4th row, of the weights 4
    neighbours of every 2nd. */
 MOE_DEVICE void moei_split_small_load(const moei_split_args* d, uint4* x, uint4* w, int64_t t0,
-                                      int e0, int k, const int x_dtype,
-                                      const moe_gemm_shape f)
+                                      int e0, int k, const int x_dtype, const moe_gemm_shape f)
 {
     const int xk = k + (moei_lane() & 7) * 8, wk = k + (moei_lane() & 15) * 4;
     MOEI_UNROLL
@@ -116,8 +115,10 @@ MOE_DEVICE_BODY void moei_split_small(const moei_split_args* d, unsigned char* s
         float sum = 0.0f;
         for (int part = 0; part < (x_dtype == MOE_FP16 ? 2 : 1); ++part)
             for (int j = 0; j < warps; ++j)
-                sum += ((const float*)((const uint16_t*)shared + j * moei_stage_elems(f)))
-                    [(row + part * tokens) * MOEI_SPLIT_SMALL_OUT + c];
+                sum +=
+                    ((const float*)((const uint16_t*)shared +
+                                    j * moei_stage_elems(
+                                            f)))[(row + part * tokens) * MOEI_SPLIT_SMALL_OUT + c];
         if (t0 + row < d->num_tokens && e0 + c < d->num_experts)
             d->logits[(t0 + row) * d->logits_stride + e0 + c] = sum;
     }
