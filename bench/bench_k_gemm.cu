@@ -28,8 +28,8 @@ MOE_KERNEL(256, 1) check_k(MOE_ARG(check_args) a)
     const int begin = d->expert_offset[e], end = d->expert_offset[e + 1];
     double sum = 0.0, size = 0.0, got, error;
     for (int r = begin; r < end; ++r) {
-        const int64_t p = d->a_index ? d->a_index[r] / d->a_div : r;
-        const int64_t q = d->b_index ? d->b_index[r] / d->b_div : r;
+        const int64_t p = d->a_index ? d->a_index[r] / (d->a_div ? d->a_div : 1) : r;
+        const int64_t q = d->b_index ? d->b_index[r] / (d->b_div ? d->b_div : 1) : r;
         const double v = (double)moei_load_f32(d->a, p * d->m + i, MOE_BF16) *
                          (double)moei_load_f32(d->b, q * d->n + j, MOE_BF16);
         sum += v;
@@ -82,7 +82,7 @@ static void run_shape(bench_state* s, bench_blas* blas, int T, int H, int I, int
         BENCH_CUDA(cudaMemset(d.c, 0xff, (size_t)E * (size_t)d.m * (size_t)d.n * 4));
         BENCH_MOE(moe_k_grouped_gemm_prepare(&d, &p));
         BENCH_MOE(moe_k_grouped_gemm_run(&p, s->stream));
-        check.d = p.args;
+        check.d = d;
         check.worst = (unsigned*)bench_alloc(4);
         BENCH_CUDA(cudaMemset(check.worst, 0, 4));
         BENCH_MOE(MOE_LAUNCH(check_k, c, check));

@@ -27,8 +27,8 @@ static void run_router(void* context, cudaStream_t stream)
         moe_router_prepared p;
         BENCH_MOE(moe_router_prepare(&j->d, &p));
         if (p.path != MOE_ROUTER_SPLIT_LARGE && p.path != MOE_ROUTER_SPLIT_SMALL) exit(1);
-        BENCH_MOE(moei_split_prepare(&p.gemm.launch, &p.split, j->tile == SMALL_TILE));
-        BENCH_MOE(MOE_RUN(&p.gemm.launch, p.split, stream));
+        BENCH_MOE(moei_split_prepare(&p.gemm.launch, &p.args, j->tile == SMALL_TILE));
+        BENCH_MOE(MOE_RUN(&p.gemm.launch, p.args, stream));
     }
 }
 

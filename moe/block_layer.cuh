@@ -236,14 +236,11 @@ MOE_HOST moe_status moei_block_layer_prepare_lists(const moei_block_layer* l,
     return MOE_OK;
 }
 
-/* Settles forward: moe_block_layer_run queues y, and what backward needs into `saved`, any number of
-   times. Errors: every field as documented, each with its own status. T = 0 is no error. */
-MOE_HOST moe_status moe_block_layer_prepare_forward(const moe_block_layer_desc* desc,
+/* Fills in *p, which is empty. */
+MOE_HOST moe_status moei_block_layer_settle_forward(const moe_block_layer_desc* desc,
                                                     moe_block_layer_prepared* p)
 {
     moei_block_layer l;
-    MOEI_REQUIRE(desc && p, MOE_ERR_NULL, desc);
-    memset(p, 0, sizeof *p);
     MOEI_TRY(moei_block_layer_check(desc, 0, &l));
     if (l.d.num_tokens == 0) return MOE_OK;
     MOEI_TRY(moei_block_layer_product(&l, MOEI_BLOCK_LAYER_UP, &p->product[0]));
@@ -257,15 +254,20 @@ MOE_HOST moe_status moe_block_layer_prepare_forward(const moe_block_layer_desc* 
     return moei_block_layer_prepare_combine(&l, l.d.y, l.d.y_stride, &p->combine);
 }
 
-/* Settles backward: moe_block_layer_run queues the gradients that are wanted. `saved` is as a forward
-   with the same form, sizes, options and inputs left it; without act_grad it is used up. Errors: as
-   of forward. */
-MOE_HOST moe_status moe_block_layer_prepare_backward(const moe_block_layer_desc* desc,
+/* Settles forward: moe_block_layer_run queues y, and what backward needs into `saved`, any number of
+   times. Errors: every field as documented, each with its own status. T = 0 is no error. */
+MOE_HOST moe_status moe_block_layer_prepare_forward(const moe_block_layer_desc* desc,
+                                                    moe_block_layer_prepared* p)
+{
+    MOEI_REQUIRE(desc && p, MOE_ERR_NULL, desc);
+    MOEI_RETURN_PREPARED(p, moei_block_layer_settle_forward(desc, p));
+}
+
+/* Fills in *p, which is empty. */
+MOE_HOST moe_status moei_block_layer_settle_backward(const moe_block_layer_desc* desc,
                                                      moe_block_layer_prepared* p)
 {
     moei_block_layer l;
-    MOEI_REQUIRE(desc && p, MOE_ERR_NULL, desc);
-    memset(p, 0, sizeof *p);
     MOEI_TRY(moei_block_layer_check(desc, 1, &l));
     if (l.d.num_tokens == 0)
         return l.d.grad_expert ? moei_block_layer_prepare_tables(&l, 1, p) : MOE_OK;
@@ -281,6 +283,16 @@ MOE_HOST moe_status moe_block_layer_prepare_backward(const moe_block_layer_desc*
         MOEI_TRY(moei_block_layer_prepare_gather(&l, l.d.x, l.d.x_stride, &p->gather[1]));
     if (!l.d.dx) return MOE_OK;
     return moei_block_layer_prepare_combine(&l, l.d.dx, l.d.dx_stride, &p->combine);
+}
+
+/* Settles backward: moe_block_layer_run queues the gradients that are wanted. `saved` is as a forward
+   with the same form, sizes, options and inputs left it; without act_grad it is used up. Errors: as
+   of forward. */
+MOE_HOST moe_status moe_block_layer_prepare_backward(const moe_block_layer_desc* desc,
+                                                     moe_block_layer_prepared* p)
+{
+    MOEI_REQUIRE(desc && p, MOE_ERR_NULL, desc);
+    MOEI_RETURN_PREPARED(p, moei_block_layer_settle_backward(desc, p));
 }
 
 /* Queues a prepared forward or backward on `stream`. */

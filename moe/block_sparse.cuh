@@ -87,9 +87,11 @@ static const moei_variant moei_block_variants[] = {
 #define MOEI_BLOCK_ROW(name, tm, tn, deep, wm, wn, stages, blocks, suffix, dtype)                  \
     {(const void*)moei_block_##name##_##suffix,                                                    \
      "moei_block_" #name "_" #suffix,                                                              \
+     MOE_GEMM_PATH_WMMA,                                                                           \
      MOEI_SHAPE_INIT(tm, tn, deep, wm, wn, stages, dtype, 0, 0),                                   \
      MOE_BLOCK_TILE_##name,                                                                        \
      blocks,                                                                                       \
+     MOEI_RING_BYTES(1, tm, tn, deep, wm, wn, stages),                                             \
      MOEI_BLOCK_LEAST(dtype, tm, tn, deep, stages),                                                \
      MOEI_CODE_ANY},
 #define MOEI_BLOCK_ROWS(suffix, dtype) MOEI_BLOCK_TILE_LIST(MOEI_BLOCK_ROW, suffix, dtype)
@@ -112,17 +114,6 @@ MOE_HOST moe_status moei_block_check_dtype(int dtype)
     MOEI_REQUIRE(moei_block_variant(MOE_BLOCK_TILE_64x64, dtype), MOE_ERR_NOT_COMPILED, dtype);
     MOEI_TRY(moei_device_query(&dev));
     MOEI_REQUIRE(MOE_ON_HOST || dtype == MOE_FP16 || dev.major >= 8, MOE_ERR_DEVICE, dtype);
-    return MOE_OK;
-}
-
-/* Can the current device and this binary run it? */
-MOE_HOST moe_status moei_block_runs(const moei_variant* t, int* runs)
-{
-    moei_device dev;
-    MOEI_TRY(moei_device_query(&dev));
-    MOEI_TRY(moei_variant_runs(t, runs));
-    *runs = *runs &&
-            moei_ring_bytes(t->shape) + sizeof(moei_block_shared) <= (size_t)dev.smem_block;
     return MOE_OK;
 }
 
@@ -163,12 +154,12 @@ MOE_HOST moe_status moei_block_choose(const moe_block_sparse_desc* d, const moei
                                ((columns + o->shape.tn - 1) / o->shape.tn) >=
                            dev.sms;
         int runs;
-        MOEI_TRY(moei_block_runs(o, &runs));
+        MOEI_TRY(moei_variant_runs(o, &dev, 0, &runs));
         t[0] = o;
         MOEI_REQUIRE(runs || !d->choice.tile, MOE_ERR_DEVICE, choice);
         if (!runs || !(w == 2 || d->choice.tile || enough)) continue;
         t[1] = moei_block_rest(d, o, d->choice.tile ? d->choice.rest : w < 2 ? low : 0);
-        if (t[1]) MOEI_TRY(moei_block_runs(t[1], &runs));
+        if (t[1]) MOEI_TRY(moei_variant_runs(t[1], &dev, 0, &runs));
         MOEI_REQUIRE(runs || !d->choice.tile, MOE_ERR_DEVICE, choice);
         if (!runs) t[1] = 0;
         return MOE_OK;
@@ -301,19 +292,15 @@ MOE_HOST moe_status moei_block_prepare_zeroes(const moe_block_sparse_desc* d,
     return MOE_PREPARE(&p->zeroes, moei_block_zero, c);
 }
 
-/* Settles a product: moe_block_sparse_run queues it any number of times; the mask may change between
-   runs, its list's room and the tables' places may not. Errors: every field as documented in
-   block_sparse/desc.h, each with its own status. Sizes of 0 are no error. */
-MOE_HOST moe_status moe_block_sparse_prepare(const moe_block_sparse_desc* desc,
-                                             moe_block_sparse_prepared* p)
+/* Fills in *p, which is empty. */
+MOE_HOST moe_status moei_block_settle(const moe_block_sparse_desc* desc,
+                                      moe_block_sparse_prepared* p)
 {
     moe_block_sparse_desc d;
     const moei_variant* t[2];
     moei_block_plan plan[2];
     size_t bytes;
-    MOEI_REQUIRE(desc && p, MOE_ERR_NULL, desc);
     d = *desc;
-    memset(p, 0, sizeof *p);
     MOEI_TRY(moei_block_check_options(&d));
     MOEI_TRY(moei_block_choose(&d, t));
     if (d.m == 0 || d.n == 0) return moei_block_check_buffers(&d, 0);
@@ -329,10 +316,19 @@ MOE_HOST moe_status moe_block_sparse_prepare(const moe_block_sparse_desc* desc,
             MOEI_TRY(MOE_PREPARE(&p->tile[i].lists, moei_block_strips, c));
         }
         if (plan[i].tiles)
-            MOEI_TRY(moei_variant_prepare(&p->tile[i].product, t[i], plan[i].tiles,
-                                          moei_ring_bytes(t[i]->shape)));
+            MOEI_TRY(moei_variant_prepare(&p->tile[i].product, t[i], plan[i].tiles, 0));
     }
     return MOE_OK;
+}
+
+/* Settles a product: moe_block_sparse_run queues it any number of times; the mask may change between
+   runs, its list's room and the tables' places may not. Errors: every field as documented in
+   block_sparse/desc.h, each with its own status. Sizes of 0 are no error. */
+MOE_HOST moe_status moe_block_sparse_prepare(const moe_block_sparse_desc* desc,
+                                             moe_block_sparse_prepared* p)
+{
+    MOEI_REQUIRE(desc && p, MOE_ERR_NULL, desc);
+    MOEI_RETURN_PREPARED(p, moei_block_settle(desc, p));
 }
 
 /* Queues a prepared product on `stream`. */

@@ -63,7 +63,6 @@ typedef struct moe_combine_desc {
     void* y;          /* [T, H] y_dtype */
     int64_t y_stride; /* elements between rows; 0 = H */
     int32_t y_dtype;  /* moe_dtype; 0 = rows_dtype */
-    int32_t rank;     /* reported with a fault, 0 .. MOE_FAULT_MAX_RANK */
     uint64_t* fault;  /* [1] fault word; or null */
     /* sizes */
     int32_t num_tokens;  /* T >= 0 */
@@ -72,7 +71,25 @@ typedef struct moe_combine_desc {
     int32_t num_buffers; /* length of the table; without a table, 0 or 1 */
     int64_t num_rows;    /* most rows that any buffer has: bounds of places, and of `rows` against
                             what is written; 0 = neither is checked */
+    int32_t rank;        /* reported with a fault, 0 .. MOE_FAULT_MAX_RANK */
 } moe_combine_desc;
+
+/* What kernels take: a descriptor that moe_combine_resolve has checked. */
+typedef struct moe_combine_args {
+    const void* const* table; /* or null: rows is the one buffer */
+    const void* rows;
+    const moe_place* place;
+    const float* weights;       /* or null */
+    const void* residual;       /* or null */
+    const void* shared;         /* or null */
+    const float* shared_weight; /* or null */
+    void* y;
+    uint64_t* fault;                                       /* or null */
+    int64_t row_pitch, residual_pitch, shared_pitch, y_pitch; /* bytes between rows */
+    int64_t num_rows;                                      /* 0: places are not bounded by it */
+    int32_t rows_dtype, y_dtype;
+    int32_t num_tokens, hidden, top_k, num_buffers, rank;
+} moe_combine_args;
 
 #define MOE_COMBINE_MAX_TOP_K 2048 /* 32 KB of shared memory a block */
 
@@ -92,9 +109,8 @@ typedef struct moe_combine_shared {
 
 /* Address of the row that the place of slot t * K + k names, through the pointer table; null where
    there is none. A place that is wrong sets the fault word. slot is the index into place, no more:
-   with top_k = E, say, place may be [T, E]. d is a descriptor that
-   moe_combine_resolve has filled in on the host. Any thread may call it. */
-MOE_DEVICE const char* moe_combine_row(const moe_combine_desc* d, int64_t slot)
+   with top_k = E, say, place may be [T, E]. Any thread may call it. */
+MOE_DEVICE const char* moe_combine_row(const moe_combine_args* d, int64_t slot)
 {
     const moe_place p = d->place[slot];
     const char* base;
@@ -109,7 +125,7 @@ MOE_DEVICE const char* moe_combine_row(const moe_combine_desc* d, int64_t slot)
         moei_fault_raise(d->fault, MOE_FAULT_BAD_PLACE, d->rank, slot);
         return 0;
     }
-    return base + p.row * d->row_stride * (d->rows_dtype == MOE_FP32 ? 4 : 2);
+    return base + p.row * d->row_pitch;
 }
 
 /* The elements that 16 bytes of rows hold: 4 in fp32, 8 otherwise. dtype is a literal. */
@@ -120,35 +136,6 @@ MOE_DEVICE void moei_combine_unpack(float* v, uint4 raw, const int dtype)
         v[2] = __uint_as_float(raw.z), v[3] = __uint_as_float(raw.w);
     } else {
         moei_unpack_8(v, raw, dtype);
-    }
-}
-
-/* Reads or writes `count` (4 or 8, a literal) elements of any dtype, aligned to their size. */
-MOE_DEVICE void moei_combine_read(float* v, const void* p, int dtype, const int count)
-{
-    MOEI_UNROLL
-    for (int i = 0; i < count; i += 4) {
-        if (dtype == MOE_FP32) {
-            const float4 f = *(const float4*)((const float*)p + i);
-            v[i] = f.x, v[i + 1] = f.y, v[i + 2] = f.z, v[i + 3] = f.w;
-        } else {
-            const uint2 u = *(const uint2*)((const uint16_t*)p + i);
-            const float2 a = moei_unpack2(u.x, dtype), b = moei_unpack2(u.y, dtype);
-            v[i] = a.x, v[i + 1] = a.y, v[i + 2] = b.x, v[i + 3] = b.y;
-        }
-    }
-}
-
-MOE_DEVICE void moei_combine_write(void* p, const float* v, int dtype, const int count)
-{
-    if (dtype == MOE_FP32) {
-        MOEI_UNROLL
-        for (int i = 0; i < count; i += 4)
-            *(float4*)((float*)p + i) = make_float4(v[i], v[i + 1], v[i + 2], v[i + 3]);
-    } else if (count == 8) {
-        moei_store16(p, moei_pack_8(v, dtype));
-    } else {
-        *(uint2*)p = make_uint2(moei_pack2(v[0], v[1], dtype), moei_pack2(v[2], v[3], dtype));
     }
 }
 
@@ -206,7 +193,7 @@ MOE_DEVICE void moei_combine_add(float acc[2][8], const moei_combine_piece p, in
 
 /* The token's columns, 16 bytes of row at a time: a thread has `cols` such pieces at once, of
    `rows` rows under way together. rows_dtype, cols and rows are literals. */
-MOE_DEVICE void moei_combine_wide(const moe_combine_desc* d, const moe_combine_source* source,
+MOE_DEVICE void moei_combine_wide(const moe_combine_args* d, const moe_combine_source* source,
                                   int count, char* y, const char* residual, const int rows_dtype,
                                   const int cols, const int rows)
 {
@@ -221,7 +208,7 @@ MOE_DEVICE void moei_combine_wide(const moe_combine_desc* d, const moe_combine_s
             MOEI_UNROLL
             for (int i = 0; i < width; ++i) acc[c][i] = 0.0f;
             if (residual && h + c * span < H)
-                moei_combine_read(acc[c], residual + (int64_t)(h + c * span) * y_bytes, d->y_dtype,
+                moei_load_some(acc[c], residual + (int64_t)(h + c * span) * y_bytes, d->y_dtype,
                                   width);
         }
         if (h + (cols - 1) * span < H)
@@ -231,13 +218,13 @@ MOE_DEVICE void moei_combine_wide(const moe_combine_desc* d, const moe_combine_s
         MOEI_UNROLL
         for (int c = 0; c < cols; ++c)
             if (h + c * span < H)
-                moei_combine_write(y + (int64_t)(h + c * span) * y_bytes, acc[c], d->y_dtype,
+                moei_store_some(y + (int64_t)(h + c * span) * y_bytes, acc[c], d->y_dtype,
                                    width);
     }
 }
 
 /* Rows of a token at most, those of its slots and the shared one: so many sources. */
-MOE_HOST_DEVICE int moe_combine_sources(const moe_combine_desc* d)
+MOE_HOST_DEVICE int moe_combine_sources(const moe_combine_args* d)
 {
     return d->top_k + (d->shared ? 1 : 0);
 }
@@ -247,18 +234,16 @@ MOE_HOST_DEVICE int moe_combine_sources(const moe_combine_desc* d)
 
    All threads of a block of whole warps call it together. In shared memory lie the
    moe_combine_shared and moe_combine_sources(d) of moe_combine_source; a barrier stands between two
-   calls with the same ones. d is a descriptor that moe_combine_resolve has filled in on the host,
-   and what it points to is in global memory, also where this kernel wrote it before a barrier;
-   rows_dtype is its own, a literal. */
-MOE_DEVICE_BODY void moe_combine_token(const moe_combine_desc* d, int64_t t,
+   calls with the same ones. What d points to is in global memory, also where this kernel wrote it
+   before a barrier; rows_dtype is d's, a literal. */
+MOE_DEVICE_BODY void moe_combine_token(const moe_combine_args* d, int64_t t,
                                        moe_combine_shared* shared, moe_combine_source* source,
                                        const int rows_dtype)
 {
-    const int K = d->top_k, H = d->hidden, y_bytes = d->y_dtype == MOE_FP32 ? 4 : 2;
-    const int most = moe_combine_sources(d);
-    char* y = (char*)d->y + t * d->y_stride * y_bytes;
+    const int K = d->top_k, H = d->hidden, most = moe_combine_sources(d);
+    char* y = (char*)d->y + t * d->y_pitch;
     const char* residual =
-        d->residual ? (const char*)d->residual + t * d->residual_stride * y_bytes : (const char*)0;
+        d->residual ? (const char*)d->residual + t * d->residual_pitch : (const char*)0;
     int count = 0;
 
     if (moei_warp() == 0) {
@@ -279,8 +264,7 @@ MOE_DEVICE_BODY void moe_combine_token(const moe_combine_desc* d, int64_t t,
             count += __popc(live);
         }
         if (d->shared) {
-            const char* row = (const char*)d->shared +
-                              t * d->shared_stride * (d->rows_dtype == MOE_FP32 ? 4 : 2);
+            const char* row = (const char*)d->shared + t * d->shared_pitch;
             if (moei_lane() == 0) {
                 source[count].row = row;
                 source[count].weight = d->shared_weight ? d->shared_weight[t] : 1.0f;
@@ -328,7 +312,7 @@ MOE_DEVICE_BODY void moe_combine_token(const moe_combine_desc* d, int64_t t,
 
 #define MOEI_COMBINE_KERNEL(name, dtype)                                                          \
     MOE_KERNEL(MOEI_COMBINE_THREADS, MOEI_COMBINE_BLOCKS)                                         \
-    moei_combine_##name(MOE_ARG(moe_combine_desc) d)                                              \
+    moei_combine_##name(MOE_ARG(moe_combine_args) d)                                              \
     {                                                                                             \
         MOE_SHARED(moe_combine_shared, shared);                                                  \
         MOE_SHARED_DYNAMIC(source); /* [moe_combine_sources(&d)] */                               \
@@ -409,17 +393,45 @@ MOE_HOST moe_status moei_combine_check(moe_combine_desc* d)
     return moei_combine_check_buffers(d);
 }
 
-/* For moe_combine_token and moe_combine_row in a kernel of one's own: fills in the descriptor's
-   defaults, which device code needs. Errors as of moe_combine. */
-MOE_HOST moe_status moe_combine_resolve(moe_combine_desc* desc)
+/* Checks a descriptor and resolves it into what kernels take, one's own ones too: moe_combine_token and
+   moe_combine_row. Errors as of moe_combine; *args is left alone then. */
+MOE_HOST moe_status moe_combine_resolve(const moe_combine_desc* desc, moe_combine_args* args)
 {
-    MOEI_REQUIRE(desc, MOE_ERR_NULL, desc);
-    return moei_combine_check(desc);
+    moe_combine_desc d;
+    int64_t row, y;
+    MOEI_REQUIRE(desc && args, MOE_ERR_NULL, desc);
+    d = *desc;
+    MOEI_TRY(moei_combine_check(&d));
+    row = moe_dtype_bytes(d.rows_dtype);
+    y = moe_dtype_bytes(d.y_dtype);
+    memset(args, 0, sizeof *args);
+    args->table = d.table;
+    args->rows = d.rows;
+    args->place = d.place;
+    args->weights = d.weights;
+    args->residual = d.residual;
+    args->shared = d.shared;
+    args->shared_weight = d.shared_weight;
+    args->y = d.y;
+    args->fault = d.fault;
+    args->row_pitch = d.row_stride * row;
+    args->residual_pitch = d.residual_stride * y;
+    args->shared_pitch = d.shared_stride * row;
+    args->y_pitch = d.y_stride * y;
+    args->num_rows = d.num_rows;
+    args->rows_dtype = d.rows_dtype;
+    args->y_dtype = d.y_dtype;
+    args->num_tokens = d.num_tokens;
+    args->hidden = d.hidden;
+    args->top_k = d.top_k;
+    args->num_buffers = d.num_buffers;
+    args->rank = d.rank;
+    return MOE_OK;
 }
 
 /* A combine with all but its stream settled, for the device that was current. */
 typedef struct moe_combine_prepared {
-    moe_combine_desc args; /* with its defaults filled in */
+    moe_combine_args args;
     moei_launch launch;
 } moe_combine_prepared;
 
@@ -427,14 +439,13 @@ typedef struct moe_combine_prepared {
    descriptor as documented above, each with its own status. T = 0 is no error. */
 MOE_HOST moe_status moe_combine_prepare(const moe_combine_desc* desc, moe_combine_prepared* p)
 {
-    moe_combine_desc* d;
+    const moe_combine_args* d;
     moei_launch_config c;
     int threads, pieces;
     MOEI_REQUIRE(desc && p, MOE_ERR_NULL, desc);
     d = &p->args;
-    *d = *desc;
-    memset(&p->launch, 0, sizeof p->launch);
-    MOEI_TRY(moei_combine_check(d));
+    memset(p, 0, sizeof *p);
+    MOEI_TRY(moe_combine_resolve(desc, &p->args));
     if (d->num_tokens == 0) return MOE_OK;
     pieces = (d->hidden + 7) / 8 * (d->rows_dtype == MOE_FP32 ? 2 : 1); /* 16 bytes of a row each */
     threads = ((moe_combine_sources(d) <= 2 ? (pieces + 1) / 2 : pieces) + 31) / 32 * 32;

@@ -185,8 +185,9 @@ MOE_HOST moe_status moei_experts_check_buffers(const moe_grouped_gemm_desc* up,
                                                const moe_grouped_gemm_desc* down)
 {
     const int64_t E = up->num_experts, R = up->num_rows, H = up->k, I = up->n;
-    const int separate = up->gate_up == MOE_GATE_UP_SEPARATE;
-    const int64_t all_I = up->gate_up ? 2 * I : I; /* of gate and up */
+    const int gated = moe_activation_is_gated(up->activation);
+    const int separate = gated && up->gate_up == MOE_GATE_UP_SEPARATE;
+    const int64_t all_I = gated ? 2 * I : I; /* of gate and up */
     const uint64_t w1 = moei_weight_extent(&up->b, E, separate ? I : all_I, H);
     const uint64_t table = (uint64_t)E * 8;
     const moei_buffer b[] = {
@@ -220,20 +221,23 @@ typedef struct moe_experts_prepared {
     moe_grouped_gemm_prepared up, down; /* x -> act, act -> rows; each can be run alone */
 } moe_experts_prepared;
 
+/* Fills in *p, which is empty. */
+MOE_HOST moe_status moei_experts_settle(const moe_experts_desc* desc, moe_experts_prepared* p)
+{
+    moe_grouped_gemm_desc up, down;
+    MOEI_TRY(moei_experts_check_options(desc, &up, &down));
+    MOEI_TRY(moei_experts_rename(moei_gemm_settle(&up, &p->up), 1));
+    MOEI_TRY(moei_experts_rename(moei_gemm_settle(&down, &p->down), 0));
+    return moei_experts_check_buffers(&up, &down);
+}
+
 /* Settles both products: moe_experts_run queues them any number of times. Keeps the addresses of
    weight tables, not their entries. Errors: every field as documented above, each with its own
    status. No rows is no error. */
 MOE_HOST moe_status moe_experts_prepare(const moe_experts_desc* desc, moe_experts_prepared* p)
 {
-    moe_status s;
     MOEI_REQUIRE(desc && p, MOE_ERR_NULL, desc);
-    memset(p, 0, sizeof *p);
-    MOEI_TRY(moei_experts_check_options(desc, &p->up.args, &p->down.args));
-    s = moei_experts_rename(moei_gemm_prepare(&p->up), 1);
-    if (s == MOE_OK) s = moei_experts_rename(moei_gemm_prepare(&p->down), 0);
-    if (s == MOE_OK) s = moei_experts_check_buffers(&p->up.args, &p->down.args);
-    if (s != MOE_OK) memset(p, 0, sizeof *p); /* a refused one runs nothing */
-    return s;
+    MOEI_RETURN_PREPARED(p, moei_experts_settle(desc, p));
 }
 
 /* Queues both prepared products on `stream`. */

@@ -402,15 +402,12 @@ MOE_HOST moe_status moe_gate_workspace(const moe_gate_desc* desc, size_t* bytes)
     return MOE_OK;
 }
 
-/* Settles a gate: moe_gate_run queues it any number of times. Errors: every field of the descriptor
-   as documented above, each with its own status. */
-MOE_HOST moe_status moe_gate_prepare(const moe_gate_desc* desc, moe_gate_prepared* p)
+/* Fills in *p, which is empty. */
+MOE_HOST moe_status moei_gate_settle(const moe_gate_desc* desc, moe_gate_prepared* p)
 {
     moe_gate_desc d;
     moei_launch_config c = moei_grid(1, 32, 0, 0);
-    MOEI_REQUIRE(desc && p, MOE_ERR_NULL, desc);
     d = *desc;
-    memset(p, 0, sizeof *p);
     MOEI_TRY(moei_gate_check(&d));
     p->args = moei_gate_resolve(&d);
     c.dependent = 1;
@@ -428,6 +425,14 @@ MOE_HOST moe_status moe_gate_prepare(const moe_gate_desc* desc, moe_gate_prepare
     c.block.x = 1024;
     c.smem = 0;
     return MOE_PREPARE(&p->sum_chunks, moei_gate_sum_chunks, c);
+}
+
+/* Settles a gate: moe_gate_run queues it any number of times. Errors: every field of the descriptor
+   as documented above, each with its own status. */
+MOE_HOST moe_status moe_gate_prepare(const moe_gate_desc* desc, moe_gate_prepared* p)
+{
+    MOEI_REQUIRE(desc && p, MOE_ERR_NULL, desc);
+    MOEI_RETURN_PREPARED(p, moei_gate_settle(desc, p));
 }
 
 /* Queues a prepared gate on `stream`. T = 0 only clears expert_count and prob_sum. */

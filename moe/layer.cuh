@@ -79,17 +79,13 @@ typedef struct moe_layer_prepared {
     int32_t has_router, has_gate, has_shared;
 } moe_layer_prepared;
 
-/* Settles a layer: moe_layer_run queues it any number of times. Keeps the addresses of weight tables,
-   not their entries: experts may move between runs. A refused struct is not to be run. Errors: every field as documented above, each
-   with its own status. T = 0 is no error. */
-MOE_HOST moe_status moe_layer_prepare(const moe_layer_desc* desc, moe_layer_prepared* p)
+/* Fills in *p, which is empty. */
+MOE_HOST moe_status moei_layer_settle(const moe_layer_desc* desc, moe_layer_prepared* p)
 {
     moei_layer_options o;
     moei_layer_stations l;
     moe_layer_view v;
     size_t bytes;
-    MOEI_REQUIRE(desc && p, MOE_ERR_NULL, desc);
-    memset(p, 0, sizeof *p);
     MOEI_TRY(moei_layer_resolve(desc, &o));
     moei_layer_carve(desc, &o, desc->workspace, &v, &bytes);
     moei_layer_describe(desc, &o, &v, &l);
@@ -105,6 +101,15 @@ MOE_HOST moe_status moe_layer_prepare(const moe_layer_desc* desc, moe_layer_prep
     if (o.has_shared)
         MOEI_TRY(moei_layer_rename_shared(moe_experts_prepare(&l.shared, &p->shared)));
     return moe_combine_prepare(&l.combine, &p->combine);
+}
+
+/* Settles a layer: moe_layer_run queues it any number of times. Keeps the addresses of weight tables,
+   not their entries: experts may move between runs. Errors: every field as documented above, each with
+   its own status. T = 0 is no error. */
+MOE_HOST moe_status moe_layer_prepare(const moe_layer_desc* desc, moe_layer_prepared* p)
+{
+    MOEI_REQUIRE(desc && p, MOE_ERR_NULL, desc);
+    MOEI_RETURN_PREPARED(p, moei_layer_settle(desc, p));
 }
 
 /* Queues one stage of a prepared layer on `stream`: for timing, or to put work of one's own between

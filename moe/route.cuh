@@ -264,14 +264,11 @@ MOE_HOST moe_status moei_route_prepare_by_weight(moe_route_prepared* p, const mo
     return MOE_PREPARE(&p->keep, moei_route_keep, c);
 }
 
-/* Settles a routing: moe_route_run queues it any number of times. Errors: every field as documented
-   above, each with its own status. */
-MOE_HOST moe_status moe_route_prepare(const moe_route_desc* desc, moe_route_prepared* p)
+/* Fills in *p, which is empty. */
+MOE_HOST moe_status moei_route_settle(const moe_route_desc* desc, moe_route_prepared* p)
 {
     moei_route_args* a;
     moei_launch_config c;
-    MOEI_REQUIRE(desc && p, MOE_ERR_NULL, desc);
-    memset(p, 0, sizeof *p);
     a = &p->args;
     a->d = *desc;
     MOEI_TRY(moei_route_check(&a->d));
@@ -288,6 +285,14 @@ MOE_HOST moe_status moe_route_prepare(const moe_route_desc* desc, moe_route_prep
         a->d.capacity != MOEI_ROUTE_NO_LIMIT)
         return MOE_PREPARE(&p->place, moei_route_place_options, c);
     return MOE_PREPARE(&p->place, moei_route_place, c);
+}
+
+/* Settles a routing: moe_route_run queues it any number of times. Errors: every field as documented
+   above, each with its own status. */
+MOE_HOST moe_status moe_route_prepare(const moe_route_desc* desc, moe_route_prepared* p)
+{
+    MOEI_REQUIRE(desc && p, MOE_ERR_NULL, desc);
+    MOEI_RETURN_PREPARED(p, moei_route_settle(desc, p));
 }
 
 /* Queues a prepared routing on `stream`. T = 0 writes zero counts and offsets. */

@@ -28,6 +28,7 @@
 #include "base/check.h"
 #include "fields.h"
 #include "gemm/grouped.cuh"
+#include "router/args.h"
 #include "router/large.cuh"
 #include "router/ragged.cuh"
 #include "router/small.cuh"
@@ -77,7 +78,7 @@ typedef struct moei_router_shared {
 } moei_router_shared;
 
 /* Any shape and dtypes. A block makes 64 tokens x 64 experts; a thread every 16th of each. */
-MOE_KERNEL(256, 2) moei_router_any(MOE_ARG(moe_router_desc) d)
+MOE_KERNEL(256, 2) moei_router_any(MOE_ARG(moei_router_args) d)
 {
     MOE_SHARED(moei_router_shared, s);
     const int tiles = (d.num_experts + MOEI_ROUTER_TILE - 1) / MOEI_ROUTER_TILE;
@@ -103,7 +104,7 @@ MOE_KERNEL(256, 2) moei_router_any(MOE_ARG(moe_router_desc) d)
                             : 0.0f;
             s.w[c][r] =
                 in && e0 + r < d.num_experts
-                    ? moei_load_f32(d.router, (e0 + r) * d.router_stride + h, d.router_dtype)
+                    ? moei_load_f32(d.w, (e0 + r) * d.w_stride + h, d.w_dtype)
                     : 0.0f;
         }
         __syncthreads();
@@ -154,7 +155,7 @@ MOE_HOST int64_t moei_router_blocks(const moe_router_desc* d)
                      MOE_ROUTER_SPLIT_TERMS)
 
 #define MOEI_SPLIT_KERNEL(name, shape, half, dtype)                                                \
-    MOE_KERNEL(MOEI_SPLIT_THREADS, 1) moei_router_split_##name##_##half(MOE_ARG(moei_split_args) d) \
+    MOE_KERNEL(MOEI_SPLIT_THREADS, 1) moei_router_split_##name##_##half(MOE_ARG(moei_router_args) d) \
     {                                                                                              \
         MOE_SHARED_DYNAMIC(shared);                                                                \
         moei_let_next_start();                                                                     \
@@ -177,9 +178,11 @@ static const moei_variant moei_split_variants[] = {
 #define MOEI_SPLIT_ROW(name, shape, half, dtype)                                                   \
     {(const void*)moei_router_split_##name##_##half,                                               \
      "moei_router_split_" #name "_" #half,                                                         \
+     MOE_GEMM_PATH_WMMA,                                                                           \
      MOEI_SHAPE_INIT_TERMS(MOE_ROUTER_SPLIT_TERMS, shape, MOE_BF16, MOE_MAJOR_K, MOE_MAJOR_K),     \
      MOEI_SPLIT_TILE_##name##_##half,                                                              \
      1,                                                                                            \
+     MOEI_SPLIT_SMEM_##name(dtype),                                                                \
      MOEI_SPLIT_LEAST,                                                                             \
      MOEI_CODE_ANY},
     MOEI_SPLIT_LIST(MOEI_SPLIT_ROW)
@@ -191,14 +194,7 @@ MOE_HOST const moei_variant* moei_split_variant(int small, int x_dtype)
     return &moei_split_variants[(small ? 2 : 0) + (x_dtype == MOE_BF16)];
 }
 
-/* Shared memory of a block, bytes. */
-MOE_HOST size_t moei_split_smem(int small, int x_dtype)
-{
-    const moe_gemm_shape f = moei_split_variant(small, x_dtype)->shape;
-    return small ? moei_split_small_smem(f) : moei_split_large_smem(f, x_dtype);
-}
-
-MOE_HOST int64_t moei_split_blocks(const moei_split_args* d, int small)
+MOE_HOST int64_t moei_split_blocks(const moei_router_args* d, int small)
 {
     const moe_gemm_shape f = moei_split_variant(small, d->x_dtype)->shape;
     const int64_t tokens = moei_split_tokens(f.tm, d->x_dtype);
@@ -209,7 +205,7 @@ MOE_HOST int64_t moei_split_blocks(const moei_split_args* d, int small)
 #define MOEI_SPLIT_WORTH 20
 
 /* Sets *path where the operands fit and the current device and this binary can run it. */
-MOE_HOST moe_status moei_split_plan(const moei_split_args* d, int* path)
+MOE_HOST moe_status moei_split_plan(const moei_router_args* d, int* path)
 {
     moei_device dev;
     int64_t waves, small_waves;
@@ -218,39 +214,39 @@ MOE_HOST moe_status moei_split_plan(const moei_split_args* d, int* path)
         !moei_aligned(d->x, 16) || !moei_aligned(d->w, 16))
         return MOE_OK;
     MOEI_TRY(moei_device_query(&dev));
-    MOEI_TRY(moei_variant_runs(moei_split_variants, &runs));
-    if (!runs || dev.major < 8 || (size_t)dev.smem_block < moei_split_smem(1, d->x_dtype))
-        return MOE_OK;
+    MOEI_TRY(moei_variant_runs(moei_split_variant(1, d->x_dtype), &dev, 0, &runs));
+    if (!runs) return MOE_OK;
+    MOEI_TRY(moei_variant_runs(moei_split_variant(0, d->x_dtype), &dev, 0, &runs));
     waves = (moei_split_blocks(d, 0) + dev.sms - 1) / dev.sms;
     small_waves = (moei_split_blocks(d, 1) + dev.sms - 1) / dev.sms;
-    small = small_waves <= waves * MOEI_SPLIT_WORTH ||
-            (size_t)dev.smem_block < moei_split_smem(0, d->x_dtype);
+    small = small_waves <= waves * MOEI_SPLIT_WORTH || !runs;
     if (moei_split_blocks(d, small) <= 0x7fffffff)
         *path = small ? MOE_ROUTER_SPLIT_SMALL : MOE_ROUTER_SPLIT_LARGE;
     return MOE_OK;
 }
 
-MOE_HOST moe_status moei_split_prepare(moei_launch* l, const moei_split_args* d, int small)
+MOE_HOST moe_status moei_split_prepare(moei_launch* l, const moei_router_args* d, int small)
 {
-    const moei_variant* v = moei_split_variant(small, d->x_dtype);
-    moei_launch_config c = moei_grid(moei_split_blocks(d, small), MOEI_SPLIT_THREADS,
-                                     moei_split_smem(small, d->x_dtype), 0);
-    c.dependent = 1;
-    return moei_launch_prepare(l, v->kernel, v->name, &c);
+    MOEI_TRY(moei_variant_prepare(l, moei_split_variant(small, d->x_dtype),
+                                  moei_split_blocks(d, small), 0));
+    l->block[0] = MOEI_SPLIT_THREADS; /* of the small tile's shape one warp's */
+    return MOE_OK;
 }
 
-/* The part of the descriptor that the split product is made from. */
-MOE_HOST moei_split_args moei_router_split_args(const moe_router_desc* d)
+/* What the router's own kernels take of a checked descriptor. */
+MOE_HOST moei_router_args moei_router_args_of(const moe_router_desc* d)
 {
-    moei_split_args a;
+    moei_router_args a;
+    memset(&a, 0, sizeof a);
     a.x = d->x;
-    a.w = (const float*)d->router;
+    a.w = d->router;
     a.logits = d->logits;
     a.fault = d->fault;
     a.x_stride = d->x_stride;
     a.w_stride = d->router_stride;
     a.logits_stride = d->logits_stride;
     a.x_dtype = d->x_dtype;
+    a.w_dtype = d->router_dtype;
     a.num_tokens = d->num_tokens;
     a.hidden = d->hidden;
     a.num_experts = d->num_experts;
@@ -327,60 +323,58 @@ MOE_HOST moe_status moei_router_check(moe_router_desc* d)
 }
 
 /* A router product with all but its stream settled, for the device that was current. What it takes
-   stands in gemm.args for a GEMM, ragged or not, in split for a split one, else in args. */
+   stands in gemm.args for a GEMM, ragged or not, else in args. */
 typedef struct moe_router_prepared {
     int32_t path;         /* moe_router_path */
-    moe_router_desc args; /* with its defaults filled in */
-    moei_split_args split;
+    moei_router_args args;
     moe_grouped_gemm_prepared gemm; /* its launch is of every path's kernel */
 } moe_router_prepared;
 
 /* A product of two operands of one 16-bit dtype: path stays scalar where tensor cores cannot. */
-MOE_HOST moe_status moei_router_prepare_gemm(moe_router_prepared* p)
+MOE_HOST moe_status moei_router_prepare_gemm(const moe_router_desc* d, moe_router_prepared* p)
 {
-    moe_grouped_gemm_desc* g = &p->gemm.args;
+    moe_grouped_gemm_desc g;
     const moei_variant* v;
     moe_status s;
-    moei_router_gemm_desc(&p->args, g);
-    s = moei_gemm_check(g);
-    if (s == MOE_OK) s = moei_gemm_prepare(&p->gemm);
+    moei_router_gemm_desc(d, &g);
+    s = moei_gemm_check(&g);
+    if (s == MOE_OK) s = moei_gemm_settle(&g, &p->gemm);
     if (moe_status_kind(s) == MOE_ERR_CUDA) return s;
     if (s == MOE_OK) {
         p->path = MOE_ROUTER_GEMM;
         return MOE_OK;
     }
-    moei_router_gemm_desc(&p->args, g);
-    MOEI_TRY(moei_ragged_choose(g, &v));
+    moei_router_gemm_desc(d, &g);
+    MOEI_TRY(moei_ragged_choose(&g, &v));
     if (!v) return MOE_OK;
     p->path = v->tile == MOEI_RAGGED_TILE_narrow ? MOE_ROUTER_RAGGED_NARROW : MOE_ROUTER_RAGGED_WIDE;
-    return moei_ragged_prepare(&p->gemm.launch, g, v);
+    p->gemm.args = moei_gemm_args_of(&g);
+    return moei_ragged_prepare(&p->gemm.launch, &g, v);
 }
 
 /* Settles a product: moe_router_run queues it any number of times. Errors: every field as
    documented above, each with its own status. T = 0 is no error. */
 MOE_HOST moe_status moe_router_prepare(const moe_router_desc* desc, moe_router_prepared* p)
 {
-    const moe_router_desc* d;
+    moe_router_desc d;
     MOEI_REQUIRE(desc && p, MOE_ERR_NULL, desc);
-    d = &p->args;
-    p->args = *desc;
-    p->path = MOE_ROUTER_SCALAR;
-    memset(&p->gemm.launch, 0, sizeof p->gemm.launch);
-    MOEI_TRY(moei_router_check(&p->args));
-    if (d->num_tokens == 0) return MOE_OK;
-    if (d->x_dtype == d->router_dtype && d->x_dtype != MOE_FP32) {
-        MOEI_TRY(moei_router_prepare_gemm(p));
-    } else if (d->x_dtype != MOE_FP32 && d->router_dtype == MOE_FP32) {
-        p->split = moei_router_split_args(d);
-        MOEI_TRY(moei_split_plan(&p->split, &p->path));
+    d = *desc;
+    memset(p, 0, sizeof *p); /* of path: scalar */
+    MOEI_TRY(moei_router_check(&d));
+    p->args = moei_router_args_of(&d);
+    if (d.num_tokens == 0) return MOE_OK;
+    if (d.x_dtype == d.router_dtype && d.x_dtype != MOE_FP32) {
+        MOEI_TRY(moei_router_prepare_gemm(&d, p));
+    } else if (d.x_dtype != MOE_FP32 && d.router_dtype == MOE_FP32) {
+        MOEI_TRY(moei_split_plan(&p->args, &p->path));
         if (p->path != MOE_ROUTER_SCALAR)
-            return moei_split_prepare(&p->gemm.launch, &p->split,
+            return moei_split_prepare(&p->gemm.launch, &p->args,
                                       p->path == MOE_ROUTER_SPLIT_SMALL);
     }
     if (p->path != MOE_ROUTER_SCALAR) return MOE_OK;
-    MOEI_REQUIRE(moei_router_blocks(d) <= 0x7fffffff, MOE_ERR_RANGE, num_tokens);
+    MOEI_REQUIRE(moei_router_blocks(&d) <= 0x7fffffff, MOE_ERR_RANGE, num_tokens);
     {
-        moei_launch_config c = moei_grid(moei_router_blocks(d), 256, 0, 0);
+        moei_launch_config c = moei_grid(moei_router_blocks(&d), 256, 0, 0);
         c.dependent = 1;
         return MOE_PREPARE(&p->gemm.launch, moei_router_any, c);
     }
@@ -393,9 +387,9 @@ MOE_HOST moe_status moe_router_run(const moe_router_prepared* p, cudaStream_t st
     MOEI_REQUIRE(p, MOE_ERR_NULL, desc);
     l = &p->gemm.launch;
     switch (p->path) {
-    case MOE_ROUTER_SCALAR: return MOE_RUN(l, p->args, stream);
+    case MOE_ROUTER_SCALAR:
     case MOE_ROUTER_SPLIT_LARGE:
-    case MOE_ROUTER_SPLIT_SMALL: return MOE_RUN(l, p->split, stream);
+    case MOE_ROUTER_SPLIT_SMALL: return MOE_RUN(l, p->args, stream);
     default: return MOE_RUN(l, p->gemm.args, stream);
     }
 }

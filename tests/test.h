@@ -256,6 +256,14 @@ MOEI_UNUSED static void test_poison(void* p, size_t bytes)
     for (size_t i = 0; i < bytes; ++i) ((unsigned char*)p)[i] = test_poison_byte(i);
 }
 
+/* A prepared struct that was refused, poison before, must be empty: its run queues nothing. */
+MOEI_UNUSED static void test_empty(const void* prepared, size_t bytes, int line)
+{
+    size_t kept = 0;
+    for (size_t i = 0; i < bytes; ++i) kept += ((const unsigned char*)prepared)[i] != 0;
+    CHECK(kept == 0, "line %d: %d bytes of a refused struct are not 0", line, (int)kept);
+}
+
 /* Host memory full of poison. At least one byte, so that the pointer is never null. */
 MOEI_UNUSED static void* test_host(int64_t bytes)
 {

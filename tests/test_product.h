@@ -373,10 +373,11 @@ MOEI_UNUSED static void tproduct_run(const tproduct_want* w, trand* r)
 /* bf16 where this binary has code for it, else fp16. */
 MOEI_UNUSED static int tproduct_half(void)
 {
+    moei_device dev;
     int runs = 0;
-    return moei_block_check_dtype(MOE_BF16) == MOE_OK &&
-                   moei_block_runs(moei_block_variant(MOE_BLOCK_TILE_64x64, MOE_BF16), &runs) ==
-                       MOE_OK &&
+    return moei_block_check_dtype(MOE_BF16) == MOE_OK && moei_device_query(&dev) == MOE_OK &&
+                   moei_variant_runs(moei_block_variant(MOE_BLOCK_TILE_64x64, MOE_BF16), &dev, 0,
+                                     &runs) == MOE_OK &&
                    runs
                ? MOE_BF16
                : MOE_FP16;

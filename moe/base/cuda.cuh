@@ -122,10 +122,21 @@ typedef struct moei_launch {
 /* Queues a prepared launch on `stream`: one call of the runtime. */
 #define MOE_RUN(launch, arg, stream) moei_launch_run(launch, &(arg), stream)
 
+/* The rest of a prepare call: `settle` fills in *p and returns a status. Where it refuses, *p becomes
+   empty, and its run queues nothing. */
+#define MOEI_RETURN_PREPARED(p, settle)                                                           \
+    do {                                                                                          \
+        moe_status moei_prepared;                                                                 \
+        memset(p, 0, sizeof *(p));                                                                \
+        moei_prepared = (settle);                                                                 \
+        if (moei_prepared != MOE_OK) memset(p, 0, sizeof *(p));                                   \
+        return moei_prepared;                                                                     \
+    } while (0)
+
 MOE_HOST moe_status moei_launch_prepare(moei_launch* l, const void* kernel, const char* name,
                                         const moei_launch_config* c)
 {
-    l->kernel = kernel;
+    l->kernel = 0;
     l->name = name;
     l->smem = c->smem;
     l->grid[0] = c->grid.x, l->grid[1] = c->grid.y, l->grid[2] = c->grid.z;
@@ -149,6 +160,7 @@ MOE_HOST moe_status moei_launch_prepare(moei_launch* l, const void* kernel, cons
         if (fa.binaryVersion < 90 || fa.ptxVersion < 90) l->dependent = 0;
     }
 #endif
+    l->kernel = kernel;
     return MOE_OK;
 }
 

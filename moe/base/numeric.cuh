@@ -81,6 +81,45 @@ MOE_DEVICE uint4 moei_pack_8(const float* v, int dtype)
                       moei_pack2(v[4], v[5], dtype), moei_pack2(v[6], v[7], dtype));
 }
 
+/* 4 neighbours of fp32, 16-byte aligned. */
+MOE_DEVICE void moei_load_4(float* v, const float* p)
+{
+    const float4 f = *(const float4*)p;
+    v[0] = f.x, v[1] = f.y, v[2] = f.z, v[3] = f.w;
+}
+
+MOE_DEVICE void moei_store_4(float* p, const float* v)
+{
+    *(float4*)p = make_float4(v[0], v[1], v[2], v[3]);
+}
+
+/* `count` (4 or 8, a literal) neighbours of any dtype, aligned to their size, fp32 to 16 bytes. */
+MOE_DEVICE void moei_load_some(float* v, const void* p, int dtype, const int count)
+{
+    if (dtype == MOE_FP32) {
+        MOEI_UNROLL
+        for (int i = 0; i < count; i += 4) moei_load_4(v + i, (const float*)p + i);
+    } else if (count == 8) {
+        moei_unpack_8(v, *(const uint4*)p, dtype);
+    } else {
+        const uint2 u = *(const uint2*)p;
+        const float2 a = moei_unpack2(u.x, dtype), b = moei_unpack2(u.y, dtype);
+        v[0] = a.x, v[1] = a.y, v[2] = b.x, v[3] = b.y;
+    }
+}
+
+MOE_DEVICE void moei_store_some(void* p, const float* v, int dtype, const int count)
+{
+    if (dtype == MOE_FP32) {
+        MOEI_UNROLL
+        for (int i = 0; i < count; i += 4) moei_store_4((float*)p + i, v + i);
+    } else if (count == 8) {
+        *(uint4*)p = moei_pack_8(v, dtype);
+    } else {
+        *(uint2*)p = make_uint2(moei_pack2(v[0], v[1], dtype), moei_pack2(v[2], v[3], dtype));
+    }
+}
+
 /* Element i of a buffer of any dtype. */
 MOE_DEVICE float moei_load_f32(const void* p, int64_t i, int dtype)
 {

@@ -177,17 +177,12 @@ typedef struct moe_block_list_prepared {
     moei_launch mark, sum, fill;
 } moe_block_list_prepared;
 
-/* Settles the making of the list: moe_block_list_run queues it any number of times. Errors: every
-   field as documented above and in desc.h, each with its own status. Also columns: more than 2^31 - 1
-   blocks, of bytes or bits. num_experts: the columns do not divide into experts, or the experts'
-   columns into blocks. Without rows or columns no source is needed. */
-MOE_HOST moe_status moe_block_list_prepare(const moe_block_list_desc* desc,
+/* Fills in *p, which is empty. */
+MOE_HOST moe_status moei_block_list_settle(const moe_block_list_desc* desc,
                                            moe_block_list_prepared* p)
 {
     moei_block_list_args* a;
     moei_launch_config c;
-    MOEI_REQUIRE(desc && p, MOE_ERR_NULL, desc);
-    memset(p, 0, sizeof *p);
     a = &p->args;
     a->d = *desc;
     MOEI_TRY(moei_block_list_check(a));
@@ -198,6 +193,17 @@ MOE_HOST moe_status moe_block_list_prepare(const moe_block_list_desc* desc,
     MOEI_TRY(MOE_PREPARE(&p->fill, moei_block_list_fill, c));
     c.grid.x = (unsigned)(a->row_sums + (a->d.column_offset ? a->words : 0));
     return MOE_PREPARE(&p->sum, moei_block_list_sum, c);
+}
+
+/* Settles the making of the list: moe_block_list_run queues it any number of times. Errors: every
+   field as documented above and in desc.h, each with its own status. Also columns: more than 2^31 - 1
+   blocks, of bytes or bits. num_experts: the columns do not divide into experts, or the experts'
+   columns into blocks. Without rows or columns no source is needed. */
+MOE_HOST moe_status moe_block_list_prepare(const moe_block_list_desc* desc,
+                                           moe_block_list_prepared* p)
+{
+    MOEI_REQUIRE(desc && p, MOE_ERR_NULL, desc);
+    MOEI_RETURN_PREPARED(p, moei_block_list_settle(desc, p));
 }
 
 /* Queues the prepared making of a list on `stream`. */

@@ -42,13 +42,13 @@ MOE_DEVICE void moei_block_copies_copy(moei_block_copies* o, const moei_block_ar
 }
 
 #define MOEI_LOADER moei_block_copies
-#define MOEI_LOADER_DESC moei_block_args
+#define MOEI_LOADER_ARGS moei_block_args
 #define MOEI_LOADER_TILES const moei_block_copies
 #define MOEI_TILE_START moei_block_start
 #define MOEI_TILE_STEPS moei_block_steps
 #include "../gemm/steps.inl"
 #undef MOEI_LOADER
-#undef MOEI_LOADER_DESC
+#undef MOEI_LOADER_ARGS
 #undef MOEI_LOADER_TILES
 #undef MOEI_TILE_START
 #undef MOEI_TILE_STEPS

@@ -354,6 +354,46 @@ MOE_DEVICE int moei_gate_lane_count(int* before, int n, const moei_gate_lanes w)
     return __shfl_sync(MOEI_FULL, sum, w.lanes - 1, w.lanes);
 }
 
+/* The token's w.depth largest merits in order; returns the K-th. Of a whole batch batch.cuh has made
+   merits that are the order. */
+MOE_DEVICE float moei_gate_lane_top(float* top, const float* u, const moei_gate_args* d,
+                                    const moei_gate_lanes w)
+{
+    float kth = 0.0f;
+    if (d->whole_batch) {
+        MOEI_UNROLL
+        for (int k = 0; k < w.depth; ++k) top[k] = (float)-k;
+    } else {
+        moei_group_sort_largest(top, u, w.lanes, w.per_lane, w.depth);
+    }
+    MOEI_UNROLL
+    for (int k = 0; k < w.depth; ++k)
+        if (k < d->top_k) kth = top[k];
+    return kth;
+}
+
+/* Is rounding no longer small, or one of the K not there? */
+MOE_DEVICE bool moei_gate_lane_inexact(const moei_gate_stats* s, const moei_gate_units* units,
+                                       float largest, float kth)
+{
+    return s->nan || !(fabsf(s->max * units->log2) < 1e8f) || !(fabsf(largest) < 1e8f) ||
+           !(kth >= -3e38f);
+}
+
+/* Does token t again for each lane whose `redo` holds, one after the other, the whole warp. */
+MOE_DEVICE void moei_gate_lane_again(const moei_gate_args* d, const moei_gate_shared* shared,
+                                     float* prob, float* row, int t, bool redo)
+{
+    uint32_t again = __ballot_sync(MOEI_FULL, redo);
+    while (again) {
+        const int from = __ffs((int)again) - 1;
+        moei_gate_token(d, shared->count, prob, row, shared->chosen,
+                        __shfl_sync(MOEI_FULL, t, from), 1);
+        __syncwarp(MOEI_FULL);
+        again &= again - 1;
+    }
+}
+
 /* Adds the probabilities of a token's logits v to the warp's own prob [E], where `in`. */
 MOE_DEVICE void moei_gate_lane_probabilities(float* prob, const float* v, uint32_t unseen, bool in,
                                              const moei_gate_args* d, const moei_gate_units* units,
@@ -432,8 +472,8 @@ MOE_DEVICE_BODY void moei_gate_rules_block(const moei_gate_args* d, const moei_g
         float v[32];   /* this lane's logits; where there is no token left, the first one's again */
         float u[32];   /* their merits */
         float top[32]; /* the token's largest, `depth` of them */
-        float kth = 0.0f, max;
-        uint32_t unseen = off, picked, again;
+        float kth, max;
+        uint32_t unseen = off, picked;
         int n, before;
         bool redo;
         moei_gate_stats s;
@@ -455,19 +495,9 @@ MOE_DEVICE_BODY void moei_gate_rules_block(const moei_gate_args* d, const moei_g
         if (d->num_groups > 1)
             moei_gate_lane_groups(u, v, d, shared->best + own * (E >> 2),
                                   shared->group + own * ((d->num_groups + 3) / 4 * 4), w);
-        if (d->whole_batch) { /* 5; as batch.cuh has made them */
-            MOEI_UNROLL
-            for (int k = 0; k < depth; ++k) top[k] = (float)-k;
-        } else {
-            moei_group_sort_largest(top, u, lanes, per_lane, depth);
-        }
-        MOEI_UNROLL
-        for (int k = 0; k < depth; ++k)
-            if (k < K) kth = top[k];
-        /* beyond, rounding is no longer small; and each of the K must be there */
-        redo = s.nan || !(fabsf(s.max * units.log2) < 1e8f) || !(fabsf(top[0]) < 1e8f) ||
-               !(kth >= -3e38f);
+        kth = moei_gate_lane_top(top, u, d, w); /* 5 */
         picked = moei_gate_not_below(u, kth, w); /* 6 */
+        redo = moei_gate_lane_inexact(&s, &units, top[0], kth);
         n = moei_gate_lane_count(&before, __popc(picked) | (redo ? 1 << 16 : 0), w);
         redo = live && (n < K || n > 2 * depth); /* over 16 bits: a lane wants it done again */
         if (redo || !live) n = 0;
@@ -481,14 +511,7 @@ MOE_DEVICE_BODY void moei_gate_rules_block(const moei_gate_args* d, const moei_g
         if (masked) moei_gate_unused(d, t, w.rank, lanes);
         if (d->prob_sum) /* 8 */
             moei_gate_lane_probabilities(prob, v, unseen, live && !redo, d, &units, &s, w);
-        again = __ballot_sync(MOEI_FULL, redo && w.rank == 0); /* 9 */
-        while (again) {
-            const int from = __ffs((int)again) - 1;
-            moei_gate_token(d, shared->count, prob, row, shared->chosen,
-                            first + __shfl_sync(MOEI_FULL, i, from), 1);
-            __syncwarp(MOEI_FULL);
-            again &= again - 1;
-        }
+        moei_gate_lane_again(d, shared, prob, row, first + i, redo && w.rank == 0); /* 9 */
     }
     moei_gate_rules_end(d, shared);
 }

@@ -17,29 +17,18 @@
 
 #include "../activation.cuh"
 #include "../base/warp.cuh"
-#include "desc.h"
+#include "args.h"
 #include "mma.cuh"
 #include "schedule.cuh"
 #include "shape.h"
 #include "variant.cuh"
 
-/* Floats between rows of a warp's strip, and of a strip. */
-MOE_HOST_DEVICE int moei_strip_pitch(int wn) { return wn + 8; }
-MOE_HOST_DEVICE int moei_strip_floats(int wn) { return 16 * moei_strip_pitch(wn); }
-
-/* Reads 4 floats of shared or global memory, 16-byte aligned. */
-MOE_DEVICE void moei_strip_read4(float* v, const float* p)
-{
-    const float4 f = *(const float4*)p;
-    v[0] = f.x, v[1] = f.y, v[2] = f.z, v[3] = f.w;
-}
-
 /* Writes 8 neighbours, 16-byte aligned: v[0] is number `first`, 0 or 4, v[4] the other's. */
 MOE_DEVICE void moei_epilogue_store8(void* p, const float* v, int first, int dtype)
 {
     if (dtype == MOE_FP32) {
-        *(float4*)((float*)p + first) = make_float4(v[0], v[1], v[2], v[3]);
-        *(float4*)((float*)p + 4 - first) = make_float4(v[4], v[5], v[6], v[7]);
+        moei_store_4((float*)p + first, v);
+        moei_store_4((float*)p + 4 - first, v + 4);
     } else {
         const uint4 w = moei_pack_8(v, dtype);
         *(uint4*)p = first ? make_uint4(w.z, w.w, w.x, w.y) : w;
@@ -50,12 +39,7 @@ MOE_DEVICE void moei_epilogue_store8(void* p, const float* v, int first, int dty
 MOE_DEVICE void moei_epilogue_add8(float* v, const void* p, int first, int dtype)
 {
     float w[8];
-    if (dtype == MOE_FP32) {
-        moei_strip_read4(w, (const float*)p);
-        moei_strip_read4(w + 4, (const float*)p + 4);
-    } else {
-        moei_unpack_8(w, *(const uint4*)p, dtype);
-    }
+    moei_load_some(w, p, dtype, 8);
     MOEI_UNROLL
     for (int i = 0; i < 8; ++i) v[i] += first ? w[i ^ 4] : w[i];
 }
@@ -75,19 +59,25 @@ MOE_DEVICE void moei_epilogue_bias8(float* v, const uint16_t* bias, int64_t n, i
     moei_epilogue_bias(v + 4, bias, n + (4 - first) * step, step, dtype);
 }
 
+/* A warp's part of C: its first row and column; columns of C. */
+typedef struct moei_epilogue_at {
+    int row, column, n;
+} moei_epilogue_at;
+
 /* The plain way. gated (SwiGLU), and here and below f, are literals. */
-MOE_DEVICE void moei_epilogue_plain(const moe_grouped_gemm_desc* d, const moe_tile_position* t,
-                                    moei_mma_c acc[4][4], uint16_t* strip, int row, int column,
-                                    const int gated, const moe_gemm_shape f)
+MOE_DEVICE void moei_epilogue_plain(const moe_gemm_output* d, const moe_tile_position* t,
+                                    moei_mma_c acc[4][4], uint16_t* strip,
+                                    const moei_epilogue_at at, const int gated,
+                                    const moe_gemm_shape f)
 {
     const int columns = gated ? f.wn / 2 : f.wn, ld = columns + 8;
     const int groups = columns / 8, each = MOEI_WARP / groups; /* lanes to a row; rows of a pass */
     const int r = moei_lane() / groups, j = moei_lane() % groups * 8;
-    const bool in = column + j < d->n;
-    uint16_t* c = d->c_table ? (uint16_t*)d->c_table[t->expert] - (int64_t)t->begin * d->c_stride
-                             : (uint16_t*)d->c;
-    row += r;
-    c += row * d->c_stride + column + j;
+    const bool in = at.column + j < at.n;
+    int row = at.row + r;
+    uint16_t* c = d->table ? (uint16_t*)d->table[t->expert] - (int64_t)t->begin * d->stride
+                             : (uint16_t*)d->base;
+    c += row * d->stride + at.column + j;
     MOEI_UNROLL
     for (int m = 0; m < f.wm / 16; ++m) {
         uint4 v[4];
@@ -108,24 +98,24 @@ MOE_DEVICE void moei_epilogue_plain(const moe_grouped_gemm_desc* d, const moe_ti
         for (int p = 0; p < 16 / each; ++p) {
             if (in && row >= t->begin && row < t->end) *(uint4*)c = v[p];
             row += each;
-            c += each * d->c_stride;
+            c += each * d->stride;
         }
         __syncwarp(MOEI_FULL);
     }
 }
 
 /* The way of fp32. */
-MOE_DEVICE void moei_epilogue_fp32(const moe_grouped_gemm_desc* d, const moe_tile_position* t,
-                                   moei_mma_c acc[4][4], float* strip, int row, int column,
+MOE_DEVICE void moei_epilogue_fp32(const moe_gemm_output* d, const moe_tile_position* t,
+                                   moei_mma_c acc[4][4], float* strip, const moei_epilogue_at at,
                                    const moe_gemm_shape f)
 {
     const int ld = moei_strip_pitch(f.wn), groups = f.wn / 4, each = MOEI_WARP / groups;
     const int r = moei_lane() / groups, j = moei_lane() % groups * 4;
-    const bool in = column + j < d->n;
+    const bool in = at.column + j < at.n;
+    int row = at.row + r;
     float* c =
-        d->c_table ? (float*)d->c_table[t->expert] - (int64_t)t->begin * d->c_stride : (float*)d->c;
-    row += r;
-    c += row * d->c_stride + column + j;
+        d->table ? (float*)d->table[t->expert] - (int64_t)t->begin * d->stride : (float*)d->base;
+    c += row * d->stride + at.column + j;
     MOEI_UNROLL
     for (int m = 0; m < f.wm / 16; ++m) {
         MOEI_UNROLL
@@ -138,8 +128,8 @@ MOE_DEVICE void moei_epilogue_fp32(const moe_grouped_gemm_desc* d, const moe_til
             MOEI_UNROLL
             for (int i = 0; i < 2; ++i) {
                 there[i] = in && row + i * each >= t->begin && row + i * each < t->end;
-                moei_strip_read4(v[i], strip + ((p + i) * each + r) * ld + j);
-                if (d->accumulate && there[i]) moei_strip_read4(was[i], c + i * each * d->c_stride);
+                moei_load_4(v[i], strip + ((p + i) * each + r) * ld + j);
+                if (d->accumulate && there[i]) moei_load_4(was[i], c + i * each * d->stride);
             }
             MOEI_UNROLL
             for (int i = 0; i < 2; ++i) {
@@ -147,9 +137,9 @@ MOE_DEVICE void moei_epilogue_fp32(const moe_grouped_gemm_desc* d, const moe_til
                     MOEI_UNROLL
                     for (int x = 0; x < 4; ++x) v[i][x] += was[i][x];
                 }
-                if (there[i]) *(float4*)c = make_float4(v[i][0], v[i][1], v[i][2], v[i][3]);
+                if (there[i]) moei_store_4(c, v[i]);
                 row += each;
-                c += each * d->c_stride;
+                c += each * d->stride;
             }
         }
         __syncwarp(MOEI_FULL);
@@ -157,18 +147,18 @@ MOE_DEVICE void moei_epilogue_fp32(const moe_grouped_gemm_desc* d, const moe_til
 }
 
 /* Any. */
-MOE_DEVICE void moei_epilogue_any(const moe_grouped_gemm_desc* d, const moe_tile_position* t,
-                                  moei_mma_c acc[4][4], float* strip, int row, int column,
+MOE_DEVICE void moei_epilogue_any(const moe_gemm_output* d, const moe_tile_position* t,
+                                  moei_mma_c acc[4][4], float* strip, const moei_epilogue_at at,
                                   const moe_gemm_shape f)
 {
     const int wm = f.wm, wn = f.wn;
-    const bool gated = d->gate_up != 0;
-    const bool pairs = d->gate_up == MOE_GATE_UP_INTERLEAVED;
+    const bool gated = d->gated != 0;
+    const bool pairs = d->gated == MOE_GATE_UP_INTERLEAVED;
     const int ld = moei_strip_pitch(wn);
     const int groups = (gated ? wn / 2 : wn) / 8; /* of 8 columns of C, in one strip row */
-    const int c_bytes = d->c_dtype == MOE_FP32 ? 4 : 2;
-    char* c = d->c_table ? (char*)d->c_table[t->expert] - (int64_t)t->begin * d->c_stride * c_bytes
-                         : (char*)d->c;
+    const int c_bytes = d->dtype == MOE_FP32 ? 4 : 2;
+    char* c = d->table ? (char*)d->table[t->expert] - (int64_t)t->begin * d->stride * c_bytes
+                         : (char*)d->base;
 
     MOEI_NO_UNROLL /* the body once, the accumulators by literals: a quarter of the code */
     for (int i = 0; i < wm / 16; ++i) {
@@ -182,14 +172,14 @@ MOE_DEVICE void moei_epilogue_any(const moe_grouped_gemm_desc* d, const moe_tile
         for (int u = moei_lane(); u < 16 * groups; u += MOEI_WARP) {
             const int r = u / groups, j = u % groups * 8;
             const int first = pairs ? 0 : u & 4;
-            const int64_t m = row + i * 16 + r;
-            const int n = column + j;
+            const int64_t m = at.row + i * 16 + r;
+            const int n = at.column + j;
             const float* p = strip + r * ld + (pairs ? 2 * j : j + first);
             float v[8], w[8];
             /* here, so that nothing of it takes a register while the accumulators wait */
             const uint16_t* bias = (const uint16_t*)d->bias;
-            if (m < t->begin || m >= t->end || n >= d->n) continue;
-            if (bias) bias += (int64_t)t->expert * d->n * (gated ? 2 : 1);
+            if (m < t->begin || m >= t->end || n >= at.n) continue;
+            if (bias) bias += (int64_t)t->expert * at.n * (gated ? 2 : 1);
             if (pairs) {
                 MOEI_UNROLL
                 for (int x = 0; x < 4; ++x) {
@@ -198,49 +188,49 @@ MOE_DEVICE void moei_epilogue_any(const moe_grouped_gemm_desc* d, const moe_tile
                           w[2 * x + 1] = four.w;
                 }
             } else {
-                moei_strip_read4(v, p);
-                moei_strip_read4(v + 4, p + 4 - 2 * first);
+                moei_load_4(v, p);
+                moei_load_4(v + 4, p + 4 - 2 * first);
             }
             if (gated && !pairs) {
-                moei_strip_read4(w, p + wn / 2);
-                moei_strip_read4(w + 4, p + wn / 2 + 4 - 2 * first);
+                moei_load_4(w, p + wn / 2);
+                moei_load_4(w + 4, p + wn / 2 + 4 - 2 * first);
             }
             if (bias) {
-                moei_epilogue_bias8(v, bias, pairs ? 2 * n : n, first, pairs ? 2 : 1, d->dtype);
+                moei_epilogue_bias8(v, bias, pairs ? 2 * n : n, first, pairs ? 2 : 1, d->bias_dtype);
                 if (gated)
-                    moei_epilogue_bias8(w, bias, pairs ? 2 * n + 1 : d->n + n, first,
-                                        pairs ? 2 : 1, d->dtype);
+                    moei_epilogue_bias8(w, bias, pairs ? 2 * n + 1 : at.n + n, first,
+                                        pairs ? 2 : 1, d->bias_dtype);
             }
             if (d->activation != MOE_ACTIVATION_NONE) {
                 const moei_activation a = moei_activation_of(d->activation, d->alpha, d->limit);
                 moei_activate_8(v, w, &a, gated);
             }
             {
-                void* to = c + (m * d->c_stride + n) * c_bytes;
-                if (d->accumulate) moei_epilogue_add8(v, to, first, d->c_dtype);
-                moei_epilogue_store8(to, v, first, d->c_dtype);
+                void* to = c + (m * d->stride + n) * c_bytes;
+                if (d->accumulate) moei_epilogue_add8(v, to, first, d->dtype);
+                moei_epilogue_store8(to, v, first, d->dtype);
             }
         }
         __syncwarp(MOEI_FULL);
     }
 }
 
-/* One warp: its accumulators become rows row .. row + wm - 1 and columns from `column` on of C. */
-MOE_DEVICE void moei_epilogue_warp(const moe_grouped_gemm_desc* d, const moe_tile_position* t,
-                                   moei_mma_c acc[4][4], float* strip, int row, int column,
+/* One warp: its accumulators become wm rows of C and their columns from at.column on. */
+MOE_DEVICE void moei_epilogue_warp(const moe_gemm_output* d, const moe_tile_position* t,
+                                   moei_mma_c acc[4][4], float* strip, const moei_epilogue_at at,
                                    const moe_gemm_shape f)
 {
     const bool none = d->activation == MOE_ACTIVATION_NONE;
     /* in large tiles: what it gains in others is not worth the code; on sm_75 they would spill */
     const bool bare = MOEI_CODE_HERE(80, MOEI_CODE_ANY) && f.tm * f.tn >= 128 * 128 && !d->bias &&
-                      d->gate_up != MOE_GATE_UP_INTERLEAVED;
-    const bool plain = bare && !d->accumulate && d->c_dtype == f.dtype;
-    if (bare && none && d->c_dtype == MOE_FP32)
-        moei_epilogue_fp32(d, t, acc, strip, row, column, f);
-    else if (plain && none) moei_epilogue_plain(d, t, acc, (uint16_t*)strip, row, column, 0, f);
+                      d->gated != MOE_GATE_UP_INTERLEAVED;
+    const bool plain = bare && !d->accumulate && d->dtype == f.dtype;
+    if (bare && none && d->dtype == MOE_FP32)
+        moei_epilogue_fp32(d, t, acc, strip, at, f);
+    else if (plain && none) moei_epilogue_plain(d, t, acc, (uint16_t*)strip, at, 0, f);
     else if (plain && d->activation == MOE_ACTIVATION_SWIGLU)
-        moei_epilogue_plain(d, t, acc, (uint16_t*)strip, row, column, 1, f);
-    else moei_epilogue_any(d, t, acc, strip, row, column, f);
+        moei_epilogue_plain(d, t, acc, (uint16_t*)strip, at, 1, f);
+    else moei_epilogue_any(d, t, acc, strip, at, f);
 }
 
 #endif

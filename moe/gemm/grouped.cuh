@@ -56,7 +56,7 @@
 
 #define MOEI_GEMM_KERNEL(variant, dtype, a_major, b_major, name, tm, tn, kb, wm, wn, stages, blocks) \
     MOE_KERNEL((wm) * (wn) * 32, blocks)                                                          \
-    moei_gemm_##name##_##variant(MOE_ARG(moe_grouped_gemm_desc) d)                                \
+    moei_gemm_##name##_##variant(MOE_ARG(moe_grouped_gemm_args) d)                                \
     {                                                                                             \
         MOE_SHARED(moei_gemm_shared, s);                                                          \
         MOE_SHARED_DYNAMIC(shared);                                                               \
@@ -85,9 +85,12 @@ static const moei_variant moei_gemm_variants[] = {
 #define MOEI_GEMM_ROW(variant, dtype, a_major, b_major, name, tm, tn, kb, wm, wn, stages, blocks) \
     {(const void*)moei_gemm_##name##_##variant,                                                   \
      "moei_gemm_" #name "_" #variant,                                                             \
+     MOE_GEMM_PATH_WMMA,                                                                          \
      MOEI_SHAPE_INIT(tm, tn, kb, wm, wn, stages, dtype, a_major, b_major),                        \
      MOE_TILE_##name,                                                                             \
      blocks,                                                                                      \
+     MOEI_RING_BYTES(1, tm, tn, kb, wm, wn, stages) +                                             \
+         MOEI_STRIPS_BYTES(tm, tn, kb, wm, wn, stages),                                           \
      MOEI_GEMM_LEAST(dtype, tm, tn, a_major, b_major),                                            \
      MOEI_GEMM_MOST(tm, tn)},
 #define MOEI_GEMM_ROWS(...) MOE_GEMM_VARIANT_LIST(MOEI_GEMM_ROW, __VA_ARGS__)
@@ -101,7 +104,7 @@ MOE_HOST int moei_gemm_suits(const moei_variant* v, const moe_grouped_gemm_desc*
 {
     const int64_t tm = v->shape.tm, tn = v->shape.tn;
     const int64_t rows = d->num_rows / d->num_experts; /* an expert's, on average */
-    const int64_t b_rows = (int64_t)d->n * (d->gate_up ? 2 : 1);
+    const int64_t b_rows = (int64_t)d->n * (moe_activation_is_gated(d->activation) ? 2 : 1);
     const int64_t tiles = ((rows + tm - 1) / tm) * d->num_experts * ((b_rows + tn - 1) / tn);
     switch (v->tile) {
     case MOE_TILE_128x256: return rows > 64 && b_rows > 128 && tiles >= sms;
@@ -142,7 +145,6 @@ MOE_HOST moe_status moei_gemm_check_options(moe_grouped_gemm_desc* d)
     MOEI_REQUIRE(d->gate_up >= 0 && d->gate_up <= MOE_GATE_UP_SEPARATE, MOE_ERR_OPTION, gate_up);
     MOEI_REQUIRE((gated && d->gate_up == MOE_GATE_UP_SEPARATE) || (!d->b.up && !d->b.up_table),
                  MOE_ERR_CONFLICT, b);
-    if (!gated) d->gate_up = MOE_GATE_UP_DEFAULT; /* neither gate nor up: one matrix */
     if (d->a_major == 0) d->a_major = MOE_MAJOR_K;
     MOEI_REQUIRE(d->a_major == MOE_MAJOR_K || d->a_major == MOE_MAJOR_MN, MOE_ERR_OPTION, a_major);
     if (d->b.major == 0) d->b.major = MOE_MAJOR_K;
@@ -187,8 +189,9 @@ MOE_HOST moe_status moei_gemm_check_options(moe_grouped_gemm_desc* d)
 MOE_HOST moe_status moei_gemm_check_buffers(const moe_grouped_gemm_desc* d)
 {
     const int64_t E = d->num_experts, R = d->num_rows, n = d->n, k = d->k;
-    const int separate = d->gate_up == MOE_GATE_UP_SEPARATE;
-    const int64_t all_n = d->gate_up ? 2 * n : n; /* of gate and up */
+    const int gated = moe_activation_is_gated(d->activation);
+    const int separate = gated && d->gate_up == MOE_GATE_UP_SEPARATE;
+    const int64_t all_n = gated ? 2 * n : n; /* of gate and up */
     const uint64_t matrices = moei_weight_extent(&d->b, E, separate ? n : all_n, k);
     const uint64_t table = (uint64_t)E * 8;
     const moei_buffer b[] = {
@@ -221,13 +224,50 @@ MOE_HOST moe_status moei_gemm_check(moe_grouped_gemm_desc* d)
     return moei_gemm_check_buffers(d);
 }
 
-/* For moe_gemm_tile (tile.cuh) in a kernel of one's own: fills in the descriptor's defaults, which
-   device code needs. Errors as of moe_grouped_gemm. A file that wants no other kernel defines
-   MOE_GEMM_VARIANT_LIST(X, ...) as nothing before it includes this header. */
-MOE_HOST moe_status moe_gemm_tile_resolve(moe_grouped_gemm_desc* desc)
+/* What kernels take of a checked descriptor. */
+MOE_HOST moe_grouped_gemm_args moei_gemm_args_of(const moe_grouped_gemm_desc* d)
 {
-    MOEI_REQUIRE(desc, MOE_ERR_NULL, desc);
-    return moei_gemm_check(desc);
+    moe_grouped_gemm_args a;
+    memset(&a, 0, sizeof a);
+    a.a = d->a;
+    a.row_index = d->row_index;
+    a.expert_offset = d->expert_offset;
+    a.b = d->b;
+    a.c.base = d->c;
+    a.c.table = d->c_table;
+    a.c.stride = d->c_stride;
+    a.c.bias = d->bias;
+    a.c.dtype = d->c_dtype;
+    a.c.bias_dtype = d->dtype;
+    a.c.activation = d->activation;
+    a.c.gated = moe_activation_is_gated(d->activation) ? d->gate_up : 0;
+    a.c.accumulate = d->accumulate;
+    a.c.alpha = d->alpha;
+    a.c.limit = d->limit;
+    a.fault = d->fault;
+    a.a_stride = d->a_stride;
+    a.a_rows = d->a_rows;
+    a.num_experts = d->num_experts;
+    a.num_rows = d->num_rows;
+    a.n = d->n;
+    a.k = d->k;
+    a.row_div = d->row_div;
+    a.rank = d->rank;
+    return a;
+}
+
+/* For moe_gemm_tile (tile.cuh) in a kernel of one's own: checks the descriptor and resolves it into
+   what device code takes. Errors as of moe_grouped_gemm; *args is left alone then. A file that wants no
+   other kernel defines MOE_GEMM_VARIANT_LIST(X, ...) as nothing before it includes this header. */
+MOE_HOST moe_status moe_gemm_tile_resolve(const moe_grouped_gemm_desc* desc,
+                                          moe_grouped_gemm_args* args)
+{
+    moe_grouped_gemm_desc d;
+    MOEI_REQUIRE(desc && args, MOE_ERR_NULL, desc);
+    d = *desc;
+    MOEI_TRY(moei_gemm_check(&d));
+    *args = moei_gemm_args_of(&d);
+    return MOE_OK;
 }
 
 /* Refuses what MOE_GEMM_VARIANT_LIST lacks, by the first field that no entry agrees with. */
@@ -246,6 +286,12 @@ MOE_HOST moe_status moei_gemm_listed(const moe_grouped_gemm_desc* d)
     return MOE_OK;
 }
 
+/* Shared memory that grows with the experts, bytes: tile_start. */
+MOE_HOST size_t moei_gemm_more(const moe_grouped_gemm_desc* d)
+{
+    return ((size_t)d->num_experts + 1) * 4;
+}
+
 /* The variant for a checked descriptor on the current device. */
 MOE_HOST moe_status moei_gemm_choose(const moe_grouped_gemm_desc* d, const moei_device* dev,
                                      const moei_variant** chosen)
@@ -253,16 +299,15 @@ MOE_HOST moe_status moei_gemm_choose(const moe_grouped_gemm_desc* d, const moei_
     MOEI_TRY(moei_gemm_listed(d));
     MOEI_REQUIRE(MOE_ON_HOST || d->dtype == MOE_FP16 || dev->major >= 8, MOE_ERR_DEVICE, dtype);
     for (const moei_variant* v = moei_gemm_variants; v->kernel; ++v) {
-        const size_t smem = moei_tile_smem(v->shape, d->num_experts) + sizeof(moei_gemm_shared);
         int runs;
         if (v->shape.dtype != d->dtype || v->shape.a_major != d->a_major ||
             v->shape.b_major != d->b.major ||
             !(d->tile ? v->tile == d->tile : moei_gemm_suits(v, d, dev->sms)))
             continue;
         MOEI_REQUIRE(!d->tile || v->least != MOEI_CODE_NEVER, MOE_ERR_CONFLICT, tile);
-        MOEI_TRY(moei_variant_runs(v, &runs));
+        MOEI_TRY(moei_variant_runs(v, dev, moei_gemm_more(d), &runs));
         *chosen = v;
-        if (runs && smem <= (size_t)dev->smem_block) return MOE_OK;
+        if (runs) return MOE_OK;
         MOEI_REQUIRE(!d->tile, MOE_ERR_DEVICE, tile);
     }
     return MOE_STATUS(MOE_ERR_DEVICE, dtype); /* built without -arch=sm_80 or later, most often */
@@ -270,28 +315,27 @@ MOE_HOST moe_status moei_gemm_choose(const moe_grouped_gemm_desc* d, const moei_
 
 /* A product with all but its stream settled, for the device that was current. */
 typedef struct moe_grouped_gemm_prepared {
-    moe_grouped_gemm_desc args; /* with its defaults filled in */
+    moe_grouped_gemm_args args;
     moe_gemm_plan plan;
     moei_launch launch;
 } moe_grouped_gemm_prepared;
 
-/* Fills in plan and launch for p->args, which has been checked. */
-MOE_HOST moe_status moei_gemm_prepare(moe_grouped_gemm_prepared* p)
+/* Fills in *p, which is empty, for a checked descriptor. */
+MOE_HOST moe_status moei_gemm_settle(const moe_grouped_gemm_desc* d, moe_grouped_gemm_prepared* p)
 {
-    const moe_grouped_gemm_desc* d = &p->args;
     moei_device dev;
     const moei_variant* v = 0;
     int64_t columns, tiles;
-    memset(&p->launch, 0, sizeof p->launch);
     MOEI_TRY(moei_device_query(&dev));
     MOEI_TRY(moei_gemm_choose(d, &dev, &v));
-    columns = d->gate_up ? v->shape.tn / 2 : v->shape.tn;
+    columns = moe_activation_is_gated(d->activation) ? v->shape.tn / 2 : v->shape.tn;
     tiles = ((int64_t)d->num_rows / v->shape.tm + d->num_experts + 1) *
             ((d->n + columns - 1) / columns); /* at most */
     MOEI_REQUIRE(tiles <= MOEI_VARIANT_MAX_TILES, MOE_ERR_RANGE, num_rows);
-    p->plan = moei_variant_plan(v, &dev, tiles, moei_tile_smem(v->shape, d->num_experts));
+    p->args = moei_gemm_args_of(d);
+    p->plan = moei_variant_plan(v, &dev, tiles, moei_gemm_more(d));
     if (d->num_rows == 0) return MOE_OK;
-    return moei_variant_prepare(&p->launch, v, p->plan.blocks, p->plan.smem);
+    return moei_variant_prepare(&p->launch, v, p->plan.blocks, moei_gemm_more(d));
 }
 
 /* Settles a product: moe_grouped_gemm_run queues it any number of times. Keeps the addresses of
@@ -300,11 +344,12 @@ MOE_HOST moe_status moei_gemm_prepare(moe_grouped_gemm_prepared* p)
 MOE_HOST moe_status moe_grouped_gemm_prepare(const moe_grouped_gemm_desc* desc,
                                              moe_grouped_gemm_prepared* p)
 {
+    moe_grouped_gemm_desc d;
     MOEI_REQUIRE(desc && p, MOE_ERR_NULL, desc);
-    p->args = *desc;
-    memset(&p->launch, 0, sizeof p->launch);
-    MOEI_TRY(moei_gemm_check(&p->args));
-    return moei_gemm_prepare(p);
+    d = *desc;
+    memset(p, 0, sizeof *p);
+    MOEI_TRY(moei_gemm_check(&d));
+    MOEI_RETURN_PREPARED(p, moei_gemm_settle(&d, p));
 }
 
 /* Queues a prepared product on `stream`. */

@@ -47,7 +47,7 @@
 
 #define MOEI_K_GEMM_KERNEL(name, tm, tn, kb, wm, wn, stages, blocks, suffix, dtype)               \
     MOE_KERNEL((wm) * (wn) * 32, blocks)                                                          \
-    moei_k_gemm_##name##_##suffix(MOE_ARG(moe_k_grouped_gemm_desc) d)                             \
+    moei_k_gemm_##name##_##suffix(MOE_ARG(moe_k_grouped_gemm_args) d)                             \
     {                                                                                             \
         MOE_SHARED(moei_k_shared, s);                                                             \
         MOE_SHARED_DYNAMIC(shared);                                                               \
@@ -73,9 +73,12 @@ static const moei_variant moei_k_gemm_variants[] = {
 #define MOEI_K_GEMM_ROW(name, tm, tn, kb, wm, wn, stages, blocks, suffix, dtype)                  \
     {(const void*)moei_k_gemm_##name##_##suffix,                                                  \
      "moei_k_gemm_" #name "_" #suffix,                                                            \
+     MOE_GEMM_PATH_WMMA,                                                                          \
      MOEI_SHAPE_INIT(tm, tn, kb, wm, wn, stages, dtype, MOE_MAJOR_MN, MOE_MAJOR_MN),              \
      MOE_TILE_##name,                                                                             \
      blocks,                                                                                      \
+     MOEI_RING_BYTES(1, tm, tn, kb, wm, wn, stages) +                                             \
+         MOEI_STRIPS_BYTES(tm, tn, kb, wm, wn, stages),                                           \
      MOEI_K_GEMM_LEAST(dtype, tm, tn),                                                            \
      MOEI_K_GEMM_MOST(tm, tn)},
 #define MOEI_K_GEMM_ROW_OF(...) MOEI_K_GEMM_EXPAND(MOEI_K_GEMM_ROW, __VA_ARGS__)
@@ -163,7 +166,7 @@ MOE_HOST moe_status moei_k_check_buffers(const moe_k_grouped_gemm_desc* d)
 
 /* A product with all but its stream settled, for the device that was current. */
 typedef struct moe_k_grouped_gemm_prepared {
-    moe_k_grouped_gemm_desc args; /* with its defaults filled in */
+    moe_k_grouped_gemm_args args;
     moe_gemm_plan plan;
     moei_launch launch;
 } moe_k_grouped_gemm_prepared;
@@ -183,10 +186,43 @@ MOE_HOST int moei_k_suits(const moei_variant* v, const moe_k_grouped_gemm_desc* 
            (moei_k_num_tiles(d, v) >= sms && (v->tile != MOE_TILE_128x256 || d->n > 128));
 }
 
-/* Fills in plan and launch for p->args, which has been checked. */
-MOE_HOST moe_status moei_k_prepare(moe_k_grouped_gemm_prepared* p)
+/* What kernels take of a checked descriptor. */
+MOE_HOST moe_k_grouped_gemm_args moei_k_args_of(const moe_k_grouped_gemm_desc* d)
 {
-    const moe_k_grouped_gemm_desc* d = &p->args;
+    const void* any = d->c ? (const void*)d->c : (const void*)d->c_table;
+    moe_k_grouped_gemm_args a;
+    memset(&a, 0, sizeof a);
+    a.a = d->a ? d->a : any;
+    a.b = d->b ? d->b : any;
+    a.a_index = d->a_index;
+    a.b_index = d->b_index;
+    a.expert_offset = d->expert_offset;
+    a.c.base = d->c;
+    a.c.table = d->c_table;
+    a.c.stride = d->c_stride;
+    a.c.dtype = d->c_dtype;
+    a.c.bias_dtype = d->dtype;
+    a.c.activation = MOE_ACTIVATION_NONE;
+    a.c.accumulate = d->accumulate;
+    a.fault = d->fault;
+    a.a_stride = d->a_stride;
+    a.b_stride = d->b_stride;
+    a.a_rows = d->a_rows;
+    a.b_rows = d->b_rows;
+    a.c_expert_bytes = d->c_expert_stride * moe_dtype_bytes(d->c_dtype);
+    a.num_experts = d->num_experts;
+    a.num_rows = d->num_rows;
+    a.m = d->m;
+    a.n = d->n;
+    a.a_div = d->a_div;
+    a.b_div = d->b_div;
+    a.rank = d->rank;
+    return a;
+}
+
+/* Fills in *p, which is empty, for a checked descriptor. */
+MOE_HOST moe_status moei_k_settle(const moe_k_grouped_gemm_desc* d, moe_k_grouped_gemm_prepared* p)
+{
     moei_device dev;
     MOEI_TRY(moei_device_query(&dev));
     MOEI_REQUIRE(MOE_ON_HOST || d->dtype == MOE_FP16 || dev.major >= 8, MOE_ERR_DEVICE, dtype);
@@ -195,17 +231,15 @@ MOE_HOST moe_status moei_k_prepare(moe_k_grouped_gemm_prepared* p)
                  MOE_ERR_NOT_COMPILED, dtype);
     for (const moei_variant* v = moei_k_gemm_variants; v->kernel; ++v) {
         const int64_t tiles = moei_k_num_tiles(d, v);
-        const size_t smem = moei_k_smem(v->shape);
         int runs;
         if (v->shape.dtype != d->dtype || !moei_k_suits(v, d, dev.sms)) continue;
-        MOEI_TRY(moei_variant_runs(v, &runs));
-        if (!runs || smem + sizeof(moei_k_shared) > (size_t)dev.smem_block) {
-            MOEI_REQUIRE(!d->tile, MOE_ERR_DEVICE, tile);
-            continue;
-        }
+        MOEI_TRY(moei_variant_runs(v, &dev, 0, &runs));
+        MOEI_REQUIRE(runs || !d->tile, MOE_ERR_DEVICE, tile);
+        if (!runs) continue;
         MOEI_REQUIRE(tiles <= MOEI_VARIANT_MAX_TILES, MOE_ERR_RANGE, m);
-        p->plan = moei_variant_plan(v, &dev, tiles, smem);
-        return moei_variant_prepare(&p->launch, v, p->plan.blocks, smem);
+        p->args = moei_k_args_of(d);
+        p->plan = moei_variant_plan(v, &dev, tiles, 0);
+        return moei_variant_prepare(&p->launch, v, p->plan.blocks, 0);
     }
     return MOE_STATUS(MOE_ERR_DEVICE, dtype); /* built without -arch=sm_80 or later, most often */
 }
@@ -215,16 +249,13 @@ MOE_HOST moe_status moei_k_prepare(moe_k_grouped_gemm_prepared* p)
 MOE_HOST moe_status moe_k_grouped_gemm_prepare(const moe_k_grouped_gemm_desc* desc,
                                                moe_k_grouped_gemm_prepared* p)
 {
-    const void* any;
+    moe_k_grouped_gemm_desc d;
     MOEI_REQUIRE(desc && p, MOE_ERR_NULL, desc);
-    any = desc->c ? desc->c : (const void*)desc->c_table;
-    p->args = *desc;
-    memset(&p->launch, 0, sizeof p->launch);
-    MOEI_TRY(moei_k_check_options(&p->args));
-    MOEI_TRY(moei_k_check_buffers(&p->args));
-    if (!p->args.a) p->args.a = any; /* no row is read, but the copies of none have an address */
-    if (!p->args.b) p->args.b = any;
-    return moei_k_prepare(p);
+    d = *desc;
+    memset(p, 0, sizeof *p);
+    MOEI_TRY(moei_k_check_options(&d));
+    MOEI_TRY(moei_k_check_buffers(&d));
+    MOEI_RETURN_PREPARED(p, moei_k_settle(&d, p));
 }
 
 /* Queues a prepared product on `stream`. */

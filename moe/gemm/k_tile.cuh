@@ -8,31 +8,10 @@
 #ifndef MOE_GEMM_K_TILE_CUH
 #define MOE_GEMM_K_TILE_CUH
 
+#include "args.h"
 #include "epilogue.cuh"
-#include "k_desc.h"
 #include "mainloop.cuh"
 #include "schedule.cuh"
-
-/* ---- a block's tiles: each expert has as many ---- */
-
-typedef struct moei_k_tiles {
-    int32_t num_tiles, row_tiles, column_tiles; /* of all experts; of one */
-} moei_k_tiles;
-
-/* Where tile number `index` lies: first row and column of C_e, rows begin .. end of A and B. Rows of
-   C fastest, so that neighbours share columns of B. */
-MOE_DEVICE moe_tile_position moei_k_tile(const moe_k_grouped_gemm_desc* d, const moei_k_tiles* s,
-                                         int index, const moe_gemm_shape f)
-{
-    const int each = s->row_tiles * s->column_tiles, local = index % each;
-    moe_tile_position t;
-    t.expert = index / each;
-    t.begin = d->expert_offset ? d->expert_offset[t.expert] : 0;
-    t.end = d->expert_offset ? d->expert_offset[t.expert + 1] : d->num_rows;
-    t.row = local % s->row_tiles * f.tm;
-    t.column = local / s->row_tiles * f.tn;
-    return t;
-}
 
 /* ---- the loader ---- */
 
@@ -63,15 +42,14 @@ typedef struct moei_k_loader {
 } moei_k_loader;
 
 /* On to the next tile that has rows, if the current one has none left. */
-MOE_DEVICE bool moei_k_rows_next(moei_k_rows* p, const moe_k_grouped_gemm_desc* d,
-                                 const moei_k_tiles* s, const moe_gemm_shape f)
+MOE_DEVICE bool moei_k_rows_next(moei_k_rows* p, const moei_k_schedule* s, const moe_gemm_shape f)
 {
     bool moved = false;
     while (p->begin >= p->end && p->tile < s->num_tiles) {
         p->tile += (int)gridDim.x;
         moved = true;
         if (p->tile < s->num_tiles) {
-            const moe_tile_position t = moei_k_tile(d, s, p->tile, f);
+            const moe_tile_position t = moei_k_schedule_tile(s, p->tile, f);
             p->begin = t.begin;
             p->end = t.end;
         }
@@ -81,11 +59,11 @@ MOE_DEVICE bool moei_k_rows_next(moei_k_rows* p, const moe_k_grouped_gemm_desc* 
 
 /* Reads the index of the lane's row of the step after those that were looked at: even warps of A, odd
    ones of B. */
-MOE_DEVICE void moei_k_read(moei_k_loader* p, const moe_k_grouped_gemm_desc* d,
-                            const moei_k_tiles* s, const moe_gemm_shape f)
+MOE_DEVICE void moei_k_read(moei_k_loader* p, const moe_k_grouped_gemm_args* d,
+                            const moei_k_schedule* s, const moe_gemm_shape f)
 {
     const int32_t* index = moei_warp() % 2 == 0 ? d->a_index : d->b_index;
-    (void)moei_k_rows_next(&p->look, d, s, f);
+    (void)moei_k_rows_next(&p->look, s, f);
     p->at = p->look.begin + moei_warp() / 2 * MOEI_WARP + moei_lane();
     p->index = p->at >= p->look.end ? -1 : index ? index[p->at] : p->at;
     p->look.begin += f.tk;
@@ -95,8 +73,8 @@ MOE_DEVICE bool moei_k_finds(const moe_gemm_shape f) { return moei_warp() < f.tk
 
 /* Warps that find: resolves the rows of the step with this slot, whose index has been read, and reads
    the next one's. */
-MOE_DEVICE void moei_k_find(moei_k_loader* p, const moe_k_grouped_gemm_desc* d,
-                            const moei_k_tiles* s, int slot, const moe_gemm_shape f)
+MOE_DEVICE void moei_k_find(moei_k_loader* p, const moe_k_grouped_gemm_args* d,
+                            const moei_k_schedule* s, int slot, const moe_gemm_shape f)
 {
     if (moei_k_finds(f)) {
         const int side = moei_warp() % 2, part = moei_warp() / 2;
@@ -117,11 +95,11 @@ MOE_DEVICE void moei_k_find(moei_k_loader* p, const moe_k_grouped_gemm_desc* d,
 }
 
 /* Points the copies at the columns of the tile. */
-MOE_DEVICE void moei_k_loader_columns(moei_k_loader* p, const moe_k_grouped_gemm_desc* d,
-                                      const moei_k_tiles* s, const moe_gemm_shape f)
+MOE_DEVICE void moei_k_loader_columns(moei_k_loader* p, const moe_k_grouped_gemm_args* d,
+                                      const moei_k_schedule* s, const moe_gemm_shape f)
 {
     if (p->copy.tile < s->num_tiles) {
-        const moe_tile_position t = moei_k_tile(d, s, p->copy.tile, f);
+        const moe_tile_position t = moei_k_schedule_tile(s, p->copy.tile, f);
         const int i = t.row + (int)threadIdx.x % (f.tm / 8) * 8;
         const int j = t.column + (int)threadIdx.x % (f.tn / 8) * 8;
         p->a = (const char*)d->a + (i < d->m ? i : 0) * 2;
@@ -133,11 +111,11 @@ MOE_DEVICE void moei_k_loader_columns(moei_k_loader* p, const moe_k_grouped_gemm
 
 /* Begins with the block's first tile; all threads of the block. On return the rows of the first two
    steps are there for every thread. */
-MOE_DEVICE void moei_k_loader_begin(moei_k_loader* p, const moe_k_grouped_gemm_desc* d,
-                                    const moei_k_tiles* s, moei_k_shared* shared,
+MOE_DEVICE void moei_k_loader_begin(moei_k_loader* p, const moe_k_grouped_gemm_args* d,
+                                    const moei_k_schedule* s, moei_k_shared* shared,
                                     const moe_gemm_shape f)
 {
-    const moe_tile_position t = moei_k_tile(d, s, (int)blockIdx.x, f);
+    const moe_tile_position t = moei_k_schedule_tile(s, (int)blockIdx.x, f);
     p->shared = shared;
     p->slot = 0;
     p->copy.begin = t.begin;
@@ -152,11 +130,11 @@ MOE_DEVICE void moei_k_loader_begin(moei_k_loader* p, const moe_k_grouped_gemm_d
     __syncthreads();
 }
 
-MOE_DEVICE void moei_k_loader_advance(moei_k_loader* p, const moe_k_grouped_gemm_desc* d,
-                                      const moei_k_tiles* s, int step, const moe_gemm_shape f)
+MOE_DEVICE void moei_k_loader_advance(moei_k_loader* p, const moe_k_grouped_gemm_args* d,
+                                      const moei_k_schedule* s, int step, const moe_gemm_shape f)
 {
     (void)step;
-    if (moei_k_rows_next(&p->copy, d, s, f)) moei_k_loader_columns(p, d, s, f);
+    if (moei_k_rows_next(&p->copy, s, f)) moei_k_loader_columns(p, d, s, f);
     moei_k_find(p, d, s, (p->slot + 2) & 3, f);
 }
 
@@ -175,7 +153,7 @@ MOE_DEVICE void moei_k_copy(const int64_t* from, const uint32_t* have, const cha
     }
 }
 
-MOE_DEVICE void moei_k_loader_copy(moei_k_loader* p, const moe_k_grouped_gemm_desc* d, uint16_t* sa,
+MOE_DEVICE void moei_k_loader_copy(moei_k_loader* p, const moe_k_grouped_gemm_args* d, uint16_t* sa,
                                    uint16_t* sb, const int part, const int parts,
                                    const moe_gemm_shape f)
 {
@@ -192,13 +170,13 @@ MOE_DEVICE void moei_k_loader_copy(moei_k_loader* p, const moe_k_grouped_gemm_de
 }
 
 #define MOEI_LOADER moei_k_loader
-#define MOEI_LOADER_DESC moe_k_grouped_gemm_desc
-#define MOEI_LOADER_TILES const moei_k_tiles
+#define MOEI_LOADER_ARGS moe_k_grouped_gemm_args
+#define MOEI_LOADER_TILES const moei_k_schedule
 #define MOEI_TILE_START moei_k_tile_start
 #define MOEI_TILE_STEPS moei_k_tile_steps
 #include "steps.inl"
 #undef MOEI_LOADER
-#undef MOEI_LOADER_DESC
+#undef MOEI_LOADER_ARGS
 #undef MOEI_LOADER_TILES
 #undef MOEI_TILE_START
 #undef MOEI_TILE_STEPS
@@ -207,17 +185,12 @@ MOE_DEVICE void moei_k_loader_copy(moei_k_loader* p, const moe_k_grouped_gemm_de
 
 /* Are the offsets in order and within the rows, and do the tables name an address, aligned to 16
    bytes, for each expert? All threads of the block call it. Where not, the fault word is set. */
-MOE_DEVICE bool moei_k_good(const moe_k_grouped_gemm_desc* d)
+MOE_DEVICE bool moei_k_good(const moe_k_grouped_gemm_args* d, const moei_groups* g)
 {
     bool bad = false;
     for (int e = (int)threadIdx.x; e < d->num_experts; e += (int)blockDim.x) {
-        const int begin = d->expert_offset ? d->expert_offset[e] : 0;
-        const int end = d->expert_offset ? d->expert_offset[e + 1] : d->num_rows;
-        const uintptr_t c = d->c_table ? (uintptr_t)d->c_table[e] : 16;
-        if (begin < 0 || end < begin || end > d->num_rows) {
-            bad = true;
-            moei_fault_raise(d->fault, MOE_FAULT_BAD_OFFSET, d->rank, e);
-        }
+        const uintptr_t c = d->c.table ? (uintptr_t)d->c.table[e] : 16;
+        bad |= !moei_expert_good(g, e, d->fault, d->rank);
         if (!c || (c & 15) != 0) {
             bad = true;
             moei_fault_raise(d->fault, MOE_FAULT_BAD_TABLE, d->rank, e);
@@ -226,54 +199,41 @@ MOE_DEVICE bool moei_k_good(const moe_k_grouped_gemm_desc* d)
     return !__syncthreads_or(bad);
 }
 
-/* What the epilogue stores of a tile: C_e's rows are its own. */
-MOE_DEVICE moe_grouped_gemm_desc moei_k_store_of(const moe_k_grouped_gemm_desc* d, int expert)
+/* An expert's C, whose rows are its own: sums alone, as literals tell. */
+MOE_DEVICE moe_gemm_output moei_k_output(const moe_k_grouped_gemm_args* d, int expert)
 {
-    moe_grouped_gemm_desc c;
-    c.c = d->c_table ? d->c_table[expert]
-                     : (char*)d->c + (int64_t)expert * d->c_expert_stride *
-                                         (d->c_dtype == MOE_FP32 ? 4 : 2);
-    c.c_table = 0;
-    c.c_stride = d->c_stride;
-    c.c_dtype = d->c_dtype;
-    c.n = d->n;
+    moe_gemm_output c = d->c;
+    c.base = c.table ? c.table[expert] : (char*)c.base + expert * d->c_expert_bytes;
+    c.table = 0;
     c.bias = 0;
-    c.gate_up = 0;
     c.activation = MOE_ACTIVATION_NONE;
-    c.alpha = c.limit = 0.0f;
-    c.dtype = d->dtype;
-    c.accumulate = d->accumulate;
+    c.gated = 0;
     return c;
 }
 
-/* Shared memory of a block, bytes: the ring, then the epilogue's strips. */
-MOE_HOST_DEVICE size_t moei_k_smem(const moe_gemm_shape f)
-{
-    return moei_ring_bytes(f) + (size_t)f.threads / 32 * (size_t)moei_strip_floats(f.wn) * 4;
-}
-
-/* A block computes tiles blockIdx.x, blockIdx.x + gridDim.x, ... */
-MOE_DEVICE_BODY void moei_k_block(const moe_k_grouped_gemm_desc* d, unsigned char* shared,
+/* A block computes tiles blockIdx.x, blockIdx.x + gridDim.x, ... In `shared` lie the ring and the warps'
+   strips. */
+MOE_DEVICE_BODY void moei_k_block(const moe_k_grouped_gemm_args* d, unsigned char* shared,
                                   moei_k_shared* s, const moe_gemm_shape f)
 {
     uint16_t* ring = (uint16_t*)shared;
     float* strip = (float*)(ring + f.stages * (f.tm + f.tn) * f.tk) +
                    moei_warp() * moei_strip_floats(f.wn);
     const int warp_m = moei_warp() % f.warps_m, warp_n = moei_warp() / f.warps_m;
+    const moei_groups groups = {d->expert_offset, d->num_experts, d->num_rows};
     moei_ring r = moei_ring_of(ring, f);
-    moei_k_tiles tiles;
+    moei_k_schedule tiles;
     moei_k_loader load;
 
-    if (!moei_k_good(d)) return;
-    tiles.row_tiles = (d->m + f.tm - 1) / f.tm;
-    tiles.column_tiles = (d->n + f.tn - 1) / f.tn;
-    tiles.num_tiles = tiles.row_tiles * tiles.column_tiles * d->num_experts;
+    if (!moei_k_good(d, &groups)) return;
+    tiles = moei_k_schedule_of(groups, d->m, d->n, f);
     if ((int)blockIdx.x >= tiles.num_tiles) return;
     moei_k_loader_begin(&load, d, &tiles, s, f);
     moei_k_tile_start(&load, &r, d, &tiles, f);
     for (int tile = (int)blockIdx.x; tile < tiles.num_tiles; tile += (int)gridDim.x) {
-        const moe_tile_position t = moei_k_tile(d, &tiles, tile, f);
-        const moe_grouped_gemm_desc c = moei_k_store_of(d, t.expert);
+        const moe_tile_position t = moei_k_schedule_tile(&tiles, tile, f);
+        const moe_gemm_output c = moei_k_output(d, t.expert);
+        const moei_epilogue_at at = {t.row + warp_m * f.wm, t.column + warp_n * f.wn, d->n};
         moe_tile_position whole = t; /* the epilogue counts rows of C */
         moei_mma_c acc[4][4];
         moei_tile_zero(acc, f);
@@ -281,8 +241,7 @@ MOE_DEVICE_BODY void moei_k_block(const moe_k_grouped_gemm_desc* d, unsigned cha
             moei_k_tile_steps(acc, &load, &r, d, &tiles, (t.end - t.begin + f.tk - 1) / f.tk, f);
         whole.begin = 0;
         whole.end = d->m;
-        moei_epilogue_warp(&c, &whole, acc, strip, t.row + warp_m * f.wm, t.column + warp_n * f.wn,
-                           f);
+        moei_epilogue_warp(&c, &whole, acc, strip, at, f);
     }
     moei_copy_wait(0); /* the steps past the last tile */
 }

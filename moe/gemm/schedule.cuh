@@ -1,9 +1,12 @@
 /* schedule.cuh: which tile of which expert a block computes next, read from the offsets on the
    device, so that no host copy is needed and a captured graph replays with other routing.
 
-   Tiles are numbered expert after expert. Within an expert they are walked in bands of
-   MOEI_GEMM_BAND row tiles: all column tiles of a band before the next band, rows fastest. The
-   blocks that run at one time then share few rows of A and few columns of B, which stay in L2. */
+   Tiles are numbered expert after expert. Two orders:
+     m-grouped  an expert has tiles for the rows of C that it owns. They are walked in bands of
+                MOEI_GEMM_BAND row tiles: all column tiles of a band before the next band, rows
+                fastest. The blocks that run at one time then share few rows of A and few columns of
+                B, which stay in L2
+     k-grouped  each expert has a whole C, and its rows are the depth. Rows of C fastest */
 #ifndef MOE_GEMM_SCHEDULE_CUH
 #define MOE_GEMM_SCHEDULE_CUH
 
@@ -11,35 +14,53 @@
 #include "../base/fault.cuh"
 #include "../faults.h"
 #include "../layout.h"
+#include "shape.h"
 
 #define MOEI_GEMM_BAND 16
 
 /* One tile of C. */
 typedef struct moe_tile_position {
     int32_t expert;
-    int32_t begin, end; /* the expert's rows; k-grouped: of A and B */
+    int32_t begin, end; /* the expert's rows of C; k-grouped: of A and B */
     int32_t row;        /* first row of the tile; below `begin` only where rows are aligned down */
     int32_t column;     /* number of the tile along the columns; k-grouped: first column */
 } moe_tile_position;
 
+/* Which rows are whose. */
+typedef struct moei_groups {
+    const int32_t* expert_offset; /* [E + 1], or null: one expert, which owns num_rows rows */
+    int32_t num_experts, num_rows;
+} moei_groups;
+
+/* An expert's rows begin .. end. */
+MOE_DEVICE int moei_expert_begin(const moei_groups* g, int e)
+{
+    return g->expert_offset ? g->expert_offset[e] : 0;
+}
+
+MOE_DEVICE int moei_expert_end(const moei_groups* g, int e)
+{
+    return g->expert_offset ? g->expert_offset[e + 1] : g->num_rows;
+}
+
+/* Are they in order and within num_rows? Where not, the fault word is set. */
+MOE_DEVICE bool moei_expert_good(const moei_groups* g, int e, uint64_t* fault, int rank)
+{
+    const int begin = moei_expert_begin(g, e), end = moei_expert_end(g, e);
+    if (begin >= 0 && end >= begin && end <= g->num_rows) return true;
+    moei_fault_raise(fault, MOE_FAULT_BAD_OFFSET, rank, e);
+    return false;
+}
+
+/* ---- m-grouped ---- */
+
 /* What the schedule needs; tile_start [E + 1] lies in shared memory. */
 typedef struct moei_schedule {
-    const int32_t* expert_offset; /* [E + 1], or null: one group of num_rows rows */
-    int32_t num_experts, num_rows;
+    moei_groups groups;
     int32_t column_tiles; /* tiles along N */
     int32_t row_align;    /* 1, or 8 where A is read along M and tiles begin at multiples of 8 */
     int* tile_start;      /* first tile of each expert; the last entry is the number of tiles */
 } moei_schedule;
-
-MOE_DEVICE int moei_expert_begin(const moei_schedule* s, int e)
-{
-    return s->expert_offset ? s->expert_offset[e] : 0;
-}
-
-MOE_DEVICE int moei_expert_end(const moei_schedule* s, int e)
-{
-    return s->expert_offset ? s->expert_offset[e + 1] : s->num_rows;
-}
 
 /* Fills tile_start; all threads of the block call it. Returns the number of tiles, or -1 when the
    offsets make no sense, which sets the fault word. */
@@ -47,31 +68,30 @@ MOE_DEVICE int moei_schedule_build(const moei_schedule* s, moei_block_scan_scrat
                                    uint64_t* fault, int rank, const int tile_rows)
 {
     int before = 0, bad = 0;
-    for (int e0 = 0; e0 < s->num_experts; e0 += (int)blockDim.x) {
+    for (int e0 = 0; e0 < s->groups.num_experts; e0 += (int)blockDim.x) {
         const int e = e0 + (int)threadIdx.x;
         int tiles = 0, total, at;
-        if (e < s->num_experts) {
-            const int begin = moei_expert_begin(s, e), end = moei_expert_end(s, e);
-            if (begin < 0 || end < begin || end > s->num_rows) {
+        if (e < s->groups.num_experts) {
+            const int begin = moei_expert_begin(&s->groups, e), end = moei_expert_end(&s->groups, e);
+            if (!moei_expert_good(&s->groups, e, fault, rank)) {
                 bad = 1;
-                moei_fault_raise(fault, MOE_FAULT_BAD_OFFSET, rank, e);
             } else if (end > begin) {
                 const int first = begin - begin % s->row_align;
                 tiles = (end - first + tile_rows - 1) / tile_rows * s->column_tiles;
             }
         }
         at = moei_block_exclusive_scan(tiles, scratch, &total);
-        if (e < s->num_experts) s->tile_start[e] = before + at;
+        if (e < s->groups.num_experts) s->tile_start[e] = before + at;
         before += total;
     }
-    if (threadIdx.x == 0) s->tile_start[s->num_experts] = before;
+    if (threadIdx.x == 0) s->tile_start[s->groups.num_experts] = before;
     return __syncthreads_or(bad) ? -1 : before;
 }
 
 /* Where tile number `index` lies. Needs index below the number of tiles. */
 MOE_DEVICE moe_tile_position moei_schedule_tile(const moei_schedule* s, int index, const int tile_rows)
 {
-    int lo = 0, hi = s->num_experts; /* tile_start[lo] <= index < tile_start[hi] */
+    int lo = 0, hi = s->groups.num_experts; /* tile_start[lo] <= index < tile_start[hi] */
     moe_tile_position t;
     int local, row_tiles, first, band, in_band, height;
     while (hi - lo > 1) {
@@ -80,8 +100,8 @@ MOE_DEVICE moe_tile_position moei_schedule_tile(const moei_schedule* s, int inde
         else hi = mid;
     }
     t.expert = lo;
-    t.begin = moei_expert_begin(s, lo);
-    t.end = moei_expert_end(s, lo);
+    t.begin = moei_expert_begin(&s->groups, lo);
+    t.end = moei_expert_end(&s->groups, lo);
     first = t.begin - t.begin % s->row_align;
     local = index - s->tile_start[lo];
     row_tiles = (t.end - first + tile_rows - 1) / tile_rows;
@@ -91,6 +111,39 @@ MOE_DEVICE moe_tile_position moei_schedule_tile(const moei_schedule* s, int inde
     if (height > MOEI_GEMM_BAND) height = MOEI_GEMM_BAND;
     t.column = in_band / height;
     t.row = first + (band * MOEI_GEMM_BAND + in_band - t.column * height) * tile_rows;
+    return t;
+}
+
+/* ---- k-grouped ---- */
+
+typedef struct moei_k_schedule {
+    moei_groups groups;
+    int32_t num_tiles, row_tiles, column_tiles; /* of all experts; of one */
+} moei_k_schedule;
+
+/* Products of C [m, n] in tiles of f. */
+MOE_DEVICE moei_k_schedule moei_k_schedule_of(const moei_groups g, int m, int n,
+                                              const moe_gemm_shape f)
+{
+    moei_k_schedule s;
+    s.groups = g;
+    s.row_tiles = (m + f.tm - 1) / f.tm;
+    s.column_tiles = (n + f.tn - 1) / f.tn;
+    s.num_tiles = s.row_tiles * s.column_tiles * g.num_experts;
+    return s;
+}
+
+/* Where tile number `index` lies: first row and column of C_e, rows begin .. end of A and B. */
+MOE_DEVICE moe_tile_position moei_k_schedule_tile(const moei_k_schedule* s, int index,
+                                                  const moe_gemm_shape f)
+{
+    const int each = s->row_tiles * s->column_tiles, local = index % each;
+    moe_tile_position t;
+    t.expert = index / each;
+    t.begin = moei_expert_begin(&s->groups, t.expert);
+    t.end = moei_expert_end(&s->groups, t.expert);
+    t.row = local % s->row_tiles * f.tm;
+    t.column = local / s->row_tiles * f.tn;
     return t;
 }
 

@@ -65,10 +65,24 @@ MOE_HOST_DEVICE int moei_stage_elems(const moe_gemm_shape f)
     return (f.tm + f.terms * f.tn) * f.tk;
 }
 
-/* Bytes of the ring of stages. */
+/* Bytes of the ring of stages; of the strips that warps store through, 16 rows of fp32 each. */
 MOE_HOST_DEVICE size_t moei_ring_bytes(const moe_gemm_shape f)
 {
     return (size_t)f.stages * 2 * (size_t)moei_stage_elems(f);
 }
+MOE_HOST_DEVICE int moei_strip_pitch(int wn) { return wn + 8; } /* floats between rows */
+MOE_HOST_DEVICE int moei_strip_floats(int wn) { return 16 * moei_strip_pitch(wn); }
+MOE_HOST_DEVICE size_t moei_strips_bytes(const moe_gemm_shape f)
+{
+    return (size_t)f.threads / 32 * (size_t)moei_strip_floats(f.wn) * 4;
+}
+
+/* The same as constants, for a table: of a MOE_GEMM_SHAPE_*. */
+#define MOEI_RING_BYTES(terms, ...) MOEI_RING_BYTES_(terms, __VA_ARGS__)
+#define MOEI_RING_BYTES_(terms, tm, tn, tk, warps_m, warps_n, stages)                              \
+    (2 * (stages) * ((tm) + (terms) * (tn)) * (tk))
+#define MOEI_STRIPS_BYTES(...) MOEI_STRIPS_BYTES_(__VA_ARGS__)
+#define MOEI_STRIPS_BYTES_(tm, tn, tk, warps_m, warps_n, stages)                                   \
+    (4 * 16 * (warps_m) * ((tn) + 8 * (warps_n)))
 
 #endif

@@ -1,7 +1,7 @@
 /* steps.inl: the steps of a tile whose loader is `name`; who includes it defines
 
      MOEI_LOADER          name, a type: what a thread copies next
-     MOEI_LOADER_DESC     what its products are described by
+     MOEI_LOADER_ARGS     what its products are described by
      MOEI_LOADER_TILES    what tells the block's next tiles
      name_copy            copies part `part` of `parts` of a step
      name_advance         before a step is copied, with tiles alone: what the copies need first, such as
@@ -12,7 +12,7 @@
 
 /* Fills the first stages - 1 stages of the ring, with tiles (or null) on into the block's next
    ones, and waits until the first has arrived for every warp. All threads of the block. */
-MOE_DEVICE void MOEI_TILE_START(MOEI_LOADER* load, const moei_ring* r, const MOEI_LOADER_DESC* d,
+MOE_DEVICE void MOEI_TILE_START(MOEI_LOADER* load, const moei_ring* r, const MOEI_LOADER_ARGS* d,
                                 MOEI_LOADER_TILES* tiles, const moe_gemm_shape f)
 {
     MOEI_NO_UNROLL
@@ -30,7 +30,7 @@ MOE_DEVICE void MOEI_TILE_START(MOEI_LOADER* load, const moei_ring* r, const MOE
    Copies go on meanwhile: with tiles into the block's next ones, without (null) past the end of the
    depth, where they read nothing. On return the next stage has arrived for every warp. */
 MOE_DEVICE void MOEI_TILE_STEPS(moei_mma_c acc[4][4], MOEI_LOADER* load, moei_ring* r,
-                                const MOEI_LOADER_DESC* d, MOEI_LOADER_TILES* tiles,
+                                const MOEI_LOADER_ARGS* d, MOEI_LOADER_TILES* tiles,
                                 int steps, const moe_gemm_shape f)
 {
     const int chunks = moei_ring_chunks(f);

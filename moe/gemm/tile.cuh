@@ -10,17 +10,10 @@
 #ifndef MOE_GEMM_TILE_CUH
 #define MOE_GEMM_TILE_CUH
 
-#include "desc.h"
+#include "args.h"
 #include "epilogue.cuh"
 #include "mainloop.cuh"
 #include "schedule.cuh"
-
-/* Shared memory of a block, bytes: the ring, the epilogue's staging, then tile_start [E + 1]. */
-MOE_HOST_DEVICE size_t moei_tile_smem(const moe_gemm_shape f, int num_experts)
-{
-    return moei_ring_bytes(f) + (size_t)f.threads / 32 * (size_t)moei_strip_floats(f.wn) * 4 +
-           ((size_t)num_experts + 1) * 4;
-}
 
 /* Where a thread's copies of the current tile come from. K-major operands are copied in passes
    of 32 rows; a thread has row r of each pass and one 16-byte piece of its depth. */
@@ -47,23 +40,23 @@ MOE_DEVICE const char* moei_weight_up(const moe_weights* w, int expert)
 }
 
 /* Do a tile's columns come from two places of B, half of them gates and half of them ups? */
-MOE_DEVICE bool moei_gemm_halves(const moe_grouped_gemm_desc* d)
+MOE_DEVICE bool moei_gemm_halves(const moe_grouped_gemm_args* d)
 {
-    return d->gate_up == MOE_GATE_UP_CONCATENATED || d->gate_up == MOE_GATE_UP_SEPARATE;
+    return d->c.gated == MOE_GATE_UP_CONCATENATED || d->c.gated == MOE_GATE_UP_SEPARATE;
 }
 
 /* Points the loader at the first step of tile t. */
 MOE_DEVICE void moei_loader_begin(moei_loader* p, moe_tile_position t,
-                                  const moe_grouped_gemm_desc* d, const moe_gemm_shape f)
+                                  const moe_grouped_gemm_args* d, const moe_gemm_shape f)
 {
     const int piece = (int)threadIdx.x % (f.tk / 8), r = (int)threadIdx.x / (f.tk / 8);
     const bool halves = moei_gemm_halves(d);
     const int64_t ld = d->b.row_stride;
     const char* weight = moei_weight_base(&d->b, t.expert);
-    const char* up = d->gate_up == MOE_GATE_UP_SEPARATE ? moei_weight_up(&d->b, t.expert) : weight;
+    const char* up = d->c.gated == MOE_GATE_UP_SEPARATE ? moei_weight_up(&d->b, t.expert) : weight;
     const int column = t.column * (halves ? f.tn / 2 : f.tn); /* first of B's rows in each half */
     p->k = 0;
-    if (d->gate_up == MOE_GATE_UP_CONCATENATED)
+    if (d->c.gated == MOE_GATE_UP_CONCATENATED)
         up += (int64_t)d->n * (f.b_major == MOE_MAJOR_K ? ld : 1) * 2;
 
     if (f.a_major == MOE_MAJOR_K) {
@@ -121,7 +114,7 @@ MOE_DEVICE void moei_loader_begin(moei_loader* p, moe_tile_position t,
 
 /* Copies part `part` of `parts` (literals) of one step of A and B into a stage; after the last
    part the loader stands at the next step. */
-MOE_DEVICE void moei_loader_copy(moei_loader* p, const moe_grouped_gemm_desc* d, uint16_t* sa,
+MOE_DEVICE void moei_loader_copy(moei_loader* p, const moe_grouped_gemm_args* d, uint16_t* sa,
                                  uint16_t* sb, const int part, const int parts,
                                  const moe_gemm_shape f)
 {
@@ -129,7 +122,7 @@ MOE_DEVICE void moei_loader_copy(moei_loader* p, const moe_grouped_gemm_desc* d,
     const int depth = d->k - p->k;                    /* what is left of k */
     const int to = moei_swizzled(r, piece * 8, f.tk); /* 8 lines on the swizzle is the same */
     const bool halves = moei_gemm_halves(d);
-    const int b_rows = d->gate_up == MOE_GATE_UP_INTERLEAVED ? 2 * d->n : d->n;
+    const int b_rows = d->c.gated == MOE_GATE_UP_INTERLEAVED ? 2 * d->n : d->n;
 
     if (f.a_major == MOE_MAJOR_K) {
         MOEI_UNROLL
@@ -184,7 +177,7 @@ typedef struct moei_tiles {
 } moei_tiles;
 
 /* Points the loader at tile p->tile, whose position is written for the warps. */
-MOE_DEVICE void moei_loader_tile(moei_loader* p, const moe_grouped_gemm_desc* d,
+MOE_DEVICE void moei_loader_tile(moei_loader* p, const moe_grouped_gemm_args* d,
                                  const moei_tiles* s, const moe_gemm_shape f)
 {
     const moe_tile_position t = moei_schedule_tile(&s->schedule, p->tile, f.tm);
@@ -195,7 +188,7 @@ MOE_DEVICE void moei_loader_tile(moei_loader* p, const moe_grouped_gemm_desc* d,
 /* Before a step is copied: on to the block's next tile, once the current one has been copied. Past
    the last tile k stays at the end: the copies that follow read nothing and write zeros, which
    nobody reads; so the steps have no branch, and every step closes one group of copies. */
-MOE_DEVICE void moei_loader_advance(moei_loader* p, const moe_grouped_gemm_desc* d,
+MOE_DEVICE void moei_loader_advance(moei_loader* p, const moe_grouped_gemm_args* d,
                                     const moei_tiles* s, int step, const moe_gemm_shape f)
 {
     (void)step;
@@ -207,28 +200,28 @@ MOE_DEVICE void moei_loader_advance(moei_loader* p, const moe_grouped_gemm_desc*
 }
 
 #define MOEI_LOADER moei_loader
-#define MOEI_LOADER_DESC moe_grouped_gemm_desc
+#define MOEI_LOADER_ARGS moe_grouped_gemm_args
 #define MOEI_LOADER_TILES const moei_tiles
 #define MOEI_TILE_START moei_tile_start
 #define MOEI_TILE_STEPS moei_tile_steps
 #include "steps.inl"
 #undef MOEI_LOADER
-#undef MOEI_LOADER_DESC
+#undef MOEI_LOADER_ARGS
 #undef MOEI_LOADER_TILES
 #undef MOEI_TILE_START
 #undef MOEI_TILE_STEPS
 
 /* Do the tables name an address, aligned to 16 bytes, for each expert that has rows? All threads of
    the block call it. Where they do not, the fault word is set. */
-MOE_DEVICE bool moei_gemm_tables_good(const moe_grouped_gemm_desc* d, const moei_schedule* s)
+MOE_DEVICE bool moei_gemm_tables_good(const moe_grouped_gemm_args* d, const moei_groups* g)
 {
     bool bad = false;
-    if (!d->b.table && !d->b.up_table && !d->c_table) return true;
+    if (!d->b.table && !d->b.up_table && !d->c.table) return true;
     for (int e = (int)threadIdx.x; e < d->num_experts; e += (int)blockDim.x) {
         const uintptr_t b = d->b.table ? (uintptr_t)d->b.table[e] : 16;
         const uintptr_t up = d->b.up_table ? (uintptr_t)d->b.up_table[e] : 16;
-        const uintptr_t c = d->c_table ? (uintptr_t)d->c_table[e] : 16;
-        if (moei_expert_end(s, e) > moei_expert_begin(s, e) &&
+        const uintptr_t c = d->c.table ? (uintptr_t)d->c.table[e] : 16;
+        if (moei_expert_end(g, e) > moei_expert_begin(g, e) &&
             (!b || !up || !c || ((b | up | c) & 15) != 0)) {
             bad = true;
             moei_fault_raise(d->fault, MOE_FAULT_BAD_TABLE, d->rank, e);
@@ -243,15 +236,16 @@ typedef struct moei_gemm_shared {
     moe_tile_position position[4];
 } moei_gemm_shared;
 
-/* A block's life: tiles blockIdx.x, blockIdx.x + gridDim.x, ... */
-MOE_DEVICE_BODY void moei_gemm_block(const moe_grouped_gemm_desc* d, unsigned char* shared,
+/* A block's life: tiles blockIdx.x, blockIdx.x + gridDim.x, ... In `shared` lie the ring, the warps'
+   strips, then tile_start [E + 1]. */
+MOE_DEVICE_BODY void moei_gemm_block(const moe_grouped_gemm_args* d, unsigned char* shared,
                                      moei_gemm_shared* s, const moe_gemm_shape f)
 {
     const int elems = (f.tm + f.tn) * f.tk; /* of a stage */
     uint16_t* ring = (uint16_t*)shared;
     float* strip = (float*)(ring + f.stages * elems) + moei_warp() * moei_strip_floats(f.wn);
     const int warp_m = moei_warp() % f.warps_m, warp_n = moei_warp() / f.warps_m;
-    const int columns = d->gate_up ? f.tn / 2 : f.tn; /* of C */
+    const int columns = d->c.gated ? f.tn / 2 : f.tn; /* of C */
     const int steps = (d->k + f.tk - 1) / f.tk;
     moei_ring r = moei_ring_of(ring, f);
     moei_tiles tiles;
@@ -259,16 +253,16 @@ MOE_DEVICE_BODY void moei_gemm_block(const moe_grouped_gemm_desc* d, unsigned ch
     moei_loader load;
     int turn = 0;
 
-    schedule->expert_offset = d->expert_offset;
-    schedule->num_experts = d->num_experts;
-    schedule->num_rows = d->num_rows;
+    schedule->groups.expert_offset = d->expert_offset;
+    schedule->groups.num_experts = d->num_experts;
+    schedule->groups.num_rows = d->num_rows;
     schedule->column_tiles = (d->n + columns - 1) / columns;
     schedule->row_align = f.a_major == MOE_MAJOR_MN ? 8 : 1;
     schedule->tile_start =
         (int*)((float*)(ring + f.stages * elems) + f.warps_m * f.warps_n * moei_strip_floats(f.wn));
     tiles.position = s->position;
     tiles.num_tiles = moei_schedule_build(schedule, &s->scan, d->fault, d->rank, f.tm);
-    if ((int)blockIdx.x >= tiles.num_tiles || !moei_gemm_tables_good(d, schedule)) return;
+    if ((int)blockIdx.x >= tiles.num_tiles || !moei_gemm_tables_good(d, &schedule->groups)) return;
 
     load.tile = (int)blockIdx.x;
     load.turn = 0;
@@ -280,18 +274,24 @@ MOE_DEVICE_BODY void moei_gemm_block(const moe_grouped_gemm_desc* d, unsigned ch
         moei_tile_zero(acc, f);
         moei_tile_steps(acc, &load, &r, d, &tiles, steps, f);
         t = s->position[turn++ & 3];
-        moei_epilogue_warp(d, &t, acc, strip, t.row + warp_m * f.wm,
-                           t.column * columns + warp_n * (columns / f.warps_n), f);
+        {
+            const moei_epilogue_at at = {t.row + warp_m * f.wm,
+                                         t.column * columns + warp_n * (columns / f.warps_n), d->n};
+            moei_epilogue_warp(&d->c, &t, acc, strip, at, f);
+        }
     }
     moei_copy_wait(0); /* the steps past the last tile */
 }
 
 /* Bytes of shared memory that moe_gemm_tile needs. */
-MOE_HOST_DEVICE size_t moe_gemm_tile_smem(const moe_gemm_shape f) { return moei_tile_smem(f, 0); }
+MOE_HOST_DEVICE size_t moe_gemm_tile_smem(const moe_gemm_shape f)
+{
+    return moei_ring_bytes(f) + moei_strips_bytes(f);
+}
 
 /* Multiplies one tile by one block, through a ring of stages that moei_loader_copy fills: acc gets
    each warp's sums. On return no copy is under way; other warps may still read the ring. */
-MOE_DEVICE void moei_tile_sum(moei_mma_c acc[4][4], const moe_grouped_gemm_desc* d,
+MOE_DEVICE void moei_tile_sum(moei_mma_c acc[4][4], const moe_grouped_gemm_args* d,
                               const moe_tile_position t, uint16_t* ring, const moe_gemm_shape f)
 {
     moei_ring r = moei_ring_of(ring, f);
@@ -309,31 +309,32 @@ MOE_DEVICE void moei_tile_sum(moei_mma_c acc[4][4], const moe_grouped_gemm_desc*
    rows of C, or from c_table[expert] on; of A they are row_index's, or themselves. Where a_major is
    MOE_MAJOR_MN, row is a multiple of 8.
 
-   d is a descriptor that moe_gemm_tile_resolve (grouped.cuh) has filled in on the host; its offsets
+   d is what moe_gemm_tile_resolve (grouped.cuh) has made of a descriptor on the host; its offsets
    are not looked at, nor whether the fault word says stop; a row_index outside A sets that word.
-   The shape's members are literals, dtype and majors the descriptor's own. All threads of a block of
+   The shape's members are literals, dtype and majors those of the descriptor. All threads of a block of
    f.threads call it together; `shared` has moe_gemm_tile_smem(f) bytes, 128-byte aligned, and may be
    used again afterwards. fp16 from sm_75, bf16 from sm_80.
 
-     MOE_KERNEL(128, 1) mine(MOE_ARG(moe_grouped_gemm_desc) d)
+     MOE_KERNEL(128, 1) mine(MOE_ARG(moe_grouped_gemm_args) d)
      {
          MOE_SHARED_DYNAMIC(shared);
          const moe_tile_position t = {0, 0, d.num_rows, (int)blockIdx.x * 64, (int)blockIdx.y};
          moe_gemm_tile(&d, t, shared, moe_gemm_shape_of(MOE_GEMM_SHAPE_64x64, MOE_BF16,
                                                         MOE_MAJOR_K, MOE_MAJOR_K));
      } */
-MOE_DEVICE_BODY void moe_gemm_tile(const moe_grouped_gemm_desc* d, const moe_tile_position t,
+MOE_DEVICE_BODY void moe_gemm_tile(const moe_grouped_gemm_args* d, const moe_tile_position t,
                                    unsigned char* shared, const moe_gemm_shape f)
 {
-    const int columns = d->gate_up ? f.tn / 2 : f.tn;
+    const int columns = d->c.gated ? f.tn / 2 : f.tn;
     const int elems = (f.tm + f.tn) * f.tk;
     const int warp_m = moei_warp() % f.warps_m, warp_n = moei_warp() / f.warps_m;
     uint16_t* ring = (uint16_t*)shared;
+    float* strip = (float*)(ring + f.stages * elems) + moei_warp() * moei_strip_floats(f.wn);
+    const moei_epilogue_at at = {t.row + warp_m * f.wm,
+                                 t.column * columns + warp_n * (columns / f.warps_n), d->n};
     moei_mma_c acc[4][4];
     moei_tile_sum(acc, d, t, ring, f);
-    moei_epilogue_warp(
-        d, &t, acc, (float*)(ring + f.stages * elems) + moei_warp() * moei_strip_floats(f.wn),
-        t.row + warp_m * f.wm, t.column * columns + warp_n * (columns / f.warps_n), f);
+    moei_epilogue_warp(&d->c, &t, acc, strip, at, f);
     __syncthreads();
 }
 

@@ -24,19 +24,13 @@ static_assert(
 #define MOEI_SPLIT_PIECES 4
 
 /* Pieces of an fp16 x that a thread splits: half as many, since each becomes two. */
-MOE_HOST_DEVICE int moei_split_x_pieces(int x_dtype)
-{
-    return x_dtype == MOE_FP16 ? MOEI_SPLIT_PIECES / 2 : 0;
-}
+#define MOEI_SPLIT_X_PIECES(x_dtype) ((x_dtype) == MOE_FP16 ? MOEI_SPLIT_PIECES / 2 : 0)
 
-/* Shared memory of a block, bytes: the ring, then two steps of what comes unsplit. The strips of the
-   warps are at the place of the ring. */
-MOE_HOST_DEVICE size_t moei_split_large_smem(const moe_gemm_shape f, int x_dtype)
-{
-    return moei_ring_bytes(f) +
-           (size_t)2 * 16 *
-               (size_t)((MOEI_SPLIT_PIECES + moei_split_x_pieces(x_dtype)) * f.threads);
-}
+/* Shared memory of a block, bytes: the ring, then two steps of what comes unsplit, of 256 threads. The
+   strips of the warps are at the place of the ring. */
+#define MOEI_SPLIT_SMEM_large(x_dtype)                                                             \
+    (MOEI_RING_BYTES(MOE_ROUTER_SPLIT_TERMS, MOEI_SPLIT_LARGE) +                                   \
+     2 * 16 * 256 * (MOEI_SPLIT_PIECES + MOEI_SPLIT_X_PIECES(x_dtype)))
 
 /* What a thread copies next: of x a piece, 8 neighbours, of the rows 0, 64, 128 and 192 below its
    first (of fp16 0 and 64); of the weights 4 neighbours of two rows, in each half of a step. Within a warp the rows are
@@ -115,14 +109,14 @@ MOE_DEVICE void moei_split_next_w(moei_split_loader* p, const moe_gemm_shape f)
 }
 
 /* Points the loader at the tile's first token and expert, and brings what is split in the first two
-   steps. own: moei_split_large_smem behind the ring. */
-MOE_DEVICE void moei_split_begin(moei_split_loader* p, const moei_split_args* d, uint4* own,
+   steps. own: two steps' room behind the ring. */
+MOE_DEVICE void moei_split_begin(moei_split_loader* p, const moei_router_args* d, uint4* own,
                                  int64_t t0, int e0, const int x_dtype, const moe_gemm_shape f)
 {
     const int lane = moei_lane(), warp = moei_warp(), tid = (int)threadIdx.x;
     const int xr = tid / 4, xk = tid % 4 * 8;
     const int wr = warp * 16 + (lane >> 1 & 7), wk = (lane >> 4) * 8 + (lane & 1) * 4;
-    const int x_pieces = moei_split_x_pieces(x_dtype);
+    const int x_pieces = MOEI_SPLIT_X_PIECES(x_dtype);
     p->x_dtype = x_dtype;
     p->own = own + tid;
     p->x_rows = p->w_rows = 0;
@@ -136,7 +130,7 @@ MOE_DEVICE void moei_split_begin(moei_split_loader* p, const moei_split_args* d,
     for (int i = 0; i < 2; ++i) {
         const bool in = e0 + wr + 8 * i < d->num_experts;
         p->w_rows |= (in ? 1 : 0) << i;
-        p->w[i] = d->w + (in ? e0 + wr + 8 * i : 0) * d->w_stride + wk;
+        p->w[i] = (const float*)d->w + (in ? e0 + wr + 8 * i : 0) * d->w_stride + wk;
     }
     p->x_at = moei_swizzled(moei_split_x_row(xr, 0, x_dtype), xk, f.tk);
     p->w_at = moei_swizzled(wr, wk, f.tk);
@@ -158,7 +152,7 @@ MOE_DEVICE void moei_split_begin(moei_split_loader* p, const moei_split_args* d,
 }
 
 /* A block has one tile: what steps.inl would call before a step is copied is nothing. */
-MOE_DEVICE void moei_split_loader_advance(moei_split_loader* p, const moei_split_args* d,
+MOE_DEVICE void moei_split_loader_advance(moei_split_loader* p, const moei_router_args* d,
                                           const void* tiles, int step, const moe_gemm_shape f)
 {
     (void)p, (void)d, (void)tiles, (void)step, (void)f;
@@ -166,11 +160,11 @@ MOE_DEVICE void moei_split_loader_advance(moei_split_loader* p, const moei_split
 
 /* Copies part `part` of `parts` of a step, and splits it. What comes unsplit for the step after the
    next takes the place of what has been split. */
-MOE_DEVICE void moei_split_loader_copy(moei_split_loader* p, const moei_split_args* d, uint16_t* sa,
+MOE_DEVICE void moei_split_loader_copy(moei_split_loader* p, const moei_router_args* d, uint16_t* sa,
                                        uint16_t* sb, const int part, const int parts,
                                        const moe_gemm_shape f)
 {
-    const int x_pieces = moei_split_x_pieces(p->x_dtype);
+    const int x_pieces = MOEI_SPLIT_X_PIECES(p->x_dtype);
     (void)d;
     MOEI_UNROLL
     for (int i = part; i < MOEI_SPLIT_PIECES; i += parts) {
@@ -188,19 +182,19 @@ MOE_DEVICE void moei_split_loader_copy(moei_split_loader* p, const moei_split_ar
 }
 
 #define MOEI_LOADER moei_split_loader
-#define MOEI_LOADER_DESC moei_split_args
+#define MOEI_LOADER_ARGS moei_router_args
 #define MOEI_LOADER_TILES const void
 #define MOEI_TILE_START moei_split_start
 #define MOEI_TILE_STEPS moei_split_steps
 #include "../gemm/steps.inl"
 #undef MOEI_LOADER
-#undef MOEI_LOADER_DESC
+#undef MOEI_LOADER_ARGS
 #undef MOEI_LOADER_TILES
 #undef MOEI_TILE_START
 #undef MOEI_TILE_STEPS
 
 /* One block makes one tile, each warp 64 rows and 64 experts. x_dtype and f are literals. */
-MOE_DEVICE_BODY void moei_split_large(const moei_split_args* d, unsigned char* shared,
+MOE_DEVICE_BODY void moei_split_large(const moei_router_args* d, unsigned char* shared,
                                       const int x_dtype, const moe_gemm_shape f)
 {
     const int tiles = (d->num_experts + f.tn - 1) / f.tn;

@@ -26,12 +26,12 @@
     X(narrow, 64, 64, 64, 2, 4, 3, 2, __VA_ARGS__)
 
 /* One block makes one tile. The blocks of the same rows are neighbours and share them in L2. */
-MOE_DEVICE_BODY void moei_ragged_block(const moe_grouped_gemm_desc* d, unsigned char* shared,
+MOE_DEVICE_BODY void moei_ragged_block(const moe_grouped_gemm_args* d, unsigned char* shared,
                                        const moe_gemm_shape f)
 {
     const int columns = (d->n + f.tn - 1) / f.tn;
     const int warp_m = moei_warp() % f.warps_m, warp_n = moei_warp() / f.warps_m;
-    const moei_logits to = {(float*)d->c, d->c_stride, d->num_rows, d->n};
+    const moei_logits to = {(float*)d->c.base, d->c.stride, d->num_rows, d->n};
     uint16_t* const ring = (uint16_t*)shared;
     moei_mma_c acc[4][4];
     moe_tile_position t;
@@ -50,7 +50,7 @@ MOE_DEVICE_BODY void moei_ragged_block(const moe_grouped_gemm_desc* d, unsigned 
 
 #define MOEI_RAGGED_KERNEL(name, tm, tn, kb, wm, wn, stages, blocks, half, dtype)                 \
     MOE_KERNEL((wm) * (wn) * 32, blocks)                                                          \
-    moei_router_ragged_##name##_##half(MOE_ARG(moe_grouped_gemm_desc) d)                          \
+    moei_router_ragged_##name##_##half(MOE_ARG(moe_grouped_gemm_args) d)                          \
     {                                                                                             \
         MOE_SHARED_DYNAMIC(shared);                                                               \
         moei_let_next_start();                                                                    \
@@ -69,9 +69,11 @@ static const moei_variant moei_ragged_variants[] = {
 #define MOEI_RAGGED_ROW(name, tm, tn, kb, wm, wn, stages, blocks, half, dtype)                    \
     {(const void*)moei_router_ragged_##name##_##half,                                             \
      "moei_router_ragged_" #name "_" #half,                                                       \
+     MOE_GEMM_PATH_WMMA,                                                                          \
      MOEI_SHAPE_INIT(tm, tn, kb, wm, wn, stages, dtype, MOE_MAJOR_K, MOE_MAJOR_K),                \
      MOEI_RAGGED_TILE_##name,                                                                     \
      blocks,                                                                                      \
+     MOEI_RING_BYTES(1, tm, tn, kb, wm, wn, stages),                                              \
      MOEI_RAGGED_LEAST(dtype),                                                                    \
      MOEI_CODE_ANY},
     MOEI_RAGGED_LIST(MOEI_RAGGED_ROW, f16, MOE_FP16)
@@ -96,7 +98,6 @@ MOE_HOST moe_status moei_ragged_choose(moe_grouped_gemm_desc* d, const moei_vari
     int runs;
     *chosen = 0;
     d->activation = MOE_ACTIVATION_NONE;
-    d->gate_up = MOE_GATE_UP_DEFAULT;
     d->a_major = d->b.major = MOE_MAJOR_K;
     d->row_div = 1;
     d->a_rows = d->num_rows;
@@ -105,8 +106,8 @@ MOE_HOST moe_status moei_ragged_choose(moe_grouped_gemm_desc* d, const moei_vari
         return MOE_OK;
     MOEI_TRY(moei_device_query(&dev));
     if (!MOE_ON_HOST && d->dtype == MOE_BF16 && dev.major < 8) return MOE_OK;
-    MOEI_TRY(moei_variant_runs(v, &runs));
-    if (!runs || (size_t)dev.smem_block < moei_ring_bytes(v->shape)) return MOE_OK;
+    MOEI_TRY(moei_variant_runs(v, &dev, 0, &runs));
+    if (!runs) return MOE_OK;
     if (d->n <= 64 || moei_ragged_blocks(d, v) < dev.sms)
         v = moei_variant_find(moei_ragged_variants, MOEI_RAGGED_TILE_narrow, d->dtype, MOE_MAJOR_K,
                               MOE_MAJOR_K);
@@ -117,7 +118,7 @@ MOE_HOST moe_status moei_ragged_choose(moe_grouped_gemm_desc* d, const moei_vari
 MOE_HOST moe_status moei_ragged_prepare(moei_launch* l, const moe_grouped_gemm_desc* d,
                                         const moei_variant* v)
 {
-    return moei_variant_prepare(l, v, moei_ragged_blocks(d, v), moei_ring_bytes(v->shape));
+    return moei_variant_prepare(l, v, moei_ragged_blocks(d, v), 0);
 }
 
 #endif

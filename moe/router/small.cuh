@@ -15,17 +15,15 @@
 #define MOEI_SPLIT_SMALL 32, 16, 64, 1, 1, 1
 #define MOEI_SPLIT_SMALL_WARPS 8
 
-#define MOEI_SPLIT_SMALL_OUT 20 /* pitch of the sums: 16 and some */
-
 /* Shared memory of a block, bytes: a stage for each warp; the sums take less. */
-MOE_HOST_DEVICE size_t moei_split_small_smem(const moe_gemm_shape f)
-{
-    return MOEI_SPLIT_SMALL_WARPS * moei_ring_bytes(f);
-}
+#define MOEI_SPLIT_SMEM_small(x_dtype)                                                             \
+    (MOEI_SPLIT_SMALL_WARPS * MOEI_RING_BYTES(MOE_ROUTER_SPLIT_TERMS, MOEI_SPLIT_SMALL))
+
+#define MOEI_SPLIT_SMALL_OUT 20 /* pitch of the sums: 16 and some */
 
 /* What a lane of the small tile holds of a step: of x a piece of every 4th row, of the weights 4
    neighbours of every 2nd. */
-MOE_DEVICE void moei_split_small_load(const moei_split_args* d, uint4* x, uint4* w, int64_t t0,
+MOE_DEVICE void moei_split_small_load(const moei_router_args* d, uint4* x, uint4* w, int64_t t0,
                                       int e0, int k, const int x_dtype, const moe_gemm_shape f)
 {
     const int xk = k + (moei_lane() & 7) * 8, wk = k + (moei_lane() & 15) * 4;
@@ -41,7 +39,7 @@ MOE_DEVICE void moei_split_small_load(const moei_split_args* d, uint4* x, uint4*
         const int r = (moei_lane() >> 4) + i * 2;
         w[i] = make_uint4(0, 0, 0, 0);
         if (e0 + r < d->num_experts && wk < d->hidden)
-            w[i] = moei_load16(d->w + (e0 + r) * d->w_stride + wk);
+            w[i] = moei_load16((const float*)d->w + (e0 + r) * d->w_stride + wk);
     }
 }
 
@@ -74,7 +72,7 @@ MOE_DEVICE void moei_split_small_store(uint16_t* stage, const uint4* x, const ui
 
 /* One block makes one tile; its warps take turns with the steps of H and share nothing before the
    sums. x_dtype and f are literals. */
-MOE_DEVICE_BODY void moei_split_small(const moei_split_args* d, unsigned char* shared,
+MOE_DEVICE_BODY void moei_split_small(const moei_router_args* d, unsigned char* shared,
                                       const int x_dtype, const moe_gemm_shape f)
 {
     const int warps = MOEI_SPLIT_SMALL_WARPS, stride = warps * f.tk;

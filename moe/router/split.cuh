@@ -20,6 +20,7 @@
 #define MOE_ROUTER_SPLIT_CUH
 
 #include "../base/numeric.cuh"
+#include "args.h"
 
 /* Terms of a weight. Predefined as 2, the lower 8 bits are left out: weights are rounded to 2^-16,
    for a third less work. */
@@ -29,16 +30,6 @@
 #if MOE_ROUTER_SPLIT_TERMS != 2 && MOE_ROUTER_SPLIT_TERMS != 3
 #error "moe: MOE_ROUTER_SPLIT_TERMS is 2 or 3"
 #endif
-
-typedef struct moei_split_args {
-    const void* x;  /* [T, H] x_dtype */
-    const float* w; /* [E, H] */
-    float* logits;  /* [T, E] */
-    uint64_t* fault;
-    int64_t x_stride, w_stride, logits_stride;
-    int32_t x_dtype; /* fp16 or bf16: which kernel is run */
-    int32_t num_tokens, hidden, num_experts;
-} moei_split_args;
 
 /* Tokens of a tile with so many rows: an fp16 token has two. */
 MOE_HOST_DEVICE int moei_split_tokens(int rows, int x_dtype)

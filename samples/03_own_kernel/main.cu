@@ -17,7 +17,7 @@
 enum { E = 16, K = 4, H = 2048, MOST_TOKENS = 64 };
 
 typedef struct step_args {
-    moe_combine_desc combine; /* its table has one buffer an expert */
+    moe_combine_args combine; /* its table has one buffer an expert */
     const float* logits;      /* [T, E] */
     int32_t* ids;             /* [T, K] out: the experts chosen */
     float* weights;           /* [T, K] out: combine.weights */
@@ -83,52 +83,58 @@ static void* device_new(size_t bytes, const void* from)
     return p;
 }
 
-/* The descriptor with outputs of its own. */
-static step_args make_step(const float* logits, void* const* table, int tokens)
+/* A step with outputs of its own: what step_kernel takes, and what moe_combine takes. */
+typedef struct one_step {
+    step_args own;
+    moe_combine_desc combine;
+} one_step;
+
+static one_step make_step(const float* logits, void* const* table, int tokens)
 {
-    step_args a = {};
-    moe_combine_desc* c = &a.combine;
-    a.logits = logits;
-    a.ids = (int32_t*)device_new(MOST_TOKENS * K * 4, 0);
-    c->weights = a.weights = (float*)device_new(MOST_TOKENS * K * 4, 0);
-    c->place = a.place = (moe_place*)device_new(MOST_TOKENS * K * sizeof(moe_place), 0);
+    one_step s = {};
+    step_args* a = &s.own;
+    moe_combine_desc* c = &s.combine;
+    a->logits = logits;
+    a->ids = (int32_t*)device_new(MOST_TOKENS * K * 4, 0);
+    c->weights = a->weights = (float*)device_new(MOST_TOKENS * K * 4, 0);
+    c->place = a->place = (moe_place*)device_new(MOST_TOKENS * K * sizeof(moe_place), 0);
     c->y = device_new(MOST_TOKENS * H * 4, 0);
     c->table = table, c->num_buffers = E;
     c->y_dtype = MOE_FP32;
     c->num_tokens = tokens;
     c->hidden = H, c->top_k = K;
-    MOE(moe_combine_resolve(c)); /* device code needs the defaults filled in */
-    return a;
+    MOE(moe_combine_resolve(c, &a->combine)); /* what device code takes of a descriptor */
+    return s;
 }
 
-static void free_step(step_args* a)
+static void free_step(one_step* s)
 {
-    CUDA(cudaFree(a->ids)), CUDA(cudaFree(a->weights)), CUDA(cudaFree(a->place));
-    CUDA(cudaFree(a->combine.y));
+    CUDA(cudaFree(s->own.ids)), CUDA(cudaFree(s->own.weights)), CUDA(cudaFree(s->own.place));
+    CUDA(cudaFree(s->combine.y));
 }
 
-static void own_step(step_args* a)
+static void own_step(one_step* s)
 {
-    const moei_launch_config c = moei_grid(a->combine.num_tokens, 256, 0, 0);
-    MOE(MOE_LAUNCH(step_kernel, c, *a));
+    const moei_launch_config c = moei_grid(s->combine.num_tokens, 256, 0, 0);
+    MOE(MOE_LAUNCH(step_kernel, c, s->own));
 }
 
-static void library_step(step_args* a)
+static void library_step(one_step* s)
 {
-    const moei_launch_config c = moei_grid(a->combine.num_tokens, K, 0, 0);
+    const moei_launch_config c = moei_grid(s->combine.num_tokens, K, 0, 0);
     moe_gate_desc g = {};
-    g.logits = a->logits;
-    g.ids = a->ids, g.weights = a->weights;
-    g.num_tokens = a->combine.num_tokens;
+    g.logits = s->own.logits;
+    g.ids = s->own.ids, g.weights = s->own.weights;
+    g.num_tokens = s->combine.num_tokens;
     g.num_experts = E, g.top_k = K;
     g.score = MOE_SCORE_TOPK_SOFTMAX;
     MOE(moe_gate(&g, 0));
-    MOE(MOE_LAUNCH(place_kernel, c, *a));
-    MOE(moe_combine(&a->combine, 0));
+    MOE(MOE_LAUNCH(place_kernel, c, s->own));
+    MOE(moe_combine(&s->combine, 0));
 }
 
 /* Microseconds of one step, of many one after the other. */
-static float time_of(void (*step)(step_args*), step_args* a)
+static float time_of(void (*step)(one_step*), one_step* s)
 {
     const int runs = MOE_ON_HOST ? 1 : 500;
     cudaEvent_t begin, end;
@@ -136,7 +142,7 @@ static float time_of(void (*step)(step_args*), step_args* a)
     CUDA(cudaEventCreate(&begin)), CUDA(cudaEventCreate(&end));
     for (int i = -runs / 10; i < runs; ++i) { /* the first ones warm up */
         if (i == 0) CUDA(cudaEventRecord(begin, 0));
-        step(a);
+        step(s);
     }
     CUDA(cudaEventRecord(end, 0));
     CUDA(cudaEventSynchronize(end));
@@ -155,7 +161,7 @@ int main(int argc, char** argv)
     const int tokens = argc > 1 ? atoi(argv[1]) : 8;
     void *table[E], **device_table;
     float *device_logits, error = 0, largest = 0, us[2];
-    step_args step[2]; /* the own kernel's, the collection's */
+    one_step step[2]; /* the own kernel's, the collection's */
     int devices = 0, others = 0;
 
     if (tokens < 1 || tokens > MOST_TOKENS)
@@ -176,9 +182,9 @@ int main(int argc, char** argv)
         step[i] = make_step(device_logits, device_table, tokens);
         us[i] = time_of(i ? library_step : own_step, &step[i]);
         CUDA(cudaMemcpy(y[i], step[i].combine.y, sizeof y[i], cudaMemcpyDeviceToHost));
-        CUDA(cudaMemcpy(ids[i], step[i].ids, sizeof ids[i], cudaMemcpyDeviceToHost));
+        CUDA(cudaMemcpy(ids[i], step[i].own.ids, sizeof ids[i], cudaMemcpyDeviceToHost));
     }
-    CUDA(cudaMemcpy(weights, step[0].weights, sizeof weights, cudaMemcpyDeviceToHost));
+    CUDA(cudaMemcpy(weights, step[0].own.weights, sizeof weights, cudaMemcpyDeviceToHost));
     free_step(&step[0]), free_step(&step[1]);
     CUDA(cudaFree(device_logits)), CUDA(cudaFree(device_table));
     for (int e = 0; e < E; ++e) CUDA(cudaFree(table[e]));

@@ -1607,6 +1607,14 @@ static void refused_by(const moe_block_layer_desc* d, moe_status want, int line,
     moe_block_layer_bytes bytes;
     char text[2][MOE_STATUS_TEXT];
     if (which & 1) got = moe_block_layer_forward(d, test_now.stream);
+    if (which & 3) {
+        moe_block_layer_prepared p;
+        test_poison(&p, sizeof p);
+        test_status(which & 1 ? moe_block_layer_prepare_forward(d, &p)
+                              : moe_block_layer_prepare_backward(d, &p),
+                    want, __FILE__, line, "prepare");
+        test_empty(&p, sizeof p, line);
+    }
     CHECK(!(which & 1) || got == want, "line %d, forward: got \"%s\", expected \"%s\"", line,
           moe_status_describe(got, text[0]), moe_status_describe(want, text[1]));
     if (which & 2) got = moe_block_layer_backward(d, test_now.stream);

@@ -467,7 +467,7 @@ static void test_combine_shared(void)
 /* Kernels of one's own on the public pieces: one that finds rows and copies them to where route's
    order is wanted, one that makes tokens of y in an order and on a grid of its own. */
 typedef struct own_args {
-    moe_combine_desc d;
+    moe_combine_args d;
     char* rows; /* [T, K, H] in rows_dtype */
     int32_t first, step;
 } own_args;
@@ -514,8 +514,7 @@ static void test_combine_own_kernel(void)
         c.row_pad = i == 4 ? 3 : 0;
         c.buffers = i == 5 ? 0 : 7;
         bufs_new(&b, &c, &r);
-        a.d = b.d;
-        CHECK_STATUS(moe_combine_resolve(&a.d), MOE_OK);
+        CHECK_STATUS(moe_combine_resolve(&b.d, &a.d), MOE_OK);
         {
             const int64_t row_bytes = c.H * moe_dtype_bytes(c.rows_dtype);
             const int64_t stride = (c.H + c.row_pad) * moe_dtype_bytes(c.rows_dtype);
@@ -545,7 +544,17 @@ static void test_combine_own_kernel(void)
         compare(&b, &c);
         bufs_free(&b);
     }
-    CHECK_STATUS(moe_combine_resolve(0), MOE_STATUS(MOE_ERR_NULL, desc));
+    {
+        moe_combine_desc d;
+        moe_combine_args a, was;
+        memset(&d, 0, sizeof d);
+        memset(&a, 0xab, sizeof a);
+        was = a;
+        CHECK_STATUS(moe_combine_resolve(0, &a), MOE_STATUS(MOE_ERR_NULL, desc));
+        CHECK_STATUS(moe_combine_resolve(&d, 0), MOE_STATUS(MOE_ERR_NULL, desc));
+        CHECK_STATUS(moe_combine_resolve(&d, &a), MOE_STATUS(MOE_ERR_RANGE, hidden));
+        CHECK(!memcmp(&a, &was, sizeof a), "a refused descriptor filled in arguments");
+    }
 }
 
 /* All slots dropped: the residual, or 0. All slots bad: the same, and the first one is named. */

@@ -23,7 +23,7 @@
 #define STEP_WARPS 3
 
 typedef struct step_args {
-    moe_combine_desc d;  /* one_warp: place [T, E], where every expert's row of every token is;
+    moe_combine_args d;  /* one_warp: place [T, E], where every expert's row of every token is;
                             else place [T, K], made by the kernel, which all_place serves */
     const float* logits; /* [T, E] */
     const moe_place* all_place; /* [T, E] */
@@ -85,7 +85,7 @@ MOE_KERNEL(STEP_WARPS * 32, 1) step_warp_kernel(MOE_ARG(step_args) a)
                                       : moe_combine_row(&a.d, t * a.num_experts + s->ids[k]);
                 if (row) sum += s->weight[k] * moei_load_f32(row, h, a.d.rows_dtype);
             }
-            moei_store_f32(a.d.y, t * a.d.y_stride + h, a.d.y_dtype, sum);
+            moei_store_f32((char*)a.d.y + t * a.d.y_pitch, h, a.d.y_dtype, sum);
         }
     }
 }
@@ -153,6 +153,7 @@ static void step_try(const step_case* c, trand* r, int by_block)
     double *exact = (double*)test_host((int64_t)T * H * 8), *w = (double*)test_host(K * 8);
     tbuf *buffer = (tbuf*)test_host(E * (int64_t)sizeof(tbuf)), in, where, addresses, ids, weights;
     tbuf places, y, *out[3];
+    moe_combine_desc d;
     step_args a;
     float* got_weights;
     void* got;
@@ -189,18 +190,19 @@ static void step_try(const step_case* c, trand* r, int by_block)
     a.place = by_block ? (moe_place*)places.p : 0;
     a.num_experts = E;
     a.top_k = K;
-    a.d.table = (const void* const*)addresses.p;
-    a.d.num_buffers = E;
-    a.d.num_rows = T;
-    a.d.place = by_block ? a.place : a.all_place;
-    a.d.weights = by_block ? a.weights : 0;
-    a.d.top_k = by_block ? K : E;
-    a.d.rows_dtype = c->rows_dtype;
-    a.d.y = y.p;
-    a.d.y_dtype = c->y_dtype;
-    a.d.num_tokens = T;
-    a.d.hidden = H;
-    CHECK_STATUS(moe_combine_resolve(&a.d), MOE_OK);
+    memset(&d, 0, sizeof d);
+    d.table = (const void* const*)addresses.p;
+    d.num_buffers = E;
+    d.num_rows = T;
+    d.place = by_block ? a.place : a.all_place;
+    d.weights = by_block ? a.weights : 0;
+    d.top_k = by_block ? K : E;
+    d.rows_dtype = c->rows_dtype;
+    d.y = y.p;
+    d.y_dtype = c->y_dtype;
+    d.num_tokens = T;
+    d.hidden = H;
+    CHECK_STATUS(moe_combine_resolve(&d, &a.d), MOE_OK);
     out[0] = &ids, out[1] = &weights, out[2] = &y;
     test_same_bits(by_block ? "block" : "warp", step_launch, &a, out, 3, 3);
 
@@ -248,7 +250,7 @@ static void test_device_gate_and_sum(void)
 /* ---- a down projection in one launch: moe/gemm/grouped.cuh, moe/combine_scatter.cuh ---- */
 
 typedef struct down_args {
-    moe_grouped_gemm_desc d; /* c [R, N] fp32: room for the tiles; num_experts, offsets, weights */
+    moe_grouped_gemm_args d; /* c [R, N] fp32: room for the tiles; num_experts, offsets, weights */
     const int32_t* row_token;
     const float* row_weight;
     float* y; /* [T, N], added to */
@@ -265,13 +267,13 @@ MOE_KERNEL(128, 1) down_kernel(MOE_ARG(down_args) a)
     const int begin = a.d.expert_offset[e], end = a.d.expert_offset[e + 1];
     const int row = begin + (int)blockIdx.y * 64;
     const moe_tile_position t = {e, begin, end, row, (int)blockIdx.x};
-    const float* c = (const float*)a.d.c;
+    const float* c = (const float*)a.d.c.base;
     if (row >= end) return;
     moe_gemm_tile(&a.d, t, shared, DOWN_SHAPE);
     __syncthreads(); /* the tile is in c */
     for (int i = row + (int)threadIdx.x / 32; i < end && i < row + 64; i += 4)
         moe_add_row_atomic(a.y + (int64_t)a.row_token[i] * a.d.n + column, MOE_FP32,
-                           c + i * a.d.c_stride + column, MOE_FP32, a.row_weight[i],
+                           c + i * a.d.c.stride + column, MOE_FP32, a.row_weight[i],
                            min(64, a.d.n - column), (int)threadIdx.x % 32, 32);
 }
 
@@ -286,6 +288,7 @@ static void down_try(trand* r, int T, int K, int E, int N, int depth, int one_ex
     double* exact = (double*)test_host((int64_t)T * N * 8);
     double* sum = (double*)test_host((int64_t)T * N * 8);
     tbuf tokens, offsets, weights, a_buf, b_buf, c_buf, y;
+    moe_grouped_gemm_desc d;
     down_args a;
     moei_launch_config l;
     int most = 0, busiest = 0;
@@ -312,20 +315,21 @@ static void down_try(trand* r, int T, int K, int E, int N, int depth, int one_ex
     y = tbuf_from("y", start, (size_t)T * N * 4, 0);
 
     memset(&a, 0, sizeof a);
-    a.d.a = a_buf.p;
-    a.d.b.base = b_buf.p;
-    a.d.expert_offset = (const int32_t*)offsets.p;
-    a.d.c = c_buf.p;
-    a.d.num_experts = E;
-    a.d.num_rows = R;
-    a.d.n = N;
-    a.d.k = depth;
-    a.d.dtype = MOE_FP16;
-    a.d.c_dtype = MOE_FP32;
+    memset(&d, 0, sizeof d);
+    d.a = a_buf.p;
+    d.b.base = b_buf.p;
+    d.expert_offset = (const int32_t*)offsets.p;
+    d.c = c_buf.p;
+    d.num_experts = E;
+    d.num_rows = R;
+    d.n = N;
+    d.k = depth;
+    d.dtype = MOE_FP16;
+    d.c_dtype = MOE_FP32;
     a.row_token = (const int32_t*)tokens.p;
     a.row_weight = (const float*)weights.p;
     a.y = (float*)y.p;
-    CHECK_STATUS(moe_gemm_tile_resolve(&a.d), MOE_OK);
+    CHECK_STATUS(moe_gemm_tile_resolve(&d, &a.d), MOE_OK);
     l = moei_grid((N + 63) / 64, 128,
                   moe_gemm_tile_smem(DOWN_SHAPE),
                   test_now.stream);

@@ -39,9 +39,9 @@ MOE_KERNEL(128, 1) schedule_kernel(MOE_ARG(schedule_args) d)
     MOE_SHARED_DYNAMIC(shared);
     moei_schedule s;
     int count;
-    s.expert_offset = d.expert_offset;
-    s.num_experts = d.num_experts;
-    s.num_rows = d.num_rows;
+    s.groups.expert_offset = d.expert_offset;
+    s.groups.num_experts = d.num_experts;
+    s.groups.num_rows = d.num_rows;
     s.column_tiles = d.column_tiles;
     s.row_align = d.row_align;
     s.tile_start = (int*)shared;
@@ -297,7 +297,8 @@ typedef struct activation_args {
     const float *v, *up; /* [n] */
     float* out;          /* [n] */
     int32_t n;           /* multiple of 8 */
-    moe_grouped_gemm_desc d;
+    int32_t kind;        /* moe_activation */
+    float alpha, limit;
 } activation_args;
 
 MOE_KERNEL(64, 1) activation_kernel(MOE_ARG(activation_args) a)
@@ -311,9 +312,8 @@ MOE_KERNEL(64, 1) activation_kernel(MOE_ARG(activation_args) a)
             up[x] = a.up[i + x];
         }
         {
-            const moei_activation act =
-                moei_activation_of(a.d.activation, a.d.alpha, a.d.limit);
-            moei_activate_8(v, up, &act, a.d.gate_up != 0);
+            const moei_activation act = moei_activation_of(a.kind, a.alpha, a.limit);
+            moei_activate_8(v, up, &act, moe_activation_is_gated(a.kind));
         }
         MOEI_UNROLL
         for (int x = 0; x < 8; ++x) a.out[i + x] = v[x];
@@ -348,21 +348,15 @@ static void test_gemm_activations_alone(void)
             a.up = (const float*)bu.p;
             a.out = (float*)bo.p;
             a.n = N;
-            a.d.num_experts = 1;
-            a.d.n = a.d.k = 8;
-            a.d.dtype = MOE_FP16;
-            a.d.activation = kind;
-            if (option) {
-                a.d.alpha = option == 1 ? 1.0f : -0.01f;
-                a.d.limit = option == 1 ? 3.0f : 1e30f;
-            }
-            CHECK_STATUS(moe_gemm_tile_resolve(&a.d), MOE_OK);
+            a.kind = kind;
+            a.alpha = option == 1 ? 1.0f : option == 2 ? -0.01f : 1.702f;
+            a.limit = option == 1 ? 3.0f : option == 2 ? 1e30f : 7.0f;
             CHECK_STATUS(MOE_LAUNCH(activation_kernel, c, a), MOE_OK);
             tbuf_get(&bo, got);
             for (int i = 0; i < N; ++i) {
-                const double alpha = fabs(a.d.alpha), at = fmin(fabs(v[i]), 1000);
+                const double alpha = fabs(a.alpha), at = fmin(fabs(v[i]), 1000);
                 const double ulps = 16 + alpha * at + (at < 15 ? 2 * at * at : 450);
-                double want = moe_ref_activation_f64(kind, v[i], up[i], a.d.alpha, a.d.limit);
+                double want = moe_ref_activation_f64(kind, v[i], up[i], a.alpha, a.limit);
                 if (v[i] == -INFINITY) want = option == 2 ? v[i] : 0; /* alpha < 0: no bound */
                 if (v[i] != v[i]) {
                     CHECK(got[i] != got[i], "activation %d: NaN becomes %g", kind, (double)got[i]);
@@ -1114,10 +1108,15 @@ static void test_gemm_plan(void)
 static void refused(const moe_grouped_gemm_desc* d, moe_status want, int line)
 {
     moe_gemm_plan p = {};
+    moe_grouped_gemm_prepared prepared;
     const moe_status s = moe_grouped_gemm_plan(d, &p);
     test_status(s, want, __FILE__, line, "moe_grouped_gemm_plan");
-    if (s != MOE_OK)
-        test_status(moe_grouped_gemm(d, test_now.stream), want, __FILE__, line, "moe_grouped_gemm");
+    if (s == MOE_OK) return;
+    test_status(moe_grouped_gemm(d, test_now.stream), want, __FILE__, line, "moe_grouped_gemm");
+    test_poison(&prepared, sizeof prepared);
+    test_status(moe_grouped_gemm_prepare(d, &prepared), want, __FILE__, line,
+                "moe_grouped_gemm_prepare");
+    test_empty(&prepared, sizeof prepared, line);
 }
 
 /* Each wrong field is refused with its own kind and field, and nothing is queued. */
@@ -1303,6 +1302,23 @@ static void test_gemm_refusals(void)
     bufs_free(&b);
 }
 
+/* The table says of each kernel what its launch will take. */
+static void test_gemm_table(void)
+{
+    int rows = 0;
+    for (const moei_variant* v = moei_gemm_variants; v->kernel; ++v, ++rows) {
+        const moe_gemm_shape f = v->shape;
+        CHECK(v->smem == moei_ring_bytes(f) + moei_strips_bytes(f) && v->path == MOE_GEMM_PATH_WMMA,
+              "%s: %d bytes, path %d", v->name, (int)v->smem, v->path);
+        CHECK(f.threads == 32 * f.warps_m * f.warps_n && f.wm * f.warps_m == f.tm &&
+                  f.wn * f.warps_n == f.tn && f.threads * 8 / f.tk == 32,
+              "%s: a shape that does not fit together", v->name);
+        CHECK(moei_variant_find(moei_gemm_variants, v->tile, f.dtype, f.a_major, f.b_major) == v,
+              "%s: another kernel has its place", v->name);
+    }
+    CHECK(rows > 0 && rows % 4 == 0, "%d kernels", rows);
+}
+
 /* A kernel of one's own that computes whole products tile by tile: a block an expert, which reads the
    offsets itself. */
 #define OWN_LIST(X)                                                                               \
@@ -1312,8 +1328,8 @@ static void test_gemm_refusals(void)
     X(64x64, MOE_FP16, MOE_MAJOR_MN, MOE_MAJOR_K)  
 
 typedef struct own_args {
-    moe_grouped_gemm_desc d;
-    int32_t tile, tile_rows, column_tiles;
+    moe_grouped_gemm_args d;
+    int32_t tile, dtype, a_major, b_major, tile_rows, column_tiles;
 } own_args;
 
 MOE_KERNEL(256, 1) own_kernel(MOE_ARG(own_args) a)
@@ -1321,13 +1337,13 @@ MOE_KERNEL(256, 1) own_kernel(MOE_ARG(own_args) a)
     MOE_SHARED_DYNAMIC(shared);
     const int e = (int)blockIdx.x;
     const int begin = a.d.expert_offset[e], end = a.d.expert_offset[e + 1];
-    const int first = a.d.a_major == MOE_MAJOR_MN ? begin / 8 * 8 : begin;
+    const int first = a.a_major == MOE_MAJOR_MN ? begin / 8 * 8 : begin;
     for (int row = first; begin < end && row < end; row += a.tile_rows)
         for (int column = 0; column < a.column_tiles; ++column) {
             const moe_tile_position t = {e, begin, end, row, column};
 #define OWN_TILE(name, dt, am, bm)                                                                \
-    if (a.tile == MOE_TILE_##name && a.d.dtype == dt && a.d.a_major == am && a.d.b.major == bm && \
-        MOEI_CODE_HERE(dt == MOE_BF16 ? 80 : 75, MOEI_CODE_ANY))                                                            \
+    if (a.tile == MOE_TILE_##name && a.dtype == dt && a.a_major == am && a.b_major == bm &&       \
+        MOEI_CODE_HERE(dt == MOE_BF16 ? 80 : 75, MOEI_CODE_ANY))                                  \
         moe_gemm_tile(&a.d, t, shared, moe_gemm_shape_of(MOE_GEMM_SHAPE_##name, dt, am, bm));
             OWN_LIST(OWN_TILE)
 #undef OWN_TILE
@@ -1366,10 +1382,12 @@ static void test_gemm_own_kernel(void)
             }
             bufs_new(&b, &c, &r);
             memset(&a, 0, sizeof a);
-            a.d = b.d;
-            CHECK_STATUS(moe_gemm_tile_resolve(&a.d), MOE_OK);
+            CHECK_STATUS(moe_gemm_tile_resolve(&b.d, &a.d), MOE_OK);
             CHECK_STATUS(moe_grouped_gemm_plan(&b.d, &p), MOE_OK);
             a.tile = c.tile;
+            a.dtype = c.dtype;
+            a.a_major = c.a_major;
+            a.b_major = c.b_major;
             a.tile_rows = p.tile_m;
             a.column_tiles = (c.n + p.tile_n - 1) / p.tile_n;
             if (is_gated(&c)) a.column_tiles = (2 * c.n + p.tile_n - 1) / p.tile_n;
@@ -1385,7 +1403,17 @@ static void test_gemm_own_kernel(void)
             compare(&b, &c);
             bufs_free(&b);
         }
-    CHECK_STATUS(moe_gemm_tile_resolve(0), MOE_STATUS(MOE_ERR_NULL, desc));
+    {
+        moe_grouped_gemm_desc d;
+        moe_grouped_gemm_args a, was;
+        memset(&d, 0, sizeof d);
+        memset(&a, 0xab, sizeof a);
+        was = a;
+        CHECK_STATUS(moe_gemm_tile_resolve(0, &a), MOE_STATUS(MOE_ERR_NULL, desc));
+        CHECK_STATUS(moe_gemm_tile_resolve(&d, 0), MOE_STATUS(MOE_ERR_NULL, desc));
+        CHECK_STATUS(moe_gemm_tile_resolve(&d, &a), MOE_STATUS(MOE_ERR_RANGE, num_experts));
+        CHECK(!memcmp(&a, &was, sizeof a), "a refused descriptor filled in arguments");
+    }
 }
 
 /* C may begin where A ends. */
@@ -1689,6 +1717,7 @@ int main(int argc, char** argv)
     RUN(test_gemm_no_rows);
     RUN(test_gemm_plan);
     RUN(test_gemm_refusals);
+    RUN(test_gemm_table);
     RUN(test_gemm_own_kernel);
     RUN(test_gemm_neighbours);
     RUN(test_gemm_same_bits);

@@ -387,7 +387,9 @@ static void test_k_same_bits(void)
 static void refused(const moe_k_grouped_gemm_desc* d, moe_status want, int line)
 {
     moe_k_grouped_gemm_prepared p;
+    test_poison(&p, sizeof p);
     test_status(moe_k_grouped_gemm_prepare(d, &p), want, __FILE__, line, "prepare");
+    test_empty(&p, sizeof p, line);
     test_status(moe_k_grouped_gemm(d, test_now.stream), want, __FILE__, line, "moe_k_grouped_gemm");
 }
 

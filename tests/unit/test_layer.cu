@@ -1619,7 +1619,9 @@ static void refused(const moe_layer_desc* d, moe_status want, int line)
     test_status(s, want, __FILE__, line, "moe_layer_plan");
     if (s == MOE_OK) return;
     test_status(moe_layer_forward(d, test_now.stream), want, __FILE__, line, "moe_layer_forward");
+    test_poison(&p, sizeof p);
     test_status(moe_layer_prepare(d, &p), want, __FILE__, line, "moe_layer_prepare");
+    test_empty(&p, sizeof p, line);
 }
 
 /* Each wrong field is refused with its own kind and field, and nothing is queued. */
@@ -1736,6 +1738,8 @@ static void test_layer_refusals(void)
         REFUSED(d.gate_up = -1, MOE_ERR_OPTION, gate_up);
         REFUSED(d.tile = 99, MOE_ERR_OPTION, tile);
         REFUSED(d.tile = -1, MOE_ERR_OPTION, tile);
+        /* not before a kernel is chosen: the stations ahead have been prepared */
+        REFUSED((d.tile = MOE_TILE_128x256, d.w1.major = MOE_MAJOR_MN), MOE_ERR_CONFLICT, tile);
         REFUSED(d.x_stride = 56, MOE_ERR_STRIDE, x_stride);
         REFUSED(d.x_stride = -64, MOE_ERR_STRIDE, x_stride);
         REFUSED(d.x_stride = 68, MOE_ERR_ALIGN, x_stride);

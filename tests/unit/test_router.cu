@@ -191,7 +191,7 @@ static int split_fits(int small, int x_dtype)
 {
     moei_device dev;
     return moei_device_query(&dev) == MOE_OK &&
-           moei_split_smem(small, x_dtype) <= (size_t)dev.smem_block;
+           moei_split_variant(small, x_dtype)->smem <= (size_t)dev.smem_block;
 }
 
 /* Queues the split product with one tile or the other, whatever the shape would choose. */
@@ -200,7 +200,7 @@ static moe_status call_split(moe_router_desc d, int small)
     moe_router_prepared p;
     MOEI_TRY(moe_router_prepare(&d, &p));
     CHECK(p.path == MOE_ROUTER_SPLIT_LARGE || p.path == MOE_ROUTER_SPLIT_SMALL, "path %d", p.path);
-    MOEI_TRY(moei_split_prepare(&p.gemm.launch, &p.split, small));
+    MOEI_TRY(moei_split_prepare(&p.gemm.launch, &p.args, small));
     return moe_router_run(&p, test_now.stream);
 }
 
@@ -258,13 +258,15 @@ static void test_router_fallback(void)
 static moe_status call_ragged(moe_router_desc d, int narrow)
 {
     moe_router_prepared p;
+    moe_grouped_gemm_desc g;
     MOEI_TRY(moe_router_prepare(&d, &p));
     CHECK(p.path == MOE_ROUTER_RAGGED_WIDE || p.path == MOE_ROUTER_RAGGED_NARROW, "path %d", p.path);
+    moei_router_gemm_desc(&d, &g);
     MOEI_TRY(moei_ragged_prepare(
-        &p.gemm.launch, &p.gemm.args,
+        &p.gemm.launch, &g,
         moei_variant_find(moei_ragged_variants,
-                          narrow ? MOEI_RAGGED_TILE_narrow : MOEI_RAGGED_TILE_wide,
-                          p.gemm.args.dtype, MOE_MAJOR_K, MOE_MAJOR_K)));
+                          narrow ? MOEI_RAGGED_TILE_narrow : MOEI_RAGGED_TILE_wide, p.args.x_dtype,
+                          MOE_MAJOR_K, MOE_MAJOR_K)));
     return moe_router_run(&p, test_now.stream);
 }
 

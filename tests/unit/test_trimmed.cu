@@ -88,7 +88,7 @@ static void test_trimmed_router(void)
         moe_router_desc d;
         moe_router_prepared p;
         int wrong = 0, nonzero = 0;
-        if (moei_split_smem(small, dtype) > (size_t)dev.smem_block) continue;
+        if (moei_split_variant(small, dtype)->smem > (size_t)dev.smem_block) continue;
         logits = tbuf_new("logits", sizeof got, 16);
         for (int i = 0; i < T * H; ++i) moe_store(x, i, dtype, (float)trand_int(&r, -1, 1));
         for (int i = 0; i < E * H; ++i) w[i] = (float)trand_int(&r, -32768, 32768) / 256;
@@ -104,7 +104,7 @@ static void test_trimmed_router(void)
         memset(&p, 0, sizeof p);
         CHECK_STATUS(moe_router_prepare(&d, &p), MOE_OK);
         CHECK(p.path == MOE_ROUTER_SPLIT_LARGE || p.path == MOE_ROUTER_SPLIT_SMALL, "%d", p.path);
-        CHECK_STATUS(moei_split_prepare(&p.gemm.launch, &p.split, small), MOE_OK);
+        CHECK_STATUS(moei_split_prepare(&p.gemm.launch, &p.args, small), MOE_OK);
         CHECK_STATUS(moe_router_run(&p, test_now.stream), MOE_OK);
         tbuf_get(&logits, got);
         CHECK(got[7] == 1 + ldexpf(1, -9), "%.9g", got[7]);

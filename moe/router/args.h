@@ -1,0 +1,17 @@
+/* args.h: what the router's kernels take: the descriptor, checked and resolved. C11 and C++14. */
+#ifndef MOE_ROUTER_ARGS_H
+#define MOE_ROUTER_ARGS_H
+
+#include "../base/types.h"
+
+typedef struct moei_router_args {
+    const void* x;   /* [T, H] x_dtype */
+    const void* w;   /* [E, H] w_dtype */
+    float* logits;   /* [T, E] */
+    uint64_t* fault; /* or null */
+    int64_t x_stride, w_stride, logits_stride; /* elements between rows */
+    int32_t x_dtype, w_dtype;
+    int32_t num_tokens, hidden, num_experts;
+} moei_router_args;
+
+#endif
