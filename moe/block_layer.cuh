@@ -259,8 +259,7 @@ MOE_HOST moe_status moei_block_layer_settle_forward(const moe_block_layer_desc* 
 MOE_HOST moe_status moe_block_layer_prepare_forward(const moe_block_layer_desc* desc,
                                                     moe_block_layer_prepared* p)
 {
-    MOEI_REQUIRE(desc && p, MOE_ERR_NULL, desc);
-    MOEI_RETURN_PREPARED(p, moei_block_layer_settle_forward(desc, p));
+    MOEI_RETURN_PREPARED(desc, p, moei_block_layer_settle_forward(desc, p));
 }
 
 /* Fills in *p, which is empty. */
@@ -291,8 +290,7 @@ MOE_HOST moe_status moei_block_layer_settle_backward(const moe_block_layer_desc*
 MOE_HOST moe_status moe_block_layer_prepare_backward(const moe_block_layer_desc* desc,
                                                      moe_block_layer_prepared* p)
 {
-    MOEI_REQUIRE(desc && p, MOE_ERR_NULL, desc);
-    MOEI_RETURN_PREPARED(p, moei_block_layer_settle_backward(desc, p));
+    MOEI_RETURN_PREPARED(desc, p, moei_block_layer_settle_backward(desc, p));
 }
 
 /* Queues a prepared forward or backward on `stream`. */

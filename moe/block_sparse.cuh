@@ -327,8 +327,7 @@ MOE_HOST moe_status moei_block_settle(const moe_block_sparse_desc* desc,
 MOE_HOST moe_status moe_block_sparse_prepare(const moe_block_sparse_desc* desc,
                                              moe_block_sparse_prepared* p)
 {
-    MOEI_REQUIRE(desc && p, MOE_ERR_NULL, desc);
-    MOEI_RETURN_PREPARED(p, moei_block_settle(desc, p));
+    MOEI_RETURN_PREPARED(desc, p, moei_block_settle(desc, p));
 }
 
 /* Queues a prepared product on `stream`. */

@@ -128,17 +128,6 @@ MOE_DEVICE const char* moe_combine_row(const moe_combine_args* d, int64_t slot)
     return base + p.row * d->row_pitch;
 }
 
-/* The elements that 16 bytes of rows hold: 4 in fp32, 8 otherwise. dtype is a literal. */
-MOE_DEVICE void moei_combine_unpack(float* v, uint4 raw, const int dtype)
-{
-    if (dtype == MOE_FP32) {
-        v[0] = __uint_as_float(raw.x), v[1] = __uint_as_float(raw.y);
-        v[2] = __uint_as_float(raw.z), v[3] = __uint_as_float(raw.w);
-    } else {
-        moei_unpack_8(v, raw, dtype);
-    }
-}
-
 /* The sum is taken in groups of 8 rows, each added up in order and then to the groups before: with
    many rows a single chain would round as often as there are rows. */
 #define MOEI_COMBINE_GROUP 8
@@ -179,7 +168,7 @@ MOE_DEVICE void moei_combine_add(float acc[2][8], const moei_combine_piece p, in
             const float w = p.source[k0 + u].weight;
             MOEI_UNROLL
             for (int c = 0; c < cols; ++c) {
-                moei_combine_unpack(v, raw[c][u], rows_dtype);
+                moei_unpack_16(v, raw[c][u], rows_dtype);
                 MOEI_UNROLL
                 for (int i = 0; i < width; ++i) sum[c][i] = fmaf(w, v[i], sum[c][i]);
             }
@@ -435,16 +424,12 @@ typedef struct moe_combine_prepared {
     moei_launch launch;
 } moe_combine_prepared;
 
-/* Settles a combine: moe_combine_run queues it any number of times. Errors: every field of the
-   descriptor as documented above, each with its own status. T = 0 is no error. */
-MOE_HOST moe_status moe_combine_prepare(const moe_combine_desc* desc, moe_combine_prepared* p)
+/* Fills in *p, which is empty. */
+MOE_HOST moe_status moei_combine_settle(const moe_combine_desc* desc, moe_combine_prepared* p)
 {
-    const moe_combine_args* d;
+    const moe_combine_args* d = &p->args;
     moei_launch_config c;
     int threads, pieces;
-    MOEI_REQUIRE(desc && p, MOE_ERR_NULL, desc);
-    d = &p->args;
-    memset(p, 0, sizeof *p);
     MOEI_TRY(moe_combine_resolve(desc, &p->args));
     if (d->num_tokens == 0) return MOE_OK;
     pieces = (d->hidden + 7) / 8 * (d->rows_dtype == MOE_FP32 ? 2 : 1); /* 16 bytes of a row each */
@@ -458,6 +443,13 @@ MOE_HOST moe_status moe_combine_prepare(const moe_combine_desc* desc, moe_combin
     MOEI_COMBINE_LIST(MOEI_COMBINE_CASE)
 #undef MOEI_COMBINE_CASE
     return MOE_STATUS(MOE_ERR_DTYPE, rows_dtype);
+}
+
+/* Settles a combine: moe_combine_run queues it any number of times. Errors: every field of the
+   descriptor as documented above, each with its own status. T = 0 is no error. */
+MOE_HOST moe_status moe_combine_prepare(const moe_combine_desc* desc, moe_combine_prepared* p)
+{
+    MOEI_RETURN_PREPARED(desc, p, moei_combine_settle(desc, p));
 }
 
 /* Queues a prepared combine on `stream`. */

@@ -388,19 +388,16 @@ typedef struct moe_combine_scatter_prepared {
     moei_launch launch;
 } moe_combine_scatter_prepared;
 
-/* Settles a scatter: moe_combine_scatter_run queues it any number of times. Errors: every field of
-   the descriptor as documented above, each with its own status. T = 0 or R = 0 is no error. */
-MOE_HOST moe_status moe_combine_scatter_prepare(const moe_combine_scatter_desc* desc,
-                                                moe_combine_scatter_prepared* p)
+/* Fills in *p, which is empty. */
+MOE_HOST moe_status moei_scatter_settle(const moe_combine_scatter_desc* desc,
+                                        moe_combine_scatter_prepared* p)
 {
     moei_scatter_args* a;
     moei_launch_config c;
     moei_device dev;
     int64_t blocks, most, groups;
-    MOEI_REQUIRE(desc && p, MOE_ERR_NULL, desc);
     a = &p->args;
     a->d = *desc;
-    memset(&p->launch, 0, sizeof p->launch);
     MOEI_TRY(moei_scatter_check(&a->d));
     if (a->d.num_tokens == 0 || a->d.num_rows == 0) return MOE_OK;
     MOEI_TRY(moei_device_query(&dev));
@@ -419,6 +416,14 @@ MOE_HOST moe_status moe_combine_scatter_prepare(const moe_combine_scatter_desc* 
     MOEI_SCATTER_LIST(MOEI_SCATTER_CASE)
 #undef MOEI_SCATTER_CASE
     return MOE_STATUS(MOE_ERR_DTYPE, rows_dtype);
+}
+
+/* Settles a scatter: moe_combine_scatter_run queues it any number of times. Errors: every field of
+   the descriptor as documented above, each with its own status. T = 0 or R = 0 is no error. */
+MOE_HOST moe_status moe_combine_scatter_prepare(const moe_combine_scatter_desc* desc,
+                                                moe_combine_scatter_prepared* p)
+{
+    MOEI_RETURN_PREPARED(desc, p, moei_scatter_settle(desc, p));
 }
 
 /* Queues prepared additions on `stream`. */

@@ -236,8 +236,7 @@ MOE_HOST moe_status moei_experts_settle(const moe_experts_desc* desc, moe_expert
    status. No rows is no error. */
 MOE_HOST moe_status moe_experts_prepare(const moe_experts_desc* desc, moe_experts_prepared* p)
 {
-    MOEI_REQUIRE(desc && p, MOE_ERR_NULL, desc);
-    MOEI_RETURN_PREPARED(p, moei_experts_settle(desc, p));
+    MOEI_RETURN_PREPARED(desc, p, moei_experts_settle(desc, p));
 }
 
 /* Queues both prepared products on `stream`. */

@@ -431,8 +431,7 @@ MOE_HOST moe_status moei_gate_settle(const moe_gate_desc* desc, moe_gate_prepare
    as documented above, each with its own status. */
 MOE_HOST moe_status moe_gate_prepare(const moe_gate_desc* desc, moe_gate_prepared* p)
 {
-    MOEI_REQUIRE(desc && p, MOE_ERR_NULL, desc);
-    MOEI_RETURN_PREPARED(p, moei_gate_settle(desc, p));
+    MOEI_RETURN_PREPARED(desc, p, moei_gate_settle(desc, p));
 }
 
 /* Queues a prepared gate on `stream`. T = 0 only clears expert_count and prob_sum. */

@@ -108,8 +108,7 @@ MOE_HOST moe_status moei_layer_settle(const moe_layer_desc* desc, moe_layer_prep
    its own status. T = 0 is no error. */
 MOE_HOST moe_status moe_layer_prepare(const moe_layer_desc* desc, moe_layer_prepared* p)
 {
-    MOEI_REQUIRE(desc && p, MOE_ERR_NULL, desc);
-    MOEI_RETURN_PREPARED(p, moei_layer_settle(desc, p));
+    MOEI_RETURN_PREPARED(desc, p, moei_layer_settle(desc, p));
 }
 
 /* Queues one stage of a prepared layer on `stream`: for timing, or to put work of one's own between

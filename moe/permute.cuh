@@ -393,23 +393,21 @@ typedef struct moe_permute_prepared {
     moei_launch launch;
 } moe_permute_prepared;
 
-MOE_HOST moe_status moei_permute_prepare(const moe_permute_desc* desc, int back,
-                                         moe_permute_prepared* p)
+/* Fills in *p, which is empty; back: the inverse. */
+MOE_HOST moe_status moei_permute_settle(const moe_permute_desc* desc, int back,
+                                        moe_permute_prepared* p)
 {
     moe_permute_desc d;
     moei_permute_args* a;
     moei_launch_config c;
     int by_token, width;
     int64_t blocks, slots;
-    MOEI_REQUIRE(desc && p, MOE_ERR_NULL, desc);
     d = *desc;
     a = &p->args;
-    memset(&p->launch, 0, sizeof p->launch);
     MOEI_TRY(moei_permute_check(&d, back));
     slots = (int64_t)d.num_tokens * d.top_k;
     if ((back ? slots : d.num_rows) == 0) return MOE_OK;
     by_token = !back && d.slot_row && slots > 0;
-    memset(a, 0, sizeof *a);
     a->x = (const char*)d.x;
     a->y = (char*)d.y;
     a->fault = d.fault;
@@ -443,14 +441,14 @@ MOE_HOST moe_status moei_permute_prepare(const moe_permute_desc* desc, int back,
    zeros. */
 MOE_HOST moe_status moe_permute_prepare(const moe_permute_desc* desc, moe_permute_prepared* p)
 {
-    return moei_permute_prepare(desc, 0, p);
+    MOEI_RETURN_PREPARED(desc, p, moei_permute_settle(desc, 0, p));
 }
 
 /* Settles the inverse, for moe_permute_run as well: the same descriptor with x and y exchanged. T = 0
    is no error; with num_rows = 0 every row that is asked for is out of range. */
 MOE_HOST moe_status moe_unpermute_prepare(const moe_permute_desc* desc, moe_permute_prepared* p)
 {
-    return moei_permute_prepare(desc, 1, p);
+    MOEI_RETURN_PREPARED(desc, p, moei_permute_settle(desc, 1, p));
 }
 
 /* Queues a prepared permutation or inverse on `stream`. */

@@ -291,8 +291,7 @@ MOE_HOST moe_status moei_route_settle(const moe_route_desc* desc, moe_route_prep
    above, each with its own status. */
 MOE_HOST moe_status moe_route_prepare(const moe_route_desc* desc, moe_route_prepared* p)
 {
-    MOEI_REQUIRE(desc && p, MOE_ERR_NULL, desc);
-    MOEI_RETURN_PREPARED(p, moei_route_settle(desc, p));
+    MOEI_RETURN_PREPARED(desc, p, moei_route_settle(desc, p));
 }
 
 /* Queues a prepared routing on `stream`. T = 0 writes zero counts and offsets. */

@@ -173,7 +173,6 @@ enum {
     MOEI_SPLIT_TILE_small_bf16
 };
 
-/* In the order of the tiles above. */
 static const moei_variant moei_split_variants[] = {
 #define MOEI_SPLIT_ROW(name, shape, half, dtype)                                                   \
     {(const void*)moei_router_split_##name##_##half,                                               \
@@ -191,7 +190,9 @@ static const moei_variant moei_split_variants[] = {
 
 MOE_HOST const moei_variant* moei_split_variant(int small, int x_dtype)
 {
-    return &moei_split_variants[(small ? 2 : 0) + (x_dtype == MOE_BF16)];
+    const int f16 = small ? MOEI_SPLIT_TILE_small_f16 : MOEI_SPLIT_TILE_large_f16;
+    return moei_variant_find(moei_split_variants, x_dtype == MOE_FP16 ? f16 : f16 + 1, MOE_BF16,
+                             MOE_MAJOR_K, MOE_MAJOR_K);
 }
 
 MOE_HOST int64_t moei_split_blocks(const moei_router_args* d, int small)
@@ -352,14 +353,10 @@ MOE_HOST moe_status moei_router_prepare_gemm(const moe_router_desc* d, moe_route
     return moei_ragged_prepare(&p->gemm.launch, &g, v);
 }
 
-/* Settles a product: moe_router_run queues it any number of times. Errors: every field as
-   documented above, each with its own status. T = 0 is no error. */
-MOE_HOST moe_status moe_router_prepare(const moe_router_desc* desc, moe_router_prepared* p)
+/* Fills in *p, which is empty: its path is scalar. */
+MOE_HOST moe_status moei_router_settle(const moe_router_desc* desc, moe_router_prepared* p)
 {
-    moe_router_desc d;
-    MOEI_REQUIRE(desc && p, MOE_ERR_NULL, desc);
-    d = *desc;
-    memset(p, 0, sizeof *p); /* of path: scalar */
+    moe_router_desc d = *desc;
     MOEI_TRY(moei_router_check(&d));
     p->args = moei_router_args_of(&d);
     if (d.num_tokens == 0) return MOE_OK;
@@ -378,6 +375,13 @@ MOE_HOST moe_status moe_router_prepare(const moe_router_desc* desc, moe_router_p
         c.dependent = 1;
         return MOE_PREPARE(&p->gemm.launch, moei_router_any, c);
     }
+}
+
+/* Settles a product: moe_router_run queues it any number of times. Errors: every field as
+   documented above, each with its own status. T = 0 is no error. */
+MOE_HOST moe_status moe_router_prepare(const moe_router_desc* desc, moe_router_prepared* p)
+{
+    MOEI_RETURN_PREPARED(desc, p, moei_router_settle(desc, p));
 }
 
 /* Queues a prepared product on `stream`. */

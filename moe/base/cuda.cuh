@@ -122,15 +122,16 @@ typedef struct moei_launch {
 /* Queues a prepared launch on `stream`: one call of the runtime. */
 #define MOE_RUN(launch, arg, stream) moei_launch_run(launch, &(arg), stream)
 
-/* The rest of a prepare call: `settle` fills in *p and returns a status. Where it refuses, *p becomes
-   empty, and its run queues nothing. */
-#define MOEI_RETURN_PREPARED(p, settle)                                                           \
-    do {                                                                                          \
-        moe_status moei_prepared;                                                                 \
-        memset(p, 0, sizeof *(p));                                                                \
-        moei_prepared = (settle);                                                                 \
-        if (moei_prepared != MOE_OK) memset(p, 0, sizeof *(p));                                   \
-        return moei_prepared;                                                                     \
+/* The body of a prepare call: `settle` fills in *p and returns a status. Where it refuses, or there is
+   no descriptor, *p becomes empty, and its run queues nothing. */
+#define MOEI_RETURN_PREPARED(described, p, settle)                                                 \
+    do {                                                                                           \
+        moe_status moei_prepared = MOE_STATUS(MOE_ERR_NULL, desc);                                 \
+        if (!(p)) return moei_prepared;                                                            \
+        memset(p, 0, sizeof *(p));                                                                 \
+        if (described) moei_prepared = (settle);                                                   \
+        if (moei_prepared != MOE_OK) memset(p, 0, sizeof *(p));                                    \
+        return moei_prepared;                                                                      \
     } while (0)
 
 MOE_HOST moe_status moei_launch_prepare(moei_launch* l, const void* kernel, const char* name,

@@ -81,15 +81,28 @@ MOE_DEVICE uint4 moei_pack_8(const float* v, int dtype)
                       moei_pack2(v[4], v[5], dtype), moei_pack2(v[6], v[7], dtype));
 }
 
+/* The elements that 16 bytes hold: 4 of fp32, 8 otherwise. dtype is a literal. */
+MOE_DEVICE void moei_unpack_16(float* v, uint4 raw, const int dtype)
+{
+    if (dtype == MOE_FP32) {
+        v[0] = __uint_as_float(raw.x), v[1] = __uint_as_float(raw.y);
+        v[2] = __uint_as_float(raw.z), v[3] = __uint_as_float(raw.w);
+    } else {
+        moei_unpack_8(v, raw, dtype);
+    }
+}
+
 /* 4 neighbours of fp32, 16-byte aligned. */
 MOE_DEVICE void moei_load_4(float* v, const float* p)
 {
+    MOEI_ALIGNED(p, 16);
     const float4 f = *(const float4*)p;
     v[0] = f.x, v[1] = f.y, v[2] = f.z, v[3] = f.w;
 }
 
 MOE_DEVICE void moei_store_4(float* p, const float* v)
 {
+    MOEI_ALIGNED(p, 16);
     *(float4*)p = make_float4(v[0], v[1], v[2], v[3]);
 }
 
@@ -100,8 +113,10 @@ MOE_DEVICE void moei_load_some(float* v, const void* p, int dtype, const int cou
         MOEI_UNROLL
         for (int i = 0; i < count; i += 4) moei_load_4(v + i, (const float*)p + i);
     } else if (count == 8) {
+        MOEI_ALIGNED(p, 16);
         moei_unpack_8(v, *(const uint4*)p, dtype);
     } else {
+        MOEI_ALIGNED(p, 8);
         const uint2 u = *(const uint2*)p;
         const float2 a = moei_unpack2(u.x, dtype), b = moei_unpack2(u.y, dtype);
         v[0] = a.x, v[1] = a.y, v[2] = b.x, v[3] = b.y;
@@ -114,8 +129,10 @@ MOE_DEVICE void moei_store_some(void* p, const float* v, int dtype, const int co
         MOEI_UNROLL
         for (int i = 0; i < count; i += 4) moei_store_4((float*)p + i, v + i);
     } else if (count == 8) {
+        MOEI_ALIGNED(p, 16);
         *(uint4*)p = moei_pack_8(v, dtype);
     } else {
+        MOEI_ALIGNED(p, 8);
         *(uint2*)p = make_uint2(moei_pack2(v[0], v[1], dtype), moei_pack2(v[2], v[3], dtype));
     }
 }

@@ -202,8 +202,7 @@ MOE_HOST moe_status moei_block_list_settle(const moe_block_list_desc* desc,
 MOE_HOST moe_status moe_block_list_prepare(const moe_block_list_desc* desc,
                                            moe_block_list_prepared* p)
 {
-    MOEI_REQUIRE(desc && p, MOE_ERR_NULL, desc);
-    MOEI_RETURN_PREPARED(p, moei_block_list_settle(desc, p));
+    MOEI_RETURN_PREPARED(desc, p, moei_block_list_settle(desc, p));
 }
 
 /* Queues the prepared making of a list on `stream`. */

@@ -59,25 +59,21 @@ MOE_DEVICE void moei_epilogue_bias8(float* v, const uint16_t* bias, int64_t n, i
     moei_epilogue_bias(v + 4, bias, n + (4 - first) * step, step, dtype);
 }
 
-/* A warp's part of C: its first row and column; columns of C. */
-typedef struct moei_epilogue_at {
-    int row, column, n;
-} moei_epilogue_at;
+/* A warp's accumulators become rows of C from `row` on and columns from `column` on; C has n columns.
 
-/* The plain way. gated (SwiGLU), and here and below f, are literals. */
-MOE_DEVICE void moei_epilogue_plain(const moe_gemm_output* d, const moe_tile_position* t,
-                                    moei_mma_c acc[4][4], uint16_t* strip,
-                                    const moei_epilogue_at at, const int gated,
-                                    const moe_gemm_shape f)
+   The plain way. gated (SwiGLU), and here and below f, are literals. */
+MOE_DEVICE void moei_epilogue_plain(const moe_gemm_output* d, int n, const moe_tile_position* t,
+                                    moei_mma_c acc[4][4], uint16_t* strip, int row, int column,
+                                    const int gated, const moe_gemm_shape f)
 {
     const int columns = gated ? f.wn / 2 : f.wn, ld = columns + 8;
     const int groups = columns / 8, each = MOEI_WARP / groups; /* lanes to a row; rows of a pass */
     const int r = moei_lane() / groups, j = moei_lane() % groups * 8;
-    const bool in = at.column + j < at.n;
-    int row = at.row + r;
+    const bool in = column + j < n;
     uint16_t* c = d->table ? (uint16_t*)d->table[t->expert] - (int64_t)t->begin * d->stride
                              : (uint16_t*)d->base;
-    c += row * d->stride + at.column + j;
+    row += r;
+    c += row * d->stride + column + j;
     MOEI_UNROLL
     for (int m = 0; m < f.wm / 16; ++m) {
         uint4 v[4];
@@ -105,17 +101,17 @@ MOE_DEVICE void moei_epilogue_plain(const moe_gemm_output* d, const moe_tile_pos
 }
 
 /* The way of fp32. */
-MOE_DEVICE void moei_epilogue_fp32(const moe_gemm_output* d, const moe_tile_position* t,
-                                   moei_mma_c acc[4][4], float* strip, const moei_epilogue_at at,
+MOE_DEVICE void moei_epilogue_fp32(const moe_gemm_output* d, int n, const moe_tile_position* t,
+                                   moei_mma_c acc[4][4], float* strip, int row, int column,
                                    const moe_gemm_shape f)
 {
     const int ld = moei_strip_pitch(f.wn), groups = f.wn / 4, each = MOEI_WARP / groups;
     const int r = moei_lane() / groups, j = moei_lane() % groups * 4;
-    const bool in = at.column + j < at.n;
-    int row = at.row + r;
+    const bool in = column + j < n;
     float* c =
         d->table ? (float*)d->table[t->expert] - (int64_t)t->begin * d->stride : (float*)d->base;
-    c += row * d->stride + at.column + j;
+    row += r;
+    c += row * d->stride + column + j;
     MOEI_UNROLL
     for (int m = 0; m < f.wm / 16; ++m) {
         MOEI_UNROLL
@@ -147,8 +143,8 @@ MOE_DEVICE void moei_epilogue_fp32(const moe_gemm_output* d, const moe_tile_posi
 }
 
 /* Any. */
-MOE_DEVICE void moei_epilogue_any(const moe_gemm_output* d, const moe_tile_position* t,
-                                  moei_mma_c acc[4][4], float* strip, const moei_epilogue_at at,
+MOE_DEVICE void moei_epilogue_any(const moe_gemm_output* d, int n, const moe_tile_position* t,
+                                  moei_mma_c acc[4][4], float* strip, int row, int column,
                                   const moe_gemm_shape f)
 {
     const int wm = f.wm, wn = f.wn;
@@ -172,14 +168,14 @@ MOE_DEVICE void moei_epilogue_any(const moe_gemm_output* d, const moe_tile_posit
         for (int u = moei_lane(); u < 16 * groups; u += MOEI_WARP) {
             const int r = u / groups, j = u % groups * 8;
             const int first = pairs ? 0 : u & 4;
-            const int64_t m = at.row + i * 16 + r;
-            const int n = at.column + j;
+            const int64_t m = row + i * 16 + r;
+            const int to = column + j;
             const float* p = strip + r * ld + (pairs ? 2 * j : j + first);
             float v[8], w[8];
             /* here, so that nothing of it takes a register while the accumulators wait */
             const uint16_t* bias = (const uint16_t*)d->bias;
-            if (m < t->begin || m >= t->end || n >= at.n) continue;
-            if (bias) bias += (int64_t)t->expert * at.n * (gated ? 2 : 1);
+            if (m < t->begin || m >= t->end || to >= n) continue;
+            if (bias) bias += (int64_t)t->expert * n * (gated ? 2 : 1);
             if (pairs) {
                 MOEI_UNROLL
                 for (int x = 0; x < 4; ++x) {
@@ -196,9 +192,9 @@ MOE_DEVICE void moei_epilogue_any(const moe_gemm_output* d, const moe_tile_posit
                 moei_load_4(w + 4, p + wn / 2 + 4 - 2 * first);
             }
             if (bias) {
-                moei_epilogue_bias8(v, bias, pairs ? 2 * n : n, first, pairs ? 2 : 1, d->bias_dtype);
+                moei_epilogue_bias8(v, bias, pairs ? 2 * to : to, first, pairs ? 2 : 1, d->bias_dtype);
                 if (gated)
-                    moei_epilogue_bias8(w, bias, pairs ? 2 * n + 1 : at.n + n, first,
+                    moei_epilogue_bias8(w, bias, pairs ? 2 * to + 1 : n + to, first,
                                         pairs ? 2 : 1, d->bias_dtype);
             }
             if (d->activation != MOE_ACTIVATION_NONE) {
@@ -206,18 +202,18 @@ MOE_DEVICE void moei_epilogue_any(const moe_gemm_output* d, const moe_tile_posit
                 moei_activate_8(v, w, &a, gated);
             }
             {
-                void* to = c + (m * d->stride + n) * c_bytes;
-                if (d->accumulate) moei_epilogue_add8(v, to, first, d->dtype);
-                moei_epilogue_store8(to, v, first, d->dtype);
+                void* at = c + (m * d->stride + to) * c_bytes;
+                if (d->accumulate) moei_epilogue_add8(v, at, first, d->dtype);
+                moei_epilogue_store8(at, v, first, d->dtype);
             }
         }
         __syncwarp(MOEI_FULL);
     }
 }
 
-/* One warp: its accumulators become wm rows of C and their columns from at.column on. */
-MOE_DEVICE void moei_epilogue_warp(const moe_gemm_output* d, const moe_tile_position* t,
-                                   moei_mma_c acc[4][4], float* strip, const moei_epilogue_at at,
+/* One warp's accumulators, all ways. */
+MOE_DEVICE void moei_epilogue_warp(const moe_gemm_output* d, int n, const moe_tile_position* t,
+                                   moei_mma_c acc[4][4], float* strip, int row, int column,
                                    const moe_gemm_shape f)
 {
     const bool none = d->activation == MOE_ACTIVATION_NONE;
@@ -226,11 +222,11 @@ MOE_DEVICE void moei_epilogue_warp(const moe_gemm_output* d, const moe_tile_posi
                       d->gated != MOE_GATE_UP_INTERLEAVED;
     const bool plain = bare && !d->accumulate && d->dtype == f.dtype;
     if (bare && none && d->dtype == MOE_FP32)
-        moei_epilogue_fp32(d, t, acc, strip, at, f);
-    else if (plain && none) moei_epilogue_plain(d, t, acc, (uint16_t*)strip, at, 0, f);
+        moei_epilogue_fp32(d, n, t, acc, strip, row, column, f);
+    else if (plain && none) moei_epilogue_plain(d, n, t, acc, (uint16_t*)strip, row, column, 0, f);
     else if (plain && d->activation == MOE_ACTIVATION_SWIGLU)
-        moei_epilogue_plain(d, t, acc, (uint16_t*)strip, at, 1, f);
-    else moei_epilogue_any(d, t, acc, strip, at, f);
+        moei_epilogue_plain(d, n, t, acc, (uint16_t*)strip, row, column, 1, f);
+    else moei_epilogue_any(d, n, t, acc, strip, row, column, f);
 }
 
 #endif

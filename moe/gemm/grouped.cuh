@@ -292,10 +292,11 @@ MOE_HOST size_t moei_gemm_more(const moe_grouped_gemm_desc* d)
     return ((size_t)d->num_experts + 1) * 4;
 }
 
-/* The variant for a checked descriptor on the current device. */
+/* The variant for a checked descriptor on the current device: the first that suits and runs. */
 MOE_HOST moe_status moei_gemm_choose(const moe_grouped_gemm_desc* d, const moei_device* dev,
                                      const moei_variant** chosen)
 {
+    int compiled = 0; /* has the tile that is asked for a body with these majors? */
     MOEI_TRY(moei_gemm_listed(d));
     MOEI_REQUIRE(MOE_ON_HOST || d->dtype == MOE_FP16 || dev->major >= 8, MOE_ERR_DEVICE, dtype);
     for (const moei_variant* v = moei_gemm_variants; v->kernel; ++v) {
@@ -304,12 +305,13 @@ MOE_HOST moe_status moei_gemm_choose(const moe_grouped_gemm_desc* d, const moei_
             v->shape.b_major != d->b.major ||
             !(d->tile ? v->tile == d->tile : moei_gemm_suits(v, d, dev->sms)))
             continue;
-        MOEI_REQUIRE(!d->tile || v->least != MOEI_CODE_NEVER, MOE_ERR_CONFLICT, tile);
+        compiled |= v->least != MOEI_CODE_NEVER;
         MOEI_TRY(moei_variant_runs(v, dev, moei_gemm_more(d), &runs));
         *chosen = v;
         if (runs) return MOE_OK;
-        MOEI_REQUIRE(!d->tile, MOE_ERR_DEVICE, tile);
     }
+    MOEI_REQUIRE(!d->tile || compiled, MOE_ERR_CONFLICT, tile);
+    MOEI_REQUIRE(!d->tile, MOE_ERR_DEVICE, tile);
     return MOE_STATUS(MOE_ERR_DEVICE, dtype); /* built without -arch=sm_80 or later, most often */
 }
 
@@ -338,18 +340,22 @@ MOE_HOST moe_status moei_gemm_settle(const moe_grouped_gemm_desc* d, moe_grouped
     return moei_variant_prepare(&p->launch, v, p->plan.blocks, moei_gemm_more(d));
 }
 
+/* The same for one that has not been checked. */
+MOE_HOST moe_status moei_gemm_check_settle(const moe_grouped_gemm_desc* desc,
+                                           moe_grouped_gemm_prepared* p)
+{
+    moe_grouped_gemm_desc d = *desc;
+    MOEI_TRY(moei_gemm_check(&d));
+    return moei_gemm_settle(&d, p);
+}
+
 /* Settles a product: moe_grouped_gemm_run queues it any number of times. Keeps the addresses of
    weight tables, not their entries. Errors: every field as documented in desc.h, each with its own
    status. num_rows = 0 is no error. */
 MOE_HOST moe_status moe_grouped_gemm_prepare(const moe_grouped_gemm_desc* desc,
                                              moe_grouped_gemm_prepared* p)
 {
-    moe_grouped_gemm_desc d;
-    MOEI_REQUIRE(desc && p, MOE_ERR_NULL, desc);
-    d = *desc;
-    memset(p, 0, sizeof *p);
-    MOEI_TRY(moei_gemm_check(&d));
-    MOEI_RETURN_PREPARED(p, moei_gemm_settle(&d, p));
+    MOEI_RETURN_PREPARED(desc, p, moei_gemm_check_settle(desc, p));
 }
 
 /* Queues a prepared product on `stream`. */

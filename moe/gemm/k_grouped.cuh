@@ -220,10 +220,15 @@ MOE_HOST moe_k_grouped_gemm_args moei_k_args_of(const moe_k_grouped_gemm_desc* d
     return a;
 }
 
-/* Fills in *p, which is empty, for a checked descriptor. */
-MOE_HOST moe_status moei_k_settle(const moe_k_grouped_gemm_desc* d, moe_k_grouped_gemm_prepared* p)
+/* Fills in *p, which is empty. */
+MOE_HOST moe_status moei_k_settle(const moe_k_grouped_gemm_desc* desc,
+                                  moe_k_grouped_gemm_prepared* p)
 {
+    moe_k_grouped_gemm_desc checked = *desc;
+    const moe_k_grouped_gemm_desc* d = &checked;
     moei_device dev;
+    MOEI_TRY(moei_k_check_options(&checked));
+    MOEI_TRY(moei_k_check_buffers(d));
     MOEI_TRY(moei_device_query(&dev));
     MOEI_REQUIRE(MOE_ON_HOST || d->dtype == MOE_FP16 || dev.major >= 8, MOE_ERR_DEVICE, dtype);
     MOEI_REQUIRE(moei_variant_find(moei_k_gemm_variants, MOE_TILE_64x64, d->dtype, MOE_MAJOR_MN,
@@ -234,13 +239,13 @@ MOE_HOST moe_status moei_k_settle(const moe_k_grouped_gemm_desc* d, moe_k_groupe
         int runs;
         if (v->shape.dtype != d->dtype || !moei_k_suits(v, d, dev.sms)) continue;
         MOEI_TRY(moei_variant_runs(v, &dev, 0, &runs));
-        MOEI_REQUIRE(runs || !d->tile, MOE_ERR_DEVICE, tile);
         if (!runs) continue;
         MOEI_REQUIRE(tiles <= MOEI_VARIANT_MAX_TILES, MOE_ERR_RANGE, m);
         p->args = moei_k_args_of(d);
         p->plan = moei_variant_plan(v, &dev, tiles, 0);
         return moei_variant_prepare(&p->launch, v, p->plan.blocks, 0);
     }
+    MOEI_REQUIRE(!d->tile, MOE_ERR_DEVICE, tile);
     return MOE_STATUS(MOE_ERR_DEVICE, dtype); /* built without -arch=sm_80 or later, most often */
 }
 
@@ -249,13 +254,7 @@ MOE_HOST moe_status moei_k_settle(const moe_k_grouped_gemm_desc* d, moe_k_groupe
 MOE_HOST moe_status moe_k_grouped_gemm_prepare(const moe_k_grouped_gemm_desc* desc,
                                                moe_k_grouped_gemm_prepared* p)
 {
-    moe_k_grouped_gemm_desc d;
-    MOEI_REQUIRE(desc && p, MOE_ERR_NULL, desc);
-    d = *desc;
-    memset(p, 0, sizeof *p);
-    MOEI_TRY(moei_k_check_options(&d));
-    MOEI_TRY(moei_k_check_buffers(&d));
-    MOEI_RETURN_PREPARED(p, moei_k_settle(&d, p));
+    MOEI_RETURN_PREPARED(desc, p, moei_k_settle(desc, p));
 }
 
 /* Queues a prepared product on `stream`. */

@@ -233,7 +233,6 @@ MOE_DEVICE_BODY void moei_k_block(const moe_k_grouped_gemm_args* d, unsigned cha
     for (int tile = (int)blockIdx.x; tile < tiles.num_tiles; tile += (int)gridDim.x) {
         const moe_tile_position t = moei_k_schedule_tile(&tiles, tile, f);
         const moe_gemm_output c = moei_k_output(d, t.expert);
-        const moei_epilogue_at at = {t.row + warp_m * f.wm, t.column + warp_n * f.wn, d->n};
         moe_tile_position whole = t; /* the epilogue counts rows of C */
         moei_mma_c acc[4][4];
         moei_tile_zero(acc, f);
@@ -241,7 +240,8 @@ MOE_DEVICE_BODY void moei_k_block(const moe_k_grouped_gemm_args* d, unsigned cha
             moei_k_tile_steps(acc, &load, &r, d, &tiles, (t.end - t.begin + f.tk - 1) / f.tk, f);
         whole.begin = 0;
         whole.end = d->m;
-        moei_epilogue_warp(&c, &whole, acc, strip, at, f);
+        moei_epilogue_warp(&c, d->n, &whole, acc, strip, t.row + warp_m * f.wm,
+                           t.column + warp_n * f.wn, f);
     }
     moei_copy_wait(0); /* the steps past the last tile */
 }

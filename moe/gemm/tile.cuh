@@ -274,11 +274,8 @@ MOE_DEVICE_BODY void moei_gemm_block(const moe_grouped_gemm_args* d, unsigned ch
         moei_tile_zero(acc, f);
         moei_tile_steps(acc, &load, &r, d, &tiles, steps, f);
         t = s->position[turn++ & 3];
-        {
-            const moei_epilogue_at at = {t.row + warp_m * f.wm,
-                                         t.column * columns + warp_n * (columns / f.warps_n), d->n};
-            moei_epilogue_warp(&d->c, &t, acc, strip, at, f);
-        }
+        moei_epilogue_warp(&d->c, d->n, &t, acc, strip, t.row + warp_m * f.wm,
+                           t.column * columns + warp_n * (columns / f.warps_n), f);
     }
     moei_copy_wait(0); /* the steps past the last tile */
 }
@@ -330,11 +327,10 @@ MOE_DEVICE_BODY void moe_gemm_tile(const moe_grouped_gemm_args* d, const moe_til
     const int warp_m = moei_warp() % f.warps_m, warp_n = moei_warp() / f.warps_m;
     uint16_t* ring = (uint16_t*)shared;
     float* strip = (float*)(ring + f.stages * elems) + moei_warp() * moei_strip_floats(f.wn);
-    const moei_epilogue_at at = {t.row + warp_m * f.wm,
-                                 t.column * columns + warp_n * (columns / f.warps_n), d->n};
     moei_mma_c acc[4][4];
     moei_tile_sum(acc, d, t, ring, f);
-    moei_epilogue_warp(&d->c, &t, acc, strip, at, f);
+    moei_epilogue_warp(&d->c, d->n, &t, acc, strip, t.row + warp_m * f.wm,
+                       t.column * columns + warp_n * (columns / f.warps_n), f);
     __syncthreads();
 }
 

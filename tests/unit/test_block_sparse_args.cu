@@ -286,6 +286,7 @@ static void refused(const moe_block_sparse_desc* d, moe_status want, int line)
     const moe_status s = moe_block_sparse(d, test_now.stream);
     memset(&choice, 0x5a, sizeof choice);
     test_status(s, want, __FILE__, line, "moe_block_sparse");
+    CHECK_REFUSED(moe_block_sparse_prepared, moe_block_sparse_prepare, d, want);
     if (s != MOE_OK && want != MOE_STATUS(MOE_ERR_OPTION, choice)) /* tuning looks at no choice */
         test_status(moe_block_sparse_tune(d, test_now.stream, &choice), want, __FILE__, line,
                     "moe_block_sparse_tune");

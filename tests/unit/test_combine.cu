@@ -733,7 +733,8 @@ static void test_combine_refusals(void)
 #define REFUSED(change, kind, field)                                                              \
     d = good;                                                                                     \
     change;                                                                                       \
-    CHECK_STATUS(moe_combine(&d, test_now.stream), MOE_STATUS(kind, field))
+    CHECK_STATUS(moe_combine(&d, test_now.stream), MOE_STATUS(kind, field));                      \
+    CHECK_REFUSED(moe_combine_prepared, moe_combine_prepare, &d, MOE_STATUS(kind, field))
 #define AT(p, bytes) ((void*)((char*)(p) + (bytes)))
 #define ONE_ARRAY d.table = 0, d.num_buffers = 0, d.rows = b.buffer[0].p
     CHECK_STATUS(moe_combine(0, test_now.stream), MOE_STATUS(MOE_ERR_NULL, desc));

@@ -703,6 +703,8 @@ static void test_scatter_foreign_kernel(void)
         change;                                                                                   \
         test_status(moe_combine_scatter(&d, test_now.stream), MOE_STATUS(kind, field), __FILE__,  \
                     __LINE__, #change);                                                           \
+        CHECK_REFUSED(moe_combine_scatter_prepared, moe_combine_scatter_prepare, &d,              \
+                      MOE_STATUS(kind, field));                                                   \
     } while (0)
 #define AT(p, bytes) ((void*)((char*)(p) + (bytes)))
 

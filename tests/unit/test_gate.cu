@@ -387,7 +387,8 @@ static void test_gate_refusals(void)
 #define REFUSED(change, kind, field)                                                              \
     d = good;                                                                                     \
     change;                                                                                       \
-    CHECK_STATUS(moe_gate(&d, test_now.stream), MOE_STATUS(kind, field))
+    CHECK_STATUS(moe_gate(&d, test_now.stream), MOE_STATUS(kind, field));                         \
+    CHECK_REFUSED(moe_gate_prepared, moe_gate_prepare, &d, MOE_STATUS(kind, field))
     CHECK_STATUS(moe_gate(0, test_now.stream), MOE_STATUS(MOE_ERR_NULL, desc));
     REFUSED(d.num_tokens = -1, MOE_ERR_RANGE, num_tokens);
     REFUSED(d.num_tokens = INT32_MIN, MOE_ERR_RANGE, num_tokens);

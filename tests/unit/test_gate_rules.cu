@@ -1164,7 +1164,8 @@ static void test_refusals(void)
 #define REFUSED(change, kind, field)                                                              \
     d = good;                                                                                     \
     change;                                                                                       \
-    CHECK_STATUS(moe_gate(&d, test_now.stream), MOE_STATUS(kind, field))
+    CHECK_STATUS(moe_gate(&d, test_now.stream), MOE_STATUS(kind, field));                         \
+    CHECK_REFUSED(moe_gate_prepared, moe_gate_prepare, &d, MOE_STATUS(kind, field))
     REFUSED(d.score = MOE_SCORE_PIONEER + 1, MOE_ERR_OPTION, score);
     REFUSED(d.temperature = -1, MOE_ERR_RANGE, temperature);
     REFUSED(d.temperature = NAN, MOE_ERR_RANGE, temperature);

@@ -302,6 +302,8 @@ static void test_permute_refusals(void)
         permute_bufs b;
         moe_permute_desc good, d;
         const test_call call = c.back ? call_unpermute : call_permute;
+        moe_status (*const prepare)(const moe_permute_desc*, moe_permute_prepared*) =
+            c.back ? moe_unpermute_prepare : moe_permute_prepare;
         c.by_token = 1;
         bufs_new(&b, &c, &r);
         good = b.d;
@@ -310,6 +312,7 @@ static void test_permute_refusals(void)
         d = good;                                                                                  \
         change;                                                                                    \
         CHECK_STATUS(call(&d, test_now.stream), MOE_STATUS(kind, field));                          \
+        CHECK_REFUSED(moe_permute_prepared, prepare, &d, MOE_STATUS(kind, field));                 \
     } while (0)
 #define AT(type, p, bytes) ((type*)((char*)(p) + (bytes)))
         CHECK_STATUS(call(0, test_now.stream), MOE_STATUS(MOE_ERR_NULL, desc));

@@ -453,7 +453,7 @@ static void test_everything(void)
 }
 
 /* In every station a null descriptor or prepared struct is refused, and a prepared struct whose
-   descriptor was refused runs nothing, whatever it held before. */
+   descriptor was refused is empty and runs nothing, whatever it held before. */
 static void test_null(void)
 {
     const moe_status want = MOE_STATUS(MOE_ERR_NULL, desc);
@@ -465,7 +465,9 @@ static void test_null(void)
         memset((void*)&p, 0xab, sizeof p);                                                        \
         (void)moe_##prepare(&d, &p); /* refused, or nothing to do */                              \
         CHECK_STATUS(moe_##run(&p, test_now.stream), MOE_OK);                                     \
+        memset((void*)&p, 0xab, sizeof p);                                                        \
         CHECK_STATUS(moe_##prepare(0, &p), want);                                                 \
+        test_empty(&p, sizeof p, __LINE__);                                                       \
         CHECK_STATUS(moe_##prepare(&d, 0), want);                                                 \
         CHECK_STATUS(moe_##run(0, test_now.stream), want);                                        \
     }

@@ -919,7 +919,8 @@ static void test_route_refusals(void)
 #define REFUSED(change, kind, field)                                                              \
     d = good;                                                                                     \
     change;                                                                                       \
-    CHECK_STATUS(moe_route(&d, test_now.stream), MOE_STATUS(kind, field))
+    CHECK_STATUS(moe_route(&d, test_now.stream), MOE_STATUS(kind, field));                        \
+    CHECK_REFUSED(moe_route_prepared, moe_route_prepare, &d, MOE_STATUS(kind, field))
 #define AT(type, p, bytes) ((type*)((char*)(p) + (bytes)))
     CHECK_STATUS(moe_route(0, test_now.stream), MOE_STATUS(MOE_ERR_NULL, desc));
     REFUSED(d.num_tokens = -1, MOE_ERR_RANGE, num_tokens);

@@ -480,6 +480,7 @@ static void test_router_stopped(void)
 static void refused(const moe_router_desc* d, moe_status want, int line)
 {
     test_status(moe_router_logits(d, test_now.stream), want, __FILE__, line, "moe_router_logits");
+    CHECK_REFUSED(moe_router_prepared, moe_router_prepare, d, want);
 }
 
 static void test_router_refusals(void)
