@@ -291,7 +291,7 @@ MOE_DEVICE_BODY void moe_combine_token(const moe_combine_args* d, int64_t t,
 }
 
 /* Blocks a multiprocessor: four keep enough loads under way, where 64 registers do for them. */
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1000
 #define MOEI_COMBINE_BLOCKS 4
 #else
 #define MOEI_COMBINE_BLOCKS 2

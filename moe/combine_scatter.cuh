@@ -283,7 +283,7 @@ MOE_DEVICE_BODY void moei_scatter_block(const moei_scatter_args* a,
 }
 
 /* Blocks a multiprocessor, where 64 registers a thread do. */
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1000
 #define MOEI_SCATTER_BLOCKS 4
 #else
 #define MOEI_SCATTER_BLOCKS 2
