@@ -84,9 +84,9 @@ typedef struct moe_combine_args {
     const void* shared;         /* or null */
     const float* shared_weight; /* or null */
     void* y;
-    uint64_t* fault;                                       /* or null */
+    uint64_t* fault;                                          /* or null */
     int64_t row_pitch, residual_pitch, shared_pitch, y_pitch; /* bytes between rows */
-    int64_t num_rows;                                      /* 0: places are not bounded by it */
+    int64_t num_rows; /* 0: places are not bounded by it */
     int32_t rows_dtype, y_dtype;
     int32_t num_tokens, hidden, top_k, num_buffers, rank;
 } moe_combine_args;
@@ -382,8 +382,8 @@ MOE_HOST moe_status moei_combine_check(moe_combine_desc* d)
     return moei_combine_check_buffers(d);
 }
 
-/* Checks a descriptor and resolves it into what kernels take, one's own ones too: moe_combine_token and
-   moe_combine_row. Errors as of moe_combine; *args is left alone then. */
+/* Checks a descriptor and resolves it into what kernels take, also those of one's own that call
+   moe_combine_token or moe_combine_row. Errors as of moe_combine; *args is left alone then. */
 MOE_HOST moe_status moe_combine_resolve(const moe_combine_desc* desc, moe_combine_args* args)
 {
     moe_combine_desc d;

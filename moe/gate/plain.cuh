@@ -41,7 +41,7 @@ typedef struct moei_gate_round {
     int before, all;  /* chosen of the lanes before; of the group */
     int expert[8];    /* pick r, r + lanes, ... of the group, below `picks` */
     float logit[8], weight[8];
-    int picks; /* choices that are written: K; 0 where none is, or the token is done again */
+    int picks;        /* choices that are written: K; 0 where none is, or it is done again */
 } moei_gate_round;
 
 /* Step 3: shift, sum and the K-th largest; rows with NaN, a largest that is infinite or huge or a
@@ -130,9 +130,8 @@ MOE_DEVICE void moei_gate_plain_weigh(moei_gate_round* o, const moei_gate_args* 
         for (int r = 0; r < 32; ++r)
             if (r < w.lanes && n * w.lanes + r < w.depth && w.rank == r) l = top[n * w.lanes + r];
         o->weight[n] = 0.0f;
-        if (n * w.lanes < w.depth &&
-            n * w.lanes + w.rank <
-                o->picks) /* what is common to all, an error in `shift` too, cancels below */
+        /* what is common to all, an error in `shift` too, cancels below */
+        if (n * w.lanes < w.depth && n * w.lanes + w.rank < o->picks)
             o->weight[n] = score == MOE_SCORE_SIGMOID ? moei_gate_weight(d, 1.0f, l, top[0], 1.0f)
                                                       : moei_exp2_fast(fmaf(l, log2e, o->shift));
         part += o->weight[n];

@@ -18,7 +18,7 @@
 typedef struct moei_variant {
     const void* kernel;
     const char* name;
-    int32_t path; /* moe_gemm_path */
+    int32_t path;        /* moe_gemm_path */
     moe_gemm_shape shape;
     int32_t tile;        /* the client's number of the shape */
     int32_t blocks_sm;   /* blocks a multiprocessor, at most */

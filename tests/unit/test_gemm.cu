@@ -297,8 +297,7 @@ typedef struct activation_args {
     const float *v, *up; /* [n] */
     float* out;          /* [n] */
     int32_t n;           /* multiple of 8 */
-    int32_t kind;        /* moe_activation */
-    float alpha, limit;
+    moe_grouped_gemm_args d;
 } activation_args;
 
 MOE_KERNEL(64, 1) activation_kernel(MOE_ARG(activation_args) a)
@@ -312,8 +311,9 @@ MOE_KERNEL(64, 1) activation_kernel(MOE_ARG(activation_args) a)
             up[x] = a.up[i + x];
         }
         {
-            const moei_activation act = moei_activation_of(a.kind, a.alpha, a.limit);
-            moei_activate_8(v, up, &act, moe_activation_is_gated(a.kind));
+            const moei_activation act =
+                moei_activation_of(a.d.c.activation, a.d.c.alpha, a.d.c.limit);
+            moei_activate_8(v, up, &act, a.d.c.gated != 0);
         }
         MOEI_UNROLL
         for (int x = 0; x < 8; ++x) a.out[i + x] = v[x];
@@ -341,6 +341,7 @@ static void test_gemm_activations_alone(void)
             tbuf bv = tbuf_from("v", v, sizeof v, 0), bu = tbuf_from("up", up, sizeof up, 0);
             tbuf bo = tbuf_new("out", sizeof got, 0);
             moei_launch_config c = moei_grid(3, 64, 0, test_now.stream);
+            moe_grouped_gemm_desc d;
             activation_args a;
             double worst = 0;
             memset(&a, 0, sizeof a);
@@ -348,15 +349,22 @@ static void test_gemm_activations_alone(void)
             a.up = (const float*)bu.p;
             a.out = (float*)bo.p;
             a.n = N;
-            a.kind = kind;
-            a.alpha = option == 1 ? 1.0f : option == 2 ? -0.01f : 1.702f;
-            a.limit = option == 1 ? 3.0f : option == 2 ? 1e30f : 7.0f;
+            memset(&d, 0, sizeof d);
+            d.num_experts = 1;
+            d.n = d.k = 8;
+            d.dtype = MOE_FP16;
+            d.activation = kind;
+            if (option) {
+                d.alpha = option == 1 ? 1.0f : -0.01f;
+                d.limit = option == 1 ? 3.0f : 1e30f;
+            }
+            CHECK_STATUS(moe_gemm_tile_resolve(&d, &a.d), MOE_OK);
             CHECK_STATUS(MOE_LAUNCH(activation_kernel, c, a), MOE_OK);
             tbuf_get(&bo, got);
             for (int i = 0; i < N; ++i) {
-                const double alpha = fabs(a.alpha), at = fmin(fabs(v[i]), 1000);
+                const double alpha = fabs(a.d.c.alpha), at = fmin(fabs(v[i]), 1000);
                 const double ulps = 16 + alpha * at + (at < 15 ? 2 * at * at : 450);
-                double want = moe_ref_activation_f64(kind, v[i], up[i], a.alpha, a.limit);
+                double want = moe_ref_activation_f64(kind, v[i], up[i], a.d.c.alpha, a.d.c.limit);
                 if (v[i] == -INFINITY) want = option == 2 ? v[i] : 0; /* alpha < 0: no bound */
                 if (v[i] != v[i]) {
                     CHECK(got[i] != got[i], "activation %d: NaN becomes %g", kind, (double)got[i]);
