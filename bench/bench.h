@@ -85,7 +85,7 @@ MOE_KERNEL(256, 1) bench_fill_kernel(MOE_ARG(bench_fill_args) d)
         const float u = (float)(h & 255u) + (float)(h >> 8 & 255u) + (float)(h >> 16 & 255u) +
                         (float)(h >> 24) - 510.5f +
                         (float)(bench_hash(h, d.seed) >> 8) * (1.0f / 16777216.0f); /* deviation 147.8 */
-        moei_store_f32(d.p, i, d.dtype, u * (d.scale / 147.8f));
+        moe_store_f32(d.p, i, d.dtype, u * (d.scale / 147.8f));
     }
 }
 
@@ -93,7 +93,7 @@ MOE_KERNEL(256, 1) bench_fill_kernel(MOE_ARG(bench_fill_args) d)
 static inline void* bench_random(int64_t count, int dtype, float scale, uint32_t seed)
 {
     bench_fill_args a;
-    moei_launch_config c = moei_grid(1320, 256, 0, 0);
+    moe_launch_config c = moe_grid(1320, 256, 0, 0);
     a.p = bench_alloc((size_t)count * (size_t)moe_dtype_bytes(dtype));
     a.count = count, a.scale = scale, a.dtype = dtype, a.seed = seed;
     BENCH_MOE(MOE_LAUNCH(bench_fill_kernel, c, a));
@@ -122,7 +122,7 @@ MOE_KERNEL(32, 1) bench_pause_kernel(MOE_ARG(bench_pause_args) a)
 static inline void bench_pause(double ms, cudaStream_t stream)
 {
     bench_pause_args a;
-    moei_launch_config c = moei_grid(1, 32, 0, stream);
+    moe_launch_config c = moe_grid(1, 32, 0, stream);
     a.ns = (uint64_t)((ms < 2.0 ? ms : 2.0) * 1e6);
     BENCH_MOE(MOE_LAUNCH(bench_pause_kernel, c, a));
 }

@@ -53,7 +53,7 @@ MOE_KERNEL(32, 1) probe_kernel(MOE_ARG(probe_args) a)
 static void probe(tick* to, cudaStream_t stream)
 {
     probe_args a;
-    moei_launch_config c = moei_grid(2 * MOST_SMS, 32, 0, stream);
+    moe_launch_config c = moe_grid(2 * MOST_SMS, 32, 0, stream);
     a.to = to;
     BENCH_MOE(MOE_LAUNCH(probe_kernel, c, a));
 }

@@ -136,19 +136,19 @@ MOE_KERNEL(256, 1) bench_check_gemm_kernel(MOE_ARG(bench_gemm_check) a)
         float ratio;
         for (int64_t l = lane; l < k; l += 32) {
             const double p =
-                (double)moei_load_f32(g->a, g->a_transposed ? l * m + i : i * k + l, g->in) *
-                moei_load_f32(g->b, g->b_transposed ? j * k + l : l * n + j, g->in);
+                (double)moe_load_f32(g->a, g->a_transposed ? l * m + i : i * k + l, g->in) *
+                moe_load_f32(g->b, g->b_transposed ? j * k + l : l * n + j, g->in);
             want += p;
             size += fabs(p);
         }
         for (int w = 16; w > 0; w >>= 1) {
-            want += __shfl_xor_sync(MOEI_FULL, want, w);
-            size += __shfl_xor_sync(MOEI_FULL, size, w);
+            want += __shfl_xor_sync(MOE_FULL_WARP, want, w);
+            size += __shfl_xor_sync(MOE_FULL_WARP, size, w);
         }
         bound = (double)(k / 16 + 2) * size / 8388608.0 + 1e-5;
         if (g->out == MOE_BF16) bound += fabs(want) / 256.0;
         if (g->compute == CUBLAS_COMPUTE_32F_FAST_TF32) bound += size / 1024.0; /* of the inputs */
-        ratio = (float)(fabs(moei_load_f32(g->c, i * n + j, g->out) - want) / bound);
+        ratio = (float)(fabs(moe_load_f32(g->c, i * n + j, g->out) - want) / bound);
         if (lane == 0) atomicMax(a.worst, ratio <= 1e30f ? __float_as_uint(ratio) : 0x7f800000u);
     }
 }
@@ -158,7 +158,7 @@ static inline float bench_check_gemm(bench_state* s, const bench_gemm* g)
 {
     bench_gemm_check a;
     unsigned worst = 0;
-    moei_launch_config l = moei_grid(BENCH_GEMM_SAMPLES / 8, 256, 0, s->stream);
+    moe_launch_config l = moe_grid(BENCH_GEMM_SAMPLES / 8, 256, 0, s->stream);
     a.g = *g;
     a.worst = (unsigned*)bench_alloc(4);
     BENCH_CUDA(cudaMemsetAsync(a.worst, 0, 4, s->stream));

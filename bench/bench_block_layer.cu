@@ -162,12 +162,12 @@ MOE_DEVICE int choice(const check_args* a, int64_t t, int k, double* weight)
 
 MOE_DEVICE double w1_at(const moe_block_layer_desc* d, int64_t row, int64_t h)
 {
-    return moei_load_f32(d->w1.base, row * d->hidden + h, MOE_BF16);
+    return moe_load_f32(d->w1.base, row * d->hidden + h, MOE_BF16);
 }
 
 MOE_DEVICE double w2_at(const moe_block_layer_desc* d, int e, int64_t h, int64_t i)
 {
-    return moei_load_f32(d->w2.base, ((int64_t)e * d->hidden + h) * d->intermediate + i, MOE_BF16);
+    return moe_load_f32(d->w2.base, ((int64_t)e * d->hidden + h) * d->intermediate + i, MOE_BF16);
 }
 
 /* y, dx and dweights of token blockIdx.x * step. */
@@ -184,10 +184,10 @@ MOE_KERNEL(256, 1) check_tokens(MOE_ARG(check_args) a)
         const int e = choice(&a, t, k, &w);
         const int64_t row = e * (g ? 2 * I : I) + i;
         for (int64_t h = 0; h < H; ++h) {
-            const double x = moei_load_f32(d->x, t * H + h, MOE_BF16);
+            const double x = moe_load_f32(d->x, t * H + h, MOE_BF16);
             v += x * w1_at(d, row, h);
             if (g) up += x * w1_at(d, row + I, h);
-            da += moei_load_f32(d->dy, t * H + h, MOE_BF16) * w2_at(d, e, h, i);
+            da += moe_load_f32(d->dy, t * H + h, MOE_BF16) * w2_at(d, e, h, i);
         }
         curve(d->activation, v, up, &f, &by_v, &by_up);
         own[(k * 4 + 0) * I + i] = w * f;
@@ -211,8 +211,8 @@ MOE_KERNEL(256, 1) check_tokens(MOE_ARG(check_args) a)
                 dx_squares += q * q + r * r;
             }
         }
-        check_one(a.worst, moei_load_f32(d->y, t * H + h, MOE_BF16), y, y_squares);
-        check_one(a.worst, moei_load_f32(d->dx, t * H + h, MOE_BF16), dx, dx_squares);
+        check_one(a.worst, moe_load_f32(d->y, t * H + h, MOE_BF16), y, y_squares);
+        check_one(a.worst, moe_load_f32(d->dx, t * H + h, MOE_BF16), dx, dx_squares);
     }
     for (int k = threadIdx.x; k < a.choices; k += 256) {
         double sum = 0.0, squares = 0.0;
@@ -238,10 +238,10 @@ MOE_KERNEL(256, 1) check_column(MOE_ARG(check_args) a)
         if (choice(&a, t, k, &w) == a.e) weight += w;
     if (weight != 0.0)
         for (int64_t h = 0; h < H; ++h) {
-            const double x = moei_load_f32(d->x, t * H + h, MOE_BF16);
+            const double x = moe_load_f32(d->x, t * H + h, MOE_BF16);
             v += x * w1_at(d, row, h);
             if (g) up += x * w1_at(d, row + I, h);
-            da += moei_load_f32(d->dy, t * H + h, MOE_BF16) * w2_at(d, a.e, h, a.i);
+            da += moe_load_f32(d->dy, t * H + h, MOE_BF16) * w2_at(d, a.e, h, a.i);
         }
     curve(d->activation, v, up, &f, &by_v, &by_up);
     a.scratch[t] = weight * f;
@@ -260,20 +260,20 @@ MOE_KERNEL(256, 1) check_grads(MOE_ARG(check_args) a)
     double sum[3] = {0.0, 0.0, 0.0}, squares[3] = {0.0, 0.0, 0.0};
     if (h >= H) return;
     for (int64_t t = 0; t < T; ++t) {
-        const double x = moei_load_f32(d->x, t * H + h, MOE_BF16);
-        const double p[3] = {a.scratch[t] * moei_load_f32(d->dy, t * H + h, MOE_BF16),
+        const double x = moe_load_f32(d->x, t * H + h, MOE_BF16);
+        const double p[3] = {a.scratch[t] * moe_load_f32(d->dy, t * H + h, MOE_BF16),
                              a.scratch[T + t] * x, a.scratch[2 * T + t] * x};
-        MOEI_UNROLL
+        MOE_UNROLL
         for (int j = 0; j < 3; ++j) {
             sum[j] += p[j];
             squares[j] += p[j] * p[j];
         }
     }
-    check_one(a.worst, moei_load_f32(d->dw2, (a.slot * H + h) * I + a.i, MOE_BF16), sum[0],
+    check_one(a.worst, moe_load_f32(d->dw2, (a.slot * H + h) * I + a.i, MOE_BF16), sum[0],
               squares[0]);
-    check_one(a.worst, moei_load_f32(d->dw1, row * H + h, MOE_BF16), sum[1], squares[1]);
+    check_one(a.worst, moe_load_f32(d->dw1, row * H + h, MOE_BF16), sum[1], squares[1]);
     if (g)
-        check_one(a.worst, moei_load_f32(d->dw1, (row + I) * H + h, MOE_BF16), sum[2], squares[2]);
+        check_one(a.worst, moe_load_f32(d->dw1, (row + I) * H + h, MOE_BF16), sum[2], squares[2]);
 }
 
 /* Largest error of what a step gave, over its bound; experts that have gradients. */
@@ -287,7 +287,7 @@ static float verify(bench_state* s, form_run* f, int* active)
     int32_t* grad_expert = (int32_t*)malloc((size_t)slots * 4);
     unsigned worst = 0;
     check_args a;
-    moei_launch_config c;
+    moe_launch_config c;
     memset(&a, 0, sizeof a);
     a.d = *d;
     a.choices = choices;
@@ -295,7 +295,7 @@ static float verify(bench_state* s, form_run* f, int* active)
     a.scratch = (double*)bench_alloc((by_token > by_column ? by_token : by_column) * 8);
     a.worst = (unsigned*)bench_alloc(4);
     BENCH_CUDA(cudaMemsetAsync(a.worst, 0, 4, s->stream));
-    c = moei_grid(TOKENS, 256, 0, s->stream);
+    c = moe_grid(TOKENS, 256, 0, s->stream);
     BENCH_MOE(MOE_LAUNCH(check_tokens, c, a));
     BENCH_CUDA(cudaStreamSynchronize(s->stream));
     BENCH_CUDA(cudaMemcpy(grad_expert, d->grad_expert, (size_t)slots * 4, cudaMemcpyDeviceToHost));
@@ -305,9 +305,9 @@ static float verify(bench_state* s, form_run* f, int* active)
         a.slot = (int)((int64_t)i * (*active - 1) / (COLUMNS - 1));
         a.e = grad_expert[a.slot];
         a.i = (int)((int64_t)(i * 7919 + 13) % d->intermediate);
-        c = moei_grid((d->num_tokens + 255) / 256, 256, 0, s->stream);
+        c = moe_grid((d->num_tokens + 255) / 256, 256, 0, s->stream);
         BENCH_MOE(MOE_LAUNCH(check_column, c, a));
-        c = moei_grid((d->hidden + 255) / 256, 256, 0, s->stream);
+        c = moe_grid((d->hidden + 255) / 256, 256, 0, s->stream);
         BENCH_MOE(MOE_LAUNCH(check_grads, c, a));
     }
     BENCH_CUDA(cudaStreamSynchronize(s->stream));

@@ -59,11 +59,11 @@ typedef struct pass {
 } pass;
 
 static const pass passes[] = {
-    {"sdd", "forward", MOE_BLOCK_SDD, NN}, {"sdd", "dA", MOE_BLOCK_DSD, NT},
-    {"sdd", "dB", MOE_BLOCK_DDS, TN},      {"dsd", "forward", MOE_BLOCK_DSD, NN},
-    {"dsd", "dA", MOE_BLOCK_SDD, NT},      {"dsd", "dB", MOE_BLOCK_DSD, TN},
-    {"dds", "forward", MOE_BLOCK_DDS, NN}, {"dds", "dA", MOE_BLOCK_DDS, NT},
-    {"dds", "dB", MOE_BLOCK_SDD, TN},
+    {"sdd", "forward", MOE_BLOCK_SPARSE_SDD, NN}, {"sdd", "dA", MOE_BLOCK_SPARSE_DSD, NT},
+    {"sdd", "dB", MOE_BLOCK_SPARSE_DDS, TN},      {"dsd", "forward", MOE_BLOCK_SPARSE_DSD, NN},
+    {"dsd", "dA", MOE_BLOCK_SPARSE_SDD, NT},      {"dsd", "dB", MOE_BLOCK_SPARSE_DSD, TN},
+    {"dds", "forward", MOE_BLOCK_SPARSE_DDS, NN}, {"dds", "dA", MOE_BLOCK_SPARSE_DDS, NT},
+    {"dds", "dB", MOE_BLOCK_SPARSE_SDD, TN},
 };
 enum { NUM_PASSES = sizeof passes / sizeof passes[0] };
 
@@ -73,10 +73,10 @@ typedef struct tile {
 } tile;
 
 static const tile tiles[] = {
-    {"128x256", MOE_BLOCK_TILE_128x256},
-    {"64x256", MOE_BLOCK_TILE_64x256},
-    {"32x256", MOE_BLOCK_TILE_32x256},
-    {"64x64", MOE_BLOCK_TILE_64x64},
+    {"128x256", MOE_BLOCK_SPARSE_TILE_128x256},
+    {"64x256", MOE_BLOCK_SPARSE_TILE_64x256},
+    {"32x256", MOE_BLOCK_SPARSE_TILE_32x256},
+    {"64x64", MOE_BLOCK_SPARSE_TILE_64x64},
 };
 enum { NUM_TILES = sizeof tiles / sizeof tiles[0] };
 
@@ -88,11 +88,11 @@ typedef struct options {
 
 static const char* op_name(int op)
 {
-    return op == MOE_BLOCK_SDD ? "sdd" : op == MOE_BLOCK_DSD ? "dsd" : "dds";
+    return op == MOE_BLOCK_SPARSE_SDD ? "sdd" : op == MOE_BLOCK_SPARSE_DSD ? "dsd" : "dds";
 }
 
 /* Name of a choice: tile, or tile+rest. */
-static const char* tile_name(const moe_block_choice* c)
+static const char* tile_name(const moe_block_sparse_choice* c)
 {
     static char name[24];
     const char *tile = "auto", *rest = 0;
@@ -107,9 +107,9 @@ static const char* tile_name(const moe_block_choice* c)
 /* ---- masks ---- */
 
 typedef struct mask {
-    moe_block_mask m;      /* in the form asked for */
+    moe_block_sparse_mask m; /* in the form asked for */
     const uint8_t* bytes;  /* device; the checks read these */
-    moe_block_list_desc l; /* what builds its list */
+    moe_block_sparse_list_desc l; /* what builds its list */
     uint8_t* host;
     int RB, CB, blocks;
     double kept; /* share of the blocks */
@@ -148,8 +148,10 @@ static int diagonal_experts(double density, int most)
 /* bench/compare/block_sparse_triton.py makes the same masks. */
 static void fill_mask(uint8_t* to, const kind* d, double density, int rows, int columns)
 {
-    const int RB = moe_num_blocks(rows, d->block), CB = moe_num_blocks(columns, d->block);
-    const int row_strips = moe_num_blocks(rows, 128), column_strips = moe_num_blocks(columns, 128);
+    const int RB = moe_block_sparse_count(rows, d->block),
+              CB = moe_block_sparse_count(columns, d->block);
+    const int row_strips = moe_block_sparse_count(rows, 128),
+              column_strips = moe_block_sparse_count(columns, 128);
     const int each = 128 / d->block; /* blocks in a strip */
     const uint32_t seed =
         (uint32_t)(d->shape * 100000 + d->block * 100) + (uint32_t)(density * 100 + 0.5);
@@ -203,7 +205,7 @@ static int32_t* download(const void* from, int count)
 /* 0 where the list on the device is the mask's. */
 static int list_differs(const mask* k)
 {
-    const moe_block_list_desc* l = &k->l;
+    const moe_block_sparse_list_desc* l = &k->l;
     int32_t *row_offset = download(l->row_offset, k->RB + 1),
             *column_index = download(l->column_index, k->blocks),
             *column_offset = download(l->column_offset, k->CB + 1),
@@ -241,7 +243,7 @@ static mask make_mask(const kind* d, double density, int rows, int columns, int 
     uint32_t* bits;
     int words;
     memset(&k, 0, sizeof k);
-    k.RB = moe_num_blocks(rows, d->block), k.CB = moe_num_blocks(columns, d->block);
+    k.RB = moe_block_sparse_count(rows, d->block), k.CB = moe_block_sparse_count(columns, d->block);
     words = (k.CB + 31) / 32;
     k.host = (uint8_t*)malloc((size_t)k.RB * (size_t)k.CB);
     fill_mask(k.host, d, density, rows, columns);
@@ -263,9 +265,9 @@ static mask make_mask(const kind* d, double density, int rows, int columns, int 
     k.l.column_index = (int32_t*)bench_alloc((size_t)k.blocks * 4);
     k.l.row_index = (int32_t*)bench_alloc((size_t)k.blocks * 4);
     k.l.position = (int32_t*)bench_alloc((size_t)k.blocks * 4);
-    BENCH_MOE(moe_block_list_workspace(&k.l, &k.l.workspace_bytes));
+    BENCH_MOE(moe_block_sparse_list_workspace(&k.l, &k.l.workspace_bytes));
     k.l.workspace = bench_alloc(k.l.workspace_bytes);
-    BENCH_MOE(moe_block_list_build(&k.l, 0));
+    BENCH_MOE(moe_block_sparse_list_build(&k.l, 0));
     BENCH_CUDA(cudaDeviceSynchronize());
     if (list_differs(&k)) {
         printf("the list of %s-%d at density %g is wrong\n", d->name, d->block, density);
@@ -323,7 +325,7 @@ MOE_KERNEL(256, 1) poison_masked(MOE_ARG(poison_args) a)
 static void poison_operand(const operands* o, const mask* k, cudaStream_t stream)
 {
     poison_args a;
-    moei_launch_config c = moei_grid(1320, 256, 0, stream);
+    moe_launch_config c = moe_grid(1320, 256, 0, stream);
     a.from = (const uint16_t*)o->x, a.to = (uint16_t*)o->sparse;
     a.mask = k->bytes;
     a.rows = k->m.rows, a.columns = k->m.columns, a.block = k->m.block_rows, a.CB = k->CB;
@@ -353,32 +355,32 @@ MOE_KERNEL(256, 1) check_product(MOE_ARG(check_args) a)
         const uint16_t bits = ((const uint16_t*)a.c)[(int64_t)i * a.n + j];
         double want = 0.0, size = 0.0;
         float ratio;
-        if (a.op == MOE_BLOCK_SDD && !a.mask[(int64_t)(i / a.block) * a.CB + j / a.block]) {
+        if (a.op == MOE_BLOCK_SPARSE_SDD && !a.mask[(int64_t)(i / a.block) * a.CB + j / a.block]) {
             if (lane == 0 && bits != 0xffffu) atomicMax(a.worst, 0x7f800000u); /* written */
             continue;
         }
         for (int l = lane; l < a.k; l += a.lanes) {
             double p;
-            if (a.op != MOE_BLOCK_SDD) {
-                const int row = a.op == MOE_BLOCK_DSD ? i : l,
-                          column = a.op == MOE_BLOCK_DSD ? l : j;
-                const int over = a.op == MOE_BLOCK_DSD ? a.a_transposed : a.b_transposed;
+            if (a.op != MOE_BLOCK_SPARSE_SDD) {
+                const int row = a.op == MOE_BLOCK_SPARSE_DSD ? i : l,
+                          column = a.op == MOE_BLOCK_SPARSE_DSD ? l : j;
+                const int over = a.op == MOE_BLOCK_SPARSE_DSD ? a.a_transposed : a.b_transposed;
                 const int r = over ? column : row, c = over ? row : column;
                 if (!a.mask[(int64_t)(r / a.block) * a.CB + c / a.block]) continue;
             }
-            p = (double)moei_load_f32(
+            p = (double)moe_load_f32(
                     a.a, a.a_transposed ? (int64_t)l * a.m + i : (int64_t)i * a.k + l, MOE_BF16) *
-                moei_load_f32(a.b, a.b_transposed ? (int64_t)j * a.k + l : (int64_t)l * a.n + j,
-                              MOE_BF16);
+                moe_load_f32(a.b, a.b_transposed ? (int64_t)j * a.k + l : (int64_t)l * a.n + j,
+                             MOE_BF16);
             want += p;
             size += fabs(p);
         }
         for (int w = a.lanes / 2; w > 0; w >>= 1) {
-            want += __shfl_xor_sync(MOEI_FULL, want, w);
-            size += __shfl_xor_sync(MOEI_FULL, size, w);
+            want += __shfl_xor_sync(MOE_FULL_WARP, want, w);
+            size += __shfl_xor_sync(MOE_FULL_WARP, size, w);
         }
         if (lane) continue;
-        ratio = (float)(fabs(moei_half_to_f32(bits, MOE_BF16) - want) /
+        ratio = (float)(fabs(moe_half_to_f32(bits, MOE_BF16) - want) /
                         (fabs(want) / 256.0 + (a.k / 16 + 2) * size / 8388608.0 + 1e-5));
         atomicMax(a.worst, ratio <= 1e30f ? __float_as_uint(ratio) : 0x7f800000u);
         atomicAdd(a.worst + 1, 1u);
@@ -390,7 +392,7 @@ static int check_c(bench_state* s, check_args* a, int blocks, const char* what, 
 {
     unsigned worst[2] = {0, 0};
     float ratio;
-    moei_launch_config l = moei_grid(1056, 256, 0, s->stream);
+    moe_launch_config l = moe_grid(1056, 256, 0, s->stream);
     a->worst = (unsigned*)bench_alloc(sizeof worst);
     BENCH_CUDA(cudaMemset(a->worst, 0, sizeof worst));
     BENCH_MOE(MOE_LAUNCH(check_product, l, *a));
@@ -411,8 +413,8 @@ static moe_block_sparse_desc describe(const operands* o, const pass* p, const ma
     moe_block_sparse_desc d;
     memset(&d, 0, sizeof d);
     d.op = p->op;
-    d.a = p->op == MOE_BLOCK_DSD ? o->sparse : p->op == MOE_BLOCK_DDS ? o->y : o->x;
-    d.b = p->op == MOE_BLOCK_DDS ? o->sparse : o->y;
+    d.a = p->op == MOE_BLOCK_SPARSE_DSD ? o->sparse : p->op == MOE_BLOCK_SPARSE_DDS ? o->y : o->x;
+    d.b = p->op == MOE_BLOCK_SPARSE_DDS ? o->sparse : o->y;
     d.c = o->c;
     d.mask = k->m;
     d.fault = o->fault;
@@ -537,7 +539,7 @@ static void run_product(void* context, cudaStream_t stream)
 
 static void run_list(void* context, cudaStream_t stream)
 {
-    BENCH_MOE(moe_block_list_build((const moe_block_list_desc*)context, stream));
+    BENCH_MOE(moe_block_sparse_list_build((const moe_block_sparse_list_desc*)context, stream));
 }
 
 /* What came of the targets of one kind of mask. */
@@ -586,7 +588,7 @@ static void run_row(bench_state* s, const table* t, const pass* p, moe_block_spa
     for (int i = 0; i < NUM_TILES && t->opt->tiles && t->target > 0; ++i) {
         by_tile[count] = *job;
         by_tile[count].choice.tile = tiles[i].value;
-        by_tile[count].choice.rest = 0;
+        by_tile[count].choice.fallback_tile = 0;
         if (moe_status_kind(moe_block_sparse(&by_tile[count], s->stream)) == MOE_ERR_DEVICE)
             continue;
         tile_of[count] = i;
@@ -749,7 +751,8 @@ int main(int argc, char** argv)
         for (int j = 0; j < NUM_DENSITIES; ++j) {
             if (opt.quick && !(densities[j] > 0.09 && densities[j] < 0.51)) continue;
             if (kinds[i].shape == DIAGONAL) { /* as many experts as before: that mask has been */
-                const int now = diagonal_experts(densities[j], moe_num_blocks(opt.size, 128));
+                const int now =
+                    diagonal_experts(densities[j], moe_block_sparse_count(opt.size, 128));
                 if (now == experts || (now == 1 && densities[j] < 1.0)) continue;
                 experts = now;
             }

@@ -73,8 +73,8 @@ MOE_KERNEL(256, 1) scale_rows(MOE_ARG(index_add_args) d)
         uint4 v = row[i];
         uint32_t* u = &v.x;
         for (int j = 0; j < 4; ++j) {
-            const float2 f = moei_unpack2(u[j], MOE_BF16);
-            u[j] = moei_pack2(f.x * w, f.y * w, MOE_BF16);
+            const float2 f = moe_unpack2(u[j], MOE_BF16);
+            u[j] = moe_pack2(f.x * w, f.y * w, MOE_BF16);
         }
         row[i] = v;
     }
@@ -95,7 +95,7 @@ static void run_cat(void* context, cudaStream_t stream)
     const int64_t row_bytes = (int64_t)c->hidden * 2;
     const int rows = c->num_tokens * c->top_k;
     index_add_args a;
-    moei_launch_config l = moei_grid(rows, 256, 0, stream);
+    moe_launch_config l = moe_grid(rows, 256, 0, stream);
     char* to = j->joined;
     for (int e = 0; e < j->E; ++e) {
         BENCH_CUDA(cudaMemcpyAsync(to, j->buffer[e], (size_t)(j->count[e] * row_bytes),
@@ -131,11 +131,11 @@ MOE_KERNEL(256, 1) check_combine(MOE_ARG(check_args) d)
             const moe_place p = d.c.place[t * d.c.top_k + k];
             const double v =
                 (double)d.c.weights[t * d.c.top_k + k] *
-                moei_load_f32(d.c.table[p.buffer], (int64_t)p.row * d.c.hidden + h, MOE_BF16);
+                moe_load_f32(d.c.table[p.buffer], (int64_t)p.row * d.c.hidden + h, MOE_BF16);
             want += v;
             sum += fabs(v);
         }
-        got = moei_load_f32(d.c.y, t * d.c.hidden + h, d.c.y_dtype);
+        got = moe_load_f32(d.c.y, t * d.c.hidden + h, d.c.y_dtype);
         bound = 2.0 * (d.each ? (d.c.top_k + 1) * sum : fabs(want)) * d.unit + 1e-3 * d.unit;
         ratio = (float)(fabs(got - want) / bound);
         atomicMax(d.worst, ratio <= 1e30f ? __float_as_uint(ratio) : 0x7f800000u);
@@ -146,7 +146,7 @@ MOE_KERNEL(256, 1) check_combine(MOE_ARG(check_args) d)
 static float check_y(bench_state* s, const job* j, void* y, int y_dtype, int each)
 {
     check_args check;
-    moei_launch_config l = moei_grid(256, 256, 0, s->stream);
+    moe_launch_config l = moe_grid(256, 256, 0, s->stream);
     unsigned worst = 0;
     check.c = j->combine;
     check.c.y = y;

@@ -50,18 +50,18 @@ MOE_KERNEL(256, 1) check_experts(MOE_ARG(check_args) a)
     for (int64_t i = threadIdx.x; i < I; i += 256) {
         double gate = 0.0, up = 0.0;
         for (int64_t h = 0; h < H; ++h) {
-            const double x = moei_load_f32(d->x, t * H + h, MOE_BF16);
-            gate += x * moei_load_f32(d->w1.base, (e * 2 * I + i) * H + h, MOE_BF16);
-            up += x * moei_load_f32(d->w1.base, (e * 2 * I + I + i) * H + h, MOE_BF16);
+            const double x = moe_load_f32(d->x, t * H + h, MOE_BF16);
+            gate += x * moe_load_f32(d->w1.base, (e * 2 * I + i) * H + h, MOE_BF16);
+            up += x * moe_load_f32(d->w1.base, (e * 2 * I + I + i) * H + h, MOE_BF16);
         }
-        check_one(a.worst, moei_load_f32(d->act, r * I + i, MOE_BF16), activation(d, gate, up));
+        check_one(a.worst, moe_load_f32(d->act, r * I + i, MOE_BF16), activation(d, gate, up));
     }
     for (int64_t h = threadIdx.x; h < H; h += 256) {
         double sum = 0.0;
         for (int64_t i = 0; i < I; ++i)
-            sum += (double)moei_load_f32(d->act, r * I + i, MOE_BF16) *
-                   moei_load_f32(d->w2.base, (e * H + h) * I + i, MOE_BF16);
-        check_one(a.worst, moei_load_f32(d->rows, r * H + h, MOE_BF16), sum);
+            sum += (double)moe_load_f32(d->act, r * I + i, MOE_BF16) *
+                   moe_load_f32(d->w2.base, (e * H + h) * I + i, MOE_BF16);
+        check_one(a.worst, moe_load_f32(d->rows, r * H + h, MOE_BF16), sum);
     }
 }
 
@@ -81,7 +81,7 @@ static void run_shape(bench_state* s, const bench_blas* blas, int T, int H, int 
                        : kind == MOE_ACTIVATION_SWIGLU_CLAMPED ? " SwiGLU clamped"
                                                                : "";
     check_args check;
-    moei_launch_config l;
+    moe_launch_config l;
     memset(&d, 0, sizeof d), memset(&g, 0, sizeof g), memset(&r, 0, sizeof r);
 
     g.logits = bench_random((int64_t)T * E, MOE_FP32, 1.0f, 9);
@@ -115,7 +115,7 @@ static void run_shape(bench_state* s, const bench_blas* blas, int T, int H, int 
     check.step = (int)(rows / 67 + 1);
     check.worst = (unsigned*)bench_alloc(4);
     BENCH_CUDA(cudaMemset(check.worst, 0, 4));
-    l = moei_grid(67, 256, 0, s->stream);
+    l = moe_grid(67, 256, 0, s->stream);
     BENCH_MOE(MOE_LAUNCH(check_experts, l, check));
     BENCH_CUDA(cudaStreamSynchronize(s->stream));
     BENCH_CUDA(cudaMemcpy(&worst, check.worst, 4, cudaMemcpyDeviceToHost));

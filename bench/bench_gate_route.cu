@@ -152,8 +152,8 @@ static void set_rule(job* j, int rule)
         uint8_t* off = (uint8_t*)bench_alloc((size_t)n);
         BENCH_CUDA(cudaMemset(off, 0, (size_t)n));
         BENCH_CUDA(cudaMemset2D(off, 16, 1, 1, (size_t)n / 16)); /* each sixteenth */
-        if (rule == RULE_EXPERT_OFF) g->expert_off = off;
-        else g->token_off = off;
+        if (rule == RULE_EXPERT_OFF) g->expert_disabled = off;
+        else g->token_disabled = off;
     }
     BENCH_MOE(moe_gate_workspace(g, &bytes));
     g->workspace = bytes ? bench_alloc(bytes) : 0;
@@ -163,7 +163,7 @@ static void set_rule(job* j, int rule)
 static void free_rule(job* j)
 {
     cudaFree(j->gate.prob_sum), cudaFree((void*)j->gate.expert_bias), cudaFree(j->gate.workspace);
-    cudaFree((void*)j->gate.expert_off), cudaFree((void*)j->gate.token_off);
+    cudaFree((void*)j->gate.expert_disabled), cudaFree((void*)j->gate.token_disabled);
 }
 
 /* Ids and weights of the first tokens (of a batch: of all) against the reference. Tokens whose
@@ -189,8 +189,8 @@ static int verify_rule(const job* j, cudaStream_t stream)
     d.num_tokens = T;
     d.logits = host_copy(d.logits, (size_t)T * E * 4);
     if (d.expert_bias) d.expert_bias = (const float*)host_copy(d.expert_bias, E * 4);
-    if (d.expert_off) d.expert_off = (const uint8_t*)host_copy(d.expert_off, E);
-    if (d.token_off) d.token_off = (const uint8_t*)host_copy(d.token_off, (size_t)T);
+    if (d.expert_disabled) d.expert_disabled = (const uint8_t*)host_copy(d.expert_disabled, E);
+    if (d.token_disabled) d.token_disabled = (const uint8_t*)host_copy(d.token_disabled, (size_t)T);
     moe_ref_gate_rules_f64(&d, want, weights, 0, margin);
     for (int t = 0; t < T; ++t) {
         if (!(margin[t] >= least_margin)) continue;
@@ -201,8 +201,8 @@ static int verify_rule(const job* j, cudaStream_t stream)
     wrong += compared < T / 2;
     free((void*)d.logits), free(ids), free(want), free(got), free(weights), free(margin);
     if (d.expert_bias) free((void*)d.expert_bias);
-    if (d.expert_off) free((void*)d.expert_off);
-    if (d.token_off) free((void*)d.token_off);
+    if (d.expert_disabled) free((void*)d.expert_disabled);
+    if (d.token_disabled) free((void*)d.token_disabled);
     return wrong;
 }
 

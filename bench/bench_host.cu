@@ -9,14 +9,14 @@ enum { T = 64, H = 512, I = 256, E = 16, K = 2, CALLS = 16, ROUNDS = 200, MOST =
 
 /* The launches of one run, resolved. */
 typedef struct bare {
-    const moei_launch* launch[MOST];
+    const moe_launch* launch[MOST];
     void* arg[MOST];
     cudaLaunchConfig_t config[MOST];
     cudaLaunchAttribute attribute[MOST];
     int count;
 } bare;
 
-static void bare_add(bare* b, const moei_launch* l, const void* arg, cudaStream_t stream)
+static void bare_add(bare* b, const moe_launch* l, const void* arg, cudaStream_t stream)
 {
     cudaLaunchConfig_t* c = &b->config[b->count];
     cudaLaunchAttribute* a = &b->attribute[b->count];

@@ -30,12 +30,12 @@ MOE_KERNEL(256, 1) check_k(MOE_ARG(check_args) a)
     for (int r = begin; r < end; ++r) {
         const int64_t p = d->a_index ? d->a_index[r] / (d->a_div ? d->a_div : 1) : r;
         const int64_t q = d->b_index ? d->b_index[r] / (d->b_div ? d->b_div : 1) : r;
-        const double v = (double)moei_load_f32(d->a, p * d->m + i, MOE_BF16) *
-                         (double)moei_load_f32(d->b, q * d->n + j, MOE_BF16);
+        const double v = (double)moe_load_f32(d->a, p * d->m + i, MOE_BF16) *
+                         (double)moe_load_f32(d->b, q * d->n + j, MOE_BF16);
         sum += v;
         size += fabs(v);
     }
-    got = moei_load_f32(d->c, ((int64_t)e * d->m + i) * d->n + j, MOE_FP32);
+    got = moe_load_f32(d->c, ((int64_t)e * d->m + i) * d->n + j, MOE_FP32);
     error = fabs(got - sum) / (((end - begin) / 16.0 + 2.0) * 1.1920929e-7 * size + 1e-30);
     atomicMax(a.worst, error <= 1e30 ? __float_as_uint((float)error) : 0x7f800000u);
 }
@@ -65,7 +65,7 @@ static void run_shape(bench_state* s, bench_blas* blas, int T, int H, int I, int
         moe_k_grouped_gemm_desc d;
         moe_k_grouped_gemm_prepared p;
         check_args check;
-        moei_launch_config c = moei_grid(64, 256, 0, s->stream);
+        moe_launch_config c = moe_grid(64, 256, 0, s->stream);
         bench_call call[2];
         unsigned worst;
         char what[96];

@@ -42,8 +42,8 @@ MOE_KERNEL(256, 1) check_layer(MOE_ARG(check_args) a)
     for (int64_t e = threadIdx.x; e < E; e += 256) {
         double sum = 0.0, size = 0.0;
         for (int64_t h = 0; h < H; ++h) {
-            const double p = (double)moei_load_f32(a.l.x, t * H + h, MOE_BF16) *
-                             moei_load_f32(a.l.router, e * H + h, MOE_BF16);
+            const double p = (double)moe_load_f32(a.l.x, t * H + h, MOE_BF16) *
+                             moe_load_f32(a.l.router, e * H + h, MOE_BF16);
             sum += p;
             size += fabs(p);
         }
@@ -60,12 +60,12 @@ MOE_KERNEL(256, 1) check_layer(MOE_ARG(check_args) a)
         const void* w1 = shared ? a.l.shared.w1.base : a.l.w1.base;
         double gate = 0.0, up = 0.0;
         for (int64_t h = 0; h < H; ++h) {
-            const double x = moei_load_f32(a.l.x, t * H + h, MOE_BF16);
-            gate += x * moei_load_f32(w1, (e * 2 * width + n) * H + h, MOE_BF16);
-            up += x * moei_load_f32(w1, (e * 2 * width + width + n) * H + h, MOE_BF16);
+            const double x = moe_load_f32(a.l.x, t * H + h, MOE_BF16);
+            gate += x * moe_load_f32(w1, (e * 2 * width + n) * H + h, MOE_BF16);
+            up += x * moe_load_f32(w1, (e * 2 * width + width + n) * H + h, MOE_BF16);
         }
         act[i] = (float)(gate / (1.0 + exp(-gate)) * up);
-        act_rounded[i] = moei_half_to_f32(moei_f32_to_half(act[i], MOE_BF16), MOE_BF16);
+        act_rounded[i] = moe_half_to_f32(moe_f32_to_half(act[i], MOE_BF16), MOE_BF16);
     }
     __syncthreads();
     for (int64_t h = threadIdx.x; h < H; h += 256) {
@@ -77,16 +77,16 @@ MOE_KERNEL(256, 1) check_layer(MOE_ARG(check_args) a)
             const double weight = k < K ? a.v.weights[t * K + k] : 1.0f;
             double row = 0.0, row_rounded = 0.0;
             for (int64_t i = 0; i < width; ++i) {
-                const double w = moei_load_f32(w2, (e * H + h) * width + i, MOE_BF16);
+                const double w = moe_load_f32(w2, (e * H + h) * width + i, MOE_BF16);
                 row += act[k * I + i] * w;
                 row_rounded += act_rounded[k * I + i] * w;
             }
             y += weight * row;
-            y_rounded += weight *
-                         moei_half_to_f32(moei_f32_to_half((float)row_rounded, MOE_BF16), MOE_BF16);
+            y_rounded +=
+                weight * moe_half_to_f32(moe_f32_to_half((float)row_rounded, MOE_BF16), MOE_BF16);
         }
-        got = moei_load_f32(a.l.y, t * H + h, MOE_BF16);
-        rounded = moei_half_to_f32(moei_f32_to_half((float)y_rounded, MOE_BF16), MOE_BF16);
+        got = moe_load_f32(a.l.y, t * H + h, MOE_BF16);
+        rounded = moe_half_to_f32(moe_f32_to_half((float)y_rounded, MOE_BF16), MOE_BF16);
         {
             const float error = (float)fabs(got - y);
             atomicMax(a.worst, error <= 1e30f ? __float_as_uint(error) : 0x7f800000u);
@@ -118,7 +118,7 @@ static void run_shape(bench_state* s, int T, int H, int I, int E, int K, int S, 
     stage_job job[1 + MOE_LAYER_STAGES];
     int calls = 1;
     double ms;
-    moei_launch_config c = moei_grid(16, 256, 0, s->stream);
+    moe_launch_config c = moe_grid(16, 256, 0, s->stream);
     memset(&l, 0, sizeof l);
     l.x = bench_random((int64_t)T * H, MOE_BF16, 1.0f, 1);
     l.router = bench_random((int64_t)E * H, MOE_BF16, 1.0f / sqrtf((float)H), 2);

@@ -53,7 +53,7 @@ MOE_KERNEL(256, 1) check_rows(MOE_ARG(check_args) d)
 static unsigned check(bench_state* s, const job* j, const void* y, const int32_t* row_slot)
 {
     check_args a;
-    moei_launch_config c = moei_grid(j->to.num_rows, 256, 0, s->stream);
+    moe_launch_config c = moe_grid(j->to.num_rows, 256, 0, s->stream);
     unsigned wrong = 0;
     a.x = (const uint4*)j->to.x;
     a.y = (const uint4*)y;

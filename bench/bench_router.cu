@@ -26,8 +26,8 @@ static void run_router(void* context, cudaStream_t stream)
     } else {
         moe_router_prepared p;
         BENCH_MOE(moe_router_prepare(&j->d, &p));
-        if (p.path != MOE_ROUTER_SPLIT_LARGE && p.path != MOE_ROUTER_SPLIT_SMALL) exit(1);
-        BENCH_MOE(moei_split_prepare(&p.gemm.launch, &p.args, j->tile == SMALL_TILE));
+        if (p.path != MOE_ROUTER_BF16_SPLIT_LARGE && p.path != MOE_ROUTER_BF16_SPLIT_SMALL) exit(1);
+        BENCH_MOE(moei_bf16_split_prepare(&p.gemm.launch, &p.args, j->tile == SMALL_TILE));
         BENCH_MOE(MOE_RUN(&p.gemm.launch, p.args, stream));
     }
 }
@@ -53,8 +53,8 @@ MOE_KERNEL(256, 1) check_logits(MOE_ARG(check_args) a)
         double want = 0.0, sum = 0.0;
         float ratio;
         for (int64_t h = 0; h < H; ++h) {
-            const double v = (double)moei_load_f32(a.d.x, t * H + h, a.d.x_dtype) *
-                             moei_load_f32(a.d.router, e * H + h, a.d.router_dtype);
+            const double v = (double)moe_load_f32(a.d.x, t * H + h, a.d.x_dtype) *
+                             moe_load_f32(a.d.router, e * H + h, a.d.router_dtype);
             want += v;
             sum += fabs(v);
         }
@@ -68,7 +68,7 @@ static float check(bench_state* s, const moe_router_desc* d)
 {
     check_args a;
     unsigned worst = 0;
-    moei_launch_config l = moei_grid(67, 256, 0, s->stream);
+    moe_launch_config l = moe_grid(67, 256, 0, s->stream);
     a.d = *d;
     a.step = d->num_tokens / 67 + 1;
     a.worst = (unsigned*)bench_alloc(4);
@@ -180,9 +180,9 @@ static void run_shape(bench_state* s, const bench_blas* blas, int T, int H, int 
 
 int main(int argc, char** argv)
 {
-    bench_state s = bench_open(argc, argv, MOE_ROUTER_SPLIT_TERMS == 2
-                                               ? "router, fp32 weights as two terms"
-                                               : "router, fp32 weights as three terms");
+    bench_state s = bench_open(argc, argv,
+                               MOE_ROUTER_BF16_TERMS == 2 ? "router, fp32 weights as two terms"
+                                                          : "router, fp32 weights as three terms");
     bench_blas blas = bench_blas_open(&s, 0);
     int failures = 0;
     run_shape(&s, &blas, 32768, 4096, 128, &failures);

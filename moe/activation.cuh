@@ -119,16 +119,16 @@ MOE_DEVICE float moei_gelu_slope(float x)
 MOE_DEVICE void moei_curve_8(float* v, const moei_activation* a)
 {
     if (a->curve == MOEI_CURVE_SIGMOID) {
-        MOEI_UNROLL
+        MOE_UNROLL
         for (int i = 0; i < 8; ++i) v[i] = moei_sigmoid_unit(v[i], a->a);
     } else if (a->curve == MOEI_CURVE_TANH) {
-        MOEI_UNROLL
+        MOE_UNROLL
         for (int i = 0; i < 8; ++i) v[i] = moei_gelu_tanh(v[i]);
     } else if (a->curve == MOEI_CURVE_ERF) {
-        MOEI_UNROLL
+        MOE_UNROLL
         for (int i = 0; i < 8; ++i) v[i] = moei_gelu(v[i]);
     } else if (a->curve == MOEI_CURVE_RELU2) {
-        MOEI_UNROLL
+        MOE_UNROLL
         for (int i = 0; i < 8; ++i) v[i] = v[i] < 0.0f ? 0.0f : v[i] * v[i];
     }
 }
@@ -138,24 +138,24 @@ MOE_DEVICE void moei_slope_8(float* slope, const float* v, const moei_activation
 {
     const float most = 3.40282347e38f;
     if (a->curve == MOEI_CURVE_SIGMOID) {
-        MOEI_UNROLL
+        MOE_UNROLL
         for (int i = 0; i < 8; ++i)
             slope[i] = moei_sigmoid_slope(v[i], a->a * fminf(fmaxf(v[i], -most), most), 0.0f);
     } else if (a->curve == MOEI_CURVE_TANH) {
-        MOEI_UNROLL
+        MOE_UNROLL
         for (int i = 0; i < 8; ++i) {
             const float x = fminf(fmaxf(v[i], -most), most);
             slope[i] = moei_sigmoid_slope(v[i], MOEI_GELU_TANH_A * x,
                                           MOEI_GELU_TANH_B * fminf(x * x, 1e30f) * x);
         }
     } else if (a->curve == MOEI_CURVE_ERF) {
-        MOEI_UNROLL
+        MOE_UNROLL
         for (int i = 0; i < 8; ++i) slope[i] = moei_gelu_slope(v[i]);
     } else if (a->curve == MOEI_CURVE_RELU2) {
-        MOEI_UNROLL
+        MOE_UNROLL
         for (int i = 0; i < 8; ++i) slope[i] = v[i] < 0.0f ? 0.0f : 2.0f * v[i];
     } else {
-        MOEI_UNROLL
+        MOE_UNROLL
         for (int i = 0; i < 8; ++i) slope[i] = 1.0f;
     }
 }
@@ -164,7 +164,7 @@ MOE_DEVICE void moei_slope_8(float* slope, const float* v, const moei_activation
 MOE_DEVICE void moei_activate_8(float* v, float* u, const moei_activation* a, bool gated)
 {
     if (a->clamped) {
-        MOEI_UNROLL
+        MOE_UNROLL
         for (int i = 0; i < 8; ++i) { /* comparisons, so that NaN stays */
             v[i] = v[i] > a->limit ? a->limit : v[i];
             u[i] = (u[i] > a->limit ? a->limit : u[i] < -a->limit ? -a->limit : u[i]) + 1.0f;
@@ -172,7 +172,7 @@ MOE_DEVICE void moei_activate_8(float* v, float* u, const moei_activation* a, bo
     }
     moei_curve_8(v, a);
     if (gated) {
-        MOEI_UNROLL
+        MOE_UNROLL
         for (int i = 0; i < 8; ++i) v[i] *= u[i];
     }
 }
@@ -184,7 +184,7 @@ MOE_DEVICE void moei_activate_grad_8(float* v, float* u, float* s, const moei_ac
 {
     uint32_t out = 0; /* bits: gates, then ups, beyond the limit */
     if (a->clamped) {
-        MOEI_UNROLL
+        MOE_UNROLL
         for (int i = 0; i < 8; ++i) {
             out |= (v[i] > a->limit ? 1u : 0u) << i;
             out |= (u[i] > a->limit || u[i] < -a->limit ? 256u : 0u) << i;
@@ -195,12 +195,12 @@ MOE_DEVICE void moei_activate_grad_8(float* v, float* u, float* s, const moei_ac
     moei_slope_8(s, v, a);
     moei_curve_8(v, a);
     if (a->clamped) {
-        MOEI_UNROLL
+        MOE_UNROLL
         for (int i = 0; i < 8; ++i)
             if (out >> i & 1) s[i] = 0.0f;
     }
     if (gated) {
-        MOEI_UNROLL
+        MOE_UNROLL
         for (int i = 0; i < 8; ++i) {
             const float up = u[i];
             u[i] = out >> i & 256 ? 0.0f : v[i];

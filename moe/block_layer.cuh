@@ -76,7 +76,7 @@
 
 #include "base/check.h"
 #include "block_layer/desc.h"
-#include "block_layer/plan.cuh"
+#include "block_layer/prepare.cuh"
 
 /* Bytes that these sizes and options take; reads no pointers. Errors: theirs. */
 MOE_HOST moe_status moe_block_layer_sizes(const moe_block_layer_desc* desc,
@@ -84,11 +84,11 @@ MOE_HOST moe_status moe_block_layer_sizes(const moe_block_layer_desc* desc,
 {
     moei_block_layer l;
     moe_block_layer_desc d;
-    MOEI_REQUIRE(desc && bytes, MOE_ERR_NULL, desc);
+    MOE_REQUIRE(desc && bytes, MOE_ERR_NULL, desc);
     d = *desc;
     d.saved = d.workspace = 0;
     memset(bytes, 0, sizeof *bytes);
-    MOEI_TRY(moei_block_layer_plan(&d, &l));
+    MOE_TRY(moei_block_layer_plan(&d, &l));
     *bytes = l.bytes;
     return MOE_OK;
 }
@@ -99,42 +99,47 @@ MOE_HOST moe_status moe_block_layer_sizes(const moe_block_layer_desc* desc,
 MOE_HOST moe_status moei_block_layer_check_buffers(const moei_block_layer* l, int backward)
 {
     const moe_block_layer_desc* d = &l->d;
-    const int64_t T = d->num_tokens, H = d->hidden, I = d->intermediate, E = d->num_experts;
-    const int64_t U = l->gated ? 2 * I : I;
-    const uint64_t slots = (uint64_t)T * (uint64_t)d->top_k;
-    const uint64_t weights = (d->form == MOE_BLOCK_LAYER_DENSE ? (uint64_t)(T * E) : slots) * 4;
+    const int64_t num_tokens = d->num_tokens, hidden = d->hidden, intermediate = d->intermediate,
+                  num_experts = d->num_experts;
+    const int64_t up_width = l->gated ? 2 * intermediate : intermediate;
+    const uint64_t slots = (uint64_t)num_tokens * (uint64_t)d->top_k;
+    const uint64_t weights =
+        (d->form == MOE_BLOCK_LAYER_DENSE ? (uint64_t)(num_tokens * num_experts) : slots) * 4;
     const uint64_t grads = (uint64_t)d->max_experts * (uint64_t)moe_dtype_bytes(d->grad_dtype);
     const size_t workspace = backward ? l->bytes.backward : l->bytes.forward;
     const int in_place = d->dx && d->dx == d->dy && d->dx_stride == d->dy_stride;
-    const int both = MOEI_REQUIRED | MOEI_WRITTEN, written = MOEI_WRITTEN;
-    const moei_buffer b[] = {
-        {d->x, moei_extent(T, d->x_stride, H, d->dtype), 16, MOEI_REQUIRED, MOE_FIELD_x},
-        {d->ids, slots * 4, 4, MOEI_REQUIRED, MOE_FIELD_ids},
-        {d->weights, weights, 4, MOEI_REQUIRED, MOE_FIELD_weights},
-        {d->w1.base, moei_weight_extent(&d->w1, E, U, H), 16,
-         T && !d->w1.table ? MOEI_REQUIRED : MOEI_READ, MOE_FIELD_w1},
-        {d->w1.table, (uint64_t)E * 8, 8, MOEI_READ, MOE_FIELD_w1},
-        {d->w2.base, moei_weight_extent(&d->w2, E, H, I), 16,
-         T && !d->w2.table ? MOEI_REQUIRED : MOEI_READ, MOE_FIELD_w2},
-        {d->w2.table, (uint64_t)E * 8, 8, MOEI_READ, MOE_FIELD_w2},
-        {backward ? d->dy : 0, in_place ? 0 : moei_extent(T, d->dy_stride, H, d->dtype), 16,
-         backward ? MOEI_REQUIRED : MOEI_READ, MOE_FIELD_dy},
-        {backward ? 0 : d->y, moei_extent(T, d->y_stride, H, d->dtype), 16,
+    const int both = MOE_BUFFER_REQUIRED | MOE_BUFFER_WRITTEN, written = MOE_BUFFER_WRITTEN;
+    const moe_buffer b[] = {
+        {d->x, moe_extent(num_tokens, d->x_stride, hidden, d->dtype), 16, MOE_BUFFER_REQUIRED,
+         MOE_FIELD_x},
+        {d->ids, slots * 4, 4, MOE_BUFFER_REQUIRED, MOE_FIELD_ids},
+        {d->weights, weights, 4, MOE_BUFFER_REQUIRED, MOE_FIELD_weights},
+        {d->w1.base, moei_weight_extent(&d->w1, num_experts, up_width, hidden), 16,
+         num_tokens && !d->w1.table ? MOE_BUFFER_REQUIRED : MOE_BUFFER_READ, MOE_FIELD_w1},
+        {d->w1.table, (uint64_t)num_experts * 8, 8, MOE_BUFFER_READ, MOE_FIELD_w1},
+        {d->w2.base, moei_weight_extent(&d->w2, num_experts, hidden, intermediate), 16,
+         num_tokens && !d->w2.table ? MOE_BUFFER_REQUIRED : MOE_BUFFER_READ, MOE_FIELD_w2},
+        {d->w2.table, (uint64_t)num_experts * 8, 8, MOE_BUFFER_READ, MOE_FIELD_w2},
+        {backward ? d->dy : 0,
+         in_place ? 0 : moe_extent(num_tokens, d->dy_stride, hidden, d->dtype), 16,
+         backward ? MOE_BUFFER_REQUIRED : MOE_BUFFER_READ, MOE_FIELD_dy},
+        {backward ? 0 : d->y, moe_extent(num_tokens, d->y_stride, hidden, d->dtype), 16,
          backward ? written : both, MOE_FIELD_y},
-        {backward ? d->dx : 0, moei_extent(T, d->dx_stride, H, d->dtype), 16, written,
+        {backward ? d->dx : 0, moe_extent(num_tokens, d->dx_stride, hidden, d->dtype), 16, written,
          MOE_FIELD_dx},
-        {backward ? d->dw1 : 0, grads * (uint64_t)(U * H), 16, written, MOE_FIELD_dw1},
-        {backward ? d->dw2 : 0, grads * (uint64_t)(H * I), 16, written, MOE_FIELD_dw2},
+        {backward ? d->dw1 : 0, grads * (uint64_t)(up_width * hidden), 16, written, MOE_FIELD_dw1},
+        {backward ? d->dw2 : 0, grads * (uint64_t)(hidden * intermediate), 16, written,
+         MOE_FIELD_dw2},
         {backward ? d->dweights : 0, weights, 4, written, MOE_FIELD_dweights},
         {backward ? d->grad_expert : 0, (uint64_t)d->max_experts * 4, 4,
          backward && (d->dw1 || d->dw2) ? both : written, MOE_FIELD_grad_expert},
         {backward ? d->act_grad : 0, l->bytes.act_grad, 16, written, MOE_FIELD_act_grad},
-        {T ? d->saved : 0, l->bytes.saved, 256, both, MOE_FIELD_saved},
-        {T ? d->workspace : 0, workspace, 256, both, MOE_FIELD_workspace},
+        {num_tokens ? d->saved : 0, l->bytes.saved, 256, both, MOE_FIELD_saved},
+        {num_tokens ? d->workspace : 0, workspace, 256, both, MOE_FIELD_workspace},
         {d->fault, 8, 8, written, MOE_FIELD_fault}};
-    MOEI_TRY(moei_check_buffers(b, (int)(sizeof b / sizeof b[0])));
-    MOEI_REQUIRE(d->saved_bytes >= l->bytes.saved, MOE_ERR_WORKSPACE, saved_bytes);
-    MOEI_REQUIRE(d->workspace_bytes >= workspace, MOE_ERR_WORKSPACE, workspace_bytes);
+    MOE_TRY(moe_check_buffers(b, (int)(sizeof b / sizeof b[0])));
+    MOE_REQUIRE(d->saved_bytes >= l->bytes.saved, MOE_ERR_WORKSPACE, saved_bytes);
+    MOE_REQUIRE(d->workspace_bytes >= workspace, MOE_ERR_WORKSPACE, workspace_bytes);
     return MOE_OK;
 }
 
@@ -142,9 +147,9 @@ MOE_HOST moe_status moei_block_layer_check_buffers(const moei_block_layer* l, in
 MOE_HOST moe_status moei_block_layer_check(const moe_block_layer_desc* desc, int backward,
                                            moei_block_layer* l)
 {
-    MOEI_TRY(moei_block_layer_plan(desc, l));
-    MOEI_REQUIRE(!backward || !desc->grad_expert || desc->dw1 || desc->dw2, MOE_ERR_CONFLICT,
-                 grad_expert);
+    MOE_TRY(moei_block_layer_plan(desc, l));
+    MOE_REQUIRE(!backward || !desc->grad_expert || desc->dw1 || desc->dw2, MOE_ERR_CONFLICT,
+                grad_expert);
     return moei_block_layer_check_buffers(l, backward);
 }
 
@@ -154,15 +159,15 @@ typedef struct moe_block_layer_prepared {
     moe_route_prepared route;
     int32_t* flag; /* [E] of active experts, cleared first; or null */
     size_t flag_bytes;
-    moei_block_active_args active_args;
-    moei_launch mark, active;
-    moe_block_list_prepared list[2];
-    moei_block_tables_args tables_args;
-    moei_launch tables;
+    moei_block_layer_active_args active_args;
+    moe_launch mark, active;
+    moe_block_sparse_list_prepared list[2];
+    moei_block_layer_tables_args tables_args;
+    moe_launch tables;
     moe_permute_prepared gather[2];       /* before the first, and before the third product */
     moe_block_sparse_prepared product[4]; /* up, down; or dact, dw2, dw1, dx */
-    moei_block_act_args act_args;
-    moei_launch act; /* between the first two */
+    moei_block_layer_act_args act_args;
+    moe_launch act; /* between the first two */
     moe_combine_prepared combine;
 } moe_block_layer_prepared;
 
@@ -178,12 +183,12 @@ MOE_HOST moe_status moei_block_layer_product(const moei_block_layer* l, int i,
 MOE_HOST moe_status moei_block_layer_prepare_tables(const moei_block_layer* l, int backward,
                                                     moe_block_layer_prepared* p)
 {
-    moei_block_tables_args* a = &p->tables_args;
+    moei_block_layer_tables_args* a = &p->tables_args;
     const int64_t strips = l->d.num_tokens ? (int64_t)l->tables.num_experts * l->tables.strips1 : 0;
     const int64_t threads = strips > l->tables.max_experts ? strips : l->tables.max_experts;
-    moei_launch_config c =
-        moei_grid((threads + MOEI_BLOCK_SETUP_THREADS - 1) / MOEI_BLOCK_SETUP_THREADS,
-                  MOEI_BLOCK_SETUP_THREADS, 0, 0);
+    moe_launch_config c =
+        moe_grid((threads + MOEI_BLOCK_LAYER_SETUP_THREADS - 1) / MOEI_BLOCK_LAYER_SETUP_THREADS,
+                 MOEI_BLOCK_LAYER_SETUP_THREADS, 0, 0);
     c.dependent = 1;
     *a = l->tables;
     a->no_tokens = l->d.num_tokens == 0;
@@ -219,38 +224,39 @@ MOE_HOST moe_status moei_block_layer_prepare_combine(const moei_block_layer* l, 
 MOE_HOST moe_status moei_block_layer_prepare_lists(const moei_block_layer* l,
                                                    moe_block_layer_prepared* p)
 {
-    moei_launch_config c = moei_grid(1, MOEI_BLOCK_SETUP_THREADS, 0, 0);
+    moe_launch_config c = moe_grid(1, MOEI_BLOCK_LAYER_SETUP_THREADS, 0, 0);
     c.dependent = 1;
     p->active_args = l->active;
-    MOEI_TRY(MOE_PREPARE(&p->active, moei_block_layer_active, c));
+    MOE_TRY(MOE_PREPARE(&p->active, moei_block_layer_active, c));
     if (l->d.form == MOE_BLOCK_LAYER_BATCH) {
         p->flag = l->active.flag;
         p->flag_bytes = (size_t)l->d.num_experts * 4;
-        c = moei_grid((l->active.slots + MOEI_BLOCK_SETUP_THREADS - 1) / MOEI_BLOCK_SETUP_THREADS,
-                      MOEI_BLOCK_SETUP_THREADS, 0, 0);
+        c = moe_grid((l->active.slots + MOEI_BLOCK_LAYER_SETUP_THREADS - 1) /
+                         MOEI_BLOCK_LAYER_SETUP_THREADS,
+                     MOEI_BLOCK_LAYER_SETUP_THREADS, 0, 0);
         c.dependent = 1;
-        MOEI_TRY(MOE_PREPARE(&p->mark, moei_block_layer_mark, c));
+        MOE_TRY(MOE_PREPARE(&p->mark, moei_block_layer_mark, c));
     }
     for (int i = 0; i <= l->gated; ++i)
-        MOEI_TRY(moe_block_list_prepare(&l->list[i], &p->list[i]));
+        MOE_TRY(moe_block_sparse_list_prepare(&l->list[i], &p->list[i]));
     return MOE_OK;
 }
 
 /* Fills in *p, which is empty. */
-MOE_HOST moe_status moei_block_layer_settle_forward(const moe_block_layer_desc* desc,
-                                                    moe_block_layer_prepared* p)
+MOE_HOST moe_status moei_block_layer_resolve_forward(const moe_block_layer_desc* desc,
+                                                     moe_block_layer_prepared* p)
 {
     moei_block_layer l;
-    MOEI_TRY(moei_block_layer_check(desc, 0, &l));
+    MOE_TRY(moei_block_layer_check(desc, 0, &l));
     if (l.d.num_tokens == 0) return MOE_OK;
-    MOEI_TRY(moei_block_layer_product(&l, MOEI_BLOCK_LAYER_UP, &p->product[0]));
-    MOEI_TRY(moei_block_layer_product(&l, MOEI_BLOCK_LAYER_DOWN, &p->product[1]));
-    if (l.d.form == MOE_BLOCK_LAYER_SPARSE) MOEI_TRY(moe_route_prepare(&l.route, &p->route));
-    MOEI_TRY(moei_block_layer_prepare_lists(&l, p));
-    MOEI_TRY(moei_block_layer_prepare_tables(&l, 0, p));
-    MOEI_TRY(moei_block_layer_prepare_gather(&l, l.d.x, l.d.x_stride, &p->gather[0]));
+    MOE_TRY(moei_block_layer_product(&l, MOEI_BLOCK_LAYER_UP, &p->product[0]));
+    MOE_TRY(moei_block_layer_product(&l, MOEI_BLOCK_LAYER_DOWN, &p->product[1]));
+    if (l.d.form == MOE_BLOCK_LAYER_SPARSE) MOE_TRY(moe_route_prepare(&l.route, &p->route));
+    MOE_TRY(moei_block_layer_prepare_lists(&l, p));
+    MOE_TRY(moei_block_layer_prepare_tables(&l, 0, p));
+    MOE_TRY(moei_block_layer_prepare_gather(&l, l.d.x, l.d.x_stride, &p->gather[0]));
     p->act_args = l.act;
-    MOEI_TRY(moei_block_act_prepare(&p->act, &p->act_args, l.runs, 0, l.d.dtype));
+    MOE_TRY(moei_block_layer_act_prepare(&p->act, &p->act_args, l.runs, 0, l.d.dtype));
     return moei_block_layer_prepare_combine(&l, l.d.y, l.d.y_stride, &p->combine);
 }
 
@@ -259,27 +265,27 @@ MOE_HOST moe_status moei_block_layer_settle_forward(const moe_block_layer_desc* 
 MOE_HOST moe_status moe_block_layer_prepare_forward(const moe_block_layer_desc* desc,
                                                     moe_block_layer_prepared* p)
 {
-    MOEI_RETURN_PREPARED(desc, p, moei_block_layer_settle_forward(desc, p));
+    MOE_RETURN_PREPARED(desc, p, moei_block_layer_resolve_forward(desc, p));
 }
 
 /* Fills in *p, which is empty. */
-MOE_HOST moe_status moei_block_layer_settle_backward(const moe_block_layer_desc* desc,
-                                                     moe_block_layer_prepared* p)
+MOE_HOST moe_status moei_block_layer_resolve_backward(const moe_block_layer_desc* desc,
+                                                      moe_block_layer_prepared* p)
 {
     moei_block_layer l;
-    MOEI_TRY(moei_block_layer_check(desc, 1, &l));
+    MOE_TRY(moei_block_layer_check(desc, 1, &l));
     if (l.d.num_tokens == 0)
         return l.d.grad_expert ? moei_block_layer_prepare_tables(&l, 1, p) : MOE_OK;
-    MOEI_TRY(moei_block_layer_product(&l, MOEI_BLOCK_LAYER_DACT, &p->product[0]));
-    if (l.d.dw2) MOEI_TRY(moei_block_layer_product(&l, MOEI_BLOCK_LAYER_DW2, &p->product[1]));
-    if (l.d.dw1) MOEI_TRY(moei_block_layer_product(&l, MOEI_BLOCK_LAYER_DW1, &p->product[2]));
-    if (l.d.dx) MOEI_TRY(moei_block_layer_product(&l, MOEI_BLOCK_LAYER_DX, &p->product[3]));
-    MOEI_TRY(moei_block_layer_prepare_tables(&l, 1, p));
-    MOEI_TRY(moei_block_layer_prepare_gather(&l, l.d.dy, l.d.dy_stride, &p->gather[0]));
+    MOE_TRY(moei_block_layer_product(&l, MOEI_BLOCK_LAYER_DACT, &p->product[0]));
+    if (l.d.dw2) MOE_TRY(moei_block_layer_product(&l, MOEI_BLOCK_LAYER_DW2, &p->product[1]));
+    if (l.d.dw1) MOE_TRY(moei_block_layer_product(&l, MOEI_BLOCK_LAYER_DW1, &p->product[2]));
+    if (l.d.dx) MOE_TRY(moei_block_layer_product(&l, MOEI_BLOCK_LAYER_DX, &p->product[3]));
+    MOE_TRY(moei_block_layer_prepare_tables(&l, 1, p));
+    MOE_TRY(moei_block_layer_prepare_gather(&l, l.d.dy, l.d.dy_stride, &p->gather[0]));
     p->act_args = l.act;
-    MOEI_TRY(moei_block_act_prepare(&p->act, &p->act_args, l.runs, 1, l.d.dtype));
+    MOE_TRY(moei_block_layer_act_prepare(&p->act, &p->act_args, l.runs, 1, l.d.dtype));
     if (l.d.dw1) /* the sparse form's rows of dy have been used: x takes their place */
-        MOEI_TRY(moei_block_layer_prepare_gather(&l, l.d.x, l.d.x_stride, &p->gather[1]));
+        MOE_TRY(moei_block_layer_prepare_gather(&l, l.d.x, l.d.x_stride, &p->gather[1]));
     if (!l.d.dx) return MOE_OK;
     return moei_block_layer_prepare_combine(&l, l.d.dx, l.d.dx_stride, &p->combine);
 }
@@ -290,26 +296,26 @@ MOE_HOST moe_status moei_block_layer_settle_backward(const moe_block_layer_desc*
 MOE_HOST moe_status moe_block_layer_prepare_backward(const moe_block_layer_desc* desc,
                                                      moe_block_layer_prepared* p)
 {
-    MOEI_RETURN_PREPARED(desc, p, moei_block_layer_settle_backward(desc, p));
+    MOE_RETURN_PREPARED(desc, p, moei_block_layer_resolve_backward(desc, p));
 }
 
 /* Queues a prepared forward or backward on `stream`. */
 MOE_HOST moe_status moe_block_layer_run(const moe_block_layer_prepared* p, cudaStream_t stream)
 {
-    MOEI_REQUIRE(p, MOE_ERR_NULL, desc);
-    MOEI_TRY(moe_route_run(&p->route, stream));
-    if (p->flag) MOEI_TRY_CUDA(cudaMemsetAsync(p->flag, 0, p->flag_bytes, stream));
-    MOEI_TRY(MOE_RUN(&p->mark, p->active_args, stream));
-    MOEI_TRY(MOE_RUN(&p->active, p->active_args, stream));
-    for (int i = 0; i < 2; ++i) MOEI_TRY(moe_block_list_run(&p->list[i], stream));
-    MOEI_TRY(MOE_RUN(&p->tables, p->tables_args, stream));
-    MOEI_TRY(moe_permute_run(&p->gather[0], stream));
-    MOEI_TRY(moe_block_sparse_run(&p->product[0], stream));
-    MOEI_TRY(MOE_RUN(&p->act, p->act_args, stream));
-    MOEI_TRY(moe_block_sparse_run(&p->product[1], stream));
-    MOEI_TRY(moe_permute_run(&p->gather[1], stream));
-    MOEI_TRY(moe_block_sparse_run(&p->product[2], stream));
-    MOEI_TRY(moe_block_sparse_run(&p->product[3], stream));
+    MOE_REQUIRE(p, MOE_ERR_NULL, desc);
+    MOE_TRY(moe_route_run(&p->route, stream));
+    if (p->flag) MOE_TRY_CUDA(cudaMemsetAsync(p->flag, 0, p->flag_bytes, stream));
+    MOE_TRY(MOE_RUN(&p->mark, p->active_args, stream));
+    MOE_TRY(MOE_RUN(&p->active, p->active_args, stream));
+    for (int i = 0; i < 2; ++i) MOE_TRY(moe_block_sparse_list_run(&p->list[i], stream));
+    MOE_TRY(MOE_RUN(&p->tables, p->tables_args, stream));
+    MOE_TRY(moe_permute_run(&p->gather[0], stream));
+    MOE_TRY(moe_block_sparse_run(&p->product[0], stream));
+    MOE_TRY(MOE_RUN(&p->act, p->act_args, stream));
+    MOE_TRY(moe_block_sparse_run(&p->product[1], stream));
+    MOE_TRY(moe_permute_run(&p->gather[1], stream));
+    MOE_TRY(moe_block_sparse_run(&p->product[2], stream));
+    MOE_TRY(moe_block_sparse_run(&p->product[3], stream));
     return moe_combine_run(&p->combine, stream);
 }
 
@@ -317,7 +323,7 @@ MOE_HOST moe_status moe_block_layer_run(const moe_block_layer_prepared* p, cudaS
 MOE_HOST moe_status moe_block_layer_forward(const moe_block_layer_desc* desc, cudaStream_t stream)
 {
     moe_block_layer_prepared p;
-    MOEI_TRY(moe_block_layer_prepare_forward(desc, &p));
+    MOE_TRY(moe_block_layer_prepare_forward(desc, &p));
     return moe_block_layer_run(&p, stream);
 }
 
@@ -325,19 +331,19 @@ MOE_HOST moe_status moe_block_layer_forward(const moe_block_layer_desc* desc, cu
 MOE_HOST moe_status moe_block_layer_backward(const moe_block_layer_desc* desc, cudaStream_t stream)
 {
     moe_block_layer_prepared p;
-    MOEI_TRY(moe_block_layer_prepare_backward(desc, &p));
+    MOE_TRY(moe_block_layer_prepare_backward(desc, &p));
     return moe_block_layer_run(&p, stream);
 }
 
 /* Loads the kernels that the layer forms may run now. */
 MOE_HOST moe_status moe_block_layer_preload(void)
 {
-    MOEI_TRY(moe_route_preload());
-    MOEI_TRY(moe_permute_preload());
-    MOEI_TRY(moe_combine_preload());
-    MOEI_TRY(moe_block_list_preload());
-    MOEI_TRY(moe_block_sparse_preload());
-    MOEI_TRY(moei_block_act_preload());
+    MOE_TRY(moe_route_preload());
+    MOE_TRY(moe_permute_preload());
+    MOE_TRY(moe_combine_preload());
+    MOE_TRY(moe_block_sparse_list_preload());
+    MOE_TRY(moe_block_sparse_preload());
+    MOE_TRY(moei_block_layer_act_preload());
     return moei_block_layer_setup_preload();
 }
 

@@ -24,7 +24,7 @@
    small one before each that walks the mask unless it is a list whose blocks are as high as a tile.
 
      moe_block_sparse_desc d = {0};
-     d.op = MOE_BLOCK_DSD;  d.a = a;  d.b = b;  d.c = c;  d.m = m;  d.n = n;  d.k = k;
+     d.op = MOE_BLOCK_SPARSE_DSD;  d.a = a;  d.b = b;  d.c = c;  d.m = m;  d.n = n;  d.k = k;
      d.mask.bytes = mask;  d.mask.rows = m;  d.mask.columns = k;
      d.mask.block_rows = d.mask.block_columns = 64;
      moe_block_sparse_workspace(&d, &d.workspace_bytes);  d.workspace = ...;
@@ -43,11 +43,11 @@
 #define MOE_BLOCK_SPARSE_CUH
 
 #include "block_sparse/list.cuh"
-#include "block_sparse/plan.cuh"
+#include "block_sparse/prepare.cuh"
 
 /* name, rows, columns, depth of a step, warps along rows and columns, stages, blocks a
    multiprocessor. */
-#define MOEI_BLOCK_TILE_LIST(X, ...)                                                               \
+#define MOEI_SPARSE_TILE_LIST(X, ...)                                                              \
     X(128x256, 128, 256, 64, 2, 4, 3, 1, __VA_ARGS__)                                              \
     X(64x256, 64, 256, 32, 1, 4, 4, 2, __VA_ARGS__)                                                \
     X(32x256, 32, 256, 64, 1, 4, 3, 2, __VA_ARGS__)                                                \
@@ -61,120 +61,126 @@
 #endif
 
 /* Versions of code that have a body: bf16 from sm_80; sm_75 what fits into its shared memory. */
-#define MOEI_BLOCK_LEAST(dtype, tm, tn, deep, stages)                                              \
-    ((dtype) == MOE_FP16 && (stages) * 2 * ((tm) + (tn)) * (deep) < 65536 ? 75 : 80)
+#define MOEI_SPARSE_LEAST(dtype, tile_m, tile_n, tile_k, stages)                                   \
+    ((dtype) == MOE_FP16 && (stages)*2 * ((tile_m) + (tile_n)) * (tile_k) < 65536 ? 75 : 80)
 
-#define MOEI_BLOCK_KERNEL(name, tm, tn, deep, wm, wn, stages, blocks, suffix, dtype)               \
+#define MOEI_SPARSE_KERNEL(name, tile_m, tile_n, tile_k, wm, wn, stages, blocks, suffix, dtype)    \
     MOE_KERNEL((wm) * (wn)*32, blocks)                                                             \
-    moei_block_##name##_##suffix(MOE_ARG(moei_block_args) d)                                       \
+    moei_sparse_##name##_##suffix(MOE_ARG(moei_sparse_args) d)                                     \
     {                                                                                              \
-        MOE_SHARED(moei_block_shared, s);                                                          \
+        MOE_SHARED(moei_sparse_shared, s);                                                         \
         MOE_SHARED_DYNAMIC(shared);                                                                \
-        moei_let_next_start();                                                                     \
-        moei_wait_for_previous();                                                                  \
-        const moe_gemm_shape f = moe_gemm_shape_of(tm, tn, deep, wm, wn, stages, dtype, 0, 0);     \
-        if (MOEI_CODE_HERE(MOEI_BLOCK_LEAST(dtype, tm, tn, deep, stages), MOEI_CODE_ANY) &&        \
-            !moei_fault_stopped(d.fault))                                                          \
-            for (int round = 0; moei_block_tile(&d, shared, &s, round, f); ++round)                \
+        moe_pdl_trigger();                                                                         \
+        moe_pdl_wait();                                                                            \
+        const moe_gemm_shape f =                                                                   \
+            moe_gemm_shape_of(tile_m, tile_n, tile_k, wm, wn, stages, dtype, 0, 0);                \
+        if (MOEI_CODE_HERE(MOEI_SPARSE_LEAST(dtype, tile_m, tile_n, tile_k, stages),               \
+                           MOEI_CODE_ANY) &&                                                       \
+            !moe_fault_stopped(d.fault))                                                           \
+            for (int round = 0; moei_sparse_tile(&d, shared, &s, round, f); ++round)               \
                 __syncthreads();                                                                   \
     }
-#define MOEI_BLOCK_KERNELS(suffix, dtype) MOEI_BLOCK_TILE_LIST(MOEI_BLOCK_KERNEL, suffix, dtype)
-MOE_BLOCK_SPARSE_DTYPE_LIST(MOEI_BLOCK_KERNELS)
-#undef MOEI_BLOCK_KERNELS
-#undef MOEI_BLOCK_KERNEL
+#define MOEI_SPARSE_KERNELS(suffix, dtype) MOEI_SPARSE_TILE_LIST(MOEI_SPARSE_KERNEL, suffix, dtype)
+MOE_BLOCK_SPARSE_DTYPE_LIST(MOEI_SPARSE_KERNELS)
+#undef MOEI_SPARSE_KERNELS
+#undef MOEI_SPARSE_KERNEL
 
-static const moei_variant moei_block_variants[] = {
-#define MOEI_BLOCK_ROW(name, tm, tn, deep, wm, wn, stages, blocks, suffix, dtype)                  \
-    {(const void*)moei_block_##name##_##suffix,                                                    \
-     "moei_block_" #name "_" #suffix,                                                              \
+static const moei_variant moei_sparse_variants[] = {
+#define MOEI_SPARSE_ROW(name, tile_m, tile_n, tile_k, wm, wn, stages, blocks, suffix, dtype)       \
+    {(const void*)moei_sparse_##name##_##suffix,                                                   \
+     "moei_sparse_" #name "_" #suffix,                                                             \
      MOE_GEMM_PATH_WMMA,                                                                           \
-     MOEI_SHAPE_INIT(tm, tn, deep, wm, wn, stages, dtype, 0, 0),                                   \
-     MOE_BLOCK_TILE_##name,                                                                        \
+     MOEI_SHAPE_INIT(tile_m, tile_n, tile_k, wm, wn, stages, dtype, 0, 0),                         \
+     MOE_BLOCK_SPARSE_TILE_##name,                                                                 \
      blocks,                                                                                       \
-     MOEI_RING_BYTES(1, tm, tn, deep, wm, wn, stages),                                             \
-     MOEI_BLOCK_LEAST(dtype, tm, tn, deep, stages),                                                \
+     MOEI_RING_BYTES(1, tile_m, tile_n, tile_k, wm, wn, stages),                                   \
+     MOEI_SPARSE_LEAST(dtype, tile_m, tile_n, tile_k, stages),                                     \
      MOEI_CODE_ANY},
-#define MOEI_BLOCK_ROWS(suffix, dtype) MOEI_BLOCK_TILE_LIST(MOEI_BLOCK_ROW, suffix, dtype)
-    MOE_BLOCK_SPARSE_DTYPE_LIST(MOEI_BLOCK_ROWS)
-#undef MOEI_BLOCK_ROWS
-#undef MOEI_BLOCK_ROW
-    MOEI_VARIANT_END};
+#define MOEI_SPARSE_ROWS(suffix, dtype) MOEI_SPARSE_TILE_LIST(MOEI_SPARSE_ROW, suffix, dtype)
+    MOE_BLOCK_SPARSE_DTYPE_LIST(MOEI_SPARSE_ROWS)
+#undef MOEI_SPARSE_ROWS
+#undef MOEI_SPARSE_ROW
+        MOEI_VARIANT_END};
 
 /* The kernel of one tile and dtype, the tensors' majors being arguments; null where
    MOE_BLOCK_SPARSE_DTYPE_LIST lacks it. */
-MOE_HOST const moei_variant* moei_block_variant(int tile, int dtype)
+MOE_HOST const moei_variant* moei_sparse_variant(int tile, int dtype)
 {
-    return moei_variant_find(moei_block_variants, tile, dtype, 0, 0);
+    return moei_variant_find(moei_sparse_variants, tile, dtype, 0, 0);
 }
 
 /* Refuses a dtype that this file was not compiled with, or the device has not. */
-MOE_HOST moe_status moei_block_check_dtype(int dtype)
+MOE_HOST moe_status moei_sparse_check_dtype(int dtype)
 {
-    moei_device dev;
-    MOEI_REQUIRE(moei_block_variant(MOE_BLOCK_TILE_64x64, dtype), MOE_ERR_NOT_COMPILED, dtype);
-    MOEI_TRY(moei_device_query(&dev));
-    MOEI_REQUIRE(MOE_ON_HOST || dtype == MOE_FP16 || dev.major >= 8, MOE_ERR_DEVICE, dtype);
+    moe_device dev;
+    MOE_REQUIRE(moei_sparse_variant(MOE_BLOCK_SPARSE_TILE_64x64, dtype), MOE_ERR_NOT_COMPILED,
+                dtype);
+    MOE_TRY(moe_device_query(&dev));
+    MOE_REQUIRE(MOE_ON_HOST || dtype == MOE_FP16 || dev.major >= 8, MOE_ERR_DEVICE, dtype);
     return MOE_OK;
 }
 
 /* The tile for what a tile shape leaves over; null where it runs all itself. */
-MOE_HOST const moei_variant* moei_block_rest(const moe_block_sparse_desc* d,
-                                                 const moei_variant* t, int rest)
+MOE_HOST const moei_variant* moei_sparse_fallback(const moe_block_sparse_desc* d,
+                                                  const moei_variant* t, int fallback)
 {
-    const moei_variant* r = moei_block_variant(rest, d->dtype);
-    return r && r->shape.tm < t->shape.tm && moei_block_join(d, t) > 1 ? r : 0;
+    const moei_variant* r = moei_sparse_variant(fallback, d->dtype);
+    return r && r->shape.tile_m < t->shape.tile_m && moei_sparse_join(d, t) > 1 ? r : 0;
 }
 
 /* The tile as high as the blocks. */
-MOE_HOST int moei_block_low(const moe_block_sparse_desc* d)
+MOE_HOST int moei_sparse_tile_of_blocks(const moe_block_sparse_desc* d)
 {
-    const int height = moei_block_by_column(d) ? d->mask.block_columns : d->mask.block_rows;
-    return height >= 128  ? MOE_BLOCK_TILE_128x256
-           : height == 64 ? MOE_BLOCK_TILE_64x256
-                          : MOE_BLOCK_TILE_32x256;
+    const int height = moei_sparse_by_column(d) ? d->mask.block_columns : d->mask.block_rows;
+    return height >= 128  ? MOE_BLOCK_SPARSE_TILE_128x256
+           : height == 64 ? MOE_BLOCK_SPARSE_TILE_64x256
+                          : MOE_BLOCK_SPARSE_TILE_32x256;
 }
 
 /* The tiles of a checked descriptor, the caller's, or by the rule at the top: t[0], and t[1] for
-   the rest, which may be null. */
-MOE_HOST moe_status moei_block_choose(const moe_block_sparse_desc* d, const moei_variant** t)
+   the fallback, which may be null. */
+MOE_HOST moe_status moei_sparse_choose(const moe_block_sparse_desc* d, const moei_variant** t)
 {
-    const int low = moei_block_low(d);
-    const int wanted[] = {d->choice.tile ? d->choice.tile
-                          : d->packed    ? low /* strips that cannot be joined */
-                                         : MOE_BLOCK_TILE_128x256,
-                          MOE_BLOCK_TILE_64x256, MOE_BLOCK_TILE_64x64};
-    moei_device dev;
-    MOEI_TRY(moei_block_check_dtype(d->dtype));
-    MOEI_TRY(moei_device_query(&dev));
+    const int block_tile = moei_sparse_tile_of_blocks(d);
+    const int candidates[] = {d->choice.tile ? d->choice.tile
+                              : d->packed    ? block_tile /* strips that cannot be joined */
+                                             : MOE_BLOCK_SPARSE_TILE_128x256,
+                              MOE_BLOCK_SPARSE_TILE_64x256, MOE_BLOCK_SPARSE_TILE_64x64};
+    moe_device dev;
+    MOE_TRY(moei_sparse_check_dtype(d->dtype));
+    MOE_TRY(moe_device_query(&dev));
     for (int w = 0; w < 3; ++w) {
-        const moei_variant* o = moei_block_variant(wanted[w], d->dtype);
-        const int64_t rows = d->op == MOE_BLOCK_DDS ? d->n : d->m;
-        const int64_t columns = d->op == MOE_BLOCK_DDS ? d->m : d->n;
-        const int enough = (rows + o->shape.tm - 1) / o->shape.tm *
-                               ((columns + o->shape.tn - 1) / o->shape.tn) >=
+        const moei_variant* o = moei_sparse_variant(candidates[w], d->dtype);
+        const int64_t rows = d->op == MOE_BLOCK_SPARSE_DDS ? d->n : d->m;
+        const int64_t columns = d->op == MOE_BLOCK_SPARSE_DDS ? d->m : d->n;
+        const int enough = (rows + o->shape.tile_m - 1) / o->shape.tile_m *
+                               ((columns + o->shape.tile_n - 1) / o->shape.tile_n) >=
                            dev.sms;
         int runs;
-        MOEI_TRY(moei_variant_runs(o, &dev, 0, &runs));
+        MOE_TRY(moei_variant_runs(o, &dev, 0, &runs));
         t[0] = o;
-        MOEI_REQUIRE(runs || !d->choice.tile, MOE_ERR_DEVICE, choice);
+        MOE_REQUIRE(runs || !d->choice.tile, MOE_ERR_DEVICE, choice);
         if (!runs || !(w == 2 || d->choice.tile || enough)) continue;
-        t[1] = moei_block_rest(d, o, d->choice.tile ? d->choice.rest : w < 2 ? low : 0);
-        if (t[1]) MOEI_TRY(moei_variant_runs(t[1], &dev, 0, &runs));
-        MOEI_REQUIRE(runs || !d->choice.tile, MOE_ERR_DEVICE, choice);
+        t[1] = moei_sparse_fallback(d, o,
+                                    d->choice.tile ? d->choice.fallback_tile
+                                    : w < 2        ? block_tile
+                                                   : 0);
+        if (t[1]) MOE_TRY(moei_variant_runs(t[1], &dev, 0, &runs));
+        MOE_REQUIRE(runs || !d->choice.tile, MOE_ERR_DEVICE, choice);
         if (!runs) t[1] = 0;
         return MOE_OK;
     }
     return MOE_STATUS(MOE_ERR_DEVICE, dtype); /* built without -arch=sm_80 or later, most often */
 }
 
-/* Plans of both tiles; the pieces of the workspace lie at `base`. */
-MOE_HOST moe_status moei_block_plan_both(const moe_block_sparse_desc* d,
-                                         const moei_variant* const* t, char* base,
-                                         size_t* bytes, moei_block_plan* p)
+/* Plans of both tiles; the vectors of the workspace lie at `base`. */
+MOE_HOST moe_status moei_sparse_plan_both(const moe_block_sparse_desc* d,
+                                          const moei_variant* const* t, char* base, size_t* bytes,
+                                          moei_sparse_plan* p)
 {
     *bytes = 0;
-    MOEI_TRY(moei_block_plan_tile(d, t[0], base, bytes, 0, &p[0]));
-    return t[1] ? moei_block_plan_tile(d, t[1], base, bytes, &p[0], &p[1]) : MOE_OK;
+    MOE_TRY(moei_sparse_plan_tile(d, t[0], base, bytes, 0, &p[0]));
+    return t[1] ? moei_sparse_plan_tile(d, t[1], base, bytes, &p[0], &p[1]) : MOE_OK;
 }
 
 /* Bytes of workspace that moe_block_sparse wants for this descriptor: for its choice, or without
@@ -185,21 +191,23 @@ MOE_HOST moe_status moe_block_sparse_workspace(const moe_block_sparse_desc* desc
     moe_block_sparse_desc d;
     moe_status refused = MOE_OK;
     int offered = 0;
-    MOEI_REQUIRE(desc && bytes, MOE_ERR_NULL, desc);
+    MOE_REQUIRE(desc && bytes, MOE_ERR_NULL, desc);
     d = *desc;
-    MOEI_TRY(moei_block_check_options(&d));
+    MOE_TRY(moei_sparse_check_options(&d));
     *bytes = 0;
     if (d.m == 0 || d.n == 0) return MOE_OK;
-    MOEI_REQUIRE(moei_block_variant(MOE_BLOCK_TILE_64x64, d.dtype), MOE_ERR_NOT_COMPILED, dtype);
-    for (const moei_variant* o = moei_block_variants; o->kernel; ++o)
-        for (int rest = 0; rest <= MOE_BLOCK_TILE_64x64; ++rest) {
-            const moei_variant* const t[] = {o, moei_block_rest(&d, o, rest)};
-            moei_block_plan p[2];
+    MOE_REQUIRE(moei_sparse_variant(MOE_BLOCK_SPARSE_TILE_64x64, d.dtype), MOE_ERR_NOT_COMPILED,
+                dtype);
+    for (const moei_variant* o = moei_sparse_variants; o->kernel; ++o)
+        for (int fallback = 0; fallback <= MOE_BLOCK_SPARSE_TILE_64x64; ++fallback) {
+            const moei_variant* const t[] = {o, moei_sparse_fallback(&d, o, fallback)};
+            moei_sparse_plan p[2];
             moe_status s;
             size_t needed;
             if (o->shape.dtype != d.dtype) continue;
-            if (d.choice.tile && (d.choice.tile != o->tile || d.choice.rest != rest)) continue;
-            s = moei_block_plan_both(&d, t, 0, &needed, p);
+            if (d.choice.tile && (d.choice.tile != o->tile || d.choice.fallback_tile != fallback))
+                continue;
+            s = moei_sparse_plan_both(&d, t, 0, &needed, p);
             if (s != MOE_OK) { /* too many tiles of this shape */
                 refused = s;
                 continue;
@@ -212,21 +220,21 @@ MOE_HOST moe_status moe_block_sparse_workspace(const moe_block_sparse_desc* desc
 
 /* Writes zeros to the blocks of C that its mask leaves out; a thread block takes one after another.
    */
-typedef struct moei_block_zero_args {
-    moe_block_mask mask;
+typedef struct moei_sparse_zero_args {
+    moe_block_sparse_mask mask;
     char* c;
     int64_t stride;
     uint64_t* fault;
     int32_t rows, columns, bytes; /* blocks; bytes of an element */
-} moei_block_zero_args;
+} moei_sparse_zero_args;
 
-MOE_KERNEL(256, 1) moei_block_zero(MOE_ARG(moei_block_zero_args) d)
+MOE_KERNEL(256, 1) moei_sparse_zero(MOE_ARG(moei_sparse_zero_args) d)
 {
-    const moe_block_mask* m = &d.mask;
+    const moe_block_sparse_mask* m = &d.mask;
     const int64_t blocks = (int64_t)d.rows * d.columns;
-    moei_let_next_start();
-    moei_wait_for_previous();
-    if (moei_fault_stopped(d.fault)) return;
+    moe_pdl_trigger();
+    moe_pdl_wait();
+    if (moe_fault_stopped(d.fault)) return;
     for (int64_t b = blockIdx.x; b < blocks; b += gridDim.x) {
         const int i = (int)(b / d.columns), j = (int)(b % d.columns);
         const int row = i * m->block_rows, column = j * m->block_columns;
@@ -264,59 +272,59 @@ MOE_KERNEL(256, 1) moei_block_zero(MOE_ARG(moei_block_zero_args) d)
 
 /* A product with all but its stream settled, for the device that was current. */
 typedef struct moe_block_sparse_prepared {
-    moei_block_zero_args zero; /* each launch only where it is needed */
-    moei_launch zeroes;
+    moei_sparse_zero_args zero; /* each launch only where it is needed */
+    moe_launch zeroes;
     struct {
-        moei_block_args args;
-        moei_strips_args strips;
-        moei_launch lists, product;
-    } tile[2]; /* the second for the rest */
+        moei_sparse_args args;
+        moei_sparse_strips_args strips;
+        moe_launch lists, product;
+    } tile[2]; /* the second for the fallback */
 } moe_block_sparse_prepared;
 
 /* Settles the launch that writes zeros, for a checked descriptor. */
-MOE_HOST moe_status moei_block_prepare_zeroes(const moe_block_sparse_desc* d,
-                                              moe_block_sparse_prepared* p)
+MOE_HOST moe_status moei_sparse_prepare_zeroes(const moe_block_sparse_desc* d,
+                                               moe_block_sparse_prepared* p)
 {
-    moei_block_zero_args* z = &p->zero;
-    const int64_t rows = moe_num_blocks(d->m, d->mask.block_rows);
-    const int64_t blocks = rows * moe_num_blocks(d->n, d->mask.block_columns);
-    moei_launch_config c = moei_grid(blocks < 4096 ? blocks : 4096, 256, 0, 0);
+    moei_sparse_zero_args* z = &p->zero;
+    const int64_t rows = moe_block_sparse_count(d->m, d->mask.block_rows);
+    const int64_t blocks = rows * moe_block_sparse_count(d->n, d->mask.block_columns);
+    moe_launch_config c = moe_grid(blocks < 4096 ? blocks : 4096, 256, 0, 0);
     z->mask = d->mask;
     z->c = (char*)d->c;
     z->stride = d->c_stride;
     z->fault = d->fault;
     z->rows = (int32_t)rows;
-    z->columns = moe_num_blocks(d->n, d->mask.block_columns);
+    z->columns = moe_block_sparse_count(d->n, d->mask.block_columns);
     z->bytes = moe_dtype_bytes(d->c_dtype);
     c.dependent = 1;
-    return MOE_PREPARE(&p->zeroes, moei_block_zero, c);
+    return MOE_PREPARE(&p->zeroes, moei_sparse_zero, c);
 }
 
 /* Fills in *p, which is empty. */
-MOE_HOST moe_status moei_block_settle(const moe_block_sparse_desc* desc,
-                                      moe_block_sparse_prepared* p)
+MOE_HOST moe_status moei_sparse_resolve(const moe_block_sparse_desc* desc,
+                                        moe_block_sparse_prepared* p)
 {
     moe_block_sparse_desc d;
     const moei_variant* t[2];
-    moei_block_plan plan[2];
+    moei_sparse_plan plan[2];
     size_t bytes;
     d = *desc;
-    MOEI_TRY(moei_block_check_options(&d));
-    MOEI_TRY(moei_block_choose(&d, t));
-    if (d.m == 0 || d.n == 0) return moei_block_check_buffers(&d, 0);
-    MOEI_TRY(moei_block_plan_both(&d, t, (char*)d.workspace, &bytes, plan));
-    MOEI_TRY(moei_block_check_buffers(&d, bytes));
-    if (d.zero_masked) MOEI_TRY(moei_block_prepare_zeroes(&d, p));
+    MOE_TRY(moei_sparse_check_options(&d));
+    MOE_TRY(moei_sparse_choose(&d, t));
+    if (d.m == 0 || d.n == 0) return moei_sparse_check_buffers(&d, 0);
+    MOE_TRY(moei_sparse_plan_both(&d, t, (char*)d.workspace, &bytes, plan));
+    MOE_TRY(moei_sparse_check_buffers(&d, bytes));
+    if (d.zero_masked) MOE_TRY(moei_sparse_prepare_zeroes(&d, p));
     for (int i = 0; i < 2 && t[i]; ++i) {
         p->tile[i].args = plan[i].args;
         p->tile[i].strips = plan[i].strips;
         if (plan[i].num_strips) {
-            moei_launch_config c = moei_grid(plan[i].num_strips, MOEI_STRIPS_THREADS, 0, 0);
+            moe_launch_config c = moe_grid(plan[i].num_strips, MOEI_SPARSE_STRIPS_THREADS, 0, 0);
             c.dependent = 1;
-            MOEI_TRY(MOE_PREPARE(&p->tile[i].lists, moei_block_strips, c));
+            MOE_TRY(MOE_PREPARE(&p->tile[i].lists, moei_sparse_strips, c));
         }
         if (plan[i].tiles)
-            MOEI_TRY(moei_variant_prepare(&p->tile[i].product, t[i], plan[i].tiles, 0));
+            MOE_TRY(moei_variant_prepare(&p->tile[i].product, t[i], plan[i].tiles, 0));
     }
     return MOE_OK;
 }
@@ -327,18 +335,16 @@ MOE_HOST moe_status moei_block_settle(const moe_block_sparse_desc* desc,
 MOE_HOST moe_status moe_block_sparse_prepare(const moe_block_sparse_desc* desc,
                                              moe_block_sparse_prepared* p)
 {
-    MOEI_RETURN_PREPARED(desc, p, moei_block_settle(desc, p));
+    MOE_RETURN_PREPARED(desc, p, moei_sparse_resolve(desc, p));
 }
 
 /* Queues a prepared product on `stream`. */
 MOE_HOST moe_status moe_block_sparse_run(const moe_block_sparse_prepared* p, cudaStream_t stream)
 {
-    MOEI_REQUIRE(p, MOE_ERR_NULL, desc);
-    MOEI_TRY(MOE_RUN(&p->zeroes, p->zero, stream));
-    for (int i = 0; i < 2; ++i)
-        MOEI_TRY(MOE_RUN(&p->tile[i].lists, p->tile[i].strips, stream));
-    for (int i = 0; i < 2; ++i)
-        MOEI_TRY(MOE_RUN(&p->tile[i].product, p->tile[i].args, stream));
+    MOE_REQUIRE(p, MOE_ERR_NULL, desc);
+    MOE_TRY(MOE_RUN(&p->zeroes, p->zero, stream));
+    for (int i = 0; i < 2; ++i) MOE_TRY(MOE_RUN(&p->tile[i].lists, p->tile[i].strips, stream));
+    for (int i = 0; i < 2; ++i) MOE_TRY(MOE_RUN(&p->tile[i].product, p->tile[i].args, stream));
     return MOE_OK;
 }
 
@@ -346,46 +352,46 @@ MOE_HOST moe_status moe_block_sparse_run(const moe_block_sparse_prepared* p, cud
 MOE_HOST moe_status moe_block_sparse(const moe_block_sparse_desc* desc, cudaStream_t stream)
 {
     moe_block_sparse_prepared p;
-    MOEI_TRY(moe_block_sparse_prepare(desc, &p));
+    MOE_TRY(moe_block_sparse_prepare(desc, &p));
     return moe_block_sparse_run(&p, stream);
 }
 
 /* Times every tile that the device runs on this very call, mask and all, also with a smaller one
-   for the rest where strips are joined, and fills in the quickest. The one function here that is no
+   for the fallback where strips are joined, and fills in the quickest. The one function here that is no
    launch: it runs the product a few dozen times, C being written each time, makes and destroys two
    events, and waits for the stream. The workspace must do for any choice (desc->choice is not
    looked at). Not while a graph is captured. */
 MOE_HOST moe_status moe_block_sparse_tune(const moe_block_sparse_desc* desc, cudaStream_t stream,
-                                          moe_block_choice* choice)
+                                          moe_block_sparse_choice* choice)
 {
     moe_block_sparse_desc d;
-    moe_block_choice found;
+    moe_block_sparse_choice found;
     cudaEvent_t begin, end;
     moe_status status = MOE_OK;
     float best = 0.0f;
-    MOEI_REQUIRE(desc && choice, MOE_ERR_NULL, desc);
+    MOE_REQUIRE(desc && choice, MOE_ERR_NULL, desc);
     d = *desc;
     memset(&d.choice, 0, sizeof d.choice);
     memset(&found, 0, sizeof found);
     {
         size_t bytes;
-        MOEI_TRY(moe_block_sparse_workspace(&d, &bytes));
-        MOEI_TRY(moei_block_check(&d, bytes));
+        MOE_TRY(moe_block_sparse_workspace(&d, &bytes));
+        MOE_TRY(moei_sparse_check(&d, bytes));
     }
     d.fault = 0; /* a word that is set would stop them all; the calls to come tell */
-    MOEI_TRY_CUDA(cudaEventCreate(&begin));
-    status = moei_cuda_status(cudaEventCreate(&end));
+    MOE_TRY_CUDA(cudaEventCreate(&begin));
+    status = moe_cuda_status(cudaEventCreate(&end));
     if (status != MOE_OK) {
         cudaEventDestroy(begin);
         return status;
     }
-    for (int i = 0; i < 2 * MOE_BLOCK_TILE_64x64 && status == MOE_OK; ++i) {
-        const moei_variant* t = moei_block_variant(i / 2 + 1, d.dtype);
+    for (int i = 0; i < 2 * MOE_BLOCK_SPARSE_TILE_64x64 && status == MOE_OK; ++i) {
+        const moei_variant* t = moei_sparse_variant(i / 2 + 1, d.dtype);
         float quickest = 0.0f;
         if (!t) continue;
         d.choice.tile = t->tile;
-        d.choice.rest = i % 2 ? moei_block_low(&d) : 0;
-        if (i % 2 && !moei_block_rest(&d, t, d.choice.rest)) continue;
+        d.choice.fallback_tile = i % 2 ? moei_sparse_tile_of_blocks(&d) : 0;
+        if (i % 2 && !moei_sparse_fallback(&d, t, d.choice.fallback_tile)) continue;
         status = moe_block_sparse(&d, stream);
         if (moe_status_kind(status) == MOE_ERR_DEVICE) { /* not this one */
             status = MOE_OK;
@@ -393,11 +399,11 @@ MOE_HOST moe_status moe_block_sparse_tune(const moe_block_sparse_desc* desc, cud
         }
         for (int rep = 0; rep < 5 && status == MOE_OK; ++rep) {
             float ms = 0.0f;
-            status = moei_cuda_status(cudaEventRecord(begin, stream));
+            status = moe_cuda_status(cudaEventRecord(begin, stream));
             if (status == MOE_OK) status = moe_block_sparse(&d, stream);
-            if (status == MOE_OK) status = moei_cuda_status(cudaEventRecord(end, stream));
-            if (status == MOE_OK) status = moei_cuda_status(cudaEventSynchronize(end));
-            if (status == MOE_OK) status = moei_cuda_status(cudaEventElapsedTime(&ms, begin, end));
+            if (status == MOE_OK) status = moe_cuda_status(cudaEventRecord(end, stream));
+            if (status == MOE_OK) status = moe_cuda_status(cudaEventSynchronize(end));
+            if (status == MOE_OK) status = moe_cuda_status(cudaEventElapsedTime(&ms, begin, end));
             if (rep == 0 || ms < quickest) quickest = ms;
         }
         if (status == MOE_OK && (found.tile == 0 || quickest < best)) {
@@ -415,9 +421,9 @@ MOE_HOST moe_status moe_block_sparse_tune(const moe_block_sparse_desc* desc, cud
 /* Loads this header's kernels now. */
 MOE_HOST moe_status moe_block_sparse_preload(void)
 {
-    MOEI_TRY(moei_variant_preload(moei_block_variants));
-    MOEI_TRY(moei_preload((const void*)moei_block_zero));
-    return moei_preload((const void*)moei_block_strips);
+    MOE_TRY(moei_variant_preload(moei_sparse_variants));
+    MOE_TRY(moe_preload_kernel((const void*)moei_sparse_zero));
+    return moe_preload_kernel((const void*)moei_sparse_strips);
 }
 
 #endif

@@ -117,12 +117,12 @@ MOE_DEVICE const char* moe_combine_row(const moe_combine_args* d, int64_t slot)
     if (p.buffer == -1) return 0;
     if (p.buffer < 0 || p.buffer >= d->num_buffers || p.row < 0 ||
         (d->num_rows && p.row >= d->num_rows)) {
-        moei_fault_raise(d->fault, MOE_FAULT_BAD_PLACE, d->rank, slot);
+        moe_fault_raise(d->fault, MOE_FAULT_BAD_PLACE, d->rank, slot);
         return 0;
     }
     base = (const char*)(d->table ? d->table[p.buffer] : d->rows);
     if (!base || ((uintptr_t)base & (d->rows_dtype == MOE_FP32 ? 3 : 1)) != 0) {
-        moei_fault_raise(d->fault, MOE_FAULT_BAD_PLACE, d->rank, slot);
+        moe_fault_raise(d->fault, MOE_FAULT_BAD_PLACE, d->rank, slot);
         return 0;
     }
     return base + p.row * d->row_pitch;
@@ -132,14 +132,14 @@ MOE_DEVICE const char* moe_combine_row(const moe_combine_args* d, int64_t slot)
    many rows a single chain would round as often as there are rows. */
 #define MOEI_COMBINE_GROUP 8
 
-/* Where a thread's pieces of a token lie, and what is added to them. */
+/* Where a thread's vectors of a token lie, and what is added to them. */
 typedef struct moei_combine_piece {
     const moe_combine_source* source; /* the token's rows */
     int count;                        /* of them */
-    int h, span, hidden;              /* column of the first piece; from piece to piece; H */
+    int h, span, hidden;              /* column of the first vector; from vector to vector; H */
 } moei_combine_piece;
 
-/* Adds rows k0 .. k0 + rows to the pieces acc[0 .. cols) of a thread. All loads go out before the
+/* Adds rows k0 .. k0 + rows to the vectors acc[0 .. cols) of a thread. All loads go out before the
    first is used. full says that rows and columns are all there. rows_dtype, cols, rows and full are
    literals. */
 MOE_DEVICE void moei_combine_add(float acc[2][8], const moei_combine_piece p, int k0,
@@ -149,64 +149,64 @@ MOE_DEVICE void moei_combine_add(float acc[2][8], const moei_combine_piece p, in
     const int width = rows_dtype == MOE_FP32 ? 4 : 8; /* elements in 16 bytes of row */
     uint4 raw[2][8];
     float v[8], sum[2][8];
-    MOEI_UNROLL
+    MOE_UNROLL
     for (int u = 0; u < rows; ++u) {
-        MOEI_UNROLL
+        MOE_UNROLL
         for (int c = 0; c < cols; ++c)
             if (full || (k0 + u < p.count && p.h + c * p.span < p.hidden))
                 raw[c][u] =
                     moei_load16(p.source[k0 + u].row + (int64_t)(p.h + c * p.span) * (16 / width));
     }
-    MOEI_UNROLL
+    MOE_UNROLL
     for (int c = 0; c < cols; ++c) {
-        MOEI_UNROLL
+        MOE_UNROLL
         for (int i = 0; i < width; ++i) sum[c][i] = k0 ? 0.0f : acc[c][i];
     }
-    MOEI_UNROLL
+    MOE_UNROLL
     for (int u = 0; u < rows; ++u)
         if (full || k0 + u < p.count) {
             const float w = p.source[k0 + u].weight;
-            MOEI_UNROLL
+            MOE_UNROLL
             for (int c = 0; c < cols; ++c) {
                 moei_unpack_16(v, raw[c][u], rows_dtype);
-                MOEI_UNROLL
+                MOE_UNROLL
                 for (int i = 0; i < width; ++i) sum[c][i] = fmaf(w, v[i], sum[c][i]);
             }
         }
-    MOEI_UNROLL
+    MOE_UNROLL
     for (int c = 0; c < cols; ++c) {
-        MOEI_UNROLL
+        MOE_UNROLL
         for (int i = 0; i < width; ++i) acc[c][i] = k0 ? acc[c][i] + sum[c][i] : sum[c][i];
     }
 }
 
-/* The token's columns, 16 bytes of row at a time: a thread has `cols` such pieces at once, of
+/* The token's columns, 16 bytes of row at a time: a thread has `cols` such vectors at once, of
    `rows` rows under way together. rows_dtype, cols and rows are literals. */
 MOE_DEVICE void moei_combine_wide(const moe_combine_args* d, const moe_combine_source* source,
                                   int count, char* y, const char* residual, const int rows_dtype,
                                   const int cols, const int rows)
 {
     const int width = rows_dtype == MOE_FP32 ? 4 : 8, y_bytes = d->y_dtype == MOE_FP32 ? 4 : 2;
-    const int H = d->hidden, span = (int)blockDim.x * width;
-    for (int h = (int)threadIdx.x * width; h < H; h += cols * span) {
-        const moei_combine_piece p = {source, count, h, span, H};
+    const int hidden = d->hidden, span = (int)blockDim.x * width;
+    for (int h = (int)threadIdx.x * width; h < hidden; h += cols * span) {
+        const moei_combine_piece p = {source, count, h, span, hidden};
         float acc[2][8];
         int k0 = 0;
-        MOEI_UNROLL
+        MOE_UNROLL
         for (int c = 0; c < cols; ++c) {
-            MOEI_UNROLL
+            MOE_UNROLL
             for (int i = 0; i < width; ++i) acc[c][i] = 0.0f;
-            if (residual && h + c * span < H)
+            if (residual && h + c * span < hidden)
                 moei_load_some(acc[c], residual + (int64_t)(h + c * span) * y_bytes, d->y_dtype,
                                   width);
         }
-        if (h + (cols - 1) * span < H)
+        if (h + (cols - 1) * span < hidden)
             for (; k0 + rows <= count; k0 += rows)
                 moei_combine_add(acc, p, k0, rows_dtype, cols, rows, 1);
         for (; k0 < count; k0 += rows) moei_combine_add(acc, p, k0, rows_dtype, cols, rows, 0);
-        MOEI_UNROLL
+        MOE_UNROLL
         for (int c = 0; c < cols; ++c)
-            if (h + c * span < H)
+            if (h + c * span < hidden)
                 moei_store_some(y + (int64_t)(h + c * span) * y_bytes, acc[c], d->y_dtype,
                                    width);
     }
@@ -229,22 +229,23 @@ MOE_DEVICE_BODY void moe_combine_token(const moe_combine_args* d, int64_t t,
                                        moe_combine_shared* shared, moe_combine_source* source,
                                        const int rows_dtype)
 {
-    const int K = d->top_k, H = d->hidden, most = moe_combine_sources(d);
+    const int top_k = d->top_k, hidden = d->hidden, most = moe_combine_sources(d);
     char* y = (char*)d->y + t * d->y_pitch;
     const char* residual =
         d->residual ? (const char*)d->residual + t * d->residual_pitch : (const char*)0;
     int count = 0;
 
-    if (moei_warp() == 0) {
+    if (moe_warp() == 0) {
         bool narrow = false;
-        for (int k0 = 0; k0 < K; k0 += MOEI_WARP) {
-            const int k = k0 + moei_lane();
+        for (int k0 = 0; k0 < top_k; k0 += MOE_WARP_SIZE) {
+            const int k = k0 + moe_lane();
             const float w = /* fetched beside the row's address, not after it */
-                k < K && d->weights ? __uint_as_float(moei_load4_early(d->weights + t * K + k))
-                                    : 1.0f;
-            const char* row = k < K ? moe_combine_row(d, t * K + k) : (const char*)0;
-            const uint32_t live = __ballot_sync(MOEI_FULL, row != 0);
-            const int at = count + __popc(live & ((1u << moei_lane()) - 1u));
+                k < top_k && d->weights
+                    ? __uint_as_float(moei_load4_early(d->weights + t * top_k + k))
+                    : 1.0f;
+            const char* row = k < top_k ? moe_combine_row(d, t * top_k + k) : (const char*)0;
+            const uint32_t live = __ballot_sync(MOE_FULL_WARP, row != 0);
+            const int at = count + __popc(live & ((1u << moe_lane()) - 1u));
             if (row) {
                 source[at].row = row;
                 source[at].weight = w;
@@ -254,15 +255,15 @@ MOE_DEVICE_BODY void moe_combine_token(const moe_combine_args* d, int64_t t,
         }
         if (d->shared) {
             const char* row = (const char*)d->shared + t * d->shared_pitch;
-            if (moei_lane() == 0) {
+            if (moe_lane() == 0) {
                 source[count].row = row;
                 source[count].weight = d->shared_weight ? d->shared_weight[t] : 1.0f;
             }
             narrow |= ((uintptr_t)row & 15) != 0;
             ++count;
         }
-        narrow = __any_sync(MOEI_FULL, narrow) != 0;
-        if (moei_lane() == 0) {
+        narrow = __any_sync(MOE_FULL_WARP, narrow) != 0;
+        if (moe_lane() == 0) {
             shared->count = count;
             shared->narrow = narrow;
         }
@@ -270,16 +271,16 @@ MOE_DEVICE_BODY void moe_combine_token(const moe_combine_args* d, int64_t t,
     __syncthreads();
     count = shared->count;
     if (shared->narrow || (((uintptr_t)y | (uintptr_t)residual) & 15) != 0 ||
-        H % (rows_dtype == MOE_FP32 ? 4 : 8) != 0) {
-        for (int h = (int)threadIdx.x; h < H; h += (int)blockDim.x) {
-            float acc = residual ? moei_load_f32(residual, h, d->y_dtype) : 0.0f;
+        hidden % (rows_dtype == MOE_FP32 ? 4 : 8) != 0) {
+        for (int h = (int)threadIdx.x; h < hidden; h += (int)blockDim.x) {
+            float acc = residual ? moe_load_f32(residual, h, d->y_dtype) : 0.0f;
             for (int k0 = 0; k0 < count; k0 += MOEI_COMBINE_GROUP) {
                 float sum = k0 ? 0.0f : acc;
                 for (int k = k0; k < count && k < k0 + MOEI_COMBINE_GROUP; ++k)
-                    sum = fmaf(source[k].weight, moei_load_f32(source[k].row, h, rows_dtype), sum);
+                    sum = fmaf(source[k].weight, moe_load_f32(source[k].row, h, rows_dtype), sum);
                 acc = k0 ? acc + sum : sum;
             }
-            moei_store_f32(y, h, d->y_dtype, acc);
+            moe_store_f32(y, h, d->y_dtype, acc);
         }
     } else if (most <= 2) {
         moei_combine_wide(d, source, count, y, residual, rows_dtype, 2, 2);
@@ -299,16 +300,16 @@ MOE_DEVICE_BODY void moe_combine_token(const moe_combine_args* d, int64_t t,
 
 #define MOEI_COMBINE_LIST(X) X(fp32, MOE_FP32) X(fp16, MOE_FP16) X(bf16, MOE_BF16)
 
-#define MOEI_COMBINE_KERNEL(name, dtype)                                                          \
-    MOE_KERNEL(MOEI_COMBINE_THREADS, MOEI_COMBINE_BLOCKS)                                         \
-    moei_combine_##name(MOE_ARG(moe_combine_args) d)                                              \
-    {                                                                                             \
-        MOE_SHARED(moe_combine_shared, shared);                                                  \
-        MOE_SHARED_DYNAMIC(source); /* [moe_combine_sources(&d)] */                               \
-        moei_let_next_start();                                                                    \
-        moei_wait_for_previous();                                                                 \
-        if (!moei_fault_stopped(d.fault))                                                         \
-            moe_combine_token(&d, blockIdx.x, &shared, (moe_combine_source*)source, dtype);       \
+#define MOEI_COMBINE_KERNEL(name, dtype)                                                           \
+    MOE_KERNEL(MOEI_COMBINE_THREADS, MOEI_COMBINE_BLOCKS)                                          \
+    moei_combine_##name(MOE_ARG(moe_combine_args) d)                                               \
+    {                                                                                              \
+        MOE_SHARED(moe_combine_shared, shared);                                                    \
+        MOE_SHARED_DYNAMIC(source); /* [moe_combine_sources(&d)] */                                \
+        moe_pdl_trigger();                                                                         \
+        moe_pdl_wait();                                                                            \
+        if (!moe_fault_stopped(d.fault))                                                           \
+            moe_combine_token(&d, blockIdx.x, &shared, (moe_combine_source*)source, dtype);        \
     }
 MOEI_COMBINE_LIST(MOEI_COMBINE_KERNEL)
 #undef MOEI_COMBINE_KERNEL
@@ -316,32 +317,33 @@ MOEI_COMBINE_LIST(MOEI_COMBINE_KERNEL)
 /* Refuses sizes and options that the header does not offer, and fills in their defaults. */
 MOE_HOST moe_status moei_combine_check_options(moe_combine_desc* d)
 {
-    const int64_t T = d->num_tokens;
-    MOEI_REQUIRE(T >= 0, MOE_ERR_RANGE, num_tokens);
-    MOEI_REQUIRE(d->hidden >= 1 && d->hidden <= 1 << 28, MOE_ERR_RANGE, hidden);
-    MOEI_REQUIRE(d->top_k >= 1 && d->top_k <= MOE_COMBINE_MAX_TOP_K, MOE_ERR_RANGE, top_k);
+    const int64_t num_tokens = d->num_tokens;
+    MOE_REQUIRE(num_tokens >= 0, MOE_ERR_RANGE, num_tokens);
+    MOE_REQUIRE(d->hidden >= 1 && d->hidden <= 1 << 28, MOE_ERR_RANGE, hidden);
+    MOE_REQUIRE(d->top_k >= 1 && d->top_k <= MOE_COMBINE_MAX_TOP_K, MOE_ERR_RANGE, top_k);
     if (d->rows_dtype == 0) d->rows_dtype = MOE_BF16;
-    MOEI_REQUIRE(moe_dtype_bytes(d->rows_dtype), MOE_ERR_DTYPE, rows_dtype);
+    MOE_REQUIRE(moe_dtype_bytes(d->rows_dtype), MOE_ERR_DTYPE, rows_dtype);
     if (d->y_dtype == 0) d->y_dtype = d->rows_dtype;
-    MOEI_REQUIRE(moe_dtype_bytes(d->y_dtype), MOE_ERR_DTYPE, y_dtype);
+    MOE_REQUIRE(moe_dtype_bytes(d->y_dtype), MOE_ERR_DTYPE, y_dtype);
     if (d->row_stride == 0) d->row_stride = d->hidden;
     if (d->y_stride == 0) d->y_stride = d->hidden;
-    MOEI_REQUIRE(moei_stride_fits(d->y_stride, d->hidden, T), MOE_ERR_STRIDE, y_stride);
+    MOE_REQUIRE(moei_stride_fits(d->y_stride, d->hidden, num_tokens), MOE_ERR_STRIDE, y_stride);
     if (d->residual_stride == 0) d->residual_stride = d->hidden;
-    MOEI_REQUIRE(moei_stride_fits(d->residual_stride, d->hidden, T), MOE_ERR_STRIDE,
-                 residual_stride);
+    MOE_REQUIRE(moei_stride_fits(d->residual_stride, d->hidden, num_tokens), MOE_ERR_STRIDE,
+                residual_stride);
     if (d->shared_stride == 0) d->shared_stride = d->hidden;
-    MOEI_REQUIRE(moei_stride_fits(d->shared_stride, d->hidden, T), MOE_ERR_STRIDE, shared_stride);
-    MOEI_REQUIRE(d->shared || !d->shared_weight, MOE_ERR_CONFLICT, shared_weight);
+    MOE_REQUIRE(moei_stride_fits(d->shared_stride, d->hidden, num_tokens), MOE_ERR_STRIDE,
+                shared_stride);
+    MOE_REQUIRE(d->shared || !d->shared_weight, MOE_ERR_CONFLICT, shared_weight);
     MOEI_REQUIRE_RANK(d);
-    MOEI_REQUIRE(d->num_rows >= 0, MOE_ERR_RANGE, num_rows);
-    MOEI_REQUIRE(moei_stride_fits(d->row_stride, d->hidden, d->num_rows ? d->num_rows : 1 << 20),
-                 MOE_ERR_STRIDE, row_stride);
+    MOE_REQUIRE(d->num_rows >= 0, MOE_ERR_RANGE, num_rows);
+    MOE_REQUIRE(moei_stride_fits(d->row_stride, d->hidden, d->num_rows ? d->num_rows : 1 << 20),
+                MOE_ERR_STRIDE, row_stride);
     if (d->table) {
-        MOEI_REQUIRE(!d->rows, MOE_ERR_CONFLICT, rows);
-        MOEI_REQUIRE(d->num_buffers >= 1, MOE_ERR_RANGE, num_buffers);
+        MOE_REQUIRE(!d->rows, MOE_ERR_CONFLICT, rows);
+        MOE_REQUIRE(d->num_buffers >= 1, MOE_ERR_RANGE, num_buffers);
     } else {
-        MOEI_REQUIRE(d->num_buffers == 0 || d->num_buffers == 1, MOE_ERR_RANGE, num_buffers);
+        MOE_REQUIRE(d->num_buffers == 0 || d->num_buffers == 1, MOE_ERR_RANGE, num_buffers);
         d->num_buffers = 1;
     }
     return MOE_OK;
@@ -350,35 +352,35 @@ MOE_HOST moe_status moei_combine_check_options(moe_combine_desc* d)
 /* Refuses buffers that are absent, misaligned or overlap; options have been checked. */
 MOE_HOST moe_status moei_combine_check_buffers(const moe_combine_desc* d)
 {
-    const int64_t T = d->num_tokens, H = d->hidden;
-    const uint64_t slots = (uint64_t)T * (uint64_t)d->top_k;
+    const int64_t num_tokens = d->num_tokens, hidden = d->hidden;
+    const uint64_t slots = (uint64_t)num_tokens * (uint64_t)d->top_k;
     const uint32_t row_align = (uint32_t)moe_dtype_bytes(d->rows_dtype);
     const uint32_t y_align = (uint32_t)moe_dtype_bytes(d->y_dtype);
     const bool in_place = d->residual == d->y && d->residual_stride == d->y_stride;
-    const moei_buffer b[] = {
-        {d->table, (uint64_t)d->num_buffers * 8, 8, d->rows ? MOEI_READ : MOEI_REQUIRED,
+    const moe_buffer b[] = {
+        {d->table, (uint64_t)d->num_buffers * 8, 8, d->rows ? MOE_BUFFER_READ : MOE_BUFFER_REQUIRED,
          MOE_FIELD_table},
-        {d->rows, moei_extent(d->num_rows ? d->num_rows : 1, d->row_stride, H, d->rows_dtype),
-         row_align, MOEI_READ, MOE_FIELD_rows},
-        {d->place, slots * 8, 8, MOEI_REQUIRED, MOE_FIELD_place},
-        {d->weights, slots * 4, 4, MOEI_READ, MOE_FIELD_weights},
-        {d->residual, in_place ? 0 : moei_extent(T, d->residual_stride, H, d->y_dtype), y_align,
-         MOEI_READ, MOE_FIELD_residual},
-        {d->shared, moei_extent(T, d->shared_stride, H, d->rows_dtype), row_align, MOEI_READ,
-         MOE_FIELD_shared},
-        {d->shared_weight, (uint64_t)T * 4, 4, MOEI_READ, MOE_FIELD_shared_weight},
-        {d->y, moei_extent(T, d->y_stride, H, d->y_dtype), y_align, MOEI_REQUIRED | MOEI_WRITTEN,
-         MOE_FIELD_y},
-        {d->fault, 8, 8, MOEI_WRITTEN, MOE_FIELD_fault}};
+        {d->rows, moe_extent(d->num_rows ? d->num_rows : 1, d->row_stride, hidden, d->rows_dtype),
+         row_align, MOE_BUFFER_READ, MOE_FIELD_rows},
+        {d->place, slots * 8, 8, MOE_BUFFER_REQUIRED, MOE_FIELD_place},
+        {d->weights, slots * 4, 4, MOE_BUFFER_READ, MOE_FIELD_weights},
+        {d->residual, in_place ? 0 : moe_extent(num_tokens, d->residual_stride, hidden, d->y_dtype),
+         y_align, MOE_BUFFER_READ, MOE_FIELD_residual},
+        {d->shared, moe_extent(num_tokens, d->shared_stride, hidden, d->rows_dtype), row_align,
+         MOE_BUFFER_READ, MOE_FIELD_shared},
+        {d->shared_weight, (uint64_t)num_tokens * 4, 4, MOE_BUFFER_READ, MOE_FIELD_shared_weight},
+        {d->y, moe_extent(num_tokens, d->y_stride, hidden, d->y_dtype), y_align,
+         MOE_BUFFER_REQUIRED | MOE_BUFFER_WRITTEN, MOE_FIELD_y},
+        {d->fault, 8, 8, MOE_BUFFER_WRITTEN, MOE_FIELD_fault}};
     const int count = (int)(sizeof b / sizeof b[0]);
-    if (T == 0) return moei_check_buffers(b + count - 1, 1); /* the fault word alone */
-    return moei_check_buffers(b, count);
+    if (num_tokens == 0) return moe_check_buffers(b + count - 1, 1); /* the fault word alone */
+    return moe_check_buffers(b, count);
 }
 
 /* Refuses what the header does not offer, and fills in the defaults. */
 MOE_HOST moe_status moei_combine_check(moe_combine_desc* d)
 {
-    MOEI_TRY(moei_combine_check_options(d));
+    MOE_TRY(moei_combine_check_options(d));
     return moei_combine_check_buffers(d);
 }
 
@@ -388,9 +390,9 @@ MOE_HOST moe_status moe_combine_resolve(const moe_combine_desc* desc, moe_combin
 {
     moe_combine_desc d;
     int64_t row, y;
-    MOEI_REQUIRE(desc && args, MOE_ERR_NULL, desc);
+    MOE_REQUIRE(desc && args, MOE_ERR_NULL, desc);
     d = *desc;
-    MOEI_TRY(moei_combine_check(&d));
+    MOE_TRY(moei_combine_check(&d));
     row = moe_dtype_bytes(d.rows_dtype);
     y = moe_dtype_bytes(d.y_dtype);
     memset(args, 0, sizeof *args);
@@ -421,22 +423,23 @@ MOE_HOST moe_status moe_combine_resolve(const moe_combine_desc* desc, moe_combin
 /* A combine with all but its stream settled, for the device that was current. */
 typedef struct moe_combine_prepared {
     moe_combine_args args;
-    moei_launch launch;
+    moe_launch launch;
 } moe_combine_prepared;
 
 /* Fills in *p, which is empty. */
-MOE_HOST moe_status moei_combine_settle(const moe_combine_desc* desc, moe_combine_prepared* p)
+MOE_HOST moe_status moei_combine_resolve(const moe_combine_desc* desc, moe_combine_prepared* p)
 {
     const moe_combine_args* d = &p->args;
-    moei_launch_config c;
-    int threads, pieces;
-    MOEI_TRY(moe_combine_resolve(desc, &p->args));
+    moe_launch_config c;
+    int threads, vectors;
+    MOE_TRY(moe_combine_resolve(desc, &p->args));
     if (d->num_tokens == 0) return MOE_OK;
-    pieces = (d->hidden + 7) / 8 * (d->rows_dtype == MOE_FP32 ? 2 : 1); /* 16 bytes of a row each */
-    threads = ((moe_combine_sources(d) <= 2 ? (pieces + 1) / 2 : pieces) + 31) / 32 * 32;
+    vectors =
+        (d->hidden + 7) / 8 * (d->rows_dtype == MOE_FP32 ? 2 : 1); /* 16 bytes of a row each */
+    threads = ((moe_combine_sources(d) <= 2 ? (vectors + 1) / 2 : vectors) + 31) / 32 * 32;
     if (threads > MOEI_COMBINE_THREADS) threads = MOEI_COMBINE_THREADS;
-    c = moei_grid(d->num_tokens, threads,
-                  (size_t)moe_combine_sources(d) * sizeof(moe_combine_source), 0);
+    c = moe_grid(d->num_tokens, threads,
+                 (size_t)moe_combine_sources(d) * sizeof(moe_combine_source), 0);
     c.dependent = 1;
 #define MOEI_COMBINE_CASE(name, dtype)                                                            \
     if (d->rows_dtype == dtype) return MOE_PREPARE(&p->launch, moei_combine_##name, c);
@@ -449,13 +452,13 @@ MOE_HOST moe_status moei_combine_settle(const moe_combine_desc* desc, moe_combin
    descriptor as documented above, each with its own status. T = 0 is no error. */
 MOE_HOST moe_status moe_combine_prepare(const moe_combine_desc* desc, moe_combine_prepared* p)
 {
-    MOEI_RETURN_PREPARED(desc, p, moei_combine_settle(desc, p));
+    MOE_RETURN_PREPARED(desc, p, moei_combine_resolve(desc, p));
 }
 
 /* Queues a prepared combine on `stream`. */
 MOE_HOST moe_status moe_combine_run(const moe_combine_prepared* p, cudaStream_t stream)
 {
-    MOEI_REQUIRE(p, MOE_ERR_NULL, desc);
+    MOE_REQUIRE(p, MOE_ERR_NULL, desc);
     return MOE_RUN(&p->launch, p->args, stream);
 }
 
@@ -463,14 +466,15 @@ MOE_HOST moe_status moe_combine_run(const moe_combine_prepared* p, cudaStream_t 
 MOE_HOST moe_status moe_combine(const moe_combine_desc* desc, cudaStream_t stream)
 {
     moe_combine_prepared p;
-    MOEI_TRY(moe_combine_prepare(desc, &p));
+    MOE_TRY(moe_combine_prepare(desc, &p));
     return moe_combine_run(&p, stream);
 }
 
 /* Loads this header's kernels now. */
 MOE_HOST moe_status moe_combine_preload(void)
 {
-#define MOEI_COMBINE_LOAD(name, dtype) MOEI_TRY(moei_preload((const void*)moei_combine_##name));
+#define MOEI_COMBINE_LOAD(name, dtype)                                                             \
+    MOE_TRY(moe_preload_kernel((const void*)moei_combine_##name));
     MOEI_COMBINE_LIST(MOEI_COMBINE_LOAD)
 #undef MOEI_COMBINE_LOAD
     return MOE_OK;

@@ -79,11 +79,11 @@ typedef struct moe_combine_scatter_desc {
 /* ---- adding one row ---- */
 
 /* Products of 16 bytes of y: 4 or 8 (width, a literal) elements from column h of the row on. */
-typedef struct moei_scatter_piece {
+typedef struct moei_scatter_vector {
     uint4 raw[2];
-} moei_scatter_piece;
+} moei_scatter_vector;
 
-MOE_DEVICE void moei_scatter_load(moei_scatter_piece* p, const void* row, int h,
+MOE_DEVICE void moei_scatter_load(moei_scatter_vector* p, const void* row, int h,
                                   const int rows_dtype, const int width)
 {
     if (rows_dtype == MOE_FP32) {
@@ -97,22 +97,22 @@ MOE_DEVICE void moei_scatter_load(moei_scatter_piece* p, const void* row, int h,
     }
 }
 
-MOE_DEVICE void moei_scatter_add(void* y, int y_dtype, const moei_scatter_piece* p, int h,
+MOE_DEVICE void moei_scatter_add(void* y, int y_dtype, const moei_scatter_vector* p, int h,
                                  float weight, const int rows_dtype, const int width)
 {
     const uint32_t w[8] = {p->raw[0].x, p->raw[0].y, p->raw[0].z, p->raw[0].w,
                            p->raw[1].x, p->raw[1].y, p->raw[1].z, p->raw[1].w};
     float v[8];
-    MOEI_UNROLL
+    MOE_UNROLL
     for (int i = 0; i < width; i += 2) {
         if (rows_dtype == MOE_FP32) {
             v[i] = __uint_as_float(w[i]), v[i + 1] = __uint_as_float(w[i + 1]);
         } else {
-            const float2 f = moei_unpack2(w[i / 2], rows_dtype);
+            const float2 f = moe_unpack2(w[i / 2], rows_dtype);
             v[i] = f.x, v[i + 1] = f.y;
         }
     }
-    MOEI_UNROLL
+    MOE_UNROLL
     for (int i = 0; i < width; ++i) v[i] *= weight;
     if (width == 4)
         moei_add16_atomic((float*)y + h,
@@ -130,12 +130,12 @@ MOE_DEVICE void moei_scatter_wide(void* y, int y_dtype, const void* row, float w
 {
     const int step = threads * width;
     for (int h = thread * width; h < columns; h += 4 * step) {
-        moei_scatter_piece p[4];
-        MOEI_UNROLL
+        moei_scatter_vector p[4];
+        MOE_UNROLL
         for (int i = 0; i < 4; ++i)
             if (h + i * step < columns)
                 moei_scatter_load(&p[i], row, h + i * step, rows_dtype, width);
-        MOEI_UNROLL
+        MOE_UNROLL
         for (int i = 0; i < 4; ++i)
             if (h + i * step < columns)
                 moei_scatter_add(y, y_dtype, &p[i], h + i * step, weight, rows_dtype, width);
@@ -149,13 +149,13 @@ MOE_DEVICE void moei_scatter_narrow(void* y, int y_dtype, const void* row, int r
     const bool pairs = y_dtype != MOE_FP32 && ((uintptr_t)y & 3) == 0 && begin % 2 == 0;
     const int each = pairs ? 2 : 1;
     for (int i = begin + each * thread; i < columns; i += each * threads) {
-        const float v = weight * moei_load_f32(row, i, rows_dtype);
+        const float v = weight * moe_load_f32(row, i, rows_dtype);
         if (y_dtype == MOE_FP32) atomicAdd((float*)y + i, v);
         else if (pairs && i + 1 < columns)
             moei_add4_atomic((uint16_t*)y + i,
-                             moei_pack2(v, weight * moei_load_f32(row, i + 1, rows_dtype), y_dtype),
+                             moe_pack2(v, weight * moe_load_f32(row, i + 1, rows_dtype), y_dtype),
                              y_dtype);
-        else moei_add2_atomic((uint16_t*)y + i, moei_f32_to_half(v, y_dtype), y_dtype);
+        else moei_add2_atomic((uint16_t*)y + i, moe_f32_to_half(v, y_dtype), y_dtype);
     }
 }
 
@@ -204,7 +204,7 @@ typedef struct moei_scatter_args {
 /* First row and number of rows of an expert; false where they make no sense, which sets the fault
    word. All threads of the block call it and get one answer. */
 MOE_DEVICE bool moei_scatter_rows(const moe_combine_scatter_desc* d,
-                                  moei_block_scan_scratch* scratch, int e, int* begin, int* count)
+                                  moe_block_scan_scratch* scratch, int e, int* begin, int* count)
 {
     bool good;
     if (d->expert_offset) {
@@ -221,21 +221,21 @@ MOE_DEVICE bool moei_scatter_rows(const moe_combine_scatter_desc* d,
             if (n > 0) before += (unsigned)n;
             if (before > 0x7fffffffu) before = 0x80000000u; /* more than there can be rows */
         }
-        (void)moei_block_exclusive_scan((int)(before >> 16), scratch, &high);
-        (void)moei_block_exclusive_scan((int)before, scratch, &all);
+        (void)moe_block_exclusive_scan((int)(before >> 16), scratch, &high);
+        (void)moe_block_exclusive_scan((int)before, scratch, &all);
         *begin = all;
         *count = d->expert_count[e];
         good = high < 1 << 15 && /* the sum stays below 2^32 */
                *count >= 0 && (unsigned)all <= (unsigned)d->num_rows && *count <= d->num_rows - all;
     }
-    if (!good && threadIdx.x == 0) moei_fault_raise(d->fault, MOE_FAULT_BAD_OFFSET, d->rank, e);
+    if (!good && threadIdx.x == 0) moe_fault_raise(d->fault, MOE_FAULT_BAD_OFFSET, d->rank, e);
     return good;
 }
 
 /* A block adds one group of columns of some rows of expert blockIdx.y. A warp looks up to four rows
    up together, one in each of four lanes, and adds them one after the other. */
-MOE_DEVICE_BODY void moei_scatter_block(const moei_scatter_args* a,
-                                        moei_block_scan_scratch* scratch, const int rows_dtype)
+MOE_DEVICE_BODY void moei_scatter_block(const moei_scatter_args* a, moe_block_scan_scratch* scratch,
+                                        const int rows_dtype)
 {
     const moe_combine_scatter_desc* d = &a->d;
     const int e = (int)blockIdx.y, column = (int)blockIdx.z * a->columns;
@@ -250,34 +250,34 @@ MOE_DEVICE_BODY void moei_scatter_block(const moei_scatter_args* a,
     base = d->table ? (const char*)d->table[e]
                     : (const char*)d->rows + begin * d->row_stride * row_bytes;
     if (!base || ((uintptr_t)base & (uintptr_t)(row_bytes - 1)) != 0) {
-        if (threadIdx.x == 0) moei_fault_raise(d->fault, MOE_FAULT_BAD_TABLE, d->rank, e);
+        if (threadIdx.x == 0) moe_fault_raise(d->fault, MOE_FAULT_BAD_TABLE, d->rank, e);
         return;
     }
     /* after the checks, so that every run meets the same faults, whichever block is first */
-    if (moei_fault_stopped(d->fault)) return;
-    for (int64_t first = (int64_t)blockIdx.x * block_rows + moei_warp(); first < count;
+    if (moe_fault_stopped(d->fault)) return;
+    for (int64_t first = (int64_t)blockIdx.x * block_rows + moe_warp(); first < count;
          first += (int64_t)gridDim.x * block_rows) {
-        const int64_t mine = first + (int64_t)moei_lane() * MOEI_SCATTER_WARPS;
+        const int64_t mine = first + (int64_t)moe_lane() * MOEI_SCATTER_WARPS;
         int token = -1;
         float weight = 1.0f;
-        if (moei_lane() < MOEI_SCATTER_ROWS && mine < count) {
+        if (moe_lane() < MOEI_SCATTER_ROWS && mine < count) {
             const int64_t r = begin + mine;
             token = d->row_token ? d->row_token[r] : d->row_slot[r];
             if (d->row_weight) weight = d->row_weight[r];
             if (token >= 0 && d->row_slot) token /= d->top_k;
             if (token < -1 || token >= d->num_tokens) {
-                moei_fault_raise(d->fault, MOE_FAULT_BAD_ROW, d->rank, r);
+                moe_fault_raise(d->fault, MOE_FAULT_BAD_ROW, d->rank, r);
                 token = -1;
             }
         }
         for (int i = 0; i < MOEI_SCATTER_ROWS; ++i) {
-            const int t = __shfl_sync(MOEI_FULL, token, i);
-            const float w = __shfl_sync(MOEI_FULL, weight, i);
+            const int t = __shfl_sync(MOE_FULL_WARP, token, i);
+            const float w = __shfl_sync(MOE_FULL_WARP, weight, i);
             if (t < 0) continue;
             moe_add_row_atomic((char*)d->y + (t * d->y_stride + column) * y_bytes, d->y_dtype,
                                base + ((first + i * MOEI_SCATTER_WARPS) * d->row_stride + column) *
                                           row_bytes,
-                               rows_dtype, w, columns, moei_lane(), 32);
+                               rows_dtype, w, columns, moe_lane(), 32);
         }
     }
 }
@@ -291,14 +291,14 @@ MOE_DEVICE_BODY void moei_scatter_block(const moei_scatter_args* a,
 
 #define MOEI_SCATTER_LIST(X) X(fp32, MOE_FP32) X(fp16, MOE_FP16) X(bf16, MOE_BF16)
 
-#define MOEI_SCATTER_KERNEL(name, dtype)                                                          \
-    MOE_KERNEL(MOEI_SCATTER_THREADS, MOEI_SCATTER_BLOCKS)                                         \
-    moei_combine_scatter_##name(MOE_ARG(moei_scatter_args) a)                                     \
-    {                                                                                             \
-        MOE_SHARED(moei_block_scan_scratch, scratch);                                             \
-        moei_let_next_start();                                                                    \
-        moei_wait_for_previous();                                                                 \
-        moei_scatter_block(&a, &scratch, dtype);                                                  \
+#define MOEI_SCATTER_KERNEL(name, dtype)                                                           \
+    MOE_KERNEL(MOEI_SCATTER_THREADS, MOEI_SCATTER_BLOCKS)                                          \
+    moei_combine_scatter_##name(MOE_ARG(moei_scatter_args) a)                                      \
+    {                                                                                              \
+        MOE_SHARED(moe_block_scan_scratch, scratch);                                               \
+        moe_pdl_trigger();                                                                         \
+        moe_pdl_wait();                                                                            \
+        moei_scatter_block(&a, &scratch, dtype);                                                   \
     }
 MOEI_SCATTER_LIST(MOEI_SCATTER_KERNEL)
 #undef MOEI_SCATTER_KERNEL
@@ -308,55 +308,59 @@ MOEI_SCATTER_LIST(MOEI_SCATTER_KERNEL)
 /* Refuses sizes and options that the header does not offer, and fills in their defaults. */
 MOE_HOST moe_status moei_scatter_check_options(moe_combine_scatter_desc* d)
 {
-    const int64_t T = d->num_tokens, R = d->num_rows, E = d->num_experts;
+    const int64_t num_tokens = d->num_tokens, num_rows = d->num_rows, num_experts = d->num_experts;
     MOEI_REQUIRE_RANK(d);
-    MOEI_REQUIRE(T >= 0, MOE_ERR_RANGE, num_tokens);
-    MOEI_REQUIRE(d->hidden >= 1 && d->hidden <= 1 << 28, MOE_ERR_RANGE, hidden);
-    MOEI_REQUIRE(E >= 1 && E <= MOE_MAX_EXPERTS, MOE_ERR_RANGE, num_experts);
-    MOEI_REQUIRE(R >= 0, MOE_ERR_RANGE, num_rows);
-    MOEI_REQUIRE(d->max_rows >= 0, MOE_ERR_RANGE, max_rows);
-    if (d->max_rows == 0 || d->max_rows > R) d->max_rows = d->num_rows;
+    MOE_REQUIRE(num_tokens >= 0, MOE_ERR_RANGE, num_tokens);
+    MOE_REQUIRE(d->hidden >= 1 && d->hidden <= 1 << 28, MOE_ERR_RANGE, hidden);
+    MOE_REQUIRE(num_experts >= 1 && num_experts <= MOE_MAX_EXPERTS, MOE_ERR_RANGE, num_experts);
+    MOE_REQUIRE(num_rows >= 0, MOE_ERR_RANGE, num_rows);
+    MOE_REQUIRE(d->max_rows >= 0, MOE_ERR_RANGE, max_rows);
+    if (d->max_rows == 0 || d->max_rows > num_rows) d->max_rows = d->num_rows;
     if (d->rows_dtype == 0) d->rows_dtype = MOE_BF16;
-    MOEI_REQUIRE(moe_dtype_bytes(d->rows_dtype), MOE_ERR_DTYPE, rows_dtype);
+    MOE_REQUIRE(moe_dtype_bytes(d->rows_dtype), MOE_ERR_DTYPE, rows_dtype);
     if (d->y_dtype == 0) d->y_dtype = d->rows_dtype;
-    MOEI_REQUIRE(moe_dtype_bytes(d->y_dtype), MOE_ERR_DTYPE, y_dtype);
+    MOE_REQUIRE(moe_dtype_bytes(d->y_dtype), MOE_ERR_DTYPE, y_dtype);
     if (d->row_stride == 0) d->row_stride = d->hidden;
-    MOEI_REQUIRE(moei_stride_fits(d->row_stride, d->hidden, R), MOE_ERR_STRIDE, row_stride);
+    MOE_REQUIRE(moei_stride_fits(d->row_stride, d->hidden, num_rows), MOE_ERR_STRIDE, row_stride);
     if (d->y_stride == 0) d->y_stride = d->hidden;
-    MOEI_REQUIRE(moei_stride_fits(d->y_stride, d->hidden, T), MOE_ERR_STRIDE, y_stride);
-    MOEI_REQUIRE(!(d->table && d->rows), MOE_ERR_CONFLICT, rows);
-    MOEI_REQUIRE(!(d->row_token && d->row_slot), MOE_ERR_CONFLICT, row_slot);
-    MOEI_REQUIRE(!d->row_slot || d->top_k >= 1, MOE_ERR_RANGE, top_k);
+    MOE_REQUIRE(moei_stride_fits(d->y_stride, d->hidden, num_tokens), MOE_ERR_STRIDE, y_stride);
+    MOE_REQUIRE(!(d->table && d->rows), MOE_ERR_CONFLICT, rows);
+    MOE_REQUIRE(!(d->row_token && d->row_slot), MOE_ERR_CONFLICT, row_slot);
+    MOE_REQUIRE(!d->row_slot || d->top_k >= 1, MOE_ERR_RANGE, top_k);
     return MOE_OK;
 }
 
 /* Refuses buffers that are absent, misaligned or overlap; options have been checked. */
 MOE_HOST moe_status moei_scatter_check_buffers(const moe_combine_scatter_desc* d)
 {
-    const int64_t T = d->num_tokens, H = d->hidden;
-    const uint64_t R = (uint64_t)d->num_rows, E = (uint64_t)d->num_experts;
-    const moei_buffer b[] = {
-        {d->table, E * 8, 8, d->rows ? MOEI_READ : MOEI_REQUIRED, MOE_FIELD_table},
-        {d->rows, moei_extent(d->num_rows, d->row_stride, H, d->rows_dtype),
-         (uint32_t)moe_dtype_bytes(d->rows_dtype), MOEI_READ, MOE_FIELD_rows},
-        {d->expert_offset, E * 4 + 4, 4, d->expert_count ? MOEI_READ : MOEI_REQUIRED,
-         MOE_FIELD_expert_offset},
-        {d->expert_count, E * 4, 4, MOEI_READ, MOE_FIELD_expert_count},
-        {d->row_token, R * 4, 4, d->row_slot ? MOEI_READ : MOEI_REQUIRED, MOE_FIELD_row_token},
-        {d->row_slot, R * 4, 4, MOEI_READ, MOE_FIELD_row_slot},
-        {d->row_weight, R * 4, 4, MOEI_READ, MOE_FIELD_row_weight},
-        {d->y, moei_extent(T, d->y_stride, H, d->y_dtype), (uint32_t)moe_dtype_bytes(d->y_dtype),
-         MOEI_REQUIRED | MOEI_WRITTEN, MOE_FIELD_y},
-        {d->fault, 8, 8, MOEI_WRITTEN, MOE_FIELD_fault}};
+    const int64_t num_tokens = d->num_tokens, hidden = d->hidden;
+    const uint64_t num_rows = (uint64_t)d->num_rows, num_experts = (uint64_t)d->num_experts;
+    const moe_buffer b[] = {
+        {d->table, num_experts * 8, 8, d->rows ? MOE_BUFFER_READ : MOE_BUFFER_REQUIRED,
+         MOE_FIELD_table},
+        {d->rows, moe_extent(d->num_rows, d->row_stride, hidden, d->rows_dtype),
+         (uint32_t)moe_dtype_bytes(d->rows_dtype), MOE_BUFFER_READ, MOE_FIELD_rows},
+        {d->expert_offset, num_experts * 4 + 4, 4,
+         d->expert_count ? MOE_BUFFER_READ : MOE_BUFFER_REQUIRED, MOE_FIELD_expert_offset},
+        {d->expert_count, num_experts * 4, 4, MOE_BUFFER_READ, MOE_FIELD_expert_count},
+        {d->row_token, num_rows * 4, 4, d->row_slot ? MOE_BUFFER_READ : MOE_BUFFER_REQUIRED,
+         MOE_FIELD_row_token},
+        {d->row_slot, num_rows * 4, 4, MOE_BUFFER_READ, MOE_FIELD_row_slot},
+        {d->row_weight, num_rows * 4, 4, MOE_BUFFER_READ, MOE_FIELD_row_weight},
+        {d->y, moe_extent(num_tokens, d->y_stride, hidden, d->y_dtype),
+         (uint32_t)moe_dtype_bytes(d->y_dtype), MOE_BUFFER_REQUIRED | MOE_BUFFER_WRITTEN,
+         MOE_FIELD_y},
+        {d->fault, 8, 8, MOE_BUFFER_WRITTEN, MOE_FIELD_fault}};
     const int count = (int)(sizeof b / sizeof b[0]);
-    if (T == 0 || R == 0) return moei_check_buffers(b + count - 1, 1); /* the fault word alone */
-    return moei_check_buffers(b, count);
+    if (num_tokens == 0 || num_rows == 0)
+        return moe_check_buffers(b + count - 1, 1); /* the fault word alone */
+    return moe_check_buffers(b, count);
 }
 
 /* Refuses what the header does not offer, and fills in the defaults. */
 MOE_HOST moe_status moei_scatter_check(moe_combine_scatter_desc* d)
 {
-    MOEI_TRY(moei_scatter_check_options(d));
+    MOE_TRY(moei_scatter_check_options(d));
     return moei_scatter_check_buffers(d);
 }
 
@@ -371,43 +375,44 @@ MOE_HOST moe_status moei_scatter_check(moe_combine_scatter_desc* d)
    the device busy. */
 MOE_HOST int moei_scatter_columns(const moe_combine_scatter_desc* d, int sms)
 {
-    const int64_t H = d->hidden;
+    const int64_t hidden = d->hidden;
     const int64_t fit =
         MOE_SCATTER_Y_BYTES / ((int64_t)d->num_tokens * moe_dtype_bytes(d->y_dtype));
-    const int64_t spread = H * d->num_rows / ((int64_t)sms * 32); /* 32 warps a multiprocessor */
+    const int64_t spread =
+        hidden * d->num_rows / ((int64_t)sms * 32); /* 32 warps a multiprocessor */
     int64_t columns = fit < spread ? fit : spread, groups;
     if (columns < MOEI_SCATTER_LEAST) columns = MOEI_SCATTER_LEAST;
-    groups = (H + columns - 1) / columns;
+    groups = (hidden + columns - 1) / columns;
     if (groups > 1024) groups = 1024;
-    return (int)(((H + groups - 1) / groups + 255) / 256 * 256);
+    return (int)(((hidden + groups - 1) / groups + 255) / 256 * 256);
 }
 
 /* A scatter with all but its stream settled, for the device that was current. */
 typedef struct moe_combine_scatter_prepared {
     moei_scatter_args args;
-    moei_launch launch;
+    moe_launch launch;
 } moe_combine_scatter_prepared;
 
 /* Fills in *p, which is empty. */
-MOE_HOST moe_status moei_scatter_settle(const moe_combine_scatter_desc* desc,
-                                        moe_combine_scatter_prepared* p)
+MOE_HOST moe_status moei_scatter_resolve(const moe_combine_scatter_desc* desc,
+                                         moe_combine_scatter_prepared* p)
 {
     moei_scatter_args* a;
-    moei_launch_config c;
-    moei_device dev;
+    moe_launch_config c;
+    moe_device dev;
     int64_t blocks, most, groups;
     a = &p->args;
     a->d = *desc;
-    MOEI_TRY(moei_scatter_check(&a->d));
+    MOE_TRY(moei_scatter_check(&a->d));
     if (a->d.num_tokens == 0 || a->d.num_rows == 0) return MOE_OK;
-    MOEI_TRY(moei_device_query(&dev));
+    MOE_TRY(moe_device_query(&dev));
     a->columns = moei_scatter_columns(&a->d, dev.sms);
     groups = ((int64_t)a->d.hidden + a->columns - 1) / a->columns;
     blocks = ((int64_t)a->d.max_rows + MOEI_SCATTER_WARPS * MOEI_SCATTER_ROWS - 1) /
              (MOEI_SCATTER_WARPS * MOEI_SCATTER_ROWS);
     most = MOEI_SCATTER_GRID / (a->d.num_experts * groups);
     if (blocks > most) blocks = most;
-    c = moei_grid(blocks < 1 ? 1 : blocks, MOEI_SCATTER_THREADS, 0, 0);
+    c = moe_grid(blocks < 1 ? 1 : blocks, MOEI_SCATTER_THREADS, 0, 0);
     c.grid.y = (unsigned)a->d.num_experts;
     c.grid.z = (unsigned)groups;
     c.dependent = 1;
@@ -423,14 +428,14 @@ MOE_HOST moe_status moei_scatter_settle(const moe_combine_scatter_desc* desc,
 MOE_HOST moe_status moe_combine_scatter_prepare(const moe_combine_scatter_desc* desc,
                                                 moe_combine_scatter_prepared* p)
 {
-    MOEI_RETURN_PREPARED(desc, p, moei_scatter_settle(desc, p));
+    MOE_RETURN_PREPARED(desc, p, moei_scatter_resolve(desc, p));
 }
 
 /* Queues prepared additions on `stream`. */
 MOE_HOST moe_status moe_combine_scatter_run(const moe_combine_scatter_prepared* p,
                                             cudaStream_t stream)
 {
-    MOEI_REQUIRE(p, MOE_ERR_NULL, desc);
+    MOE_REQUIRE(p, MOE_ERR_NULL, desc);
     return MOE_RUN(&p->launch, p->args, stream);
 }
 
@@ -438,15 +443,15 @@ MOE_HOST moe_status moe_combine_scatter_run(const moe_combine_scatter_prepared* 
 MOE_HOST moe_status moe_combine_scatter(const moe_combine_scatter_desc* desc, cudaStream_t stream)
 {
     moe_combine_scatter_prepared p;
-    MOEI_TRY(moe_combine_scatter_prepare(desc, &p));
+    MOE_TRY(moe_combine_scatter_prepare(desc, &p));
     return moe_combine_scatter_run(&p, stream);
 }
 
 /* Loads this header's kernels now. */
 MOE_HOST moe_status moe_combine_scatter_preload(void)
 {
-#define MOEI_SCATTER_LOAD(name, dtype)                                                            \
-    MOEI_TRY(moei_preload((const void*)moei_combine_scatter_##name));
+#define MOEI_SCATTER_LOAD(name, dtype)                                                             \
+    MOE_TRY(moe_preload_kernel((const void*)moei_combine_scatter_##name));
     MOEI_SCATTER_LIST(MOEI_SCATTER_LOAD)
 #undef MOEI_SCATTER_LOAD
     return MOE_OK;

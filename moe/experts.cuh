@@ -87,16 +87,16 @@ MOE_HOST moe_status moei_experts_gemms(const moe_experts_desc* d, moe_grouped_ge
                                        moe_grouped_gemm_desc* down)
 {
     int64_t num_rows = d->num_rows;
-    MOEI_REQUIRE(d->num_tokens >= 0, MOE_ERR_RANGE, num_tokens);
-    MOEI_REQUIRE(d->top_k >= 1 || (d->top_k == 0 && !d->row_slot), MOE_ERR_RANGE, top_k);
-    MOEI_REQUIRE(d->num_rows >= 0, MOE_ERR_RANGE, num_rows);
+    MOE_REQUIRE(d->num_tokens >= 0, MOE_ERR_RANGE, num_tokens);
+    MOE_REQUIRE(d->top_k >= 1 || (d->top_k == 0 && !d->row_slot), MOE_ERR_RANGE, top_k);
+    MOE_REQUIRE(d->num_rows >= 0, MOE_ERR_RANGE, num_rows);
     if (num_rows == 0) num_rows = (int64_t)d->num_tokens * d->top_k;
-    MOEI_REQUIRE(num_rows <= 0x7fffffff, MOE_ERR_RANGE, num_tokens);
-    MOEI_REQUIRE(d->hidden >= 1, MOE_ERR_RANGE, hidden);
-    MOEI_REQUIRE(d->hidden % 8 == 0, MOE_ERR_MULTIPLE, hidden);
-    MOEI_REQUIRE(d->intermediate >= 1, MOE_ERR_RANGE, intermediate);
-    MOEI_REQUIRE(d->intermediate % 8 == 0, MOE_ERR_MULTIPLE, intermediate);
-    MOEI_REQUIRE(!d->row_slot || d->num_tokens > 0 || num_rows == 0, MOE_ERR_RANGE, num_tokens);
+    MOE_REQUIRE(num_rows <= 0x7fffffff, MOE_ERR_RANGE, num_tokens);
+    MOE_REQUIRE(d->hidden >= 1, MOE_ERR_RANGE, hidden);
+    MOE_REQUIRE(d->hidden % 8 == 0, MOE_ERR_MULTIPLE, hidden);
+    MOE_REQUIRE(d->intermediate >= 1, MOE_ERR_RANGE, intermediate);
+    MOE_REQUIRE(d->intermediate % 8 == 0, MOE_ERR_MULTIPLE, intermediate);
+    MOE_REQUIRE(!d->row_slot || d->num_tokens > 0 || num_rows == 0, MOE_ERR_RANGE, num_tokens);
     memset(up, 0, sizeof *up);
     up->a = d->x;
     up->a_stride = d->x_stride ? d->x_stride : d->hidden;
@@ -174,8 +174,8 @@ MOE_HOST moe_status moei_experts_rename(moe_status s, int is_up)
 MOE_HOST moe_status moei_experts_check_options(const moe_experts_desc* d, moe_grouped_gemm_desc* up,
                                                moe_grouped_gemm_desc* down)
 {
-    MOEI_TRY(moei_experts_gemms(d, up, down));
-    MOEI_TRY(moei_experts_rename(moei_gemm_check_options(up), 1));
+    MOE_TRY(moei_experts_gemms(d, up, down));
+    MOE_TRY(moei_experts_rename(moei_gemm_check_options(up), 1));
     return moei_experts_rename(moei_gemm_check_options(down), 0);
 }
 
@@ -184,36 +184,41 @@ MOE_HOST moe_status moei_experts_check_options(const moe_experts_desc* d, moe_gr
 MOE_HOST moe_status moei_experts_check_buffers(const moe_grouped_gemm_desc* up,
                                                const moe_grouped_gemm_desc* down)
 {
-    const int64_t E = up->num_experts, R = up->num_rows, H = up->k, I = up->n;
+    const int64_t num_experts = up->num_experts, num_rows = up->num_rows, hidden = up->k,
+                  intermediate = up->n;
     const int gated = moe_activation_is_gated(up->activation);
     const int separate = gated && up->gate_up == MOE_GATE_UP_SEPARATE;
-    const int64_t all_I = gated ? 2 * I : I; /* of gate and up */
-    const uint64_t w1 = moei_weight_extent(&up->b, E, separate ? I : all_I, H);
-    const uint64_t table = (uint64_t)E * 8;
-    const moei_buffer b[] = {
-        {up->a, moei_extent(up->a_rows, up->a_stride, H, up->dtype), 16, MOEI_REQUIRED,
+    const int64_t all_I = gated ? 2 * intermediate : intermediate; /* of gate and up */
+    const uint64_t w1 =
+        moei_weight_extent(&up->b, num_experts, separate ? intermediate : all_I, hidden);
+    const uint64_t table = (uint64_t)num_experts * 8;
+    const moe_buffer b[] = {
+        {up->a, moe_extent(up->a_rows, up->a_stride, hidden, up->dtype), 16, MOE_BUFFER_REQUIRED,
          MOE_FIELD_x},
-        {up->b.base, w1, 16, up->b.table ? MOEI_READ : MOEI_REQUIRED, MOE_FIELD_w1},
-        {up->b.up, w1, 16, separate && !up->b.up_table ? MOEI_REQUIRED : MOEI_READ, MOE_FIELD_w1},
-        {up->b.table, table, 8, MOEI_READ, MOE_FIELD_w1},
-        {up->b.up_table, table, 8, MOEI_READ, MOE_FIELD_w1},
-        {down->b.base, moei_weight_extent(&down->b, E, H, I), 16,
-         down->b.table ? MOEI_READ : MOEI_REQUIRED, MOE_FIELD_w2},
-        {down->b.table, table, 8, MOEI_READ, MOE_FIELD_w2},
-        {up->bias, (uint64_t)(E * all_I) * 2, 2, MOEI_READ, MOE_FIELD_bias1},
-        {down->bias, (uint64_t)(E * H) * 2, 2, MOEI_READ, MOE_FIELD_bias2},
-        {up->row_index, (uint64_t)R * 4, 4, MOEI_READ, MOE_FIELD_row_slot},
-        {down->c_table, table, 8, MOEI_READ, MOE_FIELD_rows},
-        {up->c, moei_extent(R, up->c_stride, I, up->dtype), 16, MOEI_REQUIRED | MOEI_WRITTEN,
-         MOE_FIELD_act},
-        {down->c, moei_extent(R, down->c_stride, H, down->c_dtype), 16,
-         down->c_table ? MOEI_WRITTEN : MOEI_REQUIRED | MOEI_WRITTEN, MOE_FIELD_rows},
-        {up->expert_offset, (uint64_t)E * 4 + 4, 4, E > 1 ? MOEI_REQUIRED : MOEI_READ,
-         MOE_FIELD_expert_offset},
-        {up->fault, 8, 8, MOEI_WRITTEN, MOE_FIELD_fault}};
+        {up->b.base, w1, 16, up->b.table ? MOE_BUFFER_READ : MOE_BUFFER_REQUIRED, MOE_FIELD_w1},
+        {up->b.up, w1, 16, separate && !up->b.up_table ? MOE_BUFFER_REQUIRED : MOE_BUFFER_READ,
+         MOE_FIELD_w1},
+        {up->b.table, table, 8, MOE_BUFFER_READ, MOE_FIELD_w1},
+        {up->b.up_table, table, 8, MOE_BUFFER_READ, MOE_FIELD_w1},
+        {down->b.base, moei_weight_extent(&down->b, num_experts, hidden, intermediate), 16,
+         down->b.table ? MOE_BUFFER_READ : MOE_BUFFER_REQUIRED, MOE_FIELD_w2},
+        {down->b.table, table, 8, MOE_BUFFER_READ, MOE_FIELD_w2},
+        {up->bias, (uint64_t)(num_experts * all_I) * 2, 2, MOE_BUFFER_READ, MOE_FIELD_bias1},
+        {down->bias, (uint64_t)(num_experts * hidden) * 2, 2, MOE_BUFFER_READ, MOE_FIELD_bias2},
+        {up->row_index, (uint64_t)num_rows * 4, 4, MOE_BUFFER_READ, MOE_FIELD_row_slot},
+        {down->c_table, table, 8, MOE_BUFFER_READ, MOE_FIELD_rows},
+        {up->c, moe_extent(num_rows, up->c_stride, intermediate, up->dtype), 16,
+         MOE_BUFFER_REQUIRED | MOE_BUFFER_WRITTEN, MOE_FIELD_act},
+        {down->c, moe_extent(num_rows, down->c_stride, hidden, down->c_dtype), 16,
+         down->c_table ? MOE_BUFFER_WRITTEN : MOE_BUFFER_REQUIRED | MOE_BUFFER_WRITTEN,
+         MOE_FIELD_rows},
+        {up->expert_offset, (uint64_t)num_experts * 4 + 4, 4,
+         num_experts > 1 ? MOE_BUFFER_REQUIRED : MOE_BUFFER_READ, MOE_FIELD_expert_offset},
+        {up->fault, 8, 8, MOE_BUFFER_WRITTEN, MOE_FIELD_fault}};
     const int count = (int)(sizeof b / sizeof b[0]);
-    if (R == 0) return moei_check_buffers(b + count - 2, 2); /* offsets and fault word alone */
-    return moei_check_buffers(b, count);
+    if (num_rows == 0)
+        return moe_check_buffers(b + count - 2, 2); /* offsets and fault word alone */
+    return moe_check_buffers(b, count);
 }
 
 /* Both products with all but their stream settled, for the device that was current. */
@@ -222,12 +227,12 @@ typedef struct moe_experts_prepared {
 } moe_experts_prepared;
 
 /* Fills in *p, which is empty. */
-MOE_HOST moe_status moei_experts_settle(const moe_experts_desc* desc, moe_experts_prepared* p)
+MOE_HOST moe_status moei_experts_resolve(const moe_experts_desc* desc, moe_experts_prepared* p)
 {
     moe_grouped_gemm_desc up, down;
-    MOEI_TRY(moei_experts_check_options(desc, &up, &down));
-    MOEI_TRY(moei_experts_rename(moei_gemm_settle(&up, &p->up), 1));
-    MOEI_TRY(moei_experts_rename(moei_gemm_settle(&down, &p->down), 0));
+    MOE_TRY(moei_experts_check_options(desc, &up, &down));
+    MOE_TRY(moei_experts_rename(moei_gemm_resolve(&up, &p->up), 1));
+    MOE_TRY(moei_experts_rename(moei_gemm_resolve(&down, &p->down), 0));
     return moei_experts_check_buffers(&up, &down);
 }
 
@@ -236,14 +241,14 @@ MOE_HOST moe_status moei_experts_settle(const moe_experts_desc* desc, moe_expert
    status. No rows is no error. */
 MOE_HOST moe_status moe_experts_prepare(const moe_experts_desc* desc, moe_experts_prepared* p)
 {
-    MOEI_RETURN_PREPARED(desc, p, moei_experts_settle(desc, p));
+    MOE_RETURN_PREPARED(desc, p, moei_experts_resolve(desc, p));
 }
 
 /* Queues both prepared products on `stream`. */
 MOE_HOST moe_status moe_experts_run(const moe_experts_prepared* p, cudaStream_t stream)
 {
-    MOEI_REQUIRE(p, MOE_ERR_NULL, desc);
-    MOEI_TRY(moe_grouped_gemm_run(&p->up, stream));
+    MOE_REQUIRE(p, MOE_ERR_NULL, desc);
+    MOE_TRY(moe_grouped_gemm_run(&p->up, stream));
     return moe_grouped_gemm_run(&p->down, stream);
 }
 
@@ -251,7 +256,7 @@ MOE_HOST moe_status moe_experts_run(const moe_experts_prepared* p, cudaStream_t 
 MOE_HOST moe_status moe_experts_up(const moe_experts_desc* desc, cudaStream_t stream)
 {
     moe_experts_prepared p;
-    MOEI_TRY(moe_experts_prepare(desc, &p));
+    MOE_TRY(moe_experts_prepare(desc, &p));
     return moe_grouped_gemm_run(&p.up, stream);
 }
 
@@ -259,7 +264,7 @@ MOE_HOST moe_status moe_experts_up(const moe_experts_desc* desc, cudaStream_t st
 MOE_HOST moe_status moe_experts_down(const moe_experts_desc* desc, cudaStream_t stream)
 {
     moe_experts_prepared p;
-    MOEI_TRY(moe_experts_prepare(desc, &p));
+    MOE_TRY(moe_experts_prepare(desc, &p));
     return moe_grouped_gemm_run(&p.down, stream);
 }
 
@@ -267,7 +272,7 @@ MOE_HOST moe_status moe_experts_down(const moe_experts_desc* desc, cudaStream_t 
 MOE_HOST moe_status moe_experts(const moe_experts_desc* desc, cudaStream_t stream)
 {
     moe_experts_prepared p;
-    MOEI_TRY(moe_experts_prepare(desc, &p));
+    MOE_TRY(moe_experts_prepare(desc, &p));
     return moe_experts_run(&p, stream);
 }
 
@@ -276,8 +281,8 @@ MOE_HOST moe_status moe_experts_plan(const moe_experts_desc* desc, moe_gemm_plan
                                      moe_gemm_plan* down)
 {
     moe_experts_prepared p;
-    MOEI_REQUIRE(desc && up && down, MOE_ERR_NULL, desc);
-    MOEI_TRY(moe_experts_prepare(desc, &p));
+    MOE_REQUIRE(desc && up && down, MOE_ERR_NULL, desc);
+    MOE_TRY(moe_experts_prepare(desc, &p));
     *up = p.up.plan;
     *down = p.down.plan;
     return MOE_OK;

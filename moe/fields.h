@@ -16,30 +16,42 @@
 #include "base/status.h"
 
 /* The fields a descriptor may have, named as the descriptors name them. */
-#define MOEI_FIELD_LIST(X)                                                                        \
-    X(desc) X(num_tokens) X(hidden) X(intermediate) X(num_experts) X(top_k) X(num_rows)           \
-    X(x) X(x_dtype) X(x_stride) X(y) X(y_dtype) X(y_stride) X(dtype)                              \
-    X(logits) X(logits_dtype) X(logits_stride) X(router) X(router_dtype) X(router_stride)         \
-    X(ids) X(weights) X(score) X(renormalize) X(scale)                                            \
-    X(expert_count) X(expert_offset) X(chunk_count) X(slot_row) X(row_slot) X(row_weight)         \
-    X(place) X(place_kind) X(table) X(num_buffers) X(rows) X(rows_dtype) X(row_stride)            \
-    X(residual) X(residual_stride) X(w1) X(w2) X(bias1) X(bias2) X(gate_up)                       \
-    X(act) X(act_stride) X(a) X(a_stride) X(a_major) X(b) X(b_stride) X(b_major)                  \
-    X(bias) X(c) X(c_dtype) X(c_stride) X(n) X(k) X(row_div) X(row_index)                         \
-    X(a_rows) X(tile) X(activation) X(alpha) X(limit)                                             \
-    X(temperature) X(noise) X(dropout) X(seed_offset) X(threshold) X(expert_bias)                 \
-    X(expert_off) X(token_off) X(num_groups) X(top_groups) X(prob_sum) X(whole_batch)             \
-    X(row_multiple) X(capacity) X(drop_rule) X(drop_count)                                        \
-    X(replica_offset) X(replica_expert) X(num_replicas) X(absent_replicas)                        \
-    X(row_token) X(max_rows) X(shared) X(shared_stride) X(shared_weight) X(gate) X(route)         \
-    X(op) X(m) X(mask) X(bytes) X(bits) X(row_offset) X(column_index) X(column_offset)            \
-    X(position) X(columns) X(block_rows) X(block_columns) X(max_blocks)              \
-    X(a_table) X(b_table) X(c_table) X(a_transposed) X(b_transposed) X(packed) X(zero_masked)     \
-    X(form) X(act_grad) X(dy) X(dx) X(dw1) X(dw2) X(dweights) X(dy_stride) X(dx_stride)           \
-    X(max_experts) X(choice) X(accumulate) X(a_index) X(b_index) X(b_rows) X(a_div)               \
-    X(b_div) X(c_expert_stride)                                                                   \
-    X(workspace) X(workspace_bytes) X(fault) X(rank) X(stage)                                     \
-    X(block) X(grad_dtype) X(grad_expert) X(saved) X(saved_bytes)
+#define MOEI_FIELD_LIST(X)                                                                         \
+    X(desc)                                                                                        \
+    X(num_tokens)                                                                                  \
+    X(hidden) X(intermediate) X(num_experts) X(top_k) X(num_rows) X(x) X(x_dtype) X(x_stride) X(   \
+        y) X(y_dtype) X(y_stride) X(dtype) X(logits) X(logits_dtype) X(logits_stride) X(router)    \
+        X(router_dtype) X(router_stride) X(ids) X(weights) X(score) X(renormalize) X(scale) X(     \
+            expert_count) X(expert_offset) X(chunk_count) X(slot_row) X(row_slot) X(row_weight)    \
+            X(place) X(place_kind) X(table) X(num_buffers) X(rows) X(rows_dtype) X(row_stride) X(  \
+                residual) X(residual_stride) X(w1) X(w2) X(bias1) X(bias2) X(gate_up) X(act)       \
+                X(act_stride) X(a) X(a_stride) X(a_major) X(b) X(b_stride) X(b_major) X(bias) X(   \
+                    c) X(c_dtype) X(c_stride) X(n) X(k) X(row_div) X(row_index) X(a_rows) X(tile)  \
+                    X(activation) X(alpha) X(limit) X(temperature) X(noise) X(dropout) X(          \
+                        seed_offset) X(threshold) X(expert_bias)                                   \
+                        X(expert_disabled) X(token_disabled) X(num_groups) X(                      \
+                            top_groups) X(prob_sum) X(whole_batch) X(row_multiple) X(capacity)     \
+                            X(drop_rule) X(drop_count) X(replica_offset)                           \
+                                X(replica_expert) X(num_replicas) X(absent_replicas) X(            \
+                                    row_token) X(max_rows) X(shared)                               \
+                                    X(shared_stride) X(shared_weight) X(gate) X(route) X(op) X(    \
+                                        m) X(mask) X(bytes) X(bits) X(row_offset) X(column_index)  \
+                                        X(column_offset) X(position) X(                            \
+                                            columns) X(block_rows) X(block_columns) X(max_blocks)  \
+                                            X(a_table) X(b_table) X(c_table) X(a_transposed) X(    \
+                                                b_transposed) X(packed)                            \
+                                                X(zero_masked) X(form) X(act_grad) X(dy) X(dx)     \
+                                                    X(dw1) X(dw2) X(dweights) X(dy_stride)         \
+                                                        X(dx_stride) X(max_experts) X(choice)      \
+                                                            X(accumulate) X(a_index) X(b_index)    \
+                                                                X(b_rows) X(a_div) X(b_div) X(     \
+                                                                    c_expert_stride) X(workspace)  \
+                                                                    X(workspace_bytes) X(fault)    \
+                                                                        X(rank) X(stage) X(block)  \
+                                                                            X(grad_dtype)          \
+                                                                                X(grad_expert) X(  \
+                                                                                    saved)         \
+                                                                                    X(saved_bytes)
 
 enum {
     MOE_FIELD_NONE,
@@ -96,13 +108,13 @@ MOE_HOST const char* moe_status_describe(moe_status s, char* text)
 }
 
 /* In a launch helper: refuse a rank that a fault word cannot hold. */
-#define MOEI_REQUIRE_RANK(d)                                                                      \
-    MOEI_REQUIRE((d)->rank >= 0 && (d)->rank <= MOE_FAULT_MAX_RANK, MOE_ERR_RANGE, rank)
+#define MOEI_REQUIRE_RANK(d)                                                                       \
+    MOE_REQUIRE((d)->rank >= 0 && (d)->rank <= MOE_FAULT_MAX_RANK, MOE_ERR_RANGE, rank)
 
 /* In a launch helper: refuse with this kind and field unless the condition holds. */
-#define MOEI_REQUIRE(cond, kind, field)                                                           \
-    do {                                                                                          \
-        if (!(cond)) return MOE_STATUS(kind, field);                                              \
+#define MOE_REQUIRE(cond, kind, field)                                                             \
+    do {                                                                                           \
+        if (!(cond)) return MOE_STATUS(kind, field);                                               \
     } while (0)
 
 #endif

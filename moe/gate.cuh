@@ -19,7 +19,7 @@
          the score (top-k softmax: the softmax over all), of a sigmoid its share of the token's sum
 
    Rules, each off where its field is 0, and in this order:
-     expert_off      these experts are not there, for any token
+     expert_disabled      these experts are not there, for any token
      dropout         each token misses each expert with this chance; a fresh draw for each pair
      temperature     l / temperature
      noise           + noise * n, n standard normal, a fresh draw for each token and expert
@@ -29,9 +29,9 @@
      num_groups,     the experts stand in groups, of which each token keeps top_groups: those with
      top_groups      the largest sums of their two best (score plus bias; equals: the lower group)
      threshold       sigmoid: a choice of a smaller score is not used
-     token_off       these tokens choose nothing and count for nothing
+     token_disabled       these tokens choose nothing and count for nothing
      whole_batch     the K experts with the largest sums of logits over all tokens (of the logits
-                     as given; expert_off is the one other rule for choosing) are chosen for all
+                     as given; expert_disabled is the one other rule for choosing) are chosen for all
                      tokens; weights by each token's own scores
    An unused choice has id -1 and weight 0: below the threshold, a sparsemax score of 0, or fewer
    than K experts left.
@@ -114,27 +114,26 @@ MOE_GATE_RULES_LIST(MOEI_GATE_CHECK)
 #undef MOEI_GATE_CHECK
 
 #define MOEI_GATE_KERNEL(most, depth, lanes, per_lane)                                             \
-    MOE_KERNEL(MOEI_GATE_THREADS, 1) moei_gate_##most##_##depth(MOE_ARG(moei_gate_args) d)          \
+    MOE_KERNEL(MOEI_GATE_THREADS, 1) moei_gate_##most##_##depth(MOE_ARG(moei_gate_args) d)         \
     {                                                                                              \
         MOE_SHARED_DYNAMIC(count);                                                                 \
-        moei_let_next_start();                                                                     \
+        moe_pdl_trigger();                                                                         \
         moei_gate_clear_counts(&d, (int*)count);                                                   \
-        moei_wait_for_previous();                                                                  \
-        if (!moei_fault_stopped(d.fault))                                                          \
-            moei_gate_block(&d, (int*)count, lanes, per_lane, depth);                              \
+        moe_pdl_wait();                                                                            \
+        if (!moe_fault_stopped(d.fault)) moei_gate_block(&d, (int*)count, lanes, per_lane, depth); \
     }
 MOE_GATE_LIST(MOEI_GATE_KERNEL)
 #undef MOEI_GATE_KERNEL
 
 #define MOEI_GATE_RULES_KERNEL(most, depth, lanes, per_lane, threads)                              \
-    MOE_KERNEL(threads, 1) moei_gate_rules_##most##_##depth(MOE_ARG(moei_gate_args) d)              \
+    MOE_KERNEL(threads, 1) moei_gate_rules_##most##_##depth(MOE_ARG(moei_gate_args) d)             \
     {                                                                                              \
         MOE_SHARED_DYNAMIC(memory);                                                                \
         moei_gate_shared s;                                                                        \
-        moei_let_next_start();                                                                     \
+        moe_pdl_trigger();                                                                         \
         moei_gate_carve(&s, memory, &d, (int)blockDim.x / 32, (int)blockDim.x / lanes, depth);     \
-        moei_wait_for_previous();                                                                  \
-        if (moei_fault_stopped(d.fault)) return;                                                   \
+        moe_pdl_wait();                                                                            \
+        if (moe_fault_stopped(d.fault)) return;                                                    \
         moei_gate_rules_begin(&d, &s);                                                             \
         moei_gate_rules_block(&d, &s, lanes, per_lane, depth);                                     \
     }
@@ -145,10 +144,10 @@ MOE_KERNEL(MOEI_GATE_ANY_THREADS, 1) moei_gate_any(MOE_ARG(moei_gate_args) d)
 {
     MOE_SHARED_DYNAMIC(memory);
     moei_gate_shared s;
-    moei_let_next_start();
+    moe_pdl_trigger();
     moei_gate_carve(&s, memory, &d, (int)blockDim.x / 32, 0, 0);
-    moei_wait_for_previous();
-    if (moei_fault_stopped(d.fault)) return;
+    moe_pdl_wait();
+    if (moe_fault_stopped(d.fault)) return;
     moei_gate_rules_begin(&d, &s);
     moei_gate_any_block(&d, &s);
 }
@@ -156,38 +155,38 @@ MOE_KERNEL(MOEI_GATE_ANY_THREADS, 1) moei_gate_any(MOE_ARG(moei_gate_args) d)
 MOE_KERNEL(MOEI_GATE_ANY_THREADS, 1) moei_gate_batch_sum(MOE_ARG(moei_gate_args) d)
 {
     MOE_SHARED_DYNAMIC(memory);
-    moei_let_next_start();
-    moei_wait_for_previous();
-    if (!moei_fault_stopped(d.fault)) moei_gate_batch_sum_block(&d, (float*)memory);
+    moe_pdl_trigger();
+    moe_pdl_wait();
+    if (!moe_fault_stopped(d.fault)) moei_gate_batch_sum_block(&d, (float*)memory);
 }
 
 typedef struct moei_gate_chunk_sums {
-    float sum[32][MOEI_WARP];
+    float sum[32][MOE_WARP_SIZE];
 } moei_gate_chunk_sums;
 
 /* prob_sum from the chunks' sums: 32 experts a block, a warp for every 32nd chunk. */
 MOE_KERNEL(1024, 1) moei_gate_sum_chunks(MOE_ARG(moei_gate_args) d)
 {
     MOE_SHARED(moei_gate_chunk_sums, s);
-    const int e = (int)blockIdx.x * MOEI_WARP + moei_lane(), E = d.num_experts;
+    const int e = (int)blockIdx.x * MOE_WARP_SIZE + moe_lane(), num_experts = d.num_experts;
     const int chunks = (int)moe_num_chunks(d.num_tokens);
     float sum = 0.0f;
-    moei_let_next_start();
-    moei_wait_for_previous();
-    if (moei_fault_stopped(d.fault)) return;
-    if (e < E) {
-        MOEI_UNROLL
+    moe_pdl_trigger();
+    moe_pdl_wait();
+    if (moe_fault_stopped(d.fault)) return;
+    if (e < num_experts) {
+        MOE_UNROLL
         for (int i = 0; i < MOE_MAX_CHUNKS / 32; ++i) {
-            const int c = i * 32 + moei_warp();
-            if (c < chunks) sum += moei_gate_prob_part(&d)[(int64_t)c * E + e];
+            const int c = i * 32 + moe_warp();
+            if (c < chunks) sum += moei_gate_prob_part(&d)[(int64_t)c * num_experts + e];
         }
     }
-    s.sum[moei_warp()][moei_lane()] = sum;
+    s.sum[moe_warp()][moe_lane()] = sum;
     __syncthreads();
-    if (moei_warp() == 0 && e < E) {
+    if (moe_warp() == 0 && e < num_experts) {
         sum = 0.0f;
-        MOEI_UNROLL
-        for (int w = 0; w < 32; ++w) sum += s.sum[w][moei_lane()];
+        MOE_UNROLL
+        for (int w = 0; w < 32; ++w) sum += s.sum[w][moe_lane()];
         d.prob_sum[e] = sum;
     }
 }
@@ -197,53 +196,52 @@ MOE_HOST int moei_gate_finite(float v) { return (moe_f32_bits(v) & 0x7f800000u) 
 /* Refuses sizes that a workspace query reads. */
 MOE_HOST moe_status moei_gate_check_sizes(const moe_gate_desc* d)
 {
-    MOEI_REQUIRE(d->num_tokens >= 0, MOE_ERR_RANGE, num_tokens);
-    MOEI_REQUIRE(d->num_experts >= 1 && d->num_experts <= MOE_MAX_EXPERTS, MOE_ERR_RANGE,
-                 num_experts);
+    MOE_REQUIRE(d->num_tokens >= 0, MOE_ERR_RANGE, num_tokens);
+    MOE_REQUIRE(d->num_experts >= 1 && d->num_experts <= MOE_MAX_EXPERTS, MOE_ERR_RANGE,
+                num_experts);
     return MOE_OK;
 }
 
 /* Refuses sizes and options that the header does not offer, and fills in their defaults. */
 MOE_HOST moe_status moei_gate_check_options(moe_gate_desc* d)
 {
-    MOEI_TRY(moei_gate_check_sizes(d));
-    MOEI_REQUIRE(d->top_k >= 1 && d->top_k <= d->num_experts, MOE_ERR_RANGE, top_k);
+    MOE_TRY(moei_gate_check_sizes(d));
+    MOE_REQUIRE(d->top_k >= 1 && d->top_k <= d->num_experts, MOE_ERR_RANGE, top_k);
     if (d->logits_dtype == 0) d->logits_dtype = MOE_FP32;
-    MOEI_REQUIRE(moe_dtype_bytes(d->logits_dtype), MOE_ERR_DTYPE, logits_dtype);
+    MOE_REQUIRE(moe_dtype_bytes(d->logits_dtype), MOE_ERR_DTYPE, logits_dtype);
     if (d->logits_stride == 0) d->logits_stride = d->num_experts;
-    MOEI_REQUIRE(moei_stride_fits(d->logits_stride, d->num_experts, d->num_tokens), MOE_ERR_STRIDE,
-                 logits_stride);
+    MOE_REQUIRE(moei_stride_fits(d->logits_stride, d->num_experts, d->num_tokens), MOE_ERR_STRIDE,
+                logits_stride);
     if (d->score == 0) d->score = MOE_SCORE_SOFTMAX;
-    MOEI_REQUIRE(d->score >= 0 && d->score <= MOE_SCORE_PIONEER, MOE_ERR_OPTION, score);
-    MOEI_REQUIRE(d->renormalize == 0 || d->renormalize == 1, MOE_ERR_OPTION, renormalize);
-    MOEI_REQUIRE(moei_gate_finite(d->scale), MOE_ERR_RANGE, scale);
+    MOE_REQUIRE(d->score >= 0 && d->score <= MOE_SCORE_PIONEER, MOE_ERR_OPTION, score);
+    MOE_REQUIRE(d->renormalize == 0 || d->renormalize == 1, MOE_ERR_OPTION, renormalize);
+    MOE_REQUIRE(moei_gate_finite(d->scale), MOE_ERR_RANGE, scale);
     if (d->scale == 0.0f) d->scale = 1.0f;
     if (d->temperature == 0.0f) d->temperature = 1.0f;
-    MOEI_REQUIRE(moei_gate_finite(d->temperature) && d->temperature >= 1e-30f &&
-                     d->temperature <= 1e30f,
-                 MOE_ERR_RANGE, temperature);
-    MOEI_REQUIRE(moei_gate_finite(d->noise) && d->noise >= 0.0f, MOE_ERR_RANGE, noise);
-    MOEI_REQUIRE(d->dropout >= 0.0f && d->dropout < 1.0f, MOE_ERR_RANGE, dropout);
-    MOEI_REQUIRE(d->threshold >= 0.0f && d->threshold < 1.0f, MOE_ERR_RANGE, threshold);
-    MOEI_REQUIRE(d->threshold == 0.0f || d->score == MOE_SCORE_SIGMOID, MOE_ERR_CONFLICT,
-                 threshold);
+    MOE_REQUIRE(moei_gate_finite(d->temperature) && d->temperature >= 1e-30f &&
+                    d->temperature <= 1e30f,
+                MOE_ERR_RANGE, temperature);
+    MOE_REQUIRE(moei_gate_finite(d->noise) && d->noise >= 0.0f, MOE_ERR_RANGE, noise);
+    MOE_REQUIRE(d->dropout >= 0.0f && d->dropout < 1.0f, MOE_ERR_RANGE, dropout);
+    MOE_REQUIRE(d->threshold >= 0.0f && d->threshold < 1.0f, MOE_ERR_RANGE, threshold);
+    MOE_REQUIRE(d->threshold == 0.0f || d->score == MOE_SCORE_SIGMOID, MOE_ERR_CONFLICT, threshold);
     if (d->num_groups == 0) d->num_groups = 1;
-    MOEI_REQUIRE(d->num_groups >= 1 && d->num_groups <= MOE_GATE_MAX_GROUPS &&
-                     d->num_experts % d->num_groups == 0,
-                 MOE_ERR_RANGE, num_groups);
+    MOE_REQUIRE(d->num_groups >= 1 && d->num_groups <= MOE_GATE_MAX_GROUPS &&
+                    d->num_experts % d->num_groups == 0,
+                MOE_ERR_RANGE, num_groups);
     if (d->top_groups == 0) d->top_groups = d->num_groups;
-    MOEI_REQUIRE(d->top_groups >= 1 && d->top_groups <= d->num_groups, MOE_ERR_RANGE, top_groups);
-    MOEI_REQUIRE(d->top_k <= d->num_experts / d->num_groups * d->top_groups, MOE_ERR_CONFLICT,
-                 top_groups);
+    MOE_REQUIRE(d->top_groups >= 1 && d->top_groups <= d->num_groups, MOE_ERR_RANGE, top_groups);
+    MOE_REQUIRE(d->top_k <= d->num_experts / d->num_groups * d->top_groups, MOE_ERR_CONFLICT,
+                top_groups);
     if (d->top_groups == d->num_groups) d->num_groups = d->top_groups = 1; /* all: no rule */
     MOEI_REQUIRE_RANK(d);
-    MOEI_REQUIRE(d->whole_batch == 0 || d->whole_batch == 1, MOE_ERR_OPTION, whole_batch);
+    MOE_REQUIRE(d->whole_batch == 0 || d->whole_batch == 1, MOE_ERR_OPTION, whole_batch);
     if (d->whole_batch) { /* rules for choosing that sums over all tokens have no use for */
-        MOEI_REQUIRE(d->noise == 0.0f, MOE_ERR_CONFLICT, noise);
-        MOEI_REQUIRE(d->dropout == 0.0f, MOE_ERR_CONFLICT, dropout);
-        MOEI_REQUIRE(d->threshold == 0.0f, MOE_ERR_CONFLICT, threshold);
-        MOEI_REQUIRE(!d->expert_bias, MOE_ERR_CONFLICT, expert_bias);
-        MOEI_REQUIRE(d->num_groups == 1, MOE_ERR_CONFLICT, num_groups);
+        MOE_REQUIRE(d->noise == 0.0f, MOE_ERR_CONFLICT, noise);
+        MOE_REQUIRE(d->dropout == 0.0f, MOE_ERR_CONFLICT, dropout);
+        MOE_REQUIRE(d->threshold == 0.0f, MOE_ERR_CONFLICT, threshold);
+        MOE_REQUIRE(!d->expert_bias, MOE_ERR_CONFLICT, expert_bias);
+        MOE_REQUIRE(d->num_groups == 1, MOE_ERR_CONFLICT, num_groups);
     }
     return MOE_OK;
 }
@@ -258,32 +256,33 @@ MOE_HOST uint64_t moei_gate_workspace(const moe_gate_desc* d)
 /* Refuses buffers that are absent, misaligned or overlap; options have been checked. */
 MOE_HOST moe_status moei_gate_check_buffers(const moe_gate_desc* d)
 {
-    const uint64_t T = (uint64_t)d->num_tokens, E = (uint64_t)d->num_experts;
-    const uint64_t slots = T * (uint64_t)d->top_k, workspace = moei_gate_workspace(d);
-    const moei_buffer b[] = {
-        {d->logits, moei_extent(d->num_tokens, d->logits_stride, d->num_experts, d->logits_dtype),
-         (uint32_t)moe_dtype_bytes(d->logits_dtype), MOEI_REQUIRED, MOE_FIELD_logits},
-        {d->expert_bias, E * 4, 4, MOEI_READ, MOE_FIELD_expert_bias},
-        {d->expert_off, E, 1, MOEI_READ, MOE_FIELD_expert_off},
-        {d->token_off, T, 1, MOEI_READ, MOE_FIELD_token_off},
-        {d->seed_offset, 8, 8, MOEI_READ, MOE_FIELD_seed_offset},
-        {d->ids, slots * 4, 4, MOEI_REQUIRED | MOEI_WRITTEN, MOE_FIELD_ids},
-        {d->weights, slots * 4, 4, MOEI_REQUIRED | MOEI_WRITTEN, MOE_FIELD_weights},
-        {d->expert_count, E * 4, 4, MOEI_WRITTEN, MOE_FIELD_expert_count},
-        {d->chunk_count, E * (uint64_t)moe_num_chunks(d->num_tokens) * 4, 4, MOEI_WRITTEN,
-         MOE_FIELD_chunk_count},
-        {d->prob_sum, E * 4, 4, MOEI_WRITTEN, MOE_FIELD_prob_sum},
-        {d->workspace, workspace, 16, MOEI_REQUIRED | MOEI_WRITTEN, MOE_FIELD_workspace},
-        {d->fault, 8, 8, MOEI_WRITTEN, MOE_FIELD_fault}};
-    MOEI_REQUIRE(!d->workspace || d->workspace_bytes >= workspace, MOE_ERR_WORKSPACE,
-                 workspace_bytes);
-    return moei_check_buffers(b, (int)(sizeof b / sizeof b[0]));
+    const uint64_t num_tokens = (uint64_t)d->num_tokens, num_experts = (uint64_t)d->num_experts;
+    const uint64_t slots = num_tokens * (uint64_t)d->top_k, workspace = moei_gate_workspace(d);
+    const moe_buffer b[] = {
+        {d->logits, moe_extent(d->num_tokens, d->logits_stride, d->num_experts, d->logits_dtype),
+         (uint32_t)moe_dtype_bytes(d->logits_dtype), MOE_BUFFER_REQUIRED, MOE_FIELD_logits},
+        {d->expert_bias, num_experts * 4, 4, MOE_BUFFER_READ, MOE_FIELD_expert_bias},
+        {d->expert_disabled, num_experts, 1, MOE_BUFFER_READ, MOE_FIELD_expert_disabled},
+        {d->token_disabled, num_tokens, 1, MOE_BUFFER_READ, MOE_FIELD_token_disabled},
+        {d->seed_offset, 8, 8, MOE_BUFFER_READ, MOE_FIELD_seed_offset},
+        {d->ids, slots * 4, 4, MOE_BUFFER_REQUIRED | MOE_BUFFER_WRITTEN, MOE_FIELD_ids},
+        {d->weights, slots * 4, 4, MOE_BUFFER_REQUIRED | MOE_BUFFER_WRITTEN, MOE_FIELD_weights},
+        {d->expert_count, num_experts * 4, 4, MOE_BUFFER_WRITTEN, MOE_FIELD_expert_count},
+        {d->chunk_count, num_experts * (uint64_t)moe_num_chunks(d->num_tokens) * 4, 4,
+         MOE_BUFFER_WRITTEN, MOE_FIELD_chunk_count},
+        {d->prob_sum, num_experts * 4, 4, MOE_BUFFER_WRITTEN, MOE_FIELD_prob_sum},
+        {d->workspace, workspace, 16, MOE_BUFFER_REQUIRED | MOE_BUFFER_WRITTEN,
+         MOE_FIELD_workspace},
+        {d->fault, 8, 8, MOE_BUFFER_WRITTEN, MOE_FIELD_fault}};
+    MOE_REQUIRE(!d->workspace || d->workspace_bytes >= workspace, MOE_ERR_WORKSPACE,
+                workspace_bytes);
+    return moe_check_buffers(b, (int)(sizeof b / sizeof b[0]));
 }
 
 /* Refuses what the header does not offer, and fills in the defaults. */
 MOE_HOST moe_status moei_gate_check(moe_gate_desc* d)
 {
-    MOEI_TRY(moei_gate_check_options(d));
+    MOE_TRY(moei_gate_check_options(d));
     return moei_gate_check_buffers(d);
 }
 
@@ -291,8 +290,8 @@ MOE_HOST moe_status moei_gate_check(moe_gate_desc* d)
 MOE_HOST int moei_gate_has_rules(const moe_gate_desc* d)
 {
     return d->score > MOE_SCORE_SIGMOID || d->temperature != 1.0f || d->noise > 0.0f ||
-           d->dropout > 0.0f || d->threshold > 0.0f || d->expert_bias || d->expert_off ||
-           d->token_off || d->num_groups > 1 || d->prob_sum || d->whole_batch;
+           d->dropout > 0.0f || d->threshold > 0.0f || d->expert_bias || d->expert_disabled ||
+           d->token_disabled || d->num_groups > 1 || d->prob_sum || d->whole_batch;
 }
 
 /* What the kernels take, from a checked descriptor. */
@@ -301,8 +300,8 @@ MOE_HOST moei_gate_args moei_gate_resolve(const moe_gate_desc* d)
     moei_gate_args a;
     a.logits = d->logits;
     a.expert_bias = d->expert_bias;
-    a.expert_off = d->expert_off;
-    a.token_off = d->token_off;
+    a.expert_disabled = d->expert_disabled;
+    a.token_disabled = d->token_disabled;
     a.seed_offset = d->seed_offset;
     a.logits_stride = d->logits_stride;
     a.ids = d->ids;
@@ -335,29 +334,29 @@ MOE_HOST moei_gate_args moei_gate_resolve(const moe_gate_desc* d)
 
 /* Sets the block, `threads` at most, so that its shared memory fits the device: lanes a token; 0
    where a warp has one and needs no more than its own part of it. */
-MOE_HOST moe_status moei_gate_fit(moei_launch_config* c, const moei_gate_args* a, int threads,
+MOE_HOST moe_status moei_gate_fit(moe_launch_config* c, const moei_gate_args* a, int threads,
                                   int lanes, int depth)
 {
-    const int64_t wanted = moe_chunk_tokens(a->num_tokens) * (lanes ? lanes : MOEI_WARP);
+    const int64_t wanted = moe_chunk_tokens(a->num_tokens) * (lanes ? lanes : MOE_WARP_SIZE);
     moei_gate_shared s;
-    moei_device device;
-    MOEI_TRY(moei_device_query(&device));
+    moe_device device;
+    MOE_TRY(moe_device_query(&device));
     if (threads > wanted) threads = (int)((wanted + 31) / 32 * 32);
     for (;; threads = (threads / 2 + 31) / 32 * 32) {
         c->smem = moei_gate_carve(&s, 0, a, threads / 32, lanes ? threads / lanes : 0, depth);
         if (c->smem <= (size_t)device.smem_block || threads <= 32) break;
     }
     c->block.x = (unsigned)threads;
-    MOEI_REQUIRE(c->smem <= (size_t)device.smem_block, MOE_ERR_DEVICE, num_experts);
+    MOE_REQUIRE(c->smem <= (size_t)device.smem_block, MOE_ERR_DEVICE, num_experts);
     return MOE_OK;
 }
 
 /* A gate with all but its stream settled, for the device that was current. */
 typedef struct moe_gate_prepared {
     moei_gate_args args;
-    moei_launch sum_batch; /* each launch only where the options need it */
-    moei_launch choose;
-    moei_launch sum_chunks;
+    moe_launch sum_batch; /* each launch only where the options need it */
+    moe_launch choose;
+    moe_launch sum_chunks;
 } moe_gate_prepared;
 
 /* Settles the launch that chooses and weighs. */
@@ -365,8 +364,7 @@ MOE_HOST moe_status moei_gate_prepare_choice(const moe_gate_desc* d, moe_gate_pr
 {
     const moei_gate_args* a = &p->args;
     const int64_t chunk = moe_chunk_tokens(d->num_tokens);
-    moei_launch_config c =
-        moei_grid(moe_num_chunks(d->num_tokens), 0, (size_t)d->num_experts * 4, 0);
+    moe_launch_config c = moe_grid(moe_num_chunks(d->num_tokens), 0, (size_t)d->num_experts * 4, 0);
     c.dependent = 1;
     (void)chunk; /* with no kernels in the list */
     if (!moei_gate_has_rules(d)) {
@@ -382,13 +380,13 @@ MOE_HOST moe_status moei_gate_prepare_choice(const moe_gate_desc* d, moe_gate_pr
     } else if (d->num_groups == 1 || d->num_experts / d->num_groups % 4 == 0) {
 #define MOEI_GATE_RULES_CASE(most, depth, lanes, per_lane, threads)                                \
     if (d->top_k <= depth && d->num_experts <= most) {                                             \
-        MOEI_TRY(moei_gate_fit(&c, a, threads, lanes, depth));                                     \
+        MOE_TRY(moei_gate_fit(&c, a, threads, lanes, depth));                                      \
         return MOE_PREPARE(&p->choose, moei_gate_rules_##most##_##depth, c);                       \
     }
         MOE_GATE_RULES_LIST(MOEI_GATE_RULES_CASE)
 #undef MOEI_GATE_RULES_CASE
     }
-    MOEI_TRY(moei_gate_fit(&c, a, MOEI_GATE_ANY_THREADS, 0, 0));
+    MOE_TRY(moei_gate_fit(&c, a, MOEI_GATE_ANY_THREADS, 0, 0));
     return MOE_PREPARE(&p->choose, moei_gate_any, c);
 }
 
@@ -396,30 +394,30 @@ MOE_HOST moe_status moei_gate_prepare_choice(const moe_gate_desc* d, moe_gate_pr
    whole_batch, else 0. Reads only the sizes and those two. */
 MOE_HOST moe_status moe_gate_workspace(const moe_gate_desc* desc, size_t* bytes)
 {
-    MOEI_REQUIRE(desc && bytes, MOE_ERR_NULL, desc);
-    MOEI_TRY(moei_gate_check_sizes(desc));
+    MOE_REQUIRE(desc && bytes, MOE_ERR_NULL, desc);
+    MOE_TRY(moei_gate_check_sizes(desc));
     *bytes = (size_t)moei_gate_workspace(desc);
     return MOE_OK;
 }
 
 /* Fills in *p, which is empty. */
-MOE_HOST moe_status moei_gate_settle(const moe_gate_desc* desc, moe_gate_prepared* p)
+MOE_HOST moe_status moei_gate_resolve(const moe_gate_desc* desc, moe_gate_prepared* p)
 {
     moe_gate_desc d;
-    moei_launch_config c = moei_grid(1, 32, 0, 0);
+    moe_launch_config c = moe_grid(1, 32, 0, 0);
     d = *desc;
-    MOEI_TRY(moei_gate_check(&d));
+    MOE_TRY(moei_gate_check(&d));
     p->args = moei_gate_resolve(&d);
     c.dependent = 1;
     if (moei_gate_has_rules(&d))
-        MOEI_TRY(moei_gate_fit(&c, &p->args, MOEI_WARP, 0, 0)); /* at all? */
+        MOE_TRY(moei_gate_fit(&c, &p->args, MOE_WARP_SIZE, 0, 0)); /* at all? */
     if (d.num_tokens == 0) return MOE_OK;
     if (d.whole_batch) {
         c.grid.x = (unsigned)moe_num_chunks(d.num_tokens);
-        MOEI_TRY(moei_gate_fit(&c, &p->args, MOEI_GATE_ANY_THREADS, 0, 0));
-        MOEI_TRY(MOE_PREPARE(&p->sum_batch, moei_gate_batch_sum, c));
+        MOE_TRY(moei_gate_fit(&c, &p->args, MOEI_GATE_ANY_THREADS, 0, 0));
+        MOE_TRY(MOE_PREPARE(&p->sum_batch, moei_gate_batch_sum, c));
     }
-    MOEI_TRY(moei_gate_prepare_choice(&d, p));
+    MOE_TRY(moei_gate_prepare_choice(&d, p));
     if (!d.prob_sum) return MOE_OK;
     c.grid.x = (unsigned)(d.num_experts + 31) / 32;
     c.block.x = 1024;
@@ -431,21 +429,21 @@ MOE_HOST moe_status moei_gate_settle(const moe_gate_desc* desc, moe_gate_prepare
    as documented above, each with its own status. */
 MOE_HOST moe_status moe_gate_prepare(const moe_gate_desc* desc, moe_gate_prepared* p)
 {
-    MOEI_RETURN_PREPARED(desc, p, moei_gate_settle(desc, p));
+    MOE_RETURN_PREPARED(desc, p, moei_gate_resolve(desc, p));
 }
 
 /* Queues a prepared gate on `stream`. T = 0 only clears expert_count and prob_sum. */
 MOE_HOST moe_status moe_gate_run(const moe_gate_prepared* p, cudaStream_t stream)
 {
     const moei_gate_args* a;
-    MOEI_REQUIRE(p, MOE_ERR_NULL, desc);
+    MOE_REQUIRE(p, MOE_ERR_NULL, desc);
     a = &p->args;
     if (a->expert_count)
-        MOEI_TRY_CUDA(cudaMemsetAsync(a->expert_count, 0, (size_t)a->num_experts * 4, stream));
+        MOE_TRY_CUDA(cudaMemsetAsync(a->expert_count, 0, (size_t)a->num_experts * 4, stream));
     if (a->prob_sum && a->num_tokens == 0)
-        MOEI_TRY_CUDA(cudaMemsetAsync(a->prob_sum, 0, (size_t)a->num_experts * 4, stream));
-    MOEI_TRY(MOE_RUN(&p->sum_batch, *a, stream));
-    MOEI_TRY(MOE_RUN(&p->choose, *a, stream));
+        MOE_TRY_CUDA(cudaMemsetAsync(a->prob_sum, 0, (size_t)a->num_experts * 4, stream));
+    MOE_TRY(MOE_RUN(&p->sum_batch, *a, stream));
+    MOE_TRY(MOE_RUN(&p->choose, *a, stream));
     return MOE_RUN(&p->sum_chunks, *a, stream);
 }
 
@@ -453,7 +451,7 @@ MOE_HOST moe_status moe_gate_run(const moe_gate_prepared* p, cudaStream_t stream
 MOE_HOST moe_status moe_gate(const moe_gate_desc* desc, cudaStream_t stream)
 {
     moe_gate_prepared p;
-    MOEI_TRY(moe_gate_prepare(desc, &p));
+    MOE_TRY(moe_gate_prepare(desc, &p));
     return moe_gate_run(&p, stream);
 }
 
@@ -461,16 +459,16 @@ MOE_HOST moe_status moe_gate(const moe_gate_desc* desc, cudaStream_t stream)
 MOE_HOST moe_status moe_gate_preload(void)
 {
 #define MOEI_GATE_LOAD(most, depth, ...)                                                           \
-    MOEI_TRY(moei_preload((const void*)moei_gate_##most##_##depth));
+    MOE_TRY(moe_preload_kernel((const void*)moei_gate_##most##_##depth));
 #define MOEI_GATE_RULES_LOAD(most, depth, ...)                                                     \
-    MOEI_TRY(moei_preload((const void*)moei_gate_rules_##most##_##depth));
+    MOE_TRY(moe_preload_kernel((const void*)moei_gate_rules_##most##_##depth));
     MOE_GATE_LIST(MOEI_GATE_LOAD)
     MOE_GATE_RULES_LIST(MOEI_GATE_RULES_LOAD)
 #undef MOEI_GATE_LOAD
 #undef MOEI_GATE_RULES_LOAD
-    MOEI_TRY(moei_preload((const void*)moei_gate_any));
-    MOEI_TRY(moei_preload((const void*)moei_gate_batch_sum));
-    return moei_preload((const void*)moei_gate_sum_chunks);
+    MOE_TRY(moe_preload_kernel((const void*)moei_gate_any));
+    MOE_TRY(moe_preload_kernel((const void*)moei_gate_batch_sum));
+    return moe_preload_kernel((const void*)moei_gate_sum_chunks);
 }
 
 #endif

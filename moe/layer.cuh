@@ -50,9 +50,9 @@ MOE_HOST moe_status moe_layer_workspace(const moe_layer_desc* desc, size_t* byte
 {
     moe_layer_view v;
     moei_layer_options o;
-    MOEI_REQUIRE(desc && bytes, MOE_ERR_NULL, desc);
+    MOE_REQUIRE(desc && bytes, MOE_ERR_NULL, desc);
     *bytes = 0;
-    MOEI_TRY(moei_layer_resolve(desc, &o));
+    MOE_TRY(moei_layer_resolve(desc, &o));
     moei_layer_carve(desc, &o, 0, &v, bytes);
     return MOE_OK;
 }
@@ -62,9 +62,9 @@ MOE_HOST moe_status moe_layer_get_view(const moe_layer_desc* desc, moe_layer_vie
 {
     size_t bytes;
     moei_layer_options o;
-    MOEI_REQUIRE(desc && view, MOE_ERR_NULL, desc);
-    MOEI_REQUIRE(desc->workspace, MOE_ERR_NULL, workspace);
-    MOEI_TRY(moei_layer_resolve(desc, &o));
+    MOE_REQUIRE(desc && view, MOE_ERR_NULL, desc);
+    MOE_REQUIRE(desc->workspace, MOE_ERR_NULL, workspace);
+    MOE_TRY(moei_layer_resolve(desc, &o));
     moei_layer_carve(desc, &o, desc->workspace, view, &bytes);
     return MOE_OK;
 }
@@ -80,26 +80,25 @@ typedef struct moe_layer_prepared {
 } moe_layer_prepared;
 
 /* Fills in *p, which is empty. */
-MOE_HOST moe_status moei_layer_settle(const moe_layer_desc* desc, moe_layer_prepared* p)
+MOE_HOST moe_status moei_layer_resolve(const moe_layer_desc* desc, moe_layer_prepared* p)
 {
     moei_layer_options o;
     moei_layer_stations l;
     moe_layer_view v;
     size_t bytes;
-    MOEI_TRY(moei_layer_resolve(desc, &o));
+    MOE_TRY(moei_layer_resolve(desc, &o));
     moei_layer_carve(desc, &o, desc->workspace, &v, &bytes);
     moei_layer_describe(desc, &o, &v, &l);
-    MOEI_TRY(moei_layer_check_options(desc, &o, &l));
-    MOEI_TRY(moei_layer_check_buffers(desc, &v, bytes)); /* the caller's own fields come first */
+    MOE_TRY(moei_layer_check_options(desc, &o, &l));
+    MOE_TRY(moei_layer_check_buffers(desc, &v, bytes)); /* the caller's own fields come first */
     p->has_router = o.has_router;
     p->has_gate = o.has_gate;
     p->has_shared = o.has_shared;
-    if (o.has_router) MOEI_TRY(moe_router_prepare(&l.router, &p->router));
-    if (o.has_gate) MOEI_TRY(moe_gate_prepare(&l.gate, &p->gate));
-    MOEI_TRY(moe_route_prepare(&l.route, &p->route));
-    MOEI_TRY(moe_experts_prepare(&l.experts, &p->experts));
-    if (o.has_shared)
-        MOEI_TRY(moei_layer_rename_shared(moe_experts_prepare(&l.shared, &p->shared)));
+    if (o.has_router) MOE_TRY(moe_router_prepare(&l.router, &p->router));
+    if (o.has_gate) MOE_TRY(moe_gate_prepare(&l.gate, &p->gate));
+    MOE_TRY(moe_route_prepare(&l.route, &p->route));
+    MOE_TRY(moe_experts_prepare(&l.experts, &p->experts));
+    if (o.has_shared) MOE_TRY(moei_layer_rename_shared(moe_experts_prepare(&l.shared, &p->shared)));
     return moe_combine_prepare(&l.combine, &p->combine);
 }
 
@@ -108,14 +107,14 @@ MOE_HOST moe_status moei_layer_settle(const moe_layer_desc* desc, moe_layer_prep
    its own status. T = 0 is no error. */
 MOE_HOST moe_status moe_layer_prepare(const moe_layer_desc* desc, moe_layer_prepared* p)
 {
-    MOEI_RETURN_PREPARED(desc, p, moei_layer_settle(desc, p));
+    MOE_RETURN_PREPARED(desc, p, moei_layer_resolve(desc, p));
 }
 
 /* Queues one stage of a prepared layer on `stream`: for timing, or to put work of one's own between
    stages. All stages in order are moe_layer_run. */
 MOE_HOST moe_status moe_layer_run_stage(const moe_layer_prepared* p, int stage, cudaStream_t stream)
 {
-    MOEI_REQUIRE(p, MOE_ERR_NULL, desc);
+    MOE_REQUIRE(p, MOE_ERR_NULL, desc);
     switch (stage) {
     case MOE_LAYER_ROUTER: return p->has_router ? moe_router_run(&p->router, stream) : MOE_OK;
     case MOE_LAYER_GATE: return p->has_gate ? moe_gate_run(&p->gate, stream) : MOE_OK;
@@ -134,9 +133,9 @@ MOE_HOST moe_status moe_layer_run_stage(const moe_layer_prepared* p, int stage, 
 /* Queues a prepared layer on `stream`. */
 MOE_HOST moe_status moe_layer_run(const moe_layer_prepared* p, cudaStream_t stream)
 {
-    MOEI_REQUIRE(p, MOE_ERR_NULL, desc);
+    MOE_REQUIRE(p, MOE_ERR_NULL, desc);
     for (int stage = 0; stage < MOE_LAYER_STAGES; ++stage)
-        MOEI_TRY(moe_layer_run_stage(p, stage, stream));
+        MOE_TRY(moe_layer_run_stage(p, stage, stream));
     return MOE_OK;
 }
 
@@ -144,7 +143,7 @@ MOE_HOST moe_status moe_layer_run(const moe_layer_prepared* p, cudaStream_t stre
 MOE_HOST moe_status moe_layer_forward(const moe_layer_desc* desc, cudaStream_t stream)
 {
     moe_layer_prepared p;
-    MOEI_TRY(moe_layer_prepare(desc, &p));
+    MOE_TRY(moe_layer_prepare(desc, &p));
     return moe_layer_run(&p, stream);
 }
 
@@ -153,8 +152,8 @@ MOE_HOST moe_status moe_layer_plan(const moe_layer_desc* desc, moe_gemm_plan* up
                                    moe_gemm_plan* down)
 {
     moe_layer_prepared p;
-    MOEI_REQUIRE(desc && up && down, MOE_ERR_NULL, desc);
-    MOEI_TRY(moe_layer_prepare(desc, &p));
+    MOE_REQUIRE(desc && up && down, MOE_ERR_NULL, desc);
+    MOE_TRY(moe_layer_prepare(desc, &p));
     *up = p.experts.up.plan;
     *down = p.experts.down.plan;
     return MOE_OK;
@@ -164,10 +163,10 @@ MOE_HOST moe_status moe_layer_plan(const moe_layer_desc* desc, moe_gemm_plan* up
    the GPU: a first launch under lazy loading synchronises. */
 MOE_HOST moe_status moe_layer_preload(void)
 {
-    MOEI_TRY(moe_router_preload());
-    MOEI_TRY(moe_gate_preload());
-    MOEI_TRY(moe_route_preload());
-    MOEI_TRY(moe_grouped_gemm_preload());
+    MOE_TRY(moe_router_preload());
+    MOE_TRY(moe_gate_preload());
+    MOE_TRY(moe_route_preload());
+    MOE_TRY(moe_grouped_gemm_preload());
     return moe_combine_preload();
 }
 

@@ -13,9 +13,9 @@
    gemm/k_grouped.cuh as well calls moe_k_grouped_gemm_preload. */
 MOE_HOST moe_status moe_preload(void)
 {
-    MOEI_TRY(moe_layer_preload());
-    MOEI_TRY(moe_permute_preload());
-    MOEI_TRY(moe_combine_scatter_preload());
+    MOE_TRY(moe_layer_preload());
+    MOE_TRY(moe_permute_preload());
+    MOE_TRY(moe_combine_scatter_preload());
     return moe_block_layer_preload();
 }
 

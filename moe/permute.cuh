@@ -64,12 +64,12 @@ typedef struct moe_permute_desc {
 } moe_permute_desc;
 
 #define MOEI_PERMUTE_THREADS 256 /* of a block, at most */
-#define MOEI_PERMUTE_ROWS 8      /* rows of which a thread has a piece under way, gathering, */
+#define MOEI_PERMUTE_ROWS 8      /* rows of which a thread has a vector under way, gathering, */
 #define MOEI_PERMUTE_TOKENS 4    /* and by token */
 #define MOEI_PERMUTE_LIST 2048   /* rows of its tokens that a block looks up at once */
 
-/* A row is cut into pieces of 16 bytes, or 8, 4, 2, the same for all rows. `lanes` neighbouring
-   threads have neighbouring pieces of a row: all of it, or one of its `columns` where it is longer
+/* A row is cut into vectors of 16 bytes, or 8, 4, 2, the same for all rows. `lanes` neighbouring
+   threads have neighbouring vectors of a row: all of it, or one of its `columns` where it is longer
    than a block. A block does `groups` rows side by side, several times. */
 typedef struct moei_permute_args {
     const char* x;
@@ -81,7 +81,7 @@ typedef struct moei_permute_args {
     int64_t count;            /* rows of y; by token: tokens */
     int64_t limit;            /* entries of index are below it */
     uint32_t div;             /* an entry is a row of x times div; by token: top_k */
-    int32_t pieces;           /* of a row */
+    int32_t vectors;          /* of a row */
     int32_t lanes;            /* a power of two where groups is not 1 */
     int32_t lanes_log2;
     int32_t groups;
@@ -94,7 +94,7 @@ typedef struct moei_permute_args {
 typedef struct moei_permute_at {
     int64_t row0; /* the block's first row of y, or token */
     int group;
-    int piece; /* of each of its rows; the row may have fewer */
+    int vector; /* of each of its rows; the row may have fewer */
 } moei_permute_at;
 
 MOE_DEVICE moei_permute_at moei_permute_find(const moei_permute_args* a, const int rows)
@@ -108,11 +108,11 @@ MOE_DEVICE moei_permute_at moei_permute_find(const moei_permute_args* a, const i
     }
     at.row0 = (int64_t)block * (a->groups * rows);
     at.group = a->groups > 1 ? (int)(threadIdx.x >> a->lanes_log2) : 0;
-    at.piece = (int)column * a->lanes + lane;
+    at.vector = (int)column * a->lanes + lane;
     return at;
 }
 
-/* One piece; width is a literal. Words past it are 0. */
+/* One vector; width is a literal. Words past it are 0. */
 MOE_DEVICE uint4 moei_permute_load(const char* p, const int width)
 {
     uint4 v = make_uint4(0, 0, 0, 0);
@@ -142,12 +142,12 @@ MOE_DEVICE void moei_permute_copy(char* y, const char* x, int64_t bytes, int thr
     const int64_t step = (int64_t)threads * width;
     for (int64_t i = (int64_t)thread * width; i < bytes; i += 4 * step) {
         uint4 v[4];
-        MOEI_UNROLL
+        MOE_UNROLL
         for (int u = 0; u < 4; ++u) {
             v[u] = make_uint4(0, 0, 0, 0);
             if (x && i + u * step < bytes) v[u] = moei_permute_load(x + i + u * step, width);
         }
-        MOEI_UNROLL
+        MOE_UNROLL
         for (int u = 0; u < 4; ++u)
             if (i + u * step < bytes) moei_permute_store(y + i + u * step, v[u], width);
     }
@@ -155,7 +155,7 @@ MOE_DEVICE void moei_permute_copy(char* y, const char* x, int64_t bytes, int thr
 
 /* y[0 .. bytes) = x[0 .. bytes), zeros where x is null: one row, for kernels of your own. `threads`
    threads share the work and this one is number `thread` of them: (lane, 32) for a warp,
-   (threadIdx.x, blockDim.x) for a block. A thread has four pieces under way. No barrier, no shared
+   (threadIdx.x, blockDim.x) for a block. A thread has four vectors under way. No barrier, no shared
    memory, and they need not come together; whoever reads y by other threads puts a barrier between.
    y and x do not overlap and are aligned to 2 bytes, and bytes is even; 16 (8, 4) bytes at a time
    where both begin at multiples of 16 (8, 4), what is left at the end 2 at a time. */
@@ -174,32 +174,32 @@ MOE_DEVICE void moe_copy_row(void* y, const void* x, int64_t bytes, int thread, 
         moei_permute_copy(to + done, from ? from + done : 0, bytes - done, thread, threads, 2);
 }
 
-/* Gathers rows: y[i, :] = x[index[i] / div, :]. A thread looks its rows up, then loads a piece of
+/* Gathers rows: y[i, :] = x[index[i] / div, :]. A thread looks its rows up, then loads a vector of
    each, then stores them. */
 MOE_DEVICE_BODY void moei_permute_gather(const moei_permute_args* a, const int width)
 {
     const moei_permute_at at = moei_permute_find(a, MOEI_PERMUTE_ROWS);
-    const int64_t first = at.row0 + at.group, offset = (int64_t)at.piece * width;
-    const bool in = at.piece < a->pieces;
+    const int64_t first = at.row0 + at.group, offset = (int64_t)at.vector * width;
+    const bool in = at.vector < a->vectors;
     int32_t from[MOEI_PERMUTE_ROWS];
     uint4 v[MOEI_PERMUTE_ROWS];
     char* y = a->y + first * a->y_bytes + offset;
-    MOEI_UNROLL
+    MOE_UNROLL
     for (int u = 0; u < MOEI_PERMUTE_ROWS; ++u) {
         const int64_t row = first + u * a->groups;
         from[u] = row < a->count ? (int32_t)moei_load4_early(a->index + row) : -1;
     }
-    MOEI_UNROLL
+    MOE_UNROLL
     for (int u = 0; u < MOEI_PERMUTE_ROWS; ++u) {
         v[u] = make_uint4(0, 0, 0, 0);
         if ((uint32_t)from[u] < (uint32_t)a->limit) {
             const uint32_t row = a->div == 1 ? (uint32_t)from[u] : (uint32_t)from[u] / a->div;
             if (in) v[u] = moei_permute_load(a->x + row * a->x_bytes + offset, width);
         } else if (from[u] != -1) {
-            moei_fault_raise(a->fault, MOE_FAULT_BAD_ROW, a->rank, first + u * a->groups);
+            moe_fault_raise(a->fault, MOE_FAULT_BAD_ROW, a->rank, first + u * a->groups);
         }
     }
-    MOEI_UNROLL
+    MOE_UNROLL
     for (int u = 0; u < MOEI_PERMUTE_ROWS; ++u) {
         if (in && first + u * a->groups < a->count) moei_permute_store(y, v[u], width);
         y += a->groups * a->y_bytes;
@@ -208,7 +208,7 @@ MOE_DEVICE_BODY void moei_permute_gather(const moei_permute_args* a, const int w
 
 typedef struct moei_permute_shared {
     int32_t row[MOEI_PERMUTE_LIST]; /* where the block's tokens go; -1: nowhere */
-    uint32_t empty[MOEI_PERMUTE_THREADS / MOEI_WARP]; /* rows of a share that no slot fills */
+    uint32_t empty[MOEI_PERMUTE_THREADS / MOE_WARP_SIZE]; /* rows of a share that no slot fills */
 } moei_permute_shared;
 
 /* Writes zeros into those of the block's share of the rows that no slot fills: each row is either
@@ -226,16 +226,16 @@ MOE_DEVICE void moei_permute_zero(const moei_permute_args* a, moei_permute_share
         if (r < end) {
             const int32_t slot = a->check[r];
             empty = slot < 0 || slot >= slots || a->index[slot] != (int32_t)r;
-            if (empty && slot != -1) moei_fault_raise(a->fault, MOE_FAULT_BAD_ROW, a->rank, r);
+            if (empty && slot != -1) moe_fault_raise(a->fault, MOE_FAULT_BAD_ROW, a->rank, r);
         }
-        lanes = __ballot_sync(MOEI_FULL, empty);
+        lanes = __ballot_sync(MOE_FULL_WARP, empty);
         __syncthreads(); /* the words of the round before have been read */
-        if (moei_lane() == 0) s->empty[moei_warp()] = lanes;
+        if (moe_lane() == 0) s->empty[moe_warp()] = lanes;
         __syncthreads();
         for (int w = 0; w < (int)(blockDim.x >> 5); ++w)
             for (uint32_t left = s->empty[w]; left; left &= left - 1) {
-                char* y = a->y + (r0 + w * MOEI_WARP + __ffs((int)left) - 1) * a->y_bytes;
-                for (int i = (int)threadIdx.x; i < a->pieces; i += (int)blockDim.x)
+                char* y = a->y + (r0 + w * MOE_WARP_SIZE + __ffs((int)left) - 1) * a->y_bytes;
+                for (int i = (int)threadIdx.x; i < a->vectors; i += (int)blockDim.x)
                     moei_permute_store(y + (int64_t)i * width, make_uint4(0, 0, 0, 0), width);
             }
     }
@@ -248,39 +248,39 @@ MOE_DEVICE int32_t moei_permute_row(const moei_permute_args* a, int64_t slot)
     if (r == -1) return -1;
     if (r >= 0 && r < a->limit) {
         if (a->check[r] == (int32_t)slot) return r;
-        moei_fault_raise(a->fault, MOE_FAULT_BAD_ROW, a->rank, r);
+        moe_fault_raise(a->fault, MOE_FAULT_BAD_ROW, a->rank, r);
     } else {
-        moei_fault_raise(a->fault, MOE_FAULT_BAD_ROW, a->rank, slot);
+        moe_fault_raise(a->fault, MOE_FAULT_BAD_ROW, a->rank, slot);
     }
     return -1;
 }
 
-/* Each token read once and written to its rows: y[index[t * K + k], :] = x[t, :]. While the pieces
+/* Each token read once and written to its rows: y[index[t * K + k], :] = x[t, :]. While the vectors
    are on their way the block looks up where they go. */
 MOE_DEVICE_BODY void moei_permute_by_token(const moei_permute_args* a, moei_permute_shared* s,
                                            const int width)
 {
     const moei_permute_at at = moei_permute_find(a, MOEI_PERMUTE_TOKENS);
-    const int64_t first = at.row0 + at.group, offset = (int64_t)at.piece * width;
-    const bool in = at.piece < a->pieces;
-    const int K = (int)a->div, listed = 1 << a->list_log2;
+    const int64_t first = at.row0 + at.group, offset = (int64_t)at.vector * width;
+    const bool in = at.vector < a->vectors;
+    const int top_k = (int)a->div, listed = 1 << a->list_log2;
     const int entries = (a->groups * MOEI_PERMUTE_TOKENS) << a->list_log2;
     uint4 v[MOEI_PERMUTE_TOKENS];
-    MOEI_UNROLL
+    MOE_UNROLL
     for (int u = 0; u < MOEI_PERMUTE_TOKENS; ++u) {
         const int64_t t = first + u * a->groups;
         v[u] = make_uint4(0, 0, 0, 0);
         if (in && t < a->count) v[u] = moei_permute_load(a->x + t * a->x_bytes + offset, width);
     }
-    for (int k0 = 0; k0 < K; k0 += listed) {
+    for (int k0 = 0; k0 < top_k; k0 += listed) {
         if (k0 > 0) __syncthreads(); /* the rows before have been used */
         for (int i = (int)threadIdx.x; i < entries; i += (int)blockDim.x) {
             const int64_t t = at.row0 + (i >> a->list_log2);
             const int k = k0 + (i & (listed - 1));
-            s->row[i] = t < a->count && k < K ? moei_permute_row(a, t * K + k) : -1;
+            s->row[i] = t < a->count && k < top_k ? moei_permute_row(a, t * top_k + k) : -1;
         }
         __syncthreads();
-        MOEI_UNROLL
+        MOE_UNROLL
         for (int u = 0; u < MOEI_PERMUTE_TOKENS; ++u) {
             const int32_t* row = s->row + ((at.group + u * a->groups) << a->list_log2);
             for (int k = 0; k < listed && in; ++k) {
@@ -297,19 +297,19 @@ MOE_DEVICE_BODY void moei_permute_by_token(const moei_permute_args* a, moei_perm
 
 #define MOEI_PERMUTE_LIST_OF(X) X(16) X(8) X(4) X(2)
 
-#define MOEI_PERMUTE_KERNELS(width)                                                               \
-    MOE_KERNEL(MOEI_PERMUTE_THREADS, 4) moei_permute_gather_##width(MOE_ARG(moei_permute_args) a) \
-    {                                                                                             \
-        moei_let_next_start();                                                                    \
-        moei_wait_for_previous();                                                                 \
-        if (!moei_fault_stopped(a.fault)) moei_permute_gather(&a, width);                         \
-    }                                                                                             \
-    MOE_KERNEL(MOEI_PERMUTE_THREADS, 4) moei_permute_token_##width(MOE_ARG(moei_permute_args) a)  \
-    {                                                                                             \
-        MOE_SHARED(moei_permute_shared, shared);                                                  \
-        moei_let_next_start();                                                                    \
-        moei_wait_for_previous();                                                                 \
-        if (!moei_fault_stopped(a.fault)) moei_permute_by_token(&a, &shared, width);              \
+#define MOEI_PERMUTE_KERNELS(width)                                                                \
+    MOE_KERNEL(MOEI_PERMUTE_THREADS, 4) moei_permute_gather_##width(MOE_ARG(moei_permute_args) a)  \
+    {                                                                                              \
+        moe_pdl_trigger();                                                                         \
+        moe_pdl_wait();                                                                            \
+        if (!moe_fault_stopped(a.fault)) moei_permute_gather(&a, width);                           \
+    }                                                                                              \
+    MOE_KERNEL(MOEI_PERMUTE_THREADS, 4) moei_permute_token_##width(MOE_ARG(moei_permute_args) a)   \
+    {                                                                                              \
+        MOE_SHARED(moei_permute_shared, shared);                                                   \
+        moe_pdl_trigger();                                                                         \
+        moe_pdl_wait();                                                                            \
+        if (!moe_fault_stopped(a.fault)) moei_permute_by_token(&a, &shared, width);                \
     }
 MOEI_PERMUTE_LIST_OF(MOEI_PERMUTE_KERNELS)
 #undef MOEI_PERMUTE_KERNELS
@@ -319,21 +319,21 @@ MOEI_PERMUTE_LIST_OF(MOEI_PERMUTE_KERNELS)
 MOE_HOST moe_status moei_permute_check_options(moe_permute_desc* d, int back)
 {
     int64_t slots;
-    MOEI_REQUIRE(d->num_tokens >= 0, MOE_ERR_RANGE, num_tokens);
-    MOEI_REQUIRE(d->top_k >= 1 && d->top_k <= MOE_MAX_EXPERTS, MOE_ERR_RANGE, top_k);
+    MOE_REQUIRE(d->num_tokens >= 0, MOE_ERR_RANGE, num_tokens);
+    MOE_REQUIRE(d->top_k >= 1 && d->top_k <= MOE_MAX_EXPERTS, MOE_ERR_RANGE, top_k);
     slots = (int64_t)d->num_tokens * d->top_k;
-    MOEI_REQUIRE(slots <= 0x7fffffff, MOE_ERR_RANGE, num_tokens);
-    MOEI_REQUIRE(d->hidden >= 1 && d->hidden <= 1 << 28, MOE_ERR_RANGE, hidden);
-    MOEI_REQUIRE(d->num_rows >= 0 && d->num_rows <= 0x7fffffff, MOE_ERR_RANGE, num_rows);
+    MOE_REQUIRE(slots <= 0x7fffffff, MOE_ERR_RANGE, num_tokens);
+    MOE_REQUIRE(d->hidden >= 1 && d->hidden <= 1 << 28, MOE_ERR_RANGE, hidden);
+    MOE_REQUIRE(d->num_rows >= 0 && d->num_rows <= 0x7fffffff, MOE_ERR_RANGE, num_rows);
     MOEI_REQUIRE_RANK(d);
     if (d->dtype == 0) d->dtype = MOE_BF16;
-    MOEI_REQUIRE(moe_dtype_bytes(d->dtype), MOE_ERR_DTYPE, dtype);
+    MOE_REQUIRE(moe_dtype_bytes(d->dtype), MOE_ERR_DTYPE, dtype);
     if (d->x_stride == 0) d->x_stride = d->hidden;
     if (d->y_stride == 0) d->y_stride = d->hidden;
-    MOEI_REQUIRE(moei_stride_fits(d->x_stride, d->hidden, back ? d->num_rows : d->num_tokens),
-                 MOE_ERR_STRIDE, x_stride);
-    MOEI_REQUIRE(moei_stride_fits(d->y_stride, d->hidden, back ? slots : d->num_rows),
-                 MOE_ERR_STRIDE, y_stride);
+    MOE_REQUIRE(moei_stride_fits(d->x_stride, d->hidden, back ? d->num_rows : d->num_tokens),
+                MOE_ERR_STRIDE, x_stride);
+    MOE_REQUIRE(moei_stride_fits(d->y_stride, d->hidden, back ? slots : d->num_rows),
+                MOE_ERR_STRIDE, y_stride);
     return MOE_OK;
 }
 
@@ -343,28 +343,29 @@ MOE_HOST moe_status moei_permute_check_buffers(const moe_permute_desc* d, int ba
     const int64_t slots = (int64_t)d->num_tokens * d->top_k;
     const int64_t x_rows = back ? d->num_rows : d->num_tokens, y_rows = back ? slots : d->num_rows;
     const uint32_t align = (uint32_t)moe_dtype_bytes(d->dtype);
-    const moei_buffer b[] = {
-        {d->x, moei_extent(x_rows, d->x_stride, d->hidden, d->dtype), align, MOEI_REQUIRED,
-         MOE_FIELD_x},
-        {d->row_slot, back ? 0 : (uint64_t)d->num_rows * 4, 4, MOEI_REQUIRED, MOE_FIELD_row_slot},
-        {d->slot_row, (uint64_t)slots * 4, 4, back ? MOEI_REQUIRED : MOEI_READ, MOE_FIELD_slot_row},
-        {d->y, moei_extent(y_rows, d->y_stride, d->hidden, d->dtype), align,
-         MOEI_REQUIRED | MOEI_WRITTEN, MOE_FIELD_y},
-        {d->fault, 8, 8, MOEI_WRITTEN, MOE_FIELD_fault}};
+    const moe_buffer b[] = {{d->x, moe_extent(x_rows, d->x_stride, d->hidden, d->dtype), align,
+                             MOE_BUFFER_REQUIRED, MOE_FIELD_x},
+                            {d->row_slot, back ? 0 : (uint64_t)d->num_rows * 4, 4,
+                             MOE_BUFFER_REQUIRED, MOE_FIELD_row_slot},
+                            {d->slot_row, (uint64_t)slots * 4, 4,
+                             back ? MOE_BUFFER_REQUIRED : MOE_BUFFER_READ, MOE_FIELD_slot_row},
+                            {d->y, moe_extent(y_rows, d->y_stride, d->hidden, d->dtype), align,
+                             MOE_BUFFER_REQUIRED | MOE_BUFFER_WRITTEN, MOE_FIELD_y},
+                            {d->fault, 8, 8, MOE_BUFFER_WRITTEN, MOE_FIELD_fault}};
     const int count = (int)(sizeof b / sizeof b[0]);
-    if (y_rows == 0) return moei_check_buffers(b + count - 1, 1); /* the fault word alone */
-    return moei_check_buffers(b, count);
+    if (y_rows == 0) return moe_check_buffers(b + count - 1, 1); /* the fault word alone */
+    return moe_check_buffers(b, count);
 }
 
 /* Refuses what the header does not offer, and fills in the defaults. */
 MOE_HOST moe_status moei_permute_check(moe_permute_desc* d, int back)
 {
-    MOEI_TRY(moei_permute_check_options(d, back));
+    MOE_TRY(moei_permute_check_options(d, back));
     return moei_permute_check_buffers(d, back);
 }
 
 /* How the rows are cut and how many blocks do `rows` of them a thread. Returns the bytes of a
-   piece. */
+   vector. */
 MOE_HOST int moei_permute_cut(moei_permute_args* a, const moe_permute_desc* d, int rows,
                               int64_t* blocks)
 {
@@ -373,9 +374,9 @@ MOE_HOST int moei_permute_cut(moei_permute_args* a, const moe_permute_desc* d, i
                          (uint64_t)a->x_bytes | (uint64_t)a->y_bytes | (uint64_t)row;
     int width = 16, each;
     while (all % (uint64_t)width != 0) width /= 2;
-    a->pieces = (int32_t)(row / width);
-    a->columns = (a->pieces + MOEI_PERMUTE_THREADS - 1) / MOEI_PERMUTE_THREADS;
-    each = (a->pieces + a->columns - 1) / a->columns;
+    a->vectors = (int32_t)(row / width);
+    a->columns = (a->vectors + MOEI_PERMUTE_THREADS - 1) / MOEI_PERMUTE_THREADS;
+    each = (a->vectors + a->columns - 1) / a->columns;
     a->groups = 1;
     a->lanes = (each + 31) / 32 * 32;
     if (each <= MOEI_PERMUTE_THREADS / 2) { /* several rows in a block */
@@ -390,21 +391,21 @@ MOE_HOST int moei_permute_cut(moei_permute_args* a, const moe_permute_desc* d, i
 /* A permutation, or its inverse, with all but its stream settled, for the device that was current. */
 typedef struct moe_permute_prepared {
     moei_permute_args args;
-    moei_launch launch;
+    moe_launch launch;
 } moe_permute_prepared;
 
 /* Fills in *p, which is empty; back: the inverse. */
-MOE_HOST moe_status moei_permute_settle(const moe_permute_desc* desc, int back,
-                                        moe_permute_prepared* p)
+MOE_HOST moe_status moei_permute_resolve(const moe_permute_desc* desc, int back,
+                                         moe_permute_prepared* p)
 {
     moe_permute_desc d;
     moei_permute_args* a;
-    moei_launch_config c;
+    moe_launch_config c;
     int by_token, width;
     int64_t blocks, slots;
     d = *desc;
     a = &p->args;
-    MOEI_TRY(moei_permute_check(&d, back));
+    MOE_TRY(moei_permute_check(&d, back));
     slots = (int64_t)d.num_tokens * d.top_k;
     if ((back ? slots : d.num_rows) == 0) return MOE_OK;
     by_token = !back && d.slot_row && slots > 0;
@@ -420,12 +421,12 @@ MOE_HOST moe_status moei_permute_settle(const moe_permute_desc* desc, int back,
     a->limit = back || by_token ? d.num_rows : slots;
     a->div = back ? 1u : (uint32_t)d.top_k;
     width = moei_permute_cut(a, &d, by_token ? MOEI_PERMUTE_TOKENS : MOEI_PERMUTE_ROWS, &blocks);
-    MOEI_REQUIRE(blocks <= 0x7fffffff, MOE_ERR_RANGE, hidden);
+    MOE_REQUIRE(blocks <= 0x7fffffff, MOE_ERR_RANGE, hidden);
     /* by token: the rows that the block's tokens look up at once fit into the list */
     while (1 << a->list_log2 < d.top_k &&
            (a->groups * MOEI_PERMUTE_TOKENS) << (a->list_log2 + 1) <= MOEI_PERMUTE_LIST)
         ++a->list_log2;
-    c = moei_grid(blocks, a->groups * a->lanes, 0, 0);
+    c = moe_grid(blocks, a->groups * a->lanes, 0, 0);
     c.dependent = 1;
 #define MOEI_PERMUTE_CASE(bytes)                                                                  \
     if (width == bytes && by_token)                                                               \
@@ -441,20 +442,20 @@ MOE_HOST moe_status moei_permute_settle(const moe_permute_desc* desc, int back,
    zeros. */
 MOE_HOST moe_status moe_permute_prepare(const moe_permute_desc* desc, moe_permute_prepared* p)
 {
-    MOEI_RETURN_PREPARED(desc, p, moei_permute_settle(desc, 0, p));
+    MOE_RETURN_PREPARED(desc, p, moei_permute_resolve(desc, 0, p));
 }
 
 /* Settles the inverse, for moe_permute_run as well: the same descriptor with x and y exchanged. T = 0
    is no error; with num_rows = 0 every row that is asked for is out of range. */
 MOE_HOST moe_status moe_unpermute_prepare(const moe_permute_desc* desc, moe_permute_prepared* p)
 {
-    MOEI_RETURN_PREPARED(desc, p, moei_permute_settle(desc, 1, p));
+    MOE_RETURN_PREPARED(desc, p, moei_permute_resolve(desc, 1, p));
 }
 
 /* Queues a prepared permutation or inverse on `stream`. */
 MOE_HOST moe_status moe_permute_run(const moe_permute_prepared* p, cudaStream_t stream)
 {
-    MOEI_REQUIRE(p, MOE_ERR_NULL, desc);
+    MOE_REQUIRE(p, MOE_ERR_NULL, desc);
     return MOE_RUN(&p->launch, p->args, stream);
 }
 
@@ -462,7 +463,7 @@ MOE_HOST moe_status moe_permute_run(const moe_permute_prepared* p, cudaStream_t 
 MOE_HOST moe_status moe_permute(const moe_permute_desc* desc, cudaStream_t stream)
 {
     moe_permute_prepared p;
-    MOEI_TRY(moe_permute_prepare(desc, &p));
+    MOE_TRY(moe_permute_prepare(desc, &p));
     return moe_permute_run(&p, stream);
 }
 
@@ -470,16 +471,16 @@ MOE_HOST moe_status moe_permute(const moe_permute_desc* desc, cudaStream_t strea
 MOE_HOST moe_status moe_unpermute(const moe_permute_desc* desc, cudaStream_t stream)
 {
     moe_permute_prepared p;
-    MOEI_TRY(moe_unpermute_prepare(desc, &p));
+    MOE_TRY(moe_unpermute_prepare(desc, &p));
     return moe_permute_run(&p, stream);
 }
 
 /* Loads this header's kernels now. */
 MOE_HOST moe_status moe_permute_preload(void)
 {
-#define MOEI_PERMUTE_LOAD(width)                                                                  \
-    MOEI_TRY(moei_preload((const void*)moei_permute_gather_##width));                             \
-    MOEI_TRY(moei_preload((const void*)moei_permute_token_##width));
+#define MOEI_PERMUTE_LOAD(width)                                                                   \
+    MOE_TRY(moe_preload_kernel((const void*)moei_permute_gather_##width));                         \
+    MOE_TRY(moe_preload_kernel((const void*)moei_permute_token_##width));
     MOEI_PERMUTE_LIST_OF(MOEI_PERMUTE_LOAD)
 #undef MOEI_PERMUTE_LOAD
     return MOE_OK;

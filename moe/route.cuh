@@ -71,46 +71,45 @@
    more experts to fill up than slots. */
 MOE_HOST int64_t moei_route_row_bound(const moe_route_desc* d)
 {
-    const int64_t P = d->num_replicas, m = d->row_multiple, C = d->capacity;
+    const int64_t num_replicas = d->num_replicas, m = d->row_multiple, capacity = d->capacity;
     const int64_t all = (int64_t)d->num_tokens * d->top_k;
-    const int64_t slots = all < P * C ? all : P * C;
-    const int64_t rows = (slots + (slots < P ? slots : P) * (m - 1)) / m * m;
-    const int64_t full = P * ((C + m - 1) / m * m);
+    const int64_t slots = all < num_replicas * capacity ? all : num_replicas * capacity;
+    const int64_t rows = (slots + (slots < num_replicas ? slots : num_replicas) * (m - 1)) / m * m;
+    const int64_t full = num_replicas * ((capacity + m - 1) / m * m);
     return rows < full ? rows : full;
 }
 
 /* Refuses sizes and options that the header does not offer, and fills in their defaults. */
 MOE_HOST moe_status moei_route_check_options(moe_route_desc* d)
 {
-    MOEI_REQUIRE(d->num_tokens >= 0, MOE_ERR_RANGE, num_tokens);
-    MOEI_REQUIRE(d->num_experts >= 1 && d->num_experts <= MOE_MAX_EXPERTS, MOE_ERR_RANGE,
-                 num_experts);
-    MOEI_REQUIRE(d->top_k >= 1 && d->top_k <= MOE_MAX_EXPERTS, MOE_ERR_RANGE, top_k);
-    MOEI_REQUIRE((int64_t)d->num_tokens * d->top_k <= 0x7fffffff, MOE_ERR_RANGE, num_tokens);
+    MOE_REQUIRE(d->num_tokens >= 0, MOE_ERR_RANGE, num_tokens);
+    MOE_REQUIRE(d->num_experts >= 1 && d->num_experts <= MOE_MAX_EXPERTS, MOE_ERR_RANGE,
+                num_experts);
+    MOE_REQUIRE(d->top_k >= 1 && d->top_k <= MOE_MAX_EXPERTS, MOE_ERR_RANGE, top_k);
+    MOE_REQUIRE((int64_t)d->num_tokens * d->top_k <= 0x7fffffff, MOE_ERR_RANGE, num_tokens);
     if (d->num_replicas == 0) d->num_replicas = d->num_experts;
-    MOEI_REQUIRE(d->num_replicas >= 1 && d->num_replicas <= MOE_MAX_EXPERTS, MOE_ERR_RANGE,
-                 num_replicas);
-    MOEI_REQUIRE(d->replica_offset || d->num_replicas == d->num_experts, MOE_ERR_CONFLICT,
-                 num_replicas);
-    MOEI_REQUIRE(d->replica_offset || !d->replica_expert, MOE_ERR_CONFLICT, replica_expert);
-    MOEI_REQUIRE(!d->replica_offset || !d->chunk_count, MOE_ERR_CONFLICT, chunk_count);
-    MOEI_REQUIRE(d->absent_replicas == 0 || d->absent_replicas == 1, MOE_ERR_OPTION,
-                 absent_replicas);
-    MOEI_REQUIRE(d->replica_offset || !d->absent_replicas, MOE_ERR_CONFLICT, absent_replicas);
+    MOE_REQUIRE(d->num_replicas >= 1 && d->num_replicas <= MOE_MAX_EXPERTS, MOE_ERR_RANGE,
+                num_replicas);
+    MOE_REQUIRE(d->replica_offset || d->num_replicas == d->num_experts, MOE_ERR_CONFLICT,
+                num_replicas);
+    MOE_REQUIRE(d->replica_offset || !d->replica_expert, MOE_ERR_CONFLICT, replica_expert);
+    MOE_REQUIRE(!d->replica_offset || !d->chunk_count, MOE_ERR_CONFLICT, chunk_count);
+    MOE_REQUIRE(d->absent_replicas == 0 || d->absent_replicas == 1, MOE_ERR_OPTION,
+                absent_replicas);
+    MOE_REQUIRE(d->replica_offset || !d->absent_replicas, MOE_ERR_CONFLICT, absent_replicas);
     MOEI_REQUIRE_RANK(d);
     if (d->row_multiple == 0) d->row_multiple = 1;
-    MOEI_REQUIRE(d->row_multiple >= 1 && d->row_multiple <= MOE_ROUTE_MAX_MULTIPLE, MOE_ERR_RANGE,
-                 row_multiple);
-    MOEI_REQUIRE(d->capacity >= 0, MOE_ERR_RANGE, capacity);
-    MOEI_REQUIRE(d->drop_rule >= 0 && d->drop_rule <= MOE_DROP_BY_WEIGHT, MOE_ERR_OPTION,
-                 drop_rule);
-    MOEI_REQUIRE(d->capacity || !d->drop_rule, MOE_ERR_CONFLICT, drop_rule);
+    MOE_REQUIRE(d->row_multiple >= 1 && d->row_multiple <= MOE_ROUTE_MAX_MULTIPLE, MOE_ERR_RANGE,
+                row_multiple);
+    MOE_REQUIRE(d->capacity >= 0, MOE_ERR_RANGE, capacity);
+    MOE_REQUIRE(d->drop_rule >= 0 && d->drop_rule <= MOE_DROP_BY_WEIGHT, MOE_ERR_OPTION, drop_rule);
+    MOE_REQUIRE(d->capacity || !d->drop_rule, MOE_ERR_CONFLICT, drop_rule);
     if (d->capacity == 0) d->capacity = MOEI_ROUTE_NO_LIMIT;
     if (d->drop_rule == 0) d->drop_rule = MOE_DROP_BY_POSITION;
-    MOEI_REQUIRE(moei_route_row_bound(d) <= 0x7fffffff, MOE_ERR_RANGE, row_multiple);
+    MOE_REQUIRE(moei_route_row_bound(d) <= 0x7fffffff, MOE_ERR_RANGE, row_multiple);
     if (d->place_kind == 0) d->place_kind = MOE_PLACE_JOINED;
-    MOEI_REQUIRE(d->place_kind > 0 && d->place_kind <= MOE_PLACE_BY_EXPERT, MOE_ERR_OPTION,
-                 place_kind);
+    MOE_REQUIRE(d->place_kind > 0 && d->place_kind <= MOE_PLACE_BY_EXPERT, MOE_ERR_OPTION,
+                place_kind);
     return MOE_OK;
 }
 
@@ -120,9 +119,9 @@ MOE_HOST moe_status moei_route_check_options(moe_route_desc* d)
 MOE_HOST moe_status moe_route_max_rows(const moe_route_desc* desc, int64_t* rows)
 {
     moe_route_desc d;
-    MOEI_REQUIRE(desc && rows, MOE_ERR_NULL, desc);
+    MOE_REQUIRE(desc && rows, MOE_ERR_NULL, desc);
     d = *desc;
-    MOEI_TRY(moei_route_check_options(&d));
+    MOE_TRY(moei_route_check_options(&d));
     *rows = moei_route_row_bound(&d);
     return MOE_OK;
 }
@@ -140,17 +139,17 @@ MOE_HOST void* moei_route_piece(char* base, size_t* at, uint64_t bytes)
 MOE_HOST size_t moei_route_carve_workspace(const moe_route_desc* d, moei_route_args* a, int counted)
 {
     char* base = (char*)d->workspace;
-    const uint64_t P = (uint64_t)d->num_replicas;
+    const uint64_t num_replicas = (uint64_t)d->num_replicas;
     const uint64_t slots = (uint64_t)d->num_tokens * (uint64_t)d->top_k;
     moei_route_args unused;
     size_t at = 0;
     if (!a) a = &unused;
     if (!counted)
         a->d.chunk_count = (int32_t*)moei_route_piece(
-            base, &at, P * (uint64_t)moe_num_chunks(d->num_tokens) * 4);
+            base, &at, num_replicas * (uint64_t)moe_num_chunks(d->num_tokens) * 4);
     if (d->drop_rule == MOE_DROP_BY_WEIGHT) {
-        a->list_count = (int32_t*)moei_route_piece(base, &at, P * 4);
-        a->list_offset = (int32_t*)moei_route_piece(base, &at, P * 4 + 4);
+        a->list_count = (int32_t*)moei_route_piece(base, &at, num_replicas * 4);
+        a->list_offset = (int32_t*)moei_route_piece(base, &at, num_replicas * 4 + 4);
         a->list_slot = (int32_t*)moei_route_piece(base, &at, slots * 4);
         a->list_weight = (float*)moei_route_piece(base, &at, slots * 4);
     }
@@ -160,58 +159,62 @@ MOE_HOST size_t moei_route_carve_workspace(const moe_route_desc* d, moei_route_a
 /* Refuses buffers that are absent, misaligned or overlap; options have been checked. */
 MOE_HOST moe_status moei_route_check_buffers(const moe_route_desc* d)
 {
-    const uint64_t E = (uint64_t)d->num_experts, P = (uint64_t)d->num_replicas;
+    const uint64_t num_experts = (uint64_t)d->num_experts, num_replicas = (uint64_t)d->num_replicas;
     const uint64_t slots = (uint64_t)d->num_tokens * (uint64_t)d->top_k;
     const uint64_t rows = (uint64_t)moei_route_row_bound(d);
     const uint64_t workspace = moei_route_carve_workspace(d, 0, d->chunk_count != 0);
     const int weigh = d->row_weight || d->drop_rule == MOE_DROP_BY_WEIGHT;
-    const moei_buffer b[] = {
-        {d->ids, slots * 4, 4, MOEI_REQUIRED, MOE_FIELD_ids},
-        {d->weights, slots * 4, 4, weigh ? MOEI_REQUIRED : MOEI_READ, MOE_FIELD_weights},
-        {d->replica_offset, E * 4 + 4, 4, MOEI_READ, MOE_FIELD_replica_offset},
-        {d->replica_expert, P * 4, 4, MOEI_READ, MOE_FIELD_replica_expert},
-        {d->chunk_count, P * (uint64_t)moe_num_chunks(d->num_tokens) * 4, 4, MOEI_WRITTEN,
-         MOE_FIELD_chunk_count},
-        {d->workspace, workspace, 16, MOEI_REQUIRED | MOEI_WRITTEN, MOE_FIELD_workspace},
-        {d->expert_count, P * 4, 4, MOEI_REQUIRED | MOEI_WRITTEN, MOE_FIELD_expert_count},
-        {d->expert_offset, P * 4 + 4, 4, MOEI_REQUIRED | MOEI_WRITTEN, MOE_FIELD_expert_offset},
-        {d->drop_count, P * 4, 4, MOEI_WRITTEN, MOE_FIELD_drop_count},
-        {d->slot_row, slots * 4, 4, MOEI_WRITTEN, MOE_FIELD_slot_row},
-        {d->row_slot, rows * 4, 4, MOEI_WRITTEN, MOE_FIELD_row_slot},
-        {d->row_weight, rows * 4, 4, MOEI_WRITTEN, MOE_FIELD_row_weight},
-        {d->place, slots * 8, 8, MOEI_WRITTEN, MOE_FIELD_place},
-        {d->fault, 8, 8, MOEI_WRITTEN, MOE_FIELD_fault}};
-    MOEI_REQUIRE(!d->workspace || d->workspace_bytes >= workspace, MOE_ERR_WORKSPACE,
-                 workspace_bytes);
-    return moei_check_buffers(b, (int)(sizeof b / sizeof b[0]));
+    const moe_buffer b[] = {
+        {d->ids, slots * 4, 4, MOE_BUFFER_REQUIRED, MOE_FIELD_ids},
+        {d->weights, slots * 4, 4, weigh ? MOE_BUFFER_REQUIRED : MOE_BUFFER_READ,
+         MOE_FIELD_weights},
+        {d->replica_offset, num_experts * 4 + 4, 4, MOE_BUFFER_READ, MOE_FIELD_replica_offset},
+        {d->replica_expert, num_replicas * 4, 4, MOE_BUFFER_READ, MOE_FIELD_replica_expert},
+        {d->chunk_count, num_replicas * (uint64_t)moe_num_chunks(d->num_tokens) * 4, 4,
+         MOE_BUFFER_WRITTEN, MOE_FIELD_chunk_count},
+        {d->workspace, workspace, 16, MOE_BUFFER_REQUIRED | MOE_BUFFER_WRITTEN,
+         MOE_FIELD_workspace},
+        {d->expert_count, num_replicas * 4, 4, MOE_BUFFER_REQUIRED | MOE_BUFFER_WRITTEN,
+         MOE_FIELD_expert_count},
+        {d->expert_offset, num_replicas * 4 + 4, 4, MOE_BUFFER_REQUIRED | MOE_BUFFER_WRITTEN,
+         MOE_FIELD_expert_offset},
+        {d->drop_count, num_replicas * 4, 4, MOE_BUFFER_WRITTEN, MOE_FIELD_drop_count},
+        {d->slot_row, slots * 4, 4, MOE_BUFFER_WRITTEN, MOE_FIELD_slot_row},
+        {d->row_slot, rows * 4, 4, MOE_BUFFER_WRITTEN, MOE_FIELD_row_slot},
+        {d->row_weight, rows * 4, 4, MOE_BUFFER_WRITTEN, MOE_FIELD_row_weight},
+        {d->place, slots * 8, 8, MOE_BUFFER_WRITTEN, MOE_FIELD_place},
+        {d->fault, 8, 8, MOE_BUFFER_WRITTEN, MOE_FIELD_fault}};
+    MOE_REQUIRE(!d->workspace || d->workspace_bytes >= workspace, MOE_ERR_WORKSPACE,
+                workspace_bytes);
+    return moe_check_buffers(b, (int)(sizeof b / sizeof b[0]));
 }
 
 /* Refuses what the header does not offer, and fills in the defaults. */
 MOE_HOST moe_status moei_route_check(moe_route_desc* d)
 {
-    MOEI_TRY(moei_route_check_options(d));
+    MOE_TRY(moei_route_check_options(d));
     return moei_route_check_buffers(d);
 }
 
 /* A block a chunk: a thread for each of its slots or, where it adds up the counts of many chunks,
    more; within bounds, and no more warps than the device's shared memory has room for (one warp,
    with 4096 experts, wants 57 KB). */
-MOE_HOST moe_status moei_route_grid(moei_launch_config* c, const moe_route_desc* d, int placing)
+MOE_HOST moe_status moei_route_grid(moe_launch_config* c, const moe_route_desc* d, int placing)
 {
     const int64_t chunks = moe_num_chunks(d->num_tokens);
     const int64_t slots = moe_chunk_tokens(d->num_tokens) * d->top_k;
     const int64_t sums = placing ? chunks * ((d->num_replicas + 127) / 128) : 0;
     size_t smem = (size_t)d->num_replicas * 4;
     int warps = MOEI_ROUTE_THREADS / 32;
-    moei_device device;
-    MOEI_TRY(moei_device_query(&device));
+    moe_device device;
+    MOE_TRY(moe_device_query(&device));
     while (warps > 8 && slots <= warps * 16 && sums <= warps * 4) warps /= 2;
     if (placing)
         while ((smem = moei_route_shared_bytes(d->num_replicas, warps)) + 1024 >
                    (size_t)device.smem_block &&
                warps > 1)
             warps /= 2;
-    *c = moei_grid(chunks > 0 ? chunks : 1, warps * 32, smem, 0);
+    *c = moe_grid(chunks > 0 ? chunks : 1, warps * 32, smem, 0);
     c->dependent = 1;
     return MOE_OK;
 }
@@ -222,9 +225,9 @@ MOE_HOST moe_status moei_route_grid(moei_launch_config* c, const moe_route_desc*
 MOE_HOST moe_status moe_route_workspace(const moe_route_desc* desc, size_t* bytes)
 {
     moe_route_desc d;
-    MOEI_REQUIRE(desc && bytes, MOE_ERR_NULL, desc);
+    MOE_REQUIRE(desc && bytes, MOE_ERR_NULL, desc);
     d = *desc;
-    MOEI_TRY(moei_route_check_options(&d));
+    MOE_TRY(moei_route_check_options(&d));
     d.workspace = 0;
     *bytes = moei_route_carve_workspace(&d, 0, d.chunk_count != 0);
     return MOE_OK;
@@ -234,17 +237,18 @@ MOE_HOST moe_status moe_route_workspace(const moe_route_desc* desc, size_t* byte
 typedef struct moe_route_prepared {
     moei_route_args args;
     moei_route_args list; /* capacity by weight: what placing takes */
-    moei_launch count, place, keep; /* each only where the options need it */
+    moe_launch count, place, keep; /* each only where the options need it */
 } moe_route_prepared;
 
 /* Capacity by weight: all slots are placed into the list, then each expert's best get rows. */
-MOE_HOST moe_status moei_route_prepare_by_weight(moe_route_prepared* p, const moei_launch_config* placing)
+MOE_HOST moe_status moei_route_prepare_by_weight(moe_route_prepared* p,
+                                                 const moe_launch_config* placing)
 {
     const moei_route_args* a = &p->args;
-    const int64_t slots = (int64_t)a->d.num_tokens * a->d.top_k, P = a->d.num_replicas;
+    const int64_t slots = (int64_t)a->d.num_tokens * a->d.top_k, num_replicas = a->d.num_replicas;
     moei_route_args* list = &p->list;
-    moei_launch_config c;
-    int threads = slots / P > 64 ? 256 : 64;
+    moe_launch_config c;
+    int threads = slots / num_replicas > 64 ? 256 : 64;
     *list = *a;
     list->d.expert_count = a->list_count;
     list->d.expert_offset = a->list_offset;
@@ -255,31 +259,32 @@ MOE_HOST moe_status moei_route_prepare_by_weight(moe_route_prepared* p, const mo
     list->d.capacity = MOEI_ROUTE_NO_LIMIT;
     list->max_rows = (int32_t)slots;
     list->list_only = 1;
-    MOEI_TRY(MOE_PREPARE(&p->place, moei_route_place_options, *placing));
+    MOE_TRY(MOE_PREPARE(&p->place, moei_route_place_options, *placing));
     /* an expert up to half fuller than the average is read once */
-    while (threads < MOEI_ROUTE_KEEP_THREADS && threads * MOEI_ROUTE_KEEP_STEPS < slots / P * 3 / 2)
+    while (threads < MOEI_ROUTE_KEEP_THREADS &&
+           threads * MOEI_ROUTE_KEEP_STEPS < slots / num_replicas * 3 / 2)
         threads *= 2;
-    c = moei_grid(P, threads, 0, 0);
+    c = moe_grid(num_replicas, threads, 0, 0);
     c.dependent = 1;
     return MOE_PREPARE(&p->keep, moei_route_keep, c);
 }
 
 /* Fills in *p, which is empty. */
-MOE_HOST moe_status moei_route_settle(const moe_route_desc* desc, moe_route_prepared* p)
+MOE_HOST moe_status moei_route_resolve(const moe_route_desc* desc, moe_route_prepared* p)
 {
     moei_route_args* a;
-    moei_launch_config c;
+    moe_launch_config c;
     a = &p->args;
     a->d = *desc;
-    MOEI_TRY(moei_route_check(&a->d));
+    MOE_TRY(moei_route_check(&a->d));
     a->max_rows = (int32_t)moei_route_row_bound(&a->d);
     (void)moei_route_carve_workspace(&a->d, a, a->d.chunk_count != 0);
     if (!desc->chunk_count && a->d.num_tokens > 0) {
-        MOEI_TRY(moei_route_grid(&c, &a->d, 0));
-        if (a->d.replica_offset) MOEI_TRY(MOE_PREPARE(&p->count, moei_route_count_options, c));
-        else MOEI_TRY(MOE_PREPARE(&p->count, moei_route_count, c));
+        MOE_TRY(moei_route_grid(&c, &a->d, 0));
+        if (a->d.replica_offset) MOE_TRY(MOE_PREPARE(&p->count, moei_route_count_options, c));
+        else MOE_TRY(MOE_PREPARE(&p->count, moei_route_count, c));
     }
-    MOEI_TRY(moei_route_grid(&c, &a->d, 1));
+    MOE_TRY(moei_route_grid(&c, &a->d, 1));
     if (a->d.drop_rule == MOE_DROP_BY_WEIGHT) return moei_route_prepare_by_weight(p, &c);
     if (a->d.replica_offset || a->d.drop_count || a->d.row_multiple > 1 ||
         a->d.capacity != MOEI_ROUTE_NO_LIMIT)
@@ -291,16 +296,16 @@ MOE_HOST moe_status moei_route_settle(const moe_route_desc* desc, moe_route_prep
    above, each with its own status. */
 MOE_HOST moe_status moe_route_prepare(const moe_route_desc* desc, moe_route_prepared* p)
 {
-    MOEI_RETURN_PREPARED(desc, p, moei_route_settle(desc, p));
+    MOE_RETURN_PREPARED(desc, p, moei_route_resolve(desc, p));
 }
 
 /* Queues a prepared routing on `stream`. T = 0 writes zero counts and offsets. */
 MOE_HOST moe_status moe_route_run(const moe_route_prepared* p, cudaStream_t stream)
 {
-    MOEI_REQUIRE(p, MOE_ERR_NULL, desc);
-    MOEI_TRY(MOE_RUN(&p->count, p->args, stream));
+    MOE_REQUIRE(p, MOE_ERR_NULL, desc);
+    MOE_TRY(MOE_RUN(&p->count, p->args, stream));
     if (!p->keep.kernel) return MOE_RUN(&p->place, p->args, stream);
-    MOEI_TRY(MOE_RUN(&p->place, p->list, stream));
+    MOE_TRY(MOE_RUN(&p->place, p->list, stream));
     return MOE_RUN(&p->keep, p->args, stream);
 }
 
@@ -308,18 +313,18 @@ MOE_HOST moe_status moe_route_run(const moe_route_prepared* p, cudaStream_t stre
 MOE_HOST moe_status moe_route(const moe_route_desc* desc, cudaStream_t stream)
 {
     moe_route_prepared p;
-    MOEI_TRY(moe_route_prepare(desc, &p));
+    MOE_TRY(moe_route_prepare(desc, &p));
     return moe_route_run(&p, stream);
 }
 
 /* Loads this header's kernels now. */
 MOE_HOST moe_status moe_route_preload(void)
 {
-    MOEI_TRY(moei_preload((const void*)moei_route_count));
-    MOEI_TRY(moei_preload((const void*)moei_route_count_options));
-    MOEI_TRY(moei_preload((const void*)moei_route_place));
-    MOEI_TRY(moei_preload((const void*)moei_route_place_options));
-    return moei_preload((const void*)moei_route_keep);
+    MOE_TRY(moe_preload_kernel((const void*)moei_route_count));
+    MOE_TRY(moe_preload_kernel((const void*)moei_route_count_options));
+    MOE_TRY(moe_preload_kernel((const void*)moei_route_place));
+    MOE_TRY(moe_preload_kernel((const void*)moei_route_place_options));
+    return moe_preload_kernel((const void*)moei_route_keep);
 }
 
 #endif

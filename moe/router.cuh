@@ -14,7 +14,7 @@
              tile of experts padded inside (router/ragged.cuh)
      split   16-bit x and an fp32 router, H a multiple of 8, any E, 16-byte aligned rows, sm_80 and
              later: tensor cores, each weight as three bf16 terms whose products are exact
-             (router/split.cuh, which says what infinities do). Error as of an fp32 sum
+             (router/bf16_split.cuh, which says what infinities do). Error as of an fp32 sum
      scalar  anything else: fp32 multiply-adds, slower, h ascending
    One launch. Minimum architecture: sm_75.
 
@@ -56,10 +56,10 @@ typedef struct moe_router_desc {
 typedef enum moe_router_path {
     MOE_ROUTER_SCALAR = 0,
     MOE_ROUTER_GEMM,
-    MOE_ROUTER_SPLIT_LARGE, /* tiles of 256 tokens (128 of fp16) x 128 experts */
-    MOE_ROUTER_SPLIT_SMALL, /* tiles of 32 tokens (16 of fp16) x 16 experts, for few of them */
-    MOE_ROUTER_RAGGED_WIDE,  /* 16-bit dtypes, any E: tiles of 128 tokens x 128 experts */
-    MOE_ROUTER_RAGGED_NARROW /* tiles of 64 x 64, for few of them */
+    MOE_ROUTER_BF16_SPLIT_LARGE, /* tiles of 256 tokens (128 of fp16) x 128 experts */
+    MOE_ROUTER_BF16_SPLIT_SMALL, /* tiles of 32 tokens (16 of fp16) x 16 experts, for few of them */
+    MOE_ROUTER_RAGGED_WIDE,      /* 16-bit dtypes, any E: tiles of 128 tokens x 128 experts */
+    MOE_ROUTER_RAGGED_NARROW     /* tiles of 64 x 64, for few of them */
 } moe_router_path;
 
 MOE_HOST const char* moe_router_path_name(int path)
@@ -87,45 +87,41 @@ MOE_KERNEL(256, 2) moei_router_any(MOE_ARG(moei_router_args) d)
     const int tx = (int)threadIdx.x % 16, ty = (int)threadIdx.x / 16;
     float acc[4][4];
 
-    moei_let_next_start();
-    moei_wait_for_previous();
-    if (moei_fault_stopped(d.fault)) return;
-    MOEI_UNROLL
-    for (int i = 0; i < 4; ++i)
-        MOEI_UNROLL
-        for (int j = 0; j < 4; ++j) acc[i][j] = 0.0f;
+    moe_pdl_trigger();
+    moe_pdl_wait();
+    if (moe_fault_stopped(d.fault)) return;
+    MOE_UNROLL
+    for (int i = 0; i < 4; ++i) MOE_UNROLL
+    for (int j = 0; j < 4; ++j) acc[i][j] = 0.0f;
     for (int h0 = 0; h0 < d.hidden; h0 += MOEI_ROUTER_DEPTH) {
         __syncthreads();
         for (int i = (int)threadIdx.x; i < MOEI_ROUTER_TILE * MOEI_ROUTER_DEPTH; i += 256) {
             const int r = i / MOEI_ROUTER_DEPTH, c = i % MOEI_ROUTER_DEPTH, h = h0 + c;
             const bool in = h < d.hidden;
             s.x[c][r] = in && t0 + r < d.num_tokens
-                            ? moei_load_f32(d.x, (t0 + r) * d.x_stride + h, d.x_dtype)
+                            ? moe_load_f32(d.x, (t0 + r) * d.x_stride + h, d.x_dtype)
                             : 0.0f;
-            s.w[c][r] =
-                in && e0 + r < d.num_experts
-                    ? moei_load_f32(d.w, (e0 + r) * d.w_stride + h, d.w_dtype)
-                    : 0.0f;
+            s.w[c][r] = in && e0 + r < d.num_experts
+                            ? moe_load_f32(d.w, (e0 + r) * d.w_stride + h, d.w_dtype)
+                            : 0.0f;
         }
         __syncthreads();
-        MOEI_UNROLL
+        MOE_UNROLL
         for (int c = 0; c < MOEI_ROUTER_DEPTH; ++c) {
             float x[4], w[4];
-            MOEI_UNROLL
+            MOE_UNROLL
             for (int i = 0; i < 4; ++i) {
                 x[i] = s.x[c][ty + 16 * i];
                 w[i] = s.w[c][tx + 16 * i];
             }
-            MOEI_UNROLL
-            for (int i = 0; i < 4; ++i)
-                MOEI_UNROLL
-                for (int j = 0; j < 4; ++j) acc[i][j] = fmaf(x[i], w[j], acc[i][j]);
+            MOE_UNROLL
+            for (int i = 0; i < 4; ++i) MOE_UNROLL
+            for (int j = 0; j < 4; ++j) acc[i][j] = fmaf(x[i], w[j], acc[i][j]);
         }
     }
-    MOEI_UNROLL
-    for (int i = 0; i < 4; ++i)
-        MOEI_UNROLL
-        for (int j = 0; j < 4; ++j) {
+    MOE_UNROLL
+    for (int i = 0; i < 4; ++i) MOE_UNROLL
+    for (int j = 0; j < 4; ++j) {
         const int64_t t = t0 + ty + 16 * i;
         const int e = e0 + tx + 16 * j;
         if (t < d.num_tokens && e < d.num_experts) d.logits[t * d.logits_stride + e] = acc[i][j];
@@ -138,99 +134,100 @@ MOE_HOST int64_t moei_router_blocks(const moe_router_desc* d)
            ((d->num_experts + MOEI_ROUTER_TILE - 1) / MOEI_ROUTER_TILE);
 }
 
-/* ---- the fp32 router, split: router/split.cuh ---- */
+/* ---- the fp32 router, split: router/bf16_split.cuh ---- */
 
 /* name, its shape; dtype of x */
-#define MOEI_SPLIT_LIST(X)                                                                         \
-    X(large, MOEI_SPLIT_LARGE, f16, MOE_FP16)                                                      \
-    X(large, MOEI_SPLIT_LARGE, bf16, MOE_BF16)                                                     \
-    X(small, MOEI_SPLIT_SMALL, f16, MOE_FP16)                                                      \
-    X(small, MOEI_SPLIT_SMALL, bf16, MOE_BF16)
-#define MOEI_SPLIT_LEAST 80   /* code of sm_80 and later has a body */
-#define MOEI_SPLIT_THREADS 256 /* of a block, either tile */
+#define MOEI_BF16_SPLIT_LIST(X)                                                                    \
+    X(large, MOEI_BF16_SPLIT_LARGE, f16, MOE_FP16)                                                 \
+    X(large, MOEI_BF16_SPLIT_LARGE, bf16, MOE_BF16)                                                \
+    X(small, MOEI_BF16_SPLIT_SMALL, f16, MOE_FP16)                                                 \
+    X(small, MOEI_BF16_SPLIT_SMALL, bf16, MOE_BF16)
+#define MOEI_BF16_SPLIT_LEAST 80    /* code of sm_80 and later has a body */
+#define MOEI_BF16_SPLIT_THREADS 256 /* of a block, either tile */
 
 /* What is multiplied are bf16 terms, whatever x is. */
-#define MOEI_SPLIT_SHAPE(...)                                                                      \
+#define MOEI_BF16_SPLIT_SHAPE(...)                                                                 \
     moei_shape_terms(moe_gemm_shape_of(__VA_ARGS__, MOE_BF16, MOE_MAJOR_K, MOE_MAJOR_K),           \
-                     MOE_ROUTER_SPLIT_TERMS)
+                     MOE_ROUTER_BF16_TERMS)
 
-#define MOEI_SPLIT_KERNEL(name, shape, half, dtype)                                                \
-    MOE_KERNEL(MOEI_SPLIT_THREADS, 1) moei_router_split_##name##_##half(MOE_ARG(moei_router_args) d) \
+#define MOEI_BF16_SPLIT_KERNEL(name, shape, half, dtype)                                           \
+    MOE_KERNEL(MOEI_BF16_SPLIT_THREADS, 1)                                                         \
+    moei_router_bf16_split_##name##_##half(MOE_ARG(moei_router_args) d)                            \
     {                                                                                              \
         MOE_SHARED_DYNAMIC(shared);                                                                \
-        moei_let_next_start();                                                                     \
-        moei_wait_for_previous();                                                                  \
-        if (MOEI_CODE_HERE(MOEI_SPLIT_LEAST, MOEI_CODE_ANY) && !moei_fault_stopped(d.fault))       \
-            moei_split_##name(&d, shared, dtype, MOEI_SPLIT_SHAPE(shape));                         \
+        moe_pdl_trigger();                                                                         \
+        moe_pdl_wait();                                                                            \
+        if (MOEI_CODE_HERE(MOEI_BF16_SPLIT_LEAST, MOEI_CODE_ANY) && !moe_fault_stopped(d.fault))   \
+            moei_bf16_split_##name(&d, shared, dtype, MOEI_BF16_SPLIT_SHAPE(shape));               \
     }
-MOEI_SPLIT_LIST(MOEI_SPLIT_KERNEL)
-#undef MOEI_SPLIT_KERNEL
+MOEI_BF16_SPLIT_LIST(MOEI_BF16_SPLIT_KERNEL)
+#undef MOEI_BF16_SPLIT_KERNEL
 
 enum {
-    MOEI_SPLIT_TILE_large_f16,
-    MOEI_SPLIT_TILE_large_bf16,
-    MOEI_SPLIT_TILE_small_f16,
-    MOEI_SPLIT_TILE_small_bf16
+    MOEI_BF16_SPLIT_TILE_large_f16,
+    MOEI_BF16_SPLIT_TILE_large_bf16,
+    MOEI_BF16_SPLIT_TILE_small_f16,
+    MOEI_BF16_SPLIT_TILE_small_bf16
 };
 
-static const moei_variant moei_split_variants[] = {
-#define MOEI_SPLIT_ROW(name, shape, half, dtype)                                                   \
-    {(const void*)moei_router_split_##name##_##half,                                               \
-     "moei_router_split_" #name "_" #half,                                                         \
+static const moei_variant moei_bf16_split_variants[] = {
+#define MOEI_BF16_SPLIT_ROW(name, shape, half, dtype)                                              \
+    {(const void*)moei_router_bf16_split_##name##_##half,                                          \
+     "moei_router_bf16_split_" #name "_" #half,                                                    \
      MOE_GEMM_PATH_WMMA,                                                                           \
-     MOEI_SHAPE_INIT_TERMS(MOE_ROUTER_SPLIT_TERMS, shape, MOE_BF16, MOE_MAJOR_K, MOE_MAJOR_K),     \
-     MOEI_SPLIT_TILE_##name##_##half,                                                              \
+     MOEI_SHAPE_INIT_TERMS(MOE_ROUTER_BF16_TERMS, shape, MOE_BF16, MOE_MAJOR_K, MOE_MAJOR_K),      \
+     MOEI_BF16_SPLIT_TILE_##name##_##half,                                                         \
      1,                                                                                            \
-     MOEI_SPLIT_SMEM_##name(dtype),                                                                \
-     MOEI_SPLIT_LEAST,                                                                             \
+     MOEI_BF16_SPLIT_SMEM_##name(dtype),                                                           \
+     MOEI_BF16_SPLIT_LEAST,                                                                        \
      MOEI_CODE_ANY},
-    MOEI_SPLIT_LIST(MOEI_SPLIT_ROW)
-#undef MOEI_SPLIT_ROW
-    MOEI_VARIANT_END};
+    MOEI_BF16_SPLIT_LIST(MOEI_BF16_SPLIT_ROW)
+#undef MOEI_BF16_SPLIT_ROW
+        MOEI_VARIANT_END};
 
-MOE_HOST const moei_variant* moei_split_variant(int small, int x_dtype)
+MOE_HOST const moei_variant* moei_bf16_split_variant(int small, int x_dtype)
 {
-    const int f16 = small ? MOEI_SPLIT_TILE_small_f16 : MOEI_SPLIT_TILE_large_f16;
-    return moei_variant_find(moei_split_variants, x_dtype == MOE_FP16 ? f16 : f16 + 1, MOE_BF16,
-                             MOE_MAJOR_K, MOE_MAJOR_K);
+    const int f16 = small ? MOEI_BF16_SPLIT_TILE_small_f16 : MOEI_BF16_SPLIT_TILE_large_f16;
+    return moei_variant_find(moei_bf16_split_variants, x_dtype == MOE_FP16 ? f16 : f16 + 1,
+                             MOE_BF16, MOE_MAJOR_K, MOE_MAJOR_K);
 }
 
-MOE_HOST int64_t moei_split_blocks(const moei_router_args* d, int small)
+MOE_HOST int64_t moei_bf16_split_blocks(const moei_router_args* d, int small)
 {
-    const moe_gemm_shape f = moei_split_variant(small, d->x_dtype)->shape;
-    const int64_t tokens = moei_split_tokens(f.tm, d->x_dtype);
-    return ((d->num_tokens + tokens - 1) / tokens) * ((d->num_experts + f.tn - 1) / f.tn);
+    const moe_gemm_shape f = moei_bf16_split_variant(small, d->x_dtype)->shape;
+    const int64_t tokens = moei_bf16_split_tokens(f.tile_m, d->x_dtype);
+    return ((d->num_tokens + tokens - 1) / tokens) * ((d->num_experts + f.tile_n - 1) / f.tile_n);
 }
 
 /* Small tiles that take a multiprocessor about as long as one large tile does. */
-#define MOEI_SPLIT_WORTH 20
+#define MOEI_BF16_SPLIT_WORTH 20
 
 /* Sets *path where the operands fit and the current device and this binary can run it. */
-MOE_HOST moe_status moei_split_plan(const moei_router_args* d, int* path)
+MOE_HOST moe_status moei_bf16_split_plan(const moei_router_args* d, int* path)
 {
-    moei_device dev;
+    moe_device dev;
     int64_t waves, small_waves;
     int small, runs;
     if (d->hidden % 8 != 0 || d->x_stride % 8 != 0 || d->w_stride % 4 != 0 ||
         !moei_aligned(d->x, 16) || !moei_aligned(d->w, 16))
         return MOE_OK;
-    MOEI_TRY(moei_device_query(&dev));
-    MOEI_TRY(moei_variant_runs(moei_split_variant(1, d->x_dtype), &dev, 0, &runs));
+    MOE_TRY(moe_device_query(&dev));
+    MOE_TRY(moei_variant_runs(moei_bf16_split_variant(1, d->x_dtype), &dev, 0, &runs));
     if (!runs) return MOE_OK;
-    MOEI_TRY(moei_variant_runs(moei_split_variant(0, d->x_dtype), &dev, 0, &runs));
-    waves = (moei_split_blocks(d, 0) + dev.sms - 1) / dev.sms;
-    small_waves = (moei_split_blocks(d, 1) + dev.sms - 1) / dev.sms;
-    small = small_waves <= waves * MOEI_SPLIT_WORTH || !runs;
-    if (moei_split_blocks(d, small) <= 0x7fffffff)
-        *path = small ? MOE_ROUTER_SPLIT_SMALL : MOE_ROUTER_SPLIT_LARGE;
+    MOE_TRY(moei_variant_runs(moei_bf16_split_variant(0, d->x_dtype), &dev, 0, &runs));
+    waves = (moei_bf16_split_blocks(d, 0) + dev.sms - 1) / dev.sms;
+    small_waves = (moei_bf16_split_blocks(d, 1) + dev.sms - 1) / dev.sms;
+    small = small_waves <= waves * MOEI_BF16_SPLIT_WORTH || !runs;
+    if (moei_bf16_split_blocks(d, small) <= 0x7fffffff)
+        *path = small ? MOE_ROUTER_BF16_SPLIT_SMALL : MOE_ROUTER_BF16_SPLIT_LARGE;
     return MOE_OK;
 }
 
-MOE_HOST moe_status moei_split_prepare(moei_launch* l, const moei_router_args* d, int small)
+MOE_HOST moe_status moei_bf16_split_prepare(moe_launch* l, const moei_router_args* d, int small)
 {
-    MOEI_TRY(moei_variant_prepare(l, moei_split_variant(small, d->x_dtype),
-                                  moei_split_blocks(d, small), 0));
-    l->block[0] = MOEI_SPLIT_THREADS; /* of the small tile's shape one warp's */
+    MOE_TRY(moei_variant_prepare(l, moei_bf16_split_variant(small, d->x_dtype),
+                                 moei_bf16_split_blocks(d, small), 0));
+    l->block[0] = MOEI_BF16_SPLIT_THREADS; /* of the small tile's shape one warp's */
     return MOE_OK;
 }
 
@@ -279,47 +276,48 @@ MOE_HOST void moei_router_gemm_desc(const moe_router_desc* d, moe_grouped_gemm_d
 /* Refuses sizes, dtypes and strides that the header does not offer, and fills in the defaults. */
 MOE_HOST moe_status moei_router_check_options(moe_router_desc* d)
 {
-    MOEI_REQUIRE(d->num_tokens >= 0, MOE_ERR_RANGE, num_tokens);
-    MOEI_REQUIRE(d->hidden >= 1 && d->hidden <= 1 << 28, MOE_ERR_RANGE, hidden);
-    MOEI_REQUIRE(d->num_experts >= 1 && d->num_experts <= (1 << 20), MOE_ERR_RANGE, num_experts);
+    MOE_REQUIRE(d->num_tokens >= 0, MOE_ERR_RANGE, num_tokens);
+    MOE_REQUIRE(d->hidden >= 1 && d->hidden <= 1 << 28, MOE_ERR_RANGE, hidden);
+    MOE_REQUIRE(d->num_experts >= 1 && d->num_experts <= (1 << 20), MOE_ERR_RANGE, num_experts);
     MOEI_REQUIRE_RANK(d);
     if (d->x_dtype == 0) d->x_dtype = MOE_BF16;
-    MOEI_REQUIRE(moe_dtype_bytes(d->x_dtype), MOE_ERR_DTYPE, x_dtype);
+    MOE_REQUIRE(moe_dtype_bytes(d->x_dtype), MOE_ERR_DTYPE, x_dtype);
     if (d->router_dtype == 0) d->router_dtype = d->x_dtype;
-    MOEI_REQUIRE(moe_dtype_bytes(d->router_dtype), MOE_ERR_DTYPE, router_dtype);
+    MOE_REQUIRE(moe_dtype_bytes(d->router_dtype), MOE_ERR_DTYPE, router_dtype);
     if (d->x_stride == 0) d->x_stride = d->hidden;
-    MOEI_REQUIRE(moei_stride_fits(d->x_stride, d->hidden, d->num_tokens), MOE_ERR_STRIDE, x_stride);
+    MOE_REQUIRE(moei_stride_fits(d->x_stride, d->hidden, d->num_tokens), MOE_ERR_STRIDE, x_stride);
     if (d->router_stride == 0) d->router_stride = d->hidden;
-    MOEI_REQUIRE(moei_stride_fits(d->router_stride, d->hidden, d->num_experts), MOE_ERR_STRIDE,
-                 router_stride);
+    MOE_REQUIRE(moei_stride_fits(d->router_stride, d->hidden, d->num_experts), MOE_ERR_STRIDE,
+                router_stride);
     if (d->logits_stride == 0) d->logits_stride = d->num_experts;
-    MOEI_REQUIRE(moei_stride_fits(d->logits_stride, d->num_experts, d->num_tokens), MOE_ERR_STRIDE,
-                 logits_stride);
+    MOE_REQUIRE(moei_stride_fits(d->logits_stride, d->num_experts, d->num_tokens), MOE_ERR_STRIDE,
+                logits_stride);
     return MOE_OK;
 }
 
 /* Refuses buffers that are absent, misaligned or overlap; options have been checked. */
 MOE_HOST moe_status moei_router_check_buffers(const moe_router_desc* d)
 {
-    const int64_t T = d->num_tokens, H = d->hidden, E = d->num_experts;
+    const int64_t num_tokens = d->num_tokens, hidden = d->hidden, num_experts = d->num_experts;
     const uint32_t x_align = (uint32_t)moe_dtype_bytes(d->x_dtype);
     const uint32_t router_align = (uint32_t)moe_dtype_bytes(d->router_dtype);
-    const moei_buffer b[] = {
-        {d->x, moei_extent(T, d->x_stride, H, d->x_dtype), x_align, MOEI_REQUIRED, MOE_FIELD_x},
-        {d->router, moei_extent(E, d->router_stride, H, d->router_dtype), router_align,
-         MOEI_REQUIRED, MOE_FIELD_router},
-        {d->logits, moei_extent(T, d->logits_stride, E, MOE_FP32), 4, MOEI_REQUIRED | MOEI_WRITTEN,
-         MOE_FIELD_logits},
-        {d->fault, 8, 8, MOEI_WRITTEN, MOE_FIELD_fault}};
+    const moe_buffer b[] = {
+        {d->x, moe_extent(num_tokens, d->x_stride, hidden, d->x_dtype), x_align,
+         MOE_BUFFER_REQUIRED, MOE_FIELD_x},
+        {d->router, moe_extent(num_experts, d->router_stride, hidden, d->router_dtype),
+         router_align, MOE_BUFFER_REQUIRED, MOE_FIELD_router},
+        {d->logits, moe_extent(num_tokens, d->logits_stride, num_experts, MOE_FP32), 4,
+         MOE_BUFFER_REQUIRED | MOE_BUFFER_WRITTEN, MOE_FIELD_logits},
+        {d->fault, 8, 8, MOE_BUFFER_WRITTEN, MOE_FIELD_fault}};
     const int count = (int)(sizeof b / sizeof b[0]);
-    if (T == 0) return moei_check_buffers(b + count - 1, 1); /* the fault word alone */
-    return moei_check_buffers(b, count);
+    if (num_tokens == 0) return moe_check_buffers(b + count - 1, 1); /* the fault word alone */
+    return moe_check_buffers(b, count);
 }
 
 /* Fills in the defaults and refuses what the header does not offer. */
 MOE_HOST moe_status moei_router_check(moe_router_desc* d)
 {
-    MOEI_TRY(moei_router_check_options(d));
+    MOE_TRY(moei_router_check_options(d));
     return moei_router_check_buffers(d);
 }
 
@@ -339,14 +337,14 @@ MOE_HOST moe_status moei_router_prepare_gemm(const moe_router_desc* d, moe_route
     moe_status s;
     moei_router_gemm_desc(d, &g);
     s = moei_gemm_check(&g);
-    if (s == MOE_OK) s = moei_gemm_settle(&g, &p->gemm);
+    if (s == MOE_OK) s = moei_gemm_resolve(&g, &p->gemm);
     if (moe_status_kind(s) == MOE_ERR_CUDA) return s;
     if (s == MOE_OK) {
         p->path = MOE_ROUTER_GEMM;
         return MOE_OK;
     }
     moei_router_gemm_desc(d, &g);
-    MOEI_TRY(moei_ragged_choose(&g, &v));
+    MOE_TRY(moei_ragged_choose(&g, &v));
     if (!v) return MOE_OK;
     p->path = v->tile == MOEI_RAGGED_TILE_narrow ? MOE_ROUTER_RAGGED_NARROW : MOE_ROUTER_RAGGED_WIDE;
     p->gemm.args = moei_gemm_args_of(&g);
@@ -354,24 +352,24 @@ MOE_HOST moe_status moei_router_prepare_gemm(const moe_router_desc* d, moe_route
 }
 
 /* Fills in *p, which is empty: its path is scalar. */
-MOE_HOST moe_status moei_router_settle(const moe_router_desc* desc, moe_router_prepared* p)
+MOE_HOST moe_status moei_router_resolve(const moe_router_desc* desc, moe_router_prepared* p)
 {
     moe_router_desc d = *desc;
-    MOEI_TRY(moei_router_check(&d));
+    MOE_TRY(moei_router_check(&d));
     p->args = moei_router_args_of(&d);
     if (d.num_tokens == 0) return MOE_OK;
     if (d.x_dtype == d.router_dtype && d.x_dtype != MOE_FP32) {
-        MOEI_TRY(moei_router_prepare_gemm(&d, p));
+        MOE_TRY(moei_router_prepare_gemm(&d, p));
     } else if (d.x_dtype != MOE_FP32 && d.router_dtype == MOE_FP32) {
-        MOEI_TRY(moei_split_plan(&p->args, &p->path));
+        MOE_TRY(moei_bf16_split_plan(&p->args, &p->path));
         if (p->path != MOE_ROUTER_SCALAR)
-            return moei_split_prepare(&p->gemm.launch, &p->args,
-                                      p->path == MOE_ROUTER_SPLIT_SMALL);
+            return moei_bf16_split_prepare(&p->gemm.launch, &p->args,
+                                           p->path == MOE_ROUTER_BF16_SPLIT_SMALL);
     }
     if (p->path != MOE_ROUTER_SCALAR) return MOE_OK;
-    MOEI_REQUIRE(moei_router_blocks(&d) <= 0x7fffffff, MOE_ERR_RANGE, num_tokens);
+    MOE_REQUIRE(moei_router_blocks(&d) <= 0x7fffffff, MOE_ERR_RANGE, num_tokens);
     {
-        moei_launch_config c = moei_grid(moei_router_blocks(&d), 256, 0, 0);
+        moe_launch_config c = moe_grid(moei_router_blocks(&d), 256, 0, 0);
         c.dependent = 1;
         return MOE_PREPARE(&p->gemm.launch, moei_router_any, c);
     }
@@ -381,19 +379,19 @@ MOE_HOST moe_status moei_router_settle(const moe_router_desc* desc, moe_router_p
    documented above, each with its own status. T = 0 is no error. */
 MOE_HOST moe_status moe_router_prepare(const moe_router_desc* desc, moe_router_prepared* p)
 {
-    MOEI_RETURN_PREPARED(desc, p, moei_router_settle(desc, p));
+    MOE_RETURN_PREPARED(desc, p, moei_router_resolve(desc, p));
 }
 
 /* Queues a prepared product on `stream`. */
 MOE_HOST moe_status moe_router_run(const moe_router_prepared* p, cudaStream_t stream)
 {
-    const moei_launch* l;
-    MOEI_REQUIRE(p, MOE_ERR_NULL, desc);
+    const moe_launch* l;
+    MOE_REQUIRE(p, MOE_ERR_NULL, desc);
     l = &p->gemm.launch;
     switch (p->path) {
     case MOE_ROUTER_SCALAR:
-    case MOE_ROUTER_SPLIT_LARGE:
-    case MOE_ROUTER_SPLIT_SMALL: return MOE_RUN(l, p->args, stream);
+    case MOE_ROUTER_BF16_SPLIT_LARGE:
+    case MOE_ROUTER_BF16_SPLIT_SMALL: return MOE_RUN(l, p->args, stream);
     default: return MOE_RUN(l, p->gemm.args, stream);
     }
 }
@@ -402,8 +400,8 @@ MOE_HOST moe_status moe_router_run(const moe_router_prepared* p, cudaStream_t st
 MOE_HOST moe_status moe_router_plan(const moe_router_desc* desc, int* path)
 {
     moe_router_prepared p;
-    MOEI_REQUIRE(desc && path, MOE_ERR_NULL, desc);
-    MOEI_TRY(moe_router_prepare(desc, &p));
+    MOE_REQUIRE(desc && path, MOE_ERR_NULL, desc);
+    MOE_TRY(moe_router_prepare(desc, &p));
     *path = p.path;
     return MOE_OK;
 }
@@ -412,16 +410,16 @@ MOE_HOST moe_status moe_router_plan(const moe_router_desc* desc, int* path)
 MOE_HOST moe_status moe_router_logits(const moe_router_desc* desc, cudaStream_t stream)
 {
     moe_router_prepared p;
-    MOEI_TRY(moe_router_prepare(desc, &p));
+    MOE_TRY(moe_router_prepare(desc, &p));
     return moe_router_run(&p, stream);
 }
 
 /* Loads this header's own kernels now; moe_grouped_gemm_preload loads those of the GEMM. */
 MOE_HOST moe_status moe_router_preload(void)
 {
-    MOEI_TRY(moei_variant_preload(moei_split_variants));
-    MOEI_TRY(moei_variant_preload(moei_ragged_variants));
-    return moei_preload((const void*)moei_router_any);
+    MOE_TRY(moei_variant_preload(moei_bf16_split_variants));
+    MOE_TRY(moei_variant_preload(moei_ragged_variants));
+    return moe_preload_kernel((const void*)moei_router_any);
 }
 
 #endif

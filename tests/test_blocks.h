@@ -86,8 +86,8 @@ MOEI_UNUSED static void tmask_new(tmask* t, int rows, int columns, int block_row
     t->columns = columns;
     t->block_rows = block_rows;
     t->block_columns = block_columns;
-    t->RB = moe_num_blocks(rows, block_rows);
-    t->CB = moe_num_blocks(columns, block_columns);
+    t->RB = moe_block_sparse_count(rows, block_rows);
+    t->CB = moe_block_sparse_count(columns, block_columns);
     all = t->RB * t->CB;
     t->there = (uint8_t*)test_host(all);
     t->number = (int32_t*)test_host(all * 4);
@@ -128,9 +128,10 @@ MOEI_UNUSED static void tmask_free(tmask* t)
 }
 
 /* by_column: the list has its column order too; position: and the numbers of its blocks. */
-MOEI_UNUSED static moe_block_mask tmask_view(const tmask* t, int form, int by_column, int position)
+MOEI_UNUSED static moe_block_sparse_mask tmask_view(const tmask* t, int form, int by_column,
+                                                    int position)
 {
-    moe_block_mask m;
+    moe_block_sparse_mask m;
     memset(&m, 0, sizeof m);
     m.rows = t->rows;
     m.columns = t->columns;
@@ -210,7 +211,7 @@ MOEI_UNUSED static void tmatrix_new(tmatrix* t, const tmatrix_want* w)
     t->strip = w->strip;
     t->by_column = w->by_column;
     t->stride = w->packed ? 0 : (across + 7) / 8 * 8 + w->pad;
-    t->parts = w->strip ? moe_num_blocks(along, w->strip) : 1;
+    t->parts = w->strip ? moe_block_sparse_count(along, w->strip) : 1;
     if (t->parts > TMATRIX_MOST) {
         printf("%d pieces are too many\n", t->parts);
         exit(1);
@@ -219,7 +220,7 @@ MOEI_UNUSED static void tmatrix_new(tmatrix* t, const tmatrix_want* w)
         const int left = along - s * w->strip, here = left < w->strip ? left : w->strip;
         const int rows = w->strip && !w->by_column ? here : w->rows;
         const int columns = w->strip && w->by_column ? here : w->columns;
-        size_t bytes = (size_t)moei_extent(rows, t->stride, columns, w->dtype);
+        size_t bytes = (size_t)moe_extent(rows, t->stride, columns, w->dtype);
         if (w->packed)
             bytes = (size_t)elem * (size_t)w->mask->max_blocks *
                     (size_t)(w->mask->block_rows * w->mask->block_columns);

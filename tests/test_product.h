@@ -45,8 +45,8 @@ MOEI_UNUSED static const char* tproduct_text(const tproduct_want* w)
 /* Is the mask needed column after column? */
 MOEI_UNUSED static int tproduct_by_column(const tproduct_want* w)
 {
-    return (w->op == MOE_BLOCK_DSD && w->a_transposed) ||
-           (w->op == MOE_BLOCK_DDS && !w->b_transposed);
+    return (w->op == MOE_BLOCK_SPARSE_DSD && w->a_transposed) ||
+           (w->op == MOE_BLOCK_SPARSE_DDS && !w->b_transposed);
 }
 
 MOEI_UNUSED static int64_t tproduct_stride(const tmatrix* t)
@@ -84,7 +84,7 @@ MOEI_UNUSED static void tproduct_describe(tproduct* p)
     d->dtype = w->dtype == MOE_BF16 ? MOE_DTYPE_DEFAULT : w->dtype;
     d->c_dtype = w->c_dtype == w->dtype ? MOE_DTYPE_DEFAULT : w->c_dtype;
     d->choice.tile = w->tile;
-    d->choice.rest = w->tile ? w->rest : 0;
+    d->choice.fallback_tile = w->tile ? w->rest : 0;
     CHECK_STATUS(moe_block_sparse_workspace(d, &d->workspace_bytes), MOE_OK);
     p->workspace = tbuf_new("workspace", d->workspace_bytes, 16);
     d->workspace = d->workspace_bytes ? p->workspace.p : (void*)0;
@@ -94,8 +94,8 @@ MOEI_UNUSED static void tproduct_describe(tproduct* p)
    null. */
 MOEI_UNUSED static void tproduct_new(tproduct* p, const tproduct_want* w, trand* r)
 {
-    const int sdd = w->op == MOE_BLOCK_SDD, dsd = w->op == MOE_BLOCK_DSD,
-              dds = w->op == MOE_BLOCK_DDS;
+    const int sdd = w->op == MOE_BLOCK_SPARSE_SDD, dsd = w->op == MOE_BLOCK_SPARSE_DSD,
+              dds = w->op == MOE_BLOCK_SPARSE_DDS;
     const int a_rows = w->a_transposed ? w->k : w->m, a_columns = w->a_transposed ? w->m : w->k;
     const int b_rows = w->b_transposed ? w->n : w->k, b_columns = w->b_transposed ? w->k : w->n;
     /* whether what the dense matrix shares with the sparse one runs along the mask's columns */
@@ -279,7 +279,8 @@ MOEI_UNUSED static void tproduct_compare_to(const tproduct* p, double* exact, do
         int64_t at = tmatrix_at(t, i, j, &part);
         got[x] = 0;
         if (at < 0) exact[x] = sum[x] = 0;
-        if (at < 0 && w->op == MOE_BLOCK_SDD && w->zero_masked) { /* zeros, and no minus sign */
+        if (at < 0 && w->op == MOE_BLOCK_SPARSE_SDD &&
+            w->zero_masked) { /* zeros, and no minus sign */
             at = i * t->stride + j;
             for (int b = 0; b < elem; ++b) not_zero += all[part][at * elem + b] != 0;
             test_poison(all[part] + at * elem, (size_t)elem);
@@ -350,8 +351,9 @@ MOEI_UNUSED static void tproduct_compare(const tproduct* p)
 MOEI_UNUSED static int tproduct_launch(const tproduct* p)
 {
     const int everywhere =
-        MOE_ON_HOST || (p->w.dtype == MOE_FP16 &&
-                        (p->w.tile == 0 || (p->w.tile == MOE_BLOCK_TILE_64x64 && p->w.rest == 0)));
+        MOE_ON_HOST ||
+        (p->w.dtype == MOE_FP16 &&
+         (p->w.tile == 0 || (p->w.tile == MOE_BLOCK_SPARSE_TILE_64x64 && p->w.rest == 0)));
     const moe_status s = moe_block_sparse(&p->d, test_now.stream);
     if (!everywhere && moe_status_kind(s) == MOE_ERR_DEVICE) {
         CHECK(tmatrix_same(&p->c, 1), "%s: refused, but C was written", tproduct_text(&p->w));
@@ -373,11 +375,11 @@ MOEI_UNUSED static void tproduct_run(const tproduct_want* w, trand* r)
 /* bf16 where this binary has code for it, else fp16. */
 MOEI_UNUSED static int tproduct_half(void)
 {
-    moei_device dev;
+    moe_device dev;
     int runs = 0;
-    return moei_block_check_dtype(MOE_BF16) == MOE_OK && moei_device_query(&dev) == MOE_OK &&
-                   moei_variant_runs(moei_block_variant(MOE_BLOCK_TILE_64x64, MOE_BF16), &dev, 0,
-                                     &runs) == MOE_OK &&
+    return moei_sparse_check_dtype(MOE_BF16) == MOE_OK && moe_device_query(&dev) == MOE_OK &&
+                   moei_variant_runs(moei_sparse_variant(MOE_BLOCK_SPARSE_TILE_64x64, MOE_BF16),
+                                     &dev, 0, &runs) == MOE_OK &&
                    runs
                ? MOE_BF16
                : MOE_FP16;
@@ -412,13 +414,13 @@ MOEI_UNUSED static void tproduct_randomise(tproduct_want* w, trand* r)
     w->form = (int)trand_int(r, TFORM_BYTES, TFORM_LIST);
     w->packed = w->form == TFORM_LIST && trand_int(r, 0, 2) > 0;
     w->by_column = (int)trand_int(r, 0, 1);
-    w->zero_masked = w->op == MOE_BLOCK_SDD && !w->packed && trand_int(r, 0, 1);
+    w->zero_masked = w->op == MOE_BLOCK_SPARSE_SDD && !w->packed && trand_int(r, 0, 1);
     w->a_pad = 8 * (int)trand_int(r, 0, 2);
     w->b_pad = 8 * (int)trand_int(r, 0, 2);
     w->c_pad = 8 * (int)trand_int(r, 0, 2);
     w->draw = trand_int(r, 0, 3) ? TDRAW_NORMAL : TDRAW_INT;
-    w->tile = (int)trand_int(r, MOE_BLOCK_TILE_AUTO, MOE_BLOCK_TILE_64x64);
-    w->rest = (int)trand_int(r, 0, MOE_BLOCK_TILE_64x64);
+    w->tile = (int)trand_int(r, MOE_BLOCK_SPARSE_TILE_AUTO, MOE_BLOCK_SPARSE_TILE_64x64);
+    w->rest = (int)trand_int(r, 0, MOE_BLOCK_SPARSE_TILE_64x64);
 }
 
 #endif

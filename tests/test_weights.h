@@ -214,9 +214,9 @@ MOEI_UNUSED static moe_status test_gemm_status(int dtype, int tile)
     const moe_status no_dtype = MOE_STATUS(MOE_ERR_DEVICE, dtype);
     const moe_status no_tile = MOE_STATUS(MOE_ERR_DEVICE, tile);
     cudaFuncAttributes code; /* one compilation for all kernels of a file */
-    moei_device dev;
+    moe_device dev;
     TEST_CUDA(cudaFuncGetAttributes(&code, (const void*)tcode_kernel));
-    CHECK_STATUS(moei_device_query(&dev), MOE_OK);
+    CHECK_STATUS(moe_device_query(&dev), MOE_OK);
     if (dtype == MOE_BF16 && dev.major < 8) return no_dtype;
     if (dtype == MOE_BF16 && code.ptxVersion < 80) return tile ? no_tile : no_dtype;
     if (tile == MOE_TILE_128x256 && (code.ptxVersion < 90 || code.ptxVersion >= 120))
@@ -239,8 +239,8 @@ MOEI_UNUSED static int test_half(void)
    one that this binary can run, and resources that the device has. */
 MOEI_UNUSED static void test_plan(const moe_gemm_plan* p, int dtype, int tile)
 {
-    moei_device dev;
-    CHECK_STATUS(moei_device_query(&dev), MOE_OK);
+    moe_device dev;
+    CHECK_STATUS(moe_device_query(&dev), MOE_OK);
     CHECK(p->path == (MOE_ON_HOST ? MOE_GEMM_PATH_HOST : MOE_GEMM_PATH_WMMA), "path %d", p->path);
     if (!CHECK(p->tile >= MOE_TILE_128x256 && p->tile <= MOE_TILE_64x64 &&
                    (tile == MOE_TILE_AUTO || p->tile == tile),

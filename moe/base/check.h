@@ -2,10 +2,10 @@
 
    A launch helper lists its buffers in a table, inputs and outputs in any order, and asks once:
 
-     const moei_buffer b[] = {
-         {d->x, moei_extent(T, d->x_stride, H, d->x_dtype), 16, MOEI_REQUIRED, MOE_FIELD_x},
-         {d->fault, 8, 8, MOEI_WRITTEN, MOE_FIELD_fault}};
-     return moei_check_buffers(b, 2);
+     const moe_buffer b[] = {
+         {d->x, moe_extent(T, d->x_stride, H, d->x_dtype), 16, MOE_BUFFER_REQUIRED, MOE_FIELD_x},
+         {d->fault, 8, 8, MOE_BUFFER_WRITTEN, MOE_FIELD_fault}};
+     return moe_check_buffers(b, 2);
 
    Sizes and options are checked before: the table's extents are computed from them. */
 #ifndef MOE_BASE_CHECK_H
@@ -14,18 +14,18 @@
 #include "status.h"
 
 enum {
-    MOEI_READ = 0,
-    MOEI_REQUIRED = 1, /* must not be null, unless it has 0 bytes */
-    MOEI_WRITTEN = 2   /* by the device: shares no byte with any other buffer of the table */
+    MOE_BUFFER_READ = 0,
+    MOE_BUFFER_REQUIRED = 1, /* must not be null, unless it has 0 bytes */
+    MOE_BUFFER_WRITTEN = 2   /* by the device: shares no byte with any other buffer of the table */
 };
 
-typedef struct moei_buffer {
+typedef struct moe_buffer {
     const void* p;  /* null: absent */
     uint64_t bytes; /* that are read or written; 0: none */
     uint32_t align; /* of the address, a power of two */
-    int32_t use;    /* MOEI_REQUIRED | MOEI_WRITTEN */
+    int32_t use;    /* MOE_BUFFER_REQUIRED | MOE_BUFFER_WRITTEN */
     int32_t field;  /* MOE_FIELD_* */
-} moei_buffer;
+} moe_buffer;
 
 MOE_HOST int moei_aligned(const void* p, uintptr_t bytes)
 {
@@ -35,11 +35,11 @@ MOE_HOST int moei_aligned(const void* p, uintptr_t bytes)
 /* Refuses, in this order, a required buffer that is null, an address that is not aligned, a written
    buffer that overlaps another. Names the field; of an overlap the written one, of two written ones
    the later. */
-MOE_HOST moe_status moei_check_buffers(const moei_buffer* b, int count)
+MOE_HOST moe_status moe_check_buffers(const moe_buffer* b, int count)
 {
     int i, j;
     for (i = 0; i < count; ++i)
-        if (!b[i].p && b[i].bytes && (b[i].use & MOEI_REQUIRED))
+        if (!b[i].p && b[i].bytes && (b[i].use & MOE_BUFFER_REQUIRED))
             return (moe_status)(MOE_ERR_NULL | (b[i].field << 8));
     for (i = 0; i < count; ++i)
         if (!moei_aligned(b[i].p, b[i].align))
@@ -47,8 +47,8 @@ MOE_HOST moe_status moei_check_buffers(const moei_buffer* b, int count)
     for (i = 0; i < count; ++i)
         for (j = 0; j < i; ++j) {
             const uintptr_t p = (uintptr_t)b[i].p, q = (uintptr_t)b[j].p;
-            const int written = (b[i].use & MOEI_WRITTEN) ? i : j;
-            if (p && q && b[i].bytes && b[j].bytes && (b[written].use & MOEI_WRITTEN) &&
+            const int written = (b[i].use & MOE_BUFFER_WRITTEN) ? i : j;
+            if (p && q && b[i].bytes && b[j].bytes && (b[written].use & MOE_BUFFER_WRITTEN) &&
                 p < q + b[j].bytes && q < p + b[i].bytes)
                 return (moe_status)(MOE_ERR_OVERLAP | (b[written].field << 8));
         }

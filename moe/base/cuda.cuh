@@ -6,13 +6,13 @@
      typedef struct my_args { float* y; int32_t n; } my_args;
      MOE_KERNEL(256, 1) my_kernel(MOE_ARG(my_args) d) { ... }
 
-     moei_launch_config c = moei_grid(num_blocks, 256, 0, stream);
+     moe_launch_config c = moe_grid(num_blocks, 256, 0, stream);
      return MOE_LAUNCH(my_kernel, c, args);        // a moe_status
 
    or prepared once and run many times, where a run costs the host one call of the runtime:
 
-     moei_launch l;
-     MOEI_TRY(MOE_PREPARE(&l, my_kernel, c));
+     moe_launch l;
+     MOE_TRY(MOE_PREPARE(&l, my_kernel, c));
      return MOE_RUN(&l, args, stream);
 
    Needs CUDA 12.0 or later for the cuda backend, C++14 for both. */
@@ -55,13 +55,13 @@
 
 /* Before a loop over literals: unroll it, so that its arrays stay in registers. */
 #if MOE_ON_HOST
-#define MOEI_UNROLL
-#define MOEI_NO_UNROLL
-#define MOEI_UNROLL_8
+#define MOE_UNROLL
+#define MOE_NO_UNROLL
+#define MOE_UNROLL_8
 #else
-#define MOEI_UNROLL _Pragma("unroll")
-#define MOEI_NO_UNROLL _Pragma("unroll 1") /* a loop whose registers are wanted elsewhere */
-#define MOEI_UNROLL_8 _Pragma("unroll 8")  /* a loop of loads: eight are under way at once */
+#define MOE_UNROLL _Pragma("unroll")
+#define MOE_NO_UNROLL _Pragma("unroll 1") /* a loop whose registers are wanted elsewhere */
+#define MOE_UNROLL_8 _Pragma("unroll 8")  /* a loop of loads: eight are under way at once */
 #endif
 
 #define MOE_DEVICE MOEI_UNUSED static __device__ __forceinline__
@@ -76,19 +76,19 @@
     MOEI_UNUSED static __global__ void __launch_bounds__(threads, min_blocks)
 #define MOE_ARG(type) const __grid_constant__ type
 
-/* How to launch: filled by moei_grid, then adjusted. */
-typedef struct moei_launch_config {
+/* How to launch: filled by moe_grid, then adjusted. */
+typedef struct moe_launch_config {
     dim3 grid, block;
     size_t smem; /* dynamic shared memory, bytes */
     cudaStream_t stream;
     int dependent; /* 1: may start before the kernel ahead of it has ended, and waits for it in
-                      moei_wait_for_previous; on devices and in code of 9.0 and later */
+                      moe_pdl_wait; on devices and in code of 9.0 and later */
     int cluster;   /* blocks per cluster along x; 0 or 1: none */
-} moei_launch_config;
+} moe_launch_config;
 
-MOE_HOST moei_launch_config moei_grid(int64_t blocks, int threads, size_t smem, cudaStream_t stream)
+MOE_HOST moe_launch_config moe_grid(int64_t blocks, int threads, size_t smem, cudaStream_t stream)
 {
-    moei_launch_config c;
+    moe_launch_config c;
     c.grid = dim3((unsigned)blocks, 1, 1);
     c.block = dim3((unsigned)threads, 1, 1);
     c.smem = smem;
@@ -98,22 +98,22 @@ MOE_HOST moei_launch_config moei_grid(int64_t blocks, int threads, size_t smem, 
     return c;
 }
 
-MOE_HOST moe_status moei_cuda_status(cudaError_t e)
+MOE_HOST moe_status moe_cuda_status(cudaError_t e)
 {
     return e == cudaSuccess ? MOE_OK : (moe_status)(MOE_ERR_CUDA | ((int)e << 8));
 }
 
 /* Pass on what a CUDA call refused. */
-#define MOEI_TRY_CUDA(call) MOEI_TRY(moei_cuda_status(call))
+#define MOE_TRY_CUDA(call) MOE_TRY(moe_cuda_status(call))
 
 /* A launch with all but its stream settled, for the device that was current. */
-typedef struct moei_launch {
+typedef struct moe_launch {
     const void* kernel; /* null: nothing to launch */
     const char* name;   /* of the kernel; used on the CPU */
     size_t smem;
     uint32_t grid[3], block[3];
     int32_t dependent, cluster;
-} moei_launch;
+} moe_launch;
 
 /* Settles a launch: loads the kernel and gives it the shared memory it may need. */
 #define MOE_PREPARE(launch, kernel, config)                                                       \
@@ -124,7 +124,7 @@ typedef struct moei_launch {
 
 /* The body of a prepare call: `settle` fills in *p and returns a status. Where it refuses, or there is
    no descriptor, *p becomes empty, and its run queues nothing. */
-#define MOEI_RETURN_PREPARED(described, p, settle)                                                 \
+#define MOE_RETURN_PREPARED(described, p, settle)                                                  \
     do {                                                                                           \
         moe_status moei_prepared = MOE_STATUS(MOE_ERR_NULL, desc);                                 \
         if (!(p)) return moei_prepared;                                                            \
@@ -134,8 +134,8 @@ typedef struct moei_launch {
         return moei_prepared;                                                                      \
     } while (0)
 
-MOE_HOST moe_status moei_launch_prepare(moei_launch* l, const void* kernel, const char* name,
-                                        const moei_launch_config* c)
+MOE_HOST moe_status moei_launch_prepare(moe_launch* l, const void* kernel, const char* name,
+                                        const moe_launch_config* c)
 {
     l->kernel = 0;
     l->name = name;
@@ -147,15 +147,15 @@ MOE_HOST moe_status moei_launch_prepare(moei_launch* l, const void* kernel, cons
 #if !MOE_ON_HOST
     {
         cudaFuncAttributes fa;
-        MOEI_TRY_CUDA(cudaFuncGetAttributes(&fa, kernel));
+        MOE_TRY_CUDA(cudaFuncGetAttributes(&fa, kernel));
         if (c->smem > 32 * 1024) { /* a setting of each device: always the most there is, so that
                                       calls with more and with less can be queued side by side */
             int id = 0, most = 0;
-            MOEI_TRY_CUDA(cudaGetDevice(&id));
-            MOEI_TRY_CUDA(
+            MOE_TRY_CUDA(cudaGetDevice(&id));
+            MOE_TRY_CUDA(
                 cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, id));
-            MOEI_TRY_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                               most - (int)fa.sharedSizeBytes));
+            MOE_TRY_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                              most - (int)fa.sharedSizeBytes));
         }
         /* only code built for 9.0 has the instruction that waits */
         if (fa.binaryVersion < 90 || fa.ptxVersion < 90) l->dependent = 0;
@@ -170,20 +170,20 @@ MOE_HOST dim3 moei_launch_dim(const uint32_t* n) { return dim3(n[0], n[1], n[2])
 /* MOE_LAUNCH: both at once, on the config's stream. */
 #if MOE_ON_HOST
 /* The CPU backend copies the struct and queues the call on the stream. */
-#define moei_launch_run(l, arg, stream)                                                           \
-    ((l)->kernel ? moei_cuda_status(                                                              \
-                       moeh_launch(moei_launch_dim((l)->grid), moei_launch_dim((l)->block),       \
-                                   (l)->smem, stream, moeh_bind_prepared((l)->kernel, *(arg)),    \
-                                   (l)->name, (l)->kernel, (l)->dependent != 0))                  \
-                 : MOE_OK)
-#define MOE_LAUNCH(kernel, config, arg)                                                           \
-    moei_cuda_status(moeh_launch((config).grid, (config).block, (config).smem, (config).stream,   \
-                                 moeh_bind(kernel, arg), #kernel, (const void*)(kernel),          \
-                                 (config).dependent != 0))
+#define moei_launch_run(l, arg, stream)                                                            \
+    ((l)->kernel                                                                                   \
+         ? moe_cuda_status(moeh_launch(moei_launch_dim((l)->grid), moei_launch_dim((l)->block),    \
+                                       (l)->smem, stream, moeh_bind_prepared((l)->kernel, *(arg)), \
+                                       (l)->name, (l)->kernel, (l)->dependent != 0))               \
+         : MOE_OK)
+#define MOE_LAUNCH(kernel, config, arg)                                                            \
+    moe_cuda_status(moeh_launch((config).grid, (config).block, (config).smem, (config).stream,     \
+                                moeh_bind(kernel, arg), #kernel, (const void*)(kernel),            \
+                                (config).dependent != 0))
 #else
 #define MOE_LAUNCH(kernel, config, arg) moei_launch_once((const void*)(kernel), &(config), &(arg))
 
-MOE_HOST moe_status moei_launch_run(const moei_launch* l, const void* arg, cudaStream_t stream)
+MOE_HOST moe_status moei_launch_run(const moe_launch* l, const void* arg, cudaStream_t stream)
 {
     cudaLaunchConfig_t config = {};
     cudaLaunchAttribute attr[2];
@@ -205,14 +205,14 @@ MOE_HOST moe_status moei_launch_run(const moei_launch* l, const void* arg, cudaS
         attr[config.numAttrs].val.clusterDim.y = 1;
         attr[config.numAttrs++].val.clusterDim.z = 1;
     }
-    return moei_cuda_status(cudaLaunchKernelExC(&config, l->kernel, args));
+    return moe_cuda_status(cudaLaunchKernelExC(&config, l->kernel, args));
 }
 
-MOE_HOST moe_status moei_launch_once(const void* kernel, const moei_launch_config* c,
+MOE_HOST moe_status moei_launch_once(const void* kernel, const moe_launch_config* c,
                                      const void* arg)
 {
-    moei_launch l;
-    MOEI_TRY(moei_launch_prepare(&l, kernel, "", c));
+    moe_launch l;
+    MOE_TRY(moei_launch_prepare(&l, kernel, "", c));
     return moei_launch_run(&l, arg, c->stream);
 }
 #endif
@@ -220,18 +220,18 @@ MOE_HOST moe_status moei_launch_once(const void* kernel, const moei_launch_confi
 /* Every thread of a kernel launched with dependent = 1 calls it before it touches global memory:
    from here on, all earlier kernels of the stream have ended and what they wrote is visible. The
    CPU refuses a thread that ends without it. */
-MOE_DEVICE void moei_wait_for_previous(void)
+MOE_DEVICE void moe_pdl_wait(void)
 {
 #if MOE_ON_HOST
-    moeh_wait_for_previous();
+    moeh_pdl_wait();
 #elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     cudaGridDependencySynchronize();
 #endif
 }
 
 /* First statement of such a kernel: the next one's blocks may come in while this one's run, as far
-   as there is room, and wait for its end in moei_wait_for_previous. */
-MOE_DEVICE void moei_let_next_start(void)
+   as there is room, and wait for its end in moe_pdl_wait. */
+MOE_DEVICE void moe_pdl_trigger(void)
 {
 #if !MOE_ON_HOST && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     cudaTriggerProgrammaticLaunchCompletion();
@@ -239,37 +239,37 @@ MOE_DEVICE void moei_let_next_start(void)
 }
 
 /* What tile choice and persistent grids need of the current device. */
-typedef struct moei_device {
+typedef struct moe_device {
     int sms;        /* multiprocessors */
     int smem_block; /* most dynamic shared memory a block may have, bytes */
     int smem_sm;    /* shared memory of one multiprocessor, bytes */
     int major;      /* compute capability */
-} moei_device;
+} moe_device;
 
-MOE_HOST moe_status moei_device_query(moei_device* d)
+MOE_HOST moe_status moe_device_query(moe_device* d)
 {
     int id = 0;
-    MOEI_TRY_CUDA(cudaGetDevice(&id));
-    MOEI_TRY_CUDA(cudaDeviceGetAttribute(&d->sms, cudaDevAttrMultiProcessorCount, id));
-    MOEI_TRY_CUDA(
+    MOE_TRY_CUDA(cudaGetDevice(&id));
+    MOE_TRY_CUDA(cudaDeviceGetAttribute(&d->sms, cudaDevAttrMultiProcessorCount, id));
+    MOE_TRY_CUDA(
         cudaDeviceGetAttribute(&d->smem_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, id));
-    MOEI_TRY_CUDA(
+    MOE_TRY_CUDA(
         cudaDeviceGetAttribute(&d->smem_sm, cudaDevAttrMaxSharedMemoryPerMultiprocessor, id));
-    MOEI_TRY_CUDA(cudaDeviceGetAttribute(&d->major, cudaDevAttrComputeCapabilityMajor, id));
+    MOE_TRY_CUDA(cudaDeviceGetAttribute(&d->major, cudaDevAttrComputeCapabilityMajor, id));
     return MOE_OK;
 }
 
 /* Loads one kernel now rather than at its first launch: under lazy loading a first launch
    synchronises, and can hang while another kernel spins. The CPU remembers which were loaded, for
    moeh_require_preload. */
-MOE_HOST moe_status moei_preload(const void* kernel)
+MOE_HOST moe_status moe_preload_kernel(const void* kernel)
 {
 #if MOE_ON_HOST
     moeh_get().preloaded.insert(kernel);
     return MOE_OK;
 #else
     cudaFuncAttributes fa;
-    return moei_cuda_status(cudaFuncGetAttributes(&fa, kernel));
+    return moe_cuda_status(cudaFuncGetAttributes(&fa, kernel));
 #endif
 }
 

@@ -28,7 +28,7 @@ MOE_DEVICE uint64_t moei_fault_key(int code, int rank, int64_t index)
 
 /* Records a fault; `word` may be null. rank is 0 .. MOE_FAULT_MAX_RANK. Costs one atomic, on bad
    data only. */
-MOE_DEVICE void moei_fault_raise(uint64_t* word, int code, int rank, int64_t index)
+MOE_DEVICE void moe_fault_raise(uint64_t* word, int code, int rank, int64_t index)
 {
     if (word)
         atomicMax((unsigned long long*)word, (unsigned long long)moei_fault_key(code, rank, index));
@@ -36,7 +36,7 @@ MOE_DEVICE void moei_fault_raise(uint64_t* word, int code, int rank, int64_t ind
 
 /* Has an earlier kernel of the chain met a fault that stops it? All threads of the block call
    it and get one answer, also while another block of this kernel raises a fault. */
-MOE_DEVICE bool moei_fault_stopped(const uint64_t* word)
+MOE_DEVICE bool moe_fault_stopped(const uint64_t* word)
 {
     uint64_t seen = 0;
     if (!word) return false;

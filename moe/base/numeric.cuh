@@ -21,7 +21,7 @@ MOE_DEVICE float moei_unordered(uint32_t k)
 }
 
 /* fp16 or bf16 bits (dtype a literal, or uniform) to fp32. */
-MOE_DEVICE float moei_half_to_f32(uint16_t bits, int dtype)
+MOE_DEVICE float moe_half_to_f32(uint16_t bits, int dtype)
 {
 #if MOE_ON_HOST
     return dtype == MOE_FP16 ? moe_fp16_to_f32(bits) : moe_bf16_to_f32(bits);
@@ -31,7 +31,7 @@ MOE_DEVICE float moei_half_to_f32(uint16_t bits, int dtype)
 #endif
 }
 
-MOE_DEVICE uint16_t moei_f32_to_half(float v, int dtype)
+MOE_DEVICE uint16_t moe_f32_to_half(float v, int dtype)
 {
 #if MOE_ON_HOST
     return dtype == MOE_FP16 ? moe_f32_to_fp16(v) : moe_f32_to_bf16(v);
@@ -42,10 +42,10 @@ MOE_DEVICE uint16_t moei_f32_to_half(float v, int dtype)
 }
 
 /* Two neighbours in one 32-bit word, the first in the low half. */
-MOE_DEVICE uint32_t moei_pack2(float lo, float hi, int dtype)
+MOE_DEVICE uint32_t moe_pack2(float lo, float hi, int dtype)
 {
 #if MOE_ON_HOST
-    return (uint32_t)moei_f32_to_half(lo, dtype) | ((uint32_t)moei_f32_to_half(hi, dtype) << 16);
+    return (uint32_t)moe_f32_to_half(lo, dtype) | ((uint32_t)moe_f32_to_half(hi, dtype) << 16);
 #else
     if (dtype == MOE_FP16) {
         const __half2 h = __floats2half2_rn(lo, hi);
@@ -57,19 +57,19 @@ MOE_DEVICE uint32_t moei_pack2(float lo, float hi, int dtype)
 #endif
 }
 
-MOE_DEVICE float2 moei_unpack2(uint32_t w, int dtype)
+MOE_DEVICE float2 moe_unpack2(uint32_t w, int dtype)
 {
-    return make_float2(moei_half_to_f32((uint16_t)(w & 0xffffu), dtype),
-                       moei_half_to_f32((uint16_t)(w >> 16), dtype));
+    return make_float2(moe_half_to_f32((uint16_t)(w & 0xffffu), dtype),
+                       moe_half_to_f32((uint16_t)(w >> 16), dtype));
 }
 
 /* 8 neighbours of 16 bits in 16 bytes. */
 MOE_DEVICE void moei_unpack_8(float* v, uint4 raw, int dtype)
 {
     const uint32_t w[4] = {raw.x, raw.y, raw.z, raw.w};
-    MOEI_UNROLL
+    MOE_UNROLL
     for (int i = 0; i < 4; ++i) {
-        const float2 f = moei_unpack2(w[i], dtype);
+        const float2 f = moe_unpack2(w[i], dtype);
         v[2 * i] = f.x;
         v[2 * i + 1] = f.y;
     }
@@ -77,8 +77,8 @@ MOE_DEVICE void moei_unpack_8(float* v, uint4 raw, int dtype)
 
 MOE_DEVICE uint4 moei_pack_8(const float* v, int dtype)
 {
-    return make_uint4(moei_pack2(v[0], v[1], dtype), moei_pack2(v[2], v[3], dtype),
-                      moei_pack2(v[4], v[5], dtype), moei_pack2(v[6], v[7], dtype));
+    return make_uint4(moe_pack2(v[0], v[1], dtype), moe_pack2(v[2], v[3], dtype),
+                      moe_pack2(v[4], v[5], dtype), moe_pack2(v[6], v[7], dtype));
 }
 
 /* The elements that 16 bytes hold: 4 of fp32, 8 otherwise. dtype is a literal. */
@@ -110,7 +110,7 @@ MOE_DEVICE void moei_store_4(float* p, const float* v)
 MOE_DEVICE void moei_load_some(float* v, const void* p, int dtype, const int count)
 {
     if (dtype == MOE_FP32) {
-        MOEI_UNROLL
+        MOE_UNROLL
         for (int i = 0; i < count; i += 4) moei_load_4(v + i, (const float*)p + i);
     } else if (count == 8) {
         MOEI_ALIGNED(p, 16);
@@ -118,7 +118,7 @@ MOE_DEVICE void moei_load_some(float* v, const void* p, int dtype, const int cou
     } else {
         MOEI_ALIGNED(p, 8);
         const uint2 u = *(const uint2*)p;
-        const float2 a = moei_unpack2(u.x, dtype), b = moei_unpack2(u.y, dtype);
+        const float2 a = moe_unpack2(u.x, dtype), b = moe_unpack2(u.y, dtype);
         v[0] = a.x, v[1] = a.y, v[2] = b.x, v[3] = b.y;
     }
 }
@@ -126,33 +126,33 @@ MOE_DEVICE void moei_load_some(float* v, const void* p, int dtype, const int cou
 MOE_DEVICE void moei_store_some(void* p, const float* v, int dtype, const int count)
 {
     if (dtype == MOE_FP32) {
-        MOEI_UNROLL
+        MOE_UNROLL
         for (int i = 0; i < count; i += 4) moei_store_4((float*)p + i, v + i);
     } else if (count == 8) {
         MOEI_ALIGNED(p, 16);
         *(uint4*)p = moei_pack_8(v, dtype);
     } else {
         MOEI_ALIGNED(p, 8);
-        *(uint2*)p = make_uint2(moei_pack2(v[0], v[1], dtype), moei_pack2(v[2], v[3], dtype));
+        *(uint2*)p = make_uint2(moe_pack2(v[0], v[1], dtype), moe_pack2(v[2], v[3], dtype));
     }
 }
 
 /* Element i of a buffer of any dtype. */
-MOE_DEVICE float moei_load_f32(const void* p, int64_t i, int dtype)
+MOE_DEVICE float moe_load_f32(const void* p, int64_t i, int dtype)
 {
     if (dtype == MOE_FP32) return ((const float*)p)[i];
-    return moei_half_to_f32(((const uint16_t*)p)[i], dtype);
+    return moe_half_to_f32(((const uint16_t*)p)[i], dtype);
 }
 
-MOE_DEVICE void moei_store_f32(void* p, int64_t i, int dtype, float v)
+MOE_DEVICE void moe_store_f32(void* p, int64_t i, int dtype, float v)
 {
     if (dtype == MOE_FP32) ((float*)p)[i] = v;
-    else ((uint16_t*)p)[i] = moei_f32_to_half(v, dtype);
+    else ((uint16_t*)p)[i] = moe_f32_to_half(v, dtype);
 }
 
 /* e^x to 3 ulp, NaN to 0. The product x * log2(e) is carried in two parts, since one float of it
    would lose |x| ulp of the result. */
-MOE_DEVICE float moei_exp(float x)
+MOE_DEVICE float moe_exp(float x)
 {
     const float log2e = 1.44269502f, log2e_lo = 1.92596299e-8f, ln2 = 0.693147182f;
     const float hi = x * log2e;

@@ -20,7 +20,7 @@ MOE_DEVICE void moei_sort_two(float* a, const int i, const int j)
 /* s[i] with s[i + h], in every block of 2h of the first n. */
 MOE_DEVICE void moei_sort_halves(float* s, const int n, const int h)
 {
-    MOEI_UNROLL
+    MOE_UNROLL
     for (int c = 0; c < n / 2; ++c) {
         const int i = c / h * 2 * h + c % h;
         moei_sort_two(s, i, i + h);
@@ -32,7 +32,7 @@ MOE_DEVICE void moei_sort_halves(float* s, const int n, const int h)
 MOE_DEVICE void moei_sort_between(float* s, const int n, const int p, const int k)
 {
     const int each = p - k; /* comparisons in a block */
-    MOEI_UNROLL
+    MOE_UNROLL
     for (int c = 0; c < n / 2 / p * each; ++c) {
         const int i = c / each * 2 * p + k + c % each / k * 2 * k + c % each % k;
         moei_sort_two(s, i, i + k);
@@ -82,10 +82,10 @@ MOE_DEVICE void moei_sort_bitonic(float* s, const int n)
 MOE_DEVICE void moei_sort_in(float* top, const float* v, const int n)
 {
     float next[32];
-    MOEI_UNROLL
+    MOE_UNROLL
     for (int j = 0; j < n; ++j) next[j] = v[j];
     moei_sort(next, n);
-    MOEI_UNROLL
+    MOE_UNROLL
     for (int j = 0; j < n; ++j) top[j] = fmaxf(top[j], next[n - 1 - j]); /* the larger half */
     moei_sort_bitonic(top, n);
 }
@@ -94,7 +94,7 @@ MOE_DEVICE void moei_sort_in(float* top, const float* v, const int n)
    powers of two, keep <= n <= 32, n <= 4 keep. */
 MOE_DEVICE void moei_sort_largest(float* top, const float* v, const int n, const int keep)
 {
-    MOEI_UNROLL
+    MOE_UNROLL
     for (int j = 0; j < keep; ++j) top[j] = v[j];
     moei_sort(top, keep);
     if (n >= 2 * keep) moei_sort_in(top, v + keep, keep);
@@ -109,14 +109,14 @@ MOE_DEVICE void moei_sort_largest(float* top, const float* v, const int n, const
 MOE_DEVICE void moei_group_merge(float* top, const int w, const int have, const int depth)
 {
     float other[32];
-    MOEI_UNROLL
-    for (int j = 0; j < have; ++j) other[j] = __shfl_xor_sync(MOEI_FULL, top[j], w);
+    MOE_UNROLL
+    for (int j = 0; j < have; ++j) other[j] = __shfl_xor_sync(MOE_FULL_WARP, top[j], w);
     if (have < depth) { /* all of both lists */
-        MOEI_UNROLL
+        MOE_UNROLL
         for (int j = 0; j < have; ++j) top[2 * have - 1 - j] = other[j];
         moei_sort_bitonic(top, 2 * have);
     } else { /* the larger half */
-        MOEI_UNROLL
+        MOE_UNROLL
         for (int j = 0; j < have; ++j) top[j] = fmaxf(top[j], other[have - 1 - j]);
         moei_sort_bitonic(top, have);
     }

@@ -57,10 +57,10 @@ MOE_HOST const char* moe_status_text(moe_status s)
 }
 
 /* In a launch helper: pass on what a call refused. */
-#define MOEI_TRY(call)                                                                            \
-    do {                                                                                          \
-        const moe_status moei_try_status = (call);                                                \
-        if (moei_try_status != MOE_OK) return moei_try_status;                                    \
+#define MOE_TRY(call)                                                                              \
+    do {                                                                                           \
+        const moe_status moei_try_status = (call);                                                 \
+        if (moei_try_status != MOE_OK) return moei_try_status;                                     \
     } while (0)
 
 #endif

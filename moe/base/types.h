@@ -26,7 +26,7 @@ MOE_HOST int moe_dtype_bytes(int dtype)
 }
 
 /* Bytes from the first to the last element of `rows` rows, `stride` elements apart. */
-MOE_HOST uint64_t moei_extent(int64_t rows, int64_t stride, int64_t columns, int dtype)
+MOE_HOST uint64_t moe_extent(int64_t rows, int64_t stride, int64_t columns, int dtype)
 {
     if (rows <= 0 || columns <= 0) return 0;
     return ((uint64_t)(rows - 1) * (uint64_t)stride + (uint64_t)columns) *

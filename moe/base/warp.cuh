@@ -5,12 +5,12 @@
 
 #include "cuda.cuh"
 
-#define MOEI_WARP 32
-#define MOEI_FULL 0xffffffffu
+#define MOE_WARP_SIZE 32
+#define MOE_FULL_WARP 0xffffffffu
 
 /* Blocks are one-dimensional throughout. */
-MOE_DEVICE int moei_lane(void) { return (int)(threadIdx.x & 31u); }
-MOE_DEVICE int moei_warp(void) { return (int)(threadIdx.x >> 5); }
+MOE_DEVICE int moe_lane(void) { return (int)(threadIdx.x & 31u); }
+MOE_DEVICE int moe_warp(void) { return (int)(threadIdx.x >> 5); }
 
 /* Returns x, which the compiler takes for a new value: it computes again what it would otherwise
    have kept in registers since x was last used. */
@@ -23,26 +23,26 @@ MOE_DEVICE uint64_t moei_opaque(uint64_t x)
 }
 
 /* Sum over the aligned group of `width` lanes; every lane gets it. */
-MOE_DEVICE float moei_group_sum(float v, int width)
+MOE_DEVICE float moe_warp_sum(float v, int width)
 {
-    for (int d = width >> 1; d > 0; d >>= 1) v += __shfl_xor_sync(MOEI_FULL, v, d);
+    for (int d = width >> 1; d > 0; d >>= 1) v += __shfl_xor_sync(MOE_FULL_WARP, v, d);
     return v;
 }
 
-MOE_DEVICE float moei_group_max(float v, int width)
+MOE_DEVICE float moe_warp_max(float v, int width)
 {
-    for (int d = width >> 1; d > 0; d >>= 1) v = fmaxf(v, __shfl_xor_sync(MOEI_FULL, v, d));
+    for (int d = width >> 1; d > 0; d >>= 1) v = fmaxf(v, __shfl_xor_sync(MOE_FULL_WARP, v, d));
     return v;
 }
 
 /* Largest of the warp's; every lane gets it. */
-MOE_DEVICE uint32_t moei_warp_max(uint32_t v)
+MOE_DEVICE uint32_t moe_warp_max_u32(uint32_t v)
 {
 #if !MOE_ON_HOST && __CUDA_ARCH__ >= 800
-    return __reduce_max_sync(MOEI_FULL, v);
+    return __reduce_max_sync(MOE_FULL_WARP, v);
 #else
-    for (int d = MOEI_WARP >> 1; d > 0; d >>= 1) {
-        const uint32_t u = __shfl_xor_sync(MOEI_FULL, v, d);
+    for (int d = MOE_WARP_SIZE >> 1; d > 0; d >>= 1) {
+        const uint32_t u = __shfl_xor_sync(MOE_FULL_WARP, v, d);
         v = u > v ? u : v;
     }
     return v;
@@ -50,11 +50,11 @@ MOE_DEVICE uint32_t moei_warp_max(uint32_t v)
 }
 
 /* Sum of the values of the lanes up to and including this one, modulo 2^32. */
-MOE_DEVICE int moei_warp_inclusive_scan(int v)
+MOE_DEVICE int moe_warp_inclusive_scan(int v)
 {
-    for (int d = 1; d < MOEI_WARP; d <<= 1) {
-        const int u = __shfl_up_sync(MOEI_FULL, v, d);
-        if (moei_lane() >= d) v = (int)((unsigned)v + (unsigned)u);
+    for (int d = 1; d < MOE_WARP_SIZE; d <<= 1) {
+        const int u = __shfl_up_sync(MOE_FULL_WARP, v, d);
+        if (moe_lane() >= d) v = (int)((unsigned)v + (unsigned)u);
     }
     return v;
 }

@@ -16,7 +16,7 @@
    In the batch form a token that lacks an expert has its row in the expert's blocks nonetheless, so
    that dw1 and dw2 would multiply its x and dy by these zeros. An infinity or NaN in x [t] makes the
    token's whole row of pre infinite or NaN, one in dy [t] that of d. Where backward finds one in the
-   first element of such a row, it marks the expert, and moe_block_depths leaves the row out of the
+   first element of such a row, it marks the expert, and moe_block_sparse_depths leaves the row out of the
    expert's products; all other experts keep the products' full speed. */
 #ifndef MOE_BLOCK_LAYER_ACT_CUH
 #define MOE_BLOCK_LAYER_ACT_CUH
@@ -28,9 +28,9 @@
 #include "../fields.h"
 #include "desc.h"
 
-#define MOEI_BLOCK_ACT_THREADS 256
+#define MOEI_BLOCK_LAYER_ACT_THREADS 256
 
-typedef struct moei_block_act_args {
+typedef struct moei_block_layer_act_args {
     const uint16_t* pre;       /* packed */
     uint16_t* act;             /* packed; backward: d first */
     uint16_t* pre_grad;        /* packed; backward alone; may be pre */
@@ -38,7 +38,7 @@ typedef struct moei_block_act_args {
     const int32_t* column_index;
     const int32_t* row_slot;    /* sparse: [num_rows] */
     const int32_t* ids;         /* sparse, batch: [T, K] */
-    const int32_t* expert_slot; /* [E] -1: not active */
+    const int32_t* active_index; /* [E] -1: not active */
     const float* weights;
     float* dweights; /* backward alone; or null */
     uint64_t* fault;
@@ -54,10 +54,10 @@ typedef struct moei_block_act_args {
     int32_t run; /* blocks of act in a run */
     int32_t gated;
     moei_activation activation;
-} moei_block_act_args;
+} moei_block_layer_act_args;
 
 /* One row of a run. */
-typedef struct moei_block_act_row {
+typedef struct moei_block_layer_act_row {
     int64_t act, pre;  /* its first element; rows of the run's other blocks are a block apart */
     int64_t row;       /* of the matrix */
     int64_t weight_at; /* of weights and dweights; batch: of the row's first slot */
@@ -65,16 +65,16 @@ typedef struct moei_block_act_row {
     int32_t expert;
     bool there; /* the run exists */
     bool live;  /* the row holds a token, batch: that has the expert */
-} moei_block_act_row;
+} moei_block_layer_act_row;
 
-MOE_DEVICE moei_block_act_row moei_block_act_find(const moei_block_act_args* a)
+MOE_DEVICE moei_block_layer_act_row moei_block_layer_act_find(const moei_block_layer_act_args* a)
 {
     const int block = 1 << a->block_log2, n = a->run, lanes = 1 << a->lanes_log2;
     const int lane = (int)threadIdx.x & (lanes - 1);
-    const int64_t group = (int64_t)blockIdx.x * (MOEI_BLOCK_ACT_THREADS >> a->lanes_log2) +
+    const int64_t group = (int64_t)blockIdx.x * (MOEI_BLOCK_LAYER_ACT_THREADS >> a->lanes_log2) +
                           (threadIdx.x >> a->lanes_log2);
     const int64_t run = group >> a->block_log2, in_block = group & (block - 1);
-    moei_block_act_row r;
+    moei_block_layer_act_row r;
     r.there = run < a->row_offset[a->row_blocks] / n;
     r.live = false;
     r.act = ((run * n) << 2 * a->block_log2) + (in_block << a->block_log2);
@@ -103,8 +103,8 @@ MOE_DEVICE moei_block_act_row moei_block_act_find(const moei_block_act_args* a)
                 r.weight += a->weights[r.weight_at + k];
                 has = 1.0f;
             }
-        r.weight = moei_group_sum(r.weight, lanes);
-        r.live = moei_group_max(has, lanes) > 0.0f;
+        r.weight = moe_warp_sum(r.weight, lanes);
+        r.live = moe_warp_max(has, lanes) > 0.0f;
     } else {
         r.weight_at = r.row * a->num_experts + r.expert;
         if (r.live) r.weight = a->weights[r.weight_at];
@@ -113,29 +113,29 @@ MOE_DEVICE moei_block_act_row moei_block_act_find(const moei_block_act_args* a)
 }
 
 /* 8 elements forward: the gates (or plain numbers) and ups become act. */
-MOE_DEVICE uint4 moei_block_act_8(uint4 gate, uint4 up, float weight, const moei_block_act_args* a,
-                                  const int dtype)
+MOE_DEVICE uint4 moei_block_layer_act_8(uint4 gate, uint4 up, float weight,
+                                        const moei_block_layer_act_args* a, const int dtype)
 {
     float v[8], u[8];
     moei_unpack_8(v, gate, dtype);
     moei_unpack_8(u, up, dtype);
     moei_activate_8(v, u, &a->activation, a->gated != 0);
-    MOEI_UNROLL
+    MOE_UNROLL
     for (int i = 0; i < 8; ++i) v[i] *= weight;
     return moei_pack_8(v, dtype);
 }
 
 /* 8 elements backward: gate, up and d become their gradients and act. Returns sum, to which each d
    times its activation is added, in order. */
-MOE_DEVICE float moei_block_grad_8(uint4* gate, uint4* up, uint4* d, float weight, float sum,
-                                   const moei_block_act_args* a, const int dtype)
+MOE_DEVICE float moei_block_layer_grad_8(uint4* gate, uint4* up, uint4* d, float weight, float sum,
+                                         const moei_block_layer_act_args* a, const int dtype)
 {
     float v[8], u[8], s[8], t[8];
     moei_unpack_8(v, *gate, dtype);
     moei_unpack_8(u, *up, dtype);
     moei_unpack_8(t, *d, dtype);
     moei_activate_grad_8(v, u, s, &a->activation, a->gated != 0);
-    MOEI_UNROLL
+    MOE_UNROLL
     for (int i = 0; i < 8; ++i) {
         sum = fmaf(t[i], v[i], sum);
         t[i] *= weight;
@@ -149,37 +149,39 @@ MOE_DEVICE float moei_block_grad_8(uint4* gate, uint4* up, uint4* d, float weigh
     return sum;
 }
 
-/* The row's elements, two pieces of a lane under way together. backward and dtype are literals. */
-MOE_DEVICE float moei_block_act_row_8(const moei_block_act_args* a, const moei_block_act_row* r,
-                                      const int backward, const int dtype)
+/* The row's elements, two vectors of a lane under way together. backward and dtype are literals. */
+MOE_DEVICE float moei_block_layer_act_row_8(const moei_block_layer_act_args* a,
+                                            const moei_block_layer_act_row* r, const int backward,
+                                            const int dtype)
 {
     const int lanes = 1 << a->lanes_log2, lane = (int)threadIdx.x & (lanes - 1);
-    const int width_log2 = a->block_log2 - 3; /* pieces in a row of one block */
-    const int pieces = r->there ? a->run << width_log2 : 0;
+    const int width_log2 = a->block_log2 - 3; /* vectors in a row of one block */
+    const int vectors = r->there ? a->run << width_log2 : 0;
     const int64_t to_up = (int64_t)a->run << 2 * a->block_log2;
     float sum = 0.0f;
-    for (int p0 = lane; p0 < pieces; p0 += 2 * lanes) {
+    for (int p0 = lane; p0 < vectors; p0 += 2 * lanes) {
         uint4 gate[2], up[2], d[2];
         int64_t at[2];
-        MOEI_UNROLL
+        MOE_UNROLL
         for (int u = 0; u < 2; ++u) {
             const int p = p0 + u * lanes;
             at[u] = ((int64_t)(p >> width_log2) << 2 * a->block_log2) +
                     ((p & ((1 << width_log2) - 1)) << 3);
             gate[u] = up[u] = d[u] = make_uint4(0, 0, 0, 0);
-            if (r->live && p < pieces) {
+            if (r->live && p < vectors) {
                 gate[u] = moei_load16(a->pre + r->pre + at[u]);
                 if (a->gated) up[u] = moei_load16(a->pre + r->pre + to_up + at[u]);
                 if (backward) d[u] = moei_load16(a->act + r->act + at[u]);
             }
         }
-        MOEI_UNROLL
+        MOE_UNROLL
         for (int u = 0; u < 2; ++u) {
-            if (p0 + u * lanes >= pieces) break;
+            if (p0 + u * lanes >= vectors) break;
             if (r->live) { /* else zeros are what is written */
                 if (backward)
-                    sum = moei_block_grad_8(&gate[u], &up[u], &d[u], r->weight, sum, a, dtype);
-                else d[u] = moei_block_act_8(gate[u], up[u], r->weight, a, dtype);
+                    sum =
+                        moei_block_layer_grad_8(&gate[u], &up[u], &d[u], r->weight, sum, a, dtype);
+                else d[u] = moei_block_layer_act_8(gate[u], up[u], r->weight, a, dtype);
             }
             moei_store16(a->act + r->act + at[u], d[u]);
             if (backward) {
@@ -192,7 +194,7 @@ MOE_DEVICE float moei_block_act_row_8(const moei_block_act_args* a, const moei_b
 }
 
 /* Is the number not finite? */
-MOE_DEVICE bool moei_block_odd(uint16_t v, const int dtype)
+MOE_DEVICE bool moei_sparse_odd(uint16_t v, const int dtype)
 {
     const int infinite = dtype == MOE_FP16 ? 0x7c00 : 0x7f80;
     return (v & infinite) == infinite;
@@ -201,37 +203,39 @@ MOE_DEVICE bool moei_block_odd(uint16_t v, const int dtype)
 /* Batch, backward: says who has the row's expert, and marks the expert where a token that lacks it
    must not enter its products. Before anything is written over pre and d; the lane that calls this
    is the one that does. */
-MOE_DEVICE void moei_block_act_hold(const moei_block_act_args* a, const moei_block_act_row* r,
-                                    const int dtype)
+MOE_DEVICE void moei_block_layer_act_hold(const moei_block_layer_act_args* a,
+                                          const moei_block_layer_act_row* r, const int dtype)
 {
-    const int32_t slot = a->expert_slot[r->expert];
+    const int32_t slot = a->active_index[r->expert];
     if (slot < 0 || r->row >= a->num_rows) return;
     a->held[slot * a->held_stride + r->row] = r->live;
     if (!r->live &&
-        (moei_block_odd(a->pre[r->pre], dtype) || moei_block_odd(a->act[r->act], dtype)))
+        (moei_sparse_odd(a->pre[r->pre], dtype) || moei_sparse_odd(a->act[r->act], dtype)))
         a->lacking[r->expert] = slot + 1; /* all who write it write this */
 }
 
-MOE_DEVICE_BODY void moei_block_act_forward(const moei_block_act_args* a, const int dtype)
+MOE_DEVICE_BODY void moei_block_layer_act_forward(const moei_block_layer_act_args* a,
+                                                  const int dtype)
 {
-    const moei_block_act_row r = moei_block_act_find(a);
-    (void)moei_block_act_row_8(a, &r, 0, dtype);
+    const moei_block_layer_act_row r = moei_block_layer_act_find(a);
+    (void)moei_block_layer_act_row_8(a, &r, 0, dtype);
 }
 
-MOE_DEVICE_BODY void moei_block_act_backward(const moei_block_act_args* a, const int dtype)
+MOE_DEVICE_BODY void moei_block_layer_act_backward(const moei_block_layer_act_args* a,
+                                                   const int dtype)
 {
     const int lanes = 1 << a->lanes_log2, lane = (int)threadIdx.x & (lanes - 1);
     if (blockIdx.x >= a->row_grid) { /* slots whose expert has no column */
         const int64_t slot =
-            (blockIdx.x - a->row_grid) * MOEI_BLOCK_ACT_THREADS + (int64_t)threadIdx.x;
+            (blockIdx.x - a->row_grid) * MOEI_BLOCK_LAYER_ACT_THREADS + (int64_t)threadIdx.x;
         const int32_t e = slot < a->slots ? a->ids[slot] : 0;
-        if (slot < a->slots && (e < 0 || e >= a->num_experts || a->expert_slot[e] < 0))
+        if (slot < a->slots && (e < 0 || e >= a->num_experts || a->active_index[e] < 0))
             a->dweights[slot] = 0.0f;
     } else {
-        const moei_block_act_row r = moei_block_act_find(a);
+        const moei_block_layer_act_row r = moei_block_layer_act_find(a);
         float sum;
-        if (a->lacking && lane == 0 && r.there) moei_block_act_hold(a, &r, dtype);
-        sum = moei_group_sum(moei_block_act_row_8(a, &r, 1, dtype), lanes);
+        if (a->lacking && lane == 0 && r.there) moei_block_layer_act_hold(a, &r, dtype);
+        sum = moe_warp_sum(moei_block_layer_act_row_8(a, &r, 1, dtype), lanes);
         if (!a->dweights || !r.live) return;
         if (a->form == MOE_BLOCK_LAYER_BATCH) {
             for (int k = lane; k < a->top_k; k += lanes)
@@ -242,58 +246,58 @@ MOE_DEVICE_BODY void moei_block_act_backward(const moei_block_act_args* a, const
     }
 }
 
-#define MOEI_BLOCK_ACT_LIST(X) X(fp16, MOE_FP16) X(bf16, MOE_BF16)
+#define MOEI_BLOCK_LAYER_ACT_LIST(X) X(fp16, MOE_FP16) X(bf16, MOE_BF16)
 
-#define MOEI_BLOCK_ACT_KERNELS(name, dtype)                                                        \
-    MOE_KERNEL(MOEI_BLOCK_ACT_THREADS, 2)                                                          \
-    moei_block_act_forward_##name(MOE_ARG(moei_block_act_args) a)                                  \
+#define MOEI_BLOCK_LAYER_ACT_KERNELS(name, dtype)                                                  \
+    MOE_KERNEL(MOEI_BLOCK_LAYER_ACT_THREADS, 2)                                                    \
+    moei_block_layer_act_forward_##name(MOE_ARG(moei_block_layer_act_args) a)                      \
     {                                                                                              \
-        moei_let_next_start();                                                                     \
-        moei_wait_for_previous();                                                                  \
-        if (!moei_fault_stopped(a.fault)) moei_block_act_forward(&a, dtype);                       \
+        moe_pdl_trigger();                                                                         \
+        moe_pdl_wait();                                                                            \
+        if (!moe_fault_stopped(a.fault)) moei_block_layer_act_forward(&a, dtype);                  \
     }                                                                                              \
-    MOE_KERNEL(MOEI_BLOCK_ACT_THREADS, 2)                                                          \
-    moei_block_act_backward_##name(MOE_ARG(moei_block_act_args) a)                                 \
+    MOE_KERNEL(MOEI_BLOCK_LAYER_ACT_THREADS, 2)                                                    \
+    moei_block_layer_act_backward_##name(MOE_ARG(moei_block_layer_act_args) a)                     \
     {                                                                                              \
-        moei_let_next_start();                                                                     \
-        moei_wait_for_previous();                                                                  \
-        if (!moei_fault_stopped(a.fault)) moei_block_act_backward(&a, dtype);                      \
+        moe_pdl_trigger();                                                                         \
+        moe_pdl_wait();                                                                            \
+        if (!moe_fault_stopped(a.fault)) moei_block_layer_act_backward(&a, dtype);                 \
     }
-MOEI_BLOCK_ACT_LIST(MOEI_BLOCK_ACT_KERNELS)
-#undef MOEI_BLOCK_ACT_KERNELS
+MOEI_BLOCK_LAYER_ACT_LIST(MOEI_BLOCK_LAYER_ACT_KERNELS)
+#undef MOEI_BLOCK_LAYER_ACT_KERNELS
 
 /* Settles the forward or backward kernel; `runs`: how many there can be. */
-MOE_HOST moe_status moei_block_act_prepare(moei_launch* l, moei_block_act_args* a, int64_t runs,
-                                           int backward, int dtype)
+MOE_HOST moe_status moei_block_layer_act_prepare(moe_launch* l, moei_block_layer_act_args* a,
+                                                 int64_t runs, int backward, int dtype)
 {
-    const int pieces = a->run << (a->block_log2 - 3);
-    moei_launch_config c;
+    const int vectors = a->run << (a->block_log2 - 3);
+    moe_launch_config c;
     int64_t zero_grid = 0;
     int groups;
     a->lanes_log2 = 1;
-    while (a->lanes_log2 < 5 && 1 << a->lanes_log2 < pieces) ++a->lanes_log2;
-    groups = MOEI_BLOCK_ACT_THREADS >> a->lanes_log2;
+    while (a->lanes_log2 < 5 && 1 << a->lanes_log2 < vectors) ++a->lanes_log2;
+    groups = MOEI_BLOCK_LAYER_ACT_THREADS >> a->lanes_log2;
     a->row_grid = ((runs << a->block_log2) + groups - 1) / groups;
     if (backward && a->dweights)
-        zero_grid = (a->slots + MOEI_BLOCK_ACT_THREADS - 1) / MOEI_BLOCK_ACT_THREADS;
+        zero_grid = (a->slots + MOEI_BLOCK_LAYER_ACT_THREADS - 1) / MOEI_BLOCK_LAYER_ACT_THREADS;
     if (a->row_grid + zero_grid == 0) return MOE_OK;
-    c = moei_grid(a->row_grid + zero_grid, MOEI_BLOCK_ACT_THREADS, 0, 0);
+    c = moe_grid(a->row_grid + zero_grid, MOEI_BLOCK_LAYER_ACT_THREADS, 0, 0);
     c.dependent = 1;
-#define MOEI_BLOCK_ACT_CASE(name, dt)                                                              \
-    if (dtype == dt && backward) return MOE_PREPARE(l, moei_block_act_backward_##name, c);         \
-    if (dtype == dt) return MOE_PREPARE(l, moei_block_act_forward_##name, c);
-    MOEI_BLOCK_ACT_LIST(MOEI_BLOCK_ACT_CASE)
-#undef MOEI_BLOCK_ACT_CASE
+#define MOEI_BLOCK_LAYER_ACT_CASE(name, dt)                                                        \
+    if (dtype == dt && backward) return MOE_PREPARE(l, moei_block_layer_act_backward_##name, c);   \
+    if (dtype == dt) return MOE_PREPARE(l, moei_block_layer_act_forward_##name, c);
+    MOEI_BLOCK_LAYER_ACT_LIST(MOEI_BLOCK_LAYER_ACT_CASE)
+#undef MOEI_BLOCK_LAYER_ACT_CASE
     return MOE_STATUS(MOE_ERR_DTYPE, dtype);
 }
 
-MOE_HOST moe_status moei_block_act_preload(void)
+MOE_HOST moe_status moei_block_layer_act_preload(void)
 {
-#define MOEI_BLOCK_ACT_LOAD(name, dt)                                                              \
-    MOEI_TRY(moei_preload((const void*)moei_block_act_forward_##name));                            \
-    MOEI_TRY(moei_preload((const void*)moei_block_act_backward_##name));
-    MOEI_BLOCK_ACT_LIST(MOEI_BLOCK_ACT_LOAD)
-#undef MOEI_BLOCK_ACT_LOAD
+#define MOEI_BLOCK_LAYER_ACT_LOAD(name, dt)                                                        \
+    MOE_TRY(moe_preload_kernel((const void*)moei_block_layer_act_forward_##name));                 \
+    MOE_TRY(moe_preload_kernel((const void*)moei_block_layer_act_backward_##name));
+    MOEI_BLOCK_LAYER_ACT_LIST(MOEI_BLOCK_LAYER_ACT_LOAD)
+#undef MOEI_BLOCK_LAYER_ACT_LOAD
     return MOE_OK;
 }
 

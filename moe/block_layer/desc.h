@@ -56,7 +56,7 @@ typedef struct moe_block_layer_desc {
     int32_t activation;      /* moe_activation; 0 = SwiGLU */
     float alpha, limit;      /* of the clamped SwiGLU, else 0: alpha finite, 0 = 1.702; limit finite
                              and not negative, 0 = 7 */
-    moe_block_choice choice; /* of all products */
+    moe_block_sparse_choice choice; /* of all products */
     int32_t rank;            /* reported with a fault, 0 .. MOE_FAULT_MAX_RANK */
     /* memory */
     void* saved; /* 256-byte aligned: what backward needs of its forward */

@@ -5,37 +5,38 @@
 #include "../base/block.cuh"
 #include "list_mark.cuh"
 
-typedef struct moei_block_list_sum_shared {
-    moei_block_scan_scratch scan;
+typedef struct moei_sparse_list_sum_shared {
+    moe_block_scan_scratch scan;
     int part[32][33]; /* [warp][group] */
-} moei_block_list_sum_shared;
+} moei_sparse_list_sum_shared;
 
 /* 1024 rows, a thread each. */
-MOE_DEVICE void moei_block_list_sum_rows(const moei_block_list_args* a, int number,
-                                         moei_block_list_sum_shared* s)
+MOE_DEVICE void moei_sparse_list_sum_rows(const moei_sparse_list_args* a, int number,
+                                          moei_sparse_list_sum_shared* s)
 {
-    const int row = number * MOEI_BLOCK_LIST_THREADS + (int)threadIdx.x;
+    const int row = number * MOEI_SPARSE_LIST_THREADS + (int)threadIdx.x;
     int n = 0, at, all;
-    if (row < a->RB) {
-        MOEI_UNROLL_8
-        for (int span = 0; span < a->spans; ++span) n += a->row_count[(int64_t)span * a->RB + row];
+    if (row < a->num_block_rows) {
+        MOE_UNROLL_8
+        for (int span = 0; span < a->spans; ++span)
+            n += a->row_count[(int64_t)span * a->num_block_rows + row];
     }
-    at = moei_block_exclusive_scan(n, &s->scan, &all);
-    if (row < a->RB) a->row_start[row] = at;
+    at = moe_block_exclusive_scan(n, &s->scan, &all);
+    if (row < a->num_block_rows) a->row_start[row] = at;
     if (threadIdx.x == 0) a->row_sum[number] = all;
 }
 
 /* The 32 groups of word k, a lane each; a warp has some tiles, one below the other. Counts of tiles
    become counts of all tiles above. */
-MOE_DEVICE void moei_block_list_sum_columns(const moei_block_list_args* a, int k,
-                                            moei_block_list_sum_shared* s)
+MOE_DEVICE void moei_sparse_list_sum_columns(const moei_sparse_list_args* a, int k,
+                                             moei_sparse_list_sum_shared* s)
 {
-    const int lane = moei_lane(), warp = moei_warp(), each = (a->tiles + 31) / 32;
+    const int lane = moe_lane(), warp = moe_warp(), each = (a->tiles + 31) / 32;
     const int from = warp * each, upto = from + each < a->tiles ? from + each : a->tiles;
     const int64_t pitch = (int64_t)a->words * 32;
     int32_t* above = a->above + (int64_t)k * 32 + lane;
     unsigned sum = 0, before = 0, all = 0; /* these may wrap where the list has no room */
-    MOEI_UNROLL_8
+    MOE_UNROLL_8
     for (int t = from; t < upto; ++t) sum += (unsigned)above[t * pitch];
     s->part[warp][lane] = (int)sum;
     __syncthreads();
@@ -46,16 +47,16 @@ MOE_DEVICE void moei_block_list_sum_columns(const moei_block_list_args* a, int k
     }
     for (int t = from; t < upto; t += 8) {
         int n[8];
-        MOEI_UNROLL
+        MOE_UNROLL
         for (int i = 0; i < 8; ++i) n[i] = t + i < upto ? above[(t + i) * pitch] : 0;
-        MOEI_UNROLL
+        MOE_UNROLL
         for (int i = 0; i < 8; ++i) {
             if (t + i < upto) above[(t + i) * pitch] = (int)before;
             before += (unsigned)n[i];
         }
     }
     if (warp == 0) {
-        const int upto_lane = moei_warp_inclusive_scan((int)all);
+        const int upto_lane = moe_warp_inclusive_scan((int)all);
         a->group_count[k * 32 + lane] = (int)all;
         a->group_start[k * 32 + lane] = (int)((unsigned)upto_lane - all);
         if (lane == 31) a->word_sum[k] = upto_lane;
@@ -63,68 +64,68 @@ MOE_DEVICE void moei_block_list_sum_columns(const moei_block_list_args* a, int k
 }
 
 /* The first blocks have rows, the others, if columns are wanted, a word each. */
-MOE_KERNEL(MOEI_BLOCK_LIST_THREADS, 1) moei_block_list_sum(MOE_ARG(moei_block_list_args) a)
+MOE_KERNEL(MOEI_SPARSE_LIST_THREADS, 1) moei_sparse_list_sum(MOE_ARG(moei_sparse_list_args) a)
 {
-    MOE_SHARED(moei_block_list_sum_shared, s);
-    moei_let_next_start();
-    moei_wait_for_previous();
-    if ((int)blockIdx.x < a.row_sums) moei_block_list_sum_rows(&a, (int)blockIdx.x, &s);
-    else moei_block_list_sum_columns(&a, (int)blockIdx.x - a.row_sums, &s);
+    MOE_SHARED(moei_sparse_list_sum_shared, s);
+    moe_pdl_trigger();
+    moe_pdl_wait();
+    if ((int)blockIdx.x < a.row_sums) moei_sparse_list_sum_rows(&a, (int)blockIdx.x, &s);
+    else moei_sparse_list_sum_columns(&a, (int)blockIdx.x - a.row_sums, &s);
 }
 
 /* Shared memory of the last launch. */
-typedef struct moei_block_list_fill_shared {
+typedef struct moei_sparse_list_fill_shared {
     uint32_t word[32][33]; /* [row][word] of the tile */
     int before[32][33];    /* bits of the mask before that word, in row order */
     int word_start[32];    /* bits of all groups of the words before, in column order */
     long long row_start;   /* bits of the rows before these 1024 */
     long long all;         /* bits of the mask */
     int bad_offset;        /* first expert with a bad offset, or -1 */
-} moei_block_list_fill_shared;
+} moei_sparse_list_fill_shared;
 
-MOE_DEVICE long long moei_block_list_warp_sum(long long v)
+MOE_DEVICE long long moei_sparse_list_warp_sum(long long v)
 {
-    for (int d = 16; d > 0; d >>= 1) v += __shfl_xor_sync(MOEI_FULL, v, d);
+    for (int d = 16; d > 0; d >>= 1) v += __shfl_xor_sync(MOE_FULL_WARP, v, d);
     return v;
 }
 
 /* Adds up the sums of the launch before, one warp each kind. A barrier must follow. */
-MOE_DEVICE void moei_block_list_totals(const moei_block_list_args* a, int tile, int span,
-                                       moei_block_list_fill_shared* s)
+MOE_DEVICE void moei_sparse_list_totals(const moei_sparse_list_args* a, int tile, int span,
+                                        moei_sparse_list_fill_shared* s)
 {
-    const int lane = moei_lane();
-    if (moei_warp() == 0) {
+    const int lane = moe_lane();
+    if (moe_warp() == 0) {
         long long before = 0, all = 0;
-        MOEI_UNROLL_8
-        for (int i = lane; i < a->row_sums; i += MOEI_WARP) {
+        MOE_UNROLL_8
+        for (int i = lane; i < a->row_sums; i += MOE_WARP_SIZE) {
             const int n = a->row_sum[i];
             all += n;
             before += i < tile / 32 ? n : 0;
         }
-        before = moei_block_list_warp_sum(before);
-        all = moei_block_list_warp_sum(all);
+        before = moei_sparse_list_warp_sum(before);
+        all = moei_sparse_list_warp_sum(all);
         if (lane == 0) s->row_start = before, s->all = all;
-    } else if (moei_warp() == 1 && a->d.column_offset) {
+    } else if (moe_warp() == 1 && a->d.column_offset) {
         const int k = span * 32 + lane, own = k < a->words ? a->word_sum[k] : 0;
         unsigned before = 0;
-        MOEI_UNROLL_8
-        for (int i = lane; i < span * 32; i += MOEI_WARP) before += (unsigned)a->word_sum[i];
-        before = (unsigned)moei_block_list_warp_sum(before);
+        MOE_UNROLL_8
+        for (int i = lane; i < span * 32; i += MOE_WARP_SIZE) before += (unsigned)a->word_sum[i];
+        before = (unsigned)moei_sparse_list_warp_sum(before);
         s->word_start[lane] =
-            (int)(before + (unsigned)moei_warp_inclusive_scan(own) - (unsigned)own);
-    } else if (moei_warp() == 2) { /* an expert a bit: there are at most 4 spans */
+            (int)(before + (unsigned)moe_warp_inclusive_scan(own) - (unsigned)own);
+    } else if (moe_warp() == 2) { /* an expert a bit: there are at most 4 spans */
         const int bad = a->d.expert_offset && lane < a->spans ? a->bad_offset[lane] : -1;
-        const uint32_t spans = __ballot_sync(MOEI_FULL, bad >= 0);
-        const int first = __shfl_sync(MOEI_FULL, bad, spans ? __ffs((int)spans) - 1 : 0);
+        const uint32_t spans = __ballot_sync(MOE_FULL_WARP, bad >= 0);
+        const int first = __shfl_sync(MOE_FULL_WARP, bad, spans ? __ffs((int)spans) - 1 : 0);
         if (lane == 0) s->bad_offset = first;
     }
 }
 
 /* Number of the set bit that has n set bits below it; anything where there is none. */
-MOE_DEVICE int moei_block_list_nth_bit(uint32_t word, int n)
+MOE_DEVICE int moei_sparse_list_nth_bit(uint32_t word, int n)
 {
     int at = 0;
-    MOEI_UNROLL
+    MOE_UNROLL
     for (int half = 16; half > 0; half >>= 1) {
         const int below = __popc(word >> at & ((1u << half) - 1u));
         if (n >= below) {
@@ -136,26 +137,27 @@ MOE_DEVICE int moei_block_list_nth_bit(uint32_t word, int n)
 }
 
 /* One row's part of the row order, by a warp; a lane brings a word and the bits before it. */
-MOE_DEVICE void moei_block_list_fill_row(const moei_block_list_args* a, int span, uint32_t word,
-                                         int before)
+MOE_DEVICE void moei_sparse_list_fill_row(const moei_sparse_list_args* a, int span, uint32_t word,
+                                          int before)
 {
     const unsigned each = (unsigned)a->each;
-    MOEI_NO_UNROLL
-    for (uint32_t left = __ballot_sync(MOEI_FULL, word != 0); left; left &= left - 1u) {
+    MOE_NO_UNROLL
+    for (uint32_t left = __ballot_sync(MOE_FULL_WARP, word != 0); left; left &= left - 1u) {
         const int k = __ffs((int)left) - 1;
-        const uint32_t bits = __shfl_sync(MOEI_FULL, word, k);
-        const unsigned first = (unsigned)(span * MOEI_BLOCK_LIST_SPAN + k * 32);
-        unsigned at = (unsigned)__shfl_sync(MOEI_FULL, before, k) * each;
+        const uint32_t bits = __shfl_sync(MOE_FULL_WARP, word, k);
+        const unsigned first = (unsigned)(span * MOEI_SPARSE_LIST_SPAN + k * 32);
+        unsigned at = (unsigned)__shfl_sync(MOE_FULL_WARP, before, k) * each;
         if (each == 1) {
-            at += (unsigned)__popc(bits & ((1u << moei_lane()) - 1u));
-            if (bits >> moei_lane() & 1u) a->d.column_index[at] = (int)first + moei_lane();
+            at += (unsigned)__popc(bits & ((1u << moe_lane()) - 1u));
+            if (bits >> moe_lane() & 1u) a->d.column_index[at] = (int)first + moe_lane();
         } else {
             const unsigned n = (unsigned)__popc(bits) * each;
-            const int bit = moei_block_list_nth_bit(bits, moei_lane());
-            MOEI_NO_UNROLL
-            for (unsigned from = 0; from < n; from += MOEI_WARP) {
-                const unsigned i = from + (unsigned)moei_lane(), g = i / each;
-                const unsigned group = first + (unsigned)__shfl_sync(MOEI_FULL, bit, (int)(g & 31));
+            const int bit = moei_sparse_list_nth_bit(bits, moe_lane());
+            MOE_NO_UNROLL
+            for (unsigned from = 0; from < n; from += MOE_WARP_SIZE) {
+                const unsigned i = from + (unsigned)moe_lane(), g = i / each;
+                const unsigned group =
+                    first + (unsigned)__shfl_sync(MOE_FULL_WARP, bit, (int)(g & 31));
                 if (i < n) a->d.column_index[at + i] = (int)(group * each + i - g * each);
             }
         }
@@ -163,14 +165,14 @@ MOE_DEVICE void moei_block_list_fill_row(const moei_block_list_args* a, int span
 }
 
 /* The column offsets of a span, by a block of the first tile. */
-MOE_DEVICE void moei_block_list_fill_offsets(const moei_block_list_args* a, int span, bool empty,
-                                             const moei_block_list_fill_shared* s)
+MOE_DEVICE void moei_sparse_list_fill_offsets(const moei_sparse_list_args* a, int span, bool empty,
+                                              const moei_sparse_list_fill_shared* s)
 {
-    const int first = span * MOEI_BLOCK_LIST_SPAN;
+    const int first = span * MOEI_SPARSE_LIST_SPAN;
     const int left = a->groups - first;
-    const int groups = left < MOEI_BLOCK_LIST_SPAN ? left : MOEI_BLOCK_LIST_SPAN;
+    const int groups = left < MOEI_SPARSE_LIST_SPAN ? left : MOEI_SPARSE_LIST_SPAN;
     const unsigned each = (unsigned)a->each, columns = (unsigned)groups * each;
-    for (unsigned i = threadIdx.x; i < columns; i += MOEI_BLOCK_LIST_THREADS) {
+    for (unsigned i = threadIdx.x; i < columns; i += MOEI_SPARSE_LIST_THREADS) {
         const unsigned g = i / each, c = i - g * each;
         const unsigned start =
             (unsigned)a->group_start[first + (int)g] + (unsigned)s->word_start[g / 32];
@@ -180,14 +182,14 @@ MOE_DEVICE void moei_block_list_fill_offsets(const moei_block_list_args* a, int 
 }
 
 /* The tile's part of the column order: a warp has a word, or some bits of one; lanes are rows. */
-MOE_DEVICE void moei_block_list_fill_columns(const moei_block_list_args* a, int tile, int span,
-                                             const moei_block_list_fill_shared* s)
+MOE_DEVICE void moei_sparse_list_fill_columns(const moei_sparse_list_args* a, int tile, int span,
+                                              const moei_sparse_list_fill_shared* s)
 {
-    const int lane = moei_lane(), left = a->words - span * 32;
+    const int lane = moe_lane(), left = a->words - span * 32;
     const int words = left < 1 ? 1 : left < 32 ? left : 32;
     const int share_log2 = __clz(words - 1) - 27; /* of the warps that have one word */
-    const int k = moei_warp() >> share_log2, bits = 32 >> share_log2;
-    const int first = (moei_warp() & ((1 << share_log2) - 1)) * bits;
+    const int k = moe_warp() >> share_log2, bits = 32 >> share_log2;
+    const int first = (moe_warp() & ((1 << share_log2) - 1)) * bits;
     const unsigned each = (unsigned)a->each;
     if (span * 32 + k < a->words) {
         const uint32_t word = s->word[lane][k];
@@ -198,12 +200,12 @@ MOE_DEVICE void moei_block_list_fill_columns(const moei_block_list_args* a, int 
         const int count = a->group_count[group];
         unsigned number = (unsigned)s->before[lane][k];
         number += (unsigned)__popc(word & ((1u << first) - 1u));
-        MOEI_NO_UNROLL
+        MOE_NO_UNROLL
         for (int b = first; b < first + bits; ++b) {
             const bool here = word >> b & 1u;
-            const uint32_t rows = __ballot_sync(MOEI_FULL, here);
-            const unsigned step = (unsigned)__shfl_sync(MOEI_FULL, count, b);
-            unsigned at = __shfl_sync(MOEI_FULL, entry, b);
+            const uint32_t rows = __ballot_sync(MOE_FULL_WARP, here);
+            const unsigned step = (unsigned)__shfl_sync(MOE_FULL_WARP, count, b);
+            unsigned at = __shfl_sync(MOE_FULL_WARP, entry, b);
             if (here) {
                 at += (unsigned)__popc(rows & ((1u << lane) - 1u));
                 for (unsigned c = 0; c < each; ++c, at += step) {
@@ -217,51 +219,51 @@ MOE_DEVICE void moei_block_list_fill_columns(const moei_block_list_args* a, int 
 }
 
 /* A block has the tile and the span that it had in the marking launch. */
-MOE_KERNEL(MOEI_BLOCK_LIST_THREADS, 1) moei_block_list_fill(MOE_ARG(moei_block_list_args) a)
+MOE_KERNEL(MOEI_SPARSE_LIST_THREADS, 1) moei_sparse_list_fill(MOE_ARG(moei_sparse_list_args) a)
 {
-    MOE_SHARED(moei_block_list_fill_shared, s);
+    MOE_SHARED(moei_sparse_list_fill_shared, s);
     const int tile = (int)(blockIdx.x / (unsigned)a.spans);
     const int span = (int)(blockIdx.x % (unsigned)a.spans);
-    const int lane = moei_lane(), warp = moei_warp(), row = tile * 32 + warp;
+    const int lane = moe_lane(), warp = moe_warp(), row = tile * 32 + warp;
     uint32_t word = 0;
     long long all;
     unsigned before = 0;
     bool empty;
 
-    moei_let_next_start();
-    moei_wait_for_previous();
+    moe_pdl_trigger();
+    moe_pdl_wait();
     if (*a.stopped) return;
-    if (row < a.RB) {
+    if (row < a.num_block_rows) {
         if (span * 32 + lane < a.words) word = a.word[(int64_t)row * a.words + span * 32 + lane];
-        for (int i = lane; i < span; i += MOEI_WARP)
-            before += (unsigned)a.row_count[(int64_t)i * a.RB + row];
+        for (int i = lane; i < span; i += MOE_WARP_SIZE)
+            before += (unsigned)a.row_count[(int64_t)i * a.num_block_rows + row];
         if (lane == 0) before += (unsigned)a.row_start[row];
-        before = (unsigned)moei_block_list_warp_sum(before);
+        before = (unsigned)moei_sparse_list_warp_sum(before);
     }
-    moei_block_list_totals(&a, tile, span, &s);
+    moei_sparse_list_totals(&a, tile, span, &s);
     __syncthreads();
     all = s.all * a.each;
     empty = s.bad_offset >= 0 || all > a.d.max_blocks;
     before += (unsigned)s.row_start;
-    if (row < a.RB && span == 0 && lane == 0)
+    if (row < a.num_block_rows && span == 0 && lane == 0)
         a.d.row_offset[row] = empty ? 0 : (int)(before * (unsigned)a.each);
     if (blockIdx.x == 0 && threadIdx.x == 0) {
-        a.d.row_offset[a.RB] = empty ? 0 : (int)all;
-        if (a.d.column_offset) a.d.column_offset[a.CB] = empty ? 0 : (int)all;
+        a.d.row_offset[a.num_block_rows] = empty ? 0 : (int)all;
+        if (a.d.column_offset) a.d.column_offset[a.num_block_columns] = empty ? 0 : (int)all;
         if (s.bad_offset >= 0)
-            moei_fault_raise(a.d.fault, MOE_FAULT_BAD_OFFSET, a.d.rank, s.bad_offset);
-        else if (empty) moei_fault_raise(a.d.fault, MOE_FAULT_NO_ROOM, a.d.rank, all);
+            moe_fault_raise(a.d.fault, MOE_FAULT_BAD_OFFSET, a.d.rank, s.bad_offset);
+        else if (empty) moe_fault_raise(a.d.fault, MOE_FAULT_NO_ROOM, a.d.rank, all);
     }
-    if (tile == 0 && a.d.column_offset) moei_block_list_fill_offsets(&a, span, empty, &s);
+    if (tile == 0 && a.d.column_offset) moei_sparse_list_fill_offsets(&a, span, empty, &s);
     if (empty) return;
 
-    before += (unsigned)moei_warp_inclusive_scan(__popc(word)) - (unsigned)__popc(word);
+    before += (unsigned)moe_warp_inclusive_scan(__popc(word)) - (unsigned)__popc(word);
     s.word[warp][lane] = word;
     s.before[warp][lane] = (int)before;
-    moei_block_list_fill_row(&a, span, word, (int)before);
+    moei_sparse_list_fill_row(&a, span, word, (int)before);
     if (!a.d.column_offset) return;
     __syncthreads();
-    moei_block_list_fill_columns(&a, tile, span, &s);
+    moei_sparse_list_fill_columns(&a, tile, span, &s);
 }
 
 #endif

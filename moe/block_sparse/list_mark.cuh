@@ -11,14 +11,14 @@
 #include "../faults.h"
 #include "desc.h"
 
-#define MOEI_BLOCK_LIST_THREADS 1024
-#define MOEI_BLOCK_LIST_SPAN 1024 /* bits of a row that a block has: 32 words */
+#define MOEI_SPARSE_LIST_THREADS 1024
+#define MOEI_SPARSE_LIST_SPAN 1024 /* bits of a row that a block has: 32 words */
 
 /* What the kernels are given. A bit stands for a group of `each` columns: for one, or for all those
    of an expert. */
-typedef struct moei_block_list_args {
-    moe_block_list_desc d;
-    int32_t RB, CB;
+typedef struct moei_sparse_list_args {
+    moe_block_sparse_list_desc d;
+    int32_t num_block_rows, num_block_columns;
     int32_t groups, each; /* of columns; groups * each = CB */
     int32_t words;        /* of a row: ceil(groups / 32) */
     int32_t tiles;        /* of 32 rows, at least 1 */
@@ -36,29 +36,29 @@ typedef struct moei_block_list_args {
     int32_t* word_sum;    /* [words] bits of a word's groups */
     int32_t* bad_offset;  /* [spans] first expert of a span with a bad offset, or -1 */
     int32_t* stopped;     /* [1] a stop fault was there before */
-} moei_block_list_args;
+} moei_sparse_list_args;
 
 /* Bit i: byte i of v is not 0. */
-MOE_DEVICE uint32_t moei_block_list_nonzero4(uint32_t v)
+MOE_DEVICE uint32_t moei_sparse_list_nonzero4(uint32_t v)
 {
     const uint32_t top = (((v & 0x7f7f7f7fu) + 0x7f7f7f7fu) | v) & 0x80808080u;
     return ((top >> 7) * 0x01020408u) >> 24;
 }
 
-MOE_DEVICE uint32_t moei_block_list_nonzero16(uint4 v)
+MOE_DEVICE uint32_t moei_sparse_list_nonzero16(uint4 v)
 {
-    return moei_block_list_nonzero4(v.x) | moei_block_list_nonzero4(v.y) << 4 |
-           moei_block_list_nonzero4(v.z) << 8 | moei_block_list_nonzero4(v.w) << 12;
+    return moei_sparse_list_nonzero4(v.x) | moei_sparse_list_nonzero4(v.y) << 4 |
+           moei_sparse_list_nonzero4(v.z) << 8 | moei_sparse_list_nonzero4(v.w) << 12;
 }
 
 /* Turns 32 x 32 bits over: bit c of lane r becomes bit r of lane c. */
-MOE_DEVICE uint32_t moei_block_list_turn(uint32_t word)
+MOE_DEVICE uint32_t moei_sparse_list_transpose(uint32_t word)
 {
     uint32_t low = 0xffffu; /* of each pair of fields, `step` bits wide, the lower one */
-    MOEI_UNROLL
+    MOE_UNROLL
     for (int step = 16; step > 0; step >>= 1) {
-        const uint32_t other = __shfl_xor_sync(MOEI_FULL, word, step);
-        if (moei_lane() & step) word = (word & ~low) | (other >> step & low);
+        const uint32_t other = __shfl_xor_sync(MOE_FULL_WARP, word, step);
+        if (moe_lane() & step) word = (word & ~low) | (other >> step & low);
         else word = (word & low) | (other & low) << step;
         low ^= low << (step >> 1);
     }
@@ -67,106 +67,107 @@ MOE_DEVICE uint32_t moei_block_list_turn(uint32_t word)
 
 /* The four sources: each gives a lane its word, number span * 32 + lane, of a row below RB. */
 
-MOE_DEVICE uint32_t moei_block_list_of_bytes(const moei_block_list_args* a, int row, int span)
+MOE_DEVICE uint32_t moei_sparse_list_of_bytes(const moei_sparse_list_args* a, int row, int span)
 {
-    const uint8_t* bytes = a->d.bytes + (int64_t)row * a->CB;
-    const int lane = moei_lane(), first = span * MOEI_BLOCK_LIST_SPAN;
+    const uint8_t* bytes = a->d.bytes + (int64_t)row * a->num_block_columns;
+    const int lane = moe_lane(), first = span * MOEI_SPARSE_LIST_SPAN;
     uint32_t word = 0;
     if (a->wide_bytes) { /* a lane reads half a word, twice */
         const int even = lane * 2 & 31, j = first + lane * 16;
         uint4 v[2];
         uint32_t half[2];
-        MOEI_UNROLL
+        MOE_UNROLL
         for (int i = 0; i < 2; ++i) {
             v[i] = make_uint4(0, 0, 0, 0);
-            if (j + i * 512 < a->CB) v[i] = moei_load16(bytes + j + i * 512);
+            if (j + i * 512 < a->num_block_columns) v[i] = moei_load16(bytes + j + i * 512);
         }
-        MOEI_UNROLL
+        MOE_UNROLL
         for (int i = 0; i < 2; ++i) {
-            const uint32_t own = moei_block_list_nonzero16(v[i]);
-            half[i] = __shfl_sync(MOEI_FULL, own, even);
-            half[i] |= __shfl_sync(MOEI_FULL, own, even + 1) << 16;
+            const uint32_t own = moei_sparse_list_nonzero16(v[i]);
+            half[i] = __shfl_sync(MOE_FULL_WARP, own, even);
+            half[i] |= __shfl_sync(MOE_FULL_WARP, own, even + 1) << 16;
         }
         return lane < 16 ? half[0] : half[1];
     }
-    for (int k = 0; k < 32 && first + k * 32 < a->CB; k += 8) {
+    for (int k = 0; k < 32 && first + k * 32 < a->num_block_columns; k += 8) {
         uint32_t v[8];
-        MOEI_UNROLL
+        MOE_UNROLL
         for (int i = 0; i < 8; ++i) {
             const int j = first + (k + i) * 32 + lane;
-            v[i] = j < a->CB ? bytes[j] : 0u;
+            v[i] = j < a->num_block_columns ? bytes[j] : 0u;
         }
-        MOEI_UNROLL
+        MOE_UNROLL
         for (int i = 0; i < 8; ++i) {
-            const uint32_t bits = __ballot_sync(MOEI_FULL, v[i] != 0);
+            const uint32_t bits = __ballot_sync(MOE_FULL_WARP, v[i] != 0);
             if (lane == k + i) word = bits;
         }
     }
     return word;
 }
 
-MOE_DEVICE uint32_t moei_block_list_of_bits(const moei_block_list_args* a, int row, int span)
+MOE_DEVICE uint32_t moei_sparse_list_of_bits(const moei_sparse_list_args* a, int row, int span)
 {
-    const int k = span * 32 + moei_lane(), last = a->CB & 31;
+    const int k = span * 32 + moe_lane(), last = a->num_block_columns & 31;
     uint32_t word = 0;
     if (k < a->words) word = a->d.bits[(int64_t)row * a->words + k];
     return k == a->words - 1 && last ? word & ((1u << last) - 1u) : word;
 }
 
 /* bits [32] is this warp's, in shared memory. */
-MOE_DEVICE uint32_t moei_block_list_of_ids(const moei_block_list_args* a, int row, int span,
-                                           uint32_t* bits)
+MOE_DEVICE uint32_t moei_sparse_list_of_ids(const moei_sparse_list_args* a, int row, int span,
+                                            uint32_t* bits)
 {
-    const moe_block_list_desc* d = &a->d;
+    const moe_block_sparse_list_desc* d = &a->d;
     const int64_t begin = (int64_t)row * d->block_rows;
     const int64_t here = d->rows - begin < d->block_rows ? d->rows - begin : d->block_rows;
     const int64_t first = d->whole_batch ? 0 : begin * d->top_k;
     const int slots = (d->whole_batch ? 1 : (int)here) * d->top_k; /* at most 2^19 */
-    bits[moei_lane()] = 0;
-    __syncwarp(MOEI_FULL);
-    for (int from = moei_lane(); from - moei_lane() < slots; from += 8 * MOEI_WARP) {
+    bits[moe_lane()] = 0;
+    __syncwarp(MOE_FULL_WARP);
+    for (int from = moe_lane(); from - moe_lane() < slots; from += 8 * MOE_WARP_SIZE) {
         int id[8];
-        MOEI_UNROLL
+        MOE_UNROLL
         for (int i = 0; i < 8; ++i) {
-            const int slot = from + i * MOEI_WARP;
+            const int slot = from + i * MOE_WARP_SIZE;
             id[i] = slot < slots ? d->ids[first + slot] : -1;
         }
-        MOEI_UNROLL
+        MOE_UNROLL
         for (int i = 0; i < 8; ++i) {
-            const int bit = id[i] - span * MOEI_BLOCK_LIST_SPAN;
+            const int bit = id[i] - span * MOEI_SPARSE_LIST_SPAN;
             if (id[i] >= 0 && id[i] < a->groups) {
-                if (bit >= 0 && bit < MOEI_BLOCK_LIST_SPAN)
+                if (bit >= 0 && bit < MOEI_SPARSE_LIST_SPAN)
                     atomicOr(bits + (bit >> 5), 1u << (bit & 31));
             } else if (id[i] != -1 && span == 0) {
-                moei_fault_raise(d->fault, MOE_FAULT_BAD_ID, d->rank, first + from + i * MOEI_WARP);
+                moe_fault_raise(d->fault, MOE_FAULT_BAD_ID, d->rank,
+                                first + from + i * MOE_WARP_SIZE);
             }
         }
     }
-    __syncwarp(MOEI_FULL);
-    return bits[moei_lane()];
+    __syncwarp(MOE_FULL_WARP);
+    return bits[moe_lane()];
 }
 
 /* Also *bad: the first expert of the span whose rows go back or leave the matrix, or -1. */
-MOE_DEVICE uint32_t moei_block_list_of_offset(const moei_block_list_args* a, int row, int span,
-                                              int* bad)
+MOE_DEVICE uint32_t moei_sparse_list_of_offset(const moei_sparse_list_args* a, int row, int span,
+                                               int* bad)
 {
-    const moe_block_list_desc* d = &a->d;
+    const moe_block_sparse_list_desc* d = &a->d;
     const int64_t begin = (int64_t)row * d->block_rows, end = begin + d->block_rows;
-    const int lane = moei_lane(), first = span * MOEI_BLOCK_LIST_SPAN;
-    unsigned first_bad = MOEI_FULL; /* of this lane's experts */
+    const int lane = moe_lane(), first = span * MOEI_SPARSE_LIST_SPAN;
+    unsigned first_bad = MOE_FULL_WARP; /* of this lane's experts */
     uint32_t word = 0;
     for (int k0 = 0; k0 < 32 && first + k0 * 32 < a->groups; k0 += 8) {
         int from[8], upto[8];
-        MOEI_UNROLL
+        MOE_UNROLL
         for (int i = 0; i < 8; ++i) {
             const int e = first + (k0 + i) * 32 + lane;
             from[i] = e < a->groups ? d->expert_offset[e] : 0;
             upto[i] = e < a->groups ? d->expert_offset[e + 1] : 0;
         }
-        MOEI_UNROLL
+        MOE_UNROLL
         for (int i = 0; i < 8; ++i) {
             const bool here = from[i] < upto[i] && from[i] < end && upto[i] > begin;
-            const uint32_t bits = __ballot_sync(MOEI_FULL, here);
+            const uint32_t bits = __ballot_sync(MOE_FULL_WARP, here);
             if (lane == k0 + i) word = bits;
             if (from[i] < 0 || upto[i] < from[i] || upto[i] > d->rows) {
                 const unsigned expert = (unsigned)(first + (k0 + i) * 32 + lane);
@@ -175,51 +176,52 @@ MOE_DEVICE uint32_t moei_block_list_of_offset(const moei_block_list_args* a, int
         }
     }
     for (int step = 16; step > 0; step >>= 1) {
-        const unsigned other = __shfl_xor_sync(MOEI_FULL, first_bad, step);
+        const unsigned other = __shfl_xor_sync(MOE_FULL_WARP, first_bad, step);
         first_bad = other < first_bad ? other : first_bad;
     }
     *bad = (int)first_bad;
     return word;
 }
 
-typedef struct moei_block_list_mark_shared {
+typedef struct moei_sparse_list_mark_shared {
     uint32_t word[32][33]; /* [row][word] */
-} moei_block_list_mark_shared;
+} moei_sparse_list_mark_shared;
 
 /* A stop fault is noted in the workspace, for the next launches: the word itself may by then hold
    one that this list has raised. */
-MOE_KERNEL(MOEI_BLOCK_LIST_THREADS, 1) moei_block_list_mark(MOE_ARG(moei_block_list_args) a)
+MOE_KERNEL(MOEI_SPARSE_LIST_THREADS, 1) moei_sparse_list_mark(MOE_ARG(moei_sparse_list_args) a)
 {
-    MOE_SHARED(moei_block_list_mark_shared, s);
+    MOE_SHARED(moei_sparse_list_mark_shared, s);
     const int tile = (int)(blockIdx.x / (unsigned)a.spans);
     const int span = (int)(blockIdx.x % (unsigned)a.spans);
-    const int lane = moei_lane(), warp = moei_warp(), row = tile * 32 + warp;
+    const int lane = moe_lane(), warp = moe_warp(), row = tile * 32 + warp;
     const bool checks = a.d.expert_offset && row == 0; /* the offsets, even if there are no rows */
     uint32_t word = 0;
     bool stopped;
     int count, bad = -1;
 
-    moei_let_next_start();
-    moei_wait_for_previous();
-    stopped = moei_fault_stopped(a.d.fault);
+    moe_pdl_trigger();
+    moe_pdl_wait();
+    stopped = moe_fault_stopped(a.d.fault);
     if (blockIdx.x == 0 && threadIdx.x == 0) *a.stopped = stopped;
-    if (!stopped && (row < a.RB || checks)) {
-        if (a.d.bytes) word = moei_block_list_of_bytes(&a, row, span);
-        else if (a.d.bits) word = moei_block_list_of_bits(&a, row, span);
-        else if (a.d.ids) word = moei_block_list_of_ids(&a, row, span, s.word[warp]);
-        else if (a.d.expert_offset) word = moei_block_list_of_offset(&a, row, span, &bad);
+    if (!stopped && (row < a.num_block_rows || checks)) {
+        if (a.d.bytes) word = moei_sparse_list_of_bytes(&a, row, span);
+        else if (a.d.bits) word = moei_sparse_list_of_bits(&a, row, span);
+        else if (a.d.ids) word = moei_sparse_list_of_ids(&a, row, span, s.word[warp]);
+        else if (a.d.expert_offset) word = moei_sparse_list_of_offset(&a, row, span, &bad);
         if (checks && lane == 0) a.bad_offset[span] = bad;
     }
-    if (row < a.RB && span * 32 + lane < a.words)
+    if (row < a.num_block_rows && span * 32 + lane < a.words)
         a.word[(int64_t)row * a.words + span * 32 + lane] = word;
-    count = moei_warp_inclusive_scan(__popc(word));
-    if (row < a.RB && lane == 31) a.row_count[(int64_t)span * a.RB + row] = count;
+    count = moe_warp_inclusive_scan(__popc(word));
+    if (row < a.num_block_rows && lane == 31)
+        a.row_count[(int64_t)span * a.num_block_rows + row] = count;
     if (!a.d.column_offset) return;
 
     s.word[warp][lane] = word;
     __syncthreads();
     if (span * 32 + warp < a.words) {
-        count = __popc(moei_block_list_turn(s.word[lane][warp]));
+        count = __popc(moei_sparse_list_transpose(s.word[lane][warp]));
         a.above[((int64_t)tile * a.words + span * 32 + warp) * 32 + lane] = count;
     }
 }

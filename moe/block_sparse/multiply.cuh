@@ -1,51 +1,52 @@
 /* multiply.cuh: the steps of a block-sparse tile.
 
    gemm/mainloop.cuh has what a step is made of; load.cuh fills the ring, and one warp in turn makes
-   the chunks of depth that the next steps copy (where.cuh). */
+   the slices of depth that the next steps copy (address.cuh). */
 #ifndef MOE_BLOCK_SPARSE_MULTIPLY_CUH
 #define MOE_BLOCK_SPARSE_MULTIPLY_CUH
 
 #include "load.cuh"
 
-/* Must some products of the tile be left out, some rows or depths not be read, or chunks be cut off? All
-   threads of the block get one answer. Whole chunks past the edges of X and Y are not asked for:
+/* Must some products of the tile be left out, some rows or depths not be read, or slices be cut off? All
+   threads of the block get one answer. Whole slices past the edges of X and Y are not asked for:
    along the depth they are zero in both, else not stored. */
-MOE_DEVICE bool moei_block_careful(const moei_block_args* d, const moei_block_where* t,
-                                   const moei_block_shared* s)
+MOE_DEVICE bool moei_sparse_needs_predicates(const moei_sparse_args* d,
+                                             const moei_sparse_position* t,
+                                             const moei_sparse_shared* s)
 {
     const int j = (int)threadIdx.x;
     const uint32_t rows = (1u << (t->rows + 15) / 16) - 1;
     if ((t->rows | t->columns | d->k) % 16 != 0 || s->rows != rows) return true;
-    if (moei_block_depths_of(d, t)) return true;
+    if (moei_sparse_depths_of(d, t)) return true;
     if (d->sparse_c)
         return __syncthreads_or(j < 16 && j * 16 < t->columns && (~s->have[j] & rows) != 0) != 0;
     return d->partial && d->partial[t->strip] != 0;
 }
 
-/* ---- the loader of tiles whose chunks are whole ---- */
+/* ---- the loader of tiles whose slices are whole ---- */
 
 /* tiles only says that this is called: it is the loader, whose address the compiler knows not to be null. */
-MOE_DEVICE void moei_block_copies_advance(moei_block_copies* o, const moei_block_args* d,
-                                          const moei_block_copies* tiles, int step,
-                                          const moe_gemm_shape f)
+MOE_DEVICE void moei_sparse_copies_advance(moei_sparse_copies* o, const moei_sparse_args* d,
+                                           const moei_sparse_copies* tiles, int step,
+                                           const moe_gemm_shape f)
 {
     (void)tiles;
-    moei_block_advance(o, d, step, 0, f);
+    moei_sparse_advance(o, d, step, 0, f);
 }
 
-MOE_DEVICE void moei_block_copies_copy(moei_block_copies* o, const moei_block_args* d, uint16_t* sx,
-                                       uint16_t* sy, const int part, const int parts,
-                                       const moe_gemm_shape f)
+MOE_DEVICE void moei_sparse_copies_copy(moei_sparse_copies* o, const moei_sparse_args* d,
+                                        uint16_t* sx, uint16_t* sy, const int part, const int parts,
+                                        const moe_gemm_shape f)
 {
     (void)d;
-    moei_block_fill(o, sx, sy, part, parts, 0, f);
+    moei_sparse_fill(o, sx, sy, part, parts, 0, f);
 }
 
-#define MOEI_LOADER moei_block_copies
-#define MOEI_LOADER_ARGS moei_block_args
-#define MOEI_LOADER_TILES const moei_block_copies
-#define MOEI_TILE_START moei_block_start
-#define MOEI_TILE_STEPS moei_block_steps
+#define MOEI_LOADER moei_sparse_copies
+#define MOEI_LOADER_ARGS moei_sparse_args
+#define MOEI_LOADER_TILES const moei_sparse_copies
+#define MOEI_TILE_START moei_sparse_start
+#define MOEI_TILE_STEPS moei_sparse_steps
 #include "../gemm/steps.inl"
 #undef MOEI_LOADER
 #undef MOEI_LOADER_ARGS
@@ -53,33 +54,34 @@ MOE_DEVICE void moei_block_copies_copy(moei_block_copies* o, const moei_block_ar
 #undef MOEI_TILE_START
 #undef MOEI_TILE_STEPS
 
-/* Multiplies all steps of a tile whose chunks are whole. The shape's majors are literals here: what
+/* Multiplies all steps of a tile whose slices are whole. The shape's majors are literals here: what
    the loop does beside loads and products is much of what keeps it from the tensor cores' rate. */
-MOE_DEVICE void moei_block_multiply(const moei_block_args* d, moei_block_shared* s, uint16_t* stages,
-                                    moei_mma_c acc[4][4], int steps, const moe_gemm_shape f)
+MOE_DEVICE void moei_sparse_multiply(const moei_sparse_args* d, moei_sparse_shared* s,
+                                     uint16_t* stages, moei_mma_c acc[4][4], int steps,
+                                     const moe_gemm_shape f)
 {
-    moei_block_copies o = moei_block_copies_begin(d, s, f);
+    moei_sparse_copies o = moei_sparse_copies_begin(d, s, f);
     moei_ring r = moei_ring_of(stages, f);
-    moei_block_start(&o, &r, d, &o, f);
-    moei_block_steps(acc, &o, &r, d, &o, steps, f);
+    moei_sparse_start(&o, &r, d, &o, f);
+    moei_sparse_steps(acc, &o, &r, d, &o, steps, f);
 }
 
 /* The same of a tile at an edge, of strips joined that have not the same blocks, or with depths that
-   do not count: chunks may be cut off, rows or depths not read, products left out. Compact rather
+   do not count: slices may be cut off, rows or depths not read, products left out. Compact rather
    than quick: the majors are no literals. */
-MOE_DEVICE void moei_block_multiply_careful(const moei_block_args* d, moei_block_shared* s,
-                                            uint16_t* stages, moei_mma_c acc[4][4], int steps,
-                                            const moe_gemm_shape f)
+MOE_DEVICE void moei_sparse_multiply_predicated(const moei_sparse_args* d, moei_sparse_shared* s,
+                                                uint16_t* stages, moei_mma_c acc[4][4], int steps,
+                                                const moe_gemm_shape f)
 {
-    const int chunks = f.tk / 16;
-    const int warp_m = moei_warp() % f.warps_m, warp_n = moei_warp() / f.warps_m;
-    moei_block_copies o = moei_block_copies_begin(d, s, f);
+    const int slices = f.tile_k / 16;
+    const int warp_m = moe_warp() % f.warps_m, warp_n = moe_warp() / f.warps_m;
+    moei_sparse_copies o = moei_sparse_copies_begin(d, s, f);
     moei_ring r = moei_ring_of(stages, f);
-    uint32_t have = 0; /* bit j * 4 + i: the warp's piece (i, j) of C is wanted */
+    uint32_t have = 0; /* bit j * 4 + i: the warp's vector (i, j) of C is wanted */
     moei_mma_a a[4];
     moei_mma_b b[4];
 
-    MOEI_UNROLL
+    MOE_UNROLL
     for (int j = 0; j < f.wn / 16; ++j)
         have |= (s->have[warp_n * (f.wn / 16) + j] >> warp_m * (f.wm / 16) &
                  ((1u << (f.wm / 16)) - 1))
@@ -90,28 +92,28 @@ MOE_DEVICE void moei_block_multiply_careful(const moei_block_args* d, moei_block
             moei_copy_wait(f.stages - 2);
             __syncthreads();
         }
-        moei_block_advance(&o, d, step, 1, f);
+        moei_sparse_advance(&o, d, step, 1, f);
         refill = step < 0 ? stages + (step + f.stages - 1) * r.elems : moei_ring_refill(&r, f);
-        moei_block_fill(&o, refill, refill + f.tm * f.tk, 0, 1, 1, f);
+        moei_sparse_fill(&o, refill, refill + f.tile_m * f.tile_k, 0, 1, 1, f);
         moei_copy_commit();
         if (step < 0) continue;
-        MOEI_NO_UNROLL
-        for (int c = 0; c < chunks; ++c) {
-            const int number = (step * chunks + c) % (2 * MOEI_WARP);
-            const uint32_t rows = s->chunk_x[number].rows >> warp_m * (f.wm / 16);
+        MOE_NO_UNROLL
+        for (int c = 0; c < slices; ++c) {
+            const int number = (step * slices + c) % (2 * MOE_WARP_SIZE);
+            const uint32_t rows = s->slice_x[number].rows >> warp_m * (f.wm / 16);
             const uint32_t live = have & (rows & ((1u << (f.wm / 16)) - 1)) * 0x1111u;
             if (live == 0) continue;
-            moei_ring_load_a(a, &r, r.slot, c * 16, f);
-            moei_ring_load_b(b, &r, r.slot, c * 16, 0, f);
-            MOEI_UNROLL
+            moei_ring_load_a(a, &r, r.stage, c * 16, f);
+            moei_ring_load_b(b, &r, r.stage, c * 16, 0, f);
+            MOE_UNROLL
             for (int i = 0; i < f.wm / 16; ++i) {
-                MOEI_UNROLL
+                MOE_UNROLL
                 for (int j = 0; j < f.wn / 16; ++j)
                     moei_mma_if(&acc[i][j], &a[i], &b[j], f.dtype,
                                 (int)(live & (1u << (j * 4 + i))));
             }
         }
-        r.slot = moei_ring_next(&r, f);
+        r.stage = moei_ring_next(&r, f);
     }
 }
 

@@ -10,8 +10,8 @@
 typedef struct moei_gate_args {
     const void* logits;
     const float* expert_bias;
-    const uint8_t* expert_off;
-    const uint8_t* token_off;
+    const uint8_t* expert_disabled;
+    const uint8_t* token_disabled;
     const uint64_t* seed_offset;
     int64_t logits_stride;
     int32_t logits_dtype;

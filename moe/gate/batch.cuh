@@ -15,18 +15,18 @@
 MOE_DEVICE void moei_gate_batch_sum_tokens(const moei_gate_args* d, float* sum, int64_t first,
                                            int64_t end)
 {
-    const int E = d->num_experts;
-    float* own = sum + moei_warp() * E;
-    for (int e = moei_lane(); e < E; e += MOEI_WARP) own[e] = 0.0f;
-    for (int64_t t = first + moei_warp(); t < end; t += blockDim.x / MOEI_WARP) {
-        bool nan = d->token_off && d->token_off[t];
+    const int num_experts = d->num_experts;
+    float* own = sum + moe_warp() * num_experts;
+    for (int e = moe_lane(); e < num_experts; e += MOE_WARP_SIZE) own[e] = 0.0f;
+    for (int64_t t = first + moe_warp(); t < end; t += blockDim.x / MOE_WARP_SIZE) {
+        bool nan = d->token_disabled && d->token_disabled[t];
         float v;
-        for (int e = moei_lane(); e < E; e += MOEI_WARP)
+        for (int e = moe_lane(); e < num_experts; e += MOE_WARP_SIZE)
             nan = nan || (moei_gate_given(&v, d, 0, t, e) &&
                           moei_is_nan(moei_gate_logit(d, v, 0.0f, 0, t, e)));
-        if (__any_sync(MOEI_FULL, nan)) continue;
-        for (int e = moei_lane(); e < E; e += MOEI_WARP)
-            own[e] = fmaf(moei_load_f32(d->logits, t * d->logits_stride + e, d->logits_dtype),
+        if (__any_sync(MOE_FULL_WARP, nan)) continue;
+        for (int e = moe_lane(); e < num_experts; e += MOE_WARP_SIZE)
+            own[e] = fmaf(moe_load_f32(d->logits, t * d->logits_stride + e, d->logits_dtype),
                           MOEI_GATE_BATCH_UNIT, own[e]);
     }
 }
@@ -37,10 +37,10 @@ MOE_DEVICE float moei_gate_batch_column(bool* odd, const moei_gate_args* d, int 
                                         int64_t end, int step, const int dtype)
 {
     float all = 0.0f;
-    MOEI_UNROLL_8
+    MOE_UNROLL_8
     for (int64_t t = first; t < end; t += step) {
-        const float v = moei_load_f32(d->logits, t * d->logits_stride + e, dtype);
-        const bool in = !d->token_off || !d->token_off[t];
+        const float v = moe_load_f32(d->logits, t * d->logits_stride + e, dtype);
+        const bool in = !d->token_disabled || !d->token_disabled[t];
         *odd |= in && !(fabsf(v) < MOE_GATE_MAX_COSINE);
         all = fmaf(in ? v : 0.0f, MOEI_GATE_BATCH_UNIT, all);
     }
@@ -53,13 +53,13 @@ MOE_DEVICE void moei_gate_batch_sum_block(const moei_gate_args* d, float* sum)
 {
     const int64_t chunk = moe_chunk_tokens(d->num_tokens), first = blockIdx.x * chunk;
     const int64_t end = first + chunk < d->num_tokens ? first + chunk : d->num_tokens;
-    const int E = d->num_experts, warps = (int)blockDim.x / MOEI_WARP;
-    const int fit = (int)blockDim.x / E, most = fit < warps ? fit : warps;
+    const int num_experts = d->num_experts, warps = (int)blockDim.x / MOE_WARP_SIZE;
+    const int fit = (int)blockDim.x / num_experts, most = fit < warps ? fit : warps;
     int rows = most > 1 ? most : 1; /* of `sum`: tokens under way together */
     bool odd = false;
-    for (int i = (int)threadIdx.x; i < rows * E; i += (int)blockDim.x) {
-        const int e = i % E;
-        const int64_t from = first + i / E;
+    for (int i = (int)threadIdx.x; i < rows * num_experts; i += (int)blockDim.x) {
+        const int e = i % num_experts;
+        const int64_t from = first + i / num_experts;
         if (d->logits_dtype == MOE_FP32)
             sum[i] = moei_gate_batch_column(&odd, d, e, from, end, rows, MOE_FP32);
         else if (d->logits_dtype == MOE_FP16)
@@ -71,10 +71,10 @@ MOE_DEVICE void moei_gate_batch_sum_block(const moei_gate_args* d, float* sum)
         moei_gate_batch_sum_tokens(d, sum, first, end);
         __syncthreads();
     }
-    for (int e = (int)threadIdx.x; e < E; e += (int)blockDim.x) {
+    for (int e = (int)threadIdx.x; e < num_experts; e += (int)blockDim.x) {
         float all = 0.0f;
-        for (int r = 0; r < rows; ++r) all += sum[r * E + e];
-        ((float*)d->workspace)[(int64_t)blockIdx.x * E + e] = all;
+        for (int r = 0; r < rows; ++r) all += sum[r * num_experts + e];
+        ((float*)d->workspace)[(int64_t)blockIdx.x * num_experts + e] = all;
     }
 }
 
@@ -83,8 +83,9 @@ MOE_DEVICE void moei_gate_batch_sum_block(const moei_gate_args* d, float* sum)
    has 4 experts, or 1, and every so many chunks. Every block gets the same. Ends with a barrier. */
 MOE_DEVICE void moei_gate_batch_row(const moei_gate_args* d, float* row, float* part)
 {
-    const int E = d->num_experts, warps = (int)blockDim.x / MOEI_WARP, chunks = (int)gridDim.x;
-    const int width = E % 4 == 0 ? 4 : 1, columns = E / width;
+    const int num_experts = d->num_experts, warps = (int)blockDim.x / MOE_WARP_SIZE,
+              chunks = (int)gridDim.x;
+    const int width = num_experts % 4 == 0 ? 4 : 1, columns = num_experts / width;
     const int fit = (int)blockDim.x / columns, most = fit < warps ? fit : warps;
     const int parts = most > 1 ? most : 1;
     const float* sums = (const float*)d->workspace;
@@ -92,25 +93,26 @@ MOE_DEVICE void moei_gate_batch_row(const moei_gate_args* d, float* row, float* 
         const int e = i % columns * width;
         if (width == 4) {
             float4 sum = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-            MOEI_UNROLL_8
+            MOE_UNROLL_8
             for (int c = i / columns; c < chunks; c += parts) {
-                const float4 v = *(const float4*)(sums + (int64_t)c * E + e);
+                const float4 v = *(const float4*)(sums + (int64_t)c * num_experts + e);
                 sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
             }
-            *(float4*)(part + i / columns * E + e) = sum;
+            *(float4*)(part + i / columns * num_experts + e) = sum;
         } else {
             float sum = 0.0f;
-            MOEI_UNROLL_8
-            for (int c = i / columns; c < chunks; c += parts) sum += sums[(int64_t)c * E + e];
+            MOE_UNROLL_8
+            for (int c = i / columns; c < chunks; c += parts)
+                sum += sums[(int64_t)c * num_experts + e];
             part[i] = sum;
         }
     }
     __syncthreads();
-    for (int e = (int)threadIdx.x; e < E; e += (int)blockDim.x) {
-        const bool off = d->expert_off && d->expert_off[e];
+    for (int e = (int)threadIdx.x; e < num_experts; e += (int)blockDim.x) {
+        const bool off = d->expert_disabled && d->expert_disabled[e];
         float sum = 0.0f;
-        for (int p = 0; p < parts; ++p) sum += part[p * E + e];
-        if (!off && moei_is_nan(sum)) moei_fault_raise(d->fault, MOE_FAULT_NAN_SUM, d->rank, e);
+        for (int p = 0; p < parts; ++p) sum += part[p * num_experts + e];
+        if (!off && moei_is_nan(sum)) moe_fault_raise(d->fault, MOE_FAULT_NAN_SUM, d->rank, e);
         row[e] =
             off || __float_as_uint(sum) == MOEI_GATE_MINUS ? __uint_as_float(0x7fc00000u) : sum;
     }
@@ -121,14 +123,14 @@ MOE_DEVICE void moei_gate_batch_row(const moei_gate_args* d, float* row, float* 
    makes every token choose them, in order. All threads; a barrier must follow. */
 MOE_DEVICE void moei_gate_batch_choose(const moei_gate_args* d, const moei_gate_shared* shared)
 {
-    const int E = d->num_experts, K = d->top_k;
+    const int num_experts = d->num_experts, top_k = d->top_k;
     moei_gate_batch_row(d, shared->bias, shared->row);
-    if (moei_warp() == 0) moe_warp_top_k(shared->chosen, shared->bias, E, K);
+    if (moe_warp() == 0) moe_warp_top_k(shared->chosen, shared->bias, num_experts, top_k);
     __syncthreads();
-    for (int e = (int)threadIdx.x; e < E; e += (int)blockDim.x)
+    for (int e = (int)threadIdx.x; e < num_experts; e += (int)blockDim.x)
         shared->bias[e] = __uint_as_float(0xff800000u);
     __syncthreads();
-    for (int k = (int)threadIdx.x; k < K; k += (int)blockDim.x)
+    for (int k = (int)threadIdx.x; k < top_k; k += (int)blockDim.x)
         if (shared->chosen[k] >= 0) shared->bias[shared->chosen[k]] = (float)-k;
 }
 

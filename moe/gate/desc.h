@@ -25,8 +25,8 @@ typedef struct moe_gate_desc {
     /* in */
     const void* logits;          /* [T, E] logits_dtype */
     const float* expert_bias;    /* [E] added to the scores for selection alone; or null */
-    const uint8_t* expert_off;   /* [E] not 0: the expert is switched off; or null */
-    const uint8_t* token_off;    /* [T] not 0: the token selects nothing (padding); or null */
+    const uint8_t* expert_disabled; /* [E] not 0: the expert is switched off; or null */
+    const uint8_t* token_disabled;  /* [T] not 0: the token selects nothing (padding); or null */
     const uint64_t* seed_offset; /* [1] added to seed: a replayed graph draws anew; or null */
     int64_t logits_stride;       /* elements between rows; 0 = E */
     int32_t logits_dtype;        /* moe_dtype; 0 = fp32 */

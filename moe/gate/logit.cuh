@@ -74,7 +74,7 @@ MOE_DEVICE bool moei_gate_multiplies(const moei_gate_args* d)
 /* Tells whether the row's largest logit comes off before a temperature is multiplied out: where a common
    offset changes neither choice nor weight. A group of one expert counts an offset once, others
    twice. */
-MOE_DEVICE bool moei_gate_takes_off(const moei_gate_args* d)
+MOE_DEVICE bool moei_gate_takes_disabled(const moei_gate_args* d)
 {
     return d->inverse_temperature != 1.0f && moei_gate_multiplies(d) &&
            (d->score == MOE_SCORE_SOFTMAX || d->score == MOE_SCORE_SPARSEMAX ||
@@ -84,9 +84,9 @@ MOE_DEVICE bool moei_gate_takes_off(const moei_gate_args* d)
 /* The logit as given; false where the token does not see the expert. */
 MOE_DEVICE bool moei_gate_given(float* out, const moei_gate_args* d, uint64_t seed, int64_t t, int e)
 {
-    if (d->expert_off && d->expert_off[e]) return false;
+    if (d->expert_disabled && d->expert_disabled[e]) return false;
     if (d->dropout > 0.0f && (moei_gate_dropped(d, seed, t, e >> 3) >> (e & 7) & 1)) return false;
-    *out = moei_load_f32(d->logits, t * d->logits_stride + e, d->logits_dtype);
+    *out = moe_load_f32(d->logits, t * d->logits_stride + e, d->logits_dtype);
     return true;
 }
 
@@ -134,7 +134,7 @@ MOE_DEVICE float moei_gate_logit(const moei_gate_args* d, float v, float most, u
 MOE_DEVICE void moei_gate_lane_hide(float* v, uint32_t unseen, const moei_gate_lanes w)
 {
     if (!unseen) return;
-    MOEI_UNROLL
+    MOE_UNROLL
     for (int j = 0; j < w.per_lane; ++j)
         if (unseen >> j & 1) v[j] = __uint_as_float(0xff800000u);
 }
@@ -143,9 +143,9 @@ MOE_DEVICE void moei_gate_lane_hide(float* v, uint32_t unseen, const moei_gate_l
 MOE_DEVICE float moei_gate_lane_max(const float* v, const moei_gate_lanes w)
 {
     float max = v[0];
-    MOEI_UNROLL
+    MOE_UNROLL
     for (int j = 1; j < w.per_lane; ++j) max = fmaxf(max, v[j]);
-    return moei_group_max(max, w.lanes);
+    return moe_warp_max(max, w.lanes);
 }
 
 /* Takes a lane's logits of a token, read already, through the rules, in units. *unseen has a bit for
@@ -155,33 +155,33 @@ MOE_DEVICE float moei_gate_logits(float* v, uint32_t* unseen, const moei_gate_ar
 {
     if (d->dropout > 0.0f) {
         const uint64_t here = moei_opaque(seed);
-        MOEI_UNROLL
+        MOE_UNROLL
         for (int j = 0; j < w.per_lane; j += 8)
             *unseen |= moei_gate_dropped(d, here, t, moei_gate_expert(j, w) >> 3) << j;
     }
     moei_gate_lane_hide(v, *unseen, w);
     if (moei_gate_multiplies(d)) {
         if (d->inverse_temperature != 1.0f) {
-            const float most = moei_gate_takes_off(d) ? moei_gate_lane_max(v, w) : 0.0f;
-            MOEI_UNROLL
+            const float most = moei_gate_takes_disabled(d) ? moei_gate_lane_max(v, w) : 0.0f;
+            MOE_UNROLL
             for (int j = 0; j < w.per_lane; ++j) v[j] = (v[j] - most) * d->inverse_temperature;
         }
         if (d->noise > 0.0f) {
             const uint64_t here =
                 moei_opaque(seed); /* else the twenty keys of its rounds are kept */
-            MOEI_UNROLL
+            MOE_UNROLL
             for (int j = 0; j < w.per_lane; j += 4) {
                 float n[4];
                 moei_gate_noise(n, here, t, moei_gate_expert(j, w) >> 2);
-                MOEI_UNROLL
+                MOE_UNROLL
                 for (int i = 0; i < 4; ++i) v[j + i] = fmaf(d->noise, n[i], v[j + i]);
             }
         }
         if (d->score == MOE_SCORE_QUADRATIC) {
-            MOEI_UNROLL
+            MOE_UNROLL
             for (int j = 0; j < w.per_lane; ++j) v[j] = v[j] * v[j];
         } else if (d->score == MOE_SCORE_PIONEER) {
-            MOEI_UNROLL
+            MOE_UNROLL
             for (int j = 0; j < w.per_lane; ++j) v[j] = moei_gate_cosine(v[j]);
         }
         moei_gate_lane_hide(v, *unseen, w); /* squares and cosines of -infinity */

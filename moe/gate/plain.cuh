@@ -14,11 +14,11 @@ MOE_DEVICE void moei_gate_ties(const moei_gate_args* d, int* count, int64_t t, c
     const int64_t row = t * d->logits_stride;
     for (int c = rank; c < n; c += lanes) {
         const int e = pick[c];
-        const uint32_t key = moei_ordered(moei_load_f32(d->logits, row + e, d->logits_dtype));
+        const uint32_t key = moei_ordered(moe_load_f32(d->logits, row + e, d->logits_dtype));
         int k = 0;
         for (int i = 0; i < n; ++i) {
             const uint32_t other =
-                moei_ordered(moei_load_f32(d->logits, row + pick[i], d->logits_dtype));
+                moei_ordered(moe_load_f32(d->logits, row + pick[i], d->logits_dtype));
             k += other > key || (other == key && pick[i] < e);
         }
         if (k < d->top_k) {
@@ -30,7 +30,7 @@ MOE_DEVICE void moei_gate_ties(const moei_gate_args* d, int* count, int64_t t, c
 
 /* What a lane knows of its group's token in one round. */
 typedef struct moei_gate_round {
-    int K, score;     /* the descriptor's: read once, not in every round */
+    int top_k, score; /* the descriptor's: read once, not in every round */
     int64_t t;        /* the token; where none is left, the block's first */
     bool live;        /* there is one */
     bool redo;        /* it is done again by moei_gate_token */
@@ -49,26 +49,26 @@ typedef struct moei_gate_round {
 MOE_DEVICE void moei_gate_plain_sum(moei_gate_round* o, const float* v, const float* top,
                                     const moei_gate_lanes w)
 {
-    const int K = o->K;
+    const int top_k = o->top_k;
     const float log2e = 1.44269502f;
     float sum = 0.0f;
     o->shift = -(top[0] * log2e);
     if (o->score == MOE_SCORE_SOFTMAX) {
-        MOEI_UNROLL
+        MOE_UNROLL
         for (int j = 0; j < w.per_lane; ++j) sum += moei_exp2_fast(fmaf(v[j], log2e, o->shift));
     } else { /* only to find a NaN, as the softmax's sum does */
-        MOEI_UNROLL
+        MOE_UNROLL
         for (int j = 0; j < w.per_lane; ++j) sum += moei_is_nan(v[j]) ? v[j] : 0.0f;
     }
     o->redo = moei_is_nan(sum);
-    o->sum = o->score == MOE_SCORE_SOFTMAX ? moei_group_sum(sum, w.lanes) : 1.0f;
+    o->sum = o->score == MOE_SCORE_SOFTMAX ? moe_warp_sum(sum, w.lanes) : 1.0f;
     o->redo |= !(fabsf(top[0]) < 1e8f); /* beyond, the rounding of `shift` may overflow 2^ */
     o->kth = 0.0f;
     o->tie = false;
-    MOEI_UNROLL
+    MOE_UNROLL
     for (int k = 0; k < w.depth; ++k) {
-        if (k < K) o->kth = top[k];
-        if (k + 1 < K && k + 1 < w.depth) o->tie |= top[k] == top[k + 1];
+        if (k < top_k) o->kth = top[k];
+        if (k + 1 < top_k && k + 1 < w.depth) o->tie |= top[k] == top[k + 1];
     }
     o->redo |= !(o->kth >= -3e38f);
 }
@@ -79,18 +79,18 @@ MOE_DEVICE void moei_gate_plain_choose(moei_gate_round* o, const float* v, const
     int before, all;
     o->chosen = moei_gate_not_below(v, o->kth, w);
     before = __popc(o->chosen) | (int)o->redo << 16; /* two sums in one */
-    MOEI_UNROLL
+    MOE_UNROLL
     for (int by = 1; by < w.lanes; by <<= 1) {
-        const int other = __shfl_up_sync(MOEI_FULL, before, by, w.lanes);
+        const int other = __shfl_up_sync(MOE_FULL_WARP, before, by, w.lanes);
         if (w.rank >= by) before += other;
     }
-    all = __shfl_sync(MOEI_FULL, before, w.lanes - 1, w.lanes);
+    all = __shfl_sync(MOE_FULL_WARP, before, w.lanes - 1, w.lanes);
     o->before = (before & 0xffff) - __popc(o->chosen);
     /* a count over 16 bits says that one lane wants it */
-    o->redo = o->live && (all < o->K || all > 2 * w.depth);
-    o->tie |= all > o->K;
+    o->redo = o->live && (all < o->top_k || all > 2 * w.depth);
+    o->tie |= all > o->top_k;
     o->all = all;
-    o->picks = o->redo || !o->live ? 0 : o->K;
+    o->picks = o->redo || !o->live ? 0 : o->top_k;
     if (o->picks == 0) o->chosen = 0;
 }
 
@@ -104,14 +104,14 @@ MOE_DEVICE void moei_gate_plain_pick(moei_gate_round* o, const moei_gate_args* d
         pick[o->before++] = (uint16_t)moei_gate_expert(j, w);
         o->chosen ^= 1u << j;
     }
-    __syncwarp(MOEI_FULL);
-    MOEI_UNROLL
+    __syncwarp(MOE_FULL_WARP);
+    MOE_UNROLL
     for (int n = 0; n < 8; ++n) {
         const int c = n * w.lanes + w.rank;
         const bool mine = n * w.lanes < w.depth && c < o->picks;
         o->expert[n] = mine ? pick[c] : 0;
         o->logit[n] =
-            mine ? moei_load_f32(d->logits, o->t * d->logits_stride + o->expert[n], d->logits_dtype)
+            mine ? moe_load_f32(d->logits, o->t * d->logits_stride + o->expert[n], d->logits_dtype)
                  : 0.0f;
     }
 }
@@ -123,10 +123,10 @@ MOE_DEVICE void moei_gate_plain_weigh(moei_gate_round* o, const moei_gate_args* 
     const int score = o->score;
     const float log2e = 1.44269502f;
     float sum = o->sum, part = 0.0f, factor = d->scale;
-    MOEI_UNROLL
+    MOE_UNROLL
     for (int n = 0; n < 8; ++n) {
         float l = 0.0f;
-        MOEI_UNROLL
+        MOE_UNROLL
         for (int r = 0; r < 32; ++r)
             if (r < w.lanes && n * w.lanes + r < w.depth && w.rank == r) l = top[n * w.lanes + r];
         o->weight[n] = 0.0f;
@@ -136,15 +136,15 @@ MOE_DEVICE void moei_gate_plain_weigh(moei_gate_round* o, const moei_gate_args* 
                                                       : moei_exp2_fast(fmaf(l, log2e, o->shift));
         part += o->weight[n];
     }
-    if (score == MOE_SCORE_TOPK_SOFTMAX || d->renormalize) sum = moei_group_sum(part, w.lanes);
+    if (score == MOE_SCORE_TOPK_SOFTMAX || d->renormalize) sum = moe_warp_sum(part, w.lanes);
     if (score != MOE_SCORE_SIGMOID) {
         factor = __fdiv_rn(factor, sum); /* sum >= 1, nearly: the largest adds 2^0 */
     } else if (d->renormalize) {
-        MOEI_UNROLL
+        MOE_UNROLL
         for (int n = 0; n < 8; ++n)
             if (n * w.lanes < w.depth && sum > 0.0f) o->weight[n] = __fdiv_rn(o->weight[n], sum);
     }
-    MOEI_UNROLL
+    MOE_UNROLL
     for (int n = 0; n < 8; ++n) o->weight[n] *= factor;
 }
 
@@ -153,23 +153,23 @@ MOE_DEVICE void moei_gate_plain_write(const moei_gate_round* o, const moei_gate_
                                       const uint16_t* pick, const float* top,
                                       const moei_gate_lanes w)
 {
-    const int K = o->K;
-    MOEI_UNROLL
+    const int top_k = o->top_k;
+    MOE_UNROLL
     for (int n = 0; n < 8; ++n) {
         uint32_t larger = 0; /* a bit for each */
-        MOEI_UNROLL
+        MOE_UNROLL
         for (int u = 0; u < w.depth; ++u)
             larger = __funnelshift_l(__float_as_uint(o->logit[n] - top[u]), larger, 1);
         const bool mine = n * w.lanes < w.depth && n * w.lanes + w.rank < o->picks;
-        if (mine) d->weights[o->t * K + n * w.lanes + w.rank] = o->weight[n];
+        if (mine) d->weights[o->t * top_k + n * w.lanes + w.rank] = o->weight[n];
         if (mine && !o->tie) {
-            d->ids[o->t * K + __popc(larger)] = o->expert[n];
+            d->ids[o->t * top_k + __popc(larger)] = o->expert[n];
             atomicAdd(count + o->expert[n], 1);
         }
     }
     if (o->tie && o->live && !o->redo)
         moei_gate_ties(d, count, o->t, pick, o->all, w.rank, w.lanes);
-    __syncwarp(MOEI_FULL);
+    __syncwarp(MOE_FULL_WARP);
 }
 
 /* One block; each token is owned by an aligned group of `lanes` lanes with `per_lane` logits each.
@@ -189,7 +189,7 @@ MOE_DEVICE_BODY void moei_gate_block(const moei_gate_args* d, int* count, const 
                                      const int per_lane, const int depth)
 {
     const moei_gate_lanes w = moei_gate_lanes_of(lanes, per_lane, depth);
-    const int K = d->top_k, score = d->score;
+    const int top_k = d->top_k, score = d->score;
     const int step = (int)blockDim.x / lanes;
     const int chunk = (int)moe_chunk_tokens(d->num_tokens);
     const int first = (int)blockIdx.x * chunk;
@@ -204,15 +204,15 @@ MOE_DEVICE_BODY void moei_gate_block(const moei_gate_args* d, int* count, const 
 
     if (early) moei_gate_read(next, d, first + (i < tokens ? i : 0), wide, w);
     __syncthreads();
-    for (; __any_sync(MOEI_FULL, i < tokens); i += step) {
+    for (; __any_sync(MOE_FULL_WARP, i < tokens); i += step) {
         float v[32];   /* this lane's logits; where there is no token left, the first one's again */
         float top[32]; /* the token's largest, `depth` of them */
         moei_gate_round o;
-        o.K = K, o.score = score;
+        o.top_k = top_k, o.score = score;
         o.live = i < tokens;
         o.t = first + (o.live ? i : 0);
         if (early) {
-            MOEI_UNROLL
+            MOE_UNROLL
             for (int j = 0; j < per_lane; ++j) v[j] = next[j];
             if (i + step < chunk) /* the same for the whole warp */
                 moei_gate_read(next, d, first + (i + step < tokens ? i + step : 0), wide, w);
@@ -226,10 +226,10 @@ MOE_DEVICE_BODY void moei_gate_block(const moei_gate_args* d, int* count, const 
         moei_gate_plain_weigh(&o, d, top, w);
         moei_gate_plain_write(&o, d, count, pick, top, w);
         {
-            uint32_t again = __ballot_sync(MOEI_FULL, o.redo && w.rank == 0);
+            uint32_t again = __ballot_sync(MOE_FULL_WARP, o.redo && w.rank == 0);
             while (again) {
                 const int from = __ffs((int)again) - 1;
-                moei_gate_token(d, count, 0, 0, 0, first + __shfl_sync(MOEI_FULL, i, from), 0);
+                moei_gate_token(d, count, 0, 0, 0, first + __shfl_sync(MOE_FULL_WARP, i, from), 0);
                 again &= again - 1;
             }
         }

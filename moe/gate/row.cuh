@@ -21,7 +21,7 @@ MOE_DEVICE float moei_gate_sigmoid_shift(float max)
 /* Clears the counts of a block's chunk; a barrier must follow. */
 MOE_DEVICE void moei_gate_clear_counts(const moei_gate_args* d, int* count)
 {
-    MOEI_NO_UNROLL
+    MOE_NO_UNROLL
     for (int e = (int)threadIdx.x; e < d->num_experts; e += (int)blockDim.x) count[e] = 0;
 }
 
@@ -29,7 +29,7 @@ MOE_DEVICE void moei_gate_clear_counts(const moei_gate_args* d, int* count)
 MOE_DEVICE void moei_gate_write_counts(const moei_gate_args* d, const int* count)
 {
     __syncthreads();
-    MOEI_NO_UNROLL
+    MOE_NO_UNROLL
     for (int e = (int)threadIdx.x; e < d->num_experts; e += (int)blockDim.x) {
         const int n = count[e];
         if (d->expert_count && n) atomicAdd(d->expert_count + e, n);
@@ -46,8 +46,8 @@ MOE_DEVICE bool moei_gate_is_softmax(int score)
 /* 1 / (1 + e^-l), where l is negative times e^-shift; l and shift count in `unit`. */
 MOE_DEVICE float moei_gate_sigmoid(float l, float shift, float unit)
 {
-    if (l >= 0.0f) return __fdiv_rn(1.0f, 1.0f + moei_exp(-l * unit));
-    return __fdiv_rn(moei_exp(moei_gate_below(l, shift) * unit), 1.0f + moei_exp(l * unit));
+    if (l >= 0.0f) return __fdiv_rn(1.0f, 1.0f + moe_exp(-l * unit));
+    return __fdiv_rn(moe_exp(moei_gate_below(l, shift) * unit), 1.0f + moe_exp(l * unit));
 }
 
 /* By how much an exponent is below that of the token's largest: l - max, or l^2 - max^2 where
@@ -76,8 +76,8 @@ MOE_DEVICE moei_sparsemax moei_sparsemax_begin(float whole)
 MOE_DEVICE void moei_sparsemax_step(moei_sparsemax* s, float sum, float above, float whole,
                                     const int width, const int exact)
 {
-    sum = moei_group_sum(sum, width);
-    above = moei_group_sum(above, width);
+    sum = moe_warp_sum(sum, width);
+    above = moe_warp_sum(above, width);
     if (s->n < s->before) { /* else it is done, and only goes along */
         s->before = s->n;
         s->n = above;
@@ -93,7 +93,7 @@ MOE_DEVICE float moei_gate_score(const moei_gate_args* d, float unit, float l, f
     const float below = moei_gate_exponent(l, max, d->score == MOE_SCORE_QUADRATIC);
     if (d->score == MOE_SCORE_SIGMOID) return moei_gate_sigmoid(l, 0.0f, unit);
     if (d->score == MOE_SCORE_SPARSEMAX) return fmaxf(below * unit - sum, 0.0f);
-    return __fdiv_rn(moei_exp(below * unit), sum);
+    return __fdiv_rn(moe_exp(below * unit), sum);
 }
 
 /* The weight of one chosen logit before renormalisation and scale; top-k softmax has its sum still
@@ -115,7 +115,7 @@ typedef struct moei_gate_lanes {
 
 MOE_DEVICE moei_gate_lanes moei_gate_lanes_of(const int lanes, const int per_lane, const int depth)
 {
-    const moei_gate_lanes w = {lanes, per_lane, depth, moei_lane() & (lanes - 1)};
+    const moei_gate_lanes w = {lanes, per_lane, depth, moe_lane() & (lanes - 1)};
     return w;
 }
 
@@ -130,10 +130,10 @@ MOE_DEVICE uint32_t moei_gate_not_below(const float* v, float kth, const moei_ga
 {
     uint32_t below = 0;
     if (kth == 0.0f) kth = __uint_as_float(0x80000000u); /* -0 - +0 is negative */
-    MOEI_UNROLL
+    MOE_UNROLL
     for (int j = 31; j >= 0; --j) /* the sign of a difference */
         if (j < w.per_lane) below = __funnelshift_l(__float_as_uint(v[j] - kth), below, 1);
-    return ~below & (MOEI_FULL >> (32 - w.per_lane));
+    return ~below & (MOE_FULL_WARP >> (32 - w.per_lane));
 }
 
 /* Reads a lane's logits of token t; past E they are -inf. `wide`: E and the stride are multiples
@@ -141,48 +141,48 @@ MOE_DEVICE uint32_t moei_gate_not_below(const float* v, float kth, const moei_ga
 MOE_DEVICE void moei_gate_read(float* v, const moei_gate_args* d, int64_t t, bool wide,
                                const moei_gate_lanes w)
 {
-    const int E = d->num_experts;
+    const int num_experts = d->num_experts;
     const float none = __uint_as_float(0xff800000u);
     if (d->logits_dtype == MOE_FP32) {
         const float* row = (const float*)d->logits + t * d->logits_stride;
-        if (wide && E == w.lanes * w.per_lane) {
-            MOEI_UNROLL
+        if (wide && num_experts == w.lanes * w.per_lane) {
+            MOE_UNROLL
             for (int j = 0; j < w.per_lane; j += 4) {
                 const float4 f = *(const float4*)(row + moei_gate_expert(j, w));
                 v[j] = f.x, v[j + 1] = f.y, v[j + 2] = f.z, v[j + 3] = f.w;
             }
         } else if (wide) {
-            MOEI_UNROLL
+            MOE_UNROLL
             for (int j = 0; j < w.per_lane; j += 4) {
                 const int e = moei_gate_expert(j, w);
                 float4 f = make_float4(none, none, none, none);
-                if (e < E) f = *(const float4*)(row + e);
+                if (e < num_experts) f = *(const float4*)(row + e);
                 v[j] = f.x, v[j + 1] = f.y, v[j + 2] = f.z, v[j + 3] = f.w;
             }
         } else {
-            MOEI_UNROLL
+            MOE_UNROLL
             for (int j = 0; j < w.per_lane; ++j) {
                 const int e = moei_gate_expert(j, w);
-                v[j] = e < E ? row[e] : none;
+                v[j] = e < num_experts ? row[e] : none;
             }
         }
     } else {
         const uint32_t minus = d->logits_dtype == MOE_FP16 ? 0xfc00fc00u : 0xff80ff80u;
         const uint16_t* row = (const uint16_t*)d->logits + t * d->logits_stride;
         uint32_t u[16]; /* two logits each */
-        MOEI_UNROLL
+        MOE_UNROLL
         for (int j = 0; j < w.per_lane; j += 8) {
             const int e = moei_gate_expert(j, w);
             uint4 q = make_uint4(minus, minus, minus, minus);
-            if (wide && e < E) q = *(const uint4*)(row + e);
+            if (wide && e < num_experts) q = *(const uint4*)(row + e);
             u[j / 2] = q.x, u[j / 2 + 1] = q.y, u[j / 2 + 2] = q.z, u[j / 2 + 3] = q.w;
         }
-        MOEI_UNROLL
+        MOE_UNROLL
         for (int j = 0; j < w.per_lane; ++j) {
             const int e = moei_gate_expert(j, w);
             uint16_t h = (uint16_t)(u[j / 2] >> (j % 2 * 16));
-            if (!wide && e < E) h = row[e];
-            v[j] = moei_half_to_f32(h, d->logits_dtype);
+            if (!wide && e < num_experts) h = row[e];
+            v[j] = moe_half_to_f32(h, d->logits_dtype);
         }
     }
 }

@@ -26,7 +26,7 @@ MOE_DEVICE float moei_gate_sigmoid_fast(float v, float unit, float one, float sh
 MOE_DEVICE bool moei_gate_lane_odd(const float* v, const moei_gate_lanes w)
 {
     float sum = v[0]; /* also infinite where finite ones are huge */
-    MOEI_UNROLL
+    MOE_UNROLL
     for (int j = 1; j < w.per_lane; ++j) sum += v[j];
     return (__float_as_uint(sum) & 0x7f800000u) == 0x7f800000u;
 }
@@ -35,7 +35,7 @@ MOE_DEVICE bool moei_gate_lane_odd(const float* v, const moei_gate_lanes w)
 MOE_DEVICE bool moei_gate_lane_nan(const float* v, const moei_gate_lanes w)
 {
     float nan = 0.0f;
-    MOEI_UNROLL
+    MOE_UNROLL
     for (int j = 0; j < w.per_lane; ++j) nan += moei_is_nan(v[j]) ? v[j] : 0.0f;
     return moei_is_nan(nan);
 }
@@ -54,9 +54,9 @@ MOE_DEVICE moei_gate_stats moei_gate_lane_stats(const moei_gate_args* d,
     if (d->score == MOE_SCORE_SPARSEMAX) {
         const float whole = __fdiv_rn(1.0f, units->unit); /* what the scores sum up to */
         moei_sparsemax search = moei_sparsemax_begin(whole);
-        while (__any_sync(MOEI_FULL, search.n < search.before)) {
+        while (__any_sync(MOE_FULL_WARP, search.n < search.before)) {
             float part = 0.0f, above = 0.0f;
-            MOEI_UNROLL
+            MOE_UNROLL
             for (int j = 0; j < w.per_lane; ++j) {
                 const float z = v[j] - s.max;
                 const bool in = z > search.tau;
@@ -70,17 +70,17 @@ MOE_DEVICE moei_gate_stats moei_gate_lane_stats(const moei_gate_args* d,
         if (d->prob_sum) {
             const float shift = units->log2 * moei_gate_sigmoid_shift(s.max);
             const float one = moei_exp2_fast(shift);
-            MOEI_UNROLL
+            MOE_UNROLL
             for (int j = 0; j < w.per_lane; ++j)
                 s.sum += moei_gate_sigmoid_fast(v[j], units->log2, one, shift);
         }
-        s.sum = moei_group_sum(s.sum, w.lanes);
+        s.sum = moe_warp_sum(s.sum, w.lanes);
     } else {
         const float shift = -(s.max * units->log2);
-        MOEI_UNROLL
+        MOE_UNROLL
         for (int j = 0; j < w.per_lane; ++j)
             s.sum += moei_exp2_fast(fmaf(v[j], units->log2, shift));
-        s.sum = moei_group_sum(s.sum, w.lanes);
+        s.sum = moe_warp_sum(s.sum, w.lanes);
         s.nan = moei_is_nan(s.sum);
     }
     return s;
@@ -95,16 +95,16 @@ MOE_DEVICE void moei_gate_lane_scores(float* u, const float* v, const moei_gate_
     if (d->score == MOE_SCORE_SIGMOID) {
         const float shift = sums ? units->log2 * moei_gate_sigmoid_shift(s->max) : 0.0f;
         const float one = sums ? moei_exp2_fast(shift) : 1.0f;
-        MOEI_UNROLL
+        MOE_UNROLL
         for (int j = 0; j < w.per_lane; ++j)
             u[j] = moei_gate_sigmoid_fast(v[j], units->log2, one, shift);
     } else if (d->score == MOE_SCORE_SPARSEMAX) {
-        MOEI_UNROLL
+        MOE_UNROLL
         for (int j = 0; j < w.per_lane; ++j)
             u[j] = fmaxf(fmaf(v[j] - s->max, units->unit, -s->sum), 0.0f);
     } else {
         const float shift = -(s->max * units->log2), part = __fdiv_rn(1.0f, s->sum);
-        MOEI_UNROLL
+        MOE_UNROLL
         for (int j = 0; j < w.per_lane; ++j)
             u[j] = part * moei_exp2_fast(fmaf(v[j], units->log2, shift));
     }
@@ -115,10 +115,10 @@ MOE_DEVICE void moei_gate_lane_scores(float* u, const float* v, const moei_gate_
 MOE_DEVICE void moei_gate_lane_groups(float* u, const float* v, const moei_gate_args* d,
                                       float2* best, float* group, const moei_gate_lanes w)
 {
-    const int G = d->num_groups, size = d->num_experts / G;
+    const int num_groups = d->num_groups, size = d->num_experts / num_groups;
     const float none = __uint_as_float(0xff800000u), per_group = __fdividef(1.0f, (float)size);
     uint32_t kept = 0;
-    MOEI_UNROLL
+    MOE_UNROLL
     for (int j = 0; j < w.per_lane; j += 4) {
         const int e = moei_gate_expert(j, w);
         const float a = fmaxf(u[j], u[j + 1]), b = fminf(u[j], u[j + 1]);
@@ -126,8 +126,8 @@ MOE_DEVICE void moei_gate_lane_groups(float* u, const float* v, const moei_gate_
         if (e < d->num_experts)
             best[e >> 2] = make_float2(fmaxf(a, c), fmaxf(fminf(a, c), fmaxf(b, f)));
     }
-    __syncwarp(MOEI_FULL);
-    for (int g = w.rank; g < G; g += w.lanes) {
+    __syncwarp(MOE_FULL_WARP);
+    for (int g = w.rank; g < num_groups; g += w.lanes) {
         float first = none, second = none;
         for (int i = g * (size >> 2); i < (g + 1) * (size >> 2); ++i) {
             const float2 two = best[i];
@@ -137,50 +137,50 @@ MOE_DEVICE void moei_gate_lane_groups(float* u, const float* v, const moei_gate_
         /* halves do not overflow */
         group[g] = 0.5f * first + (second > none ? 0.5f * second : 0.0f);
     }
-    __syncwarp(MOEI_FULL);
-    for (int g = w.rank; g < G; g += w.lanes) {
+    __syncwarp(MOE_FULL_WARP);
+    for (int g = w.rank; g < num_groups; g += w.lanes) {
         const float own = group[g];
         int ahead = 0;
-        for (int i = 0; i < G; ++i) ahead += group[i] > own || (group[i] == own && i < g);
+        for (int i = 0; i < num_groups; ++i) ahead += group[i] > own || (group[i] == own && i < g);
         kept |= (ahead < d->top_groups ? 1u : 0u) << g;
     }
-    for (int by = 1; by < w.lanes; by <<= 1) kept |= __shfl_xor_sync(MOEI_FULL, kept, by);
-    MOEI_UNROLL
+    for (int by = 1; by < w.lanes; by <<= 1) kept |= __shfl_xor_sync(MOE_FULL_WARP, kept, by);
+    MOE_UNROLL
     for (int j = 0; j < w.per_lane; j += 4) {
         const int g = (int)(((float)moei_gate_expert(j, w) + 0.5f) * per_group);
         const bool in = (kept >> (g & 31) & 1) != 0;
-        MOEI_UNROLL
+        MOE_UNROLL
         for (int i = 0; i < 4; ++i) u[j + i] = !in ? none : d->expert_bias ? u[j + i] : v[j + i];
     }
 }
 
 /* Adds the probabilities p of a warp's tokens, one a group of lanes, to the warp's own prob [E].
    Each step halves the tokens: a lane passes on one half of its experts and adds up the other. */
-MOE_DEVICE void moei_gate_lane_add(float* p, float* prob, int E, const moei_gate_lanes w)
+MOE_DEVICE void moei_gate_lane_add(float* p, float* prob, int num_experts, const moei_gate_lanes w)
 {
     int from = 0;
-    MOEI_UNROLL
+    MOE_UNROLL
     for (int s = 0; s < 5; ++s) {
         const int by = 16 >> s, half = w.per_lane >> (s + 1);
         if (by >= w.lanes && half > 0) {
-            const bool upper = (moei_lane() & by) != 0;
-            MOEI_UNROLL
+            const bool upper = (moe_lane() & by) != 0;
+            MOE_UNROLL
             for (int j = 0; j < 16; ++j)
                 if (j < half) {
                     const float pass = upper ? p[j] : p[j + half];
                     const float keep = upper ? p[j + half] : p[j];
-                    p[j] = keep + __shfl_xor_sync(MOEI_FULL, pass, by);
+                    p[j] = keep + __shfl_xor_sync(MOE_FULL_WARP, pass, by);
                 }
             from += upper ? half : 0;
         }
     }
-    MOEI_UNROLL
+    MOE_UNROLL
     for (int j = 0; j < w.per_lane; ++j)
         if (j < w.per_lane * w.lanes / 32) {
             const int e = moei_gate_expert(from + j, w);
-            if (e < E) prob[e] += p[j];
+            if (e < num_experts) prob[e] += p[j];
         }
-    __syncwarp(MOEI_FULL);
+    __syncwarp(MOE_FULL_WARP);
 }
 
 /* Writes those of a lane's experts that have a bit in `picked`, one after the other, with u where
@@ -188,7 +188,7 @@ MOE_DEVICE void moei_gate_lane_add(float* p, float* prob, int E, const moei_gate
 MOE_DEVICE void moei_gate_lane_pick(moei_gate_pick* pick, uint32_t picked, const float* v,
                                     const float* u, const moei_gate_lanes w, const int merits)
 {
-    MOEI_UNROLL
+    MOE_UNROLL
     for (int j = 0; j < w.per_lane; ++j)
         if (picked >> j & 1) {
             pick->logit = v[j];
@@ -201,40 +201,41 @@ MOE_DEVICE void moei_gate_lane_pick(moei_gate_pick* pick, uint32_t picked, const
 /* Puts a token's n picks, K or more, in order: by descending merit, equals by ascending expert. top:
    the merits of the K in order. */
 MOE_DEVICE void moei_gate_lane_order(moei_gate_pick* pick, bool merits, int n, const float* top,
-                                     int K, const moei_gate_lanes w)
+                                     int top_k, const moei_gate_lanes w)
 {
     const float* merit = merits ? &pick->merit : &pick->logit;
     const int step = (int)(sizeof *pick / sizeof *merit);
     uint16_t* order = moei_gate_order(pick, w.depth);
-    bool tie = n > K;
-    K = (int)moei_opaque((uint64_t)K); /* else each k < K waits in a register since kth was found */
-    MOEI_UNROLL
-    for (int k = 0; k < w.depth - 1; ++k) tie |= k + 1 < K && top[k] == top[k + 1];
+    bool tie = n > top_k;
+    top_k = (int)moei_opaque(
+        (uint64_t)top_k); /* else each k < K waits in a register since kth was found */
+    MOE_UNROLL
+    for (int k = 0; k < w.depth - 1; ++k) tie |= k + 1 < top_k && top[k] == top[k + 1];
     if (!tie) { /* a pick's place is how many of the top are larger */
-        MOEI_UNROLL
+        MOE_UNROLL
         for (int m = 0; m < 8; ++m) {
             const int c = m * w.lanes + w.rank;
             uint32_t larger = 0; /* a bit for each */
             if (m * w.lanes < w.depth && c < n) {
                 const float own = merit[c * step];
-                MOEI_UNROLL
+                MOE_UNROLL
                 for (int k = 0; k < w.depth; ++k)
                     larger = __funnelshift_l(__float_as_uint(own - top[k]), larger, 1);
                 order[__popc(larger)] = (uint16_t)c;
             }
         }
     } else {
-        MOEI_NO_UNROLL
+        MOE_NO_UNROLL
         for (int c = w.rank; c < n; c += w.lanes) {
             const float own = merit[c * step];
             const int e = pick[c].expert;
             int larger = 0;
-            MOEI_NO_UNROLL
+            MOE_NO_UNROLL
             for (int o = 0; o < n; ++o) {
                 const float other = merit[o * step];
                 larger += other > own || (other == own && pick[o].expert < e);
             }
-            if (larger < K) order[larger] = (uint16_t)c;
+            if (larger < top_k) order[larger] = (uint16_t)c;
         }
     }
 }
@@ -245,17 +246,17 @@ MOE_DEVICE void moei_gate_lane_finish(const moei_gate_args* d, const moei_gate_u
                                       int* count, int64_t t, bool live, moei_gate_pick* pick,
                                       const moei_gate_stats* s, const moei_gate_lanes w)
 {
-    const int K = d->top_k;
+    const int top_k = d->top_k;
     const uint16_t* order = moei_gate_order(pick, w.depth);
     const bool softmax = moei_gate_is_softmax(d->score), own = moei_gate_own_sum(d);
     float weight[8], total = 0.0f, factor = d->scale, max = s->max, shift;
     int e[8];
-    MOEI_UNROLL
+    MOE_UNROLL
     for (int m = 0; m < 8; ++m) { /* the logits for now */
         const int k = m * w.lanes + w.rank;
         weight[m] = __uint_as_float(0xff800000u);
         e[m] = -1;
-        if (m * w.lanes < w.depth && live && k < K) {
+        if (m * w.lanes < w.depth && live && k < top_k) {
             const moei_gate_pick p = pick[order[k]];
             weight[m] = p.logit;
             e[m] = p.expert;
@@ -263,13 +264,13 @@ MOE_DEVICE void moei_gate_lane_finish(const moei_gate_args* d, const moei_gate_u
     }
     if (own && d->score != MOE_SCORE_SPARSEMAX) {
         float most = weight[0];
-        MOEI_UNROLL
+        MOE_UNROLL
         for (int m = 1; m < 8; ++m) most = fmaxf(most, weight[m]);
-        most = moei_group_max(most, w.lanes);
+        most = moe_warp_max(most, w.lanes);
         if (most >= -3.40282347e38f) max = most;
     }
     shift = -(max * units->log2);
-    MOEI_UNROLL
+    MOE_UNROLL
     for (int m = 0; m < 8; ++m)
         if (m * w.lanes < w.depth && e[m] >= 0) {
             const float v = weight[m];
@@ -282,15 +283,15 @@ MOE_DEVICE void moei_gate_lane_finish(const moei_gate_args* d, const moei_gate_u
             }
             total += weight[m];
         }
-    if (own) total = moei_group_sum(total, w.lanes);
+    if (own) total = moe_warp_sum(total, w.lanes);
     else total = softmax ? s->sum : 1.0f;
     if (total > 0.0f) factor = __fdiv_rn(factor, total);
-    MOEI_UNROLL
+    MOE_UNROLL
     for (int m = 0; m < 8; ++m) {
         const int k = m * w.lanes + w.rank;
-        if (m * w.lanes < w.depth && live && k < K) {
-            d->ids[t * K + k] = e[m];
-            d->weights[t * K + k] = e[m] >= 0 ? weight[m] * factor : 0.0f;
+        if (m * w.lanes < w.depth && live && k < top_k) {
+            d->ids[t * top_k + k] = e[m];
+            d->weights[t * top_k + k] = e[m] >= 0 ? weight[m] * factor : 0.0f;
             if (e[m] >= 0) atomicAdd(count + e[m], 1);
         }
     }
@@ -304,7 +305,7 @@ MOE_DEVICE bool moei_gate_lane_minus(uint32_t* unseen, const float* v, bool over
 {
     uint32_t minus = 0;
     bool again;
-    MOEI_UNROLL
+    MOE_UNROLL
     for (int j = 0; j < w.per_lane; ++j)
         minus |= __float_as_uint(v[j]) == MOEI_GATE_MINUS ? 1u << j : 0u;
     again = moei_gate_lane_nan(v, w) || (overflows && (minus & ~*unseen) != 0);
@@ -323,18 +324,18 @@ MOE_DEVICE void moei_gate_lane_merits(float* u, const float* v, uint32_t unseen,
     const bool scores =
         (d->expert_bias || d->num_groups > 1) && d->score != MOE_SCORE_TOPK_SOFTMAX;
     const bool biased = d->expert_bias || d->whole_batch;
-    MOEI_UNROLL
+    MOE_UNROLL
     for (int j = 0; j < w.per_lane; ++j) u[j] = v[j];
     if (scores) moei_gate_lane_scores(u, v, d, units, s, 0, w);
     if (biased) {
-        MOEI_UNROLL
+        MOE_UNROLL
         for (int j = 0; j < w.per_lane; ++j) {
             const int e = moei_gate_expert(j, w);
             u[j] = (d->whole_batch ? 0.0f : u[j]) + (e < d->num_experts ? bias[e] : 0.0f);
         }
     }
     if ((scores || biased) && unseen) {
-        MOEI_UNROLL
+        MOE_UNROLL
         for (int j = 0; j < w.per_lane; ++j)
             if (unseen >> j & 1) u[j] = __uint_as_float(0xff800000u);
     }
@@ -345,13 +346,13 @@ MOE_DEVICE void moei_gate_lane_merits(float* u, const float* v, uint32_t unseen,
 MOE_DEVICE int moei_gate_lane_count(int* before, int n, const moei_gate_lanes w)
 {
     int sum = n;
-    MOEI_UNROLL
+    MOE_UNROLL
     for (int by = 1; by < w.lanes; by <<= 1) {
-        const int other = __shfl_up_sync(MOEI_FULL, sum, by, w.lanes);
+        const int other = __shfl_up_sync(MOE_FULL_WARP, sum, by, w.lanes);
         if (w.rank >= by) sum += other;
     }
     *before = (sum - n) & 0xffff;
-    return __shfl_sync(MOEI_FULL, sum, w.lanes - 1, w.lanes);
+    return __shfl_sync(MOE_FULL_WARP, sum, w.lanes - 1, w.lanes);
 }
 
 /* The token's w.depth largest merits in order; returns the K-th. Of a whole batch batch.cuh has made
@@ -361,12 +362,12 @@ MOE_DEVICE float moei_gate_lane_top(float* top, const float* u, const moei_gate_
 {
     float kth = 0.0f;
     if (d->whole_batch) {
-        MOEI_UNROLL
+        MOE_UNROLL
         for (int k = 0; k < w.depth; ++k) top[k] = (float)-k;
     } else {
         moei_group_sort_largest(top, u, w.lanes, w.per_lane, w.depth);
     }
-    MOEI_UNROLL
+    MOE_UNROLL
     for (int k = 0; k < w.depth; ++k)
         if (k < d->top_k) kth = top[k];
     return kth;
@@ -384,12 +385,12 @@ MOE_DEVICE bool moei_gate_lane_inexact(const moei_gate_stats* s, const moei_gate
 MOE_DEVICE void moei_gate_lane_again(const moei_gate_args* d, const moei_gate_shared* shared,
                                      float* prob, float* row, int t, bool redo)
 {
-    uint32_t again = __ballot_sync(MOEI_FULL, redo);
+    uint32_t again = __ballot_sync(MOE_FULL_WARP, redo);
     while (again) {
         const int from = __ffs((int)again) - 1;
         moei_gate_token(d, shared->count, prob, row, shared->chosen,
-                        __shfl_sync(MOEI_FULL, t, from), 1);
-        __syncwarp(MOEI_FULL);
+                        __shfl_sync(MOE_FULL_WARP, t, from), 1);
+        __syncwarp(MOE_FULL_WARP);
         again &= again - 1;
     }
 }
@@ -404,7 +405,7 @@ MOE_DEVICE void moei_gate_lane_probabilities(float* prob, const float* v, uint32
                                                      : 0.0f;
     float p[32];
     moei_gate_lane_scores(p, v, d, units, s, 1, w);
-    MOEI_UNROLL
+    MOE_UNROLL
     for (int j = 0; j < w.per_lane; ++j) p[j] = in && !(unseen >> j & 1) ? p[j] * part : 0.0f;
     moei_gate_lane_add(p, prob, d->num_experts, w);
 }
@@ -434,7 +435,7 @@ MOE_DEVICE_BODY void moei_gate_rules_block(const moei_gate_args* d, const moei_g
                                            const int lanes, const int per_lane, const int depth)
 {
     const moei_gate_lanes w = moei_gate_lanes_of(lanes, per_lane, depth);
-    const int E = d->num_experts, K = d->top_k, step = (int)blockDim.x / lanes;
+    const int num_experts = d->num_experts, top_k = d->top_k, step = (int)blockDim.x / lanes;
     const int own = (int)threadIdx.x / lanes; /* of the tokens under way */
     const int chunk = (int)moe_chunk_tokens(d->num_tokens);
     const int first = (int)blockIdx.x * chunk;
@@ -450,24 +451,24 @@ MOE_DEVICE_BODY void moei_gate_rules_block(const moei_gate_args* d, const moei_g
     const uint64_t seed = moei_gate_seed(d);
     moei_gate_pick* pick =
         (moei_gate_pick*)(shared->picks + (size_t)own * moei_gate_picks_bytes(depth));
-    float* prob = shared->prob + moei_warp() * E;
-    float* row = shared->row + moei_warp() * E;
+    float* prob = shared->prob + moe_warp() * num_experts;
+    float* row = shared->row + moe_warp() * num_experts;
     uint32_t off = 0; /* of this lane's experts, for all tokens */
     float next[32];
 
-    MOEI_UNROLL
+    MOE_UNROLL
     for (int j = 0; j < 32; ++j) next[j] = 0.0f;
-    MOEI_UNROLL
+    MOE_UNROLL
     for (int j = 0; j < per_lane; ++j) {
         const int e = moei_gate_expert(j, w);
-        if (e >= E || (d->expert_off && d->expert_off[e])) off |= 1u << j;
+        if (e >= num_experts || (d->expert_disabled && d->expert_disabled[e])) off |= 1u << j;
     }
     if (d->whole_batch) moei_gate_batch_choose(d, shared);
     __syncthreads();
     /* where logits are fetched early, a round before the first does nothing else */
-    for (int i = early ? own - step : own; __any_sync(MOEI_FULL, i < tokens); i += step) {
+    for (int i = early ? own - step : own; __any_sync(MOE_FULL_WARP, i < tokens); i += step) {
         const int64_t t = first + (i >= 0 && i < tokens ? i : 0);
-        const bool masked = i >= 0 && i < tokens && d->token_off && d->token_off[t];
+        const bool masked = i >= 0 && i < tokens && d->token_disabled && d->token_disabled[t];
         const bool live = i < tokens && !masked;
         float v[32];   /* this lane's logits; where there is no token left, the first one's again */
         float u[32];   /* their merits */
@@ -479,7 +480,7 @@ MOE_DEVICE_BODY void moei_gate_rules_block(const moei_gate_args* d, const moei_g
         moei_gate_stats s;
 
         if (early) { /* 1 */
-            MOEI_UNROLL
+            MOE_UNROLL
             for (int j = 0; j < per_lane; ++j) v[j] = next[j];
             if (i + step < chunk) /* the same for the whole warp, as is the next */
                 moei_gate_read(next, d, first + (i + step < tokens ? i + step : 0), wide, w);
@@ -493,20 +494,20 @@ MOE_DEVICE_BODY void moei_gate_rules_block(const moei_gate_args* d, const moei_g
             s.nan = moei_gate_lane_minus(&unseen, v, overflows, w);
         moei_gate_lane_merits(u, v, unseen, d, &units, &s, shared->bias, w); /* 4 */
         if (d->num_groups > 1)
-            moei_gate_lane_groups(u, v, d, shared->best + own * (E >> 2),
+            moei_gate_lane_groups(u, v, d, shared->best + own * (num_experts >> 2),
                                   shared->group + own * ((d->num_groups + 3) / 4 * 4), w);
         kth = moei_gate_lane_top(top, u, d, w); /* 5 */
         picked = moei_gate_not_below(u, kth, w); /* 6 */
         redo = moei_gate_lane_inexact(&s, &units, top[0], kth);
         n = moei_gate_lane_count(&before, __popc(picked) | (redo ? 1 << 16 : 0), w);
-        redo = live && (n < K || n > 2 * depth); /* over 16 bits: a lane wants it done again */
+        redo = live && (n < top_k || n > 2 * depth); /* over 16 bits: a lane wants it done again */
         if (redo || !live) n = 0;
         if (n == 0) picked = 0;
         if (merits) moei_gate_lane_pick(pick + before, picked, v, u, w, 1); /* 7 */
         else moei_gate_lane_pick(pick + before, picked, v, u, w, 0);
-        __syncwarp(MOEI_FULL);
-        moei_gate_lane_order(pick, merits, n, top, K, w);
-        __syncwarp(MOEI_FULL);
+        __syncwarp(MOE_FULL_WARP);
+        moei_gate_lane_order(pick, merits, n, top, top_k, w);
+        __syncwarp(MOE_FULL_WARP);
         moei_gate_lane_finish(d, &units, shared->count, t, n > 0, pick, &s, w);
         if (masked) moei_gate_unused(d, t, w.rank, lanes);
         if (d->prob_sum) /* 8 */
@@ -521,13 +522,14 @@ MOE_DEVICE void moei_gate_any_block(const moei_gate_args* d, const moei_gate_sha
 {
     const int chunk = (int)moe_chunk_tokens(d->num_tokens), first = (int)blockIdx.x * chunk;
     const int tokens = d->num_tokens - first < chunk ? d->num_tokens - first : chunk;
-    float* prob = shared->prob + moei_warp() * d->num_experts;
-    float* row = shared->row + moei_warp() * d->num_experts;
+    float* prob = shared->prob + moe_warp() * d->num_experts;
+    float* row = shared->row + moe_warp() * d->num_experts;
     if (d->whole_batch) moei_gate_batch_choose(d, shared);
     __syncthreads();
-    for (int i = moei_warp(); i < tokens; i += (int)blockDim.x / MOEI_WARP) {
+    for (int i = moe_warp(); i < tokens; i += (int)blockDim.x / MOE_WARP_SIZE) {
         const int t = first + i;
-        if (d->token_off && d->token_off[t]) moei_gate_unused(d, t, moei_lane(), MOEI_WARP);
+        if (d->token_disabled && d->token_disabled[t])
+            moei_gate_unused(d, t, moe_lane(), MOE_WARP_SIZE);
         else moei_gate_token(d, shared->count, prob, row, shared->chosen, t, 1);
     }
     moei_gate_rules_end(d, shared);

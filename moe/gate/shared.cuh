@@ -39,22 +39,23 @@ typedef struct moei_gate_shared {
 MOE_HOST_DEVICE size_t moei_gate_carve(moei_gate_shared* s, unsigned char* base,
                                        const moei_gate_args* d, int warps, int tokens, int depth)
 {
-    const size_t E = ((size_t)d->num_experts + 3) / 4 * 4; /* every piece at a multiple of 16 */
+    const size_t num_experts =
+        ((size_t)d->num_experts + 3) / 4 * 4; /* every piece at a multiple of 16 */
     size_t at = 0;
     s->picks = base + at;
     at += ((size_t)tokens * moei_gate_picks_bytes(depth) + 15) / 16 * 16;
     s->count = (int*)(base + at);
-    at += E * 4;
+    at += num_experts * 4;
     s->bias = (float*)(base + at);
-    at += d->expert_bias || d->whole_batch ? E * 4 : 0;
+    at += d->expert_bias || d->whole_batch ? num_experts * 4 : 0;
     s->best = (float2*)(base + at);
-    at += d->num_groups > 1 ? (size_t)tokens * E * 2 : 0;
+    at += d->num_groups > 1 ? (size_t)tokens * num_experts * 2 : 0;
     s->group = (float*)(base + at);
     at += d->num_groups > 1 ? (size_t)tokens * (size_t)((d->num_groups + 3) / 4 * 4) * 4 : 0;
     s->row = (float*)(base + at);
-    at += (size_t)warps * E * 4;
+    at += (size_t)warps * num_experts * 4;
     s->prob = (float*)(base + at);
-    at += d->prob_sum ? (size_t)warps * E * 4 : 0;
+    at += d->prob_sum ? (size_t)warps * num_experts * 4 : 0;
     s->chosen = (int32_t*)(base + at);
     return at + (d->whole_batch ? (size_t)d->top_k * 4 : 0);
 }
@@ -70,30 +71,30 @@ MOE_HOST_DEVICE float* moei_gate_prob_part(const moei_gate_args* d)
 /* Clears what the block adds to, and fetches the bias; a barrier must follow. */
 MOE_DEVICE void moei_gate_rules_begin(const moei_gate_args* d, const moei_gate_shared* s)
 {
-    const int E = d->num_experts, warps = (int)blockDim.x / MOEI_WARP;
-    MOEI_NO_UNROLL
-    for (int e = (int)threadIdx.x; e < E; e += (int)blockDim.x) {
+    const int num_experts = d->num_experts, warps = (int)blockDim.x / MOE_WARP_SIZE;
+    MOE_NO_UNROLL
+    for (int e = (int)threadIdx.x; e < num_experts; e += (int)blockDim.x) {
         s->count[e] = 0;
         if (d->expert_bias) { /* a NaN would count twice in its group */
             const float b = d->expert_bias[e];
             s->bias[e] = moei_is_nan(b) ? __uint_as_float(0xff800000u) : b;
         }
     }
-    MOEI_NO_UNROLL
-    for (int i = (int)threadIdx.x; d->prob_sum && i < warps * E; i += (int)blockDim.x)
+    MOE_NO_UNROLL
+    for (int i = (int)threadIdx.x; d->prob_sum && i < warps * num_experts; i += (int)blockDim.x)
         s->prob[i] = 0.0f;
 }
 
 /* Writes the counts and the sums of probabilities of a block's chunk; all threads. */
 MOE_DEVICE void moei_gate_rules_end(const moei_gate_args* d, const moei_gate_shared* s)
 {
-    const int E = d->num_experts, warps = (int)blockDim.x / MOEI_WARP;
+    const int num_experts = d->num_experts, warps = (int)blockDim.x / MOE_WARP_SIZE;
     moei_gate_write_counts(d, s->count);
-    MOEI_NO_UNROLL
-    for (int e = (int)threadIdx.x; d->prob_sum && e < E; e += (int)blockDim.x) {
+    MOE_NO_UNROLL
+    for (int e = (int)threadIdx.x; d->prob_sum && e < num_experts; e += (int)blockDim.x) {
         float sum = 0.0f;
-        for (int w = 0; w < warps; ++w) sum += s->prob[w * E + e];
-        moei_gate_prob_part(d)[(int64_t)blockIdx.x * E + e] = sum;
+        for (int w = 0; w < warps; ++w) sum += s->prob[w * num_experts + e];
+        moei_gate_prob_part(d)[(int64_t)blockIdx.x * num_experts + e] = sum;
     }
 }
 

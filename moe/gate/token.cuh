@@ -24,23 +24,23 @@ MOE_DEVICE void moei_gate_fill_row(const moei_gate_args* d, float* row, int64_t 
 {
     const uint64_t seed = moei_gate_seed(d);
     float v, most = __uint_as_float(MOEI_GATE_MINUS);
-    if (moei_gate_takes_off(d)) {
-        MOEI_NO_UNROLL
-        for (int e = moei_lane(); e < d->num_experts; e += MOEI_WARP)
+    if (moei_gate_takes_disabled(d)) {
+        MOE_NO_UNROLL
+        for (int e = moe_lane(); e < d->num_experts; e += MOE_WARP_SIZE)
             if (moei_gate_given(&v, d, seed, t, e)) most = fmaxf(most, v);
-        most = moei_group_max(most, MOEI_WARP);
+        most = moe_warp_max(most, MOE_WARP_SIZE);
     }
     if (!(fabsf(most) < __uint_as_float(0x7f800000u))) most = 0.0f;
-    __syncwarp(MOEI_FULL); /* the row before has been read */
-    MOEI_NO_UNROLL
-    for (int e = moei_lane(); e < d->num_experts; e += MOEI_WARP) {
+    __syncwarp(MOE_FULL_WARP); /* the row before has been read */
+    MOE_NO_UNROLL
+    for (int e = moe_lane(); e < d->num_experts; e += MOE_WARP_SIZE) {
         const bool seen = moei_gate_given(&v, d, seed, t, e);
         if (seen) v = moei_gate_logit(d, v, most, seed, t, e);
         if (!seen || __float_as_uint(v) == MOEI_GATE_MINUS) v = __uint_as_float(MOEI_GATE_UNSEEN);
         else if (moei_is_nan(v)) v = __uint_as_float(0x7fc00000u);
         row[e] = v;
     }
-    __syncwarp(MOEI_FULL);
+    __syncwarp(MOE_FULL_WARP);
 }
 
 /* The logit of a pass; false where the token does not see the expert, or it is -infinity. rules is
@@ -52,7 +52,7 @@ MOE_DEVICE bool moei_gate_see(float* v, const moei_gate_args* d, const float* ro
         *v = row[e];
         return __float_as_uint(*v) != MOEI_GATE_UNSEEN;
     }
-    *v = moei_load_f32(d->logits, t * d->logits_stride + e, d->logits_dtype);
+    *v = moe_load_f32(d->logits, t * d->logits_stride + e, d->logits_dtype);
     return __float_as_uint(*v) != MOEI_GATE_MINUS;
 }
 
@@ -60,32 +60,32 @@ MOE_DEVICE bool moei_gate_see(float* v, const moei_gate_args* d, const float* ro
 MOE_DEVICE moei_gate_stats moei_gate_row_stats(const moei_gate_args* d, const float* row, int64_t t,
                                                const int rules)
 {
-    const int E = d->num_experts;
+    const int num_experts = d->num_experts;
     const bool sigmoid = d->score == MOE_SCORE_SIGMOID;
     const bool squared = rules && d->score == MOE_SCORE_QUADRATIC;
     moei_gate_stats s;
     float v, max = __uint_as_float(MOEI_GATE_MINUS), sum = 0.0f, shift, one, log2;
     bool nan = false;
-    MOEI_NO_UNROLL
-    for (int e = moei_lane(); e < E; e += MOEI_WARP)
+    MOE_NO_UNROLL
+    for (int e = moe_lane(); e < num_experts; e += MOE_WARP_SIZE)
         if (moei_gate_see(&v, d, row, t, e, rules)) {
             nan = nan || moei_is_nan(v);
             if (moei_ordered(v) > moei_ordered(max)) max = v;
         }
-    s.nan = __any_sync(MOEI_FULL, nan) != 0;
-    s.max = moei_group_max(max, MOEI_WARP);
+    s.nan = __any_sync(MOE_FULL_WARP, nan) != 0;
+    s.max = moe_warp_max(max, MOE_WARP_SIZE);
     if (rules && d->score == MOE_SCORE_SPARSEMAX) {
         const float unit = moei_gate_units_of(d).unit;
         moei_sparsemax search = moei_sparsemax_begin(1.0f);
         while (search.n < search.before && !s.nan) {
             float part = 0.0f, above = 0.0f;
-            MOEI_NO_UNROLL
-            for (int e = moei_lane(); e < E; e += MOEI_WARP)
+            MOE_NO_UNROLL
+            for (int e = moe_lane(); e < num_experts; e += MOE_WARP_SIZE)
                 if (moei_gate_see(&v, d, row, t, e, rules)) {
                     const float z = moei_gate_below(v, s.max) * unit;
                     if (z > search.tau) part += z, above += 1.0f;
                 }
-            moei_sparsemax_step(&search, part, above, 1.0f, MOEI_WARP, 1);
+            moei_sparsemax_step(&search, part, above, 1.0f, MOE_WARP_SIZE, 1);
         }
         s.sum = search.tau;
         return s;
@@ -93,14 +93,14 @@ MOE_DEVICE moei_gate_stats moei_gate_row_stats(const moei_gate_args* d, const fl
     shift = moei_gate_sigmoid_shift(s.max);
     log2 = rules ? moei_gate_units_of(d).log2 : 1.44269502f;
     one = moei_exp2_fast(log2 * shift);
-    MOEI_NO_UNROLL
-    for (int e = moei_lane(); e < E; e += MOEI_WARP)
+    MOE_NO_UNROLL
+    for (int e = moe_lane(); e < num_experts; e += MOE_WARP_SIZE)
         if (moei_gate_see(&v, d, row, t, e, rules)) {
             const float below = sigmoid ? shift - v : moei_gate_exponent(v, s.max, squared);
             const float x = moei_exp2_fast(log2 * below);
             sum += sigmoid ? __fdiv_rn(1.0f, one + x) : x;
         }
-    s.sum = moei_group_sum(sum, MOEI_WARP);
+    s.sum = moe_warp_sum(sum, MOE_WARP_SIZE);
     return s;
 }
 
@@ -135,12 +135,12 @@ MOE_DEVICE bool moei_gate_used(const moei_gate_args* d, float v, float weight)
 MOE_DEVICE uint32_t moei_gate_groups(const moei_gate_args* d, const float* row,
                                      const moei_gate_stats* s)
 {
-    const int G = d->num_groups, size = d->num_experts / G, g = moei_lane();
+    const int num_groups = d->num_groups, size = d->num_experts / num_groups, g = moe_lane();
     const float none = __uint_as_float(0xff800000u);
     float best = none, second = none, v;
     int ahead = 0;
-    MOEI_NO_UNROLL
-    for (int e = g * size; g < G && e < (g + 1) * size; ++e)
+    MOE_NO_UNROLL
+    for (int e = g * size; g < num_groups && e < (g + 1) * size; ++e)
         if (moei_gate_see(&v, d, row, 0, e, 1)) {
             v = moei_gate_merit(d, v, e, s, true);
             if (moei_is_nan(v)) continue; /* it is not chosen */
@@ -148,11 +148,11 @@ MOE_DEVICE uint32_t moei_gate_groups(const moei_gate_args* d, const float* row,
             best = fmaxf(best, v);
         }
     best = 0.5f * best + (second > none ? 0.5f * second : 0.0f); /* halves do not overflow */
-    for (int i = 0; i < G; ++i) {
-        const float other = __shfl_sync(MOEI_FULL, best, i);
+    for (int i = 0; i < num_groups; ++i) {
+        const float other = __shfl_sync(MOE_FULL_WARP, best, i);
         ahead += other > best || (other == best && i < g);
     }
-    return __ballot_sync(MOEI_FULL, g < G && ahead < d->top_groups);
+    return __ballot_sync(MOE_FULL_WARP, g < num_groups && ahead < d->top_groups);
 }
 
 /* Adds a token's probabilities to prob [E], which is this warp's alone. */
@@ -160,8 +160,8 @@ MOE_DEVICE void moei_gate_add_probabilities(const moei_gate_args* d, float* prob
                                             const moei_gate_stats* s)
 {
     float v;
-    MOEI_NO_UNROLL
-    for (int e = moei_lane(); e < d->num_experts; e += MOEI_WARP)
+    MOE_NO_UNROLL
+    for (int e = moe_lane(); e < d->num_experts; e += MOE_WARP_SIZE)
         if (moei_gate_see(&v, d, row, 0, e, 1)) prob[e] += moei_gate_probability(d, v, s);
 }
 
@@ -187,20 +187,20 @@ MOE_DEVICE bool moei_gate_own_sum(const moei_gate_args* d)
 MOE_DEVICE void moei_gate_finish(const moei_gate_args* d, int* count, int64_t t,
                                  const moei_gate_stats* s, const int rules)
 {
-    const int K = d->top_k;
+    const int top_k = d->top_k;
     const bool own = moei_gate_own_sum(d);
     const float unit = rules ? moei_gate_units_of(d).unit : 1.0f;
     const float sum = own && d->score != MOE_SCORE_SPARSEMAX ? 1.0f : s->sum;
-    int32_t* ids = d->ids + t * K;
-    float *weights = d->weights + t * K, total = 0.0f, max = s->max;
+    int32_t* ids = d->ids + t * top_k;
+    float *weights = d->weights + t * top_k, total = 0.0f, max = s->max;
     if (own && d->score != MOE_SCORE_SPARSEMAX) {
         float most = __uint_as_float(0xff800000u);
-        for (int k = moei_lane(); k < K; k += MOEI_WARP)
+        for (int k = moe_lane(); k < top_k; k += MOE_WARP_SIZE)
             if (ids[k] >= 0) most = fmaxf(most, weights[k]);
-        most = moei_group_max(most, MOEI_WARP);
+        most = moe_warp_max(most, MOE_WARP_SIZE);
         if (most > __uint_as_float(MOEI_GATE_MINUS)) max = most;
     }
-    for (int k = moei_lane(); k < K; k += MOEI_WARP)
+    for (int k = moe_lane(); k < top_k; k += MOE_WARP_SIZE)
         if (ids[k] >= 0) {
             const float w = moei_gate_weight(d, unit, weights[k], max, sum);
             const bool used = !rules || moei_gate_used(d, weights[k] * unit, w);
@@ -209,9 +209,9 @@ MOE_DEVICE void moei_gate_finish(const moei_gate_args* d, int* count, int64_t t,
             else ids[k] = -1;
             weights[k] = used ? w : 0.0f;
         }
-    total = own ? moei_group_sum(total, MOEI_WARP) /* short sums: a long one rounds K times */
+    total = own ? moe_warp_sum(total, MOE_WARP_SIZE) /* short sums: a long one rounds K times */
                 : 0.0f;
-    for (int k = moei_lane(); k < K; k += MOEI_WARP)
+    for (int k = moe_lane(); k < top_k; k += MOE_WARP_SIZE)
         weights[k] = (total > 0.0f ? __fdiv_rn(weights[k], total) : weights[k]) * d->scale;
 }
 
@@ -222,34 +222,34 @@ MOE_DEVICE void moei_gate_finish(const moei_gate_args* d, int* count, int64_t t,
 MOE_DEVICE void moei_gate_token(const moei_gate_args* d, int* count, float* prob, float* row,
                                 const int32_t* chosen, int t, const int rules)
 {
-    const int E = d->num_experts, K = d->top_k;
-    const int group = rules ? E / d->num_groups : E;
-    uint32_t last = MOEI_FULL, groups = MOEI_FULL;
+    const int num_experts = d->num_experts, top_k = d->top_k;
+    const int group = rules ? num_experts / d->num_groups : num_experts;
+    uint32_t last = MOE_FULL_WARP, groups = MOE_FULL_WARP;
     int last_at = -1;
     moei_gate_stats s;
     if (rules) moei_gate_fill_row(d, row, t);
     s = moei_gate_row_stats(d, row, t, rules);
     if (s.nan) {
-        moei_gate_unused(d, t, moei_lane(), MOEI_WARP);
-        if (moei_lane() == 0) moei_fault_raise(d->fault, MOE_FAULT_NAN_LOGIT, d->rank, (uint32_t)t);
+        moei_gate_unused(d, t, moe_lane(), MOE_WARP_SIZE);
+        if (moe_lane() == 0) moe_fault_raise(d->fault, MOE_FAULT_NAN_LOGIT, d->rank, (uint32_t)t);
         return;
     }
     if (rules && d->whole_batch) {
-        for (int k = moei_lane(); k < K; k += MOEI_WARP) {
+        for (int k = moe_lane(); k < top_k; k += MOE_WARP_SIZE) {
             float v = 0.0f;
             const bool seen = chosen[k] >= 0 && moei_gate_see(&v, d, row, t, chosen[k], 1);
-            d->ids[(int64_t)t * K + k] = seen ? chosen[k] : -1;
-            d->weights[(int64_t)t * K + k] = seen ? v : 0.0f;
+            d->ids[(int64_t)t * top_k + k] = seen ? chosen[k] : -1;
+            d->weights[(int64_t)t * top_k + k] = seen ? v : 0.0f;
         }
     }
     if (rules && d->num_groups > 1) groups = moei_gate_groups(d, row, &s);
-    MOEI_NO_UNROLL
-    for (int k = 0; k < K && !(rules && d->whole_batch); ++k) {
+    MOE_NO_UNROLL
+    for (int k = 0; k < top_k && !(rules && d->whole_batch); ++k) {
         uint32_t best = 0;
-        int best_at = E;
+        int best_at = num_experts;
         float v, best_v = 0.0f;
-        MOEI_NO_UNROLL
-        for (int e = moei_lane(); e < E; e += MOEI_WARP) {
+        MOE_NO_UNROLL
+        for (int e = moe_lane(); e < num_experts; e += MOE_WARP_SIZE) {
             if (rules && !(groups >> (e / group) & 1)) continue;
             if (moei_gate_see(&v, d, row, t, e, rules)) {
                 const float merit = rules ? moei_gate_merit(d, v, e, &s, false) : v;
@@ -262,27 +262,27 @@ MOE_DEVICE void moei_gate_token(const moei_gate_args* d, int* count, float* prob
             }
         }
         for (int w = 16; w > 0; w >>= 1) {
-            const uint32_t other = __shfl_xor_sync(MOEI_FULL, best, w);
-            const int other_at = __shfl_xor_sync(MOEI_FULL, best_at, w);
-            const float other_v = __shfl_xor_sync(MOEI_FULL, best_v, w);
+            const uint32_t other = __shfl_xor_sync(MOE_FULL_WARP, best, w);
+            const int other_at = __shfl_xor_sync(MOE_FULL_WARP, best_at, w);
+            const float other_v = __shfl_xor_sync(MOE_FULL_WARP, best_v, w);
             if (other > best || (other == best && other_at < best_at)) {
                 best = other;
                 best_at = other_at;
                 best_v = other_v;
             }
         }
-        if (best_at == E) { /* the token sees no more */
-            moei_gate_unused(d, t, k + moei_lane(), MOEI_WARP);
+        if (best_at == num_experts) { /* the token sees no more */
+            moei_gate_unused(d, t, k + moe_lane(), MOE_WARP_SIZE);
             break;
         }
         last = best;
         last_at = best_at;
-        if (moei_lane() == 0) {
-            d->ids[(int64_t)t * K + k] = best_at;
-            d->weights[(int64_t)t * K + k] = best_v;
+        if (moe_lane() == 0) {
+            d->ids[(int64_t)t * top_k + k] = best_at;
+            d->weights[(int64_t)t * top_k + k] = best_v;
         }
     }
-    __syncwarp(MOEI_FULL);
+    __syncwarp(MOE_FULL_WARP);
     moei_gate_finish(d, count, t, &s, rules);
     if (rules && d->prob_sum) moei_gate_add_probabilities(d, prob, row, &s);
 }

@@ -11,12 +11,12 @@
    lanes may read ids. */
 MOE_DEVICE void moe_warp_top_k(int32_t* ids, const float* merit, int num_experts, int top_k)
 {
-    uint32_t last = MOEI_FULL;
+    uint32_t last = MOE_FULL_WARP;
     int last_at = -1;
     for (int k = 0; k < top_k; ++k) {
         uint32_t best = 0;
         int best_at = num_experts;
-        for (int e = moei_lane(); e < num_experts; e += MOEI_WARP) {
+        for (int e = moe_lane(); e < num_experts; e += MOE_WARP_SIZE) {
             const float v = merit[e];
             const uint32_t key = moei_is_nan(v) ? 0 : moei_ordered(v);
             if ((key < last || (key == last && e > last_at)) && key > best) {
@@ -24,11 +24,11 @@ MOE_DEVICE void moe_warp_top_k(int32_t* ids, const float* merit, int num_experts
                 best_at = e;
             }
         }
-        last = moei_warp_max(best);
-        last_at = (int)~moei_warp_max(~(uint32_t)(best == last ? best_at : num_experts));
-        if (moei_lane() == 0) ids[k] = last_at < num_experts ? last_at : -1;
+        last = moe_warp_max_u32(best);
+        last_at = (int)~moe_warp_max_u32(~(uint32_t)(best == last ? best_at : num_experts));
+        if (moe_lane() == 0) ids[k] = last_at < num_experts ? last_at : -1;
     }
-    __syncwarp(MOEI_FULL);
+    __syncwarp(MOE_FULL_WARP);
 }
 
 #endif

@@ -80,7 +80,7 @@ MOE_HOST uint64_t moei_weight_extent(const moe_weights* w, int64_t experts, int6
     const int64_t row = w->row_stride ? w->row_stride : columns;
     const int64_t expert = w->expert_stride ? w->expert_stride : row * rows;
     return (uint64_t)(experts - 1) * (uint64_t)expert * 2 +
-           moei_extent(rows, row, columns, MOE_BF16);
+           moe_extent(rows, row, columns, MOE_BF16);
 }
 
 MOE_HOST const char* moe_gemm_path_name(int path)

@@ -1,13 +1,13 @@
 /* epilogue.cuh: what happens to a warp's accumulators on their way to C.
 
-   A warp passes its tile, 16 rows at a time, through a strip of shared memory of its own, reads it
+   A warp passes its tile, 16 rows at a time, through a staging of shared memory of its own, reads it
    back in row order and writes 16 bytes a lane. No block barrier: each warp stores when it is done.
    Three ways, the first two of tiles of 128 x 128 and more on sm_80 and later:
 
      plain   no bias, C 16-bit and written, no activation, or SwiGLU with gate and up apart: the
-             activation is taken of the accumulators, the strip has C's dtype
+             activation is taken of the accumulators, the staging has C's dtype
      fp32    no bias, C fp32, no activation: written or added to
-     any     the strip is fp32 [16][wn + 8]; bias and activation come behind it. A lane has 8 columns,
+     any     the staging is fp32 [16][wn + 8]; bias and activation come behind it. A lane has 8 columns,
              4 and 4; half of the lanes take the second 4 first, so that few lanes meet in a bank
 
    Gate and up of a gated activation: where they are interleaved, columns 2j and 2j + 1; otherwise
@@ -40,15 +40,15 @@ MOE_DEVICE void moei_epilogue_add8(float* v, const void* p, int first, int dtype
 {
     float w[8];
     moei_load_some(w, p, dtype, 8);
-    MOEI_UNROLL
+    MOE_UNROLL
     for (int i = 0; i < 8; ++i) v[i] += first ? w[i ^ 4] : w[i];
 }
 
 /* Adds bias[at + i * step] to v[i], i < 4. */
 MOE_DEVICE void moei_epilogue_bias(float* v, const uint16_t* bias, int64_t at, int step, int dtype)
 {
-    MOEI_UNROLL
-    for (int i = 0; i < 4; ++i) v[i] += moei_half_to_f32(bias[at + i * step], dtype);
+    MOE_UNROLL
+    for (int i = 0; i < 4; ++i) v[i] += moe_half_to_f32(bias[at + i * step], dtype);
 }
 
 /* Adds the bias of 8 columns from n on; `first` as in moei_epilogue_store8. */
@@ -63,74 +63,76 @@ MOE_DEVICE void moei_epilogue_bias8(float* v, const uint16_t* bias, int64_t n, i
 
    The plain way. gated (SwiGLU), and here and below f, are literals. */
 MOE_DEVICE void moei_epilogue_plain(const moe_gemm_output* d, int n, const moe_tile_position* t,
-                                    moei_mma_c acc[4][4], uint16_t* strip, int row, int column,
+                                    moei_mma_c acc[4][4], uint16_t* staging, int row, int column,
                                     const int gated, const moe_gemm_shape f)
 {
     const int columns = gated ? f.wn / 2 : f.wn, ld = columns + 8;
-    const int groups = columns / 8, each = MOEI_WARP / groups; /* lanes to a row; rows of a pass */
-    const int r = moei_lane() / groups, j = moei_lane() % groups * 8;
+    const int groups = columns / 8,
+              each = MOE_WARP_SIZE / groups; /* lanes to a row; rows of a pass */
+    const int r = moe_lane() / groups, j = moe_lane() % groups * 8;
     const bool in = column + j < n;
     uint16_t* c = d->table ? (uint16_t*)d->table[t->expert] - (int64_t)t->begin * d->stride
                              : (uint16_t*)d->base;
     row += r;
     c += row * d->stride + column + j;
-    MOEI_UNROLL
+    MOE_UNROLL
     for (int m = 0; m < f.wm / 16; ++m) {
         uint4 v[4];
         if (gated) {
-            MOEI_UNROLL
-            for (int i = 0; i < columns / 16; ++i) MOEI_UNROLL
+            MOE_UNROLL
+            for (int i = 0; i < columns / 16; ++i) MOE_UNROLL
             for (int x = 0; x < MOEI_MMA_C_ELEMS; ++x)
                 acc[m][i].x[x] = moei_sigmoid_unit(acc[m][i].x[x], MOEI_MINUS_LOG2E) *
                                  acc[m][i + columns / 16].x[x];
         }
-        MOEI_UNROLL
+        MOE_UNROLL
         for (int i = 0; i < columns / 16; ++i)
-            moei_mma_store_half(strip + i * 16, &acc[m][i], ld, f.dtype);
-        __syncwarp(MOEI_FULL);
-        MOEI_UNROLL
-        for (int p = 0; p < 16 / each; ++p) v[p] = *(const uint4*)(strip + (p * each + r) * ld + j);
-        MOEI_UNROLL
+            moei_mma_store_half(staging + i * 16, &acc[m][i], ld, f.dtype);
+        __syncwarp(MOE_FULL_WARP);
+        MOE_UNROLL
+        for (int p = 0; p < 16 / each; ++p)
+            v[p] = *(const uint4*)(staging + (p * each + r) * ld + j);
+        MOE_UNROLL
         for (int p = 0; p < 16 / each; ++p) {
             if (in && row >= t->begin && row < t->end) *(uint4*)c = v[p];
             row += each;
             c += each * d->stride;
         }
-        __syncwarp(MOEI_FULL);
+        __syncwarp(MOE_FULL_WARP);
     }
 }
 
 /* The way of fp32. */
 MOE_DEVICE void moei_epilogue_fp32(const moe_gemm_output* d, int n, const moe_tile_position* t,
-                                   moei_mma_c acc[4][4], float* strip, int row, int column,
+                                   moei_mma_c acc[4][4], float* staging, int row, int column,
                                    const moe_gemm_shape f)
 {
-    const int ld = moei_strip_pitch(f.wn), groups = f.wn / 4, each = MOEI_WARP / groups;
-    const int r = moei_lane() / groups, j = moei_lane() % groups * 4;
+    const int ld = moei_staging_pitch(f.wn), groups = f.wn / 4, each = MOE_WARP_SIZE / groups;
+    const int r = moe_lane() / groups, j = moe_lane() % groups * 4;
     const bool in = column + j < n;
     float* c =
         d->table ? (float*)d->table[t->expert] - (int64_t)t->begin * d->stride : (float*)d->base;
     row += r;
     c += row * d->stride + column + j;
-    MOEI_UNROLL
+    MOE_UNROLL
     for (int m = 0; m < f.wm / 16; ++m) {
-        MOEI_UNROLL
-        for (int i = 0; i < f.wn / 16; ++i) moei_mma_store(strip + i * 16, &acc[m][i], ld);
-        __syncwarp(MOEI_FULL);
-        MOEI_NO_UNROLL
+        MOE_UNROLL
+        for (int i = 0; i < f.wn / 16; ++i) moei_mma_store(staging + i * 16, &acc[m][i], ld);
+        __syncwarp(MOE_FULL_WARP);
+        MOE_NO_UNROLL
         for (int p = 0; p < 16 / each; p += 2) { /* two at a time: their latencies overlap */
             float v[2][4], was[2][4];
             bool there[2];
-            MOEI_UNROLL
+            MOE_UNROLL
             for (int i = 0; i < 2; ++i) {
                 there[i] = in && row + i * each >= t->begin && row + i * each < t->end;
-                moei_load_4(v[i], strip + ((p + i) * each + r) * ld + j);
+                moei_load_4(v[i], staging + ((p + i) * each + r) * ld + j);
                 if (d->accumulate && there[i]) moei_load_4(was[i], c + i * each * d->stride);
             }
-            MOEI_UNROLL
+            MOE_UNROLL
             for (int i = 0; i < 2; ++i) {
                 if (d->accumulate && there[i]) {
-                    MOEI_UNROLL
+                    MOE_UNROLL
                     for (int x = 0; x < 4; ++x) v[i][x] += was[i][x];
                 }
                 if (there[i]) moei_store_4(c, v[i]);
@@ -138,46 +140,46 @@ MOE_DEVICE void moei_epilogue_fp32(const moe_gemm_output* d, int n, const moe_ti
                 c += each * d->stride;
             }
         }
-        __syncwarp(MOEI_FULL);
+        __syncwarp(MOE_FULL_WARP);
     }
 }
 
 /* Any. */
 MOE_DEVICE void moei_epilogue_any(const moe_gemm_output* d, int n, const moe_tile_position* t,
-                                  moei_mma_c acc[4][4], float* strip, int row, int column,
+                                  moei_mma_c acc[4][4], float* staging, int row, int column,
                                   const moe_gemm_shape f)
 {
     const int wm = f.wm, wn = f.wn;
     const bool gated = d->gated != 0;
     const bool pairs = d->gated == MOE_GATE_UP_INTERLEAVED;
-    const int ld = moei_strip_pitch(wn);
-    const int groups = (gated ? wn / 2 : wn) / 8; /* of 8 columns of C, in one strip row */
+    const int ld = moei_staging_pitch(wn);
+    const int groups = (gated ? wn / 2 : wn) / 8; /* of 8 columns of C, in one staging row */
     const int c_bytes = d->dtype == MOE_FP32 ? 4 : 2;
     char* c = d->table ? (char*)d->table[t->expert] - (int64_t)t->begin * d->stride * c_bytes
                          : (char*)d->base;
 
-    MOEI_NO_UNROLL /* the body once, the accumulators by literals: a quarter of the code */
+    MOE_NO_UNROLL /* the body once, the accumulators by literals: a quarter of the code */
     for (int i = 0; i < wm / 16; ++i) {
-        MOEI_UNROLL
+        MOE_UNROLL
         for (int m = 0; m < wm / 16; ++m)
             if (m == i) {
-                MOEI_UNROLL
-                for (int j = 0; j < wn / 16; ++j) moei_mma_store(strip + j * 16, &acc[m][j], ld);
+                MOE_UNROLL
+                for (int j = 0; j < wn / 16; ++j) moei_mma_store(staging + j * 16, &acc[m][j], ld);
             }
-        __syncwarp(MOEI_FULL);
-        for (int u = moei_lane(); u < 16 * groups; u += MOEI_WARP) {
+        __syncwarp(MOE_FULL_WARP);
+        for (int u = moe_lane(); u < 16 * groups; u += MOE_WARP_SIZE) {
             const int r = u / groups, j = u % groups * 8;
             const int first = pairs ? 0 : u & 4;
             const int64_t m = row + i * 16 + r;
             const int to = column + j;
-            const float* p = strip + r * ld + (pairs ? 2 * j : j + first);
+            const float* p = staging + r * ld + (pairs ? 2 * j : j + first);
             float v[8], w[8];
             /* here, so that nothing of it takes a register while the accumulators wait */
             const uint16_t* bias = (const uint16_t*)d->bias;
             if (m < t->begin || m >= t->end || to >= n) continue;
             if (bias) bias += (int64_t)t->expert * n * (gated ? 2 : 1);
             if (pairs) {
-                MOEI_UNROLL
+                MOE_UNROLL
                 for (int x = 0; x < 4; ++x) {
                     const float4 four = *(const float4*)(p + 4 * x);
                     v[2 * x] = four.x, w[2 * x] = four.y, v[2 * x + 1] = four.z,
@@ -207,26 +209,27 @@ MOE_DEVICE void moei_epilogue_any(const moe_gemm_output* d, int n, const moe_til
                 moei_epilogue_store8(at, v, first, d->dtype);
             }
         }
-        __syncwarp(MOEI_FULL);
+        __syncwarp(MOE_FULL_WARP);
     }
 }
 
 /* One warp's accumulators, all ways. */
 MOE_DEVICE void moei_epilogue_warp(const moe_gemm_output* d, int n, const moe_tile_position* t,
-                                   moei_mma_c acc[4][4], float* strip, int row, int column,
+                                   moei_mma_c acc[4][4], float* staging, int row, int column,
                                    const moe_gemm_shape f)
 {
     const bool none = d->activation == MOE_ACTIVATION_NONE;
     /* in large tiles: what it gains in others is not worth the code; on sm_75 they would spill */
-    const bool bare = MOEI_CODE_HERE(80, MOEI_CODE_ANY) && f.tm * f.tn >= 128 * 128 && !d->bias &&
-                      d->gated != MOE_GATE_UP_INTERLEAVED;
+    const bool bare = MOEI_CODE_HERE(80, MOEI_CODE_ANY) && f.tile_m * f.tile_n >= 128 * 128 &&
+                      !d->bias && d->gated != MOE_GATE_UP_INTERLEAVED;
     const bool plain = bare && !d->accumulate && d->dtype == f.dtype;
     if (bare && none && d->dtype == MOE_FP32)
-        moei_epilogue_fp32(d, n, t, acc, strip, row, column, f);
-    else if (plain && none) moei_epilogue_plain(d, n, t, acc, (uint16_t*)strip, row, column, 0, f);
+        moei_epilogue_fp32(d, n, t, acc, staging, row, column, f);
+    else if (plain && none)
+        moei_epilogue_plain(d, n, t, acc, (uint16_t*)staging, row, column, 0, f);
     else if (plain && d->activation == MOE_ACTIVATION_SWIGLU)
-        moei_epilogue_plain(d, n, t, acc, (uint16_t*)strip, row, column, 1, f);
-    else moei_epilogue_any(d, n, t, acc, strip, row, column, f);
+        moei_epilogue_plain(d, n, t, acc, (uint16_t*)staging, row, column, 1, f);
+    else moei_epilogue_any(d, n, t, acc, staging, row, column, f);
 }
 
 #endif

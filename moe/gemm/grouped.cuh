@@ -48,28 +48,29 @@
 
 /* Versions of code that have a body: bf16 from sm_80, the largest tile where a block may have
    180 KB. The largest tile uses every register already, so it is compiled for operands along K alone. */
-#define MOEI_GEMM_LEAST(dtype, tm, tn, a_major, b_major)                                          \
-    ((tm) * (tn) <= 128 * 128 ? ((dtype) == MOE_BF16 ? 80 : 75)                                   \
-     : (a_major) == MOE_MAJOR_K && (b_major) == MOE_MAJOR_K ? 90                                  \
+#define MOEI_GEMM_LEAST(dtype, tile_m, tile_n, a_major, b_major)                                   \
+    ((tile_m) * (tile_n) <= 128 * 128                       ? ((dtype) == MOE_BF16 ? 80 : 75)      \
+     : (a_major) == MOE_MAJOR_K && (b_major) == MOE_MAJOR_K ? 90                                   \
                                                             : MOEI_CODE_NEVER)
-#define MOEI_GEMM_MOST(tm, tn) ((tm) * (tn) <= 128 * 128 ? MOEI_CODE_ANY : 119)
+#define MOEI_GEMM_MOST(tile_m, tile_n) ((tile_m) * (tile_n) <= 128 * 128 ? MOEI_CODE_ANY : 119)
 
-#define MOEI_GEMM_KERNEL(variant, dtype, a_major, b_major, name, tm, tn, kb, wm, wn, stages, blocks) \
-    MOE_KERNEL((wm) * (wn) * 32, blocks)                                                          \
-    moei_gemm_##name##_##variant(MOE_ARG(moe_grouped_gemm_args) d)                                \
-    {                                                                                             \
-        MOE_SHARED(moei_gemm_shared, s);                                                          \
-        MOE_SHARED_DYNAMIC(shared);                                                               \
-        moei_let_next_start();                                                                    \
-        moei_wait_for_previous();                                                                 \
-        if (MOEI_CODE_HERE(MOEI_GEMM_LEAST(dtype, tm, tn, a_major, b_major),                      \
-                           MOEI_GEMM_MOST(tm, tn)) &&                                             \
-            !moei_fault_stopped(d.fault))                                                         \
-            moei_gemm_block(                                                                      \
-                &d, shared, &s,                                                                   \
-                moe_gemm_shape_of(tm, tn, kb, wm, wn, stages, dtype, a_major, b_major));          \
+#define MOEI_GEMM_KERNEL(variant, dtype, a_major, b_major, name, tile_m, tile_n, tile_k, wm, wn,   \
+                         stages, blocks)                                                           \
+    MOE_KERNEL((wm) * (wn)*32, blocks)                                                             \
+    moei_gemm_##name##_##variant(MOE_ARG(moe_grouped_gemm_args) d)                                 \
+    {                                                                                              \
+        MOE_SHARED(moei_gemm_shared, s);                                                           \
+        MOE_SHARED_DYNAMIC(shared);                                                                \
+        moe_pdl_trigger();                                                                         \
+        moe_pdl_wait();                                                                            \
+        if (MOEI_CODE_HERE(MOEI_GEMM_LEAST(dtype, tile_m, tile_n, a_major, b_major),               \
+                           MOEI_GEMM_MOST(tile_m, tile_n)) &&                                      \
+            !moe_fault_stopped(d.fault))                                                           \
+            moei_gemm_block(&d, shared, &s,                                                        \
+                            moe_gemm_shape_of(tile_m, tile_n, tile_k, wm, wn, stages, dtype,       \
+                                              a_major, b_major));                                  \
     }
-#define MOEI_GEMM_CHECK(name, tm, tn, kb, wm, wn, stages, blocks)                                 \
+#define MOEI_GEMM_CHECK(name, tile_m, tile_n, tile_k, wm, wn, stages, blocks)                      \
     static_assert((stages) == 3, "moei_tiles.position has room for a loader two tiles ahead");
 #define MOEI_GEMM_TILE_CHECK(...) MOEI_GEMM_CHECK(__VA_ARGS__)
 MOEI_GEMM_TILE_LIST(MOEI_GEMM_TILE_CHECK)
@@ -82,17 +83,18 @@ MOEI_GEMM_TILE_LIST(MOEI_GEMM_TILE_KERNELS)
 
 /* In order of preference. */
 static const moei_variant moei_gemm_variants[] = {
-#define MOEI_GEMM_ROW(variant, dtype, a_major, b_major, name, tm, tn, kb, wm, wn, stages, blocks) \
-    {(const void*)moei_gemm_##name##_##variant,                                                   \
-     "moei_gemm_" #name "_" #variant,                                                             \
-     MOE_GEMM_PATH_WMMA,                                                                          \
-     MOEI_SHAPE_INIT(tm, tn, kb, wm, wn, stages, dtype, a_major, b_major),                        \
-     MOE_TILE_##name,                                                                             \
-     blocks,                                                                                      \
-     MOEI_RING_BYTES(1, tm, tn, kb, wm, wn, stages) +                                             \
-         MOEI_STRIPS_BYTES(tm, tn, kb, wm, wn, stages),                                           \
-     MOEI_GEMM_LEAST(dtype, tm, tn, a_major, b_major),                                            \
-     MOEI_GEMM_MOST(tm, tn)},
+#define MOEI_GEMM_ROW(variant, dtype, a_major, b_major, name, tile_m, tile_n, tile_k, wm, wn,      \
+                      stages, blocks)                                                              \
+    {(const void*)moei_gemm_##name##_##variant,                                                    \
+     "moei_gemm_" #name "_" #variant,                                                              \
+     MOE_GEMM_PATH_WMMA,                                                                           \
+     MOEI_SHAPE_INIT(tile_m, tile_n, tile_k, wm, wn, stages, dtype, a_major, b_major),             \
+     MOE_TILE_##name,                                                                              \
+     blocks,                                                                                       \
+     MOEI_RING_BYTES(1, tile_m, tile_n, tile_k, wm, wn, stages) +                                  \
+         MOEI_STAGING_BYTES(tile_m, tile_n, tile_k, wm, wn, stages),                               \
+     MOEI_GEMM_LEAST(dtype, tile_m, tile_n, a_major, b_major),                                     \
+     MOEI_GEMM_MOST(tile_m, tile_n)},
 #define MOEI_GEMM_ROWS(...) MOE_GEMM_VARIANT_LIST(MOEI_GEMM_ROW, __VA_ARGS__)
     MOEI_GEMM_TILE_LIST(MOEI_GEMM_ROWS)
 #undef MOEI_GEMM_ROWS
@@ -102,10 +104,11 @@ static const moei_variant moei_gemm_variants[] = {
 /* Is the tile a good one for this many rows an expert? */
 MOE_HOST int moei_gemm_suits(const moei_variant* v, const moe_grouped_gemm_desc* d, int sms)
 {
-    const int64_t tm = v->shape.tm, tn = v->shape.tn;
+    const int64_t tile_m = v->shape.tile_m, tile_n = v->shape.tile_n;
     const int64_t rows = d->num_rows / d->num_experts; /* an expert's, on average */
     const int64_t b_rows = (int64_t)d->n * (moe_activation_is_gated(d->activation) ? 2 : 1);
-    const int64_t tiles = ((rows + tm - 1) / tm) * d->num_experts * ((b_rows + tn - 1) / tn);
+    const int64_t tiles =
+        ((rows + tile_m - 1) / tile_m) * d->num_experts * ((b_rows + tile_n - 1) / tile_n);
     switch (v->tile) {
     case MOE_TILE_128x256: return rows > 64 && b_rows > 128 && tiles >= sms;
     case MOE_TILE_128x128: return rows > 64;
@@ -118,109 +121,110 @@ MOE_HOST moe_status moei_gemm_check_options(moe_grouped_gemm_desc* d)
 {
     const int gated = moe_activation_is_gated(d->activation);
     int64_t b_rows, b_cols;
-    MOEI_REQUIRE(d->num_experts >= 1 && d->num_experts <= MOE_MAX_EXPERTS, MOE_ERR_RANGE,
-                 num_experts);
-    MOEI_REQUIRE(d->num_rows >= 0 && d->num_rows <= MOE_GEMM_MAX_ROWS, MOE_ERR_RANGE, num_rows);
-    MOEI_REQUIRE(d->n >= 1 && d->n <= (1 << 28), MOE_ERR_RANGE, n);
-    MOEI_REQUIRE(d->n % 8 == 0, MOE_ERR_MULTIPLE, n);
-    MOEI_REQUIRE(d->k >= 1 && d->k <= (1 << 28), MOE_ERR_RANGE, k);
-    MOEI_REQUIRE(d->k % 8 == 0, MOE_ERR_MULTIPLE, k);
+    MOE_REQUIRE(d->num_experts >= 1 && d->num_experts <= MOE_MAX_EXPERTS, MOE_ERR_RANGE,
+                num_experts);
+    MOE_REQUIRE(d->num_rows >= 0 && d->num_rows <= MOE_GEMM_MAX_ROWS, MOE_ERR_RANGE, num_rows);
+    MOE_REQUIRE(d->n >= 1 && d->n <= (1 << 28), MOE_ERR_RANGE, n);
+    MOE_REQUIRE(d->n % 8 == 0, MOE_ERR_MULTIPLE, n);
+    MOE_REQUIRE(d->k >= 1 && d->k <= (1 << 28), MOE_ERR_RANGE, k);
+    MOE_REQUIRE(d->k % 8 == 0, MOE_ERR_MULTIPLE, k);
     if (d->dtype == 0) d->dtype = MOE_BF16;
-    MOEI_REQUIRE(d->dtype == MOE_BF16 || d->dtype == MOE_FP16, MOE_ERR_DTYPE, dtype);
+    MOE_REQUIRE(d->dtype == MOE_BF16 || d->dtype == MOE_FP16, MOE_ERR_DTYPE, dtype);
     if (d->c_dtype == 0) d->c_dtype = d->dtype;
-    MOEI_REQUIRE(d->c_dtype == d->dtype || d->c_dtype == MOE_FP32, MOE_ERR_DTYPE, c_dtype);
+    MOE_REQUIRE(d->c_dtype == d->dtype || d->c_dtype == MOE_FP32, MOE_ERR_DTYPE, c_dtype);
     if (d->activation == 0) d->activation = MOE_ACTIVATION_NONE;
-    MOEI_REQUIRE(d->activation >= 0 && d->activation <= MOE_ACTIVATION_RELU2, MOE_ERR_OPTION,
-                 activation);
+    MOE_REQUIRE(d->activation >= 0 && d->activation <= MOE_ACTIVATION_RELU2, MOE_ERR_OPTION,
+                activation);
     if (d->activation == MOE_ACTIVATION_SWIGLU_CLAMPED) {
-        MOEI_REQUIRE((moe_f32_bits(d->alpha) & 0x7f800000u) != 0x7f800000u, MOE_ERR_RANGE, alpha);
-        MOEI_REQUIRE(moe_f32_bits(d->limit + 0.0f) < 0x7f800000u, MOE_ERR_RANGE, limit);
+        MOE_REQUIRE((moe_f32_bits(d->alpha) & 0x7f800000u) != 0x7f800000u, MOE_ERR_RANGE, alpha);
+        MOE_REQUIRE(moe_f32_bits(d->limit + 0.0f) < 0x7f800000u, MOE_ERR_RANGE, limit);
         if (d->alpha == 0.0f) d->alpha = 1.702f;
         if (d->limit == 0.0f) d->limit = 7.0f;
     } else {
-        MOEI_REQUIRE(d->alpha == 0.0f, MOE_ERR_CONFLICT, alpha);
-        MOEI_REQUIRE(d->limit == 0.0f, MOE_ERR_CONFLICT, limit);
+        MOE_REQUIRE(d->alpha == 0.0f, MOE_ERR_CONFLICT, alpha);
+        MOE_REQUIRE(d->limit == 0.0f, MOE_ERR_CONFLICT, limit);
     }
     if (d->gate_up == 0) d->gate_up = MOE_GATE_UP_CONCATENATED;
-    MOEI_REQUIRE(d->gate_up >= 0 && d->gate_up <= MOE_GATE_UP_SEPARATE, MOE_ERR_OPTION, gate_up);
-    MOEI_REQUIRE((gated && d->gate_up == MOE_GATE_UP_SEPARATE) || (!d->b.up && !d->b.up_table),
-                 MOE_ERR_CONFLICT, b);
+    MOE_REQUIRE(d->gate_up >= 0 && d->gate_up <= MOE_GATE_UP_SEPARATE, MOE_ERR_OPTION, gate_up);
+    MOE_REQUIRE((gated && d->gate_up == MOE_GATE_UP_SEPARATE) || (!d->b.up && !d->b.up_table),
+                MOE_ERR_CONFLICT, b);
     if (d->a_major == 0) d->a_major = MOE_MAJOR_K;
-    MOEI_REQUIRE(d->a_major == MOE_MAJOR_K || d->a_major == MOE_MAJOR_MN, MOE_ERR_OPTION, a_major);
+    MOE_REQUIRE(d->a_major == MOE_MAJOR_K || d->a_major == MOE_MAJOR_MN, MOE_ERR_OPTION, a_major);
     if (d->b.major == 0) d->b.major = MOE_MAJOR_K;
-    MOEI_REQUIRE(d->b.major == MOE_MAJOR_K || d->b.major == MOE_MAJOR_MN, MOE_ERR_OPTION, b_major);
-    MOEI_REQUIRE((d->accumulate | 1) == 1, MOE_ERR_OPTION, accumulate);
+    MOE_REQUIRE(d->b.major == MOE_MAJOR_K || d->b.major == MOE_MAJOR_MN, MOE_ERR_OPTION, b_major);
+    MOE_REQUIRE((d->accumulate | 1) == 1, MOE_ERR_OPTION, accumulate);
     MOEI_REQUIRE_RANK(d);
     if (d->row_div == 0) d->row_div = 1;
-    MOEI_REQUIRE(d->row_div >= 1, MOE_ERR_RANGE, row_div);
-    MOEI_REQUIRE(d->tile >= 0 && d->tile <= MOE_TILE_64x64, MOE_ERR_OPTION, tile);
+    MOE_REQUIRE(d->row_div >= 1, MOE_ERR_RANGE, row_div);
+    MOE_REQUIRE(d->tile >= 0 && d->tile <= MOE_TILE_64x64, MOE_ERR_OPTION, tile);
 
-    MOEI_REQUIRE(d->a_rows >= 0 && d->a_rows <= MOE_GEMM_MAX_ROWS, MOE_ERR_RANGE, a_rows);
+    MOE_REQUIRE(d->a_rows >= 0 && d->a_rows <= MOE_GEMM_MAX_ROWS, MOE_ERR_RANGE, a_rows);
     if (d->a_rows == 0) d->a_rows = d->num_rows;
     {
         const int64_t inner = d->a_major == MOE_MAJOR_K ? d->k : d->a_rows;
         const int64_t outer = d->a_major == MOE_MAJOR_K ? d->a_rows : d->k;
         if (d->a_stride == 0) d->a_stride = inner;
-        MOEI_REQUIRE(moei_stride_fits(d->a_stride, inner, outer), MOE_ERR_STRIDE, a_stride);
-        MOEI_REQUIRE(d->a_stride % 8 == 0, MOE_ERR_ALIGN, a_stride);
+        MOE_REQUIRE(moei_stride_fits(d->a_stride, inner, outer), MOE_ERR_STRIDE, a_stride);
+        MOE_REQUIRE(d->a_stride % 8 == 0, MOE_ERR_ALIGN, a_stride);
     }
     b_rows = (int64_t)d->n * (gated && d->gate_up != MOE_GATE_UP_SEPARATE ? 2 : 1);
     b_cols = d->b.major == MOE_MAJOR_K ? d->k : b_rows;
     if (d->b.major == MOE_MAJOR_MN) b_rows = d->k;
     if (d->b.row_stride == 0) d->b.row_stride = b_cols;
-    MOEI_REQUIRE(moei_stride_fits(d->b.row_stride, b_cols, b_rows), MOE_ERR_STRIDE, b_stride);
-    MOEI_REQUIRE(d->b.row_stride % 8 == 0, MOE_ERR_ALIGN, b_stride);
+    MOE_REQUIRE(moei_stride_fits(d->b.row_stride, b_cols, b_rows), MOE_ERR_STRIDE, b_stride);
+    MOE_REQUIRE(d->b.row_stride % 8 == 0, MOE_ERR_ALIGN, b_stride);
     if (d->b.expert_stride == 0) d->b.expert_stride = d->b.row_stride * b_rows;
-    MOEI_REQUIRE(moei_stride_fits(d->b.expert_stride, d->num_experts > 1, d->num_experts),
-                 MOE_ERR_STRIDE, b_stride);
-    MOEI_REQUIRE(d->b.expert_stride % 8 == 0, MOE_ERR_ALIGN, b_stride);
+    MOE_REQUIRE(moei_stride_fits(d->b.expert_stride, d->num_experts > 1, d->num_experts),
+                MOE_ERR_STRIDE, b_stride);
+    MOE_REQUIRE(d->b.expert_stride % 8 == 0, MOE_ERR_ALIGN, b_stride);
     if (d->c_stride == 0) d->c_stride = d->n;
-    MOEI_REQUIRE(moei_stride_fits(d->c_stride, d->n, d->num_rows), MOE_ERR_STRIDE, c_stride);
-    MOEI_REQUIRE(d->c_stride % 8 == 0, MOE_ERR_ALIGN, c_stride);
+    MOE_REQUIRE(moei_stride_fits(d->c_stride, d->n, d->num_rows), MOE_ERR_STRIDE, c_stride);
+    MOE_REQUIRE(d->c_stride % 8 == 0, MOE_ERR_ALIGN, c_stride);
 
-    MOEI_REQUIRE(!(d->row_index && d->a_major == MOE_MAJOR_MN), MOE_ERR_CONFLICT, row_index);
-    MOEI_REQUIRE(!(d->c && d->c_table), MOE_ERR_CONFLICT, c);
-    MOEI_REQUIRE(!(d->b.base && d->b.table), MOE_ERR_CONFLICT, b);
-    MOEI_REQUIRE(!(d->b.up && d->b.up_table), MOE_ERR_CONFLICT, b);
+    MOE_REQUIRE(!(d->row_index && d->a_major == MOE_MAJOR_MN), MOE_ERR_CONFLICT, row_index);
+    MOE_REQUIRE(!(d->c && d->c_table), MOE_ERR_CONFLICT, c);
+    MOE_REQUIRE(!(d->b.base && d->b.table), MOE_ERR_CONFLICT, b);
+    MOE_REQUIRE(!(d->b.up && d->b.up_table), MOE_ERR_CONFLICT, b);
     return MOE_OK;
 }
 
 /* Refuses buffers that are absent, misaligned or overlap; options have been checked. */
 MOE_HOST moe_status moei_gemm_check_buffers(const moe_grouped_gemm_desc* d)
 {
-    const int64_t E = d->num_experts, R = d->num_rows, n = d->n, k = d->k;
+    const int64_t num_experts = d->num_experts, num_rows = d->num_rows, n = d->n, k = d->k;
     const int gated = moe_activation_is_gated(d->activation);
     const int separate = gated && d->gate_up == MOE_GATE_UP_SEPARATE;
     const int64_t all_n = gated ? 2 * n : n; /* of gate and up */
-    const uint64_t matrices = moei_weight_extent(&d->b, E, separate ? n : all_n, k);
-    const uint64_t table = (uint64_t)E * 8;
-    const moei_buffer b[] = {
+    const uint64_t matrices = moei_weight_extent(&d->b, num_experts, separate ? n : all_n, k);
+    const uint64_t table = (uint64_t)num_experts * 8;
+    const moe_buffer b[] = {
         {d->a,
-         d->a_major == MOE_MAJOR_K ? moei_extent(d->a_rows, d->a_stride, k, d->dtype)
-                                   : moei_extent(k, d->a_stride, d->a_rows, d->dtype),
-         16, MOEI_REQUIRED, MOE_FIELD_a},
-        {d->b.base, matrices, 16, d->b.table ? MOEI_READ : MOEI_REQUIRED, MOE_FIELD_b},
-        {d->b.up, matrices, 16, separate && !d->b.up_table ? MOEI_REQUIRED : MOEI_READ,
+         d->a_major == MOE_MAJOR_K ? moe_extent(d->a_rows, d->a_stride, k, d->dtype)
+                                   : moe_extent(k, d->a_stride, d->a_rows, d->dtype),
+         16, MOE_BUFFER_REQUIRED, MOE_FIELD_a},
+        {d->b.base, matrices, 16, d->b.table ? MOE_BUFFER_READ : MOE_BUFFER_REQUIRED, MOE_FIELD_b},
+        {d->b.up, matrices, 16, separate && !d->b.up_table ? MOE_BUFFER_REQUIRED : MOE_BUFFER_READ,
          MOE_FIELD_b},
-        {d->b.table, table, 8, MOEI_READ, MOE_FIELD_b},
-        {d->b.up_table, table, 8, MOEI_READ, MOE_FIELD_b},
-        {d->bias, (uint64_t)(E * all_n) * 2, 2, MOEI_READ, MOE_FIELD_bias},
-        {d->row_index, (uint64_t)R * 4, 4, MOEI_READ, MOE_FIELD_row_index},
-        {d->c_table, table, 8, MOEI_READ, MOE_FIELD_c},
-        {d->c, moei_extent(R, d->c_stride, n, d->c_dtype), 16,
-         d->c_table ? MOEI_WRITTEN : MOEI_REQUIRED | MOEI_WRITTEN, MOE_FIELD_c},
-        {d->expert_offset, (uint64_t)E * 4 + 4, 4, E > 1 ? MOEI_REQUIRED : MOEI_READ,
-         MOE_FIELD_expert_offset},
-        {d->fault, 8, 8, MOEI_WRITTEN, MOE_FIELD_fault}};
+        {d->b.table, table, 8, MOE_BUFFER_READ, MOE_FIELD_b},
+        {d->b.up_table, table, 8, MOE_BUFFER_READ, MOE_FIELD_b},
+        {d->bias, (uint64_t)(num_experts * all_n) * 2, 2, MOE_BUFFER_READ, MOE_FIELD_bias},
+        {d->row_index, (uint64_t)num_rows * 4, 4, MOE_BUFFER_READ, MOE_FIELD_row_index},
+        {d->c_table, table, 8, MOE_BUFFER_READ, MOE_FIELD_c},
+        {d->c, moe_extent(num_rows, d->c_stride, n, d->c_dtype), 16,
+         d->c_table ? MOE_BUFFER_WRITTEN : MOE_BUFFER_REQUIRED | MOE_BUFFER_WRITTEN, MOE_FIELD_c},
+        {d->expert_offset, (uint64_t)num_experts * 4 + 4, 4,
+         num_experts > 1 ? MOE_BUFFER_REQUIRED : MOE_BUFFER_READ, MOE_FIELD_expert_offset},
+        {d->fault, 8, 8, MOE_BUFFER_WRITTEN, MOE_FIELD_fault}};
     const int count = (int)(sizeof b / sizeof b[0]);
-    if (R == 0) return moei_check_buffers(b + count - 2, 2); /* offsets and fault word alone */
-    return moei_check_buffers(b, count);
+    if (num_rows == 0)
+        return moe_check_buffers(b + count - 2, 2); /* offsets and fault word alone */
+    return moe_check_buffers(b, count);
 }
 
 /* Fills in the defaults and refuses what the header does not offer. */
 MOE_HOST moe_status moei_gemm_check(moe_grouped_gemm_desc* d)
 {
-    MOEI_TRY(moei_gemm_check_options(d));
+    MOE_TRY(moei_gemm_check_options(d));
     return moei_gemm_check_buffers(d);
 }
 
@@ -263,9 +267,9 @@ MOE_HOST moe_status moe_gemm_tile_resolve(const moe_grouped_gemm_desc* desc,
                                           moe_grouped_gemm_args* args)
 {
     moe_grouped_gemm_desc d;
-    MOEI_REQUIRE(desc && args, MOE_ERR_NULL, desc);
+    MOE_REQUIRE(desc && args, MOE_ERR_NULL, desc);
     d = *desc;
-    MOEI_TRY(moei_gemm_check(&d));
+    MOE_TRY(moei_gemm_check(&d));
     *args = moei_gemm_args_of(&d);
     return MOE_OK;
 }
@@ -280,9 +284,9 @@ MOE_HOST moe_status moei_gemm_listed(const moe_grouped_gemm_desc* d)
         a_major |= agrees && v->shape.a_major == d->a_major;
         b_major |= agrees && v->shape.a_major == d->a_major && v->shape.b_major == d->b.major;
     }
-    MOEI_REQUIRE(dtype, MOE_ERR_NOT_COMPILED, dtype);
-    MOEI_REQUIRE(a_major, MOE_ERR_NOT_COMPILED, a_major);
-    MOEI_REQUIRE(b_major, MOE_ERR_NOT_COMPILED, b_major);
+    MOE_REQUIRE(dtype, MOE_ERR_NOT_COMPILED, dtype);
+    MOE_REQUIRE(a_major, MOE_ERR_NOT_COMPILED, a_major);
+    MOE_REQUIRE(b_major, MOE_ERR_NOT_COMPILED, b_major);
     return MOE_OK;
 }
 
@@ -293,12 +297,12 @@ MOE_HOST size_t moei_gemm_more(const moe_grouped_gemm_desc* d)
 }
 
 /* The variant for a checked descriptor on the current device: the first that suits and runs. */
-MOE_HOST moe_status moei_gemm_choose(const moe_grouped_gemm_desc* d, const moei_device* dev,
+MOE_HOST moe_status moei_gemm_choose(const moe_grouped_gemm_desc* d, const moe_device* dev,
                                      const moei_variant** chosen)
 {
     int compiled = 0; /* has the tile that is asked for a body with these majors? */
-    MOEI_TRY(moei_gemm_listed(d));
-    MOEI_REQUIRE(MOE_ON_HOST || d->dtype == MOE_FP16 || dev->major >= 8, MOE_ERR_DEVICE, dtype);
+    MOE_TRY(moei_gemm_listed(d));
+    MOE_REQUIRE(MOE_ON_HOST || d->dtype == MOE_FP16 || dev->major >= 8, MOE_ERR_DEVICE, dtype);
     for (const moei_variant* v = moei_gemm_variants; v->kernel; ++v) {
         int runs;
         if (v->shape.dtype != d->dtype || v->shape.a_major != d->a_major ||
@@ -306,12 +310,12 @@ MOE_HOST moe_status moei_gemm_choose(const moe_grouped_gemm_desc* d, const moei_
             !(d->tile ? v->tile == d->tile : moei_gemm_suits(v, d, dev->sms)))
             continue;
         compiled |= v->least != MOEI_CODE_NEVER;
-        MOEI_TRY(moei_variant_runs(v, dev, moei_gemm_more(d), &runs));
+        MOE_TRY(moei_variant_runs(v, dev, moei_gemm_more(d), &runs));
         *chosen = v;
         if (runs) return MOE_OK;
     }
-    MOEI_REQUIRE(!d->tile || compiled, MOE_ERR_CONFLICT, tile);
-    MOEI_REQUIRE(!d->tile, MOE_ERR_DEVICE, tile);
+    MOE_REQUIRE(!d->tile || compiled, MOE_ERR_CONFLICT, tile);
+    MOE_REQUIRE(!d->tile, MOE_ERR_DEVICE, tile);
     return MOE_STATUS(MOE_ERR_DEVICE, dtype); /* built without -arch=sm_80 or later, most often */
 }
 
@@ -319,21 +323,21 @@ MOE_HOST moe_status moei_gemm_choose(const moe_grouped_gemm_desc* d, const moei_
 typedef struct moe_grouped_gemm_prepared {
     moe_grouped_gemm_args args;
     moe_gemm_plan plan;
-    moei_launch launch;
+    moe_launch launch;
 } moe_grouped_gemm_prepared;
 
 /* Fills in *p, which is empty, for a checked descriptor. */
-MOE_HOST moe_status moei_gemm_settle(const moe_grouped_gemm_desc* d, moe_grouped_gemm_prepared* p)
+MOE_HOST moe_status moei_gemm_resolve(const moe_grouped_gemm_desc* d, moe_grouped_gemm_prepared* p)
 {
-    moei_device dev;
+    moe_device dev;
     const moei_variant* v = 0;
     int64_t columns, tiles;
-    MOEI_TRY(moei_device_query(&dev));
-    MOEI_TRY(moei_gemm_choose(d, &dev, &v));
-    columns = moe_activation_is_gated(d->activation) ? v->shape.tn / 2 : v->shape.tn;
-    tiles = ((int64_t)d->num_rows / v->shape.tm + d->num_experts + 1) *
+    MOE_TRY(moe_device_query(&dev));
+    MOE_TRY(moei_gemm_choose(d, &dev, &v));
+    columns = moe_activation_is_gated(d->activation) ? v->shape.tile_n / 2 : v->shape.tile_n;
+    tiles = ((int64_t)d->num_rows / v->shape.tile_m + d->num_experts + 1) *
             ((d->n + columns - 1) / columns); /* at most */
-    MOEI_REQUIRE(tiles <= MOEI_VARIANT_MAX_TILES, MOE_ERR_RANGE, num_rows);
+    MOE_REQUIRE(tiles <= MOEI_VARIANT_MAX_TILES, MOE_ERR_RANGE, num_rows);
     p->args = moei_gemm_args_of(d);
     p->plan = moei_variant_plan(v, &dev, tiles, moei_gemm_more(d));
     if (d->num_rows == 0) return MOE_OK;
@@ -341,12 +345,12 @@ MOE_HOST moe_status moei_gemm_settle(const moe_grouped_gemm_desc* d, moe_grouped
 }
 
 /* The same for one that has not been checked. */
-MOE_HOST moe_status moei_gemm_check_settle(const moe_grouped_gemm_desc* desc,
-                                           moe_grouped_gemm_prepared* p)
+MOE_HOST moe_status moei_gemm_check_resolve(const moe_grouped_gemm_desc* desc,
+                                            moe_grouped_gemm_prepared* p)
 {
     moe_grouped_gemm_desc d = *desc;
-    MOEI_TRY(moei_gemm_check(&d));
-    return moei_gemm_settle(&d, p);
+    MOE_TRY(moei_gemm_check(&d));
+    return moei_gemm_resolve(&d, p);
 }
 
 /* Settles a product: moe_grouped_gemm_run queues it any number of times. Keeps the addresses of
@@ -355,13 +359,13 @@ MOE_HOST moe_status moei_gemm_check_settle(const moe_grouped_gemm_desc* desc,
 MOE_HOST moe_status moe_grouped_gemm_prepare(const moe_grouped_gemm_desc* desc,
                                              moe_grouped_gemm_prepared* p)
 {
-    MOEI_RETURN_PREPARED(desc, p, moei_gemm_check_settle(desc, p));
+    MOE_RETURN_PREPARED(desc, p, moei_gemm_check_resolve(desc, p));
 }
 
 /* Queues a prepared product on `stream`. */
 MOE_HOST moe_status moe_grouped_gemm_run(const moe_grouped_gemm_prepared* p, cudaStream_t stream)
 {
-    MOEI_REQUIRE(p, MOE_ERR_NULL, desc);
+    MOE_REQUIRE(p, MOE_ERR_NULL, desc);
     return MOE_RUN(&p->launch, p->args, stream);
 }
 
@@ -369,8 +373,8 @@ MOE_HOST moe_status moe_grouped_gemm_run(const moe_grouped_gemm_prepared* p, cud
 MOE_HOST moe_status moe_grouped_gemm_plan(const moe_grouped_gemm_desc* desc, moe_gemm_plan* plan)
 {
     moe_grouped_gemm_prepared p;
-    MOEI_REQUIRE(desc && plan, MOE_ERR_NULL, desc);
-    MOEI_TRY(moe_grouped_gemm_prepare(desc, &p));
+    MOE_REQUIRE(desc && plan, MOE_ERR_NULL, desc);
+    MOE_TRY(moe_grouped_gemm_prepare(desc, &p));
     *plan = p.plan;
     return MOE_OK;
 }
@@ -379,7 +383,7 @@ MOE_HOST moe_status moe_grouped_gemm_plan(const moe_grouped_gemm_desc* desc, moe
 MOE_HOST moe_status moe_grouped_gemm(const moe_grouped_gemm_desc* desc, cudaStream_t stream)
 {
     moe_grouped_gemm_prepared p;
-    MOEI_TRY(moe_grouped_gemm_prepare(desc, &p));
+    MOE_TRY(moe_grouped_gemm_prepare(desc, &p));
     return moe_grouped_gemm_run(&p, stream);
 }
 

@@ -41,23 +41,24 @@
 #endif
 
 /* Versions of code that have a body: bf16 from sm_80, the largest tile where a block may have 190 KB. */
-#define MOEI_K_GEMM_LEAST(dtype, tm, tn)                                                          \
-    ((tm) * (tn) > 128 * 128 ? 90 : (dtype) == MOE_BF16 ? 80 : 75)
-#define MOEI_K_GEMM_MOST(tm, tn) ((tm) * (tn) <= 128 * 128 ? MOEI_CODE_ANY : 119)
+#define MOEI_K_GEMM_LEAST(dtype, tile_m, tile_n)                                                   \
+    ((tile_m) * (tile_n) > 128 * 128 ? 90 : (dtype) == MOE_BF16 ? 80 : 75)
+#define MOEI_K_GEMM_MOST(tile_m, tile_n) ((tile_m) * (tile_n) <= 128 * 128 ? MOEI_CODE_ANY : 119)
 
-#define MOEI_K_GEMM_KERNEL(name, tm, tn, kb, wm, wn, stages, blocks, suffix, dtype)               \
-    MOE_KERNEL((wm) * (wn) * 32, blocks)                                                          \
-    moei_k_gemm_##name##_##suffix(MOE_ARG(moe_k_grouped_gemm_args) d)                             \
-    {                                                                                             \
-        MOE_SHARED(moei_k_shared, s);                                                             \
-        MOE_SHARED_DYNAMIC(shared);                                                               \
-        moei_let_next_start();                                                                    \
-        moei_wait_for_previous();                                                                 \
-        if (MOEI_CODE_HERE(MOEI_K_GEMM_LEAST(dtype, tm, tn), MOEI_K_GEMM_MOST(tm, tn)) &&         \
-            !moei_fault_stopped(d.fault))                                                         \
-            moei_k_block(&d, shared, &s,                                                          \
-                         moe_gemm_shape_of(tm, tn, kb, wm, wn, stages, dtype, MOE_MAJOR_MN,       \
-                                           MOE_MAJOR_MN));                                        \
+#define MOEI_K_GEMM_KERNEL(name, tile_m, tile_n, tile_k, wm, wn, stages, blocks, suffix, dtype)    \
+    MOE_KERNEL((wm) * (wn)*32, blocks)                                                             \
+    moei_k_gemm_##name##_##suffix(MOE_ARG(moe_k_grouped_gemm_args) d)                              \
+    {                                                                                              \
+        MOE_SHARED(moei_k_shared, s);                                                              \
+        MOE_SHARED_DYNAMIC(shared);                                                                \
+        moe_pdl_trigger();                                                                         \
+        moe_pdl_wait();                                                                            \
+        if (MOEI_CODE_HERE(MOEI_K_GEMM_LEAST(dtype, tile_m, tile_n),                               \
+                           MOEI_K_GEMM_MOST(tile_m, tile_n)) &&                                    \
+            !moe_fault_stopped(d.fault))                                                           \
+            moei_k_block(&d, shared, &s,                                                           \
+                         moe_gemm_shape_of(tile_m, tile_n, tile_k, wm, wn, stages, dtype,          \
+                                           MOE_MAJOR_MN, MOE_MAJOR_MN));                           \
     }
 #define MOEI_K_GEMM_EXPAND(X, ...) X(__VA_ARGS__) /* a shape is six arguments */
 #define MOEI_K_GEMM_KERNEL_OF(...) MOEI_K_GEMM_EXPAND(MOEI_K_GEMM_KERNEL, __VA_ARGS__)
@@ -70,17 +71,17 @@ MOE_K_GEMM_DTYPE_LIST(MOEI_K_GEMM_KERNELS)
 
 /* In order of preference. */
 static const moei_variant moei_k_gemm_variants[] = {
-#define MOEI_K_GEMM_ROW(name, tm, tn, kb, wm, wn, stages, blocks, suffix, dtype)                  \
-    {(const void*)moei_k_gemm_##name##_##suffix,                                                  \
-     "moei_k_gemm_" #name "_" #suffix,                                                            \
-     MOE_GEMM_PATH_WMMA,                                                                          \
-     MOEI_SHAPE_INIT(tm, tn, kb, wm, wn, stages, dtype, MOE_MAJOR_MN, MOE_MAJOR_MN),              \
-     MOE_TILE_##name,                                                                             \
-     blocks,                                                                                      \
-     MOEI_RING_BYTES(1, tm, tn, kb, wm, wn, stages) +                                             \
-         MOEI_STRIPS_BYTES(tm, tn, kb, wm, wn, stages),                                           \
-     MOEI_K_GEMM_LEAST(dtype, tm, tn),                                                            \
-     MOEI_K_GEMM_MOST(tm, tn)},
+#define MOEI_K_GEMM_ROW(name, tile_m, tile_n, tile_k, wm, wn, stages, blocks, suffix, dtype)       \
+    {(const void*)moei_k_gemm_##name##_##suffix,                                                   \
+     "moei_k_gemm_" #name "_" #suffix,                                                             \
+     MOE_GEMM_PATH_WMMA,                                                                           \
+     MOEI_SHAPE_INIT(tile_m, tile_n, tile_k, wm, wn, stages, dtype, MOE_MAJOR_MN, MOE_MAJOR_MN),   \
+     MOE_TILE_##name,                                                                              \
+     blocks,                                                                                       \
+     MOEI_RING_BYTES(1, tile_m, tile_n, tile_k, wm, wn, stages) +                                  \
+         MOEI_STAGING_BYTES(tile_m, tile_n, tile_k, wm, wn, stages),                               \
+     MOEI_K_GEMM_LEAST(dtype, tile_m, tile_n),                                                     \
+     MOEI_K_GEMM_MOST(tile_m, tile_n)},
 #define MOEI_K_GEMM_ROW_OF(...) MOEI_K_GEMM_EXPAND(MOEI_K_GEMM_ROW, __VA_ARGS__)
 #define MOEI_K_GEMM_ROWS(suffix, dtype) MOEI_K_GEMM_TILE_LIST(MOEI_K_GEMM_ROW_OF, suffix, dtype)
     MOE_K_GEMM_DTYPE_LIST(MOEI_K_GEMM_ROWS)
@@ -107,75 +108,79 @@ MOE_HOST moe_status moei_k_check_side(int64_t* stride, int64_t* rows, int64_t co
 /* Refuses sizes and options that the header does not offer, and fills in the defaults. */
 MOE_HOST moe_status moei_k_check_options(moe_k_grouped_gemm_desc* d)
 {
-    MOEI_REQUIRE(d->num_experts >= 1 && d->num_experts <= MOE_MAX_EXPERTS, MOE_ERR_RANGE,
-                 num_experts);
-    MOEI_REQUIRE(d->num_rows >= 0 && d->num_rows <= MOE_K_GEMM_MAX_ROWS, MOE_ERR_RANGE, num_rows);
-    MOEI_REQUIRE(d->m >= 1 && d->m <= (1 << 28), MOE_ERR_RANGE, m);
-    MOEI_REQUIRE(d->m % 8 == 0, MOE_ERR_MULTIPLE, m);
-    MOEI_REQUIRE(d->n >= 1 && d->n <= (1 << 28), MOE_ERR_RANGE, n);
-    MOEI_REQUIRE(d->n % 8 == 0, MOE_ERR_MULTIPLE, n);
+    MOE_REQUIRE(d->num_experts >= 1 && d->num_experts <= MOE_MAX_EXPERTS, MOE_ERR_RANGE,
+                num_experts);
+    MOE_REQUIRE(d->num_rows >= 0 && d->num_rows <= MOE_K_GEMM_MAX_ROWS, MOE_ERR_RANGE, num_rows);
+    MOE_REQUIRE(d->m >= 1 && d->m <= (1 << 28), MOE_ERR_RANGE, m);
+    MOE_REQUIRE(d->m % 8 == 0, MOE_ERR_MULTIPLE, m);
+    MOE_REQUIRE(d->n >= 1 && d->n <= (1 << 28), MOE_ERR_RANGE, n);
+    MOE_REQUIRE(d->n % 8 == 0, MOE_ERR_MULTIPLE, n);
     if (d->dtype == 0) d->dtype = MOE_BF16;
-    MOEI_REQUIRE(d->dtype == MOE_BF16 || d->dtype == MOE_FP16, MOE_ERR_DTYPE, dtype);
+    MOE_REQUIRE(d->dtype == MOE_BF16 || d->dtype == MOE_FP16, MOE_ERR_DTYPE, dtype);
     if (d->c_dtype == 0) d->c_dtype = d->dtype;
-    MOEI_REQUIRE(d->c_dtype == d->dtype || d->c_dtype == MOE_FP32, MOE_ERR_DTYPE, c_dtype);
+    MOE_REQUIRE(d->c_dtype == d->dtype || d->c_dtype == MOE_FP32, MOE_ERR_DTYPE, c_dtype);
     if (d->a_div == 0) d->a_div = 1;
-    MOEI_REQUIRE(d->a_div >= 1, MOE_ERR_RANGE, a_div);
+    MOE_REQUIRE(d->a_div >= 1, MOE_ERR_RANGE, a_div);
     if (d->b_div == 0) d->b_div = 1;
-    MOEI_REQUIRE(d->b_div >= 1, MOE_ERR_RANGE, b_div);
-    MOEI_REQUIRE((d->accumulate | 1) == 1, MOE_ERR_OPTION, accumulate);
-    MOEI_REQUIRE(d->tile == 0 || d->tile == MOE_TILE_128x256 || d->tile == MOE_TILE_128x128 ||
-                     d->tile == MOE_TILE_64x64,
-                 MOE_ERR_OPTION, tile);
+    MOE_REQUIRE(d->b_div >= 1, MOE_ERR_RANGE, b_div);
+    MOE_REQUIRE((d->accumulate | 1) == 1, MOE_ERR_OPTION, accumulate);
+    MOE_REQUIRE(d->tile == 0 || d->tile == MOE_TILE_128x256 || d->tile == MOE_TILE_128x128 ||
+                    d->tile == MOE_TILE_64x64,
+                MOE_ERR_OPTION, tile);
     MOEI_REQUIRE_RANK(d);
-    MOEI_TRY(moei_k_check_side(&d->a_stride, &d->a_rows, d->m, d->num_rows, MOE_FIELD_a_stride,
-                               MOE_FIELD_a_rows));
-    MOEI_TRY(moei_k_check_side(&d->b_stride, &d->b_rows, d->n, d->num_rows, MOE_FIELD_b_stride,
-                               MOE_FIELD_b_rows));
+    MOE_TRY(moei_k_check_side(&d->a_stride, &d->a_rows, d->m, d->num_rows, MOE_FIELD_a_stride,
+                              MOE_FIELD_a_rows));
+    MOE_TRY(moei_k_check_side(&d->b_stride, &d->b_rows, d->n, d->num_rows, MOE_FIELD_b_stride,
+                              MOE_FIELD_b_rows));
     if (d->c_stride == 0) d->c_stride = d->n;
-    MOEI_REQUIRE(moei_stride_fits(d->c_stride, d->n, d->m), MOE_ERR_STRIDE, c_stride);
-    MOEI_REQUIRE(d->c_stride % 8 == 0, MOE_ERR_ALIGN, c_stride);
+    MOE_REQUIRE(moei_stride_fits(d->c_stride, d->n, d->m), MOE_ERR_STRIDE, c_stride);
+    MOE_REQUIRE(d->c_stride % 8 == 0, MOE_ERR_ALIGN, c_stride);
     if (d->c_expert_stride == 0) d->c_expert_stride = d->c_stride * d->m;
-    MOEI_REQUIRE(moei_stride_fits(d->c_expert_stride,
-                                  d->num_experts > 1 ? d->c_stride * (d->m - 1) + d->n : 0,
-                                  d->num_experts),
-                 MOE_ERR_STRIDE, c_expert_stride);
-    MOEI_REQUIRE(d->c_expert_stride % 8 == 0, MOE_ERR_ALIGN, c_expert_stride);
-    MOEI_REQUIRE(!(d->c && d->c_table), MOE_ERR_CONFLICT, c);
+    MOE_REQUIRE(moei_stride_fits(d->c_expert_stride,
+                                 d->num_experts > 1 ? d->c_stride * (d->m - 1) + d->n : 0,
+                                 d->num_experts),
+                MOE_ERR_STRIDE, c_expert_stride);
+    MOE_REQUIRE(d->c_expert_stride % 8 == 0, MOE_ERR_ALIGN, c_expert_stride);
+    MOE_REQUIRE(!(d->c && d->c_table), MOE_ERR_CONFLICT, c);
     return MOE_OK;
 }
 
 /* Refuses buffers that are absent, misaligned or overlap; options have been checked. */
 MOE_HOST moe_status moei_k_check_buffers(const moe_k_grouped_gemm_desc* d)
 {
-    const uint64_t E = (uint64_t)d->num_experts, R = (uint64_t)d->num_rows;
-    const uint64_t c = (E - 1) * (uint64_t)d->c_expert_stride * (d->c_dtype == MOE_FP32 ? 4u : 2u) +
-                       moei_extent(d->m, d->c_stride, d->n, d->c_dtype);
-    const int read = R ? MOEI_REQUIRED : MOEI_READ;
-    const moei_buffer b[] = {
-        {d->a, R ? moei_extent(d->a_rows, d->a_stride, d->m, d->dtype) : 0, 16, read, MOE_FIELD_a},
-        {d->b, R ? moei_extent(d->b_rows, d->b_stride, d->n, d->dtype) : 0, 16, read, MOE_FIELD_b},
-        {d->a_index, R * 4, 4, MOEI_READ, MOE_FIELD_a_index},
-        {d->b_index, R * 4, 4, MOEI_READ, MOE_FIELD_b_index},
-        {d->c_table, E * 8, 8, MOEI_READ, MOE_FIELD_c},
-        {d->expert_offset, E * 4 + 4, 4, E > 1 ? MOEI_REQUIRED : MOEI_READ,
-         MOE_FIELD_expert_offset},
-        {d->c, c, 16, d->c_table ? MOEI_WRITTEN : MOEI_REQUIRED | MOEI_WRITTEN, MOE_FIELD_c},
-        {d->fault, 8, 8, MOEI_WRITTEN, MOE_FIELD_fault}};
-    return moei_check_buffers(b, (int)(sizeof b / sizeof b[0]));
+    const uint64_t num_experts = (uint64_t)d->num_experts, num_rows = (uint64_t)d->num_rows;
+    const uint64_t c =
+        (num_experts - 1) * (uint64_t)d->c_expert_stride * (d->c_dtype == MOE_FP32 ? 4u : 2u) +
+        moe_extent(d->m, d->c_stride, d->n, d->c_dtype);
+    const int read = num_rows ? MOE_BUFFER_REQUIRED : MOE_BUFFER_READ;
+    const moe_buffer b[] = {
+        {d->a, num_rows ? moe_extent(d->a_rows, d->a_stride, d->m, d->dtype) : 0, 16, read,
+         MOE_FIELD_a},
+        {d->b, num_rows ? moe_extent(d->b_rows, d->b_stride, d->n, d->dtype) : 0, 16, read,
+         MOE_FIELD_b},
+        {d->a_index, num_rows * 4, 4, MOE_BUFFER_READ, MOE_FIELD_a_index},
+        {d->b_index, num_rows * 4, 4, MOE_BUFFER_READ, MOE_FIELD_b_index},
+        {d->c_table, num_experts * 8, 8, MOE_BUFFER_READ, MOE_FIELD_c},
+        {d->expert_offset, num_experts * 4 + 4, 4,
+         num_experts > 1 ? MOE_BUFFER_REQUIRED : MOE_BUFFER_READ, MOE_FIELD_expert_offset},
+        {d->c, c, 16, d->c_table ? MOE_BUFFER_WRITTEN : MOE_BUFFER_REQUIRED | MOE_BUFFER_WRITTEN,
+         MOE_FIELD_c},
+        {d->fault, 8, 8, MOE_BUFFER_WRITTEN, MOE_FIELD_fault}};
+    return moe_check_buffers(b, (int)(sizeof b / sizeof b[0]));
 }
 
 /* A product with all but its stream settled, for the device that was current. */
 typedef struct moe_k_grouped_gemm_prepared {
     moe_k_grouped_gemm_args args;
     moe_gemm_plan plan;
-    moei_launch launch;
+    moe_launch launch;
 } moe_k_grouped_gemm_prepared;
 
 /* Tiles of all experts. */
 MOE_HOST int64_t moei_k_num_tiles(const moe_k_grouped_gemm_desc* d, const moei_variant* v)
 {
-    return (((int64_t)d->m + v->shape.tm - 1) / v->shape.tm) *
-           (((int64_t)d->n + v->shape.tn - 1) / v->shape.tn) * d->num_experts;
+    return (((int64_t)d->m + v->shape.tile_m - 1) / v->shape.tile_m) *
+           (((int64_t)d->n + v->shape.tile_n - 1) / v->shape.tile_n) * d->num_experts;
 }
 
 /* Is the tile the caller's, or a good one for these sizes? */
@@ -221,31 +226,31 @@ MOE_HOST moe_k_grouped_gemm_args moei_k_args_of(const moe_k_grouped_gemm_desc* d
 }
 
 /* Fills in *p, which is empty. */
-MOE_HOST moe_status moei_k_settle(const moe_k_grouped_gemm_desc* desc,
-                                  moe_k_grouped_gemm_prepared* p)
+MOE_HOST moe_status moei_k_resolve(const moe_k_grouped_gemm_desc* desc,
+                                   moe_k_grouped_gemm_prepared* p)
 {
     moe_k_grouped_gemm_desc checked = *desc;
     const moe_k_grouped_gemm_desc* d = &checked;
-    moei_device dev;
-    MOEI_TRY(moei_k_check_options(&checked));
-    MOEI_TRY(moei_k_check_buffers(d));
-    MOEI_TRY(moei_device_query(&dev));
-    MOEI_REQUIRE(MOE_ON_HOST || d->dtype == MOE_FP16 || dev.major >= 8, MOE_ERR_DEVICE, dtype);
-    MOEI_REQUIRE(moei_variant_find(moei_k_gemm_variants, MOE_TILE_64x64, d->dtype, MOE_MAJOR_MN,
-                                   MOE_MAJOR_MN),
-                 MOE_ERR_NOT_COMPILED, dtype);
+    moe_device dev;
+    MOE_TRY(moei_k_check_options(&checked));
+    MOE_TRY(moei_k_check_buffers(d));
+    MOE_TRY(moe_device_query(&dev));
+    MOE_REQUIRE(MOE_ON_HOST || d->dtype == MOE_FP16 || dev.major >= 8, MOE_ERR_DEVICE, dtype);
+    MOE_REQUIRE(moei_variant_find(moei_k_gemm_variants, MOE_TILE_64x64, d->dtype, MOE_MAJOR_MN,
+                                  MOE_MAJOR_MN),
+                MOE_ERR_NOT_COMPILED, dtype);
     for (const moei_variant* v = moei_k_gemm_variants; v->kernel; ++v) {
         const int64_t tiles = moei_k_num_tiles(d, v);
         int runs;
         if (v->shape.dtype != d->dtype || !moei_k_suits(v, d, dev.sms)) continue;
-        MOEI_TRY(moei_variant_runs(v, &dev, 0, &runs));
+        MOE_TRY(moei_variant_runs(v, &dev, 0, &runs));
         if (!runs) continue;
-        MOEI_REQUIRE(tiles <= MOEI_VARIANT_MAX_TILES, MOE_ERR_RANGE, m);
+        MOE_REQUIRE(tiles <= MOEI_VARIANT_MAX_TILES, MOE_ERR_RANGE, m);
         p->args = moei_k_args_of(d);
         p->plan = moei_variant_plan(v, &dev, tiles, 0);
         return moei_variant_prepare(&p->launch, v, p->plan.blocks, 0);
     }
-    MOEI_REQUIRE(!d->tile, MOE_ERR_DEVICE, tile);
+    MOE_REQUIRE(!d->tile, MOE_ERR_DEVICE, tile);
     return MOE_STATUS(MOE_ERR_DEVICE, dtype); /* built without -arch=sm_80 or later, most often */
 }
 
@@ -254,14 +259,14 @@ MOE_HOST moe_status moei_k_settle(const moe_k_grouped_gemm_desc* desc,
 MOE_HOST moe_status moe_k_grouped_gemm_prepare(const moe_k_grouped_gemm_desc* desc,
                                                moe_k_grouped_gemm_prepared* p)
 {
-    MOEI_RETURN_PREPARED(desc, p, moei_k_settle(desc, p));
+    MOE_RETURN_PREPARED(desc, p, moei_k_resolve(desc, p));
 }
 
 /* Queues a prepared product on `stream`. */
 MOE_HOST moe_status moe_k_grouped_gemm_run(const moe_k_grouped_gemm_prepared* p,
                                            cudaStream_t stream)
 {
-    MOEI_REQUIRE(p, MOE_ERR_NULL, desc);
+    MOE_REQUIRE(p, MOE_ERR_NULL, desc);
     return MOE_RUN(&p->launch, p->args, stream);
 }
 
@@ -269,7 +274,7 @@ MOE_HOST moe_status moe_k_grouped_gemm_run(const moe_k_grouped_gemm_prepared* p,
 MOE_HOST moe_status moe_k_grouped_gemm(const moe_k_grouped_gemm_desc* desc, cudaStream_t stream)
 {
     moe_k_grouped_gemm_prepared p;
-    MOEI_TRY(moe_k_grouped_gemm_prepare(desc, &p));
+    MOE_TRY(moe_k_grouped_gemm_prepare(desc, &p));
     return moe_k_grouped_gemm_run(&p, stream);
 }
 

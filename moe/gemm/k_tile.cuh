@@ -1,8 +1,8 @@
-/* k_tile.cuh: the tiles of a k-grouped GEMM, one after another by one block: rows m .. m + tm - 1 and
-   columns n .. n + tn - 1 of one expert's C, over all rows of that expert that A and B both have.
+/* k_tile.cuh: the tiles of a k-grouped GEMM, one after another by one block: rows m .. m + tile_m - 1 and
+   columns n .. n + tile_n - 1 of one expert's C, over all rows of that expert that A and B both have.
 
    The ring, its steps and the epilogue are those of every tile (mainloop.cuh, steps.inl, epilogue.cuh).
-   Both operands lie along MN: a step is tk rows of each, copied 16 bytes at a time. Some warps find
+   Both operands lie along MN: a step is tile_k rows of each, copied 16 bytes at a time. Some warps find
    which rows: an index is read a step before it is resolved, and resolved two steps before the copies,
    so that no copy waits for it. Rows past an expert's last are zeros in both. */
 #ifndef MOE_GEMM_K_TILE_CUH
@@ -15,9 +15,9 @@
 
 /* ---- the loader ---- */
 
-#define MOEI_K_STEP 64 /* most rows of a step: tk of the largest tile */
+#define MOEI_K_STEP 64 /* most rows of a step: tile_k of the largest tile */
 
-/* Shared memory: where the rows of A and B lie that the next steps copy. Step number n has slot n % 4.
+/* Shared memory: where the rows of A and B lie that the next steps copy. Step number n has entry n % 4.
    An operand's row is copied where both operands have one. */
 typedef struct moei_k_shared {
     int64_t from[4][2][MOEI_K_STEP];       /* bytes from row 0; 0 where there is none */
@@ -29,13 +29,13 @@ typedef struct moei_k_rows {
     int32_t begin, end, tile;
 } moei_k_rows;
 
-/* What a thread copies next: of A and of B one 16-byte piece of some rows of each step. Two warps for
+/* What a thread copies next: of A and of B one 16-byte vector of some rows of each step. Two warps for
    each 32 rows of a step, of A and of B, find those two steps ahead: a lane has one row, whose index
    it reads three steps ahead. */
 typedef struct moei_k_loader {
-    const char *a, *b;      /* of the piece in row 0 */
-    int32_t a_keep, b_keep; /* bytes of the piece: 16, or 0 past the last column */
-    int32_t slot;           /* of the step to copy */
+    const char *a, *b;      /* of the vector in row 0 */
+    int32_t a_keep, b_keep; /* bytes of the vector: 16, or 0 past the last column */
+    int32_t entry;          /* of the step to copy */
     moei_k_rows copy, look; /* of the step to copy; of the index to read */
     int32_t index, at; /* of warps that find: read for the step to find next, and where it stood */
     moei_k_shared* shared;
@@ -62,33 +62,36 @@ MOE_DEVICE bool moei_k_rows_next(moei_k_rows* p, const moei_k_schedule* s, const
 MOE_DEVICE void moei_k_read(moei_k_loader* p, const moe_k_grouped_gemm_args* d,
                             const moei_k_schedule* s, const moe_gemm_shape f)
 {
-    const int32_t* index = moei_warp() % 2 == 0 ? d->a_index : d->b_index;
+    const int32_t* index = moe_warp() % 2 == 0 ? d->a_index : d->b_index;
     (void)moei_k_rows_next(&p->look, s, f);
-    p->at = p->look.begin + moei_warp() / 2 * MOEI_WARP + moei_lane();
+    p->at = p->look.begin + moe_warp() / 2 * MOE_WARP_SIZE + moe_lane();
     p->index = p->at >= p->look.end ? -1 : index ? index[p->at] : p->at;
-    p->look.begin += f.tk;
+    p->look.begin += f.tile_k;
 }
 
-MOE_DEVICE bool moei_k_finds(const moe_gemm_shape f) { return moei_warp() < f.tk / MOEI_WARP * 2; }
+MOE_DEVICE bool moei_k_finds(const moe_gemm_shape f)
+{
+    return moe_warp() < f.tile_k / MOE_WARP_SIZE * 2;
+}
 
-/* Warps that find: resolves the rows of the step with this slot, whose index has been read, and reads
+/* Warps that find: resolves the rows of the step with this entry, whose index has been read, and reads
    the next one's. */
 MOE_DEVICE void moei_k_find(moei_k_loader* p, const moe_k_grouped_gemm_args* d,
-                            const moei_k_schedule* s, int slot, const moe_gemm_shape f)
+                            const moei_k_schedule* s, int entry, const moe_gemm_shape f)
 {
     if (moei_k_finds(f)) {
-        const int side = moei_warp() % 2, part = moei_warp() / 2;
+        const int side = moe_warp() % 2, part = moe_warp() / 2;
         const int div = side == 0 ? d->a_div : d->b_div;
         int row = p->index;
         uint32_t have;
         if (div > 1 && row >= 0) row = row / div;
         if (row >= (side == 0 ? d->a_rows : d->b_rows) || row < -1) {
-            moei_fault_raise(d->fault, MOE_FAULT_BAD_ROW, d->rank, p->at);
+            moe_fault_raise(d->fault, MOE_FAULT_BAD_ROW, d->rank, p->at);
             row = -1;
         }
-        have = __ballot_sync(MOEI_FULL, row >= 0);
-        if (moei_lane() == 0) p->shared->have[slot][side][part] = have;
-        p->shared->from[slot][side][part * MOEI_WARP + moei_lane()] =
+        have = __ballot_sync(MOE_FULL_WARP, row >= 0);
+        if (moe_lane() == 0) p->shared->have[entry][side][part] = have;
+        p->shared->from[entry][side][part * MOE_WARP_SIZE + moe_lane()] =
             row < 0 ? 0 : row * (side == 0 ? d->a_stride : d->b_stride) * 2;
         moei_k_read(p, d, s, f);
     }
@@ -100,8 +103,8 @@ MOE_DEVICE void moei_k_loader_columns(moei_k_loader* p, const moe_k_grouped_gemm
 {
     if (p->copy.tile < s->num_tiles) {
         const moe_tile_position t = moei_k_schedule_tile(s, p->copy.tile, f);
-        const int i = t.row + (int)threadIdx.x % (f.tm / 8) * 8;
-        const int j = t.column + (int)threadIdx.x % (f.tn / 8) * 8;
+        const int i = t.row + (int)threadIdx.x % (f.tile_m / 8) * 8;
+        const int j = t.column + (int)threadIdx.x % (f.tile_n / 8) * 8;
         p->a = (const char*)d->a + (i < d->m ? i : 0) * 2;
         p->b = (const char*)d->b + (j < d->n ? j : 0) * 2;
         p->a_keep = i < d->m ? 16 : 0;
@@ -117,7 +120,7 @@ MOE_DEVICE void moei_k_loader_begin(moei_k_loader* p, const moe_k_grouped_gemm_a
 {
     const moe_tile_position t = moei_k_schedule_tile(s, (int)blockIdx.x, f);
     p->shared = shared;
-    p->slot = 0;
+    p->entry = 0;
     p->copy.begin = t.begin;
     p->copy.end = t.end;
     p->copy.tile = (int)blockIdx.x;
@@ -135,21 +138,21 @@ MOE_DEVICE void moei_k_loader_advance(moei_k_loader* p, const moe_k_grouped_gemm
 {
     (void)step;
     if (moei_k_rows_next(&p->copy, s, f)) moei_k_loader_columns(p, d, s, f);
-    moei_k_find(p, d, s, (p->slot + 2) & 3, f);
+    moei_k_find(p, d, s, (p->entry + 2) & 3, f);
 }
 
 /* Copies part `part` of `parts` of one operand's rows of a step, those of the bits `have`. */
-MOE_DEVICE void moei_k_copy(const int64_t* from, const uint32_t* have, const char* piece, int keep,
+MOE_DEVICE void moei_k_copy(const int64_t* from, const uint32_t* have, const char* vector, int keep,
                             uint16_t* stage, const int part, const int parts, const int width,
                             const moe_gemm_shape f)
 {
     const int column = (int)threadIdx.x % (width / 8) * 8, line = (int)threadIdx.x / (width / 8);
     const int each = f.threads / (width / 8); /* lines of a pass, 32 or a part of that */
-    MOEI_UNROLL
-    for (int i = part; i < f.tk / each; i += parts) {
+    MOE_UNROLL
+    for (int i = part; i < f.tile_k / each; i += parts) {
         const uint32_t bits = have[i * each / 32] >> i * each % 32;
         moei_copy16_async(stage + moei_swizzled(i * each + line, column, width),
-                          piece + from[i * each + line], bits >> line & 1 ? keep : 0);
+                          vector + from[i * each + line], bits >> line & 1 ? keep : 0);
     }
 }
 
@@ -160,13 +163,14 @@ MOE_DEVICE void moei_k_loader_copy(moei_k_loader* p, const moe_k_grouped_gemm_ar
     const moei_k_shared* s = p->shared;
     uint32_t have[MOEI_K_STEP / 32];
     (void)d;
-    MOEI_UNROLL
-    for (int i = 0; i < f.tk / 32; ++i) have[i] = s->have[p->slot][0][i] & s->have[p->slot][1][i];
-    moei_k_copy(s->from[p->slot][0], have, p->a, p->a_keep, sa, part, parts, f.tm, f);
-    moei_k_copy(s->from[p->slot][1], have, p->b, p->b_keep, sb, part, parts, f.tn, f);
+    MOE_UNROLL
+    for (int i = 0; i < f.tile_k / 32; ++i)
+        have[i] = s->have[p->entry][0][i] & s->have[p->entry][1][i];
+    moei_k_copy(s->from[p->entry][0], have, p->a, p->a_keep, sa, part, parts, f.tile_m, f);
+    moei_k_copy(s->from[p->entry][1], have, p->b, p->b_keep, sb, part, parts, f.tile_n, f);
     if (part < parts - 1) return;
-    p->copy.begin += f.tk;
-    p->slot = (p->slot + 1) & 3;
+    p->copy.begin += f.tile_k;
+    p->entry = (p->entry + 1) & 3;
 }
 
 #define MOEI_LOADER moei_k_loader
@@ -193,7 +197,7 @@ MOE_DEVICE bool moei_k_good(const moe_k_grouped_gemm_args* d, const moei_groups*
         bad |= !moei_expert_good(g, e, d->fault, d->rank);
         if (!c || (c & 15) != 0) {
             bad = true;
-            moei_fault_raise(d->fault, MOE_FAULT_BAD_TABLE, d->rank, e);
+            moe_fault_raise(d->fault, MOE_FAULT_BAD_TABLE, d->rank, e);
         }
     }
     return !__syncthreads_or(bad);
@@ -217,9 +221,9 @@ MOE_DEVICE_BODY void moei_k_block(const moe_k_grouped_gemm_args* d, unsigned cha
                                   moei_k_shared* s, const moe_gemm_shape f)
 {
     uint16_t* ring = (uint16_t*)shared;
-    float* strip = (float*)(ring + f.stages * (f.tm + f.tn) * f.tk) +
-                   moei_warp() * moei_strip_floats(f.wn);
-    const int warp_m = moei_warp() % f.warps_m, warp_n = moei_warp() / f.warps_m;
+    float* staging = (float*)(ring + f.stages * (f.tile_m + f.tile_n) * f.tile_k) +
+                     moe_warp() * moei_staging_floats(f.wn);
+    const int warp_m = moe_warp() % f.warps_m, warp_n = moe_warp() / f.warps_m;
     const moei_groups groups = {d->expert_offset, d->num_experts, d->num_rows};
     moei_ring r = moei_ring_of(ring, f);
     moei_k_schedule tiles;
@@ -237,10 +241,11 @@ MOE_DEVICE_BODY void moei_k_block(const moe_k_grouped_gemm_args* d, unsigned cha
         moei_mma_c acc[4][4];
         moei_tile_zero(acc, f);
         if (t.end > t.begin)
-            moei_k_tile_steps(acc, &load, &r, d, &tiles, (t.end - t.begin + f.tk - 1) / f.tk, f);
+            moei_k_tile_steps(acc, &load, &r, d, &tiles,
+                              (t.end - t.begin + f.tile_k - 1) / f.tile_k, f);
         whole.begin = 0;
         whole.end = d->m;
-        moei_epilogue_warp(&c, d->n, &whole, acc, strip, t.row + warp_m * f.wm,
+        moei_epilogue_warp(&c, d->n, &whole, acc, staging, t.row + warp_m * f.wm,
                            t.column + warp_n * f.wn, f);
     }
     moei_copy_wait(0); /* the steps past the last tile */

@@ -1,13 +1,13 @@
 /* mma.cuh: one 16 x 16 x 16 tensor-core product of a warp behind plain functions: WMMA, written
-   with the instructions that nvcuda::wmma compiles to (ldmatrix, mma.sync), so that a piece may be
+   with the instructions that nvcuda::wmma compiles to (ldmatrix, mma.sync), so that a fragment may be
    loaded along either axis at run time and a product may be left out. The one file that names
    them; on the CPU the stand-in of host/mma.h has the same functions.
 
-     moei_mma_a, moei_mma_b   a 16 x 16 piece of A [M, K] or B [K, N], fp16 or bf16
-     moei_mma_c               a 16 x 16 piece of C, fp32; x[MOEI_MMA_C_ELEMS] of each lane
+     moei_mma_a, moei_mma_b   a 16 x 16 fragment of A [M, K] or B [K, N], fp16 or bf16
+     moei_mma_c               a 16 x 16 fragment of C, fp32; x[MOEI_MMA_C_ELEMS] of each lane
 
-   dtype is a literal where these are called. Callers lean on no layout of a piece among the lanes;
-   it is the same for all C pieces. All 32 lanes call together; addresses in shared memory. Of loads
+   dtype is a literal where these are called. Callers lean on no layout of a fragment among the lanes;
+   it is the same for all C fragments. All 32 lanes call together; addresses in shared memory. Of loads
    they are 32-byte aligned, and ld is 32 or a multiple of 64. fp16 from sm_75, bf16 from sm_80. */
 #ifndef MOE_GEMM_MMA_CUH
 #define MOE_GEMM_MMA_CUH
@@ -46,8 +46,8 @@ MOE_DEVICE void moei_mma_load(uint32_t* x, const uint16_t* row)
                  : "memory");
 }
 
-/* The same, each turned on the way. */
-MOE_DEVICE void moei_mma_load_turned(uint32_t* x, const uint16_t* row)
+/* The same, each matrix transposed on the way. */
+MOE_DEVICE void moei_mma_load_transposed(uint32_t* x, const uint16_t* row)
 {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
@@ -55,52 +55,52 @@ MOE_DEVICE void moei_mma_load_turned(uint32_t* x, const uint16_t* row)
                  : "memory");
 }
 
-/* The row of 8 elements that a lane names in a 16 x 16 piece: matrices 1 and 2 lie below one
-   another and beside one another, or the other way round. */
-MOE_DEVICE int moei_mma_line(int across)
+/* The 8 elements that a lane names to ldmatrix in a 16 x 16 fragment: their line, and the first one
+   in that. Of the four 8 x 8 matrices number 1 lies in the next lines; with swap, in the same lines. */
+MOE_DEVICE int moei_mma_lane_line(int swap)
 {
-    return across ? (moei_lane() & 7) + (moei_lane() >> 4) * 8 : moei_lane() & 15;
+    return swap ? (moe_lane() & 7) + (moe_lane() >> 4) * 8 : moe_lane() & 15;
 }
-MOE_DEVICE int moei_mma_beside(int across)
+MOE_DEVICE int moei_mma_lane_element(int swap)
 {
-    return (across ? moei_lane() >> 3 & 1 : moei_lane() >> 4) * 8;
+    return (swap ? moe_lane() >> 3 & 1 : moe_lane() >> 4) * 8;
 }
 
-/* Loads piece (row + m, k) of A, or (k, row + n) of B, out of a stage whose lines of ld elements are
+/* Loads fragment (row + m, k) of A, or (k, row + n) of B, out of a stage whose lines of ld elements are
    swizzled (swizzle.h): along K lines are rows of A and columns of B, along MN depths. row is where
    the warp's rows (or columns) begin, a multiple of their number, 16, 32 or 64; m and n, below that
    number, and k are multiples of 16. A lane's own part, in which row is, is made once: lane =
    moei_mma_lane_a(row, ld, major), or _b. */
 MOE_DEVICE int moei_mma_lane_a(int row, int ld, int major)
 {
-    const int across = major == MOE_MAJOR_MN;
-    const int line = moei_mma_line(across), e = moei_mma_beside(across);
-    return across ? moei_swizzled(line, row + e, ld) : moei_swizzled(row + line, e, ld);
+    const int mn_major = major == MOE_MAJOR_MN;
+    const int line = moei_mma_lane_line(mn_major), e = moei_mma_lane_element(mn_major);
+    return mn_major ? moei_swizzled(line, row + e, ld) : moei_swizzled(row + line, e, ld);
 }
 MOE_DEVICE int moei_mma_lane_b(int row, int ld, int major)
 {
-    const int across = major == MOE_MAJOR_K;
-    const int line = moei_mma_line(across), e = moei_mma_beside(across);
-    return across ? moei_swizzled(row + line, e, ld) : moei_swizzled(line, row + e, ld);
+    const int k_major = major == MOE_MAJOR_K;
+    const int line = moei_mma_lane_line(k_major), e = moei_mma_lane_element(k_major);
+    return k_major ? moei_swizzled(row + line, e, ld) : moei_swizzled(line, row + e, ld);
 }
 MOE_DEVICE void moei_mma_load_a(moei_mma_a* f, const uint16_t* stage, int lane, const int m, int k,
                                 int ld, const int dtype, const int major)
 {
     (void)dtype;
     if (major == MOE_MAJOR_K) moei_mma_load(f->x, stage + (lane ^ k) + m * ld);
-    else moei_mma_load_turned(f->x, stage + (lane ^ m) + k * ld);
+    else moei_mma_load_transposed(f->x, stage + (lane ^ m) + k * ld);
 }
 MOE_DEVICE void moei_mma_load_b(moei_mma_b* f, const uint16_t* stage, int lane, const int n, int k,
                                 int ld, const int dtype, const int major)
 {
     (void)dtype;
     if (major == MOE_MAJOR_K) moei_mma_load(f->x, stage + (lane ^ k) + n * ld);
-    else moei_mma_load_turned(f->x, stage + (lane ^ n) + k * ld);
+    else moei_mma_load_transposed(f->x, stage + (lane ^ n) + k * ld);
 }
 
 MOE_DEVICE void moei_mma_zero(moei_mma_c* c)
 {
-    MOEI_UNROLL
+    MOE_UNROLL
     for (int i = 0; i < MOEI_MMA_C_ELEMS; ++i) c->x[i] = 0.0f;
 }
 
@@ -150,30 +150,30 @@ MOE_DEVICE void moei_mma(moei_mma_c* c, const moei_mma_a* a, const moei_mma_b* b
     moei_mma_if(c, a, b, dtype, 1);
 }
 
-/* Rows of the piece at p, ld floats apart. */
+/* Rows of the fragment at p, ld floats apart. */
 MOE_DEVICE void moei_mma_store(float* p, const moei_mma_c* c, int ld)
 {
-    p += (moei_lane() >> 2) * ld + (moei_lane() & 3) * 2;
-    MOEI_UNROLL
+    p += (moe_lane() >> 2) * ld + (moe_lane() & 3) * 2;
+    MOE_UNROLL
     for (int i = 0; i < 4; ++i)
         *(float2*)(p + (i & 1) * 8 * ld + (i >> 1) * 8) = make_float2(c->x[2 * i], c->x[2 * i + 1]);
 }
 
-/* Rows of the piece, rounded to fp16 or bf16, at p, ld elements apart. */
+/* Rows of the fragment, rounded to fp16 or bf16, at p, ld elements apart. */
 MOE_DEVICE void moei_mma_store_half(uint16_t* p, const moei_mma_c* c, int ld, const int dtype)
 {
-    p += (moei_lane() >> 2) * ld + (moei_lane() & 3) * 2;
-    MOEI_UNROLL
+    p += (moe_lane() >> 2) * ld + (moe_lane() & 3) * 2;
+    MOE_UNROLL
     for (int i = 0; i < 4; ++i)
         *(uint32_t*)(p + (i & 1) * 8 * ld + (i >> 1) * 8) =
-            moei_pack2(c->x[2 * i], c->x[2 * i + 1], dtype);
+            moe_pack2(c->x[2 * i], c->x[2 * i + 1], dtype);
 }
 
-/* Columns of the piece at p, ld floats apart. */
-MOE_DEVICE void moei_mma_store_turned(float* p, const moei_mma_c* c, int ld)
+/* Columns of the fragment at p, ld floats apart. */
+MOE_DEVICE void moei_mma_store_transposed(float* p, const moei_mma_c* c, int ld)
 {
-    p += (moei_lane() >> 2) + (moei_lane() & 3) * 2 * ld;
-    MOEI_UNROLL
+    p += (moe_lane() >> 2) + (moe_lane() & 3) * 2 * ld;
+    MOE_UNROLL
     for (int i = 0; i < 8; ++i) p[((i >> 2) * 8 + (i & 1)) * ld + (i >> 1 & 1) * 8] = c->x[i];
 }
 

@@ -48,7 +48,7 @@ MOE_DEVICE bool moei_expert_good(const moei_groups* g, int e, uint64_t* fault, i
 {
     const int begin = moei_expert_begin(g, e), end = moei_expert_end(g, e);
     if (begin >= 0 && end >= begin && end <= g->num_rows) return true;
-    moei_fault_raise(fault, MOE_FAULT_BAD_OFFSET, rank, e);
+    moe_fault_raise(fault, MOE_FAULT_BAD_OFFSET, rank, e);
     return false;
 }
 
@@ -64,7 +64,7 @@ typedef struct moei_schedule {
 
 /* Fills tile_start; all threads of the block call it. Returns the number of tiles, or -1 when the
    offsets make no sense, which sets the fault word. */
-MOE_DEVICE int moei_schedule_build(const moei_schedule* s, moei_block_scan_scratch* scratch,
+MOE_DEVICE int moei_schedule_build(const moei_schedule* s, moe_block_scan_scratch* scratch,
                                    uint64_t* fault, int rank, const int tile_rows)
 {
     int before = 0, bad = 0;
@@ -80,7 +80,7 @@ MOE_DEVICE int moei_schedule_build(const moei_schedule* s, moei_block_scan_scrat
                 tiles = (end - first + tile_rows - 1) / tile_rows * s->column_tiles;
             }
         }
-        at = moei_block_exclusive_scan(tiles, scratch, &total);
+        at = moe_block_exclusive_scan(tiles, scratch, &total);
         if (e < s->groups.num_experts) s->tile_start[e] = before + at;
         before += total;
     }
@@ -127,8 +127,8 @@ MOE_DEVICE moei_k_schedule moei_k_schedule_of(const moei_groups g, int m, int n,
 {
     moei_k_schedule s;
     s.groups = g;
-    s.row_tiles = (m + f.tm - 1) / f.tm;
-    s.column_tiles = (n + f.tn - 1) / f.tn;
+    s.row_tiles = (m + f.tile_m - 1) / f.tile_m;
+    s.column_tiles = (n + f.tile_n - 1) / f.tile_n;
     s.num_tiles = s.row_tiles * s.column_tiles * g.num_experts;
     return s;
 }
@@ -142,8 +142,8 @@ MOE_DEVICE moe_tile_position moei_k_schedule_tile(const moei_k_schedule* s, int 
     t.expert = index / each;
     t.begin = moei_expert_begin(&s->groups, t.expert);
     t.end = moei_expert_end(&s->groups, t.expert);
-    t.row = local % s->row_tiles * f.tm;
-    t.column = local / s->row_tiles * f.tn;
+    t.row = local % s->row_tiles * f.tile_m;
+    t.column = local / s->row_tiles * f.tile_n;
     return t;
 }
 

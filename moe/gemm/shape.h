@@ -8,17 +8,17 @@
 #include "../base/types.h"
 
 typedef struct moe_gemm_shape {
-    int32_t tm, tn, tk;       /* rows of A, rows or columns of B of a tile; depth of a step */
+    int32_t tile_m, tile_n, tile_k; /* rows of A, rows or columns of B of a tile; depth of a step */
     int32_t warps_m, warps_n; /* along rows and columns */
     int32_t stages;           /* of the ring, 2 or more; of a grouped GEMM 3; 1: no ring */
     int32_t dtype;            /* MOE_FP16 or MOE_BF16 */
     int32_t a_major, b_major; /* MOE_MAJOR_* */
     int32_t wm, wn, threads;  /* of a warp's tile; of a block */
-    int32_t terms;            /* 1; else B is a sum of `terms` matrices, 2 or 3: a stage has the tile
-                                 of each (router/split.cuh) */
+    int32_t terms; /* 1; else B is a sum of `terms` matrices, 2 or 3: a stage has the tile
+                                 of each (router/bf16_split.cuh) */
 } moe_gemm_shape;
 
-/* The first six, for moe_gemm_shape_of: a pass of copies has 32 rows (threads * 8 / tk), a warp's tile
+/* The first six, for moe_gemm_shape_of: a pass of copies has 32 rows (threads * 8 / tile_k), a warp's tile
    is at most 64 x 64. */
 #define MOE_GEMM_SHAPE_128x256 128, 256, 64, 2, 4, 3
 #define MOE_GEMM_SHAPE_128x128 128, 128, 32, 2, 2, 3
@@ -28,19 +28,23 @@ typedef struct moe_gemm_shape {
 /* A shape in a table: the arguments of moe_gemm_shape_of; with terms before them. */
 #define MOEI_SHAPE_INIT(...) MOEI_SHAPE_INIT_(1, __VA_ARGS__)
 #define MOEI_SHAPE_INIT_TERMS(...) MOEI_SHAPE_INIT_(__VA_ARGS__)
-#define MOEI_SHAPE_INIT_(terms, tm, tn, tk, warps_m, warps_n, stages, dtype, a_major, b_major)    \
-    {tm,      tn,      tk,                 warps_m,            warps_n,                 stages, dtype, \
-     a_major, b_major, (tm) / (warps_m), (tn) / (warps_n), (warps_m) * (warps_n) * 32, terms}
+#define MOEI_SHAPE_INIT_(terms, tile_m, tile_n, tile_k, warps_m, warps_n, stages, dtype, a_major,  \
+                         b_major)                                                                  \
+    {                                                                                              \
+        tile_m, tile_n, tile_k, warps_m, warps_n, stages, dtype, a_major, b_major,                 \
+            (tile_m) / (warps_m), (tile_n) / (warps_n), (warps_m) * (warps_n)*32, terms            \
+    }
 
 /* moe_gemm_shape_of(MOE_GEMM_SHAPE_64x64, MOE_BF16, MOE_MAJOR_K, MOE_MAJOR_K) */
-MOE_HOST_DEVICE moe_gemm_shape moe_gemm_shape_of(int tm, int tn, int tk, int warps_m, int warps_n,
-                                                 int stages, int dtype, int a_major, int b_major)
+MOE_HOST_DEVICE moe_gemm_shape moe_gemm_shape_of(int tile_m, int tile_n, int tile_k, int warps_m,
+                                                 int warps_n, int stages, int dtype, int a_major,
+                                                 int b_major)
 {
     moe_gemm_shape f;
-    f.tm = tm, f.tn = tn, f.tk = tk;
+    f.tile_m = tile_m, f.tile_n = tile_n, f.tile_k = tile_k;
     f.warps_m = warps_m, f.warps_n = warps_n, f.stages = stages;
     f.dtype = dtype, f.a_major = a_major, f.b_major = b_major;
-    f.wm = tm / warps_m, f.wn = tn / warps_n, f.threads = warps_m * warps_n * 32;
+    f.wm = tile_m / warps_m, f.wn = tile_n / warps_n, f.threads = warps_m * warps_n * 32;
     f.terms = 1;
     return f;
 }
@@ -62,7 +66,7 @@ MOE_HOST_DEVICE moe_gemm_shape moei_shape_terms(moe_gemm_shape f, int terms)
 /* Elements of a stage: A, then B's terms. */
 MOE_HOST_DEVICE int moei_stage_elems(const moe_gemm_shape f)
 {
-    return (f.tm + f.terms * f.tn) * f.tk;
+    return (f.tile_m + f.terms * f.tile_n) * f.tile_k;
 }
 
 /* Bytes of the ring of stages; of the strips that warps store through, 16 rows of fp32 each. */
@@ -70,19 +74,19 @@ MOE_HOST_DEVICE size_t moei_ring_bytes(const moe_gemm_shape f)
 {
     return (size_t)f.stages * 2 * (size_t)moei_stage_elems(f);
 }
-MOE_HOST_DEVICE int moei_strip_pitch(int wn) { return wn + 8; } /* floats between rows */
-MOE_HOST_DEVICE int moei_strip_floats(int wn) { return 16 * moei_strip_pitch(wn); }
-MOE_HOST_DEVICE size_t moei_strips_bytes(const moe_gemm_shape f)
+MOE_HOST_DEVICE int moei_staging_pitch(int wn) { return wn + 8; } /* floats between rows */
+MOE_HOST_DEVICE int moei_staging_floats(int wn) { return 16 * moei_staging_pitch(wn); }
+MOE_HOST_DEVICE size_t moei_staging_bytes(const moe_gemm_shape f)
 {
-    return (size_t)f.threads / 32 * (size_t)moei_strip_floats(f.wn) * 4;
+    return (size_t)f.threads / 32 * (size_t)moei_staging_floats(f.wn) * 4;
 }
 
 /* The same as constants, for a table: of a MOE_GEMM_SHAPE_*. */
 #define MOEI_RING_BYTES(terms, ...) MOEI_RING_BYTES_(terms, __VA_ARGS__)
-#define MOEI_RING_BYTES_(terms, tm, tn, tk, warps_m, warps_n, stages)                              \
-    (2 * (stages) * ((tm) + (terms) * (tn)) * (tk))
-#define MOEI_STRIPS_BYTES(...) MOEI_STRIPS_BYTES_(__VA_ARGS__)
-#define MOEI_STRIPS_BYTES_(tm, tn, tk, warps_m, warps_n, stages)                                   \
-    (4 * 16 * (warps_m) * ((tn) + 8 * (warps_n)))
+#define MOEI_RING_BYTES_(terms, tile_m, tile_n, tile_k, warps_m, warps_n, stages)                  \
+    (2 * (stages) * ((tile_m) + (terms) * (tile_n)) * (tile_k))
+#define MOEI_STAGING_BYTES(...) MOEI_STRIPS_BYTES_(__VA_ARGS__)
+#define MOEI_STRIPS_BYTES_(tile_m, tile_n, tile_k, warps_m, warps_n, stages)                       \
+    (4 * 16 * (warps_m) * ((tile_n) + 8 * (warps_n)))
 
 #endif

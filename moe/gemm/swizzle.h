@@ -1,7 +1,7 @@
 /* swizzle.h: the places of 16-bit elements in a stage of shared memory whose lines follow one
    another without padding.
 
-   The 16-byte pieces of each 128 bytes change places with the line's number, so that eight pieces
+   The 16-byte vectors of each 128 bytes change places with the line's number, so that eight vectors
    below one another, a matrix of ldmatrix, lie in different banks. Padding the lines does that too;
    but then a warp's cp.async of 128 bytes goes to two 128-byte lines of shared memory, is cut in
    two, and L2 is asked for half as much again. */

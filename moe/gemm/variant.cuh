@@ -42,7 +42,7 @@ typedef struct moei_variant {
 /* Tells whether a block's shared memory fits and this binary holds a body of the kernel for the
    current device: code built for less than the device (no -arch, say) may lack it. The CPU runs all
    that any code has. */
-MOE_HOST moe_status moei_variant_runs(const moei_variant* v, const moei_device* dev, size_t more,
+MOE_HOST moe_status moei_variant_runs(const moei_variant* v, const moe_device* dev, size_t more,
                                       int* runs)
 {
     size_t smem = v->smem + more;
@@ -50,7 +50,7 @@ MOE_HOST moe_status moei_variant_runs(const moei_variant* v, const moei_device* 
 #if !MOE_ON_HOST
     {
         cudaFuncAttributes fa;
-        MOEI_TRY_CUDA(cudaFuncGetAttributes(&fa, v->kernel));
+        MOE_TRY_CUDA(cudaFuncGetAttributes(&fa, v->kernel));
         *runs = fa.ptxVersion >= v->least && fa.ptxVersion <= v->most;
         smem += fa.sharedSizeBytes;
     }
@@ -71,11 +71,11 @@ MOE_HOST const moei_variant* moei_variant_find(const moei_variant* table, int ti
 }
 
 /* Settles a launch of `blocks` blocks, which may start before the kernel ahead has ended: every kernel
-   of a table calls moei_wait_for_previous. */
-MOE_HOST moe_status moei_variant_prepare(moei_launch* l, const moei_variant* v, int64_t blocks,
+   of a table calls moe_pdl_wait. */
+MOE_HOST moe_status moei_variant_prepare(moe_launch* l, const moei_variant* v, int64_t blocks,
                                          size_t more)
 {
-    moei_launch_config c = moei_grid(blocks, v->shape.threads, v->smem + more, 0);
+    moe_launch_config c = moe_grid(blocks, v->shape.threads, v->smem + more, 0);
     c.dependent = 1;
     return moei_launch_prepare(l, v->kernel, v->name, &c);
 }
@@ -85,7 +85,7 @@ MOE_HOST moe_status moei_variant_prepare(moei_launch* l, const moei_variant* v, 
 
 /* What a launch of persistent blocks will run: as many as the device holds at one time, at most one
    for each of `tiles`. */
-MOE_HOST moe_gemm_plan moei_variant_plan(const moei_variant* v, const moei_device* dev,
+MOE_HOST moe_gemm_plan moei_variant_plan(const moei_variant* v, const moe_device* dev,
                                          int64_t tiles, size_t more)
 {
     const size_t smem = v->smem + more;
@@ -95,9 +95,9 @@ MOE_HOST moe_gemm_plan moei_variant_plan(const moei_variant* v, const moei_devic
     if (per_sm < 1) per_sm = 1;
     p.path = MOE_ON_HOST ? MOE_GEMM_PATH_HOST : v->path;
     p.tile = v->tile;
-    p.tile_m = v->shape.tm;
-    p.tile_n = v->shape.tn;
-    p.tile_k = v->shape.tk;
+    p.tile_m = v->shape.tile_m;
+    p.tile_n = v->shape.tile_n;
+    p.tile_k = v->shape.tile_k;
     p.stages = v->shape.stages;
     p.threads = v->shape.threads;
     p.blocks = (int32_t)(tiles < per_sm * dev->sms ? tiles : per_sm * dev->sms);
@@ -108,7 +108,7 @@ MOE_HOST moe_gemm_plan moei_variant_plan(const moei_variant* v, const moei_devic
 /* Loads all kernels of a table now. */
 MOE_HOST moe_status moei_variant_preload(const moei_variant* table)
 {
-    for (; table->kernel; ++table) MOEI_TRY(moei_preload(table->kernel));
+    for (; table->kernel; ++table) MOE_TRY(moe_preload_kernel(table->kernel));
     return MOE_OK;
 }
 

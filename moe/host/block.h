@@ -37,7 +37,7 @@ __attribute__((noinline)) inline void moeh_spin()
 }
 
 /* Waits until `ready()` is true: the primitive that a stand-in for an mbarrier is built on. */
-template <class F> inline void moeh_wait_until(F ready)
+template <class Function> inline void moeh_wait_until(Function ready)
 {
     while (!ready()) moeh_spin();
 }

@@ -10,7 +10,7 @@
    virtual devices (MOE_HOST_DEVICES) share the one scheduler.
 
    What it refuses, as a GPU would or worse: see sched.h. MOE_HOST_PRELOAD=1 or
-   moeh_require_preload(1) also refuses launches of kernels that moei_preload was not given.
+   moeh_require_preload(1) also refuses launches of kernels that moe_preload_kernel was not given.
 
    What it cannot show: missing fences, bank conflicts, speed, the rounding of tensor cores, a
    race between two threads that no barrier or warp intrinsic separates in either order. A polling

@@ -14,17 +14,17 @@
 
 #include "block.h"
 
-template <class T> inline T moeh_sum(T a, T b) { return a + b; }
+template <class Type> inline Type moeh_sum(Type a, Type b) { return a + b; }
 inline int moeh_sum(int a, int b) { return (int)((unsigned)a + (unsigned)b); }
 
-/* The value has the type that p points to, whatever is passed: common_type<T> is T, not deduced. */
-#define MOEH_ATOMIC(name, expression)                                                             \
-    template <class T> inline T name(T* p, typename std::common_type<T>::type v)                  \
-    {                                                                                             \
-        moeh_check_aligned(p, sizeof *p, #name " of a misaligned address");                       \
-        const T old = *(volatile T*)p;                                                            \
-        *(volatile T*)p = (expression);                                                           \
-        return old;                                                                               \
+/* The value has the type that p points to, whatever is passed: common_type<Type> is Type, not deduced. */
+#define MOEH_ATOMIC(name, expression)                                                              \
+    template <class Type> inline Type name(Type* p, typename std::common_type<Type>::type v)       \
+    {                                                                                              \
+        moeh_check_aligned(p, sizeof *p, #name " of a misaligned address");                        \
+        const Type old = *(volatile Type*)p;                                                       \
+        *(volatile Type*)p = (expression);                                                         \
+        return old;                                                                                \
     }
 MOEH_ATOMIC(atomicAdd, moeh_sum(old, v))
 MOEH_ATOMIC(atomicMin, v < old ? v : old)
@@ -35,13 +35,13 @@ MOEH_ATOMIC(atomicOr, old | v)
 MOEH_ATOMIC(atomicXor, old ^ v)
 #undef MOEH_ATOMIC
 
-template <class T>
-inline T atomicCAS(T* p, typename std::common_type<T>::type expected,
-                   typename std::common_type<T>::type v)
+template <class Type>
+inline Type atomicCAS(Type* p, typename std::common_type<Type>::type expected,
+                      typename std::common_type<Type>::type v)
 {
     moeh_check_aligned(p, sizeof *p, "atomicCAS of a misaligned address");
-    const T old = *(volatile T*)p;
-    if (old == expected) *(volatile T*)p = v;
+    const Type old = *(volatile Type*)p;
+    if (old == expected) *(volatile Type*)p = v;
     return old;
 }
 
@@ -76,12 +76,13 @@ inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __fdividef(float a, float b) { return a / b; }
 
 /* Of integers; where one is unsigned, so is the result. */
-#define MOEH_MIN_MAX(name, op)                                                                    \
-    template <class A, class B> inline typename std::common_type<A, B>::type name(A a, B b)       \
-    {                                                                                             \
-        typedef typename std::common_type<A, B>::type R;                                          \
-        static_assert(std::is_integral<R>::value, "fminf and fmaxf are for floats");              \
-        return (R)a op (R)b ? (R)a : (R)b;                                                        \
+#define MOEH_MIN_MAX(name, op)                                                                     \
+    template <class Arg, class Other>                                                              \
+    inline typename std::common_type<Arg, Other>::type name(Arg a, Other b)                        \
+    {                                                                                              \
+        typedef typename std::common_type<Arg, Other>::type Common;                                \
+        static_assert(std::is_integral<Common>::value, "fminf and fmaxf are for floats");          \
+        return (Common)a op(Common) b ? (Common)a : (Common)b;                                     \
     }
 MOEH_MIN_MAX(min, <)
 MOEH_MIN_MAX(max, >)

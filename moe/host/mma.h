@@ -183,7 +183,7 @@ MOE_DEVICE void moei_mma_store_half(uint16_t* p, const moei_mma_c* c, int ld, in
 }
 
 /* Columns of the piece at p, ld floats apart. */
-MOE_DEVICE void moei_mma_store_turned(float* p, const moei_mma_c* c, int ld)
+MOE_DEVICE void moei_mma_store_transposed(float* p, const moei_mma_c* c, int ld)
 {
     moeh_mma_store(p, c, 1, ld);
 }

@@ -85,12 +85,12 @@ inline cudaError_t cudaDeviceSynchronize()
 
 #define MOEH_MEMORY ((size_t)16 << 30)
 
-template <class T> inline cudaError_t cudaMalloc(T** p, size_t bytes)
+template <class Type> inline cudaError_t cudaMalloc(Type** p, size_t bytes)
 {
     const cudaError_t e = moeh_unsafe();
     *p = nullptr;
     if (e || !bytes) return e;
-    if (bytes <= MOEH_MEMORY) *p = (T*)moeh_poisoned(bytes, 256);
+    if (bytes <= MOEH_MEMORY) *p = (Type*)moeh_poisoned(bytes, 256);
     return *p ? cudaSuccess : cudaErrorMemoryAllocation;
 }
 
@@ -120,7 +120,7 @@ enum cudaMemcpyKind {
 };
 
 /* Makes a call that queues on the null stream and waits for it, unless a capture is under way. */
-template <class F> inline cudaError_t moeh_at_once(F call)
+template <class Function> inline cudaError_t moeh_at_once(Function call)
 {
     cudaError_t e = moeh_unsafe();
     if (!e) e = call();

@@ -16,7 +16,7 @@
 
    A run fails when a block has live threads and none can go on, when a thread calls moeh_fail
    (misuse of an intrinsic, a misaligned address), when one ends with asynchronous copies under way,
-   or in a dependent launch without moei_wait_for_previous, when a kernel is launched that should
+   or in a dependent launch without moe_pdl_wait, when a kernel is launched that should
    have been preloaded, or when the polling has passed a limit. Then a report goes to stderr, every
    grid and every queue is thrown away, and the error stays until moeh_reset. */
 #ifndef MOE_HOST_SCHED_H
@@ -30,7 +30,7 @@
 /* ---- fibers of one block ---- */
 
 /* Calls f with the number of each bit of the mask. */
-template <class F> inline void moeh_each(uint32_t mask, F f)
+template <class Function> inline void moeh_each(uint32_t mask, Function f)
 {
     for (; mask; mask &= mask - 1) f((unsigned)__builtin_ctz(mask));
 }
@@ -115,7 +115,7 @@ inline void moeh_set_failed(const char* why, const moeh_block* first)
 }
 
 /* The calling thread has waited for the kernels before its own. */
-inline void moeh_wait_for_previous() { moeh_now()->waited = true; }
+inline void moeh_pdl_wait() { moeh_now()->waited = true; }
 
 /* For stand-ins of intrinsics: the calling thread met misuse. Fails the run, does not return. */
 inline void moeh_fail(const char* why)
@@ -151,7 +151,7 @@ inline void moeh_thread_main()
             moeh_fail("ends while lanes of its warp wait for it in a warp intrinsic");
     });
     if (b->grid->dependent && !t->waited)
-        moeh_fail("ends without moei_wait_for_previous, in a dependent launch");
+        moeh_fail("ends without moe_pdl_wait, in a dependent launch");
     if (!t->copies.empty()) moeh_fail("ends with asynchronous copies that it has not waited for");
     w->live &= ~me;
     --b->live;
@@ -338,7 +338,7 @@ inline bool moeh_pump(moeh_sched& s)
 }
 
 /* The host waits until `done` says true, or for ever: that is a failure too. */
-template <class F> inline cudaError_t moeh_host_wait(F done)
+template <class Function> inline cudaError_t moeh_host_wait(Function done)
 {
     moeh_sched& s = moeh_get();
     if (moeh_now()->block) return cudaErrorNotPermitted; /* a kernel called it */
@@ -354,7 +354,7 @@ template <class F> inline cudaError_t moeh_host_wait(F done)
 
 inline void moeh_set_seed(uint64_t seed) { moeh_seed(moeh_get(), seed); }
 
-/* 1: from here on a launch of a kernel that moei_preload was not given fails the run. The
+/* 1: from here on a launch of a kernel that moe_preload_kernel was not given fails the run. The
    environment's MOE_HOST_PRELOAD=1 says so from the start. */
 inline void moeh_require_preload(int on) { moeh_get().preload_only = on; }
 

@@ -41,7 +41,7 @@ struct moeh_thread {
     unsigned lane;
     struct moeh_block* block; /* null: this is the host */
     struct moeh_warp* warp;
-    bool waited;     /* was in moei_wait_for_previous */
+    bool waited;     /* was in moe_pdl_wait */
     uint64_t groups; /* groups of copies closed so far */
     std::vector<moeh_copy> copies;
 };
@@ -83,7 +83,7 @@ struct moeh_grid {
     int device;
     dim3 grid, block;
     size_t smem;
-    bool dependent;                /* every thread must call moei_wait_for_previous */
+    bool dependent;                /* every thread must call moe_pdl_wait */
     unsigned room;                 /* share of the device that a block takes */
     uint64_t total, started, done; /* blocks */
     uint64_t next, step;           /* which one starts next; `next` moves by `step`, in a circle */
@@ -119,7 +119,7 @@ struct moeh_sched {
     uint64_t spin_limit = 100000000;  /* as many end a run */
     cudaError_t sticky = cudaSuccess; /* of a failed run */
     std::string report;
-    std::set<const void*> preloaded; /* kernels that moei_preload was given */
+    std::set<const void*> preloaded; /* kernels that moe_preload_kernel was given */
     bool preload_only = false;       /* others fail the run */
     std::set<const void*> launched;  /* kernels, while others fail the run */
 };

@@ -77,7 +77,7 @@ inline cudaError_t moeh_queue(cudaStream_t handle, moeh_op op)
 }
 
 /* The host waits until the queues of the streams that `which` names are empty. */
-template <class F> inline cudaError_t moeh_wait_for(F which)
+template <class Function> inline cudaError_t moeh_wait_for(Function which)
 {
     return moeh_host_wait([which] {
         for (const moeh_stream* stream : moeh_get().streams)
@@ -87,23 +87,23 @@ template <class F> inline cudaError_t moeh_wait_for(F which)
 }
 
 /* The call of a kernel with a copy of its argument. */
-template <class K, class A> inline auto moeh_bind(K* kernel, const A& arg)
+template <class Kernel, class Arg> inline auto moeh_bind(Kernel* kernel, const Arg& arg)
 {
     return [kernel, arg] { kernel(arg); };
 }
 
 /* The same of a kernel whose type is not known any more. */
-template <class A> inline auto moeh_bind_prepared(const void* kernel, const A& arg)
+template <class Arg> inline auto moeh_bind_prepared(const void* kernel, const Arg& arg)
 {
-    void (*const typed)(const A) = (void (*)(const A))kernel;
+    void (*const typed)(const Arg) = (void (*)(const Arg))kernel;
     return [typed, arg] { typed(arg); };
 }
 
 /* Queues a grid. Nothing runs before the host waits for something. `kernel`: its address; null
    where none must be preloaded. */
-template <class F>
-inline cudaError_t moeh_launch(dim3 grid, dim3 block, size_t smem, cudaStream_t handle, F call,
-                               const char* name, const void* kernel = nullptr,
+template <class Function>
+inline cudaError_t moeh_launch(dim3 grid, dim3 block, size_t smem, cudaStream_t handle,
+                               Function call, const char* name, const void* kernel = nullptr,
                                bool dependent = false)
 {
     moeh_sched& s = moeh_get();
@@ -119,7 +119,7 @@ inline cudaError_t moeh_launch(dim3 grid, dim3 block, size_t smem, cudaStream_t 
     if (s.preload_only && kernel) s.launched.insert(kernel);
     if (s.preload_only && kernel && !s.preloaded.count(kernel) && !s.sticky && !moeh_now()->block) {
         moeh_say("kernel %s: ", name);
-        moeh_set_failed("launched, and moei_preload was never given it", nullptr);
+        moeh_set_failed("launched, and moe_preload_kernel was never given it", nullptr);
         moeh_discard_all(s);
     }
     moeh_grid g = {call, name, stream->device, grid, block, smem, dependent, room, total, 0, 0,

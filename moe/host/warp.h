@@ -69,7 +69,7 @@ inline void moeh_finish_shuffle(moeh_warp* w, uint32_t mask)
     });
 }
 
-template <class T> inline uint64_t moeh_bits(T v)
+template <class Type> inline uint64_t moeh_bits(Type v)
 {
     static_assert(sizeof v == 4 || sizeof v == 8, "warp intrinsics take 4 or 8 bytes");
     uint64_t bits = 0;
@@ -77,29 +77,32 @@ template <class T> inline uint64_t moeh_bits(T v)
     return bits;
 }
 
-template <class T> inline T moeh_shuffle(unsigned mask, T v, unsigned from)
+template <class Type> inline Type moeh_shuffle(unsigned mask, Type v, unsigned from)
 {
     const uint64_t bits = moeh_meet(mask, "a shuffle", moeh_finish_shuffle, moeh_bits(v), from);
     memcpy(&v, &bits, sizeof v);
     return v;
 }
 
-template <class T> inline T __shfl_sync(unsigned mask, T v, int lane, int width = 32)
+template <class Type> inline Type __shfl_sync(unsigned mask, Type v, int lane, int width = 32)
 {
     const unsigned in = (unsigned)width - 1;
     return moeh_shuffle(mask, v, (moeh_lane() & ~in) | ((unsigned)lane & in));
 }
-template <class T> inline T __shfl_up_sync(unsigned mask, T v, unsigned delta, int width = 32)
+template <class Type>
+inline Type __shfl_up_sync(unsigned mask, Type v, unsigned delta, int width = 32)
 {
     const unsigned me = moeh_lane(), in = me & ((unsigned)width - 1);
     return moeh_shuffle(mask, v, delta <= in ? me - delta : me);
 }
-template <class T> inline T __shfl_down_sync(unsigned mask, T v, unsigned delta, int width = 32)
+template <class Type>
+inline Type __shfl_down_sync(unsigned mask, Type v, unsigned delta, int width = 32)
 {
     const unsigned me = moeh_lane(), in = me & ((unsigned)width - 1);
     return moeh_shuffle(mask, v, delta < (unsigned)width - in ? me + delta : me);
 }
-template <class T> inline T __shfl_xor_sync(unsigned mask, T v, int lane_mask, int width = 32)
+template <class Type>
+inline Type __shfl_xor_sync(unsigned mask, Type v, int lane_mask, int width = 32)
 {
     const unsigned me = moeh_lane(), from = me ^ ((unsigned)lane_mask & 31u);
     return moeh_shuffle(mask, v, from <= (me | ((unsigned)width - 1)) ? from : me);
@@ -119,7 +122,7 @@ inline unsigned __ballot_sync(unsigned mask, int v)
 inline int __any_sync(unsigned mask, int v) { return __ballot_sync(mask, v) != 0; }
 inline int __all_sync(unsigned mask, int v) { return __ballot_sync(mask, !v) == 0; }
 
-template <class T> inline unsigned __match_any_sync(unsigned mask, T v)
+template <class Type> inline unsigned __match_any_sync(unsigned mask, Type v)
 {
     const moeh_meet_fn finish = [](moeh_warp* w, uint32_t lanes) {
         moeh_each(lanes, [&](unsigned lane) {
@@ -133,18 +136,18 @@ template <class T> inline unsigned __match_any_sync(unsigned mask, T v)
 }
 
 /* expression: of a and b, the values of two lanes or of several taken together */
-#define MOEH_REDUCE(name, T, expression)                                                          \
-    inline T name(unsigned mask, T v)                                                             \
-    {                                                                                             \
-        const moeh_meet_fn finish = [](moeh_warp* w, uint32_t lanes) {                            \
-            T a = (T)w->at[__builtin_ctz(lanes)].value;                                           \
-            moeh_each(lanes & (lanes - 1), [&](unsigned lane) {                                   \
-                const T b = (T)w->at[lane].value;                                                 \
-                a = (T)(expression);                                                              \
-            });                                                                                   \
-            moeh_each(lanes, [&](unsigned lane) { w->at[lane].result = (unsigned)a; });           \
-        };                                                                                        \
-        return (T)moeh_meet(mask, #name, finish, (unsigned)v);                                    \
+#define MOEH_REDUCE(name, Type, expression)                                                        \
+    inline Type name(unsigned mask, Type v)                                                        \
+    {                                                                                              \
+        const moeh_meet_fn finish = [](moeh_warp* w, uint32_t lanes) {                             \
+            Type a = (Type)w->at[__builtin_ctz(lanes)].value;                                      \
+            moeh_each(lanes&(lanes - 1), [&](unsigned lane) {                                      \
+                const Type b = (Type)w->at[lane].value;                                            \
+                a = (Type)(expression);                                                            \
+            });                                                                                    \
+            moeh_each(lanes, [&](unsigned lane) { w->at[lane].result = (unsigned)a; });            \
+        };                                                                                         \
+        return (Type)moeh_meet(mask, #name, finish, (unsigned)v);                                  \
     }
 MOEH_REDUCE(__reduce_add_sync, int, (unsigned)a + (unsigned)b)
 MOEH_REDUCE(__reduce_add_sync, unsigned, a + b)

@@ -45,25 +45,25 @@ MOE_HOST int moei_all_zero(const void* p, size_t bytes)
 /* Refuses sizes that the workspace depends on. */
 MOE_HOST moe_status moei_layer_check_sizes(const moe_layer_desc* d)
 {
-    MOEI_REQUIRE(d->num_tokens >= 0, MOE_ERR_RANGE, num_tokens);
-    MOEI_REQUIRE(d->num_experts >= 1 && d->num_experts <= MOE_MAX_EXPERTS, MOE_ERR_RANGE,
-                 num_experts);
-    MOEI_REQUIRE(d->top_k >= 1 && d->top_k <= MOE_COMBINE_MAX_TOP_K, MOE_ERR_RANGE, top_k);
-    MOEI_REQUIRE(d->ids || d->top_k <= d->num_experts, MOE_ERR_RANGE, top_k);
+    MOE_REQUIRE(d->num_tokens >= 0, MOE_ERR_RANGE, num_tokens);
+    MOE_REQUIRE(d->num_experts >= 1 && d->num_experts <= MOE_MAX_EXPERTS, MOE_ERR_RANGE,
+                num_experts);
+    MOE_REQUIRE(d->top_k >= 1 && d->top_k <= MOE_COMBINE_MAX_TOP_K, MOE_ERR_RANGE, top_k);
+    MOE_REQUIRE(d->ids || d->top_k <= d->num_experts, MOE_ERR_RANGE, top_k);
     MOEI_REQUIRE_RANK(d);
-    MOEI_REQUIRE(d->hidden >= 1, MOE_ERR_RANGE, hidden);
-    MOEI_REQUIRE(d->hidden % 8 == 0, MOE_ERR_MULTIPLE, hidden);
-    MOEI_REQUIRE(d->intermediate >= 1, MOE_ERR_RANGE, intermediate);
-    MOEI_REQUIRE(d->intermediate % 8 == 0, MOE_ERR_MULTIPLE, intermediate);
-    MOEI_REQUIRE(d->rows_dtype == 0 || d->rows_dtype == MOE_FP32 ||
-                     d->rows_dtype == (d->dtype ? d->dtype : MOE_BF16),
-                 MOE_ERR_DTYPE, rows_dtype);
-    MOEI_REQUIRE(d->shared.intermediate >= 0, MOE_ERR_RANGE, shared);
-    MOEI_REQUIRE(d->shared.intermediate % 8 == 0, MOE_ERR_MULTIPLE, shared);
-    MOEI_REQUIRE(d->shared.intermediate || moei_all_zero(&d->shared, sizeof d->shared),
-                 MOE_ERR_CONFLICT, shared);
-    MOEI_REQUIRE((uint64_t)d->num_tokens * (uint64_t)d->top_k <= 0x7fffffffu, MOE_ERR_RANGE,
-                 num_tokens);
+    MOE_REQUIRE(d->hidden >= 1, MOE_ERR_RANGE, hidden);
+    MOE_REQUIRE(d->hidden % 8 == 0, MOE_ERR_MULTIPLE, hidden);
+    MOE_REQUIRE(d->intermediate >= 1, MOE_ERR_RANGE, intermediate);
+    MOE_REQUIRE(d->intermediate % 8 == 0, MOE_ERR_MULTIPLE, intermediate);
+    MOE_REQUIRE(d->rows_dtype == 0 || d->rows_dtype == MOE_FP32 ||
+                    d->rows_dtype == (d->dtype ? d->dtype : MOE_BF16),
+                MOE_ERR_DTYPE, rows_dtype);
+    MOE_REQUIRE(d->shared.intermediate >= 0, MOE_ERR_RANGE, shared);
+    MOE_REQUIRE(d->shared.intermediate % 8 == 0, MOE_ERR_MULTIPLE, shared);
+    MOE_REQUIRE(d->shared.intermediate || moei_all_zero(&d->shared, sizeof d->shared),
+                MOE_ERR_CONFLICT, shared);
+    MOE_REQUIRE((uint64_t)d->num_tokens * (uint64_t)d->top_k <= 0x7fffffffu, MOE_ERR_RANGE,
+                num_tokens);
     return MOE_OK;
 }
 
@@ -73,17 +73,17 @@ MOE_HOST moe_status moei_layer_resolve(const moe_layer_desc* d, moei_layer_optio
     const moe_gate_desc* g = &d->gate;
     const moe_route_desc* r = &d->route;
     moe_route_desc checked; /* with its defaults */
-    MOEI_TRY(moei_layer_check_sizes(d));
-    MOEI_REQUIRE(!g->logits && !g->logits_stride && !g->logits_dtype && !g->ids && !g->weights &&
-                     !g->chunk_count && !g->fault && !g->rank && !g->num_tokens &&
-                     !g->num_experts && !g->top_k && !g->workspace && !g->workspace_bytes,
-                 MOE_ERR_CONFLICT, gate);
-    MOEI_REQUIRE(!d->ids || moei_all_zero(g, sizeof *g), MOE_ERR_CONFLICT, gate); /* none runs */
-    MOEI_REQUIRE(!r->ids && !r->weights && !r->chunk_count && !r->expert_count &&
-                     !r->expert_offset && !r->row_slot && !r->place && !r->fault && !r->rank &&
-                     !r->num_tokens && !r->num_experts && !r->top_k && !r->place_kind &&
-                     !r->workspace && !r->workspace_bytes,
-                 MOE_ERR_CONFLICT, route);
+    MOE_TRY(moei_layer_check_sizes(d));
+    MOE_REQUIRE(!g->logits && !g->logits_stride && !g->logits_dtype && !g->ids && !g->weights &&
+                    !g->chunk_count && !g->fault && !g->rank && !g->num_tokens && !g->num_experts &&
+                    !g->top_k && !g->workspace && !g->workspace_bytes,
+                MOE_ERR_CONFLICT, gate);
+    MOE_REQUIRE(!d->ids || moei_all_zero(g, sizeof *g), MOE_ERR_CONFLICT, gate); /* none runs */
+    MOE_REQUIRE(!r->ids && !r->weights && !r->chunk_count && !r->expert_count &&
+                    !r->expert_offset && !r->row_slot && !r->place && !r->fault && !r->rank &&
+                    !r->num_tokens && !r->num_experts && !r->top_k && !r->place_kind &&
+                    !r->workspace && !r->workspace_bytes,
+                MOE_ERR_CONFLICT, route);
     o->gate = *g;
     o->gate.fault = d->fault;
     o->gate.rank = d->rank;
@@ -100,9 +100,9 @@ MOE_HOST moe_status moei_layer_resolve(const moe_layer_desc* d, moei_layer_optio
     o->has_router = !d->ids && !d->logits;
     o->has_shared = d->shared.intermediate > 0;
     o->gate_counts = !d->ids && !r->replica_offset;
-    MOEI_TRY(moe_gate_workspace(&o->gate, &o->gate.workspace_bytes));
+    MOE_TRY(moe_gate_workspace(&o->gate, &o->gate.workspace_bytes));
     checked = o->route;
-    MOEI_TRY(moei_route_check_options(&checked));
+    MOE_TRY(moei_route_check_options(&checked));
     o->route.workspace_bytes = moei_route_carve_workspace(&checked, 0, o->gate_counts);
     o->num_rows = moei_route_row_bound(&checked);
     o->num_physical = checked.num_replicas;
@@ -115,9 +115,9 @@ MOE_HOST void moei_layer_carve(const moe_layer_desc* d, const moei_layer_options
 {
     char* const p = (char*)base;
     const uint64_t row_bytes = d->rows_dtype == MOE_FP32 ? 4 : 2;
-    const uint64_t T = (uint64_t)d->num_tokens, E = (uint64_t)d->num_experts;
-    const uint64_t slots = T * (uint64_t)d->top_k;
-    const uint64_t P = (uint64_t)o->num_physical, R = (uint64_t)o->num_rows;
+    const uint64_t num_tokens = (uint64_t)d->num_tokens, num_experts = (uint64_t)d->num_experts;
+    const uint64_t slots = num_tokens * (uint64_t)d->top_k;
+    const uint64_t num_replicas = (uint64_t)o->num_physical, num_rows = (uint64_t)o->num_rows;
     *bytes = 0;
     memset(v, 0, sizeof *v);
     v->num_rows = o->num_rows;
@@ -125,26 +125,26 @@ MOE_HOST void moei_layer_carve(const moe_layer_desc* d, const moei_layer_options
     v->logits = (float*)d->logits;
     v->ids = (int32_t*)d->ids;
     v->weights = (float*)d->weights;
-    if (o->has_router) v->logits = (float*)moei_carve(p, bytes, T * E * 4);
+    if (o->has_router) v->logits = (float*)moei_carve(p, bytes, num_tokens * num_experts * 4);
     if (o->has_gate) {
         v->ids = (int32_t*)moei_carve(p, bytes, slots * 4);
         v->weights = (float*)moei_carve(p, bytes, slots * 4);
     }
     if (o->gate_counts)
-        v->chunk_count =
-            (int32_t*)moei_carve(p, bytes, E * (uint64_t)moe_num_chunks(d->num_tokens) * 4);
+        v->chunk_count = (int32_t*)moei_carve(
+            p, bytes, num_experts * (uint64_t)moe_num_chunks(d->num_tokens) * 4);
     if (o->gate.workspace_bytes) v->gate_workspace = moei_carve(p, bytes, o->gate.workspace_bytes);
     if (o->route.workspace_bytes)
         v->route_workspace = moei_carve(p, bytes, o->route.workspace_bytes);
-    v->expert_count = (int32_t*)moei_carve(p, bytes, P * 4);
-    v->expert_offset = (int32_t*)moei_carve(p, bytes, (P + 1) * 4);
-    v->row_slot = (int32_t*)moei_carve(p, bytes, R * 4);
+    v->expert_count = (int32_t*)moei_carve(p, bytes, num_replicas * 4);
+    v->expert_offset = (int32_t*)moei_carve(p, bytes, (num_replicas + 1) * 4);
+    v->row_slot = (int32_t*)moei_carve(p, bytes, num_rows * 4);
     v->place = (moe_place*)moei_carve(p, bytes, slots * 8);
-    v->act = moei_carve(p, bytes, R * (uint64_t)d->intermediate * 2);
-    v->rows = moei_carve(p, bytes, R * (uint64_t)d->hidden * row_bytes);
+    v->act = moei_carve(p, bytes, num_rows * (uint64_t)d->intermediate * 2);
+    v->rows = moei_carve(p, bytes, num_rows * (uint64_t)d->hidden * row_bytes);
     if (o->has_shared) {
-        v->shared_act = moei_carve(p, bytes, T * (uint64_t)d->shared.intermediate * 2);
-        v->shared_rows = moei_carve(p, bytes, T * (uint64_t)d->hidden * row_bytes);
+        v->shared_act = moei_carve(p, bytes, num_tokens * (uint64_t)d->shared.intermediate * 2);
+        v->shared_rows = moei_carve(p, bytes, num_tokens * (uint64_t)d->hidden * row_bytes);
     }
 }
 
@@ -167,27 +167,27 @@ MOE_HOST moe_status moei_layer_rename_shared(moe_status s)
 MOE_HOST moe_status moei_layer_check_options(const moe_layer_desc* d, const moei_layer_options* o,
                                              const moei_layer_stations* l)
 {
-    const int64_t T = d->num_tokens, H = d->hidden;
+    const int64_t num_tokens = d->num_tokens, hidden = d->hidden;
     moe_router_desc router = l->router;
     moe_gate_desc gate = l->gate;
     moe_grouped_gemm_desc up, down;
-    MOEI_REQUIRE(l->experts.dtype == MOE_BF16 || l->experts.dtype == MOE_FP16, MOE_ERR_DTYPE,
-                 dtype);
-    MOEI_REQUIRE(d->router_dtype == 0 || moe_dtype_bytes(d->router_dtype), MOE_ERR_DTYPE,
-                 router_dtype);
+    MOE_REQUIRE(l->experts.dtype == MOE_BF16 || l->experts.dtype == MOE_FP16, MOE_ERR_DTYPE, dtype);
+    MOE_REQUIRE(d->router_dtype == 0 || moe_dtype_bytes(d->router_dtype), MOE_ERR_DTYPE,
+                router_dtype);
     if (d->ids) {
-        MOEI_REQUIRE(!d->logits, MOE_ERR_CONFLICT, logits);
-        MOEI_REQUIRE(!d->router, MOE_ERR_CONFLICT, router);
+        MOE_REQUIRE(!d->logits, MOE_ERR_CONFLICT, logits);
+        MOE_REQUIRE(!d->router, MOE_ERR_CONFLICT, router);
     } else {
-        MOEI_REQUIRE(!d->weights, MOE_ERR_CONFLICT, weights);
-        MOEI_REQUIRE(!(d->logits && d->router), MOE_ERR_CONFLICT, router);
+        MOE_REQUIRE(!d->weights, MOE_ERR_CONFLICT, weights);
+        MOE_REQUIRE(!(d->logits && d->router), MOE_ERR_CONFLICT, router);
     }
-    MOEI_REQUIRE(!d->y_stride || moei_stride_fits(d->y_stride, H, T), MOE_ERR_STRIDE, y_stride);
-    MOEI_REQUIRE(!d->residual_stride || moei_stride_fits(d->residual_stride, H, T), MOE_ERR_STRIDE,
-                 residual_stride);
-    if (o->has_router) MOEI_TRY(moei_router_check_options(&router));
-    if (o->has_gate) MOEI_TRY(moei_gate_check_options(&gate));
-    MOEI_TRY(moei_experts_check_options(&l->experts, &up, &down));
+    MOE_REQUIRE(!d->y_stride || moei_stride_fits(d->y_stride, hidden, num_tokens), MOE_ERR_STRIDE,
+                y_stride);
+    MOE_REQUIRE(!d->residual_stride || moei_stride_fits(d->residual_stride, hidden, num_tokens),
+                MOE_ERR_STRIDE, residual_stride);
+    if (o->has_router) MOE_TRY(moei_router_check_options(&router));
+    if (o->has_gate) MOE_TRY(moei_gate_check_options(&gate));
+    MOE_TRY(moei_experts_check_options(&l->experts, &up, &down));
     if (!o->has_shared) return MOE_OK;
     return moei_layer_rename_shared(moei_experts_check_options(&l->shared, &up, &down));
 }
@@ -198,76 +198,92 @@ MOE_HOST moe_status moei_layer_check_buffers(const moe_layer_desc* d, const moe_
                                              size_t workspace)
 {
     const moe_layer_shared* s = &d->shared;
-    const int64_t T = d->num_tokens, H = d->hidden, I = d->intermediate, E = d->num_experts;
-    const int64_t P = v->num_physical, Is = s->intermediate;
+    const int64_t num_tokens = d->num_tokens, hidden = d->hidden, intermediate = d->intermediate,
+                  num_experts = d->num_experts;
+    const int64_t num_replicas = v->num_physical, Is = s->intermediate;
     const int dtype = d->dtype ? d->dtype : MOE_BF16;
     const int router_dtype = d->router_dtype ? d->router_dtype : dtype;
-    const int64_t x_stride = d->x_stride ? d->x_stride : H,
-                  y_stride = d->y_stride ? d->y_stride : H;
-    const int64_t residual_stride = d->residual_stride ? d->residual_stride : H;
-    const uint64_t slots = (uint64_t)T * (uint64_t)d->top_k, rows = (uint64_t)v->num_rows;
-    const uint64_t table = (uint64_t)P * 8;
+    const int64_t x_stride = d->x_stride ? d->x_stride : hidden,
+                  y_stride = d->y_stride ? d->y_stride : hidden;
+    const int64_t residual_stride = d->residual_stride ? d->residual_stride : hidden;
+    const uint64_t slots = (uint64_t)num_tokens * (uint64_t)d->top_k, rows = (uint64_t)v->num_rows;
+    const uint64_t table = (uint64_t)num_replicas * 8;
     const int64_t matrices = moei_experts_up_rows(d->activation, 0); /* gate and up, or one */
     const int64_t s_matrices = moei_experts_up_rows(s->activation, 0);
     const int64_t together = moei_experts_up_rows(d->activation, d->gate_up); /* of them in base */
     const int64_t s_together = moei_experts_up_rows(s->activation, s->gate_up);
-    const uint64_t w1 = moei_weight_extent(&d->w1, P, I * together, H);
-    const uint64_t s_w1 = moei_weight_extent(&s->w1, 1, Is * s_together, H);
+    const uint64_t w1 = moei_weight_extent(&d->w1, num_replicas, intermediate * together, hidden);
+    const uint64_t s_w1 = moei_weight_extent(&s->w1, 1, Is * s_together, hidden);
     const int x_is_y = d->x == d->y && x_stride == y_stride;
     const int residual_is_y = d->residual == d->y && residual_stride == y_stride;
-    const moei_buffer always[] = {
+    const moe_buffer always[] = {
         /* without tokens, too; of a workspace too small what there is */
         {d->workspace,
          d->workspace && d->workspace_bytes < workspace ? d->workspace_bytes : workspace, 256,
-         MOEI_REQUIRED | MOEI_WRITTEN, MOE_FIELD_workspace},
-        {d->fault, 8, 8, MOEI_WRITTEN, MOE_FIELD_fault}};
-    const moei_buffer b[] = {
-        {d->router, moei_extent(E, H, H, router_dtype), (uint32_t)moe_dtype_bytes(router_dtype),
-         d->ids || d->logits ? MOEI_READ : MOEI_REQUIRED, MOE_FIELD_router},
-        {d->logits, (uint64_t)T * (uint64_t)E * 4, 4, MOEI_READ, MOE_FIELD_logits},
-        {d->ids, slots * 4, 4, MOEI_READ, MOE_FIELD_ids},
-        {d->weights, slots * 4, 4, d->ids ? MOEI_REQUIRED : MOEI_READ, MOE_FIELD_weights},
-        {d->w1.base, w1, 16, d->w1.table ? MOEI_READ : MOEI_REQUIRED, MOE_FIELD_w1},
-        {d->w1.up, w1, 16, together < matrices && !d->w1.up_table ? MOEI_REQUIRED : MOEI_READ,
+         MOE_BUFFER_REQUIRED | MOE_BUFFER_WRITTEN, MOE_FIELD_workspace},
+        {d->fault, 8, 8, MOE_BUFFER_WRITTEN, MOE_FIELD_fault}};
+    const moe_buffer b[] = {
+        {d->router, moe_extent(num_experts, hidden, hidden, router_dtype),
+         (uint32_t)moe_dtype_bytes(router_dtype),
+         d->ids || d->logits ? MOE_BUFFER_READ : MOE_BUFFER_REQUIRED, MOE_FIELD_router},
+        {d->logits, (uint64_t)num_tokens * (uint64_t)num_experts * 4, 4, MOE_BUFFER_READ,
+         MOE_FIELD_logits},
+        {d->ids, slots * 4, 4, MOE_BUFFER_READ, MOE_FIELD_ids},
+        {d->weights, slots * 4, 4, d->ids ? MOE_BUFFER_REQUIRED : MOE_BUFFER_READ,
+         MOE_FIELD_weights},
+        {d->w1.base, w1, 16, d->w1.table ? MOE_BUFFER_READ : MOE_BUFFER_REQUIRED, MOE_FIELD_w1},
+        {d->w1.up, w1, 16,
+         together < matrices && !d->w1.up_table ? MOE_BUFFER_REQUIRED : MOE_BUFFER_READ,
          MOE_FIELD_w1},
-        {d->w1.table, table, 8, MOEI_READ, MOE_FIELD_w1},
-        {d->w1.up_table, table, 8, MOEI_READ, MOE_FIELD_w1},
-        {d->w2.base, moei_weight_extent(&d->w2, P, H, I), 16,
-         d->w2.table ? MOEI_READ : MOEI_REQUIRED, MOE_FIELD_w2},
-        {d->w2.table, table, 8, MOEI_READ, MOE_FIELD_w2},
-        {d->bias1, (uint64_t)(P * matrices * I) * 2, 2, MOEI_READ, MOE_FIELD_bias1},
-        {d->bias2, (uint64_t)(P * H) * 2, 2, MOEI_READ, MOE_FIELD_bias2},
-        {s->w1.base, s_w1, 16, s->w1.table ? MOEI_READ : MOEI_REQUIRED, MOE_FIELD_shared},
-        {s->w1.up, s_w1, 16, s_together < s_matrices && !s->w1.up_table ? MOEI_REQUIRED : MOEI_READ,
+        {d->w1.table, table, 8, MOE_BUFFER_READ, MOE_FIELD_w1},
+        {d->w1.up_table, table, 8, MOE_BUFFER_READ, MOE_FIELD_w1},
+        {d->w2.base, moei_weight_extent(&d->w2, num_replicas, hidden, intermediate), 16,
+         d->w2.table ? MOE_BUFFER_READ : MOE_BUFFER_REQUIRED, MOE_FIELD_w2},
+        {d->w2.table, table, 8, MOE_BUFFER_READ, MOE_FIELD_w2},
+        {d->bias1, (uint64_t)(num_replicas * matrices * intermediate) * 2, 2, MOE_BUFFER_READ,
+         MOE_FIELD_bias1},
+        {d->bias2, (uint64_t)(num_replicas * hidden) * 2, 2, MOE_BUFFER_READ, MOE_FIELD_bias2},
+        {s->w1.base, s_w1, 16, s->w1.table ? MOE_BUFFER_READ : MOE_BUFFER_REQUIRED,
          MOE_FIELD_shared},
-        {s->w1.table, 8, 8, MOEI_READ, MOE_FIELD_shared},
-        {s->w1.up_table, 8, 8, MOEI_READ, MOE_FIELD_shared},
-        {s->w2.base, moei_weight_extent(&s->w2, 1, H, Is), 16,
-         s->w2.table ? MOEI_READ : MOEI_REQUIRED, MOE_FIELD_shared},
-        {s->w2.table, 8, 8, MOEI_READ, MOE_FIELD_shared},
-        {s->bias1, (uint64_t)(s_matrices * Is) * 2, 2, MOEI_READ, MOE_FIELD_shared},
-        {s->bias2, (uint64_t)H * 2, 2, MOEI_READ, MOE_FIELD_shared},
-        {s->weight, (uint64_t)T * 4, 4, MOEI_READ, MOE_FIELD_shared_weight},
-        {d->gate.expert_bias, (uint64_t)E * 4, 4, MOEI_READ, MOE_FIELD_expert_bias},
-        {d->gate.expert_off, (uint64_t)E, 1, MOEI_READ, MOE_FIELD_expert_off},
-        {d->gate.token_off, (uint64_t)T, 1, MOEI_READ, MOE_FIELD_token_off},
-        {d->gate.seed_offset, 8, 8, MOEI_READ, MOE_FIELD_seed_offset},
-        {d->route.replica_offset, (uint64_t)E * 4 + 4, 4, MOEI_READ, MOE_FIELD_replica_offset},
-        {d->route.replica_expert, (uint64_t)P * 4, 4, MOEI_READ, MOE_FIELD_replica_expert},
-        {d->residual, residual_is_y ? 0 : moei_extent(T, residual_stride, H, dtype), 2, MOEI_READ,
-         MOE_FIELD_residual},
-        {d->x, x_is_y ? 0 : moei_extent(T, x_stride, H, dtype), 16, MOEI_REQUIRED, MOE_FIELD_x},
-        {d->y, moei_extent(T, y_stride, H, dtype), 2, MOEI_REQUIRED | MOEI_WRITTEN, MOE_FIELD_y},
+        {s->w1.up, s_w1, 16,
+         s_together < s_matrices && !s->w1.up_table ? MOE_BUFFER_REQUIRED : MOE_BUFFER_READ,
+         MOE_FIELD_shared},
+        {s->w1.table, 8, 8, MOE_BUFFER_READ, MOE_FIELD_shared},
+        {s->w1.up_table, 8, 8, MOE_BUFFER_READ, MOE_FIELD_shared},
+        {s->w2.base, moei_weight_extent(&s->w2, 1, hidden, Is), 16,
+         s->w2.table ? MOE_BUFFER_READ : MOE_BUFFER_REQUIRED, MOE_FIELD_shared},
+        {s->w2.table, 8, 8, MOE_BUFFER_READ, MOE_FIELD_shared},
+        {s->bias1, (uint64_t)(s_matrices * Is) * 2, 2, MOE_BUFFER_READ, MOE_FIELD_shared},
+        {s->bias2, (uint64_t)hidden * 2, 2, MOE_BUFFER_READ, MOE_FIELD_shared},
+        {s->weight, (uint64_t)num_tokens * 4, 4, MOE_BUFFER_READ, MOE_FIELD_shared_weight},
+        {d->gate.expert_bias, (uint64_t)num_experts * 4, 4, MOE_BUFFER_READ, MOE_FIELD_expert_bias},
+        {d->gate.expert_disabled, (uint64_t)num_experts, 1, MOE_BUFFER_READ,
+         MOE_FIELD_expert_disabled},
+        {d->gate.token_disabled, (uint64_t)num_tokens, 1, MOE_BUFFER_READ,
+         MOE_FIELD_token_disabled},
+        {d->gate.seed_offset, 8, 8, MOE_BUFFER_READ, MOE_FIELD_seed_offset},
+        {d->route.replica_offset, (uint64_t)num_experts * 4 + 4, 4, MOE_BUFFER_READ,
+         MOE_FIELD_replica_offset},
+        {d->route.replica_expert, (uint64_t)num_replicas * 4, 4, MOE_BUFFER_READ,
+         MOE_FIELD_replica_expert},
+        {d->residual, residual_is_y ? 0 : moe_extent(num_tokens, residual_stride, hidden, dtype), 2,
+         MOE_BUFFER_READ, MOE_FIELD_residual},
+        {d->x, x_is_y ? 0 : moe_extent(num_tokens, x_stride, hidden, dtype), 16,
+         MOE_BUFFER_REQUIRED, MOE_FIELD_x},
+        {d->y, moe_extent(num_tokens, y_stride, hidden, dtype), 2,
+         MOE_BUFFER_REQUIRED | MOE_BUFFER_WRITTEN, MOE_FIELD_y},
         always[0],
         always[1],
-        {d->gate.expert_count, (uint64_t)E * 4, 4, MOEI_WRITTEN, MOE_FIELD_expert_count},
-        {d->gate.prob_sum, (uint64_t)E * 4, 4, MOEI_WRITTEN, MOE_FIELD_prob_sum},
-        {d->route.drop_count, (uint64_t)P * 4, 4, MOEI_WRITTEN, MOE_FIELD_drop_count},
-        {d->route.slot_row, slots * 4, 4, MOEI_WRITTEN, MOE_FIELD_slot_row},
-        {d->route.row_weight, rows * 4, 4, MOEI_WRITTEN, MOE_FIELD_row_weight}};
-    if (T == 0) MOEI_TRY(moei_check_buffers(always, 2));
-    else MOEI_TRY(moei_check_buffers(b, (int)(sizeof b / sizeof b[0])));
-    MOEI_REQUIRE(d->workspace_bytes >= workspace, MOE_ERR_WORKSPACE, workspace_bytes);
+        {d->gate.expert_count, (uint64_t)num_experts * 4, 4, MOE_BUFFER_WRITTEN,
+         MOE_FIELD_expert_count},
+        {d->gate.prob_sum, (uint64_t)num_experts * 4, 4, MOE_BUFFER_WRITTEN, MOE_FIELD_prob_sum},
+        {d->route.drop_count, (uint64_t)num_replicas * 4, 4, MOE_BUFFER_WRITTEN,
+         MOE_FIELD_drop_count},
+        {d->route.slot_row, slots * 4, 4, MOE_BUFFER_WRITTEN, MOE_FIELD_slot_row},
+        {d->route.row_weight, rows * 4, 4, MOE_BUFFER_WRITTEN, MOE_FIELD_row_weight}};
+    if (num_tokens == 0) MOE_TRY(moe_check_buffers(always, 2));
+    else MOE_TRY(moe_check_buffers(b, (int)(sizeof b / sizeof b[0])));
+    MOE_REQUIRE(d->workspace_bytes >= workspace, MOE_ERR_WORKSPACE, workspace_bytes);
     return MOE_OK;
 }
 

@@ -64,72 +64,81 @@ MOE_HOST int MOEI_REF(moe_ref_block_layer)(const moe_ref_block_layer_desc* d, MO
                                            MOEI_REAL* dweights)
 {
     const int activation = d->activation ? d->activation : MOE_ACTIVATION_SWIGLU;
-    const int I = d->intermediate, H = d->hidden, E = d->num_experts, K = d->top_k;
-    const int gated = moe_activation_is_gated(activation), U = gated ? 2 * I : I;
-    const int64_t x_stride = moei_ref_or(d->x_stride, H), dy_stride = moei_ref_or(d->dy_stride, H);
+    const int intermediate = d->intermediate, hidden = d->hidden, num_experts = d->num_experts,
+              top_k = d->top_k;
+    const int gated = moe_activation_is_gated(activation),
+              up_width = gated ? 2 * intermediate : intermediate;
+    const int64_t x_stride = moei_ref_or(d->x_stride, hidden),
+                  dy_stride = moei_ref_or(d->dy_stride, hidden);
     const size_t size = sizeof(MOEI_REAL);
-    MOEI_REAL* h = (MOEI_REAL*)malloc((size_t)(2 * U + 3 * I + 3 * H) * size);
-    MOEI_REAL *dh = h + U, *f = dh + U, *a = f + I, *da = a + I, *x = da + I, *dy = x + H;
-    MOEI_REAL* row = dy + H;
+    MOEI_REAL* h =
+        (MOEI_REAL*)malloc((size_t)(2 * up_width + 3 * intermediate + 3 * hidden) * size);
+    MOEI_REAL *dh = h + up_width, *f = dh + up_width, *a = f + intermediate, *da = a + intermediate,
+              *x = da + intermediate, *dy = x + hidden;
+    MOEI_REAL* row = dy + hidden;
     if (!h) return -1;
-    if (y) memset(y, 0, (size_t)d->num_tokens * (size_t)H * size);
-    if (dx) memset(dx, 0, (size_t)d->num_tokens * (size_t)H * size);
-    if (dw1) memset(dw1, 0, (size_t)E * (size_t)U * (size_t)H * size);
-    if (dw2) memset(dw2, 0, (size_t)E * (size_t)H * (size_t)I * size);
+    if (y) memset(y, 0, (size_t)d->num_tokens * (size_t)hidden * size);
+    if (dx) memset(dx, 0, (size_t)d->num_tokens * (size_t)hidden * size);
+    if (dw1) memset(dw1, 0, (size_t)num_experts * (size_t)up_width * (size_t)hidden * size);
+    if (dw2) memset(dw2, 0, (size_t)num_experts * (size_t)hidden * (size_t)intermediate * size);
     for (int64_t t = 0; t < d->num_tokens; ++t) {
-        for (int j = 0; j < H; ++j) {
+        for (int j = 0; j < hidden; ++j) {
             x[j] = MOEI_REF(moe_ref_load)(d->x, t * x_stride + j, d->x_dtype);
             dy[j] = d->dy ? MOEI_REF(moe_ref_load)(d->dy, t * dy_stride + j, d->dy_dtype) : 0;
         }
-        for (int k = 0; k < K; ++k) {
-            const int e = d->ids ? d->ids[t * K + k] : k;
-            const MOEI_REAL w = MOEI_REF(moe_ref_load)(d->weights, t * K + k, d->weights_dtype);
+        for (int k = 0; k < top_k; ++k) {
+            const int e = d->ids ? d->ids[t * top_k + k] : k;
+            const MOEI_REAL w = MOEI_REF(moe_ref_load)(d->weights, t * top_k + k, d->weights_dtype);
             const void *m1, *m2;
             MOEI_REAL sum = 0;
-            if (dweights) dweights[t * K + k] = 0;
-            if (e < 0 || e >= E) continue;
-            m1 = MOEI_REF(moei_ref_block_layer_matrix)(&d->w1, d->w_dtype, e, U, H);
-            m2 = MOEI_REF(moei_ref_block_layer_matrix)(&d->w2, d->w_dtype, e, H, I);
+            if (dweights) dweights[t * top_k + k] = 0;
+            if (e < 0 || e >= num_experts) continue;
+            m1 = MOEI_REF(moei_ref_block_layer_matrix)(&d->w1, d->w_dtype, e, up_width, hidden);
+            m2 = MOEI_REF(moei_ref_block_layer_matrix)(&d->w2, d->w_dtype, e, hidden, intermediate);
 #define MOEI_W1(i, j)                                                                              \
-    MOEI_REF(moe_ref_load)(m1, moei_ref_element(&d->w1, U, H, (i), (j)), d->w_dtype)
+    MOEI_REF(moe_ref_load)(m1, moei_ref_element(&d->w1, up_width, hidden, (i), (j)), d->w_dtype)
 #define MOEI_W2(i, j)                                                                              \
-    MOEI_REF(moe_ref_load)(m2, moei_ref_element(&d->w2, H, I, (i), (j)), d->w_dtype)
-            for (int i = 0; i < U; ++i) {
+    MOEI_REF(moe_ref_load)(m2, moei_ref_element(&d->w2, hidden, intermediate, (i), (j)), d->w_dtype)
+            for (int i = 0; i < up_width; ++i) {
                 MOEI_REAL v = 0;
-                for (int j = 0; j < H; ++j) v += MOEI_W1(i, j) * x[j];
+                for (int j = 0; j < hidden; ++j) v += MOEI_W1(i, j) * x[j];
                 h[i] = MOEI_REF(moe_ref_round)(v, d->pre_dtype);
             }
-            for (int i = 0; i < I; ++i) {
-                f[i] = MOEI_REF(moe_ref_activation)(activation, h[i], gated ? h[I + i] : 0,
-                                                    d->alpha, d->limit);
+            for (int i = 0; i < intermediate; ++i) {
+                f[i] = MOEI_REF(moe_ref_activation)(
+                    activation, h[i], gated ? h[intermediate + i] : 0, d->alpha, d->limit);
                 a[i] = MOEI_REF(moe_ref_round)(f[i] * w, d->act_dtype);
             }
-            for (int j = 0; j < H && y; ++j) {
+            for (int j = 0; j < hidden && y; ++j) {
                 MOEI_REAL v = 0;
-                for (int i = 0; i < I; ++i) v += MOEI_W2(j, i) * a[i];
-                y[t * H + j] += MOEI_REF(moe_ref_round)(v, d->rows_dtype);
+                for (int i = 0; i < intermediate; ++i) v += MOEI_W2(j, i) * a[i];
+                y[t * hidden + j] += MOEI_REF(moe_ref_round)(v, d->rows_dtype);
             }
             if (!d->dy) continue;
-            for (int i = 0; i < I; ++i) {
+            for (int i = 0; i < intermediate; ++i) {
                 MOEI_REAL v = 0, by_v, by_up;
-                for (int j = 0; j < H; ++j) v += MOEI_W2(j, i) * dy[j];
+                for (int j = 0; j < hidden; ++j) v += MOEI_W2(j, i) * dy[j];
                 da[i] = MOEI_REF(moe_ref_round)(v, d->act_dtype);
                 MOEI_REF(moe_ref_activation_grad)
-                (activation, h[i], gated ? h[I + i] : 0, d->alpha, d->limit, &by_v, &by_up);
+                (activation, h[i], gated ? h[intermediate + i] : 0, d->alpha, d->limit, &by_v,
+                 &by_up);
                 sum += da[i] * f[i];
                 dh[i] = MOEI_REF(moe_ref_round)(w * da[i] * by_v, d->act_dtype);
-                if (gated) dh[I + i] = MOEI_REF(moe_ref_round)(w * da[i] * by_up, d->act_dtype);
+                if (gated)
+                    dh[intermediate + i] = MOEI_REF(moe_ref_round)(w * da[i] * by_up, d->act_dtype);
             }
-            if (dweights) dweights[t * K + k] = sum;
-            for (int j = 0; j < H && dw2; ++j)
-                for (int i = 0; i < I; ++i) dw2[((int64_t)e * H + j) * I + i] += dy[j] * a[i];
-            for (int i = 0; i < U && dw1; ++i)
-                for (int j = 0; j < H; ++j) dw1[((int64_t)e * U + i) * H + j] += dh[i] * x[j];
-            for (int j = 0; j < H; ++j) row[j] = 0;
-            for (int i = 0; i < U && dx; ++i)
-                for (int j = 0; j < H; ++j) row[j] += MOEI_W1(i, j) * dh[i];
-            for (int j = 0; j < H && dx; ++j)
-                dx[t * H + j] += MOEI_REF(moe_ref_round)(row[j], d->rows_dtype);
+            if (dweights) dweights[t * top_k + k] = sum;
+            for (int j = 0; j < hidden && dw2; ++j)
+                for (int i = 0; i < intermediate; ++i)
+                    dw2[((int64_t)e * hidden + j) * intermediate + i] += dy[j] * a[i];
+            for (int i = 0; i < up_width && dw1; ++i)
+                for (int j = 0; j < hidden; ++j)
+                    dw1[((int64_t)e * up_width + i) * hidden + j] += dh[i] * x[j];
+            for (int j = 0; j < hidden; ++j) row[j] = 0;
+            for (int i = 0; i < up_width && dx; ++i)
+                for (int j = 0; j < hidden; ++j) row[j] += MOEI_W1(i, j) * dh[i];
+            for (int j = 0; j < hidden && dx; ++j)
+                dx[t * hidden + j] += MOEI_REF(moe_ref_round)(row[j], d->rows_dtype);
 #undef MOEI_W1
 #undef MOEI_W2
         }

@@ -24,7 +24,7 @@ typedef struct moe_ref_block_sparse_desc {
     const void* const* a_table; /* host addresses of strips, as in moe_block_sparse_desc; or null */
     const void* const* b_table;
     const uint8_t* mask; /* [RB, CB] of the sparse matrix as it lies, 0: masked out */
-    int32_t op;          /* moe_block_op */
+    int32_t op;          /* moe_block_sparse_op */
     int32_t m, n, k;
     int32_t block_rows, block_columns; /* of the mask */
     int64_t a_stride, b_stride;        /* elements between rows as they lie; 0 = dense */
@@ -35,78 +35,84 @@ typedef struct moe_ref_block_sparse_desc {
 
 /* number [RB, CB]: the number that each block has in the row order, -1 where it is masked out.
    Returns how many blocks there are. */
-MOE_HOST int64_t moe_ref_block_numbers(const uint8_t* bytes, int64_t RB, int64_t CB,
-                                       int32_t* number)
+MOE_HOST int64_t moe_ref_block_numbers(const uint8_t* bytes, int64_t num_block_rows,
+                                       int64_t num_block_columns, int32_t* number)
 {
     int32_t count = 0;
-    for (int64_t i = 0; i < RB * CB; ++i) number[i] = bytes[i] ? count++ : -1;
+    for (int64_t i = 0; i < num_block_rows * num_block_columns; ++i)
+        number[i] = bytes[i] ? count++ : -1;
     return count;
 }
 
-/* The list of a mask, as in moe_block_mask. column_offset, row_index and position are null, or none
+/* The list of a mask, as in moe_block_sparse_mask. column_offset, row_index and position are null, or none
    of them is. Returns how many blocks there are. */
-MOE_HOST int64_t moe_ref_block_list(const uint8_t* bytes, int64_t RB, int64_t CB,
-                                    int32_t* row_offset, int32_t* column_index,
-                                    int32_t* column_offset, int32_t* row_index, int32_t* position)
+MOE_HOST int64_t moe_ref_block_list(const uint8_t* bytes, int64_t num_block_rows,
+                                    int64_t num_block_columns, int32_t* row_offset,
+                                    int32_t* column_index, int32_t* column_offset,
+                                    int32_t* row_index, int32_t* position)
 {
-    int32_t* number = (int32_t*)malloc((size_t)(RB * CB) * 4 + 4);
-    const int64_t count = moe_ref_block_numbers(bytes, RB, CB, number);
+    int32_t* number = (int32_t*)malloc((size_t)(num_block_rows * num_block_columns) * 4 + 4);
+    const int64_t count = moe_ref_block_numbers(bytes, num_block_rows, num_block_columns, number);
     int32_t p = 0;
-    for (int64_t i = 0; i < RB; ++i) {
+    for (int64_t i = 0; i < num_block_rows; ++i) {
         row_offset[i] = p;
-        for (int64_t j = 0; j < CB; ++j)
-            if (bytes[i * CB + j]) column_index[p++] = (int32_t)j;
+        for (int64_t j = 0; j < num_block_columns; ++j)
+            if (bytes[i * num_block_columns + j]) column_index[p++] = (int32_t)j;
     }
-    row_offset[RB] = p;
+    row_offset[num_block_rows] = p;
     if (column_offset) {
         p = 0;
-        for (int64_t j = 0; j < CB; ++j) {
+        for (int64_t j = 0; j < num_block_columns; ++j) {
             column_offset[j] = p;
-            for (int64_t i = 0; i < RB; ++i)
-                if (bytes[i * CB + j]) {
+            for (int64_t i = 0; i < num_block_rows; ++i)
+                if (bytes[i * num_block_columns + j]) {
                     row_index[p] = (int32_t)i;
-                    position[p++] = number[i * CB + j];
+                    position[p++] = number[i * num_block_columns + j];
                 }
         }
-        column_offset[CB] = p;
+        column_offset[num_block_columns] = p;
     }
     free(number);
     return count;
 }
 
 /* bits [RB, ceil(CB / 32)] of a mask. Those past the last column are 0. */
-MOE_HOST void moe_ref_block_bits(const uint8_t* bytes, int64_t RB, int64_t CB, uint32_t* bits)
+MOE_HOST void moe_ref_block_bits(const uint8_t* bytes, int64_t num_block_rows,
+                                 int64_t num_block_columns, uint32_t* bits)
 {
-    const int64_t words = (CB + 31) / 32;
-    memset(bits, 0, (size_t)(RB * words) * 4);
-    for (int64_t i = 0; i < RB; ++i)
-        for (int64_t j = 0; j < CB; ++j)
-            if (bytes[i * CB + j]) bits[i * words + j / 32] |= 1u << (j % 32);
+    const int64_t words = (num_block_columns + 31) / 32;
+    memset(bits, 0, (size_t)(num_block_rows * words) * 4);
+    for (int64_t i = 0; i < num_block_rows; ++i)
+        for (int64_t j = 0; j < num_block_columns; ++j)
+            if (bytes[i * num_block_columns + j]) bits[i * words + j / 32] |= 1u << (j % 32);
 }
 
 /* Puts the blocks that row r has of expert e's columns into the mask. */
-MOE_HOST void moei_ref_block_add(const moe_block_list_desc* d, int64_t r, int e, uint8_t* bytes)
+MOE_HOST void moei_ref_block_add(const moe_block_sparse_list_desc* d, int64_t r, int e,
+                                 uint8_t* bytes)
 {
-    const int64_t CB = moe_num_blocks(d->columns, d->block_columns);
+    const int64_t num_block_columns = moe_block_sparse_count(d->columns, d->block_columns);
     const int64_t each = d->columns / d->num_experts / d->block_columns;
-    for (int64_t j = e * each; j < (e + 1) * each; ++j) bytes[r / d->block_rows * CB + j] = 1;
+    for (int64_t j = e * each; j < (e + 1) * each; ++j)
+        bytes[r / d->block_rows * num_block_columns + j] = 1;
 }
 
 /* bytes [RB, CB], each 0 or 1, from whichever source the descriptor has; its pointers are host
    pointers here, and only its sources and sizes are read. Returns the fault that the source makes,
    if it does: after a bad id the rest counts, after a bad offset nothing does. */
-MOE_HOST moe_fault moe_ref_block_bytes(const moe_block_list_desc* d, uint8_t* bytes)
+MOE_HOST moe_fault moe_ref_block_bytes(const moe_block_sparse_list_desc* d, uint8_t* bytes)
 {
-    const int64_t RB = moe_num_blocks(d->rows, d->block_rows);
-    const int64_t CB = moe_num_blocks(d->columns, d->block_columns);
-    const int64_t words = (CB + 31) / 32;
+    const int64_t num_block_rows = moe_block_sparse_count(d->rows, d->block_rows);
+    const int64_t num_block_columns = moe_block_sparse_count(d->columns, d->block_columns);
+    const int64_t words = (num_block_columns + 31) / 32;
     const int64_t slots = (d->whole_batch ? d->rows > 0 : d->rows) * (int64_t)d->top_k;
     moe_fault fault = {MOE_FAULT_NONE, 0, 0};
-    memset(bytes, 0, (size_t)(RB * CB));
-    for (int64_t i = 0; d->bytes && i < RB * CB; ++i) bytes[i] = d->bytes[i] != 0;
-    for (int64_t i = 0; d->bits && i < RB; ++i)
-        for (int64_t j = 0; j < CB; ++j)
-            bytes[i * CB + j] = d->bits[i * words + j / 32] >> (j % 32) & 1;
+    memset(bytes, 0, (size_t)(num_block_rows * num_block_columns));
+    for (int64_t i = 0; d->bytes && i < num_block_rows * num_block_columns; ++i)
+        bytes[i] = d->bytes[i] != 0;
+    for (int64_t i = 0; d->bits && i < num_block_rows; ++i)
+        for (int64_t j = 0; j < num_block_columns; ++j)
+            bytes[i * num_block_columns + j] = d->bits[i * words + j / 32] >> (j % 32) & 1;
     for (int64_t slot = 0; d->ids && slot < slots; ++slot) {
         const int e = d->ids[slot];
         if (e >= 0 && e < d->num_experts) {
@@ -138,10 +144,11 @@ MOE_HOST moe_fault moe_ref_block_bytes(const moe_block_list_desc* d, uint8_t* by
 
 /* Where element (i, j) of a sparse matrix with CB blocks in a row stands, as it lies; -1 where it
    is masked out. number as moe_ref_block_numbers gives it; stride: of a strided matrix, else 0. */
-MOE_HOST int64_t moe_ref_block_where(const int32_t* number, int64_t CB, int block_rows,
-                                     int block_columns, int64_t stride, int64_t i, int64_t j)
+MOE_HOST int64_t moe_ref_block_where(const int32_t* number, int64_t num_block_columns,
+                                     int block_rows, int block_columns, int64_t stride, int64_t i,
+                                     int64_t j)
 {
-    const int64_t p = number[i / block_rows * CB + j / block_columns];
+    const int64_t p = number[i / block_rows * num_block_columns + j / block_columns];
     if (p < 0) return -1;
     if (stride) return i * stride + j;
     return (p * block_rows + i % block_rows) * block_columns + j % block_columns;
@@ -152,7 +159,7 @@ typedef struct moei_ref_block_operand {
     const void* p;
     const void* const* table; /* of strips of `strip` rows or, with by_column, columns; or null */
     const int32_t* number;    /* [RB, CB] where it is the sparse one; else null */
-    int64_t CB, stride;       /* stride 0: packed */
+    int64_t num_block_columns, stride; /* stride 0: packed */
     int block_rows, block_columns, strip, by_column, dtype;
 } moei_ref_block_operand;
 
@@ -162,8 +169,8 @@ MOE_HOST const void* moei_ref_block_find(const moei_ref_block_operand* o, int64_
 {
     *at = i * o->stride + j;
     if (o->number) {
-        *at =
-            moe_ref_block_where(o->number, o->CB, o->block_rows, o->block_columns, o->stride, i, j);
+        *at = moe_ref_block_where(o->number, o->num_block_columns, o->block_rows, o->block_columns,
+                                  o->stride, i, j);
         return *at < 0 ? (const void*)0 : o->p;
     }
     if (!o->table) return o->p;
@@ -178,7 +185,7 @@ MOE_HOST const void* moei_ref_block_find(const moei_ref_block_operand* o, int64_
 /* What is known before a product is computed. */
 typedef struct moei_ref_block_plan {
     moei_ref_block_operand a, b;
-    int64_t CB;
+    int64_t num_block_columns;
     int32_t* number; /* [RB, CB], to be freed */
 } moei_ref_block_plan;
 
@@ -187,7 +194,7 @@ MOE_HOST moei_ref_block_plan moei_ref_block_begin(const moe_ref_block_sparse_des
     const int32_t a_rows = d->a_transposed ? d->k : d->m, a_columns = d->a_transposed ? d->m : d->k;
     const int32_t b_rows = d->b_transposed ? d->n : d->k, b_columns = d->b_transposed ? d->k : d->n;
     int32_t rows = d->m, columns = d->n; /* of the sparse matrix as it lies */
-    int64_t RB;
+    int64_t num_block_rows;
     moei_ref_block_plan p;
     memset(&p, 0, sizeof p);
     p.a.p = d->a;
@@ -198,21 +205,21 @@ MOE_HOST moei_ref_block_plan moei_ref_block_begin(const moe_ref_block_sparse_des
     p.b.table = d->b_table;
     p.b.dtype = d->b_dtype;
     p.b.stride = moei_ref_or(d->b_stride, b_columns);
-    if (d->op == MOE_BLOCK_DSD) rows = a_rows, columns = a_columns;
-    if (d->op == MOE_BLOCK_DDS) rows = b_rows, columns = b_columns;
-    RB = moe_num_blocks(rows, d->block_rows);
-    p.CB = moe_num_blocks(columns, d->block_columns);
-    p.number = (int32_t*)malloc((size_t)(RB * p.CB) * 4 + 4);
-    (void)moe_ref_block_numbers(d->mask, RB, p.CB, p.number);
-    p.a.CB = p.b.CB = p.CB;
+    if (d->op == MOE_BLOCK_SPARSE_DSD) rows = a_rows, columns = a_columns;
+    if (d->op == MOE_BLOCK_SPARSE_DDS) rows = b_rows, columns = b_columns;
+    num_block_rows = moe_block_sparse_count(rows, d->block_rows);
+    p.num_block_columns = moe_block_sparse_count(columns, d->block_columns);
+    p.number = (int32_t*)malloc((size_t)(num_block_rows * p.num_block_columns) * 4 + 4);
+    (void)moe_ref_block_numbers(d->mask, num_block_rows, p.num_block_columns, p.number);
+    p.a.num_block_columns = p.b.num_block_columns = p.num_block_columns;
     p.a.block_rows = p.b.block_rows = d->block_rows;
     p.a.block_columns = p.b.block_columns = d->block_columns;
-    if (d->op == MOE_BLOCK_SDD) { /* A's strips run along m, B's along n */
+    if (d->op == MOE_BLOCK_SPARSE_SDD) { /* A's strips run along m, B's along n */
         p.a.strip = d->block_rows;
         p.a.by_column = d->a_transposed;
         p.b.strip = d->block_columns;
         p.b.by_column = !d->b_transposed;
-    } else if (d->op == MOE_BLOCK_DSD) { /* B's strips run along k */
+    } else if (d->op == MOE_BLOCK_SPARSE_DSD) { /* B's strips run along k */
         p.a.number = p.number;
         if (d->packed) p.a.stride = 0;
         p.b.strip = d->a_transposed ? d->block_rows : d->block_columns;
@@ -231,9 +238,11 @@ MOE_HOST int moei_ref_block_wanted(const moe_ref_block_sparse_desc* d, const moe
                                    int64_t i, int64_t j, int64_t l)
 {
     int64_t row = i, column = j;
-    if (d->op == MOE_BLOCK_DSD) row = d->a_transposed ? l : i, column = d->a_transposed ? i : l;
-    if (d->op == MOE_BLOCK_DDS) row = d->b_transposed ? j : l, column = d->b_transposed ? l : j;
-    return p->number[row / d->block_rows * p->CB + column / d->block_columns] >= 0;
+    if (d->op == MOE_BLOCK_SPARSE_DSD)
+        row = d->a_transposed ? l : i, column = d->a_transposed ? i : l;
+    if (d->op == MOE_BLOCK_SPARSE_DDS)
+        row = d->b_transposed ? j : l, column = d->b_transposed ? l : j;
+    return p->number[row / d->block_rows * p->num_block_columns + column / d->block_columns] >= 0;
 }
 
 #define MOEI_REAL float

@@ -5,18 +5,18 @@
 MOE_HOST int64_t MOEI_REF(moe_ref_combine)(const moe_ref_combine_desc* d, MOEI_REAL* y,
                                            MOEI_REAL* abs_sum)
 {
-    const int64_t H = d->hidden, row_stride = moei_ref_or(d->row_stride, H);
-    const int64_t residual_stride = moei_ref_or(d->residual_stride, H);
+    const int64_t hidden = d->hidden, row_stride = moei_ref_or(d->row_stride, hidden);
+    const int64_t residual_stride = moei_ref_or(d->residual_stride, hidden);
     const int weights_dtype = d->weights_dtype ? d->weights_dtype : MOE_FP32;
     const int buffers = d->table ? d->num_buffers : 1;
     int64_t first_bad = -1;
     for (int64_t t = 0; t < d->num_tokens; ++t) {
-        for (int64_t h = 0; h < H; ++h) {
+        for (int64_t h = 0; h < hidden; ++h) {
             MOEI_REAL v = 0;
             if (d->residual)
                 v = MOEI_REF(moe_ref_load)(d->residual, t * residual_stride + h, d->residual_dtype);
-            y[t * H + h] = v;
-            if (abs_sum) abs_sum[t * H + h] = v < 0 ? -v : v;
+            y[t * hidden + h] = v;
+            if (abs_sum) abs_sum[t * hidden + h] = v < 0 ? -v : v;
         }
         for (int k = 0; k < d->top_k; ++k) {
             const int64_t slot = t * d->top_k + k;
@@ -31,21 +31,21 @@ MOE_HOST int64_t MOEI_REF(moe_ref_combine)(const moe_ref_combine_desc* d, MOEI_R
             }
             rows = d->table ? d->table[p.buffer] : d->rows;
             if (d->weights) weight = MOEI_REF(moe_ref_load)(d->weights, slot, weights_dtype);
-            for (int64_t h = 0; h < H; ++h) {
+            for (int64_t h = 0; h < hidden; ++h) {
                 const MOEI_REAL v =
                     weight * MOEI_REF(moe_ref_load)(rows, p.row * row_stride + h, d->rows_dtype);
-                y[t * H + h] += v;
-                if (abs_sum) abs_sum[t * H + h] += v < 0 ? -v : v;
+                y[t * hidden + h] += v;
+                if (abs_sum) abs_sum[t * hidden + h] += v < 0 ? -v : v;
             }
         }
-        for (int64_t h = 0; h < H && d->shared; ++h) {
+        for (int64_t h = 0; h < hidden && d->shared; ++h) {
             const MOEI_REAL weight = d->shared_weight ? d->shared_weight[t] : 1;
             const MOEI_REAL v =
                 weight * MOEI_REF(moe_ref_load)(d->shared,
-                                                t * moei_ref_or(d->shared_stride, H) + h,
+                                                t * moei_ref_or(d->shared_stride, hidden) + h,
                                                 d->rows_dtype);
-            y[t * H + h] += v;
-            if (abs_sum) abs_sum[t * H + h] += v < 0 ? -v : v;
+            y[t * hidden + h] += v;
+            if (abs_sum) abs_sum[t * hidden + h] += v < 0 ? -v : v;
         }
     }
     return first_bad;

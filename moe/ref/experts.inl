@@ -54,18 +54,18 @@ MOE_HOST MOEI_REAL MOEI_REF(moe_ref_activation)(int activation, MOEI_REAL v, MOE
 MOE_HOST void MOEI_REF(moe_ref_activate)(const moe_ref_experts_desc* d, const MOEI_REAL* h,
                                          int64_t num_rows, MOEI_REAL* a)
 {
-    const int64_t I = d->intermediate;
+    const int64_t intermediate = d->intermediate;
     const int activation = d->activation ? d->activation : MOE_ACTIVATION_SWIGLU;
     const int pairs = d->gate_up == MOE_GATE_UP_INTERLEAVED;
     for (int64_t r = 0; r < num_rows; ++r)
-        for (int64_t i = 0; i < I; ++i) {
-            MOEI_REAL v = h[r * I + i], up = 0;
+        for (int64_t i = 0; i < intermediate; ++i) {
+            MOEI_REAL v = h[r * intermediate + i], up = 0;
             if (moe_activation_is_gated(activation)) {
-                v = h[r * 2 * I + (pairs ? 2 * i : i)];
-                up = h[r * 2 * I + (pairs ? 2 * i + 1 : I + i)];
+                v = h[r * 2 * intermediate + (pairs ? 2 * i : i)];
+                up = h[r * 2 * intermediate + (pairs ? 2 * i + 1 : intermediate + i)];
             }
             v = MOEI_REF(moe_ref_activation)(activation, v, up, d->alpha, d->limit);
-            a[r * I + i] = MOEI_REF(moe_ref_round)(v, d->act_dtype);
+            a[r * intermediate + i] = MOEI_REF(moe_ref_round)(v, d->act_dtype);
         }
 }
 
@@ -74,18 +74,21 @@ MOE_HOST void MOEI_REF(moe_ref_activate)(const moe_ref_experts_desc* d, const MO
 MOE_HOST int MOEI_REF(moe_ref_experts)(const moe_ref_experts_desc* d, MOEI_REAL* y, MOEI_REAL* act,
                                        MOEI_REAL* h)
 {
-    const int64_t R = d->expert_offset[d->num_experts], I = d->intermediate, H = d->hidden;
-    MOEI_REAL* hidden = h ? h : (MOEI_REAL*)malloc((size_t)(R * 2 * I + 1) * sizeof(MOEI_REAL));
-    MOEI_REAL* a = act ? act : (MOEI_REAL*)malloc((size_t)(R * I + 1) * sizeof(MOEI_REAL));
-    MOEI_REAL* half = (MOEI_REAL*)malloc((size_t)(R * I + 1) * sizeof(MOEI_REAL));
-    const int ok = hidden && a && half;
+    const int64_t num_rows = d->expert_offset[d->num_experts], intermediate = d->intermediate,
+                  hidden = d->hidden;
+    MOEI_REAL* pre =
+        h ? h : (MOEI_REAL*)malloc((size_t)(num_rows * 2 * intermediate + 1) * sizeof(MOEI_REAL));
+    MOEI_REAL* a =
+        act ? act : (MOEI_REAL*)malloc((size_t)(num_rows * intermediate + 1) * sizeof(MOEI_REAL));
+    MOEI_REAL* half = (MOEI_REAL*)malloc((size_t)(num_rows * intermediate + 1) * sizeof(MOEI_REAL));
+    const int ok = pre && a && half;
     const int gated = d->activation == 0 || moe_activation_is_gated(d->activation);
     if (ok) {
         moe_ref_gemm_desc g;
         memset(&g, 0, sizeof g);
         g.a = d->x;
         g.a_dtype = d->x_dtype;
-        g.a_stride = moei_ref_or(d->x_stride, H);
+        g.a_stride = moei_ref_or(d->x_stride, hidden);
         g.row_index = d->row_slot;
         g.row_div = d->row_slot ? d->top_k : 1;
         g.expert_offset = d->expert_offset;
@@ -93,24 +96,25 @@ MOE_HOST int MOEI_REF(moe_ref_experts)(const moe_ref_experts_desc* d, MOEI_REAL*
         g.b_dtype = d->w_dtype;
         g.bias = d->bias1;
         g.bias_dtype = d->bias_dtype;
-        g.bias_stride = gated ? 2 * I : I;
+        g.bias_stride = gated ? 2 * intermediate : intermediate;
         g.num_experts = d->num_experts;
-        g.k = (int)H;
+        g.k = (int)hidden;
         if (gated && d->gate_up == MOE_GATE_UP_SEPARATE) {
-            g.n = (int)I;
+            g.n = (int)intermediate;
             for (g.use_up = 0; g.use_up < 2; ++g.use_up) {
                 const int bytes = moe_dtype_bytes(d->bias_dtype ? d->bias_dtype : MOE_FP32);
-                if (d->bias1) g.bias = (const char*)d->bias1 + g.use_up * I * bytes;
+                if (d->bias1) g.bias = (const char*)d->bias1 + g.use_up * intermediate * bytes;
                 MOEI_REF(moe_ref_gemm)(&g, half, 0);
-                for (int64_t r = 0; r < R; ++r)
-                    for (int64_t i = 0; i < I; ++i)
-                        hidden[r * 2 * I + g.use_up * I + i] = half[r * I + i];
+                for (int64_t r = 0; r < num_rows; ++r)
+                    for (int64_t i = 0; i < intermediate; ++i)
+                        pre[r * 2 * intermediate + g.use_up * intermediate + i] =
+                            half[r * intermediate + i];
             }
         } else {
-            g.n = (int)(gated ? 2 * I : I);
-            MOEI_REF(moe_ref_gemm)(&g, hidden, 0);
+            g.n = (int)(gated ? 2 * intermediate : intermediate);
+            MOEI_REF(moe_ref_gemm)(&g, pre, 0);
         }
-        MOEI_REF(moe_ref_activate)(d, hidden, R, a);
+        MOEI_REF(moe_ref_activate)(d, pre, num_rows, a);
         {
             moe_ref_gemm_desc out;
             memset(&out, 0, sizeof out);
@@ -122,12 +126,12 @@ MOE_HOST int MOEI_REF(moe_ref_experts)(const moe_ref_experts_desc* d, MOEI_REAL*
             out.bias = d->bias2;
             out.bias_dtype = d->bias_dtype;
             out.num_experts = d->num_experts;
-            out.n = (int)H;
-            out.k = (int)I;
+            out.n = (int)hidden;
+            out.k = (int)intermediate;
             MOEI_REF(moe_ref_gemm)(&out, y, 0);
         }
     }
-    if (!h) free(hidden);
+    if (!h) free(pre);
     if (!act) free(a);
     free(half);
     return ok ? 0 : -1;

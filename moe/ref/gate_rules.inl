@@ -32,8 +32,8 @@ MOE_HOST void MOEI_REF(moei_ref_read)(const moe_gate_desc* d, int64_t t,
     row->nan = 0;
     for (int e = 0; e < d->num_experts; ++e) {
         MOEI_REAL l = MOEI_REF(moe_ref_load)(d->logits, t * stride + e, dtype);
-        row->seen[e] =
-            !(d->expert_off && d->expert_off[e]) && !(d->dropout > 0 && moei_ref_dropped(d, t, e));
+        row->seen[e] = !(d->expert_disabled && d->expert_disabled[e]) &&
+                       !(d->dropout > 0 && moei_ref_dropped(d, t, e));
         if (l == -(MOEI_REAL)INFINITY && d->score != MOE_SCORE_QUADRATIC &&
             d->score != MOE_SCORE_PIONEER)
             row->seen[e] = 0; /* no choice, and score 0 */
@@ -50,26 +50,26 @@ MOE_HOST void MOEI_REF(moei_ref_read)(const moe_gate_desc* d, int64_t t,
 /* The scores; top-k softmax is a softmax over all here, as its probabilities are. */
 MOE_HOST void MOEI_REF(moei_ref_score)(const moe_gate_desc* d, MOEI_REF(moe_ref_row) * row)
 {
-    const int E = d->num_experts;
+    const int num_experts = d->num_experts;
     MOEI_REAL max = -(MOEI_REAL)INFINITY, sum = 0;
-    for (int e = 0; e < E; ++e)
+    for (int e = 0; e < num_experts; ++e)
         if (row->seen[e] && row->logit[e] > max) max = row->logit[e];
     row->tau = -1;
     row->max = max;
     if (d->score == MOE_SCORE_SPARSEMAX) { /* tau rises until those above it are the same */
-        int above = E + 1, before;         /* more than there can be */
+        int above = num_experts + 1, before; /* more than there can be */
         do {
             MOEI_REAL part = 0;
             before = above;
             above = 0;
-            for (int e = 0; e < E; ++e) {
+            for (int e = 0; e < num_experts; ++e) {
                 const MOEI_REAL z = row->logit[e] == max ? 0 : row->logit[e] - max;
                 if (row->seen[e] && z > row->tau) part += z, ++above;
             }
             if (above) row->tau = (part - 1) / above;
         } while (above < before && above);
     }
-    for (int e = 0; e < E; ++e) {
+    for (int e = 0; e < num_experts; ++e) {
         const MOEI_REAL z = row->logit[e] == max ? 0 : row->logit[e] - max;
         if (!row->seen[e]) row->score[e] = 0;
         else if (d->score == MOE_SCORE_SIGMOID) row->score[e] = 1 / (1 + exp(-row->logit[e]));
@@ -78,7 +78,7 @@ MOE_HOST void MOEI_REF(moei_ref_score)(const moe_gate_desc* d, MOEI_REF(moe_ref_
         sum += row->score[e];
     }
     if (d->score != MOE_SCORE_SIGMOID && d->score != MOE_SCORE_SPARSEMAX && sum > 0)
-        for (int e = 0; e < E; ++e) row->score[e] /= sum;
+        for (int e = 0; e < num_experts; ++e) row->score[e] /= sum;
 }
 
 MOE_HOST void MOEI_REF(moei_ref_near)(MOEI_REAL* margin, MOEI_REAL a, MOEI_REAL b)
@@ -108,17 +108,18 @@ MOE_HOST void MOEI_REF(moei_ref_tie)(const moe_gate_desc* d, const MOEI_REF(moe_
 MOE_HOST void MOEI_REF(moei_ref_merit)(const moe_gate_desc* d, MOEI_REF(moe_ref_row) * row,
                                        MOEI_REAL* margin)
 {
-    const int E = d->num_experts, G = d->num_groups ? d->num_groups : 1, size = E / G;
-    const int keep = d->top_groups ? d->top_groups : G;
+    const int num_experts = d->num_experts, num_groups = d->num_groups ? d->num_groups : 1,
+              size = num_experts / num_groups;
+    const int keep = d->top_groups ? d->top_groups : num_groups;
     const int scores = d->score != MOE_SCORE_TOPK_SOFTMAX;
     MOEI_REAL group[MOE_GATE_MAX_GROUPS];
     int two[MOE_GATE_MAX_GROUPS][2]; /* a group's best, -1 where there is none */
-    for (int e = 0; e < E; ++e) {    /* of groups, at first */
+    for (int e = 0; e < num_experts; ++e) { /* of groups, at first */
         row->merit[e] = scores ? row->score[e] : row->logit[e];
         if (d->expert_bias) row->merit[e] += d->expert_bias[e];
         row->open[e] = row->seen[e] && row->merit[e] == row->merit[e]; /* a NaN is never chosen */
     }
-    for (int g = 0; g < G; ++g) {
+    for (int g = 0; g < num_groups; ++g) {
         int best = -1, second = -1;
         for (int e = g * size; e < (g + 1) * size; ++e) {
             if (!row->open[e]) continue;
@@ -130,11 +131,12 @@ MOE_HOST void MOEI_REF(moei_ref_merit)(const moe_gate_desc* d, MOEI_REF(moe_ref_
         if (second >= 0) group[g] += row->merit[second];
         two[g][0] = best, two[g][1] = second;
     }
-    for (int e = 0; e < E && !d->expert_bias; ++e) row->merit[e] = row->logit[e];
-    for (int g = 0; g < G && keep < G; ++g) {
+    for (int e = 0; e < num_experts && !d->expert_bias; ++e) row->merit[e] = row->logit[e];
+    for (int g = 0; g < num_groups && keep < num_groups; ++g) {
         int ahead = 0;
-        for (int i = 0; i < G; ++i) ahead += group[i] > group[g] || (group[i] == group[g] && i < g);
-        for (int i = 0; i < G; ++i) {
+        for (int i = 0; i < num_groups; ++i)
+            ahead += group[i] > group[g] || (group[i] == group[g] && i < g);
+        for (int i = 0; i < num_groups; ++i) {
             MOEI_REF(moei_ref_near)(margin, group[g], group[i]);
             if (i == g || group[i] != group[g]) continue;
             for (int n = 0; n < 2; ++n) { /* sums that other rounding may tell apart */
@@ -149,10 +151,10 @@ MOE_HOST void MOEI_REF(moei_ref_merit)(const moe_gate_desc* d, MOEI_REF(moe_ref_
 }
 
 /* The open expert of the largest merit, equals by ascending index; -1 where there is none. */
-MOE_HOST int MOEI_REF(moei_ref_best)(const MOEI_REF(moe_ref_row) * row, int E)
+MOE_HOST int MOEI_REF(moei_ref_best)(const MOEI_REF(moe_ref_row) * row, int num_experts)
 {
     int best = -1;
-    for (int e = 0; e < E; ++e)
+    for (int e = 0; e < num_experts; ++e)
         if (row->open[e] && (best < 0 || row->merit[e] > row->merit[best])) best = e;
     return best;
 }
@@ -163,32 +165,33 @@ MOE_HOST int MOEI_REF(moei_ref_best)(const MOEI_REF(moe_ref_row) * row, int E)
 MOE_HOST void MOEI_REF(moe_ref_gate_rules)(const moe_gate_desc* d, int32_t* ids, MOEI_REAL* weights,
                                            MOEI_REAL* prob_sum, MOEI_REAL* margin)
 {
-    const int E = d->num_experts, K = d->top_k;
+    const int num_experts = d->num_experts, top_k = d->top_k;
     MOEI_REF(moe_ref_row)* row = (MOEI_REF(moe_ref_row)*)malloc(sizeof *row);
-    int32_t* batch = (int32_t*)malloc((size_t)K * 4);
+    int32_t* batch = (int32_t*)malloc((size_t)top_k * 4);
     MOEI_REAL batch_margin = 1e30f;
     if (d->whole_batch) {
         const int dtype = d->logits_dtype ? d->logits_dtype : MOE_FP32;
-        const int64_t stride = moei_ref_or(d->logits_stride, E);
+        const int64_t stride = moei_ref_or(d->logits_stride, num_experts);
         MOEI_REF(moe_ref_row)* sum = (MOEI_REF(moe_ref_row)*)calloc(1, sizeof *sum);
         MOEI_REAL size = 0, last = 0;
         int last_at = -1;
         for (int64_t t = 0; t < d->num_tokens; ++t) {
             MOEI_REF(moei_ref_read)(d, t, row);
-            if (row->nan || (d->token_off && d->token_off[t])) continue;
-            for (int e = 0; e < E; ++e) {
+            if (row->nan || (d->token_disabled && d->token_disabled[t])) continue;
+            for (int e = 0; e < num_experts; ++e) {
                 const MOEI_REAL l = MOEI_REF(moe_ref_load)(d->logits, t * stride + e, dtype);
                 sum->merit[e] += l;
-                size += (l < 0 ? -l : l) / E;
+                size += (l < 0 ? -l : l) / num_experts;
             }
         }
-        for (int e = 0; e < E; ++e) /* a sum of -infinity is no choice, nor one that is NaN */
-            sum->open[e] =
-                !(d->expert_off && d->expert_off[e]) && sum->merit[e] > -(MOEI_REAL)INFINITY;
+        for (int e = 0; e < num_experts;
+             ++e) /* a sum of -infinity is no choice, nor one that is NaN */
+            sum->open[e] = !(d->expert_disabled && d->expert_disabled[e]) &&
+                           sum->merit[e] > -(MOEI_REAL)INFINITY;
         for (int k = 0, more = 1; more; ++k) { /* K, and on to the first below the K-th */
-            const int e = MOEI_REF(moei_ref_best)(sum, E);
-            if (k < K) batch[k] = e;
-            more = k < K || (e >= 0 && sum->merit[e] / (size + 1) == last);
+            const int e = MOEI_REF(moei_ref_best)(sum, num_experts);
+            if (k < top_k) batch[k] = e;
+            more = k < top_k || (e >= 0 && sum->merit[e] / (size + 1) == last);
             if (e < 0) continue;
             if (k > 0) MOEI_REF(moei_ref_near)(&batch_margin, last, sum->merit[e] / (size + 1));
             if (k > 0 && last == sum->merit[e] / (size + 1)) /* of the same numbers? */
@@ -202,32 +205,32 @@ MOE_HOST void MOEI_REF(moe_ref_gate_rules)(const moe_gate_desc* d, int32_t* ids,
         }
         free(sum);
     }
-    for (int e = 0; prob_sum && e < E; ++e) prob_sum[e] = 0;
+    for (int e = 0; prob_sum && e < num_experts; ++e) prob_sum[e] = 0;
     for (int64_t t = 0; t < d->num_tokens; ++t) {
         MOEI_REAL near = batch_margin, total = 0, last = 0;
-        int32_t* id = ids + t * K;
-        MOEI_REAL* weight = weights + t * K;
+        int32_t* id = ids + t * top_k;
+        MOEI_REAL* weight = weights + t * top_k;
         MOEI_REAL scores = 0, shift;
         int last_at = -1;
-        for (int k = 0; k < K; ++k) id[k] = -1, weight[k] = 0;
+        for (int k = 0; k < top_k; ++k) id[k] = -1, weight[k] = 0;
         if (margin) margin[t] = near;
         MOEI_REF(moei_ref_read)(d, t, row);
-        if (row->nan || (d->token_off && d->token_off[t])) continue;
+        if (row->nan || (d->token_disabled && d->token_disabled[t])) continue;
         MOEI_REF(moei_ref_score)(d, row);
         MOEI_REF(moei_ref_merit)(d, row, &near);
         shift = row->max < 0 ? row->max : 0; /* of sigmoids that would all underflow */
-        for (int e = 0; e < E; ++e)
+        for (int e = 0; e < num_experts; ++e)
             if (row->seen[e]) scores += 1 / (exp(shift) + exp(shift - row->logit[e]));
-        for (int e = 0; prob_sum && e < E; ++e)
+        for (int e = 0; prob_sum && e < num_experts; ++e)
             if (row->seen[e])
                 prob_sum[e] += d->score == MOE_SCORE_SIGMOID
                                    ? 1 / (exp(shift) + exp(shift - row->logit[e])) / scores
                                    : row->score[e];
         for (int k = 0, more = 1; more; ++k) { /* K, and on to the first below the K-th */
-            const int own = MOEI_REF(moei_ref_best)(row, E);
-            const int e = d->whole_batch ? (k < K ? batch[k] : -1) : own;
+            const int own = MOEI_REF(moei_ref_best)(row, num_experts);
+            const int e = d->whole_batch ? (k < top_k ? batch[k] : -1) : own;
             int used;
-            more = k < K || (e >= 0 && row->merit[e] == last);
+            more = k < top_k || (e >= 0 && row->merit[e] == last);
             if (e < 0 || !row->seen[e]) continue;
             if (k > 0 && !d->whole_batch) {
                 MOEI_REF(moei_ref_near)(&near, last, row->merit[e]);
@@ -237,7 +240,7 @@ MOE_HOST void MOEI_REF(moe_ref_gate_rules)(const moe_gate_desc* d, int32_t* ids,
             last = row->merit[e];
             last_at = e;
             row->open[e] = 0;
-            if (k >= K) continue;
+            if (k >= top_k) continue;
             used = d->score != MOE_SCORE_SPARSEMAX || row->score[e] > 0;
             if (d->score == MOE_SCORE_SPARSEMAX) {
                 MOEI_REF(moei_ref_near)(&near, row->logit[e] - row->max, row->tau);
@@ -257,11 +260,11 @@ MOE_HOST void MOEI_REF(moe_ref_gate_rules)(const moe_gate_desc* d, int32_t* ids,
             d->score != MOE_SCORE_SPARSEMAX) { /* the largest of the chosen may underflow too */
             const int sigmoid = d->score == MOE_SCORE_SIGMOID;
             MOEI_REAL most = -(MOEI_REAL)INFINITY;
-            for (int k = 0; k < K; ++k)
+            for (int k = 0; k < top_k; ++k)
                 if (id[k] >= 0 && row->logit[id[k]] > most) most = row->logit[id[k]];
             if (sigmoid && most > 0) most = 0;
             total = 0;
-            for (int k = 0; k < K; ++k) {
+            for (int k = 0; k < top_k; ++k) {
                 const MOEI_REAL l = id[k] >= 0 ? row->logit[id[k]] : 0;
                 if (id[k] >= 0)
                     weight[k] =
@@ -269,7 +272,7 @@ MOE_HOST void MOEI_REF(moe_ref_gate_rules)(const moe_gate_desc* d, int32_t* ids,
                 total += weight[k];
             }
         }
-        for (int k = 0; k < K; ++k) {
+        for (int k = 0; k < top_k; ++k) {
             if ((d->renormalize || d->score == MOE_SCORE_TOPK_SOFTMAX) && total > 0)
                 weight[k] /= total;
             if (d->scale != 0) weight[k] *= d->scale;

@@ -5,19 +5,20 @@
 MOE_HOST int MOEI_REF(moe_ref_layer)(const moe_ref_layer_desc* d, MOEI_REAL* y, int32_t* ids,
                                      MOEI_REAL* weights)
 {
-    const size_t T = (size_t)d->num_tokens, E = (size_t)d->num_experts, H = (size_t)d->hidden;
-    const size_t slots = T * (size_t)d->top_k;
-    const size_t P = d->route.num_replicas ? (size_t)d->route.num_replicas : E;
-    const size_t R = slots + P * (size_t)d->route.row_multiple; /* rows at most */
-    MOEI_REAL* logits = (MOEI_REAL*)malloc((T * E + 1) * sizeof(MOEI_REAL));
+    const size_t num_tokens = (size_t)d->num_tokens, num_experts = (size_t)d->num_experts,
+                 hidden = (size_t)d->hidden;
+    const size_t slots = num_tokens * (size_t)d->top_k;
+    const size_t num_replicas = d->route.num_replicas ? (size_t)d->route.num_replicas : num_experts;
+    const size_t num_rows = slots + num_replicas * (size_t)d->route.row_multiple; /* rows at most */
+    MOEI_REAL* logits = (MOEI_REAL*)malloc((num_tokens * num_experts + 1) * sizeof(MOEI_REAL));
     MOEI_REAL* weight = (MOEI_REAL*)malloc((slots + 1) * sizeof(MOEI_REAL));
-    MOEI_REAL* rows = (MOEI_REAL*)malloc((R * H + 1) * sizeof(MOEI_REAL));
-    MOEI_REAL* shared = (MOEI_REAL*)malloc((T * H + 1) * sizeof(MOEI_REAL));
+    MOEI_REAL* rows = (MOEI_REAL*)malloc((num_rows * hidden + 1) * sizeof(MOEI_REAL));
+    MOEI_REAL* shared = (MOEI_REAL*)malloc((num_tokens * hidden + 1) * sizeof(MOEI_REAL));
     float* single = (float*)malloc((slots + 1) * sizeof(float)); /* weights, for route */
     int32_t* id = (int32_t*)malloc((slots + 1) * sizeof(int32_t));
-    int32_t* row_slot = (int32_t*)malloc((R + 1) * sizeof(int32_t));
-    int32_t* count = (int32_t*)malloc(P * sizeof(int32_t));
-    int32_t* offset = (int32_t*)malloc((P + 1) * sizeof(int32_t));
+    int32_t* row_slot = (int32_t*)malloc((num_rows + 1) * sizeof(int32_t));
+    int32_t* count = (int32_t*)malloc(num_replicas * sizeof(int32_t));
+    int32_t* offset = (int32_t*)malloc((num_replicas + 1) * sizeof(int32_t));
     moe_place* place = (moe_place*)malloc((slots + 1) * sizeof(moe_place));
     int bad = !logits || !weight || !rows || !shared || !single || !id || !row_slot || !count ||
               !offset || !place;
@@ -41,7 +42,7 @@ MOE_HOST int MOEI_REF(moe_ref_layer)(const moe_ref_layer_desc* d, MOEI_REAL* y, 
             r.num_experts = d->num_experts;
             r.hidden = d->hidden;
             MOEI_REF(moe_ref_router)(&r, logits);
-            for (size_t i = 0; i < T * E; ++i)
+            for (size_t i = 0; i < num_tokens * num_experts; ++i)
                 logits[i] = MOEI_REF(moe_ref_round)(logits[i], d->logits_dtype);
             g.logits = logits;
             g.logits_stride = 0;
@@ -60,7 +61,7 @@ MOE_HOST int MOEI_REF(moe_ref_layer)(const moe_ref_layer_desc* d, MOEI_REAL* y, 
         for (size_t s = 0; s < slots; ++s) single[s] = (float)weight[s];
         r.ids = id;
         r.weights = single;
-        r.max_rows = (int64_t)R;
+        r.max_rows = (int64_t)num_rows;
         r.num_tokens = d->num_tokens;
         r.num_experts = d->num_experts;
         r.top_k = d->top_k;
@@ -89,7 +90,7 @@ MOE_HOST int MOEI_REF(moe_ref_layer)(const moe_ref_layer_desc* d, MOEI_REAL* y, 
         e.alpha = d->alpha;
         e.limit = d->limit;
         e.gate_up = d->gate_up;
-        e.num_experts = (int)P;
+        e.num_experts = (int)num_replicas;
         e.top_k = d->top_k;
         e.hidden = d->hidden;
         e.intermediate = d->intermediate;
@@ -122,9 +123,9 @@ MOE_HOST int MOEI_REF(moe_ref_layer)(const moe_ref_layer_desc* d, MOEI_REAL* y, 
     if (!bad) {
         moe_ref_combine_desc c;
         memset(&c, 0, sizeof c);
-        for (size_t i = 0; i < (size_t)offset[P] * H; ++i)
+        for (size_t i = 0; i < (size_t)offset[num_replicas] * hidden; ++i)
             rows[i] = MOEI_REF(moe_ref_round)(rows[i], d->rows_dtype);
-        for (size_t i = 0; i < T * H && d->shared.intermediate; ++i)
+        for (size_t i = 0; i < num_tokens * hidden && d->shared.intermediate; ++i)
             shared[i] = MOEI_REF(moe_ref_round)(shared[i], d->rows_dtype);
         if (d->shared.intermediate) c.shared = shared;
         c.shared_weight = d->shared.weight;

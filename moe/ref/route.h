@@ -72,7 +72,7 @@ MOE_HOST int64_t moe_ref_route(const moe_ref_route_desc* d)
 {
     const int64_t slots = (int64_t)d->num_tokens * d->top_k;
     const int64_t max_rows = d->max_rows ? d->max_rows : slots;
-    const int32_t P = d->num_replicas ? d->num_replicas : d->num_experts;
+    const int32_t num_replicas = d->num_replicas ? d->num_replicas : d->num_experts;
     const int64_t multiple = d->row_multiple ? d->row_multiple : 1;
     int32_t* expert = (int32_t*)malloc((size_t)slots * sizeof *expert + 1);
     moei_ref_choice* list = (moei_ref_choice*)malloc((size_t)slots * sizeof *list + 1);
@@ -82,7 +82,7 @@ MOE_HOST int64_t moe_ref_route(const moe_ref_route_desc* d)
         const moe_place nowhere = {-1, -1};
         if (d->slot_row) d->slot_row[s] = -1;
         if (d->place) d->place[s] = nowhere;
-        expert[s] = moei_ref_expert(d, s, P);
+        expert[s] = moei_ref_expert(d, s, num_replicas);
         if (first_bad < 0 && (d->ids[s] < -1 || d->ids[s] >= d->num_experts)) first_bad = s;
         if (d->bad_replica && *d->bad_replica < 0 && expert[s] == -2) *d->bad_replica = s;
     }
@@ -90,7 +90,7 @@ MOE_HOST int64_t moe_ref_route(const moe_ref_route_desc* d)
         if (d->row_slot) d->row_slot[r] = -1;
         if (d->row_weight) d->row_weight[r] = 0;
     }
-    for (int32_t e = 0; e < P; ++e) {
+    for (int32_t e = 0; e < num_replicas; ++e) {
         int64_t n = 0, kept;
         d->expert_offset[e] = (int32_t)row;
         for (int64_t s = 0; s < slots; ++s)
@@ -125,7 +125,7 @@ MOE_HOST int64_t moe_ref_route(const moe_ref_route_desc* d)
         row = (row + multiple - 1) / multiple * multiple;
     }
     if (row > max_rows) first_bad = -2;
-    d->expert_offset[P] = (int32_t)row;
+    d->expert_offset[num_replicas] = (int32_t)row;
     free(expert);
     free(list);
     return first_bad;

@@ -17,7 +17,7 @@
 
 typedef struct moei_route_keep_shared {
     uint4 bin[MOEI_ROUTE_KEEP_THREADS]; /* slots by digit, four digits a thread */
-    int warp_sum[2][MOEI_WARP];
+    int warp_sum[2][MOE_WARP_SIZE];
     uint32_t row, rows; /* sums over the experts before, and over all */
     uint32_t differ;    /* bits in which two keys of the list differ */
     int digit;          /* the bin that the last slot to stay is in */
@@ -64,7 +64,7 @@ MOE_DEVICE moei_route_part moei_route_find_part(const moei_route_args* a, int fr
     const int slots = a->d.num_tokens * a->d.top_k;
     moei_route_part p;
     if (from < 0 || count < 0 || (int64_t)from + count > slots) { /* not these ids' counts */
-        if (threadIdx.x == 0) moei_fault_raise(a->d.fault, MOE_FAULT_BAD_COUNT, a->d.rank, 0);
+        if (threadIdx.x == 0) moe_fault_raise(a->d.fault, MOE_FAULT_BAD_COUNT, a->d.rank, 0);
         from = count = 0;
     }
     p.slot = a->list_slot + from;
@@ -81,7 +81,7 @@ MOE_DEVICE moei_route_part moei_route_find_part(const moei_route_args* a, int fr
 /* The list position of a thread's entry of step i in the round that begins at `begin`. */
 MOE_DEVICE uint32_t moei_route_at(const moei_route_part* p, uint32_t begin, int i)
 {
-    return begin + (uint32_t)((moei_warp() * p->steps + i) * MOEI_WARP + moei_lane());
+    return begin + (uint32_t)((moe_warp() * p->steps + i) * MOE_WARP_SIZE + moe_lane());
 }
 
 /* Is there one? */
@@ -94,7 +94,7 @@ MOE_DEVICE void moei_route_load_entries(moei_route_entries* x, const moei_route_
                                         uint32_t begin)
 {
     x->begin = begin;
-    MOEI_UNROLL
+    MOE_UNROLL
     for (int i = 0; i < MOEI_ROUTE_KEEP_STEPS; ++i) {
         const uint32_t at = moei_route_at(p, begin, i);
         const bool in = moei_route_is_entry(p, begin, i);
@@ -127,17 +127,17 @@ MOE_DEVICE void moei_route_sum_up(const moei_route_args* a, const moei_route_par
     }
     for (uint32_t begin = 0; p->count > capacity && begin < p->count; begin += p->round) {
         moei_route_have_entries(x, p, begin);
-        MOEI_UNROLL
+        MOE_UNROLL
         for (int i = 0; i < MOEI_ROUTE_KEEP_STEPS; ++i)
             if (moei_route_is_entry(p, begin, i))
                 differ |= moei_route_key(x->weight[i]) ^ moei_route_key(p->first);
     }
-    for (int l = MOEI_WARP / 2; l > 0; l >>= 1) {
-        before += __shfl_xor_sync(MOEI_FULL, before, l);
-        all += __shfl_xor_sync(MOEI_FULL, all, l);
-        differ |= __shfl_xor_sync(MOEI_FULL, differ, l);
+    for (int l = MOE_WARP_SIZE / 2; l > 0; l >>= 1) {
+        before += __shfl_xor_sync(MOE_FULL_WARP, before, l);
+        all += __shfl_xor_sync(MOE_FULL_WARP, all, l);
+        differ |= __shfl_xor_sync(MOE_FULL_WARP, differ, l);
     }
-    if (moei_lane() == 0) { /* many warps have nothing to add */
+    if (moe_lane() == 0) { /* many warps have nothing to add */
         if (before) atomicAdd(&s->row, before);
         if (all) atomicAdd(&s->rows, all);
         if (differ) atomicOr(&s->differ, differ);
@@ -150,12 +150,12 @@ MOE_DEVICE void moei_route_sum_up(const moei_route_args* a, const moei_route_par
 MOE_DEVICE int moei_route_warps_before(int n, int* warp_sum, int* total)
 {
     int sum, scan;
-    if (moei_lane() == MOEI_WARP - 1) warp_sum[moei_warp()] = n;
+    if (moe_lane() == MOE_WARP_SIZE - 1) warp_sum[moe_warp()] = n;
     __syncthreads();
-    sum = moei_lane() < (int)(blockDim.x >> 5) ? warp_sum[moei_lane()] : 0;
-    scan = moei_warp_inclusive_scan(sum);
-    *total = __shfl_sync(MOEI_FULL, scan, MOEI_WARP - 1);
-    return __shfl_sync(MOEI_FULL, scan - sum, moei_warp());
+    sum = moe_lane() < (int)(blockDim.x >> 5) ? warp_sum[moe_lane()] : 0;
+    scan = moe_warp_inclusive_scan(sum);
+    *total = __shfl_sync(MOE_FULL_WARP, scan, MOE_WARP_SIZE - 1);
+    return __shfl_sync(MOE_FULL_WARP, scan - sum, moe_warp());
 }
 
 /* Finds digit, above and in: the bin in which the slots counted from the highest bin on reach
@@ -165,11 +165,11 @@ MOE_DEVICE void moei_route_find_digit(moei_route_keep_shared* s, int need)
     const int own = (int)(blockDim.x - 1 - threadIdx.x); /* the first thread has the highest */
     const uint4 v = s->bin[own];
     const int bin[4] = {(int)v.w, (int)v.z, (int)v.y, (int)v.x}; /* highest first */
-    const int inclusive = moei_warp_inclusive_scan(bin[0] + bin[1] + bin[2] + bin[3]);
+    const int inclusive = moe_warp_inclusive_scan(bin[0] + bin[1] + bin[2] + bin[3]);
     int total;
     int upto = inclusive + moei_route_warps_before(inclusive, s->warp_sum[0], &total);
     s->bin[own] = make_uint4(0, 0, 0, 0);
-    MOEI_UNROLL
+    MOE_UNROLL
     for (int i = 3; i >= 0; --i) {
         const int before = upto - bin[i];
         if (before < need && need <= upto) { /* one bin of one thread */
@@ -197,7 +197,7 @@ MOE_DEVICE moei_route_limit moei_route_select(const moei_route_part* p, moei_rou
         l.shift -= bits;
         for (uint32_t begin = 0; begin < p->count; begin += p->round) {
             moei_route_have_entries(x, p, begin);
-            MOEI_UNROLL
+            MOE_UNROLL
             for (int i = 0; i < MOEI_ROUTE_KEEP_STEPS; ++i) {
                 const uint32_t key = moei_route_key(x->weight[i]);
                 if (moei_route_is_entry(p, begin, i) &&
@@ -226,7 +226,7 @@ MOE_DEVICE void moei_route_write_slot(const moei_route_args* a, uint32_t expert_
     int row = at < 0 ? -1 : (int)(expert_row + (unsigned)at);
     moe_place place;
     if (slot < 0 || slot >= d->num_tokens * d->top_k || row < -1 || row >= a->max_rows) {
-        moei_fault_raise(d->fault, MOE_FAULT_BAD_COUNT, d->rank, d->num_tokens * d->top_k - 1);
+        moe_fault_raise(d->fault, MOE_FAULT_BAD_COUNT, d->rank, d->num_tokens * d->top_k - 1);
         return;
     }
     if (d->slot_row) d->slot_row[slot] = row;
@@ -243,8 +243,8 @@ MOE_DEVICE void moei_route_ballot(const moei_route_part* p, const moei_route_ent
 {
     const uint32_t bits = moei_route_key_bits(moei_route_key(x->weight[i]), l->shift);
     const bool in = moei_route_is_entry(p, x->begin, i);
-    *high = __ballot_sync(MOEI_FULL, in && bits > l->limit);
-    *same = __ballot_sync(MOEI_FULL, in && bits == l->limit);
+    *high = __ballot_sync(MOE_FULL_WARP, in && bits > l->limit);
+    *same = __ballot_sync(MOE_FULL_WARP, in && bits == l->limit);
 }
 
 /* Walks the list in slot order. */
@@ -252,14 +252,14 @@ MOE_DEVICE void moei_route_write_part(const moei_route_args* a, const moei_route
                                       moei_route_entries* x, moei_route_keep_shared* s,
                                       const moei_route_limit* l)
 {
-    const uint32_t lane = 1u << moei_lane(), expert_row = s->row;
+    const uint32_t lane = 1u << moe_lane(), expert_row = s->row;
     int above = 0, equal = 0; /* among the slots before */
     int buffer = 0;           /* of warp_sum; a warp that is ahead uses the other one */
     for (uint32_t begin = 0; begin < p->count; begin += p->round, buffer ^= 1) {
         uint32_t high, same;
         int n = 0, more, same_before, total;
         moei_route_have_entries(x, p, begin);
-        MOEI_UNROLL
+        MOE_UNROLL
         for (int i = 0; i < MOEI_ROUTE_KEEP_STEPS; ++i) {
             if (i >= p->steps) break;
             moei_route_ballot(p, x, i, l, &high, &same);
@@ -268,7 +268,7 @@ MOE_DEVICE void moei_route_write_part(const moei_route_args* a, const moei_route
         n = moei_route_warps_before(n, s->warp_sum[buffer], &total);
         more = above + (n & 0xffff);
         same_before = equal + (n >> 16);
-        MOEI_UNROLL
+        MOE_UNROLL
         for (int i = 0; i < MOEI_ROUTE_KEEP_STEPS; ++i) {
             int rank, at;
             if (i >= p->steps) break;
@@ -296,14 +296,14 @@ MOE_KERNEL(MOEI_ROUTE_KEEP_THREADS, 1) moei_route_keep(MOE_ARG(moei_route_args) 
     moei_route_limit l;
     int from, count, kept, padded, row, rows;
 
-    moei_let_next_start();
+    moe_pdl_trigger();
     s.bin[threadIdx.x] = make_uint4(0, 0, 0, 0);
     if (threadIdx.x == 0) s.row = s.rows = s.differ = 0;
     __syncthreads();
-    moei_wait_for_previous();
+    moe_pdl_wait();
     from = (int)moei_load4_early(a.list_offset + e); /* beside the fault word */
     count = (int)moei_load4_early(a.list_count + e);
-    if (moei_fault_stopped(a.d.fault)) return;
+    if (moe_fault_stopped(a.d.fault)) return;
     p = moei_route_find_part(&a, from, count);
     moei_route_load_entries(&x, &p, 0);
     moei_route_sum_up(&a, &p, &x, &s);

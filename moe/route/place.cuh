@@ -40,7 +40,7 @@ MOE_DEVICE int moei_route_replica(const moe_route_desc* d, uint32_t slot, int id
     }
     if (e >= 0 && e < d->num_replicas) return e;
     if (e != -1 || !d->absent_replicas)
-        moei_fault_raise(d->fault, MOE_FAULT_BAD_REPLICA, d->rank, slot);
+        moe_fault_raise(d->fault, MOE_FAULT_BAD_REPLICA, d->rank, slot);
     return -1;
 }
 
@@ -50,7 +50,7 @@ MOE_DEVICE int moei_route_id(const moe_route_desc* d, uint32_t slot, int id, con
 {
     if (id >= 0 && id < d->num_experts)
         return options && d->replica_offset ? moei_route_replica(d, slot, id) : id;
-    if (id != -1) moei_fault_raise(d->fault, MOE_FAULT_BAD_ID, d->rank, slot);
+    if (id != -1) moe_fault_raise(d->fault, MOE_FAULT_BAD_ID, d->rank, slot);
     return -1;
 }
 
@@ -58,29 +58,29 @@ MOE_DEVICE int moei_route_id(const moe_route_desc* d, uint32_t slot, int id, con
    them and of a block's threads do not wrap.) */
 MOE_DEVICE uint32_t moei_route_begin(const moe_route_desc* d, uint32_t chunk)
 {
-    const uint32_t T = (uint32_t)d->num_tokens;
+    const uint32_t num_tokens = (uint32_t)d->num_tokens;
     const uint32_t t = chunk * (uint32_t)moe_chunk_tokens(d->num_tokens);
-    return (t < T ? t : T) * (uint32_t)d->top_k;
+    return (t < num_tokens ? t : num_tokens) * (uint32_t)d->top_k;
 }
 
 /* Counting, one block a chunk: how often it chose each expert. */
 MOE_DEVICE_BODY void moei_route_count_chunk(const moe_route_desc* d, int* count, const int options)
 {
-    const int E = d->num_replicas; /* count [E], shared */
+    const int num_experts = d->num_replicas; /* count [E], shared */
     const uint32_t end = moei_route_begin(d, blockIdx.x + 1);
 
-    moei_let_next_start();
-    for (int e = (int)threadIdx.x; e < E; e += (int)blockDim.x) count[e] = 0;
-    moei_wait_for_previous();
-    if (moei_fault_stopped(d->fault)) return;
+    moe_pdl_trigger();
+    for (int e = (int)threadIdx.x; e < num_experts; e += (int)blockDim.x) count[e] = 0;
+    moe_pdl_wait();
+    if (moe_fault_stopped(d->fault)) return;
     __syncthreads();
     for (uint32_t s = moei_route_begin(d, blockIdx.x) + threadIdx.x; s < end; s += blockDim.x) {
         const int e = moei_route_id(d, s, d->ids[s], options);
         if (e >= 0) atomicAdd(count + e, 1);
     }
     __syncthreads();
-    for (int e = (int)threadIdx.x; e < E; e += (int)blockDim.x)
-        d->chunk_count[blockIdx.x * (uint32_t)E + e] = count[e];
+    for (int e = (int)threadIdx.x; e < num_experts; e += (int)blockDim.x)
+        d->chunk_count[blockIdx.x * (uint32_t)num_experts + e] = count[e];
 }
 
 /* Plain routing, and routing with replicas. */
@@ -109,34 +109,34 @@ typedef struct moei_route_shared {
     int* start;      /* [E] position of the round's first slot of each expert */
 } moei_route_shared;
 
-MOE_HOST_DEVICE size_t moei_route_ahead_bytes(int E, int warps)
+MOE_HOST_DEVICE size_t moei_route_ahead_bytes(int num_experts, int warps)
 {
-    return ((size_t)E * (size_t)(warps | 1) * 2 + 15) / 16 * 16;
+    return ((size_t)num_experts * (size_t)(warps | 1) * 2 + 15) / 16 * 16;
 }
 
-MOE_HOST_DEVICE size_t moei_route_shared_bytes(int E, int warps)
+MOE_HOST_DEVICE size_t moei_route_shared_bytes(int num_experts, int warps)
 {
-    return moei_route_ahead_bytes(E, warps) + (size_t)warps * 32 * MOEI_ROUTE_STEPS * 12 +
-           (size_t)E * 12;
+    return moei_route_ahead_bytes(num_experts, warps) + (size_t)warps * 32 * MOEI_ROUTE_STEPS * 12 +
+           (size_t)num_experts * 12;
 }
 
-MOE_DEVICE void moei_route_carve(moei_route_shared* s, unsigned char* shared, int E)
+MOE_DEVICE void moei_route_carve(moei_route_shared* s, unsigned char* shared, int num_experts)
 {
     const int warps = (int)(blockDim.x >> 5), positions = warps * 32 * MOEI_ROUTE_STEPS;
     s->ahead = (uint16_t*)shared;
     s->stride = warps | 1;
-    s->row = (int*)(shared + moei_route_ahead_bytes(E, warps));
+    s->row = (int*)(shared + moei_route_ahead_bytes(num_experts, warps));
     s->slot = s->row + positions;
     s->weight = (float*)(s->slot + positions);
     s->base = (int*)(s->weight + positions);
-    s->offset = s->base + E;
-    s->start = s->offset + E;
+    s->offset = s->base + num_experts;
+    s->start = s->offset + num_experts;
 }
 
 /* Clears `ahead`; a barrier must follow. */
-MOE_DEVICE void moei_route_clear(const moei_route_shared* s, int E)
+MOE_DEVICE void moei_route_clear(const moei_route_shared* s, int num_experts)
 {
-    const int n = (int)(moei_route_ahead_bytes(E, (int)(blockDim.x >> 5)) / 16);
+    const int n = (int)(moei_route_ahead_bytes(num_experts, (int)(blockDim.x >> 5)) / 16);
     for (int i = (int)threadIdx.x; i < n; i += (int)blockDim.x)
         ((uint4*)s->ahead)[i] = make_uint4(0, 0, 0, 0);
 }
@@ -145,31 +145,31 @@ MOE_DEVICE void moei_route_clear(const moei_route_shared* s, int E)
 MOE_DEVICE void moei_route_add_counts(uint4* sum, const moe_route_desc* d, int e, int from,
                                       int upto)
 {
-    const int E = d->num_replicas;
-    const int32_t* n = d->chunk_count + from * E + e; /* at most 2^19 */
-    if (E % 4 == 0 && (uintptr_t)d->chunk_count % 16 == 0) {
-        if (e >= E) return;
-        MOEI_UNROLL_8
-        for (int c = from; c < upto; ++c, n += E) {
+    const int num_experts = d->num_replicas;
+    const int32_t* n = d->chunk_count + from * num_experts + e; /* at most 2^19 */
+    if (num_experts % 4 == 0 && (uintptr_t)d->chunk_count % 16 == 0) {
+        if (e >= num_experts) return;
+        MOE_UNROLL_8
+        for (int c = from; c < upto; ++c, n += num_experts) {
             const uint4 v = *(const uint4*)n;
             sum->x += v.x, sum->y += v.y, sum->z += v.z, sum->w += v.w;
         }
     } else {
-        for (int c = from; c < upto; ++c, n += E) {
-            if (e < E) sum->x += (unsigned)n[0];
-            if (e + 1 < E) sum->y += (unsigned)n[1];
-            if (e + 2 < E) sum->z += (unsigned)n[2];
-            if (e + 3 < E) sum->w += (unsigned)n[3];
+        for (int c = from; c < upto; ++c, n += num_experts) {
+            if (e < num_experts) sum->x += (unsigned)n[0];
+            if (e + 1 < num_experts) sum->y += (unsigned)n[1];
+            if (e + 2 < num_experts) sum->z += (unsigned)n[2];
+            if (e + 3 < num_experts) sum->w += (unsigned)n[3];
         }
     }
 }
 
-MOE_DEVICE void moei_route_store_counts(int* to, int e, int E, uint4 v)
+MOE_DEVICE void moei_route_store_counts(int* to, int e, int num_experts, uint4 v)
 {
-    if (e < E) to[e] = (int)v.x;
-    if (e + 1 < E) to[e + 1] = (int)v.y;
-    if (e + 2 < E) to[e + 2] = (int)v.z;
-    if (e + 3 < E) to[e + 3] = (int)v.w;
+    if (e < num_experts) to[e] = (int)v.x;
+    if (e + 1 < num_experts) to[e + 1] = (int)v.y;
+    if (e + 2 < num_experts) to[e + 2] = (int)v.z;
+    if (e + 3 < num_experts) to[e + 3] = (int)v.w;
 }
 
 /* The chunks are added up in groups of neighbours; a warp has 128 neighbouring experts of a group.
@@ -179,9 +179,9 @@ typedef struct moei_route_groups {
     int tiles_log2, log2, each;
 } moei_route_groups;
 
-MOE_DEVICE moei_route_groups moei_route_group(int E, int chunks)
+MOE_DEVICE moei_route_groups moei_route_group(int num_experts, int chunks)
 {
-    const int tiles = (E + 127) / 128, warps_log2 = 31 - __clz((int)blockDim.x >> 5);
+    const int tiles = (num_experts + 127) / 128, warps_log2 = 31 - __clz((int)blockDim.x >> 5);
     moei_route_groups g;
     g.tiles_log2 = 32 - __clz(tiles - 1);
     g.log2 = warps_log2 > g.tiles_log2 ? warps_log2 - g.tiles_log2 : 0;
@@ -194,20 +194,20 @@ MOE_DEVICE moei_route_groups moei_route_group(int E, int chunks)
 MOE_DEVICE void moei_route_sum(const moe_route_desc* d, const moei_route_shared* s, int* parts,
                                const moei_route_groups* g)
 {
-    const int E = d->num_replicas, chunks = (int)gridDim.x, own = (int)blockIdx.x;
-    MOEI_NO_UNROLL
-    for (int w = moei_warp(); w < 1 << (g->tiles_log2 + g->log2); w += (int)(blockDim.x >> 5)) {
-        const int e = (w & ((1 << g->tiles_log2) - 1)) * 128 + moei_lane() * 4;
+    const int num_experts = d->num_replicas, chunks = (int)gridDim.x, own = (int)blockIdx.x;
+    MOE_NO_UNROLL
+    for (int w = moe_warp(); w < 1 << (g->tiles_log2 + g->log2); w += (int)(blockDim.x >> 5)) {
+        const int e = (w & ((1 << g->tiles_log2) - 1)) * 128 + moe_lane() * 4;
         const int group = w >> g->tiles_log2, from = group * g->each;
         const int upto = from + g->each < chunks ? from + g->each : chunks;
         const bool here = from <= own && own < upto;
         uint4 sum = make_uint4(0, 0, 0, 0);
         if (here) {
             moei_route_add_counts(&sum, d, e, from, own);
-            moei_route_store_counts(s->base, e, E, sum);
+            moei_route_store_counts(s->base, e, num_experts, sum);
         }
         moei_route_add_counts(&sum, d, e, here ? own : from, upto);
-        if (from < upto) moei_route_store_counts(parts + group * E, e, E, sum);
+        if (from < upto) moei_route_store_counts(parts + group * num_experts, e, num_experts, sum);
     }
 }
 
@@ -215,10 +215,10 @@ MOE_DEVICE void moei_route_sum(const moe_route_desc* d, const moei_route_shared*
 MOE_DEVICE void moei_route_fetch(int* id, float* weight, const moe_route_desc* d, uint32_t begin,
                                  uint32_t end, int steps)
 {
-    const uint32_t first = begin + (uint32_t)(moei_warp() * steps * MOEI_WARP + moei_lane());
-    MOEI_UNROLL
+    const uint32_t first = begin + (uint32_t)(moe_warp() * steps * MOE_WARP_SIZE + moe_lane());
+    MOE_UNROLL
     for (int i = 0; i < MOEI_ROUTE_STEPS; ++i) {
-        const uint32_t slot = first + (uint32_t)(i * MOEI_WARP);
+        const uint32_t slot = first + (uint32_t)(i * MOE_WARP_SIZE);
         const bool in = slot < end && i < steps;
         id[i] = in ? (int)moei_load4_early(d->ids + slot) : -1;
         weight[i] =
@@ -243,37 +243,37 @@ MOE_DEVICE unsigned moei_route_padded(const moe_route_desc* d, unsigned kept)
    options start[e] = slots that e keeps. Returns the number of rows; *checksum is that of the bases
    that a thread's experts must have in the end. */
 MOE_DEVICE int moei_route_offsets(const moei_route_args* a, const moei_route_shared* s,
-                                  moei_block_scan_scratch* scratch, uint32_t* checksum,
+                                  moe_block_scan_scratch* scratch, uint32_t* checksum,
                                   const int options)
 {
     const moe_route_desc* d = &a->d;
-    const int E = d->num_replicas, chunks = d->num_tokens > 0 ? (int)gridDim.x : 0;
-    const moei_route_groups group = moei_route_group(E, chunks);
+    const int num_experts = d->num_replicas, chunks = d->num_tokens > 0 ? (int)gridDim.x : 0;
+    const moei_route_groups group = moei_route_group(num_experts, chunks);
     /* more experts than the warps have in one go are in one group */
-    int* parts = E <= (int)blockDim.x * 4 ? s->row : s->start;
+    int* parts = num_experts <= (int)blockDim.x * 4 ? s->row : s->start;
     int rows = 0;
     *checksum = 0;
     if (chunks > 0) moei_route_sum(d, s, parts, &group);
     __syncthreads();
-    for (int e0 = 0; e0 < E; e0 += (int)blockDim.x) {
+    for (int e0 = 0; e0 < num_experts; e0 += (int)blockDim.x) {
         const int e = e0 + (int)threadIdx.x;
         unsigned all = 0, before = 0, kept, taken;
         int at, own = 0, total;
-        if (e < E) {
-            if (chunks > 0) own = d->chunk_count[(int)blockIdx.x * E + e];
-            MOEI_UNROLL_8
+        if (e < num_experts) {
+            if (chunks > 0) own = d->chunk_count[(int)blockIdx.x * num_experts + e];
+            MOE_UNROLL_8
             for (int g = 0; g < 1 << group.log2; ++g) {
                 const int from = g * group.each;
-                const unsigned n = from < chunks ? (unsigned)parts[g * E + e] : 0;
+                const unsigned n = from < chunks ? (unsigned)parts[g * num_experts + e] : 0;
                 all += n;
                 before += from + group.each <= (int)blockIdx.x ? n : 0;
             }
         }
         kept = options && all > (unsigned)d->capacity ? (unsigned)d->capacity : all;
         taken = options ? moei_route_padded(d, kept) : kept;
-        at = (int)((unsigned)rows +
-                   (unsigned)moei_block_exclusive_scan((int)taken, scratch, &total));
-        if (e < E) {
+        at =
+            (int)((unsigned)rows + (unsigned)moe_block_exclusive_scan((int)taken, scratch, &total));
+        if (e < num_experts) {
             s->offset[e] = at;
             s->base[e] = (int)((unsigned)s->base[e] + before + (unsigned)at);
             *checksum += moei_route_checksum(e, (int)((unsigned)s->base[e] + (unsigned)own));
@@ -286,9 +286,9 @@ MOE_DEVICE int moei_route_offsets(const moei_route_args* a, const moei_route_sha
         rows = (int)((unsigned)rows + (unsigned)total);
     }
     if (blockIdx.x == 0 && threadIdx.x == 0) {
-        d->expert_offset[E] = rows;
+        d->expert_offset[num_experts] = rows;
         if (rows < 0 || rows > a->max_rows)
-            moei_fault_raise(d->fault, MOE_FAULT_BAD_COUNT, d->rank, 0);
+            moe_fault_raise(d->fault, MOE_FAULT_BAD_COUNT, d->rank, 0);
     }
     return rows;
 }
@@ -308,13 +308,14 @@ MOE_DEVICE void moei_route_clear_rows(const moei_route_args* a, uint32_t from, u
 /* The rows that fill experts up, an expert a warp; start[e] = slots that e keeps. */
 MOE_DEVICE void moei_route_pad(const moei_route_args* a, const moei_route_shared* s)
 {
-    const int E = a->d.num_replicas, warps = (int)(blockDim.x >> 5);
-    MOEI_NO_UNROLL
-    for (int e = (int)blockIdx.x * warps + moei_warp(); e < E; e += (int)gridDim.x * warps) {
+    const int num_experts = a->d.num_replicas, warps = (int)(blockDim.x >> 5);
+    MOE_NO_UNROLL
+    for (int e = (int)blockIdx.x * warps + moe_warp(); e < num_experts;
+         e += (int)gridDim.x * warps) {
         const unsigned kept = (unsigned)s->start[e], from = (unsigned)s->offset[e] + kept;
         const unsigned n = moei_route_padded(&a->d, kept) - kept; /* below row_multiple */
         if (from <= 0x7fffffffu)
-            moei_route_clear_rows(a, from + (unsigned)moei_lane(), from + n, MOEI_WARP);
+            moei_route_clear_rows(a, from + (unsigned)moe_lane(), from + n, MOE_WARP_SIZE);
     }
 }
 
@@ -323,37 +324,37 @@ MOE_DEVICE void moei_route_pad(const moei_route_args* a, const moei_route_shared
 MOE_DEVICE int moei_route_warp_rank(const moei_route_shared* s, int expert, int bits)
 {
     const uint32_t same = moei_route_same(expert, bits);
-    uint16_t* count = s->ahead + (expert < 0 ? 0 : expert) * s->stride + moei_warp();
-    const int rank = *count + __popc(same & ((1u << moei_lane()) - 1u));
-    __syncwarp(MOEI_FULL);
-    if (expert >= 0 && same >> moei_lane() == 1u) *count = (uint16_t)(rank + 1); /* the last one */
-    __syncwarp(MOEI_FULL);
+    uint16_t* count = s->ahead + (expert < 0 ? 0 : expert) * s->stride + moe_warp();
+    const int rank = *count + __popc(same & ((1u << moe_lane()) - 1u));
+    __syncwarp(MOE_FULL_WARP);
+    if (expert >= 0 && same >> moe_lane() == 1u) *count = (uint16_t)(rank + 1); /* the last one */
+    __syncwarp(MOE_FULL_WARP);
     return rank;
 }
 
 /* Turns each expert's counts of the warps into sums over the warps before, and gives each expert
    its first position. Returns the number of positions. Ends with a barrier. */
-MOE_DEVICE int moei_route_starts(const moei_route_shared* s, int E,
-                                 moei_block_scan_scratch* scratch)
+MOE_DEVICE int moei_route_starts(const moei_route_shared* s, int num_experts,
+                                 moe_block_scan_scratch* scratch)
 {
     const int warps = (int)(blockDim.x >> 5);
     int taken = 0;
-    for (int e0 = 0; e0 < E; e0 += (int)blockDim.x) {
+    for (int e0 = 0; e0 < num_experts; e0 += (int)blockDim.x) {
         const int e = e0 + (int)threadIdx.x;
         uint16_t* count = s->ahead + e * s->stride;
         int n = 0, total;
-        for (int w = 0; w < warps && e < E; w += 8) {
+        for (int w = 0; w < warps && e < num_experts; w += 8) {
             int v[8];
-            MOEI_UNROLL
+            MOE_UNROLL
             for (int i = 0; i < 8; ++i) v[i] = w + i < warps ? count[w + i] : 0;
-            MOEI_UNROLL
+            MOE_UNROLL
             for (int i = 0; i < 8; ++i) {
                 if (w + i < warps) count[w + i] = (uint16_t)n;
                 n += v[i];
             }
         }
-        n = taken + moei_block_exclusive_scan(n, scratch, &total);
-        if (e < E) s->start[e] = n;
+        n = taken + moe_block_exclusive_scan(n, scratch, &total);
+        if (e < num_experts) s->start[e] = n;
         taken += total;
     }
     __syncthreads();
@@ -362,10 +363,10 @@ MOE_DEVICE int moei_route_starts(const moei_route_shared* s, int E,
 
 /* Placing, one block a chunk: gives each slot its row. */
 MOE_DEVICE_BODY void moei_route_place_chunk(const moei_route_args* a, unsigned char* shared,
-                                            moei_block_scan_scratch* scratch, const int options)
+                                            moe_block_scan_scratch* scratch, const int options)
 {
     const moe_route_desc* d = &a->d;
-    const int E = d->num_replicas, bits = 32 - __clz(E);
+    const int num_experts = d->num_replicas, bits = 32 - __clz(num_experts);
     const uint32_t end = moei_route_begin(d, blockIdx.x + 1);
     uint32_t begin = moei_route_begin(d, blockIdx.x);
     const int steps = (int)min((end - begin + blockDim.x - 1) / blockDim.x, MOEI_ROUTE_STEPS);
@@ -374,11 +375,11 @@ MOE_DEVICE_BODY void moei_route_place_chunk(const moei_route_args* a, unsigned c
     float weight[MOEI_ROUTE_STEPS];
     moei_route_shared s;
 
-    moei_let_next_start();
-    moei_route_carve(&s, shared, E);
-    moei_route_clear(&s, E);
-    moei_wait_for_previous();
-    if (moei_fault_stopped(d->fault)) return;
+    moe_pdl_trigger();
+    moei_route_carve(&s, shared, num_experts);
+    moei_route_clear(&s, num_experts);
+    moe_pdl_wait();
+    if (moe_fault_stopped(d->fault)) return;
     moei_route_fetch(id, weight, d, begin, end, steps);
     rows = moei_route_offsets(a, &s, scratch, &checksum, options);
     if (options && d->row_multiple > 1) {
@@ -387,39 +388,40 @@ MOE_DEVICE_BODY void moei_route_place_chunk(const moei_route_args* a, unsigned c
     }
 
     for (; begin < end; begin += blockDim.x * (uint32_t)steps) {
-        const uint32_t first = begin + (uint32_t)(moei_warp() * steps * MOEI_WARP + moei_lane());
+        const uint32_t first = begin + (uint32_t)(moe_warp() * steps * MOE_WARP_SIZE + moe_lane());
         int expert[MOEI_ROUTE_STEPS], rank[MOEI_ROUTE_STEPS], taken;
         if (options) { /* the replicas of all steps are looked up together */
-            MOEI_UNROLL
+            MOE_UNROLL
             for (int i = 0; i < MOEI_ROUTE_STEPS; ++i)
                 if (i < steps)
-                    id[i] = moei_route_id(d, first + (uint32_t)(i * MOEI_WARP), id[i], 1);
+                    id[i] = moei_route_id(d, first + (uint32_t)(i * MOE_WARP_SIZE), id[i], 1);
         }
-        MOEI_UNROLL
+        MOE_UNROLL
         for (int i = 0; i < MOEI_ROUTE_STEPS; ++i) {
             expert[i] = -1;
             rank[i] = 0;
             if (i < steps) {
-                expert[i] = options ? id[i]
-                                    : moei_route_id(d, first + (uint32_t)(i * MOEI_WARP), id[i], 0);
+                expert[i] = options
+                                ? id[i]
+                                : moei_route_id(d, first + (uint32_t)(i * MOE_WARP_SIZE), id[i], 0);
                 rank[i] = moei_route_warp_rank(&s, expert[i], bits);
             }
         }
         __syncthreads();
-        taken = moei_route_starts(&s, E, scratch);
-        MOEI_UNROLL
+        taken = moei_route_starts(&s, num_experts, scratch);
+        MOE_UNROLL
         for (int i = 0; i < MOEI_ROUTE_STEPS; ++i) {
-            const uint32_t slot = first + (uint32_t)(i * MOEI_WARP);
+            const uint32_t slot = first + (uint32_t)(i * MOE_WARP_SIZE);
             const int e = expert[i];
             bool write;
             int row = -1;
             if (e >= 0) {
-                const int n = s.ahead[e * s.stride + moei_warp()] + rank[i], at = s.start[e] + n;
+                const int n = s.ahead[e * s.stride + moe_warp()] + rank[i], at = s.start[e] + n;
                 row = (int)((unsigned)s.base[e] + (unsigned)n);
                 if (options && (unsigned)row - (unsigned)s.offset[e] >= (unsigned)d->capacity) {
                     row = -1; /* no room */
                 } else if (row < 0 || row >= a->max_rows) { /* not the ids that were counted */
-                    moei_fault_raise(d->fault, MOE_FAULT_BAD_COUNT, d->rank, slot);
+                    moe_fault_raise(d->fault, MOE_FAULT_BAD_COUNT, d->rank, slot);
                     row = -1;
                 }
                 s.row[at] = row;
@@ -443,30 +445,31 @@ MOE_DEVICE_BODY void moei_route_place_chunk(const moei_route_args* a, unsigned c
             if (row >= 0 && d->row_slot) d->row_slot[row] = s.slot[at];
             if (row >= 0 && d->row_weight) d->row_weight[row] = s.weight[at];
         }
-        for (int e = (int)threadIdx.x; e < E; e += (int)blockDim.x) { /* for the next round */
-            const int next = e + 1 < E ? s.start[e + 1] : taken;
+        for (int e = (int)threadIdx.x; e < num_experts;
+             e += (int)blockDim.x) { /* for the next round */
+            const int next = e + 1 < num_experts ? s.start[e + 1] : taken;
             s.base[e] = (int)((unsigned)s.base[e] + (unsigned)(next - s.start[e]));
         }
         if (begin + blockDim.x * (uint32_t)steps < end) {
-            moei_route_clear(&s, E);
+            moei_route_clear(&s, num_experts);
             __syncthreads();
         }
     }
-    for (int e = (int)threadIdx.x; e < E; e += (int)blockDim.x)
+    for (int e = (int)threadIdx.x; e < num_experts; e += (int)blockDim.x)
         checksum -= moei_route_checksum(e, s.base[e]);
     if (d->num_tokens > 0 && checksum != 0) /* the ids are not those that were counted */
-        moei_fault_raise(d->fault, MOE_FAULT_BAD_COUNT, d->rank, moei_route_begin(d, blockIdx.x));
+        moe_fault_raise(d->fault, MOE_FAULT_BAD_COUNT, d->rank, moei_route_begin(d, blockIdx.x));
     if (rows < 0) rows = 0;
     moei_route_clear_rows(a, (uint32_t)rows + blockIdx.x * blockDim.x + threadIdx.x,
                           (uint32_t)a->max_rows, gridDim.x * blockDim.x); /* past the last */
 }
 
-#define MOEI_ROUTE_PLACE(name, options)                                                           \
-    MOE_KERNEL(MOEI_ROUTE_THREADS, 1) name(MOE_ARG(moei_route_args) a)                            \
-    {                                                                                             \
-        MOE_SHARED(moei_block_scan_scratch, scratch);                                             \
-        MOE_SHARED_DYNAMIC(shared);                                                               \
-        moei_route_place_chunk(&a, shared, &scratch, options);                                    \
+#define MOEI_ROUTE_PLACE(name, options)                                                            \
+    MOE_KERNEL(MOEI_ROUTE_THREADS, 1) name(MOE_ARG(moei_route_args) a)                             \
+    {                                                                                              \
+        MOE_SHARED(moe_block_scan_scratch, scratch);                                               \
+        MOE_SHARED_DYNAMIC(shared);                                                                \
+        moei_route_place_chunk(&a, shared, &scratch, options);                                     \
     }
 MOEI_ROUTE_PLACE(moei_route_place, 0)
 MOEI_ROUTE_PLACE(moei_route_place_options, 1)

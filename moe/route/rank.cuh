@@ -8,10 +8,10 @@
    different v. */
 MOE_DEVICE uint32_t moei_route_same(int v, int bits)
 {
-    uint32_t same = MOEI_FULL;
-    MOEI_NO_UNROLL
+    uint32_t same = MOE_FULL_WARP;
+    MOE_NO_UNROLL
     for (int b = 0; b < bits; ++b) {
-        const uint32_t set = __ballot_sync(MOEI_FULL, v >> b & 1);
+        const uint32_t set = __ballot_sync(MOE_FULL_WARP, v >> b & 1);
         same &= v >> b & 1 ? set : ~set;
     }
     return same;
@@ -30,7 +30,7 @@ MOE_DEVICE int moe_route_rank(int expert, int num_experts, int* count)
     const int bits = 32 - __clz(num_experts); /* so that -1 differs from every expert */
     const uint32_t same = moei_route_same(expert < 0 ? -1 : expert, bits);
     *count = expert < 0 ? 0 : __popc(same);
-    return expert < 0 ? 0 : __popc(same & ((1u << moei_lane()) - 1u));
+    return expert < 0 ? 0 : __popc(same & ((1u << moe_lane()) - 1u));
 }
 
 #endif

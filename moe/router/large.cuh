@@ -8,184 +8,187 @@
 #define MOE_ROUTER_LARGE_CUH
 
 #include "../gemm/mainloop.cuh"
-#include "split.cuh"
+#include "bf16_split.cuh"
 #include "store.cuh"
 
 /* As MOE_GEMM_SHAPE_*: rows of x, experts, depth of a step, warps along rows and experts, stages. */
-#define MOEI_SPLIT_LARGE 256, 128, 32, 4, 2, 3
+#define MOEI_BF16_SPLIT_LARGE 256, 128, 32, 4, 2, 3
 
-#define MOEI_SPLIT_STAGES_(tm, tn, tk, warps_m, warps_n, stages) stages
-#define MOEI_SPLIT_STAGES(...) MOEI_SPLIT_STAGES_(__VA_ARGS__)
+#define MOEI_BF16_SPLIT_STAGES_(tile_m, tile_n, tile_k, warps_m, warps_n, stages) stages
+#define MOEI_BF16_SPLIT_STAGES(...) MOEI_BF16_SPLIT_STAGES_(__VA_ARGS__)
 static_assert(
-    MOEI_SPLIT_STAGES(MOEI_SPLIT_LARGE) == 3,
+    MOEI_BF16_SPLIT_STAGES(MOEI_BF16_SPLIT_LARGE) == 3,
     "what comes unsplit has arrived when the copies of two steps later have been waited for");
 
-/* 16-byte pieces of a step's weights that a thread splits; of x as many. */
-#define MOEI_SPLIT_PIECES 4
+/* 16-byte vectors of a step's weights that a thread splits; of x as many. */
+#define MOEI_BF16_SPLIT_VECTORS 4
 
 /* Pieces of an fp16 x that a thread splits: half as many, since each becomes two. */
-#define MOEI_SPLIT_X_PIECES(x_dtype) ((x_dtype) == MOE_FP16 ? MOEI_SPLIT_PIECES / 2 : 0)
+#define MOEI_BF16_SPLIT_X_VECTORS(x_dtype) ((x_dtype) == MOE_FP16 ? MOEI_BF16_SPLIT_VECTORS / 2 : 0)
 
 /* Shared memory of a block, bytes: the ring, then two steps of what comes unsplit, of 256 threads. The
-   strips of the warps are at the place of the ring. */
-#define MOEI_SPLIT_SMEM_large(x_dtype)                                                             \
-    (MOEI_RING_BYTES(MOE_ROUTER_SPLIT_TERMS, MOEI_SPLIT_LARGE) +                                   \
-     2 * 16 * 256 * (MOEI_SPLIT_PIECES + MOEI_SPLIT_X_PIECES(x_dtype)))
+   staging of the warps are at the place of the ring. */
+#define MOEI_BF16_SPLIT_SMEM_large(x_dtype)                                                        \
+    (MOEI_RING_BYTES(MOE_ROUTER_BF16_TERMS, MOEI_BF16_SPLIT_LARGE) +                               \
+     2 * 16 * 256 * (MOEI_BF16_SPLIT_VECTORS + MOEI_BF16_SPLIT_X_VECTORS(x_dtype)))
 
-/* What a thread copies next: of x a piece, 8 neighbours, of the rows 0, 64, 128 and 192 below its
+/* What a thread copies next: of x a vector, 8 neighbours, of the rows 0, 64, 128 and 192 below its
    first (of fp16 0 and 64); of the weights 4 neighbours of two rows, in each half of a step. Within a warp the rows are
    such that the stores of the terms meet all banks. */
-typedef struct moei_split_loader {
-    const char* x[4];   /* the piece of each row, at the depth to be copied next */
+typedef struct moei_bf16_split_loader {
+    const char* x[4];   /* the vector of each row, at the depth to be copied next */
     const float* w[2];  /* the 4 neighbours of each row */
-    uint4* own;         /* the thread's places: [2 steps][pieces], threads apart */
-    int32_t slot;       /* which of the two steps */
+    uint4* own;         /* the thread's places: [2 steps][vectors], threads apart */
+    int32_t own_at;     /* in `own`: which of the two steps */
     int32_t x_at, w_at; /* elements from the beginning of a tile of a stage */
-    int32_t x_left;     /* what is left of H for the piece of x; not above 0: zeros */
+    int32_t x_left;     /* what is left of H for the vector of x; not above 0: zeros */
     int32_t w_left;
     int32_t x_rows, w_rows; /* bit i: the i-th of the rows exists */
     int32_t x_dtype;        /* a literal */
-} moei_split_loader;
+} moei_bf16_split_loader;
 
-/* The row of A that a thread's i-th piece of x goes to, for its first row r. Of fp16 it is the upper
+/* The row of A that a thread's i-th vector of x goes to, for its first row r. Of fp16 it is the upper
    part's, 32 rows before the lower part's: a warp's 64 rows are both parts of 32 tokens. */
-MOE_DEVICE int moei_split_x_row(int r, int i, int x_dtype)
+MOE_DEVICE int moei_bf16_split_x_row(int r, int i, int x_dtype)
 {
     return x_dtype == MOE_FP16 ? r / 32 * 64 + r % 32 + i * 128 : r + i * 64;
 }
 
-/* Begins the copy of piece i of the weights to the thread's own place. */
-MOE_DEVICE void moei_split_copy_w(const moei_split_loader* p, const int i, const moe_gemm_shape f)
+/* Begins the copy of vector i of the weights to the thread's own place. */
+MOE_DEVICE void moei_bf16_split_copy_w(const moei_bf16_split_loader* p, const int i,
+                                       const moe_gemm_shape f)
 {
-    moei_copy16_async(p->own + (p->slot + i) * f.threads, p->w[i & 1] + i / 2 * 16,
+    moei_copy16_async(p->own + (p->own_at + i) * f.threads, p->w[i & 1] + i / 2 * 16,
                       i / 2 * 16 < p->w_left && (p->w_rows >> (i & 1) & 1) ? 16 : 0);
 }
 
-/* Begins the copy of piece i of x: to its place in a stage, of fp16 to the thread's own. */
-MOE_DEVICE void moei_split_copy_x(const moei_split_loader* p, uint16_t* stage, const int i,
-                                  const moe_gemm_shape f)
+/* Begins the copy of vector i of x: to its place in a stage, of fp16 to the thread's own. */
+MOE_DEVICE void moei_bf16_split_copy_x(const moei_bf16_split_loader* p, uint16_t* stage,
+                                       const int i, const moe_gemm_shape f)
 {
     void* to = p->x_dtype == MOE_FP16
-                   ? (void*)(p->own + (p->slot + MOEI_SPLIT_PIECES + i) * f.threads)
-                   : (void*)(stage + p->x_at + i * 64 * f.tk);
+                   ? (void*)(p->own + (p->own_at + MOEI_BF16_SPLIT_VECTORS + i) * f.threads)
+                   : (void*)(stage + p->x_at + i * 64 * f.tile_k);
     moei_copy16_async(to, p->x[i], p->x_left > 0 && (p->x_rows >> i & 1) ? 16 : 0);
 }
 
-/* Splits piece i of the weights, which has come, into the terms of a stage. */
-MOE_DEVICE void moei_split_store_w(const moei_split_loader* p, uint16_t* stage, const int i,
-                                   const moe_gemm_shape f)
+/* Splits vector i of the weights, which has come, into the terms of a stage. */
+MOE_DEVICE void moei_bf16_split_store_w(const moei_bf16_split_loader* p, uint16_t* stage,
+                                        const int i, const moe_gemm_shape f)
 {
     uint2 term[3];
-    moei_split4(term, p->own[(p->slot + i) * f.threads], f.terms);
-    MOEI_UNROLL
+    moei_bf16_split4(term, p->own[(p->own_at + i) * f.threads], f.terms);
+    MOE_UNROLL
     for (int j = 0; j < f.terms; ++j)
-        *(uint2*)(stage + (j * f.tn + (i & 1) * 8) * f.tk + (p->w_at ^ i / 2 * 16)) = term[j];
+        *(uint2*)(stage + (j * f.tile_n + (i & 1) * 8) * f.tile_k + (p->w_at ^ i / 2 * 16)) =
+            term[j];
 }
 
 /* The same of an fp16 x, into its two rows. */
-MOE_DEVICE void moei_split_store_x(const moei_split_loader* p, uint16_t* stage, const int i,
-                                   const moe_gemm_shape f)
+MOE_DEVICE void moei_bf16_split_store_x(const moei_bf16_split_loader* p, uint16_t* stage,
+                                        const int i, const moe_gemm_shape f)
 {
-    uint16_t* to = stage + p->x_at + i * 128 * f.tk;
+    uint16_t* to = stage + p->x_at + i * 128 * f.tile_k;
     uint4 hi, lo;
-    moei_split_x(&hi, &lo, p->own[(p->slot + MOEI_SPLIT_PIECES + i) * f.threads]);
+    moei_bf16_split_x(&hi, &lo, p->own[(p->own_at + MOEI_BF16_SPLIT_VECTORS + i) * f.threads]);
     moei_store16(to, hi);
-    moei_store16(to + 32 * f.tk, lo);
+    moei_store16(to + 32 * f.tile_k, lo);
 }
 
 /* On to the next step's x and weights: the copies have long read the pointers. */
-MOE_DEVICE void moei_split_next_x(moei_split_loader* p, const moe_gemm_shape f)
+MOE_DEVICE void moei_bf16_split_next_x(moei_bf16_split_loader* p, const moe_gemm_shape f)
 {
-    MOEI_UNROLL
-    for (int i = 0; i < 4; ++i) p->x[i] += f.tk * 2;
-    p->x_left -= f.tk;
+    MOE_UNROLL
+    for (int i = 0; i < 4; ++i) p->x[i] += f.tile_k * 2;
+    p->x_left -= f.tile_k;
 }
 
-MOE_DEVICE void moei_split_next_w(moei_split_loader* p, const moe_gemm_shape f)
+MOE_DEVICE void moei_bf16_split_next_w(moei_bf16_split_loader* p, const moe_gemm_shape f)
 {
-    p->w[0] += f.tk;
-    p->w[1] += f.tk;
-    p->w_left -= f.tk;
+    p->w[0] += f.tile_k;
+    p->w[1] += f.tile_k;
+    p->w_left -= f.tile_k;
 }
 
 /* Points the loader at the tile's first token and expert, and brings what is split in the first two
    steps. own: two steps' room behind the ring. */
-MOE_DEVICE void moei_split_begin(moei_split_loader* p, const moei_router_args* d, uint4* own,
-                                 int64_t t0, int e0, const int x_dtype, const moe_gemm_shape f)
+MOE_DEVICE void moei_bf16_split_begin(moei_bf16_split_loader* p, const moei_router_args* d,
+                                      uint4* own, int64_t t0, int e0, const int x_dtype,
+                                      const moe_gemm_shape f)
 {
-    const int lane = moei_lane(), warp = moei_warp(), tid = (int)threadIdx.x;
+    const int lane = moe_lane(), warp = moe_warp(), tid = (int)threadIdx.x;
     const int xr = tid / 4, xk = tid % 4 * 8;
     const int wr = warp * 16 + (lane >> 1 & 7), wk = (lane >> 4) * 8 + (lane & 1) * 4;
-    const int x_pieces = MOEI_SPLIT_X_PIECES(x_dtype);
+    const int x_vectors = MOEI_BF16_SPLIT_X_VECTORS(x_dtype);
     p->x_dtype = x_dtype;
     p->own = own + tid;
     p->x_rows = p->w_rows = 0;
-    MOEI_UNROLL
+    MOE_UNROLL
     for (int i = 0; i < 4; ++i) {
         const bool in = t0 + xr + 64 * i < d->num_tokens;
         p->x_rows |= (in ? 1 : 0) << i;
         p->x[i] = (const char*)d->x + ((in ? t0 + xr + 64 * i : 0) * d->x_stride + xk) * 2;
     }
-    MOEI_UNROLL
+    MOE_UNROLL
     for (int i = 0; i < 2; ++i) {
         const bool in = e0 + wr + 8 * i < d->num_experts;
         p->w_rows |= (in ? 1 : 0) << i;
         p->w[i] = (const float*)d->w + (in ? e0 + wr + 8 * i : 0) * d->w_stride + wk;
     }
-    p->x_at = moei_swizzled(moei_split_x_row(xr, 0, x_dtype), xk, f.tk);
-    p->w_at = moei_swizzled(wr, wk, f.tk);
+    p->x_at = moei_swizzled(moei_bf16_split_x_row(xr, 0, x_dtype), xk, f.tile_k);
+    p->w_at = moei_swizzled(wr, wk, f.tile_k);
     p->x_left = d->hidden - xk;
     p->w_left = d->hidden - wk;
-    MOEI_UNROLL
+    MOE_UNROLL
     for (int s = 0; s < 2; ++s) {
-        p->slot = s * (MOEI_SPLIT_PIECES + x_pieces);
-        MOEI_UNROLL
-        for (int i = 0; i < MOEI_SPLIT_PIECES; ++i) moei_split_copy_w(p, i, f);
-        MOEI_UNROLL
-        for (int i = 0; i < x_pieces; ++i) moei_split_copy_x(p, 0, i, f);
-        moei_split_next_w(p, f);
-        if (x_pieces) moei_split_next_x(p, f);
+        p->own_at = s * (MOEI_BF16_SPLIT_VECTORS + x_vectors);
+        MOE_UNROLL
+        for (int i = 0; i < MOEI_BF16_SPLIT_VECTORS; ++i) moei_bf16_split_copy_w(p, i, f);
+        MOE_UNROLL
+        for (int i = 0; i < x_vectors; ++i) moei_bf16_split_copy_x(p, 0, i, f);
+        moei_bf16_split_next_w(p, f);
+        if (x_vectors) moei_bf16_split_next_x(p, f);
     }
-    p->slot = 0;
+    p->own_at = 0;
     moei_copy_commit();
     moei_copy_wait(0);
 }
 
 /* A block has one tile: what steps.inl would call before a step is copied is nothing. */
-MOE_DEVICE void moei_split_loader_advance(moei_split_loader* p, const moei_router_args* d,
-                                          const void* tiles, int step, const moe_gemm_shape f)
+MOE_DEVICE void moei_bf16_split_loader_advance(moei_bf16_split_loader* p, const moei_router_args* d,
+                                               const void* tiles, int step, const moe_gemm_shape f)
 {
     (void)p, (void)d, (void)tiles, (void)step, (void)f;
 }
 
 /* Copies part `part` of `parts` of a step, and splits it. What comes unsplit for the step after the
    next takes the place of what has been split. */
-MOE_DEVICE void moei_split_loader_copy(moei_split_loader* p, const moei_router_args* d, uint16_t* sa,
-                                       uint16_t* sb, const int part, const int parts,
-                                       const moe_gemm_shape f)
+MOE_DEVICE void moei_bf16_split_loader_copy(moei_bf16_split_loader* p, const moei_router_args* d,
+                                            uint16_t* sa, uint16_t* sb, const int part,
+                                            const int parts, const moe_gemm_shape f)
 {
-    const int x_pieces = MOEI_SPLIT_X_PIECES(p->x_dtype);
+    const int x_vectors = MOEI_BF16_SPLIT_X_VECTORS(p->x_dtype);
     (void)d;
-    MOEI_UNROLL
-    for (int i = part; i < MOEI_SPLIT_PIECES; i += parts) {
-        if (i < x_pieces || p->x_dtype != MOE_FP16) {
-            if (i < x_pieces) moei_split_store_x(p, sa, i, f);
-            moei_split_copy_x(p, sa, i, f);
+    MOE_UNROLL
+    for (int i = part; i < MOEI_BF16_SPLIT_VECTORS; i += parts) {
+        if (i < x_vectors || p->x_dtype != MOE_FP16) {
+            if (i < x_vectors) moei_bf16_split_store_x(p, sa, i, f);
+            moei_bf16_split_copy_x(p, sa, i, f);
         }
-        moei_split_store_w(p, sb, i, f);
-        moei_split_copy_w(p, i, f);
+        moei_bf16_split_store_w(p, sb, i, f);
+        moei_bf16_split_copy_w(p, i, f);
     }
     if (part < parts - 1) return;
-    moei_split_next_x(p, f);
-    moei_split_next_w(p, f);
-    p->slot = MOEI_SPLIT_PIECES + x_pieces - p->slot;
+    moei_bf16_split_next_x(p, f);
+    moei_bf16_split_next_w(p, f);
+    p->own_at = MOEI_BF16_SPLIT_VECTORS + x_vectors - p->own_at;
 }
 
-#define MOEI_LOADER moei_split_loader
+#define MOEI_LOADER moei_bf16_split_loader
 #define MOEI_LOADER_ARGS moei_router_args
 #define MOEI_LOADER_TILES const void
-#define MOEI_TILE_START moei_split_start
-#define MOEI_TILE_STEPS moei_split_steps
+#define MOEI_TILE_START moei_bf16_split_start
+#define MOEI_TILE_STEPS moei_bf16_split_steps
 #include "../gemm/steps.inl"
 #undef MOEI_LOADER
 #undef MOEI_LOADER_ARGS
@@ -194,32 +197,33 @@ MOE_DEVICE void moei_split_loader_copy(moei_split_loader* p, const moei_router_a
 #undef MOEI_TILE_STEPS
 
 /* One block makes one tile, each warp 64 rows and 64 experts. x_dtype and f are literals. */
-MOE_DEVICE_BODY void moei_split_large(const moei_router_args* d, unsigned char* shared,
-                                      const int x_dtype, const moe_gemm_shape f)
+MOE_DEVICE_BODY void moei_bf16_split_large(const moei_router_args* d, unsigned char* shared,
+                                           const int x_dtype, const moe_gemm_shape f)
 {
-    const int tiles = (d->num_experts + f.tn - 1) / f.tn;
-    const int64_t t0 = (int64_t)(blockIdx.x / (unsigned)tiles) * moei_split_tokens(f.tm, x_dtype);
-    const int e0 = (int)(blockIdx.x % (unsigned)tiles) * f.tn;
-    const int warp_m = moei_warp() % f.warps_m, warp_n = moei_warp() / f.warps_m;
+    const int tiles = (d->num_experts + f.tile_n - 1) / f.tile_n;
+    const int64_t t0 =
+        (int64_t)(blockIdx.x / (unsigned)tiles) * moei_bf16_split_tokens(f.tile_m, x_dtype);
+    const int e0 = (int)(blockIdx.x % (unsigned)tiles) * f.tile_n;
+    const int warp_m = moe_warp() % f.warps_m, warp_n = moe_warp() / f.warps_m;
     const moei_logits to = {d->logits, d->logits_stride, d->num_tokens, d->num_experts};
-    const int wm = moei_split_tokens(f.wm, x_dtype);
-    moei_split_loader load;
+    const int wm = moei_bf16_split_tokens(f.wm, x_dtype);
+    moei_bf16_split_loader load;
     moei_ring r = moei_ring_of((uint16_t*)shared, f);
     moei_mma_c acc[4][4];
 
-    moei_split_begin(&load, d, (uint4*)(shared + moei_ring_bytes(f)), t0, e0, x_dtype, f);
-    moei_split_start(&load, &r, d, 0, f);
+    moei_bf16_split_begin(&load, d, (uint4*)(shared + moei_ring_bytes(f)), t0, e0, x_dtype, f);
+    moei_bf16_split_start(&load, &r, d, 0, f);
     moei_tile_zero(acc, f);
-    moei_split_steps(acc, &load, &r, d, 0, (d->hidden + f.tk - 1) / f.tk, f);
+    moei_bf16_split_steps(acc, &load, &r, d, 0, (d->hidden + f.tile_k - 1) / f.tile_k, f);
     moei_copy_wait(0);
-    __syncthreads();           /* every warp has read the ring: it becomes the strips */
+    __syncthreads();           /* every warp has read the ring: it becomes the staging */
     if (x_dtype == MOE_FP16) { /* the lower part of x is 32 rows below the upper */
-        MOEI_UNROLL
-        for (int i = 0; i < 2; ++i) MOEI_UNROLL
-        for (int j = 0; j < 4; ++j) MOEI_UNROLL
+        MOE_UNROLL
+        for (int i = 0; i < 2; ++i) MOE_UNROLL
+        for (int j = 0; j < 4; ++j) MOE_UNROLL
         for (int u = 0; u < MOEI_MMA_C_ELEMS; ++u) acc[i][j].x[u] += acc[i + 2][j].x[u];
     }
-    moei_router_store(to, acc, (float*)shared + moei_warp() * moei_strip_floats(f.wn),
+    moei_router_store(to, acc, (float*)shared + moe_warp() * moei_staging_floats(f.wn),
                       t0 + warp_m * wm, e0 + warp_n * f.wn, wm, f.wn);
 }
 

@@ -7,7 +7,7 @@
    time: its bits do not depend on the tile, on E, or on T.
 
    A block makes one tile. When the last step has been multiplied, the ring of stages becomes the
-   strips through which the warps store.
+   staging through which the warps store.
 
    fp16 from sm_75, bf16 from sm_80; H a multiple of 8, x and its rows and the weights and theirs
    16-byte aligned. */
@@ -29,35 +29,37 @@
 MOE_DEVICE_BODY void moei_ragged_block(const moe_grouped_gemm_args* d, unsigned char* shared,
                                        const moe_gemm_shape f)
 {
-    const int columns = (d->n + f.tn - 1) / f.tn;
-    const int warp_m = moei_warp() % f.warps_m, warp_n = moei_warp() / f.warps_m;
+    const int columns = (d->n + f.tile_n - 1) / f.tile_n;
+    const int warp_m = moe_warp() % f.warps_m, warp_n = moe_warp() / f.warps_m;
     const moei_logits to = {(float*)d->c.base, d->c.stride, d->num_rows, d->n};
     uint16_t* const ring = (uint16_t*)shared;
     moei_mma_c acc[4][4];
     moe_tile_position t;
     t.expert = t.begin = 0;
     t.end = d->num_rows;
-    t.row = (int)(blockIdx.x / (unsigned)columns) * f.tm;
+    t.row = (int)(blockIdx.x / (unsigned)columns) * f.tile_m;
     t.column = (int)(blockIdx.x % (unsigned)columns);
     moei_tile_sum(acc, d, t, ring, f);
     __syncthreads(); /* every warp has read the ring */
-    moei_router_store(to, acc, (float*)ring + moei_warp() * moei_strip_floats(f.wn),
-                      (int64_t)t.row + warp_m * f.wm, t.column * f.tn + warp_n * f.wn, f.wm, f.wn);
+    moei_router_store(to, acc, (float*)ring + moe_warp() * moei_staging_floats(f.wn),
+                      (int64_t)t.row + warp_m * f.wm, t.column * f.tile_n + warp_n * f.wn, f.wm,
+                      f.wn);
 }
 
 #define MOEI_RAGGED_SHAPE(...) moe_gemm_shape_of(__VA_ARGS__, MOE_MAJOR_K, MOE_MAJOR_K)
 #define MOEI_RAGGED_LEAST(dtype) ((dtype) == MOE_BF16 ? 80 : 75)
 
-#define MOEI_RAGGED_KERNEL(name, tm, tn, kb, wm, wn, stages, blocks, half, dtype)                 \
-    MOE_KERNEL((wm) * (wn) * 32, blocks)                                                          \
-    moei_router_ragged_##name##_##half(MOE_ARG(moe_grouped_gemm_args) d)                          \
-    {                                                                                             \
-        MOE_SHARED_DYNAMIC(shared);                                                               \
-        moei_let_next_start();                                                                    \
-        moei_wait_for_previous();                                                                 \
-        if (MOEI_CODE_HERE(MOEI_RAGGED_LEAST(dtype), MOEI_CODE_ANY) &&                            \
-            !moei_fault_stopped(d.fault))                                                         \
-            moei_ragged_block(&d, shared, MOEI_RAGGED_SHAPE(tm, tn, kb, wm, wn, stages, dtype));  \
+#define MOEI_RAGGED_KERNEL(name, tile_m, tile_n, tile_k, wm, wn, stages, blocks, half, dtype)      \
+    MOE_KERNEL((wm) * (wn)*32, blocks)                                                             \
+    moei_router_ragged_##name##_##half(MOE_ARG(moe_grouped_gemm_args) d)                           \
+    {                                                                                              \
+        MOE_SHARED_DYNAMIC(shared);                                                                \
+        moe_pdl_trigger();                                                                         \
+        moe_pdl_wait();                                                                            \
+        if (MOEI_CODE_HERE(MOEI_RAGGED_LEAST(dtype), MOEI_CODE_ANY) &&                             \
+            !moe_fault_stopped(d.fault))                                                           \
+            moei_ragged_block(&d, shared,                                                          \
+                              MOEI_RAGGED_SHAPE(tile_m, tile_n, tile_k, wm, wn, stages, dtype));   \
     }
 MOEI_RAGGED_LIST(MOEI_RAGGED_KERNEL, f16, MOE_FP16)
 MOEI_RAGGED_LIST(MOEI_RAGGED_KERNEL, bf16, MOE_BF16)
@@ -66,15 +68,15 @@ MOEI_RAGGED_LIST(MOEI_RAGGED_KERNEL, bf16, MOE_BF16)
 enum { MOEI_RAGGED_TILE_wide, MOEI_RAGGED_TILE_narrow };
 
 static const moei_variant moei_ragged_variants[] = {
-#define MOEI_RAGGED_ROW(name, tm, tn, kb, wm, wn, stages, blocks, half, dtype)                    \
-    {(const void*)moei_router_ragged_##name##_##half,                                             \
-     "moei_router_ragged_" #name "_" #half,                                                       \
-     MOE_GEMM_PATH_WMMA,                                                                          \
-     MOEI_SHAPE_INIT(tm, tn, kb, wm, wn, stages, dtype, MOE_MAJOR_K, MOE_MAJOR_K),                \
-     MOEI_RAGGED_TILE_##name,                                                                     \
-     blocks,                                                                                      \
-     MOEI_RING_BYTES(1, tm, tn, kb, wm, wn, stages),                                              \
-     MOEI_RAGGED_LEAST(dtype),                                                                    \
+#define MOEI_RAGGED_ROW(name, tile_m, tile_n, tile_k, wm, wn, stages, blocks, half, dtype)         \
+    {(const void*)moei_router_ragged_##name##_##half,                                              \
+     "moei_router_ragged_" #name "_" #half,                                                        \
+     MOE_GEMM_PATH_WMMA,                                                                           \
+     MOEI_SHAPE_INIT(tile_m, tile_n, tile_k, wm, wn, stages, dtype, MOE_MAJOR_K, MOE_MAJOR_K),     \
+     MOEI_RAGGED_TILE_##name,                                                                      \
+     blocks,                                                                                       \
+     MOEI_RING_BYTES(1, tile_m, tile_n, tile_k, wm, wn, stages),                                   \
+     MOEI_RAGGED_LEAST(dtype),                                                                     \
      MOEI_CODE_ANY},
     MOEI_RAGGED_LIST(MOEI_RAGGED_ROW, f16, MOE_FP16)
     MOEI_RAGGED_LIST(MOEI_RAGGED_ROW, bf16, MOE_BF16)
@@ -83,8 +85,8 @@ static const moei_variant moei_ragged_variants[] = {
 
 MOE_HOST int64_t moei_ragged_blocks(const moe_grouped_gemm_desc* d, const moei_variant* v)
 {
-    const int64_t tm = v->shape.tm, tn = v->shape.tn;
-    return ((d->num_rows + tm - 1) / tm) * ((d->n + tn - 1) / tn);
+    const int64_t tile_m = v->shape.tile_m, tile_n = v->shape.tile_n;
+    return ((d->num_rows + tile_m - 1) / tile_m) * ((d->n + tile_n - 1) / tile_n);
 }
 
 /* The variant for a product; null where the current device or this binary cannot make it. d has a,
@@ -94,7 +96,7 @@ MOE_HOST moe_status moei_ragged_choose(moe_grouped_gemm_desc* d, const moei_vari
 {
     const moei_variant* v = moei_variant_find(moei_ragged_variants, MOEI_RAGGED_TILE_wide, d->dtype,
                                               MOE_MAJOR_K, MOE_MAJOR_K);
-    moei_device dev;
+    moe_device dev;
     int runs;
     *chosen = 0;
     d->activation = MOE_ACTIVATION_NONE;
@@ -104,9 +106,9 @@ MOE_HOST moe_status moei_ragged_choose(moe_grouped_gemm_desc* d, const moei_vari
     if (d->k % 8 != 0 || d->a_stride % 8 != 0 || d->b.row_stride % 8 != 0 ||
         !moei_aligned(d->a, 16) || !moei_aligned(d->b.base, 16) || d->num_rows > MOE_GEMM_MAX_ROWS)
         return MOE_OK;
-    MOEI_TRY(moei_device_query(&dev));
+    MOE_TRY(moe_device_query(&dev));
     if (!MOE_ON_HOST && d->dtype == MOE_BF16 && dev.major < 8) return MOE_OK;
-    MOEI_TRY(moei_variant_runs(v, &dev, 0, &runs));
+    MOE_TRY(moei_variant_runs(v, &dev, 0, &runs));
     if (!runs) return MOE_OK;
     if (d->n <= 64 || moei_ragged_blocks(d, v) < dev.sms)
         v = moei_variant_find(moei_ragged_variants, MOEI_RAGGED_TILE_narrow, d->dtype, MOE_MAJOR_K,
@@ -115,7 +117,7 @@ MOE_HOST moe_status moei_ragged_choose(moe_grouped_gemm_desc* d, const moei_vari
     return MOE_OK;
 }
 
-MOE_HOST moe_status moei_ragged_prepare(moei_launch* l, const moe_grouped_gemm_desc* d,
+MOE_HOST moe_status moei_ragged_prepare(moe_launch* l, const moe_grouped_gemm_desc* d,
                                         const moei_variant* v)
 {
     return moei_variant_prepare(l, v, moei_ragged_blocks(d, v), 0);

@@ -14,23 +14,23 @@ typedef struct moei_logits {
 } moei_logits;
 
 /* Stores a warp's accumulators, wm x wn: rows `row` .. , experts from `column` on. What lies past the
-   last row or expert is left alone. The strip is the warp's: moei_strip_floats(wn), shared memory. */
-MOE_DEVICE void moei_router_store(const moei_logits d, const moei_mma_c acc[4][4], float* strip,
+   last row or expert is left alone. The staging is the warp's: moei_staging_floats(wn), shared memory. */
+MOE_DEVICE void moei_router_store(const moei_logits d, const moei_mma_c acc[4][4], float* staging,
                                   int64_t row, int column, const int wm, const int wn)
 {
-    const int ld = moei_strip_pitch(wn);
-    MOEI_UNROLL
+    const int ld = moei_staging_pitch(wn);
+    MOE_UNROLL
     for (int m = 0; m < wm / 16; ++m) {
-        MOEI_UNROLL
-        for (int j = 0; j < wn / 16; ++j) moei_mma_store(strip + j * 16, &acc[m][j], ld);
-        __syncwarp(MOEI_FULL);
-        MOEI_NO_UNROLL
-        for (int u = moei_lane(); u < 16 * wn; u += MOEI_WARP) {
+        MOE_UNROLL
+        for (int j = 0; j < wn / 16; ++j) moei_mma_store(staging + j * 16, &acc[m][j], ld);
+        __syncwarp(MOE_FULL_WARP);
+        MOE_NO_UNROLL
+        for (int u = moe_lane(); u < 16 * wn; u += MOE_WARP_SIZE) {
             const int64_t t = row + m * 16 + u / wn;
             const int e = column + u % wn;
-            if (t < d.rows && e < d.experts) d.to[t * d.stride + e] = strip[u / wn * ld + u % wn];
+            if (t < d.rows && e < d.experts) d.to[t * d.stride + e] = staging[u / wn * ld + u % wn];
         }
-        __syncwarp(MOEI_FULL);
+        __syncwarp(MOE_FULL_WARP);
     }
 }
 

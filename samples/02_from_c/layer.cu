@@ -25,8 +25,8 @@ extern "C" const char* layer_backend(void)
 /* A device copy of `count` bf16 numbers; without a source uninitialised. */
 static moe_status device_new(void** p, const uint16_t* from, int64_t count)
 {
-    MOEI_TRY_CUDA(cudaMalloc(p, (size_t)count * 2));
-    if (from) MOEI_TRY_CUDA(cudaMemcpy(*p, from, (size_t)count * 2, cudaMemcpyHostToDevice));
+    MOE_TRY_CUDA(cudaMalloc(p, (size_t)count * 2));
+    if (from) MOE_TRY_CUDA(cudaMemcpy(*p, from, (size_t)count * 2, cudaMemcpyHostToDevice));
     return MOE_OK;
 }
 
@@ -40,17 +40,17 @@ static moe_status create(layer* l, const layer_config* c)
     d->intermediate = c->intermediate;
     d->num_experts = c->num_experts;
     d->top_k = c->top_k;
-    MOEI_REQUIRE(c->router, MOE_ERR_NULL, router);
-    MOEI_REQUIRE(c->w1, MOE_ERR_NULL, w1);
-    MOEI_REQUIRE(c->w2, MOE_ERR_NULL, w2);
-    MOEI_TRY(moe_layer_workspace(d, &d->workspace_bytes));
-    MOEI_TRY_CUDA(cudaMalloc(&d->workspace, d->workspace_bytes));
-    MOEI_TRY_CUDA(cudaMalloc((void**)&d->fault, sizeof *d->fault));
-    MOEI_TRY(device_new(&l->x, 0, t * h));
-    MOEI_TRY(device_new(&l->y, 0, t * h));
-    MOEI_TRY(device_new(&l->router, c->router, e * h));
-    MOEI_TRY(device_new(&l->w1, c->w1, e * 2 * i * h));
-    MOEI_TRY(device_new(&l->w2, c->w2, e * h * i));
+    MOE_REQUIRE(c->router, MOE_ERR_NULL, router);
+    MOE_REQUIRE(c->w1, MOE_ERR_NULL, w1);
+    MOE_REQUIRE(c->w2, MOE_ERR_NULL, w2);
+    MOE_TRY(moe_layer_workspace(d, &d->workspace_bytes));
+    MOE_TRY_CUDA(cudaMalloc(&d->workspace, d->workspace_bytes));
+    MOE_TRY_CUDA(cudaMalloc((void**)&d->fault, sizeof *d->fault));
+    MOE_TRY(device_new(&l->x, 0, t * h));
+    MOE_TRY(device_new(&l->y, 0, t * h));
+    MOE_TRY(device_new(&l->router, c->router, e * h));
+    MOE_TRY(device_new(&l->w1, c->w1, e * 2 * i * h));
+    MOE_TRY(device_new(&l->w2, c->w2, e * h * i));
     d->x = l->x, d->y = l->y;
     d->router = l->router;
     d->w1.base = l->w1, d->w2.base = l->w2;
@@ -61,7 +61,7 @@ extern "C" moe_status layer_create(const layer_config* config, layer** l)
 {
     moe_status s;
     *l = (layer*)calloc(1, sizeof **l);
-    MOEI_REQUIRE(*l, MOE_ERR_NULL, desc);
+    MOE_REQUIRE(*l, MOE_ERR_NULL, desc);
     s = create(*l, config);
     if (s != MOE_OK) {
         layer_destroy(*l);
@@ -75,15 +75,15 @@ extern "C" moe_status layer_run(layer* l, const uint16_t* x, uint16_t* y, int32_
     moe_layer_desc* d = &l->d;
     const size_t bytes = (size_t)num_tokens * (size_t)d->hidden * 2;
     uint64_t word = 0;
-    MOEI_REQUIRE(num_tokens >= 0 && num_tokens <= l->max_tokens, MOE_ERR_RANGE, num_tokens);
+    MOE_REQUIRE(num_tokens >= 0 && num_tokens <= l->max_tokens, MOE_ERR_RANGE, num_tokens);
     d->num_tokens = num_tokens;
     /* The layer itself only queues work on the stream it is given, here 0; this wrapper, made for
        host memory, waits in its copies. */
-    MOEI_TRY_CUDA(cudaMemset(d->fault, 0, sizeof word));
-    MOEI_TRY_CUDA(cudaMemcpy(l->x, x, bytes, cudaMemcpyHostToDevice));
-    MOEI_TRY(moe_layer_forward(d, 0));
-    MOEI_TRY_CUDA(cudaMemcpy(y, l->y, bytes, cudaMemcpyDeviceToHost));
-    MOEI_TRY_CUDA(cudaMemcpy(&word, d->fault, sizeof word, cudaMemcpyDeviceToHost));
+    MOE_TRY_CUDA(cudaMemset(d->fault, 0, sizeof word));
+    MOE_TRY_CUDA(cudaMemcpy(l->x, x, bytes, cudaMemcpyHostToDevice));
+    MOE_TRY(moe_layer_forward(d, 0));
+    MOE_TRY_CUDA(cudaMemcpy(y, l->y, bytes, cudaMemcpyDeviceToHost));
+    MOE_TRY_CUDA(cudaMemcpy(&word, d->fault, sizeof word, cudaMemcpyDeviceToHost));
     l->fault = moe_fault_decode(word);
     return MOE_OK;
 }

@@ -72,7 +72,7 @@ static void try_call(const char* what, moe_status s)
     exit(1);
 }
 #define MOE(call) try_call(#call, (call))
-#define CUDA(call) try_call(#call, moei_cuda_status(call))
+#define CUDA(call) try_call(#call, moe_cuda_status(call))
 
 /* Device memory with a copy of `from`, else with NaN: what is not written is seen. */
 static void* device_new(size_t bytes, const void* from)
@@ -115,13 +115,13 @@ static void free_step(one_step* s)
 
 static void own_step(one_step* s)
 {
-    const moei_launch_config c = moei_grid(s->combine.num_tokens, 256, 0, 0);
+    const moe_launch_config c = moe_grid(s->combine.num_tokens, 256, 0, 0);
     MOE(MOE_LAUNCH(step_kernel, c, s->own));
 }
 
 static void library_step(one_step* s)
 {
-    const moei_launch_config c = moei_grid(s->combine.num_tokens, K, 0, 0);
+    const moe_launch_config c = moe_grid(s->combine.num_tokens, K, 0, 0);
     moe_gate_desc g = {};
     g.logits = s->own.logits;
     g.ids = s->own.ids, g.weights = s->own.weights;

@@ -25,15 +25,15 @@ static int check(const options* o, const uint16_t* a, const uint16_t* b, const u
         const int64_t i = at / o->n, j = at % o->n;
         const double got = moe_load(c, i * ldb + j, o->dtype);
         double want = 0, sum = 0, bound;
-        if (o->op == MOE_BLOCK_SDD && !mask[i / br * CB + j / bc]) {
+        if (o->op == MOE_BLOCK_SPARSE_SDD && !mask[i / br * CB + j / bc]) {
             wrong += !isnan(got);
             ++skipped;
             continue;
         }
         for (int64_t l = 0; l < o->k; ++l) {
             double v;
-            if (o->op == MOE_BLOCK_DSD && !mask[i / br * CB + l / bc]) continue;
-            if (o->op == MOE_BLOCK_DDS && !mask[l / br * CB + j / bc]) continue;
+            if (o->op == MOE_BLOCK_SPARSE_DSD && !mask[i / br * CB + l / bc]) continue;
+            if (o->op == MOE_BLOCK_SPARSE_DDS && !mask[l / br * CB + j / bc]) continue;
             v = (double)moe_load(a, i * lda + l, o->dtype) * moe_load(b, l * ldb + j, o->dtype);
             want += v;
             sum += fabs(v);

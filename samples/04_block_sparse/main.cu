@@ -18,7 +18,7 @@ static void try_call(const char* what, moe_status s)
          moe_status_describe(s, text));
 }
 #define MOE(call) try_call(#call, (call))
-#define CUDA(call) try_call(#call, moei_cuda_status(call))
+#define CUDA(call) try_call(#call, moe_cuda_status(call))
 
 /* All memory is freed at the program's end, however it comes. */
 static void *host_memory[8], *device_memory[8];
@@ -75,8 +75,8 @@ static moe_block_sparse_desc make_product(const options* o, const void* a, const
     d.a_stride = stride_of(o->k);
     d.b_stride = d.c_stride = stride_of(o->n);
     d.mask.bytes = mask;
-    d.mask.rows = o->op == MOE_BLOCK_DDS ? o->k : o->m; /* those of the sparse matrix */
-    d.mask.columns = o->op == MOE_BLOCK_DSD ? o->k : o->n;
+    d.mask.rows = o->op == MOE_BLOCK_SPARSE_DDS ? o->k : o->m; /* those of the sparse matrix */
+    d.mask.columns = o->op == MOE_BLOCK_SPARSE_DSD ? o->k : o->n;
     d.mask.block_rows = o->block_rows;
     d.mask.block_columns = o->block_columns;
     d.fault = fault;
@@ -116,9 +116,10 @@ int main(int argc, char** argv)
     const options o = parse_options(argc, argv);
     const char *file = o.file, *kind;
     picture p = {1, 1, picture_dots};
-    const int rows = o.op == MOE_BLOCK_DDS ? o.k : o.m, columns = o.op == MOE_BLOCK_DSD ? o.k : o.n;
-    const int RB = moe_num_blocks(rows, o.block_rows),
-              CB = moe_num_blocks(columns, o.block_columns);
+    const int rows = o.op == MOE_BLOCK_SPARSE_DDS ? o.k : o.m,
+              columns = o.op == MOE_BLOCK_SPARSE_DSD ? o.k : o.n;
+    const int RB = moe_block_sparse_count(rows, o.block_rows),
+              CB = moe_block_sparse_count(columns, o.block_columns);
     const int64_t a_bytes = o.m * stride_of(o.k) * 2, b_bytes = o.k * stride_of(o.n) * 2;
     const int64_t c_bytes = o.m * stride_of(o.n) * 2, blocks = (int64_t)RB * CB;
     const double dense = 2.0 * o.m * o.n * o.k;
@@ -182,9 +183,10 @@ int main(int argc, char** argv)
     show_run("mask", ms, dense * (double)kept / ((double)rows * columns), dense);
     show_run("full mask", all_ms, dense, dense);
     printf("tile      %s%s%s, full mask %s%s%s; mean of %d runs\n", tiles[d.choice.tile],
-           d.choice.rest ? " and " : "", d.choice.rest ? tiles[d.choice.rest] : "",
-           tiles[all.choice.tile], all.choice.rest ? " and " : "",
-           all.choice.rest ? tiles[all.choice.rest] : "", o.repeat);
+           d.choice.fallback_tile ? " and " : "",
+           d.choice.fallback_tile ? tiles[d.choice.fallback_tile] : "", tiles[all.choice.tile],
+           all.choice.fallback_tile ? " and " : "",
+           all.choice.fallback_tile ? tiles[all.choice.fallback_tile] : "", o.repeat);
     if (MOE_ON_HOST)
         printf("          the CPU shows that the kernels are right, not how fast they are\n");
     ok = check(&o, a, b, c, mask, CB) && word == 0;

@@ -19,7 +19,7 @@ typedef struct options {
     const char* file;       /* null: the picture shipped with the sample, unless a mask is made */
     double random, columns; /* share of blocks, of columns; negative: not asked for */
     int diagonal;           /* squares along the diagonal; 0: not asked for */
-    int op;                 /* moe_block_op */
+    int op;                 /* moe_block_sparse_op */
     int m, n, k;
     int block_rows, block_columns;
     int dtype;  /* moe_dtype */
@@ -36,7 +36,7 @@ static const options default_options = {0,
                                         -1,
                                         -1,
                                         0,
-                                        MOE_BLOCK_DSD,
+                                        MOE_BLOCK_SPARSE_DSD,
                                         DEFAULT_SIZE,
                                         DEFAULT_SIZE,
                                         DEFAULT_SIZE,
@@ -110,8 +110,8 @@ static void parse_block(options* o, const char* value)
     char* end;
     o->block_rows = o->block_columns = (int)strtol(value, &end, 10);
     if (*end == 'x') o->block_columns = (int)strtol(end + 1, &end, 10);
-    if (*end || !moei_block_size_offered(o->block_rows) ||
-        !moei_block_size_offered(o->block_columns))
+    if (*end || !moei_sparse_size_offered(o->block_rows) ||
+        !moei_sparse_size_offered(o->block_columns))
         quit(EXIT_WRONG_INPUT, "--block %s: not 16, 32, 64 or 128, nor two of them as 32x128",
              value);
 }
@@ -152,10 +152,10 @@ static options parse_options(int argc, char** argv)
         if (!strcmp(name, "--check"))
             o.check = strcmp(value, "all") ? (int)parse_number(name, value, 1, 1 << 30) : -1;
         if (!strcmp(name, "--op")) {
-            o.op = !strcmp(value, "sdd")   ? MOE_BLOCK_SDD
-                   : !strcmp(value, "dsd") ? MOE_BLOCK_DSD
-                                           : MOE_BLOCK_DDS;
-            if (o.op == MOE_BLOCK_DDS && strcmp(value, "dds"))
+            o.op = !strcmp(value, "sdd")   ? MOE_BLOCK_SPARSE_SDD
+                   : !strcmp(value, "dsd") ? MOE_BLOCK_SPARSE_DSD
+                                           : MOE_BLOCK_SPARSE_DDS;
+            if (o.op == MOE_BLOCK_SPARSE_DDS && strcmp(value, "dds"))
                 quit(EXIT_WRONG_INPUT, "--op %s: not one of sdd, dsd, dds", value);
         }
         if (!strcmp(name, "--dtype")) {

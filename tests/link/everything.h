@@ -40,20 +40,20 @@ static moe_status link_layer(float* y)
         host[i] = moe_f32_to_bf16((float)((i * 37) % 29 - 14) / 16.0f);
     d.num_tokens = LINK_T, d.hidden = LINK_H, d.intermediate = LINK_I;
     d.num_experts = LINK_E, d.top_k = LINK_K;
-    MOEI_TRY(moe_preload());
-    MOEI_TRY(moe_layer_workspace(&d, &d.workspace_bytes));
-    MOEI_TRY_CUDA(cudaMalloc((void**)&device, sizeof host));
-    MOEI_TRY_CUDA(cudaMalloc((void**)&out, X * 2));
-    MOEI_TRY_CUDA(cudaMalloc(&d.workspace, d.workspace_bytes));
-    MOEI_TRY_CUDA(cudaMemcpy(device, host, sizeof host, cudaMemcpyHostToDevice));
+    MOE_TRY(moe_preload());
+    MOE_TRY(moe_layer_workspace(&d, &d.workspace_bytes));
+    MOE_TRY_CUDA(cudaMalloc((void**)&device, sizeof host));
+    MOE_TRY_CUDA(cudaMalloc((void**)&out, X * 2));
+    MOE_TRY_CUDA(cudaMalloc(&d.workspace, d.workspace_bytes));
+    MOE_TRY_CUDA(cudaMemcpy(device, host, sizeof host, cudaMemcpyHostToDevice));
     d.x = device, d.router = device + X, d.w1.base = device + X + R;
     d.w2.base = device + X + R + W1, d.y = out;
     s = moe_layer_forward(&d, 0);
-    MOEI_TRY_CUDA(cudaMemcpy(host, out, X * 2, cudaMemcpyDeviceToHost));
+    MOE_TRY_CUDA(cudaMemcpy(host, out, X * 2, cudaMemcpyDeviceToHost));
     for (int i = 0; i < X; ++i) y[i] = moe_bf16_to_f32(host[i]);
-    MOEI_TRY_CUDA(cudaFree(device));
-    MOEI_TRY_CUDA(cudaFree(out));
-    MOEI_TRY_CUDA(cudaFree(d.workspace));
+    MOE_TRY_CUDA(cudaFree(device));
+    MOE_TRY_CUDA(cudaFree(out));
+    MOE_TRY_CUDA(cudaFree(d.workspace));
     return s;
 }
 

@@ -54,10 +54,10 @@ static void test_status_texts(void)
     CHECK(MOE_STATUS(MOE_ERR_RANGE, top_k) == (MOE_ERR_RANGE | (MOE_FIELD_top_k << 8)));
     CHECK(strcmp(field_name[MOE_FIELD_top_k], "top_k") == 0);
     CHECK(strcmp(field_name[MOE_FIELD_fault], "fault") == 0);
-    CHECK(moei_cuda_status(cudaSuccess) == MOE_OK);
+    CHECK(moe_cuda_status(cudaSuccess) == MOE_OK);
     {
         char text[MOE_STATUS_TEXT];
-        const moe_status s = moei_cuda_status(cudaErrorInvalidValue);
+        const moe_status s = moe_cuda_status(cudaErrorInvalidValue);
         CHECK(moe_status_kind(s) == MOE_ERR_CUDA);
         CHECK(moe_status_detail(s) == (int)cudaErrorInvalidValue);
         CHECK(strcmp(moe_status_describe(MOE_ERR_CUDA | (700 << 8), text), "CUDA error 700") == 0);
@@ -91,13 +91,13 @@ static void test_status_garbage(void)
 
 static moe_status require_positive(int v)
 {
-    MOEI_REQUIRE(v > 0, MOE_ERR_RANGE, hidden);
+    MOE_REQUIRE(v > 0, MOE_ERR_RANGE, hidden);
     return MOE_OK;
 }
 
 static moe_status try_positive(int v)
 {
-    MOEI_TRY(require_positive(v));
+    MOE_TRY(require_positive(v));
     return MOE_STATUS(MOE_ERR_OPTION, score);
 }
 
@@ -111,35 +111,35 @@ static void test_buffers(void)
     for (int at = 0; at < 40; ++at)
         for (int bytes = 0; bytes < 12; ++bytes)
             for (int use = 0; use < 4; ++use) { /* bit 0: x is written, bit 1: y is */
-                const moei_buffer b[] = {
-                    {m + 16, 8, 1, use & 1 ? MOEI_WRITTEN : MOEI_READ, MOE_FIELD_x},
-                    {m + at, (uint64_t)bytes, 1, use & 2 ? MOEI_WRITTEN : MOEI_READ, MOE_FIELD_y}};
+                const moe_buffer b[] = {
+                    {m + 16, 8, 1, use & 1 ? MOE_BUFFER_WRITTEN : MOE_BUFFER_READ, MOE_FIELD_x},
+                    {m + at, (uint64_t)bytes, 1, use & 2 ? MOE_BUFFER_WRITTEN : MOE_BUFFER_READ,
+                     MOE_FIELD_y}};
                 const int overlap = use && bytes > 0 && at < 24 && at + bytes > 16;
-                CHECK_STATUS(moei_check_buffers(b, 2),
-                             !overlap  ? MOE_OK
-                             : use & 2 ? MOE_STATUS(MOE_ERR_OVERLAP, y)
-                                       : MOE_STATUS(MOE_ERR_OVERLAP, x));
+                CHECK_STATUS(moe_check_buffers(b, 2), !overlap  ? MOE_OK
+                                                      : use & 2 ? MOE_STATUS(MOE_ERR_OVERLAP, y)
+                                                                : MOE_STATUS(MOE_ERR_OVERLAP, x));
             }
     {
-        const moei_buffer b[] = {{0, 64, 1, MOEI_WRITTEN, MOE_FIELD_x},
-                                 {0, 64, 16, MOEI_WRITTEN, MOE_FIELD_y},
-                                 {0, 0, 1, MOEI_REQUIRED, MOE_FIELD_w1}};
-        CHECK_STATUS(moei_check_buffers(b, 3), MOE_OK); /* absent, or nothing in it */
+        const moe_buffer b[] = {{0, 64, 1, MOE_BUFFER_WRITTEN, MOE_FIELD_x},
+                                {0, 64, 16, MOE_BUFFER_WRITTEN, MOE_FIELD_y},
+                                {0, 0, 1, MOE_BUFFER_REQUIRED, MOE_FIELD_w1}};
+        CHECK_STATUS(moe_check_buffers(b, 3), MOE_OK); /* absent, or nothing in it */
     }
     {
-        moei_buffer b[] = {{(void*)72, 64, 16, MOEI_WRITTEN, MOE_FIELD_x},
-                           {(void*)80, 64, 16, MOEI_WRITTEN, MOE_FIELD_y},
-                           {0, 1, 1, MOEI_REQUIRED, MOE_FIELD_w1}};
-        CHECK_STATUS(moei_check_buffers(b, 3), MOE_STATUS(MOE_ERR_NULL, w1));
-        CHECK_STATUS(moei_check_buffers(b, 2), MOE_STATUS(MOE_ERR_ALIGN, x));
+        moe_buffer b[] = {{(void*)72, 64, 16, MOE_BUFFER_WRITTEN, MOE_FIELD_x},
+                          {(void*)80, 64, 16, MOE_BUFFER_WRITTEN, MOE_FIELD_y},
+                          {0, 1, 1, MOE_BUFFER_REQUIRED, MOE_FIELD_w1}};
+        CHECK_STATUS(moe_check_buffers(b, 3), MOE_STATUS(MOE_ERR_NULL, w1));
+        CHECK_STATUS(moe_check_buffers(b, 2), MOE_STATUS(MOE_ERR_ALIGN, x));
         b[0].p = (void*)64;
-        CHECK_STATUS(moei_check_buffers(b, 2), MOE_STATUS(MOE_ERR_OVERLAP, y));
-        CHECK_STATUS(moei_check_buffers(b, 1), MOE_OK);
+        CHECK_STATUS(moe_check_buffers(b, 2), MOE_STATUS(MOE_ERR_OVERLAP, y));
+        CHECK_STATUS(moe_check_buffers(b, 1), MOE_OK);
     }
     CHECK(moei_aligned((void*)64, 16) && !moei_aligned((void*)72, 16) && moei_aligned(0, 16));
-    CHECK(moei_extent(0, 8, 8, MOE_FP32) == 0 && moei_extent(3, 8, 0, MOE_FP32) == 0);
-    CHECK(moei_extent(3, 10, 8, MOE_FP32) == 28 * 4 && moei_extent(3, 10, 8, MOE_BF16) == 28 * 2);
-    CHECK(moei_extent(600000, 7168, 7168, MOE_BF16) == 600000ull * 7168 * 2, "past 2^32 bytes");
+    CHECK(moe_extent(0, 8, 8, MOE_FP32) == 0 && moe_extent(3, 8, 0, MOE_FP32) == 0);
+    CHECK(moe_extent(3, 10, 8, MOE_FP32) == 28 * 4 && moe_extent(3, 10, 8, MOE_BF16) == 28 * 2);
+    CHECK(moe_extent(600000, 7168, 7168, MOE_BF16) == 600000ull * 7168 * 2, "past 2^32 bytes");
     CHECK(moe_num_chunks(0) == 0 && moe_num_chunks(1) == 1);
     CHECK(moe_num_chunks(16) == 1 && moe_num_chunks(17) == 2);
     CHECK(moe_chunk_tokens(2048) == 16 && moe_chunk_tokens(2049) == 32);
@@ -200,15 +200,15 @@ typedef struct fault_args {
 MOE_KERNEL(256, 1) fault_kernel(MOE_ARG(fault_args) d)
 {
     const int i = (int)(blockIdx.x * blockDim.x + threadIdx.x);
-    d.stopped[i] = moei_fault_stopped(d.word);
-    if (i < d.n) moei_fault_raise(d.word, d.code, d.rank, d.index + (d.n - 1 - i));
+    d.stopped[i] = moe_fault_stopped(d.word);
+    if (i < d.n) moe_fault_raise(d.word, d.code, d.rank, d.index + (d.n - 1 - i));
 }
 
 static void test_fault_raise(void)
 {
     tbuf word = tfault_new(0), stopped = tbuf_new("stopped", 4 * 256 * 4, 0);
     int32_t* got = 0;
-    moei_launch_config c = moei_grid(4, 256, 0, test_now.stream);
+    moe_launch_config c = moe_grid(4, 256, 0, test_now.stream);
     fault_args a;
     a.word = (uint64_t*)word.p;
     a.stopped = (int32_t*)stopped.p;
@@ -307,16 +307,15 @@ MOE_KERNEL(256, 1) convert_kernel(MOE_ARG(convert_args) d)
     const int first = (int)(blockIdx.x * blockDim.x + threadIdx.x);
     if (d.pairs) {
         for (int i = first; i < d.n / 2; i += step) {
-            const float2 f = moei_unpack2(((const uint32_t*)d.half)[i], d.dtype);
+            const float2 f = moe_unpack2(((const uint32_t*)d.half)[i], d.dtype);
             d.widened[2 * i] = f.x;
             d.widened[2 * i + 1] = f.y;
         }
         for (int i = first; i < d.m / 2; i += step)
-            ((uint32_t*)d.narrowed)[i] = moei_pack2(d.single[2 * i], d.single[2 * i + 1], d.dtype);
+            ((uint32_t*)d.narrowed)[i] = moe_pack2(d.single[2 * i], d.single[2 * i + 1], d.dtype);
     } else {
-        for (int i = first; i < d.n; i += step) d.widened[i] = moei_load_f32(d.half, i, d.dtype);
-        for (int i = first; i < d.m; i += step)
-            moei_store_f32(d.narrowed, i, d.dtype, d.single[i]);
+        for (int i = first; i < d.n; i += step) d.widened[i] = moe_load_f32(d.half, i, d.dtype);
+        for (int i = first; i < d.m; i += step) moe_store_f32(d.narrowed, i, d.dtype, d.single[i]);
     }
     for (int i = first; i < d.m; i += step) {
         d.ordered[i] = moei_ordered(d.single[i]);
@@ -385,7 +384,7 @@ static void test_conversions(void)
             tbuf v = tbuf_new("narrowed", (size_t)m * 2, 0);
             tbuf o = tbuf_new("ordered", (size_t)m * 4, 0);
             tbuf q = tbuf_new("unordered", (size_t)m * 4, 0);
-            moei_launch_config c = moei_grid(8, 256, 0, test_now.stream);
+            moe_launch_config c = moe_grid(8, 256, 0, test_now.stream);
             convert_args a;
             int64_t bad[4] = {0, 0, 0, 0};
             a.half = (const uint16_t*)h.p;
@@ -452,19 +451,19 @@ typedef struct scan_args {
 
 MOE_KERNEL(1024, 1) scan_kernel(MOE_ARG(scan_args) d)
 {
-    MOE_SHARED(moei_block_scan_scratch, scratch);
+    MOE_SHARED(moe_block_scan_scratch, scratch);
     const int i = (int)threadIdx.x, n = (int)blockDim.x, v = d.in[i];
     int total, total2;
-    const int first = moei_block_exclusive_scan(v, &scratch, &total);
+    const int first = moe_block_exclusive_scan(v, &scratch, &total);
     d.out[i] = first;
-    d.out[n + i] = moei_block_exclusive_scan(first, &scratch, &total2);
+    d.out[n + i] = moe_block_exclusive_scan(first, &scratch, &total2);
     d.out[2 * n + i] = total;
-    d.warp[i] = moei_warp_inclusive_scan(v);
+    d.warp[i] = moe_warp_inclusive_scan(v);
     for (int w = 0; w < 5; ++w) {
-        d.sum[w * n + i] = moei_group_sum((float)v, 2 << w);
-        d.max[w * n + i] = moei_group_max((float)v, 2 << w);
+        d.sum[w * n + i] = moe_warp_sum((float)v, 2 << w);
+        d.max[w * n + i] = moe_warp_max((float)v, 2 << w);
     }
-    d.sum[5 * n + i] = moei_block_sum((float)v, &scratch);
+    d.sum[5 * n + i] = moe_block_sum((float)v, &scratch);
 }
 
 static void test_scans(void)
@@ -475,7 +474,7 @@ static void test_scans(void)
         float *sum, *max;
         int at = 0, at2 = 0, total = 0;
         scan_args a;
-        moei_launch_config c = moei_grid(1, n, 0, test_now.stream);
+        moe_launch_config c = moe_grid(1, n, 0, test_now.stream);
         tbuf bi, bo = tbuf_new("out", (size_t)n * 12, 0), bw = tbuf_new("warp", (size_t)n * 4, 0);
         tbuf bs = tbuf_new("sum", (size_t)n * 24, 0), bm = tbuf_new("max", (size_t)n * 20, 0);
         for (int i = 0; i < n; ++i) total += in[i] = (int32_t)trand_int(&r, -1000, 1000);
@@ -570,7 +569,7 @@ static void test_async_copy(void)
     for (int v = 0; v < 5; ++v) {
         const int n = steps[v] * COPY_THREADS;
         uint32_t *in = (uint32_t*)test_host(n * 16), *out, *once;
-        moei_launch_config c = moei_grid(1, COPY_THREADS, 0, test_now.stream);
+        moe_launch_config c = moe_grid(1, COPY_THREADS, 0, test_now.stream);
         copy_args a;
         tbuf bi, bo = tbuf_new("out", (size_t)n * 16, 0), bp = tbuf_new("once", (size_t)n * 16, 0);
         for (int i = 0; i < n * 4; ++i) in[i] = (uint32_t)trand_bits(&r) | 1u;
@@ -631,7 +630,7 @@ static void test_random_known(void)
     static const uint32_t want[] = {0x6627e8d5u, 0xe169c58du, 0xbc57ac4cu, 0x9b00dbd8u,
                                     0x408f276du, 0x41c83b0eu, 0xa20bc7c6u, 0x6d5451fdu,
                                     0xd16cfe09u, 0x94fdccebu, 0x5001e420u, 0x24126ea1u};
-    moei_launch_config c = moei_grid(1, 32, 0, test_now.stream);
+    moe_launch_config c = moe_grid(1, 32, 0, test_now.stream);
     tbuf words = tbuf_new("words", sizeof want, 0);
     random_args a;
     for (int i = 0; i < 3; ++i) {
@@ -660,7 +659,7 @@ MOE_KERNEL(256, 1) exp_kernel(MOE_ARG(exp_args) d)
 {
     for (int i = (int)(blockIdx.x * blockDim.x + threadIdx.x); i < d.n;
          i += (int)(gridDim.x * blockDim.x)) {
-        d.exp[i] = moei_exp(d.x[i]);
+        d.exp[i] = moe_exp(d.x[i]);
         d.silu[i] = moei_sigmoid_unit(d.x[i], -1.44269504f);
         d.nan[i] = moei_is_nan(d.x[i]);
     }
@@ -680,7 +679,7 @@ static void test_exp(void)
     float *x = (float*)test_host((int64_t)n * 4), *e, *s;
     int32_t* nan;
     double worst = 0, worst_at = 0, worst_silu = 0, worst_silu_at = 0;
-    moei_launch_config c = moei_grid(MOE_ON_HOST ? 4 : 256, 256, 0, test_now.stream);
+    moe_launch_config c = moe_grid(MOE_ON_HOST ? 4 : 256, 256, 0, test_now.stream);
     exp_args a;
     tbuf bx, be = tbuf_new("exp", (size_t)n * 4, 0), bs = tbuf_new("silu", (size_t)n * 4, 0);
     tbuf bn = tbuf_new("nan", (size_t)n * 4, 0);
@@ -749,15 +748,15 @@ static void test_exp(void)
 
 static void test_device(void)
 {
-    moei_device d;
-    moei_launch_config c = moei_grid(3, 64, 128, test_now.stream);
+    moe_device d;
+    moe_launch_config c = moe_grid(3, 64, 128, test_now.stream);
     memset(&d, 0, sizeof d);
-    CHECK_STATUS(moei_device_query(&d), MOE_OK);
+    CHECK_STATUS(moe_device_query(&d), MOE_OK);
     CHECK(d.sms > 0 && d.smem_block >= 48 * 1024 && d.smem_sm >= d.smem_block && d.major >= 7,
           "%d SMs, %d and %d bytes, major %d", d.sms, d.smem_block, d.smem_sm, d.major);
     CHECK(c.grid.x == 3 && c.grid.y == 1 && c.grid.z == 1 && c.block.x == 64 && c.smem == 128);
     CHECK(c.dependent == 0 && c.cluster == 0 && c.stream == test_now.stream);
-    CHECK_STATUS(moei_preload((const void*)scan_kernel), MOE_OK);
+    CHECK_STATUS(moe_preload_kernel((const void*)scan_kernel), MOE_OK);
 }
 
 /* A launch that cannot be made comes back as a status and leaves the outputs alone; a pending
@@ -766,7 +765,7 @@ static void test_launch_errors(void)
 {
 #if !MOE_ON_HOST
     tbuf word = tfault_new(0), stopped = tbuf_new("stopped", 2048 * 4, 0);
-    moei_launch_config c = moei_grid(1, 2048, 0, test_now.stream);
+    moe_launch_config c = moe_grid(1, 2048, 0, test_now.stream);
     fault_args a;
     a.word = (uint64_t*)word.p;
     a.stopped = (int32_t*)stopped.p;
@@ -777,7 +776,7 @@ static void test_launch_errors(void)
     CHECK(tbuf_holds(&stopped, 0), "outputs untouched");
     (void)cudaMemcpy(a.stopped, a.stopped, 4, (cudaMemcpyKind)99);
     CHECK(cudaPeekAtLastError() != cudaSuccess);
-    c = moei_grid(1, 256, 0, test_now.stream);
+    c = moe_grid(1, 256, 0, test_now.stream);
     CHECK_STATUS(MOE_LAUNCH(fault_kernel, c, a), MOE_OK);
     CHECK(cudaGetLastError() != cudaSuccess, "the caller's pending error is still there");
     CHECK(tfault_word(&word) != 0);

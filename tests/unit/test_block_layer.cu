@@ -83,7 +83,7 @@ static int64_t dx_stride(const layer_case* c) { return c->H + (c->in_place ? 3 :
 
 static size_t rows_bytes(const layer_case* c, int64_t stride)
 {
-    return (size_t)moei_extent(c->T, stride, c->H, c->dtype);
+    return (size_t)moe_extent(c->T, stride, c->H, c->dtype);
 }
 
 /* Rows of w1, entries of a token's weights, slots of dw1. */
@@ -905,7 +905,7 @@ static void test_gelu_slope(void)
                                  16,      -16,         1e30f,        -1e30f};
     trand r = trand_new(27);
     static float v[N];
-    const moei_launch_config config = moei_grid(N / 256, 256, 0, test_now.stream);
+    const moe_launch_config config = moe_grid(N / 256, 256, 0, test_now.stream);
     slope_args a;
     tbuf in, out;
     float* got;
@@ -1266,7 +1266,7 @@ static void test_lacking(void)
             c.table = i % 4 == 2;
             c.own_act_grad = i % 2;
             c.activation = i % 3 == 0 ? MOE_ACTIVATION_GELU : 0;
-            c.tile = i % 7 == 3 ? MOE_BLOCK_TILE_64x64 : 0;
+            c.tile = i % 7 == 3 ? MOE_BLOCK_SPARSE_TILE_64x64 : 0;
             run_lacking(&c, i % ODD_KINDS, &r);
         }
 }
@@ -1856,8 +1856,8 @@ static void test_active(void)
         TEST_CUDA(cudaDeviceSynchronize());
         TEST_CUDA(cudaMemcpy(got, l.active.active, (size_t)c.E * 4, cudaMemcpyDeviceToHost));
         CHECK_INTS("active", got, active, c.E);
-        TEST_CUDA(cudaMemcpy(got, l.active.expert_slot, (size_t)c.E * 4, cudaMemcpyDeviceToHost));
-        CHECK_INTS("expert_slot", got, slot, c.E);
+        TEST_CUDA(cudaMemcpy(got, l.active.active_index, (size_t)c.E * 4, cudaMemcpyDeviceToHost));
+        CHECK_INTS("active_index", got, slot, c.E);
         TEST_CUDA(cudaMemcpy(got, l.active.count, 4, cudaMemcpyDeviceToHost));
         CHECK(got[0] == b.num_active, "%d are active, not %d", got[0], b.num_active);
         bufs_free(&b);

@@ -1,4 +1,4 @@
-/* test_block_list.cu: moe_block_list_build against the reference, every entry of every list: all
+/* test_block_list.cu: moe_block_sparse_list_build against the reference, every entry of every list: all
    sources, ragged and empty masks, lists without room, bad input, graphs. */
 #include "moe/block_sparse/list.cuh"
 #include "moe/ref/block_sparse.h"
@@ -6,7 +6,7 @@
 
 /* What a list must be, and device buffers for it. */
 typedef struct tlist {
-    moe_block_list_desc d; /* device pointers */
+    moe_block_sparse_list_desc d; /* device pointers */
     int64_t RB, CB, count; /* blocks that the list has: 0 after a stop fault */
     int64_t all;           /* blocks that the mask has */
     moe_fault fault;
@@ -18,10 +18,10 @@ typedef struct tlist {
 static const int tlist_sizes[4] = {16, 32, 64, 128};
 
 /* The source's buffer and its bytes. */
-static const void* tlist_source(const moe_block_list_desc* d, size_t* bytes)
+static const void* tlist_source(const moe_block_sparse_list_desc* d, size_t* bytes)
 {
-    const size_t RB = (size_t)moe_num_blocks(d->rows, d->block_rows);
-    const size_t CB = (size_t)moe_num_blocks(d->columns, d->block_columns);
+    const size_t RB = (size_t)moe_block_sparse_count(d->rows, d->block_rows);
+    const size_t CB = (size_t)moe_block_sparse_count(d->columns, d->block_columns);
     *bytes = d->bytes  ? RB * CB
              : d->bits ? RB * ((CB + 31) / 32) * 4
              : d->ids  ? (d->whole_batch ? 1 : (size_t)d->rows) * (size_t)d->top_k * 4
@@ -32,7 +32,7 @@ static const void* tlist_source(const moe_block_list_desc* d, size_t* bytes)
                      : (const void*)d->expert_offset;
 }
 
-static void tlist_point(tlist* t, const moe_block_list_desc* host)
+static void tlist_point(tlist* t, const moe_block_sparse_list_desc* host)
 {
     if (host->bytes) t->d.bytes = (const uint8_t*)t->source.p;
     else if (host->bits) t->d.bits = (const uint32_t*)t->source.p;
@@ -41,7 +41,7 @@ static void tlist_point(tlist* t, const moe_block_list_desc* host)
 }
 
 /* What the list of this host descriptor must be. */
-static void tlist_expect(tlist* t, const moe_block_list_desc* host, int max_blocks)
+static void tlist_expect(tlist* t, const moe_block_sparse_list_desc* host, int max_blocks)
 {
     uint8_t* bytes = (uint8_t*)test_host(t->RB * t->CB);
     t->fault = moe_ref_block_bytes(host, bytes);
@@ -59,7 +59,7 @@ static void tlist_expect(tlist* t, const moe_block_list_desc* host, int max_bloc
 
 /* host has a source in host memory, and sizes. spare: entries beyond what the mask has, or missing;
    with several sources to come, most_blocks of them, else -1. */
-static tlist tlist_new(const moe_block_list_desc* host, int columns, int64_t spare,
+static tlist tlist_new(const moe_block_sparse_list_desc* host, int columns, int64_t spare,
                        int64_t most_blocks, size_t misalign)
 {
     tlist t;
@@ -71,8 +71,8 @@ static tlist tlist_new(const moe_block_list_desc* host, int columns, int64_t spa
     t.d.bytes = 0;
     t.d.bits = 0;
     t.d.ids = t.d.expert_offset = 0;
-    t.RB = moe_num_blocks(host->rows, host->block_rows);
-    t.CB = moe_num_blocks(host->columns, host->block_columns);
+    t.RB = moe_block_sparse_count(host->rows, host->block_rows);
+    t.CB = moe_block_sparse_count(host->columns, host->block_columns);
     t.row_offset_want = (int32_t*)test_host(t.RB * 4 + 4);
     t.column_offset_want = (int32_t*)test_host(t.CB * 4 + 4);
     t.column_index_want = (int32_t*)test_host(t.RB * t.CB * 4);
@@ -101,7 +101,7 @@ static tlist tlist_new(const moe_block_list_desc* host, int columns, int64_t spa
     }
     t.d.fault = (uint64_t*)t.word.p;
     t.d.rank = TEST_RANK;
-    CHECK_STATUS(moe_block_list_workspace(&t.d, &workspace), MOE_OK);
+    CHECK_STATUS(moe_block_sparse_list_workspace(&t.d, &workspace), MOE_OK);
     t.workspace = tbuf_new("workspace", workspace, 0);
     t.d.workspace = t.workspace.p;
     t.d.workspace_bytes = workspace;
@@ -150,18 +150,19 @@ static int tlist_check(const tlist* t, const char* what)
                  t->d.top_k, t->d.max_blocks, (long long)t->all);
 }
 
-static void tlist_run(const moe_block_list_desc* host, int columns, int64_t spare, size_t misalign,
-                      const char* what)
+static void tlist_run(const moe_block_sparse_list_desc* host, int columns, int64_t spare,
+                      size_t misalign, const char* what)
 {
     tlist t = tlist_new(host, columns, spare, -1, misalign);
-    if (CHECK_STATUS(moe_block_list_build(&t.d, test_now.stream), MOE_OK)) tlist_check(&t, what);
+    if (CHECK_STATUS(moe_block_sparse_list_build(&t.d, test_now.stream), MOE_OK))
+        tlist_check(&t, what);
     tlist_free(&t);
 }
 
 /* Rows and columns of elements with so many blocks, the last ones ragged. */
-static moe_block_list_desc tlist_shape(trand* r, int64_t RB, int64_t CB)
+static moe_block_sparse_list_desc tlist_shape(trand* r, int64_t RB, int64_t CB)
 {
-    moe_block_list_desc d;
+    moe_block_sparse_list_desc d;
     memset(&d, 0, sizeof d);
     d.block_rows = tlist_sizes[trand_int(r, 0, 3)];
     d.block_columns = tlist_sizes[trand_int(r, 0, 3)];
@@ -202,7 +203,7 @@ static void tlist_masks(int bits)
     for (int shape = 0; shape < (int)(sizeof tlist_shapes / sizeof tlist_shapes[0]); ++shape)
         for (int k = (int)trand_int(&r, 0, 3); k < 6; k += 3 + (int)trand_int(&r, 0, 2)) {
             const int64_t RB = tlist_shapes[shape][0], CB = tlist_shapes[shape][1];
-            moe_block_list_desc d = tlist_shape(&r, RB, CB);
+            moe_block_sparse_list_desc d = tlist_shape(&r, RB, CB);
             uint8_t* bytes = tlist_bytes(&r, RB * CB, density[k]);
             uint32_t* words = (uint32_t*)test_host(RB * ((CB + 31) / 32) * 4);
             if (trand_int(&r, 0, 2) == 0) tlist_clear_some(&r, bytes, RB, CB);
@@ -233,7 +234,7 @@ static void test_one_block(void)
     trand r = trand_new(3);
     for (int i = 0; i < 12; ++i) {
         const int64_t RB = trand_int(&r, 1, 70), CB = trand_int(&r, 1, 70);
-        moe_block_list_desc d = tlist_shape(&r, RB, CB);
+        moe_block_sparse_list_desc d = tlist_shape(&r, RB, CB);
         uint8_t* bytes = tlist_bytes(&r, RB * CB, 0);
         bytes[i & 1 ? RB * CB - 1 : trand_int(&r, 0, RB * CB - 1)] = 0x80;
         d.bytes = bytes;
@@ -243,9 +244,9 @@ static void test_one_block(void)
 }
 
 /* A matrix [rows, experts * each columns]. */
-static moe_block_list_desc tlist_routing(trand* r, int64_t rows, int experts, int each)
+static moe_block_sparse_list_desc tlist_routing(trand* r, int64_t rows, int experts, int each)
 {
-    moe_block_list_desc d = tlist_shape(r, 0, 0);
+    moe_block_sparse_list_desc d = tlist_shape(r, 0, 0);
     d.rows = (int32_t)rows;
     d.columns = experts * each * d.block_columns;
     d.num_experts = experts;
@@ -280,7 +281,7 @@ static void test_ids(void)
     for (int i = 0; i < 60; ++i) {
         const int experts = tlist_experts[i % 11], whole = i % 4 == 3;
         const int64_t rows = tlist_rows[trand_int(&r, 0, 9)];
-        moe_block_list_desc d = tlist_routing(&r, rows, experts, (int)trand_int(&r, 1, 5));
+        moe_block_sparse_list_desc d = tlist_routing(&r, rows, experts, (int)trand_int(&r, 1, 5));
         int32_t* ids;
         d.top_k = (int32_t)trand_int(&r, 1, experts < 12 ? experts : 12);
         if (i % 9 == 0) d.top_k = experts;
@@ -316,7 +317,7 @@ static void test_offsets(void)
     trand r = trand_new(5);
     for (int i = 0; i < 60; ++i) {
         const int experts = tlist_experts[i % 11], rows = tlist_rows[trand_int(&r, 0, 9)];
-        moe_block_list_desc d = tlist_routing(&r, rows, experts, (int)trand_int(&r, 1, 9));
+        moe_block_sparse_list_desc d = tlist_routing(&r, rows, experts, (int)trand_int(&r, 1, 9));
         int32_t* offset = tlist_offsets(&r, rows, experts);
         d.expert_offset = offset;
         if (i % 13 == 0) d.columns = 0;
@@ -345,7 +346,7 @@ static void test_offsets_without_rows(void)
                  {{0, -1, 0, 0}, 0}, {{0, 0, -1, 0}, 1}, {{0, 0, 0, -1}, 2}};
     trand r = trand_new(14);
     for (size_t i = 0; i < 2 * sizeof cases / sizeof cases[0]; ++i) {
-        moe_block_list_desc d = tlist_routing(&r, 0, 3, 2);
+        moe_block_sparse_list_desc d = tlist_routing(&r, 0, 3, 2);
         tlist t;
         d.expert_offset = cases[i / 2].offset;
         t = tlist_new(&d, (int)(i & 1), 4, -1, 0);
@@ -353,7 +354,7 @@ static void test_offsets_without_rows(void)
                   (cases[i / 2].bad < 0 || t.fault.index == cases[i / 2].bad),
               "the reference: \"%s\" at %lld", moe_fault_text(t.fault.code),
               (long long)t.fault.index);
-        CHECK_STATUS(moe_block_list_build(&t.d, test_now.stream), MOE_OK);
+        CHECK_STATUS(moe_block_sparse_list_build(&t.d, test_now.stream), MOE_OK);
         tlist_check(&t, "offsets without rows");
         tlist_free(&t);
     }
@@ -365,7 +366,7 @@ static void test_many_experts(void)
     trand r = trand_new(6);
     for (int i = 0; i < 4; ++i) {
         const int experts = i & 1 ? 4096 : 1500;
-        moe_block_list_desc d = tlist_routing(&r, 300, experts, i & 1 ? 1 : 3);
+        moe_block_sparse_list_desc d = tlist_routing(&r, 300, experts, i & 1 ? 1 : 3);
         int32_t* source;
         if (i < 2) {
             d.top_k = 6;
@@ -383,7 +384,7 @@ static void test_no_room(void)
 {
     trand r = trand_new(7);
     for (int i = 0; i < 12; ++i) {
-        moe_block_list_desc d = tlist_shape(&r, trand_int(&r, 1, 80), trand_int(&r, 1, 80));
+        moe_block_sparse_list_desc d = tlist_shape(&r, trand_int(&r, 1, 80), trand_int(&r, 1, 80));
         uint8_t* bytes = 0;
         int32_t* ids = 0;
         if (i % 2) {
@@ -392,8 +393,8 @@ static void test_no_room(void)
             d.ids = ids = tlist_ids(&r, 600, 40, i % 4 == 1 ? 100 : 0);
         } else {
             bytes = tlist_bytes(&r,
-                                (int64_t)moe_num_blocks(d.rows, d.block_rows) *
-                                    moe_num_blocks(d.columns, d.block_columns),
+                                (int64_t)moe_block_sparse_count(d.rows, d.block_rows) *
+                                    moe_block_sparse_count(d.columns, d.block_columns),
                                 0.7);
             bytes[0] = 1;
             d.bytes = bytes;
@@ -413,7 +414,7 @@ static void test_huge(void)
     const int64_t CB = (int64_t)experts * each;
     trand r = trand_new(8);
     tlist t;
-    moe_block_list_desc* d = &t.d;
+    moe_block_sparse_list_desc* d = &t.d;
     int32_t* ids = (int32_t*)test_host(RB * 16 * top_k * 4);
     int64_t at = 0;
     size_t workspace;
@@ -446,12 +447,12 @@ static void test_huge(void)
     d->column_index = (int32_t*)t.column_index.p;
     d->fault = (uint64_t*)t.word.p;
     d->rank = TEST_RANK;
-    CHECK_STATUS(moe_block_list_workspace(d, &workspace), MOE_OK);
+    CHECK_STATUS(moe_block_sparse_list_workspace(d, &workspace), MOE_OK);
     t.workspace = tbuf_new("workspace", workspace, 0);
     d->workspace = t.workspace.p;
     d->workspace_bytes = workspace;
     CHECK(at == d->max_blocks);
-    CHECK_STATUS(moe_block_list_build(d, test_now.stream), MOE_OK);
+    CHECK_STATUS(moe_block_sparse_list_build(d, test_now.stream), MOE_OK);
     tlist_same(&t.row_offset, t.row_offset_want, RB + 1);
     tlist_same(&t.column_index, t.column_index_want, at);
     CHECK_FAULT(&t.word, MOE_FAULT_NONE, 0);
@@ -466,7 +467,7 @@ static void test_huge(void)
         memset(t.row_offset_want, 0, RB * 4 + 4);
         tbuf_poison(&t.row_offset);
         tbuf_poison(&t.column_index);
-        CHECK_STATUS(moe_block_list_build(d, test_now.stream), MOE_OK);
+        CHECK_STATUS(moe_block_sparse_list_build(d, test_now.stream), MOE_OK);
         tlist_same(&t.row_offset, t.row_offset_want, RB + 1);
         tlist_same(&t.column_index, 0, 0);
         CHECK_FAULT(&t.word, MOE_FAULT_NO_ROOM, all * each);
@@ -490,14 +491,14 @@ static void test_large(void)
     const int64_t RB = MOE_ON_HOST ? 1056 : 16384, CB = MOE_ON_HOST ? 1056 : 4096;
     const int64_t rows = MOE_ON_HOST ? 4096 : 262144;
     for (int i = MOE_ON_HOST; i < 2; ++i) {
-        moe_block_list_desc d = tlist_shape(&r, RB, CB);
+        moe_block_sparse_list_desc d = tlist_shape(&r, RB, CB);
         uint8_t* bytes = tlist_bytes(&r, RB * CB, 0.1);
         d.bytes = bytes;
         tlist_run(&d, 1, 0, i ? 0 : 1, "large");
         free(bytes);
     }
     {
-        moe_block_list_desc d = tlist_routing(&r, rows, 256, 4);
+        moe_block_sparse_list_desc d = tlist_routing(&r, rows, 256, 4);
         int32_t* ids = tlist_ids(&r, rows * 8, 256, 0);
         d.top_k = 8;
         d.ids = ids;
@@ -508,13 +509,13 @@ static void test_large(void)
 
 static moe_status tlist_call(void* context, cudaStream_t stream)
 {
-    return moe_block_list_build((const moe_block_list_desc*)context, stream);
+    return moe_block_sparse_list_build((const moe_block_sparse_list_desc*)context, stream);
 }
 
 static void test_repeats(void)
 {
     trand r = trand_new(10);
-    moe_block_list_desc d = tlist_shape(&r, 150, 90);
+    moe_block_sparse_list_desc d = tlist_shape(&r, 150, 90);
     uint8_t* bytes = tlist_bytes(&r, 150 * 90, 0.3);
     tlist t;
     tbuf* out[5];
@@ -537,7 +538,7 @@ static void test_graph(void)
     trand r = trand_new(11);
     for (int routed = 0; routed < 3; ++routed) {
         const int RB = 50, CB = 75, experts = 25;
-        moe_block_list_desc d = tlist_shape(&r, RB, CB);
+        moe_block_sparse_list_desc d = tlist_shape(&r, RB, CB);
         void* source[4];
         tlist t;
         tgraph g;
@@ -579,7 +580,7 @@ static void test_stop_fault(void)
                                 MOE_FAULT_NO_ROOM,    MOE_FAULT_NAN_LOGIT, MOE_FAULT_BAD_ID};
     for (int i = 0; i < 12; ++i) {
         const int stops = codes[i / 2] <= MOE_FAULT_LAST_STOP;
-        moe_block_list_desc d = tlist_routing(&r, 300, 30, 2);
+        moe_block_sparse_list_desc d = tlist_routing(&r, 300, 30, 2);
         int32_t* source = i & 1 ? tlist_ids(&r, 600, 30, 0) : tlist_offsets(&r, 300, 30);
         uint64_t word = MOEI_FAULT_KEY(codes[i / 2], TEST_RANK, 77);
         tlist t;
@@ -587,7 +588,7 @@ static void test_stop_fault(void)
         else d.expert_offset = source;
         t = tlist_new(&d, 1, 0, -1, 0);
         tbuf_put(&t.word, &word);
-        CHECK_STATUS(moe_block_list_build(&t.d, test_now.stream), MOE_OK);
+        CHECK_STATUS(moe_block_sparse_list_build(&t.d, test_now.stream), MOE_OK);
         if (stops) {
             CHECK(tbuf_holds(&t.row_offset, 0) && tbuf_holds(&t.column_offset, 0));
             CHECK(tbuf_holds(&t.column_index, 0) && tbuf_holds(&t.row_index, 0));
@@ -602,7 +603,7 @@ static void test_stop_fault(void)
         free(source);
     }
     for (int i = 0; i < 3; ++i) { /* without a word the list is empty where it must be */
-        moe_block_list_desc d = tlist_routing(&r, 300, 30, 2);
+        moe_block_sparse_list_desc d = tlist_routing(&r, 300, 30, 2);
         int32_t* source = tlist_offsets(&r, 300, 30);
         tlist t;
         d.expert_offset = source;
@@ -610,7 +611,7 @@ static void test_stop_fault(void)
         else source[0] = 0, source[1] = source[1] > 0 ? source[1] : 0, source[30] = 300;
         t = tlist_new(&d, 1, i == 2 ? -1 : 0, -1, 0);
         t.d.fault = 0;
-        CHECK_STATUS(moe_block_list_build(&t.d, test_now.stream), MOE_OK);
+        CHECK_STATUS(moe_block_sparse_list_build(&t.d, test_now.stream), MOE_OK);
         t.fault.code = MOE_FAULT_NONE;
         t.fault.index = 0;
         tlist_check(&t, "no fault word");
@@ -622,7 +623,8 @@ static void test_stop_fault(void)
 static void test_refusals(void)
 {
     trand r = trand_new(13);
-    moe_block_list_desc base = tlist_shape(&r, 40, 50), routed = tlist_routing(&r, 100, 10, 2), d;
+    moe_block_sparse_list_desc base = tlist_shape(&r, 40, 50),
+                               routed = tlist_routing(&r, 100, 10, 2), d;
     uint8_t* bytes = tlist_bytes(&r, 40 * 50, 0.5);
     int32_t* ids = tlist_ids(&r, 200, 10, 0);
     tlist t, u;
@@ -636,19 +638,19 @@ static void test_refusals(void)
     do {                                                                                           \
         d = (from).d;                                                                              \
         __VA_ARGS__;                                                                               \
-        CHECK_STATUS(moe_block_list_build(&d, test_now.stream),                                    \
+        CHECK_STATUS(moe_block_sparse_list_build(&d, test_now.stream),                             \
                      MOE_STATUS(MOE_ERR_##kind, field));                                           \
     } while (0)
-    CHECK_STATUS(moe_block_list_build(0, test_now.stream), MOE_STATUS(MOE_ERR_NULL, desc));
-    CHECK_STATUS(moe_block_list_workspace(0, &n), MOE_STATUS(MOE_ERR_NULL, desc));
-    CHECK_STATUS(moe_block_list_workspace(&t.d, 0), MOE_STATUS(MOE_ERR_NULL, desc));
+    CHECK_STATUS(moe_block_sparse_list_build(0, test_now.stream), MOE_STATUS(MOE_ERR_NULL, desc));
+    CHECK_STATUS(moe_block_sparse_list_workspace(0, &n), MOE_STATUS(MOE_ERR_NULL, desc));
+    CHECK_STATUS(moe_block_sparse_list_workspace(&t.d, 0), MOE_STATUS(MOE_ERR_NULL, desc));
     d = t.d;
     d.block_rows = 48;
-    CHECK_STATUS(moe_block_list_workspace(&d, &n), MOE_STATUS(MOE_ERR_RANGE, block_rows));
+    CHECK_STATUS(moe_block_sparse_list_workspace(&d, &n), MOE_STATUS(MOE_ERR_RANGE, block_rows));
     memset(&d, 0, sizeof d);
     d.rows = t.d.rows, d.columns = t.d.columns;
     d.block_rows = t.d.block_rows, d.block_columns = t.d.block_columns;
-    CHECK_STATUS(moe_block_list_workspace(&d, &n), MOE_OK); /* no address is needed */
+    CHECK_STATUS(moe_block_sparse_list_workspace(&d, &n), MOE_OK); /* no address is needed */
     CHECK(n == t.d.workspace_bytes, "%zu bytes, with addresses %zu", n, t.d.workspace_bytes);
     REFUSE(t, RANGE, rows, d.rows = -1);
     REFUSE(t, RANGE, columns, d.columns = -1);
@@ -723,11 +725,11 @@ static void test_refusals(void)
     CHECK(tbuf_holds(&t.position, 0) && tbuf_holds(&t.workspace, 0));
     CHECK(tbuf_holds(&u.row_offset, 0) && tbuf_holds(&u.column_index, 0));
     CHECK_FAULT(&t.word, MOE_FAULT_NONE, 0);
-    CHECK_STATUS(moe_block_list_build(&t.d, test_now.stream), MOE_OK); /* as it was */
+    CHECK_STATUS(moe_block_sparse_list_build(&t.d, test_now.stream), MOE_OK); /* as it was */
     tlist_check(&t, "after refusals");
-    CHECK_STATUS(moe_block_list_build(&u.d, test_now.stream), MOE_OK);
+    CHECK_STATUS(moe_block_sparse_list_build(&u.d, test_now.stream), MOE_OK);
     tlist_check(&u, "after refusals");
-    CHECK_STATUS(moe_block_list_preload(), MOE_OK);
+    CHECK_STATUS(moe_block_sparse_list_preload(), MOE_OK);
     tlist_free(&t);
     tlist_free(&u);
     free(bytes);

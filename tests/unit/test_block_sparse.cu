@@ -6,7 +6,7 @@
 #include "tests/test.h"
 #include "tests/test_product.h"
 
-static const int ops[] = {MOE_BLOCK_SDD, MOE_BLOCK_DSD, MOE_BLOCK_DDS};
+static const int ops[] = {MOE_BLOCK_SPARSE_SDD, MOE_BLOCK_SPARSE_DSD, MOE_BLOCK_SPARSE_DDS};
 
 /* Rather more often small than large: below a block, about one, and some of them. */
 static int draw_size(trand* r)
@@ -110,9 +110,9 @@ static void run_tables(trand* r, int most)
         w.b_transposed = i / 6 % 2;
         w.none = i / 12 % 2 ? 30 : 0;
         w.percent /= 2; /* pieces that no block wants */
-        if (w.op != MOE_BLOCK_DSD) w.a_table = (int)trand_int(r, most - 1, most);
-        if (w.op != MOE_BLOCK_DDS) w.b_table = (int)trand_int(r, most - 1, most);
-        if (w.op != MOE_BLOCK_SDD) w.c_table = (int)trand_int(r, most - 1, most);
+        if (w.op != MOE_BLOCK_SPARSE_DSD) w.a_table = (int)trand_int(r, most - 1, most);
+        if (w.op != MOE_BLOCK_SPARSE_DDS) w.b_table = (int)trand_int(r, most - 1, most);
+        if (w.op != MOE_BLOCK_SPARSE_SDD) w.c_table = (int)trand_int(r, most - 1, most);
         tproduct_run(&w, r);
     }
 }
@@ -204,19 +204,20 @@ static void test_block_full_is_dense(void)
                   k = i ? draw_size(&r) : 200;
         tproduct first; /* whose numbers all others have */
         char* want = 0;
-        tproduct_want w = tproduct_normal(MOE_BLOCK_SDD, m, n, k);
+        tproduct_want w = tproduct_normal(MOE_BLOCK_SPARSE_SDD, m, n, k);
         w.a_transposed = i & 1;
         w.b_transposed = i / 2 & 1;
         w.pattern = TPATTERN_FULL;
         w.c_dtype = i & 1 ? MOE_FP32 : w.dtype;
-        w.tile = MOE_BLOCK_TILE_64x64;
+        w.tile = MOE_BLOCK_SPARSE_TILE_64x64;
         tproduct_new(&first, &w, &r);
         if (tproduct_launch(&first)) {
             tproduct_compare(&first);
             want = dense_bits(&first);
         }
-        for (int tile = MOE_BLOCK_TILE_128x256; tile <= MOE_BLOCK_TILE_64x64 && want; ++tile)
-            for (int op = MOE_BLOCK_SDD; op <= MOE_BLOCK_DDS; ++op) {
+        for (int tile = MOE_BLOCK_SPARSE_TILE_128x256; tile <= MOE_BLOCK_SPARSE_TILE_64x64 && want;
+             ++tile)
+            for (int op = MOE_BLOCK_SPARSE_SDD; op <= MOE_BLOCK_SPARSE_DDS; ++op) {
                 tproduct p;
                 tproduct_randomise(&w, &r);
                 w.op = op;
@@ -259,12 +260,12 @@ static void test_block_tiles_agree(void)
         w.draw = TDRAW_NORMAL;
         w.form = TFORM_LIST;
         tproduct_new(&p, &w, &r);
-        for (int tile = MOE_BLOCK_TILE_AUTO; tile <= MOE_BLOCK_TILE_64x64; ++tile)
+        for (int tile = MOE_BLOCK_SPARSE_TILE_AUTO; tile <= MOE_BLOCK_SPARSE_TILE_64x64; ++tile)
             for (int form = TFORM_BYTES; form <= TFORM_LIST; ++form) {
                 char* got;
                 p.w.form = form;
                 p.w.tile = tile;
-                p.w.rest = form == tile % 3 ? MOE_BLOCK_TILE_32x256 : 0;
+                p.w.rest = form == tile % 3 ? MOE_BLOCK_SPARSE_TILE_32x256 : 0;
                 tbuf_free(&p.workspace);
                 tproduct_describe(&p);
                 tmatrix_poison(&p.c);
@@ -312,12 +313,12 @@ static gradients gradients_new(const tproduct* f, const tmatrix* g)
     for (int i = 0; i < w->m; ++i)
         for (int l = 0; l < w->k; ++l)
             for (int j = 0; j < w->n; ++j) {
-                const int y = w->op == MOE_BLOCK_SDD   ? i
-                              : w->op == MOE_BLOCK_DSD ? (w->a_transposed ? l : i)
-                                                       : (w->b_transposed ? j : l);
-                const int x = w->op == MOE_BLOCK_SDD   ? j
-                              : w->op == MOE_BLOCK_DSD ? (w->a_transposed ? i : l)
-                                                       : (w->b_transposed ? l : j);
+                const int y = w->op == MOE_BLOCK_SPARSE_SDD   ? i
+                              : w->op == MOE_BLOCK_SPARSE_DSD ? (w->a_transposed ? l : i)
+                                                              : (w->b_transposed ? j : l);
+                const int x = w->op == MOE_BLOCK_SPARSE_SDD   ? j
+                              : w->op == MOE_BLOCK_SPARSE_DSD ? (w->a_transposed ? i : l)
+                                                              : (w->b_transposed ? l : j);
                 const int at_a = w->a_transposed ? l * w->m + i : i * w->k + l;
                 const int at_b = w->b_transposed ? j * w->k + l : l * w->n + j;
                 double a, b, c;
@@ -407,34 +408,34 @@ static void test_block_gradients(void)
         want.columns = n;
         want.dtype = w.dtype;
         want.pad = 8;
-        want.mask = op == MOE_BLOCK_SDD ? &f.mask : (const tmask*)0;
-        want.packed = op == MOE_BLOCK_SDD && w.packed;
+        want.mask = op == MOE_BLOCK_SPARSE_SDD ? &f.mask : (const tmask*)0;
+        want.packed = op == MOE_BLOCK_SPARSE_SDD && w.packed;
         tmatrix_new(&g, &want);
         tmatrix_fill(&g, TDRAW_NORMAL, 1, &r);
         d = gradients_new(&f, &g);
         if (w.a_transposed)
             gradient_call(&f, &f.a,
-                          op == MOE_BLOCK_SDD   ? MOE_BLOCK_DDS
-                          : op == MOE_BLOCK_DSD ? MOE_BLOCK_SDD
-                                                : MOE_BLOCK_DSD,
+                          op == MOE_BLOCK_SPARSE_SDD   ? MOE_BLOCK_SPARSE_DDS
+                          : op == MOE_BLOCK_SPARSE_DSD ? MOE_BLOCK_SPARSE_SDD
+                                                       : MOE_BLOCK_SPARSE_DSD,
                           k, m, n, &f.b, w.b_transposed, &g, 1, d.a, d.a_sum);
         else
             gradient_call(&f, &f.a,
-                          op == MOE_BLOCK_SDD   ? MOE_BLOCK_DSD
-                          : op == MOE_BLOCK_DSD ? MOE_BLOCK_SDD
-                                                : MOE_BLOCK_DDS,
+                          op == MOE_BLOCK_SPARSE_SDD   ? MOE_BLOCK_SPARSE_DSD
+                          : op == MOE_BLOCK_SPARSE_DSD ? MOE_BLOCK_SPARSE_SDD
+                                                       : MOE_BLOCK_SPARSE_DDS,
                           m, k, n, &g, 0, &f.b, !w.b_transposed, d.a, d.a_sum);
         if (w.b_transposed)
             gradient_call(&f, &f.b,
-                          op == MOE_BLOCK_SDD   ? MOE_BLOCK_DSD
-                          : op == MOE_BLOCK_DSD ? MOE_BLOCK_DDS
-                                                : MOE_BLOCK_SDD,
+                          op == MOE_BLOCK_SPARSE_SDD   ? MOE_BLOCK_SPARSE_DSD
+                          : op == MOE_BLOCK_SPARSE_DSD ? MOE_BLOCK_SPARSE_DDS
+                                                       : MOE_BLOCK_SPARSE_SDD,
                           n, k, m, &g, 1, &f.a, w.a_transposed, d.b, d.b_sum);
         else
             gradient_call(&f, &f.b,
-                          op == MOE_BLOCK_SDD   ? MOE_BLOCK_DDS
-                          : op == MOE_BLOCK_DSD ? MOE_BLOCK_DSD
-                                                : MOE_BLOCK_SDD,
+                          op == MOE_BLOCK_SPARSE_SDD   ? MOE_BLOCK_SPARSE_DDS
+                          : op == MOE_BLOCK_SPARSE_DSD ? MOE_BLOCK_SPARSE_DSD
+                                                       : MOE_BLOCK_SPARSE_SDD,
                           k, n, m, &f.a, !w.a_transposed, &g, 0, d.b, d.b_sum);
         free(d.a);
         free(d.a_sum);
@@ -485,8 +486,8 @@ static void test_block_graph(void)
         w.form = i / 3;
         w.packed = 0;
         w.room = -1;
-        w.tile = i / 3 == 1 ? MOE_BLOCK_TILE_64x256 : MOE_BLOCK_TILE_AUTO;
-        w.rest = MOE_BLOCK_TILE_32x256;
+        w.tile = i / 3 == 1 ? MOE_BLOCK_SPARSE_TILE_64x256 : MOE_BLOCK_SPARSE_TILE_AUTO;
+        w.rest = MOE_BLOCK_SPARSE_TILE_32x256;
         if (i / 3 == 1) w.block_rows = w.block_columns = 32;
         w.dtype = w.c_dtype = tproduct_half();
         tproduct_new(&p, &w, &r);
@@ -526,18 +527,19 @@ static void test_block_tune(void)
         tproduct_want w = tproduct_normal(ops[i % 3], 130, 120, 110);
         tproduct p;
         tproduct_randomise(&w, &r);
-        w.tile = MOE_BLOCK_TILE_AUTO;
+        w.tile = MOE_BLOCK_SPARSE_TILE_AUTO;
         w.zero_masked = 0;
         w.dtype = w.c_dtype = tproduct_half();
         tproduct_new(&p, &w, &r);
         memset(&p.d.choice, 0, sizeof p.d.choice);
         {
-            moe_block_choice choice;
+            moe_block_sparse_choice choice;
             test_poison(&choice, sizeof choice);
             CHECK_STATUS(moe_block_sparse_tune(&p.d, test_now.stream, &choice), MOE_OK);
-            CHECK(choice.tile >= MOE_BLOCK_TILE_AUTO && choice.tile <= MOE_BLOCK_TILE_64x64 &&
-                      choice.rest >= 0 && choice.rest <= MOE_BLOCK_TILE_64x64,
-                  "tile %d, rest %d", choice.tile, choice.rest);
+            CHECK(choice.tile >= MOE_BLOCK_SPARSE_TILE_AUTO &&
+                      choice.tile <= MOE_BLOCK_SPARSE_TILE_64x64 && choice.fallback_tile >= 0 &&
+                      choice.fallback_tile <= MOE_BLOCK_SPARSE_TILE_64x64,
+                  "tile %d, rest %d", choice.tile, choice.fallback_tile);
             tmatrix_poison(&p.c);
             p.d.choice = choice;
             if (CHECK_STATUS(moe_block_sparse(&p.d, test_now.stream), MOE_OK)) tproduct_compare(&p);
@@ -551,7 +553,7 @@ static void test_block_large(void)
 {
 #if !MOE_ON_HOST
     trand r = trand_new(14);
-    for (int tile = MOE_BLOCK_TILE_AUTO; tile <= MOE_BLOCK_TILE_64x64; ++tile)
+    for (int tile = MOE_BLOCK_SPARSE_TILE_AUTO; tile <= MOE_BLOCK_SPARSE_TILE_64x64; ++tile)
         for (int i = 0; i < 6; ++i) {
             tproduct_want w = tproduct_normal(ops[i % 3], 700, 801, 650);
             tproduct_randomise(&w, &r);
@@ -635,7 +637,7 @@ static void check_far_operand(moe_block_sparse_desc d, const char* packed, int s
     for (int dds = 0; dds < 2; ++dds) { /* dense: B [n, OTHER]; A [OTHER, n] */
         float got[ROWS * OTHER], *all;
         c = tbuf_new("c", (size_t)n * OTHER * 4, 0);
-        d.op = dds ? MOE_BLOCK_DDS : MOE_BLOCK_DSD;
+        d.op = dds ? MOE_BLOCK_SPARSE_DDS : MOE_BLOCK_SPARSE_DSD;
         d.a = dds ? d_dense.p : packed;
         d.b = dds ? packed : d_dense.p;
         d.c = c.p;
@@ -703,7 +705,7 @@ static void test_block_many_past_2_31(void)
         d_columns = tbuf_from("column_index", columns, COUNT * 4, 0);
         TEST_CUDA(cudaMalloc((void**)&c, bytes));
         memset(&d, 0, sizeof d);
-        d.op = MOE_BLOCK_SDD;
+        d.op = MOE_BLOCK_SPARSE_SDD;
         d.a = d_a.p;
         d.b = d_b.p;
         d.c = c;

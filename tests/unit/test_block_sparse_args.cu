@@ -59,7 +59,7 @@ static void check_bad_list(tproduct* p, const char* what, int first, int last)
    the order that the operation walks. Numbers of blocks out of range. */
 static void test_block_bad_lists(void)
 {
-    static const int ops[] = {MOE_BLOCK_SDD, MOE_BLOCK_DSD, MOE_BLOCK_DDS};
+    static const int ops[] = {MOE_BLOCK_SPARSE_SDD, MOE_BLOCK_SPARSE_DSD, MOE_BLOCK_SPARSE_DDS};
     trand r = trand_new(1);
     for (int i = 0; i < 3 * 4 * (MOE_ON_HOST ? 2 : 12); ++i) {
         tproduct_want w = tproduct_normal(ops[i % 3], 100, 90, 110);
@@ -78,7 +78,7 @@ static void test_block_bad_lists(void)
         tproduct_new(&p, &w, &r);
         if (tproduct_launch(&p)) {
             tmask* t = &p.mask;
-            const int by_column = moei_block_by_column(&p.d), lines = by_column ? t->CB : t->RB;
+            const int by_column = moei_sparse_by_column(&p.d), lines = by_column ? t->CB : t->RB;
             const int others = by_column ? t->RB : t->CB;
             int32_t* offset = by_column ? t->column_offset : t->row_offset;
             int32_t* index = by_column ? t->row_index : t->column_index;
@@ -115,7 +115,7 @@ static void test_block_bad_lists(void)
                 if (how == 10) spoilt[at] = trand_int(&r, 0, 1) ? -1 : t->max_blocks;
                 tbuf_put(d_spoilt, spoilt);
                 first = last = how < 6 || how == 10 ? at : -1; /* of offsets, one of two strips' */
-                if (how < 2 && w.op == MOE_BLOCK_SDD)
+                if (how < 2 && w.op == MOE_BLOCK_SPARSE_SDD)
                     last = at + 1; /* what follows is not behind
                                                                         it, in the next tile */
                 if (how == 5 && saved[0] == others - 1)
@@ -145,18 +145,18 @@ static void test_block_ragged_not_last(void)
 {
     trand r = trand_new(7);
     for (int i = 0; i < 3 * 2 * 2; ++i) {
-        tproduct_want w = tproduct_normal(MOE_BLOCK_SDD + i % 3, 75, 85, 69);
+        tproduct_want w = tproduct_normal(MOE_BLOCK_SPARSE_SDD + i % 3, 75, 85, 69);
         tproduct p;
         w.block_rows = w.block_columns = 32; /* 3 of them, ragged each way */
         w.form = TFORM_LIST;
         w.pattern = TPATTERN_FULL;
         w.packed = i / 3 % 2;
         w.by_column = 1;
-        w.tile = i / 6 ? MOE_BLOCK_TILE_32x256 : MOE_BLOCK_TILE_AUTO;
+        w.tile = i / 6 ? MOE_BLOCK_SPARSE_TILE_32x256 : MOE_BLOCK_SPARSE_TILE_AUTO;
         tproduct_new(&p, &w, &r);
         if (tproduct_launch(&p)) {
             tmask* t = &p.mask;
-            const int by_column = moei_block_by_column(&p.d);
+            const int by_column = moei_sparse_by_column(&p.d);
             int32_t* index = by_column ? t->row_index : t->column_index;
             tbuf* d_index = by_column ? &t->d_row_index : &t->d_column_index;
             tproduct_compare(&p);
@@ -167,7 +167,7 @@ static void test_block_ragged_not_last(void)
                     index[at + 1] = twice ? 2 : 1;
                     tbuf_put(d_index, index);
                     check_bad_list(&p, twice ? "ragged twice" : "ragged before the last", at,
-                                   at + !(w.op != MOE_BLOCK_SDD && (w.packed || w.tile)));
+                                   at + !(w.op != MOE_BLOCK_SPARSE_SDD && (w.packed || w.tile)));
                     index[at] = 1;
                     index[at + 1] = 2;
                     tbuf_put(d_index, index);
@@ -180,7 +180,8 @@ static void test_block_ragged_not_last(void)
 /* A piece of A or B that a block wants must have an address, 16-byte aligned. */
 static void test_block_bad_tables(void)
 {
-    static const int ops[] = {MOE_BLOCK_SDD, MOE_BLOCK_SDD, MOE_BLOCK_DSD, MOE_BLOCK_DDS};
+    static const int ops[] = {MOE_BLOCK_SPARSE_SDD, MOE_BLOCK_SPARSE_SDD, MOE_BLOCK_SPARSE_DSD,
+                              MOE_BLOCK_SPARSE_DDS};
     trand r = trand_new(2);
     for (int i = 0; i < 4 * 4; ++i) {
         const int of_a = i % 4 == 0 || i % 4 == 3;
@@ -189,7 +190,7 @@ static void test_block_bad_tables(void)
         tproduct_randomise(&w, &r);
         w.pattern = TPATTERN_FULL;
         w.dtype = w.c_dtype = tproduct_half();
-        w.tile = MOE_BLOCK_TILE_AUTO;
+        w.tile = MOE_BLOCK_SPARSE_TILE_AUTO;
         w.a_table = of_a;
         w.b_table = !of_a;
         tproduct_new(&p, &w, &r);
@@ -222,11 +223,12 @@ static void test_block_bad_c_table(void)
 {
     trand r = trand_new(5);
     for (int i = 0; i < 2 * 3; ++i) {
-        tproduct_want w = tproduct_normal(i % 2 ? MOE_BLOCK_DSD : MOE_BLOCK_DDS, 100, 90, 110);
+        tproduct_want w =
+            tproduct_normal(i % 2 ? MOE_BLOCK_SPARSE_DSD : MOE_BLOCK_SPARSE_DDS, 100, 90, 110);
         tproduct p;
         tproduct_randomise(&w, &r);
         w.dtype = w.c_dtype = tproduct_half();
-        w.tile = i / 2 % 2 ? MOE_BLOCK_TILE_AUTO : MOE_BLOCK_TILE_64x64;
+        w.tile = i / 2 % 2 ? MOE_BLOCK_SPARSE_TILE_AUTO : MOE_BLOCK_SPARSE_TILE_64x64;
         w.c_table = 1;
         tproduct_new(&p, &w, &r);
         if (tproduct_launch(&p)) {
@@ -253,7 +255,7 @@ static void test_block_stopped(void)
 {
     trand r = trand_new(3);
     for (int i = 0; i < 9; ++i) {
-        tproduct_want w = tproduct_normal(MOE_BLOCK_SDD + i % 3, 50, 60, 70);
+        tproduct_want w = tproduct_normal(MOE_BLOCK_SPARSE_SDD + i % 3, 50, 60, 70);
         tproduct p;
         uint64_t word =
             MOEI_FAULT_KEY(i & 1 ? MOE_FAULT_NO_ROOM : MOE_FAULT_BAD_OFFSET, TEST_RANK, 7);
@@ -261,7 +263,7 @@ static void test_block_stopped(void)
         w.form = i / 3;
         w.packed = w.packed && w.form == TFORM_LIST;
         w.dtype = w.c_dtype = tproduct_half();
-        w.tile = MOE_BLOCK_TILE_AUTO;
+        w.tile = MOE_BLOCK_SPARSE_TILE_AUTO;
         tproduct_new(&p, &w, &r);
         tbuf_put(&p.fault, &word);
         CHECK_STATUS(moe_block_sparse(&p.d, test_now.stream), MOE_OK);
@@ -282,7 +284,7 @@ static void test_block_stopped(void)
 
 static void refused(const moe_block_sparse_desc* d, moe_status want, int line)
 {
-    moe_block_choice choice;
+    moe_block_sparse_choice choice;
     const moe_status s = moe_block_sparse(d, test_now.stream);
     memset(&choice, 0x5a, sizeof choice);
     test_status(s, want, __FILE__, line, "moe_block_sparse");
@@ -306,8 +308,8 @@ static void refused(const moe_block_sparse_desc* d, moe_status want, int line)
 static void test_block_refusals(void)
 {
     trand r = trand_new(4);
-    for (int op = MOE_BLOCK_SDD; op <= MOE_BLOCK_DDS; ++op) {
-        const int sdd = op == MOE_BLOCK_SDD, dsd = op == MOE_BLOCK_DSD;
+    for (int op = MOE_BLOCK_SPARSE_SDD; op <= MOE_BLOCK_SPARSE_DDS; ++op) {
+        const int sdd = op == MOE_BLOCK_SPARSE_SDD, dsd = op == MOE_BLOCK_SPARSE_DSD;
         tproduct_want w = tproduct_normal(op, 96, 64, 80);
         tproduct p;
         moe_block_sparse_desc good, d;
@@ -321,7 +323,8 @@ static void test_block_refusals(void)
         w.room = 2;
         tproduct_new(&p, &w, &r);
         good = p.d;
-        good.choice.tile = MOE_BLOCK_TILE_64x64; /* what it needs is known; the room is for any */
+        good.choice.tile =
+            MOE_BLOCK_SPARSE_TILE_64x64; /* what it needs is known; the room is for any */
         CHECK_STATUS(moe_block_sparse_workspace(&good, &needed), MOE_OK);
         for (int i = 0; i < 8; ++i) address[i] = AT(p.c.part[0].p, i * 16);
         table = tbuf_from("table", address, sizeof address, 0);
@@ -344,10 +347,11 @@ static void test_block_refusals(void)
         REFUSED(d.packed = 2, MOE_ERR_OPTION, packed);
         REFUSED(d.zero_masked = 2, MOE_ERR_OPTION, zero_masked);
         REFUSED(d.choice.tile = -1, MOE_ERR_OPTION, choice);
-        REFUSED(d.choice.tile = MOE_BLOCK_TILE_64x64 + 1, MOE_ERR_OPTION, choice);
-        REFUSED(d.choice.rest = -1, MOE_ERR_OPTION, choice);
-        REFUSED(d.choice.rest = MOE_BLOCK_TILE_64x64 + 1, MOE_ERR_OPTION, choice);
-        REFUSED((d.choice.tile = 0, d.choice.rest = MOE_BLOCK_TILE_32x256), MOE_ERR_OPTION, choice);
+        REFUSED(d.choice.tile = MOE_BLOCK_SPARSE_TILE_64x64 + 1, MOE_ERR_OPTION, choice);
+        REFUSED(d.choice.fallback_tile = -1, MOE_ERR_OPTION, choice);
+        REFUSED(d.choice.fallback_tile = MOE_BLOCK_SPARSE_TILE_64x64 + 1, MOE_ERR_OPTION, choice);
+        REFUSED((d.choice.tile = 0, d.choice.fallback_tile = MOE_BLOCK_SPARSE_TILE_32x256),
+                MOE_ERR_OPTION, choice);
         if (!sdd) REFUSED(d.zero_masked = 1, MOE_ERR_CONFLICT, zero_masked);
         if (sdd)
             REFUSED((d.zero_masked = 1, d.packed = 1, d.c_stride = 0), MOE_ERR_CONFLICT,
@@ -507,7 +511,7 @@ static void test_block_empty(void)
     trand r = trand_new(8);
     for (int i = 0; i < 3 * 3; ++i) {
         const int zero = i / 3; /* which of m, n, k is 0 */
-        tproduct_want w = tproduct_normal(MOE_BLOCK_SDD + i % 3, zero == 0 ? 0 : 40,
+        tproduct_want w = tproduct_normal(MOE_BLOCK_SPARSE_SDD + i % 3, zero == 0 ? 0 : 40,
                                           zero == 1 ? 0 : 56, zero == 2 ? 0 : 72);
         tproduct p;
         moe_block_sparse_desc good, d;
@@ -538,7 +542,7 @@ static void test_block_mask_sizes(void)
 {
     trand r = trand_new(5);
     for (int i = 0; i < 3 * 4; ++i) {
-        tproduct_want w = tproduct_normal(MOE_BLOCK_SDD + i % 3, 40, 50, 60);
+        tproduct_want w = tproduct_normal(MOE_BLOCK_SPARSE_SDD + i % 3, 40, 50, 60);
         tproduct p;
         moe_block_sparse_desc good, d;
         w.a_transposed = i / 3 % 2;
@@ -562,8 +566,8 @@ static void test_block_packed_nothing(void)
 {
     trand r = trand_new(6);
     for (int i = 0; i < 3 * 4; ++i) {
-        tproduct_want w = tproduct_normal(MOE_BLOCK_SDD + i % 3, 40, 56, 72);
-        const int sdd = w.op == MOE_BLOCK_SDD, dsd = w.op == MOE_BLOCK_DSD;
+        tproduct_want w = tproduct_normal(MOE_BLOCK_SPARSE_SDD + i % 3, 40, 56, 72);
+        const int sdd = w.op == MOE_BLOCK_SPARSE_SDD, dsd = w.op == MOE_BLOCK_SPARSE_DSD;
         tproduct p;
         moe_block_sparse_desc good, d;
         w.a_transposed = i / 3 % 2;

@@ -108,9 +108,9 @@ static void bufs_new(combine_bufs* b, const combine_case* c, trand* r)
     b->count = c->buffers ? c->buffers : 1;
     for (int i = 0; i < b->count; ++i) {
         b->row[i] = new_rows(r, c->rows, row_stride, c->H, c->rows_dtype);
-        b->buffer[i] = tbuf_from("rows", b->row[i],
-                                 moei_extent(c->rows, row_stride, c->H, c->rows_dtype),
-                                 (size_t)(c->row_at * row_bytes));
+        b->buffer[i] =
+            tbuf_from("rows", b->row[i], moe_extent(c->rows, row_stride, c->H, c->rows_dtype),
+                      (size_t)(c->row_at * row_bytes));
         address[i] = b->buffer[i].p;
     }
     b->h_place = (moe_place*)test_host(slots * 8);
@@ -121,16 +121,16 @@ static void bufs_new(combine_bufs* b, const combine_case* c, trand* r)
     b->place = tbuf_from("place", b->h_place, (size_t)slots * 8, 8);
     b->weights = tbuf_from("weights", b->h_weights, (size_t)slots * 4, 4);
     b->residual = tbuf_from("residual", b->h_residual,
-                            moei_extent(c->T, c->H + residual_pad, c->H, c->y_dtype),
+                            moe_extent(c->T, c->H + residual_pad, c->H, c->y_dtype),
                             (size_t)(c->residual_at * y_bytes));
     b->h_shared = new_rows(r, c->T, c->H + c->shared_pad, c->H, c->rows_dtype);
     b->shared = tbuf_from("shared", b->h_shared,
-                          moei_extent(c->T, c->H + c->shared_pad, c->H, c->rows_dtype),
+                          moe_extent(c->T, c->H + c->shared_pad, c->H, c->rows_dtype),
                           (size_t)(c->shared_at * row_bytes));
     b->h_shared_weight = (float*)test_host(c->T * 4);
     for (int t = 0; t < c->T; ++t) b->h_shared_weight[t] = trand_normal(r);
     b->shared_weight = tbuf_from("shared_weight", b->h_shared_weight, (size_t)c->T * 4, 4);
-    b->y = tbuf_new("y", moei_extent(c->T, c->H + y_pad, c->H, c->y_dtype),
+    b->y = tbuf_new("y", moe_extent(c->T, c->H + y_pad, c->H, c->y_dtype),
                     (size_t)(c->y_at * y_bytes));
     reset_y(b, c);
     b->fault = tfault_new(0);
@@ -506,7 +506,7 @@ static void test_combine_own_kernel(void)
         combine_bufs b;
         own_args a;
         tbuf rows;
-        moei_launch_config l;
+        moe_launch_config l;
         c.rows_dtype = i & 2 ? MOE_FP32 : MOE_BF16;
         c.residual = i % 3;
         c.shared = i % 3;
@@ -522,7 +522,7 @@ static void test_combine_own_kernel(void)
             int wrong = 0;
             rows = tbuf_new("rows", (size_t)(slots * row_bytes), 0);
             a.rows = (char*)rows.p;
-            l = moei_grid(5, 64, 0, test_now.stream);
+            l = moe_grid(5, 64, 0, test_now.stream);
             CHECK_STATUS(MOE_LAUNCH(own_rows_kernel, l, a), MOE_OK);
             got = (char*)tbuf_copy(&rows);
             for (int64_t s = 0; s < slots; ++s) {
@@ -537,8 +537,8 @@ static void test_combine_own_kernel(void)
             tbuf_free(&rows);
         }
         for (a.first = 0, a.step = 2; a.first < a.step; ++a.first) {
-            l = moei_grid(4, 96, (size_t)moe_combine_sources(&a.d) * sizeof(moe_combine_source),
-                          test_now.stream);
+            l = moe_grid(4, 96, (size_t)moe_combine_sources(&a.d) * sizeof(moe_combine_source),
+                         test_now.stream);
             CHECK_STATUS(MOE_LAUNCH(own_tokens_kernel, l, a), MOE_OK);
         }
         compare(&b, &c);
@@ -876,7 +876,7 @@ typedef struct chain {
 static moe_status call_chain(void* context, cudaStream_t stream)
 {
     const chain* c = (const chain*)context;
-    MOEI_TRY(moe_route(&c->route, stream));
+    MOE_TRY(moe_route(&c->route, stream));
     return moe_combine(&c->combine, stream);
 }
 

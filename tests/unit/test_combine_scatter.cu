@@ -126,7 +126,7 @@ static void bufs_new(scatter_bufs* b, const scatter_case* c, trand* r)
         const int n = c->table ? b->h_count[i] : b->R;
         b->row[i] = new_rows(c, r, n, row_stride, c->rows_dtype);
         b->buffer[i] =
-            tbuf_from("rows", b->row[i], (size_t)moei_extent(n, row_stride, c->H, c->rows_dtype),
+            tbuf_from("rows", b->row[i], (size_t)moe_extent(n, row_stride, c->H, c->rows_dtype),
                       (size_t)(c->row_at * row_bytes));
         address[i] = n ? b->buffer[i].p : 0; /* an expert without rows needs no address */
     }
@@ -136,7 +136,7 @@ static void bufs_new(scatter_bufs* b, const scatter_case* c, trand* r)
     b->count = tbuf_from("expert_count", b->h_count, (size_t)c->E * 4, 4);
     b->index = tbuf_from("row_token", b->h_index, (size_t)b->R * 4, 4);
     b->weight = tbuf_from("row_weight", b->h_weight, (size_t)b->R * 4, 4);
-    b->y = tbuf_from("y", b->h_y, (size_t)moei_extent(c->T, y_stride, c->H, c->y_dtype),
+    b->y = tbuf_from("y", b->h_y, (size_t)moe_extent(c->T, y_stride, c->H, c->y_dtype),
                      (size_t)(c->y_at * y_bytes));
     b->fault = tfault_new(0);
     if (c->table) b->d.table = (const void* const*)b->table.p;
@@ -672,7 +672,7 @@ static void test_scatter_foreign_kernel(void)
         void *rows = test_host(4 * stride * 4), *y0 = test_host(2 * stride * 4), *y;
         tbuf b_rows, b_y;
         foreign_args a;
-        moei_launch_config l;
+        moe_launch_config l;
         int wrong = 0;
         trand_fill_int(&r, rows, 4 * stride, from, -4, 4);
         trand_fill_int(&r, y0, 2 * stride, to, -4, 4);
@@ -680,7 +680,7 @@ static void test_scatter_foreign_kernel(void)
         b_y = tbuf_from("y", y0, (size_t)(2 * stride * moe_dtype_bytes(to)), 0);
         a.y = b_y.p, a.rows = b_rows.p;
         a.y_dtype = to, a.rows_dtype = from, a.columns = columns, a.stride = stride;
-        l = moei_grid(1, 128, 0, test_now.stream);
+        l = moe_grid(1, 128, 0, test_now.stream);
         CHECK_STATUS(MOE_LAUNCH(foreign_kernel, l, a), MOE_OK);
         y = tbuf_copy(&b_y);
         for (int h = 0; h < stride; ++h) { /* all of it exact, halves too */

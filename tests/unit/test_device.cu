@@ -83,9 +83,9 @@ MOE_KERNEL(STEP_WARPS * 32, 1) step_warp_kernel(MOE_ARG(step_args) a)
                 const char* row = s->ids[k] < 0
                                       ? (const char*)0
                                       : moe_combine_row(&a.d, t * a.num_experts + s->ids[k]);
-                if (row) sum += s->weight[k] * moei_load_f32(row, h, a.d.rows_dtype);
+                if (row) sum += s->weight[k] * moe_load_f32(row, h, a.d.rows_dtype);
             }
-            moei_store_f32((char*)a.d.y + t * a.d.y_pitch, h, a.d.y_dtype, sum);
+            moe_store_f32((char*)a.d.y + t * a.d.y_pitch, h, a.d.y_dtype, sum);
         }
     }
 }
@@ -136,8 +136,8 @@ static void naive_top_k(int32_t* ids, const float* v, int E, int K)
 static moe_status step_launch(void* context, cudaStream_t stream)
 {
     const step_args a = *(const step_args*)context;
-    const moei_launch_config c = a.place ? moei_grid(a.d.num_tokens, 128, 0, stream)
-                                         : moei_grid(2, STEP_WARPS * 32, 0, stream);
+    const moe_launch_config c = a.place ? moe_grid(a.d.num_tokens, 128, 0, stream)
+                                        : moe_grid(2, STEP_WARPS * 32, 0, stream);
     if (a.place) return MOE_LAUNCH(step_block_kernel, c, a);
     return MOE_LAUNCH(step_warp_kernel, c, a);
 }
@@ -290,7 +290,7 @@ static void down_try(trand* r, int T, int K, int E, int N, int depth, int one_ex
     tbuf tokens, offsets, weights, a_buf, b_buf, c_buf, y;
     moe_grouped_gemm_desc d;
     down_args a;
-    moei_launch_config l;
+    moe_launch_config l;
     int most = 0, busiest = 0;
     /* rows in expert order, some experts without; which token a row belongs to is anything */
     offset[0] = 0;
@@ -330,9 +330,7 @@ static void down_try(trand* r, int T, int K, int E, int N, int depth, int one_ex
     a.row_weight = (const float*)weights.p;
     a.y = (float*)y.p;
     CHECK_STATUS(moe_gemm_tile_resolve(&d, &a.d), MOE_OK);
-    l = moei_grid((N + 63) / 64, 128,
-                  moe_gemm_tile_smem(DOWN_SHAPE),
-                  test_now.stream);
+    l = moe_grid((N + 63) / 64, 128, moe_gemm_tile_smem(DOWN_SHAPE), test_now.stream);
     l.grid.y = (unsigned)(most + 63) / 64;
     l.grid.z = (unsigned)E;
     CHECK_STATUS(MOE_LAUNCH(down_kernel, l, a), MOE_OK);
@@ -438,7 +436,7 @@ static void sort_try(trand* r, int T, int K, int E, int H, int fullest)
     uint16_t* rows = (uint16_t*)test_host((int64_t)slots * H * 2);
     tbuf ids_buf, x_buf, offsets, row_buf, out;
     sort_args a;
-    const moei_launch_config l = moei_grid(1, 128, 0, test_now.stream);
+    const moe_launch_config l = moe_grid(1, 128, 0, test_now.stream);
     int row = 0;
     for (int i = 0; i < slots; ++i)
         ids[i] = trand_int(r, 0, 9) == 0 ? -1 : fullest ? E - 1 : (int32_t)trand_int(r, 0, E - 1);
@@ -517,7 +515,7 @@ static void test_device_copy_row(void)
     char* x = (char*)test_host(COPY_SPAN);
     char* want = (char*)test_host(2 * COPY_LENGTHS * COPY_SPAN);
     tbuf from, to = tbuf_new("y", 2 * COPY_LENGTHS * COPY_SPAN, 0);
-    const moei_launch_config l = moei_grid(2 * COPY_LENGTHS, 96, 0, test_now.stream);
+    const moe_launch_config l = moe_grid(2 * COPY_LENGTHS, 96, 0, test_now.stream);
     copy_args a;
     for (int i = 0; i < COPY_SPAN; ++i) x[i] = (char)trand_int(&r, 1, 254);
     from = tbuf_from("x", x, COPY_SPAN, 0);
@@ -581,7 +579,7 @@ static void test_device_noisy_choice(void)
     int same = 0;
     tbuf in, ids = tbuf_new("ids", T * K * 4, 0);
     noisy_args a;
-    const moei_launch_config l = moei_grid(T, 32, 0, test_now.stream);
+    const moe_launch_config l = moe_grid(T, 32, 0, test_now.stream);
     for (int i = 0; i < T * E; ++i) logits[i] = (float)trand_int(&r, -8, 8) / 16.0f;
     in = tbuf_from("logits", logits, T * E * 4, 0);
     a.logits = (const float*)in.p;

@@ -119,7 +119,7 @@ static void bufs_new(experts_bufs* b, const experts_case* c, trand* r)
     fill_rows(b, c, r);
     x_rows = c->in_order ? b->num_rows : c->T;
     b->h_x = trows_new(r, x_rows, x_stride, c->H, c->dtype, TFILL_NORMAL, 1);
-    b->x = tbuf_from("x", b->h_x, (size_t)moei_extent(x_rows, x_stride, c->H, c->dtype), 16);
+    b->x = tbuf_from("x", b->h_x, (size_t)moe_extent(x_rows, x_stride, c->H, c->dtype), 16);
     memset(&want, 0, sizeof want);
     want.experts = c->E;
     want.hidden = c->H;
@@ -140,7 +140,7 @@ static void bufs_new(experts_bufs* b, const experts_case* c, trand* r)
     }
     b->offset = tbuf_from("offset", b->h_offset, (size_t)c->E * 4 + 4, 4);
     b->row_slot = tbuf_from("row_slot", b->h_row_slot, (size_t)b->num_rows * 4, 4);
-    b->act = tbuf_new("act", (size_t)moei_extent(b->num_rows, act_stride, c->I, c->dtype), 16);
+    b->act = tbuf_new("act", (size_t)moe_extent(b->num_rows, act_stride, c->I, c->dtype), 16);
     if (c->out_table) {
         void* address[MOST_EXPERTS];
         for (int e = 0; e < c->E; ++e) {

@@ -71,7 +71,7 @@ static void fill_logits(void* p, const gate_case* c, trand* r)
 static void bufs_new(gate_bufs* b, const gate_case* c, const void* logits)
 {
     const size_t bytes = (size_t)moe_dtype_bytes(c->dtype), slots = (size_t)c->T * (size_t)c->K;
-    const size_t extent = moei_extent(c->T, c->E + c->pad, c->E, c->dtype);
+    const size_t extent = moe_extent(c->T, c->E + c->pad, c->E, c->dtype);
     memset(&b->d, 0, sizeof b->d);
     b->logits = tbuf_from("logits", logits, extent, (size_t)c->misalign * bytes);
     b->ids = tbuf_new("ids", slots * 4, 4);
@@ -607,7 +607,7 @@ static void test_gate_many_tokens(void)
     distinct_args a;
     moe_gate_desc d;
     moe_ref_gate_desc ref;
-    moei_launch_config c = moei_grid(MOE_ON_HOST ? 4 : 2048, 256, 0, test_now.stream);
+    moe_launch_config c = moe_grid(MOE_ON_HOST ? 4 : 2048, 256, 0, test_now.stream);
     trand r = trand_new(14);
     if (!test_has_memory(bytes + (size_t)T * K * 8)) {
         free(logits);

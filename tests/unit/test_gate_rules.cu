@@ -14,7 +14,7 @@
 typedef struct rules_case {
     moe_gate_desc options;
     int T, E, K, dtype;
-    int bias, expert_off, token_off, prob, nan, seed_offset; /* 1: with it */
+    int bias, expert_disabled, token_disabled, prob, nan, seed_offset; /* 1: with it */
     float spread; /* of the logits; 0 = 1 */
     int pad;      /* stride - E */
     int misalign; /* of the logits, elements */
@@ -26,9 +26,9 @@ static int64_t row_of(const rules_case* c, int64_t t) { return t * (c->E + c->pa
 typedef struct rules_bufs {
     void* logits;
     float* bias;
-    uint8_t *expert_off, *token_off;
+    uint8_t *expert_disabled, *token_disabled;
     uint64_t offset;
-    tbuf d_logits, d_bias, d_expert_off, d_token_off, d_offset;
+    tbuf d_logits, d_bias, d_expert_disabled, d_token_disabled, d_offset;
     tbuf ids, weights, count, chunk, prob, workspace, fault;
     moe_gate_desc host, device;
 } rules_bufs;
@@ -42,10 +42,10 @@ static void fill(rules_bufs* b, const rules_case* c, trand* r)
             moe_store(b->logits, row_of(c, t) + e, c->dtype, spread * trand_normal(r));
     for (int e = 0; e < c->E; ++e) {
         b->bias[e] = 0.3f * trand_normal(r);
-        b->expert_off[e] = trand_int(r, 0, 5) == 0;
+        b->expert_disabled[e] = trand_int(r, 0, 5) == 0;
     }
     for (int t = 0; t < c->T; ++t) {
-        b->token_off[t] = (uint8_t)(trand_int(r, 0, 4) == 0 ? trand_int(r, 1, 255) : 0);
+        b->token_disabled[t] = (uint8_t)(trand_int(r, 0, 4) == 0 ? trand_int(r, 1, 255) : 0);
         if (c->nan && trand_int(r, 0, 6) == 0) { /* any NaN: all bits set is one too */
             const int64_t at = row_of(c, t) + trand_int(r, 0, c->E - 1);
             moe_store(b->logits, at, c->dtype, NAN);
@@ -60,8 +60,8 @@ static void put(rules_bufs* b)
 {
     tbuf_put(&b->d_logits, b->logits);
     tbuf_put(&b->d_bias, b->bias);
-    tbuf_put(&b->d_expert_off, b->expert_off);
-    tbuf_put(&b->d_token_off, b->token_off);
+    tbuf_put(&b->d_expert_disabled, b->expert_disabled);
+    tbuf_put(&b->d_token_disabled, b->token_disabled);
     tbuf_put(&b->d_offset, &b->offset);
 }
 
@@ -74,13 +74,13 @@ static void bufs_new(rules_bufs* b, const rules_case* c, trand* r)
     size_t bytes = 0;
     b->logits = test_host((int64_t)logits);
     b->bias = (float*)test_host((int64_t)E * 4);
-    b->expert_off = (uint8_t*)test_host((int64_t)E);
-    b->token_off = (uint8_t*)test_host((int64_t)T);
+    b->expert_disabled = (uint8_t*)test_host((int64_t)E);
+    b->token_disabled = (uint8_t*)test_host((int64_t)T);
     b->d_logits = tbuf_new("logits", logits, (size_t)c->misalign * elem);
     fill(b, c, r);
     b->d_bias = tbuf_new("expert_bias", E * 4, 4);
-    b->d_expert_off = tbuf_new("expert_off", E, 1);
-    b->d_token_off = tbuf_new("token_off", T, 3);
+    b->d_expert_disabled = tbuf_new("expert_disabled", E, 1);
+    b->d_token_disabled = tbuf_new("token_disabled", T, 3);
     b->d_offset = tbuf_new("seed_offset", 8, 8);
     put(b);
     b->ids = tbuf_new("ids", slots * 4, 4);
@@ -97,14 +97,14 @@ static void bufs_new(rules_bufs* b, const rules_case* c, trand* r)
     b->host.logits = b->logits;
     b->host.logits_stride = c->pad ? c->E + c->pad : 0;
     if (c->bias) b->host.expert_bias = b->bias;
-    if (c->expert_off) b->host.expert_off = b->expert_off;
-    if (c->token_off) b->host.token_off = b->token_off;
+    if (c->expert_disabled) b->host.expert_disabled = b->expert_disabled;
+    if (c->token_disabled) b->host.token_disabled = b->token_disabled;
     if (c->seed_offset) b->host.seed_offset = &b->offset;
     *d = b->host;
     d->logits = b->d_logits.p;
     if (c->bias) d->expert_bias = (const float*)b->d_bias.p;
-    if (c->expert_off) d->expert_off = (const uint8_t*)b->d_expert_off.p;
-    if (c->token_off) d->token_off = (const uint8_t*)b->d_token_off.p;
+    if (c->expert_disabled) d->expert_disabled = (const uint8_t*)b->d_expert_disabled.p;
+    if (c->token_disabled) d->token_disabled = (const uint8_t*)b->d_token_disabled.p;
     if (c->seed_offset) d->seed_offset = (const uint64_t*)b->d_offset.p;
     d->ids = (int32_t*)b->ids.p;
     d->weights = (float*)b->weights.p;
@@ -121,26 +121,28 @@ static void bufs_new(rules_bufs* b, const rules_case* c, trand* r)
 
 static void bufs_free(rules_bufs* b)
 {
-    tbuf* all[] = {&b->d_logits, &b->d_bias, &b->d_expert_off, &b->d_token_off, &b->d_offset, &b->ids,
-                   &b->weights,  &b->count,  &b->chunk,        &b->prob,        &b->workspace, &b->fault};
+    tbuf* all[] = {&b->d_logits, &b->d_bias, &b->d_expert_disabled, &b->d_token_disabled,
+                   &b->d_offset, &b->ids,    &b->weights,           &b->count,
+                   &b->chunk,    &b->prob,   &b->workspace,         &b->fault};
     for (size_t i = 0; i < sizeof all / sizeof *all; ++i) tbuf_free(all[i]);
     free(b->logits);
     free(b->bias);
-    free(b->expert_off);
-    free(b->token_off);
+    free(b->expert_disabled);
+    free(b->token_disabled);
 }
 
 static const char* case_text(const rules_case* c)
 {
     static char text[400];
     const moe_gate_desc* o = &c->options;
-    snprintf(text, sizeof text,
-             "T=%d E=%d K=%d %s score=%d renormalize=%d scale=%g temperature=%g noise=%g dropout=%g "
-             "threshold=%g groups=%d of %d batch=%d bias=%d off=%d/%d prob=%d nan=%d seed=%llu+%d",
-             c->T, c->E, c->K, moe_dtype_name(c->dtype), o->score, o->renormalize, (double)o->scale,
-             (double)o->temperature, (double)o->noise, (double)o->dropout, (double)o->threshold,
-             o->top_groups, o->num_groups, o->whole_batch, c->bias, c->expert_off, c->token_off, c->prob,
-             c->nan, (unsigned long long)o->seed, c->seed_offset);
+    snprintf(
+        text, sizeof text,
+        "T=%d E=%d K=%d %s score=%d renormalize=%d scale=%g temperature=%g noise=%g dropout=%g "
+        "threshold=%g groups=%d of %d batch=%d bias=%d off=%d/%d prob=%d nan=%d seed=%llu+%d",
+        c->T, c->E, c->K, moe_dtype_name(c->dtype), o->score, o->renormalize, (double)o->scale,
+        (double)o->temperature, (double)o->noise, (double)o->dropout, (double)o->threshold,
+        o->top_groups, o->num_groups, o->whole_batch, c->bias, c->expert_disabled,
+        c->token_disabled, c->prob, c->nan, (unsigned long long)o->seed, c->seed_offset);
     return text;
 }
 
@@ -208,9 +210,9 @@ static double compare(const rules_bufs* b, const rules_case* c)
                   "token %d choice %d: weight %.9g, not %.9g", t, k, (double)got[s], weights[s]);
         }
         compared += same;
-        if (first_nan < 0 && !(c->token_off && b->token_off[t]))
+        if (first_nan < 0 && !(c->token_disabled && b->token_disabled[t]))
             for (int e = 0; e < E; ++e)
-                if (!(c->expert_off && b->expert_off[e]) &&
+                if (!(c->expert_disabled && b->expert_disabled[e]) &&
                     !(c->options.dropout > 0 && moei_ref_dropped(&b->host, t, e))) {
                     const float l = (float)moe_load(b->logits, row_of(c, t) + e, c->dtype);
                     if (l != l) first_nan = t;
@@ -274,7 +276,7 @@ static rules_case plain_case(int T, int E, int K)
 
 /* Rows written by hand, fp32: `o` has the options, the sizes and host addresses of logits, bias and
    experts that are off. ids, weights, prob: what must come; null: what the reference says, which
-   must agree in any case. Each form of the kernel runs: as it is; with expert_off; and, without
+   must agree in any case. Each form of the kernel runs: as it is; with expert_disabled; and, without
    groups, one of so many experts, all further ones off, that a warp has a token. */
 static void check_rows(const char* what, const moe_gate_desc* o, const int32_t* ids,
                        const double* weights, const double* prob, int fault, int64_t index)
@@ -303,12 +305,12 @@ static void check_rows(const char* what, const moe_gate_desc* o, const int32_t* 
             for (int t = 0; t < T; ++t)
                 logits[t * E + e] = in ? ((const float*)o->logits)[t * o->num_experts + e] : 3.0f;
             bias[e] = in && o->expert_bias ? o->expert_bias[e] : 0.0f;
-            off[e] = in ? (uint8_t)(o->expert_off && o->expert_off[e]) : 1;
+            off[e] = in ? (uint8_t)(o->expert_disabled && o->expert_disabled[e]) : 1;
         }
         h.num_experts = E;
         h.logits = logits;
         h.expert_bias = o->expert_bias ? bias : 0;
-        h.expert_off = o->expert_off || form > 0 ? off : 0;
+        h.expert_disabled = o->expert_disabled || form > 0 ? off : 0;
         moe_ref_gate_rules_f64(&h, want_ids, want, want_prob, 0);
         if (ids) CHECK(memcmp(ids, want_ids, (size_t)slots * 4) == 0, "ids of the reference");
         for (int64_t s = 0; weights && s < slots; ++s)
@@ -320,14 +322,14 @@ static void check_rows(const char* what, const moe_gate_desc* o, const int32_t* 
         d = h;
         b[0] = tbuf_from("logits", logits, (size_t)T * (size_t)E * 4, 0);
         b[1] = tbuf_from("expert_bias", bias, (size_t)E * 4, 0);
-        b[2] = tbuf_from("expert_off", off, (size_t)E, 0);
+        b[2] = tbuf_from("expert_disabled", off, (size_t)E, 0);
         b[3] = tbuf_from("ids", poison, (size_t)slots * 4, 0);
         b[4] = tbuf_from("weights", poison, (size_t)slots * 4, 0);
         b[5] = tbuf_new("prob_sum", (size_t)E * 4, 0);
         b[6] = tfault_new(0);
         d.logits = b[0].p;
         if (d.expert_bias) d.expert_bias = (const float*)b[1].p;
-        if (d.expert_off) d.expert_off = (const uint8_t*)b[2].p;
+        if (d.expert_disabled) d.expert_disabled = (const uint8_t*)b[2].p;
         d.ids = (int32_t*)b[3].p;
         d.weights = (float*)b[4].p;
         if (prob) d.prob_sum = (float*)b[5].p;
@@ -490,7 +492,7 @@ static void test_lone_expert(void)
             moe_gate_desc o = rows(l, 1, 8, 1, score);
             o.num_groups = 2;
             o.top_groups = 1;
-            o.expert_off = off;
+            o.expert_disabled = off;
             o.temperature = temperature ? 0.5f : 0.0f;
             check_rows("lone", &o, want, 0, 0, MOE_FAULT_NONE, 0);
             if (score != MOE_SCORE_TOPK_SOFTMAX) continue;
@@ -550,7 +552,7 @@ static void test_batch_sums(void)
         moe_gate_desc o = rows(l, 2, 3, 1, MOE_SCORE_SOFTMAX);
         float swapped[6];
         o.whole_batch = 1;
-        o.expert_off = off;
+        o.expert_disabled = off;
         check_rows("NaN of a disabled expert", &o, ids, 0, 0, MOE_FAULT_NONE, 0);
         for (int i = 0; i < 6; ++i) swapped[i] = l[(i + 3) % 6]; /* then it is expert 0 of token 1 */
         o.logits = swapped;
@@ -679,7 +681,7 @@ static void test_groups_low(void)
             if (biased) o.expert_bias = bias;
             check_rows("low", &o, ids, 0, 0, MOE_FAULT_NONE, 0);
             o.logits = all, o.num_tokens = 2;
-            o.expert_off = off;
+            o.expert_disabled = off;
             check_rows("only low ones left", &o, ids, 0, 0, MOE_FAULT_NONE, 0);
         }
 }
@@ -763,9 +765,9 @@ static void test_large_angles(void)
             float* got;
             int compared = 0;
             c.options.score = MOE_SCORE_PIONEER;
-            c.expert_off = form;
+            c.expert_disabled = form;
             bufs_new(&b, &c, &r);
-            for (int e = 0; e < c.E; ++e) b.expert_off[e] = e >= E;
+            for (int e = 0; e < c.E; ++e) b.expert_disabled[e] = e >= E;
             for (int64_t k = 0; k < (int64_t)T * c.E; ++k)
                 ((float*)b.logits)[k] = at[i] * (float)(trand_int(&r, 0, 1) * 2 - 1) *
                                         (1 + 0.04f * trand_normal(&r) / 6);
@@ -870,8 +872,8 @@ static void test_rules(void)
                 if (rule == NOISE || rule == ALL) c.options.noise = 0.5f;
                 if (rule == DROPOUT || rule == ALL) c.options.dropout = 0.25f;
                 c.bias = rule == BIAS || rule == ALL;
-                c.expert_off = rule == EXPERT_OFF || rule == ALL;
-                c.token_off = rule == TOKEN_OFF || rule == ALL;
+                c.expert_disabled = rule == EXPERT_OFF || rule == ALL;
+                c.token_disabled = rule == TOKEN_OFF || rule == ALL;
                 c.nan = rule == NANS || (rule == ALL && trand_int(&r, 0, 1));
                 if (rule == GROUPS || rule == ALL) {
                     const int group = c.E % 8 == 0 ? c.E / 8 : 5;
@@ -916,7 +918,7 @@ static void test_sizes(void)
         for (int n = 0; n < 4; ++n) {
             rules_case c = plain_case(sizes[i][0], sizes[i][1], sizes[i][2]);
             c.options.whole_batch = n & 1;
-            c.prob = c.token_off = 1;
+            c.prob = c.token_disabled = 1;
             c.bias = !(n & 1);
             c.dtype = n & 2 ? MOE_BF16 : MOE_FP32;
             c.pad = n & 2 ? 5 : 0;
@@ -975,11 +977,11 @@ static void test_few_experts(void)
                 rules_bufs b;
                 c.options.score = score;
                 c.options.renormalize = score & 1;
-                c.expert_off = c.prob = 1;
+                c.expert_disabled = c.prob = 1;
                 c.nan = left == 0;
                 bufs_new(&b, &c, &r);
-                memset(b.expert_off, 1, (size_t)c.E);
-                for (int n = 0; n < left; ++n) b.expert_off[trand_int(&r, 0, c.E - 1)] = 0;
+                memset(b.expert_disabled, 1, (size_t)c.E);
+                for (int n = 0; n < left; ++n) b.expert_disabled[trand_int(&r, 0, c.E - 1)] = 0;
                 put(&b);
                 CHECK_STATUS(moe_gate(&b.device, test_now.stream), MOE_OK);
                 compare(&b, &c);
@@ -1001,8 +1003,8 @@ static void test_whole_batch(void)
                 c.options.whole_batch = 1;
                 c.options.renormalize = variant;
                 c.options.temperature = variant ? 1.5f : 0.0f;
-                c.prob = c.expert_off = variant;
-                c.token_off = c.nan = !variant;
+                c.prob = c.expert_disabled = variant;
+                c.token_disabled = c.nan = !variant;
                 share += run_case(&c, &r), ++n;
             }
     CHECK(share / n > 0.7, "only %.2f of the batches could be compared", share / n);
@@ -1019,7 +1021,7 @@ static void test_ties(void)
                 rules_case c = plain_case(shapes[i][0], shapes[i][1], shapes[i][2]);
                 rules_bufs b;
                 c.options.score = score;
-                c.expert_off = 1;
+                c.expert_disabled = 1;
                 if (groups && c.E % 4) continue;
                 if (groups) c.options.num_groups = 4, c.options.top_groups = 3;
                 if (c.K > c.E / 4 * 3) continue;
@@ -1042,7 +1044,7 @@ static void test_infinities(void)
             rules_case c = plain_case(12, shapes[i][1], shapes[i][2]);
             rules_bufs b;
             c.options.score = score;
-            c.expert_off = 1;
+            c.expert_disabled = 1;
             bufs_new(&b, &c, &r);
             for (int64_t k = 0; k < (int64_t)c.T * c.E; ++k)
                 ((float*)b.logits)[k] = values[trand_int(&r, 0, 6)];
@@ -1110,7 +1112,7 @@ static void test_bits_and_graph(void)
         c.options.score = 1 + i % MOE_SCORE_PIONEER;
         c.options.noise = 0.3f;
         c.options.dropout = 0.1f;
-        c.bias = c.expert_off = c.token_off = c.prob = c.seed_offset = 1;
+        c.bias = c.expert_disabled = c.token_disabled = c.prob = c.seed_offset = 1;
         if (i % 3 == 2) {
             c.options.whole_batch = 1;
             c.options.noise = c.options.dropout = 0;
@@ -1157,7 +1159,7 @@ static void test_refusals(void)
     trand r = trand_new(11);
     rules_bufs b;
     moe_gate_desc good, d;
-    c.prob = c.bias = c.expert_off = c.token_off = c.seed_offset = 1;
+    c.prob = c.bias = c.expert_disabled = c.token_disabled = c.seed_offset = 1;
     c.pad = 24; /* a last row that dense strides would not reach */
     bufs_new(&b, &c, &r);
     good = b.device;
@@ -1211,10 +1213,13 @@ static void test_refusals(void)
             MOE_ERR_OVERLAP, workspace);
     REFUSED(d.prob_sum = (float*)d.expert_bias, MOE_ERR_OVERLAP, prob_sum);
     REFUSED(d.prob_sum = (float*)d.expert_bias + 23, MOE_ERR_OVERLAP, prob_sum);
-    REFUSED(d.ids = (int32_t*)((uintptr_t)(d.expert_off + 23) & ~(uintptr_t)3), MOE_ERR_OVERLAP, ids);
-    REFUSED(d.ids = (int32_t*)((uintptr_t)(d.token_off + 39) & ~(uintptr_t)3), MOE_ERR_OVERLAP, ids);
-    REFUSED(d.ids = (int32_t*)((uintptr_t)d.expert_off & ~(uintptr_t)3), MOE_ERR_OVERLAP, ids);
-    REFUSED(d.ids = (int32_t*)((uintptr_t)(d.token_off + 4) & ~(uintptr_t)3), MOE_ERR_OVERLAP, ids);
+    REFUSED(d.ids = (int32_t*)((uintptr_t)(d.expert_disabled + 23) & ~(uintptr_t)3),
+            MOE_ERR_OVERLAP, ids);
+    REFUSED(d.ids = (int32_t*)((uintptr_t)(d.token_disabled + 39) & ~(uintptr_t)3), MOE_ERR_OVERLAP,
+            ids);
+    REFUSED(d.ids = (int32_t*)((uintptr_t)d.expert_disabled & ~(uintptr_t)3), MOE_ERR_OVERLAP, ids);
+    REFUSED(d.ids = (int32_t*)((uintptr_t)(d.token_disabled + 4) & ~(uintptr_t)3), MOE_ERR_OVERLAP,
+            ids);
     REFUSED(d.weights = (float*)d.seed_offset, MOE_ERR_OVERLAP, weights);
 #undef REFUSED
     TEST_CUDA(cudaDeviceSynchronize());
@@ -1240,9 +1245,9 @@ typedef struct top_shared {
 MOE_KERNEL(32, 1) top_kernel(MOE_ARG(top_args) d)
 {
     MOE_SHARED(top_shared, s);
-    for (int e = moei_lane(); e < d.num_experts; e += MOEI_WARP)
+    for (int e = moe_lane(); e < d.num_experts; e += MOE_WARP_SIZE)
         s.row[e] = d.merit[(int64_t)blockIdx.x * d.num_experts + e];
-    __syncwarp(MOEI_FULL);
+    __syncwarp(MOE_FULL_WARP);
     moe_warp_top_k(d.ids + (int64_t)blockIdx.x * d.top_k, s.row, d.num_experts, d.top_k);
 }
 
@@ -1254,7 +1259,7 @@ static void test_warp_top_k(void)
     int32_t* want = (int32_t*)test_host(ROWS * K * 4);
     tbuf in, out;
     top_args a;
-    moei_launch_config c = moei_grid(ROWS, 32, 0, test_now.stream);
+    moe_launch_config c = moe_grid(ROWS, 32, 0, test_now.stream);
     for (int row = 0; row < ROWS; ++row) {
         char taken[E];
         memset(taken, 0, sizeof taken);

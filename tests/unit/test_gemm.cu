@@ -35,7 +35,7 @@ typedef struct schedule_args {
 
 MOE_KERNEL(128, 1) schedule_kernel(MOE_ARG(schedule_args) d)
 {
-    MOE_SHARED(moei_block_scan_scratch, scratch);
+    MOE_SHARED(moe_block_scan_scratch, scratch);
     MOE_SHARED_DYNAMIC(shared);
     moei_schedule s;
     int count;
@@ -58,7 +58,7 @@ static int run_schedule(const int32_t* offset, int E, int rows, int columns, int
     const int most = (rows / tile_rows + 2 * E + 1) * columns;
     int32_t count;
     schedule_args a;
-    moei_launch_config c = moei_grid(1, 128, ((size_t)E + 1) * 4, test_now.stream);
+    moe_launch_config c = moe_grid(1, 128, ((size_t)E + 1) * 4, test_now.stream);
     tbuf bo, bn = tbuf_new("num_tiles", 4, 0), bf = tfault_new(0);
     tbuf bt = tbuf_new("tiles", (size_t)most * sizeof(moe_tile_position), 0);
     memset(&a, 0, sizeof a);
@@ -197,7 +197,7 @@ MOE_DEVICE void mma_warp(const mma_args* d, uint16_t* s, float* strip, const int
         s[i] = d->a[i];
         s[MMA_ELEMS + i] = d->b[i];
     }
-    __syncwarp(MOEI_FULL);
+    __syncwarp(MOE_FULL_WARP);
     moei_mma_zero(&c);
     for (int k = 0; k < MMA_K; k += 16) {
         moei_mma_load_a(&a, s, lane_a, 0, k, MMA_LD, dtype, a_major);
@@ -205,7 +205,7 @@ MOE_DEVICE void mma_warp(const mma_args* d, uint16_t* s, float* strip, const int
         moei_mma(&c, &a, &b, dtype);
     }
     moei_mma_store(strip, &c, 20);
-    __syncwarp(MOEI_FULL);
+    __syncwarp(MOE_FULL_WARP);
     for (int i = (int)threadIdx.x; i < 16 * 20; i += 32)
         if (i % 20 < 16) d->c[i] = strip[i];
 }
@@ -253,7 +253,7 @@ static void test_gemm_mma(void)
         int wrong = 0, nonzero = 0, written = 0;
         tbuf ba, bb, bc = tbuf_new("c", sizeof got, 0);
         mma_args args;
-        moei_launch_config c = moei_grid(1, 32, MMA_ELEMS * 4 + 16 * 20 * 4, test_now.stream);
+        moe_launch_config c = moe_grid(1, 32, MMA_ELEMS * 4 + 16 * 20 * 4, test_now.stream);
         if (test_gemm_status(dtype, MOE_TILE_AUTO) != MOE_OK) { /* no bf16 in this binary */
             tbuf_free(&bc);
             continue;
@@ -305,7 +305,7 @@ MOE_KERNEL(64, 1) activation_kernel(MOE_ARG(activation_args) a)
     for (int i = (int)(blockIdx.x * blockDim.x + threadIdx.x) * 8; i < a.n;
          i += (int)(gridDim.x * blockDim.x) * 8) {
         float v[8], up[8];
-        MOEI_UNROLL
+        MOE_UNROLL
         for (int x = 0; x < 8; ++x) {
             v[x] = a.v[i + x];
             up[x] = a.up[i + x];
@@ -315,7 +315,7 @@ MOE_KERNEL(64, 1) activation_kernel(MOE_ARG(activation_args) a)
                 moei_activation_of(a.d.c.activation, a.d.c.alpha, a.d.c.limit);
             moei_activate_8(v, up, &act, a.d.c.gated != 0);
         }
-        MOEI_UNROLL
+        MOE_UNROLL
         for (int x = 0; x < 8; ++x) a.out[i + x] = v[x];
     }
 }
@@ -340,7 +340,7 @@ static void test_gemm_activations_alone(void)
         for (int option = 0; option < (kind == MOE_ACTIVATION_SWIGLU_CLAMPED ? 3 : 1); ++option) {
             tbuf bv = tbuf_from("v", v, sizeof v, 0), bu = tbuf_from("up", up, sizeof up, 0);
             tbuf bo = tbuf_new("out", sizeof got, 0);
-            moei_launch_config c = moei_grid(3, 64, 0, test_now.stream);
+            moe_launch_config c = moe_grid(3, 64, 0, test_now.stream);
             moe_grouped_gemm_desc d;
             activation_args a;
             double worst = 0;
@@ -473,14 +473,14 @@ static void bufs_new(gemm_bufs* b, const gemm_case* c, trand* r)
         for (int k = 0; k < c->k; ++k)
             for (int64_t i = 0; i < b->a_rows; ++i)
                 ((uint16_t*)h)[k * stride + i] = ((const uint16_t*)b->h_a)[i * c->k + k];
-        b->a = tbuf_from("a", h, (size_t)moei_extent(c->k, stride, b->a_rows, c->dtype), 16);
+        b->a = tbuf_from("a", h, (size_t)moe_extent(c->k, stride, b->a_rows, c->dtype), 16);
         b->d.a_stride = stride;
     } else {
         const int64_t stride = c->k + c->a_pad;
         h = test_host(b->a_rows * stride * 2);
         for (int64_t i = 0; i < b->a_rows; ++i)
             memcpy((uint16_t*)h + i * stride, (const uint16_t*)b->h_a + i * c->k, (size_t)c->k * 2);
-        b->a = tbuf_from("a", h, (size_t)moei_extent(b->a_rows, stride, c->k, c->dtype), 16);
+        b->a = tbuf_from("a", h, (size_t)moe_extent(b->a_rows, stride, c->k, c->dtype), 16);
         b->d.a_stride = c->a_pad ? stride : 0;
     }
     free(h);
@@ -1316,10 +1316,11 @@ static void test_gemm_table(void)
     int rows = 0;
     for (const moei_variant* v = moei_gemm_variants; v->kernel; ++v, ++rows) {
         const moe_gemm_shape f = v->shape;
-        CHECK(v->smem == moei_ring_bytes(f) + moei_strips_bytes(f) && v->path == MOE_GEMM_PATH_WMMA,
+        CHECK(v->smem == moei_ring_bytes(f) + moei_staging_bytes(f) &&
+                  v->path == MOE_GEMM_PATH_WMMA,
               "%s: %d bytes, path %d", v->name, (int)v->smem, v->path);
-        CHECK(f.threads == 32 * f.warps_m * f.warps_n && f.wm * f.warps_m == f.tm &&
-                  f.wn * f.warps_n == f.tn && f.threads * 8 / f.tk == 32,
+        CHECK(f.threads == 32 * f.warps_m * f.warps_n && f.wm * f.warps_m == f.tile_m &&
+                  f.wn * f.warps_n == f.tile_n && f.threads * 8 / f.tile_k == 32,
               "%s: a shape that does not fit together", v->name);
         CHECK(moei_variant_find(moei_gemm_variants, v->tile, f.dtype, f.a_major, f.b_major) == v,
               "%s: another kernel has its place", v->name);
@@ -1375,7 +1376,7 @@ static void test_gemm_own_kernel(void)
             gemm_bufs b;
             own_args a;
             moe_gemm_plan p = {};
-            moei_launch_config l;
+            moe_launch_config l;
             if (test_gemm_status(variant[v].dtype, variant[v].tile) != MOE_OK) continue;
             randomise(&c, &r);
             c.tile = variant[v].tile;
@@ -1399,12 +1400,11 @@ static void test_gemm_own_kernel(void)
             a.tile_rows = p.tile_m;
             a.column_tiles = (c.n + p.tile_n - 1) / p.tile_n;
             if (is_gated(&c)) a.column_tiles = (2 * c.n + p.tile_n - 1) / p.tile_n;
-#define OWN_SMEM(name, dt, am, bm)                                                                \
-    if (c.tile == MOE_TILE_##name && c.a_major == am && c.b_major == bm)                          \
-        l = moei_grid(                                                                            \
-            c.E, p.threads,                                                                       \
-            moe_gemm_tile_smem(moe_gemm_shape_of(MOE_GEMM_SHAPE_##name, dt, am, bm)),             \
-            test_now.stream);
+#define OWN_SMEM(name, dt, am, bm)                                                                 \
+    if (c.tile == MOE_TILE_##name && c.a_major == am && c.b_major == bm)                           \
+        l = moe_grid(c.E, p.threads,                                                               \
+                     moe_gemm_tile_smem(moe_gemm_shape_of(MOE_GEMM_SHAPE_##name, dt, am, bm)),     \
+                     test_now.stream);
             OWN_LIST(OWN_SMEM)
 #undef OWN_SMEM
             CHECK_STATUS(MOE_LAUNCH(own_kernel, l, a), MOE_OK);

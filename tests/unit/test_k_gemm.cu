@@ -99,8 +99,8 @@ static void bufs_new(k_bufs* b, const k_case* c, trand* r)
         for (int j = 0; j < c->n && !c->b_gather && row_lacks(b->h_index[0], i, b->a_rows, c->a_gather); ++j)
             moe_store(b->h_b, i * b_stride + j, c->dtype, NAN);
     }
-    b->a = tbuf_from("a", b->h_a, (size_t)moei_extent(b->a_rows, a_stride, c->m, c->dtype), 16);
-    b->b = tbuf_from("b", b->h_b, (size_t)moei_extent(b->b_rows, b_stride, c->n, c->dtype), 16);
+    b->a = tbuf_from("a", b->h_a, (size_t)moe_extent(b->a_rows, a_stride, c->m, c->dtype), 16);
+    b->b = tbuf_from("b", b->h_b, (size_t)moe_extent(b->b_rows, b_stride, c->n, c->dtype), 16);
     for (int i = 0; i < 2; ++i)
         if (b->h_index[i])
             b->index[i] = tbuf_from("index", b->h_index[i], (size_t)b->num_rows * 4, 4);

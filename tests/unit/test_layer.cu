@@ -238,7 +238,7 @@ static void bufs_new(layer_bufs* b, const layer_case* c, trand* r)
     b->h_logits = test_host(T * E * 4);
     b->h_ids = (int32_t*)test_host(slots * 4);
     b->h_weights = (float*)test_host(slots * 4);
-    b->x = tbuf_new("x", (size_t)moei_extent(T, x_stride, H, c->dtype), 16);
+    b->x = tbuf_new("x", (size_t)moe_extent(T, x_stride, H, c->dtype), 16);
     b->logits = tbuf_new("logits", (size_t)(T * E * 4), 4);
     b->ids = tbuf_new("ids", (size_t)slots * 4, 4);
     b->weights = tbuf_new("weights", (size_t)slots * 4, 4);
@@ -267,8 +267,8 @@ static void bufs_new(layer_bufs* b, const layer_case* c, trand* r)
     fill_replicas(b, c, r);
     b->h_residual = trows_new(r, T, residual_stride, H, c->dtype, TFILL_NORMAL, 1);
     b->residual = tbuf_from("residual", b->h_residual,
-                            (size_t)moei_extent(T, residual_stride, H, c->dtype), 2);
-    b->y = tbuf_new("y", (size_t)moei_extent(T, y_stride, H, c->dtype), 2);
+                            (size_t)moe_extent(T, residual_stride, H, c->dtype), 2);
+    b->y = tbuf_new("y", (size_t)moe_extent(T, y_stride, H, c->dtype), 2);
     b->fault = tfault_new(0);
 
     b->d.x = b->x.p;
@@ -1037,7 +1037,7 @@ static void test_layer_gate_rules(void)
             moe_layer_view v;
             moe_gate_desc g;
             float bias[E];
-            uint8_t expert_off[E] = {0, 1, 0, 0, 0, 0, 1, 0}, token_off[T];
+            uint8_t expert_disabled[E] = {0, 1, 0, 0, 0, 0, 1, 0}, token_disabled[T];
             tbuf b_bias, b_expert, b_token, b_prob = tbuf_new("prob_sum", E * 4, 4);
             tbuf ids = tbuf_new("ids", T * K * 4, 0), weights = tbuf_new("weights", T * K * 4, 0);
             tbuf prob = tbuf_new("prob_sum", E * 4, 4), space;
@@ -1046,10 +1046,10 @@ static void test_layer_gate_rules(void)
             c.from = from;
             c.replicas = rule % 4 == 3 ? E + 2 : 0;
             for (int e = 0; e < E; ++e) bias[e] = trand_normal(&r) * 0.2f;
-            for (int t = 0; t < T; ++t) token_off[t] = trand_int(&r, 0, 3) == 0;
+            for (int t = 0; t < T; ++t) token_disabled[t] = trand_int(&r, 0, 3) == 0;
             b_bias = tbuf_from("expert_bias", bias, sizeof bias, 4);
-            b_expert = tbuf_from("expert_off", expert_off, sizeof expert_off, 1);
-            b_token = tbuf_from("token_off", token_off, sizeof token_off, 1);
+            b_expert = tbuf_from("expert_disabled", expert_disabled, sizeof expert_disabled, 1);
+            b_token = tbuf_from("token_disabled", token_disabled, sizeof token_disabled, 1);
             bufs_new(&b, &c, &r);
             memset(&g, 0, sizeof g);
             g.expert_count = b.d.gate.expert_count;
@@ -1063,8 +1063,8 @@ static void test_layer_gate_rules(void)
             case 6: g.temperature = 0.5f; break;
             case 7: g.noise = 1, g.seed = 12345; break;
             case 8: g.dropout = 0.4f, g.seed = 99; break;
-            case 9: g.expert_off = (const uint8_t*)b_expert.p; break;
-            case 10: g.token_off = (const uint8_t*)b_token.p; break;
+            case 9: g.expert_disabled = (const uint8_t*)b_expert.p; break;
+            case 10: g.token_disabled = (const uint8_t*)b_token.p; break;
             default: g.whole_batch = 1;
             }
             g.prob_sum = rule & 1 ? (float*)b_prob.p : (float*)0;
@@ -1374,9 +1374,9 @@ static moe_status call_layer(void* d, cudaStream_t stream)
 static moe_status call_stages(void* d, cudaStream_t stream)
 {
     moe_layer_prepared p;
-    MOEI_TRY(moe_layer_prepare((const moe_layer_desc*)d, &p));
+    MOE_TRY(moe_layer_prepare((const moe_layer_desc*)d, &p));
     for (int stage = 0; stage < MOE_LAYER_STAGES; ++stage)
-        MOEI_TRY(moe_layer_run_stage(&p, stage, stream));
+        MOE_TRY(moe_layer_run_stage(&p, stage, stream));
     return MOE_OK;
 }
 
@@ -1891,8 +1891,8 @@ static void test_layer_overlaps(void)
         REFUSED(d.route.drop_count = (int32_t*)d.w1.base, MOE_ERR_OVERLAP, drop_count);
         if (from != FROM_IDS) {
             REFUSED(d.gate.expert_bias = (const float*)DOWN_TO(AT(d.y, 8), 4), MOE_ERR_OVERLAP, y);
-            REFUSED(d.gate.expert_off = (const uint8_t*)d.y, MOE_ERR_OVERLAP, y);
-            REFUSED(d.gate.token_off = (const uint8_t*)d.y, MOE_ERR_OVERLAP, y);
+            REFUSED(d.gate.expert_disabled = (const uint8_t*)d.y, MOE_ERR_OVERLAP, y);
+            REFUSED(d.gate.token_disabled = (const uint8_t*)d.y, MOE_ERR_OVERLAP, y);
             REFUSED(d.gate.expert_count = (int32_t*)d.shared.w1.base, MOE_ERR_OVERLAP,
                     expert_count);
 #define OVER(p) REFUSED(d.gate.prob_sum = (float*)DOWN_TO(p, 4), MOE_ERR_OVERLAP, prob_sum)
@@ -1925,7 +1925,7 @@ static void test_layer_overlaps(void)
             REFUSED(d.route.row_weight = (float*)AT(d.gate.prob_sum, 4 * E - 4), MOE_ERR_OVERLAP,
                     row_weight);
             REFUSED(d.gate.expert_bias = d.gate.prob_sum, MOE_ERR_OVERLAP, prob_sum);
-            REFUSED(d.gate.expert_off = (const uint8_t*)AT(d.gate.prob_sum, 4 * E - 1),
+            REFUSED(d.gate.expert_disabled = (const uint8_t*)AT(d.gate.prob_sum, 4 * E - 1),
                     MOE_ERR_OVERLAP, prob_sum);
         }
         { /* at addresses far from all others: nothing is launched */

@@ -77,7 +77,7 @@ static const int32_t offsets[E + 1] = {0, 3, 5, 8, R};
 
 static moe_status router_preload(void) /* the product may be a GEMM */
 {
-    MOEI_TRY(moe_router_preload());
+    MOE_TRY(moe_router_preload());
     return moe_grouped_gemm_preload();
 }
 
@@ -298,12 +298,12 @@ static void test_combine_scatter(void)
 }
 
 /* A list of all blocks of 32 x 32 of a matrix of 64 x 96. */
-static moe_block_mask list_of_all(void)
+static moe_block_sparse_mask list_of_all(void)
 {
     static const int32_t row[] = {0, 3, 6}, column[] = {0, 1, 2, 0, 1, 2};
     static const int32_t down[] = {0, 2, 4, 6}, line[] = {0, 1, 0, 1, 0, 1};
     static const int32_t position[] = {0, 3, 1, 4, 2, 5};
-    moe_block_mask m;
+    moe_block_sparse_mask m;
     memset(&m, 0, sizeof m);
     m.row_offset = (const int32_t*)ints(row, 3);
     m.column_index = (const int32_t*)ints(column, 6);
@@ -319,11 +319,11 @@ static moe_block_mask list_of_all(void)
 
 static void test_block_sparse(void)
 {
-    for (int tile = MOE_BLOCK_TILE_AUTO; tile <= MOE_BLOCK_TILE_64x64; ++tile)
-        for (int op = MOE_BLOCK_SDD; op <= MOE_BLOCK_DDS; ++op)
+    for (int tile = MOE_BLOCK_SPARSE_TILE_AUTO; tile <= MOE_BLOCK_SPARSE_TILE_64x64; ++tile)
+        for (int op = MOE_BLOCK_SPARSE_SDD; op <= MOE_BLOCK_SPARSE_DDS; ++op)
             for (int i = 0; i < 8; ++i) { /* dtype, transposed, zero_masked */
                 moe_block_sparse_desc d;
-                if (tile == MOE_BLOCK_TILE_128x256 || tile == MOE_BLOCK_TILE_64x256) {
+                if (tile == MOE_BLOCK_SPARSE_TILE_128x256 || tile == MOE_BLOCK_SPARSE_TILE_64x256) {
                     if (i > 1) continue;
                 }
                 begin(moe_block_sparse_preload);
@@ -335,12 +335,12 @@ static void test_block_sparse(void)
                 d.op = op;
                 d.a_transposed = i / 2 % 2;
                 d.b_transposed = i / 2 % 2;
-                d.m = op == MOE_BLOCK_SDD ? 64 : op == MOE_BLOCK_DSD ? 64 : 40;
-                d.k = op == MOE_BLOCK_SDD ? 40 : op == MOE_BLOCK_DSD ? 96 : 64;
-                d.n = op == MOE_BLOCK_SDD ? 96 : op == MOE_BLOCK_DSD ? 40 : 96;
-                if (op == MOE_BLOCK_DSD && d.a_transposed) d.m = 96, d.k = 64;
-                if (op == MOE_BLOCK_DDS && d.b_transposed) d.k = 96, d.n = 64;
-                d.zero_masked = op == MOE_BLOCK_SDD && i / 4;
+                d.m = op == MOE_BLOCK_SPARSE_SDD ? 64 : op == MOE_BLOCK_SPARSE_DSD ? 64 : 40;
+                d.k = op == MOE_BLOCK_SPARSE_SDD ? 40 : op == MOE_BLOCK_SPARSE_DSD ? 96 : 64;
+                d.n = op == MOE_BLOCK_SPARSE_SDD ? 96 : op == MOE_BLOCK_SPARSE_DSD ? 40 : 96;
+                if (op == MOE_BLOCK_SPARSE_DSD && d.a_transposed) d.m = 96, d.k = 64;
+                if (op == MOE_BLOCK_SPARSE_DDS && d.b_transposed) d.k = 96, d.n = 64;
+                d.zero_masked = op == MOE_BLOCK_SPARSE_SDD && i / 4;
                 d.dtype = dtypes[i % 2];
                 d.choice.tile = tile;
                 CHECK_STATUS(moe_block_sparse_workspace(&d, &d.workspace_bytes), MOE_OK);
@@ -354,8 +354,8 @@ static void test_block_sparse(void)
 static void test_block_list(void)
 {
     for (int i = 0; i < 2; ++i) {
-        moe_block_list_desc d;
-        begin(moe_block_list_preload);
+        moe_block_sparse_list_desc d;
+        begin(moe_block_sparse_list_preload);
         memset(&d, 0, sizeof d);
         if (i) d.bytes = (const uint8_t*)zeros(2 * 3);
         else d.ids = (const int32_t*)ints(some_ids, T * K);
@@ -373,12 +373,12 @@ static void test_block_list(void)
         d.row_index = (int32_t*)zeros(16 * 4);
         d.position = (int32_t*)zeros(16 * 4);
         d.max_blocks = 8;
-        CHECK_STATUS(moe_block_list_workspace(&d, &d.workspace_bytes), MOE_OK);
+        CHECK_STATUS(moe_block_sparse_list_workspace(&d, &d.workspace_bytes), MOE_OK);
         if (d.workspace_bytes) d.workspace = zeros(d.workspace_bytes);
-        CHECK_STATUS(moe_block_list_build(&d, test_now.stream), MOE_OK);
+        CHECK_STATUS(moe_block_sparse_list_build(&d, test_now.stream), MOE_OK);
         end();
     }
-    all_launched(moe_block_list_preload);
+    all_launched(moe_block_sparse_list_preload);
 }
 
 static void test_block_layer(void)
@@ -422,7 +422,7 @@ static void test_block_layer(void)
         CHECK_STATUS(moe_block_layer_backward(&d, test_now.stream), MOE_OK);
         end();
     }
-    all_launched(moei_block_act_preload);
+    all_launched(moei_block_layer_act_preload);
     all_launched(moei_block_layer_setup_preload);
 }
 
@@ -430,10 +430,12 @@ static void test_block_layer(void)
 static void test_everything(void)
 {
     static moe_status (*const stations[])(void) = {
-        moe_router_preload,       moe_gate_preload,        moe_route_preload,
-        moe_grouped_gemm_preload, moe_combine_preload,     moe_layer_preload,
+        moe_router_preload,       moe_gate_preload,
+        moe_route_preload,        moe_grouped_gemm_preload,
+        moe_combine_preload,      moe_layer_preload,
         moe_permute_preload,      moe_combine_scatter_preload,
-        moe_block_sparse_preload, moe_block_list_preload,  moe_block_layer_preload};
+        moe_block_sparse_preload, moe_block_sparse_list_preload,
+        moe_block_layer_preload};
     for (size_t i = 0; i < sizeof stations / sizeof stations[0]; ++i) {
 #if MOE_ON_HOST
         int missing = 0;
@@ -481,7 +483,7 @@ static void test_null(void)
     NULLS(permute_prepare, permute_run, permute)
     NULLS(unpermute_prepare, permute_run, permute)
     NULLS(combine_scatter_prepare, combine_scatter_run, combine_scatter)
-    NULLS(block_list_prepare, block_list_run, block_list)
+    NULLS(block_sparse_list_prepare, block_sparse_list_run, block_sparse_list)
     NULLS(block_sparse_prepare, block_sparse_run, block_sparse)
     NULLS(block_layer_prepare_forward, block_layer_run, block_layer)
     NULLS(block_layer_prepare_backward, block_layer_run, block_layer)

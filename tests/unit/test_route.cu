@@ -1113,7 +1113,7 @@ typedef struct chain {
 static moe_status call_chain(void* context, cudaStream_t stream)
 {
     const chain* c = (const chain*)context;
-    MOEI_TRY(moe_gate(&c->gate, stream));
+    MOE_TRY(moe_gate(&c->gate, stream));
     return moe_route(&c->route, stream);
 }
 
@@ -1255,7 +1255,7 @@ static void test_route_rank(void)
         int32_t expert[N], rank[N], count[N];
         const int few = (int)trand_int(&r, 0, 1); /* only some of the experts */
         tbuf be, br = tbuf_new("rank", sizeof rank, 4), bc = tbuf_new("count", sizeof count, 4);
-        moei_launch_config c = moei_grid(N / 128, 128, 0, test_now.stream);
+        moe_launch_config c = moe_grid(N / 128, 128, 0, test_now.stream);
         rank_args a;
         for (int n = 0; n < N; ++n) {
             const int last = few && Es[i] > 4 ? 3 : Es[i] - 1;

@@ -63,12 +63,12 @@ static void bufs_new(router_bufs* b, const router_case* c, trand* r)
         if ((moe_load(b->h_x, h, c->x_dtype) * w > 0) != positive)
             moe_store(b->h_router, at, c->router_dtype, -w);
     }
-    b->x = tbuf_from("x", b->h_x, (size_t)moei_extent(c->T, x_stride, c->H, c->x_dtype),
+    b->x = tbuf_from("x", b->h_x, (size_t)moe_extent(c->T, x_stride, c->H, c->x_dtype),
                      (size_t)(c->x_at * x_bytes));
     b->router = tbuf_from("router", b->h_router,
-                          (size_t)moei_extent(c->E, router_stride, c->H, c->router_dtype),
+                          (size_t)moe_extent(c->E, router_stride, c->H, c->router_dtype),
                           (size_t)(c->router_at * router_bytes));
-    b->logits = tbuf_new("logits", (size_t)moei_extent(c->T, c->E + c->logits_pad, c->E, MOE_FP32),
+    b->logits = tbuf_new("logits", (size_t)moe_extent(c->T, c->E + c->logits_pad, c->E, MOE_FP32),
                          (size_t)c->logits_at * 4);
     b->fault = tfault_new(0);
     b->d.x = b->x.p;
@@ -179,28 +179,29 @@ static void check_path(const moe_router_desc* d, const router_case* c)
     const int way = wanted_way(c);
     int path = -1;
     CHECK_STATUS(moe_router_plan(d, &path), MOE_OK);
-    CHECK(way == SPLIT    ? path == MOE_ROUTER_SPLIT_LARGE || path == MOE_ROUTER_SPLIT_SMALL
-          : way == RAGGED ? path == MOE_ROUTER_RAGGED_NARROW ||
-                                (path == MOE_ROUTER_RAGGED_WIDE && c->E > 64)
-                          : path == (way == GEMM ? MOE_ROUTER_GEMM : MOE_ROUTER_SCALAR),
+    CHECK(way == SPLIT ? path == MOE_ROUTER_BF16_SPLIT_LARGE || path == MOE_ROUTER_BF16_SPLIT_SMALL
+          : way == RAGGED
+              ? path == MOE_ROUTER_RAGGED_NARROW || (path == MOE_ROUTER_RAGGED_WIDE && c->E > 64)
+              : path == (way == GEMM ? MOE_ROUTER_GEMM : MOE_ROUTER_SCALAR),
           "%s: path %d", case_text(c), path);
 }
 
 /* Does a block of the device have the shared memory of this tile? */
 static int split_fits(int small, int x_dtype)
 {
-    moei_device dev;
-    return moei_device_query(&dev) == MOE_OK &&
-           moei_split_variant(small, x_dtype)->smem <= (size_t)dev.smem_block;
+    moe_device dev;
+    return moe_device_query(&dev) == MOE_OK &&
+           moei_bf16_split_variant(small, x_dtype)->smem <= (size_t)dev.smem_block;
 }
 
 /* Queues the split product with one tile or the other, whatever the shape would choose. */
 static moe_status call_split(moe_router_desc d, int small)
 {
     moe_router_prepared p;
-    MOEI_TRY(moe_router_prepare(&d, &p));
-    CHECK(p.path == MOE_ROUTER_SPLIT_LARGE || p.path == MOE_ROUTER_SPLIT_SMALL, "path %d", p.path);
-    MOEI_TRY(moei_split_prepare(&p.gemm.launch, &p.args, small));
+    MOE_TRY(moe_router_prepare(&d, &p));
+    CHECK(p.path == MOE_ROUTER_BF16_SPLIT_LARGE || p.path == MOE_ROUTER_BF16_SPLIT_SMALL, "path %d",
+          p.path);
+    MOE_TRY(moei_bf16_split_prepare(&p.gemm.launch, &p.args, small));
     return moe_router_run(&p, test_now.stream);
 }
 
@@ -259,10 +260,10 @@ static moe_status call_ragged(moe_router_desc d, int narrow)
 {
     moe_router_prepared p;
     moe_grouped_gemm_desc g;
-    MOEI_TRY(moe_router_prepare(&d, &p));
+    MOE_TRY(moe_router_prepare(&d, &p));
     CHECK(p.path == MOE_ROUTER_RAGGED_WIDE || p.path == MOE_ROUTER_RAGGED_NARROW, "path %d", p.path);
     moei_router_gemm_desc(&d, &g);
-    MOEI_TRY(moei_ragged_prepare(
+    MOE_TRY(moei_ragged_prepare(
         &p.gemm.launch, &g,
         moei_variant_find(moei_ragged_variants,
                           narrow ? MOEI_RAGGED_TILE_narrow : MOEI_RAGGED_TILE_wide, p.args.x_dtype,

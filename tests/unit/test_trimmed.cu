@@ -7,7 +7,7 @@
 #define MOE_BLOCK_SPARSE_DTYPE_LIST(X) X(f16, MOE_FP16)
 #define MOE_GATE_LIST(X)
 #define MOE_GATE_RULES_LIST(X)
-#define MOE_ROUTER_SPLIT_TERMS 2
+#define MOE_ROUTER_BF16_TERMS 2
 #include "moe/moe.cuh"
 
 #define LACKS(field) MOE_STATUS(MOE_ERR_NOT_COMPILED, field)
@@ -64,7 +64,7 @@ static void test_trimmed_block_sparse(void)
     moe_block_sparse_desc d;
     int32_t row_offset[2] = {0, 1}, column_index[1] = {0};
     memset(&d, 0, sizeof d);
-    d.op = MOE_BLOCK_SDD;
+    d.op = MOE_BLOCK_SPARSE_SDD;
     d.a = address(0), d.b = address(1), d.c = address(2);
     d.m = d.n = d.k = 64;
     d.mask.row_offset = row_offset, d.mask.column_index = column_index;
@@ -77,9 +77,9 @@ static void test_trimmed_block_sparse(void)
 static void test_trimmed_router(void)
 {
     enum { T = 260, H = 72, E = 24 };
-    moei_device dev;
+    moe_device dev;
     trand r = trand_new(1);
-    if (moei_device_query(&dev) != MOE_OK || dev.major < 8) return;
+    if (moe_device_query(&dev) != MOE_OK || dev.major < 8) return;
     for (int way = 0; way < 4; ++way) {
         const int small = way & 1, dtype = way & 2 ? MOE_FP16 : MOE_BF16;
         uint16_t x[T * H];
@@ -88,7 +88,7 @@ static void test_trimmed_router(void)
         moe_router_desc d;
         moe_router_prepared p;
         int wrong = 0, nonzero = 0;
-        if (moei_split_variant(small, dtype)->smem > (size_t)dev.smem_block) continue;
+        if (moei_bf16_split_variant(small, dtype)->smem > (size_t)dev.smem_block) continue;
         logits = tbuf_new("logits", sizeof got, 16);
         for (int i = 0; i < T * H; ++i) moe_store(x, i, dtype, (float)trand_int(&r, -1, 1));
         for (int i = 0; i < E * H; ++i) w[i] = (float)trand_int(&r, -32768, 32768) / 256;
@@ -103,8 +103,9 @@ static void test_trimmed_router(void)
         d.num_tokens = T, d.hidden = H, d.num_experts = E;
         memset(&p, 0, sizeof p);
         CHECK_STATUS(moe_router_prepare(&d, &p), MOE_OK);
-        CHECK(p.path == MOE_ROUTER_SPLIT_LARGE || p.path == MOE_ROUTER_SPLIT_SMALL, "%d", p.path);
-        CHECK_STATUS(moei_split_prepare(&p.gemm.launch, &p.args, small), MOE_OK);
+        CHECK(p.path == MOE_ROUTER_BF16_SPLIT_LARGE || p.path == MOE_ROUTER_BF16_SPLIT_SMALL, "%d",
+              p.path);
+        CHECK_STATUS(moei_bf16_split_prepare(&p.gemm.launch, &p.args, small), MOE_OK);
         CHECK_STATUS(moe_router_run(&p, test_now.stream), MOE_OK);
         tbuf_get(&logits, got);
         CHECK(got[7] == 1 + ldexpf(1, -9), "%.9g", got[7]);

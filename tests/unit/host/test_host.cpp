@@ -44,9 +44,9 @@ static int* ints(size_t n)
     return p;
 }
 
-#define RUN(kernel, blocks, threads, smem, a)                                                     \
-    (MOE_LAUNCH(kernel, moei_grid(blocks, threads, smem, nullptr), a) ? cudaErrorInvalidValue     \
-                                                                      : cudaDeviceSynchronize())
+#define RUN(kernel, blocks, threads, smem, a)                                                      \
+    (MOE_LAUNCH(kernel, moe_grid(blocks, threads, smem, nullptr), a) ? cudaErrorInvalidValue       \
+                                                                     : cudaDeviceSynchronize())
 
 /* ---- barriers ---- */
 
@@ -150,31 +150,31 @@ MOE_KERNEL(96, 1) shuffles(MOE_ARG(args) d)
     for (int w = 1; w <= 32; w *= 2) {
         const int in = lane & (w - 1), seg = t - in;
         for (int i = 0; i < 32; ++i) {
-            WANT(__shfl_sync(MOEI_FULL, t, i, w) == seg + (i & (w - 1)));
-            WANT(__shfl_up_sync(MOEI_FULL, t, (unsigned)i, w) == (in - i >= 0 ? t - i : t));
-            WANT(__shfl_down_sync(MOEI_FULL, t, (unsigned)i, w) == (in + i < w ? t + i : t));
-            if (i < w) WANT(__shfl_xor_sync(MOEI_FULL, t, i, w) == base + (lane ^ i));
+            WANT(__shfl_sync(MOE_FULL_WARP, t, i, w) == seg + (i & (w - 1)));
+            WANT(__shfl_up_sync(MOE_FULL_WARP, t, (unsigned)i, w) == (in - i >= 0 ? t - i : t));
+            WANT(__shfl_down_sync(MOE_FULL_WARP, t, (unsigned)i, w) == (in + i < w ? t + i : t));
+            if (i < w) WANT(__shfl_xor_sync(MOE_FULL_WARP, t, i, w) == base + (lane ^ i));
         }
     }
-    WANT(__shfl_sync(MOEI_FULL, (unsigned)t, 3) == (unsigned)(base + 3));
-    WANT(__shfl_sync(MOEI_FULL, 0x100000000ll * t, 3) == 0x100000000ll * (base + 3));
-    WANT(__shfl_sync(MOEI_FULL, 0x100000000ull * t, 3) == 0x100000000ull * (base + 3));
-    WANT(__shfl_sync(MOEI_FULL, (int64_t)t << 40, 31) == (int64_t)(base + 31) << 40);
-    WANT(__shfl_xor_sync(MOEI_FULL, 0.5f * t, 1) == 0.5f * (t ^ 1));
-    WANT(__shfl_xor_sync(MOEI_FULL, 0.25 * t, 16) == 0.25 * (t ^ 16));
-    WANT(__ballot_sync(MOEI_FULL, lane % 3 == 0) == 0x49249249u);
-    WANT(__any_sync(MOEI_FULL, lane == 7) && !__any_sync(MOEI_FULL, 0));
-    WANT(__all_sync(MOEI_FULL, lane + 1) && !__all_sync(MOEI_FULL, lane));
-    WANT(__match_any_sync(MOEI_FULL, lane % 4) == 0x11111111u << lane % 4);
-    WANT(__match_any_sync(MOEI_FULL, (uint64_t)(lane % 8) << 32) == 0x01010101u << lane % 8);
-    WANT(__reduce_add_sync(MOEI_FULL, lane - 16) == -16);
-    WANT(__reduce_min_sync(MOEI_FULL, lane - 16) == -16);
-    WANT(__reduce_max_sync(MOEI_FULL, -lane) == 0);
-    WANT(__reduce_add_sync(MOEI_FULL, 0x80000000u + (unsigned)lane) == 496u);
-    WANT(__reduce_min_sync(MOEI_FULL, ~(unsigned)lane) == ~31u);
-    WANT(__reduce_max_sync(MOEI_FULL, ~(unsigned)lane) == ~0u);
-    WANT(__reduce_or_sync(MOEI_FULL, 1u << lane) == MOEI_FULL);
-    WANT(__reduce_and_sync(MOEI_FULL, ~(lane == 9 ? 8u : 0u)) == ~8u);
+    WANT(__shfl_sync(MOE_FULL_WARP, (unsigned)t, 3) == (unsigned)(base + 3));
+    WANT(__shfl_sync(MOE_FULL_WARP, 0x100000000ll * t, 3) == 0x100000000ll * (base + 3));
+    WANT(__shfl_sync(MOE_FULL_WARP, 0x100000000ull * t, 3) == 0x100000000ull * (base + 3));
+    WANT(__shfl_sync(MOE_FULL_WARP, (int64_t)t << 40, 31) == (int64_t)(base + 31) << 40);
+    WANT(__shfl_xor_sync(MOE_FULL_WARP, 0.5f * t, 1) == 0.5f * (t ^ 1));
+    WANT(__shfl_xor_sync(MOE_FULL_WARP, 0.25 * t, 16) == 0.25 * (t ^ 16));
+    WANT(__ballot_sync(MOE_FULL_WARP, lane % 3 == 0) == 0x49249249u);
+    WANT(__any_sync(MOE_FULL_WARP, lane == 7) && !__any_sync(MOE_FULL_WARP, 0));
+    WANT(__all_sync(MOE_FULL_WARP, lane + 1) && !__all_sync(MOE_FULL_WARP, lane));
+    WANT(__match_any_sync(MOE_FULL_WARP, lane % 4) == 0x11111111u << lane % 4);
+    WANT(__match_any_sync(MOE_FULL_WARP, (uint64_t)(lane % 8) << 32) == 0x01010101u << lane % 8);
+    WANT(__reduce_add_sync(MOE_FULL_WARP, lane - 16) == -16);
+    WANT(__reduce_min_sync(MOE_FULL_WARP, lane - 16) == -16);
+    WANT(__reduce_max_sync(MOE_FULL_WARP, -lane) == 0);
+    WANT(__reduce_add_sync(MOE_FULL_WARP, 0x80000000u + (unsigned)lane) == 496u);
+    WANT(__reduce_min_sync(MOE_FULL_WARP, ~(unsigned)lane) == ~31u);
+    WANT(__reduce_max_sync(MOE_FULL_WARP, ~(unsigned)lane) == ~0u);
+    WANT(__reduce_or_sync(MOE_FULL_WARP, 1u << lane) == MOE_FULL_WARP);
+    WANT(__reduce_and_sync(MOE_FULL_WARP, ~(lane == 9 ? 8u : 0u)) == ~8u);
 }
 
 /* Several masks in flight, halves that run at their own pace, a lane outside the mask. */
@@ -201,23 +201,23 @@ MOE_KERNEL(32, 1) names_ended(MOE_ARG(args) d)
 {
     const int lane = (int)threadIdx.x;
     if (d.option == 0 && lane == 4) return;
-    if (d.option == 1) __syncwarp(lane == 2 ? 1u : MOEI_FULL);
-    if (d.option == 2 && lane & 1) (void)__ballot_sync(MOEI_FULL, 1);
-    if (d.option == 2 && !(lane & 1)) (void)__shfl_sync(MOEI_FULL, 1, 0);
+    if (d.option == 1) __syncwarp(lane == 2 ? 1u : MOE_FULL_WARP);
+    if (d.option == 2 && lane & 1) (void)__ballot_sync(MOE_FULL_WARP, 1);
+    if (d.option == 2 && !(lane & 1)) (void)__shfl_sync(MOE_FULL_WARP, 1, 0);
     __syncwarp();
 }
 
 MOE_KERNEL(256, 1) scans(MOE_ARG(args) d)
 {
-    MOE_SHARED(moei_block_scan_scratch, s);
+    MOE_SHARED(moe_block_scan_scratch, s);
     const int t = (int)threadIdx.x;
     int total;
     for (int i = 0; i < 3; ++i) {
-        WANT(moei_block_exclusive_scan(t + i, &s, &total) == t * (t - 1) / 2 + t * i);
+        WANT(moe_block_exclusive_scan(t + i, &s, &total) == t * (t - 1) / 2 + t * i);
         WANT(total == 255 * 128 + 256 * i);
     }
-    WANT(moei_group_sum((float)(t & 7), 8) == 28.0f);
-    WANT(moei_group_max((float)t, 32) == (float)(t | 31));
+    WANT(moe_warp_sum((float)(t & 7), 8) == 28.0f);
+    WANT(moe_warp_max((float)t, 32) == (float)(t | 31));
 }
 
 static void test_warps()
@@ -317,9 +317,9 @@ static void test_shared()
 /* option: who leaves before it has waited. 0: nobody, 1: one thread, 2: all */
 MOE_KERNEL(64, 1) follows(MOE_ARG(args) d)
 {
-    moei_let_next_start();
+    moe_pdl_trigger();
     if (d.option == 2 || (d.option == 1 && threadIdx.x == 33)) return;
-    moei_wait_for_previous();
+    moe_pdl_wait();
     if (threadIdx.x == 0) d.out[0] += 1;
 }
 
@@ -351,7 +351,7 @@ static void test_misuse()
 {
     static const int aligned[] = {4, 8, 8, 16, 4, 2, 16, 16, 16, 8, 4, 16, 16, 1};
     args a = zero_args();
-    moei_launch_config c = moei_grid(3, 64, 0, nullptr);
+    moe_launch_config c = moe_grid(3, 64, 0, nullptr);
     a.out = ints(32);
     for (int dependent = 0; dependent < 2; ++dependent)
         for (a.option = 0; a.option < 3; ++a.option) {
@@ -360,7 +360,7 @@ static void test_misuse()
             CHECK(!MOE_LAUNCH(follows, c, a));
             CHECK(cudaDeviceSynchronize() == (bad ? cudaErrorLaunchFailure : cudaSuccess));
             if (bad)
-                CHECK(strstr(moeh_report(), "ends without moei_wait_for_previous") &&
+                CHECK(strstr(moeh_report(), "ends without moe_pdl_wait") &&
                       strstr(moeh_report(), "kernel follows: block ("));
             if (bad && a.option == 1) CHECK(strstr(moeh_report(), "thread (33,0,0)"));
             moeh_reset();
@@ -377,13 +377,13 @@ static void test_misuse()
 
     a.option = 0;
     OK(cudaDeviceSynchronize());
-    CHECK(!moei_preload((const void*)follows));
+    CHECK(!moe_preload_kernel((const void*)follows));
     moeh_require_preload(1);
     OK(RUN(follows, 1, 64, 0, a));
     OK(RUN(follows, 1, 64, 0, a));
-    CHECK(moe_status_detail(MOE_LAUNCH(moves, moei_grid(1, 1, 64, 0), a)) ==
-          cudaErrorLaunchFailure);
-    CHECK(strstr(moeh_report(), "kernel moves: launched, and moei_preload was never given it"));
+    CHECK(moe_status_detail(MOE_LAUNCH(moves, moe_grid(1, 1, 64, 0), a)) == cudaErrorLaunchFailure);
+    CHECK(
+        strstr(moeh_report(), "kernel moves: launched, and moe_preload_kernel was never given it"));
     moeh_reset();
     CHECK(RUN(moves, 1, 1, 64, a) != cudaSuccess); /* a reset does not forget the wish */
     moeh_reset();
@@ -425,7 +425,7 @@ MOE_KERNEL(32, 1) grid_barrier(MOE_ARG(args) d)
 MOE_KERNEL(64, 1) meets_itself(MOE_ARG(args) d)
 {
     if (threadIdx.x < 32) {
-        while (!__any_sync(MOEI_FULL, *(volatile int*)d.flag)) {}
+        while (!__any_sync(MOE_FULL_WARP, *(volatile int*)d.flag)) {}
     } else {
         for (int i = 0; i < 10; ++i) MOE_SPIN();
         *(volatile int*)d.flag = 1;
@@ -455,13 +455,13 @@ static void test_grids()
     OK(cudaStreamCreate(&s1));
     a.n = 100;
     a.option = 1; /* answers */
-    CHECK(!MOE_LAUNCH(ping_pong, moei_grid(8, 64, 0, s1), a));
+    CHECK(!MOE_LAUNCH(ping_pong, moe_grid(8, 64, 0, s1), a));
     OK(cudaSetDevice(0));
-    CHECK(moe_status_detail(MOE_LAUNCH(ping_pong, moei_grid(8, 64, 0, s1), a)) ==
+    CHECK(moe_status_detail(MOE_LAUNCH(ping_pong, moe_grid(8, 64, 0, s1), a)) ==
           cudaErrorInvalidResourceHandle);
     CHECK(cudaGetLastError() == cudaSuccess); /* refused, nothing more */
     a.option = 0; /* asks */
-    CHECK(!MOE_LAUNCH(ping_pong, moei_grid(8, 64, 0, s0), a));
+    CHECK(!MOE_LAUNCH(ping_pong, moe_grid(8, 64, 0, s0), a));
     CHECK(*a.out == 0); /* nothing runs before the host waits */
     OK(cudaStreamSynchronize(s0));
     OK(cudaStreamSynchronize(s1));
@@ -515,7 +515,7 @@ static void test_grids()
     OK(cudaFree(a.flag));
 
     /* every thread of every block once, more blocks than are alive at a time */
-    moei_launch_config c = moei_grid(5, 1, 0, nullptr);
+    moe_launch_config c = moe_grid(5, 1, 0, nullptr);
     const uint64_t seed = moeh_get().seed;
     a.out = ints(60 * 24);
     a.flag = ints(61);
@@ -553,7 +553,7 @@ static void step(int* out, int n, cudaStream_t s)
     args a = zero_args();
     a.out = out;
     a.n = n;
-    CHECK(!MOE_LAUNCH(times_ten_plus, moei_grid(1, 32, 0, s), a));
+    CHECK(!MOE_LAUNCH(times_ten_plus, moe_grid(1, 32, 0, s), a));
 }
 
 static void test_streams()
@@ -663,7 +663,7 @@ static void test_memory()
     size_t available = 0, total = 0;
     unsigned char* p;
     cudaDeviceProp prop;
-    moei_device d;
+    moe_device d;
     OK(cudaMemGetInfo(&available, &total));
     OK(cudaMalloc(&p, 1001));
     CHECK(available && (uintptr_t)p % 256 == 0 && p[0] == moeh_poison_byte(0) && p[999] == moeh_poison_byte(999));
@@ -677,7 +677,7 @@ static void test_memory()
     CHECK(cudaMalloc(&p, total + 1) == cudaErrorMemoryAllocation && !p);
     OK(cudaGetDeviceProperties(&prop, 0));
     CHECK(prop.major == 8 && prop.multiProcessorCount == 4);
-    CHECK(moei_device_query(&d) == MOE_OK && d.sms == 4 && d.major == 8 && d.smem_block == 232448);
+    CHECK(moe_device_query(&d) == MOE_OK && d.sms == 4 && d.major == 8 && d.smem_block == 232448);
     CHECK(!strcmp(cudaGetErrorString(cudaErrorNotReady), "device not ready"));
 }
 
@@ -704,7 +704,7 @@ MOE_KERNEL(1, 1) intrinsics(MOE_ARG(args) d)
     WANT(__float_as_uint(1.0f) == 0x3f800000u && __int_as_float(0x40000000) == 2.0f);
     WANT(min(3, 4u) == 3u && max(-1, 4u) == ~0u && min((int64_t)-5, (int64_t)4) == -5);
     WANT(min(1ll, -1ll) == -1 && __fdividef(1.0f, 4.0f) == 0.25f && __fdiv_rn(1, 4) == 0.25f);
-    WANT(moei_exp(0.0f) == 1.0f && moei_load16(&(const uint4&)make_uint4(1, 2, 3, 4)).w == 4);
+    WANT(moe_exp(0.0f) == 1.0f && moei_load16(&(const uint4&)make_uint4(1, 2, 3, 4)).w == 4);
     moeh_wait_until([&] { return ++i > 0; });
 }
 
@@ -713,7 +713,7 @@ MOE_KERNEL(1, 1) intrinsics(MOE_ARG(args) d)
 /* c [16, 16 * n] += a [16, 16 * option] * b by n warps; a and b lie as in a stage. */
 MOE_KERNEL(64, 1) product(MOE_ARG(args) d)
 {
-    const int w = moei_warp(), k = 16 * d.option, n = 16 * d.n;
+    const int w = moe_warp(), k = 16 * d.option, n = 16 * d.n;
     moei_mma_a fa;
     moei_mma_b fb;
     moei_mma_c fc, fd;

@@ -12,5 +12,5 @@ void* tu2_scheduler() { return &moeh_get(); }
 void tu2_launch(int* out, cudaStream_t stream)
 {
     tu2_args a = {out};
-    (void)MOE_LAUNCH(tu2_kernel, moei_grid(1, 64, 0, stream), a);
+    (void)MOE_LAUNCH(tu2_kernel, moe_grid(1, 64, 0, stream), a);
 }

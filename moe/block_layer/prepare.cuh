@@ -1,7 +1,7 @@
-/* plan.cuh: a layer form's check, its sizes, and the descriptors of what it is composed of, for
+/* prepare.cuh: a layer form's check, its sizes, and the descriptors of what it is composed of, for
    block_layer.cuh. Sizes and launches come from one function, moei_block_layer_plan. */
-#ifndef MOE_BLOCK_LAYER_PLAN_CUH
-#define MOE_BLOCK_LAYER_PLAN_CUH
+#ifndef MOE_BLOCK_LAYER_PREPARE_CUH
+#define MOE_BLOCK_LAYER_PREPARE_CUH
 
 #include "../block_sparse.cuh"
 #include "../block_sparse/list.cuh"
@@ -33,12 +33,12 @@ typedef struct moei_block_layer {
     int32_t strips[2];      /* blocks side by side of an expert: of act, of pre */
     int64_t num_rows;       /* of the block-sparse matrices: T, sparse: R */
     int64_t runs;           /* row of blocks and expert: so many at most */
-    moe_block_mask mask[2]; /* of act, of pre; the same where the activation is not gated */
+    moe_block_sparse_mask mask[2]; /* of act, of pre; the same where the activation is not gated */
     moe_route_desc route;
-    moe_block_list_desc list[2];
-    moei_block_active_args active;
-    moei_block_tables_args tables; /* as backward wants them */
-    moei_block_act_args act;
+    moe_block_sparse_list_desc list[2];
+    moei_block_layer_active_args active;
+    moei_block_layer_tables_args tables; /* as backward wants them */
+    moei_block_layer_act_args act;
     moe_permute_desc permute; /* without x */
     moe_combine_desc combine; /* without y */
     moe_block_sparse_desc product[MOEI_BLOCK_LAYER_PRODUCTS];
@@ -47,66 +47,66 @@ typedef struct moei_block_layer {
 /* Checks an expert's matrices [n, k] and fills in their strides. */
 #define MOEI_BLOCK_LAYER_WEIGHTS(w, n, k, field)                                                   \
     do {                                                                                           \
-        MOEI_REQUIRE(!(w)->up && !(w)->up_table, MOE_ERR_CONFLICT, field);                         \
-        MOEI_REQUIRE((w)->major == 0 || (w)->major == MOE_MAJOR_K, MOE_ERR_OPTION, field);         \
+        MOE_REQUIRE(!(w)->up && !(w)->up_table, MOE_ERR_CONFLICT, field);                          \
+        MOE_REQUIRE((w)->major == 0 || (w)->major == MOE_MAJOR_K, MOE_ERR_OPTION, field);          \
         if ((w)->row_stride == 0) (w)->row_stride = (k);                                           \
-        MOEI_REQUIRE(moei_stride_fits((w)->row_stride, (k), (n)), MOE_ERR_STRIDE, field);          \
+        MOE_REQUIRE(moei_stride_fits((w)->row_stride, (k), (n)), MOE_ERR_STRIDE, field);           \
         if ((w)->expert_stride == 0) (w)->expert_stride = (w)->row_stride * (n);                   \
-        MOEI_REQUIRE(moei_stride_fits((w)->expert_stride, 1, d->num_experts), MOE_ERR_STRIDE,      \
-                     field);                                                                       \
-        MOEI_REQUIRE((w)->row_stride % 8 == 0 && (w)->expert_stride % 8 == 0, MOE_ERR_ALIGN,       \
-                     field);                                                                       \
-        MOEI_REQUIRE(!((w)->base && (w)->table), MOE_ERR_CONFLICT, field);                         \
+        MOE_REQUIRE(moei_stride_fits((w)->expert_stride, 1, d->num_experts), MOE_ERR_STRIDE,       \
+                    field);                                                                        \
+        MOE_REQUIRE((w)->row_stride % 8 == 0 && (w)->expert_stride % 8 == 0, MOE_ERR_ALIGN,        \
+                    field);                                                                        \
+        MOE_REQUIRE(!((w)->base && (w)->table), MOE_ERR_CONFLICT, field);                          \
     } while (0)
 
 #define MOEI_BLOCK_LAYER_STRIDE(stride, field)                                                     \
     do {                                                                                           \
         if ((stride) == 0) (stride) = d->hidden;                                                   \
-        MOEI_REQUIRE(moei_stride_fits((stride), d->hidden, d->num_tokens), MOE_ERR_STRIDE, field); \
-        MOEI_REQUIRE((stride) % 8 == 0, MOE_ERR_ALIGN, field);                                     \
+        MOE_REQUIRE(moei_stride_fits((stride), d->hidden, d->num_tokens), MOE_ERR_STRIDE, field);  \
+        MOE_REQUIRE((stride) % 8 == 0, MOE_ERR_ALIGN, field);                                      \
     } while (0)
 
 /* Refuses sizes and options that the header does not offer, and fills in their defaults. */
 MOE_HOST moe_status moei_block_layer_check_options(moei_block_layer* l)
 {
     moe_block_layer_desc* d = &l->d;
-    MOEI_REQUIRE(d->form >= MOE_BLOCK_LAYER_DENSE && d->form <= MOE_BLOCK_LAYER_BATCH,
-                 MOE_ERR_OPTION, form);
-    MOEI_REQUIRE(d->num_tokens >= 0 && d->num_tokens <= MOEI_BLOCK_MOST, MOE_ERR_RANGE, num_tokens);
+    MOE_REQUIRE(d->form >= MOE_BLOCK_LAYER_DENSE && d->form <= MOE_BLOCK_LAYER_BATCH,
+                MOE_ERR_OPTION, form);
+    MOE_REQUIRE(d->num_tokens >= 0 && d->num_tokens <= MOEI_SPARSE_MOST, MOE_ERR_RANGE, num_tokens);
     MOEI_REQUIRE_RANK(d);
-    MOEI_REQUIRE(d->num_experts >= 1 && d->num_experts <= MOE_MAX_EXPERTS, MOE_ERR_RANGE,
-                 num_experts);
+    MOE_REQUIRE(d->num_experts >= 1 && d->num_experts <= MOE_MAX_EXPERTS, MOE_ERR_RANGE,
+                num_experts);
     if (d->form == MOE_BLOCK_LAYER_DENSE) {
-        MOEI_REQUIRE(d->top_k == 0, MOE_ERR_CONFLICT, top_k);
-        MOEI_REQUIRE(!d->ids, MOE_ERR_CONFLICT, ids);
+        MOE_REQUIRE(d->top_k == 0, MOE_ERR_CONFLICT, top_k);
+        MOE_REQUIRE(!d->ids, MOE_ERR_CONFLICT, ids);
     } else {
-        MOEI_REQUIRE(d->top_k >= 1 && d->top_k <= MOE_COMBINE_MAX_TOP_K, MOE_ERR_RANGE, top_k);
+        MOE_REQUIRE(d->top_k >= 1 && d->top_k <= MOE_COMBINE_MAX_TOP_K, MOE_ERR_RANGE, top_k);
     }
-    MOEI_REQUIRE((int64_t)d->num_tokens * d->top_k <= 0x7fffffff, MOE_ERR_RANGE, num_tokens);
-    MOEI_REQUIRE(d->hidden >= 1 && d->hidden <= 1 << 28, MOE_ERR_RANGE, hidden);
-    MOEI_REQUIRE(d->hidden % 8 == 0, MOE_ERR_MULTIPLE, hidden);
+    MOE_REQUIRE((int64_t)d->num_tokens * d->top_k <= 0x7fffffff, MOE_ERR_RANGE, num_tokens);
+    MOE_REQUIRE(d->hidden >= 1 && d->hidden <= 1 << 28, MOE_ERR_RANGE, hidden);
+    MOE_REQUIRE(d->hidden % 8 == 0, MOE_ERR_MULTIPLE, hidden);
     if (d->block == 0) d->block = 128;
-    MOEI_REQUIRE(moei_block_size_offered(d->block), MOE_ERR_OPTION, block);
-    MOEI_REQUIRE(d->intermediate >= 1 && d->intermediate <= 1 << 28, MOE_ERR_RANGE, intermediate);
-    MOEI_REQUIRE(d->intermediate % d->block == 0, MOE_ERR_MULTIPLE, intermediate);
+    MOE_REQUIRE(moei_sparse_size_offered(d->block), MOE_ERR_OPTION, block);
+    MOE_REQUIRE(d->intermediate >= 1 && d->intermediate <= 1 << 28, MOE_ERR_RANGE, intermediate);
+    MOE_REQUIRE(d->intermediate % d->block == 0, MOE_ERR_MULTIPLE, intermediate);
     if (d->max_experts == 0) d->max_experts = d->num_experts;
-    MOEI_REQUIRE(d->max_experts >= 1 && d->max_experts <= d->num_experts, MOE_ERR_RANGE,
-                 max_experts);
+    MOE_REQUIRE(d->max_experts >= 1 && d->max_experts <= d->num_experts, MOE_ERR_RANGE,
+                max_experts);
     if (d->dtype == 0) d->dtype = MOE_BF16;
-    MOEI_REQUIRE(d->dtype == MOE_BF16 || d->dtype == MOE_FP16, MOE_ERR_DTYPE, dtype);
+    MOE_REQUIRE(d->dtype == MOE_BF16 || d->dtype == MOE_FP16, MOE_ERR_DTYPE, dtype);
     if (d->grad_dtype == 0) d->grad_dtype = d->dtype;
-    MOEI_REQUIRE(d->grad_dtype == d->dtype || d->grad_dtype == MOE_FP32, MOE_ERR_DTYPE, grad_dtype);
+    MOE_REQUIRE(d->grad_dtype == d->dtype || d->grad_dtype == MOE_FP32, MOE_ERR_DTYPE, grad_dtype);
     if (d->activation == 0) d->activation = MOE_ACTIVATION_SWIGLU;
-    MOEI_REQUIRE(d->activation >= MOE_ACTIVATION_NONE && d->activation <= MOE_ACTIVATION_RELU2,
-                 MOE_ERR_OPTION, activation);
+    MOE_REQUIRE(d->activation >= MOE_ACTIVATION_NONE && d->activation <= MOE_ACTIVATION_RELU2,
+                MOE_ERR_OPTION, activation);
     if (d->activation == MOE_ACTIVATION_SWIGLU_CLAMPED) {
-        MOEI_REQUIRE((moe_f32_bits(d->alpha) & 0x7f800000u) != 0x7f800000u, MOE_ERR_RANGE, alpha);
-        MOEI_REQUIRE(moe_f32_bits(d->limit + 0.0f) < 0x7f800000u, MOE_ERR_RANGE, limit);
+        MOE_REQUIRE((moe_f32_bits(d->alpha) & 0x7f800000u) != 0x7f800000u, MOE_ERR_RANGE, alpha);
+        MOE_REQUIRE(moe_f32_bits(d->limit + 0.0f) < 0x7f800000u, MOE_ERR_RANGE, limit);
         if (d->alpha == 0.0f) d->alpha = 1.702f;
         if (d->limit == 0.0f) d->limit = 7.0f;
     } else {
-        MOEI_REQUIRE(d->alpha == 0.0f, MOE_ERR_CONFLICT, alpha);
-        MOEI_REQUIRE(d->limit == 0.0f, MOE_ERR_CONFLICT, limit);
+        MOE_REQUIRE(d->alpha == 0.0f, MOE_ERR_CONFLICT, alpha);
+        MOE_REQUIRE(d->limit == 0.0f, MOE_ERR_CONFLICT, limit);
     }
     l->gated = moe_activation_is_gated(d->activation);
     MOEI_BLOCK_LAYER_STRIDE(d->x_stride, x_stride);
@@ -135,12 +135,12 @@ MOE_HOST moe_block_sparse_desc moei_block_layer_product(const moei_block_layer* 
 }
 
 /* Batch: tokens that lack an expert and are not finite stay out of its gradients. */
-MOE_HOST moe_block_depths moei_block_layer_depths(const moei_block_layer* l, int mask)
+MOE_HOST moe_block_sparse_depths moei_block_layer_depths(const moei_block_layer* l, int mask)
 {
-    moe_block_depths p;
+    moe_block_sparse_depths p;
     memset(&p, 0, sizeof p);
-    p.slot = l->act.lacking;
-    p.there = l->act.held;
+    p.filter = l->act.lacking;
+    p.keep = l->act.held;
     p.stride = l->act.held_stride;
     p.strips = l->strips[mask];
     return p;
@@ -151,73 +151,74 @@ MOE_HOST void moei_block_layer_products(moei_block_layer* l, void* rows, void* p
 {
     const moe_block_layer_desc* d = &l->d;
     const int sparse = d->form == MOE_BLOCK_LAYER_SPARSE;
-    const int32_t R = (int32_t)l->num_rows, H = d->hidden, EI = d->num_experts * d->intermediate;
-    const int32_t EU = l->gated ? 2 * EI : EI;
+    const int32_t num_rows = (int32_t)l->num_rows, hidden = d->hidden,
+                  act_elems = d->num_experts * d->intermediate;
+    const int32_t pre_elems = l->gated ? 2 * act_elems : act_elems;
     void* pre_grad = d->act_grad ? d->act_grad : pre;
     const void* const* w1 = (const void* const*)l->tables.w1_table;
     const void* const* w2 = (const void* const*)l->tables.w2_table;
     moe_block_sparse_desc* p = l->product;
 
-    p[MOEI_BLOCK_LAYER_UP] = moei_block_layer_product(l, MOE_BLOCK_SDD, 1);
+    p[MOEI_BLOCK_LAYER_UP] = moei_block_layer_product(l, MOE_BLOCK_SPARSE_SDD, 1);
     p->a = sparse ? rows : d->x;
-    p->a_stride = sparse ? H : d->x_stride;
+    p->a_stride = sparse ? hidden : d->x_stride;
     p->b_table = w1;
     p->b_stride = d->w1.row_stride;
     p->b_transposed = 1;
     p->c = pre;
-    p->m = R, p->n = EU, p->k = H;
+    p->m = num_rows, p->n = pre_elems, p->k = hidden;
 
     p = l->product + MOEI_BLOCK_LAYER_DOWN;
-    *p = moei_block_layer_product(l, MOE_BLOCK_DSD, 0);
+    *p = moei_block_layer_product(l, MOE_BLOCK_SPARSE_DSD, 0);
     p->a = act;
     p->b_table = w2;
     p->b_stride = d->w2.row_stride;
     p->b_transposed = 1;
     p->c = sparse ? rows : d->y;
-    p->c_stride = sparse ? H : d->y_stride;
-    p->m = R, p->n = H, p->k = EI;
+    p->c_stride = sparse ? hidden : d->y_stride;
+    p->m = num_rows, p->n = hidden, p->k = act_elems;
 
     p = l->product + MOEI_BLOCK_LAYER_DACT;
-    *p = moei_block_layer_product(l, MOE_BLOCK_SDD, 0);
+    *p = moei_block_layer_product(l, MOE_BLOCK_SPARSE_SDD, 0);
     p->a = sparse ? rows : d->dy;
-    p->a_stride = sparse ? H : d->dy_stride;
+    p->a_stride = sparse ? hidden : d->dy_stride;
     p->b_table = w2;
     p->b_stride = d->w2.row_stride;
     p->c = act;
-    p->m = R, p->n = EI, p->k = H;
+    p->m = num_rows, p->n = act_elems, p->k = hidden;
 
     p = l->product + MOEI_BLOCK_LAYER_DW2;
-    *p = moei_block_layer_product(l, MOE_BLOCK_DDS, 0);
+    *p = moei_block_layer_product(l, MOE_BLOCK_SPARSE_DDS, 0);
     p->a = sparse ? rows : d->dy;
-    p->a_stride = sparse ? H : d->dy_stride;
+    p->a_stride = sparse ? hidden : d->dy_stride;
     p->a_transposed = 1;
     p->b = act;
     p->c_table = l->tables.dw2_table;
     p->c_stride = d->intermediate;
     p->c_dtype = d->grad_dtype;
-    p->m = H, p->n = EI, p->k = R;
+    p->m = hidden, p->n = act_elems, p->k = num_rows;
     p->depths = moei_block_layer_depths(l, 0);
 
     p = l->product + MOEI_BLOCK_LAYER_DW1;
-    *p = moei_block_layer_product(l, MOE_BLOCK_DSD, 1);
+    *p = moei_block_layer_product(l, MOE_BLOCK_SPARSE_DSD, 1);
     p->a = pre_grad;
     p->a_transposed = 1;
     p->b = sparse ? rows : d->x;
-    p->b_stride = sparse ? H : d->x_stride;
+    p->b_stride = sparse ? hidden : d->x_stride;
     p->c_table = l->tables.dw1_table;
-    p->c_stride = H;
+    p->c_stride = hidden;
     p->c_dtype = d->grad_dtype;
-    p->m = EU, p->n = H, p->k = R;
+    p->m = pre_elems, p->n = hidden, p->k = num_rows;
     p->depths = moei_block_layer_depths(l, 1);
 
     p = l->product + MOEI_BLOCK_LAYER_DX;
-    *p = moei_block_layer_product(l, MOE_BLOCK_DSD, 1);
+    *p = moei_block_layer_product(l, MOE_BLOCK_SPARSE_DSD, 1);
     p->a = pre_grad;
     p->b_table = w1;
     p->b_stride = d->w1.row_stride;
     p->c = sparse ? rows : d->dx;
-    p->c_stride = sparse ? H : d->dx_stride;
-    p->m = R, p->n = H, p->k = EU;
+    p->c_stride = sparse ? hidden : d->dx_stride;
+    p->m = num_rows, p->n = hidden, p->k = pre_elems;
 }
 
 /* Workspace of one product. It depends on sizes alone; short strides need tables, which only a call
@@ -236,10 +237,10 @@ MOE_HOST moe_status moei_block_layer_list(moei_block_layer* l, int i, size_t* at
     const moe_block_layer_desc* d = &l->d;
     const int64_t columns = (int64_t)d->num_experts * d->intermediate * (i ? 2 : 1);
     const int64_t blocks = l->runs * l->strips[i];
-    moe_block_list_desc* list = &l->list[i];
-    moe_block_mask* m = &l->mask[i];
+    moe_block_sparse_list_desc* list = &l->list[i];
+    moe_block_sparse_mask* m = &l->mask[i];
     uint64_t entries, row_blocks, column_blocks;
-    MOEI_REQUIRE(columns <= MOEI_BLOCK_MOST && blocks <= 0x7fffffff, MOE_ERR_RANGE, intermediate);
+    MOE_REQUIRE(columns <= MOEI_SPARSE_MOST && blocks <= 0x7fffffff, MOE_ERR_RANGE, intermediate);
     entries = (uint64_t)blocks * 4;
     list->rows = (int32_t)l->num_rows;
     list->columns = (int32_t)columns;
@@ -255,7 +256,7 @@ MOE_HOST moe_status moei_block_layer_list(moei_block_layer* l, int i, size_t* at
         list->top_k = l->room;
         list->whole_batch = 1;
     }
-    row_blocks = (uint64_t)moe_num_blocks(list->rows, d->block);
+    row_blocks = (uint64_t)moe_block_sparse_count(list->rows, d->block);
     column_blocks = (uint64_t)(columns / d->block);
     list->row_offset = (int32_t*)moei_carve((char*)d->saved, at, row_blocks * 4 + 4);
     list->column_offset = (int32_t*)moei_carve((char*)d->saved, at, column_blocks * 4 + 4);
@@ -278,7 +279,7 @@ MOE_HOST moe_status moei_block_layer_list(moei_block_layer* l, int i, size_t* at
 MOE_HOST moe_status moei_block_layer_route(moei_block_layer* l, size_t* at)
 {
     const moe_block_layer_desc* d = &l->d;
-    const uint64_t E = (uint64_t)d->num_experts;
+    const uint64_t num_experts = (uint64_t)d->num_experts;
     const uint64_t slots = (uint64_t)d->num_tokens * (uint64_t)d->top_k;
     moe_route_desc* r = &l->route;
     r->ids = d->ids;
@@ -290,10 +291,10 @@ MOE_HOST moe_status moei_block_layer_route(moei_block_layer* l, size_t* at)
     r->rank = d->rank;
     {
         const moe_status s = moe_route_max_rows(r, &l->num_rows);
-        MOEI_REQUIRE(s == MOE_OK && l->num_rows <= MOEI_BLOCK_MOST, MOE_ERR_RANGE, num_tokens);
+        MOE_REQUIRE(s == MOE_OK && l->num_rows <= MOEI_SPARSE_MOST, MOE_ERR_RANGE, num_tokens);
     }
-    r->expert_count = (int32_t*)moei_carve((char*)d->saved, at, E * 4);
-    r->expert_offset = (int32_t*)moei_carve((char*)d->saved, at, E * 4 + 4);
+    r->expert_count = (int32_t*)moei_carve((char*)d->saved, at, num_experts * 4);
+    r->expert_offset = (int32_t*)moei_carve((char*)d->saved, at, num_experts * 4 + 4);
     r->slot_row = (int32_t*)moei_carve((char*)d->saved, at, slots * 4);
     r->row_slot = (int32_t*)moei_carve((char*)d->saved, at, (uint64_t)l->num_rows * 4);
     r->place = (moe_place*)moei_carve((char*)d->saved, at, slots * 8);
@@ -305,14 +306,14 @@ MOE_HOST moe_status moei_block_layer_route(moei_block_layer* l, size_t* at)
 MOE_HOST moe_status moei_block_layer_plan(const moe_block_layer_desc* desc, moei_block_layer* l)
 {
     moe_block_layer_desc* d = &l->d;
-    const int32_t E = desc->num_experts;
+    const int32_t num_experts = desc->num_experts;
     size_t saved = 0, forward = 0, backward = 0, temporary[2] = {0, 0};
     uint64_t rows_bytes, act_bytes, table[2];
     void *rows, *pre, *act, *at_end;
     int sparse;
     memset(l, 0, sizeof *l);
     l->d = *desc;
-    MOEI_TRY(moei_block_layer_check_options(l));
+    MOE_TRY(moei_block_layer_check_options(l));
     sparse = d->form == MOE_BLOCK_LAYER_SPARSE;
     l->tables.w1 = d->w1;
     l->tables.w2 = d->w2;
@@ -323,7 +324,7 @@ MOE_HOST moe_status moei_block_layer_plan(const moe_block_layer_desc* desc, moei
     l->tables.rank = d->rank;
     l->tables.hidden = d->hidden;
     l->tables.intermediate = d->intermediate;
-    l->tables.num_experts = E;
+    l->tables.num_experts = num_experts;
     l->tables.max_experts = d->max_experts;
     l->tables.block = d->block;
     l->tables.grad_bytes = moe_dtype_bytes(d->grad_dtype);
@@ -333,23 +334,24 @@ MOE_HOST moe_status moei_block_layer_plan(const moe_block_layer_desc* desc, moei
 
     /* saved: pre, who is active, maps, lists */
     l->num_rows = d->num_tokens;
-    l->room = d->form == MOE_BLOCK_LAYER_BATCH && d->top_k < E ? d->top_k : E;
-    l->active.active = (int32_t*)moei_carve((char*)d->saved, &saved, (uint64_t)E * 4);
-    l->active.expert_slot = (int32_t*)moei_carve((char*)d->saved, &saved, (uint64_t)E * 4);
+    l->room = d->form == MOE_BLOCK_LAYER_BATCH && d->top_k < num_experts ? d->top_k : num_experts;
+    l->active.active = (int32_t*)moei_carve((char*)d->saved, &saved, (uint64_t)num_experts * 4);
+    l->active.active_index =
+        (int32_t*)moei_carve((char*)d->saved, &saved, (uint64_t)num_experts * 4);
     l->active.count = (int32_t*)moei_carve((char*)d->saved, &saved, 4);
     if (d->form == MOE_BLOCK_LAYER_BATCH)
-        l->active.flag = (int32_t*)moei_carve((char*)d->saved, &saved, (uint64_t)E * 4);
-    if (sparse) MOEI_TRY(moei_block_layer_route(l, &saved));
+        l->active.flag = (int32_t*)moei_carve((char*)d->saved, &saved, (uint64_t)num_experts * 4);
+    if (sparse) MOE_TRY(moei_block_layer_route(l, &saved));
     l->runs = (l->num_rows + d->block - 1) / d->block * (sparse ? 1 : l->room);
-    MOEI_TRY(moei_block_layer_list(l, 0, &saved));
+    MOE_TRY(moei_block_layer_list(l, 0, &saved));
     l->mask[1] = l->mask[0];
-    if (l->gated) MOEI_TRY(moei_block_layer_list(l, 1, &saved));
+    if (l->gated) MOE_TRY(moei_block_layer_list(l, 1, &saved));
     act_bytes = (uint64_t)l->mask[0].max_blocks * (uint64_t)(d->block * d->block) * 2;
     rows_bytes = sparse ? (uint64_t)l->num_rows * (uint64_t)d->hidden * 2 : 0;
     pre = moei_carve((char*)d->saved, &saved, act_bytes * (l->gated ? 2 : 1));
 
     /* scratch: what both calls have comes first */
-    for (int i = 0; i < 2; ++i) table[i] = (uint64_t)E * (uint64_t)l->strips[i] * 8;
+    for (int i = 0; i < 2; ++i) table[i] = (uint64_t)num_experts * (uint64_t)l->strips[i] * 8;
     l->tables.w1_table = (const void**)moei_carve((char*)d->workspace, &forward, table[1]);
     l->tables.w2_table = (const void**)moei_carve((char*)d->workspace, &forward, table[0]);
     rows = moei_carve((char*)d->workspace, &forward, rows_bytes);
@@ -361,7 +363,8 @@ MOE_HOST moe_status moei_block_layer_plan(const moe_block_layer_desc* desc, moei
         l->act.held_stride = (l->num_rows + 15) / 16 * 16;
         l->act.held = (uint8_t*)moei_carve((char*)d->workspace, &backward,
                                            (uint64_t)(l->room * l->act.held_stride));
-        l->act.lacking = (int32_t*)moei_carve((char*)d->workspace, &backward, (uint64_t)E * 4);
+        l->act.lacking =
+            (int32_t*)moei_carve((char*)d->workspace, &backward, (uint64_t)num_experts * 4);
         if (!d->dw1 && !d->dw2) l->act.lacking = 0;
         l->tables.lacking = l->act.lacking;
     }
@@ -370,13 +373,13 @@ MOE_HOST moe_status moei_block_layer_plan(const moe_block_layer_desc* desc, moei
     /* behind it what one of the parts wants while it runs: nothing outlives its launch */
     temporary[0] = l->route.workspace_bytes;
     for (int i = 0; i <= l->gated; ++i) {
-        MOEI_TRY(moe_block_list_workspace(&l->list[i], &l->list[i].workspace_bytes));
+        MOE_TRY(moe_block_sparse_list_workspace(&l->list[i], &l->list[i].workspace_bytes));
         if (l->list[i].workspace_bytes > temporary[0]) temporary[0] = l->list[i].workspace_bytes;
     }
     for (int i = 0; i < MOEI_BLOCK_LAYER_PRODUCTS; ++i) {
         size_t *bytes = &l->product[i].workspace_bytes,
                *most = &temporary[i > MOEI_BLOCK_LAYER_DOWN];
-        MOEI_TRY(moei_block_layer_product_bytes(&l->product[i], bytes));
+        MOE_TRY(moei_block_layer_product_bytes(&l->product[i], bytes));
         if (*bytes > *most) *most = *bytes;
     }
     l->route.workspace = moei_carve((char*)d->workspace, &forward, temporary[0]);
@@ -391,14 +394,14 @@ MOE_HOST moe_status moei_block_layer_plan(const moe_block_layer_desc* desc, moei
     l->bytes.act_grad = (size_t)act_bytes * (l->gated ? 2 : 1);
 
     l->tables.active = l->active.active;
-    l->tables.expert_slot = l->active.expert_slot;
+    l->tables.active_index = l->active.active_index;
     l->tables.count = l->active.count;
     l->active.ids = d->ids;
     l->active.expert_offset = l->route.expert_offset;
     l->active.fault = d->fault;
     l->active.rank = d->rank;
     l->active.slots = (int64_t)d->num_tokens * d->top_k;
-    l->active.num_experts = l->active.entries = E;
+    l->active.num_experts = l->active.entries = num_experts;
     l->active.room = l->room;
 
     l->act.pre = (const uint16_t*)pre;
@@ -408,15 +411,15 @@ MOE_HOST moe_status moei_block_layer_plan(const moe_block_layer_desc* desc, moei
     l->act.column_index = l->mask[0].column_index;
     l->act.row_slot = l->route.row_slot;
     l->act.ids = d->ids;
-    l->act.expert_slot = l->active.expert_slot;
+    l->act.active_index = l->active.active_index;
     l->act.weights = d->weights;
     l->act.dweights = d->dweights;
     l->act.fault = d->fault;
     l->act.slots = l->active.slots;
     l->act.form = d->form;
     l->act.num_rows = (int32_t)l->num_rows;
-    l->act.row_blocks = moe_num_blocks((int32_t)l->num_rows, d->block);
-    l->act.num_experts = E;
+    l->act.row_blocks = moe_block_sparse_count((int32_t)l->num_rows, d->block);
+    l->act.num_experts = num_experts;
     l->act.top_k = d->top_k;
     l->act.run = l->strips[0];
     while (1 << l->act.block_log2 < d->block) ++l->act.block_log2;

@@ -1,4 +1,4 @@
-/* split.cuh: the router's product with fp32 weights on bf16 tensor cores: weights are split, not
+/* bf16_split.cuh: the router's product with fp32 weights on bf16 tensor cores: weights are split, not
    rounded.
 
      w = hi + mid + lo          three bf16 numbers: the upper, middle and lower 8 of fp32's 24 bits
@@ -16,29 +16,29 @@
    Two tiles, large.cuh and small.cuh. Both sum in a fixed order: the same bits every run.
 
    Needs sm_80; H a multiple of 8, x and its rows and the weights and theirs 16-byte aligned. */
-#ifndef MOE_ROUTER_SPLIT_CUH
-#define MOE_ROUTER_SPLIT_CUH
+#ifndef MOE_ROUTER_BF16_SPLIT_CUH
+#define MOE_ROUTER_BF16_SPLIT_CUH
 
 #include "../base/numeric.cuh"
 #include "args.h"
 
 /* Terms of a weight. Predefined as 2, the lower 8 bits are left out: weights are rounded to 2^-16,
    for a third less work. */
-#ifndef MOE_ROUTER_SPLIT_TERMS
-#define MOE_ROUTER_SPLIT_TERMS 3
+#ifndef MOE_ROUTER_BF16_TERMS
+#define MOE_ROUTER_BF16_TERMS 3
 #endif
-#if MOE_ROUTER_SPLIT_TERMS != 2 && MOE_ROUTER_SPLIT_TERMS != 3
-#error "moe: MOE_ROUTER_SPLIT_TERMS is 2 or 3"
+#if MOE_ROUTER_BF16_TERMS != 2 && MOE_ROUTER_BF16_TERMS != 3
+#error "moe: MOE_ROUTER_BF16_TERMS is 2 or 3"
 #endif
 
 /* Tokens of a tile with so many rows: an fp16 token has two. */
-MOE_HOST_DEVICE int moei_split_tokens(int rows, int x_dtype)
+MOE_HOST_DEVICE int moei_bf16_split_tokens(int rows, int x_dtype)
 {
     return x_dtype == MOE_FP16 ? rows / 2 : rows;
 }
 
 /* Upper halves of two words, a's in the lower half. */
-MOE_DEVICE uint32_t moei_split_upper(uint32_t a, uint32_t b)
+MOE_DEVICE uint32_t moei_bf16_split_upper(uint32_t a, uint32_t b)
 {
 #if MOE_ON_HOST
     return a >> 16 | (b & 0xffff0000u);
@@ -49,46 +49,46 @@ MOE_DEVICE uint32_t moei_split_upper(uint32_t a, uint32_t b)
 
 /* Splits 4 fp32 numbers into `terms` (2 or 3, a literal) bf16 ones each; term[i] holds the i-th of
    all four. With 2 the second is rounded. What is not finite stands in the first alone. */
-MOE_DEVICE void moei_split4(uint2* term, uint4 v, const int terms)
+MOE_DEVICE void moei_bf16_split4(uint2* term, uint4 v, const int terms)
 {
     uint32_t u[4] = {v.x, v.y, v.z, v.w};
     float r[4];
-    MOEI_UNROLL
+    MOE_UNROLL
     for (int i = 0; i < 4; ++i) {
         const uint32_t size = u[i] & 0x7fffffffu;
         r[i] = __uint_as_float(u[i]) - __uint_as_float(u[i] & 0xffff0000u);
         if (size >= 0x7f800000u) r[i] = 0.0f;
         if (size > 0x7f800000u) u[i] |= 0x00400000u; /* a NaN remains one */
     }
-    term[0] = make_uint2(moei_split_upper(u[0], u[1]), moei_split_upper(u[2], u[3]));
+    term[0] = make_uint2(moei_bf16_split_upper(u[0], u[1]), moei_bf16_split_upper(u[2], u[3]));
     if (terms == 2) {
-        term[1] = make_uint2(moei_pack2(r[0], r[1], MOE_BF16), moei_pack2(r[2], r[3], MOE_BF16));
+        term[1] = make_uint2(moe_pack2(r[0], r[1], MOE_BF16), moe_pack2(r[2], r[3], MOE_BF16));
     } else {
-        MOEI_UNROLL
+        MOE_UNROLL
         for (int i = 0; i < 4; ++i) {
             u[i] = __float_as_uint(r[i]);
             r[i] = r[i] - __uint_as_float(u[i] & 0xffff0000u);
         }
-        term[1] = make_uint2(moei_split_upper(u[0], u[1]), moei_split_upper(u[2], u[3]));
-        term[2] = make_uint2(moei_split_upper(__float_as_uint(r[0]), __float_as_uint(r[1])),
-                             moei_split_upper(__float_as_uint(r[2]), __float_as_uint(r[3])));
+        term[1] = make_uint2(moei_bf16_split_upper(u[0], u[1]), moei_bf16_split_upper(u[2], u[3]));
+        term[2] = make_uint2(moei_bf16_split_upper(__float_as_uint(r[0]), __float_as_uint(r[1])),
+                             moei_bf16_split_upper(__float_as_uint(r[2]), __float_as_uint(r[3])));
     }
 }
 
 /* Splits 8 fp16 numbers into the upper and lower bits of each, both exact. */
-MOE_DEVICE void moei_split_x(uint4* hi, uint4* lo, uint4 v)
+MOE_DEVICE void moei_bf16_split_x(uint4* hi, uint4* lo, uint4 v)
 {
     uint2 a[2], b[2];
     float f[8];
     moei_unpack_8(f, v, MOE_FP16);
-    moei_split4(a,
-                make_uint4(__float_as_uint(f[0]), __float_as_uint(f[1]), __float_as_uint(f[2]),
-                           __float_as_uint(f[3])),
-                2);
-    moei_split4(b,
-                make_uint4(__float_as_uint(f[4]), __float_as_uint(f[5]), __float_as_uint(f[6]),
-                           __float_as_uint(f[7])),
-                2);
+    moei_bf16_split4(a,
+                     make_uint4(__float_as_uint(f[0]), __float_as_uint(f[1]), __float_as_uint(f[2]),
+                                __float_as_uint(f[3])),
+                     2);
+    moei_bf16_split4(b,
+                     make_uint4(__float_as_uint(f[4]), __float_as_uint(f[5]), __float_as_uint(f[6]),
+                                __float_as_uint(f[7])),
+                     2);
     *hi = make_uint4(a[0].x, a[0].y, b[0].x, b[0].y);
     *lo = make_uint4(a[1].x, a[1].y, b[1].x, b[1].y);
 }

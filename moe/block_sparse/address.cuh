@@ -1,11 +1,11 @@
-/* where.cuh: where a tile of a block-sparse product and its operands lie: what a launch is
-   given, which tile a block has, the addresses of its chunks.
+/* address.cuh: where a tile of a block-sparse product and its operands lie: what a launch is
+   given, which tile a block has, the addresses of its slices.
 
    Addresses come in two parts that are added: one of each 16 rows (or columns) of the tile, fixed,
-   in shared memory, and one of each 16 deep, which the list names. So a tile can be put together
+   in shared memory, and one of each 16 depths, which the list names. So a tile can be put together
    from blocks anywhere, of 16 elements and more, and tables cost nothing where there are none. */
-#ifndef MOE_BLOCK_SPARSE_WHERE_CUH
-#define MOE_BLOCK_SPARSE_WHERE_CUH
+#ifndef MOE_BLOCK_SPARSE_ADDRESS_CUH
+#define MOE_BLOCK_SPARSE_ADDRESS_CUH
 
 #include "../base/fault.cuh"
 #include "../base/warp.cuh"
@@ -14,16 +14,16 @@
 #include "desc.h"
 
 /* An operand, or C, with its axis along the strips of blocks and the other one. */
-typedef struct moei_block_matrix {
+typedef struct moei_sparse_matrix {
     const char* base;
     const void* const* table; /* address of each strip of blocks along the shared axis; or null */
     int64_t stride;           /* elements between rows as they lie */
-    int32_t major;            /* X, Y: moe_major; C: MOE_MAJOR_MN: stored turned */
-} moei_block_matrix;
+    int32_t major;            /* X, Y: moe_major; C: MOE_MAJOR_MN: stored transposed */
+} moei_sparse_matrix;
 
-/* What a launch needs; made by plan.cuh. */
-typedef struct moei_block_args {
-    moei_block_matrix x, y, c;
+/* What a launch needs; made by prepare.cuh. */
+typedef struct moei_sparse_args {
+    moei_sparse_matrix x, y, c;
     const int32_t *begin, *end; /* [strips] where each strip's blocks stand in the list */
     const int32_t* block;       /* number of each along the other axis */
     const int32_t* info;        /* of each: packed: its place; where strips are joined: bits, which
@@ -42,51 +42,52 @@ typedef struct moei_block_args {
     int32_t share_m, share_of;
     int32_t c_dtype;
     int32_t rank;
-    moe_block_depths depths;
-} moei_block_args;
+    moe_block_sparse_depths depths;
+} moei_sparse_args;
 
-/* One chunk of depth of an operand: where it lies, and who wants it. */
-typedef struct moei_block_chunk {
+/* One slice of depth of an operand: where it lies, and who wants it. */
+typedef struct moei_sparse_slice {
     uint64_t at;   /* address part */
     int32_t count; /* depths that there are, 0 .. 16 */
-    uint32_t rows; /* X: bits of the row chunks that are multiplied with it; Y: of the depths that
+    uint32_t rows; /* X: bits of the row slices that are multiplied with it; Y: of the depths that
                       count, where it lies by depths */
-} moei_block_chunk;
+} moei_sparse_slice;
 
 /* Where a tile lies. */
-typedef struct moei_block_where {
+typedef struct moei_sparse_position {
     int32_t row, strip, rows; /* first row in M, its strip, rows that there are */
     int32_t column, columns;  /* first column among those the strip has, columns that there are */
     int32_t begin, end;       /* the strip's list */
-} moei_block_where;
+} moei_sparse_position;
 
 /* What the threads of a block share beside the ring. Chunks are 16 rows, columns or depths. */
-typedef struct moei_block_shared {
-    moei_block_where tile;
+typedef struct moei_sparse_shared {
+    moei_sparse_position tile;
     int32_t index;                                                   /* of the tile */
-    moei_block_chunk chunk_x[2 * MOEI_WARP], chunk_y[2 * MOEI_WARP]; /* the next chunks of depth; a
+    moei_sparse_slice slice_x[2 * MOE_WARP_SIZE],
+        slice_y[2 * MOE_WARP_SIZE]; /* the next slices of depth; a
                                                                         warp makes 32 at a time */
-    uint64_t x[8], y[16]; /* address parts of the row chunks, column chunks */
-    uint32_t have[16];    /* bits: the row chunks that a column chunk is multiplied with */
+    uint64_t x[8], y[16];           /* address parts of the row slices, column slices */
+    uint32_t have[16];    /* bits: the row slices that a column slice is multiplied with */
     uint32_t rows;        /* the same of the tile: those that C has */
-    uint32_t columns;     /* bits: the column chunks of the tile that are there */
-} moei_block_shared;
+    uint32_t columns;     /* bits: the column slices of the tile that are there */
+} moei_sparse_shared;
 
 /* Rows whose tiles run together, so that they read the same columns of Y from L2. */
-#define MOEI_BLOCK_BAND 2048
+#define MOEI_SPARSE_BAND 2048
 
 /* The tile that a block has in a round: `tiles_n` further along its strip each time. */
-MOE_DEVICE moei_block_where moei_block_find(const moei_block_args* d, int index, int round,
-                                            const int tm, const int tn)
+MOE_DEVICE moei_sparse_position moei_sparse_find(const moei_sparse_args* d, int index, int round,
+                                                 const int tile_m, const int tile_n)
 {
-    const int step = d->strip_m < tm ? d->strip_m : tm;
-    const int most = MOEI_BLOCK_BAND / step, band = index / (most * d->tiles_n);
+    const int step = d->strip_m < tile_m ? d->strip_m : tile_m;
+    const int most = MOEI_SPARSE_BAND / step, band = index / (most * d->tiles_n);
     const int in = index - band * most * d->tiles_n, left = d->tiles_m - band * most;
     const int height = left < most ? left : most;
     const int column = in / height;
-    const int64_t at = ((int64_t)round * d->tiles_n + column) * tn;
+    const int64_t at = ((int64_t)round * d->tiles_n + column) * tile_n;
     int there; /* columns of the strip */
-    moei_block_where t;
+    moei_sparse_position t;
     t.row = (band * most + in - column * height) * step;
     t.strip = t.row / d->strip_m;
     t.rows = d->m - t.row < step ? d->m - t.row : step;
@@ -96,7 +97,7 @@ MOE_DEVICE moei_block_where moei_block_find(const moei_block_args* d, int index,
     t.begin = d->begin[t.strip];
     t.end = d->end[t.strip];
     if (t.begin < 0 || t.end < t.begin || t.end > d->max_blocks || t.end - t.begin > d->others) {
-        moei_fault_raise(d->fault, MOE_FAULT_BAD_BLOCK, d->rank, t.begin);
+        moe_fault_raise(d->fault, MOE_FAULT_BAD_BLOCK, d->rank, t.begin);
         t.end = t.begin = 0;
     }
     there = d->n;
@@ -107,20 +108,20 @@ MOE_DEVICE moei_block_where moei_block_find(const moei_block_args* d, int index,
     }
     if (at < there) {
         t.column = (int)at;
-        t.columns = there - t.column < tn ? there - t.column : tn;
+        t.columns = there - t.column < tile_n ? there - t.column : tile_n;
     }
     return t;
 }
 
 /* An entry of a strip's list: block < 0 where there is none. */
-typedef struct moei_block_entry {
+typedef struct moei_sparse_entry {
     int32_t block, info;
-} moei_block_entry;
+} moei_sparse_entry;
 
-MOE_DEVICE moei_block_entry moei_block_read(const moei_block_args* d, const moei_block_where* t,
-                                            int at)
+MOE_DEVICE moei_sparse_entry moei_sparse_read(const moei_sparse_args* d,
+                                              const moei_sparse_position* t, int at)
 {
-    moei_block_entry e = {-1, 0};
+    moei_sparse_entry e = {-1, 0};
     if (t->begin + at < t->end) {
         e.block = d->block[t->begin + at];
         e.info = d->info ? d->info[t->begin + at] : t->begin + at;
@@ -130,53 +131,54 @@ MOE_DEVICE moei_block_entry moei_block_read(const moei_block_args* d, const moei
 
 /* Is it in range, and behind the one before it? If not, it counts as none and the fault word is
    set. */
-MOE_DEVICE void moei_block_test(const moei_block_args* d, const moei_block_where* t, int at,
-                                int before, moei_block_entry* e)
+MOE_DEVICE void moei_sparse_check_entry(const moei_sparse_args* d, const moei_sparse_position* t,
+                                        int at, int before, moei_sparse_entry* e)
 {
     const bool last = t->begin + at + 1 == t->end; /* a ragged block is the last one */
     if (t->begin + at >= t->end) return;
     if ((uint32_t)e->block >= (uint32_t)d->others || e->block <= before ||
         (e->block == d->others - 1 && !last) ||
         (d->packed && (uint32_t)e->info >= (uint32_t)d->max_blocks)) {
-        moei_fault_raise(d->fault, MOE_FAULT_BAD_BLOCK, d->rank, t->begin + at);
+        moe_fault_raise(d->fault, MOE_FAULT_BAD_BLOCK, d->rank, t->begin + at);
         e->block = -1;
     }
 }
 
-/* Bits of the row chunks that an entry is for. */
-MOE_DEVICE uint32_t moei_block_rows(const moei_block_args* d, int info, const int tm)
+/* Bits of the row slices that an entry is for. */
+MOE_DEVICE uint32_t moei_sparse_rows(const moei_sparse_args* d, int info, const int tile_m)
 {
     uint32_t rows = 0;
-    if (d->strip_m >> d->block_m <= 1) return (1u << (tm / 16)) - 1;
-    MOEI_UNROLL
-    for (int i = 0; i < tm / 16; ++i) rows |= ((uint32_t)info >> (i * 16 >> d->block_m) & 1u) << i;
+    if (d->strip_m >> d->block_m <= 1) return (1u << (tile_m / 16)) - 1;
+    MOE_UNROLL
+    for (int i = 0; i < tile_m / 16; ++i)
+        rows |= ((uint32_t)info >> (i * 16 >> d->block_m) & 1u) << i;
     return rows;
 }
 
 /* Address of strip `block` of a matrix with a table, 0 after a fault. */
-MOE_DEVICE uint64_t moei_block_strip(const moei_block_args* d, const moei_block_matrix* x,
-                                     int block)
+MOE_DEVICE uint64_t moei_sparse_strip_address(const moei_sparse_args* d,
+                                              const moei_sparse_matrix* x, int block)
 {
     const uint64_t p = (uint64_t)(uintptr_t)x->table[block];
     if (p != 0 && p % 16 == 0) return p;
-    moei_fault_raise(d->fault, MOE_FAULT_BAD_TABLE, d->rank, block);
+    moe_fault_raise(d->fault, MOE_FAULT_BAD_TABLE, d->rank, block);
     return 0;
 }
 
 /* Bytes between rows of the tile, and between depths, of 16-bit elements as they lie. */
-MOE_DEVICE int64_t moei_block_step(const moei_block_matrix* x, const int major)
+MOE_DEVICE int64_t moei_sparse_step(const moei_sparse_matrix* x, const int major)
 {
     return x->major == major ? x->stride * 2 : 2;
 }
 
-/* Fills the address parts of the chunks of X and Y and the bits that go with them. */
-MOE_DEVICE void moei_block_address(const moei_block_args* d, const moei_block_where* t,
-                                   moei_block_shared* s, const int tm, const int tn)
+/* Fills the address parts of the slices of X and Y and the bits that go with them. */
+MOE_DEVICE void moei_sparse_address(const moei_sparse_args* d, const moei_sparse_position* t,
+                                    moei_sparse_shared* s, const int tile_m, const int tile_n)
 {
     const int tid = (int)threadIdx.x;
-    if (tid < tm / 16) {
+    if (tid < tile_m / 16) {
         const int row = t->row + tid * 16, in = row - t->strip * d->strip_m;
-        const int64_t step = moei_block_step(&d->x, MOE_MAJOR_K);
+        const int64_t step = moei_sparse_step(&d->x, MOE_MAJOR_K);
         bool there = tid * 16 < t->rows;
         uint64_t p = (uint64_t)(uintptr_t)d->x.base + (uint64_t)((d->packed ? in : row) * step);
         if (d->sparse_c) {
@@ -188,32 +190,32 @@ MOE_DEVICE void moei_block_address(const moei_block_args* d, const moei_block_wh
             }
         } else if (d->c.table && there) {
             there = d->c.table[row >> d->block_m] != 0 &&
-                    moei_block_strip(d, &d->c, row >> d->block_m) != 0;
+                    moei_sparse_strip_address(d, &d->c, row >> d->block_m) != 0;
         }
         s->x[tid] = p;
         if (there) atomicOr(&s->rows, 1u << tid);
     }
-    if (tid >= 32 && tid < 32 + tn / 16) { /* another warp */
+    if (tid >= 32 && tid < 32 + tile_n / 16) { /* another warp */
         const int j = tid - 32, column = t->column + j * 16;
-        const int64_t step = moei_block_step(&d->y, MOE_MAJOR_K);
+        const int64_t step = moei_sparse_step(&d->y, MOE_MAJOR_K);
         uint64_t p = (uint64_t)(uintptr_t)d->y.base + (uint64_t)(column * step);
-        uint32_t have = j * 16 < t->columns ? (1u << (tm / 16)) - 1 : 0;
+        uint32_t have = j * 16 < t->columns ? (1u << (tile_m / 16)) - 1 : 0;
         if (d->sparse_c) {
             const int at = column >> d->block_other, in = column & ((1 << d->block_other) - 1);
-            moei_block_entry e = moei_block_read(d, t, at);
+            moei_sparse_entry e = moei_sparse_read(d, t, at);
             const bool follows = at > 0 && t->begin + at < t->end;
             const int before = follows ? d->block[t->begin + at - 1] : -1;
-            moei_block_test(d, t, at, before, &e);
+            moei_sparse_check_entry(d, t, at, before, &e);
             p = (uint64_t)(uintptr_t)d->y.base;
             have = 0;
             if (e.block >= 0 && j * 16 < t->columns) {
-                have = moei_block_rows(d, e.info, tm);
-                for (int i = 0; i < tm / 16 && d->x.table; ++i)
+                have = moei_sparse_rows(d, e.info, tile_m);
+                for (int i = 0; i < tile_m / 16 && d->x.table; ++i)
                     if ((have >> i & 1) && i * 16 < t->rows)
-                        (void)moei_block_strip(d, &d->x, (t->row + i * 16) >> d->block_m);
+                        (void)moei_sparse_strip_address(d, &d->x, (t->row + i * 16) >> d->block_m);
                 p += (uint64_t)((e.block * ((int64_t)1 << d->block_other) + in) * step);
                 if (d->y.table) {
-                    p = moei_block_strip(d, &d->y, e.block);
+                    p = moei_sparse_strip_address(d, &d->y, e.block);
                     if (p == 0) have = 0;
                     p += (uint64_t)(in * step);
                 }
@@ -227,48 +229,50 @@ MOE_DEVICE void moei_block_address(const moei_block_args* d, const moei_block_wh
     }
 }
 
-/* Row of depths.there that the tile goes by; null: all depths count. */
-MOE_DEVICE const uint8_t* moei_block_depths_of(const moei_block_args* d, const moei_block_where* t)
+/* Row of depths.keep that the tile goes by; null: all depths count. */
+MOE_DEVICE const uint8_t* moei_sparse_depths_of(const moei_sparse_args* d,
+                                                const moei_sparse_position* t)
 {
-    const int32_t slot = d->depths.slot ? d->depths.slot[t->strip / d->depths.strips] : 0;
-    return slot > 0 ? d->depths.there + (slot - 1) * d->depths.stride : (const uint8_t*)0;
+    const int32_t slot = d->depths.filter ? d->depths.filter[t->strip / d->depths.strips] : 0;
+    return slot > 0 ? d->depths.keep + (slot - 1) * d->depths.stride : (const uint8_t*)0;
 }
 
 /* Bits of the 16 depths from k on that count. */
-MOE_DEVICE uint32_t moei_block_depth_bits(const moei_block_args* d, const moei_block_where* t,
-                                          int64_t k)
+MOE_DEVICE uint32_t moei_sparse_depth_bits(const moei_sparse_args* d, const moei_sparse_position* t,
+                                           int64_t k)
 {
-    const uint8_t* there = moei_block_depths_of(d, t);
+    const uint8_t* there = moei_sparse_depths_of(d, t);
     uint32_t bits = 0;
     if (!there) return 0xffff;
-    MOEI_NO_UNROLL
+    MOE_NO_UNROLL
     for (int i = 0; i < 16; ++i) bits |= (there[k + i] != 0 ? 1u : 0u) << i;
     return bits;
 }
 
-/* A warp makes the 32 chunks from chunk number `first` on, one a lane. Without `careful`, a literal,
+/* A warp makes the 32 slices from slice number `first` on, one a lane. Without `predicated`, a literal,
    all depths count. */
-MOE_DEVICE void moei_block_chunks(const moei_block_args* d, const moei_block_where* t,
-                                  moei_block_shared* s, int first, const int careful, const int tm)
+MOE_DEVICE void moei_sparse_slices(const moei_sparse_args* d, const moei_sparse_position* t,
+                                   moei_sparse_shared* s, int first, const int predicated,
+                                   const int tile_m)
 {
-    const int number = first + moei_lane(), depth = number * 16;
-    const int64_t x_step = moei_block_step(&d->x, MOE_MAJOR_MN);
-    const int64_t y_step = moei_block_step(&d->y, MOE_MAJOR_MN);
-    moei_block_chunk x, y;
+    const int number = first + moe_lane(), depth = number * 16;
+    const int64_t x_step = moei_sparse_step(&d->x, MOE_MAJOR_MN);
+    const int64_t y_step = moei_sparse_step(&d->y, MOE_MAJOR_MN);
+    moei_sparse_slice x, y;
     int64_t k = depth; /* in the matrix */
     x.at = y.at = 0;
     x.rows = s->rows;
     if (!d->sparse_c) {
         const int at = depth >> d->block_other, in = depth & ((1 << d->block_other) - 1);
-        moei_block_entry e = moei_block_read(d, t, at);
+        moei_sparse_entry e = moei_sparse_read(d, t, at);
         const bool follows = at > 0 && t->begin + at < t->end;
-        moei_block_test(d, t, at, follows ? d->block[t->begin + at - 1] : -1, &e);
-        x.rows &= moei_block_rows(d, e.info, tm);
+        moei_sparse_check_entry(d, t, at, follows ? d->block[t->begin + at - 1] : -1, &e);
+        x.rows &= moei_sparse_rows(d, e.info, tile_m);
         k = e.block * ((int64_t)1 << d->block_other) + in;
         if (e.block < 0) {
             k = d->k;
         } else if (d->y.table) {
-            const uint64_t strip = moei_block_strip(d, &d->y, e.block);
+            const uint64_t strip = moei_sparse_strip_address(d, &d->y, e.block);
             y.at = strip - (uint64_t)((k - in) * y_step);
             if (strip == 0) k = d->k;
         }
@@ -284,17 +288,17 @@ MOE_DEVICE void moei_block_chunks(const moei_block_args* d, const moei_block_whe
     x.at += (uint64_t)(k * x_step);
     y.at += (uint64_t)(k * y_step);
     y.rows = 0xffff;
-    if (careful && d->depths.slot && y.count > 0) y.rows = moei_block_depth_bits(d, t, k);
-    s->chunk_x[number % (2 * MOEI_WARP)] = x;
-    s->chunk_y[number % (2 * MOEI_WARP)] = y;
+    if (predicated && d->depths.filter && y.count > 0) y.rows = moei_sparse_depth_bits(d, t, k);
+    s->slice_x[number % (2 * MOE_WARP_SIZE)] = x;
+    s->slice_y[number % (2 * MOE_WARP_SIZE)] = y;
 }
 
-/* Address parts of the chunks of C, in place of those of X and Y. */
-MOE_DEVICE void moei_block_address_c(const moei_block_args* d, const moei_block_where* t,
-                                     moei_block_shared* s, const int tm, const int tn)
+/* Address parts of the slices of C, in place of those of X and Y. */
+MOE_DEVICE void moei_sparse_address_c(const moei_sparse_args* d, const moei_sparse_position* t,
+                                      moei_sparse_shared* s, const int tile_m, const int tile_n)
 {
     const int tid = (int)threadIdx.x, bytes = (d->c_dtype == MOE_FP32 ? 4 : 2);
-    if (tid < tm / 16) {
+    if (tid < tile_m / 16) {
         const int64_t step = d->c.major == MOE_MAJOR_MN ? bytes : d->c.stride * bytes;
         const int row = t->row + tid * 16, in = row & ((1 << d->block_m) - 1);
         uint64_t p = (uint64_t)(uintptr_t)d->c.base;
@@ -302,13 +306,13 @@ MOE_DEVICE void moei_block_address_c(const moei_block_args* d, const moei_block_
             p = (s->rows >> tid & 1) ? (uint64_t)(uintptr_t)d->c.table[row >> d->block_m] : 0;
         s->x[tid] = p + (uint64_t)((d->c.table || (d->sparse_c && d->packed) ? in : row) * step);
     }
-    if (tid >= 32 && tid < 32 + tn / 16) {
+    if (tid >= 32 && tid < 32 + tile_n / 16) {
         const int64_t step = d->c.major == MOE_MAJOR_MN ? d->c.stride * bytes : bytes;
         const int column = t->column + (tid - 32) * 16;
         int64_t at = column * step;
         if (d->sparse_c) {
             const int in = column & ((1 << d->block_other) - 1);
-            const moei_block_entry e = moei_block_read(d, t, column >> d->block_other);
+            const moei_sparse_entry e = moei_sparse_read(d, t, column >> d->block_other);
             at = (e.block * ((int64_t)1 << d->block_other) + in) * step;
             if (d->packed)
                 at = e.info * ((int64_t)bytes << (d->block_m + d->block_other)) + in * step;
