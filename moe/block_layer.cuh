@@ -77,6 +77,7 @@
 #include "base/check.h"
 #include "block_layer/desc.h"
 #include "block_layer/prepare.cuh"
+#include "preload.cuh"
 
 /* Bytes that these sizes and options take; reads no pointers. Errors: theirs. */
 MOE_HOST moe_status moe_block_layer_sizes(const moe_block_layer_desc* desc,
@@ -243,7 +244,7 @@ MOE_HOST moe_status moei_block_layer_prepare_lists(const moei_block_layer* l,
 }
 
 /* Fills in *p, which is empty. */
-MOE_HOST moe_status moei_block_layer_resolve_forward(const moe_block_layer_desc* desc,
+MOE_HOST moe_status moei_block_layer_prepare_forward(const moe_block_layer_desc* desc,
                                                      moe_block_layer_prepared* p)
 {
     moei_block_layer l;
@@ -265,11 +266,11 @@ MOE_HOST moe_status moei_block_layer_resolve_forward(const moe_block_layer_desc*
 MOE_HOST moe_status moe_block_layer_prepare_forward(const moe_block_layer_desc* desc,
                                                     moe_block_layer_prepared* p)
 {
-    MOE_RETURN_PREPARED(desc, p, moei_block_layer_resolve_forward(desc, p));
+    MOE_RETURN_PREPARED(desc, p, moei_block_layer_prepare_forward(desc, p));
 }
 
 /* Fills in *p, which is empty. */
-MOE_HOST moe_status moei_block_layer_resolve_backward(const moe_block_layer_desc* desc,
+MOE_HOST moe_status moei_block_layer_prepare_backward(const moe_block_layer_desc* desc,
                                                       moe_block_layer_prepared* p)
 {
     moei_block_layer l;
@@ -296,7 +297,7 @@ MOE_HOST moe_status moei_block_layer_resolve_backward(const moe_block_layer_desc
 MOE_HOST moe_status moe_block_layer_prepare_backward(const moe_block_layer_desc* desc,
                                                      moe_block_layer_prepared* p)
 {
-    MOE_RETURN_PREPARED(desc, p, moei_block_layer_resolve_backward(desc, p));
+    MOE_RETURN_PREPARED(desc, p, moei_block_layer_prepare_backward(desc, p));
 }
 
 /* Queues a prepared forward or backward on `stream`. */
@@ -346,5 +347,7 @@ MOE_HOST moe_status moe_block_layer_preload(void)
     MOE_TRY(moei_block_layer_act_preload());
     return moei_block_layer_setup_preload();
 }
+
+MOEI_PRELOAD_INCLUDED(block_layer)
 
 #endif

@@ -44,6 +44,7 @@
 
 #include "block_sparse/list.cuh"
 #include "block_sparse/prepare.cuh"
+#include "preload.cuh"
 
 /* name, rows, columns, depth of a step, warps along rows and columns, stages, blocks a
    multiprocessor. */
@@ -301,7 +302,7 @@ MOE_HOST moe_status moei_sparse_prepare_zeroes(const moe_block_sparse_desc* d,
 }
 
 /* Fills in *p, which is empty. */
-MOE_HOST moe_status moei_sparse_resolve(const moe_block_sparse_desc* desc,
+MOE_HOST moe_status moei_sparse_prepare(const moe_block_sparse_desc* desc,
                                         moe_block_sparse_prepared* p)
 {
     moe_block_sparse_desc d;
@@ -335,7 +336,7 @@ MOE_HOST moe_status moei_sparse_resolve(const moe_block_sparse_desc* desc,
 MOE_HOST moe_status moe_block_sparse_prepare(const moe_block_sparse_desc* desc,
                                              moe_block_sparse_prepared* p)
 {
-    MOE_RETURN_PREPARED(desc, p, moei_sparse_resolve(desc, p));
+    MOE_RETURN_PREPARED(desc, p, moei_sparse_prepare(desc, p));
 }
 
 /* Queues a prepared product on `stream`. */
@@ -425,5 +426,7 @@ MOE_HOST moe_status moe_block_sparse_preload(void)
     MOE_TRY(moe_preload_kernel((const void*)moei_sparse_zero));
     return moe_preload_kernel((const void*)moei_sparse_strips);
 }
+
+MOEI_PRELOAD_INCLUDED(block_sparse)
 
 #endif

@@ -45,6 +45,7 @@
 #include "faults.h"
 #include "fields.h"
 #include "layout.h"
+#include "preload.cuh"
 
 typedef struct moe_combine_desc {
     /* in */
@@ -427,7 +428,7 @@ typedef struct moe_combine_prepared {
 } moe_combine_prepared;
 
 /* Fills in *p, which is empty. */
-MOE_HOST moe_status moei_combine_resolve(const moe_combine_desc* desc, moe_combine_prepared* p)
+MOE_HOST moe_status moei_combine_prepare(const moe_combine_desc* desc, moe_combine_prepared* p)
 {
     const moe_combine_args* d = &p->args;
     moe_launch_config c;
@@ -452,7 +453,7 @@ MOE_HOST moe_status moei_combine_resolve(const moe_combine_desc* desc, moe_combi
    descriptor as documented above, each with its own status. T = 0 is no error. */
 MOE_HOST moe_status moe_combine_prepare(const moe_combine_desc* desc, moe_combine_prepared* p)
 {
-    MOE_RETURN_PREPARED(desc, p, moei_combine_resolve(desc, p));
+    MOE_RETURN_PREPARED(desc, p, moei_combine_prepare(desc, p));
 }
 
 /* Queues a prepared combine on `stream`. */
@@ -479,5 +480,7 @@ MOE_HOST moe_status moe_combine_preload(void)
 #undef MOEI_COMBINE_LOAD
     return MOE_OK;
 }
+
+MOEI_PRELOAD_INCLUDED(combine)
 
 #endif

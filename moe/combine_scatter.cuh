@@ -48,6 +48,7 @@
 #include "faults.h"
 #include "fields.h"
 #include "layout.h"
+#include "preload.cuh"
 
 typedef struct moe_combine_scatter_desc {
     /* in */
@@ -394,7 +395,7 @@ typedef struct moe_combine_scatter_prepared {
 } moe_combine_scatter_prepared;
 
 /* Fills in *p, which is empty. */
-MOE_HOST moe_status moei_scatter_resolve(const moe_combine_scatter_desc* desc,
+MOE_HOST moe_status moei_scatter_prepare(const moe_combine_scatter_desc* desc,
                                          moe_combine_scatter_prepared* p)
 {
     moei_scatter_args* a;
@@ -428,7 +429,7 @@ MOE_HOST moe_status moei_scatter_resolve(const moe_combine_scatter_desc* desc,
 MOE_HOST moe_status moe_combine_scatter_prepare(const moe_combine_scatter_desc* desc,
                                                 moe_combine_scatter_prepared* p)
 {
-    MOE_RETURN_PREPARED(desc, p, moei_scatter_resolve(desc, p));
+    MOE_RETURN_PREPARED(desc, p, moei_scatter_prepare(desc, p));
 }
 
 /* Queues prepared additions on `stream`. */
@@ -456,5 +457,7 @@ MOE_HOST moe_status moe_combine_scatter_preload(void)
 #undef MOEI_SCATTER_LOAD
     return MOE_OK;
 }
+
+MOEI_PRELOAD_INCLUDED(combine_scatter)
 
 #endif

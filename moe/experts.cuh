@@ -227,12 +227,12 @@ typedef struct moe_experts_prepared {
 } moe_experts_prepared;
 
 /* Fills in *p, which is empty. */
-MOE_HOST moe_status moei_experts_resolve(const moe_experts_desc* desc, moe_experts_prepared* p)
+MOE_HOST moe_status moei_experts_prepare(const moe_experts_desc* desc, moe_experts_prepared* p)
 {
     moe_grouped_gemm_desc up, down;
     MOE_TRY(moei_experts_check_options(desc, &up, &down));
-    MOE_TRY(moei_experts_rename(moei_gemm_resolve(&up, &p->up), 1));
-    MOE_TRY(moei_experts_rename(moei_gemm_resolve(&down, &p->down), 0));
+    MOE_TRY(moei_experts_rename(moei_gemm_prepare(&up, &p->up), 1));
+    MOE_TRY(moei_experts_rename(moei_gemm_prepare(&down, &p->down), 0));
     return moei_experts_check_buffers(&up, &down);
 }
 
@@ -241,7 +241,7 @@ MOE_HOST moe_status moei_experts_resolve(const moe_experts_desc* desc, moe_exper
    status. No rows is no error. */
 MOE_HOST moe_status moe_experts_prepare(const moe_experts_desc* desc, moe_experts_prepared* p)
 {
-    MOE_RETURN_PREPARED(desc, p, moei_experts_resolve(desc, p));
+    MOE_RETURN_PREPARED(desc, p, moei_experts_prepare(desc, p));
 }
 
 /* Queues both prepared products on `stream`. */

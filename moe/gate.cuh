@@ -76,6 +76,7 @@
 #include "fields.h"
 #include "gate/plain.cuh"
 #include "gate/rules.cuh"
+#include "preload.cuh"
 
 /* most experts, most choices, lanes a token, logits a lane: the first that fits is taken. Predefine
    a list to compile fewer; what none fits runs, slower, by moei_gate_any. 512 threads, so that each
@@ -401,7 +402,7 @@ MOE_HOST moe_status moe_gate_workspace(const moe_gate_desc* desc, size_t* bytes)
 }
 
 /* Fills in *p, which is empty. */
-MOE_HOST moe_status moei_gate_resolve(const moe_gate_desc* desc, moe_gate_prepared* p)
+MOE_HOST moe_status moei_gate_prepare(const moe_gate_desc* desc, moe_gate_prepared* p)
 {
     moe_gate_desc d;
     moe_launch_config c = moe_grid(1, 32, 0, 0);
@@ -429,7 +430,7 @@ MOE_HOST moe_status moei_gate_resolve(const moe_gate_desc* desc, moe_gate_prepar
    as documented above, each with its own status. */
 MOE_HOST moe_status moe_gate_prepare(const moe_gate_desc* desc, moe_gate_prepared* p)
 {
-    MOE_RETURN_PREPARED(desc, p, moei_gate_resolve(desc, p));
+    MOE_RETURN_PREPARED(desc, p, moei_gate_prepare(desc, p));
 }
 
 /* Queues a prepared gate on `stream`. T = 0 only clears expert_count and prob_sum. */
@@ -470,5 +471,7 @@ MOE_HOST moe_status moe_gate_preload(void)
     MOE_TRY(moe_preload_kernel((const void*)moei_gate_batch_sum));
     return moe_preload_kernel((const void*)moei_gate_sum_chunks);
 }
+
+MOEI_PRELOAD_INCLUDED(gate)
 
 #endif

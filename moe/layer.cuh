@@ -80,7 +80,7 @@ typedef struct moe_layer_prepared {
 } moe_layer_prepared;
 
 /* Fills in *p, which is empty. */
-MOE_HOST moe_status moei_layer_resolve(const moe_layer_desc* desc, moe_layer_prepared* p)
+MOE_HOST moe_status moei_layer_prepare(const moe_layer_desc* desc, moe_layer_prepared* p)
 {
     moei_layer_options o;
     moei_layer_stations l;
@@ -107,7 +107,7 @@ MOE_HOST moe_status moei_layer_resolve(const moe_layer_desc* desc, moe_layer_pre
    its own status. T = 0 is no error. */
 MOE_HOST moe_status moe_layer_prepare(const moe_layer_desc* desc, moe_layer_prepared* p)
 {
-    MOE_RETURN_PREPARED(desc, p, moei_layer_resolve(desc, p));
+    MOE_RETURN_PREPARED(desc, p, moei_layer_prepare(desc, p));
 }
 
 /* Queues one stage of a prepared layer on `stream`: for timing, or to put work of one's own between

@@ -43,6 +43,7 @@
 #include "faults.h"
 #include "fields.h"
 #include "layout.h"
+#include "preload.cuh"
 
 typedef struct moe_permute_desc {
     /* in */
@@ -395,7 +396,7 @@ typedef struct moe_permute_prepared {
 } moe_permute_prepared;
 
 /* Fills in *p, which is empty; back: the inverse. */
-MOE_HOST moe_status moei_permute_resolve(const moe_permute_desc* desc, int back,
+MOE_HOST moe_status moei_permute_prepare(const moe_permute_desc* desc, int back,
                                          moe_permute_prepared* p)
 {
     moe_permute_desc d;
@@ -442,14 +443,14 @@ MOE_HOST moe_status moei_permute_resolve(const moe_permute_desc* desc, int back,
    zeros. */
 MOE_HOST moe_status moe_permute_prepare(const moe_permute_desc* desc, moe_permute_prepared* p)
 {
-    MOE_RETURN_PREPARED(desc, p, moei_permute_resolve(desc, 0, p));
+    MOE_RETURN_PREPARED(desc, p, moei_permute_prepare(desc, 0, p));
 }
 
 /* Settles the inverse, for moe_permute_run as well: the same descriptor with x and y exchanged. T = 0
    is no error; with num_rows = 0 every row that is asked for is out of range. */
 MOE_HOST moe_status moe_unpermute_prepare(const moe_permute_desc* desc, moe_permute_prepared* p)
 {
-    MOE_RETURN_PREPARED(desc, p, moei_permute_resolve(desc, 1, p));
+    MOE_RETURN_PREPARED(desc, p, moei_permute_prepare(desc, 1, p));
 }
 
 /* Queues a prepared permutation or inverse on `stream`. */
@@ -485,5 +486,7 @@ MOE_HOST moe_status moe_permute_preload(void)
 #undef MOEI_PERMUTE_LOAD
     return MOE_OK;
 }
+
+MOEI_PRELOAD_INCLUDED(permute)
 
 #endif

@@ -63,6 +63,7 @@
 
 #include "base/check.h"
 #include "fields.h"
+#include "preload.cuh"
 #include "route/desc.h"
 #include "route/keep.cuh"
 #include "route/place.cuh"
@@ -126,14 +127,6 @@ MOE_HOST moe_status moe_route_max_rows(const moe_route_desc* desc, int64_t* rows
     return MOE_OK;
 }
 
-/* The next piece of a workspace, at a multiple of 16 bytes; with a null base only counts. */
-MOE_HOST void* moei_route_piece(char* base, size_t* at, uint64_t bytes)
-{
-    const size_t from = (*at + 15) / 16 * 16;
-    *at = from + (size_t)bytes;
-    return base ? base + from : (char*)0;
-}
-
 /* Shares the workspace out among the kernels' arguments, if there are any; returns its bytes. d has
    its defaults filled in. counted: chunk_count is given, or will be. */
 MOE_HOST size_t moei_route_carve_workspace(const moe_route_desc* d, moei_route_args* a, int counted)
@@ -145,13 +138,13 @@ MOE_HOST size_t moei_route_carve_workspace(const moe_route_desc* d, moei_route_a
     size_t at = 0;
     if (!a) a = &unused;
     if (!counted)
-        a->d.chunk_count = (int32_t*)moei_route_piece(
+        a->d.chunk_count = (int32_t*)moei_carve(
             base, &at, num_replicas * (uint64_t)moe_num_chunks(d->num_tokens) * 4);
     if (d->drop_rule == MOE_DROP_BY_WEIGHT) {
-        a->list_count = (int32_t*)moei_route_piece(base, &at, num_replicas * 4);
-        a->list_offset = (int32_t*)moei_route_piece(base, &at, num_replicas * 4 + 4);
-        a->list_slot = (int32_t*)moei_route_piece(base, &at, slots * 4);
-        a->list_weight = (float*)moei_route_piece(base, &at, slots * 4);
+        a->list_count = (int32_t*)moei_carve(base, &at, num_replicas * 4);
+        a->list_offset = (int32_t*)moei_carve(base, &at, num_replicas * 4 + 4);
+        a->list_slot = (int32_t*)moei_carve(base, &at, slots * 4);
+        a->list_weight = (float*)moei_carve(base, &at, slots * 4);
     }
     return at;
 }
@@ -220,7 +213,7 @@ MOE_HOST moe_status moei_route_grid(moe_launch_config* c, const moe_route_desc* 
 }
 
 /* Bytes of workspace that moe_route wants: P * moe_num_chunks(T) * 4, or 0 when chunk_count is
-   given; for capacity by weight (P * 2 + 1 + T * K * 2) * 4 more, and up to 15 between the pieces.
+   given; for capacity by weight (P * 2 + 1 + T * K * 2) * 4 more. Each buffer is rounded up to 256.
    Reads the sizes, the options and chunk_count; errors: theirs. */
 MOE_HOST moe_status moe_route_workspace(const moe_route_desc* desc, size_t* bytes)
 {
@@ -270,7 +263,7 @@ MOE_HOST moe_status moei_route_prepare_by_weight(moe_route_prepared* p,
 }
 
 /* Fills in *p, which is empty. */
-MOE_HOST moe_status moei_route_resolve(const moe_route_desc* desc, moe_route_prepared* p)
+MOE_HOST moe_status moei_route_prepare(const moe_route_desc* desc, moe_route_prepared* p)
 {
     moei_route_args* a;
     moe_launch_config c;
@@ -296,7 +289,7 @@ MOE_HOST moe_status moei_route_resolve(const moe_route_desc* desc, moe_route_pre
    above, each with its own status. */
 MOE_HOST moe_status moe_route_prepare(const moe_route_desc* desc, moe_route_prepared* p)
 {
-    MOE_RETURN_PREPARED(desc, p, moei_route_resolve(desc, p));
+    MOE_RETURN_PREPARED(desc, p, moei_route_prepare(desc, p));
 }
 
 /* Queues a prepared routing on `stream`. T = 0 writes zero counts and offsets. */
@@ -326,5 +319,7 @@ MOE_HOST moe_status moe_route_preload(void)
     MOE_TRY(moe_preload_kernel((const void*)moei_route_place_options));
     return moe_preload_kernel((const void*)moei_route_keep);
 }
+
+MOEI_PRELOAD_INCLUDED(route)
 
 #endif

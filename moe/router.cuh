@@ -28,6 +28,7 @@
 #include "base/check.h"
 #include "fields.h"
 #include "gemm/grouped.cuh"
+#include "preload.cuh"
 #include "router/args.h"
 #include "router/large.cuh"
 #include "router/ragged.cuh"
@@ -337,7 +338,7 @@ MOE_HOST moe_status moei_router_prepare_gemm(const moe_router_desc* d, moe_route
     moe_status s;
     moei_router_gemm_desc(d, &g);
     s = moei_gemm_check(&g);
-    if (s == MOE_OK) s = moei_gemm_resolve(&g, &p->gemm);
+    if (s == MOE_OK) s = moei_gemm_prepare(&g, &p->gemm);
     if (moe_status_kind(s) == MOE_ERR_CUDA) return s;
     if (s == MOE_OK) {
         p->path = MOE_ROUTER_GEMM;
@@ -352,7 +353,7 @@ MOE_HOST moe_status moei_router_prepare_gemm(const moe_router_desc* d, moe_route
 }
 
 /* Fills in *p, which is empty: its path is scalar. */
-MOE_HOST moe_status moei_router_resolve(const moe_router_desc* desc, moe_router_prepared* p)
+MOE_HOST moe_status moei_router_prepare(const moe_router_desc* desc, moe_router_prepared* p)
 {
     moe_router_desc d = *desc;
     MOE_TRY(moei_router_check(&d));
@@ -379,7 +380,7 @@ MOE_HOST moe_status moei_router_resolve(const moe_router_desc* desc, moe_router_
    documented above, each with its own status. T = 0 is no error. */
 MOE_HOST moe_status moe_router_prepare(const moe_router_desc* desc, moe_router_prepared* p)
 {
-    MOE_RETURN_PREPARED(desc, p, moei_router_resolve(desc, p));
+    MOE_RETURN_PREPARED(desc, p, moei_router_prepare(desc, p));
 }
 
 /* Queues a prepared product on `stream`. */
@@ -421,5 +422,7 @@ MOE_HOST moe_status moe_router_preload(void)
     MOE_TRY(moei_variant_preload(moei_ragged_variants));
     return moe_preload_kernel((const void*)moei_router_any);
 }
+
+MOEI_PRELOAD_INCLUDED(router)
 
 #endif

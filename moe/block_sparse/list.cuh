@@ -41,6 +41,7 @@
 
 #include "../base/check.h"
 #include "../fields.h"
+#include "../preload.cuh"
 #include "list_fill.cuh"
 
 /* Checks the sizes and derives the kernels' ones. */
@@ -74,30 +75,22 @@ MOE_HOST moe_status moei_sparse_list_sizes(moei_sparse_list_args* a)
     return MOE_OK;
 }
 
-/* The next vector of a workspace, at a multiple of 16 bytes; with a null base only counts. */
-MOE_HOST void* moei_sparse_list_piece(char* base, size_t* at, int64_t entries)
-{
-    const size_t from = (*at + 15) / 16 * 16;
-    *at = from + (size_t)entries * 4;
-    return base ? base + from : (char*)0;
-}
-
 /* Shares the workspace out; returns its bytes. */
 MOE_HOST size_t moei_sparse_list_carve_workspace(moei_sparse_list_args* a)
 {
     char* base = (char*)a->d.workspace;
     const int64_t rows = a->num_block_rows, words = a->words, groups = words * 32;
     size_t at = 0;
-    a->stopped = (int32_t*)moei_sparse_list_piece(base, &at, 1);
-    a->bad_offset = (int32_t*)moei_sparse_list_piece(base, &at, a->spans);
-    a->word = (uint32_t*)moei_sparse_list_piece(base, &at, rows * words);
-    a->row_count = (int32_t*)moei_sparse_list_piece(base, &at, rows * a->spans);
-    a->row_start = (int32_t*)moei_sparse_list_piece(base, &at, rows);
-    a->row_sum = (int32_t*)moei_sparse_list_piece(base, &at, a->row_sums);
-    a->above = (int32_t*)moei_sparse_list_piece(base, &at, a->tiles * groups);
-    a->group_count = (int32_t*)moei_sparse_list_piece(base, &at, groups);
-    a->group_start = (int32_t*)moei_sparse_list_piece(base, &at, groups);
-    a->word_sum = (int32_t*)moei_sparse_list_piece(base, &at, words);
+    a->stopped = (int32_t*)moei_carve(base, &at, 4);
+    a->bad_offset = (int32_t*)moei_carve(base, &at, (uint64_t)a->spans * 4);
+    a->word = (uint32_t*)moei_carve(base, &at, (uint64_t)(rows * words) * 4);
+    a->row_count = (int32_t*)moei_carve(base, &at, (uint64_t)(rows * a->spans) * 4);
+    a->row_start = (int32_t*)moei_carve(base, &at, (uint64_t)rows * 4);
+    a->row_sum = (int32_t*)moei_carve(base, &at, (uint64_t)a->row_sums * 4);
+    a->above = (int32_t*)moei_carve(base, &at, (uint64_t)(a->tiles * groups) * 4);
+    a->group_count = (int32_t*)moei_carve(base, &at, (uint64_t)groups * 4);
+    a->group_start = (int32_t*)moei_carve(base, &at, (uint64_t)groups * 4);
+    a->word_sum = (int32_t*)moei_carve(base, &at, (uint64_t)words * 4);
     return at;
 }
 
@@ -184,7 +177,7 @@ typedef struct moe_block_sparse_list_prepared {
 } moe_block_sparse_list_prepared;
 
 /* Fills in *p, which is empty. */
-MOE_HOST moe_status moei_sparse_list_resolve(const moe_block_sparse_list_desc* desc,
+MOE_HOST moe_status moei_sparse_list_prepare(const moe_block_sparse_list_desc* desc,
                                              moe_block_sparse_list_prepared* p)
 {
     moei_sparse_list_args* a;
@@ -208,7 +201,7 @@ MOE_HOST moe_status moei_sparse_list_resolve(const moe_block_sparse_list_desc* d
 MOE_HOST moe_status moe_block_sparse_list_prepare(const moe_block_sparse_list_desc* desc,
                                                   moe_block_sparse_list_prepared* p)
 {
-    MOE_RETURN_PREPARED(desc, p, moei_sparse_list_resolve(desc, p));
+    MOE_RETURN_PREPARED(desc, p, moei_sparse_list_prepare(desc, p));
 }
 
 /* Queues the prepared making of a list on `stream`. */
@@ -237,5 +230,7 @@ MOE_HOST moe_status moe_block_sparse_list_preload(void)
     MOE_TRY(moe_preload_kernel((const void*)moei_sparse_list_sum));
     return moe_preload_kernel((const void*)moei_sparse_list_fill);
 }
+
+MOEI_PRELOAD_INCLUDED(block_sparse_list)
 
 #endif

@@ -27,6 +27,7 @@
 
 #include "../base/check.h"
 #include "../fields.h"
+#include "../preload.cuh"
 #include "tile.cuh"
 #include "variant.cuh"
 
@@ -327,7 +328,7 @@ typedef struct moe_grouped_gemm_prepared {
 } moe_grouped_gemm_prepared;
 
 /* Fills in *p, which is empty, for a checked descriptor. */
-MOE_HOST moe_status moei_gemm_resolve(const moe_grouped_gemm_desc* d, moe_grouped_gemm_prepared* p)
+MOE_HOST moe_status moei_gemm_prepare(const moe_grouped_gemm_desc* d, moe_grouped_gemm_prepared* p)
 {
     moe_device dev;
     const moei_variant* v = 0;
@@ -345,12 +346,12 @@ MOE_HOST moe_status moei_gemm_resolve(const moe_grouped_gemm_desc* d, moe_groupe
 }
 
 /* The same for one that has not been checked. */
-MOE_HOST moe_status moei_gemm_check_resolve(const moe_grouped_gemm_desc* desc,
+MOE_HOST moe_status moei_gemm_check_prepare(const moe_grouped_gemm_desc* desc,
                                             moe_grouped_gemm_prepared* p)
 {
     moe_grouped_gemm_desc d = *desc;
     MOE_TRY(moei_gemm_check(&d));
-    return moei_gemm_resolve(&d, p);
+    return moei_gemm_prepare(&d, p);
 }
 
 /* Settles a product: moe_grouped_gemm_run queues it any number of times. Keeps the addresses of
@@ -359,7 +360,7 @@ MOE_HOST moe_status moei_gemm_check_resolve(const moe_grouped_gemm_desc* desc,
 MOE_HOST moe_status moe_grouped_gemm_prepare(const moe_grouped_gemm_desc* desc,
                                              moe_grouped_gemm_prepared* p)
 {
-    MOE_RETURN_PREPARED(desc, p, moei_gemm_check_resolve(desc, p));
+    MOE_RETURN_PREPARED(desc, p, moei_gemm_check_prepare(desc, p));
 }
 
 /* Queues a prepared product on `stream`. */
@@ -392,5 +393,7 @@ MOE_HOST moe_status moe_grouped_gemm_preload(void)
 {
     return moei_variant_preload(moei_gemm_variants);
 }
+
+MOEI_PRELOAD_INCLUDED(grouped_gemm)
 
 #endif

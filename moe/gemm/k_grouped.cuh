@@ -23,6 +23,7 @@
 
 #include "../base/check.h"
 #include "../fields.h"
+#include "../preload.cuh"
 #include "k_desc.h"
 #include "k_tile.cuh"
 #include "variant.cuh"
@@ -226,7 +227,7 @@ MOE_HOST moe_k_grouped_gemm_args moei_k_args_of(const moe_k_grouped_gemm_desc* d
 }
 
 /* Fills in *p, which is empty. */
-MOE_HOST moe_status moei_k_resolve(const moe_k_grouped_gemm_desc* desc,
+MOE_HOST moe_status moei_k_prepare(const moe_k_grouped_gemm_desc* desc,
                                    moe_k_grouped_gemm_prepared* p)
 {
     moe_k_grouped_gemm_desc checked = *desc;
@@ -259,7 +260,7 @@ MOE_HOST moe_status moei_k_resolve(const moe_k_grouped_gemm_desc* desc,
 MOE_HOST moe_status moe_k_grouped_gemm_prepare(const moe_k_grouped_gemm_desc* desc,
                                                moe_k_grouped_gemm_prepared* p)
 {
-    MOE_RETURN_PREPARED(desc, p, moei_k_resolve(desc, p));
+    MOE_RETURN_PREPARED(desc, p, moei_k_prepare(desc, p));
 }
 
 /* Queues a prepared product on `stream`. */
@@ -283,5 +284,7 @@ MOE_HOST moe_status moe_k_grouped_gemm_preload(void)
 {
     return moei_variant_preload(moei_k_gemm_variants);
 }
+
+MOEI_PRELOAD_INCLUDED(k_grouped_gemm)
 
 #endif

@@ -6,6 +6,7 @@
      g++ -x c++ -std=c++14 -O2 -I. tests/unit/test_preload.cu -o test_preload */
 #include "tests/test.h"
 
+#include "moe/gemm/k_grouped.cuh"
 #include "moe/moe.cuh"
 
 enum { T = 5, H = 64, I = 32, E = 4, K = 2, R = T * K, PIECES = 16 };
@@ -29,6 +30,8 @@ static void* ints(const int32_t* from, int n)
     piece[pieces] = tbuf_from("integers", from, (size_t)n * 4, 0);
     return piece[pieces++].p;
 }
+
+static moe_status preload_all(void) { return moe_preload(); }
 
 /* Only what this preload loads may run from here on. */
 static void begin(moe_status (*preload)(void))
@@ -222,7 +225,7 @@ static void test_layer(void)
     for (int tile = MOE_TILE_AUTO; tile <= MOE_TILE_64x64; ++tile)
         for (int i = 0; i < 4; ++i) { /* dtypes; with a router, with ids and a shared expert */
             moe_layer_desc d;
-            begin(moe_preload);
+            begin(preload_all);
             memset(&d, 0, sizeof d);
             d.x = zeros(T * H * 2);
             if (i < 2) {
@@ -435,7 +438,7 @@ static void test_everything(void)
         moe_combine_preload,      moe_layer_preload,
         moe_permute_preload,      moe_combine_scatter_preload,
         moe_block_sparse_preload, moe_block_sparse_list_preload,
-        moe_block_layer_preload};
+        moe_block_layer_preload,  moe_k_grouped_gemm_preload};
     for (size_t i = 0; i < sizeof stations / sizeof stations[0]; ++i) {
 #if MOE_ON_HOST
         int missing = 0;

@@ -41,6 +41,9 @@ typedef struct route_bufs {
     moe_route_desc d;
 } route_bufs;
 
+/* Bytes of one buffer in a workspace. */
+#define CARVED(bytes) (((bytes) + 255) / 256 * 256)
+
 static void fill_ids(int32_t* ids, const route_case* c, trand* r)
 {
     const int64_t slots = (int64_t)c->T * c->K;
@@ -123,7 +126,7 @@ static void count_chunks(int32_t* chunk, const int32_t* ids, const route_case* c
 static void bufs_new(route_bufs* b, const route_case* c, const int32_t* ids, const float* weights)
 {
     const size_t slots = (size_t)c->T * (size_t)c->K, P = (size_t)c->P;
-    const size_t own = c->counts ? 0 : P * (size_t)moe_num_chunks(c->T) * 4;
+    const size_t own = c->counts ? 0 : CARVED(P * (size_t)moe_num_chunks(c->T) * 4);
     size_t want = 0, expected = own;
     memset(&b->d, 0, sizeof b->d);
     b->d.num_tokens = c->T;
@@ -151,8 +154,7 @@ static void bufs_new(route_bufs* b, const route_case* c, const int32_t* ids, con
     }
     CHECK_STATUS(moe_route_workspace(&b->d, &want), MOE_OK);
     if (c->rule == MOE_DROP_BY_WEIGHT)
-        expected = (own + 15) / 16 * 16 + (P * 4 + 15) / 16 * 16 + (P * 4 + 4 + 15) / 16 * 16 +
-                   (slots * 4 + 15) / 16 * 16 + slots * 4;
+        expected = own + CARVED(P * 4) + CARVED(P * 4 + 4) + 2 * CARVED(slots * 4);
     CHECK(want == expected, "workspace of %zu bytes, expected %zu", want, expected);
     CHECK_STATUS(moe_route_max_rows(&b->d, &b->rows), MOE_OK);
     b->ids = tbuf_from("ids", ids, slots * 4, 4);

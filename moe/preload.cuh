@@ -1,0 +1,53 @@
+/* preload.cuh: moe_preload() loads the kernels of every station whose header the file includes.
+
+   Under lazy loading the first launch of a kernel synchronises the device, and can hang while another
+   kernel spins. Call moe_preload once for each device before such a kernel runs. Returns a moe_status:
+   the first error of the runtime. Costs one runtime call a kernel.
+
+     #include "moe/gate.cuh"
+     #include "moe/route.cuh"
+     ...
+     moe_status s = moe_preload(); // the kernels of gate and route
+
+   moe_gate_preload, moe_layer_preload, ... load those of one station. */
+#ifndef MOE_PRELOAD_CUH
+#define MOE_PRELOAD_CUH
+
+#include "base/cuda.cuh"
+
+#define MOEI_PRELOAD_LIST(X)                                                                       \
+    X(router)                                                                                      \
+    X(gate)                                                                                        \
+    X(route)                                                                                       \
+    X(grouped_gemm)                                                                                \
+    X(k_grouped_gemm)                                                                              \
+    X(combine)                                                                                     \
+    X(combine_scatter)                                                                             \
+    X(permute)                                                                                     \
+    X(block_sparse_list)                                                                           \
+    X(block_sparse)                                                                                \
+    X(block_layer)
+
+/* A station that is not included: nothing to load. */
+#define MOEI_PRELOAD_ABSENT(station)                                                               \
+    MOE_HOST moe_status moei_preload_##station(...) { return MOE_OK; }
+MOEI_PRELOAD_LIST(MOEI_PRELOAD_ABSENT)
+#undef MOEI_PRELOAD_ABSENT
+
+/* Stands at the end of a station's header: an overload that is preferred to the one above. */
+#define MOEI_PRELOAD_INCLUDED(station)                                                             \
+    MOE_HOST moe_status moei_preload_##station(int unused)                                         \
+    {                                                                                              \
+        (void)unused;                                                                              \
+        return moe_##station##_preload();                                                          \
+    }
+
+/* A macro, so that it sees every header included before the call, in any order. */
+#define MOEI_PRELOAD_TRY(station) MOE_TRY(moei_preload_##station(0));
+#define moe_preload()                                                                              \
+    ([]() -> moe_status {                                                                          \
+        MOEI_PRELOAD_LIST(MOEI_PRELOAD_TRY)                                                        \
+        return MOE_OK;                                                                             \
+    }())
+
+#endif
