@@ -98,7 +98,7 @@ static const char* tile_name(const moe_block_sparse_choice* c)
     const char *tile = "auto", *rest = 0;
     for (int i = 0; i < NUM_TILES; ++i) {
         if (tiles[i].value == c->tile) tile = tiles[i].name;
-        if (tiles[i].value == c->rest) rest = tiles[i].name;
+        if (tiles[i].value == c->fallback_tile) rest = tiles[i].name;
     }
     snprintf(name, sizeof name, "%s%s%s", tile, rest ? "+" : "", rest ? rest : "");
     return name;

@@ -58,6 +58,10 @@ typedef struct test_state {
     int passed, failed, skipped; /* tests */
     int argc;
     char** argv;
+    struct {
+        const char* name;
+        double seconds;
+    } slowest[5];
     cudaStream_t stream; /* the tests' stream: not the default one, so that a launch which
                             ignores its stream argument is not ordered by accident */
 } test_state;
@@ -138,6 +142,9 @@ MOEI_UNUSED static void test_leave_out(const char* format, ...)
     va_end(args);
 }
 
+/* Returns 1 where long tests run: on a GPU, and on the CPU with MOE_TEST_FULL, as in the preset full. */
+MOEI_UNUSED static int test_long(void) { return !MOE_ON_HOST || getenv("MOE_TEST_FULL") != 0; }
+
 /* Do the program's arguments want the test of this name? */
 MOEI_UNUSED static int test_wanted(const char* name)
 {
@@ -152,6 +159,18 @@ MOEI_UNUSED static int test_wanted(const char* name)
         }
     }
     return named || !given;
+}
+
+/* Keeps the slowest tests, longest first. */
+MOEI_UNUSED static void test_time(const char* name, double seconds)
+{
+    const int n = (int)(sizeof test_now.slowest / sizeof test_now.slowest[0]);
+    int i = n - 1;
+    if (seconds <= test_now.slowest[i].seconds) return;
+    for (; i > 0 && seconds > test_now.slowest[i - 1].seconds; --i)
+        test_now.slowest[i] = test_now.slowest[i - 1];
+    test_now.slowest[i].name = name;
+    test_now.slowest[i].seconds = seconds;
 }
 
 #define RUN(test) test_run(test, #test)
@@ -169,6 +188,7 @@ MOEI_UNUSED static void test_run(void (*test)(void), const char* name)
         test();
         TEST_CUDA(cudaDeviceSynchronize());
         timespec_get(&b, TIME_UTC);
+        test_time(name, (double)(b.tv_sec - a.tv_sec) + 1e-9 * (double)(b.tv_nsec - a.tv_nsec));
         if (test_now.failures) {
             ++test_now.failed;
             printf("FAILED %s: %d checks; MOE_TEST_SEED=%llu repeats it\n", name,
@@ -192,7 +212,10 @@ MOEI_UNUSED static void test_run(void (*test)(void), const char* name)
 MOEI_UNUSED static int test_end(void)
 {
     TEST_CUDA(cudaStreamDestroy(test_now.stream));
-    printf("%lld checks\n%d passed, %d failed, %d skipped\n", (long long)test_now.checks,
+    printf("slowest:");
+    for (int i = 0; i < 5 && test_now.slowest[i].name; ++i)
+        printf(" %s %.2f s", test_now.slowest[i].name, test_now.slowest[i].seconds);
+    printf("\n%lld checks\n%d passed, %d failed, %d skipped\n", (long long)test_now.checks,
            test_now.passed, test_now.failed, test_now.skipped);
     if (test_now.skipped && !test_now.passed && !test_now.failed) return TEST_SKIPPED;
     return test_now.failed || !test_now.passed ? 1 : 0;

@@ -148,11 +148,8 @@ MOEI_UNUSED static int test_has_memory(size_t bytes)
 
 /* Rows so far apart that the last one begins past 2^32 elements: an offset in 32 bits, signed or
    not, misses it. All that is no row is poison; on the CPU only the zone behind each row is, so
-   that the pages between are never touched. There these tests are skipped unless TWIDE_SPAN says
-   otherwise, which the preset `full` does. */
-#ifndef TWIDE_SPAN
-#define TWIDE_SPAN (MOE_ON_HOST ? (int64_t)0 : (int64_t)1 << 32) /* to the last row, elements */
-#endif
+   that the pages between are never touched. There these tests run in the preset `full` alone. */
+#define TWIDE_SPAN (test_long() ? (int64_t)1 << 32 : (int64_t)0) /* to the last row, elements */
 #define TWIDE_ZONE 64 /* elements behind each row that must stay poison */
 
 typedef struct twide {

@@ -1,20 +1,12 @@
 #!/usr/bin/env bash
-# calls.sh DIR NVCC: kernels call no function: what they are made of is inlined into them, so that the
-# shapes and options which they pass are literals and the accumulators registers.
+# calls.sh PTX: kernels call no function: what they are made of is inlined into them, so that the
+# shapes and options which they pass are literals and the accumulators registers. everything.sh has
+# made the PTX.
 set -euo pipefail
-dir=$1 nvcc=$2
-root=$(cd "$(dirname "$0")/../.." && pwd)
-mkdir -p "$dir"
-cd "$dir"
-{
-    echo '#include "moe/moe.cuh"'
-    echo '#include "moe/gemm/k_grouped.cuh"'
-} > calls.cu
-"$nvcc" -O3 -std=c++14 "-I$root" -gencode arch=compute_90a,code=compute_90a -ptx calls.cu -o calls.ptx
-kernels=$(grep -c '^\.visible \.entry\|^\.entry' calls.ptx)
+kernels=$(grep -c '^\.visible \.entry\|^\.entry' "$1")
 echo "$kernels kernels"
 [ "$kernels" -gt 50 ]
-if grep -nE '^[[:space:]]*(@!?%p[0-9]+[[:space:]]+)?call' calls.ptx; then
+if grep -nE '^[[:space:]]*(@!?%p[0-9]+[[:space:]]+)?call' "$1"; then
     echo "calls.sh: these functions are not inlined"
     exit 1
 fi

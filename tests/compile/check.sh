@@ -5,12 +5,15 @@
 #   host             a .cuh for the CPU backend with a C++ compiler, no CUDA header in reach
 #   nvcc             a .cuh to machine code of sm_75, sm_80, sm_90a and the newest target of this
 #                    toolkit; stack and spills are errors, and so is wgmma that ptxas serialises
-#   nvcc-front       the same targets without optimisation and without ptxas: is it well formed?
-#   front-cxx17      so for sm_90a alone, as C++17 with --use_fast_math
-#   front-cxx20      so for sm_90a alone, as C++20
-#   program          a whole .cu, so for sm_80, sm_90a and the newest
+#   nvcc-front       through the front end for sm_90a: is it well formed?
+#   front-cxx17      so as C++17 with --use_fast_math
+#   front-cxx20      so as C++20
+#   front-ptx        to PTX of the targets of nvcc, for old toolkits
+#   program          a whole .cu through the front end for sm_80, sm_90a and the newest
 #   host-names       as host, but after names.h, a file full of everyday names and macros
-#   front-names      so with nvcc, for sm_90a alone
+#   front-names      so with nvcc, for sm_90a
+#
+# The front end alone is code=lto: it checks all that the language asks, and generates no machine code.
 #
 # Headers are included alone and twice. gemm/grouped.cuh and block_sparse.cuh are compiled with all
 # their kernels, whatever includes them without: they are most of the work. router.cuh has those of
@@ -48,14 +51,15 @@ host-names) # names of the headers' own shadow those of the file: that is no fau
 esac
 
 newest=$("$compiler" --list-gpu-arch | sed 's/compute_//' | sort -n | tail -1)
-targets="75 80 90a $newest" std=c++14 flags=(-G) code=compute
+targets=90a std=c++14 flags=(-dc) code=lto
 write alone.cu "$no_gemm" "$no_block" "${twice[@]}"
 case $kind in
-nvcc) code=sm flags=(-Xptxas -warn-spills,-warn-lmem-usage,-Werror) ;;
+nvcc) targets="75 80 90a $newest" code=sm flags=(-c -Xptxas -warn-spills,-warn-lmem-usage,-Werror) ;;
 nvcc-front) ;;
-front-cxx17) targets=90a std=c++17 flags+=(--use_fast_math) ;;
-front-cxx20) targets=90a std=c++20 ;;
-front-names) targets=90a; write alone.cu "${named[@]}" ;;
+front-cxx17) std=c++17 flags+=(--use_fast_math) ;;
+front-cxx20) std=c++20 ;;
+front-ptx) targets="75 80 90a $newest" code=compute flags=(-c -G) ;;
+front-names) write alone.cu "${named[@]}" ;;
 program) targets="80 90a $newest"; write alone.cu "$no_gemm" "$no_block" "#include \"$file\"" ;;
 *) echo "check.sh: no such kind: $kind" >&2; exit 2 ;;
 esac
@@ -63,7 +67,7 @@ for t in $targets; do flags+=(-gencode "arch=compute_$t,code=${code}_$t"); done
 
 status=0
 "$compiler" -std=$std "-I$root" "${flags[@]}" -Werror all-warnings -Xcompiler -Wall,-Wextra,-Werror \
-    -c alone.cu -o alone.o > log 2>&1 || status=$?
+    alone.cu -o alone.o > log 2>&1 || status=$?
 cat log
 rm -f alone.o
 if grep -qE '\(C75(0[5-9]|1[0-9])\)' log; then

@@ -67,7 +67,7 @@ fi
 
 if [ "$version" = 12.4 ]; then
     nvcc/bin/nvcc --version | tail -2
-    bash "$here/check.sh" nvcc-front moe/moe.cuh "$dir/moe" "$PWD/nvcc/bin/nvcc"
+    bash "$here/check.sh" front-ptx moe/moe.cuh "$dir/moe" "$PWD/nvcc/bin/nvcc"
     exit 0
 fi
 

@@ -10,6 +10,7 @@
 #endif
 #include "moe/moe.h"
 #include "moe/moe.cuh"
+#include "moe/gemm/k_grouped.cuh"
 #include "moe/ref/ref.h"
 
 #include <stdio.h>

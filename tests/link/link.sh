@@ -1,17 +1,19 @@
 #!/usr/bin/env bash
-# link.sh NVCC PROGRAM [ARCHITECTURE...]: compiles the two files, links them, and runs the program
-# where there is a GPU. One GEMM variant, to save time.
+# link.sh NVCC DIR TARGETS [OBJECTS]: compiles main.cu and other.cu for TARGETS (90a, or a list with ;),
+# links them to DIR/link, and runs that where there is a GPU. Takes OBJECTS/main.TARGETS.o for main.cu,
+# where compile/everything.sh has made it: it has all kernels. other.cu has one GEMM variant.
 set -euo pipefail
-nvcc=$1 program=$2 targets=${3:-90a}
+nvcc=$1 dir=$2 targets=${3:-90a} main=${4:-}/main.${3:-90a}.o
 here=$(cd "$(dirname "$0")" && pwd)
-flags=()
+mkdir -p "$dir"
+flags=(-std=c++14 "-I$here/../.." -DLINK_ONE_VARIANT)
 for t in ${targets//;/ }; do
     t=${t%-real}
     flags+=(-gencode "arch=compute_$t,code=sm_$t")
 done
-"$nvcc" -std=c++14 "-I$here/../.." "${flags[@]}" -DLINK_ONE_VARIANT --threads 2 \
-    "$here/main.cu" "$here/other.cu" -o "$program"
+if [ ! -e "$main" ]; then main=$here/main.cu; fi
+"$nvcc" "${flags[@]}" "$main" "$here/other.cu" -o "$dir/link"
 status=0
-"$program" || status=$?
+"$dir/link" || status=$?
 if [ $status -eq 77 ]; then echo "compiled and linked; no GPU, so not run"; exit 0; fi
 exit $status

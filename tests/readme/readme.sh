@@ -32,6 +32,9 @@ if [ "$kind" = host ]; then
     "$compiler" -x c++ -std=c++14 -O2 -Wall -Wextra -Werror "-I$root" example.cu -o example
     exec ./example
 fi
-"$compiler" "-I$root" -gencode arch=compute_90a,code=sm_90a example.cu -o example
-if nvidia-smi -L 2> /dev/null | grep -q GPU; then exec ./example; fi
-echo "compiled; no GPU, so not run"
+if nvidia-smi -L 2> /dev/null | grep -q GPU; then
+    "$compiler" "-I$root" -arch=native example.cu -o example
+    exec ./example
+fi
+"$compiler" "-I$root" -gencode arch=compute_90a,code=lto_90a -dc example.cu -o example.o
+echo "compiled, front end alone; no GPU, so not run"
