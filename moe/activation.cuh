@@ -1,46 +1,54 @@
 /* activation.cuh: every activation of the experts and its derivative, 8 numbers at a time, in fp32.
+   Device functions; the stations' kernels call them on registers.
 
      SwiGLU            v sigma(v) u               SiLU        v sigma(v)
      GEGLU             v Phi(v) u                 GELU        v Phi(v)
      GEGLU, tanh form  v (1 + tanh(c(v))) / 2 u   GELU, tanh  v (1 + tanh(c(v))) / 2
      clamped SwiGLU    g sigma(alpha g) (h + 1)   ReLU^2      max(v, 0)^2
-                       g = min(v, limit), h = u held within +-limit
+                       g = min(v, limit), h = u clamped to -limit .. limit
 
-   v is the gate, or the one number of an activation that is not gated; u is up. Infinities are
-   limits, NaN stays NaN. Errors: about 2 ulp of the exponential, 2^-22 for Phi; slopes within 1e-6 of
-   their largest value. With --use_fast_math the same.
+   v is the gate, or the only input of an activation that is not gated; u is up.
+   c(v) = sqrt(2 / pi) (v + 0.044715 v^3). Phi is the normal distribution, sigma the logistic
+   function.
+
+   Numerics: an infinite input gives the function's limit, NaN stays NaN. Errors: about 2 ulp of the
+   exponential, 2^-22 for Phi; derivatives within 1e-6 of their largest value. The same with
+   --use_fast_math.
 
      const moei_activation a = moei_activation_of(MOE_ACTIVATION_SWIGLU, 0.0f, 0.0f);
      moei_activate_8(v, u, &a, true);      // v becomes the activation
      moei_activate_grad_8(v, u, s, &a, true);  // and s, u its derivatives by gate and up
 
-   Source of the forms: Shazeer 2020 (arXiv 2002.05202), Hendrycks and Gimpel 2016 (arXiv 1606.08415),
-   So et al. 2021 (arXiv 2109.08668); the clamped form is that of gpt-oss. Minimum architecture: any. */
+   Minimum architecture: any. Source of the forms: Shazeer 2020 (arXiv 2002.05202), Hendrycks and
+   Gimpel 2016 (arXiv 1606.08415), So et al. 2021 (arXiv 2109.08668); the clamped form is that of
+   gpt-oss. */
 #ifndef MOE_ACTIVATION_CUH
 #define MOE_ACTIVATION_CUH
 
 #include "base/numeric.cuh"
 #include "layout.h"
 
-/* What a gate goes through: a function of one number. */
+/* The function of one number that an activation applies to its gate. */
 typedef enum moei_curve {
-    MOEI_CURVE_NONE,
+    MOEI_CURVE_NONE,    /* v */
     MOEI_CURVE_SIGMOID, /* v / (1 + 2^(a v)) */
     MOEI_CURVE_TANH,    /* v / (1 + 2^(v (A + B v^2))), A and B below */
     MOEI_CURVE_ERF,     /* v Phi(v) */
-    MOEI_CURVE_RELU2
+    MOEI_CURVE_RELU2    /* max(v, 0)^2 */
 } moei_curve;
 
+/* A resolved activation: fill it in with moei_activation_of. */
 typedef struct moei_activation {
-    int32_t curve; /* moei_curve */
-    int32_t clamped;
-    float a;     /* of MOEI_CURVE_SIGMOID: -log2(e), times alpha where clamped */
-    float limit; /* where clamped */
+    int32_t curve;   /* moei_curve */
+    int32_t clamped; /* 1: the clamped SwiGLU; 0: no limit */
+    float a;         /* of MOEI_CURVE_SIGMOID: -log2(e), times alpha where clamped */
+    float limit;     /* used where clamped: not negative */
 } moei_activation;
 
 #define MOEI_MINUS_LOG2E (-1.44269504f)
 
-/* Resolves a MOE_ACTIVATION_*; alpha and limit are the clamped SwiGLU's. */
+/* Returns the resolved form of a MOE_ACTIVATION_* other than 0. alpha and limit: of the clamped
+   SwiGLU, with their defaults filled in. */
 MOE_HOST_DEVICE moei_activation moei_activation_of(int activation, float alpha, float limit)
 {
     moei_activation a;
@@ -57,14 +65,14 @@ MOE_HOST_DEVICE moei_activation moei_activation_of(int activation, float alpha, 
     return a;
 }
 
-/* x / (1 + 2^(a x)); with a = MOEI_MINUS_LOG2E it is SiLU. */
+/* Returns x / (1 + 2^(a x)); with a = MOEI_MINUS_LOG2E this is SiLU. */
 MOE_DEVICE float moei_sigmoid_unit(float x, float a)
 {
-    const float v = x < -3.40282347e38f ? -3.40282347e38f : x; /* infinity over infinity is NaN */
+    const float v = x < -3.40282347e38f ? -3.40282347e38f : x; /* infinity / infinity is NaN */
     return __fdividef(v, 1.0f + moei_exp2_fast(a * v));
 }
 
-/* x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2 = x / (1 + 2^(x (A + B x^2))), since
+/* Returns x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2 = x / (1 + 2^(x (A + B x^2))), since
    (1 + tanh(u)) / 2 = sigma(2 u). */
 #define MOEI_GELU_TANH_A (-2.30220819f)  /* -2 log2(e) sqrt(2 / pi) */
 #define MOEI_GELU_TANH_B (-0.102943240f) /* the same times 0.044715 */
@@ -76,9 +84,10 @@ MOE_DEVICE float moei_gelu_tanh(float x)
                                            v * fmaf(MOEI_GELU_TANH_B, square, MOEI_GELU_TANH_A)));
 }
 
-/* x Phi(x) = x (1 + erf(x / sqrt(2))) / 2. With z = |x|, Phi(-z) = e^(-z^2 / 2) f(1 / (1 + 0.3 z)),
-   f a polynomial of degree 8 without constant, fitted to a relative error of 2^-22; so what is left
-   of large negative x is right too, to the rounding of z^2. Infinities are limits, NaN stays. */
+/* Returns x Phi(x) = x (1 + erf(x / sqrt(2))) / 2. With z = |x|, Phi(-z) = e^(-z^2 / 2) f(1 / (1 +
+   0.3 z)). f is a polynomial of degree 8 without constant, fitted to a relative error of 2^-22. So
+   the small results of large negative x are right too, up to the rounding of z^2. An infinity gives
+   the limit, NaN stays NaN. */
 MOE_DEVICE float moei_gelu(float x)
 {
     const float z = fminf(fabsf(x), 15.0f), t = __fdividef(1.0f, fmaf(0.3f, z, 1.0f));
@@ -94,8 +103,9 @@ MOE_DEVICE float moei_gelu(float x)
     return (x < 0.0f ? 0.0f : x) - z * f;
 }
 
-/* The derivative of v / (1 + 2^(p + q)) = v s, where p = a v and q = b v^3, by v:
-   s - ln 2 (p + 3 q) s (1 - s). From an exponent of 115 on s (1 - s) counts as nothing. */
+/* Returns the derivative by v of v / (1 + 2^(p + q)) = v s, where p = a v, q = b v^3 and v = x:
+   s - ln 2 (p + 3 q) s (1 - s). Exponents p + q are clamped to -115 .. 115: beyond, s (1 - s) is
+   negligible. */
 MOE_DEVICE float moei_sigmoid_slope(float x, float p, float q)
 {
     const float e = moei_exp2_fast(fminf(fmaxf(p + q, -115.0f), 115.0f));
@@ -104,7 +114,7 @@ MOE_DEVICE float moei_sigmoid_slope(float x, float p, float q)
     return moei_is_nan(x) ? x : s * fmaf(-0.693147182f * m, e * s, 1.0f);
 }
 
-/* The derivative of v Phi(v): Phi(v) + v e^(-v^2 / 2) / sqrt(2 pi). */
+/* Returns the derivative of x Phi(x): Phi(x) + x e^(-x^2 / 2) / sqrt(2 pi). */
 MOE_DEVICE float moei_gelu_slope(float x)
 {
     const float z = fminf(fmaxf(x, -15.0f), 15.0f);
@@ -115,7 +125,7 @@ MOE_DEVICE float moei_gelu_slope(float x)
     return moei_is_nan(x) ? x : fmaf(z, density, phi);
 }
 
-/* v = curve(v). */
+/* v [8] = curve(v). */
 MOE_DEVICE void moei_curve_8(float* v, const moei_activation* a)
 {
     if (a->curve == MOEI_CURVE_SIGMOID) {
@@ -133,7 +143,7 @@ MOE_DEVICE void moei_curve_8(float* v, const moei_activation* a)
     }
 }
 
-/* slope = curve'(v). */
+/* slope [8] = curve'(v [8]). */
 MOE_DEVICE void moei_slope_8(float* slope, const float* v, const moei_activation* a)
 {
     const float most = 3.40282347e38f;
@@ -160,12 +170,12 @@ MOE_DEVICE void moei_slope_8(float* slope, const float* v, const moei_activation
     }
 }
 
-/* v = activation(v, u); u is read where gated. */
+/* v [8] = activation(v, u [8]). u is read only where gated, and overwritten where clamped. */
 MOE_DEVICE void moei_activate_8(float* v, float* u, const moei_activation* a, bool gated)
 {
     if (a->clamped) {
         MOE_UNROLL
-        for (int i = 0; i < 8; ++i) { /* comparisons, so that NaN stays */
+        for (int i = 0; i < 8; ++i) { /* comparisons: fminf and fmaxf would lose a NaN */
             v[i] = v[i] > a->limit ? a->limit : v[i];
             u[i] = (u[i] > a->limit ? a->limit : u[i] < -a->limit ? -a->limit : u[i]) + 1.0f;
         }
@@ -177,12 +187,12 @@ MOE_DEVICE void moei_activate_8(float* v, float* u, const moei_activation* a, bo
     }
 }
 
-/* v = activation(v, u), s its derivative by v, and where gated u its derivative by u. At the limit
-   itself a clamped number's gradient passes. */
+/* v [8] = activation(v, u [8]); s [8] = its derivative by v; where gated, u = its derivative by u.
+   A clamped number has derivative 0 beyond the limit, not at the limit itself. */
 MOE_DEVICE void moei_activate_grad_8(float* v, float* u, float* s, const moei_activation* a,
                                      bool gated)
 {
-    uint32_t out = 0; /* bits: gates, then ups, beyond the limit */
+    uint32_t out = 0; /* bit i: gate i is beyond the limit; bit 8 + i: up i */
     if (a->clamped) {
         MOE_UNROLL
         for (int i = 0; i < 8; ++i) {

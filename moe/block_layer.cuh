@@ -1,4 +1,5 @@
-/* block_layer.cuh: three forms of the MoE layer as block-sparse products, forward and backward.
+/* block_layer.cuh: computes three forms of the MoE layer as block-sparse products, forward and
+   backward.
 
      y[t] = sum over experts e of weight(t, e) w2_e activation(w1_e x[t])
 
@@ -8,53 +9,61 @@
      batch    MOE_BLOCK_LAYER_BATCH: ids and weights [T, K] of a gate with whole_batch: each token
               has the batch's K experts or, with -1, fewer of them
 
-   All three run the same code. The activations of all experts stand side by side as one matrix
-   [rows, E * I], of which only the blocks of (rows, expert) that are wanted exist, packed; w1 and
-   w2 are used where they lie, as strips of blocks through a table of addresses. The rows are the
-   tokens themselves or, in the sparse form, copies of them in expert order, each expert's filled
-   up to whole blocks.
+   All three run the same code. The activations of all experts form one block-sparse matrix
+   [rows, E * I], packed: only the sparse blocks of the pairs (row, expert) in use exist. w1 and w2
+   are read in place, through tables with an address for each block column. The rows are the tokens
+   themselves or, in the sparse form, copies of them in expert order, each expert's rows padded to
+   whole sparse blocks.
 
      forward    rows = x, gathered          sparse alone: moe_route, moe_permute
                 pre  = rows w1^T            sdd
                 act  = weight activation(pre)
-                y    = act w2^T             dsd; sparse: and each token's rows added up, moe_combine
-     backward   d    = dy w2                sdd, by act; dweights = d . activation(pre)
+                y    = act w2^T             dsd; sparse: then moe_combine adds each token's rows
+     backward   d    = dy w2                sdd: gradient with respect to act
+                dweights = d . activation(pre)
+                pre_grad = d weight activation'(pre)
                 dw2  = dy^T act             dds
-                dw1  = (gradient by pre)^T rows   dsd
-                dx   = (gradient by pre) w1       dsd; sparse: added up
+                dw1  = pre_grad^T rows      dsd
+                dx   = pre_grad w1          dsd; sparse: then moe_combine
 
    In:   x [T, H], ids, weights, w1 [E, 2I, H] (gates, then ups; not gated [E, I, H]), w2 [E, H, I];
-         backward: dy [T, H] and `saved` as forward left it, x, ids, weights, w1, w2 unchanged
-   Out:  y [T, H]; dx [T, H], dw1, dw2, dweights (shape of weights), each where it is wanted
-   No biases. Any activation of moe_activation; gate and up concatenated; weights' rows along K.
+         backward: dy [T, H], `saved` as forward left it, and x, ids, weights, w1, w2 unchanged
+   Out:  y [T, H]; dx [T, H], dw1, dw2, dweights (shape of weights), each unless null
+   No biases. Any activation of moe_activation; gate and up concatenated; weights k-major.
 
-   Gradients of the experts that are not active (chosen by no token; in the dense form all are)
-   are neither computed nor allocated: dw1 and dw2 have max_experts slots, grad_expert says on the
-   device which expert each holds. With max_experts = E and all active, slot e is expert e. More
-   active experts than slots, or in the batch form more than K in all: fault NO_ROOM (index: the
-   number). Nothing of an inactive expert's weights is read.
+   Gradients of experts that are not active are neither computed nor allocated. Active experts are
+   those that a token has chosen; in the dense form all. dw1 and dw2 have max_experts matrices, and
+   grad_expert, on the device, says which expert each holds. With max_experts = E and all experts
+   active, matrix e belongs to expert e. More active experts than matrices, or in the batch form
+   more than K in all: fault NO_ROOM (index: their number). No weights of an inactive expert are
+   read.
 
-   Memory: `saved` holds pre (and maps and lists, some 0.1 % of it at blocks of 128), from forward
-   to backward; `workspace` is scratch of one call. Activations take, in elements of rows * I:
-     saved 2 (not gated 1), workspace 1; rows are T E, sparse T K and up to block - 1 more for
-     each expert, batch T K (or T E, if that is less)
-   and the sparse form's copies H elements a row besides. The gradient by pre lies over pre, unless
-   act_grad gives it memory of its own: then a forward can serve several backwards.
+   Memory: `saved` holds pre, from forward to backward (and maps and lists, some 0.1 % of pre at
+   sparse blocks of 128); `workspace` is used while a call runs. Activations take, in units of
+   rows * I elements: saved 2 (not gated 1), workspace 1. rows is T E; sparse: T K and fewer than
+   `block` more for each expert; batch: T K, or T E if that is less. The sparse form's copies take
+   another H elements a row. pre_grad is written over pre, unless act_grad gives it memory of its
+   own: then a forward can serve several backwards.
 
-   fp16 (sm_75) or bf16 (sm_80), fp32 accumulation and activation. pre, act, d, the gradient by pre
-   and the sparse form's rows are rounded to the dtype. Equal inputs give equal bits; dense and
-   batch add experts in ascending order, so that batch with all experts is dense to the last bit.
-   The gradient of what the clamped SwiGLU holds back is 0 where dy and the weight are finite; at the
-   limit itself it passes.
-   NaN and infinity stay with those that have them. A token does not change other tokens' y, dx and
-   dweights, nor dw1 and dw2 of an expert that it lacks, whatever its x, dy and weights are; a token
-   without any expert has y and dx of 0, a slot of -1 has dweights of 0. Rows that fill blocks up
-   enter no product. The one exception: in the batch form NaN or infinity in w1 of an active expert
-   reaches dx, in w2 y, of the tokens that lack it too.
-   An id outside -1 .. E-1: fault BAD_ID, and the slot is dropped; null or misaligned entries in a
-   table of weights: BAD_TABLE, for active experts alone. A stop fault in the word keeps later
-   calls from writing. T = 0: no expert is active; backward writes grad_expert alone.
-   No allocation, no synchronisation; can be captured in a graph and replayed with other inputs.
+   Numerics: fp32 accumulation and activation. pre, act, d, pre_grad and the sparse form's rows are
+   rounded to the dtype. Equal inputs give equal bits. Dense and batch add experts in ascending
+   order: batch with all experts is dense to the last bit. Where the clamped SwiGLU clamps a value,
+   its gradient is 0 if dy and the weight are finite; at the limit itself the gradient passes.
+
+   NaN and infinity stay with the tokens that have them. With any x, dy and weights, a token changes
+   neither other tokens' y, dx and dweights, nor dw1 and dw2 of an expert that it lacks. A token
+   without any expert has y and dx of 0, a slot of -1 has dweights of 0. Padding rows enter no
+   product. The one exception: in the batch form, NaN or infinity in w1 (w2) of an active expert
+   reaches dx (y) of the tokens that lack the expert too.
+
+   Faults: an id outside -1 .. E-1: BAD_ID, and the slot is dropped. Null or misaligned entries in a
+   table of weights: BAD_TABLE, for active experts alone. After a stop fault later calls write
+   nothing.
+   T = 0: no expert is active; backward writes grad_expert alone.
+
+   Cost: the flops of the present sparse blocks, see block_sparse.cuh. No allocation, no
+   synchronisation; can be captured in a graph and replayed with other inputs.
+   Minimum architecture: sm_75 for fp16, sm_80 for bf16.
 
      moe_block_layer_desc l = {0};
      l.form = MOE_BLOCK_LAYER_SPARSE;
@@ -65,12 +74,12 @@
      l.saved = ...;      l.saved_bytes = bytes.saved;
      l.workspace = ...;  l.workspace_bytes = bytes.forward;     // or the larger one, for both
      moe_status s = moe_block_layer_forward(&l, stream);
-     l.dy = dy;  l.dx = dx;  l.dw1 = dw1;  l.dw2 = dw2;  l.grad_expert = slots;
+     l.dy = dy;  l.dx = dx;  l.dw1 = dw1;  l.dw2 = dw2;  l.grad_expert = grad_expert;
      l.dweights = dweights;
      s = moe_block_layer_backward(&l, stream);
 
-   Source: the MoE layer as sdd, dsd and dds with blocks by expert: Gale et al., MegaBlocks, arXiv
-   2211.15841. */
+   Source of the method: the MoE layer as sdd, dsd and dds with sparse blocks by expert: Gale et
+   al., MegaBlocks, arXiv 2211.15841. */
 #ifndef MOE_BLOCK_LAYER_CUH
 #define MOE_BLOCK_LAYER_CUH
 
@@ -79,7 +88,8 @@
 #include "block_layer/prepare.cuh"
 #include "preload.cuh"
 
-/* Bytes that these sizes and options take; reads no pointers. Errors: theirs. */
+/* Returns in *bytes what a layer of these sizes and options takes; reads no pointers. Errors: a
+   size or option that is refused. */
 MOE_HOST moe_status moe_block_layer_sizes(const moe_block_layer_desc* desc,
                                           moe_block_layer_bytes* bytes)
 {
@@ -94,9 +104,8 @@ MOE_HOST moe_status moe_block_layer_sizes(const moe_block_layer_desc* desc,
     return MOE_OK;
 }
 
-/* Refuses buffers of forward or backward that are absent, misaligned or overlap, of a plan, whose
-   options are checked. What the other one alone takes is not looked at; nor, without tokens, is
-   memory. */
+/* Refuses buffers of forward or backward that are null, misaligned or overlap. Requires a plan.
+   Ignores buffers of the other call alone; without tokens also `saved` and `workspace`. */
 MOE_HOST moe_status moei_block_layer_check_buffers(const moei_block_layer* l, int backward)
 {
     const moe_block_layer_desc* d = &l->d;
@@ -144,7 +153,7 @@ MOE_HOST moe_status moei_block_layer_check_buffers(const moei_block_layer* l, in
     return MOE_OK;
 }
 
-/* Refuses what the header does not offer, and plans forward or backward. */
+/* Checks options and buffers, and plans forward or backward. */
 MOE_HOST moe_status moei_block_layer_check(const moe_block_layer_desc* desc, int backward,
                                            moei_block_layer* l)
 {
@@ -154,25 +163,25 @@ MOE_HOST moe_status moei_block_layer_check(const moe_block_layer_desc* desc, int
     return moei_block_layer_check_buffers(l, backward);
 }
 
-/* Forward or backward with all but its stream settled, for the device that was current. What this
-   one of them does not run, or not with these options, has null kernels. */
+/* A prepared forward or backward: everything but the stream, for the device that was current.
+   Launches of the other call, or of other options, have null kernels. */
 typedef struct moe_block_layer_prepared {
     moe_route_prepared route;
-    int32_t* flag; /* [E] of active experts, cleared first; or null */
-    size_t flag_bytes;
+    int32_t* flag;     /* [E] of active experts, cleared first; or null */
+    size_t flag_bytes; /* of flag */
     moei_block_layer_active_args active_args;
-    moe_launch mark, active;
-    moe_block_sparse_list_prepared list[2];
+    moe_launch mark, active;                /* both of active_args */
+    moe_block_sparse_list_prepared list[2]; /* of act, of pre */
     moei_block_layer_tables_args tables_args;
     moe_launch tables;
     moe_permute_prepared gather[2];       /* before the first, and before the third product */
     moe_block_sparse_prepared product[4]; /* up, down; or dact, dw2, dw1, dx */
     moei_block_layer_act_args act_args;
-    moe_launch act; /* between the first two */
+    moe_launch act; /* between the first two products */
     moe_combine_prepared combine;
 } moe_block_layer_prepared;
 
-/* Settles product i of a plan. */
+/* Prepares product i of a plan. */
 MOE_HOST moe_status moei_block_layer_product(const moei_block_layer* l, int i,
                                              moe_block_sparse_prepared* p)
 {
@@ -180,7 +189,7 @@ MOE_HOST moe_status moei_block_layer_product(const moei_block_layer* l, int i,
     return moe_status_kind(s) == MOE_ERR_RANGE ? MOE_STATUS(MOE_ERR_RANGE, num_tokens) : s;
 }
 
-/* Settles the tables of addresses. */
+/* Prepares the launch that writes the tables of addresses. */
 MOE_HOST moe_status moei_block_layer_prepare_tables(const moei_block_layer* l, int backward,
                                                     moe_block_layer_prepared* p)
 {
@@ -200,7 +209,8 @@ MOE_HOST moe_status moei_block_layer_prepare_tables(const moei_block_layer* l, i
     return MOE_PREPARE(&p->tables, moei_block_layer_tables, c);
 }
 
-/* The sparse form: settles rows in expert order from x or dy, and back. */
+/* Prepares, in the sparse form alone, the gather of x or dy (stride in elements) into rows in
+   expert order. */
 MOE_HOST moe_status moei_block_layer_prepare_gather(const moei_block_layer* l, const void* x,
                                                     int64_t stride, moe_permute_prepared* p)
 {
@@ -211,6 +221,7 @@ MOE_HOST moe_status moei_block_layer_prepare_gather(const moei_block_layer* l, c
     return moe_permute_prepare(&d, p);
 }
 
+/* Prepares, in the sparse form alone, the sum of each token's rows into y or dx. */
 MOE_HOST moe_status moei_block_layer_prepare_combine(const moei_block_layer* l, void* y,
                                                      int64_t stride, moe_combine_prepared* p)
 {
@@ -221,7 +232,8 @@ MOE_HOST moe_status moei_block_layer_prepare_combine(const moei_block_layer* l, 
     return moe_combine_prepare(&d, p);
 }
 
-/* Settles what finds the active experts and makes the lists, which backward finds in `saved`. */
+/* Prepares the launches that find the active experts and make the lists; backward finds their
+   results in `saved`. */
 MOE_HOST moe_status moei_block_layer_prepare_lists(const moei_block_layer* l,
                                                    moe_block_layer_prepared* p)
 {
@@ -243,7 +255,7 @@ MOE_HOST moe_status moei_block_layer_prepare_lists(const moei_block_layer* l,
     return MOE_OK;
 }
 
-/* Fills in *p, which is empty. */
+/* Fills in *p, which is all zero. */
 MOE_HOST moe_status moei_block_layer_prepare_forward(const moe_block_layer_desc* desc,
                                                      moe_block_layer_prepared* p)
 {
@@ -261,15 +273,16 @@ MOE_HOST moe_status moei_block_layer_prepare_forward(const moe_block_layer_desc*
     return moei_block_layer_prepare_combine(&l, l.d.y, l.d.y_stride, &p->combine);
 }
 
-/* Settles forward: moe_block_layer_run queues y, and what backward needs into `saved`, any number of
-   times. Errors: every field as documented, each with its own status. T = 0 is no error. */
+/* Prepares forward, which writes y, and the data of backward to `saved`. moe_block_layer_run queues
+   the launches any number of times. Errors: every field as documented, each with its own status. T
+   = 0 is no error. */
 MOE_HOST moe_status moe_block_layer_prepare_forward(const moe_block_layer_desc* desc,
                                                     moe_block_layer_prepared* p)
 {
     MOE_RETURN_PREPARED(desc, p, moei_block_layer_prepare_forward(desc, p));
 }
 
-/* Fills in *p, which is empty. */
+/* Fills in *p, which is all zero. */
 MOE_HOST moe_status moei_block_layer_prepare_backward(const moe_block_layer_desc* desc,
                                                       moe_block_layer_prepared* p)
 {
@@ -285,15 +298,15 @@ MOE_HOST moe_status moei_block_layer_prepare_backward(const moe_block_layer_desc
     MOE_TRY(moei_block_layer_prepare_gather(&l, l.d.dy, l.d.dy_stride, &p->gather[0]));
     p->act_args = l.act;
     MOE_TRY(moei_block_layer_act_prepare(&p->act, &p->act_args, l.runs, 1, l.d.dtype));
-    if (l.d.dw1) /* the sparse form's rows of dy have been used: x takes their place */
+    if (l.d.dw1) /* the sparse form's rows of dy have been read: x is gathered over them */
         MOE_TRY(moei_block_layer_prepare_gather(&l, l.d.x, l.d.x_stride, &p->gather[1]));
     if (!l.d.dx) return MOE_OK;
     return moei_block_layer_prepare_combine(&l, l.d.dx, l.d.dx_stride, &p->combine);
 }
 
-/* Settles backward: moe_block_layer_run queues the gradients that are wanted. `saved` is as a forward
-   with the same form, sizes, options and inputs left it; without act_grad it is used up. Errors: as
-   of forward. */
+/* Prepares backward, which writes each gradient that is not null. moe_block_layer_run queues the
+   launches. Requires `saved` as left by a forward with the same form, sizes, options and inputs;
+   overwrites pre in `saved` unless act_grad is given. Errors: as of forward. */
 MOE_HOST moe_status moe_block_layer_prepare_backward(const moe_block_layer_desc* desc,
                                                      moe_block_layer_prepared* p)
 {
@@ -320,7 +333,7 @@ MOE_HOST moe_status moe_block_layer_run(const moe_block_layer_prepared* p, cudaS
     return moe_combine_run(&p->combine, stream);
 }
 
-/* Prepares and runs forward. Nothing is queued where a field is refused, and nothing written. */
+/* Prepares and runs forward. Queues and writes nothing where a field is refused. */
 MOE_HOST moe_status moe_block_layer_forward(const moe_block_layer_desc* desc, cudaStream_t stream)
 {
     moe_block_layer_prepared p;
@@ -328,7 +341,7 @@ MOE_HOST moe_status moe_block_layer_forward(const moe_block_layer_desc* desc, cu
     return moe_block_layer_run(&p, stream);
 }
 
-/* The same of backward. */
+/* Prepares and runs backward. Queues and writes nothing where a field is refused. */
 MOE_HOST moe_status moe_block_layer_backward(const moe_block_layer_desc* desc, cudaStream_t stream)
 {
     moe_block_layer_prepared p;
@@ -336,7 +349,7 @@ MOE_HOST moe_status moe_block_layer_backward(const moe_block_layer_desc* desc, c
     return moe_block_layer_run(&p, stream);
 }
 
-/* Loads the kernels that the layer forms may run now. */
+/* Loads now, for the current device, all kernels that the layer forms may run. */
 MOE_HOST moe_status moe_block_layer_preload(void)
 {
     MOE_TRY(moe_route_preload());

@@ -1,27 +1,30 @@
-/* block_sparse.cuh: C = A * B on tensor cores where one of the three is sparse by blocks.
+/* block_sparse.cuh: computes C = A * B on tensor cores where one of the three is block-sparse.
 
-     sdd   C sparse   C[i, j] = A[i, :] * B[:, j]            only for blocks (i, j) of C's mask
-     dsd   A sparse   C[i, :] = sum of A[i, l] * B[l, :]     over blocks (i, l) of A's mask
-     dds   B sparse   C[:, j] = sum of A[:, l] * B[l, j]     over blocks (l, j) of B's mask
+     sdd   C sparse   C[i, j] = A[i, :] * B[:, j]            only for sparse blocks (i, j) of C
+     dsd   A sparse   C[i, :] = sum of A[i, l] * B[l, :]     over sparse blocks (i, l) of A
+     dds   B sparse   C[:, j] = sum of A[:, l] * B[l, j]     over sparse blocks (l, j) of B
 
-   A [m, k], B [k, n], C [m, n], each in row order, A and B also transposed; fp16 (sm_75 and later)
-   or bf16 (sm_80 and later), accumulated in fp32; C in the same dtype or fp32. Blocks of 16, 32, 64
-   or 128 in each direction, ragged at the edges. Masks, storage, tables: block_sparse/desc.h.
+   In:   A [m, k], B [k, n], rows contiguous, or stored transposed; fp16 or bf16
+   Out:  C [m, n], rows contiguous; the dtype of A and B, or fp32
+   Sparse blocks have 16, 32, 64 or 128 rows and, independently, as many columns; they may be ragged
+   at the edges. Masks, storage and tables: block_sparse/desc.h.
 
-   Masked-out blocks are neither loaded nor computed, so what they hold never matters; those of C
-   are not written, or by zero_masked written as zeros. A row of blocks of dsd without any makes
-   zeros. Both gradients are calls of the same three:
+   Masked-out sparse blocks are neither loaded nor computed, so their contents never matter. Those
+   of C are not written; with zero_masked they become zeros. Rows (dsd) or columns (dds) of C
+   without any sparse block become zeros. Both gradients are calls of the same three:
 
                  dA                            dB
      sdd   dsd(dC, B transposed)       dds(A transposed, dC)          with C's mask
      dsd   sdd(dC, B transposed)       dsd(A transposed, dC)          with A's mask
      dds   dds(dC, B transposed)       sdd(A transposed, dC)          with B's mask
 
-   Each element is one sum with k ascending: equal inputs give equal bits, and a full mask those of
-   the dense product by the same tile.
+   Numerics: fp32 accumulation; each element is one sum with k ascending. Equal inputs give equal
+   bits, and a full mask gives those of the dense product by the same tile.
 
-   Cost: 2 * elements kept * k (or n, m) flops. One launch, or two where strips are joined, with a
-   small one before each that walks the mask unless it is a list whose blocks are as high as a tile.
+   Cost: 2 * elements of the present sparse blocks * k (dsd: n, dds: m) flops. One launch, or two
+   where block rows are joined. A small launch before each makes the lists of strips; not where the
+   mask is a list and no block rows are joined. zero_masked adds a launch.
+   Minimum architecture: sm_75 for fp16, sm_80 for bf16.
 
      moe_block_sparse_desc d = {0};
      d.op = MOE_BLOCK_SPARSE_DSD;  d.a = a;  d.b = b;  d.c = c;  d.m = m;  d.n = n;  d.k = k;
@@ -30,15 +33,17 @@
      moe_block_sparse_workspace(&d, &d.workspace_bytes);  d.workspace = ...;
      moe_status s = moe_block_sparse(&d, stream);
 
-   Tiles without a choice: 128x256, over several strips of blocks where those are lower, so that
-   blocks of 16, 32 and 64 that stand together run like large ones. Strips that have not the same
-   blocks cannot share a tile well: the device finds them, and they are left over for 64x256 where
-   blocks are 64 high, else for 32x256, a second launch. Packed ones of less than 128 have that tile
-   alone. A smaller tile (64x256, then 64x64) where the device cannot run it, or where C has not one
-   tile for each multiprocessor.
+   The rule for tiles, without a choice: 128x256. Block rows of fewer than 128 rows are joined into
+   strips, so that sparse blocks of 16, 32 and 64 run like large ones where neighbouring block rows
+   have the same block columns. Strips whose block rows differ share a tile badly: the device finds
+   them, and a second launch computes them by the fallback tile, 64x256 for sparse blocks of 64
+   rows, else 32x256. A packed matrix with sparse blocks of fewer than 128 rows runs by the tile of
+   its height alone. A smaller tile (64x256, then 64x64) runs where the device cannot run the first,
+   or where C has fewer tiles than the device has multiprocessors. Walked by columns, block columns
+   take the part of block rows.
 
-   Source of the method: Gale, Narayanan, Young and Zaharia, MegaBlocks (2022), whose names for the
-   products these are. */
+   Source of the method: Gale, Narayanan, Young and Zaharia, MegaBlocks (2022), also of the names
+   sdd, dsd and dds. */
 #ifndef MOE_BLOCK_SPARSE_CUH
 #define MOE_BLOCK_SPARSE_CUH
 
@@ -46,7 +51,7 @@
 #include "block_sparse/prepare.cuh"
 #include "preload.cuh"
 
-/* name, rows, columns, depth of a step, warps along rows and columns, stages, blocks a
+/* name, tile_m, tile_n, tile_k, warps along rows and columns, stages, thread blocks a
    multiprocessor. */
 #define MOEI_SPARSE_TILE_LIST(X, ...)                                                              \
     X(128x256, 128, 256, 64, 2, 4, 3, 1, __VA_ARGS__)                                              \
@@ -54,14 +59,14 @@
     X(32x256, 32, 256, 64, 1, 4, 3, 2, __VA_ARGS__)                                                \
     X(64x64, 64, 64, 64, 2, 2, 2, 3, __VA_ARGS__)
 
-/* dtypes every tile is stamped with; predefine it to trim what is compiled. */
+/* The dtypes of every tile. Define this list before the include to compile fewer kernels. */
 #ifndef MOE_BLOCK_SPARSE_DTYPE_LIST
 #define MOE_BLOCK_SPARSE_DTYPE_LIST(X)                                                             \
     X(f16, MOE_FP16)                                                                               \
     X(bf16, MOE_BF16)
 #endif
 
-/* Versions of code that have a body: bf16 from sm_80; sm_75 what fits into its shared memory. */
+/* Least version of code with a body: bf16 80; fp16 75 where the ring is below 64 KiB, else 80. */
 #define MOEI_SPARSE_LEAST(dtype, tile_m, tile_n, tile_k, stages)                                   \
     ((dtype) == MOE_FP16 && (stages)*2 * ((tile_m) + (tile_n)) * (tile_k) < 65536 ? 75 : 80)
 
@@ -103,14 +108,14 @@ static const moei_variant moei_sparse_variants[] = {
 #undef MOEI_SPARSE_ROW
         MOEI_VARIANT_END};
 
-/* The kernel of one tile and dtype, the tensors' majors being arguments; null where
-   MOE_BLOCK_SPARSE_DTYPE_LIST lacks it. */
+/* Returns the kernel of one tile and dtype; null where MOE_BLOCK_SPARSE_DTYPE_LIST lacks the dtype.
+   One kernel serves all majors: they are arguments. */
 MOE_HOST const moei_variant* moei_sparse_variant(int tile, int dtype)
 {
     return moei_variant_find(moei_sparse_variants, tile, dtype, 0, 0);
 }
 
-/* Refuses a dtype that this file was not compiled with, or the device has not. */
+/* Refuses a dtype that this file was not compiled with, or that the device lacks. */
 MOE_HOST moe_status moei_sparse_check_dtype(int dtype)
 {
     moe_device dev;
@@ -121,7 +126,8 @@ MOE_HOST moe_status moei_sparse_check_dtype(int dtype)
     return MOE_OK;
 }
 
-/* The tile for what a tile shape leaves over; null where it runs all itself. */
+/* Returns the kernel of the fallback tile for the strips that tile t leaves; null where t computes
+   all of them. */
 MOE_HOST const moei_variant* moei_sparse_fallback(const moe_block_sparse_desc* d,
                                                   const moei_variant* t, int fallback)
 {
@@ -129,7 +135,7 @@ MOE_HOST const moei_variant* moei_sparse_fallback(const moe_block_sparse_desc* d
     return r && r->shape.tile_m < t->shape.tile_m && moei_sparse_join(d, t) > 1 ? r : 0;
 }
 
-/* The tile as high as the blocks. */
+/* Returns the tile that is as high as the sparse blocks: 128x256, 64x256 or 32x256. */
 MOE_HOST int moei_sparse_tile_of_blocks(const moe_block_sparse_desc* d)
 {
     const int height = moei_sparse_by_column(d) ? d->mask.block_columns : d->mask.block_rows;
@@ -138,13 +144,13 @@ MOE_HOST int moei_sparse_tile_of_blocks(const moe_block_sparse_desc* d)
                           : MOE_BLOCK_SPARSE_TILE_32x256;
 }
 
-/* The tiles of a checked descriptor, the caller's, or by the rule at the top: t[0], and t[1] for
-   the fallback, which may be null. */
+/* Chooses the tiles of a checked descriptor: the caller's, or by the rule at the top. Writes the
+   tile to t[0] and the fallback tile, or null, to t[1]. */
 MOE_HOST moe_status moei_sparse_choose(const moe_block_sparse_desc* d, const moei_variant** t)
 {
     const int block_tile = moei_sparse_tile_of_blocks(d);
     const int candidates[] = {d->choice.tile ? d->choice.tile
-                              : d->packed    ? block_tile /* strips that cannot be joined */
+                              : d->packed    ? block_tile /* block rows cannot be joined */
                                              : MOE_BLOCK_SPARSE_TILE_128x256,
                               MOE_BLOCK_SPARSE_TILE_64x256, MOE_BLOCK_SPARSE_TILE_64x64};
     moe_device dev;
@@ -171,10 +177,10 @@ MOE_HOST moe_status moei_sparse_choose(const moe_block_sparse_desc* d, const moe
         if (!runs) t[1] = 0;
         return MOE_OK;
     }
-    return MOE_STATUS(MOE_ERR_DEVICE, dtype); /* built without -arch=sm_80 or later, most often */
+    return MOE_STATUS(MOE_ERR_DEVICE, dtype); /* often: built without -arch=sm_80 or later */
 }
 
-/* Plans of both tiles; the vectors of the workspace lie at `base`. */
+/* Plans both tiles; their buffers of the workspace begin at `base`. Returns its bytes in *bytes. */
 MOE_HOST moe_status moei_sparse_plan_both(const moe_block_sparse_desc* d,
                                           const moei_variant* const* t, char* base, size_t* bytes,
                                           moei_sparse_plan* p)
@@ -184,9 +190,9 @@ MOE_HOST moe_status moei_sparse_plan_both(const moe_block_sparse_desc* d,
     return t[1] ? moei_sparse_plan_tile(d, t[1], base, bytes, &p[0], &p[1]) : MOE_OK;
 }
 
-/* Bytes of workspace that moe_block_sparse wants for this descriptor: for its choice, or without
-   one enough for any. Reads sizes and options, and which of the mask's pointers and of the tables
-   there are; errors: theirs. */
+/* Returns in *bytes the workspace of moe_block_sparse for this descriptor: for its choice or,
+   without one, enough for any choice. Reads sizes and options, and which pointers of the mask and
+   the tables are null. Errors: a field of these that is refused. */
 MOE_HOST moe_status moe_block_sparse_workspace(const moe_block_sparse_desc* desc, size_t* bytes)
 {
     moe_block_sparse_desc d;
@@ -219,16 +225,17 @@ MOE_HOST moe_status moe_block_sparse_workspace(const moe_block_sparse_desc* desc
     return offered ? MOE_OK : refused;
 }
 
-/* Writes zeros to the blocks of C that its mask leaves out; a thread block takes one after another.
-   */
+/* Arguments of moei_sparse_zero. */
 typedef struct moei_sparse_zero_args {
     moe_block_sparse_mask mask;
-    char* c;
-    int64_t stride;
-    uint64_t* fault;
-    int32_t rows, columns, bytes; /* blocks; bytes of an element */
+    char* c;                      /* [m, n], strided */
+    int64_t stride;               /* elements between rows of c */
+    uint64_t* fault;              /* [1] fault word; or null */
+    int32_t rows, columns, bytes; /* RB, CB; bytes of an element of c */
 } moei_sparse_zero_args;
 
+/* Writes zeros to the masked-out sparse blocks of C. A thread block takes every gridDim.x-th sparse
+   block, its threads 8 elements each. */
 MOE_KERNEL(256, 1) moei_sparse_zero(MOE_ARG(moei_sparse_zero_args) d)
 {
     const moe_block_sparse_mask* m = &d.mask;
@@ -247,9 +254,10 @@ MOE_KERNEL(256, 1) moei_sparse_zero(MOE_ARG(moei_sparse_zero_args) d)
         else if (m->bits)
             has = m->bits[i * (int64_t)((d.columns + 31) / 32) + j / 32] >> (j & 31) & 1;
         else {
-            int lo = m->row_offset[i], hi = m->row_offset[i + 1]; /* the first not less than j */
+            int lo = m->row_offset[i], hi = m->row_offset[i + 1]; /* lo: first entry >= j */
             const int end = hi;
-            if (lo < 0 || hi < lo || hi > m->max_blocks) continue; /* the product tells */
+            /* a bad list gets no zeros; the product checks the list */
+            if (lo < 0 || hi < lo || hi > m->max_blocks) continue;
             while (lo < hi) {
                 const int mid = (lo + hi) >> 1;
                 if (m->column_index[mid] < j) lo = mid + 1;
@@ -271,18 +279,18 @@ MOE_KERNEL(256, 1) moei_sparse_zero(MOE_ARG(moei_sparse_zero_args) d)
     }
 }
 
-/* A product with all but its stream settled, for the device that was current. */
+/* A prepared product: everything but the stream, for the device that was current. */
 typedef struct moe_block_sparse_prepared {
-    moei_sparse_zero_args zero; /* each launch only where it is needed */
-    moe_launch zeroes;
+    moei_sparse_zero_args zero;
+    moe_launch zeroes; /* of zero; every launch is empty where not needed */
     struct {
         moei_sparse_args args;
         moei_sparse_strips_args strips;
-        moe_launch lists, product;
-    } tile[2]; /* the second for the fallback */
+        moe_launch lists, product; /* of strips; of args */
+    } tile[2];                     /* the tile; the fallback tile */
 } moe_block_sparse_prepared;
 
-/* Settles the launch that writes zeros, for a checked descriptor. */
+/* Prepares the launch that writes zeros, for a checked descriptor. */
 MOE_HOST moe_status moei_sparse_prepare_zeroes(const moe_block_sparse_desc* d,
                                                moe_block_sparse_prepared* p)
 {
@@ -301,7 +309,7 @@ MOE_HOST moe_status moei_sparse_prepare_zeroes(const moe_block_sparse_desc* d,
     return MOE_PREPARE(&p->zeroes, moei_sparse_zero, c);
 }
 
-/* Fills in *p, which is empty. */
+/* Fills in *p, which is all zero. */
 MOE_HOST moe_status moei_sparse_prepare(const moe_block_sparse_desc* desc,
                                         moe_block_sparse_prepared* p)
 {
@@ -330,9 +338,9 @@ MOE_HOST moe_status moei_sparse_prepare(const moe_block_sparse_desc* desc,
     return MOE_OK;
 }
 
-/* Settles a product: moe_block_sparse_run queues it any number of times; the mask may change between
-   runs, its list's room and the tables' places may not. Errors: every field as documented in
-   block_sparse/desc.h, each with its own status. Sizes of 0 are no error. */
+/* Prepares a product: moe_block_sparse_run queues the launches any number of times. Between runs
+   the mask may change; max_blocks and the addresses of the arrays and tables may not. Errors: every
+   field as documented in block_sparse/desc.h, each with its own status. Sizes of 0 are no error. */
 MOE_HOST moe_status moe_block_sparse_prepare(const moe_block_sparse_desc* desc,
                                              moe_block_sparse_prepared* p)
 {
@@ -349,7 +357,7 @@ MOE_HOST moe_status moe_block_sparse_run(const moe_block_sparse_prepared* p, cud
     return MOE_OK;
 }
 
-/* Prepares and runs. Nothing is queued where a field is refused. */
+/* Prepares and runs. Queues nothing where a field is refused. */
 MOE_HOST moe_status moe_block_sparse(const moe_block_sparse_desc* desc, cudaStream_t stream)
 {
     moe_block_sparse_prepared p;
@@ -357,11 +365,11 @@ MOE_HOST moe_status moe_block_sparse(const moe_block_sparse_desc* desc, cudaStre
     return moe_block_sparse_run(&p, stream);
 }
 
-/* Times every tile that the device runs on this very call, mask and all, also with a smaller one
-   for the fallback where strips are joined, and fills in the quickest. The one function here that is no
-   launch: it runs the product a few dozen times, C being written each time, makes and destroys two
-   events, and waits for the stream. The workspace must do for any choice (desc->choice is not
-   looked at). Not while a graph is captured. */
+/* Fills in the fastest choice for this call. Times every tile that the device runs, with this mask,
+   and again with a fallback tile where block rows are joined. Unlike the other functions, runs the
+   product a few dozen times, which writes C each time, makes and destroys two events, and waits for
+   the stream. Ignores desc->choice; the workspace must have the bytes for any choice. Not allowed
+   while a graph is captured. Errors: those of moe_block_sparse_prepare, and of the runtime. */
 MOE_HOST moe_status moe_block_sparse_tune(const moe_block_sparse_desc* desc, cudaStream_t stream,
                                           moe_block_sparse_choice* choice)
 {
@@ -379,7 +387,7 @@ MOE_HOST moe_status moe_block_sparse_tune(const moe_block_sparse_desc* desc, cud
         MOE_TRY(moe_block_sparse_workspace(&d, &bytes));
         MOE_TRY(moei_sparse_check(&d, bytes));
     }
-    d.fault = 0; /* a word that is set would stop them all; the calls to come tell */
+    d.fault = 0; /* a stop fault would stop the timed runs; later calls raise theirs */
     MOE_TRY_CUDA(cudaEventCreate(&begin));
     status = moe_cuda_status(cudaEventCreate(&end));
     if (status != MOE_OK) {
@@ -394,7 +402,7 @@ MOE_HOST moe_status moe_block_sparse_tune(const moe_block_sparse_desc* desc, cud
         d.choice.fallback_tile = i % 2 ? moei_sparse_tile_of_blocks(&d) : 0;
         if (i % 2 && !moei_sparse_fallback(&d, t, d.choice.fallback_tile)) continue;
         status = moe_block_sparse(&d, stream);
-        if (moe_status_kind(status) == MOE_ERR_DEVICE) { /* not this one */
+        if (moe_status_kind(status) == MOE_ERR_DEVICE) { /* the device cannot run this tile */
             status = MOE_OK;
             continue;
         }
@@ -419,7 +427,7 @@ MOE_HOST moe_status moe_block_sparse_tune(const moe_block_sparse_desc* desc, cud
     return status;
 }
 
-/* Loads this header's kernels now. */
+/* Loads this header's kernels now, for the current device. */
 MOE_HOST moe_status moe_block_sparse_preload(void)
 {
     MOE_TRY(moei_variant_preload(moei_sparse_variants));

@@ -1,27 +1,28 @@
-/* experts.cuh: the experts' MLP, two grouped GEMMs with everything between them fused.
+/* experts.cuh: the experts' MLP: two grouped GEMMs, with everything between them fused.
 
      up     act[r]  = activation(w1_e x[token(r)] + bias1_e)
      down   rows[r] = w2_e act[r] + bias2_e
             for every row r of expert e, token(r) = row_slot[r] / K
 
-   Activations (moe_activation in layout.h has the formulas). Gated ones make a column of act from a
-   gate and an up, w1 is [E, 2I, H]; for the others it is [E, I, H]:
+   Activations (formulas: moe_activation in layout.h). A gated one computes a column of act from a
+   gate and an up, and w1 is [E, 2I, H]; for the others w1 is [E, I, H]:
      SwiGLU (default)  Mixtral, Qwen, DeepSeek      SiLU       MLPs with no gate
      SwiGLU clamped    gpt-oss (interleaved)        GELU       BERT, GPT-NeoX (erf)
      GEGLU             ModernBERT (erf)             GELU tanh  GPT-2
      GEGLU tanh        T5 1.1, Gemma, Grok-1        ReLU^2     Primer, Nemotron
 
-   In:   x [T, H]; w1 [E, 2I, H] gate and up (concatenated, interleaved or separate) or [E, I, H],
-         w2 [E, H, I]: the layouts of checkpoints, used where they lie through moe_weights
-         (layout.h): one strided block, one pointer per expert, rows of K or of N elements
+   In:   x [T, H]; w1 [E, 2I, H] gate and up (concatenated, interleaved or separate) or [E, I, H];
+         w2 [E, H, I]. The weights are read in the layouts of checkpoints through moe_weights
+         (layout.h): one strided array or one pointer per expert, k-major or mn-major;
          expert_offset [E + 1] and row_slot [num_rows] from route
    Out:  rows [num_rows, H] in expert order, in one array or in one allocation per expert (table)
-   Rows of x are gathered while they are loaded; no permuted copy is made.
+   H and I are multiples of 8. Rows of x are gathered while they are loaded: no permuted copy is
+   made.
 
-   fp16 (sm_75) or bf16 (sm_80), fp32 accumulation and activation; act is rounded to the dtype
-   between the two products. H and I are multiples of 8. Equal inputs give equal bits.
-   Cost: 6 * rows * H * I flops (4 where not gated), two launches, and act, num_rows * I elements,
-   as scratch.
+   Accumulation and activation in fp32; act is rounded to the dtype between the two products. Equal
+   inputs give equal bits.
+   Cost: 6 * rows * H * I flops (4 where not gated), two launches; scratch: act, num_rows * I
+   elements. Minimum architecture: sm_75 (fp16), sm_80 (bf16).
 
      moe_experts_desc m = {0};
      m.x = x;  m.w1.base = w1;  m.w2.base = w2;
@@ -38,42 +39,45 @@
 #include "fields.h"
 #include "gemm/grouped.cuh"
 
+/* The descriptor. x, act, rows and all matrices of w1 and w2 are 16-byte aligned. */
 typedef struct moe_experts_desc {
     /* in */
-    const void* x;     /* [T, H] dtype; without row_slot: [num_rows, H] in expert order */
+    const void* x;     /* [T, H] dtype; row_slot null: [num_rows, H] in expert order */
     int64_t x_stride;  /* elements between rows; 0 = H; multiple of 8 */
-    moe_weights w1;    /* [E, 2I, H] per gate_up, not gated [E, I, H], dtype */
+    moe_weights w1;    /* [E, 2I, H] dtype, laid out as gate_up says; not gated: [E, I, H] */
     moe_weights w2;    /* [E, H, I] dtype */
     const void* bias1; /* [E, 2I] or [E, I] dtype, ordered as w1's rows; or null */
     const void* bias2; /* [E, H] dtype; or null */
     const int32_t* expert_offset; /* [E + 1]; null with one expert: all num_rows rows */
-    const int32_t* row_slot;      /* [num_rows]; or null: x is in expert order already */
+    const int32_t* row_slot;      /* [num_rows] slot of each row, -1: a row of zeros; null: x is in
+                                     expert order */
     /* scratch and out */
-    void* act;          /* [num_rows, I] dtype, scratch: what lies between the two products */
+    void* act;          /* [num_rows, I] dtype, scratch: result of the first product */
     int64_t act_stride; /* elements between rows; 0 = I; multiple of 8 */
     void* rows;         /* [num_rows, H] rows_dtype; or null with a table */
     void* const* table; /* [E] device array: expert e's rows begin at table[e]; or null */
     int64_t row_stride; /* elements between rows; 0 = H; multiple of 8 */
     uint64_t* fault;    /* [1] fault word; or null */
     /* sizes and options */
-    int32_t num_tokens;   /* T, rows of x; read only with row_slot */
-    int32_t num_rows;     /* most rows there can be; 0 = T * K */
-    int32_t hidden;       /* H, multiple of 8 */
-    int32_t intermediate; /* I, multiple of 8 */
+    int32_t num_tokens;   /* T >= 0, rows of x; with row_slot null used only where num_rows = 0 */
+    int32_t num_rows;     /* upper bound of the rows, 0 .. MOE_GEMM_MAX_ROWS; 0 = T * K */
+    int32_t hidden;       /* H, 8 .. 2^28; multiple of 8 */
+    int32_t intermediate; /* I, 8 .. 2^28; multiple of 8 */
     int32_t num_experts;  /* E, 1 .. MOE_MAX_EXPERTS */
-    int32_t top_k;        /* K, turns row_slot into tokens */
-    int32_t dtype;        /* fp16 or bf16; 0 = bf16 */
-    int32_t rows_dtype;   /* dtype or fp32; 0 = dtype */
+    int32_t top_k;        /* K >= 1: token = slot / K; with row_slot null 0 is allowed */
+    int32_t dtype;        /* of x, w1, w2, biases, act: fp16 or bf16; 0 = bf16 */
+    int32_t rows_dtype;   /* of rows: dtype or fp32; 0 = dtype */
     int32_t activation;   /* moe_activation; 0 = SwiGLU */
-    int32_t gate_up;      /* moe_gate_up; 0 = concatenated; only gated activations look at it */
+    int32_t gate_up;      /* moe_gate_up; 0 = concatenated; used only by gated activations */
     float alpha, limit;   /* of the clamped SwiGLU, else 0: alpha finite, 0 = 1.702; limit finite
                              and not negative, 0 = 7 */
     int32_t tile;         /* moe_tile of both products; 0 = chosen by shape and device */
     int32_t rank;         /* reported with a fault, 0 .. MOE_FAULT_MAX_RANK */
 } moe_experts_desc;
 
-/* Rows of w1 [rows I, H] for one column of act: 2 where gate and up are in one matrix, else 1. With
-   gate_up 0, of both matrices: elements of bias1. Takes any activation, known or not. */
+/* Returns the rows of w1's matrix for one column of act: 2 where it holds gate and up, else 1. With
+   gate_up = 0 returns the rows of gate and up together, so the elements of bias1. Accepts any value
+   of activation. */
 MOE_HOST int moei_experts_up_rows(int activation, int gate_up)
 {
     return (activation == 0 || moe_activation_is_gated(activation)) &&
@@ -82,7 +86,7 @@ MOE_HOST int moei_experts_up_rows(int activation, int gate_up)
                : 1;
 }
 
-/* The two products as grouped GEMMs. */
+/* Checks the sizes and fills in the descriptors of the two products. */
 MOE_HOST moe_status moei_experts_gemms(const moe_experts_desc* d, moe_grouped_gemm_desc* up,
                                        moe_grouped_gemm_desc* down)
 {
@@ -143,14 +147,14 @@ MOE_HOST moe_status moei_experts_gemms(const moe_experts_desc* d, moe_grouped_ge
     return MOE_OK;
 }
 
-/* A field of a grouped GEMM, by the name it has in moe_experts_desc. */
+/* Returns s with the grouped GEMM's field replaced by the field of moe_experts_desc. */
 MOE_HOST moe_status moei_experts_rename(moe_status s, int is_up)
 {
     static const int16_t name[][3] = {
-        /* in desc.h, of up, of down */
+        /* field of gemm/desc.h; of moe_experts_desc for up; for down */
         {MOE_FIELD_a, MOE_FIELD_x, MOE_FIELD_act},
         {MOE_FIELD_a_stride, MOE_FIELD_x_stride, MOE_FIELD_act_stride},
-        {MOE_FIELD_a_major, MOE_FIELD_dtype, MOE_FIELD_dtype}, /* no entry has rows of x */
+        {MOE_FIELD_a_major, MOE_FIELD_dtype, MOE_FIELD_dtype}, /* no variant has k-major A */
         {MOE_FIELD_b, MOE_FIELD_w1, MOE_FIELD_w2},
         {MOE_FIELD_b_stride, MOE_FIELD_w1, MOE_FIELD_w2},
         {MOE_FIELD_b_major, MOE_FIELD_w1, MOE_FIELD_w2},
@@ -169,7 +173,7 @@ MOE_HOST moe_status moei_experts_rename(moe_status s, int is_up)
     return s;
 }
 
-/* Refuses sizes and options that the header does not offer; fills in both products, with their
+/* Refuses sizes and options that the header does not offer. Fills in both descriptors, with their
    defaults. */
 MOE_HOST moe_status moei_experts_check_options(const moe_experts_desc* d, moe_grouped_gemm_desc* up,
                                                moe_grouped_gemm_desc* down)
@@ -179,8 +183,8 @@ MOE_HOST moe_status moei_experts_check_options(const moe_experts_desc* d, moe_gr
     return moei_experts_rename(moei_gemm_check_options(down), 0);
 }
 
-/* Refuses buffers that are absent, misaligned or overlap, of both products together: what one reads
-   the other may write. Options have been checked. */
+/* Refuses buffers that are absent, misaligned or overlap, of both products together: one may write
+   a buffer that the other reads. Requires checked options. */
 MOE_HOST moe_status moei_experts_check_buffers(const moe_grouped_gemm_desc* up,
                                                const moe_grouped_gemm_desc* down)
 {
@@ -188,7 +192,7 @@ MOE_HOST moe_status moei_experts_check_buffers(const moe_grouped_gemm_desc* up,
                   intermediate = up->n;
     const int gated = moe_activation_is_gated(up->activation);
     const int separate = gated && up->gate_up == MOE_GATE_UP_SEPARATE;
-    const int64_t all_I = gated ? 2 * intermediate : intermediate; /* of gate and up */
+    const int64_t all_I = gated ? 2 * intermediate : intermediate; /* rows of gate and up */
     const uint64_t w1 =
         moei_weight_extent(&up->b, num_experts, separate ? intermediate : all_I, hidden);
     const uint64_t table = (uint64_t)num_experts * 8;
@@ -221,12 +225,12 @@ MOE_HOST moe_status moei_experts_check_buffers(const moe_grouped_gemm_desc* up,
     return moe_check_buffers(b, count);
 }
 
-/* Both products with all but their stream settled, for the device that was current. */
+/* Both prepared products: all but the stream is resolved, for the device that was current. */
 typedef struct moe_experts_prepared {
     moe_grouped_gemm_prepared up, down; /* x -> act, act -> rows; each can be run alone */
 } moe_experts_prepared;
 
-/* Fills in *p, which is empty. */
+/* Prepares *p, which is empty, for an unchecked descriptor. */
 MOE_HOST moe_status moei_experts_prepare(const moe_experts_desc* desc, moe_experts_prepared* p)
 {
     moe_grouped_gemm_desc up, down;
@@ -236,15 +240,16 @@ MOE_HOST moe_status moei_experts_prepare(const moe_experts_desc* desc, moe_exper
     return moei_experts_check_buffers(&up, &down);
 }
 
-/* Settles both products: moe_experts_run queues them any number of times. Keeps the addresses of
-   weight tables, not their entries. Errors: every field as documented above, each with its own
-   status. No rows is no error. */
+/* Prepares both products; moe_experts_run queues them any number of times. *p keeps the addresses
+   of tables, not their entries. Errors: each field that is not as documented above, with its own
+   status; MOE_ERR_DEVICE and MOE_ERR_NOT_COMPILED as of moe_grouped_gemm_prepare. 0 rows are no
+   error. On an error *p is empty. */
 MOE_HOST moe_status moe_experts_prepare(const moe_experts_desc* desc, moe_experts_prepared* p)
 {
     MOE_RETURN_PREPARED(desc, p, moei_experts_prepare(desc, p));
 }
 
-/* Queues both prepared products on `stream`. */
+/* Queues both prepared products on `stream`. Refuses a null p. */
 MOE_HOST moe_status moe_experts_run(const moe_experts_prepared* p, cudaStream_t stream)
 {
     MOE_REQUIRE(p, MOE_ERR_NULL, desc);
@@ -276,7 +281,8 @@ MOE_HOST moe_status moe_experts(const moe_experts_desc* desc, cudaStream_t strea
     return moe_experts_run(&p, stream);
 }
 
-/* Which path and tiles moe_experts runs on the current device. */
+/* Sets *up and *down to the kernels and grids of moe_experts on the current device. Errors as of
+   moe_experts_prepare. */
 MOE_HOST moe_status moe_experts_plan(const moe_experts_desc* desc, moe_gemm_plan* up,
                                      moe_gemm_plan* down)
 {

@@ -1,22 +1,23 @@
-/* router.cuh: the router's product, tokens to logits.
+/* router.cuh: the router's product: tokens to logits.
 
      logits[t, e] = sum over h of x[t, h] * router[e, h]
 
    In:   x [T, H], router [E, H] (a checkpoint's layout), fp32, fp16 or bf16 each
    Out:  logits [T, E] fp32
 
-   Accumulated and stored in fp32: logits rounded to bf16 choose other experts. Four ways, chosen
-   from dtypes, shapes and device (moe_router_plan says which); each sums in a fixed order, so equal
-   inputs give equal bits:
+   Accumulates and stores in fp32: logits rounded to bf16 would choose other experts. Four paths,
+   chosen by dtypes, shapes and device (moe_router_plan tells the choice). Each sums in a fixed
+   order: equal inputs give equal bits.
      gemm    x and router of one 16-bit dtype, H and E multiples of 8, 16-byte aligned rows: tensor
              cores (gemm/grouped.cuh)
-     ragged  the same with any E, and logits of any stride and alignment: tensor cores, the last
-             tile of experts padded inside (router/ragged.cuh)
+     ragged  as gemm, but any E, and logits of any stride and alignment: tensor cores, the last
+             tile of experts padded in shared memory (router/ragged.cuh)
      split   16-bit x and an fp32 router, H a multiple of 8, any E, 16-byte aligned rows, sm_80 and
-             later: tensor cores, each weight as three bf16 terms whose products are exact
-             (router/bf16_split.cuh, which says what infinities do). Error as of an fp32 sum
+             later: tensor cores, each weight as three bf16 terms, with exact products
+             (router/bf16_split.cuh, also on infinities). The error is that of an fp32 sum
      scalar  anything else: fp32 multiply-adds, slower, h ascending
-   One launch. Minimum architecture: sm_75.
+   Cost: 2 * T * H * E flops; split three times that, with fp16 x six times. One launch. Minimum
+   architecture: sm_75 (tensor cores in bf16: sm_80).
 
      moe_router_desc r = {0};
      r.x = x;  r.router = router;  r.logits = logits;
@@ -36,12 +37,12 @@
 
 typedef struct moe_router_desc {
     /* in */
-    const void* x;         /* [T, H] x_dtype */
-    const void* router;    /* [E, H] router_dtype */
+    const void* x;         /* [T, H] x_dtype; aligned to an element */
+    const void* router;    /* [E, H] router_dtype; aligned to an element */
     int64_t x_stride;      /* elements between rows; 0 = H */
     int64_t router_stride; /* elements between rows; 0 = H */
-    int32_t x_dtype;       /* moe_dtype; 0 = bf16 */
-    int32_t router_dtype;  /* moe_dtype; 0 = x_dtype */
+    int32_t x_dtype;       /* fp32, fp16 or bf16; 0 = bf16 */
+    int32_t router_dtype;  /* fp32, fp16 or bf16; 0 = x_dtype */
     /* out */
     float* logits;         /* [T, E] */
     int64_t logits_stride; /* elements between rows; 0 = E */
@@ -53,16 +54,17 @@ typedef struct moe_router_desc {
     int32_t rank;        /* reported with a fault, 0 .. MOE_FAULT_MAX_RANK */
 } moe_router_desc;
 
-/* How the product is made. */
+/* The code that multiplies. */
 typedef enum moe_router_path {
     MOE_ROUTER_SCALAR = 0,
     MOE_ROUTER_GEMM,
-    MOE_ROUTER_BF16_SPLIT_LARGE, /* tiles of 256 tokens (128 of fp16) x 128 experts */
-    MOE_ROUTER_BF16_SPLIT_SMALL, /* tiles of 32 tokens (16 of fp16) x 16 experts, for few of them */
+    MOE_ROUTER_BF16_SPLIT_LARGE, /* tiles of 256 tokens (fp16: 128) x 128 experts */
+    MOE_ROUTER_BF16_SPLIT_SMALL, /* tiles of 32 tokens (fp16: 16) x 16 experts, for few tokens */
     MOE_ROUTER_RAGGED_WIDE,      /* 16-bit dtypes, any E: tiles of 128 tokens x 128 experts */
-    MOE_ROUTER_RAGGED_NARROW     /* tiles of 64 x 64, for few of them */
+    MOE_ROUTER_RAGGED_NARROW     /* tiles of 64 x 64, for few tokens or experts */
 } moe_router_path;
 
+/* Returns the name of a moe_router_path: static storage, never null. */
 MOE_HOST const char* moe_router_path_name(int path)
 {
     static const char* const name[] = {"scalar", "gemm", "split, large tile", "split, small tile",
@@ -70,15 +72,23 @@ MOE_HOST const char* moe_router_path_name(int path)
     return path >= 0 && path <= MOE_ROUTER_RAGGED_NARROW ? name[path] : "?";
 }
 
-#define MOEI_ROUTER_TILE 64  /* tokens and experts of a block */
-#define MOEI_ROUTER_DEPTH 16 /* of h held in shared memory */
+#define MOEI_ROUTER_TILE 64  /* tokens and experts of a tile */
+#define MOEI_ROUTER_DEPTH 16 /* depths in shared memory at a time */
 
+/* Shared memory of the scalar path. The padding avoids bank conflicts. */
 typedef struct moei_router_shared {
     float x[MOEI_ROUTER_DEPTH][MOEI_ROUTER_TILE + 1];
     float w[MOEI_ROUTER_DEPTH][MOEI_ROUTER_TILE + 1];
 } moei_router_shared;
 
-/* Any shape and dtypes. A block makes 64 tokens x 64 experts; a thread every 16th of each. */
+/* The scalar path, for any shape and dtypes. A block computes a tile of 64 tokens x 64 experts; a
+   thread owns 4 x 4 logits, 16 tokens and 16 experts apart. For each 16 depths of H:
+
+   1. Load x and the weights to shared memory as fp32, zeros past the edges. First a barrier: all
+      threads have read the previous 16 depths. Then a barrier: the new ones are visible to all.
+   2. Multiply and add, h ascending.
+
+   3. At the end store the thread's logits. */
 MOE_KERNEL(256, 2) moei_router_any(MOE_ARG(moei_router_args) d)
 {
     MOE_SHARED(moei_router_shared, s);
@@ -95,7 +105,7 @@ MOE_KERNEL(256, 2) moei_router_any(MOE_ARG(moei_router_args) d)
     for (int i = 0; i < 4; ++i) MOE_UNROLL
     for (int j = 0; j < 4; ++j) acc[i][j] = 0.0f;
     for (int h0 = 0; h0 < d.hidden; h0 += MOEI_ROUTER_DEPTH) {
-        __syncthreads();
+        __syncthreads(); /* 1. load */
         for (int i = (int)threadIdx.x; i < MOEI_ROUTER_TILE * MOEI_ROUTER_DEPTH; i += 256) {
             const int r = i / MOEI_ROUTER_DEPTH, c = i % MOEI_ROUTER_DEPTH, h = h0 + c;
             const bool in = h < d.hidden;
@@ -107,7 +117,7 @@ MOE_KERNEL(256, 2) moei_router_any(MOE_ARG(moei_router_args) d)
                             : 0.0f;
         }
         __syncthreads();
-        MOE_UNROLL
+        MOE_UNROLL /* 2. multiply */
         for (int c = 0; c < MOEI_ROUTER_DEPTH; ++c) {
             float x[4], w[4];
             MOE_UNROLL
@@ -120,7 +130,7 @@ MOE_KERNEL(256, 2) moei_router_any(MOE_ARG(moei_router_args) d)
             for (int j = 0; j < 4; ++j) acc[i][j] = fmaf(x[i], w[j], acc[i][j]);
         }
     }
-    MOE_UNROLL
+    MOE_UNROLL /* 3. store */
     for (int i = 0; i < 4; ++i) MOE_UNROLL
     for (int j = 0; j < 4; ++j) {
         const int64_t t = t0 + ty + 16 * i;
@@ -129,6 +139,7 @@ MOE_KERNEL(256, 2) moei_router_any(MOE_ARG(moei_router_args) d)
     }
 }
 
+/* Returns the grid size of the scalar path. */
 MOE_HOST int64_t moei_router_blocks(const moe_router_desc* d)
 {
     return (((int64_t)d->num_tokens + MOEI_ROUTER_TILE - 1) / MOEI_ROUTER_TILE) *
@@ -137,16 +148,16 @@ MOE_HOST int64_t moei_router_blocks(const moe_router_desc* d)
 
 /* ---- the fp32 router, split: router/bf16_split.cuh ---- */
 
-/* name, its shape; dtype of x */
+/* tile, its shape; suffix and dtype of x */
 #define MOEI_BF16_SPLIT_LIST(X)                                                                    \
     X(large, MOEI_BF16_SPLIT_LARGE, f16, MOE_FP16)                                                 \
     X(large, MOEI_BF16_SPLIT_LARGE, bf16, MOE_BF16)                                                \
     X(small, MOEI_BF16_SPLIT_SMALL, f16, MOE_FP16)                                                 \
     X(small, MOEI_BF16_SPLIT_SMALL, bf16, MOE_BF16)
 #define MOEI_BF16_SPLIT_LEAST 80    /* code of sm_80 and later has a body */
-#define MOEI_BF16_SPLIT_THREADS 256 /* of a block, either tile */
+#define MOEI_BF16_SPLIT_THREADS 256 /* threads of a block, with either tile */
 
-/* What is multiplied are bf16 terms, whatever x is. */
+/* The shape of a split tile: the operands are bf16, also where x is fp16. */
 #define MOEI_BF16_SPLIT_SHAPE(...)                                                                 \
     moei_shape_terms(moe_gemm_shape_of(__VA_ARGS__, MOE_BF16, MOE_MAJOR_K, MOE_MAJOR_K),           \
                      MOE_ROUTER_BF16_TERMS)
@@ -164,6 +175,7 @@ MOE_HOST int64_t moei_router_blocks(const moe_router_desc* d)
 MOEI_BF16_SPLIT_LIST(MOEI_BF16_SPLIT_KERNEL)
 #undef MOEI_BF16_SPLIT_KERNEL
 
+/* moei_variant.tile of the split variants. */
 enum {
     MOEI_BF16_SPLIT_TILE_large_f16,
     MOEI_BF16_SPLIT_TILE_large_bf16,
@@ -186,6 +198,7 @@ static const moei_variant moei_bf16_split_variants[] = {
 #undef MOEI_BF16_SPLIT_ROW
         MOEI_VARIANT_END};
 
+/* Returns the variant of the small or the large tile. */
 MOE_HOST const moei_variant* moei_bf16_split_variant(int small, int x_dtype)
 {
     const int f16 = small ? MOEI_BF16_SPLIT_TILE_small_f16 : MOEI_BF16_SPLIT_TILE_large_f16;
@@ -193,6 +206,7 @@ MOE_HOST const moei_variant* moei_bf16_split_variant(int small, int x_dtype)
                              MOE_BF16, MOE_MAJOR_K, MOE_MAJOR_K);
 }
 
+/* Returns the grid size of the small or the large tile. */
 MOE_HOST int64_t moei_bf16_split_blocks(const moei_router_args* d, int small)
 {
     const moe_gemm_shape f = moei_bf16_split_variant(small, d->x_dtype)->shape;
@@ -200,10 +214,11 @@ MOE_HOST int64_t moei_bf16_split_blocks(const moei_router_args* d, int small)
     return ((d->num_tokens + tokens - 1) / tokens) * ((d->num_experts + f.tile_n - 1) / f.tile_n);
 }
 
-/* Small tiles that take a multiprocessor about as long as one large tile does. */
+/* The number of small tiles that take a multiprocessor about as long as one large tile. */
 #define MOEI_BF16_SPLIT_WORTH 20
 
-/* Sets *path where the operands fit and the current device and this binary can run it. */
+/* Sets *path to a split path where the operands fit and the current device and this binary can run
+   it; otherwise leaves *path unchanged. */
 MOE_HOST moe_status moei_bf16_split_plan(const moei_router_args* d, int* path)
 {
     moe_device dev;
@@ -224,15 +239,16 @@ MOE_HOST moe_status moei_bf16_split_plan(const moei_router_args* d, int* path)
     return MOE_OK;
 }
 
+/* Prepares the launch of the small or the large tile. */
 MOE_HOST moe_status moei_bf16_split_prepare(moe_launch* l, const moei_router_args* d, int small)
 {
     MOE_TRY(moei_variant_prepare(l, moei_bf16_split_variant(small, d->x_dtype),
                                  moei_bf16_split_blocks(d, small), 0));
-    l->block[0] = MOEI_BF16_SPLIT_THREADS; /* of the small tile's shape one warp's */
+    l->block[0] = MOEI_BF16_SPLIT_THREADS; /* the small tile's shape has one warp's threads */
     return MOE_OK;
 }
 
-/* What the router's own kernels take of a checked descriptor. */
+/* Returns the args of the router's own kernels for a checked descriptor. */
 MOE_HOST moei_router_args moei_router_args_of(const moe_router_desc* d)
 {
     moei_router_args a;
@@ -254,7 +270,7 @@ MOE_HOST moei_router_args moei_router_args_of(const moe_router_desc* d)
 
 /* ---- the station ---- */
 
-/* The product as a GEMM of one expert; d has its defaults filled in. */
+/* Describes the product as a grouped GEMM of one expert. Requires that d has its defaults. */
 MOE_HOST void moei_router_gemm_desc(const moe_router_desc* d, moe_grouped_gemm_desc* g)
 {
     memset(g, 0, sizeof *g);
@@ -296,7 +312,7 @@ MOE_HOST moe_status moei_router_check_options(moe_router_desc* d)
     return MOE_OK;
 }
 
-/* Refuses buffers that are absent, misaligned or overlap; options have been checked. */
+/* Refuses buffers that are absent, misaligned or overlap. Requires checked options. */
 MOE_HOST moe_status moei_router_check_buffers(const moe_router_desc* d)
 {
     const int64_t num_tokens = d->num_tokens, hidden = d->hidden, num_experts = d->num_experts;
@@ -315,22 +331,23 @@ MOE_HOST moe_status moei_router_check_buffers(const moe_router_desc* d)
     return moe_check_buffers(b, count);
 }
 
-/* Fills in the defaults and refuses what the header does not offer. */
+/* Checks options and buffers, and fills in the defaults. */
 MOE_HOST moe_status moei_router_check(moe_router_desc* d)
 {
     MOE_TRY(moei_router_check_options(d));
     return moei_router_check_buffers(d);
 }
 
-/* A router product with all but its stream settled, for the device that was current. What it takes
-   stands in gemm.args for a GEMM, ragged or not, else in args. */
+/* A prepared product: all but its stream is resolved, for the device that was current. */
 typedef struct moe_router_prepared {
-    int32_t path;         /* moe_router_path */
-    moei_router_args args;
-    moe_grouped_gemm_prepared gemm; /* its launch is of every path's kernel */
+    int32_t path;                   /* moe_router_path */
+    moei_router_args args;          /* of the kernel on the scalar and split paths */
+    moe_grouped_gemm_prepared gemm; /* .launch: of every path's kernel, kernel null: run queues
+                                       nothing; .args: on the gemm and ragged paths */
 } moe_router_prepared;
 
-/* A product of two operands of one 16-bit dtype: path stays scalar where tensor cores cannot. */
+/* Prepares a product of two operands of one 16-bit dtype. p->path stays scalar where tensor cores
+   cannot compute the product. */
 MOE_HOST moe_status moei_router_prepare_gemm(const moe_router_desc* d, moe_router_prepared* p)
 {
     moe_grouped_gemm_desc g;
@@ -352,7 +369,7 @@ MOE_HOST moe_status moei_router_prepare_gemm(const moe_router_desc* d, moe_route
     return moei_ragged_prepare(&p->gemm.launch, &g, v);
 }
 
-/* Fills in *p, which is empty: its path is scalar. */
+/* Prepares *p, which is empty, for an unchecked descriptor. An empty *p has the scalar path. */
 MOE_HOST moe_status moei_router_prepare(const moe_router_desc* desc, moe_router_prepared* p)
 {
     moe_router_desc d = *desc;
@@ -376,14 +393,14 @@ MOE_HOST moe_status moei_router_prepare(const moe_router_desc* desc, moe_router_
     }
 }
 
-/* Settles a product: moe_router_run queues it any number of times. Errors: every field as
-   documented above, each with its own status. T = 0 is no error. */
+/* Prepares a product; moe_router_run queues it any number of times. Errors: each field that is not
+   as documented above, with its own status. T = 0 is no error. On an error *p is empty. */
 MOE_HOST moe_status moe_router_prepare(const moe_router_desc* desc, moe_router_prepared* p)
 {
     MOE_RETURN_PREPARED(desc, p, moei_router_prepare(desc, p));
 }
 
-/* Queues a prepared product on `stream`. */
+/* Queues a prepared product on `stream`. Refuses a null p. */
 MOE_HOST moe_status moe_router_run(const moe_router_prepared* p, cudaStream_t stream)
 {
     const moe_launch* l;
@@ -397,7 +414,8 @@ MOE_HOST moe_status moe_router_run(const moe_router_prepared* p, cudaStream_t st
     }
 }
 
-/* What moe_router_logits would run for this descriptor on the current device: a moe_router_path. */
+/* Sets *path to the moe_router_path of moe_router_logits for this descriptor on the current device.
+   Errors as of moe_router_prepare. */
 MOE_HOST moe_status moe_router_plan(const moe_router_desc* desc, int* path)
 {
     moe_router_prepared p;
@@ -415,7 +433,8 @@ MOE_HOST moe_status moe_router_logits(const moe_router_desc* desc, cudaStream_t 
     return moe_router_run(&p, stream);
 }
 
-/* Loads this header's own kernels now; moe_grouped_gemm_preload loads those of the GEMM. */
+/* Loads this header's own kernels, before their first launch. moe_grouped_gemm_preload loads those
+   of the gemm path. */
 MOE_HOST moe_status moe_router_preload(void)
 {
     MOE_TRY(moei_variant_preload(moei_bf16_split_variants));

@@ -1,23 +1,24 @@
-/* act.cuh: what happens between the two products of a layer form, over packed blocks, in fp32.
+/* act.cuh: computes the activation, or its gradient, between the two products of a layer form: on
+   packed sparse blocks, in fp32. Called by block_layer.cuh.
 
      forward    act = weight activation(pre)
-     backward   d = gradient by act: dweight = sum over I of d activation(pre)
-                pre_grad = d weight activation'(pre), and act anew, over d
+     backward   d = gradient with respect to act: dweight = sum over I of d activation(pre)
+                pre_grad = d weight activation'(pre); act is computed again and written over d
 
-   A run is what one row of blocks has of one expert: I / block blocks of act side by side in its
-   list, and twice as many of pre, gates and then ups, where the activation is gated. So from a
-   run's number and act's list all places follow. A group of 2 to 32 neighbouring lanes has one row
-   of a run, 8 elements a lane at a time: it reads the row's weight once and adds up dweight in a
-   fixed order. Every element is read by the lane that writes it, so gradients may lie over what
-   they are made from. Rows of the blocks that hold no token (past the last one, between experts; in
-   the batch form those of a token that lacks the expert) are written as zeros and take no part,
-   whatever lies there.
+   A `run` is the part of one block row that belongs to one expert: I / `block` consecutive sparse
+   blocks of act in its list. pre has the same, or twice as many where the activation is gated:
+   gates, then ups. So the run's number and act's list give all addresses. A group of 2 to 32
+   neighbouring lanes has one row of a run, 8 elements a lane at a time: reads the row's weight once
+   and adds up dweight in a fixed order. Every element is read by the lane that writes it, so a
+   gradient may overwrite its inputs. Rows without a token are written as zeros and take no part,
+   with any contents: rows past the last one or between experts; in the batch form those of tokens
+   that lack the expert.
 
-   In the batch form a token that lacks an expert has its row in the expert's blocks nonetheless, so
-   that dw1 and dw2 would multiply its x and dy by these zeros. An infinity or NaN in x [t] makes the
-   token's whole row of pre infinite or NaN, one in dy [t] that of d. Where backward finds one in the
-   first element of such a row, it marks the expert, and moe_block_sparse_depths leaves the row out of the
-   expert's products; all other experts keep the products' full speed. */
+   In the batch form a token that lacks an expert still has a row in the expert's sparse blocks, so
+   dw1 and dw2 would multiply its x and dy by these zeros. An infinity or NaN in x [t] makes the
+   token's whole row of pre infinite or NaN, one in dy [t] that of d. Where backward finds one in
+   the first element of such a row, the expert is marked, and moe_block_sparse_depths excludes the
+   row from the expert's products. The products of all other experts keep full speed. */
 #ifndef MOE_BLOCK_LAYER_ACT_CUH
 #define MOE_BLOCK_LAYER_ACT_CUH
 
@@ -30,45 +31,54 @@
 
 #define MOEI_BLOCK_LAYER_ACT_THREADS 256
 
+/* Arguments of the kernels. */
 typedef struct moei_block_layer_act_args {
-    const uint16_t* pre;       /* packed */
-    uint16_t* act;             /* packed; backward: d first */
-    uint16_t* pre_grad;        /* packed; backward alone; may be pre */
-    const int32_t* row_offset; /* of act's list */
-    const int32_t* column_index;
-    const int32_t* row_slot;    /* sparse: [num_rows] */
-    const int32_t* ids;         /* sparse, batch: [T, K] */
+    const uint16_t* pre;         /* packed, dtype */
+    uint16_t* act;               /* packed, dtype; backward: d on entry */
+    uint16_t* pre_grad;          /* packed, dtype; backward alone; may be pre */
+    const int32_t* row_offset;   /* [row_blocks + 1] of act's list */
+    const int32_t* column_index; /* of act's list */
+    const int32_t* row_slot;     /* sparse: [num_rows] */
+    const int32_t* ids;          /* sparse, batch: [T, K] */
     const int32_t* active_index; /* [E] -1: not active */
-    const float* weights;
-    float* dweights; /* backward alone; or null */
-    uint64_t* fault;
-    int32_t* lacking; /* batch, backward: [E] cleared; set to 1 + the expert's slot in `held`
-                             where a token that lacks the expert is not finite; or null */
-    uint8_t* held;    /* [active experts, held_stride] 1: the token has the expert */
-    int64_t held_stride;
-    int64_t slots;    /* T * K; dense: 0 */
-    int64_t row_grid; /* blocks of threads that do rows; those behind them: dweights of slots
-                         without an expert */
-    int32_t form, num_rows, row_blocks, num_experts, top_k;
-    int32_t block_log2, lanes_log2;
-    int32_t run; /* blocks of act in a run */
-    int32_t gated;
+    const float* weights;        /* [T, K]; dense: [T, E] */
+    float* dweights;             /* shape of weights; backward alone; or null */
+    uint64_t* fault;             /* [1] fault word; or null */
+    int32_t* lacking;    /* batch, backward: [E], zeros on entry; becomes 1 + the expert's row of
+                            `held` where a token that lacks the expert is not finite; or null */
+    uint8_t* held;       /* [active experts, held_stride] 1: the token has the expert; 0: it lacks
+                            the expert */
+    int64_t held_stride; /* bytes, a multiple of 16 */
+    int64_t slots;       /* T * K; dense: 0 */
+    int64_t row_grid;    /* thread blocks that compute rows; those after them zero the dweights of
+                            slots without an active expert */
+    int32_t form, num_rows, row_blocks, num_experts, top_k; /* moe_block_layer_form; rows of act;
+                                                               their block rows; E; K */
+    int32_t block_log2, lanes_log2; /* log2 of a sparse block's side; of the lanes of a row */
+    int32_t run;                    /* sparse blocks of act in a run */
+    int32_t gated;                  /* 1: pre has gates and ups; 0: pre is as wide as act */
     moei_activation activation;
 } moei_block_layer_act_args;
 
 /* One row of a run. */
 typedef struct moei_block_layer_act_row {
-    int64_t act, pre;  /* its first element; rows of the run's other blocks are a block apart */
+    int64_t act, pre;  /* index of its first element; in each next sparse block of the run the row
+                          is block * block elements further */
     int64_t row;       /* of the matrix */
-    int64_t weight_at; /* of weights and dweights; batch: of the row's first slot */
-    float weight;
+    int64_t weight_at; /* index in weights and dweights; batch: of the row's first slot */
+    float weight;      /* 0 where the row is not live */
     int32_t expert;
     bool there; /* the run exists */
-    bool live;  /* the row holds a token, batch: that has the expert */
+    bool live;  /* the row holds a token, batch: one that has the expert */
 } moei_block_layer_act_row;
 
+/* Returns the row of the calling lane's group. Called by a whole warp.
+     1. Compute the run's number and the row's offsets.
+     2. Find the run's block row and expert in act's list.
+     3. Find the row's weight, and whether the row is live, by the form. */
 MOE_DEVICE moei_block_layer_act_row moei_block_layer_act_find(const moei_block_layer_act_args* a)
 {
+    /* 1. run */
     const int block = 1 << a->block_log2, n = a->run, lanes = 1 << a->lanes_log2;
     const int lane = (int)threadIdx.x & (lanes - 1);
     const int64_t group = (int64_t)blockIdx.x * (MOEI_BLOCK_LAYER_ACT_THREADS >> a->lanes_log2) +
@@ -82,14 +92,16 @@ MOE_DEVICE moei_block_layer_act_row moei_block_layer_act_find(const moei_block_l
     r.row = r.weight_at = 0;
     r.expert = 0;
     r.weight = 0.0f;
+    /* 2. block row and expert */
     if (r.there) {
-        const int each = a->row_offset[1] / n; /* runs of a row of blocks: all that have any have as
-                                                  many, and they come first */
+        /* runs of a block row: block rows that have runs all have as many, and come first */
+        const int each = a->row_offset[1] / n;
         r.row = ((int64_t)((uint32_t)run / (uint32_t)(each > 0 ? each : 1)) << a->block_log2) +
                 in_block;
         r.expert = a->column_index[run * n] / n;
         r.live = r.row < a->num_rows;
     }
+    /* 3. weight */
     if (a->form == MOE_BLOCK_LAYER_SPARSE) {
         const int32_t slot = r.live ? a->row_slot[r.row] : -1;
         r.live = slot >= 0 && slot < a->slots;
@@ -112,7 +124,7 @@ MOE_DEVICE moei_block_layer_act_row moei_block_layer_act_find(const moei_block_l
     return r;
 }
 
-/* 8 elements forward: the gates (or plain numbers) and ups become act. */
+/* Returns 8 elements of act from the gates (or the plain numbers) and ups. */
 MOE_DEVICE uint4 moei_block_layer_act_8(uint4 gate, uint4 up, float weight,
                                         const moei_block_layer_act_args* a, const int dtype)
 {
@@ -125,8 +137,8 @@ MOE_DEVICE uint4 moei_block_layer_act_8(uint4 gate, uint4 up, float weight,
     return moei_pack_8(v, dtype);
 }
 
-/* 8 elements backward: gate, up and d become their gradients and act. Returns sum, to which each d
-   times its activation is added, in order. */
+/* Replaces 8 elements of gate, up and d by their gradients and act. Returns sum + the sum of each d
+   times its activation, added in order. */
 MOE_DEVICE float moei_block_layer_grad_8(uint4* gate, uint4* up, uint4* d, float weight, float sum,
                                          const moei_block_layer_act_args* a, const int dtype)
 {
@@ -149,13 +161,14 @@ MOE_DEVICE float moei_block_layer_grad_8(uint4* gate, uint4* up, uint4* d, float
     return sum;
 }
 
-/* The row's elements, two vectors of a lane under way together. backward and dtype are literals. */
+/* Computes the row, two 16-byte vectors of a lane in flight at a time. Returns the lane's part of
+   dweight. backward and dtype are literals. */
 MOE_DEVICE float moei_block_layer_act_row_8(const moei_block_layer_act_args* a,
                                             const moei_block_layer_act_row* r, const int backward,
                                             const int dtype)
 {
     const int lanes = 1 << a->lanes_log2, lane = (int)threadIdx.x & (lanes - 1);
-    const int width_log2 = a->block_log2 - 3; /* vectors in a row of one block */
+    const int width_log2 = a->block_log2 - 3; /* 16-byte vectors in a row of one sparse block */
     const int vectors = r->there ? a->run << width_log2 : 0;
     const int64_t to_up = (int64_t)a->run << 2 * a->block_log2;
     float sum = 0.0f;
@@ -177,7 +190,7 @@ MOE_DEVICE float moei_block_layer_act_row_8(const moei_block_layer_act_args* a,
         MOE_UNROLL
         for (int u = 0; u < 2; ++u) {
             if (p0 + u * lanes >= vectors) break;
-            if (r->live) { /* else zeros are what is written */
+            if (r->live) { /* else zeros are written */
                 if (backward)
                     sum =
                         moei_block_layer_grad_8(&gate[u], &up[u], &d[u], r->weight, sum, a, dtype);
@@ -193,16 +206,16 @@ MOE_DEVICE float moei_block_layer_act_row_8(const moei_block_layer_act_args* a,
     return sum;
 }
 
-/* Is the number not finite? */
+/* Returns true where the fp16 or bf16 number is infinite or NaN. */
 MOE_DEVICE bool moei_sparse_odd(uint16_t v, const int dtype)
 {
     const int infinite = dtype == MOE_FP16 ? 0x7c00 : 0x7f80;
     return (v & infinite) == infinite;
 }
 
-/* Batch, backward: says who has the row's expert, and marks the expert where a token that lacks it
-   must not enter its products. Before anything is written over pre and d; the lane that calls this
-   is the one that does. */
+/* Batch, backward: writes to `held` whether the row's token has the expert, and marks the expert
+   where a token that lacks it must not enter its products. Called by the group's first lane, which
+   alone overwrites the row's first element of pre and d, before the overwrite. */
 MOE_DEVICE void moei_block_layer_act_hold(const moei_block_layer_act_args* a,
                                           const moei_block_layer_act_row* r, const int dtype)
 {
@@ -211,9 +224,10 @@ MOE_DEVICE void moei_block_layer_act_hold(const moei_block_layer_act_args* a,
     a->held[slot * a->held_stride + r->row] = r->live;
     if (!r->live &&
         (moei_sparse_odd(a->pre[r->pre], dtype) || moei_sparse_odd(a->act[r->act], dtype)))
-        a->lacking[r->expert] = slot + 1; /* all who write it write this */
+        a->lacking[r->expert] = slot + 1; /* all lanes that write it write this value */
 }
 
+/* Forward: one row of a run a group of lanes. */
 MOE_DEVICE_BODY void moei_block_layer_act_forward(const moei_block_layer_act_args* a,
                                                   const int dtype)
 {
@@ -221,11 +235,13 @@ MOE_DEVICE_BODY void moei_block_layer_act_forward(const moei_block_layer_act_arg
     (void)moei_block_layer_act_row_8(a, &r, 0, dtype);
 }
 
+/* Backward: the first row_grid thread blocks have one row of a run a group of lanes; the others
+   zero dweights, one slot a thread. */
 MOE_DEVICE_BODY void moei_block_layer_act_backward(const moei_block_layer_act_args* a,
                                                    const int dtype)
 {
     const int lanes = 1 << a->lanes_log2, lane = (int)threadIdx.x & (lanes - 1);
-    if (blockIdx.x >= a->row_grid) { /* slots whose expert has no column */
+    if (blockIdx.x >= a->row_grid) { /* slots without an active expert */
         const int64_t slot =
             (blockIdx.x - a->row_grid) * MOEI_BLOCK_LAYER_ACT_THREADS + (int64_t)threadIdx.x;
         const int32_t e = slot < a->slots ? a->ids[slot] : 0;
@@ -266,7 +282,8 @@ MOE_DEVICE_BODY void moei_block_layer_act_backward(const moei_block_layer_act_ar
 MOEI_BLOCK_LAYER_ACT_LIST(MOEI_BLOCK_LAYER_ACT_KERNELS)
 #undef MOEI_BLOCK_LAYER_ACT_KERNELS
 
-/* Settles the forward or backward kernel; `runs`: how many there can be. */
+/* Prepares the forward or backward kernel, and fills in lanes_log2 and row_grid of *a. `runs`: the
+   most that can exist. */
 MOE_HOST moe_status moei_block_layer_act_prepare(moe_launch* l, moei_block_layer_act_args* a,
                                                  int64_t runs, int backward, int dtype)
 {
@@ -291,6 +308,7 @@ MOE_HOST moe_status moei_block_layer_act_prepare(moe_launch* l, moei_block_layer
     return MOE_STATUS(MOE_ERR_DTYPE, dtype);
 }
 
+/* Loads this header's kernels now. */
 MOE_HOST moe_status moei_block_layer_act_preload(void)
 {
 #define MOEI_BLOCK_LAYER_ACT_LOAD(name, dt)                                                        \

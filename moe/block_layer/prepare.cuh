@@ -1,5 +1,6 @@
-/* prepare.cuh: a layer form's check, its sizes, and the descriptors of what it is composed of, for
-   block_layer.cuh. Sizes and launches come from one function, moei_block_layer_plan. */
+/* prepare.cuh: checks a layer form, computes its sizes, and fills in the descriptors of its
+   stations, for block_layer.cuh. One function, moei_block_layer_plan, gives both sizes and
+   launches. */
 #ifndef MOE_BLOCK_LAYER_PREPARE_CUH
 #define MOE_BLOCK_LAYER_PREPARE_CUH
 
@@ -24,27 +25,27 @@ enum {
     MOEI_BLOCK_LAYER_PRODUCTS
 };
 
-/* What a call needs. */
+/* The plan of a call. */
 typedef struct moei_block_layer {
     moe_block_layer_desc d; /* with its defaults */
     moe_block_layer_bytes bytes;
-    int gated;
-    int32_t room;           /* experts that can be active */
-    int32_t strips[2];      /* blocks side by side of an expert: of act, of pre */
-    int64_t num_rows;       /* of the block-sparse matrices: T, sparse: R */
-    int64_t runs;           /* row of blocks and expert: so many at most */
+    int gated;                     /* 1: pre has gates and ups */
+    int32_t room;                  /* experts that can be active */
+    int32_t strips[2];             /* block columns of an expert: of act, of pre */
+    int64_t num_rows;              /* of the block-sparse matrices: T; sparse: R */
+    int64_t runs;                  /* most pairs of a block row and an expert */
     moe_block_sparse_mask mask[2]; /* of act, of pre; the same where the activation is not gated */
     moe_route_desc route;
-    moe_block_sparse_list_desc list[2];
+    moe_block_sparse_list_desc list[2]; /* of mask[0], mask[1] */
     moei_block_layer_active_args active;
-    moei_block_layer_tables_args tables; /* as backward wants them */
+    moei_block_layer_tables_args tables; /* as backward needs them */
     moei_block_layer_act_args act;
     moe_permute_desc permute; /* without x */
     moe_combine_desc combine; /* without y */
     moe_block_sparse_desc product[MOEI_BLOCK_LAYER_PRODUCTS];
 } moei_block_layer;
 
-/* Checks an expert's matrices [n, k] and fills in their strides. */
+/* Checks the experts' matrices [n, k] and fills in their strides. */
 #define MOEI_BLOCK_LAYER_WEIGHTS(w, n, k, field)                                                   \
     do {                                                                                           \
         MOE_REQUIRE(!(w)->up && !(w)->up_table, MOE_ERR_CONFLICT, field);                          \
@@ -59,6 +60,7 @@ typedef struct moei_block_layer {
         MOE_REQUIRE(!((w)->base && (w)->table), MOE_ERR_CONFLICT, field);                          \
     } while (0)
 
+/* Checks a stride of x, y, dy or dx and fills in its default. */
 #define MOEI_BLOCK_LAYER_STRIDE(stride, field)                                                     \
     do {                                                                                           \
         if ((stride) == 0) (stride) = d->hidden;                                                   \
@@ -119,7 +121,8 @@ MOE_HOST moe_status moei_block_layer_check_options(moei_block_layer* l)
     return MOE_OK;
 }
 
-/* A product with what all of them share. */
+/* Returns the descriptor of a product with the fields that all products share; mask: 0 of act, 1 of
+   pre. */
 MOE_HOST moe_block_sparse_desc moei_block_layer_product(const moei_block_layer* l, int op, int mask)
 {
     moe_block_sparse_desc p;
@@ -134,7 +137,8 @@ MOE_HOST moe_block_sparse_desc moei_block_layer_product(const moei_block_layer* 
     return p;
 }
 
-/* Batch: tokens that lack an expert and are not finite stay out of its gradients. */
+/* Returns the filter that excludes tokens which lack an expert and are not finite from the expert's
+   gradients (batch); mask as above. */
 MOE_HOST moe_block_sparse_depths moei_block_layer_depths(const moei_block_layer* l, int mask)
 {
     moe_block_sparse_depths p;
@@ -146,7 +150,8 @@ MOE_HOST moe_block_sparse_depths moei_block_layer_depths(const moei_block_layer*
     return p;
 }
 
-/* The products. rows: [num_rows, H], the tokens or their copies in expert order. */
+/* Fills in the products. rows [num_rows, H]: in the sparse form the tokens' copies in expert order;
+   pre and act: packed. */
 MOE_HOST void moei_block_layer_products(moei_block_layer* l, void* rows, void* pre, void* act)
 {
     const moe_block_layer_desc* d = &l->d;
@@ -221,8 +226,8 @@ MOE_HOST void moei_block_layer_products(moei_block_layer* l, void* rows, void* p
     p->m = num_rows, p->n = hidden, p->k = pre_elems;
 }
 
-/* Workspace of one product. It depends on sizes alone; short strides need tables, which only a call
-   has. */
+/* Returns in *bytes the workspace of one product, from sizes alone. Strides count as 0: short ones
+   need tables, which only a call has. */
 MOE_HOST moe_status moei_block_layer_product_bytes(const moe_block_sparse_desc* product,
                                                    size_t* bytes)
 {
@@ -231,7 +236,8 @@ MOE_HOST moe_status moei_block_layer_product_bytes(const moe_block_sparse_desc* 
     return moe_block_sparse_workspace(&p, bytes);
 }
 
-/* A list of mask number i, with room for all that may be there; carved out of `saved`. */
+/* Fills in list and mask number i, with entries for all sparse blocks that can be present; carves
+   their arrays out of `saved` at *at. */
 MOE_HOST moe_status moei_block_layer_list(moei_block_layer* l, int i, size_t* at)
 {
     const moe_block_layer_desc* d = &l->d;
@@ -275,7 +281,7 @@ MOE_HOST moe_status moei_block_layer_list(moei_block_layer* l, int i, size_t* at
     return MOE_OK;
 }
 
-/* Rows and maps of the sparse form; carved out of `saved`. */
+/* Fills in the route of the sparse form and carves its outputs out of `saved` at *at. */
 MOE_HOST moe_status moei_block_layer_route(moei_block_layer* l, size_t* at)
 {
     const moe_block_layer_desc* d = &l->d;
@@ -301,8 +307,13 @@ MOE_HOST moe_status moei_block_layer_route(moei_block_layer* l, size_t* at)
     return moe_route_workspace(r, &r->workspace_bytes);
 }
 
-/* Checks sizes and options, and fills in everything; bytes are told in any case, and where the
-   descriptor has memory, all lies in it. */
+/* Checks sizes and options and fills in *l. Always computes the bytes; with memory in the
+   descriptor, also the addresses of all buffers in it.
+     1. Check the options; fill in the tables' sizes.
+     2. Carve `saved`: active experts, route, lists, pre.
+     3. Carve the workspace: buffers of both calls come first.
+     4. Carve the workspace of the stations, at the end.
+     5. Fill in the arguments of the kernels and the descriptors of permute and combine. */
 MOE_HOST moe_status moei_block_layer_plan(const moe_block_layer_desc* desc, moei_block_layer* l)
 {
     moe_block_layer_desc* d = &l->d;
@@ -314,6 +325,7 @@ MOE_HOST moe_status moei_block_layer_plan(const moe_block_layer_desc* desc, moei
     memset(l, 0, sizeof *l);
     l->d = *desc;
     MOE_TRY(moei_block_layer_check_options(l));
+    /* 1. tables */
     sparse = d->form == MOE_BLOCK_LAYER_SPARSE;
     l->tables.w1 = d->w1;
     l->tables.w2 = d->w2;
@@ -330,9 +342,9 @@ MOE_HOST moe_status moei_block_layer_plan(const moe_block_layer_desc* desc, moei
     l->tables.grad_bytes = moe_dtype_bytes(d->grad_dtype);
     l->strips[0] = l->tables.strips2 = d->intermediate / d->block;
     l->strips[1] = l->tables.strips1 = l->strips[0] * (l->gated ? 2 : 1);
-    if (d->num_tokens == 0) return MOE_OK; /* there is nothing to keep */
+    if (d->num_tokens == 0) return MOE_OK; /* nothing is kept */
 
-    /* saved: pre, who is active, maps, lists */
+    /* 2. saved: active experts, maps, lists, pre */
     l->num_rows = d->num_tokens;
     l->room = d->form == MOE_BLOCK_LAYER_BATCH && d->top_k < num_experts ? d->top_k : num_experts;
     l->active.active = (int32_t*)moei_carve((char*)d->saved, &saved, (uint64_t)num_experts * 4);
@@ -350,7 +362,7 @@ MOE_HOST moe_status moei_block_layer_plan(const moe_block_layer_desc* desc, moei
     rows_bytes = sparse ? (uint64_t)l->num_rows * (uint64_t)d->hidden * 2 : 0;
     pre = moei_carve((char*)d->saved, &saved, act_bytes * (l->gated ? 2 : 1));
 
-    /* scratch: what both calls have comes first */
+    /* 3. workspace: buffers of both calls come first */
     for (int i = 0; i < 2; ++i) table[i] = (uint64_t)num_experts * (uint64_t)l->strips[i] * 8;
     l->tables.w1_table = (const void**)moei_carve((char*)d->workspace, &forward, table[1]);
     l->tables.w2_table = (const void**)moei_carve((char*)d->workspace, &forward, table[0]);
@@ -370,7 +382,8 @@ MOE_HOST moe_status moei_block_layer_plan(const moe_block_layer_desc* desc, moei
     }
     moei_block_layer_products(l, rows, pre, act);
 
-    /* behind it what one of the parts wants while it runs: nothing outlives its launch */
+    /* 4. workspace of one station at a time: all use the same memory, in which nothing outlives its
+       launch */
     temporary[0] = l->route.workspace_bytes;
     for (int i = 0; i <= l->gated; ++i) {
         MOE_TRY(moe_block_sparse_list_workspace(&l->list[i], &l->list[i].workspace_bytes));
@@ -393,6 +406,7 @@ MOE_HOST moe_status moei_block_layer_plan(const moe_block_layer_desc* desc, moei
     l->bytes.backward = backward;
     l->bytes.act_grad = (size_t)act_bytes * (l->gated ? 2 : 1);
 
+    /* 5. arguments */
     l->tables.active = l->active.active;
     l->tables.active_index = l->active.active_index;
     l->tables.count = l->active.count;

@@ -1,12 +1,13 @@
-/* setup.cuh: which experts a layer form has at work, and where their matrices lie in strips of
-   blocks, for block_layer.cuh.
+/* setup.cuh: finds the active experts of a layer form and writes the tables of their matrices'
+   addresses, for block_layer.cuh.
 
      mark     batch: flag[e] = 1 for each e in ids
-     active   flags, or offsets, to active [] (ascending, then -1) and active_index [E] (the place in
-              it, -1: not active)
-     tables   w1_table [E 2I / block], w2_table [E I / block]: address of each strip of blocks of
-              the active experts, null of the others; backward: the same of dw1 and dw2 by slots,
-              grad_expert, and zeros in what act.cuh marks */
+     active   from flags, offsets or none (dense): active [] (ascending, then -1) and active_index
+              [E] (the expert's position in active, -1: not active)
+     tables   w1_table [E 2I / block] (not gated E I / block), w2_table [E I / block]: the address
+              of each block column of the activations, null for experts that are not active.
+              Backward: the same of dw1 and dw2, by active_index; grad_expert; zeros in `lacking` of
+              act.cuh */
 #ifndef MOE_BLOCK_LAYER_SETUP_CUH
 #define MOE_BLOCK_LAYER_SETUP_CUH
 
@@ -17,21 +18,23 @@
 
 #define MOEI_BLOCK_LAYER_SETUP_THREADS 256
 
+/* Arguments of mark and active. */
 typedef struct moei_block_layer_active_args {
     const int32_t* ids;           /* mark: [slots] */
     const int32_t* expert_offset; /* sparse: [E + 1]; else null */
-    int32_t* flag;                /* batch: [E], cleared before mark; else null */
+    int32_t* flag;                /* batch: [E], zeros before mark; else null */
     int32_t* active;              /* [entries] */
     int32_t* active_index;        /* [E] */
     int32_t* count;               /* [1] experts in active */
-    uint64_t* fault;
-    int64_t slots;
-    int32_t num_experts;
-    int32_t room;    /* most experts there may be */
-    int32_t entries; /* of active */
-    int32_t rank;
+    uint64_t* fault;              /* [1] fault word; or null */
+    int64_t slots;                /* T * K; dense: 0 */
+    int32_t num_experts;          /* E */
+    int32_t room;                 /* most experts that may be active; more: NO_ROOM */
+    int32_t entries;              /* of active */
+    int32_t rank;                 /* reported with a fault */
 } moei_block_layer_active_args;
 
+/* Sets the flag of each slot's expert, one slot a thread. Raises BAD_ID. */
 MOE_KERNEL(MOEI_BLOCK_LAYER_SETUP_THREADS, 1)
 moei_block_layer_mark(MOE_ARG(moei_block_layer_active_args) a)
 {
@@ -41,12 +44,13 @@ moei_block_layer_mark(MOE_ARG(moei_block_layer_active_args) a)
     if (moe_fault_stopped(a.fault) || slot >= a.slots) return;
     {
         const int32_t e = a.ids[slot];
-        if (e >= 0 && e < a.num_experts) a.flag[e] = 1; /* all who write it write this */
+        if (e >= 0 && e < a.num_experts) a.flag[e] = 1; /* all threads that write it write 1 */
         else if (e != -1) moe_fault_raise(a.fault, MOE_FAULT_BAD_ID, a.rank, slot);
     }
 }
 
-/* One block. */
+/* Writes active, active_index and count. Launched as one thread block, which takes one expert a
+   thread at a time. Raises NO_ROOM. */
 MOE_KERNEL(MOEI_BLOCK_LAYER_SETUP_THREADS, 1)
 moei_block_layer_active(MOE_ARG(moei_block_layer_active_args) a)
 {
@@ -73,29 +77,31 @@ moei_block_layer_active(MOE_ARG(moei_block_layer_active_args) a)
         a.active[i] = -1;
 }
 
+/* Arguments of tables. */
 typedef struct moei_block_layer_tables_args {
-    moe_weights w1, w2; /* strides filled in */
-    const int32_t* active;
-    const int32_t* active_index;
-    const int32_t* count;
-    const void** w1_table;
-    const void** w2_table;
-    void** dw1_table; /* backward, where wanted; else null, and so the next */
-    void** dw2_table;
-    int32_t* grad_expert; /* or null */
-    int32_t* lacking;     /* batch, backward: [num_experts], cleared; or null */
-    char* dw1;
-    char* dw2;
-    uint64_t* fault;
-    int64_t hidden, intermediate;
-    int32_t num_experts, max_experts, block;
-    int32_t strips1, strips2; /* of an expert in w1 and w2 */
-    int32_t grad_bytes;       /* of an element of dw1 and dw2 */
-    int32_t no_tokens;        /* 1: no expert is active; grad_expert alone is written */
-    int32_t rank;
+    moe_weights w1, w2;                      /* strides filled in */
+    const int32_t* active;                   /* [E] written by active */
+    const int32_t* active_index;             /* [E] */
+    const int32_t* count;                    /* [1] */
+    const void** w1_table;                   /* [E, strips1] */
+    const void** w2_table;                   /* [E, strips2] */
+    void** dw1_table;                        /* [E, strips1] backward with dw1; else null */
+    void** dw2_table;                        /* [E, strips2] backward with dw2; else null */
+    int32_t* grad_expert;                    /* [max_experts]; or null */
+    int32_t* lacking;                        /* batch, backward: [E], becomes zeros; or null */
+    char* dw1;                               /* [max_experts, 2I or I, H]; or null */
+    char* dw2;                               /* [max_experts, H, I]; or null */
+    uint64_t* fault;                         /* [1] fault word; or null */
+    int64_t hidden, intermediate;            /* H, I */
+    int32_t num_experts, max_experts, block; /* E; matrices of dw1 and dw2; of a sparse block */
+    int32_t strips1, strips2;                /* block columns of an expert in pre, in act */
+    int32_t grad_bytes;                      /* of an element of dw1 and dw2 */
+    int32_t no_tokens; /* 1: no expert is active, and only grad_expert is written; else 0 */
+    int32_t rank;      /* reported with a fault */
 } moei_block_layer_tables_args;
 
-/* An expert's matrix; null where the table's entry is of no use. */
+/* Returns the address of expert e's matrix; raises BAD_TABLE and returns null where the address is
+   null or misaligned. */
 MOE_DEVICE const char* moei_block_layer_matrix(const moe_weights* w, int e, uint64_t* fault,
                                                int rank)
 {
@@ -106,7 +112,9 @@ MOE_DEVICE const char* moei_block_layer_matrix(const moe_weights* w, int e, uint
     return 0;
 }
 
-/* A thread a strip of w1; those of w2 are no more. */
+/* Writes the tables, grad_expert and `lacking`: one block column of pre a thread, which also does
+   that of act (act has no more). More active experts than max_experts raise NO_ROOM; without a
+   fault word only the first max_experts get gradients. */
 MOE_KERNEL(MOEI_BLOCK_LAYER_SETUP_THREADS, 1)
 moei_block_layer_tables(MOE_ARG(moei_block_layer_tables_args) a)
 {
@@ -146,6 +154,7 @@ moei_block_layer_tables(MOE_ARG(moei_block_layer_tables_args) a)
     }
 }
 
+/* Loads this header's kernels now. */
 MOE_HOST moe_status moei_block_layer_setup_preload(void)
 {
     MOE_TRY(moe_preload_kernel((const void*)moei_block_layer_mark));

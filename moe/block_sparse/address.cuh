@@ -1,9 +1,11 @@
-/* address.cuh: where a tile of a block-sparse product and its operands lie: what a launch is
-   given, which tile a block has, the addresses of its slices.
+/* address.cuh: addresses of a block-sparse tile: the arguments of a launch, the tile of a thread
+   block, the address parts of its slices. Called by tile.cuh, load.cuh, multiply.cuh and store.cuh.
 
-   Addresses come in two parts that are added: one of each 16 rows (or columns) of the tile, fixed,
-   in shared memory, and one of each 16 depths, which the list names. So a tile can be put together
-   from blocks anywhere, of 16 elements and more, and tables cost nothing where there are none. */
+   X, Y, M, K, N, block rows and block columns are those of the normal form (tile.cuh).
+
+   An address is the sum of two parts: a fixed one for each slice of rows (or columns) of the tile,
+   in shared memory, and one for each slice of depth, which the list names. So a tile may consist of
+   sparse blocks anywhere, of 16 elements and more, and tables cost nothing where they are null. */
 #ifndef MOE_BLOCK_SPARSE_ADDRESS_CUH
 #define MOE_BLOCK_SPARSE_ADDRESS_CUH
 
@@ -13,70 +15,72 @@
 #include "../layout.h"
 #include "desc.h"
 
-/* An operand, or C, with its axis along the strips of blocks and the other one. */
+/* An operand or C in the normal form: its address and its contiguous axis. */
 typedef struct moei_sparse_matrix {
-    const char* base;
-    const void* const* table; /* address of each strip of blocks along the shared axis; or null */
-    int64_t stride;           /* elements between rows as they lie */
+    const char* base;         /* first element; null with a table */
+    const void* const* table; /* address of each block row (Y: of each block column); or null */
+    int64_t stride;           /* elements between rows as stored */
     int32_t major;            /* X, Y: moe_major; C: MOE_MAJOR_MN: stored transposed */
 } moei_sparse_matrix;
 
-/* What a launch needs; made by prepare.cuh. */
+/* Arguments of a product's kernel, made by prepare.cuh. */
 typedef struct moei_sparse_args {
     moei_sparse_matrix x, y, c;
-    const int32_t *begin, *end; /* [strips] where each strip's blocks stand in the list */
-    const int32_t* block;       /* number of each along the other axis */
-    const int32_t* info;        /* of each: packed: its place; where strips are joined: bits, which
-                                   of them have it; null: its number in the list */
-    const int32_t* partial;     /* [strips] 1: some block is not in all strips joined; or null */
-    const int32_t* share;       /* [m >> share_m] whose strips are run: those that are share_of; or
-                                   null: all */
-    uint64_t* fault;
-    int32_t m, n, k;
-    int32_t sparse_c; /* sdd */
-    int32_t packed;
-    int32_t block_m, block_other; /* log2 of the block's height along M, width along K or N */
-    int32_t strip_m;              /* rows of a strip of the list: a block's, or a tile's */
-    int32_t others, max_blocks;   /* blocks along the other axis; entries of the list */
-    int32_t tiles_m, tiles_n;
-    int32_t share_m, share_of;
-    int32_t c_dtype;
-    int32_t rank;
+    const int32_t *begin, *end; /* [strips] first entry of each strip, and the one after its last */
+    const int32_t* block;       /* [max_blocks] block column of each entry */
+    const int32_t* info;        /* [max_blocks] packed: the entry's number in row order; where block
+                                   rows are joined: bits, the block rows that have the entry; null:
+                                   the entry's own number */
+    const int32_t* partial;     /* [strips] 1: some joined block row lacks an entry; or null */
+    const int32_t* share;       /* [ceil(m / 2^share_m)] `partial` of the two plans: tiles run where
+                                   the entry is share_of; null: all run */
+    uint64_t* fault;            /* [1] fault word; or null */
+    int32_t m, n, k;            /* elements, of the normal form */
+    int32_t sparse_c;           /* 1: sdd; 0: dsd or dds */
+    int32_t packed;             /* 1: the sparse matrix is packed; 0: strided */
+    int32_t block_m, block_other; /* log2 of a sparse block's extent along M; along K (sdd: N) */
+    int32_t strip_m;              /* rows of a strip: of all its block rows */
+    int32_t others, max_blocks;   /* block columns; entries of the list */
+    int32_t tiles_m, tiles_n;     /* tiles along M and N that have a thread block */
+    int32_t share_m, share_of;    /* of share: log2 of its rows; 0 or 1 */
+    int32_t c_dtype;              /* moe_dtype of C */
+    int32_t rank;                 /* reported with a fault */
     moe_block_sparse_depths depths;
 } moei_sparse_args;
 
-/* One slice of depth of an operand: where it lies, and who wants it. */
+/* One slice of depth of an operand. */
 typedef struct moei_sparse_slice {
-    uint64_t at;   /* address part */
-    int32_t count; /* depths that there are, 0 .. 16 */
-    uint32_t rows; /* X: bits of the row slices that are multiplied with it; Y: of the depths that
-                      count, where it lies by depths */
+    uint64_t at;   /* address part, bytes */
+    int32_t count; /* depths inside the matrix, 0 .. 16 */
+    uint32_t rows; /* X: bits, the row slices that this slice multiplies; Y: bits, the depths that
+                      count, read where Y is mn-major */
 } moei_sparse_slice;
 
-/* Where a tile lies. */
+/* The position of a tile, in elements of the normal form. */
 typedef struct moei_sparse_position {
-    int32_t row, strip, rows; /* first row in M, its strip, rows that there are */
-    int32_t column, columns;  /* first column among those the strip has, columns that there are */
-    int32_t begin, end;       /* the strip's list */
+    int32_t row, strip, rows; /* first row, number of its strip, rows inside the matrix */
+    int32_t column, columns;  /* first column (sdd: in the strip's entries); columns, 0: no tile */
+    int32_t begin, end;       /* the strip's entries */
 } moei_sparse_position;
 
-/* What the threads of a block share beside the ring. Chunks are 16 rows, columns or depths. */
+/* Shared memory of a thread block, without the ring. A slice is 16 rows, columns or depths. */
 typedef struct moei_sparse_shared {
     moei_sparse_position tile;
-    int32_t index;                                                   /* of the tile */
+    int32_t index; /* not used */
     moei_sparse_slice slice_x[2 * MOE_WARP_SIZE],
-        slice_y[2 * MOE_WARP_SIZE]; /* the next slices of depth; a
-                                                                        warp makes 32 at a time */
-    uint64_t x[8], y[16];           /* address parts of the row slices, column slices */
-    uint32_t have[16];    /* bits: the row slices that a column slice is multiplied with */
-    uint32_t rows;        /* the same of the tile: those that C has */
-    uint32_t columns;     /* bits: the column slices of the tile that are there */
+        slice_y[2 * MOE_WARP_SIZE]; /* next slices of depth, in a ring; a warp makes 32 at a time */
+    uint64_t x[8], y[16];           /* address parts of row slices, of column slices */
+    uint32_t have[16];              /* bits: the row slices that a column slice multiplies */
+    uint32_t rows;                  /* bits: the row slices of the tile that are computed */
+    uint32_t columns;               /* bits: the column slices of the tile that are computed */
 } moei_sparse_shared;
 
-/* Rows whose tiles run together, so that they read the same columns of Y from L2. */
+/* Rows of a band: its tiles run together, so that they read the same columns of Y from L2. */
 #define MOEI_SPARSE_BAND 2048
 
-/* The tile that a block has in a round: `tiles_n` further along its strip each time. */
+/* Returns the tile that thread block `index` has in a round: `tiles_n` column tiles further along
+   its strip each round. columns = 0: no tile. A strip with bad offsets raises BAD_BLOCK and counts
+   as empty. Called by one thread. */
 MOE_DEVICE moei_sparse_position moei_sparse_find(const moei_sparse_args* d, int index, int round,
                                                  const int tile_m, const int tile_n)
 {
@@ -113,11 +117,12 @@ MOE_DEVICE moei_sparse_position moei_sparse_find(const moei_sparse_args* d, int 
     return t;
 }
 
-/* An entry of a strip's list: block < 0 where there is none. */
+/* An entry of a strip. */
 typedef struct moei_sparse_entry {
-    int32_t block, info;
+    int32_t block, info; /* block column, -1: no entry; as in moei_sparse_args */
 } moei_sparse_entry;
 
+/* Returns entry number `at` of the tile's strip; e.block is -1 past its end. */
 MOE_DEVICE moei_sparse_entry moei_sparse_read(const moei_sparse_args* d,
                                               const moei_sparse_position* t, int at)
 {
@@ -129,12 +134,12 @@ MOE_DEVICE moei_sparse_entry moei_sparse_read(const moei_sparse_args* d,
     return e;
 }
 
-/* Is it in range, and behind the one before it? If not, it counts as none and the fault word is
-   set. */
+/* Sets e->block to -1 and raises BAD_BLOCK where entry `at` is out of range, or does not ascend
+   from `before`, the block column of the entry before (-1: none). */
 MOE_DEVICE void moei_sparse_check_entry(const moei_sparse_args* d, const moei_sparse_position* t,
                                         int at, int before, moei_sparse_entry* e)
 {
-    const bool last = t->begin + at + 1 == t->end; /* a ragged block is the last one */
+    const bool last = t->begin + at + 1 == t->end; /* a ragged entry must be the last */
     if (t->begin + at >= t->end) return;
     if ((uint32_t)e->block >= (uint32_t)d->others || e->block <= before ||
         (e->block == d->others - 1 && !last) ||
@@ -144,7 +149,7 @@ MOE_DEVICE void moei_sparse_check_entry(const moei_sparse_args* d, const moei_sp
     }
 }
 
-/* Bits of the row slices that an entry is for. */
+/* Returns the bits of the tile's row slices whose block row has an entry with this info. */
 MOE_DEVICE uint32_t moei_sparse_rows(const moei_sparse_args* d, int info, const int tile_m)
 {
     uint32_t rows = 0;
@@ -155,7 +160,8 @@ MOE_DEVICE uint32_t moei_sparse_rows(const moei_sparse_args* d, int info, const 
     return rows;
 }
 
-/* Address of strip `block` of a matrix with a table, 0 after a fault. */
+/* Returns table entry `block` of x; raises BAD_TABLE and returns 0 where the entry is null or
+   misaligned. */
 MOE_DEVICE uint64_t moei_sparse_strip_address(const moei_sparse_args* d,
                                               const moei_sparse_matrix* x, int block)
 {
@@ -165,17 +171,23 @@ MOE_DEVICE uint64_t moei_sparse_strip_address(const moei_sparse_args* d,
     return 0;
 }
 
-/* Bytes between rows of the tile, and between depths, of 16-bit elements as they lie. */
+/* Returns the bytes between neighbours of a 16-bit operand: between rows (or columns) of the tile
+   for `major` MOE_MAJOR_K, between depths for MOE_MAJOR_MN. */
 MOE_DEVICE int64_t moei_sparse_step(const moei_sparse_matrix* x, const int major)
 {
     return x->major == major ? x->stride * 2 : 2;
 }
 
-/* Fills the address parts of the slices of X and Y and the bits that go with them. */
+/* Writes the address parts of the slices of X and Y and their bits: s->x, s->y, s->rows,
+   s->columns, s->have. Requires s->rows = s->columns = 0. Called by the whole thread block;
+   barriers before and after are the caller's.
+     1. Row slices, one a thread of warp 0. sdd: through X's table; dsd, dds: C's table is checked.
+     2. Column slices, one a thread of warp 1. sdd: of the strip's entries; else `column` itself. */
 MOE_DEVICE void moei_sparse_address(const moei_sparse_args* d, const moei_sparse_position* t,
                                     moei_sparse_shared* s, const int tile_m, const int tile_n)
 {
     const int tid = (int)threadIdx.x;
+    /* 1. row slices */
     if (tid < tile_m / 16) {
         const int row = t->row + tid * 16, in = row - t->strip * d->strip_m;
         const int64_t step = moei_sparse_step(&d->x, MOE_MAJOR_K);
@@ -186,7 +198,7 @@ MOE_DEVICE void moei_sparse_address(const moei_sparse_args* d, const moei_sparse
             if (d->x.table && there) {
                 const uint64_t strip = (uint64_t)(uintptr_t)d->x.table[row >> d->block_m];
                 p = strip + (uint64_t)((row & ((1 << d->block_m) - 1)) * step);
-                there = strip != 0 && strip % 16 == 0; /* a fault only if a block wants it: below */
+                there = strip != 0 && strip % 16 == 0; /* BAD_TABLE is raised in step 2 */
             }
         } else if (d->c.table && there) {
             there = d->c.table[row >> d->block_m] != 0 &&
@@ -195,7 +207,7 @@ MOE_DEVICE void moei_sparse_address(const moei_sparse_args* d, const moei_sparse
         s->x[tid] = p;
         if (there) atomicOr(&s->rows, 1u << tid);
     }
-    if (tid >= 32 && tid < 32 + tile_n / 16) { /* another warp */
+    if (tid >= 32 && tid < 32 + tile_n / 16) { /* 2. column slices: another warp */
         const int j = tid - 32, column = t->column + j * 16;
         const int64_t step = moei_sparse_step(&d->y, MOE_MAJOR_K);
         uint64_t p = (uint64_t)(uintptr_t)d->y.base + (uint64_t)(column * step);
@@ -229,7 +241,7 @@ MOE_DEVICE void moei_sparse_address(const moei_sparse_args* d, const moei_sparse
     }
 }
 
-/* Row of depths.keep that the tile goes by; null: all depths count. */
+/* Returns the row of depths.keep for the tile's strip; null: all depths count. */
 MOE_DEVICE const uint8_t* moei_sparse_depths_of(const moei_sparse_args* d,
                                                 const moei_sparse_position* t)
 {
@@ -237,7 +249,7 @@ MOE_DEVICE const uint8_t* moei_sparse_depths_of(const moei_sparse_args* d,
     return slot > 0 ? d->depths.keep + (slot - 1) * d->depths.stride : (const uint8_t*)0;
 }
 
-/* Bits of the 16 depths from k on that count. */
+/* Returns the bits of the 16 depths from k on that count. */
 MOE_DEVICE uint32_t moei_sparse_depth_bits(const moei_sparse_args* d, const moei_sparse_position* t,
                                            int64_t k)
 {
@@ -249,8 +261,8 @@ MOE_DEVICE uint32_t moei_sparse_depth_bits(const moei_sparse_args* d, const moei
     return bits;
 }
 
-/* A warp makes the 32 slices from slice number `first` on, one a lane. Without `predicated`, a literal,
-   all depths count. */
+/* Writes slices of depth number first .. first + 31, one a lane, to slice_x and slice_y. Called by
+   a whole warp. predicated, a literal: 0: all depths count. */
 MOE_DEVICE void moei_sparse_slices(const moei_sparse_args* d, const moei_sparse_position* t,
                                    moei_sparse_shared* s, int first, const int predicated,
                                    const int tile_m)
@@ -259,7 +271,7 @@ MOE_DEVICE void moei_sparse_slices(const moei_sparse_args* d, const moei_sparse_
     const int64_t x_step = moei_sparse_step(&d->x, MOE_MAJOR_MN);
     const int64_t y_step = moei_sparse_step(&d->y, MOE_MAJOR_MN);
     moei_sparse_slice x, y;
-    int64_t k = depth; /* in the matrix */
+    int64_t k = depth; /* depth in the matrix */
     x.at = y.at = 0;
     x.rows = s->rows;
     if (!d->sparse_c) {
@@ -281,7 +293,7 @@ MOE_DEVICE void moei_sparse_slices(const moei_sparse_args* d, const moei_sparse_
                    (uint64_t)((in - k) * x_step);
     }
     x.count = y.count = k >= d->k ? 0 : d->k - k < 16 ? (int)(d->k - k) : 16;
-    if (x.count == 0) { /* nothing is read, but of an aligned address */
+    if (x.count == 0) { /* no byte is read, but the address must be aligned */
         x.rows = 0;
         k = 0;
     }
@@ -293,7 +305,8 @@ MOE_DEVICE void moei_sparse_slices(const moei_sparse_args* d, const moei_sparse_
     s->slice_y[number % (2 * MOE_WARP_SIZE)] = y;
 }
 
-/* Address parts of the slices of C, in place of those of X and Y. */
+/* Writes the address parts of the slices of C over those of X and Y: s->x, s->y. Called by the
+   whole thread block after a barrier: no thread reads X or Y any more. */
 MOE_DEVICE void moei_sparse_address_c(const moei_sparse_args* d, const moei_sparse_position* t,
                                       moei_sparse_shared* s, const int tile_m, const int tile_n)
 {

@@ -1,30 +1,36 @@
-/* list.cuh: which blocks a mask has, row after row and column after column, made on the device.
+/* list.cuh: makes the list of a mask's present sparse blocks on the device, in row order and in
+   column order.
 
    In:   one source, and the matrix's rows, columns and block sizes (desc.h):
-           bytes [RB, CB]              a block is there where its byte is not 0
-           bits [RB, ceil(CB / 32)]    the same by bits; those past the last column do not count
-           ids [rows, top_k]           rows of tokens, columns of experts, columns / num_experts
-                                       each: row r has all columns of its experts; -1 is none
+           bytes [RB, CB]              a sparse block is present where its byte is not 0
+           bits [RB, ceil(CB / 32)]    present where its bit is 1; bits past column CB - 1 are
+                                       ignored
+           ids [rows, top_k]           rows are tokens, columns belong to experts, columns /
+                                       num_experts each: row r has all columns of its experts; -1:
+                                       none
            ids [top_k], whole_batch    the same experts for all rows
-           expert_offset [E + 1]       rows in expert order, as moe_route gives them: row r has
-                                       the columns of the expert whose range it is in; rows
-                                       past the last range have none
-         With ids and expert_offset, a block is there if any of its rows has any of its columns. A
-         block-row may lie in the ranges of several experts.
-   Out:  row_offset [RB + 1], column_index [max_blocks], and by wish column_offset [CB + 1],
-         row_index and position [max_blocks], as in moe_block_sparse_mask. Entries past the last block
-         are not written.
+           expert_offset [E + 1]       rows in expert order, as moe_route writes them: row r has the
+                                       columns of the expert whose range contains r; rows past the
+                                       last range have none
+         With ids and expert_offset, a sparse block is present if any of its rows has any of its
+         columns. A block row may have rows of several experts.
+   Out:  row_offset [RB + 1], column_index [max_blocks]; optional: column_offset [CB + 1], row_index
+         and position [max_blocks]; all as in moe_block_sparse_mask. Array elements past the last
+         entry are not written.
 
-   Faults: an id that is neither an expert nor -1 (BAD_ID, index: slot) counts as -1, the rest is
-   right. Offsets that decrease or pass the last row (BAD_OFFSET, index: expert), and a mask of more
-   than max_blocks blocks (NO_ROOM, index: how many), give an empty list: offsets of 0 and nothing
-   else. After an earlier stop fault nothing is written.
+   Faults: an id that is neither an expert nor -1 (BAD_ID, index: slot) counts as -1; everything
+   else is right. Offsets that decrease or pass the last row (BAD_OFFSET, index: expert) give an
+   empty list: all offsets are 0 and no entry is written. A mask of more than max_blocks sparse
+   blocks (NO_ROOM, index: their number) gives an empty list too. After an earlier stop fault no
+   output is written.
 
-   The same mask gives the same list every time. Three launches, no synchronisation; a captured
-   graph may be replayed with another mask. Traffic: the source once (ids, and offsets for each
-   block-row, once for every 1024 experts), the mask as bits and as counts of 32 x 32 blocks through
-   the workspace, the lists once. With ids and expert_offset a bit stands for all columns of an
-   expert, so nothing but the lists has their size. Minimum architecture: sm_75.
+   The same mask gives the same list every run. Three launches, no synchronisation; a captured graph
+   may be replayed with another mask. Minimum architecture: sm_75.
+
+   Cost: bytes and bits are read once, expert_offset once for each block row, ids once for every
+   1024 experts. The mask passes through the workspace as bits and as counts of 32 x 32 sparse
+   blocks. The list is written once. With ids and expert_offset one bit represents all columns of an
+   expert: only the list grows with the number of columns.
 
      moe_block_sparse_list_desc l = {0};
      l.expert_offset = expert_offset;  l.num_experts = E;        // or bytes, bits, ids
@@ -34,8 +40,8 @@
      moe_block_sparse_list_workspace(&l, &bytes);  l.workspace = ...;  l.workspace_bytes = bytes;
      moe_status s = moe_block_sparse_list_build(&l, stream);
 
-   Source: a compressed-row build by counting, over tiles of 32 x 32 bits; a tile is transposed over by
-   ballots, so both orders come from one reading of the mask. */
+   Source of the method: a compressed-row build by counting, over squares of 32 x 32 bits. Shuffles
+   and ballots transpose a square, so one read of the mask gives both orders. */
 #ifndef MOE_BLOCK_SPARSE_LIST_CUH
 #define MOE_BLOCK_SPARSE_LIST_CUH
 
@@ -44,7 +50,7 @@
 #include "../preload.cuh"
 #include "list_fill.cuh"
 
-/* Checks the sizes and derives the kernels' ones. */
+/* Checks the sizes of a->d and derives the kernels' sizes. */
 MOE_HOST moe_status moei_sparse_list_sizes(moei_sparse_list_args* a)
 {
     const moe_block_sparse_list_desc* d = &a->d;
@@ -75,7 +81,7 @@ MOE_HOST moe_status moei_sparse_list_sizes(moei_sparse_list_args* a)
     return MOE_OK;
 }
 
-/* Shares the workspace out; returns its bytes. */
+/* Carves the workspace of a->d (null: sizes alone) into the kernels' buffers; returns its bytes. */
 MOE_HOST size_t moei_sparse_list_carve_workspace(moei_sparse_list_args* a)
 {
     char* base = (char*)a->d.workspace;
@@ -94,9 +100,9 @@ MOE_HOST size_t moei_sparse_list_carve_workspace(moei_sparse_list_args* a)
     return at;
 }
 
-/* Bytes of workspace that moe_block_sparse_list_build wants: about 1/4 byte for each block that a mask of
-   bytes or bits could have, or, with num_experts, for each pair of a block-row and an expert.
-   Reads the sizes; errors: theirs. */
+/* Returns in *bytes the workspace of moe_block_sparse_list_build: about 1/4 byte for each of the
+   RB * CB sparse blocks, or, with num_experts, for each pair of a block row and an expert. Reads
+   the sizes alone; errors: a size that is refused. */
 MOE_HOST moe_status moe_block_sparse_list_workspace(const moe_block_sparse_list_desc* desc,
                                                     size_t* bytes)
 {
@@ -110,7 +116,8 @@ MOE_HOST moe_status moe_block_sparse_list_workspace(const moe_block_sparse_list_
     return MOE_OK;
 }
 
-/* Sizes; one source at most, and the fields that go with it; derives the kernels' sizes. */
+/* Checks the sizes, that at most one source is given, and the fields of that source. Derives the
+   kernels' sizes. */
 MOE_HOST moe_status moei_sparse_list_check_options(moei_sparse_list_args* a)
 {
     const moe_block_sparse_list_desc* d = &a->d;
@@ -130,8 +137,8 @@ MOE_HOST moe_status moei_sparse_list_check_options(moei_sparse_list_args* a)
     return MOE_OK;
 }
 
-/* Refuses buffers that are absent, misaligned or overlap, of a descriptor whose options are checked
-   and which wants so much workspace. There is a source unless there is no block to ask it for. */
+/* Refuses buffers that are null, misaligned or overlap. Requires checked options; `workspace`:
+   bytes that the workspace must have. A source is required unless RB or CB is 0. */
 MOE_HOST moe_status moei_sparse_list_check_buffers(const moei_sparse_list_args* a, size_t workspace)
 {
     const moe_block_sparse_list_desc* d = &a->d;
@@ -163,20 +170,20 @@ MOE_HOST moe_status moei_sparse_list_check_buffers(const moei_sparse_list_args* 
     return MOE_OK;
 }
 
-/* Refuses what the header does not offer, derives the kernels' sizes, shares the workspace out. */
+/* Checks options and buffers, derives the kernels' sizes, carves the workspace. */
 MOE_HOST moe_status moei_sparse_list_check(moei_sparse_list_args* a)
 {
     MOE_TRY(moei_sparse_list_check_options(a));
     return moei_sparse_list_check_buffers(a, moei_sparse_list_carve_workspace(a));
 }
 
-/* The making of a list with all but its stream settled, for the device that was current. */
+/* The prepared making of a list: everything but the stream, for the device that was current. */
 typedef struct moe_block_sparse_list_prepared {
-    moei_sparse_list_args args;
-    moe_launch mark, sum, fill;
+    moei_sparse_list_args args; /* of all three launches */
+    moe_launch mark, sum, fill; /* in this order */
 } moe_block_sparse_list_prepared;
 
-/* Fills in *p, which is empty. */
+/* Fills in *p, which is all zero. */
 MOE_HOST moe_status moei_sparse_list_prepare(const moe_block_sparse_list_desc* desc,
                                              moe_block_sparse_list_prepared* p)
 {
@@ -194,17 +201,17 @@ MOE_HOST moe_status moei_sparse_list_prepare(const moe_block_sparse_list_desc* d
     return MOE_PREPARE(&p->sum, moei_sparse_list_sum, c);
 }
 
-/* Settles the making of the list: moe_block_sparse_list_run queues it any number of times. Errors: every
-   field as documented above and in desc.h, each with its own status. Also columns: more than 2^31 - 1
-   blocks, of bytes or bits. num_experts: the columns do not divide into experts, or the experts'
-   columns into blocks. Without rows or columns no source is needed. */
+/* Prepares the making of a list; moe_block_sparse_list_run queues the launches any number of times.
+   Errors: every field as documented above and in desc.h, each with its own status. Of columns also:
+   more than 2^31 - 1 sparse blocks in bytes or bits. Of num_experts: the columns do not divide into
+   experts, or an expert's columns into sparse blocks. No source is required where RB or CB is 0. */
 MOE_HOST moe_status moe_block_sparse_list_prepare(const moe_block_sparse_list_desc* desc,
                                                   moe_block_sparse_list_prepared* p)
 {
     MOE_RETURN_PREPARED(desc, p, moei_sparse_list_prepare(desc, p));
 }
 
-/* Queues the prepared making of a list on `stream`. */
+/* Queues a prepared list on `stream`: three launches. */
 MOE_HOST moe_status moe_block_sparse_list_run(const moe_block_sparse_list_prepared* p,
                                               cudaStream_t stream)
 {
@@ -214,7 +221,7 @@ MOE_HOST moe_status moe_block_sparse_list_run(const moe_block_sparse_list_prepar
     return MOE_RUN(&p->fill, p->args, stream);
 }
 
-/* Prepares and runs. Nothing is queued where a field is refused. */
+/* Prepares and runs. Queues nothing where a field is refused. */
 MOE_HOST moe_status moe_block_sparse_list_build(const moe_block_sparse_list_desc* desc,
                                                 cudaStream_t stream)
 {
@@ -223,7 +230,7 @@ MOE_HOST moe_status moe_block_sparse_list_build(const moe_block_sparse_list_desc
     return moe_block_sparse_list_run(&p, stream);
 }
 
-/* Loads this header's kernels now. */
+/* Loads this header's kernels now, for the current device. */
 MOE_HOST moe_status moe_block_sparse_list_preload(void)
 {
     MOE_TRY(moe_preload_kernel((const void*)moei_sparse_list_mark));

@@ -1,16 +1,19 @@
-/* list_fill.cuh: the second and the third launch of list.cuh: sums, and the lists. */
+/* list_fill.cuh: the second and third launch of list.cuh. moei_sparse_list_sum makes prefix sums of
+   the counts that list_mark.cuh left in the workspace; moei_sparse_list_fill writes the list. */
 #ifndef MOE_BLOCK_SPARSE_LIST_FILL_CUH
 #define MOE_BLOCK_SPARSE_LIST_FILL_CUH
 
 #include "../base/block.cuh"
 #include "list_mark.cuh"
 
+/* Shared memory of the second launch. */
 typedef struct moei_sparse_list_sum_shared {
     moe_block_scan_scratch scan;
-    int part[32][33]; /* [warp][group] */
+    int part[32][33]; /* [warp][group of the word] bits in the warp's part of `above` */
 } moei_sparse_list_sum_shared;
 
-/* 1024 rows, a thread each. */
+/* Sums the bits of 1024 block rows, one row a thread: row_start within the 1024, and row_sum.
+   Called by the whole thread block. */
 MOE_DEVICE void moei_sparse_list_sum_rows(const moei_sparse_list_args* a, int number,
                                           moei_sparse_list_sum_shared* s)
 {
@@ -26,8 +29,9 @@ MOE_DEVICE void moei_sparse_list_sum_rows(const moei_sparse_list_args* a, int nu
     if (threadIdx.x == 0) a->row_sum[number] = all;
 }
 
-/* The 32 groups of word k, a lane each; a warp has some tiles, one below the other. Counts of tiles
-   become counts of all tiles above. */
+/* Sums the columns of word k: lane l has group l of the word, a warp ceil(tiles / 32) consecutive
+   counts of each group. Replaces each count in `above` by the prefix sum of the counts before it;
+   writes group_count, group_start and word_sum. Called by the whole thread block. */
 MOE_DEVICE void moei_sparse_list_sum_columns(const moei_sparse_list_args* a, int k,
                                              moei_sparse_list_sum_shared* s)
 {
@@ -35,9 +39,10 @@ MOE_DEVICE void moei_sparse_list_sum_columns(const moei_sparse_list_args* a, int
     const int from = warp * each, upto = from + each < a->tiles ? from + each : a->tiles;
     const int64_t pitch = (int64_t)a->words * 32;
     int32_t* above = a->above + (int64_t)k * 32 + lane;
-    unsigned sum = 0, before = 0, all = 0; /* these may wrap where the list has no room */
+    unsigned sum = 0, before = 0, all = 0; /* may wrap without room: the list is then empty */
     MOE_UNROLL_8
     for (int t = from; t < upto; ++t) sum += (unsigned)above[t * pitch];
+    /* barrier: a warp's prefix sum starts with the parts of all warps before it */
     s->part[warp][lane] = (int)sum;
     __syncthreads();
     for (int w = 0; w < 32; ++w) {
@@ -63,7 +68,8 @@ MOE_DEVICE void moei_sparse_list_sum_columns(const moei_sparse_list_args* a, int
     }
 }
 
-/* The first blocks have rows, the others, if columns are wanted, a word each. */
+/* The first row_sums thread blocks sum 1024 block rows each; with a column order, one more thread
+   block sums each word's columns. */
 MOE_KERNEL(MOEI_SPARSE_LIST_THREADS, 1) moei_sparse_list_sum(MOE_ARG(moei_sparse_list_args) a)
 {
     MOE_SHARED(moei_sparse_list_sum_shared, s);
@@ -73,23 +79,25 @@ MOE_KERNEL(MOEI_SPARSE_LIST_THREADS, 1) moei_sparse_list_sum(MOE_ARG(moei_sparse
     else moei_sparse_list_sum_columns(&a, (int)blockIdx.x - a.row_sums, &s);
 }
 
-/* Shared memory of the last launch. */
+/* Shared memory of the third launch. */
 typedef struct moei_sparse_list_fill_shared {
-    uint32_t word[32][33]; /* [row][word] of the tile */
-    int before[32][33];    /* bits of the mask before that word, in row order */
-    int word_start[32];    /* bits of all groups of the words before, in column order */
+    uint32_t word[32][33]; /* [block row][word] of this thread block */
+    int before[32][33];    /* [block row][word] bits of the mask before that word, in row order */
+    int word_start[32];    /* bits of all groups in the words before, in column order */
     long long row_start;   /* bits of the rows before these 1024 */
     long long all;         /* bits of the mask */
     int bad_offset;        /* first expert with a bad offset, or -1 */
 } moei_sparse_list_fill_shared;
 
+/* Returns the sum of v over the warp, in every lane. */
 MOE_DEVICE long long moei_sparse_list_warp_sum(long long v)
 {
     for (int d = 16; d > 0; d >>= 1) v += __shfl_xor_sync(MOE_FULL_WARP, v, d);
     return v;
 }
 
-/* Adds up the sums of the launch before, one warp each kind. A barrier must follow. */
+/* Adds up the sums of the second launch: warp 0 those of rows, warp 1 those of words, warp 2 finds
+   the first bad offset. Called by the whole thread block; a barrier must follow. */
 MOE_DEVICE void moei_sparse_list_totals(const moei_sparse_list_args* a, int tile, int span,
                                         moei_sparse_list_fill_shared* s)
 {
@@ -113,7 +121,7 @@ MOE_DEVICE void moei_sparse_list_totals(const moei_sparse_list_args* a, int tile
         before = (unsigned)moei_sparse_list_warp_sum(before);
         s->word_start[lane] =
             (int)(before + (unsigned)moe_warp_inclusive_scan(own) - (unsigned)own);
-    } else if (moe_warp() == 2) { /* an expert a bit: there are at most 4 spans */
+    } else if (moe_warp() == 2) { /* one bit is one expert: at most 4 spans */
         const int bad = a->d.expert_offset && lane < a->spans ? a->bad_offset[lane] : -1;
         const uint32_t spans = __ballot_sync(MOE_FULL_WARP, bad >= 0);
         const int first = __shfl_sync(MOE_FULL_WARP, bad, spans ? __ffs((int)spans) - 1 : 0);
@@ -121,7 +129,8 @@ MOE_DEVICE void moei_sparse_list_totals(const moei_sparse_list_args* a, int tile
     }
 }
 
-/* Number of the set bit that has n set bits below it; anything where there is none. */
+/* Returns the position of set bit number n (from 0); undefined where word has at most n set
+   bits. */
 MOE_DEVICE int moei_sparse_list_nth_bit(uint32_t word, int n)
 {
     int at = 0;
@@ -136,7 +145,8 @@ MOE_DEVICE int moei_sparse_list_nth_bit(uint32_t word, int n)
     return at;
 }
 
-/* One row's part of the row order, by a warp; a lane brings a word and the bits before it. */
+/* Writes one block row's part of column_index. Called by a whole warp; lane k passes word k of the
+   span and the number of the mask's bits before that word. */
 MOE_DEVICE void moei_sparse_list_fill_row(const moei_sparse_list_args* a, int span, uint32_t word,
                                           int before)
 {
@@ -164,7 +174,7 @@ MOE_DEVICE void moei_sparse_list_fill_row(const moei_sparse_list_args* a, int sp
     }
 }
 
-/* The column offsets of a span, by a block of the first tile. */
+/* Writes the column offsets of a span (empty: zeros). Called by the thread blocks with `tile` 0. */
 MOE_DEVICE void moei_sparse_list_fill_offsets(const moei_sparse_list_args* a, int span, bool empty,
                                               const moei_sparse_list_fill_shared* s)
 {
@@ -181,13 +191,15 @@ MOE_DEVICE void moei_sparse_list_fill_offsets(const moei_sparse_list_args* a, in
     }
 }
 
-/* The tile's part of the column order: a warp has a word, or some bits of one; lanes are rows. */
+/* Writes the part of row_index and position of this thread block's 32 block rows. A warp has one
+   word of the span, or some bits of one word where the span has fewer than 32; lanes are block
+   rows. */
 MOE_DEVICE void moei_sparse_list_fill_columns(const moei_sparse_list_args* a, int tile, int span,
                                               const moei_sparse_list_fill_shared* s)
 {
     const int lane = moe_lane(), left = a->words - span * 32;
     const int words = left < 1 ? 1 : left < 32 ? left : 32;
-    const int share_log2 = __clz(words - 1) - 27; /* of the warps that have one word */
+    const int share_log2 = __clz(words - 1) - 27; /* log2 of the warps that share one word */
     const int k = moe_warp() >> share_log2, bits = 32 >> share_log2;
     const int first = (moe_warp() & ((1 << share_log2) - 1)) * bits;
     const unsigned each = (unsigned)a->each;
@@ -196,7 +208,7 @@ MOE_DEVICE void moei_sparse_list_fill_columns(const moei_sparse_list_args* a, in
         const int group = (span * 32 + k) * 32 + lane;
         const unsigned start = (unsigned)a->group_start[group] + (unsigned)s->word_start[k];
         const unsigned above = (unsigned)a->above[(int64_t)tile * a->words * 32 + group];
-        const unsigned entry = start * each + above; /* of a lane's own group, the first column */
+        const unsigned entry = start * each + above; /* the lane's group: first entry */
         const int count = a->group_count[group];
         unsigned number = (unsigned)s->before[lane][k];
         number += (unsigned)__popc(word & ((1u << first) - 1u));
@@ -218,7 +230,13 @@ MOE_DEVICE void moei_sparse_list_fill_columns(const moei_sparse_list_args* a, in
     }
 }
 
-/* A block has the tile and the span that it had in the marking launch. */
+/* A thread block has the 32 block rows and the span that it had in the first launch; warp r has
+   block row r.
+     1. Load the row's words, one a lane, and count the row's bits in the spans before.
+     2. Add up the totals. Barrier: every warp reads them.
+     3. Write row offsets, the last offsets, the fault, and column offsets. An empty list ends here.
+     4. Write the block row's part of the row order.
+     5. Write the column order. Barrier: a warp reads the words of all 32 block rows. */
 MOE_KERNEL(MOEI_SPARSE_LIST_THREADS, 1) moei_sparse_list_fill(MOE_ARG(moei_sparse_list_args) a)
 {
     MOE_SHARED(moei_sparse_list_fill_shared, s);
@@ -233,6 +251,7 @@ MOE_KERNEL(MOEI_SPARSE_LIST_THREADS, 1) moei_sparse_list_fill(MOE_ARG(moei_spars
     moe_pdl_trigger();
     moe_pdl_wait();
     if (*a.stopped) return;
+    /* 1. words */
     if (row < a.num_block_rows) {
         if (span * 32 + lane < a.words) word = a.word[(int64_t)row * a.words + span * 32 + lane];
         for (int i = lane; i < span; i += MOE_WARP_SIZE)
@@ -240,11 +259,13 @@ MOE_KERNEL(MOEI_SPARSE_LIST_THREADS, 1) moei_sparse_list_fill(MOE_ARG(moei_spars
         if (lane == 0) before += (unsigned)a.row_start[row];
         before = (unsigned)moei_sparse_list_warp_sum(before);
     }
+    /* 2. totals */
     moei_sparse_list_totals(&a, tile, span, &s);
     __syncthreads();
     all = s.all * a.each;
     empty = s.bad_offset >= 0 || all > a.d.max_blocks;
     before += (unsigned)s.row_start;
+    /* 3. offsets and faults */
     if (row < a.num_block_rows && span == 0 && lane == 0)
         a.d.row_offset[row] = empty ? 0 : (int)(before * (unsigned)a.each);
     if (blockIdx.x == 0 && threadIdx.x == 0) {
@@ -257,10 +278,12 @@ MOE_KERNEL(MOEI_SPARSE_LIST_THREADS, 1) moei_sparse_list_fill(MOE_ARG(moei_spars
     if (tile == 0 && a.d.column_offset) moei_sparse_list_fill_offsets(&a, span, empty, &s);
     if (empty) return;
 
+    /* 4. row order */
     before += (unsigned)moe_warp_inclusive_scan(__popc(word)) - (unsigned)__popc(word);
     s.word[warp][lane] = word;
     s.before[warp][lane] = (int)before;
     moei_sparse_list_fill_row(&a, span, word, (int)before);
+    /* 5. column order */
     if (!a.d.column_offset) return;
     __syncthreads();
     moei_sparse_list_fill_columns(&a, tile, span, &s);

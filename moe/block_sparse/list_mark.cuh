@@ -1,7 +1,9 @@
-/* list_mark.cuh: the marking launch of list.cuh: every source becomes words of bits.
+/* list_mark.cuh: the first launch of list.cuh: converts every source into words of bits and counts
+   them.
 
-   A block has a tile of 32 block-rows by one span of 32 words; its warp number r makes the words of
-   block-row r, a lane a word. Then warp number k counts the columns of word k. */
+   A thread block has 32 block rows (number `tile`) and one span of 32 words. Warp r makes the words
+   of block row r, one word a lane. With a column order, warp k then counts the set bits of each
+   column of word k. */
 #ifndef MOE_BLOCK_SPARSE_LIST_MARK_CUH
 #define MOE_BLOCK_SPARSE_LIST_MARK_CUH
 
@@ -12,49 +14,51 @@
 #include "desc.h"
 
 #define MOEI_SPARSE_LIST_THREADS 1024
-#define MOEI_SPARSE_LIST_SPAN 1024 /* bits of a row that a block has: 32 words */
+#define MOEI_SPARSE_LIST_SPAN 1024 /* bits of a block row in one thread block: 32 words */
 
-/* What the kernels are given. A bit stands for a group of `each` columns: for one, or for all those
-   of an expert. */
+/* Arguments of the three kernels. One bit represents a group of `each` block columns: one column,
+   or all columns of an expert. */
 typedef struct moei_sparse_list_args {
-    moe_block_sparse_list_desc d;
-    int32_t num_block_rows, num_block_columns;
-    int32_t groups, each; /* of columns; groups * each = CB */
-    int32_t words;        /* of a row: ceil(groups / 32) */
-    int32_t tiles;        /* of 32 rows, at least 1 */
-    int32_t spans;        /* of 32 words, at least 1 */
-    int32_t row_sums;     /* of 1024 rows, at least 1 */
-    int32_t wide_bytes;   /* 1: rows of bytes can be read 16 bytes at a time */
-    /* workspace; everything in bits */
-    uint32_t* word;       /* [RB, words] */
-    int32_t* row_count;   /* [spans, RB] bits of a row in a span */
-    int32_t* row_start;   /* [RB] bits of the rows before it of the same 1024 */
-    int32_t* row_sum;     /* [row_sums] bits of 1024 rows */
-    int32_t* above;       /* [tiles, words * 32] bits of a group in a tile; later: above the tile */
+    moe_block_sparse_list_desc d;              /* checked */
+    int32_t num_block_rows, num_block_columns; /* RB, CB */
+    int32_t groups, each; /* groups of block columns; columns of a group: groups * each = CB */
+    int32_t words;        /* words of a block row: ceil(groups / 32) */
+    int32_t tiles;        /* sets of 32 block rows: ceil(RB / 32), at least 1 */
+    int32_t spans;        /* sets of 32 words: ceil(words / 32), at least 1 */
+    int32_t row_sums;     /* sets of 1024 block rows: ceil(RB / 1024), at least 1 */
+    int32_t wide_bytes;   /* 1: rows of bytes can be read as 16-byte vectors; 0: byte by byte */
+    /* workspace; every count is in bits */
+    uint32_t* word;       /* [RB, words] the mask */
+    int32_t* row_count;   /* [spans, RB] bits of a block row in a span */
+    int32_t* row_start;   /* [RB] bits of the earlier rows in the same set of 1024 */
+    int32_t* row_sum;     /* [row_sums] bits of a set of 1024 rows */
+    int32_t* above;       /* [tiles, words * 32] bits of a group in 32 block rows; after the second
+                             launch: in all block rows before those */
     int32_t* group_count; /* [words * 32] bits of a group */
-    int32_t* group_start; /* [words * 32] bits of the groups before it of the same word */
+    int32_t* group_start; /* [words * 32] bits of the earlier groups in the same word */
     int32_t* word_sum;    /* [words] bits of a word's groups */
     int32_t* bad_offset;  /* [spans] first expert of a span with a bad offset, or -1 */
-    int32_t* stopped;     /* [1] a stop fault was there before */
+    int32_t* stopped;     /* [1] 1: a stop fault was raised before this list */
 } moei_sparse_list_args;
 
-/* Bit i: byte i of v is not 0. */
+/* Returns a word whose bit i is 1 where byte i of v is not 0. */
 MOE_DEVICE uint32_t moei_sparse_list_nonzero4(uint32_t v)
 {
     const uint32_t top = (((v & 0x7f7f7f7fu) + 0x7f7f7f7fu) | v) & 0x80808080u;
     return ((top >> 7) * 0x01020408u) >> 24;
 }
 
+/* Returns the same of 16 bytes. */
 MOE_DEVICE uint32_t moei_sparse_list_nonzero16(uint4 v)
 {
     return moei_sparse_list_nonzero4(v.x) | moei_sparse_list_nonzero4(v.y) << 4 |
            moei_sparse_list_nonzero4(v.z) << 8 | moei_sparse_list_nonzero4(v.w) << 12;
 }
 
-/* Turns 32 x 32 bits over: bit c of lane r becomes bit r of lane c. */
+/* Transposes 32 x 32 bits: bit c of lane r becomes bit r of lane c. Called by a whole warp. */
 MOE_DEVICE uint32_t moei_sparse_list_transpose(uint32_t word)
 {
-    uint32_t low = 0xffffu; /* of each pair of fields, `step` bits wide, the lower one */
+    uint32_t low = 0xffffu; /* the lower field of each pair of fields, `step` bits wide */
     MOE_UNROLL
     for (int step = 16; step > 0; step >>= 1) {
         const uint32_t other = __shfl_xor_sync(MOE_FULL_WARP, word, step);
@@ -65,14 +69,16 @@ MOE_DEVICE uint32_t moei_sparse_list_transpose(uint32_t word)
     return word;
 }
 
-/* The four sources: each gives a lane its word, number span * 32 + lane, of a row below RB. */
+/* The four sources. Each function is called by a whole warp, and returns to a lane word number
+   span * 32 + lane of block row `row`, 0 .. RB - 1. */
 
+/* Converts bytes. */
 MOE_DEVICE uint32_t moei_sparse_list_of_bytes(const moei_sparse_list_args* a, int row, int span)
 {
     const uint8_t* bytes = a->d.bytes + (int64_t)row * a->num_block_columns;
     const int lane = moe_lane(), first = span * MOEI_SPARSE_LIST_SPAN;
     uint32_t word = 0;
-    if (a->wide_bytes) { /* a lane reads half a word, twice */
+    if (a->wide_bytes) { /* a lane reads the bytes of half a word, twice */
         const int even = lane * 2 & 31, j = first + lane * 16;
         uint4 v[2];
         uint32_t half[2];
@@ -105,6 +111,7 @@ MOE_DEVICE uint32_t moei_sparse_list_of_bytes(const moei_sparse_list_args* a, in
     return word;
 }
 
+/* Converts bits: clears those past the last column. */
 MOE_DEVICE uint32_t moei_sparse_list_of_bits(const moei_sparse_list_args* a, int row, int span)
 {
     const int k = span * 32 + moe_lane(), last = a->num_block_columns & 31;
@@ -113,7 +120,7 @@ MOE_DEVICE uint32_t moei_sparse_list_of_bits(const moei_sparse_list_args* a, int
     return k == a->words - 1 && last ? word & ((1u << last) - 1u) : word;
 }
 
-/* bits [32] is this warp's, in shared memory. */
+/* Converts ids. bits [32]: shared memory of this warp. Raises BAD_ID in span 0 alone. */
 MOE_DEVICE uint32_t moei_sparse_list_of_ids(const moei_sparse_list_args* a, int row, int span,
                                             uint32_t* bits)
 {
@@ -147,14 +154,15 @@ MOE_DEVICE uint32_t moei_sparse_list_of_ids(const moei_sparse_list_args* a, int 
     return bits[moe_lane()];
 }
 
-/* Also *bad: the first expert of the span whose rows go back or leave the matrix, or -1. */
+/* Converts expert_offset. Writes to *bad the first expert of the span whose range decreases or
+   passes the last row, or -1. */
 MOE_DEVICE uint32_t moei_sparse_list_of_offset(const moei_sparse_list_args* a, int row, int span,
                                                int* bad)
 {
     const moe_block_sparse_list_desc* d = &a->d;
     const int64_t begin = (int64_t)row * d->block_rows, end = begin + d->block_rows;
     const int lane = moe_lane(), first = span * MOEI_SPARSE_LIST_SPAN;
-    unsigned first_bad = MOE_FULL_WARP; /* of this lane's experts */
+    unsigned first_bad = MOE_FULL_WARP; /* of this lane's experts; MOE_FULL_WARP, -1: none */
     uint32_t word = 0;
     for (int k0 = 0; k0 < 32 && first + k0 * 32 < a->groups; k0 += 8) {
         int from[8], upto[8];
@@ -184,18 +192,18 @@ MOE_DEVICE uint32_t moei_sparse_list_of_offset(const moei_sparse_list_args* a, i
 }
 
 typedef struct moei_sparse_list_mark_shared {
-    uint32_t word[32][33]; /* [row][word] */
+    uint32_t word[32][33]; /* [block row][word] */
 } moei_sparse_list_mark_shared;
 
-/* A stop fault is noted in the workspace, for the next launches: the word itself may by then hold
-   one that this list has raised. */
+/* Writes words, counts and bad offsets to the workspace. Also records whether a stop fault was
+   raised before: when the third launch runs, the fault word may hold a fault of this list. */
 MOE_KERNEL(MOEI_SPARSE_LIST_THREADS, 1) moei_sparse_list_mark(MOE_ARG(moei_sparse_list_args) a)
 {
     MOE_SHARED(moei_sparse_list_mark_shared, s);
     const int tile = (int)(blockIdx.x / (unsigned)a.spans);
     const int span = (int)(blockIdx.x % (unsigned)a.spans);
     const int lane = moe_lane(), warp = moe_warp(), row = tile * 32 + warp;
-    const bool checks = a.d.expert_offset && row == 0; /* the offsets, even if there are no rows */
+    const bool checks = a.d.expert_offset && row == 0; /* offsets are checked even where RB is 0 */
     uint32_t word = 0;
     bool stopped;
     int count, bad = -1;
@@ -218,6 +226,7 @@ MOE_KERNEL(MOEI_SPARSE_LIST_THREADS, 1) moei_sparse_list_mark(MOE_ARG(moei_spars
         a.row_count[(int64_t)span * a.num_block_rows + row] = count;
     if (!a.d.column_offset) return;
 
+    /* barrier: a warp counts one word of all 32 block rows */
     s.word[warp][lane] = word;
     __syncthreads();
     if (span * 32 + warp < a.words) {

@@ -1,30 +1,30 @@
-/* load.cuh: the copies of a block-sparse tile's operands from memory to the ring of stages of
-   gemm/mainloop.cuh: X is its A, Y its B. */
+/* load.cuh: the loader of a block-sparse tile: copies X (its A) and Y (its B) from memory to the
+   ring of stages of gemm/mainloop.cuh. Called by multiply.cuh. */
 #ifndef MOE_BLOCK_SPARSE_LOAD_CUH
 #define MOE_BLOCK_SPARSE_LOAD_CUH
 
 #include "../gemm/mainloop.cuh"
 #include "address.cuh"
 
-/* A thread's part in the copies of one operand, the same in all steps: one vector, 8 elements, of
-   each of a few lines that follow one another. Along K lines are rows, k_major MN depths; either way
-   the thread's lines lie in one slice of rows and one slice of depth, and are `stride` apart. So
-   the copies have no branch: only the numbers here say which way the operand lies. */
+/* A thread's share of the copies of one operand, the same in all steps: one 16-byte vector of each
+   of a few consecutive lines. k-major lines are rows, mn-major lines are depths. Either way the
+   thread's lines belong to one slice of rows and one slice of depth, and are `stride` apart. So the
+   copies have no branch: only these numbers depend on the major. */
 typedef struct moei_sparse_loader {
-    uint64_t from;   /* address part of the slice of rows, and of the vector in both slices */
+    uint64_t from;   /* address part: of the slice of rows, and of the vector in both slices */
     int32_t stride;  /* 16-byte vectors between lines */
-    int32_t k_major; /* lines are rows */
-    int32_t to;     /* place of the first in a stage */
-    int32_t slice;  /* slice of depth */
-    int32_t first;  /* its first depth in that; 16: no row of these is read */
-    int32_t row;    /* from here on where vectors may be cut off: slice of rows */
-    int32_t lines;  /* that there are */
-    int32_t each;   /* lines for each depth of the slice behind `first`; K: all */
-    int32_t valid;  /* elements of the vector that there are; K: 0, as many as depths */
+    int32_t k_major; /* 1: lines are rows; 0: lines are depths */
+    int32_t to;      /* elements from the stage's begin to the first line's vector */
+    int32_t slice;   /* slice of depth in the step */
+    int32_t first;   /* first depth in that slice; 16: the thread reads nothing */
+    int32_t row;     /* slice of rows; this and the next three are of predicated copies alone */
+    int32_t lines;   /* lines inside the tile; <= 0: none */
+    int32_t each;    /* lines for each depth from `first` on; k-major: all */
+    int32_t valid;   /* elements of the vector inside the tile; k-major: 0, as many as depths */
 } moei_sparse_loader;
 
-/* `width` rows of a tile, of which `here` are there and those of the bits `wanted` are read;
-   `slice` are their address parts. */
+/* Returns the calling thread's loader for an operand of `width` rows of a tile. `here`: rows inside
+   the matrix; `wanted`: bits, the slices that are read; `slice`: their address parts. */
 MOE_DEVICE moei_sparse_loader moei_sparse_loader_begin(const moei_sparse_matrix* x,
                                                        const uint64_t* slice, int here,
                                                        uint32_t wanted, const int major,
@@ -33,7 +33,7 @@ MOE_DEVICE moei_sparse_loader moei_sparse_loader_begin(const moei_sparse_matrix*
 {
     const int k_major = major == MOE_MAJOR_K, tid = (int)threadIdx.x;
     const int vectors = k_major ? tile_k / 8 : width / 8, lines = width * tile_k / 8 / threads;
-    const int line = tid / vectors * lines, vector = tid % vectors; /* its first line */
+    const int line = tid / vectors * lines, vector = tid % vectors; /* the thread's first line */
     int left;
     moei_sparse_loader l;
     l.row = k_major ? line / 16 : vector / 2;
@@ -50,17 +50,18 @@ MOE_DEVICE moei_sparse_loader moei_sparse_loader_begin(const moei_sparse_matrix*
     return l;
 }
 
-/* Where line i of a thread's lies in a stage: its first is a multiple of their number. */
+/* Returns the offset of the thread's line i in a stage, elements. XOR is right: the number of the
+   first line is a multiple of the thread's number of lines. */
 MOE_DEVICE int moei_sparse_to(const moei_sparse_loader* l, const int i, const int width,
                               const int tile_k)
 {
     return l->to ^ (l->k_major ? moei_swizzled(i, 0, tile_k) : moei_swizzled(i, 0, width));
 }
 
-/* Copies one part in `parts` of a step of an operand into a stage, of that the thread's share; `c`
-   is the thread's slice of depth of that step. `predicated`, a literal: slices may be cut off, which
-   they are not else; and if `masked`, a literal, of X, rows may not want it, if not, of Y, depths
-   may not count. */
+/* Copies the thread's share of part `part` of `parts` of a step of an operand into a stage; `c`:
+   the thread's slice of depth of that step. Literals: predicated, 1: slices may be cut off, 0: they
+   are whole; masked, predicated alone, 1 (X): row slices outside c.rows become zeros, 0 (Y): depths
+   outside c.rows do. */
 MOE_DEVICE void moei_sparse_copy(const moei_sparse_loader* l, uint16_t* stage, moei_sparse_slice c,
                                  const int part, const int parts, const int width, const int tile_k,
                                  const int threads, const int predicated, const int masked)
@@ -68,7 +69,7 @@ MOE_DEVICE void moei_sparse_copy(const moei_sparse_loader* l, uint16_t* stage, m
     const uint64_t from = l->from + c.at;
     const int each = width * tile_k / 8 / threads;
     int lines = c.count > l->first ? each : 0;
-    uint32_t count = 0xffff; /* bits: lines that count */
+    uint32_t count = 0xffff; /* bits: the lines that count */
     if (predicated) {
         const int there = (c.count - l->first) * l->each;
         const int valid = l->valid ? l->valid : c.count - l->first;
@@ -76,6 +77,7 @@ MOE_DEVICE void moei_sparse_copy(const moei_sparse_loader* l, uint16_t* stage, m
         if (masked && !(c.rows >> l->row & 1)) lines = 0;
         if (!masked && !l->k_major) count = c.rows >> l->first;
         if (lines > 0 && valid < 8) {
+            /* a vector that is cut off: element by element, all in part 0 */
             MOE_NO_UNROLL
             for (int i = 0; part == 0 && i < each * 8; ++i) {
                 const uint64_t at = from + (uint64_t)(i / 8 * 16 * (int64_t)l->stride);
@@ -94,15 +96,16 @@ MOE_DEVICE void moei_sparse_copy(const moei_sparse_loader* l, uint16_t* stage, m
                           (predicated ? i < lines && (count >> i & 1) : lines > 0) ? 16 : 0);
 }
 
-/* A thread's copies of a tile: its part of X and of Y, and its slices of the step to copy next, read
-   long before they are needed. */
+/* A thread's copies of a tile: its loaders, and its slices of the next step to copy, which are read
+   a step before they are used. */
 typedef struct moei_sparse_copies {
     moei_sparse_loader x, y;
-    moei_sparse_slice x_slice, y_slice;
-    moei_sparse_shared* shared;               /* has the slices */
-    const moei_sparse_slice *next_x, *next_y; /* of the step after it */
+    moei_sparse_slice x_slice, y_slice;       /* of the next step to copy */
+    moei_sparse_shared* shared;               /* has slice_x and slice_y */
+    const moei_sparse_slice *next_x, *next_y; /* in shared: of the step after that */
 } moei_sparse_copies;
 
+/* Returns the calling thread's copies of the tile in s; the first slices are made. */
 MOE_DEVICE moei_sparse_copies moei_sparse_copies_begin(const moei_sparse_args* d,
                                                        moei_sparse_shared* s,
                                                        const moe_gemm_shape f)
@@ -120,8 +123,10 @@ MOE_DEVICE moei_sparse_copies moei_sparse_copies_begin(const moei_sparse_args* d
     return o;
 }
 
-/* Before the copies of a step, while step `step` is multiplied (before the first, a negative one).
-   Each half of the slices made is used up in turn: one warp makes the next 32. predicated is a literal. */
+/* Runs before the copies of a step, while step `step` is multiplied (negative before the first).
+   Every `half` steps, one warp writes the next 32 slices over the half that has been used. They are
+   first read in a later step, and each step has a barrier. predicated is a literal. Called by the
+   whole thread block. */
 MOE_DEVICE void moei_sparse_advance(moei_sparse_copies* o, const moei_sparse_args* d, int step,
                                     const int predicated, const moe_gemm_shape f)
 {
@@ -134,7 +139,8 @@ MOE_DEVICE void moei_sparse_advance(moei_sparse_copies* o, const moei_sparse_arg
     o->next_y = &o->shared->slice_y[next + o->y.slice];
 }
 
-/* Copies one part in `parts` of a step of a tile into a stage. predicated is a literal. */
+/* Copies part `part` of `parts` of a step into the stage at sx (X) and sy (Y); after the last part
+   reads the slices of the next step. predicated is a literal. Called by the whole thread block. */
 MOE_DEVICE void moei_sparse_fill(moei_sparse_copies* o, uint16_t* sx, uint16_t* sy, const int part,
                                  const int parts, const int predicated, const moe_gemm_shape f)
 {

@@ -1,5 +1,6 @@
-/* prepare.cuh: from a block-sparse descriptor to what its kernels take: defaults and refusals, which
-   operand is X and which Y (tile.cuh), which order of the mask is walked, the workspace. */
+/* prepare.cuh: resolves a block-sparse descriptor into its kernels' arguments, for
+   block_sparse.cuh: defaults and refusals, X and Y of the normal form (tile.cuh), the order in
+   which the mask is walked, the workspace. */
 #ifndef MOE_BLOCK_SPARSE_PREPARE_CUH
 #define MOE_BLOCK_SPARSE_PREPARE_CUH
 
@@ -11,22 +12,22 @@
 #include "strips.cuh"
 #include "tile.cuh"
 
-#define MOEI_SPARSE_MOST (0x7fffffff - 511) /* m, n, k: a tile past them still counts */
+#define MOEI_SPARSE_MOST (0x7fffffff - 511) /* largest m, n, k: one more tile fits in int */
 
-/* Tiles of a strip of sdd that have a thread block each; it goes on with those beyond them. A strip
-   may have few of its blocks, the host does not know how many, and blocks for all would mostly be
-   idle. */
+/* Column tiles of an sdd strip that have a thread block each; the thread blocks go on with the
+   tiles beyond them. A strip may have few entries and the host does not know how many: thread
+   blocks for all possible tiles would mostly be idle. */
 #define MOEI_SPARSE_SDD_TILES 32
 
-/* What a call will run. */
+/* The launches of a call with one tile shape. */
 typedef struct moei_sparse_plan {
     moei_sparse_args args;
-    moei_sparse_strips_args strips; /* num_strips 0: the mask's own list is walked */
-    int32_t num_strips;
-    int64_t tiles;
+    moei_sparse_strips_args strips;
+    int32_t num_strips; /* thread blocks of moei_sparse_strips; 0: the mask's own list is walked */
+    int64_t tiles;      /* thread blocks of the product */
 } moei_sparse_plan;
 
-/* Sizes and form of the mask of the sparse matrix [rows, columns]. */
+/* Checks the sizes and the form of the mask of the sparse matrix [rows, columns] as stored. */
 MOE_HOST moe_status moei_sparse_check_mask(const moe_block_sparse_mask* m, int32_t rows,
                                            int32_t columns, int packed)
 {
@@ -42,8 +43,9 @@ MOE_HOST moe_status moei_sparse_check_mask(const moe_block_sparse_mask* m, int32
     return MOE_OK;
 }
 
-/* Is the product transposed: are the columns of C the rows of its tiles? Those of dds are; those of sdd
-   where its blocks are wider than high and the mask can be walked by columns. */
+/* Returns 1 where the product is transposed: the columns of C are the rows of its tiles. Holds for
+   dds, and for sdd where sparse blocks are wider than high and the mask can be walked by
+   columns. */
 MOE_HOST int moei_sparse_transposed(const moe_block_sparse_desc* d)
 {
     const moe_block_sparse_mask* m = &d->mask;
@@ -53,7 +55,7 @@ MOE_HOST int moei_sparse_transposed(const moe_block_sparse_desc* d)
             (m->column_offset && m->row_index && (m->position || !d->packed)));
 }
 
-/* Is the mask walked by columns? */
+/* Returns 1 where the mask is walked by columns. */
 MOE_HOST int moei_sparse_by_column(const moe_block_sparse_desc* d)
 {
     return d->op == MOE_BLOCK_SPARSE_DSD   ? d->a_transposed
@@ -61,11 +63,13 @@ MOE_HOST int moei_sparse_by_column(const moe_block_sparse_desc* d)
                                            : moei_sparse_transposed(d);
 }
 
-/* Widths of a strip along m, n and k, as far as the mask has blocks there. */
+/* Extent of a sparse block along m, n and k, elements; meaningless along the axis of C or the
+   operands that the mask lacks (k of sdd, n of dsd, m of dds). */
 typedef struct moei_sparse_widths {
     int m, n, k;
 } moei_sparse_widths;
 
+/* Returns the extents for a checked descriptor. */
 MOE_HOST moei_sparse_widths moei_sparse_strip_widths(const moe_block_sparse_desc* d)
 {
     const int dsd = d->op == MOE_BLOCK_SPARSE_DSD, dds = d->op == MOE_BLOCK_SPARSE_DDS;
@@ -77,21 +81,21 @@ MOE_HOST moei_sparse_widths moei_sparse_strip_widths(const moe_block_sparse_desc
     return w;
 }
 
-/* Stride of one operand [rows, columns] as it lies, `strip` wide strips of it anywhere, or 0;
-   `packed`: it has none. */
+/* Checks the stride of an operand [rows, columns] as stored and fills in its default. `strip`:
+   columns of a buffer where a table divides the rows, else 0. `packed`: the stride must be 0. */
 MOE_HOST moe_status moei_sparse_check_stride(int64_t* stride, int64_t rows, int64_t columns,
                                              int strip, int packed, int field)
 {
     if (packed) return *stride == 0 ? MOE_OK : (moe_status)(MOE_ERR_CONFLICT | (field << 8));
     if (*stride == 0) *stride = columns;
     if (!moei_stride_fits(*stride, strip && strip < columns ? strip : columns, rows) ||
-        *stride / 8 > 0x7fffffff) /* loads count in vectors of 8 */
+        *stride / 8 > 0x7fffffff) /* loads count in 16-byte vectors */
         return (moe_status)(MOE_ERR_STRIDE | (field << 8));
     return *stride % 8 == 0 ? MOE_OK : (moe_status)(MOE_ERR_ALIGN | (field << 8));
 }
 
-/* Strides, and tables where they are offered. A table whose strips lie side by side lets rows be as
-   short as a strip. */
+/* Checks the strides and fills in their defaults; refuses tables where they are not offered. A
+   table that divides the stored rows lets rows be as short as one entry's columns. */
 MOE_HOST moe_status moei_sparse_check_strides(moe_block_sparse_desc* d)
 {
     const int sdd = d->op == MOE_BLOCK_SPARSE_SDD, dsd = d->op == MOE_BLOCK_SPARSE_DSD,
@@ -99,7 +103,7 @@ MOE_HOST moe_status moei_sparse_check_strides(moe_block_sparse_desc* d)
     const int a_rows = d->a_transposed ? d->k : d->m, a_columns = d->a_transposed ? d->m : d->k;
     const int b_rows = d->b_transposed ? d->n : d->k, b_columns = d->b_transposed ? d->k : d->n;
     const moei_sparse_widths strip = moei_sparse_strip_widths(d);
-    const int a_side_by_side = d->a_table && d->a_transposed == sdd; /* strips side by side */
+    const int a_side_by_side = d->a_table && d->a_transposed == sdd; /* divides stored rows */
     const int b_side_by_side = d->b_table && d->b_transposed != sdd;
     MOE_REQUIRE(!d->a_table || !dsd, MOE_ERR_CONFLICT, a_table);
     MOE_REQUIRE(!d->b_table || !dds, MOE_ERR_CONFLICT, b_table);
@@ -118,8 +122,8 @@ MOE_HOST moe_status moei_sparse_check_strides(moe_block_sparse_desc* d)
                                     sdd && d->packed, MOE_FIELD_c_stride);
 }
 
-/* Refuses sizes and options that the header does not offer, and fills in their defaults. Asks only
-   which pointers there are: they tell the mask's form, its order, and tables. */
+/* Refuses sizes and options that the header does not offer, and fills in their defaults. Of
+   pointers reads only which are null: they give the form of the mask, its order, and the tables. */
 MOE_HOST moe_status moei_sparse_check_options(moe_block_sparse_desc* d)
 {
     const int sdd = d->op == MOE_BLOCK_SPARSE_SDD, dsd = d->op == MOE_BLOCK_SPARSE_DSD,
@@ -160,8 +164,8 @@ MOE_HOST moe_status moei_sparse_check_options(moe_block_sparse_desc* d)
     return MOE_OK;
 }
 
-/* Refuses buffers that are absent, misaligned or overlap, of a descriptor whose options are checked
-   and which wants so much workspace. Where C is empty only the mask has to be there. */
+/* Refuses buffers that are null, misaligned or overlap. Requires checked options; `workspace`:
+   bytes that the workspace must have. Where C is empty, only the mask is required. */
 MOE_HOST moe_status moei_sparse_check_buffers(const moe_block_sparse_desc* d, size_t workspace)
 {
     const int sdd = d->op == MOE_BLOCK_SPARSE_SDD, dsd = d->op == MOE_BLOCK_SPARSE_DSD,
@@ -179,7 +183,7 @@ MOE_HOST moe_status moei_sparse_check_buffers(const moe_block_sparse_desc* d, si
     const uint64_t area = (uint64_t)m->max_blocks * (uint64_t)(m->block_rows * m->block_columns);
     const int runs = d->m > 0 && d->n > 0, written = runs ? MOE_BUFFER_WRITTEN : MOE_BUFFER_READ;
     const int list = !m->bytes && !m->bits, by_column = moei_sparse_by_column(d);
-    /* the order that is walked, and for zeros that by rows */
+    /* required: the order that is walked, and for zero_masked the row order */
     const int by_rows =
         list && (!by_column || d->zero_masked) ? MOE_BUFFER_REQUIRED : MOE_BUFFER_READ;
     const int by_columns = list && by_column ? MOE_BUFFER_REQUIRED : MOE_BUFFER_READ;
@@ -210,13 +214,14 @@ MOE_HOST moe_status moei_sparse_check_buffers(const moe_block_sparse_desc* d, si
     return MOE_OK;
 }
 
-/* Fills in the defaults and refuses what the header does not offer. */
+/* Checks options and buffers, and fills in the defaults. */
 MOE_HOST moe_status moei_sparse_check(moe_block_sparse_desc* d, size_t workspace)
 {
     MOE_TRY(moei_sparse_check_options(d));
     return moei_sparse_check_buffers(d, workspace);
 }
 
+/* Returns a matrix of the normal form; k_along: 1: k-major (C: not transposed). */
 MOE_HOST moei_sparse_matrix moei_sparse_operand(const void* base, const void* const* table,
                                                 int64_t stride, int k_along)
 {
@@ -228,6 +233,7 @@ MOE_HOST moei_sparse_matrix moei_sparse_operand(const void* base, const void* co
     return x;
 }
 
+/* Returns log2 of n, a power of two. */
 MOE_HOST int moei_sparse_log2(int n)
 {
     int l = 0;
@@ -235,15 +241,22 @@ MOE_HOST int moei_sparse_log2(int n)
     return l;
 }
 
-/* Strips of blocks that a tile shape joins. */
+/* Returns the number of block rows (walked by columns: block columns) that a strip joins for a tile
+   shape. */
 MOE_HOST int moei_sparse_join(const moe_block_sparse_desc* d, const moei_variant* t)
 {
     const int height = moei_sparse_by_column(d) ? d->mask.block_columns : d->mask.block_rows;
     return d->packed || height >= t->shape.tile_m ? 1 : t->shape.tile_m / height;
 }
 
-/* What a checked descriptor runs with one tile shape; its workspace begins at workspace_bytes
-   behind `base`, and is added there. `first`: the plan whose rest this one runs; or null. */
+/* Resolves a checked descriptor for one tile shape into *p. Carves the workspace from `base` +
+   *workspace_bytes on and adds its bytes. `first`: the plan whose partial strips this plan
+   computes; or null.
+     1. Resolve X, Y, C and the sizes of the normal form.
+     2. Count tiles and thread blocks.
+     3. Divide the strips between the two plans.
+     4. Walk a list without joined block rows as given, or
+     5. Prepare the kernel that makes the strips. */
 MOE_HOST moe_status moei_sparse_plan_tile(const moe_block_sparse_desc* d, const moei_variant* t,
                                           char* base, size_t* workspace_bytes,
                                           moei_sparse_plan* first, moei_sparse_plan* p)
@@ -268,6 +281,7 @@ MOE_HOST moe_status moei_sparse_plan_tile(const moe_block_sparse_desc* d, const 
         d->op == MOE_BLOCK_SPARSE_DDS && d->packed ? m->block_columns : d->b_stride,
         d->b_transposed);
     int64_t entries;
+    /* 1. normal form */
     memset(p, 0, sizeof *p);
     a->x = transposed ? bm : am;
     a->y = transposed ? am : bm;
@@ -287,6 +301,7 @@ MOE_HOST moe_status moei_sparse_plan_tile(const moe_block_sparse_desc* d, const 
     a->c_dtype = d->c_dtype;
     a->depths = d->depths;
     {
+        /* 2. tiles */
         const int64_t step = a->strip_m < t->shape.tile_m ? a->strip_m : t->shape.tile_m;
         const int64_t columns = sdd ? (int64_t)a->others * width : a->n;
         a->tiles_m = (int32_t)((a->m + step - 1) / step);
@@ -297,11 +312,12 @@ MOE_HOST moe_status moei_sparse_plan_tile(const moe_block_sparse_desc* d, const 
                     m);
     }
     if (first) {
+        /* 3. strips of the two plans */
         first->args.share = a->share = first->args.partial;
         first->args.share_m = a->share_m = moei_sparse_log2(first->args.strip_m);
         a->share_of = 1;
     }
-    if (list && join == 1) { /* as it is */
+    if (list && join == 1) { /* 4. as given */
         a->begin = offset;
         a->end = offset + 1;
         a->block = index;
@@ -309,6 +325,7 @@ MOE_HOST moe_status moei_sparse_plan_tile(const moe_block_sparse_desc* d, const 
         a->max_blocks = m->max_blocks;
         return MOE_OK;
     }
+    /* 5. strips */
     p->num_strips = (num_block_rows + join - 1) / join;
     entries = list ? m->max_blocks : (int64_t)p->num_strips * a->others;
     MOE_REQUIRE(entries <= 0x7fffffff, MOE_ERR_RANGE, mask);

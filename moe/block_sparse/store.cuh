@@ -1,4 +1,4 @@
-/* store.cuh: the way of a block-sparse tile of C, from accumulators to memory. */
+/* store.cuh: stores a warp's accumulators of a block-sparse tile to C, for tile.cuh. */
 #ifndef MOE_BLOCK_SPARSE_STORE_CUH
 #define MOE_BLOCK_SPARSE_STORE_CUH
 
@@ -6,8 +6,13 @@
 #include "../gemm/mma.cuh"
 #include "address.cuh"
 
-/* A warp stores its wm x wn accumulators, 16 rows (transposed: columns) at a time through a strip of
-   shared memory [16][inner + 8]. A lane has 8 neighbours in C, at one place along them. */
+/* Stores a warp's wm x wn accumulators through its staging `strip` [16][inner + 8] of fp32. Called
+   by a whole warp; wm, wn, transposed and dtype are literals. Where C is stored transposed,
+   exchange rows and columns below.
+     1. Find the lane's 8 neighbours: columns `place` .. place + 7 of every row that it stores.
+     2. For each slice of 16 rows, write the fragments to the staging (__syncwarp: all lanes have).
+     3. Store the slice from the staging: 16-byte vectors, or single elements at the tile's edge
+        (__syncwarp: the next slice overwrites the staging). */
 MOE_DEVICE void moei_sparse_store(const moei_sparse_args* d, const moei_sparse_shared* s,
                                   moei_mma_c acc[4][4], float* strip, int warp_m, int warp_n,
                                   const int wm, const int wn, const int transposed, const int dtype)
@@ -15,13 +20,13 @@ MOE_DEVICE void moei_sparse_store(const moei_sparse_args* d, const moei_sparse_s
     const moei_sparse_position* t = &s->tile;
     const int outer = transposed ? wn : wm, inner = transposed ? wm : wn, ld = inner + 8;
     const int bytes = d->c_dtype == MOE_FP32 ? 4 : 2;
-    const int rows = MOE_WARP_SIZE / (inner / 8); /* that the warp stores at a time */
-    const int r = moe_lane() / (inner / 8);       /* the lane's first */
+    const int rows = MOE_WARP_SIZE / (inner / 8); /* rows that the warp stores at a time */
+    const int r = moe_lane() / (inner / 8);       /* the lane's first row */
     const int g = moe_lane() % (inner / 8) * 8;
     const int first = transposed ? warp_n * wn : warp_m * wm;
     const int place = (transposed ? warp_m * wm : warp_n * wn) + g;
     const int left = (transposed ? t->rows : t->columns) - place;
-    /* rows from the lane's first on */
+    /* rows of the tile from the lane's first on */
     const int there = (transposed ? t->columns : t->rows) - first - r;
     const uint64_t side =
         (transposed ? s->x : s->y)[place / 16] + (uint64_t)((r * d->c.stride + g % 16) * bytes);
@@ -33,11 +38,13 @@ MOE_DEVICE void moei_sparse_store(const moei_sparse_args* d, const moei_sparse_s
                                          : s->have[place / 16] >> slice & s->rows >> slice;
         const int n = have & 1 ? there - o * 16 : 0;
         uint64_t to = side + (transposed ? s->y : s->x)[slice];
+        /* 2. staging */
         MOE_UNROLL
         for (int i = 0; i < inner / 16; ++i)
             if (transposed) moei_mma_store_transposed(strip + i * 16, &acc[i][o], ld);
             else moei_mma_store(strip + i * 16, &acc[o][i], ld);
         __syncwarp(MOE_FULL_WARP);
+        /* 3. C */
         if (left >= 8) {
             MOE_UNROLL
             for (int p = 0; p < 16 / rows; ++p) {

@@ -1,11 +1,12 @@
-/* strips.cuh: the list of blocks that a product walks, made from the mask of a call: one list for
-   each strip of tiles, in which the strips of several low blocks may be joined.
+/* strips.cuh: makes the lists that a product walks from the mask of a call: one list for each
+   strip, which may join several block rows of fewer rows than a tile. Prepared by prepare.cuh.
 
-     block [..]   numbers of the blocks along the other axis, ascending
-     info [..]    bits: which of the joined strips have the block
+     block [..]   block columns of the entries, ascending
+     info [..]    bits: the joined block rows that have the entry
 
-   A strip's blocks stand at begin .. end. One thread block makes one strip: it gathers the bits of
-   MOEI_SPARSE_STRIPS_WINDOW blocks at a time in shared memory, then writes those that are not 0. */
+   A strip's entries are begin .. end. One thread block makes one strip: gathers the bits of
+   MOEI_SPARSE_STRIPS_WINDOW block columns at a time in shared memory, then writes the nonzero ones.
+   Block rows and block columns are those of the normal form (tile.cuh). */
 #ifndef MOE_BLOCK_SPARSE_STRIPS_CUH
 #define MOE_BLOCK_SPARSE_STRIPS_CUH
 
@@ -17,31 +18,34 @@
 #define MOEI_SPARSE_STRIPS_THREADS 256
 #define MOEI_SPARSE_STRIPS_WINDOW 1024
 
+/* Arguments of the kernel. entries: num_strips * others for bytes or bits, max_blocks for a
+   list. */
 typedef struct moei_sparse_strips_args {
-    const uint8_t* bytes; /* the mask, one of three */
-    const uint32_t* bits;
-    const int32_t *offset, *index; /* the list's row or column order */
-    int32_t *begin, *end, *block, *info;
-    int32_t* partial;    /* [strips] 1: some block is not in all of the joined strips */
-    const int32_t* only; /* partial of the plan whose rest this is, a strip of which is `ratio`
-                            strips here: 0: not walked; or null: all are */
-    uint64_t* fault;
-    int32_t num_block_rows; /* strips of blocks along the axis of the tiles' rows */
-    int32_t others;     /* blocks along the other axis */
-    int32_t join;       /* strips of blocks in a strip of tiles, 1 .. 8 */
-    int32_t by_column;  /* 1: num_block_rows are columns of the mask's bytes or bits */
-    int32_t words;      /* words in a row of bits */
-    int32_t max_blocks; /* of the list */
-    int32_t ratio;
-    int32_t rank;
+    const uint8_t* bytes;                /* [RB, CB] the mask, one of three forms; or null */
+    const uint32_t* bits;                /* [RB, words]; or null */
+    const int32_t *offset, *index;       /* the list's row order, or column order; or null */
+    int32_t *begin, *end, *block, *info; /* [strips], [strips], [entries], [entries] */
+    int32_t* partial;       /* [strips] 1: some joined block row lacks an entry; else 0 */
+    const int32_t* only;    /* [ceil(strips / ratio)] `partial` of the other plan; 0: its
+                               strip, `ratio` of these, is not walked. Null: all are walked */
+    uint64_t* fault;        /* [1] fault word; or null */
+    int32_t num_block_rows; /* block rows */
+    int32_t others;         /* block columns */
+    int32_t join;           /* block rows of a strip, 1 .. 8 */
+    int32_t by_column;      /* 1: block rows are block columns of the mask as stored */
+    int32_t words;          /* words in a row of bits */
+    int32_t max_blocks;     /* entries of a list; else 0 */
+    int32_t ratio;          /* 1 where `only` is null */
+    int32_t rank;           /* reported with a fault */
 } moei_sparse_strips_args;
 
+/* Shared memory of a thread block. */
 typedef struct moei_sparse_strips_shared {
     moe_block_scan_scratch scan;
-    uint32_t bits[MOEI_SPARSE_STRIPS_WINDOW];
+    uint32_t bits[MOEI_SPARSE_STRIPS_WINDOW]; /* joined block rows with each block column */
 } moei_sparse_strips_shared;
 
-/* Does the mask have block `other` of block_row `block_row`? */
+/* Returns 1 where bytes or bits have the sparse block at `block_row`, block column `other`. */
 MOE_DEVICE uint32_t moei_sparse_strips_has(const moei_sparse_strips_args* d, int block_row,
                                            int other)
 {
@@ -51,6 +55,15 @@ MOE_DEVICE uint32_t moei_sparse_strips_has(const moei_sparse_strips_args* d, int
     return d->bits[row * d->words + (column >> 5)] >> (column & 31) & 1u;
 }
 
+/* Makes the list of strip blockIdx.x.
+     1. Check the strip's part of a mask's list, before any write at its offsets. Barrier: every
+        thread gets the result; a bad list gives an empty strip.
+     2. For each window, gather the bits of its block columns: of bytes or bits by reading each
+        sparse block, of a list by an atomicOr for each entry (barrier before: bits are 0; after:
+        all are set).
+     3. Write the entries whose bits are not 0, each at its prefix sum. The scan ends with a
+        barrier: the next window may overwrite the bits.
+     4. Write partial, begin and end. */
 MOE_KERNEL(MOEI_SPARSE_STRIPS_THREADS, 1) moei_sparse_strips(MOE_ARG(moei_sparse_strips_args) d)
 {
     MOE_SHARED(moei_sparse_strips_shared, s);
@@ -62,9 +75,9 @@ MOE_KERNEL(MOEI_SPARSE_STRIPS_THREADS, 1) moei_sparse_strips(MOE_ARG(moei_sparse
     moe_pdl_trigger();
     moe_pdl_wait();
     if (moe_fault_stopped(d.fault)) return;
-    if (d.only && !d.only[strip / d.ratio]) return; /* nobody reads this one */
+    if (d.only && !d.only[strip / d.ratio]) return; /* no tile reads this strip */
     at = d.offset ? d.offset[first] : strip * d.others;
-    if (d.offset) { /* the list must be in order before anything is written at its offsets */
+    if (d.offset) { /* 1. check the list */
         for (int i = 0; i < joined; ++i) {
             const int begin = d.offset[first + i], end = d.offset[first + i + 1];
             if (begin < 0 || end < begin || end > d.max_blocks || end - begin > d.others ||
@@ -83,6 +96,7 @@ MOE_KERNEL(MOEI_SPARSE_STRIPS_THREADS, 1) moei_sparse_strips(MOE_ARG(moei_sparse
         }
     }
     bad = __syncthreads_or(bad);
+    /* 2. and 3. for each window */
     for (int from = 0; from < d.others && !bad; from += MOEI_SPARSE_STRIPS_WINDOW) {
         const int window = d.others - from < MOEI_SPARSE_STRIPS_WINDOW ? d.others - from
                                                                        : MOEI_SPARSE_STRIPS_WINDOW;
@@ -100,6 +114,7 @@ MOE_KERNEL(MOEI_SPARSE_STRIPS_THREADS, 1) moei_sparse_strips(MOE_ARG(moei_sparse
                 if (o >= 0 && o < window) atomicOr(&s.bits[o], 1u << i);
             }
         __syncthreads();
+        /* 3. write */
         for (int o = tid; o - tid < window; o += MOEI_SPARSE_STRIPS_THREADS) {
             int total;
             const uint32_t bits = s.bits[o];
@@ -112,6 +127,7 @@ MOE_KERNEL(MOEI_SPARSE_STRIPS_THREADS, 1) moei_sparse_strips(MOE_ARG(moei_sparse
             count += total;
         }
     }
+    /* 4. the strip */
     partial = __syncthreads_or(partial);
     if (tid == 0) {
         d.partial[strip] = partial;

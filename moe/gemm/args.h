@@ -1,49 +1,53 @@
-/* args.h: what the kernels of the grouped GEMMs take: descriptors, checked and resolved. C11 and C++14.
+/* args.h: kernel arguments of the grouped GEMMs: descriptors, checked and resolved. C11 and C++14.
 
-   The order of the numbers is part of the code: two that share 8 bytes are loaded as one, which moves
-   ptxas's choice of registers, and the large tiles have none to spare. In this order no target spills.
-   Seen of others: up products 2 % slower, k-grouped ones 5 %, and spills on sm_75 and sm_80. */
+   grouped.cuh and k_grouped.cuh fill them in on the host; kernels take them by value.
+
+   Keep the order of the members. ptxas loads two numbers that share 8 bytes as one, which changes
+   its choice of registers, and the large tiles have no register to spare. In this order no target
+   spills. Other orders made up products 2 % slower, k-grouped products 5 % slower, or spilled on
+   sm_75 and sm_80. */
 #ifndef MOE_GEMM_ARGS_H
 #define MOE_GEMM_ARGS_H
 
 #include "../layout.h"
 
-/* C [.., n], and what happens to the sums on their way to it. */
+/* C [.., n], and the epilogue before the store. */
 typedef struct moe_gemm_output {
-    void* base;         /* first row; null with a table */
-    void* const* table; /* [E] where each expert's rows begin; or null */
+    void* base;         /* [.., n] dtype: row 0 of C, k-grouped: of expert 0's C; null with table */
+    void* const* table; /* [E] device array: address of each expert's first row; or null */
     int64_t stride;     /* elements between rows */
-    const void* bias;   /* [E, n], with gate and up [E, 2n]; or null */
-    float limit, alpha; /* of MOE_ACTIVATION_SWIGLU_CLAMPED */
+    const void* bias;   /* [E, n] bias_dtype, with gate and up [E, 2n]; or null */
+    float limit, alpha; /* of MOE_ACTIVATION_SWIGLU_CLAMPED: limit > 0, alpha not 0; otherwise 0 */
     int32_t activation; /* moe_activation, never 0 */
-    int32_t accumulate; /* 1: added to what C holds; 0: written */
-    int32_t dtype;      /* of C: bias_dtype or fp32 */
-    int32_t gated;      /* of a gated activation how B has gate and up, a moe_gate_up; else 0 */
-    int32_t bias_dtype; /* fp16 or bf16 */
+    int32_t accumulate; /* 1: adds the result to C; 0: overwrites C */
+    int32_t dtype;      /* of C: bias_dtype or MOE_FP32 */
+    int32_t gated;      /* layout of gate and up in B: a moe_gate_up; 0: activation not gated */
+    int32_t bias_dtype; /* MOE_FP16 or MOE_BF16: of A, B and bias */
 } moe_gemm_output;
 
-/* One product per expert: gemm/grouped.cuh. */
+/* One product per expert: gemm/grouped.cuh. dtype is c.bias_dtype. */
 typedef struct moe_grouped_gemm_args {
-    const void* a;
-    const int32_t* row_index;     /* or null */
-    const int32_t* expert_offset; /* or null */
-    moe_weights b;
-    moe_gemm_output c;
-    uint64_t* fault; /* or null */
-    int64_t a_stride, a_rows;
-    int32_t num_rows, num_experts, k, n, rank, row_div;
+    const void* a;                /* [a_rows, k] dtype; mn-major: [k, a_rows] */
+    const int32_t* row_index;     /* [num_rows] row(r) = row_index[r] / row_div, -1: 0s; null: r */
+    const int32_t* expert_offset; /* [E + 1]; null: one expert owns all num_rows rows */
+    moe_weights b;                /* [E, n, k], gated [E, 2n, k]; strides and major filled in */
+    moe_gemm_output c;            /* [num_rows, n] in expert order */
+    uint64_t* fault;              /* [1] fault word; or null */
+    int64_t a_stride, a_rows;     /* elements between rows (mn-major: depths) of A; rows of A */
+    int32_t num_rows, num_experts, k, n, rank, row_div; /* as in gemm/desc.h; row_div >= 1 */
 } moe_grouped_gemm_args;
 
-/* One product per expert over its rows: gemm/k_grouped.cuh. */
+/* One product per expert, reduced over the expert's rows: gemm/k_grouped.cuh. */
 typedef struct moe_k_grouped_gemm_args {
-    const void *a, *b;                /* of products without rows any address: nothing is read */
-    const int32_t *a_index, *b_index; /* or null */
-    const int32_t* expert_offset;     /* or null */
-    moe_gemm_output c;                /* rows of an expert's C: 0 .. m */
-    uint64_t* fault;                  /* or null */
-    int64_t a_stride, b_stride, a_rows, b_rows;
-    int64_t c_expert_bytes; /* between matrices of c.base */
-    int32_t num_experts, num_rows, rank, m, n, a_div, b_div;
+    const void *a, *b;                /* [a_rows, m], [b_rows, n] c.bias_dtype; never null: with
+                                         num_rows = 0 any address, which is not read */
+    const int32_t *a_index, *b_index; /* [num_rows] index[r] / div, -1: r is not summed; null: r */
+    const int32_t* expert_offset;     /* [E + 1]; null: one expert owns all num_rows rows */
+    moe_gemm_output c;                /* [E, m, n]; rows count from 0 within an expert's C */
+    uint64_t* fault;                  /* [1] fault word; or null */
+    int64_t a_stride, b_stride, a_rows, b_rows; /* elements between rows; number of rows */
+    int64_t c_expert_bytes;           /* bytes between the matrices of c.base */
+    int32_t num_experts, num_rows, rank, m, n, a_div, b_div; /* as in gemm/k_desc.h; div >= 1 */
 } moe_k_grouped_gemm_args;
 
 #endif

@@ -1,42 +1,43 @@
-/* desc.h: the grouped GEMM's descriptor, its options and the plan it is run by. C11 and C++14. */
+/* desc.h: descriptor, options and plan of the grouped GEMM (grouped.cuh). C11 and C++14. */
 #ifndef MOE_GEMM_DESC_H
 #define MOE_GEMM_DESC_H
 
 #include "../base/status.h"
 #include "../layout.h"
 
-#define MOE_GEMM_MAX_ROWS (0x7fffffff - 255) /* rows of A and of C: a tile past them still counts */
+/* Most rows of A and of C: row numbers of a tile that ends past the last row still fit int32_t. */
+#define MOE_GEMM_MAX_ROWS (0x7fffffff - 255)
 
-/* Tile shapes, rows x columns; a tile of a gated activation makes half as many columns of C. */
+/* Tile shapes, tile_m x tile_n. With a gated activation a tile has tile_n / 2 columns of C. */
 typedef enum moe_tile {
     MOE_TILE_AUTO = 0,
-    MOE_TILE_128x256, /* many rows an expert; 180 KB of shared memory a block; of an m-grouped product
-                         operands along K */
+    MOE_TILE_128x256, /* many rows an expert; 180 KB of shared memory a thread block; grouped GEMM:
+                         k-major operands only */
     MOE_TILE_128x128, /* many rows an expert on smaller chips */
-    MOE_TILE_32x128,  /* few rows an expert: the weights' bytes decide */
-    MOE_TILE_64x64    /* runs anywhere, sm_75 included */
+    MOE_TILE_32x128,  /* few rows an expert: reading the weights dominates the time */
+    MOE_TILE_64x64    /* runs on every architecture, sm_75 included */
 } moe_tile;
 
-/* Which code multiplies. */
+/* The code that multiplies. */
 typedef enum moe_gemm_path {
-    MOE_GEMM_PATH_NONE = 0,
-    MOE_GEMM_PATH_WMMA, /* tensor cores through WMMA */
-    MOE_GEMM_PATH_HOST  /* the CPU backend's stand-in */
+    MOE_GEMM_PATH_NONE = 0, /* an empty plan */
+    MOE_GEMM_PATH_WMMA,     /* tensor cores through WMMA */
+    MOE_GEMM_PATH_HOST      /* the CPU backend's stand-in */
 } moe_gemm_path;
 
 /* For every row r of every expert e (rows expert_offset[e] .. expert_offset[e + 1]):
 
      C[r, :] = activation( A[row(r), :] * B_e^T + bias_e ),  row(r) = row_index[r] / row_div
 
-   B_e is [n, k] (of a gated activation [2n, k]), fp32 accumulation, k ascending within a tile's
-   pipeline. */
+   B_e is [n, k], with a gated activation [2n, k]. Accumulates in fp32, k ascending within a tile's
+   pipeline. a, c and the matrices of b are 16-byte aligned. */
 typedef struct moe_grouped_gemm_desc {
     /* in */
     const void* a;                /* [a_rows, k] dtype; a_major MN: [k, a_rows] */
-    int64_t a_stride;             /* elements between rows (or k-rows); 0 = dense; multiple of 8 */
-    int64_t a_rows;               /* rows of A; 0 = num_rows */
-    const int32_t* row_index;     /* [num_rows] see row(r), -1 = a row of zeros; null = r itself */
-    moe_weights b;                /* the experts' matrices */
+    int64_t a_stride;             /* elements between rows (MN: depths); 0 = dense; multiple of 8 */
+    int64_t a_rows;               /* rows of A, 0 .. MOE_GEMM_MAX_ROWS; 0 = num_rows */
+    const int32_t* row_index;     /* [num_rows] row(r) as above, -1 = a row of zeros; null = r */
+    moe_weights b;                /* B_e of each expert, dtype; strides multiples of 8 */
     const void* bias;             /* [E, n] dtype, gated: [E, 2n] ordered as B's rows; or null */
     const int32_t* expert_offset; /* [E + 1]; null with one expert: all num_rows rows */
     /* out */
@@ -47,32 +48,32 @@ typedef struct moe_grouped_gemm_desc {
     uint64_t* fault;      /* [1] fault word; or null */
     /* sizes and options */
     int32_t num_experts; /* E, 1 .. MOE_MAX_EXPERTS */
-    int32_t num_rows;    /* most rows there can be, 0 .. MOE_GEMM_MAX_ROWS; the offsets say how many
-                            there are */
-    int32_t n, k;        /* columns of C, depth; multiples of 8 */
-    int32_t row_div;     /* 0 = 1; K turns slots into tokens */
+    int32_t num_rows;    /* upper bound of the rows, 0 .. MOE_GEMM_MAX_ROWS; expert_offset has the
+                            actual number */
+    int32_t n, k;        /* columns of C, depths: 8 .. 2^28; multiples of 8 */
+    int32_t row_div;     /* divides row_index, >= 1; 0 = 1; K maps slots to tokens */
     int32_t dtype;       /* of A, B and bias: fp16 or bf16; 0 = bf16 */
-    int32_t c_dtype;     /* 0 = dtype */
-    int32_t a_major;     /* moe_major; MOE_MAJOR_MN takes no row_index */
+    int32_t c_dtype;     /* dtype or fp32; 0 = dtype */
+    int32_t a_major;     /* moe_major; 0 = MOE_MAJOR_K; MOE_MAJOR_MN requires row_index null */
     int32_t activation;  /* moe_activation (layout.h); 0 = none */
-    int32_t gate_up;     /* moe_gate_up; 0 = concatenated; only gated activations look at it */
+    int32_t gate_up;     /* moe_gate_up; 0 = concatenated; used only by gated activations */
     float alpha, limit;  /* of MOE_ACTIVATION_SWIGLU_CLAMPED, else 0: alpha finite, 0 = 1.702; limit
                             finite and not negative, 0 = 7 */
     int32_t tile;        /* moe_tile; 0 = chosen by shape and device */
-    int32_t accumulate;  /* 1: added to what C holds; 0: written */
+    int32_t accumulate;  /* 1: adds the result to C; 0: overwrites C */
     int32_t rank;        /* reported with a fault, 0 .. MOE_FAULT_MAX_RANK */
 } moe_grouped_gemm_desc;
 
-/* What a launch will run: filled by moe_grouped_gemm_plan, the same choice the launch makes. */
+/* Kernel and grid of a launch. moe_grouped_gemm_plan fills it in with the choice of the launch. */
 typedef struct moe_gemm_plan {
     int32_t path;                    /* moe_gemm_path */
     int32_t tile;                    /* moe_tile */
-    int32_t tile_m, tile_n, tile_k;  /* rows, columns of B, depth of one pipeline step */
-    int32_t stages, threads, blocks; /* pipeline depth, block size, grid size at most */
+    int32_t tile_m, tile_n, tile_k;  /* rows of A, rows of B, depths of one step */
+    int32_t stages, threads, blocks; /* stages of the ring, threads a block, grid size at most */
     size_t smem;                     /* dynamic shared memory of a block, bytes */
 } moe_gemm_plan;
 
-/* Bytes from the first to the last element of `experts` 16-bit matrices [n, k]. */
+/* Returns the bytes from the first to the last element of `experts` 16-bit matrices [n, k]. */
 MOE_HOST uint64_t moei_weight_extent(const moe_weights* w, int64_t experts, int64_t n, int64_t k)
 {
     const int64_t rows = w->major == MOE_MAJOR_MN ? k : n,
@@ -83,6 +84,7 @@ MOE_HOST uint64_t moei_weight_extent(const moe_weights* w, int64_t experts, int6
            moe_extent(rows, row, columns, MOE_BF16);
 }
 
+/* Returns the name of a moe_gemm_path: static storage, never null. */
 MOE_HOST const char* moe_gemm_path_name(int path)
 {
     return path == MOE_GEMM_PATH_WMMA ? "wmma" : path == MOE_GEMM_PATH_HOST ? "host" : "none";

@@ -1,17 +1,20 @@
-/* epilogue.cuh: what happens to a warp's accumulators on their way to C.
+/* epilogue.cuh: bias, activation, rounding and store of a warp's accumulators. Called by tile.cuh
+   and k_tile.cuh; block_sparse/store.cuh uses moei_epilogue_store8.
 
-   A warp passes its tile, 16 rows at a time, through a staging of shared memory of its own, reads it
-   back in row order and writes 16 bytes a lane. No block barrier: each warp stores when it is done.
-   Three ways, the first two of tiles of 128 x 128 and more on sm_80 and later:
+   A warp writes its warp tile, 16 rows at a time, to a staging of its own in shared memory. Then
+   the warp reads the staging in row order and stores 16 bytes a lane. The epilogue has no block
+   barrier: each warp stores as soon as its sums are complete. Three versions; the first two serve
+   tiles of 128 x 128 and more on sm_80 and later:
 
-     plain   no bias, C 16-bit and written, no activation, or SwiGLU with gate and up apart: the
-             activation is taken of the accumulators, the staging has C's dtype
-     fp32    no bias, C fp32, no activation: written or added to
-     any     the staging is fp32 [16][wn + 8]; bias and activation come behind it. A lane has 8 columns,
-             4 and 4; half of the lanes take the second 4 first, so that few lanes meet in a bank
+     plain   no bias, C 16-bit and overwritten; no activation, or SwiGLU with gate and up not
+             interleaved. Applies the activation to the accumulators; the staging has C's dtype
+     fp32    no bias, no activation, C fp32: overwritten or added to
+     any     the staging is fp32 [16][wn + 8]; applies bias and activation after the staging. A lane
+             reads 8 columns as 4 and 4; half of the lanes read the second 4 first, against bank
+             conflicts
 
-   Gate and up of a gated activation: where they are interleaved, columns 2j and 2j + 1; otherwise
-   columns j and wn/2 + j, since the loader has put both halves into the warp's columns. */
+   Gate and up of a gated activation: interleaved, columns 2j and 2j + 1 of the warp tile; otherwise
+   columns j and wn / 2 + j, since the loader copies both halves into the columns of one warp. */
 #ifndef MOE_GEMM_EPILOGUE_CUH
 #define MOE_GEMM_EPILOGUE_CUH
 
@@ -23,7 +26,8 @@
 #include "shape.h"
 #include "variant.cuh"
 
-/* Writes 8 neighbours, 16-byte aligned: v[0] is number `first`, 0 or 4, v[4] the other's. */
+/* Stores 8 neighbours at p, 16-byte aligned, as dtype. v[0 .. 3] are elements first .. first + 3,
+   where first is 0 or 4; v[4 .. 7] are the other four. */
 MOE_DEVICE void moei_epilogue_store8(void* p, const float* v, int first, int dtype)
 {
     if (dtype == MOE_FP32) {
@@ -35,7 +39,7 @@ MOE_DEVICE void moei_epilogue_store8(void* p, const float* v, int first, int dty
     }
 }
 
-/* Adds 8 neighbours, 16-byte aligned; `first` as in moei_epilogue_store8. */
+/* Adds 8 neighbours at p, 16-byte aligned, to v [8]; `first` as in moei_epilogue_store8. */
 MOE_DEVICE void moei_epilogue_add8(float* v, const void* p, int first, int dtype)
 {
     float w[8];
@@ -51,7 +55,8 @@ MOE_DEVICE void moei_epilogue_bias(float* v, const uint16_t* bias, int64_t at, i
     for (int i = 0; i < 4; ++i) v[i] += moe_half_to_f32(bias[at + i * step], dtype);
 }
 
-/* Adds the bias of 8 columns from n on; `first` as in moei_epilogue_store8. */
+/* Adds the bias of 8 columns to v [8]. n: index of the first column's bias; step: elements between
+   columns; `first` as in moei_epilogue_store8. */
 MOE_DEVICE void moei_epilogue_bias8(float* v, const uint16_t* bias, int64_t n, int first, int step,
                                     int dtype)
 {
@@ -59,16 +64,18 @@ MOE_DEVICE void moei_epilogue_bias8(float* v, const uint16_t* bias, int64_t n, i
     moei_epilogue_bias(v + 4, bias, n + (4 - first) * step, step, dtype);
 }
 
-/* A warp's accumulators become rows of C from `row` on and columns from `column` on; C has n columns.
+/* The three versions. All lanes of a warp call together; f is a literal. Each stores the warp's
+   accumulators to rows from `row` on and columns from `column` on of C, which has n columns. Rows
+   outside the expert's t->begin .. t->end and columns from n on are not stored. */
 
-   The plain way. gated (SwiGLU), and here and below f, are literals. */
+/* plain: gated, a literal, means SwiGLU. staging: 16-bit [16][columns + 8]. */
 MOE_DEVICE void moei_epilogue_plain(const moe_gemm_output* d, int n, const moe_tile_position* t,
                                     moei_mma_c acc[4][4], uint16_t* staging, int row, int column,
                                     const int gated, const moe_gemm_shape f)
 {
     const int columns = gated ? f.wn / 2 : f.wn, ld = columns + 8;
     const int groups = columns / 8,
-              each = MOE_WARP_SIZE / groups; /* lanes to a row; rows of a pass */
+              each = MOE_WARP_SIZE / groups; /* lanes a row; rows a pass */
     const int r = moe_lane() / groups, j = moe_lane() % groups * 8;
     const bool in = column + j < n;
     uint16_t* c = d->table ? (uint16_t*)d->table[t->expert] - (int64_t)t->begin * d->stride
@@ -102,7 +109,7 @@ MOE_DEVICE void moei_epilogue_plain(const moe_gemm_output* d, int n, const moe_t
     }
 }
 
-/* The way of fp32. */
+/* fp32. staging: fp32 [16][wn + 8]. */
 MOE_DEVICE void moei_epilogue_fp32(const moe_gemm_output* d, int n, const moe_tile_position* t,
                                    moei_mma_c acc[4][4], float* staging, int row, int column,
                                    const moe_gemm_shape f)
@@ -120,7 +127,7 @@ MOE_DEVICE void moei_epilogue_fp32(const moe_gemm_output* d, int n, const moe_ti
         for (int i = 0; i < f.wn / 16; ++i) moei_mma_store(staging + i * 16, &acc[m][i], ld);
         __syncwarp(MOE_FULL_WARP);
         MOE_NO_UNROLL
-        for (int p = 0; p < 16 / each; p += 2) { /* two at a time: their latencies overlap */
+        for (int p = 0; p < 16 / each; p += 2) { /* two rows at a time: their latencies overlap */
             float v[2][4], was[2][4];
             bool there[2];
             MOE_UNROLL
@@ -144,7 +151,14 @@ MOE_DEVICE void moei_epilogue_fp32(const moe_gemm_output* d, int n, const moe_ti
     }
 }
 
-/* Any. */
+/* any. staging: fp32 [16][wn + 8]. For each 16 rows of the warp tile:
+
+   1. Store the fragments of these rows to the staging; __syncwarp makes them visible to all lanes.
+   2. Each lane takes 8 columns of C in one row after another: reads v, and w, the up, where gated.
+   3. Add the bias.
+   4. Apply the activation.
+   5. Add the 8 elements of C where accumulate is set; store 8 elements to C.
+   __syncwarp: all lanes have read the staging before the next rows overwrite the staging. */
 MOE_DEVICE void moei_epilogue_any(const moe_gemm_output* d, int n, const moe_tile_position* t,
                                   moei_mma_c acc[4][4], float* staging, int row, int column,
                                   const moe_gemm_shape f)
@@ -153,14 +167,14 @@ MOE_DEVICE void moei_epilogue_any(const moe_gemm_output* d, int n, const moe_til
     const bool gated = d->gated != 0;
     const bool pairs = d->gated == MOE_GATE_UP_INTERLEAVED;
     const int ld = moei_staging_pitch(wn);
-    const int groups = (gated ? wn / 2 : wn) / 8; /* of 8 columns of C, in one staging row */
+    const int groups = (gated ? wn / 2 : wn) / 8; /* groups of 8 columns of C in a staging row */
     const int c_bytes = d->dtype == MOE_FP32 ? 4 : 2;
     char* c = d->table ? (char*)d->table[t->expert] - (int64_t)t->begin * d->stride * c_bytes
                          : (char*)d->base;
 
-    MOE_NO_UNROLL /* the body once, the accumulators by literals: a quarter of the code */
+    MOE_NO_UNROLL /* one body for all i, a quarter of the code; the literal m indexes acc */
     for (int i = 0; i < wm / 16; ++i) {
-        MOE_UNROLL
+        MOE_UNROLL /* 1. to the staging */
         for (int m = 0; m < wm / 16; ++m)
             if (m == i) {
                 MOE_UNROLL
@@ -174,10 +188,11 @@ MOE_DEVICE void moei_epilogue_any(const moe_gemm_output* d, int n, const moe_til
             const int to = column + j;
             const float* p = staging + r * ld + (pairs ? 2 * j : j + first);
             float v[8], w[8];
-            /* here, so that nothing of it takes a register while the accumulators wait */
+            /* computed here, so that it holds no register while the accumulators are live */
             const uint16_t* bias = (const uint16_t*)d->bias;
             if (m < t->begin || m >= t->end || to >= n) continue;
             if (bias) bias += (int64_t)t->expert * n * (gated ? 2 : 1);
+            /* 2. from the staging */
             if (pairs) {
                 MOE_UNROLL
                 for (int x = 0; x < 4; ++x) {
@@ -193,17 +208,19 @@ MOE_DEVICE void moei_epilogue_any(const moe_gemm_output* d, int n, const moe_til
                 moei_load_4(w, p + wn / 2);
                 moei_load_4(w + 4, p + wn / 2 + 4 - 2 * first);
             }
+            /* 3. bias */
             if (bias) {
                 moei_epilogue_bias8(v, bias, pairs ? 2 * to : to, first, pairs ? 2 : 1, d->bias_dtype);
                 if (gated)
                     moei_epilogue_bias8(w, bias, pairs ? 2 * to + 1 : n + to, first,
                                         pairs ? 2 : 1, d->bias_dtype);
             }
+            /* 4. activation */
             if (d->activation != MOE_ACTIVATION_NONE) {
                 const moei_activation a = moei_activation_of(d->activation, d->alpha, d->limit);
                 moei_activate_8(v, w, &a, gated);
             }
-            {
+            { /* 5. to C */
                 void* at = c + (m * d->stride + to) * c_bytes;
                 if (d->accumulate) moei_epilogue_add8(v, at, first, d->dtype);
                 moei_epilogue_store8(at, v, first, d->dtype);
@@ -213,13 +230,14 @@ MOE_DEVICE void moei_epilogue_any(const moe_gemm_output* d, int n, const moe_til
     }
 }
 
-/* One warp's accumulators, all ways. */
+/* Stores one warp's accumulators by the version that fits *d; arguments as above. All lanes of the
+   warp call it. staging: moei_staging_floats(wn) floats of the warp's own. */
 MOE_DEVICE void moei_epilogue_warp(const moe_gemm_output* d, int n, const moe_tile_position* t,
                                    moei_mma_c acc[4][4], float* staging, int row, int column,
                                    const moe_gemm_shape f)
 {
     const bool none = d->activation == MOE_ACTIVATION_NONE;
-    /* in large tiles: what it gains in others is not worth the code; on sm_75 they would spill */
+    /* large tiles only: in others the gain is not worth the code; on sm_75 they would spill */
     const bool bare = MOEI_CODE_HERE(80, MOEI_CODE_ANY) && f.tile_m * f.tile_n >= 128 * 128 &&
                       !d->bias && d->gated != MOE_GATE_UP_INTERLEAVED;
     const bool plain = bare && !d->accumulate && d->dtype == f.dtype;

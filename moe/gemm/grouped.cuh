@@ -1,18 +1,22 @@
-/* grouped.cuh: grouped GEMM on tensor cores, one product per expert over that expert's rows.
+/* grouped.cuh: grouped GEMM on tensor cores: one product per expert over that expert's rows.
 
      C[r, :] = activation( A[row(r), :] * B_e^T + bias_e ),  r in expert e,
      row(r)  = row_index[r] / row_div
 
-   Rows of A are gathered by index while they are loaded, so no permuted copy is made; the weights
-   are used where they lie (moe_weights); the row counts are read from expert_offset on the device,
-   so nothing is copied to the host and a captured graph replays with other routing. Any number of
-   rows per expert; n and k multiples of 8. Shapes, layouts and options: gemm/desc.h.
+   In:   A [a_rows, k], or mn-major [k, a_rows]; B_e [n, k], gated [2n, k]; fp16 or bf16
+         expert_offset [E + 1], row_index [R]
+   Out:  C [R, n] in expert order, in the same dtype or fp32
+   Any number of rows per expert; n and k are multiples of 8. Layouts and options: gemm/desc.h.
 
-   fp16 (sm_75 and later) or bf16 (sm_80 and later), accumulated in fp32; C in the same dtype or
-   fp32. Each element of C is one sum in ascending k: equal inputs give equal bits for one tile
-   shape, and the tile shape depends on shapes and device alone.
+   Rows of A are gathered by index while they are loaded: no permuted copy is made. Weights are read
+   from the caller's layout (moe_weights). Kernels read the row counts from expert_offset on the
+   device: no copy to the host, and a captured graph replays with other routing.
 
-   Cost: 2 * rows * n * k flops (twice that with a gated activation). One launch.
+   Accumulates in fp32. Each element of C is one sum in ascending k: equal inputs give equal bits
+   for one tile shape. The tile shape depends on shapes and device alone.
+
+   Cost: 2 * R * n * k flops (twice that with a gated activation). One launch. Minimum architecture:
+   sm_75 (fp16), sm_80 (bf16).
 
      moe_grouped_gemm_desc g = {0};
      g.a = x;  g.row_index = row_slot;  g.row_div = K;  g.a_rows = T;
@@ -20,8 +24,8 @@
      g.num_experts = E;  g.num_rows = T * K;  g.n = N;  g.k = H;
      moe_status s = moe_grouped_gemm(&g, stream);
 
-   A faster path for one architecture joins here: a kernel of its own, a line in moe_gemm_path, rows
-   of moei_gemm_variants; schedule.cuh and the descriptor serve it as they are. */
+   A faster path for one architecture is added here: a kernel, an entry in moe_gemm_path, entries in
+   moei_gemm_variants. schedule.cuh and the descriptor need no change. */
 #ifndef MOE_GEMM_GROUPED_CUH
 #define MOE_GEMM_GROUPED_CUH
 
@@ -31,14 +35,15 @@
 #include "tile.cuh"
 #include "variant.cuh"
 
-/* tile, its shape, blocks a multiprocessor. */
+/* tile, its shape, thread blocks a multiprocessor. */
 #define MOEI_GEMM_TILE_LIST(X)                                                                    \
     X(128x256, MOE_GEMM_SHAPE_128x256, 1)                                                         \
     X(128x128, MOE_GEMM_SHAPE_128x128, 2)                                                         \
     X(32x128, MOE_GEMM_SHAPE_32x128, 2)                                                           \
     X(64x64, MOE_GEMM_SHAPE_64x64, 4)
 
-/* dtype and majors every tile is stamped with; predefine it to trim or extend what is compiled. */
+/* The dtype and majors that every tile is stamped with. Predefine the list to compile fewer or more
+   kernels. */
 #ifndef MOE_GEMM_VARIANT_LIST
 #define MOE_GEMM_VARIANT_LIST(X, ...)                                                             \
     X(f16_kk, MOE_FP16, MOE_MAJOR_K, MOE_MAJOR_K, __VA_ARGS__)                                    \
@@ -47,8 +52,9 @@
     X(bf16_kn, MOE_BF16, MOE_MAJOR_K, MOE_MAJOR_MN, __VA_ARGS__)
 #endif
 
-/* Versions of code that have a body: bf16 from sm_80, the largest tile where a block may have
-   180 KB. The largest tile uses every register already, so it is compiled for operands along K alone. */
+/* Versions of code that have a body: bf16 from sm_80; the largest tile where a block may have
+   180 KB of shared memory. The largest tile leaves no register free: it is compiled for k-major
+   operands only. */
 #define MOEI_GEMM_LEAST(dtype, tile_m, tile_n, a_major, b_major)                                   \
     ((tile_m) * (tile_n) <= 128 * 128                       ? ((dtype) == MOE_BF16 ? 80 : 75)      \
      : (a_major) == MOE_MAJOR_K && (b_major) == MOE_MAJOR_K ? 90                                   \
@@ -82,7 +88,7 @@ MOEI_GEMM_TILE_LIST(MOEI_GEMM_TILE_KERNELS)
 #undef MOEI_GEMM_TILE_KERNELS
 #undef MOEI_GEMM_KERNEL
 
-/* In order of preference. */
+/* The variants, in order of preference. */
 static const moei_variant moei_gemm_variants[] = {
 #define MOEI_GEMM_ROW(variant, dtype, a_major, b_major, name, tile_m, tile_n, tile_k, wm, wn,      \
                       stages, blocks)                                                              \
@@ -102,11 +108,11 @@ static const moei_variant moei_gemm_variants[] = {
 #undef MOEI_GEMM_ROW
     MOEI_VARIANT_END};
 
-/* Is the tile a good one for this many rows an expert? */
+/* Returns 1 where v has a good tile for these sizes on a device of `sms` multiprocessors. */
 MOE_HOST int moei_gemm_suits(const moei_variant* v, const moe_grouped_gemm_desc* d, int sms)
 {
     const int64_t tile_m = v->shape.tile_m, tile_n = v->shape.tile_n;
-    const int64_t rows = d->num_rows / d->num_experts; /* an expert's, on average */
+    const int64_t rows = d->num_rows / d->num_experts; /* rows an expert, on average */
     const int64_t b_rows = (int64_t)d->n * (moe_activation_is_gated(d->activation) ? 2 : 1);
     const int64_t tiles =
         ((rows + tile_m - 1) / tile_m) * d->num_experts * ((b_rows + tile_n - 1) / tile_n);
@@ -189,13 +195,13 @@ MOE_HOST moe_status moei_gemm_check_options(moe_grouped_gemm_desc* d)
     return MOE_OK;
 }
 
-/* Refuses buffers that are absent, misaligned or overlap; options have been checked. */
+/* Refuses buffers that are absent, misaligned or overlap. Requires checked options. */
 MOE_HOST moe_status moei_gemm_check_buffers(const moe_grouped_gemm_desc* d)
 {
     const int64_t num_experts = d->num_experts, num_rows = d->num_rows, n = d->n, k = d->k;
     const int gated = moe_activation_is_gated(d->activation);
     const int separate = gated && d->gate_up == MOE_GATE_UP_SEPARATE;
-    const int64_t all_n = gated ? 2 * n : n; /* of gate and up */
+    const int64_t all_n = gated ? 2 * n : n; /* rows of gate and up */
     const uint64_t matrices = moei_weight_extent(&d->b, num_experts, separate ? n : all_n, k);
     const uint64_t table = (uint64_t)num_experts * 8;
     const moe_buffer b[] = {
@@ -222,14 +228,14 @@ MOE_HOST moe_status moei_gemm_check_buffers(const moe_grouped_gemm_desc* d)
     return moe_check_buffers(b, count);
 }
 
-/* Fills in the defaults and refuses what the header does not offer. */
+/* Checks options and buffers, and fills in the defaults. */
 MOE_HOST moe_status moei_gemm_check(moe_grouped_gemm_desc* d)
 {
     MOE_TRY(moei_gemm_check_options(d));
     return moei_gemm_check_buffers(d);
 }
 
-/* What kernels take of a checked descriptor. */
+/* Returns the kernel's args for a checked descriptor. */
 MOE_HOST moe_grouped_gemm_args moei_gemm_args_of(const moe_grouped_gemm_desc* d)
 {
     moe_grouped_gemm_args a;
@@ -261,9 +267,9 @@ MOE_HOST moe_grouped_gemm_args moei_gemm_args_of(const moe_grouped_gemm_desc* d)
     return a;
 }
 
-/* For moe_gemm_tile (tile.cuh) in a kernel of one's own: checks the descriptor and resolves it into
-   what device code takes. Errors as of moe_grouped_gemm; *args is left alone then. A file that wants no
-   other kernel defines MOE_GEMM_VARIANT_LIST(X, ...) as nothing before it includes this header. */
+/* Checks a descriptor and resolves it into the args of moe_gemm_tile (tile.cuh), for a kernel of
+   one's own. Errors: refused fields as of moe_grouped_gemm; *args is then unchanged. To compile no
+   kernel of this header, define MOE_GEMM_VARIANT_LIST(X, ...) as nothing before the #include. */
 MOE_HOST moe_status moe_gemm_tile_resolve(const moe_grouped_gemm_desc* desc,
                                           moe_grouped_gemm_args* args)
 {
@@ -275,7 +281,8 @@ MOE_HOST moe_status moe_gemm_tile_resolve(const moe_grouped_gemm_desc* desc,
     return MOE_OK;
 }
 
-/* Refuses what MOE_GEMM_VARIANT_LIST lacks, by the first field that no entry agrees with. */
+/* Refuses a product that MOE_GEMM_VARIANT_LIST lacks. Names the first of dtype, a_major, b_major
+   that no entry matches. */
 MOE_HOST moe_status moei_gemm_listed(const moe_grouped_gemm_desc* d)
 {
     int dtype = 0, a_major = 0, b_major = 0;
@@ -291,17 +298,17 @@ MOE_HOST moe_status moei_gemm_listed(const moe_grouped_gemm_desc* d)
     return MOE_OK;
 }
 
-/* Shared memory that grows with the experts, bytes: tile_start. */
+/* Returns the shared memory that depends on the experts, bytes: tile_start [E + 1]. */
 MOE_HOST size_t moei_gemm_more(const moe_grouped_gemm_desc* d)
 {
     return ((size_t)d->num_experts + 1) * 4;
 }
 
-/* The variant for a checked descriptor on the current device: the first that suits and runs. */
+/* Sets *chosen to the variant for a checked descriptor on *dev: the first that suits and runs. */
 MOE_HOST moe_status moei_gemm_choose(const moe_grouped_gemm_desc* d, const moe_device* dev,
                                      const moei_variant** chosen)
 {
-    int compiled = 0; /* has the tile that is asked for a body with these majors? */
+    int compiled = 0; /* 1: the requested tile has a body with these majors in some version */
     MOE_TRY(moei_gemm_listed(d));
     MOE_REQUIRE(MOE_ON_HOST || d->dtype == MOE_FP16 || dev->major >= 8, MOE_ERR_DEVICE, dtype);
     for (const moei_variant* v = moei_gemm_variants; v->kernel; ++v) {
@@ -320,14 +327,14 @@ MOE_HOST moe_status moei_gemm_choose(const moe_grouped_gemm_desc* d, const moe_d
     return MOE_STATUS(MOE_ERR_DEVICE, dtype); /* built without -arch=sm_80 or later, most often */
 }
 
-/* A product with all but its stream settled, for the device that was current. */
+/* A prepared product: all but its stream is resolved, for the device that was current. */
 typedef struct moe_grouped_gemm_prepared {
-    moe_grouped_gemm_args args;
-    moe_gemm_plan plan;
-    moe_launch launch;
+    moe_grouped_gemm_args args; /* of the kernel */
+    moe_gemm_plan plan;         /* the choice of kernel and grid */
+    moe_launch launch;          /* kernel null: run queues nothing */
 } moe_grouped_gemm_prepared;
 
-/* Fills in *p, which is empty, for a checked descriptor. */
+/* Prepares *p, which is empty, for a checked descriptor. */
 MOE_HOST moe_status moei_gemm_prepare(const moe_grouped_gemm_desc* d, moe_grouped_gemm_prepared* p)
 {
     moe_device dev;
@@ -337,7 +344,7 @@ MOE_HOST moe_status moei_gemm_prepare(const moe_grouped_gemm_desc* d, moe_groupe
     MOE_TRY(moei_gemm_choose(d, &dev, &v));
     columns = moe_activation_is_gated(d->activation) ? v->shape.tile_n / 2 : v->shape.tile_n;
     tiles = ((int64_t)d->num_rows / v->shape.tile_m + d->num_experts + 1) *
-            ((d->n + columns - 1) / columns); /* at most */
+            ((d->n + columns - 1) / columns); /* upper bound */
     MOE_REQUIRE(tiles <= MOEI_VARIANT_MAX_TILES, MOE_ERR_RANGE, num_rows);
     p->args = moei_gemm_args_of(d);
     p->plan = moei_variant_plan(v, &dev, tiles, moei_gemm_more(d));
@@ -345,7 +352,7 @@ MOE_HOST moe_status moei_gemm_prepare(const moe_grouped_gemm_desc* d, moe_groupe
     return moei_variant_prepare(&p->launch, v, p->plan.blocks, moei_gemm_more(d));
 }
 
-/* The same for one that has not been checked. */
+/* Prepares *p, which is empty, for an unchecked descriptor. */
 MOE_HOST moe_status moei_gemm_check_prepare(const moe_grouped_gemm_desc* desc,
                                             moe_grouped_gemm_prepared* p)
 {
@@ -354,23 +361,25 @@ MOE_HOST moe_status moei_gemm_check_prepare(const moe_grouped_gemm_desc* desc,
     return moei_gemm_prepare(&d, p);
 }
 
-/* Settles a product: moe_grouped_gemm_run queues it any number of times. Keeps the addresses of
-   weight tables, not their entries. Errors: every field as documented in desc.h, each with its own
-   status. num_rows = 0 is no error. */
+/* Prepares a product; moe_grouped_gemm_run queues it any number of times. *p keeps the addresses of
+   tables, not their entries. Errors: each field that is not as documented in desc.h, with its own
+   status; MOE_ERR_DEVICE where the device or this binary has no kernel for it; MOE_ERR_NOT_COMPILED
+   where MOE_GEMM_VARIANT_LIST has none. num_rows = 0 is no error. On an error *p is empty. */
 MOE_HOST moe_status moe_grouped_gemm_prepare(const moe_grouped_gemm_desc* desc,
                                              moe_grouped_gemm_prepared* p)
 {
     MOE_RETURN_PREPARED(desc, p, moei_gemm_check_prepare(desc, p));
 }
 
-/* Queues a prepared product on `stream`. */
+/* Queues a prepared product on `stream`. Refuses a null p. */
 MOE_HOST moe_status moe_grouped_gemm_run(const moe_grouped_gemm_prepared* p, cudaStream_t stream)
 {
     MOE_REQUIRE(p, MOE_ERR_NULL, desc);
     return MOE_RUN(&p->launch, p->args, stream);
 }
 
-/* What moe_grouped_gemm would run for this descriptor on the current device. */
+/* Sets *plan to the kernel and grid of moe_grouped_gemm for this descriptor on the current device.
+   Errors as of moe_grouped_gemm_prepare. */
 MOE_HOST moe_status moe_grouped_gemm_plan(const moe_grouped_gemm_desc* desc, moe_gemm_plan* plan)
 {
     moe_grouped_gemm_prepared p;
@@ -388,7 +397,7 @@ MOE_HOST moe_status moe_grouped_gemm(const moe_grouped_gemm_desc* desc, cudaStre
     return moe_grouped_gemm_run(&p, stream);
 }
 
-/* Loads this header's kernels now. */
+/* Loads this header's kernels, before their first launch. */
 MOE_HOST moe_status moe_grouped_gemm_preload(void)
 {
     return moei_variant_preload(moei_gemm_variants);

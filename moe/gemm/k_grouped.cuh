@@ -1,17 +1,20 @@
-/* k_grouped.cuh: grouped GEMM whose reduced dimension is the ragged one, one product per expert:
+/* k_grouped.cuh: k-grouped GEMM on tensor cores: one product per expert, reduced over the expert's
+   rows.
 
      C_e[i, j] = sum over rows r of expert e of A[a_row(r), i] * B[b_row(r), j]
      a_row(r) = a_index[r] / a_div,  b_row(r) = b_index[r] / b_div
 
-   Gradients of an expert's weights are such products: of w1 with the gradient of the pre-activations
-   and the gathered tokens, of w2 with the gathered gradient of y and the activations.
+   Gradients of an expert's weights are such products. For w1, A and B are the gradient of the
+   pre-activations and the gathered tokens; for w2, the gathered gradient of y and the activations.
 
    In:   A [a_rows, m], B [b_rows, n] fp16 or bf16; expert_offset [E + 1]; indices [R]
-   Out:  C [E, m, n] in the same dtype or fp32, written or added to; without rows zeros
-   A row index of -1 leaves r out of the sum: neither operand is read. Nor are rows that no expert owns.
-   fp32 accumulation, one sum for each element in ascending r: equal inputs give equal bits.
+   Out:  C [E, m, n] in the same dtype or fp32, overwritten or added to; an expert without rows has
+         sums of 0
+   m and n are multiples of 8. A row index of -1 excludes r from the sum: neither operand is read.
+   Rows that no expert owns are not read. Options: gemm/k_desc.h.
 
-   Cost: 2 * R * m * n flops. One launch. m and n multiples of 8. fp16 from sm_75, bf16 from sm_80.
+   Accumulates in fp32, one sum for each element in ascending r: equal inputs give equal bits.
+   Cost: 2 * R * m * n flops. One launch. Minimum architecture: sm_75 (fp16), sm_80 (bf16).
 
      moe_k_grouped_gemm_desc g = {0};
      g.a = dact;  g.b = x;  g.b_index = row_slot;  g.b_div = K;  g.b_rows = T;
@@ -28,20 +31,21 @@
 #include "k_tile.cuh"
 #include "variant.cuh"
 
-/* tile, its shape, blocks a multiprocessor. */
+/* tile, its shape, thread blocks a multiprocessor. */
 #define MOEI_K_GEMM_TILE_LIST(X, ...)                                                             \
     X(128x256, MOE_GEMM_SHAPE_128x256, 1, __VA_ARGS__)                                            \
     X(128x128, MOE_GEMM_SHAPE_128x128, 2, __VA_ARGS__)                                            \
     X(64x64, MOE_GEMM_SHAPE_64x64, 4, __VA_ARGS__)
 
-/* dtypes that all tiles are stamped with; predefine it to trim what is compiled. */
+/* The dtypes that all tiles are stamped with. Predefine the list to compile fewer kernels. */
 #ifndef MOE_K_GEMM_DTYPE_LIST
 #define MOE_K_GEMM_DTYPE_LIST(X)                                                                  \
     X(f16, MOE_FP16)                                                                              \
     X(bf16, MOE_BF16)
 #endif
 
-/* Versions of code that have a body: bf16 from sm_80, the largest tile where a block may have 190 KB. */
+/* Versions of code that have a body: bf16 from sm_80; the largest tile where a block may have
+   185 KB of shared memory. */
 #define MOEI_K_GEMM_LEAST(dtype, tile_m, tile_n)                                                   \
     ((tile_m) * (tile_n) > 128 * 128 ? 90 : (dtype) == MOE_BF16 ? 80 : 75)
 #define MOEI_K_GEMM_MOST(tile_m, tile_n) ((tile_m) * (tile_n) <= 128 * 128 ? MOEI_CODE_ANY : 119)
@@ -70,7 +74,7 @@ MOE_K_GEMM_DTYPE_LIST(MOEI_K_GEMM_KERNELS)
 #undef MOEI_K_GEMM_KERNEL_OF
 #undef MOEI_K_GEMM_KERNEL
 
-/* In order of preference. */
+/* The variants, in order of preference. */
 static const moei_variant moei_k_gemm_variants[] = {
 #define MOEI_K_GEMM_ROW(name, tile_m, tile_n, tile_k, wm, wn, stages, blocks, suffix, dtype)       \
     {(const void*)moei_k_gemm_##name##_##suffix,                                                   \
@@ -93,7 +97,7 @@ static const moei_variant moei_k_gemm_variants[] = {
 
 /* ---- the launch ---- */
 
-/* One operand's stride and rows. */
+/* Checks one operand's stride and rows, and fills in their defaults. */
 MOE_HOST moe_status moei_k_check_side(int64_t* stride, int64_t* rows, int64_t columns,
                                       int32_t num_rows, int stride_field, int rows_field)
 {
@@ -146,7 +150,7 @@ MOE_HOST moe_status moei_k_check_options(moe_k_grouped_gemm_desc* d)
     return MOE_OK;
 }
 
-/* Refuses buffers that are absent, misaligned or overlap; options have been checked. */
+/* Refuses buffers that are absent, misaligned or overlap. Requires checked options. */
 MOE_HOST moe_status moei_k_check_buffers(const moe_k_grouped_gemm_desc* d)
 {
     const uint64_t num_experts = (uint64_t)d->num_experts, num_rows = (uint64_t)d->num_rows;
@@ -170,21 +174,21 @@ MOE_HOST moe_status moei_k_check_buffers(const moe_k_grouped_gemm_desc* d)
     return moe_check_buffers(b, (int)(sizeof b / sizeof b[0]));
 }
 
-/* A product with all but its stream settled, for the device that was current. */
+/* A prepared product: all but its stream is resolved, for the device that was current. */
 typedef struct moe_k_grouped_gemm_prepared {
-    moe_k_grouped_gemm_args args;
-    moe_gemm_plan plan;
-    moe_launch launch;
+    moe_k_grouped_gemm_args args; /* of the kernel */
+    moe_gemm_plan plan;           /* the choice of kernel and grid */
+    moe_launch launch;            /* kernel null: run queues nothing */
 } moe_k_grouped_gemm_prepared;
 
-/* Tiles of all experts. */
+/* Returns the tiles of all experts. */
 MOE_HOST int64_t moei_k_num_tiles(const moe_k_grouped_gemm_desc* d, const moei_variant* v)
 {
     return (((int64_t)d->m + v->shape.tile_m - 1) / v->shape.tile_m) *
            (((int64_t)d->n + v->shape.tile_n - 1) / v->shape.tile_n) * d->num_experts;
 }
 
-/* Is the tile the caller's, or a good one for these sizes? */
+/* Returns 1 where v has the tile that the caller asks for, or else a good tile for these sizes. */
 MOE_HOST int moei_k_suits(const moei_variant* v, const moe_k_grouped_gemm_desc* d, int sms)
 {
     if (d->tile) return v->tile == d->tile;
@@ -192,7 +196,7 @@ MOE_HOST int moei_k_suits(const moei_variant* v, const moe_k_grouped_gemm_desc* 
            (moei_k_num_tiles(d, v) >= sms && (v->tile != MOE_TILE_128x256 || d->n > 128));
 }
 
-/* What kernels take of a checked descriptor. */
+/* Returns the kernel's args for a checked descriptor. */
 MOE_HOST moe_k_grouped_gemm_args moei_k_args_of(const moe_k_grouped_gemm_desc* d)
 {
     const void* any = d->c ? (const void*)d->c : (const void*)d->c_table;
@@ -226,7 +230,7 @@ MOE_HOST moe_k_grouped_gemm_args moei_k_args_of(const moe_k_grouped_gemm_desc* d
     return a;
 }
 
-/* Fills in *p, which is empty. */
+/* Prepares *p, which is empty, for an unchecked descriptor. */
 MOE_HOST moe_status moei_k_prepare(const moe_k_grouped_gemm_desc* desc,
                                    moe_k_grouped_gemm_prepared* p)
 {
@@ -255,15 +259,17 @@ MOE_HOST moe_status moei_k_prepare(const moe_k_grouped_gemm_desc* desc,
     return MOE_STATUS(MOE_ERR_DEVICE, dtype); /* built without -arch=sm_80 or later, most often */
 }
 
-/* Settles a product: moe_k_grouped_gemm_run queues it any number of times. Errors: every field as
-   documented in k_desc.h, each with its own status. num_rows = 0 is no error. */
+/* Prepares a product; moe_k_grouped_gemm_run queues it any number of times. Errors: each field that
+   is not as documented in k_desc.h, with its own status; MOE_ERR_DEVICE where the device or this
+   binary has no kernel for it; MOE_ERR_NOT_COMPILED where MOE_K_GEMM_DTYPE_LIST lacks dtype.
+   num_rows = 0 is no error. On an error *p is empty. */
 MOE_HOST moe_status moe_k_grouped_gemm_prepare(const moe_k_grouped_gemm_desc* desc,
                                                moe_k_grouped_gemm_prepared* p)
 {
     MOE_RETURN_PREPARED(desc, p, moei_k_prepare(desc, p));
 }
 
-/* Queues a prepared product on `stream`. */
+/* Queues a prepared product on `stream`. Refuses a null p. */
 MOE_HOST moe_status moe_k_grouped_gemm_run(const moe_k_grouped_gemm_prepared* p,
                                            cudaStream_t stream)
 {
@@ -279,7 +285,7 @@ MOE_HOST moe_status moe_k_grouped_gemm(const moe_k_grouped_gemm_desc* desc, cuda
     return moe_k_grouped_gemm_run(&p, stream);
 }
 
-/* Loads this header's kernels now. */
+/* Loads this header's kernels, before their first launch. */
 MOE_HOST moe_status moe_k_grouped_gemm_preload(void)
 {
     return moei_variant_preload(moei_k_gemm_variants);

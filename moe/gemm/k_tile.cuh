@@ -1,10 +1,12 @@
-/* k_tile.cuh: the tiles of a k-grouped GEMM, one after another by one block: rows m .. m + tile_m - 1 and
-   columns n .. n + tile_n - 1 of one expert's C, over all rows of that expert that A and B both have.
+/* k_tile.cuh: the pipeline that computes one tile after another of a k-grouped GEMM. Called by
+   k_grouped.cuh. A tile is tile_m rows and tile_n columns of one expert's C, summed over all rows
+   of that expert that both A and B have.
 
-   The ring, its steps and the epilogue are those of every tile (mainloop.cuh, steps.inl, epilogue.cuh).
-   Both operands lie along MN: a step is tile_k rows of each, copied 16 bytes at a time. Some warps find
-   which rows: an index is read a step before it is resolved, and resolved two steps before the copies,
-   so that no copy waits for it. Rows past an expert's last are zeros in both. */
+   The ring, the steps and the epilogue are those of every tile (mainloop.cuh, steps.inl,
+   epilogue.cuh). Both operands are mn-major: a step is tile_k rows of each, copied in 16-byte
+   vectors. The index warps, two for each 32 rows of a step, resolve these rows: even warps those of
+   A, odd warps those of B. They read an index one step before they resolve it, and resolve it two
+   steps before the copies, so that no copy waits. Rows past an expert's last are zeros in both. */
 #ifndef MOE_GEMM_K_TILE_CUH
 #define MOE_GEMM_K_TILE_CUH
 
@@ -17,31 +19,33 @@
 
 #define MOEI_K_STEP 64 /* most rows of a step: tile_k of the largest tile */
 
-/* Shared memory: where the rows of A and B lie that the next steps copy. Step number n has entry n % 4.
-   An operand's row is copied where both operands have one. */
+/* In shared memory: the rows of A [0] and B [1] that the next steps copy. Step number n has entry
+   n % 4: at least one barrier lies between the writes and the reads of an entry. A row is copied
+   where both operands have it. */
 typedef struct moei_k_shared {
-    int64_t from[4][2][MOEI_K_STEP];       /* bytes from row 0; 0 where there is none */
-    uint32_t have[4][2][MOEI_K_STEP / 32]; /* bits: rows that there are */
+    int64_t from[4][2][MOEI_K_STEP];       /* bytes from the operand's row 0; 0 for no row */
+    uint32_t have[4][2][MOEI_K_STEP / 32]; /* bit i % 32 of word i / 32: row i exists */
 } moei_k_shared;
 
-/* Rows that are left of a tile's expert. */
+/* The rows begin .. end - 1 that remain of the expert of tile number `tile`. */
 typedef struct moei_k_rows {
     int32_t begin, end, tile;
 } moei_k_rows;
 
-/* What a thread copies next: of A and of B one 16-byte vector of some rows of each step. Two warps for
-   each 32 rows of a step, of A and of B, find those two steps ahead: a lane has one row, whose index
-   it reads three steps ahead. */
+/* What a thread copies next: one 16-byte vector of A and one of B, of some rows of each step. In an
+   index warp each lane has one row of a step: it reads the index three steps before the copies, and
+   resolves the row two steps before. */
 typedef struct moei_k_loader {
-    const char *a, *b;      /* of the vector in row 0 */
-    int32_t a_keep, b_keep; /* bytes of the vector: 16, or 0 past the last column */
-    int32_t entry;          /* of the step to copy */
-    moei_k_rows copy, look; /* of the step to copy; of the index to read */
-    int32_t index, at; /* of warps that find: read for the step to find next, and where it stood */
+    const char *a, *b;      /* address of the thread's vector in row 0 */
+    int32_t a_keep, b_keep; /* bytes of the vector to copy: 16, or 0 past the last column */
+    int32_t entry;          /* entry of the step to copy */
+    moei_k_rows copy, look; /* rows of the step to copy; of the index to read */
+    int32_t index, at;      /* index warps: index read for the step to resolve next; its row r */
     moei_k_shared* shared;
 } moei_k_loader;
 
-/* On to the next tile that has rows, if the current one has none left. */
+/* Moves to the block's next tile that has rows where no row of the current one remains. Returns
+   true where p->tile changed. */
 MOE_DEVICE bool moei_k_rows_next(moei_k_rows* p, const moei_k_schedule* s, const moe_gemm_shape f)
 {
     bool moved = false;
@@ -57,8 +61,8 @@ MOE_DEVICE bool moei_k_rows_next(moei_k_rows* p, const moei_k_schedule* s, const
     return moved;
 }
 
-/* Reads the index of the lane's row of the step after those that were looked at: even warps of A, odd
-   ones of B. */
+/* Index warps only: reads the index of the lane's row in the next step, of A in even warps and of B
+   in odd ones. */
 MOE_DEVICE void moei_k_read(moei_k_loader* p, const moe_k_grouped_gemm_args* d,
                             const moei_k_schedule* s, const moe_gemm_shape f)
 {
@@ -69,13 +73,14 @@ MOE_DEVICE void moei_k_read(moei_k_loader* p, const moe_k_grouped_gemm_args* d,
     p->look.begin += f.tile_k;
 }
 
+/* Returns true in the index warps. */
 MOE_DEVICE bool moei_k_finds(const moe_gemm_shape f)
 {
     return moe_warp() < f.tile_k / MOE_WARP_SIZE * 2;
 }
 
-/* Warps that find: resolves the rows of the step with this entry, whose index has been read, and reads
-   the next one's. */
+/* Index warps: resolves the rows of the step with this entry from the index read before, then reads
+   the index of the next step. A row outside its operand sets the fault word and is not summed. */
 MOE_DEVICE void moei_k_find(moei_k_loader* p, const moe_k_grouped_gemm_args* d,
                             const moei_k_schedule* s, int entry, const moe_gemm_shape f)
 {
@@ -97,7 +102,7 @@ MOE_DEVICE void moei_k_find(moei_k_loader* p, const moe_k_grouped_gemm_args* d,
     }
 }
 
-/* Points the copies at the columns of the tile. */
+/* Points the thread's copies at its columns of tile p->copy.tile. */
 MOE_DEVICE void moei_k_loader_columns(moei_k_loader* p, const moe_k_grouped_gemm_args* d,
                                       const moei_k_schedule* s, const moe_gemm_shape f)
 {
@@ -112,8 +117,8 @@ MOE_DEVICE void moei_k_loader_columns(moei_k_loader* p, const moe_k_grouped_gemm
     }
 }
 
-/* Begins with the block's first tile; all threads of the block. On return the rows of the first two
-   steps are there for every thread. */
+/* Begins with the block's first tile. All threads of the block call it. On return, after the
+   barrier, the rows of the first two steps are resolved for every thread. */
 MOE_DEVICE void moei_k_loader_begin(moei_k_loader* p, const moe_k_grouped_gemm_args* d,
                                     const moei_k_schedule* s, moei_k_shared* shared,
                                     const moe_gemm_shape f)
@@ -133,6 +138,8 @@ MOE_DEVICE void moei_k_loader_begin(moei_k_loader* p, const moe_k_grouped_gemm_a
     __syncthreads();
 }
 
+/* Called before a step is copied (steps.inl): moves to the block's next tile where the current one
+   is copied, and resolves the rows of the step after the next. */
 MOE_DEVICE void moei_k_loader_advance(moei_k_loader* p, const moe_k_grouped_gemm_args* d,
                                       const moei_k_schedule* s, int step, const moe_gemm_shape f)
 {
@@ -141,13 +148,14 @@ MOE_DEVICE void moei_k_loader_advance(moei_k_loader* p, const moe_k_grouped_gemm
     moei_k_find(p, d, s, (p->entry + 2) & 3, f);
 }
 
-/* Copies part `part` of `parts` of one operand's rows of a step, those of the bits `have`. */
+/* Starts the copies of part `part` of `parts` of one operand's rows of a step. A row with
+   bit 0 in `have` becomes zeros. width: columns of the operand's tile. */
 MOE_DEVICE void moei_k_copy(const int64_t* from, const uint32_t* have, const char* vector, int keep,
                             uint16_t* stage, const int part, const int parts, const int width,
                             const moe_gemm_shape f)
 {
     const int column = (int)threadIdx.x % (width / 8) * 8, line = (int)threadIdx.x / (width / 8);
-    const int each = f.threads / (width / 8); /* lines of a pass, 32 or a part of that */
+    const int each = f.threads / (width / 8); /* lines of a pass: 32 or a divisor of 32 */
     MOE_UNROLL
     for (int i = part; i < f.tile_k / each; i += parts) {
         const uint32_t bits = have[i * each / 32] >> i * each % 32;
@@ -156,6 +164,8 @@ MOE_DEVICE void moei_k_copy(const int64_t* from, const uint32_t* have, const cha
     }
 }
 
+/* Starts the copies of part `part` of `parts` of a step of A and B to a stage, sa and sb: of the
+   rows that both have. After the last part the loader points at the next step. */
 MOE_DEVICE void moei_k_loader_copy(moei_k_loader* p, const moe_k_grouped_gemm_args* d, uint16_t* sa,
                                    uint16_t* sb, const int part, const int parts,
                                    const moe_gemm_shape f)
@@ -187,8 +197,9 @@ MOE_DEVICE void moei_k_loader_copy(moei_k_loader* p, const moe_k_grouped_gemm_ar
 
 /* ---- the kernel ---- */
 
-/* Are the offsets in order and within the rows, and do the tables name an address, aligned to 16
-   bytes, for each expert? All threads of the block call it. Where not, the fault word is set. */
+/* Returns true where the offsets are in order and within num_rows, and c.table, if any, holds an
+   address, 16-byte aligned, for each expert. Otherwise sets the fault word. All threads of the
+   block call it. */
 MOE_DEVICE bool moei_k_good(const moe_k_grouped_gemm_args* d, const moei_groups* g)
 {
     bool bad = false;
@@ -203,7 +214,8 @@ MOE_DEVICE bool moei_k_good(const moe_k_grouped_gemm_args* d, const moei_groups*
     return !__syncthreads_or(bad);
 }
 
-/* An expert's C, whose rows are its own: sums alone, as literals tell. */
+/* Returns the output of one expert: its C, with rows from 0 on. bias, activation and gated are
+   literals here, so that the compiler keeps only the store of the sums. */
 MOE_DEVICE moe_gemm_output moei_k_output(const moe_k_grouped_gemm_args* d, int expert)
 {
     moe_gemm_output c = d->c;
@@ -215,8 +227,9 @@ MOE_DEVICE moe_gemm_output moei_k_output(const moe_k_grouped_gemm_args* d, int e
     return c;
 }
 
-/* A block computes tiles blockIdx.x, blockIdx.x + gridDim.x, ... In `shared` lie the ring and the warps'
-   strips. */
+/* Computes tiles blockIdx.x, blockIdx.x + gridDim.x, ... of all experts; the sums of an expert
+   without rows are 0. All threads of the block call it. `shared` holds the ring, then each warp's
+   staging. */
 MOE_DEVICE_BODY void moei_k_block(const moe_k_grouped_gemm_args* d, unsigned char* shared,
                                   moei_k_shared* s, const moe_gemm_shape f)
 {
@@ -237,7 +250,7 @@ MOE_DEVICE_BODY void moei_k_block(const moe_k_grouped_gemm_args* d, unsigned cha
     for (int tile = (int)blockIdx.x; tile < tiles.num_tiles; tile += (int)gridDim.x) {
         const moe_tile_position t = moei_k_schedule_tile(&tiles, tile, f);
         const moe_gemm_output c = moei_k_output(d, t.expert);
-        moe_tile_position whole = t; /* the epilogue counts rows of C */
+        moe_tile_position whole = t; /* for the epilogue begin .. end are rows of C: 0 .. m */
         moei_mma_c acc[4][4];
         moei_tile_zero(acc, f);
         if (t.end > t.begin)
@@ -248,7 +261,7 @@ MOE_DEVICE_BODY void moei_k_block(const moe_k_grouped_gemm_args* d, unsigned cha
         moei_epilogue_warp(&c, d->n, &whole, acc, staging, t.row + warp_m * f.wm,
                            t.column + warp_n * f.wn, f);
     }
-    moei_copy_wait(0); /* the steps past the last tile */
+    moei_copy_wait(0); /* copies of the steps past the last tile */
 }
 
 #endif

@@ -1,17 +1,19 @@
-/* mainloop.cuh: what the steps of every tensor-core tile are made of: shared memory to registers to
-   mma.sync.
+/* mainloop.cuh: the parts of a step of every tensor-core tile: shared memory to registers to
+   mma.sync. steps.inl joins them into the pipeline; block_sparse/ and router/ use them too.
 
-   A ring of stages, A and then B's terms each, lines swizzled (swizzle.h):
+   A ring of stages; each stage holds A, then the terms of B. Lines are swizzled (swizzle.h):
 
      A  MOE_MAJOR_K [tile_m][tile_k], MOE_MAJOR_MN [tile_k][tile_m]   16-bit elements
-     B  MOE_MAJOR_K [tile_n][tile_k], MOE_MAJOR_MN [tile_k][tile_n]   terms of them, one after another
+     B  MOE_MAJOR_K [tile_n][tile_k], MOE_MAJOR_MN [tile_k][tile_n]   one such matrix a term
 
-   A loader fills stages, stages - 1 steps ahead; warps, wm x wn of the tile each, multiply what has
-   arrived. A step is tile_k / 16 slices of depth, each times terms, the last term first: small numbers
-   are added where sums are small. Before a slice's products the fragments of the next slice are
-   loaded. Before all slices' but the last a part of the copies goes out. One barrier a step, before
-   the last slice's products: behind it the next stage has arrived for every warp, and the stage
-   multiplied before may be refilled. */
+   A loader fills the stages, stages - 1 steps ahead. Each warp multiplies its warp tile, wm x wn,
+   from the stage that has arrived. A step has tile_k / 16 slices of depth, each once a term (the
+   code counts one slice a term), the last term first: small numbers are added where sums are small.
+
+   For each slice: load the fragments of the next slice, start a part of the copies (not at the last
+   slice), multiply. Each step has one barrier, before the products of its last slice. After the
+   barrier the next stage has arrived for every warp. The stage of this step may be refilled: the
+   warps have its last fragments in registers. */
 #ifndef MOE_GEMM_MAINLOOP_CUH
 #define MOE_GEMM_MAINLOOP_CUH
 
@@ -19,16 +21,17 @@
 #include "mma.cuh"
 #include "shape.h"
 
-/* Where a warp stands in the ring. */
+/* A warp's position in the ring. */
 typedef struct moei_ring {
-    uint16_t* stages;
-    int elems;          /* of a stage */
-    int stage;          /* stage to multiply next */
-    int lane_a, lane_b; /* moei_mma_lane_a, moei_mma_lane_b */
+    uint16_t* stages;   /* [stages][elems] in shared memory */
+    int elems;          /* 16-bit elements of a stage */
+    int stage;          /* stage to multiply next, 0 .. stages - 1 */
+    int lane_a, lane_b; /* moei_mma_lane_a, moei_mma_lane_b of the warp's rows and columns */
 } moei_ring;
 
-/* The warp's number. On all but sm_90 it is read anew each time: a kernel with loops for several majors would
-   otherwise compute the lanes' places of all of them first, and spill. */
+/* Returns the warp's number in the block. On all targets but sm_90 the asm volatile reads %tid.x
+   anew at each call. Otherwise a kernel with loops for several majors would compute lane_a and
+   lane_b of all majors first, and spill. */
 MOE_DEVICE int moei_ring_warp(void)
 {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ / 10 != 90
@@ -40,6 +43,7 @@ MOE_DEVICE int moei_ring_warp(void)
 #endif
 }
 
+/* Returns the calling warp's position at the beginning of a ring. */
 MOE_DEVICE moei_ring moei_ring_of(uint16_t* stages, const moe_gemm_shape f)
 {
     const int warp = moei_ring_warp(), warp_m = warp % f.warps_m, warp_n = warp / f.warps_m;
@@ -54,18 +58,19 @@ MOE_DEVICE moei_ring moei_ring_of(uint16_t* stages, const moe_gemm_shape f)
     return r;
 }
 
+/* Returns the number of the stage after r->stage. */
 MOE_DEVICE int moei_ring_next(const moei_ring* r, const moe_gemm_shape f)
 {
     return r->stage + 1 == f.stages ? 0 : r->stage + 1;
 }
 
-/* The stage to refill: the one multiplied before. */
+/* Returns the address of the stage to refill: the stage of the step before. */
 MOE_DEVICE uint16_t* moei_ring_refill(const moei_ring* r, const moe_gemm_shape f)
 {
     return r->stages + (r->stage == 0 ? f.stages - 1 : r->stage - 1) * r->elems;
 }
 
-/* Loads the fragments of A that a warp multiplies at depth k of stage `stage`. */
+/* Loads a warp's wm / 16 fragments of A at depths k .. k + 15 of stage `stage`. */
 MOE_DEVICE void moei_ring_load_a(moei_mma_a* a, const moei_ring* r, int stage, int k,
                                  const moe_gemm_shape f)
 {
@@ -81,7 +86,7 @@ MOE_DEVICE void moei_ring_load_a(moei_mma_a* a, const moei_ring* r, int stage, i
     }
 }
 
-/* The same of a term of B. */
+/* Loads a warp's wn / 16 fragments of term `term` of B at depths k .. k + 15 of stage `stage`. */
 MOE_DEVICE void moei_ring_load_b(moei_mma_b* b, const moei_ring* r, int stage, int k, int term,
                                  const moe_gemm_shape f)
 {
@@ -97,16 +102,18 @@ MOE_DEVICE void moei_ring_load_b(moei_mma_b* b, const moei_ring* r, int stage, i
     }
 }
 
-/* Fragments of this slice and the next. */
+/* A warp's fragments of this slice and the next, double-buffered. */
 typedef struct moei_ring_fragments {
-    moei_mma_a a[2][4]; /* of depth number d at d % 2 */
-    moei_mma_b b[2][4]; /* of slice number c at c % 2 */
+    moei_mma_a a[2][4]; /* of slice c in a[c / terms % 2]: all terms share A */
+    moei_mma_b b[2][4]; /* of slice c in b[c % 2] */
 } moei_ring_fragments;
 
-/* Chunks of a step. tile_k / 16 is even, or fragments would take the places of those in use. */
+/* Returns the slices of a step, counting one for each term. Requires that tile_k / 16 is even:
+   otherwise the first fragments of a step would overwrite fragments in use. */
 MOE_HOST_DEVICE int moei_ring_slices(const moe_gemm_shape f) { return f.tile_k / 16 * f.terms; }
 
-/* Loads what slice c of stage `stage` multiplies and the slice before did not; c is a literal. */
+/* Loads the fragments of slice c of stage `stage`; those of A only at the first term. c is a
+   literal. */
 MOE_DEVICE void moei_ring_load(moei_ring_fragments* g, const moei_ring* r, int stage, const int c,
                                const moe_gemm_shape f)
 {
@@ -115,8 +122,9 @@ MOE_DEVICE void moei_ring_load(moei_ring_fragments* g, const moei_ring* r, int s
     moei_ring_load_b(g->b[c & 1], r, stage, depth * 16, f.terms - 1 - c % f.terms, f);
 }
 
-/* Before the products of slice c of a step: at the last slice waits until the next stage has arrived
-   for every warp, all threads of the block; then loads the fragments that come after the slice's. */
+/* Called before the products of slice c of a step: loads the fragments of the next slice. At the
+   last slice all threads of the block call it: the barrier first waits until the next stage has
+   arrived for every warp. */
 MOE_DEVICE void moei_ring_advance(moei_ring_fragments* g, const moei_ring* r, const int c,
                                   const moe_gemm_shape f)
 {
@@ -128,6 +136,7 @@ MOE_DEVICE void moei_ring_advance(moei_ring_fragments* g, const moei_ring* r, co
     moei_ring_load(g, r, last ? moei_ring_next(r, f) : r->stage, last ? 0 : c + 1, f);
 }
 
+/* Sets a warp's accumulators to 0. */
 MOE_DEVICE void moei_tile_zero(moei_mma_c acc[4][4], const moe_gemm_shape f)
 {
     MOE_UNROLL
@@ -135,7 +144,7 @@ MOE_DEVICE void moei_tile_zero(moei_mma_c acc[4][4], const moe_gemm_shape f)
     for (int j = 0; j < f.wn / 16; ++j) moei_mma_zero(&acc[i][j]);
 }
 
-/* Adds the products of the fragments to a warp's accumulators. */
+/* Adds the products of one slice's fragments to a warp's accumulators. */
 MOE_DEVICE void moei_tile_products(moei_mma_c acc[4][4], const moei_mma_a* a, const moei_mma_b* b,
                                    const moe_gemm_shape f)
 {

@@ -1,14 +1,15 @@
-/* mma.cuh: one 16 x 16 x 16 tensor-core product of a warp behind plain functions: WMMA, written
-   with the instructions that nvcuda::wmma compiles to (ldmatrix, mma.sync), so that a fragment may be
-   loaded along either axis at run time and a product may be left out. The one file that names
-   them; on the CPU the stand-in of host/mma.h has the same functions.
+/* mma.cuh: one 16 x 16 x 16 tensor-core product of a warp behind plain functions. WMMA, written
+   with the instructions that nvcuda::wmma compiles to (ldmatrix, mma.sync): so the major of a
+   fragment can be chosen at run time, and a product can be predicated. Only this file contains
+   these instructions; on the CPU the stand-in host/mma.h has the same functions.
 
-     moei_mma_a, moei_mma_b   a 16 x 16 fragment of A [M, K] or B [K, N], fp16 or bf16
+     moei_mma_a, moei_mma_b   a 16 x 16 fragment of A [m, k] or B [k, n], fp16 or bf16
      moei_mma_c               a 16 x 16 fragment of C, fp32; x[MOEI_MMA_C_ELEMS] of each lane
 
-   dtype is a literal where these are called. Callers lean on no layout of a fragment among the lanes;
-   it is the same for all C fragments. All 32 lanes call together; addresses in shared memory. Of loads
-   they are 32-byte aligned, and ld is 32 or a multiple of 64. fp16 from sm_75, bf16 from sm_80. */
+   All 32 lanes of a warp call each function together. Addresses are in shared memory; those of
+   loads are 32-byte aligned, with ld 32 or a multiple of 64. Callers pass dtype as a literal.
+   Callers must not depend on how a fragment is spread over the lanes; all fragments of C are
+   spread alike. fp16 from sm_75, bf16 from sm_80. */
 #ifndef MOE_GEMM_MMA_CUH
 #define MOE_GEMM_MMA_CUH
 
@@ -25,8 +26,7 @@
 
 #define MOEI_MMA_C_ELEMS 8
 
-/* Registers are those of mma.m16n8k16: of A four 8 x 8 matrices, of B and C two halves of 8
-   columns. */
+/* The registers of mma.m16n8k16: A is four 8 x 8 matrices; B and C are two halves of 8 columns. */
 typedef struct moei_mma_a {
     uint32_t x[4];
 } moei_mma_a;
@@ -37,7 +37,7 @@ typedef struct moei_mma_c {
     float x[MOEI_MMA_C_ELEMS];
 } moei_mma_c;
 
-/* Four 8 x 8 matrices; each lane names one of their rows. */
+/* Loads four 8 x 8 matrices. Each lane passes the address of one of their 32 rows, 16 bytes. */
 MOE_DEVICE void moei_mma_load(uint32_t* x, const uint16_t* row)
 {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -46,7 +46,7 @@ MOE_DEVICE void moei_mma_load(uint32_t* x, const uint16_t* row)
                  : "memory");
 }
 
-/* The same, each matrix transposed on the way. */
+/* moei_mma_load with each matrix transposed. */
 MOE_DEVICE void moei_mma_load_transposed(uint32_t* x, const uint16_t* row)
 {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -55,8 +55,9 @@ MOE_DEVICE void moei_mma_load_transposed(uint32_t* x, const uint16_t* row)
                  : "memory");
 }
 
-/* The 8 elements that a lane names to ldmatrix in a 16 x 16 fragment: their line, and the first one
-   in that. Of the four 8 x 8 matrices number 1 lies in the next lines; with swap, in the same lines. */
+/* Return which 8 elements of a 16 x 16 fragment a lane passes to ldmatrix: the line, 0 .. 15, and
+   the first element in that line, 0 or 8. Matrix 1 of the four lies in the next 8 lines; with swap,
+   in the same lines as matrix 0. */
 MOE_DEVICE int moei_mma_lane_line(int swap)
 {
     return swap ? (moe_lane() & 7) + (moe_lane() >> 4) * 8 : moe_lane() & 15;
@@ -66,11 +67,14 @@ MOE_DEVICE int moei_mma_lane_element(int swap)
     return (swap ? moe_lane() >> 3 & 1 : moe_lane() >> 4) * 8;
 }
 
-/* Loads fragment (row + m, k) of A, or (k, row + n) of B, out of a stage whose lines of ld elements are
-   swizzled (swizzle.h): along K lines are rows of A and columns of B, along MN depths. row is where
-   the warp's rows (or columns) begin, a multiple of their number, 16, 32 or 64; m and n, below that
-   number, and k are multiples of 16. A lane's own part, in which row is, is made once: lane =
-   moei_mma_lane_a(row, ld, major), or _b. */
+/* Load fragment (row + m, k) of A, or (k, row + n) of B, from a stage whose lines of ld elements
+   are swizzled (swizzle.h). A k-major line is a row of A or a column of B; an mn-major line is a
+   depth.
+
+   row: first row (column) of the warp tile, a multiple of wm (wn), which is 16, 32 or 64.
+   m, n: below wm (wn). m, n and k are multiples of 16.
+   lane: the lane's part of the address, which contains row; computed once by moei_mma_lane_a(row,
+   ld, major) or _b. XOR adds k, or mn-major m or n: within a line the swizzle is an XOR too. */
 MOE_DEVICE int moei_mma_lane_a(int row, int ld, int major)
 {
     const int mn_major = major == MOE_MAJOR_MN;
@@ -98,6 +102,7 @@ MOE_DEVICE void moei_mma_load_b(moei_mma_b* f, const uint16_t* stage, int lane, 
     else moei_mma_load_transposed(f->x, stage + (lane ^ n) + k * ld);
 }
 
+/* c = 0 */
 MOE_DEVICE void moei_mma_zero(moei_mma_c* c)
 {
     MOE_UNROLL
@@ -115,7 +120,7 @@ MOE_DEVICE void moei_mma_zero(moei_mma_c* c)
                    "r"(b->x[2 * half + 1]), "r"(keep))
 #define MOEI_MMA_BF16 1
 #else
-/* sm_75 has products 8 deep, of fp16 alone. */
+/* mma.sync of sm_75 has 8 depths, and fp16 only. */
 #define MOEI_MMA_HALF(type, half)                                                                  \
     asm volatile("{\n.reg .pred p;\nsetp.ne.s32 p, %10, 0;\n"                                      \
                  "@p mma.sync.aligned.m16n8k8.row.col.f32." type "." type ".f32 "                  \
@@ -129,7 +134,7 @@ MOE_DEVICE void moei_mma_zero(moei_mma_c* c)
 #define MOEI_MMA_BF16 0
 #endif
 
-/* c += a * b if keep, the same in all lanes, is not 0; else c stays as it is. */
+/* c += a * b, predicated: c is unchanged where keep, equal in all lanes, is 0. */
 MOE_DEVICE void moei_mma_if(moei_mma_c* c, const moei_mma_a* a, const moei_mma_b* b,
                             const int dtype, int keep)
 {
@@ -150,7 +155,7 @@ MOE_DEVICE void moei_mma(moei_mma_c* c, const moei_mma_a* a, const moei_mma_b* b
     moei_mma_if(c, a, b, dtype, 1);
 }
 
-/* Rows of the fragment at p, ld floats apart. */
+/* Stores the rows of the fragment at p, ld floats apart. */
 MOE_DEVICE void moei_mma_store(float* p, const moei_mma_c* c, int ld)
 {
     p += (moe_lane() >> 2) * ld + (moe_lane() & 3) * 2;
@@ -159,7 +164,7 @@ MOE_DEVICE void moei_mma_store(float* p, const moei_mma_c* c, int ld)
         *(float2*)(p + (i & 1) * 8 * ld + (i >> 1) * 8) = make_float2(c->x[2 * i], c->x[2 * i + 1]);
 }
 
-/* Rows of the fragment, rounded to fp16 or bf16, at p, ld elements apart. */
+/* Stores the rows of the fragment at p, rounded to fp16 or bf16, ld elements apart. */
 MOE_DEVICE void moei_mma_store_half(uint16_t* p, const moei_mma_c* c, int ld, const int dtype)
 {
     p += (moe_lane() >> 2) * ld + (moe_lane() & 3) * 2;
@@ -169,7 +174,7 @@ MOE_DEVICE void moei_mma_store_half(uint16_t* p, const moei_mma_c* c, int ld, co
             moe_pack2(c->x[2 * i], c->x[2 * i + 1], dtype);
 }
 
-/* Columns of the fragment at p, ld floats apart. */
+/* Stores the columns of the fragment at p, ld floats apart. */
 MOE_DEVICE void moei_mma_store_transposed(float* p, const moei_mma_c* c, int ld)
 {
     p += (moe_lane() >> 2) + (moe_lane() & 3) * 2 * ld;

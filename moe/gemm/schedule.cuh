@@ -1,12 +1,14 @@
-/* schedule.cuh: which tile of which expert a block computes next, read from the offsets on the
-   device, so that no host copy is needed and a captured graph replays with other routing.
+/* schedule.cuh: the order of tiles: which tile of which expert a block computes next. Kernels read
+   the offsets on the device: no copy to the host, and a captured graph replays with other routing.
+   Called by tile.cuh and k_tile.cuh.
 
-   Tiles are numbered expert after expert. Two orders:
-     m-grouped  an expert has tiles for the rows of C that it owns. They are walked in bands of
-                MOEI_GEMM_BAND row tiles: all column tiles of a band before the next band, rows
-                fastest. The blocks that run at one time then share few rows of A and few columns of
-                B, which stay in L2
-     k-grouped  each expert has a whole C, and its rows are the depth. Rows of C fastest */
+   Tiles are numbered expert after expert. Two orders within an expert:
+     m-grouped  tiles cover the rows of C that the expert owns, in bands of MOEI_GEMM_BAND row
+                tiles. All column tiles of a band come before the next band; row tiles vary
+                fastest. The blocks that run at one time then share few rows of A and few columns
+                of B, which stay in L2
+     k-grouped  tiles cover the expert's own C [m, n]; the expert's rows are the depths. Row tiles
+                vary fastest */
 #ifndef MOE_GEMM_SCHEDULE_CUH
 #define MOE_GEMM_SCHEDULE_CUH
 
@@ -20,19 +22,19 @@
 
 /* One tile of C. */
 typedef struct moe_tile_position {
-    int32_t expert;
-    int32_t begin, end; /* the expert's rows of C; k-grouped: of A and B */
-    int32_t row;        /* first row of the tile; below `begin` only where rows are aligned down */
-    int32_t column;     /* number of the tile along the columns; k-grouped: first column */
+    int32_t expert;     /* 0 .. E - 1 */
+    int32_t begin, end; /* the expert's rows begin .. end - 1 of C; k-grouped: of A and B */
+    int32_t row;        /* first row of the tile; less than `begin` only where A is mn-major */
+    int32_t column;     /* number of the column tile, 0 ..; k-grouped: first column */
 } moe_tile_position;
 
-/* Which rows are whose. */
+/* The rows of each expert. */
 typedef struct moei_groups {
-    const int32_t* expert_offset; /* [E + 1], or null: one expert, which owns num_rows rows */
-    int32_t num_experts, num_rows;
+    const int32_t* expert_offset;  /* [E + 1]; null: one expert owns num_rows rows */
+    int32_t num_experts, num_rows; /* E; upper bound of the rows */
 } moei_groups;
 
-/* An expert's rows begin .. end. */
+/* Return the first row of expert e, and the row after the last. */
 MOE_DEVICE int moei_expert_begin(const moei_groups* g, int e)
 {
     return g->expert_offset ? g->expert_offset[e] : 0;
@@ -43,7 +45,8 @@ MOE_DEVICE int moei_expert_end(const moei_groups* g, int e)
     return g->expert_offset ? g->expert_offset[e + 1] : g->num_rows;
 }
 
-/* Are they in order and within num_rows? Where not, the fault word is set. */
+/* Returns true where expert e's rows are in order and within num_rows; otherwise raises
+   MOE_FAULT_BAD_OFFSET in the fault word. */
 MOE_DEVICE bool moei_expert_good(const moei_groups* g, int e, uint64_t* fault, int rank)
 {
     const int begin = moei_expert_begin(g, e), end = moei_expert_end(g, e);
@@ -54,16 +57,18 @@ MOE_DEVICE bool moei_expert_good(const moei_groups* g, int e, uint64_t* fault, i
 
 /* ---- m-grouped ---- */
 
-/* What the schedule needs; tile_start [E + 1] lies in shared memory. */
+/* The order of the m-grouped tiles. */
 typedef struct moei_schedule {
     moei_groups groups;
-    int32_t column_tiles; /* tiles along N */
-    int32_t row_align;    /* 1, or 8 where A is read along M and tiles begin at multiples of 8 */
-    int* tile_start;      /* first tile of each expert; the last entry is the number of tiles */
+    int32_t column_tiles; /* column tiles of an expert */
+    int32_t row_align;    /* 8 where A is mn-major: tiles begin at multiples of 8; otherwise 1 */
+    int* tile_start;      /* [E + 1] in shared memory: first tile of each expert; the last entry is
+                             the number of tiles */
 } moei_schedule;
 
-/* Fills tile_start; all threads of the block call it. Returns the number of tiles, or -1 when the
-   offsets make no sense, which sets the fault word. */
+/* Fills tile_start by a prefix sum over the experts. All threads of the block call it; the barrier
+   at the end makes tile_start visible to all. Returns the number of tiles, or -1 where an expert's
+   offsets are out of order or range, which sets the fault word. */
 MOE_DEVICE int moei_schedule_build(const moei_schedule* s, moe_block_scan_scratch* scratch,
                                    uint64_t* fault, int rank, const int tile_rows)
 {
@@ -88,7 +93,7 @@ MOE_DEVICE int moei_schedule_build(const moei_schedule* s, moe_block_scan_scratc
     return __syncthreads_or(bad) ? -1 : before;
 }
 
-/* Where tile number `index` lies. Needs index below the number of tiles. */
+/* Returns the position of tile number `index`. Requires 0 <= index < number of tiles. */
 MOE_DEVICE moe_tile_position moei_schedule_tile(const moei_schedule* s, int index, const int tile_rows)
 {
     int lo = 0, hi = s->groups.num_experts; /* tile_start[lo] <= index < tile_start[hi] */
@@ -116,12 +121,13 @@ MOE_DEVICE moe_tile_position moei_schedule_tile(const moei_schedule* s, int inde
 
 /* ---- k-grouped ---- */
 
+/* The order of the k-grouped tiles. */
 typedef struct moei_k_schedule {
     moei_groups groups;
-    int32_t num_tiles, row_tiles, column_tiles; /* of all experts; of one */
+    int32_t num_tiles, row_tiles, column_tiles; /* tiles of all experts; along m and n of one */
 } moei_k_schedule;
 
-/* Products of C [m, n] in tiles of f. */
+/* Returns the order of the tiles of shape f of each expert's C [m, n]. */
 MOE_DEVICE moei_k_schedule moei_k_schedule_of(const moei_groups g, int m, int n,
                                               const moe_gemm_shape f)
 {
@@ -133,7 +139,8 @@ MOE_DEVICE moei_k_schedule moei_k_schedule_of(const moei_groups g, int m, int n,
     return s;
 }
 
-/* Where tile number `index` lies: first row and column of C_e, rows begin .. end of A and B. */
+/* Returns the position of tile number `index`: first row and column in the expert's C, rows
+   begin .. end - 1 of A and B. */
 MOE_DEVICE moe_tile_position moei_k_schedule_tile(const moei_k_schedule* s, int index,
                                                   const moe_gemm_shape f)
 {

@@ -1,17 +1,20 @@
-/* steps.inl: the steps of a tile whose loader is `name`; who includes it defines
+/* steps.inl: the pipeline over the steps of a tile, for one loader (mainloop.cuh says how a step
+   goes). tile.cuh, k_tile.cuh, router/large.cuh and block_sparse/multiply.cuh each include it once.
+   Before the #include a file defines
 
-     MOEI_LOADER          name, a type: what a thread copies next
-     MOEI_LOADER_ARGS     what its products are described by
-     MOEI_LOADER_TILES    what tells the block's next tiles
+     MOEI_LOADER          `name`, the type of the loader: what a thread copies next
+     MOEI_LOADER_ARGS     the type of the kernel's args
+     MOEI_LOADER_TILES    the type that holds the block's next tiles
+     MOEI_TILE_START, MOEI_TILE_STEPS   the names of the two functions defined here
      name_copy            copies part `part` of `parts` of a step
-     name_advance         before a step is copied, with tiles alone: what the copies need first, such as
-                          the next tile's rows, if the current tile is copied; `step` of the tile is
-                          multiplied meanwhile, before the first a negative one
+     name_advance         called before a step is copied, where tiles is not null. Prepares what the
+                          copies need, such as the next tile's rows once the current tile is
+                          copied. Step number `step` of the tile is multiplied meanwhile; none
+                          yet where `step` is negative */
 
-   and names the two functions made here, MOEI_TILE_START and MOEI_TILE_STEPS. */
-
-/* Fills the first stages - 1 stages of the ring, with tiles (or null) on into the block's next
-   ones, and waits until the first has arrived for every warp. All threads of the block. */
+/* Fills the first stages - 1 stages of the ring and waits until the first has arrived for every
+   warp. With tiles not null, copies continue into the block's next tiles. All threads of the block
+   call it. */
 MOE_DEVICE void MOEI_TILE_START(MOEI_LOADER* load, const moei_ring* r, const MOEI_LOADER_ARGS* d,
                                 MOEI_LOADER_TILES* tiles, const moe_gemm_shape f)
 {
@@ -26,9 +29,10 @@ MOE_DEVICE void MOEI_TILE_START(MOEI_LOADER* load, const moei_ring* r, const MOE
     __syncthreads();
 }
 
-/* Multiplies `steps` steps of one tile, from the ring's stage on, which has arrived for every warp.
-   Copies go on meanwhile: with tiles into the block's next ones, without (null) past the end of the
-   depth, where they read nothing. On return the next stage has arrived for every warp. */
+/* Adds `steps` steps of one tile to acc, from stage r->stage on. All threads of the block call it.
+   Requires that this stage has arrived for every warp; on return the next one has. Copies of later
+   steps are in flight meanwhile and on return: with tiles, of the block's next tiles; with tiles
+   null, past the last depth, where they read nothing. */
 MOE_DEVICE void MOEI_TILE_STEPS(moei_mma_c acc[4][4], MOEI_LOADER* load, moei_ring* r,
                                 const MOEI_LOADER_ARGS* d, MOEI_LOADER_TILES* tiles,
                                 int steps, const moe_gemm_shape f)

@@ -1,16 +1,17 @@
-/* swizzle.h: the places of 16-bit elements in a stage of shared memory whose lines follow one
-   another without padding.
+/* swizzle.h: where the 16-bit elements of a stage lie in shared memory. Lines follow one another
+   without padding. Included by mma.cuh and its CPU stand-in, host/mma.h.
 
-   The 16-byte vectors of each 128 bytes change places with the line's number, so that eight vectors
-   below one another, a matrix of ldmatrix, lie in different banks. Padding the lines does that too;
-   but then a warp's cp.async of 128 bytes goes to two 128-byte lines of shared memory, is cut in
-   two, and L2 is asked for half as much again. */
+   The line's number permutes the 16-byte vectors within each 128 bytes. The eight vectors that one
+   8 x 8 matrix of ldmatrix reads, one in each of eight lines, then lie in different banks. Padded
+   lines would avoid the bank conflicts too. But a warp's cp.async of 128 bytes would then write to
+   two 128-byte rows of banks and be split in two, and traffic from L2 would grow by half. */
 #ifndef MOE_GEMM_SWIZZLE_H
 #define MOE_GEMM_SWIZZLE_H
 
 #include "../base/types.h"
 
-/* Where element e of a line lies; ld elements a line, 32 or a multiple of 64. */
+/* Returns the index in the stage of element e of a line. ld: elements a line, 32 or a multiple of
+   64. */
 MOE_HOST_DEVICE int moei_swizzled(int line, int e, int ld)
 {
     return line * ld + (e ^ (ld >= 64 ? line & 7 : line >> 1 & 3) * 8);

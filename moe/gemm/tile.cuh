@@ -1,12 +1,13 @@
-/* tile.cuh: the pipeline that computes one tile after another of a grouped GEMM.
+/* tile.cuh: the pipeline that computes one tile after another of a grouped GEMM. Called by
+   grouped.cuh and router/ragged.cuh; moe_gemm_tile is for kernels of one's own.
 
-   A block owns a tile of tile_m rows and tile_n columns of B: its steps are mainloop.cuh's. The ring of
-   stages runs on across tiles: while the warps finish one tile and store it, the first stages of the
-   next are under way.
+   A block owns a tile of tile_m rows and tile_n columns, and computes it in the steps of
+   mainloop.cuh. The ring continues over tiles: while the warps finish and store one tile, the
+   copies of the next tile's first stages are in flight.
 
-   All shape parameters are literals in the stamped kernels, so that the accumulators
-   stay in registers and the loops unroll. Gated activations with gate and up apart: the columns of
-   a warp are half gate, half up, so that both meet in one warp's epilogue. */
+   All shape parameters are literals in the stamped kernels, so that the accumulators stay in
+   registers and the loops unroll. Where gate and up are not interleaved, half of a warp's columns
+   are gates and half are ups, so that one warp's epilogue has both. */
 #ifndef MOE_GEMM_TILE_CUH
 #define MOE_GEMM_TILE_CUH
 
@@ -15,18 +16,20 @@
 #include "mainloop.cuh"
 #include "schedule.cuh"
 
-/* Where a thread's copies of the current tile come from. K-major operands are copied in passes
-   of 32 rows; a thread has row r of each pass and one 16-byte vector of its depth. */
+/* The source of a thread's copies of the current tile. K-major operands are copied in passes of 32
+   rows: a thread copies row r of each pass, one 16-byte vector of the step's depths. Mn-major
+   operands are copied in passes of several depths: a thread copies 8 rows at one depth of each. */
 typedef struct moei_loader {
-    const char* a[4]; /* A, MOE_MAJOR_K: address of the row of each pass; MN: [0] the column */
-    const char* b[2]; /* B: address for even and for odd passes; MN: [0] the column */
-    int32_t b_row[2]; /* B: row of B at b[0], b[1] */
-    int32_t a_keep;   /* A: bit i: pass i has a row; MN: bytes to copy */
+    const char* a[4]; /* A: k-major, the thread's vector in each pass; mn-major, in a[0] */
+    const char* b[2]; /* B: k-major, its vector in even and in odd passes; mn-major, in b[0] */
+    int32_t b_row[2]; /* row of B at b[0], b[1] */
+    int32_t a_keep;   /* A: k-major, bit i: pass i has a row; mn-major, bytes to copy, 0 .. 16 */
     int32_t tile;     /* number of the tile */
-    int32_t turn;     /* how many tiles the block had before it */
-    int32_t k;        /* first depth of the step to copy */
+    int32_t turn;     /* tiles of this block before that tile */
+    int32_t k;        /* first depth of the step to copy next */
 } moei_loader;
 
+/* Return the address of an expert's matrix, and of its separate up projection. */
 MOE_DEVICE const char* moei_weight_base(const moe_weights* w, int expert)
 {
     if (w->table) return (const char*)w->table[expert];
@@ -39,13 +42,19 @@ MOE_DEVICE const char* moei_weight_up(const moe_weights* w, int expert)
     return (const char*)w->up + (int64_t)expert * w->expert_stride * 2;
 }
 
-/* Do a tile's columns come from two places of B, half of them gates and half of them ups? */
+/* Returns true for a gated activation with gate and up not interleaved: half of a tile's columns
+   are gates, and half are ups, which are copied from another address. */
 MOE_DEVICE bool moei_gemm_halves(const moe_grouped_gemm_args* d)
 {
     return d->c.gated == MOE_GATE_UP_CONCATENATED || d->c.gated == MOE_GATE_UP_SEPARATE;
 }
 
-/* Points the loader at the first step of tile t. */
+/* Points the loader at the first step of tile t. All threads of the block call it.
+
+   1. Address the expert's matrix and its ups; resolve the tile's first row of B.
+   2. A: resolve the rows of the thread's passes through row_index (mn-major: its 8 rows). A row
+      outside A sets the fault word and reads as zeros.
+   3. B: resolve the thread's rows. With two halves each warp gets wn / 2 gates, then their ups. */
 MOE_DEVICE void moei_loader_begin(moei_loader* p, moe_tile_position t,
                                   const moe_grouped_gemm_args* d, const moe_gemm_shape f)
 {
@@ -55,13 +64,14 @@ MOE_DEVICE void moei_loader_begin(moei_loader* p, moe_tile_position t,
     const char* weight = moei_weight_base(&d->b, t.expert);
     const char* up = d->c.gated == MOE_GATE_UP_SEPARATE ? moei_weight_up(&d->b, t.expert) : weight;
     const int column =
-        t.column * (halves ? f.tile_n / 2 : f.tile_n); /* first of B's rows in each half */
+        t.column * (halves ? f.tile_n / 2 : f.tile_n); /* first row of B, in each half */
     p->k = 0;
     if (d->c.gated == MOE_GATE_UP_CONCATENATED)
         up += (int64_t)d->n * (f.b_major == MOE_MAJOR_K ? ld : 1) * 2;
 
+    /* 2. A */
     if (f.a_major == MOE_MAJOR_K) {
-        int from[4]; /* all loads before the first use */
+        int from[4]; /* all loads of row_index are in flight before the first use */
         MOE_UNROLL
         for (int i = 0; i < f.tile_m / 32; ++i) {
             const int m = t.row + i * 32 + r;
@@ -88,24 +98,25 @@ MOE_DEVICE void moei_loader_begin(moei_loader* p, moe_tile_position t,
                   ((int)threadIdx.x / (f.tile_m / 8) * d->a_stride + (left > 0 ? m : 0)) * 2;
     }
 
+    /* 3. B */
     if (f.b_major == MOE_MAJOR_K) {
         if (!halves) {
             p->b_row[0] = column + r;
             p->b_row[1] = column + 32 + r;
             p->b[0] = weight + (p->b_row[0] * ld + vector * 8) * 2;
             p->b[1] = p->b[0] + 32 * ld * 2;
-        } else if (f.wn == 64) { /* even passes gate, odd passes up */
+        } else if (f.wn == 64) { /* even passes: 32 rows of gate; odd passes: of up */
             p->b_row[0] = p->b_row[1] = column + r;
             p->b[0] = weight + (p->b_row[0] * ld + vector * 8) * 2;
             p->b[1] = up + (p->b_row[0] * ld + vector * 8) * 2;
-        } else { /* wn == 32: each pass 16 rows of gate, 16 of up */
+        } else { /* wn == 32: each pass: 16 rows of gate, 16 of up */
             p->b_row[0] = column + r % 16;
             p->b_row[1] = column + 16 + r % 16;
             p->b[0] = (r < 16 ? weight : up) + (p->b_row[0] * ld + vector * 8) * 2;
             p->b[1] = p->b[0] + 16 * ld * 2;
         }
     } else {
-        const int j = (int)threadIdx.x % (f.tile_n / 8) * 8; /* column of the stage */
+        const int j = (int)threadIdx.x % (f.tile_n / 8) * 8; /* element of a stage's line */
         const int in = j % f.wn, half = f.wn / 2;
         p->b_row[0] = !halves ? column + j : column + j / f.wn * half + in % half;
         p->b[0] = (halves && in >= half ? up : weight) +
@@ -113,18 +124,23 @@ MOE_DEVICE void moei_loader_begin(moei_loader* p, moe_tile_position t,
     }
 }
 
-/* Copies part `part` of `parts` (literals) of one step of A and B into a stage; after the last
-   part the loader stands at the next step. */
+/* Starts the copies of part `part` of `parts` (literals) of one step of A and B to a stage, sa and
+   sb. After the last part the loader points at the next step. All threads of the block call it.
+
+   1. A: passes part, part + parts, ... Elements past the last row or depth become zeros.
+   2. B: likewise.
+   3. At the last part move on to the next step. */
 MOE_DEVICE void moei_loader_copy(moei_loader* p, const moe_grouped_gemm_args* d, uint16_t* sa,
                                  uint16_t* sb, const int part, const int parts,
                                  const moe_gemm_shape f)
 {
     const int tid = (int)threadIdx.x, vector = tid % (f.tile_k / 8), r = tid / (f.tile_k / 8);
-    const int depth = d->k - p->k;                    /* what is left of k */
-    const int to = moei_swizzled(r, vector * 8, f.tile_k); /* 8 lines on the swizzle is the same */
+    const int depth = d->k - p->k;                    /* depths that remain */
+    const int to = moei_swizzled(r, vector * 8, f.tile_k); /* the swizzle repeats every 8 lines */
     const bool halves = moei_gemm_halves(d);
     const int b_rows = d->c.gated == MOE_GATE_UP_INTERLEAVED ? 2 * d->n : d->n;
 
+    /* 1. A */
     if (f.a_major == MOE_MAJOR_K) {
         MOE_UNROLL
         for (int i = part; i < f.tile_m / 32; i += parts) {
@@ -142,8 +158,9 @@ MOE_DEVICE void moei_loader_copy(moei_loader* p, const moe_grouped_gemm_args* d,
         }
         if (part == parts - 1) p->a[0] += f.tile_k * d->a_stride * 2;
     }
+    /* 2. B */
     if (f.b_major == MOE_MAJOR_K) {
-        const int step = halves ? 32 : 64; /* rows of B between two even passes */
+        const int step = halves ? 32 : 64; /* rows of B between passes i and i + 2 */
         MOE_UNROLL
         for (int i = part; i < f.tile_n / 32; i += parts) {
             const int row = p->b_row[i & 1] + (i >> 1) * step;
@@ -166,18 +183,20 @@ MOE_DEVICE void moei_loader_copy(moei_loader* p, const moe_grouped_gemm_args* d,
         }
         if (part == parts - 1) p->b[0] += f.tile_k * d->b.row_stride * 2;
     }
-    if (part == parts - 1) p->k += f.tile_k;
+    if (part == parts - 1) p->k += f.tile_k; /* 3. next step */
 }
 
-/* A block's tiles: what its loader and its warps know of them. */
+/* A block's tiles, for its loader and its warps. */
 typedef struct moei_tiles {
     moei_schedule schedule;
-    moe_tile_position* position; /* [4] shared: of tile `turn` at turn % 4; the loader is at most
-                                    stages - 1 = 2 tiles ahead of the warps */
-    int num_tiles;
+    moe_tile_position* position; /* [4] in shared memory: of the block's tile number `turn` at
+                                    turn % 4; the loader is at most stages - 1 = 2 tiles ahead of
+                                    the warps */
+    int num_tiles;               /* tiles of all blocks */
 } moei_tiles;
 
-/* Points the loader at tile p->tile, whose position is written for the warps. */
+/* Points the loader at tile p->tile. Thread 0 writes the tile's position for the epilogue; the
+   barriers of the tile's steps make it visible. */
 MOE_DEVICE void moei_loader_tile(moei_loader* p, const moe_grouped_gemm_args* d,
                                  const moei_tiles* s, const moe_gemm_shape f)
 {
@@ -186,9 +205,9 @@ MOE_DEVICE void moei_loader_tile(moei_loader* p, const moe_grouped_gemm_args* d,
     moei_loader_begin(p, t, d, f);
 }
 
-/* Before a step is copied: on to the block's next tile, once the current one has been copied. Past
-   the last tile k stays at the end: the copies that follow read nothing and write zeros, which
-   nobody reads; so the steps have no branch, and every step closes one group of copies. */
+/* Called before a step is copied: moves the loader to the block's next tile once the current one is
+   copied. Past the last tile p->k stays at or above d->k: later copies read nothing and write zeros
+   that no warp uses. So the steps have no branch, and every step commits one group of copies. */
 MOE_DEVICE void moei_loader_advance(moei_loader* p, const moe_grouped_gemm_args* d,
                                     const moei_tiles* s, int step, const moe_gemm_shape f)
 {
@@ -212,8 +231,8 @@ MOE_DEVICE void moei_loader_advance(moei_loader* p, const moe_grouped_gemm_args*
 #undef MOEI_TILE_START
 #undef MOEI_TILE_STEPS
 
-/* Do the tables name an address, aligned to 16 bytes, for each expert that has rows? All threads of
-   the block call it. Where they do not, the fault word is set. */
+/* Returns true where the tables hold an address, 16-byte aligned, for each expert that has rows;
+   otherwise raises MOE_FAULT_BAD_TABLE in the fault word. All threads of the block call it. */
 MOE_DEVICE bool moei_gemm_tables_good(const moe_grouped_gemm_args* d, const moei_groups* g)
 {
     bool bad = false;
@@ -237,16 +256,16 @@ typedef struct moei_gemm_shared {
     moe_tile_position position[4];
 } moei_gemm_shared;
 
-/* A block's life: tiles blockIdx.x, blockIdx.x + gridDim.x, ... In `shared` lie the ring, the warps'
-   strips, then tile_start [E + 1]. */
+/* Computes tiles blockIdx.x, blockIdx.x + gridDim.x, ... of all experts. All threads of the block
+   call it. `shared` holds the ring, the staging of each warp, then tile_start [E + 1]. */
 MOE_DEVICE_BODY void moei_gemm_block(const moe_grouped_gemm_args* d, unsigned char* shared,
                                      moei_gemm_shared* s, const moe_gemm_shape f)
 {
-    const int elems = (f.tile_m + f.tile_n) * f.tile_k; /* of a stage */
+    const int elems = (f.tile_m + f.tile_n) * f.tile_k; /* elements of a stage */
     uint16_t* ring = (uint16_t*)shared;
     float* staging = (float*)(ring + f.stages * elems) + moe_warp() * moei_staging_floats(f.wn);
     const int warp_m = moe_warp() % f.warps_m, warp_n = moe_warp() / f.warps_m;
-    const int columns = d->c.gated ? f.tile_n / 2 : f.tile_n; /* of C */
+    const int columns = d->c.gated ? f.tile_n / 2 : f.tile_n; /* columns of C in a tile */
     const int steps = (d->k + f.tile_k - 1) / f.tile_k;
     moei_ring r = moei_ring_of(ring, f);
     moei_tiles tiles;
@@ -278,17 +297,17 @@ MOE_DEVICE_BODY void moei_gemm_block(const moe_grouped_gemm_args* d, unsigned ch
         moei_epilogue_warp(&d->c, d->n, &t, acc, staging, t.row + warp_m * f.wm,
                            t.column * columns + warp_n * (columns / f.warps_n), f);
     }
-    moei_copy_wait(0); /* the steps past the last tile */
+    moei_copy_wait(0); /* copies of the steps past the last tile */
 }
 
-/* Bytes of shared memory that moe_gemm_tile needs. */
+/* Returns the bytes of shared memory that moe_gemm_tile needs. */
 MOE_HOST_DEVICE size_t moe_gemm_tile_smem(const moe_gemm_shape f)
 {
     return moei_ring_bytes(f) + moei_staging_bytes(f);
 }
 
-/* Multiplies one tile by one block, through a ring of stages that moei_loader_copy fills: acc gets
-   each warp's sums. On return no copy is under way; other warps may still read the ring. */
+/* Computes the sums of one tile t in acc, through the ring of stages. All threads of the block call
+   it. On return no copy is in flight, but other warps may still read the ring. */
 MOE_DEVICE void moei_tile_sum(moei_mma_c acc[4][4], const moe_grouped_gemm_args* d,
                               const moe_tile_position t, uint16_t* ring, const moe_gemm_shape f)
 {
@@ -301,17 +320,21 @@ MOE_DEVICE void moei_tile_sum(moei_mma_c acc[4][4], const moe_grouped_gemm_args*
     moei_copy_wait(0);
 }
 
-/* One tile of C for a kernel of one's own: rows row .. row + tile_m - 1 and the columns of tile number
-   `column` along N (tile_n columns each, tile_n / 2 with a gated activation), with bias and activation;
-   what lies past row `end` or column n is left alone. The expert's rows begin .. end lie at those
-   rows of C, or from c_table[expert] on; of A they are row_index's, or themselves. Where a_major is
-   MOE_MAJOR_MN, row is a multiple of 8.
+/* Computes one tile of C, with bias and activation, in a kernel of one's own: rows t.row .. t.row +
+   tile_m - 1 and the columns of column tile t.column. A column tile has tile_n columns, tile_n / 2
+   with a gated activation. Rows outside t.begin .. t.end - 1 and columns from n on are not stored.
 
-   d is what moe_gemm_tile_resolve (grouped.cuh) has made of a descriptor on the host; its offsets
-   are not looked at, nor whether the fault word says stop; a row_index outside A sets that word.
-   The shape's members are literals, dtype and majors those of the descriptor. All threads of a block of
-   f.threads call it together; `shared` has moe_gemm_tile_smem(f) bytes, 128-byte aligned, and may be
-   used again afterwards. fp16 from sm_75, bf16 from sm_80.
+   t.begin .. t.end - 1 are the expert's rows: these rows of C, or those from c_table[t.expert] on.
+   Their rows of A come from row_index, or have the same numbers. Where a_major is MOE_MAJOR_MN,
+   t.row is a multiple of 8.
+
+   d: args that moe_gemm_tile_resolve (grouped.cuh) fills in from a descriptor on the host. The
+   function does not read the offsets, and does not test the fault word for a stop fault. A
+   row_index outside A sets the fault word.
+   shared: moe_gemm_tile_smem(f) bytes, 128-byte aligned; may be used again after the call.
+   f: literals, with the dtype and majors of the descriptor.
+
+   All threads of a block of f.threads call it together. fp16 from sm_75, bf16 from sm_80.
 
      MOE_KERNEL(128, 1) mine(MOE_ARG(moe_grouped_gemm_args) d)
      {

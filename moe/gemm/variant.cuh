@@ -1,5 +1,6 @@
-/* variant.cuh: the table of compiled tensor-core kernels. What is in it can be chosen, launched and
-   preloaded; what the current device can run of it, moei_variant_runs tells.
+/* variant.cuh: a table of compiled tensor-core kernels, the variants. Host code chooses, launches
+   and preloads variants of a table; moei_variant_runs tells which the current device can run. Used
+   by grouped.cuh, k_grouped.cuh, router.cuh, router/ragged.cuh and block_sparse.cuh.
 
      static const moei_variant table[] = {
          {(const void*)my_kernel, "my_kernel", MOE_GEMM_PATH_WMMA,
@@ -7,7 +8,7 @@
           tile, blocks_sm, MOEI_RING_BYTES(1, MOE_GEMM_SHAPE_64x64), 80, MOEI_CODE_ANY},
          MOEI_VARIANT_END};
 
-   The kernel's body stands behind MOEI_CODE_HERE with the same two versions. */
+   The kernel's body is compiled under MOEI_CODE_HERE(least, most), the versions of its entry. */
 #ifndef MOE_GEMM_VARIANT_CUH
 #define MOE_GEMM_VARIANT_CUH
 
@@ -15,33 +16,34 @@
 #include "desc.h"
 #include "shape.h"
 
+/* One entry of a table; MOEI_VARIANT_END ends the table. */
 typedef struct moei_variant {
-    const void* kernel;
-    const char* name;
+    const void* kernel;  /* null: end of the table */
+    const char* name;    /* of the kernel */
     int32_t path;        /* moe_gemm_path */
     moe_gemm_shape shape;
-    int32_t tile;        /* the client's number of the shape */
-    int32_t blocks_sm;   /* blocks a multiprocessor, at most */
-    uint32_t smem;       /* dynamic shared memory of a block, bytes; what grows with a product is
-                            `more` of the functions below */
-    int32_t least, most; /* versions of code (80 is sm_80) that have a body */
+    int32_t tile;        /* number of the shape in the table's own numbering */
+    int32_t blocks_sm;   /* most thread blocks of a multiprocessor */
+    uint32_t smem;       /* dynamic shared memory of a block, bytes. `more` of the functions below
+                            adds the bytes that depend on the product */
+    int32_t least, most; /* the code of these versions (80 is sm_80) has a body */
 } moei_variant;
 
 #define MOEI_VARIANT_END {0, 0, 0, MOEI_SHAPE_INIT(0, 0, 0, 1, 1, 0, 0, 0, 0), 0, 0, 0, 0, 0}
 
-#define MOEI_CODE_ANY 9999   /* no upper bound */
-#define MOEI_CODE_NEVER 9999 /* as the least one: no code has a body */
+#define MOEI_CODE_ANY 9999   /* as `most`: no upper bound */
+#define MOEI_CODE_NEVER 9999 /* as `least`: no code has a body */
 
-/* Does the code that is being compiled have a body for versions least .. most? */
+/* 1 where the code being compiled is of versions least .. most, and in all host passes. */
 #if MOE_ON_HOST || !defined(__CUDA_ARCH__)
 #define MOEI_CODE_HERE(least, most) 1
 #else
 #define MOEI_CODE_HERE(least, most) (__CUDA_ARCH__ >= (least)*10 && __CUDA_ARCH__ < (most)*10 + 10)
 #endif
 
-/* Tells whether a block's shared memory fits and this binary holds a body of the kernel for the
-   current device: code built for less than the device (no -arch, say) may lack it. The CPU runs all
-   that any code has. */
+/* Sets *runs to 1 where a block's shared memory fits and this binary has a body of the kernel for
+   the current device, otherwise to 0. A binary built for an older architecture (without -arch, for
+   example) may lack the body. The CPU backend runs every variant that has a body in any version. */
 MOE_HOST moe_status moei_variant_runs(const moei_variant* v, const moe_device* dev, size_t more,
                                       int* runs)
 {
@@ -59,7 +61,7 @@ MOE_HOST moe_status moei_variant_runs(const moei_variant* v, const moe_device* d
     return MOE_OK;
 }
 
-/* The first entry with this tile, dtype and majors; null where the table has none. */
+/* Returns the first entry with this tile, dtype and majors; null where the table has none. */
 MOE_HOST const moei_variant* moei_variant_find(const moei_variant* table, int tile, int dtype,
                                                int a_major, int b_major)
 {
@@ -70,8 +72,8 @@ MOE_HOST const moei_variant* moei_variant_find(const moei_variant* table, int ti
     return 0;
 }
 
-/* Settles a launch of `blocks` blocks, which may start before the kernel ahead has ended: every kernel
-   of a table calls moe_pdl_wait. */
+/* Prepares a programmatic dependent launch of `blocks` thread blocks. Requires that every kernel of
+   a table calls moe_pdl_wait: its blocks may start before the previous kernel has ended. */
 MOE_HOST moe_status moei_variant_prepare(moe_launch* l, const moei_variant* v, int64_t blocks,
                                          size_t more)
 {
@@ -80,11 +82,11 @@ MOE_HOST moe_status moei_variant_prepare(moe_launch* l, const moei_variant* v, i
     return moei_launch_prepare(l, v->kernel, v->name, &c);
 }
 
-/* Most tiles of persistent blocks: a tile number and the blocks of a launch do not overflow. */
+/* Most tiles of persistent blocks: a tile number plus the grid size does not overflow int32_t. */
 #define MOEI_VARIANT_MAX_TILES (0x7fffffff - 65535)
 
-/* What a launch of persistent blocks will run: as many as the device holds at one time, at most one
-   for each of `tiles`. */
+/* Returns the plan of a launch of persistent blocks. The grid has as many blocks as the device
+   holds at one time, but at most one for each of `tiles`. */
 MOE_HOST moe_gemm_plan moei_variant_plan(const moei_variant* v, const moe_device* dev,
                                          int64_t tiles, size_t more)
 {
@@ -105,7 +107,7 @@ MOE_HOST moe_gemm_plan moei_variant_plan(const moei_variant* v, const moe_device
     return p;
 }
 
-/* Loads all kernels of a table now. */
+/* Loads all kernels of a table, before their first launch. */
 MOE_HOST moe_status moei_variant_preload(const moei_variant* table)
 {
     for (; table->kernel; ++table) MOE_TRY(moe_preload_kernel(table->kernel));

@@ -1,29 +1,28 @@
-/* bf16_split.cuh: the router's product with fp32 weights on bf16 tensor cores: weights are split, not
-   rounded.
+/* bf16_split.cuh: the bf16 split of the router's product: fp32 weights on bf16 tensor cores. The
+   weights are split, not rounded. The two tiles, large.cuh and small.cuh, call these functions.
 
-     w = hi + mid + lo          three bf16 numbers: the upper, middle and lower 8 of fp32's 24 bits
-     x * w = x * hi + x * mid + x * lo       each product exact, added up in fp32
+     w = hi + mid + lo          three bf16 terms: the upper, middle and lower 8 of fp32's 24 bits
+     x * w = x * hi + x * mid + x * lo       each product exact, summed in fp32
 
-   Each term is cut off, not rounded, so the split is exact for |w| >= 2^-100 (below, bits under
-   2^-126 may be lost) and nothing overflows. bf16 x is used as it is. An fp16 x has 11 bits, two
-   bf16 numbers: its upper 8 bits and its lower 3 are two rows of a tile, and their sums are added
-   at the end; so fp16 costs twice as much.
+   Each term is truncated, not rounded: the split is exact for |w| >= 2^-100, and no term overflows.
+   For smaller |w|, bits under 2^-126 may be lost. A bf16 x is multiplied unchanged. An fp16 x has
+   11 bits: its upper 8 bits and its lower 3 become two bf16 rows of a tile; the sums of both are
+   added at the end. So fp16 costs twice as much.
 
-   An infinite or NaN weight stands in hi alone, so with bf16 x its expert's logits are those of
-   fp32. Where an infinity in x, or with fp16 x an infinite weight, meets a term that is 0, the
-   logit is NaN in place of infinite.
+   An infinite or NaN weight is in hi alone: with bf16 x, its expert's logits are those of fp32.
+   Where an infinity in x, or with fp16 x an infinite weight, meets a term that is 0, the logit is
+   NaN instead of infinite.
 
-   Two tiles, large.cuh and small.cuh. Both sum in a fixed order: the same bits every run.
-
-   Needs sm_80; H a multiple of 8, x and its rows and the weights and theirs 16-byte aligned. */
+   Both tiles sum in a fixed order: equal inputs give equal bits. Requires sm_80; H a multiple of 8;
+   x, the weights and the rows of both 16-byte aligned. */
 #ifndef MOE_ROUTER_BF16_SPLIT_CUH
 #define MOE_ROUTER_BF16_SPLIT_CUH
 
 #include "../base/numeric.cuh"
 #include "args.h"
 
-/* Terms of a weight. Predefined as 2, the lower 8 bits are left out: weights are rounded to 2^-16,
-   for a third less work. */
+/* Terms of a weight. Predefine it as 2 to omit lo: weights are rounded to 2^-16, for a third less
+   work. */
 #ifndef MOE_ROUTER_BF16_TERMS
 #define MOE_ROUTER_BF16_TERMS 3
 #endif
@@ -31,13 +30,13 @@
 #error "moe: MOE_ROUTER_BF16_TERMS is 2 or 3"
 #endif
 
-/* Tokens of a tile with so many rows: an fp16 token has two. */
+/* Returns the tokens of `rows` rows of a tile: an fp16 token has two rows. */
 MOE_HOST_DEVICE int moei_bf16_split_tokens(int rows, int x_dtype)
 {
     return x_dtype == MOE_FP16 ? rows / 2 : rows;
 }
 
-/* Upper halves of two words, a's in the lower half. */
+/* Returns the upper halves of two words, a's in the lower half. */
 MOE_DEVICE uint32_t moei_bf16_split_upper(uint32_t a, uint32_t b)
 {
 #if MOE_ON_HOST
@@ -47,8 +46,9 @@ MOE_DEVICE uint32_t moei_bf16_split_upper(uint32_t a, uint32_t b)
 #endif
 }
 
-/* Splits 4 fp32 numbers into `terms` (2 or 3, a literal) bf16 ones each; term[i] holds the i-th of
-   all four. With 2 the second is rounded. What is not finite stands in the first alone. */
+/* Splits 4 fp32 numbers into `terms` (2 or 3, a literal) bf16 terms each; term[i] holds the i-th
+   term of all four. With 2 the second term is rounded. An infinity or NaN is in the first term
+   alone; the others are 0. */
 MOE_DEVICE void moei_bf16_split4(uint2* term, uint4 v, const int terms)
 {
     uint32_t u[4] = {v.x, v.y, v.z, v.w};
@@ -58,7 +58,7 @@ MOE_DEVICE void moei_bf16_split4(uint2* term, uint4 v, const int terms)
         const uint32_t size = u[i] & 0x7fffffffu;
         r[i] = __uint_as_float(u[i]) - __uint_as_float(u[i] & 0xffff0000u);
         if (size >= 0x7f800000u) r[i] = 0.0f;
-        if (size > 0x7f800000u) u[i] |= 0x00400000u; /* a NaN remains one */
+        if (size > 0x7f800000u) u[i] |= 0x00400000u; /* a NaN stays NaN when truncated */
     }
     term[0] = make_uint2(moei_bf16_split_upper(u[0], u[1]), moei_bf16_split_upper(u[2], u[3]));
     if (terms == 2) {
@@ -75,7 +75,7 @@ MOE_DEVICE void moei_bf16_split4(uint2* term, uint4 v, const int terms)
     }
 }
 
-/* Splits 8 fp16 numbers into the upper and lower bits of each, both exact. */
+/* Splits 8 fp16 numbers into bf16: the upper 8 bits of each and the lower 3, both exact. */
 MOE_DEVICE void moei_bf16_split_x(uint4* hi, uint4* lo, uint4 v)
 {
     uint2 a[2], b[2];

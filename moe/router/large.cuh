@@ -1,9 +1,13 @@
-/* large.cuh: the split product for many tokens: a block makes 256 rows of x times 128 experts.
+/* large.cuh: the bf16 split for many tokens: a block computes 256 rows of x times 128 experts.
+   Called by router.cuh.
 
-   The steps are those of every tile (gemm/mainloop.cuh, gemm/steps.inl). The loader here copies x into
-   a stage as it is. What must be split comes as it is to a place of the thread's own, two steps before
-   the step that it is split for: the weights, and an fp16 x. A block takes 152 KB of shared memory, with
-   an fp16 x 168 KB: more than sm_80 has, which takes the small tile for it. */
+   The steps are those of every tile (gemm/mainloop.cuh, gemm/steps.inl). This loader copies a bf16
+   x directly to a stage. The weights, and an fp16 x, are first copied unsplit to shared memory of
+   the thread's own, two steps before the thread splits them into a stage. A thread reads only its
+   own copies there: waiting for them needs no barrier.
+
+   A block takes 152 KB of shared memory, with an fp16 x 168 KB. sm_80 has less than 168 KB and runs
+   the small tile for fp16. */
 #ifndef MOE_ROUTER_LARGE_CUH
 #define MOE_ROUTER_LARGE_CUH
 
@@ -11,7 +15,7 @@
 #include "bf16_split.cuh"
 #include "store.cuh"
 
-/* As MOE_GEMM_SHAPE_*: rows of x, experts, depth of a step, warps along rows and experts, stages. */
+/* As MOE_GEMM_SHAPE_*: rows of x, experts, tile_k, warps along rows and experts, stages. */
 #define MOEI_BF16_SPLIT_LARGE 256, 128, 32, 4, 2, 3
 
 #define MOEI_BF16_SPLIT_STAGES_(tile_m, tile_n, tile_k, warps_m, warps_n, stages) stages
@@ -20,41 +24,44 @@ static_assert(
     MOEI_BF16_SPLIT_STAGES(MOEI_BF16_SPLIT_LARGE) == 3,
     "what comes unsplit has arrived when the copies of two steps later have been waited for");
 
-/* 16-byte vectors of a step's weights that a thread splits; of x as many. */
+/* 16-byte vectors of the weights that a thread splits in a step. It copies as many of a bf16 x. */
 #define MOEI_BF16_SPLIT_VECTORS 4
 
-/* Pieces of an fp16 x that a thread splits: half as many, since each becomes two. */
+/* 16-byte vectors of an fp16 x that a thread splits in a step: half as many, since each becomes
+   two. */
 #define MOEI_BF16_SPLIT_X_VECTORS(x_dtype) ((x_dtype) == MOE_FP16 ? MOEI_BF16_SPLIT_VECTORS / 2 : 0)
 
-/* Shared memory of a block, bytes: the ring, then two steps of what comes unsplit, of 256 threads. The
-   staging of the warps are at the place of the ring. */
+/* Shared memory of a block, bytes: the ring, then the unsplit vectors of two steps, of 256 threads.
+   The staging of the warps reuses the ring. */
 #define MOEI_BF16_SPLIT_SMEM_large(x_dtype)                                                        \
     (MOEI_RING_BYTES(MOE_ROUTER_BF16_TERMS, MOEI_BF16_SPLIT_LARGE) +                               \
      2 * 16 * 256 * (MOEI_BF16_SPLIT_VECTORS + MOEI_BF16_SPLIT_X_VECTORS(x_dtype)))
 
-/* What a thread copies next: of x a vector, 8 neighbours, of the rows 0, 64, 128 and 192 below its
-   first (of fp16 0 and 64); of the weights 4 neighbours of two rows, in each half of a step. Within a warp the rows are
-   such that the stores of the terms meet all banks. */
+/* What a thread copies next, in 16-byte vectors. Of x one vector of each of the rows r, r + 64, r +
+   128 and r + 192 (fp16: r, r + 64). Of the weights one vector of two rows in each half of a step:
+   vector i is of row i % 2, half i / 2. The rows of a warp are chosen so that the stores of the
+   terms use all banks. */
 typedef struct moei_bf16_split_loader {
-    const char* x[4];   /* the vector of each row, at the depth to be copied next */
-    const float* w[2];  /* the 4 neighbours of each row */
-    uint4* own;         /* the thread's places: [2 steps][vectors], threads apart */
-    int32_t own_at;     /* in `own`: which of the two steps */
-    int32_t x_at, w_at; /* elements from the beginning of a tile of a stage */
-    int32_t x_left;     /* what is left of H for the vector of x; not above 0: zeros */
-    int32_t w_left;
-    int32_t x_rows, w_rows; /* bit i: the i-th of the rows exists */
+    const char* x[4];       /* address of each row's vector of x, at the depth to copy next */
+    const float* w[2];      /* address of each row's vector of the weights, likewise */
+    uint4* own;             /* the thread's unsplit vectors: [2 steps][vectors], f.threads apart */
+    int32_t own_at;         /* first of the vectors in `own` of the step to split: 0 or vectors */
+    int32_t x_at, w_at;     /* index of the thread's first element in a stage's tile of x, of w */
+    int32_t x_left;         /* depths of H from the vector of x on; <= 0: copies zeros */
+    int32_t w_left;         /* depths of H from the vector of w on */
+    int32_t x_rows, w_rows; /* bit i: row i of x, of w exists */
     int32_t x_dtype;        /* a literal */
 } moei_bf16_split_loader;
 
-/* The row of A that a thread's i-th vector of x goes to, for its first row r. Of fp16 it is the upper
-   part's, 32 rows before the lower part's: a warp's 64 rows are both parts of 32 tokens. */
+/* Returns the row of A in a stage for a thread's vector i of x; r: its first row. For fp16 this
+   is the upper part's row; the lower part's is 32 rows further. A warp's 64 rows are both parts of
+   32 tokens. */
 MOE_DEVICE int moei_bf16_split_x_row(int r, int i, int x_dtype)
 {
     return x_dtype == MOE_FP16 ? r / 32 * 64 + r % 32 + i * 128 : r + i * 64;
 }
 
-/* Begins the copy of vector i of the weights to the thread's own place. */
+/* Starts the copy of vector i of the weights to the thread's own vectors. */
 MOE_DEVICE void moei_bf16_split_copy_w(const moei_bf16_split_loader* p, const int i,
                                        const moe_gemm_shape f)
 {
@@ -62,7 +69,7 @@ MOE_DEVICE void moei_bf16_split_copy_w(const moei_bf16_split_loader* p, const in
                       i / 2 * 16 < p->w_left && (p->w_rows >> (i & 1) & 1) ? 16 : 0);
 }
 
-/* Begins the copy of vector i of x: to its place in a stage, of fp16 to the thread's own. */
+/* Starts the copy of vector i of x: to the stage, for fp16 to the thread's own vectors. */
 MOE_DEVICE void moei_bf16_split_copy_x(const moei_bf16_split_loader* p, uint16_t* stage,
                                        const int i, const moe_gemm_shape f)
 {
@@ -72,7 +79,7 @@ MOE_DEVICE void moei_bf16_split_copy_x(const moei_bf16_split_loader* p, uint16_t
     moei_copy16_async(to, p->x[i], p->x_left > 0 && (p->x_rows >> i & 1) ? 16 : 0);
 }
 
-/* Splits vector i of the weights, which has come, into the terms of a stage. */
+/* Splits vector i of the weights, which has arrived, into the terms of a stage. */
 MOE_DEVICE void moei_bf16_split_store_w(const moei_bf16_split_loader* p, uint16_t* stage,
                                         const int i, const moe_gemm_shape f)
 {
@@ -84,7 +91,7 @@ MOE_DEVICE void moei_bf16_split_store_w(const moei_bf16_split_loader* p, uint16_
             term[j];
 }
 
-/* The same of an fp16 x, into its two rows. */
+/* Splits vector i of an fp16 x, which has arrived, into its two rows of a stage. */
 MOE_DEVICE void moei_bf16_split_store_x(const moei_bf16_split_loader* p, uint16_t* stage,
                                         const int i, const moe_gemm_shape f)
 {
@@ -95,7 +102,7 @@ MOE_DEVICE void moei_bf16_split_store_x(const moei_bf16_split_loader* p, uint16_
     moei_store16(to + 32 * f.tile_k, lo);
 }
 
-/* On to the next step's x and weights: the copies have long read the pointers. */
+/* Move the addresses of x, and of the weights, to the next step. Copies in flight keep theirs. */
 MOE_DEVICE void moei_bf16_split_next_x(moei_bf16_split_loader* p, const moe_gemm_shape f)
 {
     MOE_UNROLL
@@ -110,8 +117,8 @@ MOE_DEVICE void moei_bf16_split_next_w(moei_bf16_split_loader* p, const moe_gemm
     p->w_left -= f.tile_k;
 }
 
-/* Points the loader at the tile's first token and expert, and brings what is split in the first two
-   steps. own: two steps' room behind the ring. */
+/* Points the loader at the tile's first token t0 and expert e0. Copies the unsplit vectors of the
+   first two steps and waits for them. own: shared memory after the ring, for two steps. */
 MOE_DEVICE void moei_bf16_split_begin(moei_bf16_split_loader* p, const moei_router_args* d,
                                       uint4* own, int64_t t0, int e0, const int x_dtype,
                                       const moe_gemm_shape f)
@@ -154,15 +161,16 @@ MOE_DEVICE void moei_bf16_split_begin(moei_bf16_split_loader* p, const moei_rout
     moei_copy_wait(0);
 }
 
-/* A block has one tile: what steps.inl would call before a step is copied is nothing. */
+/* Does nothing: steps.inl requires the function, but a block has only one tile. */
 MOE_DEVICE void moei_bf16_split_loader_advance(moei_bf16_split_loader* p, const moei_router_args* d,
                                                const void* tiles, int step, const moe_gemm_shape f)
 {
     (void)p, (void)d, (void)tiles, (void)step, (void)f;
 }
 
-/* Copies part `part` of `parts` of a step, and splits it. What comes unsplit for the step after the
-   next takes the place of what has been split. */
+/* Fills part `part` of `parts` of a step: splits the thread's own vectors into the stage, and
+   starts the copies of a bf16 x to the stage. Also starts the copies of the unsplit vectors of two
+   steps later, which overwrite the vectors just split. */
 MOE_DEVICE void moei_bf16_split_loader_copy(moei_bf16_split_loader* p, const moei_router_args* d,
                                             uint16_t* sa, uint16_t* sb, const int part,
                                             const int parts, const moe_gemm_shape f)
@@ -196,7 +204,8 @@ MOE_DEVICE void moei_bf16_split_loader_copy(moei_bf16_split_loader* p, const moe
 #undef MOEI_TILE_START
 #undef MOEI_TILE_STEPS
 
-/* One block makes one tile, each warp 64 rows and 64 experts. x_dtype and f are literals. */
+/* Computes one tile by one block; each warp owns 64 rows and 64 experts. All threads of the block
+   call it. shared: MOEI_BF16_SPLIT_SMEM_large bytes. x_dtype and f are literals. */
 MOE_DEVICE_BODY void moei_bf16_split_large(const moei_router_args* d, unsigned char* shared,
                                            const int x_dtype, const moe_gemm_shape f)
 {
@@ -216,8 +225,8 @@ MOE_DEVICE_BODY void moei_bf16_split_large(const moei_router_args* d, unsigned c
     moei_tile_zero(acc, f);
     moei_bf16_split_steps(acc, &load, &r, d, 0, (d->hidden + f.tile_k - 1) / f.tile_k, f);
     moei_copy_wait(0);
-    __syncthreads();           /* every warp has read the ring: it becomes the staging */
-    if (x_dtype == MOE_FP16) { /* the lower part of x is 32 rows below the upper */
+    __syncthreads();           /* every warp has read the ring: the staging may overwrite it */
+    if (x_dtype == MOE_FP16) { /* the lower part of x is 32 rows after the upper part */
         MOE_UNROLL
         for (int i = 0; i < 2; ++i) MOE_UNROLL
         for (int j = 0; j < 4; ++j) MOE_UNROLL

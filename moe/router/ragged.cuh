@@ -1,15 +1,15 @@
-/* ragged.cuh: the product of x and a router of one 16-bit dtype for any number of experts, and for
-   logits of any stride: E of 60, 1 or 100, which gemm/grouped.cuh does not take.
+/* ragged.cuh: the product of x and a router of one 16-bit dtype, for any number of experts and any
+   stride of logits: E of 60, 1 or 100, for example, which gemm/grouped.cuh does not accept. Called
+   by router.cuh.
 
-   The tile of gemm/tile.cuh, padded inside: weights past expert E - 1 are zeros in shared memory
-   and the products with them are not stored. Nothing is read past the operands, nothing is written
-   between rows of logits, and there is no workspace. Each logit is one sum in ascending h, 16 at a
-   time: its bits do not depend on the tile, on E, or on T.
+   Computes the tile of gemm/tile.cuh with padding: weights past expert E - 1 are zeros in shared
+   memory, and their products are not stored. The kernel reads nothing past the operands, writes
+   nothing between rows of logits, and takes no workspace. Each logit is one sum in ascending h, 16
+   depths at a time: its bits do not depend on the tile, on E, or on T.
 
-   A block makes one tile. When the last step has been multiplied, the ring of stages becomes the
-   staging through which the warps store.
+   A block computes one tile. After the last step the staging reuses the memory of the ring.
 
-   fp16 from sm_75, bf16 from sm_80; H a multiple of 8, x and its rows and the weights and theirs
+   Requires sm_75 for fp16, sm_80 for bf16; H a multiple of 8; x, the weights and the rows of both
    16-byte aligned. */
 #ifndef MOE_ROUTER_RAGGED_CUH
 #define MOE_ROUTER_RAGGED_CUH
@@ -19,13 +19,14 @@
 #include "../gemm/grouped.cuh"
 #include "store.cuh"
 
-/* name; as MOE_GEMM_SHAPE_*: rows, experts, depth of a step, warps along rows and experts, stages;
-   least blocks a multiprocessor. Either takes less than the 64 KB that sm_75 has. */
+/* tile; as MOE_GEMM_SHAPE_*: rows, experts, tile_k, warps along rows and experts, stages; least
+   thread blocks a multiprocessor. Either tile takes less shared memory than the 64 KB of sm_75. */
 #define MOEI_RAGGED_LIST(X, ...)                                                                  \
     X(wide, 128, 128, 32, 2, 2, 3, 2, __VA_ARGS__)                                                \
     X(narrow, 64, 64, 64, 2, 4, 3, 2, __VA_ARGS__)
 
-/* One block makes one tile. The blocks of the same rows are neighbours and share them in L2. */
+/* Computes one tile by one block. All threads of the block call it. Blocks of the same rows of x
+   have successive numbers and share these rows in L2. */
 MOE_DEVICE_BODY void moei_ragged_block(const moe_grouped_gemm_args* d, unsigned char* shared,
                                        const moe_gemm_shape f)
 {
@@ -40,7 +41,7 @@ MOE_DEVICE_BODY void moei_ragged_block(const moe_grouped_gemm_args* d, unsigned 
     t.row = (int)(blockIdx.x / (unsigned)columns) * f.tile_m;
     t.column = (int)(blockIdx.x % (unsigned)columns);
     moei_tile_sum(acc, d, t, ring, f);
-    __syncthreads(); /* every warp has read the ring */
+    __syncthreads(); /* every warp has read the ring: the staging may overwrite it */
     moei_router_store(to, acc, (float*)ring + moe_warp() * moei_staging_floats(f.wn),
                       (int64_t)t.row + warp_m * f.wm, t.column * f.tile_n + warp_n * f.wn, f.wm,
                       f.wn);
@@ -65,6 +66,7 @@ MOEI_RAGGED_LIST(MOEI_RAGGED_KERNEL, f16, MOE_FP16)
 MOEI_RAGGED_LIST(MOEI_RAGGED_KERNEL, bf16, MOE_BF16)
 #undef MOEI_RAGGED_KERNEL
 
+/* moei_variant.tile of the ragged variants. */
 enum { MOEI_RAGGED_TILE_wide, MOEI_RAGGED_TILE_narrow };
 
 static const moei_variant moei_ragged_variants[] = {
@@ -83,15 +85,17 @@ static const moei_variant moei_ragged_variants[] = {
 #undef MOEI_RAGGED_ROW
     MOEI_VARIANT_END};
 
+/* Returns the grid size. */
 MOE_HOST int64_t moei_ragged_blocks(const moe_grouped_gemm_desc* d, const moei_variant* v)
 {
     const int64_t tile_m = v->shape.tile_m, tile_n = v->shape.tile_n;
     return ((d->num_rows + tile_m - 1) / tile_m) * ((d->n + tile_n - 1) / tile_n);
 }
 
-/* The variant for a product; null where the current device or this binary cannot make it. d has a,
-   b.base, c, dtype, n, k, num_rows and all strides; fills in the other defaults. The wide tile reads
-   x half as often. It pays where every multiprocessor has one. */
+/* Sets *chosen to the variant for a product; to null where the operands do not fit or the current
+   device or this binary cannot run it. Requires a, b.base, c, dtype, n, k, num_rows and all strides
+   of d; fills in the other defaults. The wide tile reads x half as often; it is faster where every
+   multiprocessor has one. */
 MOE_HOST moe_status moei_ragged_choose(moe_grouped_gemm_desc* d, const moei_variant** chosen)
 {
     const moei_variant* v = moei_variant_find(moei_ragged_variants, MOEI_RAGGED_TILE_wide, d->dtype,
@@ -117,6 +121,7 @@ MOE_HOST moe_status moei_ragged_choose(moe_grouped_gemm_desc* d, const moei_vari
     return MOE_OK;
 }
 
+/* Prepares the launch of variant v. */
 MOE_HOST moe_status moei_ragged_prepare(moe_launch* l, const moe_grouped_gemm_desc* d,
                                         const moei_variant* v)
 {

@@ -1,8 +1,9 @@
-/* small.cuh: the tile of few tokens: a block makes 32 rows of x times 16 experts.
+/* small.cuh: the bf16 split for few tokens: a block computes 32 rows of x times 16 experts. Called
+   by router.cuh.
 
-   Its 8 warps take turns with the steps of H, 64 depths each, and share nothing before the sums,
-   which are added up in the order of the warps. The next step's x and weights come into registers
-   while this one's are multiplied. */
+   Each of the 8 warps has the whole tile and every 8th step of H, 64 depths each. Warps share
+   nothing before the sums, which are added in the order of the warps. A warp loads the next step's
+   x and weights to registers while it multiplies this step's. */
 #ifndef MOE_ROUTER_SMALL_CUH
 #define MOE_ROUTER_SMALL_CUH
 
@@ -11,18 +12,18 @@
 #include "../gemm/mainloop.cuh"
 #include "bf16_split.cuh"
 
-/* As MOE_GEMM_SHAPE_*: rows of x, experts, depth of one warp's step; a warp has the whole tile. */
+/* As MOE_GEMM_SHAPE_*: rows of x, experts, tile_k of one warp's step; a warp has the whole tile. */
 #define MOEI_BF16_SPLIT_SMALL 32, 16, 64, 1, 1, 1
 #define MOEI_BF16_SPLIT_SMALL_WARPS 8
 
-/* Shared memory of a block, bytes: a stage for each warp; the sums take less. */
+/* Shared memory of a block, bytes: a stage for each warp, reused for the sums, which take less. */
 #define MOEI_BF16_SPLIT_SMEM_small(x_dtype)                                                        \
     (MOEI_BF16_SPLIT_SMALL_WARPS * MOEI_RING_BYTES(MOE_ROUTER_BF16_TERMS, MOEI_BF16_SPLIT_SMALL))
 
-#define MOEI_BF16_SPLIT_SMALL_OUT 20 /* pitch of the sums: 16 and some */
+#define MOEI_BF16_SPLIT_SMALL_OUT 20 /* floats between rows of the sums: 16 and padding */
 
-/* What a lane of the small tile holds of a step: of x a vector of every 4th row, of the weights 4
-   neighbours of every 2nd. */
+/* Loads a lane's share of the step that begins at depth k: of x a 16-byte vector of every 4th
+   row, of the weights one of every 2nd row. Zeros past the last token, expert or depth. */
 MOE_DEVICE void moei_bf16_split_small_load(const moei_router_args* d, uint4* x, uint4* w,
                                            int64_t t0, int e0, int k, const int x_dtype,
                                            const moe_gemm_shape f)
@@ -44,7 +45,8 @@ MOE_DEVICE void moei_bf16_split_small_load(const moei_router_args* d, uint4* x, 
     }
 }
 
-/* Stores it in the warp's stage, split; of an fp16 x the lower parts in the tile's lower half. */
+/* Splits a lane's x and weights and stores them to the warp's stage. Of an fp16 x the upper parts
+   are the first half of the tile's rows, the lower parts the second half. */
 MOE_DEVICE void moei_bf16_split_small_store(uint16_t* stage, const uint4* x, const uint4* w,
                                             const int x_dtype, const moe_gemm_shape f)
 {
@@ -71,8 +73,15 @@ MOE_DEVICE void moei_bf16_split_small_store(uint16_t* stage, const uint4* x, con
     }
 }
 
-/* One block makes one tile; its warps take turns with the steps of H and share nothing before the
-   sums. x_dtype and f are literals. */
+/* Computes one tile by one block. All threads of the block call it. shared:
+   MOEI_BF16_SPLIT_SMEM_small bytes. x_dtype and f are literals.
+
+   1. Each warp sets up its own stage and loads its first step to registers.
+   2. For each of its steps a warp splits the registers into the stage, loads its next step to
+      registers, and multiplies the stage. The stage is the warp's own: __syncwarp guards it.
+   3. Each warp stores its sums to its stage; the barrier makes them visible to the block.
+   4. Each thread adds the sums of all warps for some logits, in the order of the warps (fp16: first
+      of the upper parts of x, then of the lower parts), and stores the logits. */
 MOE_DEVICE_BODY void moei_bf16_split_small(const moei_router_args* d, unsigned char* shared,
                                            const int x_dtype, const moe_gemm_shape f)
 {
@@ -86,11 +95,13 @@ MOE_DEVICE_BODY void moei_bf16_split_small(const moei_router_args* d, unsigned c
     moei_mma_c acc[4][4];
     uint4 x[8], w[8];
 
+    /* 1. first step */
     r.stages = stage, r.elems = moei_stage_elems(f), r.stage = 0;
     r.lane_a = moei_mma_lane_a(0, f.tile_k, MOE_MAJOR_K);
     r.lane_b = moei_mma_lane_b(0, f.tile_k, MOE_MAJOR_K);
     moei_tile_zero(acc, f);
     moei_bf16_split_small_load(d, x, w, t0, e0, moe_warp() * f.tile_k, x_dtype, f);
+    /* 2. steps of the warp */
     for (int k = moe_warp() * f.tile_k; k < d->hidden; k += stride) {
         moei_ring_fragments g;
         moei_bf16_split_small_store(stage, x, w, x_dtype, f);
@@ -105,11 +116,11 @@ MOE_DEVICE_BODY void moei_bf16_split_small(const moei_router_args* d, unsigned c
         __syncwarp(MOE_FULL_WARP);
     }
 
-    MOE_UNROLL
+    MOE_UNROLL /* 3. sums of the warp */
     for (int m = 0; m < f.wm / 16; ++m)
         moei_mma_store((float*)stage + m * 16 * MOEI_BF16_SPLIT_SMALL_OUT, &acc[m][0],
                        MOEI_BF16_SPLIT_SMALL_OUT);
-    __syncthreads();
+    __syncthreads(); /* 4. sums of the block */
     for (int i = (int)threadIdx.x; i < tokens * f.tile_n; i += warps * MOE_WARP_SIZE) {
         const int row = i / f.tile_n, c = i % f.tile_n;
         float sum = 0.0f;

@@ -1,20 +1,21 @@
-/* store.cuh: the way of a tensor-core tile of logits from accumulators to memory, for any E and any
-   stride of logits. */
+/* store.cuh: stores a tensor-core tile of logits from accumulators to memory, for any E and any
+   stride of logits. Called by ragged.cuh and large.cuh. */
 #ifndef MOE_ROUTER_STORE_CUH
 #define MOE_ROUTER_STORE_CUH
 
 #include "../gemm/epilogue.cuh"
 #include "../gemm/mma.cuh"
 
-/* Where logits go. */
+/* The destination of logits. */
 typedef struct moei_logits {
-    float* to; /* [rows, experts] */
-    int64_t stride;
-    int32_t rows, experts;
+    float* to;             /* [rows, experts] */
+    int64_t stride;        /* elements between rows */
+    int32_t rows, experts; /* T, E */
 } moei_logits;
 
-/* Stores a warp's accumulators, wm x wn: rows `row` .. , experts from `column` on. What lies past the
-   last row or expert is left alone. The staging is the warp's: moei_staging_floats(wn), shared memory. */
+/* Stores a warp's accumulators, wm x wn, to rows from `row` on and experts from `column` on. Sums
+   past the last row or expert are not stored. All lanes of the warp call it. staging:
+   moei_staging_floats(wn) floats of the warp's own, in shared memory. */
 MOE_DEVICE void moei_router_store(const moei_logits d, const moei_mma_c acc[4][4], float* staging,
                                   int64_t row, int column, const int wm, const int wn)
 {
