@@ -1,14 +1,15 @@
-/* bench.h: what every bench shares. Each bench verifies before it times.
+/* bench.h: what all benches share. Each bench verifies before it times.
 
    Time: calls that are compared run in turn, A B A B ..., so that power and clocks are the same for
-   each (bench_alternate). After 50 ms of such rounds as warm-up the median of each call counts, over
-   --reps rounds. Before a call L2 is flushed by writing a buffer of four times its size. A pause on
-   the GPU opens each round and is longer than the host takes to queue the round, so no launch is
-   waited for. Launches of a few microseconds are timed as a captured graph of 24 calls over rotating
-   inputs, divided by the calls: together they pass the L2, but for the smallest shapes, which stay
-   in it; no flush there.
-   Ceilings are measured in the same run: device-to-device copy (bytes read + written) and, where
-   a bench has one, its peer. Clocks and power are read with nvidia-smi while it runs.
+   each (bench_alternate). 50 ms of such rounds are warm-up; then each call counts with its median
+   over --reps rounds. Before each call L2 is flushed: a buffer of four times its size is written.
+   Each round begins with a pause on the GPU that is longer than the host takes to queue the round,
+   so the GPU never waits for a launch. Calls of a few microseconds are timed as a captured graph of
+   24 calls over rotating inputs; the time is divided by 24, and L2 is not flushed. Together the
+   inputs exceed L2, except those of the smallest shapes, which stay in L2.
+
+   Ceilings are measured in the same run: device-to-device copy (bytes read + written) and, where a
+   bench has one, its peer. Clocks and power are read with nvidia-smi under load.
 
    Output: a table on stdout, the same rows as CSV with --csv FILE. */
 #ifndef MOE_BENCH_H
@@ -47,10 +48,10 @@ typedef void (*bench_fn)(void* context, cudaStream_t stream);
 
 typedef struct bench_state {
     cudaStream_t stream;
-    void* flush;
+    void* flush;      /* written before a call, to flush L2 */
     size_t flush_bytes;
-    FILE* csv;
-    int reps;
+    FILE* csv;        /* null: no CSV */
+    int reps;         /* rounds that are timed */
     double copy_rate; /* bytes read + written per second */
 } bench_state;
 
@@ -61,7 +62,8 @@ static void* bench_alloc(size_t bytes)
     return p;
 }
 
-/* Normal-ish values of standard deviation `scale`, from a hash of (seed, index). */
+/* Arguments of bench_fill_kernel: `count` elements at p, nearly normal, of standard deviation
+   `scale`, from a hash of (seed, index). */
 typedef struct bench_fill_args {
     void* p;
     int64_t count;
@@ -84,12 +86,13 @@ MOE_KERNEL(256, 1) bench_fill_kernel(MOE_ARG(bench_fill_args) d)
         const uint32_t h = bench_hash((uint32_t)i, bench_hash(d.seed, (uint32_t)(i >> 32)));
         const float u = (float)(h & 255u) + (float)(h >> 8 & 255u) + (float)(h >> 16 & 255u) +
                         (float)(h >> 24) - 510.5f +
-                        (float)(bench_hash(h, d.seed) >> 8) * (1.0f / 16777216.0f); /* deviation 147.8 */
+                        (float)(bench_hash(h, d.seed) >> 8) * (1.0f / 16777216.0f); /* deviation
+                                                                                       147.8 */
         moe_store_f32(d.p, i, d.dtype, u * (d.scale / 147.8f));
     }
 }
 
-/* A device buffer of random elements. */
+/* Returns a device buffer of random elements. */
 static inline void* bench_random(int64_t count, int dtype, float scale, uint32_t seed)
 {
     bench_fill_args a;
@@ -118,7 +121,7 @@ MOE_KERNEL(32, 1) bench_pause_kernel(MOE_ARG(bench_pause_args) a)
     while (now - begin < a.ns);
 }
 
-/* The GPU stands still for so long, at most 2 ms. */
+/* Keeps the GPU busy with one warp for `ms` milliseconds, at most 2. */
 static inline void bench_pause(double ms, cudaStream_t stream)
 {
     bench_pause_args a;
@@ -134,12 +137,12 @@ static inline double bench_host_ms(void)
     return (double)t.tv_sec * 1e3 + (double)t.tv_nsec * 1e-6;
 }
 
-/* What is timed: fn(context), or with repeats > 1 a captured graph of so many calls. */
+/* A call to be timed: fn(context), or with repeats > 1 a captured graph of that many calls. */
 typedef struct bench_call {
     bench_fn fn;
     void* context;
     int repeats;
-    double ms; /* out: median of one call */
+    double ms; /* out: median of one call, milliseconds */
     cudaEvent_t begin, end;
 } bench_call;
 
@@ -156,8 +159,8 @@ static inline void bench_launch_graph(void* context, cudaStream_t stream)
     BENCH_CUDA(cudaGraphLaunch((cudaGraphExec_t)context, stream));
 }
 
-/* Call i of `calls` gets context i, so that rotating inputs keep the L2 cold. The caller destroys the
-   graph by bench_free_graph. */
+/* Returns a graph of `calls` calls. Call i gets context i: rotating inputs keep L2 cold. The caller
+   destroys the graph by bench_free_graph. */
 static inline bench_call bench_graph(bench_state* s, bench_fn fn, void** context, int calls)
 {
     bench_call c;
@@ -178,7 +181,8 @@ static inline void bench_free_graph(bench_call* c)
     BENCH_CUDA(cudaGraphExecDestroy((cudaGraphExec_t)c->context));
 }
 
-/* One round: a pause, then each call once. Returns milliseconds that the host took to queue. */
+/* Runs one round: a pause of `pause` milliseconds, then each call once. Returns the milliseconds
+   that the host took to queue the round. */
 static inline double bench_round(bench_state* s, bench_call* calls, int count, double pause)
 {
     const double began = bench_host_ms();
@@ -196,8 +200,8 @@ static inline double bench_round(bench_state* s, bench_call* calls, int count, d
     return queued;
 }
 
-/* Median milliseconds of each call with a cold L2, the calls taken in turn: all meet the card in the
-   same state, so calls[i].ms / calls[j].ms is their ratio. */
+/* Sets calls[i].ms to the median milliseconds of each call, with a cold L2. The calls run in turn,
+   all on the GPU in the same state, so calls[i].ms / calls[j].ms is their ratio. */
 static inline void bench_alternate(bench_state* s, bench_call* calls, int count)
 {
     float* ms = (float*)malloc((size_t)count * (size_t)s->reps * sizeof(float));
@@ -206,9 +210,9 @@ static inline void bench_alternate(bench_state* s, bench_call* calls, int count)
         BENCH_CUDA(cudaEventCreate(&calls[i].begin));
         BENCH_CUDA(cudaEventCreate(&calls[i].end));
     }
-    bench_round(s, calls, count, 0.0); /* loads what is loaded at a first launch */
+    bench_round(s, calls, count, 0.0); /* loads what a first launch loads */
     began = bench_host_ms();
-    /* The first calls run at the clocks of an idle GPU. */
+    /* Warm-up: an idle GPU has lower clocks. */
     do {
         const double queued = bench_round(s, calls, count, 0.0);
         if (pause == 0.0 || queued < pause) pause = queued;
@@ -228,7 +232,7 @@ static inline void bench_alternate(bench_state* s, bench_call* calls, int count)
     free(ms);
 }
 
-/* Median milliseconds of fn alone. */
+/* Returns the median milliseconds of fn alone. */
 static inline double bench_time(bench_state* s, bench_fn fn, void* context)
 {
     bench_call c = bench_one(fn, context);
@@ -236,7 +240,7 @@ static inline double bench_time(bench_state* s, bench_fn fn, void* context)
     return c.ms;
 }
 
-/* Median milliseconds of one of `calls` calls in a captured graph. */
+/* Returns the median milliseconds of one of `calls` calls in a captured graph. */
 static inline double bench_time_graph(bench_state* s, bench_fn fn, void** context, int calls)
 {
     bench_call c = bench_graph(s, fn, context, calls);
@@ -256,7 +260,7 @@ static void bench_copy(void* context, cudaStream_t stream)
     BENCH_CUDA(cudaMemcpyAsync(c->to, c->from, c->bytes, cudaMemcpyDeviceToDevice, stream));
 }
 
-/* Opens the bench: device, flags, the copy ceiling. Exits 77 where there is no GPU. */
+/* Opens the bench: device, flags, the copy ceiling. Exits with 77 without a GPU. */
 static bench_state bench_open(int argc, char** argv, const char* title)
 {
     bench_state s;
@@ -296,7 +300,7 @@ static bench_state bench_open(int argc, char** argv, const char* title)
     return s;
 }
 
-/* SM clock in MHz and power in W, as nvidia-smi sees them under `fn`, called for about a second. */
+/* Prints SM clock in MHz and power in W, from nvidia-smi while `fn` runs for about a second. */
 MOEI_UNUSED static void bench_note_clocks(bench_state* s, bench_fn fn, void* context, double ms)
 {
     char line[128] = "";
@@ -314,7 +318,8 @@ MOEI_UNUSED static void bench_note_clocks(bench_state* s, bench_fn fn, void* con
     BENCH_CUDA(cudaStreamSynchronize(s->stream));
 }
 
-/* One row: what, milliseconds, a rate with its unit, share of the ceiling or ratio to a peer. */
+/* Prints one row: `what`, milliseconds, a rate with its unit, share of the ceiling or ratio to a
+   peer. */
 MOEI_UNUSED static void bench_row(bench_state* s, const char* what, double ms, double rate, const char* unit,
                       double share, const char* of)
 {

@@ -1,19 +1,20 @@
-/* Why one dense product takes cuBLAS more time here and less there: workspace, algorithm, or clocks.
+/* Shows why cuBLAS's time for one dense product varies: workspace, algorithm, or clocks.
    nvcc -O3 -std=c++14 -I. -arch=sm_90a bench/bench_blas.cu -lcublas -lcublasLt -o bench_blas
 
-   Ways:  GemmEx, default    cublasSetStream before each call, which leaves cuBLAS its own workspace
+   Ways:  GemmEx, default    cublasSetStream before each call: cuBLAS has its own workspace
           GemmEx, 32 MiB     a workspace by cublasSetWorkspace
-          Lt, first          what cublasLt's heuristics name first, 32 MiB
+          Lt, first          the first algorithm of cublasLt's heuristics, 32 MiB
           best               as the benches choose (bench_blas.h), 32 MiB
-   Loads: alone, waiting     L2 flushed, a call, the host waits for it: the benches' old timing
+   Loads: alone, waiting     L2 flushed, a call, the host waits for it
           alone, no gap      two seconds of calls, no flush, no wait
           20 ms pauses       the host sleeps before each flush and call
-          beside ours        in turn with this collection's product of the same flops, L2 flushed, two
-                             seconds; the number behind it is cuBLAS's time over ours
+          beside ours        in turn with this library's product of the same flops, L2 flushed, two
+                             seconds; the last column is cuBLAS's time over ours
 
-   The second half of the calls counts, by its median. A cell is milliseconds and the SM clock in MHz
-   while the call ran: cycles of each multiprocessor over the time between two probes around it.
-   Ours is the grouped GEMM, experts of equal rows. bf16, beta 0, random data; NT: B as [n, k]. */
+   A cell is the median of the second half of the calls: milliseconds, and the SM clock in MHz while
+   the call ran. The clock is the cycles of each multiprocessor over the time, between two probes
+   around the call. Ours is the grouped GEMM, experts of equal rows. bf16, beta 0, random data; NT:
+   B as [n, k]. */
 #include <unistd.h>
 
 #include "bench_blas.h"
@@ -37,7 +38,7 @@ typedef struct probe_args {
     tick* to; /* [MOST_SMS] */
 } probe_args;
 
-/* More blocks than multiprocessors, so that each runs one. */
+/* Runs more thread blocks than multiprocessors, so that each multiprocessor runs one. */
 MOE_KERNEL(32, 1) probe_kernel(MOE_ARG(probe_args) a)
 {
     unsigned sm;
@@ -58,7 +59,7 @@ static void probe(tick* to, cudaStream_t stream)
     BENCH_MOE(MOE_LAUNCH(probe_kernel, c, a));
 }
 
-/* MHz between two probes, over the multiprocessors that both met; 0: none. */
+/* Returns the MHz between two probes, over the multiprocessors that both ran on; 0: none. */
 static float clock_between(const tick* before, const tick* after)
 {
     double cycles = 0.0, ns = 0.0;
@@ -73,7 +74,7 @@ static float clock_between(const tick* before, const tick* after)
 /* ---- one cell ---- */
 
 typedef struct cell {
-    double ms, mhz, ours; /* ours: milliseconds of the product beside it; 0: none */
+    double ms, mhz, ours; /* ours: milliseconds of our product in the same rounds; 0: none */
 } cell;
 
 static double median(float* of, int count)
@@ -82,7 +83,7 @@ static double median(float* of, int count)
     return of[count / 2];
 }
 
-/* theirs, or ours and theirs in turn, `rounds` times under one load. */
+/* Times `theirs`, or `ours` and `theirs` in turn, `rounds` times under one load. */
 static cell measure(bench_state* s, bench_call ours, bench_call theirs, int load, int rounds)
 {
     static float ms[2][MOST_CALLS], mhz[MOST_CALLS];
@@ -133,7 +134,7 @@ static cell measure(bench_state* s, bench_call ours, bench_call theirs, int load
 
 /* ---- products ---- */
 
-/* What the benches did: the stream set before every call. */
+/* The way with cuBLAS's own workspace: sets the stream before every call. */
 static void run_default(void* context, cudaStream_t stream)
 {
     const bench_gemm* g = (const bench_gemm*)context;
@@ -151,7 +152,7 @@ typedef struct shape {
     int m, n, k, experts, b_transposed;
 } shape;
 
-/* Rows of the first, a middle and the last expert. */
+/* Verifies the rows of the first, a middle and the last expert. */
 static int verify_ours(bench_state* s, const shape* p, const bench_gemm* g,
                        moe_grouped_gemm_desc* d)
 {
@@ -213,7 +214,7 @@ static void run_shape(bench_state* s, const shape* p, const bench_blas* fixed,
 
     way[BEST] = bench_gemm_bf16(fixed, p->m, p->n, p->k);
     way[BEST].b_transposed = p->b_transposed;
-    way[BEST].a = d.a, way[BEST].b = d.b.base; /* the first expert's */
+    way[BEST].a = d.a, way[BEST].b = d.b.base; /* of the first expert */
     way[BEST].c = bench_alloc((size_t)p->m * (size_t)p->n * 2);
     *failures += !verify_ours(s, p, &way[BEST], &d);
     way[DEFAULT] = way[FIXED] = way[FIRST] = way[BEST];
@@ -272,7 +273,7 @@ int main(int argc, char** argv)
     bench_state s = bench_open(argc, argv, "cuBLAS dense under several loads, bf16");
     bench_blas fixed = bench_blas_open(&s, (size_t)32 << 20), own = fixed;
     int failures = 0, version = 0;
-    BENCH_CUBLAS(cublasCreate(&own.handle)); /* no workspace of ours */
+    BENCH_CUBLAS(cublasCreate(&own.handle)); /* without a workspace of ours */
     BENCH_CUBLAS(cublasSetStream(own.handle, s.stream));
     BENCH_CUBLAS(cublasGetVersion(own.handle, &version));
     printf("cuBLAS %d, cublasLt %d\n", version, (int)cublasLtGetVersion());

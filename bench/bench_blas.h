@@ -1,15 +1,15 @@
-/* bench_blas.h: the dense product that benches compare with, as quick as cuBLAS has it.
+/* bench_blas.h: the dense product that benches compare with, at the best speed of cuBLAS.
 
      C [m, n] = A [m, k] B [k, n], row-major, beta 0, accumulated in fp32
 
-   bench_gemm_choose takes cublasGemmEx and every algorithm that cublasLt's heuristics offer, each
-   with the same workspace (64 MiB where nothing is said). It verifies each against sums in double,
-   drops what is refused or wrong, times the rest in turn and keeps the quickest.
+   bench_gemm_choose tries cublasGemmEx and every algorithm of cublasLt's heuristics, each with the
+   same workspace (64 MiB by default). It verifies each against sums in double, drops those that are
+   refused or wrong, times the others in turn and keeps the fastest.
 
      bench_blas blas = bench_blas_open(&s, 0);
-     bench_gemm g = bench_gemm_bf16(&blas, m, n, k);      B as [n, k], as weights lie
+     bench_gemm g = bench_gemm_bf16(&blas, m, n, k);      B as [n, k], as weights are stored
      g.a = a, g.b = b, g.c = c;
-     bench_gemm_choose(&s, &g);                           may be copied then, with other operands
+     bench_gemm_choose(&s, &g);                           copies of g may have other operands
      bench_call call = bench_one(bench_run_gemm, &g);
 
    Link with -lcublas -lcublasLt. */
@@ -38,8 +38,8 @@ typedef struct bench_blas {
     size_t workspace_bytes;
 } bench_blas;
 
-/* The handle stays on the bench's stream: cublasSetStream would take the workspace away again.
-   workspace_bytes: 0 = 64 MiB. */
+/* Opens cuBLAS and cublasLt with one workspace. The handle stays on the bench's stream:
+   cublasSetStream would reset the workspace. workspace_bytes: 0 = 64 MiB. */
 static inline bench_blas bench_blas_open(bench_state* s, size_t workspace_bytes)
 {
     bench_blas b;
@@ -68,12 +68,12 @@ typedef struct bench_gemm {
     cublasComputeType_t compute;
     int lt; /* cublasLt candidate, from 1; 0: cublasGemmEx */
     cublasLtMatmulAlgo_t algo;
-    cublasLtMatmulDesc_t op;       /* cublasLt's view, which has columns: C^T = B^T A^T */
+    cublasLtMatmulDesc_t op;       /* of cublasLt, which is column-major: C^T = B^T A^T */
     cublasLtMatrixLayout_t lay[3]; /* B, A, C */
     char name[64];
 } bench_gemm;
 
-/* All bf16, B as [n, k]. */
+/* Returns a product of bf16 matrices, with B as [n, k]. */
 static inline bench_gemm bench_gemm_bf16(const bench_blas* blas, int m, int n, int k)
 {
     bench_gemm g;
@@ -122,7 +122,7 @@ typedef struct bench_gemm_check {
 
 enum { BENCH_GEMM_SAMPLES = 4096 };
 
-/* A warp takes an element of C, anywhere. */
+/* Compares sampled elements of C, one a warp, with sums in double. */
 MOE_KERNEL(256, 1) bench_check_gemm_kernel(MOE_ARG(bench_gemm_check) a)
 {
     const bench_gemm* g = &a.g;
@@ -147,13 +147,14 @@ MOE_KERNEL(256, 1) bench_check_gemm_kernel(MOE_ARG(bench_gemm_check) a)
         }
         bound = (double)(k / 16 + 2) * size / 8388608.0 + 1e-5;
         if (g->out == MOE_BF16) bound += fabs(want) / 256.0;
-        if (g->compute == CUBLAS_COMPUTE_32F_FAST_TF32) bound += size / 1024.0; /* of the inputs */
+        if (g->compute == CUBLAS_COMPUTE_32F_FAST_TF32) bound += size / 1024.0; /* rounding of the
+                                                                                   inputs */
         ratio = (float)(fabs(moe_load_f32(g->c, i * n + j, g->out) - want) / bound);
         if (lane == 0) atomicMax(a.worst, ratio <= 1e30f ? __float_as_uint(ratio) : 0x7f800000u);
     }
 }
 
-/* Largest error over its bound among sampled elements of C, as it stands. */
+/* Returns the largest error over its bound among sampled elements of g's C. */
 static inline float bench_check_gemm(bench_state* s, const bench_gemm* g)
 {
     bench_gemm_check a;
@@ -169,7 +170,7 @@ static inline float bench_check_gemm(bench_state* s, const bench_gemm* g)
     return moe_f32_from_bits(worst);
 }
 
-/* Runs g on a poisoned C; 0 where it is refused or wrong. */
+/* Runs g on a poisoned C. Returns 0 where g is refused or wrong. */
 static inline int bench_gemm_holds(bench_state* s, const bench_gemm* g)
 {
     float worst;
@@ -189,7 +190,7 @@ static inline int bench_gemm_holds(bench_state* s, const bench_gemm* g)
 
 /* ---- choice ---- */
 
-enum { BENCH_GEMM_MOST = 16 }; /* cublasLt's candidates */
+enum { BENCH_GEMM_MOST = 16 }; /* most candidates of cublasLt */
 
 static inline cublasLtMatrixLayout_t bench_gemm_layout(int dtype, int rows, int columns)
 {
@@ -199,7 +200,8 @@ static inline cublasLtMatrixLayout_t bench_gemm_layout(int dtype, int rows, int 
     return l;
 }
 
-/* Fills candidates with cublasGemmEx and what cublasLt offers, its own first choice first. */
+/* Writes cublasGemmEx and the algorithms of cublasLt, in its order, to candidate. Returns their
+   number. */
 static inline int bench_gemm_candidates(const bench_gemm* g, bench_gemm* candidate)
 {
     const cublasOperation_t op_b = g->b_transposed ? CUBLAS_OP_T : CUBLAS_OP_N,
@@ -227,7 +229,7 @@ static inline int bench_gemm_candidates(const bench_gemm* g, bench_gemm* candida
                                        &count) != CUBLAS_STATUS_SUCCESS)
         count = 0;
     BENCH_CUBLAS(cublasLtMatmulPreferenceDestroy(wish));
-    candidate[0] = lt; /* cublasGemmEx, with the descriptors, so that they can be freed */
+    candidate[0] = lt; /* cublasGemmEx; keeps the descriptors, so that they can be freed */
     for (int i = 0; i < count; ++i) {
         int id = -1;
         if (found[i].state != CUBLAS_STATUS_SUCCESS) continue;
@@ -243,7 +245,7 @@ static inline int bench_gemm_candidates(const bench_gemm* g, bench_gemm* candida
     return kept;
 }
 
-/* Makes g the quickest way that is right; exits where none is. */
+/* Replaces g by the fastest candidate that is right; exits where none is. */
 static inline void bench_gemm_choose(bench_state* s, bench_gemm* g)
 {
     bench_gemm candidate[BENCH_GEMM_MOST + 1];
@@ -269,7 +271,7 @@ static inline void bench_gemm_choose(bench_state* s, bench_gemm* g)
     *g = candidate[best];
 }
 
-/* After the last use of a choice and of its copies. */
+/* Called after the last use of a choice and of its copies. */
 static inline void bench_gemm_free(bench_gemm* g)
 {
     if (g->op) BENCH_CUBLAS(cublasLtMatmulDescDestroy(g->op));
@@ -279,7 +281,7 @@ static inline void bench_gemm_free(bench_gemm* g)
     memset(g->lay, 0, sizeof g->lay);
 }
 
-/* A product of its own random operands, chosen; bench_gemm_free_random frees all. */
+/* Returns a chosen product with random operands of its own; bench_gemm_free_random frees all. */
 static inline bench_gemm bench_gemm_random(bench_state* s, const bench_blas* blas, int m, int n,
                                            int k)
 {
@@ -299,7 +301,7 @@ static inline void bench_gemm_free_random(bench_gemm* g)
     BENCH_CUDA(cudaFree(g->c));
 }
 
-/* A row of TFLOPS, the ratio being cuBLAS's time over its own. */
+/* Prints a row in TFLOPS; its ratio is cuBLAS's time over `ms`. */
 static inline void bench_row_dense(bench_state* s, const char* what, double ms, double flops,
                                    double dense_ms)
 {

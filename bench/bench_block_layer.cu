@@ -1,28 +1,28 @@
-/* The three layer forms on block-sparse products, forward and backward, and what a training step
-   takes in memory.
+/* The three layer forms on block-sparse products, forward and backward, and the memory of a
+   training iteration.
    nvcc -O3 -std=c++14 -I. -arch=sm_90a bench/bench_block_layer.cu -lcublas -lcublasLt -o bench_block_layer
 
-   Floor: cuBLAS's time for the dense form's products as plain dense ones (two forward, four
-   backward, in turn with each form), for the other forms the share of it that their experts are. Memory: weights,
-   gradients, saved, workspace, inputs and outputs of one step, as asked for and as cudaMemGetInfo
-   sees it. In the sparse form all experts have tokens, so all have gradients; in the batch form K
-   of them do. */
+   Floor: cuBLAS's time for the dense form's products as dense products (two forward, four backward,
+   in turn with each form). For the other forms, the share of that time that their experts have.
+   Memory: weights, gradients, saved, workspace, inputs and outputs of one iteration, as allocated
+   and as cudaMemGetInfo reports. In the sparse form all experts have tokens, so all have gradients;
+   in the batch form K of them do. */
 #include "bench_blas.h"
 
 #include "../moe/block_layer.cuh"
 
 typedef struct shape {
     int T, H, I, E, K, block, activation;
-    int timed; /* 0: too small for the rates to mean anything */
+    int timed; /* 0: too small for the rates to be meaningful */
 } shape;
 
 static int gated(const shape* p) { return moe_activation_is_gated(p->activation); }
 
 /* ---- cuBLAS ---- */
 
-enum { DENSE_FORWARD = 2, DENSE_PRODUCTS = 6 }; /* the others are backward's */
+enum { DENSE_FORWARD = 2, DENSE_PRODUCTS = 6 }; /* the others belong to backward */
 
-/* The dense form's products, C [m, n] = A [m, k] B [n, k]^T, on operands that they share. */
+/* The dense form's products, C [m, n] = A [m, k] B [n, k]^T; all share their operands. */
 typedef struct dense_step {
     bench_gemm g[DENSE_PRODUCTS];
     void *a, *b, *c;
@@ -61,12 +61,12 @@ static void close_dense(dense_step* d)
 typedef struct form_run {
     moe_block_layer_desc d;
     moe_block_layer_bytes bytes;
-    void* all[32]; /* what was allocated for it */
+    void* all[32]; /* its allocations */
     size_t size[32];
     int count;
-    double asked, measured; /* bytes of a step */
+    double asked, measured; /* bytes of an iteration: allocated, and from cudaMemGetInfo */
     double ms[2];           /* forward, backward */
-    double dense_ms[2];     /* cuBLAS's, in turn with them */
+    double dense_ms[2];     /* of cuBLAS, in turn with them */
 } form_run;
 
 static void* form_keep(form_run* f, void* p, size_t bytes)
@@ -98,7 +98,7 @@ static void run_backward(void* context, cudaStream_t stream)
     BENCH_MOE(moe_block_layer_backward(&((form_run*)context)->d, stream));
 }
 
-/* ids and weights [T, K] of a top-K gate, or of one for the whole batch. */
+/* Allocates ids and weights [T, K]: of a top-K gate, or of one choice for the whole batch. */
 static void route_tokens(bench_state* s, form_run* f, const shape* p, int whole_batch)
 {
     const size_t slots = (size_t)p->T * (size_t)p->K;
@@ -126,12 +126,12 @@ typedef struct check_args {
     moe_block_layer_desc d;
     double* scratch; /* tokens: [blocks, choices, 4, I]; columns: [4, T] */
     int choices;     /* of a token: K, dense: E */
-    int step;        /* between the tokens */
-    int e, i, slot;  /* columns: expert, its column, where its gradient stands */
+    int step;        /* tokens between two checked ones */
+    int e, i, slot;  /* columns: expert, its column, index of its gradient in dw1 and dw2 */
     unsigned* worst; /* largest error over its bound */
 } check_args;
 
-/* f, and its derivatives by gate (or the one number) and up. */
+/* Computes f, and its derivatives by gate (or the one number) and up. */
 MOE_DEVICE void curve(int activation, double v, double up, double* f, double* by_v, double* by_up)
 {
     if (activation == MOE_ACTIVATION_SWIGLU) {
@@ -147,7 +147,8 @@ MOE_DEVICE void curve(int activation, double v, double up, double* f, double* by
     }
 }
 
-/* The size of the terms, by their squares, is what rounding errors of random sign grow with. */
+/* Compares one element. The bound grows with the root of the sum of the terms' squares, as rounding
+   errors of random sign do. */
 MOE_DEVICE void check_one(unsigned* worst, double got, double want, double squares)
 {
     const float ratio = (float)(fabs(got - want) / (0.05 * sqrt(squares) + 1e-12));
@@ -170,7 +171,7 @@ MOE_DEVICE double w2_at(const moe_block_layer_desc* d, int e, int64_t h, int64_t
     return moe_load_f32(d->w2.base, ((int64_t)e * d->hidden + h) * d->intermediate + i, MOE_BF16);
 }
 
-/* y, dx and dweights of token blockIdx.x * step. */
+/* Checks y, dx and dweights of token blockIdx.x * step. */
 MOE_KERNEL(256, 1) check_tokens(MOE_ARG(check_args) a)
 {
     const moe_block_layer_desc* d = &a.d;
@@ -225,7 +226,7 @@ MOE_KERNEL(256, 1) check_tokens(MOE_ARG(check_args) a)
     }
 }
 
-/* What each token has at column i of expert e: act, and the gradients by gate and up. */
+/* Computes act and the gradients by gate and up of every token at column i of expert e. */
 MOE_KERNEL(256, 1) check_column(MOE_ARG(check_args) a)
 {
     const moe_block_layer_desc* d = &a.d;
@@ -249,7 +250,7 @@ MOE_KERNEL(256, 1) check_column(MOE_ARG(check_args) a)
     a.scratch[2 * (int64_t)d->num_tokens + t] = weight * da * by_up;
 }
 
-/* The gradients of that column of w2 and of its one or two rows of w1. */
+/* Checks the gradients of that column of w2 and of its one or two rows of w1. */
 MOE_KERNEL(256, 1) check_grads(MOE_ARG(check_args) a)
 {
     const moe_block_layer_desc* d = &a.d;
@@ -276,7 +277,8 @@ MOE_KERNEL(256, 1) check_grads(MOE_ARG(check_args) a)
         check_one(a.worst, moe_load_f32(d->dw1, (row + I) * H + h, MOE_BF16), sum[2], squares[2]);
 }
 
-/* Largest error of what a step gave, over its bound; experts that have gradients. */
+/* Returns the largest error of an iteration over its bound; *active gets the number of experts with
+   gradients. */
 static float verify(bench_state* s, form_run* f, int* active)
 {
     enum { TOKENS = 24, COLUMNS = 6 };
@@ -324,7 +326,8 @@ static const char* form_name(int form)
                                             : "batch";
 }
 
-/* Allocates what a step of one form needs, runs it poisoned, verifies it, times it beside dense. */
+/* Allocates the buffers of one form's iteration, runs it poisoned, verifies it, times it in turn
+   with dense. */
 static form_run run_form(bench_state* s, const shape* p, int form, dense_step* dense, int* failures)
 {
     const int64_t T = p->T, H = p->H, I = p->I, U = gated(p) ? 2 * I : I;
@@ -443,7 +446,7 @@ int main(int argc, char** argv)
     static const shape shapes[] = {
         {8192, 1024, 2048, 16, 4, 128, MOE_ACTIVATION_SWIGLU, 1},
         {16384, 2048, 4096, 16, 4, 128, MOE_ACTIVATION_SWIGLU, 1},
-        {1024, 128, 512, 16, 4, 32, MOE_ACTIVATION_GELU, 0}, /* tens of MB, as small models have */
+        {1024, 128, 512, 16, 4, 32, MOE_ACTIVATION_GELU, 0}, /* tens of MB, as of small models */
     };
     bench_state s = bench_open(argc, argv, "block-sparse layer forms, bf16");
     bench_blas blas = bench_blas_open(&s, 0);

@@ -1,5 +1,5 @@
-/* Block-sparse products beside cuBLAS dense: sdd, dsd, dds, each forward, dA and dB, over kinds of
-   mask and densities.
+/* Block-sparse products compared with cuBLAS dense: sdd, dsd, dds, each forward, dA and dB, over
+   kinds of mask and densities.
    nvcc -O3 -std=c++14 -I. -arch=sm_90a bench/bench_block_sparse.cu -lcublas -lcublasLt -o bench_block_sparse
 
      --size N      m = n = k, a multiple of 8; 8192
@@ -10,18 +10,19 @@
      --tiles       each row that has a target also by every tile
      --reps N, --csv FILE
 
-   Masks: random      as many blocks as the density says, anywhere
-          diagonal    a block-diagonal of 1 / density experts, rows uneven as routing leaves them,
-                      every border a multiple of 128
-          batch       whole strips of 128 columns: experts that one choice gave to all rows
-   d is the share of blocks kept. A ratio is a time over that of cuBLAS dense of the same size with
-   plain operands; beside it stands the ratio to cuBLAS with the row's transposes. A row's product and
-   cuBLAS's run in turn. TFLOPS: of the blocks kept.
+   Masks: random      as many sparse blocks as the density says, at random positions
+          diagonal    a block-diagonal of 1 / density experts, with uneven rows as from routing;
+                      every border is a multiple of 128
+          batch       whole groups of 128 columns: experts that one choice gave to all rows
+
+   d is the share of sparse blocks kept. A ratio is a time over that of cuBLAS dense of the same
+   size with untransposed operands. The second ratio is to cuBLAS with the transposes of the row. A
+   row's product and cuBLAS's run in turn. TFLOPS count the sparse blocks kept.
 
    Verified first: every element of small ragged products, then 8192 elements of each row's product,
-   against sums in double. Masked-out blocks of operands hold NaN throughout, C is poisoned, and
-   masked-out blocks of a sparse C must stay so. Every list built on the device is compared with the
-   host's. */
+   against sums in double. Masked-out sparse blocks of operands hold NaN throughout. C is poisoned,
+   and masked-out sparse blocks of a sparse C must keep the poison. Every list built on the device
+   is compared with the host's. */
 #include "bench_blas.h"
 
 #include "../moe/block_sparse.cuh"
@@ -33,7 +34,7 @@ enum { NN, NT, TN, NUM_TRANSPOSES };
 
 static const char* const transpose_name[] = {"NN", "NT", "TN"};
 
-/* Target: slope * d + offset of cuBLAS dense; both 0: none. */
+/* One kind of mask. Target: slope * d + offset of cuBLAS dense; both 0: none. */
 typedef struct kind {
     const char* name;
     int block, shape;
@@ -51,8 +52,8 @@ enum { NUM_KINDS = sizeof kinds / sizeof kinds[0] };
 static const double densities[] = {0.05, 0.1, 0.25, 0.5, 0.75, 1.0};
 enum { NUM_DENSITIES = sizeof densities / sizeof densities[0] };
 
-/* A forward product or a gradient of it, and the call that it is. Of the forward product C [m, n] =
-   A [m, k] B [k, n], dA is [m, k] and dB [k, n]. */
+/* One row: a forward product or a gradient of it, and the call that computes it. For the forward
+   product C [m, n] = A [m, k] B [k, n], dA is [m, k] and dB [k, n]. */
 typedef struct pass {
     const char *product, *name;
     int op, transposes;
@@ -91,7 +92,7 @@ static const char* op_name(int op)
     return op == MOE_BLOCK_SPARSE_SDD ? "sdd" : op == MOE_BLOCK_SPARSE_DSD ? "dsd" : "dds";
 }
 
-/* Name of a choice: tile, or tile+rest. */
+/* Returns the name of a choice: tile, or tile+fallback tile. */
 static const char* tile_name(const moe_block_sparse_choice* c)
 {
     static char name[24];
@@ -108,11 +109,11 @@ static const char* tile_name(const moe_block_sparse_choice* c)
 
 typedef struct mask {
     moe_block_sparse_mask m; /* in the form asked for */
-    const uint8_t* bytes;  /* device; the checks read these */
-    moe_block_sparse_list_desc l; /* what builds its list */
+    const uint8_t* bytes;  /* on the device, read by the checks */
+    moe_block_sparse_list_desc l; /* builds its list */
     uint8_t* host;
     int RB, CB, blocks;
-    double kept; /* share of the blocks */
+    double kept; /* share of the sparse blocks */
 } mask;
 
 typedef struct ranked {
@@ -138,21 +139,22 @@ static void choose(uint8_t* chosen, int n, int count, uint32_t seed)
     free(r);
 }
 
-/* Experts of a block-diagonal: as many as bring the density nearest, at most one to 128 rows. */
+/* Returns the experts of a block-diagonal: as many as bring the density nearest, at most one to 128
+   rows. */
 static int diagonal_experts(double density, int most)
 {
     const int n = (int)(1.0 / density + 0.5);
     return n < most ? n : most;
 }
 
-/* bench/compare/block_sparse_triton.py makes the same masks. */
+/* Writes a mask to `to`. bench/compare/block_sparse_triton.py makes the same masks. */
 static void fill_mask(uint8_t* to, const kind* d, double density, int rows, int columns)
 {
     const int RB = moe_block_sparse_count(rows, d->block),
               CB = moe_block_sparse_count(columns, d->block);
     const int row_strips = moe_block_sparse_count(rows, 128),
               column_strips = moe_block_sparse_count(columns, 128);
-    const int each = 128 / d->block; /* blocks in a strip */
+    const int each = 128 / d->block; /* sparse blocks in 128 rows or columns */
     const uint32_t seed =
         (uint32_t)(d->shape * 100000 + d->block * 100) + (uint32_t)(density * 100 + 0.5);
     memset(to, 0, (size_t)RB * (size_t)CB);
@@ -170,7 +172,7 @@ static void fill_mask(uint8_t* to, const kind* d, double density, int rows, int 
         const int least = row_strips < column_strips ? row_strips : column_strips;
         const int experts = diagonal_experts(density, least);
         int64_t total = 0, sum = 0;
-        int row = 0, column = 0; /* strips */
+        int row = 0, column = 0; /* in units of 128 */
         for (int e = 0; e < experts; ++e) total += 1024 + (bench_hash((uint32_t)e, seed) & 1023u);
         for (int e = 0; e < experts; ++e) {
             const int left = experts - 1 - e;
@@ -202,7 +204,7 @@ static int32_t* download(const void* from, int count)
     return p;
 }
 
-/* 0 where the list on the device is the mask's. */
+/* Returns 0 where the list on the device is the list of the mask. */
 static int list_differs(const mask* k)
 {
     const moe_block_sparse_list_desc* l = &k->l;
@@ -211,7 +213,7 @@ static int list_differs(const mask* k)
             *column_offset = download(l->column_offset, k->CB + 1),
             *row_index = download(l->row_index, k->blocks),
             *position = download(l->position, k->blocks);
-    int32_t* number = (int32_t*)malloc((size_t)k->RB * (size_t)k->CB * 4); /* in the row order */
+    int32_t* number = (int32_t*)malloc((size_t)k->RB * (size_t)k->CB * 4); /* in row order */
     int bad = 0, p = 0;
     for (int i = 0; i < k->RB; ++i) {
         bad += row_offset[i] != p;
@@ -298,7 +300,7 @@ static void free_mask(mask* k)
 
 typedef struct operands {
     void *x, *y;  /* dense, random */
-    void* sparse; /* x, but NaN in the blocks masked out */
+    void* sparse; /* x, but NaN in the masked-out sparse blocks */
     void* c;
     uint64_t* fault;
     void* workspace;
@@ -332,8 +334,9 @@ static void poison_operand(const operands* o, const mask* k, cudaStream_t stream
     BENCH_MOE(MOE_LAUNCH(poison_masked, c, a));
 }
 
-/* Each group of `lanes` threads takes elements of C: all of them in turn, or with samples != 0 so
-   many, anywhere. worst[0]: the largest error over its bound; worst[1]: elements compared. */
+/* Each group of `lanes` threads checks elements of C: all of them in turn, or `samples` of them at
+   random positions where samples is not 0. worst[0]: the largest error over its bound; worst[1]:
+   elements compared. */
 typedef struct check_args {
     const void *a, *b, *c;
     const uint8_t* mask;
@@ -356,7 +359,7 @@ MOE_KERNEL(256, 1) check_product(MOE_ARG(check_args) a)
         double want = 0.0, size = 0.0;
         float ratio;
         if (a.op == MOE_BLOCK_SPARSE_SDD && !a.mask[(int64_t)(i / a.block) * a.CB + j / a.block]) {
-            if (lane == 0 && bits != 0xffffu) atomicMax(a.worst, 0x7f800000u); /* written */
+            if (lane == 0 && bits != 0xffffu) atomicMax(a.worst, 0x7f800000u); /* was written */
             continue;
         }
         for (int l = lane; l < a.k; l += a.lanes) {
@@ -387,7 +390,7 @@ MOE_KERNEL(256, 1) check_product(MOE_ARG(check_args) a)
     }
 }
 
-/* Whether C is right, compared in at least one element if there is a block. */
+/* Returns 1 where C is right, with at least one element compared if the mask has a sparse block. */
 static int check_c(bench_state* s, check_args* a, int blocks, const char* what, float* largest)
 {
     unsigned worst[2] = {0, 0};
@@ -406,7 +409,7 @@ static int check_c(bench_state* s, check_args* a, int blocks, const char* what, 
     return 0;
 }
 
-/* The call that pass p of the forward product m, n, k is. */
+/* Returns the call of pass p of the forward product m, n, k. */
 static moe_block_sparse_desc describe(const operands* o, const pass* p, const mask* k, int m, int n,
                                       int kk)
 {
@@ -442,7 +445,7 @@ static void room_for(operands* o, moe_block_sparse_desc* d)
     d->workspace_bytes = o->workspace_bytes;
 }
 
-/* samples: 0 = every element. */
+/* Runs and checks one call. samples: 0 = every element. */
 static int verify(bench_state* s, const operands* o, const moe_block_sparse_desc* d, const mask* k,
                   int samples, const char* what, float* largest)
 {
@@ -497,7 +500,7 @@ static int is_wanted(const options* opt, const kind* d)
     return !opt->only || !strcmp(opt->only, name);
 }
 
-/* Every element of small products with ragged edges, by every tile. */
+/* Verifies every element of small products with ragged edges, by every tile. */
 static void verify_small(bench_state* s, const options* opt, int* failures)
 {
     const int base = opt->size < 512 ? opt->size : 512, m = base + 8, n = base + 136, k = base + 72;
@@ -513,7 +516,7 @@ static void verify_small(bench_state* s, const options* opt, int* failures)
             moe_block_sparse_desc d = describe(&o, &passes[p], &mk, m, n, k);
             poison_operand(&o, &mk, s->stream);
             room_for(&o, &d);
-            for (int t = -1; t < NUM_TILES; ++t) { /* -1: the heuristic's */
+            for (int t = -1; t < NUM_TILES; ++t) { /* -1: the tile of the heuristic */
                 char what[96];
                 d.choice.tile = t < 0 ? 0 : tiles[t].value;
                 if (t >= 0 && moe_status_kind(moe_block_sparse(&d, s->stream)) == MOE_ERR_DEVICE)
@@ -542,7 +545,7 @@ static void run_list(void* context, cudaStream_t stream)
     BENCH_MOE(moe_block_sparse_list_build((const moe_block_sparse_list_desc*)context, stream));
 }
 
-/* What came of the targets of one kind of mask. */
+/* Results for the targets of one kind of mask. */
 typedef struct tally {
     int held, missed;
     double worst; /* ratio over target */
@@ -558,7 +561,7 @@ typedef struct table {
     tally* sum;
 } table;
 
-/* dense: milliseconds of cuBLAS by transposes, NN's and those of p. */
+/* dense: milliseconds of cuBLAS by transposes; those of NN and of p are set. */
 static void csv_row(const table* t, const char* by, const pass* p, const char* tile_used, double ms,
                     const double* dense, double target)
 {
@@ -574,8 +577,8 @@ static void csv_row(const table* t, const char* by, const pass* p, const char* t
     fprintf(csv, "%.1f\n", flops / ms * 1e-9);
 }
 
-/* One row: the product in turn with cuBLAS's NN, cuBLAS's with its transposes and, with --tiles, with
-   itself by every tile. */
+/* Times one row: the product in turn with cuBLAS's NN, with cuBLAS's product of the same transposes
+   and, with --tiles, with the product by every tile. */
 static void run_row(bench_state* s, const table* t, const pass* p, moe_block_sparse_desc* job)
 {
     const int n = t->opt->size, like = p->transposes;
@@ -622,7 +625,7 @@ static void run_row(bench_state* s, const table* t, const pass* p, moe_block_spa
     fflush(stdout);
 }
 
-/* The rows of t's mask, made here for t->d and t->density. */
+/* Runs the rows of t's mask, which is made here from t->d and t->density. */
 static void run_mask(bench_state* s, table* t, operands* o, float* largest, int* failures)
 {
     const int n = t->opt->size;
@@ -648,7 +651,7 @@ static void run_mask(bench_state* s, table* t, operands* o, float* largest, int*
     free_mask(&k);
 }
 
-/* Lists out of bytes, 256 x 256 blocks and others, in a captured graph of 24 builds. */
+/* Times lists made from bytes: 256 x 256 sparse blocks, in a captured graph of 24 builds. */
 static void time_list(bench_state* s, int* failures)
 {
     enum { CALLS = 24 };
@@ -750,7 +753,7 @@ int main(int argc, char** argv)
         if (opt.quick && kinds[i].slope == 0.0 && kinds[i].offset == 0.0) continue;
         for (int j = 0; j < NUM_DENSITIES; ++j) {
             if (opt.quick && !(densities[j] > 0.09 && densities[j] < 0.51)) continue;
-            if (kinds[i].shape == DIAGONAL) { /* as many experts as before: that mask has been */
+            if (kinds[i].shape == DIAGONAL) { /* skips a number of experts that was run already */
                 const int now =
                     diagonal_experts(densities[j], moe_block_sparse_count(opt.size, 128));
                 if (now == experts || (now == 1 && densities[j] < 1.0)) continue;

@@ -1,13 +1,15 @@
-/* Combine through the pointer table, gather form and scatter form, beside the copy rate, and beside
-   cat then index-add.
+/* Combine through the pointer table, gather form and scatter form, compared with the copy rate and
+   with cat and index-add.
    nvcc -O3 -std=c++14 -I. -arch=sm_90a bench/bench_combine.cu -o bench_combine
 
    Floor: each row read once, each token written once: (T K + T) H elements at the rate of a
-   device-to-device copy. Every expert's rows are an allocation of their own.
-   The scatter form sets y to 0 and adds rows to it by atomics: in one launch over all experts, and
-   in one launch an expert. Both times count the zeros.
+   device-to-device copy. Every expert's rows are a separate allocation.
+
+   The scatter form sets y to 0 and adds rows to y by atomics: in one launch over all experts, and
+   in one launch an expert. Both times include the zeroing.
+
    The peer: one copy per expert into a joined array, one kernel that scales the rows in place,
-   zeroed outputs, and one that adds each row to its token by atomics. */
+   zeroed outputs, and one kernel that adds each row to its token by atomics. */
 #include "bench.h"
 
 #include "../moe/combine_scatter.cuh"
@@ -42,7 +44,7 @@ static void run_scatter(void* context, cudaStream_t stream)
     BENCH_MOE(moe_combine_scatter(&j->scatter, stream));
 }
 
-/* The same kernel, one launch an expert. */
+/* Runs the same kernel in one launch an expert. */
 static void run_each_expert(void* context, cudaStream_t stream)
 {
     const job* j = (const job*)context;
@@ -112,12 +114,12 @@ static void run_cat(void* context, cudaStream_t stream)
     BENCH_MOE(MOE_LAUNCH(index_add, l, a));
 }
 
-/* Error of tokens 0, step, 2 step, ... against a double sum, over its bound: twice what rounding to
-   y's dtype may cost, once, or with every product and addition. */
+/* Compares tokens 0, step, 2 step, ... with sums in double. The bound is twice the error of
+   rounding to y's dtype, once, or with every product and addition. */
 typedef struct check_args {
     moe_combine_desc c;
-    int step, each;  /* each: every product and sum was rounded */
-    double unit;     /* of the last place of y, relative */
+    int step, each;  /* tokens between two checked ones; each: every product and sum was rounded */
+    double unit;     /* unit in the last place of y, relative */
     unsigned* worst; /* bits of the largest error over its bound */
 } check_args;
 
@@ -142,7 +144,7 @@ MOE_KERNEL(256, 1) check_combine(MOE_ARG(check_args) d)
     }
 }
 
-/* The largest error of y over its bound. */
+/* Returns the largest error of y over its bound. */
 static float check_y(bench_state* s, const job* j, void* y, int y_dtype, int each)
 {
     check_args check;
@@ -184,7 +186,7 @@ static void run_shape(bench_state* s, int T, int H, int E, int K, int* failures)
     j.E = E;
     j.count = (int32_t*)calloc((size_t)E, 4);
     j.buffer = (void**)calloc((size_t)E, sizeof(void*));
-    for (int64_t i = 0; i < slots; ++i) { /* distinct experts of a token */
+    for (int64_t i = 0; i < slots; ++i) { /* a token's experts are distinct */
         const int first = (int)(bench_hash(7, (uint32_t)(i / K)) % (unsigned)E);
         const int step = 2 * (int)(bench_hash(8, (uint32_t)(i / K)) % (unsigned)(E / 2)) + 1;
         id[i] = (first + (int)(i % K) * step) % E;

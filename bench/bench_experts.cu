@@ -1,8 +1,9 @@
-/* Expert MLP through the grouped GEMM, each product beside cuBLAS dense of the same FLOPs.
+/* The experts' MLP through the grouped GEMM, each product compared with cuBLAS dense of the same
+   flops.
    nvcc -O3 -std=c++14 -I. -arch=sm_90a bench/bench_experts.cu -lcublas -lcublasLt -o bench_experts
 
-   Floor: 2 rows n k flops at cuBLAS's rate for one dense product of that shape, the four products in
-   turn; for few tokens, the bytes of the weights at the copy rate. */
+   Floor: 2 rows n k flops at cuBLAS's rate for one dense product of that shape, the four products
+   in turn; for few tokens, the bytes of the weights at the copy rate. */
 #include "bench_blas.h"
 
 static void run_up(void* context, cudaStream_t stream)
@@ -15,7 +16,7 @@ static void run_down(void* context, cudaStream_t stream)
     BENCH_MOE(moe_experts_down((const moe_experts_desc*)context, stream));
 }
 
-/* Rows 0, step, ... of both products against double sums, over the bound that rounding allows. */
+/* Compares rows 0, step, ... of both products with sums in double, over the bound of rounding. */
 typedef struct check_args {
     moe_experts_desc d;
     int step;
@@ -74,7 +75,7 @@ static void run_shape(bench_state* s, const bench_blas* blas, int T, int H, int 
     moe_gate_desc g;
     moe_route_desc r;
     moe_gemm_plan up, down;
-    bench_call call[4]; /* up, down, cuBLAS's */
+    bench_call call[4]; /* up, down, cuBLAS's two */
     unsigned worst = 0;
     char what[112];
     const char* name = kind == MOE_ACTIVATION_GEGLU            ? " GEGLU"

@@ -1,8 +1,8 @@
 /* Gate and route, all outputs, in a captured graph.
    nvcc -O3 -std=c++14 -I. -arch=sm_90a bench/bench_gate_route.cu -o bench_gate_route
 
-   Floor: logits read once; ids, weights, slot_row, row_slot, row_weight and places written once, ids
-   and weights read once more: T (4 E + 36 K) bytes at the copy rate, with fp32 logits. */
+   Floor: logits read once; ids, weights, slot_row, row_slot, row_weight and places written once,
+   ids and weights read once more: T (4 E + 36 K) bytes at the copy rate, with fp32 logits. */
 #include "bench.h"
 
 #include "../moe/ref/ref.h"
@@ -73,7 +73,7 @@ static void* host_copy(const void* device, size_t bytes)
     return p;
 }
 
-/* Every id and every row against the reference. */
+/* Checks every id and every row against the reference. Returns the number of wrong ones. */
 static int verify(const job* j, cudaStream_t stream)
 {
     const int T = j->gate.num_tokens, E = j->gate.num_experts, K = j->gate.top_k;
@@ -114,7 +114,7 @@ static int verify(const job* j, cudaStream_t stream)
     return wrong;
 }
 
-/* The rules, each by itself, as set in a job of make_job. */
+/* The rules, one at a time, as set_rule sets them in a job of make_job. */
 enum {
     RULE_NONE, RULE_SPARSEMAX, RULE_QUADRATIC, RULE_PIONEER, RULE_THRESHOLD, RULE_GROUPS, RULE_BIAS,
     RULE_DEEPSEEK, RULE_TEMPERATURE, RULE_NOISE, RULE_DROPOUT, RULE_EXPERT_OFF, RULE_TOKEN_OFF,
@@ -151,7 +151,7 @@ static void set_rule(job* j, int rule)
         const int n = rule == RULE_EXPERT_OFF ? E : g->num_tokens;
         uint8_t* off = (uint8_t*)bench_alloc((size_t)n);
         BENCH_CUDA(cudaMemset(off, 0, (size_t)n));
-        BENCH_CUDA(cudaMemset2D(off, 16, 1, 1, (size_t)n / 16)); /* each sixteenth */
+        BENCH_CUDA(cudaMemset2D(off, 16, 1, 1, (size_t)n / 16)); /* every sixteenth */
         if (rule == RULE_EXPERT_OFF) g->expert_disabled = off;
         else g->token_disabled = off;
     }
@@ -166,9 +166,10 @@ static void free_rule(job* j)
     cudaFree((void*)j->gate.expert_disabled), cudaFree((void*)j->gate.token_disabled);
 }
 
-/* Ids and weights of the first tokens (of a batch: of all) against the reference. Tokens whose
-   choice hangs on what fp32 may round are left out, at most half of them. Small are the margins of
-   a batch, counted in the sum of the absolute logits, and of squared cosines. */
+/* Checks ids and weights of the first tokens (whole_batch: of all) against the reference. Skips
+   tokens whose choice depends on fp32 rounding, at most half of them. The least margin is smaller
+   for whole_batch, whose margins are relative to the sum of absolute logits, and for squared
+   cosines. */
 static int verify_rule(const job* j, cudaStream_t stream)
 {
     moe_gate_desc d = j->gate;
@@ -206,7 +207,8 @@ static int verify_rule(const job* j, cudaStream_t stream)
     return wrong;
 }
 
-/* Each rule beside the plain gate: gate + route, and the gate alone. Returns how many were wrong. */
+/* Compares each rule with the plain gate: gate + route, and the gate alone. Returns the number of
+   wrong ones. */
 static int time_rules(bench_state* s, int T, int E, int K)
 {
     enum { CALLS = 24 };

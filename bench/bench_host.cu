@@ -1,13 +1,14 @@
 /* Host time of a layer call, of a prepared run, and of the bare runtime calls that the run makes.
    nvcc -O3 -std=c++14 -I. -arch=sm_90a bench/bench_host.cu -o bench_host
 
-   Floor: cudaLaunchKernelExC with the same kernels, grids, shared memory and attributes. The three are
-   queued in turn, 16 of each behind a pause on the GPU, so that none waits for the device; medians. */
+   Floor: cudaLaunchKernelExC with the same kernels, grids, shared memory and attributes. The three
+   are queued in turn, 16 of each after a pause on the GPU, so that no call waits for the device;
+   medians. */
 #include "bench.h"
 
 enum { T = 64, H = 512, I = 256, E = 16, K = 2, CALLS = 16, ROUNDS = 200, MOST = 8 };
 
-/* The launches of one run, resolved. */
+/* The prepared launches of one run. */
 typedef struct bare {
     const moe_launch* launch[MOST];
     void* arg[MOST];
@@ -63,14 +64,14 @@ int main(int argc, char** argv)
     BENCH_MOE(moe_layer_workspace(&l, &l.workspace_bytes));
     l.workspace = bench_alloc(l.workspace_bytes);
     BENCH_MOE(moe_layer_prepare(&l, &p));
-    bare_add(&b, &p.router.gemm.launch, &p.router.gemm.args, s.stream); /* of one dtype: a GEMM */
+    bare_add(&b, &p.router.gemm.launch, &p.router.gemm.args, s.stream); /* both bf16: a GEMM */
     bare_add(&b, &p.gate.choose, &p.gate.args, s.stream);
     bare_add(&b, &p.route.count, &p.route.args, s.stream);
     bare_add(&b, &p.route.place, &p.route.args, s.stream);
     bare_add(&b, &p.experts.up.launch, &p.experts.up.args, s.stream);
     bare_add(&b, &p.experts.down.launch, &p.experts.down.args, s.stream);
     bare_add(&b, &p.combine.launch, &p.combine.args, s.stream);
-    for (int way = 0; way < 3; ++way) { /* all three leave the same y */
+    for (int way = 0; way < 3; ++way) { /* all three write the same y */
         BENCH_CUDA(cudaMemset(l.y, 0xff, T * H * 2));
         if (way == 0) BENCH_MOE(moe_layer_forward(&l, s.stream));
         if (way == 1) BENCH_MOE(moe_layer_run(&p, s.stream));

@@ -1,9 +1,9 @@
-/* Weight gradients through the k-grouped GEMM, beside cuBLAS dense of the same FLOPs.
+/* Weight gradients through the k-grouped GEMM, compared with cuBLAS dense of the same flops.
    nvcc -O3 -std=c++14 -I. -arch=sm_90a bench/bench_k_gemm.cu -lcublas -lcublasLt -o bench_k_gemm
 
-   dW1 of SwiGLU: dact [R, 2I] and the tokens gathered by row_slot; dW2: the gathered gradient of y and
-   act [R, I]; both in fp32, written. Floor: 2 R m n flops at cuBLAS's rate for one dense product of
-   [m, R] and [R, n], in turn. */
+   dW1 of SwiGLU: dact [R, 2I] and the tokens gathered by row_slot. dW2: the gathered gradient of y
+   and act [R, I]. Both are written in fp32. Floor: 2 R m n flops at cuBLAS's rate for one dense
+   product of [m, R] and [R, n], in turn. */
 #include "bench_blas.h"
 
 #include "../moe/gemm/k_grouped.cuh"
@@ -13,7 +13,7 @@ static void run_k(void* context, cudaStream_t stream)
     BENCH_MOE(moe_k_grouped_gemm_run((const moe_k_grouped_gemm_prepared*)context, stream));
 }
 
-/* Some elements of some experts against double sums, over the house bound. */
+/* Compares some elements of some experts with sums in double, over the bound of fp32 sums. */
 typedef struct check_args {
     moe_k_grouped_gemm_desc d;
     unsigned* worst;

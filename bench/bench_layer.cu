@@ -1,9 +1,9 @@
-/* The whole layer, router to combine, and each of its stages.
+/* The whole layer, router to combine, and each of its parts.
    nvcc -O3 -std=c++14 -I. -arch=sm_90a bench/bench_layer.cu -o bench_layer
 
-   Rate: the 6 T K H I flops of the experts over the layer's time. Layer and stages are timed in turn.
-   Also checked: the workspace is what the formula in layer.cuh says to the byte, and a call takes no
-   other device memory. */
+   Rate: the 6 T K H I flops of the experts over the layer's time. Layer and parts are timed in
+   turn. Also checked: the workspace has exactly the bytes of the formula in layer.cuh, and a call
+   takes no other device memory. */
 #include "bench.h"
 
 static void run_layer(void* context, cudaStream_t stream)
@@ -22,9 +22,9 @@ static void run_stage(void* context, cudaStream_t stream)
     BENCH_MOE(moe_layer_run_stage(j->layer, j->stage, stream));
 }
 
-/* Token blockIdx.x * step from its own ids and weights, in double, once exact and once with act, rows
-   and y rounded as the layer rounds them. worst[0]: largest error of y, worst[1]: largest error of
-   that rounding; worst[2]: largest error of a logit over its bound. */
+/* Computes token blockIdx.x * step from its own ids and weights, in double: once exactly, and once
+   with act, rows and y rounded as the layer rounds them. worst[0]: largest error of y; worst[1]:
+   largest error of that rounding; worst[2]: largest error of a logit over its bound. */
 typedef struct check_args {
     moe_layer_desc l;
     moe_layer_view v;
@@ -54,7 +54,7 @@ MOE_KERNEL(256, 1) check_layer(MOE_ARG(check_args) a)
         }
     }
     for (int64_t i = threadIdx.x; i < acts; i += 256) {
-        const bool shared = i >= K * I; /* of the shared expert, behind those of the others */
+        const bool shared = i >= K * I; /* the shared expert's columns follow those of the others */
         const int64_t e = shared ? 0 : a.v.ids[t * K + i / I], n = shared ? i - K * I : i % I;
         const int64_t width = shared ? S : I;
         const void* w1 = shared ? a.l.shared.w1.base : a.l.w1.base;
@@ -95,9 +95,10 @@ MOE_KERNEL(256, 1) check_layer(MOE_ARG(check_args) a)
     }
 }
 
+/* Returns the bytes of one buffer of a workspace: a multiple of 256. */
 static uint64_t piece(uint64_t bytes) { return (bytes + 255) / 256 * 256; }
 
-/* S: width of a shared expert; 0: none. */
+/* S: width of the shared expert; 0: none. */
 static void run_shape(bench_state* s, int T, int H, int I, int E, int K, int S, int* failures)
 {
     const uint64_t slots = (uint64_t)T * (uint64_t)K;

@@ -1,4 +1,4 @@
-/* Permute and unpermute, beside the copy rate.
+/* Permute and unpermute, compared with the copy rate.
    nvcc -O3 -std=c++14 -I. -arch=sm_90a bench/bench_permute.cu -o bench_permute
 
    Floor of permute: each token read once, each row written once: (T + T K) H elements at the rate
@@ -28,8 +28,8 @@ static void run_unpermute(void* context, cudaStream_t stream)
     BENCH_MOE(moe_unpermute(&((const job*)context)->back, stream));
 }
 
-/* Counts the pieces of 16 bytes of y that are not those of the row of x that they must be: of
-   permute, row r is token row_slot[r] / K; of both, slot s is token s / K again. */
+/* Counts the 16-byte vectors of y that differ from the right row of x: row r of permute is token
+   row_slot[r] / K; slot s after both is token s / K again. */
 typedef struct check_args {
     const uint4* x;
     const uint4* y;
@@ -68,7 +68,7 @@ static unsigned check(bench_state* s, const job* j, const void* y, const int32_t
     return wrong;
 }
 
-/* The time of a copy that reads and writes `bytes` in all, for the floor of what follows. */
+/* Times a copy that reads and writes `bytes` in all: the floor of the rows that follow. */
 static void note_copy(bench_state* s, double bytes, void* to, const void* from)
 {
     bench_copy_args copy;
@@ -94,7 +94,7 @@ static void run_shape(bench_state* s, int T, int H, int E, int K, int* failures)
     char what[96];
     job j;
     memset(&j, 0, sizeof j);
-    for (int64_t i = 0; i < slots; ++i) { /* distinct experts of a token */
+    for (int64_t i = 0; i < slots; ++i) { /* a token's experts are distinct */
         const int first = (int)(bench_hash(7, (uint32_t)(i / K)) % (unsigned)E);
         const int step = 2 * (int)(bench_hash(8, (uint32_t)(i / K)) % (unsigned)(E / 2)) + 1;
         id[i] = (first + (int)(i % K) * step) % E;

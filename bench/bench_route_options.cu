@@ -1,9 +1,9 @@
-/* Route with each of its options beside plain route, all outputs, in a captured graph.
+/* Route with each of its options compared with plain route, all outputs, in a captured graph.
    nvcc -O3 -std=c++14 -I. -arch=sm_90a bench/bench_route_options.cu -o bench_route_options
 
-   First every route counts for itself (replicas cannot take the gate's counts), so plain routing is
-   two launches and capacity by weight three. Then gate and route together, the gate's counts handed
-   over where the option allows it, beside plain gate and route. */
+   First every route counts by itself (replicas cannot take the gate's counts): plain route is two
+   launches, capacity by weight three. Then gate and route together, compared with plain gate and
+   route; the gate passes its counts to route where the option allows it. */
 #include "bench.h"
 
 #include "../moe/ref/ref.h"
@@ -29,7 +29,7 @@ static void run_both(void* context, cudaStream_t stream)
     run_route(context, stream);
 }
 
-/* Gate and plain route of some logits; outputs with room for every option. */
+/* Returns gate and plain route of some logits; outputs have room for every option. */
 static job make_job(int T, int E, int K, uint32_t seed)
 {
     const size_t slots = (size_t)T * (size_t)K, most = slots + (size_t)E * 2 * 128;
@@ -62,7 +62,7 @@ static void free_job(job* j)
     cudaFree(j->route.row_weight), cudaFree(j->route.place), cudaFree(j->route.workspace);
 }
 
-/* The route of a job with an option. */
+/* Returns the route of a job with an option. */
 static moe_route_desc with(const job* j, const option* o, const int32_t* replica_offset)
 {
     moe_route_desc d = j->route;
@@ -74,7 +74,7 @@ static moe_route_desc with(const job* j, const option* o, const int32_t* replica
     return d;
 }
 
-/* Every map against the reference. */
+/* Checks every map against the reference. Returns the number of wrong ones. */
 static int verify(const moe_route_desc* d, const int32_t* replica_offset, cudaStream_t stream)
 {
     const size_t slots = (size_t)d->num_tokens * (size_t)d->top_k;
@@ -158,7 +158,8 @@ static void run_shape(bench_state* s, int T, int E, int K, int* failures)
         for (int c = 0; c < CALLS; ++c) {
             jobs[c] = base[c];
             jobs[c].route = with(&base[c], o, replica_offset);
-            if (!o->replicas) { /* the gate's counts lie behind what route wants of its workspace */
+            if (!o->replicas) { /* the gate's counts follow the part of the workspace that route
+                                   uses */
                 int32_t* count = (int32_t*)((char*)base[c].route.workspace +
                                             base[c].route.workspace_bytes -
                                             (size_t)E * (size_t)moe_num_chunks(T) * 4);

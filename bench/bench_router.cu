@@ -1,11 +1,11 @@
-/* The router's product, bf16 and fp32 weights, beside cuBLAS in bf16, TF32 and fp32.
+/* The router's product, bf16 and fp32 weights, compared with cuBLAS in bf16, TF32 and fp32.
    nvcc -O3 -std=c++14 -I. -arch=sm_90a bench/bench_router.cu -lcublas -lcublasLt -o bench_router
 
    Floor: x and router read once, logits written once, at the rate of a device-to-device copy. An
-   fp32 router is three bf16 products on tensor cores: cuBLAS's bf16 time three times is the other
-   floor. The split product is also timed with either tile, whichever the plan chooses. All ways of a
-   shape are timed in turn.
-   Few tokens: a captured graph of 24 calls over as many copies of all operands. */
+   fp32 router is three bf16 products on tensor cores, so three times cuBLAS's bf16 time is a second
+   floor. The bf16 split is also timed with either tile, whichever the plan chooses. All ways of a
+   shape are timed in turn. Few tokens: a captured graph of 24 calls over as many copies of all
+   operands. */
 #include "bench_blas.h"
 
 #define MOST_COPIES 24
@@ -14,7 +14,7 @@ enum { PLANNED, LARGE_TILE, SMALL_TILE };
 
 typedef struct job {
     moe_router_desc d;
-    int tile; /* as above */
+    int tile; /* PLANNED, LARGE_TILE or SMALL_TILE */
     bench_gemm dense; /* cuBLAS's product of the same operands */
 } job;
 
@@ -37,8 +37,8 @@ static void run_dense(void* context, cudaStream_t stream)
     bench_run_gemm(&((job*)context)->dense, stream);
 }
 
-/* Logits of tokens 0, step, 2 step, ... against double sums of the operands as they are, over the
-   house bound of fp32 sums. */
+/* Compares logits of tokens 0, step, 2 step, ... with sums in double of the unrounded operands,
+   over the bound of fp32 sums. */
 typedef struct check_args {
     moe_router_desc d;
     int step;
@@ -80,7 +80,7 @@ static float check(bench_state* s, const moe_router_desc* d)
     return moe_f32_from_bits(worst);
 }
 
-/* What is timed: dtypes of x and router; ours, or cuBLAS. */
+/* One way that is timed: dtypes of x and router; ours, or cuBLAS. */
 typedef struct way {
     const char* name;
     int x_dtype, router_dtype, tile, cublas;
@@ -99,7 +99,7 @@ static const way ways[] = {
 };
 enum { NUM_WAYS = sizeof ways / sizeof ways[0] };
 
-/* A way at one shape: verified, captured where tokens are few. */
+/* One way at one shape: verified, and captured where tokens are few. */
 typedef struct trial {
     job jobs[MOST_COPIES];
     int copies;
@@ -122,7 +122,8 @@ static bench_call prepare(bench_state* s, const bench_blas* blas, const way* w, 
         j->d.x_dtype = w->x_dtype, j->d.router_dtype = w->router_dtype;
         j->d.num_tokens = T, j->d.hidden = H, j->d.num_experts = E;
         j->tile = w->tile;
-        if (w->cublas) { /* logits [T, E] = x [T, H] router [E, H]^T, fp32 out; one choice for all */
+        if (w->cublas) { /* logits [T, E] = x [T, H] router [E, H]^T in fp32; one choice for all
+                            copies */
             j->dense = i ? t->jobs[0].dense : bench_gemm_bf16(blas, T, E, H);
             j->dense.in = w->x_dtype, j->dense.out = MOE_FP32;
             j->dense.compute = w->compute;
@@ -189,7 +190,7 @@ int main(int argc, char** argv)
     run_shape(&s, &blas, 8192, 7168, 256, &failures);
     run_shape(&s, &blas, 1024, 7168, 256, &failures);
     run_shape(&s, &blas, 64, 7168, 256, &failures);
-    run_shape(&s, &blas, 32768, 2048, 60, &failures); /* E no multiple of 8 */
+    run_shape(&s, &blas, 32768, 2048, 60, &failures); /* E is no multiple of 8 */
     bench_blas_close(&blas);
     return bench_close(&s, failures);
 }

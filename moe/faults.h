@@ -4,15 +4,15 @@
      moe_fault f = moe_fault_decode(word);
      if (f.code) printf("%s at %lld, rank %d\n", moe_fault_text(f.code), f.index, f.rank);
 
-   base/fault.h tells what a fault word is. After a data fault the slot, row or token concerned
-   drops out, as the text says, and everything else is right. After a stop fault the later kernels
-   that are given the same word do nothing. */
+   base/fault.h defines the fault word. After a data fault the slot, row or token concerned is
+   dropped, as the text says, and everything else is right. After a stop fault the later kernels
+   with the same word do nothing. */
 #ifndef MOE_FAULTS_H
 #define MOE_FAULTS_H
 
 #include "base/fault.h"
 
-/* name, code, text. Codes 1 to MOE_FAULT_LAST_STOP stop later kernels; the smaller code wins. */
+/* name, code, text. Codes 1 to MOE_FAULT_LAST_STOP stop later kernels; the smaller code is kept. */
 #define MOEI_FAULT_LIST(X)                                                                        \
     X(NONE, 0, "no fault")                                                                        \
     X(BAD_OFFSET, 1, "expert_offset decreases or passes the last row (index: expert)")            \
@@ -34,7 +34,7 @@ enum {
 #undef MOEI_FAULT_ENUM
 };
 
-/* Text of a code: static storage, never null. */
+/* Returns the text of a code: static storage, never null. */
 MOE_HOST const char* moe_fault_text(int code)
 {
     switch (code) {

@@ -1,6 +1,6 @@
 /* fields.h: the fields that a call can refuse, and the text of a status. C11 and C++14.
 
-   Every field has its own status for every way in which it can be wrong, and the text names it:
+   Every field has one status for each way in which it can be wrong, and the text names the field:
 
      moe_status s = moe_gate(&desc, stream);
      if (s != MOE_OK) {
@@ -15,7 +15,7 @@
 #include "base/fault.h"
 #include "base/status.h"
 
-/* The fields a descriptor may have, named as the descriptors name them. */
+/* The fields of all descriptors, under the names that the descriptors use. */
 #define MOEI_FIELD_LIST(X)                                                                         \
     X(desc)                                                                                        \
     X(num_tokens)                                                                                  \
@@ -61,10 +61,10 @@ enum {
         MOE_NUM_FIELDS
 };
 
-/* The status of one kind for one field: what a call returns when it refuses. */
+/* The status of one kind for one field: what a call returns when it refuses the field. */
 #define MOE_STATUS(kind, field) ((moe_status)((kind) | (MOE_FIELD_##field << 8)))
 
-/* Name of the field a refusal is about, "" where there is none: static storage. */
+/* Returns the name of the refused field, "" where the status names none: static storage. */
 MOE_HOST const char* moe_status_field(moe_status s)
 {
     static const char* const name[] = {"",
@@ -77,10 +77,10 @@ MOE_HOST const char* moe_status_field(moe_status s)
     return name[field];
 }
 
-#define MOE_STATUS_TEXT 96 /* bytes that moe_status_describe may write */
+#define MOE_STATUS_TEXT 96 /* most bytes that moe_status_describe writes */
 
-/* "top_k: out of range", "CUDA error 700": writes at most MOE_STATUS_TEXT bytes to `text`
-   and returns it. */
+/* Writes the text of a status to `text`, at most MOE_STATUS_TEXT bytes, and returns `text`: "top_k:
+   out of range", "CUDA error 700". */
 MOE_HOST const char* moe_status_describe(moe_status s, char* text)
 {
     const char* part[3];
@@ -107,11 +107,11 @@ MOE_HOST const char* moe_status_describe(moe_status s, char* text)
     return text;
 }
 
-/* In a launch helper: refuse a rank that a fault word cannot hold. */
+/* Refuses, from a launch helper, a rank that a fault word cannot hold. */
 #define MOEI_REQUIRE_RANK(d)                                                                       \
     MOE_REQUIRE((d)->rank >= 0 && (d)->rank <= MOE_FAULT_MAX_RANK, MOE_ERR_RANGE, rank)
 
-/* In a launch helper: refuse with this kind and field unless the condition holds. */
+/* Returns MOE_STATUS(kind, field) from a launch helper unless the condition holds. */
 #define MOE_REQUIRE(cond, kind, field)                                                             \
     do {                                                                                           \
         if (!(cond)) return MOE_STATUS(kind, field);                                               \

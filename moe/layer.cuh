@@ -4,34 +4,41 @@
      ids, weights = gate(logits)    gate.cuh, with all its rules
      rows in expert order           route.cuh, with replicas, padding and capacity
      rows = experts(x)              experts.cuh, two launches
-     shared = expert(x)             the same with one expert for all tokens, if there is one
+     shared = expert(x)             one expert for all tokens, where a shared expert is given
      y = residual + combine(rows) + weight shared    combine.cuh
 
-   In:   x [T, H], router [E, H], w1 [P, 2I, H], w2 [P, H, I], biases and residual where wanted
+   In:   x [T, H], router [E, H], w1 [P, 2I, H], w2 [P, H, I]; optional biases and residual
    Out:  y [T, H]; y may be x or the residual itself
-   A caller that has logits of its own sets `logits` and no router; one that has ids and weights
-   sets those and neither. P, the experts that have weights, is E, or route.num_replicas with
-   replicas; ids and everything before them count the E experts that the router knows.
 
-   Options of gate and route stand in the nested descriptors; what the layer itself fills in there
-   must be 0 (else: `gate` or `route`, contradicts another field). A shared expert (`shared`) costs
-   two more launches and no copy: combine adds its rows last.
+   `logits` replaces the router: the caller sets one of the two. `ids` with `weights` replaces
+   router and gate: the caller sets neither router nor logits. P, the number of experts with
+   weights, is E, or route.num_replicas with replicas. ids and everything before them count the E
+   experts that the router knows.
+
+   Options of gate and route are fields of the nested descriptors. What the layer itself fills in
+   there must be 0 (else: `gate` or `route`, contradicts another field).
 
    A stop fault (base/fault.h) in the fault word keeps every later call from writing y until the
-   caller clears the word. T = 0 is no error, but the workspace must be there.
-   Nothing is allocated and nothing synchronised; the calls can be captured in a graph and the
-   graph replayed with other inputs. Six launches, without options. The same bits every run.
+   caller clears the word. T = 0 is no error, but the workspace must be given.
 
-   Workspace, asked for by moe_layer_workspace (in bytes, each piece rounded up to 256):
+   fp16 (sm_75) or bf16 (sm_80). Numerics and sources are those of the stations. Equal inputs give
+   equal bits. No call allocates or synchronises. The calls can be captured in a graph, and the
+   graph replayed with other inputs.
+
+   Cost: six launches without options. A shared expert costs two more launches and no copy: combine
+   adds its rows last.
+
+   Workspace, as moe_layer_workspace returns it (in bytes, each buffer rounded up to 256):
      T E 4  logits        (unless given)      T K 4 + T K 4  ids, weights   (unless given)
      moe_num_chunks(T) E 4  chunk counts      (except with ids or replicas)
-     what moe_gate_workspace says             0 for most
-     what moe_route_workspace says            0 except with ids, replicas or capacity by weight
+     bytes of moe_gate_workspace              0 for most options
+     bytes of moe_route_workspace             0 except with ids, replicas or capacity by weight
      P 4 + (P + 1) 4  counts, offsets         R 4  row_slot         T K 8  places
      R I 2  act                               R H 2  rows, R H 4 with fp32 rows
-     T Is 2 + T H 2 (fp32 rows: T H 4)  of the shared expert, where there is one, of width Is
-   R, the rows, is T K, or what moe_route_max_rows says with options of route.
-   moe_layer_get_view tells where each piece lies, for statistics or for a backward pass.
+     T Is 2 + T H 2 (fp32 rows: T H 4)  of the shared expert, if given, of width Is
+   R, the rows, is T K, or the value of moe_route_max_rows with options of route.
+
+   moe_layer_get_view returns the address of each buffer, for statistics or for a backward pass.
 
      moe_layer_desc l = {0};
      l.x = x;  l.router = router;  l.w1.base = w1;  l.w2.base = w2;  l.y = y;
@@ -44,8 +51,8 @@
 
 #include "layer/prepare.cuh"
 
-/* Bytes of workspace for this layer: by sizes, options and by which of logits and ids are given.
-   Errors: theirs. */
+/* Writes the bytes of workspace of this layer to *bytes. Reads sizes, options, and which of logits
+   and ids are given. Errors: those of sizes and options. */
 MOE_HOST moe_status moe_layer_workspace(const moe_layer_desc* desc, size_t* bytes)
 {
     moe_layer_view v;
@@ -57,7 +64,8 @@ MOE_HOST moe_status moe_layer_workspace(const moe_layer_desc* desc, size_t* byte
     return MOE_OK;
 }
 
-/* Where the pieces lie in the descriptor's workspace. */
+/* Writes the addresses of the buffers in the descriptor's workspace to *view. Errors: as of
+   moe_layer_workspace, and a null workspace. */
 MOE_HOST moe_status moe_layer_get_view(const moe_layer_desc* desc, moe_layer_view* view)
 {
     size_t bytes;
@@ -69,17 +77,17 @@ MOE_HOST moe_status moe_layer_get_view(const moe_layer_desc* desc, moe_layer_vie
     return MOE_OK;
 }
 
-/* A layer with all but its stream settled, for the device that was current. */
+/* A prepared layer: all but its stream, for the device that was current. */
 typedef struct moe_layer_prepared {
-    moe_router_prepared router; /* with logits or ids given it is not run */
-    moe_gate_prepared gate;     /* with ids the same */
+    moe_router_prepared router;               /* not run where logits or ids are given */
+    moe_gate_prepared gate;                   /* not run where ids are given */
     moe_route_prepared route;
-    moe_experts_prepared experts, shared; /* the shared expert where there is one */
+    moe_experts_prepared experts, shared;     /* shared: the shared expert, where given */
     moe_combine_prepared combine;
-    int32_t has_router, has_gate, has_shared;
+    int32_t has_router, has_gate, has_shared; /* 0 or 1: what is run */
 } moe_layer_prepared;
 
-/* Fills in *p, which is empty. */
+/* Fills in *p, which is empty. Called by moe_layer_prepare alone. */
 MOE_HOST moe_status moei_layer_prepare(const moe_layer_desc* desc, moe_layer_prepared* p)
 {
     moei_layer_options o;
@@ -90,7 +98,8 @@ MOE_HOST moe_status moei_layer_prepare(const moe_layer_desc* desc, moe_layer_pre
     moei_layer_carve(desc, &o, desc->workspace, &v, &bytes);
     moei_layer_describe(desc, &o, &v, &l);
     MOE_TRY(moei_layer_check_options(desc, &o, &l));
-    MOE_TRY(moei_layer_check_buffers(desc, &v, bytes)); /* the caller's own fields come first */
+    /* before the stations check: a refusal names the caller's own field */
+    MOE_TRY(moei_layer_check_buffers(desc, &v, bytes));
     p->has_router = o.has_router;
     p->has_gate = o.has_gate;
     p->has_shared = o.has_shared;
@@ -102,16 +111,16 @@ MOE_HOST moe_status moei_layer_prepare(const moe_layer_desc* desc, moe_layer_pre
     return moe_combine_prepare(&l.combine, &p->combine);
 }
 
-/* Settles a layer: moe_layer_run queues it any number of times. Keeps the addresses of weight tables,
-   not their entries: experts may move between runs. Errors: every field as documented above, each with
-   its own status. T = 0 is no error. */
+/* Prepares a layer: moe_layer_run queues it any number of times. Keeps the addresses of weight
+   tables, not their entries: experts may move between runs. T = 0 is no error. Errors: each field
+   of moe_layer_desc outside its documented range, with a status of its own. */
 MOE_HOST moe_status moe_layer_prepare(const moe_layer_desc* desc, moe_layer_prepared* p)
 {
     MOE_RETURN_PREPARED(desc, p, moei_layer_prepare(desc, p));
 }
 
-/* Queues one stage of a prepared layer on `stream`: for timing, or to put work of one's own between
-   stages. All stages in order are moe_layer_run. */
+/* Queues one part of a prepared layer on `stream`; `stage` is a moe_layer_stage. For timing, or for
+   work of the caller's between two parts. All parts in order are moe_layer_run. */
 MOE_HOST moe_status moe_layer_run_stage(const moe_layer_prepared* p, int stage, cudaStream_t stream)
 {
     MOE_REQUIRE(p, MOE_ERR_NULL, desc);
@@ -139,7 +148,7 @@ MOE_HOST moe_status moe_layer_run(const moe_layer_prepared* p, cudaStream_t stre
     return MOE_OK;
 }
 
-/* Prepares and runs. Nothing is queued where a field is refused, and y is untouched. */
+/* Prepares and runs. Where a field is refused, nothing is queued and y is untouched. */
 MOE_HOST moe_status moe_layer_forward(const moe_layer_desc* desc, cudaStream_t stream)
 {
     moe_layer_prepared p;
@@ -147,7 +156,7 @@ MOE_HOST moe_status moe_layer_forward(const moe_layer_desc* desc, cudaStream_t s
     return moe_layer_run(&p, stream);
 }
 
-/* Which path and tiles the experts of this layer run on the current device. */
+/* Writes the path and the tiles of this layer's experts on the current device to *up and *down. */
 MOE_HOST moe_status moe_layer_plan(const moe_layer_desc* desc, moe_gemm_plan* up,
                                    moe_gemm_plan* down)
 {
@@ -159,8 +168,8 @@ MOE_HOST moe_status moe_layer_plan(const moe_layer_desc* desc, moe_gemm_plan* up
     return MOE_OK;
 }
 
-/* Loads every kernel of this translation unit that a layer may run now, before anything spins on
-   the GPU: a first launch under lazy loading synchronises. */
+/* Loads every kernel of this translation unit that a layer may run. Call before any kernel spins on
+   the GPU: under lazy loading a first launch synchronises. */
 MOE_HOST moe_status moe_layer_preload(void)
 {
     MOE_TRY(moe_router_preload());

@@ -1,5 +1,6 @@
-/* moe.h: everything that is plain C, C11 and C++14: version, statuses, faults, types, shapes,
-   random numbers, and the descriptors of gate, route, grouped GEMMs, block-sparse product and layers. */
+/* moe.h: everything that is plain C (C11 and C++14): version, statuses, faults, types, shapes,
+   random numbers, and the descriptors of gate, route, grouped GEMMs, block-sparse product and
+   layers. */
 #ifndef MOE_MOE_H
 #define MOE_MOE_H
 

@@ -1,20 +1,21 @@
 /* preload.cuh: moe_preload() loads the kernels of every station whose header the file includes.
 
-   Under lazy loading the first launch of a kernel synchronises the device, and can hang while another
-   kernel spins. Call moe_preload once for each device before such a kernel runs. Returns a moe_status:
-   the first error of the runtime. Costs one runtime call a kernel.
+   Under lazy loading the first launch of a kernel synchronises the device, and can hang while
+   another kernel spins. Call moe_preload once for each device before such a kernel runs. Returns a
+   moe_status: the first error of the runtime. Costs one runtime call a kernel.
 
      #include "moe/gate.cuh"
      #include "moe/route.cuh"
      ...
      moe_status s = moe_preload(); // the kernels of gate and route
 
-   moe_gate_preload, moe_layer_preload, ... load those of one station. */
+   moe_gate_preload, moe_layer_preload, ... load the kernels of one station. */
 #ifndef MOE_PRELOAD_CUH
 #define MOE_PRELOAD_CUH
 
 #include "base/cuda.cuh"
 
+/* The stations with kernels. */
 #define MOEI_PRELOAD_LIST(X)                                                                       \
     X(router)                                                                                      \
     X(gate)                                                                                        \
@@ -28,7 +29,7 @@
     X(block_sparse)                                                                                \
     X(block_layer)
 
-/* A station that is not included: nothing to load. */
+/* A station that the file does not include: nothing to load. */
 #define MOEI_PRELOAD_ABSENT(station)                                                               \
     MOE_HOST moe_status moei_preload_##station(...) { return MOE_OK; }
 MOEI_PRELOAD_LIST(MOEI_PRELOAD_ABSENT)

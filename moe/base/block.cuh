@@ -1,16 +1,18 @@
-/* block.cuh: reductions and scans of one thread block. Every thread takes part. */
+/* block.cuh: sum and exclusive prefix sum over one thread block. Every thread of the block calls
+   each function; blockDim.x is a multiple of 32, up to 1024. */
 #ifndef MOE_BASE_BLOCK_CUH
 #define MOE_BASE_BLOCK_CUH
 
 #include "warp.cuh"
 
-/* Scratch of one scan or sum, in shared memory. */
+/* Scratch of one prefix sum or sum, in shared memory. */
 typedef struct moe_block_scan_scratch {
-    int warp_sum[MOE_WARP_SIZE];
+    int warp_sum[MOE_WARP_SIZE]; /* one value a warp */
 } moe_block_scan_scratch;
 
-/* Exclusive scan over the threads of a block of whole warps, modulo 2^32; *total gets the sum of
-   all. Ends with a barrier, so the scratch may be used again at once. */
+/* Returns the sum of v over the threads before the calling one, modulo 2^32: an exclusive prefix
+   sum. *total gets the sum over the block. Ends with a barrier: the scratch may be reused at
+   once. */
 MOE_DEVICE int moe_block_exclusive_scan(int v, moe_block_scan_scratch* s, int* total)
 {
     const int warps = (int)(blockDim.x >> 5);
@@ -18,7 +20,7 @@ MOE_DEVICE int moe_block_exclusive_scan(int v, moe_block_scan_scratch* s, int* t
     int before, all;
     if (moe_lane() == 31) s->warp_sum[moe_warp()] = inclusive;
     __syncthreads();
-    { /* each warp scans the warp sums for itself: no second barrier before they are read */
+    { /* every warp scans the warp sums by itself: saves a barrier before they are read */
         const int w = moe_lane() < warps ? s->warp_sum[moe_lane()] : 0;
         const int scan = moe_warp_inclusive_scan(w);
         before = __shfl_sync(MOE_FULL_WARP, (int)((unsigned)scan - (unsigned)w), moe_warp());
@@ -29,8 +31,8 @@ MOE_DEVICE int moe_block_exclusive_scan(int v, moe_block_scan_scratch* s, int* t
     return (int)((unsigned)before + (unsigned)inclusive - (unsigned)v);
 }
 
-/* Sum over the threads of a block of whole warps, in a fixed order; every thread gets it. Ends with
-   a barrier. */
+/* Returns the sum of v over the block to every thread, added in a fixed order. Ends with a barrier:
+   the scratch may be reused at once. */
 MOE_DEVICE float moe_block_sum(float v, moe_block_scan_scratch* s)
 {
     const int warps = (int)(blockDim.x >> 5);

@@ -1,9 +1,9 @@
 /* config.h: version and backend. C11 and C++14; includes nothing.
 
-   MOE_BACKEND chooses who runs the kernels:
-     cuda   a GPU, compiled by nvcc (the default when nvcc compiles the file)
-     host   the CPU, compiled by any C++ compiler, with no CUDA toolkit
-            (the default otherwise; -DMOE_BACKEND=host says it aloud)
+   MOE_BACKEND chooses where the kernels run:
+     cuda   on a GPU, compiled by nvcc (the default when nvcc compiles the file)
+     host   on the CPU, compiled by any C++ compiler, with no CUDA toolkit
+            (the default otherwise; -DMOE_BACKEND=host makes it explicit)
    Both compile the same kernel source. */
 #ifndef MOE_BASE_CONFIG_H
 #define MOE_BASE_CONFIG_H
@@ -34,27 +34,27 @@
 #error "moe: MOE_BACKEND is host or cuda"
 #endif
 
-/* 1 when the kernels of this translation unit run on the CPU. */
+/* 1 where the kernels of this translation unit run on the CPU. */
 #define MOE_ON_HOST MOEI_JOIN(MOEI_BACKEND_IS_, MOE_BACKEND)
 
-/* Functions of a header that a file may leave uncalled. */
+/* Marks functions of a header that a file may not call: no warning. */
 #if defined(__GNUC__) || defined(__clang__)
 #define MOEI_UNUSED __attribute__((unused))
 #else
 #define MOEI_UNUSED
 #endif
 
-/* Host functions, in .h and .cuh alike. */
+/* Qualifiers of host functions, in .h and .cuh alike. */
 #define MOE_HOST MOEI_UNUSED static inline
 
-/* Functions of a .h that kernels call too. */
+/* Qualifiers of functions of a .h that kernels call too. */
 #if defined(__CUDACC__)
 #define MOE_HOST_DEVICE MOEI_UNUSED static __host__ __device__ inline
 #else
 #define MOE_HOST_DEVICE MOE_HOST
 #endif
 
-/* The version these headers were compiled as, MOE_VERSION. */
+/* Returns the version of these headers, MOE_VERSION. */
 MOE_HOST int moe_version(void) { return MOE_VERSION; }
 
 #endif

@@ -1,14 +1,14 @@
 /* copy.cuh: 16-byte copies, plain and asynchronous, and 16-byte atomic additions. Their inline PTX
-   lives here, each piece with its body for older chips and for the CPU.
+   stands here, each function with a body for older architectures and one for the CPU.
 
-   Rows that another kernel or a peer has just written are read by plain global loads, never
+   A row that another kernel or a peer has just written is read by a plain global load, never
    through the read-only path. */
 #ifndef MOE_BASE_COPY_CUH
 #define MOE_BASE_COPY_CUH
 
 #include "cuda.cuh"
 
-/* 16 bytes, both addresses aligned to them. */
+/* Load or store one 16-byte vector at the 16-byte aligned address p. */
 MOE_DEVICE uint4 moei_load16(const void* p)
 {
     MOEI_ALIGNED(p, 16);
@@ -20,7 +20,8 @@ MOE_DEVICE void moei_store16(void* p, uint4 v)
     *(uint4*)p = v;
 }
 
-/* 16 bytes that nobody will read again soon: they are the first to leave the caches. */
+/* Load 16 (8) bytes that are read once: the caches evict them first (ld.global.cs). p is 16-byte
+   (8-byte) aligned. */
 MOE_DEVICE uint4 moei_load16_once(const void* p)
 {
 #if MOE_ON_HOST
@@ -39,7 +40,8 @@ MOE_DEVICE uint2 moei_load8_once(const void* p)
 #endif
 }
 
-/* The same for what nobody will read soon: it leaves the caches first. */
+/* Stores 16 bytes that no kernel reads soon: the caches evict them first (st.global.cs). p is
+   16-byte aligned. */
 MOE_DEVICE void moei_store16_streaming(void* p, uint4 v)
 {
 #if MOE_ON_HOST
@@ -49,8 +51,8 @@ MOE_DEVICE void moei_store16_streaming(void* p, uint4 v)
 #endif
 }
 
-/* 4 bytes, read here and now: the compiler leaves the load where it stands, so that several go out
-   together long before their first use. */
+/* Loads 4 bytes at the 4-byte aligned p. The compiler does not move this load, so several of them
+   are in flight long before their first use. */
 MOE_DEVICE uint32_t moei_load4_early(const void* p)
 {
 #if MOE_ON_HOST
@@ -65,10 +67,10 @@ MOE_DEVICE uint32_t moei_load4_early(const void* p)
 #endif
 }
 
-/* Copies `bytes` (0, 2, ... 16) bytes from global to shared memory without waiting and fills up to
-   16 with zeros. Where it is 0, `from` is not read, but must still be an address. to_shared, and
-   `from` where it is read, are 16-byte aligned. Before sm_80 the copy passes through registers at
-   once. */
+/* Copies `bytes` (0, 2, ... 16) bytes from global to shared memory asynchronously and fills the
+   16-byte vector up with zeros. With 0 bytes `from` is not read, but must still be an address.
+   to_shared is 16-byte aligned, and so is `from` where it is read. Before sm_80 the copy is
+   synchronous, through registers. */
 MOE_DEVICE void moei_copy16_async(void* to_shared, const void* from, int bytes)
 {
 #if MOE_ON_HOST
@@ -86,7 +88,7 @@ MOE_DEVICE void moei_copy16_async(void* to_shared, const void* from, int bytes)
 #endif
 }
 
-/* Closes this thread's group of copies. */
+/* Closes the calling thread's group of copies. */
 MOE_DEVICE void moei_copy_commit(void)
 {
 #if MOE_ON_HOST
@@ -96,14 +98,14 @@ MOE_DEVICE void moei_copy_commit(void)
 #endif
 }
 
-/* Waits until at most `pending` (a literal, 0 to 6) of this thread's groups are still under way.
+/* Waits until at most `pending` (a literal, 0 to 6) of the calling thread's groups are in flight.
    Other threads see the data after a barrier. */
 MOE_DEVICE void moei_copy_wait(const int pending)
 {
 #if MOE_ON_HOST
     moeh_copy_wait(pending);
 #elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
-    switch (pending) { /* the instruction takes an immediate */
+    switch (pending) { /* wait_group takes an immediate */
     case 1: asm volatile("cp.async.wait_group 1;" ::: "memory"); break;
     case 2: asm volatile("cp.async.wait_group 2;" ::: "memory"); break;
     case 3: asm volatile("cp.async.wait_group 3;" ::: "memory"); break;
@@ -117,21 +119,21 @@ MOE_DEVICE void moei_copy_wait(const int pending)
 #endif
 }
 
-/* ---- atomic additions to global memory, whose result nobody asks for ----
+/* ---- atomic additions to global memory, without a result ----
 
-   Each element is added by itself: others may see some of the elements added and some not yet.
-   16-bit elements are rounded to nearest at each addition. */
+   Each element is added separately: another thread may see some elements of a vector added and
+   others not yet. 16-bit elements are rounded to nearest at each addition. */
 
 #if !MOE_ON_HOST
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900 &&                                             \
     __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ >= 1201
-#define MOEI_ADD_VECTOR 1 /* red with vectors (PTX 8.1), and with bf16 */
+#define MOEI_ADD_VECTOR 1 /* red takes vectors (PTX 8.1) and bf16 */
 #else
 #define MOEI_ADD_VECTOR 0
 #endif
 #endif
 
-/* One fp16 or bf16 element. */
+/* Adds one fp16 or bf16 element v to *p; p is 2-byte aligned. */
 MOE_DEVICE void moei_add2_atomic(uint16_t* p, uint16_t v, const int dtype)
 {
 #if MOE_ON_HOST
@@ -157,7 +159,7 @@ MOE_DEVICE void moei_add2_atomic(uint16_t* p, uint16_t v, const int dtype)
 #endif
 }
 
-/* Two neighbours of fp16 or bf16, 4-byte aligned. */
+/* Adds two neighbouring fp16 or bf16 elements; p is 4-byte aligned. */
 MOE_DEVICE void moei_add4_atomic(void* p, uint32_t v, const int dtype)
 {
 #if MOE_ON_HOST
@@ -186,7 +188,7 @@ MOE_DEVICE void moei_add4_atomic(void* p, uint32_t v, const int dtype)
 #endif
 }
 
-/* 16 bytes, aligned to them: 8 elements of fp16 or bf16, or 4 of fp32. */
+/* Adds a 16-byte vector: 8 elements of fp16 or bf16, or 4 of fp32; p is 16-byte aligned. */
 MOE_DEVICE void moei_add16_atomic(void* p, uint4 v, const int dtype)
 {
 #if MOE_ON_HOST

@@ -1,5 +1,5 @@
-/* cuda.cuh: the one includer of the CUDA runtime's headers, or of host/ where the kernels run on a
-   CPU. Qualifiers, the launch macro, and what a launch must know of the device.
+/* cuda.cuh: qualifiers, launch macros and device queries of all kernels. The only file that
+   includes the CUDA runtime's headers, or host/ where the kernels run on a CPU.
 
    A kernel takes exactly one struct by value and is launched through MOE_LAUNCH:
 
@@ -9,13 +9,13 @@
      moe_launch_config c = moe_grid(num_blocks, 256, 0, stream);
      return MOE_LAUNCH(my_kernel, c, args);        // a moe_status
 
-   or prepared once and run many times, where a run costs the host one call of the runtime:
+   A launch can also be prepared once and run many times; a run costs the host one runtime call:
 
      moe_launch l;
      MOE_TRY(MOE_PREPARE(&l, my_kernel, c));
      return MOE_RUN(&l, args, stream);
 
-   Needs CUDA 12.0 or later for the cuda backend, C++14 for both. */
+   Requires CUDA 12.0 or later for the cuda backend, C++14 for both. */
 #ifndef MOE_BASE_CUDA_CUH
 #define MOE_BASE_CUDA_CUH
 
@@ -39,53 +39,60 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-/* Static shared memory: one struct a kernel. */
+/* Declares static shared memory: one struct a kernel. */
 #define MOE_SHARED(type, name) __shared__ type name
-/* Dynamic shared memory, 128-byte aligned, as unsigned char*. The array has one name of its own:
-   a name such as `shared` may have another type in the file that includes this. */
+/* Declares dynamic shared memory as unsigned char*, 128-byte aligned. The array has a name of its
+   own: a name such as `shared` may have another type in the file that includes this one. */
 #define MOE_SHARED_DYNAMIC(name)                                                                  \
     extern __shared__ __align__(128) unsigned char moei_shared_dynamic[];                         \
     unsigned char* const name = moei_shared_dynamic
-/* Stands in every polling loop; on the CPU it lets the thread waited for run. */
+/* Stands in every polling loop; on the CPU lets the other threads run. */
 #define MOE_SPIN() ((void)0)
-/* The address must be a multiple of `bytes`; the CPU looks. */
+/* Requires that `p` is a multiple of `bytes`; checked on the CPU alone. */
 #define MOEI_ALIGNED(p, bytes) ((void)0)
 
 #endif
 
-/* Before a loop over literals: unroll it, so that its arrays stay in registers. */
+/* MOE_UNROLL stands before a loop with literal bounds and unrolls it, so that its arrays stay in
+   registers. */
 #if MOE_ON_HOST
 #define MOE_UNROLL
 #define MOE_NO_UNROLL
 #define MOE_UNROLL_8
 #else
 #define MOE_UNROLL _Pragma("unroll")
-#define MOE_NO_UNROLL _Pragma("unroll 1") /* a loop whose registers are wanted elsewhere */
-#define MOE_UNROLL_8 _Pragma("unroll 8")  /* a loop of loads: eight are under way at once */
+#define MOE_NO_UNROLL _Pragma("unroll 1") /* keeps a loop rolled: other code needs the registers */
+#define MOE_UNROLL_8 _Pragma("unroll 8")  /* for a loop of loads: eight are in flight at once */
 #endif
 
+/* Device function, always inlined. */
 #define MOE_DEVICE MOEI_UNUSED static __device__ __forceinline__
-/* A body that many kernels are stamped from: inlined, so that its literals count; on the CPU
-   compiled once, which is three times quicker. */
+/* Body that many kernels instantiate with literal arguments. Inlined on a GPU, so that the literals
+   are folded; compiled once on the CPU, which compiles three times faster. */
 #if MOE_ON_HOST
 #define MOE_DEVICE_BODY MOEI_UNUSED static __attribute__((noinline))
 #else
 #define MOE_DEVICE_BODY MOE_DEVICE
 #endif
+/* MOE_KERNEL(threads, min_blocks) declares a kernel, MOE_ARG(type) its one argument. */
 #define MOE_KERNEL(threads, min_blocks)                                                           \
     MOEI_UNUSED static __global__ void __launch_bounds__(threads, min_blocks)
 #define MOE_ARG(type) const __grid_constant__ type
 
-/* How to launch: filled by moe_grid, then adjusted. */
+/* Launch configuration: filled in by moe_grid, then adjusted. */
 typedef struct moe_launch_config {
-    dim3 grid, block;
-    size_t smem; /* dynamic shared memory, bytes */
-    cudaStream_t stream;
-    int dependent; /* 1: may start before the kernel ahead of it has ended, and waits for it in
-                      moe_pdl_wait; on devices and in code of 9.0 and later */
-    int cluster;   /* blocks per cluster along x; 0 or 1: none */
+    dim3 grid, block;    /* thread blocks; threads of each */
+    size_t smem;         /* dynamic shared memory, bytes; 0: none */
+    cudaStream_t stream; /* null: the default stream */
+    int dependent;       /* 1: programmatic dependent launch. The grid may start before the kernel
+                            ahead of it has ended, and waits for that kernel in moe_pdl_wait. Has an
+                            effect on devices and in code of compute capability 9.0 and later. 0:
+                            starts after that kernel */
+    int cluster;         /* thread blocks per cluster along x; 0 or 1: none */
 } moe_launch_config;
 
+/* Returns the configuration of `blocks` thread blocks of `threads` threads, both along x, with smem
+   bytes of dynamic shared memory; neither dependent nor with clusters. */
 MOE_HOST moe_launch_config moe_grid(int64_t blocks, int threads, size_t smem, cudaStream_t stream)
 {
     moe_launch_config c;
@@ -98,32 +105,36 @@ MOE_HOST moe_launch_config moe_grid(int64_t blocks, int threads, size_t smem, cu
     return c;
 }
 
+/* Returns MOE_OK, or MOE_ERR_CUDA with e as its detail. */
 MOE_HOST moe_status moe_cuda_status(cudaError_t e)
 {
     return e == cudaSuccess ? MOE_OK : (moe_status)(MOE_ERR_CUDA | ((int)e << 8));
 }
 
-/* Pass on what a CUDA call refused. */
+/* Returns from a launch helper with the error of a CUDA call, if there was one. */
 #define MOE_TRY_CUDA(call) MOE_TRY(moe_cuda_status(call))
 
-/* A launch with all but its stream settled, for the device that was current. */
+/* A prepared launch: all but its stream, for the device that was current. */
 typedef struct moe_launch {
-    const void* kernel; /* null: nothing to launch */
-    const char* name;   /* of the kernel; used on the CPU */
-    size_t smem;
-    uint32_t grid[3], block[3];
-    int32_t dependent, cluster;
+    const void* kernel;         /* address of the kernel; null: nothing to launch */
+    const char* name;           /* of the kernel; used on the CPU */
+    size_t smem;                /* dynamic shared memory, bytes */
+    uint32_t grid[3], block[3]; /* x, y, z */
+    int32_t dependent, cluster; /* as in moe_launch_config */
 } moe_launch;
 
-/* Settles a launch: loads the kernel and gives it the shared memory it may need. */
+/* Prepares a launch: loads the kernel, allows it the shared memory it may need, fills in *launch.
+   Returns MOE_OK or MOE_ERR_CUDA. */
 #define MOE_PREPARE(launch, kernel, config)                                                       \
     moei_launch_prepare(launch, (const void*)(kernel), #kernel, &(config))
 
-/* Queues a prepared launch on `stream`: one call of the runtime. */
+/* Queues a prepared launch on `stream`: one runtime call. */
 #define MOE_RUN(launch, arg, stream) moei_launch_run(launch, &(arg), stream)
 
-/* The body of a prepare call: `settle` fills in *p and returns a status. Where it refuses, or there is
-   no descriptor, *p becomes empty, and its run queues nothing. */
+/* The body of a prepare call. Its last argument is an expression that fills in *p and returns a
+   status. Where that status is a refusal, or the descriptor is null (`described` is 0), *p becomes
+   empty, and its run queues nothing. Returns MOE_ERR_NULL of `desc` where p or the descriptor is
+   null. */
 #define MOE_RETURN_PREPARED(described, p, settle)                                                  \
     do {                                                                                           \
         moe_status moei_prepared = MOE_STATUS(MOE_ERR_NULL, desc);                                 \
@@ -134,6 +145,7 @@ typedef struct moe_launch {
         return moei_prepared;                                                                      \
     } while (0)
 
+/* Fills in *l from the kernel and *c; the function behind MOE_PREPARE. */
 MOE_HOST moe_status moei_launch_prepare(moe_launch* l, const void* kernel, const char* name,
                                         const moe_launch_config* c)
 {
@@ -148,8 +160,9 @@ MOE_HOST moe_status moei_launch_prepare(moe_launch* l, const void* kernel, const
     {
         cudaFuncAttributes fa;
         MOE_TRY_CUDA(cudaFuncGetAttributes(&fa, kernel));
-        if (c->smem > 32 * 1024) { /* a setting of each device: always the most there is, so that
-                                      calls with more and with less can be queued side by side */
+        if (c->smem > 32 * 1024) {
+            /* the limit is a setting of the kernel on each device: always the device's maximum, so
+               that launches with more and with less can be queued concurrently */
             int id = 0, most = 0;
             MOE_TRY_CUDA(cudaGetDevice(&id));
             MOE_TRY_CUDA(
@@ -157,7 +170,7 @@ MOE_HOST moe_status moei_launch_prepare(moe_launch* l, const void* kernel, const
             MOE_TRY_CUDA(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                               most - (int)fa.sharedSizeBytes));
         }
-        /* only code built for 9.0 has the instruction that waits */
+        /* only code built for 9.0 or later has the instruction that waits */
         if (fa.binaryVersion < 90 || fa.ptxVersion < 90) l->dependent = 0;
     }
 #endif
@@ -165,9 +178,10 @@ MOE_HOST moe_status moei_launch_prepare(moe_launch* l, const void* kernel, const
     return MOE_OK;
 }
 
+/* Returns three extents as a dim3. */
 MOE_HOST dim3 moei_launch_dim(const uint32_t* n) { return dim3(n[0], n[1], n[2]); }
 
-/* MOE_LAUNCH: both at once, on the config's stream. */
+/* MOE_LAUNCH(kernel, config, arg) prepares and queues at once, on the stream of `config`. */
 #if MOE_ON_HOST
 /* The CPU backend copies the struct and queues the call on the stream. */
 #define moei_launch_run(l, arg, stream)                                                            \
@@ -183,6 +197,7 @@ MOE_HOST dim3 moei_launch_dim(const uint32_t* n) { return dim3(n[0], n[1], n[2])
 #else
 #define MOE_LAUNCH(kernel, config, arg) moei_launch_once((const void*)(kernel), &(config), &(arg))
 
+/* Queues *l on `stream` with the struct at `arg`. */
 MOE_HOST moe_status moei_launch_run(const moe_launch* l, const void* arg, cudaStream_t stream)
 {
     cudaLaunchConfig_t config = {};
@@ -208,6 +223,7 @@ MOE_HOST moe_status moei_launch_run(const moe_launch* l, const void* arg, cudaSt
     return moe_cuda_status(cudaLaunchKernelExC(&config, l->kernel, args));
 }
 
+/* Prepares and queues in one call. */
 MOE_HOST moe_status moei_launch_once(const void* kernel, const moe_launch_config* c,
                                      const void* arg)
 {
@@ -217,9 +233,9 @@ MOE_HOST moe_status moei_launch_once(const void* kernel, const moe_launch_config
 }
 #endif
 
-/* Every thread of a kernel launched with dependent = 1 calls it before it touches global memory:
-   from here on, all earlier kernels of the stream have ended and what they wrote is visible. The
-   CPU refuses a thread that ends without it. */
+/* Waits until all earlier kernels of the stream have ended and their writes are visible. Every
+   thread of a kernel launched with dependent = 1 calls moe_pdl_wait before its first access to
+   global memory. The CPU fails a run in which a thread ends without the call. */
 MOE_DEVICE void moe_pdl_wait(void)
 {
 #if MOE_ON_HOST
@@ -229,8 +245,8 @@ MOE_DEVICE void moe_pdl_wait(void)
 #endif
 }
 
-/* First statement of such a kernel: the next one's blocks may come in while this one's run, as far
-   as there is room, and wait for its end in moe_pdl_wait. */
+/* First statement of such a kernel. Lets the thread blocks of the next kernel start while this one
+   runs, as far as multiprocessors have room; they wait for this kernel's end in moe_pdl_wait. */
 MOE_DEVICE void moe_pdl_trigger(void)
 {
 #if !MOE_ON_HOST && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
@@ -240,12 +256,13 @@ MOE_DEVICE void moe_pdl_trigger(void)
 
 /* What tile choice and persistent grids need of the current device. */
 typedef struct moe_device {
-    int sms;        /* multiprocessors */
-    int smem_block; /* most dynamic shared memory a block may have, bytes */
+    int sms;        /* number of multiprocessors */
+    int smem_block; /* most dynamic shared memory of a thread block, bytes */
     int smem_sm;    /* shared memory of one multiprocessor, bytes */
-    int major;      /* compute capability */
+    int major;      /* compute capability, its major number */
 } moe_device;
 
+/* Fills in *d for the current device. Returns MOE_OK or MOE_ERR_CUDA. */
 MOE_HOST moe_status moe_device_query(moe_device* d)
 {
     int id = 0;
@@ -259,9 +276,8 @@ MOE_HOST moe_status moe_device_query(moe_device* d)
     return MOE_OK;
 }
 
-/* Loads one kernel now rather than at its first launch: under lazy loading a first launch
-   synchronises, and can hang while another kernel spins. The CPU remembers which were loaded, for
-   moeh_require_preload. */
+/* Loads one kernel before its first launch. Under lazy loading a first launch synchronises, and can
+   hang while another kernel spins. The CPU records the kernel for moeh_require_preload. */
 MOE_HOST moe_status moe_preload_kernel(const void* kernel)
 {
 #if MOE_ON_HOST

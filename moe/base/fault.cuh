@@ -1,20 +1,21 @@
-/* fault.cuh: the fault word as kernels see it; fault.h has its meaning, faults.h the codes and texts. */
+/* fault.cuh: the fault word as kernels use it. fault.h defines the word, faults.h the codes and
+   texts. */
 #ifndef MOE_BASE_FAULT_CUH
 #define MOE_BASE_FAULT_CUH
 
 #include "cuda.cuh"
 #include "fault.h"
 
-/* MOEI_FAULT_KEY, computed where a fault is met and nowhere before. The rank's part of that
-   expression is the same all kernel long, so the compiler computes it ahead of the branch and holds
-   it in a register: 4 % of route's placing launch. Here it waits for the index. */
+/* Returns MOEI_FAULT_KEY, computed only where a fault is met. The rank's term of that expression is
+   uniform over the kernel: written in C, the compiler computes it ahead of the branch and holds it
+   in a register, which costs 4 % of route's placing launch. Here the term depends on the index. */
 MOE_DEVICE uint64_t moei_fault_key(int code, int rank, int64_t index)
 {
 #if MOE_ON_HOST
     return MOEI_FAULT_KEY(code, rank, index);
 #else
     uint64_t key;
-    asm("{ .reg .u32 lower, upper;\n\t" /* as if of rank 0, then less rank << 44 */
+    asm("{ .reg .u32 lower, upper;\n\t" /* the key of rank 0, minus rank << 44 */
         ".reg .u64 first;\n\t"
         "sub.u64 first, %1, %2;\n\t"
         "mov.b64 {lower, upper}, first;\n\t"
@@ -26,16 +27,17 @@ MOE_DEVICE uint64_t moei_fault_key(int code, int rank, int64_t index)
 #endif
 }
 
-/* Records a fault; `word` may be null. rank is 0 .. MOE_FAULT_MAX_RANK. Costs one atomic, on bad
-   data only. */
+/* Records a fault with one atomic operation, so good data cost nothing. `word` may be null. rank is
+   0 .. MOE_FAULT_MAX_RANK. */
 MOE_DEVICE void moe_fault_raise(uint64_t* word, int code, int rank, int64_t index)
 {
     if (word)
         atomicMax((unsigned long long*)word, (unsigned long long)moei_fault_key(code, rank, index));
 }
 
-/* Has an earlier kernel of the chain met a fault that stops it? All threads of the block call
-   it and get one answer, also while another block of this kernel raises a fault. */
+/* Returns true where an earlier kernel of the chain met a stop fault. All threads of the block call
+   moe_fault_stopped and get one answer, also while another block of this kernel raises a fault:
+   thread 0 reads the word, and a barrier distributes what was read. */
 MOE_DEVICE bool moe_fault_stopped(const uint64_t* word)
 {
     uint64_t seen = 0;

@@ -1,13 +1,15 @@
-/* numeric.cuh: conversions and elementary functions on the device, the same under the user's
-   --use_fast_math: NaN and infinity are tested by bits, divisions that matter are exact. */
+/* numeric.cuh: conversions and elementary functions on the device. Their results are the same under
+   the user's --use_fast_math: NaN and infinity are tested by bits, and divisions that matter are
+   exact. */
 #ifndef MOE_BASE_NUMERIC_CUH
 #define MOE_BASE_NUMERIC_CUH
 
 #include "cuda.cuh"
 
+/* Returns true for a NaN. */
 MOE_DEVICE bool moei_is_nan(float v) { return (__float_as_uint(v) & 0x7fffffffu) > 0x7f800000u; }
 
-/* The bits of a float as an unsigned whose order is the float's: -0 counts as +0. */
+/* Returns the bits of v as an unsigned number in the order of the floats; -0 counts as +0. */
 MOE_DEVICE uint32_t moei_ordered(float v)
 {
     const uint32_t u = __float_as_uint(v);
@@ -15,12 +17,13 @@ MOE_DEVICE uint32_t moei_ordered(float v)
     return u & 0x80000000u ? ~u : u | 0x80000000u;
 }
 
+/* Returns the float of which k is moei_ordered. */
 MOE_DEVICE float moei_unordered(uint32_t k)
 {
     return __uint_as_float(k & 0x80000000u ? k & 0x7fffffffu : ~k);
 }
 
-/* fp16 or bf16 bits (dtype a literal, or uniform) to fp32. */
+/* Returns fp16 or bf16 bits as fp32. dtype is a literal, or uniform. */
 MOE_DEVICE float moe_half_to_f32(uint16_t bits, int dtype)
 {
 #if MOE_ON_HOST
@@ -31,6 +34,7 @@ MOE_DEVICE float moe_half_to_f32(uint16_t bits, int dtype)
 #endif
 }
 
+/* Returns v rounded to fp16 or bf16, as bits. */
 MOE_DEVICE uint16_t moe_f32_to_half(float v, int dtype)
 {
 #if MOE_ON_HOST
@@ -41,7 +45,7 @@ MOE_DEVICE uint16_t moe_f32_to_half(float v, int dtype)
 #endif
 }
 
-/* Two neighbours in one 32-bit word, the first in the low half. */
+/* Returns two neighbours as one 32-bit word, `lo` in the lower 16 bits. */
 MOE_DEVICE uint32_t moe_pack2(float lo, float hi, int dtype)
 {
 #if MOE_ON_HOST
@@ -57,13 +61,14 @@ MOE_DEVICE uint32_t moe_pack2(float lo, float hi, int dtype)
 #endif
 }
 
+/* Returns the two elements of such a word as fp32. */
 MOE_DEVICE float2 moe_unpack2(uint32_t w, int dtype)
 {
     return make_float2(moe_half_to_f32((uint16_t)(w & 0xffffu), dtype),
                        moe_half_to_f32((uint16_t)(w >> 16), dtype));
 }
 
-/* 8 neighbours of 16 bits in 16 bytes. */
+/* Unpack and pack a 16-byte vector of 8 elements of fp16 or bf16. */
 MOE_DEVICE void moei_unpack_8(float* v, uint4 raw, int dtype)
 {
     const uint32_t w[4] = {raw.x, raw.y, raw.z, raw.w};
@@ -81,7 +86,7 @@ MOE_DEVICE uint4 moei_pack_8(const float* v, int dtype)
                       moe_pack2(v[4], v[5], dtype), moe_pack2(v[6], v[7], dtype));
 }
 
-/* The elements that 16 bytes hold: 4 of fp32, 8 otherwise. dtype is a literal. */
+/* Unpacks a 16-byte vector: 4 elements of fp32, 8 otherwise. dtype is a literal. */
 MOE_DEVICE void moei_unpack_16(float* v, uint4 raw, const int dtype)
 {
     if (dtype == MOE_FP32) {
@@ -92,7 +97,7 @@ MOE_DEVICE void moei_unpack_16(float* v, uint4 raw, const int dtype)
     }
 }
 
-/* 4 neighbours of fp32, 16-byte aligned. */
+/* Load and store 4 neighbours of fp32; p is 16-byte aligned. */
 MOE_DEVICE void moei_load_4(float* v, const float* p)
 {
     MOEI_ALIGNED(p, 16);
@@ -106,7 +111,8 @@ MOE_DEVICE void moei_store_4(float* p, const float* v)
     *(float4*)p = make_float4(v[0], v[1], v[2], v[3]);
 }
 
-/* `count` (4 or 8, a literal) neighbours of any dtype, aligned to their size, fp32 to 16 bytes. */
+/* Load and store `count` (4 or 8, a literal) neighbours of any dtype as fp32. p is aligned to their
+   size; for fp32 to 16 bytes. */
 MOE_DEVICE void moei_load_some(float* v, const void* p, int dtype, const int count)
 {
     if (dtype == MOE_FP32) {
@@ -137,7 +143,7 @@ MOE_DEVICE void moei_store_some(void* p, const float* v, int dtype, const int co
     }
 }
 
-/* Element i of a buffer of any dtype. */
+/* Load and store element i of a buffer of any dtype, as fp32. */
 MOE_DEVICE float moe_load_f32(const void* p, int64_t i, int dtype)
 {
     if (dtype == MOE_FP32) return ((const float*)p)[i];
@@ -150,21 +156,21 @@ MOE_DEVICE void moe_store_f32(void* p, int64_t i, int dtype, float v)
     else ((uint16_t*)p)[i] = moe_f32_to_half(v, dtype);
 }
 
-/* e^x to 3 ulp, NaN to 0. The product x * log2(e) is carried in two parts, since one float of it
-   would lose |x| ulp of the result. */
+/* Returns e^x to 3 ulp; 0 for NaN. The product x * log2(e) is kept as a sum of two floats: one
+   float would lose |x| ulp of the result. */
 MOE_DEVICE float moe_exp(float x)
 {
     const float log2e = 1.44269502f, log2e_lo = 1.92596299e-8f, ln2 = 0.693147182f;
     const float hi = x * log2e;
     float lo, e;
-    if (!(hi > -150.0f)) return 0.0f; /* also -infinity */
+    if (!(hi > -150.0f)) return 0.0f; /* also -infinity and NaN */
     if (hi > 128.0f) return __uint_as_float(0x7f800000u);
     lo = fmaf(x, log2e, -hi) + x * log2e_lo;
     e = exp2f(hi);
     return fmaf(e, lo * ln2, e);
 }
 
-/* 2^x by one instruction, to about 2 ulp; below 2^-126 it is 0. */
+/* Returns 2^x by one instruction, to about 2 ulp; 0 below 2^-126. */
 MOE_DEVICE float moei_exp2_fast(float x)
 {
 #if MOE_ON_HOST

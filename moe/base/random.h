@@ -1,7 +1,7 @@
-/* random.h: random numbers by counter: the same words for the same counter and key, on the host and
+/* random.h: random numbers by counter. The same counter and key give the same words on the host and
    on the device, in any order and on any number of threads. C11 and C++14.
 
-   Philox4x32-10: ten rounds turn a counter of 128 bits and a key of 64 into 128 random bits.
+   Philox4x32-10: ten rounds map a counter of 128 bits and a key of 64 bits to 128 random bits.
 
    Source: Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3", SC 2011. */
 #ifndef MOE_BASE_RANDOM_H
@@ -15,7 +15,7 @@ typedef struct moe_random4 {
     uint32_t x, y, z, w;
 } moe_random4;
 
-/* The four words of counter {c0, c1, c2, c3} under the key. */
+/* Returns the four words of counter {c0, c1, c2, c3} under the key. */
 MOE_HOST_DEVICE moe_random4 moe_random_words(uint64_t key, uint32_t c0, uint32_t c1, uint32_t c2,
                                              uint32_t c3)
 {

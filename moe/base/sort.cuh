@@ -1,15 +1,17 @@
-/* sort.cuh: the largest of some numbers in order, by sorting networks in registers.
+/* sort.cuh: the largest of some numbers in descending order, by sorting networks in registers.
 
-   Lengths are literals at every call and each loop runs over the comparisons of one step, with a
-   bound that is literal once the call is inlined: the compiler unrolls just what the network has,
-   and the arrays get registers. NaN may come out anywhere. Cost, by fp32 minimum or maximum: the
-   8 largest of 32 numbers 248, merging two such lists 32. */
+   Lengths are literals at every call. Each loop runs over the comparisons of one layer of the
+   network, with a bound that is literal once the call is inlined: the compiler unrolls exactly the
+   network, and the arrays stay in registers. Where a number is NaN the result is undefined.
+
+   Cost, in fp32 minima and maxima: 248 for the 8 largest of 32 numbers, 32 to merge two such
+   lists. */
 #ifndef MOE_BASE_SORT_CUH
 #define MOE_BASE_SORT_CUH
 
 #include "warp.cuh"
 
-/* a[i] and a[j] in descending order. */
+/* Puts a[i] and a[j] into descending order. */
 MOE_DEVICE void moei_sort_two(float* a, const int i, const int j)
 {
     const float hi = fmaxf(a[i], a[j]), lo = fminf(a[i], a[j]);
@@ -17,7 +19,7 @@ MOE_DEVICE void moei_sort_two(float* a, const int i, const int j)
     a[j] = lo;
 }
 
-/* s[i] with s[i + h], in every block of 2h of the first n. */
+/* Compares s[i] with s[i + h], in every group of 2h of the first n. */
 MOE_DEVICE void moei_sort_halves(float* s, const int n, const int h)
 {
     MOE_UNROLL
@@ -27,11 +29,11 @@ MOE_DEVICE void moei_sort_halves(float* s, const int n, const int h)
     }
 }
 
-/* In every block of 2p of the first n: s[i] with s[i + k], where i begins at k and skips every
+/* Compares s[i] with s[i + k] in every group of 2p of the first n; i begins at k and skips every
    other run of k. k < p. */
 MOE_DEVICE void moei_sort_between(float* s, const int n, const int p, const int k)
 {
-    const int each = p - k; /* comparisons in a block */
+    const int each = p - k; /* comparisons in a group */
     MOE_UNROLL
     for (int c = 0; c < n / 2 / p * each; ++c) {
         const int i = c / each * 2 * p + k + c % each / k * 2 * k + c % each % k;
@@ -39,8 +41,8 @@ MOE_DEVICE void moei_sort_between(float* s, const int n, const int p, const int 
     }
 }
 
-/* Merges runs of 1, 2, 4 ... numbers. Puts n numbers (a literal power of two up to 32) into
-   descending order: Batcher's odd-even merge sort, 19 comparisons for 8. */
+/* Puts n numbers (a literal power of two up to 32) into descending order. Batcher's odd-even merge
+   sort: merges runs of 1, 2, 4 ... numbers; 19 comparisons for n = 8. */
 MOE_DEVICE void moei_sort(float* s, const int n)
 {
     if (n >= 2) moei_sort_halves(s, n, 1);
@@ -68,7 +70,7 @@ MOE_DEVICE void moei_sort(float* s, const int n)
     }
 }
 
-/* The same for n numbers that first fall and then rise: a bitonic merge. */
+/* Puts n numbers that first fall and then rise into descending order: a bitonic merge. */
 MOE_DEVICE void moei_sort_bitonic(float* s, const int n)
 {
     if (n >= 32) moei_sort_halves(s, n, 16);
@@ -78,7 +80,7 @@ MOE_DEVICE void moei_sort_bitonic(float* s, const int n)
     if (n >= 2) moei_sort_halves(s, n, 1);
 }
 
-/* top[0 .. n), in descending order, becomes the n largest of itself and v[0 .. n). */
+/* Replaces top[0 .. n), in descending order, by the n largest of top and v[0 .. n). */
 MOE_DEVICE void moei_sort_in(float* top, const float* v, const int n)
 {
     float next[32];
@@ -90,8 +92,8 @@ MOE_DEVICE void moei_sort_in(float* top, const float* v, const int n)
     moei_sort_bitonic(top, n);
 }
 
-/* top[0 .. keep) becomes the largest of v[0 .. n), in descending order. n and keep are literal
-   powers of two, keep <= n <= 32, n <= 4 keep. */
+/* Writes the `keep` largest of v[0 .. n) to top, in descending order. n and keep are literal powers
+   of two, keep <= n <= 32, n <= 4 keep. */
 MOE_DEVICE void moei_sort_largest(float* top, const float* v, const int n, const int keep)
 {
     MOE_UNROLL
@@ -104,8 +106,8 @@ MOE_DEVICE void moei_sort_largest(float* top, const float* v, const int n, const
     }
 }
 
-/* Merges the list of the lane w away into this lane's: both have the first `have` of at most
-   `depth` numbers. */
+/* Merges the list of lane ^ w into the calling lane's. Both lists hold `have` numbers; a full list
+   holds `depth`. have and depth are powers of two, up to 32. */
 MOE_DEVICE void moei_group_merge(float* top, const int w, const int have, const int depth)
 {
     float other[32];
@@ -122,9 +124,9 @@ MOE_DEVICE void moei_group_merge(float* top, const int w, const int have, const 
     }
 }
 
-/* The same over an aligned group of `lanes` lanes (a literal) with per_lane numbers each: every
-   lane gets the group's `depth` largest. Each lane sorts the largest of its own; the lists are
-   merged pairwise. The whole warp takes part. */
+/* Writes the `depth` largest of an aligned group of `lanes` lanes (a literal) to every lane's top.
+   Each lane has per_lane numbers in v, sorts its largest, and the lists are merged pairwise. The
+   whole warp calls it. */
 MOE_DEVICE void moei_group_sort_largest(float* top, const float* v, const int lanes,
                                         const int per_lane, const int depth)
 {

@@ -1,7 +1,7 @@
-/* status.h: what a call returns. C11 and C++14.
+/* status.h: the status that a call returns. C11 and C++14.
 
-   A moe_status is 0 (MOE_OK) or a kind with a detail: the field that was refused (fields.h), or
-   the cudaError_t that came back. fields.h writes a status as text.
+   A moe_status is 0 (MOE_OK), or a kind with a detail: the refused field (fields.h) or the
+   cudaError_t. fields.h writes a status as text.
 
    A refused call has queued nothing and written nothing. */
 #ifndef MOE_BASE_STATUS_H
@@ -35,16 +35,16 @@ enum {
         MOE_STATUS_KINDS
 };
 
-typedef int32_t moe_status;
+typedef int32_t moe_status; /* kind in bits 0 .. 7, detail above them */
 
-/* Kind of a status, one of MOE_OK, MOE_ERR_*. */
+/* Returns the kind of a status: MOE_OK or MOE_ERR_*. */
 MOE_HOST int moe_status_kind(moe_status s) { return (int)(s & 0xff); }
 
-/* The field of a refusal (MOE_FIELD_* of fields.h, 0: none), or the cudaError_t when the kind is
-   MOE_ERR_CUDA. */
+/* Returns the refused field (MOE_FIELD_* of fields.h, 0: none), or the cudaError_t where the kind
+   is MOE_ERR_CUDA. */
 MOE_HOST int moe_status_detail(moe_status s) { return (int)(s >> 8); }
 
-/* Text of the kind alone: static storage, never null. */
+/* Returns the text of the kind alone: static storage, never null. */
 MOE_HOST const char* moe_status_text(moe_status s)
 {
     static const char* const text[] = {
@@ -56,7 +56,7 @@ MOE_HOST const char* moe_status_text(moe_status s)
     return kind < MOE_STATUS_KINDS ? text[kind] : "unknown status";
 }
 
-/* In a launch helper: pass on what a call refused. */
+/* Returns from a launch helper with the status of a call that was refused. */
 #define MOE_TRY(call)                                                                              \
     do {                                                                                           \
         const moe_status moei_try_status = (call);                                                 \

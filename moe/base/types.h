@@ -1,8 +1,8 @@
 /* types.h: element types. C11 and C++14.
 
-   Buffers travel as void* with a moe_dtype beside them; 16-bit elements are read
-   and written as their bits, so one struct serves C, CUDA and the CPU alike.
-   Conversions in plain C round to nearest, ties to even, as the GPU does. */
+   A buffer is passed as void* and a moe_dtype. 16-bit elements are read and written as their bits,
+   so one struct serves C, CUDA and the CPU. Conversions in plain C round to nearest, ties to even,
+   as the GPU does. */
 #ifndef MOE_BASE_TYPES_H
 #define MOE_BASE_TYPES_H
 
@@ -13,19 +13,20 @@
 #include "config.h"
 
 typedef enum moe_dtype {
-    MOE_DTYPE_DEFAULT = 0, /* each field says what it stands for */
+    MOE_DTYPE_DEFAULT = 0, /* each field's comment names its default */
     MOE_FP32,
     MOE_FP16,
     MOE_BF16
 } moe_dtype;
 
-/* Bytes of one element; 0 for a value that is no dtype. */
+/* Returns the bytes of one element; 0 for a value that is no dtype. */
 MOE_HOST int moe_dtype_bytes(int dtype)
 {
     return dtype == MOE_FP32 ? 4 : (dtype == MOE_FP16 || dtype == MOE_BF16) ? 2 : 0;
 }
 
-/* Bytes from the first to the last element of `rows` rows, `stride` elements apart. */
+/* Returns the bytes from the first to the last element of `rows` rows of `columns` elements, which
+   begin `stride` elements apart. */
 MOE_HOST uint64_t moe_extent(int64_t rows, int64_t stride, int64_t columns, int dtype)
 {
     if (rows <= 0 || columns <= 0) return 0;
@@ -33,14 +34,15 @@ MOE_HOST uint64_t moe_extent(int64_t rows, int64_t stride, int64_t columns, int 
            (uint64_t)moe_dtype_bytes(dtype);
 }
 
-/* May `rows` rows of `columns` elements begin `stride` elements apart? Not where they would
-   overlap, nor where their extent would pass 2^62 bytes. */
+/* Returns 1 where `rows` rows of `columns` elements may begin `stride` elements apart: they do not
+   overlap, and their extent does not exceed 2^62 bytes. */
 MOE_HOST int moei_stride_fits(int64_t stride, int64_t columns, int64_t rows)
 {
     return stride >= columns && stride <= ((int64_t)1 << 60) / (rows > 0 ? rows : 1);
 }
 
-/* The next piece of a workspace; with a null base only counts. */
+/* Returns the buffer at byte *at of the workspace at `base` and advances *at by `bytes`, rounded up
+   to a multiple of 256. With a null base returns null and only counts. */
 MOE_HOST void* moei_carve(char* base, size_t* at, uint64_t bytes)
 {
     void* p = base ? base + *at : (char*)0;
@@ -48,6 +50,7 @@ MOE_HOST void* moei_carve(char* base, size_t* at, uint64_t bytes)
     return p;
 }
 
+/* Returns "fp32", "fp16", "bf16", or "?" for a value that is no dtype. */
 MOE_HOST const char* moe_dtype_name(int dtype)
 {
     return dtype == MOE_FP32   ? "fp32"
@@ -56,6 +59,7 @@ MOE_HOST const char* moe_dtype_name(int dtype)
                                : "?";
 }
 
+/* Return the bits of a float, and the float of such bits. */
 MOE_HOST uint32_t moe_f32_bits(float f)
 {
     uint32_t u;
@@ -69,6 +73,7 @@ MOE_HOST float moe_f32_from_bits(uint32_t u)
     return f;
 }
 
+/* Convert bits of bf16 or fp16 to fp32, exactly, and fp32 to such bits, rounded. */
 MOE_HOST float moe_bf16_to_f32(uint16_t h) { return moe_f32_from_bits((uint32_t)h << 16); }
 
 MOE_HOST uint16_t moe_f32_to_bf16(float f)
@@ -101,7 +106,7 @@ MOE_HOST uint16_t moe_f32_to_fp16(float f)
     return (uint16_t)(sign | ((abs - 0x38000000u + 0xfffu + ((abs >> 13) & 1u)) >> 13));
 }
 
-/* Element i of a buffer, widened to fp32. */
+/* Returns element i of a buffer, widened to fp32. */
 MOE_HOST float moe_load(const void* p, int64_t i, int dtype)
 {
     if (dtype == MOE_FP32) return ((const float*)p)[i];
@@ -109,7 +114,7 @@ MOE_HOST float moe_load(const void* p, int64_t i, int dtype)
     return moe_bf16_to_f32(((const uint16_t*)p)[i]);
 }
 
-/* Element i of a buffer, rounded from fp32. */
+/* Writes v to element i of a buffer, rounded from fp32. */
 MOE_HOST void moe_store(void* p, int64_t i, int dtype, float v)
 {
     if (dtype == MOE_FP32) ((float*)p)[i] = v;

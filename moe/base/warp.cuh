@@ -1,5 +1,5 @@
-/* warp.cuh: reductions and scans of one warp, or of aligned groups of 2, 4, 8, 16 or 32 lanes
-   of it. Every lane of the warp takes part; the order of additions is fixed. */
+/* warp.cuh: reductions and prefix sums of one warp, or of aligned groups of 2, 4, 8, 16 or 32 lanes
+   of a warp. Every lane of the warp calls each function; the order of additions is fixed. */
 #ifndef MOE_BASE_WARP_CUH
 #define MOE_BASE_WARP_CUH
 
@@ -8,12 +8,12 @@
 #define MOE_WARP_SIZE 32
 #define MOE_FULL_WARP 0xffffffffu
 
-/* Blocks are one-dimensional throughout. */
+/* Return the calling thread's lane (0 .. 31) and warp; thread blocks are one-dimensional. */
 MOE_DEVICE int moe_lane(void) { return (int)(threadIdx.x & 31u); }
 MOE_DEVICE int moe_warp(void) { return (int)(threadIdx.x >> 5); }
 
-/* Returns x, which the compiler takes for a new value: it computes again what it would otherwise
-   have kept in registers since x was last used. */
+/* Returns x as a value that the compiler takes for new. What follows from x is then computed again,
+   not kept in registers since the last use of x. */
 MOE_DEVICE uint64_t moei_opaque(uint64_t x)
 {
 #if !MOE_ON_HOST
@@ -22,7 +22,7 @@ MOE_DEVICE uint64_t moei_opaque(uint64_t x)
     return x;
 }
 
-/* Sum over the aligned group of `width` lanes; every lane gets it. */
+/* Return the sum or the maximum over the aligned group of `width` lanes, to every lane. */
 MOE_DEVICE float moe_warp_sum(float v, int width)
 {
     for (int d = width >> 1; d > 0; d >>= 1) v += __shfl_xor_sync(MOE_FULL_WARP, v, d);
@@ -35,7 +35,7 @@ MOE_DEVICE float moe_warp_max(float v, int width)
     return v;
 }
 
-/* Largest of the warp's; every lane gets it. */
+/* Returns the maximum over the warp, to every lane. */
 MOE_DEVICE uint32_t moe_warp_max_u32(uint32_t v)
 {
 #if !MOE_ON_HOST && __CUDA_ARCH__ >= 800
@@ -49,7 +49,7 @@ MOE_DEVICE uint32_t moe_warp_max_u32(uint32_t v)
 #endif
 }
 
-/* Sum of the values of the lanes up to and including this one, modulo 2^32. */
+/* Returns the sum of v over the lanes up to and including the calling one, modulo 2^32. */
 MOE_DEVICE int moe_warp_inclusive_scan(int v)
 {
     for (int d = 1; d < MOE_WARP_SIZE; d <<= 1) {

@@ -1,18 +1,18 @@
-/* block.h: what a thread does with its block: barrier, polling, shared memory, and copies into
-   shared memory that arrive only when waited for. */
+/* block.h: what a thread does with its block: barrier, polling, shared memory, and asynchronous
+   copies into shared memory, which arrive when the thread waits for them. */
 #ifndef MOE_HOST_BLOCK_H
 #define MOE_HOST_BLOCK_H
 
 #include "sched.h"
 
-/* A GPU refuses an address that is no multiple of the bytes moved there. */
+/* Fails the run where p is not a multiple of `bytes`, as a GPU would. */
 inline void moeh_check_aligned(const void* p, size_t bytes, const char* why)
 {
     if ((uintptr_t)p % bytes) moeh_fail(why);
 }
 
-/* Waits for the live threads of the block; those that have ended are not waited for. Returns
-   whether any of them brought a vote. */
+/* Waits for the threads of the block that have not ended. Returns true where any of them brought a
+   vote. */
 __attribute__((noinline)) inline bool moeh_barrier(bool vote)
 {
     moeh_thread* const t = moeh_now();
@@ -27,7 +27,7 @@ __attribute__((noinline)) inline bool moeh_barrier(bool vote)
 inline void __syncthreads() { moeh_barrier(false); }
 inline int __syncthreads_or(int v) { return moeh_barrier(v != 0); }
 
-/* MOE_SPIN: everybody else may run first, in this block, other grids and other devices. */
+/* MOE_SPIN: lets all other threads run first, of this block, other grids and other devices. */
 __attribute__((noinline)) inline void moeh_spin()
 {
     moeh_thread* const t = moeh_now();
@@ -36,14 +36,14 @@ __attribute__((noinline)) inline void moeh_spin()
     moeh_leave(false);
 }
 
-/* Waits until `ready()` is true: the primitive that a stand-in for an mbarrier is built on. */
+/* Waits until ready() returns true: the primitive for a stand-in of an mbarrier. */
 template <class Function> inline void moeh_wait_until(Function ready)
 {
     while (!ready()) moeh_spin();
 }
 
-/* Shared memory that one MOE_SHARED declares: found by the declaration's place in the source,
-   made and poisoned by the first thread of the block to come. */
+/* Returns the shared memory of one MOE_SHARED, identified by `site`, its declaration. The first
+   thread of the block to arrive allocates and poisons the memory. */
 inline void* moeh_shared(const void* site, size_t bytes)
 {
     moeh_block* const b = moeh_now()->block;
@@ -57,10 +57,10 @@ inline void* moeh_shared(const void* site, size_t bytes)
     return made;
 }
 
-/* Begins a copy of `bytes` (4, 8 or 16; the addresses aligned to them, `from` only where it is
-   read), of which those past `keep` become zeros. Until the wait that covers its group, the
-   destination holds poison: reading it too early shows, and so does beginning the copy while
-   another thread still reads what was there. */
+/* Begins a copy of `bytes` (4, 8 or 16) bytes; those past `keep` become zeros. Both addresses are
+   aligned to `bytes`, `from` only where it is read. Until the wait that covers the copy's group the
+   destination holds poison. Too early a read therefore shows, and so does a copy that begins while
+   another thread still reads the destination. */
 inline void moeh_copy_async(void* to, const void* from, size_t bytes, size_t keep)
 {
     moeh_thread* const t = moeh_now();
@@ -70,9 +70,10 @@ inline void moeh_copy_async(void* to, const void* from, size_t bytes, size_t kee
     t->copies.push_back(moeh_copy{to, from, bytes, keep, t->groups});
 }
 
+/* Closes the calling thread's group of copies. */
 inline void moeh_copy_commit() { ++moeh_now()->groups; }
 
-/* Completes all closed groups of this thread but the last `pending`. */
+/* Completes all closed groups of the calling thread but the last `pending`. */
 inline void moeh_copy_wait(int pending)
 {
     moeh_thread* const t = moeh_now();

@@ -1,11 +1,11 @@
-/* fiber.h: a stack of its own for every CUDA thread, and the switch between two stacks.
+/* fiber.h: a stack for every CUDA thread, and the switch between two stacks.
 
-   x86-64 has a switch of 15 instructions; other machines, and -DMOEH_UCONTEXT, use ucontext,
-   which is right and some hundred times slower (it makes a system call). Rounding modes are not
-   saved: all fibers share them. AddressSanitizer is told of every switch.
+   On x86-64 the switch is 15 instructions. Other machines, and -DMOEH_UCONTEXT, use ucontext, which
+   is right and some hundred times slower (it makes a system call). Rounding modes are not saved:
+   all fibers share them. AddressSanitizer is told of every switch.
 
-   Stacks are 64 KiB (256 KiB under AddressSanitizer), with a guard page below where the system
-   grants one. They are pooled by the scheduler and never given back. */
+   A stack has 64 KiB (256 KiB under AddressSanitizer), with a guard page below where the system
+   grants one. The scheduler pools the stacks and never frees them. */
 #ifndef MOE_HOST_FIBER_H
 #define MOE_HOST_FIBER_H
 
@@ -39,18 +39,18 @@
 enum { MOEH_STACK = (MOEH_ASAN ? 256 : 64) * 1024, MOEH_GUARD = 4096 };
 
 struct moeh_fiber {
-    void* sp;             /* where it stopped */
-    unsigned char* stack; /* lowest usable byte; of the host's own stack: as ASan tells it */
-    size_t size;
-    void* fake; /* ASan's own */
+    void* sp;             /* stack pointer where the fiber stopped */
+    unsigned char* stack; /* lowest usable byte; of the host's own stack: as ASan reports it */
+    size_t size;          /* usable bytes */
+    void* fake;           /* fake stack of ASan */
 #ifdef MOEH_UCONTEXT
     ucontext_t context;
 #endif
 };
 
 #ifndef MOEH_UCONTEXT
-/* Saves the registers that a call preserves, leaves sp in *from, goes on at `to`. There is one
-   copy of it and callers return to few places, so the final ret is mostly predicted. */
+/* Saves the registers that a call preserves, stores sp to *from, continues at `to`. This one
+   function does all switches and returns to few callers, so the final ret is mostly predicted. */
 __attribute__((naked, noinline)) inline void moeh_switch(void** /* from */, void* /* to */)
 {
     __asm__("pushq %rbp; pushq %rbx; pushq %r12; pushq %r13; pushq %r14; pushq %r15\n\t"
@@ -59,14 +59,16 @@ __attribute__((naked, noinline)) inline void moeh_switch(void** /* from */, void
 }
 #endif
 
-/* The fiber that was left last: its successor learns from ASan where the left stack lies. */
+/* Returns the fiber that ran last: the next one learns from ASan where the stack of that fiber
+   is. */
 inline moeh_fiber*& moeh_fiber_left()
 {
     static moeh_fiber* left;
     return left;
 }
 
-/* Leaves `from` for `to`; returns when somebody comes back. A fiber that `ends` never does. */
+/* Switches from `from` to `to`; returns when `from` is switched to again. A fiber that `ends` never
+   is. */
 inline void moeh_fiber_switch(moeh_fiber* from, moeh_fiber* to, bool ends)
 {
     (void)ends;
@@ -74,7 +76,7 @@ inline void moeh_fiber_switch(moeh_fiber* from, moeh_fiber* to, bool ends)
     moeh_fiber_left() = from;
     __sanitizer_start_switch_fiber(ends ? nullptr : &from->fake, to->stack, to->size);
 #endif
-    __asm__ volatile("" ::: "memory"); /* shared memory changes while this fiber is away */
+    __asm__ volatile("" ::: "memory"); /* other fibers change shared memory meanwhile */
 #ifdef MOEH_UCONTEXT
     swapcontext(&from->context, &to->context);
 #else
@@ -104,19 +106,19 @@ inline void moeh_fiber_alloc(moeh_fiber* f)
     void* p = mmap(nullptr, MOEH_STACK + MOEH_GUARD, PROT_READ | PROT_WRITE,
                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (p == MAP_FAILED) abort();
-    (void)mprotect(p, MOEH_GUARD, PROT_NONE); /* may fail past the system's count of mappings */
+    (void)mprotect(p, MOEH_GUARD, PROT_NONE); /* may fail past the system's limit of mappings */
     f->stack = (unsigned char*)p + MOEH_GUARD;
     f->size = MOEH_STACK;
 }
 
-/* Makes the fiber begin at `entry`, whatever it did before. The tops of the stacks are spread
-   over the cache: all at one offset in a page would share one set of it. */
+/* Makes the fiber begin at `entry`, whatever it did before. The tops of the stacks have different
+   offsets in a page: with one offset all would share one set of the cache. */
 inline void moeh_fiber_start(moeh_fiber* f, void (*entry)())
 {
     const uintptr_t color = ((uintptr_t)f->stack >> 16) * 5 % 61;
     const uintptr_t top = ((uintptr_t)f->stack + f->size - 64 * color) & ~(uintptr_t)63;
 #if MOEH_ASAN
-    __asan_unpoison_memory_region(f->stack, f->size); /* left behind by a killed one */
+    __asan_unpoison_memory_region(f->stack, f->size); /* poison of a fiber that was killed */
 #endif
 #ifdef MOEH_UCONTEXT
     getcontext(&f->context);
@@ -126,7 +128,7 @@ inline void moeh_fiber_start(moeh_fiber* f, void (*entry)())
     makecontext(&f->context, entry, 0);
 #else
     void** sp = (void**)top;
-    *--sp = nullptr; /* no caller; and the entry finds the stack aligned as after a call */
+    *--sp = nullptr; /* no caller; the entry finds the stack aligned as after a call */
     *--sp = (void*)entry;
     for (int i = 0; i < 6; ++i) *--sp = nullptr;
     f->sp = sp;

@@ -1,40 +1,39 @@
-/* host.h: the CPU backend. It lets a plain C++14 compiler, on a machine with no CUDA toolkit,
-   compile the kernels of this collection and run them. base/cuda.cuh includes it when
-   MOE_ON_HOST is 1; nothing else should.
+/* host.h: the CPU backend. A plain C++14 compiler, on a machine with no CUDA toolkit, compiles the
+   kernels of this library and runs them. Only base/cuda.cuh includes it, where MOE_ON_HOST is 1.
 
-   How it runs: every CUDA thread is a fiber with a stack of its own (fiber.h). One OS thread
-   runs them all, one at a time, and switches only where a thread waits: at a barrier, a warp
-   intrinsic or MOE_SPIN (sched.h). So a run is deterministic, atomics are plain arithmetic, and
-   a seed (MOE_HOST_SEED, moeh_set_seed) reorders threads, warps and blocks to bring a missing
-   barrier to light. Launches only queue; work runs while the host waits in a cuda* call. Several
-   virtual devices (MOE_HOST_DEVICES) share the one scheduler.
+   Method: every CUDA thread is a fiber with a stack of its own (fiber.h). One OS thread runs the
+   fibers one at a time, and switches only where a thread waits: at a barrier, a warp intrinsic or
+   MOE_SPIN (sched.h). So a run is deterministic and atomics are plain arithmetic. A seed
+   (MOE_HOST_SEED, moeh_set_seed) reorders threads, warps and blocks, which makes a missing barrier
+   visible. A launch is only queued; work runs while the host waits in a cuda* call. Several virtual
+   devices (MOE_HOST_DEVICES) share the one scheduler.
 
-   What it refuses, as a GPU would or worse: see sched.h. MOE_HOST_PRELOAD=1 or
+   Refused: what sched.h lists, as a GPU would or more strictly. MOE_HOST_PRELOAD=1 or
    moeh_require_preload(1) also refuses launches of kernels that moe_preload_kernel was not given.
 
-   What it cannot show: missing fences, bank conflicts, speed, the rounding of tensor cores, a
-   race between two threads that no barrier or warp intrinsic separates in either order. A polling
-   loop with no MOE_SPIN() in it hangs. All cuda* calls must come from one OS thread.
+   Not shown: missing fences, bank conflicts, speed, the rounding of tensor cores, a race between
+   two threads that no barrier or warp intrinsic separates in either order. A polling loop without
+   MOE_SPIN() hangs. All cuda* calls must come from one OS thread.
 
    Files      types.h       dim3, vector types, error codes
               fiber.h       stacks and the context switch
               state.h       threads, warps, blocks, grids, streams, devices, as data
-              sched.h       who runs next, and the report when none can
+              sched.h       which thread runs next, and the report when none can
               block.h       barrier, MOE_SPIN, shared memory, asynchronous copies of a thread
               warp.h        shuffles, votes, reductions
               intrinsics.h  atomics, bit and float intrinsics, min and max
               streams.h     launches, streams, events and graphs of the cuda* API
-              runtime.h     its memory and devices
-              mma.h         16x16x16 tensor-core pieces; included by gemm/mma.cuh
+              runtime.h     memory and devices of the cuda* API
+              mma.h         16x16x16 products of fragments; included by gemm/mma.cuh
 
-   The seam for Hopper: stand-ins for wgmma, TMA (bulk tensor copies) and mbarrier belong in a
-   file hopper.h beside mma.h. An mbarrier is a word in shared memory whose waiters call
-   moeh_wait_until (block.h); a bulk copy is a deferred copy as in moeh_copy_async that
-   arrives at such a word; a wgmma gathers its warps as moei_mma gathers its lanes. A thread in
-   moeh_wait_until counts as polling, so one that waits for ever is found by the spin limit.
+   Hopper: stand-ins for wgmma, TMA (bulk tensor copies) and mbarrier belong in a file hopper.h next
+   to mma.h. An mbarrier is a word in shared memory; a thread waits for it in moeh_wait_until
+   (block.h). A bulk copy is a deferred copy as in moeh_copy_async that arrives at such a word. A
+   wgmma gathers its warps as moei_mma gathers its lanes. A thread in moeh_wait_until counts as
+   polling, so the spin limit finds one that waits for ever.
 
-   This folder alone uses templates and std::. Any number of files of one program may include it:
-   all state hangs off one function-local static. */
+   Only this folder uses templates and std::. Any number of files of one program may include it: all
+   state is reached from one function-local static. */
 #ifndef MOE_HOST_HOST_H
 #define MOE_HOST_HOST_H
 
@@ -42,7 +41,7 @@
 #error "moe: the CPU backend needs C++14"
 #endif
 
-/* Macros of the user's by these names would break the C++ library's headers. */
+/* A user's macros of these names would break the C++ library's headers. */
 #pragma push_macro("min")
 #pragma push_macro("max")
 #undef min
@@ -60,7 +59,7 @@
 #pragma pop_macro("min")
 #pragma pop_macro("max")
 
-/* After the system headers, so that these names cannot meet theirs. */
+/* Defined after the system headers, so that these names do not meet theirs. */
 #define __global__
 #define __device__
 #define __grid_constant__
@@ -72,8 +71,8 @@
 #define blockDim (moeh_now()->block->grid->block)
 #define gridDim (moeh_now()->block->grid->grid)
 
-/* Shared memory of the block, poisoned when the block first reaches it. A
-   declaration is known by its place in the source: several in one kernel are several objects. */
+/* Declares shared memory of the block, poisoned when the block first reaches the declaration. Each
+   declaration in the source is one object. */
 #define MOE_SHARED(type, name)                                                                    \
     static char moeh_site_##name;                                                                 \
     type& name = *(type*)moeh_shared(&moeh_site_##name, sizeof(type))

@@ -1,8 +1,8 @@
 /* intrinsics.h: atomics, fences, and the bit and arithmetic intrinsics that the kernels use.
 
-   One OS thread runs every fiber, and a fiber keeps the CPU between waits, so an atomic is plain
-   arithmetic and a fence is nothing. Sums wrap, as on a GPU. An address that is not aligned fails
-   the run. */
+   One OS thread runs every fiber, and a fiber keeps the CPU between waits. So an atomic is plain
+   arithmetic and a fence does nothing. Sums wrap, as on a GPU. A misaligned address fails the
+   run. */
 #ifndef MOE_HOST_INTRINSICS_H
 #define MOE_HOST_INTRINSICS_H
 
@@ -17,7 +17,7 @@
 template <class Type> inline Type moeh_sum(Type a, Type b) { return a + b; }
 inline int moeh_sum(int a, int b) { return (int)((unsigned)a + (unsigned)b); }
 
-/* The value has the type that p points to, whatever is passed: common_type<Type> is Type, not deduced. */
+/* The value has the type that p points to, whatever is passed: common_type<Type> is not deduced. */
 #define MOEH_ATOMIC(name, expression)                                                              \
     template <class Type> inline Type name(Type* p, typename std::common_type<Type>::type v)       \
     {                                                                                              \
@@ -45,7 +45,7 @@ inline Type atomicCAS(Type* p, typename std::common_type<Type>::type expected,
     return old;
 }
 
-/* The compiler too must neither move nor keep anything across these. */
+/* The compiler must neither move a memory access past these nor keep values over them. */
 inline void __threadfence_block() { __asm__ volatile("" ::: "memory"); }
 inline void __threadfence() { __asm__ volatile("" ::: "memory"); }
 inline void __threadfence_system() { __asm__ volatile("" ::: "memory"); }
@@ -71,11 +71,11 @@ MOEH_BITS(__float_as_int, int, float)
 MOEH_BITS(__int_as_float, float, int)
 #undef MOEH_BITS
 
-/* Exact here; the approximate one of a GPU may differ in its last bits. */
+/* Both are exact; __fdividef of a GPU may differ in its last bits. */
 inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __fdividef(float a, float b) { return a / b; }
 
-/* Of integers; where one is unsigned, so is the result. */
+/* min and max of integers; unsigned where one argument is. */
 #define MOEH_MIN_MAX(name, op)                                                                     \
     template <class Arg, class Other>                                                              \
     inline typename std::common_type<Arg, Other>::type name(Arg a, Other b)                        \

@@ -1,17 +1,17 @@
-/* mma.h: the stand-in for 16x16x16 tensor-core pieces, behind the functions that gemm/mma.cuh
+/* mma.h: the CPU's stand-in for fragments and their product, behind the functions that gemm/mma.cuh
    defines on a GPU. Included by that file, after base/cuda.cuh and layout.h.
 
      c += a * b   a [16 m, 16 k], b [16 k, 16 n] fp16 or bf16, c [16 m, 16 n] fp32
 
-   A lane holds 8 elements of each piece. On a GPU nobody may know which; here they are drawn
-   from the seed, differently for a, b and c, so that code which leans on a layout fails. All c
-   pieces share one, so c pieces may be combined element by element.
+   A lane holds 8 elements of each fragment. No code may depend on which: the layouts are drawn from
+   the seed, differently for a, b and c, so that code which depends on a layout fails. All c
+   fragments have one layout, so they may be combined element by element.
 
-   Products and sums are taken in fp32, k ascending, each rounded: a tensor core rounds
-   otherwise, so exact checks want small integers. moei_mma is a meeting of the 32 lanes: the last
-   to come computes for all. Loads and stores are each lane's own and do not wait; others see a
-   store after __syncwarp. Misaligned pointers and leading dimensions, and pieces loaded with
-   another dtype than they are used with, fail the run. */
+   Products and sums are fp32, k ascending, each rounded. A tensor core rounds differently, so exact
+   checks use small integers. moei_mma is a meeting of the 32 lanes (warp.h): the last lane to
+   arrive computes for all. Loads and stores are per lane and do not wait; other lanes see a store
+   after __syncwarp. The run fails with misaligned pointers or leading dimensions, and where a
+   fragment is used with another dtype than it was loaded with. */
 #ifndef MOE_HOST_MMA_H
 #define MOE_HOST_MMA_H
 
@@ -22,15 +22,15 @@
 #define MOEI_MMA_C_ELEMS 8 /* elements of moei_mma_c::x in one lane */
 
 typedef struct moeh_mma_input {
-    float x[8];
-    int dtype;
+    float x[8]; /* the calling lane's elements; moeh_layout has the order */
+    int dtype;  /* MOE_FP16 or MOE_BF16 */
 } moei_mma_a, moei_mma_b;
 typedef struct moei_mma_c {
     float x[MOEI_MMA_C_ELEMS];
 } moei_mma_c;
 
-/* Who holds what: lane l has the elements 8 run[l] .. 8 run[l] + 7 of a piece in row order,
-   element j of them in x[slot[j]]. */
+/* Layout of a fragment: lane l holds the elements 8 run[l] .. 8 run[l] + 7 in row order, and
+   element j of them is x[slot[j]]. */
 struct moeh_layout {
     unsigned char run[32], slot[8];
 };
@@ -39,6 +39,7 @@ struct moeh_layouts {
     moeh_layout a, b, c;
 };
 
+/* Returns the layouts of a, b and c, drawn anew when the seed has changed. */
 inline const moeh_layouts& moeh_mma_layouts()
 {
     static moeh_layouts l = {~moeh_get().seed, {}, {}, {}};
@@ -51,14 +52,14 @@ inline const moeh_layouts& moeh_mma_layouts()
             std::shuffle(one->run, one->run + 32, random);
             std::shuffle(one->slot, one->slot + 8, random);
         }
-        /* a product is taken with the columns where they are: b and c have the same slots */
+        /* moeh_mma_all does not reorder columns: b and c have the same `slot` */
         memcpy(l.b.slot, l.c.slot, sizeof l.b.slot);
     }
     return l;
 }
 
-/* This lane's elements of a piece of a swizzled stage; along lines: the rows of the piece are lines,
-   and its columns stand side by side in them; else the other way round. */
+/* Loads the calling lane's elements of a fragment from a swizzled stage. along: the rows of the
+   fragment are lines and its columns are contiguous; else rows and columns are exchanged. */
 inline void moeh_mma_load(moeh_mma_input* f, const moeh_layout& l, const uint16_t* stage, int row,
                           int column, int ld, int dtype, bool along)
 {
@@ -75,7 +76,9 @@ inline void moeh_mma_load(moeh_mma_input* f, const moeh_layout& l, const uint16_
     f->dtype = dtype;
 }
 
-/* What the device asks of a piece's place: it joins the numbers by XOR. along: lines are rows. */
+/* Fails the run unless row, m and k are multiples of 16. row and m must share no bits: a GPU
+   joins them by XOR. The fragment must end within the ld elements of a line. along: as in
+   moeh_mma_load. */
 inline void moeh_mma_place(int row, int m, int k, int ld, bool along)
 {
     if (row < 0 || m < 0 || k < 0 || row % 16 || m % 16 || k % 16 || (row & m) ||
@@ -83,7 +86,7 @@ inline void moeh_mma_place(int row, int m, int k, int ld, bool along)
         moeh_fail("loads a tensor-core piece from a place that a warp does not have");
 }
 
-/* A lane's own part is the first row here. */
+/* Return a lane's part of the address: here the first row. */
 MOE_DEVICE int moei_mma_lane_a(int row, int, int) { return row; }
 MOE_DEVICE int moei_mma_lane_b(int row, int, int) { return row; }
 MOE_DEVICE void moei_mma_load_a(moei_mma_a* f, const uint16_t* stage, int lane, int m, int k,
@@ -92,7 +95,7 @@ MOE_DEVICE void moei_mma_load_a(moei_mma_a* f, const uint16_t* stage, int lane, 
     moeh_mma_place(lane, m, k, ld, major == MOE_MAJOR_K);
     moeh_mma_load(f, moeh_mma_layouts().a, stage, lane + m, k, ld, dtype, major == MOE_MAJOR_K);
 }
-/* b is held as [k, n]. */
+/* b is stored as [k, n]. */
 MOE_DEVICE void moei_mma_load_b(moei_mma_b* f, const uint16_t* stage, int lane, int n, int k,
                                 int ld, int dtype, int major)
 {
@@ -112,7 +115,7 @@ struct moeh_mma_lane { /* what a lane brings to the meeting */
 
 typedef float moeh_float4 __attribute__((vector_size(16), may_alias, aligned(4)));
 
-/* The whole product, for all lanes. Rows of b and c keep their columns in slot order. */
+/* Computes the whole product, for all lanes. Columns of b and c keep the order of `slot`. */
 __attribute__((noinline)) inline void moeh_mma_all(moeh_warp* w, uint32_t mask)
 {
     const moeh_layouts& l = moeh_mma_layouts();
@@ -139,6 +142,7 @@ __attribute__((noinline)) inline void moeh_mma_all(moeh_warp* w, uint32_t mask)
     }
 }
 
+/* Adds a * b to c. All 32 lanes call it. */
 MOE_DEVICE void moei_mma(moei_mma_c* c, const moei_mma_a* a, const moei_mma_b* b, int dtype)
 {
     const moeh_mma_lane mine = {c->x, a->x, b->x};
@@ -147,13 +151,14 @@ MOE_DEVICE void moei_mma(moei_mma_c* c, const moei_mma_a* a, const moei_mma_b* b
     moeh_meet(0xffffffffu, "moei_mma", moeh_mma_all, (uint64_t)(uintptr_t)&mine);
 }
 
+/* Does the same where `keep` is not 0; `keep` is uniform over the warp. */
 MOE_DEVICE void moei_mma_if(moei_mma_c* c, const moei_mma_a* a, const moei_mma_b* b, int dtype,
                             int keep)
 {
     if (keep) moei_mma(c, a, b, dtype);
 }
 
-/* This lane's elements of a piece to p: those of a row `column` apart, rows `row`. */
+/* Stores the calling lane's elements to p: columns are `column` floats apart, rows `row` floats. */
 inline void moeh_mma_store(float* p, const moei_mma_c* c, int row, int column)
 {
     const moeh_layout& l = moeh_mma_layouts().c;
@@ -165,13 +170,13 @@ inline void moeh_mma_store(float* p, const moei_mma_c* c, int row, int column)
     for (int j = 0; j < 8; ++j) p[j * column] = c->x[l.slot[j]];
 }
 
-/* Rows of the piece at p, ld floats apart. */
+/* Stores the fragment at p, rows ld floats apart. */
 MOE_DEVICE void moei_mma_store(float* p, const moei_mma_c* c, int ld)
 {
     moeh_mma_store(p, c, ld, 1);
 }
 
-/* Rows of the piece, rounded to fp16 or bf16, at p, ld elements apart. */
+/* Stores the fragment at p, rounded to fp16 or bf16, rows ld elements apart. */
 MOE_DEVICE void moei_mma_store_half(uint16_t* p, const moei_mma_c* c, int ld, int dtype)
 {
     const moeh_layout& l = moeh_mma_layouts().c;
@@ -182,7 +187,7 @@ MOE_DEVICE void moei_mma_store_half(uint16_t* p, const moei_mma_c* c, int ld, in
     for (int j = 0; j < 8; ++j) moe_store(p, j, dtype, c->x[l.slot[j]]);
 }
 
-/* Columns of the piece at p, ld floats apart. */
+/* Stores the fragment transposed at p: columns are ld floats apart. */
 MOE_DEVICE void moei_mma_store_transposed(float* p, const moei_mma_c* c, int ld)
 {
     moeh_mma_store(p, c, 1, ld);

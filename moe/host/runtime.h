@@ -1,11 +1,11 @@
-/* runtime.h: the subset of the cuda* API for memory and devices, with CUDA's names, signatures
-   and error codes.
+/* runtime.h: the subset of the cuda* API for memory and devices, with CUDA's names, signatures and
+   error codes.
 
-   Device memory is malloc'd to its exact size and filled with poison, so that a sanitizer
-   guards it and an element nobody wrote is a NaN. Every virtual device may read the memory of
-   every other. An asynchronous copy reads its source when its turn comes, as from pinned memory.
-   cudaFree waits for all devices. After a failed run every call returns the error until
-   moeh_reset, but memory is still freed. */
+   Device memory is malloc'd to its exact size, so that a sanitizer guards it. It is filled with
+   poison: an unwritten element is a NaN. Every virtual device may read the memory of all others. An
+   asynchronous copy reads its source when it runs, as from pinned memory. cudaFree waits for all
+   devices. After a failed run every call returns the error until moeh_reset, but memory is still
+   freed. */
 #ifndef MOE_HOST_RUNTIME_H
 #define MOE_HOST_RUNTIME_H
 
@@ -103,7 +103,7 @@ inline cudaError_t cudaFree(void* p)
     return e;
 }
 
-/* What one allocation may take; how much is taken is not counted. */
+/* Reports what one allocation may take; what is taken already is not counted. */
 inline cudaError_t cudaMemGetInfo(size_t* available, size_t* total)
 {
     *total = MOEH_MEMORY;
@@ -119,7 +119,7 @@ enum cudaMemcpyKind {
     cudaMemcpyDefault
 };
 
-/* Makes a call that queues on the null stream and waits for it, unless a capture is under way. */
+/* Calls `call`, which queues on the null stream, and waits for it; refuses during a capture. */
 template <class Function> inline cudaError_t moeh_at_once(Function call)
 {
     cudaError_t e = moeh_unsafe();

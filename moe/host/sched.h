@@ -1,24 +1,28 @@
-/* sched.h: what waits for the CPU, and who gets it next.
+/* sched.h: what waits for the CPU, and which thread runs next.
 
-   A stream is a queue of operations, done in order. An operation is a function that is called
-   until it says that it is complete. That of a grid makes its blocks alive as the device has room:
-   4 multiprocessors of 2 blocks each, or of 1 when the block takes more than half of their shared
+   A stream is a queue of operations, done in order. An operation is a function that is called until
+   it returns true: complete. The operation of a grid starts its blocks while the device has room: 4
+   multiprocessors of 2 blocks each, or of 1 where a block takes more than half of their shared
    memory.
 
-   The host runs moeh_pump while it waits. A pump starts what can start and gives every alive
-   block a slice. Within a slice the fibers of a block hand over to each other directly: a lane
-   that waits looks for a ready lane of its warp, then of its block; when there is none, or the
-   slice's budget of switches is used up, the host goes on with the next block. Lanes in MOE_SPIN
-   get their turn in the block's next slice.
+   The host runs moeh_pump while it waits. A pump starts what can start and gives the CPU to every
+   alive block in turn. Within its turn the fibers of a block switch to each other directly: a lane
+   that waits looks for a ready lane of its warp, then of its block. Without one, or when the turn's
+   budget of switches is used up, the host continues with the next block. Lanes in MOE_SPIN run in
+   the block's next turn.
 
    Seed 0 takes lanes, warps and blocks in their natural order. Any other seed draws each choice,
-   the length of each slice and the order in which blocks start.
+   the length of each turn and the order in which blocks start.
 
-   A run fails when a block has live threads and none can go on, when a thread calls moeh_fail
-   (misuse of an intrinsic, a misaligned address), when one ends with asynchronous copies under way,
-   or in a dependent launch without moe_pdl_wait, when a kernel is launched that should
-   have been preloaded, or when the polling has passed a limit. Then a report goes to stderr, every
-   grid and every queue is thrown away, and the error stays until moeh_reset. */
+   A run fails when
+     - a block has live threads and none of them can run,
+     - a thread calls moeh_fail (misuse of an intrinsic, a misaligned address),
+     - a thread ends with asynchronous copies in flight,
+     - a thread of a dependent launch ends without moe_pdl_wait,
+     - a kernel is launched that should have been preloaded,
+     - the polling has passed a limit.
+   Then a report goes to stderr, every grid and every queue is discarded, and the error stays until
+   moeh_reset. */
 #ifndef MOE_HOST_SCHED_H
 #define MOE_HOST_SCHED_H
 
@@ -35,7 +39,7 @@ template <class Function> inline void moeh_each(uint32_t mask, Function f)
     for (; mask; mask &= mask - 1) f((unsigned)__builtin_ctz(mask));
 }
 
-/* One bit of a mask that has some: the lowest, or with a seed any. */
+/* Returns one bit of a nonzero mask: the lowest, or with a seed any. */
 inline unsigned moeh_choose(moeh_sched& s, uint32_t mask)
 {
     if (!s.seed) return (unsigned)__builtin_ctz(mask);
@@ -44,12 +48,14 @@ inline unsigned moeh_choose(moeh_sched& s, uint32_t mask)
     return ((unsigned)__builtin_ctz(turned) + r) & 31u;
 }
 
+/* Marks lanes of a warp as ready to run. */
 inline void moeh_make_ready(moeh_block* b, moeh_warp* w, uint32_t lanes)
 {
     w->ready |= lanes;
     b->ready_warps |= 1u << w->index;
 }
 
+/* Returns the next thread to run: of block b, or the host. */
 inline moeh_thread* moeh_pick(moeh_sched& s, moeh_block* b)
 {
     moeh_warp* w = b->current;
@@ -62,7 +68,7 @@ inline moeh_thread* moeh_pick(moeh_sched& s, moeh_block* b)
     return b->thread[w->index * 32 + lane];
 }
 
-/* The running thread has noted what it waits for (or that it ended) and gives the CPU away. */
+/* Gives the CPU away. The running thread has recorded what it waits for, or that it ended. */
 __attribute__((noinline)) inline void moeh_leave(bool ends)
 {
     moeh_sched& s = moeh_get();
@@ -73,6 +79,7 @@ __attribute__((noinline)) inline void moeh_leave(bool ends)
     moeh_fiber_switch(&me->fiber, &to->fiber, ends);
 }
 
+/* Appends to the report. */
 inline void moeh_say(const char* format, ...) __attribute__((format(printf, 1, 2)));
 inline void moeh_say(const char* format, ...)
 {
@@ -84,7 +91,7 @@ inline void moeh_say(const char* format, ...)
     moeh_get().report += text;
 }
 
-/* "kernel foo: block (3,0,0): 31 of 32 live threads wait at __syncthreads; ..." */
+/* Reports a block: "kernel foo: block (3,0,0): 31 of 32 live threads wait at __syncthreads; ..." */
 inline void moeh_describe(const moeh_block* b)
 {
     unsigned shown = 0;
@@ -102,7 +109,7 @@ inline void moeh_describe(const moeh_block* b)
     moeh_say("%s; %d poll in MOE_SPIN\n", shown > 8 ? "; and so on" : "", spinning);
 }
 
-/* Marks the run as failed and reports why, and where `first` and the other blocks stand. */
+/* Marks the run as failed; reports the reason and the state of `first` and the other blocks. */
 inline void moeh_set_failed(const char* why, const moeh_block* first)
 {
     moeh_sched& s = moeh_get();
@@ -114,7 +121,7 @@ inline void moeh_set_failed(const char* why, const moeh_block* first)
     fprintf(stderr, "%s%zu blocks were alive\n", s.report.c_str(), s.alive.size());
 }
 
-/* The calling thread has waited for the kernels before its own. */
+/* Records that the calling thread has waited for the kernels before its own. */
 inline void moeh_pdl_wait() { moeh_now()->waited = true; }
 
 /* For stand-ins of intrinsics: the calling thread met misuse. Fails the run, does not return. */
@@ -126,6 +133,7 @@ inline void moeh_fail(const char* why)
     for (;;) moeh_leave(false);
 }
 
+/* Lets the threads at the barrier run, and ends the vote. */
 inline void moeh_release_barrier(moeh_block* b)
 {
     for (moeh_warp& w : b->warp) {
@@ -137,7 +145,7 @@ inline void moeh_release_barrier(moeh_block* b)
     b->arrived = 0;
 }
 
-/* What every fiber runs: its thread of the kernel, once. */
+/* Runs in every fiber: its thread of the kernel, once. */
 inline void moeh_thread_main()
 {
     moeh_fiber_arrived();
@@ -158,13 +166,13 @@ inline void moeh_thread_main()
     moeh_get().spins = 0;
     if (b->arrived && b->arrived == b->live) moeh_release_barrier(b);
     moeh_leave(true);
-    abort(); /* not reached: nobody returns to a thread that ended */
+    abort(); /* not reached: no switch returns to a thread that ended */
 }
 
 /* ---- blocks ---- */
 
-/* What memory holds before it is written: NaN in every dtype, in integers a negative number that is
-   not the -1 of kernels. `p` is even. */
+/* Byte i of memory before it is written. The pattern is NaN in every dtype; as an integer it is
+   negative and not the -1 of kernels. `p` is even. */
 inline unsigned char moeh_poison_byte(size_t i) { return (i & 1) ? 0xff : 0xda; }
 
 inline void moeh_poison(void* p, size_t bytes)
@@ -172,7 +180,7 @@ inline void moeh_poison(void* p, size_t bytes)
     for (size_t i = 0; i < bytes; ++i) ((unsigned char*)p)[i] = moeh_poison_byte(i);
 }
 
-/* Memory full of poison; null: there is none to be had. */
+/* Returns memory full of poison; null where memory ran out. */
 inline void* moeh_poisoned(size_t bytes, size_t align)
 {
     void* p = nullptr;
@@ -181,6 +189,7 @@ inline void* moeh_poisoned(size_t bytes, size_t align)
     return p;
 }
 
+/* Frees a block's memory and returns its threads to the pool. */
 inline void moeh_end_block(moeh_sched& s, moeh_block* b)
 {
     s.pool.insert(s.pool.end(), b->thread.rbegin(), b->thread.rend());
@@ -190,7 +199,7 @@ inline void moeh_end_block(moeh_sched& s, moeh_block* b)
     delete b;
 }
 
-/* Makes the next block of a grid alive. */
+/* Starts the next block of a grid. */
 inline void moeh_start_block(moeh_sched& s, moeh_grid* g)
 {
     const dim3 dim = g->block;
@@ -226,14 +235,14 @@ inline void moeh_start_block(moeh_sched& s, moeh_grid* g)
         t->warp = w;
         t->waited = false;
         t->groups = 0;
-        t->copies.clear(); /* those of a failed run */
+        t->copies.clear(); /* of a failed run */
         w->index = i / 32;
         w->exist = w->live |= 1u << t->lane;
         moeh_make_ready(b, w, 1u << t->lane);
     }
 }
 
-/* Throws away every grid and every queue. */
+/* Discards every grid and every queue. */
 inline void moeh_discard_all(moeh_sched& s)
 {
     for (moeh_block* b : s.alive)
@@ -244,7 +253,7 @@ inline void moeh_discard_all(moeh_sched& s)
     s.changed = true;
 }
 
-/* Gives one block the CPU; true: it has ended. */
+/* Gives one block its turn on the CPU. Returns true when the block has ended. */
 inline bool moeh_slice(moeh_sched& s, moeh_block* b)
 {
     for (moeh_warp& w : b->warp) {
@@ -255,7 +264,7 @@ inline bool moeh_slice(moeh_sched& s, moeh_block* b)
         moeh_set_failed("deadlock: no thread of the first block below can go on", b);
         return false;
     }
-    /* the next warp in turn: one that meets itself for ever must not keep out the others */
+    /* the next warp in order: one whose lanes meet for ever must not starve the others */
     const uint32_t later = b->ready_warps & ~((2u << b->current->index) - 1);
     b->current = &b->warp[moeh_choose(s, later ? later : b->ready_warps)];
     s.budget = 8192;
@@ -267,8 +276,8 @@ inline bool moeh_slice(moeh_sched& s, moeh_block* b)
 
 /* ---- streams ---- */
 
-/* May the first operation of the stream begin? On each device the null stream and the blocking
-   ones keep the order of the calls, as with CUDA's legacy null stream. */
+/* Returns true where the first operation of the stream may begin. On each device the null stream
+   and the blocking ones keep the order of the calls, as with CUDA's legacy null stream. */
 inline bool moeh_turn_of(const moeh_sched& s, const moeh_stream* a)
 {
     for (const moeh_stream* b : s.streams)
@@ -280,7 +289,7 @@ inline bool moeh_turn_of(const moeh_sched& s, const moeh_stream* a)
 
 inline uint64_t moeh_gcd(uint64_t a, uint64_t b) { return b ? moeh_gcd(b, a % b) : a; }
 
-/* Starts as many blocks of a grid as there is room for; true: the grid has ended. */
+/* Starts as many blocks of a grid as have room. Returns true when the grid has ended. */
 inline bool moeh_advance_grid(moeh_grid* g)
 {
     moeh_sched& s = moeh_get();
@@ -293,7 +302,7 @@ inline bool moeh_advance_grid(moeh_grid* g)
     return g->done == g->total;
 }
 
-/* Carries every stream on as far as it goes at once. */
+/* Advances every stream as far as possible without running a thread. */
 inline void moeh_advance_all(moeh_sched& s)
 {
     for (bool any = true; any;) { /* what one stream completes another may wait for */
@@ -312,7 +321,7 @@ inline void moeh_advance_all(moeh_sched& s)
     s.changed = false;
 }
 
-/* Lets everything that can run do so for a while; false: nothing can. */
+/* Lets everything that can run do so for one turn. Returns false where nothing can. */
 inline bool moeh_pump(moeh_sched& s)
 {
     const bool changed = s.changed;
@@ -337,7 +346,7 @@ inline bool moeh_pump(moeh_sched& s)
     return changed || n;
 }
 
-/* The host waits until `done` says true, or for ever: that is a failure too. */
+/* Makes the host wait until done() returns true. A wait that can never end fails the run. */
 template <class Function> inline cudaError_t moeh_host_wait(Function done)
 {
     moeh_sched& s = moeh_get();
@@ -354,15 +363,15 @@ template <class Function> inline cudaError_t moeh_host_wait(Function done)
 
 inline void moeh_set_seed(uint64_t seed) { moeh_seed(moeh_get(), seed); }
 
-/* 1: from here on a launch of a kernel that moe_preload_kernel was not given fails the run. The
-   environment's MOE_HOST_PRELOAD=1 says so from the start. */
+/* 1: from here on, the launch of a kernel that moe_preload_kernel was not given fails the run. The
+   environment's MOE_HOST_PRELOAD=1 sets it from the start. */
 inline void moeh_require_preload(int on) { moeh_get().preload_only = on; }
 
-/* What went wrong; "" where nothing did. */
+/* Returns what failed; "" where nothing did. */
 inline const char* moeh_report() { return moeh_get().report.c_str(); }
 
-/* Forgets all queued and running work and the error; memory and streams stay, events want to be
-   recorded anew. */
+/* Discards all queued and running work and clears the error. Memory and streams stay; events must
+   be recorded anew. */
 inline void moeh_reset()
 {
     moeh_sched& s = moeh_get();

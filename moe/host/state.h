@@ -1,5 +1,5 @@
-/* state.h: all that the CPU backend keeps: threads, warps, blocks, grids, streams, devices, and
-   the one scheduler of the program that they hang off. sched.h sets it going. */
+/* state.h: all state of the CPU backend: threads, warps, blocks, grids, streams, devices, and the
+   one scheduler of the program that holds them. sched.h runs it. */
 #ifndef MOE_HOST_STATE_H
 #define MOE_HOST_STATE_H
 
@@ -21,60 +21,61 @@
 #include "types.h"
 
 enum {
-    MOEH_DEVICES = 8,
-    MOEH_SMS = 4,
-    MOEH_BLOCKS_PER_SM = 2,
-    MOEH_SMEM_BLOCK = 232448, /* most shared memory of a block */
-    MOEH_SMEM_SM = 233472
+    MOEH_DEVICES = 8,         /* most virtual devices */
+    MOEH_SMS = 4,             /* multiprocessors of a device */
+    MOEH_BLOCKS_PER_SM = 2,   /* most blocks of a multiprocessor */
+    MOEH_SMEM_BLOCK = 232448, /* most shared memory of a block, bytes */
+    MOEH_SMEM_SM = 233472     /* shared memory of a multiprocessor, bytes */
 };
 
-struct moeh_copy { /* an asynchronous copy under way */
+struct moeh_copy { /* an asynchronous copy in flight */
     void* to;
     const void* from;
-    size_t bytes, keep;
-    uint64_t group;
+    size_t bytes, keep; /* bytes of the copy; bytes that are read, zeros follow */
+    uint64_t group;     /* number of its group */
 };
 
 struct moeh_thread {
     moeh_fiber fiber;
     dim3 tid;
-    unsigned lane;
-    struct moeh_block* block; /* null: this is the host */
-    struct moeh_warp* warp;
-    bool waited;     /* was in moe_pdl_wait */
-    uint64_t groups; /* groups of copies closed so far */
-    std::vector<moeh_copy> copies;
+    unsigned lane;                 /* 0 .. 31 */
+    struct moeh_block* block;      /* null: this is the host */
+    struct moeh_warp* warp;        /* null: this is the host */
+    bool waited;                   /* has called moe_pdl_wait */
+    uint64_t groups;               /* groups of copies closed so far */
+    std::vector<moeh_copy> copies; /* in flight, in order */
 };
 
-/* What a lane brings to a warp intrinsic and takes from it; warp.h. */
+/* What a lane brings to a warp intrinsic and takes from it: warp.h. */
 typedef void (*moeh_meet_fn)(struct moeh_warp* warp, uint32_t mask);
 struct moeh_meeting {
-    uint32_t mask;
-    unsigned from;
-    uint64_t value, result;
-    const char* name;
-    moeh_meet_fn finish;
+    uint32_t mask;          /* lanes that meet */
+    unsigned from;          /* lane that a shuffle reads */
+    uint64_t value, result; /* brought; taken */
+    const char* name;       /* of the intrinsic */
+    moeh_meet_fn finish;    /* computes the results of all lanes */
 };
 
 struct moeh_warp {
     unsigned index;
-    uint32_t exist, live; /* lanes that there are, that have not ended */
-    uint32_t ready, spinning, barrier, meeting; /* by what they wait for; a running one: none */
-    moeh_meeting at[32];
+    uint32_t exist, live;                       /* lanes of the warp; those that have not ended */
+    uint32_t ready, spinning, barrier, meeting; /* lanes by what they wait for; a running one:
+                                                   none */
+    moeh_meeting at[32];                        /* by lane */
 };
 
 struct moeh_block {
     struct moeh_grid* grid;
     dim3 index;
     unsigned live, arrived; /* threads: not ended, at the barrier */
-    bool vote, voted;       /* of the barrier being gathered, of the one passed last */
-    uint32_t ready_warps;
-    size_t shared_bytes;
-    unsigned char* dynamic;
-    std::vector<std::pair<const void*, void*>> shared; /* place of a declaration, its memory */
+    bool vote, voted;       /* of the barrier being gathered; of the one passed last */
+    uint32_t ready_warps;   /* bit i: warp i has a ready lane */
+    size_t shared_bytes;    /* static and dynamic */
+    unsigned char* dynamic; /* dynamic shared memory */
+    std::vector<std::pair<const void*, void*>> shared; /* site of a declaration, its memory */
     std::vector<moeh_thread*> thread;
     std::vector<moeh_warp> warp;
-    moeh_warp* current;
+    moeh_warp* current; /* the warp whose lanes run */
 };
 
 struct moeh_grid {
@@ -82,55 +83,56 @@ struct moeh_grid {
     const char* name;
     int device;
     dim3 grid, block;
-    size_t smem;
+    size_t smem;                   /* dynamic shared memory, bytes */
     bool dependent;                /* every thread must call moe_pdl_wait */
-    unsigned room;                 /* share of the device that a block takes */
-    uint64_t total, started, done; /* blocks */
-    uint64_t next, step;           /* which one starts next; `next` moves by `step`, in a circle */
+    unsigned room;                 /* units of the device that a block takes */
+    uint64_t total, started, done; /* numbers of blocks */
+    uint64_t next, step;           /* next block to start; moves by `step`, modulo total */
 };
 
-typedef std::function<bool()> moeh_op; /* does what it can; true: it is complete */
+typedef std::function<bool()> moeh_op; /* advances; returns true when complete */
 
-struct moeh_graph { /* what the streams of one capture have recorded */
+struct moeh_graph { /* the operations that the streams of one capture have recorded */
     std::vector<moeh_op> ops;
-    struct moeh_stream* origin;
-    bool open; /* neither ended nor spoiled */
+    struct moeh_stream* origin; /* the stream on which the capture began */
+    bool open;                  /* neither ended nor invalidated */
 };
 
 struct moeh_stream {
     int device;
-    bool null, blocking, destroyed;
-    std::deque<std::pair<uint64_t, moeh_op>> queue; /* place in the order of calls, operation */
-    std::shared_ptr<moeh_graph> capture;
+    bool null, blocking, destroyed;                 /* null: the null stream of its device */
+    std::deque<std::pair<uint64_t, moeh_op>> queue; /* number in the order of calls, operation */
+    std::shared_ptr<moeh_graph> capture;            /* null: not capturing */
 };
 
 struct moeh_sched {
-    int devices = 1, current = 0;  /* how many there are (a test may set it), cudaSetDevice's */
-    unsigned room[MOEH_DEVICES];   /* free places for blocks */
+    int devices = 1, current = 0;  /* devices (a test may set it); that of cudaSetDevice */
+    unsigned room[MOEH_DEVICES];   /* free units of each device */
     moeh_thread host = moeh_thread();
     std::vector<moeh_stream*> streams; /* [i], i < MOEH_DEVICES: null stream of device i */
-    std::vector<moeh_block*> alive;
-    std::vector<moeh_thread*> pool;
-    uint64_t seed = 0, random = 0;
-    uint64_t calls = 0;               /* operations queued so far */
-    int budget = 0;                   /* switches left in this slice */
-    bool changed = false;             /* something may start that could not before */
-    uint64_t spins = 0;               /* since a thread or an operation ended */
-    uint64_t spin_limit = 100000000;  /* as many end a run */
-    cudaError_t sticky = cudaSuccess; /* of a failed run */
+    std::vector<moeh_block*> alive;    /* blocks that have started and not ended */
+    std::vector<moeh_thread*> pool;    /* unused threads */
+    uint64_t seed = 0, random = 0;     /* 0: natural order; state of the generator */
+    uint64_t calls = 0;                /* operations queued so far */
+    int budget = 0;                    /* switches left in this turn */
+    bool changed = false;              /* an operation may start that could not before */
+    uint64_t spins = 0;                /* polls since a thread or an operation ended */
+    uint64_t spin_limit = 100000000;   /* polls that fail a run */
+    cudaError_t sticky = cudaSuccess;  /* error of a failed run */
     std::string report;
     std::set<const void*> preloaded; /* kernels that moe_preload_kernel was given */
-    bool preload_only = false;       /* others fail the run */
-    std::set<const void*> launched;  /* kernels, while others fail the run */
+    bool preload_only = false;       /* 1: a launch of others fails the run */
+    std::set<const void*> launched;  /* kernels launched while preload_only was 1 */
 };
 
-/* The thread that runs; its address never changes while the thread lives. */
+/* Returns the running thread; its address never changes while the thread exists. */
 inline moeh_thread*& moeh_now()
 {
     static moeh_thread* now;
     return now;
 }
 
+/* Returns 32 random bits: xorshift64*. */
 inline uint64_t moeh_random(moeh_sched& s)
 {
     s.random ^= s.random << 13;
@@ -139,7 +141,7 @@ inline uint64_t moeh_random(moeh_sched& s)
     return s.random * 0x2545f4914f6cdd1dull >> 32;
 }
 
-/* Order of threads, warps and blocks from here on; 0 is the natural one. */
+/* Sets the order of threads, warps and blocks from here on; 0 is the natural one. */
 inline void moeh_seed(moeh_sched& s, uint64_t seed)
 {
     s.seed = seed;
@@ -147,6 +149,7 @@ inline void moeh_seed(moeh_sched& s, uint64_t seed)
     for (int i = 0; i < 4; ++i) moeh_random(s);
 }
 
+/* Returns a scheduler with the settings of the environment. */
 inline moeh_sched* moeh_new_sched()
 {
     moeh_sched* const s = new moeh_sched();
@@ -164,7 +167,8 @@ inline moeh_sched* moeh_new_sched()
     return s;
 }
 
-/* The program's scheduler. Never destroyed: static objects of the user may still free memory. */
+/* Returns the program's scheduler. Never destroyed: static objects of the user may still free
+   memory. */
 inline moeh_sched& moeh_get()
 {
     static moeh_sched* const s = moeh_new_sched();

@@ -1,11 +1,11 @@
 /* streams.h: launches, streams, events, capture and graphs, with CUDA's names and signatures.
 
    A capture is one list of operations in the order of the calls. A stream that waits for an event
-   recorded in a capture joins it, so forks and joins are right, but a replay runs the list one by
-   one on one stream: branches of a graph that wait for each other while both run do not get on,
-   and a fork that is never joined, which CUDA refuses, goes unnoticed.
-   An event recorded in a capture is of use only there. Calls that a capture forbids spoil it:
-   EndCapture then returns cudaErrorStreamCaptureInvalidated. */
+   recorded in a capture joins it, so forks and joins are right. A replay runs the list one
+   operation after the other on one stream. Branches of a graph that wait for each other while both
+   run therefore hang. A fork that is never joined, which CUDA refuses, is not detected. An event
+   recorded in a capture is of use only there. A call that a capture forbids invalidates it:
+   cudaStreamEndCapture then returns cudaErrorStreamCaptureInvalidated. */
 #ifndef MOE_HOST_STREAMS_H
 #define MOE_HOST_STREAMS_H
 
@@ -16,7 +16,7 @@
 struct moeh_mark { /* one recording of an event */
     bool reached;
     double at_ms;
-    std::shared_ptr<moeh_graph> capture; /* that it stands in, if any */
+    std::shared_ptr<moeh_graph> capture; /* the capture that holds it; or null */
 };
 
 typedef moeh_stream* cudaStream_t;
@@ -29,13 +29,14 @@ enum { cudaStreamDefault = 0, cudaStreamNonBlocking = 1 };
 enum { cudaEventDefault = 0, cudaEventDisableTiming = 2 };
 enum cudaStreamCaptureMode { cudaStreamCaptureModeGlobal, cudaStreamCaptureModeThreadLocal };
 
-/* The error of a failed run. What a call refuses is only returned by that call. */
+/* Return the error of a failed run. An error that one call refuses is returned by that call
+   alone. */
 inline cudaError_t cudaPeekAtLastError() { return moeh_get().sticky; }
 inline cudaError_t cudaGetLastError() { return moeh_get().sticky; }
 
 /* ---- queues ---- */
 
-/* The stream behind a handle; null: there is none such. */
+/* Returns the stream behind a handle; null for a handle of no stream. */
 inline moeh_stream* moeh_stream_of(cudaStream_t handle)
 {
     moeh_sched& s = moeh_get();
@@ -45,7 +46,8 @@ inline moeh_stream* moeh_stream_of(cudaStream_t handle)
     return nullptr;
 }
 
-/* For calls that no capture allows: spoils those under way. Also refuses calls by a kernel. */
+/* For calls that no capture allows: invalidates all open captures. Also refuses calls by a
+   kernel. */
 inline cudaError_t moeh_unsafe()
 {
     moeh_sched& s = moeh_get();
@@ -76,7 +78,7 @@ inline cudaError_t moeh_queue(cudaStream_t handle, moeh_op op)
     return cudaSuccess;
 }
 
-/* The host waits until the queues of the streams that `which` names are empty. */
+/* Makes the host wait until the queues of the streams that `which` selects are empty. */
 template <class Function> inline cudaError_t moeh_wait_for(Function which)
 {
     return moeh_host_wait([which] {
@@ -86,21 +88,21 @@ template <class Function> inline cudaError_t moeh_wait_for(Function which)
     });
 }
 
-/* The call of a kernel with a copy of its argument. */
+/* Returns the call of a kernel with a copy of its argument. */
 template <class Kernel, class Arg> inline auto moeh_bind(Kernel* kernel, const Arg& arg)
 {
     return [kernel, arg] { kernel(arg); };
 }
 
-/* The same of a kernel whose type is not known any more. */
+/* Does the same for a kernel of which only the address is known. */
 template <class Arg> inline auto moeh_bind_prepared(const void* kernel, const Arg& arg)
 {
     void (*const typed)(const Arg) = (void (*)(const Arg))kernel;
     return [typed, arg] { typed(arg); };
 }
 
-/* Queues a grid. Nothing runs before the host waits for something. `kernel`: its address; null
-   where none must be preloaded. */
+/* Queues a grid. No thread runs before the host waits for something. `kernel` is the kernel's
+   address, for the check of preloading; null: not checked. */
 template <class Function>
 inline cudaError_t moeh_launch(dim3 grid, dim3 block, size_t smem, cudaStream_t handle,
                                Function call, const char* name, const void* kernel = nullptr,
@@ -139,7 +141,7 @@ inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flag
 }
 inline cudaError_t cudaStreamCreate(cudaStream_t* s) { return cudaStreamCreateWithFlags(s, 0); }
 
-/* What is still queued is done all the same; then the stream goes. */
+/* Marks the stream as destroyed; its queued operations still run first. */
 inline cudaError_t cudaStreamDestroy(cudaStream_t handle)
 {
     moeh_stream* const stream = moeh_stream_of(handle);
@@ -150,7 +152,7 @@ inline cudaError_t cudaStreamDestroy(cudaStream_t handle)
     return cudaSuccess;
 }
 
-/* For the null stream also waits for those that it waits for. */
+/* Waits for a stream; for the null stream, also for the streams that it waits for. */
 inline cudaError_t cudaStreamSynchronize(cudaStream_t handle)
 {
     const moeh_stream* const a = moeh_stream_of(handle);
@@ -211,7 +213,7 @@ inline cudaError_t cudaEventSynchronize(cudaEvent_t event)
     return moeh_host_wait([mark] { return !mark || mark->reached; });
 }
 
-/* Time on the host's clock between the moments at which the two events were reached. */
+/* Writes the time between the two events to *ms, on the host's clock. */
 inline cudaError_t cudaEventElapsedTime(float* ms, cudaEvent_t a, cudaEvent_t b)
 {
     if (moeh_get().sticky) return moeh_get().sticky;
@@ -241,7 +243,7 @@ inline cudaError_t cudaStreamEndCapture(cudaStream_t handle, cudaGraph_t* graph)
     const std::shared_ptr<moeh_graph> capture = stream->capture;
     for (moeh_stream* other : moeh_get().streams)
         if (other->capture == capture) other->capture.reset();
-    moeh_graph made = std::move(*capture); /* emptied, since its operations may hold on to it */
+    moeh_graph made = std::move(*capture); /* moved out, since its operations may refer to it */
     capture->open = false;
     if (!made.open) return cudaErrorStreamCaptureInvalidated;
     *graph = new moeh_graph(std::move(made));

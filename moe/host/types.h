@@ -1,7 +1,7 @@
-/* types.h: CUDA's dim3, vector types and error codes, under their own names and values.
+/* types.h: CUDA's dim3, vector types and error codes, with CUDA's names and values.
 
-   The vector types may alias anything, since kernels move rows of every dtype as uint4; a
-   plain struct would let the compiler reorder such loads and stores. */
+   The vector types may alias any type, since kernels copy rows of every dtype as uint4. A plain
+   struct would let the compiler reorder such loads and stores. */
 #ifndef MOE_HOST_TYPES_H
 #define MOE_HOST_TYPES_H
 
@@ -26,7 +26,7 @@ MOEH_VECTORS(unsigned, uint)
 MOEH_VECTORS(float, float)
 #undef MOEH_VECTORS
 
-/* name, CUDA's number, text */
+/* name, CUDA's value, text */
 #define MOEH_ERRORS(X)                                                                            \
     X(cudaSuccess, 0, "no error")                                                                 \
     X(cudaErrorInvalidValue, 1, "invalid argument")                                               \

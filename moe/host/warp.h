@@ -1,12 +1,12 @@
 /* warp.h: warp intrinsics. A warp is 32 consecutive threads of a block.
 
-   Every intrinsic is a meeting of the lanes that its mask names, and of no others: meetings of
-   different masks of one warp go on side by side. Each lane leaves a value; the last to come
-   computes everybody's result, so a lane may hurry on to its next meeting.
+   Every intrinsic is a meeting of the lanes in its mask, and of no others. Meetings of different
+   masks of one warp are independent. Each lane brings a value; the last lane to arrive computes the
+   results of all, so each may continue to its next meeting at once.
 
-   Fails the run (cudaErrorLaunchFailure, see moeh_report): a mask without the calling lane or
-   with a lane that has ended, and lanes of one mask at different intrinsics. Lanes that the
-   block never had are taken out of a mask. A lane outside the mask shuffles out 0xFF bytes. */
+   Fails the run (cudaErrorLaunchFailure, see moeh_report): a mask without the calling lane or with
+   a lane that has ended, and lanes of one mask at different intrinsics. Lanes that the block never
+   had are removed from a mask. A shuffle from a lane outside the mask returns 0xFF bytes. */
 #ifndef MOE_HOST_WARP_H
 #define MOE_HOST_WARP_H
 
@@ -14,8 +14,8 @@
 
 inline unsigned moeh_lane() { return moeh_now()->lane; }
 
-/* The calling lane comes to the meeting of `mask` and leaves with its result. The last to come
-   calls `finish`, which makes the results in warp->at[] of what the lanes of mask brought. */
+/* Brings `value` to the meeting of `mask` and returns the calling lane's result. The last lane to
+   arrive calls `finish`, which computes the results in warp->at[] from what the lanes brought. */
 __attribute__((noinline)) inline uint64_t moeh_meet(uint32_t mask, const char* name,
                                                     moeh_meet_fn finish, uint64_t value,
                                                     unsigned from = 0)
@@ -44,7 +44,7 @@ __attribute__((noinline)) inline uint64_t moeh_meet(uint32_t mask, const char* n
         if (!alike) moeh_fail("meets lanes of its mask at another warp intrinsic");
         w->meeting &= ~mask;
         finish(w, mask);
-        if (!s.seed) { /* the others wait for their turn; this lane goes on */
+        if (!s.seed) { /* the others become ready; this lane continues */
             if (mask != me) moeh_make_ready(t->block, w, mask & ~me);
             return mine->result;
         }
@@ -59,7 +59,7 @@ inline void __syncwarp(unsigned mask = 0xffffffffu)
     moeh_meet(mask, "__syncwarp", [](moeh_warp*, uint32_t) {}, 0);
 }
 
-/* ---- shuffles: `from` is the lane read, the own one where that would leave the group ---- */
+/* ---- shuffles: `from` is the lane read; the own lane where `from` would leave the group ---- */
 
 inline void moeh_finish_shuffle(moeh_warp* w, uint32_t mask)
 {
@@ -135,7 +135,7 @@ template <class Type> inline unsigned __match_any_sync(unsigned mask, Type v)
     return (unsigned)moeh_meet(mask, "__match_any_sync", finish, moeh_bits(v));
 }
 
-/* expression: of a and b, the values of two lanes or of several taken together */
+/* expression: of a and b, the values of two lanes or partial results */
 #define MOEH_REDUCE(name, Type, expression)                                                        \
     inline Type name(unsigned mask, Type v)                                                        \
     {                                                                                              \

@@ -1,33 +1,33 @@
-/* desc.h: the layer's descriptor, its stages and the view of its workspace. C11 and C++14. What
-   they mean: layer.cuh. */
+/* desc.h: the layer's descriptor, its parts and the view of its workspace. C11 and C++14. layer.cuh
+   defines what they mean. */
 #ifndef MOE_LAYER_DESC_H
 #define MOE_LAYER_DESC_H
 
 #include "../gate/desc.h"
 #include "../route/desc.h"
 
-/* A shared expert: an MLP that every token goes through, whatever the gate chose. Several shared
-   experts are one of their joint width: all their gates, then all their ups (interleaved: one after
-   another) are the rows of w1, their w2 stand side by side. */
+/* A shared expert: an MLP that every token passes, whatever the gate chose. Several shared experts
+   are one of their joint width Is. w1 then has the gates of all and after them the ups of all as
+   rows (interleaved: expert after expert); w2 concatenates theirs along Is. */
 typedef struct moe_layer_shared {
-    moe_weights w1;       /* one expert's [2 Is, H] per gate_up, not gated [Is, H], dtype */
+    moe_weights w1;       /* [2 Is, H] per gate_up, not gated [Is, H], dtype */
     moe_weights w2;       /* [H, Is] dtype */
     const void* bias1;    /* [2 Is] or [Is] dtype; or null */
     const void* bias2;    /* [H] dtype; or null */
-    const float* weight;  /* [T] factor on what it gives for each token; null = 1 each */
-    int32_t intermediate; /* Is, multiple of 8; 0 = no shared expert, and all else is 0 then */
-    int32_t activation;   /* moe_activation; 0 = SwiGLU; this and the next as in experts.cuh */
+    const float* weight;  /* [T] factor on the expert's output for each token; null = 1 each */
+    int32_t intermediate; /* Is, multiple of 8; 0 = no shared expert: all other fields are 0 */
+    int32_t activation;   /* moe_activation; 0 = SwiGLU; as in experts.cuh, like the next */
     int32_t gate_up;      /* moe_gate_up; 0 = concatenated */
-    float alpha, limit;   /* of the clamped SwiGLU, else 0 */
+    float alpha, limit;   /* of the clamped SwiGLU, as in experts.cuh; else 0 */
 } moe_layer_shared;
 
 typedef struct moe_layer_desc {
     /* in */
     const void* x;           /* [T, H] dtype, 16-byte aligned */
-    const void* router;      /* [E, H] router_dtype; or null with logits or ids */
-    const float* logits;     /* [T, E] fp32 in place of the router; or null */
+    const void* router;      /* [E, H] router_dtype; null with logits or ids */
+    const float* logits;     /* [T, E] in place of the router; or null */
     const int32_t* ids;      /* [T, K] in place of router and gate, -1 = unused; or null */
-    const float* weights;    /* [T, K] with ids */
+    const float* weights;    /* [T, K] with ids; else null */
     moe_weights w1;          /* [P, 2I, H] per gate_up, not gated [P, I, H], dtype */
     moe_weights w2;          /* [P, H, I] dtype */
     const void* bias1;       /* [P, 2I] or [P, I] dtype; or null */
@@ -40,32 +40,32 @@ typedef struct moe_layer_desc {
     int64_t y_stride; /* elements between rows; 0 = H */
     uint64_t* fault;  /* [1] fault word; or null */
     /* sizes and options */
-    int32_t num_tokens;   /* T >= 0 */
+    int32_t num_tokens;   /* T >= 0; T K < 2^31 */
     int32_t hidden;       /* H, multiple of 8 */
     int32_t intermediate; /* I, multiple of 8 */
     int32_t num_experts;  /* E, 1 .. MOE_MAX_EXPERTS */
     int32_t top_k;        /* K, 1 .. MOE_COMBINE_MAX_TOP_K; at most E unless ids are given */
     int32_t dtype;        /* fp16 or bf16; 0 = bf16 */
-    int32_t rows_dtype;   /* what combine weighs: dtype or fp32; 0 = dtype. With fp16 a row past
-                             65504 is infinite before a small weight can make it fit */
-    int32_t router_dtype; /* 0 = dtype */
-    int32_t activation;   /* moe_activation; 0 = SwiGLU; this and the next as in experts.cuh */
+    int32_t rows_dtype;   /* of the rows that combine adds: dtype or fp32; 0 = dtype. With fp16 a
+                             row past 65504 is infinite, however small its weight */
+    int32_t router_dtype; /* moe_dtype; 0 = dtype */
+    int32_t activation;   /* moe_activation; 0 = SwiGLU; as in experts.cuh, like the next */
     int32_t gate_up;      /* moe_gate_up; 0 = concatenated */
-    float alpha, limit;   /* of the clamped SwiGLU, else 0 */
-    int32_t tile;         /* moe_tile of all products of experts; 0 = by shape and device */
+    float alpha, limit;   /* of the clamped SwiGLU, as in experts.cuh; else 0 */
+    int32_t tile;         /* moe_tile of all products of experts; 0 = chosen by shape and device */
     int32_t rank;         /* reported with a fault, 0 .. MOE_FAULT_MAX_RANK */
-    /* the stations' options, as in their own headers: what the layer knows better (buffers between
+    /* options of the stations, as in their own headers; what the layer fills in (buffers between
        the stations, sizes, fault word, rank, workspace) is 0 here */
-    moe_gate_desc gate;      /* rules and their buffers, expert_count, prob_sum; with ids all 0 */
+    moe_gate_desc gate;      /* rules and their buffers, expert_count, prob_sum; all 0 with ids */
     moe_route_desc route;    /* replicas, padding, capacity; drop_count, slot_row, row_weight */
-    moe_layer_shared shared; /* the shared expert */
+    moe_layer_shared shared; /* all 0 = no shared expert */
     /* workspace */
-    void* workspace; /* 256-byte aligned */
-    size_t workspace_bytes;
+    void* workspace;        /* 256-byte aligned */
+    size_t workspace_bytes; /* at least what moe_layer_workspace returns */
 } moe_layer_desc;
 
-/* Where the pieces of the workspace lie; what the caller gave points to the caller's own, what this
-   layer has no use for is null. */
+/* Addresses of the buffers of the workspace. What the caller gave points to the caller's own
+   buffer; what this layer does not use is null. */
 typedef struct moe_layer_view {
     float* logits;          /* [T, E]; null where ids were given */
     int32_t* ids;           /* [T, K] */
@@ -77,14 +77,15 @@ typedef struct moe_layer_view {
     int32_t* expert_offset; /* [P + 1] */
     int32_t* row_slot;      /* [R] */
     moe_place* place;       /* [T, K] */
-    void* act;              /* [R, I] */
+    void* act;              /* [R, I] dtype */
     void* rows;             /* [R, H] rows_dtype */
-    void* shared_act;       /* [T, Is]; null without a shared expert */
-    void* shared_rows;      /* [T, H] rows_dtype; the same */
-    int64_t num_rows;       /* R, most rows there can be: T * K without options of route */
-    int32_t num_physical;   /* P, experts that have weights: E without replicas */
+    void* shared_act;       /* [T, Is] dtype; null without a shared expert */
+    void* shared_rows;      /* [T, H] rows_dtype; null without a shared expert */
+    int64_t num_rows;       /* R, the most rows; T * K without options of route */
+    int32_t num_physical;   /* P, experts that have weights; E without replicas */
 } moe_layer_view;
 
+/* Parts of a layer, in the order of moe_layer_run. */
 typedef enum moe_layer_stage {
     MOE_LAYER_ROUTER,
     MOE_LAYER_GATE,
@@ -97,6 +98,7 @@ typedef enum moe_layer_stage {
     MOE_LAYER_STAGES
 } moe_layer_stage;
 
+/* Returns the name of a part, "?" for a value that is none: static storage. */
 MOE_HOST const char* moe_layer_stage_name(int stage)
 {
     static const char* const name[] = {"router", "gate",      "route",       "up",

@@ -1,5 +1,5 @@
-/* prepare.cuh: a layer's descriptor taken apart in three steps: its options, with sizes; the view of
-   its workspace; the stations' descriptors. And its checks. */
+/* prepare.cuh: resolves a layer's descriptor in three phases, and checks it: 1. options and sizes,
+   2. the view of its workspace, 3. the stations' descriptors. Called by layer.cuh. */
 #ifndef MOE_LAYER_PREPARE_CUH
 #define MOE_LAYER_PREPARE_CUH
 
@@ -14,18 +14,18 @@
 #include "../router.cuh"
 #include "desc.h"
 
-/* First of three steps that a layer is prepared in: its options, with sizes; of buffers only which
-   there are. */
+/* Result of phase 1: options and sizes; of buffers only whether they are given. */
 typedef struct moei_layer_options {
-    moe_gate_desc gate;   /* what the caller set, sizes and fault word, workspace_bytes */
-    moe_route_desc route; /* the same */
-    int64_t num_rows;     /* R */
-    int32_t num_physical; /* P */
-    int32_t has_router, has_gate, has_shared;
-    int32_t gate_counts; /* the gate leaves its chunk counts for route */
+    moe_gate_desc gate;                       /* the caller's, with sizes, fault word, rank,
+                                                 workspace_bytes */
+    moe_route_desc route;                     /* the same of route */
+    int64_t num_rows;                         /* R, the most rows */
+    int32_t num_physical;                     /* P, experts that have weights */
+    int32_t has_router, has_gate, has_shared; /* 0 or 1: what is run */
+    int32_t gate_counts;                      /* 1: the gate writes its chunk counts for route */
 } moei_layer_options;
 
-/* The last: the stations' descriptors. Between them stands moe_layer_view, the workspace. */
+/* Result of phase 3: the stations' descriptors. Phase 2 fills in moe_layer_view. */
 typedef struct moei_layer_stations {
     moe_router_desc router;
     moe_gate_desc gate;
@@ -34,7 +34,7 @@ typedef struct moei_layer_stations {
     moe_combine_desc combine;
 } moei_layer_stations;
 
-/* Is every byte of it 0? */
+/* Returns 1 where every byte is 0. */
 MOE_HOST int moei_all_zero(const void* p, size_t bytes)
 {
     for (size_t i = 0; i < bytes; ++i)
@@ -67,18 +67,18 @@ MOE_HOST moe_status moei_layer_check_sizes(const moe_layer_desc* d)
     return MOE_OK;
 }
 
-/* First step: refuses sizes and nested options that the workspace depends on, and resolves them. */
+/* Phase 1: refuses sizes and nested options that the workspace depends on, and resolves them. */
 MOE_HOST moe_status moei_layer_resolve(const moe_layer_desc* d, moei_layer_options* o)
 {
     const moe_gate_desc* g = &d->gate;
     const moe_route_desc* r = &d->route;
-    moe_route_desc checked; /* with its defaults */
+    moe_route_desc checked; /* r with its defaults filled in */
     MOE_TRY(moei_layer_check_sizes(d));
     MOE_REQUIRE(!g->logits && !g->logits_stride && !g->logits_dtype && !g->ids && !g->weights &&
                     !g->chunk_count && !g->fault && !g->rank && !g->num_tokens && !g->num_experts &&
                     !g->top_k && !g->workspace && !g->workspace_bytes,
                 MOE_ERR_CONFLICT, gate);
-    MOE_REQUIRE(!d->ids || moei_all_zero(g, sizeof *g), MOE_ERR_CONFLICT, gate); /* none runs */
+    MOE_REQUIRE(!d->ids || moei_all_zero(g, sizeof *g), MOE_ERR_CONFLICT, gate); /* no gate runs */
     MOE_REQUIRE(!r->ids && !r->weights && !r->chunk_count && !r->expert_count &&
                     !r->expert_offset && !r->row_slot && !r->place && !r->fault && !r->rank &&
                     !r->num_tokens && !r->num_experts && !r->top_k && !r->place_kind &&
@@ -109,7 +109,8 @@ MOE_HOST moe_status moei_layer_resolve(const moe_layer_desc* d, moei_layer_optio
     return MOE_OK;
 }
 
-/* Second step: shares the workspace at `base` out; with a null base only counts its bytes. */
+/* Phase 2: fills in the view of the workspace at `base` and *bytes; with a null base only counts
+   the bytes. */
 MOE_HOST void moei_layer_carve(const moe_layer_desc* d, const moei_layer_options* o, void* base,
                                moe_layer_view* v, size_t* bytes)
 {
@@ -148,7 +149,7 @@ MOE_HOST void moei_layer_carve(const moe_layer_desc* d, const moei_layer_options
     }
 }
 
-/* A field of the shared expert's own is called `shared` here. */
+/* Renames a refused field of the shared expert to `shared`, its name in the layer's descriptor. */
 MOE_HOST moe_status moei_layer_rename_shared(moe_status s)
 {
     static const int16_t own[] = {MOE_FIELD_w1,         MOE_FIELD_w2,         MOE_FIELD_bias1,
@@ -162,8 +163,8 @@ MOE_HOST moe_status moei_layer_rename_shared(moe_status s)
     return s;
 }
 
-/* Refuses options that the header does not offer, the stations' among them. Route's have been
-   checked with its workspace. */
+/* Refuses options that the header does not offer, those of the stations included. Those of route
+   were checked with its workspace. */
 MOE_HOST moe_status moei_layer_check_options(const moe_layer_desc* d, const moei_layer_options* o,
                                              const moei_layer_stations* l)
 {
@@ -192,8 +193,8 @@ MOE_HOST moe_status moei_layer_check_options(const moe_layer_desc* d, const moei
     return moei_layer_rename_shared(moei_experts_check_options(&l->shared, &up, &down));
 }
 
-/* Refuses the caller's buffers that are absent, misaligned or overlap; but y may be x or the
-   residual. Options have been checked. */
+/* Refuses buffers of the caller's that are absent, misaligned or overlap; y may be x or the
+   residual. Requires checked options. `workspace`: the bytes that the workspace must have. */
 MOE_HOST moe_status moei_layer_check_buffers(const moe_layer_desc* d, const moe_layer_view* v,
                                              size_t workspace)
 {
@@ -208,16 +209,16 @@ MOE_HOST moe_status moei_layer_check_buffers(const moe_layer_desc* d, const moe_
     const int64_t residual_stride = d->residual_stride ? d->residual_stride : hidden;
     const uint64_t slots = (uint64_t)num_tokens * (uint64_t)d->top_k, rows = (uint64_t)v->num_rows;
     const uint64_t table = (uint64_t)num_replicas * 8;
-    const int64_t matrices = moei_experts_up_rows(d->activation, 0); /* gate and up, or one */
+    const int64_t matrices = moei_experts_up_rows(d->activation, 0); /* gate and up: 2; or 1 */
     const int64_t s_matrices = moei_experts_up_rows(s->activation, 0);
-    const int64_t together = moei_experts_up_rows(d->activation, d->gate_up); /* of them in base */
+    const int64_t together = moei_experts_up_rows(d->activation, d->gate_up); /* of those in base */
     const int64_t s_together = moei_experts_up_rows(s->activation, s->gate_up);
     const uint64_t w1 = moei_weight_extent(&d->w1, num_replicas, intermediate * together, hidden);
     const uint64_t s_w1 = moei_weight_extent(&s->w1, 1, Is * s_together, hidden);
     const int x_is_y = d->x == d->y && x_stride == y_stride;
     const int residual_is_y = d->residual == d->y && residual_stride == y_stride;
     const moe_buffer always[] = {
-        /* without tokens, too; of a workspace too small what there is */
+        /* checked without tokens too; a workspace that is too small counts with the bytes it has */
         {d->workspace,
          d->workspace && d->workspace_bytes < workspace ? d->workspace_bytes : workspace, 256,
          MOE_BUFFER_REQUIRED | MOE_BUFFER_WRITTEN, MOE_FIELD_workspace},
@@ -287,7 +288,7 @@ MOE_HOST moe_status moei_layer_check_buffers(const moe_layer_desc* d, const moe_
     return MOE_OK;
 }
 
-/* Third step: the stations' descriptors. */
+/* Phase 3: fills in the stations' descriptors. */
 MOE_HOST void moei_layer_describe(const moe_layer_desc* d, const moei_layer_options* o,
                                   const moe_layer_view* v, moei_layer_stations* l)
 {

@@ -7,15 +7,16 @@
      f    = activation(h)               I numbers
      y[t] += w2[e] (w f)
 
-   and back from dy, the gradient of a loss by y:
+   Backward, from dy, the gradient of a loss by y:
 
-     da   = w2[e]^T dy[t]               by w f
+     da   = w2[e]^T dy[t]               gradient by w f
      dweights[t, k] = da . f
      dh   = w da activation'(h)
      dw2[e] += dy[t] (w f)^T     dw1[e] += dh x[t]^T     dx[t] += w1[e]^T dh
 
-   Where a value stands at the edge of what the clamped SwiGLU lets through, its gradient passes.
-   moe_ref_block_layer_f32 and moe_ref_block_layer_f64; moe_ref_activation_grad_f32 and _f64. */
+   The clamped SwiGLU has the gradient of its inside at the clamp bounds themselves.
+
+   Functions: moe_ref_block_layer_f32 and _f64, moe_ref_activation_grad_f32 and _f64. */
 #ifndef MOE_REF_BLOCK_LAYER_H
 #define MOE_REF_BLOCK_LAYER_H
 
@@ -25,20 +26,20 @@
 
 typedef struct moe_ref_block_layer_desc {
     const void* x;       /* [T, H] x_dtype */
-    const int32_t* ids;  /* [T, K], outside 0 .. E-1: the slot is not used; null: slot k of each
-                             token is expert k, and K is E */
+    const int32_t* ids;  /* [T, K], outside 0 .. E-1: unused; null: slot k of each token is expert
+                            k, K is E */
     const void* weights; /* [T, K] weights_dtype */
-    const void* dy;      /* [T, H] dy_dtype; or null: forward alone */
+    const void* dy;      /* [T, H] dy_dtype; null: forward alone */
     moe_weights w1, w2;  /* as in block_layer/desc.h, w_dtype; host pointers */
     int64_t x_stride, dy_stride;              /* elements between rows; 0 = H */
     int32_t x_dtype, dy_dtype, weights_dtype; /* moe_dtype or MOE_REF_REAL */
     int32_t w_dtype;                          /* moe_dtype; MOE_REF_REAL: dense, at base */
-    int32_t pre_dtype;                        /* what h is rounded to; 0 = not rounded */
-    int32_t act_dtype;                        /* the same of w f, da and dh */
-    int32_t rows_dtype; /* what a slot's share of y and of dx is rounded to; 0 = not rounded */
+    int32_t pre_dtype;                        /* moe_dtype of h; 0 = not rounded */
+    int32_t act_dtype;                        /* moe_dtype of w f, da and dh; 0 = not rounded */
+    int32_t rows_dtype; /* moe_dtype of a slot's term of y and of dx; 0 = not rounded */
     int32_t activation; /* moe_activation; 0 = SwiGLU */
     float alpha, limit; /* of the clamped SwiGLU; 0 = 1.702 and 7 */
-    int32_t num_tokens, num_experts, top_k, hidden, intermediate;
+    int32_t num_tokens, num_experts, top_k, hidden, intermediate; /* T, E, K, H, I */
 } moe_ref_block_layer_desc;
 
 #define MOEI_REAL float

@@ -1,13 +1,15 @@
 /* block_layer.inl: the layer forms for one type of number; block_layer.h includes it twice. */
 
-/* What a loss changes by v and by up, per change of the activation: its two derivatives. */
+/* Writes the derivatives of an activation by v and by up to *by_v and *by_up. alpha and limit 0:
+   the defaults. */
 MOE_HOST void MOEI_REF(moe_ref_activation_grad)(int activation, MOEI_REAL v, MOEI_REAL up,
                                                 float alpha, float limit, MOEI_REAL* by_v,
                                                 MOEI_REAL* by_up)
 {
     const MOEI_REAL most = limit != 0 ? limit : 7, a = alpha != 0 ? alpha : 1.702f;
     const MOEI_REAL c = (MOEI_REAL)1.59576912160573071176; /* 2 sqrt(2 / pi) */
-    MOEI_REAL value = v, slope = 1, s;                     /* of the activation of v alone */
+    MOEI_REAL value = v, slope = 1, s;                     /* activation of v alone, and its
+                                                              derivative */
     switch (activation) {
     case MOE_ACTIVATION_NONE: break;
     case MOE_ACTIVATION_GELU:
@@ -49,7 +51,7 @@ MOE_HOST void MOEI_REF(moe_ref_activation_grad)(int activation, MOEI_REAL v, MOE
     }
 }
 
-/* Expert e's matrix [n, k], which may be of the reference's own numbers. */
+/* Returns the address of expert e's matrix [n, k]; with MOE_REF_REAL dense, at base. */
 MOE_HOST const void* MOEI_REF(moei_ref_block_layer_matrix)(const moe_weights* w, int dtype, int e,
                                                            int n, int k)
 {
@@ -57,8 +59,9 @@ MOE_HOST const void* MOEI_REF(moei_ref_block_layer_matrix)(const moe_weights* w,
     return moei_ref_matrix(w->base, w->table, w, dtype, e, n, k);
 }
 
-/* y [T, H], dx [T, H], dw1 [E, 2I or I, H], dw2 [E, H, I], dweights [T, K]: each may be null. The
-   gradients of experts that no slot names are 0. Returns 0, or -1 where memory ran out. */
+/* Writes y [T, H], dx [T, H], dw1 [E, 2I or I, H], dw2 [E, H, I], dweights [T, K]; each may be
+   null. The gradients of experts that no slot names are 0. Returns 0, or -1 where memory ran
+   out. */
 MOE_HOST int MOEI_REF(moe_ref_block_layer)(const moe_ref_block_layer_desc* d, MOEI_REAL* y,
                                            MOEI_REAL* dx, MOEI_REAL* dw1, MOEI_REAL* dw2,
                                            MOEI_REAL* dweights)

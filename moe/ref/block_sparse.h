@@ -1,14 +1,16 @@
-/* block_sparse.h: the reference of block masks, their lists, and the block-sparse product. C11 and
-   C++14; no CUDA.
+/* block_sparse.h: the reference of sparse-block masks, their lists, and the block-sparse product.
+   C11 and C++14; no CUDA.
 
      C [m, n] = A [m, k] * B [k, n], with one of the three sparse:
-       sdd  C: an element in a masked-out block is 0
-       dsd  A: an element in a masked-out block counts as 0 and is not read
-       dds  B: the same
+       sdd  C: an element of a masked-out sparse block is 0
+       dsd  A: an element of a masked-out sparse block counts as 0 and is not read
+       dds  B: as A of dsd
 
-   moe_ref_block_sparse_f32 and moe_ref_block_sparse_f64. C comes back dense, whatever the storage
-   of the sparse matrix; moe_ref_block_where tells where one of its elements stands. Masks are bytes
-   [RB, CB] here, of the sparse matrix as it lies; moe_ref_block_bytes makes them from all else. */
+   C is written dense, whatever the storage of the sparse matrix; moe_ref_block_where returns the
+   index of its elements in storage. Masks are bytes [RB, CB] here, of the sparse matrix as stored;
+   moe_ref_block_bytes converts all other forms.
+
+   Functions: moe_ref_block_sparse_f32 and moe_ref_block_sparse_f64. */
 #ifndef MOE_REF_BLOCK_SPARSE_H
 #define MOE_REF_BLOCK_SPARSE_H
 
@@ -19,22 +21,22 @@
 #include "real.h"
 
 typedef struct moe_ref_block_sparse_desc {
-    const void* a; /* a_dtype; lies as [m, k], or transposed as [k, m]; or null with a table */
-    const void* b; /* b_dtype; lies as [k, n], or transposed as [n, k]; or null with a table */
-    const void* const* a_table; /* host addresses of strips, as in moe_block_sparse_desc; or null */
-    const void* const* b_table;
-    const uint8_t* mask; /* [RB, CB] of the sparse matrix as it lies, 0: masked out */
-    int32_t op;          /* moe_block_sparse_op */
-    int32_t m, n, k;
-    int32_t block_rows, block_columns; /* of the mask */
-    int64_t a_stride, b_stride;        /* elements between rows as they lie; 0 = dense */
-    int32_t a_transposed, b_transposed;
-    int32_t packed;           /* 1: A of dsd, B of dds is packed */
-    int32_t a_dtype, b_dtype; /* moe_dtype or MOE_REF_REAL */
+    const void* a;                      /* a_dtype, [m, k], transposed [k, m]; null with a table */
+    const void* b;                      /* b_dtype, [k, n], transposed [n, k]; null with a table */
+    const void* const* a_table;         /* host addresses, as in moe_block_sparse_desc; or null */
+    const void* const* b_table;         /* the same of B */
+    const uint8_t* mask;                /* [RB, CB] of the sparse matrix as stored, 0: masked out */
+    int32_t op;                         /* moe_block_sparse_op */
+    int32_t m, n, k;                    /* sizes of the product */
+    int32_t block_rows, block_columns;  /* of a sparse block, elements */
+    int64_t a_stride, b_stride;         /* elements between rows as stored; 0 = dense */
+    int32_t a_transposed, b_transposed; /* 0 or 1 */
+    int32_t packed;                     /* 1: A of dsd, B of dds is packed */
+    int32_t a_dtype, b_dtype;           /* moe_dtype or MOE_REF_REAL */
 } moe_ref_block_sparse_desc;
 
-/* number [RB, CB]: the number that each block has in the row order, -1 where it is masked out.
-   Returns how many blocks there are. */
+/* Writes number [RB, CB]: the number of each sparse block in row order, -1 where it is masked out.
+   Returns the number of sparse blocks that are present. */
 MOE_HOST int64_t moe_ref_block_numbers(const uint8_t* bytes, int64_t num_block_rows,
                                        int64_t num_block_columns, int32_t* number)
 {
@@ -44,8 +46,8 @@ MOE_HOST int64_t moe_ref_block_numbers(const uint8_t* bytes, int64_t num_block_r
     return count;
 }
 
-/* The list of a mask, as in moe_block_sparse_mask. column_offset, row_index and position are null, or none
-   of them is. Returns how many blocks there are. */
+/* Writes the list of a mask, as in moe_block_sparse_mask. column_offset, row_index and position are
+   all null or all given. Returns the number of entries. */
 MOE_HOST int64_t moe_ref_block_list(const uint8_t* bytes, int64_t num_block_rows,
                                     int64_t num_block_columns, int32_t* row_offset,
                                     int32_t* column_index, int32_t* column_offset,
@@ -76,7 +78,7 @@ MOE_HOST int64_t moe_ref_block_list(const uint8_t* bytes, int64_t num_block_rows
     return count;
 }
 
-/* bits [RB, ceil(CB / 32)] of a mask. Those past the last column are 0. */
+/* Writes the bits [RB, ceil(CB / 32)] of a mask. Bits past the last column are 0. */
 MOE_HOST void moe_ref_block_bits(const uint8_t* bytes, int64_t num_block_rows,
                                  int64_t num_block_columns, uint32_t* bits)
 {
@@ -87,7 +89,7 @@ MOE_HOST void moe_ref_block_bits(const uint8_t* bytes, int64_t num_block_rows,
             if (bytes[i * num_block_columns + j]) bits[i * words + j / 32] |= 1u << (j % 32);
 }
 
-/* Puts the blocks that row r has of expert e's columns into the mask. */
+/* Adds to the mask the sparse blocks of row r in expert e's columns. */
 MOE_HOST void moei_ref_block_add(const moe_block_sparse_list_desc* d, int64_t r, int e,
                                  uint8_t* bytes)
 {
@@ -97,9 +99,9 @@ MOE_HOST void moei_ref_block_add(const moe_block_sparse_list_desc* d, int64_t r,
         bytes[r / d->block_rows * num_block_columns + j] = 1;
 }
 
-/* bytes [RB, CB], each 0 or 1, from whichever source the descriptor has; its pointers are host
-   pointers here, and only its sources and sizes are read. Returns the fault that the source makes,
-   if it does: after a bad id the rest counts, after a bad offset nothing does. */
+/* Writes bytes [RB, CB], each 0 or 1, from the source that the descriptor gives. Its pointers are
+   host pointers here, and only its sources and sizes are read. Returns the fault of the source,
+   code 0 if none: a bad id is skipped, after a bad offset no sparse block is added. */
 MOE_HOST moe_fault moe_ref_block_bytes(const moe_block_sparse_list_desc* d, uint8_t* bytes)
 {
     const int64_t num_block_rows = moe_block_sparse_count(d->rows, d->block_rows);
@@ -142,8 +144,9 @@ MOE_HOST moe_fault moe_ref_block_bytes(const moe_block_sparse_list_desc* d, uint
     return fault;
 }
 
-/* Where element (i, j) of a sparse matrix with CB blocks in a row stands, as it lies; -1 where it
-   is masked out. number as moe_ref_block_numbers gives it; stride: of a strided matrix, else 0. */
+/* Returns the index of element (i, j) of a sparse matrix as stored, with CB sparse blocks in a
+   block row; -1 where it is masked out. number: from moe_ref_block_numbers; stride: of a strided
+   matrix, 0 = packed. */
 MOE_HOST int64_t moe_ref_block_where(const int32_t* number, int64_t num_block_columns,
                                      int block_rows, int block_columns, int64_t stride, int64_t i,
                                      int64_t j)
@@ -154,16 +157,16 @@ MOE_HOST int64_t moe_ref_block_where(const int32_t* number, int64_t num_block_co
     return (p * block_rows + i % block_rows) * block_columns + j % block_columns;
 }
 
-/* One operand, A or B, as it lies: element (i, j) of [rows, columns]. */
+/* One operand, A or B, as stored: element (i, j) of [rows, columns]. */
 typedef struct moei_ref_block_operand {
-    const void* p;
-    const void* const* table; /* of strips of `strip` rows or, with by_column, columns; or null */
-    const int32_t* number;    /* [RB, CB] where it is the sparse one; else null */
-    int64_t num_block_columns, stride; /* stride 0: packed */
-    int block_rows, block_columns, strip, by_column, dtype;
+    const void* p;                     /* the operand; null with a table */
+    const void* const* table;          /* address of every `strip` rows or columns; or null */
+    const int32_t* number;             /* [RB, CB] of the sparse operand; else null */
+    int64_t num_block_columns, stride; /* CB; elements between rows, 0 = packed */
+    int block_rows, block_columns, strip, by_column, dtype; /* elements; moe_dtype */
 } moei_ref_block_operand;
 
-/* The buffer that element (i, j) is in, and where there; null where it is masked out. */
+/* Returns the buffer of element (i, j) and its index *at there; null where it is masked out. */
 MOE_HOST const void* moei_ref_block_find(const moei_ref_block_operand* o, int64_t i, int64_t j,
                                          int64_t* at)
 {
@@ -182,18 +185,19 @@ MOE_HOST const void* moei_ref_block_find(const moei_ref_block_operand* o, int64_
     return o->table[i / o->strip];
 }
 
-/* What is known before a product is computed. */
+/* What both operands and the mask resolve to, before a product is computed. */
 typedef struct moei_ref_block_plan {
     moei_ref_block_operand a, b;
-    int64_t num_block_columns;
-    int32_t* number; /* [RB, CB], to be freed */
+    int64_t num_block_columns; /* CB */
+    int32_t* number;           /* [RB, CB]; the caller frees it */
 } moei_ref_block_plan;
 
+/* Resolves a descriptor. */
 MOE_HOST moei_ref_block_plan moei_ref_block_begin(const moe_ref_block_sparse_desc* d)
 {
     const int32_t a_rows = d->a_transposed ? d->k : d->m, a_columns = d->a_transposed ? d->m : d->k;
     const int32_t b_rows = d->b_transposed ? d->n : d->k, b_columns = d->b_transposed ? d->k : d->n;
-    int32_t rows = d->m, columns = d->n; /* of the sparse matrix as it lies */
+    int32_t rows = d->m, columns = d->n; /* of the sparse matrix as stored */
     int64_t num_block_rows;
     moei_ref_block_plan p;
     memset(&p, 0, sizeof p);
@@ -214,17 +218,17 @@ MOE_HOST moei_ref_block_plan moei_ref_block_begin(const moe_ref_block_sparse_des
     p.a.num_block_columns = p.b.num_block_columns = p.num_block_columns;
     p.a.block_rows = p.b.block_rows = d->block_rows;
     p.a.block_columns = p.b.block_columns = d->block_columns;
-    if (d->op == MOE_BLOCK_SPARSE_SDD) { /* A's strips run along m, B's along n */
+    if (d->op == MOE_BLOCK_SPARSE_SDD) { /* A's table runs along m, B's along n */
         p.a.strip = d->block_rows;
         p.a.by_column = d->a_transposed;
         p.b.strip = d->block_columns;
         p.b.by_column = !d->b_transposed;
-    } else if (d->op == MOE_BLOCK_SPARSE_DSD) { /* B's strips run along k */
+    } else if (d->op == MOE_BLOCK_SPARSE_DSD) { /* B's table runs along k */
         p.a.number = p.number;
         if (d->packed) p.a.stride = 0;
         p.b.strip = d->a_transposed ? d->block_rows : d->block_columns;
         p.b.by_column = d->b_transposed;
-    } else { /* A's strips run along k */
+    } else { /* A's table runs along k */
         p.b.number = p.number;
         if (d->packed) p.b.stride = 0;
         p.a.strip = d->b_transposed ? d->block_columns : d->block_rows;
@@ -233,7 +237,7 @@ MOE_HOST moei_ref_block_plan moei_ref_block_begin(const moe_ref_block_sparse_des
     return p;
 }
 
-/* Is the block there that decides over A [i, l] * B [l, j]? */
+/* Returns 1 where the sparse block that decides over A [i, l] * B [l, j] is present. */
 MOE_HOST int moei_ref_block_wanted(const moe_ref_block_sparse_desc* d, const moei_ref_block_plan* p,
                                    int64_t i, int64_t j, int64_t l)
 {

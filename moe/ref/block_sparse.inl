@@ -1,8 +1,8 @@
 /* block_sparse.inl: the block-sparse product for one type of number; block_sparse.h includes it
    twice. */
 
-/* An operand [rows, columns], or its transpose, as dense numbers; masked-out elements, and those of
-   null strips, are 0. The caller frees them. */
+/* Returns an operand [rows, columns], or its transpose, as dense numbers. Masked-out elements, and
+   those of null table entries, are 0. The caller frees the result. */
 MOE_HOST MOEI_REAL* MOEI_REF(moei_ref_block_dense)(const moei_ref_block_operand* o, int64_t rows,
                                                    int64_t columns, int transposed)
 {
@@ -17,15 +17,15 @@ MOE_HOST MOEI_REAL* MOEI_REF(moei_ref_block_dense)(const moei_ref_block_operand*
     return dense;
 }
 
-/* c [m, n], dense; abs_sum [m, n], for error bounds, gets sum |a * b|, or is null. Both are 0 in
-   the masked-out blocks of sdd. */
+/* Writes c [m, n], dense. abs_sum [m, n], for error bounds, gets sum |a * b|, or is null. Both are
+   0 in the masked-out sparse blocks of sdd. */
 MOE_HOST void MOEI_REF(moe_ref_block_sparse)(const moe_ref_block_sparse_desc* d, MOEI_REAL* c,
                                              MOEI_REAL* abs_sum)
 {
-    const int64_t m = d->m, n = d->n, k = d->k, step = 16; /* every block size is a multiple */
+    const int64_t m = d->m, n = d->n, k = d->k, step = 16; /* divides all block sizes */
     moei_ref_block_plan plan = moei_ref_block_begin(d);
     MOEI_REAL* a = MOEI_REF(moei_ref_block_dense)(&plan.a, m, k, d->a_transposed);
-    MOEI_REAL* b = MOEI_REF(moei_ref_block_dense)(&plan.b, n, k, !d->b_transposed); /* [n, k] */
+    MOEI_REAL* b = MOEI_REF(moei_ref_block_dense)(&plan.b, n, k, !d->b_transposed); /* as [n, k] */
     for (int64_t i = 0; i < m; ++i)
         for (int64_t j = 0; j < n; ++j) {
             MOEI_REAL sum = 0, sum_abs = 0;

@@ -1,7 +1,7 @@
 /* combine.inl: the combine for one type of number; combine.h includes it twice. */
 
-/* y [T, H]; abs_sum [T, H], for error bounds, gets the sum of the terms' absolutes, or is null.
-   Returns the first slot whose place is outside the table, or -1. */
+/* Writes y [T, H]. abs_sum [T, H], for error bounds, gets the sum of the terms' absolute values, or
+   is null. Returns the first slot whose place is out of range, or -1. */
 MOE_HOST int64_t MOEI_REF(moe_ref_combine)(const moe_ref_combine_desc* d, MOEI_REAL* y,
                                            MOEI_REAL* abs_sum)
 {

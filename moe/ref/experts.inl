@@ -1,33 +1,36 @@
 /* experts.inl: the expert MLP for one type of number; experts.h includes it twice. */
 
-/* v / (1 + e^u), the limit where v is -infinity and u infinity. */
+/* Returns v / (1 + e^u); 0 where e^u is infinite: the limit for v = -infinity. */
 MOE_HOST MOEI_REAL MOEI_REF(moe_ref_logistic)(MOEI_REAL v, double u)
 {
     const double e = exp(u);
     return isinf(e) ? 0 : (MOEI_REAL)(v / (1 + e));
 }
 
+/* Returns v sigma(v). */
 MOE_HOST MOEI_REAL MOEI_REF(moe_ref_silu)(MOEI_REAL v) { return MOEI_REF(moe_ref_logistic)(v, -v); }
 
-/* Phi(v), the normal distribution function. */
+/* Returns Phi(v), the normal distribution function. */
 MOE_HOST MOEI_REAL MOEI_REF(moe_ref_phi)(MOEI_REAL v)
 {
     return (MOEI_REAL)(0.5 * erfc(-v * 0.70710678118654752440));
 }
 
+/* Returns v Phi(v). */
 MOE_HOST MOEI_REAL MOEI_REF(moe_ref_gelu)(MOEI_REAL v)
 {
     const MOEI_REAL phi = MOEI_REF(moe_ref_phi)(v);
     return phi == 0 ? 0 : v * phi;
 }
 
-/* v (1 + tanh(sqrt(2 / pi) (v + 0.044715 v^3))) / 2, written so that nothing cancels. */
+/* Returns v (1 + tanh(sqrt(2 / pi) (v + 0.044715 v^3))) / 2, in a form without cancellation. */
 MOE_HOST MOEI_REAL MOEI_REF(moe_ref_gelu_tanh)(MOEI_REAL v)
 {
     return MOEI_REF(moe_ref_logistic)(v, -1.59576912160573071176 * (v + 0.044715 * v * v * v));
 }
 
-/* One number of act: from a gate and its up, or from v alone. alpha and limit 0: the defaults. */
+/* Returns one activation: from a gate v and its up, or from v alone. alpha and limit 0: the
+   defaults. */
 MOE_HOST MOEI_REAL MOEI_REF(moe_ref_activation)(int activation, MOEI_REAL v, MOEI_REAL up,
                                                 float alpha, float limit)
 {
@@ -49,8 +52,8 @@ MOE_HOST MOEI_REAL MOEI_REF(moe_ref_activation)(int activation, MOEI_REAL v, MOE
     }
 }
 
-/* a [R, I] from h [R, 2I], whose gates and ups stand as gate_up says, or from h [R, I]. With
-   `separate` h holds I gates and then I ups, as in `concatenated`. */
+/* Writes a [R, I] from h [R, 2I], with gates and ups as gate_up says, or from h [R, I]. Where
+   gate_up is separate, h holds I gates and then I ups, as in `concatenated`. */
 MOE_HOST void MOEI_REF(moe_ref_activate)(const moe_ref_experts_desc* d, const MOEI_REAL* h,
                                          int64_t num_rows, MOEI_REAL* a)
 {
@@ -69,8 +72,8 @@ MOE_HOST void MOEI_REF(moe_ref_activate)(const moe_ref_experts_desc* d, const MO
         }
 }
 
-/* y [R, H], R = expert_offset[E]. act [R, I] gets a, after its rounding, and h [R, 2I] or [R, I]
-   what the first GEMM gives; both may be null. Returns 0, or -1 where memory ran out. */
+/* Writes y [R, H], R = expert_offset[E]. act [R, I] gets a, rounded, and h [R, 2I] or [R, I] the
+   output of the first product; both may be null. Returns 0, or -1 where memory ran out. */
 MOE_HOST int MOEI_REF(moe_ref_experts)(const moe_ref_experts_desc* d, MOEI_REAL* y, MOEI_REAL* act,
                                        MOEI_REAL* h)
 {

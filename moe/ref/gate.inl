@@ -1,13 +1,13 @@
 /* gate.inl: the gate for one type of number; gate.h includes it twice. */
 
-/* l - max, where equal infinities differ by 0 */
+/* Returns l - max; 0 for equal infinities. */
 MOE_HOST MOEI_REAL MOEI_REF(moei_ref_below)(MOEI_REAL l, MOEI_REAL max)
 {
     return l == max ? 0 : l - max;
 }
 
-/* ids, weights [T, K]; expert_count [E] and chunk_count [moe_num_chunks(T), E] may be null.
-   Returns the first token whose row holds a NaN, or -1. */
+/* Writes ids and weights [T, K]; expert_count [E] and chunk_count [moe_num_chunks(T), E], which may
+   be null. Returns the first token whose row holds a NaN, or -1. */
 MOE_HOST int64_t MOEI_REF(moe_ref_gate)(const moe_ref_gate_desc* d, int32_t* ids,
                                         MOEI_REAL* weights, int32_t* expert_count,
                                         int32_t* chunk_count)
@@ -38,7 +38,7 @@ MOE_HOST int64_t MOEI_REF(moe_ref_gate)(const moe_ref_gate_desc* d, int32_t* ids
             continue;
         }
 
-        /* each choice is the best of what comes after the choice before it */
+        /* each choice is the best of the experts that are ordered after the choice before */
         for (int k = 0; k < top_k; ++k) {
             int best = -1;
             for (int e = 0; e < num_experts; ++e) {

@@ -1,10 +1,9 @@
 /* gate_rules.h: the reference of moe/gate.cuh with every rule and score. C11 and C++14; no CUDA.
 
-   It reads the gate's own descriptor, with host addresses in it (zero means default there too), and
-   computes one token after the other, as gate.cuh's first lines tell it. gate.h has the plain gate
-   by itself.
+   Reads the gate's own descriptor, with host addresses; zero means default there too. Computes one
+   token after the other, as the top of gate.cuh describes. gate.h has the gate without rules.
 
-   moe_ref_gate_rules_f32 and moe_ref_gate_rules_f64. */
+   Functions: moe_ref_gate_rules_f32 and moe_ref_gate_rules_f64. */
 #ifndef MOE_REF_GATE_RULES_H
 #define MOE_REF_GATE_RULES_H
 
@@ -12,13 +11,14 @@
 #include "../gate/desc.h"
 #include "real.h"
 
-/* The words drawn for a token and experts 4 c0 .. (noise) or 8 c0 .. (dropout). */
+/* Returns the words drawn for token t and the experts from 4 c0 (noise) or 8 c0 (dropout) on. */
 MOE_HOST moe_random4 moei_ref_words(const moe_gate_desc* d, int64_t t, int c0, int stream)
 {
     const uint64_t seed = d->seed + (d->seed_offset ? *d->seed_offset : 0);
     return moe_random_words(seed, (uint32_t)c0, (uint32_t)t, (uint32_t)stream, 0);
 }
 
+/* Returns 1 where dropout hides expert e from token t. */
 MOE_HOST int moei_ref_dropped(const moe_gate_desc* d, int64_t t, int e)
 {
     const moe_random4 r = moei_ref_words(d, t, e / 8, MOE_GATE_STREAM_DROPOUT);

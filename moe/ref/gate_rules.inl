@@ -1,18 +1,19 @@
 /* gate_rules.inl: the gate with rules for one type of number; gate_rules.h includes it twice. */
 
-/* One token's row as the rules leave it. */
+/* One token's row after the rules. */
 typedef struct MOEI_REF(moe_ref_row) {
-    MOEI_REAL logit[MOE_MAX_EXPERTS]; /* of the experts that are seen */
-    MOEI_REAL score[MOE_MAX_EXPERTS];
+    MOEI_REAL logit[MOE_MAX_EXPERTS]; /* of the experts that the token sees */
+    MOEI_REAL score[MOE_MAX_EXPERTS]; /* after softmax, sigmoid or sparsemax; 0 where not seen */
     MOEI_REAL merit[MOE_MAX_EXPERTS]; /* what selection compares */
     int seen[MOE_MAX_EXPERTS];        /* 0: the token does not see the expert */
-    int open[MOE_MAX_EXPERTS];        /* 0: nor may it be chosen, or it has been */
-    MOEI_REAL tau;                    /* sparsemax */
-    MOEI_REAL max;                    /* largest logit that is seen */
-    int nan;
+    int open[MOE_MAX_EXPERTS];        /* 0: not seen, group not kept, merit NaN, or chosen
+                                         already */
+    MOEI_REAL tau;                    /* threshold of sparsemax */
+    MOEI_REAL max;                    /* largest logit of a seen expert */
+    int nan;                          /* 1: a seen logit is NaN */
 } MOEI_REF(moe_ref_row);
 
-/* Standard normal, Box and Muller. */
+/* Returns the standard normal number of token t and expert e, after Box and Muller. */
 MOE_HOST MOEI_REAL MOEI_REF(moei_ref_normal)(const moe_gate_desc* d, int64_t t, int e)
 {
     const moe_random4 r = moei_ref_words(d, t, e / 4, MOE_GATE_STREAM_NOISE);
@@ -23,7 +24,7 @@ MOE_HOST MOEI_REAL MOEI_REF(moei_ref_normal)(const moe_gate_desc* d, int64_t t, 
     return (MOEI_REAL)(radius * (e & 1 ? sin(angle) : cos(angle)));
 }
 
-/* Logits and which of them are seen. */
+/* Reads a token's logits: fills in row->logit, seen and nan. */
 MOE_HOST void MOEI_REF(moei_ref_read)(const moe_gate_desc* d, int64_t t,
                                       MOEI_REF(moe_ref_row) * row)
 {
@@ -36,7 +37,7 @@ MOE_HOST void MOEI_REF(moei_ref_read)(const moe_gate_desc* d, int64_t t,
                        !(d->dropout > 0 && moei_ref_dropped(d, t, e));
         if (l == -(MOEI_REAL)INFINITY && d->score != MOE_SCORE_QUADRATIC &&
             d->score != MOE_SCORE_PIONEER)
-            row->seen[e] = 0; /* no choice, and score 0 */
+            row->seen[e] = 0; /* not chosen, and score 0 */
         if (d->temperature != 0) l = l / d->temperature;
         if (d->noise != 0) l += d->noise * MOEI_REF(moei_ref_normal)(d, t, e);
         if (d->score == MOE_SCORE_QUADRATIC) l = l * l;
@@ -47,7 +48,8 @@ MOE_HOST void MOEI_REF(moei_ref_read)(const moe_gate_desc* d, int64_t t,
     }
 }
 
-/* The scores; top-k softmax is a softmax over all here, as its probabilities are. */
+/* Fills in row->score, max and tau. Top-k softmax is a softmax over all experts here, as are its
+   probabilities. */
 MOE_HOST void MOEI_REF(moei_ref_score)(const moe_gate_desc* d, MOEI_REF(moe_ref_row) * row)
 {
     const int num_experts = d->num_experts;
@@ -56,8 +58,8 @@ MOE_HOST void MOEI_REF(moei_ref_score)(const moe_gate_desc* d, MOEI_REF(moe_ref_
         if (row->seen[e] && row->logit[e] > max) max = row->logit[e];
     row->tau = -1;
     row->max = max;
-    if (d->score == MOE_SCORE_SPARSEMAX) { /* tau rises until those above it are the same */
-        int above = num_experts + 1, before; /* more than there can be */
+    if (d->score == MOE_SCORE_SPARSEMAX) { /* raises tau until the same experts stay above it */
+        int above = num_experts + 1, before; /* more experts than E */
         do {
             MOEI_REAL part = 0;
             before = above;
@@ -81,13 +83,16 @@ MOE_HOST void MOEI_REF(moei_ref_score)(const moe_gate_desc* d, MOEI_REF(moe_ref_
         for (int e = 0; e < num_experts; ++e) row->score[e] /= sum;
 }
 
+/* Lowers *margin to |a - b|, unless that is 0. */
 MOE_HOST void MOEI_REF(moei_ref_near)(MOEI_REAL* margin, MOEI_REAL a, MOEI_REAL b)
 {
     const MOEI_REAL gap = a > b ? a - b : b - a;
     if (gap > 0 && gap < *margin) *margin = gap;
 }
 
-/* Two experts whose merits are equal: will they be so in another precision? */
+/* Lowers *margin for two experts a and b of equal merit: to 0 where another precision may tell them
+   apart. Equal logits and biases stay equal; so do scores of 0, with sparsemax while both are below
+   tau. */
 MOE_HOST void MOEI_REF(moei_ref_tie)(const moe_gate_desc* d, const MOEI_REF(moe_ref_row) * row,
                                      int a, int b, MOEI_REAL* margin)
 {
@@ -104,7 +109,7 @@ MOE_HOST void MOEI_REF(moei_ref_tie)(const moe_gate_desc* d, const MOEI_REF(moe_
     *margin = 0;
 }
 
-/* Merits, and what the groups leave open. */
+/* Fills in row->merit and open: merits, and the experts that the groups leave open. */
 MOE_HOST void MOEI_REF(moei_ref_merit)(const moe_gate_desc* d, MOEI_REF(moe_ref_row) * row,
                                        MOEI_REAL* margin)
 {
@@ -113,8 +118,8 @@ MOE_HOST void MOEI_REF(moei_ref_merit)(const moe_gate_desc* d, MOEI_REF(moe_ref_
     const int keep = d->top_groups ? d->top_groups : num_groups;
     const int scores = d->score != MOE_SCORE_TOPK_SOFTMAX;
     MOEI_REAL group[MOE_GATE_MAX_GROUPS];
-    int two[MOE_GATE_MAX_GROUPS][2]; /* a group's best, -1 where there is none */
-    for (int e = 0; e < num_experts; ++e) { /* of groups, at first */
+    int two[MOE_GATE_MAX_GROUPS][2]; /* the two best of a group, -1: none */
+    for (int e = 0; e < num_experts; ++e) { /* first the merits that groups are compared by */
         row->merit[e] = scores ? row->score[e] : row->logit[e];
         if (d->expert_bias) row->merit[e] += d->expert_bias[e];
         row->open[e] = row->seen[e] && row->merit[e] == row->merit[e]; /* a NaN is never chosen */
@@ -139,7 +144,7 @@ MOE_HOST void MOEI_REF(moei_ref_merit)(const moe_gate_desc* d, MOEI_REF(moe_ref_
         for (int i = 0; i < num_groups; ++i) {
             MOEI_REF(moei_ref_near)(margin, group[g], group[i]);
             if (i == g || group[i] != group[g]) continue;
-            for (int n = 0; n < 2; ++n) { /* sums that other rounding may tell apart */
+            for (int n = 0; n < 2; ++n) { /* sums that another rounding may tell apart */
                 if (two[g][n] >= 0 && two[i][n] >= 0 &&
                     row->merit[two[g][n]] == row->merit[two[i][n]])
                     MOEI_REF(moei_ref_tie)(d, row, two[g][n], two[i][n], margin);
@@ -150,7 +155,8 @@ MOE_HOST void MOEI_REF(moei_ref_merit)(const moe_gate_desc* d, MOEI_REF(moe_ref_
     }
 }
 
-/* The open expert of the largest merit, equals by ascending index; -1 where there is none. */
+/* Returns the open expert of the largest merit, of equal ones the smallest index; -1: none is
+   open. */
 MOE_HOST int MOEI_REF(moei_ref_best)(const MOEI_REF(moe_ref_row) * row, int num_experts)
 {
     int best = -1;
@@ -159,9 +165,16 @@ MOE_HOST int MOEI_REF(moei_ref_best)(const MOEI_REF(moe_ref_row) * row, int num_
     return best;
 }
 
-/* ids, weights [T, K]; prob_sum [E] and margin [T] may be null. margin: the smallest difference by
-   which a token's choices were made; where it is below the rounding errors of an implementation,
-   that may choose otherwise. (whole_batch: over the sum of the absolute logits.) */
+/* Writes ids and weights [T, K]; prob_sum [E] and margin [T], which may be null. margin is the
+   smallest difference that decided a token's choices: an implementation whose rounding errors are
+   larger may choose otherwise. With whole_batch the differences are divided by 1 + the sum over the
+   tokens of the mean absolute logit.
+
+   1. whole_batch: sums the logits over the tokens and chooses for the batch.
+   2. For each token: reads the logits, computes scores and merits, adds to prob_sum.
+   3. Chooses the K largest merits, then drops those below the threshold or, with sparsemax, of
+      score 0.
+   4. Renormalizes and scales the weights. */
 MOE_HOST void MOEI_REF(moe_ref_gate_rules)(const moe_gate_desc* d, int32_t* ids, MOEI_REAL* weights,
                                            MOEI_REAL* prob_sum, MOEI_REAL* margin)
 {
@@ -185,16 +198,16 @@ MOE_HOST void MOEI_REF(moe_ref_gate_rules)(const moe_gate_desc* d, int32_t* ids,
             }
         }
         for (int e = 0; e < num_experts;
-             ++e) /* a sum of -infinity is no choice, nor one that is NaN */
+             ++e) /* neither -infinity nor NaN is chosen */
             sum->open[e] = !(d->expert_disabled && d->expert_disabled[e]) &&
                            sum->merit[e] > -(MOEI_REAL)INFINITY;
-        for (int k = 0, more = 1; more; ++k) { /* K, and on to the first below the K-th */
+        for (int k = 0, more = 1; more; ++k) { /* K choices and those equal to the K-th */
             const int e = MOEI_REF(moei_ref_best)(sum, num_experts);
             if (k < top_k) batch[k] = e;
             more = k < top_k || (e >= 0 && sum->merit[e] / (size + 1) == last);
             if (e < 0) continue;
             if (k > 0) MOEI_REF(moei_ref_near)(&batch_margin, last, sum->merit[e] / (size + 1));
-            if (k > 0 && last == sum->merit[e] / (size + 1)) /* of the same numbers? */
+            if (k > 0 && last == sum->merit[e] / (size + 1)) /* a tie only of equal logits */
                 for (int64_t t = 0; t < d->num_tokens; ++t)
                     if (MOEI_REF(moe_ref_load)(d->logits, t * stride + e, dtype) !=
                         MOEI_REF(moe_ref_load)(d->logits, t * stride + last_at, dtype))
@@ -218,7 +231,7 @@ MOE_HOST void MOEI_REF(moe_ref_gate_rules)(const moe_gate_desc* d, int32_t* ids,
         if (row->nan || (d->token_disabled && d->token_disabled[t])) continue;
         MOEI_REF(moei_ref_score)(d, row);
         MOEI_REF(moei_ref_merit)(d, row, &near);
-        shift = row->max < 0 ? row->max : 0; /* of sigmoids that would all underflow */
+        shift = row->max < 0 ? row->max : 0; /* scales sigmoids that would all underflow */
         for (int e = 0; e < num_experts; ++e)
             if (row->seen[e]) scores += 1 / (exp(shift) + exp(shift - row->logit[e]));
         for (int e = 0; prob_sum && e < num_experts; ++e)
@@ -226,7 +239,7 @@ MOE_HOST void MOEI_REF(moe_ref_gate_rules)(const moe_gate_desc* d, int32_t* ids,
                 prob_sum[e] += d->score == MOE_SCORE_SIGMOID
                                    ? 1 / (exp(shift) + exp(shift - row->logit[e])) / scores
                                    : row->score[e];
-        for (int k = 0, more = 1; more; ++k) { /* K, and on to the first below the K-th */
+        for (int k = 0, more = 1; more; ++k) { /* K choices and those equal to the K-th */
             const int own = MOEI_REF(moei_ref_best)(row, num_experts);
             const int e = d->whole_batch ? (k < top_k ? batch[k] : -1) : own;
             int used;
@@ -244,7 +257,7 @@ MOE_HOST void MOEI_REF(moe_ref_gate_rules)(const moe_gate_desc* d, int32_t* ids,
             used = d->score != MOE_SCORE_SPARSEMAX || row->score[e] > 0;
             if (d->score == MOE_SCORE_SPARSEMAX) {
                 MOEI_REF(moei_ref_near)(&near, row->logit[e] - row->max, row->tau);
-                if (row->logit[e] - row->max == row->tau) near = 0; /* on the edge */
+                if (row->logit[e] - row->max == row->tau) near = 0; /* at the threshold */
             }
             if (d->threshold > 0) {
                 const double at = log((double)d->threshold / (1 - (double)d->threshold));
@@ -257,7 +270,7 @@ MOE_HOST void MOEI_REF(moe_ref_gate_rules)(const moe_gate_desc* d, int32_t* ids,
             total += weight[k];
         }
         if ((d->renormalize || d->score == MOE_SCORE_TOPK_SOFTMAX) &&
-            d->score != MOE_SCORE_SPARSEMAX) { /* the largest of the chosen may underflow too */
+            d->score != MOE_SCORE_SPARSEMAX) { /* even the largest chosen score may underflow */
             const int sigmoid = d->score == MOE_SCORE_SIGMOID;
             MOEI_REAL most = -(MOEI_REAL)INFINITY;
             for (int k = 0; k < top_k; ++k)

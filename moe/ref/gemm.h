@@ -4,8 +4,8 @@
      e is the expert that owns row r: expert_offset[e] <= r < expert_offset[e + 1]
      a_row(r) = row_index ? row_index[r] / row_div : r
 
-   A row_index of -1 (or any outside 0 .. a_rows-1, if a_rows is given) reads zeros.
-   moe_ref_gemm_f32 and moe_ref_gemm_f64. */
+   A row_index of -1 (or outside 0 .. a_rows-1, if a_rows is given) reads zeros.
+   Functions: moe_ref_gemm_f32 and moe_ref_gemm_f64. */
 #ifndef MOE_REF_GEMM_H
 #define MOE_REF_GEMM_H
 
@@ -13,19 +13,19 @@
 
 typedef struct moe_ref_gemm_desc {
     const void* a;                /* [a_rows, K] a_dtype */
-    const int32_t* row_index;     /* [R]; or null */
+    const int32_t* row_index;     /* [R] divided by row_div: row of a; or null: row r */
     const int32_t* expert_offset; /* [E + 1] */
     const void* bias;             /* [E, N] bias_dtype; or null */
-    moe_weights b;                /* [E, N, K], or [E, K, N] where major says so; host pointers */
+    moe_weights b;                /* [E, N, K], or [E, K, N] where mn-major; host pointers */
     int64_t a_stride;             /* elements between rows; 0 = K */
     int64_t bias_stride;          /* elements between experts; 0 = N */
-    int64_t a_rows;               /* for the bounds check; 0 = not checked */
+    int64_t a_rows;               /* rows of a, for the bounds check; 0 = not checked */
     int32_t a_dtype;              /* moe_dtype or MOE_REF_REAL */
     int32_t b_dtype;              /* moe_dtype */
     int32_t bias_dtype;           /* moe_dtype or MOE_REF_REAL; 0 = fp32 */
-    int32_t row_div;              /* 0 = 1 */
-    int32_t num_experts, n, k;
-    int32_t use_up; /* 1: b's `up` matrices in place of its first ones */
+    int32_t row_div;              /* >= 1; 0 = 1 */
+    int32_t num_experts, n, k;    /* E, N, K */
+    int32_t use_up;               /* 1: reads b's `up` matrices in place of base and table */
 } moe_ref_gemm_desc;
 
 #define MOEI_REAL float

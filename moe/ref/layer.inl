@@ -1,7 +1,9 @@
 /* layer.inl: the layer for one type of number; layer.h includes it twice. */
 
-/* y [T, H]. ids and weights [T, K] get the gate's choice, or are null. Returns 0, or -1 where
-   memory ran out. */
+/* Writes y [T, H]. ids and weights [T, K] get the gate's choice, or are null. Returns 0, or -1
+   where memory ran out.
+
+   1. Router and gate. 2. Route. 3. Experts. 4. Shared expert. 5. Combine. */
 MOE_HOST int MOEI_REF(moe_ref_layer)(const moe_ref_layer_desc* d, MOEI_REAL* y, int32_t* ids,
                                      MOEI_REAL* weights)
 {
@@ -9,12 +11,12 @@ MOE_HOST int MOEI_REF(moe_ref_layer)(const moe_ref_layer_desc* d, MOEI_REAL* y, 
                  hidden = (size_t)d->hidden;
     const size_t slots = num_tokens * (size_t)d->top_k;
     const size_t num_replicas = d->route.num_replicas ? (size_t)d->route.num_replicas : num_experts;
-    const size_t num_rows = slots + num_replicas * (size_t)d->route.row_multiple; /* rows at most */
+    const size_t num_rows = slots + num_replicas * (size_t)d->route.row_multiple; /* most rows */
     MOEI_REAL* logits = (MOEI_REAL*)malloc((num_tokens * num_experts + 1) * sizeof(MOEI_REAL));
     MOEI_REAL* weight = (MOEI_REAL*)malloc((slots + 1) * sizeof(MOEI_REAL));
     MOEI_REAL* rows = (MOEI_REAL*)malloc((num_rows * hidden + 1) * sizeof(MOEI_REAL));
     MOEI_REAL* shared = (MOEI_REAL*)malloc((num_tokens * hidden + 1) * sizeof(MOEI_REAL));
-    float* single = (float*)malloc((slots + 1) * sizeof(float)); /* weights, for route */
+    float* single = (float*)malloc((slots + 1) * sizeof(float)); /* weights as float, for route */
     int32_t* id = (int32_t*)malloc((slots + 1) * sizeof(int32_t));
     int32_t* row_slot = (int32_t*)malloc((num_rows + 1) * sizeof(int32_t));
     int32_t* count = (int32_t*)malloc(num_replicas * sizeof(int32_t));
@@ -23,6 +25,7 @@ MOE_HOST int MOEI_REF(moe_ref_layer)(const moe_ref_layer_desc* d, MOEI_REAL* y, 
     int bad = !logits || !weight || !rows || !shared || !single || !id || !row_slot || !count ||
               !offset || !place;
 
+    /* 1. router and gate */
     if (!bad) {
         moe_ref_gate_desc g;
         memset(&g, 0, sizeof g);
@@ -56,6 +59,7 @@ MOE_HOST int MOEI_REF(moe_ref_layer)(const moe_ref_layer_desc* d, MOEI_REAL* y, 
         g.scale = d->scale;
         MOEI_REF(moe_ref_gate)(&g, id, weight, 0, 0);
     }
+    /* 2. route */
     if (!bad) {
         moe_ref_route_desc r = d->route;
         for (size_t s = 0; s < slots; ++s) single[s] = (float)weight[s];
@@ -71,6 +75,7 @@ MOE_HOST int MOEI_REF(moe_ref_layer)(const moe_ref_layer_desc* d, MOEI_REAL* y, 
         r.place = place;
         bad = moe_ref_route(&r) == -2;
     }
+    /* 3. experts */
     if (!bad) {
         moe_ref_experts_desc e;
         memset(&e, 0, sizeof e);
@@ -96,8 +101,9 @@ MOE_HOST int MOEI_REF(moe_ref_layer)(const moe_ref_layer_desc* d, MOEI_REAL* y, 
         e.intermediate = d->intermediate;
         bad = MOEI_REF(moe_ref_experts)(&e, rows, 0, 0) != 0;
     }
+    /* 4. shared expert */
     if (!bad && d->shared.intermediate) {
-        const int32_t all[2] = {0, d->num_tokens}; /* one expert, a row a token */
+        const int32_t all[2] = {0, d->num_tokens}; /* one expert with one row a token */
         moe_ref_experts_desc e;
         memset(&e, 0, sizeof e);
         e.x = d->x;
@@ -120,6 +126,7 @@ MOE_HOST int MOEI_REF(moe_ref_layer)(const moe_ref_layer_desc* d, MOEI_REAL* y, 
         e.intermediate = d->shared.intermediate;
         bad = MOEI_REF(moe_ref_experts)(&e, shared, 0, 0) != 0;
     }
+    /* 5. combine */
     if (!bad) {
         moe_ref_combine_desc c;
         memset(&c, 0, sizeof c);

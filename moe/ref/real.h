@@ -1,10 +1,10 @@
-/* real.h: what the references share: reading a number, rounding one, finding a weight.
-   C11 and C++14; no CUDA.
+/* real.h: what the references share: loading a number, rounding one, locating a weight. C11 and
+   C++14; no CUDA.
 
    Every reference exists twice, from one .inl file: moe_ref_<verb>_f32 computes in float,
-   moe_ref_<verb>_f64 in double. Buffers travel as void* with a dtype beside them, as everywhere;
-   the dtype MOE_REF_REAL says that a buffer holds the reference's own numbers (float or double),
-   so one reference can read what another wrote, with nothing rounded in between. */
+   moe_ref_<verb>_f64 in double. A buffer is passed as void* and a dtype, as everywhere. The dtype
+   MOE_REF_REAL marks a buffer of the reference's own numbers (float or double): one reference reads
+   what another wrote, with no rounding in between. */
 #ifndef MOE_REF_REAL_H
 #define MOE_REF_REAL_H
 
@@ -15,12 +15,13 @@
 #include "../base/types.h"
 #include "../layout.h"
 
-/* A buffer of float for the _f32 functions, of double for the _f64 ones. */
+/* A buffer of float for the _f32 functions, of double for the _f64 functions. */
 #define MOE_REF_REAL (-1)
 
+/* Returns v, or `dense` where v is 0. */
 MOE_HOST int64_t moei_ref_or(int64_t v, int64_t dense) { return v ? v : dense; }
 
-/* Address of expert e's matrix [n, k] in weights given as base and table. */
+/* Returns the address of expert e's matrix [n, k] in weights given as base or table. */
 MOE_HOST const void* moei_ref_matrix(const void* base, const void* const* table,
                                      const moe_weights* w, int dtype, int e, int n, int k)
 {
@@ -30,7 +31,7 @@ MOE_HOST const void* moei_ref_matrix(const void* base, const void* const* table,
     return table ? table[e] : (const char*)base + e * expert * moe_dtype_bytes(dtype);
 }
 
-/* Where element (i, j) of a matrix [n, k] stands. */
+/* Returns the index of element (i, j) of a matrix [n, k]. */
 MOE_HOST int64_t moei_ref_element(const moe_weights* w, int n, int k, int i, int j)
 {
     if (w->major == MOE_MAJOR_MN) return j * moei_ref_or(w->row_stride, n) + i;

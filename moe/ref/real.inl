@@ -1,13 +1,13 @@
-/* real.inl: reading and rounding, for one type of number; real.h includes it twice. */
+/* real.inl: loading and rounding for one type of number; real.h includes it twice. */
 
-/* Element i of a buffer. */
+/* Returns element i of a buffer. */
 MOE_HOST MOEI_REAL MOEI_REF(moe_ref_load)(const void* p, int64_t i, int dtype)
 {
     if (dtype == MOE_REF_REAL) return ((const MOEI_REAL*)p)[i];
     return moe_load(p, i, dtype);
 }
 
-/* The number as a buffer of this dtype would keep it; 0 and MOE_REF_REAL leave it alone. */
+/* Returns v rounded to the dtype; dtype 0 and MOE_REF_REAL do not round. */
 MOE_HOST MOEI_REAL MOEI_REF(moe_ref_round)(MOEI_REAL v, int dtype)
 {
     if (dtype == MOE_FP32) return (float)v;

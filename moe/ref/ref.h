@@ -1,7 +1,7 @@
-/* ref.h: all references: every station in naive C, in float and in double, written to be read
-   and to be compared with. C11 and C++14; no CUDA, no threads, no cleverness.
+/* ref.h: all references: every station in plain C, in float and in double, written to be read and
+   to be compared with. C11 and C++14; no CUDA, no threads, no optimisation.
 
-   The _f64 functions on the same rounded inputs are what the tests call exact. */
+   The tests take the results of the _f64 functions on the same rounded inputs as exact. */
 #ifndef MOE_REF_REF_H
 #define MOE_REF_REF_H
 

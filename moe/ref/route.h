@@ -1,9 +1,10 @@
-/* route.h: the reference of moe/route.cuh. C11 and C++14; no CUDA. Nothing is computed but places
-   and counts, so there is one function.
+/* route.h: the reference of moe/route.cuh. C11 and C++14; no CUDA. It computes places and counts
+   alone, so one function serves all types.
 
-   The slots of expert 0 in ascending order, then those of expert 1, and so on. An id outside
-   0 .. E-1 is dropped. With replicas, experts are physical ones from there on; with a capacity, an
-   expert's list is cut; with row_multiple, its rows are filled up. */
+   Rows are the slots of expert 0 in ascending order, then those of expert 1, and so on. A slot
+   whose id is outside 0 .. E-1 is dropped. With replicas, "expert" means a physical expert from
+   there on. With a capacity, the slots of an expert past it are dropped. With row_multiple, the
+   rows of an expert are filled up to a multiple. */
 #ifndef MOE_REF_ROUTE_H
 #define MOE_REF_ROUTE_H
 
@@ -12,28 +13,29 @@
 
 typedef struct moe_ref_route_desc {
     const int32_t* ids;            /* [T, K] */
-    const float* weights;          /* [T, K]; null unless row_weight or the drop rule wants it */
-    const int32_t* replica_offset; /* [E + 1]; or null */
-    const int32_t* replica_expert; /* [P]; or null */
-    int32_t* expert_count;         /* [P] */
-    int32_t* expert_offset;        /* [P + 1] */
-    int32_t* drop_count;           /* [P]; or null */
-    int32_t* slot_row;             /* [T, K]; or null */
-    int32_t* row_slot;             /* [max_rows]; or null */
-    float* row_weight;             /* [max_rows]; or null */
+    const float* weights;          /* [T, K]; for row_weight and the drop by weight; else null */
+    const int32_t* replica_offset; /* [E + 1] replicas of each expert; or null */
+    const int32_t* replica_expert; /* [P] their physical experts; null: in order */
+    int32_t* expert_count;         /* [P] slots that an expert keeps */
+    int32_t* expert_offset;        /* [P + 1] first row of each expert */
+    int32_t* drop_count;           /* [P] slots that capacity dropped; or null */
+    int32_t* slot_row;             /* [T, K], -1: dropped; or null */
+    int32_t* row_slot;             /* [max_rows], -1: unused; or null */
+    float* row_weight;             /* [max_rows], 0: unused; or null */
     moe_place* place;              /* [T, K]; or null */
     int64_t* bad_replica; /* [1] first slot whose expert has no replica in range, or -1; or null */
-    int32_t num_tokens, num_experts, top_k;
-    int32_t place_kind;   /* moe_place_kind; 0 = joined */
-    int32_t num_replicas; /* P; 0 = E */
-    int32_t row_multiple; /* 0 = 1 */
-    int32_t capacity;     /* 0 = no limit */
-    int32_t drop_rule;    /* moe_drop_rule; 0 = by position */
-    int32_t absent_replicas; /* 1: an expert without a replica, or one of -1, is no bad replica */
-    int64_t max_rows;     /* 0 = T * K */
+    int32_t num_tokens, num_experts, top_k; /* T, E, K */
+    int32_t place_kind;      /* moe_place_kind; 0 = joined */
+    int32_t num_replicas;    /* P; 0 = E */
+    int32_t row_multiple;    /* rows of an expert are a multiple of this; 0 = 1 */
+    int32_t capacity;        /* most slots of an expert; 0 = no limit */
+    int32_t drop_rule;       /* moe_drop_rule; 0 = by position */
+    int32_t absent_replicas; /* 1: an expert without a replica, or with a replica of -1, is no bad
+                                replica */
+    int64_t max_rows;        /* length of the row maps; 0 = T * K */
 } moe_ref_route_desc;
 
-/* A slot of an expert's list. */
+/* One slot of an expert. */
 typedef struct moei_ref_choice {
     int64_t slot;
     float weight;
@@ -49,7 +51,8 @@ MOE_HOST int moei_ref_choice_order(const void* a, const void* b)
     return x->slot < y->slot ? -1 : 1;
 }
 
-/* Physical expert of a slot; -1: unused, out of range or elsewhere, -2: no replica. */
+/* Returns the physical expert of a slot; -1: unused, out of range or absent, -2: no replica in
+   range. */
 MOE_HOST int32_t moei_ref_expert(const moe_ref_route_desc* d, int64_t slot, int32_t num_replicas)
 {
     const int32_t id = d->ids[slot];
@@ -66,8 +69,8 @@ MOE_HOST int32_t moei_ref_expert(const moe_ref_route_desc* d, int64_t slot, int3
     return e < 0 || e >= num_replicas ? -2 : e;
 }
 
-/* Returns the first slot whose id is neither -1 nor an expert, or -1. Where rows do not fit into
-   max_rows, it returns -2 and the maps are not complete. */
+/* Returns the first slot whose id is neither -1 nor an expert, or -1. Returns -2 where the rows do
+   not fit into max_rows; the maps are then incomplete. */
 MOE_HOST int64_t moe_ref_route(const moe_ref_route_desc* d)
 {
     const int64_t slots = (int64_t)d->num_tokens * d->top_k;
@@ -101,7 +104,7 @@ MOE_HOST int64_t moe_ref_route(const moe_ref_route_desc* d)
         kept = d->capacity && n > d->capacity ? d->capacity : n;
         if (d->drop_count) d->drop_count[e] = (int32_t)(n - kept);
         d->expert_count[e] = (int32_t)kept;
-        if (kept < n) { /* those that do not stay leave their expert */
+        if (kept < n) { /* drops the slots past the capacity */
             if (d->drop_rule == MOE_DROP_BY_WEIGHT)
                 qsort(list, (size_t)n, sizeof *list, moei_ref_choice_order);
             for (int64_t i = kept; i < n; ++i) expert[list[i].slot] = -1;

@@ -2,7 +2,7 @@
 
      logits[t, e] = sum over h of x[t, h] * w[e, h]
 
-   moe_ref_router_f32 and moe_ref_router_f64. */
+   Functions: moe_ref_router_f32 and moe_ref_router_f64. */
 #ifndef MOE_REF_ROUTER_H
 #define MOE_REF_ROUTER_H
 
@@ -14,8 +14,8 @@ typedef struct moe_ref_router_desc {
     int64_t x_stride; /* elements between rows; 0 = H */
     int64_t w_stride; /* elements between rows; 0 = H */
     int32_t x_dtype;  /* moe_dtype or MOE_REF_REAL */
-    int32_t w_dtype;
-    int32_t num_tokens, num_experts, hidden;
+    int32_t w_dtype;  /* moe_dtype or MOE_REF_REAL */
+    int32_t num_tokens, num_experts, hidden; /* T, E, H */
 } moe_ref_router_desc;
 
 #define MOEI_REAL float

@@ -1,6 +1,6 @@
 /* router.inl: the router for one type of number; router.h includes it twice. */
 
-/* logits [T, E] */
+/* Writes logits [T, E]. */
 MOE_HOST void MOEI_REF(moe_ref_router)(const moe_ref_router_desc* d, MOEI_REAL* logits)
 {
     const int64_t x_stride = moei_ref_or(d->x_stride, d->hidden);
