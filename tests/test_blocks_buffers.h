@@ -63,4 +63,12 @@ MOEI_UNUSED static void tbufs_same(const tbufs* all, void* const* host, const ch
         CHECK(tbuf_holds(all->at[i], host[i]), "%s of %s differs", all->at[i]->name, what);
 }
 
+/* Returns n zeros in host memory. */
+MOEI_UNUSED static double* tzeros(int64_t n)
+{
+    double* p = (double*)test_host(n * 8);
+    for (int64_t i = 0; i < n; ++i) p[i] = 0;
+    return p;
+}
+
 #endif
