@@ -163,7 +163,7 @@ typedef struct tmatrix {
     void* host[TMATRIX_MOST];       /* what was put there */
 } tmatrix;
 
-/* Returns the place of element (i, j) in its part; -1: it has none. */
+/* Returns where element (i, j) lies in its part; -1: nowhere. */
 MOEI_UNUSED static int64_t tmatrix_at(const tmatrix* t, int i, int j, int* part)
 {
     *part = !t->strip ? 0 : (t->by_column ? j : i) / t->strip;

@@ -2,7 +2,7 @@
 
      test_activations  every activation in a layer, against the reference
      test_curves       every activation and its slopes over all sizes of numbers, each by itself
-     test_clamp_edges  the clamped SwiGLU at its limit, and a step of fp16 to either side
+     test_clamp_edges  the clamped SwiGLU at its limit, and an ulp of fp16 to either side
      test_gelu_slope   GELU's slope in fp32: near 0 a series, further off a quotient */
 #ifndef MOE_TESTS_BLOCK_LAYER_ACTIVATIONS_H
 #define MOE_TESTS_BLOCK_LAYER_ACTIVATIONS_H
@@ -135,9 +135,9 @@ static void test_clamp_edges(void)
     static const float limits[] = {0, 0.75f}; /* 0: 7 */
     trand r = trand_new(26);
     for (int l = 0; l < 2; ++l) {
-        const float limit = l ? limits[l] : 7, step = l ? 1.0f / 2048 : 1.0f / 256;
-        const float edge[] = {limit,        limit - step,  limit + step, -limit,
-                              step - limit, -limit - step, 0.5f,         -0.25f};
+        const float limit = l ? limits[l] : 7, ulp = l ? 1.0f / 2048 : 1.0f / 256;
+        const float edge[] = {limit,       limit - ulp,  limit + ulp, -limit,
+                              ulp - limit, -limit - ulp, 0.5f,        -0.25f};
         const layer_case c = identity_case(MOE_ACTIVATION_SWIGLU_CLAMPED, limits[l]);
         layer_bufs b;
         uint16_t *y, *dx;

@@ -11,7 +11,7 @@
 
 #include "tests/unit/block_layer/compare.h"
 
-/* Takes a step along a random direction of x, w1, w2 and the weights at once. */
+/* Moves x, w1, w2 and the weights at once along a random direction. */
 static void test_reference_gradients(void)
 {
     trand r = trand_new(1);
@@ -19,12 +19,12 @@ static void test_reference_gradients(void)
         for (int dense = 0; dense < 2; ++dense) {
             enum { T = 5, H = 6, I = 7, E = 4, K = 3, MOST = 4096 };
             const int k = dense ? E : K, U = moe_activation_is_gated(activation) ? 2 * I : I;
-            const double step = 1e-5;
+            const double move = 1e-5;
             int32_t ids[T * K];
             static double in[4][MOST], dir[4][MOST], at[4][MOST], grad[4][MOST];
             double dy[T * H], y[T * H];
             const int64_t count[4] = {T * H, E * U * H, E * H * I, T * k};
-            double loss[2] = {0, 0}, slope = 0, terms = 0;
+            double loss[2] = {0, 0}, slope = 0, sum = 0;
             moe_ref_block_layer_desc d;
             memset(&d, 0, sizeof d);
             for (int i = 0; i < T * K; ++i) ids[i] = (int)trand_int(&r, -1, E - 1);
@@ -43,7 +43,7 @@ static void test_reference_gradients(void)
             for (int side = -1; side <= 1; ++side) {
                 for (int i = 0; i < 4; ++i)
                     for (int64_t j = 0; j < count[i]; ++j)
-                        at[i][j] = in[i][j] + side * step * dir[i][j];
+                        at[i][j] = in[i][j] + side * move * dir[i][j];
                 d.x = at[0];
                 d.w1.base = at[1];
                 d.w2.base = at[2];
@@ -58,11 +58,11 @@ static void test_reference_gradients(void)
             for (int i = 0; i < 4; ++i)
                 for (int64_t j = 0; j < count[i]; ++j) {
                     slope += grad[i][j] * dir[i][j];
-                    terms += fabs(grad[i][j] * dir[i][j]);
+                    sum += fabs(grad[i][j] * dir[i][j]);
                 }
-            /* kinks of the clamp and of ReLU^2's slope may lie within a step */
-            CHECK(fabs((loss[1] - loss[0]) / (2 * step) - slope) <= 1e-4 * terms && terms > 1,
-                  "activation %d: %g, not %g", activation, slope, (loss[1] - loss[0]) / (2 * step));
+            /* kinks of the clamp and of ReLU^2's slope may lie within a move */
+            CHECK(fabs((loss[1] - loss[0]) / (2 * move) - slope) <= 1e-4 * sum && sum > 1,
+                  "activation %d: %g, not %g", activation, slope, (loss[1] - loss[0]) / (2 * move));
         }
 }
 

@@ -106,7 +106,7 @@ static void test_offsets(void)
         d.expert_offset = offset;
         if (i % 13 == 0) d.columns = 0;
         tlist_run(&d, i % 5 != 0, trand_int(&r, 0, 40), (size_t)trand_int(&r, 0, 3) * 4, "offsets");
-        { /* spoilt at one place or two; also where there are no rows */
+        { /* spoilt at one entry or two; also with no rows */
             for (int k = i & 1; k < 2; ++k) {
                 const int e = (int)trand_int(&r, 0, experts);
                 static const int32_t odd[] = {-1, 0x7fffffff, (int32_t)0x80000000, 0};

@@ -1,6 +1,6 @@
 /* gradients.h: gradients of a block-sparse product: block-sparse products with the same mask.
 
-     test_block_gradients  dA and dB of all operations and transposes against sums term by term */
+     test_block_gradients  dA and dB of all operations and transposes against sums of products */
 #ifndef MOE_TESTS_BLOCK_SPARSE_GRADIENTS_H
 #define MOE_TESTS_BLOCK_SPARSE_GRADIENTS_H
 
@@ -25,7 +25,7 @@ static const int gradient_op[4][3] = {
     {MOE_BLOCK_SPARSE_DSD, MOE_BLOCK_SPARSE_DDS, MOE_BLOCK_SPARSE_SDD}};
 
 /* Gradients in double as the operands lie, and sums of absolute values. A present element of the
-   sparse matrix makes a term of the forward product, (i, j) += A(i, l) B(l, j). That term gives
+   sparse matrix adds A(i, l) B(l, j) to element (i, j) of the forward product. That gives
    dA(i, l) += G(i, j) B(l, j) and dB(l, j) += A(i, l) G(i, j). */
 typedef struct gradients {
     double *a, *a_sum, *b, *b_sum;

@@ -9,7 +9,7 @@
      test_block_tables         dense matrices in parts behind pointer tables, some of C's null
      test_block_narrow_tables  the same, parts of columns with rows as close together as they fit
      test_block_odd_numbers    infinities and NaN reach only what the mask leads them to
-     test_block_nothing        no rows, columns or depth */
+     test_block_nothing        m, n or k of 0 */
 #ifndef MOE_TESTS_BLOCK_SPARSE_VALUES_H
 #define MOE_TESTS_BLOCK_SPARSE_VALUES_H
 
