@@ -1,12 +1,13 @@
-/* test_blocks.h: masks of blocks in all their forms, and matrices strided, packed or in pieces
-   behind a table. test_product.h makes block-sparse products of them. Included after test.h. */
+/* test_blocks.h: masks in all their forms, and matrices that are strided, packed or in parts behind
+   a pointer table. test_product.h makes block-sparse products of them. Included after test.h. */
 #ifndef MOE_TESTS_TEST_BLOCKS_H
 #define MOE_TESTS_TEST_BLOCKS_H
 
 #include "moe/block_sparse/desc.h"
 #include "moe/ref/block_sparse.h"
+#include "test_blocks_buffers.h"
 
-#define TMATRIX_MOST 24 /* pieces of a matrix */
+#define TMATRIX_MOST 24 /* parts of a matrix */
 
 enum { TFORM_BYTES, TFORM_BITS, TFORM_LIST };
 enum {
@@ -25,28 +26,28 @@ enum { TDRAW_NORMAL, TDRAW_INT, TDRAW_NONZERO };
 typedef struct tmask {
     int rows, columns, block_rows, block_columns, RB, CB;
     int count, max_blocks;
-    uint8_t* there;  /* [RB, CB] */
-    int32_t* number; /* [RB, CB] in row order, -1: masked out */
+    uint8_t* present; /* [RB, CB] */
+    int32_t* number;  /* [RB, CB] in row order, -1: masked out */
     int32_t *row_offset, *column_index, *column_offset, *row_index, *position; /* host copies */
     tbuf d_bytes, d_bits, d_row_offset, d_column_index, d_column_offset, d_row_index, d_position;
 } tmask;
 
-/* Puts all forms of `there` on the device. What is there is any byte but 0; bits past the last
-   column are noise; list entries past the last block are -1. */
+/* Puts all forms of `present` on the device. Bytes of present sparse blocks are any but 0. Bits
+   past the last column are noise, list entries past the last sparse block poison. */
 MOEI_UNUSED static void tmask_put(tmask* t, trand* r)
 {
     const int words = (t->CB + 31) / 32;
     uint8_t* bytes = (uint8_t*)test_host(t->RB * t->CB);
     uint32_t* bits = (uint32_t*)test_host(t->RB * words * 4);
-    moe_ref_block_bits(t->there, t->RB, t->CB, bits);
-    t->count = (int)moe_ref_block_numbers(t->there, t->RB, t->CB, t->number);
+    moe_ref_block_bits(t->present, t->RB, t->CB, bits);
+    t->count = (int)moe_ref_block_numbers(t->present, t->RB, t->CB, t->number);
     test_poison(t->column_index, (size_t)t->max_blocks * 4);
     test_poison(t->row_index, (size_t)t->max_blocks * 4);
     test_poison(t->position, (size_t)t->max_blocks * 4);
-    (void)moe_ref_block_list(t->there, t->RB, t->CB, t->row_offset, t->column_index,
+    (void)moe_ref_block_list(t->present, t->RB, t->CB, t->row_offset, t->column_index,
                              t->column_offset, t->row_index, t->position);
     for (int i = 0; i < t->RB * t->CB; ++i)
-        bytes[i] = t->there[i] ? (uint8_t)trand_int(r, 1, 255) : 0;
+        bytes[i] = t->present[i] ? (uint8_t)trand_int(r, 1, 255) : 0;
     for (int i = 0; i < t->RB && t->CB % 32; ++i)
         bits[i * words + words - 1] |= (uint32_t)trand_bits(r) << (t->CB % 32);
     tbuf_put(&t->d_bytes, bytes);
@@ -60,39 +61,37 @@ MOEI_UNUSED static void tmask_put(tmask* t, trand* r)
     free(bits);
 }
 
-/* percent: of the blocks, where they are random. */
+/* percent: of the sparse blocks, where they are random. */
 MOEI_UNUSED static void tmask_draw(tmask* t, int pattern, int percent, trand* r)
 {
     const int n = t->RB * t->CB, one = n > 0 ? (int)trand_int(r, 0, n - 1) : 0;
     for (int i = 0; i < n; ++i) {
         const int row = i / t->CB, column = i % t->CB;
         const int most = t->RB > t->CB ? t->RB : t->CB;
-        t->there[i] = pattern == TPATTERN_RANDOM     ? trand_int(r, 0, 99) < percent
-                      : pattern == TPATTERN_FULL     ? 1
-                      : pattern == TPATTERN_ONE      ? i == one
-                      : pattern == TPATTERN_LAST     ? i == n - 1
-                      : pattern == TPATTERN_DIAGONAL ? row * most / t->RB == column * most / t->CB
-                                                     : 0;
+        t->present[i] = pattern == TPATTERN_RANDOM     ? trand_int(r, 0, 99) < percent
+                        : pattern == TPATTERN_FULL     ? 1
+                        : pattern == TPATTERN_ONE      ? i == one
+                        : pattern == TPATTERN_LAST     ? i == n - 1
+                        : pattern == TPATTERN_DIAGONAL ? row * most / t->RB == column * most / t->CB
+                                                       : 0;
     }
 }
 
-/* room: for how many blocks the list has room; 0: as many as there are, -1: all that may be. */
+/* room: of the list, beyond the present sparse blocks; -1: for all sparse blocks. */
 MOEI_UNUSED static void tmask_new(tmask* t, int rows, int columns, int block_rows,
                                   int block_columns, int pattern, int percent, int room, trand* r)
 {
     int all, count = 0;
     memset(t, 0, sizeof *t);
-    t->rows = rows;
-    t->columns = columns;
-    t->block_rows = block_rows;
-    t->block_columns = block_columns;
+    t->rows = rows, t->columns = columns;
+    t->block_rows = block_rows, t->block_columns = block_columns;
     t->RB = moe_block_sparse_count(rows, block_rows);
     t->CB = moe_block_sparse_count(columns, block_columns);
     all = t->RB * t->CB;
-    t->there = (uint8_t*)test_host(all);
+    t->present = (uint8_t*)test_host(all);
     t->number = (int32_t*)test_host(all * 4);
     tmask_draw(t, pattern, percent, r);
-    for (int i = 0; i < all; ++i) count += t->there[i];
+    for (int i = 0; i < all; ++i) count += t->present[i];
     t->max_blocks = room < 0 ? all : count + room;
     t->row_offset = (int32_t*)test_host(t->RB * 4 + 4);
     t->column_offset = (int32_t*)test_host(t->CB * 4 + 4);
@@ -111,32 +110,21 @@ MOEI_UNUSED static void tmask_new(tmask* t, int rows, int columns, int block_row
 
 MOEI_UNUSED static void tmask_free(tmask* t)
 {
-    tbuf_free(&t->d_bytes);
-    tbuf_free(&t->d_bits);
-    tbuf_free(&t->d_row_offset);
-    tbuf_free(&t->d_column_index);
-    tbuf_free(&t->d_column_offset);
-    tbuf_free(&t->d_row_index);
-    tbuf_free(&t->d_position);
-    free(t->there);
-    free(t->number);
-    free(t->row_offset);
-    free(t->column_index);
-    free(t->column_offset);
-    free(t->row_index);
-    free(t->position);
+    const tbufs all = {{&t->d_bytes, &t->d_bits, &t->d_row_offset, &t->d_column_index,
+                        &t->d_column_offset, &t->d_row_index, &t->d_position}};
+    tbufs_free(&all);
+    free(t->present), free(t->number), free(t->row_offset), free(t->column_offset);
+    free(t->column_index), free(t->row_index), free(t->position);
 }
 
-/* by_column: the list has its column order too; position: and the numbers of its blocks. */
+/* by_column: the list has its column order too; position: and the numbers of its entries. */
 MOEI_UNUSED static moe_block_sparse_mask tmask_view(const tmask* t, int form, int by_column,
                                                     int position)
 {
     moe_block_sparse_mask m;
     memset(&m, 0, sizeof m);
-    m.rows = t->rows;
-    m.columns = t->columns;
-    m.block_rows = t->block_rows;
-    m.block_columns = t->block_columns;
+    m.rows = t->rows, m.columns = t->columns;
+    m.block_rows = t->block_rows, m.block_columns = t->block_columns;
     if (form == TFORM_BYTES) m.bytes = (const uint8_t*)t->d_bytes.p;
     if (form == TFORM_BITS) m.bits = (const uint32_t*)t->d_bits.p;
     if (form == TFORM_LIST) {
@@ -152,30 +140,30 @@ MOEI_UNUSED static moe_block_sparse_mask tmask_view(const tmask* t, int form, in
     return m;
 }
 
-/* Is anything in block row i, or with by_column in block column i? */
+/* Returns 1 where block row i, or with by_column block column i, has a present sparse block. */
 MOEI_UNUSED static int tmask_any(const tmask* t, int i, int by_column)
 {
     int any = 0;
     for (int j = 0; j < (by_column ? t->RB : t->CB); ++j)
-        any |= t->there[by_column ? j * t->CB + i : i * t->CB + j];
+        any |= t->present[by_column ? j * t->CB + i : i * t->CB + j];
     return any;
 }
 
 /* ------------------------------------------------------------------ matrices */
 
-/* A matrix as it lies. Whatever is no element of it is NaN: gaps between rows, masked-out
+/* A matrix as it lies. All that is no element is NaN: gaps between rows, masked-out sparse
    blocks. */
 typedef struct tmatrix {
     int rows, columns, dtype;
     int64_t stride;       /* elements between rows; 0: packed */
     const tmask* mask;    /* of the sparse one; else null */
-    int strip, by_column; /* pieces of `strip` rows or columns each; 0: in one piece */
+    int strip, by_column; /* parts of `strip` rows or columns each; 0: in one part */
     int parts;
-    tbuf part[TMATRIX_MOST], table; /* device; a null piece has no buffer */
+    tbuf part[TMATRIX_MOST], table; /* device; a null part has no buffer */
     void* host[TMATRIX_MOST];       /* what was put there */
 } tmatrix;
 
-/* Where element (i, j) stands in its part; -1: nowhere. */
+/* Returns where element (i, j) lies in its part; -1: nowhere. */
 MOEI_UNUSED static int64_t tmatrix_at(const tmatrix* t, int i, int j, int* part)
 {
     *part = !t->strip ? 0 : (t->by_column ? j : i) / t->strip;
@@ -194,26 +182,43 @@ typedef struct tmatrix_want {
     const tmask* mask; /* of the sparse one */
     int packed;
     int strip, by_column;
-    int narrow;            /* 1: pieces by column have rows no further apart than they need */
-    const uint8_t* wanted; /* of pieces: 0: the entry is null; or null, all are there */
+    int narrow;             /* 1: parts by column have rows no further apart than they need */
+    const uint8_t* present; /* [parts] 0: the entry is null; or null: no entry is */
 } tmatrix_want;
+
+/* A dense matrix in one part; pad: stride - least. */
+MOEI_UNUSED static tmatrix_want tmatrix_dense(const char* name, int rows, int columns, int dtype,
+                                              int pad)
+{
+    tmatrix_want w;
+    memset(&w, 0, sizeof w);
+    w.name = name;
+    w.rows = rows, w.columns = columns;
+    w.dtype = dtype;
+    w.pad = pad;
+    return w;
+}
+
+/* Makes it the sparse matrix of this mask; mask null: the matrix stays dense. */
+MOEI_UNUSED static void tmatrix_sparse(tmatrix_want* w, const tmask* mask, int packed)
+{
+    w->mask = mask;
+    w->packed = mask && packed;
+}
 
 MOEI_UNUSED static void tmatrix_new(tmatrix* t, const tmatrix_want* w)
 {
     const int elem = moe_dtype_bytes(w->dtype), along = w->by_column ? w->columns : w->rows;
-    const int across =
+    const int width =
         w->strip && w->by_column && w->narrow && w->strip < w->columns ? w->strip : w->columns;
     memset(t, 0, sizeof *t);
-    t->rows = w->rows;
-    t->columns = w->columns;
-    t->dtype = w->dtype;
+    t->rows = w->rows, t->columns = w->columns, t->dtype = w->dtype;
     t->mask = w->mask;
-    t->strip = w->strip;
-    t->by_column = w->by_column;
-    t->stride = w->packed ? 0 : (across + 7) / 8 * 8 + w->pad;
+    t->strip = w->strip, t->by_column = w->by_column;
+    t->stride = w->packed ? 0 : (width + 7) / 8 * 8 + w->pad;
     t->parts = w->strip ? moe_block_sparse_count(along, w->strip) : 1;
     if (t->parts > TMATRIX_MOST) {
-        printf("%d pieces are too many\n", t->parts);
+        printf("%d parts are too many\n", t->parts);
         exit(1);
     }
     for (int s = 0; s < t->parts; ++s) {
@@ -224,7 +229,7 @@ MOEI_UNUSED static void tmatrix_new(tmatrix* t, const tmatrix_want* w)
         if (w->packed)
             bytes = (size_t)elem * (size_t)w->mask->max_blocks *
                     (size_t)(w->mask->block_rows * w->mask->block_columns);
-        if (w->wanted && !w->wanted[s]) continue;
+        if (w->present && !w->present[s]) continue;
         t->part[s] = tbuf_new(w->name, bytes, 16 * (size_t)(s % 3));
         t->host[s] = test_host((int64_t)bytes);
     }
@@ -283,7 +288,7 @@ MOEI_UNUSED static void tmatrix_set(tmatrix* t, int by_column, int begin, int en
         }
 }
 
-/* Does the device still hold what was put there; with `poison`, the poison? */
+/* Returns 1 where the device still holds what was put there; with `poison`, the poison. */
 MOEI_UNUSED static int tmatrix_same(const tmatrix* t, int poison)
 {
     int same = 1;

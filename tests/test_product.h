@@ -1,5 +1,5 @@
-/* test_product.h: block-sparse products as the tests want them: operands, call, and comparison with
-   the reference. Included after test.h. */
+/* test_product.h: block-sparse products: drawing a case, its operands, the call, and the comparison
+   with the reference. Included after test.h. */
 #ifndef MOE_TESTS_TEST_PRODUCT_H
 #define MOE_TESTS_TEST_PRODUCT_H
 
@@ -9,11 +9,12 @@
 typedef struct tproduct_want {
     int op, m, n, k, a_transposed, b_transposed;
     int block_rows, block_columns, pattern, percent, room;
-    int form, packed, zero_masked, by_column; /* by_column: lists have it though it is not needed */
-    int a_pad, b_pad, c_pad;                  /* stride - least; multiples of 8 */
-    int a_table, b_table, c_table;            /* 1: in pieces; 2: narrow ones */
-    int none;                                 /* percent of C's pieces that are null */
-    int dtype, c_dtype, draw, tile, rest;
+    int form, packed, zero_masked;
+    int by_column;                 /* 1: a list has its column order where it is not read too */
+    int a_pad, b_pad, c_pad;       /* stride - least; multiples of 8 */
+    int a_table, b_table, c_table; /* 1: in parts; 2: in narrow ones */
+    int none;                      /* percent of C's parts that are null */
+    int dtype, c_dtype, draw, tile, fallback;
     int odd; /* 1: infinities and NaN among the dense operand's numbers */
 } tproduct_want;
 
@@ -32,17 +33,16 @@ MOEI_UNUSED static const char* tproduct_text(const tproduct_want* w)
     static char text[400];
     snprintf(text, sizeof text,
              "%s m=%d n=%d k=%d%s%s %s -> %s blocks %dx%d pattern=%d %d%% %s%s%s pads %d %d %d "
-             "tables %d "
-             "%d %d draw=%d odd=%d tile=%d rest=%d",
+             "tables %d %d %d draw=%d odd=%d tile=%d fallback=%d",
              op[w->op], w->m, w->n, w->k, w->a_transposed ? " A^T" : "",
              w->b_transposed ? " B^T" : "", moe_dtype_name(w->dtype), moe_dtype_name(w->c_dtype),
              w->block_rows, w->block_columns, w->pattern, w->percent, form[w->form],
              w->packed ? " packed" : "", w->zero_masked ? " zero" : "", w->a_pad, w->b_pad,
-             w->c_pad, w->a_table, w->b_table, w->c_table, w->draw, w->odd, w->tile, w->rest);
+             w->c_pad, w->a_table, w->b_table, w->c_table, w->draw, w->odd, w->tile, w->fallback);
     return text;
 }
 
-/* Is the mask needed column after column? */
+/* Returns 1 where the operation reads the mask column after column. */
 MOEI_UNUSED static int tproduct_by_column(const tproduct_want* w)
 {
     return (w->op == MOE_BLOCK_SPARSE_DSD && w->a_transposed) ||
@@ -52,6 +52,16 @@ MOEI_UNUSED static int tproduct_by_column(const tproduct_want* w)
 MOEI_UNUSED static int64_t tproduct_stride(const tmatrix* t)
 {
     return !t->strip && t->stride == t->columns && t->rows % 2 ? 0 : t->stride; /* 0 is dense */
+}
+
+/* Makes the workspace that the call asks for, and points the descriptor to it. */
+MOEI_UNUSED static tbuf tproduct_workspace(moe_block_sparse_desc* d, size_t misalign)
+{
+    tbuf workspace;
+    CHECK_STATUS(moe_block_sparse_workspace(d, &d->workspace_bytes), MOE_OK);
+    workspace = tbuf_new("workspace", d->workspace_bytes, misalign);
+    d->workspace = d->workspace_bytes ? workspace.p : (void*)0;
+    return workspace;
 }
 
 /* Points the descriptor to mask and matrices, and makes room for what the call asks for. */
@@ -74,24 +84,29 @@ MOEI_UNUSED static void tproduct_describe(tproduct* p)
     d->fault = (uint64_t*)p->fault.p;
     d->rank = TEST_RANK;
     d->op = w->op;
-    d->m = w->m;
-    d->n = w->n;
-    d->k = w->k;
-    d->a_transposed = w->a_transposed;
-    d->b_transposed = w->b_transposed;
-    d->packed = w->packed;
-    d->zero_masked = w->zero_masked;
+    d->m = w->m, d->n = w->n, d->k = w->k;
+    d->a_transposed = w->a_transposed, d->b_transposed = w->b_transposed;
+    d->packed = w->packed, d->zero_masked = w->zero_masked;
     d->dtype = w->dtype == MOE_BF16 ? MOE_DTYPE_DEFAULT : w->dtype;
     d->c_dtype = w->c_dtype == w->dtype ? MOE_DTYPE_DEFAULT : w->c_dtype;
     d->choice.tile = w->tile;
-    d->choice.fallback_tile = w->tile ? w->rest : 0;
-    CHECK_STATUS(moe_block_sparse_workspace(d, &d->workspace_bytes), MOE_OK);
-    p->workspace = tbuf_new("workspace", d->workspace_bytes, 16);
-    d->workspace = d->workspace_bytes ? p->workspace.p : (void*)0;
+    d->choice.fallback_tile = w->tile ? w->fallback : 0;
+    p->workspace = tproduct_workspace(d, 16);
 }
 
-/* Mask, matrices, numbers. Pieces of the dense operands that no block wants hold NaN, or are
-   null. */
+/* Parts behind a table; table: as in tproduct_want. */
+MOEI_UNUSED static void tproduct_table(tmatrix_want* want, int table, int strip, int by_column,
+                                       const uint8_t* present)
+{
+    want->by_column = by_column;
+    want->narrow = table == 2;
+    if (!table) return;
+    want->strip = strip;
+    want->present = present;
+}
+
+/* Makes mask, matrices and numbers. Parts of the dense operands that no sparse block reads hold
+   NaN, or are null. */
 MOEI_UNUSED static void tproduct_new(tproduct* p, const tproduct_want* w, trand* r)
 {
     const int sdd = w->op == MOE_BLOCK_SPARSE_SDD, dsd = w->op == MOE_BLOCK_SPARSE_DSD,
@@ -103,7 +118,7 @@ MOEI_UNUSED static void tproduct_new(tproduct* p, const tproduct_want* w, trand*
     const int c_side = dsd ? w->a_transposed : !w->b_transposed;
     const int size[2] = {w->block_rows, w->block_columns};
     const float scale = (float)(1 / sqrt(sqrt((double)(w->k > 0 ? w->k : 1))));
-    uint8_t wanted[3][TMATRIX_MOST];
+    uint8_t present[3][TMATRIX_MOST];
     tmatrix_want want;
     memset(p, 0, sizeof *p);
     p->w = *w;
@@ -117,48 +132,25 @@ MOEI_UNUSED static void tproduct_new(tproduct* p, const tproduct_want* w, trand*
               w->block_rows, w->block_columns, w->pattern, w->percent, w->room, r);
     for (int i = 0; i < TMATRIX_MOST; ++i) {
         const int null = (int)trand_int(r, 0, 1);
-        wanted[0][i] =
+        present[0][i] =
             !null || (i < (a_side ? p->mask.CB : p->mask.RB) && tmask_any(&p->mask, i, a_side));
-        wanted[1][i] =
+        present[1][i] =
             !null || (i < (b_side ? p->mask.CB : p->mask.RB) && tmask_any(&p->mask, i, b_side));
-        wanted[2][i] = trand_int(r, 0, 99) >= w->none;
+        present[2][i] = trand_int(r, 0, 99) >= w->none;
     }
-    memset(&want, 0, sizeof want);
-    want.dtype = w->dtype;
-    want.name = "a";
-    want.rows = a_rows;
-    want.columns = a_columns;
-    want.pad = w->a_pad;
-    want.mask = dsd ? &p->mask : (const tmask*)0;
-    want.packed = dsd && w->packed;
-    want.strip = w->a_table ? size[a_side] : 0;
-    want.by_column = sdd ? w->a_transposed : !w->a_transposed;
-    want.narrow = w->a_table == 2;
-    want.wanted = wanted[0];
-    if (!w->a_table) want.wanted = 0;
+    want = tmatrix_dense("a", a_rows, a_columns, w->dtype, w->a_pad);
+    tmatrix_sparse(&want, dsd ? &p->mask : (const tmask*)0, w->packed);
+    tproduct_table(&want, w->a_table, size[a_side], sdd ? w->a_transposed : !w->a_transposed,
+                   present[0]);
     tmatrix_new(&p->a, &want);
-    want.name = "b";
-    want.rows = b_rows;
-    want.columns = b_columns;
-    want.pad = w->b_pad;
-    want.mask = dds ? &p->mask : (const tmask*)0;
-    want.packed = dds && w->packed;
-    want.strip = w->b_table ? size[b_side] : 0;
-    want.by_column = sdd ? !w->b_transposed : w->b_transposed;
-    want.narrow = w->b_table == 2;
-    want.wanted = w->b_table ? wanted[1] : (const uint8_t*)0;
+    want = tmatrix_dense("b", b_rows, b_columns, w->dtype, w->b_pad);
+    tmatrix_sparse(&want, dds ? &p->mask : (const tmask*)0, w->packed);
+    tproduct_table(&want, w->b_table, size[b_side], sdd ? !w->b_transposed : w->b_transposed,
+                   present[1]);
     tmatrix_new(&p->b, &want);
-    want.name = "c";
-    want.dtype = w->c_dtype;
-    want.rows = w->m;
-    want.columns = w->n;
-    want.pad = w->c_pad;
-    want.mask = sdd ? &p->mask : (const tmask*)0;
-    want.packed = sdd && w->packed;
-    want.strip = w->c_table ? size[c_side] : 0;
-    want.by_column = dds;
-    want.narrow = w->c_table == 2;
-    want.wanted = w->c_table ? wanted[2] : (const uint8_t*)0;
+    want = tmatrix_dense("c", w->m, w->n, w->c_dtype, w->c_pad);
+    tmatrix_sparse(&want, sdd ? &p->mask : (const tmask*)0, w->packed);
+    tproduct_table(&want, w->c_table, size[c_side], dds, present[2]);
     tmatrix_new(&p->c, &want);
 
     tmatrix_fill(&p->a, w->draw, scale, r);
@@ -203,7 +195,7 @@ MOEI_UNUSED static void tproduct_free(tproduct* p)
     tbuf_free(&p->workspace);
 }
 
-/* Are the inputs what they were? */
+/* Returns 1 where the inputs are what they were. */
 MOEI_UNUSED static int tproduct_inputs_same(const tproduct* p)
 {
     const tmask* t = &p->mask;
@@ -224,23 +216,18 @@ MOEI_UNUSED static void tproduct_exact(const tproduct* p, double* exact, double*
     else r.a = p->a.host[0];
     if (p->b.strip) r.b_table = (const void* const*)p->b.host;
     else r.b = p->b.host[0];
-    r.mask = p->mask.there;
+    r.mask = p->mask.present;
     r.op = w->op;
-    r.m = w->m;
-    r.n = w->n;
-    r.k = w->k;
-    r.block_rows = w->block_rows;
-    r.block_columns = w->block_columns;
-    r.a_stride = p->a.stride;
-    r.b_stride = p->b.stride;
-    r.a_transposed = w->a_transposed;
-    r.b_transposed = w->b_transposed;
+    r.m = w->m, r.n = w->n, r.k = w->k;
+    r.block_rows = w->block_rows, r.block_columns = w->block_columns;
+    r.a_stride = p->a.stride, r.b_stride = p->b.stride;
+    r.a_transposed = w->a_transposed, r.b_transposed = w->b_transposed;
     r.packed = w->packed;
     r.a_dtype = r.b_dtype = w->dtype;
     moe_ref_block_sparse_f64(&r, exact, sum);
 }
 
-/* L2 norm of the difference: what rounding alone makes of it, and what fp32 sums may add. */
+/* Checks the L2 norm of the difference: what rounding alone makes of it, and what fp32 sums add. */
 MOEI_UNUSED static void tproduct_norm(const float* got, const double* exact, const double* bound,
                                       int c_dtype, int64_t n)
 {
@@ -260,8 +247,8 @@ MOEI_UNUSED static void tproduct_norm(const float* got, const double* exact, con
           sqrt(error), sqrt(ideal), sqrt(sums), sqrt(size));
 }
 
-/* All that C's buffers hold, against these numbers [m, n]: where C is, the product; zeros where
-   they were asked for; else the poison. exact and sum are used up. */
+/* Compares all that C's buffers hold with these numbers [m, n]: the product where C has elements,
+   zeros where they were asked for, else the poison. Overwrites exact and sum. */
 MOEI_UNUSED static void tproduct_compare_to(const tproduct* p, double* exact, double* sum)
 {
     const tproduct_want* w = &p->w;
@@ -304,7 +291,7 @@ MOEI_UNUSED static void tproduct_compare_to(const tproduct* p, double* exact, do
                                   0, 0, 0);
         free(all[s]);
     }
-    CHECK(strays == 0, "%lld bytes that are nobody's were written", (long long)strays);
+    CHECK(strays == 0, "%lld bytes outside C were written", (long long)strays);
     CHECK(not_zero == 0, "%lld bytes of masked-out blocks are not zero", (long long)not_zero);
     CHECK(wrong == 0, "%lld elements without a product are not zero", (long long)wrong);
     CHECK(odd == 0, "%lld elements are not the infinity or NaN that they must be", (long long)odd);
@@ -346,14 +333,15 @@ MOEI_UNUSED static void tproduct_compare(const tproduct* p)
     free(sum);
 }
 
-/* Queues it. 0 where the device, or this binary's code for it, has no such tile or dtype: then C is
-   untouched. fp16 runs everywhere, on the tile that the header chooses and on the smallest. */
+/* Queues the product. Returns 0 where the device, or this binary's code for it, has no such tile or
+   dtype: then C is untouched. fp16 runs everywhere, on the tile that the header chooses and on the
+   smallest. */
 MOEI_UNUSED static int tproduct_launch(const tproduct* p)
 {
     const int everywhere =
         MOE_ON_HOST ||
         (p->w.dtype == MOE_FP16 &&
-         (p->w.tile == 0 || (p->w.tile == MOE_BLOCK_SPARSE_TILE_64x64 && p->w.rest == 0)));
+         (p->w.tile == 0 || (p->w.tile == MOE_BLOCK_SPARSE_TILE_64x64 && p->w.fallback == 0)));
     const moe_status s = moe_block_sparse(&p->d, test_now.stream);
     if (!everywhere && moe_status_kind(s) == MOE_ERR_DEVICE) {
         CHECK(tmatrix_same(&p->c, 1), "%s: refused, but C was written", tproduct_text(&p->w));
@@ -372,7 +360,7 @@ MOEI_UNUSED static void tproduct_run(const tproduct_want* w, trand* r)
     tproduct_free(&p);
 }
 
-/* bf16 where this binary has code for it, else fp16. */
+/* Returns bf16 where this binary has code for it, else fp16. */
 MOEI_UNUSED static int tproduct_half(void)
 {
     moe_device dev;
@@ -385,22 +373,20 @@ MOEI_UNUSED static int tproduct_half(void)
                : MOE_FP16;
 }
 
-/* Blocks of 32 x 32, half of them there, by bytes; strided, in one piece each. */
+/* Sparse blocks of 32 x 32, half of them present; a mask of bytes; strided matrices in one part. */
 MOEI_UNUSED static tproduct_want tproduct_normal(int op, int m, int n, int k)
 {
     tproduct_want w;
     memset(&w, 0, sizeof w);
     w.op = op;
-    w.m = m;
-    w.n = n;
-    w.k = k;
+    w.m = m, w.n = n, w.k = k;
     w.block_rows = w.block_columns = 32;
     w.percent = 50;
     w.dtype = w.c_dtype = tproduct_half();
     return w;
 }
 
-/* Draws all that is no size. */
+/* Draws all but the sizes. */
 MOEI_UNUSED static void tproduct_randomise(tproduct_want* w, trand* r)
 {
     w->dtype = trand_int(r, 0, 1) ? MOE_FP16 : MOE_BF16;
@@ -420,7 +406,40 @@ MOEI_UNUSED static void tproduct_randomise(tproduct_want* w, trand* r)
     w->c_pad = 8 * (int)trand_int(r, 0, 2);
     w->draw = trand_int(r, 0, 3) ? TDRAW_NORMAL : TDRAW_INT;
     w->tile = (int)trand_int(r, MOE_BLOCK_SPARSE_TILE_AUTO, MOE_BLOCK_SPARSE_TILE_64x64);
-    w->rest = (int)trand_int(r, 0, MOE_BLOCK_SPARSE_TILE_64x64);
+    w->fallback = (int)trand_int(r, 0, MOE_BLOCK_SPARSE_TILE_64x64);
+}
+
+/* Returns the sizes with all else drawn. */
+MOEI_UNUSED static tproduct_want tproduct_drawn(int op, int m, int n, int k, trand* r)
+{
+    tproduct_want w = tproduct_normal(op, m, n, k);
+    tproduct_randomise(&w, r);
+    return w;
+}
+
+/* Draws a size: below a sparse block, about one, and some of them; small ones more often. */
+MOEI_UNUSED static int tproduct_size(trand* r)
+{
+    static const int sizes[] = {1,  7,  8,  15, 16,  17,  31,  33,  40, 63,
+                                64, 65, 72, 96, 127, 128, 129, 136, 200};
+    return sizes[trand_int(r, 0, (int)(sizeof sizes / sizeof *sizes) - 1)];
+}
+
+/* Returns the operation of case i: all three in turn. */
+MOEI_UNUSED static int tproduct_op(int i) { return MOE_BLOCK_SPARSE_SDD + i % 3; }
+
+/* Sets the transposes of case i: all four pairs in turn. */
+MOEI_UNUSED static void tproduct_transposes(tproduct_want* w, int i)
+{
+    w->a_transposed = i % 2;
+    w->b_transposed = i / 2 % 2;
+}
+
+/* Sets the mask's form. Only a list may be packed. */
+MOEI_UNUSED static void tproduct_form(tproduct_want* w, int form)
+{
+    w->form = form;
+    w->packed = w->packed && form == TFORM_LIST;
 }
 
 #endif

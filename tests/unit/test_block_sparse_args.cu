@@ -1,52 +1,69 @@
-/* test_block_sparse_args.cu: what the block-sparse product refuses, and what it does with lists and
-   tables that make no sense.
+/* test_block_sparse_args.cu: what the block-sparse product refuses, and what it does with bad lists
+   and tables.
 
      nvcc -I. -arch=sm_90a tests/unit/test_block_sparse_args.cu -o test_block_sparse_args
-     g++ -x c++ -std=c++14 -O2 -I. tests/unit/test_block_sparse_args.cu -o test_block_sparse_args */
+     g++ -x c++ -std=c++14 -O2 -I. tests/unit/test_block_sparse_args.cu -o test_block_sparse_args
+
+     test_block_bad_lists        bad entries, offsets, numbers of a list: the fault, no stray write
+     test_block_ragged_not_last  the ragged sparse block before its strip's last entry
+     test_block_bad_tables       a null or misaligned entry of A's or B's table: the fault
+     test_block_bad_c_table      a misaligned entry of C's table: the fault
+     test_block_stopped          after a stop fault a call writes nothing, after a data fault all
+     test_block_refusals         each wrong field is refused with its own kind and field
+     test_block_empty            m, n or k of 0: which addresses are needed
+     test_block_mask_sizes       a mask of another matrix is refused by its sizes
+     test_block_packed_nothing   a packed matrix without sparse blocks needs no address */
 #include "tests/test.h"
+#include "tests/test_blocks_refusals.h"
 #include "tests/test_product.h"
+
+/* Sets the fault word. */
+static void put_fault(tproduct* p, uint64_t word) { tbuf_put(&p->fault, &word); }
+
+/* Calls the product, C poison before. */
+static void call_poisoned(tproduct* p)
+{
+    tmatrix_poison(&p->c);
+    CHECK_STATUS(moe_block_sparse(&p->d, test_now.stream), MOE_OK);
+}
 
 /* ------------------------------------------------------------------ bad lists */
 
-/* Everything C holds is a finite number where C is, or the poison; nothing else is written. */
+/* Checks that nothing outside C's elements was written. */
 static void check_in_bounds(const tproduct* p, const char* what)
 {
     const tmatrix* t = &p->c;
     const int elem = moe_dtype_bytes(p->w.c_dtype);
     int64_t strays = 0;
     char* all = (char*)tbuf_copy(&t->part[0]);
-    if (!t->stride) { /* packed: any byte is some block's; the canaries show what is outside */
+    if (!t->stride) { /* packed: each byte is an element's; canaries show strays */
         free(all);
         return;
     }
     for (int i = 0; i < t->rows; ++i)
         test_poison(all + i * t->stride * elem, (size_t)(t->columns * elem));
     strays = test_strays(all, (int64_t)t->part[0].bytes, 1, (int64_t)t->part[0].bytes, 0, 0, 0);
-    CHECK(strays == 0, "%s: %lld bytes beside C, %s", what, (long long)strays,
+    CHECK(strays == 0, "%s: %lld bytes outside C, %s", what, (long long)strays,
           tproduct_text(&p->w));
     free(all);
 }
 
-/* With a list spoilt like that: the fault says so, the call ends, nothing outside C is touched; the
-   same without a fault word; and later calls with the word do nothing. first .. last: the entry that
-   the fault names; -1: any. */
+/* Calls with a bad list: the call ends, the fault names an entry of first .. last (-1: any),
+   nothing outside C is written, and a later call with the word writes nothing. Calls again without
+   a fault word. */
 static void check_bad_list(tproduct* p, const char* what, int first, int last)
 {
-    const moe_fault none = {MOE_FAULT_NONE, 0, 0};
-    moe_fault f = none;
-    uint64_t word = 0;
-    tbuf_put(&p->fault, &word);
-    tmatrix_poison(&p->c);
-    CHECK_STATUS(moe_block_sparse(&p->d, test_now.stream), MOE_OK);
+    moe_fault f;
+    put_fault(p, 0);
+    call_poisoned(p);
     f = moe_fault_decode(tfault_word(&p->fault));
-    CHECK(f.code == MOE_FAULT_BAD_BLOCK && f.rank == TEST_RANK, "%s: fault \"%s\" at %lld: %s", what,
-          moe_fault_text(f.code), (long long)f.index, tproduct_text(&p->w));
+    CHECK(f.code == MOE_FAULT_BAD_BLOCK && f.rank == TEST_RANK, "%s: fault \"%s\" at %lld: %s",
+          what, moe_fault_text(f.code), (long long)f.index, tproduct_text(&p->w));
     CHECK(first < 0 || (f.index >= first && f.index <= last), "%s: entry %lld, not %d .. %d: %s",
           what, (long long)f.index, first, last, tproduct_text(&p->w));
     check_in_bounds(p, what);
     CHECK(tproduct_inputs_same(p), "%s: an input was written", what);
-    tmatrix_poison(&p->c);
-    CHECK_STATUS(moe_block_sparse(&p->d, test_now.stream), MOE_OK);
+    call_poisoned(p);
     CHECK(tmatrix_same(&p->c, 1), "%s: a later call with the word wrote: %s", what,
           tproduct_text(&p->w));
     p->d.fault = 0;
@@ -55,18 +72,14 @@ static void check_bad_list(tproduct* p, const char* what, int first, int last)
     p->d.fault = (uint64_t*)p->fault.p;
 }
 
-/* Entries out of range, twice the same, not ascending; offsets that decrease, or pass the end; in
-   the order that the operation walks. Numbers of blocks out of range. */
+/* Spoils one entry at a time, in the order that the operation walks. */
 static void test_block_bad_lists(void)
 {
-    static const int ops[] = {MOE_BLOCK_SPARSE_SDD, MOE_BLOCK_SPARSE_DSD, MOE_BLOCK_SPARSE_DDS};
     trand r = trand_new(1);
     for (int i = 0; i < 3 * 4 * (MOE_ON_HOST ? 2 : 12); ++i) {
-        tproduct_want w = tproduct_normal(ops[i % 3], 100, 90, 110);
+        tproduct_want w = tproduct_drawn(tproduct_op(i), 100, 90, 110, &r);
         tproduct p;
-        tproduct_randomise(&w, &r);
-        w.a_transposed = i / 3 % 2;
-        w.b_transposed = i / 6 % 2;
+        tproduct_transposes(&w, i / 3);
         w.block_rows = 16 << trand_int(&r, 0, 1);
         w.block_columns = 16 << trand_int(&r, 0, 1);
         w.percent = 70;
@@ -78,7 +91,7 @@ static void test_block_bad_lists(void)
         tproduct_new(&p, &w, &r);
         if (tproduct_launch(&p)) {
             tmask* t = &p.mask;
-            const int by_column = moei_sparse_by_column(&p.d), lines = by_column ? t->CB : t->RB;
+            const int by_column = moei_sparse_by_column(&p.d), strips = by_column ? t->CB : t->RB;
             const int others = by_column ? t->RB : t->CB;
             int32_t* offset = by_column ? t->column_offset : t->row_offset;
             int32_t* index = by_column ? t->row_index : t->column_index;
@@ -90,16 +103,16 @@ static void test_block_bad_lists(void)
                     "past the last",   "far past it",       "negative",   "far negative",
                     "twice",           "not ascending",     "decreasing", "past the room",
                     "negative offset", "far past the room", "number"};
-                int line = (int)trand_int(&r, 0, lines - 1), at, saved[2], first, last;
+                int strip = (int)trand_int(&r, 0, strips - 1), at, saved[2], first, last;
                 int32_t* spoilt = index;
                 tbuf* d_spoilt = d_index;
-                for (int l = 0; l < lines && offset[line + 1] - offset[line] < 2; ++l)
-                    line = (line + 1) % lines;
-                if (offset[line + 1] - offset[line] < 2) break; /* no two in any line */
-                at = (int)trand_int(&r, offset[line] + 1, offset[line + 1] - 1);
-                if (how >= 6) spoilt = offset, d_spoilt = d_offset, at = line + 1;
-                if (how == 10) spoilt = t->position, d_spoilt = &t->d_position, at = offset[line];
-                if (how == 10 && (!by_column || !w.packed)) continue; /* nobody reads them */
+                for (int l = 0; l < strips && offset[strip + 1] - offset[strip] < 2; ++l)
+                    strip = (strip + 1) % strips;
+                if (offset[strip + 1] - offset[strip] < 2) break; /* no two in any strip */
+                at = (int)trand_int(&r, offset[strip] + 1, offset[strip + 1] - 1);
+                if (how >= 6) spoilt = offset, d_spoilt = d_offset, at = strip + 1;
+                if (how == 10) spoilt = t->position, d_spoilt = &t->d_position, at = offset[strip];
+                if (how == 10 && (!by_column || !w.packed)) continue; /* numbers are not read */
                 saved[0] = spoilt[at];
                 saved[1] = spoilt[at - (at > 0)];
                 if (how == 0) spoilt[at] = others;
@@ -108,7 +121,7 @@ static void test_block_bad_lists(void)
                 if (how == 3) spoilt[at] = INT32_MIN;
                 if (how == 4) spoilt[at] = spoilt[at - 1];
                 if (how == 5) spoilt[at] = saved[1], spoilt[at - 1] = saved[0];
-                if (how == 6) spoilt[at] = offset[line] - 1;
+                if (how == 6) spoilt[at] = offset[strip] - 1;
                 if (how == 7) spoilt[at] = t->max_blocks + 1;
                 if (how == 8) spoilt[at] = -1;
                 if (how == 9) spoilt[at] = INT32_MAX;
@@ -116,8 +129,7 @@ static void test_block_bad_lists(void)
                 tbuf_put(d_spoilt, spoilt);
                 first = last = how < 6 || how == 10 ? at : -1; /* of offsets, one of two strips' */
                 if (how < 2 && w.op == MOE_BLOCK_SPARSE_SDD)
-                    last = at + 1; /* what follows is not behind
-                                                                        it, in the next tile */
+                    last = at + 1; /* the entry after it may be in the next tile */
                 if (how == 5 && saved[0] == others - 1)
                     first = at - 1; /* the ragged one, not last */
                 check_bad_list(&p, name[how], first, last);
@@ -125,27 +137,22 @@ static void test_block_bad_lists(void)
                 spoilt[at] = saved[0];
                 tbuf_put(d_spoilt, spoilt);
             }
-            {
-                const uint64_t word = 0;
-                tbuf_put(&p.fault, &word);
-                tmatrix_poison(&p.c);
-                CHECK_STATUS(moe_block_sparse(&p.d, test_now.stream), MOE_OK);
-                tproduct_compare(&p); /* and it is right again */
-            }
+            put_fault(&p, 0);
+            call_poisoned(&p);
+            tproduct_compare(&p); /* and it is right again */
         }
         tproduct_free(&p);
     }
 }
 
-/* The ragged block, which is the last of all, before the last place of its strip: twice there, or
-   before another one. In each strip, of each operation, packed and not. Where strips are joined, or
-   each tile of sdd looks at its own columns alone, the place after it may be the one that is named.
-   */
+/* Puts the ragged sparse block, which is the last of all, before the last entry of its strip: twice
+   there, or before another one. Each strip, each operation, packed and not. Where strips are
+   joined, or a tile of sdd looks at its own columns alone, the fault may name the entry after. */
 static void test_block_ragged_not_last(void)
 {
     trand r = trand_new(7);
     for (int i = 0; i < 3 * 2 * 2; ++i) {
-        tproduct_want w = tproduct_normal(MOE_BLOCK_SPARSE_SDD + i % 3, 75, 85, 69);
+        tproduct_want w = tproduct_normal(tproduct_op(i), 75, 85, 69);
         tproduct p;
         w.block_rows = w.block_columns = 32; /* 3 of them, ragged each way */
         w.form = TFORM_LIST;
@@ -160,9 +167,9 @@ static void test_block_ragged_not_last(void)
             int32_t* index = by_column ? t->row_index : t->column_index;
             tbuf* d_index = by_column ? &t->d_row_index : &t->d_column_index;
             tproduct_compare(&p);
-            for (int line = 0; line < 3; ++line)
+            for (int strip = 0; strip < 3; ++strip)
                 for (int twice = 0; twice < 2; ++twice) {
-                    const int at = line * 3 + 1; /* its last place but one */
+                    const int at = strip * 3 + 1; /* its last entry but one */
                     index[at] = 2;
                     index[at + 1] = twice ? 2 : 1;
                     tbuf_put(d_index, index);
@@ -177,7 +184,21 @@ static void test_block_ragged_not_last(void)
     }
 }
 
-/* A piece of A or B that a block wants must have an address, 16-byte aligned. */
+/* Calls with this address as entry `at` of a matrix's table: the fault names the entry. */
+static void check_bad_table(tproduct* p, tmatrix* t, int at, void* bad)
+{
+    void* address[TMATRIX_MOST];
+    moe_fault f;
+    tbuf_get(&t->table, address);
+    address[at] = bad;
+    tbuf_put(&t->table, address);
+    call_poisoned(p);
+    f = moe_fault_decode(tfault_word(&p->fault));
+    CHECK(f.code == MOE_FAULT_BAD_TABLE && f.index == at, "fault \"%s\" at %lld, not %d: %s",
+          moe_fault_text(f.code), (long long)f.index, at, tproduct_text(&p->w));
+}
+
+/* A part of A or B that a sparse block reads must have an address, 16-byte aligned. */
 static void test_block_bad_tables(void)
 {
     static const int ops[] = {MOE_BLOCK_SPARSE_SDD, MOE_BLOCK_SPARSE_SDD, MOE_BLOCK_SPARSE_DSD,
@@ -185,9 +206,8 @@ static void test_block_bad_tables(void)
     trand r = trand_new(2);
     for (int i = 0; i < 4 * 4; ++i) {
         const int of_a = i % 4 == 0 || i % 4 == 3;
-        tproduct_want w = tproduct_normal(ops[i % 4], 100, 90, 110);
+        tproduct_want w = tproduct_drawn(ops[i % 4], 100, 90, 110, &r);
         tproduct p;
-        tproduct_randomise(&w, &r);
         w.pattern = TPATTERN_FULL;
         w.dtype = w.c_dtype = tproduct_half();
         w.tile = MOE_BLOCK_SPARSE_TILE_AUTO;
@@ -196,85 +216,57 @@ static void test_block_bad_tables(void)
         tproduct_new(&p, &w, &r);
         if (tproduct_launch(&p)) {
             tmatrix* t = of_a ? &p.a : &p.b;
-            char* address[TMATRIX_MOST];
             const int at = (int)trand_int(&r, 0, t->parts - 1);
-            moe_fault f;
             tproduct_compare(&p);
-            tbuf_get(&t->table, address);
-            address[at] = i / 4 % 2 ? address[at] + 8 : (char*)0;
-            tbuf_put(&t->table, address);
-            tmatrix_poison(&p.c);
-            CHECK_STATUS(moe_block_sparse(&p.d, test_now.stream), MOE_OK);
-            f = moe_fault_decode(tfault_word(&p.fault));
-            CHECK(f.code == MOE_FAULT_BAD_TABLE && f.index == at,
-                  "fault \"%s\" at %lld, not %d: %s", moe_fault_text(f.code), (long long)f.index,
-                  at, tproduct_text(&w));
+            check_bad_table(&p, t, at, i / 4 % 2 ? AT(t->part[at].p, 8) : (void*)0);
             check_in_bounds(&p, "table");
-            tmatrix_poison(&p.c);
-            CHECK_STATUS(moe_block_sparse(&p.d, test_now.stream), MOE_OK);
+            call_poisoned(&p);
             CHECK(tmatrix_same(&p.c, 1), "a later call with the word wrote");
         }
         tproduct_free(&p);
     }
 }
 
-/* A piece of C may be left out, but must be aligned. */
+/* A part of C may have no address, but one must be aligned. */
 static void test_block_bad_c_table(void)
 {
     trand r = trand_new(5);
     for (int i = 0; i < 2 * 3; ++i) {
         tproduct_want w =
-            tproduct_normal(i % 2 ? MOE_BLOCK_SPARSE_DSD : MOE_BLOCK_SPARSE_DDS, 100, 90, 110);
+            tproduct_drawn(i % 2 ? MOE_BLOCK_SPARSE_DSD : MOE_BLOCK_SPARSE_DDS, 100, 90, 110, &r);
         tproduct p;
-        tproduct_randomise(&w, &r);
         w.dtype = w.c_dtype = tproduct_half();
         w.tile = i / 2 % 2 ? MOE_BLOCK_SPARSE_TILE_AUTO : MOE_BLOCK_SPARSE_TILE_64x64;
         w.c_table = 1;
         tproduct_new(&p, &w, &r);
         if (tproduct_launch(&p)) {
-            char* address[TMATRIX_MOST];
             const int at = (int)trand_int(&r, 0, p.c.parts - 1);
-            moe_fault f;
             tproduct_compare(&p);
-            tbuf_get(&p.c.table, address);
-            address[at] += 8;
-            tbuf_put(&p.c.table, address);
-            tmatrix_poison(&p.c);
-            CHECK_STATUS(moe_block_sparse(&p.d, test_now.stream), MOE_OK);
-            f = moe_fault_decode(tfault_word(&p.fault));
-            CHECK(f.code == MOE_FAULT_BAD_TABLE && f.index == at,
-                  "fault \"%s\" at %lld, not %d: %s", moe_fault_text(f.code), (long long)f.index,
-                  at, tproduct_text(&w));
+            check_bad_table(&p, &p.c, at, AT(p.c.part[at].p, 8));
         }
         tproduct_free(&p);
     }
 }
 
-/* A stop fault of an earlier kernel: nothing happens. A data fault: everything does. */
 static void test_block_stopped(void)
 {
     trand r = trand_new(3);
     for (int i = 0; i < 9; ++i) {
-        tproduct_want w = tproduct_normal(MOE_BLOCK_SPARSE_SDD + i % 3, 50, 60, 70);
+        const int code = i & 1 ? MOE_FAULT_NO_ROOM : MOE_FAULT_BAD_OFFSET;
+        tproduct_want w = tproduct_drawn(tproduct_op(i), 50, 60, 70, &r);
         tproduct p;
-        uint64_t word =
-            MOEI_FAULT_KEY(i & 1 ? MOE_FAULT_NO_ROOM : MOE_FAULT_BAD_OFFSET, TEST_RANK, 7);
-        tproduct_randomise(&w, &r);
-        w.form = i / 3;
-        w.packed = w.packed && w.form == TFORM_LIST;
+        tproduct_form(&w, i / 3);
         w.dtype = w.c_dtype = tproduct_half();
         w.tile = MOE_BLOCK_SPARSE_TILE_AUTO;
         tproduct_new(&p, &w, &r);
-        tbuf_put(&p.fault, &word);
+        put_fault(&p, MOEI_FAULT_KEY(code, TEST_RANK, 7));
         CHECK_STATUS(moe_block_sparse(&p.d, test_now.stream), MOE_OK);
         CHECK(tmatrix_same(&p.c, 1), "after a stop fault: %s", tproduct_text(&w));
-        CHECK_FAULT(&p.fault, i & 1 ? MOE_FAULT_NO_ROOM : MOE_FAULT_BAD_OFFSET, 7);
-        word = MOEI_FAULT_KEY(MOE_FAULT_BAD_ID, TEST_RANK, 3);
-        tbuf_put(&p.fault, &word);
+        CHECK_FAULT(&p.fault, code, 7);
+        put_fault(&p, MOEI_FAULT_KEY(MOE_FAULT_BAD_ID, TEST_RANK, 3));
         CHECK_STATUS(moe_block_sparse(&p.d, test_now.stream), MOE_OK);
         CHECK_FAULT(&p.fault, MOE_FAULT_BAD_ID, 3);
-        word = 0;
-        tbuf_put(&p.fault, &word);
+        put_fault(&p, 0);
         tproduct_compare(&p);
         tproduct_free(&p);
     }
@@ -295,21 +287,13 @@ static void refused(const moe_block_sparse_desc* d, moe_status want, int line)
     CHECK(choice.tile == 0x5a5a5a5a, "line %d: refused, but a choice was made", line);
 }
 
-#define REFUSED(change, kind, field)                                                               \
-    do {                                                                                           \
-        d = good;                                                                                  \
-        change;                                                                                    \
-        refused(&d, MOE_STATUS(kind, field), __LINE__);                                            \
-    } while (0)
-#define AT(p, bytes) ((void*)((char*)(p) + (bytes)))
-#define DOWN_TO(p, bytes) ((void*)((uintptr_t)(p) & ~(uintptr_t)((bytes)-1)))
-
-/* Each wrong field is refused with its own kind and field, and nothing is queued. */
+/* Nothing is queued by a refused call, and the right descriptor still runs. */
 static void test_block_refusals(void)
 {
     trand r = trand_new(4);
     for (int op = MOE_BLOCK_SPARSE_SDD; op <= MOE_BLOCK_SPARSE_DDS; ++op) {
         const int sdd = op == MOE_BLOCK_SPARSE_SDD, dsd = op == MOE_BLOCK_SPARSE_DSD;
+        const int dds = op == MOE_BLOCK_SPARSE_DDS;
         tproduct_want w = tproduct_normal(op, 96, 64, 80);
         tproduct p;
         moe_block_sparse_desc good, d;
@@ -323,8 +307,7 @@ static void test_block_refusals(void)
         w.room = 2;
         tproduct_new(&p, &w, &r);
         good = p.d;
-        good.choice.tile =
-            MOE_BLOCK_SPARSE_TILE_64x64; /* what it needs is known; the room is for any */
+        good.choice.tile = MOE_BLOCK_SPARSE_TILE_64x64; /* p's workspace has room for any tile */
         CHECK_STATUS(moe_block_sparse_workspace(&good, &needed), MOE_OK);
         for (int i = 0; i < 8; ++i) address[i] = AT(p.c.part[0].p, i * 16);
         table = tbuf_from("table", address, sizeof address, 0);
@@ -352,10 +335,9 @@ static void test_block_refusals(void)
         REFUSED(d.choice.fallback_tile = MOE_BLOCK_SPARSE_TILE_64x64 + 1, MOE_ERR_OPTION, choice);
         REFUSED((d.choice.tile = 0, d.choice.fallback_tile = MOE_BLOCK_SPARSE_TILE_32x256),
                 MOE_ERR_OPTION, choice);
-        if (!sdd) REFUSED(d.zero_masked = 1, MOE_ERR_CONFLICT, zero_masked);
-        if (sdd)
-            REFUSED((d.zero_masked = 1, d.packed = 1, d.c_stride = 0), MOE_ERR_CONFLICT,
-                    zero_masked);
+        REFUSED_IF(!sdd, d.zero_masked = 1, MOE_ERR_CONFLICT, zero_masked);
+        REFUSED_IF(sdd, (d.zero_masked = 1, d.packed = 1, d.c_stride = 0), MOE_ERR_CONFLICT,
+                   zero_masked);
         /* the mask */
         REFUSED(d.mask.rows += 1, MOE_ERR_CONFLICT, mask);
         REFUSED(d.mask.columns -= 1, MOE_ERR_CONFLICT, mask);
@@ -395,9 +377,9 @@ static void test_block_refusals(void)
         REFUSED(d.a_stride = (int64_t)1 << 61, MOE_ERR_STRIDE, a_stride);
         REFUSED(d.a_stride = (int64_t)1 << 34, MOE_ERR_STRIDE, a_stride);
         REFUSED(d.b_stride = (int64_t)1 << 34, MOE_ERR_STRIDE, b_stride);
-        if (sdd) REFUSED((d.packed = 1, d.c_stride = 64), MOE_ERR_CONFLICT, c_stride);
-        else if (dsd) REFUSED((d.packed = 1, d.a_stride = 80), MOE_ERR_CONFLICT, a_stride);
-        else REFUSED((d.packed = 1, d.b_stride = 64), MOE_ERR_CONFLICT, b_stride);
+        REFUSED_IF(sdd, (d.packed = 1, d.c_stride = 64), MOE_ERR_CONFLICT, c_stride);
+        REFUSED_IF(dsd, (d.packed = 1, d.a_stride = 80), MOE_ERR_CONFLICT, a_stride);
+        REFUSED_IF(dds, (d.packed = 1, d.b_stride = 64), MOE_ERR_CONFLICT, b_stride);
         /* addresses */
         REFUSED(d.a = 0, MOE_ERR_NULL, a);
         REFUSED(d.b = 0, MOE_ERR_NULL, b);
@@ -408,22 +390,22 @@ static void test_block_refusals(void)
         REFUSED(d.rank = -1, MOE_ERR_RANGE, rank);
         REFUSED(d.rank = MOE_FAULT_MAX_RANK + 1, MOE_ERR_RANGE, rank);
         REFUSED(d.fault = (uint64_t*)AT(d.fault, 4), MOE_ERR_ALIGN, fault);
-        if (sdd) /* walked by columns; the zeros are by rows */
-            REFUSED((d.zero_masked = 1, d.mask.block_rows = 16, d.mask.block_columns = 32,
-                     d.mask.column_index = 0),
-                    MOE_ERR_NULL, column_index);
-        if (sdd)
-            REFUSED((d.zero_masked = 1, d.mask.block_rows = 16, d.mask.block_columns = 32,
-                     d.mask.row_offset = 0),
-                    MOE_ERR_NULL, row_offset);
+        /* walked by columns; the zeros are by rows */
+        REFUSED_IF(sdd,
+                   (d.zero_masked = 1, d.mask.block_rows = 16, d.mask.block_columns = 32,
+                    d.mask.column_index = 0),
+                   MOE_ERR_NULL, column_index);
+        REFUSED_IF(sdd,
+                   (d.zero_masked = 1, d.mask.block_rows = 16, d.mask.block_columns = 32,
+                    d.mask.row_offset = 0),
+                   MOE_ERR_NULL, row_offset);
         if (needed) {
             REFUSED(d.workspace = 0, MOE_ERR_NULL, workspace);
             REFUSED((d.workspace = 0, d.workspace_bytes = 0), MOE_ERR_NULL, workspace);
             REFUSED(d.workspace = DOWN_TO(d.mask.row_offset, 16), MOE_ERR_OVERLAP, workspace);
             REFUSED(d.fault = (uint64_t*)d.workspace, MOE_ERR_OVERLAP, fault);
-            if (!sdd)
-                REFUSED((d.c = 0, d.c_table = (void* const*)d.workspace), MOE_ERR_OVERLAP,
-                        workspace);
+            REFUSED_IF(!sdd, (d.c = 0, d.c_table = (void* const*)d.workspace), MOE_ERR_OVERLAP,
+                       workspace);
             REFUSED(d.workspace = AT(d.workspace, 8), MOE_ERR_ALIGN, workspace);
             REFUSED(d.workspace_bytes = needed - 1, MOE_ERR_WORKSPACE, workspace_bytes);
             REFUSED(d.workspace = (void*)d.a, MOE_ERR_OVERLAP, workspace);
@@ -442,22 +424,20 @@ static void test_block_refusals(void)
                  d.mask.bits = (const uint32_t*)AT(d.mask.bits, 2)),
                 MOE_ERR_ALIGN, bits);
         /* tables */
-        if (!dsd)
-            REFUSED((d.a = 0, d.a_table = (const void* const*)AT(table.p, 4)), MOE_ERR_ALIGN,
-                    a_table);
-        if (sdd || dsd)
-            REFUSED((d.b = 0, d.b_table = (const void* const*)AT(table.p, 4)), MOE_ERR_ALIGN,
-                    b_table);
-        if (!sdd)
-            REFUSED((d.c = 0, d.c_table = (void* const*)AT(table.p, 4)), MOE_ERR_ALIGN, c_table);
-        if (dsd)
-            REFUSED((d.a = 0, d.a_table = (const void* const*)table.p), MOE_ERR_CONFLICT, a_table);
-        else REFUSED(d.a_table = (const void* const*)table.p, MOE_ERR_CONFLICT, a);
-        if (!sdd && !dsd)
-            REFUSED((d.b = 0, d.b_table = (const void* const*)table.p), MOE_ERR_CONFLICT, b_table);
-        else REFUSED(d.b_table = (const void* const*)table.p, MOE_ERR_CONFLICT, b);
-        if (sdd) REFUSED((d.c = 0, d.c_table = (void* const*)table.p), MOE_ERR_CONFLICT, c_table);
-        else REFUSED(d.c_table = (void* const*)table.p, MOE_ERR_CONFLICT, c);
+        REFUSED_IF(!dsd, (d.a = 0, d.a_table = (const void* const*)AT(table.p, 4)), MOE_ERR_ALIGN,
+                   a_table);
+        REFUSED_IF(!dds, (d.b = 0, d.b_table = (const void* const*)AT(table.p, 4)), MOE_ERR_ALIGN,
+                   b_table);
+        REFUSED_IF(!sdd, (d.c = 0, d.c_table = (void* const*)AT(table.p, 4)), MOE_ERR_ALIGN,
+                   c_table);
+        REFUSED_IF(dsd, (d.a = 0, d.a_table = (const void* const*)table.p), MOE_ERR_CONFLICT,
+                   a_table);
+        REFUSED_IF(!dsd, d.a_table = (const void* const*)table.p, MOE_ERR_CONFLICT, a);
+        REFUSED_IF(dds, (d.b = 0, d.b_table = (const void* const*)table.p), MOE_ERR_CONFLICT,
+                   b_table);
+        REFUSED_IF(!dds, d.b_table = (const void* const*)table.p, MOE_ERR_CONFLICT, b);
+        REFUSED_IF(sdd, (d.c = 0, d.c_table = (void* const*)table.p), MOE_ERR_CONFLICT, c_table);
+        REFUSED_IF(!sdd, d.c_table = (void* const*)table.p, MOE_ERR_CONFLICT, c);
         /* what is written lies apart from all that is read */
         REFUSED(d.c = (void*)d.a, MOE_ERR_OVERLAP, c);
         REFUSED(d.c = AT(d.a, 96 * 80 * 2 - 16), MOE_ERR_OVERLAP, c);
@@ -475,18 +455,19 @@ static void test_block_refusals(void)
                 MOE_ERR_OVERLAP, c);
         REFUSED((d.mask = tmask_view(&p.mask, TFORM_BITS, 0, 0), d.c = DOWN_TO(d.mask.bits, 16)),
                 MOE_ERR_OVERLAP, c);
-        if (!dsd)
-            REFUSED((d.a = 0, d.a_table = (const void* const*)AT(d.c, 64)), MOE_ERR_OVERLAP, c);
-        if (sdd || dsd)
-            REFUSED((d.b = 0, d.b_table = (const void* const*)AT(d.c, 64)), MOE_ERR_OVERLAP, c);
-        if (!sdd) REFUSED((d.c = 0, d.c_table = (void* const*)d.fault), MOE_ERR_OVERLAP, fault);
+        REFUSED_IF(!dsd, (d.a = 0, d.a_table = (const void* const*)AT(d.c, 64)), MOE_ERR_OVERLAP,
+                   c);
+        REFUSED_IF(!dds, (d.b = 0, d.b_table = (const void* const*)AT(d.c, 64)), MOE_ERR_OVERLAP,
+                   c);
+        REFUSED_IF(!sdd, (d.c = 0, d.c_table = (void* const*)d.fault), MOE_ERR_OVERLAP, fault);
         REFUSED(d.fault = (uint64_t*)DOWN_TO(d.mask.row_offset, 8), MOE_ERR_OVERLAP, fault);
         REFUSED(d.fault = (uint64_t*)d.a, MOE_ERR_OVERLAP, fault);
         REFUSED(d.fault = (uint64_t*)d.c, MOE_ERR_OVERLAP, fault);
         REFUSED(d.fault = (uint64_t*)DOWN_TO(AT(d.c, 96 * 64 * 2 - 1), 8), MOE_ERR_OVERLAP, fault);
         TEST_CUDA(cudaDeviceSynchronize());
         CHECK(tmatrix_same(&p.c, 1), "a refused call wrote c");
-        CHECK(tproduct_inputs_same(&p) && tbuf_holds(&table, address), "or an input");
+        CHECK(tproduct_inputs_same(&p) && tbuf_holds(&table, address),
+              "a refused call wrote an input");
         CHECK_FAULT(&p.fault, MOE_FAULT_NONE, 0);
         CHECK_STATUS(moe_block_sparse(&good, test_now.stream), MOE_OK);
         tproduct_compare(&p);
@@ -504,15 +485,16 @@ static void test_block_refusals(void)
     }
 }
 
-/* Where C is empty nothing is read or written, and only the mask must be there; without k, C too.
-   All addresses must be aligned. */
+/* Where C is empty nothing is read or written, and only the mask needs an address; with k = 0, C
+   too. All addresses must be aligned. */
 static void test_block_empty(void)
 {
     trand r = trand_new(8);
     for (int i = 0; i < 3 * 3; ++i) {
         const int zero = i / 3; /* which of m, n, k is 0 */
-        tproduct_want w = tproduct_normal(MOE_BLOCK_SPARSE_SDD + i % 3, zero == 0 ? 0 : 40,
-                                          zero == 1 ? 0 : 56, zero == 2 ? 0 : 72);
+        int by_column;
+        tproduct_want w = tproduct_normal(tproduct_op(i), zero == 0 ? 0 : 40, zero == 1 ? 0 : 56,
+                                          zero == 2 ? 0 : 72);
         tproduct p;
         moe_block_sparse_desc good, d;
         w.form = TFORM_LIST;
@@ -530,23 +512,22 @@ static void test_block_empty(void)
             CHECK_STATUS(moe_block_sparse(&d, test_now.stream), MOE_OK);
         }
         REFUSED(d.a = (void*)8, MOE_ERR_ALIGN, a);
-        if (tproduct_by_column(&w)) REFUSED(d.mask.column_offset = 0, MOE_ERR_NULL, column_offset);
-        else REFUSED(d.mask.row_offset = 0, MOE_ERR_NULL, row_offset);
+        by_column = tproduct_by_column(&w);
+        REFUSED_IF(by_column, d.mask.column_offset = 0, MOE_ERR_NULL, column_offset);
+        REFUSED_IF(!by_column, d.mask.row_offset = 0, MOE_ERR_NULL, row_offset);
         tproduct_free(&p);
     }
 }
 
-/* A mask of bytes or bits that covers another matrix is refused by its sizes, for every operation
-   and transpose; of the right size it runs. */
+/* Tries masks of bytes and bits, every operation and transpose. A mask of the right sizes runs. */
 static void test_block_mask_sizes(void)
 {
     trand r = trand_new(5);
     for (int i = 0; i < 3 * 4; ++i) {
-        tproduct_want w = tproduct_normal(MOE_BLOCK_SPARSE_SDD + i % 3, 40, 50, 60);
+        tproduct_want w = tproduct_normal(tproduct_op(i), 40, 50, 60);
         tproduct p;
         moe_block_sparse_desc good, d;
-        w.a_transposed = i / 3 % 2;
-        w.b_transposed = i / 6;
+        tproduct_transposes(&w, i / 3);
         w.form = i % 2 ? TFORM_BYTES : TFORM_BITS;
         tproduct_new(&p, &w, &r);
         good = p.d;
@@ -561,17 +542,17 @@ static void test_block_mask_sizes(void)
     }
 }
 
-/* Packed without any block: the sparse matrix has no memory and needs no address, the others do. */
+/* The other matrices need their addresses. */
 static void test_block_packed_nothing(void)
 {
     trand r = trand_new(6);
     for (int i = 0; i < 3 * 4; ++i) {
-        tproduct_want w = tproduct_normal(MOE_BLOCK_SPARSE_SDD + i % 3, 40, 56, 72);
+        tproduct_want w = tproduct_normal(tproduct_op(i), 40, 56, 72);
         const int sdd = w.op == MOE_BLOCK_SPARSE_SDD, dsd = w.op == MOE_BLOCK_SPARSE_DSD;
+        const int dds = w.op == MOE_BLOCK_SPARSE_DDS;
         tproduct p;
         moe_block_sparse_desc good, d;
-        w.a_transposed = i / 3 % 2;
-        w.b_transposed = i / 6;
+        tproduct_transposes(&w, i / 3);
         w.form = TFORM_LIST;
         w.packed = 1;
         w.pattern = TPATTERN_EMPTY;
@@ -581,9 +562,9 @@ static void test_block_packed_nothing(void)
         if (sdd) good.c = 0;
         else if (dsd) good.a = 0;
         else good.b = 0;
-        if (!dsd) REFUSED(d.a = 0, MOE_ERR_NULL, a);
-        if (sdd || dsd) REFUSED(d.b = 0, MOE_ERR_NULL, b);
-        if (!sdd) REFUSED(d.c = 0, MOE_ERR_NULL, c);
+        REFUSED_IF(!dsd, d.a = 0, MOE_ERR_NULL, a);
+        REFUSED_IF(!dds, d.b = 0, MOE_ERR_NULL, b);
+        REFUSED_IF(!sdd, d.c = 0, MOE_ERR_NULL, c);
         CHECK(tmatrix_same(&p.c, 1), "a refused call wrote c");
         CHECK_STATUS(moe_block_sparse(&good, test_now.stream), MOE_OK);
         tproduct_compare(&p);
