@@ -182,8 +182,8 @@ typedef struct moe_block_layer_prepared {
 } moe_block_layer_prepared;
 
 /* Prepares product i of a plan. */
-MOE_HOST moe_status moei_block_layer_product(const moei_block_layer* l, int i,
-                                             moe_block_sparse_prepared* p)
+MOE_HOST moe_status moei_block_layer_prepare_product(const moei_block_layer* l, int i,
+                                                     moe_block_sparse_prepared* p)
 {
     const moe_status s = moe_block_sparse_prepare(&l->product[i], p);
     return moe_status_kind(s) == MOE_ERR_RANGE ? MOE_STATUS(MOE_ERR_RANGE, num_tokens) : s;
@@ -194,8 +194,9 @@ MOE_HOST moe_status moei_block_layer_prepare_tables(const moei_block_layer* l, i
                                                     moe_block_layer_prepared* p)
 {
     moei_block_layer_tables_args* a = &p->tables_args;
-    const int64_t strips = l->d.num_tokens ? (int64_t)l->tables.num_experts * l->tables.strips1 : 0;
-    const int64_t threads = strips > l->tables.max_experts ? strips : l->tables.max_experts;
+    const int64_t blocks =
+        l->d.num_tokens ? (int64_t)l->tables.num_experts * l->tables.blocks_pre : 0;
+    const int64_t threads = blocks > l->tables.max_experts ? blocks : l->tables.max_experts;
     moe_launch_config c =
         moe_grid((threads + MOEI_BLOCK_LAYER_SETUP_THREADS - 1) / MOEI_BLOCK_LAYER_SETUP_THREADS,
                  MOEI_BLOCK_LAYER_SETUP_THREADS, 0, 0);
@@ -262,8 +263,8 @@ MOE_HOST moe_status moei_block_layer_prepare_forward(const moe_block_layer_desc*
     moei_block_layer l;
     MOE_TRY(moei_block_layer_check(desc, 0, &l));
     if (l.d.num_tokens == 0) return MOE_OK;
-    MOE_TRY(moei_block_layer_product(&l, MOEI_BLOCK_LAYER_UP, &p->product[0]));
-    MOE_TRY(moei_block_layer_product(&l, MOEI_BLOCK_LAYER_DOWN, &p->product[1]));
+    MOE_TRY(moei_block_layer_prepare_product(&l, MOEI_BLOCK_LAYER_UP, &p->product[0]));
+    MOE_TRY(moei_block_layer_prepare_product(&l, MOEI_BLOCK_LAYER_DOWN, &p->product[1]));
     if (l.d.form == MOE_BLOCK_LAYER_SPARSE) MOE_TRY(moe_route_prepare(&l.route, &p->route));
     MOE_TRY(moei_block_layer_prepare_lists(&l, p));
     MOE_TRY(moei_block_layer_prepare_tables(&l, 0, p));
@@ -290,10 +291,12 @@ MOE_HOST moe_status moei_block_layer_prepare_backward(const moe_block_layer_desc
     MOE_TRY(moei_block_layer_check(desc, 1, &l));
     if (l.d.num_tokens == 0)
         return l.d.grad_expert ? moei_block_layer_prepare_tables(&l, 1, p) : MOE_OK;
-    MOE_TRY(moei_block_layer_product(&l, MOEI_BLOCK_LAYER_DACT, &p->product[0]));
-    if (l.d.dw2) MOE_TRY(moei_block_layer_product(&l, MOEI_BLOCK_LAYER_DW2, &p->product[1]));
-    if (l.d.dw1) MOE_TRY(moei_block_layer_product(&l, MOEI_BLOCK_LAYER_DW1, &p->product[2]));
-    if (l.d.dx) MOE_TRY(moei_block_layer_product(&l, MOEI_BLOCK_LAYER_DX, &p->product[3]));
+    MOE_TRY(moei_block_layer_prepare_product(&l, MOEI_BLOCK_LAYER_DACT, &p->product[0]));
+    if (l.d.dw2)
+        MOE_TRY(moei_block_layer_prepare_product(&l, MOEI_BLOCK_LAYER_DW2, &p->product[1]));
+    if (l.d.dw1)
+        MOE_TRY(moei_block_layer_prepare_product(&l, MOEI_BLOCK_LAYER_DW1, &p->product[2]));
+    if (l.d.dx) MOE_TRY(moei_block_layer_prepare_product(&l, MOEI_BLOCK_LAYER_DX, &p->product[3]));
     MOE_TRY(moei_block_layer_prepare_tables(&l, 1, p));
     MOE_TRY(moei_block_layer_prepare_gather(&l, l.d.dy, l.d.dy_stride, &p->gather[0]));
     p->act_args = l.act;

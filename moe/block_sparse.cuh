@@ -70,8 +70,9 @@
 #define MOEI_SPARSE_LEAST(dtype, tile_m, tile_n, tile_k, stages)                                   \
     ((dtype) == MOE_FP16 && (stages)*2 * ((tile_m) + (tile_n)) * (tile_k) < 65536 ? 75 : 80)
 
-#define MOEI_SPARSE_KERNEL(name, tile_m, tile_n, tile_k, wm, wn, stages, blocks, suffix, dtype)    \
-    MOE_KERNEL((wm) * (wn)*32, blocks)                                                             \
+#define MOEI_SPARSE_KERNEL(name, tile_m, tile_n, tile_k, warps_m, warps_n, stages, blocks, suffix, \
+                           dtype)                                                                  \
+    MOE_KERNEL((warps_m) * (warps_n)*32, blocks)                                                   \
     moei_sparse_##name##_##suffix(MOE_ARG(moei_sparse_args) d)                                     \
     {                                                                                              \
         MOE_SHARED(moei_sparse_shared, s);                                                         \
@@ -79,7 +80,7 @@
         moe_pdl_trigger();                                                                         \
         moe_pdl_wait();                                                                            \
         const moe_gemm_shape f =                                                                   \
-            moe_gemm_shape_of(tile_m, tile_n, tile_k, wm, wn, stages, dtype, 0, 0);                \
+            moe_gemm_shape_of(tile_m, tile_n, tile_k, warps_m, warps_n, stages, dtype, 0, 0);      \
         if (MOEI_CODE_HERE(MOEI_SPARSE_LEAST(dtype, tile_m, tile_n, tile_k, stages),               \
                            MOEI_CODE_ANY) &&                                                       \
             !moe_fault_stopped(d.fault))                                                           \
@@ -92,14 +93,15 @@ MOE_BLOCK_SPARSE_DTYPE_LIST(MOEI_SPARSE_KERNELS)
 #undef MOEI_SPARSE_KERNEL
 
 static const moei_variant moei_sparse_variants[] = {
-#define MOEI_SPARSE_ROW(name, tile_m, tile_n, tile_k, wm, wn, stages, blocks, suffix, dtype)       \
+#define MOEI_SPARSE_ROW(name, tile_m, tile_n, tile_k, warps_m, warps_n, stages, blocks, suffix,    \
+                        dtype)                                                                     \
     {(const void*)moei_sparse_##name##_##suffix,                                                   \
      "moei_sparse_" #name "_" #suffix,                                                             \
      MOE_GEMM_PATH_WMMA,                                                                           \
-     MOEI_SHAPE_INIT(tile_m, tile_n, tile_k, wm, wn, stages, dtype, 0, 0),                         \
+     MOEI_SHAPE_INIT(tile_m, tile_n, tile_k, warps_m, warps_n, stages, dtype, 0, 0),               \
      MOE_BLOCK_SPARSE_TILE_##name,                                                                 \
      blocks,                                                                                       \
-     MOEI_RING_BYTES(1, tile_m, tile_n, tile_k, wm, wn, stages),                                   \
+     MOEI_RING_BYTES(1, tile_m, tile_n, tile_k, warps_m, warps_n, stages),                         \
      MOEI_SPARSE_LEAST(dtype, tile_m, tile_n, tile_k, stages),                                     \
      MOEI_CODE_ANY},
 #define MOEI_SPARSE_ROWS(suffix, dtype) MOEI_SPARSE_TILE_LIST(MOEI_SPARSE_ROW, suffix, dtype)

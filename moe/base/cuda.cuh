@@ -135,12 +135,12 @@ typedef struct moe_launch {
    status. Where that status is a refusal, or the descriptor is null (`described` is 0), *p becomes
    empty, and its run queues nothing. Returns MOE_ERR_NULL of `desc` where p or the descriptor is
    null. */
-#define MOE_RETURN_PREPARED(described, p, settle)                                                  \
+#define MOE_RETURN_PREPARED(described, p, prepare)                                                 \
     do {                                                                                           \
         moe_status moei_prepared = MOE_STATUS(MOE_ERR_NULL, desc);                                 \
         if (!(p)) return moei_prepared;                                                            \
         memset(p, 0, sizeof *(p));                                                                 \
-        if (described) moei_prepared = (settle);                                                   \
+        if (described) moei_prepared = (prepare);                                                  \
         if (moei_prepared != MOE_OK) memset(p, 0, sizeof *(p));                                    \
         return moei_prepared;                                                                      \
     } while (0)

@@ -207,7 +207,7 @@ MOE_DEVICE float moei_block_layer_act_row_8(const moei_block_layer_act_args* a,
 }
 
 /* Returns true where the fp16 or bf16 number is infinite or NaN. */
-MOE_DEVICE bool moei_sparse_odd(uint16_t v, const int dtype)
+MOE_DEVICE bool moei_block_layer_odd(uint16_t v, const int dtype)
 {
     const int infinite = dtype == MOE_FP16 ? 0x7c00 : 0x7f80;
     return (v & infinite) == infinite;
@@ -219,12 +219,12 @@ MOE_DEVICE bool moei_sparse_odd(uint16_t v, const int dtype)
 MOE_DEVICE void moei_block_layer_act_hold(const moei_block_layer_act_args* a,
                                           const moei_block_layer_act_row* r, const int dtype)
 {
-    const int32_t slot = a->active_index[r->expert];
-    if (slot < 0 || r->row >= a->num_rows) return;
-    a->held[slot * a->held_stride + r->row] = r->live;
-    if (!r->live &&
-        (moei_sparse_odd(a->pre[r->pre], dtype) || moei_sparse_odd(a->act[r->act], dtype)))
-        a->lacking[r->expert] = slot + 1; /* all lanes that write it write this value */
+    const int32_t active = a->active_index[r->expert];
+    if (active < 0 || r->row >= a->num_rows) return;
+    a->held[active * a->held_stride + r->row] = r->live;
+    if (!r->live && (moei_block_layer_odd(a->pre[r->pre], dtype) ||
+                     moei_block_layer_odd(a->act[r->act], dtype)))
+        a->lacking[r->expert] = active + 1; /* all lanes that write it write this value */
 }
 
 /* Forward: one row of a run a group of lanes. */

@@ -31,7 +31,7 @@ typedef struct moei_block_layer {
     moe_block_layer_bytes bytes;
     int gated;                     /* 1: pre has gates and ups */
     int32_t room;                  /* experts that can be active */
-    int32_t strips[2];             /* block columns of an expert: of act, of pre */
+    int32_t blocks[2];             /* block columns of an expert: of act, of pre */
     int64_t num_rows;              /* of the block-sparse matrices: T; sparse: R */
     int64_t runs;                  /* most pairs of a block row and an expert */
     moe_block_sparse_mask mask[2]; /* of act, of pre; the same where the activation is not gated */
@@ -146,7 +146,7 @@ MOE_HOST moe_block_sparse_depths moei_block_layer_depths(const moei_block_layer*
     p.filter = l->act.lacking;
     p.keep = l->act.held;
     p.stride = l->act.held_stride;
-    p.strips = l->strips[mask];
+    p.strips = l->blocks[mask];
     return p;
 }
 
@@ -242,7 +242,7 @@ MOE_HOST moe_status moei_block_layer_list(moei_block_layer* l, int i, size_t* at
 {
     const moe_block_layer_desc* d = &l->d;
     const int64_t columns = (int64_t)d->num_experts * d->intermediate * (i ? 2 : 1);
-    const int64_t blocks = l->runs * l->strips[i];
+    const int64_t blocks = l->runs * l->blocks[i];
     moe_block_sparse_list_desc* list = &l->list[i];
     moe_block_sparse_mask* m = &l->mask[i];
     uint64_t entries, row_blocks, column_blocks;
@@ -340,8 +340,8 @@ MOE_HOST moe_status moei_block_layer_plan(const moe_block_layer_desc* desc, moei
     l->tables.max_experts = d->max_experts;
     l->tables.block = d->block;
     l->tables.grad_bytes = moe_dtype_bytes(d->grad_dtype);
-    l->strips[0] = l->tables.strips2 = d->intermediate / d->block;
-    l->strips[1] = l->tables.strips1 = l->strips[0] * (l->gated ? 2 : 1);
+    l->blocks[0] = l->tables.blocks_act = d->intermediate / d->block;
+    l->blocks[1] = l->tables.blocks_pre = l->blocks[0] * (l->gated ? 2 : 1);
     if (d->num_tokens == 0) return MOE_OK; /* nothing is kept */
 
     /* 2. saved: active experts, maps, lists, pre */
@@ -363,7 +363,7 @@ MOE_HOST moe_status moei_block_layer_plan(const moe_block_layer_desc* desc, moei
     pre = moei_carve((char*)d->saved, &saved, act_bytes * (l->gated ? 2 : 1));
 
     /* 3. workspace: buffers of both calls come first */
-    for (int i = 0; i < 2; ++i) table[i] = (uint64_t)num_experts * (uint64_t)l->strips[i] * 8;
+    for (int i = 0; i < 2; ++i) table[i] = (uint64_t)num_experts * (uint64_t)l->blocks[i] * 8;
     l->tables.w1_table = (const void**)moei_carve((char*)d->workspace, &forward, table[1]);
     l->tables.w2_table = (const void**)moei_carve((char*)d->workspace, &forward, table[0]);
     rows = moei_carve((char*)d->workspace, &forward, rows_bytes);
@@ -435,7 +435,7 @@ MOE_HOST moe_status moei_block_layer_plan(const moe_block_layer_desc* desc, moei
     l->act.row_blocks = moe_block_sparse_count((int32_t)l->num_rows, d->block);
     l->act.num_experts = num_experts;
     l->act.top_k = d->top_k;
-    l->act.run = l->strips[0];
+    l->act.run = l->blocks[0];
     while (1 << l->act.block_log2 < d->block) ++l->act.block_log2;
     l->act.activation = moei_activation_of(d->activation, d->alpha, d->limit);
     l->act.gated = moe_activation_is_gated(d->activation);

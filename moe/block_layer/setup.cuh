@@ -83,10 +83,10 @@ typedef struct moei_block_layer_tables_args {
     const int32_t* active;                   /* [E] written by active */
     const int32_t* active_index;             /* [E] */
     const int32_t* count;                    /* [1] */
-    const void** w1_table;                   /* [E, strips1] */
-    const void** w2_table;                   /* [E, strips2] */
-    void** dw1_table;                        /* [E, strips1] backward with dw1; else null */
-    void** dw2_table;                        /* [E, strips2] backward with dw2; else null */
+    const void** w1_table;                   /* [E, blocks_pre] */
+    const void** w2_table;                   /* [E, blocks_act] */
+    void** dw1_table;                        /* [E, blocks_pre] backward with dw1; else null */
+    void** dw2_table;                        /* [E, blocks_act] backward with dw2; else null */
     int32_t* grad_expert;                    /* [max_experts]; or null */
     int32_t* lacking;                        /* batch, backward: [E], becomes zeros; or null */
     char* dw1;                               /* [max_experts, 2I or I, H]; or null */
@@ -94,7 +94,7 @@ typedef struct moei_block_layer_tables_args {
     uint64_t* fault;                         /* [1] fault word; or null */
     int64_t hidden, intermediate;            /* H, I */
     int32_t num_experts, max_experts, block; /* E; matrices of dw1 and dw2; of a sparse block */
-    int32_t strips1, strips2;                /* block columns of an expert in pre, in act */
+    int32_t blocks_pre, blocks_act;          /* block columns of an expert in pre, in act */
     int32_t grad_bytes;                      /* of an element of dw1 and dw2 */
     int32_t no_tokens; /* 1: no expert is active, and only grad_expert is written; else 0 */
     int32_t rank;      /* reported with a fault */
@@ -132,23 +132,23 @@ moei_block_layer_tables(MOE_ARG(moei_block_layer_tables_args) a)
         if (i < a.max_experts) a.grad_expert[i] = i < count ? a.active[i] : -1;
     }
     if (a.lacking && i < a.num_experts) a.lacking[i] = 0;
-    if (!a.no_tokens && i < (int64_t)a.num_experts * a.strips1) {
-        const int e = (int)(i / a.strips1), j = (int)(i - (int64_t)e * a.strips1);
-        const int64_t at2 = (int64_t)e * a.strips2 + j;
-        const int64_t slot = a.active_index[e];
-        const bool grad = slot >= 0 && slot < a.max_experts;
+    if (!a.no_tokens && i < (int64_t)a.num_experts * a.blocks_pre) {
+        const int e = (int)(i / a.blocks_pre), j = (int)(i - (int64_t)e * a.blocks_pre);
+        const int64_t at2 = (int64_t)e * a.blocks_act + j;
+        const int64_t active = a.active_index[e];
+        const bool grad = active >= 0 && active < a.max_experts;
         const char* p =
-            slot >= 0 ? moei_block_layer_matrix(&a.w1, e, a.fault, a.rank) : (const char*)0;
+            active >= 0 ? moei_block_layer_matrix(&a.w1, e, a.fault, a.rank) : (const char*)0;
         a.w1_table[i] = p ? p + (int64_t)j * a.block * a.w1.row_stride * 2 : p;
         if (a.dw1_table) {
-            const int64_t row = slot * a.strips1 * a.block + (int64_t)j * a.block;
+            const int64_t row = active * a.blocks_pre * a.block + (int64_t)j * a.block;
             a.dw1_table[i] = grad ? a.dw1 + row * a.hidden * a.grad_bytes : (char*)0;
         }
-        if (j >= a.strips2) return;
-        p = slot >= 0 ? moei_block_layer_matrix(&a.w2, e, a.fault, a.rank) : (const char*)0;
+        if (j >= a.blocks_act) return;
+        p = active >= 0 ? moei_block_layer_matrix(&a.w2, e, a.fault, a.rank) : (const char*)0;
         a.w2_table[at2] = p ? p + (int64_t)j * a.block * 2 : p;
         if (a.dw2_table) {
-            const int64_t at = slot * a.hidden * a.intermediate + (int64_t)j * a.block;
+            const int64_t at = active * a.hidden * a.intermediate + (int64_t)j * a.block;
             a.dw2_table[at2] = grad ? a.dw2 + at * a.grad_bytes : (char*)0;
         }
     }

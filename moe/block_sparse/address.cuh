@@ -162,7 +162,7 @@ MOE_DEVICE uint32_t moei_sparse_rows(const moei_sparse_args* d, int info, const 
 
 /* Returns table entry `block` of x; raises BAD_TABLE and returns 0 where the entry is null or
    misaligned. */
-MOE_DEVICE uint64_t moei_sparse_strip_address(const moei_sparse_args* d,
+MOE_DEVICE uint64_t moei_sparse_table_address(const moei_sparse_args* d,
                                               const moei_sparse_matrix* x, int block)
 {
     const uint64_t p = (uint64_t)(uintptr_t)x->table[block];
@@ -196,13 +196,13 @@ MOE_DEVICE void moei_sparse_address(const moei_sparse_args* d, const moei_sparse
         if (d->sparse_c) {
             p = (uint64_t)(uintptr_t)d->x.base + (uint64_t)(row * step);
             if (d->x.table && there) {
-                const uint64_t strip = (uint64_t)(uintptr_t)d->x.table[row >> d->block_m];
-                p = strip + (uint64_t)((row & ((1 << d->block_m) - 1)) * step);
-                there = strip != 0 && strip % 16 == 0; /* BAD_TABLE is raised in step 2 */
+                const uint64_t at = (uint64_t)(uintptr_t)d->x.table[row >> d->block_m];
+                p = at + (uint64_t)((row & ((1 << d->block_m) - 1)) * step);
+                there = at != 0 && at % 16 == 0; /* BAD_TABLE is raised in step 2 */
             }
         } else if (d->c.table && there) {
             there = d->c.table[row >> d->block_m] != 0 &&
-                    moei_sparse_strip_address(d, &d->c, row >> d->block_m) != 0;
+                    moei_sparse_table_address(d, &d->c, row >> d->block_m) != 0;
         }
         s->x[tid] = p;
         if (there) atomicOr(&s->rows, 1u << tid);
@@ -224,10 +224,10 @@ MOE_DEVICE void moei_sparse_address(const moei_sparse_args* d, const moei_sparse
                 have = moei_sparse_rows(d, e.info, tile_m);
                 for (int i = 0; i < tile_m / 16 && d->x.table; ++i)
                     if ((have >> i & 1) && i * 16 < t->rows)
-                        (void)moei_sparse_strip_address(d, &d->x, (t->row + i * 16) >> d->block_m);
+                        (void)moei_sparse_table_address(d, &d->x, (t->row + i * 16) >> d->block_m);
                 p += (uint64_t)((e.block * ((int64_t)1 << d->block_other) + in) * step);
                 if (d->y.table) {
-                    p = moei_sparse_strip_address(d, &d->y, e.block);
+                    p = moei_sparse_table_address(d, &d->y, e.block);
                     if (p == 0) have = 0;
                     p += (uint64_t)(in * step);
                 }
@@ -245,8 +245,8 @@ MOE_DEVICE void moei_sparse_address(const moei_sparse_args* d, const moei_sparse
 MOE_DEVICE const uint8_t* moei_sparse_depths_of(const moei_sparse_args* d,
                                                 const moei_sparse_position* t)
 {
-    const int32_t slot = d->depths.filter ? d->depths.filter[t->strip / d->depths.strips] : 0;
-    return slot > 0 ? d->depths.keep + (slot - 1) * d->depths.stride : (const uint8_t*)0;
+    const int32_t filter = d->depths.filter ? d->depths.filter[t->strip / d->depths.strips] : 0;
+    return filter > 0 ? d->depths.keep + (filter - 1) * d->depths.stride : (const uint8_t*)0;
 }
 
 /* Returns the bits of the 16 depths from k on that count. */
@@ -284,9 +284,9 @@ MOE_DEVICE void moei_sparse_slices(const moei_sparse_args* d, const moei_sparse_
         if (e.block < 0) {
             k = d->k;
         } else if (d->y.table) {
-            const uint64_t strip = moei_sparse_strip_address(d, &d->y, e.block);
-            y.at = strip - (uint64_t)((k - in) * y_step);
-            if (strip == 0) k = d->k;
+            const uint64_t address = moei_sparse_table_address(d, &d->y, e.block);
+            y.at = address - (uint64_t)((k - in) * y_step);
+            if (address == 0) k = d->k;
         }
         if (d->packed && k < d->k)
             x.at = ((uint64_t)(uint32_t)e.info << (d->block_m + d->block_other)) * 2 +

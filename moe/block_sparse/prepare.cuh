@@ -70,7 +70,7 @@ typedef struct moei_sparse_widths {
 } moei_sparse_widths;
 
 /* Returns the extents for a checked descriptor. */
-MOE_HOST moei_sparse_widths moei_sparse_strip_widths(const moe_block_sparse_desc* d)
+MOE_HOST moei_sparse_widths moei_sparse_block_widths(const moe_block_sparse_desc* d)
 {
     const int dsd = d->op == MOE_BLOCK_SPARSE_DSD, dds = d->op == MOE_BLOCK_SPARSE_DDS;
     const int rows = d->mask.block_rows, columns = d->mask.block_columns;
@@ -81,14 +81,14 @@ MOE_HOST moei_sparse_widths moei_sparse_strip_widths(const moe_block_sparse_desc
     return w;
 }
 
-/* Checks the stride of an operand [rows, columns] as stored and fills in its default. `strip`:
+/* Checks the stride of an operand [rows, columns] as stored and fills in its default. `width`:
    columns of a buffer where a table divides the rows, else 0. `packed`: the stride must be 0. */
 MOE_HOST moe_status moei_sparse_check_stride(int64_t* stride, int64_t rows, int64_t columns,
-                                             int strip, int packed, int field)
+                                             int width, int packed, int field)
 {
     if (packed) return *stride == 0 ? MOE_OK : (moe_status)(MOE_ERR_CONFLICT | (field << 8));
     if (*stride == 0) *stride = columns;
-    if (!moei_stride_fits(*stride, strip && strip < columns ? strip : columns, rows) ||
+    if (!moei_stride_fits(*stride, width && width < columns ? width : columns, rows) ||
         *stride / 8 > 0x7fffffff) /* loads count in 16-byte vectors */
         return (moe_status)(MOE_ERR_STRIDE | (field << 8));
     return *stride % 8 == 0 ? MOE_OK : (moe_status)(MOE_ERR_ALIGN | (field << 8));
@@ -102,7 +102,7 @@ MOE_HOST moe_status moei_sparse_check_strides(moe_block_sparse_desc* d)
               dds = d->op == MOE_BLOCK_SPARSE_DDS;
     const int a_rows = d->a_transposed ? d->k : d->m, a_columns = d->a_transposed ? d->m : d->k;
     const int b_rows = d->b_transposed ? d->n : d->k, b_columns = d->b_transposed ? d->k : d->n;
-    const moei_sparse_widths strip = moei_sparse_strip_widths(d);
+    const moei_sparse_widths width = moei_sparse_block_widths(d);
     const int a_side_by_side = d->a_table && d->a_transposed == sdd; /* divides stored rows */
     const int b_side_by_side = d->b_table && d->b_transposed != sdd;
     MOE_REQUIRE(!d->a_table || !dsd, MOE_ERR_CONFLICT, a_table);
@@ -110,15 +110,15 @@ MOE_HOST moe_status moei_sparse_check_strides(moe_block_sparse_desc* d)
     MOE_REQUIRE(!d->c_table || !sdd, MOE_ERR_CONFLICT, c_table);
     MOE_TRY(moei_sparse_check_stride(&d->a_stride, a_rows, a_columns,
                                      !a_side_by_side ? 0
-                                     : sdd           ? strip.m
-                                                     : strip.k,
+                                     : sdd           ? width.m
+                                                     : width.k,
                                      dsd && d->packed, MOE_FIELD_a_stride));
     MOE_TRY(moei_sparse_check_stride(&d->b_stride, b_rows, b_columns,
                                      !b_side_by_side ? 0
-                                     : sdd           ? strip.n
-                                                     : strip.k,
+                                     : sdd           ? width.n
+                                                     : width.k,
                                      dds && d->packed, MOE_FIELD_b_stride));
-    return moei_sparse_check_stride(&d->c_stride, d->m, d->n, d->c_table && dds ? strip.n : 0,
+    return moei_sparse_check_stride(&d->c_stride, d->m, d->n, d->c_table && dds ? width.n : 0,
                                     sdd && d->packed, MOE_FIELD_c_stride);
 }
 
@@ -173,10 +173,10 @@ MOE_HOST moe_status moei_sparse_check_buffers(const moe_block_sparse_desc* d, si
     const int a_rows = d->a_transposed ? d->k : d->m, a_columns = d->a_transposed ? d->m : d->k;
     const int b_rows = d->b_transposed ? d->n : d->k, b_columns = d->b_transposed ? d->k : d->n;
     const moe_block_sparse_mask* m = &d->mask;
-    const moei_sparse_widths strip = moei_sparse_strip_widths(d);
-    const uint64_t strips_m = (uint64_t)moe_block_sparse_count(d->m, strip.m) * 8;
-    const uint64_t strips_n = (uint64_t)moe_block_sparse_count(d->n, strip.n) * 8;
-    const uint64_t strips_k = (uint64_t)moe_block_sparse_count(d->k, strip.k) * 8;
+    const moei_sparse_widths width = moei_sparse_block_widths(d);
+    const uint64_t blocks_m = (uint64_t)moe_block_sparse_count(d->m, width.m) * 8;
+    const uint64_t blocks_n = (uint64_t)moe_block_sparse_count(d->n, width.n) * 8;
+    const uint64_t blocks_k = (uint64_t)moe_block_sparse_count(d->k, width.k) * 8;
     const uint64_t rb = (uint64_t)moe_block_sparse_count(m->rows, m->block_rows);
     const uint64_t cb = (uint64_t)moe_block_sparse_count(m->columns, m->block_columns);
     const uint64_t entries = (uint64_t)m->max_blocks * 4;
@@ -192,9 +192,9 @@ MOE_HOST moe_status moei_sparse_check_buffers(const moe_block_sparse_desc* d, si
          16, runs && d->k && !d->a_table ? MOE_BUFFER_REQUIRED : MOE_BUFFER_READ, MOE_FIELD_a},
         {d->b, dds && d->packed ? area * 2 : moe_extent(b_rows, d->b_stride, b_columns, d->dtype),
          16, runs && d->k && !d->b_table ? MOE_BUFFER_REQUIRED : MOE_BUFFER_READ, MOE_FIELD_b},
-        {d->a_table, sdd ? strips_m : strips_k, 8, MOE_BUFFER_READ, MOE_FIELD_a_table},
-        {d->b_table, sdd ? strips_n : strips_k, 8, MOE_BUFFER_READ, MOE_FIELD_b_table},
-        {d->c_table, dsd ? strips_m : strips_n, 8, MOE_BUFFER_READ, MOE_FIELD_c_table},
+        {d->a_table, sdd ? blocks_m : blocks_k, 8, MOE_BUFFER_READ, MOE_FIELD_a_table},
+        {d->b_table, sdd ? blocks_n : blocks_k, 8, MOE_BUFFER_READ, MOE_FIELD_b_table},
+        {d->c_table, dsd ? blocks_m : blocks_n, 8, MOE_BUFFER_READ, MOE_FIELD_c_table},
         {m->bytes, rb * cb, 1, MOE_BUFFER_READ, MOE_FIELD_bytes},
         {m->bits, rb * ((cb + 31) / 32) * 4, 4, MOE_BUFFER_READ, MOE_FIELD_bits},
         {m->row_offset, rb * 4 + 4, 4, by_rows, MOE_FIELD_row_offset},

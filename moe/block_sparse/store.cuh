@@ -6,7 +6,7 @@
 #include "../gemm/mma.cuh"
 #include "address.cuh"
 
-/* Stores a warp's wm x wn accumulators through its staging `strip` [16][inner + 8] of fp32. Called
+/* Stores a warp's wm x wn accumulators through its staging `staging` [16][inner + 8] of fp32. Called
    by a whole warp; wm, wn, transposed and dtype are literals. Where C is stored transposed,
    exchange rows and columns below.
      1. Find the lane's 8 neighbours: columns `place` .. place + 7 of every row that it stores.
@@ -14,7 +14,7 @@
      3. Store the slice from the staging: 16-byte vectors, or single elements at the tile's edge
         (__syncwarp: the next slice overwrites the staging). */
 MOE_DEVICE void moei_sparse_store(const moei_sparse_args* d, const moei_sparse_shared* s,
-                                  moei_mma_c acc[4][4], float* strip, int warp_m, int warp_n,
+                                  moei_mma_c acc[4][4], float* staging, int warp_m, int warp_n,
                                   const int wm, const int wn, const int transposed, const int dtype)
 {
     const moei_sparse_position* t = &s->tile;
@@ -41,8 +41,8 @@ MOE_DEVICE void moei_sparse_store(const moei_sparse_args* d, const moei_sparse_s
         /* 2. staging */
         MOE_UNROLL
         for (int i = 0; i < inner / 16; ++i)
-            if (transposed) moei_mma_store_transposed(strip + i * 16, &acc[i][o], ld);
-            else moei_mma_store(strip + i * 16, &acc[o][i], ld);
+            if (transposed) moei_mma_store_transposed(staging + i * 16, &acc[i][o], ld);
+            else moei_mma_store(staging + i * 16, &acc[o][i], ld);
         __syncwarp(MOE_FULL_WARP);
         /* 3. C */
         if (left >= 8) {
@@ -50,7 +50,7 @@ MOE_DEVICE void moei_sparse_store(const moei_sparse_args* d, const moei_sparse_s
             for (int p = 0; p < 16 / rows; ++p) {
                 float v[8];
                 MOE_UNROLL
-                for (int x = 0; x < 8; ++x) v[x] = strip[(p * rows + r) * ld + g + x];
+                for (int x = 0; x < 8; ++x) v[x] = staging[(p * rows + r) * ld + g + x];
                 if (p * rows < n)
                     moei_epilogue_store8((void*)(uintptr_t)to, v, 0, bytes == 4 ? MOE_FP32 : dtype);
                 to += (uint64_t)step;
@@ -60,7 +60,7 @@ MOE_DEVICE void moei_sparse_store(const moei_sparse_args* d, const moei_sparse_s
             for (int p = 0; p * rows < (n < 16 ? n : 16); ++p) {
                 for (int x = 0; x < left; ++x)
                     moe_store_f32((void*)(uintptr_t)(to + (uint64_t)(p * step)), x, d->c_dtype,
-                                  strip[(p * rows + r) * ld + g + x]);
+                                  staging[(p * rows + r) * ld + g + x]);
             }
         }
         __syncwarp(MOE_FULL_WARP);

@@ -79,10 +79,10 @@ MOE_DEVICE_BODY bool moei_sparse_tile(const moei_sparse_args* d, unsigned char* 
     {
         /* 6. store */
         const int warp_m = moe_warp() % f.warps_m, warp_n = moe_warp() / f.warps_m;
-        float* strip = (float*)shared + moe_warp() * 16 * ((f.wm > f.wn ? f.wm : f.wn) + 8);
+        float* staging = (float*)shared + moe_warp() * 16 * ((f.wm > f.wn ? f.wm : f.wn) + 8);
         if (d->c.major == MOE_MAJOR_MN)
-            moei_sparse_store(d, s, acc, strip, warp_m, warp_n, f.wm, f.wn, 1, f.dtype);
-        else moei_sparse_store(d, s, acc, strip, warp_m, warp_n, f.wm, f.wn, 0, f.dtype);
+            moei_sparse_store(d, s, acc, staging, warp_m, warp_n, f.wm, f.wn, 1, f.dtype);
+        else moei_sparse_store(d, s, acc, staging, warp_m, warp_n, f.wm, f.wn, 0, f.dtype);
     }
     return d->sparse_c != 0;
 }

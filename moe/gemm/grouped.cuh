@@ -61,9 +61,9 @@
                                                             : MOEI_CODE_NEVER)
 #define MOEI_GEMM_MOST(tile_m, tile_n) ((tile_m) * (tile_n) <= 128 * 128 ? MOEI_CODE_ANY : 119)
 
-#define MOEI_GEMM_KERNEL(variant, dtype, a_major, b_major, name, tile_m, tile_n, tile_k, wm, wn,   \
-                         stages, blocks)                                                           \
-    MOE_KERNEL((wm) * (wn)*32, blocks)                                                             \
+#define MOEI_GEMM_KERNEL(variant, dtype, a_major, b_major, name, tile_m, tile_n, tile_k, warps_m,  \
+                         warps_n, stages, blocks)                                                  \
+    MOE_KERNEL((warps_m) * (warps_n)*32, blocks)                                                   \
     moei_gemm_##name##_##variant(MOE_ARG(moe_grouped_gemm_args) d)                                 \
     {                                                                                              \
         MOE_SHARED(moei_gemm_shared, s);                                                           \
@@ -74,10 +74,10 @@
                            MOEI_GEMM_MOST(tile_m, tile_n)) &&                                      \
             !moe_fault_stopped(d.fault))                                                           \
             moei_gemm_block(&d, shared, &s,                                                        \
-                            moe_gemm_shape_of(tile_m, tile_n, tile_k, wm, wn, stages, dtype,       \
-                                              a_major, b_major));                                  \
+                            moe_gemm_shape_of(tile_m, tile_n, tile_k, warps_m, warps_n, stages,    \
+                                              dtype, a_major, b_major));                           \
     }
-#define MOEI_GEMM_CHECK(name, tile_m, tile_n, tile_k, wm, wn, stages, blocks)                      \
+#define MOEI_GEMM_CHECK(name, tile_m, tile_n, tile_k, warps_m, warps_n, stages, blocks)            \
     static_assert((stages) == 3, "moei_tiles.position has room for a loader two tiles ahead");
 #define MOEI_GEMM_TILE_CHECK(...) MOEI_GEMM_CHECK(__VA_ARGS__)
 MOEI_GEMM_TILE_LIST(MOEI_GEMM_TILE_CHECK)
@@ -90,16 +90,16 @@ MOEI_GEMM_TILE_LIST(MOEI_GEMM_TILE_KERNELS)
 
 /* The variants, in order of preference. */
 static const moei_variant moei_gemm_variants[] = {
-#define MOEI_GEMM_ROW(variant, dtype, a_major, b_major, name, tile_m, tile_n, tile_k, wm, wn,      \
-                      stages, blocks)                                                              \
+#define MOEI_GEMM_ROW(variant, dtype, a_major, b_major, name, tile_m, tile_n, tile_k, warps_m,     \
+                      warps_n, stages, blocks)                                                     \
     {(const void*)moei_gemm_##name##_##variant,                                                    \
      "moei_gemm_" #name "_" #variant,                                                              \
      MOE_GEMM_PATH_WMMA,                                                                           \
-     MOEI_SHAPE_INIT(tile_m, tile_n, tile_k, wm, wn, stages, dtype, a_major, b_major),             \
+     MOEI_SHAPE_INIT(tile_m, tile_n, tile_k, warps_m, warps_n, stages, dtype, a_major, b_major),   \
      MOE_TILE_##name,                                                                              \
      blocks,                                                                                       \
-     MOEI_RING_BYTES(1, tile_m, tile_n, tile_k, wm, wn, stages) +                                  \
-         MOEI_STAGING_BYTES(tile_m, tile_n, tile_k, wm, wn, stages),                               \
+     MOEI_RING_BYTES(1, tile_m, tile_n, tile_k, warps_m, warps_n, stages) +                        \
+         MOEI_STAGING_BYTES(tile_m, tile_n, tile_k, warps_m, warps_n, stages),                     \
      MOEI_GEMM_LEAST(dtype, tile_m, tile_n, a_major, b_major),                                     \
      MOEI_GEMM_MOST(tile_m, tile_n)},
 #define MOEI_GEMM_ROWS(...) MOE_GEMM_VARIANT_LIST(MOEI_GEMM_ROW, __VA_ARGS__)

@@ -50,8 +50,9 @@
     ((tile_m) * (tile_n) > 128 * 128 ? 90 : (dtype) == MOE_BF16 ? 80 : 75)
 #define MOEI_K_GEMM_MOST(tile_m, tile_n) ((tile_m) * (tile_n) <= 128 * 128 ? MOEI_CODE_ANY : 119)
 
-#define MOEI_K_GEMM_KERNEL(name, tile_m, tile_n, tile_k, wm, wn, stages, blocks, suffix, dtype)    \
-    MOE_KERNEL((wm) * (wn)*32, blocks)                                                             \
+#define MOEI_K_GEMM_KERNEL(name, tile_m, tile_n, tile_k, warps_m, warps_n, stages, blocks, suffix, \
+                           dtype)                                                                  \
+    MOE_KERNEL((warps_m) * (warps_n)*32, blocks)                                                   \
     moei_k_gemm_##name##_##suffix(MOE_ARG(moe_k_grouped_gemm_args) d)                              \
     {                                                                                              \
         MOE_SHARED(moei_k_shared, s);                                                              \
@@ -62,8 +63,8 @@
                            MOEI_K_GEMM_MOST(tile_m, tile_n)) &&                                    \
             !moe_fault_stopped(d.fault))                                                           \
             moei_k_block(&d, shared, &s,                                                           \
-                         moe_gemm_shape_of(tile_m, tile_n, tile_k, wm, wn, stages, dtype,          \
-                                           MOE_MAJOR_MN, MOE_MAJOR_MN));                           \
+                         moe_gemm_shape_of(tile_m, tile_n, tile_k, warps_m, warps_n, stages,       \
+                                           dtype, MOE_MAJOR_MN, MOE_MAJOR_MN));                    \
     }
 #define MOEI_K_GEMM_EXPAND(X, ...) X(__VA_ARGS__) /* a shape is six arguments */
 #define MOEI_K_GEMM_KERNEL_OF(...) MOEI_K_GEMM_EXPAND(MOEI_K_GEMM_KERNEL, __VA_ARGS__)
@@ -76,15 +77,17 @@ MOE_K_GEMM_DTYPE_LIST(MOEI_K_GEMM_KERNELS)
 
 /* The variants, in order of preference. */
 static const moei_variant moei_k_gemm_variants[] = {
-#define MOEI_K_GEMM_ROW(name, tile_m, tile_n, tile_k, wm, wn, stages, blocks, suffix, dtype)       \
+#define MOEI_K_GEMM_ROW(name, tile_m, tile_n, tile_k, warps_m, warps_n, stages, blocks, suffix,    \
+                        dtype)                                                                     \
     {(const void*)moei_k_gemm_##name##_##suffix,                                                   \
      "moei_k_gemm_" #name "_" #suffix,                                                             \
      MOE_GEMM_PATH_WMMA,                                                                           \
-     MOEI_SHAPE_INIT(tile_m, tile_n, tile_k, wm, wn, stages, dtype, MOE_MAJOR_MN, MOE_MAJOR_MN),   \
+     MOEI_SHAPE_INIT(tile_m, tile_n, tile_k, warps_m, warps_n, stages, dtype, MOE_MAJOR_MN,        \
+                     MOE_MAJOR_MN),                                                                \
      MOE_TILE_##name,                                                                              \
      blocks,                                                                                       \
-     MOEI_RING_BYTES(1, tile_m, tile_n, tile_k, wm, wn, stages) +                                  \
-         MOEI_STAGING_BYTES(tile_m, tile_n, tile_k, wm, wn, stages),                               \
+     MOEI_RING_BYTES(1, tile_m, tile_n, tile_k, warps_m, warps_n, stages) +                        \
+         MOEI_STAGING_BYTES(tile_m, tile_n, tile_k, warps_m, warps_n, stages),                     \
      MOEI_K_GEMM_LEAST(dtype, tile_m, tile_n),                                                     \
      MOEI_K_GEMM_MOST(tile_m, tile_n)},
 #define MOEI_K_GEMM_ROW_OF(...) MOEI_K_GEMM_EXPAND(MOEI_K_GEMM_ROW, __VA_ARGS__)

@@ -108,9 +108,9 @@ typedef struct moei_ring_fragments {
     moei_mma_b b[2][4]; /* of slice c in b[c % 2] */
 } moei_ring_fragments;
 
-/* Returns the slices of a step, counting one for each term. Requires that tile_k / 16 is even:
+/* Returns the products of a step: slices times terms. Requires that tile_k / 16 is even:
    otherwise the first fragments of a step would overwrite fragments in use. */
-MOE_HOST_DEVICE int moei_ring_slices(const moe_gemm_shape f) { return f.tile_k / 16 * f.terms; }
+MOE_HOST_DEVICE int moei_ring_products(const moe_gemm_shape f) { return f.tile_k / 16 * f.terms; }
 
 /* Loads the fragments of slice c of stage `stage`; those of A only at the first term. c is a
    literal. */
@@ -128,7 +128,7 @@ MOE_DEVICE void moei_ring_load(moei_ring_fragments* g, const moei_ring* r, int s
 MOE_DEVICE void moei_ring_advance(moei_ring_fragments* g, const moei_ring* r, const int c,
                                   const moe_gemm_shape f)
 {
-    const int last = c == moei_ring_slices(f) - 1;
+    const int last = c == moei_ring_products(f) - 1;
     if (last) {
         moei_copy_wait(f.stages - 2);
         __syncthreads();

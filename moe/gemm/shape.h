@@ -88,8 +88,8 @@ MOE_HOST_DEVICE size_t moei_staging_bytes(const moe_gemm_shape f)
 #define MOEI_RING_BYTES(terms, ...) MOEI_RING_BYTES_(terms, __VA_ARGS__)
 #define MOEI_RING_BYTES_(terms, tile_m, tile_n, tile_k, warps_m, warps_n, stages)                  \
     (2 * (stages) * ((tile_m) + (terms) * (tile_n)) * (tile_k))
-#define MOEI_STAGING_BYTES(...) MOEI_STRIPS_BYTES_(__VA_ARGS__)
-#define MOEI_STRIPS_BYTES_(tile_m, tile_n, tile_k, warps_m, warps_n, stages)                       \
+#define MOEI_STAGING_BYTES(...) MOEI_STAGING_BYTES_(__VA_ARGS__)
+#define MOEI_STAGING_BYTES_(tile_m, tile_n, tile_k, warps_m, warps_n, stages)                      \
     (4 * 16 * (warps_m) * ((tile_n) + 8 * (warps_n)))
 
 #endif

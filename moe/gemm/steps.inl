@@ -37,18 +37,18 @@ MOE_DEVICE void MOEI_TILE_STEPS(moei_mma_c acc[4][4], MOEI_LOADER* load, moei_ri
                                 const MOEI_LOADER_ARGS* d, MOEI_LOADER_TILES* tiles,
                                 int steps, const moe_gemm_shape f)
 {
-    const int slices = moei_ring_slices(f);
+    const int products = moei_ring_products(f);
     moei_ring_fragments g;
     moei_ring_load(&g, r, r->stage, 0, f);
     for (int i = 0; i < steps; ++i) {
         uint16_t* refill = moei_ring_refill(r, f);
         if (tiles) MOEI_JOIN(MOEI_LOADER, _advance)(load, d, tiles, i, f);
         MOE_UNROLL
-        for (int c = 0; c < slices; ++c) {
+        for (int c = 0; c < products; ++c) {
             moei_ring_advance(&g, r, c, f);
-            if (c < slices - 1) MOEI_JOIN(MOEI_LOADER, _copy)
-            (load, d, refill, refill + f.tile_m * f.tile_k, c, slices - 1, f);
-            if (c == slices - 2) moei_copy_commit();
+            if (c < products - 1) MOEI_JOIN(MOEI_LOADER, _copy)
+            (load, d, refill, refill + f.tile_m * f.tile_k, c, products - 1, f);
+            if (c == products - 2) moei_copy_commit();
             moei_tile_products(acc, g.a[c / f.terms & 1], g.b[c & 1], f);
         }
         r->stage = moei_ring_next(r, f);

@@ -30,9 +30,9 @@ typedef struct moei_mma_c {
 } moei_mma_c;
 
 /* Layout of a fragment: lane l holds the elements 8 run[l] .. 8 run[l] + 7 in row order, and
-   element j of them is x[slot[j]]. */
+   element j of them is x[column_order[j]]. */
 struct moeh_layout {
-    unsigned char run[32], slot[8];
+    unsigned char run[32], column_order[8];
 };
 struct moeh_layouts {
     uint64_t seed;
@@ -48,12 +48,12 @@ inline const moeh_layouts& moeh_mma_layouts()
         std::minstd_rand random((unsigned)(l.seed ^ l.seed >> 32) + 12345);
         for (moeh_layout* one : {&l.a, &l.b, &l.c}) {
             std::iota(one->run, one->run + 32, 0);
-            std::iota(one->slot, one->slot + 8, 0);
+            std::iota(one->column_order, one->column_order + 8, 0);
             std::shuffle(one->run, one->run + 32, random);
-            std::shuffle(one->slot, one->slot + 8, random);
+            std::shuffle(one->column_order, one->column_order + 8, random);
         }
-        /* moeh_mma_all does not reorder columns: b and c have the same `slot` */
-        memcpy(l.b.slot, l.c.slot, sizeof l.b.slot);
+        /* moeh_mma_all does not reorder columns: b and c have the same `column_order` */
+        memcpy(l.b.column_order, l.c.column_order, sizeof l.b.column_order);
     }
     return l;
 }
@@ -70,7 +70,7 @@ inline void moeh_mma_load(moeh_mma_input* f, const moeh_layout& l, const uint16_
     const int run = l.run[moeh_lane()];
     row += run >> 1, column += (run & 1) * 8;
     for (int j = 0; j < 8; ++j)
-        f->x[l.slot[j]] = moe_load(
+        f->x[l.column_order[j]] = moe_load(
             stage, along ? moei_swizzled(row, column + j, ld) : moei_swizzled(column + j, row, ld),
             dtype);
     f->dtype = dtype;
@@ -115,7 +115,7 @@ struct moeh_mma_lane { /* what a lane brings to the meeting */
 
 typedef float moeh_float4 __attribute__((vector_size(16), may_alias, aligned(4)));
 
-/* Computes the whole product, for all lanes. Columns of b and c keep the order of `slot`. */
+/* Computes the whole product, for all lanes. Columns of b and c keep the order of `column_order`. */
 __attribute__((noinline)) inline void moeh_mma_all(moeh_warp* w, uint32_t mask)
 {
     const moeh_layouts& l = moeh_mma_layouts();
@@ -132,7 +132,7 @@ __attribute__((noinline)) inline void moeh_mma_all(moeh_warp* w, uint32_t mask)
         moeh_float4 *const left = c[2 * m], *const right = c[2 * m + 1];
         moeh_float4 c0 = left[0], c1 = left[1], c2 = right[0], c3 = right[1];
         for (int k = 0; k < 16; ++k) {
-            const float f = a[16 * m + (k & 8) + l.a.slot[k & 7]];
+            const float f = a[16 * m + (k & 8) + l.a.column_order[k & 7]];
             c0 += f * b[4 * k];
             c1 += f * b[4 * k + 1];
             c2 += f * b[4 * k + 2];
@@ -167,7 +167,7 @@ inline void moeh_mma_store(float* p, const moei_mma_c* c, int row, int column)
         moeh_fail("stores a tensor-core piece that is not 32-byte aligned, or ld % 4 is not 0");
     const int run = l.run[moeh_lane()];
     p += (run >> 1) * row + (run & 1) * 8 * column;
-    for (int j = 0; j < 8; ++j) p[j * column] = c->x[l.slot[j]];
+    for (int j = 0; j < 8; ++j) p[j * column] = c->x[l.column_order[j]];
 }
 
 /* Stores the fragment at p, rows ld floats apart. */
@@ -184,7 +184,7 @@ MOE_DEVICE void moei_mma_store_half(uint16_t* p, const moei_mma_c* c, int ld, in
     if ((uintptr_t)p % 4 || ld % 2 || ld <= 0)
         moeh_fail("stores a tensor-core piece that is not 4-byte aligned, or ld is odd");
     p += (run >> 1) * ld + (run & 1) * 8;
-    for (int j = 0; j < 8; ++j) moe_store(p, j, dtype, c->x[l.slot[j]]);
+    for (int j = 0; j < 8; ++j) moe_store(p, j, dtype, c->x[l.column_order[j]]);
 }
 
 /* Stores the fragment transposed at p: columns are ld floats apart. */

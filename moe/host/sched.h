@@ -44,8 +44,8 @@ inline unsigned moeh_choose(moeh_sched& s, uint32_t mask)
 {
     if (!s.seed) return (unsigned)__builtin_ctz(mask);
     const unsigned r = (unsigned)moeh_random(s) & 31u;
-    const uint32_t turned = (mask >> r) | (mask << ((32 - r) & 31));
-    return ((unsigned)__builtin_ctz(turned) + r) & 31u;
+    const uint32_t rotated = (mask >> r) | (mask << ((32 - r) & 31));
+    return ((unsigned)__builtin_ctz(rotated) + r) & 31u;
 }
 
 /* Marks lanes of a warp as ready to run. */

@@ -160,10 +160,10 @@ MOE_HOST int64_t moe_ref_block_where(const int32_t* number, int64_t num_block_co
 /* One operand, A or B, as stored: element (i, j) of [rows, columns]. */
 typedef struct moei_ref_block_operand {
     const void* p;                     /* the operand; null with a table */
-    const void* const* table;          /* address of every `strip` rows or columns; or null */
+    const void* const* table;          /* address of every `table_step` rows or columns; or null */
     const int32_t* number;             /* [RB, CB] of the sparse operand; else null */
     int64_t num_block_columns, stride; /* CB; elements between rows, 0 = packed */
-    int block_rows, block_columns, strip, by_column, dtype; /* elements; moe_dtype */
+    int block_rows, block_columns, table_step, by_column, dtype; /* elements; moe_dtype */
 } moei_ref_block_operand;
 
 /* Returns the buffer of element (i, j) and its index *at there; null where it is masked out. */
@@ -178,11 +178,11 @@ MOE_HOST const void* moei_ref_block_find(const moei_ref_block_operand* o, int64_
     }
     if (!o->table) return o->p;
     if (o->by_column) {
-        *at = i * o->stride + j % o->strip;
-        return o->table[j / o->strip];
+        *at = i * o->stride + j % o->table_step;
+        return o->table[j / o->table_step];
     }
-    *at = i % o->strip * o->stride + j;
-    return o->table[i / o->strip];
+    *at = i % o->table_step * o->stride + j;
+    return o->table[i / o->table_step];
 }
 
 /* What both operands and the mask resolve to, before a product is computed. */
@@ -219,19 +219,19 @@ MOE_HOST moei_ref_block_plan moei_ref_block_begin(const moe_ref_block_sparse_des
     p.a.block_rows = p.b.block_rows = d->block_rows;
     p.a.block_columns = p.b.block_columns = d->block_columns;
     if (d->op == MOE_BLOCK_SPARSE_SDD) { /* A's table runs along m, B's along n */
-        p.a.strip = d->block_rows;
+        p.a.table_step = d->block_rows;
         p.a.by_column = d->a_transposed;
-        p.b.strip = d->block_columns;
+        p.b.table_step = d->block_columns;
         p.b.by_column = !d->b_transposed;
     } else if (d->op == MOE_BLOCK_SPARSE_DSD) { /* B's table runs along k */
         p.a.number = p.number;
         if (d->packed) p.a.stride = 0;
-        p.b.strip = d->a_transposed ? d->block_rows : d->block_columns;
+        p.b.table_step = d->a_transposed ? d->block_rows : d->block_columns;
         p.b.by_column = d->b_transposed;
     } else { /* A's table runs along k */
         p.b.number = p.number;
         if (d->packed) p.b.stride = 0;
-        p.a.strip = d->b_transposed ? d->block_columns : d->block_rows;
+        p.a.table_step = d->b_transposed ? d->block_columns : d->block_rows;
         p.a.by_column = !d->a_transposed;
     }
     return p;

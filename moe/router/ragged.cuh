@@ -50,8 +50,9 @@ MOE_DEVICE_BODY void moei_ragged_block(const moe_grouped_gemm_args* d, unsigned 
 #define MOEI_RAGGED_SHAPE(...) moe_gemm_shape_of(__VA_ARGS__, MOE_MAJOR_K, MOE_MAJOR_K)
 #define MOEI_RAGGED_LEAST(dtype) ((dtype) == MOE_BF16 ? 80 : 75)
 
-#define MOEI_RAGGED_KERNEL(name, tile_m, tile_n, tile_k, wm, wn, stages, blocks, half, dtype)      \
-    MOE_KERNEL((wm) * (wn)*32, blocks)                                                             \
+#define MOEI_RAGGED_KERNEL(name, tile_m, tile_n, tile_k, warps_m, warps_n, stages, blocks, half,   \
+                           dtype)                                                                  \
+    MOE_KERNEL((warps_m) * (warps_n)*32, blocks)                                                   \
     moei_router_ragged_##name##_##half(MOE_ARG(moe_grouped_gemm_args) d)                           \
     {                                                                                              \
         MOE_SHARED_DYNAMIC(shared);                                                                \
@@ -59,8 +60,9 @@ MOE_DEVICE_BODY void moei_ragged_block(const moe_grouped_gemm_args* d, unsigned 
         moe_pdl_wait();                                                                            \
         if (MOEI_CODE_HERE(MOEI_RAGGED_LEAST(dtype), MOEI_CODE_ANY) &&                             \
             !moe_fault_stopped(d.fault))                                                           \
-            moei_ragged_block(&d, shared,                                                          \
-                              MOEI_RAGGED_SHAPE(tile_m, tile_n, tile_k, wm, wn, stages, dtype));   \
+            moei_ragged_block(                                                                     \
+                &d, shared,                                                                        \
+                MOEI_RAGGED_SHAPE(tile_m, tile_n, tile_k, warps_m, warps_n, stages, dtype));       \
     }
 MOEI_RAGGED_LIST(MOEI_RAGGED_KERNEL, f16, MOE_FP16)
 MOEI_RAGGED_LIST(MOEI_RAGGED_KERNEL, bf16, MOE_BF16)
@@ -70,14 +72,16 @@ MOEI_RAGGED_LIST(MOEI_RAGGED_KERNEL, bf16, MOE_BF16)
 enum { MOEI_RAGGED_TILE_wide, MOEI_RAGGED_TILE_narrow };
 
 static const moei_variant moei_ragged_variants[] = {
-#define MOEI_RAGGED_ROW(name, tile_m, tile_n, tile_k, wm, wn, stages, blocks, half, dtype)         \
+#define MOEI_RAGGED_ROW(name, tile_m, tile_n, tile_k, warps_m, warps_n, stages, blocks, half,      \
+                        dtype)                                                                     \
     {(const void*)moei_router_ragged_##name##_##half,                                              \
      "moei_router_ragged_" #name "_" #half,                                                        \
      MOE_GEMM_PATH_WMMA,                                                                           \
-     MOEI_SHAPE_INIT(tile_m, tile_n, tile_k, wm, wn, stages, dtype, MOE_MAJOR_K, MOE_MAJOR_K),     \
+     MOEI_SHAPE_INIT(tile_m, tile_n, tile_k, warps_m, warps_n, stages, dtype, MOE_MAJOR_K,         \
+                     MOE_MAJOR_K),                                                                 \
      MOEI_RAGGED_TILE_##name,                                                                      \
      blocks,                                                                                       \
-     MOEI_RING_BYTES(1, tile_m, tile_n, tile_k, wm, wn, stages),                                   \
+     MOEI_RING_BYTES(1, tile_m, tile_n, tile_k, warps_m, warps_n, stages),                         \
      MOEI_RAGGED_LEAST(dtype),                                                                     \
      MOEI_CODE_ANY},
     MOEI_RAGGED_LIST(MOEI_RAGGED_ROW, f16, MOE_FP16)

@@ -109,7 +109,7 @@ MOE_DEVICE_BODY void moei_bf16_split_small(const moei_router_args* d, unsigned c
         if (k + stride < d->hidden)
             moei_bf16_split_small_load(d, x, w, t0, e0, k + stride, x_dtype, f);
         MOE_UNROLL
-        for (int c = 0; c < moei_ring_slices(f); ++c) {
+        for (int c = 0; c < moei_ring_products(f); ++c) {
             moei_ring_load(&g, &r, 0, c, f);
             moei_tile_products(acc, g.a[c / f.terms & 1], g.b[c & 1], f);
         }
