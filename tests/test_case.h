@@ -1,0 +1,62 @@
+/* test_case.h: what the cases of many tests repeat: many buffers at once, comparisons with two
+   bounds, a fault that may be none, indices that are out of range. Included after test.h. */
+#ifndef MOE_TESTS_TEST_CASE_H
+#define MOE_TESTS_TEST_CASE_H
+
+/* Frees host memory: TFREE(p, q). Null is allowed. */
+#define TFREE(...)                                                                                 \
+    do {                                                                                           \
+        void* const all_[] = {__VA_ARGS__};                                                        \
+        for (size_t i_ = 0; i_ < sizeof all_ / sizeof *all_; ++i_) free(all_[i_]);                 \
+    } while (0)
+
+/* Frees buffers and checks their canaries: TBUFS_FREE(&x, &y). Skips a buffer that is all zero. */
+#define TBUFS_FREE(...)                                                                            \
+    do {                                                                                           \
+        tbuf* const all_[] = {__VA_ARGS__};                                                        \
+        for (size_t i_ = 0; i_ < sizeof all_ / sizeof *all_; ++i_)                                 \
+            if (all_[i_]->p) tbuf_free(all_[i_]);                                                  \
+    } while (0)
+
+/* Fills buffers with the poison: TBUFS_POISON(&x, &y). */
+#define TBUFS_POISON(...)                                                                          \
+    do {                                                                                           \
+        tbuf* const all_[] = {__VA_ARGS__};                                                        \
+        for (size_t i_ = 0; i_ < sizeof all_ / sizeof *all_; ++i_) tbuf_poison(all_[i_]);          \
+    } while (0)
+
+/* An address far from all buffers, for descriptors that are refused: nothing is launched. */
+#define TEST_FAR ((char*)((uintptr_t)1 << 44))
+
+/* Returns an index outside 0 .. end - 1, and not -1: one of four, by `how`. */
+MOEI_UNUSED static int32_t test_out_of_range(int64_t how, int64_t end)
+{
+    return how % 4 == 0 ? (int32_t)end : how % 4 == 1 ? INT32_MAX : how % 4 == 2 ? -2 : INT32_MIN;
+}
+
+/* Requires this status of a call, and names another line of this file where it is not. */
+#define CHECK_STATUS_AT(line, call, want) test_status((call), (want), __FILE__, (line), #call)
+
+/* Requires this fault at index `at`, or none where `at` is negative. */
+#define CHECK_FAULT_AT(buffer, code, at)                                                           \
+    CHECK_FAULT(buffer, (at) < 0 ? MOE_FAULT_NONE : (code), (at) < 0 ? 0 : (at))
+
+/* Rounds n numbers to what a buffer of this dtype keeps of them. `to` may be `from`. */
+MOEI_UNUSED static void test_round_all(double* to, const double* from, int64_t n, int dtype)
+{
+    for (int64_t i = 0; i < n; ++i) to[i] = test_rounded(from[i], dtype);
+}
+
+/* Compares dense fp32 results twice: within the house bound of CHECK_CLOSE and, each element by
+   itself, within bound[i]. */
+#define CHECK_CLOSE_BOTH(what, got, exact, ideal, bound, rows, cols)                               \
+    test_close_both((what), (got), (exact), (ideal), (bound), (rows), (cols), __FILE__, __LINE__)
+MOEI_UNUSED static int test_close_both(const char* what, const float* got, const double* exact,
+                                       const double* ideal, const double* bound, int64_t rows,
+                                       int64_t cols, const char* file, int line)
+{
+    const int ok = test_close(what, got, MOE_FP32, cols, exact, ideal, rows, cols, file, line);
+    return test_within(what, got, MOE_FP32, cols, exact, bound, 1, rows, cols, file, line) && ok;
+}
+
+#endif
