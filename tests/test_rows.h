@@ -1,0 +1,102 @@
+/* test_rows.h: what the tests of router, gate, route and combine share beyond test.h: several
+   buffers in one call, fault words, test calls of launch helpers, draws. REFUSED, AT, DOWN_TO and
+   trows_new come from test_weights.h. Included after test.h. */
+#ifndef MOE_TESTS_TEST_ROWS_H
+#define MOE_TESTS_TEST_ROWS_H
+
+#include "tests/test_weights.h"
+
+/* ------------------------------------------------------------------ several buffers */
+
+/* Frees each buffer, which checks its canaries: TBUFS_FREE(&b->ids, &b->weights). */
+#define TBUFS_FREE(...) tbufs_free(__VA_ARGS__, (tbuf*)0)
+MOEI_UNUSED static void tbufs_free(tbuf* first, ...)
+{
+    va_list list;
+    va_start(list, first);
+    for (tbuf* b = first; b; b = va_arg(list, tbuf*)) tbuf_free(b);
+    va_end(list);
+}
+
+/* Fills each buffer with poison. */
+#define TBUFS_POISON(...) tbufs_poison(__VA_ARGS__, (tbuf*)0)
+MOEI_UNUSED static void tbufs_poison(tbuf* first, ...)
+{
+    va_list list;
+    va_start(list, first);
+    for (tbuf* b = first; b; b = va_arg(list, tbuf*)) tbuf_poison(b);
+    va_end(list);
+}
+
+/* Returns 1 where every buffer still holds its poison. */
+#define TBUFS_UNTOUCHED(...) tbufs_untouched(__VA_ARGS__, (const tbuf*)0)
+MOEI_UNUSED static int tbufs_untouched(const tbuf* first, ...)
+{
+    int untouched = 1;
+    va_list list;
+    va_start(list, first);
+    for (const tbuf* b = first; b && untouched; b = va_arg(list, const tbuf*))
+        untouched = tbuf_holds(b, 0);
+    va_end(list);
+    return untouched;
+}
+
+/* The buffer must hold these 32-bit integers: one check, named like the buffer. */
+MOEI_UNUSED static void tbuf_compare(const tbuf* b, const void* want)
+{
+    void* got = tbuf_copy(b);
+    CHECK_INTS(b->name, (const int32_t*)got, (const int32_t*)want, (int64_t)(b->bytes / 4));
+    free(got);
+}
+
+/* ------------------------------------------------------------------ fault words */
+
+/* Puts a fault of TEST_RANK into the word; MOE_FAULT_NONE clears it. */
+MOEI_UNUSED static void tfault_put(tbuf* b, int code, int64_t index)
+{
+    const uint64_t word = code ? MOEI_FAULT_KEY(code, TEST_RANK, index) : 0;
+    tbuf_put(b, &word);
+}
+
+/* The word must hold this fault where index >= 0, else none. */
+#define CHECK_FAULT_IF(buffer, code, index)                                                        \
+    CHECK_FAULT(buffer, (index) < 0 ? MOE_FAULT_NONE : (code), (index) < 0 ? 0 : (index))
+
+/* ------------------------------------------------------------------ calls */
+
+/* Defines `name`, a test_call of the launch helper `function`; its context is a `desc`. */
+#define TEST_CALL(name, function, desc)                                                            \
+    static moe_status name(void* context, cudaStream_t stream)                                     \
+    {                                                                                              \
+        return function((const desc*)context, stream);                                             \
+    }
+
+/* Two calls, one after the other. */
+typedef struct test_chain {
+    test_call call[2];
+    void* context[2];
+} test_chain;
+
+/* A test_call whose context is a test_chain. */
+MOEI_UNUSED static moe_status test_call_chain(void* context, cudaStream_t stream)
+{
+    const test_chain* c = (const test_chain*)context;
+    MOE_TRY(c->call[0](c->context[0], stream));
+    return c->call[1](c->context[1], stream);
+}
+
+/* ------------------------------------------------------------------ draws */
+
+/* lo .. hi in one case of `of`, else 0. */
+MOEI_UNUSED static int trand_some(trand* r, int of, int lo, int hi)
+{
+    return trand_int(r, 0, of - 1) ? 0 : (int)trand_int(r, lo, hi);
+}
+
+/* One of the three dtypes. */
+MOEI_UNUSED static int trand_dtype(trand* r) { return (int)trand_int(r, MOE_FP32, MOE_BF16); }
+
+/* 1 in one case of `of`, else 0. */
+MOEI_UNUSED static int trand_one_in(trand* r, int of) { return trand_int(r, 0, of - 1) == 0; }
+
+#endif
