@@ -5,8 +5,12 @@
 #ifndef MOE_TESTS_LINK_EVERYTHING_H
 #define MOE_TESTS_LINK_EVERYTHING_H
 
-#ifdef LINK_ONE_VARIANT
+#ifdef LINK_ONE_VARIANT /* few kernels, to save time */
+#define MOE_GATE_LIST(X) X(32, 8, 4, 8)
+#define MOE_GATE_RULES_LIST(X)
 #define MOE_GEMM_VARIANT_LIST(X, ...) X(bf16_kk, MOE_BF16, MOE_MAJOR_K, MOE_MAJOR_K, __VA_ARGS__)
+#define MOE_K_GEMM_DTYPE_LIST(X) X(bf16, MOE_BF16)
+#define MOE_BLOCK_SPARSE_DTYPE_LIST(X) X(bf16, MOE_BF16)
 #endif
 #include "moe/moe.h"
 #include "moe/moe.cuh"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # link.sh NVCC DIR TARGETS [OBJECTS]: compiles main.cu and other.cu for TARGETS (90a, or a list with ;),
 # links them to DIR/link, and runs that where there is a GPU. Takes OBJECTS/main.TARGETS.o for main.cu,
-# where compile/everything.sh has made it: it has all kernels. other.cu has one GEMM variant.
+# where compile/everything.sh has made it: it has all kernels. other.cu has few.
 set -euo pipefail
 nvcc=$1 dir=$2 targets=${3:-90a} main=${4:-}/main.${3:-90a}.o
 here=$(cd "$(dirname "$0")" && pwd)

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # includes.sh ROOT: for each station the headers that it includes, directly or through others: the
-# table of README's section "Copy what you need".
-#   includes.sh ROOT write             puts it into README.md
-#   includes.sh ROOT check DIR CXX     README.md must have it; and each station compiles from a folder
-#                                      that has its row and moe/host/, nothing else
+# table of docs/copying.md's section "Files of each station".
+#   includes.sh ROOT write             puts it into docs/copying.md
+#   includes.sh ROOT check DIR CXX     docs/copying.md must have it, README.md the row of combine; and
+#                                      each station compiles from a folder that has its row and
+#                                      moe/host/, nothing else
 set -euo pipefail
 cd "$1"
-kind=${2:-print}
+kind=${2:-print} page=docs/copying.md
 
 # closure FILE: adds FILE and all that it includes to `seen`, but for the CPU backend
 closure() {
@@ -40,24 +41,29 @@ for header in $stations; do
     rows="$rows| \`${header#moe/}\` | \`$(words $seen)\` |"$'\n'
 done
 
-# README.md with the rows of that section replaced by these
+# docs/copying.md with the rows of that section replaced by these
 replaced() {
-    ROWS=$rows awk '/^## / { inside = /^## Copy what you need/; put = 0 }
+    ROWS=$rows awk '/^## / { inside = /^## Files of each station/; put = 0 }
                     inside && /^\| `/ { if (!put) printf "%s", ENVIRON["ROWS"]; put = 1; next }
-                    { print }' README.md
+                    { print }' $page
 }
 
 case $kind in
 print) printf '%s' "$rows" ;;
-write) new=$(replaced) && printf '%s\n' "$new" > README.md ;;
+write) new=$(replaced) && printf '%s\n' "$new" > $page ;;
 check)
     dir=$3 compiler=$4
-    if ! diff README.md <(replaced); then
-        echo "FAILED: README.md (<) is not what the includes say (>): run tests/readme/includes.sh . write"
+    if ! diff $page <(replaced); then
+        echo "FAILED: $page (<) is not what the includes say (>): run tests/readme/includes.sh . write"
+        exit 1
+    fi
+    row=$(grep -F '| `combine.cuh` | `' $page | cut -d'`' -f4)
+    if ! tr -s '\\\n ' ' ' < README.md | grep -qF "cp -r --parents $row "; then
+        echo "FAILED: README.md does not have the files of combine: $row"
         exit 1
     fi
     for header in $stations; do
-        list=$(grep -F "| \`${header#moe/}\` | \`" README.md | grep base/ | cut -d'`' -f4)
+        list=$(grep -F "| \`${header#moe/}\` | \`" $page | grep base/ | cut -d'`' -f4)
         rm -rf "$dir"
         mkdir -p "$dir/moe"
         (cd moe && eval "cp -r --parents $list host $dir/moe")

@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
-# readme.sh ROOT DIR commands|host|nvcc [COMPILER [FILE NAME]]
+# readme.sh ROOT DIR commands|sample|host|nvcc [COMPILER [FILE NAME]]
 # commands: README.md names the two commands, and CMakePresets.json has them.
+# sample: the example of README.md is samples/00_minimal/main.cu.
 # host, nvcc: takes the code block that follows the line <!-- example: NAME --> in FILE, else that of
-# ten-lines in README.md, a whole file with main, compiles it as it stands and runs it.
+# minimal in README.md, a whole file with main, compiles it as it stands and runs it; without a GPU
+# nvcc's front end only reads it.
 set -euo pipefail
 root=$1 kind=$3 compiler=${4:-}
-readme=$root/${5:-README.md} example=${6:-ten-lines}
+readme=$root/${5:-README.md} example=${6:-minimal}
 dir=$2/$example-$kind
 
 if [ "$kind" = commands ]; then
@@ -27,6 +29,10 @@ awk -v mark="<!-- example: $example -->" 'index($0, mark) == 1 { marked = 1; nex
 if [ ! -s example.cu ]; then
     echo "$readme has no code block right after the line <!-- example: $example -->"
     exit 1
+fi
+if [ "$kind" = sample ]; then
+    diff example.cu "$root/samples/00_minimal/main.cu"
+    exit 0
 fi
 if [ "$kind" = host ]; then
     "$compiler" -x c++ -std=c++14 -O2 -Wall -Wextra -Werror "-I$root" example.cu -o example
