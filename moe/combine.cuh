@@ -1,27 +1,29 @@
-/* combine.cuh: expert rows -> tokens, through the pointer table.
+/* combine.cuh: sums each token's K weighted expert rows, found through the pointer table.
 
      y[t, :] = residual[t, :] + sum over k of weights[t, k] * row(place[t, k])[:]
                               + shared_weight[t] * shared[t, :]
      row(p)  = table[p.buffer] + p.row * row_stride
 
-   Each token gathers its K rows from wherever they lie: one joined array, one allocation per
-   expert, a peer's memory. Nothing is concatenated, no atomics, no scratch memory. The sum is
-   taken in fp32 in ascending k, the residual first (past 8 rows, in groups of 8), and rounded once:
-   the same bits every run.
+   A token gathers its rows from any buffers: one joined array, one allocation an expert, the memory
+   of a peer. Rows are not concatenated; no atomics, no workspace.
 
-   In:   place [T, K] (route's), the table of buffers, weights [T, K] fp32
+   In:   place [T, K] moe_place (route's), the table of buffers, weights [T, K] fp32
          residual [T, H] of y's dtype, optional
-         shared [T, H] of the rows' dtype, optional: what a shared expert gave for every token
-   Out:  y [T, H], each element written once. A token with no live slot gets its residual and its
-         shared row, or 0.
-   Rows and y are fp32, fp16 or bf16, each its own. y may be the residual itself.
+         shared [T, H] of the rows' dtype, optional: a shared expert's output for every token
+   Out:  y [T, H], each element written once. A token without rows gets its residual and its shared
+         row, or 0.
+   Rows and y are fp32, fp16 or bf16, each its own dtype. y may be the residual itself.
 
-   A place with buffer -1 is skipped. One outside the table (or past num_rows, if that is given)
-   sets the fault word and is skipped.
+   Numerics: the sum is fp32 in ascending k, the residual first, the shared row last; past 8 rows in
+   groups of 8. The sum is rounded once. Equal inputs give equal bits.
+
+   A place with buffer -1 is skipped. A place outside the table (or at num_rows or more, where
+   num_rows is given) sets the fault word (BAD_PLACE) and is skipped, as is a buffer whose address
+   is null or misaligned.
    K up to MOE_COMBINE_MAX_TOP_K.
-   Cost: each row read once, each output written once, at the rate of a device-to-device copy.
-   Rows move 16 bytes at a time where H is a multiple of 8 and the addresses allow it; other
-   shapes work, slower. Minimum architecture: sm_75.
+   Cost: one launch; each row read once, each output written once, at the rate of a device-to-device
+   copy. Rows move as 16-byte vectors where H is a multiple of 8 (fp32 rows: 4) and the addresses
+   are aligned to 16 bytes; other shapes work, slower. Minimum architecture: sm_75.
 
      moe_combine_desc c = {0};
      c.table = table;  c.num_buffers = n;         // [n] device addresses, in device memory
@@ -29,11 +31,11 @@
      c.num_tokens = T; c.hidden = H;  c.top_k = K;
      moe_status s = moe_combine(&c, stream);
 
-   For kernels of one's own: moe_combine_row finds the row of a slot, moe_combine_token makes one
+   For kernels of one's own: moe_combine_row finds the row of a slot, moe_combine_token computes one
    token's row of y.
 
-   Source: the grouped combine without `cat`: pointer indirection in place of concatenation,
-   here in gather form, so that the sum needs no atomics. */
+   Source: the grouped combine without `cat`: pointer indirection in place of concatenation; here as
+   a gather, so that the sum needs no atomics. */
 #ifndef MOE_COMBINE_CUH
 #define MOE_COMBINE_CUH
 
@@ -47,70 +49,72 @@
 #include "layout.h"
 #include "preload.cuh"
 
+/* What moe_combine takes. Pointers are device addresses, aligned to their elements. */
 typedef struct moe_combine_desc {
     /* in */
-    const void* const* table; /* [num_buffers] device array of device addresses; or null */
-    const void* rows;         /* the one buffer, when there is no table */
-    const moe_place* place;   /* [T, K] */
-    const float* weights;     /* [T, K]; null = 1 each */
-    const void* residual;     /* [T, H] y_dtype, added first; or null */
-    const void* shared;       /* [T, H] rows_dtype, row t added to token t last; or null */
-    const float* shared_weight; /* [T] with shared; null = 1 each */
-    int64_t row_stride;       /* elements between rows of a buffer; 0 = H */
-    int64_t residual_stride;  /* elements between rows; 0 = H */
-    int64_t shared_stride;    /* elements between rows; 0 = H */
-    int32_t rows_dtype;       /* moe_dtype; 0 = bf16 */
+    const void* const* table;   /* [num_buffers] address of each buffer; null: rows */
+    const void* rows;           /* [num_rows, H] rows_dtype, the one buffer; null with a table */
+    const moe_place* place;     /* [T, K] place of each slot's row; {-1, -1} = none */
+    const float* weights;       /* [T, K] factor on each slot's row; null: 1 each */
+    const void* residual;       /* [T, H] y_dtype, added first; null: none */
+    const void* shared;         /* [T, H] rows_dtype, row t added to token t last; null: none */
+    const float* shared_weight; /* [T] factor on shared; null: 1 each; null without shared */
+    int64_t row_stride;         /* elements between rows of every buffer, >= H; 0 = H */
+    int64_t residual_stride;    /* elements between rows, >= H; 0 = H */
+    int64_t shared_stride;      /* elements between rows, >= H; 0 = H */
+    int32_t rows_dtype;         /* moe_dtype; 0 = bf16 */
     /* out */
     void* y;          /* [T, H] y_dtype */
-    int64_t y_stride; /* elements between rows; 0 = H */
+    int64_t y_stride; /* elements between rows, >= H; 0 = H */
     int32_t y_dtype;  /* moe_dtype; 0 = rows_dtype */
     uint64_t* fault;  /* [1] fault word; or null */
     /* sizes */
     int32_t num_tokens;  /* T >= 0 */
     int32_t hidden;      /* H, 1 .. 2^28 */
     int32_t top_k;       /* K, 1 .. MOE_COMBINE_MAX_TOP_K */
-    int32_t num_buffers; /* length of the table; without a table, 0 or 1 */
-    int64_t num_rows;    /* most rows that any buffer has: bounds of places, and of `rows` against
-                            what is written; 0 = neither is checked */
-    int32_t rank;        /* reported with a fault, 0 .. MOE_FAULT_MAX_RANK */
+    int32_t num_buffers; /* entries of the table, >= 1; without a table 0 or 1 */
+    int64_t num_rows;    /* most rows of any buffer: bounds places, and the extent of `rows` in the
+                            check for overlaps; 0 = unknown: places are not bounded */
+    int32_t rank;        /* rank that a fault reports, 0 .. MOE_FAULT_MAX_RANK */
 } moe_combine_desc;
 
-/* What kernels take: a descriptor that moe_combine_resolve has checked. */
+/* The argument of combine's kernels: a descriptor that moe_combine_resolve has checked. */
 typedef struct moe_combine_args {
-    const void* const* table; /* or null: rows is the one buffer */
-    const void* rows;
-    const moe_place* place;
-    const float* weights;       /* or null */
-    const void* residual;       /* or null */
-    const void* shared;         /* or null */
-    const float* shared_weight; /* or null */
-    void* y;
-    uint64_t* fault;                                          /* or null */
+    const void* const* table;    /* [num_buffers]; null: rows */
+    const void* rows;            /* rows_dtype; null with a table */
+    const moe_place* place;      /* [T, K] */
+    const float* weights;        /* [T, K]; null: 1 each */
+    const void* residual;        /* [T, H] y_dtype; or null */
+    const void* shared;          /* [T, H] rows_dtype; or null */
+    const float* shared_weight;  /* [T]; null: 1 each */
+    void* y;                     /* [T, H] y_dtype */
+    uint64_t* fault;             /* [1]; or null */
     int64_t row_pitch, residual_pitch, shared_pitch, y_pitch; /* bytes between rows */
-    int64_t num_rows; /* 0: places are not bounded by it */
-    int32_t rows_dtype, y_dtype;
+    int64_t num_rows;            /* 0: does not bound places */
+    int32_t rows_dtype, y_dtype; /* moe_dtype, not 0 */
     int32_t num_tokens, hidden, top_k, num_buffers, rank;
 } moe_combine_args;
 
-#define MOE_COMBINE_MAX_TOP_K 2048 /* 32 KB of shared memory a block */
+#define MOE_COMBINE_MAX_TOP_K 2048 /* 32 KB of shared memory a thread block */
 
-#define MOEI_COMBINE_THREADS 256 /* of a block, at most */
+#define MOEI_COMBINE_THREADS 256 /* most threads a block */
 
-/* A token's rows as its block looks them up once, those that exist, in slot order. */
+/* One of a token's rows and its factor. A token's block looks up those that exist, once, in slot
+   order. */
 typedef struct moe_combine_source {
-    const char* row;
+    const char* row; /* address of the row */
     float weight;
 } moe_combine_source;
 
-/* Shared memory of moe_combine_token, beside its sources. */
+/* Shared memory of moe_combine_token, besides its sources. */
 typedef struct moe_combine_shared {
     int count;  /* of rows that exist */
-    int narrow; /* one of them does not begin at a multiple of 16 */
+    int narrow; /* 1: some row does not begin at a multiple of 16 bytes */
 } moe_combine_shared;
 
-/* Address of the row that the place of slot t * K + k names, through the pointer table; null where
-   there is none. A place that is wrong sets the fault word. slot is the index into place, no more:
-   with top_k = E, say, place may be [T, E]. Any thread may call it. */
+/* Returns the address of the row that place[slot] names, through the pointer table; null where it
+   names none. A wrong place sets the fault word (BAD_PLACE) and gives null. slot is an index into
+   place alone: with top_k = E, for instance, place may be [T, E]. Any thread may call it. */
 MOE_DEVICE const char* moe_combine_row(const moe_combine_args* d, int64_t slot)
 {
     const moe_place p = d->place[slot];
@@ -129,25 +133,25 @@ MOE_DEVICE const char* moe_combine_row(const moe_combine_args* d, int64_t slot)
     return base + p.row * d->row_pitch;
 }
 
-/* The sum is taken in groups of 8 rows, each added up in order and then to the groups before: with
-   many rows a single chain would round as often as there are rows. */
+/* Rows are summed in groups of 8, each in order, and the groups' sums are added in order: one chain
+   over many rows would round once a row. */
 #define MOEI_COMBINE_GROUP 8
 
-/* Where a thread's vectors of a token lie, and what is added to them. */
+/* A thread's 16-byte vectors of a token, and the rows that are added to them. */
 typedef struct moei_combine_piece {
-    const moe_combine_source* source; /* the token's rows */
-    int count;                        /* of them */
-    int h, span, hidden;              /* column of the first vector; from vector to vector; H */
+    const moe_combine_source* source; /* [count] the token's rows */
+    int count;                        /* rows, 0 .. moe_combine_sources */
+    int h, span, hidden;              /* column of the first vector; columns between vectors; H */
 } moei_combine_piece;
 
-/* Adds rows k0 .. k0 + rows to the vectors acc[0 .. cols) of a thread. All loads go out before the
-   first is used. full says that rows and columns are all there. rows_dtype, cols, rows and full are
-   literals. */
+/* Adds rows k0 .. k0 + rows - 1 to a thread's vectors acc[0 .. cols). Issues all loads before the
+   first use, so that they are in flight together. full: 1 where all these rows and columns exist.
+   rows_dtype, cols, rows and full are literals. */
 MOE_DEVICE void moei_combine_add(float acc[2][8], const moei_combine_piece p, int k0,
                                  const int rows_dtype, const int cols, const int rows,
                                  const int full)
 {
-    const int width = rows_dtype == MOE_FP32 ? 4 : 8; /* elements in 16 bytes of row */
+    const int width = rows_dtype == MOE_FP32 ? 4 : 8; /* elements in a 16-byte vector of a row */
     uint4 raw[2][8];
     float v[8], sum[2][8];
     MOE_UNROLL
@@ -181,8 +185,8 @@ MOE_DEVICE void moei_combine_add(float acc[2][8], const moei_combine_piece p, in
     }
 }
 
-/* The token's columns, 16 bytes of row at a time: a thread has `cols` such vectors at once, of
-   `rows` rows under way together. rows_dtype, cols and rows are literals. */
+/* Computes the token's columns in 16-byte vectors of rows. A thread has `cols` vectors at a time,
+   with `rows` rows of each in flight together. rows_dtype, cols and rows are literals. */
 MOE_DEVICE void moei_combine_wide(const moe_combine_args* d, const moe_combine_source* source,
                                   int count, char* y, const char* residual, const int rows_dtype,
                                   const int cols, const int rows)
@@ -213,19 +217,20 @@ MOE_DEVICE void moei_combine_wide(const moe_combine_args* d, const moe_combine_s
     }
 }
 
-/* Rows of a token at most, those of its slots and the shared one: so many sources. */
+/* Returns the most rows of a token, those of its slots and the shared one: entries of source. */
 MOE_HOST_DEVICE int moe_combine_sources(const moe_combine_args* d)
 {
     return d->top_k + (d->shared ? 1 : 0);
 }
 
-/* One block makes row t of y: its first warp looks the rows up, then all sum them; element by
-   element where an address or H does not allow 16-byte access.
+/* Computes row t of y. All threads of a block of whole warps call it together.
+     1. the first warp looks the rows up, those that exist, in slot order
+     2. all threads sum them: element by element where an address or H does not allow 16-byte
+        vectors, else in vectors
 
-   All threads of a block of whole warps call it together. In shared memory lie the
-   moe_combine_shared and moe_combine_sources(d) of moe_combine_source; a barrier stands between two
-   calls with the same ones. What d points to is in global memory, also where this kernel wrote it
-   before a barrier; rows_dtype is d's, a literal. */
+   The moe_combine_shared and moe_combine_sources(d) of moe_combine_source are in shared memory. A
+   barrier must stand between two calls with the same ones. All that d points to is in global
+   memory; this kernel may have written it before a barrier. rows_dtype is d's, a literal. */
 MOE_DEVICE_BODY void moe_combine_token(const moe_combine_args* d, int64_t t,
                                        moe_combine_shared* shared, moe_combine_source* source,
                                        const int rows_dtype)
@@ -236,11 +241,11 @@ MOE_DEVICE_BODY void moe_combine_token(const moe_combine_args* d, int64_t t,
         d->residual ? (const char*)d->residual + t * d->residual_pitch : (const char*)0;
     int count = 0;
 
-    if (moe_warp() == 0) {
+    if (moe_warp() == 0) { /* 1. look up */
         bool narrow = false;
         for (int k0 = 0; k0 < top_k; k0 += MOE_WARP_SIZE) {
             const int k = k0 + moe_lane();
-            const float w = /* fetched beside the row's address, not after it */
+            const float w = /* loaded together with the row's address, not after */
                 k < top_k && d->weights
                     ? __uint_as_float(moei_load4_early(d->weights + t * top_k + k))
                     : 1.0f;
@@ -269,7 +274,7 @@ MOE_DEVICE_BODY void moe_combine_token(const moe_combine_args* d, int64_t t,
             shared->narrow = narrow;
         }
     }
-    __syncthreads();
+    __syncthreads(); /* 2. sum; the sources are written */
     count = shared->count;
     if (shared->narrow || (((uintptr_t)y | (uintptr_t)residual) & 15) != 0 ||
         hidden % (rows_dtype == MOE_FP32 ? 4 : 8) != 0) {
@@ -292,7 +297,8 @@ MOE_DEVICE_BODY void moe_combine_token(const moe_combine_args* d, int64_t t,
     }
 }
 
-/* Blocks a multiprocessor: four keep enough loads under way, where 64 registers do for them. */
+/* Thread blocks a multiprocessor: four keep enough loads in flight, where 64 registers a thread
+   suffice. */
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1000
 #define MOEI_COMBINE_BLOCKS 4
 #else
@@ -301,6 +307,7 @@ MOE_DEVICE_BODY void moe_combine_token(const moe_combine_args* d, int64_t t,
 
 #define MOEI_COMBINE_LIST(X) X(fp32, MOE_FP32) X(fp16, MOE_FP16) X(bf16, MOE_BF16)
 
+/* Combine for one dtype of rows: one block a token. */
 #define MOEI_COMBINE_KERNEL(name, dtype)                                                           \
     MOE_KERNEL(MOEI_COMBINE_THREADS, MOEI_COMBINE_BLOCKS)                                          \
     moei_combine_##name(MOE_ARG(moe_combine_args) d)                                               \
@@ -315,7 +322,8 @@ MOE_DEVICE_BODY void moe_combine_token(const moe_combine_args* d, int64_t t,
 MOEI_COMBINE_LIST(MOEI_COMBINE_KERNEL)
 #undef MOEI_COMBINE_KERNEL
 
-/* Refuses sizes and options that the header does not offer, and fills in their defaults. */
+/* Refuses sizes and options that are out of range or contradict each other; fills in the
+   defaults. */
 MOE_HOST moe_status moei_combine_check_options(moe_combine_desc* d)
 {
     const int64_t num_tokens = d->num_tokens;
@@ -350,7 +358,7 @@ MOE_HOST moe_status moei_combine_check_options(moe_combine_desc* d)
     return MOE_OK;
 }
 
-/* Refuses buffers that are absent, misaligned or overlap; options have been checked. */
+/* Refuses buffers that are missing, misaligned or overlapping. Requires checked options. */
 MOE_HOST moe_status moei_combine_check_buffers(const moe_combine_desc* d)
 {
     const int64_t num_tokens = d->num_tokens, hidden = d->hidden;
@@ -378,15 +386,16 @@ MOE_HOST moe_status moei_combine_check_buffers(const moe_combine_desc* d)
     return moe_check_buffers(b, count);
 }
 
-/* Refuses what the header does not offer, and fills in the defaults. */
+/* Refuses what moe_combine_desc does not allow; fills in the defaults. */
 MOE_HOST moe_status moei_combine_check(moe_combine_desc* d)
 {
     MOE_TRY(moei_combine_check_options(d));
     return moei_combine_check_buffers(d);
 }
 
-/* Checks a descriptor and resolves it into what kernels take, also those of one's own that call
-   moe_combine_token or moe_combine_row. Errors as of moe_combine; *args is left alone then. */
+/* Checks a descriptor and resolves it into the kernels' argument, also for kernels of one's own
+   that call moe_combine_token or moe_combine_row. Errors: those of moe_combine_prepare, which leave
+   *args unchanged; MOE_ERR_NULL (desc) where desc or args is null. */
 MOE_HOST moe_status moe_combine_resolve(const moe_combine_desc* desc, moe_combine_args* args)
 {
     moe_combine_desc d;
@@ -421,13 +430,13 @@ MOE_HOST moe_status moe_combine_resolve(const moe_combine_desc* desc, moe_combin
     return MOE_OK;
 }
 
-/* A combine with all but its stream settled, for the device that was current. */
+/* A prepared combine: all but the stream, for the device that was current in prepare. */
 typedef struct moe_combine_prepared {
     moe_combine_args args;
-    moe_launch launch;
+    moe_launch launch; /* empty with T = 0 */
 } moe_combine_prepared;
 
-/* Fills in *p, which is empty. */
+/* Fills in *p, which is all zeros. */
 MOE_HOST moe_status moei_combine_prepare(const moe_combine_desc* desc, moe_combine_prepared* p)
 {
     const moe_combine_args* d = &p->args;
@@ -436,7 +445,7 @@ MOE_HOST moe_status moei_combine_prepare(const moe_combine_desc* desc, moe_combi
     MOE_TRY(moe_combine_resolve(desc, &p->args));
     if (d->num_tokens == 0) return MOE_OK;
     vectors =
-        (d->hidden + 7) / 8 * (d->rows_dtype == MOE_FP32 ? 2 : 1); /* 16 bytes of a row each */
+        (d->hidden + 7) / 8 * (d->rows_dtype == MOE_FP32 ? 2 : 1); /* 16-byte vectors of a row */
     threads = ((moe_combine_sources(d) <= 2 ? (vectors + 1) / 2 : vectors) + 31) / 32 * 32;
     if (threads > MOEI_COMBINE_THREADS) threads = MOEI_COMBINE_THREADS;
     c = moe_grid(d->num_tokens, threads,
@@ -449,8 +458,8 @@ MOE_HOST moe_status moei_combine_prepare(const moe_combine_desc* desc, moe_combi
     return MOE_STATUS(MOE_ERR_DTYPE, rows_dtype);
 }
 
-/* Settles a combine: moe_combine_run queues it any number of times. Errors: every field of the
-   descriptor as documented above, each with its own status. T = 0 is no error. */
+/* Prepares a combine, which moe_combine_run queues any number of times. Errors: a status for each
+   field of moe_combine_desc that is not as documented. T = 0 is no error. */
 MOE_HOST moe_status moe_combine_prepare(const moe_combine_desc* desc, moe_combine_prepared* p)
 {
     MOE_RETURN_PREPARED(desc, p, moei_combine_prepare(desc, p));
@@ -463,7 +472,7 @@ MOE_HOST moe_status moe_combine_run(const moe_combine_prepared* p, cudaStream_t 
     return MOE_RUN(&p->launch, p->args, stream);
 }
 
-/* Prepares and runs. Nothing is queued where a field is refused. */
+/* Prepares and runs. Queues nothing where a field is refused. */
 MOE_HOST moe_status moe_combine(const moe_combine_desc* desc, cudaStream_t stream)
 {
     moe_combine_prepared p;
@@ -471,7 +480,7 @@ MOE_HOST moe_status moe_combine(const moe_combine_desc* desc, cudaStream_t strea
     return moe_combine_run(&p, stream);
 }
 
-/* Loads this header's kernels now. */
+/* Loads this header's kernels now rather than at their first launch. */
 MOE_HOST moe_status moe_combine_preload(void)
 {
 #define MOEI_COMBINE_LOAD(name, dtype)                                                             \

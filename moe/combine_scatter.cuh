@@ -1,30 +1,30 @@
-/* combine_scatter.cuh: expert rows -> tokens by atomic additions, for callers without a row map.
-   The order of the additions, and with it the last bits of y, differ from run to run;
-   combine.cuh is the deterministic one, and the faster one where route has made places.
+/* combine_scatter.cuh: adds weighted expert rows to their tokens by atomic additions, for callers
+   without a map from slots to rows. combine.cuh is deterministic, and faster where route has
+   written places.
 
      y[token(r), :] += row_weight[r] * row(r)[:]        for every row r of every expert
      row(r)   = table[e] + (r - first row of e) * row_stride,  or  rows + r * row_stride
      token(r) = row_token[r],  or  row_slot[r] / top_k
 
-   One launch over a grid of (rows of the fullest expert) x (experts); blocks past an expert's last
-   row leave at once. Nothing is concatenated, the weight is fused, no scratch memory.
-
-   y is added to: the caller sets it to 0, or to the residual, before.
    In:   rows fp32, fp16 or bf16; where each expert's rows begin: expert_offset [E + 1],
-         expert_count [E], or both (a padded expert: its count is less than its room)
+         expert_count [E], or both (of a padded expert the count is less than its rows)
+         y [T, H]: the caller sets it to 0, or to the residual, before
    Out:  y [T, H] fp32, fp16 or bf16
-   Numerics: weight * row is formed in fp32 and rounded to y's dtype, and y is rounded at each
-   addition. With K rows a token, bf16 y is good to about (K + 1) 2^-8 of the sum of the |products|;
-   fp32 y is recommended where memory allows.
-   Faults: an expert whose offset or count makes no sense is skipped (BAD_OFFSET), so is one with
-   rows and a null or misaligned address (BAD_TABLE); with a fault word these stop the whole, and
-   which of the other experts' rows are in y is undefined. A row whose token is out of range is
-   skipped (BAD_ROW), -1 is an unused row.
+   Numerics: not deterministic: the order of the additions, and so the last bits of y, differ from
+   run to run. weight * row is computed in fp32 and rounded to y's dtype; y is rounded at each
+   addition. With K rows a token, bf16 y is exact to about (K + 1) 2^-8 of the sum of the
+   |products|. Use fp32 y where memory allows.
+   Faults: an expert whose offset or count is not possible is skipped (BAD_OFFSET). So is an expert
+   with rows and a null or misaligned address (BAD_TABLE). With a fault word these two stop the
+   whole launch, and which of the other experts' rows are in y is undefined. A row whose token is
+   out of range is skipped (BAD_ROW); -1 is an unused row.
 
-   Cost: each row read once, and one 16-byte reduction for each 16 bytes of y that a row changes
-   (sm_90; before, narrower ones). Columns are taken in groups so small that the y of all tokens
-   stays in L2 while its rows come by. 16 bytes at a time where y's rows and the expert's begin at
-   multiples of 16; other shapes work, slower. Minimum architecture: sm_75.
+   Cost: one launch over a grid of (rows of the fullest expert) x (experts) x (groups of columns);
+   thread blocks past an expert's last row exit at once. No concatenation, no workspace. Each row is
+   read once; y takes one 16-byte reduction for each 16 bytes that a row changes (sm_90; narrower
+   ones before). A group of columns is so small that the y of all tokens stays in L2 while rows are
+   added. 16-byte vectors where the rows of y and of the expert begin at multiples of 16 bytes;
+   other shapes work, slower. Minimum architecture: sm_75.
 
      cudaMemsetAsync(y, 0, T * H * 4, stream);
      moe_combine_scatter_desc c = {0};
@@ -33,9 +33,9 @@
      c.num_tokens = T;  c.hidden = H;  c.num_experts = E;  c.num_rows = R;
      moe_status s = moe_combine_scatter(&c, stream);
 
-   In a kernel of your own: moe_add_row_atomic.
+   For kernels of one's own: moe_add_row_atomic.
 
-   Source: the grouped combine without `cat`: pointer table, one 2-D launch, early exit, atomics. */
+   Source: the grouped combine without `cat`: pointer table, one launch, early exit, atomics. */
 #ifndef MOE_COMBINE_SCATTER_CUH
 #define MOE_COMBINE_SCATTER_CUH
 
@@ -50,40 +50,42 @@
 #include "layout.h"
 #include "preload.cuh"
 
+/* What moe_combine_scatter takes. Pointers are device addresses, aligned to their elements. */
 typedef struct moe_combine_scatter_desc {
     /* in */
-    const void* const* table;     /* [E] device array: address of each expert's rows; or null */
-    const void* rows;             /* [R, H] the rows of all experts, when there is no table */
+    const void* const* table;     /* [E] address of each expert's rows; null: rows */
+    const void* rows;             /* [R, H] rows_dtype, of all experts; null with a table */
     const int32_t* expert_offset; /* [E + 1] first row of each expert; null: sums of the counts */
-    const int32_t* expert_count;  /* [E] rows of each; null: up to the next offset */
-    const int32_t* row_token;     /* [R] token of each row, -1 = unused; or null */
-    const int32_t* row_slot;      /* [R] route's: slot of each row, -1 = unused; or null */
-    const float* row_weight;      /* [R]; null = 1 each */
-    int64_t row_stride;           /* elements between rows; 0 = H */
+    const int32_t* expert_count;  /* [E] rows of each expert; null: all up to the next offset */
+    const int32_t* row_token;     /* [R] token of each row, -1 = unused; null: row_slot */
+    const int32_t* row_slot;      /* [R] route's: slot of each row, -1 = unused; null: row_token */
+    const float* row_weight;      /* [R] factor on each row; null: 1 each */
+    int64_t row_stride;           /* elements between rows, >= H; 0 = H */
     int32_t rows_dtype;           /* moe_dtype; 0 = bf16 */
-    int32_t top_k;                /* K: slots of a token, with row_slot; else not looked at */
+    int32_t top_k;                /* K >= 1: slots of a token, with row_slot; else not read */
     /* in and out */
     void* y;          /* [T, H] y_dtype, added to */
-    int64_t y_stride; /* elements between rows; 0 = H */
+    int64_t y_stride; /* elements between rows, >= H; 0 = H */
     int32_t y_dtype;  /* moe_dtype; 0 = rows_dtype */
     uint64_t* fault;  /* [1] fault word; or null */
     /* sizes */
     int32_t num_tokens;  /* T >= 0 */
     int32_t hidden;      /* H, 1 .. 2^28 */
     int32_t num_experts; /* E, 1 .. MOE_MAX_EXPERTS */
-    int32_t num_rows;    /* R >= 0: rows of all experts, length of the [R] arrays */
-    int32_t max_rows;    /* most rows of an expert, as far as the host knows: sizes the grid, binds
-                            nobody; 0 = R */
-    int32_t rank;        /* reported with a fault, 0 .. MOE_FAULT_MAX_RANK */
+    int32_t num_rows;    /* R >= 0: rows of all experts, entries of the [R] arrays */
+    int32_t max_rows;    /* most rows of an expert, as far as the host knows, >= 0: sizes the grid
+                            alone, an expert may have more; 0 = R */
+    int32_t rank;        /* rank that a fault reports, 0 .. MOE_FAULT_MAX_RANK */
 } moe_combine_scatter_desc;
 
 /* ---- adding one row ---- */
 
-/* Products of 16 bytes of y: 4 or 8 (width, a literal) elements from column h of the row on. */
+/* The elements of a row for 16 bytes of y, from column h on: width (a literal), 4 or 8. */
 typedef struct moei_scatter_vector {
-    uint4 raw[2];
+    uint4 raw[2]; /* rows_dtype, not multiplied yet */
 } moei_scatter_vector;
 
+/* Loads the `width` elements from column h of a row on, by aligned vectors of 16 or 8 bytes. */
 MOE_DEVICE void moei_scatter_load(moei_scatter_vector* p, const void* row, int h,
                                   const int rows_dtype, const int width)
 {
@@ -98,6 +100,7 @@ MOE_DEVICE void moei_scatter_load(moei_scatter_vector* p, const void* row, int h
     }
 }
 
+/* Adds weight * *p to 16 bytes of y, from column h on, by moei_add16_atomic. */
 MOE_DEVICE void moei_scatter_add(void* y, int y_dtype, const moei_scatter_vector* p, int h,
                                  float weight, const int rows_dtype, const int width)
 {
@@ -124,8 +127,8 @@ MOE_DEVICE void moei_scatter_add(void* y, int y_dtype, const moei_scatter_vector
         moei_add16_atomic((uint16_t*)y + h, moei_pack_8(v, y_dtype), y_dtype);
 }
 
-/* Columns 0 .. columns, a multiple of width; rows_dtype and width are literals. A thread has four
-   pieces under way. */
+/* Adds columns 0 .. columns - 1, a multiple of width. A thread has four vectors in flight.
+   rows_dtype and width are literals. */
 MOE_DEVICE void moei_scatter_wide(void* y, int y_dtype, const void* row, float weight, int columns,
                                   int thread, int threads, const int rows_dtype, const int width)
 {
@@ -143,7 +146,8 @@ MOE_DEVICE void moei_scatter_wide(void* y, int y_dtype, const void* row, float w
     }
 }
 
-/* Columns from `begin` on, whatever the addresses allow: pairs of 16-bit y, or single elements. */
+/* Adds columns `begin` .. columns - 1 of any alignment: by pairs of 16-bit y where y allows, else
+   by single elements. */
 MOE_DEVICE void moei_scatter_narrow(void* y, int y_dtype, const void* row, int rows_dtype,
                                     float weight, int begin, int columns, int thread, int threads)
 {
@@ -160,12 +164,12 @@ MOE_DEVICE void moei_scatter_narrow(void* y, int y_dtype, const void* row, int r
     }
 }
 
-/* y[0 .. columns) += weight * row[0 .. columns), each element by an atomic addition that all of
-   this device see: for kernels of your own. `threads` threads share the work and this one is number
-   `thread` of them: (lane, 32) for a warp, (threadIdx.x, blockDim.x) for a block. No barrier, no
-   shared memory, and they need not come together. y and row are global memory, aligned to their
-   elements; 16 bytes at a time where both begin at multiples of 16. The dtypes are fp32, fp16 or
-   bf16, best given as literals. Rounding: see the top. */
+/* Adds y[0 .. columns) += weight * row[0 .. columns), for kernels of one's own. Each element is one
+   atomic addition at the scope of the device. `threads` threads share the work; this one is number
+   `thread` of them: (lane, 32) for a warp, (threadIdx.x, blockDim.x) for a block. The threads need
+   not converge: no barrier, no shared memory. y and row are in global memory, aligned to their
+   elements; 16-byte vectors where both begin at multiples of 16. The dtypes are fp32, fp16 or bf16,
+   best given as literals. Rounding: see the top. */
 MOE_DEVICE void moe_add_row_atomic(void* y, int y_dtype, const void* row, int rows_dtype,
                                    float weight, int columns, int thread, int threads)
 {
@@ -193,17 +197,19 @@ MOE_DEVICE void moe_add_row_atomic(void* y, int y_dtype, const void* row, int ro
 
 /* ---- the kernel ---- */
 
-#define MOEI_SCATTER_THREADS 256
+#define MOEI_SCATTER_THREADS 256 /* threads a block */
 #define MOEI_SCATTER_WARPS (MOEI_SCATTER_THREADS / 32)
-#define MOEI_SCATTER_ROWS 4 /* of one warp, looked up together */
+#define MOEI_SCATTER_ROWS 4 /* rows that a warp looks up together */
 
+/* The argument of the kernels. */
 typedef struct moei_scatter_args {
-    moe_combine_scatter_desc d;
-    int32_t columns; /* of a group; blockIdx.z counts them */
+    moe_combine_scatter_desc d; /* defaults filled in */
+    int32_t columns;            /* columns of a group; blockIdx.z is the group */
 } moei_scatter_args;
 
-/* First row and number of rows of an expert; false where they make no sense, which sets the fault
-   word. All threads of the block call it and get one answer. */
+/* Sets *begin and *count to the first row and the number of rows of expert e. Returns false, and
+   raises BAD_OFFSET, where they are not possible. All threads of the block call it and get the same
+   answer. */
 MOE_DEVICE bool moei_scatter_rows(const moe_combine_scatter_desc* d,
                                   moe_block_scan_scratch* scratch, int e, int* begin, int* count)
 {
@@ -220,21 +226,23 @@ MOE_DEVICE bool moei_scatter_rows(const moe_combine_scatter_desc* d,
         for (int i = (int)threadIdx.x; i < e; i += (int)blockDim.x) {
             const int n = d->expert_count[i];
             if (n > 0) before += (unsigned)n;
-            if (before > 0x7fffffffu) before = 0x80000000u; /* more than there can be rows */
+            if (before > 0x7fffffffu) before = 0x80000000u; /* more than any number of rows */
         }
         (void)moe_block_exclusive_scan((int)(before >> 16), scratch, &high);
         (void)moe_block_exclusive_scan((int)before, scratch, &all);
         *begin = all;
         *count = d->expert_count[e];
-        good = high < 1 << 15 && /* the sum stays below 2^32 */
+        good = high < 1 << 15 && /* no wrap: the sum is below 2^32 */
                *count >= 0 && (unsigned)all <= (unsigned)d->num_rows && *count <= d->num_rows - all;
     }
     if (!good && threadIdx.x == 0) moe_fault_raise(d->fault, MOE_FAULT_BAD_OFFSET, d->rank, e);
     return good;
 }
 
-/* A block adds one group of columns of some rows of expert blockIdx.y. A warp looks up to four rows
-   up together, one in each of four lanes, and adds them one after the other. */
+/* Adds one group of columns of some rows of expert blockIdx.y. All threads of the block.
+     1. the expert's rows and their address; faults
+     2. each warp looks up to four rows up together, one in each of four lanes
+     3. the warp adds these rows one after another */
 MOE_DEVICE_BODY void moei_scatter_block(const moei_scatter_args* a, moe_block_scan_scratch* scratch,
                                         const int rows_dtype)
 {
@@ -246,7 +254,7 @@ MOE_DEVICE_BODY void moei_scatter_block(const moei_scatter_args* a, moe_block_sc
     const char* base;
     int begin, count;
 
-    if (!moei_scatter_rows(d, scratch, e, &begin, &count)) return;
+    if (!moei_scatter_rows(d, scratch, e, &begin, &count)) return; /* 1. rows */
     if ((int64_t)blockIdx.x * block_rows >= count) return;
     base = d->table ? (const char*)d->table[e]
                     : (const char*)d->rows + begin * d->row_stride * row_bytes;
@@ -254,14 +262,14 @@ MOE_DEVICE_BODY void moei_scatter_block(const moei_scatter_args* a, moe_block_sc
         if (threadIdx.x == 0) moe_fault_raise(d->fault, MOE_FAULT_BAD_TABLE, d->rank, e);
         return;
     }
-    /* after the checks, so that every run meets the same faults, whichever block is first */
+    /* after the checks: every run meets the same faults, whichever block is first */
     if (moe_fault_stopped(d->fault)) return;
     for (int64_t first = (int64_t)blockIdx.x * block_rows + moe_warp(); first < count;
          first += (int64_t)gridDim.x * block_rows) {
         const int64_t mine = first + (int64_t)moe_lane() * MOEI_SCATTER_WARPS;
         int token = -1;
         float weight = 1.0f;
-        if (moe_lane() < MOEI_SCATTER_ROWS && mine < count) {
+        if (moe_lane() < MOEI_SCATTER_ROWS && mine < count) { /* 2. look up */
             const int64_t r = begin + mine;
             token = d->row_token ? d->row_token[r] : d->row_slot[r];
             if (d->row_weight) weight = d->row_weight[r];
@@ -271,7 +279,7 @@ MOE_DEVICE_BODY void moei_scatter_block(const moei_scatter_args* a, moe_block_sc
                 token = -1;
             }
         }
-        for (int i = 0; i < MOEI_SCATTER_ROWS; ++i) {
+        for (int i = 0; i < MOEI_SCATTER_ROWS; ++i) { /* 3. add */
             const int t = __shfl_sync(MOE_FULL_WARP, token, i);
             const float w = __shfl_sync(MOE_FULL_WARP, weight, i);
             if (t < 0) continue;
@@ -283,7 +291,7 @@ MOE_DEVICE_BODY void moei_scatter_block(const moei_scatter_args* a, moe_block_sc
     }
 }
 
-/* Blocks a multiprocessor, where 64 registers a thread do. */
+/* Thread blocks a multiprocessor: four where 64 registers a thread suffice. */
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1000
 #define MOEI_SCATTER_BLOCKS 4
 #else
@@ -292,6 +300,7 @@ MOE_DEVICE_BODY void moei_scatter_block(const moei_scatter_args* a, moe_block_sc
 
 #define MOEI_SCATTER_LIST(X) X(fp32, MOE_FP32) X(fp16, MOE_FP16) X(bf16, MOE_BF16)
 
+/* The kernel for one dtype of rows. */
 #define MOEI_SCATTER_KERNEL(name, dtype)                                                           \
     MOE_KERNEL(MOEI_SCATTER_THREADS, MOEI_SCATTER_BLOCKS)                                          \
     moei_combine_scatter_##name(MOE_ARG(moei_scatter_args) a)                                      \
@@ -306,7 +315,8 @@ MOEI_SCATTER_LIST(MOEI_SCATTER_KERNEL)
 
 /* ---- the station ---- */
 
-/* Refuses sizes and options that the header does not offer, and fills in their defaults. */
+/* Refuses sizes and options that are out of range or contradict each other; fills in the
+   defaults. */
 MOE_HOST moe_status moei_scatter_check_options(moe_combine_scatter_desc* d)
 {
     const int64_t num_tokens = d->num_tokens, num_rows = d->num_rows, num_experts = d->num_experts;
@@ -331,7 +341,7 @@ MOE_HOST moe_status moei_scatter_check_options(moe_combine_scatter_desc* d)
     return MOE_OK;
 }
 
-/* Refuses buffers that are absent, misaligned or overlap; options have been checked. */
+/* Refuses buffers that are missing, misaligned or overlapping. Requires checked options. */
 MOE_HOST moe_status moei_scatter_check_buffers(const moe_combine_scatter_desc* d)
 {
     const int64_t num_tokens = d->num_tokens, hidden = d->hidden;
@@ -358,22 +368,23 @@ MOE_HOST moe_status moei_scatter_check_buffers(const moe_combine_scatter_desc* d
     return moe_check_buffers(b, count);
 }
 
-/* Refuses what the header does not offer, and fills in the defaults. */
+/* Refuses what moe_combine_scatter_desc does not allow; fills in the defaults. */
 MOE_HOST moe_status moei_scatter_check(moe_combine_scatter_desc* d)
 {
     MOE_TRY(moei_scatter_check_options(d));
     return moei_scatter_check_buffers(d);
 }
 
-/* y of all tokens that a group of columns may take: so much stays in L2 while rows pass through. */
+/* Most bytes of y, of all tokens, in a group of columns: they stay in L2 while rows pass through. A
+   file may predefine it. */
 #ifndef MOE_SCATTER_Y_BYTES
 #define MOE_SCATTER_Y_BYTES (16 << 20)
 #endif
-#define MOEI_SCATTER_LEAST 512      /* columns of a group, where there are more than one */
-#define MOEI_SCATTER_GRID (1 << 17) /* blocks, about: past that they loop */
+#define MOEI_SCATTER_LEAST 512      /* least columns of a group of several */
+#define MOEI_SCATTER_GRID (1 << 17) /* thread blocks, about; beyond, blocks loop over rows */
 
-/* Columns of a group: those whose y stays in L2, or fewer where there are not rows enough to keep
-   the device busy. */
+/* Returns the columns of a group, a multiple of 256: as many as keep y in L2, or fewer where the
+   rows are too few to keep the device busy. sms: multiprocessors. */
 MOE_HOST int moei_scatter_columns(const moe_combine_scatter_desc* d, int sms)
 {
     const int64_t hidden = d->hidden;
@@ -388,13 +399,13 @@ MOE_HOST int moei_scatter_columns(const moe_combine_scatter_desc* d, int sms)
     return (int)(((hidden + groups - 1) / groups + 255) / 256 * 256);
 }
 
-/* A scatter with all but its stream settled, for the device that was current. */
+/* A prepared scatter: all but the stream, for the device that was current in prepare. */
 typedef struct moe_combine_scatter_prepared {
     moei_scatter_args args;
-    moe_launch launch;
+    moe_launch launch; /* empty with T = 0 or R = 0 */
 } moe_combine_scatter_prepared;
 
-/* Fills in *p, which is empty. */
+/* Fills in *p, which is all zeros. */
 MOE_HOST moe_status moei_scatter_prepare(const moe_combine_scatter_desc* desc,
                                          moe_combine_scatter_prepared* p)
 {
@@ -424,8 +435,8 @@ MOE_HOST moe_status moei_scatter_prepare(const moe_combine_scatter_desc* desc,
     return MOE_STATUS(MOE_ERR_DTYPE, rows_dtype);
 }
 
-/* Settles a scatter: moe_combine_scatter_run queues it any number of times. Errors: every field of
-   the descriptor as documented above, each with its own status. T = 0 or R = 0 is no error. */
+/* Prepares a scatter, which moe_combine_scatter_run queues any number of times. Errors: a status
+   for each field of the descriptor that is not as documented. T = 0 or R = 0 is no error. */
 MOE_HOST moe_status moe_combine_scatter_prepare(const moe_combine_scatter_desc* desc,
                                                 moe_combine_scatter_prepared* p)
 {
@@ -440,7 +451,7 @@ MOE_HOST moe_status moe_combine_scatter_run(const moe_combine_scatter_prepared* 
     return MOE_RUN(&p->launch, p->args, stream);
 }
 
-/* Prepares and runs. Nothing is queued where a field is refused. */
+/* Prepares and runs. Queues nothing where a field is refused. */
 MOE_HOST moe_status moe_combine_scatter(const moe_combine_scatter_desc* desc, cudaStream_t stream)
 {
     moe_combine_scatter_prepared p;
@@ -448,7 +459,7 @@ MOE_HOST moe_status moe_combine_scatter(const moe_combine_scatter_desc* desc, cu
     return moe_combine_scatter_run(&p, stream);
 }
 
-/* Loads this header's kernels now. */
+/* Loads this header's kernels now rather than at their first launch. */
 MOE_HOST moe_status moe_combine_scatter_preload(void)
 {
 #define MOEI_SCATTER_LOAD(name, dtype)                                                             \

@@ -1,6 +1,6 @@
-/* gate.cuh: which experts each token goes to, and with what weight.
+/* gate.cuh: chooses K experts for each token and computes their weights.
 
-   For each token t, over its row of logits l [E], scores s:
+   For each token t, from its row of logits l [E], scores s [E]:
 
      softmax (default)   s_e = exp(l_e) / sum_j exp(l_j)
      top-k softmax       s_e = exp(l_e) / sum over the K chosen of exp(l_j)
@@ -9,53 +9,59 @@
      quadratic           s_e = exp(l_e^2) / sum_j exp(l_j^2)
      pioneer             s_e = exp(cos(l_e)^2) / sum_j exp(cos(l_j)^2)
 
-   The K experts of the largest scores are chosen, in descending order, equals by ascending index;
-   the scores are their weights, divided by their sum where `renormalize` is set, and times `scale`.
+   Chooses the K experts of the largest scores, in descending order; equal scores by ascending
+   expert. The weights are the scores of the chosen. `renormalize` divides them by their sum, then
+   `scale` multiplies them.
 
-   In:   logits [T, E] fp32, fp16 or bf16, rows logits_stride apart
-   Out:  ids [T, K] int32, weights [T, K] fp32, and in the same pass, where asked for,
-         expert_count [E] and chunk_count [num_chunks, E] (layout.h), which saves route a launch,
-         prob_sum [E], the sum over the tokens of each expert's probability, for balance losses:
-         the score (top-k softmax: the softmax over all), of a sigmoid its share of the token's sum
+   In:   logits [T, E] fp32, fp16 or bf16; rows are logits_stride elements apart
+   Out:  ids [T, K] int32, weights [T, K] fp32
+         Optional, in the same pass over the logits:
+         expert_count [E] int32, chunk_count [num_chunks, E] int32 (layout.h; saves route a launch)
+         prob_sum [E] fp32, for balance losses: sum over all tokens of each expert's probability.
+         This is the score; of top-k softmax the softmax over all experts; of sigmoid the score
+         divided by the sum of the token's scores.
 
-   Rules, each off where its field is 0, and in this order:
-     expert_disabled      these experts are not there, for any token
-     dropout         each token misses each expert with this chance; a fresh draw for each pair
+   Rules. Each is disabled where its field is 0. They apply in this order:
+     expert_disabled no token may choose these experts
+     dropout         each token excludes each expert with this probability; a new draw for each pair
      temperature     l / temperature
-     noise           + noise * n, n standard normal, a fresh draw for each token and expert
+     noise           + noise * n, n standard normal; a new draw for each token and expert
                      (draws: MOE_GATE_STREAM_NOISE in gate/desc.h; the same for the same seed)
-     expert_bias     the score plus bias [E] decides who is chosen; the weight remains the score
-                     (top-k softmax: the logit plus bias)
-     num_groups,     the experts stand in groups, of which each token keeps top_groups: those with
-     top_groups      the largest sums of their two best (score plus bias; equals: the lower group)
-     threshold       sigmoid: a choice of a smaller score is not used
-     token_disabled       these tokens choose nothing and count for nothing
-     whole_batch     the K experts with the largest sums of logits over all tokens (of the logits
-                     as given; expert_disabled is the one other rule for choosing) are chosen for all
-                     tokens; weights by each token's own scores
-   An unused choice has id -1 and weight 0: below the threshold, a sparsemax score of 0, or fewer
-   than K experts left.
+     expert_bias     score + bias [E] chooses the experts; the weight remains the score
+                     (top-k softmax: logit + bias chooses)
+     num_groups,     the experts form groups, of which each token keeps top_groups: those with the
+     top_groups      largest sums of their two best (score + bias; equal sums: the lower group)
+     threshold       sigmoid: a choice with a smaller score is unused
+     token_disabled  these tokens choose nothing and add to no count and no sum
+     whole_batch     all tokens get the same K experts: those with the largest sums of logits over
+                     all tokens. The sums take the logits as given; expert_disabled is the one other
+                     rule for choosing. Each token's own scores give its weights.
+   A token "sees" an expert that neither expert_disabled nor dropout excludes for the token.
+   An unused choice has id -1 and weight 0. A choice is unused below the threshold, where its
+   sparsemax score is 0, and where fewer than K experts are left.
 
-   Infinities are limits: +inf shares the whole softmax among its equals. A logit of -inf is no
-   choice, as if the token did not see the expert: a row of -inf selects nothing, without a fault.
-   Exceptions: squared, -inf is +inf; with pioneer it counts as NaN, as all from 2^20 on do.
-   Quadratic compares |l|, so what overflows squared keeps its order.
-   whole_batch: a sum of -inf is no choice either; +inf and -inf of one expert sum to NaN, which is
-   no choice and sets the fault word. Finite logits have finite sums.
-   A row that holds a NaN (of an expert that the token sees), or with pioneer a logit of 2^20 or
-   more, selects nothing (ids -1, weights 0) and sets the fault word; no other token changes. An
-   expert whose bias is NaN is not chosen, and its group has its score from the others. With a bias
-   of -inf it is chosen last, and its group has its score from the others too.
+   Infinities are limits. Logits of +inf share the whole softmax equally. A logit of -inf is no
+   choice, as if the token did not see the expert. A row of -inf chooses nothing, without a fault.
+   Exceptions: quadratic squares -inf to +inf; for pioneer -inf counts as NaN, as does every |l| of
+   2^20 or more. Quadratic compares |l|, so logits whose squares overflow keep their order.
+   whole_batch: a sum of -inf is no choice. +inf and -inf of one expert sum to NaN, which is no
+   choice and sets the fault word (NAN_SUM). Finite logits have finite sums.
+   A row with a NaN (of an expert that the token sees), or for pioneer with a logit of 2^20 or more,
+   chooses nothing (ids -1, weights 0) and sets the fault word (NAN_LOGIT). No other token changes.
+   An expert whose bias is NaN is not chosen; its group's sum does not include the expert.
+   An expert whose bias is -inf is chosen last; its group's sum does not include the expert either.
+
+   Numerics: fp32 in a fixed order. Equal inputs give equal bits.
    A temperature of softmax, sparsemax and (without groups) top-k softmax divides a logit's distance
-   from the row's largest: an offset of the whole row costs no precision.
-   Without a bias selection compares the logits themselves, so rounding in exp never changes it
-   (but maybe the choice of groups). Arithmetic is fp32 in a fixed order: equal inputs give equal
-   bits.
+   from the row's largest logit: a common offset of the row costs no precision.
+   Without a bias the logits themselves are compared: rounding in exp never changes the choice of
+   experts, but may change the choice of groups.
 
    Cost: one read of the logits (whole_batch: two). One launch; one more each for expert_count (a
-   memset), prob_sum, whole_batch. Any E up to MOE_MAX_EXPERTS, any K up to E. In registers: E up to
-   1024, K up to 32, with rules up to 8, groups of a multiple of 4 experts. Beyond, and for rows of
-   infinities, NaN or many equal logits at the top, a warp goes over the row again for each choice.
+   memset), prob_sum and whole_batch. Any E up to MOE_MAX_EXPERTS, any K up to E. Rows stay in
+   registers for E up to 1024 and K up to 32; with rules for K up to 8 and groups of a multiple of 4
+   experts. Otherwise, and for rows with infinities, NaN or many equal logits at the top, a warp
+   reads the row again for each choice.
    Minimum architecture: sm_75.
 
      moe_gate_desc g = {0};
@@ -78,20 +84,20 @@
 #include "gate/rules.cuh"
 #include "preload.cuh"
 
-/* most experts, most choices, lanes a token, logits a lane: the first that fits is taken. Predefine
-   a list to compile fewer; what none fits runs, slower, by moei_gate_any. 512 threads, so that each
-   may have 128 registers.
+/* Kernels that hold rows in registers: X(most experts, most choices, lanes a token, logits a lane).
+   The first entry that fits is used; where none fits, the slower moei_gate_any. Predefine a list to
+   compile fewer kernels. 512 threads a block let each thread have 128 registers.
 
-   The sorting networks want most choices, lanes (1 .. 32) and logits a lane (8 .. 32) to be powers
-   of two; logits a lane / 4 <= most choices <= 32; most choices <= 8 lanes; most experts <= lanes
-   times logits a lane. With rules also 32 <= lanes times logits a lane, and 32 .. 1024 threads, a
+   The sorting networks require powers of two: most choices, lanes (1 .. 32) and logits a lane
+   (8 .. 32). Also logits a lane / 4 <= most choices <= 32; most choices <= 8 * lanes; most experts
+   <= lanes * logits a lane. With rules also 32 <= lanes * logits a lane, and 32 .. 1024 threads, a
    multiple of 32. Any other entry does not compile. */
 #define MOEI_GATE_THREADS 512
 #ifndef MOE_GATE_LIST
 #define MOE_GATE_LIST(X)                                                                           \
     X(64, 8, 4, 16) X(128, 8, 4, 32) X(256, 8, 8, 32) X(1024, 8, 32, 32) X(1024, 32, 32, 32)
 #endif
-/* The same with rules, and threads. */
+/* Kernels with rules: X(as above, threads a block). */
 #ifndef MOE_GATE_RULES_LIST
 #define MOE_GATE_RULES_LIST(X) X(128, 8, 8, 16, 512) X(256, 8, 16, 16, 512) X(1024, 8, 32, 32, 256)
 #endif
@@ -114,6 +120,7 @@ MOE_GATE_LIST(MOEI_GATE_CHECK)
 MOE_GATE_RULES_LIST(MOEI_GATE_CHECK)
 #undef MOEI_GATE_CHECK
 
+/* Gate without rules, one block a chunk. Dynamic shared memory: count [E], then the picks. */
 #define MOEI_GATE_KERNEL(most, depth, lanes, per_lane)                                             \
     MOE_KERNEL(MOEI_GATE_THREADS, 1) moei_gate_##most##_##depth(MOE_ARG(moei_gate_args) d)         \
     {                                                                                              \
@@ -126,6 +133,7 @@ MOE_GATE_RULES_LIST(MOEI_GATE_CHECK)
 MOE_GATE_LIST(MOEI_GATE_KERNEL)
 #undef MOEI_GATE_KERNEL
 
+/* Gate with rules, one block a chunk. Dynamic shared memory: moei_gate_carve. */
 #define MOEI_GATE_RULES_KERNEL(most, depth, lanes, per_lane, threads)                              \
     MOE_KERNEL(threads, 1) moei_gate_rules_##most##_##depth(MOE_ARG(moei_gate_args) d)             \
     {                                                                                              \
@@ -141,6 +149,7 @@ MOE_GATE_LIST(MOEI_GATE_KERNEL)
 MOE_GATE_RULES_LIST(MOEI_GATE_RULES_KERNEL)
 #undef MOEI_GATE_RULES_KERNEL
 
+/* Gate for all that no list entry fits: one block a chunk, one warp a token. */
 MOE_KERNEL(MOEI_GATE_ANY_THREADS, 1) moei_gate_any(MOE_ARG(moei_gate_args) d)
 {
     MOE_SHARED_DYNAMIC(memory);
@@ -153,6 +162,7 @@ MOE_KERNEL(MOEI_GATE_ANY_THREADS, 1) moei_gate_any(MOE_ARG(moei_gate_args) d)
     moei_gate_any_block(&d, &s);
 }
 
+/* whole_batch: sums each chunk's logits into the workspace, one block a chunk. */
 MOE_KERNEL(MOEI_GATE_ANY_THREADS, 1) moei_gate_batch_sum(MOE_ARG(moei_gate_args) d)
 {
     MOE_SHARED_DYNAMIC(memory);
@@ -161,11 +171,13 @@ MOE_KERNEL(MOEI_GATE_ANY_THREADS, 1) moei_gate_batch_sum(MOE_ARG(moei_gate_args)
     if (!moe_fault_stopped(d.fault)) moei_gate_batch_sum_block(&d, (float*)memory);
 }
 
+/* Shared memory of moei_gate_sum_chunks. */
 typedef struct moei_gate_chunk_sums {
-    float sum[32][MOE_WARP_SIZE];
+    float sum[32][MOE_WARP_SIZE]; /* [warp][expert of the block] */
 } moei_gate_chunk_sums;
 
-/* prob_sum from the chunks' sums: 32 experts a block, a warp for every 32nd chunk. */
+/* Computes prob_sum [E] from the chunks' sums. A block has 32 experts, one a lane; warp w adds
+   chunks w, w + 32, ... */
 MOE_KERNEL(1024, 1) moei_gate_sum_chunks(MOE_ARG(moei_gate_args) d)
 {
     MOE_SHARED(moei_gate_chunk_sums, s);
@@ -192,9 +204,10 @@ MOE_KERNEL(1024, 1) moei_gate_sum_chunks(MOE_ARG(moei_gate_args) d)
     }
 }
 
+/* Returns 1 where v is neither infinite nor NaN. */
 MOE_HOST int moei_gate_finite(float v) { return (moe_f32_bits(v) & 0x7f800000u) != 0x7f800000u; }
 
-/* Refuses sizes that a workspace query reads. */
+/* Refuses sizes out of range, of those that moe_gate_workspace reads. */
 MOE_HOST moe_status moei_gate_check_sizes(const moe_gate_desc* d)
 {
     MOE_REQUIRE(d->num_tokens >= 0, MOE_ERR_RANGE, num_tokens);
@@ -203,7 +216,8 @@ MOE_HOST moe_status moei_gate_check_sizes(const moe_gate_desc* d)
     return MOE_OK;
 }
 
-/* Refuses sizes and options that the header does not offer, and fills in their defaults. */
+/* Refuses sizes and options that are out of range or contradict each other; fills in the
+   defaults. */
 MOE_HOST moe_status moei_gate_check_options(moe_gate_desc* d)
 {
     MOE_TRY(moei_gate_check_sizes(d));
@@ -234,10 +248,10 @@ MOE_HOST moe_status moei_gate_check_options(moe_gate_desc* d)
     MOE_REQUIRE(d->top_groups >= 1 && d->top_groups <= d->num_groups, MOE_ERR_RANGE, top_groups);
     MOE_REQUIRE(d->top_k <= d->num_experts / d->num_groups * d->top_groups, MOE_ERR_CONFLICT,
                 top_groups);
-    if (d->top_groups == d->num_groups) d->num_groups = d->top_groups = 1; /* all: no rule */
+    if (d->top_groups == d->num_groups) d->num_groups = d->top_groups = 1; /* all groups: no rule */
     MOEI_REQUIRE_RANK(d);
     MOE_REQUIRE(d->whole_batch == 0 || d->whole_batch == 1, MOE_ERR_OPTION, whole_batch);
-    if (d->whole_batch) { /* rules for choosing that sums over all tokens have no use for */
+    if (d->whole_batch) { /* refuses rules that a choice by sums over all tokens does not apply */
         MOE_REQUIRE(d->noise == 0.0f, MOE_ERR_CONFLICT, noise);
         MOE_REQUIRE(d->dropout == 0.0f, MOE_ERR_CONFLICT, dropout);
         MOE_REQUIRE(d->threshold == 0.0f, MOE_ERR_CONFLICT, threshold);
@@ -247,14 +261,14 @@ MOE_HOST moe_status moei_gate_check_options(moe_gate_desc* d)
     return MOE_OK;
 }
 
-/* Bytes of workspace, of a descriptor whose sizes are checked. */
+/* Returns the bytes of workspace. Requires checked sizes. */
 MOE_HOST uint64_t moei_gate_workspace(const moe_gate_desc* d)
 {
     return (uint64_t)moe_num_chunks(d->num_tokens) * (uint64_t)d->num_experts * 4 *
            ((d->prob_sum ? 1u : 0u) + (d->whole_batch ? 1u : 0u));
 }
 
-/* Refuses buffers that are absent, misaligned or overlap; options have been checked. */
+/* Refuses buffers that are missing, misaligned or overlapping. Requires checked options. */
 MOE_HOST moe_status moei_gate_check_buffers(const moe_gate_desc* d)
 {
     const uint64_t num_tokens = (uint64_t)d->num_tokens, num_experts = (uint64_t)d->num_experts;
@@ -280,14 +294,15 @@ MOE_HOST moe_status moei_gate_check_buffers(const moe_gate_desc* d)
     return moe_check_buffers(b, (int)(sizeof b / sizeof b[0]));
 }
 
-/* Refuses what the header does not offer, and fills in the defaults. */
+/* Refuses what moe_gate_desc does not allow; fills in the defaults. */
 MOE_HOST moe_status moei_gate_check(moe_gate_desc* d)
 {
     MOE_TRY(moei_gate_check_options(d));
     return moei_gate_check_buffers(d);
 }
 
-/* Does a checked descriptor ask for more than softmax, top-k softmax or sigmoid of the logits? */
+/* Returns not 0 where a checked descriptor asks for more than softmax, top-k softmax or sigmoid of
+   the logits. */
 MOE_HOST int moei_gate_has_rules(const moe_gate_desc* d)
 {
     return d->score > MOE_SCORE_SIGMOID || d->temperature != 1.0f || d->noise > 0.0f ||
@@ -295,7 +310,7 @@ MOE_HOST int moei_gate_has_rules(const moe_gate_desc* d)
            d->token_disabled || d->num_groups > 1 || d->prob_sum || d->whole_batch;
 }
 
-/* What the kernels take, from a checked descriptor. */
+/* Returns the kernels' arguments, from a checked descriptor. */
 MOE_HOST moei_gate_args moei_gate_resolve(const moe_gate_desc* d)
 {
     moei_gate_args a;
@@ -333,8 +348,9 @@ MOE_HOST moei_gate_args moei_gate_resolve(const moe_gate_desc* d)
     return a;
 }
 
-/* Sets the block, `threads` at most, so that its shared memory fits the device: lanes a token; 0
-   where a warp has one and needs no more than its own part of it. */
+/* Sets c->block.x, at most `threads`, and c->smem so that a block's shared memory fits the device.
+   lanes: lanes a token. 0: a warp a token, which needs no picks in shared memory. Refuses
+   num_experts (MOE_ERR_DEVICE) where one warp does not fit. */
 MOE_HOST moe_status moei_gate_fit(moe_launch_config* c, const moei_gate_args* a, int threads,
                                   int lanes, int depth)
 {
@@ -352,22 +368,23 @@ MOE_HOST moe_status moei_gate_fit(moe_launch_config* c, const moei_gate_args* a,
     return MOE_OK;
 }
 
-/* A gate with all but its stream settled, for the device that was current. */
+/* A prepared gate: all but the stream, for the device that was current in prepare. */
 typedef struct moe_gate_prepared {
     moei_gate_args args;
-    moe_launch sum_batch; /* each launch only where the options need it */
+    moe_launch sum_batch; /* each launch is empty where the options do not need it */
     moe_launch choose;
     moe_launch sum_chunks;
 } moe_gate_prepared;
 
-/* Settles the launch that chooses and weighs. */
+/* Prepares the launch that chooses and weighs: the first list entry that fits, else
+   moei_gate_any. */
 MOE_HOST moe_status moei_gate_prepare_choice(const moe_gate_desc* d, moe_gate_prepared* p)
 {
     const moei_gate_args* a = &p->args;
     const int64_t chunk = moe_chunk_tokens(d->num_tokens);
     moe_launch_config c = moe_grid(moe_num_chunks(d->num_tokens), 0, (size_t)d->num_experts * 4, 0);
     c.dependent = 1;
-    (void)chunk; /* with no kernels in the list */
+    (void)chunk; /* unused where MOE_GATE_LIST is empty */
     if (!moei_gate_has_rules(d)) {
 #define MOEI_GATE_CASE(most, depth, lanes, per_lane)                                               \
     if (d->top_k <= depth && d->num_experts <= most) {                                             \
@@ -391,8 +408,9 @@ MOE_HOST moe_status moei_gate_prepare_choice(const moe_gate_desc* d, moe_gate_pr
     return MOE_PREPARE(&p->choose, moei_gate_any, c);
 }
 
-/* Bytes of workspace that moe_gate wants: moe_num_chunks(T) * E * 4 each for prob_sum and for
-   whole_batch, else 0. Reads only the sizes and those two. */
+/* Sets *bytes to the workspace that moe_gate needs: moe_num_chunks(T) * E * 4 each for prob_sum and
+   for whole_batch, else 0. Reads num_tokens, num_experts and those two alone. Errors: those sizes
+   out of range; MOE_ERR_NULL where desc or bytes is null. */
 MOE_HOST moe_status moe_gate_workspace(const moe_gate_desc* desc, size_t* bytes)
 {
     MOE_REQUIRE(desc && bytes, MOE_ERR_NULL, desc);
@@ -401,7 +419,7 @@ MOE_HOST moe_status moe_gate_workspace(const moe_gate_desc* desc, size_t* bytes)
     return MOE_OK;
 }
 
-/* Fills in *p, which is empty. */
+/* Fills in *p, which is all zeros. */
 MOE_HOST moe_status moei_gate_prepare(const moe_gate_desc* desc, moe_gate_prepared* p)
 {
     moe_gate_desc d;
@@ -411,7 +429,7 @@ MOE_HOST moe_status moei_gate_prepare(const moe_gate_desc* desc, moe_gate_prepar
     p->args = moei_gate_resolve(&d);
     c.dependent = 1;
     if (moei_gate_has_rules(&d))
-        MOE_TRY(moei_gate_fit(&c, &p->args, MOE_WARP_SIZE, 0, 0)); /* at all? */
+        MOE_TRY(moei_gate_fit(&c, &p->args, MOE_WARP_SIZE, 0, 0)); /* for T = 0 too */
     if (d.num_tokens == 0) return MOE_OK;
     if (d.whole_batch) {
         c.grid.x = (unsigned)moe_num_chunks(d.num_tokens);
@@ -426,8 +444,9 @@ MOE_HOST moe_status moei_gate_prepare(const moe_gate_desc* desc, moe_gate_prepar
     return MOE_PREPARE(&p->sum_chunks, moei_gate_sum_chunks, c);
 }
 
-/* Settles a gate: moe_gate_run queues it any number of times. Errors: every field of the descriptor
-   as documented above, each with its own status. */
+/* Prepares a gate, which moe_gate_run queues any number of times. Errors: a status for each field
+   of moe_gate_desc that is not as documented; MOE_ERR_DEVICE (num_experts) where the rules need
+   more shared memory than a block of the device has. */
 MOE_HOST moe_status moe_gate_prepare(const moe_gate_desc* desc, moe_gate_prepared* p)
 {
     MOE_RETURN_PREPARED(desc, p, moei_gate_prepare(desc, p));
@@ -448,7 +467,7 @@ MOE_HOST moe_status moe_gate_run(const moe_gate_prepared* p, cudaStream_t stream
     return MOE_RUN(&p->sum_chunks, *a, stream);
 }
 
-/* Prepares and runs. Nothing is queued where a field is refused. */
+/* Prepares and runs. Queues nothing where a field is refused. */
 MOE_HOST moe_status moe_gate(const moe_gate_desc* desc, cudaStream_t stream)
 {
     moe_gate_prepared p;
@@ -456,7 +475,7 @@ MOE_HOST moe_status moe_gate(const moe_gate_desc* desc, cudaStream_t stream)
     return moe_gate_run(&p, stream);
 }
 
-/* Loads this header's kernels now. */
+/* Loads this header's kernels now rather than at their first launch. */
 MOE_HOST moe_status moe_gate_preload(void)
 {
 #define MOEI_GATE_LOAD(most, depth, ...)                                                           \

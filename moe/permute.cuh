@@ -1,25 +1,26 @@
-/* permute.cuh: token rows into expert order, and back, for those who want rows moved.
+/* permute.cuh: copies token rows into expert order, and back, for callers that need rows moved.
 
      moe_permute     y[row, :]  = x[row_slot[row] / K, :]     zeros where row_slot is -1
      moe_unpermute   y[slot, :] = x[slot_row[slot], :]        zeros where slot_row is -1
 
-   The experts here read tokens where they lie and combine reads rows where they lie, so neither
-   is needed between these stations. Both are plain copies: bits are moved, none is changed.
+   experts.cuh reads tokens, and combine.cuh rows, by index: neither copy is needed between these
+   stations. Both copies move bits and change none.
 
-   In:   permute: x [T, H], route's row_slot [num_rows] and, better with it, slot_row [T, K]
+   In:   permute: x [T, H], route's row_slot [num_rows] and, faster with it, slot_row [T, K]
          unpermute: x [num_rows, H], slot_row [T, K]
    Out:  permute: y [num_rows, H]; unpermute: y [T, K, H]. Every row is written once.
-   num_rows is what moe_route_max_rows tells, or fewer if the caller knows how many rows there are.
-   fp32, fp16, bf16, or whatever has 4 or 2 bytes; rows of H single bytes are H / 2 elements.
+   num_rows is what moe_route_max_rows gives, or fewer where the caller knows how many rows exist.
+   Elements are fp32, fp16, bf16 or any type of 4 or 2 bytes; rows of H single bytes are H / 2
+   elements.
 
    A slot or row out of range gives zeros and sets the fault word (BAD_ROW; index: the row, for
-   slot_row the slot). So does, with both maps, a row whose slot is not mapped to it.
+   slot_row the slot). So does, with both maps, a row whose slot does not map to the row.
 
-   Cost of unpermute: each row that is asked for read once, each output written once. Of permute
+   Cost of unpermute: each row that slot_row names read once, each output written once. Of permute
    with both maps: each token read once and written K times, (T + num_rows) H elements. Without
-   slot_row each row of y fetches its token for itself: a token's K rows lie far apart, so x is read
-   K times unless it fits into the L2 cache. All at the rate of a device-to-device copy where
-   addresses, strides and H allow 16 bytes at a time; else 8, 4 or 2 at a time, slower.
+   slot_row each row of y loads its token itself. A token's K rows are far apart, so x is read K
+   times unless x fits into L2. All run at the rate of a device-to-device copy where addresses,
+   strides and H allow 16-byte vectors; else with vectors of 8, 4 or 2 bytes, slower.
    Minimum architecture: sm_75.
 
      moe_permute_desc p = {0};
@@ -29,7 +30,7 @@
      p.x = rows;  p.y = slots;                   // [T, K, H]
      s = moe_unpermute(&p, stream);
 
-   In a kernel of your own: moe_copy_row.
+   For kernels of one's own: moe_copy_row.
 
    Source: permute and unpermute of the field's grouped MoE layers, as gathers and with each token
    read once. */
@@ -45,65 +46,69 @@
 #include "layout.h"
 #include "preload.cuh"
 
+/* What moe_permute and moe_unpermute take. Pointers are device addresses, aligned to their
+   elements. */
 typedef struct moe_permute_desc {
     /* in */
-    const void* x;           /* permute: [T, H]; unpermute: [num_rows, H] */
-    const int32_t* row_slot; /* [num_rows] slot of a row, -1 = none; unpermute: not read */
-    const int32_t* slot_row; /* [T, K] row of a slot, -1 = none; permute: or null */
-    int64_t x_stride;        /* elements between rows; 0 = H */
+    const void* x;           /* dtype. permute: [T, H]; unpermute: [num_rows, H] */
+    const int32_t* row_slot; /* [num_rows] slot of each row, -1 = none; unpermute: not read */
+    const int32_t* slot_row; /* [T, K] row of each slot, -1 = none; permute: may be null */
+    int64_t x_stride;        /* elements between rows, >= H; 0 = H */
     int32_t dtype;           /* moe_dtype of x and y; 0 = bf16 */
     /* out */
-    void* y;          /* permute: [num_rows, H]; unpermute: [T, K, H] */
-    int64_t y_stride; /* elements between rows; 0 = H */
+    void* y;          /* dtype. permute: [num_rows, H]; unpermute: [T, K, H] */
+    int64_t y_stride; /* elements between rows, >= H; 0 = H */
     uint64_t* fault;  /* [1] fault word; or null */
     /* sizes */
     int32_t num_tokens; /* T >= 0 */
     int32_t top_k;      /* K, 1 .. MOE_MAX_EXPERTS; T * K below 2^31 */
     int32_t hidden;     /* H, 1 .. 2^28 */
-    int32_t rank;       /* reported with a fault, 0 .. MOE_FAULT_MAX_RANK */
-    int64_t num_rows;   /* 0 .. 2^31 - 1 */
+    int32_t rank;       /* rank that a fault reports, 0 .. MOE_FAULT_MAX_RANK */
+    int64_t num_rows;   /* rows of x or y in expert order, 0 .. 2^31 - 1 */
 } moe_permute_desc;
 
-#define MOEI_PERMUTE_THREADS 256 /* of a block, at most */
-#define MOEI_PERMUTE_ROWS 8      /* rows of which a thread has a vector under way, gathering, */
-#define MOEI_PERMUTE_TOKENS 4    /* and by token */
-#define MOEI_PERMUTE_LIST 2048   /* rows of its tokens that a block looks up at once */
+#define MOEI_PERMUTE_THREADS 256 /* most threads a block */
+#define MOEI_PERMUTE_ROWS 8      /* rows of which a thread has a vector in flight, gathering */
+#define MOEI_PERMUTE_TOKENS 4    /* tokens of which a thread has a vector in flight, by token */
+#define MOEI_PERMUTE_LIST 2048   /* most entries of row in shared memory, looked up at once */
 
-/* A row is cut into vectors of 16 bytes, or 8, 4, 2, the same for all rows. `lanes` neighbouring
-   threads have neighbouring vectors of a row: all of it, or one of its `columns` where it is longer
-   than a block. A block does `groups` rows side by side, several times. */
+/* The argument of the kernels. A row is cut into vectors of 16, 8, 4 or 2 bytes, the same for all
+   rows. `lanes` neighbouring threads have neighbouring vectors: a whole row, or one of its
+   `columns` where the row is longer than a block. A block does `groups` rows at a time, several
+   times. */
 typedef struct moei_permute_args {
-    const char* x;
-    char* y;
-    const int32_t* index; /* gathering: of each row of y; by token: slot_row */
-    const int32_t* check; /* by token: row_slot, the map back */
-    uint64_t* fault;
-    int64_t x_bytes, y_bytes; /* between rows */
-    int64_t count;            /* rows of y; by token: tokens */
-    int64_t limit;            /* entries of index are below it */
-    uint32_t div;             /* an entry is a row of x times div; by token: top_k */
-    int32_t vectors;          /* of a row */
-    int32_t lanes;            /* a power of two where groups is not 1 */
-    int32_t lanes_log2;
-    int32_t groups;
-    int32_t columns;
-    int32_t list_log2; /* by token: log2 of the rows of a token that are looked up at once */
-    int32_t rank;
+    const char* x;            /* x of the descriptor */
+    char* y;                  /* y of the descriptor */
+    const int32_t* index;     /* gathering: [count] entry of each row of y; by token: slot_row */
+    const int32_t* check;     /* by token: row_slot, to check the way back */
+    uint64_t* fault;          /* [1]; or null */
+    int64_t x_bytes, y_bytes; /* bytes between rows */
+    int64_t count;            /* gathering: rows of y; by token: tokens */
+    int64_t limit;            /* valid entries of index are below limit */
+    uint32_t div;             /* gathering: an entry / div is the row of x; by token: top_k */
+    int32_t vectors;          /* vectors of a row */
+    int32_t lanes;            /* threads a row; a power of two unless groups is 1 */
+    int32_t lanes_log2;       /* log2 of lanes, unless groups is 1 */
+    int32_t groups;           /* rows a block does at a time */
+    int32_t columns;          /* blocks a row */
+    int32_t list_log2;        /* by token: log2 of the entries that a token looks up at once */
+    int32_t rank;             /* rank that a fault reports */
 } moei_permute_args;
 
-/* Where a thread stands. */
+/* Position of a thread in the work. */
 typedef struct moei_permute_at {
-    int64_t row0; /* the block's first row of y, or token */
-    int group;
-    int vector; /* of each of its rows; the row may have fewer */
+    int64_t row0; /* the block's first row of y, or its first token */
+    int group;    /* 0 .. groups - 1 */
+    int vector;   /* vector of each of its rows; may be past the row's last */
 } moei_permute_at;
 
+/* Returns the position of this thread. rows: rows (or tokens) that a thread does. */
 MOE_DEVICE moei_permute_at moei_permute_find(const moei_permute_args* a, const int rows)
 {
     const int lane = a->groups > 1 ? (int)threadIdx.x & (a->lanes - 1) : (int)threadIdx.x;
     uint32_t block = blockIdx.x, column = 0;
     moei_permute_at at;
-    if (a->columns > 1) { /* those of one row are neighbours */
+    if (a->columns > 1) { /* the columns of a row are neighbouring blocks */
         block = blockIdx.x / (uint32_t)a->columns;
         column = blockIdx.x - block * (uint32_t)a->columns;
     }
@@ -113,7 +118,7 @@ MOE_DEVICE moei_permute_at moei_permute_find(const moei_permute_args* a, const i
     return at;
 }
 
-/* One vector; width is a literal. Words past it are 0. */
+/* Loads one vector of `width` bytes, a literal; the words past it are 0. */
 MOE_DEVICE uint4 moei_permute_load(const char* p, const int width)
 {
     uint4 v = make_uint4(0, 0, 0, 0);
@@ -129,6 +134,7 @@ MOE_DEVICE uint4 moei_permute_load(const char* p, const int width)
     return v;
 }
 
+/* Stores one vector of `width` bytes, a literal. */
 MOE_DEVICE void moei_permute_store(char* p, uint4 v, const int width)
 {
     if (width == 16) moei_store16(p, v);
@@ -137,6 +143,7 @@ MOE_DEVICE void moei_permute_store(char* p, uint4 v, const int width)
     else *(uint16_t*)p = (uint16_t)v.x;
 }
 
+/* Copies `bytes`, a multiple of width (x null: zeros); four vectors a thread in flight. */
 MOE_DEVICE void moei_permute_copy(char* y, const char* x, int64_t bytes, int thread, int threads,
                                   const int width)
 {
@@ -154,12 +161,13 @@ MOE_DEVICE void moei_permute_copy(char* y, const char* x, int64_t bytes, int thr
     }
 }
 
-/* y[0 .. bytes) = x[0 .. bytes), zeros where x is null: one row, for kernels of your own. `threads`
-   threads share the work and this one is number `thread` of them: (lane, 32) for a warp,
-   (threadIdx.x, blockDim.x) for a block. A thread has four vectors under way. No barrier, no shared
-   memory, and they need not come together; whoever reads y by other threads puts a barrier between.
-   y and x do not overlap and are aligned to 2 bytes, and bytes is even; 16 (8, 4) bytes at a time
-   where both begin at multiples of 16 (8, 4), what is left at the end 2 at a time. */
+/* Copies one row, y[0 .. bytes) = x[0 .. bytes), or zeros where x is null; for kernels of one's
+   own. `threads` threads share the work; this one is number `thread` of them: (lane, 32) for a
+   warp, (threadIdx.x, blockDim.x) for a block. A thread has four vectors in flight. The threads
+   need not converge: no barrier, no shared memory. A barrier must stand before other threads read
+   y. y and x do not overlap and are aligned to 2 bytes; bytes is even. Vectors of 16 (8, 4) bytes
+   where both begin at multiples of 16 (8, 4); the bytes after the last whole vector are copied 2 at
+   a time. */
 MOE_DEVICE void moe_copy_row(void* y, const void* x, int64_t bytes, int thread, int threads)
 {
     const uintptr_t both = (uintptr_t)y | (uintptr_t)x;
@@ -207,13 +215,14 @@ MOE_DEVICE_BODY void moei_permute_gather(const moei_permute_args* a, const int w
     }
 }
 
+/* Shared memory of moei_permute_by_token. */
 typedef struct moei_permute_shared {
-    int32_t row[MOEI_PERMUTE_LIST]; /* where the block's tokens go; -1: nowhere */
-    uint32_t empty[MOEI_PERMUTE_THREADS / MOE_WARP_SIZE]; /* rows of a share that no slot fills */
+    int32_t row[MOEI_PERMUTE_LIST]; /* rows of y that the block's tokens go to; -1: none */
+    uint32_t empty[MOEI_PERMUTE_THREADS / MOE_WARP_SIZE]; /* bits of rows that no slot fills */
 } moei_permute_shared;
 
-/* Writes zeros into those of the block's share of the rows that no slot fills: each row is either
-   here or in the list of its slot's token, never in both. */
+/* Writes zeros to the rows of this block's share that no slot fills. A row is either cleared here
+   or written by its slot's token, never both. All threads. */
 MOE_DEVICE void moei_permute_zero(const moei_permute_args* a, moei_permute_shared* s,
                                   const int width)
 {
@@ -230,9 +239,9 @@ MOE_DEVICE void moei_permute_zero(const moei_permute_args* a, moei_permute_share
             if (empty && slot != -1) moe_fault_raise(a->fault, MOE_FAULT_BAD_ROW, a->rank, r);
         }
         lanes = __ballot_sync(MOE_FULL_WARP, empty);
-        __syncthreads(); /* the words of the round before have been read */
+        __syncthreads(); /* all warps have read the words of the round before */
         if (moe_lane() == 0) s->empty[moe_warp()] = lanes;
-        __syncthreads();
+        __syncthreads(); /* the words are written */
         for (int w = 0; w < (int)(blockDim.x >> 5); ++w)
             for (uint32_t left = s->empty[w]; left; left &= left - 1) {
                 char* y = a->y + (r0 + w * MOE_WARP_SIZE + __ffs((int)left) - 1) * a->y_bytes;
@@ -242,7 +251,8 @@ MOE_DEVICE void moei_permute_zero(const moei_permute_args* a, moei_permute_share
     }
 }
 
-/* Row of y that a slot goes to: one whose own entry names the slot; else -1. */
+/* Returns the row of y that a slot goes to: index[slot], where that row's own entry names the slot;
+   else -1, and BAD_ROW unless the entry is -1. */
 MOE_DEVICE int32_t moei_permute_row(const moei_permute_args* a, int64_t slot)
 {
     const int32_t r = a->index[slot];
@@ -256,8 +266,8 @@ MOE_DEVICE int32_t moei_permute_row(const moei_permute_args* a, int64_t slot)
     return -1;
 }
 
-/* Each token read once and written to its rows: y[index[t * K + k], :] = x[t, :]. While the vectors
-   are on their way the block looks up where they go. */
+/* Reads each token once and writes it to its rows: y[index[t * K + k], :] = x[t, :]. The block
+   looks the rows up while the vectors are in flight. Then clears the rows that no slot fills. */
 MOE_DEVICE_BODY void moei_permute_by_token(const moei_permute_args* a, moei_permute_shared* s,
                                            const int width)
 {
@@ -280,7 +290,7 @@ MOE_DEVICE_BODY void moei_permute_by_token(const moei_permute_args* a, moei_perm
             const int k = k0 + (i & (listed - 1));
             s->row[i] = t < a->count && k < top_k ? moei_permute_row(a, t * top_k + k) : -1;
         }
-        __syncthreads();
+        __syncthreads(); /* s->row is written */
         MOE_UNROLL
         for (int u = 0; u < MOEI_PERMUTE_TOKENS; ++u) {
             const int32_t* row = s->row + ((at.group + u * a->groups) << a->list_log2);
@@ -298,6 +308,7 @@ MOE_DEVICE_BODY void moei_permute_by_token(const moei_permute_args* a, moei_perm
 
 #define MOEI_PERMUTE_LIST_OF(X) X(16) X(8) X(4) X(2)
 
+/* The kernels for vectors of `width` bytes: gathering, and by token. */
 #define MOEI_PERMUTE_KERNELS(width)                                                                \
     MOE_KERNEL(MOEI_PERMUTE_THREADS, 4) moei_permute_gather_##width(MOE_ARG(moei_permute_args) a)  \
     {                                                                                              \
@@ -315,8 +326,8 @@ MOE_DEVICE_BODY void moei_permute_by_token(const moei_permute_args* a, moei_perm
 MOEI_PERMUTE_LIST_OF(MOEI_PERMUTE_KERNELS)
 #undef MOEI_PERMUTE_KERNELS
 
-/* Refuses sizes and options that the header does not offer, and fills in their defaults. `back` is
-   1 for unpermute. */
+/* Refuses sizes and options that are out of range or contradict each other; fills in the defaults.
+   `back` is 1 for unpermute. */
 MOE_HOST moe_status moei_permute_check_options(moe_permute_desc* d, int back)
 {
     int64_t slots;
@@ -338,7 +349,7 @@ MOE_HOST moe_status moei_permute_check_options(moe_permute_desc* d, int back)
     return MOE_OK;
 }
 
-/* Refuses buffers that are absent, misaligned or overlap; options have been checked. */
+/* Refuses buffers that are missing, misaligned or overlapping. Requires checked options. */
 MOE_HOST moe_status moei_permute_check_buffers(const moe_permute_desc* d, int back)
 {
     const int64_t slots = (int64_t)d->num_tokens * d->top_k;
@@ -358,15 +369,15 @@ MOE_HOST moe_status moei_permute_check_buffers(const moe_permute_desc* d, int ba
     return moe_check_buffers(b, count);
 }
 
-/* Refuses what the header does not offer, and fills in the defaults. */
+/* Refuses what moe_permute_desc does not allow; fills in the defaults. */
 MOE_HOST moe_status moei_permute_check(moe_permute_desc* d, int back)
 {
     MOE_TRY(moei_permute_check_options(d, back));
     return moei_permute_check_buffers(d, back);
 }
 
-/* How the rows are cut and how many blocks do `rows` of them a thread. Returns the bytes of a
-   vector. */
+/* Sets how rows are cut into vectors, lanes, groups and columns, and *blocks to the number of
+   thread blocks, where a thread does `rows` rows. Returns the bytes of a vector. */
 MOE_HOST int moei_permute_cut(moei_permute_args* a, const moe_permute_desc* d, int rows,
                               int64_t* blocks)
 {
@@ -380,7 +391,7 @@ MOE_HOST int moei_permute_cut(moei_permute_args* a, const moe_permute_desc* d, i
     each = (a->vectors + a->columns - 1) / a->columns;
     a->groups = 1;
     a->lanes = (each + 31) / 32 * 32;
-    if (each <= MOEI_PERMUTE_THREADS / 2) { /* several rows in a block */
+    if (each <= MOEI_PERMUTE_THREADS / 2) { /* several rows at a time in a block */
         while (1 << a->lanes_log2 < each) ++a->lanes_log2;
         a->lanes = 1 << a->lanes_log2;
         a->groups = MOEI_PERMUTE_THREADS / a->lanes;
@@ -389,13 +400,13 @@ MOE_HOST int moei_permute_cut(moei_permute_args* a, const moe_permute_desc* d, i
     return width;
 }
 
-/* A permutation, or its inverse, with all but its stream settled, for the device that was current. */
+/* A prepared permute or unpermute: all but the stream, for the device current in prepare. */
 typedef struct moe_permute_prepared {
     moei_permute_args args;
-    moe_launch launch;
+    moe_launch launch; /* empty where y has no rows */
 } moe_permute_prepared;
 
-/* Fills in *p, which is empty; back: the inverse. */
+/* Fills in *p, which is all zeros. back: 1 for unpermute. */
 MOE_HOST moe_status moei_permute_prepare(const moe_permute_desc* desc, int back,
                                          moe_permute_prepared* p)
 {
@@ -423,7 +434,7 @@ MOE_HOST moe_status moei_permute_prepare(const moe_permute_desc* desc, int back,
     a->div = back ? 1u : (uint32_t)d.top_k;
     width = moei_permute_cut(a, &d, by_token ? MOEI_PERMUTE_TOKENS : MOEI_PERMUTE_ROWS, &blocks);
     MOE_REQUIRE(blocks <= 0x7fffffff, MOE_ERR_RANGE, hidden);
-    /* by token: the rows that the block's tokens look up at once fit into the list */
+    /* by token: the entries that the block's tokens look up at once fit into the list */
     while (1 << a->list_log2 < d.top_k &&
            (a->groups * MOEI_PERMUTE_TOKENS) << (a->list_log2 + 1) <= MOEI_PERMUTE_LIST)
         ++a->list_log2;
@@ -438,29 +449,29 @@ MOE_HOST moe_status moei_permute_prepare(const moe_permute_desc* desc, int back,
     return MOE_STATUS(MOE_ERR_DTYPE, dtype);
 }
 
-/* Settles a permutation: moe_permute_run queues it any number of times. Errors: every field of the
-   descriptor as documented above, each with its own status. num_rows = 0 is no error; T = 0 gives
+/* Prepares a permute, which moe_permute_run queues any number of times. Errors: a status for each
+   field of the descriptor that is not as documented. num_rows = 0 is no error; T = 0 gives
    zeros. */
 MOE_HOST moe_status moe_permute_prepare(const moe_permute_desc* desc, moe_permute_prepared* p)
 {
     MOE_RETURN_PREPARED(desc, p, moei_permute_prepare(desc, 0, p));
 }
 
-/* Settles the inverse, for moe_permute_run as well: the same descriptor with x and y exchanged. T = 0
-   is no error; with num_rows = 0 every row that is asked for is out of range. */
+/* Prepares an unpermute, for moe_permute_run too: the same descriptor with x and y exchanged. T = 0
+   is no error; with num_rows = 0 every row that slot_row names is out of range. */
 MOE_HOST moe_status moe_unpermute_prepare(const moe_permute_desc* desc, moe_permute_prepared* p)
 {
     MOE_RETURN_PREPARED(desc, p, moei_permute_prepare(desc, 1, p));
 }
 
-/* Queues a prepared permutation or inverse on `stream`. */
+/* Queues a prepared permute or unpermute on `stream`. */
 MOE_HOST moe_status moe_permute_run(const moe_permute_prepared* p, cudaStream_t stream)
 {
     MOE_REQUIRE(p, MOE_ERR_NULL, desc);
     return MOE_RUN(&p->launch, p->args, stream);
 }
 
-/* Prepares and runs. Nothing is queued where a field is refused. */
+/* Prepares and runs a permute. Queues nothing where a field is refused. */
 MOE_HOST moe_status moe_permute(const moe_permute_desc* desc, cudaStream_t stream)
 {
     moe_permute_prepared p;
@@ -468,7 +479,7 @@ MOE_HOST moe_status moe_permute(const moe_permute_desc* desc, cudaStream_t strea
     return moe_permute_run(&p, stream);
 }
 
-/* The same of the inverse. */
+/* Prepares and runs an unpermute. Queues nothing where a field is refused. */
 MOE_HOST moe_status moe_unpermute(const moe_permute_desc* desc, cudaStream_t stream)
 {
     moe_permute_prepared p;
@@ -476,7 +487,7 @@ MOE_HOST moe_status moe_unpermute(const moe_permute_desc* desc, cudaStream_t str
     return moe_permute_run(&p, stream);
 }
 
-/* Loads this header's kernels now. */
+/* Loads this header's kernels now rather than at their first launch. */
 MOE_HOST moe_status moe_permute_preload(void)
 {
 #define MOEI_PERMUTE_LOAD(width)                                                                   \

@@ -1,45 +1,47 @@
-/* route.cuh: ids -> expert order. Where each choice of each token stands when the choices are
-   sorted by expert, and the maps back.
+/* route.cuh: sorts the slots by expert: ids -> rows in expert order, and the row maps.
 
-   In:   ids [T, K] int32: an expert 0 .. E-1, or -1 for a slot that is not used
-         weights [T, K] fp32, if row_weight is wanted or weights decide who stays
+   slot_row[slot] = expert_offset[e] + number of kept slots of e before this one,  e = ids[slot];
+   row_slot[slot_row[slot]] = slot
+
+   In:   ids [T, K] int32: an expert 0 .. E-1, or -1 for an unused slot
+         weights [T, K] fp32, for row_weight and for capacity by weight
    Out:  expert_count [P], expert_offset [P + 1]: expert e owns the rows
                            expert_offset[e] .. expert_offset[e + 1]; its slots have the first
                            expert_count[e] of them
-         drop_count [P]    slots that found no room, if there is a capacity
+         drop_count [P]    slots dropped for lack of capacity
          slot_row [T, K]   row of a slot, -1 where it was dropped
-         row_slot [R]      slot of a row, -1 where a row has none and past the last row
+         row_slot [R]      slot of a row, -1 where a row has none, and past the last row
          row_weight [R]    weight of a row, 0 where row_slot is -1
-         place [T, K]      where the slot's row lives, for combine (layout.h)
-   P is E but with replicas. R is what moe_route_max_rows tells: T * K, without options.
+         place [T, K]      place of a slot's row, for combine (layout.h)
+   P is E, or with replicas their number. R is what moe_route_max_rows gives: T * K without options.
 
-   The order is stable: rows of one expert keep ascending slot order. Nothing depends on the
-   order in which threads run, so the same ids give the same maps every time. An id that
-   stands twice in one token gets two rows, and both its weights count. An id outside
-   -1 .. E-1 sets the fault word and is treated as -1; the rest is right.
+   The order is stable: rows of one expert keep ascending slot order. Nothing depends on the order
+   in which threads run: the same ids give the same maps every time. An id that occurs twice in one
+   token gets two rows, and both its weights count. An id outside -1 .. E-1 sets the fault word
+   (BAD_ID) and counts as -1; all else is right.
 
-   Options, all together or each alone; in this order a slot meets them:
-     replicas      An expert lives in several places: token t's choice of e goes to replica number
-                   t % n of the n that e has, the entries replica_offset[e] .. replica_offset[e + 1]
-                   of replica_expert. From here on expert means physical expert, 0 .. P-1: counts,
-                   offsets, places. An expert without a replica, or with one out of range, loses
-                   the slots that would go there and sets the fault word.
-     absent_replicas  With replicas: an expert without a replica (an empty range), or a replica
-                   whose replica_expert is -1, lives elsewhere, on another rank for instance. Its
-                   slots are dropped like those of id -1: slot_row -1, place {-1, -1}, no fault.
-                   drop_count, which counts slots without room, leaves them out. Whatever else is
-                   out of range still sets the fault word.
-     capacity      An expert keeps so many slots at most: the first ones (MOE_DROP_BY_POSITION), or
-                   those with the largest weights (MOE_DROP_BY_WEIGHT). The others are dropped:
+   Options, in any combination. They apply to a slot in this order:
+     replicas      An expert may have several copies. Token t's choice of e goes to replica number
+                   t % n of the n entries replica_offset[e] .. replica_offset[e + 1] of
+                   replica_expert. From here on "expert" is the physical expert, 0 .. P-1, in
+                   counts, offsets and places. Slots of an expert without a replica, or whose
+                   replica is out of range, are dropped and set the fault word (BAD_REPLICA).
+     absent_replicas  With replicas: an expert without a replica (an empty range), or with
+                   replica_expert -1, is elsewhere, for instance on another rank. Its slots are
+                   dropped like those of id -1: slot_row -1, place {-1, -1}, no fault. drop_count
+                   does not count them. Anything else out of range still sets the fault word.
+     capacity      An expert keeps at most `capacity` slots: the first (MOE_DROP_BY_POSITION), or
+                   those of the largest weights (MOE_DROP_BY_WEIGHT). The others are dropped:
                    slot_row -1, place {-1, -1}; drop_count counts them.
-     row_multiple  Each expert's rows begin and end at a multiple of it; the rows that fill it up
-                   hold no slot. An expert without a slot has no rows.
+     row_multiple  Each expert's rows begin and end at a multiple of row_multiple. The rows that pad
+                   an expert hold no slot. An expert without a slot has no rows.
 
-   Cost: two launches, or one when the gate has left its chunk_count; one more for capacity by
-   weight. Traffic: the ids once a launch, the weights once, each output once, and by each of up to
-   MOE_MAX_CHUNKS blocks all the chunk counts. Capacity by weight: also slots and weights once to
-   the workspace and, out of the cache, back; some four times where an expert has half more
-   than the average, or more than 4096 slots.
+   Cost: two launches, or one with the gate's chunk_count; one more for capacity by weight. Traffic:
+   the ids once a launch, the weights once, each output once, and all chunk counts by each of up to
+   MOE_MAX_CHUNKS thread blocks. Capacity by weight also writes slots and weights to the workspace
+   once, and reads them back from cache: once, or some four times where an expert has over 1.5 times
+   the average of slots, or more than 4096.
+
    Any E up to MOE_MAX_EXPERTS; T * K, and the rows, below 2^31. Minimum architecture: sm_75.
 
      moe_route_desc r = {0};
@@ -47,17 +49,17 @@
      r.row_multiple = 128;              // options: here padding, and a capacity
      r.capacity = capacity;
      int64_t rows;
-     moe_route_max_rows(&r, &rows);     // room for row_slot: T * K without options
+     moe_route_max_rows(&r, &rows);     // entries of row_slot: T * K without options
      r.expert_count = count;  r.expert_offset = offset;  r.row_slot = row_slot;  r.place = place;
      moe_route_workspace(&r, &bytes);   r.workspace = ...;  r.workspace_bytes = bytes;
      moe_status s = moe_route(&r, stream);
 
-   For kernels of your own: moe_route_rank (route/rank.cuh) tells a lane how many lanes of its warp
-   chose the same expert, in all and before it.
+   For kernels of one's own: moe_route_rank (route/rank.cuh) gives a lane the number of lanes of its
+   warp that chose the same expert, in all and before it.
 
-   Source: a counting sort by chunks. A block of the placing launch adds up the counts of the chunks
-   before its own, orders its slots by expert in shared memory, and so writes whole runs. Capacity
-   by weight: a radix selection in each expert's list. */
+   Source: a counting sort by chunks. In the placing launch a thread block adds up the counts of the
+   chunks before its own and orders its slots by expert in shared memory, so that it writes whole
+   runs of rows. Capacity by weight: a radix selection in each expert's list. */
 #ifndef MOE_ROUTE_CUH
 #define MOE_ROUTE_CUH
 
@@ -68,8 +70,8 @@
 #include "route/keep.cuh"
 #include "route/place.cuh"
 
-/* Most rows that these sizes and options give. Experts without a slot have none, so there are no
-   more experts to fill up than slots. */
+/* Returns the most rows that these sizes and options can give. An expert without a slot has no
+   rows, so no more experts than slots are padded. */
 MOE_HOST int64_t moei_route_row_bound(const moe_route_desc* d)
 {
     const int64_t num_replicas = d->num_replicas, m = d->row_multiple, capacity = d->capacity;
@@ -80,7 +82,8 @@ MOE_HOST int64_t moei_route_row_bound(const moe_route_desc* d)
     return rows < full ? rows : full;
 }
 
-/* Refuses sizes and options that the header does not offer, and fills in their defaults. */
+/* Refuses sizes and options that are out of range or contradict each other; fills in the
+   defaults. */
 MOE_HOST moe_status moei_route_check_options(moe_route_desc* d)
 {
     MOE_REQUIRE(d->num_tokens >= 0, MOE_ERR_RANGE, num_tokens);
@@ -114,9 +117,9 @@ MOE_HOST moe_status moei_route_check_options(moe_route_desc* d)
     return MOE_OK;
 }
 
-/* Entries that row_slot and row_weight must have: T * K without options, more with row_multiple,
-   fewer with a capacity. Reads the sizes and the options; errors: theirs, row_multiple also where
-   it would make 2^31 rows or more. */
+/* Sets *rows to the entries that row_slot and row_weight must have: T * K without options, more
+   with row_multiple, fewer with a capacity. Reads the sizes and the options. Errors: theirs;
+   row_multiple (MOE_ERR_RANGE) also where the rows would be 2^31 or more. */
 MOE_HOST moe_status moe_route_max_rows(const moe_route_desc* desc, int64_t* rows)
 {
     moe_route_desc d;
@@ -127,8 +130,8 @@ MOE_HOST moe_status moe_route_max_rows(const moe_route_desc* desc, int64_t* rows
     return MOE_OK;
 }
 
-/* Shares the workspace out among the kernels' arguments, if there are any; returns its bytes. d has
-   its defaults filled in. counted: chunk_count is given, or will be. */
+/* Sets the buffers of the workspace in *a, unless a is null; returns their bytes. Requires defaults
+   filled in. counted: chunk_count is given, or will be. */
 MOE_HOST size_t moei_route_carve_workspace(const moe_route_desc* d, moei_route_args* a, int counted)
 {
     char* base = (char*)d->workspace;
@@ -149,7 +152,7 @@ MOE_HOST size_t moei_route_carve_workspace(const moe_route_desc* d, moei_route_a
     return at;
 }
 
-/* Refuses buffers that are absent, misaligned or overlap; options have been checked. */
+/* Refuses buffers that are missing, misaligned or overlapping. Requires checked options. */
 MOE_HOST moe_status moei_route_check_buffers(const moe_route_desc* d)
 {
     const uint64_t num_experts = (uint64_t)d->num_experts, num_replicas = (uint64_t)d->num_replicas;
@@ -182,16 +185,17 @@ MOE_HOST moe_status moei_route_check_buffers(const moe_route_desc* d)
     return moe_check_buffers(b, (int)(sizeof b / sizeof b[0]));
 }
 
-/* Refuses what the header does not offer, and fills in the defaults. */
+/* Refuses what moe_route_desc does not allow; fills in the defaults. */
 MOE_HOST moe_status moei_route_check(moe_route_desc* d)
 {
     MOE_TRY(moei_route_check_options(d));
     return moei_route_check_buffers(d);
 }
 
-/* A block a chunk: a thread for each of its slots or, where it adds up the counts of many chunks,
-   more; within bounds, and no more warps than the device's shared memory has room for (one warp,
-   with 4096 experts, wants 57 KB). */
+/* Sets *c to a thread block for each chunk, with a thread for each of its slots, or more where a
+   block adds up the counts of many chunks; 256 .. MOEI_ROUTE_THREADS. placing: 1 for the placing
+   launch, which has fewer warps where the device's shared memory has no room for more (one warp,
+   with 4096 experts, needs 57 KB); 0 for the counting launch. */
 MOE_HOST moe_status moei_route_grid(moe_launch_config* c, const moe_route_desc* d, int placing)
 {
     const int64_t chunks = moe_num_chunks(d->num_tokens);
@@ -212,9 +216,9 @@ MOE_HOST moe_status moei_route_grid(moe_launch_config* c, const moe_route_desc* 
     return MOE_OK;
 }
 
-/* Bytes of workspace that moe_route wants: P * moe_num_chunks(T) * 4, or 0 when chunk_count is
-   given; for capacity by weight (P * 2 + 1 + T * K * 2) * 4 more. Each buffer is rounded up to 256.
-   Reads the sizes, the options and chunk_count; errors: theirs. */
+/* Sets *bytes to the workspace that moe_route needs: P * moe_num_chunks(T) * 4, or 0 where
+   chunk_count is given; for capacity by weight (P * 2 + 1 + T * K * 2) * 4 more. Each buffer is
+   rounded up to 256 bytes. Reads the sizes, the options and chunk_count; errors: theirs. */
 MOE_HOST moe_status moe_route_workspace(const moe_route_desc* desc, size_t* bytes)
 {
     moe_route_desc d;
@@ -226,14 +230,15 @@ MOE_HOST moe_status moe_route_workspace(const moe_route_desc* desc, size_t* byte
     return MOE_OK;
 }
 
-/* A routing with all but its stream settled, for the device that was current. */
+/* A prepared routing: all but the stream, for the device that was current in prepare. */
 typedef struct moe_route_prepared {
     moei_route_args args;
-    moei_route_args list; /* capacity by weight: what placing takes */
-    moe_launch count, place, keep; /* each only where the options need it */
+    moei_route_args list;          /* capacity by weight: the argument of placing */
+    moe_launch count, place, keep; /* each is empty where the options do not need it */
 } moe_route_prepared;
 
-/* Capacity by weight: all slots are placed into the list, then each expert's best get rows. */
+/* Capacity by weight: prepares the placing of all slots into the list, and the launch that gives
+   rows to each expert's best slots. */
 MOE_HOST moe_status moei_route_prepare_by_weight(moe_route_prepared* p,
                                                  const moe_launch_config* placing)
 {
@@ -253,7 +258,7 @@ MOE_HOST moe_status moei_route_prepare_by_weight(moe_route_prepared* p,
     list->max_rows = (int32_t)slots;
     list->list_only = 1;
     MOE_TRY(MOE_PREPARE(&p->place, moei_route_place_options, *placing));
-    /* an expert up to half fuller than the average is read once */
+    /* an expert with up to half more slots than the average is read once */
     while (threads < MOEI_ROUTE_KEEP_THREADS &&
            threads * MOEI_ROUTE_KEEP_STEPS < slots / num_replicas * 3 / 2)
         threads *= 2;
@@ -262,7 +267,7 @@ MOE_HOST moe_status moei_route_prepare_by_weight(moe_route_prepared* p,
     return MOE_PREPARE(&p->keep, moei_route_keep, c);
 }
 
-/* Fills in *p, which is empty. */
+/* Fills in *p, which is all zeros. */
 MOE_HOST moe_status moei_route_prepare(const moe_route_desc* desc, moe_route_prepared* p)
 {
     moei_route_args* a;
@@ -285,8 +290,8 @@ MOE_HOST moe_status moei_route_prepare(const moe_route_desc* desc, moe_route_pre
     return MOE_PREPARE(&p->place, moei_route_place, c);
 }
 
-/* Settles a routing: moe_route_run queues it any number of times. Errors: every field as documented
-   above, each with its own status. */
+/* Prepares a routing, which moe_route_run queues any number of times. Errors: a status for each
+   field of moe_route_desc that is not as documented. */
 MOE_HOST moe_status moe_route_prepare(const moe_route_desc* desc, moe_route_prepared* p)
 {
     MOE_RETURN_PREPARED(desc, p, moei_route_prepare(desc, p));
@@ -302,7 +307,7 @@ MOE_HOST moe_status moe_route_run(const moe_route_prepared* p, cudaStream_t stre
     return MOE_RUN(&p->keep, p->args, stream);
 }
 
-/* Prepares and runs. Nothing is queued where a field is refused. */
+/* Prepares and runs. Queues nothing where a field is refused. */
 MOE_HOST moe_status moe_route(const moe_route_desc* desc, cudaStream_t stream)
 {
     moe_route_prepared p;
@@ -310,7 +315,7 @@ MOE_HOST moe_status moe_route(const moe_route_desc* desc, cudaStream_t stream)
     return moe_route_run(&p, stream);
 }
 
-/* Loads this header's kernels now. */
+/* Loads this header's kernels now rather than at their first launch. */
 MOE_HOST moe_status moe_route_preload(void)
 {
     MOE_TRY(moe_preload_kernel((const void*)moei_route_count));

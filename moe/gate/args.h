@@ -1,12 +1,12 @@
-/* args.h: what the gate's kernels take: a descriptor with its defaults filled in; temperature and
-   threshold as kernels compute with them. C11 and C++14. */
+/* args.h: the argument of the gate's kernels: moe_gate_desc with its defaults filled in, and with
+   temperature and threshold in the form that kernels compute with. C11 and C++14. */
 #ifndef MOE_GATE_ARGS_H
 #define MOE_GATE_ARGS_H
 
 #include "desc.h"
 
-/* Fields that have the name of one of moe_gate_desc are that, and in its order: another order
-   made launches 1 to 4 % slower. */
+/* Fields named as in moe_gate_desc have its meaning, but 0 stands for no default. They are in its
+   order: another order made launches 1 to 4 % slower. */
 typedef struct moei_gate_args {
     const void* logits;
     const float* expert_bias;
@@ -27,10 +27,10 @@ typedef struct moei_gate_args {
     int32_t score;
     int32_t renormalize;
     float scale;
-    float inverse_temperature; /* factor on the logits */
+    float inverse_temperature; /* 1 / temperature: factor on the logits */
     float noise;
     float dropout;
-    float least_logit; /* sigmoid: a choice of a smaller logit is not used; -inf: all are */
+    float least_logit; /* sigmoid: a choice of a smaller logit is unused; -inf: all are used */
     uint64_t seed;
     int32_t num_groups;
     int32_t top_groups;

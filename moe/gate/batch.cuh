@@ -1,6 +1,7 @@
-/* batch.cuh: one selection for a whole batch. A launch sums the logits of each expert over all
-   tokens, by chunk; in the next every block adds up the chunks and selects the K experts with the
-   largest sums, before it weighs them for its chunk's tokens by each token's own logits. */
+/* batch.cuh: one choice of experts for all tokens (whole_batch). Launch 1 sums each expert's logits
+   over the tokens of each chunk. In launch 2, the gate's own kernel, every block adds up the
+   chunks' sums and chooses the K experts of the largest sums. The block then weighs them for its
+   chunk's tokens, by each token's own logits. Called by rules.cuh and gate.cuh. */
 #ifndef MOE_GATE_BATCH_CUH
 #define MOE_GATE_BATCH_CUH
 
@@ -10,8 +11,9 @@
 
 #define MOEI_GATE_BATCH_UNIT 2.3283064e-10f /* 2^-32: sums of finite logits stay finite */
 
-/* A chunk's sums by a warp a token: tokens that hold a NaN, or a logit that counts as one, are left
-   out. sum [warps][E] is in shared memory. */
+/* Sums the logits of tokens first .. end, a warp a token, into sum [warps][E] in shared memory.
+   Each warp writes its own row. Skips tokens that are disabled or hold a NaN, or a logit that
+   counts as one. A barrier must follow. */
 MOE_DEVICE void moei_gate_batch_sum_tokens(const moei_gate_args* d, float* sum, int64_t first,
                                            int64_t end)
 {
@@ -31,8 +33,8 @@ MOE_DEVICE void moei_gate_batch_sum_tokens(const moei_gate_args* d, float* sum, 
     }
 }
 
-/* The sum of an expert's logits over the tokens first, first + step, ... below end. *odd: one of
-   them counts as NaN, or may. dtype is a literal. */
+/* Returns the sum of expert e's logits over the tokens first, first + step, ... below end, but for
+   disabled ones. Sets *odd where one of the logits counts as NaN, or may. dtype is a literal. */
 MOE_DEVICE float moei_gate_batch_column(bool* odd, const moei_gate_args* d, int e, int64_t first,
                                         int64_t end, int step, const int dtype)
 {
@@ -47,15 +49,16 @@ MOE_DEVICE float moei_gate_batch_column(bool* odd, const moei_gate_args* d, int 
     return all;
 }
 
-/* Launch 1, one block: the chunk's sums into the workspace. A thread has an expert and every so
-   many tokens; where that meets NaN or something huge, the tokens are summed one by one. */
+/* Launch 1, one block a chunk: writes the chunk's sums [E] to the workspace. sum [warps][E] is in
+   shared memory. A thread sums one expert over every rows-th token. Where such a sum meets a NaN,
+   an infinity or a huge logit, the tokens are summed again one by one. */
 MOE_DEVICE void moei_gate_batch_sum_block(const moei_gate_args* d, float* sum)
 {
     const int64_t chunk = moe_chunk_tokens(d->num_tokens), first = blockIdx.x * chunk;
     const int64_t end = first + chunk < d->num_tokens ? first + chunk : d->num_tokens;
     const int num_experts = d->num_experts, warps = (int)blockDim.x / MOE_WARP_SIZE;
     const int fit = (int)blockDim.x / num_experts, most = fit < warps ? fit : warps;
-    int rows = most > 1 ? most : 1; /* of `sum`: tokens under way together */
+    int rows = most > 1 ? most : 1; /* of `sum`: tokens in flight together */
     bool odd = false;
     for (int i = (int)threadIdx.x; i < rows * num_experts; i += (int)blockDim.x) {
         const int e = i % num_experts;
@@ -78,9 +81,11 @@ MOE_DEVICE void moei_gate_batch_sum_block(const moei_gate_args* d, float* sum)
     }
 }
 
-/* row [E] becomes the sums over all chunks, NaN where the expert is no choice: switched off, a sum
-   of -infinity, or one of both infinities, which is a fault. part [warps][E] is scratch. A thread
-   has 4 experts, or 1, and every so many chunks. Every block gets the same. Ends with a barrier. */
+/* Writes row [E]: each expert's sum over all chunks. NaN marks an expert that is no choice: it is
+   disabled, its sum is -inf, or the sum is of both infinities, which raises NAN_SUM. part
+   [warps][E] is scratch; both are in shared memory. A thread has 4 experts (1 where E is not a
+   multiple of 4) of every parts-th chunk. Every block gets the same sums. All threads; ends with a
+   barrier. */
 MOE_DEVICE void moei_gate_batch_row(const moei_gate_args* d, float* row, float* part)
 {
     const int num_experts = d->num_experts, warps = (int)blockDim.x / MOE_WARP_SIZE,
@@ -119,8 +124,9 @@ MOE_DEVICE void moei_gate_batch_row(const moei_gate_args* d, float* row, float* 
     __syncthreads();
 }
 
-/* shared->chosen [K] becomes the batch's choices, -1 where there are no more, and shared->bias what
-   makes every token choose them, in order. All threads; a barrier must follow. */
+/* Sets shared->chosen [K] to the batch's choices, -1 where no expert is left. Sets shared->bias [E]
+   to merits that make every token choose them in this order: -k for choice k, else -inf. All
+   threads; a barrier must follow. */
 MOE_DEVICE void moei_gate_batch_choose(const moei_gate_args* d, const moei_gate_shared* shared)
 {
     const int num_experts = d->num_experts, top_k = d->top_k;

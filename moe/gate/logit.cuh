@@ -1,5 +1,6 @@
-/* logit.cuh: what the gate's rules make of one logit: temperature, noise, square or cosine, and the
-   experts that a token does not see. Each is a function of token and expert alone. */
+/* logit.cuh: the gate's rules for one logit: temperature, noise, square or cosine, and which
+   experts a token sees (gate.cuh). Each is a function of token and expert alone. Called by
+   token.cuh, rules.cuh and batch.cuh. */
 #ifndef MOE_GATE_LOGIT_CUH
 #define MOE_GATE_LOGIT_CUH
 
@@ -7,13 +8,13 @@
 #include "../base/warp.cuh"
 #include "row.cuh"
 
-/* The seed of this launch. */
+/* Returns the seed of this launch: seed + *seed_offset. */
 MOE_DEVICE uint64_t moei_gate_seed(const moei_gate_args* d)
 {
     return d->seed + (d->seed_offset ? *d->seed_offset : 0);
 }
 
-/* Two independent standard normal numbers from two words (Box and Muller). */
+/* Returns two independent standard normal numbers, made of two random words (Box and Muller). */
 MOE_DEVICE float2 moei_gate_normal(uint32_t a, uint32_t b)
 {
     const float u = ((float)a + 0.5f) * 2.3283064e-10f;           /* 2^-32: in (0, 1] */
@@ -27,7 +28,7 @@ MOE_DEVICE float2 moei_gate_normal(uint32_t a, uint32_t b)
 #endif
 }
 
-/* The noise of experts 4 quad .. + 3, standard deviation 1. */
+/* Sets n [4] to the noise of token t and experts 4 quad .. 4 quad + 3, standard deviation 1. */
 MOE_DEVICE void moei_gate_noise(float* n, uint64_t seed, int64_t t, int quad)
 {
     const moe_random4 r =
@@ -36,7 +37,7 @@ MOE_DEVICE void moei_gate_noise(float* n, uint64_t seed, int64_t t, int quad)
     n[0] = a.x, n[1] = a.y, n[2] = b.x, n[3] = b.y;
 }
 
-/* Bit i: token t does not see expert 8 octet + i. */
+/* Returns bits: bit i is set where dropout excludes expert 8 octet + i for token t. */
 MOE_DEVICE uint32_t moei_gate_dropped(const moei_gate_args* d, uint64_t seed, int64_t t, int octet)
 {
     const moe_random4 r =
@@ -48,10 +49,10 @@ MOE_DEVICE uint32_t moei_gate_dropped(const moei_gate_args* d, uint64_t seed, in
            ((r.w & 0xffffu) < below ? 64u : 0u) | (r.w < high ? 128u : 0u);
 }
 
-/* cos(x)^2 to about 1e-6; NaN from MOE_GATE_MAX_COSINE on, as for infinities and NaN. */
+/* Returns cos(x)^2, to about 1e-6. NaN where |x| is MOE_GATE_MAX_COSINE or more, or x is NaN. */
 MOE_DEVICE float moei_gate_cosine(float x)
 {
-    const float k = rintf(x * 0.318309886f); /* cos^2 has period pi, taken off in two parts */
+    const float k = rintf(x * 0.318309886f); /* cos^2 has period pi, subtracted in two parts */
     const float r = fmaf(k, 8.74227766e-8f, fmaf(k, -3.14159274f, x));
 #if MOE_ON_HOST
     const float c = cosf(r);
@@ -63,17 +64,17 @@ MOE_DEVICE float moei_gate_cosine(float x)
                : __uint_as_float(0x7fc00000u);
 }
 
-/* Tells whether noise, a square, a cosine or a logit's bias follows the temperature, which is
-   multiplied out then. */
+/* Returns whether noise, a square, a cosine or a logit's bias follows the temperature. The logits
+   are multiplied by 1 / temperature then. */
 MOE_DEVICE bool moei_gate_multiplies(const moei_gate_args* d)
 {
     return d->noise > 0.0f || d->score == MOE_SCORE_QUADRATIC || d->score == MOE_SCORE_PIONEER ||
            (d->score == MOE_SCORE_TOPK_SOFTMAX && d->expert_bias);
 }
 
-/* Tells whether the row's largest logit comes off before a temperature is multiplied out: where a common
-   offset changes neither choice nor weight. A group of one expert counts an offset once, others
-   twice. */
+/* Returns whether the row's largest logit is subtracted before a temperature is multiplied in:
+   where a common offset changes neither choice nor weight. Of top-k softmax with groups it may
+   change the choice: a group of one expert counts an offset once, other groups count it twice. */
 MOE_DEVICE bool moei_gate_takes_disabled(const moei_gate_args* d)
 {
     return d->inverse_temperature != 1.0f && moei_gate_multiplies(d) &&
@@ -81,7 +82,7 @@ MOE_DEVICE bool moei_gate_takes_disabled(const moei_gate_args* d)
             (d->score == MOE_SCORE_TOPK_SOFTMAX && d->num_groups == 1));
 }
 
-/* The logit as given; false where the token does not see the expert. */
+/* Loads the logit as given; returns false where token t does not see expert e. */
 MOE_DEVICE bool moei_gate_given(float* out, const moei_gate_args* d, uint64_t seed, int64_t t, int e)
 {
     if (d->expert_disabled && d->expert_disabled[e]) return false;
@@ -90,18 +91,19 @@ MOE_DEVICE bool moei_gate_given(float* out, const moei_gate_args* d, uint64_t se
     return true;
 }
 
-/* v, or where v has overflowed the largest finite number. */
+/* Returns v, or the finite number nearest to v where v has overflowed; NaN stays NaN. */
 MOE_DEVICE float moei_gate_bounded(float v)
 {
     return moei_is_nan(v) ? v : fminf(fmaxf(v, -3.40282347e38f), 3.40282347e38f);
 }
 
-/* How the kernels hold a token's logits: `unit` times them are what the rules make of them. A
+/* How kernels hold a token's logits: `unit` times a held value is the logit after the rules. A
    temperature alone is the unit: it costs nothing, rounds no offset and keeps the order. */
 typedef struct moei_gate_units {
-    float unit, log2; /* log2: unit log2(e), for powers of two */
+    float unit, log2; /* log2: unit * log2(e), for powers of two */
 } moei_gate_units;
 
+/* Returns the units of this launch. */
 MOE_DEVICE moei_gate_units moei_gate_units_of(const moei_gate_args* d)
 {
     moei_gate_units u;
@@ -110,7 +112,8 @@ MOE_DEVICE moei_gate_units moei_gate_units_of(const moei_gate_args* d)
     return u;
 }
 
-/* A given logit, less `most`, taken through the rules, in units; finite ones stay finite. Quadratic:
+/* Returns the given logit v of token t and expert e, less `most`, after the rules, in units.
+   Returns v itself where the temperature is the unit. Finite logits stay finite. Quadratic: returns
    |l|, which has the order of l^2. */
 MOE_DEVICE float moei_gate_logit(const moei_gate_args* d, float v, float most, uint64_t seed,
                                  int64_t t, int e)
@@ -130,7 +133,7 @@ MOE_DEVICE float moei_gate_logit(const moei_gate_args* d, float v, float most, u
     return v;
 }
 
-/* A lane's logits that the token does not see become -infinity. */
+/* Sets a lane's logits v to -inf where the token does not see them: bit j of `unseen` is v[j]'s. */
 MOE_DEVICE void moei_gate_lane_hide(float* v, uint32_t unseen, const moei_gate_lanes w)
 {
     if (!unseen) return;
@@ -139,7 +142,7 @@ MOE_DEVICE void moei_gate_lane_hide(float* v, uint32_t unseen, const moei_gate_l
         if (unseen >> j & 1) v[j] = __uint_as_float(0xff800000u);
 }
 
-/* The largest of a token's logits, of a lane's each. */
+/* Returns the largest of a token's logits; v has those of one lane. The whole warp calls it. */
 MOE_DEVICE float moei_gate_lane_max(const float* v, const moei_gate_lanes w)
 {
     float max = v[0];
@@ -148,8 +151,9 @@ MOE_DEVICE float moei_gate_lane_max(const float* v, const moei_gate_lanes w)
     return moe_warp_max(max, w.lanes);
 }
 
-/* Takes a lane's logits of a token, read already, through the rules, in units. *unseen has a bit for
-   each that the token does not see; it becomes -infinity. Returns the token's largest. */
+/* Applies the rules to a lane's loaded logits v of token t, in units; returns the token's largest.
+   Bit j of *unseen: the token does not see v[j], which becomes -inf; dropout adds bits. The whole
+   warp calls it. */
 MOE_DEVICE float moei_gate_logits(float* v, uint32_t* unseen, const moei_gate_args* d, uint64_t seed,
                                   int64_t t, const moei_gate_lanes w)
 {
@@ -168,7 +172,7 @@ MOE_DEVICE float moei_gate_logits(float* v, uint32_t* unseen, const moei_gate_ar
         }
         if (d->noise > 0.0f) {
             const uint64_t here =
-                moei_opaque(seed); /* else the twenty keys of its rounds are kept */
+                moei_opaque(seed); /* else the twenty keys of its rounds stay in registers */
             MOE_UNROLL
             for (int j = 0; j < w.per_lane; j += 4) {
                 float n[4];
@@ -184,7 +188,7 @@ MOE_DEVICE float moei_gate_logits(float* v, uint32_t* unseen, const moei_gate_ar
             MOE_UNROLL
             for (int j = 0; j < w.per_lane; ++j) v[j] = moei_gate_cosine(v[j]);
         }
-        moei_gate_lane_hide(v, *unseen, w); /* squares and cosines of -infinity */
+        moei_gate_lane_hide(v, *unseen, w); /* squares and cosines of -inf are not -inf */
     }
     return moei_gate_lane_max(v, w);
 }

@@ -1,4 +1,5 @@
-/* row.cuh: a token's row of logits: which lane holds what, reading it, weights, counts. */
+/* row.cuh: a token's row of logits: which lane holds which logits, their loads, scores, weights and
+   counts. Called by the gate's other headers. */
 #ifndef MOE_GATE_ROW_CUH
 #define MOE_GATE_ROW_CUH
 
@@ -8,24 +9,25 @@
 #include "../faults.h"
 #include "args.h"
 
-/* l - max, with the limits that the header promises: equal infinities differ by 0. */
+/* Returns l - max with the limits of gate.cuh: equal infinities differ by 0. */
 MOE_DEVICE float moei_gate_below(float l, float max) { return l == max ? 0.0f : l - max; }
 
-/* What a row's sigmoids are divided by, as an exponent, before they are summed up: the largest,
-   where all are small. */
+/* Returns the shift of a row's sigmoids, which are divided by e^shift before they are summed: the
+   row's largest logit where that is negative and finite, so that not all underflow; else 0. */
 MOE_DEVICE float moei_gate_sigmoid_shift(float max)
 {
     return max < 0.0f && max >= -3.40282347e38f ? max : 0.0f;
 }
 
-/* Clears the counts of a block's chunk; a barrier must follow. */
+/* Clears count [E] of a block's chunk. All threads; a barrier must follow. */
 MOE_DEVICE void moei_gate_clear_counts(const moei_gate_args* d, int* count)
 {
     MOE_NO_UNROLL
     for (int e = (int)threadIdx.x; e < d->num_experts; e += (int)blockDim.x) count[e] = 0;
 }
 
-/* Writes the counts of a block's chunk; all threads. */
+/* Writes count [E] of a block's chunk to expert_count and chunk_count. All threads; begins with a
+   barrier. */
 MOE_DEVICE void moei_gate_write_counts(const moei_gate_args* d, const int* count)
 {
     __syncthreads();
@@ -37,48 +39,49 @@ MOE_DEVICE void moei_gate_write_counts(const moei_gate_args* d, const int* count
     }
 }
 
-/* Is the score a softmax, of the logits or of what became of them? */
+/* Returns whether the score is a softmax, of the logits, their squares or their cosines. */
 MOE_DEVICE bool moei_gate_is_softmax(int score)
 {
     return score != MOE_SCORE_SIGMOID && score != MOE_SCORE_SPARSEMAX;
 }
 
-/* 1 / (1 + e^-l), where l is negative times e^-shift; l and shift count in `unit`. */
+/* Returns 1 / (1 + e^-l), times e^-shift where l is negative. `unit` is a factor on l and shift. */
 MOE_DEVICE float moei_gate_sigmoid(float l, float shift, float unit)
 {
     if (l >= 0.0f) return __fdiv_rn(1.0f, 1.0f + moe_exp(-l * unit));
     return __fdiv_rn(moe_exp(moei_gate_below(l, shift) * unit), 1.0f + moe_exp(l * unit));
 }
 
-/* By how much an exponent is below that of the token's largest: l - max, or l^2 - max^2 where
-   `squared` (moei_gate_token has |l| then, which does not overflow). */
+/* Returns l's exponent less that of the token's largest: l - max, or l^2 - max^2 where `squared`.
+   Squared: l and max are absolute values, as moei_gate_token holds them, which do not overflow. */
 MOE_DEVICE float moei_gate_exponent(float l, float max, bool squared)
 {
     const float below = moei_gate_below(l, max);
     return squared && below != 0.0f ? below * (l + max) : below;
 }
 
-/* Michelot's search for sparsemax's tau: from below, till no logit leaves. */
+/* Michelot's search for sparsemax's tau: raises tau until no logit falls below. */
 typedef struct moei_sparsemax {
-    float tau;       /* counted from the largest logit */
-    float n, before; /* logits above tau in the last two steps */
+    float tau;       /* tau less the largest logit */
+    float n, before; /* logits above tau in the last iteration; in the one before */
 } moei_sparsemax;
 
-/* whole: what the scores sum up to. */
+/* Returns the begin of a search. whole: what the scores sum up to. */
 MOE_DEVICE moei_sparsemax moei_sparsemax_begin(float whole)
 {
-    const moei_sparsemax s = {-whole, 1e6f, 2e6f}; /* more than there can be */
+    const moei_sparsemax s = {-whole, 1e6f, 2e6f}; /* more than any row has */
     return s;
 }
 
-/* One step: sum and number of this lane's logits above tau, both over `width` lanes, which all call.
-   exact, a literal: the division is rounded, not approximate. */
+/* Runs one iteration. sum, above: sum and number of this lane's logits above tau. Adds both over
+   `width` lanes; the whole warp calls it. exact, a literal: 1 rounds the division, 0
+   approximates. */
 MOE_DEVICE void moei_sparsemax_step(moei_sparsemax* s, float sum, float above, float whole,
                                     const int width, const int exact)
 {
     sum = moe_warp_sum(sum, width);
     above = moe_warp_sum(above, width);
-    if (s->n < s->before) { /* else it is done, and only goes along */
+    if (s->n < s->before) { /* else the search has ended, and the lane only joins the sums */
         s->before = s->n;
         s->n = above;
         if (above > 0.0f)
@@ -86,8 +89,8 @@ MOE_DEVICE void moei_sparsemax_step(moei_sparsemax* s, float sum, float above, f
     }
 }
 
-/* The score of one logit by moei_gate_token; max is the largest logit of the token, `sum` the
-   softmax denominator, or sparsemax's tau counted from max. l and max count in `unit`. */
+/* Returns the score of one logit l, for moei_gate_token. max: the token's largest logit. sum: the
+   softmax's denominator, or sparsemax's tau - max. `unit` is a factor on l and max. */
 MOE_DEVICE float moei_gate_score(const moei_gate_args* d, float unit, float l, float max, float sum)
 {
     const float below = moei_gate_exponent(l, max, d->score == MOE_SCORE_QUADRATIC);
@@ -96,8 +99,8 @@ MOE_DEVICE float moei_gate_score(const moei_gate_args* d, float unit, float l, f
     return __fdiv_rn(moe_exp(below * unit), sum);
 }
 
-/* The weight of one chosen logit before renormalisation and scale; top-k softmax has its sum still
-   to come, so it is passed as 1. Sigmoids that will be renormalised are all multiplied by e^-max
+/* Returns the weight of one chosen logit before renormalisation and scale. Top-k softmax passes
+   sum = 1, since its sum is taken later. Sigmoids to be renormalised are all multiplied by e^-max
    where max is negative: they would underflow together. */
 MOE_DEVICE float moei_gate_weight(const moei_gate_args* d, float unit, float l, float max, float sum)
 {
@@ -106,44 +109,48 @@ MOE_DEVICE float moei_gate_weight(const moei_gate_args* d, float unit, float l, 
     return moei_gate_score(d, unit, l, max, sum);
 }
 
-/* How registers hold rows: an aligned group of `lanes` lanes has a token, per_lane logits each; `depth`
-   of its largest are found. The three are literals. */
+/* How registers hold rows: an aligned group of `lanes` lanes has a token, per_lane logits a lane;
+   `depth` of the largest are found. The three are literals. */
 typedef struct moei_gate_lanes {
     int lanes, per_lane, depth;
-    int rank; /* of this lane in its group */
+    int rank; /* this lane's number in its group, 0 .. lanes - 1 */
 } moei_gate_lanes;
 
+/* Returns how this lane holds rows. */
 MOE_DEVICE moei_gate_lanes moei_gate_lanes_of(const int lanes, const int per_lane, const int depth)
 {
     const moei_gate_lanes w = {lanes, per_lane, depth, moe_lane() & (lanes - 1)};
     return w;
 }
 
-/* Where a lane's j-th logit stands: it has the experts (i lanes + rank) 8 .. + 8, i = 0, 1, ... */
+/* Returns the expert of a lane's j-th logit. A lane has runs of 8 experts, which begin at
+   (i * lanes + rank) * 8 for i = 0, 1, ... */
 MOE_DEVICE int moei_gate_expert(int j, const moei_gate_lanes w)
 {
     return ((j >> 3) * w.lanes + w.rank) * 8 + (j & 7);
 }
 
-/* Bit j: v[j] is not below kth, which is finite. */
+/* Returns bits: bit j is set where v[j] is not below kth, which is finite. */
 MOE_DEVICE uint32_t moei_gate_not_below(const float* v, float kth, const moei_gate_lanes w)
 {
     uint32_t below = 0;
-    if (kth == 0.0f) kth = __uint_as_float(0x80000000u); /* -0 - +0 is negative */
+    if (kth == 0.0f) kth = __uint_as_float(0x80000000u); /* -0 - +0 is -0, whose sign bit is set */
     MOE_UNROLL
-    for (int j = 31; j >= 0; --j) /* the sign of a difference */
+    for (int j = 31; j >= 0; --j) /* the sign bit of each difference */
         if (j < w.per_lane) below = __funnelshift_l(__float_as_uint(v[j] - kth), below, 1);
     return ~below & (MOE_FULL_WARP >> (32 - w.per_lane));
 }
 
-/* Reads a lane's logits of token t; past E they are -inf. `wide`: E and the stride are multiples
-   of 8, the base of 16 bytes. */
+/* Loads a lane's logits of token t; those past E become -inf. wide: E and the stride are multiples
+   of 8 and the base is 16-byte aligned, so loads are 16-byte vectors.
+     1. fp32: vectors; vectors predicated on E; or single logits
+     2. 16 bits: vectors predicated on E, or single logits; then the conversion to fp32 */
 MOE_DEVICE void moei_gate_read(float* v, const moei_gate_args* d, int64_t t, bool wide,
                                const moei_gate_lanes w)
 {
     const int num_experts = d->num_experts;
     const float none = __uint_as_float(0xff800000u);
-    if (d->logits_dtype == MOE_FP32) {
+    if (d->logits_dtype == MOE_FP32) { /* 1. */
         const float* row = (const float*)d->logits + t * d->logits_stride;
         if (wide && num_experts == w.lanes * w.per_lane) {
             MOE_UNROLL
@@ -166,10 +173,10 @@ MOE_DEVICE void moei_gate_read(float* v, const moei_gate_args* d, int64_t t, boo
                 v[j] = e < num_experts ? row[e] : none;
             }
         }
-    } else {
+    } else { /* 2. */
         const uint32_t minus = d->logits_dtype == MOE_FP16 ? 0xfc00fc00u : 0xff80ff80u;
         const uint16_t* row = (const uint16_t*)d->logits + t * d->logits_stride;
-        uint32_t u[16]; /* two logits each */
+        uint32_t u[16]; /* two logits a word */
         MOE_UNROLL
         for (int j = 0; j < w.per_lane; j += 8) {
             const int e = moei_gate_expert(j, w);

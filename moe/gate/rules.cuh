@@ -1,15 +1,16 @@
-/* rules.cuh: the gate with rules: every score, temperature, noise, dropout, masks, a bias for
-   selection, groups of experts, a threshold, sums of probabilities; one pass over the logits.
+/* rules.cuh: the gate with rules: every score, temperature, noise, dropout, disabled experts and
+   tokens, a bias for choosing, groups, a threshold, sums of probabilities; one pass over the
+   logits. Called by the kernels of MOE_GATE_RULES_LIST and by moei_gate_any.
 
-   As in plain.cuh a block has one chunk of tokens and an aligned group of lanes one token's row in
-   registers; each rule is one step over them that the others' cost does not depend on. */
+   As in plain.cuh a block has one chunk of tokens and an aligned group of lanes has one token's row
+   in registers. Each rule is one pass over these registers, and adds no cost to the others. */
 #ifndef MOE_GATE_RULES_CUH
 #define MOE_GATE_RULES_CUH
 
 #include "batch.cuh"
 
-/* 1 / (1 + 2^-(v unit)) to a few ulp, quick: for selection, and for sums, of which 2^shift is taken
-   out: `one` is 2^shift. */
+/* Returns 1 / (one + 2^(shift - v * unit)) to a few ulp, where one is 2^shift: the sigmoid of v in
+   units of `unit`, divided by 2^shift. For choosing (shift 0) and for sums. */
 MOE_DEVICE float moei_gate_sigmoid_fast(float v, float unit, float one, float shift)
 {
     const float x = one + moei_exp2_fast(fmaf(v, -unit, shift));
@@ -22,7 +23,8 @@ MOE_DEVICE float moei_gate_sigmoid_fast(float v, float unit, float one, float sh
 #endif
 }
 
-/* May one of a lane's logits be NaN or infinite? Those that the token does not see are. */
+/* Returns whether one of a lane's logits may be NaN or infinite. The -inf of logits that the token
+   does not see counts. */
 MOE_DEVICE bool moei_gate_lane_odd(const float* v, const moei_gate_lanes w)
 {
     float sum = v[0]; /* also infinite where finite ones are huge */
@@ -31,7 +33,7 @@ MOE_DEVICE bool moei_gate_lane_odd(const float* v, const moei_gate_lanes w)
     return (__float_as_uint(sum) & 0x7f800000u) == 0x7f800000u;
 }
 
-/* Is one of a lane's logits NaN? */
+/* Returns whether one of a lane's logits is NaN. */
 MOE_DEVICE bool moei_gate_lane_nan(const float* v, const moei_gate_lanes w)
 {
     float nan = 0.0f;
@@ -40,9 +42,9 @@ MOE_DEVICE bool moei_gate_lane_nan(const float* v, const moei_gate_lanes w)
     return moei_is_nan(nan);
 }
 
-/* What a group of lanes knows of its token's logits v, those that the token does not see being
-   -infinity; max is the largest. Both are in units. `nan` is found here for
-   softmax scores alone, and maybe not by every lane. */
+/* Returns the statistics of a token from its group of lanes. v: a lane's logits, -inf where the
+   token does not see them; max: the token's largest; both in units. Sets `nan` for softmax scores
+   alone, where the sum is NaN. The whole warp calls it. */
 MOE_DEVICE moei_gate_stats moei_gate_lane_stats(const moei_gate_args* d,
                                                 const moei_gate_units* units, const float* v,
                                                 float max, const moei_gate_lanes w)
@@ -52,7 +54,7 @@ MOE_DEVICE moei_gate_stats moei_gate_lane_stats(const moei_gate_args* d,
     s.max = max;
     s.sum = 0.0f;
     if (d->score == MOE_SCORE_SPARSEMAX) {
-        const float whole = __fdiv_rn(1.0f, units->unit); /* what the scores sum up to */
+        const float whole = __fdiv_rn(1.0f, units->unit); /* what the scores sum up to, in units */
         moei_sparsemax search = moei_sparsemax_begin(whole);
         while (__any_sync(MOE_FULL_WARP, search.n < search.before)) {
             float part = 0.0f, above = 0.0f;
@@ -86,8 +88,9 @@ MOE_DEVICE moei_gate_stats moei_gate_lane_stats(const moei_gate_args* d,
     return s;
 }
 
-/* The scores of a lane's logits, quick, for selection. Where `sums`, a literal: the probabilities, of
-   sigmoids over 2^shift and not divided by their sum yet. */
+/* Computes the scores u of a lane's logits v, to a few ulp, for choosing. sums, a literal: 1
+   computes the probabilities instead; those of sigmoids over 2^shift and not divided by their sum
+   yet. */
 MOE_DEVICE void moei_gate_lane_scores(float* u, const float* v, const moei_gate_args* d,
                                       const moei_gate_units* units, const moei_gate_stats* s,
                                       const int sums, const moei_gate_lanes w)
@@ -110,8 +113,9 @@ MOE_DEVICE void moei_gate_lane_scores(float* u, const float* v, const moei_gate_
     }
 }
 
-/* Lets only the experts of the token's best groups stay: the others' merits become -infinity, and
-   without a bias theirs the logits. best and group are this token's in shared memory. */
+/* Sets the merits u to -inf outside the token's top_groups best groups. Without a bias, sets the
+   others to their logits v: scores have chosen the groups alone. best [E / 4] and group [groups]
+   are this token's in shared memory. The whole warp calls it. */
 MOE_DEVICE void moei_gate_lane_groups(float* u, const float* v, const moei_gate_args* d,
                                       float2* best, float* group, const moei_gate_lanes w)
 {
@@ -126,7 +130,7 @@ MOE_DEVICE void moei_gate_lane_groups(float* u, const float* v, const moei_gate_
         if (e < d->num_experts)
             best[e >> 2] = make_float2(fmaxf(a, c), fmaxf(fminf(a, c), fmaxf(b, f)));
     }
-    __syncwarp(MOE_FULL_WARP);
+    __syncwarp(MOE_FULL_WARP); /* best is complete */
     for (int g = w.rank; g < num_groups; g += w.lanes) {
         float first = none, second = none;
         for (int i = g * (size >> 2); i < (g + 1) * (size >> 2); ++i) {
@@ -137,7 +141,7 @@ MOE_DEVICE void moei_gate_lane_groups(float* u, const float* v, const moei_gate_
         /* halves do not overflow */
         group[g] = 0.5f * first + (second > none ? 0.5f * second : 0.0f);
     }
-    __syncwarp(MOE_FULL_WARP);
+    __syncwarp(MOE_FULL_WARP); /* group is complete */
     for (int g = w.rank; g < num_groups; g += w.lanes) {
         const float own = group[g];
         int ahead = 0;
@@ -154,8 +158,9 @@ MOE_DEVICE void moei_gate_lane_groups(float* u, const float* v, const moei_gate_
     }
 }
 
-/* Adds the probabilities p of a warp's tokens, one a group of lanes, to the warp's own prob [E].
-   Each step halves the tokens: a lane passes on one half of its experts and adds up the other. */
+/* Adds the probabilities p of a warp's tokens, one a group of lanes, to the warp's own prob [E] in
+   shared memory. Each exchange halves the number of tokens: a lane passes one half of its experts
+   to its partner and adds up the other half. Ends with __syncwarp. */
 MOE_DEVICE void moei_gate_lane_add(float* p, float* prob, int num_experts, const moei_gate_lanes w)
 {
     int from = 0;
@@ -183,8 +188,8 @@ MOE_DEVICE void moei_gate_lane_add(float* p, float* prob, int num_experts, const
     __syncwarp(MOE_FULL_WARP);
 }
 
-/* Writes those of a lane's experts that have a bit in `picked`, one after the other, with u where
-   `merits` (a literal). */
+/* Writes those of a lane's experts that have a bit in `picked` to pick, one after another. merits,
+   a literal: 1 writes their merits u too. */
 MOE_DEVICE void moei_gate_lane_pick(moei_gate_pick* pick, uint32_t picked, const float* v,
                                     const float* u, const moei_gate_lanes w, const int merits)
 {
@@ -198,8 +203,9 @@ MOE_DEVICE void moei_gate_lane_pick(moei_gate_pick* pick, uint32_t picked, const
         }
 }
 
-/* Puts a token's n picks, K or more, in order: by descending merit, equals by ascending expert. top:
-   the merits of the K in order. */
+/* Puts a token's n picks, K or more, in order: by descending merit, equals by ascending expert.
+   top: the K largest merits in order. merits: 0 where the logits are compared. The token's lanes
+   share the picks; n = 0 does nothing. */
 MOE_DEVICE void moei_gate_lane_order(moei_gate_pick* pick, bool merits, int n, const float* top,
                                      int top_k, const moei_gate_lanes w)
 {
@@ -208,14 +214,14 @@ MOE_DEVICE void moei_gate_lane_order(moei_gate_pick* pick, bool merits, int n, c
     uint16_t* order = moei_gate_order(pick, w.depth);
     bool tie = n > top_k;
     top_k = (int)moei_opaque(
-        (uint64_t)top_k); /* else each k < K waits in a register since kth was found */
+        (uint64_t)top_k); /* else each k < K stays in a register since kth was found */
     MOE_UNROLL
     for (int k = 0; k < w.depth - 1; ++k) tie |= k + 1 < top_k && top[k] == top[k + 1];
-    if (!tie) { /* a pick's place is how many of the top are larger */
+    if (!tie) { /* a pick's rank is the number of larger ones in top */
         MOE_UNROLL
         for (int m = 0; m < 8; ++m) {
             const int c = m * w.lanes + w.rank;
-            uint32_t larger = 0; /* a bit for each */
+            uint32_t larger = 0; /* a bit for each of top */
             if (m * w.lanes < w.depth && c < n) {
                 const float own = merit[c * step];
                 MOE_UNROLL
@@ -240,8 +246,12 @@ MOE_DEVICE void moei_gate_lane_order(moei_gate_pick* pick, bool merits, int n, c
     }
 }
 
-/* Writes a token's K choices from its picks in order, and counts them: lane r has the choices r,
-   r + lanes, ... */
+/* Writes a token's K choices from its picks in order, and counts them. Lane r has the choices r,
+   r + lanes, ... `live`: the token has picks. The whole warp calls it.
+     1. the logits of the lane's choices
+     2. the largest logit of the chosen, where their own sum divides the weights
+     3. weights; choices below the threshold, or with a sparsemax score of 0, become unused
+     4. the sum that divides the weights; ids, weights and counts */
 MOE_DEVICE void moei_gate_lane_finish(const moei_gate_args* d, const moei_gate_units* units,
                                       int* count, int64_t t, bool live, moei_gate_pick* pick,
                                       const moei_gate_stats* s, const moei_gate_lanes w)
@@ -252,7 +262,7 @@ MOE_DEVICE void moei_gate_lane_finish(const moei_gate_args* d, const moei_gate_u
     float weight[8], total = 0.0f, factor = d->scale, max = s->max, shift;
     int e[8];
     MOE_UNROLL
-    for (int m = 0; m < 8; ++m) { /* the logits for now */
+    for (int m = 0; m < 8; ++m) { /* 1.; weight holds the logits until 3. */
         const int k = m * w.lanes + w.rank;
         weight[m] = __uint_as_float(0xff800000u);
         e[m] = -1;
@@ -262,7 +272,7 @@ MOE_DEVICE void moei_gate_lane_finish(const moei_gate_args* d, const moei_gate_u
             e[m] = p.expert;
         }
     }
-    if (own && d->score != MOE_SCORE_SPARSEMAX) {
+    if (own && d->score != MOE_SCORE_SPARSEMAX) { /* 2. */
         float most = weight[0];
         MOE_UNROLL
         for (int m = 1; m < 8; ++m) most = fmaxf(most, weight[m]);
@@ -270,7 +280,7 @@ MOE_DEVICE void moei_gate_lane_finish(const moei_gate_args* d, const moei_gate_u
         if (most >= -3.40282347e38f) max = most;
     }
     shift = -(max * units->log2);
-    MOE_UNROLL
+    MOE_UNROLL /* 3. */
     for (int m = 0; m < 8; ++m)
         if (m * w.lanes < w.depth && e[m] >= 0) {
             const float v = weight[m];
@@ -283,7 +293,7 @@ MOE_DEVICE void moei_gate_lane_finish(const moei_gate_args* d, const moei_gate_u
             }
             total += weight[m];
         }
-    if (own) total = moe_warp_sum(total, w.lanes);
+    if (own) total = moe_warp_sum(total, w.lanes); /* 4. */
     else total = softmax ? s->sum : 1.0f;
     if (total > 0.0f) factor = __fdiv_rn(factor, total);
     MOE_UNROLL
@@ -297,9 +307,9 @@ MOE_DEVICE void moei_gate_lane_finish(const moei_gate_args* d, const moei_gate_u
     }
 }
 
-/* Turns odd logits of a token into what selection knows: of -infinity a score or a bias would make a
-   choice, so its bits join *unseen. Returns whether the token has to be done again: one is NaN, or, as
-   some finite one may have become -infinity where `overflows`, -infinity. */
+/* Finds -inf and NaN among a lane's logits v. Adds the -inf ones to *unseen: a score or a bias
+   would make a choice of them. Returns whether moei_gate_token must do the token again: a logit is
+   NaN, or, where `overflows`, a seen logit is -inf, which may have been finite. */
 MOE_DEVICE bool moei_gate_lane_minus(uint32_t* unseen, const float* v, bool overflows,
                                      const moei_gate_lanes w)
 {
@@ -313,8 +323,8 @@ MOE_DEVICE bool moei_gate_lane_minus(uint32_t* unseen, const float* v, bool over
     return again;
 }
 
-/* u = what selection compares, without the groups. bias [E] is in shared memory: with a bias, and for
-   the batch's choices, which are all that counts there. */
+/* Sets u to the merits, which selection compares, before groups. bias [E] in shared memory: the
+   bias, or with whole_batch the batch's merits, which alone count then. */
 MOE_DEVICE void moei_gate_lane_merits(float* u, const float* v, uint32_t unseen,
                                       const moei_gate_args* d, const moei_gate_units* units,
                                       const moei_gate_stats* s, const float* bias,
@@ -341,8 +351,8 @@ MOE_DEVICE void moei_gate_lane_merits(float* u, const float* v, uint32_t unseen,
     }
 }
 
-/* Sums n over the lanes of the group; *before becomes the sum of the lanes before this one, modulo
-   2^16. */
+/* Returns the sum of n over the lanes of the group. Sets *before to the sum over the lanes before
+   this one, modulo 2^16. The whole warp calls it. */
 MOE_DEVICE int moei_gate_lane_count(int* before, int n, const moei_gate_lanes w)
 {
     int sum = n;
@@ -355,8 +365,8 @@ MOE_DEVICE int moei_gate_lane_count(int* before, int n, const moei_gate_lanes w)
     return __shfl_sync(MOE_FULL_WARP, sum, w.lanes - 1, w.lanes);
 }
 
-/* The token's w.depth largest merits in order; returns the K-th. Of a whole batch batch.cuh has made
-   merits that are the order. */
+/* Sets top to the token's w.depth largest merits in order; returns the K-th. With whole_batch the
+   merits are 0, -1, ... in the order of choice (batch.cuh). The whole warp calls it. */
 MOE_DEVICE float moei_gate_lane_top(float* top, const float* u, const moei_gate_args* d,
                                     const moei_gate_lanes w)
 {
@@ -373,7 +383,8 @@ MOE_DEVICE float moei_gate_lane_top(float* top, const float* u, const moei_gate_
     return kth;
 }
 
-/* Is rounding no longer small, or one of the K not there? */
+/* Returns whether the token must be done again: its rounding errors are no longer small, it has a
+   NaN, or fewer than K experts are left. largest, kth: of the merits. */
 MOE_DEVICE bool moei_gate_lane_inexact(const moei_gate_stats* s, const moei_gate_units* units,
                                        float largest, float kth)
 {
@@ -381,7 +392,8 @@ MOE_DEVICE bool moei_gate_lane_inexact(const moei_gate_stats* s, const moei_gate
            !(kth >= -3e38f);
 }
 
-/* Does token t again for each lane whose `redo` holds, one after the other, the whole warp. */
+/* Calls moei_gate_token for the token t of each lane whose `redo` is set, one after another. The
+   whole warp calls it; prob and row are its own. */
 MOE_DEVICE void moei_gate_lane_again(const moei_gate_args* d, const moei_gate_shared* shared,
                                      float* prob, float* row, int t, bool redo)
 {
@@ -395,7 +407,8 @@ MOE_DEVICE void moei_gate_lane_again(const moei_gate_args* d, const moei_gate_sh
     }
 }
 
-/* Adds the probabilities of a token's logits v to the warp's own prob [E], where `in`. */
+/* Adds the probabilities of a token's logits v to the warp's own prob [E], where `in`. The whole
+   warp calls it. */
 MOE_DEVICE void moei_gate_lane_probabilities(float* prob, const float* v, uint32_t unseen, bool in,
                                              const moei_gate_args* d, const moei_gate_units* units,
                                              const moei_gate_stats* s, const moei_gate_lanes w)
@@ -410,42 +423,42 @@ MOE_DEVICE void moei_gate_lane_probabilities(float* prob, const float* v, uint32
     moei_gate_lane_add(p, prob, d->num_experts, w);
 }
 
-/* Are registers left to fetch the next token's logits while this one's are sorted? */
+/* 1: registers are left to load the next token's logits while this one's are sorted. */
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 #define MOEI_GATE_EARLY 0
 #else
 #define MOEI_GATE_EARLY 1
 #endif
 
-/* One block; a token is owned by an aligned group of `lanes` lanes with `per_lane` logits each, and
-   K <= depth. In a round each group does a token:
+/* Runs one block, which has one chunk. An aligned group of `lanes` lanes owns a token; a lane has
+   `per_lane` of its logits. K <= depth. The three are literals. In a round each group does a token:
 
-     1. the next round's logits are fetched
-     2. the rules of single logits; the largest
-     3. sums over the row; -infinity and NaN
+     1. load: its logits; where `early` already in the round before
+     2. apply the rules of single logits; the largest logit
+     3. sum over the row; find -inf and NaN
      4. merits: what selection compares; groups
-     5. the token's `depth` largest merits in order, of them the K-th
-     6. which of a lane's own are not below the K-th, and how many of the lanes before
-     7. those meet in shared memory: their order, weights and ids
+     5. sort: the token's `depth` largest merits in order, of them the K-th
+     6. choose: a lane's merits that are not below the K-th, and how many the lanes before have
+     7. write: collects the picks in shared memory; their order, weights and ids
      8. sums of probabilities
-     9. what this does not take is done again by moei_gate_token: a token of which more than 2 depth
-        experts are not below the K-th, or that sees fewer than K, or whose logits are infinite, huge
-        or NaN */
+     9. again: moei_gate_token does the tokens that 1. to 8. cannot. More than 2 depth of their
+        experts are not below the K-th, or they see fewer than K, or their logits are infinite, huge
+        or NaN. */
 MOE_DEVICE_BODY void moei_gate_rules_block(const moei_gate_args* d, const moei_gate_shared* shared,
                                            const int lanes, const int per_lane, const int depth)
 {
     const moei_gate_lanes w = moei_gate_lanes_of(lanes, per_lane, depth);
     const int num_experts = d->num_experts, top_k = d->top_k, step = (int)blockDim.x / lanes;
-    const int own = (int)threadIdx.x / lanes; /* of the tokens under way */
+    const int own = (int)threadIdx.x / lanes; /* this group's number among the tokens in flight */
     const int chunk = (int)moe_chunk_tokens(d->num_tokens);
     const int first = (int)blockIdx.x * chunk;
     const int tokens = d->num_tokens - first < chunk ? d->num_tokens - first : chunk;
     const bool wide =
         (d->logits_stride | d->num_experts) % 8 == 0 && (uintptr_t)d->logits % 16 == 0;
-    const bool judged = d->expert_bias || d->num_groups > 1; /* by more than the logits */
-    const bool merits = judged || d->whole_batch;            /* else the logits are compared */
+    const bool judged = d->expert_bias || d->num_groups > 1; /* merits are not the logits alone */
+    const bool merits = judged || d->whole_batch;            /* 0: selection compares the logits */
     const moei_gate_units units = moei_gate_units_of(d);
-    /* may a finite logit become -infinity? moei_gate_token tells the two apart */
+    /* a finite logit may become -inf; moei_gate_token tells the two apart */
     const bool overflows = moei_gate_multiplies(d) && (d->inverse_temperature != 1.0f || d->noise > 1e28f);
     const bool early = per_lane <= 16 && MOEI_GATE_EARLY;
     const uint64_t seed = moei_gate_seed(d);
@@ -453,7 +466,7 @@ MOE_DEVICE_BODY void moei_gate_rules_block(const moei_gate_args* d, const moei_g
         (moei_gate_pick*)(shared->picks + (size_t)own * moei_gate_picks_bytes(depth));
     float* prob = shared->prob + moe_warp() * num_experts;
     float* row = shared->row + moe_warp() * num_experts;
-    uint32_t off = 0; /* of this lane's experts, for all tokens */
+    uint32_t off = 0; /* bit j: the lane's j-th expert is disabled, or past E */
     float next[32];
 
     MOE_UNROLL
@@ -464,60 +477,60 @@ MOE_DEVICE_BODY void moei_gate_rules_block(const moei_gate_args* d, const moei_g
         if (e >= num_experts || (d->expert_disabled && d->expert_disabled[e])) off |= 1u << j;
     }
     if (d->whole_batch) moei_gate_batch_choose(d, shared);
-    __syncthreads();
-    /* where logits are fetched early, a round before the first does nothing else */
+    __syncthreads(); /* shared memory is ready: counts, sums, bias or the batch's choices */
+    /* with early loads, the round before the first only loads */
     for (int i = early ? own - step : own; __any_sync(MOE_FULL_WARP, i < tokens); i += step) {
         const int64_t t = first + (i >= 0 && i < tokens ? i : 0);
         const bool masked = i >= 0 && i < tokens && d->token_disabled && d->token_disabled[t];
         const bool live = i < tokens && !masked;
-        float v[32];   /* this lane's logits; where there is no token left, the first one's again */
-        float u[32];   /* their merits */
-        float top[32]; /* the token's largest, `depth` of them */
+        float v[32];   /* this lane's logits; of the block's first token where none is left */
+        float u[32];   /* merits of v */
+        float top[32]; /* the token's `depth` largest merits, in order */
         float kth, max;
         uint32_t unseen = off, picked;
         int n, before;
         bool redo;
         moei_gate_stats s;
 
-        if (early) { /* 1 */
+        if (early) { /* 1. load */
             MOE_UNROLL
             for (int j = 0; j < per_lane; ++j) v[j] = next[j];
-            if (i + step < chunk) /* the same for the whole warp, as is the next */
+            if (i + step < chunk) /* uniform in the warp, as is i < 0 */
                 moei_gate_read(next, d, first + (i + step < tokens ? i + step : 0), wide, w);
             if (i < 0) continue;
         } else {
             moei_gate_read(v, d, t, wide, w);
         }
-        max = moei_gate_logits(v, &unseen, d, seed, t, w); /* 2 */
-        s = moei_gate_lane_stats(d, &units, v, max, w);    /* 3 */
+        max = moei_gate_logits(v, &unseen, d, seed, t, w); /* 2. apply */
+        s = moei_gate_lane_stats(d, &units, v, max, w);    /* 3. sum */
         if ((judged || !moei_gate_is_softmax(d->score)) && moei_gate_lane_odd(v, w))
             s.nan = moei_gate_lane_minus(&unseen, v, overflows, w);
-        moei_gate_lane_merits(u, v, unseen, d, &units, &s, shared->bias, w); /* 4 */
+        moei_gate_lane_merits(u, v, unseen, d, &units, &s, shared->bias, w); /* 4. merits */
         if (d->num_groups > 1)
             moei_gate_lane_groups(u, v, d, shared->best + own * (num_experts >> 2),
                                   shared->group + own * ((d->num_groups + 3) / 4 * 4), w);
-        kth = moei_gate_lane_top(top, u, d, w); /* 5 */
-        picked = moei_gate_not_below(u, kth, w); /* 6 */
+        kth = moei_gate_lane_top(top, u, d, w); /* 5. sort */
+        picked = moei_gate_not_below(u, kth, w); /* 6. choose */
         redo = moei_gate_lane_inexact(&s, &units, top[0], kth);
         n = moei_gate_lane_count(&before, __popc(picked) | (redo ? 1 << 16 : 0), w);
-        redo = live && (n < top_k || n > 2 * depth); /* over 16 bits: a lane wants it done again */
+        redo = live && (n < top_k || n > 2 * depth); /* 2^16 or more: some lane has set redo */
         if (redo || !live) n = 0;
         if (n == 0) picked = 0;
-        if (merits) moei_gate_lane_pick(pick + before, picked, v, u, w, 1); /* 7 */
+        if (merits) moei_gate_lane_pick(pick + before, picked, v, u, w, 1); /* 7. write */
         else moei_gate_lane_pick(pick + before, picked, v, u, w, 0);
-        __syncwarp(MOE_FULL_WARP);
+        __syncwarp(MOE_FULL_WARP); /* the picks of all lanes are written */
         moei_gate_lane_order(pick, merits, n, top, top_k, w);
-        __syncwarp(MOE_FULL_WARP);
+        __syncwarp(MOE_FULL_WARP); /* and their order */
         moei_gate_lane_finish(d, &units, shared->count, t, n > 0, pick, &s, w);
         if (masked) moei_gate_unused(d, t, w.rank, lanes);
-        if (d->prob_sum) /* 8 */
+        if (d->prob_sum) /* 8. probabilities */
             moei_gate_lane_probabilities(prob, v, unseen, live && !redo, d, &units, &s, w);
-        moei_gate_lane_again(d, shared, prob, row, first + i, redo && w.rank == 0); /* 9 */
+        moei_gate_lane_again(d, shared, prob, row, first + i, redo && w.rank == 0); /* 9. */
     }
     moei_gate_rules_end(d, shared);
 }
 
-/* One block, a warp a token. */
+/* Runs one block of moei_gate_any: one chunk, a warp a token. */
 MOE_DEVICE void moei_gate_any_block(const moei_gate_args* d, const moei_gate_shared* shared)
 {
     const int chunk = (int)moe_chunk_tokens(d->num_tokens), first = (int)blockIdx.x * chunk;

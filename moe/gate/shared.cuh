@@ -1,46 +1,47 @@
-/* shared.cuh: what a block of the gate with rules has in shared memory, and what it leaves of its
-   chunk of tokens: counts, and sums of probabilities. */
+/* shared.cuh: shared memory of a block of the gate with rules, and what the block writes of its
+   chunk of tokens: counts and sums of probabilities. Called by rules.cuh and batch.cuh. */
 #ifndef MOE_GATE_SHARED_CUH
 #define MOE_GATE_SHARED_CUH
 
 #include "row.cuh"
 
-/* A chosen expert. 16 bytes, so that one address serves the stores of all. */
+/* A chosen expert. One struct of 16 bytes, so that one address serves the stores of all fields. */
 typedef struct moei_gate_pick {
-    float logit;
-    int expert;
+    float logit; /* in units */
+    int expert;  /* 0 .. E - 1 */
     float merit; /* what selection compared, where that is not the logit */
-    int unused;
+    int unused;  /* fills 16 bytes */
 } moei_gate_pick;
 
-/* A token's picks, at most 2 depth, and after them which are the choices, in order. */
+/* Returns the bytes of a token's picks: at most 2 depth picks, then order [depth]. */
 MOE_HOST_DEVICE size_t moei_gate_picks_bytes(int depth)
 {
     return ((size_t)depth * (2 * sizeof(moei_gate_pick) + sizeof(uint16_t)) + 7) / 8 * 8;
 }
+/* Returns a token's order [depth], behind its picks: order[k] is the pick that is choice k. */
 MOE_DEVICE uint16_t* moei_gate_order(moei_gate_pick* pick, const int depth)
 {
     return (uint16_t*)(pick + 2 * depth);
 }
 
-/* Shared memory of a block, in this order. `tokens` are under way together. */
+/* Shared memory of a block, in this order. `tokens`: tokens in flight together. */
 typedef struct moei_gate_shared {
-    unsigned char* picks; /* [tokens][moei_gate_picks_bytes] */
-    int* count;           /* [E] */
-    float* bias;          /* [E] where there is a bias, or one choice for the batch */
-    float2* best;         /* [tokens][E / 4] the two best of 4 experts, where there are groups */
-    float* group;         /* [tokens][groups] their scores */
-    float* row;           /* [warps][E] a token's logits, for those done one by one */
-    float* prob;          /* [warps][E] where probabilities are summed */
-    int32_t* chosen;      /* [K] the batch's choices, where there is one for all */
+    unsigned char* picks; /* [tokens][moei_gate_picks_bytes] picks and their order */
+    int* count;           /* [E] choices of each expert in the chunk */
+    float* bias;          /* [E] with a bias; with whole_batch the batch's merits */
+    float2* best;         /* [tokens][E / 4] with groups: the two best of 4 experts */
+    float* group;         /* [tokens][groups, a multiple of 4] with groups: their scores */
+    float* row;           /* [warps][E] a token's logits, for moei_gate_token */
+    float* prob;          /* [warps][E] with prob_sum: sums of probabilities */
+    int32_t* chosen;      /* [K] with whole_batch: the batch's choices */
 } moei_gate_shared;
 
-/* Shares the memory out; returns the bytes. */
+/* Sets the addresses of *s from `base` on; returns the bytes. A null base only counts. */
 MOE_HOST_DEVICE size_t moei_gate_carve(moei_gate_shared* s, unsigned char* base,
                                        const moei_gate_args* d, int warps, int tokens, int depth)
 {
     const size_t num_experts =
-        ((size_t)d->num_experts + 3) / 4 * 4; /* every piece at a multiple of 16 */
+        ((size_t)d->num_experts + 3) / 4 * 4; /* buffers begin at multiples of 16 */
     size_t at = 0;
     s->picks = base + at;
     at += ((size_t)tokens * moei_gate_picks_bytes(depth) + 15) / 16 * 16;
@@ -60,22 +61,22 @@ MOE_HOST_DEVICE size_t moei_gate_carve(moei_gate_shared* s, unsigned char* base,
     return at + (d->whole_batch ? (size_t)d->top_k * 4 : 0);
 }
 
-/* The chunks' sums of probabilities in the workspace, [moe_num_chunks(T), E]; before them, the sums
-   of a whole batch's logits. */
+/* Returns the chunks' sums of probabilities in the workspace, [moe_num_chunks(T), E]. With
+   whole_batch the chunks' sums of logits, of the same size, stand before them. */
 MOE_HOST_DEVICE float* moei_gate_prob_part(const moei_gate_args* d)
 {
     return (float*)d->workspace +
            (d->whole_batch ? moe_num_chunks(d->num_tokens) * d->num_experts : 0);
 }
 
-/* Clears what the block adds to, and fetches the bias; a barrier must follow. */
+/* Clears count and prob, and loads the bias. All threads; a barrier must follow. */
 MOE_DEVICE void moei_gate_rules_begin(const moei_gate_args* d, const moei_gate_shared* s)
 {
     const int num_experts = d->num_experts, warps = (int)blockDim.x / MOE_WARP_SIZE;
     MOE_NO_UNROLL
     for (int e = (int)threadIdx.x; e < num_experts; e += (int)blockDim.x) {
         s->count[e] = 0;
-        if (d->expert_bias) { /* a NaN would count twice in its group */
+        if (d->expert_bias) { /* with a NaN, a group would count its neighbour twice */
             const float b = d->expert_bias[e];
             s->bias[e] = moei_is_nan(b) ? __uint_as_float(0xff800000u) : b;
         }
@@ -85,7 +86,8 @@ MOE_DEVICE void moei_gate_rules_begin(const moei_gate_args* d, const moei_gate_s
         s->prob[i] = 0.0f;
 }
 
-/* Writes the counts and the sums of probabilities of a block's chunk; all threads. */
+/* Writes the counts and the sums of probabilities of a block's chunk. All threads; begins with a
+   barrier. */
 MOE_DEVICE void moei_gate_rules_end(const moei_gate_args* d, const moei_gate_shared* s)
 {
     const int num_experts = d->num_experts, warps = (int)blockDim.x / MOE_WARP_SIZE;

@@ -1,8 +1,8 @@
-/* token.cuh: one token by one warp, any E and K, every rule, ties, infinities and NaN included.
+/* token.cuh: one token by one warp: any E and K, every rule, ties, infinities and NaN.
 
-   The row is read again for each pass and for each choice, from shared memory where rules have
-   changed it: right for everything, quick for nothing.
-   The kernels that hold rows in registers come here for the few tokens they do not take. */
+   Reads the row again for each pass and each choice: from shared memory where rules have changed
+   the row, else the logits as given. Covers all cases, but slowly. Called by moei_gate_any, and by
+   the kernels that hold rows in registers for the few tokens that those kernels cannot do. */
 #ifndef MOE_GATE_TOKEN_CUH
 #define MOE_GATE_TOKEN_CUH
 
@@ -11,15 +11,16 @@
 
 /* What a token's weights need of its whole row. */
 typedef struct moei_gate_stats {
-    float max; /* of the logits that the token sees, in units */
-    float sum; /* sum of e^(l - max); of the sigmoids / e^shift; sparsemax: tau - max */
-    bool nan;  /* one of them is NaN: the token selects nothing */
+    float max; /* largest logit that the token sees, in units */
+    float sum; /* of e^(l - max); sigmoid: of the scores / e^shift; sparsemax: tau - max */
+    bool nan;  /* a logit is NaN: the token chooses nothing */
 } moei_gate_stats;
 
 #define MOEI_GATE_UNSEEN 0xffffffffu /* bits of a logit that the token does not see */
-#define MOEI_GATE_MINUS 0xff800000u  /* of -infinity, which is no choice */
+#define MOEI_GATE_MINUS 0xff800000u  /* bits of -inf, which is no choice */
 
-/* Takes the logits of token t through the rules into row [E], which is this warp's alone. */
+/* Writes the logits of token t, after the rules, to row [E] in shared memory. Logits that the token
+   does not see, and -inf, become MOEI_GATE_UNSEEN. The whole warp; row is its own. */
 MOE_DEVICE void moei_gate_fill_row(const moei_gate_args* d, float* row, int64_t t)
 {
     const uint64_t seed = moei_gate_seed(d);
@@ -31,7 +32,7 @@ MOE_DEVICE void moei_gate_fill_row(const moei_gate_args* d, float* row, int64_t 
         most = moe_warp_max(most, MOE_WARP_SIZE);
     }
     if (!(fabsf(most) < __uint_as_float(0x7f800000u))) most = 0.0f;
-    __syncwarp(MOE_FULL_WARP); /* the row before has been read */
+    __syncwarp(MOE_FULL_WARP); /* the row of the token before has been read */
     MOE_NO_UNROLL
     for (int e = moe_lane(); e < d->num_experts; e += MOE_WARP_SIZE) {
         const bool seen = moei_gate_given(&v, d, seed, t, e);
@@ -43,8 +44,8 @@ MOE_DEVICE void moei_gate_fill_row(const moei_gate_args* d, float* row, int64_t 
     __syncwarp(MOE_FULL_WARP);
 }
 
-/* The logit of a pass; false where the token does not see the expert, or it is -infinity. rules is
-   a literal: with it the logits are in row, without it they are used as they come. */
+/* Loads the logit of expert e; returns false where the token does not see e or the logit is -inf.
+   rules, a literal: 1 reads row, 0 the logits as given. */
 MOE_DEVICE bool moei_gate_see(float* v, const moei_gate_args* d, const float* row, int64_t t, int e,
                               const int rules)
 {
@@ -56,7 +57,10 @@ MOE_DEVICE bool moei_gate_see(float* v, const moei_gate_args* d, const float* ro
     return __float_as_uint(*v) != MOEI_GATE_MINUS;
 }
 
-/* Reads the row of token t: all lanes get the result. */
+/* Reads the row of token t and returns its statistics, the same in all lanes. The whole warp.
+     1. max, and whether a logit is NaN
+     2. sparsemax: tau
+     3. other scores: the sum */
 MOE_DEVICE moei_gate_stats moei_gate_row_stats(const moei_gate_args* d, const float* row, int64_t t,
                                                const int rules)
 {
@@ -66,7 +70,7 @@ MOE_DEVICE moei_gate_stats moei_gate_row_stats(const moei_gate_args* d, const fl
     moei_gate_stats s;
     float v, max = __uint_as_float(MOEI_GATE_MINUS), sum = 0.0f, shift, one, log2;
     bool nan = false;
-    MOE_NO_UNROLL
+    MOE_NO_UNROLL /* 1. max */
     for (int e = moe_lane(); e < num_experts; e += MOE_WARP_SIZE)
         if (moei_gate_see(&v, d, row, t, e, rules)) {
             nan = nan || moei_is_nan(v);
@@ -74,7 +78,7 @@ MOE_DEVICE moei_gate_stats moei_gate_row_stats(const moei_gate_args* d, const fl
         }
     s.nan = __any_sync(MOE_FULL_WARP, nan) != 0;
     s.max = moe_warp_max(max, MOE_WARP_SIZE);
-    if (rules && d->score == MOE_SCORE_SPARSEMAX) {
+    if (rules && d->score == MOE_SCORE_SPARSEMAX) { /* 2. tau */
         const float unit = moei_gate_units_of(d).unit;
         moei_sparsemax search = moei_sparsemax_begin(1.0f);
         while (search.n < search.before && !s.nan) {
@@ -90,7 +94,7 @@ MOE_DEVICE moei_gate_stats moei_gate_row_stats(const moei_gate_args* d, const fl
         s.sum = search.tau;
         return s;
     }
-    shift = moei_gate_sigmoid_shift(s.max);
+    shift = moei_gate_sigmoid_shift(s.max); /* 3. sum */
     log2 = rules ? moei_gate_units_of(d).log2 : 1.44269502f;
     one = moei_exp2_fast(log2 * shift);
     MOE_NO_UNROLL
@@ -104,7 +108,7 @@ MOE_DEVICE moei_gate_stats moei_gate_row_stats(const moei_gate_args* d, const fl
     return s;
 }
 
-/* The probability of an expert: the score, over the sum of all scores. */
+/* Returns the probability of an expert with logit v: the score over the sum of all scores. */
 MOE_DEVICE float moei_gate_probability(const moei_gate_args* d, float v, const moei_gate_stats* s)
 {
     const float unit = moei_gate_units_of(d).unit;
@@ -113,8 +117,8 @@ MOE_DEVICE float moei_gate_probability(const moei_gate_args* d, float v, const m
     return s->sum > 0.0f ? __fdiv_rn(v, s->sum) : v;
 }
 
-/* What selection compares: the logit or, with a bias, the score and the bias; groups always by
-   scores (top-k softmax: by logits throughout). */
+/* Returns the merit of expert e with logit v: the logit; with a bias the score + the bias. Where
+   `groups`, to compare groups: the score without a bias too. Top-k softmax: the logit as score. */
 MOE_DEVICE float moei_gate_merit(const moei_gate_args* d, float v, int e, const moei_gate_stats* s,
                                  bool groups)
 {
@@ -123,15 +127,15 @@ MOE_DEVICE float moei_gate_merit(const moei_gate_args* d, float v, int e, const 
     return d->expert_bias ? v + d->expert_bias[e] : v;
 }
 
-/* Is a chosen expert used? v: its logit by the rules, not in units. */
+/* Returns whether a chosen expert is used. v: its logit after the rules, not in units. */
 MOE_DEVICE bool moei_gate_used(const moei_gate_args* d, float v, float weight)
 {
     return d->score == MOE_SCORE_SPARSEMAX ? weight > 0.0f
                                            : d->score != MOE_SCORE_SIGMOID || v >= d->least_logit;
 }
 
-/* Bit g: the token may choose from group g. The score of a group is the sum of its two best; lane g
-   has group g. */
+/* Returns bits: bit g is set where the token may choose from group g. Compares half the sums of
+   each group's two best merits; equals by ascending group. Lane g has group g. The whole warp. */
 MOE_DEVICE uint32_t moei_gate_groups(const moei_gate_args* d, const float* row,
                                      const moei_gate_stats* s)
 {
@@ -143,7 +147,7 @@ MOE_DEVICE uint32_t moei_gate_groups(const moei_gate_args* d, const float* row,
     for (int e = g * size; g < num_groups && e < (g + 1) * size; ++e)
         if (moei_gate_see(&v, d, row, 0, e, 1)) {
             v = moei_gate_merit(d, v, e, s, true);
-            if (moei_is_nan(v)) continue; /* it is not chosen */
+            if (moei_is_nan(v)) continue; /* a NaN merit is not chosen */
             second = fmaxf(second, fminf(best, v));
             best = fmaxf(best, v);
         }
@@ -155,7 +159,7 @@ MOE_DEVICE uint32_t moei_gate_groups(const moei_gate_args* d, const float* row,
     return __ballot_sync(MOE_FULL_WARP, g < num_groups && ahead < d->top_groups);
 }
 
-/* Adds a token's probabilities to prob [E], which is this warp's alone. */
+/* Adds a token's probabilities to prob [E] in shared memory, which is this warp's own. */
 MOE_DEVICE void moei_gate_add_probabilities(const moei_gate_args* d, float* prob, const float* row,
                                             const moei_gate_stats* s)
 {
@@ -165,7 +169,7 @@ MOE_DEVICE void moei_gate_add_probabilities(const moei_gate_args* d, float* prob
         if (moei_gate_see(&v, d, row, 0, e, 1)) prob[e] += moei_gate_probability(d, v, s);
 }
 
-/* ids and weights of a token that selects nothing, from choice `first` on. */
+/* Writes unused choices of token t, id -1 and weight 0: first, first + step, ... */
 MOE_DEVICE void moei_gate_unused(const moei_gate_args* d, int64_t t, int first, int step)
 {
     for (int k = first; k < d->top_k; k += step) {
@@ -174,16 +178,16 @@ MOE_DEVICE void moei_gate_unused(const moei_gate_args* d, int64_t t, int first, 
     }
 }
 
-/* Are the weights of the chosen divided by their own sum? Then what they have in common cancels,
-   and the largest of them, not of the row, stands at 1: it may be far below the row's, where a
-   bias, groups or the whole batch have chosen. */
+/* Returns whether the weights of the chosen are divided by their own sum. A factor that they share
+   then cancels, so exponents are taken relative to the largest logit of the chosen, not of the row.
+   A bias, groups or the whole batch may choose logits far below the row's largest. */
 MOE_DEVICE bool moei_gate_own_sum(const moei_gate_args* d)
 {
     return d->score == MOE_SCORE_TOPK_SOFTMAX || d->renormalize != 0;
 }
 
-/* Turns the logits that wait in d->weights into weights, and counts the experts used. The whole
-   warp; what it wrote before is visible to it. */
+/* Replaces the logits of the chosen in d->weights by weights, and counts the experts used. The
+   whole warp; ids and weights that the warp wrote must be visible to all its lanes. */
 MOE_DEVICE void moei_gate_finish(const moei_gate_args* d, int* count, int64_t t,
                                  const moei_gate_stats* s, const int rules)
 {
@@ -209,16 +213,20 @@ MOE_DEVICE void moei_gate_finish(const moei_gate_args* d, int* count, int64_t t,
             else ids[k] = -1;
             weights[k] = used ? w : 0.0f;
         }
-    total = own ? moe_warp_sum(total, MOE_WARP_SIZE) /* short sums: a long one rounds K times */
+    total = own ? moe_warp_sum(total, MOE_WARP_SIZE) /* short sums: one long sum rounds K times */
                 : 0.0f;
     for (int k = moe_lane(); k < top_k; k += MOE_WARP_SIZE)
         weights[k] = (total > 0.0f ? __fdiv_rn(weights[k], total) : weights[k]) * d->scale;
 }
 
-/* Token t: takes, for each choice, the best of what comes after the choice before, in the order of
-   descending merit and ascending indices; or, where the batch has chosen, those of `chosen` [K].
-   The choices wait as logits in d->weights. prob and row [E] are this warp's, prob where
-   probabilities are summed; rules is a literal, and without it neither is used. */
+/* Chooses and weighs for token t. The whole warp. count, prob and row [E] are in shared memory;
+   prob (with prob_sum) and row are this warp's own. rules is a literal; 0 uses neither these nor
+   chosen.
+     1. the row after the rules, and its statistics; a NaN: the token chooses nothing
+     2. whole_batch: the choices are chosen [K]
+     3. else each choice is the best merit that follows the choice before, by descending merit,
+        equals by ascending expert. d->weights holds the logits of the chosen
+     4. weights and counts; probabilities */
 MOE_DEVICE void moei_gate_token(const moei_gate_args* d, int* count, float* prob, float* row,
                                 const int32_t* chosen, int t, const int rules)
 {
@@ -227,14 +235,14 @@ MOE_DEVICE void moei_gate_token(const moei_gate_args* d, int* count, float* prob
     uint32_t last = MOE_FULL_WARP, groups = MOE_FULL_WARP;
     int last_at = -1;
     moei_gate_stats s;
-    if (rules) moei_gate_fill_row(d, row, t);
+    if (rules) moei_gate_fill_row(d, row, t); /* 1. */
     s = moei_gate_row_stats(d, row, t, rules);
     if (s.nan) {
         moei_gate_unused(d, t, moe_lane(), MOE_WARP_SIZE);
         if (moe_lane() == 0) moe_fault_raise(d->fault, MOE_FAULT_NAN_LOGIT, d->rank, (uint32_t)t);
         return;
     }
-    if (rules && d->whole_batch) {
+    if (rules && d->whole_batch) { /* 2. */
         for (int k = moe_lane(); k < top_k; k += MOE_WARP_SIZE) {
             float v = 0.0f;
             const bool seen = chosen[k] >= 0 && moei_gate_see(&v, d, row, t, chosen[k], 1);
@@ -242,7 +250,7 @@ MOE_DEVICE void moei_gate_token(const moei_gate_args* d, int* count, float* prob
             d->weights[(int64_t)t * top_k + k] = seen ? v : 0.0f;
         }
     }
-    if (rules && d->num_groups > 1) groups = moei_gate_groups(d, row, &s);
+    if (rules && d->num_groups > 1) groups = moei_gate_groups(d, row, &s); /* 3. */
     MOE_NO_UNROLL
     for (int k = 0; k < top_k && !(rules && d->whole_batch); ++k) {
         uint32_t best = 0;
@@ -271,7 +279,7 @@ MOE_DEVICE void moei_gate_token(const moei_gate_args* d, int* count, float* prob
                 best_v = other_v;
             }
         }
-        if (best_at == num_experts) { /* the token sees no more */
+        if (best_at == num_experts) { /* no expert is left */
             moei_gate_unused(d, t, k + moe_lane(), MOE_WARP_SIZE);
             break;
         }
@@ -282,7 +290,7 @@ MOE_DEVICE void moei_gate_token(const moei_gate_args* d, int* count, float* prob
             d->weights[(int64_t)t * top_k + k] = best_v;
         }
     }
-    __syncwarp(MOE_FULL_WARP);
+    __syncwarp(MOE_FULL_WARP); /* 4.; the lanes read ids and weights that other lanes wrote */
     moei_gate_finish(d, count, t, &s, rules);
     if (rules && d->prob_sum) moei_gate_add_probabilities(d, prob, row, &s);
 }

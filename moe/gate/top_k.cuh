@@ -1,14 +1,14 @@
-/* top_k.cuh: the largest of a row by one warp, for the gate and for kernels of one's own. */
+/* top_k.cuh: the K largest of a row by one warp, for the gate and for kernels of one's own. */
 #ifndef MOE_GATE_TOP_K_CUH
 #define MOE_GATE_TOP_K_CUH
 
 #include "../base/numeric.cuh"
 #include "../base/warp.cuh"
 
-/* One warp: ids [K] of the K largest of merit [E], in descending order, equals by ascending index.
-   NaN are never taken; -1 where there are no more. merit and ids in shared or global memory; what
-   other threads wrote there must be visible. Reads merit once a choice. Ends with __syncwarp: the
-   lanes may read ids. */
+/* Writes to ids [K] the indices of the K largest of merit [E], in descending order, equals by
+   ascending index. Never takes a NaN; writes -1 where nothing is left. All 32 lanes of a warp call
+   it. merit and ids are in shared or global memory; what other threads wrote there must be visible.
+   Reads merit once a choice. Ends with __syncwarp: the lanes may read ids. */
 MOE_DEVICE void moe_warp_top_k(int32_t* ids, const float* merit, int num_experts, int top_k)
 {
     uint32_t last = MOE_FULL_WARP;

@@ -1,69 +1,71 @@
-/* keep.cuh: capacity by weight: which slots of each expert stay, for route.cuh.
+/* keep.cuh: capacity by weight: chooses the slots that each expert keeps, for route.cuh.
 
-   The slots already stand in expert order in a list in the workspace (place.cuh wrote it). One
-   block has one expert: it finds the weight of the last slot that stays, digit by digit, and then
-   gives rows to those that stay, in slot order. A list of at most MOEI_ROUTE_KEEP_STEPS entries a
-   thread is read once, into registers; a longer one round by round, each time anew. All counts are
-   integers, so nothing depends on the order of the threads. An expert with all slots has its block
-   to itself: right, not quick. */
+   place.cuh has written the slots in expert order to a list in the workspace. A thread block has
+   one expert: it finds the weight of the last slot to keep, digit by digit, and gives rows to the
+   slots it keeps, in slot order. A list of at most MOEI_ROUTE_KEEP_STEPS entries a thread is loaded
+   once, into registers. A longer one is loaded round by round, each time again. All counts are
+   integers, so nothing depends on the order of the threads. An expert with all slots gets one block
+   too: correct, but slow. */
 #ifndef MOE_ROUTE_KEEP_CUH
 #define MOE_ROUTE_KEEP_CUH
 
 #include "../base/numeric.cuh"
 #include "place.cuh"
 
-#define MOEI_ROUTE_KEEP_THREADS 1024 /* of a block, at most; a power of two, at least 32 */
-#define MOEI_ROUTE_KEEP_STEPS 4      /* list entries of a thread in a round, at most */
+#define MOEI_ROUTE_KEEP_THREADS 1024 /* most threads a block; a power of two, at least 32 */
+#define MOEI_ROUTE_KEEP_STEPS 4      /* most list entries of a thread in a round */
 
+/* Shared memory of moei_route_keep. */
 typedef struct moei_route_keep_shared {
     uint4 bin[MOEI_ROUTE_KEEP_THREADS]; /* slots by digit, four digits a thread */
-    int warp_sum[2][MOE_WARP_SIZE];
-    uint32_t row, rows; /* sums over the experts before, and over all */
-    uint32_t differ;    /* bits in which two keys of the list differ */
-    int digit;          /* the bin that the last slot to stay is in */
-    int above, in;      /* slots in the bins above it, and in it */
+    int warp_sum[2][MOE_WARP_SIZE];     /* of moei_route_warps_before: two, used in turn */
+    uint32_t row, rows;                 /* rows of the experts before; of all */
+    uint32_t differ;                    /* bits in which two keys of the list differ */
+    int digit;                          /* the bin of the last slot to keep */
+    int above, in;                      /* slots in the bins above; in this bin */
 } moei_route_keep_shared;
 
-/* An expert's part of the list. */
+/* The list's entries of one expert. */
 typedef struct moei_route_part {
-    const int32_t* slot;
-    const float* weight;
-    uint32_t count; /* below 2^31: sums of it and of a round do not wrap */
-    uint32_t round; /* entries that the block has in registers together */
-    int steps;      /* of them a thread's: 1 .. MOEI_ROUTE_KEEP_STEPS */
-    float first;    /* weight of the first entry */
+    const int32_t* slot; /* [count] */
+    const float* weight; /* [count] */
+    uint32_t count;      /* below 2^31: its sum with a round does not wrap */
+    uint32_t round;      /* entries that the block has in registers at a time */
+    int steps;           /* a thread's entries of these: 1 .. MOEI_ROUTE_KEEP_STEPS */
+    float first;         /* weight of the first entry */
 } moei_route_part;
 
-/* A thread's entries of the round that begins at `begin`. A warp's are neighbours, and so are its
-   lanes' of one step. */
+/* A thread's entries of the round that begins at list position `begin`. A warp's
+   entries are neighbours; so are entries i of its lanes. */
 typedef struct moei_route_entries {
     int slot[MOEI_ROUTE_KEEP_STEPS]; /* -1, weight 0: no entry */
     float weight[MOEI_ROUTE_KEEP_STEPS];
     uint32_t begin;
 } moei_route_entries;
 
-/* A slot stays where its key's bits from `shift` on are above `limit`, and so do the first `equal`
-   slots where they are the same. shift 32, limit 0: the first `equal` slots stay. */
+/* Which slots to keep: those whose key's bits from `shift` on are above `limit`, and the first
+   `equal` slots where these bits equal `limit`. shift 32, limit 0: the first `equal` slots. */
 typedef struct moei_route_limit {
     uint32_t limit;
     int shift, equal;
 } moei_route_limit;
 
-/* Larger for larger weights, 0 for NaN. */
+/* Returns the key of a weight: larger for larger weights, 0 for NaN. */
 MOE_DEVICE uint32_t moei_route_key(float w) { return moei_is_nan(w) ? 0u : moei_ordered(w); }
 
-/* The bits of a key from `shift` (0 .. 32) on. */
+/* Returns the bits of a key from `shift` (0 .. 32) on. */
 MOE_DEVICE uint32_t moei_route_key_bits(uint32_t key, int shift)
 {
     return shift > 31 ? 0u : key >> shift;
 }
 
-/* The part of the list from `from` on. */
+/* Returns the `count` list entries from `from` on. Raises BAD_COUNT and returns none where they are
+   not in the list. */
 MOE_DEVICE moei_route_part moei_route_find_part(const moei_route_args* a, int from, int count)
 {
     const int slots = a->d.num_tokens * a->d.top_k;
     moei_route_part p;
-    if (from < 0 || count < 0 || (int64_t)from + count > slots) { /* not these ids' counts */
+    if (from < 0 || count < 0 || (int64_t)from + count > slots) { /* not the counts of these ids */
         if (threadIdx.x == 0) moe_fault_raise(a->d.fault, MOE_FAULT_BAD_COUNT, a->d.rank, 0);
         from = count = 0;
     }
@@ -78,18 +80,19 @@ MOE_DEVICE moei_route_part moei_route_find_part(const moei_route_args* a, int fr
     return p;
 }
 
-/* The list position of a thread's entry of step i in the round that begins at `begin`. */
+/* Returns the list position of a thread's entry i in the round that begins at `begin`. */
 MOE_DEVICE uint32_t moei_route_at(const moei_route_part* p, uint32_t begin, int i)
 {
     return begin + (uint32_t)((moe_warp() * p->steps + i) * MOE_WARP_SIZE + moe_lane());
 }
 
-/* Is there one? */
+/* Returns whether this entry exists. */
 MOE_DEVICE bool moei_route_is_entry(const moei_route_part* p, uint32_t begin, int i)
 {
     return i < p->steps && moei_route_at(p, begin, i) < p->count;
 }
 
+/* Loads a thread's entries of the round that begins at `begin`. */
 MOE_DEVICE void moei_route_load_entries(moei_route_entries* x, const moei_route_part* p,
                                         uint32_t begin)
 {
@@ -103,16 +106,16 @@ MOE_DEVICE void moei_route_load_entries(moei_route_entries* x, const moei_route_
     }
 }
 
-/* Has the round that begins at `begin` in x: the only one of a short list always is. */
+/* Makes x the round that begins at `begin`. The only round of a short list stays loaded. */
 MOE_DEVICE void moei_route_have_entries(moei_route_entries* x, const moei_route_part* p,
                                         uint32_t begin)
 {
     if (x->begin != begin) moei_route_load_entries(x, p, begin);
 }
 
-/* Sets row and rows and, where the expert has too many slots, differ: a digit below the bits that
-   all keys share spreads them over more bins, and they are done in fewer passes. Ends with a
-   barrier. */
+/* Sets s->row and s->rows. Where the expert has too many slots, sets s->differ: digits then begin
+   below the bits that all keys share, which spreads the keys over more bins and needs fewer passes.
+   All threads; ends with a barrier. */
 MOE_DEVICE void moei_route_sum_up(const moei_route_args* a, const moei_route_part* p,
                                   moei_route_entries* x, moei_route_keep_shared* s)
 {
@@ -145,8 +148,8 @@ MOE_DEVICE void moei_route_sum_up(const moei_route_args* a, const moei_route_par
     __syncthreads();
 }
 
-/* Sum over the warps before this one of what their last lanes give; *total: over all warps. No
-   barrier at the end: one must come before warp_sum is used again. */
+/* Returns the sum of n of the last lanes of the warps before this one. Sets *total to the sum over
+   all warps. All threads. No barrier at the end: one must come before warp_sum is used again. */
 MOE_DEVICE int moei_route_warps_before(int n, int* warp_sum, int* total)
 {
     int sum, scan;
@@ -158,11 +161,11 @@ MOE_DEVICE int moei_route_warps_before(int n, int* warp_sum, int* total)
     return __shfl_sync(MOE_FULL_WARP, scan - sum, moe_warp());
 }
 
-/* Finds digit, above and in: the bin in which the slots counted from the highest bin on reach
-   `need`. Clears the bins. Ends with a barrier. */
+/* Sets s->digit, s->above and s->in: the bin in which the number of slots, counted from the highest
+   bin on, reaches `need`. Clears the bins. All threads; ends with a barrier. */
 MOE_DEVICE void moei_route_find_digit(moei_route_keep_shared* s, int need)
 {
-    const int own = (int)(blockDim.x - 1 - threadIdx.x); /* the first thread has the highest */
+    const int own = (int)(blockDim.x - 1 - threadIdx.x); /* thread 0 has the highest bins */
     const uint4 v = s->bin[own];
     const int bin[4] = {(int)v.w, (int)v.z, (int)v.y, (int)v.x}; /* highest first */
     const int inclusive = moe_warp_inclusive_scan(bin[0] + bin[1] + bin[2] + bin[3]);
@@ -172,7 +175,7 @@ MOE_DEVICE void moei_route_find_digit(moei_route_keep_shared* s, int need)
     MOE_UNROLL
     for (int i = 3; i >= 0; --i) {
         const int before = upto - bin[i];
-        if (before < need && need <= upto) { /* one bin of one thread */
+        if (before < need && need <= upto) { /* true in one bin of one thread */
             s->digit = own * 4 + 3 - i;
             s->above = before;
             s->in = bin[i];
@@ -182,7 +185,8 @@ MOE_DEVICE void moei_route_find_digit(moei_route_keep_shared* s, int need)
     __syncthreads();
 }
 
-/* The limit that `need` slots, fewer than the list has, pass. The bins are clear. */
+/* Returns the limit that exactly `need` slots pass; the list has more. Requires clear bins. All
+   threads. Each pass counts the next digit of the keys that match the limit so far. */
 MOE_DEVICE moei_route_limit moei_route_select(const moei_route_part* p, moei_route_entries* x,
                                               moei_route_keep_shared* s, int need)
 {
@@ -209,15 +213,14 @@ MOE_DEVICE moei_route_limit moei_route_select(const moei_route_part* p, moei_rou
         moei_route_find_digit(s, l.equal);
         l.limit = l.limit << bits | (uint32_t)s->digit;
         l.equal -= s->above;
-        if (l.equal == s->in) break; /* all of the bin stay: what is below decides nothing */
+        if (l.equal == s->in) break; /* keeps all of the bin: lower bits decide nothing */
     }
     return l;
 }
 
-/* Gives a slot its row, or none: number `at`, or -1, of the expert's, of which expert_row is the
-   first. A slot out of range is what stood in an entry of the list that the placing launch did not
-   fill. That launch has named the chunk: the fault's index here is the last slot, which does not
-   come first. */
+/* Writes the row of a slot: row `at` of the expert's, from expert_row on; at = -1: none. A slot out
+   of range comes from a list entry that the placing launch did not write. That launch has raised
+   BAD_COUNT with its chunk: the index here is the last slot, so that the chunk's fault prevails. */
 MOE_DEVICE void moei_route_write_slot(const moei_route_args* a, uint32_t expert_row, int slot,
                                       float weight, int at)
 {
@@ -237,7 +240,8 @@ MOE_DEVICE void moei_route_write_slot(const moei_route_args* a, uint32_t expert_
     if (row >= 0 && d->row_weight) d->row_weight[row] = weight;
 }
 
-/* Which lanes' entries of step i are above the limit, and which are at it. */
+/* Sets bits of the lanes whose entry i is above the limit (*high), and at the limit (*same). The
+   whole warp. */
 MOE_DEVICE void moei_route_ballot(const moei_route_part* p, const moei_route_entries* x, int i,
                                   const moei_route_limit* l, uint32_t* high, uint32_t* same)
 {
@@ -247,14 +251,17 @@ MOE_DEVICE void moei_route_ballot(const moei_route_part* p, const moei_route_ent
     *same = __ballot_sync(MOE_FULL_WARP, in && bits == l->limit);
 }
 
-/* Walks the list in slot order. */
+/* Gives rows to the slots that `l` keeps, round by round in slot order. All threads.
+     1. counts the entries above and at the limit, of each warp; their sums over the warps before
+     2. a kept slot's row number: slots above before it + slots at the limit before it, of these at
+        most l->equal */
 MOE_DEVICE void moei_route_write_part(const moei_route_args* a, const moei_route_part* p,
                                       moei_route_entries* x, moei_route_keep_shared* s,
                                       const moei_route_limit* l)
 {
     const uint32_t lane = 1u << moe_lane(), expert_row = s->row;
-    int above = 0, equal = 0; /* among the slots before */
-    int buffer = 0;           /* of warp_sum; a warp that is ahead uses the other one */
+    int above = 0, equal = 0; /* of the rounds before */
+    int buffer = 0;           /* of warp_sum: a warp that is ahead uses the other one */
     for (uint32_t begin = 0; begin < p->count; begin += p->round, buffer ^= 1) {
         uint32_t high, same;
         int n = 0, more, same_before, total;
@@ -286,7 +293,11 @@ MOE_DEVICE void moei_route_write_part(const moei_route_args* a, const moei_route
     }
 }
 
-/* One block an expert: gives rows to the slots that stay, and writes its counts. */
+/* Runs one block an expert: gives rows to the slots it keeps, and writes counts and offsets.
+     1. this expert's entries of the list
+     2. row of its first slot; the limit, where it has too many slots
+     3. rows, counts and offsets
+     4. clears the rows that pad the expert, and its share of the rows past the last */
 MOE_KERNEL(MOEI_ROUTE_KEEP_THREADS, 1) moei_route_keep(MOE_ARG(moei_route_args) a)
 {
     MOE_SHARED(moei_route_keep_shared, s);
@@ -299,20 +310,19 @@ MOE_KERNEL(MOEI_ROUTE_KEEP_THREADS, 1) moei_route_keep(MOE_ARG(moei_route_args) 
     moe_pdl_trigger();
     s.bin[threadIdx.x] = make_uint4(0, 0, 0, 0);
     if (threadIdx.x == 0) s.row = s.rows = s.differ = 0;
-    __syncthreads();
+    __syncthreads(); /* bin, row, rows and differ are clear */
     moe_pdl_wait();
-    from = (int)moei_load4_early(a.list_offset + e); /* beside the fault word */
+    from = (int)moei_load4_early(a.list_offset + e); /* loaded together with the fault word */
     count = (int)moei_load4_early(a.list_count + e);
     if (moe_fault_stopped(a.d.fault)) return;
-    p = moei_route_find_part(&a, from, count);
+    p = moei_route_find_part(&a, from, count); /* 1. */
     moei_route_load_entries(&x, &p, 0);
-    moei_route_sum_up(&a, &p, &x, &s);
+    moei_route_sum_up(&a, &p, &x, &s); /* 2. */
     count = (int)p.count;
     kept = count < a.d.capacity ? count : a.d.capacity;
     l.limit = 0, l.shift = 32, l.equal = count;
     if (count > kept) l = moei_route_select(&p, &x, &s, kept);
-    moei_route_write_part(&a, &p, &x, &s, &l);
-
+    moei_route_write_part(&a, &p, &x, &s, &l); /* 3. */
     padded = (int)moei_route_padded(&a.d, (unsigned)kept);
     row = (int)s.row, rows = (int)s.rows;
     if (threadIdx.x == 0) {
@@ -321,10 +331,10 @@ MOE_KERNEL(MOEI_ROUTE_KEEP_THREADS, 1) moei_route_keep(MOE_ARG(moei_route_args) 
         if (a.d.drop_count) a.d.drop_count[e] = count - kept;
         if (e == a.d.num_replicas - 1) a.d.expert_offset[e + 1] = rows;
     }
-    if (row >= 0) /* the rows that fill the expert up */
+    if (row >= 0) /* 4. the rows that pad the expert */
         moei_route_clear_rows(&a, (uint32_t)row + (uint32_t)kept + threadIdx.x,
                               (uint32_t)row + (uint32_t)padded, blockDim.x);
-    if (rows >= 0) /* rows past the last */
+    if (rows >= 0) /* the rows past the last */
         moei_route_clear_rows(&a, (uint32_t)rows + blockIdx.x * blockDim.x + threadIdx.x,
                               (uint32_t)a.max_rows, gridDim.x * blockDim.x);
 }

@@ -9,26 +9,26 @@
 #include "desc.h"
 #include "rank.cuh"
 
-#define MOEI_ROUTE_THREADS 512
-#define MOEI_ROUTE_STEPS 4 /* slots of a thread that are under way together, at most */
+#define MOEI_ROUTE_THREADS 512 /* most threads a block */
+#define MOEI_ROUTE_STEPS 4 /* most slots of a thread in a round */
 
-/* What a kernel is given. */
+/* The argument of route's kernels. */
 typedef struct moei_route_args {
     moe_route_desc d;  /* defaults filled in: num_replicas, row_multiple, capacity are not 0 */
     int32_t max_rows;  /* entries of row_slot and row_weight */
-    int32_t list_only; /* 1: slot_row and place are written only for slots that get no row */
-    /* keep.cuh: all slots in expert order, as placing without a capacity leaves them */
-    int32_t* list_count;  /* [P] */
-    int32_t* list_offset; /* [P + 1] */
-    int32_t* list_slot;   /* [T * K] */
-    float* list_weight;   /* [T * K] */
+    int32_t list_only; /* 1: writes slot_row and place only for slots without a row */
+    /* for keep.cuh, capacity by weight: all slots in expert order, placed without a capacity */
+    int32_t* list_count;  /* [P] slots of each expert */
+    int32_t* list_offset; /* [P + 1] first entry of each expert */
+    int32_t* list_slot;   /* [T * K] slot of each entry */
+    float* list_weight;   /* [T * K] weight of each entry */
 } moei_route_args;
 
 #define MOEI_ROUTE_NO_LIMIT 0x7fffffff /* a capacity that no expert reaches */
 
-/* Which replica of expert `id` takes the slot: number t % n of its n; -1 and a fault where there is
-   none or its number is out of range. With absent_replicas no fault for an empty range or for a
-   replica_expert of -1. */
+/* Returns the replica of expert `id` for the slot: number t % n of its n. Returns -1 and raises
+   BAD_REPLICA where the expert has none, or the replica's number is out of range. With
+   absent_replicas, an empty range or a replica_expert of -1 gives -1 without a fault. */
 MOE_DEVICE int moei_route_replica(const moe_route_desc* d, uint32_t slot, int id)
 {
     const int from = d->replica_offset[id], upto = d->replica_offset[id + 1];
@@ -44,8 +44,8 @@ MOE_DEVICE int moei_route_replica(const moe_route_desc* d, uint32_t slot, int id
     return -1;
 }
 
-/* The physical expert of a slot, or -1; an id that is neither an expert nor -1 sets the fault word.
-   options, here and below, is a literal: 0 leaves out what plain routing does without. */
+/* Returns the physical expert of a slot, or -1. An id that is neither an expert nor -1 sets the
+   fault word. options, here and below, is a literal: 0 compiles plain routing alone. */
 MOE_DEVICE int moei_route_id(const moe_route_desc* d, uint32_t slot, int id, const int options)
 {
     if (id >= 0 && id < d->num_experts)
@@ -54,8 +54,8 @@ MOE_DEVICE int moei_route_id(const moe_route_desc* d, uint32_t slot, int id, con
     return -1;
 }
 
-/* First slot of a block's chunk, and of the one after it. (Slots are below 2^31: unsigned sums of
-   them and of a block's threads do not wrap.) */
+/* Returns the first slot of a chunk; for the chunk after the last, T * K. Slots are below 2^31:
+   unsigned sums of a slot and a block's threads do not wrap. */
 MOE_DEVICE uint32_t moei_route_begin(const moe_route_desc* d, uint32_t chunk)
 {
     const uint32_t num_tokens = (uint32_t)d->num_tokens;
@@ -63,63 +63,68 @@ MOE_DEVICE uint32_t moei_route_begin(const moe_route_desc* d, uint32_t chunk)
     return (t < num_tokens ? t : num_tokens) * (uint32_t)d->top_k;
 }
 
-/* Counting, one block a chunk: how often it chose each expert. */
+/* Counting, one block a chunk: writes how often the chunk chose each expert to chunk_count. count
+   [P] is in shared memory. */
 MOE_DEVICE_BODY void moei_route_count_chunk(const moe_route_desc* d, int* count, const int options)
 {
-    const int num_experts = d->num_replicas; /* count [E], shared */
+    const int num_experts = d->num_replicas; /* physical experts */
     const uint32_t end = moei_route_begin(d, blockIdx.x + 1);
 
     moe_pdl_trigger();
     for (int e = (int)threadIdx.x; e < num_experts; e += (int)blockDim.x) count[e] = 0;
     moe_pdl_wait();
     if (moe_fault_stopped(d->fault)) return;
-    __syncthreads();
+    __syncthreads(); /* count is clear */
     for (uint32_t s = moei_route_begin(d, blockIdx.x) + threadIdx.x; s < end; s += blockDim.x) {
         const int e = moei_route_id(d, s, d->ids[s], options);
         if (e >= 0) atomicAdd(count + e, 1);
     }
-    __syncthreads();
+    __syncthreads(); /* count is complete */
     for (int e = (int)threadIdx.x; e < num_experts; e += (int)blockDim.x)
         d->chunk_count[blockIdx.x * (uint32_t)num_experts + e] = count[e];
 }
 
-/* Plain routing, and routing with replicas. */
+/* Counting, for plain routing. */
 MOE_KERNEL(MOEI_ROUTE_THREADS, 1) moei_route_count(MOE_ARG(moei_route_args) a)
 {
     MOE_SHARED_DYNAMIC(shared);
     moei_route_count_chunk(&a.d, (int*)shared, 0);
 }
 
+/* Counting, with replicas. */
 MOE_KERNEL(MOEI_ROUTE_THREADS, 1) moei_route_count_options(MOE_ARG(moei_route_args) a)
 {
     MOE_SHARED_DYNAMIC(shared);
     moei_route_count_chunk(&a.d, (int*)shared, 1);
 }
 
-/* Shared memory of placing. A round is the slots that the block has under way together; its
-   positions are the slots in order of expert, those of no expert left out. */
+/* Shared memory of placing. A round is the slots that the block has in flight together. Their
+   positions are their ranks by expert; slots without an expert have none. */
 typedef struct moei_route_shared {
-    uint16_t* ahead; /* [E][stride] slots of the round's warps before */
-    int stride;      /* warps or one more: odd, so that neighbours lie in different banks */
-    int* row;        /* [positions] */
-    int* slot;       /* [positions] */
-    float* weight;   /* [positions] */
-    int* base;       /* [E] row of the round's first slot of each expert */
-    int* offset;     /* [E] first row of each expert */
-    int* start;      /* [E] position of the round's first slot of each expert */
+    uint16_t* ahead; /* [P][stride] slots of each warp in the round; then of the warps before */
+    int stride;      /* warps, or one more to be odd: no bank conflicts between experts */
+    int* row;        /* [positions] row of the slot; -1: none */
+    int* slot;       /* [positions] the slot */
+    float* weight;   /* [positions] its weight */
+    int* base;       /* [P] row of the round's first slot of each expert */
+    int* offset;     /* [P] first row of each expert */
+    int* start;      /* [P] position of the round's first slot of each expert */
 } moei_route_shared;
 
+/* Returns the bytes of `ahead`, a multiple of 16. */
 MOE_HOST_DEVICE size_t moei_route_ahead_bytes(int num_experts, int warps)
 {
     return ((size_t)num_experts * (size_t)(warps | 1) * 2 + 15) / 16 * 16;
 }
 
+/* Returns the bytes of moei_route_shared's buffers. */
 MOE_HOST_DEVICE size_t moei_route_shared_bytes(int num_experts, int warps)
 {
     return moei_route_ahead_bytes(num_experts, warps) + (size_t)warps * 32 * MOEI_ROUTE_STEPS * 12 +
            (size_t)num_experts * 12;
 }
 
+/* Sets the addresses of *s from `shared` on. */
 MOE_DEVICE void moei_route_carve(moei_route_shared* s, unsigned char* shared, int num_experts)
 {
     const int warps = (int)(blockDim.x >> 5), positions = warps * 32 * MOEI_ROUTE_STEPS;
@@ -133,7 +138,7 @@ MOE_DEVICE void moei_route_carve(moei_route_shared* s, unsigned char* shared, in
     s->start = s->offset + num_experts;
 }
 
-/* Clears `ahead`; a barrier must follow. */
+/* Clears `ahead`. All threads; a barrier must follow. */
 MOE_DEVICE void moei_route_clear(const moei_route_shared* s, int num_experts)
 {
     const int n = (int)(moei_route_ahead_bytes(num_experts, (int)(blockDim.x >> 5)) / 16);
@@ -141,7 +146,7 @@ MOE_DEVICE void moei_route_clear(const moei_route_shared* s, int num_experts)
         ((uint4*)s->ahead)[i] = make_uint4(0, 0, 0, 0);
 }
 
-/* Adds up the counts of the experts e .. e + 3, those below E, over the chunks from .. upto. */
+/* Adds the counts of experts e .. e + 3, those below P, of chunks from .. upto - 1 to *sum. */
 MOE_DEVICE void moei_route_add_counts(uint4* sum, const moe_route_desc* d, int e, int from,
                                       int upto)
 {
@@ -164,6 +169,7 @@ MOE_DEVICE void moei_route_add_counts(uint4* sum, const moe_route_desc* d, int e
     }
 }
 
+/* Stores v to to[e] .. to[e + 3], those below num_experts. */
 MOE_DEVICE void moei_route_store_counts(int* to, int e, int num_experts, uint4 v)
 {
     if (e < num_experts) to[e] = (int)v.x;
@@ -172,13 +178,14 @@ MOE_DEVICE void moei_route_store_counts(int* to, int e, int num_experts, uint4 v
     if (e + 3 < num_experts) to[e + 3] = (int)v.w;
 }
 
-/* The chunks are added up in groups of neighbours; a warp has 128 neighbouring experts of a group.
-   All powers of two, so that nothing is divided: log2 of the warps (or rounds of warps) that share
-   a group, and of the groups; chunks of a group. */
+/* How the chunk counts are summed: in groups of neighbouring chunks; a warp has 128 neighbouring
+   experts of a group. Warps and groups are powers of two, given by their log2, so that nothing is
+   divided. */
 typedef struct moei_route_groups {
-    int tiles_log2, log2, each;
+    int tiles_log2, log2, each; /* warps (or rounds of warps) a group; groups; chunks a group */
 } moei_route_groups;
 
+/* Returns the groups of this launch. */
 MOE_DEVICE moei_route_groups moei_route_group(int num_experts, int chunks)
 {
     const int tiles = (num_experts + 127) / 128, warps_log2 = 31 - __clz((int)blockDim.x >> 5);
@@ -189,8 +196,8 @@ MOE_DEVICE moei_route_groups moei_route_group(int num_experts, int chunks)
     return g;
 }
 
-/* parts[g][e] = rows of e in group g, base[e] = rows of e in the chunks of this block's group
-   before its own. */
+/* Sets parts[g][e] to e's slots in group g, and s->base[e] to e's slots in the chunks of this
+   block's group before its own. All threads; a barrier must follow. */
 MOE_DEVICE void moei_route_sum(const moe_route_desc* d, const moei_route_shared* s, int* parts,
                                const moei_route_groups* g)
 {
@@ -211,7 +218,8 @@ MOE_DEVICE void moei_route_sum(const moe_route_desc* d, const moei_route_shared*
     }
 }
 
-/* The ids and weights of a thread's slots in the round that begins at `begin`; -1 past `end`. */
+/* Loads the ids and weights of a thread's slots in the round that begins at slot `begin`; id -1
+   past `end`. */
 MOE_DEVICE void moei_route_fetch(int* id, float* weight, const moe_route_desc* d, uint32_t begin,
                                  uint32_t end, int steps)
 {
@@ -226,22 +234,26 @@ MOE_DEVICE void moei_route_fetch(int* id, float* weight, const moe_route_desc* d
     }
 }
 
-/* Sums of rows, weighted by odd numbers: where one expert's differ, so do they. */
+/* Returns an expert's term of a checksum: row times an odd number. The sums differ where one
+   expert's rows differ. */
 MOE_DEVICE uint32_t moei_route_checksum(int e, int row)
 {
     return ((uint32_t)e * 0x9e3779b9u | 1u) * (uint32_t)row;
 }
 
-/* The rows of an expert that keeps so many slots. */
+/* Returns the rows of an expert that keeps `kept` slots. */
 MOE_DEVICE unsigned moei_route_padded(const moe_route_desc* d, unsigned kept)
 {
     const unsigned m = (unsigned)d->row_multiple;
     return m == 1 ? kept : (kept + m - 1) / m * m;
 }
 
-/* Counts and offsets, written by one block; offset[e] and base[e] of this block's first round; with
-   options start[e] = slots that e keeps. Returns the number of rows; *checksum is that of the bases
-   that a thread's experts must have in the end. */
+/* Computes offsets; block 0 writes the counts and offsets. Sets s->offset[e], and s->base[e] of
+   this block's first round; with options s->start[e] = slots that e keeps. Returns the number of
+   rows. Sets *checksum to the sum over this thread's experts of the bases that they must reach in
+   the end. All threads.
+     1. sums the chunk counts by group
+     2. each thread adds up the groups of its experts, and a prefix sum gives their offsets */
 MOE_DEVICE int moei_route_offsets(const moei_route_args* a, const moei_route_shared* s,
                                   moe_block_scan_scratch* scratch, uint32_t* checksum,
                                   const int options)
@@ -249,12 +261,12 @@ MOE_DEVICE int moei_route_offsets(const moei_route_args* a, const moei_route_sha
     const moe_route_desc* d = &a->d;
     const int num_experts = d->num_replicas, chunks = d->num_tokens > 0 ? (int)gridDim.x : 0;
     const moei_route_groups group = moei_route_group(num_experts, chunks);
-    /* more experts than the warps have in one go are in one group */
+    /* with more experts than all warps take at once, all chunks are one group */
     int* parts = num_experts <= (int)blockDim.x * 4 ? s->row : s->start;
     int rows = 0;
     *checksum = 0;
-    if (chunks > 0) moei_route_sum(d, s, parts, &group);
-    __syncthreads();
+    if (chunks > 0) moei_route_sum(d, s, parts, &group); /* 1. */
+    __syncthreads(); /* 2.; parts and base are complete */
     for (int e0 = 0; e0 < num_experts; e0 += (int)blockDim.x) {
         const int e = e0 + (int)threadIdx.x;
         unsigned all = 0, before = 0, kept, taken;
@@ -277,7 +289,7 @@ MOE_DEVICE int moei_route_offsets(const moei_route_args* a, const moei_route_sha
             s->offset[e] = at;
             s->base[e] = (int)((unsigned)s->base[e] + before + (unsigned)at);
             *checksum += moei_route_checksum(e, (int)((unsigned)s->base[e] + (unsigned)own));
-            if (options) s->start[e] = (int)kept; /* parts[e] was this thread's alone */
+            if (options) s->start[e] = (int)kept; /* only this thread has read parts[e] */
             if (blockIdx.x == 0) {
                 d->expert_count[e] = (int)kept, d->expert_offset[e] = at;
                 if (options && d->drop_count) d->drop_count[e] = (int)(all - kept);
@@ -293,8 +305,8 @@ MOE_DEVICE int moei_route_offsets(const moei_route_args* a, const moei_route_sha
     return rows;
 }
 
-/* Marks the rows from, from + step, ... below upto as holding no slot; below max_rows too, whatever
-   the counts say. */
+/* Clears the rows from, from + step, ... below upto: they hold no slot. Stays below max_rows,
+   whatever the counts say. */
 MOE_DEVICE void moei_route_clear_rows(const moei_route_args* a, uint32_t from, uint32_t upto,
                                       uint32_t step)
 {
@@ -305,7 +317,7 @@ MOE_DEVICE void moei_route_clear_rows(const moei_route_args* a, uint32_t from, u
     }
 }
 
-/* The rows that fill experts up, an expert a warp; start[e] = slots that e keeps. */
+/* Clears the rows that pad experts, an expert a warp. start[e]: slots that e keeps. */
 MOE_DEVICE void moei_route_pad(const moei_route_args* a, const moei_route_shared* s)
 {
     const int num_experts = a->d.num_replicas, warps = (int)(blockDim.x >> 5);
@@ -319,21 +331,22 @@ MOE_DEVICE void moei_route_pad(const moei_route_args* a, const moei_route_shared
     }
 }
 
-/* How many of its warp's slots before it, in this step and those before, a lane's slot shares its
-   expert with; counts it in `ahead`. */
+/* Returns how many slots of this warp before the lane's slot, in this call and earlier ones of the
+   round, have the same expert; counts the slot in `ahead`. The whole warp calls it. */
 MOE_DEVICE int moei_route_warp_rank(const moei_route_shared* s, int expert, int bits)
 {
     const uint32_t same = moei_route_same(expert, bits);
     uint16_t* count = s->ahead + (expert < 0 ? 0 : expert) * s->stride + moe_warp();
     const int rank = *count + __popc(same & ((1u << moe_lane()) - 1u));
-    __syncwarp(MOE_FULL_WARP);
-    if (expert >= 0 && same >> moe_lane() == 1u) *count = (uint16_t)(rank + 1); /* the last one */
+    __syncwarp(MOE_FULL_WARP); /* all lanes have read the count */
+    if (expert >= 0 && same >> moe_lane() == 1u) *count = (uint16_t)(rank + 1); /* last one */
     __syncwarp(MOE_FULL_WARP);
     return rank;
 }
 
-/* Turns each expert's counts of the warps into sums over the warps before, and gives each expert
-   its first position. Returns the number of positions. Ends with a barrier. */
+/* Replaces each expert's counts of the warps in `ahead` by sums over the warps before. Sets
+   s->start to each expert's first position. Returns the number of positions. All threads; ends with
+   a barrier. */
 MOE_DEVICE int moei_route_starts(const moei_route_shared* s, int num_experts,
                                  moe_block_scan_scratch* scratch)
 {
@@ -361,7 +374,17 @@ MOE_DEVICE int moei_route_starts(const moei_route_shared* s, int num_experts,
     return taken;
 }
 
-/* Placing, one block a chunk: gives each slot its row. */
+/* Placing, one block a chunk: gives each slot its row.
+     1. loads the first round's ids and weights; offsets; clears the rows that pad experts
+     Then in each round:
+     2. rank: a slot's rank in its warp among the slots of its expert
+     3. start: sums over the warps before; the first position of each expert
+     4. row of each slot = base + rank in the block. Writes slot_row and place in slot order;
+        collects the slots by position in shared memory
+     5. loads the next round's ids and weights
+     6. writes row_slot and row_weight by position: whole runs of rows; advances base
+     At the end:
+     7. compares checksums; clears the rows past the last */
 MOE_DEVICE_BODY void moei_route_place_chunk(const moei_route_args* a, unsigned char* shared,
                                             moe_block_scan_scratch* scratch, const int options)
 {
@@ -380,23 +403,23 @@ MOE_DEVICE_BODY void moei_route_place_chunk(const moei_route_args* a, unsigned c
     moei_route_clear(&s, num_experts);
     moe_pdl_wait();
     if (moe_fault_stopped(d->fault)) return;
-    moei_route_fetch(id, weight, d, begin, end, steps);
+    moei_route_fetch(id, weight, d, begin, end, steps); /* 1. */
     rows = moei_route_offsets(a, &s, scratch, &checksum, options);
     if (options && d->row_multiple > 1) {
-        __syncthreads();
-        moei_route_pad(a, &s); /* start is written again after a barrier */
+        __syncthreads(); /* start is complete */
+        moei_route_pad(a, &s); /* a barrier stands before start is written again */
     }
 
     for (; begin < end; begin += blockDim.x * (uint32_t)steps) {
         const uint32_t first = begin + (uint32_t)(moe_warp() * steps * MOE_WARP_SIZE + moe_lane());
         int expert[MOEI_ROUTE_STEPS], rank[MOEI_ROUTE_STEPS], taken;
-        if (options) { /* the replicas of all steps are looked up together */
+        if (options) { /* 2. the loads of all replicas are in flight together */
             MOE_UNROLL
             for (int i = 0; i < MOEI_ROUTE_STEPS; ++i)
                 if (i < steps)
                     id[i] = moei_route_id(d, first + (uint32_t)(i * MOE_WARP_SIZE), id[i], 1);
         }
-        MOE_UNROLL
+        MOE_UNROLL /* 2. rank */
         for (int i = 0; i < MOEI_ROUTE_STEPS; ++i) {
             expert[i] = -1;
             rank[i] = 0;
@@ -407,9 +430,9 @@ MOE_DEVICE_BODY void moei_route_place_chunk(const moei_route_args* a, unsigned c
                 rank[i] = moei_route_warp_rank(&s, expert[i], bits);
             }
         }
-        __syncthreads();
-        taken = moei_route_starts(&s, num_experts, scratch);
-        MOE_UNROLL
+        __syncthreads(); /* ahead is complete */
+        taken = moei_route_starts(&s, num_experts, scratch); /* 3. start */
+        MOE_UNROLL                                           /* 4. row */
         for (int i = 0; i < MOEI_ROUTE_STEPS; ++i) {
             const uint32_t slot = first + (uint32_t)(i * MOE_WARP_SIZE);
             const int e = expert[i];
@@ -419,7 +442,7 @@ MOE_DEVICE_BODY void moei_route_place_chunk(const moei_route_args* a, unsigned c
                 const int n = s.ahead[e * s.stride + moe_warp()] + rank[i], at = s.start[e] + n;
                 row = (int)((unsigned)s.base[e] + (unsigned)n);
                 if (options && (unsigned)row - (unsigned)s.offset[e] >= (unsigned)d->capacity) {
-                    row = -1; /* no room */
+                    row = -1; /* over the capacity */
                 } else if (row < 0 || row >= a->max_rows) { /* not the ids that were counted */
                     moe_fault_raise(d->fault, MOE_FAULT_BAD_COUNT, d->rank, slot);
                     row = -1;
@@ -438,15 +461,15 @@ MOE_DEVICE_BODY void moei_route_place_chunk(const moei_route_args* a, unsigned c
                 d->place[slot] = p;
             }
         }
-        moei_route_fetch(id, weight, d, begin + blockDim.x * (uint32_t)steps, end, steps);
-        __syncthreads();
+        moei_route_fetch(id, weight, d, begin + blockDim.x * (uint32_t)steps, end, steps); /* 5. */
+        __syncthreads(); /* 6.; the positions are complete */
         for (int at = (int)threadIdx.x; at < taken; at += (int)blockDim.x) {
             const int row = s.row[at];
             if (row >= 0 && d->row_slot) d->row_slot[row] = s.slot[at];
             if (row >= 0 && d->row_weight) d->row_weight[row] = s.weight[at];
         }
         for (int e = (int)threadIdx.x; e < num_experts;
-             e += (int)blockDim.x) { /* for the next round */
+             e += (int)blockDim.x) { /* the next round's base */
             const int next = e + 1 < num_experts ? s.start[e + 1] : taken;
             s.base[e] = (int)((unsigned)s.base[e] + (unsigned)(next - s.start[e]));
         }
@@ -457,13 +480,14 @@ MOE_DEVICE_BODY void moei_route_place_chunk(const moei_route_args* a, unsigned c
     }
     for (int e = (int)threadIdx.x; e < num_experts; e += (int)blockDim.x)
         checksum -= moei_route_checksum(e, s.base[e]);
-    if (d->num_tokens > 0 && checksum != 0) /* the ids are not those that were counted */
+    if (d->num_tokens > 0 && checksum != 0) /* 7. not the ids that were counted */
         moe_fault_raise(d->fault, MOE_FAULT_BAD_COUNT, d->rank, moei_route_begin(d, blockIdx.x));
     if (rows < 0) rows = 0;
     moei_route_clear_rows(a, (uint32_t)rows + blockIdx.x * blockDim.x + threadIdx.x,
-                          (uint32_t)a->max_rows, gridDim.x * blockDim.x); /* past the last */
+                          (uint32_t)a->max_rows, gridDim.x * blockDim.x); /* past the last row */
 }
 
+/* Placing without and with options. */
 #define MOEI_ROUTE_PLACE(name, options)                                                            \
     MOE_KERNEL(MOEI_ROUTE_THREADS, 1) name(MOE_ARG(moei_route_args) a)                             \
     {                                                                                              \
