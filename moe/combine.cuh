@@ -138,16 +138,16 @@ MOE_DEVICE const char* moe_combine_row(const moe_combine_args* d, int64_t slot)
 #define MOEI_COMBINE_GROUP 8
 
 /* A thread's 16-byte vectors of a token, and the rows that are added to them. */
-typedef struct moei_combine_piece {
+typedef struct moei_combine_vector {
     const moe_combine_source* source; /* [count] the token's rows */
     int count;                        /* rows, 0 .. moe_combine_sources */
     int h, span, hidden;              /* column of the first vector; columns between vectors; H */
-} moei_combine_piece;
+} moei_combine_vector;
 
 /* Adds rows k0 .. k0 + rows - 1 to a thread's vectors acc[0 .. cols). Issues all loads before the
    first use, so that they are in flight together. full: 1 where all these rows and columns exist.
    rows_dtype, cols, rows and full are literals. */
-MOE_DEVICE void moei_combine_add(float acc[2][8], const moei_combine_piece p, int k0,
+MOE_DEVICE void moei_combine_add(float acc[2][8], const moei_combine_vector p, int k0,
                                  const int rows_dtype, const int cols, const int rows,
                                  const int full)
 {
@@ -194,7 +194,7 @@ MOE_DEVICE void moei_combine_wide(const moe_combine_args* d, const moe_combine_s
     const int width = rows_dtype == MOE_FP32 ? 4 : 8, y_bytes = d->y_dtype == MOE_FP32 ? 4 : 2;
     const int hidden = d->hidden, span = (int)blockDim.x * width;
     for (int h = (int)threadIdx.x * width; h < hidden; h += cols * span) {
-        const moei_combine_piece p = {source, count, h, span, hidden};
+        const moei_combine_vector p = {source, count, h, span, hidden};
         float acc[2][8];
         int k0 = 0;
         MOE_UNROLL

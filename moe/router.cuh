@@ -364,7 +364,8 @@ MOE_HOST moe_status moei_router_prepare_gemm(const moe_router_desc* d, moe_route
     moei_router_gemm_desc(d, &g);
     MOE_TRY(moei_ragged_choose(&g, &v));
     if (!v) return MOE_OK;
-    p->path = v->tile == MOEI_RAGGED_TILE_narrow ? MOE_ROUTER_RAGGED_NARROW : MOE_ROUTER_RAGGED_WIDE;
+    p->path =
+        v->tile == MOEI_RAGGED_TILE_narrow ? MOE_ROUTER_RAGGED_NARROW : MOE_ROUTER_RAGGED_WIDE;
     p->gemm.args = moei_gemm_args_of(&g);
     return moei_ragged_prepare(&p->gemm.launch, &g, v);
 }

@@ -6,7 +6,7 @@
 #include "../gemm/mma.cuh"
 #include "address.cuh"
 
-/* Stores a warp's wm x wn accumulators through its staging `staging` [16][inner + 8] of fp32. Called
+/* Stores a warp's wm x wn accumulators through `staging`, [16][inner + 8] fp32. Called
    by a whole warp; wm, wn, transposed and dtype are literals. Where C is stored transposed,
    exchange rows and columns below.
      1. Find the lane's 8 neighbours: columns `place` .. place + 7 of every row that it stores.

@@ -75,7 +75,7 @@ MOE_DEVICE bool moei_gate_multiplies(const moei_gate_args* d)
 /* Returns whether the row's largest logit is subtracted before a temperature is multiplied in:
    where a common offset changes neither choice nor weight. Of top-k softmax with groups it may
    change the choice: a group of one expert counts an offset once, other groups count it twice. */
-MOE_DEVICE bool moei_gate_takes_disabled(const moei_gate_args* d)
+MOE_DEVICE bool moei_gate_subtracts_largest(const moei_gate_args* d)
 {
     return d->inverse_temperature != 1.0f && moei_gate_multiplies(d) &&
            (d->score == MOE_SCORE_SOFTMAX || d->score == MOE_SCORE_SPARSEMAX ||
@@ -83,7 +83,8 @@ MOE_DEVICE bool moei_gate_takes_disabled(const moei_gate_args* d)
 }
 
 /* Loads the logit as given; returns false where token t does not see expert e. */
-MOE_DEVICE bool moei_gate_given(float* out, const moei_gate_args* d, uint64_t seed, int64_t t, int e)
+MOE_DEVICE bool moei_gate_given(float* out, const moei_gate_args* d, uint64_t seed, int64_t t,
+                                int e)
 {
     if (d->expert_disabled && d->expert_disabled[e]) return false;
     if (d->dropout > 0.0f && (moei_gate_dropped(d, seed, t, e >> 3) >> (e & 7) & 1)) return false;
@@ -154,8 +155,8 @@ MOE_DEVICE float moei_gate_lane_max(const float* v, const moei_gate_lanes w)
 /* Applies the rules to a lane's loaded logits v of token t, in units; returns the token's largest.
    Bit j of *unseen: the token does not see v[j], which becomes -inf; dropout adds bits. The whole
    warp calls it. */
-MOE_DEVICE float moei_gate_logits(float* v, uint32_t* unseen, const moei_gate_args* d, uint64_t seed,
-                                  int64_t t, const moei_gate_lanes w)
+MOE_DEVICE float moei_gate_logits(float* v, uint32_t* unseen, const moei_gate_args* d,
+                                  uint64_t seed, int64_t t, const moei_gate_lanes w)
 {
     if (d->dropout > 0.0f) {
         const uint64_t here = moei_opaque(seed);
@@ -166,7 +167,7 @@ MOE_DEVICE float moei_gate_logits(float* v, uint32_t* unseen, const moei_gate_ar
     moei_gate_lane_hide(v, *unseen, w);
     if (moei_gate_multiplies(d)) {
         if (d->inverse_temperature != 1.0f) {
-            const float most = moei_gate_takes_disabled(d) ? moei_gate_lane_max(v, w) : 0.0f;
+            const float most = moei_gate_subtracts_largest(d) ? moei_gate_lane_max(v, w) : 0.0f;
             MOE_UNROLL
             for (int j = 0; j < w.per_lane; ++j) v[j] = (v[j] - most) * d->inverse_temperature;
         }

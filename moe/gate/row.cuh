@@ -102,7 +102,8 @@ MOE_DEVICE float moei_gate_score(const moei_gate_args* d, float unit, float l, f
 /* Returns the weight of one chosen logit before renormalisation and scale. Top-k softmax passes
    sum = 1, since its sum is taken later. Sigmoids to be renormalised are all multiplied by e^-max
    where max is negative: they would underflow together. */
-MOE_DEVICE float moei_gate_weight(const moei_gate_args* d, float unit, float l, float max, float sum)
+MOE_DEVICE float moei_gate_weight(const moei_gate_args* d, float unit, float l, float max,
+                                  float sum)
 {
     if (d->score == MOE_SCORE_SIGMOID && d->renormalize)
         return moei_gate_sigmoid(l, moei_gate_sigmoid_shift(max), unit);

@@ -459,7 +459,8 @@ MOE_DEVICE_BODY void moei_gate_rules_block(const moei_gate_args* d, const moei_g
     const bool merits = judged || d->whole_batch;            /* 0: selection compares the logits */
     const moei_gate_units units = moei_gate_units_of(d);
     /* a finite logit may become -inf; moei_gate_token tells the two apart */
-    const bool overflows = moei_gate_multiplies(d) && (d->inverse_temperature != 1.0f || d->noise > 1e28f);
+    const bool overflows =
+        moei_gate_multiplies(d) && (d->inverse_temperature != 1.0f || d->noise > 1e28f);
     const bool early = per_lane <= 16 && MOEI_GATE_EARLY;
     const uint64_t seed = moei_gate_seed(d);
     moei_gate_pick* pick =

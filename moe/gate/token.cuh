@@ -25,7 +25,7 @@ MOE_DEVICE void moei_gate_fill_row(const moei_gate_args* d, float* row, int64_t 
 {
     const uint64_t seed = moei_gate_seed(d);
     float v, most = __uint_as_float(MOEI_GATE_MINUS);
-    if (moei_gate_takes_disabled(d)) {
+    if (moei_gate_subtracts_largest(d)) {
         MOE_NO_UNROLL
         for (int e = moe_lane(); e < d->num_experts; e += MOE_WARP_SIZE)
             if (moei_gate_given(&v, d, seed, t, e)) most = fmaxf(most, v);

@@ -210,7 +210,8 @@ MOE_DEVICE void moei_epilogue_any(const moe_gemm_output* d, int n, const moe_til
             }
             /* 3. bias */
             if (bias) {
-                moei_epilogue_bias8(v, bias, pairs ? 2 * to : to, first, pairs ? 2 : 1, d->bias_dtype);
+                moei_epilogue_bias8(v, bias, pairs ? 2 * to : to, first, pairs ? 2 : 1,
+                                    d->bias_dtype);
                 if (gated)
                     moei_epilogue_bias8(w, bias, pairs ? 2 * to + 1 : n + to, first,
                                         pairs ? 2 : 1, d->bias_dtype);

@@ -77,7 +77,8 @@ MOE_DEVICE int moei_schedule_build(const moei_schedule* s, moe_block_scan_scratc
         const int e = e0 + (int)threadIdx.x;
         int tiles = 0, total, at;
         if (e < s->groups.num_experts) {
-            const int begin = moei_expert_begin(&s->groups, e), end = moei_expert_end(&s->groups, e);
+            const int begin = moei_expert_begin(&s->groups, e),
+                      end = moei_expert_end(&s->groups, e);
             if (!moei_expert_good(&s->groups, e, fault, rank)) {
                 bad = 1;
             } else if (end > begin) {
@@ -94,7 +95,8 @@ MOE_DEVICE int moei_schedule_build(const moei_schedule* s, moe_block_scan_scratc
 }
 
 /* Returns the position of tile number `index`. Requires 0 <= index < number of tiles. */
-MOE_DEVICE moe_tile_position moei_schedule_tile(const moei_schedule* s, int index, const int tile_rows)
+MOE_DEVICE moe_tile_position moei_schedule_tile(const moei_schedule* s, int index,
+                                                const int tile_rows)
 {
     int lo = 0, hi = s->groups.num_experts; /* tile_start[lo] <= index < tile_start[hi] */
     moe_tile_position t;

@@ -115,7 +115,7 @@ struct moeh_mma_lane { /* what a lane brings to the meeting */
 
 typedef float moeh_float4 __attribute__((vector_size(16), may_alias, aligned(4)));
 
-/* Computes the whole product, for all lanes. Columns of b and c keep the order of `column_order`. */
+/* Computes the whole product, for all lanes. b and c keep the order of `column_order`. */
 __attribute__((noinline)) inline void moeh_mma_all(moeh_warp* w, uint32_t mask)
 {
     const moeh_layouts& l = moeh_mma_layouts();
