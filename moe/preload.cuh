@@ -4,10 +4,7 @@
    another kernel spins. Call moe_preload once for each device before such a kernel runs. Returns a
    moe_status: the first error of the runtime. Costs one runtime call a kernel.
 
-     #include "moe/gate.cuh"
-     #include "moe/route.cuh"
-     ...
-     moe_status s = moe_preload(); // the kernels of gate and route
+     moe_status s = moe_preload(); // gate.cuh and route.cuh are included: loads their kernels
 
    moe_gate_preload, moe_layer_preload, ... load the kernels of one station. */
 #ifndef MOE_PRELOAD_CUH
