@@ -1,7 +1,9 @@
 /* test_case.h: what the cases of many tests repeat: many buffers at once, comparisons with two
-   bounds, faults, indices that are out of range. Included after test.h. */
+   bounds, faults, indices that are out of range. */
 #ifndef MOE_TESTS_TEST_CASE_H
 #define MOE_TESTS_TEST_CASE_H
+
+#include "tests/test.h"
 
 /* Frees host memory: TFREE(p, q). Null is allowed. */
 #define TFREE(...)                                                                                 \

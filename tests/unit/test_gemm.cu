@@ -17,14 +17,14 @@
 #include "tests/test.h"
 
 /* Has all variants that grouped.cuh compiles by default, and those with mn-major A. */
-#define MOE_GEMM_VARIANT_LIST(X, ...)                                                             \
-    X(f16_kk, MOE_FP16, MOE_MAJOR_K, MOE_MAJOR_K, __VA_ARGS__)                                    \
-    X(f16_kn, MOE_FP16, MOE_MAJOR_K, MOE_MAJOR_MN, __VA_ARGS__)                                   \
-    X(bf16_kk, MOE_BF16, MOE_MAJOR_K, MOE_MAJOR_K, __VA_ARGS__)                                   \
-    X(bf16_kn, MOE_BF16, MOE_MAJOR_K, MOE_MAJOR_MN, __VA_ARGS__)                                  \
-    X(f16_nk, MOE_FP16, MOE_MAJOR_MN, MOE_MAJOR_K, __VA_ARGS__)                                   \
-    X(f16_nn, MOE_FP16, MOE_MAJOR_MN, MOE_MAJOR_MN, __VA_ARGS__)                                  \
-    X(bf16_nk, MOE_BF16, MOE_MAJOR_MN, MOE_MAJOR_K, __VA_ARGS__)                                  \
+#define MOE_GEMM_VARIANT_LIST(X, ...)                                                              \
+    X(f16_kk, MOE_FP16, MOE_MAJOR_K, MOE_MAJOR_K, __VA_ARGS__)                                     \
+    X(f16_kn, MOE_FP16, MOE_MAJOR_K, MOE_MAJOR_MN, __VA_ARGS__)                                    \
+    X(bf16_kk, MOE_BF16, MOE_MAJOR_K, MOE_MAJOR_K, __VA_ARGS__)                                    \
+    X(bf16_kn, MOE_BF16, MOE_MAJOR_K, MOE_MAJOR_MN, __VA_ARGS__)                                   \
+    X(f16_nk, MOE_FP16, MOE_MAJOR_MN, MOE_MAJOR_K, __VA_ARGS__)                                    \
+    X(f16_nn, MOE_FP16, MOE_MAJOR_MN, MOE_MAJOR_MN, __VA_ARGS__)                                   \
+    X(bf16_nk, MOE_BF16, MOE_MAJOR_MN, MOE_MAJOR_K, __VA_ARGS__)                                   \
     X(bf16_nn, MOE_BF16, MOE_MAJOR_MN, MOE_MAJOR_MN, __VA_ARGS__)
 #include "tests/unit/gemm/schedule.h"
 #include "tests/unit/gemm/mma.h"
