@@ -1,7 +1,9 @@
 /* test_case.h: what the cases of many tests repeat: many buffers at once, comparisons with two
-   bounds, a fault that may be none, indices that are out of range. Included after test.h. */
+   bounds, faults, indices that are out of range. */
 #ifndef MOE_TESTS_TEST_CASE_H
 #define MOE_TESTS_TEST_CASE_H
+
+#include "tests/test.h"
 
 /* Frees host memory: TFREE(p, q). Null is allowed. */
 #define TFREE(...)                                                                                 \
@@ -36,6 +38,13 @@ MOEI_UNUSED static int32_t test_out_of_range(int64_t how, int64_t end)
 
 /* Requires this status of a call, and names another line of this file where it is not. */
 #define CHECK_STATUS_AT(line, call, want) test_status((call), (want), __FILE__, (line), #call)
+
+/* Puts a fault of TEST_RANK into a fault word, or none where the code is MOE_FAULT_NONE. */
+MOEI_UNUSED static void tfault_put(tbuf* b, int code, int64_t index)
+{
+    const uint64_t word = code == MOE_FAULT_NONE ? 0 : MOEI_FAULT_KEY(code, TEST_RANK, index);
+    tbuf_put(b, &word);
+}
 
 /* Requires this fault at index `at`, or none where `at` is negative. */
 #define CHECK_FAULT_AT(buffer, code, at)                                                           \

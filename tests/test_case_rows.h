@@ -1,8 +1,10 @@
 /* test_case_rows.h: rows in expert order: how they are shared out among experts, and the output
-   rows of a product, in one buffer or in an allocation an expert. Included after test.h and
-   test_weights.h. */
+   rows of a product, in one buffer or in an allocation an expert. */
 #ifndef MOE_TESTS_TEST_CASE_ROWS_H
 #define MOE_TESTS_TEST_CASE_ROWS_H
+
+#include "tests/test_case.h"
+#include "tests/test_weights.h"
 
 /* Draws how many of `most` rows each expert has. Writes rows [E] and offset [E + 1] behind
    offset[0], which stays. */

@@ -1,7 +1,10 @@
 /* test_mlp.h: what the tests of the experts and of the layer share: the MLP's sizes, its
-   reference, its routing. Included after test.h, test_weights.h and test_bound.h. */
+   reference, its routing. */
 #ifndef MOE_TESTS_TEST_MLP_H
 #define MOE_TESTS_TEST_MLP_H
+
+#include "tests/test.h"
+#include "tests/test_weights.h"
 
 #include "moe/ref/experts.h"
 #include "moe/ref/route.h"

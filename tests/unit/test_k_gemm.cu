@@ -1,23 +1,25 @@
-/* test_k_gemm.cu: the grouped GEMM whose reduced dimension is the ragged one, against the reference.
+/* test_k_gemm.cu: the k-grouped GEMM, whose reduced dimension is the rows, against its reference.
 
      nvcc -I. -arch=sm_90a tests/unit/test_k_gemm.cu -o test_k_gemm
      g++ -x c++ -std=c++14 -O2 -I. tests/unit/test_k_gemm.cu -o test_k_gemm */
 #include "tests/test.h"
+#include "tests/test_weights.h"
 
 #include "moe/gemm/k_grouped.cuh"
 #include "moe/ref/k_gemm.h"
-#include "tests/test_weights.h"
+#include "tests/test_case.h"
+#include "tests/test_case_rows.h"
 
 enum { MOST = 80 };
 
 typedef struct k_case {
     int E, m, n, dtype, c_dtype, tile;
-    int rows[MOST];           /* of each expert */
-    int a_gather, b_gather;   /* 0: row r itself; else an index, that divided by this */
-    int none, bad;            /* entries of the indices: -1; out of range */
-    int a_pad, b_pad, c_pad;  /* stride - least */
+    int rows[MOST];          /* of each expert */
+    int a_gather, b_gather;  /* 0: row r itself; else an index, divided by this */
+    int none, bad;           /* entries of the indices: -1; out of range */
+    int a_pad, b_pad, c_pad; /* stride - least */
     int c_table, accumulate;
-    int beyond;               /* rows that no expert owns: NaN all */
+    int beyond; /* rows that no expert owns: all NaN */
 } k_case;
 
 typedef struct k_bufs {
@@ -33,8 +35,8 @@ static const char* case_text(const k_case* c)
 {
     static char text[200];
     snprintf(text, sizeof text,
-             "E=%d m=%d n=%d rows %d %d %d.. %s -> %s tile=%d gather %d %d none=%d bad=%d pads %d %d "
-             "%d table=%d accumulate=%d",
+             "E=%d m=%d n=%d rows %d %d %d.. %s -> %s tile=%d gather %d %d none=%d bad=%d pads %d "
+             "%d %d table=%d accumulate=%d",
              c->E, c->m, c->n, c->rows[0], c->rows[1], c->rows[2], moe_dtype_name(c->dtype),
              moe_dtype_name(c->c_dtype), c->tile, c->a_gather, c->b_gather, c->none, c->bad,
              c->a_pad, c->b_pad, c->c_pad, c->c_table, c->accumulate);
@@ -43,29 +45,29 @@ static const char* case_text(const k_case* c)
 
 static k_case normal_case(int E, const int* rows, int m, int n)
 {
-    k_case c;
-    memset(&c, 0, sizeof c);
+    k_case c = {};
     c.E = E, c.m = m, c.n = n;
     memcpy(c.rows, rows, (size_t)E * sizeof(int));
     c.dtype = c.c_dtype = test_half();
     return c;
 }
 
-/* What the call must answer where this binary or device lacks the code. */
+/* Returns what the call must answer: a refusal where this binary or device lacks the code. */
 static moe_status expected(const k_case* c)
 {
     return test_gemm_status(c->dtype, c->tile == MOE_TILE_64x64 ? MOE_TILE_AUTO : c->tile);
 }
 
-/* An index of `rows` rows of an operand; the first `none` entries that experts own are -1. */
+/* Draws an index of `rows` rows of an operand; some entries that experts own are -1 or bad. */
 static int32_t* index_new(const k_bufs* b, const k_case* c, int gather, int64_t rows, trand* r)
 {
     int32_t* index = (int32_t*)test_host((b->num_rows + 1) * 4);
     for (int i = 0; i < b->num_rows; ++i)
         index[i] = (int32_t)trand_int(r, 0, (int)(rows * gather) - 1);
     for (int i = 0; i < c->none + c->bad && b->h_offset[c->E] > 0; ++i)
-        index[trand_int(r, 0, b->h_offset[c->E] - 1)] =
-            i < c->none ? -1 : i & 1 ? (int32_t)(rows * gather) : -3;
+        index[trand_int(r, 0, b->h_offset[c->E] - 1)] = i < c->none ? -1
+                                                        : i & 1     ? (int32_t)(rows * gather)
+                                                                    : -3;
     return index;
 }
 
@@ -77,7 +79,8 @@ static int row_lacks(const int32_t* index, int64_t i, int64_t rows, int gather)
 
 static void bufs_new(k_bufs* b, const k_case* c, trand* r)
 {
-    const int64_t a_stride = c->m + c->a_pad, b_stride = c->n + c->b_pad, c_stride = c->n + c->c_pad;
+    const int64_t a_stride = c->m + c->a_pad, b_stride = c->n + c->b_pad;
+    const int64_t c_stride = c->n + c->c_pad;
     memset(b, 0, sizeof *b);
     for (int e = 0; e < c->E; ++e) b->h_offset[e + 1] = b->h_offset[e] + c->rows[e];
     b->num_rows = b->h_offset[c->E] + c->beyond;
@@ -85,7 +88,7 @@ static void bufs_new(k_bufs* b, const k_case* c, trand* r)
     b->b_rows = c->b_gather ? b->num_rows / 2 + 5 : b->num_rows;
     b->h_a = trows_new(r, b->a_rows, a_stride, c->m, c->dtype, TFILL_NORMAL, 1);
     b->h_b = trows_new(r, b->b_rows, b_stride, c->n, c->dtype, TFILL_NORMAL, 1);
-    for (int64_t i = b->h_offset[c->E]; i < b->num_rows; ++i) { /* of nobody: never read */
+    for (int64_t i = b->h_offset[c->E]; i < b->num_rows; ++i) { /* of no expert: never read */
         for (int j = 0; j < c->m && !c->a_gather; ++j)
             moe_store(b->h_a, i * a_stride + j, c->dtype, NAN);
         for (int j = 0; j < c->n && !c->b_gather; ++j)
@@ -93,10 +96,12 @@ static void bufs_new(k_bufs* b, const k_case* c, trand* r)
     }
     if (c->a_gather) b->h_index[0] = index_new(b, c, c->a_gather, b->a_rows, r);
     if (c->b_gather) b->h_index[1] = index_new(b, c, c->b_gather, b->b_rows, r);
-    for (int64_t i = 0; i < b->h_offset[c->E]; ++i) { /* left out: never read */
-        for (int j = 0; j < c->m && !c->a_gather && row_lacks(b->h_index[1], i, b->b_rows, c->b_gather); ++j)
+    for (int64_t i = 0; i < b->h_offset[c->E]; ++i) { /* no row of the other: never read */
+        const int no_a = row_lacks(b->h_index[0], i, b->a_rows, c->a_gather);
+        const int no_b = row_lacks(b->h_index[1], i, b->b_rows, c->b_gather);
+        for (int j = 0; j < c->m && !c->a_gather && no_b; ++j)
             moe_store(b->h_a, i * a_stride + j, c->dtype, NAN);
-        for (int j = 0; j < c->n && !c->b_gather && row_lacks(b->h_index[0], i, b->a_rows, c->a_gather); ++j)
+        for (int j = 0; j < c->n && !c->b_gather && no_a; ++j)
             moe_store(b->h_b, i * b_stride + j, c->dtype, NAN);
     }
     b->a = tbuf_from("a", b->h_a, (size_t)moe_extent(b->a_rows, a_stride, c->m, c->dtype), 16);
@@ -109,11 +114,10 @@ static void bufs_new(k_bufs* b, const k_case* c, trand* r)
     b->h_c = trows_new(r, (int64_t)c->E * c->m, c_stride, c_stride, c->c_dtype, TFILL_NORMAL, 1);
     b->c = tbuf_new("c", (size_t)(b->c_size * moe_dtype_bytes(c->c_dtype)), 16);
     if (c->accumulate) tbuf_put(&b->c, b->h_c);
-    if (c->c_table) { /* experts the other way round */
+    if (c->c_table) { /* experts in descending order */
         void* at[MOST];
         for (int e = 0; e < c->E; ++e)
-            at[e] = (char*)b->c.p +
-                    (c->E - 1 - e) * c->m * c_stride * moe_dtype_bytes(c->c_dtype);
+            at[e] = (char*)b->c.p + (c->E - 1 - e) * c->m * c_stride * moe_dtype_bytes(c->c_dtype);
         b->table = tbuf_from("table", at, (size_t)c->E * sizeof(void*), 8);
     }
     b->fault = tfault_new(0);
@@ -137,17 +141,11 @@ static void bufs_new(k_bufs* b, const k_case* c, trand* r)
 
 static void bufs_free(k_bufs* b)
 {
-    tbuf_free(&b->a), tbuf_free(&b->b), tbuf_free(&b->offset), tbuf_free(&b->c);
-    tbuf_free(&b->fault);
-    if (b->table.p) tbuf_free(&b->table);
-    for (int i = 0; i < 2; ++i) {
-        if (b->index[i].p) tbuf_free(&b->index[i]);
-        free(b->h_index[i]);
-    }
-    free(b->h_a), free(b->h_b), free(b->h_c);
+    TBUFS_FREE(&b->a, &b->b, &b->offset, &b->c, &b->fault, &b->table, &b->index[0], &b->index[1]);
+    TFREE(b->h_a, b->h_b, b->h_c, b->h_index[0], b->h_index[1]);
 }
 
-/* The first row of an expert whose index is out of range, or -1. */
+/* Returns the first row of an expert whose index is out of range, or -1. */
 static int64_t first_bad(const k_bufs* b, const k_case* c)
 {
     for (int64_t i = 0; i < b->h_offset[c->E]; ++i)
@@ -167,9 +165,8 @@ static void compare(const k_bufs* b, const k_case* c)
     double* exact = (double*)test_host(size * 8);
     double* bound = (double*)test_host(size * 8);
     char* got = (char*)tbuf_copy(&b->c);
-    moe_ref_k_gemm_desc r;
-    int64_t written;
-    memset(&r, 0, sizeof r);
+    moe_ref_k_gemm_desc r = {};
+    int64_t written = 0;
     r.a = b->h_a, r.b = b->h_b;
     r.a_stride = c->m + c->a_pad, r.b_stride = c->n + c->b_pad;
     r.a_rows = b->a_rows, r.b_rows = b->b_rows;
@@ -187,24 +184,25 @@ static void compare(const k_bufs* b, const k_case* c)
         bound[i] = (c->rows[e] / 16.0 + 2) * ldexp(1, -23) * (bound[i] + fabs(exact[i])) +
                    2 * tround(fabs(exact[i]), c->c_dtype) + 1e-30;
     }
-    if (c->c_table) { /* back into the order of experts */
+    if (c->c_table) { /* in ascending order again */
         const int64_t one = c->m * c_stride * moe_dtype_bytes(c->c_dtype);
-        char* turned = (char*)test_host(E * one);
-        for (int e = 0; e < c->E; ++e) memcpy(turned + e * one, got + (c->E - 1 - e) * one, (size_t)one);
+        char* ascending = (char*)test_host(E * one);
+        for (int e = 0; e < c->E; ++e)
+            memcpy(ascending + e * one, got + (c->E - 1 - e) * one, (size_t)one);
         free(got);
-        got = turned;
+        got = ascending;
     }
     if (b->h_offset[c->E] > 0)
-        test_within("c", got, c->c_dtype, c_stride, exact, bound, 1, rows, c->n, __FILE__, __LINE__);
+        test_within("c", got, c->c_dtype, c_stride, exact, bound, 1, rows, c->n, __FILE__,
+                    __LINE__);
     for (int e = 0; e < c->E && !c->accumulate; ++e)
         for (int64_t i = 0; i < (int64_t)c->m * c->n && c->rows[e] == 0; ++i)
             CHECK(moe_load(got, (e * c->m + i / c->n) * c_stride + i % c->n, c->c_dtype) == 0,
                   "an expert without rows");
-    written = 0;
     if (!c->accumulate) {
         written = test_strays(got, b->c_size * moe_dtype_bytes(c->c_dtype),
                               moe_dtype_bytes(c->c_dtype), c_stride, c->n, 0, rows);
-    } else { /* as it was; experts with a table lie the other way round */
+    } else { /* as it was; with a table in descending order */
         for (int64_t i = 0; i < b->c_size; ++i) {
             const int64_t e = i / c_stride / c->m, one = (int64_t)c->m * c_stride;
             const int64_t was = c->c_table ? i + (c->E - 1 - 2 * e) * one : i;
@@ -213,10 +211,18 @@ static void compare(const k_bufs* b, const k_case* c)
         }
     }
     CHECK(written == 0, "%lld places between the rows were written", (long long)written);
-    CHECK_FAULT(&b->fault, bad < 0 ? MOE_FAULT_NONE : MOE_FAULT_BAD_ROW, bad < 0 ? 0 : bad);
+    CHECK_FAULT_AT(&b->fault, MOE_FAULT_BAD_ROW, bad);
     CHECK(tbuf_holds(&b->a, b->h_a) && tbuf_holds(&b->b, b->h_b), "an input was written");
     if (test_now.failures > before) printf("  in: %s\n", case_text(c));
-    free(exact), free(bound), free(got);
+    TFREE(exact, bound, got);
+}
+
+/* Runs and compares a case whose buffers the test has changed, and frees them. */
+static void run_bufs(k_bufs* b, const k_case* c)
+{
+    CHECK_STATUS(moe_k_grouped_gemm(&b->d, test_now.stream), MOE_OK);
+    compare(b, c);
+    bufs_free(b);
 }
 
 static void run_case(const k_case* c, trand* r)
@@ -229,7 +235,7 @@ static void run_case(const k_case* c, trand* r)
     bufs_free(&b);
 }
 
-/* Numbers of rows about a step's depth, none, many; all tiles; tails of m and n; both dtypes. */
+/* Runs numbers of rows about tile_k, none, many; all tiles; tails of m and n; both dtypes. */
 static void test_k_shapes(void)
 {
     static const int rows[] = {0, 1, 31, 32, 33, 63, 64, 65, 127, 129, 0};
@@ -249,7 +255,7 @@ static void test_k_shapes(void)
             }
 }
 
-/* One expert alone; every row at one expert of many; no rows at all. */
+/* Runs one expert alone; every row at one expert of many; no rows at all. */
 static void test_k_lone(void)
 {
     trand r = trand_new(2);
@@ -263,13 +269,11 @@ static void test_k_lone(void)
         if (i == 4) c.c_table = 1;
         bufs_new(&b, &c, &r);
         if (i < 2) b.d.expert_offset = 0; /* all rows are the one expert's */
-        CHECK_STATUS(moe_k_grouped_gemm(&b.d, test_now.stream), MOE_OK);
-        compare(&b, &c);
-        bufs_free(&b);
+        run_bufs(&b, &c);
     }
 }
 
-/* Either operand gathered, or both; entries of -1 and out of range; strides; tables; added to C. */
+/* Gathers either operand, or both: entries of -1 and out of range; strides; tables; added to C. */
 static void test_k_gather(void)
 {
     static const int some[] = {30, 0, 70, 5, 41};
@@ -292,7 +296,7 @@ static void test_k_gather(void)
     }
 }
 
-/* NaN and infinities of one expert's rows stay with that expert, though tiles run past its rows. */
+/* Keeps NaN and infinities with the expert that has them, though tiles run past its rows. */
 static void test_k_nan(void)
 {
     static const int some[] = {20, 7, 33};
@@ -307,7 +311,8 @@ static void test_k_nan(void)
         c.c_dtype = MOE_FP32;
         if (expected(&c) != MOE_OK) continue;
         bufs_new(&b, &c, &r);
-        for (int i = 20 * 40; i < 27 * 40; ++i) moe_store(b.h_a, i, c.dtype, i & 1 ? NAN : INFINITY);
+        for (int i = 20 * 40; i < 27 * 40; ++i)
+            moe_store(b.h_a, i, c.dtype, i & 1 ? NAN : INFINITY);
         tbuf_put(&b.a, b.h_a);
         CHECK_STATUS(moe_k_grouped_gemm(&b.d, test_now.stream), MOE_OK);
         got = (float*)tbuf_copy(&b.c);
@@ -319,24 +324,26 @@ static void test_k_nan(void)
     }
 }
 
-/* Offsets that make no sense, addresses of no use, a stop fault of an earlier kernel: C stays. */
+/* Leaves C as it is with bad offsets, bad addresses, or a stop fault of an earlier kernel. */
 static void test_k_faults(void)
 {
     static const int some[] = {10, 20, 30, 5};
+    static const int code[] = {MOE_FAULT_BAD_OFFSET, MOE_FAULT_BAD_OFFSET, MOE_FAULT_BAD_OFFSET,
+                               MOE_FAULT_BAD_BLOCK,  MOE_FAULT_BAD_TABLE,  MOE_FAULT_BAD_TABLE};
+    static const int index[] = {1, 3, 0, 3, 2, 2};
     trand r = trand_new(5);
     for (int how = 0; how < 7; ++how) {
         k_case c = normal_case(4, some, 72, 40);
         k_bufs b;
         int32_t offset[5];
         void* at[4];
-        const uint64_t stop = MOEI_FAULT_KEY(MOE_FAULT_BAD_BLOCK, TEST_RANK, 3);
         c.c_table = how >= 4;
         bufs_new(&b, &c, &r);
         memcpy(offset, b.h_offset, sizeof offset);
         if (how == 0) offset[2] = 9;  /* expert 1 ends before it begins */
         if (how == 1) offset[4] = 66; /* past num_rows */
         if (how == 2) offset[0] = -1;
-        if (how == 3) tbuf_put(&b.fault, &stop);
+        if (how == 3) tfault_put(&b.fault, code[how], index[how]);
         tbuf_put(&b.offset, offset);
         if (c.c_table) {
             tbuf_get(&b.table, at);
@@ -349,14 +356,8 @@ static void test_k_faults(void)
             compare(&b, &c);
         } else {
             CHECK(tbuf_holds(&b.c, 0), "how=%d", how);
-            CHECK_FAULT(&b.fault,
-                        how == 3  ? MOE_FAULT_BAD_BLOCK
-                        : how < 3 ? MOE_FAULT_BAD_OFFSET
-                                  : MOE_FAULT_BAD_TABLE,
-                        how == 3  ? 3
-                        : how < 3 ? (how == 0 ? 1 : how == 1 ? 3 : 0)
-                                  : 2);
-            b.d.fault = 0; /* nobody to tell: still nothing is written */
+            CHECK_FAULT(&b.fault, code[how], index[how]);
+            b.d.fault = 0; /* writes nothing without a fault word either */
             if (how != 3) CHECK_STATUS(moe_k_grouped_gemm(&b.d, test_now.stream), MOE_OK);
             CHECK(tbuf_holds(&b.c, 0), "without a fault word, how=%d", how);
         }
@@ -375,22 +376,22 @@ static void test_k_same_bits(void)
     trand r = trand_new(6);
     k_case c = normal_case(5, some, 136, 264);
     k_bufs b;
-    tbuf* out[1];
+    tbuf* out[] = {&b.c};
     c.a_gather = 2;
     bufs_new(&b, &c, &r);
-    out[0] = &b.c;
     test_same_bits("k_gemm", call, &b.d, out, 1, MOE_ON_HOST ? 3 : 100);
     compare(&b, &c);
     bufs_free(&b);
 }
 
+/* Requires that preparing and the call refuse d alike. */
 static void refused(const moe_k_grouped_gemm_desc* d, moe_status want, int line)
 {
     moe_k_grouped_gemm_prepared p;
     test_poison(&p, sizeof p);
-    test_status(moe_k_grouped_gemm_prepare(d, &p), want, __FILE__, line, "prepare");
+    CHECK_STATUS_AT(line, moe_k_grouped_gemm_prepare(d, &p), want);
     test_empty(&p, sizeof p, line);
-    test_status(moe_k_grouped_gemm(d, test_now.stream), want, __FILE__, line, "moe_k_grouped_gemm");
+    CHECK_STATUS_AT(line, moe_k_grouped_gemm(d, test_now.stream), want);
 }
 
 static void test_k_refusals(void)
@@ -448,8 +449,8 @@ static void test_k_refusals(void)
     REFUSED((d.c = 0, d.c_table = (void* const*)AT(b.c.p, 4)), MOE_ERR_ALIGN, c);
     REFUSED(d.c = (void*)d.a, MOE_ERR_OVERLAP, c);
     REFUSED(d.c = (void*)d.b, MOE_ERR_OVERLAP, c);
-    REFUSED(d.c = (void*)((uintptr_t)d.a_index & ~(uintptr_t)15), MOE_ERR_OVERLAP, c);
-    REFUSED(d.c = (void*)((uintptr_t)d.b_index & ~(uintptr_t)15), MOE_ERR_OVERLAP, c);
+    REFUSED(d.c = DOWN_TO(d.a_index, 16), MOE_ERR_OVERLAP, c);
+    REFUSED(d.c = DOWN_TO(d.b_index, 16), MOE_ERR_OVERLAP, c);
     REFUSED(d.fault = (uint64_t*)d.c, MOE_ERR_OVERLAP, fault);
     REFUSED(d.fault = (uint64_t*)AT(d.c, 3 * 64 * 72 * 2 - 8), MOE_ERR_OVERLAP, fault);
     TEST_CUDA(cudaDeviceSynchronize());
@@ -457,7 +458,7 @@ static void test_k_refusals(void)
     bufs_free(&b);
 }
 
-/* Rows whose numbers are as large as they may be: the look-ahead past the last does not overflow. */
+/* Runs rows of the largest numbers allowed: the look-ahead past the last does not overflow. */
 static void test_k_far_rows(void)
 {
     const int last = MOE_K_GEMM_MAX_ROWS, offset[2] = {last - 3, last};
@@ -481,18 +482,20 @@ static void test_k_far_rows(void)
         CHECK_STATUS(moe_k_grouped_gemm(&b.d, test_now.stream), MOE_OK);
         tbuf_get(&b.c, got);
         for (int i = 0; i < 40 * 72; ++i) {
-            const float v = moe_load(b.h_a, 40 + i / 72, c.dtype) * moe_load(b.h_b, 72 + i % 72, c.dtype);
+            const float v =
+                moe_load(b.h_a, 40 + i / 72, c.dtype) * moe_load(b.h_b, 72 + i % 72, c.dtype);
             wrong += !(fabsf(got[i] - 3 * v) <= ldexpf(fabsf(v), -20));
         }
         CHECK(wrong == 0, "tile %d: %d wrong", tile, wrong);
         CHECK_FAULT(&b.fault, MOE_FAULT_NONE, 0);
         b.d.num_rows = last + 1;
-        CHECK_STATUS(moe_k_grouped_gemm(&b.d, test_now.stream), MOE_STATUS(MOE_ERR_RANGE, num_rows));
+        CHECK_STATUS(moe_k_grouped_gemm(&b.d, test_now.stream),
+                     MOE_STATUS(MOE_ERR_RANGE, num_rows));
         bufs_free(&b);
     }
 }
 
-/* A captured product, launched again with other offsets, indices and inputs. */
+/* Launches a captured product again with other offsets, indices and inputs. */
 static void test_k_graph(void)
 {
     static const int some[] = {30, 10, 0, 25};
@@ -506,11 +509,7 @@ static void test_k_graph(void)
     if (tgraph_capture(&g, call, &b.d)) {
         CHECK(tbuf_holds(&b.c, 0), "capture itself runs nothing");
         for (int run = 0; run < 3; ++run) {
-            for (int e = 0, left = b.num_rows; e < 4; ++e) {
-                c.rows[e] = run == 0 ? some[e] : (int)trand_int(&r, 0, left);
-                left -= c.rows[e];
-                b.h_offset[e + 1] = b.h_offset[e] + c.rows[e];
-            }
+            if (run > 0) trows_share(4, b.num_rows, c.rows, b.h_offset, &r);
             for (int i = 0; i < b.num_rows; ++i)
                 b.h_index[1][i] = (int32_t)trand_int(&r, 0, (int)(b.b_rows * 2) - 1);
             for (int64_t i = 0; i < b.a_rows * c.m; ++i)

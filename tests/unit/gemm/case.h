@@ -1,0 +1,327 @@
+/* case.h: a case of moe_grouped_gemm: how it is drawn, run, and compared with the reference. */
+#ifndef MOE_TESTS_GEMM_CASE_H
+#define MOE_TESTS_GEMM_CASE_H
+
+#include "tests/test.h"
+#include "tests/test_weights.h"
+
+#include "moe/gemm/grouped.cuh"
+#include "moe/ref/gemm.h"
+#include "tests/test_bound.h"
+#include "tests/test_case.h"
+#include "tests/test_case_rows.h"
+
+#define MOST_EXPERTS TWEIGHTS_MOST
+
+typedef struct gemm_case {
+    int E, n, k;
+    int rows[MOST_EXPERTS]; /* of each expert */
+    int lead, slack;        /* rows before the first expert's and after the last one's */
+    int dtype, c_dtype, a_major, b_major;
+    int activation, gate_up, bias; /* moe_activation, never 0 */
+    float alpha, limit;
+    int gather;              /* row_div; 0: no row_index */
+    int none, bad;           /* percent of the rows whose row_index is -1, out of range */
+    int a_rows;              /* rows of A; 0: as many as are needed */
+    int b_table, c_table;    /* an allocation an expert */
+    int a_pad, b_pad, c_pad; /* stride - dense; multiples of 8 */
+    int no_offset;           /* 1: no expert_offset */
+    int fill;                /* TFILL_* */
+    int tile;
+    int64_t sampled; /* compares every so many rows of an expert; 0: all */
+} gemm_case;
+
+typedef struct gemm_bufs {
+    tbuf a, index, bias, offset, fault;
+    tgrouped c;
+    tweights b;
+    void *h_a, *h_bias; /* h_a is k-major whatever the device's is */
+    int32_t h_offset[MOST_EXPERTS + 1], *h_index;
+    int num_rows;
+    int64_t a_rows;
+    moe_grouped_gemm_desc d;
+} gemm_bufs;
+
+static const char* case_text(const gemm_case* c)
+{
+    static char text[400];
+    int at = snprintf(
+        text, sizeof text,
+        "n=%d k=%d %s -> %s A %s B %s activation=%d (%g %g) gate_up=%d bias=%d gather=%d a_rows=%d "
+        "tables %d %d pads %d %d %d fill=%d tile=%d lead=%d slack=%d E=%d:",
+        c->n, c->k, moe_dtype_name(c->dtype), moe_dtype_name(c->c_dtype),
+        c->a_major == MOE_MAJOR_MN ? "M" : "K", c->b_major == MOE_MAJOR_MN ? "N" : "K",
+        c->activation, (double)c->alpha, (double)c->limit, c->gate_up, c->bias, c->gather,
+        c->a_rows, c->b_table, c->c_table, c->a_pad, c->b_pad, c->c_pad, c->fill, c->tile, c->lead,
+        c->slack, c->E);
+    for (int e = 0; e < c->E && at < (int)sizeof text - 12; ++e)
+        at += snprintf(text + at, sizeof text - (size_t)at, " %d", c->rows[e]);
+    return text;
+}
+
+/* Returns a case of E experts with these rows each: bf16 where there is code for it, everything
+   k-major, the small tile. */
+static gemm_case normal_case(int E, const int* rows, int n, int k)
+{
+    gemm_case c = {};
+    c.E = E, c.n = n, c.k = k;
+    for (int e = 0; e < E; ++e) c.rows[e] = rows[e];
+    c.dtype = c.c_dtype = test_half();
+    c.a_major = c.b_major = MOE_MAJOR_K;
+    c.activation = MOE_ACTIVATION_NONE;
+    c.gate_up = MOE_GATE_UP_CONCATENATED;
+    c.tile = MOE_TILE_64x64;
+    return c;
+}
+
+/* Draws dtypes, majors, activation, pads, tables and how the numbers are drawn. */
+static void randomise(gemm_case* c, trand* r)
+{
+    c->dtype = trand_int(r, 0, 1) ? MOE_FP16 : MOE_BF16;
+    c->c_dtype = trand_int(r, 0, 1) ? MOE_FP32 : c->dtype;
+    c->b_major = (int)trand_int(r, MOE_MAJOR_K, MOE_MAJOR_MN);
+    c->activation = (int)trand_int(r, MOE_ACTIVATION_NONE, MOE_ACTIVATION_RELU2);
+    if (trand_int(r, 0, 2) == 0) c->activation = MOE_ACTIVATION_SWIGLU;
+    if (trand_int(r, 0, 2) == 0) c->activation = MOE_ACTIVATION_NONE;
+    c->gate_up = (int)trand_int(r, MOE_GATE_UP_CONCATENATED, MOE_GATE_UP_SEPARATE);
+    c->bias = (int)trand_int(r, 0, 1);
+    c->b_table = (int)trand_int(r, 0, 1);
+    c->c_table = (int)trand_int(r, 0, 1);
+    c->a_pad = 8 * (int)trand_int(r, 0, 2);
+    c->b_pad = 8 * (int)trand_int(r, 0, 2);
+    c->c_pad = 8 * (int)trand_int(r, 0, 2);
+    c->fill = (int)trand_int(r, TFILL_NORMAL, TFILL_INT);
+    c->lead = trand_int(r, 0, 2) ? 0 : (int)trand_int(r, 1, 9);
+    c->slack = trand_int(r, 0, 1) ? 0 : (int)trand_int(r, 1, 70);
+}
+
+static int is_gated(const gemm_case* c) { return moe_activation_is_gated(c->activation); }
+
+/* Returns the row of A that row m takes; -1: zeros, -2: zeros and a fault. */
+static int64_t a_row_of(const gemm_bufs* b, const gemm_case* c, int m)
+{
+    int64_t row = c->gather ? b->h_index[m] : m;
+    if (row == -1) return -1;
+    if (row < 0) return -2;
+    if (c->gather) row /= c->gather;
+    return row < b->a_rows ? row : -2;
+}
+
+/* Draws A, and stores it in the case's major. */
+static void a_new(gemm_bufs* b, const gemm_case* c, trand* r)
+{
+    const int mn = c->a_major == MOE_MAJOR_MN;
+    const int64_t rows = mn ? c->k : b->a_rows, cols = mn ? b->a_rows : c->k;
+    const int64_t stride = (mn ? (cols + 7) / 8 * 8 : cols) + c->a_pad;
+    const int64_t bytes = moe_extent(rows, stride, cols, c->dtype);
+    uint16_t* h = (uint16_t*)test_host(rows * stride * 2);
+    b->h_a = trows_new(r, b->a_rows, c->k, c->k, c->dtype, c->fill, 1);
+    for (int64_t i = 0; i < b->a_rows; ++i)
+        for (int64_t k = 0; k < c->k; ++k)
+            h[mn ? k * stride + i : i * stride + k] = ((const uint16_t*)b->h_a)[i * c->k + k];
+    b->a = tbuf_from("a", h, (size_t)bytes, 16);
+    b->d.a = b->a.p, b->d.a_stride = mn || c->a_pad ? stride : 0;
+    free(h);
+}
+
+/* Draws row_index: -1 where no expert's row is. */
+static void index_new(gemm_bufs* b, const gemm_case* c, trand* r)
+{
+    const int64_t end = b->a_rows * (c->gather ? c->gather : 1);
+    b->h_index = (int32_t*)test_host(b->num_rows * 4);
+    for (int m = c->lead; m < b->h_offset[c->E]; ++m) {
+        const int64_t u = trand_int(r, 0, 99);
+        b->h_index[m] = (int32_t)trand_int(r, 0, end - 1);
+        if (u < c->none) b->h_index[m] = -1;
+        else if (u < c->none + c->bad) b->h_index[m] = test_out_of_range(trand_int(r, 0, 3), end);
+    }
+    b->index = tbuf_from("row_index", b->h_index, (size_t)b->num_rows * 4, 4);
+}
+
+static void bufs_new(gemm_bufs* b, const gemm_case* c, trand* r)
+{
+    const int gated = is_gated(c), separate = gated && c->gate_up == MOE_GATE_UP_SEPARATE;
+    const int columns = c->n * (gated ? 2 : 1); /* of the bias */
+    const int64_t c_stride = c->n + c->c_pad;
+    tweights_want want = {};
+    memset(b, 0, sizeof *b);
+    b->h_offset[0] = c->lead;
+    for (int e = 0; e < c->E; ++e) b->h_offset[e + 1] = b->h_offset[e] + c->rows[e];
+    b->num_rows = b->h_offset[c->E] + c->slack;
+    b->a_rows = c->a_rows ? c->a_rows : b->num_rows;
+    if (c->a_major == MOE_MAJOR_MN && !c->a_rows) b->a_rows = (b->a_rows + 7) / 8 * 8;
+    a_new(b, c, r);
+    index_new(b, c, r);
+    want.experts = c->E, want.n = separate ? c->n : columns, want.k = c->k;
+    want.dtype = c->dtype, want.major = c->b_major, want.table = c->b_table;
+    want.separate = separate, want.pad = c->b_pad, want.fill = c->fill;
+    want.scale = (float)(1 / sqrt((double)c->k));
+    tweights_new(&b->b, &want, r);
+    b->h_bias = trows_new(r, c->E, columns, columns, c->dtype, c->fill, 1);
+    b->bias = tbuf_from("bias", b->h_bias, (size_t)(c->E * columns) * 2, 2);
+    b->offset = tbuf_from("offset", b->h_offset, (size_t)c->E * 4 + 4, 4);
+    tgrouped_new(&b->c, "c", c->c_table, c->E, b->h_offset, b->num_rows, c->n, c_stride,
+                 c->c_dtype);
+    b->fault = tfault_new(0);
+
+    b->d.a_rows = c->a_rows || c->a_major == MOE_MAJOR_MN ? b->a_rows : 0;
+    b->d.a_major = c->a_major == MOE_MAJOR_MN ? MOE_MAJOR_MN : MOE_MAJOR_DEFAULT;
+    b->d.row_index = c->gather ? (const int32_t*)b->index.p : (const int32_t*)0;
+    b->d.row_div = c->gather == 1 ? 0 : c->gather;
+    b->d.b = b->b.d, b->d.bias = c->bias ? b->bias.p : (const void*)0;
+    b->d.expert_offset = c->no_offset ? (const int32_t*)0 : (const int32_t*)b->offset.p;
+    b->d.c = b->c.all.p, b->d.c_table = (void* const*)b->c.table.p;
+    b->d.c_stride = c->c_pad ? c_stride : 0;
+    b->d.fault = (uint64_t*)b->fault.p, b->d.rank = TEST_RANK;
+    b->d.num_experts = c->E, b->d.num_rows = b->num_rows, b->d.n = c->n, b->d.k = c->k;
+    b->d.dtype = c->dtype == MOE_BF16 ? MOE_DTYPE_DEFAULT : c->dtype;
+    b->d.c_dtype = c->c_dtype == c->dtype ? MOE_DTYPE_DEFAULT : c->c_dtype;
+    b->d.activation = c->activation == MOE_ACTIVATION_NONE ? MOE_ACTIVATION_DEFAULT : c->activation;
+    b->d.alpha = c->alpha, b->d.limit = c->limit;
+    b->d.gate_up = c->gate_up == MOE_GATE_UP_CONCATENATED ? MOE_GATE_UP_DEFAULT : c->gate_up;
+    b->d.tile = c->tile;
+    if (c->tile == MOE_TILE_128x256 && (c->a_major == MOE_MAJOR_MN || c->b_major == MOE_MAJOR_MN))
+        b->d.tile = MOE_TILE_128x128; /* the largest tile is k-major only */
+}
+
+static void bufs_free(gemm_bufs* b)
+{
+    TBUFS_FREE(&b->a, &b->index, &b->bias, &b->offset, &b->fault);
+    tgrouped_free(&b->c);
+    tweights_free(&b->b);
+    TFREE(b->h_a, b->h_bias, b->h_index);
+}
+
+/* Computes the exact product of the picked rows [first[E], n], and sum |a b|. pick names the rows,
+   first[e] says where an expert's begin in pick. use_up: of the up matrices. */
+static void exact_product(const gemm_bufs* b, const gemm_case* c, const int32_t* pick,
+                          const int32_t* first, int n, int bias_stride, int bias_at, int use_up,
+                          double* exact, double* sum)
+{
+    const int64_t count = first[c->E];
+    double* a = (double*)test_host(count * c->k * 8);
+    moe_ref_gemm_desc r = {};
+    for (int64_t i = 0; i < count; ++i) {
+        const int64_t from = a_row_of(b, c, pick[i]);
+        for (int k = 0; k < c->k; ++k)
+            a[i * c->k + k] = from >= 0 ? moe_load(b->h_a, from * c->k + k, c->dtype) : 0;
+    }
+    r.a = a, r.a_dtype = MOE_REF_REAL;
+    r.expert_offset = first;
+    r.b = tweights_host(&b->b), r.b_dtype = c->dtype, r.use_up = use_up;
+    r.bias = c->bias ? (const uint16_t*)b->h_bias + bias_at : (const void*)0;
+    r.bias_dtype = c->dtype, r.bias_stride = bias_stride;
+    r.num_experts = c->E, r.n = n, r.k = c->k;
+    moe_ref_gemm_f64(&r, exact, sum);
+    free(a);
+}
+
+/* Computes what C must hold in the picked rows [first[E], n], and how far each element may be from
+   it before C is rounded. */
+static void exact_c(const gemm_bufs* b, const gemm_case* c, const int32_t* pick,
+                    const int32_t* first, double* exact, double* bound)
+{
+    const int gated = is_gated(c), n = c->n, b_n = gated ? 2 * n : n;
+    const int pairs = gated && c->gate_up == MOE_GATE_UP_INTERLEAVED;
+    const int64_t count = first[c->E];
+    double* raw = (double*)test_host(count * b_n * 8);
+    double* raw_sum = (double*)test_host(count * b_n * 8);
+    if (gated && c->gate_up == MOE_GATE_UP_SEPARATE) { /* to [count, gates and then ups] */
+        double* half = (double*)test_host(count * n * 8);
+        double* half_sum = (double*)test_host(count * n * 8);
+        for (int up = 0; up < 2; ++up) {
+            exact_product(b, c, pick, first, n, b_n, up * n, up, half, half_sum);
+            for (int64_t i = 0; i < count; ++i) {
+                memcpy(raw + i * b_n + up * n, half + i * n, (size_t)n * 8);
+                memcpy(raw_sum + i * b_n + up * n, half_sum + i * n, (size_t)n * 8);
+            }
+        }
+        TFREE(half, half_sum);
+    } else {
+        exact_product(b, c, pick, first, b_n, b_n, 0, 0, raw, raw_sum);
+    }
+    for (int64_t i = 0; i < count; ++i)
+        for (int j = 0; j < n; ++j) {
+            const int64_t g = i * b_n + (pairs ? 2 * j : j);
+            const int64_t u = !gated ? g : i * b_n + (pairs ? 2 * j + 1 : n + j);
+            exact[i * n + j] =
+                moe_ref_activation_f64(c->activation, raw[g], raw[u], c->alpha, c->limit);
+            bound[i * n + j] =
+                tactivation_error(c->activation, c->alpha, c->limit, raw[g], raw[u],
+                                  tsum_error(raw_sum[g], c->k), tsum_error(raw_sum[u], c->k));
+        }
+    TFREE(raw, raw_sum);
+}
+
+/* Compares everything that C holds with the reference. Requires that nothing else was written. */
+static void compare(const gemm_bufs* b, const gemm_case* c)
+{
+    const int before = test_now.failures, n = c->n;
+    int32_t *pick = (int32_t*)test_host(b->num_rows * 4), first[MOST_EXPERTS + 1];
+    const int64_t count = trows_pick(c->E, b->h_offset, c->sampled ? c->sampled : 1, pick, first);
+    const int64_t size = count * n;
+    double *exact = (double*)test_host(size * 8), *bound = (double*)test_host(size * 8);
+    double* ideal = (double*)test_host(size * 8);
+    float* got = (float*)test_host(size * 4);
+    const int64_t strays = tgrouped_get(&b->c, pick, first, got);
+    int64_t bad = -1, wrong = 0, nonzero = 0;
+    CHECK(strays == 0, "%lld bytes outside the rows were written", (long long)strays);
+    exact_c(b, c, pick, first, exact, bound);
+    test_round_all(ideal, exact, size, c->c_dtype);
+    if (c->fill == TFILL_INT &&
+        c->activation == MOE_ACTIVATION_NONE) { /* exact sums, rounded once */
+        for (int64_t i = 0; i < size; ++i) {
+            wrong += !(got[i] == ideal[i]);
+            nonzero += exact[i] != 0;
+        }
+        CHECK(wrong == 0, "%lld of %lld are not the exact sum", (long long)wrong, (long long)size);
+        if (count > 0 && c->none + c->bad == 0)
+            CHECK(4 * nonzero > size, "mostly zeros show nothing");
+    } else if (count > 0 && c->c_dtype == MOE_FP32) {
+        test_within("c", got, MOE_FP32, n, exact, bound, 1, count, n, __FILE__, __LINE__);
+    } else if (count > 0) {
+        trows_round_bound(bound, exact, size, c->c_dtype);
+        CHECK_CLOSE_BOTH("c", got, exact, ideal, bound, count, n);
+    }
+    if (!c->bias) /* rows of zeros give zeros, exactly, whatever the activation */
+        for (int64_t i = 0; i < count; ++i)
+            for (int j = 0; j < n && a_row_of(b, c, pick[i]) < 0; ++j) wrong += got[i * n + j] != 0;
+    CHECK(wrong == 0, "rows without a row of A");
+    for (int m = b->h_offset[c->E] - 1; m >= b->h_offset[0]; --m)
+        if (a_row_of(b, c, m) == -2) bad = m;
+    CHECK_FAULT_AT(&b->fault, MOE_FAULT_BAD_ROW, bad);
+    CHECK(tweights_same(&b->b) && tbuf_holds(&b->offset, b->h_offset) &&
+              tbuf_holds(&b->bias, b->h_bias) && tbuf_holds(&b->index, b->h_index),
+          "an input was written");
+    if (test_now.failures > before) printf("  in: %s\n", case_text(c));
+    TFREE(pick, exact, bound, ideal, got);
+}
+
+/* Queues a case. Returns 0 where this binary has no code for it; then requires its refusal. */
+static int launch(const gemm_bufs* b, const gemm_case* c)
+{
+    const moe_status want = test_gemm_status(c->dtype, b->d.tile);
+    if (!CHECK_STATUS(moe_grouped_gemm(&b->d, test_now.stream), want)) return 0;
+    if (want != MOE_OK)
+        CHECK(tgrouped_untouched(&b->c), "%s: refused, but C was written", case_text(c));
+    return want == MOE_OK;
+}
+
+/* Runs and compares a case whose buffers the test has changed, and frees them. */
+static void run_bufs(gemm_bufs* b, const gemm_case* c)
+{
+    CHECK_STATUS(moe_grouped_gemm(&b->d, test_now.stream), MOE_OK);
+    compare(b, c);
+    bufs_free(b);
+}
+
+/* Draws, runs and compares a case. */
+static void run_case(const gemm_case* c, trand* r)
+{
+    gemm_bufs b;
+    bufs_new(&b, c, r);
+    if (launch(&b, c)) compare(&b, c);
+    bufs_free(&b);
+}
+
+#endif

@@ -1,0 +1,206 @@
+/* refusals.h: what moe_grouped_gemm refuses.
+
+     test_gemm_refusals  refuses each wrong field and overlap with its own status, and queues
+                         nothing */
+#ifndef MOE_TESTS_GEMM_REFUSALS_H
+#define MOE_TESTS_GEMM_REFUSALS_H
+
+#include "tests/unit/gemm/case.h"
+
+/* Requires that the plan and all calls refuse d alike. Runs nothing where the plan accepts d: its
+   addresses may be of no buffer. */
+static void refused(const moe_grouped_gemm_desc* d, moe_status want, int line)
+{
+    moe_gemm_plan p = {};
+    moe_grouped_gemm_prepared prepared;
+    const moe_status s = moe_grouped_gemm_plan(d, &p);
+    CHECK_STATUS_AT(line, s, want);
+    if (s == MOE_OK) return;
+    CHECK_STATUS_AT(line, moe_grouped_gemm(d, test_now.stream), want);
+    test_poison(&prepared, sizeof prepared);
+    CHECK_STATUS_AT(line, moe_grouped_gemm_prepare(d, &prepared), want);
+    test_empty(&prepared, sizeof prepared, line);
+}
+
+static void test_gemm_refusals(void)
+{
+    static const int rows[] = {12, 9, 20};
+    trand r = trand_new(11);
+    gemm_case c = normal_case(3, rows, 64, 40);
+    gemm_bufs b;
+    moe_grouped_gemm_desc good, d;
+    tbuf table;
+    void* address[3];
+    c.gather = 2;
+    c.a_rows = 30;
+    c.bias = 1;
+    c.activation = MOE_ACTIVATION_SWIGLU;
+    c.gate_up = MOE_GATE_UP_SEPARATE;
+    bufs_new(&b, &c, &r);
+    for (int e = 0; e < 3; ++e) address[e] = (char*)b.c.all.p + e * 12 * 128;
+    table = tbuf_from("table", address, sizeof address, 0);
+    good = b.d;
+    CHECK_STATUS(moe_grouped_gemm(0, test_now.stream), MOE_STATUS(MOE_ERR_NULL, desc));
+    REFUSED(d.num_experts = 0, MOE_ERR_RANGE, num_experts);
+    REFUSED(d.num_experts = -1, MOE_ERR_RANGE, num_experts);
+    REFUSED(d.num_experts = MOE_MAX_EXPERTS + 1, MOE_ERR_RANGE, num_experts);
+    REFUSED(d.num_rows = -1, MOE_ERR_RANGE, num_rows);
+    REFUSED(d.num_rows = MOE_GEMM_MAX_ROWS + 1, MOE_ERR_RANGE, num_rows);
+    REFUSED(d.n = 0, MOE_ERR_RANGE, n);
+    REFUSED(d.n = -8, MOE_ERR_RANGE, n);
+    REFUSED(d.n = 68, MOE_ERR_MULTIPLE, n);
+    REFUSED(d.n = (1 << 28) + 8, MOE_ERR_RANGE, n);
+    REFUSED(d.k = 0, MOE_ERR_RANGE, k);
+    REFUSED(d.k = -8, MOE_ERR_RANGE, k);
+    REFUSED(d.k = 36, MOE_ERR_MULTIPLE, k);
+    REFUSED(d.dtype = MOE_FP32, MOE_ERR_DTYPE, dtype);
+    REFUSED(d.dtype = -1, MOE_ERR_DTYPE, dtype);
+    REFUSED(d.dtype = 4, MOE_ERR_DTYPE, dtype);
+    REFUSED((d.dtype = MOE_BF16, d.c_dtype = MOE_FP16), MOE_ERR_DTYPE, c_dtype);
+    REFUSED(d.c_dtype = 4, MOE_ERR_DTYPE, c_dtype);
+    REFUSED(d.c_dtype = -1, MOE_ERR_DTYPE, c_dtype);
+    REFUSED((d.dtype = MOE_FP16, d.c_dtype = MOE_BF16), MOE_ERR_DTYPE, c_dtype);
+    REFUSED(d.activation = MOE_ACTIVATION_RELU2 + 1, MOE_ERR_OPTION, activation);
+    REFUSED(d.activation = -1, MOE_ERR_OPTION, activation);
+    REFUSED(d.alpha = 1.702f, MOE_ERR_CONFLICT, alpha);
+    REFUSED(d.alpha = NAN, MOE_ERR_CONFLICT, alpha);
+    REFUSED(d.limit = 7, MOE_ERR_CONFLICT, limit);
+#define CLAMPED d.activation = MOE_ACTIVATION_SWIGLU_CLAMPED
+    REFUSED((CLAMPED, d.alpha = INFINITY), MOE_ERR_RANGE, alpha);
+    REFUSED((CLAMPED, d.alpha = -INFINITY), MOE_ERR_RANGE, alpha);
+    REFUSED((CLAMPED, d.alpha = NAN), MOE_ERR_RANGE, alpha);
+    REFUSED((CLAMPED, d.limit = INFINITY), MOE_ERR_RANGE, limit);
+    REFUSED((CLAMPED, d.limit = NAN), MOE_ERR_RANGE, limit);
+    REFUSED((CLAMPED, d.limit = -1), MOE_ERR_RANGE, limit);
+    REFUSED((CLAMPED, d.limit = -1e-40f), MOE_ERR_RANGE, limit);
+    REFUSED(d.activation = MOE_ACTIVATION_GELU, MOE_ERR_CONFLICT, b); /* a second matrix */
+    REFUSED(d.gate_up = 4, MOE_ERR_OPTION, gate_up);
+    REFUSED(d.gate_up = -1, MOE_ERR_OPTION, gate_up);
+    REFUSED(d.a_major = 3, MOE_ERR_OPTION, a_major);
+    REFUSED(d.a_major = -1, MOE_ERR_OPTION, a_major);
+    REFUSED(d.b.major = 3, MOE_ERR_OPTION, b_major);
+    REFUSED(d.b.major = -1, MOE_ERR_OPTION, b_major);
+    REFUSED(d.row_div = -1, MOE_ERR_RANGE, row_div);
+    REFUSED(d.tile = MOE_TILE_64x64 + 1, MOE_ERR_OPTION, tile);
+    REFUSED(d.tile = -1, MOE_ERR_OPTION, tile);
+    REFUSED((d.tile = MOE_TILE_128x256, d.b.major = MOE_MAJOR_MN), MOE_ERR_CONFLICT, tile);
+    REFUSED(d.a_rows = -1, MOE_ERR_RANGE, a_rows);
+    REFUSED(d.a_rows = (int64_t)1 << 31, MOE_ERR_RANGE, a_rows);
+    REFUSED(d.a_stride = 32, MOE_ERR_STRIDE, a_stride);
+    REFUSED(d.a_stride = -40, MOE_ERR_STRIDE, a_stride);
+    REFUSED(d.a_stride = 44, MOE_ERR_ALIGN, a_stride);
+    REFUSED((d.a_major = MOE_MAJOR_MN, d.row_index = 0), MOE_ERR_ALIGN, a_stride); /* 30 rows */
+    REFUSED((d.a_major = MOE_MAJOR_MN, d.row_index = 0, d.a_stride = 24), MOE_ERR_STRIDE, a_stride);
+    REFUSED(d.b.row_stride = 32, MOE_ERR_STRIDE, b_stride);
+    REFUSED(d.b.row_stride = -40, MOE_ERR_STRIDE, b_stride);
+    REFUSED(d.b.row_stride = (int64_t)1 << 60, MOE_ERR_STRIDE, b_stride);
+    REFUSED(d.b.expert_stride = (int64_t)1 << 60, MOE_ERR_STRIDE, b_stride);
+    REFUSED(d.b.row_stride = 44, MOE_ERR_ALIGN, b_stride);
+    REFUSED((d.b.major = MOE_MAJOR_MN, d.b.row_stride = 56), MOE_ERR_STRIDE, b_stride);
+    REFUSED((d.b.major = MOE_MAJOR_MN, d.gate_up = 0, d.b.up = 0, d.b.row_stride = 64),
+            MOE_ERR_STRIDE, b_stride);
+    REFUSED(d.b.expert_stride = -64, MOE_ERR_STRIDE, b_stride);
+    REFUSED(d.b.expert_stride = 64 * 40 + 4, MOE_ERR_ALIGN, b_stride);
+    REFUSED(d.c_stride = 56, MOE_ERR_STRIDE, c_stride);
+    REFUSED(d.c_stride = -64, MOE_ERR_STRIDE, c_stride);
+    REFUSED(d.c_stride = INT64_MAX - 7, MOE_ERR_STRIDE, c_stride);
+    REFUSED(d.c_stride = 68, MOE_ERR_ALIGN, c_stride);
+    REFUSED((d.a_major = MOE_MAJOR_MN, d.a_rows = 32), MOE_ERR_CONFLICT, row_index);
+    REFUSED(d.c_table = (void* const*)table.p, MOE_ERR_CONFLICT, c);
+    REFUSED(d.b.table = (const void* const*)table.p, MOE_ERR_CONFLICT, b);
+    REFUSED(d.b.up_table = (const void* const*)table.p, MOE_ERR_CONFLICT, b);
+    REFUSED(d.a = 0, MOE_ERR_NULL, a);
+    REFUSED(d.b.base = 0, MOE_ERR_NULL, b);
+    REFUSED(d.b.up = 0, MOE_ERR_NULL, b);
+    REFUSED(d.c = 0, MOE_ERR_NULL, c);
+    REFUSED(d.expert_offset = 0, MOE_ERR_NULL, expert_offset);
+    REFUSED(d.a = AT(d.a, 8), MOE_ERR_ALIGN, a);
+    REFUSED(d.b.base = AT(d.b.base, 8), MOE_ERR_ALIGN, b);
+    REFUSED(d.b.up = AT(d.b.up, 8), MOE_ERR_ALIGN, b);
+    REFUSED((d.b.base = 0, d.b.table = (const void* const*)AT(table.p, 4)), MOE_ERR_ALIGN, b);
+    REFUSED((d.b.up = 0, d.b.up_table = (const void* const*)AT(table.p, 4)), MOE_ERR_ALIGN, b);
+    REFUSED(d.c = AT(d.c, 8), MOE_ERR_ALIGN, c);
+    REFUSED((d.c = 0, d.c_table = (void* const*)AT(table.p, 4)), MOE_ERR_ALIGN, c);
+    REFUSED(d.row_index = (const int32_t*)AT(d.row_index, 2), MOE_ERR_ALIGN, row_index);
+    REFUSED(d.bias = AT(d.bias, 1), MOE_ERR_ALIGN, bias);
+    REFUSED(d.expert_offset = (const int32_t*)AT(d.expert_offset, 2), MOE_ERR_ALIGN, expert_offset);
+    REFUSED(d.accumulate = 2, MOE_ERR_OPTION, accumulate);
+    REFUSED(d.rank = -1, MOE_ERR_RANGE, rank);
+    REFUSED(d.rank = MOE_FAULT_MAX_RANK + 1, MOE_ERR_RANGE, rank);
+    REFUSED(d.fault = (uint64_t*)AT(d.fault, 4), MOE_ERR_ALIGN, fault);
+    REFUSED(d.c = (void*)d.a, MOE_ERR_OVERLAP, c);
+    REFUSED(d.c = AT(d.a, 30 * 40 * 2 - 16), MOE_ERR_OVERLAP, c); /* its last 16 bytes */
+    REFUSED(d.c = (void*)d.b.base, MOE_ERR_OVERLAP, c);
+    REFUSED(d.c = AT(d.b.base, 3 * 64 * 40 * 2 - 16), MOE_ERR_OVERLAP, c);
+    REFUSED(d.c = (void*)d.b.up, MOE_ERR_OVERLAP, c);
+    REFUSED(d.c = DOWN_TO(AT(d.bias, 3 * 2 * 64 * 2 - 2), 16), MOE_ERR_OVERLAP, c);
+    REFUSED(d.c = DOWN_TO(AT(d.row_index, 40 * 4), 16), MOE_ERR_OVERLAP, c);
+    REFUSED(d.c = DOWN_TO(d.expert_offset, 16), MOE_ERR_OVERLAP, c);
+    REFUSED(d.fault = (uint64_t*)d.a, MOE_ERR_OVERLAP, fault);
+    REFUSED(d.fault = (uint64_t*)d.b.base, MOE_ERR_OVERLAP, fault);
+    REFUSED(d.fault = (uint64_t*)d.b.up, MOE_ERR_OVERLAP, fault);
+    REFUSED(d.fault = (uint64_t*)DOWN_TO(d.bias, 8), MOE_ERR_OVERLAP, fault);
+    REFUSED(d.fault = (uint64_t*)DOWN_TO(d.row_index, 8), MOE_ERR_OVERLAP, fault);
+    REFUSED(d.fault = (uint64_t*)DOWN_TO(d.expert_offset, 8), MOE_ERR_OVERLAP, fault);
+    REFUSED(d.fault = (uint64_t*)AT(d.c, 41 * 64 * 2 - 8), MOE_ERR_OVERLAP, fault);
+    { /* last rows of strided buffers */
+        char* const far = TEST_FAR;
+        moe_gemm_plan p = {};
+        REFUSED((d.a = far, d.a_stride = 48, d.c = far + 29 * 48 * 2 + 64), MOE_ERR_OVERLAP, c);
+        d.c = far + 29 * 48 * 2 + 80; /* where A ends */
+        CHECK_STATUS(moe_grouped_gemm_plan(&d, &p), MOE_OK);
+        REFUSED((d.row_index = 0, d.a_major = MOE_MAJOR_MN, d.a = far, d.a_stride = 48,
+                 d.c = far + 39 * 48 * 2 + 48),
+                MOE_ERR_OVERLAP, c);
+        d.c = far + 39 * 48 * 2 + 64; /* 30 of A's columns, and the next multiple of 16 bytes */
+        CHECK_STATUS(moe_grouped_gemm_plan(&d, &p), MOE_OK);
+        for (int up = 0; up < 2; ++up) { /* 64 rows an expert, 56 apart, experts 4096 apart */
+            const int64_t end = (2 * 4096 + 63 * 56 + 40) * 2;
+            REFUSED((d.b.row_stride = 56, d.b.expert_stride = 4096,
+                     d.b.base = up ? far + (1 << 20) : far, d.b.up = up ? far : far + (1 << 20),
+                     d.c = far + end - 16),
+                    MOE_ERR_OVERLAP, c);
+            d.c = far + end;
+            CHECK_STATUS(moe_grouped_gemm_plan(&d, &p), MOE_OK);
+        }
+        REFUSED((d.c = far, d.c_stride = 80, d.a = far + (40 * 80 + 56) * 2), MOE_ERR_OVERLAP, c);
+        REFUSED((d.c = far, d.c_stride = 80, d.fault = (uint64_t*)(far + (40 * 80 + 60) * 2)),
+                MOE_ERR_OVERLAP, fault);
+        REFUSED((d.c_dtype = MOE_FP32, d.c = far, d.c_stride = 80,
+                 d.fault = (uint64_t*)(far + (40 * 80 + 62) * 4)),
+                MOE_ERR_OVERLAP, fault);
+        d.fault = (uint64_t*)(far + (40 * 80 + 64) * 4); /* where C ends */
+        CHECK_STATUS(moe_grouped_gemm_plan(&d, &p), MOE_OK);
+        REFUSED((d.bias = far, d.c = far + 3 * 2 * 64 * 2 - 16), MOE_ERR_OVERLAP, c);
+    }
+    { /* without rows only the offsets are required */
+        moe_gemm_plan p = {};
+        REFUSED((d.num_rows = 0, d.expert_offset = 0), MOE_ERR_NULL, expert_offset);
+        REFUSED((d.num_rows = 0, d.expert_offset = (const int32_t*)AT(d.expert_offset, 2)),
+                MOE_ERR_ALIGN, expert_offset);
+        REFUSED((d.num_rows = 0, d.fault = (uint64_t*)AT(d.fault, 4)), MOE_ERR_ALIGN, fault);
+        d = good;
+        d.num_rows = 0;
+        d.a = d.b.base = d.b.up = d.c = 0;
+        CHECK_STATUS(moe_grouped_gemm_plan(&d, &p), MOE_OK);
+        d.c = (void*)good.a; /* neither is read or written */
+        d.a = good.a;
+        CHECK_STATUS(moe_grouped_gemm_plan(&d, &p), MOE_OK);
+    }
+    /* the tables are read while C and the fault word are written */
+    REFUSED((d.b.base = 0, d.b.table = (const void* const*)AT(d.c, 64)), MOE_ERR_OVERLAP, c);
+    REFUSED((d.b.up = 0, d.b.up_table = (const void* const*)AT(d.c, 64)), MOE_ERR_OVERLAP, c);
+    REFUSED((d.b.base = 0, d.b.table = (const void* const*)d.fault), MOE_ERR_OVERLAP, fault);
+    REFUSED((d.c = 0, d.c_table = (void* const*)d.fault), MOE_ERR_OVERLAP, fault);
+    TEST_CUDA(cudaDeviceSynchronize());
+    CHECK(tbuf_holds(&b.c.all, 0), "a refused call wrote c");
+    CHECK(tweights_same(&b.b) && tbuf_holds(&b.bias, b.h_bias), "or an input");
+    CHECK(tbuf_holds(&table, address), "or a table");
+    CHECK_FAULT(&b.fault, MOE_FAULT_NONE, 0);
+    tbuf_free(&table);
+    run_bufs(&b, &c);
+}
+
+static void gemm_refusals(void) { RUN(test_gemm_refusals); }
+
+#endif

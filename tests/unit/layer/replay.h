@@ -1,0 +1,235 @@
+/* replay.h: calls that must give the same bits: stages, prepared, runs, graphs, rows far apart.
+
+     test_layer_stages     runs all stages in order: the bits of the layer, workspace included; each
+                           stage writes its own part alone
+     test_layer_prepared   runs a prepared layer with other weight tables and other inputs: reads
+                           both when it runs, and gives the bits of a call
+     test_layer_same_bits  runs many times: the same bits
+     test_layer_graph      launches a captured layer again with other inputs: the bits of a call
+     test_layer_past_2_31  puts rows past 2^32 elements, of x, the residual or y, also y over x: the
+                           bits of the same call on dense rows, workspace included */
+#ifndef MOE_TESTS_LAYER_REPLAY_H
+#define MOE_TESTS_LAYER_REPLAY_H
+
+#include "tests/unit/layer/compare.h"
+
+static moe_status call_layer(void* d, cudaStream_t stream)
+{
+    return moe_layer_forward((const moe_layer_desc*)d, stream);
+}
+
+static moe_status call_stages(void* d, cudaStream_t stream)
+{
+    moe_layer_prepared p;
+    MOE_TRY(moe_layer_prepare((const moe_layer_desc*)d, &p));
+    for (int stage = 0; stage < MOE_LAYER_STAGES; ++stage)
+        MOE_TRY(moe_layer_run_stage(&p, stage, stream));
+    return MOE_OK;
+}
+
+static void test_layer_stages(void)
+{
+    trand r = trand_new(10);
+    for (int from = FROM_ROUTER; from <= FROM_IDS; ++from) {
+        layer_case c = normal_case(40, 64, 40, 8, 2);
+        layer_bufs b;
+        moe_layer_prepared p;
+        void *y, *workspace;
+        c.from = from;
+        c.residual = RESIDUAL;
+        c.shared = from == FROM_LOGITS ? 0 : 48;
+        bufs_new(&b, &c, &r);
+        CHECK_STATUS(moe_layer_forward(&b.d, test_now.stream), MOE_OK);
+        y = tbuf_copy(&b.y);
+        workspace = tbuf_copy(&b.workspace);
+        reset(&b, &c);
+        CHECK_STATUS(call_stages(&b.d, test_now.stream), MOE_OK);
+        CHECK(tbuf_holds(&b.y, y) && tbuf_holds(&b.workspace, workspace), "from %d", from);
+        compare(&b, &c);
+        reset(&b, &c);
+        CHECK_STATUS(moe_layer_prepare(&b.d, &p), MOE_OK);
+        for (int stage = 0; stage < MOE_LAYER_STAGES; ++stage) {
+            CHECK(tbuf_holds(&b.y, 0), "before stage %d", stage);
+            CHECK_STATUS(moe_layer_run_stage(&p, stage, test_now.stream), MOE_OK);
+            if (stage == MOE_LAYER_ROUTER || (stage == MOE_LAYER_GATE && from == FROM_IDS))
+                CHECK(tbuf_holds(&b.workspace, 0) == (from != FROM_ROUTER), "stage %d", stage);
+        }
+        CHECK(tbuf_holds(&b.y, y), "one by one");
+        CHECK_STATUS(moe_layer_run_stage(&p, -1, test_now.stream),
+                     MOE_STATUS(MOE_ERR_OPTION, stage));
+        CHECK_STATUS(moe_layer_run_stage(&p, MOE_LAYER_STAGES, test_now.stream),
+                     MOE_STATUS(MOE_ERR_OPTION, stage));
+        CHECK_STATUS(moe_layer_run_stage(0, 0, test_now.stream), MOE_STATUS(MOE_ERR_NULL, desc));
+        CHECK_STATUS(moe_layer_run(0, test_now.stream), MOE_STATUS(MOE_ERR_NULL, desc));
+        CHECK_STATUS(moe_layer_prepare(&b.d, 0), MOE_STATUS(MOE_ERR_NULL, desc));
+        TFREE(y, workspace);
+        bufs_free(&b);
+    }
+    CHECK(strcmp(moe_layer_stage_name(MOE_LAYER_ROUTER), "router") == 0 &&
+              strcmp(moe_layer_stage_name(MOE_LAYER_SHARED_UP), "shared_up") == 0 &&
+              strcmp(moe_layer_stage_name(MOE_LAYER_SHARED_DOWN), "shared_down") == 0 &&
+              strcmp(moe_layer_stage_name(MOE_LAYER_COMBINE), "combine") == 0 &&
+              strcmp(moe_layer_stage_name(-1), "?") == 0 &&
+              strcmp(moe_layer_stage_name(MOE_LAYER_STAGES), "?") == 0,
+          "names of the stages");
+}
+
+static void test_layer_prepared(void)
+{
+    trand r = trand_new(31);
+    for (int from = FROM_ROUTER; from <= FROM_IDS; ++from) {
+        layer_case c = normal_case(33, 64, 40, 4, 2);
+        layer_bufs b;
+        moe_layer_prepared p;
+        void *first, *y, *home[2];
+        c.from = from;
+        c.table = 1;
+        c.shared = from == FROM_LOGITS ? 48 : 0;
+        bufs_new(&b, &c, &r);
+        CHECK_STATUS(moe_layer_prepare(&b.d, &p), MOE_OK);
+        CHECK(untouched(&b, &c), "preparing runs nothing");
+        CHECK_STATUS(moe_layer_run(&p, test_now.stream), MOE_OK);
+        compare(&b, &c);
+        first = tbuf_copy(&b.y);
+        for (int i = 0; i < 2; ++i) { /* exchanges the matrices of experts 0 and 1 */
+            tweights* w = i ? &b.mlp.w2 : &b.mlp.w1;
+            void* entry[TWEIGHTS_MOST];
+            home[i] = tbuf_copy(&w->table[0]);
+            memcpy(entry, home[i], w->table[0].bytes);
+            entry[0] = ((void**)home[i])[1];
+            entry[1] = ((void**)home[i])[0];
+            tbuf_put(&w->table[0], entry);
+        }
+        reset(&b, &c);
+        CHECK_STATUS(moe_layer_run(&p, test_now.stream), MOE_OK);
+        y = tbuf_copy(&b.y);
+        CHECK(memcmp(y, first, b.y.bytes) != 0, "exchanged experts change nothing");
+        reset(&b, &c);
+        CHECK_STATUS(moe_layer_forward(&b.d, test_now.stream), MOE_OK);
+        CHECK(tbuf_holds(&b.y, y), "a run gives other bits than a call");
+        tbuf_put(&b.mlp.w1.table[0], home[0]);
+        tbuf_put(&b.mlp.w2.table[0], home[1]);
+        fill_inputs(&b, &c, &r);
+        reset(&b, &c);
+        CHECK_STATUS(moe_layer_run(&p, test_now.stream), MOE_OK);
+        compare(&b, &c);
+        TFREE(first, y, home[0], home[1]);
+        bufs_free(&b);
+    }
+}
+
+static void test_layer_same_bits(void)
+{
+    trand r = trand_new(11);
+    for (int i = 0; i < 2; ++i) {
+        layer_case c = normal_case(70, 72, 56, 9, 3);
+        layer_bufs b;
+        tbuf* out[] = {&b.y, &b.workspace};
+        c.tile = i ? MOE_TILE_32x128 : MOE_TILE_AUTO;
+        c.residual = RESIDUAL;
+        c.shared = i ? 40 : 0;
+        c.row_multiple = i ? 16 : 0;
+        bufs_new(&b, &c, &r);
+        test_same_bits("layer", call_layer, &b.d, out, 2, MOE_ON_HOST ? 3 : 100);
+        compare(&b, &c);
+        bufs_free(&b);
+    }
+}
+
+static void test_layer_graph(void)
+{
+    trand r = trand_new(12);
+    CHECK_STATUS(moe_layer_preload(), MOE_OK);
+    for (int from = FROM_ROUTER; from <= FROM_IDS; ++from) {
+        layer_case c = normal_case(45, 64, 40, 6, 2);
+        layer_bufs b;
+        tgraph g;
+        c.from = from;
+        c.y_is_x = from == FROM_LOGITS;
+        c.shared = from == FROM_IDS ? 64 : 0; /* no token has a NaN then */
+        c.shared_weighted = 1;
+        c.capacity = from == FROM_IDS ? 9 : 0;
+        bufs_new(&b, &c, &r);
+        if (tgraph_capture(&g, call_layer, &b.d)) {
+            CHECK(tbuf_holds(&b.y, 0) && tbuf_holds(&b.workspace, 0),
+                  "capture itself runs nothing");
+            for (int run = 0; run < 3; ++run) {
+                void *y, *workspace;
+                c.unused = 25 * run;
+                c.nan_token = run == 2 ? 8 : 0;
+                fill_inputs(&b, &c, &r);
+                reset(&b, &c);
+                if (from == FROM_IDS) c.nan_token = 0;
+                if (from == FROM_IDS && run == 2) { /* a NaN would reach y */
+                    moe_store(b.h_x, 7 * c.H + c.H / 2, c.dtype, 1);
+                    tbuf_put(&b.x, b.h_x);
+                    moe_store(b.h_logits, 7 * c.E + c.E - 1, MOE_FP32, 1);
+                    tbuf_put(&b.logits, b.h_logits);
+                }
+                tgraph_launch(&g);
+                compare(&b, &c);
+                y = tbuf_copy(c.y_is_x ? &b.x : &b.y);
+                workspace = tbuf_copy(&b.workspace);
+                reset(&b, &c);
+                CHECK_STATUS(moe_layer_forward(&b.d, test_now.stream), MOE_OK);
+                CHECK(tbuf_holds(c.y_is_x ? &b.x : &b.y, y) && tbuf_holds(&b.workspace, workspace),
+                      "run %d: a call gives other bits", run);
+                TFREE(y, workspace);
+            }
+            tgraph_free(&g);
+        }
+        bufs_free(&b);
+    }
+}
+
+static void test_layer_past_2_31(void)
+{
+    enum { X, RESIDUAL_ROWS, Y, Y_OVER_X };
+    static const char* const name[] = {"x", "residual", "y", "y over x"};
+    trand r = trand_new(17);
+    for (int which = X; which <= Y_OVER_X; ++which) {
+        layer_case c = normal_case(5, 64, 40, 8, 2);
+        layer_bufs b;
+        moe_layer_desc d;
+        twide wide;
+        void *y, *workspace;
+        if (!twide_new(&wide, name[which], c.T, c.H, c.dtype)) continue;
+        c.residual = RESIDUAL;
+        bufs_new(&b, &c, &r);
+        CHECK_STATUS(moe_layer_forward(&b.d, test_now.stream), MOE_OK);
+        compare(&b, &c);
+        y = tbuf_copy(&b.y);
+        workspace = tbuf_copy(&b.workspace);
+        reset(&b, &c);
+        d = b.d;
+        if (which == X || which == Y_OVER_X) {
+            d.x = wide.p, d.x_stride = wide.stride;
+            twide_put(&wide, b.h_x);
+        }
+        if (which == RESIDUAL_ROWS) {
+            d.residual = wide.p, d.residual_stride = wide.stride;
+            twide_put(&wide, b.h_residual);
+        }
+        if (which >= Y) d.y = wide.p, d.y_stride = wide.stride;
+        CHECK_STATUS(moe_layer_forward(&d, test_now.stream), MOE_OK);
+        CHECK(tbuf_holds(&b.workspace, workspace), "other bits in the workspace, wide %s",
+              name[which]);
+        if (which < Y) CHECK(tbuf_holds(&b.y, y), "other bits in y, wide %s", name[which]);
+        twide_holds(&wide, which == X ? b.h_x : which == RESIDUAL_ROWS ? b.h_residual : y);
+        CHECK_FAULT(&b.fault, MOE_FAULT_NONE, 0);
+        TFREE(y, workspace);
+        twide_free(&wide);
+        bufs_free(&b);
+    }
+}
+
+static void layer_replay(void)
+{
+    RUN(test_layer_stages);
+    RUN(test_layer_prepared);
+    RUN(test_layer_same_bits);
+    RUN(test_layer_graph);
+    RUN(test_layer_past_2_31);
+}
+
+#endif
