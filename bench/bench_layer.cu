@@ -96,19 +96,19 @@ MOE_KERNEL(256, 1) check_layer(MOE_ARG(check_args) a)
 }
 
 /* Returns the bytes of one buffer of a workspace: a multiple of 256. */
-static uint64_t piece(uint64_t bytes) { return (bytes + 255) / 256 * 256; }
+static uint64_t rounded(uint64_t bytes) { return (bytes + 255) / 256 * 256; }
 
 /* S: width of the shared expert; 0: none. */
 static void run_shape(bench_state* s, int T, int H, int I, int E, int K, int S, int* failures)
 {
     const uint64_t slots = (uint64_t)T * (uint64_t)K;
     const double flops = 6.0 * (double)slots * H * I, shared_flops = 6.0 * (double)T * H * S;
-    const uint64_t formula = piece((uint64_t)T * (uint64_t)E * 4) + 2 * piece(slots * 4) +
-                             piece((uint64_t)E * (uint64_t)moe_num_chunks(T) * 4) +
-                             piece((uint64_t)E * 4) + piece((uint64_t)E * 4 + 4) + piece(slots * 4) +
-                             piece(slots * 8) + piece(slots * (uint64_t)I * 2) +
-                             piece(slots * (uint64_t)H * 2) +
-                             (S ? piece((uint64_t)T * (uint64_t)S * 2) + piece((uint64_t)T * (uint64_t)H * 2) : 0);
+    const uint64_t formula = rounded((uint64_t)T * (uint64_t)E * 4) + 2 * rounded(slots * 4) +
+                             rounded((uint64_t)E * (uint64_t)moe_num_chunks(T) * 4) +
+                             rounded((uint64_t)E * 4) + rounded((uint64_t)E * 4 + 4) + rounded(slots * 4) +
+                             rounded(slots * 8) + rounded(slots * (uint64_t)I * 2) +
+                             rounded(slots * (uint64_t)H * 2) +
+                             (S ? rounded((uint64_t)T * (uint64_t)S * 2) + rounded((uint64_t)T * (uint64_t)H * 2) : 0);
     moe_layer_desc l;
     moe_layer_prepared p;
     check_args check;

@@ -35,7 +35,7 @@ typedef struct check_args {
     const uint4* y;
     const int32_t* row_slot; /* null: y is in slot order */
     unsigned* wrong;
-    int32_t top_k, pieces;
+    int32_t top_k, vectors;
 } check_args;
 
 MOE_KERNEL(256, 1) check_rows(MOE_ARG(check_args) d)
@@ -43,8 +43,8 @@ MOE_KERNEL(256, 1) check_rows(MOE_ARG(check_args) d)
     const int64_t r = blockIdx.x;
     const int64_t t = (d.row_slot ? d.row_slot[r] : r) / d.top_k;
     unsigned wrong = 0;
-    for (int i = (int)threadIdx.x; i < d.pieces; i += 256) {
-        const uint4 a = d.x[t * d.pieces + i], b = d.y[r * d.pieces + i];
+    for (int i = (int)threadIdx.x; i < d.vectors; i += 256) {
+        const uint4 a = d.x[t * d.vectors + i], b = d.y[r * d.vectors + i];
         wrong += a.x != b.x || a.y != b.y || a.z != b.z || a.w != b.w;
     }
     if (wrong) atomicAdd(d.wrong, wrong);
@@ -59,7 +59,7 @@ static unsigned check(bench_state* s, const job* j, const void* y, const int32_t
     a.y = (const uint4*)y;
     a.row_slot = row_slot;
     a.wrong = (unsigned*)bench_alloc(4);
-    a.top_k = j->to.top_k, a.pieces = j->to.hidden / 8;
+    a.top_k = j->to.top_k, a.vectors = j->to.hidden / 8;
     BENCH_CUDA(cudaMemset(a.wrong, 0, 4));
     BENCH_MOE(MOE_LAUNCH(check_rows, c, a));
     BENCH_CUDA(cudaStreamSynchronize(s->stream));
@@ -128,7 +128,7 @@ static void run_shape(bench_state* s, int T, int H, int E, int K, int* failures)
     run_unpermute(&j, s->stream);
     wrong[2] = check(s, &j, j.back.y, 0);
     *failures += wrong[0] || wrong[1] || wrong[2];
-    printf("T %d H %d E %d K %d bf16: %u, %u, %u pieces are wrong\n", T, H, E, K, wrong[0],
+    printf("T %d H %d E %d K %d bf16: %u, %u, %u vectors are wrong\n", T, H, E, K, wrong[0],
            wrong[1], wrong[2]);
 
     bytes = ((double)slots + T) * row;

@@ -63,9 +63,9 @@ inline const moeh_layouts& moeh_mma_layouts()
 inline void moeh_mma_load(moeh_mma_input* f, const moeh_layout& l, const uint16_t* stage, int row,
                           int column, int ld, int dtype, bool along)
 {
-    if (dtype != MOE_FP16 && dtype != MOE_BF16) moeh_fail("loads a tensor-core piece of no dtype");
+    if (dtype != MOE_FP16 && dtype != MOE_BF16) moeh_fail("loads a fragment of no dtype");
     if ((uintptr_t)stage % 32 || ld <= 0 || (ld != 32 && ld % 64))
-        moeh_fail("loads a tensor-core piece from a stage that is not 32-byte aligned, or has no "
+        moeh_fail("loads a fragment from a stage that is not 32-byte aligned, or has no "
                   "swizzled lines");
     const int run = l.run[moeh_lane()];
     row += run >> 1, column += (run & 1) * 8;
@@ -83,7 +83,7 @@ inline void moeh_mma_place(int row, int m, int k, int ld, bool along)
 {
     if (row < 0 || m < 0 || k < 0 || row % 16 || m % 16 || k % 16 || (row & m) ||
         (along ? k : row + m) + 16 > ld)
-        moeh_fail("loads a tensor-core piece from a place that a warp does not have");
+        moeh_fail("loads a fragment from a place that a warp does not have");
 }
 
 /* Return a lane's part of the address: here the first row. */
@@ -147,7 +147,7 @@ MOE_DEVICE void moei_mma(moei_mma_c* c, const moei_mma_a* a, const moei_mma_b* b
 {
     const moeh_mma_lane mine = {c->x, a->x, b->x};
     if (a->dtype != dtype || b->dtype != dtype)
-        moeh_fail("uses a tensor-core piece with another dtype than it was loaded with");
+        moeh_fail("uses a fragment with another dtype than it was loaded with");
     moeh_meet(0xffffffffu, "moei_mma", moeh_mma_all, (uint64_t)(uintptr_t)&mine);
 }
 
@@ -164,7 +164,7 @@ inline void moeh_mma_store(float* p, const moei_mma_c* c, int row, int column)
     const moeh_layout& l = moeh_mma_layouts().c;
     const int ld = row > column ? row : column;
     if ((uintptr_t)p % 32 || ld % 4 || ld <= 0)
-        moeh_fail("stores a tensor-core piece that is not 32-byte aligned, or ld % 4 is not 0");
+        moeh_fail("stores a fragment that is not 32-byte aligned, or ld % 4 is not 0");
     const int run = l.run[moeh_lane()];
     p += (run >> 1) * row + (run & 1) * 8 * column;
     for (int j = 0; j < 8; ++j) p[j * column] = c->x[l.column_order[j]];
@@ -182,7 +182,7 @@ MOE_DEVICE void moei_mma_store_half(uint16_t* p, const moei_mma_c* c, int ld, in
     const moeh_layout& l = moeh_mma_layouts().c;
     const int run = l.run[moeh_lane()];
     if ((uintptr_t)p % 4 || ld % 2 || ld <= 0)
-        moeh_fail("stores a tensor-core piece that is not 4-byte aligned, or ld is odd");
+        moeh_fail("stores a fragment that is not 4-byte aligned, or ld is odd");
     p += (run >> 1) * ld + (run & 1) * 8;
     for (int j = 0; j < 8; ++j) moe_store(p, j, dtype, c->x[l.column_order[j]]);
 }

@@ -71,7 +71,7 @@ if [ "$version" = 12.4 ]; then
     exit 0
 fi
 
-# NVRTC has no C headers; host functions count as device functions, which nobody calls.
+# NVRTC has no C headers; host functions count as device functions, which no kernel calls.
 nvrtc=wheels/nvidia/cuda_nvrtc include=wheels/nvidia/cuda_runtime/include
 mkdir -p stub
 : > stub/stddef.h

@@ -187,8 +187,8 @@ static permute_case random_case(trand* r, int T, int K, int H)
     return c;
 }
 
-/* Rows of all lengths: less than a piece, several rows in a block, one, several columns; each with
-   pieces of every width. */
+/* Rows of all lengths: less than a vector, several rows in a block, one, several columns; each with
+   vectors of every width. */
 static void test_permute_shapes(void)
 {
     static const int Hs[] = {1,   2,   3,   4,    5,    7,    8,    9,    16,   24,   31,

@@ -9,17 +9,17 @@
 #include "moe/gemm/k_grouped.cuh"
 #include "moe/moe.cuh"
 
-enum { T = 5, H = 64, I = 32, E = 4, K = 2, R = T * K, PIECES = 16 };
+enum { T = 5, H = 64, I = 32, E = 4, K = 2, R = T * K, MOST_BUFFERS = 16 };
 
 static const int dtypes[] = {MOE_BF16, MOE_FP16};
 
 /* Buffers of one test, zeros all. */
-static tbuf piece[PIECES];
-static int pieces;
+static tbuf buffers[MOST_BUFFERS];
+static int num_buffers;
 
 static void* zeros(size_t bytes)
 {
-    tbuf* const b = &piece[pieces++];
+    tbuf* const b = &buffers[num_buffers++];
     *b = tbuf_new("zeros", bytes, 0);
     TEST_CUDA(cudaMemset(b->p, 0, bytes));
     return b->p;
@@ -27,8 +27,8 @@ static void* zeros(size_t bytes)
 
 static void* ints(const int32_t* from, int n)
 {
-    piece[pieces] = tbuf_from("integers", from, (size_t)n * 4, 0);
-    return piece[pieces++].p;
+    buffers[num_buffers] = tbuf_from("integers", from, (size_t)n * 4, 0);
+    return buffers[num_buffers++].p;
 }
 
 static moe_status preload_all(void) { return moe_preload(); }
@@ -55,7 +55,7 @@ static void end(void)
 #if MOE_ON_HOST
     moeh_require_preload(0);
 #endif
-    while (pieces) tbuf_free(&piece[--pieces]);
+    while (num_buffers) tbuf_free(&buffers[--num_buffers]);
 }
 
 /* Every kernel of this preload was launched since the last preload changed. */
@@ -212,7 +212,7 @@ static void test_combine(void)
         d.y = zeros(T * H * 4);
         d.rows_dtype = all[i % 3];
         d.num_tokens = T;
-        d.hidden = i < 3 ? H : 31; /* in pieces of 16 bytes, and one by one */
+        d.hidden = i < 3 ? H : 31; /* in vectors of 16 bytes, and one by one */
         d.top_k = K;
         CHECK_STATUS(moe_combine(&d, test_now.stream), MOE_OK);
         end();
@@ -256,7 +256,7 @@ static void test_layer(void)
 
 static void test_permute(void)
 {
-    static const int widths[] = {8, 4, 2, 1, 16, 24, 40, 64}; /* elements of a row: all pieces */
+    static const int widths[] = {8, 4, 2, 1, 16, 24, 40, 64}; /* elements of a row: all vectors *//
     for (int i = 0; i < 16; ++i) {
         moe_permute_desc d;
         begin(moe_permute_preload);
@@ -291,7 +291,7 @@ static void test_combine_scatter(void)
         d.rows_dtype = all[i % 3];
         d.y_dtype = all[i / 3 % 3];
         d.num_tokens = T;
-        d.hidden = i < 9 ? H : 31; /* in pieces of 16 bytes, and one by one */
+        d.hidden = i < 9 ? H : 31; /* in vectors of 16 bytes, and one by one */
         d.num_experts = E;
         d.num_rows = R;
         CHECK_STATUS(moe_combine_scatter(&d, test_now.stream), MOE_OK);

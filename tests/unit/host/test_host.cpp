@@ -314,7 +314,7 @@ static void test_shared()
 
 /* ---- misuse that a GPU would punish with other means ---- */
 
-/* option: who leaves before it has waited. 0: nobody, 1: one thread, 2: all */
+/* option: which threads leave before they have waited. 0: none, 1: one thread, 2: all */
 MOE_KERNEL(64, 1) follows(MOE_ARG(args) d)
 {
     moe_pdl_trigger();
@@ -708,7 +708,7 @@ MOE_KERNEL(1, 1) intrinsics(MOE_ARG(args) d)
     moeh_wait_until([&] { return ++i > 0; });
 }
 
-/* ---- tensor-core pieces ---- */
+/* ---- fragments ---- */
 
 /* c [16, 16 * n] += a [16, 16 * option] * b by n warps; a and b lie as in a stage. */
 MOE_KERNEL(64, 1) product(MOE_ARG(args) d)
