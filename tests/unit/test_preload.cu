@@ -256,7 +256,7 @@ static void test_layer(void)
 
 static void test_permute(void)
 {
-    static const int widths[] = {8, 4, 2, 1, 16, 24, 40, 64}; /* elements of a row: all vectors *//
+    static const int widths[] = {8, 4, 2, 1, 16, 24, 40, 64}; /* elements of a row: all vectors */
     for (int i = 0; i < 16; ++i) {
         moe_permute_desc d;
         begin(moe_permute_preload);
