@@ -33,7 +33,7 @@ words() {
               print substr(top, 2) }'
 }
 
-stations=$(LC_ALL=C ls moe/*.cuh | grep -v '^moe/moe\.cuh$')
+stations=$(LC_ALL=C ls moe/*.cuh | grep -vE '^moe/(moe|preload)\.cuh$')
 rows=
 for header in $stations; do
     seen=" "
