@@ -1,5 +1,5 @@
-/* layer.cu: the one file that sees CUDA. It includes the layer and gives it a C interface, layer.h;
-   main.c has the commands that build it. Compiled by nvcc it runs on a GPU, by g++ on the CPU. */
+/* layer.cu: the only CUDA file. Defines the functions of layer.h by calls of moe/layer.cuh. nvcc
+   compiles the file for a GPU, g++ for the CPU: main.c has the commands. */
 #include "moe/layer.cuh"
 
 #include <stdlib.h>
@@ -7,14 +7,14 @@
 #include "layer.h"
 
 struct layer {
-    moe_layer_desc d;       /* addresses on the device, sizes, workspace; zero means default */
+    moe_layer_desc d;       /* with device addresses; a field that stays 0 has its default */
     void *x, *y;            /* [max_tokens, H] */
-    void *router, *w1, *w2; /* the weights, also in d */
+    void *router, *w1, *w2; /* the same as in d, not const */
     int32_t max_tokens;
-    moe_fault fault; /* of the last run */
+    moe_fault fault; /* of the last layer_run */
 };
 
-/* What layer.h declares is C to the linker. */
+/* layer.h declares the extern "C" functions and documents them. */
 extern "C" const char* layer_backend(void)
 {
     int devices = 0;
@@ -22,7 +22,7 @@ extern "C" const char* layer_backend(void)
     return MOE_ON_HOST ? "host" : "cuda";
 }
 
-/* A device copy of `count` bf16 numbers; without a source uninitialised. */
+/* Allocates `count` bf16 numbers on the device. Copies them from `from`, unless that is null. */
 static moe_status device_new(void** p, const uint16_t* from, int64_t count)
 {
     MOE_TRY_CUDA(cudaMalloc(p, (size_t)count * 2));
@@ -30,7 +30,8 @@ static moe_status device_new(void** p, const uint16_t* from, int64_t count)
     return MOE_OK;
 }
 
-/* The workspace call refuses bad sizes, so it comes before anything is allocated by them. */
+/* Fills in the descriptor and allocates. moe_layer_workspace refuses wrong sizes, so that call
+   comes before the allocations. */
 static moe_status create(layer* l, const layer_config* c)
 {
     const int64_t h = c->hidden, i = c->intermediate, e = c->num_experts, t = c->max_tokens;
@@ -54,7 +55,7 @@ static moe_status create(layer* l, const layer_config* c)
     d->x = l->x, d->y = l->y;
     d->router = l->router;
     d->w1.base = l->w1, d->w2.base = l->w2;
-    return moe_layer_preload(); /* the first run is then as quick as the others */
+    return moe_layer_preload(); /* loads the kernels before the first run */
 }
 
 extern "C" moe_status layer_create(const layer_config* config, layer** l)
@@ -77,8 +78,7 @@ extern "C" moe_status layer_run(layer* l, const uint16_t* x, uint16_t* y, int32_
     uint64_t word = 0;
     MOE_REQUIRE(num_tokens >= 0 && num_tokens <= l->max_tokens, MOE_ERR_RANGE, num_tokens);
     d->num_tokens = num_tokens;
-    /* The layer itself only queues work on the stream it is given, here 0; this wrapper, made for
-       host memory, waits in its copies. */
+    /* The layer queues its kernels on stream 0. The copies to and from host memory wait. */
     MOE_TRY_CUDA(cudaMemset(d->fault, 0, sizeof word));
     MOE_TRY_CUDA(cudaMemcpy(l->x, x, bytes, cudaMemcpyHostToDevice));
     MOE_TRY(moe_layer_forward(d, 0));

@@ -1,4 +1,4 @@
-/* layer.h: an MoE layer for a C program: what layer.cu offers. C11; host memory in and out. */
+/* layer.h: an MoE layer for a C program, in host memory. layer.cu defines the functions. C11. */
 #ifndef SAMPLE_LAYER_H
 #define SAMPLE_LAYER_H
 
@@ -8,30 +8,31 @@
 extern "C" {
 #endif
 
-typedef struct layer layer; /* weights, workspace and buffers on the device */
+typedef struct layer layer; /* owns the weights, the workspace and the buffers on the device */
 
 typedef struct layer_config {
     int32_t hidden, intermediate; /* H, I */
     int32_t num_experts, top_k;   /* E, K */
-    int32_t max_tokens;           /* the most that layer_run will be given */
+    int32_t max_tokens;           /* largest num_tokens of layer_run */
     const uint16_t* router;       /* [E, H] bf16 */
-    const uint16_t* w1;           /* [E, 2I, H] bf16: gate rows, then up rows */
+    const uint16_t* w1;           /* [E, 2I, H] bf16; of each expert I rows of gate, I rows of up */
     const uint16_t* w2;           /* [E, H, I] bf16 */
 } layer_config;
 
-/* "cuda" or "host"; null where this was built for a GPU and there is none. */
+/* Returns "cuda" or "host", null without a GPU. */
 const char* layer_backend(void);
 
-/* Copies the weights to the device. On an error *l is null. */
+/* Writes a new layer to *l, null after an error. Copies the weights to the device. */
 moe_status layer_create(const layer_config* config, layer** l);
 
-/* y [T, H] = the layer of x [T, H], bf16, T <= max_tokens. Returns when y is there. */
+/* Computes y [T, H] from x [T, H], both bf16. T, num_tokens, is at most max_tokens. Waits until y
+   is complete. */
 moe_status layer_run(layer* l, const uint16_t* x, uint16_t* y, int32_t num_tokens);
 
-/* The words of the fault word after layer_run: "no fault" where all was well. */
+/* Returns the text of the fault word after the last layer_run: "no fault" without a fault. */
 const char* layer_fault(const layer* l);
 
-void layer_destroy(layer* l); /* null is fine */
+void layer_destroy(layer* l); /* l may be null */
 
 #ifdef __cplusplus
 }

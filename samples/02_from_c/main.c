@@ -1,9 +1,10 @@
-/* 02_from_c: a C11 program that uses an MoE layer. This file is C, layer.cu is the only CUDA.
+/* 02_from_c: a C11 program that runs an MoE layer. layer.cu is the only CUDA file.
 
      nvcc -I. -O2 -arch=sm_90a samples/02_from_c/main.c samples/02_from_c/layer.cu -o 02_from_c
      g++ -I. -O2 -x c samples/02_from_c/main.c -x c++ samples/02_from_c/layer.cu -o 02_from_c
 
-   The second, with no CUDA toolkit, runs the same kernels on the CPU. ./02_from_c [TOKENS] */
+   The first command builds for a GPU, the second for the CPU, without a CUDA toolkit.
+   ./02_from_c [TOKENS] */
 #include "layer.h"
 
 #include <math.h>
@@ -15,7 +16,7 @@ enum { H = 64, I = 32, E = 8, K = 2, MAX_TOKENS = 256 };
 static uint16_t router[E * H], w1[E * 2 * I * H], w2[E * H * I];
 static uint16_t x[MAX_TOKENS * H], y[MAX_TOKENS * H];
 
-/* bf16 numbers between -size and size, the same every run. */
+/* Fills n bf16 numbers from -size to size, the same in every run. */
 static void fill(uint16_t* p, int n, float size)
 {
     static uint32_t state = 1;
@@ -32,8 +33,8 @@ static double dot(const uint16_t* a, const uint16_t* b, int n)
     return sum;
 }
 
-/* The layer for one token as a textbook has it: softmax over all experts, the K likeliest, each a
-   SwiGLU. out [H]. */
+/* Computes the layer for one token: softmax over all experts, then the K largest, each a SwiGLU.
+   Writes out [H]. */
 static void reference(const uint16_t* token, double* out)
 {
     double p[E], sum = 0, act[I];
@@ -57,7 +58,7 @@ static void reference(const uint16_t* token, double* out)
     }
 }
 
-/* Ends the program where a call was refused or failed. */
+/* Ends the program where a call failed or refused a field. */
 static void try_call(const char* what, moe_status s)
 {
     char text[MOE_STATUS_TEXT];

@@ -1,14 +1,14 @@
-/* 03_own_kernel: a kernel of one's own, built from the collection's device functions.
+/* 03_own_kernel: a kernel of your own, built from device functions of the collection.
 
      nvcc -I. -O2 -arch=sm_90a samples/03_own_kernel/main.cu -o 03_own_kernel && ./03_own_kernel
      g++ -x c++ -std=c++14 -O2 -I. samples/03_own_kernel/main.cu -o 03_own_kernel && ./03_own_kernel
 
-   A decoding step has so few tokens that nearly every expert is chosen by one of them. Then all
-   experts may as well compute all tokens: that reads no more weights, nothing is routed, and row t
-   of expert e's buffer is token t's. What is left is one kernel: choose, weigh, sum up.
-   What to copy from here: step_kernel and make_step. The rest tries and times it. */
+   A decoding step has few tokens, and they choose nearly every expert. So all experts compute all
+   tokens, which reads the same weights and needs no route: row t of each buffer is token t. One
+   kernel remains, for gate and combine.
+   Copy step_kernel and make_step. The other functions time the step and compare it. */
 #include "moe/combine.cuh" /* moe_combine_token */
-#include "moe/gate.cuh"    /* moe_warp_top_k; moe_gate to compare with */
+#include "moe/gate.cuh"    /* moe_warp_top_k; moe_gate, to compare with */
 
 #include <math.h>
 #include <stdio.h>
@@ -17,9 +17,9 @@
 enum { E = 16, K = 4, H = 2048, MOST_TOKENS = 64 };
 
 typedef struct step_args {
-    moe_combine_args combine; /* its table has one buffer an expert */
+    moe_combine_args combine; /* its pointer table has one buffer an expert */
     const float* logits;      /* [T, E] */
-    int32_t* ids;             /* [T, K] out: the experts chosen */
+    int32_t* ids;             /* [T, K] out */
     float* weights;           /* [T, K] out: combine.weights */
     moe_place* place;         /* [T, K] out: combine.place */
 } step_args;
@@ -31,7 +31,8 @@ typedef struct step_shared {
     moe_combine_source source[K];
 } step_shared;
 
-/* A block a token: its first warp chooses, then all sum up. K is at most 32. */
+/* Computes a token in each thread block. The first warp chooses the experts, all warps add their
+   rows. K is at most 32. */
 MOE_KERNEL(256, 2) step_kernel(MOE_ARG(step_args) a)
 {
     MOE_SHARED(step_shared, s);
@@ -40,7 +41,7 @@ MOE_KERNEL(256, 2) step_kernel(MOE_ARG(step_args) a)
     if (lane < 32) {
         for (int e = lane; e < E; e += 32) s.logit[e] = a.logits[t * E + e];
         __syncwarp();
-        moe_warp_top_k(s.ids, s.logit, E, K); /* -1 where only NaN are left */
+        moe_warp_top_k(s.ids, s.logit, E, K); /* -1 where only NaN remain */
         const int id = lane < K ? s.ids[lane] : -1, first = s.ids[0];
         const float w = id >= 0 ? expf(s.logit[id] - s.logit[first]) : 0.0f;
         float sum = w;
@@ -56,7 +57,7 @@ MOE_KERNEL(256, 2) step_kernel(MOE_ARG(step_args) a)
     moe_combine_token(&a.combine, t, &s.combine, s.source, MOE_BF16);
 }
 
-/* What moe_combine needs between the two calls of the collection. */
+/* Writes the places, between moe_gate and moe_combine. */
 MOE_KERNEL(K, 1) place_kernel(MOE_ARG(step_args) a)
 {
     moe_place* p = a.place + blockIdx.x * K + threadIdx.x;
@@ -74,7 +75,7 @@ static void try_call(const char* what, moe_status s)
 #define MOE(call) try_call(#call, (call))
 #define CUDA(call) try_call(#call, moe_cuda_status(call))
 
-/* Device memory with a copy of `from`, else with NaN: what is not written is seen. */
+/* Returns device memory: a copy of `from`, or NaN where `from` is null. */
 static void* device_new(size_t bytes, const void* from)
 {
     void* p;
@@ -83,7 +84,7 @@ static void* device_new(size_t bytes, const void* from)
     return p;
 }
 
-/* A step with outputs of its own: what step_kernel takes, and what moe_combine takes. */
+/* A step with its own outputs: arguments of step_kernel, and the descriptor for moe_combine. */
 typedef struct one_step {
     step_args own;
     moe_combine_desc combine;
@@ -103,7 +104,7 @@ static one_step make_step(const float* logits, void* const* table, int tokens)
     c->y_dtype = MOE_FP32;
     c->num_tokens = tokens;
     c->hidden = H, c->top_k = K;
-    MOE(moe_combine_resolve(c, &a->combine)); /* what device code takes of a descriptor */
+    MOE(moe_combine_resolve(c, &a->combine)); /* the args, which device code takes */
     return s;
 }
 
@@ -133,14 +134,14 @@ static void library_step(one_step* s)
     MOE(moe_combine(&s->combine, 0));
 }
 
-/* Microseconds of one step, of many one after the other. */
+/* Returns the mean microseconds of a step. */
 static float time_of(void (*step)(one_step*), one_step* s)
 {
     const int runs = MOE_ON_HOST ? 1 : 500;
     cudaEvent_t begin, end;
     float ms;
     CUDA(cudaEventCreate(&begin)), CUDA(cudaEventCreate(&end));
-    for (int i = -runs / 10; i < runs; ++i) { /* the first ones warm up */
+    for (int i = -runs / 10; i < runs; ++i) { /* i < 0: not timed */
         if (i == 0) CUDA(cudaEventRecord(begin, 0));
         step(s);
     }
@@ -161,7 +162,7 @@ int main(int argc, char** argv)
     const int tokens = argc > 1 ? atoi(argv[1]) : 8;
     void *table[E], **device_table;
     float *device_logits, error = 0, largest = 0, us[2];
-    one_step step[2]; /* the own kernel's, the collection's */
+    one_step step[2]; /* of step_kernel, of the collection */
     int devices = 0, others = 0;
 
     if (tokens < 1 || tokens > MOST_TOKENS)
@@ -172,7 +173,7 @@ int main(int argc, char** argv)
     }
     for (int i = 0; i < tokens * E; ++i) logits[i] = number();
     device_logits = (float*)device_new(sizeof logits, logits);
-    for (int e = 0; e < E; ++e) { /* every expert's rows are an allocation of their own */
+    for (int e = 0; e < E; ++e) { /* each expert has its own buffer */
         for (int i = 0; i < tokens * H; ++i) rows[i] = moe_f32_to_bf16(number());
         table[e] = device_new(sizeof rows, rows);
     }

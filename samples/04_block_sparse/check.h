@@ -1,4 +1,4 @@
-/* check.h: compares what the product gave with a naive one in double. */
+/* check.h: compares C with a plain product in double. */
 #ifndef MOE_SAMPLE_CHECK_H
 #define MOE_SAMPLE_CHECK_H
 
@@ -6,11 +6,11 @@
 
 #include "picture.h"
 
-/* Elements between the rows of the sample's matrices: a multiple of 8. */
+/* Returns the elements between two rows of a matrix: a multiple of 8. */
 static int64_t stride_of(int columns) { return (columns + 7) / 8 * 8; }
 
-/* Compares elements of C with a naive product; 1 if all are right. An element in a masked-out block
-   of C must still be the NaN that was there. */
+/* Compares o->check elements of C. Returns 1 where all are right. In a sparse block of C that is
+   masked out, an element must still be NaN. */
 static int check(const options* o, const uint16_t* a, const uint16_t* b, const uint16_t* c,
                  const unsigned char* mask, int CB)
 {
@@ -38,8 +38,7 @@ static int check(const options* o, const uint16_t* a, const uint16_t* b, const u
             want += v;
             sum += fabs(v);
         }
-        bound =
-            (o->k / 16.0 + 2) * ldexp(sum, -23); /* of the sums in fp32, and C is rounded once */
+        bound = (o->k / 16.0 + 2) * ldexp(sum, -23); /* of sums in fp32; next, of rounding C */
         bound += ldexp(fabs(want) + bound, o->dtype == MOE_BF16 ? -8 : -11) + ldexp(1, -25);
         wrong += !(fabs(got - want) <= bound);
         if (!(fabs(got - want) <= worst)) worst = fabs(got - want);

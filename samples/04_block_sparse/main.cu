@@ -1,10 +1,10 @@
-/* 04_block_sparse: a product of matrices one of which has blocks missing, as a picture says.
+/* 04_block_sparse: a product with one sparse matrix, whose mask is a picture.
 
      nvcc -I. -O2 -arch=sm_90a samples/04_block_sparse/main.cu -o block_sparse && ./block_sparse
      g++ -x c++ -std=c++14 -O2 -I. samples/04_block_sparse/main.cu -o block_sparse && ./block_sparse
 
-   The first runs on the GPU, the second, with no CUDA toolkit, on the CPU; --help lists options.
-   What to copy from here: make_product and run. The rest reads, times, prints and checks. */
+   The first command builds for a GPU, the second for the CPU, without a CUDA toolkit.
+   Copy make_product and run. The other functions make the data, print and check. */
 #include "moe/block_sparse.cuh"
 
 #include "picture.h"
@@ -20,7 +20,7 @@ static void try_call(const char* what, moe_status s)
 #define MOE(call) try_call(#call, (call))
 #define CUDA(call) try_call(#call, moe_cuda_status(call))
 
-/* All memory is freed at the program's end, however it comes. */
+/* free_all, which exit calls, frees all memory. */
 static void *host_memory[8], *device_memory[8];
 static int host_count, device_count;
 
@@ -37,7 +37,7 @@ static void* host_new(int64_t bytes)
     return host_memory[host_count++] = p;
 }
 
-/* Device memory with a copy of `from`, else with NaN: what is not written is seen. */
+/* Returns device memory: a copy of `from`, or NaN where `from` is null. */
 static void* device_new(int64_t bytes, const void* from)
 {
     void* p = 0;
@@ -48,7 +48,7 @@ static void* device_new(int64_t bytes, const void* from)
     return p;
 }
 
-/* Rows of numbers from -1 to 1 that depend on seed and position alone. */
+/* Returns rows of numbers from -1 to 1. Equal seeds give equal numbers. */
 static uint16_t* numbers(int rows, int columns, int dtype, uint64_t seed)
 {
     const int64_t stride = stride_of(columns);
@@ -58,7 +58,7 @@ static uint16_t* numbers(int rows, int columns, int dtype, uint64_t seed)
     return p;
 }
 
-/* The product's descriptor: a mask of bytes, matrices row by row. */
+/* Returns the descriptor of the product. The matrices are stored by rows, the mask in bytes. */
 static moe_block_sparse_desc make_product(const options* o, const void* a, const void* b,
                                           const uint8_t* mask, void* c, uint64_t* fault)
 {
@@ -75,7 +75,7 @@ static moe_block_sparse_desc make_product(const options* o, const void* a, const
     d.a_stride = stride_of(o->k);
     d.b_stride = d.c_stride = stride_of(o->n);
     d.mask.bytes = mask;
-    d.mask.rows = o->op == MOE_BLOCK_SPARSE_DDS ? o->k : o->m; /* those of the sparse matrix */
+    d.mask.rows = o->op == MOE_BLOCK_SPARSE_DDS ? o->k : o->m; /* of the sparse matrix */
     d.mask.columns = o->op == MOE_BLOCK_SPARSE_DSD ? o->k : o->n;
     d.mask.block_rows = o->block_rows;
     d.mask.block_columns = o->block_columns;
@@ -84,7 +84,7 @@ static moe_block_sparse_desc make_product(const options* o, const void* a, const
     return d;
 }
 
-/* Mean milliseconds of a call, after one that warms up. */
+/* Returns the mean milliseconds of a call. Does not time the first. */
 static double run(const moe_block_sparse_desc* d, int repeat, cudaStream_t stream)
 {
     cudaEvent_t begin, end;
@@ -104,7 +104,7 @@ static double run(const moe_block_sparse_desc* d, int repeat, cudaStream_t strea
 
 static void show_run(const char* what, double ms, double flops, double dense)
 {
-    const double rate = flops / ms * 1e-6; /* G a second */
+    const double rate = flops / ms * 1e-6; /* GFLOP/s */
     printf("%-10s%10.3f ms %8.3g %sFLOP/s %6.1f%% of the dense work\n", what, ms,
            rate < 100 ? rate : rate / 1000, rate < 100 ? "G" : "T", 100 * flops / dense);
 }
@@ -124,7 +124,7 @@ int main(int argc, char** argv)
     const int64_t c_bytes = o.m * stride_of(o.n) * 2, blocks = (int64_t)RB * CB;
     const double dense = 2.0 * o.m * o.n * o.k;
     const uint64_t no_fault = 0;
-    int64_t there = 0, kept = 0; /* blocks, elements of them */
+    int64_t there = 0, kept = 0; /* sparse blocks that are present; their elements */
     uint64_t word;
     size_t free_bytes, all_bytes;
     unsigned char *mask, *full;

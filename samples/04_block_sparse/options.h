@@ -1,5 +1,4 @@
-/* options.h: the sample's command line. One clear line on stderr and exit code 2 for what is wrong.
- */
+/* options.h: reads the options. A wrong option prints one line to stderr and exits with code 2. */
 #ifndef MOE_SAMPLE_OPTIONS_H
 #define MOE_SAMPLE_OPTIONS_H
 
@@ -16,20 +15,20 @@
 #define EXIT_NO_DEVICE 77
 
 typedef struct options {
-    const char* file;       /* null: the picture shipped with the sample, unless a mask is made */
-    double random, columns; /* share of blocks, of columns; negative: not asked for */
-    int diagonal;           /* squares along the diagonal; 0: not asked for */
+    const char* file;       /* null: moe.txt, or a mask of the next three */
+    double random, columns; /* probability of a sparse block, a block column; < 0: unused */
+    int diagonal;           /* squares along the diagonal; 0: unused */
     int op;                 /* moe_block_sparse_op */
     int m, n, k;
     int block_rows, block_columns;
     int dtype;  /* moe_dtype */
-    int check;  /* elements of C compared; -1: all */
+    int check;  /* elements of C to compare; -1: all */
     int repeat; /* timed runs */
-    int tune;   /* 1: the tile by moe_block_sparse_tune */
+    int tune;   /* 1: moe_block_sparse_tune chooses the tile */
     uint64_t seed;
 } options;
 
-/* Sizes that a GPU has something to do with, and such that a CPU gets through in a moment. */
+/* The sizes suit the backend: the CPU needs less than a second. */
 #define DEFAULT_SIZE (MOE_ON_HOST ? 304 : 4864)
 #define DEFAULT_BLOCK (MOE_ON_HOST ? 16 : 64)
 static const options default_options = {0,
@@ -48,7 +47,7 @@ static const options default_options = {0,
                                         0,
                                         1};
 
-/* Prints "04_block_sparse: ..." as one line and ends the program. */
+/* Prints one line to stderr and ends the program. */
 static void quit(int code, const char* format, ...)
 {
     va_list args;

@@ -1,5 +1,4 @@
-/* picture.h: masks as pictures: read from a text or a PBM file, made, stretched to a grid of
-   blocks, drawn. */
+/* picture.h: reads a picture from a text file or a PBM file, makes the mask, draws the mask. */
 #ifndef MOE_SAMPLE_PICTURE_H
 #define MOE_SAMPLE_PICTURE_H
 
@@ -7,16 +6,16 @@
 
 #include "options.h"
 
-#define MOST_SIDE 4096 /* of a picture */
+#define MOST_SIDE 4096 /* of a picture, in dots */
 
 typedef struct picture {
     int rows, columns;
-    unsigned char* dots; /* [rows, columns], 1: there; static memory */
+    unsigned char* dots; /* [rows, columns], 1: present; static memory */
 } picture;
 
 static unsigned char picture_dots[MOST_SIDE * MOST_SIDE];
 
-/* The next whole number of a PBM header, past blanks and comments; -1: there is none. */
+/* Returns the next number of a PBM header, after blanks and comments; -1 without a number. */
 static int pbm_number(FILE* f)
 {
     int c = fgetc(f), v = -1;
@@ -26,10 +25,10 @@ static int pbm_number(FILE* f)
         else c = fgetc(f);
     }
     for (; c >= '0' && c <= '9' && v <= MOST_SIDE; c = fgetc(f)) v = (v < 0 ? 0 : v * 10) + c - '0';
-    return v; /* one blank behind it is read too */
+    return v; /* has read one character after the number */
 }
 
-/* Reads what follows "P1" or "P4". What is wrong, or null. */
+/* Reads the part after "P1" or "P4". Returns what is wrong, or null. */
 static const char* read_pbm(FILE* f, int kind, picture* p)
 {
     p->columns = pbm_number(f);
@@ -54,7 +53,8 @@ static const char* read_pbm(FILE* f, int kind, picture* p)
     return 0;
 }
 
-/* Reads lines of # and . of one length; `c` is the first character. What is wrong, or null. */
+/* Reads lines of # and . of one length. `c` is the first character. Returns what is wrong, or
+   null. */
 static const char* read_text(FILE* f, int c, picture* p)
 {
     int at = 0, ended = 0; /* an empty line ends the picture */
@@ -77,8 +77,8 @@ static const char* read_text(FILE* f, int c, picture* p)
     }
 }
 
-/* The picture of a file, or with none named of the one shipped with the sample, which is looked for
-   where the build says, from the repository's root, and beside the source. */
+/* Reads the picture of the file *name. Where *name is null, sets *name to that of moe.txt: the path
+   that the build defines, from the root of the repository, or in the current directory. */
 static picture read_picture(const char** name)
 {
 #ifdef SAMPLE_PICTURE
@@ -120,7 +120,7 @@ static double share_of(uint64_t seed, uint64_t i)
     return (double)(mix(seed + i) >> 11) / 9007199254740992.0; /* 0 .. 1 */
 }
 
-/* Fills the mask [RB, CB] as the options say; returns what it is, for print. */
+/* Fills the mask [RB, CB] by the options. Returns its description. */
 static const char* make_mask(const options* o, const picture* p, int RB, int CB,
                              unsigned char* mask)
 {
@@ -142,7 +142,8 @@ static const char* make_mask(const options* o, const picture* p, int RB, int CB,
                              : "a picture";
 }
 
-/* Draws the mask, at most 76 by 38: a character may stand for many blocks, or a block for two. */
+/* Draws the mask, at most 76 by 38 characters. A character stands for one or more sparse blocks. Up
+   to 38 block columns are drawn two characters wide. */
 static void draw_mask(const unsigned char* mask, int RB, int CB)
 {
     const int columns = CB < 76 ? CB : 76, rows = RB < 38 ? RB : 38, twice = CB <= 38 ? 2 : 1;
