@@ -1,7 +1,22 @@
 /* test_gate.cu: moe/gate.cuh against its reference in double.
 
      nvcc -I. -arch=sm_90a tests/unit/test_gate.cu -o test_gate
-     g++ -x c++ -std=c++14 -O2 -I. tests/unit/test_gate.cu -o test_gate */
+     g++ -x c++ -std=c++14 -O2 -I. tests/unit/test_gate.cu -o test_gate
+
+   test_gate_shapes        every E with every K, the rest drawn
+   test_gate_big_chunks    more tokens in a chunk than its thread block has in flight
+   test_gate_all_experts   K = E: all experts in order
+   test_gate_many_choices  the sum of many chosen weights
+   test_gate_patterns      every pattern of logits, dtype, score and form of the kernel
+   test_gate_alignment     addresses and strides of every remainder
+   test_gate_no_tokens     T = 0
+   test_gate_faults        NaN rows, the first one kept; a stop fault
+   test_gate_refusals      every field, with its status; nothing is written
+   test_gate_same_bits     the same bits over runs
+   test_gate_graph         a captured gate replayed over other logits
+   test_gate_large         large shapes, on a GPU
+   test_gate_past_2_31     rows of logits past 2^32 elements
+   test_gate_many_tokens   T so large that dense logits pass 2^32 elements */
 #include "tests/test.h"
 
 #include "moe/gate.cuh"

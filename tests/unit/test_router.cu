@@ -1,7 +1,21 @@
 /* test_router.cu: moe/router.cuh against its reference in double.
 
      nvcc -I. -arch=sm_90a tests/unit/test_router.cu -o test_router
-     g++ -x c++ -std=c++14 -O2 -I. tests/unit/test_router.cu -o test_router */
+     g++ -x c++ -std=c++14 -O2 -I. tests/unit/test_router.cu -o test_router
+
+   test_router_dtypes       all pairs of dtypes, shapes and strides
+   test_router_fallback     single properties that tensor cores do not take
+   test_router_ragged       E that is no multiple of 8, with either tile
+   test_router_shapes       drawn shapes
+   test_router_split        both tiles of the bf16 split
+   test_router_split_exact  every bit of a weight survives the split
+   test_router_no_tokens    T = 0
+   test_router_nan          NaN stays in its token, on every path
+   test_router_stopped      after a stop fault nothing is written
+   test_router_refusals     every field, with its status
+   test_router_same_bits    the same bits over runs
+   test_router_large        large shapes, on a GPU
+   test_router_past_2_31    rows past 2^32 elements, every path and tile */
 #include "tests/test.h"
 #include "tests/test_weights.h"
 
