@@ -169,7 +169,7 @@ static void test_small_sigmoids(void)
     check_rows("all", &o, 0, 0, all, MOE_FAULT_NONE, 0);
 }
 
-/* A batch's sums of infinities and of large numbers; whom NaN leave out. */
+/* A batch's sums of infinities and of large numbers; experts that NaN excludes. */
 static void test_batch_sums(void)
 {
     const float inf = INFINITY, far = MOE_GATE_MAX_COSINE;

@@ -2,9 +2,8 @@
 #ifndef MOE_TESTS_GATE_RULES_CASE_H
 #define MOE_TESTS_GATE_RULES_CASE_H
 
-#include "tests/test.h"
+#include "tests/test_gate.h"
 
-#include "moe/gate.cuh"
 #include "moe/ref/gate_rules.h"
 
 /* A case: a descriptor that holds options alone, and how the rest is drawn. */

@@ -47,11 +47,6 @@ static void test_draws(void)
     bufs_free(&b);
 }
 
-static moe_status call_gate(void* d, cudaStream_t stream)
-{
-    return moe_gate((const moe_gate_desc*)d, stream);
-}
-
 /* The same bits every run; a captured gate draws anew when its seed_offset changes. */
 static void test_bits_and_graph(void)
 {
