@@ -412,8 +412,9 @@ static void test_gate_refusals(void)
     REFUSED(d.logits_stride = 19, MOE_ERR_STRIDE, logits_stride);
     REFUSED(d.logits_stride = -20, MOE_ERR_STRIDE, logits_stride);
     REFUSED(d.logits_stride = (int64_t)1 << 60, MOE_ERR_STRIDE, logits_stride);
-    REFUSED((d.num_tokens = 0, d.fault = (uint64_t*)((uintptr_t)(d.expert_count + 8) & ~(uintptr_t)7)),
-            MOE_ERR_OVERLAP, fault);
+    REFUSED(
+        (d.num_tokens = 0, d.fault = (uint64_t*)((uintptr_t)(d.expert_count + 8) & ~(uintptr_t)7)),
+        MOE_ERR_OVERLAP, fault);
     REFUSED(d.score = MOE_SCORE_PIONEER + 1, MOE_ERR_OPTION, score);
     REFUSED(d.score = -1, MOE_ERR_OPTION, score);
     REFUSED(d.renormalize = 2, MOE_ERR_OPTION, renormalize);

@@ -63,7 +63,8 @@ static router_case normal_case(int T, int H, int E)
 static void bufs_new(router_bufs* b, const router_case* c, trand* r)
 {
     const int64_t x_stride = c->H + c->x_pad, router_stride = c->H + c->router_pad;
-    const int x_bytes = moe_dtype_bytes(c->x_dtype), router_bytes = moe_dtype_bytes(c->router_dtype);
+    const int x_bytes = moe_dtype_bytes(c->x_dtype),
+              router_bytes = moe_dtype_bytes(c->router_dtype);
     memset(b, 0, sizeof *b);
     b->h_x = trows_new(r, c->T, x_stride, c->H, c->x_dtype, c->fill, 1);
     b->h_router = trows_new(r, c->E, router_stride, c->H, c->router_dtype, c->fill,

@@ -34,7 +34,8 @@ static void test_refusals(void)
     REFUSED(d.threshold = 0.5f, MOE_ERR_CONFLICT, threshold);
     REFUSED(d.num_groups = -1, MOE_ERR_RANGE, num_groups);
     REFUSED(d.num_groups = 5, MOE_ERR_RANGE, num_groups);
-    REFUSED((d.num_groups = 40, d.num_experts = 80, d.logits_stride = 0), MOE_ERR_RANGE, num_groups);
+    REFUSED((d.num_groups = 40, d.num_experts = 80, d.logits_stride = 0), MOE_ERR_RANGE,
+            num_groups);
     REFUSED(d.top_groups = 2, MOE_ERR_RANGE, top_groups);
     REFUSED((d.num_groups = 4, d.top_groups = 5), MOE_ERR_RANGE, top_groups);
     REFUSED((d.num_groups = 4, d.top_groups = -1), MOE_ERR_RANGE, top_groups);

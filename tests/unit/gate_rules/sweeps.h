@@ -16,8 +16,9 @@
 #include "tests/unit/gate_rules/case.h"
 
 /* Shapes of each form of the kernel: in registers with 4, 8 and 32 lanes, a warp a token. */
-static const int shapes[][3] = {{70, 128, 8}, {37, 100, 5},  {33, 16, 2},   {40, 256, 8}, {21, 200, 3},
-                                {20, 512, 10}, {9, 1000, 32}, {12, 64, 40}, {6, 1500, 4}};
+static const int shapes[][3] = {{70, 128, 8},  {37, 100, 5}, {33, 16, 2},
+                                {40, 256, 8},  {21, 200, 3}, {20, 512, 10},
+                                {9, 1000, 32}, {12, 64, 40}, {6, 1500, 4}};
 #define SHAPES ((int)(sizeof shapes / sizeof *shapes))
 
 /* Each score in each form, with and without renormalisation, scale, probabilities. */
