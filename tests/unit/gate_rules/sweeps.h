@@ -49,7 +49,7 @@ static void test_rules(void)
     trand r = trand_new(2);
     double share = 0;
     int n = 0;
-    enum { TEMPERATURE, NOISE, DROPOUT, BIAS, EXPERT_OFF, TOKEN_OFF, GROUPS, NANS, ALL, RULES };
+    enum { TEMPERATURE, NOISE, DROPOUT, BIAS, EXPERT_DISABLED, TOKEN_DISABLED, GROUPS, NANS, ALL, RULES };
     for (int i = 0; i < SHAPES; ++i)
         for (int rule = 0; rule < RULES; ++rule)
             for (int score = 1; score <= MOE_SCORE_PIONEER; ++score) {
@@ -67,8 +67,8 @@ static void test_rules(void)
                 if (rule == NOISE || rule == ALL) c.options.noise = 0.5f;
                 if (rule == DROPOUT || rule == ALL) c.options.dropout = 0.25f;
                 c.bias = rule == BIAS || rule == ALL;
-                c.expert_disabled = rule == EXPERT_OFF || rule == ALL;
-                c.token_disabled = rule == TOKEN_OFF || rule == ALL;
+                c.expert_disabled = rule == EXPERT_DISABLED || rule == ALL;
+                c.token_disabled = rule == TOKEN_DISABLED || rule == ALL;
                 c.nan = rule == NANS || (rule == ALL && trand_int(&r, 0, 1));
                 if (rule == GROUPS || rule == ALL) {
                     const int group = c.E % 8 == 0 ? c.E / 8 : 5;
