@@ -1,4 +1,4 @@
-/* preload.cuh: moe_preload() loads the kernels of every station whose header stands before the call.
+/* preload.cuh: moe_preload() loads the kernels of every station included before the call.
 
    Under lazy loading the first launch of a kernel synchronises the device, and can hang while
    another kernel spins. Call moe_preload once for each device before such a kernel runs. Returns a
