@@ -117,7 +117,7 @@ static int verify(const job* j, cudaStream_t stream)
 /* The rules, one at a time, as set_rule sets them in a job of make_job. */
 enum {
     RULE_NONE, RULE_SPARSEMAX, RULE_QUADRATIC, RULE_PIONEER, RULE_THRESHOLD, RULE_GROUPS, RULE_BIAS,
-    RULE_DEEPSEEK, RULE_TEMPERATURE, RULE_NOISE, RULE_DROPOUT, RULE_EXPERT_OFF, RULE_TOKEN_OFF,
+    RULE_DEEPSEEK, RULE_TEMPERATURE, RULE_NOISE, RULE_DROPOUT, RULE_EXPERT_DISABLED, RULE_TOKEN_DISABLED,
     RULE_WHOLE_BATCH, RULE_PROB_SUM, RULES
 };
 static const char* const rule_name[] = {
@@ -147,12 +147,12 @@ static void set_rule(job* j, int rule)
         g->score = MOE_SCORE_SIGMOID, g->num_groups = 8, g->top_groups = 4;
     if (rule == RULE_BIAS || rule == RULE_DEEPSEEK)
         g->expert_bias = (const float*)bench_random(E, MOE_FP32, 0.1f, 77);
-    if (rule == RULE_EXPERT_OFF || rule == RULE_TOKEN_OFF) {
-        const int n = rule == RULE_EXPERT_OFF ? E : g->num_tokens;
+    if (rule == RULE_EXPERT_DISABLED || rule == RULE_TOKEN_DISABLED) {
+        const int n = rule == RULE_EXPERT_DISABLED ? E : g->num_tokens;
         uint8_t* off = (uint8_t*)bench_alloc((size_t)n);
         BENCH_CUDA(cudaMemset(off, 0, (size_t)n));
         BENCH_CUDA(cudaMemset2D(off, 16, 1, 1, (size_t)n / 16)); /* every sixteenth */
-        if (rule == RULE_EXPERT_OFF) g->expert_disabled = off;
+        if (rule == RULE_EXPERT_DISABLED) g->expert_disabled = off;
         else g->token_disabled = off;
     }
     BENCH_MOE(moe_gate_workspace(g, &bytes));

@@ -237,7 +237,11 @@ typedef struct moei_sparse_zero_args {
 } moei_sparse_zero_args;
 
 /* Writes zeros to the masked-out sparse blocks of C. A thread block takes every gridDim.x-th sparse
-   block, its threads 8 elements each. */
+   block, its threads 8 elements each.
+     1. Find the sparse block in the mask: its byte, its bit, or its entry by binary search.
+     2. Skip a present sparse block, and a block row whose offsets are bad: the product reports them
+        where it walks the rows.
+     3. Write zeros, 16 bytes at a time; elements one by one at the right edge. */
 MOE_KERNEL(256, 1) moei_sparse_zero(MOE_ARG(moei_sparse_zero_args) d)
 {
     const moe_block_sparse_mask* m = &d.mask;

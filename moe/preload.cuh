@@ -1,4 +1,4 @@
-/* preload.cuh: moe_preload() loads the kernels of every station whose header the file includes.
+/* preload.cuh: moe_preload() loads the kernels of every station included before the call.
 
    Under lazy loading the first launch of a kernel synchronises the device, and can hang while
    another kernel spins. Call moe_preload once for each device before such a kernel runs. Returns a
@@ -6,7 +6,8 @@
 
      moe_status s = moe_preload(); // gate.cuh and route.cuh are included: loads their kernels
 
-   moe_gate_preload, moe_layer_preload, ... load the kernels of one station. */
+   moe_gate_preload, moe_layer_preload, ... load the kernels of one station; those of the experts are
+   the grouped GEMM's, moe_grouped_gemm_preload. */
 #ifndef MOE_PRELOAD_CUH
 #define MOE_PRELOAD_CUH
 

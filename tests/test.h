@@ -299,7 +299,7 @@ MOEI_UNUSED static void test_empty(const void* prepared, size_t bytes, int line)
 /* Host memory full of poison. At least one byte, so that the pointer is never null. */
 MOEI_UNUSED static void* test_host(int64_t bytes)
 {
-    void* p = malloc((size_t)bytes + 1);
+    void* p = bytes < 0 ? 0 : malloc((size_t)bytes + 1);
     if (!p) {
         printf("out of host memory\n");
         exit(1);

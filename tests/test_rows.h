@@ -1,32 +1,14 @@
 /* test_rows.h: what the tests of router, gate, route and combine share beyond test.h: several
-   buffers in one call, fault words, test calls of launch helpers, draws. REFUSED, AT, DOWN_TO and
-   trows_new come from test_weights.h. Included after test.h. */
+   buffers in one call, test calls of launch helpers, draws. TBUFS_FREE, TBUFS_POISON and CHECK_FAULT_AT
+   come from test_case.h; REFUSED, AT, DOWN_TO and trows_new from test_weights.h. Included after
+   test.h. */
 #ifndef MOE_TESTS_TEST_ROWS_H
 #define MOE_TESTS_TEST_ROWS_H
 
+#include "tests/test_case.h"
 #include "tests/test_weights.h"
 
 /* ------------------------------------------------------------------ several buffers */
-
-/* Frees each buffer, which checks its canaries: TBUFS_FREE(&b->ids, &b->weights). */
-#define TBUFS_FREE(...) tbufs_free(__VA_ARGS__, (tbuf*)0)
-MOEI_UNUSED static void tbufs_free(tbuf* first, ...)
-{
-    va_list list;
-    va_start(list, first);
-    for (tbuf* b = first; b; b = va_arg(list, tbuf*)) tbuf_free(b);
-    va_end(list);
-}
-
-/* Fills each buffer with poison. */
-#define TBUFS_POISON(...) tbufs_poison(__VA_ARGS__, (tbuf*)0)
-MOEI_UNUSED static void tbufs_poison(tbuf* first, ...)
-{
-    va_list list;
-    va_start(list, first);
-    for (tbuf* b = first; b; b = va_arg(list, tbuf*)) tbuf_poison(b);
-    va_end(list);
-}
 
 /* Returns 1 where every buffer still holds its poison. */
 #define TBUFS_UNTOUCHED(...) tbufs_untouched(__VA_ARGS__, (const tbuf*)0)
@@ -48,19 +30,6 @@ MOEI_UNUSED static void tbuf_compare(const tbuf* b, const void* want)
     CHECK_INTS(b->name, (const int32_t*)got, (const int32_t*)want, (int64_t)(b->bytes / 4));
     free(got);
 }
-
-/* ------------------------------------------------------------------ fault words */
-
-/* Puts a fault of TEST_RANK into the word; MOE_FAULT_NONE clears it. */
-MOEI_UNUSED static void tfault_put(tbuf* b, int code, int64_t index)
-{
-    const uint64_t word = code ? MOEI_FAULT_KEY(code, TEST_RANK, index) : 0;
-    tbuf_put(b, &word);
-}
-
-/* The word must hold this fault where index >= 0, else none. */
-#define CHECK_FAULT_IF(buffer, code, index)                                                        \
-    CHECK_FAULT(buffer, (index) < 0 ? MOE_FAULT_NONE : (code), (index) < 0 ? 0 : (index))
 
 /* ------------------------------------------------------------------ calls */
 

@@ -162,7 +162,10 @@ MOE_DEVICE float moei_block_layer_grad_8(uint4* gate, uint4* up, uint4* d, float
 }
 
 /* Computes the row, two 16-byte vectors of a lane in flight at a time. Returns the lane's part of
-   dweight. backward and dtype are literals. */
+   dweight. backward and dtype are literals.
+     1. Load two vectors of pre (gate, up) and, backward, of the gradient by act.
+     2. Compute act, or the gradients and the lane's part of dweight; zeros where the row is unused.
+     3. Store act and, backward, the gradient by pre. */
 MOE_DEVICE float moei_block_layer_act_row_8(const moei_block_layer_act_args* a,
                                             const moei_block_layer_act_row* r, const int backward,
                                             const int dtype)

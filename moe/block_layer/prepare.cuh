@@ -88,7 +88,7 @@ MOE_HOST moe_status moei_block_layer_check_options(moei_block_layer* l)
     MOE_REQUIRE(d->hidden >= 1 && d->hidden <= 1 << 28, MOE_ERR_RANGE, hidden);
     MOE_REQUIRE(d->hidden % 8 == 0, MOE_ERR_MULTIPLE, hidden);
     if (d->block == 0) d->block = 128;
-    MOE_REQUIRE(moei_sparse_size_offered(d->block), MOE_ERR_OPTION, block);
+    MOE_REQUIRE(moe_block_sparse_size_offered(d->block), MOE_ERR_OPTION, block);
     MOE_REQUIRE(d->intermediate >= 1 && d->intermediate <= 1 << 28, MOE_ERR_RANGE, intermediate);
     MOE_REQUIRE(d->intermediate % d->block == 0, MOE_ERR_MULTIPLE, intermediate);
     if (d->max_experts == 0) d->max_experts = d->num_experts;

@@ -262,7 +262,11 @@ MOE_DEVICE uint32_t moei_sparse_depth_bits(const moei_sparse_args* d, const moei
 }
 
 /* Writes slices of depth number first .. first + 31, one a lane, to slice_x and slice_y. Called by
-   a whole warp. predicated, a literal: 0: all depths count. */
+   a whole warp. predicated, a literal: 0: all depths count.
+     1. dsd, dds: read and check the entry of the lane's depths; k: their depth in the matrix. An entry
+        that is bad or absent gets k = d->k, which reads nothing.
+     2. Count the depths inside the matrix, 0 .. 16.
+     3. Add the address parts, set the bits, write both slices. */
 MOE_DEVICE void moei_sparse_slices(const moei_sparse_args* d, const moei_sparse_position* t,
                                    moei_sparse_shared* s, int first, const int predicated,
                                    const int tile_m)

@@ -176,7 +176,7 @@ MOE_HOST_DEVICE int32_t moe_block_sparse_count(int32_t n, int32_t block)
 }
 
 /* Returns 1 where a sparse block may have b rows or columns. */
-MOE_HOST int moei_sparse_size_offered(int32_t b)
+MOE_HOST int moe_block_sparse_size_offered(int32_t b)
 {
     return b == 16 || b == 32 || b == 64 || b == 128;
 }

@@ -56,8 +56,8 @@ MOE_HOST moe_status moei_sparse_list_sizes(moei_sparse_list_args* a)
     const moe_block_sparse_list_desc* d = &a->d;
     MOE_REQUIRE(d->rows >= 0, MOE_ERR_RANGE, rows);
     MOE_REQUIRE(d->columns >= 0, MOE_ERR_RANGE, columns);
-    MOE_REQUIRE(moei_sparse_size_offered(d->block_rows), MOE_ERR_RANGE, block_rows);
-    MOE_REQUIRE(moei_sparse_size_offered(d->block_columns), MOE_ERR_RANGE, block_columns);
+    MOE_REQUIRE(moe_block_sparse_size_offered(d->block_rows), MOE_ERR_RANGE, block_rows);
+    MOE_REQUIRE(moe_block_sparse_size_offered(d->block_columns), MOE_ERR_RANGE, block_columns);
     MOE_REQUIRE(d->num_experts >= 0 && d->num_experts <= MOE_MAX_EXPERTS, MOE_ERR_RANGE,
                 num_experts);
     a->num_block_rows = moe_block_sparse_count(d->rows, d->block_rows);

@@ -33,8 +33,8 @@ MOE_HOST moe_status moei_sparse_check_mask(const moe_block_sparse_mask* m, int32
 {
     const int list = m->row_offset || m->column_index || m->column_offset || m->row_index ||
                      m->position || m->max_blocks;
-    MOE_REQUIRE(moei_sparse_size_offered(m->block_rows), MOE_ERR_RANGE, block_rows);
-    MOE_REQUIRE(moei_sparse_size_offered(m->block_columns), MOE_ERR_RANGE, block_columns);
+    MOE_REQUIRE(moe_block_sparse_size_offered(m->block_rows), MOE_ERR_RANGE, block_rows);
+    MOE_REQUIRE(moe_block_sparse_size_offered(m->block_columns), MOE_ERR_RANGE, block_columns);
     MOE_REQUIRE(m->rows == rows && m->columns == columns, MOE_ERR_CONFLICT, mask);
     MOE_REQUIRE(m->bytes || m->bits || list, MOE_ERR_NULL, mask);
     MOE_REQUIRE((m->bytes != 0) + (m->bits != 0) + list == 1, MOE_ERR_CONFLICT, mask);

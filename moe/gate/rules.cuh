@@ -44,7 +44,10 @@ MOE_DEVICE bool moei_gate_lane_nan(const float* v, const moei_gate_lanes w)
 
 /* Returns the statistics of a token from its group of lanes. v: a lane's logits, -inf where the
    token does not see them; max: the token's largest; both in units. Sets `nan` for softmax scores
-   alone, where the sum is NaN. The whole warp calls it. */
+   alone, where the sum is NaN. The whole warp calls it.
+     1. Sparsemax: search tau until no token of the warp changes it.
+     2. Sigmoid: sum the probabilities, where prob_sum is given.
+     3. Softmax of any kind: sum the exponentials; a NaN sum marks the token. */
 MOE_DEVICE moei_gate_stats moei_gate_lane_stats(const moei_gate_args* d,
                                                 const moei_gate_units* units, const float* v,
                                                 float max, const moei_gate_lanes w)
@@ -115,7 +118,11 @@ MOE_DEVICE void moei_gate_lane_scores(float* u, const float* v, const moei_gate_
 
 /* Sets the merits u to -inf outside the token's top_groups best groups. Without a bias, sets the
    others to their logits v: scores have chosen the groups alone. best [E / 4] and group [groups]
-   are this token's in shared memory. The whole warp calls it. */
+   are this token's in shared memory. The whole warp calls it.
+     1. Write the two largest merits of each 4 experts to `best`.
+     2. Write the score of each group, the mean of its two largest, to `group`.
+     3. Rank the groups; `kept` has a bit for each of the top_groups best.
+     4. Set the merits of all other groups to -inf. */
 MOE_DEVICE void moei_gate_lane_groups(float* u, const float* v, const moei_gate_args* d,
                                       float2* best, float* group, const moei_gate_lanes w)
 {

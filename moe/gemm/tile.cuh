@@ -257,7 +257,12 @@ typedef struct moei_gemm_shared {
 } moei_gemm_shared;
 
 /* Computes tiles blockIdx.x, blockIdx.x + gridDim.x, ... of all experts. All threads of the block
-   call it. `shared` holds the ring, the staging of each warp, then tile_start [E + 1]. */
+   call it. `shared` holds the ring, the staging of each warp, then tile_start [E + 1].
+     1. Build the schedule from the offsets; return where it is bad or has no tile for this block.
+     2. Start the copies of the first tile's stages.
+     3. For each tile: run its steps, which also start the copies of the next tile; read the tile's
+        position, which thread 0 wrote to shared memory before a barrier of the steps; store.
+     4. Wait for the copies past the last tile. */
 MOE_DEVICE_BODY void moei_gemm_block(const moe_grouped_gemm_args* d, unsigned char* shared,
                                      moei_gemm_shared* s, const moe_gemm_shape f)
 {

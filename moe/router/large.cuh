@@ -118,7 +118,10 @@ MOE_DEVICE void moei_bf16_split_next_w(moei_bf16_split_loader* p, const moe_gemm
 }
 
 /* Points the loader at the tile's first token t0 and expert e0. Copies the unsplit vectors of the
-   first two steps and waits for them. own: shared memory after the ring, for two steps. */
+   first two steps and waits for them. own: shared memory after the ring, for two steps.
+     1. Resolve the thread's 4 rows of x and 2 rows of weights; rows past the end read row 0.
+     2. Resolve the thread's places in a stage.
+     3. Copy two steps to `own` and wait. */
 MOE_DEVICE void moei_bf16_split_begin(moei_bf16_split_loader* p, const moei_router_args* d,
                                       uint4* own, int64_t t0, int e0, const int x_dtype,
                                       const moe_gemm_shape f)

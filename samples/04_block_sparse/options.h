@@ -109,8 +109,8 @@ static void parse_block(options* o, const char* value)
     char* end;
     o->block_rows = o->block_columns = (int)strtol(value, &end, 10);
     if (*end == 'x') o->block_columns = (int)strtol(end + 1, &end, 10);
-    if (*end || !moei_sparse_size_offered(o->block_rows) ||
-        !moei_sparse_size_offered(o->block_columns))
+    if (*end || !moe_block_sparse_size_offered(o->block_rows) ||
+        !moe_block_sparse_size_offered(o->block_columns))
         quit(EXIT_WRONG_INPUT, "--block %s: not 16, 32, 64 or 128, nor two of them as 32x128",
              value);
 }

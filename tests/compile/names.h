@@ -10,7 +10,8 @@ extern __shared__ double memory[];
 static float shared[1], smem[1];
 static double memory[1];
 #endif
-static int count, source, buffer, data, scratch, bytes, lane, warp, tile, stage, rows, table, offset;
+static int count, source, buffer, data, scratch, bytes, lane, warp, tile, stage, rows, table,
+    offset;
 static int names_sum(void)
 {
     return count + source + buffer + data + scratch + bytes + lane + warp + tile + stage + rows +

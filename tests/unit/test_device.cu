@@ -3,7 +3,13 @@
    functions by themselves are in their stations' tests.
 
      nvcc -I. -arch=sm_90a tests/unit/test_device.cu -o test_device && ./test_device
-     g++ -x c++ -std=c++14 -O2 -I. tests/unit/test_device.cu -o test_device && ./test_device */
+     g++ -x c++ -std=c++14 -O2 -I. tests/unit/test_device.cu -o test_device && ./test_device
+
+   test_device_gate_and_sum     moe_warp_top_k, then moe_combine_token
+   test_device_down_projection  moe_gemm_tile, then moe_add_row_atomic
+   test_device_sort_and_copy    moe_route_rank, then moe_copy_row
+   test_device_copy_row         rows of every length and alignment
+   test_device_noisy_choice     moe_random_words, then moe_warp_top_k */
 #define MOE_GEMM_VARIANT_LIST(X, ...) /* moe_gemm_tile, and none of the GEMM's own kernels */
 
 #include "moe/base/random.h"

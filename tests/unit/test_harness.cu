@@ -3,7 +3,13 @@
      nvcc -I. -arch=sm_90a tests/unit/test_harness.cu -o test_harness
      g++ -x c++ -std=c++14 -O2 -I. tests/unit/test_harness.cu -o test_harness
 
-   tests/CMakeLists.txt also runs test_no_check alone: the program's exit code is then 77. */
+   tests/CMakeLists.txt also runs test_no_check alone: the program's exit code is then 77.
+
+   test_no_check        no check: skipped
+   test_no_memory       no memory: skipped
+   test_skipped         the two above count as skipped
+   test_arguments       arguments choose tests
+   test_rows_far_apart  the last row begins past 2^32 elements */
 #include "tests/test.h"
 
 static void test_no_check(void) {}

@@ -1,7 +1,17 @@
 /* test_k_gemm.cu: the k-grouped GEMM, whose reduced dimension is the rows, against its reference.
 
      nvcc -I. -arch=sm_90a tests/unit/test_k_gemm.cu -o test_k_gemm
-     g++ -x c++ -std=c++14 -O2 -I. tests/unit/test_k_gemm.cu -o test_k_gemm */
+     g++ -x c++ -std=c++14 -O2 -I. tests/unit/test_k_gemm.cu -o test_k_gemm
+
+   test_k_shapes     numbers of rows about tile_k, tiles, tails, dtypes
+   test_k_lone       one expert; all rows at one; no rows
+   test_k_gather     either operand gathered; strides; tables; added to C
+   test_k_nan        NaN and infinity stay with their expert
+   test_k_faults     bad offsets and addresses, stop faults
+   test_k_same_bits  the same bits over runs
+   test_k_refusals   every field, with its status
+   test_k_far_rows   the largest row numbers
+   test_k_graph      a captured product replayed */
 #include "tests/test.h"
 #include "tests/test_weights.h"
 

@@ -2,7 +2,18 @@
    moe/route.cuh.
 
      nvcc -I. -arch=sm_90a tests/unit/test_permute.cu -o test_permute
-     g++ -x c++ -std=c++14 -O2 -I. tests/unit/test_permute.cu -o test_permute */
+     g++ -x c++ -std=c++14 -O2 -I. tests/unit/test_permute.cu -o test_permute
+
+   test_permute_shapes        rows of all lengths, vectors of every width
+   test_permute_wide_tokens   many rows a token
+   test_permute_empty         no tokens; no rows
+   test_permute_foreign_maps  maps that contradict each other: in bounds, and a fault
+   test_permute_refusals      every field, with its status
+   test_permute_same_bits     the same bits over runs
+   test_permute_graph         a captured call replayed with other maps
+   test_permute_after_route   the maps of route, with all its options
+   test_permute_wide_offsets  rows past 2^32 elements
+   test_permute_large         large shapes, on a GPU */
 #include "tests/test.h"
 
 #include "moe/permute.cuh"

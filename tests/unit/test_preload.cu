@@ -3,7 +3,21 @@
    a GPU the calls just run.
 
      nvcc -I. -arch=sm_90a tests/unit/test_preload.cu -o test_preload
-     g++ -x c++ -std=c++14 -O2 -I. tests/unit/test_preload.cu -o test_preload */
+     g++ -x c++ -std=c++14 -O2 -I. tests/unit/test_preload.cu -o test_preload
+
+   test_router           router, with the GEMM
+   test_gate             gate
+   test_route            route
+   test_grouped_gemm     grouped GEMM and experts
+   test_combine          combine
+   test_layer            the layer
+   test_permute          permute
+   test_combine_scatter  scatter combine
+   test_block_sparse     block-sparse product
+   test_block_list       its list
+   test_block_layer      block layer
+   test_everything       moe_preload loads what every station loads
+   test_null             null and refused structs are empty and run nothing */
 #include "tests/test.h"
 
 #include "moe/gemm/k_grouped.cuh"

@@ -2,7 +2,16 @@
    where two layouts describe the same weights, and float against double. No kernel runs here.
 
      nvcc -I. -arch=sm_90a tests/unit/test_ref.cu -o test_ref
-     g++ -x c++ -std=c++14 -O2 -I. tests/unit/test_ref.cu -o test_ref */
+     g++ -x c++ -std=c++14 -O2 -I. tests/unit/test_ref.cu -o test_ref
+
+   test_ref_router          logits by hand
+   test_ref_gate            ids and weights by hand
+   test_ref_route           maps by hand
+   test_ref_gemm            a product by hand
+   test_ref_experts         the same weights in every layout
+   test_ref_activations     every activation against its formula
+   test_ref_combine_shared  a shared row
+   test_ref_layer           the layer against its stations */
 #include "tests/test.h"
 
 #include "moe/ref/ref.h"

@@ -113,7 +113,8 @@ static void test_trimmed_router(void)
         for (int t = 0; t < T; ++t)
             for (int e = 0; e < E; ++e) {
                 double sum = 0;
-                for (int h = 0; h < H; ++h) sum += moe_load(x, t * H + h, dtype) * (double)w[e * H + h];
+                for (int h = 0; h < H; ++h)
+                    sum += moe_load(x, t * H + h, dtype) * (double)w[e * H + h];
                 if (e == 7 && t > 0) continue; /* sums with the rounded weight are rounded too */
                 wrong += got[t * E + e] != sum;
                 nonzero += sum != 0;

@@ -18,7 +18,8 @@ MOE_HOST_DEVICE moe_random4 random_known(int i)
     const uint32_t ones = 0xffffffffu;
     if (i == 0) return moe_random_words(0, 0, 0, 0, 0);
     if (i == 1) return moe_random_words(~(uint64_t)0, ones, ones, ones, ones);
-    return moe_random_words(0x299f31d0a4093822u, 0x243f6a88u, 0x85a308d3u, 0x13198a2eu, 0x03707344u);
+    return moe_random_words(0x299f31d0a4093822u, 0x243f6a88u, 0x85a308d3u, 0x13198a2eu,
+                            0x03707344u);
 }
 
 MOE_KERNEL(32, 1) random_kernel(MOE_ARG(random_args) d)

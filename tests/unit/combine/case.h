@@ -266,7 +266,7 @@ static void compare(const combine_bufs* b, const combine_case* c)
     } else {
         CHECK_CLOSE("y", y, c->y_dtype, stride, exact, (const double*)0, T, H);
     }
-    CHECK_FAULT_IF(&b->fault, MOE_FAULT_BAD_PLACE, c->bare ? -1 : bad);
+    CHECK_FAULT_AT(&b->fault, MOE_FAULT_BAD_PLACE, c->bare ? -1 : bad);
     if (test_now.failures > before) printf("  in: %s\n", case_text(c));
     free(exact), free(sum), free(y);
 }

@@ -66,7 +66,8 @@ static void test_minus_infinity(void)
     }
     for (int size = 2; size <= 4; size += 2) { /* nor does it help its group */
         const float l2[] = {-inf, 1, 0.9f, 0.9f}, b2[] = {5, 0, 0, 0};
-        const float l4[] = {-inf, 1, -inf, -inf, 0.9f, 0.9f, -1, -1}, b4[] = {5, 0, 0, 0, 0, 0, 0, 0};
+        const float l4[] = {-inf, 1, -inf, -inf, 0.9f, 0.9f, -1, -1},
+                    b4[] = {5, 0, 0, 0, 0, 0, 0, 0};
         const int32_t ids2[] = {2, 3, -1}, ids4[] = {4, 5, 6};
         for (int score = 1; score <= MOE_SCORE_SIGMOID; ++score) {
             moe_gate_desc o = rows(size == 2 ? l2 : l4, 1, 2 * size, 2, score);
@@ -169,7 +170,7 @@ static void test_small_sigmoids(void)
     check_rows("all", &o, 0, 0, all, MOE_FAULT_NONE, 0);
 }
 
-/* A batch's sums of infinities and of large numbers; whom NaN leave out. */
+/* A batch's sums of infinities and of large numbers; experts that NaN excludes. */
 static void test_batch_sums(void)
 {
     const float inf = INFINITY, far = MOE_GATE_MAX_COSINE;

@@ -2,9 +2,8 @@
 #ifndef MOE_TESTS_GATE_RULES_CASE_H
 #define MOE_TESTS_GATE_RULES_CASE_H
 
-#include "tests/test.h"
+#include "tests/test_gate.h"
 
-#include "moe/gate.cuh"
 #include "moe/ref/gate_rules.h"
 
 /* A case: a descriptor that holds options alone, and how the rest is drawn. */
@@ -196,14 +195,17 @@ static double compare(const rules_bufs* b, const rules_case* c)
                 ++counted[E * (1 + t / moe_chunk_tokens(T)) + e];
                 ++counted[e];
             }
-            CHECK(got[s] == got[s] && (e >= 0 || got[s] == 0), "token %d choice %d: weight %g", t, k,
-                  (double)got[s]);
+            CHECK(got[s] == got[s] && (e >= 0 || got[s] == 0), "token %d choice %d: weight %g", t,
+                  k, (double)got[s]);
             used += e >= 0;
             if (!same) continue;
             CHECK(e == ids[s], "token %d choice %d: id %d, not %d (margin %g)", t, k, e, ids[s],
                   margin[t]);
-            CHECK(fabs(got[s] - weights[s]) <= close * 2 * (fabs(weights[s]) + (c->options.score ==
-                  MOE_SCORE_SPARSEMAX ? 1.0 : 1e-30)) * (c->options.scale ? fabs(c->options.scale) : 1),
+            CHECK(fabs(got[s] - weights[s]) <=
+                      close * 2 *
+                          (fabs(weights[s]) +
+                           (c->options.score == MOE_SCORE_SPARSEMAX ? 1.0 : 1e-30)) *
+                          (c->options.scale ? fabs(c->options.scale) : 1),
                   "token %d choice %d: weight %.9g, not %.9g", t, k, (double)got[s], weights[s]);
         }
         compared += same;

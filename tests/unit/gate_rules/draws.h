@@ -47,11 +47,6 @@ static void test_draws(void)
     bufs_free(&b);
 }
 
-static moe_status call_gate(void* d, cudaStream_t stream)
-{
-    return moe_gate((const moe_gate_desc*)d, stream);
-}
-
 /* The same bits every run; a captured gate draws anew when its seed_offset changes. */
 static void test_bits_and_graph(void)
 {
@@ -72,7 +67,8 @@ static void test_bits_and_graph(void)
             c.bias = 0;
         }
         bufs_new(&b, &c, &r);
-        out[0] = &b.ids, out[1] = &b.weights, out[2] = &b.count, out[3] = &b.chunk, out[4] = &b.prob;
+        out[0] = &b.ids, out[1] = &b.weights, out[2] = &b.count, out[3] = &b.chunk,
+        out[4] = &b.prob;
         test_same_bits("gate", call_gate, &b.device, out, 5, MOE_ON_HOST ? 3 : 100);
         compare(&b, &c);
         if (tgraph_capture(&g, call_gate, &b.device)) {

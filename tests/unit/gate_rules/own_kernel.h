@@ -40,7 +40,8 @@ static void test_warp_top_k(void)
         memset(taken, 0, sizeof taken);
         for (int e = 0; e < E; ++e) {
             merit[row * E + e] = row & 1 ? (float)trand_int(&r, -2, 2) : trand_normal(&r);
-            if (row >= ROWS - 3 && (row == ROWS - 1 || trand_int(&r, 0, 40))) merit[row * E + e] = NAN;
+            if (row >= ROWS - 3 && (row == ROWS - 1 || trand_int(&r, 0, 40)))
+                merit[row * E + e] = NAN;
         }
         for (int k = 0; k < K; ++k) {
             int best = -1;

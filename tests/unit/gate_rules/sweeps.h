@@ -16,8 +16,9 @@
 #include "tests/unit/gate_rules/case.h"
 
 /* Shapes of each form of the kernel: in registers with 4, 8 and 32 lanes, a warp a token. */
-static const int shapes[][3] = {{70, 128, 8}, {37, 100, 5},  {33, 16, 2},   {40, 256, 8}, {21, 200, 3},
-                                {20, 512, 10}, {9, 1000, 32}, {12, 64, 40}, {6, 1500, 4}};
+static const int shapes[][3] = {{70, 128, 8},  {37, 100, 5}, {33, 16, 2},
+                                {40, 256, 8},  {21, 200, 3}, {20, 512, 10},
+                                {9, 1000, 32}, {12, 64, 40}, {6, 1500, 4}};
 #define SHAPES ((int)(sizeof shapes / sizeof *shapes))
 
 /* Each score in each form, with and without renormalisation, scale, probabilities. */
@@ -48,7 +49,7 @@ static void test_rules(void)
     trand r = trand_new(2);
     double share = 0;
     int n = 0;
-    enum { TEMPERATURE, NOISE, DROPOUT, BIAS, EXPERT_OFF, TOKEN_OFF, GROUPS, NANS, ALL, RULES };
+    enum { TEMPERATURE, NOISE, DROPOUT, BIAS, EXPERT_DISABLED, TOKEN_DISABLED, GROUPS, NANS, ALL, RULES };
     for (int i = 0; i < SHAPES; ++i)
         for (int rule = 0; rule < RULES; ++rule)
             for (int score = 1; score <= MOE_SCORE_PIONEER; ++score) {
@@ -66,8 +67,8 @@ static void test_rules(void)
                 if (rule == NOISE || rule == ALL) c.options.noise = 0.5f;
                 if (rule == DROPOUT || rule == ALL) c.options.dropout = 0.25f;
                 c.bias = rule == BIAS || rule == ALL;
-                c.expert_disabled = rule == EXPERT_OFF || rule == ALL;
-                c.token_disabled = rule == TOKEN_OFF || rule == ALL;
+                c.expert_disabled = rule == EXPERT_DISABLED || rule == ALL;
+                c.token_disabled = rule == TOKEN_DISABLED || rule == ALL;
                 c.nan = rule == NANS || (rule == ALL && trand_int(&r, 0, 1));
                 if (rule == GROUPS || rule == ALL) {
                     const int group = c.E % 8 == 0 ? c.E / 8 : 5;

@@ -49,8 +49,8 @@ MOE_KERNEL(64, 1) product(MOE_ARG(args) d)
         const int a_ld = am ? 32 : k, b_ld = bm ? n : k;
         moei_mma_load_a(&fa, d.a, moei_mma_lane_a(0, a_ld, d.a_major), 0, 16 * i, a_ld, d.dtype,
                         d.a_major);
-        moei_mma_load_b(&fb, d.b, moei_mma_lane_b(16 * w, b_ld, d.b_major), 0, 16 * i, b_ld, d.dtype,
-                        d.b_major);
+        moei_mma_load_b(&fb, d.b, moei_mma_lane_b(16 * w, b_ld, d.b_major), 0, 16 * i, b_ld,
+                        d.dtype, d.b_major);
         moei_mma(i & 1 ? &fd : &fc, &fa, &fb, d.dtype);
     }
     for (int i = 0; i < MOEI_MMA_C_ELEMS; ++i) fc.x[i] += fd.x[i];

@@ -133,7 +133,8 @@ static void test_memory()
     moe_device d;
     OK(cudaMemGetInfo(&available, &total));
     OK(cudaMalloc(&p, 1001));
-    CHECK(available && (uintptr_t)p % 256 == 0 && p[0] == moeh_poison_byte(0) && p[999] == moeh_poison_byte(999));
+    CHECK(available && (uintptr_t)p % 256 == 0 && p[0] == moeh_poison_byte(0) &&
+          p[999] == moeh_poison_byte(999));
     OK(cudaMemset(p, 0, 1001));
     OK(cudaMemset(p + 10, 5, 6));
     OK(cudaMemcpy2D(p + 100, 50, p + 8, 10, 10, 2, cudaMemcpyDeviceToDevice));

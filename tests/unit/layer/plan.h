@@ -17,7 +17,7 @@ static void test_layer_workspace(void)
         layer_case c = normal_case((int)trand_int(&r, 0, 300), 8 * (int)trand_int(&r, 1, 40),
                                    8 * (int)trand_int(&r, 1, 40), (int)trand_int(&r, 1, 300), 1);
         moe_layer_desc d = {};
-        moe_layer_view v;
+        moe_layer_view v = {};
         size_t bytes = 0;
         c.K = (int)trand_int(&r, 1, c.E < 9 ? c.E : 9);
         c.from = i % 3;

@@ -272,7 +272,7 @@ static void compare(const route_bufs* b, const route_case* c)
         tbuf_compare(&b->row_weight, r.row_weight);
         tbuf_compare(&b->place, r.place);
         if (bad < 0 && bad_replica >= 0) CHECK_FAULT(&b->fault, MOE_FAULT_BAD_REPLICA, bad_replica);
-        else CHECK_FAULT_IF(&b->fault, MOE_FAULT_BAD_ID, bad);
+        else CHECK_FAULT_AT(&b->fault, MOE_FAULT_BAD_ID, bad);
     }
     if (test_now.failures > before)
         printf("  in: T=%d E=%d K=%d pattern=%d place_kind=%d counts=%d bare=%d multiple=%d "
