@@ -56,6 +56,9 @@ int main(void)
     const float p = 1 / (1 + expf(-1));
     const float want = p * (4 * p + 3 * (1 - p));
     const float got = moe_bf16_to_f32(y[0]);
+    void* const all[] = {(void*)layer.x,       (void*)layer.router, (void*)layer.w1.base,
+                         (void*)layer.w2.base, layer.y,             layer.workspace};
+    for (int i = 0; i < 6; ++i) cudaFree(all[i]);
     printf("y[0] = %.3f, by hand %.3f\n", (double)got, (double)want);
     return fabsf(got - want) < 0.02f ? 0 : 1;
 }
