@@ -6,6 +6,7 @@
 #define MOE_TESTS_BASE_LAUNCH_H
 
 #include "tests/test.h"
+#include "tests/unit/base/threads.h"
 
 #include "moe/base/cuda.cuh"
 

@@ -3,6 +3,7 @@
 #define MOE_TESTS_COMBINE_SCATTER_CASE_H
 
 #include "tests/test.h"
+#include "tests/test_rows.h"
 
 #include "moe/combine_scatter.cuh"
 #include "moe/route.cuh"
@@ -169,13 +170,7 @@ static void bufs_free(scatter_bufs* b)
         tbuf_free(&b->buffer[i]);
         free(b->row[i]);
     }
-    tbuf_free(&b->table);
-    tbuf_free(&b->offset);
-    tbuf_free(&b->count);
-    tbuf_free(&b->index);
-    tbuf_free(&b->weight);
-    tbuf_free(&b->y);
-    tbuf_free(&b->fault);
+    TBUFS_FREE(&b->table, &b->offset, &b->count, &b->index, &b->weight, &b->y, &b->fault);
     free(b->h_index);
     free(b->h_weight);
     free(b->h_y);

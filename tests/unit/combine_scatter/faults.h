@@ -56,8 +56,8 @@ static void test_scatter_bad_offset(void)
     }
 }
 
-/* Counts without offsets whose sum passes 2^31 and 2^32, within a thread's share and across threads:
-   an expert behind them begins nowhere, though the sum modulo 2^32 is a row. */
+/* Counts without offsets whose sum passes 2^31 and 2^32, within a thread's share and over several
+   threads: an expert behind them begins nowhere, though the sum modulo 2^32 is a row. */
 static void test_scatter_counts_past_2_31(void)
 {
     enum { T = 6, H = 16, R = 8, MOST = 600 };
@@ -97,11 +97,7 @@ static void test_scatter_counts_past_2_31(void)
         CHECK_STATUS(moe_combine_scatter(&d, test_now.stream), MOE_OK);
         CHECK_FAULT(&fault, MOE_FAULT_BAD_OFFSET, 0);
         CHECK(tbuf_holds(&by, y), "step %d, with a fault word", (int)i);
-        tbuf_free(&brows);
-        tbuf_free(&by);
-        tbuf_free(&btoken);
-        tbuf_free(&bcount);
-        tbuf_free(&fault);
+        TBUFS_FREE(&brows, &by, &btoken, &bcount, &fault);
     }
     free(rows);
     free(y);

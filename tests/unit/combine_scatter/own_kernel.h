@@ -52,7 +52,7 @@ static void test_scatter_foreign_kernel(void)
         }
         CHECK(wrong == 0, "%s -> %s, %d columns: %d wrong", moe_dtype_name(from),
               moe_dtype_name(to), columns, wrong);
-        tbuf_free(&b_rows), tbuf_free(&b_y);
+        TBUFS_FREE(&b_rows, &b_y);
         free(rows), free(y0), free(y);
     }
 }

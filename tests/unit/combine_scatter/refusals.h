@@ -6,16 +6,12 @@
 
 #include "tests/unit/combine_scatter/case.h"
 
-#define REFUSED(change, kind, field)                                                              \
-    do {                                                                                          \
-        d = good;                                                                                 \
-        change;                                                                                   \
-        test_status(moe_combine_scatter(&d, test_now.stream), MOE_STATUS(kind, field), __FILE__,  \
-                    __LINE__, #change);                                                           \
-        CHECK_REFUSED(moe_combine_scatter_prepared, moe_combine_scatter_prepare, &d,              \
-                      MOE_STATUS(kind, field));                                                   \
-    } while (0)
-#define AT(p, bytes) ((void*)((char*)(p) + (bytes)))
+static void refused(const moe_combine_scatter_desc* d, moe_status want, int line)
+{
+    test_status(moe_combine_scatter(d, test_now.stream), want, __FILE__, line,
+                "moe_combine_scatter");
+    CHECK_REFUSED(moe_combine_scatter_prepared, moe_combine_scatter_prepare, d, want);
+}
 
 static void test_scatter_refusals(void)
 {

@@ -7,10 +7,7 @@
 
 #include "tests/unit/combine_scatter/case.h"
 
-static moe_status call_scatter(void* d, cudaStream_t stream)
-{
-    return moe_combine_scatter((const moe_combine_scatter_desc*)d, stream);
-}
+TEST_CALL(call_scatter, moe_combine_scatter, moe_combine_scatter_desc)
 
 /* A captured graph replayed with other rows, tokens and counts. */
 static void test_scatter_graph(void)
@@ -104,9 +101,8 @@ static void test_scatter_after_route(void)
         }
     CHECK(worst <= 1e-5, "error %g", worst);
     CHECK(memcmp(got, y0, T * H * 4) != 0, "y has not changed");
-    tbuf_free(&b_ids), tbuf_free(&b_weights), tbuf_free(&b_count), tbuf_free(&b_offset);
-    tbuf_free(&b_slot), tbuf_free(&b_row_slot), tbuf_free(&b_row_weight), tbuf_free(&b_rows);
-    tbuf_free(&b_y), tbuf_free(&b_work);
+    TBUFS_FREE(&b_ids, &b_weights, &b_count, &b_offset, &b_slot, &b_row_slot, &b_row_weight,
+               &b_rows, &b_y, &b_work);
     free(weights), free(y0), free(ids), free(rows), free(got), free(row_slot);
 }
 
