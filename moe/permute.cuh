@@ -30,7 +30,7 @@
      p.x = rows;  p.y = slots;                   // [T, K, H]
      s = moe_unpermute(&p, stream);
 
-   For kernels of one's own: moe_copy_row.
+   For kernels of one's own: moe_copy_row (base/copy_row.cuh).
 
    Source: permute and unpermute of the field's grouped MoE layers, as gathers and with each token
    read once. */
@@ -39,6 +39,7 @@
 
 #include "base/check.h"
 #include "base/copy.cuh"
+#include "base/copy_row.cuh"
 #include "base/fault.cuh"
 #include "base/warp.cuh"
 #include "faults.h"
@@ -118,71 +119,6 @@ MOE_DEVICE moei_permute_at moei_permute_find(const moei_permute_args* a, const i
     return at;
 }
 
-/* Loads one vector of `width` bytes, a literal; the words past it are 0. */
-MOE_DEVICE uint4 moei_permute_load(const char* p, const int width)
-{
-    uint4 v = make_uint4(0, 0, 0, 0);
-    if (width == 16) return moei_load16(p);
-    if (width == 8) {
-        const uint2 u = *(const uint2*)p;
-        v.x = u.x, v.y = u.y;
-    } else if (width == 4) {
-        v.x = *(const uint32_t*)p;
-    } else {
-        v.x = *(const uint16_t*)p;
-    }
-    return v;
-}
-
-/* Stores one vector of `width` bytes, a literal. */
-MOE_DEVICE void moei_permute_store(char* p, uint4 v, const int width)
-{
-    if (width == 16) moei_store16(p, v);
-    else if (width == 8) *(uint2*)p = make_uint2(v.x, v.y);
-    else if (width == 4) *(uint32_t*)p = v.x;
-    else *(uint16_t*)p = (uint16_t)v.x;
-}
-
-/* Copies `bytes`, a multiple of width (x null: zeros); four vectors a thread in flight. */
-MOE_DEVICE void moei_permute_copy(char* y, const char* x, int64_t bytes, int thread, int threads,
-                                  const int width)
-{
-    const int64_t step = (int64_t)threads * width;
-    for (int64_t i = (int64_t)thread * width; i < bytes; i += 4 * step) {
-        uint4 v[4];
-        MOE_UNROLL
-        for (int u = 0; u < 4; ++u) {
-            v[u] = make_uint4(0, 0, 0, 0);
-            if (x && i + u * step < bytes) v[u] = moei_permute_load(x + i + u * step, width);
-        }
-        MOE_UNROLL
-        for (int u = 0; u < 4; ++u)
-            if (i + u * step < bytes) moei_permute_store(y + i + u * step, v[u], width);
-    }
-}
-
-/* Copies one row, y[0 .. bytes) = x[0 .. bytes), or zeros where x is null; for kernels of one's
-   own. `threads` threads share the work; this one is number `thread` of them: (lane, 32) for a
-   warp, (threadIdx.x, blockDim.x) for a block. A thread has four vectors in flight. The threads
-   need not converge: no barrier, no shared memory. A barrier must stand before other threads read
-   y. y and x do not overlap and are aligned to 2 bytes; bytes is even. Vectors of 16 (8, 4) bytes
-   where both begin at multiples of 16 (8, 4); the bytes after the last whole vector are copied 2 at
-   a time. */
-MOE_DEVICE void moe_copy_row(void* y, const void* x, int64_t bytes, int thread, int threads)
-{
-    const uintptr_t both = (uintptr_t)y | (uintptr_t)x;
-    const int width = both % 16 == 0 ? 16 : both % 8 == 0 ? 8 : both % 4 == 0 ? 4 : 2;
-    const int64_t done = bytes - bytes % width;
-    char* to = (char*)y;
-    const char* from = (const char*)x;
-    if (width == 16) moei_permute_copy(to, from, done, thread, threads, 16);
-    else if (width == 8) moei_permute_copy(to, from, done, thread, threads, 8);
-    else if (width == 4) moei_permute_copy(to, from, done, thread, threads, 4);
-    else moei_permute_copy(to, from, done, thread, threads, 2);
-    if (done < bytes)
-        moei_permute_copy(to + done, from ? from + done : 0, bytes - done, thread, threads, 2);
-}
-
 /* Gathers rows: y[i, :] = x[index[i] / div, :]. A thread looks its rows up, then loads a vector of
    each, then stores them. */
 MOE_DEVICE_BODY void moei_permute_gather(const moei_permute_args* a, const int width)
@@ -203,14 +139,14 @@ MOE_DEVICE_BODY void moei_permute_gather(const moei_permute_args* a, const int w
         v[u] = make_uint4(0, 0, 0, 0);
         if ((uint32_t)from[u] < (uint32_t)a->limit) {
             const uint32_t row = a->div == 1 ? (uint32_t)from[u] : (uint32_t)from[u] / a->div;
-            if (in) v[u] = moei_permute_load(a->x + row * a->x_bytes + offset, width);
+            if (in) v[u] = moei_load_vector(a->x + row * a->x_bytes + offset, width);
         } else if (from[u] != -1) {
             moe_fault_raise(a->fault, MOE_FAULT_BAD_ROW, a->rank, first + u * a->groups);
         }
     }
     MOE_UNROLL
     for (int u = 0; u < MOEI_PERMUTE_ROWS; ++u) {
-        if (in && first + u * a->groups < a->count) moei_permute_store(y, v[u], width);
+        if (in && first + u * a->groups < a->count) moei_store_vector(y, v[u], width);
         y += a->groups * a->y_bytes;
     }
 }
@@ -246,7 +182,7 @@ MOE_DEVICE void moei_permute_zero(const moei_permute_args* a, moei_permute_share
             for (uint32_t left = s->empty[w]; left; left &= left - 1) {
                 char* y = a->y + (r0 + w * MOE_WARP_SIZE + __ffs((int)left) - 1) * a->y_bytes;
                 for (int i = (int)threadIdx.x; i < a->vectors; i += (int)blockDim.x)
-                    moei_permute_store(y + (int64_t)i * width, make_uint4(0, 0, 0, 0), width);
+                    moei_store_vector(y + (int64_t)i * width, make_uint4(0, 0, 0, 0), width);
             }
     }
 }
@@ -281,7 +217,7 @@ MOE_DEVICE_BODY void moei_permute_by_token(const moei_permute_args* a, moei_perm
     for (int u = 0; u < MOEI_PERMUTE_TOKENS; ++u) {
         const int64_t t = first + u * a->groups;
         v[u] = make_uint4(0, 0, 0, 0);
-        if (in && t < a->count) v[u] = moei_permute_load(a->x + t * a->x_bytes + offset, width);
+        if (in && t < a->count) v[u] = moei_load_vector(a->x + t * a->x_bytes + offset, width);
     }
     for (int k0 = 0; k0 < top_k; k0 += listed) {
         if (k0 > 0) __syncthreads(); /* the rows before have been used */
@@ -299,7 +235,7 @@ MOE_DEVICE_BODY void moei_permute_by_token(const moei_permute_args* a, moei_perm
                 char* y = a->y + r * a->y_bytes + offset;
                 if (r < 0) continue;
                 if (width == 16) moei_store16_streaming(y, v[u]); /* rows far apart */
-                else moei_permute_store(y, v[u], width);
+                else moei_store_vector(y, v[u], width);
             }
         }
     }

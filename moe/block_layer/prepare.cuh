@@ -40,6 +40,10 @@ typedef struct moei_block_layer {
     moei_block_layer_active_args active;
     moei_block_layer_tables_args tables; /* as backward needs them */
     moei_block_layer_act_args act;
+    void* rows;               /* [num_rows, H] sparse: the tokens' copies in expert order */
+    void* pre;                /* packed output of the up product */
+    uint64_t rows_bytes;      /* of rows */
+    uint64_t act_bytes;       /* of act.act */
     moe_permute_desc permute; /* without x */
     moe_combine_desc combine; /* without y */
     moe_block_sparse_desc product[MOEI_BLOCK_LAYER_PRODUCTS];
@@ -150,15 +154,15 @@ MOE_HOST moe_block_sparse_depths moei_block_layer_depths(const moei_block_layer*
     return p;
 }
 
-/* Fills in the products. rows [num_rows, H]: in the sparse form the tokens' copies in expert order;
-   pre and act: packed. */
-MOE_HOST void moei_block_layer_products(moei_block_layer* l, void* rows, void* pre, void* act)
+/* Fills in the products. */
+MOE_HOST void moei_block_layer_products(moei_block_layer* l)
 {
     const moe_block_layer_desc* d = &l->d;
     const int sparse = d->form == MOE_BLOCK_LAYER_SPARSE;
     const int32_t num_rows = (int32_t)l->num_rows, hidden = d->hidden,
                   act_elems = d->num_experts * d->intermediate;
     const int32_t pre_elems = l->gated ? 2 * act_elems : act_elems;
+    void *rows = l->rows, *pre = l->pre, *act = l->act.act;
     void* pre_grad = d->act_grad ? d->act_grad : pre;
     const void* const* w1 = (const void* const*)l->tables.w1_table;
     const void* const* w2 = (const void* const*)l->tables.w2_table;
@@ -307,26 +311,13 @@ MOE_HOST moe_status moei_block_layer_route(moei_block_layer* l, size_t* at)
     return moe_route_workspace(r, &r->workspace_bytes);
 }
 
-/* Checks sizes and options and fills in *l. Always computes the bytes; with memory in the
-   descriptor, also the addresses of all buffers in it.
-     1. Check the options; fill in the tables' sizes.
-     2. Carve `saved`: active experts, route, lists, pre.
-     3. Carve the workspace: buffers of both calls come first.
-     4. Carve the workspace of the stations, at the end.
-     5. Fill in the arguments of the kernels and the descriptors of permute and combine. */
-MOE_HOST moe_status moei_block_layer_plan(const moe_block_layer_desc* desc, moei_block_layer* l)
+/* Fills in the kernels' arguments that follow from sizes. */
+MOE_HOST void moei_block_layer_sizes(moei_block_layer* l)
 {
-    moe_block_layer_desc* d = &l->d;
-    const int32_t num_experts = desc->num_experts;
-    size_t saved = 0, forward = 0, backward = 0, temporary[2] = {0, 0};
-    uint64_t rows_bytes, act_bytes, table[2];
-    void *rows, *pre, *act, *at_end;
-    int sparse;
-    memset(l, 0, sizeof *l);
-    l->d = *desc;
-    MOE_TRY(moei_block_layer_check_options(l));
-    /* 1. tables */
-    sparse = d->form == MOE_BLOCK_LAYER_SPARSE;
+    const moe_block_layer_desc* d = &l->d;
+    const int32_t num_experts = d->num_experts;
+    l->num_rows = d->num_tokens;
+    l->room = d->form == MOE_BLOCK_LAYER_BATCH && d->top_k < num_experts ? d->top_k : num_experts;
     l->tables.w1 = d->w1;
     l->tables.w2 = d->w2;
     l->tables.grad_expert = d->grad_expert;
@@ -342,85 +333,104 @@ MOE_HOST moe_status moei_block_layer_plan(const moe_block_layer_desc* desc, moei
     l->tables.grad_bytes = moe_dtype_bytes(d->grad_dtype);
     l->blocks[0] = l->tables.blocks_act = d->intermediate / d->block;
     l->blocks[1] = l->tables.blocks_pre = l->blocks[0] * (l->gated ? 2 : 1);
-    if (d->num_tokens == 0) return MOE_OK; /* nothing is kept */
 
-    /* 2. saved: active experts, maps, lists, pre */
-    l->num_rows = d->num_tokens;
-    l->room = d->form == MOE_BLOCK_LAYER_BATCH && d->top_k < num_experts ? d->top_k : num_experts;
-    l->active.active = (int32_t*)moei_carve((char*)d->saved, &saved, (uint64_t)num_experts * 4);
-    l->active.active_index =
-        (int32_t*)moei_carve((char*)d->saved, &saved, (uint64_t)num_experts * 4);
-    l->active.count = (int32_t*)moei_carve((char*)d->saved, &saved, 4);
-    if (d->form == MOE_BLOCK_LAYER_BATCH)
-        l->active.flag = (int32_t*)moei_carve((char*)d->saved, &saved, (uint64_t)num_experts * 4);
-    if (sparse) MOE_TRY(moei_block_layer_route(l, &saved));
-    l->runs = (l->num_rows + d->block - 1) / d->block * (sparse ? 1 : l->room);
-    MOE_TRY(moei_block_layer_list(l, 0, &saved));
-    l->mask[1] = l->mask[0];
-    if (l->gated) MOE_TRY(moei_block_layer_list(l, 1, &saved));
-    act_bytes = (uint64_t)l->mask[0].max_blocks * (uint64_t)(d->block * d->block) * 2;
-    rows_bytes = sparse ? (uint64_t)l->num_rows * (uint64_t)d->hidden * 2 : 0;
-    pre = moei_carve((char*)d->saved, &saved, act_bytes * (l->gated ? 2 : 1));
-
-    /* 3. workspace: buffers of both calls come first */
-    for (int i = 0; i < 2; ++i) table[i] = (uint64_t)num_experts * (uint64_t)l->blocks[i] * 8;
-    l->tables.w1_table = (const void**)moei_carve((char*)d->workspace, &forward, table[1]);
-    l->tables.w2_table = (const void**)moei_carve((char*)d->workspace, &forward, table[0]);
-    rows = moei_carve((char*)d->workspace, &forward, rows_bytes);
-    act = moei_carve((char*)d->workspace, &forward, act_bytes);
-    backward = forward;
-    l->tables.dw1_table = (void**)moei_carve((char*)d->workspace, &backward, table[1]);
-    l->tables.dw2_table = (void**)moei_carve((char*)d->workspace, &backward, table[0]);
-    if (d->form == MOE_BLOCK_LAYER_BATCH) {
-        l->act.held_stride = (l->num_rows + 15) / 16 * 16;
-        l->act.held = (uint8_t*)moei_carve((char*)d->workspace, &backward,
-                                           (uint64_t)(l->room * l->act.held_stride));
-        l->act.lacking =
-            (int32_t*)moei_carve((char*)d->workspace, &backward, (uint64_t)num_experts * 4);
-        if (!d->dw1 && !d->dw2) l->act.lacking = 0;
-        l->tables.lacking = l->act.lacking;
-    }
-    moei_block_layer_products(l, rows, pre, act);
-
-    /* 4. workspace of one station at a time: all use the same memory, in which nothing outlives its
-       launch */
-    temporary[0] = l->route.workspace_bytes;
-    for (int i = 0; i <= l->gated; ++i) {
-        MOE_TRY(moe_block_sparse_list_workspace(&l->list[i], &l->list[i].workspace_bytes));
-        if (l->list[i].workspace_bytes > temporary[0]) temporary[0] = l->list[i].workspace_bytes;
-    }
-    for (int i = 0; i < MOEI_BLOCK_LAYER_PRODUCTS; ++i) {
-        size_t *bytes = &l->product[i].workspace_bytes,
-               *most = &temporary[i > MOEI_BLOCK_LAYER_DOWN];
-        MOE_TRY(moei_block_layer_product_bytes(&l->product[i], bytes));
-        if (*bytes > *most) *most = *bytes;
-    }
-    l->route.workspace = moei_carve((char*)d->workspace, &forward, temporary[0]);
-    for (int i = 0; i <= l->gated; ++i) l->list[i].workspace = l->route.workspace;
-    at_end = moei_carve((char*)d->workspace, &backward, temporary[1]);
-    for (int i = 0; i < MOEI_BLOCK_LAYER_PRODUCTS; ++i)
-        if (l->product[i].workspace_bytes)
-            l->product[i].workspace = i > MOEI_BLOCK_LAYER_DOWN ? at_end : l->route.workspace;
-    l->bytes.saved = saved;
-    l->bytes.forward = forward;
-    l->bytes.backward = backward;
-    l->bytes.act_grad = (size_t)act_bytes * (l->gated ? 2 : 1);
-
-    /* 5. arguments */
-    l->tables.active = l->active.active;
-    l->tables.active_index = l->active.active_index;
-    l->tables.count = l->active.count;
     l->active.ids = d->ids;
-    l->active.expert_offset = l->route.expert_offset;
     l->active.fault = d->fault;
     l->active.rank = d->rank;
     l->active.slots = (int64_t)d->num_tokens * d->top_k;
     l->active.num_experts = l->active.entries = num_experts;
     l->active.room = l->room;
+}
 
-    l->act.pre = (const uint16_t*)pre;
-    l->act.act = (uint16_t*)act;
-    l->act.pre_grad = (uint16_t*)(d->act_grad ? d->act_grad : pre);
+/* Carves `saved`: active experts, route, lists, pre. Sets the bytes of act and of the rows. */
+MOE_HOST moe_status moei_block_layer_carve_saved(moei_block_layer* l)
+{
+    const moe_block_layer_desc* d = &l->d;
+    const uint64_t entries = (uint64_t)d->num_experts * 4;
+    const int sparse = d->form == MOE_BLOCK_LAYER_SPARSE;
+    size_t at = 0;
+    l->active.active = (int32_t*)moei_carve((char*)d->saved, &at, entries);
+    l->active.active_index = (int32_t*)moei_carve((char*)d->saved, &at, entries);
+    l->active.count = (int32_t*)moei_carve((char*)d->saved, &at, 4);
+    if (d->form == MOE_BLOCK_LAYER_BATCH)
+        l->active.flag = (int32_t*)moei_carve((char*)d->saved, &at, entries);
+    if (sparse) MOE_TRY(moei_block_layer_route(l, &at));
+    l->runs = (l->num_rows + d->block - 1) / d->block * (sparse ? 1 : l->room);
+    MOE_TRY(moei_block_layer_list(l, 0, &at));
+    l->mask[1] = l->mask[0];
+    if (l->gated) MOE_TRY(moei_block_layer_list(l, 1, &at));
+    l->act_bytes = (uint64_t)l->mask[0].max_blocks * (uint64_t)(d->block * d->block) * 2;
+    l->rows_bytes = sparse ? (uint64_t)l->num_rows * (uint64_t)d->hidden * 2 : 0;
+    l->bytes.act_grad = (size_t)l->act_bytes * (l->gated ? 2 : 1);
+    l->pre = moei_carve((char*)d->saved, &at, l->bytes.act_grad);
+    l->bytes.saved = at;
+    return MOE_OK;
+}
+
+/* Carves the buffers of the workspace that outlive a launch: those of both calls, then those of
+   backward alone. Sets bytes.forward and bytes.backward to where the stations' memory begins. */
+MOE_HOST void moei_block_layer_carve_buffers(moei_block_layer* l)
+{
+    const moe_block_layer_desc* d = &l->d;
+    char* workspace = (char*)d->workspace;
+    const uint64_t entries = (uint64_t)d->num_experts * 8;
+    const uint64_t table1 = entries * (uint64_t)l->blocks[1];
+    const uint64_t table2 = entries * (uint64_t)l->blocks[0];
+    size_t at = 0;
+    l->tables.w1_table = (const void**)moei_carve(workspace, &at, table1);
+    l->tables.w2_table = (const void**)moei_carve(workspace, &at, table2);
+    l->rows = moei_carve(workspace, &at, l->rows_bytes);
+    l->act.act = (uint16_t*)moei_carve(workspace, &at, l->act_bytes);
+    l->bytes.forward = at;
+    l->tables.dw1_table = (void**)moei_carve(workspace, &at, table1);
+    l->tables.dw2_table = (void**)moei_carve(workspace, &at, table2);
+    if (d->form == MOE_BLOCK_LAYER_BATCH) {
+        l->act.held_stride = (l->num_rows + 15) / 16 * 16;
+        l->act.held =
+            (uint8_t*)moei_carve(workspace, &at, (uint64_t)(l->room * l->act.held_stride));
+        l->act.lacking = (int32_t*)moei_carve(workspace, &at, (uint64_t)d->num_experts * 4);
+        if (!d->dw1 && !d->dw2) l->act.lacking = 0;
+        l->tables.lacking = l->act.lacking;
+    }
+    l->bytes.backward = at;
+}
+
+/* Carves the workspace of the stations behind the buffers. One station runs at a time, and nothing
+   in it outlives its launch: all use the same memory. */
+MOE_HOST moe_status moei_block_layer_carve_stations(moei_block_layer* l)
+{
+    char* workspace = (char*)l->d.workspace;
+    size_t most[2] = {l->route.workspace_bytes, 0}; /* of forward, of backward */
+    void* at[2];
+    for (int i = 0; i <= l->gated; ++i) {
+        MOE_TRY(moe_block_sparse_list_workspace(&l->list[i], &l->list[i].workspace_bytes));
+        if (l->list[i].workspace_bytes > most[0]) most[0] = l->list[i].workspace_bytes;
+    }
+    for (int i = 0; i < MOEI_BLOCK_LAYER_PRODUCTS; ++i) {
+        size_t* bytes = &l->product[i].workspace_bytes;
+        MOE_TRY(moei_block_layer_product_bytes(&l->product[i], bytes));
+        if (*bytes > most[i > MOEI_BLOCK_LAYER_DOWN]) most[i > MOEI_BLOCK_LAYER_DOWN] = *bytes;
+    }
+    at[0] = moei_carve(workspace, &l->bytes.forward, most[0]);
+    at[1] = moei_carve(workspace, &l->bytes.backward, most[1]);
+    l->route.workspace = at[0];
+    for (int i = 0; i <= l->gated; ++i) l->list[i].workspace = at[0];
+    for (int i = 0; i < MOEI_BLOCK_LAYER_PRODUCTS; ++i)
+        if (l->product[i].workspace_bytes) l->product[i].workspace = at[i > MOEI_BLOCK_LAYER_DOWN];
+    return MOE_OK;
+}
+
+/* Fills in what reads the carved buffers: arguments of the kernels, permute and combine. */
+MOE_HOST void moei_block_layer_connect(moei_block_layer* l)
+{
+    const moe_block_layer_desc* d = &l->d;
+    l->tables.active = l->active.active;
+    l->tables.active_index = l->active.active_index;
+    l->tables.count = l->active.count;
+    l->active.expert_offset = l->route.expert_offset;
+
+    l->act.pre = (const uint16_t*)l->pre;
+    l->act.pre_grad = (uint16_t*)(d->act_grad ? d->act_grad : l->pre);
     l->act.row_offset = l->mask[0].row_offset;
     l->act.column_index = l->mask[0].column_index;
     l->act.row_slot = l->route.row_slot;
@@ -433,24 +443,24 @@ MOE_HOST moe_status moei_block_layer_plan(const moe_block_layer_desc* desc, moei
     l->act.form = d->form;
     l->act.num_rows = (int32_t)l->num_rows;
     l->act.row_blocks = moe_block_sparse_count((int32_t)l->num_rows, d->block);
-    l->act.num_experts = num_experts;
+    l->act.num_experts = d->num_experts;
     l->act.top_k = d->top_k;
     l->act.run = l->blocks[0];
     while (1 << l->act.block_log2 < d->block) ++l->act.block_log2;
     l->act.activation = moei_activation_of(d->activation, d->alpha, d->limit);
-    l->act.gated = moe_activation_is_gated(d->activation);
+    l->act.gated = l->gated;
 
     l->permute.row_slot = l->route.row_slot;
     l->permute.slot_row = l->route.slot_row;
     l->permute.dtype = d->dtype;
-    l->permute.y = rows;
+    l->permute.y = l->rows;
     l->permute.fault = d->fault;
     l->permute.rank = d->rank;
     l->permute.num_tokens = d->num_tokens;
     l->permute.top_k = d->top_k;
     l->permute.hidden = d->hidden;
     l->permute.num_rows = l->num_rows;
-    l->combine.rows = rows;
+    l->combine.rows = l->rows;
     l->combine.place = l->route.place;
     l->combine.rows_dtype = d->dtype;
     l->combine.fault = d->fault;
@@ -459,6 +469,22 @@ MOE_HOST moe_status moei_block_layer_plan(const moe_block_layer_desc* desc, moei
     l->combine.hidden = d->hidden;
     l->combine.top_k = d->top_k;
     l->combine.num_rows = l->num_rows;
+}
+
+/* Checks sizes and options and fills in *l. Always computes the bytes; with memory in the
+   descriptor, also the addresses of all buffers in it. */
+MOE_HOST moe_status moei_block_layer_plan(const moe_block_layer_desc* desc, moei_block_layer* l)
+{
+    memset(l, 0, sizeof *l);
+    l->d = *desc;
+    MOE_TRY(moei_block_layer_check_options(l));
+    moei_block_layer_sizes(l);
+    if (l->d.num_tokens == 0) return MOE_OK; /* nothing is kept */
+    MOE_TRY(moei_block_layer_carve_saved(l));
+    moei_block_layer_carve_buffers(l);
+    moei_block_layer_products(l);
+    MOE_TRY(moei_block_layer_carve_stations(l));
+    moei_block_layer_connect(l);
     return MOE_OK;
 }
 

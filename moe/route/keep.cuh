@@ -225,17 +225,12 @@ MOE_DEVICE void moei_route_write_slot(const moei_route_args* a, uint32_t expert_
                                       float weight, int at)
 {
     const moe_route_desc* d = &a->d;
-    const bool split = d->place_kind == MOE_PLACE_BY_EXPERT;
-    int row = at < 0 ? -1 : (int)(expert_row + (unsigned)at);
-    moe_place place;
+    const int row = at < 0 ? -1 : (int)(expert_row + (unsigned)at);
     if (slot < 0 || slot >= d->num_tokens * d->top_k || row < -1 || row >= a->max_rows) {
         moe_fault_raise(d->fault, MOE_FAULT_BAD_COUNT, d->rank, d->num_tokens * d->top_k - 1);
         return;
     }
-    if (d->slot_row) d->slot_row[slot] = row;
-    place.buffer = row < 0 ? -1 : split ? (int)blockIdx.x : 0;
-    place.row = row < 0 ? -1 : split ? at : row;
-    if (d->place) d->place[slot] = place;
+    moei_route_write_row(d, slot, (int)blockIdx.x, (int)expert_row, row);
     if (row >= 0 && d->row_slot) d->row_slot[row] = slot;
     if (row >= 0 && d->row_weight) d->row_weight[row] = weight;
 }

@@ -1,102 +1,13 @@
-/* place.cuh: the counting and the placing launch of route.cuh. */
+/* place.cuh: the placing launch of route.cuh: offsets of the experts, then the row of each slot. */
 #ifndef MOE_ROUTE_PLACE_CUH
 #define MOE_ROUTE_PLACE_CUH
 
 #include "../base/block.cuh"
 #include "../base/copy.cuh"
-#include "../base/fault.cuh"
-#include "../faults.h"
-#include "desc.h"
+#include "count.cuh"
 #include "rank.cuh"
 
-#define MOEI_ROUTE_THREADS 512 /* most threads a block */
 #define MOEI_ROUTE_STEPS 4 /* most slots of a thread in a round */
-
-/* The argument of route's kernels. */
-typedef struct moei_route_args {
-    moe_route_desc d;  /* defaults filled in: num_replicas, row_multiple, capacity are not 0 */
-    int32_t max_rows;  /* entries of row_slot and row_weight */
-    int32_t list_only; /* 1: writes slot_row and place only for slots without a row */
-    /* for keep.cuh, capacity by weight: all slots in expert order, placed without a capacity */
-    int32_t* list_count;  /* [P] slots of each expert */
-    int32_t* list_offset; /* [P + 1] first entry of each expert */
-    int32_t* list_slot;   /* [T * K] slot of each entry */
-    float* list_weight;   /* [T * K] weight of each entry */
-} moei_route_args;
-
-#define MOEI_ROUTE_NO_LIMIT 0x7fffffff /* a capacity that no expert reaches */
-
-/* Returns the replica of expert `id` for the slot: number t % n of its n. Returns -1 and raises
-   BAD_REPLICA where the expert has none, or the replica's number is out of range. With
-   absent_replicas, an empty range or a replica_expert of -1 gives -1 without a fault. */
-MOE_DEVICE int moei_route_replica(const moe_route_desc* d, uint32_t slot, int id)
-{
-    const int from = d->replica_offset[id], upto = d->replica_offset[id + 1];
-    int e = from >= 0 && from == upto && upto <= d->num_replicas ? -1 : -2; /* absent, bad */
-    if (from >= 0 && from < upto && upto <= d->num_replicas) {
-        const uint32_t t = slot / (uint32_t)d->top_k;
-        e = from + (int)(t % (uint32_t)(upto - from));
-        if (d->replica_expert) e = d->replica_expert[e];
-    }
-    if (e >= 0 && e < d->num_replicas) return e;
-    if (e != -1 || !d->absent_replicas)
-        moe_fault_raise(d->fault, MOE_FAULT_BAD_REPLICA, d->rank, slot);
-    return -1;
-}
-
-/* Returns the physical expert of a slot, or -1. An id that is neither an expert nor -1 sets the
-   fault word. options, here and below, is a literal: 0 compiles plain routing alone. */
-MOE_DEVICE int moei_route_id(const moe_route_desc* d, uint32_t slot, int id, const int options)
-{
-    if (id >= 0 && id < d->num_experts)
-        return options && d->replica_offset ? moei_route_replica(d, slot, id) : id;
-    if (id != -1) moe_fault_raise(d->fault, MOE_FAULT_BAD_ID, d->rank, slot);
-    return -1;
-}
-
-/* Returns the first slot of a chunk; for the chunk after the last, T * K. Slots are below 2^31:
-   unsigned sums of a slot and a block's threads do not wrap. */
-MOE_DEVICE uint32_t moei_route_begin(const moe_route_desc* d, uint32_t chunk)
-{
-    const uint32_t num_tokens = (uint32_t)d->num_tokens;
-    const uint32_t t = chunk * (uint32_t)moe_chunk_tokens(d->num_tokens);
-    return (t < num_tokens ? t : num_tokens) * (uint32_t)d->top_k;
-}
-
-/* Counting, one block a chunk: writes how often the chunk chose each expert to chunk_count. count
-   [P] is in shared memory. */
-MOE_DEVICE_BODY void moei_route_count_chunk(const moe_route_desc* d, int* count, const int options)
-{
-    const int num_experts = d->num_replicas; /* physical experts */
-    const uint32_t end = moei_route_begin(d, blockIdx.x + 1);
-
-    moe_pdl_trigger();
-    for (int e = (int)threadIdx.x; e < num_experts; e += (int)blockDim.x) count[e] = 0;
-    moe_pdl_wait();
-    if (moe_fault_stopped(d->fault)) return;
-    __syncthreads(); /* count is clear */
-    for (uint32_t s = moei_route_begin(d, blockIdx.x) + threadIdx.x; s < end; s += blockDim.x) {
-        const int e = moei_route_id(d, s, d->ids[s], options);
-        if (e >= 0) atomicAdd(count + e, 1);
-    }
-    __syncthreads(); /* count is complete */
-    for (int e = (int)threadIdx.x; e < num_experts; e += (int)blockDim.x)
-        d->chunk_count[blockIdx.x * (uint32_t)num_experts + e] = count[e];
-}
-
-/* Counting, for plain routing. */
-MOE_KERNEL(MOEI_ROUTE_THREADS, 1) moei_route_count(MOE_ARG(moei_route_args) a)
-{
-    MOE_SHARED_DYNAMIC(shared);
-    moei_route_count_chunk(&a.d, (int*)shared, 0);
-}
-
-/* Counting, with replicas. */
-MOE_KERNEL(MOEI_ROUTE_THREADS, 1) moei_route_count_options(MOE_ARG(moei_route_args) a)
-{
-    MOE_SHARED_DYNAMIC(shared);
-    moei_route_count_chunk(&a.d, (int*)shared, 1);
-}
 
 /* Shared memory of placing. A round is the slots that the block has in flight together. Their
    positions are their ranks by expert; slots without an expert have none. */
@@ -144,56 +55,6 @@ MOE_DEVICE void moei_route_clear(const moei_route_shared* s, int num_experts)
     const int n = (int)(moei_route_ahead_bytes(num_experts, (int)(blockDim.x >> 5)) / 16);
     for (int i = (int)threadIdx.x; i < n; i += (int)blockDim.x)
         ((uint4*)s->ahead)[i] = make_uint4(0, 0, 0, 0);
-}
-
-/* Adds the counts of experts e .. e + 3, those below P, of chunks from .. upto - 1 to *sum. */
-MOE_DEVICE void moei_route_add_counts(uint4* sum, const moe_route_desc* d, int e, int from,
-                                      int upto)
-{
-    const int num_experts = d->num_replicas;
-    const int32_t* n = d->chunk_count + from * num_experts + e; /* at most 2^19 */
-    if (num_experts % 4 == 0 && (uintptr_t)d->chunk_count % 16 == 0) {
-        if (e >= num_experts) return;
-        MOE_UNROLL_8
-        for (int c = from; c < upto; ++c, n += num_experts) {
-            const uint4 v = *(const uint4*)n;
-            sum->x += v.x, sum->y += v.y, sum->z += v.z, sum->w += v.w;
-        }
-    } else {
-        for (int c = from; c < upto; ++c, n += num_experts) {
-            if (e < num_experts) sum->x += (unsigned)n[0];
-            if (e + 1 < num_experts) sum->y += (unsigned)n[1];
-            if (e + 2 < num_experts) sum->z += (unsigned)n[2];
-            if (e + 3 < num_experts) sum->w += (unsigned)n[3];
-        }
-    }
-}
-
-/* Stores v to to[e] .. to[e + 3], those below num_experts. */
-MOE_DEVICE void moei_route_store_counts(int* to, int e, int num_experts, uint4 v)
-{
-    if (e < num_experts) to[e] = (int)v.x;
-    if (e + 1 < num_experts) to[e + 1] = (int)v.y;
-    if (e + 2 < num_experts) to[e + 2] = (int)v.z;
-    if (e + 3 < num_experts) to[e + 3] = (int)v.w;
-}
-
-/* How the chunk counts are summed: in groups of neighbouring chunks; a warp has 128 neighbouring
-   experts of a group. Warps and groups are powers of two, given by their log2, so that nothing is
-   divided. */
-typedef struct moei_route_groups {
-    int tiles_log2, log2, each; /* warps (or rounds of warps) a group; groups; chunks a group */
-} moei_route_groups;
-
-/* Returns the groups of this launch. */
-MOE_DEVICE moei_route_groups moei_route_group(int num_experts, int chunks)
-{
-    const int tiles = (num_experts + 127) / 128, warps_log2 = 31 - __clz((int)blockDim.x >> 5);
-    moei_route_groups g;
-    g.tiles_log2 = 32 - __clz(tiles - 1);
-    g.log2 = warps_log2 > g.tiles_log2 ? warps_log2 - g.tiles_log2 : 0;
-    g.each = (chunks + (1 << g.log2) - 1) >> g.log2;
-    return g;
 }
 
 /* Sets parts[g][e] to e's slots in group g, and s->base[e] to e's slots in the chunks of this
@@ -374,6 +235,63 @@ MOE_DEVICE int moei_route_starts(const moei_route_shared* s, int num_experts,
     return taken;
 }
 
+/* Computes the row of a slot from its rank in its warp, and collects the slot by position in shared
+   memory. Returns -1 where the slot has no expert or is over the capacity, and, with a fault, where
+   the ids are not those that were counted. */
+MOE_DEVICE int moei_route_place_slot(const moei_route_args* a, const moei_route_shared* s,
+                                     uint32_t slot, int expert, int rank, float weight,
+                                     const int options)
+{
+    const moe_route_desc* d = &a->d;
+    int row = -1;
+    if (expert >= 0) {
+        const int n = s->ahead[expert * s->stride + moe_warp()] + rank, at = s->start[expert] + n;
+        row = (int)((unsigned)s->base[expert] + (unsigned)n);
+        if (options && (unsigned)row - (unsigned)s->offset[expert] >= (unsigned)d->capacity) {
+            row = -1; /* over the capacity */
+        } else if (row < 0 || row >= a->max_rows) {
+            moe_fault_raise(d->fault, MOE_FAULT_BAD_COUNT, d->rank, slot);
+            row = -1;
+        }
+        s->row[at] = row;
+        s->slot[at] = (int)slot;
+        s->weight[at] = weight;
+    }
+    return row;
+}
+
+/* Writes slot_row and place of a slot whose expert begins at row `offset`; row -1: none. */
+MOE_DEVICE void moei_route_write_row(const moe_route_desc* d, int slot, int expert, int offset,
+                                     int row)
+{
+    if (d->slot_row) d->slot_row[slot] = row;
+    if (d->place) {
+        const bool split = d->place_kind == MOE_PLACE_BY_EXPERT;
+        moe_place p;
+        p.buffer = row < 0 ? -1 : split ? expert : 0;
+        p.row = row < 0 ? -1 : split ? row - offset : row;
+        d->place[slot] = p;
+    }
+}
+
+/* Writes row_slot and row_weight of the round's slots by position: whole runs of rows. Advances
+   base to the next round. All threads. */
+MOE_DEVICE void moei_route_write_slots(const moei_route_args* a, const moei_route_shared* s,
+                                       int taken)
+{
+    const moe_route_desc* d = &a->d;
+    const int num_experts = d->num_replicas;
+    for (int at = (int)threadIdx.x; at < taken; at += (int)blockDim.x) {
+        const int row = s->row[at];
+        if (row >= 0 && d->row_slot) d->row_slot[row] = s->slot[at];
+        if (row >= 0 && d->row_weight) d->row_weight[row] = s->weight[at];
+    }
+    for (int e = (int)threadIdx.x; e < num_experts; e += (int)blockDim.x) {
+        const int next = e + 1 < num_experts ? s->start[e + 1] : taken;
+        s->base[e] = (int)((unsigned)s->base[e] + (unsigned)(next - s->start[e]));
+    }
+}
+
 /* Placing, one block a chunk: gives each slot its row.
      1. loads the first round's ids and weights; offsets; clears the rows that pad experts
      Then in each round:
@@ -382,7 +300,7 @@ MOE_DEVICE int moei_route_starts(const moei_route_shared* s, int num_experts,
      4. row of each slot = base + rank in the block. Writes slot_row and place in slot order;
         collects the slots by position in shared memory
      5. loads the next round's ids and weights
-     6. writes row_slot and row_weight by position: whole runs of rows; advances base
+     6. writes row_slot and row_weight by position; advances base
      At the end:
      7. compares checksums; clears the rows past the last */
 MOE_DEVICE_BODY void moei_route_place_chunk(const moei_route_args* a, unsigned char* shared,
@@ -432,47 +350,18 @@ MOE_DEVICE_BODY void moei_route_place_chunk(const moei_route_args* a, unsigned c
         }
         __syncthreads(); /* ahead is complete */
         taken = moei_route_starts(&s, num_experts, scratch); /* 3. start */
-        MOE_UNROLL                                           /* 4. row */
-        for (int i = 0; i < MOEI_ROUTE_STEPS; ++i) {
+        MOE_UNROLL
+        for (int i = 0; i < MOEI_ROUTE_STEPS; ++i) { /* 4. row */
             const uint32_t slot = first + (uint32_t)(i * MOE_WARP_SIZE);
-            const int e = expert[i];
-            bool write;
-            int row = -1;
-            if (e >= 0) {
-                const int n = s.ahead[e * s.stride + moe_warp()] + rank[i], at = s.start[e] + n;
-                row = (int)((unsigned)s.base[e] + (unsigned)n);
-                if (options && (unsigned)row - (unsigned)s.offset[e] >= (unsigned)d->capacity) {
-                    row = -1; /* over the capacity */
-                } else if (row < 0 || row >= a->max_rows) { /* not the ids that were counted */
-                    moe_fault_raise(d->fault, MOE_FAULT_BAD_COUNT, d->rank, slot);
-                    row = -1;
-                }
-                s.row[at] = row;
-                s.slot[at] = (int)slot;
-                s.weight[at] = weight[i];
-            }
-            write = i < steps && slot < end && !(options && a->list_only && row >= 0);
-            if (write && d->slot_row) d->slot_row[slot] = row;
-            if (write && d->place) {
-                const bool split = d->place_kind == MOE_PLACE_BY_EXPERT;
-                moe_place p;
-                p.buffer = row < 0 ? -1 : split ? e : 0;
-                p.row = row < 0 ? -1 : split ? row - s.offset[e] : row;
-                d->place[slot] = p;
-            }
+            const int row =
+                moei_route_place_slot(a, &s, slot, expert[i], rank[i], weight[i], options);
+            if (i < steps && slot < end && !(options && a->list_only && row >= 0))
+                moei_route_write_row(d, (int)slot, expert[i],
+                                     expert[i] < 0 ? 0 : s.offset[expert[i]], row);
         }
         moei_route_fetch(id, weight, d, begin + blockDim.x * (uint32_t)steps, end, steps); /* 5. */
         __syncthreads(); /* 6.; the positions are complete */
-        for (int at = (int)threadIdx.x; at < taken; at += (int)blockDim.x) {
-            const int row = s.row[at];
-            if (row >= 0 && d->row_slot) d->row_slot[row] = s.slot[at];
-            if (row >= 0 && d->row_weight) d->row_weight[row] = s.weight[at];
-        }
-        for (int e = (int)threadIdx.x; e < num_experts;
-             e += (int)blockDim.x) { /* the next round's base */
-            const int next = e + 1 < num_experts ? s.start[e + 1] : taken;
-            s.base[e] = (int)((unsigned)s.base[e] + (unsigned)(next - s.start[e]));
-        }
+        moei_route_write_slots(a, &s, taken);
         if (begin + blockDim.x * (uint32_t)steps < end) {
             moei_route_clear(&s, num_experts);
             __syncthreads();

@@ -491,7 +491,7 @@ static void test_device_sort_and_copy(void)
     sort_try(&r, 40, 1, 5, 1030, 1); /* all at one expert */
 }
 
-/* ---- moe_copy_row with every alignment and length: moe/permute.cuh ---- */
+/* ---- moe_copy_row with every alignment and length: moe/base/copy_row.cuh ---- */
 
 #define COPY_LENGTHS 12
 #define COPY_SPAN 2600 /* bytes of one copy's part of y */
