@@ -19,8 +19,9 @@
 #define MOEI_FIELD_LIST(X)                                                                         \
     X(desc)                                                                                        \
     X(num_tokens)                                                                                  \
-    X(hidden) X(intermediate) X(num_experts) X(top_k) X(num_rows) X(x) X(x_dtype) X(x_stride) X(   \
-        y) X(y_dtype) X(y_stride) X(dtype) X(logits) X(logits_dtype) X(logits_stride) X(router)    \
+    X(hidden)                                                                                      \
+    X(intermediate) X(num_experts) X(top_k) X(num_rows) X(x) X(x_dtype) X(x_stride) X(y) X(        \
+        y_dtype) X(y_stride) X(dtype) X(logits) X(logits_dtype) X(logits_stride) X(router)         \
         X(router_dtype) X(router_stride) X(ids) X(weights) X(score) X(renormalize) X(scale) X(     \
             expert_count) X(expert_offset) X(chunk_count) X(slot_row) X(row_slot) X(row_weight)    \
             X(place) X(place_kind) X(table) X(num_buffers) X(rows) X(rows_dtype) X(row_stride) X(  \
@@ -47,7 +48,7 @@
                                                                 X(b_rows) X(a_div) X(b_div) X(     \
                                                                     c_expert_stride) X(workspace)  \
                                                                     X(workspace_bytes) X(fault)    \
-                                                                        X(rank) X(stage) X(block)  \
+                                                                        X(rank) X(part) X(block)   \
                                                                             X(grad_dtype)          \
                                                                                 X(grad_expert) X(  \
                                                                                     saved)         \
