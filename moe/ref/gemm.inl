@@ -1,6 +1,6 @@
 /* gemm.inl: the grouped GEMM for one type of number; gemm.h includes it twice. */
 
-/* Writes c [R, N]. abs_sum [R, N], for error bounds, gets |bias| + sum |a * b|, or is null. */
+/* Writes c [R, n]. abs_sum [R, n], for error bounds, gets |bias| + sum |a * b|, or is null. */
 MOE_HOST void MOEI_REF(moe_ref_gemm)(const moe_ref_gemm_desc* d, MOEI_REAL* c, MOEI_REAL* abs_sum)
 {
     const int columns = d->n, depths = d->k;
