@@ -19,13 +19,11 @@
 #define MOEI_FIELD_LIST(X)                                                                         \
     X(desc)                                                                                        \
     X(num_tokens)                                                                                  \
-    X(hidden)                                                                                      \
-    X(intermediate)                                                                                \
-    X(num_experts) X(top_k) X(num_rows) X(x) X(x_dtype) X(x_stride) X(y) X(y_dtype) X(y_stride) X( \
-        dtype) X(logits) X(logits_dtype) X(logits_stride) X(router) X(router_dtype)                \
-        X(router_stride) X(ids) X(weights) X(score) X(renormalize) X(scale) X(expert_count) X(     \
-            expert_offset) X(chunk_count) X(slot_row) X(row_slot) X(row_weight) X(place)           \
-            X(place_kind) X(table) X(num_buffers) X(rows) X(rows_dtype) X(row_stride) X(           \
+    X(hidden) X(intermediate) X(num_experts) X(top_k) X(num_rows) X(x) X(x_dtype) X(x_stride) X(   \
+        y) X(y_dtype) X(y_stride) X(dtype) X(logits) X(logits_dtype) X(logits_stride) X(router)    \
+        X(router_dtype) X(router_stride) X(ids) X(weights) X(score) X(renormalize) X(scale) X(     \
+            expert_count) X(expert_offset) X(chunk_count) X(slot_row) X(row_slot) X(row_weight)    \
+            X(place) X(place_kind) X(table) X(num_buffers) X(rows) X(rows_dtype) X(row_stride) X(  \
                 residual) X(residual_stride) X(w1) X(w2) X(bias1) X(bias2) X(gate_up) X(act)       \
                 X(act_stride) X(a) X(a_stride) X(a_major) X(b) X(b_stride) X(b_major) X(bias) X(   \
                     c) X(c_dtype) X(c_stride) X(n) X(k) X(row_div) X(row_index) X(a_rows) X(tile)  \

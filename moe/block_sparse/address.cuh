@@ -3,9 +3,9 @@
 
    X, Y, m, k, n, block rows and block columns are those of the normal form (tile.cuh).
 
-   An address is the sum of two parts: a fixed one for each slice of rows (or columns) of the tile,
-   in shared memory, and one for each slice of depth, which the list names. So a tile may consist of
-   sparse blocks anywhere, of 16 elements and more, and tables cost nothing where they are null. */
+   An address is the sum of two parts. Each slice of rows (or columns) of the tile has a fixed part,
+   in shared memory. Each slice of depth has a part too; the list names these slices. So a tile may
+   consist of sparse blocks anywhere, of 16 elements and more. Null tables cost nothing. */
 #ifndef MOE_BLOCK_SPARSE_ADDRESS_CUH
 #define MOE_BLOCK_SPARSE_ADDRESS_CUH
 

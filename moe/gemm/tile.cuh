@@ -7,7 +7,7 @@
 
    All shape parameters are literals in the stamped kernels, so that the accumulators stay in
    registers and the loops unroll. Where gate and up are not interleaved, half of a warp's columns
-   are gates and half are ups, so that one warp's epilogue has both. */
+   are gates and half are ups: one warp's epilogue has both. */
 #ifndef MOE_GEMM_TILE_CUH
 #define MOE_GEMM_TILE_CUH
 
