@@ -6,7 +6,7 @@
 #include "cuda.cuh"
 #include "fault.h"
 
-/* Returns MOEI_FAULT_KEY, computed only where a fault is met. In C, `rank << 44` is uniform over the
+/* Returns MOEI_FAULT_KEY, computed only where a fault is met. In C, rank << 44 is uniform over the
    kernel: the compiler computes the shift ahead of the branch and holds the result in a register.
    This costs 4 % of route's placing launch. Here the instruction that adds the rank depends on the
    index. */

@@ -124,7 +124,7 @@ MOE_DEVICE void moei_group_merge(float* top, const int w, const int have, const 
     }
 }
 
-/* Writes the `num_largest` largest numbers of an aligned group of `lanes` lanes (a literal) to every
+/* Writes the num_largest largest numbers of an aligned group of `lanes` lanes (a literal) to every
    lane's top. Each lane has per_lane numbers in v and sorts its largest. Then the lists are merged
    pairwise. Called by the whole warp. */
 MOE_DEVICE void moei_group_sort_largest(float* top, const float* v, const int lanes,
