@@ -300,7 +300,8 @@ static float verify(bench_state* s, form_run* f, int* active)
     c = moe_grid(TOKENS, 256, 0, s->stream);
     BENCH_MOE(MOE_LAUNCH(check_tokens, c, a));
     BENCH_CUDA(cudaStreamSynchronize(s->stream));
-    BENCH_CUDA(cudaMemcpy(grad_expert, d->grad_expert, (size_t)gradients * 4, cudaMemcpyDeviceToHost));
+    BENCH_CUDA(
+        cudaMemcpy(grad_expert, d->grad_expert, (size_t)gradients * 4, cudaMemcpyDeviceToHost));
     *active = 0;
     while (*active < gradients && grad_expert[*active] >= 0) ++*active;
     for (int i = 0; i < COLUMNS && *active > 0; ++i) {
