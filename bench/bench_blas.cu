@@ -8,7 +8,7 @@
    Loads: alone, waiting     L2 flushed, a call, the host waits for it
           alone, no gap      two seconds of calls, no flush, no wait
           20 ms pauses       the host sleeps before each flush and call
-          beside ours        in turn with this library's product of the same flops, L2 flushed, two
+          ours in turn       in turn with this library's product of the same flops, L2 flushed, two
                              seconds; the last column is cuBLAS's time over ours
 
    A cell is the median of the second half of the calls: milliseconds, and the SM clock in MHz while
@@ -19,11 +19,11 @@
 
 #include "bench_blas.h"
 
-enum { WAITING, NO_GAP, PAUSES, BESIDE, NUM_LOADS };
+enum { WAITING, NO_GAP, PAUSES, IN_TURN, NUM_LOADS };
 enum { DEFAULT, FIXED, FIRST, BEST, NUM_WAYS };
 
 static const char* const load_name[] = {"alone, waiting", "alone, no gap", "20 ms pauses",
-                                        "beside ours"};
+                                        "ours in turn"};
 static const char* const way_name[] = {"GemmEx, default", "GemmEx, 32 MiB", "Lt, first", "best"};
 
 enum { MOST_SMS = 256, MOST_CALLS = 1024 };
@@ -89,7 +89,7 @@ static cell measure(bench_state* s, bench_call ours, bench_call theirs, int load
     static float ms[2][MOST_CALLS], mhz[MOST_CALLS];
     static cudaEvent_t event[2][MOST_CALLS][2];
     const size_t ticks = (size_t)rounds * 2 * MOST_SMS;
-    const int first = load == BESIDE ? 0 : 1, half = rounds / 2;
+    const int first = load == IN_TURN ? 0 : 1, half = rounds / 2;
     tick *device = (tick*)bench_alloc(ticks * sizeof(tick)),
          *host = (tick*)malloc(ticks * sizeof(tick));
     cell c;
@@ -126,7 +126,7 @@ static cell measure(bench_state* s, bench_call ours, bench_call theirs, int load
     }
     c.ms = median(ms[1] + half, rounds - half);
     c.mhz = median(mhz + half, rounds - half);
-    if (load == BESIDE) c.ours = median(ms[0] + half, rounds - half);
+    if (load == IN_TURN) c.ours = median(ms[0] + half, rounds - half);
     BENCH_CUDA(cudaFree(device));
     free(host);
     return c;
@@ -185,7 +185,7 @@ static void print_row(bench_state* s, const shape* p, const char* name, const ce
                     load_name[l], cells[l].ms, cells[l].mhz,
                     cells[l].ours > 0 ? cells[l].ms / cells[l].ours : 0.0);
     }
-    printf(" %7.3f\n", cells[BESIDE].ms / cells[BESIDE].ours);
+    printf(" %7.3f\n", cells[IN_TURN].ms / cells[IN_TURN].ours);
     fflush(stdout);
 }
 
@@ -235,7 +235,7 @@ static void run_shape(bench_state* s, const shape* p, const bench_blas* fixed,
         const bench_call theirs = bench_one(w == DEFAULT ? run_default : bench_run_gemm, &way[w]);
         if (!has[w]) continue;
         for (int l = 0; l < NUM_LOADS; ++l) {
-            const double each = both[1].ms + (l == BESIDE ? both[0].ms : 0.0);
+            const double each = both[1].ms + (l == IN_TURN ? both[0].ms : 0.0);
             const int rounds = l == WAITING || l == PAUSES ? 60 : (int)(2000.0 / each) + 1;
             cells[w][l] = measure(s, ours, theirs, l, rounds < MOST_CALLS ? rounds : MOST_CALLS);
         }

@@ -127,7 +127,7 @@ typedef struct check_args {
     double* scratch; /* tokens: [blocks, choices, 4, I]; columns: [4, T] */
     int choices;     /* of a token: K, dense: E */
     int step;        /* tokens between two checked ones */
-    int e, i, slot;  /* columns: expert, its column, index of its gradient in dw1 and dw2 */
+    int e, i, gradient; /* columns: expert, its column, index of its gradient in dw1 and dw2 */
     unsigned* worst; /* largest error over its bound */
 } check_args;
 
@@ -257,7 +257,7 @@ MOE_KERNEL(256, 1) check_grads(MOE_ARG(check_args) a)
     const int64_t h = (int64_t)blockIdx.x * 256 + threadIdx.x, H = d->hidden, I = d->intermediate;
     const int64_t T = d->num_tokens;
     const bool g = moe_activation_is_gated(d->activation);
-    const int64_t row = a.slot * (g ? 2 * I : I) + a.i;
+    const int64_t row = a.gradient * (g ? 2 * I : I) + a.i;
     double sum[3] = {0.0, 0.0, 0.0}, squares[3] = {0.0, 0.0, 0.0};
     if (h >= H) return;
     for (int64_t t = 0; t < T; ++t) {
@@ -270,7 +270,7 @@ MOE_KERNEL(256, 1) check_grads(MOE_ARG(check_args) a)
             squares[j] += p[j] * p[j];
         }
     }
-    check_one(a.worst, moe_load_f32(d->dw2, (a.slot * H + h) * I + a.i, MOE_BF16), sum[0],
+    check_one(a.worst, moe_load_f32(d->dw2, (a.gradient * H + h) * I + a.i, MOE_BF16), sum[0],
               squares[0]);
     check_one(a.worst, moe_load_f32(d->dw1, row * H + h, MOE_BF16), sum[1], squares[1]);
     if (g)
@@ -283,10 +283,10 @@ static float verify(bench_state* s, form_run* f, int* active)
 {
     enum { TOKENS = 24, COLUMNS = 6 };
     const moe_block_layer_desc* d = &f->d;
-    const int choices = d->ids ? d->top_k : d->num_experts, slots = d->max_experts;
+    const int choices = d->ids ? d->top_k : d->num_experts, gradients = d->max_experts;
     const size_t by_token = (size_t)TOKENS * (size_t)choices * 4 * (size_t)d->intermediate;
     const size_t by_column = 3 * (size_t)d->num_tokens;
-    int32_t* grad_expert = (int32_t*)malloc((size_t)slots * 4);
+    int32_t* grad_expert = (int32_t*)malloc((size_t)gradients * 4);
     unsigned worst = 0;
     check_args a;
     moe_launch_config c;
@@ -300,12 +300,13 @@ static float verify(bench_state* s, form_run* f, int* active)
     c = moe_grid(TOKENS, 256, 0, s->stream);
     BENCH_MOE(MOE_LAUNCH(check_tokens, c, a));
     BENCH_CUDA(cudaStreamSynchronize(s->stream));
-    BENCH_CUDA(cudaMemcpy(grad_expert, d->grad_expert, (size_t)slots * 4, cudaMemcpyDeviceToHost));
+    BENCH_CUDA(
+        cudaMemcpy(grad_expert, d->grad_expert, (size_t)gradients * 4, cudaMemcpyDeviceToHost));
     *active = 0;
-    while (*active < slots && grad_expert[*active] >= 0) ++*active;
+    while (*active < gradients && grad_expert[*active] >= 0) ++*active;
     for (int i = 0; i < COLUMNS && *active > 0; ++i) {
-        a.slot = (int)((int64_t)i * (*active - 1) / (COLUMNS - 1));
-        a.e = grad_expert[a.slot];
+        a.gradient = (int)((int64_t)i * (*active - 1) / (COLUMNS - 1));
+        a.e = grad_expert[a.gradient];
         a.i = (int)((int64_t)(i * 7919 + 13) % d->intermediate);
         c = moe_grid((d->num_tokens + 255) / 256, 256, 0, s->stream);
         BENCH_MOE(MOE_LAUNCH(check_column, c, a));
@@ -413,7 +414,7 @@ static void run_shape(bench_state* s, const bench_blas* blas, const shape* p, in
     const double flops = 2.0 * (double)p->T * p->H * ((double)EI + EU); /* forward, dense */
     dense_step dense;
     form_run f[3];
-    printf("T %d H %d I %d E %d K %d, %s, blocks of %d\n", p->T, p->H, p->I, p->E, p->K,
+    printf("T %d H %d I %d E %d K %d, %s, sparse blocks of %d\n", p->T, p->H, p->I, p->E, p->K,
            gated(p) ? "SwiGLU" : "GELU", p->block);
     open_dense(s, blas, p, &dense);
     for (int i = 0; i < 3; ++i) f[i] = run_form(s, p, forms[i], &dense, failures);
@@ -425,8 +426,7 @@ static void run_shape(bench_state* s, const bench_blas* blas, const shape* p, in
             snprintf(what, sizeof what, "%s %s T %d H %d I %d E %d K %d", form_name(forms[i]),
                      back ? "backward" : "forward", p->T, p->H, p->I, p->E, p->K);
             bench_row_dense(s, what, f[i].ms[back], part * all, part * f[i].dense_ms[back]);
-            snprintf(what, sizeof what, "  cuBLAS dense %s beside it",
-                     back ? "backward" : "forward");
+            snprintf(what, sizeof what, "  cuBLAS dense %s in turn", back ? "backward" : "forward");
             bench_row_dense(s, what, f[i].dense_ms[back], all, f[i].dense_ms[back]);
         }
     for (int i = 0; i < 3; ++i) {

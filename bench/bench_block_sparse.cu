@@ -96,12 +96,12 @@ static const char* op_name(int op)
 static const char* tile_name(const moe_block_sparse_choice* c)
 {
     static char name[24];
-    const char *tile = "auto", *rest = 0;
+    const char *tile = "auto", *fallback = 0;
     for (int i = 0; i < NUM_TILES; ++i) {
         if (tiles[i].value == c->tile) tile = tiles[i].name;
-        if (tiles[i].value == c->fallback_tile) rest = tiles[i].name;
+        if (tiles[i].value == c->fallback_tile) fallback = tiles[i].name;
     }
-    snprintf(name, sizeof name, "%s%s%s", tile, rest ? "+" : "", rest ? rest : "");
+    snprintf(name, sizeof name, "%s%s%s", tile, fallback ? "+" : "", fallback ? fallback : "");
     return name;
 }
 
@@ -152,8 +152,9 @@ static void fill_mask(uint8_t* to, const kind* d, double density, int rows, int 
 {
     const int RB = moe_block_sparse_count(rows, d->block),
               CB = moe_block_sparse_count(columns, d->block);
-    const int row_strips = moe_block_sparse_count(rows, 128),
-              column_strips = moe_block_sparse_count(columns, 128);
+    /* groups of 128 rows, of 128 columns */
+    const int row_groups = moe_block_sparse_count(rows, 128),
+              column_groups = moe_block_sparse_count(columns, 128);
     const int each = 128 / d->block; /* sparse blocks in 128 rows or columns */
     const uint32_t seed =
         (uint32_t)(d->shape * 100000 + d->block * 100) + (uint32_t)(density * 100 + 0.5);
@@ -162,26 +163,26 @@ static void fill_mask(uint8_t* to, const kind* d, double density, int rows, int 
         int count = (int)(density * RB * CB + 0.5);
         choose(to, RB * CB, count > 1 ? count : 1, seed);
     } else if (d->shape == BATCH) {
-        uint8_t* strip = (uint8_t*)malloc((size_t)column_strips);
-        int count = (int)(density * column_strips + 0.5);
-        choose(strip, column_strips, count > 1 ? count : 1, seed);
+        uint8_t* chosen = (uint8_t*)malloc((size_t)column_groups);
+        int count = (int)(density * column_groups + 0.5);
+        choose(chosen, column_groups, count > 1 ? count : 1, seed);
         for (int i = 0; i < RB; ++i)
-            for (int j = 0; j < CB; ++j) to[(int64_t)i * CB + j] = strip[j / each];
-        free(strip);
+            for (int j = 0; j < CB; ++j) to[(int64_t)i * CB + j] = chosen[j / each];
+        free(chosen);
     } else {
-        const int least = row_strips < column_strips ? row_strips : column_strips;
+        const int least = row_groups < column_groups ? row_groups : column_groups;
         const int experts = diagonal_experts(density, least);
         int64_t total = 0, sum = 0;
-        int row = 0, column = 0; /* in units of 128 */
+        int row = 0, column = 0; /* groups */
         for (int e = 0; e < experts; ++e) total += 1024 + (bench_hash((uint32_t)e, seed) & 1023u);
         for (int e = 0; e < experts; ++e) {
             const int left = experts - 1 - e;
-            const int column_end = ((e + 1) * column_strips + experts / 2) / experts;
+            const int column_end = ((e + 1) * column_groups + experts / 2) / experts;
             int row_end;
             sum += 1024 + (bench_hash((uint32_t)e, seed) & 1023u);
-            row_end = (int)((sum * row_strips + total / 2) / total);
+            row_end = (int)((sum * row_groups + total / 2) / total);
             if (row_end < row + 1) row_end = row + 1;
-            if (row_end > row_strips - left) row_end = row_strips - left;
+            if (row_end > row_groups - left) row_end = row_groups - left;
             for (int i = row * each; i < row_end * each && i < RB; ++i)
                 for (int j = column * each; j < column_end * each && j < CB; ++j)
                     to[(int64_t)i * CB + j] = 1;

@@ -11,15 +11,15 @@ static void run_layer(void* context, cudaStream_t stream)
     BENCH_MOE(moe_layer_run((const moe_layer_prepared*)context, stream));
 }
 
-typedef struct stage_job {
+typedef struct part_job {
     const moe_layer_prepared* layer;
-    int stage;
-} stage_job;
+    int part;
+} part_job;
 
-static void run_stage(void* context, cudaStream_t stream)
+static void run_part(void* context, cudaStream_t stream)
 {
-    const stage_job* j = (const stage_job*)context;
-    BENCH_MOE(moe_layer_run_stage(j->layer, j->stage, stream));
+    const part_job* j = (const part_job*)context;
+    BENCH_MOE(moe_layer_run_part(j->layer, j->part, stream));
 }
 
 /* Computes token blockIdx.x * step from its own ids and weights, in double: once exactly, and once
@@ -115,8 +115,8 @@ static void run_shape(bench_state* s, int T, int H, int I, int E, int K, int S, 
     unsigned worst[3];
     size_t free_before, free_after, total;
     char what[96];
-    bench_call call[1 + MOE_LAYER_STAGES];
-    stage_job job[1 + MOE_LAYER_STAGES];
+    bench_call call[1 + MOE_LAYER_PARTS];
+    part_job job[1 + MOE_LAYER_PARTS];
     int calls = 1;
     double ms;
     moe_launch_config c = moe_grid(16, 256, 0, s->stream);
@@ -166,11 +166,11 @@ static void run_shape(bench_state* s, int T, int H, int I, int E, int K, int S, 
                p.experts.up.plan.tile_n, p.experts.down.plan.tile_m, p.experts.down.plan.tile_n);
     }
     call[0] = bench_one(run_layer, &p);
-    for (int stage = 0; stage < MOE_LAYER_STAGES; ++stage) {
-        if (!S && (stage == MOE_LAYER_SHARED_UP || stage == MOE_LAYER_SHARED_DOWN)) continue;
+    for (int part = 0; part < MOE_LAYER_PARTS; ++part) {
+        if (!S && (part == MOE_LAYER_SHARED_UP || part == MOE_LAYER_SHARED_DOWN)) continue;
         job[calls].layer = &p;
-        job[calls].stage = stage;
-        call[calls] = bench_one(run_stage, &job[calls]);
+        job[calls].part = part;
+        call[calls] = bench_one(run_part, &job[calls]);
         ++calls;
     }
     bench_alternate(s, call, calls);
@@ -180,22 +180,23 @@ static void run_shape(bench_state* s, int T, int H, int I, int E, int K, int S, 
     bench_row(s, what, ms, (flops + shared_flops) / ms * 1e-9, "TFLOPS", 1.0, "the layer");
     bench_note_clocks(s, run_layer, &p, ms);
     for (int i = 1; i < calls; ++i) {
-        const int stage = job[i].stage;
-        const double part = call[i].ms;
-        snprintf(what, sizeof what, "    %s", moe_layer_stage_name(stage));
-        bench_row(s, what, part,
-                  stage == MOE_LAYER_UP ? flops * 2 / 3 / part * 1e-9
-                  : stage == MOE_LAYER_DOWN ? flops / 3 / part * 1e-9
-                  : stage == MOE_LAYER_SHARED_UP ? shared_flops * 2 / 3 / part * 1e-9
-                  : stage == MOE_LAYER_SHARED_DOWN ? shared_flops / 3 / part * 1e-9
-                  : stage == MOE_LAYER_ROUTER ? 2.0 * T * H * E / part * 1e-9
-                  : stage == MOE_LAYER_COMBINE
-                      ? ((double)slots + T * (S ? 2.0 : 1.0)) * H * 2 / part * 1e-9
-                  : stage == MOE_LAYER_GATE ? (double)T * (4.0 * E + 8.0 * K) / part * 1e-9
-                                            : (double)T * 16.0 * K / part * 1e-9,
-                  stage != MOE_LAYER_GATE && stage != MOE_LAYER_ROUTE && stage != MOE_LAYER_COMBINE ? "TFLOPS"
-                                                                                                  : "TB/s",
-                  part / ms, "the layer");
+        const int part = job[i].part;
+        const double part_ms = call[i].ms;
+        snprintf(what, sizeof what, "    %s", moe_layer_part_name(part));
+        bench_row(s, what, part_ms,
+                  part == MOE_LAYER_UP            ? flops * 2 / 3 / part_ms * 1e-9
+                  : part == MOE_LAYER_DOWN        ? flops / 3 / part_ms * 1e-9
+                  : part == MOE_LAYER_SHARED_UP   ? shared_flops * 2 / 3 / part_ms * 1e-9
+                  : part == MOE_LAYER_SHARED_DOWN ? shared_flops / 3 / part_ms * 1e-9
+                  : part == MOE_LAYER_ROUTER      ? 2.0 * T * H * E / part_ms * 1e-9
+                  : part == MOE_LAYER_COMBINE
+                      ? ((double)slots + T * (S ? 2.0 : 1.0)) * H * 2 / part_ms * 1e-9
+                  : part == MOE_LAYER_GATE ? (double)T * (4.0 * E + 8.0 * K) / part_ms * 1e-9
+                                           : (double)T * 16.0 * K / part_ms * 1e-9,
+                  part != MOE_LAYER_GATE && part != MOE_LAYER_ROUTE && part != MOE_LAYER_COMBINE
+                      ? "TFLOPS"
+                      : "TB/s",
+                  part_ms / ms, "the layer");
     }
     cudaFree((void*)l.x), cudaFree((void*)l.router), cudaFree((void*)l.w1.base);
     cudaFree((void*)l.shared.w1.base), cudaFree((void*)l.shared.w2.base);

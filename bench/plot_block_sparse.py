@@ -100,7 +100,7 @@ def panel(out, x0, y0, kind, data, only):
                    f"{html.escape(s)}</text>")
 
     text(left + wide / 2, y0 + TOP - 10, kind, size=13)
-    text(left + wide / 2, bottom + 27, "share of blocks kept")
+    text(left + wide / 2, bottom + 27, "share of sparse blocks kept")
     for t in ticks(most):
         y = bottom - t / most * high
         out.append(f'<path d="M{left},{y:.1f}h{wide}" stroke="#ddd"/>')
@@ -125,9 +125,9 @@ def panel(out, x0, y0, kind, data, only):
 
 def plot(data, path, only):
     kinds = list(dict.fromkeys(key[0] for by in NAMES for key in data.get(by, {})))
-    across = min(3, len(kinds))
-    down = (len(kinds) + across - 1) // across
-    w, h = across * WIDTH + 10, down * HEIGHT + 40
+    columns = min(3, len(kinds))
+    rows = (len(kinds) + columns - 1) // columns
+    w, h = columns * WIDTH + 10, rows * HEIGHT + 40
     out = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{w}" height="{h}" font-family="sans-serif">',
            f'<rect width="{w}" height="{h}" fill="#fff"/>']
     x = 12
@@ -137,7 +137,7 @@ def plot(data, path, only):
                    f'<text x="{x + 27}" y="24" font-size="12">{html.escape(name)}</text>')
         x += 50 + 7 * len(name)
     for i, kind in enumerate(kinds):
-        panel(out, i % across * WIDTH, 30 + i // across * HEIGHT, kind, data, only)
+        panel(out, i % columns * WIDTH, 30 + i // columns * HEIGHT, kind, data, only)
     with open(path, "w") as f:
         f.write("\n".join(out + ["</svg>"]) + "\n")
     print(f"\n{path}: time over dense, " + (" ".join(only) if only else "nine rows: median and range"))

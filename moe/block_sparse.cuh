@@ -34,13 +34,13 @@
      moe_status s = moe_block_sparse(&d, stream);
 
    The rule for tiles, without a choice: 128x256. Block rows of fewer than 128 rows are joined into
-   strips, so that sparse blocks of 16, 32 and 64 run like large ones where neighbouring block rows
-   have the same block columns. Strips whose block rows differ share a tile badly: the device finds
-   them, and a second launch computes them by the fallback tile, 64x256 for sparse blocks of 64
-   rows, else 32x256. A packed matrix with sparse blocks of fewer than 128 rows runs by the tile of
-   its height alone. A smaller tile (64x256, then 64x64) runs where the device cannot run the first,
-   or where C has fewer tiles than the device has multiprocessors. Walked by columns, block columns
-   take the part of block rows.
+   strips. Where neighbouring block rows have the same block columns, sparse blocks of 16, 32 and 64
+   run like large ones. Strips whose block rows differ share a tile badly: the device finds these
+   strips. A second launch computes them by the fallback tile, 64x256 for sparse blocks of 64 rows,
+   else 32x256. A packed matrix with sparse blocks of fewer than 128 rows runs by the tile of the
+   sparse blocks' height alone. A smaller tile (64x256, then 64x64) runs where the device cannot run
+   the first tile. A smaller tile also runs where C has fewer tiles than the device has
+   multiprocessors. Walked by columns, block columns take the part of block rows.
 
    Source of the method: Gale, Narayanan, Young and Zaharia, MegaBlocks (2022), also of the names
    sdd, dsd and dds. */
@@ -373,9 +373,9 @@ MOE_HOST moe_status moe_block_sparse(const moe_block_sparse_desc* desc, cudaStre
 
 /* Fills in the fastest choice for this call. Times every tile that the device runs, with this mask,
    and again with a fallback tile where block rows are joined. Unlike the other functions, runs the
-   product a few dozen times, which writes C each time, makes and destroys two events, and waits for
-   the stream. Ignores desc->choice; the workspace must have the bytes for any choice. Not allowed
-   while a graph is captured. Errors: those of moe_block_sparse_prepare, and of the runtime. */
+   product a few dozen times, and waits for the stream. Each run writes C. Makes and destroys two
+   events. Ignores desc->choice; the workspace must have the bytes for any choice. Not allowed while
+   a graph is captured. Errors: those of moe_block_sparse_prepare, and of the runtime. */
 MOE_HOST moe_status moe_block_sparse_tune(const moe_block_sparse_desc* desc, cudaStream_t stream,
                                           moe_block_sparse_choice* choice)
 {

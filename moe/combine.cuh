@@ -17,9 +17,9 @@
    Numerics: the sum is fp32 in ascending k, the residual first, the shared row last; past 8 rows in
    groups of 8. The sum is rounded once. Equal inputs give equal bits.
 
-   A place with buffer -1 is skipped. A place outside the table (or at num_rows or more, where
-   num_rows is given) sets the fault word (BAD_PLACE) and is skipped, as is a buffer whose address
-   is null or misaligned.
+   A place with buffer -1 is skipped. A place outside the table is skipped and sets the fault word
+   (BAD_PLACE). The same holds for a place at num_rows or more, where num_rows is given, and for a
+   buffer whose address is null or misaligned.
    K up to MOE_COMBINE_MAX_TOP_K.
    Cost: one launch; each row read once, each output written once, at the rate of a device-to-device
    copy. Rows move as 16-byte vectors where H is a multiple of 8 (fp32 rows: 4) and the addresses

@@ -104,47 +104,50 @@
 #define MOEI_GATE_ANY_THREADS 1024
 
 #define MOEI_GATE_POWER(n, least, most) ((n) >= (least) && (n) <= (most) && ((n) & ((n)-1)) == 0)
-#define MOEI_GATE_SORTS(most, depth, lanes, per_lane)                                              \
+#define MOEI_GATE_SORTS(most, num_largest, lanes, per_lane)                                        \
     (MOEI_GATE_POWER(lanes, 1, 32) && MOEI_GATE_POWER(per_lane, 8, 32) &&                          \
-     MOEI_GATE_POWER(depth, (per_lane) / 4, 32) && (depth) <= 8 * (lanes) && (most) >= 1 &&        \
-     (most) <= (lanes) * (per_lane))
-#define MOEI_GATE_CHECK(most, depth, lanes, per_lane)                                              \
-    static_assert(MOEI_GATE_SORTS(most, depth, lanes, per_lane),                                   \
+     MOEI_GATE_POWER(num_largest, (per_lane) / 4, 32) && (num_largest) <= 8 * (lanes) &&           \
+     (most) >= 1 && (most) <= (lanes) * (per_lane))
+#define MOEI_GATE_CHECK(most, num_largest, lanes, per_lane)                                        \
+    static_assert(MOEI_GATE_SORTS(most, num_largest, lanes, per_lane),                             \
                   "MOE_GATE_LIST: an entry that the sorting networks cannot do (gate.cuh)");
 MOE_GATE_LIST(MOEI_GATE_CHECK)
 #undef MOEI_GATE_CHECK
-#define MOEI_GATE_CHECK(most, depth, lanes, per_lane, threads)                                     \
-    static_assert(MOEI_GATE_SORTS(most, depth, lanes, per_lane) && (lanes) * (per_lane) >= 32 &&   \
-                      (threads) >= 32 && (threads) <= 1024 && (threads) % 32 == 0,                 \
+#define MOEI_GATE_CHECK(most, num_largest, lanes, per_lane, threads)                               \
+    static_assert(MOEI_GATE_SORTS(most, num_largest, lanes, per_lane) &&                           \
+                      (lanes) * (per_lane) >= 32 && (threads) >= 32 && (threads) <= 1024 &&        \
+                      (threads) % 32 == 0,                                                         \
                   "MOE_GATE_RULES_LIST: an entry that the kernels cannot do (gate.cuh)");
 MOE_GATE_RULES_LIST(MOEI_GATE_CHECK)
 #undef MOEI_GATE_CHECK
 
 /* Gate without rules, one block a chunk. Dynamic shared memory: count [E], then the picks. */
-#define MOEI_GATE_KERNEL(most, depth, lanes, per_lane)                                             \
-    MOE_KERNEL(MOEI_GATE_THREADS, 1) moei_gate_##most##_##depth(MOE_ARG(moei_gate_args) d)         \
+#define MOEI_GATE_KERNEL(most, num_largest, lanes, per_lane)                                       \
+    MOE_KERNEL(MOEI_GATE_THREADS, 1) moei_gate_##most##_##num_largest(MOE_ARG(moei_gate_args) d)   \
     {                                                                                              \
         MOE_SHARED_DYNAMIC(count);                                                                 \
         moe_pdl_trigger();                                                                         \
         moei_gate_clear_counts(&d, (int*)count);                                                   \
         moe_pdl_wait();                                                                            \
-        if (!moe_fault_stopped(d.fault)) moei_gate_block(&d, (int*)count, lanes, per_lane, depth); \
+        if (!moe_fault_stopped(d.fault))                                                           \
+            moei_gate_block(&d, (int*)count, lanes, per_lane, num_largest);                        \
     }
 MOE_GATE_LIST(MOEI_GATE_KERNEL)
 #undef MOEI_GATE_KERNEL
 
 /* Gate with rules, one block a chunk. Dynamic shared memory: moei_gate_carve. */
-#define MOEI_GATE_RULES_KERNEL(most, depth, lanes, per_lane, threads)                              \
-    MOE_KERNEL(threads, 1) moei_gate_rules_##most##_##depth(MOE_ARG(moei_gate_args) d)             \
+#define MOEI_GATE_RULES_KERNEL(most, num_largest, lanes, per_lane, threads)                        \
+    MOE_KERNEL(threads, 1) moei_gate_rules_##most##_##num_largest(MOE_ARG(moei_gate_args) d)       \
     {                                                                                              \
         MOE_SHARED_DYNAMIC(memory);                                                                \
         moei_gate_shared s;                                                                        \
         moe_pdl_trigger();                                                                         \
-        moei_gate_carve(&s, memory, &d, (int)blockDim.x / 32, (int)blockDim.x / lanes, depth);     \
+        moei_gate_carve(&s, memory, &d, (int)blockDim.x / 32, (int)blockDim.x / lanes,             \
+                        num_largest);                                                              \
         moe_pdl_wait();                                                                            \
         if (moe_fault_stopped(d.fault)) return;                                                    \
         moei_gate_rules_begin(&d, &s);                                                             \
-        moei_gate_rules_block(&d, &s, lanes, per_lane, depth);                                     \
+        moei_gate_rules_block(&d, &s, lanes, per_lane, num_largest);                               \
     }
 MOE_GATE_RULES_LIST(MOEI_GATE_RULES_KERNEL)
 #undef MOEI_GATE_RULES_KERNEL
@@ -352,7 +355,7 @@ MOE_HOST moei_gate_args moei_gate_resolve(const moe_gate_desc* d)
    lanes: lanes a token. 0: a warp a token, which needs no picks in shared memory. Refuses
    num_experts (MOE_ERR_DEVICE) where one warp does not fit. */
 MOE_HOST moe_status moei_gate_fit(moe_launch_config* c, const moei_gate_args* a, int threads,
-                                  int lanes, int depth)
+                                  int lanes, int num_largest)
 {
     const int64_t wanted = moe_chunk_tokens(a->num_tokens) * (lanes ? lanes : MOE_WARP_SIZE);
     moei_gate_shared s;
@@ -360,7 +363,7 @@ MOE_HOST moe_status moei_gate_fit(moe_launch_config* c, const moei_gate_args* a,
     MOE_TRY(moe_device_query(&device));
     if (threads > wanted) threads = (int)((wanted + 31) / 32 * 32);
     for (;; threads = (threads / 2 + 31) / 32 * 32) {
-        c->smem = moei_gate_carve(&s, 0, a, threads / 32, lanes ? threads / lanes : 0, depth);
+        c->smem = moei_gate_carve(&s, 0, a, threads / 32, lanes ? threads / lanes : 0, num_largest);
         if (c->smem <= (size_t)device.smem_block || threads <= 32) break;
     }
     c->block.x = (unsigned)threads;
@@ -386,20 +389,20 @@ MOE_HOST moe_status moei_gate_prepare_choice(const moe_gate_desc* d, moe_gate_pr
     c.dependent = 1;
     (void)chunk; /* unused where MOE_GATE_LIST is empty */
     if (!moei_gate_has_rules(d)) {
-#define MOEI_GATE_CASE(most, depth, lanes, per_lane)                                               \
-    if (d->top_k <= depth && d->num_experts <= most) {                                             \
+#define MOEI_GATE_CASE(most, num_largest, lanes, per_lane)                                         \
+    if (d->top_k <= num_largest && d->num_experts <= most) {                                       \
         c.block.x = (unsigned)(chunk * lanes < MOEI_GATE_THREADS ? (chunk * lanes + 31) / 32 * 32  \
                                                                  : MOEI_GATE_THREADS);             \
-        c.smem += c.block.x / lanes * depth * 4;                                                   \
-        return MOE_PREPARE(&p->choose, moei_gate_##most##_##depth, c);                             \
+        c.smem += c.block.x / lanes * num_largest * 4;                                             \
+        return MOE_PREPARE(&p->choose, moei_gate_##most##_##num_largest, c);                       \
     }
         MOE_GATE_LIST(MOEI_GATE_CASE)
 #undef MOEI_GATE_CASE
     } else if (d->num_groups == 1 || d->num_experts / d->num_groups % 4 == 0) {
-#define MOEI_GATE_RULES_CASE(most, depth, lanes, per_lane, threads)                                \
-    if (d->top_k <= depth && d->num_experts <= most) {                                             \
-        MOE_TRY(moei_gate_fit(&c, a, threads, lanes, depth));                                      \
-        return MOE_PREPARE(&p->choose, moei_gate_rules_##most##_##depth, c);                       \
+#define MOEI_GATE_RULES_CASE(most, num_largest, lanes, per_lane, threads)                          \
+    if (d->top_k <= num_largest && d->num_experts <= most) {                                       \
+        MOE_TRY(moei_gate_fit(&c, a, threads, lanes, num_largest));                                \
+        return MOE_PREPARE(&p->choose, moei_gate_rules_##most##_##num_largest, c);                 \
     }
         MOE_GATE_RULES_LIST(MOEI_GATE_RULES_CASE)
 #undef MOEI_GATE_RULES_CASE
@@ -478,10 +481,10 @@ MOE_HOST moe_status moe_gate(const moe_gate_desc* desc, cudaStream_t stream)
 /* Loads this header's kernels now rather than at their first launch. */
 MOE_HOST moe_status moe_gate_preload(void)
 {
-#define MOEI_GATE_LOAD(most, depth, ...)                                                           \
-    MOE_TRY(moe_preload_kernel((const void*)moei_gate_##most##_##depth));
-#define MOEI_GATE_RULES_LOAD(most, depth, ...)                                                     \
-    MOE_TRY(moe_preload_kernel((const void*)moei_gate_rules_##most##_##depth));
+#define MOEI_GATE_LOAD(most, num_largest, ...)                                                     \
+    MOE_TRY(moe_preload_kernel((const void*)moei_gate_##most##_##num_largest));
+#define MOEI_GATE_RULES_LOAD(most, num_largest, ...)                                               \
+    MOE_TRY(moe_preload_kernel((const void*)moei_gate_rules_##most##_##num_largest));
     MOE_GATE_LIST(MOEI_GATE_LOAD)
     MOE_GATE_RULES_LIST(MOEI_GATE_RULES_LOAD)
 #undef MOEI_GATE_LOAD

@@ -119,12 +119,12 @@ MOE_HOST moe_status moe_layer_prepare(const moe_layer_desc* desc, moe_layer_prep
     MOE_RETURN_PREPARED(desc, p, moei_layer_prepare(desc, p));
 }
 
-/* Queues one part of a prepared layer on `stream`; `stage` is a moe_layer_stage. For timing, or for
+/* Queues one part of a prepared layer on `stream`; `part` is a moe_layer_part. For timing, or for
    work of the caller's between two parts. All parts in order are moe_layer_run. */
-MOE_HOST moe_status moe_layer_run_stage(const moe_layer_prepared* p, int stage, cudaStream_t stream)
+MOE_HOST moe_status moe_layer_run_part(const moe_layer_prepared* p, int part, cudaStream_t stream)
 {
     MOE_REQUIRE(p, MOE_ERR_NULL, desc);
-    switch (stage) {
+    switch (part) {
     case MOE_LAYER_ROUTER: return p->has_router ? moe_router_run(&p->router, stream) : MOE_OK;
     case MOE_LAYER_GATE: return p->has_gate ? moe_gate_run(&p->gate, stream) : MOE_OK;
     case MOE_LAYER_ROUTE: return moe_route_run(&p->route, stream);
@@ -135,7 +135,7 @@ MOE_HOST moe_status moe_layer_run_stage(const moe_layer_prepared* p, int stage, 
     case MOE_LAYER_SHARED_DOWN:
         return p->has_shared ? moe_grouped_gemm_run(&p->shared.down, stream) : MOE_OK;
     case MOE_LAYER_COMBINE: return moe_combine_run(&p->combine, stream);
-    default: return MOE_STATUS(MOE_ERR_OPTION, stage);
+    default: return MOE_STATUS(MOE_ERR_OPTION, part);
     }
 }
 
@@ -143,8 +143,7 @@ MOE_HOST moe_status moe_layer_run_stage(const moe_layer_prepared* p, int stage, 
 MOE_HOST moe_status moe_layer_run(const moe_layer_prepared* p, cudaStream_t stream)
 {
     MOE_REQUIRE(p, MOE_ERR_NULL, desc);
-    for (int stage = 0; stage < MOE_LAYER_STAGES; ++stage)
-        MOE_TRY(moe_layer_run_stage(p, stage, stream));
+    for (int part = 0; part < MOE_LAYER_PARTS; ++part) MOE_TRY(moe_layer_run_part(p, part, stream));
     return MOE_OK;
 }
 

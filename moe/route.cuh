@@ -58,8 +58,8 @@
    warp that chose the same expert, in all and before it.
 
    Source: a counting sort by chunks. In the placing launch a thread block adds up the counts of the
-   chunks before its own and orders its slots by expert in shared memory, so that it writes whole
-   runs of rows. Capacity by weight: a radix selection in each expert's list. */
+   chunks before its own. Then the thread block orders its slots by expert in shared memory and
+   writes whole runs of rows. Capacity by weight: a radix selection in each expert's list. */
 #ifndef MOE_ROUTE_CUH
 #define MOE_ROUTE_CUH
 
@@ -192,10 +192,10 @@ MOE_HOST moe_status moei_route_check(moe_route_desc* d)
     return moei_route_check_buffers(d);
 }
 
-/* Sets *c to a thread block for each chunk, with a thread for each of its slots, or more where a
-   block adds up the counts of many chunks; 256 .. MOEI_ROUTE_THREADS. placing: 1 for the placing
-   launch, which has fewer warps where the device's shared memory has no room for more (one warp,
-   with 4096 experts, needs 57 KB); 0 for the counting launch. */
+/* Sets *c to a thread block for each chunk, of 256 .. MOEI_ROUTE_THREADS threads: one for each
+   slot, or more where a block adds up the counts of many chunks. placing: 1 for the placing launch,
+   0 for the counting launch. The placing launch has fewer warps where the device's shared memory
+   has no room for more: one warp, with 4096 experts, needs 57 KB. */
 MOE_HOST moe_status moei_route_grid(moe_launch_config* c, const moe_route_desc* d, int placing)
 {
     const int64_t chunks = moe_num_chunks(d->num_tokens);

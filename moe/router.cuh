@@ -72,13 +72,13 @@ MOE_HOST const char* moe_router_path_name(int path)
     return path >= 0 && path <= MOE_ROUTER_RAGGED_NARROW ? name[path] : "?";
 }
 
-#define MOEI_ROUTER_TILE 64  /* tokens and experts of a tile */
-#define MOEI_ROUTER_DEPTH 16 /* depths in shared memory at a time */
+#define MOEI_ROUTER_TILE 64   /* tokens and experts of a tile */
+#define MOEI_ROUTER_TILE_K 16 /* depths of a step */
 
 /* Shared memory of the scalar path. The padding avoids bank conflicts. */
 typedef struct moei_router_shared {
-    float x[MOEI_ROUTER_DEPTH][MOEI_ROUTER_TILE + 1];
-    float w[MOEI_ROUTER_DEPTH][MOEI_ROUTER_TILE + 1];
+    float x[MOEI_ROUTER_TILE_K][MOEI_ROUTER_TILE + 1];
+    float w[MOEI_ROUTER_TILE_K][MOEI_ROUTER_TILE + 1];
 } moei_router_shared;
 
 /* The scalar path, for any shape and dtypes. A block computes a tile of 64 tokens x 64 experts; a
@@ -104,10 +104,10 @@ MOE_KERNEL(256, 2) moei_router_any(MOE_ARG(moei_router_args) d)
     MOE_UNROLL
     for (int i = 0; i < 4; ++i) MOE_UNROLL
     for (int j = 0; j < 4; ++j) acc[i][j] = 0.0f;
-    for (int h0 = 0; h0 < d.hidden; h0 += MOEI_ROUTER_DEPTH) {
+    for (int h0 = 0; h0 < d.hidden; h0 += MOEI_ROUTER_TILE_K) {
         __syncthreads(); /* 1. load */
-        for (int i = (int)threadIdx.x; i < MOEI_ROUTER_TILE * MOEI_ROUTER_DEPTH; i += 256) {
-            const int r = i / MOEI_ROUTER_DEPTH, c = i % MOEI_ROUTER_DEPTH, h = h0 + c;
+        for (int i = (int)threadIdx.x; i < MOEI_ROUTER_TILE * MOEI_ROUTER_TILE_K; i += 256) {
+            const int r = i / MOEI_ROUTER_TILE_K, c = i % MOEI_ROUTER_TILE_K, h = h0 + c;
             const bool in = h < d.hidden;
             s.x[c][r] = in && t0 + r < d.num_tokens
                             ? moe_load_f32(d.x, (t0 + r) * d.x_stride + h, d.x_dtype)
@@ -118,7 +118,7 @@ MOE_KERNEL(256, 2) moei_router_any(MOE_ARG(moei_router_args) d)
         }
         __syncthreads();
         MOE_UNROLL /* 2. multiply */
-        for (int c = 0; c < MOEI_ROUTER_DEPTH; ++c) {
+        for (int c = 0; c < MOEI_ROUTER_TILE_K; ++c) {
             float x[4], w[4];
             MOE_UNROLL
             for (int i = 0; i < 4; ++i) {

@@ -100,10 +100,10 @@ MOEI_UNUSED static int test_status(moe_status got, moe_status want, const char* 
                       moe_status_describe(got, a), moe_status_describe(want, b));
 }
 
-/* The whole status must match: kind and field. */
+/* Compares the whole status: kind and field. */
 #define CHECK_STATUS(call, expected) test_status((call), (expected), __FILE__, __LINE__, #call)
 
-/* A CUDA call that must succeed for the test to mean anything: the program ends otherwise. */
+/* Ends the program where a CUDA call fails. */
 #define TEST_CUDA(call) test_cuda((call), __FILE__, __LINE__, #call)
 MOEI_UNUSED static void test_cuda(cudaError_t e, const char* file, int line, const char* call)
 {
@@ -131,8 +131,8 @@ MOEI_UNUSED static void test_begin(int argc, char** argv)
     TEST_CUDA(cudaStreamCreateWithFlags(&test_now.stream, cudaStreamNonBlocking));
 }
 
-/* The test that runs leaves something out: why is printed beside its name. With no check made it
-   is skipped. */
+/* Prints next to the name of the running test what the test leaves out, and why. A test without any
+   check counts as skipped. */
 MOEI_UNUSED static void test_leave_out(const char* format, ...)
 {
     va_list args;
@@ -145,8 +145,8 @@ MOEI_UNUSED static void test_leave_out(const char* format, ...)
 /* Returns 1 where long tests run: on a GPU, and on the CPU with MOE_TEST_FULL, as in the preset full. */
 MOEI_UNUSED static int test_long(void) { return !MOE_ON_HOST || getenv("MOE_TEST_FULL") != 0; }
 
-/* Do the program's arguments want the test of this name? */
-MOEI_UNUSED static int test_wanted(const char* name)
+/* Returns 1 where the program's arguments select the test `name`. */
+MOEI_UNUSED static int test_selected(const char* name)
 {
     int named = 0, given = 0;
     for (int i = 1; i < test_now.argc; ++i) {
@@ -176,7 +176,7 @@ MOEI_UNUSED static void test_time(const char* name, double seconds)
 #define RUN(test) test_run(test, #test)
 MOEI_UNUSED static void test_run(void (*test)(void), const char* name)
 {
-    if (!test_wanted(name)) return;
+    if (!test_selected(name)) return;
     for (int rep = 0; rep < test_now.reps; ++rep) {
         const int64_t checks = test_now.checks;
         struct timespec a, b;
@@ -264,7 +264,7 @@ MOEI_UNUSED static void trand_fill_normal(trand* r, void* p, int64_t n, int dtyp
     for (int64_t i = 0; i < n; ++i) moe_store(p, i, dtype, trand_normal(r));
 }
 
-/* Whole numbers lo .. hi: sums of them are exact, and there are many equals. */
+/* Draws whole numbers lo .. hi: their sums are exact, and many are equal. */
 MOEI_UNUSED static void trand_fill_int(trand* r, void* p, int64_t n, int dtype, int lo, int hi)
 {
     for (int64_t i = 0; i < n; ++i) moe_store(p, i, dtype, (float)trand_int(r, lo, hi));

@@ -157,7 +157,7 @@ typedef struct tmatrix {
     int rows, columns, dtype;
     int64_t stride;       /* elements between rows; 0: packed */
     const tmask* mask;    /* of the sparse one; else null */
-    int strip, by_column; /* parts of `strip` rows or columns each; 0: in one part */
+    int part_size, by_column; /* parts of part_size rows or columns each; 0: in one part */
     int parts;
     tbuf part[TMATRIX_MOST], table; /* device; a null part has no buffer */
     void* host[TMATRIX_MOST];       /* what was put there */
@@ -166,13 +166,13 @@ typedef struct tmatrix {
 /* Returns where element (i, j) lies in its part; -1: nowhere. */
 MOEI_UNUSED static int64_t tmatrix_at(const tmatrix* t, int i, int j, int* part)
 {
-    *part = !t->strip ? 0 : (t->by_column ? j : i) / t->strip;
+    *part = !t->part_size ? 0 : (t->by_column ? j : i) / t->part_size;
     if (t->mask)
         return moe_ref_block_where(t->mask->number, t->mask->CB, t->mask->block_rows,
                                    t->mask->block_columns, t->stride, i, j);
     if (!t->host[*part]) return -1;
-    if (t->strip && t->by_column) j %= t->strip;
-    else if (t->strip) i %= t->strip;
+    if (t->part_size && t->by_column) j %= t->part_size;
+    else if (t->part_size) i %= t->part_size;
     return i * t->stride + j;
 }
 
@@ -181,7 +181,7 @@ typedef struct tmatrix_want {
     int rows, columns, dtype, pad;
     const tmask* mask; /* of the sparse one */
     int packed;
-    int strip, by_column;
+    int part_size, by_column;
     int narrow;             /* 1: parts by column have rows no further apart than they need */
     const uint8_t* present; /* [parts] 0: the entry is null; or null: no entry is */
 } tmatrix_want;
@@ -209,22 +209,23 @@ MOEI_UNUSED static void tmatrix_sparse(tmatrix_want* w, const tmask* mask, int p
 MOEI_UNUSED static void tmatrix_new(tmatrix* t, const tmatrix_want* w)
 {
     const int elem = moe_dtype_bytes(w->dtype), along = w->by_column ? w->columns : w->rows;
-    const int width =
-        w->strip && w->by_column && w->narrow && w->strip < w->columns ? w->strip : w->columns;
+    const int width = w->part_size && w->by_column && w->narrow && w->part_size < w->columns
+                          ? w->part_size
+                          : w->columns;
     memset(t, 0, sizeof *t);
     t->rows = w->rows, t->columns = w->columns, t->dtype = w->dtype;
     t->mask = w->mask;
-    t->strip = w->strip, t->by_column = w->by_column;
+    t->part_size = w->part_size, t->by_column = w->by_column;
     t->stride = w->packed ? 0 : (width + 7) / 8 * 8 + w->pad;
-    t->parts = w->strip ? moe_block_sparse_count(along, w->strip) : 1;
+    t->parts = w->part_size ? moe_block_sparse_count(along, w->part_size) : 1;
     if (t->parts > TMATRIX_MOST) {
         printf("%d parts are too many\n", t->parts);
         exit(1);
     }
     for (int s = 0; s < t->parts; ++s) {
-        const int left = along - s * w->strip, here = left < w->strip ? left : w->strip;
-        const int rows = w->strip && !w->by_column ? here : w->rows;
-        const int columns = w->strip && w->by_column ? here : w->columns;
+        const int left = along - s * w->part_size, here = left < w->part_size ? left : w->part_size;
+        const int rows = w->part_size && !w->by_column ? here : w->rows;
+        const int columns = w->part_size && w->by_column ? here : w->columns;
         size_t bytes = (size_t)moe_extent(rows, t->stride, columns, w->dtype);
         if (w->packed)
             bytes = (size_t)elem * (size_t)w->mask->max_blocks *
@@ -233,7 +234,7 @@ MOEI_UNUSED static void tmatrix_new(tmatrix* t, const tmatrix_want* w)
         t->part[s] = tbuf_new(w->name, bytes, 16 * (size_t)(s % 3));
         t->host[s] = test_host((int64_t)bytes);
     }
-    if (w->strip) {
+    if (w->part_size) {
         void* address[TMATRIX_MOST];
         for (int s = 0; s < t->parts; ++s) address[s] = t->part[s].p;
         t->table = tbuf_from("table", address, (size_t)t->parts * sizeof(void*), 8);
@@ -246,7 +247,7 @@ MOEI_UNUSED static void tmatrix_free(tmatrix* t)
         if (t->host[s]) tbuf_free(&t->part[s]);
         free(t->host[s]);
     }
-    if (t->strip) tbuf_free(&t->table);
+    if (t->part_size) tbuf_free(&t->table);
 }
 
 MOEI_UNUSED static void tmatrix_put(tmatrix* t)

@@ -51,7 +51,7 @@ MOEI_UNUSED static int tproduct_by_column(const tproduct_want* w)
 
 MOEI_UNUSED static int64_t tproduct_stride(const tmatrix* t)
 {
-    return !t->strip && t->stride == t->columns && t->rows % 2 ? 0 : t->stride; /* 0 is dense */
+    return !t->part_size && t->stride == t->columns && t->rows % 2 ? 0 : t->stride; /* 0 is dense */
 }
 
 /* Makes the workspace that the call asks for, and points the descriptor to it. */
@@ -72,11 +72,11 @@ MOEI_UNUSED static void tproduct_describe(tproduct* p)
     memset(d, 0, sizeof *d);
     d->mask = tmask_view(&p->mask, w->form, w->by_column || tproduct_by_column(w),
                          w->by_column || w->packed);
-    if (p->a.strip) d->a_table = (const void* const*)p->a.table.p;
+    if (p->a.part_size) d->a_table = (const void* const*)p->a.table.p;
     else d->a = p->a.part[0].p;
-    if (p->b.strip) d->b_table = (const void* const*)p->b.table.p;
+    if (p->b.part_size) d->b_table = (const void* const*)p->b.table.p;
     else d->b = p->b.part[0].p;
-    if (p->c.strip) d->c_table = (void* const*)p->c.table.p;
+    if (p->c.part_size) d->c_table = (void* const*)p->c.table.p;
     else d->c = p->c.part[0].p;
     d->a_stride = tproduct_stride(&p->a);
     d->b_stride = tproduct_stride(&p->b);
@@ -95,13 +95,13 @@ MOEI_UNUSED static void tproduct_describe(tproduct* p)
 }
 
 /* Parts behind a table; table: as in tproduct_want. */
-MOEI_UNUSED static void tproduct_table(tmatrix_want* want, int table, int strip, int by_column,
+MOEI_UNUSED static void tproduct_table(tmatrix_want* want, int table, int part_size, int by_column,
                                        const uint8_t* present)
 {
     want->by_column = by_column;
     want->narrow = table == 2;
     if (!table) return;
-    want->strip = strip;
+    want->part_size = part_size;
     want->present = present;
 }
 
@@ -212,9 +212,9 @@ MOEI_UNUSED static void tproduct_exact(const tproduct* p, double* exact, double*
     const tproduct_want* w = &p->w;
     moe_ref_block_sparse_desc r;
     memset(&r, 0, sizeof r);
-    if (p->a.strip) r.a_table = (const void* const*)p->a.host;
+    if (p->a.part_size) r.a_table = (const void* const*)p->a.host;
     else r.a = p->a.host[0];
-    if (p->b.strip) r.b_table = (const void* const*)p->b.host;
+    if (p->b.part_size) r.b_table = (const void* const*)p->b.host;
     else r.b = p->b.host[0];
     r.mask = p->mask.present;
     r.op = w->op;

@@ -8,9 +8,9 @@ Needs torch, triton, stk and one GPU; nothing of this collection. stk is pure Py
 stands alone: `pip install --target DIR` and PYTHONPATH=DIR do where nothing may be installed. Exit code 77,
 with the reason, where there is no stk, no GPU, or none of its kernels runs.
 
-stk's kernels are for blocks of 128 x 128, one tile of 128 x 128 x 32 with 4 stages and 4 warps, so only such
-masks are timed: random-128 and diagonal-128. The sparse matrix is packed, block after block, its indices
-int16 as MegaBlocks has them (from Triton 3.2 on sdd's wrap past 256 blocks a side, stk's pull request 17).
+stk's kernels are for sparse blocks of 128 x 128, one tile of 128 x 128 x 32 with 4 stages and 4 warps. So only
+such masks are timed: random-128 and diagonal-128. The sparse matrix is packed, its indices int16 as MegaBlocks
+has them (from Triton 3.2 on sdd's overflow past 256 sparse blocks a side, stk's pull request 17).
 The timed call includes allocating the result from torch's cache.
 
 How it is verified and timed: block_sparse_triton.py.
@@ -40,7 +40,7 @@ def blocks_of(x, size):
 
 
 def make_stk(x, lists):
-    """The blocks of x [n, n] that there are, as stk packs them."""
+    """The present sparse blocks of x [n, n], as stk packs them."""
     size = x.shape[0]
     row, column = lists.orders[0]
     data = blocks_of(x, size)[row.long(), column.long()].contiguous()
@@ -91,7 +91,7 @@ def main():
         check_all(args.size, torch.bfloat16 if torch.cuda.is_available() else torch.float16)
         return
     if not torch.cuda.is_available() or not kinds:
-        print("no GPU, skipped" if kinds else "blocks of 128 only, skipped")
+        print("no GPU, skipped" if kinds else "sparse blocks of 128 only, skipped")
         sys.exit(77)
     x, y, flush = open_gpu(args.size)
     csv = open(args.csv, "w") if args.csv else None

@@ -4,16 +4,16 @@
     TRITON_INTERPRET=1 python3 bench/compare/block_sparse_triton.py --check --size 256
 
 Needs torch and triton, and one GPU unless it only checks; nothing of this collection. The masks are the
-bench's, bit by bit, and so are the rows: sdd, dsd and dds, each forward, dA and dB, beside torch.matmul
+bench's, bit by bit, and so are the rows: sdd, dsd and dds, each forward, dA and dB, and torch.matmul
 in the same run. --csv writes the bench's columns.
 
-A program computes one block of C (sdd), or a block's height by a tile's width of it (dsd, dds), and
-reads the sparse matrix through offsets and indices, in its place within the dense one, transposed by
-strides. The loop over blocks and the steps in a block is one, so that it is pipelined across blocks.
+A program computes one sparse block of C (sdd), or the height of a sparse block by a tile's width of C
+(dsd, dds). It reads the sparse matrix through offsets and indices, stored as the dense one, transposed by
+strides. The loop over sparse blocks and the steps in each is one, pipelined over sparse blocks.
 Order, tile, warps and stages are the quickest of those listed below, for each product, transpose and kind
-of mask at density 0.25. Blocks of 64 and 32 are not joined.
+of mask at density 0.25. Sparse blocks of 64 and 32 are not joined.
 
-Every result is compared with torch's fp32 product: all elements, blocks masked out being NaN in operands
+Every result is compared with torch's fp32 product: all elements, masked-out sparse blocks being NaN in operands
 and, where C is sparse, still NaN in C. Times: medians between CUDA events after 50 ms of warm-up, L2
 flushed before each; a pause on the GPU before each keeps the host's launch out of the time.
 """
@@ -50,8 +50,8 @@ PASSES = [  # forward product, pass, the call that it is, its transposes
 COLUMNS = ("by,mask,block,density,kept,product,pass,call,transposes,tile,ms,dense_ms,ratio,like_ms,"
            "like_ratio,target,held,tflops")
 
-# Width of the tile along the dense operand (of sdd: none), step along k, stages, warps. Where a block's
-# place is read first, half of the stages are that read's: 5 stages leave 3 buffers, 7 leave 4.
+# Width of the tile along the dense operand (of sdd: none), step along k, stages, warps. Where the index of
+# a sparse block is read first, half of the stages are that read's: 5 stages leave 3 buffers, 7 leave 4.
 WIDE = {
     128: [(256, 64, 5, 8), (256, 64, 7, 8), (128, 64, 7, 8), (128, 64, 5, 4), (128, 128, 5, 8)],
     64: [(256, 64, 5, 4), (256, 64, 7, 8), (256, 32, 7, 4), (128, 64, 5, 4), (128, 64, 7, 4)],
@@ -151,15 +151,15 @@ def choose(n, count, seed):
 
 def make_mask(mask, block, density, size):
     """Bool [blocks, blocks] on the host; None where the bench has no such row."""
-    blocks, strips, each = size // block, size // 128, 128 // block
+    blocks, groups, each = size // block, size // 128, 128 // block  # groups: of 128 rows or columns
     seed = SHAPE[mask] * 100000 + block * 100 + int(density * 100 + 0.5)
     if mask == "random":
         return choose(blocks * blocks, max(1, int(density * blocks * blocks + 0.5)),
                       seed).reshape(blocks, blocks)
     if mask == "batch":
-        strip = choose(strips, max(1, int(density * strips + 0.5)), seed)
-        return strip.repeat_interleave(each).expand(blocks, blocks).contiguous()
-    experts = min(int(1 / density + 0.5), strips)
+        chosen = choose(groups, max(1, int(density * groups + 0.5)), seed)
+        return chosen.repeat_interleave(each).expand(blocks, blocks).contiguous()
+    experts = min(int(1 / density + 0.5), groups)
     if experts == 1 and density < 1:
         return None
     kept = torch.zeros(blocks, blocks, dtype=torch.bool)
@@ -167,16 +167,16 @@ def make_mask(mask, block, density, size):
     row = column = done = 0
     for e in range(experts):
         done += share[e]
-        row_end = (done * strips + sum(share) // 2) // sum(share)
-        row_end = min(max(row_end, row + 1), strips - (experts - 1 - e))
-        column_end = ((e + 1) * strips + experts // 2) // experts
+        row_end = (done * groups + sum(share) // 2) // sum(share)
+        row_end = min(max(row_end, row + 1), groups - (experts - 1 - e))
+        column_end = ((e + 1) * groups + experts // 2) // experts
         kept[row * each : row_end * each, column * each : column_end * each] = True
         row, column = row_end, column_end
     return kept
 
 
 class Lists:
-    """Offsets and indices of the blocks by rows and by columns, and all blocks in two orders."""
+    """Offsets and indices of the present sparse blocks by rows and by columns, and these in two orders."""
 
     def __init__(self, kept, device):
         def one_way(k):
@@ -194,7 +194,7 @@ class Lists:
 
 
 def spread(kept, block):
-    """The mask of blocks as one of elements."""
+    """The mask of sparse blocks as one of elements."""
     return kept.repeat_interleave(block, 0).repeat_interleave(block, 1)
 
 
@@ -241,7 +241,7 @@ def config_name(call, block, config, order):
 
 
 class Reference:
-    """What a call should give: fp32 products of the operands with zeros for masked-out blocks."""
+    """What a call should give: fp32 products of the operands with zeros for masked-out sparse blocks."""
 
     def __init__(self, call, a, b, kept_elements):
         clean = [torch.nan_to_num(v.float(), nan=0.0) for v in (a, b)]
@@ -255,7 +255,7 @@ class Reference:
         error = (c.float() - self.want).abs() / self.bound
         if self.kept is not None:
             if not torch.isnan(c[~self.kept]).all():
-                raise SystemExit(f"{name}: blocks masked out were written")
+                raise SystemExit(f"{name}: masked-out sparse blocks were written")
             error = error[self.kept]
         worst = error.max().item()
         if not (worst <= 1.0 and self.want.abs().max().item() > 0.01):

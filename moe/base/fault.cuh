@@ -6,9 +6,10 @@
 #include "cuda.cuh"
 #include "fault.h"
 
-/* Returns MOEI_FAULT_KEY, computed only where a fault is met. The rank's term of that expression is
-   uniform over the kernel: written in C, the compiler computes it ahead of the branch and holds it
-   in a register, which costs 4 % of route's placing launch. Here the term depends on the index. */
+/* Returns MOEI_FAULT_KEY, computed only where a fault is met. In C, rank << 44 is uniform over the
+   kernel: the compiler computes the shift ahead of the branch and holds the result in a register.
+   This costs 4 % of route's placing launch. Here the instruction that adds the rank depends on the
+   index. */
 MOE_DEVICE uint64_t moei_fault_key(int code, int rank, int64_t index)
 {
 #if MOE_ON_HOST

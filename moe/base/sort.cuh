@@ -107,13 +107,13 @@ MOE_DEVICE void moei_sort_largest(float* top, const float* v, const int n, const
 }
 
 /* Merges the list of lane ^ w into the calling lane's. Both lists hold `have` numbers; a full list
-   holds `depth`. have and depth are powers of two, up to 32. */
-MOE_DEVICE void moei_group_merge(float* top, const int w, const int have, const int depth)
+   holds `num_largest`. have and num_largest are powers of two, up to 32. */
+MOE_DEVICE void moei_group_merge(float* top, const int w, const int have, const int num_largest)
 {
     float other[32];
     MOE_UNROLL
     for (int j = 0; j < have; ++j) other[j] = __shfl_xor_sync(MOE_FULL_WARP, top[j], w);
-    if (have < depth) { /* all of both lists */
+    if (have < num_largest) { /* all of both lists */
         MOE_UNROLL
         for (int j = 0; j < have; ++j) top[2 * have - 1 - j] = other[j];
         moei_sort_bitonic(top, 2 * have);
@@ -124,19 +124,23 @@ MOE_DEVICE void moei_group_merge(float* top, const int w, const int have, const 
     }
 }
 
-/* Writes the `depth` largest of an aligned group of `lanes` lanes (a literal) to every lane's top.
-   Each lane has per_lane numbers in v, sorts its largest, and the lists are merged pairwise. The
-   whole warp calls it. */
+/* Writes the num_largest largest numbers of an aligned group of `lanes` lanes (a literal) to every
+   lane's top. Each lane has per_lane numbers in v and sorts its largest. Then the lists are merged
+   pairwise. Called by the whole warp. */
 MOE_DEVICE void moei_group_sort_largest(float* top, const float* v, const int lanes,
-                                        const int per_lane, const int depth)
+                                        const int per_lane, const int num_largest)
 {
-    const int keep = per_lane < depth ? per_lane : depth;
+    const int keep = per_lane < num_largest ? per_lane : num_largest;
     moei_sort_largest(top, v, per_lane, keep);
-    if (lanes >= 2) moei_group_merge(top, 1, keep, depth);
-    if (lanes >= 4) moei_group_merge(top, 2, keep * 2 < depth ? keep * 2 : depth, depth);
-    if (lanes >= 8) moei_group_merge(top, 4, keep * 4 < depth ? keep * 4 : depth, depth);
-    if (lanes >= 16) moei_group_merge(top, 8, keep * 8 < depth ? keep * 8 : depth, depth);
-    if (lanes >= 32) moei_group_merge(top, 16, keep * 16 < depth ? keep * 16 : depth, depth);
+    if (lanes >= 2) moei_group_merge(top, 1, keep, num_largest);
+    if (lanes >= 4)
+        moei_group_merge(top, 2, keep * 2 < num_largest ? keep * 2 : num_largest, num_largest);
+    if (lanes >= 8)
+        moei_group_merge(top, 4, keep * 4 < num_largest ? keep * 4 : num_largest, num_largest);
+    if (lanes >= 16)
+        moei_group_merge(top, 8, keep * 8 < num_largest ? keep * 8 : num_largest, num_largest);
+    if (lanes >= 32)
+        moei_group_merge(top, 16, keep * 16 < num_largest ? keep * 16 : num_largest, num_largest);
 }
 
 #endif

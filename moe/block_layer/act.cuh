@@ -14,11 +14,12 @@
    with any contents: rows past the last one or between experts; in the batch form those of tokens
    that lack the expert.
 
-   In the batch form a token that lacks an expert still has a row in the expert's sparse blocks, so
-   dw1 and dw2 would multiply its x and dy by these zeros. An infinity or NaN in x [t] makes the
-   token's whole row of pre infinite or NaN, one in dy [t] that of d. Where backward finds one in
-   the first element of such a row, the expert is marked, and moe_block_sparse_depths excludes the
-   row from the expert's products. The products of all other experts keep full speed. */
+   In the batch form a token that lacks an expert still has a row of zeros in the expert's sparse
+   blocks. dw1 and dw2 would multiply the token's x and dy by these zeros. An infinity or NaN in
+   x [t] makes the token's whole row of pre infinite or NaN, one in dy [t] that of d. Backward reads
+   the first element of such a row. Where the element is infinite or NaN, backward marks the expert,
+   and moe_block_sparse_depths excludes the row from the expert's products. The products of all
+   other experts keep full speed. */
 #ifndef MOE_BLOCK_LAYER_ACT_CUH
 #define MOE_BLOCK_LAYER_ACT_CUH
 
@@ -216,9 +217,9 @@ MOE_DEVICE bool moei_block_layer_odd(uint16_t v, const int dtype)
     return (v & infinite) == infinite;
 }
 
-/* Batch, backward: writes to `held` whether the row's token has the expert, and marks the expert
-   where a token that lacks it must not enter its products. Called by the group's first lane, which
-   alone overwrites the row's first element of pre and d, before the overwrite. */
+/* Batch, backward: writes to `held` whether the row's token has the expert. Marks the expert where
+   a token without the expert must not enter the expert's products. Called by the group's first
+   lane, before this lane overwrites the row's first element of pre and d. */
 MOE_DEVICE void moei_block_layer_act_hold(const moei_block_layer_act_args* a,
                                           const moei_block_layer_act_row* r, const int dtype)
 {

@@ -1,11 +1,11 @@
 /* address.cuh: addresses of a block-sparse tile: the arguments of a launch, the tile of a thread
    block, the address parts of its slices. Called by tile.cuh, load.cuh, multiply.cuh and store.cuh.
 
-   X, Y, M, K, N, block rows and block columns are those of the normal form (tile.cuh).
+   X, Y, m, k, n, block rows and block columns are those of the normal form (tile.cuh).
 
-   An address is the sum of two parts: a fixed one for each slice of rows (or columns) of the tile,
-   in shared memory, and one for each slice of depth, which the list names. So a tile may consist of
-   sparse blocks anywhere, of 16 elements and more, and tables cost nothing where they are null. */
+   An address is the sum of two parts. Each slice of rows (or columns) of the tile has a fixed part,
+   in shared memory. Each slice of depth has a part too; the list names these slices. So a tile may
+   consist of sparse blocks anywhere, of 16 elements and more. Null tables cost nothing. */
 #ifndef MOE_BLOCK_SPARSE_ADDRESS_CUH
 #define MOE_BLOCK_SPARSE_ADDRESS_CUH
 
@@ -38,10 +38,10 @@ typedef struct moei_sparse_args {
     int32_t m, n, k;            /* elements, of the normal form */
     int32_t sparse_c;           /* 1: sdd; 0: dsd or dds */
     int32_t packed;             /* 1: the sparse matrix is packed; 0: strided */
-    int32_t block_m, block_other; /* log2 of a sparse block's extent along M; along K (sdd: N) */
+    int32_t block_m, block_other; /* log2 of a sparse block's extent along m; along k (sdd: n) */
     int32_t strip_m;              /* rows of a strip: of all its block rows */
     int32_t others, max_blocks;   /* block columns; entries of the list */
-    int32_t tiles_m, tiles_n;     /* tiles along M and N that have a thread block */
+    int32_t tiles_m, tiles_n;     /* tiles along m and n that have a thread block */
     int32_t share_m, share_of;    /* of share: log2 of its rows; 0 or 1 */
     int32_t c_dtype;              /* moe_dtype of C */
     int32_t rank;                 /* reported with a fault */

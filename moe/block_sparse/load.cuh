@@ -124,9 +124,9 @@ MOE_DEVICE moei_sparse_copies moei_sparse_copies_begin(const moei_sparse_args* d
 }
 
 /* Runs before the copies of a step, while step `step` is multiplied (negative before the first).
-   Every `half` steps, one warp writes the next 32 slices over the half that has been used. They are
-   first read in a later step, and each step has a barrier. predicated is a literal. Called by the
-   whole thread block. */
+   Every `half` steps, one warp writes the next 32 slices over the half that has been used. These
+   slices are first read in a later step, and each step has a barrier. predicated is a literal.
+   Called by the whole thread block. */
 MOE_DEVICE void moei_sparse_advance(moei_sparse_copies* o, const moei_sparse_args* d, int step,
                                     const int predicated, const moe_gemm_shape f)
 {

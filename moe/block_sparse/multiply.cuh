@@ -9,7 +9,7 @@
 
 /* Returns true where the tile must be predicated: products, rows or depths are skipped, or slices
    are cut off. Called by the whole thread block, whose threads get one answer. Whole slices past
-   the edges of X and Y need no predicates: along the depth they are zero in both, else they are not
+   the edges of X and Y need no predicates: along k they are zero in both, else they are not
    stored. */
 MOE_DEVICE bool moei_sparse_needs_predicates(const moei_sparse_args* d,
                                              const moei_sparse_position* t,

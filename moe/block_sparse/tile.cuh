@@ -1,10 +1,10 @@
 /* tile.cuh: computes one tile of a block-sparse product, for all of sdd, dsd and dds. Called by the
    kernels of block_sparse.cuh.
 
-   The host resolves each operation into one normal form, C = X * Y with X [M, K] and Y [K, N]
+   The host resolves each operation into one normal form, C = X * Y with X [m, k] and Y [k, n]
    (prepare.cuh). dsd: X is the sparse A. dds: X is the sparse B transposed, and C is stored
    transposed. sdd: X and Y are the dense operands. The sparse matrix is then a list of entries for
-   each strip of M. Its block rows run along M, its block columns along K (sdd: N):
+   each strip of m. Its block rows run along m, its block columns along k (sdd: n):
 
      dsd, dds   the strip's sparse blocks of X: the depths k that are multiplied
      sdd        the strip's sparse blocks of C: the columns n that follow one another in the tile

@@ -70,9 +70,9 @@ MOE_DEVICE void moei_gate_plain_sum(moei_gate_round* o, const float* v, const fl
     o->kth = 0.0f;
     o->tie = false;
     MOE_UNROLL
-    for (int k = 0; k < w.depth; ++k) {
+    for (int k = 0; k < w.num_largest; ++k) {
         if (k < top_k) o->kth = top[k];
-        if (k + 1 < top_k && k + 1 < w.depth) o->tie |= top[k] == top[k + 1];
+        if (k + 1 < top_k && k + 1 < w.num_largest) o->tie |= top[k] == top[k + 1];
     }
     o->redo |= !(o->kth >= -3e38f);
 }
@@ -92,7 +92,7 @@ MOE_DEVICE void moei_gate_plain_choose(moei_gate_round* o, const float* v, const
     all = __shfl_sync(MOE_FULL_WARP, before, w.lanes - 1, w.lanes);
     o->before = (before & 0xffff) - __popc(o->chosen);
     /* a sum of 2^16 or more: some lane has set redo */
-    o->redo = o->live && (all < o->top_k || all > 2 * w.depth);
+    o->redo = o->live && (all < o->top_k || all > 2 * w.num_largest);
     o->tie |= all > o->top_k;
     o->all = all;
     o->picks = o->redo || !o->live ? 0 : o->top_k;
@@ -113,7 +113,7 @@ MOE_DEVICE void moei_gate_plain_pick(moei_gate_round* o, const moei_gate_args* d
     MOE_UNROLL
     for (int n = 0; n < 8; ++n) {
         const int c = n * w.lanes + w.rank;
-        const bool mine = n * w.lanes < w.depth && c < o->picks;
+        const bool mine = n * w.lanes < w.num_largest && c < o->picks;
         o->expert[n] = mine ? pick[c] : 0;
         o->logit[n] =
             mine ? moe_load_f32(d->logits, o->t * d->logits_stride + o->expert[n], d->logits_dtype)
@@ -133,10 +133,11 @@ MOE_DEVICE void moei_gate_plain_weigh(moei_gate_round* o, const moei_gate_args* 
         float l = 0.0f;
         MOE_UNROLL
         for (int r = 0; r < 32; ++r)
-            if (r < w.lanes && n * w.lanes + r < w.depth && w.rank == r) l = top[n * w.lanes + r];
+            if (r < w.lanes && n * w.lanes + r < w.num_largest && w.rank == r)
+                l = top[n * w.lanes + r];
         o->weight[n] = 0.0f;
         /* a factor that all weights share, also from an error in `shift`, cancels below */
-        if (n * w.lanes < w.depth && n * w.lanes + w.rank < o->picks)
+        if (n * w.lanes < w.num_largest && n * w.lanes + w.rank < o->picks)
             o->weight[n] = score == MOE_SCORE_SIGMOID ? moei_gate_weight(d, 1.0f, l, top[0], 1.0f)
                                                       : moei_exp2_fast(fmaf(l, log2e, o->shift));
         part += o->weight[n];
@@ -147,7 +148,8 @@ MOE_DEVICE void moei_gate_plain_weigh(moei_gate_round* o, const moei_gate_args* 
     } else if (d->renormalize) {
         MOE_UNROLL
         for (int n = 0; n < 8; ++n)
-            if (n * w.lanes < w.depth && sum > 0.0f) o->weight[n] = __fdiv_rn(o->weight[n], sum);
+            if (n * w.lanes < w.num_largest && sum > 0.0f)
+                o->weight[n] = __fdiv_rn(o->weight[n], sum);
     }
     MOE_UNROLL
     for (int n = 0; n < 8; ++n) o->weight[n] *= factor;
@@ -164,9 +166,9 @@ MOE_DEVICE void moei_gate_plain_write(const moei_gate_round* o, const moei_gate_
     for (int n = 0; n < 8; ++n) {
         uint32_t larger = 0; /* a bit for each of top */
         MOE_UNROLL
-        for (int u = 0; u < w.depth; ++u)
+        for (int u = 0; u < w.num_largest; ++u)
             larger = __funnelshift_l(__float_as_uint(o->logit[n] - top[u]), larger, 1);
-        const bool mine = n * w.lanes < w.depth && n * w.lanes + w.rank < o->picks;
+        const bool mine = n * w.lanes < w.num_largest && n * w.lanes + w.rank < o->picks;
         if (mine) d->weights[o->t * top_k + n * w.lanes + w.rank] = o->weight[n];
         if (mine && !o->tie) {
             d->ids[o->t * top_k + __popc(larger)] = o->expert[n];
@@ -179,23 +181,23 @@ MOE_DEVICE void moei_gate_plain_write(const moei_gate_round* o, const moei_gate_
 }
 
 /* Runs one block, which has one chunk. An aligned group of `lanes` lanes owns a token; a lane has
-   `per_lane` of its logits. K <= depth. The three are literals. count [E] is in shared memory; the
-   picks follow count. In a round each group does one token:
+   `per_lane` of its logits. K <= num_largest. The three are literals. count [E] is in shared
+   memory; the picks follow count. In a round each group does one token:
 
-     1. load: its logits; with depth <= 8 already in the round before
-     2. sort: every lane has the token's `depth` largest logits, in order
+     1. load: its logits; with num_largest <= 8 already in the round before
+     2. sort: every lane has the token's `num_largest` largest logits, in order
      3. sum
      4. choose: a lane finds which of its logits are among the K: those not below the K-th
      5. pick: the chosen experts, one after another in shared memory
      6. weigh
      7. write: ids at their ranks, the numbers of larger logits. moei_gate_ties finds the ranks
         where more than K are not below the K-th, or two of the K are equal
-     8. again: moei_gate_token does the token again where 2 depth picks do not hold all equal
+     8. again: moei_gate_token does the token again where 2 num_largest picks do not hold all equal
         logits, and where 3. says so */
 MOE_DEVICE_BODY void moei_gate_block(const moei_gate_args* d, int* count, const int lanes,
-                                     const int per_lane, const int depth)
+                                     const int per_lane, const int num_largest)
 {
-    const moei_gate_lanes w = moei_gate_lanes_of(lanes, per_lane, depth);
+    const moei_gate_lanes w = moei_gate_lanes_of(lanes, per_lane, num_largest);
     const int top_k = d->top_k, score = d->score;
     const int step = (int)blockDim.x / lanes;
     const int chunk = (int)moe_chunk_tokens(d->num_tokens);
@@ -203,9 +205,9 @@ MOE_DEVICE_BODY void moei_gate_block(const moei_gate_args* d, int* count, const 
     const int tokens = d->num_tokens - first < chunk ? d->num_tokens - first : chunk;
     const bool wide =
         (d->logits_stride | d->num_experts) % 8 == 0 && (uintptr_t)d->logits % 16 == 0;
-    uint16_t* pick = /* [tokens in flight][2 depth] experts chosen, in no order */
-        (uint16_t*)(count + d->num_experts) + threadIdx.x / lanes * (2 * depth);
-    const bool early = depth <= 8; /* registers are left to load the next token's logits */
+    uint16_t* pick = /* [tokens in flight][2 num_largest] experts chosen, in no order */
+        (uint16_t*)(count + d->num_experts) + threadIdx.x / lanes * (2 * num_largest);
+    const bool early = num_largest <= 8; /* registers are left to load the next token's logits */
     float next[32];
     int i = (int)threadIdx.x / lanes;
 
@@ -213,7 +215,7 @@ MOE_DEVICE_BODY void moei_gate_block(const moei_gate_args* d, int* count, const 
     __syncthreads(); /* count is clear */
     for (; __any_sync(MOE_FULL_WARP, i < tokens); i += step) {
         float v[32];   /* this lane's logits; of the block's first token where none is left */
-        float top[32]; /* the token's `depth` largest, in order */
+        float top[32]; /* the token's `num_largest` largest, in order */
         moei_gate_round o;
         o.top_k = top_k, o.score = score;
         o.live = i < tokens;
@@ -226,7 +228,7 @@ MOE_DEVICE_BODY void moei_gate_block(const moei_gate_args* d, int* count, const 
         } else {
             moei_gate_read(v, d, o.t, wide, w);
         }
-        moei_group_sort_largest(top, v, lanes, per_lane, depth); /* 2. sort */
+        moei_group_sort_largest(top, v, lanes, per_lane, num_largest); /* 2. sort */
         moei_gate_plain_sum(&o, v, top, w);
         moei_gate_plain_choose(&o, v, w);
         moei_gate_plain_pick(&o, d, pick, w);

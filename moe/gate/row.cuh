@@ -110,17 +110,18 @@ MOE_DEVICE float moei_gate_weight(const moei_gate_args* d, float unit, float l, 
     return moei_gate_score(d, unit, l, max, sum);
 }
 
-/* How registers hold rows: an aligned group of `lanes` lanes has a token, per_lane logits a lane;
-   `depth` of the largest are found. The three are literals. */
+/* How registers hold rows: an aligned group of `lanes` lanes has a token, per_lane logits a lane.
+   The group finds the num_largest largest. The three are literals. */
 typedef struct moei_gate_lanes {
-    int lanes, per_lane, depth;
+    int lanes, per_lane, num_largest;
     int rank; /* this lane's number in its group, 0 .. lanes - 1 */
 } moei_gate_lanes;
 
 /* Returns how this lane holds rows. */
-MOE_DEVICE moei_gate_lanes moei_gate_lanes_of(const int lanes, const int per_lane, const int depth)
+MOE_DEVICE moei_gate_lanes moei_gate_lanes_of(const int lanes, const int per_lane,
+                                              const int num_largest)
 {
-    const moei_gate_lanes w = {lanes, per_lane, depth, moe_lane() & (lanes - 1)};
+    const moei_gate_lanes w = {lanes, per_lane, num_largest, moe_lane() & (lanes - 1)};
     return w;
 }
 

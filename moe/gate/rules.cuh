@@ -218,21 +218,21 @@ MOE_DEVICE void moei_gate_lane_order(moei_gate_pick* pick, bool merits, int n, c
 {
     const float* merit = merits ? &pick->merit : &pick->logit;
     const int step = (int)(sizeof *pick / sizeof *merit);
-    uint16_t* order = moei_gate_order(pick, w.depth);
+    uint16_t* order = moei_gate_order(pick, w.num_largest);
     bool tie = n > top_k;
     top_k = (int)moei_opaque(
         (uint64_t)top_k); /* else each k < K stays in a register since kth was found */
     MOE_UNROLL
-    for (int k = 0; k < w.depth - 1; ++k) tie |= k + 1 < top_k && top[k] == top[k + 1];
+    for (int k = 0; k < w.num_largest - 1; ++k) tie |= k + 1 < top_k && top[k] == top[k + 1];
     if (!tie) { /* a pick's rank is the number of larger ones in top */
         MOE_UNROLL
         for (int m = 0; m < 8; ++m) {
             const int c = m * w.lanes + w.rank;
             uint32_t larger = 0; /* a bit for each of top */
-            if (m * w.lanes < w.depth && c < n) {
+            if (m * w.lanes < w.num_largest && c < n) {
                 const float own = merit[c * step];
                 MOE_UNROLL
-                for (int k = 0; k < w.depth; ++k)
+                for (int k = 0; k < w.num_largest; ++k)
                     larger = __funnelshift_l(__float_as_uint(own - top[k]), larger, 1);
                 order[__popc(larger)] = (uint16_t)c;
             }
@@ -264,7 +264,7 @@ MOE_DEVICE void moei_gate_lane_finish(const moei_gate_args* d, const moei_gate_u
                                       const moei_gate_stats* s, const moei_gate_lanes w)
 {
     const int top_k = d->top_k;
-    const uint16_t* order = moei_gate_order(pick, w.depth);
+    const uint16_t* order = moei_gate_order(pick, w.num_largest);
     const bool softmax = moei_gate_is_softmax(d->score), own = moei_gate_own_sum(d);
     float weight[8], total = 0.0f, factor = d->scale, max = s->max, shift;
     int e[8];
@@ -273,7 +273,7 @@ MOE_DEVICE void moei_gate_lane_finish(const moei_gate_args* d, const moei_gate_u
         const int k = m * w.lanes + w.rank;
         weight[m] = __uint_as_float(0xff800000u);
         e[m] = -1;
-        if (m * w.lanes < w.depth && live && k < top_k) {
+        if (m * w.lanes < w.num_largest && live && k < top_k) {
             const moei_gate_pick p = pick[order[k]];
             weight[m] = p.logit;
             e[m] = p.expert;
@@ -289,7 +289,7 @@ MOE_DEVICE void moei_gate_lane_finish(const moei_gate_args* d, const moei_gate_u
     shift = -(max * units->log2);
     MOE_UNROLL /* 3. */
     for (int m = 0; m < 8; ++m)
-        if (m * w.lanes < w.depth && e[m] >= 0) {
+        if (m * w.lanes < w.num_largest && e[m] >= 0) {
             const float v = weight[m];
             weight[m] = softmax ? moei_exp2_fast(own ? units->log2 * (v - max)
                                                      : fmaf(v, units->log2, shift))
@@ -306,7 +306,7 @@ MOE_DEVICE void moei_gate_lane_finish(const moei_gate_args* d, const moei_gate_u
     MOE_UNROLL
     for (int m = 0; m < 8; ++m) {
         const int k = m * w.lanes + w.rank;
-        if (m * w.lanes < w.depth && live && k < top_k) {
+        if (m * w.lanes < w.num_largest && live && k < top_k) {
             d->ids[t * top_k + k] = e[m];
             d->weights[t * top_k + k] = e[m] >= 0 ? weight[m] * factor : 0.0f;
             if (e[m] >= 0) atomicAdd(count + e[m], 1);
@@ -372,20 +372,20 @@ MOE_DEVICE int moei_gate_lane_count(int* before, int n, const moei_gate_lanes w)
     return __shfl_sync(MOE_FULL_WARP, sum, w.lanes - 1, w.lanes);
 }
 
-/* Sets top to the token's w.depth largest merits in order; returns the K-th. With whole_batch the
-   merits are 0, -1, ... in the order of choice (batch.cuh). The whole warp calls it. */
+/* Sets top to the token's w.num_largest largest merits in order; returns the K-th. With whole_batch
+   the merits are 0, -1, ... in the order of choice (batch.cuh). The whole warp calls it. */
 MOE_DEVICE float moei_gate_lane_top(float* top, const float* u, const moei_gate_args* d,
                                     const moei_gate_lanes w)
 {
     float kth = 0.0f;
     if (d->whole_batch) {
         MOE_UNROLL
-        for (int k = 0; k < w.depth; ++k) top[k] = (float)-k;
+        for (int k = 0; k < w.num_largest; ++k) top[k] = (float)-k;
     } else {
-        moei_group_sort_largest(top, u, w.lanes, w.per_lane, w.depth);
+        moei_group_sort_largest(top, u, w.lanes, w.per_lane, w.num_largest);
     }
     MOE_UNROLL
-    for (int k = 0; k < w.depth; ++k)
+    for (int k = 0; k < w.num_largest; ++k)
         if (k < d->top_k) kth = top[k];
     return kth;
 }
@@ -438,23 +438,25 @@ MOE_DEVICE void moei_gate_lane_probabilities(float* prob, const float* v, uint32
 #endif
 
 /* Runs one block, which has one chunk. An aligned group of `lanes` lanes owns a token; a lane has
-   `per_lane` of its logits. K <= depth. The three are literals. In a round each group does a token:
+   `per_lane` of its logits. K <= num_largest. The three are literals. In a round each group does a
+   token:
 
      1. load: its logits; where `early` already in the round before
      2. apply the rules of single logits; the largest logit
      3. sum over the row; find -inf and NaN
      4. merits: what selection compares; groups
-     5. sort: the token's `depth` largest merits in order, of them the K-th
+     5. sort: the token's `num_largest` largest merits in order, of them the K-th
      6. choose: a lane's merits that are not below the K-th, and how many the lanes before have
      7. write: collects the picks in shared memory; their order, weights and ids
      8. sums of probabilities
-     9. again: moei_gate_token does the tokens that 1. to 8. cannot. More than 2 depth of their
-        experts are not below the K-th, or they see fewer than K, or their logits are infinite, huge
-        or NaN. */
+     9. again: moei_gate_token does the tokens that 1. to 8. cannot. More than 2 num_largest of
+        their experts are not below the K-th, or they see fewer than K, or their logits are
+        infinite, huge or NaN. */
 MOE_DEVICE_BODY void moei_gate_rules_block(const moei_gate_args* d, const moei_gate_shared* shared,
-                                           const int lanes, const int per_lane, const int depth)
+                                           const int lanes, const int per_lane,
+                                           const int num_largest)
 {
-    const moei_gate_lanes w = moei_gate_lanes_of(lanes, per_lane, depth);
+    const moei_gate_lanes w = moei_gate_lanes_of(lanes, per_lane, num_largest);
     const int num_experts = d->num_experts, top_k = d->top_k, step = (int)blockDim.x / lanes;
     const int own = (int)threadIdx.x / lanes; /* this group's number among the tokens in flight */
     const int chunk = (int)moe_chunk_tokens(d->num_tokens);
@@ -471,7 +473,7 @@ MOE_DEVICE_BODY void moei_gate_rules_block(const moei_gate_args* d, const moei_g
     const bool early = per_lane <= 16 && MOEI_GATE_EARLY;
     const uint64_t seed = moei_gate_seed(d);
     moei_gate_pick* pick =
-        (moei_gate_pick*)(shared->picks + (size_t)own * moei_gate_picks_bytes(depth));
+        (moei_gate_pick*)(shared->picks + (size_t)own * moei_gate_picks_bytes(num_largest));
     float* prob = shared->prob + moe_warp() * num_experts;
     float* row = shared->row + moe_warp() * num_experts;
     uint32_t off = 0; /* bit j: the lane's j-th expert is disabled, or past E */
@@ -493,7 +495,7 @@ MOE_DEVICE_BODY void moei_gate_rules_block(const moei_gate_args* d, const moei_g
         const bool live = i < tokens && !masked;
         float v[32];   /* this lane's logits; of the block's first token where none is left */
         float u[32];   /* merits of v */
-        float top[32]; /* the token's `depth` largest merits, in order */
+        float top[32]; /* the token's `num_largest` largest merits, in order */
         float kth, max;
         uint32_t unseen = off, picked;
         int n, before;
@@ -521,7 +523,8 @@ MOE_DEVICE_BODY void moei_gate_rules_block(const moei_gate_args* d, const moei_g
         picked = moei_gate_not_below(u, kth, w); /* 6. choose */
         redo = moei_gate_lane_inexact(&s, &units, top[0], kth);
         n = moei_gate_lane_count(&before, __popc(picked) | (redo ? 1 << 16 : 0), w);
-        redo = live && (n < top_k || n > 2 * depth); /* 2^16 or more: some lane has set redo */
+        redo =
+            live && (n < top_k || n > 2 * num_largest); /* 2^16 or more: some lane has set redo */
         if (redo || !live) n = 0;
         if (n == 0) picked = 0;
         if (merits) moei_gate_lane_pick(pick + before, picked, v, u, w, 1); /* 7. write */

@@ -13,15 +13,15 @@ typedef struct moei_gate_pick {
     int unused;  /* fills 16 bytes */
 } moei_gate_pick;
 
-/* Returns the bytes of a token's picks: at most 2 depth picks, then order [depth]. */
-MOE_HOST_DEVICE size_t moei_gate_picks_bytes(int depth)
+/* Returns the bytes of a token's picks: at most 2 num_largest picks, then order [num_largest]. */
+MOE_HOST_DEVICE size_t moei_gate_picks_bytes(int num_largest)
 {
-    return ((size_t)depth * (2 * sizeof(moei_gate_pick) + sizeof(uint16_t)) + 7) / 8 * 8;
+    return ((size_t)num_largest * (2 * sizeof(moei_gate_pick) + sizeof(uint16_t)) + 7) / 8 * 8;
 }
-/* Returns a token's order [depth], behind its picks: order[k] is the pick that is choice k. */
-MOE_DEVICE uint16_t* moei_gate_order(moei_gate_pick* pick, const int depth)
+/* Returns a token's order [num_largest], behind its picks: pick order[k] is choice k. */
+MOE_DEVICE uint16_t* moei_gate_order(moei_gate_pick* pick, const int num_largest)
 {
-    return (uint16_t*)(pick + 2 * depth);
+    return (uint16_t*)(pick + 2 * num_largest);
 }
 
 /* Shared memory of a block, in this order. `tokens`: tokens in flight together. */
@@ -38,13 +38,14 @@ typedef struct moei_gate_shared {
 
 /* Sets the addresses of *s from `base` on; returns the bytes. A null base only counts. */
 MOE_HOST_DEVICE size_t moei_gate_carve(moei_gate_shared* s, unsigned char* base,
-                                       const moei_gate_args* d, int warps, int tokens, int depth)
+                                       const moei_gate_args* d, int warps, int tokens,
+                                       int num_largest)
 {
     const size_t num_experts =
         ((size_t)d->num_experts + 3) / 4 * 4; /* buffers begin at multiples of 16 */
     size_t at = 0;
     s->picks = base + at;
-    at += ((size_t)tokens * moei_gate_picks_bytes(depth) + 15) / 16 * 16;
+    at += ((size_t)tokens * moei_gate_picks_bytes(num_largest) + 15) / 16 * 16;
     s->count = (int*)(base + at);
     at += num_experts * 4;
     s->bias = (float*)(base + at);

@@ -2,10 +2,10 @@
 
    grouped.cuh and k_grouped.cuh fill them in on the host; kernels take them by value.
 
-   Keep the order of the members. ptxas loads two numbers that share 8 bytes as one, which changes
-   its choice of registers, and the large tiles have no register to spare. In this order no target
-   spills. Other orders made up products 2 % slower, k-grouped products 5 % slower, or spilled on
-   sm_75 and sm_80. */
+   Keep the order of the members. ptxas loads two numbers that share 8 bytes as one. The order thus
+   changes the choice of registers, and the large tiles have no register to spare. In this order no
+   target spills. Other orders made up products 2 % slower, k-grouped products 5 % slower, or
+   spilled on sm_75 and sm_80. */
 #ifndef MOE_GEMM_ARGS_H
 #define MOE_GEMM_ARGS_H
 

@@ -21,7 +21,7 @@
      moe_grouped_gemm_desc g = {0};
      g.a = x;  g.row_index = row_slot;  g.row_div = K;  g.a_rows = T;
      g.b.base = w;  g.expert_offset = offset;  g.c = c;
-     g.num_experts = E;  g.num_rows = T * K;  g.n = N;  g.k = H;
+     g.num_experts = E;  g.num_rows = T * K;  g.n = I;  g.k = H;
      moe_status s = moe_grouped_gemm(&g, stream);
 
    A faster path for one architecture is added here: a kernel, an entry in moe_gemm_path, entries in

@@ -5,8 +5,8 @@
    The ring, the steps and the epilogue are those of every tile (mainloop.cuh, steps.inl,
    epilogue.cuh). Both operands are mn-major: a step is tile_k rows of each, copied in 16-byte
    vectors. The index warps, two for each 32 rows of a step, resolve these rows: even warps those of
-   A, odd warps those of B. They read an index one step before they resolve it, and resolve it two
-   steps before the copies, so that no copy waits. Rows past an expert's last are zeros in both. */
+   A, odd warps those of B. The index warps read an index three steps before its copies and resolve
+   the index two steps before them: no copy waits. Rows past an expert's last are zeros in both. */
 #ifndef MOE_GEMM_K_TILE_CUH
 #define MOE_GEMM_K_TILE_CUH
 

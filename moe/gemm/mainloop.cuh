@@ -7,13 +7,13 @@
      B  MOE_MAJOR_K [tile_n][tile_k], MOE_MAJOR_MN [tile_k][tile_n]   one such matrix a term
 
    A loader fills the stages, stages - 1 steps ahead. Each warp multiplies its warp tile, wm x wn,
-   from the stage that has arrived. A step has tile_k / 16 slices of depth, each once a term (the
-   code counts one slice a term), the last term first: small numbers are added where sums are small.
+   from the stage that has arrived. A step has tile_k / 16 slices of depth. Each slice has one
+   product a term, the last term first: small numbers are added where sums are small.
 
-   For each slice: load the fragments of the next slice, start a part of the copies (not at the last
-   slice), multiply. Each step has one barrier, before the products of its last slice. After the
-   barrier the next stage has arrived for every warp. The stage of this step may be refilled: the
-   warps have its last fragments in registers. */
+   For each product: load the fragments of the next product, start a part of the copies (not at the
+   last product), multiply. Each step has one barrier, before its last product. After the barrier
+   the next stage has arrived for every warp. The stage of this step may be refilled: the warps have
+   its last fragments in registers. */
 #ifndef MOE_GEMM_MAINLOOP_CUH
 #define MOE_GEMM_MAINLOOP_CUH
 
@@ -102,28 +102,28 @@ MOE_DEVICE void moei_ring_load_b(moei_mma_b* b, const moei_ring* r, int stage, i
     }
 }
 
-/* A warp's fragments of this slice and the next, double-buffered. */
+/* A warp's fragments of this product and the next, double-buffered. */
 typedef struct moei_ring_fragments {
-    moei_mma_a a[2][4]; /* of slice c in a[c / terms % 2]: all terms share A */
-    moei_mma_b b[2][4]; /* of slice c in b[c % 2] */
+    moei_mma_a a[2][4]; /* of product c in a[c / terms % 2]: all terms share A */
+    moei_mma_b b[2][4]; /* of product c in b[c % 2] */
 } moei_ring_fragments;
 
 /* Returns the products of a step: slices times terms. Requires that tile_k / 16 is even:
    otherwise the first fragments of a step would overwrite fragments in use. */
 MOE_HOST_DEVICE int moei_ring_products(const moe_gemm_shape f) { return f.tile_k / 16 * f.terms; }
 
-/* Loads the fragments of slice c of stage `stage`; those of A only at the first term. c is a
+/* Loads the fragments of product c of stage `stage`; those of A only at the first term. c is a
    literal. */
 MOE_DEVICE void moei_ring_load(moei_ring_fragments* g, const moei_ring* r, int stage, const int c,
                                const moe_gemm_shape f)
 {
-    const int depth = c / f.terms;
-    if (c % f.terms == 0) moei_ring_load_a(g->a[depth & 1], r, stage, depth * 16, f);
-    moei_ring_load_b(g->b[c & 1], r, stage, depth * 16, f.terms - 1 - c % f.terms, f);
+    const int slice = c / f.terms;
+    if (c % f.terms == 0) moei_ring_load_a(g->a[slice & 1], r, stage, slice * 16, f);
+    moei_ring_load_b(g->b[c & 1], r, stage, slice * 16, f.terms - 1 - c % f.terms, f);
 }
 
-/* Called before the products of slice c of a step: loads the fragments of the next slice. At the
-   last slice all threads of the block call it: the barrier first waits until the next stage has
+/* Loads the fragments of the next product. Called before product c of a step. At the last product
+   all threads of the block call moei_ring_advance: the barrier first waits until the next stage has
    arrived for every warp. */
 MOE_DEVICE void moei_ring_advance(moei_ring_fragments* g, const moei_ring* r, const int c,
                                   const moe_gemm_shape f)
@@ -144,7 +144,7 @@ MOE_DEVICE void moei_tile_zero(moei_mma_c acc[4][4], const moe_gemm_shape f)
     for (int j = 0; j < f.wn / 16; ++j) moei_mma_zero(&acc[i][j]);
 }
 
-/* Adds the products of one slice's fragments to a warp's accumulators. */
+/* Adds one product: the fragments of a slice and of one term, to a warp's accumulators. */
 MOE_DEVICE void moei_tile_products(moei_mma_c acc[4][4], const moei_mma_a* a, const moei_mma_b* b,
                                    const moe_gemm_shape f)
 {

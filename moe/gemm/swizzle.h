@@ -1,10 +1,10 @@
 /* swizzle.h: where the 16-bit elements of a stage lie in shared memory. Lines follow one another
    without padding. Included by mma.cuh and its CPU stand-in, host/mma.h.
 
-   The line's number permutes the 16-byte vectors within each 128 bytes. The eight vectors that one
-   8 x 8 matrix of ldmatrix reads, one in each of eight lines, then lie in different banks. Padded
-   lines would avoid the bank conflicts too. But a warp's cp.async of 128 bytes would then write to
-   two 128-byte rows of banks and be split in two, and traffic from L2 would grow by half. */
+   The line's number permutes the 16-byte vectors within each 128 bytes. ldmatrix reads an 8 x 8
+   matrix as eight vectors, one in each of eight lines. The permuted vectors lie in different banks.
+   Padded lines would avoid the bank conflicts too. But then a warp's cp.async of 128 bytes would
+   write to two 128-byte rows of banks and be split in two. Traffic from L2 would grow by half. */
 #ifndef MOE_GEMM_SWIZZLE_H
 #define MOE_GEMM_SWIZZLE_H
 

@@ -7,7 +7,7 @@
 
    All shape parameters are literals in the stamped kernels, so that the accumulators stay in
    registers and the loops unroll. Where gate and up are not interleaved, half of a warp's columns
-   are gates and half are ups, so that one warp's epilogue has both. */
+   are gates and half are ups: one warp's epilogue has both. */
 #ifndef MOE_GEMM_TILE_CUH
 #define MOE_GEMM_TILE_CUH
 
@@ -135,7 +135,7 @@ MOE_DEVICE void moei_loader_copy(moei_loader* p, const moe_grouped_gemm_args* d,
                                  const moe_gemm_shape f)
 {
     const int tid = (int)threadIdx.x, vector = tid % (f.tile_k / 8), r = tid / (f.tile_k / 8);
-    const int depth = d->k - p->k;                    /* depths that remain */
+    const int k_left = d->k - p->k;                        /* depths that remain */
     const int to = moei_swizzled(r, vector * 8, f.tile_k); /* the swizzle repeats every 8 lines */
     const bool halves = moei_gemm_halves(d);
     const int b_rows = d->c.gated == MOE_GATE_UP_INTERLEAVED ? 2 * d->n : d->n;
@@ -145,7 +145,7 @@ MOE_DEVICE void moei_loader_copy(moei_loader* p, const moe_grouped_gemm_args* d,
         MOE_UNROLL
         for (int i = part; i < f.tile_m / 32; i += parts) {
             moei_copy16_async(sa + i * 32 * f.tile_k + to, p->a[i],
-                              vector * 8 < depth && (p->a_keep >> i & 1) ? 16 : 0);
+                              vector * 8 < k_left && (p->a_keep >> i & 1) ? 16 : 0);
             p->a[i] += f.tile_k * 2;
         }
     } else {
@@ -154,7 +154,7 @@ MOE_DEVICE void moei_loader_copy(moei_loader* p, const moe_grouped_gemm_args* d,
         for (int i = part; i < f.tile_k / rows; i += parts) {
             const int kr = i * rows + tid / (f.tile_m / 8);
             moei_copy16_async(sa + moei_swizzled(kr, c * 8, f.tile_m),
-                              p->a[0] + i * rows * d->a_stride * 2, kr < depth ? p->a_keep : 0);
+                              p->a[0] + i * rows * d->a_stride * 2, kr < k_left ? p->a_keep : 0);
         }
         if (part == parts - 1) p->a[0] += f.tile_k * d->a_stride * 2;
     }
@@ -166,7 +166,7 @@ MOE_DEVICE void moei_loader_copy(moei_loader* p, const moe_grouped_gemm_args* d,
             const int row = p->b_row[i & 1] + (i >> 1) * step;
             moei_copy16_async(sb + i * 32 * f.tile_k + to,
                               p->b[i & 1] + (i >> 1) * step * d->b.row_stride * 2,
-                              row < b_rows && vector * 8 < depth ? 16 : 0);
+                              row < b_rows && vector * 8 < k_left ? 16 : 0);
         }
         if (part == parts - 1) {
             p->b[0] += f.tile_k * 2;
@@ -179,7 +179,7 @@ MOE_DEVICE void moei_loader_copy(moei_loader* p, const moe_grouped_gemm_args* d,
             const int kr = i * rows + tid / (f.tile_n / 8);
             moei_copy16_async(sb + moei_swizzled(kr, c * 8, f.tile_n),
                               p->b[0] + i * rows * d->b.row_stride * 2,
-                              kr < depth && p->b_row[0] < b_rows ? 16 : 0);
+                              kr < k_left && p->b_row[0] < b_rows ? 16 : 0);
         }
         if (part == parts - 1) p->b[0] += f.tile_k * d->b.row_stride * 2;
     }

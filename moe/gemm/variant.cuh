@@ -41,9 +41,10 @@ typedef struct moei_variant {
 #define MOEI_CODE_HERE(least, most) (__CUDA_ARCH__ >= (least)*10 && __CUDA_ARCH__ < (most)*10 + 10)
 #endif
 
-/* Sets *runs to 1 where a block's shared memory fits and this binary has a body of the kernel for
-   the current device, otherwise to 0. A binary built for an older architecture (without -arch, for
-   example) may lack the body. The CPU backend runs every variant that has a body in any version. */
+/* Sets *runs to 1 where the current device runs the variant, else to 0. The variant runs where a
+   block's shared memory fits and this binary has a body of the kernel for the device. A binary
+   built for an older architecture (without -arch, for example) may lack the body. The CPU backend
+   runs every variant that has a body in any version. */
 MOE_HOST moe_status moei_variant_runs(const moei_variant* v, const moe_device* dev, size_t more,
                                       int* runs)
 {

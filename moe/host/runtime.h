@@ -1,11 +1,11 @@
 /* runtime.h: the subset of the cuda* API for memory and devices, with CUDA's names, signatures and
    error codes.
 
-   Device memory is malloc'd to its exact size, so that a sanitizer guards it. It is filled with
-   poison: an unwritten element is a NaN. Every virtual device may read the memory of all others. An
-   asynchronous copy reads its source when it runs, as from pinned memory. cudaFree waits for all
-   devices. After a failed run every call returns the error until moeh_reset, but memory is still
-   freed. */
+   Device memory is malloc'd to its exact size, so that a sanitizer guards it. A new allocation is
+   filled with poison: an unwritten element is a NaN. Every virtual device may read the memory of
+   all others. An asynchronous copy reads its source when it runs, as from pinned memory. cudaFree
+   waits for all devices. After a failed run every call returns the error until moeh_reset, but
+   memory is still freed. */
 #ifndef MOE_HOST_RUNTIME_H
 #define MOE_HOST_RUNTIME_H
 

@@ -1,9 +1,9 @@
 /* sched.h: what waits for the CPU, and which thread runs next.
 
    A stream is a queue of operations, done in order. An operation is a function that is called until
-   it returns true: complete. The operation of a grid starts its blocks while the device has room: 4
-   multiprocessors of 2 blocks each, or of 1 where a block takes more than half of their shared
-   memory.
+   it returns true: complete. The operation of a grid starts its blocks while the device has room. A
+   device has 4 multiprocessors of 2 blocks each, or of 1 where a block takes more than half of the
+   shared memory.
 
    The host runs moeh_pump while it waits. A pump starts what can start and gives the CPU to every
    alive block in turn. Within its turn the fibers of a block switch to each other directly: a lane

@@ -86,7 +86,7 @@ typedef struct moe_layer_view {
 } moe_layer_view;
 
 /* Parts of a layer, in the order of moe_layer_run. */
-typedef enum moe_layer_stage {
+typedef enum moe_layer_part {
     MOE_LAYER_ROUTER,
     MOE_LAYER_GATE,
     MOE_LAYER_ROUTE,
@@ -95,15 +95,15 @@ typedef enum moe_layer_stage {
     MOE_LAYER_SHARED_UP,
     MOE_LAYER_SHARED_DOWN,
     MOE_LAYER_COMBINE,
-    MOE_LAYER_STAGES
-} moe_layer_stage;
+    MOE_LAYER_PARTS
+} moe_layer_part;
 
 /* Returns the name of a part, "?" for a value that is none: static storage. */
-MOE_HOST const char* moe_layer_stage_name(int stage)
+MOE_HOST const char* moe_layer_part_name(int part)
 {
     static const char* const name[] = {"router", "gate",      "route",       "up",
                                        "down",   "shared_up", "shared_down", "combine"};
-    return stage >= 0 && stage < MOE_LAYER_STAGES ? name[stage] : "?";
+    return part >= 0 && part < MOE_LAYER_PARTS ? name[part] : "?";
 }
 
 #endif

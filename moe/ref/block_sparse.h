@@ -99,8 +99,8 @@ MOE_HOST void moei_ref_block_add(const moe_block_sparse_list_desc* d, int64_t r,
         bytes[r / d->block_rows * num_block_columns + j] = 1;
 }
 
-/* Writes bytes [RB, CB], each 0 or 1, from the source that the descriptor gives. Its pointers are
-   host pointers here, and only its sources and sizes are read. Returns the fault of the source,
+/* Writes bytes [RB, CB], each 0 or 1, from the source that the descriptor gives. The descriptor
+   has host pointers here. Reads its sources and sizes alone. Returns the fault of the source,
    code 0 if none: a bad id is skipped, after a bad offset no sparse block is added. */
 MOE_HOST moe_fault moe_ref_block_bytes(const moe_block_sparse_list_desc* d, uint8_t* bytes)
 {

@@ -4,8 +4,8 @@
      top-k softmax  the K largest l_e; weight = softmax over those K alone
      sigmoid        the K largest; weight = 1 / (1 + exp(-l_e))
 
-   With `renormalize` the K weights are divided by their sum, unless the sum is 0. They are then
-   multiplied by `scale`. Choices are in descending order of the logit, equal ones in ascending
+   With `renormalize` the K weights are divided by their sum, unless the sum is 0. Then the weights
+   are multiplied by `scale`. Choices are in descending order of the logit, equal ones in ascending
    order of the expert. Several +inf share a softmax equally. -inf has score 0 and is not chosen:
    with fewer other logits than K the last choices have id -1 and weight 0. A row with a NaN gets
    ids -1 and weights 0.

@@ -12,19 +12,19 @@
 #include "real.h"
 
 typedef struct moe_ref_gemm_desc {
-    const void* a;                /* [a_rows, K] a_dtype */
+    const void* a;                /* [a_rows, k] a_dtype */
     const int32_t* row_index;     /* [R] divided by row_div: row of a; or null: row r */
     const int32_t* expert_offset; /* [E + 1] */
-    const void* bias;             /* [E, N] bias_dtype; or null */
-    moe_weights b;                /* [E, N, K], or [E, K, N] where mn-major; host pointers */
-    int64_t a_stride;             /* elements between rows; 0 = K */
-    int64_t bias_stride;          /* elements between experts; 0 = N */
+    const void* bias;             /* [E, n] bias_dtype; or null */
+    moe_weights b;                /* [E, n, k], or [E, k, n] where mn-major; host pointers */
+    int64_t a_stride;             /* elements between rows; 0 = k */
+    int64_t bias_stride;          /* elements between experts; 0 = n */
     int64_t a_rows;               /* rows of a, for the bounds check; 0 = not checked */
     int32_t a_dtype;              /* moe_dtype or MOE_REF_REAL */
     int32_t b_dtype;              /* moe_dtype */
     int32_t bias_dtype;           /* moe_dtype or MOE_REF_REAL; 0 = fp32 */
     int32_t row_div;              /* >= 1; 0 = 1 */
-    int32_t num_experts, n, k;    /* E, N, K */
+    int32_t num_experts, n, k;    /* E, n, k */
     int32_t use_up;               /* 1: reads b's `up` matrices in place of base and table */
 } moe_ref_gemm_desc;
 

@@ -1,16 +1,16 @@
 /* gemm.inl: the grouped GEMM for one type of number; gemm.h includes it twice. */
 
-/* Writes c [R, N]. abs_sum [R, N], for error bounds, gets |bias| + sum |a * b|, or is null. */
+/* Writes c [R, n]. abs_sum [R, n], for error bounds, gets |bias| + sum |a * b|, or is null. */
 MOE_HOST void MOEI_REF(moe_ref_gemm)(const moe_ref_gemm_desc* d, MOEI_REAL* c, MOEI_REAL* abs_sum)
 {
-    const int columns = d->n, depth = d->k;
-    const int64_t a_stride = moei_ref_or(d->a_stride, depth);
+    const int columns = d->n, depths = d->k;
+    const int64_t a_stride = moei_ref_or(d->a_stride, depths);
     const int64_t bias_stride = moei_ref_or(d->bias_stride, columns);
     const int bias_dtype = d->bias_dtype ? d->bias_dtype : MOE_FP32;
     for (int e = 0; e < d->num_experts; ++e) {
         const void* b =
             moei_ref_matrix(d->use_up ? d->b.up : d->b.base, d->use_up ? d->b.up_table : d->b.table,
-                            &d->b, d->b_dtype, e, columns, depth);
+                            &d->b, d->b_dtype, e, columns, depths);
         for (int64_t r = d->expert_offset[e]; r < d->expert_offset[e + 1]; ++r) {
             int64_t from = d->row_index ? d->row_index[r] : r;
             if (from >= 0 && d->row_div > 1) from /= d->row_div;
@@ -19,10 +19,10 @@ MOE_HOST void MOEI_REF(moe_ref_gemm)(const moe_ref_gemm_desc* d, MOEI_REAL* c, M
                 MOEI_REAL sum = 0, sum_abs = 0;
                 if (d->bias) sum = MOEI_REF(moe_ref_load)(d->bias, e * bias_stride + n, bias_dtype);
                 sum_abs = sum < 0 ? -sum : sum;
-                for (int k = 0; k < depth && from >= 0; ++k) {
+                for (int k = 0; k < depths && from >= 0; ++k) {
                     const MOEI_REAL p =
                         MOEI_REF(moe_ref_load)(d->a, from * a_stride + k, d->a_dtype) *
-                        MOEI_REF(moe_ref_load)(b, moei_ref_element(&d->b, columns, depth, n, k),
+                        MOEI_REF(moe_ref_load)(b, moei_ref_element(&d->b, columns, depths, n, k),
                                                d->b_dtype);
                     sum += p;
                     sum_abs += p < 0 ? -p : p;

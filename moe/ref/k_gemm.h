@@ -12,8 +12,8 @@
 #include "real.h"
 
 typedef struct moe_ref_k_gemm_desc {
-    const void* a;                /* [a_rows, M] dtype */
-    const void* b;                /* [b_rows, N] dtype */
+    const void* a;                /* [a_rows, m] dtype */
+    const void* b;                /* [b_rows, n] dtype */
     const int32_t* a_index;       /* [R] divided by a_div: row of a; or null: row r */
     const int32_t* b_index;       /* [R] divided by b_div: row of b; or null: row r */
     const int32_t* expert_offset; /* [E + 1] */
@@ -21,7 +21,7 @@ typedef struct moe_ref_k_gemm_desc {
     int64_t a_rows, b_rows;       /* rows of a and b, for the bounds check; 0 = not checked */
     int32_t dtype;                /* moe_dtype or MOE_REF_REAL */
     int32_t a_div, b_div;         /* >= 1; 0 = 1 */
-    int32_t num_experts, m, n;    /* E, M, N */
+    int32_t num_experts, m, n;    /* E, m, n */
 } moe_ref_k_gemm_desc;
 
 /* Returns the row of a or b that row r reads; -1: none. */

@@ -1,6 +1,6 @@
 /* k_gemm.inl: the k-grouped GEMM for one type of number; k_gemm.h includes it twice. */
 
-/* Writes c [E, M, N]. abs_sum [E, M, N], for error bounds, gets sum |a * b|, or is null. */
+/* Writes c [E, m, n]. abs_sum [E, m, n], for error bounds, gets sum |a * b|, or is null. */
 MOE_HOST void MOEI_REF(moe_ref_k_gemm)(const moe_ref_k_gemm_desc* d, MOEI_REAL* c,
                                        MOEI_REAL* abs_sum)
 {

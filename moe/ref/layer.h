@@ -1,8 +1,8 @@
 /* layer.h: the reference of the whole layer: router, gate without rules, route with its options,
    experts, a shared expert, combine. C11 and C++14; no CUDA.
 
-   Between the stations a value is rounded only where a dtype below asks for it, as kernels do that
-   keep an intermediate result in that dtype.
+   Between the stations a value is rounded only where a dtype below asks for it. Set the dtypes in
+   which a kernel keeps its intermediate results.
 
    Functions: moe_ref_layer_f32 and moe_ref_layer_f64. */
 #ifndef MOE_REF_LAYER_H

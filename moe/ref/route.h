@@ -1,4 +1,4 @@
-/* route.h: the reference of moe/route.cuh. C11 and C++14; no CUDA. It computes places and counts
+/* route.h: the reference of moe/route.cuh. C11 and C++14; no CUDA. Computes places and counts
    alone, so one function serves all types.
 
    Rows are the slots of expert 0 in ascending order, then those of expert 1, and so on. A slot

@@ -1,11 +1,11 @@
 /* keep.cuh: capacity by weight: chooses the slots that each expert keeps, for route.cuh.
 
    place.cuh has written the slots in expert order to a list in the workspace. A thread block has
-   one expert: it finds the weight of the last slot to keep, digit by digit, and gives rows to the
-   slots it keeps, in slot order. A list of at most MOEI_ROUTE_KEEP_STEPS entries a thread is loaded
-   once, into registers. A longer one is loaded round by round, each time again. All counts are
-   integers, so nothing depends on the order of the threads. An expert with all slots gets one block
-   too: correct, but slow. */
+   one expert. The block finds the weight of the last slot to keep, digit by digit. Then the block
+   gives rows to the kept slots, in slot order. A list of at most MOEI_ROUTE_KEEP_STEPS entries a
+   thread is loaded once, into registers. A longer one is loaded round by round, each time again.
+   All counts are integers, so nothing depends on the order of the threads. An expert with all slots
+   gets one block too: correct, but slow. */
 #ifndef MOE_ROUTE_KEEP_CUH
 #define MOE_ROUTE_KEEP_CUH
 
@@ -219,8 +219,9 @@ MOE_DEVICE moei_route_limit moei_route_select(const moei_route_part* p, moei_rou
 }
 
 /* Writes the row of a slot: row `at` of the expert's, from expert_row on; at = -1: none. A slot out
-   of range comes from a list entry that the placing launch did not write. That launch has raised
-   BAD_COUNT with its chunk: the index here is the last slot, so that the chunk's fault prevails. */
+   of range comes from a list entry that the placing launch did not write. The placing launch has
+   raised BAD_COUNT with its chunk: the index here is the last slot, so that the chunk's fault
+   prevails. */
 MOE_DEVICE void moei_route_write_slot(const moei_route_args* a, uint32_t expert_row, int slot,
                                       float weight, int at)
 {

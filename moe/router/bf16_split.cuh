@@ -10,8 +10,8 @@
    added at the end. So fp16 costs twice as much.
 
    An infinite or NaN weight is in hi alone: with bf16 x, its expert's logits are those of fp32.
-   Where an infinity in x, or with fp16 x an infinite weight, meets a term that is 0, the logit is
-   NaN instead of infinite.
+   The logit is NaN instead of infinite where an infinity in x meets a term that is 0. With fp16 x
+   the logit is NaN too where an infinite weight meets such a term.
 
    Both tiles sum in a fixed order: equal inputs give equal bits. Requires sm_80; H a multiple of 8;
    x, the weights and the rows of both 16-byte aligned. */

@@ -24,7 +24,8 @@ static_assert(
     MOEI_BF16_SPLIT_STAGES(MOEI_BF16_SPLIT_LARGE) == 3,
     "what comes unsplit has arrived when the copies of two steps later have been waited for");
 
-/* 16-byte vectors of the weights that a thread splits in a step. It copies as many of a bf16 x. */
+/* 16-byte vectors of the weights that a thread splits in a step. The thread copies as many of a
+   bf16 x. */
 #define MOEI_BF16_SPLIT_VECTORS 4
 
 /* 16-byte vectors of an fp16 x that a thread splits in a step: half as many, since each becomes

@@ -1,6 +1,6 @@
 /* ragged.cuh: the product of x and a router of one 16-bit dtype, for any number of experts and any
-   stride of logits: E of 60, 1 or 100, for example, which gemm/grouped.cuh does not accept. Called
-   by router.cuh.
+   stride of logits. gemm/grouped.cuh does not accept E of 60, 1 or 100, for example. Called by
+   router.cuh.
 
    Computes the tile of gemm/tile.cuh with padding: weights past expert E - 1 are zeros in shared
    memory, and their products are not stored. The kernel reads nothing past the operands, writes

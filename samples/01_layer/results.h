@@ -25,34 +25,34 @@ static void show_time(const options* o, const moe_layer_prepared* layer)
     const double T = o->tokens, H = o->hidden, I = o->intermediate, E = o->experts;
     const double R = T * o->top_k; /* rows */
     static const char* const unit[] = {"FLOP", "B", "B", "FLOP", "FLOP", "", "", "B"};
-    double work[MOE_LAYER_STAGES] = {0}, ms[MOE_LAYER_STAGES] = {0}, all = 0;
-    cudaEvent_t event[MOE_LAYER_STAGES + 1];
+    double work[MOE_LAYER_PARTS] = {0}, ms[MOE_LAYER_PARTS] = {0}, all = 0;
+    cudaEvent_t event[MOE_LAYER_PARTS + 1];
     work[MOE_LAYER_ROUTER] = 2 * T * E * H;
     work[MOE_LAYER_GATE] = T * E * 4 + R * 8; /* logits, ids, weights */
     work[MOE_LAYER_ROUTE] = R * 16;           /* ids, row map, places */
     work[MOE_LAYER_UP] = 4 * R * H * I;
     work[MOE_LAYER_DOWN] = 2 * R * H * I;
     work[MOE_LAYER_COMBINE] = (R + T) * H * 2 + R * 12; /* rows, y, places, weights */
-    for (int s = 0; s <= MOE_LAYER_STAGES; ++s) CUDA(cudaEventCreate(&event[s]));
+    for (int part = 0; part <= MOE_LAYER_PARTS; ++part) CUDA(cudaEventCreate(&event[part]));
     for (int run = 0; run < o->repeat; ++run) {
         CUDA(cudaEventRecord(event[0], 0));
-        for (int s = 0; s < MOE_LAYER_STAGES; ++s) {
-            MOE(moe_layer_run_stage(layer, s, 0));
-            CUDA(cudaEventRecord(event[s + 1], 0));
+        for (int part = 0; part < MOE_LAYER_PARTS; ++part) {
+            MOE(moe_layer_run_part(layer, part, 0));
+            CUDA(cudaEventRecord(event[part + 1], 0));
         }
         CUDA(cudaDeviceSynchronize());
-        for (int s = 0; s < MOE_LAYER_STAGES; ++s) {
+        for (int part = 0; part < MOE_LAYER_PARTS; ++part) {
             float one = 0;
-            CUDA(cudaEventElapsedTime(&one, event[s], event[s + 1]));
-            ms[s] += one / o->repeat;
+            CUDA(cudaEventElapsedTime(&one, event[part], event[part + 1]));
+            ms[part] += one / o->repeat;
             all += one / o->repeat;
         }
     }
-    for (int s = 0; s <= MOE_LAYER_STAGES; ++s) CUDA(cudaEventDestroy(event[s]));
-    for (int s = 0; s < MOE_LAYER_STAGES; ++s)
-        if (work[s] > 0)
-            printf("%-11s %9.3f ms %8.3g G%s/s\n", moe_layer_stage_name(s), ms[s],
-                   work[s] / ms[s] * 1e-6, unit[s]);
+    for (int part = 0; part <= MOE_LAYER_PARTS; ++part) CUDA(cudaEventDestroy(event[part]));
+    for (int part = 0; part < MOE_LAYER_PARTS; ++part)
+        if (work[part] > 0)
+            printf("%-11s %9.3f ms %8.3g G%s/s\n", moe_layer_part_name(part), ms[part],
+                   work[part] / ms[part] * 1e-6, unit[part]);
     printf("layer       %9.3f ms %8.3g ktokens/s, %d runs\n\n", all, T / all, o->repeat);
 }
 

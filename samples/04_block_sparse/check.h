@@ -17,7 +17,7 @@ static int check(const options* o, const uint16_t* a, const uint16_t* b, const u
     const int64_t all = (int64_t)o->m * o->n, lda = stride_of(o->k), ldb = stride_of(o->n);
     const int64_t count = o->check < 0 || o->check > all ? all : o->check;
     const int br = o->block_rows, bc = o->block_columns;
-    int64_t wrong = 0, skipped = 0;
+    int64_t wrong = 0, masked_out = 0;
     double worst = 0, largest = 0;
     for (int64_t e = 0; e < count; ++e) {
         const int64_t at =
@@ -27,7 +27,7 @@ static int check(const options* o, const uint16_t* a, const uint16_t* b, const u
         double want = 0, sum = 0, bound;
         if (o->op == MOE_BLOCK_SPARSE_SDD && !mask[i / br * CB + j / bc]) {
             wrong += !isnan(got);
-            ++skipped;
+            ++masked_out;
             continue;
         }
         for (int64_t l = 0; l < o->k; ++l) {
@@ -46,8 +46,10 @@ static int check(const options* o, const uint16_t* a, const uint16_t* b, const u
     }
     printf("check     %lld of %lld elements of C against a naive product: %lld wrong, largest "
            "error %.2g,\n"
-           "          values up to %.3g; %lld of them in skipped blocks, which must be untouched\n",
-           (long long)count, (long long)all, (long long)wrong, worst, largest, (long long)skipped);
+           "          values up to %.3g; %lld of them in masked-out sparse blocks, which must be "
+           "untouched\n",
+           (long long)count, (long long)all, (long long)wrong, worst, largest,
+           (long long)masked_out);
     return wrong == 0;
 }
 

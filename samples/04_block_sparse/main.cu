@@ -124,7 +124,7 @@ int main(int argc, char** argv)
     const int64_t c_bytes = o.m * stride_of(o.n) * 2, blocks = (int64_t)RB * CB;
     const double dense = 2.0 * o.m * o.n * o.k;
     const uint64_t no_fault = 0;
-    int64_t there = 0, kept = 0; /* sparse blocks that are present; their elements */
+    int64_t present = 0, kept = 0; /* present sparse blocks; their elements */
     uint64_t word;
     size_t free_bytes, all_bytes;
     unsigned char *mask, *full;
@@ -150,7 +150,7 @@ int main(int argc, char** argv)
         const int64_t row = i / CB * o.block_rows, column = i % CB * o.block_columns;
         const int64_t h = rows - row < o.block_rows ? rows - row : o.block_rows;
         const int64_t w = columns - column < o.block_columns ? columns - column : o.block_columns;
-        there += mask[i];
+        present += mask[i];
         kept += mask[i] * h * w;
     }
     a = numbers(o.m, o.k, o.dtype, mix(o.seed + 1));
@@ -175,9 +175,9 @@ int main(int argc, char** argv)
     printf("moe %s on the %s\n", MOE_VERSION_STRING, MOE_ON_HOST ? "CPU (moe/host)" : "GPU");
     printf("product   %s: C [%d, %d] = A [%d, %d] * B [%d, %d], %s\n", ops[o.op], o.m, o.n, o.m,
            o.k, o.k, o.n, moe_dtype_name(o.dtype));
-    printf("mask      %s%s%s, %d x %d blocks of %d x %d, %lld of %lld there\n\n", kind,
+    printf("mask      %s%s%s, %d x %d sparse blocks of %d x %d, %lld of %lld present\n\n", kind,
            file ? ", " : "", file ? file : "", RB, CB, o.block_rows, o.block_columns,
-           (long long)there, (long long)blocks);
+           (long long)present, (long long)blocks);
     draw_mask(mask, RB, CB);
     printf("\n");
     show_run("mask", ms, dense * (double)kept / ((double)rows * columns), dense);

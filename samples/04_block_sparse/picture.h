@@ -129,15 +129,15 @@ static const char* make_mask(const options* o, const picture* p, int RB, int CB,
     for (int64_t i = 0; i < RB; ++i)
         for (int64_t j = 0; j < CB; ++j) {
             const uint64_t at = (uint64_t)(i * CB + j);
-            int there;
-            if (o->random >= 0) there = share_of(seed, at) < o->random;
-            else if (o->columns >= 0) there = share_of(seed, (uint64_t)j) < o->columns;
-            else if (o->diagonal) there = i * squares / RB == j * squares / CB;
-            else there = p->dots[i * p->rows / RB * p->columns + j * p->columns / CB];
-            mask[at] = (unsigned char)there;
+            int present;
+            if (o->random >= 0) present = share_of(seed, at) < o->random;
+            else if (o->columns >= 0) present = share_of(seed, (uint64_t)j) < o->columns;
+            else if (o->diagonal) present = i * squares / RB == j * squares / CB;
+            else present = p->dots[i * p->rows / RB * p->columns + j * p->columns / CB];
+            mask[at] = (unsigned char)present;
         }
-    return o->random >= 0    ? "random blocks"
-           : o->columns >= 0 ? "random columns"
+    return o->random >= 0    ? "random sparse blocks"
+           : o->columns >= 0 ? "random block columns"
            : o->diagonal     ? "squares along the diagonal"
                              : "a picture";
 }
@@ -153,14 +153,14 @@ static void draw_mask(const unsigned char* mask, int RB, int CB)
             const int64_t i0 = (int64_t)y * RB / rows, i1 = ((int64_t)y + 1) * RB / rows;
             const int64_t j0 = (int64_t)(x / twice) * CB / columns;
             const int64_t j1 = ((int64_t)(x / twice) + 1) * CB / columns;
-            int64_t there = 0;
+            int64_t present = 0;
             for (int64_t i = i0; i < i1; ++i)
-                for (int64_t j = j0; j < j1; ++j) there += mask[i * CB + j];
-            putchar(there == 0 ? '.' : there == (i1 - i0) * (j1 - j0) ? '#' : '+');
+                for (int64_t j = j0; j < j1; ++j) present += mask[i * CB + j];
+            putchar(present == 0 ? '.' : present == (i1 - i0) * (j1 - j0) ? '#' : '+');
         }
         putchar('\n');
     }
-    printf("  # computed, . skipped%s\n", rows < RB || columns < CB ? ", + some of each" : "");
+    printf("  # present, . masked out%s\n", rows < RB || columns < CB ? ", + some of each" : "");
 }
 
 #endif

@@ -283,16 +283,16 @@ MOE_KERNEL(128, 1) down_kernel(MOE_ARG(down_args) a)
                            min(64, a.d.n - column), (int)threadIdx.x % 32, 32);
 }
 
-static void down_try(trand* r, int T, int K, int E, int N, int depth, int one_expert)
+static void down_try(trand* r, int T, int K, int E, int H, int I, int one_expert)
 {
     const int R = T * K;
     int32_t* token = (int32_t*)test_host(R * 4);
     int32_t* offset = (int32_t*)test_host((E + 1) * 4);
-    float *weight = (float*)test_host(R * 4), *start = (float*)test_host((int64_t)T * N * 4), *got;
-    uint16_t* act = (uint16_t*)test_host((int64_t)R * depth * 2);
-    uint16_t* w2 = (uint16_t*)test_host((int64_t)E * N * depth * 2);
-    double* exact = (double*)test_host((int64_t)T * N * 8);
-    double* sum = (double*)test_host((int64_t)T * N * 8);
+    float *weight = (float*)test_host(R * 4), *start = (float*)test_host((int64_t)T * H * 4), *got;
+    uint16_t* act = (uint16_t*)test_host((int64_t)R * I * 2);
+    uint16_t* w2 = (uint16_t*)test_host((int64_t)E * H * I * 2);
+    double* exact = (double*)test_host((int64_t)T * H * 8);
+    double* sum = (double*)test_host((int64_t)T * H * 8);
     tbuf tokens, offsets, weights, a_buf, b_buf, c_buf, y;
     moe_grouped_gemm_desc d;
     down_args a;
@@ -309,16 +309,16 @@ static void down_try(trand* r, int T, int K, int E, int N, int depth, int one_ex
         token[i] = (int32_t)trand_int(r, 0, T - 1);
         weight[i] = trand_normal(r);
     }
-    trand_fill_normal(r, act, (int64_t)R * depth, MOE_FP16);
-    trand_fill_normal(r, w2, (int64_t)E * N * depth, MOE_FP16);
-    trand_fill_normal(r, start, (int64_t)T * N, MOE_FP32); /* a residual */
+    trand_fill_normal(r, act, (int64_t)R * I, MOE_FP16);
+    trand_fill_normal(r, w2, (int64_t)E * H * I, MOE_FP16);
+    trand_fill_normal(r, start, (int64_t)T * H, MOE_FP32); /* a residual */
     tokens = tbuf_from("row_token", token, (size_t)R * 4, 0);
     offsets = tbuf_from("offset", offset, (size_t)(E + 1) * 4, 0);
     weights = tbuf_from("row_weight", weight, (size_t)R * 4, 0);
-    a_buf = tbuf_from("a", act, (size_t)R * depth * 2, 0);
-    b_buf = tbuf_from("b", w2, (size_t)E * N * depth * 2, 0);
-    c_buf = tbuf_new("c", (size_t)R * N * 4, 0);
-    y = tbuf_from("y", start, (size_t)T * N * 4, 0);
+    a_buf = tbuf_from("a", act, (size_t)R * I * 2, 0);
+    b_buf = tbuf_from("b", w2, (size_t)E * H * I * 2, 0);
+    c_buf = tbuf_new("c", (size_t)R * H * 4, 0);
+    y = tbuf_from("y", start, (size_t)T * H * 4, 0);
 
     memset(&a, 0, sizeof a);
     memset(&d, 0, sizeof d);
@@ -328,29 +328,28 @@ static void down_try(trand* r, int T, int K, int E, int N, int depth, int one_ex
     d.c = c_buf.p;
     d.num_experts = E;
     d.num_rows = R;
-    d.n = N;
-    d.k = depth;
+    d.n = H;
+    d.k = I;
     d.dtype = MOE_FP16;
     d.c_dtype = MOE_FP32;
     a.row_token = (const int32_t*)tokens.p;
     a.row_weight = (const float*)weights.p;
     a.y = (float*)y.p;
     CHECK_STATUS(moe_gemm_tile_resolve(&d, &a.d), MOE_OK);
-    l = moe_grid((N + 63) / 64, 128, moe_gemm_tile_smem(DOWN_SHAPE), test_now.stream);
+    l = moe_grid((H + 63) / 64, 128, moe_gemm_tile_smem(DOWN_SHAPE), test_now.stream);
     l.grid.y = (unsigned)(most + 63) / 64;
     l.grid.z = (unsigned)E;
     CHECK_STATUS(MOE_LAUNCH(down_kernel, l, a), MOE_OK);
 
-    for (int i = 0; i < T * N; ++i) sum[i] = fabs(exact[i] = start[i]);
+    for (int i = 0; i < T * H; ++i) sum[i] = fabs(exact[i] = start[i]);
     for (int e = 0; e < E; ++e)
         for (int i = offset[e]; i < offset[e + 1]; ++i)
-            for (int n = 0; n < N; ++n)
-                for (int k = 0; k < depth; ++k) {
-                    const double p = (double)weight[i] *
-                                     moe_fp16_to_f32(act[(int64_t)i * depth + k]) *
-                                     moe_fp16_to_f32(w2[((int64_t)e * N + n) * depth + k]);
-                    exact[(int64_t)token[i] * N + n] += p;
-                    sum[(int64_t)token[i] * N + n] += fabs(p);
+            for (int n = 0; n < H; ++n)
+                for (int k = 0; k < I; ++k) {
+                    const double p = (double)weight[i] * moe_fp16_to_f32(act[(int64_t)i * I + k]) *
+                                     moe_fp16_to_f32(w2[((int64_t)e * H + n) * I + k]);
+                    exact[(int64_t)token[i] * H + n] += p;
+                    sum[(int64_t)token[i] * H + n] += fabs(p);
                 }
     got = (float*)tbuf_copy(&y);
     for (int t = 0; t < T; ++t) {
@@ -358,8 +357,8 @@ static void down_try(trand* r, int T, int K, int E, int N, int depth, int one_ex
         for (int i = 0; i < R; ++i) n += token[i] == t;
         if (n > busiest) busiest = n;
     }
-    /* a sum over the depth, a product, and as many additions as a token has rows */
-    CHECK_CLOSE_SUM("y", got, N, exact, sum, depth + 16 * (busiest + 1), T, N);
+    /* a sum over k, a product, and as many additions as a token has rows */
+    CHECK_CLOSE_SUM("y", got, H, exact, sum, I + 16 * (busiest + 1), T, H);
     free(got), free(token), free(offset), free(weight), free(act), free(w2), free(start);
     free(exact), free(sum);
     tbuf_free(&tokens), tbuf_free(&offsets), tbuf_free(&weights), tbuf_free(&a_buf);

@@ -42,7 +42,7 @@ static int wanted(const char* first, const char* second, const char* name)
     int is;
     test_now.argc = second[0] ? 3 : first[0] ? 2 : 1;
     test_now.argv = (char**)own;
-    is = test_wanted(name);
+    is = test_selected(name);
     test_now.argc = argc;
     test_now.argv = argv;
     return is;

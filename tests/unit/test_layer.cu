@@ -10,7 +10,7 @@
      options.h   options of route and of the gate
      faults.h    NaN, stop faults, no tokens
      plan.h      the workspace, the plan, old binaries
-     replay.h    stages, prepared, same bits, graphs, rows far apart
+     replay.h    parts, prepared, same bits, graphs, rows far apart
      refusals.h  bad descriptors, overlaps */
 #include "tests/test.h"
 

@@ -23,7 +23,7 @@ typedef struct mma_args {
 #define MMA_ELEMS (MMA_K * MMA_LD)
 
 /* Computes c = a b with one warp, the second half of k added to the first; stores c. */
-MOE_DEVICE void mma_warp(const mma_args* d, uint16_t* s, float* strip, const int dtype,
+MOE_DEVICE void mma_warp(const mma_args* d, uint16_t* s, float* staging, const int dtype,
                          const int a_major, const int b_major)
 {
     const int lane_a = moei_mma_lane_a(16, MMA_LD, a_major);
@@ -42,10 +42,10 @@ MOE_DEVICE void mma_warp(const mma_args* d, uint16_t* s, float* strip, const int
         moei_mma_load_b(&b, s + MMA_ELEMS, lane_b, 0, k, MMA_LD, dtype, b_major);
         moei_mma(&c, &a, &b, dtype);
     }
-    moei_mma_store(strip, &c, 20);
+    moei_mma_store(staging, &c, 20);
     __syncwarp(MOE_FULL_WARP);
     for (int i = (int)threadIdx.x; i < 16 * 20; i += 32)
-        if (i % 20 < 16) d->c[i] = strip[i];
+        if (i % 20 < 16) d->c[i] = staging[i];
 }
 
 #define MMA_LIST(X)                                                                                \
@@ -62,9 +62,9 @@ MOE_KERNEL(32, 1) mma_kernel(MOE_ARG(mma_args) d)
 {
     MOE_SHARED_DYNAMIC(shared);
     uint16_t* s = (uint16_t*)shared;
-    float* strip = (float*)(s + 2 * MMA_ELEMS);
+    float* staging = (float*)(s + 2 * MMA_ELEMS);
 #define MMA_CASE(i, dtype, a_major, b_major)                                                       \
-    if (d.variant == i) mma_warp(&d, s, strip, dtype, a_major, b_major);
+    if (d.variant == i) mma_warp(&d, s, staging, dtype, a_major, b_major);
     MMA_LIST(MMA_CASE)
 #undef MMA_CASE
 }

@@ -1,7 +1,7 @@
-/* replay.h: calls that must give the same bits: stages, prepared, runs, graphs, rows far apart.
+/* replay.h: calls that must give the same bits: parts, prepared, runs, graphs, rows far apart.
 
-     test_layer_stages     runs all stages in order: the bits of the layer, workspace included; each
-                           stage writes its own part alone
+     test_layer_parts      runs all parts in order: the bits of the layer, workspace included; each
+                           part writes its own outputs alone
      test_layer_prepared   runs a prepared layer with other weight tables and other inputs: reads
                            both when it runs, and gives the bits of a call
      test_layer_same_bits  runs many times: the same bits
@@ -18,16 +18,16 @@ static moe_status call_layer(void* d, cudaStream_t stream)
     return moe_layer_forward((const moe_layer_desc*)d, stream);
 }
 
-static moe_status call_stages(void* d, cudaStream_t stream)
+static moe_status call_parts(void* d, cudaStream_t stream)
 {
     moe_layer_prepared p;
     MOE_TRY(moe_layer_prepare((const moe_layer_desc*)d, &p));
-    for (int stage = 0; stage < MOE_LAYER_STAGES; ++stage)
-        MOE_TRY(moe_layer_run_stage(&p, stage, stream));
+    for (int part = 0; part < MOE_LAYER_PARTS; ++part)
+        MOE_TRY(moe_layer_run_part(&p, part, stream));
     return MOE_OK;
 }
 
-static void test_layer_stages(void)
+static void test_layer_parts(void)
 {
     trand r = trand_new(10);
     for (int from = FROM_ROUTER; from <= FROM_IDS; ++from) {
@@ -43,35 +43,34 @@ static void test_layer_stages(void)
         y = tbuf_copy(&b.y);
         workspace = tbuf_copy(&b.workspace);
         reset(&b, &c);
-        CHECK_STATUS(call_stages(&b.d, test_now.stream), MOE_OK);
+        CHECK_STATUS(call_parts(&b.d, test_now.stream), MOE_OK);
         CHECK(tbuf_holds(&b.y, y) && tbuf_holds(&b.workspace, workspace), "from %d", from);
         compare(&b, &c);
         reset(&b, &c);
         CHECK_STATUS(moe_layer_prepare(&b.d, &p), MOE_OK);
-        for (int stage = 0; stage < MOE_LAYER_STAGES; ++stage) {
-            CHECK(tbuf_holds(&b.y, 0), "before stage %d", stage);
-            CHECK_STATUS(moe_layer_run_stage(&p, stage, test_now.stream), MOE_OK);
-            if (stage == MOE_LAYER_ROUTER || (stage == MOE_LAYER_GATE && from == FROM_IDS))
-                CHECK(tbuf_holds(&b.workspace, 0) == (from != FROM_ROUTER), "stage %d", stage);
+        for (int part = 0; part < MOE_LAYER_PARTS; ++part) {
+            CHECK(tbuf_holds(&b.y, 0), "before part %d", part);
+            CHECK_STATUS(moe_layer_run_part(&p, part, test_now.stream), MOE_OK);
+            if (part == MOE_LAYER_ROUTER || (part == MOE_LAYER_GATE && from == FROM_IDS))
+                CHECK(tbuf_holds(&b.workspace, 0) == (from != FROM_ROUTER), "part %d", part);
         }
         CHECK(tbuf_holds(&b.y, y), "one by one");
-        CHECK_STATUS(moe_layer_run_stage(&p, -1, test_now.stream),
-                     MOE_STATUS(MOE_ERR_OPTION, stage));
-        CHECK_STATUS(moe_layer_run_stage(&p, MOE_LAYER_STAGES, test_now.stream),
-                     MOE_STATUS(MOE_ERR_OPTION, stage));
-        CHECK_STATUS(moe_layer_run_stage(0, 0, test_now.stream), MOE_STATUS(MOE_ERR_NULL, desc));
+        CHECK_STATUS(moe_layer_run_part(&p, -1, test_now.stream), MOE_STATUS(MOE_ERR_OPTION, part));
+        CHECK_STATUS(moe_layer_run_part(&p, MOE_LAYER_PARTS, test_now.stream),
+                     MOE_STATUS(MOE_ERR_OPTION, part));
+        CHECK_STATUS(moe_layer_run_part(0, 0, test_now.stream), MOE_STATUS(MOE_ERR_NULL, desc));
         CHECK_STATUS(moe_layer_run(0, test_now.stream), MOE_STATUS(MOE_ERR_NULL, desc));
         CHECK_STATUS(moe_layer_prepare(&b.d, 0), MOE_STATUS(MOE_ERR_NULL, desc));
         TFREE(y, workspace);
         bufs_free(&b);
     }
-    CHECK(strcmp(moe_layer_stage_name(MOE_LAYER_ROUTER), "router") == 0 &&
-              strcmp(moe_layer_stage_name(MOE_LAYER_SHARED_UP), "shared_up") == 0 &&
-              strcmp(moe_layer_stage_name(MOE_LAYER_SHARED_DOWN), "shared_down") == 0 &&
-              strcmp(moe_layer_stage_name(MOE_LAYER_COMBINE), "combine") == 0 &&
-              strcmp(moe_layer_stage_name(-1), "?") == 0 &&
-              strcmp(moe_layer_stage_name(MOE_LAYER_STAGES), "?") == 0,
-          "names of the stages");
+    CHECK(strcmp(moe_layer_part_name(MOE_LAYER_ROUTER), "router") == 0 &&
+              strcmp(moe_layer_part_name(MOE_LAYER_SHARED_UP), "shared_up") == 0 &&
+              strcmp(moe_layer_part_name(MOE_LAYER_SHARED_DOWN), "shared_down") == 0 &&
+              strcmp(moe_layer_part_name(MOE_LAYER_COMBINE), "combine") == 0 &&
+              strcmp(moe_layer_part_name(-1), "?") == 0 &&
+              strcmp(moe_layer_part_name(MOE_LAYER_PARTS), "?") == 0,
+          "names of the parts");
 }
 
 static void test_layer_prepared(void)
@@ -225,7 +224,7 @@ static void test_layer_past_2_31(void)
 
 static void layer_replay(void)
 {
-    RUN(test_layer_stages);
+    RUN(test_layer_parts);
     RUN(test_layer_prepared);
     RUN(test_layer_same_bits);
     RUN(test_layer_graph);
