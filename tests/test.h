@@ -308,6 +308,14 @@ MOEI_UNUSED static void* test_host(int64_t bytes)
     return p;
 }
 
+/* Returns n zeros in host memory. */
+MOEI_UNUSED static double* tzeros(int64_t n)
+{
+    double* p = (double*)test_host(n * 8);
+    for (int64_t i = 0; i < n; ++i) p[i] = 0;
+    return p;
+}
+
 #include "test_buffer.h"
 #include "test_compare.h"
 

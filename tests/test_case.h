@@ -1,5 +1,4 @@
-/* test_case.h: what the cases of many tests repeat: many buffers at once, comparisons with two
-   bounds, faults, indices that are out of range. */
+/* test_case.h: what the cases of many tests repeat: comparisons with two bounds, faults, indices that are out of range. */
 #ifndef MOE_TESTS_TEST_CASE_H
 #define MOE_TESTS_TEST_CASE_H
 
@@ -10,21 +9,6 @@
     do {                                                                                           \
         void* const all_[] = {__VA_ARGS__};                                                        \
         for (size_t i_ = 0; i_ < sizeof all_ / sizeof *all_; ++i_) free(all_[i_]);                 \
-    } while (0)
-
-/* Frees buffers and checks their canaries: TBUFS_FREE(&x, &y). Skips a buffer that is all zero. */
-#define TBUFS_FREE(...)                                                                            \
-    do {                                                                                           \
-        tbuf* const all_[] = {__VA_ARGS__};                                                        \
-        for (size_t i_ = 0; i_ < sizeof all_ / sizeof *all_; ++i_)                                 \
-            if (all_[i_]->p) tbuf_free(all_[i_]);                                                  \
-    } while (0)
-
-/* Fills buffers with the poison: TBUFS_POISON(&x, &y). */
-#define TBUFS_POISON(...)                                                                          \
-    do {                                                                                           \
-        tbuf* const all_[] = {__VA_ARGS__};                                                        \
-        for (size_t i_ = 0; i_ < sizeof all_ / sizeof *all_; ++i_) tbuf_poison(all_[i_]);          \
     } while (0)
 
 /* An address far from all buffers, for descriptors that are refused: nothing is launched. */

@@ -469,16 +469,12 @@ static void test_gate_same_bits(void)
         gate_case c = random_case(&r, 70, EK[i][0], EK[i][1]);
         void* logits = test_host(c.T * (c.E + c.pad) * 4);
         gate_bufs b;
-        tbuf* out[4];
         c.bare = 0;
         c.pattern = i & 1 ? FEW : NORMAL;
         fill_logits(logits, &c, &r);
         bufs_new(&b, &c, logits);
-        out[0] = &b.ids;
-        out[1] = &b.weights;
-        out[2] = &b.count;
-        out[3] = &b.chunk;
-        test_same_bits("gate", call_gate, &b.d, out, 4, MOE_ON_HOST ? 4 : 100);
+        test_same_bits("gate", call_gate, &b.d, TBUFS(&b.ids, &b.weights, &b.count, &b.chunk),
+                       MOE_ON_HOST ? 4 : 100);
         compare(&b, &c, logits);
         bufs_free(&b);
         free(logits);

@@ -151,7 +151,8 @@ static void bufs_new(k_bufs* b, const k_case* c, trand* r)
 
 static void bufs_free(k_bufs* b)
 {
-    TBUFS_FREE(&b->a, &b->b, &b->offset, &b->c, &b->fault, &b->table, &b->index[0], &b->index[1]);
+    tbufs_free(
+        TBUFS(&b->a, &b->b, &b->offset, &b->c, &b->fault, &b->table, &b->index[0], &b->index[1]));
     TFREE(b->h_a, b->h_b, b->h_c, b->h_index[0], b->h_index[1]);
 }
 
@@ -386,10 +387,9 @@ static void test_k_same_bits(void)
     trand r = trand_new(6);
     k_case c = normal_case(5, some, 136, 264);
     k_bufs b;
-    tbuf* out[] = {&b.c};
     c.a_gather = 2;
     bufs_new(&b, &c, &r);
-    test_same_bits("k_gemm", call, &b.d, out, 1, MOE_ON_HOST ? 3 : 100);
+    test_same_bits("k_gemm", call, &b.d, TBUFS(&b.c), MOE_ON_HOST ? 3 : 100);
     compare(&b, &c);
     bufs_free(&b);
 }

@@ -406,12 +406,10 @@ static void test_permute_same_bits(void)
     for (int n = 0; n < 3; ++n) {
         permute_case c = random_case(&r, 50, 8, 264);
         permute_bufs b;
-        tbuf* out[1];
         c.back = n == 2;
         c.by_token = n;
         bufs_new(&b, &c, &r);
-        out[0] = &b.by;
-        test_same_bits("permute", c.back ? call_unpermute : call_permute, &b.d, out, 1,
+        test_same_bits("permute", c.back ? call_unpermute : call_permute, &b.d, TBUFS(&b.by),
                        MOE_ON_HOST ? 4 : 100);
         compare(&b, &c);
         bufs_free(&b);

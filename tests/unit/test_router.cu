@@ -577,11 +577,9 @@ static void test_router_same_bits(void)
     for (int way = SCALAR; way < WAYS; ++way) {
         router_case c = case_of(way, 150, 200, 72);
         router_bufs b;
-        tbuf* out[1];
         tgraph g;
         bufs_new(&b, &c, &r);
-        out[0] = &b.logits;
-        test_same_bits("router", call_router, &b.d, out, 1, MOE_ON_HOST ? 3 : 100);
+        test_same_bits("router", call_router, &b.d, TBUFS(&b.logits), MOE_ON_HOST ? 3 : 100);
         if (tgraph_capture(&g, call_router, &b.d)) {
             void* x = trows_new(&r, c.T, c.H, c.H, MOE_BF16, TFILL_NORMAL, 1);
             free(b.h_x);

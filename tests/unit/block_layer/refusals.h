@@ -42,7 +42,7 @@ static void refused_by(const moe_block_layer_desc* d, moe_status want, int line,
     refused_status(calls & BACKWARD, got, want, line, "backward");
     if (calls & SIZES) got = moe_block_layer_sizes(d, &bytes);
     refused_status(calls & SIZES, got, want, line, "sizes");
-    CHECK(tbufs_untouched(&out) && tbuf_holds(&b->saved, 0) && tbuf_holds(&b->workspace, 0),
+    CHECK(tbufs_untouched(out) && tbuf_holds(&b->saved, 0) && tbuf_holds(&b->workspace, 0),
           "line %d: written", line);
 }
 

@@ -20,13 +20,12 @@ static void test_block_same_bits(void)
     for (int i = 0; i < (MOE_ON_HOST ? 3 : 24); ++i) {
         tproduct_want w = tproduct_drawn(tproduct_op(i), 90, 100, 110, &r);
         tproduct p;
-        tbuf* out[1];
         if (!MOE_ON_HOST) w.m = w.n = w.k = 600;
         w.percent = 50;
         tproduct_new(&p, &w, &r);
         if (tproduct_launch(&p)) {
-            out[0] = &p.c.part[0];
-            test_same_bits("product", call_product, &p.d, out, 1, MOE_ON_HOST ? 20 : 100);
+            test_same_bits("product", call_product, &p.d, TBUFS(&p.c.part[0]),
+                           MOE_ON_HOST ? 20 : 100);
             tproduct_compare(&p);
         }
         tproduct_free(&p);

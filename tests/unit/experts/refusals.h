@@ -289,7 +289,7 @@ static void test_experts_refusals(void)
     TEST_CUDA(cudaDeviceSynchronize());
     CHECK(untouched(&b) && tbuf_holds(&arena, 0), "a refused call wrote an output");
     CHECK_FAULT(&b.fault, MOE_FAULT_NONE, 0);
-    TBUFS_FREE(&arena, &table);
+    tbufs_free(TBUFS(&arena, &table));
     run_bufs(&b, &c);
 }
 

@@ -388,7 +388,7 @@ static void test_layer_overlaps(void)
         CHECK_FAULT(&b.fault, MOE_FAULT_NONE, 0);
         run_bufs(&b, &c);
         CHECK(tbuf_holds(&arena, 0), "the arena was written");
-        TBUFS_FREE(&arena, &prob, &table);
+        tbufs_free(TBUFS(&arena, &prob, &table));
     }
 }
 

@@ -164,7 +164,7 @@ static void test_route_refusals(void)
     refuse_workspaces(&good);
     refuse_questions(&good);
     TEST_CUDA(cudaDeviceSynchronize());
-    CHECK(TBUFS_UNTOUCHED(OUTPUTS(&b), &b.chunk), "a refused call wrote something");
+    CHECK(tbufs_untouched(TBUFS(OUTPUTS(&b), &b.chunk)), "a refused call wrote something");
     CHECK(tbuf_holds(&b.ids, ids) && tbuf_holds(&b.weights, weights), "or to an input");
     CHECK_FAULT(&b.fault, MOE_FAULT_NONE, 0);
     CHECK(tbuf_holds(&b_extra, 0), "a refused call wrote something");
