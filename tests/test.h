@@ -287,15 +287,6 @@ MOEI_UNUSED static void test_empty(const void* prepared, size_t bytes, int line)
     CHECK(kept == 0, "line %d: %d bytes of a refused struct are not 0", line, (int)kept);
 }
 
-/* prepare, moe_X_prepare of a moe_X_prepared type, must refuse the descriptor and empty the struct. */
-#define CHECK_REFUSED(type, prepare, desc, want)                                                   \
-    do {                                                                                           \
-        type prepared_;                                                                            \
-        test_poison(&prepared_, sizeof prepared_);                                                 \
-        CHECK_STATUS(prepare(desc, &prepared_), want);                                             \
-        test_empty(&prepared_, sizeof prepared_, __LINE__);                                        \
-    } while (0)
-
 /* Host memory full of poison. At least one byte, so that the pointer is never null. */
 MOEI_UNUSED static void* test_host(int64_t bytes)
 {

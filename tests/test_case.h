@@ -20,9 +20,6 @@ MOEI_UNUSED static int32_t test_out_of_range(int64_t how, int64_t end)
     return how % 4 == 0 ? (int32_t)end : how % 4 == 1 ? INT32_MAX : how % 4 == 2 ? -2 : INT32_MIN;
 }
 
-/* Requires this status of a call, and names another line of this file where it is not. */
-#define CHECK_STATUS_AT(line, call, want) test_status((call), (want), __FILE__, (line), #call)
-
 /* Puts a fault of TEST_RANK into a fault word, or none where the code is MOE_FAULT_NONE. */
 MOEI_UNUSED static void tfault_put(tbuf* b, int code, int64_t index)
 {

@@ -86,21 +86,19 @@ static void test_experts_plan(void)
     }
 }
 
-/* Requires that the plan and all calls refuse d alike. Runs nothing where the plan accepts d. */
-static void refused(const moe_experts_desc* d, moe_status want, int line)
+TEST_REFUSED(calls_refuse, moe_experts, moe_experts_prepare, moe_experts)
+
+/* Requires that the plan and all calls refuse d alike. Runs nothing where the plan accepts d: its
+   addresses may be of no buffer. */
+static void refused(const moe_experts_desc* d, moe_status want, const trefusal* at)
 {
     moe_gemm_plan up, down;
-    moe_experts_prepared p;
     const moe_status s = moe_experts_plan(d, &up, &down);
-    CHECK_STATUS_AT(line, s, want);
+    CHECK_STATUS_AT(at, s, want);
     if (s == MOE_OK) return;
-    test_poison(&p, sizeof p);
-    CHECK_STATUS_AT(line, moe_experts_prepare(d, &p), want);
-    test_empty(&p, sizeof p, line);
-    CHECK_STATUS_AT(line, moe_experts_run(&p, test_now.stream), MOE_OK);
-    CHECK_STATUS_AT(line, moe_experts(d, test_now.stream), want);
-    CHECK_STATUS_AT(line, moe_experts_up(d, test_now.stream), want);
-    CHECK_STATUS_AT(line, moe_experts_down(d, test_now.stream), want);
+    calls_refuse(d, want, at);
+    CHECK_STATUS_AT(at, moe_experts_up(d, test_now.stream), want);
+    CHECK_STATUS_AT(at, moe_experts_down(d, test_now.stream), want);
 }
 
 static void test_experts_refusals(void)
@@ -123,28 +121,18 @@ static void test_experts_refusals(void)
     REFUSED((d.num_tokens = INT32_MAX, d.top_k = INT32_MAX), MOE_ERR_RANGE, num_tokens);
     REFUSED((d.num_tokens = 0, d.num_rows = ROWS), MOE_ERR_RANGE, num_tokens);
     REFUSED(d.num_rows = -1, MOE_ERR_RANGE, num_rows);
-    REFUSED(d.top_k = 0, MOE_ERR_RANGE, top_k);
-    REFUSED(d.top_k = -1, MOE_ERR_RANGE, top_k);
+    REFUSED_EACH(top_k, MOE_ERR_RANGE, top_k, 0, -1);
     REFUSED((d.row_slot = 0, d.top_k = -1, d.num_rows = ROWS), MOE_ERR_RANGE, top_k);
-    REFUSED(d.hidden = 0, MOE_ERR_RANGE, hidden);
-    REFUSED(d.hidden = -64, MOE_ERR_RANGE, hidden);
+    REFUSED_EACH(hidden, MOE_ERR_RANGE, hidden, 0, -64);
     REFUSED(d.hidden = 60, MOE_ERR_MULTIPLE, hidden);
-    REFUSED(d.intermediate = 0, MOE_ERR_RANGE, intermediate);
-    REFUSED(d.intermediate = -8, MOE_ERR_RANGE, intermediate);
+    REFUSED_EACH(intermediate, MOE_ERR_RANGE, intermediate, 0, -8);
     REFUSED(d.intermediate = 36, MOE_ERR_MULTIPLE, intermediate);
-    REFUSED(d.num_experts = 0, MOE_ERR_RANGE, num_experts);
-    REFUSED(d.num_experts = -1, MOE_ERR_RANGE, num_experts);
-    REFUSED(d.num_experts = MOE_MAX_EXPERTS + 1, MOE_ERR_RANGE, num_experts);
-    REFUSED(d.dtype = MOE_FP32, MOE_ERR_DTYPE, dtype);
-    REFUSED(d.dtype = 4, MOE_ERR_DTYPE, dtype);
-    REFUSED(d.dtype = -1, MOE_ERR_DTYPE, dtype);
+    REFUSED_NUM_EXPERTS();
+    REFUSED_EACH(dtype, MOE_ERR_DTYPE, dtype, MOE_FP32, 4, -1);
     REFUSED(d.rows_dtype = c.dtype == MOE_BF16 ? MOE_FP16 : MOE_BF16, MOE_ERR_DTYPE, rows_dtype);
-    REFUSED(d.rows_dtype = 4, MOE_ERR_DTYPE, rows_dtype);
-    REFUSED(d.rows_dtype = -1, MOE_ERR_DTYPE, rows_dtype);
-    REFUSED(d.gate_up = 4, MOE_ERR_OPTION, gate_up);
-    REFUSED(d.gate_up = -1, MOE_ERR_OPTION, gate_up);
-    REFUSED(d.activation = MOE_ACTIVATION_RELU2 + 1, MOE_ERR_OPTION, activation);
-    REFUSED(d.activation = -1, MOE_ERR_OPTION, activation);
+    REFUSED_EACH(rows_dtype, MOE_ERR_DTYPE, rows_dtype, 4, -1);
+    REFUSED_EACH(gate_up, MOE_ERR_OPTION, gate_up, 4, -1);
+    REFUSED_EACH(activation, MOE_ERR_OPTION, activation, MOE_ACTIVATION_RELU2 + 1, -1);
     REFUSED(d.alpha = 1.702f, MOE_ERR_CONFLICT, alpha);
     REFUSED(d.limit = 7, MOE_ERR_CONFLICT, limit);
     REFUSED((d.activation = MOE_ACTIVATION_SWIGLU_CLAMPED, d.alpha = NAN), MOE_ERR_RANGE, alpha);
@@ -152,16 +140,12 @@ static void test_experts_refusals(void)
     REFUSED(d.activation = MOE_ACTIVATION_SILU, MOE_ERR_CONFLICT, w1); /* a second matrix */
     REFUSED((d.activation = MOE_ACTIVATION_SILU, d.w1.up = 0, d.alpha = 1), MOE_ERR_CONFLICT,
             alpha);
-    REFUSED(d.tile = 99, MOE_ERR_OPTION, tile);
-    REFUSED(d.tile = -1, MOE_ERR_OPTION, tile);
-    REFUSED(d.x_stride = 56, MOE_ERR_STRIDE, x_stride);
-    REFUSED(d.x_stride = -64, MOE_ERR_STRIDE, x_stride);
+    REFUSED_EACH(tile, MOE_ERR_OPTION, tile, 99, -1);
+    REFUSED_EACH(x_stride, MOE_ERR_STRIDE, x_stride, 56, -64);
     REFUSED(d.x_stride = 68, MOE_ERR_ALIGN, x_stride);
-    REFUSED(d.act_stride = 32, MOE_ERR_STRIDE, act_stride);
-    REFUSED(d.act_stride = -40, MOE_ERR_STRIDE, act_stride);
+    REFUSED_EACH(act_stride, MOE_ERR_STRIDE, act_stride, 32, -40);
     REFUSED(d.act_stride = 44, MOE_ERR_ALIGN, act_stride);
-    REFUSED(d.row_stride = 56, MOE_ERR_STRIDE, row_stride);
-    REFUSED(d.row_stride = -64, MOE_ERR_STRIDE, row_stride);
+    REFUSED_EACH(row_stride, MOE_ERR_STRIDE, row_stride, 56, -64);
     REFUSED(d.row_stride = 68, MOE_ERR_ALIGN, row_stride);
     REFUSED(d.w1.major = 3, MOE_ERR_OPTION, w1);
     REFUSED(d.w2.major = -1, MOE_ERR_OPTION, w2);
@@ -198,9 +182,7 @@ static void test_experts_refusals(void)
     REFUSED(d.row_slot = (const int32_t*)AT(d.row_slot, 2), MOE_ERR_ALIGN, row_slot);
     REFUSED(d.act = AT(d.act, 8), MOE_ERR_ALIGN, act);
     REFUSED(d.rows = AT(d.rows, 8), MOE_ERR_ALIGN, rows);
-    REFUSED(d.rank = -1, MOE_ERR_RANGE, rank);
-    REFUSED(d.rank = MOE_FAULT_MAX_RANK + 1, MOE_ERR_RANGE, rank);
-    REFUSED(d.fault = (uint64_t*)AT(d.fault, 4), MOE_ERR_ALIGN, fault);
+    REFUSED_RANK_AND_FAULT();
     /* without tokens too */
     REFUSED((d.num_tokens = 0, d.expert_offset = 0), MOE_ERR_NULL, expert_offset);
     REFUSED((d.num_tokens = 0, d.fault = (uint64_t*)AT(d.fault, 4)), MOE_ERR_ALIGN, fault);

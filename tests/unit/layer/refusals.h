@@ -8,18 +8,17 @@
 
 #include "tests/unit/layer/compare.h"
 
-/* Requires that the plan and all calls refuse d alike. Runs nothing where the plan accepts d. */
-static void refused(const moe_layer_desc* d, moe_status want, int line)
+TEST_REFUSED(calls_refuse, moe_layer_forward, moe_layer_prepare, moe_layer)
+
+/* Requires that the plan and all calls refuse d alike. Runs nothing where the plan accepts d: its
+   addresses may be of no buffer. */
+static void refused(const moe_layer_desc* d, moe_status want, const trefusal* at)
 {
     moe_gemm_plan up, down;
-    moe_layer_prepared p;
     const moe_status s = moe_layer_plan(d, &up, &down);
-    CHECK_STATUS_AT(line, s, want);
+    CHECK_STATUS_AT(at, s, want);
     if (s == MOE_OK) return;
-    CHECK_STATUS_AT(line, moe_layer_forward(d, test_now.stream), want);
-    test_poison(&p, sizeof p);
-    CHECK_STATUS_AT(line, moe_layer_prepare(d, &p), want);
-    test_empty(&p, sizeof p, line);
+    calls_refuse(d, want, at);
 }
 
 /* Returns a case that uses every buffer which the layer may refuse, but the optional outputs. */
@@ -47,22 +46,15 @@ static void test_layer_refusals(void)
         CHECK_STATUS(moe_layer_forward(0, test_now.stream), MOE_STATUS(MOE_ERR_NULL, desc));
         REFUSED(d.num_tokens = -1, MOE_ERR_RANGE, num_tokens);
         REFUSED((d.num_tokens = INT32_MAX), MOE_ERR_RANGE, num_tokens);
-        REFUSED(d.hidden = 0, MOE_ERR_RANGE, hidden);
-        REFUSED(d.hidden = -64, MOE_ERR_RANGE, hidden);
+        REFUSED_EACH(hidden, MOE_ERR_RANGE, hidden, 0, -64);
         REFUSED(d.hidden = 60, MOE_ERR_MULTIPLE, hidden);
-        REFUSED(d.intermediate = 0, MOE_ERR_RANGE, intermediate);
-        REFUSED(d.intermediate = -8, MOE_ERR_RANGE, intermediate);
+        REFUSED_EACH(intermediate, MOE_ERR_RANGE, intermediate, 0, -8);
         REFUSED(d.intermediate = 36, MOE_ERR_MULTIPLE, intermediate);
-        REFUSED(d.num_experts = 0, MOE_ERR_RANGE, num_experts);
-        REFUSED(d.num_experts = -1, MOE_ERR_RANGE, num_experts);
-        REFUSED(d.num_experts = MOE_MAX_EXPERTS + 1, MOE_ERR_RANGE, num_experts);
-        REFUSED(d.top_k = 0, MOE_ERR_RANGE, top_k);
-        REFUSED(d.top_k = -1, MOE_ERR_RANGE, top_k);
-        REFUSED(d.top_k = MOE_COMBINE_MAX_TOP_K + 1, MOE_ERR_RANGE, top_k);
+        REFUSED_NUM_EXPERTS();
+        REFUSED_EACH(top_k, MOE_ERR_RANGE, top_k, 0, -1, MOE_COMBINE_MAX_TOP_K + 1);
         if (from != FROM_IDS) {
             REFUSED(d.top_k = E + 1, MOE_ERR_RANGE, top_k);
-            REFUSED(d.gate.score = 99, MOE_ERR_OPTION, score);
-            REFUSED(d.gate.score = -1, MOE_ERR_OPTION, score);
+            REFUSED_EACH(gate.score, MOE_ERR_OPTION, score, 99, -1);
         } else {
             REFUSED(d.gate.score = MOE_SCORE_SIGMOID, MOE_ERR_CONFLICT, gate); /* none runs */
             REFUSED(d.gate.renormalize = 1, MOE_ERR_CONFLICT, gate);
@@ -71,15 +63,11 @@ static void test_layer_refusals(void)
             REFUSED(d.gate.expert_count = (int32_t*)b.gate_count.p, MOE_ERR_CONFLICT, gate);
         }
         if (from != FROM_IDS) {
-            REFUSED(d.gate.renormalize = 2, MOE_ERR_OPTION, renormalize);
-            REFUSED(d.gate.renormalize = -1, MOE_ERR_OPTION, renormalize);
-            REFUSED(d.gate.scale = INFINITY, MOE_ERR_RANGE, scale);
-            REFUSED(d.gate.scale = NAN, MOE_ERR_RANGE, scale);
+            REFUSED_EACH(gate.renormalize, MOE_ERR_OPTION, renormalize, 2, -1);
+            REFUSED_EACH(gate.scale, MOE_ERR_RANGE, scale, INFINITY, NAN);
             REFUSED(d.weights = (const float*)b.weights.p, MOE_ERR_CONFLICT, weights);
         }
-        REFUSED(d.dtype = MOE_FP32, MOE_ERR_DTYPE, dtype);
-        REFUSED(d.dtype = 4, MOE_ERR_DTYPE, dtype);
-        REFUSED(d.dtype = -1, MOE_ERR_DTYPE, dtype);
+        REFUSED_EACH(dtype, MOE_ERR_DTYPE, dtype, MOE_FP32, 4, -1);
         REFUSED(d.rows_dtype = test_half() == MOE_FP16 ? MOE_BF16 : MOE_FP16, MOE_ERR_DTYPE,
                 rows_dtype);
         REFUSED(d.rows_dtype = 4, MOE_ERR_DTYPE, rows_dtype);
@@ -117,8 +105,7 @@ static void test_layer_refusals(void)
         REFUSED(d.route.drop_rule = MOE_DROP_BY_WEIGHT, MOE_ERR_CONFLICT, drop_rule);
         REFUSED(d.route.num_replicas = E + 1, MOE_ERR_CONFLICT, num_replicas);
         REFUSED(d.route.slot_row = (int32_t*)AT(b.slot_row.p, 2), MOE_ERR_ALIGN, slot_row);
-        REFUSED(d.activation = MOE_ACTIVATION_RELU2 + 1, MOE_ERR_OPTION, activation);
-        REFUSED(d.activation = -1, MOE_ERR_OPTION, activation);
+        REFUSED_EACH(activation, MOE_ERR_OPTION, activation, MOE_ACTIVATION_RELU2 + 1, -1);
         REFUSED(d.alpha = 1, MOE_ERR_CONFLICT, alpha);
         REFUSED(d.limit = 1, MOE_ERR_CONFLICT, limit);
         REFUSED((d.activation = MOE_ACTIVATION_SWIGLU_CLAMPED, d.limit = NAN), MOE_ERR_RANGE,
@@ -138,19 +125,14 @@ static void test_layer_refusals(void)
         REFUSED(d.shared.limit = 1, MOE_ERR_CONFLICT, shared);
         REFUSED(d.shared.weight = (const float*)AT(b.shared_weight.p, 2), MOE_ERR_ALIGN,
                 shared_weight);
-        REFUSED(d.gate_up = 4, MOE_ERR_OPTION, gate_up);
-        REFUSED(d.gate_up = -1, MOE_ERR_OPTION, gate_up);
-        REFUSED(d.tile = 99, MOE_ERR_OPTION, tile);
-        REFUSED(d.tile = -1, MOE_ERR_OPTION, tile);
+        REFUSED_EACH(gate_up, MOE_ERR_OPTION, gate_up, 4, -1);
+        REFUSED_EACH(tile, MOE_ERR_OPTION, tile, 99, -1);
         /* found where a kernel is chosen: earlier stations have been prepared */
         REFUSED((d.tile = MOE_TILE_128x256, d.w1.major = MOE_MAJOR_MN), MOE_ERR_CONFLICT, tile);
-        REFUSED(d.x_stride = 56, MOE_ERR_STRIDE, x_stride);
-        REFUSED(d.x_stride = -64, MOE_ERR_STRIDE, x_stride);
+        REFUSED_EACH(x_stride, MOE_ERR_STRIDE, x_stride, 56, -64);
         REFUSED(d.x_stride = 68, MOE_ERR_ALIGN, x_stride);
-        REFUSED(d.y_stride = 63, MOE_ERR_STRIDE, y_stride);
-        REFUSED(d.y_stride = -64, MOE_ERR_STRIDE, y_stride);
-        REFUSED(d.residual_stride = 63, MOE_ERR_STRIDE, residual_stride);
-        REFUSED(d.residual_stride = -64, MOE_ERR_STRIDE, residual_stride);
+        REFUSED_EACH(y_stride, MOE_ERR_STRIDE, y_stride, 63, -64);
+        REFUSED_EACH(residual_stride, MOE_ERR_STRIDE, residual_stride, 63, -64);
         REFUSED(d.w1.major = 3, MOE_ERR_OPTION, w1);
         REFUSED(d.w2.major = 3, MOE_ERR_OPTION, w2);
         REFUSED(d.w1.row_stride = 56, MOE_ERR_STRIDE, w1);
@@ -195,9 +177,7 @@ static void test_layer_refusals(void)
         REFUSED(d.y = 0, MOE_ERR_NULL, y);
         REFUSED(d.y = AT(d.y, 1), MOE_ERR_ALIGN, y);
         REFUSED(d.residual = AT(d.residual, 1), MOE_ERR_ALIGN, residual);
-        REFUSED(d.rank = -1, MOE_ERR_RANGE, rank);
-        REFUSED(d.rank = MOE_FAULT_MAX_RANK + 1, MOE_ERR_RANGE, rank);
-        REFUSED(d.fault = (uint64_t*)AT(d.fault, 4), MOE_ERR_ALIGN, fault);
+        REFUSED_RANK_AND_FAULT();
         REFUSED(d.workspace = 0, MOE_ERR_NULL, workspace);
         REFUSED(d.workspace = AT(d.workspace, 128), MOE_ERR_ALIGN, workspace);
         REFUSED(d.workspace_bytes -= 1, MOE_ERR_WORKSPACE, workspace_bytes);
@@ -210,8 +190,7 @@ static void test_layer_refusals(void)
         if (from == FROM_ROUTER) {
             REFUSED(d.router = 0, MOE_ERR_NULL, router);
             REFUSED(d.router = AT(d.router, 1), MOE_ERR_ALIGN, router);
-            REFUSED(d.router_dtype = 4, MOE_ERR_DTYPE, router_dtype);
-            REFUSED(d.router_dtype = -1, MOE_ERR_DTYPE, router_dtype);
+            REFUSED_EACH(router_dtype, MOE_ERR_DTYPE, router_dtype, 4, -1);
             REFUSED(d.logits = (const float*)b.logits.p, MOE_ERR_CONFLICT, router);
             REFUSED((d.ids = (const int32_t*)b.ids.p, d.weights = (const float*)b.weights.p),
                     MOE_ERR_CONFLICT, router);
