@@ -329,6 +329,13 @@ MOEI_UNUSED static int test_fault(uint64_t word, int code, int64_t index, const 
 /* Something that queues work on a stream: one launch helper, or a chain of them. */
 typedef moe_status (*test_call)(void* context, cudaStream_t stream);
 
+/* Defines `name`, a test_call of the launch helper `function`; its context is a `desc`. */
+#define TEST_CALL(name, function, desc)                                                            \
+    static moe_status name(void* context, cudaStream_t stream)                                     \
+    {                                                                                              \
+        return function((const desc*)context, stream);                                             \
+    }
+
 /* Calls it `runs` times, with poisoned outputs each time; the outputs must hold the same bits
    every time. */
 MOEI_UNUSED static void test_same_bits(const char* what, test_call call, void* context, tbufs out,

@@ -16,13 +16,6 @@ MOEI_UNUSED static void tbuf_compare(const tbuf* b, const void* want)
 
 /* ------------------------------------------------------------------ calls */
 
-/* Defines `name`, a test_call of the launch helper `function`; its context is a `desc`. */
-#define TEST_CALL(name, function, desc)                                                            \
-    static moe_status name(void* context, cudaStream_t stream)                                     \
-    {                                                                                              \
-        return function((const desc*)context, stream);                                             \
-    }
-
 /* Two calls, one after the other. */
 typedef struct test_chain {
     test_call call[2];

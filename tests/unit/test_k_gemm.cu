@@ -376,10 +376,7 @@ static void test_k_faults(void)
     }
 }
 
-static moe_status call(void* d, cudaStream_t stream)
-{
-    return moe_k_grouped_gemm((const moe_k_grouped_gemm_desc*)d, stream);
-}
+TEST_CALL(call, moe_k_grouped_gemm, moe_k_grouped_gemm_desc)
 
 static void test_k_same_bits(void)
 {

@@ -161,15 +161,9 @@ static void compare(const permute_bufs* b, const permute_case* c)
     free(got);
 }
 
-static moe_status call_permute(void* context, cudaStream_t stream)
-{
-    return moe_permute((const moe_permute_desc*)context, stream);
-}
+TEST_CALL(call_permute, moe_permute, moe_permute_desc)
 
-static moe_status call_unpermute(void* context, cudaStream_t stream)
-{
-    return moe_unpermute((const moe_permute_desc*)context, stream);
-}
+TEST_CALL(call_unpermute, moe_unpermute, moe_permute_desc)
 
 static void run_case(const permute_case* c, trand* r)
 {

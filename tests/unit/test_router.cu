@@ -551,10 +551,7 @@ static void test_router_refusals(void)
     bufs_free(&b);
 }
 
-static moe_status call_router(void* d, cudaStream_t stream)
-{
-    return moe_router_logits((const moe_router_desc*)d, stream);
-}
+TEST_CALL(call_router, moe_router_logits, moe_router_desc)
 
 static void test_router_same_bits(void)
 {

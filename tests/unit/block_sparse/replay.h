@@ -9,10 +9,7 @@
 #include "tests/test.h"
 #include "tests/test_product.h"
 
-static moe_status call_product(void* d, cudaStream_t stream)
-{
-    return moe_block_sparse((const moe_block_sparse_desc*)d, stream);
-}
+TEST_CALL(call_product, moe_block_sparse, moe_block_sparse_desc)
 
 static void test_block_same_bits(void)
 {

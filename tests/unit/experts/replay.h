@@ -11,10 +11,7 @@
 
 #include "tests/unit/experts/case.h"
 
-static moe_status call_experts(void* d, cudaStream_t stream)
-{
-    return moe_experts((const moe_experts_desc*)d, stream);
-}
+TEST_CALL(call_experts, moe_experts, moe_experts_desc)
 
 static void test_experts_halves(void)
 {

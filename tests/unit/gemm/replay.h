@@ -9,10 +9,7 @@
 
 #include "tests/unit/gemm/case.h"
 
-static moe_status call_gemm(void* d, cudaStream_t stream)
-{
-    return moe_grouped_gemm((const moe_grouped_gemm_desc*)d, stream);
-}
+TEST_CALL(call_gemm, moe_grouped_gemm, moe_grouped_gemm_desc)
 
 static void test_gemm_same_bits(void)
 {

@@ -13,10 +13,7 @@
 
 #include "tests/unit/layer/compare.h"
 
-static moe_status call_layer(void* d, cudaStream_t stream)
-{
-    return moe_layer_forward((const moe_layer_desc*)d, stream);
-}
+TEST_CALL(call_layer, moe_layer_forward, moe_layer_desc)
 
 static moe_status call_parts(void* d, cudaStream_t stream)
 {
