@@ -1,4 +1,5 @@
-/* test_case.h: what the cases of many tests repeat: comparisons with two bounds, faults, indices that are out of range. */
+/* test_case.h: what the cases of many tests repeat: comparisons with two bounds, faults, indices
+   that are out of range. */
 #ifndef MOE_TESTS_TEST_CASE_H
 #define MOE_TESTS_TEST_CASE_H
 

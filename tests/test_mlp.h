@@ -28,7 +28,7 @@ MOEI_UNUSED static tmlp_want tmlp_sizes(int experts, int hidden, int intermediat
     {                                                                                              \
         moe_gemm_plan up, down;                                                                    \
         const moe_status s = plan(d, &up, &down);                                                  \
-        CHECK_STATUS_AT(at, s, want);                                                              \
+        test_status_at(at, s, want, #plan);                                                        \
         if (s != MOE_OK) calls_refuse(d, want, at);                                                \
     }
 

@@ -19,7 +19,7 @@ typedef struct trefusal {
     const char* change;
 } trefusal;
 
-/* Requires this status of a call, and names the line of the table and its change where it is not. */
+/* Requires this status of a call, and names the table's line and change where it is not. */
 #define CHECK_STATUS_AT(at, call, want) test_status_at((at), (call), (want), #call)
 MOEI_UNUSED static int test_status_at(const trefusal* at, moe_status got, moe_status want,
                                       const char* call)

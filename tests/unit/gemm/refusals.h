@@ -15,7 +15,7 @@ static void refused(const moe_grouped_gemm_desc* d, moe_status want, const trefu
 {
     moe_gemm_plan p;
     const moe_status s = moe_grouped_gemm_plan(d, &p);
-    CHECK_STATUS_AT(at, s, want);
+    test_status_at(at, s, want, "moe_grouped_gemm_plan");
     if (s == MOE_OK) return;
     calls_refuse(d, want, at);
 }
