@@ -62,6 +62,18 @@ static void* bench_alloc(size_t bytes)
     return p;
 }
 
+/* Launches a kernel that stores its largest errors in args.worst, and copies them to `out`. */
+#define BENCH_WORST(kernel, config, args, out)                                                     \
+    do {                                                                                           \
+        const cudaStream_t stream_ = (config).stream;                                              \
+        (args).worst = (unsigned*)bench_alloc(sizeof(out));                                        \
+        BENCH_CUDA(cudaMemsetAsync((args).worst, 0, sizeof(out), stream_));                        \
+        BENCH_MOE(MOE_LAUNCH(kernel, config, args));                                               \
+        BENCH_CUDA(cudaStreamSynchronize(stream_));                                                \
+        BENCH_CUDA(cudaMemcpy(&(out), (args).worst, sizeof(out), cudaMemcpyDeviceToHost));         \
+        BENCH_CUDA(cudaFree((args).worst));                                                        \
+    } while (0)
+
 /* Arguments of bench_fill_kernel: `count` elements at p, nearly normal, of standard deviation
    `scale`, from a hash of (seed, index). */
 typedef struct bench_fill_args {

@@ -161,12 +161,7 @@ static inline float bench_check_gemm(bench_state* s, const bench_gemm* g)
     unsigned worst = 0;
     moe_launch_config l = moe_grid(BENCH_GEMM_SAMPLES / 8, 256, 0, s->stream);
     a.g = *g;
-    a.worst = (unsigned*)bench_alloc(4);
-    BENCH_CUDA(cudaMemsetAsync(a.worst, 0, 4, s->stream));
-    BENCH_MOE(MOE_LAUNCH(bench_check_gemm_kernel, l, a));
-    BENCH_CUDA(cudaStreamSynchronize(s->stream));
-    BENCH_CUDA(cudaMemcpy(&worst, a.worst, 4, cudaMemcpyDeviceToHost));
-    BENCH_CUDA(cudaFree(a.worst));
+    BENCH_WORST(bench_check_gemm_kernel, l, a, worst);
     return moe_f32_from_bits(worst);
 }
 

@@ -397,12 +397,7 @@ static int check_c(bench_state* s, check_args* a, int blocks, const char* what, 
     unsigned worst[2] = {0, 0};
     float ratio;
     moe_launch_config l = moe_grid(1056, 256, 0, s->stream);
-    a->worst = (unsigned*)bench_alloc(sizeof worst);
-    BENCH_CUDA(cudaMemset(a->worst, 0, sizeof worst));
-    BENCH_MOE(MOE_LAUNCH(check_product, l, *a));
-    BENCH_CUDA(cudaStreamSynchronize(s->stream));
-    BENCH_CUDA(cudaMemcpy(worst, a->worst, sizeof worst, cudaMemcpyDeviceToHost));
-    cudaFree(a->worst);
+    BENCH_WORST(check_product, l, *a, worst);
     ratio = moe_f32_from_bits(worst[0]);
     if (ratio > *largest) *largest = ratio;
     if (ratio <= 1.0f && (worst[1] || !blocks)) return 1;

@@ -156,12 +156,7 @@ static float check_y(bench_state* s, const job* j, void* y, int y_dtype, int eac
     check.unit = y_dtype == MOE_FP32 ? 1.0 / 16777216.0 : 1.0 / 256.0;
     check.step = j->combine.num_tokens / 256;
     check.each = each;
-    check.worst = (unsigned*)bench_alloc(4);
-    BENCH_CUDA(cudaMemset(check.worst, 0, 4));
-    BENCH_MOE(MOE_LAUNCH(check_combine, l, check));
-    BENCH_CUDA(cudaStreamSynchronize(s->stream));
-    BENCH_CUDA(cudaMemcpy(&worst, check.worst, 4, cudaMemcpyDeviceToHost));
-    cudaFree(check.worst);
+    BENCH_WORST(check_combine, l, check, worst);
     return moe_f32_from_bits(worst);
 }
 

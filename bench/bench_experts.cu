@@ -114,12 +114,8 @@ static void run_shape(bench_state* s, const bench_blas* blas, int T, int H, int 
     BENCH_MOE(moe_experts(&d, s->stream));
     check.d = d;
     check.step = (int)(rows / 67 + 1);
-    check.worst = (unsigned*)bench_alloc(4);
-    BENCH_CUDA(cudaMemset(check.worst, 0, 4));
     l = moe_grid(67, 256, 0, s->stream);
-    BENCH_MOE(MOE_LAUNCH(check_experts, l, check));
-    BENCH_CUDA(cudaStreamSynchronize(s->stream));
-    BENCH_CUDA(cudaMemcpy(&worst, check.worst, 4, cudaMemcpyDeviceToHost));
+    BENCH_WORST(check_experts, l, check, worst);
     *failures += !(moe_f32_from_bits(worst) <= 1.0f);
     printf("T %d H %d I %d E %d K %d%s: worst error %.2f of its bound; path %s, tiles %dx%dx%d, %dx%dx%d\n",
            T, H, I, E, K, name, moe_f32_from_bits(worst), moe_gemm_path_name(up.path), up.tile_m, up.tile_n,
@@ -160,7 +156,7 @@ static void run_shape(bench_state* s, const bench_blas* blas, int T, int H, int 
     cudaFree((void*)d.w1.base), cudaFree((void*)d.w2.base);
     cudaFree((void*)g.logits), cudaFree(g.ids), cudaFree(g.weights), cudaFree(r.expert_count);
     cudaFree(r.expert_offset), cudaFree(r.row_slot), cudaFree(r.workspace), cudaFree((void*)d.x);
-    cudaFree(d.act), cudaFree(d.rows), cudaFree(check.worst);
+    cudaFree(d.act), cudaFree(d.rows);
 }
 
 int main(int argc, char** argv)

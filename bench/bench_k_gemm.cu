@@ -83,11 +83,7 @@ static void run_shape(bench_state* s, bench_blas* blas, int T, int H, int I, int
         BENCH_MOE(moe_k_grouped_gemm_prepare(&d, &p));
         BENCH_MOE(moe_k_grouped_gemm_run(&p, s->stream));
         check.d = d;
-        check.worst = (unsigned*)bench_alloc(4);
-        BENCH_CUDA(cudaMemset(check.worst, 0, 4));
-        BENCH_MOE(MOE_LAUNCH(check_k, c, check));
-        BENCH_CUDA(cudaStreamSynchronize(s->stream));
-        BENCH_CUDA(cudaMemcpy(&worst, check.worst, 4, cudaMemcpyDeviceToHost));
+        BENCH_WORST(check_k, c, check, worst);
         *failures += !(moe_f32_from_bits(worst) <= 1.0f);
         printf("dW%d T %d H %d I %d E %d K %d: worst error %.2f of its bound; tile %dx%dx%d\n", of, T,
                H, I, E, K, moe_f32_from_bits(worst), p.plan.tile_m, p.plan.tile_n, p.plan.tile_k);
@@ -101,7 +97,7 @@ static void run_shape(bench_state* s, bench_blas* blas, int T, int H, int I, int
         snprintf(what, sizeof what, "dW%d T %d H %d I %d E %d K %d", of, T, H, I, E, K);
         bench_row_dense(s, what, call[0].ms, 2.0 * (double)R * d.m * d.n, call[1].ms);
         bench_row_dense(s, "cuBLAS dense", call[1].ms, 2.0 * (double)R * d.m * d.n, call[1].ms);
-        cudaFree((void*)d.a), cudaFree((void*)d.b), cudaFree(d.c), cudaFree(check.worst);
+        cudaFree((void*)d.a), cudaFree((void*)d.b), cudaFree(d.c);
     }
     cudaFree((void*)g.logits), cudaFree(g.ids), cudaFree(g.weights), cudaFree(r.expert_count);
     cudaFree(offset), cudaFree(row_slot), cudaFree(r.workspace);

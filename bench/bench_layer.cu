@@ -150,11 +150,7 @@ static void run_shape(bench_state* s, int T, int H, int I, int E, int K, int S, 
     BENCH_MOE(moe_layer_get_view(&l, &check.v));
     check.step = T / 16;
     check.act = (float*)bench_alloc(16 * 2 * ((size_t)K * (size_t)I + (size_t)S) * 4);
-    check.worst = (unsigned*)bench_alloc(sizeof worst);
-    BENCH_CUDA(cudaMemset(check.worst, 0, sizeof worst));
-    BENCH_MOE(MOE_LAUNCH(check_layer, c, check));
-    BENCH_CUDA(cudaStreamSynchronize(s->stream));
-    BENCH_CUDA(cudaMemcpy(worst, check.worst, sizeof worst, cudaMemcpyDeviceToHost));
+    BENCH_WORST(check_layer, c, check, worst);
     {
         const float error = moe_f32_from_bits(worst[0]), bound = 2 * moe_f32_from_bits(worst[1]) + 1e-5f;
         const float logit = moe_f32_from_bits(worst[2]);
@@ -201,7 +197,6 @@ static void run_shape(bench_state* s, int T, int H, int I, int E, int K, int S, 
     cudaFree((void*)l.x), cudaFree((void*)l.router), cudaFree((void*)l.w1.base);
     cudaFree((void*)l.shared.w1.base), cudaFree((void*)l.shared.w2.base);
     cudaFree((void*)l.w2.base), cudaFree(l.y), cudaFree(l.workspace), cudaFree(check.act);
-    cudaFree(check.worst);
 }
 
 int main(int argc, char** argv)

@@ -71,12 +71,7 @@ static float check(bench_state* s, const moe_router_desc* d)
     moe_launch_config l = moe_grid(67, 256, 0, s->stream);
     a.d = *d;
     a.step = d->num_tokens / 67 + 1;
-    a.worst = (unsigned*)bench_alloc(4);
-    BENCH_CUDA(cudaMemset(a.worst, 0, 4));
-    BENCH_MOE(MOE_LAUNCH(check_logits, l, a));
-    BENCH_CUDA(cudaStreamSynchronize(s->stream));
-    BENCH_CUDA(cudaMemcpy(&worst, a.worst, 4, cudaMemcpyDeviceToHost));
-    cudaFree(a.worst);
+    BENCH_WORST(check_logits, l, a, worst);
     return moe_f32_from_bits(worst);
 }
 

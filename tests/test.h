@@ -287,15 +287,6 @@ MOEI_UNUSED static void test_empty(const void* prepared, size_t bytes, int line)
     CHECK(kept == 0, "line %d: %d bytes of a refused struct are not 0", line, (int)kept);
 }
 
-/* prepare, moe_X_prepare of a moe_X_prepared type, must refuse the descriptor and empty the struct. */
-#define CHECK_REFUSED(type, prepare, desc, want)                                                   \
-    do {                                                                                           \
-        type prepared_;                                                                            \
-        test_poison(&prepared_, sizeof prepared_);                                                 \
-        CHECK_STATUS(prepare(desc, &prepared_), want);                                             \
-        test_empty(&prepared_, sizeof prepared_, __LINE__);                                        \
-    } while (0)
-
 /* Host memory full of poison. At least one byte, so that the pointer is never null. */
 MOEI_UNUSED static void* test_host(int64_t bytes)
 {
@@ -305,6 +296,14 @@ MOEI_UNUSED static void* test_host(int64_t bytes)
         exit(1);
     }
     test_poison(p, (size_t)bytes + 1);
+    return p;
+}
+
+/* Returns n zeros in host memory. */
+MOEI_UNUSED static double* tzeros(int64_t n)
+{
+    double* p = (double*)test_host(n * 8);
+    for (int64_t i = 0; i < n; ++i) p[i] = 0;
     return p;
 }
 

@@ -5,7 +5,6 @@
 
 #include "moe/block_sparse/desc.h"
 #include "moe/ref/block_sparse.h"
-#include "test_blocks_buffers.h"
 
 #define TMATRIX_MOST 24 /* parts of a matrix */
 
@@ -110,9 +109,8 @@ MOEI_UNUSED static void tmask_new(tmask* t, int rows, int columns, int block_row
 
 MOEI_UNUSED static void tmask_free(tmask* t)
 {
-    const tbufs all = {{&t->d_bytes, &t->d_bits, &t->d_row_offset, &t->d_column_index,
-                        &t->d_column_offset, &t->d_row_index, &t->d_position}};
-    tbufs_free(&all);
+    tbufs_free(TBUFS(&t->d_bytes, &t->d_bits, &t->d_row_offset, &t->d_column_index,
+                     &t->d_column_offset, &t->d_row_index, &t->d_position));
     free(t->present), free(t->number), free(t->row_offset), free(t->column_offset);
     free(t->column_index), free(t->row_index), free(t->position);
 }

@@ -1,5 +1,6 @@
-/* test_buffer.h: device memory with poison and canaries, rows further apart than 32 bits count,
-   runs that must give the same bits, and captured graphs. Included by test.h. */
+/* test_buffer.h: device memory with poison and canaries, several buffers at once, rows further
+   apart than 32 bits count, runs that must give the same bits, and captured graphs. Included by
+   test.h. */
 #ifndef MOE_TESTS_TEST_BUFFER_H
 #define MOE_TESTS_TEST_BUFFER_H
 
@@ -117,6 +118,51 @@ MOEI_UNUSED static void tbuf_free(tbuf* b)
     CHECK(bad == 0, "%s: %zu bytes behind the buffer were written", b->name, bad);
     TEST_CUDA(cudaFree(b->base));
     b->p = b->base = 0;
+}
+
+/* Several buffers, up to the first null: tbufs_free(TBUFS(&x, &y)). */
+#define TBUFS_MOST 20
+typedef struct tbufs {
+    tbuf* at[TBUFS_MOST + 1];
+} tbufs;
+#define TBUFS(...) (tbufs{{__VA_ARGS__, 0}})
+
+MOEI_UNUSED static void tbufs_poison(tbufs all)
+{
+    for (int i = 0; all.at[i]; ++i) tbuf_poison(all.at[i]);
+}
+
+/* Frees buffers and checks their canaries. Skips a buffer that is all zero. */
+MOEI_UNUSED static void tbufs_free(tbufs all)
+{
+    for (int i = 0; all.at[i]; ++i)
+        if (all.at[i]->p) tbuf_free(all.at[i]);
+}
+
+/* Returns 1 where every buffer still holds its poison. */
+MOEI_UNUSED static int tbufs_untouched(tbufs all)
+{
+    int untouched = 1;
+    for (int i = 0; all.at[i] && untouched; ++i) untouched = tbuf_holds(all.at[i], 0);
+    return untouched;
+}
+
+/* Makes a host copy of each buffer. tbufs_free_copies frees them. */
+MOEI_UNUSED static void tbufs_copy(tbufs all, void** host)
+{
+    for (int i = 0; all.at[i]; ++i) host[i] = tbuf_copy(all.at[i]);
+}
+
+MOEI_UNUSED static void tbufs_free_copies(tbufs all, void** host)
+{
+    for (int i = 0; all.at[i]; ++i) free(host[i]);
+}
+
+/* Checks that each buffer holds its host copy. */
+MOEI_UNUSED static void tbufs_same(tbufs all, void* const* host, const char* what)
+{
+    for (int i = 0; all.at[i]; ++i)
+        CHECK(tbuf_holds(all.at[i], host[i]), "%s: %s differs", what, all.at[i]->name);
 }
 
 /* Bytes of p, a host copy of rows `stride` elements apart, that belong to none of the `cols`
@@ -283,28 +329,28 @@ MOEI_UNUSED static int test_fault(uint64_t word, int code, int64_t index, const 
 /* Something that queues work on a stream: one launch helper, or a chain of them. */
 typedef moe_status (*test_call)(void* context, cudaStream_t stream);
 
+/* Defines `name`, a test_call of the launch helper `function`; its context is a `desc`. */
+#define TEST_CALL(name, function, desc)                                                            \
+    static moe_status name(void* context, cudaStream_t stream)                                     \
+    {                                                                                              \
+        return function((const desc*)context, stream);                                             \
+    }
+
 /* Calls it `runs` times, with poisoned outputs each time; the outputs must hold the same bits
    every time. */
-MOEI_UNUSED static void test_same_bits(const char* what, test_call call, void* context, tbuf** out,
-                                       int count, int runs)
+MOEI_UNUSED static void test_same_bits(const char* what, test_call call, void* context, tbufs out,
+                                       int runs)
 {
-    void** first = (void**)test_host(count * (int64_t)sizeof(void*));
+    void* first[TBUFS_MOST];
     for (int run = 0; run < runs; ++run) {
-        for (int i = 0; i < count; ++i) tbuf_poison(out[i]);
+        char text[80];
+        snprintf(text, sizeof text, "%s, run %d", what, run);
+        tbufs_poison(out);
         CHECK_STATUS(call(context, test_now.stream), MOE_OK);
-        for (int i = 0; i < count; ++i) {
-            void* got = tbuf_copy(out[i]);
-            if (run == 0) {
-                first[i] = got;
-                continue;
-            }
-            CHECK(memcmp(first[i], got, out[i]->bytes) == 0, "%s: %s differs in run %d", what,
-                  out[i]->name, run);
-            free(got);
-        }
+        if (run == 0) tbufs_copy(out, first);
+        else tbufs_same(out, first, text);
     }
-    for (int i = 0; i < count; ++i) free(first[i]);
-    free(first);
+    tbufs_free_copies(out, first);
 }
 
 /* A captured graph. Capture in global mode refuses allocations and synchronising calls, so a

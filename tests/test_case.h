@@ -1,5 +1,5 @@
-/* test_case.h: what the cases of many tests repeat: many buffers at once, comparisons with two
-   bounds, faults, indices that are out of range. */
+/* test_case.h: what the cases of many tests repeat: comparisons with two bounds, faults, indices
+   that are out of range. */
 #ifndef MOE_TESTS_TEST_CASE_H
 #define MOE_TESTS_TEST_CASE_H
 
@@ -12,21 +12,6 @@
         for (size_t i_ = 0; i_ < sizeof all_ / sizeof *all_; ++i_) free(all_[i_]);                 \
     } while (0)
 
-/* Frees buffers and checks their canaries: TBUFS_FREE(&x, &y). Skips a buffer that is all zero. */
-#define TBUFS_FREE(...)                                                                            \
-    do {                                                                                           \
-        tbuf* const all_[] = {__VA_ARGS__};                                                        \
-        for (size_t i_ = 0; i_ < sizeof all_ / sizeof *all_; ++i_)                                 \
-            if (all_[i_]->p) tbuf_free(all_[i_]);                                                  \
-    } while (0)
-
-/* Fills buffers with the poison: TBUFS_POISON(&x, &y). */
-#define TBUFS_POISON(...)                                                                          \
-    do {                                                                                           \
-        tbuf* const all_[] = {__VA_ARGS__};                                                        \
-        for (size_t i_ = 0; i_ < sizeof all_ / sizeof *all_; ++i_) tbuf_poison(all_[i_]);          \
-    } while (0)
-
 /* An address far from all buffers, for descriptors that are refused: nothing is launched. */
 #define TEST_FAR ((char*)((uintptr_t)1 << 44))
 
@@ -35,9 +20,6 @@ MOEI_UNUSED static int32_t test_out_of_range(int64_t how, int64_t end)
 {
     return how % 4 == 0 ? (int32_t)end : how % 4 == 1 ? INT32_MAX : how % 4 == 2 ? -2 : INT32_MIN;
 }
-
-/* Requires this status of a call, and names another line of this file where it is not. */
-#define CHECK_STATUS_AT(line, call, want) test_status((call), (want), __FILE__, (line), #call)
 
 /* Puts a fault of TEST_RANK into a fault word, or none where the code is MOE_FAULT_NONE. */
 MOEI_UNUSED static void tfault_put(tbuf* b, int code, int64_t index)

@@ -69,8 +69,8 @@ MOEI_UNUSED static void tgrouped_new(tgrouped* g, const char* name, int by_exper
 
 MOEI_UNUSED static void tgrouped_free(tgrouped* g)
 {
-    TBUFS_FREE(&g->all, &g->table);
-    for (int e = 0; e < g->experts; ++e) TBUFS_FREE(&g->part[e]);
+    tbufs_free(TBUFS(&g->all, &g->table));
+    for (int e = 0; e < g->experts; ++e) tbufs_free(TBUFS(&g->part[e]));
 }
 
 MOEI_UNUSED static void tgrouped_poison(tgrouped* g)

@@ -10,11 +10,6 @@
 
 TEST_CALL(call_gate, moe_gate, moe_gate_desc)
 
-/* Requires that the gate and its prepare refuse d with this status; REFUSED calls it. */
-static void refused(const moe_gate_desc* d, moe_status want, int line)
-{
-    CHECK_STATUS_AT(line, moe_gate(d, test_now.stream), want);
-    CHECK_REFUSED(moe_gate_prepared, moe_gate_prepare, d, want);
-}
+TEST_REFUSED(refused, moe_gate, moe_gate_prepare, moe_gate)
 
 #endif

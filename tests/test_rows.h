@@ -1,27 +1,10 @@
-/* test_rows.h: what the tests of router, gate, route and combine share beyond test.h: several
-   buffers in one call, test calls of launch helpers, draws. TBUFS_FREE, TBUFS_POISON and CHECK_FAULT_AT
-   come from test_case.h; REFUSED, AT, DOWN_TO and trows_new from test_weights.h. Included after
-   test.h. */
+/* test_rows.h: what the tests of router, gate, route and combine share beyond test.h: test
+   calls of launch helpers, draws. Included after test.h. */
 #ifndef MOE_TESTS_TEST_ROWS_H
 #define MOE_TESTS_TEST_ROWS_H
 
 #include "tests/test_case.h"
 #include "tests/test_weights.h"
-
-/* ------------------------------------------------------------------ several buffers */
-
-/* Returns 1 where every buffer still holds its poison. */
-#define TBUFS_UNTOUCHED(...) tbufs_untouched(__VA_ARGS__, (const tbuf*)0)
-MOEI_UNUSED static int tbufs_untouched(const tbuf* first, ...)
-{
-    int untouched = 1;
-    va_list list;
-    va_start(list, first);
-    for (const tbuf* b = first; b && untouched; b = va_arg(list, const tbuf*))
-        untouched = tbuf_holds(b, 0);
-    va_end(list);
-    return untouched;
-}
 
 /* The buffer must hold these 32-bit integers: one check, named like the buffer. */
 MOEI_UNUSED static void tbuf_compare(const tbuf* b, const void* want)
@@ -32,13 +15,6 @@ MOEI_UNUSED static void tbuf_compare(const tbuf* b, const void* want)
 }
 
 /* ------------------------------------------------------------------ calls */
-
-/* Defines `name`, a test_call of the launch helper `function`; its context is a `desc`. */
-#define TEST_CALL(name, function, desc)                                                            \
-    static moe_status name(void* context, cudaStream_t stream)                                     \
-    {                                                                                              \
-        return function((const desc*)context, stream);                                             \
-    }
 
 /* Two calls, one after the other. */
 typedef struct test_chain {

@@ -9,6 +9,8 @@
 #include "moe/gemm/desc.h"
 #include "moe/layout.h"
 
+#include "tests/test_refusals.h"
+
 #define TWEIGHTS_MOST 80 /* experts with an allocation each */
 
 /* How the numbers of a buffer are drawn. */
@@ -255,14 +257,5 @@ MOEI_UNUSED static void test_plan(const moe_gemm_plan* p, int dtype, int tile)
     CHECK(p->smem > 0 && p->smem <= (size_t)dev.smem_block, "%zu bytes", p->smem);
     CHECK(p->blocks >= 1 && p->blocks <= dev.sms * 32, "%d blocks", p->blocks);
 }
-
-/* In a test of refusals: its descriptor `good`, with this change, is refused with this kind and
-   field by all calls that the test's own function `refused` makes with it. */
-#define REFUSED(change, kind, field)                                                              \
-    d = good;                                                                                     \
-    change;                                                                                       \
-    refused(&d, MOE_STATUS(kind, field), __LINE__)
-#define AT(p, bytes) ((void*)((char*)(p) + (bytes)))
-#define DOWN_TO(p, bytes) ((void*)((uintptr_t)(p) & ~(uintptr_t)((bytes)-1)))
 
 #endif

@@ -93,18 +93,16 @@ def grouped(strips, tiles, GROUP: tl.constexpr):
 
 
 @triton.jit
-def dsd_kernel(a, b, c, offset, index, strips, tiles, sam, sak, sbk, sbn, scm, scn, B: tl.constexpr,
-               WIDTH: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr):
-    strip, tile = grouped(strips, tiles, GROUP)
-    m = strip * B + tl.arange(0, B)
-    n = tile * WIDTH + tl.arange(0, WIDTH)
+def strip_product(a, b, c, offset, index, strip, m, n, sam, sak, sbk, sbn, scm, scn, M: tl.constexpr,
+                  N: tl.constexpr, B: tl.constexpr, BK: tl.constexpr):
+    """The rows m and columns n of C, over the blocks that are present in a strip."""
     k = tl.arange(0, BK)
     begin = tl.load(offset + strip)
     end = tl.load(offset + strip + 1)
     STEPS: tl.constexpr = B // BK
     a_at = a + m[:, None] * sam + k[None, :] * sak
     b_at = b + k[:, None] * sbk + n[None, :] * sbn
-    acc = tl.zeros((B, WIDTH), dtype=tl.float32)
+    acc = tl.zeros((M, N), dtype=tl.float32)
     for step in range(0, (end - begin) * STEPS):
         at = tl.load(index + begin + step // STEPS) * B + step % STEPS * BK
         acc = tl.dot(tl.load(a_at + at * sak), tl.load(b_at + at * sbk), acc)
@@ -112,22 +110,19 @@ def dsd_kernel(a, b, c, offset, index, strips, tiles, sam, sak, sbk, sbn, scm, s
 
 
 @triton.jit
+def dsd_kernel(a, b, c, offset, index, strips, tiles, sam, sak, sbk, sbn, scm, scn, B: tl.constexpr,
+               WIDTH: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr):
+    strip, tile = grouped(strips, tiles, GROUP)
+    strip_product(a, b, c, offset, index, strip, strip * B + tl.arange(0, B),
+                  tile * WIDTH + tl.arange(0, WIDTH), sam, sak, sbk, sbn, scm, scn, B, WIDTH, B, BK)
+
+
+@triton.jit
 def dds_kernel(a, b, c, offset, index, strips, tiles, sam, sak, sbk, sbn, scm, scn, B: tl.constexpr,
                WIDTH: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr):
     strip, tile = grouped(strips, tiles, GROUP)
-    m = tile * WIDTH + tl.arange(0, WIDTH)
-    n = strip * B + tl.arange(0, B)
-    k = tl.arange(0, BK)
-    begin = tl.load(offset + strip)
-    end = tl.load(offset + strip + 1)
-    STEPS: tl.constexpr = B // BK
-    a_at = a + m[:, None] * sam + k[None, :] * sak
-    b_at = b + k[:, None] * sbk + n[None, :] * sbn
-    acc = tl.zeros((WIDTH, B), dtype=tl.float32)
-    for step in range(0, (end - begin) * STEPS):
-        at = tl.load(index + begin + step // STEPS) * B + step % STEPS * BK
-        acc = tl.dot(tl.load(a_at + at * sak), tl.load(b_at + at * sbk), acc)
-    tl.store(c + m[:, None] * scm + n[None, :] * scn, acc.to(c.dtype.element_ty))
+    strip_product(a, b, c, offset, index, strip, tile * WIDTH + tl.arange(0, WIDTH),
+                  strip * B + tl.arange(0, B), sam, sak, sbk, sbn, scm, scn, WIDTH, B, B, BK)
 
 
 # ---- masks, as bench_block_sparse.cu makes them ----

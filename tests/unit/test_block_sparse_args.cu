@@ -14,7 +14,7 @@
      test_block_mask_sizes       a mask of another matrix is refused by its sizes
      test_block_packed_nothing   a packed matrix without sparse blocks needs no address */
 #include "tests/test.h"
-#include "tests/test_blocks_refusals.h"
+#include "tests/test_weights.h"
 #include "tests/test_product.h"
 
 /* Sets the fault word. */
@@ -274,17 +274,16 @@ static void test_block_stopped(void)
 
 /* ------------------------------------------------------------------ refusals */
 
-static void refused(const moe_block_sparse_desc* d, moe_status want, int line)
+TEST_REFUSED(calls_refuse, moe_block_sparse, moe_block_sparse_prepare, moe_block_sparse)
+
+static void refused(const moe_block_sparse_desc* d, moe_status want, const trefusal* at)
 {
     moe_block_sparse_choice choice;
-    const moe_status s = moe_block_sparse(d, test_now.stream);
     memset(&choice, 0x5a, sizeof choice);
-    test_status(s, want, __FILE__, line, "moe_block_sparse");
-    CHECK_REFUSED(moe_block_sparse_prepared, moe_block_sparse_prepare, d, want);
-    if (s != MOE_OK && want != MOE_STATUS(MOE_ERR_OPTION, choice)) /* tuning looks at no choice */
-        test_status(moe_block_sparse_tune(d, test_now.stream, &choice), want, __FILE__, line,
-                    "moe_block_sparse_tune");
-    CHECK(choice.tile == 0x5a5a5a5a, "line %d: refused, but a choice was made", line);
+    calls_refuse(d, want, at);
+    if (want != MOE_STATUS(MOE_ERR_OPTION, choice)) /* tuning looks at no choice */
+        CHECK_STATUS_AT(at, moe_block_sparse_tune(d, test_now.stream, &choice), want);
+    CHECK(choice.tile == 0x5a5a5a5a, "line %d: refused, but a choice was made", at->line);
 }
 
 /* Nothing is queued by a refused call, and the right descriptor still runs. */
@@ -313,15 +312,11 @@ static void test_block_refusals(void)
         table = tbuf_from("table", address, sizeof address, 0);
         CHECK_STATUS(moe_block_sparse(0, test_now.stream), MOE_STATUS(MOE_ERR_NULL, desc));
         CHECK_STATUS(moe_block_sparse_workspace(0, &bytes), MOE_STATUS(MOE_ERR_NULL, desc));
-        REFUSED(d.op = 0, MOE_ERR_OPTION, op);
-        REFUSED(d.op = 4, MOE_ERR_OPTION, op);
-        REFUSED(d.op = -1, MOE_ERR_OPTION, op);
+        REFUSED_EACH(op, MOE_ERR_OPTION, op, 0, 4, -1);
         REFUSED(d.m = -1, MOE_ERR_RANGE, m);
         REFUSED(d.n = -1, MOE_ERR_RANGE, n);
         REFUSED(d.k = -1, MOE_ERR_RANGE, k);
-        REFUSED(d.dtype = MOE_FP32, MOE_ERR_DTYPE, dtype);
-        REFUSED(d.dtype = 4, MOE_ERR_DTYPE, dtype);
-        REFUSED(d.dtype = -1, MOE_ERR_DTYPE, dtype);
+        REFUSED_EACH(dtype, MOE_ERR_DTYPE, dtype, MOE_FP32, 4, -1);
         REFUSED((d.dtype = MOE_BF16, d.c_dtype = MOE_FP16), MOE_ERR_DTYPE, c_dtype);
         REFUSED((d.dtype = MOE_FP16, d.c_dtype = MOE_BF16), MOE_ERR_DTYPE, c_dtype);
         REFUSED(d.c_dtype = 4, MOE_ERR_DTYPE, c_dtype);
@@ -329,24 +324,21 @@ static void test_block_refusals(void)
         REFUSED(d.b_transposed = -1, MOE_ERR_OPTION, b_transposed);
         REFUSED(d.packed = 2, MOE_ERR_OPTION, packed);
         REFUSED(d.zero_masked = 2, MOE_ERR_OPTION, zero_masked);
-        REFUSED(d.choice.tile = -1, MOE_ERR_OPTION, choice);
-        REFUSED(d.choice.tile = MOE_BLOCK_SPARSE_TILE_64x64 + 1, MOE_ERR_OPTION, choice);
-        REFUSED(d.choice.fallback_tile = -1, MOE_ERR_OPTION, choice);
-        REFUSED(d.choice.fallback_tile = MOE_BLOCK_SPARSE_TILE_64x64 + 1, MOE_ERR_OPTION, choice);
+        REFUSED_EACH(choice.tile, MOE_ERR_OPTION, choice, -1, MOE_BLOCK_SPARSE_TILE_64x64 + 1);
+        REFUSED_EACH(choice.fallback_tile, MOE_ERR_OPTION, choice, -1,
+                     MOE_BLOCK_SPARSE_TILE_64x64 + 1);
         REFUSED((d.choice.tile = 0, d.choice.fallback_tile = MOE_BLOCK_SPARSE_TILE_32x256),
                 MOE_ERR_OPTION, choice);
-        REFUSED_IF(!sdd, d.zero_masked = 1, MOE_ERR_CONFLICT, zero_masked);
-        REFUSED_IF(sdd, (d.zero_masked = 1, d.packed = 1, d.c_stride = 0), MOE_ERR_CONFLICT,
-                   zero_masked);
+        if (!sdd) REFUSED(d.zero_masked = 1, MOE_ERR_CONFLICT, zero_masked);
+        if (sdd)
+            REFUSED((d.zero_masked = 1, d.packed = 1, d.c_stride = 0), MOE_ERR_CONFLICT,
+                    zero_masked);
         /* the mask */
         REFUSED(d.mask.rows += 1, MOE_ERR_CONFLICT, mask);
         REFUSED(d.mask.columns -= 1, MOE_ERR_CONFLICT, mask);
         REFUSED(d.mask.rows = -1, MOE_ERR_CONFLICT, mask);
-        REFUSED(d.mask.block_rows = 0, MOE_ERR_RANGE, block_rows);
-        REFUSED(d.mask.block_rows = 48, MOE_ERR_RANGE, block_rows);
-        REFUSED(d.mask.block_rows = 256, MOE_ERR_RANGE, block_rows);
-        REFUSED(d.mask.block_columns = 8, MOE_ERR_RANGE, block_columns);
-        REFUSED(d.mask.block_columns = -16, MOE_ERR_RANGE, block_columns);
+        REFUSED_EACH(mask.block_rows, MOE_ERR_RANGE, block_rows, 0, 48, 256);
+        REFUSED_EACH(mask.block_columns, MOE_ERR_RANGE, block_columns, 8, -16);
         REFUSED(d.mask.max_blocks = -1, MOE_ERR_RANGE, max_blocks);
         REFUSED((d.mask.row_offset = 0, d.mask.column_index = 0, d.mask.column_offset = 0,
                  d.mask.row_index = 0, d.mask.position = 0, d.mask.max_blocks = 0),
@@ -374,12 +366,11 @@ static void test_block_refusals(void)
         REFUSED(d.b_stride = 68, MOE_ERR_ALIGN, b_stride);
         REFUSED(d.c_stride = 56, MOE_ERR_STRIDE, c_stride);
         REFUSED(d.c_stride = 66, MOE_ERR_ALIGN, c_stride);
-        REFUSED(d.a_stride = (int64_t)1 << 61, MOE_ERR_STRIDE, a_stride);
-        REFUSED(d.a_stride = (int64_t)1 << 34, MOE_ERR_STRIDE, a_stride);
+        REFUSED_EACH(a_stride, MOE_ERR_STRIDE, a_stride, (int64_t)1 << 61, (int64_t)1 << 34);
         REFUSED(d.b_stride = (int64_t)1 << 34, MOE_ERR_STRIDE, b_stride);
-        REFUSED_IF(sdd, (d.packed = 1, d.c_stride = 64), MOE_ERR_CONFLICT, c_stride);
-        REFUSED_IF(dsd, (d.packed = 1, d.a_stride = 80), MOE_ERR_CONFLICT, a_stride);
-        REFUSED_IF(dds, (d.packed = 1, d.b_stride = 64), MOE_ERR_CONFLICT, b_stride);
+        if (sdd) REFUSED((d.packed = 1, d.c_stride = 64), MOE_ERR_CONFLICT, c_stride);
+        if (dsd) REFUSED((d.packed = 1, d.a_stride = 80), MOE_ERR_CONFLICT, a_stride);
+        if (dds) REFUSED((d.packed = 1, d.b_stride = 64), MOE_ERR_CONFLICT, b_stride);
         /* addresses */
         REFUSED(d.a = 0, MOE_ERR_NULL, a);
         REFUSED(d.b = 0, MOE_ERR_NULL, b);
@@ -387,25 +378,24 @@ static void test_block_refusals(void)
         REFUSED(d.a = AT(d.a, 8), MOE_ERR_ALIGN, a);
         REFUSED(d.b = AT(d.b, 8), MOE_ERR_ALIGN, b);
         REFUSED(d.c = AT(d.c, 8), MOE_ERR_ALIGN, c);
-        REFUSED(d.rank = -1, MOE_ERR_RANGE, rank);
-        REFUSED(d.rank = MOE_FAULT_MAX_RANK + 1, MOE_ERR_RANGE, rank);
-        REFUSED(d.fault = (uint64_t*)AT(d.fault, 4), MOE_ERR_ALIGN, fault);
+        REFUSED_RANK_AND_FAULT();
         /* walked by columns; the zeros are by rows */
-        REFUSED_IF(sdd,
-                   (d.zero_masked = 1, d.mask.block_rows = 16, d.mask.block_columns = 32,
-                    d.mask.column_index = 0),
-                   MOE_ERR_NULL, column_index);
-        REFUSED_IF(sdd,
-                   (d.zero_masked = 1, d.mask.block_rows = 16, d.mask.block_columns = 32,
-                    d.mask.row_offset = 0),
-                   MOE_ERR_NULL, row_offset);
+        if (sdd)
+            REFUSED((d.zero_masked = 1, d.mask.block_rows = 16, d.mask.block_columns = 32,
+                     d.mask.column_index = 0),
+                    MOE_ERR_NULL, column_index);
+        if (sdd)
+            REFUSED((d.zero_masked = 1, d.mask.block_rows = 16, d.mask.block_columns = 32,
+                     d.mask.row_offset = 0),
+                    MOE_ERR_NULL, row_offset);
         if (needed) {
             REFUSED(d.workspace = 0, MOE_ERR_NULL, workspace);
             REFUSED((d.workspace = 0, d.workspace_bytes = 0), MOE_ERR_NULL, workspace);
             REFUSED(d.workspace = DOWN_TO(d.mask.row_offset, 16), MOE_ERR_OVERLAP, workspace);
             REFUSED(d.fault = (uint64_t*)d.workspace, MOE_ERR_OVERLAP, fault);
-            REFUSED_IF(!sdd, (d.c = 0, d.c_table = (void* const*)d.workspace), MOE_ERR_OVERLAP,
-                       workspace);
+            if (!sdd)
+                REFUSED((d.c = 0, d.c_table = (void* const*)d.workspace), MOE_ERR_OVERLAP,
+                        workspace);
             REFUSED(d.workspace = AT(d.workspace, 8), MOE_ERR_ALIGN, workspace);
             REFUSED(d.workspace_bytes = needed - 1, MOE_ERR_WORKSPACE, workspace_bytes);
             REFUSED(d.workspace = (void*)d.a, MOE_ERR_OVERLAP, workspace);
@@ -424,20 +414,22 @@ static void test_block_refusals(void)
                  d.mask.bits = (const uint32_t*)AT(d.mask.bits, 2)),
                 MOE_ERR_ALIGN, bits);
         /* tables */
-        REFUSED_IF(!dsd, (d.a = 0, d.a_table = (const void* const*)AT(table.p, 4)), MOE_ERR_ALIGN,
-                   a_table);
-        REFUSED_IF(!dds, (d.b = 0, d.b_table = (const void* const*)AT(table.p, 4)), MOE_ERR_ALIGN,
-                   b_table);
-        REFUSED_IF(!sdd, (d.c = 0, d.c_table = (void* const*)AT(table.p, 4)), MOE_ERR_ALIGN,
-                   c_table);
-        REFUSED_IF(dsd, (d.a = 0, d.a_table = (const void* const*)table.p), MOE_ERR_CONFLICT,
-                   a_table);
-        REFUSED_IF(!dsd, d.a_table = (const void* const*)table.p, MOE_ERR_CONFLICT, a);
-        REFUSED_IF(dds, (d.b = 0, d.b_table = (const void* const*)table.p), MOE_ERR_CONFLICT,
-                   b_table);
-        REFUSED_IF(!dds, d.b_table = (const void* const*)table.p, MOE_ERR_CONFLICT, b);
-        REFUSED_IF(sdd, (d.c = 0, d.c_table = (void* const*)table.p), MOE_ERR_CONFLICT, c_table);
-        REFUSED_IF(!sdd, d.c_table = (void* const*)table.p, MOE_ERR_CONFLICT, c);
+        if (!dsd)
+            REFUSED((d.a = 0, d.a_table = (const void* const*)AT(table.p, 4)), MOE_ERR_ALIGN,
+                    a_table);
+        if (!dds)
+            REFUSED((d.b = 0, d.b_table = (const void* const*)AT(table.p, 4)), MOE_ERR_ALIGN,
+                    b_table);
+        if (!sdd)
+            REFUSED((d.c = 0, d.c_table = (void* const*)AT(table.p, 4)), MOE_ERR_ALIGN, c_table);
+        if (dsd)
+            REFUSED((d.a = 0, d.a_table = (const void* const*)table.p), MOE_ERR_CONFLICT, a_table);
+        if (!dsd) REFUSED(d.a_table = (const void* const*)table.p, MOE_ERR_CONFLICT, a);
+        if (dds)
+            REFUSED((d.b = 0, d.b_table = (const void* const*)table.p), MOE_ERR_CONFLICT, b_table);
+        if (!dds) REFUSED(d.b_table = (const void* const*)table.p, MOE_ERR_CONFLICT, b);
+        if (sdd) REFUSED((d.c = 0, d.c_table = (void* const*)table.p), MOE_ERR_CONFLICT, c_table);
+        if (!sdd) REFUSED(d.c_table = (void* const*)table.p, MOE_ERR_CONFLICT, c);
         /* what is written lies apart from all that is read */
         REFUSED(d.c = (void*)d.a, MOE_ERR_OVERLAP, c);
         REFUSED(d.c = AT(d.a, 96 * 80 * 2 - 16), MOE_ERR_OVERLAP, c);
@@ -455,11 +447,11 @@ static void test_block_refusals(void)
                 MOE_ERR_OVERLAP, c);
         REFUSED((d.mask = tmask_view(&p.mask, TFORM_BITS, 0, 0), d.c = DOWN_TO(d.mask.bits, 16)),
                 MOE_ERR_OVERLAP, c);
-        REFUSED_IF(!dsd, (d.a = 0, d.a_table = (const void* const*)AT(d.c, 64)), MOE_ERR_OVERLAP,
-                   c);
-        REFUSED_IF(!dds, (d.b = 0, d.b_table = (const void* const*)AT(d.c, 64)), MOE_ERR_OVERLAP,
-                   c);
-        REFUSED_IF(!sdd, (d.c = 0, d.c_table = (void* const*)d.fault), MOE_ERR_OVERLAP, fault);
+        if (!dsd)
+            REFUSED((d.a = 0, d.a_table = (const void* const*)AT(d.c, 64)), MOE_ERR_OVERLAP, c);
+        if (!dds)
+            REFUSED((d.b = 0, d.b_table = (const void* const*)AT(d.c, 64)), MOE_ERR_OVERLAP, c);
+        if (!sdd) REFUSED((d.c = 0, d.c_table = (void* const*)d.fault), MOE_ERR_OVERLAP, fault);
         REFUSED(d.fault = (uint64_t*)DOWN_TO(d.mask.row_offset, 8), MOE_ERR_OVERLAP, fault);
         REFUSED(d.fault = (uint64_t*)d.a, MOE_ERR_OVERLAP, fault);
         REFUSED(d.fault = (uint64_t*)d.c, MOE_ERR_OVERLAP, fault);
@@ -513,8 +505,8 @@ static void test_block_empty(void)
         }
         REFUSED(d.a = (void*)8, MOE_ERR_ALIGN, a);
         by_column = tproduct_by_column(&w);
-        REFUSED_IF(by_column, d.mask.column_offset = 0, MOE_ERR_NULL, column_offset);
-        REFUSED_IF(!by_column, d.mask.row_offset = 0, MOE_ERR_NULL, row_offset);
+        if (by_column) REFUSED(d.mask.column_offset = 0, MOE_ERR_NULL, column_offset);
+        if (!by_column) REFUSED(d.mask.row_offset = 0, MOE_ERR_NULL, row_offset);
         tproduct_free(&p);
     }
 }
@@ -562,9 +554,9 @@ static void test_block_packed_nothing(void)
         if (sdd) good.c = 0;
         else if (dsd) good.a = 0;
         else good.b = 0;
-        REFUSED_IF(!dsd, d.a = 0, MOE_ERR_NULL, a);
-        REFUSED_IF(!dds, d.b = 0, MOE_ERR_NULL, b);
-        REFUSED_IF(!sdd, d.c = 0, MOE_ERR_NULL, c);
+        if (!dsd) REFUSED(d.a = 0, MOE_ERR_NULL, a);
+        if (!dds) REFUSED(d.b = 0, MOE_ERR_NULL, b);
+        if (!sdd) REFUSED(d.c = 0, MOE_ERR_NULL, c);
         CHECK(tmatrix_same(&p.c, 1), "a refused call wrote c");
         CHECK_STATUS(moe_block_sparse(&good, test_now.stream), MOE_OK);
         tproduct_compare(&p);

@@ -158,7 +158,7 @@ static void step_try(const step_case* c, trand* r, int by_block)
     int32_t* want_ids = (int32_t*)test_host((int64_t)T * K * 4);
     double *exact = (double*)test_host((int64_t)T * H * 8), *w = (double*)test_host(K * 8);
     tbuf *buffer = (tbuf*)test_host(E * (int64_t)sizeof(tbuf)), in, where, addresses, ids, weights;
-    tbuf places, y, *out[3];
+    tbuf places, y;
     moe_combine_desc d;
     step_args a;
     float* got_weights;
@@ -209,8 +209,7 @@ static void step_try(const step_case* c, trand* r, int by_block)
     d.num_tokens = T;
     d.hidden = H;
     CHECK_STATUS(moe_combine_resolve(&d, &a.d), MOE_OK);
-    out[0] = &ids, out[1] = &weights, out[2] = &y;
-    test_same_bits(by_block ? "block" : "warp", step_launch, &a, out, 3, 3);
+    test_same_bits(by_block ? "block" : "warp", step_launch, &a, TBUFS(&ids, &weights, &y), 3);
 
     got = tbuf_copy(&y);
     got_weights = (float*)tbuf_copy(&weights);

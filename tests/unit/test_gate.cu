@@ -399,29 +399,17 @@ static void test_gate_refusals(void)
     bufs_new(&b, &c, logits);
     good = b.d;
     CHECK_STATUS(moe_gate(0, test_now.stream), MOE_STATUS(MOE_ERR_NULL, desc));
-    REFUSED(d.num_tokens = -1, MOE_ERR_RANGE, num_tokens);
-    REFUSED(d.num_tokens = INT32_MIN, MOE_ERR_RANGE, num_tokens);
-    REFUSED(d.num_experts = 0, MOE_ERR_RANGE, num_experts);
-    REFUSED(d.num_experts = -8, MOE_ERR_RANGE, num_experts);
-    REFUSED(d.num_experts = MOE_MAX_EXPERTS + 1, MOE_ERR_RANGE, num_experts);
-    REFUSED(d.top_k = 0, MOE_ERR_RANGE, top_k);
-    REFUSED(d.top_k = -1, MOE_ERR_RANGE, top_k);
-    REFUSED(d.top_k = 21, MOE_ERR_RANGE, top_k);
-    REFUSED(d.logits_dtype = 4, MOE_ERR_DTYPE, logits_dtype);
-    REFUSED(d.logits_dtype = -1, MOE_ERR_DTYPE, logits_dtype);
-    REFUSED(d.logits_stride = 19, MOE_ERR_STRIDE, logits_stride);
-    REFUSED(d.logits_stride = -20, MOE_ERR_STRIDE, logits_stride);
-    REFUSED(d.logits_stride = (int64_t)1 << 60, MOE_ERR_STRIDE, logits_stride);
+    REFUSED_EACH(num_tokens, MOE_ERR_RANGE, num_tokens, -1, INT32_MIN);
+    REFUSED_EACH(num_experts, MOE_ERR_RANGE, num_experts, 0, -8, MOE_MAX_EXPERTS + 1);
+    REFUSED_EACH(top_k, MOE_ERR_RANGE, top_k, 0, -1, 21);
+    REFUSED_EACH(logits_dtype, MOE_ERR_DTYPE, logits_dtype, 4, -1);
+    REFUSED_EACH(logits_stride, MOE_ERR_STRIDE, logits_stride, 19, -20, (int64_t)1 << 60);
     REFUSED(
         (d.num_tokens = 0, d.fault = (uint64_t*)((uintptr_t)(d.expert_count + 8) & ~(uintptr_t)7)),
         MOE_ERR_OVERLAP, fault);
-    REFUSED(d.score = MOE_SCORE_PIONEER + 1, MOE_ERR_OPTION, score);
-    REFUSED(d.score = -1, MOE_ERR_OPTION, score);
-    REFUSED(d.renormalize = 2, MOE_ERR_OPTION, renormalize);
-    REFUSED(d.renormalize = -1, MOE_ERR_OPTION, renormalize);
-    REFUSED(d.scale = INFINITY, MOE_ERR_RANGE, scale);
-    REFUSED(d.scale = -INFINITY, MOE_ERR_RANGE, scale);
-    REFUSED(d.scale = NAN, MOE_ERR_RANGE, scale);
+    REFUSED_EACH(score, MOE_ERR_OPTION, score, MOE_SCORE_PIONEER + 1, -1);
+    REFUSED_EACH(renormalize, MOE_ERR_OPTION, renormalize, 2, -1);
+    REFUSED_EACH(scale, MOE_ERR_RANGE, scale, INFINITY, -INFINITY, NAN);
     REFUSED(d.logits = 0, MOE_ERR_NULL, logits);
     REFUSED(d.ids = 0, MOE_ERR_NULL, ids);
     REFUSED(d.weights = 0, MOE_ERR_NULL, weights);
@@ -431,9 +419,7 @@ static void test_gate_refusals(void)
     REFUSED(d.weights = (float*)((char*)d.weights + 2), MOE_ERR_ALIGN, weights);
     REFUSED(d.expert_count = (int32_t*)((char*)d.expert_count + 2), MOE_ERR_ALIGN, expert_count);
     REFUSED(d.chunk_count = (int32_t*)((char*)d.chunk_count + 3), MOE_ERR_ALIGN, chunk_count);
-    REFUSED(d.rank = -1, MOE_ERR_RANGE, rank);
-    REFUSED(d.rank = MOE_FAULT_MAX_RANK + 1, MOE_ERR_RANGE, rank);
-    REFUSED(d.fault = (uint64_t*)((char*)d.fault + 4), MOE_ERR_ALIGN, fault);
+    REFUSED_RANK_AND_FAULT();
     REFUSED(d.ids = (int32_t*)d.logits, MOE_ERR_OVERLAP, ids);
     REFUSED(d.ids = (int32_t*)d.logits + 32 * 40 + 19, MOE_ERR_OVERLAP, ids);
     REFUSED(d.weights = (float*)d.logits + 32 * 40 + 19, MOE_ERR_OVERLAP, weights);
@@ -469,16 +455,12 @@ static void test_gate_same_bits(void)
         gate_case c = random_case(&r, 70, EK[i][0], EK[i][1]);
         void* logits = test_host(c.T * (c.E + c.pad) * 4);
         gate_bufs b;
-        tbuf* out[4];
         c.bare = 0;
         c.pattern = i & 1 ? FEW : NORMAL;
         fill_logits(logits, &c, &r);
         bufs_new(&b, &c, logits);
-        out[0] = &b.ids;
-        out[1] = &b.weights;
-        out[2] = &b.count;
-        out[3] = &b.chunk;
-        test_same_bits("gate", call_gate, &b.d, out, 4, MOE_ON_HOST ? 4 : 100);
+        test_same_bits("gate", call_gate, &b.d, TBUFS(&b.ids, &b.weights, &b.count, &b.chunk),
+                       MOE_ON_HOST ? 4 : 100);
         compare(&b, &c, logits);
         bufs_free(&b);
         free(logits);

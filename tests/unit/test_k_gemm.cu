@@ -151,7 +151,8 @@ static void bufs_new(k_bufs* b, const k_case* c, trand* r)
 
 static void bufs_free(k_bufs* b)
 {
-    TBUFS_FREE(&b->a, &b->b, &b->offset, &b->c, &b->fault, &b->table, &b->index[0], &b->index[1]);
+    tbufs_free(
+        TBUFS(&b->a, &b->b, &b->offset, &b->c, &b->fault, &b->table, &b->index[0], &b->index[1]));
     TFREE(b->h_a, b->h_b, b->h_c, b->h_index[0], b->h_index[1]);
 }
 
@@ -375,10 +376,7 @@ static void test_k_faults(void)
     }
 }
 
-static moe_status call(void* d, cudaStream_t stream)
-{
-    return moe_k_grouped_gemm((const moe_k_grouped_gemm_desc*)d, stream);
-}
+TEST_CALL(call, moe_k_grouped_gemm, moe_k_grouped_gemm_desc)
 
 static void test_k_same_bits(void)
 {
@@ -386,23 +384,14 @@ static void test_k_same_bits(void)
     trand r = trand_new(6);
     k_case c = normal_case(5, some, 136, 264);
     k_bufs b;
-    tbuf* out[] = {&b.c};
     c.a_gather = 2;
     bufs_new(&b, &c, &r);
-    test_same_bits("k_gemm", call, &b.d, out, 1, MOE_ON_HOST ? 3 : 100);
+    test_same_bits("k_gemm", call, &b.d, TBUFS(&b.c), MOE_ON_HOST ? 3 : 100);
     compare(&b, &c);
     bufs_free(&b);
 }
 
-/* Requires that preparing and the call refuse d alike. */
-static void refused(const moe_k_grouped_gemm_desc* d, moe_status want, int line)
-{
-    moe_k_grouped_gemm_prepared p;
-    test_poison(&p, sizeof p);
-    CHECK_STATUS_AT(line, moe_k_grouped_gemm_prepare(d, &p), want);
-    test_empty(&p, sizeof p, line);
-    CHECK_STATUS_AT(line, moe_k_grouped_gemm(d, test_now.stream), want);
-}
+TEST_REFUSED(refused, moe_k_grouped_gemm, moe_k_grouped_gemm_prepare, moe_k_grouped_gemm)
 
 static void test_k_refusals(void)
 {
@@ -422,8 +411,7 @@ static void test_k_refusals(void)
     REFUSED(d.b = 0, MOE_ERR_NULL, b);
     REFUSED(d.c = 0, MOE_ERR_NULL, c);
     REFUSED(d.expert_offset = 0, MOE_ERR_NULL, expert_offset);
-    REFUSED(d.num_experts = 0, MOE_ERR_RANGE, num_experts);
-    REFUSED(d.num_experts = MOE_MAX_EXPERTS + 1, MOE_ERR_RANGE, num_experts);
+    REFUSED_NUM_EXPERTS();
     REFUSED(d.num_rows = -1, MOE_ERR_RANGE, num_rows);
     REFUSED(d.m = 0, MOE_ERR_RANGE, m);
     REFUSED(d.m = 60, MOE_ERR_MULTIPLE, m);
@@ -434,10 +422,8 @@ static void test_k_refusals(void)
     REFUSED(d.a_div = -1, MOE_ERR_RANGE, a_div);
     REFUSED(d.b_div = -1, MOE_ERR_RANGE, b_div);
     REFUSED(d.accumulate = 2, MOE_ERR_OPTION, accumulate);
-    REFUSED(d.rank = -1, MOE_ERR_RANGE, rank);
-    REFUSED(d.rank = MOE_FAULT_MAX_RANK + 1, MOE_ERR_RANGE, rank);
-    REFUSED(d.tile = MOE_TILE_32x128, MOE_ERR_OPTION, tile);
-    REFUSED(d.tile = -1, MOE_ERR_OPTION, tile);
+    REFUSED_RANK_AND_FAULT();
+    REFUSED_EACH(tile, MOE_ERR_OPTION, tile, MOE_TILE_32x128, -1);
     REFUSED(d.a_rows = -1, MOE_ERR_RANGE, a_rows);
     REFUSED(d.b_rows = -1, MOE_ERR_RANGE, b_rows);
     REFUSED(d.a_stride = 56, MOE_ERR_STRIDE, a_stride);
@@ -454,7 +440,6 @@ static void test_k_refusals(void)
     REFUSED(d.a_index = (const int32_t*)AT(d.a_index, 2), MOE_ERR_ALIGN, a_index);
     REFUSED(d.b_index = (const int32_t*)AT(d.b_index, 2), MOE_ERR_ALIGN, b_index);
     REFUSED(d.expert_offset = (const int32_t*)AT(d.expert_offset, 2), MOE_ERR_ALIGN, expert_offset);
-    REFUSED(d.fault = (uint64_t*)AT(d.fault, 4), MOE_ERR_ALIGN, fault);
     REFUSED(d.c_table = (void* const*)b.offset.p, MOE_ERR_CONFLICT, c);
     REFUSED((d.c = 0, d.c_table = (void* const*)AT(b.c.p, 4)), MOE_ERR_ALIGN, c);
     REFUSED(d.c = (void*)d.a, MOE_ERR_OVERLAP, c);

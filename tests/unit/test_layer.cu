@@ -11,7 +11,8 @@
      faults.h    NaN, stop faults, no tokens
      plan.h      the workspace, the plan, old binaries
      replay.h    parts, prepared, same bits, graphs, rows far apart
-     refusals.h  bad descriptors, overlaps */
+     refusals.h  bad descriptors, overlaps
+     models.h    the settings of the models in README.md */
 #include "tests/test.h"
 
 #define MOE_GEMM_VARIANT_LIST(X, ...)                                                              \
@@ -24,6 +25,7 @@
 #include "tests/unit/layer/plan.h"
 #include "tests/unit/layer/replay.h"
 #include "tests/unit/layer/refusals.h"
+#include "tests/unit/layer/models.h"
 
 int main(int argc, char** argv)
 {
@@ -34,5 +36,6 @@ int main(int argc, char** argv)
     layer_plan();
     layer_replay();
     layer_refusals();
+    layer_models();
     return test_end();
 }

@@ -15,6 +15,7 @@
    test_permute_wide_offsets  rows past 2^32 elements
    test_permute_large         large shapes, on a GPU */
 #include "tests/test.h"
+#include "tests/test_refusals.h"
 
 #include "moe/permute.cuh"
 #include "moe/ref/permute.h"
@@ -160,15 +161,9 @@ static void compare(const permute_bufs* b, const permute_case* c)
     free(got);
 }
 
-static moe_status call_permute(void* context, cudaStream_t stream)
-{
-    return moe_permute((const moe_permute_desc*)context, stream);
-}
+TEST_CALL(call_permute, moe_permute, moe_permute_desc)
 
-static moe_status call_unpermute(void* context, cudaStream_t stream)
-{
-    return moe_unpermute((const moe_permute_desc*)context, stream);
-}
+TEST_CALL(call_unpermute, moe_unpermute, moe_permute_desc)
 
 static void run_case(const permute_case* c, trand* r)
 {
@@ -302,6 +297,9 @@ static void test_permute_foreign_maps(void)
     }
 }
 
+TEST_REFUSED(permute_refuses, moe_permute, moe_permute_prepare, moe_permute)
+TEST_REFUSED(unpermute_refuses, moe_unpermute, moe_unpermute_prepare, moe_permute)
+
 /* Every field, wrong in every way: its own status, and nothing is written. */
 static void test_permute_refusals(void)
 {
@@ -313,34 +311,19 @@ static void test_permute_refusals(void)
         permute_bufs b;
         moe_permute_desc good, d;
         const test_call call = c.back ? call_unpermute : call_permute;
-        moe_status (*const prepare)(const moe_permute_desc*, moe_permute_prepared*) =
-            c.back ? moe_unpermute_prepare : moe_permute_prepare;
+        void (*const refused)(const moe_permute_desc*, moe_status, const trefusal*) =
+            c.back ? unpermute_refuses : permute_refuses;
         c.by_token = 1;
         bufs_new(&b, &c, &r);
         good = b.d;
-#define REFUSED(change, kind, field)                                                               \
-    do {                                                                                           \
-        d = good;                                                                                  \
-        change;                                                                                    \
-        CHECK_STATUS(call(&d, test_now.stream), MOE_STATUS(kind, field));                          \
-        CHECK_REFUSED(moe_permute_prepared, prepare, &d, MOE_STATUS(kind, field));                 \
-    } while (0)
-#define AT(type, p, bytes) ((type*)((char*)(p) + (bytes)))
         CHECK_STATUS(call(0, test_now.stream), MOE_STATUS(MOE_ERR_NULL, desc));
-        REFUSED(d.num_tokens = -1, MOE_ERR_RANGE, num_tokens);
-        REFUSED(d.num_tokens = 1 << 29, MOE_ERR_RANGE, num_tokens);
-        REFUSED(d.top_k = 0, MOE_ERR_RANGE, top_k);
-        REFUSED(d.top_k = MOE_MAX_EXPERTS + 1, MOE_ERR_RANGE, top_k);
-        REFUSED(d.hidden = 0, MOE_ERR_RANGE, hidden);
-        REFUSED(d.hidden = (1 << 28) + 1, MOE_ERR_RANGE, hidden);
-        REFUSED(d.num_rows = -1, MOE_ERR_RANGE, num_rows);
-        REFUSED(d.num_rows = (int64_t)1 << 31, MOE_ERR_RANGE, num_rows);
-        REFUSED(d.dtype = 4, MOE_ERR_DTYPE, dtype);
-        REFUSED(d.dtype = -1, MOE_ERR_DTYPE, dtype);
-        REFUSED(d.x_stride = 23, MOE_ERR_STRIDE, x_stride);
-        REFUSED(d.x_stride = (int64_t)1 << 60, MOE_ERR_STRIDE, x_stride);
-        REFUSED(d.y_stride = 23, MOE_ERR_STRIDE, y_stride);
-        REFUSED(d.y_stride = -24, MOE_ERR_STRIDE, y_stride);
+        REFUSED_EACH(num_tokens, MOE_ERR_RANGE, num_tokens, -1, 1 << 29);
+        REFUSED_EACH(top_k, MOE_ERR_RANGE, top_k, 0, MOE_MAX_EXPERTS + 1);
+        REFUSED_EACH(hidden, MOE_ERR_RANGE, hidden, 0, (1 << 28) + 1);
+        REFUSED_EACH(num_rows, MOE_ERR_RANGE, num_rows, -1, (int64_t)1 << 31);
+        REFUSED_EACH(dtype, MOE_ERR_DTYPE, dtype, 4, -1);
+        REFUSED_EACH(x_stride, MOE_ERR_STRIDE, x_stride, 23, (int64_t)1 << 60);
+        REFUSED_EACH(y_stride, MOE_ERR_STRIDE, y_stride, 23, -24);
         REFUSED(d.x = 0, MOE_ERR_NULL, x);
         REFUSED(d.y = 0, MOE_ERR_NULL, y);
         if (c.back) {
@@ -348,22 +331,20 @@ static void test_permute_refusals(void)
             REFUSED(d.row_slot = (int32_t*)1, MOE_ERR_ALIGN, row_slot); /* though it is not read */
         } else {
             REFUSED(d.row_slot = 0, MOE_ERR_NULL, row_slot);
-            REFUSED(d.row_slot = AT(int32_t, d.row_slot, 2), MOE_ERR_ALIGN, row_slot);
+            REFUSED(d.row_slot = (int32_t*)AT(d.row_slot, 2), MOE_ERR_ALIGN, row_slot);
             REFUSED(d.y = (void*)d.row_slot, MOE_ERR_OVERLAP, y);
         }
-        REFUSED(d.x = AT(void, d.x, 2), MOE_ERR_ALIGN, x);
-        REFUSED(d.y = AT(void, d.y, 1), MOE_ERR_ALIGN, y);
-        REFUSED(d.slot_row = AT(int32_t, d.slot_row, 1), MOE_ERR_ALIGN, slot_row);
-        REFUSED(d.rank = -1, MOE_ERR_RANGE, rank);
-        REFUSED(d.rank = MOE_FAULT_MAX_RANK + 1, MOE_ERR_RANGE, rank);
-        REFUSED(d.fault = AT(uint64_t, d.fault, 4), MOE_ERR_ALIGN, fault);
+        REFUSED(d.x = AT(d.x, 2), MOE_ERR_ALIGN, x);
+        REFUSED(d.y = AT(d.y, 1), MOE_ERR_ALIGN, y);
+        REFUSED(d.slot_row = (int32_t*)AT(d.slot_row, 1), MOE_ERR_ALIGN, slot_row);
+        REFUSED_RANK_AND_FAULT();
         REFUSED(d.y = (void*)d.x, MOE_ERR_OVERLAP, y);
-        REFUSED(d.y = (void*)AT(char, d.x, b.bx.bytes - 4), MOE_ERR_OVERLAP, y);
+        REFUSED(d.y = AT(d.x, b.bx.bytes - 4), MOE_ERR_OVERLAP, y);
         REFUSED(d.y = (void*)d.slot_row, MOE_ERR_OVERLAP, y);
         REFUSED(d.fault = (uint64_t*)d.y, MOE_ERR_OVERLAP, fault);
         REFUSED(d.fault = (uint64_t*)d.x, MOE_ERR_OVERLAP, fault);
         REFUSED(d.slot_row = (int32_t*)d.fault, MOE_ERR_OVERLAP, fault);
-        REFUSED((d.num_tokens = 0, d.num_rows = 0, d.fault = AT(uint64_t, d.fault, 4)),
+        REFUSED((d.num_tokens = 0, d.num_rows = 0, d.fault = (uint64_t*)AT(d.fault, 4)),
                 MOE_ERR_ALIGN, fault);
         { /* rows further apart than H: another buffer in the last of them */
             tbuf big = tbuf_new("big", 44 * 32 * 4, 0);
@@ -406,12 +387,10 @@ static void test_permute_same_bits(void)
     for (int n = 0; n < 3; ++n) {
         permute_case c = random_case(&r, 50, 8, 264);
         permute_bufs b;
-        tbuf* out[1];
         c.back = n == 2;
         c.by_token = n;
         bufs_new(&b, &c, &r);
-        out[0] = &b.by;
-        test_same_bits("permute", c.back ? call_unpermute : call_permute, &b.d, out, 1,
+        test_same_bits("permute", c.back ? call_unpermute : call_permute, &b.d, TBUFS(&b.by),
                        MOE_ON_HOST ? 4 : 100);
         compare(&b, &c);
         bufs_free(&b);

@@ -492,11 +492,7 @@ static void test_router_stopped(void)
     }
 }
 
-static void refused(const moe_router_desc* d, moe_status want, int line)
-{
-    test_status(moe_router_logits(d, test_now.stream), want, __FILE__, line, "moe_router_logits");
-    CHECK_REFUSED(moe_router_prepared, moe_router_prepare, d, want);
-}
+TEST_REFUSED(refused, moe_router_logits, moe_router_prepare, moe_router)
 
 static void test_router_refusals(void)
 {
@@ -508,23 +504,14 @@ static void test_router_refusals(void)
     good = b.d;
     CHECK_STATUS(moe_router_logits(0, test_now.stream), MOE_STATUS(MOE_ERR_NULL, desc));
     REFUSED(d.num_tokens = -1, MOE_ERR_RANGE, num_tokens);
-    REFUSED(d.hidden = 0, MOE_ERR_RANGE, hidden);
-    REFUSED(d.hidden = -64, MOE_ERR_RANGE, hidden);
-    REFUSED(d.num_experts = 0, MOE_ERR_RANGE, num_experts);
-    REFUSED(d.num_experts = -1, MOE_ERR_RANGE, num_experts);
-    REFUSED(d.num_experts = INT32_MAX, MOE_ERR_RANGE, num_experts);
-    REFUSED(d.rank = -1, MOE_ERR_RANGE, rank);
-    REFUSED(d.rank = MOE_FAULT_MAX_RANK + 1, MOE_ERR_RANGE, rank);
-    REFUSED(d.x_dtype = 4, MOE_ERR_DTYPE, x_dtype);
-    REFUSED(d.x_dtype = -1, MOE_ERR_DTYPE, x_dtype);
-    REFUSED(d.router_dtype = 4, MOE_ERR_DTYPE, router_dtype);
-    REFUSED(d.router_dtype = -1, MOE_ERR_DTYPE, router_dtype);
-    REFUSED(d.x_stride = 63, MOE_ERR_STRIDE, x_stride);
-    REFUSED(d.x_stride = -64, MOE_ERR_STRIDE, x_stride);
-    REFUSED(d.router_stride = 63, MOE_ERR_STRIDE, router_stride);
-    REFUSED(d.router_stride = -64, MOE_ERR_STRIDE, router_stride);
-    REFUSED(d.logits_stride = 15, MOE_ERR_STRIDE, logits_stride);
-    REFUSED(d.logits_stride = -16, MOE_ERR_STRIDE, logits_stride);
+    REFUSED_EACH(hidden, MOE_ERR_RANGE, hidden, 0, -64);
+    REFUSED_EACH(num_experts, MOE_ERR_RANGE, num_experts, 0, -1, INT32_MAX);
+    REFUSED_RANK_AND_FAULT();
+    REFUSED_EACH(x_dtype, MOE_ERR_DTYPE, x_dtype, 4, -1);
+    REFUSED_EACH(router_dtype, MOE_ERR_DTYPE, router_dtype, 4, -1);
+    REFUSED_EACH(x_stride, MOE_ERR_STRIDE, x_stride, 63, -64);
+    REFUSED_EACH(router_stride, MOE_ERR_STRIDE, router_stride, 63, -64);
+    REFUSED_EACH(logits_stride, MOE_ERR_STRIDE, logits_stride, 15, -16);
     REFUSED(d.x = 0, MOE_ERR_NULL, x);
     REFUSED(d.router = 0, MOE_ERR_NULL, router);
     REFUSED(d.logits = 0, MOE_ERR_NULL, logits);
@@ -533,7 +520,6 @@ static void test_router_refusals(void)
     REFUSED(d.router = AT(d.router, 1), MOE_ERR_ALIGN, router);
     REFUSED((d.router = AT(d.router, 2), d.router_dtype = MOE_FP32), MOE_ERR_ALIGN, router);
     REFUSED(d.logits = (float*)AT(d.logits, 2), MOE_ERR_ALIGN, logits);
-    REFUSED(d.fault = (uint64_t*)AT(d.fault, 4), MOE_ERR_ALIGN, fault);
     REFUSED((d.num_tokens = 0, d.fault = (uint64_t*)AT(d.fault, 4)), MOE_ERR_ALIGN, fault);
     REFUSED(d.logits = (float*)d.x, MOE_ERR_OVERLAP, logits);
     REFUSED(d.logits = (float*)AT(d.x, 20 * 64 * 2 - 4), MOE_ERR_OVERLAP, logits);
@@ -565,10 +551,7 @@ static void test_router_refusals(void)
     bufs_free(&b);
 }
 
-static moe_status call_router(void* d, cudaStream_t stream)
-{
-    return moe_router_logits((const moe_router_desc*)d, stream);
-}
+TEST_CALL(call_router, moe_router_logits, moe_router_desc)
 
 static void test_router_same_bits(void)
 {
@@ -577,11 +560,9 @@ static void test_router_same_bits(void)
     for (int way = SCALAR; way < WAYS; ++way) {
         router_case c = case_of(way, 150, 200, 72);
         router_bufs b;
-        tbuf* out[1];
         tgraph g;
         bufs_new(&b, &c, &r);
-        out[0] = &b.logits;
-        test_same_bits("router", call_router, &b.d, out, 1, MOE_ON_HOST ? 3 : 100);
+        test_same_bits("router", call_router, &b.d, TBUFS(&b.logits), MOE_ON_HOST ? 3 : 100);
         if (tgraph_capture(&g, call_router, &b.d)) {
             void* x = trows_new(&r, c.T, c.H, c.H, MOE_BF16, TFILL_NORMAL, 1);
             free(b.h_x);

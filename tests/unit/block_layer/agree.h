@@ -26,8 +26,8 @@ static void test_batch_of_all_is_dense(void)
         CHECK_STATUS(both(&a), MOE_OK);
         CHECK_STATUS(both(&b), MOE_OK);
         {
-            const tbufs one = {{&a.y, &a.dx, &a.dw1, &a.dw2, &a.grad_expert}};
-            const tbufs two = {{&b.y, &b.dx, &b.dw1, &b.dw2, &b.grad_expert}};
+            const tbufs one = TBUFS(&a.y, &a.dx, &a.dw1, &a.dw2, &a.grad_expert);
+            const tbufs two = TBUFS(&b.y, &b.dx, &b.dw1, &b.dw2, &b.grad_expert);
             float *da = (float*)tbuf_copy(&a.dweights), *db = (float*)tbuf_copy(&b.dweights);
             int bad = 0;
             for (int j = 0; j < 5; ++j) {

@@ -5,7 +5,6 @@
 
 #include "moe/block_layer.cuh"
 #include "tests/test.h"
-#include "tests/test_blocks_buffers.h"
 #include "tests/test_weights.h"
 
 enum {
@@ -165,24 +164,21 @@ static void fill_weights(tweights* w, const layer_bufs* b, const layer_case* c, 
 /* All that backward writes. */
 static tbufs layer_gradients(layer_bufs* b)
 {
-    const tbufs out = {{&b->dx, &b->dw1, &b->dw2, &b->dweights, &b->grad_expert}};
-    return out;
+    return TBUFS(&b->dx, &b->dw1, &b->dw2, &b->dweights, &b->grad_expert);
 }
 
 /* All that forward and backward write; y is first. */
 static tbufs layer_outputs(layer_bufs* b)
 {
-    const tbufs out = {{&b->y, &b->dx, &b->dw1, &b->dw2, &b->dweights, &b->grad_expert}};
-    return out;
+    return TBUFS(&b->y, &b->dx, &b->dw1, &b->dw2, &b->dweights, &b->grad_expert);
 }
 
 /* Poisons outputs and scratch, puts dy again and clears the fault word. */
 static void reset(layer_bufs* b)
 {
     const uint64_t none = 0;
-    const tbufs out = layer_outputs(b), scratch = {{&b->act_grad, &b->saved, &b->workspace}};
-    tbufs_poison(&out);
-    tbufs_poison(&scratch);
+    tbufs_poison(layer_outputs(b));
+    tbufs_poison(TBUFS(&b->act_grad, &b->saved, &b->workspace));
     tbuf_put(&b->dy, b->h_dy);
     tbuf_put(&b->fault, &none);
 }
@@ -265,10 +261,9 @@ static void bufs_new(layer_bufs* b, const layer_case* c, trand* r)
 
 static void bufs_free(layer_bufs* b)
 {
-    const tbufs out = layer_outputs(b), all = {{&b->x, &b->ids, &b->weights, &b->dy, &b->saved,
-                                                &b->workspace, &b->fault, &b->act_grad}};
-    tbufs_free(&out);
-    tbufs_free(&all);
+    tbufs_free(layer_outputs(b));
+    tbufs_free(TBUFS(&b->x, &b->ids, &b->weights, &b->dy, &b->saved, &b->workspace, &b->fault,
+                     &b->act_grad));
     tweights_free(&b->w1);
     tweights_free(&b->w2);
     free(b->h_x), free(b->h_dy), free(b->h_ids), free(b->h_weights);

@@ -18,7 +18,7 @@ static void run_no_room(layer_bufs* b, layer_case* c, trand* r)
     check_results(b, c, 0);
     CHECK_FAULT(&b->fault, MOE_FAULT_NO_ROOM, b->num_active);
     CHECK(b->num_active > 2, "%d experts", b->num_active);
-    CHECK(tbufs_untouched(&gradients), "form %d: written", c->form);
+    CHECK(tbufs_untouched(gradients), "form %d: written", c->form);
     reset(b); /* gradients of x and of weights alone take no room */
     b->d.dw1 = b->d.dw2 = 0;
     b->d.grad_expert = 0;
@@ -54,7 +54,7 @@ static void test_batch_of_many(void)
     tbuf_put(&b.ids, b.h_ids);
     CHECK_STATUS(both(&b), MOE_OK);
     CHECK_FAULT(&b.fault, MOE_FAULT_NO_ROOM, 5);
-    CHECK(tbufs_untouched(&out), "written");
+    CHECK(tbufs_untouched(out), "written");
     b.d.fault = 0; /* without a fault word: within bounds */
     CHECK_STATUS(both(&b), MOE_OK);
     bufs_free(&b);
@@ -94,7 +94,7 @@ static void run_stopped(layer_bufs* b, layer_case* c, trand* r)
         if (!after) CHECK_STATUS(moe_block_layer_forward(&b->d, test_now.stream), MOE_OK);
         CHECK_STATUS(moe_block_layer_backward(&b->d, test_now.stream), MOE_OK);
         CHECK(tbuf_holds(&b->y, 0) == !after, "y");
-        CHECK(tbufs_untouched(&gradients), "form %d: written", c->form);
+        CHECK(tbufs_untouched(gradients), "form %d: written", c->form);
         CHECK_FAULT(&b->fault, MOE_FAULT_BAD_OFFSET, 7);
     }
 }

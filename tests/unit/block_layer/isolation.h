@@ -28,8 +28,7 @@ static void make_odd(layer_bufs* b, const layer_case* c, int64_t t, int kind, tr
 /* All that holds numbers: y, dx, dweights by tokens, dw1, dw2 by experts. */
 static tbufs number_outputs(layer_bufs* b)
 {
-    const tbufs out = {{&b->y, &b->dx, &b->dweights, &b->dw1, &b->dw2}};
-    return out;
+    return TBUFS(&b->y, &b->dx, &b->dweights, &b->dw1, &b->dw2);
 }
 
 static void test_lacking_one(void)
@@ -108,13 +107,13 @@ static void run_lacking(const layer_case* c, int kind, trand* r)
         ++lacking;
     }
     CHECK_STATUS(both(&b), MOE_OK);
-    tbufs_copy(&out, (void**)before);
+    tbufs_copy(out, (void**)before);
     for (int64_t t = 0; t < T; ++t)
         if (odd[t]) make_odd(&b, c, t, kind, r);
     tbuf_put(&b.x, b.h_x);
     reset(&b);
     CHECK_STATUS(both(&b), MOE_OK);
-    tbufs_copy(&out, (void**)after);
+    tbufs_copy(out, (void**)after);
     for (int64_t t = 0; t < T; ++t)
         for (int j = 0; j < 3; ++j) { /* y, dx, dweights */
             const int64_t row = j < 2 ? H * 2 : c->K * 4;
@@ -160,8 +159,8 @@ static void run_lacking(const layer_case* c, int kind, trand* r)
     CHECK(lacking > 0 && kept > 0, "%d tokens lack expert %d: shows nothing", lacking, lacked);
     CHECK_FAULT(&b.fault, MOE_FAULT_NONE, 0);
     if (test_now.failures > failures) printf("  in %s, kind %d\n", case_text(c), kind);
-    tbufs_free_copies(&out, (void**)before);
-    tbufs_free_copies(&out, (void**)after);
+    tbufs_free_copies(out, (void**)before);
+    tbufs_free_copies(out, (void**)after);
     free(odd);
     bufs_free(&b);
 }

@@ -26,7 +26,7 @@ static void test_block_layer_past_2_31(void)
         c.own_act_grad = 1;
         bufs_new(&b, &c, &r);
         CHECK_STATUS(both(&b), MOE_OK);
-        tbufs_copy(&out, near);
+        tbufs_copy(out, near);
         reset(&b);
         if (twide_new(&wide[0], weights ? "w1" : name[i % 3][0], weights ? c.E : c.T,
                       weights ? m1 : c.H, c.dtype)) {
@@ -57,7 +57,7 @@ static void test_block_layer_past_2_31(void)
             }
             twide_free(&wide[0]);
         }
-        tbufs_free_copies(&out, near);
+        tbufs_free_copies(out, near);
         bufs_free(&b);
     }
 }
@@ -145,11 +145,8 @@ static void run_gradients(int far)
                       "%s of expert %d shows nothing", dw[i].name, e);
             }
         free(got);
-        {
-            const tbufs all = {{&dw[0], &dw[1], &saved, &workspace, &slots, &w1, &w2, &d_x, &d_dy,
-                                &d_y, &d_ids, &d_weights}};
-            tbufs_free(&all);
-        }
+        tbufs_free(TBUFS(&dw[0], &dw[1], &saved, &workspace, &slots, &w1, &w2, &d_x, &d_dy, &d_y,
+                         &d_ids, &d_weights));
     }
     for (int i = 0; i < 2; ++i) free(near[i]), free(address[i]);
     free(x), free(dy), free(ids), free(weights);

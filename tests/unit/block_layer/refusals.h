@@ -6,59 +6,49 @@
 #ifndef MOE_TESTS_BLOCK_LAYER_REFUSALS_H
 #define MOE_TESTS_BLOCK_LAYER_REFUSALS_H
 
-#include "tests/test_blocks_refusals.h"
+#include "tests/test_refusals.h"
 #include "tests/unit/block_layer/case.h"
 
 static layer_bufs* refused_bufs; /* nothing may write its outputs and scratch */
 
 enum { FORWARD = 1, BACKWARD = 2, SIZES = 4 };
 
-/* called: whether the status is that of a call; an uncalled one passes. */
-static void refused_status(int called, moe_status got, moe_status want, int line, const char* call)
-{
-    char text[2][MOE_STATUS_TEXT];
-    CHECK(!called || got == want, "line %d, %s: got \"%s\", expected \"%s\"", line, call,
-          moe_status_describe(got, text[0]), moe_status_describe(want, text[1]));
-}
+TEST_REFUSED(forward_call_refuses, moe_block_layer_forward, moe_block_layer_prepare_forward,
+             moe_block_layer)
+TEST_REFUSED(backward_call_refuses, moe_block_layer_backward, moe_block_layer_prepare_backward,
+             moe_block_layer)
 
 /* Checks that those calls refuse the descriptor with this status, and write nothing. */
-static void refused_by(const moe_block_layer_desc* d, moe_status want, int line, int calls)
+static void refused_by(const moe_block_layer_desc* d, moe_status want, const trefusal* at,
+                       int calls)
 {
     layer_bufs* b = refused_bufs;
-    const tbufs out = layer_outputs(b);
-    moe_status got = MOE_OK;
     moe_block_layer_bytes bytes;
-    if (calls & FORWARD) got = moe_block_layer_forward(d, test_now.stream);
-    refused_status(calls & FORWARD, got, want, line, "forward");
-    if (calls & (FORWARD | BACKWARD)) {
-        moe_block_layer_prepared p;
-        test_poison(&p, sizeof p);
-        test_status(calls & FORWARD ? moe_block_layer_prepare_forward(d, &p)
-                                    : moe_block_layer_prepare_backward(d, &p),
-                    want, __FILE__, line, "prepare");
-        test_empty(&p, sizeof p, line);
-    }
-    if (calls & BACKWARD) got = moe_block_layer_backward(d, test_now.stream);
-    refused_status(calls & BACKWARD, got, want, line, "backward");
-    if (calls & SIZES) got = moe_block_layer_sizes(d, &bytes);
-    refused_status(calls & SIZES, got, want, line, "sizes");
-    CHECK(tbufs_untouched(&out) && tbuf_holds(&b->saved, 0) && tbuf_holds(&b->workspace, 0),
-          "line %d: written", line);
+    if (calls & FORWARD) forward_call_refuses(d, want, at);
+    if (calls & BACKWARD) backward_call_refuses(d, want, at);
+    if (calls & SIZES) CHECK_STATUS_AT(at, moe_block_layer_sizes(d, &bytes), want);
+    CHECK(tbufs_untouched(layer_outputs(b)) && tbuf_holds(&b->saved, 0) &&
+              tbuf_holds(&b->workspace, 0),
+          "line %d: written", at->line);
 }
 
-static void refused(const moe_block_layer_desc* d, moe_status want, int line)
-{
-    refused_by(d, want, line, FORWARD | BACKWARD | SIZES);
-}
+/* Defines a function that REFUSED_BY calls. */
+#define REFUSED_CALLS(name, calls)                                                                 \
+    static void name(const moe_block_layer_desc* d, moe_status want, const trefusal* at)           \
+    {                                                                                              \
+        refused_by(d, want, at, calls);                                                            \
+    }
+REFUSED_CALLS(refused, FORWARD | BACKWARD | SIZES)
+REFUSED_CALLS(forward_refuses, FORWARD)
+REFUSED_CALLS(backward_refuses, BACKWARD)
+REFUSED_CALLS(both_refuse, FORWARD | BACKWARD)
 
 /* REFUSED, by forward, by backward, by both of them. */
-#define REFUSED_BY(calls, change, kind, field)                                                     \
-    d = good;                                                                                      \
-    change;                                                                                        \
-    refused_by(&d, MOE_STATUS(kind, field), __LINE__, calls)
-#define REFUSED_FORWARD(change, kind, field) REFUSED_BY(FORWARD, change, kind, field)
-#define REFUSED_BACKWARD(change, kind, field) REFUSED_BY(BACKWARD, change, kind, field)
-#define REFUSED_BOTH(change, kind, field) REFUSED_BY(FORWARD | BACKWARD, change, kind, field)
+#define REFUSED_FORWARD(change, kind, field)                                                       \
+    REFUSED_BY(forward_refuses, change, #change, kind, field)
+#define REFUSED_BACKWARD(change, kind, field)                                                      \
+    REFUSED_BY(backward_refuses, change, #change, kind, field)
+#define REFUSED_BOTH(change, kind, field) REFUSED_BY(both_refuse, change, #change, kind, field)
 
 static void test_refusals(void)
 {
@@ -77,10 +67,8 @@ static void test_refusals(void)
     CHECK_STATUS(moe_block_layer_sizes(&good, 0), MOE_STATUS(MOE_ERR_NULL, desc));
     CHECK_STATUS(moe_block_layer_sizes(&good, &bytes), MOE_OK);
 
-    REFUSED(d.form = 0, MOE_ERR_OPTION, form);
-    REFUSED(d.form = 4, MOE_ERR_OPTION, form);
-    REFUSED(d.num_tokens = -1, MOE_ERR_RANGE, num_tokens);
-    REFUSED(d.num_tokens = INT32_MAX, MOE_ERR_RANGE, num_tokens);
+    REFUSED_EACH(form, MOE_ERR_OPTION, form, 0, 4);
+    REFUSED_EACH(num_tokens, MOE_ERR_RANGE, num_tokens, -1, INT32_MAX);
     REFUSED(d.num_tokens = INT32_MAX / 2 - 100, MOE_ERR_RANGE, num_tokens);
     REFUSED(d.hidden = 0, MOE_ERR_RANGE, hidden);
     REFUSED(d.hidden = 20, MOE_ERR_MULTIPLE, hidden);
@@ -89,20 +77,14 @@ static void test_refusals(void)
     REFUSED(d.intermediate = 24, MOE_ERR_MULTIPLE, intermediate);
     REFUSED(d.intermediate = INT32_MAX - 15, MOE_ERR_RANGE, intermediate);
     REFUSED(d.intermediate = 1 << 28, MOE_ERR_RANGE, intermediate); /* columns of all experts */
-    REFUSED(d.num_experts = 0, MOE_ERR_RANGE, num_experts);
-    REFUSED(d.num_experts = MOE_MAX_EXPERTS + 1, MOE_ERR_RANGE, num_experts);
-    REFUSED(d.top_k = 0, MOE_ERR_RANGE, top_k);
-    REFUSED(d.top_k = MOE_COMBINE_MAX_TOP_K + 1, MOE_ERR_RANGE, top_k);
-    REFUSED(d.max_experts = -1, MOE_ERR_RANGE, max_experts);
-    REFUSED(d.max_experts = 6, MOE_ERR_RANGE, max_experts);
-    REFUSED(d.block = 8, MOE_ERR_OPTION, block);
-    REFUSED(d.block = 48, MOE_ERR_OPTION, block);
-    REFUSED(d.dtype = MOE_FP32, MOE_ERR_DTYPE, dtype);
-    REFUSED(d.dtype = 9, MOE_ERR_DTYPE, dtype);
+    REFUSED_NUM_EXPERTS();
+    REFUSED_EACH(top_k, MOE_ERR_RANGE, top_k, 0, MOE_COMBINE_MAX_TOP_K + 1);
+    REFUSED_EACH(max_experts, MOE_ERR_RANGE, max_experts, -1, 6);
+    REFUSED_EACH(block, MOE_ERR_OPTION, block, 8, 48);
+    REFUSED_EACH(dtype, MOE_ERR_DTYPE, dtype, MOE_FP32, 9);
     REFUSED(d.dtype = MOE_FP16; d.grad_dtype = MOE_BF16, MOE_ERR_DTYPE, grad_dtype);
     REFUSED(d.grad_dtype = 9, MOE_ERR_DTYPE, grad_dtype);
-    REFUSED(d.activation = -1, MOE_ERR_OPTION, activation);
-    REFUSED(d.activation = MOE_ACTIVATION_RELU2 + 1, MOE_ERR_OPTION, activation);
+    REFUSED_EACH(activation, MOE_ERR_OPTION, activation, -1, MOE_ACTIVATION_RELU2 + 1);
     REFUSED(d.alpha = 1, MOE_ERR_CONFLICT, alpha);
     REFUSED(d.limit = 1, MOE_ERR_CONFLICT, limit);
     REFUSED(d.activation = MOE_ACTIVATION_SWIGLU_CLAMPED; d.alpha = INFINITY, MOE_ERR_RANGE, alpha);

@@ -17,18 +17,18 @@ static moe_status call_backward(void* context, cudaStream_t stream)
 static void run_same_bits(layer_bufs* b, layer_case* c, trand* r)
 {
     const int runs = MOE_ON_HOST ? 4 : 100;
-    tbufs out = layer_outputs(b), gradients = layer_gradients(b);
+    const tbufs out = layer_outputs(b), gradients = layer_gradients(b);
     void* first[6];
     (void)c, (void)r;
-    test_same_bits("both", call_both, b, out.at, 6, runs);
-    tbufs_copy(&out, first);
-    test_same_bits("one forward, several backwards", call_backward, b, gradients.at, 5, runs);
-    tbufs_same(&gradients, first + 1, "several backwards");
+    test_same_bits("both", call_both, b, out, runs);
+    tbufs_copy(out, first);
+    test_same_bits("one forward, several backwards", call_backward, b, gradients, runs);
+    tbufs_same(gradients, first + 1, "several backwards");
     b->d.act_grad = 0; /* over pre itself */
     reset(b);
     CHECK_STATUS(both(b), MOE_OK);
-    tbufs_same(&out, first, "a gradient over pre");
-    tbufs_free_copies(&out, first);
+    tbufs_same(out, first, "a gradient over pre");
+    tbufs_free_copies(out, first);
 }
 
 static void test_same_bits_again(void)
@@ -41,12 +41,12 @@ static void test_same_bits_again(void)
 /* Asks for one gradient at a time. */
 static void run_wanted(layer_bufs* b, layer_case* c, trand* r)
 {
-    const tbufs out = {{&b->dx, &b->dw1, &b->dw2, &b->dweights}};
+    const tbufs out = TBUFS(&b->dx, &b->dw1, &b->dw2, &b->dweights);
     const moe_block_layer_desc d = b->d;
     void* all[4];
     (void)c, (void)r;
     CHECK_STATUS(both(b), MOE_OK);
-    tbufs_copy(&out, all);
+    tbufs_copy(out, all);
     for (int i = 0; i < 4; ++i) {
         reset(b);
         if (i != 0) b->d.dx = 0;
@@ -60,7 +60,7 @@ static void run_wanted(layer_bufs* b, layer_case* c, trand* r)
                   out.at[i]->name);
         b->d = d;
     }
-    tbufs_free_copies(&out, all);
+    tbufs_free_copies(out, all);
 }
 
 static void test_wanted(void) { each_form(15, normal_case(SPARSE, 21, 24, 32, 4, 2), run_wanted); }

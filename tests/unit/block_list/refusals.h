@@ -5,14 +5,11 @@
 #ifndef MOE_TESTS_BLOCK_LIST_REFUSALS_H
 #define MOE_TESTS_BLOCK_LIST_REFUSALS_H
 
-#include "tests/test_blocks_refusals.h"
+#include "tests/test_refusals.h"
 #include "tests/unit/block_list/case.h"
 
-static void refused(const moe_block_sparse_list_desc* d, moe_status want, int line)
-{
-    test_status(moe_block_sparse_list_build(d, test_now.stream), want, __FILE__, line,
-                "moe_block_sparse_list_build");
-}
+TEST_REFUSED(refused, moe_block_sparse_list_build, moe_block_sparse_list_prepare,
+             moe_block_sparse_list)
 
 static void test_refusals(void)
 {
@@ -45,8 +42,7 @@ static void test_refusals(void)
     REFUSED(d.columns = -1, MOE_ERR_RANGE, columns);
     REFUSED(d.rows = d.columns = 0x7fffffff;
             d.block_rows = d.block_columns = 16, MOE_ERR_RANGE, columns);
-    REFUSED(d.block_rows = 0, MOE_ERR_RANGE, block_rows);
-    REFUSED(d.block_rows = 256, MOE_ERR_RANGE, block_rows);
+    REFUSED_EACH(block_rows, MOE_ERR_RANGE, block_rows, 0, 256);
     REFUSED(d.block_columns = 8, MOE_ERR_RANGE, block_columns);
     REFUSED(d.max_blocks = -1, MOE_ERR_RANGE, max_blocks);
     REFUSED(d.bytes = 0, MOE_ERR_NULL, bytes);
@@ -73,9 +69,7 @@ static void test_refusals(void)
     REFUSED(d.row_index = (int32_t*)AT(d.row_index, 2), MOE_ERR_ALIGN, row_index);
     REFUSED(d.position = (int32_t*)AT(d.position, 2), MOE_ERR_ALIGN, position);
     REFUSED(d.workspace = AT(d.workspace, 8), MOE_ERR_ALIGN, workspace);
-    REFUSED(d.rank = -1, MOE_ERR_RANGE, rank);
-    REFUSED(d.rank = MOE_FAULT_MAX_RANK + 1, MOE_ERR_RANGE, rank);
-    REFUSED(d.fault = (uint64_t*)AT(d.fault, 4), MOE_ERR_ALIGN, fault);
+    REFUSED_RANK_AND_FAULT();
     REFUSED(d.row_offset = (int32_t*)AT(d.bytes, 1600), MOE_ERR_OVERLAP, row_offset);
     REFUSED(d.bits = (const uint32_t*)d.bytes; d.bytes = 0;
             d.row_offset = (int32_t*)AT(d.bits, 40 * 2 * 4 - 4), MOE_ERR_OVERLAP, row_offset);
@@ -94,14 +88,11 @@ static void test_refusals(void)
     good = u.d; /* by ids */
     REFUSED(d.ids = 0, MOE_ERR_NULL, bytes);
     REFUSED(d.expert_offset = u.d.ids, MOE_ERR_CONFLICT, expert_offset);
-    REFUSED(d.num_experts = 0, MOE_ERR_RANGE, num_experts);
-    REFUSED(d.num_experts = -1, MOE_ERR_RANGE, num_experts);
-    REFUSED(d.num_experts = MOE_MAX_EXPERTS + 1, MOE_ERR_RANGE, num_experts);
+    REFUSED_NUM_EXPERTS();
     REFUSED(d.num_experts = 11, MOE_ERR_CONFLICT, num_experts);
     REFUSED(d.num_experts = 40;
             d.columns = 40 * (d.block_columns / 2), MOE_ERR_CONFLICT, num_experts);
-    REFUSED(d.top_k = 0, MOE_ERR_RANGE, top_k);
-    REFUSED(d.top_k = MOE_MAX_EXPERTS + 1, MOE_ERR_RANGE, top_k);
+    REFUSED_EACH(top_k, MOE_ERR_RANGE, top_k, 0, MOE_MAX_EXPERTS + 1);
     REFUSED(d.expert_offset = d.ids; d.ids = 0, MOE_ERR_CONFLICT, top_k);
     REFUSED(d.whole_batch = 2, MOE_ERR_OPTION, whole_batch);
     REFUSED(d.ids = (const int32_t*)AT(d.ids, 2), MOE_ERR_ALIGN, ids);

@@ -15,11 +15,11 @@ static void test_repeats(void)
     moe_block_sparse_list_desc d = tlist_shape(&r, 150, 90);
     uint8_t* bytes = tlist_bytes(&r, 150 * 90, 0.3);
     tlist t;
-    tbuf* out[LISTS];
+    tbufs out = {};
     d.bytes = bytes;
     t = tlist_new(&d, 1, 0, -1, 0);
-    for (int i = 0; i < LISTS; ++i) out[i] = &t.list[i];
-    test_same_bits("list", tlist_call, &t.d, out, LISTS, MOE_ON_HOST ? 10 : 100);
+    for (int i = 0; i < LISTS; ++i) out.at[i] = &t.list[i];
+    test_same_bits("list", tlist_call, &t.d, out, MOE_ON_HOST ? 10 : 100);
     tlist_check(&t, "after many runs");
     tlist_free(&t);
     free(bytes);

@@ -204,10 +204,7 @@ static void test_block_many_past_2_31(void)
             CHECK_FAULT(&fault, MOE_FAULT_NONE, 0);
         }
         TEST_CUDA(cudaFree(c));
-        {
-            const tbufs all = {{&d_a, &d_b, &d_rows, &d_columns, &fault}};
-            tbufs_free(&all);
-        }
+        tbufs_free(TBUFS(&d_a, &d_b, &d_rows, &d_columns, &fault));
     }
     free(rows), free(columns), free(a), free(b);
 #endif

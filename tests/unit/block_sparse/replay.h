@@ -9,10 +9,7 @@
 #include "tests/test.h"
 #include "tests/test_product.h"
 
-static moe_status call_product(void* d, cudaStream_t stream)
-{
-    return moe_block_sparse((const moe_block_sparse_desc*)d, stream);
-}
+TEST_CALL(call_product, moe_block_sparse, moe_block_sparse_desc)
 
 static void test_block_same_bits(void)
 {
@@ -20,13 +17,12 @@ static void test_block_same_bits(void)
     for (int i = 0; i < (MOE_ON_HOST ? 3 : 24); ++i) {
         tproduct_want w = tproduct_drawn(tproduct_op(i), 90, 100, 110, &r);
         tproduct p;
-        tbuf* out[1];
         if (!MOE_ON_HOST) w.m = w.n = w.k = 600;
         w.percent = 50;
         tproduct_new(&p, &w, &r);
         if (tproduct_launch(&p)) {
-            out[0] = &p.c.part[0];
-            test_same_bits("product", call_product, &p.d, out, 1, MOE_ON_HOST ? 20 : 100);
+            test_same_bits("product", call_product, &p.d, TBUFS(&p.c.part[0]),
+                           MOE_ON_HOST ? 20 : 100);
             tproduct_compare(&p);
         }
         tproduct_free(&p);

@@ -180,8 +180,8 @@ static void bufs_free(combine_bufs* b)
         tbuf_free(&b->buffer[i]);
         free(b->row[i]);
     }
-    TBUFS_FREE(&b->table, &b->place, &b->weights, &b->residual, &b->shared, &b->shared_weight,
-               &b->y, &b->fault);
+    tbufs_free(TBUFS(&b->table, &b->place, &b->weights, &b->residual, &b->shared, &b->shared_weight,
+                     &b->y, &b->fault));
     free(b->h_shared), free(b->h_shared_weight);
     free(b->h_place), free(b->h_weights), free(b->h_residual);
 }

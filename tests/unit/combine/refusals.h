@@ -78,11 +78,7 @@ static void test_combine_bad_table(void)
         }
 }
 
-static void refused(const moe_combine_desc* d, moe_status want, int line)
-{
-    test_status(moe_combine(d, test_now.stream), want, __FILE__, line, "moe_combine");
-    CHECK_REFUSED(moe_combine_prepared, moe_combine_prepare, d, want);
-}
+TEST_REFUSED(refused, moe_combine, moe_combine_prepare, moe_combine)
 
 /* Every field, wrong in every way: its own status, and nothing is written. */
 static void test_combine_refusals(void)
@@ -97,22 +93,14 @@ static void test_combine_refusals(void)
 #define ONE_ARRAY d.table = 0, d.num_buffers = 0, d.rows = b.buffer[0].p
     CHECK_STATUS(moe_combine(0, test_now.stream), MOE_STATUS(MOE_ERR_NULL, desc));
     REFUSED(d.num_tokens = -1, MOE_ERR_RANGE, num_tokens);
-    REFUSED(d.hidden = 0, MOE_ERR_RANGE, hidden);
-    REFUSED(d.hidden = -64, MOE_ERR_RANGE, hidden);
-    REFUSED(d.top_k = 0, MOE_ERR_RANGE, top_k);
-    REFUSED(d.top_k = -1, MOE_ERR_RANGE, top_k);
-    REFUSED(d.top_k = INT32_MIN, MOE_ERR_RANGE, top_k);
-    REFUSED(d.rows_dtype = 4, MOE_ERR_DTYPE, rows_dtype);
-    REFUSED(d.rows_dtype = -1, MOE_ERR_DTYPE, rows_dtype);
-    REFUSED(d.y_dtype = 4, MOE_ERR_DTYPE, y_dtype);
-    REFUSED(d.y_dtype = -2, MOE_ERR_DTYPE, y_dtype);
-    REFUSED(d.row_stride = 63, MOE_ERR_STRIDE, row_stride);
-    REFUSED(d.row_stride = -64, MOE_ERR_STRIDE, row_stride);
-    REFUSED(d.y_stride = 63, MOE_ERR_STRIDE, y_stride);
-    REFUSED(d.y_stride = -64, MOE_ERR_STRIDE, y_stride);
+    REFUSED_EACH(hidden, MOE_ERR_RANGE, hidden, 0, -64);
+    REFUSED_EACH(top_k, MOE_ERR_RANGE, top_k, 0, -1, INT32_MIN);
+    REFUSED_EACH(rows_dtype, MOE_ERR_DTYPE, rows_dtype, 4, -1);
+    REFUSED_EACH(y_dtype, MOE_ERR_DTYPE, y_dtype, 4, -2);
+    REFUSED_EACH(row_stride, MOE_ERR_STRIDE, row_stride, 63, -64);
+    REFUSED_EACH(y_stride, MOE_ERR_STRIDE, y_stride, 63, -64);
     REFUSED(d.residual_stride = 63, MOE_ERR_STRIDE, residual_stride);
-    REFUSED(d.shared_stride = 63, MOE_ERR_STRIDE, shared_stride);
-    REFUSED(d.shared_stride = -64, MOE_ERR_STRIDE, shared_stride);
+    REFUSED_EACH(shared_stride, MOE_ERR_STRIDE, shared_stride, 63, -64);
     REFUSED(d.shared = AT(b.shared.p, 1), MOE_ERR_ALIGN, shared);
     REFUSED(d.shared_weight = (const float*)b.shared_weight.p, MOE_ERR_CONFLICT, shared_weight);
     REFUSED((d.shared = b.shared.p, d.shared_weight = (const float*)AT(b.shared_weight.p, 2)),
@@ -123,8 +111,7 @@ static void test_combine_refusals(void)
     REFUSED(d.shared = (void*)d.fault, MOE_ERR_OVERLAP, fault);
     REFUSED(d.num_rows = -1, MOE_ERR_RANGE, num_rows);
     REFUSED(d.rows = b.buffer[0].p, MOE_ERR_CONFLICT, rows);
-    REFUSED(d.num_buffers = 0, MOE_ERR_RANGE, num_buffers);
-    REFUSED(d.num_buffers = -1, MOE_ERR_RANGE, num_buffers);
+    REFUSED_EACH(num_buffers, MOE_ERR_RANGE, num_buffers, 0, -1);
     REFUSED((ONE_ARRAY, d.num_buffers = 2), MOE_ERR_RANGE, num_buffers);
     REFUSED((ONE_ARRAY, d.num_buffers = -1), MOE_ERR_RANGE, num_buffers);
     REFUSED((ONE_ARRAY, d.rows = 0), MOE_ERR_NULL, table);
@@ -137,9 +124,7 @@ static void test_combine_refusals(void)
     REFUSED(d.y = AT(d.y, 1), MOE_ERR_ALIGN, y);
     REFUSED((d.y = AT(d.y, 2), d.y_dtype = MOE_FP32), MOE_ERR_ALIGN, y);
     REFUSED(d.residual = AT(d.residual, 1), MOE_ERR_ALIGN, residual);
-    REFUSED(d.rank = -1, MOE_ERR_RANGE, rank);
-    REFUSED(d.rank = MOE_FAULT_MAX_RANK + 1, MOE_ERR_RANGE, rank);
-    REFUSED(d.fault = (uint64_t*)AT(d.fault, 4), MOE_ERR_ALIGN, fault);
+    REFUSED_RANK_AND_FAULT();
     REFUSED((d.num_tokens = 0, d.fault = (uint64_t*)AT(d.fault, 4)), MOE_ERR_ALIGN, fault);
     REFUSED(d.y = (void*)d.table, MOE_ERR_OVERLAP, y);
     REFUSED((ONE_ARRAY, d.y = b.buffer[0].p), MOE_ERR_OVERLAP, y);

@@ -20,10 +20,9 @@ static void test_combine_same_bits(void)
     for (int i = 0; i < 4; ++i) {
         combine_case c = normal_case(50, i & 1 ? 250 : 512, i & 2 ? 8 : 33);
         combine_bufs b;
-        tbuf* out[] = {&b.y};
         c.residual = RESIDUAL;
         bufs_new(&b, &c, &r);
-        test_same_bits("combine", call_combine, &b.d, out, 1, MOE_ON_HOST ? 5 : 100);
+        test_same_bits("combine", call_combine, &b.d, TBUFS(&b.y), MOE_ON_HOST ? 5 : 100);
         compare(&b, &c);
         bufs_free(&b);
     }
@@ -126,7 +125,7 @@ static void test_combine_after_route(void)
             }
             tbuf_put(&bi, ids);
             tbuf_put(&bw, weights);
-            TBUFS_POISON(&bp, &by);
+            tbufs_poison(TBUFS(&bp, &by));
             tgraph_launch(&g);
             y = (float*)tbuf_copy(&by);
             compare_joined(y, ids, weights, expert, run);
@@ -139,7 +138,7 @@ static void test_combine_after_route(void)
         tbuf_free(&buffer[e]);
         free(expert[e]);
     }
-    TBUFS_FREE(&bi, &bw, &bt, &bc, &bo, &bp, &by, &bs, &bf);
+    tbufs_free(TBUFS(&bi, &bw, &bt, &bc, &bo, &bp, &by, &bs, &bf));
 }
 
 /* A captured combine, launched again with other places and other buffers in the table. */

@@ -114,7 +114,7 @@ static void shared_as_slot(trand* r)
     tbuf_poison(&b.y);
     CHECK_STATUS(moe_combine(&d, test_now.stream), MOE_OK);
     CHECK(tbuf_holds(&b.y, want), "other bits than as a row of the table");
-    TBUFS_FREE(&bs, &bp, &bw, &bt);
+    tbufs_free(TBUFS(&bs, &bp, &bw, &bt));
     free(want);
     bufs_free(&b);
 }
@@ -201,7 +201,7 @@ static void test_combine_by_hand(void)
     CHECK_STATUS(moe_combine(&d, test_now.stream), MOE_OK);
     CHECK(tbuf_holds(&by, all), "rows, residual and shared row");
     CHECK_FAULT(&fault, MOE_FAULT_NONE, 0);
-    TBUFS_FREE(&b0, &b1, &bt, &bp, &bw, &br, &bs, &bsw, &by, &fault);
+    tbufs_free(TBUFS(&b0, &b1, &bt, &bp, &bw, &br, &bs, &bsw, &by, &fault));
 }
 
 /* One buffer without a table: place.buffer 0 is that buffer, and 1 is outside. */

@@ -170,7 +170,7 @@ static void bufs_free(scatter_bufs* b)
         tbuf_free(&b->buffer[i]);
         free(b->row[i]);
     }
-    TBUFS_FREE(&b->table, &b->offset, &b->count, &b->index, &b->weight, &b->y, &b->fault);
+    tbufs_free(TBUFS(&b->table, &b->offset, &b->count, &b->index, &b->weight, &b->y, &b->fault));
     free(b->h_index);
     free(b->h_weight);
     free(b->h_y);

@@ -97,7 +97,7 @@ static void test_scatter_counts_past_2_31(void)
         CHECK_STATUS(moe_combine_scatter(&d, test_now.stream), MOE_OK);
         CHECK_FAULT(&fault, MOE_FAULT_BAD_OFFSET, 0);
         CHECK(tbuf_holds(&by, y), "step %d, with a fault word", (int)i);
-        TBUFS_FREE(&brows, &by, &btoken, &bcount, &fault);
+        tbufs_free(TBUFS(&brows, &by, &btoken, &bcount, &fault));
     }
     free(rows);
     free(y);

@@ -52,7 +52,7 @@ static void test_scatter_foreign_kernel(void)
         }
         CHECK(wrong == 0, "%s -> %s, %d columns: %d wrong", moe_dtype_name(from),
               moe_dtype_name(to), columns, wrong);
-        TBUFS_FREE(&b_rows, &b_y);
+        tbufs_free(TBUFS(&b_rows, &b_y));
         free(rows), free(y0), free(y);
     }
 }

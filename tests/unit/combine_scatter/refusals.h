@@ -6,12 +6,7 @@
 
 #include "tests/unit/combine_scatter/case.h"
 
-static void refused(const moe_combine_scatter_desc* d, moe_status want, int line)
-{
-    test_status(moe_combine_scatter(d, test_now.stream), want, __FILE__, line,
-                "moe_combine_scatter");
-    CHECK_REFUSED(moe_combine_scatter_prepared, moe_combine_scatter_prepare, d, want);
-}
+TEST_REFUSED(refused, moe_combine_scatter, moe_combine_scatter_prepare, moe_combine_scatter)
 
 static void test_scatter_refusals(void)
 {
@@ -23,16 +18,13 @@ static void test_scatter_refusals(void)
     good = b.d;
     CHECK_STATUS(moe_combine_scatter(0, test_now.stream), MOE_STATUS(MOE_ERR_NULL, desc));
     REFUSED(d.num_tokens = -1, MOE_ERR_RANGE, num_tokens);
-    REFUSED(d.hidden = 0, MOE_ERR_RANGE, hidden);
-    REFUSED(d.hidden = (1 << 28) + 1, MOE_ERR_RANGE, hidden);
-    REFUSED(d.num_experts = 0, MOE_ERR_RANGE, num_experts);
-    REFUSED(d.num_experts = MOE_MAX_EXPERTS + 1, MOE_ERR_RANGE, num_experts);
+    REFUSED_EACH(hidden, MOE_ERR_RANGE, hidden, 0, (1 << 28) + 1);
+    REFUSED_NUM_EXPERTS();
     REFUSED(d.num_rows = -1, MOE_ERR_RANGE, num_rows);
     REFUSED(d.max_rows = -1, MOE_ERR_RANGE, max_rows);
     REFUSED(d.rows_dtype = 4, MOE_ERR_DTYPE, rows_dtype);
     REFUSED(d.y_dtype = -1, MOE_ERR_DTYPE, y_dtype);
-    REFUSED(d.row_stride = 63, MOE_ERR_STRIDE, row_stride);
-    REFUSED(d.row_stride = INT64_MAX, MOE_ERR_STRIDE, row_stride);
+    REFUSED_EACH(row_stride, MOE_ERR_STRIDE, row_stride, 63, INT64_MAX);
     REFUSED(d.y_stride = -64, MOE_ERR_STRIDE, y_stride);
     REFUSED(d.table = (const void* const*)b.table.p, MOE_ERR_CONFLICT, rows);
     REFUSED((d.row_slot = d.row_token, d.top_k = 2), MOE_ERR_CONFLICT, row_slot);
@@ -50,9 +42,7 @@ static void test_scatter_refusals(void)
             MOE_ERR_ALIGN, row_slot);
     REFUSED(d.row_weight = (const float*)AT(d.row_weight, 1), MOE_ERR_ALIGN, row_weight);
     REFUSED(d.y = AT(d.y, 1), MOE_ERR_ALIGN, y);
-    REFUSED(d.rank = -1, MOE_ERR_RANGE, rank);
-    REFUSED(d.rank = MOE_FAULT_MAX_RANK + 1, MOE_ERR_RANGE, rank);
-    REFUSED(d.fault = (uint64_t*)AT(d.fault, 4), MOE_ERR_ALIGN, fault);
+    REFUSED_RANK_AND_FAULT();
     REFUSED(d.y = (void*)d.rows, MOE_ERR_OVERLAP, y);
     REFUSED((d.num_tokens = 0, d.fault = (uint64_t*)AT(d.fault, 4)), MOE_ERR_ALIGN, fault);
     REFUSED((d.num_rows = 0, d.fault = (uint64_t*)AT(d.fault, 4)), MOE_ERR_ALIGN, fault);

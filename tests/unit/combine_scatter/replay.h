@@ -101,8 +101,8 @@ static void test_scatter_after_route(void)
         }
     CHECK(worst <= 1e-5, "error %g", worst);
     CHECK(memcmp(got, y0, T * H * 4) != 0, "y has not changed");
-    TBUFS_FREE(&b_ids, &b_weights, &b_count, &b_offset, &b_slot, &b_row_slot, &b_row_weight,
-               &b_rows, &b_y, &b_work);
+    tbufs_free(TBUFS(&b_ids, &b_weights, &b_count, &b_offset, &b_slot, &b_row_slot, &b_row_weight,
+                     &b_rows, &b_y, &b_work));
     free(weights), free(y0), free(ids), free(rows), free(got), free(row_slot);
 }
 

@@ -141,7 +141,7 @@ static void bufs_new(experts_bufs* b, const experts_case* c, trand* r)
 
 static void bufs_free(experts_bufs* b)
 {
-    TBUFS_FREE(&b->x, &b->offset, &b->row_slot, &b->act, &b->fault);
+    tbufs_free(TBUFS(&b->x, &b->offset, &b->row_slot, &b->act, &b->fault));
     tgrouped_free(&b->rows);
     tmlp_free(&b->mlp);
     TFREE(b->h_x, b->h_row_slot);

@@ -86,22 +86,17 @@ static void test_experts_plan(void)
     }
 }
 
-/* Requires that the plan and all calls refuse d alike. Runs nothing where the plan accepts d. */
-static void refused(const moe_experts_desc* d, moe_status want, int line)
+TEST_REFUSED(calls_refuse, moe_experts, moe_experts_prepare, moe_experts)
+
+/* Requires that all calls refuse d alike. */
+static void all_refuse(const moe_experts_desc* d, moe_status want, const trefusal* at)
 {
-    moe_gemm_plan up, down;
-    moe_experts_prepared p;
-    const moe_status s = moe_experts_plan(d, &up, &down);
-    CHECK_STATUS_AT(line, s, want);
-    if (s == MOE_OK) return;
-    test_poison(&p, sizeof p);
-    CHECK_STATUS_AT(line, moe_experts_prepare(d, &p), want);
-    test_empty(&p, sizeof p, line);
-    CHECK_STATUS_AT(line, moe_experts_run(&p, test_now.stream), MOE_OK);
-    CHECK_STATUS_AT(line, moe_experts(d, test_now.stream), want);
-    CHECK_STATUS_AT(line, moe_experts_up(d, test_now.stream), want);
-    CHECK_STATUS_AT(line, moe_experts_down(d, test_now.stream), want);
+    calls_refuse(d, want, at);
+    CHECK_STATUS_AT(at, moe_experts_up(d, test_now.stream), want);
+    CHECK_STATUS_AT(at, moe_experts_down(d, test_now.stream), want);
 }
+
+TEST_REFUSED_PLAN(refused, moe_experts_plan, all_refuse, moe_experts)
 
 static void test_experts_refusals(void)
 {
@@ -119,91 +114,35 @@ static void test_experts_refusals(void)
     table = tbuf_from("table", address, sizeof address, 0);
     good = b.d;
     CHECK_STATUS(moe_experts(0, test_now.stream), MOE_STATUS(MOE_ERR_NULL, desc));
+    REFUSED_MLP();
     REFUSED(d.num_tokens = -1, MOE_ERR_RANGE, num_tokens);
     REFUSED((d.num_tokens = INT32_MAX, d.top_k = INT32_MAX), MOE_ERR_RANGE, num_tokens);
     REFUSED((d.num_tokens = 0, d.num_rows = ROWS), MOE_ERR_RANGE, num_tokens);
     REFUSED(d.num_rows = -1, MOE_ERR_RANGE, num_rows);
-    REFUSED(d.top_k = 0, MOE_ERR_RANGE, top_k);
-    REFUSED(d.top_k = -1, MOE_ERR_RANGE, top_k);
+    REFUSED_EACH(top_k, MOE_ERR_RANGE, top_k, 0, -1);
     REFUSED((d.row_slot = 0, d.top_k = -1, d.num_rows = ROWS), MOE_ERR_RANGE, top_k);
-    REFUSED(d.hidden = 0, MOE_ERR_RANGE, hidden);
-    REFUSED(d.hidden = -64, MOE_ERR_RANGE, hidden);
-    REFUSED(d.hidden = 60, MOE_ERR_MULTIPLE, hidden);
-    REFUSED(d.intermediate = 0, MOE_ERR_RANGE, intermediate);
-    REFUSED(d.intermediate = -8, MOE_ERR_RANGE, intermediate);
-    REFUSED(d.intermediate = 36, MOE_ERR_MULTIPLE, intermediate);
-    REFUSED(d.num_experts = 0, MOE_ERR_RANGE, num_experts);
-    REFUSED(d.num_experts = -1, MOE_ERR_RANGE, num_experts);
-    REFUSED(d.num_experts = MOE_MAX_EXPERTS + 1, MOE_ERR_RANGE, num_experts);
-    REFUSED(d.dtype = MOE_FP32, MOE_ERR_DTYPE, dtype);
-    REFUSED(d.dtype = 4, MOE_ERR_DTYPE, dtype);
-    REFUSED(d.dtype = -1, MOE_ERR_DTYPE, dtype);
-    REFUSED(d.rows_dtype = c.dtype == MOE_BF16 ? MOE_FP16 : MOE_BF16, MOE_ERR_DTYPE, rows_dtype);
-    REFUSED(d.rows_dtype = 4, MOE_ERR_DTYPE, rows_dtype);
-    REFUSED(d.rows_dtype = -1, MOE_ERR_DTYPE, rows_dtype);
-    REFUSED(d.gate_up = 4, MOE_ERR_OPTION, gate_up);
-    REFUSED(d.gate_up = -1, MOE_ERR_OPTION, gate_up);
-    REFUSED(d.activation = MOE_ACTIVATION_RELU2 + 1, MOE_ERR_OPTION, activation);
-    REFUSED(d.activation = -1, MOE_ERR_OPTION, activation);
-    REFUSED(d.alpha = 1.702f, MOE_ERR_CONFLICT, alpha);
-    REFUSED(d.limit = 7, MOE_ERR_CONFLICT, limit);
-    REFUSED((d.activation = MOE_ACTIVATION_SWIGLU_CLAMPED, d.alpha = NAN), MOE_ERR_RANGE, alpha);
-    REFUSED((d.activation = MOE_ACTIVATION_SWIGLU_CLAMPED, d.limit = -1), MOE_ERR_RANGE, limit);
     REFUSED(d.activation = MOE_ACTIVATION_SILU, MOE_ERR_CONFLICT, w1); /* a second matrix */
     REFUSED((d.activation = MOE_ACTIVATION_SILU, d.w1.up = 0, d.alpha = 1), MOE_ERR_CONFLICT,
             alpha);
-    REFUSED(d.tile = 99, MOE_ERR_OPTION, tile);
-    REFUSED(d.tile = -1, MOE_ERR_OPTION, tile);
-    REFUSED(d.x_stride = 56, MOE_ERR_STRIDE, x_stride);
-    REFUSED(d.x_stride = -64, MOE_ERR_STRIDE, x_stride);
-    REFUSED(d.x_stride = 68, MOE_ERR_ALIGN, x_stride);
-    REFUSED(d.act_stride = 32, MOE_ERR_STRIDE, act_stride);
-    REFUSED(d.act_stride = -40, MOE_ERR_STRIDE, act_stride);
+    REFUSED_EACH(act_stride, MOE_ERR_STRIDE, act_stride, 32, -40);
     REFUSED(d.act_stride = 44, MOE_ERR_ALIGN, act_stride);
-    REFUSED(d.row_stride = 56, MOE_ERR_STRIDE, row_stride);
-    REFUSED(d.row_stride = -64, MOE_ERR_STRIDE, row_stride);
+    REFUSED_EACH(row_stride, MOE_ERR_STRIDE, row_stride, 56, -64);
     REFUSED(d.row_stride = 68, MOE_ERR_ALIGN, row_stride);
-    REFUSED(d.w1.major = 3, MOE_ERR_OPTION, w1);
-    REFUSED(d.w2.major = -1, MOE_ERR_OPTION, w2);
-    REFUSED(d.w1.row_stride = 56, MOE_ERR_STRIDE, w1);
-    REFUSED(d.w2.row_stride = 32, MOE_ERR_STRIDE, w2);
-    REFUSED(d.w1.row_stride = 68, MOE_ERR_ALIGN, w1);
-    REFUSED(d.w2.row_stride = 44, MOE_ERR_ALIGN, w2);
-    REFUSED(d.w1.expert_stride = -64, MOE_ERR_STRIDE, w1);
-    REFUSED(d.w2.expert_stride = -64, MOE_ERR_STRIDE, w2);
-    REFUSED(d.w1.expert_stride = 64 * 40 + 1, MOE_ERR_ALIGN, w1);
-    REFUSED(d.w2.expert_stride = 64 * 40 + 4, MOE_ERR_ALIGN, w2);
-    REFUSED(d.w1.table = (const void* const*)table.p, MOE_ERR_CONFLICT, w1);
     REFUSED(d.w1.up_table = (const void* const*)table.p, MOE_ERR_CONFLICT, w1);
-    REFUSED(d.w2.table = (const void* const*)table.p, MOE_ERR_CONFLICT, w2);
     REFUSED(d.table = (void* const*)table.p, MOE_ERR_CONFLICT, rows);
-    REFUSED(d.x = 0, MOE_ERR_NULL, x);
-    REFUSED(d.w1.base = 0, MOE_ERR_NULL, w1);
     REFUSED(d.w1.up = 0, MOE_ERR_NULL, w1);
-    REFUSED(d.w2.base = 0, MOE_ERR_NULL, w2);
     REFUSED(d.expert_offset = 0, MOE_ERR_NULL, expert_offset);
     REFUSED(d.act = 0, MOE_ERR_NULL, act);
     REFUSED(d.rows = 0, MOE_ERR_NULL, rows);
-    REFUSED(d.x = AT(d.x, 8), MOE_ERR_ALIGN, x);
-    REFUSED(d.w1.base = AT(d.w1.base, 8), MOE_ERR_ALIGN, w1);
     REFUSED(d.w1.up = AT(d.w1.up, 2), MOE_ERR_ALIGN, w1);
-    REFUSED(d.w2.base = AT(d.w2.base, 8), MOE_ERR_ALIGN, w2);
-    REFUSED((d.w1.base = 0, d.w1.table = (const void* const*)AT(table.p, 4)), MOE_ERR_ALIGN, w1);
     REFUSED((d.w1.up = 0, d.w1.up_table = (const void* const*)AT(table.p, 4)), MOE_ERR_ALIGN, w1);
-    REFUSED((d.w2.base = 0, d.w2.table = (const void* const*)AT(table.p, 4)), MOE_ERR_ALIGN, w2);
     REFUSED((d.rows = 0, d.table = (void* const*)AT(table.p, 4)), MOE_ERR_ALIGN, rows);
-    REFUSED(d.bias1 = AT(d.bias1, 1), MOE_ERR_ALIGN, bias1);
-    REFUSED(d.bias2 = AT(d.bias2, 1), MOE_ERR_ALIGN, bias2);
     REFUSED(d.expert_offset = (const int32_t*)AT(d.expert_offset, 2), MOE_ERR_ALIGN, expert_offset);
     REFUSED(d.row_slot = (const int32_t*)AT(d.row_slot, 2), MOE_ERR_ALIGN, row_slot);
     REFUSED(d.act = AT(d.act, 8), MOE_ERR_ALIGN, act);
     REFUSED(d.rows = AT(d.rows, 8), MOE_ERR_ALIGN, rows);
-    REFUSED(d.rank = -1, MOE_ERR_RANGE, rank);
-    REFUSED(d.rank = MOE_FAULT_MAX_RANK + 1, MOE_ERR_RANGE, rank);
-    REFUSED(d.fault = (uint64_t*)AT(d.fault, 4), MOE_ERR_ALIGN, fault);
     /* without tokens too */
     REFUSED((d.num_tokens = 0, d.expert_offset = 0), MOE_ERR_NULL, expert_offset);
-    REFUSED((d.num_tokens = 0, d.fault = (uint64_t*)AT(d.fault, 4)), MOE_ERR_ALIGN, fault);
     /* Neither act, which is written first, nor rows may overlap an input of either product. */
     for (int end = 0; end < 2; ++end) { /* an input over an output's first or last bytes */
         void* const at = AT(arena.p, end ? ROWS * I * 2 - 16 : 0);
@@ -289,7 +228,7 @@ static void test_experts_refusals(void)
     TEST_CUDA(cudaDeviceSynchronize());
     CHECK(untouched(&b) && tbuf_holds(&arena, 0), "a refused call wrote an output");
     CHECK_FAULT(&b.fault, MOE_FAULT_NONE, 0);
-    TBUFS_FREE(&arena, &table);
+    tbufs_free(TBUFS(&arena, &table));
     run_bufs(&b, &c);
 }
 

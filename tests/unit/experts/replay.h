@@ -11,10 +11,7 @@
 
 #include "tests/unit/experts/case.h"
 
-static moe_status call_experts(void* d, cudaStream_t stream)
-{
-    return moe_experts((const moe_experts_desc*)d, stream);
-}
+TEST_CALL(call_experts, moe_experts, moe_experts_desc)
 
 static void test_experts_halves(void)
 {
@@ -33,7 +30,7 @@ static void test_experts_halves(void)
         CHECK(tbuf_holds(&b.act, act), "down writes rows alone");
         compare(&b, &c);
         rows = tbuf_copy(&b.rows.all);
-        TBUFS_POISON(&b.act, &b.rows.all);
+        tbufs_poison(TBUFS(&b.act, &b.rows.all));
         CHECK_STATUS(moe_experts(&b.d, test_now.stream), MOE_OK);
         CHECK(tbuf_holds(&b.act, act) && tbuf_holds(&b.rows.all, rows), "both at once");
         TFREE(act, rows);
@@ -47,11 +44,11 @@ static void test_experts_same_bits(void)
     for (int i = 0; i < 2; ++i) {
         experts_case c = normal_case(45, 72, 136, 5, 2);
         experts_bufs b;
-        tbuf* out[] = {&b.act, &b.rows.all};
         c.tile = i ? MOE_TILE_32x128 : MOE_TILE_AUTO;
         c.rows_dtype = i ? MOE_FP32 : c.dtype;
         bufs_new(&b, &c, &r);
-        test_same_bits("experts", call_experts, &b.d, out, 2, MOE_ON_HOST ? 3 : 100);
+        test_same_bits("experts", call_experts, &b.d, TBUFS(&b.act, &b.rows.all),
+                       MOE_ON_HOST ? 3 : 100);
         compare(&b, &c);
         bufs_free(&b);
     }
@@ -72,7 +69,7 @@ static void test_experts_graph(void)
             fill_rows(&b, &c, &r);
             tbuf_put(&b.offset, b.h_offset);
             tbuf_put(&b.row_slot, b.h_row_slot);
-            TBUFS_POISON(&b.act, &b.rows.all);
+            tbufs_poison(TBUFS(&b.act, &b.rows.all));
             tgraph_launch(&g);
             compare(&b, &c);
         }
@@ -121,7 +118,7 @@ static void test_experts_past_2_31(void)
         compare(&b, &c);
         act = tbuf_copy(&b.act);
         rows = tbuf_copy(out);
-        TBUFS_POISON(&b.act, out);
+        tbufs_poison(TBUFS(&b.act, out));
         d = b.d;
         if (which == X) {
             d.x = wide.p, d.x_stride = wide.stride;

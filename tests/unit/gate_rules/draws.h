@@ -55,7 +55,6 @@ static void test_bits_and_graph(void)
         rules_case c = plain_case(shapes[i][0], shapes[i][1], shapes[i][2]);
         const uint64_t no_fault = 0;
         rules_bufs b;
-        tbuf* out[5];
         tgraph g;
         c.options.score = 1 + i % MOE_SCORE_PIONEER;
         c.options.noise = 0.3f;
@@ -67,9 +66,9 @@ static void test_bits_and_graph(void)
             c.bias = 0;
         }
         bufs_new(&b, &c, &r);
-        out[0] = &b.ids, out[1] = &b.weights, out[2] = &b.count, out[3] = &b.chunk,
-        out[4] = &b.prob;
-        test_same_bits("gate", call_gate, &b.device, out, 5, MOE_ON_HOST ? 3 : 100);
+        test_same_bits("gate", call_gate, &b.device,
+                       TBUFS(&b.ids, &b.weights, &b.count, &b.chunk, &b.prob),
+                       MOE_ON_HOST ? 3 : 100);
         compare(&b, &c);
         if (tgraph_capture(&g, call_gate, &b.device)) {
             for (int n = 0; n < 3; ++n) {

@@ -94,7 +94,7 @@ static void test_gemm_activations_alone(void)
                 }
             }
             if (test_now.verbose) printf("  activation %d: %.2f of the bound\n", kind, worst);
-            TBUFS_FREE(&bv, &bu, &bo);
+            tbufs_free(TBUFS(&bv, &bu, &bo));
         }
 }
 

@@ -186,7 +186,7 @@ static void bufs_new(gemm_bufs* b, const gemm_case* c, trand* r)
 
 static void bufs_free(gemm_bufs* b)
 {
-    TBUFS_FREE(&b->a, &b->index, &b->bias, &b->offset, &b->fault);
+    tbufs_free(TBUFS(&b->a, &b->index, &b->bias, &b->offset, &b->fault));
     tgrouped_free(&b->c);
     tweights_free(&b->b);
     TFREE(b->h_a, b->h_bias, b->h_index);

@@ -121,7 +121,7 @@ static void test_gemm_mma(void)
             }
         CHECK(wrong == 0 && written == 0 && nonzero > 200, "variant %d: %d of 256 are wrong", v,
               wrong);
-        TBUFS_FREE(&ba, &bb, &bc);
+        tbufs_free(TBUFS(&ba, &bb, &bc));
     }
 }
 

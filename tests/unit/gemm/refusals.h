@@ -7,19 +7,17 @@
 
 #include "tests/unit/gemm/case.h"
 
+TEST_REFUSED(calls_refuse, moe_grouped_gemm, moe_grouped_gemm_prepare, moe_grouped_gemm)
+
 /* Requires that the plan and all calls refuse d alike. Runs nothing where the plan accepts d: its
    addresses may be of no buffer. */
-static void refused(const moe_grouped_gemm_desc* d, moe_status want, int line)
+static void refused(const moe_grouped_gemm_desc* d, moe_status want, const trefusal* at)
 {
-    moe_gemm_plan p = {};
-    moe_grouped_gemm_prepared prepared;
+    moe_gemm_plan p;
     const moe_status s = moe_grouped_gemm_plan(d, &p);
-    CHECK_STATUS_AT(line, s, want);
+    test_status_at(at, s, want, "moe_grouped_gemm_plan");
     if (s == MOE_OK) return;
-    CHECK_STATUS_AT(line, moe_grouped_gemm(d, test_now.stream), want);
-    test_poison(&prepared, sizeof prepared);
-    CHECK_STATUS_AT(line, moe_grouped_gemm_prepare(d, &prepared), want);
-    test_empty(&prepared, sizeof prepared, line);
+    calls_refuse(d, want, at);
 }
 
 static void test_gemm_refusals(void)
@@ -41,27 +39,18 @@ static void test_gemm_refusals(void)
     table = tbuf_from("table", address, sizeof address, 0);
     good = b.d;
     CHECK_STATUS(moe_grouped_gemm(0, test_now.stream), MOE_STATUS(MOE_ERR_NULL, desc));
-    REFUSED(d.num_experts = 0, MOE_ERR_RANGE, num_experts);
-    REFUSED(d.num_experts = -1, MOE_ERR_RANGE, num_experts);
-    REFUSED(d.num_experts = MOE_MAX_EXPERTS + 1, MOE_ERR_RANGE, num_experts);
-    REFUSED(d.num_rows = -1, MOE_ERR_RANGE, num_rows);
-    REFUSED(d.num_rows = MOE_GEMM_MAX_ROWS + 1, MOE_ERR_RANGE, num_rows);
-    REFUSED(d.n = 0, MOE_ERR_RANGE, n);
-    REFUSED(d.n = -8, MOE_ERR_RANGE, n);
+    REFUSED_NUM_EXPERTS();
+    REFUSED_EACH(num_rows, MOE_ERR_RANGE, num_rows, -1, MOE_GEMM_MAX_ROWS + 1);
+    REFUSED_EACH(n, MOE_ERR_RANGE, n, 0, -8);
     REFUSED(d.n = 68, MOE_ERR_MULTIPLE, n);
     REFUSED(d.n = (1 << 28) + 8, MOE_ERR_RANGE, n);
-    REFUSED(d.k = 0, MOE_ERR_RANGE, k);
-    REFUSED(d.k = -8, MOE_ERR_RANGE, k);
+    REFUSED_EACH(k, MOE_ERR_RANGE, k, 0, -8);
     REFUSED(d.k = 36, MOE_ERR_MULTIPLE, k);
-    REFUSED(d.dtype = MOE_FP32, MOE_ERR_DTYPE, dtype);
-    REFUSED(d.dtype = -1, MOE_ERR_DTYPE, dtype);
-    REFUSED(d.dtype = 4, MOE_ERR_DTYPE, dtype);
+    REFUSED_EACH(dtype, MOE_ERR_DTYPE, dtype, MOE_FP32, -1, 4);
     REFUSED((d.dtype = MOE_BF16, d.c_dtype = MOE_FP16), MOE_ERR_DTYPE, c_dtype);
-    REFUSED(d.c_dtype = 4, MOE_ERR_DTYPE, c_dtype);
-    REFUSED(d.c_dtype = -1, MOE_ERR_DTYPE, c_dtype);
+    REFUSED_EACH(c_dtype, MOE_ERR_DTYPE, c_dtype, 4, -1);
     REFUSED((d.dtype = MOE_FP16, d.c_dtype = MOE_BF16), MOE_ERR_DTYPE, c_dtype);
-    REFUSED(d.activation = MOE_ACTIVATION_RELU2 + 1, MOE_ERR_OPTION, activation);
-    REFUSED(d.activation = -1, MOE_ERR_OPTION, activation);
+    REFUSED_EACH(activation, MOE_ERR_OPTION, activation, MOE_ACTIVATION_RELU2 + 1, -1);
     REFUSED(d.alpha = 1.702f, MOE_ERR_CONFLICT, alpha);
     REFUSED(d.alpha = NAN, MOE_ERR_CONFLICT, alpha);
     REFUSED(d.limit = 7, MOE_ERR_CONFLICT, limit);
@@ -74,26 +63,18 @@ static void test_gemm_refusals(void)
     REFUSED((CLAMPED, d.limit = -1), MOE_ERR_RANGE, limit);
     REFUSED((CLAMPED, d.limit = -1e-40f), MOE_ERR_RANGE, limit);
     REFUSED(d.activation = MOE_ACTIVATION_GELU, MOE_ERR_CONFLICT, b); /* a second matrix */
-    REFUSED(d.gate_up = 4, MOE_ERR_OPTION, gate_up);
-    REFUSED(d.gate_up = -1, MOE_ERR_OPTION, gate_up);
-    REFUSED(d.a_major = 3, MOE_ERR_OPTION, a_major);
-    REFUSED(d.a_major = -1, MOE_ERR_OPTION, a_major);
-    REFUSED(d.b.major = 3, MOE_ERR_OPTION, b_major);
-    REFUSED(d.b.major = -1, MOE_ERR_OPTION, b_major);
+    REFUSED_EACH(gate_up, MOE_ERR_OPTION, gate_up, 4, -1);
+    REFUSED_EACH(a_major, MOE_ERR_OPTION, a_major, 3, -1);
+    REFUSED_EACH(b.major, MOE_ERR_OPTION, b_major, 3, -1);
     REFUSED(d.row_div = -1, MOE_ERR_RANGE, row_div);
-    REFUSED(d.tile = MOE_TILE_64x64 + 1, MOE_ERR_OPTION, tile);
-    REFUSED(d.tile = -1, MOE_ERR_OPTION, tile);
+    REFUSED_EACH(tile, MOE_ERR_OPTION, tile, MOE_TILE_64x64 + 1, -1);
     REFUSED((d.tile = MOE_TILE_128x256, d.b.major = MOE_MAJOR_MN), MOE_ERR_CONFLICT, tile);
-    REFUSED(d.a_rows = -1, MOE_ERR_RANGE, a_rows);
-    REFUSED(d.a_rows = (int64_t)1 << 31, MOE_ERR_RANGE, a_rows);
-    REFUSED(d.a_stride = 32, MOE_ERR_STRIDE, a_stride);
-    REFUSED(d.a_stride = -40, MOE_ERR_STRIDE, a_stride);
+    REFUSED_EACH(a_rows, MOE_ERR_RANGE, a_rows, -1, (int64_t)1 << 31);
+    REFUSED_EACH(a_stride, MOE_ERR_STRIDE, a_stride, 32, -40);
     REFUSED(d.a_stride = 44, MOE_ERR_ALIGN, a_stride);
     REFUSED((d.a_major = MOE_MAJOR_MN, d.row_index = 0), MOE_ERR_ALIGN, a_stride); /* 30 rows */
     REFUSED((d.a_major = MOE_MAJOR_MN, d.row_index = 0, d.a_stride = 24), MOE_ERR_STRIDE, a_stride);
-    REFUSED(d.b.row_stride = 32, MOE_ERR_STRIDE, b_stride);
-    REFUSED(d.b.row_stride = -40, MOE_ERR_STRIDE, b_stride);
-    REFUSED(d.b.row_stride = (int64_t)1 << 60, MOE_ERR_STRIDE, b_stride);
+    REFUSED_EACH(b.row_stride, MOE_ERR_STRIDE, b_stride, 32, -40, (int64_t)1 << 60);
     REFUSED(d.b.expert_stride = (int64_t)1 << 60, MOE_ERR_STRIDE, b_stride);
     REFUSED(d.b.row_stride = 44, MOE_ERR_ALIGN, b_stride);
     REFUSED((d.b.major = MOE_MAJOR_MN, d.b.row_stride = 56), MOE_ERR_STRIDE, b_stride);
@@ -101,9 +82,7 @@ static void test_gemm_refusals(void)
             MOE_ERR_STRIDE, b_stride);
     REFUSED(d.b.expert_stride = -64, MOE_ERR_STRIDE, b_stride);
     REFUSED(d.b.expert_stride = 64 * 40 + 4, MOE_ERR_ALIGN, b_stride);
-    REFUSED(d.c_stride = 56, MOE_ERR_STRIDE, c_stride);
-    REFUSED(d.c_stride = -64, MOE_ERR_STRIDE, c_stride);
-    REFUSED(d.c_stride = INT64_MAX - 7, MOE_ERR_STRIDE, c_stride);
+    REFUSED_EACH(c_stride, MOE_ERR_STRIDE, c_stride, 56, -64, INT64_MAX - 7);
     REFUSED(d.c_stride = 68, MOE_ERR_ALIGN, c_stride);
     REFUSED((d.a_major = MOE_MAJOR_MN, d.a_rows = 32), MOE_ERR_CONFLICT, row_index);
     REFUSED(d.c_table = (void* const*)table.p, MOE_ERR_CONFLICT, c);
@@ -125,9 +104,7 @@ static void test_gemm_refusals(void)
     REFUSED(d.bias = AT(d.bias, 1), MOE_ERR_ALIGN, bias);
     REFUSED(d.expert_offset = (const int32_t*)AT(d.expert_offset, 2), MOE_ERR_ALIGN, expert_offset);
     REFUSED(d.accumulate = 2, MOE_ERR_OPTION, accumulate);
-    REFUSED(d.rank = -1, MOE_ERR_RANGE, rank);
-    REFUSED(d.rank = MOE_FAULT_MAX_RANK + 1, MOE_ERR_RANGE, rank);
-    REFUSED(d.fault = (uint64_t*)AT(d.fault, 4), MOE_ERR_ALIGN, fault);
+    REFUSED_RANK_AND_FAULT();
     REFUSED(d.c = (void*)d.a, MOE_ERR_OVERLAP, c);
     REFUSED(d.c = AT(d.a, 30 * 40 * 2 - 16), MOE_ERR_OVERLAP, c); /* its last 16 bytes */
     REFUSED(d.c = (void*)d.b.base, MOE_ERR_OVERLAP, c);

@@ -9,10 +9,7 @@
 
 #include "tests/unit/gemm/case.h"
 
-static moe_status call_gemm(void* d, cudaStream_t stream)
-{
-    return moe_grouped_gemm((const moe_grouped_gemm_desc*)d, stream);
-}
+TEST_CALL(call_gemm, moe_grouped_gemm, moe_grouped_gemm_desc)
 
 static void test_gemm_same_bits(void)
 {
@@ -21,13 +18,12 @@ static void test_gemm_same_bits(void)
     for (int tile = MOE_TILE_128x256; tile <= MOE_TILE_64x64; ++tile) {
         gemm_case c = normal_case(3, rows, 72, 136);
         gemm_bufs b;
-        tbuf* out[] = {&b.c.all};
         c.tile = tile;
         c.activation = tile & 1 ? MOE_ACTIVATION_SWIGLU : MOE_ACTIVATION_NONE;
         c.c_dtype = MOE_FP32;
         if (test_gemm_status(c.dtype, tile) != MOE_OK) continue;
         bufs_new(&b, &c, &r);
-        test_same_bits("gemm", call_gemm, &b.d, out, 1, MOE_ON_HOST ? 2 : 100);
+        test_same_bits("gemm", call_gemm, &b.d, TBUFS(&b.c.all), MOE_ON_HOST ? 2 : 100);
         compare(&b, &c);
         bufs_free(&b);
     }
@@ -172,7 +168,7 @@ static void test_gemm_past_2_31(void)
             free(want);
         }
         if (dense) twide_free(&wide);
-        TBUFS_FREE(&table);
+        tbufs_free(TBUFS(&table));
         free(dense);
         bufs_free(&b);
     }

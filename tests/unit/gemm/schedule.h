@@ -61,7 +61,7 @@ static int run_schedule(const int32_t* offset, int E, int rows, int columns, int
     CHECK_FAULT_AT(&bf, MOE_FAULT_BAD_OFFSET, bad);
     *tiles = (moe_tile_position*)tbuf_copy(&bt);
     if (bad >= 0) CHECK(tbuf_holds(&bt, 0), "tiles of bad offsets");
-    TBUFS_FREE(&bo, &bn, &bt, &bf);
+    tbufs_free(TBUFS(&bo, &bn, &bt, &bf));
     return count;
 }
 

@@ -152,7 +152,8 @@ static void fill_inputs(layer_bufs* b, const layer_case* c, trand* r)
 /* Puts everything that a call writes into its state before the call. */
 static void reset(layer_bufs* b, const layer_case* c)
 {
-    TBUFS_POISON(&b->workspace, &b->gate_count, &b->drop_count, &b->slot_row, &b->row_weight);
+    tbufs_poison(
+        TBUFS(&b->workspace, &b->gate_count, &b->drop_count, &b->slot_row, &b->row_weight));
     tfault_put(&b->fault, MOE_FAULT_NONE, 0);
     if (c->y_is_x) tbuf_put(&b->x, b->h_x);
     else if (c->residual == RESIDUAL_IS_Y) tbuf_put(&b->y, b->h_residual);
@@ -302,9 +303,10 @@ static void bufs_new(layer_bufs* b, const layer_case* c, trand* r)
 
 static void bufs_free(layer_bufs* b)
 {
-    TBUFS_FREE(&b->x, &b->router, &b->logits, &b->ids, &b->weights, &b->residual, &b->y,
-               &b->workspace, &b->fault, &b->shared_weight, &b->replica_offset, &b->replica_expert,
-               &b->gate_count, &b->drop_count, &b->slot_row, &b->row_weight);
+    tbufs_free(TBUFS(&b->x, &b->router, &b->logits, &b->ids, &b->weights, &b->residual, &b->y,
+                     &b->workspace, &b->fault, &b->shared_weight, &b->replica_offset,
+                     &b->replica_expert, &b->gate_count, &b->drop_count, &b->slot_row,
+                     &b->row_weight));
     tmlp_free(&b->mlp);
     tmlp_free(&b->shared);
     TFREE(b->h_x, b->h_router, b->h_logits, b->h_residual, b->h_ids, b->h_weights,

@@ -86,7 +86,7 @@ static void compare_rule(const layer_bufs* b, const layer_case* c, const tbuf* p
         if (fabs(plain_weights[k] - ((float*)want_weights)[k]) > most)
             most = fabs(plain_weights[k] - ((float*)want_weights)[k]);
     CHECK(most > 1e-3 || memcmp(plain_ids, want_ids, bytes) != 0, "rule %d changes nothing", rule);
-    TBUFS_FREE(&ids, &weights, &prob, &space);
+    tbufs_free(TBUFS(&ids, &weights, &prob, &space));
     TFREE(plain_ids, plain_weights, copy, want_ids, want_weights, want_prob);
 }
 
@@ -117,7 +117,7 @@ static void test_layer_gate_rules(void)
             CHECK_STATUS(moe_layer_forward(&b.d, test_now.stream), MOE_OK);
             compare(&b, &c);
             compare_rule(&b, &c, &prob_sum, rule);
-            TBUFS_FREE(&bias, &expert, &token, &prob_sum);
+            tbufs_free(TBUFS(&bias, &expert, &token, &prob_sum));
             bufs_free(&b);
         }
 }

@@ -8,19 +8,8 @@
 
 #include "tests/unit/layer/compare.h"
 
-/* Requires that the plan and all calls refuse d alike. Runs nothing where the plan accepts d. */
-static void refused(const moe_layer_desc* d, moe_status want, int line)
-{
-    moe_gemm_plan up, down;
-    moe_layer_prepared p;
-    const moe_status s = moe_layer_plan(d, &up, &down);
-    CHECK_STATUS_AT(line, s, want);
-    if (s == MOE_OK) return;
-    CHECK_STATUS_AT(line, moe_layer_forward(d, test_now.stream), want);
-    test_poison(&p, sizeof p);
-    CHECK_STATUS_AT(line, moe_layer_prepare(d, &p), want);
-    test_empty(&p, sizeof p, line);
-}
+TEST_REFUSED(calls_refuse, moe_layer_forward, moe_layer_prepare, moe_layer)
+TEST_REFUSED_PLAN(refused, moe_layer_plan, calls_refuse, moe_layer)
 
 /* Returns a case that uses every buffer which the layer may refuse, but the optional outputs. */
 static layer_case refusal_case(int T, int H, int I, int E, int K, int from)
@@ -45,24 +34,13 @@ static void test_layer_refusals(void)
         bufs_new(&b, &c, &r);
         good = b.d;
         CHECK_STATUS(moe_layer_forward(0, test_now.stream), MOE_STATUS(MOE_ERR_NULL, desc));
+        REFUSED_MLP();
         REFUSED(d.num_tokens = -1, MOE_ERR_RANGE, num_tokens);
         REFUSED((d.num_tokens = INT32_MAX), MOE_ERR_RANGE, num_tokens);
-        REFUSED(d.hidden = 0, MOE_ERR_RANGE, hidden);
-        REFUSED(d.hidden = -64, MOE_ERR_RANGE, hidden);
-        REFUSED(d.hidden = 60, MOE_ERR_MULTIPLE, hidden);
-        REFUSED(d.intermediate = 0, MOE_ERR_RANGE, intermediate);
-        REFUSED(d.intermediate = -8, MOE_ERR_RANGE, intermediate);
-        REFUSED(d.intermediate = 36, MOE_ERR_MULTIPLE, intermediate);
-        REFUSED(d.num_experts = 0, MOE_ERR_RANGE, num_experts);
-        REFUSED(d.num_experts = -1, MOE_ERR_RANGE, num_experts);
-        REFUSED(d.num_experts = MOE_MAX_EXPERTS + 1, MOE_ERR_RANGE, num_experts);
-        REFUSED(d.top_k = 0, MOE_ERR_RANGE, top_k);
-        REFUSED(d.top_k = -1, MOE_ERR_RANGE, top_k);
-        REFUSED(d.top_k = MOE_COMBINE_MAX_TOP_K + 1, MOE_ERR_RANGE, top_k);
+        REFUSED_EACH(top_k, MOE_ERR_RANGE, top_k, 0, -1, MOE_COMBINE_MAX_TOP_K + 1);
         if (from != FROM_IDS) {
             REFUSED(d.top_k = E + 1, MOE_ERR_RANGE, top_k);
-            REFUSED(d.gate.score = 99, MOE_ERR_OPTION, score);
-            REFUSED(d.gate.score = -1, MOE_ERR_OPTION, score);
+            REFUSED_EACH(gate.score, MOE_ERR_OPTION, score, 99, -1);
         } else {
             REFUSED(d.gate.score = MOE_SCORE_SIGMOID, MOE_ERR_CONFLICT, gate); /* none runs */
             REFUSED(d.gate.renormalize = 1, MOE_ERR_CONFLICT, gate);
@@ -71,18 +49,10 @@ static void test_layer_refusals(void)
             REFUSED(d.gate.expert_count = (int32_t*)b.gate_count.p, MOE_ERR_CONFLICT, gate);
         }
         if (from != FROM_IDS) {
-            REFUSED(d.gate.renormalize = 2, MOE_ERR_OPTION, renormalize);
-            REFUSED(d.gate.renormalize = -1, MOE_ERR_OPTION, renormalize);
-            REFUSED(d.gate.scale = INFINITY, MOE_ERR_RANGE, scale);
-            REFUSED(d.gate.scale = NAN, MOE_ERR_RANGE, scale);
+            REFUSED_EACH(gate.renormalize, MOE_ERR_OPTION, renormalize, 2, -1);
+            REFUSED_EACH(gate.scale, MOE_ERR_RANGE, scale, INFINITY, NAN);
             REFUSED(d.weights = (const float*)b.weights.p, MOE_ERR_CONFLICT, weights);
         }
-        REFUSED(d.dtype = MOE_FP32, MOE_ERR_DTYPE, dtype);
-        REFUSED(d.dtype = 4, MOE_ERR_DTYPE, dtype);
-        REFUSED(d.dtype = -1, MOE_ERR_DTYPE, dtype);
-        REFUSED(d.rows_dtype = test_half() == MOE_FP16 ? MOE_BF16 : MOE_FP16, MOE_ERR_DTYPE,
-                rows_dtype);
-        REFUSED(d.rows_dtype = 4, MOE_ERR_DTYPE, rows_dtype);
         /* fields that the layer fills in itself */
         REFUSED(d.gate.logits = b.logits.p, MOE_ERR_CONFLICT, gate);
         REFUSED(d.gate.logits_stride = E, MOE_ERR_CONFLICT, gate);
@@ -117,12 +87,6 @@ static void test_layer_refusals(void)
         REFUSED(d.route.drop_rule = MOE_DROP_BY_WEIGHT, MOE_ERR_CONFLICT, drop_rule);
         REFUSED(d.route.num_replicas = E + 1, MOE_ERR_CONFLICT, num_replicas);
         REFUSED(d.route.slot_row = (int32_t*)AT(b.slot_row.p, 2), MOE_ERR_ALIGN, slot_row);
-        REFUSED(d.activation = MOE_ACTIVATION_RELU2 + 1, MOE_ERR_OPTION, activation);
-        REFUSED(d.activation = -1, MOE_ERR_OPTION, activation);
-        REFUSED(d.alpha = 1, MOE_ERR_CONFLICT, alpha);
-        REFUSED(d.limit = 1, MOE_ERR_CONFLICT, limit);
-        REFUSED((d.activation = MOE_ACTIVATION_SWIGLU_CLAMPED, d.limit = NAN), MOE_ERR_RANGE,
-                limit);
         /* the shared expert, named as one field */
         REFUSED(d.shared.intermediate = -8, MOE_ERR_RANGE, shared);
         REFUSED(d.shared.intermediate = 12, MOE_ERR_MULTIPLE, shared);
@@ -138,34 +102,11 @@ static void test_layer_refusals(void)
         REFUSED(d.shared.limit = 1, MOE_ERR_CONFLICT, shared);
         REFUSED(d.shared.weight = (const float*)AT(b.shared_weight.p, 2), MOE_ERR_ALIGN,
                 shared_weight);
-        REFUSED(d.gate_up = 4, MOE_ERR_OPTION, gate_up);
-        REFUSED(d.gate_up = -1, MOE_ERR_OPTION, gate_up);
-        REFUSED(d.tile = 99, MOE_ERR_OPTION, tile);
-        REFUSED(d.tile = -1, MOE_ERR_OPTION, tile);
         /* found where a kernel is chosen: earlier stations have been prepared */
         REFUSED((d.tile = MOE_TILE_128x256, d.w1.major = MOE_MAJOR_MN), MOE_ERR_CONFLICT, tile);
-        REFUSED(d.x_stride = 56, MOE_ERR_STRIDE, x_stride);
-        REFUSED(d.x_stride = -64, MOE_ERR_STRIDE, x_stride);
-        REFUSED(d.x_stride = 68, MOE_ERR_ALIGN, x_stride);
-        REFUSED(d.y_stride = 63, MOE_ERR_STRIDE, y_stride);
-        REFUSED(d.y_stride = -64, MOE_ERR_STRIDE, y_stride);
-        REFUSED(d.residual_stride = 63, MOE_ERR_STRIDE, residual_stride);
-        REFUSED(d.residual_stride = -64, MOE_ERR_STRIDE, residual_stride);
-        REFUSED(d.w1.major = 3, MOE_ERR_OPTION, w1);
-        REFUSED(d.w2.major = 3, MOE_ERR_OPTION, w2);
-        REFUSED(d.w1.row_stride = 56, MOE_ERR_STRIDE, w1);
-        REFUSED(d.w2.row_stride = 32, MOE_ERR_STRIDE, w2);
-        REFUSED(d.w1.expert_stride = 4, MOE_ERR_ALIGN, w1);
-        REFUSED(d.w2.expert_stride = -8, MOE_ERR_STRIDE, w2);
-        REFUSED(d.w1.base = 0, MOE_ERR_NULL, w1);
-        REFUSED(d.w2.base = 0, MOE_ERR_NULL, w2);
+        REFUSED_EACH(y_stride, MOE_ERR_STRIDE, y_stride, 63, -64);
+        REFUSED_EACH(residual_stride, MOE_ERR_STRIDE, residual_stride, 63, -64);
         REFUSED(d.gate_up = MOE_GATE_UP_SEPARATE, MOE_ERR_NULL, w1);
-        REFUSED(d.w1.base = AT(d.w1.base, 8), MOE_ERR_ALIGN, w1);
-        REFUSED(d.w2.base = AT(d.w2.base, 8), MOE_ERR_ALIGN, w2);
-        REFUSED(d.w1.table = (const void* const*)b.router.p, MOE_ERR_CONFLICT, w1);
-        REFUSED(d.w2.table = (const void* const*)b.router.p, MOE_ERR_CONFLICT, w2);
-        REFUSED((d.w1.base = 0, d.w1.table = (const void* const*)AT(far, 4)), MOE_ERR_ALIGN, w1);
-        REFUSED((d.w2.base = 0, d.w2.table = (const void* const*)AT(far, 4)), MOE_ERR_ALIGN, w2);
         REFUSED((d.gate_up = MOE_GATE_UP_SEPARATE, d.w1.up = AT(d.w1.base, 8)), MOE_ERR_ALIGN, w1);
         REFUSED((d.gate_up = MOE_GATE_UP_SEPARATE, d.w1.up_table = (const void* const*)AT(far, 4)),
                 MOE_ERR_ALIGN, w1);
@@ -187,17 +128,10 @@ static void test_layer_refusals(void)
                     MOE_ERR_ALIGN, seed_offset);
             REFUSED(d.gate.expert_count = (int32_t*)AT(far, 2), MOE_ERR_ALIGN, expert_count);
         }
-        REFUSED(d.bias1 = AT(d.bias1, 1), MOE_ERR_ALIGN, bias1);
-        REFUSED(d.bias2 = AT(d.bias2, 1), MOE_ERR_ALIGN, bias2);
-        REFUSED(d.x = 0, MOE_ERR_NULL, x);
-        REFUSED(d.x = AT(d.x, 8), MOE_ERR_ALIGN, x);
         REFUSED(d.x = AT(d.x, 1), MOE_ERR_ALIGN, x);
         REFUSED(d.y = 0, MOE_ERR_NULL, y);
         REFUSED(d.y = AT(d.y, 1), MOE_ERR_ALIGN, y);
         REFUSED(d.residual = AT(d.residual, 1), MOE_ERR_ALIGN, residual);
-        REFUSED(d.rank = -1, MOE_ERR_RANGE, rank);
-        REFUSED(d.rank = MOE_FAULT_MAX_RANK + 1, MOE_ERR_RANGE, rank);
-        REFUSED(d.fault = (uint64_t*)AT(d.fault, 4), MOE_ERR_ALIGN, fault);
         REFUSED(d.workspace = 0, MOE_ERR_NULL, workspace);
         REFUSED(d.workspace = AT(d.workspace, 128), MOE_ERR_ALIGN, workspace);
         REFUSED(d.workspace_bytes -= 1, MOE_ERR_WORKSPACE, workspace_bytes);
@@ -206,12 +140,10 @@ static void test_layer_refusals(void)
                 MOE_ERR_WORKSPACE, workspace_bytes); /* the fault word where the workspace ends */
         REFUSED((d.num_tokens = 0, d.workspace = 0), MOE_ERR_NULL, workspace);
         REFUSED((d.num_tokens = 0, d.workspace = AT(d.workspace, 128)), MOE_ERR_ALIGN, workspace);
-        REFUSED((d.num_tokens = 0, d.fault = (uint64_t*)AT(d.fault, 4)), MOE_ERR_ALIGN, fault);
         if (from == FROM_ROUTER) {
             REFUSED(d.router = 0, MOE_ERR_NULL, router);
             REFUSED(d.router = AT(d.router, 1), MOE_ERR_ALIGN, router);
-            REFUSED(d.router_dtype = 4, MOE_ERR_DTYPE, router_dtype);
-            REFUSED(d.router_dtype = -1, MOE_ERR_DTYPE, router_dtype);
+            REFUSED_EACH(router_dtype, MOE_ERR_DTYPE, router_dtype, 4, -1);
             REFUSED(d.logits = (const float*)b.logits.p, MOE_ERR_CONFLICT, router);
             REFUSED((d.ids = (const int32_t*)b.ids.p, d.weights = (const float*)b.weights.p),
                     MOE_ERR_CONFLICT, router);
@@ -388,7 +320,7 @@ static void test_layer_overlaps(void)
         CHECK_FAULT(&b.fault, MOE_FAULT_NONE, 0);
         run_bufs(&b, &c);
         CHECK(tbuf_holds(&arena, 0), "the arena was written");
-        TBUFS_FREE(&arena, &prob, &table);
+        tbufs_free(TBUFS(&arena, &prob, &table));
     }
 }
 

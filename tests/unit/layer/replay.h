@@ -13,10 +13,7 @@
 
 #include "tests/unit/layer/compare.h"
 
-static moe_status call_layer(void* d, cudaStream_t stream)
-{
-    return moe_layer_forward((const moe_layer_desc*)d, stream);
-}
+TEST_CALL(call_layer, moe_layer_forward, moe_layer_desc)
 
 static moe_status call_parts(void* d, cudaStream_t stream)
 {
@@ -123,13 +120,12 @@ static void test_layer_same_bits(void)
     for (int i = 0; i < 2; ++i) {
         layer_case c = normal_case(70, 72, 56, 9, 3);
         layer_bufs b;
-        tbuf* out[] = {&b.y, &b.workspace};
         c.tile = i ? MOE_TILE_32x128 : MOE_TILE_AUTO;
         c.residual = RESIDUAL;
         c.shared = i ? 40 : 0;
         c.row_multiple = i ? 16 : 0;
         bufs_new(&b, &c, &r);
-        test_same_bits("layer", call_layer, &b.d, out, 2, MOE_ON_HOST ? 3 : 100);
+        test_same_bits("layer", call_layer, &b.d, TBUFS(&b.y, &b.workspace), MOE_ON_HOST ? 3 : 100);
         compare(&b, &c);
         bufs_free(&b);
     }

@@ -254,7 +254,7 @@ static void test_route_rank(void)
         }
         tbuf_compare(&br, rank);
         tbuf_compare(&bc, count);
-        TBUFS_FREE(&be, &br, &bc);
+        tbufs_free(TBUFS(&be, &br, &bc));
     }
 }
 

@@ -211,15 +211,15 @@ static void bufs_new(route_bufs* b, const route_case* c, const int32_t* ids, con
     b->d.workspace_bytes = want;
 }
 
-/* The outputs and the workspace, for TBUFS_POISON and TBUFS_UNTOUCHED. */
+/* The outputs and the workspace, for TBUFS. */
 #define OUTPUTS(b)                                                                                 \
     &(b)->count, &(b)->offset, &(b)->slot_row, &(b)->row_slot, &(b)->row_weight, &(b)->place,      \
         &(b)->workspace, &(b)->drops
 
 static void bufs_free(route_bufs* b)
 {
-    TBUFS_FREE(OUTPUTS(b), &b->ids, &b->weights, &b->chunk, &b->fault, &b->replica_offset,
-               &b->replica_expert);
+    tbufs_free(TBUFS(OUTPUTS(b), &b->ids, &b->weights, &b->chunk, &b->fault, &b->replica_offset,
+                     &b->replica_expert));
     free(b->h_ids);
     free(b->h_weights);
 }
@@ -263,7 +263,8 @@ static void compare(const route_bufs* b, const route_case* c)
     if (c->drops) tbuf_compare(&b->drops, r.drop_count);
     else CHECK(tbuf_holds(&b->drops, 0), "drop_count was not given");
     if (c->bare) {
-        CHECK(TBUFS_UNTOUCHED(&b->slot_row, &b->row_slot, &b->row_weight, &b->place),
+        CHECK(tbuf_holds(&b->slot_row, 0) && tbuf_holds(&b->row_slot, 0) &&
+                  tbuf_holds(&b->row_weight, 0) && tbuf_holds(&b->place, 0),
               "outputs that were not given");
         CHECK_FAULT(&b->fault, MOE_FAULT_NONE, 0);
     } else {

@@ -131,9 +131,9 @@ static void test_route_faults(void)
         CHECK_STATUS(moe_route(&b.d, test_now.stream), MOE_OK);
         CHECK_FAULT(&b.fault, MOE_FAULT_NAN_LOGIT, 9000);
         tfault_put(&b.fault, MOE_FAULT_BAD_OFFSET, 1);
-        TBUFS_POISON(OUTPUTS(&b));
+        tbufs_poison(TBUFS(OUTPUTS(&b)));
         CHECK_STATUS(moe_route(&b.d, test_now.stream), MOE_OK);
-        CHECK(TBUFS_UNTOUCHED(OUTPUTS(&b)), "route ran on after a stop fault");
+        CHECK(tbufs_untouched(TBUFS(OUTPUTS(&b))), "route ran on after a stop fault");
         CHECK_FAULT(&b.fault, MOE_FAULT_BAD_OFFSET, 1);
         bufs_free(&b);
     }

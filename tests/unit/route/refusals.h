@@ -6,11 +6,7 @@
 
 #include "tests/unit/route/case.h"
 
-static void refused(const moe_route_desc* d, moe_status want, int line)
-{
-    test_status(moe_route(d, test_now.stream), want, __FILE__, line, "moe_route");
-    CHECK_REFUSED(moe_route_prepared, moe_route_prepare, d, want);
-}
+TEST_REFUSED(refused, moe_route, moe_route_prepare, moe_route)
 
 /* Workspaces: capacity by weight needs a larger one, and weights. */
 static void refuse_workspaces(const moe_route_desc* complete)
@@ -89,13 +85,9 @@ static void test_route_refusals(void)
     REFUSED(d.num_tokens = -1, MOE_ERR_RANGE, num_tokens);
     REFUSED((d.num_tokens = 1 << 29, d.chunk_count = (int32_t*)b.chunk.p), MOE_ERR_RANGE,
             num_tokens);
-    REFUSED(d.num_experts = 0, MOE_ERR_RANGE, num_experts);
-    REFUSED(d.num_experts = -1, MOE_ERR_RANGE, num_experts);
-    REFUSED(d.num_experts = MOE_MAX_EXPERTS + 1, MOE_ERR_RANGE, num_experts);
-    REFUSED(d.top_k = 0, MOE_ERR_RANGE, top_k);
-    REFUSED(d.top_k = -4, MOE_ERR_RANGE, top_k);
-    REFUSED(d.place_kind = 3, MOE_ERR_OPTION, place_kind);
-    REFUSED(d.place_kind = -1, MOE_ERR_OPTION, place_kind);
+    REFUSED_NUM_EXPERTS();
+    REFUSED_EACH(top_k, MOE_ERR_RANGE, top_k, 0, -4);
+    REFUSED_EACH(place_kind, MOE_ERR_OPTION, place_kind, 3, -1);
     REFUSED(d.ids = 0, MOE_ERR_NULL, ids);
     REFUSED(d.weights = 0, MOE_ERR_NULL, weights);
     REFUSED(d.expert_count = 0, MOE_ERR_NULL, expert_count);
@@ -113,9 +105,7 @@ static void test_route_refusals(void)
     REFUSED(d.row_weight = (float*)AT(d.row_weight, 2), MOE_ERR_ALIGN, row_weight);
     REFUSED(d.place = (moe_place*)AT(d.place, 4), MOE_ERR_ALIGN, place);
     REFUSED(d.workspace = AT(d.workspace, 8), MOE_ERR_ALIGN, workspace);
-    REFUSED(d.rank = -1, MOE_ERR_RANGE, rank);
-    REFUSED(d.rank = MOE_FAULT_MAX_RANK + 1, MOE_ERR_RANGE, rank);
-    REFUSED(d.fault = (uint64_t*)AT(d.fault, 4), MOE_ERR_ALIGN, fault);
+    REFUSED_RANK_AND_FAULT();
     REFUSED(d.workspace = DOWN_TO((char*)b.ids.p + 16, 16), MOE_ERR_OVERLAP, workspace);
     REFUSED(d.chunk_count = (int32_t*)b.ids.p, MOE_ERR_OVERLAP, chunk_count);
     REFUSED((d.chunk_count = (int32_t*)b.chunk.p, d.slot_row = d.chunk_count), MOE_ERR_OVERLAP,
@@ -130,8 +120,7 @@ static void test_route_refusals(void)
     REFUSED(d.row_weight = (float*)d.row_slot + 159, MOE_ERR_OVERLAP, row_weight);
     REFUSED(d.place = (moe_place*)b.weights.p, MOE_ERR_OVERLAP, place);
     REFUSED(d.fault = (uint64_t*)b.place.p, MOE_ERR_OVERLAP, fault);
-    REFUSED(d.row_multiple = -1, MOE_ERR_RANGE, row_multiple);
-    REFUSED(d.row_multiple = MOE_ROUTE_MAX_MULTIPLE + 1, MOE_ERR_RANGE, row_multiple);
+    REFUSED_EACH(row_multiple, MOE_ERR_RANGE, row_multiple, -1, MOE_ROUTE_MAX_MULTIPLE + 1);
     REFUSED((d.num_tokens = INT32_MAX, d.top_k = 1, d.row_multiple = 2), MOE_ERR_RANGE,
             row_multiple);
     REFUSED(d.capacity = -1, MOE_ERR_RANGE, capacity);
@@ -164,7 +153,7 @@ static void test_route_refusals(void)
     refuse_workspaces(&good);
     refuse_questions(&good);
     TEST_CUDA(cudaDeviceSynchronize());
-    CHECK(TBUFS_UNTOUCHED(OUTPUTS(&b), &b.chunk), "a refused call wrote something");
+    CHECK(tbufs_untouched(TBUFS(OUTPUTS(&b), &b.chunk)), "a refused call wrote something");
     CHECK(tbuf_holds(&b.ids, ids) && tbuf_holds(&b.weights, weights), "or to an input");
     CHECK_FAULT(&b.fault, MOE_FAULT_NONE, 0);
     CHECK(tbuf_holds(&b_extra, 0), "a refused call wrote something");

@@ -20,7 +20,6 @@ static void test_route_same_bits(void)
     for (int i = 0; i < 9; ++i) { /* without options, by position, by weight */
         route_case c = full_case(&r, shape[i % 3][0], shape[i % 3][1], shape[i % 3][2]);
         route_bufs b;
-        tbuf* out[] = {OUTPUTS(&b)};
         c.pattern = DUPLICATES;
         c.drops = 1;
         if (i >= 3) {
@@ -29,7 +28,7 @@ static void test_route_same_bits(void)
             c.multiple = 8;
         }
         case_new(&b, &c, &r);
-        test_same_bits("route", call_route, &b.d, out, 8, MOE_ON_HOST ? 4 : 100);
+        test_same_bits("route", call_route, &b.d, TBUFS(OUTPUTS(&b)), MOE_ON_HOST ? 4 : 100);
         compare(&b, &c);
         bufs_free(&b);
     }
@@ -72,7 +71,7 @@ static void test_route_after_gate(void)
             for (int run = 0; run < 3; ++run) {
                 trand_fill_normal(&r, logits, n, MOE_FP32);
                 tbuf_put(&bl, logits);
-                TBUFS_POISON(OUTPUTS(&b), &b.ids, &b.chunk);
+                tbufs_poison(TBUFS(OUTPUTS(&b), &b.ids, &b.chunk));
                 tgraph_launch(&g);
                 tbuf_get(&b.ids, b.h_ids);
                 tbuf_get(&b.weights, b.h_weights);
@@ -115,13 +114,13 @@ static void graph_case(int rule, int replicas)
     fill_ids(ids, &c, &r);
     bufs_new(&b, &c, ids, weights);
     if (tgraph_capture(&g, call_route, &b.d)) {
-        CHECK(TBUFS_UNTOUCHED(OUTPUTS(&b)), "capture itself runs nothing");
+        CHECK(tbufs_untouched(TBUFS(OUTPUTS(&b))), "capture itself runs nothing");
         for (c.pattern = 0; c.pattern < PATTERNS; ++c.pattern) {
             draw_slots(b.h_ids, b.h_weights, &c, &r);
             tbuf_put(&b.ids, b.h_ids);
             tbuf_put(&b.weights, b.h_weights);
             tfault_put(&b.fault, MOE_FAULT_NONE, 0);
-            TBUFS_POISON(OUTPUTS(&b));
+            tbufs_poison(TBUFS(OUTPUTS(&b)));
             tgraph_launch(&g);
             compare(&b, &c);
         }
