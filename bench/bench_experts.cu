@@ -108,6 +108,8 @@ static void run_shape(bench_state* s, const bench_blas* blas, int T, int H, int 
     d.rows = bench_alloc((size_t)rows * (size_t)H * 2);
     d.num_tokens = T, d.hidden = H, d.intermediate = I, d.num_experts = E, d.top_k = K;
     d.activation = kind;
+    d.workspace_bytes = MOE_EXPERTS_WORKSPACE;
+    d.workspace = bench_alloc(d.workspace_bytes);
     BENCH_MOE(moe_experts_plan(&d, &up, &down));
     BENCH_CUDA(cudaMemset(d.act, 0xff, (size_t)rows * (size_t)I * 2));
     BENCH_CUDA(cudaMemset(d.rows, 0xff, (size_t)rows * (size_t)H * 2));
@@ -156,7 +158,7 @@ static void run_shape(bench_state* s, const bench_blas* blas, int T, int H, int 
     cudaFree((void*)d.w1.base), cudaFree((void*)d.w2.base);
     cudaFree((void*)g.logits), cudaFree(g.ids), cudaFree(g.weights), cudaFree(r.expert_count);
     cudaFree(r.expert_offset), cudaFree(r.row_slot), cudaFree(r.workspace), cudaFree((void*)d.x);
-    cudaFree(d.act), cudaFree(d.rows);
+    cudaFree(d.act), cudaFree(d.rows), cudaFree(d.workspace);
 }
 
 int main(int argc, char** argv)

@@ -103,12 +103,13 @@ static void run_shape(bench_state* s, int T, int H, int I, int E, int K, int S, 
 {
     const uint64_t slots = (uint64_t)T * (uint64_t)K;
     const double flops = 6.0 * (double)slots * H * I, shared_flops = 6.0 * (double)T * H * S;
-    const uint64_t formula = rounded((uint64_t)T * (uint64_t)E * 4) + 2 * rounded(slots * 4) +
-                             rounded((uint64_t)E * (uint64_t)moe_num_chunks(T) * 4) +
-                             rounded((uint64_t)E * 4) + rounded((uint64_t)E * 4 + 4) + rounded(slots * 4) +
-                             rounded(slots * 8) + rounded(slots * (uint64_t)I * 2) +
-                             rounded(slots * (uint64_t)H * 2) +
-                             (S ? rounded((uint64_t)T * (uint64_t)S * 2) + rounded((uint64_t)T * (uint64_t)H * 2) : 0);
+    const uint64_t formula =
+        rounded((uint64_t)T * (uint64_t)E * 4) + 2 * rounded(slots * 4) +
+        rounded((uint64_t)E * (uint64_t)moe_num_chunks(T) * 4) + rounded((uint64_t)E * 4) +
+        rounded((uint64_t)E * 4 + 4) + rounded(slots * 4) + rounded(slots * 8) +
+        rounded(2 * MOE_EXPERTS_WORKSPACE) + rounded(slots * (uint64_t)I * 2) +
+        rounded(slots * (uint64_t)H * 2) +
+        (S ? rounded((uint64_t)T * (uint64_t)S * 2) + rounded((uint64_t)T * (uint64_t)H * 2) : 0);
     moe_layer_desc l;
     moe_layer_prepared p;
     check_args check;

@@ -73,7 +73,13 @@ typedef struct moe_experts_desc {
                              and not negative, 0 = 7 */
     int32_t tile;         /* moe_tile of both products; 0 = chosen by shape and device */
     int32_t rank;         /* reported with a fault, 0 .. MOE_FAULT_MAX_RANK */
+    /* workspace */
+    void* workspace;        /* 16-byte aligned; or null: slower on Hopper where experts differ in
+                               rows (gemm/desc.h) */
+    size_t workspace_bytes; /* bytes at workspace: MOE_EXPERTS_WORKSPACE or more */
 } moe_experts_desc;
+
+#define MOE_EXPERTS_WORKSPACE (2 * MOE_GROUPED_GEMM_WORKSPACE) /* bytes: of both products */
 
 /* Returns the rows of w1's matrix for one column of act: 2 where it holds gate and up, else 1. With
    gate_up = 0 returns the rows of gate and up together, so the elements of bias1. Accepts any value
@@ -124,6 +130,12 @@ MOE_HOST moe_status moei_experts_gemms(const moe_experts_desc* d, moe_grouped_ge
     up->limit = d->limit;
     up->tile = d->tile;
     up->rank = d->rank;
+    MOE_REQUIRE(!d->workspace || d->workspace_bytes >= MOE_EXPERTS_WORKSPACE, MOE_ERR_WORKSPACE,
+                workspace_bytes);
+    if (d->workspace) {
+        up->workspace = d->workspace;
+        up->workspace_bytes = MOE_GROUPED_GEMM_WORKSPACE;
+    }
 
     memset(down, 0, sizeof *down);
     down->a = d->act;
@@ -144,6 +156,10 @@ MOE_HOST moe_status moei_experts_gemms(const moe_experts_desc* d, moe_grouped_ge
     down->c_dtype = d->rows_dtype;
     down->tile = d->tile;
     down->rank = d->rank;
+    if (d->workspace) {
+        down->workspace = (char*)d->workspace + MOE_GROUPED_GEMM_WORKSPACE;
+        down->workspace_bytes = MOE_GROUPED_GEMM_WORKSPACE;
+    }
     return MOE_OK;
 }
 
@@ -218,10 +234,11 @@ MOE_HOST moe_status moei_experts_check_buffers(const moe_grouped_gemm_desc* up,
          MOE_FIELD_rows},
         {up->expert_offset, (uint64_t)num_experts * 4 + 4, 4,
          num_experts > 1 ? MOE_BUFFER_REQUIRED : MOE_BUFFER_READ, MOE_FIELD_expert_offset},
+        {up->workspace, MOE_EXPERTS_WORKSPACE, 16, MOE_BUFFER_WRITTEN, MOE_FIELD_workspace},
         {up->fault, 8, 8, MOE_BUFFER_WRITTEN, MOE_FIELD_fault}};
     const int count = (int)(sizeof b / sizeof b[0]);
-    if (num_rows == 0)
-        return moe_check_buffers(b + count - 2, 2); /* offsets and fault word alone */
+    if (num_rows == 0) /* offsets, workspace and fault word alone */
+        return moe_check_buffers(b + count - 3, 3);
     return moe_check_buffers(b, count);
 }
 

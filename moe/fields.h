@@ -47,7 +47,7 @@
                                                                 X(b_rows) X(a_div) X(b_div) X(     \
                                                                     c_expert_stride) X(workspace)  \
                                                                     X(workspace_bytes) X(fault)    \
-                                                                        X(rank) X(part) X(block)   \
+                                                                        X(rank) X(part) X(path) X(block)\
                                                                             X(grad_dtype)          \
                                                                                 X(grad_expert) X(  \
                                                                                     saved)         \

@@ -34,7 +34,8 @@
      bytes of moe_gate_workspace              0 for most options
      bytes of moe_route_workspace             0 except with ids, replicas or capacity by weight
      P 4 + (P + 1) 4  counts, offsets         R 4  row_slot         T K 8  places
-     R I 2  act                               R H 2  rows, R H 4 with fp32 rows
+     2 MOE_EXPERTS_WORKSPACE  the experts'   R I 2  act
+     R H 2  rows, R H 4 with fp32 rows
      T Is 2 + T H 2 (fp32 rows: T H 4)  of the shared expert, if given, of width Is
    R, the rows, is T K, or the value of moe_route_max_rows with options of route.
 

@@ -366,7 +366,7 @@ MOE_HOST moe_status moei_router_prepare_gemm(const moe_router_desc* d, moe_route
     if (!v) return MOE_OK;
     p->path =
         v->tile == MOEI_RAGGED_TILE_narrow ? MOE_ROUTER_RAGGED_NARROW : MOE_ROUTER_RAGGED_WIDE;
-    p->gemm.args = moei_gemm_args_of(&g);
+    p->gemm.args.d = moei_gemm_args_of(&g);
     return moei_ragged_prepare(&p->gemm.launch, &g, v);
 }
 
@@ -411,7 +411,7 @@ MOE_HOST moe_status moe_router_run(const moe_router_prepared* p, cudaStream_t st
     case MOE_ROUTER_SCALAR:
     case MOE_ROUTER_BF16_SPLIT_LARGE:
     case MOE_ROUTER_BF16_SPLIT_SMALL: return MOE_RUN(l, p->args, stream);
-    default: return MOE_RUN(l, p->gemm.args, stream);
+    default: return moe_grouped_gemm_run(&p->gemm, stream);
     }
 }
 

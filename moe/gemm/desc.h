@@ -8,6 +8,8 @@
 /* Most rows of A and of C: row numbers of a tile that ends past the last row still fit int32_t. */
 #define MOE_GEMM_MAX_ROWS (0x7fffffff - 255)
 
+#define MOE_GROUPED_GEMM_WORKSPACE 16 /* bytes of workspace that a product uses */
+
 /* Tile shapes, tile_m x tile_n. With a gated activation a tile has tile_n / 2 columns of C. */
 typedef enum moe_tile {
     MOE_TILE_AUTO = 0,
@@ -18,11 +20,11 @@ typedef enum moe_tile {
     MOE_TILE_64x64    /* runs on every architecture, sm_75 included */
 } moe_tile;
 
-/* The code that multiplies. */
+/* The code that multiplies; on the CPU, whose stand-ins run. */
 typedef enum moe_gemm_path {
     MOE_GEMM_PATH_NONE = 0, /* an empty plan */
-    MOE_GEMM_PATH_WMMA,     /* tensor cores through WMMA */
-    MOE_GEMM_PATH_HOST      /* the CPU backend's stand-in */
+    MOE_GEMM_PATH_WMMA,     /* tensor cores through WMMA: every architecture */
+    MOE_GEMM_PATH_WGMMA     /* through wgmma, fed by tensor copies: Hopper, code of sm_90a */
 } moe_gemm_path;
 
 /* For every row r of every expert e (rows expert_offset[e] .. expert_offset[e + 1]):
@@ -60,8 +62,13 @@ typedef struct moe_grouped_gemm_desc {
     float alpha, limit;  /* of MOE_ACTIVATION_SWIGLU_CLAMPED, else 0: alpha finite, 0 = 1.702; limit
                             finite and not negative, 0 = 7 */
     int32_t tile;        /* moe_tile; 0 = chosen by shape and device */
+    int32_t path;        /* moe_gemm_path that must run; 0 = chosen */
     int32_t accumulate;  /* 1: adds the result to C; 0: overwrites C */
     int32_t rank;        /* reported with a fault, 0 .. MOE_FAULT_MAX_RANK */
+    /* workspace */
+    void* workspace;        /* 16-byte aligned; null: the wgmma path hands out tiles in a fixed order,
+                               slower where experts differ in rows. The result is the same */
+    size_t workspace_bytes; /* bytes at workspace: MOE_GROUPED_GEMM_WORKSPACE or more */
 } moe_grouped_gemm_desc;
 
 /* Kernel and grid of a launch. moe_grouped_gemm_plan fills it in with the choice of the launch. */
@@ -87,7 +94,7 @@ MOE_HOST uint64_t moei_weight_extent(const moe_weights* w, int64_t experts, int6
 /* Returns the name of a moe_gemm_path: static storage, never null. */
 MOE_HOST const char* moe_gemm_path_name(int path)
 {
-    return path == MOE_GEMM_PATH_WMMA ? "wmma" : path == MOE_GEMM_PATH_HOST ? "host" : "none";
+    return path == MOE_GEMM_PATH_WMMA ? "wmma" : path == MOE_GEMM_PATH_WGMMA ? "wgmma" : "none";
 }
 
 #endif

@@ -24,8 +24,10 @@
      g.num_experts = E;  g.num_rows = T * K;  g.n = I;  g.k = H;
      moe_status s = moe_grouped_gemm(&g, stream);
 
-   A faster path for one architecture is added here: a kernel, an entry in moe_gemm_path, entries in
-   moei_gemm_variants. schedule.cuh and the descriptor need no change. */
+   Two paths: WMMA on every architecture (tile.cuh), wgmma on Hopper (wgmma/tile.cuh). wgmma runs
+   where the device and the binary have it (sm_90a), for k-major operands in one block of weights;
+   WMMA runs everything else. moe_grouped_gemm_plan tells which. A further path is added here: a
+   kernel, an entry in moe_gemm_path, entries in moei_gemm_variants. */
 #ifndef MOE_GEMM_GROUPED_CUH
 #define MOE_GEMM_GROUPED_CUH
 
@@ -34,6 +36,8 @@
 #include "../preload.cuh"
 #include "tile.cuh"
 #include "variant.cuh"
+#include "wgmma/map.cuh"
+#include "wgmma/tile.cuh"
 
 /* tile, its shape, thread blocks a multiprocessor. */
 #define MOEI_GEMM_TILE_LIST(X)                                                                    \
@@ -88,8 +92,43 @@ MOEI_GEMM_TILE_LIST(MOEI_GEMM_TILE_KERNELS)
 #undef MOEI_GEMM_TILE_KERNELS
 #undef MOEI_GEMM_KERNEL
 
+/* The kernels of the wgmma path, for k-major operands. */
+#define MOEI_GEMM_WGMMA_LEAST(a_major, b_major)                                                    \
+    ((a_major) == MOE_MAJOR_K && (b_major) == MOE_MAJOR_K ? 90 : MOEI_CODE_NEVER)
+#if MOEI_WGMMA_HERE
+#define MOEI_GEMM_WGMMA_BODY(dtype, a_major, b_major)                                              \
+    MOE_SHARED(moei_wgmma_shared, s);                                                              \
+    if (MOEI_GEMM_WGMMA_LEAST(a_major, b_major) == 90 && !moe_fault_stopped(p.a.d.fault))          \
+        moei_wgmma_block(&p.a, shared, &s, dtype);
+#else
+#define MOEI_GEMM_WGMMA_BODY(dtype, a_major, b_major) (void)shared;
+#endif
+#define MOEI_GEMM_WGMMA_KERNEL(variant, dtype, a_major, b_major, ...)                              \
+    MOE_KERNEL(MOEI_WGMMA_THREADS, 1) moei_gemm_wgmma_##variant(MOE_ARG(moei_wgmma_param) p)       \
+    {                                                                                              \
+        MOE_SHARED_DYNAMIC(shared);                                                                \
+        moe_pdl_trigger();                                                                         \
+        moe_pdl_wait();                                                                            \
+        MOEI_GEMM_WGMMA_BODY(dtype, a_major, b_major)                                              \
+    }
+MOE_GEMM_VARIANT_LIST(MOEI_GEMM_WGMMA_KERNEL, 0)
+#undef MOEI_GEMM_WGMMA_KERNEL
+#undef MOEI_GEMM_WGMMA_BODY
+
 /* The variants, in order of preference. */
 static const moei_variant moei_gemm_variants[] = {
+#define MOEI_GEMM_WGMMA_ROW(variant, dtype, a_major, b_major, ...)                                 \
+    {(const void*)moei_gemm_wgmma_##variant,                                                       \
+     "moei_gemm_wgmma_" #variant,                                                                  \
+     MOE_GEMM_PATH_WGMMA,                                                                          \
+     MOEI_WGMMA_SHAPE(dtype, a_major, b_major),                                                    \
+     MOE_TILE_128x256,                                                                             \
+     1,                                                                                            \
+     MOEI_WGMMA_SMEM,                                                                              \
+     MOEI_GEMM_WGMMA_LEAST(a_major, b_major),                                                      \
+     90},
+    MOE_GEMM_VARIANT_LIST(MOEI_GEMM_WGMMA_ROW, 0)
+#undef MOEI_GEMM_WGMMA_ROW
 #define MOEI_GEMM_ROW(variant, dtype, a_major, b_major, name, tile_m, tile_n, tile_k, warps_m,     \
                       warps_n, stages, blocks)                                                     \
     {(const void*)moei_gemm_##name##_##variant,                                                    \
@@ -103,10 +142,10 @@ static const moei_variant moei_gemm_variants[] = {
      MOEI_GEMM_LEAST(dtype, tile_m, tile_n, a_major, b_major),                                     \
      MOEI_GEMM_MOST(tile_m, tile_n)},
 #define MOEI_GEMM_ROWS(...) MOE_GEMM_VARIANT_LIST(MOEI_GEMM_ROW, __VA_ARGS__)
-    MOEI_GEMM_TILE_LIST(MOEI_GEMM_ROWS)
+        MOEI_GEMM_TILE_LIST(MOEI_GEMM_ROWS)
 #undef MOEI_GEMM_ROWS
 #undef MOEI_GEMM_ROW
-    MOEI_VARIANT_END};
+            MOEI_VARIANT_END};
 
 /* Returns 1 where v has a good tile for these sizes on a device of `sms` multiprocessors. */
 MOE_HOST int moei_gemm_suits(const moei_variant* v, const moe_grouped_gemm_desc* d, int sms)
@@ -164,6 +203,9 @@ MOE_HOST moe_status moei_gemm_check_options(moe_grouped_gemm_desc* d)
     if (d->row_div == 0) d->row_div = 1;
     MOE_REQUIRE(d->row_div >= 1, MOE_ERR_RANGE, row_div);
     MOE_REQUIRE(d->tile >= 0 && d->tile <= MOE_TILE_64x64, MOE_ERR_OPTION, tile);
+    MOE_REQUIRE(d->path >= 0 && d->path <= MOE_GEMM_PATH_WGMMA, MOE_ERR_OPTION, path);
+    MOE_REQUIRE(!d->workspace || d->workspace_bytes >= MOE_GROUPED_GEMM_WORKSPACE,
+                MOE_ERR_WORKSPACE, workspace_bytes);
 
     MOE_REQUIRE(d->a_rows >= 0 && d->a_rows <= MOE_GEMM_MAX_ROWS, MOE_ERR_RANGE, a_rows);
     if (d->a_rows == 0) d->a_rows = d->num_rows;
@@ -221,11 +263,53 @@ MOE_HOST moe_status moei_gemm_check_buffers(const moe_grouped_gemm_desc* d)
          d->c_table ? MOE_BUFFER_WRITTEN : MOE_BUFFER_REQUIRED | MOE_BUFFER_WRITTEN, MOE_FIELD_c},
         {d->expert_offset, (uint64_t)num_experts * 4 + 4, 4,
          num_experts > 1 ? MOE_BUFFER_REQUIRED : MOE_BUFFER_READ, MOE_FIELD_expert_offset},
+        {d->workspace, MOE_GROUPED_GEMM_WORKSPACE, 16, MOE_BUFFER_WRITTEN, MOE_FIELD_workspace},
         {d->fault, 8, 8, MOE_BUFFER_WRITTEN, MOE_FIELD_fault}};
     const int count = (int)(sizeof b / sizeof b[0]);
-    if (num_rows == 0)
-        return moe_check_buffers(b + count - 2, 2); /* offsets and fault word alone */
+    if (num_rows == 0) /* offsets, workspace and fault word alone */
+        return moe_check_buffers(b + count - 3, 3);
     return moe_check_buffers(b, count);
+}
+
+/* Returns 1 where the wgmma path can take a checked product: k-major operands, weights in one block,
+   sizes within the limits of tensor maps. */
+MOE_HOST int moei_gemm_wgmma_takes(const moe_grouped_gemm_desc* d)
+{
+    const int64_t most = (int64_t)1 << 39;
+    return d->a_major == MOE_MAJOR_K && d->b.major == MOE_MAJOR_K && !d->b.table &&
+           !d->b.up_table && d->a_stride < most && d->b.row_stride < most / 2 &&
+           d->b.expert_stride < most &&
+           (!d->row_index || (uint64_t)d->a_rows * (uint64_t)d->a_stride / 8 < 0xffffffffu);
+}
+
+/* Encodes the tensor maps of a checked product with rows: gates and ups as two matrices of n rows,
+   however they lie in memory. */
+MOE_HOST moe_status moei_gemm_encode(moei_wgmma_args* a, const moe_grouped_gemm_desc* d)
+{
+    const int gated = moe_activation_is_gated(d->activation);
+    moei_tensor t;
+    memset(&t, 0, sizeof t);
+    t.dtype = d->dtype;
+    t.columns = d->k;
+    t.base = d->a;
+    t.rows = d->a_rows;
+    t.row_stride = d->a_stride;
+    t.box_rows = 64;
+    if (!d->row_index) MOE_TRY(moei_tensor_encode(&a->a, &t));
+    t.base = d->b.base;
+    t.rows = d->n;
+    t.row_stride = d->b.row_stride;
+    t.matrices = d->num_experts;
+    t.matrix_stride = d->num_experts > 1 ? d->b.expert_stride : 8;
+    t.box_rows = 128;
+    if (gated && d->gate_up == MOE_GATE_UP_INTERLEAVED) t.row_stride *= 2;
+    MOE_TRY(moei_tensor_encode(&a->b[0], &t));
+    if (gated)
+        t.base = d->gate_up == MOE_GATE_UP_SEPARATE
+                     ? d->b.up
+                     : (const char*)d->b.base +
+                           d->b.row_stride * (d->gate_up == MOE_GATE_UP_INTERLEAVED ? 1 : d->n) * 2;
+    return moei_tensor_encode(&a->b[1], &t);
 }
 
 /* Checks options and buffers, and fills in the defaults. */
@@ -314,14 +398,17 @@ MOE_HOST moe_status moei_gemm_choose(const moe_grouped_gemm_desc* d, const moe_d
     for (const moei_variant* v = moei_gemm_variants; v->kernel; ++v) {
         int runs;
         if (v->shape.dtype != d->dtype || v->shape.a_major != d->a_major ||
-            v->shape.b_major != d->b.major ||
-            !(d->tile ? v->tile == d->tile : moei_gemm_suits(v, d, dev->sms)))
+            v->shape.b_major != d->b.major || (d->path && v->path != d->path) ||
+            (v->path == MOE_GEMM_PATH_WGMMA && !moei_gemm_wgmma_takes(d)) ||
+            !(d->tile ? v->tile == d->tile
+                      : d->path == MOE_GEMM_PATH_WGMMA || moei_gemm_suits(v, d, dev->sms)))
             continue;
         compiled |= v->least != MOEI_CODE_NEVER;
         MOE_TRY(moei_variant_runs(v, dev, moei_gemm_more(d), &runs));
         *chosen = v;
         if (runs) return MOE_OK;
     }
+    MOE_REQUIRE(d->path != MOE_GEMM_PATH_WGMMA, compiled ? MOE_ERR_DEVICE : MOE_ERR_CONFLICT, path);
     MOE_REQUIRE(!d->tile || compiled, MOE_ERR_CONFLICT, tile);
     MOE_REQUIRE(!d->tile, MOE_ERR_DEVICE, tile);
     return MOE_STATUS(MOE_ERR_DEVICE, dtype); /* built without -arch=sm_80 or later, most often */
@@ -329,9 +416,9 @@ MOE_HOST moe_status moei_gemm_choose(const moe_grouped_gemm_desc* d, const moe_d
 
 /* A prepared product: all but its stream is resolved, for the device that was current. */
 typedef struct moe_grouped_gemm_prepared {
-    moe_grouped_gemm_args args; /* of the kernel */
-    moe_gemm_plan plan;         /* the choice of kernel and grid */
-    moe_launch launch;          /* kernel null: run queues nothing */
+    moei_wgmma_args args; /* of the kernel; the WMMA path reads args.d alone */
+    moe_gemm_plan plan;   /* the choice of kernel and grid */
+    moe_launch launch;    /* kernel null: run queues nothing */
 } moe_grouped_gemm_prepared;
 
 /* Prepares *p, which is empty, for a checked descriptor. */
@@ -346,9 +433,13 @@ MOE_HOST moe_status moei_gemm_prepare(const moe_grouped_gemm_desc* d, moe_groupe
     tiles = ((int64_t)d->num_rows / v->shape.tile_m + d->num_experts + 1) *
             ((d->n + columns - 1) / columns); /* upper bound */
     MOE_REQUIRE(tiles <= MOEI_VARIANT_MAX_TILES, MOE_ERR_RANGE, num_rows);
-    p->args = moei_gemm_args_of(d);
+    p->args.d = moei_gemm_args_of(d);
     p->plan = moei_variant_plan(v, &dev, tiles, moei_gemm_more(d));
     if (d->num_rows == 0) return MOE_OK;
+    if (v->path == MOE_GEMM_PATH_WGMMA) {
+        MOE_TRY(moei_gemm_encode(&p->args, d));
+        p->args.ticket = (int32_t*)d->workspace;
+    }
     return moei_variant_prepare(&p->launch, v, p->plan.blocks, moei_gemm_more(d));
 }
 
@@ -375,7 +466,10 @@ MOE_HOST moe_status moe_grouped_gemm_prepare(const moe_grouped_gemm_desc* desc,
 MOE_HOST moe_status moe_grouped_gemm_run(const moe_grouped_gemm_prepared* p, cudaStream_t stream)
 {
     MOE_REQUIRE(p, MOE_ERR_NULL, desc);
-    return MOE_RUN(&p->launch, p->args, stream);
+    if (p->plan.path != MOE_GEMM_PATH_WGMMA) return MOE_RUN(&p->launch, p->args.d, stream);
+    if (p->args.ticket && p->launch.kernel)
+        MOE_TRY_CUDA(cudaMemsetAsync(p->args.ticket, 0, 4, stream));
+    return MOE_RUN(&p->launch, *(const moei_wgmma_param*)(const void*)&p->args, stream);
 }
 
 /* Sets *plan to the kernel and grid of moe_grouped_gemm for this descriptor on the current device.

@@ -4,9 +4,9 @@
 
    Tiles are numbered expert after expert. Two orders within an expert:
      m-grouped  tiles cover the rows of C that the expert owns, in bands of MOEI_GEMM_BAND row
-                tiles. All column tiles of a band come before the next band; row tiles vary
-                fastest. The blocks that run at one time then share few rows of A and few columns
-                of B, which stay in L2
+                tiles, or in bands of one height. All column tiles of a band come before the next
+                band; row tiles vary fastest. The blocks that run at one time then share few rows of A and few
+                columns of B, which stay in L2
      k-grouped  tiles cover the expert's own C [m, n]; the expert's rows are the depths. Row tiles
                 vary fastest */
 #ifndef MOE_GEMM_SCHEDULE_CUH
@@ -16,9 +16,11 @@
 #include "../base/fault.cuh"
 #include "../faults.h"
 #include "../layout.h"
+#include "args.h"
 #include "shape.h"
 
-#define MOEI_GEMM_BAND 16
+#define MOEI_GEMM_BAND 16 /* row tiles of a band */
+#define MOEI_GEMM_EVEN_BAND 24 /* most row tiles of a band, where bands have one height */
 
 /* One tile of C. */
 typedef struct moe_tile_position {
@@ -57,6 +59,25 @@ MOE_DEVICE bool moei_expert_good(const moei_groups* g, int e, uint64_t* fault, i
 
 /* ---- m-grouped ---- */
 
+/* Returns true where the tables hold an address, 16-byte aligned, for each expert that has rows;
+   otherwise raises MOE_FAULT_BAD_TABLE in the fault word. All threads of the block call it. */
+MOE_DEVICE bool moei_gemm_tables_good(const moe_grouped_gemm_args* d, const moei_groups* g)
+{
+    bool bad = false;
+    if (!d->b.table && !d->b.up_table && !d->c.table) return true;
+    for (int e = (int)threadIdx.x; e < d->num_experts; e += (int)blockDim.x) {
+        const uintptr_t b = d->b.table ? (uintptr_t)d->b.table[e] : 16;
+        const uintptr_t up = d->b.up_table ? (uintptr_t)d->b.up_table[e] : 16;
+        const uintptr_t c = d->c.table ? (uintptr_t)d->c.table[e] : 16;
+        if (moei_expert_end(g, e) > moei_expert_begin(g, e) &&
+            (!b || !up || !c || ((b | up | c) & 15) != 0)) {
+            bad = true;
+            moe_fault_raise(d->fault, MOE_FAULT_BAD_TABLE, d->rank, e);
+        }
+    }
+    return !__syncthreads_or(bad);
+}
+
 /* The order of the m-grouped tiles. */
 typedef struct moei_schedule {
     moei_groups groups;
@@ -94,13 +115,14 @@ MOE_DEVICE int moei_schedule_build(const moei_schedule* s, moe_block_scan_scratc
     return __syncthreads_or(bad) ? -1 : before;
 }
 
-/* Returns the position of tile number `index`. Requires 0 <= index < number of tiles. */
+/* Returns the position of tile number `index`. Requires 0 <= index < number of tiles. even, a
+   literal: 1: an expert's bands have one height, the last up to one row tile a band less. */
 MOE_DEVICE moe_tile_position moei_schedule_tile(const moei_schedule* s, int index,
-                                                const int tile_rows)
+                                                const int tile_rows, const int even)
 {
     int lo = 0, hi = s->groups.num_experts; /* tile_start[lo] <= index < tile_start[hi] */
     moe_tile_position t;
-    int local, row_tiles, first, band, in_band, height;
+    int local, row_tiles, first, each = MOEI_GEMM_BAND, band, in_band, height;
     while (hi - lo > 1) {
         const int mid = (lo + hi) >> 1;
         if (s->tile_start[mid] <= index) lo = mid;
@@ -112,12 +134,15 @@ MOE_DEVICE moe_tile_position moei_schedule_tile(const moei_schedule* s, int inde
     first = t.begin - t.begin % s->row_align;
     local = index - s->tile_start[lo];
     row_tiles = (t.end - first + tile_rows - 1) / tile_rows;
-    band = local / (MOEI_GEMM_BAND * s->column_tiles);
-    in_band = local - band * MOEI_GEMM_BAND * s->column_tiles;
-    height = row_tiles - band * MOEI_GEMM_BAND;
-    if (height > MOEI_GEMM_BAND) height = MOEI_GEMM_BAND;
+    if (even) {
+        const int bands = (row_tiles + MOEI_GEMM_EVEN_BAND - 1) / MOEI_GEMM_EVEN_BAND;
+        each = (row_tiles + bands - 1) / bands;
+    }
+    band = local / (each * s->column_tiles);
+    in_band = local - band * each * s->column_tiles;
+    height = row_tiles - band * each < each ? row_tiles - band * each : each;
     t.column = in_band / height;
-    t.row = first + (band * MOEI_GEMM_BAND + in_band - t.column * height) * tile_rows;
+    t.row = first + (band * each + in_band - t.column * height) * tile_rows;
     return t;
 }
 

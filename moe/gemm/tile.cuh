@@ -200,7 +200,7 @@ typedef struct moei_tiles {
 MOE_DEVICE void moei_loader_tile(moei_loader* p, const moe_grouped_gemm_args* d,
                                  const moei_tiles* s, const moe_gemm_shape f)
 {
-    const moe_tile_position t = moei_schedule_tile(&s->schedule, p->tile, f.tile_m);
+    const moe_tile_position t = moei_schedule_tile(&s->schedule, p->tile, f.tile_m, 0);
     if (threadIdx.x == 0) s->position[p->turn & 3] = t;
     moei_loader_begin(p, t, d, f);
 }
@@ -230,25 +230,6 @@ MOE_DEVICE void moei_loader_advance(moei_loader* p, const moe_grouped_gemm_args*
 #undef MOEI_LOADER_TILES
 #undef MOEI_TILE_START
 #undef MOEI_TILE_STEPS
-
-/* Returns true where the tables hold an address, 16-byte aligned, for each expert that has rows;
-   otherwise raises MOE_FAULT_BAD_TABLE in the fault word. All threads of the block call it. */
-MOE_DEVICE bool moei_gemm_tables_good(const moe_grouped_gemm_args* d, const moei_groups* g)
-{
-    bool bad = false;
-    if (!d->b.table && !d->b.up_table && !d->c.table) return true;
-    for (int e = (int)threadIdx.x; e < d->num_experts; e += (int)blockDim.x) {
-        const uintptr_t b = d->b.table ? (uintptr_t)d->b.table[e] : 16;
-        const uintptr_t up = d->b.up_table ? (uintptr_t)d->b.up_table[e] : 16;
-        const uintptr_t c = d->c.table ? (uintptr_t)d->c.table[e] : 16;
-        if (moei_expert_end(g, e) > moei_expert_begin(g, e) &&
-            (!b || !up || !c || ((b | up | c) & 15) != 0)) {
-            bad = true;
-            moe_fault_raise(d->fault, MOE_FAULT_BAD_TABLE, d->rank, e);
-        }
-    }
-    return !__syncthreads_or(bad);
-}
 
 /* Static shared memory of a block. */
 typedef struct moei_gemm_shared {

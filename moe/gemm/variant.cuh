@@ -55,6 +55,8 @@ MOE_HOST moe_status moei_variant_runs(const moei_variant* v, const moe_device* d
         cudaFuncAttributes fa;
         MOE_TRY_CUDA(cudaFuncGetAttributes(&fa, v->kernel));
         *runs = fa.ptxVersion >= v->least && fa.ptxVersion <= v->most;
+        /* only bodies of sm_90a have static shared memory on this path; sm_90 has the same version */
+        if (v->path == MOE_GEMM_PATH_WGMMA) *runs = *runs && fa.sharedSizeBytes >= 512;
         smem += fa.sharedSizeBytes;
     }
 #endif
@@ -96,7 +98,7 @@ MOE_HOST moe_gemm_plan moei_variant_plan(const moei_variant* v, const moe_device
     moe_gemm_plan p;
     if (per_sm > v->blocks_sm) per_sm = v->blocks_sm;
     if (per_sm < 1) per_sm = 1;
-    p.path = MOE_ON_HOST ? MOE_GEMM_PATH_HOST : v->path;
+    p.path = v->path;
     p.tile = v->tile;
     p.tile_m = v->shape.tile_m;
     p.tile_n = v->shape.tile_n;

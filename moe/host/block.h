@@ -70,6 +70,13 @@ inline void moeh_copy_async(void* to, const void* from, size_t bytes, size_t kee
     t->copies.push_back(moeh_copy{to, from, bytes, keep, t->groups});
 }
 
+/* Lets a copy arrive. */
+inline void moeh_copy_arrive(const moeh_copy& c)
+{
+    if (c.keep) memcpy(c.to, c.from, c.keep);
+    memset((char*)c.to + c.keep, 0, c.bytes - c.keep);
+}
+
 /* Closes the calling thread's group of copies. */
 inline void moeh_copy_commit() { ++moeh_now()->groups; }
 
@@ -78,11 +85,8 @@ inline void moeh_copy_wait(int pending)
 {
     moeh_thread* const t = moeh_now();
     size_t n = 0;
-    for (; n < t->copies.size() && t->copies[n].group + (uint64_t)pending < t->groups; ++n) {
-        const moeh_copy& c = t->copies[n];
-        if (c.keep) memcpy(c.to, c.from, c.keep);
-        memset((char*)c.to + c.keep, 0, c.bytes - c.keep);
-    }
+    for (; n < t->copies.size() && t->copies[n].group + (uint64_t)pending < t->groups; ++n)
+        moeh_copy_arrive(t->copies[n]);
     t->copies.erase(t->copies.begin(), t->copies.begin() + (long)n);
 }
 

@@ -25,12 +25,7 @@
               streams.h     launches, streams, events and graphs of the cuda* API
               runtime.h     memory and devices of the cuda* API
               mma.h         16x16x16 products of fragments; included by gemm/mma.cuh
-
-   Hopper: stand-ins for wgmma, TMA (bulk tensor copies) and mbarrier belong in a file hopper.h next
-   to mma.h. An mbarrier is a word in shared memory; a thread waits for it in moeh_wait_until
-   (block.h). A bulk copy is a deferred copy as in moeh_copy_async that arrives at such a word. A
-   wgmma gathers its warps as moei_mma gathers its lanes. A thread in moeh_wait_until counts as
-   polling, so the spin limit finds one that waits for ever.
+              hopper.h      mbarrier, tensor copies, wgmma; included by gemm/wgmma/ptx.cuh
 
    Only this folder uses templates and std::. Any number of files of one program may include it: all
    state is reached from one function-local static. */

@@ -163,6 +163,8 @@ inline void moeh_thread_main()
     if (!t->copies.empty()) moeh_fail("ends with asynchronous copies that it has not waited for");
     w->live &= ~me;
     --b->live;
+    if (!w->live && !w->wgmma.empty()) moeh_fail("ends with products that it has not waited for");
+    if (!b->live && !b->bulk.empty()) moeh_fail("ends with copies that no thread has waited for");
     moeh_get().spins = 0;
     if (b->arrived && b->arrived == b->live) moeh_release_barrier(b);
     moeh_leave(true);

@@ -35,6 +35,25 @@ struct moeh_copy { /* an asynchronous copy in flight */
     uint64_t group;     /* number of its group */
 };
 
+struct moeh_bulk { /* a copy in flight that arrives at a barrier in shared memory: hopper.h */
+    const uint64_t* bar;
+    int bytes;                  /* that the barrier counts */
+    bool arrives;               /* counts as an arrival too */
+    std::function<void()> move; /* does the copy */
+};
+
+struct moeh_named { /* a named barrier: hopper.h */
+    unsigned arrived;
+    uint64_t round;
+};
+
+struct moeh_wgmma { /* a product of a warp in flight: hopper.h */
+    float* c[32];   /* accumulators of each lane */
+    uint64_t a, b;  /* descriptors */
+    int add, dtype; /* 1: adds to c */
+    uint64_t group; /* number of its group */
+};
+
 struct moeh_thread {
     moeh_fiber fiber;
     dim3 tid;
@@ -62,6 +81,8 @@ struct moeh_warp {
     uint32_t ready, spinning, barrier, meeting; /* lanes by what they wait for; a running one:
                                                    none */
     moeh_meeting at[32];                        /* by lane */
+    uint64_t wgmma_groups;                      /* groups of products closed so far */
+    std::vector<moeh_wgmma> wgmma;              /* in flight, in order */
 };
 
 struct moeh_block {
@@ -75,7 +96,9 @@ struct moeh_block {
     std::vector<std::pair<const void*, void*>> shared; /* site of a declaration, its memory */
     std::vector<moeh_thread*> thread;
     std::vector<moeh_warp> warp;
-    moeh_warp* current; /* the warp whose lanes run */
+    moeh_warp* current;          /* the warp whose lanes run */
+    std::vector<moeh_bulk> bulk; /* in flight */
+    moeh_named named[16];
 };
 
 struct moeh_grid {

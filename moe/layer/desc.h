@@ -77,6 +77,7 @@ typedef struct moe_layer_view {
     int32_t* expert_offset; /* [P + 1] */
     int32_t* row_slot;      /* [R] */
     moe_place* place;       /* [T, K] */
+    void* experts_workspace; /* of the experts, then of the shared expert */
     void* act;              /* [R, I] dtype */
     void* rows;             /* [R, H] rows_dtype */
     void* shared_act;       /* [T, Is] dtype; null without a shared expert */

@@ -141,6 +141,7 @@ MOE_HOST void moei_layer_carve(const moe_layer_desc* d, const moei_layer_options
     v->expert_offset = (int32_t*)moei_carve(p, bytes, (num_replicas + 1) * 4);
     v->row_slot = (int32_t*)moei_carve(p, bytes, num_rows * 4);
     v->place = (moe_place*)moei_carve(p, bytes, slots * 8);
+    v->experts_workspace = moei_carve(p, bytes, 2 * MOE_EXPERTS_WORKSPACE);
     v->act = moei_carve(p, bytes, num_rows * (uint64_t)d->intermediate * 2);
     v->rows = moei_carve(p, bytes, num_rows * (uint64_t)d->hidden * row_bytes);
     if (o->has_shared) {
@@ -349,6 +350,8 @@ MOE_HOST void moei_layer_describe(const moe_layer_desc* d, const moei_layer_opti
     l->experts.alpha = d->alpha;
     l->experts.limit = d->limit;
     l->experts.tile = d->tile;
+    l->experts.workspace = v->experts_workspace;
+    l->experts.workspace_bytes = MOE_EXPERTS_WORKSPACE;
 
     l->shared.x = d->x; /* its rows are the tokens */
     l->shared.x_stride = d->x_stride;
@@ -371,6 +374,8 @@ MOE_HOST void moei_layer_describe(const moe_layer_desc* d, const moei_layer_opti
     l->shared.alpha = d->shared.alpha;
     l->shared.limit = d->shared.limit;
     l->shared.tile = d->tile;
+    l->shared.workspace = (char*)v->experts_workspace + MOE_EXPERTS_WORKSPACE;
+    l->shared.workspace_bytes = MOE_EXPERTS_WORKSPACE;
 
     l->combine.rows = v->rows;
     l->combine.place = v->place;

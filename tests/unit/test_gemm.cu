@@ -10,6 +10,7 @@
      mma.h          fragments
      activations.h  activations, by themselves and in the epilogue
      values.h       results: tiles, rows, tails, gathered rows, majors
+     wgmma.h        results of the wgmma path
      faults.h       bad offsets and tables, stop faults, no rows
      plan.h         the plan, the table of variants, a kernel of one's own
      refusals.h     bad descriptors
@@ -30,6 +31,7 @@
 #include "tests/unit/gemm/mma.h"
 #include "tests/unit/gemm/activations.h"
 #include "tests/unit/gemm/values.h"
+#include "tests/unit/gemm/wgmma.h"
 #include "tests/unit/gemm/faults.h"
 #include "tests/unit/gemm/plan.h"
 #include "tests/unit/gemm/refusals.h"
@@ -42,6 +44,7 @@ int main(int argc, char** argv)
     gemm_mma();
     gemm_activations();
     gemm_values();
+    gemm_wgmma();
     gemm_faults();
     gemm_plan();
     gemm_refusals();

@@ -28,11 +28,13 @@ typedef struct gemm_case {
     int no_offset;           /* 1: no expert_offset */
     int fill;                /* TFILL_* */
     int tile;
+    int path;        /* moe_gemm_path; 0: chosen */
+    int no_ticket;   /* 1: no workspace */
     int64_t sampled; /* compares every so many rows of an expert; 0: all */
 } gemm_case;
 
 typedef struct gemm_bufs {
-    tbuf a, index, bias, offset, fault;
+    tbuf a, index, bias, offset, fault, workspace;
     tgrouped c;
     tweights b;
     void *h_a, *h_bias; /* h_a is k-major whatever the device's is */
@@ -48,11 +50,11 @@ static const char* case_text(const gemm_case* c)
     int at = snprintf(
         text, sizeof text,
         "n=%d k=%d %s -> %s A %s B %s activation=%d (%g %g) gate_up=%d bias=%d gather=%d a_rows=%d "
-        "tables %d %d pads %d %d %d fill=%d tile=%d lead=%d slack=%d E=%d:",
+        "tables %d %d pads %d %d %d fill=%d tile=%d path=%d lead=%d slack=%d E=%d:",
         c->n, c->k, moe_dtype_name(c->dtype), moe_dtype_name(c->c_dtype),
         c->a_major == MOE_MAJOR_MN ? "M" : "K", c->b_major == MOE_MAJOR_MN ? "N" : "K",
         c->activation, (double)c->alpha, (double)c->limit, c->gate_up, c->bias, c->gather,
-        c->a_rows, c->b_table, c->c_table, c->a_pad, c->b_pad, c->c_pad, c->fill, c->tile, c->lead,
+        c->a_rows, c->b_table, c->c_table, c->a_pad, c->b_pad, c->c_pad, c->fill, c->tile, c->path, c->lead,
         c->slack, c->E);
     for (int e = 0; e < c->E && at < (int)sizeof text - 12; ++e)
         at += snprintf(text + at, sizeof text - (size_t)at, " %d", c->rows[e]);
@@ -172,6 +174,7 @@ static void bufs_new(gemm_bufs* b, const gemm_case* c, trand* r)
     b->d.expert_offset = c->no_offset ? (const int32_t*)0 : (const int32_t*)b->offset.p;
     b->d.c = b->c.all.p, b->d.c_table = (void* const*)b->c.table.p;
     b->d.c_stride = c->c_pad ? c_stride : 0;
+    b->workspace = tbuf_new("workspace", MOE_GROUPED_GEMM_WORKSPACE, 0);
     b->d.fault = (uint64_t*)b->fault.p, b->d.rank = TEST_RANK;
     b->d.num_experts = c->E, b->d.num_rows = b->num_rows, b->d.n = c->n, b->d.k = c->k;
     b->d.dtype = c->dtype == MOE_BF16 ? MOE_DTYPE_DEFAULT : c->dtype;
@@ -179,14 +182,18 @@ static void bufs_new(gemm_bufs* b, const gemm_case* c, trand* r)
     b->d.activation = c->activation == MOE_ACTIVATION_NONE ? MOE_ACTIVATION_DEFAULT : c->activation;
     b->d.alpha = c->alpha, b->d.limit = c->limit;
     b->d.gate_up = c->gate_up == MOE_GATE_UP_CONCATENATED ? MOE_GATE_UP_DEFAULT : c->gate_up;
-    b->d.tile = c->tile;
+    b->d.tile = c->tile, b->d.path = c->path;
+    if (!c->no_ticket) {
+        b->d.workspace = b->workspace.p;
+        b->d.workspace_bytes = MOE_GROUPED_GEMM_WORKSPACE;
+    }
     if (c->tile == MOE_TILE_128x256 && (c->a_major == MOE_MAJOR_MN || c->b_major == MOE_MAJOR_MN))
         b->d.tile = MOE_TILE_128x128; /* the largest tile is k-major only */
 }
 
 static void bufs_free(gemm_bufs* b)
 {
-    tbufs_free(TBUFS(&b->a, &b->index, &b->bias, &b->offset, &b->fault));
+    tbufs_free(TBUFS(&b->a, &b->index, &b->bias, &b->offset, &b->fault, &b->workspace));
     tgrouped_free(&b->c);
     tweights_free(&b->b);
     TFREE(b->h_a, b->h_bias, b->h_index);
@@ -297,6 +304,8 @@ static void compare(const gemm_bufs* b, const gemm_case* c)
     TFREE(pick, exact, bound, ideal, got);
 }
 
+TEST_CALL(call_gemm, moe_grouped_gemm, moe_grouped_gemm_desc)
+
 /* Queues a case. Returns 0 where this binary has no code for it; then requires its refusal. */
 static int launch(const gemm_bufs* b, const gemm_case* c)
 {
@@ -315,12 +324,20 @@ static void run_bufs(gemm_bufs* b, const gemm_case* c)
     bufs_free(b);
 }
 
-/* Draws, runs and compares a case. */
+/* Draws, runs and compares a case. Tiles that several paths have run on each, and on the chosen
+   path with and without its workspace. */
 static void run_case(const gemm_case* c, trand* r)
 {
+    gemm_case one = *c;
     gemm_bufs b;
-    bufs_new(&b, c, r);
-    if (launch(&b, c)) compare(&b, c);
+    one.no_ticket = (int)trand_int(r, 0, 1);
+    bufs_new(&b, &one, r);
+    if (launch(&b, &one)) compare(&b, &one);
+    if (one.path == 0 && (one.tile == MOE_TILE_128x256 || one.tile == MOE_TILE_AUTO)) {
+        one.path = b.d.path = MOE_GEMM_PATH_WMMA;
+        tbuf_poison(&b.c.all);
+        if (launch(&b, &one)) compare(&b, &one);
+    }
     bufs_free(&b);
 }
 

@@ -9,8 +9,6 @@
 
 #include "tests/unit/gemm/case.h"
 
-TEST_CALL(call_gemm, moe_grouped_gemm, moe_grouped_gemm_desc)
-
 static void test_gemm_same_bits(void)
 {
     static const int rows[] = {40, 0, 70};

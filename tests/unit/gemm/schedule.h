@@ -13,7 +13,7 @@
 
 typedef struct schedule_args {
     const int32_t* expert_offset;
-    int32_t num_experts, num_rows, column_tiles, row_align, tile_rows, most;
+    int32_t num_experts, num_rows, column_tiles, row_align, tile_rows, even, most;
     int32_t* num_tiles;       /* [1] */
     moe_tile_position* tiles; /* [most] */
     uint64_t* fault;
@@ -34,8 +34,12 @@ MOE_KERNEL(128, 1) schedule_kernel(MOE_ARG(schedule_args) d)
     count = moei_schedule_build(&s, &scratch, d.fault, TEST_RANK, d.tile_rows);
     if (threadIdx.x == 0) *d.num_tiles = count;
     for (int i = (int)threadIdx.x; i < count && i < d.most; i += (int)blockDim.x)
-        d.tiles[i] = moei_schedule_tile(&s, i, d.tile_rows);
+        d.tiles[i] = d.even ? moei_schedule_tile(&s, i, d.tile_rows, 1)
+                            : moei_schedule_tile(&s, i, d.tile_rows, 0);
 }
+
+/* Bands have one height in the tests of this shape, which the wgmma path has. */
+static int schedule_even(int tile_rows, int align) { return tile_rows == 128 && align == 1; }
 
 /* Runs the schedule for these offsets, of which expert `bad` is wrong; -1: none. Returns the number
    of tiles, and the tiles in *tiles. */
@@ -52,6 +56,7 @@ static int run_schedule(const int32_t* offset, int E, int rows, int columns, int
     a.expert_offset = (const int32_t*)bo.p;
     a.num_experts = E, a.num_rows = rows;
     a.column_tiles = columns, a.row_align = align, a.tile_rows = tile_rows, a.most = most;
+    a.even = schedule_even(tile_rows, align);
     a.num_tiles = (int32_t*)bn.p;
     a.tiles = (moe_tile_position*)bt.p;
     a.fault = (uint64_t*)bf.p;
@@ -75,10 +80,15 @@ static void check_schedule(const int32_t* offset, int E, int rows, int columns, 
     for (int e = 0; e < E; ++e) {
         const int begin = offset ? offset[e] : 0, end = offset ? offset[e + 1] : rows;
         const int first = begin / align * align;
+        const int row_tiles = (end - first + tile_rows - 1) / tile_rows;
+        const int bands = (row_tiles + MOEI_GEMM_EVEN_BAND - 1) / MOEI_GEMM_EVEN_BAND;
+        const int each = !schedule_even(tile_rows, align) ? MOEI_GEMM_BAND
+                         : bands                          ? (row_tiles + bands - 1) / bands
+                                                          : 0;
         if (begin == end) continue;
-        for (int band = first; band < end; band += MOEI_GEMM_BAND * tile_rows)
+        for (int band = first; band < end; band += each * tile_rows)
             for (int column = 0; column < columns; ++column)
-                for (int i = 0; i < MOEI_GEMM_BAND && band + i * tile_rows < end; ++i, ++at) {
+                for (int i = 0; i < each && band + i * tile_rows < end; ++i, ++at) {
                     const moe_tile_position t = tiles[at < count ? at : 0];
                     wrong += at >= count || t.expert != e || t.begin != begin || t.end != end ||
                              t.row != band + i * tile_rows || t.column != column;

@@ -120,7 +120,7 @@ static size_t documented_bytes(const layer_case* c, const moe_layer_desc* d)
     if (c->drop_rule == MOE_DROP_BY_WEIGHT)
         sum += carved(P * 4) + carved(P * 4 + 4) + 2 * carved(T * K * 4);
     sum += carved(P * 4) + carved((P + 1) * 4) + carved(R * 4) + carved(T * K * 8);
-    sum += carved(R * I * 2) + carved(R * row);
+    sum += carved(2 * MOE_EXPERTS_WORKSPACE) + carved(R * I * 2) + carved(R * row);
     if (c->shared) sum += carved(T * shared * 2) + carved(T * row);
     return sum;
 }

@@ -1,0 +1,60 @@
+/* tile.cuh: the grouped GEMM on Hopper (sm_90a): tensor cores through wgmma, fed by tensor copies.
+
+   Computes what gemm/tile.cuh computes, in tiles of 128 rows by 256 rows of B (128 columns of C
+   with gate and up). A block has one tile at a time and takes the next when it is ready for one, so
+   blocks that met short tiles go on, and the tiles in flight stay neighbours, which L2 needs.
+
+   Three warpgroups: a producer (produce.cuh) fills the ring of stages (ring.cuh), two consumers
+   (consume.cuh) multiply. Called by the kernels of grouped.cuh. */
+#ifndef MOE_GEMM_WGMMA_TILE_CUH
+#define MOE_GEMM_WGMMA_TILE_CUH
+
+#include "consume.cuh"
+#include "produce.cuh"
+
+#if MOEI_WGMMA_HERE
+
+/* Computes this block's share of all tiles. All threads of the block call it. dynamic holds the
+   ring, then tile_start [E + 1].
+     1. Initialize the barriers. Build the schedule; return where the offsets or tables are bad.
+     2. Each warpgroup takes its role. */
+MOE_DEVICE_BODY void moei_wgmma_block(const moei_wgmma_args* a, unsigned char* dynamic,
+                                      moei_wgmma_shared* s, const int dtype)
+{
+    const moe_grouped_gemm_args* d = &a->d;
+    const int group = __shfl_sync(MOE_FULL_WARP, moe_warp() / 4, 0); /* uniform to the compiler */
+    moei_wgmma_ring r;
+    moei_wgmma_tiles w;
+    r.stages = dynamic + (1024 - ((uintptr_t)dynamic & 1023)) % 1024;
+    r.s = s;
+    r.stage = r.parity = 0;
+    w.columns = d->c.gated ? 128 : 256;
+    w.steps = (d->k + 63) / 64;
+    w.schedule.groups.expert_offset = d->expert_offset;
+    w.schedule.groups.num_experts = d->num_experts;
+    w.schedule.groups.num_rows = d->num_rows;
+    w.schedule.column_tiles = (d->n + w.columns - 1) / w.columns;
+    w.schedule.row_align = 1;
+    w.schedule.tile_start = (int*)(r.stages + MOEI_WGMMA_STAGES * MOEI_WGMMA_STAGE);
+    if (threadIdx.x == 0) { /* 1. */
+        for (int i = 0; i < MOEI_WGMMA_STAGES; ++i) {
+            moei_barrier_init(s->full + i, d->row_index ? 129 : 1);
+            moei_barrier_init(s->empty + i, 8);
+        }
+        moei_barrier_visible();
+        s->mark[0] = 0;
+    }
+    w.count = moei_schedule_build(&w.schedule, &s->scan, d->fault, d->rank, 128);
+    if ((int)blockIdx.x >= w.count || !moei_gemm_tables_good(d, &w.schedule.groups)) return;
+    if (group == 0) { /* 2. */
+        moei_registers_lower(56);
+        if (d->row_index) moei_wgmma_produce_gathered(a, r, &w);
+        else if (threadIdx.x == 0) moei_wgmma_produce(a, r, &w);
+    } else {
+        moei_registers_raise(224);
+        moei_wgmma_consume(a, r, &w, group - 1, dtype);
+    }
+}
+
+#endif
+#endif

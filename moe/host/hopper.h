@@ -1,0 +1,269 @@
+/* hopper.h: the CPU's stand-ins for barriers in shared memory (mbarrier), tensor copies (TMA) and
+   products of a warpgroup (wgmma), behind the functions that gemm/wgmma/ptx.cuh defines on a GPU.
+   Included by that file.
+
+   A copy arrives when a thread waits for its barrier; until then its destination holds poison. So a
+   stage that is read too early, or refilled too early, shows. Products run when their warp waits
+   for their group: a stage that is released before shows too. Descriptors carry the address of the
+   operand; the swizzle is applied to addresses, as on a GPU.
+
+   The run fails: a barrier that was not initialized, more arrivals than it expects, a phase that is
+   complete while bytes are in flight; a destination or operand that is not 1024-byte aligned, a
+   descriptor of another layout; products in flight at the end. Not shown: the limit of registers,
+   and the order of memory accesses that moei_wgmma_sees_copies makes. */
+#ifndef MOE_HOST_HOPPER_H
+#define MOE_HOST_HOPPER_H
+
+#include "../base/cuda.cuh"
+#include "../base/numeric.cuh"
+#include "../gemm/wgmma/args.h"
+#include "../gemm/wgmma/map.cuh"
+
+/* ---- barriers ---- */
+
+/* What the 8 bytes of a barrier hold. */
+struct moeh_mbarrier {
+    uint32_t count : 12, pending : 12, phase : 1, made : 7; /* made: MOEH_MBARRIER */
+    int32_t bytes;                                          /* expected minus arrived */
+};
+enum { MOEH_MBARRIER = 0x5a };
+
+inline moeh_mbarrier* moeh_barrier_of(uint64_t* bar)
+{
+    moeh_mbarrier* const b = (moeh_mbarrier*)(void*)bar;
+    moeh_check_aligned(bar, 8, "uses a misaligned barrier");
+    if (b->made != MOEH_MBARRIER) moeh_fail("uses a barrier that is not initialized");
+    return b;
+}
+
+/* Completes the phase where nothing is missing. */
+inline void moeh_barrier_update(moeh_mbarrier* b)
+{
+    if (b->pending || b->bytes) return;
+    b->phase ^= 1u;
+    b->pending = b->count;
+}
+
+inline void moei_barrier_init(uint64_t* bar, int count)
+{
+    const moeh_mbarrier made = {(uint32_t)count, (uint32_t)count, 0, MOEH_MBARRIER, 0};
+    moeh_check_aligned(bar, 8, "initializes a misaligned barrier");
+    if (count < 1 || count > 4095) moeh_fail("initializes a barrier for a wrong number");
+    memcpy((void*)bar, &made, sizeof made);
+}
+inline void moei_barrier_visible(void) {}
+
+inline void moei_barrier_expect(uint64_t* bar, int bytes)
+{
+    moeh_mbarrier* const b = moeh_barrier_of(bar);
+    if (!b->pending) moeh_fail("arrives at a barrier more often than it was initialized for");
+    --b->pending;
+    b->bytes += bytes;
+    moeh_barrier_update(b);
+}
+inline void moei_barrier_arrive(uint64_t* bar) { moei_barrier_expect(bar, 0); }
+
+/* Lets the copies arrive that a barrier of the calling thread's block waits for. */
+inline void moeh_arrive(uint64_t* bar)
+{
+    std::vector<moeh_bulk>& all = moeh_now()->block->bulk;
+    size_t kept = 0;
+    for (size_t i = 0; i < all.size(); ++i) {
+        if (all[i].bar != bar) {
+            if (kept != i) all[kept] = std::move(all[i]);
+            ++kept;
+            continue;
+        }
+        all[i].move();
+        moeh_mbarrier* const b = moeh_barrier_of(bar);
+        b->bytes -= all[i].bytes;
+        if (all[i].arrives) moei_barrier_arrive(bar);
+        else moeh_barrier_update(b);
+    }
+    all.resize(kept);
+}
+
+inline void moei_barrier_wait(uint64_t* bar, int parity)
+{
+    moeh_wait_until([=] {
+        if (moeh_barrier_of(bar)->phase != (uint32_t)parity) return true;
+        moeh_arrive(bar);
+        return moeh_barrier_of(bar)->phase != (uint32_t)parity;
+    });
+}
+
+/* The thread's copies arrive together, at a wait for the barrier. */
+inline void moei_barrier_arrive_copies(uint64_t* bar)
+{
+    moeh_thread* const t = moeh_now();
+    const std::vector<moeh_copy> copies = t->copies;
+    t->copies.clear();
+    moeh_barrier_of(bar);
+    t->block->bulk.push_back(moeh_bulk{bar, 0, true, [copies] {
+                                           for (const moeh_copy& c : copies) moeh_copy_arrive(c);
+                                       }});
+}
+
+inline void moei_named_barrier(int id, int threads)
+{
+    moeh_named* const n = &moeh_now()->block->named[id];
+    const uint64_t round = n->round;
+    if (id < 1 || id > 15) moeh_fail("uses a barrier with a number outside 1 .. 15");
+    if (++n->arrived == (unsigned)threads) {
+        n->arrived = 0;
+        ++n->round;
+    }
+    moeh_wait_until([=] { return n->round != round; });
+}
+
+/* ---- tensor copies ---- */
+
+/* Returns the address in a stage at which the byte with address p of the line stands. */
+inline unsigned char* moeh_swizzle(unsigned char* p)
+{
+    const uintptr_t a = (uintptr_t)p;
+    return p + ((a ^ ((a >> 7 & 7) << 4)) - a);
+}
+
+inline void moei_tensor_load_of(void* dst, const moei_tensor_map* map, int x, int y, int z,
+                                uint64_t* bar)
+{
+    moei_tensor t;
+    memcpy(&t, map, sizeof t);
+    moeh_check_aligned(dst, 1024, "copies a box to a misaligned address");
+    moeh_check_aligned(t.base, 16, "copies from a misaligned matrix");
+    if (!t.base || t.box_rows < 1 || t.box_rows > 256) moeh_fail("copies by a map that is empty");
+    if (t.row_stride % 8 || t.matrix_stride % 8) moeh_fail("copies by a map of odd strides");
+    const int bytes = t.box_rows * 128;
+    moeh_poison(dst, (size_t)bytes);
+    moeh_barrier_of(bar);
+    moeh_now()->block->bulk.push_back(moeh_bulk{
+        bar, bytes, false, [=] {
+            const bool in = t.matrices ? z >= 0 && z < t.matrices : z == 0;
+            for (int r = 0; r < t.box_rows; ++r)
+                for (int c = 0; c < 64; ++c) {
+                    const int64_t row = (int64_t)y + r, column = (int64_t)x + c;
+                    uint16_t v = 0;
+                    if (in && row >= 0 && row < t.rows && column >= 0 && column < t.columns)
+                        v = ((const uint16_t*)
+                                 t.base)[z * t.matrix_stride + row * t.row_stride + column];
+                    memcpy(moeh_swizzle((unsigned char*)dst + r * 128 + c * 2), &v, 2);
+                }
+        }});
+}
+inline void moei_tensor_load(void* dst, const moei_tensor_map* map, int x, int y, uint64_t* bar)
+{
+    moei_tensor_load_of(dst, map, x, y, 0, bar);
+}
+
+/* ---- products ---- */
+
+inline void moei_wgmma_sees_copies(int) {}
+inline void moei_registers_lower(int) {}
+inline void moei_registers_raise(int) {}
+inline void moei_wgmma_begin(void) {}
+inline void moei_wgmma_settle(float*) {}
+
+/* The descriptor's mark of lines of 128 bytes, swizzled, k-major; the address is below. */
+enum : uint64_t { MOEH_WGMMA_LAYOUT = (uint64_t)0x5 << 60 };
+
+inline uint64_t moei_wgmma_operand(const void* p)
+{
+    moeh_check_aligned(p, 1024, "multiplies from a misaligned address");
+    return (uint64_t)(uintptr_t)p >> 4 | MOEH_WGMMA_LAYOUT;
+}
+
+/* Returns the address of 16 depths of a descriptor's first line. */
+inline unsigned char* moeh_wgmma_address(uint64_t operand)
+{
+    const uint64_t at = (operand & ~((uint64_t)0xf << 60)) << 4;
+    if (operand >> 60 != 0x5 || at % 1024 > 96 || at % 32)
+        moeh_fail("multiplies by a descriptor of another layout");
+    return (unsigned char*)(uintptr_t)at;
+}
+
+/* Writes 16 depths of line `line` as floats to v. */
+inline void moeh_wgmma_line(float v[16], unsigned char* first, int line, int dtype)
+{
+    for (int k = 0; k < 16; ++k) {
+        uint16_t h;
+        memcpy(&h, moeh_swizzle(first + line * 128 + k * 2), 2);
+        v[k] = moe_half_to_f32(h, dtype);
+    }
+}
+
+/* Runs one product of a warp: its 16 rows by all columns. */
+inline void moeh_wgmma_run(const moeh_wgmma* p, unsigned warp)
+{
+    static float b[16][256];
+    float column[16];
+    for (int n = 0; n < 256; ++n) {
+        moeh_wgmma_line(column, moeh_wgmma_address(p->b), n, p->dtype);
+        for (int k = 0; k < 16; ++k) b[k][n] = column[k];
+    }
+    for (int m = 0; m < 16; ++m) {
+        float a[16], sum[256] = {0};
+        moeh_wgmma_line(a, moeh_wgmma_address(p->a), (int)warp % 4 * 16 + m, p->dtype);
+        for (int k = 0; k < 16; ++k)
+            for (int n = 0; n < 256; ++n) sum[n] += a[k] * b[k][n];
+        for (int n = 0; n < 256; ++n) {
+            float* const c = p->c[m % 8 * 4 + n % 8 / 2] + n / 8 * 4 + m / 8 * 2 + n % 2;
+            *c = p->add ? *c + sum[n] : sum[n];
+        }
+    }
+}
+
+/* What a lane brings to a meeting about a product. */
+struct moeh_wgmma_lane {
+    float* c;
+    uint64_t a, b;
+    int add, dtype;
+};
+
+inline void moei_wgmma(float* c, uint64_t a, uint64_t b, int add, int dtype)
+{
+    const moeh_wgmma_lane mine = {c, a, b, add, dtype};
+    if (!add) /* whoever reads them before the wait finds NaN */
+        for (int i = 0; i < 128; ++i) c[i] = NAN;
+    moeh_meet(
+        0xffffffffu, "moei_wgmma",
+        [](moeh_warp* w, uint32_t mask) {
+            const moeh_wgmma_lane* const first = (const moeh_wgmma_lane*)(uintptr_t)w->at[0].value;
+            moeh_wgmma p;
+            if (mask != 0xffffffffu) moeh_fail("calls moei_wgmma in a warp that is not whole");
+            p.a = first->a, p.b = first->b, p.add = first->add, p.dtype = first->dtype;
+            p.group = w->wgmma_groups;
+            for (int i = 0; i < 32; ++i) {
+                const moeh_wgmma_lane* const l = (const moeh_wgmma_lane*)(uintptr_t)w->at[i].value;
+                if (l->a != p.a || l->b != p.b || l->add != p.add)
+                    moeh_fail("calls moei_wgmma with operands that differ between lanes");
+                p.c[i] = l->c;
+            }
+            moeh_wgmma_address(p.a), moeh_wgmma_address(p.b);
+            w->wgmma.push_back(p);
+        },
+        (uint64_t)(uintptr_t)&mine);
+}
+
+inline void moei_wgmma_commit(void)
+{
+    moeh_meet(
+        0xffffffffu, "moei_wgmma_commit", [](moeh_warp* w, uint32_t) { ++w->wgmma_groups; }, 0);
+}
+
+inline void moei_wgmma_wait(int n)
+{
+    moeh_meet(
+        0xffffffffu, "moei_wgmma_wait",
+        [](moeh_warp* w, uint32_t) {
+            const uint64_t pending = w->at[0].value;
+            size_t done = 0;
+            for (; done < w->wgmma.size() && w->wgmma[done].group + pending < w->wgmma_groups;
+                 ++done)
+                moeh_wgmma_run(&w->wgmma[done], w->index);
+            w->wgmma.erase(w->wgmma.begin(), w->wgmma.begin() + (long)done);
+        },
+        (uint64_t)n);
+}
+
+#endif
