@@ -26,7 +26,26 @@
 #define MOE_ACTIVATION_CUH
 
 #include "base/numeric.cuh"
+#include "fields.h"
 #include "layout.h"
+
+/* Refuses a MOE_ACTIVATION_* that does not exist; alpha and limit that are not finite, or given to
+   another activation than the clamped SwiGLU. Fills in their defaults. */
+MOE_HOST moe_status moei_activation_check(int activation, float* alpha, float* limit)
+{
+    MOE_REQUIRE(activation >= MOE_ACTIVATION_NONE && activation <= MOE_ACTIVATION_RELU2,
+                MOE_ERR_OPTION, activation);
+    if (activation == MOE_ACTIVATION_SWIGLU_CLAMPED) {
+        MOE_REQUIRE((moe_f32_bits(*alpha) & 0x7f800000u) != 0x7f800000u, MOE_ERR_RANGE, alpha);
+        MOE_REQUIRE(moe_f32_bits(*limit + 0.0f) < 0x7f800000u, MOE_ERR_RANGE, limit);
+        if (*alpha == 0.0f) *alpha = 1.702f;
+        if (*limit == 0.0f) *limit = 7.0f;
+    } else {
+        MOE_REQUIRE(*alpha == 0.0f, MOE_ERR_CONFLICT, alpha);
+        MOE_REQUIRE(*limit == 0.0f, MOE_ERR_CONFLICT, limit);
+    }
+    return MOE_OK;
+}
 
 /* The function of one number that an activation applies to its gate. */
 typedef enum moei_curve {

@@ -103,17 +103,7 @@ MOE_HOST moe_status moei_block_layer_check_options(moei_block_layer* l)
     if (d->grad_dtype == 0) d->grad_dtype = d->dtype;
     MOE_REQUIRE(d->grad_dtype == d->dtype || d->grad_dtype == MOE_FP32, MOE_ERR_DTYPE, grad_dtype);
     if (d->activation == 0) d->activation = MOE_ACTIVATION_SWIGLU;
-    MOE_REQUIRE(d->activation >= MOE_ACTIVATION_NONE && d->activation <= MOE_ACTIVATION_RELU2,
-                MOE_ERR_OPTION, activation);
-    if (d->activation == MOE_ACTIVATION_SWIGLU_CLAMPED) {
-        MOE_REQUIRE((moe_f32_bits(d->alpha) & 0x7f800000u) != 0x7f800000u, MOE_ERR_RANGE, alpha);
-        MOE_REQUIRE(moe_f32_bits(d->limit + 0.0f) < 0x7f800000u, MOE_ERR_RANGE, limit);
-        if (d->alpha == 0.0f) d->alpha = 1.702f;
-        if (d->limit == 0.0f) d->limit = 7.0f;
-    } else {
-        MOE_REQUIRE(d->alpha == 0.0f, MOE_ERR_CONFLICT, alpha);
-        MOE_REQUIRE(d->limit == 0.0f, MOE_ERR_CONFLICT, limit);
-    }
+    MOE_TRY(moei_activation_check(d->activation, &d->alpha, &d->limit));
     l->gated = moe_activation_is_gated(d->activation);
     MOEI_BLOCK_LAYER_STRIDE(d->x_stride, x_stride);
     MOEI_BLOCK_LAYER_STRIDE(d->y_stride, y_stride);

@@ -179,17 +179,7 @@ MOE_HOST moe_status moei_gemm_check_options(moe_grouped_gemm_desc* d)
     if (d->c_dtype == 0) d->c_dtype = d->dtype;
     MOE_REQUIRE(d->c_dtype == d->dtype || d->c_dtype == MOE_FP32, MOE_ERR_DTYPE, c_dtype);
     if (d->activation == 0) d->activation = MOE_ACTIVATION_NONE;
-    MOE_REQUIRE(d->activation >= 0 && d->activation <= MOE_ACTIVATION_RELU2, MOE_ERR_OPTION,
-                activation);
-    if (d->activation == MOE_ACTIVATION_SWIGLU_CLAMPED) {
-        MOE_REQUIRE((moe_f32_bits(d->alpha) & 0x7f800000u) != 0x7f800000u, MOE_ERR_RANGE, alpha);
-        MOE_REQUIRE(moe_f32_bits(d->limit + 0.0f) < 0x7f800000u, MOE_ERR_RANGE, limit);
-        if (d->alpha == 0.0f) d->alpha = 1.702f;
-        if (d->limit == 0.0f) d->limit = 7.0f;
-    } else {
-        MOE_REQUIRE(d->alpha == 0.0f, MOE_ERR_CONFLICT, alpha);
-        MOE_REQUIRE(d->limit == 0.0f, MOE_ERR_CONFLICT, limit);
-    }
+    MOE_TRY(moei_activation_check(d->activation, &d->alpha, &d->limit));
     if (d->gate_up == 0) d->gate_up = MOE_GATE_UP_CONCATENATED;
     MOE_REQUIRE(d->gate_up >= 0 && d->gate_up <= MOE_GATE_UP_SEPARATE, MOE_ERR_OPTION, gate_up);
     MOE_REQUIRE((gated && d->gate_up == MOE_GATE_UP_SEPARATE) || (!d->b.up && !d->b.up_table),
