@@ -6,7 +6,7 @@
    test_trimmed_gemm          grouped GEMM: dtype and majors that the list lacks
    test_trimmed_experts       the same of w1 and w2
    test_trimmed_block_sparse  block-sparse product: dtype
-   test_trimmed_router        bf16 split of two terms: what they hold is exact, the rest is rounded off */
+   test_trimmed_router        bf16 split of two terms, which hold 16 bits of a weight */
 #include "tests/test.h"
 
 #define MOE_GEMM_VARIANT_LIST(X, ...) X(f16_kn, MOE_FP16, MOE_MAJOR_K, MOE_MAJOR_MN, __VA_ARGS__)
