@@ -3,11 +3,11 @@
    nvcc -O3 -std=c++14 -I. -arch=sm_90a bench/bench_block_sparse.cu -lcublas -lcublasLt -o bench_block_sparse
 
      --size N      m = n = k, a multiple of 8; 8192
-     --quick       densities 0.1, 0.25 and 0.5 of the kinds that have a target, fewer repetitions
+     --quick       densities 0.1, 0.25 and 0.5, no diagonal-128, fewer repetitions
      --only NAME   one kind of mask, as random-128 or diagonal-32
      --mask FORM   bytes (default), bits or list
      --tune        each row by the tile that moe_block_sparse_tune chooses
-     --tiles       each row that has a target also by every tile
+     --tiles       each row also by every tile
      --reps N, --csv FILE
 
    Masks: random      as many sparse blocks as the density says, at random positions
@@ -34,18 +34,17 @@ enum { NN, NT, TN, NUM_TRANSPOSES };
 
 static const char* const transpose_name[] = {"NN", "NT", "TN"};
 
-/* One kind of mask. Target: slope * d + offset of cuBLAS dense; both 0: none. */
+/* One kind of mask. */
 typedef struct kind {
     const char* name;
-    int block, shape;
-    double slope, offset;
-    int some_densities; /* 1: the target is for densities of 0.1, 0.25 and 0.5 */
+    int block; /* side of a sparse block: 32, 64 or 128 */
+    int shape; /* RANDOM, DIAGONAL or BATCH */
+    int quick; /* 1: --quick runs it; 0: it does not */
 } kind;
 
 static const kind kinds[] = {
-    {"random", 128, RANDOM, 2.2, 0.05, 1},    {"random", 64, RANDOM, 2.6, 0.1, 0},
-    {"random", 32, RANDOM, 0.0, 2.6, 0},      {"diagonal", 128, DIAGONAL, 0.0, 0.0, 0},
-    {"diagonal", 32, DIAGONAL, 2.4, 0.05, 0}, {"batch", 32, BATCH, 2.4, 0.05, 0},
+    {"random", 128, RANDOM, 1},     {"random", 64, RANDOM, 1},     {"random", 32, RANDOM, 1},
+    {"diagonal", 128, DIAGONAL, 0}, {"diagonal", 32, DIAGONAL, 1}, {"batch", 32, BATCH, 1},
 };
 enum { NUM_KINDS = sizeof kinds / sizeof kinds[0] };
 
@@ -541,25 +540,18 @@ static void run_list(void* context, cudaStream_t stream)
     BENCH_MOE(moe_block_sparse_list_build((const moe_block_sparse_list_desc*)context, stream));
 }
 
-/* Results for the targets of one kind of mask. */
-typedef struct tally {
-    int held, missed;
-    double worst; /* ratio over target */
-} tally;
-
 /* One mask, and what its rows are compared with. */
 typedef struct table {
     const options* opt;
     const kind* d;
     const mask* k;
-    bench_gemm* dense;      /* [NUM_TRANSPOSES] */
-    double density, target; /* target 0: none */
-    tally* sum;
+    bench_gemm* dense; /* [NUM_TRANSPOSES] */
+    double density;
 } table;
 
 /* dense: milliseconds of cuBLAS by transposes; those of NN and of p are set. */
 static void csv_row(const table* t, const char* by, const pass* p, const char* tile_used, double ms,
-                    const double* dense, double target)
+                    const double* dense)
 {
     const double n = t->k->m.rows, flops = 2.0 * n * n * n * t->k->kept;
     FILE* csv = t->opt->csv;
@@ -568,8 +560,6 @@ static void csv_row(const table* t, const char* by, const pass* p, const char* t
             t->d->block, t->density, t->k->kept, p->product, p->name, op_name(p->op),
             transpose_name[p->transposes], tile_used, ms, dense[NN], ms / dense[NN],
             dense[p->transposes], ms / dense[p->transposes]);
-    if (target > 0) fprintf(csv, "%.4f,%s,", target, ms / dense[NN] <= target ? "held" : "missed");
-    else fprintf(csv, ",,");
     fprintf(csv, "%.1f\n", flops / ms * 1e-9);
 }
 
@@ -581,10 +571,10 @@ static void run_row(bench_state* s, const table* t, const pass* p, moe_block_spa
     const double flops = 2.0 * n * (double)n * n;
     moe_block_sparse_desc by_tile[NUM_TILES];
     bench_call call[1 + NUM_TILES + 2]; /* the product, by tile, cuBLAS */
-    double dense[NUM_TRANSPOSES], ms, ratio, best;
+    double dense[NUM_TRANSPOSES], ms, best;
     int tile_of[NUM_TILES], count = 0;
     call[0] = bench_one(run_product, job);
-    for (int i = 0; i < NUM_TILES && t->opt->tiles && t->target > 0; ++i) {
+    for (int i = 0; i < NUM_TILES && t->opt->tiles; ++i) {
         by_tile[count] = *job;
         by_tile[count].choice.tile = tiles[i].value;
         by_tile[count].choice.fallback_tile = 0;
@@ -600,22 +590,15 @@ static void run_row(bench_state* s, const table* t, const pass* p, moe_block_spa
     ms = best = call[0].ms;
     dense[NN] = call[1 + count].ms;
     if (like != NN) dense[like] = call[2 + count].ms;
-    ratio = ms / dense[NN];
-    printf("  %s %-7s  %s %s %-14s %9.4f ms %8.3f of cuBLAS, %6.3f of its %s %7.1f TFLOPS%s\n",
+    printf("  %s %-7s  %s %s %-14s %9.4f ms %8.3f of cuBLAS, %6.3f of its %s %7.1f TFLOPS\n",
            p->product, p->name, op_name(p->op), transpose_name[like], tile_name(&job->choice), ms,
-           ratio, ms / dense[like], transpose_name[like], flops * t->k->kept / ms * 1e-9,
-           t->target > 0 ? ratio <= t->target ? "  held" : "  MISSED" : "");
-    csv_row(t, "moe", p, tile_name(&job->choice), ms, dense, t->target);
-    if (t->target > 0) {
-        if (ratio <= t->target) ++t->sum->held;
-        else ++t->sum->missed;
-        if (ratio / t->target > t->sum->worst) t->sum->worst = ratio / t->target;
-    }
+           ms / dense[NN], ms / dense[like], transpose_name[like], flops * t->k->kept / ms * 1e-9);
+    csv_row(t, "moe", p, tile_name(&job->choice), ms, dense);
     for (int i = 0; i < count; ++i) {
         const char* name = tiles[tile_of[i]].name;
         if (call[1 + i].ms < best) best = call[1 + i].ms;
         printf("%s %s %.4f,", i ? "" : "     ", name, call[1 + i].ms);
-        csv_row(t, "moe-tiles", p, name, call[1 + i].ms, dense, 0.0);
+        csv_row(t, "moe-tiles", p, name, call[1 + i].ms, dense);
     }
     if (count) printf(" %s %.3f of the best\n", t->opt->tune ? "tuned" : "auto", ms / best);
     fflush(stdout);
@@ -627,12 +610,9 @@ static void run_mask(bench_state* s, table* t, operands* o, float* largest, int*
     const int n = t->opt->size;
     const kind* d = t->d;
     mask k = make_mask(d, t->density, n, n, t->opt->form, failures);
-    const int named = t->density > 0.09 && t->density < 0.51; /* 0.1, 0.25, 0.5 */
     t->k = &k;
-    t->target = !d->some_densities || named ? d->slope * k.kept + d->offset : 0.0;
-    printf("%s-%d, d %.4f, %d of %d blocks", d->name, d->block, k.kept, k.blocks, k.RB * k.CB);
-    if (t->target > 0) printf(", target %.3f", t->target);
-    printf("\n");
+    printf("%s-%d, d %.4f, %d of %d sparse blocks\n", d->name, d->block, k.kept, k.blocks,
+           k.RB * k.CB);
     poison_operand(o, &k, s->stream);
     for (int p = 0; p < NUM_PASSES; ++p) {
         moe_block_sparse_desc job = describe(o, &passes[p], &k, n, n, n);
@@ -652,15 +632,15 @@ static void time_list(bench_state* s, int* failures)
 {
     enum { CALLS = 24 };
     static const kind lists[] = {
-        {"random", 32, RANDOM, 0.0, 0.0, 0},
-        {"diagonal", 32, DIAGONAL, 0.0, 0.0, 0},
-        {"batch", 32, BATCH, 0.0, 0.0, 0},
+        {"random", 32, RANDOM, 1},
+        {"diagonal", 32, DIAGONAL, 1},
+        {"batch", 32, BATCH, 1},
     };
     for (int l = 0; l < 3; ++l) {
         mask k = make_mask(&lists[l], 0.1, 8192, 8192, FORM_BYTES, failures);
         void* context[CALLS];
         for (int i = 0; i < CALLS; ++i) context[i] = &k.l;
-        printf("  list of %d x %d blocks from bytes, %s, %d kept: %.2f us\n", k.RB, k.CB,
+        printf("  list of %d x %d sparse blocks from bytes, %s, %d kept: %.2f us\n", k.RB, k.CB,
                lists[l].name, k.blocks, bench_time_graph(s, run_list, context, CALLS) * 1e3);
         BENCH_CUDA(cudaStreamSynchronize(s->stream));
         *failures += list_differs(&k) != 0;
@@ -685,12 +665,11 @@ int main(int argc, char** argv)
     bench_gemm dense[NUM_TRANSPOSES];
     bench_call call[NUM_TRANSPOSES];
     operands o;
-    tally sums[NUM_KINDS];
     char reps[16] = "", reps_name[] = "--reps";
     char* args[] = {argv[0], reps_name, reps};
     float largest = 0.0f;
     int failures = 0, known = 0;
-    memset(&opt, 0, sizeof opt), memset(sums, 0, sizeof sums);
+    memset(&opt, 0, sizeof opt);
     opt.size = 8192;
     for (int i = 1; i < argc; ++i) {
         const int value = i + 1 < argc;
@@ -711,7 +690,7 @@ int main(int argc, char** argv)
             if (!opt.csv) fprintf(stderr, "cannot write %s\n", argv[i]), exit(1);
             fprintf(opt.csv,
                     "by,mask,block,density,kept,product,pass,call,transposes,tile,ms,dense_ms,"
-                    "ratio,like_ms,like_ratio,target,held,tflops\n");
+                    "ratio,like_ms,like_ratio,tflops\n");
         } else usage(argv[0]);
     }
     for (int i = 0; i < NUM_KINDS; ++i) known += is_wanted(&opt, &kinds[i]);
@@ -744,9 +723,9 @@ int main(int argc, char** argv)
         int experts = 0;
         table t;
         memset(&t, 0, sizeof t);
-        t.opt = &opt, t.d = &kinds[i], t.dense = dense, t.sum = &sums[i];
+        t.opt = &opt, t.d = &kinds[i], t.dense = dense;
         if (!is_wanted(&opt, &kinds[i])) continue;
-        if (opt.quick && kinds[i].slope == 0.0 && kinds[i].offset == 0.0) continue;
+        if (opt.quick && !kinds[i].quick) continue;
         for (int j = 0; j < NUM_DENSITIES; ++j) {
             if (opt.quick && !(densities[j] > 0.09 && densities[j] < 0.51)) continue;
             if (kinds[i].shape == DIAGONAL) { /* skips a number of experts that was run already */
@@ -761,10 +740,6 @@ int main(int argc, char** argv)
     }
     bench_note_clocks(&s, bench_run_gemm, &dense[NN], call[NN].ms);
     printf("rows' products, sampled: worst error %.2f of its bound\n", largest);
-    for (int i = 0; i < NUM_KINDS; ++i)
-        if (sums[i].held + sums[i].missed)
-            printf("%s-%d: %d of %d targets held, worst %.3f of its target\n", kinds[i].name,
-                   kinds[i].block, sums[i].held, sums[i].held + sums[i].missed, sums[i].worst);
     for (int t = 0; t < NUM_TRANSPOSES; ++t) bench_gemm_free(&dense[t]);
     bench_blas_close(&blas);
     free_operands(&o);

@@ -5,7 +5,7 @@
 Needs nothing but Python. The tables go to stdout as Markdown: times over dense for each mask and density,
 and, for each other file, its time over ours, both as ratios to the dense product of their own run. The plot
 has a panel for each kind of mask: ratio to dense over density, the line being the median of the nine rows
-and the band their range, or with --row the one named; dashes are the target.
+and the band their range, or with --row the one named.
 """
 import argparse
 import csv
@@ -27,7 +27,6 @@ def read(paths):
             for r in csv.DictReader(f):
                 for field in ("kept", "ratio", "like_ratio", "ms"):
                     r[field] = float(r[field])
-                r["target"] = float(r["target"]) if r["target"] else None
                 at = data.setdefault(r["by"], {}).setdefault((f"{r['mask']}-{r['block']}", r["density"]), {})
                 at[r["product"], r["pass"]] = r
     return data
@@ -50,7 +49,7 @@ def tables(data):
             r = masks[key].get(row)
             if not r:
                 return "-"
-            return f"{r['ratio']:.3f}" + (" missed" if r["held"] == "missed" else "")
+            return f"{r['ratio']:.3f}"
 
         table(f"{NAMES[by]}: time over dense", masks, ratio)
     ours = data.get("moe", {})
@@ -78,7 +77,6 @@ def ticks(most):
 def panel(out, x0, y0, kind, data, only):
     """One kind of mask; its lower left corner of the axes is (x0 + LEFT, y0 + HEIGHT - 30)."""
     lines = {}  # by -> [(kept, least, median, most)]
-    target = {}
     for by in NAMES:
         for (mask, _), rows in data.get(by, {}).items():
             picked = [r for k, r in rows.items() if only is None or k == only]
@@ -87,9 +85,7 @@ def panel(out, x0, y0, kind, data, only):
             ratios = [r["ratio"] for r in picked]
             lines.setdefault(by, []).append((picked[0]["kept"], min(ratios), statistics.median(ratios),
                                              max(ratios)))
-            if picked[0]["target"] is not None:
-                target[picked[0]["kept"]] = picked[0]["target"]
-    most = max([1.0] + [p[3] for points in lines.values() for p in points] + list(target.values())) * 1.05
+    most = max([1.0] + [p[3] for points in lines.values() for p in points]) * 1.05
     left, bottom, wide, high = x0 + LEFT, y0 + HEIGHT - 30, WIDTH - LEFT - 12, HEIGHT - 30 - TOP
 
     def at(kept, ratio):
@@ -118,9 +114,6 @@ def panel(out, x0, y0, kind, data, only):
         for p in points:
             x, y = at(p[0], p[2]).split(",")
             out.append(f'<circle cx="{x}" cy="{y}" r="2.5" fill="{COLORS[by]}"/>')
-    if target:
-        out.append(f'<path d="M{"L".join(at(*p) for p in sorted(target.items()))}" fill="none" '
-                   'stroke="#b00" stroke-dasharray="5 4"/>')
 
 
 def plot(data, path, only):
@@ -131,9 +124,9 @@ def plot(data, path, only):
     out = [f'<svg xmlns="http://www.w3.org/2000/svg" width="{w}" height="{h}" font-family="sans-serif">',
            f'<rect width="{w}" height="{h}" fill="#fff"/>']
     x = 12
-    shown = [(NAMES[by], COLORS[by], "") for by in NAMES if by in data]
-    for name, color, dash in shown + [("target", "#b00", "5 4"), ("dense", "#888", "")]:
-        out.append(f'<path d="M{x},20h22" stroke="{color}" stroke-width="2" stroke-dasharray="{dash}"/>'
+    shown = [(NAMES[by], COLORS[by]) for by in NAMES if by in data]
+    for name, color in shown + [("dense", "#888")]:
+        out.append(f'<path d="M{x},20h22" stroke="{color}" stroke-width="2"/>'
                    f'<text x="{x + 27}" y="24" font-size="12">{html.escape(name)}</text>')
         x += 50 + 7 * len(name)
     for i, kind in enumerate(kinds):

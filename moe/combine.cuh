@@ -92,7 +92,11 @@ typedef struct moe_combine_args {
     int64_t row_pitch, residual_pitch, shared_pitch, y_pitch; /* bytes between rows */
     int64_t num_rows;            /* 0: does not bound places */
     int32_t rows_dtype, y_dtype; /* moe_dtype, not 0 */
-    int32_t num_tokens, hidden, top_k, num_buffers, rank;
+    int32_t num_tokens;          /* T >= 0 */
+    int32_t hidden;              /* H, 1 .. 2^28 */
+    int32_t top_k;               /* K, 1 .. MOE_COMBINE_MAX_TOP_K */
+    int32_t num_buffers;         /* entries of the table; without a table 1 */
+    int32_t rank;                /* reported with a fault, 0 .. MOE_FAULT_MAX_RANK */
 } moe_combine_args;
 
 #define MOE_COMBINE_MAX_TOP_K 2048 /* 32 KB of shared memory a thread block */
@@ -102,8 +106,8 @@ typedef struct moe_combine_args {
 /* One of a token's rows and its factor. A token's block looks up those that exist, once, in slot
    order. */
 typedef struct moe_combine_source {
-    const char* row; /* address of the row */
-    float weight;
+    const char* row; /* address of the row's H elements, rows_dtype */
+    float weight;    /* factor on the row, any fp32 */
 } moe_combine_source;
 
 /* Shared memory of moe_combine_token, besides its sources. */

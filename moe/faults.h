@@ -13,19 +13,19 @@
 #include "base/fault.h"
 
 /* name, code, text. Codes 1 to MOE_FAULT_LAST_STOP stop later kernels; the smaller code is kept. */
-#define MOEI_FAULT_LIST(X)                                                                        \
-    X(NONE, 0, "no fault")                                                                        \
-    X(BAD_OFFSET, 1, "expert_offset decreases or passes the last row (index: expert)")            \
-    X(BAD_TABLE, 2, "null or misaligned address in a table of experts (index: expert)")           \
-    X(BAD_BLOCK, 3, "a block list out of range or not ascending (index: entry)")                  \
-    X(NO_ROOM, 4, "max_blocks is less than the mask has (index: blocks it has)")                  \
-    X(NAN_LOGIT, 16, "a logit counts as NaN: the token selects nothing (index: token)")           \
-    X(BAD_ID, 17, "expert id out of range: the slot is dropped (index: slot)")                    \
-    X(BAD_ROW, 18, "row map out of range: read as zeros, not added to y (index: row or slot)")    \
-    X(BAD_COUNT, 19,                                                                              \
-      "chunk_count is not that of these ids: their rows are wrong (index: slot or 0)")            \
-    X(BAD_PLACE, 20, "place or its address out of range: the slot is dropped (index: slot)")      \
-    X(BAD_REPLICA, 21, "an expert without a replica in range: the slot is dropped (index: slot)") \
+#define MOEI_FAULT_LIST(X)                                                                         \
+    X(NONE, 0, "no fault")                                                                         \
+    X(BAD_OFFSET, 1, "expert_offset decreases or passes the last row (index: expert)")             \
+    X(BAD_TABLE, 2, "null or misaligned address in a table of experts (index: expert)")            \
+    X(BAD_SPARSE_BLOCK, 3, "a list of sparse blocks out of range or not ascending (index: entry)") \
+    X(NO_ROOM, 4, "max_blocks is less than the mask has (index: sparse blocks it has)")            \
+    X(NAN_LOGIT, 16, "a logit counts as NaN: the token selects nothing (index: token)")            \
+    X(BAD_ID, 17, "expert id out of range: the slot is dropped (index: slot)")                     \
+    X(BAD_ROW, 18, "row map out of range: read as zeros, not added to y (index: row or slot)")     \
+    X(BAD_COUNT, 19,                                                                               \
+      "chunk_count is not that of these ids: their rows are wrong (index: slot or 0)")             \
+    X(BAD_PLACE, 20, "place or its address out of range: the slot is dropped (index: slot)")       \
+    X(BAD_REPLICA, 21, "an expert without a replica in range: the slot is dropped (index: slot)")  \
     X(NAN_SUM, 22, "a batch's logits of +inf and -inf: the expert is not chosen (index: expert)")
 
 enum {

@@ -42,7 +42,7 @@ typedef enum moe_place_kind {
 /* Which axis of a matrix is contiguous in memory. k is the axis that a product reduces. */
 typedef enum moe_major {
     MOE_MAJOR_DEFAULT = 0, /* MOE_MAJOR_K */
-    MOE_MAJOR_K,           /* k-major: rows of k elements; weights [E, n, k], as in checkpoints */
+    MOE_MAJOR_K,           /* k-major: rows of k elements; weights [E, n, k], as of nn.Linear */
     MOE_MAJOR_MN           /* mn-major: rows of m (or n) elements; weights [E, k, n] */
 } moe_major;
 

@@ -8,16 +8,16 @@
    Accumulates and stores in fp32: logits rounded to bf16 would choose other experts. Four paths,
    chosen by dtypes, shapes and device (moe_router_plan tells the choice). Each sums in a fixed
    order: equal inputs give equal bits.
-     gemm    x and router of one 16-bit dtype, H and E multiples of 8, 16-byte aligned rows: tensor
-             cores (gemm/grouped.cuh)
-     ragged  as gemm, but any E, and logits of any stride and alignment: tensor cores, the last
-             tile of experts padded in shared memory (router/ragged.cuh)
-     split   16-bit x and an fp32 router, H a multiple of 8, any E, 16-byte aligned rows, sm_80 and
-             later: tensor cores, each weight as three bf16 terms, with exact products
-             (router/bf16_split.cuh, also on infinities). The error is that of an fp32 sum
-     scalar  anything else: fp32 multiply-adds, slower, h ascending
-   Cost: 2 * T * H * E flops; split three times that, with fp16 x six times. One launch. Minimum
-   architecture: sm_75 (tensor cores in bf16: sm_80).
+     gemm        x and router of one 16-bit dtype, H and E multiples of 8, 16-byte aligned rows:
+                 tensor cores (gemm/grouped.cuh)
+     ragged      as gemm, but any E, and logits of any stride and alignment: tensor cores, the last
+                 tile of experts padded in shared memory (router/ragged.cuh)
+     bf16 split  16-bit x and an fp32 router, H a multiple of 8, any E, 16-byte aligned rows, sm_80
+                 and later: tensor cores, each weight as three bf16 terms, with exact products
+                 (router/bf16_split.cuh, also on infinities). The error is that of an fp32 sum
+     scalar      anything else: fp32 multiply-adds, slower, h ascending
+   Cost: 2 * T * H * E flops; bf16 split three times that, with fp16 x six times. One launch.
+   Minimum architecture: sm_75 (tensor cores in bf16: sm_80).
 
      moe_router_desc r = {0};
      r.x = x;  r.router = router;  r.logits = logits;
@@ -67,8 +67,12 @@ typedef enum moe_router_path {
 /* Returns the name of a moe_router_path: static storage, never null. */
 MOE_HOST const char* moe_router_path_name(int path)
 {
-    static const char* const name[] = {"scalar", "gemm", "split, large tile", "split, small tile",
-                                       "ragged, wide tile", "ragged, narrow tile"};
+    static const char* const name[] = {"scalar",
+                                       "gemm",
+                                       "bf16 split, large tile",
+                                       "bf16 split, small tile",
+                                       "ragged, wide tile",
+                                       "ragged, narrow tile"};
     return path >= 0 && path <= MOE_ROUTER_RAGGED_NARROW ? name[path] : "?";
 }
 
@@ -77,8 +81,8 @@ MOE_HOST const char* moe_router_path_name(int path)
 
 /* Shared memory of the scalar path. The padding avoids bank conflicts. */
 typedef struct moei_router_shared {
-    float x[MOEI_ROUTER_TILE_K][MOEI_ROUTER_TILE + 1];
-    float w[MOEI_ROUTER_TILE_K][MOEI_ROUTER_TILE + 1];
+    float x[MOEI_ROUTER_TILE_K][MOEI_ROUTER_TILE + 1]; /* [depth][token], 0 past the edges */
+    float w[MOEI_ROUTER_TILE_K][MOEI_ROUTER_TILE + 1]; /* [depth][expert], 0 past the edges */
 } moei_router_shared;
 
 /* The scalar path, for any shape and dtypes. A block computes a tile of 64 tokens x 64 experts; a
@@ -146,7 +150,7 @@ MOE_HOST int64_t moei_router_blocks(const moe_router_desc* d)
            ((d->num_experts + MOEI_ROUTER_TILE - 1) / MOEI_ROUTER_TILE);
 }
 
-/* ---- the fp32 router, split: router/bf16_split.cuh ---- */
+/* ---- the bf16 split of an fp32 router: router/bf16_split.cuh ---- */
 
 /* tile, its shape; suffix and dtype of x */
 #define MOEI_BF16_SPLIT_LIST(X)                                                                    \
@@ -157,7 +161,7 @@ MOE_HOST int64_t moei_router_blocks(const moe_router_desc* d)
 #define MOEI_BF16_SPLIT_LEAST 80    /* code of sm_80 and later has a body */
 #define MOEI_BF16_SPLIT_THREADS 256 /* threads of a block, with either tile */
 
-/* The shape of a split tile: the operands are bf16, also where x is fp16. */
+/* The shape of a tile of the bf16 split: the operands are bf16, also where x is fp16. */
 #define MOEI_BF16_SPLIT_SHAPE(...)                                                                 \
     moei_shape_terms(moe_gemm_shape_of(__VA_ARGS__, MOE_BF16, MOE_MAJOR_K, MOE_MAJOR_K),           \
                      MOE_ROUTER_BF16_TERMS)
@@ -175,7 +179,7 @@ MOE_HOST int64_t moei_router_blocks(const moe_router_desc* d)
 MOEI_BF16_SPLIT_LIST(MOEI_BF16_SPLIT_KERNEL)
 #undef MOEI_BF16_SPLIT_KERNEL
 
-/* moei_variant.tile of the split variants. */
+/* moei_variant.tile of the bf16 split variants. */
 enum {
     MOEI_BF16_SPLIT_TILE_large_f16,
     MOEI_BF16_SPLIT_TILE_large_bf16,
@@ -217,8 +221,8 @@ MOE_HOST int64_t moei_bf16_split_blocks(const moei_router_args* d, int small)
 /* The number of small tiles that take a multiprocessor about as long as one large tile. */
 #define MOEI_BF16_SPLIT_WORTH 20
 
-/* Sets *path to a split path where the operands fit and the current device and this binary can run
-   it; otherwise leaves *path unchanged. */
+/* Sets *path to a bf16 split path where the operands fit and the current device and this binary can
+   run it; otherwise leaves *path unchanged. */
 MOE_HOST moe_status moei_bf16_split_plan(const moei_router_args* d, int* path)
 {
     moe_device dev;
@@ -341,7 +345,7 @@ MOE_HOST moe_status moei_router_check(moe_router_desc* d)
 /* A prepared product: all but its stream is resolved, for the device that was current. */
 typedef struct moe_router_prepared {
     int32_t path;                   /* moe_router_path */
-    moei_router_args args;          /* of the kernel on the scalar and split paths */
+    moei_router_args args;          /* of the scalar and bf16 split kernels */
     moe_grouped_gemm_prepared gemm; /* .launch: of every path's kernel, kernel null: run queues
                                        nothing; .args: on the gemm and ragged paths */
 } moe_router_prepared;

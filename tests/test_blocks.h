@@ -38,13 +38,13 @@ MOEI_UNUSED static void tmask_put(tmask* t, trand* r)
     const int words = (t->CB + 31) / 32;
     uint8_t* bytes = (uint8_t*)test_host(t->RB * t->CB);
     uint32_t* bits = (uint32_t*)test_host(t->RB * words * 4);
-    moe_ref_block_bits(t->present, t->RB, t->CB, bits);
-    t->count = (int)moe_ref_block_numbers(t->present, t->RB, t->CB, t->number);
+    moe_ref_block_sparse_bits(t->present, t->RB, t->CB, bits);
+    t->count = (int)moe_ref_block_sparse_numbers(t->present, t->RB, t->CB, t->number);
     test_poison(t->column_index, (size_t)t->max_blocks * 4);
     test_poison(t->row_index, (size_t)t->max_blocks * 4);
     test_poison(t->position, (size_t)t->max_blocks * 4);
-    (void)moe_ref_block_list(t->present, t->RB, t->CB, t->row_offset, t->column_index,
-                             t->column_offset, t->row_index, t->position);
+    (void)moe_ref_block_sparse_list(t->present, t->RB, t->CB, t->row_offset, t->column_index,
+                                    t->column_offset, t->row_index, t->position);
     for (int i = 0; i < t->RB * t->CB; ++i)
         bytes[i] = t->present[i] ? (uint8_t)trand_int(r, 1, 255) : 0;
     for (int i = 0; i < t->RB && t->CB % 32; ++i)
@@ -166,8 +166,8 @@ MOEI_UNUSED static int64_t tmatrix_at(const tmatrix* t, int i, int j, int* part)
 {
     *part = !t->part_size ? 0 : (t->by_column ? j : i) / t->part_size;
     if (t->mask)
-        return moe_ref_block_where(t->mask->number, t->mask->CB, t->mask->block_rows,
-                                   t->mask->block_columns, t->stride, i, j);
+        return moe_ref_block_sparse_where(t->mask->number, t->mask->CB, t->mask->block_rows,
+                                          t->mask->block_columns, t->stride, i, j);
     if (!t->host[*part]) return -1;
     if (t->part_size && t->by_column) j %= t->part_size;
     else if (t->part_size) i %= t->part_size;

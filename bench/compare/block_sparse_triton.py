@@ -26,7 +26,7 @@ import torch
 import triton
 import triton.language as tl
 
-KINDS = [  # mask, block, has a target in the bench
+KINDS = [  # mask, side of a sparse block, --quick runs it
     ("random", 128, True),
     ("random", 64, True),
     ("random", 32, True),
@@ -48,7 +48,7 @@ PASSES = [  # forward product, pass, the call that it is, its transposes
     ("dds", "dB", "sdd", "TN"),
 ]
 COLUMNS = ("by,mask,block,density,kept,product,pass,call,transposes,tile,ms,dense_ms,ratio,like_ms,"
-           "like_ratio,target,held,tflops")
+           "like_ratio,tflops")
 
 # Width of the tile along the dense operand (of sdd: none), step along k, stages, warps. Where the index of
 # a sparse block is read first, half of the stages are that read's: 5 stages leave 3 buffers, 7 leave 4.
@@ -368,7 +368,7 @@ def run_kind(by, mask, block, args, x, y, flush, csv, prepare):
             if csv:
                 csv.write(f"{by},{mask},{block},{density:g},{lists.kept:.5f},{product},{name},{call},"
                           f"{transposes},{tile},{ms:.5f},{like['NN']:.5f},{ms / like['NN']:.4f},"
-                          f"{like[transposes]:.5f},{ms / like[transposes]:.4f},,,{tflops:.1f}\n")
+                          f"{like[transposes]:.5f},{ms / like[transposes]:.4f},{tflops:.1f}\n")
                 csv.flush()
 
 
@@ -377,7 +377,7 @@ def parse(description):
     parser.add_argument("--size", type=int, default=8192, help="m = n = k, a multiple of 256")
     parser.add_argument("--reps", type=int, default=11)
     parser.add_argument("--quick", action="store_true",
-                        help="densities 0.1, 0.25 and 0.5 of the kinds that have a target")
+                        help="densities 0.1, 0.25 and 0.5, no diagonal-128")
     parser.add_argument("--only", help="one kind of mask, as random-128")
     parser.add_argument("--csv")
     parser.add_argument("--check", action="store_true", help="no timing")

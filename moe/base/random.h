@@ -11,8 +11,9 @@
 
 #include "config.h"
 
+/* 128 random bits. */
 typedef struct moe_random4 {
-    uint32_t x, y, z, w;
+    uint32_t x, y, z, w; /* words 0, 1, 2, 3: any value, each equally likely */
 } moe_random4;
 
 /* Returns the four words of counter {c0, c1, c2, c3} under the key. */

@@ -58,7 +58,7 @@ typedef struct moei_block_layer_act_args {
     int32_t block_log2, lanes_log2; /* log2 of a sparse block's side; of the lanes of a row */
     int32_t run;                    /* sparse blocks of act in a run */
     int32_t gated;                  /* 1: pre has gates and ups; 0: pre is as wide as act */
-    moei_activation activation;
+    moei_activation activation;     /* applied to pre, as moei_activation_of returns it */
 } moei_block_layer_act_args;
 
 /* One row of a run. */

@@ -79,8 +79,8 @@ typedef struct moei_sparse_shared {
 #define MOEI_SPARSE_BAND 2048
 
 /* Returns the tile that thread block `index` has in a round: `tiles_n` column tiles further along
-   its strip each round. columns = 0: no tile. A strip with bad offsets raises BAD_BLOCK and counts
-   as empty. Called by one thread. */
+   its strip each round. columns = 0: no tile. A strip with bad offsets raises BAD_SPARSE_BLOCK and
+   counts as empty. Called by one thread. */
 MOE_DEVICE moei_sparse_position moei_sparse_find(const moei_sparse_args* d, int index, int round,
                                                  const int tile_m, const int tile_n)
 {
@@ -101,7 +101,7 @@ MOE_DEVICE moei_sparse_position moei_sparse_find(const moei_sparse_args* d, int 
     t.begin = d->begin[t.strip];
     t.end = d->end[t.strip];
     if (t.begin < 0 || t.end < t.begin || t.end > d->max_blocks || t.end - t.begin > d->others) {
-        moe_fault_raise(d->fault, MOE_FAULT_BAD_BLOCK, d->rank, t.begin);
+        moe_fault_raise(d->fault, MOE_FAULT_BAD_SPARSE_BLOCK, d->rank, t.begin);
         t.end = t.begin = 0;
     }
     there = d->n;
@@ -134,8 +134,8 @@ MOE_DEVICE moei_sparse_entry moei_sparse_read(const moei_sparse_args* d,
     return e;
 }
 
-/* Sets e->block to -1 and raises BAD_BLOCK where entry `at` is out of range, or does not ascend
-   from `before`, the block column of the entry before (-1: none). */
+/* Sets e->block to -1 and raises BAD_SPARSE_BLOCK where entry `at` is out of range, or does not
+   ascend from `before`, the block column of the entry before (-1: none). */
 MOE_DEVICE void moei_sparse_check_entry(const moei_sparse_args* d, const moei_sparse_position* t,
                                         int at, int before, moei_sparse_entry* e)
 {
@@ -144,7 +144,7 @@ MOE_DEVICE void moei_sparse_check_entry(const moei_sparse_args* d, const moei_sp
     if ((uint32_t)e->block >= (uint32_t)d->others || e->block <= before ||
         (e->block == d->others - 1 && !last) ||
         (d->packed && (uint32_t)e->info >= (uint32_t)d->max_blocks)) {
-        moe_fault_raise(d->fault, MOE_FAULT_BAD_BLOCK, d->rank, t->begin + at);
+        moe_fault_raise(d->fault, MOE_FAULT_BAD_SPARSE_BLOCK, d->rank, t->begin + at);
         e->block = -1;
     }
 }

@@ -37,11 +37,11 @@ MOE_DEVICE void moei_sparse_list_sum_columns(const moei_sparse_list_args* a, int
 {
     const int lane = moe_lane(), warp = moe_warp(), each = (a->tiles + 31) / 32;
     const int from = warp * each, upto = from + each < a->tiles ? from + each : a->tiles;
-    const int64_t pitch = (int64_t)a->words * 32;
+    const int64_t stride = (int64_t)a->words * 32;
     int32_t* above = a->above + (int64_t)k * 32 + lane;
     unsigned sum = 0, before = 0, all = 0; /* may wrap without room: the list is then empty */
     MOE_UNROLL_8
-    for (int t = from; t < upto; ++t) sum += (unsigned)above[t * pitch];
+    for (int t = from; t < upto; ++t) sum += (unsigned)above[t * stride];
     /* barrier: a warp's prefix sum starts with the parts of all warps before it */
     s->part[warp][lane] = (int)sum;
     __syncthreads();
@@ -53,10 +53,10 @@ MOE_DEVICE void moei_sparse_list_sum_columns(const moei_sparse_list_args* a, int
     for (int t = from; t < upto; t += 8) {
         int n[8];
         MOE_UNROLL
-        for (int i = 0; i < 8; ++i) n[i] = t + i < upto ? above[(t + i) * pitch] : 0;
+        for (int i = 0; i < 8; ++i) n[i] = t + i < upto ? above[(t + i) * stride] : 0;
         MOE_UNROLL
         for (int i = 0; i < 8; ++i) {
-            if (t + i < upto) above[(t + i) * pitch] = (int)before;
+            if (t + i < upto) above[(t + i) * stride] = (int)before;
             before += (unsigned)n[i];
         }
     }

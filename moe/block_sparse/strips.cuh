@@ -82,14 +82,14 @@ MOE_KERNEL(MOEI_SPARSE_STRIPS_THREADS, 1) moei_sparse_strips(MOE_ARG(moei_sparse
             const int begin = d.offset[first + i], end = d.offset[first + i + 1];
             if (begin < 0 || end < begin || end > d.max_blocks || end - begin > d.others ||
                 (i == 0 && begin != at)) {
-                if (tid == 0) moe_fault_raise(d.fault, MOE_FAULT_BAD_BLOCK, d.rank, begin);
+                if (tid == 0) moe_fault_raise(d.fault, MOE_FAULT_BAD_SPARSE_BLOCK, d.rank, begin);
                 bad = 1;
                 break;
             }
             for (int b = begin + tid; b < end; b += MOEI_SPARSE_STRIPS_THREADS) {
                 const int o = d.index[b];
                 if ((uint32_t)o >= (uint32_t)d.others || (b > begin && d.index[b - 1] >= o)) {
-                    moe_fault_raise(d.fault, MOE_FAULT_BAD_BLOCK, d.rank, b);
+                    moe_fault_raise(d.fault, MOE_FAULT_BAD_SPARSE_BLOCK, d.rank, b);
                     bad = 1;
                 }
             }

@@ -113,8 +113,10 @@ MOE_DEVICE float moei_gate_weight(const moei_gate_args* d, float unit, float l, 
 /* How registers hold rows: an aligned group of `lanes` lanes has a token, per_lane logits a lane.
    The group finds the num_largest largest. The three are literals. */
 typedef struct moei_gate_lanes {
-    int lanes, per_lane, num_largest;
-    int rank; /* this lane's number in its group, 0 .. lanes - 1 */
+    int lanes;       /* lanes a token: 1, 2, 4 .. 32 */
+    int per_lane;    /* logits a lane: 8, 16 or 32 */
+    int num_largest; /* 2, 4 .. 32, at least K */
+    int rank;        /* this lane's number in its group, 0 .. lanes - 1 */
 } moei_gate_lanes;
 
 /* Returns how this lane holds rows. */

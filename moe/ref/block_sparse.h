@@ -6,9 +6,9 @@
        dsd  A: an element of a masked-out sparse block counts as 0 and is not read
        dds  B: as A of dsd
 
-   C is written dense, whatever the storage of the sparse matrix; moe_ref_block_where returns the
-   index of its elements in storage. Masks are bytes [RB, CB] here, of the sparse matrix as stored;
-   moe_ref_block_bytes converts all other forms.
+   C is written dense, whatever the storage of the sparse matrix; moe_ref_block_sparse_where returns
+   the index of its elements in storage. Masks are bytes [RB, CB] here, of the sparse matrix as
+   stored; moe_ref_block_sparse_bytes converts all other forms.
 
    Functions: moe_ref_block_sparse_f32 and moe_ref_block_sparse_f64. */
 #ifndef MOE_REF_BLOCK_SPARSE_H
@@ -37,8 +37,8 @@ typedef struct moe_ref_block_sparse_desc {
 
 /* Writes number [RB, CB]: the number of each sparse block in row order, -1 where it is masked out.
    Returns the number of sparse blocks that are present. */
-MOE_HOST int64_t moe_ref_block_numbers(const uint8_t* bytes, int64_t num_block_rows,
-                                       int64_t num_block_columns, int32_t* number)
+MOE_HOST int64_t moe_ref_block_sparse_numbers(const uint8_t* bytes, int64_t num_block_rows,
+                                              int64_t num_block_columns, int32_t* number)
 {
     int32_t count = 0;
     for (int64_t i = 0; i < num_block_rows * num_block_columns; ++i)
@@ -48,13 +48,14 @@ MOE_HOST int64_t moe_ref_block_numbers(const uint8_t* bytes, int64_t num_block_r
 
 /* Writes the list of a mask, as in moe_block_sparse_mask. column_offset, row_index and position are
    all null or all given. Returns the number of entries. */
-MOE_HOST int64_t moe_ref_block_list(const uint8_t* bytes, int64_t num_block_rows,
-                                    int64_t num_block_columns, int32_t* row_offset,
-                                    int32_t* column_index, int32_t* column_offset,
-                                    int32_t* row_index, int32_t* position)
+MOE_HOST int64_t moe_ref_block_sparse_list(const uint8_t* bytes, int64_t num_block_rows,
+                                           int64_t num_block_columns, int32_t* row_offset,
+                                           int32_t* column_index, int32_t* column_offset,
+                                           int32_t* row_index, int32_t* position)
 {
     int32_t* number = (int32_t*)malloc((size_t)(num_block_rows * num_block_columns) * 4 + 4);
-    const int64_t count = moe_ref_block_numbers(bytes, num_block_rows, num_block_columns, number);
+    const int64_t count =
+        moe_ref_block_sparse_numbers(bytes, num_block_rows, num_block_columns, number);
     int32_t p = 0;
     for (int64_t i = 0; i < num_block_rows; ++i) {
         row_offset[i] = p;
@@ -79,8 +80,8 @@ MOE_HOST int64_t moe_ref_block_list(const uint8_t* bytes, int64_t num_block_rows
 }
 
 /* Writes the bits [RB, ceil(CB / 32)] of a mask. Bits past the last column are 0. */
-MOE_HOST void moe_ref_block_bits(const uint8_t* bytes, int64_t num_block_rows,
-                                 int64_t num_block_columns, uint32_t* bits)
+MOE_HOST void moe_ref_block_sparse_bits(const uint8_t* bytes, int64_t num_block_rows,
+                                        int64_t num_block_columns, uint32_t* bits)
 {
     const int64_t words = (num_block_columns + 31) / 32;
     memset(bits, 0, (size_t)(num_block_rows * words) * 4);
@@ -102,7 +103,7 @@ MOE_HOST void moei_ref_block_add(const moe_block_sparse_list_desc* d, int64_t r,
 /* Writes bytes [RB, CB], each 0 or 1, from the source that the descriptor gives. The descriptor
    has host pointers here. Reads its sources and sizes alone. Returns the fault of the source,
    code 0 if none: a bad id is skipped, after a bad offset no sparse block is added. */
-MOE_HOST moe_fault moe_ref_block_bytes(const moe_block_sparse_list_desc* d, uint8_t* bytes)
+MOE_HOST moe_fault moe_ref_block_sparse_bytes(const moe_block_sparse_list_desc* d, uint8_t* bytes)
 {
     const int64_t num_block_rows = moe_block_sparse_count(d->rows, d->block_rows);
     const int64_t num_block_columns = moe_block_sparse_count(d->columns, d->block_columns);
@@ -145,11 +146,11 @@ MOE_HOST moe_fault moe_ref_block_bytes(const moe_block_sparse_list_desc* d, uint
 }
 
 /* Returns the index of element (i, j) of a sparse matrix as stored, with CB sparse blocks in a
-   block row; -1 where it is masked out. number: from moe_ref_block_numbers; stride: of a strided
-   matrix, 0 = packed. */
-MOE_HOST int64_t moe_ref_block_where(const int32_t* number, int64_t num_block_columns,
-                                     int block_rows, int block_columns, int64_t stride, int64_t i,
-                                     int64_t j)
+   block row; -1 where it is masked out. number: from moe_ref_block_sparse_numbers; stride: of a
+   strided matrix, 0 = packed. */
+MOE_HOST int64_t moe_ref_block_sparse_where(const int32_t* number, int64_t num_block_columns,
+                                            int block_rows, int block_columns, int64_t stride,
+                                            int64_t i, int64_t j)
 {
     const int64_t p = number[i / block_rows * num_block_columns + j / block_columns];
     if (p < 0) return -1;
@@ -172,8 +173,8 @@ MOE_HOST const void* moei_ref_block_find(const moei_ref_block_operand* o, int64_
 {
     *at = i * o->stride + j;
     if (o->number) {
-        *at = moe_ref_block_where(o->number, o->num_block_columns, o->block_rows, o->block_columns,
-                                  o->stride, i, j);
+        *at = moe_ref_block_sparse_where(o->number, o->num_block_columns, o->block_rows,
+                                         o->block_columns, o->stride, i, j);
         return *at < 0 ? (const void*)0 : o->p;
     }
     if (!o->table) return o->p;
@@ -214,7 +215,7 @@ MOE_HOST moei_ref_block_plan moei_ref_block_begin(const moe_ref_block_sparse_des
     num_block_rows = moe_block_sparse_count(rows, d->block_rows);
     p.num_block_columns = moe_block_sparse_count(columns, d->block_columns);
     p.number = (int32_t*)malloc((size_t)(num_block_rows * p.num_block_columns) * 4 + 4);
-    (void)moe_ref_block_numbers(d->mask, num_block_rows, p.num_block_columns, p.number);
+    (void)moe_ref_block_sparse_numbers(d->mask, num_block_rows, p.num_block_columns, p.number);
     p.a.num_block_columns = p.b.num_block_columns = p.num_block_columns;
     p.a.block_rows = p.b.block_rows = d->block_rows;
     p.a.block_columns = p.b.block_columns = d->block_columns;

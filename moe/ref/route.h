@@ -119,9 +119,9 @@ MOE_HOST int64_t moe_ref_route(const moe_ref_route_desc* d)
             if (d->row_slot) d->row_slot[row] = (int32_t)s;
             if (d->row_weight) d->row_weight[row] = d->weights[s];
             if (d->place) {
-                const int split = d->place_kind == MOE_PLACE_BY_EXPERT;
-                d->place[s].buffer = split ? e : 0;
-                d->place[s].row = (int32_t)(split ? row - d->expert_offset[e] : row);
+                const int by_expert = d->place_kind == MOE_PLACE_BY_EXPERT;
+                d->place[s].buffer = by_expert ? e : 0;
+                d->place[s].row = (int32_t)(by_expert ? row - d->expert_offset[e] : row);
             }
             ++row;
         }

@@ -38,16 +38,17 @@ typedef struct moei_route_part {
 /* A thread's entries of the round that begins at list position `begin`. A warp's
    entries are neighbours; so are entries i of its lanes. */
 typedef struct moei_route_entries {
-    int slot[MOEI_ROUTE_KEEP_STEPS]; /* -1, weight 0: no entry */
-    float weight[MOEI_ROUTE_KEEP_STEPS];
-    uint32_t begin;
+    int slot[MOEI_ROUTE_KEEP_STEPS];     /* as the list has it, unchecked; -1: no entry */
+    float weight[MOEI_ROUTE_KEEP_STEPS]; /* of the slots; 0: no entry */
+    uint32_t begin;                      /* a multiple of moei_route_part.round */
 } moei_route_entries;
 
 /* Which slots to keep: those whose key's bits from `shift` on are above `limit`, and the first
    `equal` slots where these bits equal `limit`. shift 32, limit 0: the first `equal` slots. */
 typedef struct moei_route_limit {
-    uint32_t limit;
-    int shift, equal;
+    uint32_t limit; /* bits shift .. 31 of a key */
+    int shift;      /* 0 .. 32 */
+    int equal;      /* slots, 0 .. those of the expert */
 } moei_route_limit;
 
 /* Returns the key of a weight: larger for larger weights, 0 for NaN. */

@@ -266,10 +266,10 @@ MOE_DEVICE void moei_route_write_row(const moe_route_desc* d, int slot, int expe
 {
     if (d->slot_row) d->slot_row[slot] = row;
     if (d->place) {
-        const bool split = d->place_kind == MOE_PLACE_BY_EXPERT;
+        const bool by_expert = d->place_kind == MOE_PLACE_BY_EXPERT;
         moe_place p;
-        p.buffer = row < 0 ? -1 : split ? expert : 0;
-        p.row = row < 0 ? -1 : split ? row - offset : row;
+        p.buffer = row < 0 ? -1 : by_expert ? expert : 0;
+        p.row = row < 0 ? -1 : by_expert ? row - offset : row;
         d->place[slot] = p;
     }
 }

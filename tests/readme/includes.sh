@@ -2,9 +2,10 @@
 # includes.sh ROOT: for each station the headers that it includes, directly or through others: the
 # table of docs/copying.md's section "Files of each station".
 #   includes.sh ROOT write             puts it into docs/copying.md
-#   includes.sh ROOT check DIR CXX     docs/copying.md must have it, README.md the row of combine; and
-#                                      each station compiles from a folder that has its row and
-#                                      moe/host/, nothing else
+#   includes.sh ROOT check DIR CXX     docs/copying.md must have it; each station compiles from a
+#                                      folder that has its row and moe/host/, nothing else; and so
+#                                      does combine from what the commands of README.md and
+#                                      docs/copying.md copy, as they are printed
 set -euo pipefail
 cd "$1"
 kind=${2:-print} page=docs/copying.md
@@ -48,6 +49,24 @@ replaced() {
                     { print }' $page
 }
 
+# copies PAGE DIR: runs the code block of PAGE that begins with mkdir -p /path/to/app/moe, with DIR as
+# /path/to/app
+copies() {
+    local block
+    block=$(awk '/^```/ { inside = !inside; at = 0; mine = 0; next }
+                 inside && ++at == 1 && index($0, "mkdir -p /path/to/app/moe ") == 1 { mine = 1 }
+                 inside && mine' "$1")
+    if [ -z "$block" ]; then echo "FAILED: $1 has no command that copies combine"; exit 1; fi
+    bash -euo pipefail -c "${block//\/path\/to\/app/$2}"
+}
+
+# alone DIR HEADER CXX: HEADER compiles in DIR, which has nothing else
+alone() {
+    echo "#include \"$2\"" > "$1/alone.cpp"
+    "$3" -std=c++14 -fsyntax-only "-I$1" "$1/alone.cpp"
+    echo "$2: $(find "$1/moe" -type f -not -path '*/host/*' | wc -l) files"
+}
+
 case $kind in
 print) printf '%s' "$rows" ;;
 write) new=$(replaced) && printf '%s\n' "$new" > $page ;;
@@ -57,19 +76,24 @@ check)
         echo "FAILED: $page (<) is not what the includes say (>): run tests/readme/includes.sh . write"
         exit 1
     fi
-    row=$(grep -F '| `combine.cuh` | `' $page | cut -d'`' -f4)
-    if ! tr -s '\\\n ' ' ' < README.md | grep -qF "cp -r --parents $row "; then
-        echo "FAILED: README.md does not have the files of combine: $row"
-        exit 1
-    fi
+    for text in README.md $page; do
+        rm -rf "$dir"
+        mkdir -p "$dir"
+        copies "$text" "$dir"
+        alone "$dir" moe/combine.cuh "$compiler"
+        row=$(grep -F '| `combine.cuh` | `' $page | cut -d'`' -f4)
+        if ! diff <(cd "$dir/moe" && find . -type f -not -path './host/*' | LC_ALL=C sort) \
+                  <(cd moe && eval "find $row" | sed 's#^#./#' | LC_ALL=C sort); then
+            echo "FAILED: $text (<) does not copy the files of combine (>)"
+            exit 1
+        fi
+    done
     for header in $stations; do
         list=$(grep -F "| \`${header#moe/}\` | \`" $page | grep base/ | cut -d'`' -f4)
         rm -rf "$dir"
         mkdir -p "$dir/moe"
         (cd moe && eval "cp -r --parents $list host $dir/moe")
-        echo "#include \"$header\"" > "$dir/alone.cpp"
-        "$compiler" -std=c++14 -fsyntax-only "-I$dir" "$dir/alone.cpp"
-        echo "$header: $(find "$dir/moe" -type f -not -path '*/host/*' | wc -l) files"
+        alone "$dir" "$header" "$compiler"
     done ;;
 *) echo "includes.sh: no such kind: $kind" >&2; exit 2 ;;
 esac

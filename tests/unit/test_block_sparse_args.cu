@@ -57,8 +57,9 @@ static void check_bad_list(tproduct* p, const char* what, int first, int last)
     put_fault(p, 0);
     call_poisoned(p);
     f = moe_fault_decode(tfault_word(&p->fault));
-    CHECK(f.code == MOE_FAULT_BAD_BLOCK && f.rank == TEST_RANK, "%s: fault \"%s\" at %lld: %s",
-          what, moe_fault_text(f.code), (long long)f.index, tproduct_text(&p->w));
+    CHECK(f.code == MOE_FAULT_BAD_SPARSE_BLOCK && f.rank == TEST_RANK,
+          "%s: fault \"%s\" at %lld: %s", what, moe_fault_text(f.code), (long long)f.index,
+          tproduct_text(&p->w));
     CHECK(first < 0 || (f.index >= first && f.index <= last), "%s: entry %lld, not %d .. %d: %s",
           what, (long long)f.index, first, last, tproduct_text(&p->w));
     check_in_bounds(p, what);

@@ -339,8 +339,9 @@ static void test_k_nan(void)
 static void test_k_faults(void)
 {
     static const int some[] = {10, 20, 30, 5};
-    static const int code[] = {MOE_FAULT_BAD_OFFSET, MOE_FAULT_BAD_OFFSET, MOE_FAULT_BAD_OFFSET,
-                               MOE_FAULT_BAD_BLOCK,  MOE_FAULT_BAD_TABLE,  MOE_FAULT_BAD_TABLE};
+    static const int code[] = {MOE_FAULT_BAD_OFFSET, MOE_FAULT_BAD_OFFSET,
+                               MOE_FAULT_BAD_OFFSET, MOE_FAULT_BAD_SPARSE_BLOCK,
+                               MOE_FAULT_BAD_TABLE,  MOE_FAULT_BAD_TABLE};
     static const int index[] = {1, 3, 0, 3, 2, 2};
     trand r = trand_new(5);
     for (int how = 0; how < 7; ++how) {

@@ -1,6 +1,12 @@
-/* What a file with trimmed lists of kernels refuses, and by which field; a router of two terms.
-   nvcc -I. -arch=sm_90a tests/unit/test_trimmed.cu -o test_trimmed
-   g++ -x c++ -std=c++14 -O2 -I. tests/unit/test_trimmed.cu -o test_trimmed */
+/* test_trimmed.cu: what a file with trimmed lists of kernels refuses, and by which field.
+
+     nvcc -I. -arch=sm_90a tests/unit/test_trimmed.cu -o test_trimmed
+     g++ -x c++ -std=c++14 -O2 -I. tests/unit/test_trimmed.cu -o test_trimmed
+
+   test_trimmed_gemm          grouped GEMM: dtype and majors that the list lacks
+   test_trimmed_experts       the same of w1 and w2
+   test_trimmed_block_sparse  block-sparse product: dtype
+   test_trimmed_router        bf16 split of two terms, which hold 16 bits of a weight */
 #include "tests/test.h"
 
 #define MOE_GEMM_VARIANT_LIST(X, ...) X(f16_kn, MOE_FP16, MOE_MAJOR_K, MOE_MAJOR_MN, __VA_ARGS__)

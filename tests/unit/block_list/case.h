@@ -57,7 +57,7 @@ static int64_t tlist_entries(const tlist* t, int i, int64_t blocks)
 static void tlist_expect(tlist* t, const moe_block_sparse_list_desc* host, int max_blocks)
 {
     uint8_t* bytes = (uint8_t*)test_host(t->RB * t->CB);
-    t->fault = moe_ref_block_bytes(host, bytes);
+    t->fault = moe_ref_block_sparse_bytes(host, bytes);
     t->all = 0;
     for (int64_t i = 0; i < t->RB * t->CB; ++i) t->all += bytes[i];
     if (max_blocks >= 0 && t->all > max_blocks && t->fault.code != MOE_FAULT_BAD_OFFSET) {
@@ -65,7 +65,8 @@ static void tlist_expect(tlist* t, const moe_block_sparse_list_desc* host, int m
         t->fault.index = t->all;
         memset(bytes, 0, (size_t)(t->RB * t->CB));
     }
-    t->count = moe_ref_block_list(bytes, t->RB, t->CB, t->want[ROW_OFFSET], t->want[COLUMN_INDEX],
+    t->count =
+        moe_ref_block_sparse_list(bytes, t->RB, t->CB, t->want[ROW_OFFSET], t->want[COLUMN_INDEX],
                                   t->want[COLUMN_OFFSET], t->want[ROW_INDEX], t->want[POSITION]);
     free(bytes);
 }

@@ -65,8 +65,9 @@ static void test_graph(void)
 static void test_stop_fault(void)
 {
     trand r = trand_new(12);
-    static const int codes[] = {MOE_FAULT_BAD_OFFSET, MOE_FAULT_BAD_TABLE, MOE_FAULT_BAD_BLOCK,
-                                MOE_FAULT_NO_ROOM,    MOE_FAULT_NAN_LOGIT, MOE_FAULT_BAD_ID};
+    static const int codes[] = {MOE_FAULT_BAD_OFFSET,       MOE_FAULT_BAD_TABLE,
+                                MOE_FAULT_BAD_SPARSE_BLOCK, MOE_FAULT_NO_ROOM,
+                                MOE_FAULT_NAN_LOGIT,        MOE_FAULT_BAD_ID};
     for (int i = 0; i < 12; ++i) {
         const int stops = codes[i / 2] <= MOE_FAULT_LAST_STOP;
         moe_block_sparse_list_desc d = tlist_routing(&r, 300, 30, 2);

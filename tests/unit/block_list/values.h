@@ -39,7 +39,7 @@ static void tlist_masks(int bits)
             uint32_t* words = (uint32_t*)test_host(RB * ((CB + 31) / 32) * 4);
             if (trand_int(&r, 0, 2) == 0) tlist_clear_some(&r, bytes, RB, CB);
             if (bits) {
-                moe_ref_block_bits(bytes, RB, CB, words);
+                moe_ref_block_sparse_bits(bytes, RB, CB, words);
                 for (int64_t i = 0; i < RB && CB % 32; ++i) /* what is past the last column */
                     words[(i + 1) * ((CB + 31) / 32) - 1] |= (uint32_t)trand_bits(&r) << (CB % 32);
                 d.bits = words;
