@@ -9,12 +9,8 @@
      refusals.h  faults, plan, bad descriptors
      replay.h    same bits, graphs, large sizes, rows far apart */
 #include "tests/test.h"
+#include "tests/test_variants.h"
 
-/* Lacks fp16 with mn-major weights: test_experts_not_compiled needs a missing variant. */
-#define MOE_GEMM_VARIANT_LIST(X, ...)                                                              \
-    X(f16_kk, MOE_FP16, MOE_MAJOR_K, MOE_MAJOR_K, __VA_ARGS__)                                     \
-    X(bf16_kk, MOE_BF16, MOE_MAJOR_K, MOE_MAJOR_K, __VA_ARGS__)                                    \
-    X(bf16_kn, MOE_BF16, MOE_MAJOR_K, MOE_MAJOR_MN, __VA_ARGS__)
 #include "tests/unit/experts/values.h"
 #include "tests/unit/experts/refusals.h"
 #include "tests/unit/experts/replay.h"

@@ -14,11 +14,8 @@
      refusals.h  bad descriptors, overlaps
      models.h    the settings of the models in README.md */
 #include "tests/test.h"
+#include "tests/test_variants.h"
 
-#define MOE_GEMM_VARIANT_LIST(X, ...)                                                              \
-    X(f16_kk, MOE_FP16, MOE_MAJOR_K, MOE_MAJOR_K, __VA_ARGS__)                                     \
-    X(bf16_kk, MOE_BF16, MOE_MAJOR_K, MOE_MAJOR_K, __VA_ARGS__)                                    \
-    X(bf16_kn, MOE_BF16, MOE_MAJOR_K, MOE_MAJOR_MN, __VA_ARGS__)
 #include "tests/unit/layer/values.h"
 #include "tests/unit/layer/options.h"
 #include "tests/unit/layer/faults.h"
