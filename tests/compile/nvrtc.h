@@ -10,6 +10,8 @@
 
 NVRTC_CALL cudaError_t cudaFuncSetAttribute(const void*, enum cudaFuncAttribute, int);
 NVRTC_CALL cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t*, const void*, void**);
+NVRTC_CALL cudaError_t cudaGetDriverEntryPoint(const char*, void**, unsigned long long,
+                                               enum cudaDriverEntryPointQueryResult*);
 NVRTC_CALL cudaError_t cudaEventCreate(cudaEvent_t*);
 NVRTC_CALL cudaError_t cudaEventDestroy(cudaEvent_t);
 NVRTC_CALL cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t);
