@@ -12,8 +12,8 @@
      GEGLU tanh        T5 1.1, Gemma, Grok-1        ReLU^2     Primer, Nemotron
 
    In:   x [T, H]; w1 [E, 2I, H] gate and up (concatenated, interleaved or separate) or [E, I, H];
-         w2 [E, H, I]. The weights are read in the layouts of checkpoints through moe_weights
-         (layout.h): one strided array or one pointer per expert, k-major or mn-major;
+         w2 [E, H, I]. The weights are read where they lie, through moe_weights (layout.h): one
+         strided array or one pointer per expert, k-major or mn-major;
          expert_offset [E + 1] and row_slot [num_rows] from route
    Out:  rows [num_rows, H] in expert order, in one array or in one allocation per expert (table)
    H and I are multiples of 8. Rows of x are gathered while they are loaded: no permuted copy is
@@ -22,12 +22,14 @@
    Accumulation and activation in fp32; act is rounded to the dtype between the two products. Equal
    inputs give equal bits.
    Cost: 6 * rows * H * I flops (4 where not gated), two launches; scratch: act, num_rows * I
-   elements. Minimum architecture: sm_75 (fp16), sm_80 (bf16).
+   elements. On Hopper (code of sm_90a) both run wgmma where the weights are k-major in one block
+   (gemm/grouped.cuh). Minimum architecture: sm_75 (fp16), sm_80 (bf16).
 
      moe_experts_desc m = {0};
      m.x = x;  m.w1.base = w1;  m.w2.base = w2;
      m.expert_offset = offset;  m.row_slot = row_slot;  m.act = act;  m.rows = rows;
      m.num_tokens = T;  m.hidden = H;  m.intermediate = I;  m.num_experts = E;  m.top_k = K;
+     m.workspace = ws;  m.workspace_bytes = MOE_EXPERTS_WORKSPACE;          // may be left out
      moe_status s = moe_experts(&m, stream);
 
    Source: grouped GEMM with gathered rows and fused SwiGLU, as in SonicMoE, arXiv 2512.14080; gated

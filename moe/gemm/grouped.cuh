@@ -13,15 +13,16 @@
    device: no copy to the host, and a captured graph replays with other routing.
 
    Accumulates in fp32. Each element of C is one sum in ascending k: equal inputs give equal bits
-   for one tile shape. The tile shape depends on shapes and device alone.
+   for one path and tile shape, which depend on shapes, device and binary alone.
 
-   Cost: 2 * R * n * k flops (twice that with a gated activation). One launch. Minimum architecture:
-   sm_75 (fp16), sm_80 (bf16).
+   Cost: 2 * R * n * k flops (twice that with a gated activation). One launch; with a workspace, on
+   the wgmma path, a memset of 4 bytes before it. Minimum architecture: sm_75 (fp16), sm_80 (bf16).
 
      moe_grouped_gemm_desc g = {0};
      g.a = x;  g.row_index = row_slot;  g.row_div = K;  g.a_rows = T;
      g.b.base = w;  g.expert_offset = offset;  g.c = c;
      g.num_experts = E;  g.num_rows = T * K;  g.n = I;  g.k = H;
+     g.workspace = ws;  g.workspace_bytes = MOE_GROUPED_GEMM_WORKSPACE;     // may be left out
      moe_status s = moe_grouped_gemm(&g, stream);
 
    Two paths: WMMA on every architecture (tile.cuh), wgmma on Hopper (wgmma/tile.cuh). wgmma runs
@@ -261,8 +262,8 @@ MOE_HOST moe_status moei_gemm_check_buffers(const moe_grouped_gemm_desc* d)
     return moe_check_buffers(b, count);
 }
 
-/* Returns 1 where the wgmma path can take a checked product: k-major operands, weights in one block,
-   sizes within the limits of tensor maps. */
+/* Returns 1 where the wgmma path can take a checked product: k-major operands, weights in one
+   block, sizes within the limits of tensor maps. */
 MOE_HOST int moei_gemm_wgmma_takes(const moe_grouped_gemm_desc* d)
 {
     const int64_t most = (int64_t)1 << 39;
@@ -427,7 +428,13 @@ MOE_HOST moe_status moei_gemm_prepare(const moe_grouped_gemm_desc* d, moe_groupe
     p->plan = moei_variant_plan(v, &dev, tiles, moei_gemm_more(d));
     if (d->num_rows == 0) return MOE_OK;
     if (v->path == MOE_GEMM_PATH_WGMMA) {
-        MOE_TRY(moei_gemm_encode(&p->args, d));
+        const moe_status s = moei_gemm_encode(&p->args, d);
+        if (s != MOE_OK && !d->path) { /* a driver without tensor maps, or one that refuses these */
+            moe_grouped_gemm_desc other = *d;
+            other.path = MOE_GEMM_PATH_WMMA;
+            return moei_gemm_prepare(&other, p);
+        }
+        MOE_TRY(s);
         p->args.ticket = (int32_t*)d->workspace;
     }
     return moei_variant_prepare(&p->launch, v, p->plan.blocks, moei_gemm_more(d));

@@ -93,6 +93,9 @@ static void test_gemm_refusals(void)
     REFUSED(d.b.up = 0, MOE_ERR_NULL, b);
     REFUSED(d.c = 0, MOE_ERR_NULL, c);
     REFUSED(d.expert_offset = 0, MOE_ERR_NULL, expert_offset);
+    REFUSED(d.workspace_bytes = MOE_GROUPED_GEMM_WORKSPACE - 1, MOE_ERR_WORKSPACE, workspace_bytes);
+    REFUSED(d.workspace = AT(d.workspace, 8), MOE_ERR_ALIGN, workspace);
+    REFUSED_EACH(path, MOE_ERR_OPTION, path, -1, MOE_GEMM_PATH_WGMMA + 1);
     REFUSED(d.a = AT(d.a, 8), MOE_ERR_ALIGN, a);
     REFUSED(d.b.base = AT(d.b.base, 8), MOE_ERR_ALIGN, b);
     REFUSED(d.b.up = AT(d.b.up, 8), MOE_ERR_ALIGN, b);
