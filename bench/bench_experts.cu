@@ -2,9 +2,15 @@
    flops.
    nvcc -O3 -std=c++14 -I. -arch=sm_90a bench/bench_experts.cu -lcublas -lcublasLt -o bench_experts
 
-   Floor: 2 rows n k flops at cuBLAS's rate for one dense product of that shape, the four products
-   in turn; for few tokens, the bytes of the weights at the copy rate. */
+     --shape T,H,I,E,K, --routing KIND    bench_routing.h; without both, also other activations and
+                                          few tokens
+     --csv FILE, --reps N
+
+   Floor: 2 rows n k flops at cuBLAS's rate for one dense product of that shape, all products of a
+   shape in turn; for few tokens, the bytes of the weights at the copy rate. Each routing has ids of
+   its own, which route turns into rows before anything is timed. */
 #include "bench_blas.h"
+#include "bench_routing.h"
 
 static void run_up(void* context, cudaStream_t stream)
 {
@@ -66,114 +72,174 @@ MOE_KERNEL(256, 1) check_experts(MOE_ARG(check_args) a)
     }
 }
 
-static void run_shape(bench_state* s, const bench_blas* blas, int T, int H, int I, int E, int K,
-                      int kind, int* failures)
-{
-    const int64_t rows = (int64_t)T * K;
-    const double flops = 2.0 * (double)rows * H * I, touched = E < rows ? E : (double)rows;
+/* The experts under one routing. */
+typedef struct routed_experts {
+    int routing, touched; /* experts that have rows */
     moe_experts_desc d;
-    moe_gate_desc g;
     moe_route_desc r;
+    bench_call* call; /* [2]: up, down */
+} routed_experts;
+
+/* Routes the ids of e->routing: sets e->r, e->touched and the rows in e->d. */
+static void route_experts(bench_state* s, routed_experts* e, const bench_shape* h)
+{
+    const size_t slots = (size_t)h->T * (size_t)h->K;
+    moe_route_desc* r = &e->r;
+    int32_t *ids = bench_routing_ids(h, e->routing),
+            *count = (int32_t*)malloc((size_t)h->E * sizeof(int32_t));
+    r->ids = (int32_t*)bench_upload(ids, slots * 4);
+    r->expert_count = (int32_t*)bench_alloc((size_t)h->E * 4);
+    r->expert_offset = (int32_t*)bench_alloc((size_t)h->E * 4 + 4);
+    r->row_slot = (int32_t*)bench_alloc(slots * 4);
+    r->num_tokens = h->T, r->num_experts = h->E, r->top_k = h->K;
+    BENCH_MOE(moe_route_workspace(r, &r->workspace_bytes));
+    r->workspace = bench_alloc(r->workspace_bytes);
+    BENCH_MOE(moe_route(r, s->stream));
+    BENCH_CUDA(cudaStreamSynchronize(s->stream));
+    BENCH_CUDA(cudaMemcpy(count, r->expert_count, (size_t)h->E * 4, cudaMemcpyDeviceToHost));
+    for (int i = 0; i < h->E; ++i) e->touched += count[i] > 0;
+    free(ids), free(count);
+    e->d.expert_offset = r->expert_offset;
+    e->d.row_slot = r->row_slot;
+}
+
+/* Returns what follows the shape in a row's name. */
+static const char* activation_name(int activation)
+{
+    return activation == MOE_ACTIVATION_GEGLU            ? " GEGLU"
+           : activation == MOE_ACTIVATION_SWIGLU_CLAMPED ? " SwiGLU clamped"
+                                                         : "";
+}
+
+/* Routes and verifies; e->d is filled in but for what its routing decides. */
+static void open_experts(bench_state* s, routed_experts* e, const bench_shape* h, int* failures)
+{
+    const size_t rows = (size_t)h->T * (size_t)h->K;
+    moe_experts_desc* d = &e->d;
     moe_gemm_plan up, down;
-    bench_call call[4]; /* up, down, cuBLAS's two */
     unsigned worst = 0;
-    char what[112];
-    const char* name = kind == MOE_ACTIVATION_GEGLU            ? " GEGLU"
-                       : kind == MOE_ACTIVATION_SWIGLU_CLAMPED ? " SwiGLU clamped"
-                                                               : "";
     check_args check;
-    moe_launch_config l;
-    memset(&d, 0, sizeof d), memset(&g, 0, sizeof g), memset(&r, 0, sizeof r);
-
-    g.logits = bench_random((int64_t)T * E, MOE_FP32, 1.0f, 9);
-    g.ids = (int32_t*)bench_alloc((size_t)rows * 4);
-    g.weights = (float*)bench_alloc((size_t)rows * 4);
-    g.num_tokens = T, g.num_experts = E, g.top_k = K;
-    r.ids = g.ids;
-    r.expert_count = (int32_t*)bench_alloc((size_t)E * 4);
-    r.expert_offset = (int32_t*)bench_alloc((size_t)E * 4 + 4);
-    r.row_slot = (int32_t*)bench_alloc((size_t)rows * 4);
-    r.num_tokens = T, r.num_experts = E, r.top_k = K;
-    BENCH_MOE(moe_route_workspace(&r, &r.workspace_bytes));
-    r.workspace = bench_alloc(r.workspace_bytes);
-    BENCH_MOE(moe_gate(&g, s->stream));
-    BENCH_MOE(moe_route(&r, s->stream));
-
-    d.x = bench_random((int64_t)T * H, MOE_BF16, 1.0f, 1);
-    d.w1.base = bench_random((int64_t)E * 2 * I * H, MOE_BF16, 1.0f / sqrtf((float)H), 2);
-    d.w2.base = bench_random((int64_t)E * H * I, MOE_BF16, 1.0f / sqrtf((float)I), 3);
-    d.expert_offset = r.expert_offset;
-    d.row_slot = r.row_slot;
-    d.act = bench_alloc((size_t)rows * (size_t)I * 2);
-    d.rows = bench_alloc((size_t)rows * (size_t)H * 2);
-    d.num_tokens = T, d.hidden = H, d.intermediate = I, d.num_experts = E, d.top_k = K;
-    d.activation = kind;
-    d.workspace_bytes = MOE_EXPERTS_WORKSPACE;
-    d.workspace = bench_alloc(d.workspace_bytes);
-    BENCH_MOE(moe_experts_plan(&d, &up, &down));
-    BENCH_CUDA(cudaMemset(d.act, 0xff, (size_t)rows * (size_t)I * 2));
-    BENCH_CUDA(cudaMemset(d.rows, 0xff, (size_t)rows * (size_t)H * 2));
-    BENCH_MOE(moe_experts(&d, s->stream));
-    check.d = d;
+    moe_launch_config l = moe_grid(67, 256, 0, s->stream);
+    route_experts(s, e, h);
+    d->act = bench_alloc(rows * (size_t)h->I * 2);
+    d->rows = bench_alloc(rows * (size_t)h->H * 2);
+    d->workspace_bytes = MOE_EXPERTS_WORKSPACE;
+    d->workspace = bench_alloc(d->workspace_bytes);
+    BENCH_MOE(moe_experts_plan(d, &up, &down));
+    BENCH_CUDA(cudaMemset(d->act, 0xff, rows * (size_t)h->I * 2));
+    BENCH_CUDA(cudaMemset(d->rows, 0xff, rows * (size_t)h->H * 2));
+    BENCH_MOE(moe_experts(d, s->stream));
+    check.d = *d;
     check.step = (int)(rows / 67 + 1);
-    l = moe_grid(67, 256, 0, s->stream);
     BENCH_WORST(check_experts, l, check, worst);
     *failures += !(moe_f32_from_bits(worst) <= 1.0f);
-    printf("T %d H %d I %d E %d K %d%s: worst error %.2f of its bound; path %s, tiles %dx%dx%d, %dx%dx%d\n",
-           T, H, I, E, K, name, moe_f32_from_bits(worst), moe_gemm_path_name(up.path), up.tile_m, up.tile_n,
-           up.tile_k, down.tile_m, down.tile_n, down.tile_k);
+    printf("T %d H %d I %d E %d K %d %s%s: %d experts have rows; worst error %.2f of its bound; "
+           "path %s, tiles %dx%dx%d, %dx%dx%d\n",
+           h->T, h->H, h->I, h->E, h->K, bench_routing_name[e->routing],
+           activation_name(d->activation), e->touched, moe_f32_from_bits(worst),
+           moe_gemm_path_name(up.path), up.tile_m, up.tile_n, up.tile_k, down.tile_m, down.tile_n,
+           down.tile_k);
+}
 
-    call[0] = bench_one(run_up, &d);
-    call[1] = bench_one(run_down, &d);
-    if (rows / E >= 64) {
-        bench_gemm dense_up = bench_gemm_random(s, blas, (int)rows, 2 * I, H);
-        bench_gemm dense_down = bench_gemm_random(s, blas, (int)rows, H, I);
-        double both, dense;
-        call[2] = bench_one(bench_run_gemm, &dense_up);
-        call[3] = bench_one(bench_run_gemm, &dense_down);
-        bench_alternate(s, call, 4);
-        bench_note_clocks(s, run_up, &d, call[0].ms);
-        bench_note_clocks(s, bench_run_gemm, &dense_up, call[2].ms);
-        bench_gemm_free_random(&dense_up), bench_gemm_free_random(&dense_down);
-        both = call[0].ms + call[1].ms, dense = call[2].ms + call[3].ms;
-        snprintf(what, sizeof what, "up   T %d H %d I %d E %d K %d%s", T, H, I, E, K, name);
-        bench_row_dense(s, what, call[0].ms, 2 * flops, call[2].ms);
-        snprintf(what, sizeof what, "down T %d H %d I %d E %d K %d", T, H, I, E, K);
-        bench_row_dense(s, what, call[1].ms, flops, call[3].ms);
-        bench_row_dense(s, "both", both, 3 * flops, dense);
-        bench_row_dense(s, "cuBLAS dense, up", call[2].ms, 2 * flops, call[2].ms);
-        bench_row_dense(s, "cuBLAS dense, down", call[3].ms, flops, call[3].ms);
-        bench_row_dense(s, "cuBLAS dense, both", dense, 3 * flops, dense);
-    } else {
-        const double b_up = touched * 2 * I * H * 2, b_down = touched * H * I * 2;
-        bench_alternate(s, call, 2);
-        bench_note_clocks(s, run_up, &d, call[0].ms);
-        snprintf(what, sizeof what, "up   T %d H %d I %d E %d K %d%s", T, H, I, E, K, name);
-        bench_row(s, what, call[0].ms, b_up / call[0].ms * 1e-9, "TB/s",
-                  b_up / s->copy_rate * 1e3 / call[0].ms, "weights at copy rate");
-        snprintf(what, sizeof what, "down T %d H %d I %d E %d K %d", T, H, I, E, K);
-        bench_row(s, what, call[1].ms, b_down / call[1].ms * 1e-9, "TB/s",
-                  b_down / s->copy_rate * 1e3 / call[1].ms, "weights at copy rate");
+static void close_experts(routed_experts* e)
+{
+    cudaFree((void*)e->r.ids), cudaFree(e->r.expert_count), cudaFree(e->r.expert_offset);
+    cudaFree(e->r.row_slot), cudaFree(e->r.workspace);
+    cudaFree(e->d.act), cudaFree(e->d.rows), cudaFree(e->d.workspace);
+}
+
+/* Prints the rows of one routing. dense: cuBLAS's two calls, null for few tokens, where the peer is
+   the copy rate; balanced_ms: of both products, used by skewed routings. */
+static void print_experts(bench_state* s, const routed_experts* e, const bench_shape* h,
+                          const bench_call* dense, double balanced_ms)
+{
+    const double flops = 2.0 * (double)h->T * h->K * h->H * h->I; /* of the down product */
+    const double ms[2] = {e->call[0].ms, e->call[1].ms}, both = ms[0] + ms[1];
+    for (int i = 0; i < 2; ++i) {
+        const double bytes = (double)e->touched * (i ? 1 : 2) * h->I * h->H * 2; /* of weights */
+        char what[112];
+        snprintf(what, sizeof what, "%s T %d H %d I %d E %d K %d %s%s", i ? "down" : "up  ", h->T,
+                 h->H, h->I, h->E, h->K, bench_routing_name[e->routing],
+                 activation_name(e->d.activation));
+        if (dense) bench_row_dense(s, what, ms[i], (i ? 1 : 2) * flops, dense[i].ms);
+        else
+            bench_row(s, what, ms[i], bytes / ms[i] * 1e-9, "TB/s",
+                      bytes / s->copy_rate * 1e3 / ms[i], "weights at copy rate");
     }
-    cudaFree((void*)d.w1.base), cudaFree((void*)d.w2.base);
-    cudaFree((void*)g.logits), cudaFree(g.ids), cudaFree(g.weights), cudaFree(r.expert_count);
-    cudaFree(r.expert_offset), cudaFree(r.row_slot), cudaFree(r.workspace), cudaFree((void*)d.x);
-    cudaFree(d.act), cudaFree(d.rows), cudaFree(d.workspace);
+    if (dense) bench_row_dense(s, "both", both, 3 * flops, dense[0].ms + dense[1].ms);
+    if (e->routing >= BENCH_FIRST_SKEWED)
+        bench_row(s, "both, rate per useful FLOP", both, 3 * flops / both * 1e-9, "TFLOPS",
+                  balanced_ms / both, "balanced");
+}
+
+/* routings: bits of bench_routing.h. */
+static void run_shape(bench_state* s, const bench_blas* blas, const bench_shape* h,
+                      unsigned routings, int activation, int* failures)
+{
+    const int with_dense = bench_dense_applies(h);
+    routed_experts experts[BENCH_ROUTINGS];
+    bench_gemm dense[2];
+    bench_call call[2 * BENCH_ROUTINGS + 2], *peer = 0;
+    int kinds = 0, calls;
+    double balanced_ms = 0.0;
+    moe_experts_desc d;
+    memset(&d, 0, sizeof d);
+    d.x = bench_random((int64_t)h->T * h->H, MOE_BF16, 1.0f, 1);
+    d.w1.base =
+        bench_random((int64_t)h->E * 2 * h->I * h->H, MOE_BF16, 1.0f / sqrtf((float)h->H), 2);
+    d.w2.base = bench_random((int64_t)h->E * h->H * h->I, MOE_BF16, 1.0f / sqrtf((float)h->I), 3);
+    d.num_tokens = h->T, d.hidden = h->H, d.intermediate = h->I, d.num_experts = h->E,
+    d.top_k = h->K;
+    d.activation = activation;
+    for (int routing = 0; routing < BENCH_ROUTINGS; ++routing) {
+        routed_experts* e = &experts[kinds];
+        if (!(routings >> routing & 1)) continue;
+        memset(e, 0, sizeof *e);
+        e->routing = routing, e->d = d, e->call = &call[2 * kinds];
+        open_experts(s, e, h, failures);
+        e->call[0] = bench_one(run_up, &e->d);
+        e->call[1] = bench_one(run_down, &e->d);
+        ++kinds;
+    }
+    calls = 2 * kinds;
+    if (with_dense) {
+        peer = &call[calls];
+        bench_dense_open(s, blas, h, dense, peer);
+        calls += 2;
+    }
+    bench_alternate(s, call, calls);
+    bench_note_clocks(s, run_up, &experts[0].d, call[0].ms);
+    if (with_dense) bench_note_clocks(s, bench_run_gemm, &dense[0], peer[0].ms);
+    for (int i = 0; i < kinds; ++i)
+        if (experts[i].routing == BENCH_BALANCED)
+            balanced_ms = experts[i].call[0].ms + experts[i].call[1].ms;
+    for (int i = 0; i < kinds; ++i) {
+        print_experts(s, &experts[i], h, peer, balanced_ms);
+        close_experts(&experts[i]);
+    }
+    if (with_dense) {
+        bench_dense_rows(s, peer, 6.0 * h->T * h->K * h->H * h->I);
+        bench_gemm_free_random(&dense[0]), bench_gemm_free_random(&dense[1]);
+    }
+    cudaFree((void*)d.x), cudaFree((void*)d.w1.base), cudaFree((void*)d.w2.base);
 }
 
 int main(int argc, char** argv)
 {
-    bench_state s = bench_open(argc, argv, "expert MLP, bf16, SwiGLU where nothing else is said");
+    static const bench_shape few[] = {{64, 7168, 2048, 256, 8}, {256, 4096, 1536, 128, 8}};
+    const unsigned random = 1u << BENCH_RANDOM;
+    bench_runs runs;
+    bench_state s =
+        bench_open_runs(argc, argv, "expert MLP, bf16, SwiGLU where nothing else is said", &runs);
     bench_blas blas = bench_blas_open(&s, 0);
     int failures = 0;
-    run_shape(&s, &blas, 32768, 4096, 1536, 128, 8, 0, &failures);
-    run_shape(&s, &blas, 32768, 4096, 1536, 128, 8, MOE_ACTIVATION_GEGLU, &failures);
-    run_shape(&s, &blas, 32768, 4096, 1536, 128, 8, MOE_ACTIVATION_SWIGLU_CLAMPED, &failures);
-    run_shape(&s, &blas, 24576, 1536, 256, 128, 8, 0, &failures);
-    run_shape(&s, &blas, 16384, 4096, 14336, 8, 2, 0, &failures);
-    run_shape(&s, &blas, 8192, 7168, 2048, 256, 8, 0, &failures);
-    run_shape(&s, &blas, 64, 7168, 2048, 256, 8, 0, &failures);
-    run_shape(&s, &blas, 256, 4096, 1536, 128, 8, 0, &failures);
+    for (int i = 0; i < runs.count; ++i)
+        run_shape(&s, &blas, &runs.shape[i], runs.routings[i], 0, &failures);
+    if (runs.listed) {
+        run_shape(&s, &blas, &bench_listed[0], random, MOE_ACTIVATION_GEGLU, &failures);
+        run_shape(&s, &blas, &bench_listed[0], random, MOE_ACTIVATION_SWIGLU_CLAMPED, &failures);
+        for (int i = 0; i < 2; ++i) run_shape(&s, &blas, &few[i], random, 0, &failures);
+    }
     bench_blas_close(&blas);
     return bench_close(&s, failures);
 }
