@@ -16,7 +16,7 @@
    --use_fast_math.
 
      const moei_activation a = moei_activation_of(MOE_ACTIVATION_SWIGLU, 0.0f, 0.0f);
-     moei_activate_8(v, u, &a, true);      // v becomes the activation
+     moei_activate(v, u, 8, &a, true);      // v becomes the activation
      moei_activate_grad_8(v, u, s, &a, true);  // and s, u its derivatives by gate and up
 
    Minimum architecture: any. Source of the forms: Shazeer 2020 (arXiv 2002.05202), Hendrycks and
@@ -144,21 +144,21 @@ MOE_DEVICE float moei_gelu_slope(float x)
     return moei_is_nan(x) ? x : fmaf(z, density, phi);
 }
 
-/* v [8] = curve(v). */
-MOE_DEVICE void moei_curve_8(float* v, const moei_activation* a)
+/* v [count] = curve(v); count is a literal. */
+MOE_DEVICE void moei_apply_curve(float* v, const int count, const moei_activation* a)
 {
     if (a->curve == MOEI_CURVE_SIGMOID) {
         MOE_UNROLL
-        for (int i = 0; i < 8; ++i) v[i] = moei_sigmoid_unit(v[i], a->a);
+        for (int i = 0; i < count; ++i) v[i] = moei_sigmoid_unit(v[i], a->a);
     } else if (a->curve == MOEI_CURVE_TANH) {
         MOE_UNROLL
-        for (int i = 0; i < 8; ++i) v[i] = moei_gelu_tanh(v[i]);
+        for (int i = 0; i < count; ++i) v[i] = moei_gelu_tanh(v[i]);
     } else if (a->curve == MOEI_CURVE_ERF) {
         MOE_UNROLL
-        for (int i = 0; i < 8; ++i) v[i] = moei_gelu(v[i]);
+        for (int i = 0; i < count; ++i) v[i] = moei_gelu(v[i]);
     } else if (a->curve == MOEI_CURVE_RELU2) {
         MOE_UNROLL
-        for (int i = 0; i < 8; ++i) v[i] = v[i] < 0.0f ? 0.0f : v[i] * v[i];
+        for (int i = 0; i < count; ++i) v[i] = v[i] < 0.0f ? 0.0f : v[i] * v[i];
     }
 }
 
@@ -189,20 +189,22 @@ MOE_DEVICE void moei_slope_8(float* slope, const float* v, const moei_activation
     }
 }
 
-/* v [8] = activation(v, u [8]). u is read only where gated, and overwritten where clamped. */
-MOE_DEVICE void moei_activate_8(float* v, float* u, const moei_activation* a, bool gated)
+/* v [count] = activation(v, u [count]); count is a literal. u is read only where gated, and
+   overwritten where clamped. */
+MOE_DEVICE void moei_activate(float* v, float* u, const int count, const moei_activation* a,
+                              bool gated)
 {
     if (a->clamped) {
         MOE_UNROLL
-        for (int i = 0; i < 8; ++i) { /* comparisons: fminf and fmaxf would lose a NaN */
+        for (int i = 0; i < count; ++i) { /* comparisons: fminf and fmaxf would lose a NaN */
             v[i] = v[i] > a->limit ? a->limit : v[i];
             u[i] = (u[i] > a->limit ? a->limit : u[i] < -a->limit ? -a->limit : u[i]) + 1.0f;
         }
     }
-    moei_curve_8(v, a);
+    moei_apply_curve(v, count, a);
     if (gated) {
         MOE_UNROLL
-        for (int i = 0; i < 8; ++i) v[i] *= u[i];
+        for (int i = 0; i < count; ++i) v[i] *= u[i];
     }
 }
 
@@ -222,7 +224,7 @@ MOE_DEVICE void moei_activate_grad_8(float* v, float* u, float* s, const moei_ac
         }
     }
     moei_slope_8(s, v, a);
-    moei_curve_8(v, a);
+    moei_apply_curve(v, 8, a);
     if (a->clamped) {
         MOE_UNROLL
         for (int i = 0; i < 8; ++i)

@@ -185,15 +185,15 @@ MOE_HOST dim3 moei_launch_dim(const uint32_t* n) { return dim3(n[0], n[1], n[2])
 #if MOE_ON_HOST
 /* The CPU backend copies the struct and queues the call on the stream. */
 #define moei_launch_run(l, arg, stream)                                                            \
-    ((l)->kernel                                                                                   \
-         ? moe_cuda_status(moeh_launch(moei_launch_dim((l)->grid), moei_launch_dim((l)->block),    \
-                                       (l)->smem, stream, moeh_bind_prepared((l)->kernel, *(arg)), \
-                                       (l)->name, (l)->kernel, (l)->dependent != 0))               \
-         : MOE_OK)
+    ((l)->kernel ? moe_cuda_status(moeh_launch(                                                    \
+                       moei_launch_dim((l)->grid), moei_launch_dim((l)->block), (l)->smem, stream, \
+                       moeh_bind_prepared((l)->kernel, *(arg)), (l)->name, (l)->kernel,            \
+                       (l)->dependent != 0, (unsigned)(l)->cluster))                               \
+                 : MOE_OK)
 #define MOE_LAUNCH(kernel, config, arg)                                                            \
     moe_cuda_status(moeh_launch((config).grid, (config).block, (config).smem, (config).stream,     \
                                 moeh_bind(kernel, arg), #kernel, (const void*)(kernel),            \
-                                (config).dependent != 0))
+                                (config).dependent != 0, (unsigned)(config).cluster))
 #else
 #define MOE_LAUNCH(kernel, config, arg) moei_launch_once((const void*)(kernel), &(config), &(arg))
 

@@ -132,7 +132,7 @@ MOE_DEVICE uint4 moei_block_layer_act_8(uint4 gate, uint4 up, float weight,
     float v[8], u[8];
     moei_unpack_8(v, gate, dtype);
     moei_unpack_8(u, up, dtype);
-    moei_activate_8(v, u, &a->activation, a->gated != 0);
+    moei_activate(v, u, 8, &a->activation, a->gated != 0);
     MOE_UNROLL
     for (int i = 0; i < 8; ++i) v[i] *= weight;
     return moei_pack_8(v, dtype);

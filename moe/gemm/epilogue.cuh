@@ -219,7 +219,7 @@ MOE_DEVICE void moei_epilogue_any(const moe_gemm_output* d, int n, const moe_til
             /* 4. activation */
             if (d->activation != MOE_ACTIVATION_NONE) {
                 const moei_activation a = moei_activation_of(d->activation, d->alpha, d->limit);
-                moei_activate_8(v, w, &a, gated);
+                moei_activate(v, w, 8, &a, gated);
             }
             { /* 5. to C */
                 void* at = c + (m * d->stride + to) * c_bytes;

@@ -93,48 +93,52 @@ MOEI_GEMM_TILE_LIST(MOEI_GEMM_TILE_KERNELS)
 #undef MOEI_GEMM_TILE_KERNELS
 #undef MOEI_GEMM_KERNEL
 
-/* The kernels of the wgmma path, for k-major operands. */
+/* The kernels of the wgmma path, for k-major operands: rows of A in order, or gathered. */
 #define MOEI_GEMM_WGMMA_LEAST(a_major, b_major)                                                    \
     ((a_major) == MOE_MAJOR_K && (b_major) == MOE_MAJOR_K ? 90 : MOEI_CODE_NEVER)
 #if MOEI_WGMMA_HERE
-#define MOEI_GEMM_WGMMA_BODY(dtype, a_major, b_major)                                              \
+#define MOEI_GEMM_WGMMA_BODY(dtype, a_major, b_major, gathered)                                    \
     MOE_SHARED(moei_wgmma_shared, s);                                                              \
     if (MOEI_GEMM_WGMMA_LEAST(a_major, b_major) == 90 && !moe_fault_stopped(p.a.d.fault))          \
-        moei_wgmma_block(&p.a, shared, &s, dtype);
+        moei_wgmma_block(&p.a, shared, &s, gathered, dtype);
 #else
-#define MOEI_GEMM_WGMMA_BODY(dtype, a_major, b_major) (void)shared;
+#define MOEI_GEMM_WGMMA_BODY(dtype, a_major, b_major, gathered) (void)shared;
 #endif
-#define MOEI_GEMM_WGMMA_KERNEL(variant, dtype, a_major, b_major, ...)                              \
-    MOE_KERNEL(MOEI_WGMMA_THREADS, 1) moei_gemm_wgmma_##variant(MOE_ARG(moei_wgmma_param) p)       \
+#define MOEI_GEMM_WGMMA_KERNEL(variant, dtype, a_major, b_major, rows, gathered)                   \
+    MOE_KERNEL(MOEI_WGMMA_THREADS, 1) moei_gemm_##rows##_##variant(MOE_ARG(moei_wgmma_param) p)    \
     {                                                                                              \
         MOE_SHARED_DYNAMIC(shared);                                                                \
         moe_pdl_trigger();                                                                         \
         moe_pdl_wait();                                                                            \
-        MOEI_GEMM_WGMMA_BODY(dtype, a_major, b_major)                                              \
+        MOEI_GEMM_WGMMA_BODY(dtype, a_major, b_major, gathered)                                    \
     }
-MOE_GEMM_VARIANT_LIST(MOEI_GEMM_WGMMA_KERNEL, 0)
+MOE_GEMM_VARIANT_LIST(MOEI_GEMM_WGMMA_KERNEL, wgmma, 0)
+MOE_GEMM_VARIANT_LIST(MOEI_GEMM_WGMMA_KERNEL, wgmma_gather, 1)
 #undef MOEI_GEMM_WGMMA_KERNEL
 #undef MOEI_GEMM_WGMMA_BODY
 
 /* The variants, in order of preference. */
 static const moei_variant moei_gemm_variants[] = {
-#define MOEI_GEMM_WGMMA_ROW(variant, dtype, a_major, b_major, ...)                                 \
-    {(const void*)moei_gemm_wgmma_##variant,                                                       \
-     "moei_gemm_wgmma_" #variant,                                                                  \
+#define MOEI_GEMM_WGMMA_ROW(variant, dtype, a_major, b_major, rows, gathered)                      \
+    {(const void*)moei_gemm_##rows##_##variant,                                                    \
+     "moei_gemm_" #rows "_" #variant,                                                              \
      MOE_GEMM_PATH_WGMMA,                                                                          \
+     (gathered) ? MOEI_VARIANT_GATHERED : MOEI_VARIANT_IN_ORDER,                                   \
      MOEI_WGMMA_SHAPE(dtype, a_major, b_major),                                                    \
      MOE_TILE_128x256,                                                                             \
      1,                                                                                            \
      MOEI_WGMMA_SMEM,                                                                              \
      MOEI_GEMM_WGMMA_LEAST(a_major, b_major),                                                      \
      90},
-    MOE_GEMM_VARIANT_LIST(MOEI_GEMM_WGMMA_ROW, 0)
+    MOE_GEMM_VARIANT_LIST(MOEI_GEMM_WGMMA_ROW, wgmma, 0)
+        MOE_GEMM_VARIANT_LIST(MOEI_GEMM_WGMMA_ROW, wgmma_gather, 1)
 #undef MOEI_GEMM_WGMMA_ROW
 #define MOEI_GEMM_ROW(variant, dtype, a_major, b_major, name, tile_m, tile_n, tile_k, warps_m,     \
                       warps_n, stages, blocks)                                                     \
     {(const void*)moei_gemm_##name##_##variant,                                                    \
      "moei_gemm_" #name "_" #variant,                                                              \
      MOE_GEMM_PATH_WMMA,                                                                           \
+     MOEI_VARIANT_ANY_ROWS,                                                                        \
      MOEI_SHAPE_INIT(tile_m, tile_n, tile_k, warps_m, warps_n, stages, dtype, a_major, b_major),   \
      MOE_TILE_##name,                                                                              \
      blocks,                                                                                       \
@@ -143,10 +147,10 @@ static const moei_variant moei_gemm_variants[] = {
      MOEI_GEMM_LEAST(dtype, tile_m, tile_n, a_major, b_major),                                     \
      MOEI_GEMM_MOST(tile_m, tile_n)},
 #define MOEI_GEMM_ROWS(...) MOE_GEMM_VARIANT_LIST(MOEI_GEMM_ROW, __VA_ARGS__)
-        MOEI_GEMM_TILE_LIST(MOEI_GEMM_ROWS)
+            MOEI_GEMM_TILE_LIST(MOEI_GEMM_ROWS)
 #undef MOEI_GEMM_ROWS
 #undef MOEI_GEMM_ROW
-            MOEI_VARIANT_END};
+                MOEI_VARIANT_END};
 
 /* Returns 1 where v has a good tile for these sizes on a device of `sms` multiprocessors. */
 MOE_HOST int moei_gemm_suits(const moei_variant* v, const moe_grouped_gemm_desc* d, int sms)
@@ -269,8 +273,7 @@ MOE_HOST int moei_gemm_wgmma_takes(const moe_grouped_gemm_desc* d)
     const int64_t most = (int64_t)1 << 39;
     return d->a_major == MOE_MAJOR_K && d->b.major == MOE_MAJOR_K && !d->b.table &&
            !d->b.up_table && d->a_stride < most && d->b.row_stride < most / 2 &&
-           d->b.expert_stride < most &&
-           (!d->row_index || (uint64_t)d->a_rows * (uint64_t)d->a_stride / 8 < 0xffffffffu);
+           d->b.expert_stride < most;
 }
 
 /* Encodes the tensor maps of a checked product with rows: gates and ups as two matrices of n rows,
@@ -389,7 +392,9 @@ MOE_HOST moe_status moei_gemm_choose(const moe_grouped_gemm_desc* d, const moe_d
     for (const moei_variant* v = moei_gemm_variants; v->kernel; ++v) {
         int runs;
         if (v->shape.dtype != d->dtype || v->shape.a_major != d->a_major ||
-            v->shape.b_major != d->b.major || (d->path && v->path != d->path) ||
+            v->shape.b_major != d->b.major ||
+            v->rows == (d->row_index ? MOEI_VARIANT_IN_ORDER : MOEI_VARIANT_GATHERED) ||
+            (d->path && v->path != d->path) ||
             (v->path == MOE_GEMM_PATH_WGMMA && !moei_gemm_wgmma_takes(d)) ||
             !(d->tile ? v->tile == d->tile
                       : d->path == MOE_GEMM_PATH_WGMMA || moei_gemm_suits(v, d, dev->sms)))

@@ -4,9 +4,9 @@
 
    Tiles are numbered expert after expert. Two orders within an expert:
      m-grouped  tiles cover the rows of C that the expert owns, in bands of MOEI_GEMM_BAND row
-                tiles, or in bands of one height. All column tiles of a band come before the next
-                band; row tiles vary fastest. The blocks that run at one time then share few rows of A and few
-                columns of B, which stay in L2
+                tiles. All column tiles of a band come before the next band; row tiles vary
+                fastest. The blocks that run at one time then share few rows of A and few columns
+                of B, which stay in L2. Clusters take pairs of tiles: wgmma/order.cuh
      k-grouped  tiles cover the expert's own C [m, n]; the expert's rows are the depths. Row tiles
                 vary fastest */
 #ifndef MOE_GEMM_SCHEDULE_CUH
@@ -20,7 +20,6 @@
 #include "shape.h"
 
 #define MOEI_GEMM_BAND 16 /* row tiles of a band */
-#define MOEI_GEMM_EVEN_BAND 24 /* most row tiles of a band, where bands have one height */
 
 /* One tile of C. */
 typedef struct moe_tile_position {
@@ -87,11 +86,20 @@ typedef struct moei_schedule {
                              the number of tiles */
 } moei_schedule;
 
-/* Fills tile_start by a prefix sum over the experts. All threads of the block call it; the barrier
+/* Returns the tiles of an expert, or the pairs of tiles that clusters take: two row tiles of a
+   column; of a last single row tile two columns. */
+MOE_DEVICE int moei_schedule_count(int row_tiles, int column_tiles, const int pairs)
+{
+    if (!pairs) return row_tiles * column_tiles;
+    return row_tiles / 2 * column_tiles + (row_tiles & 1) * ((column_tiles + 1) / 2);
+}
+
+/* Fills tile_start by a prefix sum over the experts; with `pairs`, a literal, tile_start counts
+   pairs of tiles (moei_schedule_count). All threads of the block call it; the barrier
    at the end makes tile_start visible to all. Returns the number of tiles, or -1 where an expert's
    offsets are out of order or range, which sets the fault word. */
 MOE_DEVICE int moei_schedule_build(const moei_schedule* s, moe_block_scan_scratch* scratch,
-                                   uint64_t* fault, int rank, const int tile_rows)
+                                   uint64_t* fault, int rank, const int tile_rows, const int pairs)
 {
     int before = 0, bad = 0;
     for (int e0 = 0; e0 < s->groups.num_experts; e0 += (int)blockDim.x) {
@@ -104,7 +112,8 @@ MOE_DEVICE int moei_schedule_build(const moei_schedule* s, moe_block_scan_scratc
                 bad = 1;
             } else if (end > begin) {
                 const int first = begin - begin % s->row_align;
-                tiles = (end - first + tile_rows - 1) / tile_rows * s->column_tiles;
+                tiles = moei_schedule_count((end - first + tile_rows - 1) / tile_rows,
+                                            s->column_tiles, pairs);
             }
         }
         at = moe_block_exclusive_scan(tiles, scratch, &total);
@@ -115,14 +124,13 @@ MOE_DEVICE int moei_schedule_build(const moei_schedule* s, moe_block_scan_scratc
     return __syncthreads_or(bad) ? -1 : before;
 }
 
-/* Returns the position of tile number `index`. Requires 0 <= index < number of tiles. even, a
-   literal: 1: an expert's bands have one height, the last up to one row tile a band less. */
+/* Returns the position of tile number `index`. Requires 0 <= index < number of tiles. */
 MOE_DEVICE moe_tile_position moei_schedule_tile(const moei_schedule* s, int index,
-                                                const int tile_rows, const int even)
+                                                const int tile_rows)
 {
     int lo = 0, hi = s->groups.num_experts; /* tile_start[lo] <= index < tile_start[hi] */
     moe_tile_position t;
-    int local, row_tiles, first, each = MOEI_GEMM_BAND, band, in_band, height;
+    int local, row_tiles, first, band, in_band, height;
     while (hi - lo > 1) {
         const int mid = (lo + hi) >> 1;
         if (s->tile_start[mid] <= index) lo = mid;
@@ -134,15 +142,12 @@ MOE_DEVICE moe_tile_position moei_schedule_tile(const moei_schedule* s, int inde
     first = t.begin - t.begin % s->row_align;
     local = index - s->tile_start[lo];
     row_tiles = (t.end - first + tile_rows - 1) / tile_rows;
-    if (even) {
-        const int bands = (row_tiles + MOEI_GEMM_EVEN_BAND - 1) / MOEI_GEMM_EVEN_BAND;
-        each = (row_tiles + bands - 1) / bands;
-    }
-    band = local / (each * s->column_tiles);
-    in_band = local - band * each * s->column_tiles;
-    height = row_tiles - band * each < each ? row_tiles - band * each : each;
+    band = local / (MOEI_GEMM_BAND * s->column_tiles);
+    in_band = local - band * MOEI_GEMM_BAND * s->column_tiles;
+    height = row_tiles - band * MOEI_GEMM_BAND;
+    if (height > MOEI_GEMM_BAND) height = MOEI_GEMM_BAND;
     t.column = in_band / height;
-    t.row = first + (band * each + in_band - t.column * height) * tile_rows;
+    t.row = first + (band * MOEI_GEMM_BAND + in_band - t.column * height) * tile_rows;
     return t;
 }
 

@@ -200,7 +200,7 @@ typedef struct moei_tiles {
 MOE_DEVICE void moei_loader_tile(moei_loader* p, const moe_grouped_gemm_args* d,
                                  const moei_tiles* s, const moe_gemm_shape f)
 {
-    const moe_tile_position t = moei_schedule_tile(&s->schedule, p->tile, f.tile_m, 0);
+    const moe_tile_position t = moei_schedule_tile(&s->schedule, p->tile, f.tile_m);
     if (threadIdx.x == 0) s->position[p->turn & 3] = t;
     moei_loader_begin(p, t, d, f);
 }
@@ -267,7 +267,7 @@ MOE_DEVICE_BODY void moei_gemm_block(const moe_grouped_gemm_args* d, unsigned ch
     schedule->tile_start = (int*)((float*)(ring + f.stages * elems) +
                                   f.warps_m * f.warps_n * moei_staging_floats(f.wn));
     tiles.position = s->position;
-    tiles.num_tiles = moei_schedule_build(schedule, &s->scan, d->fault, d->rank, f.tile_m);
+    tiles.num_tiles = moei_schedule_build(schedule, &s->scan, d->fault, d->rank, f.tile_m, 0);
     if ((int)blockIdx.x >= tiles.num_tiles || !moei_gemm_tables_good(d, &schedule->groups)) return;
 
     load.tile = (int)blockIdx.x;

@@ -3,7 +3,7 @@
    by grouped.cuh, k_grouped.cuh, router.cuh, router/ragged.cuh and block_sparse.cuh.
 
      static const moei_variant table[] = {
-         {(const void*)my_kernel, "my_kernel", MOE_GEMM_PATH_WMMA,
+         {(const void*)my_kernel, "my_kernel", MOE_GEMM_PATH_WMMA, MOEI_VARIANT_ANY_ROWS,
           MOEI_SHAPE_INIT(MOE_GEMM_SHAPE_64x64, MOE_BF16, MOE_MAJOR_K, MOE_MAJOR_K),
           tile, blocks_sm, MOEI_RING_BYTES(1, MOE_GEMM_SHAPE_64x64), 80, MOEI_CODE_ANY},
          MOEI_VARIANT_END};
@@ -16,11 +16,19 @@
 #include "desc.h"
 #include "shape.h"
 
+/* The rows of A that a variant reads. */
+typedef enum moei_variant_rows {
+    MOEI_VARIANT_ANY_ROWS = 0,
+    MOEI_VARIANT_IN_ORDER, /* row r is row r of A */
+    MOEI_VARIANT_GATHERED  /* through row_index */
+} moei_variant_rows;
+
 /* One entry of a table; MOEI_VARIANT_END ends the table. */
 typedef struct moei_variant {
     const void* kernel;  /* null: end of the table */
     const char* name;    /* of the kernel */
     int32_t path;        /* moe_gemm_path */
+    int32_t rows;        /* moei_variant_rows */
     moe_gemm_shape shape;
     int32_t tile;        /* number of the shape in the table's own numbering */
     int32_t blocks_sm;   /* most thread blocks of a multiprocessor */
@@ -29,7 +37,10 @@ typedef struct moei_variant {
     int32_t least, most; /* the code of these versions (80 is sm_80) has a body */
 } moei_variant;
 
-#define MOEI_VARIANT_END {0, 0, 0, MOEI_SHAPE_INIT(0, 0, 0, 1, 1, 0, 0, 0, 0), 0, 0, 0, 0, 0}
+#define MOEI_VARIANT_END                                                                           \
+    {                                                                                              \
+        0, 0, 0, 0, MOEI_SHAPE_INIT(0, 0, 0, 1, 1, 0, 0, 0, 0), 0, 0, 0, 0, 0                      \
+    }
 
 #define MOEI_CODE_ANY 9999   /* as `most`: no upper bound */
 #define MOEI_CODE_NEVER 9999 /* as `least`: no code has a body */
@@ -82,6 +93,7 @@ MOE_HOST moe_status moei_variant_prepare(moe_launch* l, const moei_variant* v, i
 {
     moe_launch_config c = moe_grid(blocks, v->shape.threads, v->smem + more, 0);
     c.dependent = 1;
+    if (v->path == MOE_GEMM_PATH_WGMMA) c.cluster = 2;
     return moei_launch_prepare(l, v->kernel, v->name, &c);
 }
 
@@ -106,6 +118,7 @@ MOE_HOST moe_gemm_plan moei_variant_plan(const moei_variant* v, const moe_device
     p.stages = v->shape.stages;
     p.threads = v->shape.threads;
     p.blocks = (int32_t)(tiles < per_sm * dev->sms ? tiles : per_sm * dev->sms);
+    if (v->path == MOE_GEMM_PATH_WGMMA) p.blocks = p.blocks < 2 ? 2 : p.blocks & ~1;
     p.smem = smem;
     return p;
 }

@@ -47,14 +47,55 @@ template <class Function> inline void moeh_wait_until(Function ready)
 inline void* moeh_shared(const void* site, size_t bytes)
 {
     moeh_block* const b = moeh_now()->block;
-    for (const auto& known : b->shared)
-        if (known.first == site) return known.second;
+    for (const moeh_array& known : b->shared)
+        if (known.site == site) return known.memory;
     b->shared_bytes += bytes;
     if (b->shared_bytes > MOEH_SMEM_BLOCK) moeh_fail("uses more shared memory than a block may");
     void* const made = moeh_poisoned(bytes, 128);
     if (!made) moeh_fail("out of memory for shared memory");
-    b->shared.emplace_back(site, made);
+    b->shared.push_back(moeh_array{site, (unsigned char*)made, bytes});
     return made;
+}
+
+/* Returns the block of the calling thread's cluster with this rank. */
+inline moeh_block* moeh_cluster_block(unsigned rank)
+{
+    const moeh_cluster* const c = moeh_now()->block->cluster.get();
+    if (rank >= c->block.size()) moeh_fail("names a block that its cluster does not have");
+    if (!c->block[rank]) moeh_fail("names a block of its cluster that has ended");
+    return c->block[rank];
+}
+
+/* Returns the place in `other`'s shared memory that has the address p in the calling thread's. */
+inline void* moeh_cluster_place(const void* p, moeh_block* other)
+{
+    const moeh_block* const b = moeh_now()->block;
+    const uintptr_t at = (uintptr_t)p;
+    if (at - (uintptr_t)b->dynamic < b->grid->smem)
+        return other->dynamic + (at - (uintptr_t)b->dynamic);
+    for (const moeh_array& mine : b->shared)
+        for (const moeh_array& array : other->shared)
+            if (mine.site == array.site && at - (uintptr_t)mine.memory < mine.bytes)
+                return array.memory + (at - (uintptr_t)mine.memory);
+    moeh_fail("names shared memory that the other block of its cluster has not");
+    return nullptr;
+}
+
+/* A barrier of the threads of the cluster that have not ended. */
+inline void moeh_cluster_sync()
+{
+    moeh_cluster* const c = moeh_now()->block->cluster.get();
+    const uint64_t round = c->round;
+    ++c->arrived;
+    moeh_wait_until([=] {
+        unsigned live = 0;
+        if (c->round != round) return true;
+        for (const moeh_block* b : c->block) live += b ? b->live : 0;
+        if (c->arrived < live) return false;
+        c->arrived = 0;
+        ++c->round;
+        return true;
+    });
 }
 
 /* Begins a copy of `bytes` (4, 8 or 16) bytes; those past `keep` become zeros. Both addresses are

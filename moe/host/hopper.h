@@ -7,7 +7,7 @@
    for their group: a stage that is released before shows too. Descriptors carry the address of the
    operand; the swizzle is applied to addresses, as on a GPU.
 
-   The run fails: a barrier that was not initialized, more arrivals than it expects, a phase that is
+   The run fails: a block of the cluster is named that has ended; a barrier that was not initialized, more arrivals than it expects, a phase that is
    complete while bytes are in flight; a destination or operand that is not 1024-byte aligned, a
    descriptor of another layout; products in flight at the end. Not shown: the limit of registers,
    and the order of memory accesses that moei_wgmma_sees_copies makes. */
@@ -116,6 +116,27 @@ inline void moei_named_barrier(int id, int threads)
     moeh_wait_until([=] { return n->round != round; });
 }
 
+/* ---- clusters ---- */
+
+inline int moei_cluster_rank(void) { return (int)moeh_now()->block->rank; }
+inline void moei_cluster_sync(void) { moeh_cluster_sync(); }
+
+inline void moei_barrier_arrive_at(uint64_t* bar, int rank)
+{
+    moei_barrier_arrive((uint64_t*)moeh_cluster_place(bar, moeh_cluster_block((unsigned)rank)));
+}
+
+/* The number arrives at a wait for the barrier. */
+inline void moei_cluster_send(int32_t* to, int value, uint64_t* bar, int rank)
+{
+    moeh_block* const other = moeh_cluster_block((unsigned)rank);
+    int32_t* const at = (int32_t*)moeh_cluster_place(to, other);
+    uint64_t* const there = (uint64_t*)moeh_cluster_place(bar, other);
+    moeh_barrier_of(there);
+    moeh_poison(at, 4);
+    other->bulk.push_back(moeh_bulk{there, 4, false, [=] { *at = value; }});
+}
+
 /* ---- tensor copies ---- */
 
 /* Returns the address in a stage at which the byte with address p of the line stands. */
@@ -125,8 +146,9 @@ inline unsigned char* moeh_swizzle(unsigned char* p)
     return p + ((a ^ ((a >> 7 & 7) << 4)) - a);
 }
 
-inline void moei_tensor_load_of(void* dst, const moei_tensor_map* map, int x, int y, int z,
-                                uint64_t* bar)
+/* Begins the copy of a box into block b. */
+inline void moeh_tensor_load(moeh_block* b, void* dst, const moei_tensor_map* map, int x, int y,
+                             int z, uint64_t* bar)
 {
     moei_tensor t;
     memcpy(&t, map, sizeof t);
@@ -137,7 +159,7 @@ inline void moei_tensor_load_of(void* dst, const moei_tensor_map* map, int x, in
     const int bytes = t.box_rows * 128;
     moeh_poison(dst, (size_t)bytes);
     moeh_barrier_of(bar);
-    moeh_now()->block->bulk.push_back(moeh_bulk{
+    b->bulk.push_back(moeh_bulk{
         bar, bytes, false, [=] {
             const bool in = t.matrices ? z >= 0 && z < t.matrices : z == 0;
             for (int r = 0; r < t.box_rows; ++r)
@@ -151,6 +173,20 @@ inline void moei_tensor_load_of(void* dst, const moei_tensor_map* map, int x, in
                 }
         }});
 }
+inline void moei_tensor_load_of(void* dst, const moei_tensor_map* map, int x, int y, int z,
+                                uint64_t* bar)
+{
+    moeh_tensor_load(moeh_now()->block, dst, map, x, y, z, bar);
+}
+inline void moei_tensor_load_both(void* dst, const moei_tensor_map* map, int x, int y, int z,
+                                  uint64_t* bar)
+{
+    for (unsigned rank = 0; rank < 2; ++rank) {
+        moeh_block* const b = moeh_cluster_block(rank);
+        moeh_tensor_load(b, moeh_cluster_place(dst, b), map, x, y, z,
+                         (uint64_t*)moeh_cluster_place(bar, b));
+    }
+}
 inline void moei_tensor_load(void* dst, const moei_tensor_map* map, int x, int y, uint64_t* bar)
 {
     moei_tensor_load_of(dst, map, x, y, 0, bar);
@@ -158,7 +194,7 @@ inline void moei_tensor_load(void* dst, const moei_tensor_map* map, int x, int y
 
 /* ---- products ---- */
 
-inline void moei_wgmma_sees_copies(int) {}
+inline void moei_wgmma_sees_copies(void) {}
 inline void moei_registers_lower(int) {}
 inline void moei_registers_raise(int) {}
 inline void moei_wgmma_begin(void) {}

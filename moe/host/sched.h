@@ -195,29 +195,33 @@ inline void* moeh_poisoned(size_t bytes, size_t align)
 inline void moeh_end_block(moeh_sched& s, moeh_block* b)
 {
     s.pool.insert(s.pool.end(), b->thread.rbegin(), b->thread.rend());
-    for (const auto& shared : b->shared) free(shared.second);
-    free(b->dynamic);
+    for (const moeh_array& a : b->shared) free(a.memory);
+    free(b->dynamic - MOEH_DYNAMIC);
+    b->cluster->block[b->rank] = nullptr;
     s.room[b->grid->device] += b->grid->room;
     delete b;
 }
 
-/* Starts the next block of a grid. */
-inline void moeh_start_block(moeh_sched& s, moeh_grid* g)
+/* Starts block number `number` of a grid, the one with this rank in its cluster. */
+inline void moeh_start_block(moeh_sched& s, moeh_grid* g, uint64_t number,
+                             const std::shared_ptr<moeh_cluster>& cluster, unsigned rank)
 {
     const dim3 dim = g->block;
     const unsigned n = dim.x * dim.y * dim.z;
     moeh_block* const b = new moeh_block();
     s.alive.push_back(b);
     b->grid = g;
-    b->index.x = (unsigned)(g->next % g->grid.x);
-    b->index.y = (unsigned)(g->next / g->grid.x % g->grid.y);
-    b->index.z = (unsigned)(g->next / g->grid.x / g->grid.y);
-    g->next = (g->next + g->step) % g->total;
+    b->cluster = cluster;
+    b->rank = rank;
+    cluster->block[rank] = b;
+    b->index.x = (unsigned)(number % g->grid.x);
+    b->index.y = (unsigned)(number / g->grid.x % g->grid.y);
+    b->index.z = (unsigned)(number / g->grid.x / g->grid.y);
     ++g->started;
     s.room[g->device] -= g->room;
     b->live = n;
     b->shared_bytes = g->smem;
-    b->dynamic = (unsigned char*)moeh_poisoned(g->smem, 128);
+    b->dynamic = (unsigned char*)moeh_poisoned(MOEH_DYNAMIC + g->smem, 1024) + MOEH_DYNAMIC;
     b->warp.resize((n + 31) / 32);
     b->current = &b->warp[0];
     b->thread.reserve(n);
@@ -242,6 +246,16 @@ inline void moeh_start_block(moeh_sched& s, moeh_grid* g)
         w->exist = w->live |= 1u << t->lane;
         moeh_make_ready(b, w, 1u << t->lane);
     }
+}
+
+/* Starts the blocks of the next cluster of a grid, or the next block where there are none. */
+inline void moeh_start_cluster(moeh_sched& s, moeh_grid* g)
+{
+    const std::shared_ptr<moeh_cluster> cluster(new moeh_cluster());
+    cluster->block.resize(g->cluster);
+    for (unsigned rank = 0; rank < g->cluster; ++rank)
+        moeh_start_block(s, g, g->next * g->cluster + rank, cluster, rank);
+    g->next = (g->next + g->step) % (g->total / g->cluster);
 }
 
 /* Discards every grid and every queue. */
@@ -296,11 +310,13 @@ inline bool moeh_advance_grid(moeh_grid* g)
 {
     moeh_sched& s = moeh_get();
     if (s.seed && !g->started) {
-        g->next = moeh_random(s) % g->total;
-        do g->step = 1 + moeh_random(s) % g->total; /* visits every block once where it has */
-        while (moeh_gcd(g->step, g->total) != 1);   /* no factor in common with total */
+        const uint64_t clusters = g->total / g->cluster;
+        g->next = moeh_random(s) % clusters;
+        do g->step = 1 + moeh_random(s) % clusters; /* visits every cluster once where it has */
+        while (moeh_gcd(g->step, clusters) != 1);   /* no factor in common with their number */
     }
-    while (g->started < g->total && s.room[g->device] >= g->room) moeh_start_block(s, g);
+    while (g->started < g->total && s.room[g->device] >= g->room * g->cluster)
+        moeh_start_cluster(s, g);
     return g->done == g->total;
 }
 

@@ -25,7 +25,9 @@ enum {
     MOEH_SMS = 4,             /* multiprocessors of a device */
     MOEH_BLOCKS_PER_SM = 2,   /* most blocks of a multiprocessor */
     MOEH_SMEM_BLOCK = 232448, /* most shared memory of a block, bytes */
-    MOEH_SMEM_SM = 233472     /* shared memory of a multiprocessor, bytes */
+    MOEH_SMEM_SM = 233472,    /* shared memory of a multiprocessor, bytes */
+    MOEH_DYNAMIC = 128        /* dynamic shared memory begins so many bytes past a multiple of 1024,
+                                 in every block */
 };
 
 struct moeh_copy { /* an asynchronous copy in flight */
@@ -85,15 +87,29 @@ struct moeh_warp {
     std::vector<moeh_wgmma> wgmma;              /* in flight, in order */
 };
 
+struct moeh_cluster { /* blocks that start together and see each other's shared memory */
+    std::vector<struct moeh_block*> block; /* by rank; null: has ended */
+    unsigned arrived;                      /* threads at the cluster's barrier */
+    uint64_t round;                        /* of the barrier */
+};
+
+struct moeh_array { /* static shared memory of one declaration */
+    const void* site;
+    unsigned char* memory;
+    size_t bytes;
+};
+
 struct moeh_block {
     struct moeh_grid* grid;
+    std::shared_ptr<moeh_cluster> cluster;
+    unsigned rank; /* in the cluster */
     dim3 index;
     unsigned live, arrived; /* threads: not ended, at the barrier */
     bool vote, voted;       /* of the barrier being gathered; of the one passed last */
     uint32_t ready_warps;   /* bit i: warp i has a ready lane */
     size_t shared_bytes;    /* static and dynamic */
     unsigned char* dynamic; /* dynamic shared memory */
-    std::vector<std::pair<const void*, void*>> shared; /* site of a declaration, its memory */
+    std::vector<moeh_array> shared;
     std::vector<moeh_thread*> thread;
     std::vector<moeh_warp> warp;
     moeh_warp* current;          /* the warp whose lanes run */
@@ -109,8 +125,9 @@ struct moeh_grid {
     size_t smem;                   /* dynamic shared memory, bytes */
     bool dependent;                /* every thread must call moe_pdl_wait */
     unsigned room;                 /* units of the device that a block takes */
+    unsigned cluster;              /* blocks of a cluster, along x; 1: none */
     uint64_t total, started, done; /* numbers of blocks */
-    uint64_t next, step;           /* next block to start; moves by `step`, modulo total */
+    uint64_t next, step;           /* next cluster to start; moves by `step`, modulo their number */
 };
 
 typedef std::function<bool()> moeh_op; /* advances; returns true when complete */

@@ -102,11 +102,12 @@ template <class Arg> inline auto moeh_bind_prepared(const void* kernel, const Ar
 }
 
 /* Queues a grid. No thread runs before the host waits for something. `kernel` is the kernel's
-   address, for the check of preloading; null: not checked. */
+   address, for the check of preloading; null: not checked. cluster: blocks of a cluster along x; 0
+   or 1: none. */
 template <class Function>
 inline cudaError_t moeh_launch(dim3 grid, dim3 block, size_t smem, cudaStream_t handle,
                                Function call, const char* name, const void* kernel = nullptr,
-                               bool dependent = false)
+                               bool dependent = false, unsigned cluster = 1)
 {
     moeh_sched& s = moeh_get();
     const moeh_stream* const stream = moeh_stream_of(handle);
@@ -117,6 +118,9 @@ inline cudaError_t moeh_launch(dim3 grid, dim3 block, size_t smem, cudaStream_t 
     if (!threads || threads > 1024 || block.z > 64 || !total || grid.x > 0x7fffffffu ||
         grid.y > 65535 || grid.z > 65535)
         return cudaErrorInvalidConfiguration;
+    if (!cluster) cluster = 1;
+    if (grid.x % cluster || room * cluster > MOEH_SMS * MOEH_BLOCKS_PER_SM)
+        return cudaErrorInvalidConfiguration;
     if (smem > MOEH_SMEM_BLOCK) return cudaErrorInvalidValue;
     if (s.preload_only && kernel) s.launched.insert(kernel);
     if (s.preload_only && kernel && !s.preloaded.count(kernel) && !s.sticky && !moeh_now()->block) {
@@ -124,8 +128,8 @@ inline cudaError_t moeh_launch(dim3 grid, dim3 block, size_t smem, cudaStream_t 
         moeh_set_failed("launched, and moe_preload_kernel was never given it", nullptr);
         moeh_discard_all(s);
     }
-    moeh_grid g = {call, name, stream->device, grid, block, smem, dependent, room, total, 0, 0,
-                   0,    1};
+    moeh_grid g = {call, name,    stream->device, grid, block, smem, dependent,
+                   room, cluster, total,          0,    0,     0,    1};
     return moeh_queue(handle, [g]() mutable { return moeh_advance_grid(&g); });
 }
 

@@ -15,8 +15,9 @@ typedef struct moei_wgmma_args {
     moei_tensor_map a;       /* [a_rows, k], boxes of 64 rows; unused where rows are gathered */
     moei_tensor_map b[2];    /* [E, n, k], boxes of 128 rows: gates and ups; not gated: B twice */
     moe_grouped_gemm_args d; /* the product */
-    int32_t* ticket;         /* [1] 0 at the start: number of tiles that blocks have taken beyond
-                                their first; null: block i takes tiles i, i + blocks, ... */
+    int32_t* ticket;         /* [1] 0 at the start: number of pairs of tiles that clusters have
+                                taken beyond their first; null: cluster i takes pairs i, i +
+                                clusters, ... */
     uint64_t unused[7];      /* a launch copies whole 64-byte units */
 } moei_wgmma_args;
 

@@ -60,22 +60,22 @@ MOE_DEVICE void moei_wgmma_store_next(moei_wgmma_pending* p, int64_t below)
     for (int i = 0; i < 56; ++i) p->x[i] = p->x[i + 8];
 }
 
-/* One step: starts the products of the stage, then releases the stage of the step before, which is
-   `*before`: its products are complete. consumer: 0 or 1. */
-MOE_DEVICE void moei_wgmma_step(float acc[128], moei_wgmma_ring* r, int consumer, bool first,
-                                int* before, bool copies, const int dtype)
+/* Step i of a tile: starts the products of the stage, then releases the stage of the step before,
+   which is `*before`: its products are complete. consumer: 0 or 1. */
+MOE_DEVICE void moei_wgmma_step(float acc[128], moei_wgmma_ring* r, int consumer, int i,
+                                int* before, const int gathered, const int dtype)
 {
     const unsigned char* stage = r->stages + r->stage * MOEI_WGMMA_STAGE;
     const uint64_t a = moei_wgmma_operand(stage + consumer * MOEI_WGMMA_HALF);
     const uint64_t b = moei_wgmma_operand(stage + 2 * MOEI_WGMMA_HALF);
     moei_barrier_wait(r->s->full + r->stage, r->parity);
-    moei_wgmma_sees_copies(copies);
+    if (gathered) moei_wgmma_sees_copies();
     moei_wgmma_begin();
     MOE_UNROLL
-    for (int k = 0; k < 4; ++k) moei_wgmma(acc, a + k * 2, b + k * 2, !first || k > 0, dtype);
+    for (int k = 0; k < 4; ++k) moei_wgmma(acc, a + k * 2, b + k * 2, i > 0 || k > 0, dtype);
     moei_wgmma_commit();
     moei_wgmma_wait(1);
-    if (!first && moe_lane() == 0) moei_barrier_arrive(r->s->empty + *before);
+    if (i > 0) moei_wgmma_release(r, *before);
     *before = r->stage;
     moei_wgmma_next(r);
 }
@@ -86,168 +86,192 @@ MOE_DEVICE void moei_wgmma_skip(moei_wgmma_ring* r, int steps)
     for (int i = 0; i < steps; ++i) {
         moei_barrier_wait(r->s->full + r->stage, r->parity);
         __syncwarp(MOE_FULL_WARP); /* all lanes have seen the phase, which may end now */
-        if (moe_lane() == 0) moei_barrier_arrive(r->s->empty + r->stage);
+        moei_wgmma_release(r, r->stage);
         moei_wgmma_next(r);
     }
 }
 
-/* Where a thread's accumulators go: rows r and r + 8, pairs of columns 8 apart. */
+/* Where a thread's accumulators go: rows r and r + 8, pairs of columns 8 apart. Accumulators from 64
+   on are ups where gated, else the pairs from column 128 on. */
 typedef struct moei_wgmma_target {
     char* c;       /* address of row r, first pair */
     int64_t below; /* bytes to 8 rows on */
     int rows;      /* the tile's rows from r on */
     int columns;   /* columns of C from the first pair on */
-    int column;    /* of the first pair */
-    int expert;
 } moei_wgmma_target;
 
-/* Adds bias, applies the activation, adds C, stores fp32: of 32 accumulators v of a thread, 4 pairs
-   of columns from pair `pair` on, in rows r and r + 8; v[16 ..]: their ups, or not gated the pairs
-   128 columns on. */
-MOE_DEVICE void moei_wgmma_finish_part(float v[32], const moe_gemm_output* o,
-                                       const moei_wgmma_target* t, int pair, int n, const int dtype)
+/* Adds the bias to the accumulators. column: of the first pair. */
+MOE_DEVICE void moei_wgmma_add_bias(float acc[128], const moe_gemm_output* o, int64_t expert,
+                                    int column, int n, const int dtype)
 {
-    const bool gated = o->gated != 0, pairs = o->gated == MOE_GATE_UP_INTERLEAVED;
-    const int bytes = o->dtype == MOE_FP32 ? 4 : 2;
-    if (o->bias) {
-        const uint16_t* bias = (const uint16_t*)o->bias + (int64_t)t->expert * n * (gated ? 2 : 1);
-        MOE_UNROLL
-        for (int j = 0; j < 8; ++j) {
-            const int x = (pair + j % 4) * 8 + (j >= 4 && !gated ? 128 : 0), step = pairs ? 2 : 1;
-            const uint16_t* at = bias + (int64_t)(t->column + x) * step;
-            if (gated && j >= 4) at += pairs ? 1 : n;
-            if (x < t->columns) {
-                const float first = moe_half_to_f32(at[0], dtype);
-                const float second = moe_half_to_f32(at[step], dtype);
-                v[4 * j] += first, v[4 * j + 1] += second;
-                v[4 * j + 2] += first, v[4 * j + 3] += second;
-            }
-        }
-    }
-    if (o->activation != MOE_ACTIVATION_NONE) {
-        const moei_activation a = moei_activation_of(o->activation, o->alpha, o->limit);
-        moei_activate_8(v, v + 16, &a, gated);
-        moei_activate_8(v + 8, v + 24, &a, gated);
-        if (!gated) {
-            moei_activate_8(v + 16, v, &a, false);
-            moei_activate_8(v + 24, v, &a, false);
-        }
-    }
+    const int step = o->gated == MOE_GATE_UP_INTERLEAVED ? 2 : 1;
+    const uint16_t* at =
+        (const uint16_t*)o->bias + expert * n * (o->gated ? 2 : 1) + (int64_t)column * step;
+    int columns = n - column;
     MOE_UNROLL
-    for (int i = 0; i < 16; ++i) { /* pair i / 2, row r or r + 8 */
-        const int x = (pair + i / 2 % 4) * 8 + (i >= 8 ? 128 : 0);
-        char* at = t->c + i % 2 * t->below + x * bytes;
-        if (x < t->columns && t->rows > i % 2 * 8 && !(gated && i >= 8)) {
-            if (o->accumulate) {
-                v[2 * i] += moe_load_f32(at, 0, o->dtype);
-                v[2 * i + 1] += moe_load_f32(at, 1, o->dtype);
+    for (int half = 0; half < 128; half += 64) {
+        MOE_UNROLL
+        for (int j = 0; j < 16; ++j) {
+            float* v = acc + half + 4 * j;
+            if (8 * j < columns) {
+                const float first = moe_half_to_f32(at[8 * j * step], dtype);
+                const float second = moe_half_to_f32(at[(8 * j + 1) * step], dtype);
+                v[0] += first, v[1] += second, v[2] += first, v[3] += second;
             }
-            if (bytes == 4) *(float2*)at = make_float2(v[2 * i], v[2 * i + 1]);
+        }
+        at += !o->gated ? 128 : step == 2 ? 1 : n;
+        if (!o->gated) columns -= 128;
+    }
+}
+
+/* Adds C to the results, 64 or, not gated, 128. */
+MOE_DEVICE void moei_wgmma_add_c(float acc[128], const moe_gemm_output* o,
+                                 const moei_wgmma_target* t)
+{
+    const int bytes = o->dtype == MOE_FP32 ? 4 : 2;
+    MOE_UNROLL
+    for (int i = 0; i < 64; ++i) { /* pair i / 2, row r or r + 8 */
+        const char* at = t->c + i % 2 * t->below + i / 2 * 8 * bytes;
+        if (i / 2 * 8 < t->columns && t->rows > i % 2 * 8 && !(o->gated && i >= 32)) {
+            acc[2 * i] += moe_load_f32(at, 0, o->dtype);
+            acc[2 * i + 1] += moe_load_f32(at, 1, o->dtype);
         }
     }
 }
 
-/* Ends a tile: bias, activation, C where results are added to it; then rounds the results into *p,
-   or stores fp32 ones. row: of this thread's first accumulator; rows: the tile's rows from it on;
-   column: first of the tile.
-     1. plain: no bias, C overwritten, 16-bit; no activation, or SwiGLU
-     2. else a quarter of the accumulators at a time: the body stands once, and the accumulators
-        move through it
-     3. round into *p */
-MOE_DEVICE void moei_wgmma_finish(moei_wgmma_pending* p, float acc[128],
-                                  const moe_grouped_gemm_args* d, const moe_tile_position* t,
-                                  int row, int rows, int column, const int dtype)
+/* Stores fp32 results. */
+MOE_DEVICE void moei_wgmma_store_f32(const float acc[128], const moe_gemm_output* o,
+                                     const moei_wgmma_target* t)
 {
-    const moe_gemm_output* o = &d->c;
+    MOE_UNROLL
+    for (int i = 0; i < 64; ++i)
+        if (i / 2 * 8 < t->columns && t->rows > i % 2 * 8 && !(o->gated && i >= 32))
+            *(float2*)(t->c + i % 2 * t->below + i / 2 * 32) =
+                make_float2(acc[2 * i], acc[2 * i + 1]);
+}
+
+/* Sets where the results of a tile go; nothing is pending. row: of this thread's first accumulator;
+   rows: the tile's rows from it on; column: first of the tile. */
+MOE_DEVICE void moei_wgmma_aim(moei_wgmma_pending* p, const moe_gemm_output* o,
+                               const moei_wgmma_tile* t, int row, int rows, int column, int n)
+{
     const int quad = moe_lane() & 3, bytes = o->dtype == MOE_FP32 ? 4 : 2;
-    const bool gated = o->gated != 0, swiglu = o->activation == MOE_ACTIVATION_SWIGLU;
     char* c = o->table ? (char*)o->table[t->expert] - (int64_t)t->begin * o->stride * bytes
                        : (char*)o->base;
-    c += ((int64_t)row * o->stride + column) * bytes;
-    if (!o->bias && !o->accumulate && o->dtype != MOE_FP32 &&
-        (swiglu || o->activation == MOE_ACTIVATION_NONE)) { /* 1. */
-        if (swiglu) {
-            MOE_UNROLL
-            for (int i = 0; i < 64; ++i)
-                acc[i] = moei_sigmoid_unit(acc[i], MOEI_MINUS_LOG2E) * acc[64 + i];
-        }
-    } else { /* 2. */
-        moei_wgmma_target to;
-        to.c = c + quad * 2 * bytes;
-        to.below = o->stride * 8 * bytes;
-        to.rows = rows;
-        to.column = column + quad * 2;
-        to.columns = d->n - to.column;
-        to.expert = t->expert;
+    p->c = c + ((int64_t)row * o->stride + column + quad * 8) * bytes;
+    p->rows = rows;
+    p->columns = n - column - quad * 8;
+}
+
+/* Adds the bias, applies the activation, adds C where results are added to it, stores fp32 results:
+   all that the epilogue offers. */
+MOE_DEVICE void moei_wgmma_finish_any(float acc[128], const moei_wgmma_pending* p,
+                                      const moe_gemm_output* o, int expert, int n, const int dtype)
+{
+    const int quad = moe_lane() & 3, bytes = o->dtype == MOE_FP32 ? 4 : 2;
+    const bool gated = o->gated != 0;
+    moei_wgmma_target to;
+    to.c = p->c - quad * 6 * bytes; /* its pairs begin at 2 quad, those of *p at 8 quad */
+    to.below = o->stride * 8 * bytes;
+    to.rows = p->rows;
+    to.columns = p->columns + quad * 6;
+    if (o->bias) moei_wgmma_add_bias(acc, o, expert, n - to.columns, n, dtype);
+    if (o->activation != MOE_ACTIVATION_NONE) {
+        const moei_activation a = moei_activation_of(o->activation, o->alpha, o->limit);
         MOE_NO_UNROLL
-        for (int pair = 0; pair < 16; pair += 4) {
-            float v[32];
+        for (int half = gated; half < 2; ++half) { /* not gated: both halves, in turn */
             MOE_UNROLL
-            for (int j = 0; j < 16; ++j) v[j] = acc[j], v[16 + j] = acc[64 + j];
-            moei_wgmma_finish_part(v, o, &to, pair, d->n, dtype);
-            MOE_UNROLL
-            for (int j = 0; j < 48; ++j) acc[j] = acc[j + 16], acc[64 + j] = acc[80 + j];
-            MOE_UNROLL
-            for (int j = 0; j < 16; ++j) acc[48 + j] = v[j], acc[112 + j] = v[16 + j];
+            for (int j = 0; j < 64; j += 32) moei_activate(acc + j, acc + 64 + j, 32, &a, gated);
+            if (!gated) {
+                MOE_UNROLL
+                for (int j = 0; j < 64; ++j) {
+                    const float v = acc[j];
+                    acc[j] = acc[64 + j];
+                    acc[64 + j] = v;
+                }
+            }
         }
     }
-    p->groups = bytes == 4 ? 0 : gated ? 4 : 8; /* 3. */
+    if (o->accumulate) moei_wgmma_add_c(acc, o, &to);
+    if (bytes == 4) moei_wgmma_store_f32(acc, o, &to);
+}
+
+/* Ends a tile: finishes the accumulators, then rounds the results into *p; fp32 ones are stored.
+   SwiGLU, and no activation, without bias and with C overwritten have a path of their own: its code
+   is short, and all of its exponentials are independent. */
+MOE_DEVICE void moei_wgmma_finish(moei_wgmma_pending* p, float acc[128], const moe_gemm_output* o,
+                                  int expert, int n, const int dtype)
+{
+    const bool swiglu = o->activation == MOE_ACTIVATION_SWIGLU;
+    if (o->bias || o->accumulate || o->dtype == MOE_FP32 ||
+        !(swiglu || o->activation == MOE_ACTIVATION_NONE)) {
+        moei_wgmma_finish_any(acc, p, o, expert, n, dtype);
+    } else if (swiglu) {
+        MOE_UNROLL
+        for (int i = 0; i < 64; ++i)
+            acc[i] = moei_sigmoid_unit(acc[i], MOEI_MINUS_LOG2E) * acc[64 + i];
+    }
     MOE_UNROLL
     for (int i = 0; i < 32; ++i) {
         const int at = i / 4 * 8 + i % 4;
         p->x[at] = moe_pack2(acc[4 * i], acc[4 * i + 1], dtype);
         p->x[at + 4] = moe_pack2(acc[4 * i + 2], acc[4 * i + 3], dtype);
     }
-    p->c = c + quad * 16;
-    p->rows = rows;
-    p->columns = d->n - column - quad * 8;
+    p->groups = o->dtype == MOE_FP32 ? 0 : o->gated ? 4 : 8;
 }
 
 /* A consumer. For each tile:
-     1. multiply the steps; after each of the first ones store 32 columns of the tile before
+     1. multiply the steps; after each of the first ones store 32 columns of the tile before, in
+        short tiles 64
      2. release the last stage
      3. finish: bias, activation, rounding
-   A consumer without rows of the tile releases the stages. At the end stores what is pending. */
+   A consumer without rows of the tile releases the stages. At the end stores what is pending.
+   Consumer 1 begins two steps later, so the two do not end their tiles at one time. */
 MOE_DEVICE void moei_wgmma_consume(const moei_wgmma_args* a, moei_wgmma_ring r,
-                                   const moei_wgmma_tiles* w, int consumer, const int dtype)
+                                   const moei_wgmma_tiles* w, int consumer, const int gathered,
+                                   const int dtype)
 {
     const moe_grouped_gemm_args* d = &a->d;
     const int warp = moe_warp() % 4, line = consumer * 64 + warp * 16 + (moe_lane() >> 2);
     const int64_t below = d->c.stride * 16;
-    const bool copies = d->row_index != 0;
+    const int each = w->steps < 8 ? 2 : 1; /* groups of columns stored after a step */
     moei_wgmma_pending p;
     p.c = 0;
     p.rows = p.columns = p.groups = 0;
     MOE_UNROLL
     for (int i = 0; i < 64; ++i) p.x[i] = 0;
+    if (consumer == 1 && w->steps > 2) moei_barrier_wait(r.s->full + 2, 0);
     for (int turn = 0;; ++turn) {
-        const moe_tile_position* t = r.s->position + (turn & 7);
+        const moei_wgmma_tile* t = r.s->position + turn % MOEI_WGMMA_SLOTS;
+        int rows;
         moei_barrier_wait(r.s->full + r.stage, r.parity);
-        /* shuffles: the compiler must know that the branches are uniform */
-        if (__shfl_sync(MOE_FULL_WARP, t->expert, 0) < 0) break;
-        if (__shfl_sync(MOE_FULL_WARP, moei_wgmma_rows(t), 0) > consumer * 64) {
+        /* a shuffle: the compiler must know that the branches are uniform */
+        rows = __shfl_sync(MOE_FULL_WARP, t->expert < 0 ? -1 : moei_wgmma_rows(t), 0);
+        if (rows < 0) break;
+        if (rows > consumer * 64) {
             float acc[128];
             int before = 0, i = 0;
             MOE_NO_UNROLL
             for (; p.groups > 0 && i < w->steps; ++i) { /* 1. */
-                moei_wgmma_step(acc, &r, consumer, i == 0, &before, copies, dtype);
-                moei_wgmma_store_next(&p, below);
+                moei_wgmma_step(acc, &r, consumer, i, &before, gathered, dtype);
+                MOE_NO_UNROLL
+                for (int j = 0; j < each; ++j) moei_wgmma_store_next(&p, below);
             }
             MOE_NO_UNROLL
             while (p.groups > 0) moei_wgmma_store_next(&p, below);
             MOE_NO_UNROLL
             for (; i < w->steps; ++i)
-                moei_wgmma_step(acc, &r, consumer, i == 0, &before, copies, dtype);
+                moei_wgmma_step(acc, &r, consumer, i, &before, gathered, dtype);
+            moei_wgmma_aim(&p, &d->c, t, t->row + line, rows - line, t->column * w->columns, d->n);
             moei_wgmma_wait(0); /* 2. */
             moei_wgmma_settle(acc);
-            if (moe_lane() == 0) moei_barrier_arrive(r.s->empty + before);
-            moei_wgmma_finish(&p, acc, d, t, t->row + line, moei_wgmma_rows(t) - line, /* 3. */
-                              t->column * w->columns, dtype);
+            moei_wgmma_release(&r, before);
+            moei_wgmma_finish(&p, acc, &d->c, t->expert, d->n, dtype); /* 3. */
         } else {
             moei_wgmma_skip(&r, w->steps);
         }
     }
-    if (moe_lane() == 0) moei_barrier_arrive(r.s->empty + r.stage);
+    moei_wgmma_release(&r, r.stage);
     MOE_NO_UNROLL
     while (p.groups > 0) moei_wgmma_store_next(&p, below);
 }

@@ -1,6 +1,13 @@
-/* produce.cuh: the producer of the Hopper grouped GEMM: takes tiles and fills stages. B arrives by
-   tensor copies; so does A where its rows are in expert order. Gathered rows of A are copied 16
-   bytes at a time by all threads of the producer. */
+/* produce.cuh: the producer of the Hopper grouped GEMM: finds the block's tiles and fills stages. B
+   arrives by tensor copies; so does A where its rows are in expert order. Gathered rows of A are
+   copied 16 bytes at a time by all threads of the producer.
+
+   The two blocks of a cluster compute pairs of tiles (order.cuh). Block 0 takes the next number
+   from a counter in global memory, and sends it to block 1.
+
+   Rows in order: one thread starts the copies, and a second warp finds the next tile meanwhile.
+   Gathered rows: all four warps copy, and warp 0 finds the next tile between two tiles. The loop of
+   copies has few instructions: each takes register bandwidth from the tensor cores. */
 #ifndef MOE_GEMM_WGMMA_PRODUCE_CUH
 #define MOE_GEMM_WGMMA_PRODUCE_CUH
 
@@ -8,138 +15,200 @@
 
 #if MOEI_WGMMA_HERE
 
-/* Returns the number of the block's next tile. */
-MOE_DEVICE int moei_wgmma_take(const moei_wgmma_args* a, int tile)
+/* ---- the order of tiles; a whole warp calls these ---- */
+
+/* Returns the number of the cluster's next pair, which follows `pair`; from a counter, for lane 0
+   of block 0 alone. */
+MOE_DEVICE int moei_wgmma_take(const moei_wgmma_args* a, const moei_wgmma_tiles* w, int pair)
 {
-    return (int)gridDim.x + (a->ticket ? atomicAdd(a->ticket, 1) : tile);
+    const int clusters = (int)gridDim.x / 2;
+    if (!a->ticket) return pair + clusters;
+    return w->cluster_rank == 0 && moe_lane() == 0 ? clusters + atomicAdd(a->ticket, 1) : 0;
 }
 
-/* Writes the position of tile number `tile`, the block's number `turn`, for all roles. Consumers
-   read the position once the first stage of the tile is full. */
-MOE_DEVICE moe_tile_position moei_wgmma_announce(moei_wgmma_shared* s, const moei_wgmma_tiles* w,
-                                                 int tile, int turn)
+/* Returns the pair's number, which lane 0 of block 0 knows, to all lanes of both blocks. turn: the
+   block's number of the tile, 1 or more. */
+MOE_DEVICE int moei_wgmma_agree(const moei_wgmma_args* a, const moei_wgmma_tiles* w,
+                                moei_wgmma_shared* s, int pair, int turn)
 {
-    moe_tile_position t = {-1, 0, 0, 0, 0};
-    if (tile < w->count) t = moei_schedule_tile(&w->schedule, tile, 128, 1);
-    s->position[turn & 7] = t;
+    const int slot = turn % MOEI_WGMMA_SLOTS;
+    if (!a->ticket) return pair;
+    if (w->cluster_rank == 0) {
+        if (moe_lane() == 0) moei_cluster_send(s->number + slot, pair, s->sent + slot, 1);
+        return __shfl_sync(MOE_FULL_WARP, pair, 0);
+    }
+    if (moe_lane() == 0) moei_barrier_expect(s->sent + slot, 4);
+    moei_barrier_wait(s->sent + slot, (turn - 1) / MOEI_WGMMA_SLOTS & 1);
+    return *(volatile int32_t*)(s->number + slot);
+}
+
+/* Writes the position of the block's tile of a pair to its slot, and returns it. Consumers read it
+   once the first stage of the tile is full. */
+MOE_DEVICE moei_wgmma_tile moei_wgmma_announce(moei_wgmma_shared* s, const moei_wgmma_tiles* w,
+                                               int pair, int turn)
+{
+    moei_wgmma_tile t = {-1, 0, 0, 0, 0, 0};
+    if (pair < w->pairs) t = moei_wgmma_tile_of(&w->schedule, pair, w->cluster_rank);
+    if (moe_lane() == 0) s->position[turn % MOEI_WGMMA_SLOTS] = t;
     return t;
 }
 
-/* Starts the copies of B for depths k .. k + 63. One thread calls it. */
+/* ---- copies ---- */
+
+/* Starts the copies of B for depths k .. k + 63: of both halves, or where the pair shares B of half
+   number `cluster_rank`, for both blocks. One thread calls it. */
 MOE_DEVICE void moei_wgmma_load_b(const moei_wgmma_args* a, const moei_wgmma_ring* r,
-                                  const moei_wgmma_tiles* w, const moe_tile_position* t, int k)
+                                  const moei_wgmma_tiles* w, const moei_wgmma_tile* t, int k)
 {
     unsigned char* b = r->stages + r->stage * MOEI_WGMMA_STAGE + 2 * MOEI_WGMMA_HALF;
     uint64_t* full = r->s->full + r->stage;
-    const int row = t->column * w->columns;
-    moei_tensor_load_of(b, &a->b[0], k, row, t->expert, full);
-    moei_tensor_load_of(b + MOEI_WGMMA_B, &a->b[1], k, a->d.c.gated ? row : row + 128, t->expert,
-                        full);
+    const int row = t->column * w->columns, second = a->d.c.gated ? row : row + 128;
+    if (t->shared) {
+        moei_tensor_load_both(b + w->cluster_rank * MOEI_WGMMA_B, &a->b[w->cluster_rank], k,
+                              w->cluster_rank ? second : row, t->expert, full);
+    } else {
+        moei_tensor_load_of(b, &a->b[0], k, row, t->expert, full);
+        moei_tensor_load_of(b + MOEI_WGMMA_B, &a->b[1], k, second, t->expert, full);
+    }
 }
 
-/* The producer where A is in expert order; one thread. For each tile, and each of its steps:
+/* ---- rows in order ---- */
+
+/* Finds the block's tiles, one ahead of moei_wgmma_produce; one warp. */
+MOE_DEVICE void moei_wgmma_find_tiles(const moei_wgmma_args* a, moei_wgmma_shared* s,
+                                      const moei_wgmma_tiles* w)
+{
+    int pair = (int)blockIdx.x / 2;
+    for (int turn = 0;; ++turn) {
+        moei_wgmma_tile t;
+        if (turn > 0) {
+            moei_barrier_wait(&s->taken, (turn - 1) & 1);
+            pair = moei_wgmma_agree(a, w, s, moei_wgmma_take(a, w, pair), turn);
+        }
+        t = moei_wgmma_announce(s, w, pair, turn);
+        if (moe_lane() == 0) moei_barrier_arrive(&s->posted);
+        if (t.expert < 0) break;
+    }
+}
+
+/* One thread. For each tile, and each of its steps:
      1. wait until the stage is empty
      2. tell `full` how many bytes it will get, start the copies
    At the end passes one stage without bytes: the consumers find that there is no tile. */
 MOE_DEVICE void moei_wgmma_produce(const moei_wgmma_args* a, moei_wgmma_ring r,
                                    const moei_wgmma_tiles* w)
 {
-    int tile = (int)blockIdx.x;
     for (int turn = 0;; ++turn) {
-        const moe_tile_position t = moei_wgmma_announce(r.s, w, tile, turn);
-        int halves, next;
+        moei_wgmma_tile t;
+        int halves;
+        moei_barrier_wait(&r.s->posted, turn & 1);
+        t = r.s->position[turn % MOEI_WGMMA_SLOTS];
         if (t.expert < 0) break;
+        moei_barrier_arrive(&r.s->taken);
         halves = (moei_wgmma_rows(&t) + 63) / 64;
-        if (t.row + moei_wgmma_rows(&t) > a->d.a_rows) /* these rows are zeros */
+        if (halves && t.row + moei_wgmma_rows(&t) > a->d.a_rows) /* these rows are zeros */
             moe_fault_raise(a->d.fault, MOE_FAULT_BAD_ROW, a->d.rank,
                             t.row < a->d.a_rows ? (int)a->d.a_rows : t.row);
-        next = moei_wgmma_take(a, tile); /* arrives while the tile is copied */
         for (int i = 0; i < w->steps; ++i) {
             unsigned char* stage = r.stages + r.stage * MOEI_WGMMA_STAGE;
             uint64_t* full = r.s->full + r.stage;
             moei_barrier_wait(r.s->empty + r.stage, r.parity ^ 1);                  /* 1. */
             moei_barrier_expect(full, 2 * MOEI_WGMMA_B + halves * MOEI_WGMMA_HALF); /* 2. */
-            moei_tensor_load(stage, &a->a, i * 64, t.row, full);
+            if (halves > 0) moei_tensor_load(stage, &a->a, i * 64, t.row, full);
             if (halves > 1)
                 moei_tensor_load(stage + MOEI_WGMMA_HALF, &a->a, i * 64, t.row + 64, full);
             moei_wgmma_load_b(a, &r, w, &t, i * 64);
             moei_wgmma_next(&r);
         }
-        tile = next;
     }
     moei_barrier_wait(r.s->empty + r.stage, r.parity ^ 1);
     moei_barrier_arrive(r.s->full + r.stage);
 }
 
-/* A thread's part of a tile's rows: vector `vector` of each line of rows line, line + 16, ... */
+/* ---- gathered rows ---- */
+
+/* A thread's part of a tile's rows: one vector of each line of rows line, line + 16, ... */
 typedef struct moei_wgmma_gather {
-    uint32_t from[8]; /* the row of A, in 16-byte vectors from A's first */
-    int keep;         /* bit i: row i exists; others are zeros */
-    int vector, line;
+    const char* from[8]; /* the vector of the next step in row line + 16 i of the tile */
+    unsigned keep;       /* bit i: row line + 16 i is not a row of zeros */
+    bool whole;          /* the warp has no row of zeros */
 } moei_wgmma_gather;
 
-/* Finds the rows of a tile. A row_index outside A sets the fault word and gives zeros. */
+/* Finds the rows of a tile. A row_index outside A sets the fault word and gives zeros. Lines past
+   the tile's last row copy any row: their results are not stored. line: the thread's first row;
+   vector: 0 .. 7. The whole warp calls it. */
 MOE_DEVICE void moei_wgmma_find_rows(moei_wgmma_gather* g, const moe_grouped_gemm_args* d,
-                                     const moe_tile_position* t)
+                                     const moei_wgmma_tile* t, int line, int vector)
 {
-    const uint32_t vectors = (uint32_t)(d->a_stride / 8);
     const int rows = moei_wgmma_rows(t);
     int row[8]; /* all loads of row_index are in flight before the first use */
     MOE_UNROLL
     for (int i = 0; i < 8; ++i) {
-        const int m = i * 16 + g->line;
-        row[i] = m < rows ? d->row_index[t->row + m] : -1;
+        const int m = i * 16 + line;
+        row[i] = m < rows ? d->row_index[t->row + m] : 0;
     }
     g->keep = 0;
     MOE_UNROLL
     for (int i = 0; i < 8; ++i) {
         const int from = row[i] < 0 ? row[i] : (int)((uint32_t)row[i] / (uint32_t)d->row_div);
         const bool in = from >= 0 && from < d->a_rows;
-        if (from != -1 && !in && g->vector == 0)
-            moe_fault_raise(d->fault, MOE_FAULT_BAD_ROW, d->rank, t->row + i * 16 + g->line);
-        g->from[i] = in ? (uint32_t)from * vectors : 0;
-        g->keep |= in ? 1 << i : 0;
+        if (from != -1 && !in && vector == 0)
+            moe_fault_raise(d->fault, MOE_FAULT_BAD_ROW, d->rank, t->row + i * 16 + line);
+        g->from[i] = (const char*)d->a + ((in ? from : 0) * d->a_stride + vector * 8) * 2;
+        g->keep |= in ? 1u << i : 0u;
     }
+    g->whole = __all_sync(MOE_FULL_WARP, g->keep == 255) != 0;
 }
 
-/* The producer where rows of A are gathered; all its threads. As moei_wgmma_produce; the arrivals
-   of a stage are B's, and one of each thread when its copies of A are complete. */
+/* Starts the thread's copies of a step. depths: of A from the thread's vector on; all: from the
+   step's first one on. */
+MOE_DEVICE void moei_wgmma_copy_rows(unsigned char* to, moei_wgmma_gather* g, int depths, int all)
+{
+    if (g->whole && all >= 64) { /* no zeros: few instructions */
+        MOE_UNROLL
+        for (int i = 0; i < 8; ++i) moei_copy16_whole_async(to + i * 16 * 128, g->from[i]);
+    } else {
+        MOE_UNROLL
+        for (int i = 0; i < 8; ++i)
+            moei_copy16_async(to + i * 16 * 128, g->from[i],
+                              depths > 0 && (g->keep >> i & 1) ? 16 : 0);
+    }
+    MOE_UNROLL
+    for (int i = 0; i < 8; ++i) g->from[i] += 128;
+}
+
+/* All threads of the producer. As moei_wgmma_produce; the arrivals of a stage are B's, and one of
+   each thread when its copies of A are complete. */
 MOE_DEVICE void moei_wgmma_produce_gathered(const moei_wgmma_args* a, moei_wgmma_ring r,
                                             const moei_wgmma_tiles* w)
 {
     const moe_grouped_gemm_args* d = &a->d;
-    const int thread = (int)threadIdx.x % 128;
-    moei_wgmma_gather g;
-    int tile = (int)blockIdx.x, to;
-    g.vector = thread % 8, g.line = thread / 8;
-    to = g.line * 128 + ((g.vector ^ (g.line & 7)) << 4);
+    const int thread = (int)threadIdx.x, vector = thread % 8, line = thread / 8;
+    const int to = line * 128 + ((vector ^ (line & 7)) << 4);
+    int pair = (int)blockIdx.x / 2;
     for (int turn = 0;; ++turn) {
-        moe_tile_position t;
-        if (thread == 0) {
-            moei_wgmma_announce(r.s, w, tile, turn);
-            if (tile < w->count) tile = moei_wgmma_take(a, tile);
-        }
+        moei_wgmma_gather g;
+        moei_wgmma_tile t;
+        int next = 0;
+        if (moe_warp() == 0) moei_wgmma_announce(r.s, w, pair, turn);
         moei_named_barrier(1, 128);
-        t = r.s->position[turn & 7];
+        t = r.s->position[turn % MOEI_WGMMA_SLOTS];
         if (t.expert < 0) break;
-        moei_wgmma_find_rows(&g, d, &t);
+        if (moe_warp() == 0) next = moei_wgmma_take(a, w, pair); /* arrives meanwhile */
+        moei_wgmma_find_rows(&g, d, &t, line, vector);
         for (int i = 0; i < w->steps; ++i) {
             unsigned char* stage = r.stages + r.stage * MOEI_WGMMA_STAGE + to;
             uint64_t* full = r.s->full + r.stage;
-            const int k = i * 64 + g.vector * 8, keep = k < d->k ? g.keep : 0;
-            const char* from = (const char*)d->a + (int64_t)k * 2;
             moei_barrier_wait(r.s->empty + r.stage, r.parity ^ 1);
             if (thread == 0) {
                 moei_barrier_expect(full, 2 * MOEI_WGMMA_B);
                 moei_wgmma_load_b(a, &r, w, &t, i * 64);
             }
-            MOE_UNROLL
-            for (int j = 0; j < 8; ++j)
-                moei_copy16_async(stage + j * 16 * 128, from + (int64_t)g.from[j] * 16,
-                                  (keep >> j & 1) * 16);
+            moei_wgmma_copy_rows(stage, &g, d->k - i * 64 - vector * 8, d->k - i * 64);
             moei_barrier_arrive_copies(full);
             moei_wgmma_next(&r);
         }
+        if (moe_warp() == 0) pair = moei_wgmma_agree(a, w, r.s, next, turn + 1);
     }
     moei_barrier_wait(r.s->empty + r.stage, r.parity ^ 1);
     if (thread == 0) moei_barrier_expect(r.s->full + r.stage, 0);

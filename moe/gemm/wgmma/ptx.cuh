@@ -90,6 +90,50 @@ MOE_DEVICE void moei_named_barrier(const int id, const int threads)
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+/* ---- clusters ---- */
+
+/* Returns the block's number in its cluster of two: 0 or 1. */
+MOE_DEVICE int moei_cluster_rank(void)
+{
+    int rank;
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+
+/* A barrier of all threads of the cluster that have not ended. */
+MOE_DEVICE void moei_cluster_sync(void)
+{
+    asm volatile("barrier.cluster.arrive;\nbarrier.cluster.wait;" ::: "memory");
+}
+
+/* Returns the address of p in block `rank` of the cluster. */
+MOE_DEVICE uint32_t moei_cluster_address(const void* p, int rank)
+{
+    uint32_t at;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
+                 : "=r"(at)
+                 : "r"(moei_shared_address(p)), "r"(rank));
+    return at;
+}
+
+/* Arrives once at the barrier of block `rank` of the cluster. */
+MOE_DEVICE void moei_barrier_arrive_at(uint64_t* bar, int rank)
+{
+    asm volatile(
+        "mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(moei_cluster_address(bar, rank))
+        : "memory");
+}
+
+/* Stores `value` at *to in block `rank` of the cluster; `bar` there counts 4 bytes. */
+MOE_DEVICE void moei_cluster_send(int* to, int value, uint64_t* bar, int rank)
+{
+    asm volatile(
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.b32 [%0], %1, [%2];" ::"r"(
+            moei_cluster_address(to, rank)),
+        "r"(value), "r"(moei_cluster_address(bar, rank))
+        : "memory");
+}
+
 /* ---- tensor copies ---- */
 
 /* Copies the box at column x, row y of a matrix to dst, 1024-byte aligned; bar counts its bytes,
@@ -113,13 +157,22 @@ MOE_DEVICE void moei_tensor_load_of(void* dst, const moei_tensor_map* map, int x
                  : "memory");
 }
 
-/* Orders what other threads stored by moei_copy16_async, seen through a barrier, before the
-   products that read the stores; does nothing where `copies` is 0. Slow: a memory barrier. */
-MOE_DEVICE void moei_wgmma_sees_copies(int copies)
+/* The same into both blocks of the cluster, at the same places of their shared memory. */
+MOE_DEVICE void moei_tensor_load_both(void* dst, const moei_tensor_map* map, int x, int y, int z,
+                                      uint64_t* bar)
 {
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %0, 0;\n"
-                 "@p fence.proxy.async.shared::cta;\n}" ::"r"(copies)
-                 : "memory");
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
+        ".multicast::cluster [%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(moei_shared_address(dst)),
+        "l"(map), "r"(x), "r"(y), "r"(z), "r"(moei_shared_address(bar)), "h"((uint16_t)3)
+        : "memory");
+}
+
+/* Orders what other threads stored by moei_copy16_async, seen through a barrier, before the
+   products that read the stores. Slow: a memory barrier. */
+MOE_DEVICE void moei_wgmma_sees_copies(void)
+{
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
 /* ---- products ---- */

@@ -1,5 +1,5 @@
-/* ring.cuh: what the producer and the consumers of the Hopper grouped GEMM share: the tile, the
-   ring of stages with its barriers, and the order of tiles.
+/* ring.cuh: what the producers and the consumers of the Hopper grouped GEMM share: the ring of
+   stages with its barriers, and the tiles of the launch.
 
    A tile is 128 rows of A by 256 rows of B. A stage holds 64 depths of both:
 
@@ -7,19 +7,23 @@
      B  [256 lines][64]   not gated: 256 neighbouring rows of B
                           gated: 128 rows of gates, then the same 128 rows of ups
 
-   Barriers of a stage: `full` completes when all of the stage has arrived; `empty` when the warps
-   of both consumers have read the stage. */
+   Two blocks of a cluster have rings of their own that run in step: a stage of B may arrive from
+   the other block. Barriers of a stage: `full` completes when all of the stage has arrived; `empty`
+   when the warps of all consumers of both blocks have read their stage of this number. */
 #ifndef MOE_GEMM_WGMMA_RING_CUH
 #define MOE_GEMM_WGMMA_RING_CUH
 
-#include "../schedule.cuh"
-#include "ptx.cuh"
+#include "order.cuh"
 
 #define MOEI_WGMMA_THREADS 384     /* a producer and two consumers, a warpgroup each */
 #define MOEI_WGMMA_STAGES 4        /* of the ring */
 #define MOEI_WGMMA_HALF (64 * 128) /* bytes: a consumer's rows of A */
 #define MOEI_WGMMA_B (128 * 128)   /* bytes: half of B */
 #define MOEI_WGMMA_STAGE (2 * MOEI_WGMMA_HALF + 2 * MOEI_WGMMA_B) /* bytes */
+
+/* Slots of what is found for a block's tile number i, at i % MOEI_WGMMA_SLOTS. The producers of the
+   two blocks, and the consumers, are at most MOEI_WGMMA_STAGES + 1 tiles apart. */
+#define MOEI_WGMMA_SLOTS 8
 
 /* Bytes of dynamic shared memory without tile_start: the ring, and room to align it. */
 #define MOEI_WGMMA_SMEM (1024 + MOEI_WGMMA_STAGES * MOEI_WGMMA_STAGE)
@@ -28,10 +32,11 @@
    tells whether the binary has code of sm_90a (variant.cuh). */
 typedef struct moei_wgmma_shared {
     uint64_t full[MOEI_WGMMA_STAGES], empty[MOEI_WGMMA_STAGES];
+    uint64_t posted, taken;          /* a tile's position stands in its slot; has been read */
+    uint64_t sent[MOEI_WGMMA_SLOTS]; /* block 1: number[i] has arrived from block 0 */
+    int32_t number[MOEI_WGMMA_SLOTS];
+    moei_wgmma_tile position[MOEI_WGMMA_SLOTS];
     moe_block_scan_scratch scan;
-    moe_tile_position position[8]; /* of the block's tile number i at i % 8; expert -1: the block
-                                      has no more. The producer is at most MOEI_WGMMA_STAGES tiles
-                                      ahead of the consumers */
     uint32_t mark[128];
 } moei_wgmma_shared;
 
@@ -49,19 +54,20 @@ MOE_DEVICE void moei_wgmma_next(moei_wgmma_ring* r)
     if (++r->stage == MOEI_WGMMA_STAGES) r->stage = 0, r->parity ^= 1;
 }
 
+/* Tells both blocks that a consumer's warp has read a stage. The whole warp calls it. */
+MOE_DEVICE void moei_wgmma_release(const moei_wgmma_ring* r, int stage)
+{
+    if (moe_lane() < 2) moei_barrier_arrive_at(r->s->empty + stage, moe_lane());
+}
+
 /* The tiles of the launch. */
 typedef struct moei_wgmma_tiles {
     moei_schedule schedule;
-    int count;   /* of all blocks */
+    int pairs;   /* of all clusters */
     int steps;   /* of a tile: stages */
     int columns; /* of C in a tile */
+    int cluster_rank; /* the block's number in its cluster: 0 or 1 */
 } moei_wgmma_tiles;
-
-/* Returns the rows of a tile that exist, 1 .. 128. */
-MOE_DEVICE int moei_wgmma_rows(const moe_tile_position* t)
-{
-    return t->end - t->row < 128 ? t->end - t->row : 128;
-}
 
 #endif
 #endif

@@ -1,8 +1,10 @@
 /* tile.cuh: the grouped GEMM on Hopper (sm_90a): tensor cores through wgmma, fed by tensor copies.
 
    Computes what gemm/tile.cuh computes, in tiles of 128 rows by 256 rows of B (128 columns of C
-   with gate and up). A block has one tile at a time and takes the next when it is ready for one, so
-   blocks that met short tiles go on, and the tiles in flight stay neighbours, which L2 needs.
+   with gate and up). A cluster of two blocks has a pair of tiles at a time, mostly of one column:
+   each block then loads half of the column's B for both. The cluster takes the next pair when it is
+   ready for one, so clusters that met short tiles go on, and the tiles in flight stay neighbours,
+   which L2 needs (order.cuh).
 
    Three warpgroups: a producer (produce.cuh) fills the ring of stages (ring.cuh), two consumers
    (consume.cuh) multiply. Called by the kernels of grouped.cuh. */
@@ -14,12 +16,14 @@
 
 #if MOEI_WGMMA_HERE
 
-/* Computes this block's share of all tiles. All threads of the block call it. dynamic holds the
-   ring, then tile_start [E + 1].
+/* Computes this block's share of all tiles. All threads of the block call it; blocks 2 i and 2 i + 1
+   are a cluster. dynamic holds the ring, then tile_start [E + 1]. gathered, a literal: rows of A are
+   gathered.
      1. Initialize the barriers. Build the schedule; return where the offsets or tables are bad.
-     2. Each warpgroup takes its role. */
+     2. Each warpgroup takes its role.
+     3. Wait for the other block, which may still arrive at barriers of this one. */
 MOE_DEVICE_BODY void moei_wgmma_block(const moei_wgmma_args* a, unsigned char* dynamic,
-                                      moei_wgmma_shared* s, const int dtype)
+                                      moei_wgmma_shared* s, const int gathered, const int dtype)
 {
     const moe_grouped_gemm_args* d = &a->d;
     const int group = __shfl_sync(MOE_FULL_WARP, moe_warp() / 4, 0); /* uniform to the compiler */
@@ -30,6 +34,7 @@ MOE_DEVICE_BODY void moei_wgmma_block(const moei_wgmma_args* a, unsigned char* d
     r.stage = r.parity = 0;
     w.columns = d->c.gated ? 128 : 256;
     w.steps = (d->k + 63) / 64;
+    w.cluster_rank = moei_cluster_rank();
     w.schedule.groups.expert_offset = d->expert_offset;
     w.schedule.groups.num_experts = d->num_experts;
     w.schedule.groups.num_rows = d->num_rows;
@@ -38,22 +43,28 @@ MOE_DEVICE_BODY void moei_wgmma_block(const moei_wgmma_args* a, unsigned char* d
     w.schedule.tile_start = (int*)(r.stages + MOEI_WGMMA_STAGES * MOEI_WGMMA_STAGE);
     if (threadIdx.x == 0) { /* 1. */
         for (int i = 0; i < MOEI_WGMMA_STAGES; ++i) {
-            moei_barrier_init(s->full + i, d->row_index ? 129 : 1);
-            moei_barrier_init(s->empty + i, 8);
+            moei_barrier_init(s->full + i, gathered ? 129 : 1);
+            moei_barrier_init(s->empty + i, 16); /* warps of both blocks' consumers */
         }
+        for (int i = 0; i < MOEI_WGMMA_SLOTS; ++i) moei_barrier_init(s->sent + i, 1);
+        moei_barrier_init(&s->posted, 1);
+        moei_barrier_init(&s->taken, 1);
         moei_barrier_visible();
         s->mark[0] = 0;
     }
-    w.count = moei_schedule_build(&w.schedule, &s->scan, d->fault, d->rank, 128);
-    if ((int)blockIdx.x >= w.count || !moei_gemm_tables_good(d, &w.schedule.groups)) return;
+    w.pairs = moei_schedule_build(&w.schedule, &s->scan, d->fault, d->rank, MOEI_WGMMA_ROWS, 1);
+    moei_cluster_sync();
+    if ((int)blockIdx.x / 2 >= w.pairs || !moei_gemm_tables_good(d, &w.schedule.groups)) return;
     if (group == 0) { /* 2. */
-        moei_registers_lower(56);
-        if (d->row_index) moei_wgmma_produce_gathered(a, r, &w);
+        moei_registers_lower(72);
+        if (gathered) moei_wgmma_produce_gathered(a, r, &w);
         else if (threadIdx.x == 0) moei_wgmma_produce(a, r, &w);
+        else if (moe_warp() == 1) moei_wgmma_find_tiles(a, s, &w);
     } else {
-        moei_registers_raise(224);
-        moei_wgmma_consume(a, r, &w, group - 1, dtype);
+        moei_registers_raise(216);
+        moei_wgmma_consume(a, r, &w, group - 1, gathered, dtype);
     }
+    moei_cluster_sync(); /* 3. */
 }
 
 #endif

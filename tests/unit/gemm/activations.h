@@ -31,7 +31,7 @@ MOE_KERNEL(64, 1) activation_kernel(MOE_ARG(activation_args) a)
         {
             const moei_activation act =
                 moei_activation_of(a.d.c.activation, a.d.c.alpha, a.d.c.limit);
-            moei_activate_8(v, up, &act, a.d.c.gated != 0);
+            moei_activate(v, up, 8, &act, a.d.c.gated != 0);
         }
         MOE_UNROLL
         for (int x = 0; x < 8; ++x) a.out[i + x] = v[x];

@@ -2,6 +2,8 @@
 
      test_gemm_schedule      walks every tile of every expert once, in order: experts one after
                              another, bands of row tiles in one, all columns in a band, rows fastest
+     test_gemm_pairs         walks the pairs of tiles of the wgmma path: each tile once; shared pairs
+                             have one column and neighbouring rows
      test_gemm_schedule_bad  makes no tiles of bad offsets, and records the first bad expert */
 #ifndef MOE_TESTS_GEMM_SCHEDULE_H
 #define MOE_TESTS_GEMM_SCHEDULE_H
@@ -13,7 +15,7 @@
 
 typedef struct schedule_args {
     const int32_t* expert_offset;
-    int32_t num_experts, num_rows, column_tiles, row_align, tile_rows, even, most;
+    int32_t num_experts, num_rows, column_tiles, row_align, tile_rows, most;
     int32_t* num_tiles;       /* [1] */
     moe_tile_position* tiles; /* [most] */
     uint64_t* fault;
@@ -31,15 +33,11 @@ MOE_KERNEL(128, 1) schedule_kernel(MOE_ARG(schedule_args) d)
     s.column_tiles = d.column_tiles;
     s.row_align = d.row_align;
     s.tile_start = (int*)shared;
-    count = moei_schedule_build(&s, &scratch, d.fault, TEST_RANK, d.tile_rows);
+    count = moei_schedule_build(&s, &scratch, d.fault, TEST_RANK, d.tile_rows, 0);
     if (threadIdx.x == 0) *d.num_tiles = count;
     for (int i = (int)threadIdx.x; i < count && i < d.most; i += (int)blockDim.x)
-        d.tiles[i] = d.even ? moei_schedule_tile(&s, i, d.tile_rows, 1)
-                            : moei_schedule_tile(&s, i, d.tile_rows, 0);
+        d.tiles[i] = moei_schedule_tile(&s, i, d.tile_rows);
 }
-
-/* Bands have one height in the tests of this shape, which the wgmma path has. */
-static int schedule_even(int tile_rows, int align) { return tile_rows == 128 && align == 1; }
 
 /* Runs the schedule for these offsets, of which expert `bad` is wrong; -1: none. Returns the number
    of tiles, and the tiles in *tiles. */
@@ -56,7 +54,6 @@ static int run_schedule(const int32_t* offset, int E, int rows, int columns, int
     a.expert_offset = (const int32_t*)bo.p;
     a.num_experts = E, a.num_rows = rows;
     a.column_tiles = columns, a.row_align = align, a.tile_rows = tile_rows, a.most = most;
-    a.even = schedule_even(tile_rows, align);
     a.num_tiles = (int32_t*)bn.p;
     a.tiles = (moe_tile_position*)bt.p;
     a.fault = (uint64_t*)bf.p;
@@ -80,15 +77,10 @@ static void check_schedule(const int32_t* offset, int E, int rows, int columns, 
     for (int e = 0; e < E; ++e) {
         const int begin = offset ? offset[e] : 0, end = offset ? offset[e + 1] : rows;
         const int first = begin / align * align;
-        const int row_tiles = (end - first + tile_rows - 1) / tile_rows;
-        const int bands = (row_tiles + MOEI_GEMM_EVEN_BAND - 1) / MOEI_GEMM_EVEN_BAND;
-        const int each = !schedule_even(tile_rows, align) ? MOEI_GEMM_BAND
-                         : bands                          ? (row_tiles + bands - 1) / bands
-                                                          : 0;
         if (begin == end) continue;
-        for (int band = first; band < end; band += each * tile_rows)
+        for (int band = first; band < end; band += MOEI_GEMM_BAND * tile_rows)
             for (int column = 0; column < columns; ++column)
-                for (int i = 0; i < each && band + i * tile_rows < end; ++i, ++at) {
+                for (int i = 0; i < MOEI_GEMM_BAND && band + i * tile_rows < end; ++i, ++at) {
                     const moe_tile_position t = tiles[at < count ? at : 0];
                     wrong += at >= count || t.expert != e || t.begin != begin || t.end != end ||
                              t.row != band + i * tile_rows || t.column != column;
@@ -130,6 +122,115 @@ static void test_gemm_schedule(void)
     }
 }
 
+typedef struct pairs_args {
+    const int32_t* expert_offset;
+    int32_t num_experts, num_rows, column_tiles, most;
+    int32_t* num_pairs;     /* [1] */
+    moei_wgmma_tile* tiles; /* [most, 2] */
+    uint64_t* fault;
+} pairs_args;
+
+MOE_KERNEL(128, 1) pairs_kernel(MOE_ARG(pairs_args) d)
+{
+    MOE_SHARED(moe_block_scan_scratch, scratch);
+    MOE_SHARED_DYNAMIC(shared);
+#if MOEI_WGMMA_HERE
+    moei_schedule s;
+    int count;
+    s.groups.expert_offset = d.expert_offset;
+    s.groups.num_experts = d.num_experts;
+    s.groups.num_rows = d.num_rows;
+    s.column_tiles = d.column_tiles;
+    s.row_align = 1;
+    s.tile_start = (int*)shared;
+    count = moei_schedule_build(&s, &scratch, d.fault, TEST_RANK, MOEI_WGMMA_ROWS, 1);
+    if (threadIdx.x == 0) *d.num_pairs = count;
+    for (int i = moe_warp(); i < count && i < d.most; i += (int)blockDim.x / 32)
+        for (int rank = 0; rank < 2; ++rank) {
+            const moei_wgmma_tile t = moei_wgmma_tile_of(&s, i, rank);
+            if (moe_lane() == 0) d.tiles[i * 2 + rank] = t;
+        }
+#else
+    (void)shared;
+    if (threadIdx.x == 0) *d.num_pairs = -2, scratch.warp_sum[0] = 0; /* no code of sm_90a */
+#endif
+}
+
+static void check_pairs(const int32_t* offset, int E, int columns)
+{
+    const int most = (offset[E] / MOEI_WGMMA_ROWS + 2 * E + 1) * (columns + 1);
+    int32_t count;
+    int wrong = 0, total = 0, expert = 0;
+    pairs_args a = {};
+    moei_wgmma_tile* tiles;
+    unsigned char* seen;
+    moe_launch_config c = moe_grid(1, 128, ((size_t)E + 1) * 4, test_now.stream);
+    tbuf bo = tbuf_from("offset", offset, (size_t)E * 4 + 4, 4), bf = tfault_new(0);
+    tbuf bn = tbuf_new("num_pairs", 4, 0);
+    tbuf bt = tbuf_new("tiles", (size_t)most * 2 * sizeof(moei_wgmma_tile), 0);
+    a.expert_offset = (const int32_t*)bo.p;
+    a.num_experts = E, a.num_rows = offset[E], a.column_tiles = columns, a.most = most;
+    a.num_pairs = (int32_t*)bn.p;
+    a.tiles = (moei_wgmma_tile*)bt.p;
+    a.fault = (uint64_t*)bf.p;
+    CHECK_STATUS(MOE_LAUNCH(pairs_kernel, c, a), MOE_OK);
+    tbuf_get(&bn, &count);
+    tiles = (moei_wgmma_tile*)tbuf_copy(&bt);
+    seen = (unsigned char*)calloc((size_t)offset[E] + 1, (size_t)columns); /* [row, column] */
+    if (count == -2) {
+        test_leave_out("no code of sm_90a");
+        count = 0, total = -1;
+    }
+    for (int e = 0; e < E && total >= 0; ++e)
+        total += (offset[e + 1] - offset[e] + MOEI_WGMMA_ROWS - 1) / MOEI_WGMMA_ROWS * columns;
+    CHECK(count <= most, "%d pairs of %d", count, most);
+    for (int i = 0; i < count; ++i) {
+        const moei_wgmma_tile *t = tiles + 2 * i, *u = t + 1;
+        const int e = t->expert;
+        wrong += e < expert || e >= E || u->expert != e;
+        if (wrong) break;
+        expert = e;
+        for (int rank = 0; rank < 2; ++rank) {
+            const int begin = offset[e], end = offset[e + 1], row = t[rank].row;
+            wrong += t[rank].begin != begin || t[rank].end != end || t[rank].column < 0;
+            if (rank == 1 && row == end) { /* none */
+                wrong += t->shared || u->shared || u->column < columns;
+                continue;
+            }
+            wrong += row < begin || row >= end || (row - begin) % MOEI_WGMMA_ROWS != 0 ||
+                     t[rank].column >= columns;
+            if (wrong) break;
+            wrong += seen[row * columns + t[rank].column]++;
+            --total;
+        }
+        wrong += t->shared != u->shared;
+        wrong += t->shared ? u->column != t->column || u->row != t->row + MOEI_WGMMA_ROWS
+                           : u->column != t->column + 1;
+    }
+    CHECK(wrong == 0 && (total == 0 || total == -1), "E=%d columns=%d: %d wrong, %d left out", E,
+          columns, wrong, total);
+    CHECK_FAULT_AT(&bf, MOE_FAULT_BAD_OFFSET, -1);
+    free(tiles), free(seen);
+    tbufs_free(TBUFS(&bo, &bn, &bt, &bf));
+}
+
+static void test_gemm_pairs(void)
+{
+    enum { MOST = 1100 };
+    static const int Es[] = {1, 2, 31, 33, 128, 1024, MOST}, columns[] = {1, 2, 3, 12, 17};
+    static const int sizes[] = {0, 0, 1, 127, 128, 129, 255, 256, 257, 384, 385, 3072, 3073, 9000};
+    trand r = trand_new(2);
+    for (size_t i = 0; i < sizeof Es / sizeof *Es; ++i)
+        for (size_t j = 0; j < sizeof columns / sizeof *columns; ++j) {
+            const int E = Es[i];
+            int32_t offset[MOST + 1];
+            offset[0] = (int32_t)trand_int(&r, 0, 90);
+            for (int e = 0; e < E; ++e)
+                offset[e + 1] = offset[e] + sizes[trand_int(&r, 0, E > 40 ? 7 : 13)];
+            check_pairs(offset, E, columns[j]);
+        }
+}
+
 static void test_gemm_schedule_bad(void)
 {
     enum { E = 200 };
@@ -159,6 +260,7 @@ static void test_gemm_schedule_bad(void)
 static void gemm_schedule(void)
 {
     RUN(test_gemm_schedule);
+    RUN(test_gemm_pairs);
     RUN(test_gemm_schedule_bad);
 }
 

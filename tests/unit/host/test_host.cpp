@@ -9,11 +9,13 @@
    threads.h  barriers and warps
    shared.h   shared memory, asynchronous copies, misuse
    grids.h    several grids at one time
+   clusters.h blocks that see each other's shared memory
    streams.h  streams, events, graphs, memory
    mma.h      intrinsics and fragments */
 #include "threads.h"
 #include "shared.h"
 #include "grids.h"
+#include "clusters.h"
 #include "streams.h"
 #include "mma.h"
 
@@ -27,6 +29,7 @@ int main()
         test_shared();
         test_misuse();
         test_grids();
+        test_clusters();
         test_streams();
         test_memory();
         test_mma();

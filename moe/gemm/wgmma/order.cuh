@@ -1,0 +1,83 @@
+/* order.cuh: the order of tiles of the Hopper grouped GEMM: which tiles the two blocks of a cluster
+   compute next. Called by the producers (produce.cuh).
+
+   A cluster takes a pair of tiles at a time, one for each block:
+     shared     two neighbouring row tiles of one column tile. Each block loads one half of B for
+                both
+     unshared   an expert's last row tile, where their number is odd, and two neighbouring column
+                tiles; the second column may be past the last, its block then has no rows
+
+   Pairs are numbered expert after expert. Within an expert, bands of one height, at most
+   MOEI_WGMMA_BAND row pairs; in a band two columns at a time: the first with all rows of the band,
+   the second likewise, then the unshared pair of both in the last band. So pairs that run at one
+   time have few rows and few columns, which stay in L2. */
+#ifndef MOE_GEMM_WGMMA_ORDER_CUH
+#define MOE_GEMM_WGMMA_ORDER_CUH
+
+#include "../schedule.cuh"
+#include "ptx.cuh"
+
+#define MOEI_WGMMA_ROWS 128 /* of a tile */
+#define MOEI_WGMMA_BAND 12  /* most row pairs of a band */
+
+/* A block's tile. */
+typedef struct moei_wgmma_tile {
+    int32_t expert;     /* 0 .. E - 1; -1: the cluster has no more tiles */
+    int32_t begin, end; /* the expert's rows of C */
+    int32_t row;        /* first row of the tile; end where the tile has no rows */
+    int32_t column;     /* number of the column tile */
+    int32_t shared;     /* 1: the other block has the same column */
+} moei_wgmma_tile;
+
+#if MOEI_WGMMA_HERE
+
+/* Returns the position of the tile of block `cluster_rank`, of pair number `index`. Requires 0 <= index < number
+   of pairs. The whole warp calls it. */
+MOE_DEVICE moei_wgmma_tile moei_wgmma_tile_of(const moei_schedule* s, int index, int cluster_rank)
+{
+    int lo = 0, hi = s->groups.num_experts; /* tile_start[lo] <= index < tile_start[hi] */
+    moei_wgmma_tile t;
+    int local, row_tiles, bands, each = 0, band = 0, height, last, columns, group;
+    while (hi - lo > 1) { /* 32 entries at a time */
+        const int step = (hi - lo + 31) / 32, at = lo + moe_lane() * step;
+        const bool before = at < hi && s->tile_start[at] <= index;
+        lo += (31 - __clz((int)__ballot_sync(MOE_FULL_WARP, before))) * step;
+        hi = lo + step < hi ? lo + step : hi;
+    }
+    t.expert = lo;
+    t.begin = moei_expert_begin(&s->groups, lo);
+    t.end = moei_expert_end(&s->groups, lo);
+    local = index - s->tile_start[lo]; /* of the expert; then of the band; then of two columns */
+    row_tiles = (t.end - t.begin + MOEI_WGMMA_ROWS - 1) / MOEI_WGMMA_ROWS;
+    bands = (row_tiles / 2 + MOEI_WGMMA_BAND - 1) / MOEI_WGMMA_BAND;
+    if (bands > 1) {
+        each = (row_tiles / 2 + bands - 1) / bands;
+        band = local / (each * s->column_tiles);
+        band = band < bands ? band : bands - 1;
+        local -= band * each * s->column_tiles;
+    }
+    height = band < bands - 1 ? each : row_tiles / 2 - band * each;
+    last = band < bands - 1 ? 0 : row_tiles & 1;
+    group = local / (2 * height + last);
+    local -= group * (2 * height + last);
+    columns = s->column_tiles - 2 * group < 2 ? 1 : 2;
+    t.shared = local < columns * height;
+    if (t.shared) {
+        const int second = local >= height;
+        t.column = 2 * group + second;
+        t.row = t.begin + (2 * (band * each + local - second * height) + cluster_rank) * MOEI_WGMMA_ROWS;
+    } else {
+        t.column = 2 * group + cluster_rank;
+        t.row = cluster_rank < columns ? t.begin + (row_tiles - 1) * MOEI_WGMMA_ROWS : t.end;
+    }
+    return t;
+}
+
+/* Returns the rows of a tile that exist, 0 .. MOEI_WGMMA_ROWS. */
+MOE_DEVICE int moei_wgmma_rows(const moei_wgmma_tile* t)
+{
+    return t->end - t->row < MOEI_WGMMA_ROWS ? t->end - t->row : MOEI_WGMMA_ROWS;
+}
+
+#endif
+#endif
