@@ -5,6 +5,7 @@
      test_wgmma_gather  gathered rows: none, out of range, tiles that end early
      test_wgmma_many    more tiles than blocks, experts of very different sizes
      test_wgmma_bits    the same bits with tiles handed out in another order
+     test_wgmma_fresh   1,000 calls back to back, each on new inputs, twice: the same hashes
      test_wgmma_path    who takes what, and the refusals of a path that is asked for */
 #ifndef MOE_TESTS_GEMM_WGMMA_H
 #define MOE_TESTS_GEMM_WGMMA_H
@@ -125,6 +126,7 @@ static void test_wgmma_bits(void)
         gemm_bufs b;
         void* want;
         c.gather = i & 1 ? 2 : 0;
+        c.c_table = 0; /* all of C in one buffer */
         bufs_new(&b, &c, &r);
         b.d.accumulate = 0;
         test_same_bits("wgmma", call_gemm, &b.d, TBUFS(&b.c.all), MOE_ON_HOST ? 2 : 300);
@@ -134,6 +136,74 @@ static void test_wgmma_bits(void)
         CHECK_STATUS(moe_grouped_gemm(&b.d, test_now.stream), MOE_OK);
         CHECK(tbuf_holds(&b.c.all, want), "without a workspace the bits differ");
         free(want);
+        bufs_free(&b);
+    }
+}
+
+typedef struct fresh_args {
+    uint16_t* a;                 /* [n] filled */
+    const unsigned long long* c; /* [n] hashed; or null */
+    unsigned long long* hash;    /* [1] */
+    int64_t n;
+    int32_t call, dtype;
+} fresh_args;
+
+/* Fills a with numbers of the call, or adds the hash of c, in any order, to *hash. */
+MOE_KERNEL(256, 1) fresh_kernel(MOE_ARG(fresh_args) d)
+{
+    const int64_t first = (int64_t)blockIdx.x * 256 + threadIdx.x, step = (int64_t)gridDim.x * 256;
+    unsigned long long sum = 0;
+    for (int64_t i = first; i < d.n; i += step) {
+        uint64_t x = (d.c ? d.c[i] : (uint64_t)d.call << 40) ^ (uint64_t)i * 0x9e3779b97f4a7c15ull;
+        x = (x ^ x >> 31) * 0x7fb5d329728ea185ull;
+        x = (x ^ x >> 27) * 0x81dadef4bc2dd44dull;
+        if (d.c) sum += x ^ x >> 33;
+        else d.a[i] = moe_f32_to_half((float)(int)(x >> 56) / 128.0f - 1.0f, d.dtype);
+    }
+    if (d.c) atomicAdd(d.hash, sum);
+}
+
+static void test_wgmma_fresh(void)
+{
+    enum { CALLS = MOE_ON_HOST ? 2 : 1000 };
+    static const int rows[] = {300, 5, 0, 129, 260};
+    trand r = trand_new(36);
+    if (!wgmma_here()) return;
+    for (int gather = 0; gather < 2; ++gather) {
+        gemm_case c = wgmma_case(5, rows, MOE_ON_HOST ? 264 : 1032, MOE_ON_HOST ? 72 : 712, &r);
+        static unsigned long long hash[2][CALLS];
+        const moe_launch_config l = moe_grid(MOE_ON_HOST ? 1 : 64, 256, 0, test_now.stream);
+        int differ = 0, repeated = 0;
+        tbuf bh = tbuf_new("hash", sizeof hash, 0);
+        gemm_bufs b;
+        c.gather = gather ? 2 : 0;
+        c.c_table = 0; /* all of C in one buffer */
+        bufs_new(&b, &c, &r);
+        b.d.accumulate = 0;
+        TEST_CUDA(cudaMemset(bh.p, 0, sizeof hash));
+        for (int pass = 0; pass < 2; ++pass)
+            for (int i = 0; i < CALLS; ++i) {
+                fresh_args f = {};
+                f.a = (uint16_t*)b.a.p;
+                f.n = (int64_t)(b.a.bytes / 2);
+                f.call = i;
+                f.dtype = c.dtype;
+                CHECK_STATUS(MOE_LAUNCH(fresh_kernel, l, f), MOE_OK);
+                TEST_CUDA(cudaMemsetAsync(b.c.all.p, 0x22, b.c.all.bytes, test_now.stream));
+                CHECK_STATUS(moe_grouped_gemm(&b.d, test_now.stream), MOE_OK);
+                f.c = (const unsigned long long*)b.c.all.p;
+                f.hash = (unsigned long long*)bh.p + pass * CALLS + i;
+                f.n = (int64_t)(b.c.all.bytes / 8);
+                CHECK_STATUS(MOE_LAUNCH(fresh_kernel, l, f), MOE_OK);
+            }
+        tbuf_get(&bh, hash);
+        for (int i = 0; i < CALLS; ++i) {
+            differ += hash[0][i] != hash[1][i];
+            repeated += i > 0 && hash[0][i] == hash[0][i - 1];
+        }
+        CHECK(differ == 0 && repeated == 0, "gather %d: %d of %d calls differ, %d are equal",
+              gather, differ, CALLS, repeated);
+        tbufs_free(TBUFS(&bh));
         bufs_free(&b);
     }
 }
@@ -170,6 +240,7 @@ static void gemm_wgmma(void)
     RUN(test_wgmma_gather);
     RUN(test_wgmma_many);
     RUN(test_wgmma_bits);
+    RUN(test_wgmma_fresh);
     RUN(test_wgmma_path);
 }
 
