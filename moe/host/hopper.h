@@ -7,10 +7,11 @@
    for their group: a stage that is released before shows too. Descriptors carry the address of the
    operand; the swizzle is applied to addresses, as on a GPU.
 
-   The run fails: a block of the cluster is named that has ended; a barrier that was not initialized, more arrivals than it expects, a phase that is
-   complete while bytes are in flight; a destination or operand that is not 1024-byte aligned, a
-   descriptor of another layout; products in flight at the end. Not shown: the limit of registers,
-   and the order of memory accesses that moei_wgmma_sees_copies makes. */
+   The run fails where a kernel names a block of its cluster that has ended, a barrier that was not
+   initialized, a destination or operand that is not 1024-byte aligned, or a descriptor of another
+   layout; where a barrier gets more arrivals than it expects; where products are in flight at the
+   end. Not shown: the limit of registers, and the order of memory accesses that
+   moei_wgmma_sees_copies makes. */
 #ifndef MOE_HOST_HOPPER_H
 #define MOE_HOST_HOPPER_H
 

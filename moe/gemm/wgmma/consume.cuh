@@ -226,7 +226,7 @@ MOE_DEVICE void moei_wgmma_finish(moei_wgmma_pending* p, float acc[128], const m
      2. release the last stage
      3. finish: bias, activation, rounding
    A consumer without rows of the tile releases the stages. At the end stores what is pending.
-   Consumer 1 begins two steps later, so the two do not end their tiles at one time. */
+   Consumer 1 begins its first tile two steps later. Nothing keeps it behind after that. */
 MOE_DEVICE void moei_wgmma_consume(const moei_wgmma_args* a, moei_wgmma_ring r,
                                    const moei_wgmma_tiles* w, int consumer, const int gathered,
                                    const int dtype)
@@ -242,7 +242,7 @@ MOE_DEVICE void moei_wgmma_consume(const moei_wgmma_args* a, moei_wgmma_ring r,
     for (int i = 0; i < 64; ++i) p.x[i] = 0;
     if (consumer == 1 && w->steps > 2) moei_barrier_wait(r.s->full + 2, 0);
     for (int turn = 0;; ++turn) {
-        const moei_wgmma_tile* t = r.s->position + turn % MOEI_WGMMA_SLOTS;
+        const moei_wgmma_tile* t = r.s->position + turn % MOEI_WGMMA_ENTRIES;
         int rows;
         moei_barrier_wait(r.s->full + r.stage, r.parity);
         /* a shuffle: the compiler must know that the branches are uniform */
@@ -271,7 +271,6 @@ MOE_DEVICE void moei_wgmma_consume(const moei_wgmma_args* a, moei_wgmma_ring r,
             moei_wgmma_skip(&r, w->steps);
         }
     }
-    moei_wgmma_release(&r, r.stage);
     MOE_NO_UNROLL
     while (p.groups > 0) moei_wgmma_store_next(&p, below);
 }

@@ -7,10 +7,10 @@
      unshared   an expert's last row tile, where their number is odd, and two neighbouring column
                 tiles; the second column may be past the last, its block then has no rows
 
-   Pairs are numbered expert after expert. Within an expert, bands of one height, at most
-   MOEI_WGMMA_BAND row pairs; in a band two columns at a time: the first with all rows of the band,
-   the second likewise, then the unshared pair of both in the last band. So pairs that run at one
-   time have few rows and few columns, which stay in L2. */
+   Pairs are numbered expert after expert. An expert's row tiles are cut into bands of at most
+   2 * MOEI_WGMMA_BAND row tiles, as even as whole pairs allow. A band takes two columns at a time:
+   all row tiles of the first column, then of the second, then in the last band the unshared pair of
+   both. So pairs that run at one time have few rows and few columns, which stay in L2. */
 #ifndef MOE_GEMM_WGMMA_ORDER_CUH
 #define MOE_GEMM_WGMMA_ORDER_CUH
 
@@ -18,7 +18,7 @@
 #include "ptx.cuh"
 
 #define MOEI_WGMMA_ROWS 128 /* of a tile */
-#define MOEI_WGMMA_BAND 12  /* most row pairs of a band */
+#define MOEI_WGMMA_BAND 12  /* most pairs of row tiles in a band */
 
 /* A block's tile. */
 typedef struct moei_wgmma_tile {
@@ -37,12 +37,12 @@ MOE_DEVICE moei_wgmma_tile moei_wgmma_tile_of(const moei_schedule* s, int index,
 {
     int lo = 0, hi = s->groups.num_experts; /* tile_start[lo] <= index < tile_start[hi] */
     moei_wgmma_tile t;
-    int local, row_tiles, bands, each = 0, band = 0, height, last, columns, group;
-    while (hi - lo > 1) { /* 32 entries at a time */
-        const int step = (hi - lo + 31) / 32, at = lo + moe_lane() * step;
+    int local, row_tiles, bands, each = 0, band = 0, height, last, columns, first_column;
+    while (hi - lo > 1) { /* 32 entries at a time, `apart` entries apart */
+        const int apart = (hi - lo + 31) / 32, at = lo + moe_lane() * apart;
         const bool before = at < hi && s->tile_start[at] <= index;
-        lo += (31 - __clz((int)__ballot_sync(MOE_FULL_WARP, before))) * step;
-        hi = lo + step < hi ? lo + step : hi;
+        lo += (31 - __clz((int)__ballot_sync(MOE_FULL_WARP, before))) * apart;
+        hi = lo + apart < hi ? lo + apart : hi;
     }
     t.expert = lo;
     t.begin = moei_expert_begin(&s->groups, lo);
@@ -53,21 +53,21 @@ MOE_DEVICE moei_wgmma_tile moei_wgmma_tile_of(const moei_schedule* s, int index,
     if (bands > 1) {
         each = (row_tiles / 2 + bands - 1) / bands;
         band = local / (each * s->column_tiles);
-        band = band < bands ? band : bands - 1;
+        band = band < bands ? band : bands - 1; /* the unshared pairs follow the last band's */
         local -= band * each * s->column_tiles;
     }
     height = band < bands - 1 ? each : row_tiles / 2 - band * each;
     last = band < bands - 1 ? 0 : row_tiles & 1;
-    group = local / (2 * height + last);
-    local -= group * (2 * height + last);
-    columns = s->column_tiles - 2 * group < 2 ? 1 : 2;
+    first_column = local / (2 * height + last) * 2;
+    local -= first_column / 2 * (2 * height + last);
+    columns = s->column_tiles - first_column < 2 ? 1 : 2;
     t.shared = local < columns * height;
     if (t.shared) {
-        const int second = local >= height;
-        t.column = 2 * group + second;
-        t.row = t.begin + (2 * (band * each + local - second * height) + cluster_rank) * MOEI_WGMMA_ROWS;
+        const int second = local >= height, pair = band * each + local - second * height;
+        t.column = first_column + second;
+        t.row = t.begin + (2 * pair + cluster_rank) * MOEI_WGMMA_ROWS;
     } else {
-        t.column = 2 * group + cluster_rank;
+        t.column = first_column + cluster_rank;
         t.row = cluster_rank < columns ? t.begin + (row_tiles - 1) * MOEI_WGMMA_ROWS : t.end;
     }
     return t;

@@ -31,31 +31,31 @@ MOE_DEVICE int moei_wgmma_take(const moei_wgmma_args* a, const moei_wgmma_tiles*
 MOE_DEVICE int moei_wgmma_agree(const moei_wgmma_args* a, const moei_wgmma_tiles* w,
                                 moei_wgmma_shared* s, int pair, int turn)
 {
-    const int slot = turn % MOEI_WGMMA_SLOTS;
+    const int entry = turn % MOEI_WGMMA_ENTRIES;
     if (!a->ticket) return pair;
     if (w->cluster_rank == 0) {
-        if (moe_lane() == 0) moei_cluster_send(s->number + slot, pair, s->sent + slot, 1);
+        if (moe_lane() == 0) moei_cluster_send(s->number + entry, pair, s->sent + entry, 1);
         return __shfl_sync(MOE_FULL_WARP, pair, 0);
     }
-    if (moe_lane() == 0) moei_barrier_expect(s->sent + slot, 4);
-    moei_barrier_wait(s->sent + slot, (turn - 1) / MOEI_WGMMA_SLOTS & 1);
-    return *(volatile int32_t*)(s->number + slot);
+    if (moe_lane() == 0) moei_barrier_expect(s->sent + entry, 4);
+    moei_barrier_wait(s->sent + entry, (turn - 1) / MOEI_WGMMA_ENTRIES & 1);
+    return *(volatile int32_t*)(s->number + entry);
 }
 
-/* Writes the position of the block's tile of a pair to its slot, and returns it. Consumers read it
+/* Writes the position of the block's tile of a pair to its entry, and returns it. Consumers read it
    once the first stage of the tile is full. */
 MOE_DEVICE moei_wgmma_tile moei_wgmma_announce(moei_wgmma_shared* s, const moei_wgmma_tiles* w,
                                                int pair, int turn)
 {
     moei_wgmma_tile t = {-1, 0, 0, 0, 0, 0};
     if (pair < w->pairs) t = moei_wgmma_tile_of(&w->schedule, pair, w->cluster_rank);
-    if (moe_lane() == 0) s->position[turn % MOEI_WGMMA_SLOTS] = t;
+    if (moe_lane() == 0) s->position[turn % MOEI_WGMMA_ENTRIES] = t;
     return t;
 }
 
 /* ---- copies ---- */
 
-/* Starts the copies of B for depths k .. k + 63: of both halves, or where the pair shares B of half
+/* Starts the copies of B for depths k .. k + 63: of both halves of a stage's B, or where the pair shares B of half
    number `cluster_rank`, for both blocks. One thread calls it. */
 MOE_DEVICE void moei_wgmma_load_b(const moei_wgmma_args* a, const moei_wgmma_ring* r,
                                   const moei_wgmma_tiles* w, const moei_wgmma_tile* t, int k)
@@ -86,6 +86,7 @@ MOE_DEVICE void moei_wgmma_find_tiles(const moei_wgmma_args* a, moei_wgmma_share
             pair = moei_wgmma_agree(a, w, s, moei_wgmma_take(a, w, pair), turn);
         }
         t = moei_wgmma_announce(s, w, pair, turn);
+        __syncwarp(MOE_FULL_WARP); /* all lanes have seen the phases, which may end now */
         if (moe_lane() == 0) moei_barrier_arrive(&s->posted);
         if (t.expert < 0) break;
     }
@@ -102,7 +103,7 @@ MOE_DEVICE void moei_wgmma_produce(const moei_wgmma_args* a, moei_wgmma_ring r,
         moei_wgmma_tile t;
         int halves;
         moei_barrier_wait(&r.s->posted, turn & 1);
-        t = r.s->position[turn % MOEI_WGMMA_SLOTS];
+        t = r.s->position[turn % MOEI_WGMMA_ENTRIES];
         if (t.expert < 0) break;
         moei_barrier_arrive(&r.s->taken);
         halves = (moei_wgmma_rows(&t) + 63) / 64;
@@ -192,7 +193,7 @@ MOE_DEVICE void moei_wgmma_produce_gathered(const moei_wgmma_args* a, moei_wgmma
         int next = 0;
         if (moe_warp() == 0) moei_wgmma_announce(r.s, w, pair, turn);
         moei_named_barrier(1, 128);
-        t = r.s->position[turn % MOEI_WGMMA_SLOTS];
+        t = r.s->position[turn % MOEI_WGMMA_ENTRIES];
         if (t.expert < 0) break;
         if (moe_warp() == 0) next = moei_wgmma_take(a, w, pair); /* arrives meanwhile */
         moei_wgmma_find_rows(&g, d, &t, line, vector);

@@ -7,8 +7,8 @@
      B  [256 lines][64]   not gated: 256 neighbouring rows of B
                           gated: 128 rows of gates, then the same 128 rows of ups
 
-   Two blocks of a cluster have rings of their own that run in step: a stage of B may arrive from
-   the other block. Barriers of a stage: `full` completes when all of the stage has arrived; `empty`
+   Two blocks of a cluster have rings of their own that run in step: half of a stage's B may arrive
+   from the other block. Barriers of a stage: `full` completes when all of the stage has arrived; `empty`
    when the warps of all consumers of both blocks have read their stage of this number. */
 #ifndef MOE_GEMM_WGMMA_RING_CUH
 #define MOE_GEMM_WGMMA_RING_CUH
@@ -21,9 +21,11 @@
 #define MOEI_WGMMA_B (128 * 128)   /* bytes: half of B */
 #define MOEI_WGMMA_STAGE (2 * MOEI_WGMMA_HALF + 2 * MOEI_WGMMA_B) /* bytes */
 
-/* Slots of what is found for a block's tile number i, at i % MOEI_WGMMA_SLOTS. The producers of the
-   two blocks, and the consumers, are at most MOEI_WGMMA_STAGES + 1 tiles apart. */
-#define MOEI_WGMMA_SLOTS 8
+/* What is found about a block's tile number i stands in entry i % MOEI_WGMMA_ENTRIES. The next tile
+   is found while a consumer may still read the entry of a tile STAGES + 2 before it: short tiles
+   have one stage each. */
+#define MOEI_WGMMA_ENTRIES 8
+static_assert(MOEI_WGMMA_ENTRIES >= MOEI_WGMMA_STAGES + 3, "an entry is written while it is read");
 
 /* Bytes of dynamic shared memory without tile_start: the ring, and room to align it. */
 #define MOEI_WGMMA_SMEM (1024 + MOEI_WGMMA_STAGES * MOEI_WGMMA_STAGE)
@@ -32,10 +34,10 @@
    tells whether the binary has code of sm_90a (variant.cuh). */
 typedef struct moei_wgmma_shared {
     uint64_t full[MOEI_WGMMA_STAGES], empty[MOEI_WGMMA_STAGES];
-    uint64_t posted, taken;          /* a tile's position stands in its slot; has been read */
-    uint64_t sent[MOEI_WGMMA_SLOTS]; /* block 1: number[i] has arrived from block 0 */
-    int32_t number[MOEI_WGMMA_SLOTS];
-    moei_wgmma_tile position[MOEI_WGMMA_SLOTS];
+    uint64_t posted, taken;            /* a tile's position stands in its entry; has been read */
+    uint64_t sent[MOEI_WGMMA_ENTRIES]; /* block 1: number[i] has arrived from block 0 */
+    int32_t number[MOEI_WGMMA_ENTRIES];
+    moei_wgmma_tile position[MOEI_WGMMA_ENTRIES];
     moe_block_scan_scratch scan;
     uint32_t mark[128];
 } moei_wgmma_shared;

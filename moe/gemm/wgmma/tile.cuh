@@ -46,7 +46,7 @@ MOE_DEVICE_BODY void moei_wgmma_block(const moei_wgmma_args* a, unsigned char* d
             moei_barrier_init(s->full + i, gathered ? 129 : 1);
             moei_barrier_init(s->empty + i, 16); /* warps of both blocks' consumers */
         }
-        for (int i = 0; i < MOEI_WGMMA_SLOTS; ++i) moei_barrier_init(s->sent + i, 1);
+        for (int i = 0; i < MOEI_WGMMA_ENTRIES; ++i) moei_barrier_init(s->sent + i, 1);
         moei_barrier_init(&s->posted, 1);
         moei_barrier_init(&s->taken, 1);
         moei_barrier_visible();

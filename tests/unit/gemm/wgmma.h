@@ -3,6 +3,8 @@
      test_wgmma_rows    experts of 0, 1, 63 .. 65, 127 .. 129, 191 .. 193 rows, mixed
      test_wgmma_steps   sums of 1 to 17 stages: less than the ring has, the ring, several rounds
      test_wgmma_gather  gathered rows: none, out of range, tiles that end early
+     test_wgmma_one     one expert, with and without offsets, index and workspace
+     test_wgmma_table   a table of C with a misaligned address
      test_wgmma_many    more tiles than blocks, experts of very different sizes
      test_wgmma_bits    the same bits with tiles handed out in another order
      test_wgmma_fresh   1,000 calls back to back, each on new inputs, twice: the same hashes
@@ -87,7 +89,7 @@ static void test_wgmma_gather(void)
     trand r = trand_new(33);
     if (!wgmma_here()) return;
     for (int i = 0; i < (MOE_ON_HOST ? 8 : 48); ++i) {
-        gemm_case c = wgmma_case(5, rows, 8 * (int)trand_int(&r, 1, 40), 40, &r);
+        gemm_case c = wgmma_case(5, rows, 8 * (int)trand_int(&r, 1, 40), i & 1 ? 40 : 136, &r);
         c.gather = i % 3 == 0 ? 1 : (int)trand_int(&r, 2, 9);
         c.a_rows = (int)trand_int(&r, 1, 90);
         c.none = i % 4 == 1 || i % 4 == 3 ? 20 : 0;
@@ -100,6 +102,41 @@ static void test_wgmma_gather(void)
         c.a_rows = i ? 140 : 100;
         run_case(&c, &r);
     }
+}
+
+static void test_wgmma_one(void)
+{
+    trand r = trand_new(37);
+    if (!wgmma_here()) return;
+    for (int i = 0; i < (MOE_ON_HOST ? 4 : 24); ++i) {
+        const int rows[] = {(int)trand_int(&r, 1, MOE_ON_HOST ? 3000 : 9000)};
+        gemm_case c = wgmma_case(1, rows, 8 * (int)trand_int(&r, 1, 40), 8, &r);
+        c.k = 8 * (int)trand_int(&r, 1, 9);
+        c.gather = i % 4 == 3;
+        c.lead = c.slack = 0;
+        c.no_offset = i >> 1 & 1;
+        c.no_ticket = (int)trand_int(&r, 0, 1);
+        c.sampled = 97;
+        run_case(&c, &r);
+    }
+}
+
+static void test_wgmma_table(void)
+{
+    static const int rows[] = {3, 200, 0};
+    static void* const bad[] = {(void*)16, (void*)24, (void*)0}; /* expert 1's is misaligned */
+    trand r = trand_new(38);
+    gemm_case c = normal_case(3, rows, 40, 24);
+    gemm_bufs b;
+    tbuf table = tbuf_from("table", bad, sizeof bad, 8);
+    if (!wgmma_here()) return;
+    c.path = MOE_GEMM_PATH_WGMMA, c.tile = MOE_TILE_128x256;
+    bufs_new(&b, &c, &r);
+    b.d.c = 0, b.d.c_table = (void* const*)table.p;
+    CHECK_STATUS(moe_grouped_gemm(&b.d, test_now.stream), MOE_OK);
+    CHECK_FAULT_AT(&b.fault, MOE_FAULT_BAD_TABLE, 1);
+    tbufs_free(TBUFS(&table));
+    bufs_free(&b);
 }
 
 static void test_wgmma_many(void)
@@ -238,6 +275,8 @@ static void gemm_wgmma(void)
     RUN(test_wgmma_rows);
     RUN(test_wgmma_steps);
     RUN(test_wgmma_gather);
+    RUN(test_wgmma_one);
+    RUN(test_wgmma_table);
     RUN(test_wgmma_many);
     RUN(test_wgmma_bits);
     RUN(test_wgmma_fresh);

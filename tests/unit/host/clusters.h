@@ -1,7 +1,8 @@
 /* clusters.h: blocks that start together and see each other's shared memory.
 
    test_clusters  shared memory of the other blocks, static and dynamic; the cluster's barrier, also
-                  where threads end before it; barriers (mbarrier) of another block; misuse */
+                  where threads end before it; barriers (mbarrier) of another block; a tensor copy
+                  into both; misuse */
 #ifndef MOE_TESTS_HOST_CLUSTERS_H
 #define MOE_TESTS_HOST_CLUSTERS_H
 
@@ -54,6 +55,26 @@ MOE_KERNEL(32, 1) sends(MOE_ARG(args) d)
     if (d.option == 3 && threadIdx.x == 0) moei_barrier_arrive_at((uint64_t*)d.out, 0);
 }
 
+/* Block 1 copies a box into both blocks. */
+MOE_KERNEL(32, 1) copies_to_both(MOE_ARG(args) d)
+{
+    MOE_SHARED(cluster_shared, s);
+    MOE_SHARED_DYNAMIC(shared);
+    unsigned char* const box = shared + (1024 - (uintptr_t)shared % 1024);
+    const int rank = moei_cluster_rank();
+    if (threadIdx.x == 0) moei_barrier_init(&s.bar, 1);
+    moei_cluster_sync();
+    if (threadIdx.x == 0) {
+        if (rank == 1)
+            moei_tensor_load_both(box, (const moei_tensor_map*)(const void*)d.from, 0, 0, 0,
+                                  &s.bar);
+        moei_barrier_expect(&s.bar, 128);
+        moei_barrier_wait(&s.bar, 0);
+        d.out[rank] = *(const uint16_t*)(const void*)(box + 2);
+    }
+    moei_cluster_sync();
+}
+
 static void test_clusters()
 {
     static const char* const why[] = {"", "that has ended", "cluster does not have", "has not"};
@@ -78,6 +99,23 @@ static void test_clusters()
         if (a.option) CHECK(strstr(moeh_report(), why[a.option]));
         moeh_reset();
         CHECK(a.out[0] == 77);
+    }
+    {
+        uint16_t row[64] = {5, 6, 7};
+        moei_tensor_map* map = nullptr;
+        moei_tensor t;
+        memset(&t, 0, sizeof t);
+        t.base = row, t.columns = 64, t.rows = t.matrices = t.box_rows = 1;
+        t.row_stride = t.matrix_stride = 64, t.dtype = MOE_BF16;
+        OK(cudaMalloc(&map, sizeof *map));
+        CHECK(moei_tensor_encode(map, &t) == MOE_OK);
+        a.from = (const float*)(const void*)map;
+        c.smem = 2048;
+        CHECK(!MOE_LAUNCH(copies_to_both, c, a));
+        OK(cudaDeviceSynchronize());
+        CHECK(a.out[0] == 6 && a.out[1] == 6);
+        OK(cudaFree(map));
+        c.smem = 0;
     }
     c.grid = dim3(3);
     CHECK(moe_status_detail(MOE_LAUNCH(sends, c, a)) == cudaErrorInvalidConfiguration);
