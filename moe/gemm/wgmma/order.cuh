@@ -31,8 +31,8 @@ typedef struct moei_wgmma_tile {
 
 #if MOEI_WGMMA_HERE
 
-/* Returns the position of the tile of block `cluster_rank`, of pair number `index`. Requires 0 <= index < number
-   of pairs. The whole warp calls it. */
+/* Returns the position of the tile of block `cluster_rank`, of pair number `index`. Requires 0 <=
+   index < number of pairs. The whole warp calls it. */
 MOE_DEVICE moei_wgmma_tile moei_wgmma_tile_of(const moei_schedule* s, int index, int cluster_rank)
 {
     int lo = 0, hi = s->groups.num_experts; /* tile_start[lo] <= index < tile_start[hi] */

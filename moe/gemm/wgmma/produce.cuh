@@ -55,8 +55,8 @@ MOE_DEVICE moei_wgmma_tile moei_wgmma_announce(moei_wgmma_shared* s, const moei_
 
 /* ---- copies ---- */
 
-/* Starts the copies of B for depths k .. k + 63: of both halves of a stage's B, or where the pair shares B of half
-   number `cluster_rank`, for both blocks. One thread calls it. */
+/* Starts the copies of a stage's B, depths k .. k + 63: of both halves; where the pair shares B, of
+   half number `cluster_rank`, for both blocks. One thread calls it. */
 MOE_DEVICE void moei_wgmma_load_b(const moei_wgmma_args* a, const moei_wgmma_ring* r,
                                   const moei_wgmma_tiles* w, const moei_wgmma_tile* t, int k)
 {

@@ -8,8 +8,8 @@
                           gated: 128 rows of gates, then the same 128 rows of ups
 
    Two blocks of a cluster have rings of their own that run in step: half of a stage's B may arrive
-   from the other block. Barriers of a stage: `full` completes when all of the stage has arrived; `empty`
-   when the warps of all consumers of both blocks have read their stage of this number. */
+   from the other block. Barriers of a stage: `full` completes when all of the stage has arrived;
+   `empty` when the warps of all consumers of both blocks have read their stage of this number. */
 #ifndef MOE_GEMM_WGMMA_RING_CUH
 #define MOE_GEMM_WGMMA_RING_CUH
 
