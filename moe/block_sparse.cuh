@@ -99,6 +99,7 @@ static const moei_variant moei_sparse_variants[] = {
      "moei_sparse_" #name "_" #suffix,                                                             \
      MOE_GEMM_PATH_WMMA,                                                                           \
      MOEI_VARIANT_ANY_ROWS,                                                                        \
+     1,                                                                                            \
      MOEI_SHAPE_INIT(tile_m, tile_n, tile_k, warps_m, warps_n, stages, dtype, 0, 0),               \
      MOE_BLOCK_SPARSE_TILE_##name,                                                                 \
      blocks,                                                                                       \

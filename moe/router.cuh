@@ -193,6 +193,7 @@ static const moei_variant moei_bf16_split_variants[] = {
      "moei_router_bf16_split_" #name "_" #half,                                                    \
      MOE_GEMM_PATH_WMMA,                                                                           \
      MOEI_VARIANT_ANY_ROWS,                                                                        \
+     1,                                                                                            \
      MOEI_SHAPE_INIT_TERMS(MOE_ROUTER_BF16_TERMS, shape, MOE_BF16, MOE_MAJOR_K, MOE_MAJOR_K),      \
      MOEI_BF16_SPLIT_TILE_##name##_##half,                                                         \
      1,                                                                                            \

@@ -124,6 +124,7 @@ static const moei_variant moei_gemm_variants[] = {
      "moei_gemm_" #rows "_" #variant,                                                              \
      MOE_GEMM_PATH_WGMMA,                                                                          \
      (gathered) ? MOEI_VARIANT_GATHERED : MOEI_VARIANT_IN_ORDER,                                   \
+     2,                                                                                            \
      MOEI_WGMMA_SHAPE(dtype, a_major, b_major),                                                    \
      MOE_TILE_128x256,                                                                             \
      1,                                                                                            \
@@ -139,6 +140,7 @@ static const moei_variant moei_gemm_variants[] = {
      "moei_gemm_" #name "_" #variant,                                                              \
      MOE_GEMM_PATH_WMMA,                                                                           \
      MOEI_VARIANT_ANY_ROWS,                                                                        \
+     1,                                                                                            \
      MOEI_SHAPE_INIT(tile_m, tile_n, tile_k, warps_m, warps_n, stages, dtype, a_major, b_major),   \
      MOE_TILE_##name,                                                                              \
      blocks,                                                                                       \

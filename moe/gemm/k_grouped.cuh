@@ -83,6 +83,7 @@ static const moei_variant moei_k_gemm_variants[] = {
      "moei_k_gemm_" #name "_" #suffix,                                                             \
      MOE_GEMM_PATH_WMMA,                                                                           \
      MOEI_VARIANT_ANY_ROWS,                                                                        \
+     1,                                                                                            \
      MOEI_SHAPE_INIT(tile_m, tile_n, tile_k, warps_m, warps_n, stages, dtype, MOE_MAJOR_MN,        \
                      MOE_MAJOR_MN),                                                                \
      MOE_TILE_##name,                                                                              \

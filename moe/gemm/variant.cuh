@@ -3,7 +3,7 @@
    by grouped.cuh, k_grouped.cuh, router.cuh, router/ragged.cuh and block_sparse.cuh.
 
      static const moei_variant table[] = {
-         {(const void*)my_kernel, "my_kernel", MOE_GEMM_PATH_WMMA, MOEI_VARIANT_ANY_ROWS,
+         {(const void*)my_kernel, "my_kernel", MOE_GEMM_PATH_WMMA, MOEI_VARIANT_ANY_ROWS, 1,
           MOEI_SHAPE_INIT(MOE_GEMM_SHAPE_64x64, MOE_BF16, MOE_MAJOR_K, MOE_MAJOR_K),
           tile, blocks_sm, MOEI_RING_BYTES(1, MOE_GEMM_SHAPE_64x64), 80, MOEI_CODE_ANY},
          MOEI_VARIANT_END};
@@ -29,6 +29,7 @@ typedef struct moei_variant {
     const char* name;    /* of the kernel */
     int32_t path;        /* moe_gemm_path */
     int32_t rows;        /* moei_variant_rows */
+    int32_t cluster;     /* thread blocks of a cluster; 1: none */
     moe_gemm_shape shape;
     int32_t tile;        /* number of the shape in the table's own numbering */
     int32_t blocks_sm;   /* most thread blocks of a multiprocessor */
@@ -39,7 +40,7 @@ typedef struct moei_variant {
 
 #define MOEI_VARIANT_END                                                                           \
     {                                                                                              \
-        0, 0, 0, 0, MOEI_SHAPE_INIT(0, 0, 0, 1, 1, 0, 0, 0, 0), 0, 0, 0, 0, 0                      \
+        0, 0, 0, 0, 1, MOEI_SHAPE_INIT(0, 0, 0, 1, 1, 0, 0, 0, 0), 0, 0, 0, 0, 0                   \
     }
 
 #define MOEI_CODE_ANY 9999   /* as `most`: no upper bound */
@@ -93,15 +94,15 @@ MOE_HOST moe_status moei_variant_prepare(moe_launch* l, const moei_variant* v, i
 {
     moe_launch_config c = moe_grid(blocks, v->shape.threads, v->smem + more, 0);
     c.dependent = 1;
-    if (v->path == MOE_GEMM_PATH_WGMMA) c.cluster = 2;
+    c.cluster = v->cluster;
     return moei_launch_prepare(l, v->kernel, v->name, &c);
 }
 
 /* Most tiles of persistent blocks: a tile number plus the grid size does not overflow int32_t. */
 #define MOEI_VARIANT_MAX_TILES (0x7fffffff - 65535)
 
-/* Returns the plan of a launch of persistent blocks. The grid has as many blocks as the device
-   holds at one time, but at most one for each of `tiles`. */
+/* Returns the plan of a launch of persistent blocks. The grid has as many whole clusters as
+   the device holds at one time, but at most one block for each of `tiles`. */
 MOE_HOST moe_gemm_plan moei_variant_plan(const moei_variant* v, const moe_device* dev,
                                          int64_t tiles, size_t more)
 {
@@ -118,7 +119,7 @@ MOE_HOST moe_gemm_plan moei_variant_plan(const moei_variant* v, const moe_device
     p.stages = v->shape.stages;
     p.threads = v->shape.threads;
     p.blocks = (int32_t)(tiles < per_sm * dev->sms ? tiles : per_sm * dev->sms);
-    if (v->path == MOE_GEMM_PATH_WGMMA) p.blocks = p.blocks < 2 ? 2 : p.blocks & ~1;
+    p.blocks = p.blocks < v->cluster ? v->cluster : p.blocks - p.blocks % v->cluster;
     p.smem = smem;
     return p;
 }

@@ -67,7 +67,7 @@ inline moeh_block* moeh_cluster_block(unsigned rank)
 }
 
 /* Returns the place in `other`'s shared memory that has the address p in the calling thread's. */
-inline void* moeh_cluster_place(const void* p, moeh_block* other)
+inline void* moeh_cluster_address(const void* p, moeh_block* other)
 {
     const moeh_block* const b = moeh_now()->block;
     const uintptr_t at = (uintptr_t)p;

@@ -124,15 +124,15 @@ inline void moei_cluster_sync(void) { moeh_cluster_sync(); }
 
 inline void moei_barrier_arrive_at(uint64_t* bar, int rank)
 {
-    moei_barrier_arrive((uint64_t*)moeh_cluster_place(bar, moeh_cluster_block((unsigned)rank)));
+    moei_barrier_arrive((uint64_t*)moeh_cluster_address(bar, moeh_cluster_block((unsigned)rank)));
 }
 
 /* The number arrives at a wait for the barrier. */
 inline void moei_cluster_send(int32_t* to, int value, uint64_t* bar, int rank)
 {
     moeh_block* const other = moeh_cluster_block((unsigned)rank);
-    int32_t* const at = (int32_t*)moeh_cluster_place(to, other);
-    uint64_t* const there = (uint64_t*)moeh_cluster_place(bar, other);
+    int32_t* const at = (int32_t*)moeh_cluster_address(to, other);
+    uint64_t* const there = (uint64_t*)moeh_cluster_address(bar, other);
     moeh_barrier_of(there);
     moeh_poison(at, 4);
     other->bulk.push_back(moeh_bulk{there, 4, false, [=] { *at = value; }});
@@ -184,8 +184,8 @@ inline void moei_tensor_load_both(void* dst, const moei_tensor_map* map, int x, 
 {
     for (unsigned rank = 0; rank < 2; ++rank) {
         moeh_block* const b = moeh_cluster_block(rank);
-        moeh_tensor_load(b, moeh_cluster_place(dst, b), map, x, y, z,
-                         (uint64_t*)moeh_cluster_place(bar, b));
+        moeh_tensor_load(b, moeh_cluster_address(dst, b), map, x, y, z,
+                         (uint64_t*)moeh_cluster_address(bar, b));
     }
 }
 inline void moei_tensor_load(void* dst, const moei_tensor_map* map, int x, int y, uint64_t* bar)

@@ -78,6 +78,7 @@ static const moei_variant moei_ragged_variants[] = {
      "moei_router_ragged_" #name "_" #half,                                                        \
      MOE_GEMM_PATH_WMMA,                                                                           \
      MOEI_VARIANT_ANY_ROWS,                                                                        \
+     1,                                                                                            \
      MOEI_SHAPE_INIT(tile_m, tile_n, tile_k, warps_m, warps_n, stages, dtype, MOE_MAJOR_K,         \
                      MOE_MAJOR_K),                                                                 \
      MOEI_RAGGED_TILE_##name,                                                                      \

@@ -17,7 +17,7 @@
 
 /* Rounded results of a warp's 16 rows that are still to be stored. */
 typedef struct moei_wgmma_pending {
-    uint32_t x[64]; /* pairs of columns: [groups of 32 columns][rows r, r + 8][4] */
+    uint32_t x[64]; /* two columns each: [groups of 32 columns][rows r, r + 8][4] */
     char* c;        /* address of row r, column `column` of C */
     int rows;       /* the tile's rows from r on: more than 0: row r exists, more than 8: r + 8 */
     int columns;    /* columns of C from `column` on */
@@ -66,8 +66,8 @@ MOE_DEVICE void moei_wgmma_step(float acc[128], moei_wgmma_ring* r, int consumer
                                 int* before, const int gathered, const int dtype)
 {
     const unsigned char* stage = r->stages + r->stage * MOEI_WGMMA_STAGE;
-    const uint64_t a = moei_wgmma_operand(stage + consumer * MOEI_WGMMA_HALF);
-    const uint64_t b = moei_wgmma_operand(stage + 2 * MOEI_WGMMA_HALF);
+    const uint64_t a = moei_wgmma_operand(stage + consumer * MOEI_WGMMA_A_HALF);
+    const uint64_t b = moei_wgmma_operand(stage + 2 * MOEI_WGMMA_A_HALF);
     moei_barrier_wait(r->s->full + r->stage, r->parity);
     if (gathered) moei_wgmma_sees_copies();
     moei_wgmma_begin();
@@ -91,22 +91,22 @@ MOE_DEVICE void moei_wgmma_skip(moei_wgmma_ring* r, int steps)
     }
 }
 
-/* Where a thread's accumulators go: rows r and r + 8, pairs of columns 8 apart. Accumulators from 64
-   on are ups where gated, else the pairs from column 128 on. */
+/* Where a thread's accumulators go: rows r and r + 8, every 8 columns two neighbouring ones.
+   Accumulators from 64 on are ups where gated, else those from column 128 on. */
 typedef struct moei_wgmma_target {
-    char* c;       /* address of row r, first pair */
+    char* c;       /* address of row r, first column */
     int64_t below; /* bytes to 8 rows on */
     int rows;      /* the tile's rows from r on */
-    int columns;   /* columns of C from the first pair on */
+    int columns;   /* columns of C from the first one on */
 } moei_wgmma_target;
 
-/* Adds the bias to the accumulators. column: of the first pair. */
+/* Adds the bias to the accumulators. column: the first one. */
 MOE_DEVICE void moei_wgmma_add_bias(float acc[128], const moe_gemm_output* o, int64_t expert,
                                     int column, int n, const int dtype)
 {
-    const int step = o->gated == MOE_GATE_UP_INTERLEAVED ? 2 : 1;
+    const int apart = o->gated == MOE_GATE_UP_INTERLEAVED ? 2 : 1;
     const uint16_t* at =
-        (const uint16_t*)o->bias + expert * n * (o->gated ? 2 : 1) + (int64_t)column * step;
+        (const uint16_t*)o->bias + expert * n * (o->gated ? 2 : 1) + (int64_t)column * apart;
     int columns = n - column;
     MOE_UNROLL
     for (int half = 0; half < 128; half += 64) {
@@ -114,12 +114,12 @@ MOE_DEVICE void moei_wgmma_add_bias(float acc[128], const moe_gemm_output* o, in
         for (int j = 0; j < 16; ++j) {
             float* v = acc + half + 4 * j;
             if (8 * j < columns) {
-                const float first = moe_half_to_f32(at[8 * j * step], dtype);
-                const float second = moe_half_to_f32(at[(8 * j + 1) * step], dtype);
+                const float first = moe_half_to_f32(at[8 * j * apart], dtype);
+                const float second = moe_half_to_f32(at[(8 * j + 1) * apart], dtype);
                 v[0] += first, v[1] += second, v[2] += first, v[3] += second;
             }
         }
-        at += !o->gated ? 128 : step == 2 ? 1 : n;
+        at += !o->gated ? 128 : apart == 2 ? 1 : n;
         if (!o->gated) columns -= 128;
     }
 }
@@ -130,7 +130,7 @@ MOE_DEVICE void moei_wgmma_add_c(float acc[128], const moe_gemm_output* o,
 {
     const int bytes = o->dtype == MOE_FP32 ? 4 : 2;
     MOE_UNROLL
-    for (int i = 0; i < 64; ++i) { /* pair i / 2, row r or r + 8 */
+    for (int i = 0; i < 64; ++i) { /* columns from i / 2 * 8 on, row r or r + 8 */
         const char* at = t->c + i % 2 * t->below + i / 2 * 8 * bytes;
         if (i / 2 * 8 < t->columns && t->rows > i % 2 * 8 && !(o->gated && i >= 32)) {
             acc[2 * i] += moe_load_f32(at, 0, o->dtype);
@@ -171,7 +171,7 @@ MOE_DEVICE void moei_wgmma_finish_any(float acc[128], const moei_wgmma_pending* 
     const int quad = moe_lane() & 3, bytes = o->dtype == MOE_FP32 ? 4 : 2;
     const bool gated = o->gated != 0;
     moei_wgmma_target to;
-    to.c = p->c - quad * 6 * bytes; /* its pairs begin at 2 quad, those of *p at 8 quad */
+    to.c = p->c - quad * 6 * bytes; /* begins at column 2 quad, *p at 8 quad */
     to.below = o->stride * 8 * bytes;
     to.rows = p->rows;
     to.columns = p->columns + quad * 6;

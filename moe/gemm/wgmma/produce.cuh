@@ -60,15 +60,15 @@ MOE_DEVICE moei_wgmma_tile moei_wgmma_announce(moei_wgmma_shared* s, const moei_
 MOE_DEVICE void moei_wgmma_load_b(const moei_wgmma_args* a, const moei_wgmma_ring* r,
                                   const moei_wgmma_tiles* w, const moei_wgmma_tile* t, int k)
 {
-    unsigned char* b = r->stages + r->stage * MOEI_WGMMA_STAGE + 2 * MOEI_WGMMA_HALF;
+    unsigned char* b = r->stages + r->stage * MOEI_WGMMA_STAGE + 2 * MOEI_WGMMA_A_HALF;
     uint64_t* full = r->s->full + r->stage;
     const int row = t->column * w->columns, second = a->d.c.gated ? row : row + 128;
     if (t->shared) {
-        moei_tensor_load_both(b + w->cluster_rank * MOEI_WGMMA_B, &a->b[w->cluster_rank], k,
+        moei_tensor_load_both(b + w->cluster_rank * MOEI_WGMMA_B_HALF, &a->b[w->cluster_rank], k,
                               w->cluster_rank ? second : row, t->expert, full);
     } else {
         moei_tensor_load_of(b, &a->b[0], k, row, t->expert, full);
-        moei_tensor_load_of(b + MOEI_WGMMA_B, &a->b[1], k, second, t->expert, full);
+        moei_tensor_load_of(b + MOEI_WGMMA_B_HALF, &a->b[1], k, second, t->expert, full);
     }
 }
 
@@ -114,10 +114,10 @@ MOE_DEVICE void moei_wgmma_produce(const moei_wgmma_args* a, moei_wgmma_ring r,
             unsigned char* stage = r.stages + r.stage * MOEI_WGMMA_STAGE;
             uint64_t* full = r.s->full + r.stage;
             moei_barrier_wait(r.s->empty + r.stage, r.parity ^ 1);                  /* 1. */
-            moei_barrier_expect(full, 2 * MOEI_WGMMA_B + halves * MOEI_WGMMA_HALF); /* 2. */
+            moei_barrier_expect(full, 2 * MOEI_WGMMA_B_HALF + halves * MOEI_WGMMA_A_HALF); /* 2. */
             if (halves > 0) moei_tensor_load(stage, &a->a, i * 64, t.row, full);
             if (halves > 1)
-                moei_tensor_load(stage + MOEI_WGMMA_HALF, &a->a, i * 64, t.row + 64, full);
+                moei_tensor_load(stage + MOEI_WGMMA_A_HALF, &a->a, i * 64, t.row + 64, full);
             moei_wgmma_load_b(a, &r, w, &t, i * 64);
             moei_wgmma_next(&r);
         }
@@ -202,7 +202,7 @@ MOE_DEVICE void moei_wgmma_produce_gathered(const moei_wgmma_args* a, moei_wgmma
             uint64_t* full = r.s->full + r.stage;
             moei_barrier_wait(r.s->empty + r.stage, r.parity ^ 1);
             if (thread == 0) {
-                moei_barrier_expect(full, 2 * MOEI_WGMMA_B);
+                moei_barrier_expect(full, 2 * MOEI_WGMMA_B_HALF);
                 moei_wgmma_load_b(a, &r, w, &t, i * 64);
             }
             moei_wgmma_copy_rows(stage, &g, d->k - i * 64 - vector * 8, d->k - i * 64);

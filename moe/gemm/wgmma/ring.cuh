@@ -17,9 +17,9 @@
 
 #define MOEI_WGMMA_THREADS 384     /* a producer and two consumers, a warpgroup each */
 #define MOEI_WGMMA_STAGES 4        /* of the ring */
-#define MOEI_WGMMA_HALF (64 * 128) /* bytes: a consumer's rows of A */
-#define MOEI_WGMMA_B (128 * 128)   /* bytes: half of B */
-#define MOEI_WGMMA_STAGE (2 * MOEI_WGMMA_HALF + 2 * MOEI_WGMMA_B) /* bytes */
+#define MOEI_WGMMA_A_HALF (64 * 128)  /* bytes: a consumer's rows of A */
+#define MOEI_WGMMA_B_HALF (128 * 128) /* bytes: half of B */
+#define MOEI_WGMMA_STAGE (2 * MOEI_WGMMA_A_HALF + 2 * MOEI_WGMMA_B_HALF) /* bytes */
 
 /* What is found about a block's tile number i stands in entry i % MOEI_WGMMA_ENTRIES. The next tile
    is found while a consumer may still read the entry of a tile STAGES + 2 before it: short tiles

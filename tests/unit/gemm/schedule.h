@@ -20,19 +20,24 @@ typedef struct schedule_args {
     uint64_t* fault;
 } schedule_args;
 
+MOE_DEVICE moei_schedule schedule_of(const schedule_args* d, unsigned char* shared)
+{
+    moei_schedule s;
+    s.groups.expert_offset = d->expert_offset;
+    s.groups.num_experts = d->num_experts;
+    s.groups.num_rows = d->num_rows;
+    s.column_tiles = d->column_tiles;
+    s.row_align = d->row_align;
+    s.tile_start = (int*)shared;
+    return s;
+}
+
 MOE_KERNEL(128, 1) schedule_kernel(MOE_ARG(schedule_args) d)
 {
     MOE_SHARED(moe_block_scan_scratch, scratch);
     MOE_SHARED_DYNAMIC(shared);
-    moei_schedule s;
-    int count;
-    s.groups.expert_offset = d.expert_offset;
-    s.groups.num_experts = d.num_experts;
-    s.groups.num_rows = d.num_rows;
-    s.column_tiles = d.column_tiles;
-    s.row_align = d.row_align;
-    s.tile_start = (int*)shared;
-    count = moei_schedule_build(&s, &scratch, d.fault, TEST_RANK, d.tile_rows, 0);
+    const moei_schedule s = schedule_of(&d, shared);
+    const int count = moei_schedule_build(&s, &scratch, d.fault, TEST_RANK, d.tile_rows, 0);
     if (threadIdx.x == 0) *d.num_tiles = count;
     for (int i = (int)threadIdx.x; i < count && i < d.most; i += (int)blockDim.x)
         d.tiles[i] = moei_schedule_tile(&s, i, d.tile_rows);
@@ -122,37 +127,27 @@ static void test_gemm_schedule(void)
 }
 
 typedef struct pairs_args {
-    const int32_t* expert_offset;
-    int32_t num_experts, num_rows, column_tiles, most;
-    int32_t* num_pairs;     /* [1] */
-    moei_wgmma_tile* tiles; /* [most, 2] */
-    uint64_t* fault;
+    schedule_args s;        /* tiles: not used */
+    moei_wgmma_tile* tiles; /* [s.most, 2] */
 } pairs_args;
 
+/* *num_tiles: the number of pairs; -2: no code of sm_90a. */
 MOE_KERNEL(128, 1) pairs_kernel(MOE_ARG(pairs_args) d)
 {
     MOE_SHARED(moe_block_scan_scratch, scratch);
     MOE_SHARED_DYNAMIC(shared);
+    const moei_schedule s = schedule_of(&d.s, shared);
+    int count = moei_schedule_build(&s, &scratch, d.s.fault, TEST_RANK, d.s.tile_rows, 1);
 #if MOEI_WGMMA_HERE
-    moei_schedule s;
-    int count;
-    s.groups.expert_offset = d.expert_offset;
-    s.groups.num_experts = d.num_experts;
-    s.groups.num_rows = d.num_rows;
-    s.column_tiles = d.column_tiles;
-    s.row_align = 1;
-    s.tile_start = (int*)shared;
-    count = moei_schedule_build(&s, &scratch, d.fault, TEST_RANK, MOEI_WGMMA_ROWS, 1);
-    if (threadIdx.x == 0) *d.num_pairs = count;
-    for (int i = moe_warp(); i < count && i < d.most; i += (int)blockDim.x / 32)
+    for (int i = moe_warp(); i < count && i < d.s.most; i += (int)blockDim.x / 32)
         for (int rank = 0; rank < 2; ++rank) {
             const moei_wgmma_tile t = moei_wgmma_tile_of(&s, i, rank);
             if (moe_lane() == 0) d.tiles[i * 2 + rank] = t;
         }
 #else
-    (void)shared;
-    if (threadIdx.x == 0) *d.num_pairs = -2, scratch.warp_sum[0] = 0; /* no code of sm_90a */
+    count = -2;
 #endif
+    if (threadIdx.x == 0) *d.s.num_tiles = count;
 }
 
 static void check_pairs(const int32_t* offset, int E, int columns)
@@ -166,11 +161,12 @@ static void check_pairs(const int32_t* offset, int E, int columns)
     tbuf bo = tbuf_from("offset", offset, (size_t)E * 4 + 4, 4), bf = tfault_new(0);
     tbuf bn = tbuf_new("num_pairs", 4, 0);
     tbuf bt = tbuf_new("tiles", (size_t)most * 2 * sizeof(moei_wgmma_tile), 0);
-    a.expert_offset = (const int32_t*)bo.p;
-    a.num_experts = E, a.num_rows = offset[E], a.column_tiles = columns, a.most = most;
-    a.num_pairs = (int32_t*)bn.p;
+    a.s.expert_offset = (const int32_t*)bo.p;
+    a.s.num_experts = E, a.s.num_rows = offset[E], a.s.column_tiles = columns, a.s.most = most;
+    a.s.row_align = 1, a.s.tile_rows = MOEI_WGMMA_ROWS;
+    a.s.num_tiles = (int32_t*)bn.p;
+    a.s.fault = (uint64_t*)bf.p;
     a.tiles = (moei_wgmma_tile*)bt.p;
-    a.fault = (uint64_t*)bf.p;
     CHECK_STATUS(MOE_LAUNCH(pairs_kernel, c, a), MOE_OK);
     tbuf_get(&bn, &count);
     tiles = (moei_wgmma_tile*)tbuf_copy(&bt);

@@ -26,8 +26,8 @@ MOE_KERNEL(64, 1) ring_of_blocks(MOE_ARG(args) d)
     if (d.option == 1 && threadIdx.x >= 40) return;
     moei_cluster_sync();
     other = moeh_cluster_block((unsigned)next);
-    if (threadIdx.x == 0) *(int32_t*)moeh_cluster_place(&s.word, other) = rank;
-    ((unsigned char*)moeh_cluster_place(shared, other))[threadIdx.x] = (unsigned char)(rank + 1);
+    if (threadIdx.x == 0) *(int32_t*)moeh_cluster_address(&s.word, other) = rank;
+    ((unsigned char*)moeh_cluster_address(shared, other))[threadIdx.x] = (unsigned char)(rank + 1);
     moei_cluster_sync();
     if (threadIdx.x == 0) d.out[blockIdx.x] = s.word * 1000 + shared[0] + shared[39];
     moei_cluster_sync();
