@@ -11,8 +11,12 @@
 #include "../../base/warp.cuh"
 #include "args.h"
 
-/* 1 where the code being compiled has wgmma, and in all host passes. */
-#if MOE_ON_HOST || !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+/* 1 where the code being compiled has wgmma and st.async, and in all host passes. CUDA 12.0 has no
+   st.async: its binaries take the mma.sync path. */
+#if MOE_ON_HOST || !defined(__CUDA_ARCH__)
+#define MOEI_WGMMA_HERE 1
+#elif defined(__CUDA_ARCH_FEAT_SM90_ALL) &&                                                        \
+    !(__CUDACC_VER_MAJOR__ == 12 && __CUDACC_VER_MINOR__ == 0)
 #define MOEI_WGMMA_HERE 1
 #else
 #define MOEI_WGMMA_HERE 0
