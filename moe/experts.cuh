@@ -20,7 +20,7 @@
    made.
 
    Accumulation and activation in fp32; act is rounded to the dtype between the two products. Equal
-   inputs give equal bits.
+   inputs give equal bits; with batch_invariant a row has the same bits in any batch.
    Cost: 6 * rows * H * I flops (4 where not gated), two launches; scratch: act, num_rows * I
    elements. On Hopper (code of sm_90a) both run wgmma where the weights are k-major in one block
    (gemm/grouped.cuh). Minimum architecture: sm_75 (fp16), sm_80 (bf16).
@@ -74,6 +74,7 @@ typedef struct moe_experts_desc {
     float alpha, limit;   /* of the clamped SwiGLU, else 0: alpha finite, 0 = 1.702; limit finite
                              and not negative, 0 = 7 */
     int32_t tile;         /* moe_tile of both products; 0 = chosen by shape and device */
+    int32_t batch_invariant; /* as in gemm/desc.h, for both products */
     int32_t rank;         /* reported with a fault, 0 .. MOE_FAULT_MAX_RANK */
     /* workspace */
     void* workspace;        /* 16-byte aligned; or null: slower on Hopper where experts differ in
@@ -131,6 +132,7 @@ MOE_HOST moe_status moei_experts_gemms(const moe_experts_desc* d, moe_grouped_ge
     up->alpha = d->alpha;
     up->limit = d->limit;
     up->tile = d->tile;
+    up->batch_invariant = d->batch_invariant;
     up->rank = d->rank;
     MOE_REQUIRE(!d->workspace || d->workspace_bytes >= MOE_EXPERTS_WORKSPACE, MOE_ERR_WORKSPACE,
                 workspace_bytes);
@@ -157,6 +159,7 @@ MOE_HOST moe_status moei_experts_gemms(const moe_experts_desc* d, moe_grouped_ge
     down->dtype = d->dtype;
     down->c_dtype = d->rows_dtype;
     down->tile = d->tile;
+    down->batch_invariant = d->batch_invariant;
     down->rank = d->rank;
     if (d->workspace) {
         down->workspace = (char*)d->workspace + MOE_GROUPED_GEMM_WORKSPACE;

@@ -51,7 +51,8 @@
                                                                             X(grad_dtype)          \
                                                                                 X(grad_expert) X(  \
                                                                                     saved)         \
-                                                                                    X(saved_bytes)
+                                                                                    X(saved_bytes) \
+                                                                                    X(batch_invariant)
 
 enum {
     MOE_FIELD_NONE,

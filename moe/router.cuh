@@ -7,7 +7,8 @@
 
    Accumulates and stores in fp32: logits rounded to bf16 would choose other experts. Four paths,
    chosen by dtypes, shapes and device (moe_router_plan tells the choice). Each sums in a fixed
-   order: equal inputs give equal bits.
+   order: equal inputs give equal bits; with batch_invariant a token's logits have the same bits in
+   any batch.
      gemm        x and router of one 16-bit dtype, H and E multiples of 8, 16-byte aligned rows:
                  tensor cores (gemm/grouped.cuh)
      ragged      as gemm, but any E, and logits of any stride and alignment: tensor cores, the last
@@ -51,6 +52,7 @@ typedef struct moe_router_desc {
     int32_t num_tokens;  /* T >= 0 */
     int32_t hidden;      /* H, 1 .. 2^28 */
     int32_t num_experts; /* E, 1 .. 2^20 */
+    int32_t batch_invariant; /* 1: the path is chosen as for many tokens; 0: by T too */
     int32_t rank;        /* reported with a fault, 0 .. MOE_FAULT_MAX_RANK */
 } moe_router_desc;
 
@@ -224,8 +226,8 @@ MOE_HOST int64_t moei_bf16_split_blocks(const moei_router_args* d, int small)
 #define MOEI_BF16_SPLIT_WORTH 20
 
 /* Sets *path to a bf16 split path where the operands fit and the current device and this binary can
-   run it; otherwise leaves *path unchanged. */
-MOE_HOST moe_status moei_bf16_split_plan(const moei_router_args* d, int* path)
+   run it; otherwise leaves *path unchanged. many: 1: the path for many tokens. */
+MOE_HOST moe_status moei_bf16_split_plan(const moei_router_args* d, int many, int* path)
 {
     moe_device dev;
     int64_t waves, small_waves;
@@ -239,7 +241,7 @@ MOE_HOST moe_status moei_bf16_split_plan(const moei_router_args* d, int* path)
     MOE_TRY(moei_variant_runs(moei_bf16_split_variant(0, d->x_dtype), &dev, 0, &runs));
     waves = (moei_bf16_split_blocks(d, 0) + dev.sms - 1) / dev.sms;
     small_waves = (moei_bf16_split_blocks(d, 1) + dev.sms - 1) / dev.sms;
-    small = small_waves <= waves * MOEI_BF16_SPLIT_WORTH || !runs;
+    small = (!many && small_waves <= waves * MOEI_BF16_SPLIT_WORTH) || !runs;
     if (moei_bf16_split_blocks(d, small) <= 0x7fffffff)
         *path = small ? MOE_ROUTER_BF16_SPLIT_SMALL : MOE_ROUTER_BF16_SPLIT_LARGE;
     return MOE_OK;
@@ -289,6 +291,7 @@ MOE_HOST void moei_router_gemm_desc(const moe_router_desc* d, moe_grouped_gemm_d
     g->c_dtype = MOE_FP32;
     g->fault = d->fault;
     g->rank = d->rank;
+    g->batch_invariant = d->batch_invariant;
     g->num_experts = 1;
     g->num_rows = d->num_tokens;
     g->n = d->num_experts;
@@ -302,6 +305,7 @@ MOE_HOST moe_status moei_router_check_options(moe_router_desc* d)
     MOE_REQUIRE(d->num_tokens >= 0, MOE_ERR_RANGE, num_tokens);
     MOE_REQUIRE(d->hidden >= 1 && d->hidden <= 1 << 28, MOE_ERR_RANGE, hidden);
     MOE_REQUIRE(d->num_experts >= 1 && d->num_experts <= (1 << 20), MOE_ERR_RANGE, num_experts);
+    MOE_REQUIRE((d->batch_invariant | 1) == 1, MOE_ERR_OPTION, batch_invariant);
     MOEI_REQUIRE_RANK(d);
     if (d->x_dtype == 0) d->x_dtype = MOE_BF16;
     MOE_REQUIRE(moe_dtype_bytes(d->x_dtype), MOE_ERR_DTYPE, x_dtype);
@@ -386,7 +390,7 @@ MOE_HOST moe_status moei_router_prepare(const moe_router_desc* desc, moe_router_
     if (d.x_dtype == d.router_dtype && d.x_dtype != MOE_FP32) {
         MOE_TRY(moei_router_prepare_gemm(&d, p));
     } else if (d.x_dtype != MOE_FP32 && d.router_dtype == MOE_FP32) {
-        MOE_TRY(moei_bf16_split_plan(&p->args, &p->path));
+        MOE_TRY(moei_bf16_split_plan(&p->args, d.batch_invariant, &p->path));
         if (p->path != MOE_ROUTER_SCALAR)
             return moei_bf16_split_prepare(&p->gemm.launch, &p->args,
                                            p->path == MOE_ROUTER_BF16_SPLIT_SMALL);

@@ -63,6 +63,9 @@ typedef struct moe_grouped_gemm_desc {
                             finite and not negative, 0 = 7 */
     int32_t tile;        /* moe_tile; 0 = chosen by shape and device */
     int32_t path;        /* moe_gemm_path that must run; 0 = chosen */
+    int32_t
+        batch_invariant; /* 1: the kernel is chosen as for many rows, so the bits of a row do not
+                                depend on the number of rows; slower for few. 0: chosen by rows too */
     int32_t accumulate;  /* 1: adds the result to C; 0: overwrites C */
     int32_t rank;        /* reported with a fault, 0 .. MOE_FAULT_MAX_RANK */
     /* workspace */

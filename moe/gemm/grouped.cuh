@@ -13,7 +13,8 @@
    device: no copy to the host, and a captured graph replays with other routing.
 
    Accumulates in fp32. Each element of C is one sum in ascending k: equal inputs give equal bits
-   for one path and tile shape, which depend on shapes, device and binary alone.
+   for one path and tile shape, which depend on shapes, device and binary alone. With batch_invariant
+   they do not depend on num_rows: a row has the same bits in any batch.
 
    Cost: 2 * R * n * k flops (twice that with a gated activation). One launch; with a workspace, on
    the wgmma path, a memset of 4 bytes before it. Minimum architecture: sm_75 (fp16), sm_80 (bf16).
@@ -154,7 +155,8 @@ static const moei_variant moei_gemm_variants[] = {
 #undef MOEI_GEMM_ROW
                 MOEI_VARIANT_END};
 
-/* Returns 1 where v has a good tile for these sizes on a device of `sms` multiprocessors. */
+/* Returns 1 where v has a good tile for these sizes on a device of `sms` multiprocessors;
+   batch_invariant: for so many rows that their number does not matter. */
 MOE_HOST int moei_gemm_suits(const moei_variant* v, const moe_grouped_gemm_desc* d, int sms)
 {
     const int64_t tile_m = v->shape.tile_m, tile_n = v->shape.tile_n;
@@ -162,9 +164,10 @@ MOE_HOST int moei_gemm_suits(const moei_variant* v, const moe_grouped_gemm_desc*
     const int64_t b_rows = (int64_t)d->n * (moe_activation_is_gated(d->activation) ? 2 : 1);
     const int64_t tiles =
         ((rows + tile_m - 1) / tile_m) * d->num_experts * ((b_rows + tile_n - 1) / tile_n);
+    const int many = d->batch_invariant;
     switch (v->tile) {
-    case MOE_TILE_128x256: return rows > 64 && b_rows > 128 && tiles >= sms;
-    case MOE_TILE_128x128: return rows > 64;
+    case MOE_TILE_128x256: return b_rows > 128 && (many || (rows > 64 && tiles >= sms));
+    case MOE_TILE_128x128: return many || rows > 64;
     default: return 1;
     }
 }
@@ -201,6 +204,7 @@ MOE_HOST moe_status moei_gemm_check_options(moe_grouped_gemm_desc* d)
     MOE_REQUIRE(d->row_div >= 1, MOE_ERR_RANGE, row_div);
     MOE_REQUIRE(d->tile >= 0 && d->tile <= MOE_TILE_64x64, MOE_ERR_OPTION, tile);
     MOE_REQUIRE(d->path >= 0 && d->path <= MOE_GEMM_PATH_WGMMA, MOE_ERR_OPTION, path);
+    MOE_REQUIRE((d->batch_invariant | 1) == 1, MOE_ERR_OPTION, batch_invariant);
     MOE_REQUIRE(!d->workspace || d->workspace_bytes >= MOE_GROUPED_GEMM_WORKSPACE,
                 MOE_ERR_WORKSPACE, workspace_bytes);
 

@@ -53,6 +53,9 @@ typedef struct moe_layer_desc {
     int32_t gate_up;      /* moe_gate_up; 0 = concatenated */
     float alpha, limit;   /* of the clamped SwiGLU, as in experts.cuh; else 0 */
     int32_t tile;         /* moe_tile of all products of experts; 0 = chosen by shape and device */
+    int32_t batch_invariant; /* 1: kernels are chosen as for many tokens, so the bits of a token do
+                                not depend on the other tokens, where none is dropped; slower for
+                                few. 0: chosen by T too */
     int32_t rank;         /* reported with a fault, 0 .. MOE_FAULT_MAX_RANK */
     /* options of the stations, as in their own headers; what the layer fills in (buffers between
        the stations, sizes, fault word, rank, workspace) is 0 here */

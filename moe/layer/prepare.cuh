@@ -306,6 +306,7 @@ MOE_HOST void moei_layer_describe(const moe_layer_desc* d, const moei_layer_opti
     l->router.num_tokens = d->num_tokens;
     l->router.hidden = d->hidden;
     l->router.num_experts = d->num_experts;
+    l->router.batch_invariant = d->batch_invariant;
 
     l->gate = o->gate;
     l->gate.logits = v->logits;
@@ -350,6 +351,7 @@ MOE_HOST void moei_layer_describe(const moe_layer_desc* d, const moei_layer_opti
     l->experts.alpha = d->alpha;
     l->experts.limit = d->limit;
     l->experts.tile = d->tile;
+    l->experts.batch_invariant = d->batch_invariant;
     l->experts.workspace = v->experts_workspace;
     l->experts.workspace_bytes = MOE_EXPERTS_WORKSPACE;
 
@@ -374,6 +376,7 @@ MOE_HOST void moei_layer_describe(const moe_layer_desc* d, const moei_layer_opti
     l->shared.alpha = d->shared.alpha;
     l->shared.limit = d->shared.limit;
     l->shared.tile = d->tile;
+    l->shared.batch_invariant = d->batch_invariant;
     l->shared.workspace = (char*)v->experts_workspace + MOE_EXPERTS_WORKSPACE;
     l->shared.workspace_bytes = MOE_EXPERTS_WORKSPACE;
 

@@ -101,7 +101,7 @@ MOE_HOST int64_t moei_ragged_blocks(const moe_grouped_gemm_desc* d, const moei_v
 /* Sets *chosen to the variant for a product; to null where the operands do not fit or the current
    device or this binary cannot run it. Requires a, b.base, c, dtype, n, k, num_rows and all strides
    of d; fills in the other defaults. The wide tile reads x half as often; it is faster where every
-   multiprocessor has one. */
+   multiprocessor has one, and taken with batch_invariant. */
 MOE_HOST moe_status moei_ragged_choose(moe_grouped_gemm_desc* d, const moei_variant** chosen)
 {
     const moei_variant* v = moei_variant_find(moei_ragged_variants, MOEI_RAGGED_TILE_wide, d->dtype,
@@ -120,7 +120,7 @@ MOE_HOST moe_status moei_ragged_choose(moe_grouped_gemm_desc* d, const moei_vari
     if (!MOE_ON_HOST && d->dtype == MOE_BF16 && dev.major < 8) return MOE_OK;
     MOE_TRY(moei_variant_runs(v, &dev, 0, &runs));
     if (!runs) return MOE_OK;
-    if (d->n <= 64 || moei_ragged_blocks(d, v) < dev.sms)
+    if (d->n <= 64 || (!d->batch_invariant && moei_ragged_blocks(d, v) < dev.sms))
         v = moei_variant_find(moei_ragged_variants, MOEI_RAGGED_TILE_narrow, d->dtype, MOE_MAJOR_K,
                               MOE_MAJOR_K);
     if (moei_ragged_blocks(d, v) <= 0x7fffffff) *chosen = v;

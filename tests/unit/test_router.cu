@@ -14,6 +14,7 @@
    test_router_stopped      after a stop fault nothing is written
    test_router_refusals     every field, with its status
    test_router_same_bits    the same bits over runs
+   test_router_batch        with batch_invariant the same bits for some tokens alone, on every path
    router/large.h           large shapes, and rows past 2^32 elements */
 #include "tests/test.h"
 #include "tests/test_weights.h"
@@ -506,6 +507,7 @@ static void test_router_refusals(void)
     REFUSED(d.num_tokens = -1, MOE_ERR_RANGE, num_tokens);
     REFUSED_EACH(hidden, MOE_ERR_RANGE, hidden, 0, -64);
     REFUSED_EACH(num_experts, MOE_ERR_RANGE, num_experts, 0, -1, INT32_MAX);
+    REFUSED(d.batch_invariant = 2, MOE_ERR_OPTION, batch_invariant);
     REFUSED_RANK_AND_FAULT();
     REFUSED_EACH(x_dtype, MOE_ERR_DTYPE, x_dtype, 4, -1);
     REFUSED_EACH(router_dtype, MOE_ERR_DTYPE, router_dtype, 4, -1);
@@ -579,6 +581,39 @@ static void test_router_same_bits(void)
 
 #include "tests/unit/router/large.h"
 
+static void test_router_batch(void)
+{
+    static const int counts[] = {4, 32, 100};
+    trand r = trand_new(12);
+    for (int way = 0; way < WAYS; ++way)
+        for (int i = 0; i < 3; ++i) {
+            const router_case c = case_of(way, 300, 264, i == 2 ? 200 : 24);
+            const int first = 4 * (int)trand_int(&r, 1, 40), count = counts[i];
+            const size_t at = (size_t)first * (size_t)c.E;
+            router_bufs b;
+            int all = -1, some = -1;
+            float *want, *got;
+            bufs_new(&b, &c, &r);
+            b.d.batch_invariant = 1;
+            CHECK_STATUS(moe_router_plan(&b.d, &all), MOE_OK);
+            CHECK_STATUS(moe_router_logits(&b.d, test_now.stream), MOE_OK);
+            want = (float*)tbuf_copy(&b.logits);
+            tbuf_poison(&b.logits);
+            b.d.x = (const char*)b.d.x + (size_t)first * (size_t)c.H * moe_dtype_bytes(c.x_dtype);
+            b.d.logits += at;
+            b.d.num_tokens = count;
+            CHECK_STATUS(moe_router_plan(&b.d, &some), MOE_OK);
+            CHECK(all == some, "way %d: path %s, not %s", way, moe_router_path_name(some),
+                  moe_router_path_name(all));
+            CHECK_STATUS(moe_router_logits(&b.d, test_now.stream), MOE_OK);
+            got = (float*)tbuf_copy(&b.logits);
+            CHECK(memcmp(got + at, want + at, (size_t)count * (size_t)c.E * 4) == 0,
+                  "way %d, %d tokens: other bits", way, count);
+            free(want), free(got);
+            bufs_free(&b);
+        }
+}
+
 int main(int argc, char** argv)
 {
     test_begin(argc, argv);
@@ -593,6 +628,7 @@ int main(int argc, char** argv)
     RUN(test_router_stopped);
     RUN(test_router_refusals);
     RUN(test_router_same_bits);
+    RUN(test_router_batch);
     router_large();
     return test_end();
 }

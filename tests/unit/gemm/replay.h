@@ -1,6 +1,8 @@
 /* replay.h: calls that must give the same bits: runs, graphs, rows far apart.
 
      test_gemm_same_bits  runs every tile many times: the same bits
+     test_gemm_batch      computes some rows of a batch alone: with batch_invariant the same kernel
+                          and bits, in other places of other tiles
      test_gemm_graph      launches a captured product again with other offsets, rows and inputs
      test_gemm_past_2_31  puts rows or experts past 2^32 elements, on every tile: the bits of the
                           same call on dense rows */
@@ -23,6 +25,56 @@ static void test_gemm_same_bits(void)
         bufs_new(&b, &c, &r);
         test_same_bits("gemm", call_gemm, &b.d, TBUFS(&b.c.all), MOE_ON_HOST ? 2 : 100);
         compare(&b, &c);
+        bufs_free(&b);
+    }
+}
+
+static void test_gemm_batch(void)
+{
+    static const int rows[] = {300, 0, 70, 5};
+    enum { MOST_ROWS = 375 };
+    trand r = trand_new(15);
+    for (int i = 0; i < (MOE_ON_HOST ? 6 : 48); ++i) {
+        gemm_case c = normal_case(4, rows, i & 1 ? 72 : 264, 8 * (int)trand_int(&r, 1, 30));
+        const int every = 1 << trand_int(&r, 1, 5), first = (int)trand_int(&r, 0, 2);
+        int32_t offset[5] = {0}, index[MOST_ROWS], from[MOST_ROWS];
+        int wrong = 0;
+        size_t bytes;
+        moe_gemm_plan all, some;
+        gemm_bufs b;
+        char *want, *got;
+        randomise(&c, &r);
+        c.b_table = c.c_table = c.c_pad = c.lead = c.slack = c.tile = 0;
+        c.gather = 2;
+        bufs_new(&b, &c, &r);
+        b.d.batch_invariant = 1;
+        if (moe_grouped_gemm_plan(&b.d, &all) == MOE_STATUS(MOE_ERR_DEVICE, dtype)) {
+            bufs_free(&b);
+            continue;
+        }
+        CHECK_STATUS(moe_grouped_gemm(&b.d, test_now.stream), MOE_OK);
+        want = (char*)tbuf_copy(&b.c.all);
+        for (int e = 0; e < 4; ++e) {
+            offset[e + 1] = offset[e];
+            for (int m = b.h_offset[e] + first; m < b.h_offset[e + 1]; m += every)
+                from[offset[e + 1]++] = m;
+        }
+        for (int m = 0; m < MOST_ROWS; ++m) index[m] = m < offset[4] ? b.h_index[from[m]] : -1;
+        tbuf_put(&b.offset, offset);
+        tbuf_put(&b.index, index);
+        tbuf_poison(&b.c.all);
+        b.d.num_rows = offset[4];
+        b.d.a_rows = b.a_rows;
+        CHECK_STATUS(moe_grouped_gemm_plan(&b.d, &some), MOE_OK);
+        CHECK(all.path == some.path && all.tile == some.tile, "paths %d %d, tiles %d %d", all.path,
+              some.path, all.tile, some.tile);
+        CHECK_STATUS(moe_grouped_gemm(&b.d, test_now.stream), MOE_OK);
+        got = (char*)tbuf_copy(&b.c.all);
+        bytes = (size_t)(c.n * moe_dtype_bytes(c.c_dtype));
+        for (int m = 0; m < offset[4]; ++m)
+            wrong += memcmp(got + (size_t)m * bytes, want + (size_t)from[m] * bytes, bytes) != 0;
+        CHECK(wrong == 0, "%d of %d rows have other bits: %s", wrong, offset[4], case_text(&c));
+        TFREE(want, got);
         bufs_free(&b);
     }
 }
@@ -175,6 +227,7 @@ static void test_gemm_past_2_31(void)
 static void gemm_replay(void)
 {
     RUN(test_gemm_same_bits);
+    RUN(test_gemm_batch);
     RUN(test_gemm_graph);
     RUN(test_gemm_past_2_31);
 }

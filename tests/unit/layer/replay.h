@@ -5,6 +5,7 @@
      test_layer_prepared   runs a prepared layer with other weight tables and other inputs: reads
                            both when it runs, and gives the bits of a call
      test_layer_same_bits  runs many times: the same bits
+     test_layer_batch      runs some tokens alone: with batch_invariant the same bits
      test_layer_graph      launches a captured layer again with other inputs: the bits of a call
      test_layer_past_2_31  puts rows past 2^32 elements, of x, the residual or y, also y over x: the
                            bits of the same call on dense rows, workspace included */
@@ -131,6 +132,39 @@ static void test_layer_same_bits(void)
     }
 }
 
+static void test_layer_batch(void)
+{
+    static const int counts[] = {1, 17, 64};
+    trand r = trand_new(16);
+    for (int i = 0; i < (MOE_ON_HOST ? 4 : 24); ++i) {
+        layer_case c = normal_case(220, 136, 264, 8, 3);
+        const int first = (int)trand_int(&r, 0, 150), count = counts[i % 3];
+        layer_bufs b;
+        char *want, *got;
+        size_t at, bytes;
+        c.tile = 0;
+        c.router_dtype = i & 1 ? MOE_FP32 : c.dtype;
+        c.shared = i % 4 < 2 ? 0 : 72;
+        c.residual = i & 2 ? RESIDUAL : NO_RESIDUAL;
+        bufs_new(&b, &c, &r);
+        b.d.batch_invariant = 1;
+        CHECK_STATUS(moe_layer_forward(&b.d, test_now.stream), MOE_OK);
+        want = (char*)tbuf_copy(&b.y);
+        bytes = (size_t)c.H * 2, at = (size_t)first * bytes;
+        reset(&b, &c);
+        b.d.x = (const char*)b.d.x + at;
+        b.d.y = (char*)b.d.y + at;
+        if (b.d.residual) b.d.residual = (const char*)b.d.residual + at;
+        b.d.num_tokens = count;
+        CHECK_STATUS(moe_layer_forward(&b.d, test_now.stream), MOE_OK);
+        got = (char*)tbuf_copy(&b.y);
+        CHECK(memcmp(got + at, want + at, (size_t)count * bytes) == 0,
+              "tokens %d .. %d have other bits: %s", first, first + count - 1, case_text(&c));
+        TFREE(want, got);
+        bufs_free(&b);
+    }
+}
+
 static void test_layer_graph(void)
 {
     trand r = trand_new(12);
@@ -223,6 +257,7 @@ static void layer_replay(void)
     RUN(test_layer_parts);
     RUN(test_layer_prepared);
     RUN(test_layer_same_bits);
+    RUN(test_layer_batch);
     RUN(test_layer_graph);
     RUN(test_layer_past_2_31);
 }
