@@ -21,9 +21,10 @@
 
    Accumulation and activation in fp32; act is rounded to the dtype between the two products. Equal
    inputs give equal bits; with batch_invariant a row has the same bits in any batch.
-   Cost: 6 * rows * H * I flops (4 where not gated), two launches; scratch: act, num_rows * I
-   elements. On Hopper (code of sm_90a) both run wgmma where the weights are k-major in one block
-   (gemm/grouped.cuh). Minimum architecture: sm_75 (fp16), sm_80 (bf16).
+   Cost: 6 * rows * H * I flops (4 where not gated), two launches, each on the wgmma path with a
+   memset of 4 bytes before it; scratch: act, num_rows * I elements. On Hopper (code of sm_90a) both
+   run wgmma where the weights are k-major in one block (gemm/grouped.cuh). Minimum architecture:
+   sm_75 (fp16), sm_80 (bf16).
 
      moe_experts_desc m = {0};
      m.x = x;  m.w1.base = w1;  m.w2.base = w2;
@@ -77,8 +78,8 @@ typedef struct moe_experts_desc {
     int32_t batch_invariant; /* as in gemm/desc.h, for both products */
     int32_t rank;         /* reported with a fault, 0 .. MOE_FAULT_MAX_RANK */
     /* workspace */
-    void* workspace;        /* 16-byte aligned; or null: slower on Hopper where experts differ in
-                               rows (gemm/desc.h) */
+    void* workspace;        /* 16-byte aligned, for one call at a time; or null: slower on Hopper
+                               where experts differ in rows (gemm/desc.h) */
     size_t workspace_bytes; /* bytes at workspace: MOE_EXPERTS_WORKSPACE or more */
 } moe_experts_desc;
 

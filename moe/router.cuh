@@ -226,12 +226,15 @@ MOE_HOST int64_t moei_bf16_split_blocks(const moei_router_args* d, int small)
 #define MOEI_BF16_SPLIT_WORTH 20
 
 /* Sets *path to a bf16 split path where the operands fit and the current device and this binary can
-   run it; otherwise leaves *path unchanged. many: 1: the path for many tokens. */
+   run it; otherwise leaves *path unchanged. many: 1: as for so many tokens that the choice no longer
+   depends on them. */
 MOE_HOST moe_status moei_bf16_split_plan(const moei_router_args* d, int many, int* path)
 {
+    moei_router_args of = *d; /* of which the tile is chosen */
     moe_device dev;
     int64_t waves, small_waves;
     int small, runs;
+    if (many) of.num_tokens = 1 << 24;
     if (d->hidden % 8 != 0 || d->x_stride % 8 != 0 || d->w_stride % 4 != 0 ||
         !moei_aligned(d->x, 16) || !moei_aligned(d->w, 16))
         return MOE_OK;
@@ -239,9 +242,9 @@ MOE_HOST moe_status moei_bf16_split_plan(const moei_router_args* d, int many, in
     MOE_TRY(moei_variant_runs(moei_bf16_split_variant(1, d->x_dtype), &dev, 0, &runs));
     if (!runs) return MOE_OK;
     MOE_TRY(moei_variant_runs(moei_bf16_split_variant(0, d->x_dtype), &dev, 0, &runs));
-    waves = (moei_bf16_split_blocks(d, 0) + dev.sms - 1) / dev.sms;
-    small_waves = (moei_bf16_split_blocks(d, 1) + dev.sms - 1) / dev.sms;
-    small = (!many && small_waves <= waves * MOEI_BF16_SPLIT_WORTH) || !runs;
+    waves = (moei_bf16_split_blocks(&of, 0) + dev.sms - 1) / dev.sms;
+    small_waves = (moei_bf16_split_blocks(&of, 1) + dev.sms - 1) / dev.sms;
+    small = small_waves <= waves * MOEI_BF16_SPLIT_WORTH || !runs;
     if (moei_bf16_split_blocks(d, small) <= 0x7fffffff)
         *path = small ? MOE_ROUTER_BF16_SPLIT_SMALL : MOE_ROUTER_BF16_SPLIT_LARGE;
     return MOE_OK;

@@ -13,8 +13,8 @@
 /* Tile shapes, tile_m x tile_n. With a gated activation a tile has tile_n / 2 columns of C. */
 typedef enum moe_tile {
     MOE_TILE_AUTO = 0,
-    MOE_TILE_128x256, /* many rows an expert; 180 KB of shared memory a thread block; grouped GEMM:
-                         k-major operands only */
+    MOE_TILE_128x256, /* many rows an expert; 180 KB of shared memory a thread block, on the wgmma
+                         path 194 KB; grouped GEMM: k-major operands only */
     MOE_TILE_128x128, /* many rows an expert on smaller chips */
     MOE_TILE_32x128,  /* few rows an expert: reading the weights dominates the time */
     MOE_TILE_64x64    /* runs on every architecture, sm_75 included */
@@ -63,13 +63,14 @@ typedef struct moe_grouped_gemm_desc {
                             finite and not negative, 0 = 7 */
     int32_t tile;        /* moe_tile; 0 = chosen by shape and device */
     int32_t path;        /* moe_gemm_path that must run; 0 = chosen */
-    int32_t
-        batch_invariant; /* 1: the kernel is chosen as for many rows, so the bits of a row do not
-                                depend on the number of rows; slower for few. 0: chosen by rows too */
     int32_t accumulate;  /* 1: adds the result to C; 0: overwrites C */
     int32_t rank;        /* reported with a fault, 0 .. MOE_FAULT_MAX_RANK */
+    /* 1: the kernel is chosen without regard to num_rows, as for many: a row's bits do not depend on
+       other rows. A single row then costs a tile of 128. 0: chosen by num_rows too */
+    int32_t batch_invariant;
     /* workspace */
-    void* workspace;        /* 16-byte aligned; null: the wgmma path hands out tiles in a fixed order,
+    void* workspace;        /* 16-byte aligned, for one call at a time: calls that may run together
+                               have one each. Null: the wgmma path hands out tiles in a fixed order,
                                slower where experts differ in rows. The result is the same */
     size_t workspace_bytes; /* bytes at workspace: MOE_GROUPED_GEMM_WORKSPACE or more */
 } moe_grouped_gemm_desc;

@@ -13,8 +13,8 @@
    device: no copy to the host, and a captured graph replays with other routing.
 
    Accumulates in fp32. Each element of C is one sum in ascending k: equal inputs give equal bits
-   for one path and tile shape, which depend on shapes, device and binary alone. With batch_invariant
-   they do not depend on num_rows: a row has the same bits in any batch.
+   for one path and tile shape, which depend on shapes, device, driver and binary alone. With
+   batch_invariant they do not depend on num_rows: a row has the same bits in any batch.
 
    Cost: 2 * R * n * k flops (twice that with a gated activation). One launch; with a workspace, on
    the wgmma path, a memset of 4 bytes before it. Minimum architecture: sm_75 (fp16), sm_80 (bf16).
@@ -95,6 +95,8 @@ MOEI_GEMM_TILE_LIST(MOEI_GEMM_TILE_KERNELS)
 #undef MOEI_GEMM_KERNEL
 
 /* The kernels of the wgmma path, for k-major operands: rows of A in order, or gathered. */
+static_assert(sizeof(moei_wgmma_param) == sizeof(moei_wgmma_args),
+              "moe_grouped_gemm_run launches with the args of a prepared product");
 #define MOEI_GEMM_WGMMA_LEAST(a_major, b_major)                                                    \
     ((a_major) == MOE_MAJOR_K && (b_major) == MOE_MAJOR_K ? 90 : MOEI_CODE_NEVER)
 #if MOEI_WGMMA_HERE
@@ -155,8 +157,8 @@ static const moei_variant moei_gemm_variants[] = {
 #undef MOEI_GEMM_ROW
                 MOEI_VARIANT_END};
 
-/* Returns 1 where v has a good tile for these sizes on a device of `sms` multiprocessors;
-   batch_invariant: for so many rows that their number does not matter. */
+/* Returns 1 where v has a good tile for these sizes on a device of `sms` multiprocessors; with
+   batch_invariant num_rows is ignored. */
 MOE_HOST int moei_gemm_suits(const moei_variant* v, const moe_grouped_gemm_desc* d, int sms)
 {
     const int64_t tile_m = v->shape.tile_m, tile_n = v->shape.tile_n;
@@ -278,8 +280,8 @@ MOE_HOST int moei_gemm_wgmma_takes(const moe_grouped_gemm_desc* d)
 {
     const int64_t most = (int64_t)1 << 39;
     return d->a_major == MOE_MAJOR_K && d->b.major == MOE_MAJOR_K && !d->b.table &&
-           !d->b.up_table && d->a_stride < most && d->b.row_stride < most / 2 &&
-           d->b.expert_stride < most;
+           !d->b.up_table && (d->row_index || d->row_div == 1) && d->a_stride < most &&
+           d->b.row_stride < most / 2 && d->b.expert_stride < most;
 }
 
 /* Encodes the tensor maps of a checked product with rows: gates and ups as two matrices of n rows,

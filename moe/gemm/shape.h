@@ -13,13 +13,14 @@ typedef struct moe_gemm_shape {
     int32_t stages;                 /* of the ring: 2 or more, grouped GEMMs 3; 1: no ring */
     int32_t dtype;                  /* of A and B: MOE_FP16 or MOE_BF16 */
     int32_t a_major, b_major;       /* MOE_MAJOR_K or MOE_MAJOR_MN */
-    int32_t wm, wn, threads;        /* m and n of a warp tile, at most 64; threads of a block */
+    int32_t wm, wn, threads;        /* m and n of a warp tile, with WMMA at most 64; threads of a
+                                       block, with wgmma the producer's too */
     int32_t terms;                  /* 1; or 2, 3: B is a sum of `terms` matrices, and a stage has
                                        the tile of each (router/bf16_split.cuh) */
 } moe_gemm_shape;
 
 /* The first six arguments of moe_gemm_shape_of. A pass of copies has 32 rows (threads * 8 /
-   tile_k). A warp tile is at most 64 x 64. */
+   tile_k). */
 #define MOE_GEMM_SHAPE_128x256 128, 256, 64, 2, 4, 3
 #define MOE_GEMM_SHAPE_128x128 128, 128, 32, 2, 2, 3
 #define MOE_GEMM_SHAPE_32x128 32, 128, 64, 2, 4, 3

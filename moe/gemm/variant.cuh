@@ -101,8 +101,8 @@ MOE_HOST moe_status moei_variant_prepare(moe_launch* l, const moei_variant* v, i
 /* Most tiles of persistent blocks: a tile number plus the grid size does not overflow int32_t. */
 #define MOEI_VARIANT_MAX_TILES (0x7fffffff - 65535)
 
-/* Returns the plan of a launch of persistent blocks. The grid has as many whole clusters as
-   the device holds at one time, but at most one block for each of `tiles`. */
+/* Returns the plan of a launch of persistent blocks. The grid has as many blocks as the device holds
+   at one time by shared memory, in whole clusters, but at most one for each of `tiles`. */
 MOE_HOST moe_gemm_plan moei_variant_plan(const moei_variant* v, const moe_device* dev,
                                          int64_t tiles, size_t more)
 {

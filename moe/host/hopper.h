@@ -5,13 +5,13 @@
    A copy arrives when a thread waits for its barrier; until then its destination holds poison. So a
    stage that is read too early, or refilled too early, shows. Products run when their warp waits
    for their group: a stage that is released before shows too. Descriptors carry the address of the
-   operand; the swizzle is applied to addresses, as on a GPU.
+   operand, not the bits that a GPU reads; the swizzle is applied to addresses, as on a GPU.
 
    The run fails where a kernel names a block of its cluster that has ended, a barrier that was not
    initialized, a destination or operand that is not 1024-byte aligned, or a descriptor of another
    layout; where a barrier gets more arrivals than it expects; where products are in flight at the
-   end. Not shown: the limit of registers, and the order of memory accesses that
-   moei_wgmma_sees_copies makes. */
+   end. Not shown: the limit of registers, the limits of tensor maps, and the order that
+   moei_wgmma_begin, moei_wgmma_settle and moei_wgmma_sees_copies make. */
 #ifndef MOE_HOST_HOPPER_H
 #define MOE_HOST_HOPPER_H
 

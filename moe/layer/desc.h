@@ -53,17 +53,17 @@ typedef struct moe_layer_desc {
     int32_t gate_up;      /* moe_gate_up; 0 = concatenated */
     float alpha, limit;   /* of the clamped SwiGLU, as in experts.cuh; else 0 */
     int32_t tile;         /* moe_tile of all products of experts; 0 = chosen by shape and device */
-    int32_t batch_invariant; /* 1: kernels are chosen as for many tokens, so the bits of a token do
-                                not depend on the other tokens, where none is dropped; slower for
-                                few. 0: chosen by T too */
     int32_t rank;         /* reported with a fault, 0 .. MOE_FAULT_MAX_RANK */
+    /* 1: kernels are chosen without regard to T, as for many tokens: a token's bits do not depend on
+       other tokens, but for dropped slots and whole_batch. Slower for few. 0: chosen by T too */
+    int32_t batch_invariant;
     /* options of the stations, as in their own headers; what the layer fills in (buffers between
        the stations, sizes, fault word, rank, workspace) is 0 here */
     moe_gate_desc gate;      /* rules and their buffers, expert_count, prob_sum; all 0 with ids */
     moe_route_desc route;    /* replicas, padding, capacity; drop_count, slot_row, row_weight */
     moe_layer_shared shared; /* all 0 = no shared expert */
     /* workspace */
-    void* workspace;        /* 256-byte aligned */
+    void* workspace;        /* 256-byte aligned, for one call at a time */
     size_t workspace_bytes; /* at least what moe_layer_workspace returns */
 } moe_layer_desc;
 

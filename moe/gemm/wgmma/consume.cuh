@@ -226,7 +226,8 @@ MOE_DEVICE void moei_wgmma_finish(moei_wgmma_pending* p, float acc[128], const m
      2. release the last stage
      3. finish: bias, activation, rounding
    A consumer without rows of the tile releases the stages. At the end stores what is pending.
-   Consumer 1 begins its first tile two steps later. Nothing keeps it behind after that. */
+   Consumer 1 begins its first tile two steps later, so that at first one of the two multiplies while
+   the other finishes a tile. */
 MOE_DEVICE void moei_wgmma_consume(const moei_wgmma_args* a, moei_wgmma_ring r,
                                    const moei_wgmma_tiles* w, int consumer, const int gathered,
                                    const int dtype)

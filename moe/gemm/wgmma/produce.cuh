@@ -17,8 +17,8 @@
 
 /* ---- the order of tiles; a whole warp calls these ---- */
 
-/* Returns the number of the cluster's next pair, which follows `pair`; from a counter, for lane 0
-   of block 0 alone. */
+/* Returns the number of the cluster's next pair, which follows `pair`. With a counter only lane 0 of
+   block 0 gets it, the others get 0. */
 MOE_DEVICE int moei_wgmma_take(const moei_wgmma_args* a, const moei_wgmma_tiles* w, int pair)
 {
     const int clusters = (int)gridDim.x / 2;

@@ -3,6 +3,8 @@
      test_experts_halves     runs the two products one by one: the bits of moe_experts
      test_experts_same_bits  runs many times: the same bits
      test_experts_graph      launches a captured MLP again with other routings
+     test_experts_batch      plans the same tiles for few rows as for many with batch_invariant, and
+                             without it others
      test_experts_large      runs 4096 tokens on 64 experts, on a GPU
      test_experts_past_2_31  puts rows past 2^32 elements, of x, act, the output or one expert's
                              output: the bits of the same call on dense rows */
@@ -57,25 +59,51 @@ static void test_experts_same_bits(void)
 static void test_experts_graph(void)
 {
     trand r = trand_new(13);
-    experts_case c = normal_case(33, 72, 56, 6, 3);
-    experts_bufs b;
-    tgraph g;
-    bufs_new(&b, &c, &r);
-    if (tgraph_capture(&g, call_experts, &b.d)) {
-        CHECK(untouched(&b), "capture itself runs nothing");
-        for (int run = 0; run < 3; ++run) {
-            c.dropped = 30 * run;
-            c.one = run == 2;
-            fill_rows(&b, &c, &r);
-            tbuf_put(&b.offset, b.h_offset);
-            tbuf_put(&b.row_slot, b.h_row_slot);
-            tbufs_poison(TBUFS(&b.act, &b.rows.all));
-            tgraph_launch(&g);
-            compare(&b, &c);
+    for (int i = 0; i < 2; ++i) { /* on Hopper the largest tile takes the wgmma path */
+        experts_case c = normal_case(33, 72, 56, 6, 3);
+        experts_bufs b;
+        tgraph g;
+        c.tile = i ? MOE_TILE_128x256 : MOE_TILE_64x64;
+        if (test_gemm_status(c.dtype, c.tile) != MOE_OK) continue;
+        bufs_new(&b, &c, &r);
+        if (tgraph_capture(&g, call_experts, &b.d)) {
+            CHECK(untouched(&b), "capture itself runs nothing");
+            for (int run = 0; run < 3; ++run) {
+                c.dropped = 30 * run;
+                c.one = run == 2;
+                fill_rows(&b, &c, &r);
+                tbuf_put(&b.offset, b.h_offset);
+                tbuf_put(&b.row_slot, b.h_row_slot);
+                tbufs_poison(TBUFS(&b.act, &b.rows.all));
+                tgraph_launch(&g);
+                compare(&b, &c);
+            }
+            tgraph_free(&g);
         }
-        tgraph_free(&g);
+        bufs_free(&b);
     }
-    bufs_free(&b);
+}
+
+static void test_experts_batch(void)
+{
+    trand r = trand_new(14);
+    for (int i = 0; i < 2; ++i) {
+        experts_case c = normal_case(700, 264, 264, 4, 2);
+        experts_bufs b;
+        moe_gemm_plan up[2], down[2];
+        c.tile = 0;
+        bufs_new(&b, &c, &r);
+        b.d.batch_invariant = i;
+        for (int few = 0; few < 2; ++few) {
+            b.d.num_rows = few ? 8 : 0;
+            CHECK_STATUS(moe_experts_plan(&b.d, &up[few], &down[few]), MOE_OK);
+        }
+        CHECK(!i || (up[0].tile == up[1].tile && down[0].tile == down[1].tile),
+              "tiles %d %d, %d %d", up[0].tile, up[1].tile, down[0].tile, down[1].tile);
+        CHECK(i || (up[0].tile != up[1].tile && down[0].tile != down[1].tile),
+              "few rows take the tile of many: this test shows nothing");
+        bufs_free(&b);
+    }
 }
 
 static void test_experts_large(void)
@@ -150,6 +178,7 @@ static void experts_replay(void)
     RUN(test_experts_halves);
     RUN(test_experts_same_bits);
     RUN(test_experts_graph);
+    RUN(test_experts_batch);
     RUN(test_experts_large);
     RUN(test_experts_past_2_31);
 }

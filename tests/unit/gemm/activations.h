@@ -104,7 +104,7 @@ static void test_gemm_activations(void)
     trand r = trand_new(21);
     for (int kind = MOE_ACTIVATION_NONE; kind <= MOE_ACTIVATION_RELU2; ++kind)
         for (int gate_up = MOE_GATE_UP_CONCATENATED; gate_up <= MOE_GATE_UP_SEPARATE; ++gate_up)
-            for (int i = 0; i < 4; ++i) {
+            for (int i = 0; i < 6; ++i) {
                 gemm_case c = normal_case(3, rows, 72, 40);
                 if (!moe_activation_is_gated(kind) && gate_up != MOE_GATE_UP_CONCATENATED) continue;
                 c.activation = kind;
@@ -113,9 +113,13 @@ static void test_gemm_activations(void)
                 c.c_dtype = i & 2 ? MOE_FP32 : c.dtype;
                 c.b_major = trand_int(&r, 0, 1) ? MOE_MAJOR_MN : MOE_MAJOR_K;
                 c.tile = (int)trand_int(&r, MOE_TILE_128x128, MOE_TILE_64x64);
+                if (i >= 4) { /* k-major: on Hopper the wgmma path */
+                    c.tile = MOE_TILE_128x256;
+                    c.b_major = MOE_MAJOR_K;
+                }
                 if (kind == MOE_ACTIVATION_SWIGLU_CLAMPED && i) {
-                    c.alpha = i == 1 ? 0.5f : i == 2 ? 0 : -2.0f;
-                    c.limit = i == 1 ? 0 : 0.5f; /* less than some gates and ups */
+                    c.alpha = i % 4 == 1 ? 0.5f : i == 2 ? 0 : -2.0f;
+                    c.limit = i % 4 == 1 ? 0 : 0.5f; /* less than some gates and ups */
                 }
                 run_case(&c, &r);
             }

@@ -54,8 +54,8 @@ static const char* case_text(const gemm_case* c)
         c->n, c->k, moe_dtype_name(c->dtype), moe_dtype_name(c->c_dtype),
         c->a_major == MOE_MAJOR_MN ? "M" : "K", c->b_major == MOE_MAJOR_MN ? "N" : "K",
         c->activation, (double)c->alpha, (double)c->limit, c->gate_up, c->bias, c->gather,
-        c->a_rows, c->b_table, c->c_table, c->a_pad, c->b_pad, c->c_pad, c->fill, c->tile, c->path, c->lead,
-        c->slack, c->E);
+        c->a_rows, c->b_table, c->c_table, c->a_pad, c->b_pad, c->c_pad, c->fill, c->tile, c->path,
+        c->lead, c->slack, c->E);
     for (int e = 0; e < c->E && at < (int)sizeof text - 12; ++e)
         at += snprintf(text + at, sizeof text - (size_t)at, " %d", c->rows[e]);
     return text;

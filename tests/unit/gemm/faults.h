@@ -4,22 +4,28 @@
      test_gemm_bad_tables   records the expert whose address is null or misaligned, in each table,
                             and writes nothing; ignores addresses of experts without rows
      test_gemm_stopped      does nothing after a stop fault, everything after a data fault
-     test_gemm_no_rows      accepts no rows, with null buffers */
+     test_gemm_no_rows      accepts no rows, with null buffers
+
+   The first three run the smallest tile and the largest, which on Hopper takes the wgmma path. */
 #ifndef MOE_TESTS_GEMM_FAULTS_H
 #define MOE_TESTS_GEMM_FAULTS_H
 
 #include "tests/unit/gemm/case.h"
+
+static const int fault_tiles[] = {MOE_TILE_64x64, MOE_TILE_128x256};
 
 static void test_gemm_bad_offsets(void)
 {
     static const int rows[] = {10, 20, 30, 5}, first[] = {1, 3, 0, 1};
     trand r = trand_new(9);
     for (int how = 0; how < 4; ++how)
-        for (int table = 0; table < 2; ++table) {
+        for (int i = 0; i < 4; ++i) {
             gemm_case c = normal_case(4, rows, 72, 40);
             gemm_bufs b;
             int32_t offset[5];
-            c.c_table = table;
+            c.c_table = i & 1;
+            c.tile = fault_tiles[i / 2];
+            if (test_gemm_status(c.dtype, c.tile) != MOE_OK) continue;
             bufs_new(&b, &c, &r);
             memcpy(offset, b.h_offset, sizeof offset);
             if (how == 0) offset[2] = 9;  /* expert 1 ends before it begins */
@@ -44,14 +50,17 @@ static void test_gemm_bad_tables(void)
     static const int rows[] = {10, 0, 30, 5};
     trand r = trand_new(19);
     for (int of = OF_B; of <= OF_C; ++of)
-        for (int separate = of == OF_UP; separate < 2; ++separate)
+        for (int i = of == OF_UP ? 2 : 0; i < 4; ++i)
             for (int how = IS_NULL; how <= IS_GOOD; ++how) {
+                const int separate = i / 2;
                 gemm_case c = normal_case(4, rows, N, K);
                 gemm_bufs b;
                 char* at[4];
                 tbuf table;
                 c.activation = separate ? MOE_ACTIVATION_SWIGLU : MOE_ACTIVATION_NONE;
                 c.gate_up = separate ? MOE_GATE_UP_SEPARATE : MOE_GATE_UP_CONCATENATED;
+                c.tile = fault_tiles[i % 2];
+                if (test_gemm_status(c.dtype, c.tile) != MOE_OK) continue;
                 bufs_new(&b, &c, &r);
                 for (int e = 0; e < 4; ++e)
                     at[e] = of == OF_C
@@ -85,19 +94,23 @@ static void test_gemm_stopped(void)
 {
     static const int rows[] = {10, 20};
     trand r = trand_new(10);
-    gemm_case c = normal_case(2, rows, 72, 40);
-    gemm_bufs b;
-    bufs_new(&b, &c, &r);
-    tfault_put(&b.fault, MOE_FAULT_BAD_OFFSET, 7);
-    CHECK_STATUS(moe_grouped_gemm(&b.d, test_now.stream), MOE_OK);
-    CHECK(tgrouped_untouched(&b.c), "after a stop fault");
-    CHECK_FAULT(&b.fault, MOE_FAULT_BAD_OFFSET, 7);
-    tfault_put(&b.fault, MOE_FAULT_BAD_ID, 3);
-    CHECK_STATUS(moe_grouped_gemm(&b.d, test_now.stream), MOE_OK);
-    CHECK_FAULT(&b.fault, MOE_FAULT_BAD_ID, 3);
-    tfault_put(&b.fault, MOE_FAULT_NONE, 0);
-    compare(&b, &c);
-    bufs_free(&b);
+    for (int i = 0; i < 2; ++i) {
+        gemm_case c = normal_case(2, rows, 72, 40);
+        gemm_bufs b;
+        c.tile = fault_tiles[i];
+        if (test_gemm_status(c.dtype, c.tile) != MOE_OK) continue;
+        bufs_new(&b, &c, &r);
+        tfault_put(&b.fault, MOE_FAULT_BAD_OFFSET, 7);
+        CHECK_STATUS(moe_grouped_gemm(&b.d, test_now.stream), MOE_OK);
+        CHECK(tgrouped_untouched(&b.c), "after a stop fault");
+        CHECK_FAULT(&b.fault, MOE_FAULT_BAD_OFFSET, 7);
+        tfault_put(&b.fault, MOE_FAULT_BAD_ID, 3);
+        CHECK_STATUS(moe_grouped_gemm(&b.d, test_now.stream), MOE_OK);
+        CHECK_FAULT(&b.fault, MOE_FAULT_BAD_ID, 3);
+        tfault_put(&b.fault, MOE_FAULT_NONE, 0);
+        compare(&b, &c);
+        bufs_free(&b);
+    }
 }
 
 static void test_gemm_no_rows(void)

@@ -83,28 +83,32 @@ static void test_gemm_graph(void)
 {
     static const int rows[] = {30, 10, 0, 25};
     trand r = trand_new(13);
-    gemm_case c = normal_case(4, rows, 72, 72);
-    gemm_bufs b;
-    tgraph g;
-    c.gather = 3;
-    c.a_rows = 25;
-    bufs_new(&b, &c, &r);
     CHECK_STATUS(moe_grouped_gemm_preload(), MOE_OK);
-    if (tgraph_capture(&g, call_gemm, &b.d)) {
-        CHECK(tgrouped_untouched(&b.c), "capture itself runs nothing");
-        for (int run = 0; run < 3; ++run) {
-            if (run > 0) trows_share(4, b.num_rows, c.rows, b.h_offset, &r);
-            for (int m = 0; m < b.num_rows; ++m) b.h_index[m] = (int32_t)trand_int(&r, 0, 74);
-            if (run == 2) b.h_index[b.h_offset[4] - 1] = 75;
-            tbuf_put(&b.offset, b.h_offset);
-            tbuf_put(&b.index, b.h_index);
-            tbuf_poison(&b.c.all);
-            tgraph_launch(&g);
-            compare(&b, &c);
+    for (int i = 0; i < 2; ++i) { /* on Hopper the largest tile takes the wgmma path */
+        gemm_case c = normal_case(4, rows, 72, 72);
+        gemm_bufs b;
+        tgraph g;
+        c.gather = 3;
+        c.a_rows = 25;
+        c.tile = i ? MOE_TILE_128x256 : MOE_TILE_64x64;
+        if (test_gemm_status(c.dtype, c.tile) != MOE_OK) continue;
+        bufs_new(&b, &c, &r);
+        if (tgraph_capture(&g, call_gemm, &b.d)) {
+            CHECK(tgrouped_untouched(&b.c), "capture itself runs nothing");
+            for (int run = 0; run < 3; ++run) {
+                if (run > 0) trows_share(4, b.num_rows, c.rows, b.h_offset, &r);
+                for (int m = 0; m < b.num_rows; ++m) b.h_index[m] = (int32_t)trand_int(&r, 0, 74);
+                if (run == 2) b.h_index[b.h_offset[4] - 1] = 75;
+                tbuf_put(&b.offset, b.h_offset);
+                tbuf_put(&b.index, b.h_index);
+                tbuf_poison(&b.c.all);
+                tgraph_launch(&g);
+                compare(&b, &c);
+            }
+            tgraph_free(&g);
         }
-        tgraph_free(&g);
+        bufs_free(&b);
     }
-    bufs_free(&b);
 }
 
 /* What lies far apart: rows of A, k-major, gathered or mn-major; experts of B, or each expert's

@@ -7,7 +7,8 @@
      test_wgmma_table   a table of C with a misaligned address
      test_wgmma_many    more tiles than blocks, experts of very different sizes
      test_wgmma_bits    the same bits with tiles handed out in another order
-     test_wgmma_fresh   1,000 calls back to back, each on new inputs, twice: the same hashes
+     test_wgmma_fresh   1,000 calls back to back, each on new rows, weights and numbers of rows, twice:
+                        the same hashes
      test_wgmma_path    who takes what, and the refusals of a path that is asked for */
 #ifndef MOE_TESTS_GEMM_WGMMA_H
 #define MOE_TESTS_GEMM_WGMMA_H
@@ -200,10 +201,22 @@ MOE_KERNEL(256, 1) fresh_kernel(MOE_ARG(fresh_args) d)
     if (d.c) atomicAdd(d.hash, sum);
 }
 
+/* Queues the kernel that fills n elements at `a` for this call. */
+static void fill_fresh(void* a, int64_t n, int call, int dtype, moe_launch_config l)
+{
+    fresh_args f = {};
+    f.a = (uint16_t*)a;
+    f.n = n;
+    f.call = call;
+    f.dtype = dtype;
+    CHECK_STATUS(MOE_LAUNCH(fresh_kernel, l, f), MOE_OK);
+}
+
 static void test_wgmma_fresh(void)
 {
-    enum { CALLS = MOE_ON_HOST ? 2 : 1000 };
+    enum { CALLS = MOE_ON_HOST ? 4 : 1000 };
     static const int rows[] = {300, 5, 0, 129, 260};
+    static const int32_t other[] = {0, 0, 192, 512, 513, 694}; /* offsets of every other call */
     trand r = trand_new(36);
     if (!wgmma_here()) return;
     for (int gather = 0; gather < 2; ++gather) {
@@ -211,21 +224,22 @@ static void test_wgmma_fresh(void)
         static unsigned long long hash[2][CALLS];
         const moe_launch_config l = moe_grid(MOE_ON_HOST ? 1 : 64, 256, 0, test_now.stream);
         int differ = 0, repeated = 0;
-        tbuf bh = tbuf_new("hash", sizeof hash, 0);
+        tbuf bh = tbuf_new("hash", sizeof hash, 0), offsets[2];
         gemm_bufs b;
         c.gather = gather ? 2 : 0;
-        c.c_table = 0; /* all of C in one buffer */
+        c.c_table = c.lead = c.slack = 0; /* all of C in one buffer */
         bufs_new(&b, &c, &r);
+        offsets[0] = tbuf_from("offset", b.h_offset, sizeof other, 4);
+        offsets[1] = tbuf_from("offset", other, sizeof other, 4);
         b.d.accumulate = 0;
         TEST_CUDA(cudaMemset(bh.p, 0, sizeof hash));
         for (int pass = 0; pass < 2; ++pass)
             for (int i = 0; i < CALLS; ++i) {
                 fresh_args f = {};
-                f.a = (uint16_t*)b.a.p;
-                f.n = (int64_t)(b.a.bytes / 2);
-                f.call = i;
-                f.dtype = c.dtype;
-                CHECK_STATUS(MOE_LAUNCH(fresh_kernel, l, f), MOE_OK);
+                fill_fresh(b.a.p, (int64_t)(b.a.bytes / 2), i, c.dtype, l);
+                fill_fresh(b.b.part[0][0].p, (int64_t)(b.b.part[0][0].bytes / 2), i + CALLS,
+                           c.dtype, l);
+                b.d.expert_offset = (const int32_t*)offsets[i & 1].p;
                 TEST_CUDA(cudaMemsetAsync(b.c.all.p, 0x22, b.c.all.bytes, test_now.stream));
                 CHECK_STATUS(moe_grouped_gemm(&b.d, test_now.stream), MOE_OK);
                 f.c = (const unsigned long long*)b.c.all.p;
@@ -240,7 +254,7 @@ static void test_wgmma_fresh(void)
         }
         CHECK(differ == 0 && repeated == 0, "gather %d: %d of %d calls differ, %d are equal",
               gather, differ, CALLS, repeated);
-        tbufs_free(TBUFS(&bh));
+        tbufs_free(TBUFS(&bh, &offsets[0], &offsets[1]));
         bufs_free(&b);
     }
 }
@@ -263,6 +277,10 @@ static void test_wgmma_path(void)
     d.path = MOE_GEMM_PATH_WMMA;
     CHECK_STATUS(moe_grouped_gemm_plan(&d, &p), MOE_OK);
     CHECK(p.path == MOE_GEMM_PATH_WMMA, "path %d", p.path);
+    d.path = MOE_GEMM_PATH_WGMMA;
+    d.row_div = 2; /* divides rows in order too, which tensor copies do not */
+    CHECK_STATUS(moe_grouped_gemm_plan(&d, &p), MOE_STATUS(MOE_ERR_CONFLICT, path));
+    d.row_div = 0;
     d.path = MOE_GEMM_PATH_WGMMA + 1;
     CHECK_STATUS(moe_grouped_gemm_plan(&d, &p), MOE_STATUS(MOE_ERR_OPTION, path));
     d.path = 0;

@@ -140,6 +140,7 @@ static void test_layer_batch(void)
         layer_case c = normal_case(220, 136, 264, 8, 3);
         const int first = (int)trand_int(&r, 0, 150), count = counts[i % 3];
         layer_bufs b;
+        moe_layer_prepared all, some;
         char *want, *got;
         size_t at, bytes;
         c.tile = 0;
@@ -148,7 +149,8 @@ static void test_layer_batch(void)
         c.residual = i & 2 ? RESIDUAL : NO_RESIDUAL;
         bufs_new(&b, &c, &r);
         b.d.batch_invariant = 1;
-        CHECK_STATUS(moe_layer_forward(&b.d, test_now.stream), MOE_OK);
+        CHECK_STATUS(moe_layer_prepare(&b.d, &all), MOE_OK);
+        CHECK_STATUS(moe_layer_run(&all, test_now.stream), MOE_OK);
         want = (char*)tbuf_copy(&b.y);
         bytes = (size_t)c.H * 2, at = (size_t)first * bytes;
         reset(&b, &c);
@@ -156,7 +158,16 @@ static void test_layer_batch(void)
         b.d.y = (char*)b.d.y + at;
         if (b.d.residual) b.d.residual = (const char*)b.d.residual + at;
         b.d.num_tokens = count;
-        CHECK_STATUS(moe_layer_forward(&b.d, test_now.stream), MOE_OK);
+        CHECK_STATUS(moe_layer_prepare(&b.d, &some), MOE_OK);
+        CHECK(all.router.path == some.router.path &&
+                  all.router.gemm.plan.tile == some.router.gemm.plan.tile,
+              "router: paths %d %d", all.router.path, some.router.path);
+        CHECK(all.experts.up.plan.tile == some.experts.up.plan.tile &&
+                  all.experts.down.plan.tile == some.experts.down.plan.tile &&
+                  all.shared.up.plan.tile == some.shared.up.plan.tile &&
+                  all.shared.down.plan.tile == some.shared.down.plan.tile,
+              "experts: other tiles");
+        CHECK_STATUS(moe_layer_run(&some, test_now.stream), MOE_OK);
         got = (char*)tbuf_copy(&b.y);
         CHECK(memcmp(got + at, want + at, (size_t)count * bytes) == 0,
               "tokens %d .. %d have other bits: %s", first, first + count - 1, case_text(&c));
@@ -169,11 +180,14 @@ static void test_layer_graph(void)
 {
     trand r = trand_new(12);
     CHECK_STATUS(moe_layer_preload(), MOE_OK);
-    for (int from = FROM_ROUTER; from <= FROM_IDS; ++from) {
+    for (int i = 0; i < 6; ++i) {
+        const int from = i % 3; /* FROM_ROUTER .. FROM_IDS */
         layer_case c = normal_case(45, 64, 40, 6, 2);
         layer_bufs b;
         tgraph g;
         c.from = from;
+        c.tile = i < 3 ? MOE_TILE_64x64 : MOE_TILE_128x256; /* on Hopper the wgmma path */
+        if (test_gemm_status(c.dtype, c.tile) != MOE_OK) continue;
         c.y_is_x = from == FROM_LOGITS;
         c.shared = from == FROM_IDS ? 64 : 0; /* no token has a NaN then */
         c.shared_weighted = 1;
