@@ -75,7 +75,8 @@ typedef struct moe_experts_desc {
     float alpha, limit;   /* of the clamped SwiGLU, else 0: alpha finite, 0 = 1.702; limit finite
                              and not negative, 0 = 7 */
     int32_t tile;         /* moe_tile of both products; 0 = chosen by shape and device */
-    int32_t batch_invariant; /* as in gemm/desc.h, for both products */
+    int32_t batch_invariant; /* as in gemm/desc.h, for both products, like the next */
+    int32_t grid_limit;
     int32_t rank;         /* reported with a fault, 0 .. MOE_FAULT_MAX_RANK */
     /* workspace */
     void* workspace;        /* 16-byte aligned, for one call at a time; or null: slower on Hopper
@@ -134,6 +135,7 @@ MOE_HOST moe_status moei_experts_gemms(const moe_experts_desc* d, moe_grouped_ge
     up->limit = d->limit;
     up->tile = d->tile;
     up->batch_invariant = d->batch_invariant;
+    up->grid_limit = d->grid_limit;
     up->rank = d->rank;
     MOE_REQUIRE(!d->workspace || d->workspace_bytes >= MOE_EXPERTS_WORKSPACE, MOE_ERR_WORKSPACE,
                 workspace_bytes);
@@ -161,6 +163,7 @@ MOE_HOST moe_status moei_experts_gemms(const moe_experts_desc* d, moe_grouped_ge
     down->c_dtype = d->rows_dtype;
     down->tile = d->tile;
     down->batch_invariant = d->batch_invariant;
+    down->grid_limit = d->grid_limit;
     down->rank = d->rank;
     if (d->workspace) {
         down->workspace = (char*)d->workspace + MOE_GROUPED_GEMM_WORKSPACE;

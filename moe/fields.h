@@ -52,7 +52,7 @@
                                                                                 X(grad_expert) X(  \
                                                                                     saved)         \
                                                                                     X(saved_bytes) \
-                                                                                    X(batch_invariant)
+                                                                                    X(batch_invariant) X(grid_limit)
 
 enum {
     MOE_FIELD_NONE,

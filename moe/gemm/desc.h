@@ -68,6 +68,8 @@ typedef struct moe_grouped_gemm_desc {
     /* 1: the kernel is chosen without regard to num_rows, as for many: a row's bits do not depend on
        other rows. A single row then costs a tile of 128. 0: chosen by num_rows too */
     int32_t batch_invariant;
+    int32_t grid_limit; /* most thread blocks, which leaves multiprocessors to other kernels; on the
+                           wgmma path 2 or more; 0 = as many as run at one time */
     /* workspace */
     void* workspace;        /* 16-byte aligned, for one call at a time: calls that may run together
                                have one each. Null: the wgmma path hands out tiles in a fixed order,

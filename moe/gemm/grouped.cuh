@@ -207,6 +207,7 @@ MOE_HOST moe_status moei_gemm_check_options(moe_grouped_gemm_desc* d)
     MOE_REQUIRE(d->tile >= 0 && d->tile <= MOE_TILE_64x64, MOE_ERR_OPTION, tile);
     MOE_REQUIRE(d->path >= 0 && d->path <= MOE_GEMM_PATH_WGMMA, MOE_ERR_OPTION, path);
     MOE_REQUIRE((d->batch_invariant | 1) == 1, MOE_ERR_OPTION, batch_invariant);
+    MOE_REQUIRE(d->grid_limit >= 0, MOE_ERR_RANGE, grid_limit);
     MOE_REQUIRE(!d->workspace || d->workspace_bytes >= MOE_GROUPED_GEMM_WORKSPACE,
                 MOE_ERR_WORKSPACE, workspace_bytes);
 
@@ -280,8 +281,8 @@ MOE_HOST int moei_gemm_wgmma_takes(const moe_grouped_gemm_desc* d)
 {
     const int64_t most = (int64_t)1 << 39;
     return d->a_major == MOE_MAJOR_K && d->b.major == MOE_MAJOR_K && !d->b.table &&
-           !d->b.up_table && (d->row_index || d->row_div == 1) && d->a_stride < most &&
-           d->b.row_stride < most / 2 && d->b.expert_stride < most;
+           !d->b.up_table && (d->row_index || d->row_div == 1) && d->grid_limit != 1 &&
+           d->a_stride < most && d->b.row_stride < most / 2 && d->b.expert_stride < most;
 }
 
 /* Encodes the tensor maps of a checked product with rows: gates and ups as two matrices of n rows,
@@ -438,7 +439,7 @@ MOE_HOST moe_status moei_gemm_prepare(const moe_grouped_gemm_desc* d, moe_groupe
             ((d->n + columns - 1) / columns); /* upper bound */
     MOE_REQUIRE(tiles <= MOEI_VARIANT_MAX_TILES, MOE_ERR_RANGE, num_rows);
     p->args.d = moei_gemm_args_of(d);
-    p->plan = moei_variant_plan(v, &dev, tiles, moei_gemm_more(d));
+    p->plan = moei_variant_plan(v, &dev, tiles, moei_gemm_more(d), d->grid_limit);
     if (d->num_rows == 0) return MOE_OK;
     if (v->path == MOE_GEMM_PATH_WGMMA) {
         const moe_status s = moei_gemm_encode(&p->args, d);

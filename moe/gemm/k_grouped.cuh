@@ -137,6 +137,7 @@ MOE_HOST moe_status moei_k_check_options(moe_k_grouped_gemm_desc* d)
     MOE_REQUIRE(d->tile == 0 || d->tile == MOE_TILE_128x256 || d->tile == MOE_TILE_128x128 ||
                     d->tile == MOE_TILE_64x64,
                 MOE_ERR_OPTION, tile);
+    MOE_REQUIRE(d->grid_limit >= 0, MOE_ERR_RANGE, grid_limit);
     MOEI_REQUIRE_RANK(d);
     MOE_TRY(moei_k_check_side(&d->a_stride, &d->a_rows, d->m, d->num_rows, MOE_FIELD_a_stride,
                               MOE_FIELD_a_rows));
@@ -257,7 +258,7 @@ MOE_HOST moe_status moei_k_prepare(const moe_k_grouped_gemm_desc* desc,
         if (!runs) continue;
         MOE_REQUIRE(tiles <= MOEI_VARIANT_MAX_TILES, MOE_ERR_RANGE, m);
         p->args = moei_k_args_of(d);
-        p->plan = moei_variant_plan(v, &dev, tiles, 0);
+        p->plan = moei_variant_plan(v, &dev, tiles, 0, d->grid_limit);
         return moei_variant_prepare(&p->launch, v, p->plan.blocks, 0);
     }
     MOE_REQUIRE(!d->tile, MOE_ERR_DEVICE, tile);

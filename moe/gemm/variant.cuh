@@ -102,9 +102,10 @@ MOE_HOST moe_status moei_variant_prepare(moe_launch* l, const moei_variant* v, i
 #define MOEI_VARIANT_MAX_TILES (0x7fffffff - 65535)
 
 /* Returns the plan of a launch of persistent blocks. The grid has as many blocks as the device holds
-   at one time by shared memory, in whole clusters, but at most one for each of `tiles`. */
+   at one time by shared memory, in whole clusters, but at most one for each of `tiles`, and at most
+   `limit` where that is not 0. Requires that a cluster is within the limit. */
 MOE_HOST moe_gemm_plan moei_variant_plan(const moei_variant* v, const moe_device* dev,
-                                         int64_t tiles, size_t more)
+                                         int64_t tiles, size_t more, int limit)
 {
     const size_t smem = v->smem + more;
     int64_t per_sm = (int64_t)((size_t)dev->smem_sm / (smem + 1024));
@@ -119,6 +120,7 @@ MOE_HOST moe_gemm_plan moei_variant_plan(const moei_variant* v, const moe_device
     p.stages = v->shape.stages;
     p.threads = v->shape.threads;
     p.blocks = (int32_t)(tiles < per_sm * dev->sms ? tiles : per_sm * dev->sms);
+    if (limit && p.blocks > limit) p.blocks = limit;
     p.blocks = p.blocks < v->cluster ? v->cluster : p.blocks - p.blocks % v->cluster;
     p.smem = smem;
     return p;

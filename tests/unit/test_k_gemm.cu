@@ -23,7 +23,7 @@
 enum { MOST = 80 };
 
 typedef struct k_case {
-    int E, m, n, dtype, c_dtype, tile;
+    int E, m, n, dtype, c_dtype, tile, grid_limit;
     int rows[MOST];          /* of each expert */
     int a_gather, b_gather;  /* 0: row r itself; else an index, divided by this */
     int none, bad;           /* entries of the indices: -1; out of range */
@@ -147,6 +147,7 @@ static void bufs_new(k_bufs* b, const k_case* c, trand* r)
     b->d.c_dtype = c->c_dtype == c->dtype ? MOE_DTYPE_DEFAULT : c->c_dtype;
     b->d.accumulate = c->accumulate;
     b->d.tile = c->tile;
+    b->d.grid_limit = c->grid_limit;
 }
 
 static void bufs_free(k_bufs* b)
@@ -261,6 +262,7 @@ static void test_k_shapes(void)
                 c.tile = tiles[tile];
                 c.dtype = half ? MOE_FP16 : MOE_BF16;
                 c.c_dtype = trand_int(&r, 0, 1) ? MOE_FP32 : c.dtype;
+                c.grid_limit = half ? 3 : 0;
                 c.beyond = 9;
                 run_case(&c, &r);
             }
@@ -423,6 +425,7 @@ static void test_k_refusals(void)
     REFUSED(d.a_div = -1, MOE_ERR_RANGE, a_div);
     REFUSED(d.b_div = -1, MOE_ERR_RANGE, b_div);
     REFUSED(d.accumulate = 2, MOE_ERR_OPTION, accumulate);
+    REFUSED(d.grid_limit = -1, MOE_ERR_RANGE, grid_limit);
     REFUSED_RANK_AND_FAULT();
     REFUSED_EACH(tile, MOE_ERR_OPTION, tile, MOE_TILE_32x128, -1);
     REFUSED(d.a_rows = -1, MOE_ERR_RANGE, a_rows);

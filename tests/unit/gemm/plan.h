@@ -46,6 +46,16 @@ static void test_gemm_plan(void)
         }
         CHECK_STATUS(moe_grouped_gemm_plan(0, 0), MOE_STATUS(MOE_ERR_NULL, desc));
     }
+    for (int limit = 1; limit < 12; ++limit)
+        for (int tile = MOE_TILE_128x256; tile <= MOE_TILE_64x64; ++tile) {
+            moe_grouped_gemm_desc d = {};
+            moe_gemm_plan p = {};
+            d.num_experts = 1, d.n = d.k = 4096, d.dtype = MOE_FP16;
+            d.tile = tile, d.grid_limit = limit;
+            if (test_gemm_status(MOE_FP16, tile) != MOE_OK) continue;
+            CHECK_STATUS(moe_grouped_gemm_plan(&d, &p), MOE_OK);
+            CHECK(p.blocks <= limit && p.blocks >= 1, "%d blocks of %d", p.blocks, limit);
+        }
     CHECK(strcmp(moe_gemm_path_name(MOE_GEMM_PATH_WMMA), "wmma") == 0 &&
               strcmp(moe_gemm_path_name(MOE_GEMM_PATH_WGMMA), "wgmma") == 0 &&
               strcmp(moe_gemm_path_name(99), "none") == 0,

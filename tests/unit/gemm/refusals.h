@@ -108,6 +108,7 @@ static void test_gemm_refusals(void)
     REFUSED(d.expert_offset = (const int32_t*)AT(d.expert_offset, 2), MOE_ERR_ALIGN, expert_offset);
     REFUSED(d.accumulate = 2, MOE_ERR_OPTION, accumulate);
     REFUSED(d.batch_invariant = 2, MOE_ERR_OPTION, batch_invariant);
+    REFUSED(d.grid_limit = -1, MOE_ERR_RANGE, grid_limit);
     REFUSED_RANK_AND_FAULT();
     REFUSED(d.c = (void*)d.a, MOE_ERR_OVERLAP, c);
     REFUSED(d.c = AT(d.a, 30 * 40 * 2 - 16), MOE_ERR_OVERLAP, c); /* its last 16 bytes */
