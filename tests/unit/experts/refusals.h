@@ -119,6 +119,8 @@ static void test_experts_refusals(void)
     REFUSED((d.num_tokens = INT32_MAX, d.top_k = INT32_MAX), MOE_ERR_RANGE, num_tokens);
     REFUSED((d.num_tokens = 0, d.num_rows = ROWS), MOE_ERR_RANGE, num_tokens);
     REFUSED(d.num_rows = -1, MOE_ERR_RANGE, num_rows);
+    REFUSED(d.batch_invariant = -1, MOE_ERR_OPTION, batch_invariant);
+    REFUSED(d.grid_limit = -1, MOE_ERR_RANGE, grid_limit);
     REFUSED_EACH(top_k, MOE_ERR_RANGE, top_k, 0, -1);
     REFUSED((d.row_slot = 0, d.top_k = -1, d.num_rows = ROWS), MOE_ERR_RANGE, top_k);
     REFUSED(d.activation = MOE_ACTIVATION_SILU, MOE_ERR_CONFLICT, w1); /* a second matrix */
