@@ -275,8 +275,8 @@ MOE_HOST moe_status moei_gemm_check_buffers(const moe_grouped_gemm_desc* d)
     return moe_check_buffers(b, count);
 }
 
-/* Returns 1 where the wgmma path can take a checked product: k-major operands, weights in one
-   block, sizes within the limits of tensor maps. */
+/* Returns 1 where the wgmma path can take a checked product: k-major operands, rows gathered or
+   undivided, weights in one block, room for a cluster, sizes within the limits of tensor maps. */
 MOE_HOST int moei_gemm_wgmma_takes(const moe_grouped_gemm_desc* d)
 {
     const int64_t most = (int64_t)1 << 39;

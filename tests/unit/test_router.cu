@@ -579,8 +579,6 @@ static void test_router_same_bits(void)
     }
 }
 
-#include "tests/unit/router/large.h"
-
 static void test_router_batch(void)
 {
     static const int counts[] = {4, 32, 100};
@@ -613,6 +611,8 @@ static void test_router_batch(void)
             bufs_free(&b);
         }
 }
+
+#include "tests/unit/router/large.h"
 
 int main(int argc, char** argv)
 {

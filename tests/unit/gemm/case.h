@@ -30,7 +30,6 @@ typedef struct gemm_case {
     int tile;
     int path;        /* moe_gemm_path; 0: chosen */
     int no_ticket;   /* 1: no workspace */
-    int grid_limit;  /* as in the descriptor */
     int64_t sampled; /* compares every so many rows of an expert; 0: all */
 } gemm_case;
 
@@ -183,7 +182,7 @@ static void bufs_new(gemm_bufs* b, const gemm_case* c, trand* r)
     b->d.activation = c->activation == MOE_ACTIVATION_NONE ? MOE_ACTIVATION_DEFAULT : c->activation;
     b->d.alpha = c->alpha, b->d.limit = c->limit;
     b->d.gate_up = c->gate_up == MOE_GATE_UP_CONCATENATED ? MOE_GATE_UP_DEFAULT : c->gate_up;
-    b->d.tile = c->tile, b->d.path = c->path, b->d.grid_limit = c->grid_limit;
+    b->d.tile = c->tile, b->d.path = c->path;
     if (!c->no_ticket) {
         b->d.workspace = b->workspace.p;
         b->d.workspace_bytes = MOE_GROUPED_GEMM_WORKSPACE;
@@ -332,12 +331,17 @@ static void run_case(const gemm_case* c, trand* r)
     gemm_case one = *c;
     gemm_bufs b;
     one.no_ticket = (int)trand_int(r, 0, 1);
-    if (trand_int(r, 0, 1)) one.grid_limit = (int)trand_int(r, 2, 9);
     bufs_new(&b, &one, r);
     if (launch(&b, &one)) compare(&b, &one);
+    if (trand_int(r, 0, 3) == 0) { /* again by few blocks */
+        b.d.grid_limit = (int)trand_int(r, 2, 9);
+        tgrouped_poison(&b.c);
+        if (launch(&b, &one)) compare(&b, &one);
+        b.d.grid_limit = 0;
+    }
     if (one.path == 0 && (one.tile == MOE_TILE_128x256 || one.tile == MOE_TILE_AUTO)) {
         one.path = b.d.path = MOE_GEMM_PATH_WMMA;
-        tbuf_poison(&b.c.all);
+        tgrouped_poison(&b.c);
         if (launch(&b, &one)) compare(&b, &one);
     }
     bufs_free(&b);

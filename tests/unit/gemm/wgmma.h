@@ -280,7 +280,9 @@ static void test_wgmma_path(void)
     d.path = MOE_GEMM_PATH_WGMMA;
     d.row_div = 2; /* divides rows in order too, which tensor copies do not */
     CHECK_STATUS(moe_grouped_gemm_plan(&d, &p), MOE_STATUS(MOE_ERR_CONFLICT, path));
-    d.row_div = 0;
+    d.row_div = 0, d.grid_limit = 1; /* less than a cluster */
+    CHECK_STATUS(moe_grouped_gemm_plan(&d, &p), MOE_STATUS(MOE_ERR_CONFLICT, path));
+    d.grid_limit = 0;
     d.path = MOE_GEMM_PATH_WGMMA + 1;
     CHECK_STATUS(moe_grouped_gemm_plan(&d, &p), MOE_STATUS(MOE_ERR_OPTION, path));
     d.path = 0;
