@@ -86,12 +86,20 @@ typedef struct moei_schedule {
                              the number of tiles */
 } moei_schedule;
 
-/* Returns the tiles of an expert, or the pairs of tiles that clusters take: two row tiles of a
-   column; of a last single row tile two columns. */
-MOE_DEVICE int moei_schedule_count(int row_tiles, int column_tiles, const int pairs)
+/* Return the pairs of row tiles that share a column, and the row tiles left over, which take two
+   columns: of an expert with so many half row tiles. Of three left over, a shared pair would keep
+   half of a block idle; it pays where no other pair reads the weights. */
+MOE_DEVICE int moei_schedule_shared(int halves) { return halves == 3 ? 1 : halves / 4; }
+
+MOE_DEVICE int moei_schedule_unshared(int halves) { return halves == 3 ? 0 : (halves % 4 + 1) / 2; }
+
+/* Returns the tiles of an expert with so many rows, or the pairs of tiles that clusters take. */
+MOE_DEVICE int moei_schedule_count(int rows, int tile_rows, int column_tiles, const int pairs)
 {
-    if (!pairs) return row_tiles * column_tiles;
-    return row_tiles / 2 * column_tiles + (row_tiles & 1) * ((column_tiles + 1) / 2);
+    const int halves = (rows + tile_rows / 2 - 1) / (tile_rows / 2);
+    if (!pairs) return (rows + tile_rows - 1) / tile_rows * column_tiles;
+    return moei_schedule_shared(halves) * column_tiles +
+           moei_schedule_unshared(halves) * ((column_tiles + 1) / 2);
 }
 
 /* Fills tile_start by a prefix sum over the experts; with `pairs`, a literal, tile_start counts
@@ -112,8 +120,7 @@ MOE_DEVICE int moei_schedule_build(const moei_schedule* s, moe_block_scan_scratc
                 bad = 1;
             } else if (end > begin) {
                 const int first = begin - begin % s->row_align;
-                tiles = moei_schedule_count((end - first + tile_rows - 1) / tile_rows,
-                                            s->column_tiles, pairs);
+                tiles = moei_schedule_count(end - first, tile_rows, s->column_tiles, pairs);
             }
         }
         at = moe_block_exclusive_scan(tiles, scratch, &total);

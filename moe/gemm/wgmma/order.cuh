@@ -4,12 +4,13 @@
    A cluster takes a pair of tiles at a time, one for each block:
      shared     two neighbouring row tiles of one column tile. Each block loads one half of B for
                 both
-     unshared   an expert's last row tile, where their number is odd, and two neighbouring column
-                tiles; the second column may be past the last, its block then has no rows
+     unshared   one row tile and two neighbouring column tiles: the one or two row tiles that an
+                expert has left over; the second column may be past the last, its block then has
+                no rows
 
    Pairs are numbered expert after expert. An expert's row tiles are cut into bands of at most
    2 * MOEI_WGMMA_BAND row tiles, as even as whole pairs allow. A band takes two columns at a time:
-   all row tiles of the first column, then of the second, then in the last band the unshared pair of
+   all row tiles of the first column, then of the second, then in the last band the unshared pairs of
    both. So pairs that run at one time have few rows and few columns, which stay in L2. */
 #ifndef MOE_GEMM_WGMMA_ORDER_CUH
 #define MOE_GEMM_WGMMA_ORDER_CUH
@@ -37,7 +38,7 @@ MOE_DEVICE moei_wgmma_tile moei_wgmma_tile_of(const moei_schedule* s, int index,
 {
     int lo = 0, hi = s->groups.num_experts; /* tile_start[lo] <= index < tile_start[hi] */
     moei_wgmma_tile t;
-    int local, row_tiles, bands, each = 0, band = 0, height, last, columns, first_column;
+    int local, halves, bands, height, last, row, columns, first_column;
     while (hi - lo > 1) { /* 32 entries at a time, `apart` entries apart */
         const int apart = (hi - lo + 31) / 32, at = lo + moe_lane() * apart;
         const bool before = at < hi && s->tile_start[at] <= index;
@@ -47,28 +48,33 @@ MOE_DEVICE moei_wgmma_tile moei_wgmma_tile_of(const moei_schedule* s, int index,
     t.expert = lo;
     t.begin = moei_expert_begin(&s->groups, lo);
     t.end = moei_expert_end(&s->groups, lo);
+    t.row = t.begin;
     local = index - s->tile_start[lo]; /* of the expert; then of the band; then of two columns */
-    row_tiles = (t.end - t.begin + MOEI_WGMMA_ROWS - 1) / MOEI_WGMMA_ROWS;
-    bands = (row_tiles / 2 + MOEI_WGMMA_BAND - 1) / MOEI_WGMMA_BAND;
+    halves = (t.end - t.begin + MOEI_WGMMA_ROWS / 2 - 1) / (MOEI_WGMMA_ROWS / 2);
+    height = moei_schedule_shared(halves);
+    last = moei_schedule_unshared(halves);
+    bands = (height + MOEI_WGMMA_BAND - 1) / MOEI_WGMMA_BAND;
+    row = t.begin + height * 2 * MOEI_WGMMA_ROWS; /* of the first unshared pair */
     if (bands > 1) {
-        each = (row_tiles / 2 + bands - 1) / bands;
-        band = local / (each * s->column_tiles);
+        const int each = (height + bands - 1) / bands;
+        int band = local / (each * s->column_tiles);
         band = band < bands ? band : bands - 1; /* the unshared pairs follow the last band's */
         local -= band * each * s->column_tiles;
+        t.row += band * each * 2 * MOEI_WGMMA_ROWS;
+        height = band < bands - 1 ? each : height - band * each;
+        last = band < bands - 1 ? 0 : last;
     }
-    height = band < bands - 1 ? each : row_tiles / 2 - band * each;
-    last = band < bands - 1 ? 0 : row_tiles & 1;
     first_column = local / (2 * height + last) * 2;
     local -= first_column / 2 * (2 * height + last);
     columns = s->column_tiles - first_column < 2 ? 1 : 2;
     t.shared = local < columns * height;
     if (t.shared) {
-        const int second = local >= height, pair = band * each + local - second * height;
+        const int second = local >= height;
         t.column = first_column + second;
-        t.row = t.begin + (2 * pair + cluster_rank) * MOEI_WGMMA_ROWS;
+        t.row += (2 * (local - second * height) + cluster_rank) * MOEI_WGMMA_ROWS;
     } else {
         t.column = first_column + cluster_rank;
-        t.row = cluster_rank < columns ? t.begin + (row_tiles - 1) * MOEI_WGMMA_ROWS : t.end;
+        t.row = cluster_rank < columns ? row + (local - columns * height) * MOEI_WGMMA_ROWS : t.end;
     }
     return t;
 }

@@ -173,14 +173,18 @@ static void check_pairs(const int32_t* offset, int E, int columns)
     if (count == -2) test_leave_out("no code of sm_90a");
     for (int e = 0; e < E && count >= 0; ++e) { /* walks the order */
         const int begin = offset[e], end = offset[e + 1];
-        const int row_tiles = (end - begin + MOEI_WGMMA_ROWS - 1) / MOEI_WGMMA_ROWS;
-        const int bands = (row_tiles / 2 + MOEI_WGMMA_BAND - 1) / MOEI_WGMMA_BAND;
-        const int each = bands ? (row_tiles / 2 + bands - 1) / bands : 0;
-        for (int band = 0; band < (bands ? bands : row_tiles); ++band)
+        const int full = MOEI_WGMMA_ROWS, left = (end - begin) % (2 * full);
+        /* a pair of row tiles with more than a half and a tile; a first pair with more than a tile */
+        const int shared = (end - begin) / (2 * full) +
+                           (left > full + full / 2 || (left > full && end - begin < 2 * full));
+        const int unshared = (end - begin - shared * 2 * full + full - 1) / full;
+        const int bands = (shared + MOEI_WGMMA_BAND - 1) / MOEI_WGMMA_BAND;
+        const int each = bands ? (shared + bands - 1) / bands : 0;
+        for (int band = 0; band < (bands ? bands : unshared > 0); ++band)
             for (int first = 0; first < columns; first += 2) {
                 const int two = first + 1 < columns ? 2 : 1;
                 const int top = band * each;
-                const int bottom = top + each < row_tiles / 2 ? top + each : row_tiles / 2;
+                const int bottom = top + each < shared ? top + each : shared;
                 for (int i = 0; i < two * (bottom - top); ++i, ++at) {
                     const moei_wgmma_tile* t = tiles + 2 * (at < count ? at : 0);
                     const int row = begin + (top + i % (bottom - top)) * 2 * MOEI_WGMMA_ROWS;
@@ -190,14 +194,13 @@ static void check_pairs(const int32_t* offset, int E, int columns)
                                  t[rank].end != end || t[rank].column != column ||
                                  t[rank].row != row + rank * MOEI_WGMMA_ROWS || !t[rank].shared;
                 }
-                if (row_tiles % 2 && band + 1 >= bands) {
+                for (int i = 0; i < unshared && band + 1 >= bands; ++i, ++at) {
                     const moei_wgmma_tile* t = tiles + 2 * (at < count ? at : 0);
-                    const int row = begin + (row_tiles - 1) * MOEI_WGMMA_ROWS;
+                    const int row = begin + (2 * shared + i) * MOEI_WGMMA_ROWS;
                     for (int rank = 0; rank < 2; ++rank)
                         wrong += at >= count || t[rank].expert != e || t[rank].begin != begin ||
                                  t[rank].end != end || t[rank].column != first + rank ||
                                  t[rank].row != (rank < two ? row : end) || t[rank].shared;
-                    ++at;
                 }
             }
     }
@@ -212,8 +215,8 @@ static void test_gemm_pairs(void)
 {
     enum { MOST = 1100 };
     static const int Es[] = {1, 2, 31, 33, 128, 1024, MOST}, columns[] = {1, 2, 3, 12, 17};
-    static const int sizes[] = {0,   0,   1,   127,  128,  129,  255, 256,
-                                257, 384, 385, 3072, 6145, 6272, 9000};
+    static const int sizes[] = {0,   0,   1,   64,  65,  127,  128,  129,  192,  193,  256,
+                                257, 384, 385, 448, 449, 3072, 6145, 6272, 6300, 6350, 9000};
     trand r = trand_new(2);
     for (size_t i = 0; i < sizeof Es / sizeof *Es; ++i)
         for (size_t j = 0; j < sizeof columns / sizeof *columns; ++j) {
@@ -221,7 +224,7 @@ static void test_gemm_pairs(void)
             int32_t offset[MOST + 1];
             offset[0] = (int32_t)trand_int(&r, 0, 90);
             for (int e = 0; e < E; ++e)
-                offset[e + 1] = offset[e] + sizes[trand_int(&r, 0, E > 40 ? 7 : 14)];
+                offset[e + 1] = offset[e] + sizes[trand_int(&r, 0, E > 40 ? 10 : 21)];
             check_pairs(offset, E, columns[j]);
         }
 }
