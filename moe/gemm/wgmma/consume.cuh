@@ -21,7 +21,7 @@ typedef struct moei_wgmma_pending {
     char* c;        /* address of row r, column `column` of C */
     int rows;       /* the tile's rows from r on: more than 0: row r exists, more than 8: r + 8 */
     int columns;    /* columns of C from `column` on */
-    int groups;     /* groups of 32 columns that are pending, 0 .. 8 */
+    int next, groups; /* groups of 32 columns: the next one to store, their number, 0 .. 8 */
 } moei_wgmma_pending;
 
 /* Exchanges registers within four lanes 4 q .. 4 q + 3: x[j] of lane i becomes x[i] of lane j. The
@@ -43,27 +43,38 @@ MOE_DEVICE void moei_quad_transpose(uint32_t x[4])
     }
 }
 
-/* Stores the first 32 of the pending columns, 16 bytes a lane and row, and moves the others up.
-   below: bytes to 8 rows on. */
-MOE_DEVICE void moei_wgmma_store_next(moei_wgmma_pending* p, int64_t below)
+/* Stores pending columns 32 g .. 32 g + 31, g a literal, 16 bytes a lane and row. below: bytes to 8
+   rows on. */
+MOE_DEVICE void moei_wgmma_store_group(moei_wgmma_pending* p, const int g, int64_t below)
 {
-    moei_quad_transpose(p->x);
-    moei_quad_transpose(p->x + 4);
-    if (p->columns > 0) {
-        if (p->rows > 0) moei_store16(p->c, make_uint4(p->x[0], p->x[1], p->x[2], p->x[3]));
-        if (p->rows > 8) moei_store16(p->c + below, make_uint4(p->x[4], p->x[5], p->x[6], p->x[7]));
+    uint32_t* x = p->x + 8 * g;
+    char* c = p->c + 64 * g;
+    moei_quad_transpose(x);
+    moei_quad_transpose(x + 4);
+    if (p->columns > 32 * g) {
+        if (p->rows > 0) moei_store16(c, make_uint4(x[0], x[1], x[2], x[3]));
+        if (p->rows > 8) moei_store16(c + below, make_uint4(x[4], x[5], x[6], x[7]));
     }
-    p->c += 64;
-    p->columns -= 32;
-    --p->groups;
-    MOE_UNROLL
-    for (int i = 0; i < 56; ++i) p->x[i] = p->x[i + 8];
 }
 
-/* Step i of a tile: starts the products of the stage, then releases the stage of the step before,
-   which is `*before`: its products are complete. consumer: 0 or 1. */
-MOE_DEVICE void moei_wgmma_step(float acc[128], moei_wgmma_ring* r, int consumer, int i,
-                                int* before, const int gathered, const int dtype)
+/* Stores the next 32 of the pending columns. One branch is cheaper than to move the others up. */
+MOE_DEVICE void moei_wgmma_store_next(moei_wgmma_pending* p, int64_t below)
+{
+    switch (p->next++) {
+    case 0: moei_wgmma_store_group(p, 0, below); break;
+    case 1: moei_wgmma_store_group(p, 1, below); break;
+    case 2: moei_wgmma_store_group(p, 2, below); break;
+    case 3: moei_wgmma_store_group(p, 3, below); break;
+    case 4: moei_wgmma_store_group(p, 4, below); break;
+    case 5: moei_wgmma_store_group(p, 5, below); break;
+    case 6: moei_wgmma_store_group(p, 6, below); break;
+    default: moei_wgmma_store_group(p, 7, below);
+    }
+}
+
+/* Step i of a tile: starts the products of the stage. consumer: 0 or 1. */
+MOE_DEVICE void moei_wgmma_start_step(float acc[128], moei_wgmma_ring* r, int consumer, int i,
+                                      const int gathered, const int dtype)
 {
     const unsigned char* stage = r->stages + r->stage * MOEI_WGMMA_STAGE;
     const uint64_t a = moei_wgmma_operand(stage + consumer * MOEI_WGMMA_A_HALF);
@@ -74,6 +85,12 @@ MOE_DEVICE void moei_wgmma_step(float acc[128], moei_wgmma_ring* r, int consumer
     MOE_UNROLL
     for (int k = 0; k < 4; ++k) moei_wgmma(acc, a + k * 2, b + k * 2, i > 0 || k > 0, dtype);
     moei_wgmma_commit();
+}
+
+/* Ends step i: releases the stage of the step before, which is `*before`: its products are complete
+   after the wait. */
+MOE_DEVICE void moei_wgmma_end_step(moei_wgmma_ring* r, int i, int* before)
+{
     moei_wgmma_wait(1);
     if (i > 0) moei_wgmma_release(r, *before);
     *before = r->stage;
@@ -163,6 +180,16 @@ MOE_DEVICE void moei_wgmma_aim(moei_wgmma_pending* p, const moe_gemm_output* o,
     p->columns = n - column - quad * 8;
 }
 
+/* Rounds 32 columns, accumulators 16 g .. 16 g + 15, g a literal, to x [8]: rows r, r + 8 of 4. */
+MOE_DEVICE void moei_wgmma_round(uint32_t* x, const float acc[128], const int g, const int dtype)
+{
+    MOE_UNROLL
+    for (int j = 0; j < 4; ++j) {
+        x[j] = moe_pack2(acc[16 * g + 4 * j], acc[16 * g + 4 * j + 1], dtype);
+        x[j + 4] = moe_pack2(acc[16 * g + 4 * j + 2], acc[16 * g + 4 * j + 3], dtype);
+    }
+}
+
 /* Adds the bias, applies the activation, adds C where results are added to it, stores fp32 results:
    all that the epilogue offers. */
 MOE_DEVICE void moei_wgmma_finish_any(float acc[128], const moei_wgmma_pending* p,
@@ -212,16 +239,13 @@ MOE_DEVICE void moei_wgmma_finish(moei_wgmma_pending* p, float acc[128], const m
             acc[i] = moei_sigmoid_unit(acc[i], MOEI_MINUS_LOG2E) * acc[64 + i];
     }
     MOE_UNROLL
-    for (int i = 0; i < 32; ++i) {
-        const int at = i / 4 * 8 + i % 4;
-        p->x[at] = moe_pack2(acc[4 * i], acc[4 * i + 1], dtype);
-        p->x[at + 4] = moe_pack2(acc[4 * i + 2], acc[4 * i + 3], dtype);
-    }
+    for (int g = 0; g < 8; ++g) moei_wgmma_round(p->x + 8 * g, acc, g, dtype);
+    p->next = 0;
     p->groups = o->dtype == MOE_FP32 ? 0 : o->gated ? 4 : 8;
 }
 
 /* A consumer. For each tile:
-     1. multiply the steps; after each of the first ones store 32 columns of the tile before, in
+     1. multiply the steps; during each of the first ones store 32 columns of the tile before, in
         short tiles 64
      2. release the last stage
      3. finish: bias, activation, rounding
@@ -235,45 +259,50 @@ MOE_DEVICE void moei_wgmma_consume(const moei_wgmma_args* a, moei_wgmma_ring r,
     const moe_grouped_gemm_args* d = &a->d;
     const int warp = moe_warp() % 4, line = consumer * 64 + warp * 16 + (moe_lane() >> 2);
     const int64_t below = d->c.stride * 16;
-    const int each = w->steps < 8 ? 2 : 1; /* groups of columns stored after a step */
     moei_wgmma_pending p;
     p.c = 0;
-    p.rows = p.columns = p.groups = 0;
+    p.rows = p.columns = p.next = p.groups = 0;
     MOE_UNROLL
     for (int i = 0; i < 64; ++i) p.x[i] = 0;
     if (consumer == 1 && w->steps > 2) moei_barrier_wait(r.s->full + 2, 0);
     for (int turn = 0;; ++turn) {
         const moei_wgmma_tile* t = r.s->position + turn % MOEI_WGMMA_ENTRIES;
-        int rows;
+        int rows, steps, each;
         moei_barrier_wait(r.s->full + r.stage, r.parity);
         /* a shuffle: the compiler must know that the branches are uniform */
         rows = __shfl_sync(MOE_FULL_WARP, t->expert < 0 ? -1 : moei_wgmma_rows(t), 0);
         if (rows < 0) break;
+        steps = w->steps;
+        each = steps < 8 ? 2 : 1; /* groups of columns stored after a step */
         if (rows > consumer * 64) {
             float acc[128];
             int before = 0, i = 0;
             MOE_NO_UNROLL
-            for (; p.groups > 0 && i < w->steps; ++i) { /* 1. */
-                moei_wgmma_step(acc, &r, consumer, i, &before, gathered, dtype);
+            for (; p.next < p.groups && i < steps; ++i) { /* 1. */
+                moei_wgmma_start_step(acc, &r, consumer, i, gathered, dtype);
                 MOE_NO_UNROLL
-                for (int j = 0; j < each; ++j) moei_wgmma_store_next(&p, below);
+                for (int j = 0; j < each && p.next < p.groups; ++j)
+                    moei_wgmma_store_next(&p, below);
+                moei_wgmma_end_step(&r, i, &before);
             }
             MOE_NO_UNROLL
-            while (p.groups > 0) moei_wgmma_store_next(&p, below);
-            MOE_NO_UNROLL
-            for (; i < w->steps; ++i)
-                moei_wgmma_step(acc, &r, consumer, i, &before, gathered, dtype);
+            while (p.next < p.groups) moei_wgmma_store_next(&p, below);
             moei_wgmma_aim(&p, &d->c, t, t->row + line, rows - line, t->column * w->columns, d->n);
+            MOE_NO_UNROLL
+            for (; i < steps; ++i) {
+                moei_wgmma_start_step(acc, &r, consumer, i, gathered, dtype);
+                moei_wgmma_end_step(&r, i, &before);
+            }
             moei_wgmma_wait(0); /* 2. */
             moei_wgmma_settle(acc);
             moei_wgmma_release(&r, before);
             moei_wgmma_finish(&p, acc, &d->c, t->expert, d->n, dtype); /* 3. */
         } else {
-            moei_wgmma_skip(&r, w->steps);
+            moei_wgmma_skip(&r, steps);
         }
     }
     MOE_NO_UNROLL
-    while (p.groups > 0) moei_wgmma_store_next(&p, below);
+    while (p.next < p.groups) moei_wgmma_store_next(&p, below);
 }
 
 #endif

@@ -5,7 +5,7 @@
    The two blocks of a cluster compute pairs of tiles (order.cuh). Block 0 takes the next number
    from a counter in global memory, and sends it to block 1.
 
-   Rows in order: one thread starts the copies, and a second warp finds the next tile meanwhile.
+   Rows in order: one warp starts the copies, and a second one finds the next tile meanwhile.
    Gathered rows: all four warps copy, and warp 0 finds the next tile between two tiles. The loop of
    copies has few instructions: each takes register bandwidth from the tensor cores. */
 #ifndef MOE_GEMM_WGMMA_PRODUCE_CUH
@@ -53,6 +53,21 @@ MOE_DEVICE moei_wgmma_tile moei_wgmma_announce(moei_wgmma_shared* s, const moei_
     return t;
 }
 
+/* Returns the entry of the block's tile number `turn`. The shuffles tell the compiler that all lanes
+   have one value: registers of the warp hold it. The whole warp calls it. */
+MOE_DEVICE moei_wgmma_tile moei_wgmma_read(const moei_wgmma_shared* s, int turn)
+{
+    const moei_wgmma_tile* at = s->position + turn % MOEI_WGMMA_ENTRIES;
+    moei_wgmma_tile t;
+    t.expert = __shfl_sync(MOE_FULL_WARP, at->expert, 0);
+    t.begin = __shfl_sync(MOE_FULL_WARP, at->begin, 0);
+    t.end = __shfl_sync(MOE_FULL_WARP, at->end, 0);
+    t.row = __shfl_sync(MOE_FULL_WARP, at->row, 0);
+    t.column = __shfl_sync(MOE_FULL_WARP, at->column, 0);
+    t.shared = __shfl_sync(MOE_FULL_WARP, at->shared, 0);
+    return t;
+}
+
 /* ---- copies ---- */
 
 /* Starts the copies of a stage's B, depths k .. k + 63: of both halves; where the pair shares B, of
@@ -92,38 +107,43 @@ MOE_DEVICE void moei_wgmma_find_tiles(const moei_wgmma_args* a, moei_wgmma_share
     }
 }
 
-/* One thread. For each tile, and each of its steps:
+/* One warp, whose lane 0 starts the copies. For each tile, and each of its steps:
      1. wait until the stage is empty
      2. tell `full` how many bytes it will get, start the copies
    At the end passes one stage without bytes: the consumers find that there is no tile. */
 MOE_DEVICE void moei_wgmma_produce(const moei_wgmma_args* a, moei_wgmma_ring r,
                                    const moei_wgmma_tiles* w)
 {
+    const bool starts = moe_lane() == 0;
     for (int turn = 0;; ++turn) {
         moei_wgmma_tile t;
         int halves;
         moei_barrier_wait(&r.s->posted, turn & 1);
-        t = r.s->position[turn % MOEI_WGMMA_ENTRIES];
+        t = moei_wgmma_read(r.s, turn);
         if (t.expert < 0) break;
-        moei_barrier_arrive(&r.s->taken);
+        if (starts) moei_barrier_arrive(&r.s->taken);
         halves = (moei_wgmma_rows(&t) + 63) / 64;
-        if (halves && t.row + moei_wgmma_rows(&t) > a->d.a_rows) /* these rows are zeros */
+        if (starts && halves &&
+            t.row + moei_wgmma_rows(&t) > a->d.a_rows) /* these rows are zeros */
             moe_fault_raise(a->d.fault, MOE_FAULT_BAD_ROW, a->d.rank,
                             t.row < a->d.a_rows ? (int)a->d.a_rows : t.row);
         for (int i = 0; i < w->steps; ++i) {
             unsigned char* stage = r.stages + r.stage * MOEI_WGMMA_STAGE;
             uint64_t* full = r.s->full + r.stage;
-            moei_barrier_wait(r.s->empty + r.stage, r.parity ^ 1);                  /* 1. */
-            moei_barrier_expect(full, 2 * MOEI_WGMMA_B_HALF + halves * MOEI_WGMMA_A_HALF); /* 2. */
-            if (halves > 0) moei_tensor_load(stage, &a->a, i * 64, t.row, full);
-            if (halves > 1)
-                moei_tensor_load(stage + MOEI_WGMMA_A_HALF, &a->a, i * 64, t.row + 64, full);
-            moei_wgmma_load_b(a, &r, w, &t, i * 64);
+            moei_barrier_wait(r.s->empty + r.stage, r.parity ^ 1); /* 1. */
+            if (starts) {                                          /* 2. */
+                moei_barrier_expect(full, 2 * MOEI_WGMMA_B_HALF + halves * MOEI_WGMMA_A_HALF);
+                if (halves > 0) moei_tensor_load(stage, &a->a, i * 64, t.row, full);
+                if (halves > 1)
+                    moei_tensor_load(stage + MOEI_WGMMA_A_HALF, &a->a, i * 64, t.row + 64, full);
+                moei_wgmma_load_b(a, &r, w, &t, i * 64);
+            }
+            __syncwarp(MOE_FULL_WARP);
             moei_wgmma_next(&r);
         }
     }
     moei_barrier_wait(r.s->empty + r.stage, r.parity ^ 1);
-    moei_barrier_arrive(r.s->full + r.stage);
+    if (starts) moei_barrier_arrive(r.s->full + r.stage);
 }
 
 /* ---- gathered rows ---- */
@@ -161,21 +181,38 @@ MOE_DEVICE void moei_wgmma_find_rows(moei_wgmma_gather* g, const moe_grouped_gem
     g->whole = __all_sync(MOE_FULL_WARP, g->keep == 255) != 0;
 }
 
-/* Starts the thread's copies of a step. depths: of A from the thread's vector on; all: from the
-   step's first one on. */
-MOE_DEVICE void moei_wgmma_copy_rows(unsigned char* to, moei_wgmma_gather* g, int depths, int all)
+/* Starts the thread's copies of a step, `ahead`, a literal, after that of g->from. depths: of A from
+   the thread's vector on; whole, a literal: no zeros, fewer instructions. */
+MOE_DEVICE void moei_wgmma_copy_rows(unsigned char* to, const moei_wgmma_gather* g, const int ahead,
+                                     int depths, const int whole)
 {
-    if (g->whole && all >= 64) { /* no zeros: few instructions */
-        MOE_UNROLL
-        for (int i = 0; i < 8; ++i) moei_copy16_whole_async(to + i * 16 * 128, g->from[i]);
-    } else {
-        MOE_UNROLL
-        for (int i = 0; i < 8; ++i)
-            moei_copy16_async(to + i * 16 * 128, g->from[i],
-                              depths > 0 && (g->keep >> i & 1) ? 16 : 0);
-    }
     MOE_UNROLL
-    for (int i = 0; i < 8; ++i) g->from[i] += 128;
+    for (int i = 0; i < 8; ++i) {
+        const char* from = g->from[i] + ahead * 128;
+        if (whole) moei_copy16_whole_async(to + i * 16 * 128, from);
+        else moei_copy16_async(to + i * 16 * 128, from, depths > 0 && (g->keep >> i & 1) ? 16 : 0);
+    }
+}
+
+/* Fills the ring's next stage: step i of a tile, `ahead` after that of g->from; whole, a literal: no
+   zeros. line_at: bytes of the thread's first vector in the stage. All threads of the producer. */
+MOE_DEVICE void moei_wgmma_gather_step(const moei_wgmma_args* a, moei_wgmma_ring* r,
+                                       const moei_wgmma_tiles* w, const moei_wgmma_tile* t,
+                                       const moei_wgmma_gather* g, int i, int line_at,
+                                       const int ahead, const int whole)
+{
+    const int depths = a->d.k - i * 64 - (int)threadIdx.x % 8 * 8;
+    uint64_t* full = r->s->full + r->stage;
+    moei_barrier_wait(r->s->empty + r->stage, r->parity ^ 1);
+    if (threadIdx.x == 0) {
+        moei_barrier_expect(full, 2 * MOEI_WGMMA_B_HALF);
+        moei_wgmma_load_b(a, r, w, t, i * 64);
+    }
+    __syncwarp(MOE_FULL_WARP);
+    moei_wgmma_copy_rows(r->stages + r->stage * MOEI_WGMMA_STAGE + line_at, g, ahead, depths,
+                         whole);
+    moei_barrier_arrive_copies(full);
+    moei_wgmma_next(r);
 }
 
 /* All threads of the producer. As moei_wgmma_produce; the arrivals of a stage are B's, and one of
@@ -185,29 +222,32 @@ MOE_DEVICE void moei_wgmma_produce_gathered(const moei_wgmma_args* a, moei_wgmma
 {
     const moe_grouped_gemm_args* d = &a->d;
     const int thread = (int)threadIdx.x, vector = thread % 8, line = thread / 8;
-    const int to = line * 128 + ((vector ^ (line & 7)) << 4);
+    const int line_at = line * 128 + ((vector ^ (line & 7)) << 4);
     int pair = (int)blockIdx.x / 2;
     for (int turn = 0;; ++turn) {
         moei_wgmma_gather g;
         moei_wgmma_tile t;
-        int next = 0;
+        int next = 0, i = 0, whole;
         if (moe_warp() == 0) moei_wgmma_announce(r.s, w, pair, turn);
         moei_named_barrier(1, 128);
-        t = r.s->position[turn % MOEI_WGMMA_ENTRIES];
+        t = moei_wgmma_read(r.s, turn);
         if (t.expert < 0) break;
         if (moe_warp() == 0) next = moei_wgmma_take(a, w, pair); /* arrives meanwhile */
         moei_wgmma_find_rows(&g, d, &t, line, vector);
-        for (int i = 0; i < w->steps; ++i) {
-            unsigned char* stage = r.stages + r.stage * MOEI_WGMMA_STAGE + to;
-            uint64_t* full = r.s->full + r.stage;
-            moei_barrier_wait(r.s->empty + r.stage, r.parity ^ 1);
-            if (thread == 0) {
-                moei_barrier_expect(full, 2 * MOEI_WGMMA_B_HALF);
-                moei_wgmma_load_b(a, &r, w, &t, i * 64);
-            }
-            moei_wgmma_copy_rows(stage, &g, d->k - i * 64 - vector * 8, d->k - i * 64);
-            moei_barrier_arrive_copies(full);
-            moei_wgmma_next(&r);
+        whole = g.whole ? d->k / 64 : 0; /* steps without zeros */
+        MOE_NO_UNROLL
+        for (; i + 4 <= whole; i += 4) {
+            MOE_UNROLL
+            for (int ahead = 0; ahead < 4; ++ahead)
+                moei_wgmma_gather_step(a, &r, w, &t, &g, i + ahead, line_at, ahead, 1);
+            MOE_UNROLL
+            for (int j = 0; j < 8; ++j) g.from[j] += 4 * 128;
+        }
+        MOE_NO_UNROLL
+        for (; i < w->steps; ++i) {
+            moei_wgmma_gather_step(a, &r, w, &t, &g, i, line_at, 0, 0);
+            MOE_UNROLL
+            for (int j = 0; j < 8; ++j) g.from[j] += 128;
         }
         if (moe_warp() == 0) pair = moei_wgmma_agree(a, w, r.s, next, turn + 1);
     }

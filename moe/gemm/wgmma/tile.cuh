@@ -26,7 +26,7 @@ MOE_DEVICE_BODY void moei_wgmma_block(const moei_wgmma_args* a, unsigned char* d
                                       moei_wgmma_shared* s, const int gathered, const int dtype)
 {
     const moe_grouped_gemm_args* d = &a->d;
-    const int group = __shfl_sync(MOE_FULL_WARP, moe_warp() / 4, 0); /* uniform to the compiler */
+    const int warp = __shfl_sync(MOE_FULL_WARP, moe_warp(), 0); /* uniform to the compiler */
     moei_wgmma_ring r;
     moei_wgmma_tiles w;
     r.stages = dynamic + (1024 - ((uintptr_t)dynamic & 1023)) % 1024;
@@ -55,14 +55,14 @@ MOE_DEVICE_BODY void moei_wgmma_block(const moei_wgmma_args* a, unsigned char* d
     w.pairs = moei_schedule_build(&w.schedule, &s->scan, d->fault, d->rank, MOEI_WGMMA_ROWS, 1);
     moei_cluster_sync();
     if ((int)blockIdx.x / 2 >= w.pairs || !moei_gemm_tables_good(d, &w.schedule.groups)) return;
-    if (group == 0) { /* 2. */
+    if (warp < 4) { /* 2. */
         moei_registers_lower(72);
         if (gathered) moei_wgmma_produce_gathered(a, r, &w);
-        else if (threadIdx.x == 0) moei_wgmma_produce(a, r, &w);
-        else if (moe_warp() == 1) moei_wgmma_find_tiles(a, s, &w);
+        else if (warp == 0) moei_wgmma_produce(a, r, &w);
+        else if (warp == 1) moei_wgmma_find_tiles(a, s, &w);
     } else {
         moei_registers_raise(216);
-        moei_wgmma_consume(a, r, &w, group - 1, gathered, dtype);
+        moei_wgmma_consume(a, r, &w, warp / 4 - 1, gathered, dtype);
     }
     moei_cluster_sync(); /* 3. */
 }
