@@ -102,7 +102,7 @@ static_assert(sizeof(moei_wgmma_param) == sizeof(moei_wgmma_args),
 #if MOEI_WGMMA_HERE
 #define MOEI_GEMM_WGMMA_BODY(dtype, a_major, b_major, gathered)                                    \
     MOE_SHARED(moei_wgmma_shared, s);                                                              \
-    if (MOEI_GEMM_WGMMA_LEAST(a_major, b_major) == 90 && !moe_fault_stopped(p.a.d.fault))          \
+    if (MOEI_GEMM_WGMMA_LEAST(a_major, b_major) == 90)                                             \
         moei_wgmma_block(&p.a, shared, &s, gathered, dtype);
 #else
 #define MOEI_GEMM_WGMMA_BODY(dtype, a_major, b_major, gathered) (void)shared;

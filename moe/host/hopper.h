@@ -127,6 +127,11 @@ inline void moei_barrier_arrive_at(uint64_t* bar, int rank)
     moei_barrier_arrive((uint64_t*)moeh_cluster_address(bar, moeh_cluster_block((unsigned)rank)));
 }
 
+inline int moei_cluster_load(const int32_t* p, int rank)
+{
+    return *(const int32_t*)moeh_cluster_address(p, moeh_cluster_block((unsigned)rank));
+}
+
 /* The number arrives at a wait for the barrier. */
 inline void moei_cluster_send(int32_t* to, int value, uint64_t* bar, int rank)
 {

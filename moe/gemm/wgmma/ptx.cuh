@@ -120,6 +120,17 @@ MOE_DEVICE uint32_t moei_cluster_address(const void* p, int rank)
     return at;
 }
 
+/* Returns *p of block `rank` of the cluster, which a barrier of the cluster made visible. */
+MOE_DEVICE int moei_cluster_load(const int32_t* p, int rank)
+{
+    int v;
+    asm volatile("ld.shared::cluster.s32 %0, [%1];"
+                 : "=r"(v)
+                 : "r"(moei_cluster_address(p, rank))
+                 : "memory");
+    return v;
+}
+
 /* Arrives once at the barrier of block `rank` of the cluster. */
 MOE_DEVICE void moei_barrier_arrive_at(uint64_t* bar, int rank)
 {

@@ -37,6 +37,7 @@ typedef struct moei_wgmma_shared {
     uint64_t posted, taken;            /* a tile's position stands in its entry; has been read */
     uint64_t sent[MOEI_WGMMA_ENTRIES]; /* block 1: number[i] has arrived from block 0 */
     int32_t number[MOEI_WGMMA_ENTRIES];
+    int32_t stopped; /* block 0: an earlier kernel met a stop fault */
     moei_wgmma_tile position[MOEI_WGMMA_ENTRIES];
     moe_block_scan_scratch scan;
     uint32_t mark[128];

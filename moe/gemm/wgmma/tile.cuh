@@ -19,14 +19,16 @@
 /* Computes this block's share of all tiles. All threads of the block call it; blocks 2 i and 2 i + 1
    are a cluster. dynamic holds the ring, then tile_start [E + 1]. gathered, a literal: rows of A are
    gathered.
-     1. Initialize the barriers. Build the schedule; return where the offsets or tables are bad.
-     2. Each warpgroup takes its role.
+     1. Initialize the barriers. Build the schedule.
+     2. Each warpgroup takes its role, where nothing is bad and no earlier kernel met a stop fault.
+        Block 0 has read the fault word for both: they must agree.
      3. Wait for the other block, which may still arrive at barriers of this one. */
 MOE_DEVICE_BODY void moei_wgmma_block(const moei_wgmma_args* a, unsigned char* dynamic,
                                       moei_wgmma_shared* s, const int gathered, const int dtype)
 {
     const moe_grouped_gemm_args* d = &a->d;
     const int warp = __shfl_sync(MOE_FULL_WARP, moe_warp(), 0); /* uniform to the compiler */
+    const bool stopped = moe_fault_stopped(d->fault);
     moei_wgmma_ring r;
     moei_wgmma_tiles w;
     r.stages = dynamic + (1024 - ((uintptr_t)dynamic & 1023)) % 1024;
@@ -51,11 +53,13 @@ MOE_DEVICE_BODY void moei_wgmma_block(const moei_wgmma_args* a, unsigned char* d
         moei_barrier_init(&s->taken, 1);
         moei_barrier_visible();
         s->mark[0] = 0;
+        s->stopped = stopped;
     }
     w.pairs = moei_schedule_build(&w.schedule, &s->scan, d->fault, d->rank, MOEI_WGMMA_ROWS, 1);
     moei_cluster_sync();
-    if ((int)blockIdx.x / 2 >= w.pairs || !moei_gemm_tables_good(d, &w.schedule.groups)) return;
-    if (warp < 4) { /* 2. */
+    if (moei_cluster_load(&s->stopped, 0)) w.pairs = 0;
+    if ((int)blockIdx.x / 2 >= w.pairs || !moei_gemm_tables_good(d, &w.schedule.groups)) {
+    } else if (warp < 4) { /* 2. */
         moei_registers_lower(72);
         if (gathered) moei_wgmma_produce_gathered(a, r, &w);
         else if (warp == 0) moei_wgmma_produce(a, r, &w);

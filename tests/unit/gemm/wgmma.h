@@ -9,6 +9,7 @@
      test_wgmma_bits    the same bits with tiles handed out in another order
      test_wgmma_fresh   1,000 calls back to back, each on new rows, weights and numbers of rows, twice:
                         the same hashes
+     test_wgmma_stop    another stream raises a stop fault while a product begins: all or nothing
      test_wgmma_path    who takes what, and the refusals of a path that is asked for */
 #ifndef MOE_TESTS_GEMM_WGMMA_H
 #define MOE_TESTS_GEMM_WGMMA_H
@@ -259,6 +260,45 @@ static void test_wgmma_fresh(void)
     }
 }
 
+typedef struct raise_args {
+    uint64_t* fault;
+    int32_t delay;
+} raise_args;
+
+/* Raises a stop fault some turns of a loop after it begins. */
+MOE_KERNEL(32, 1) raise_kernel(MOE_ARG(raise_args) d)
+{
+    for (int i = 0; i < d.delay; ++i) MOE_SPIN();
+    if (threadIdx.x == 0) moe_fault_raise(d.fault, MOE_FAULT_BAD_OFFSET, TEST_RANK, 1);
+}
+
+static void test_wgmma_stop(void)
+{
+    static const int rows[] = {4};
+    trand r = trand_new(39);
+    gemm_case c = normal_case(1, rows, 8, 8);
+    gemm_bufs b;
+    cudaStream_t other;
+    if (!wgmma_here()) return;
+    c.path = MOE_GEMM_PATH_WGMMA, c.tile = MOE_TILE_128x256;
+    bufs_new(&b, &c, &r);
+    TEST_CUDA(cudaStreamCreate(&other));
+    for (int i = 0; i < (MOE_ON_HOST ? 300 : 5000); ++i) {
+        const raise_args a = {(uint64_t*)b.fault.p, i % (MOE_ON_HOST ? 12 : 200)};
+        const moe_launch_config l = moe_grid(1, 32, 0, other);
+        tfault_put(&b.fault, MOE_FAULT_NONE, 0);
+        tbuf_poison(&b.c.all);
+        CHECK_STATUS(MOE_LAUNCH(raise_kernel, l, a), MOE_OK);
+        CHECK_STATUS(moe_grouped_gemm(&b.d, test_now.stream), MOE_OK);
+        TEST_CUDA(cudaDeviceSynchronize());
+        if (tgrouped_untouched(&b.c)) continue;
+        tfault_put(&b.fault, MOE_FAULT_NONE, 0);
+        compare(&b, &c);
+    }
+    TEST_CUDA(cudaStreamDestroy(other));
+    bufs_free(&b);
+}
+
 static void test_wgmma_path(void)
 {
     moe_grouped_gemm_desc d = {};
@@ -300,6 +340,7 @@ static void gemm_wgmma(void)
     RUN(test_wgmma_many);
     RUN(test_wgmma_bits);
     RUN(test_wgmma_fresh);
+    RUN(test_wgmma_stop);
     RUN(test_wgmma_path);
 }
 
