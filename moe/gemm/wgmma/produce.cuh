@@ -6,8 +6,9 @@
    from a counter in global memory, and sends it to block 1.
 
    Rows in order: one warp starts the copies, and a second one finds the next tile meanwhile.
-   Gathered rows: all four warps copy, and warp 0 finds the next tile between two tiles. The loop of
-   copies has few instructions: each takes register bandwidth from the tensor cores. */
+   Gathered rows: all four warps copy. In the middle of a tile warp 0 finds the next one, and each
+   thread loads row_index of one of its lines: the first copies of a tile can then start at once.
+   Otherwise the ring would run empty between two tiles. */
 #ifndef MOE_GEMM_WGMMA_PRODUCE_CUH
 #define MOE_GEMM_WGMMA_PRODUCE_CUH
 
@@ -155,28 +156,31 @@ typedef struct moei_wgmma_gather {
     bool whole;          /* the warp has no row of zeros */
 } moei_wgmma_gather;
 
-/* Finds the rows of a tile. A row_index outside A sets the fault word and gives zeros. Lines past
-   the tile's last row copy any row: their results are not stored. line: the thread's first row;
-   vector: 0 .. 7. The whole warp calls it. */
-MOE_DEVICE void moei_wgmma_find_rows(moei_wgmma_gather* g, const moe_grouped_gemm_args* d,
-                                     const moei_wgmma_tile* t, int line, int vector)
+/* Returns the row of A of line m of a tile, -1 for a row of zeros. A row_index outside A sets the
+   fault word and gives -1. Lines past the tile's last row are any row: their results are not
+   stored. */
+MOE_DEVICE int moei_wgmma_row_of(const moe_grouped_gemm_args* d, const moei_wgmma_tile* t, int m)
 {
-    const int rows = moei_wgmma_rows(t);
-    int row[8]; /* all loads of row_index are in flight before the first use */
-    MOE_UNROLL
-    for (int i = 0; i < 8; ++i) {
-        const int m = i * 16 + line;
-        row[i] = m < rows ? d->row_index[t->row + m] : 0;
-    }
+    int index, row;
+    if (m >= moei_wgmma_rows(t)) return 0;
+    index = d->row_index[t->row + m];
+    row = index < 0 ? -1 : (int)((uint32_t)index / (uint32_t)d->row_div);
+    if (row < d->a_rows && index >= -1) return row;
+    moe_fault_raise(d->fault, MOE_FAULT_BAD_ROW, d->rank, t->row + m);
+    return -1;
+}
+
+/* Sets where the thread copies from. row: of A, of each line of the tile; line: the thread's first
+   one; vector: 0 .. 7. The whole warp calls it. */
+MOE_DEVICE void moei_wgmma_gather_from(moei_wgmma_gather* g, const moe_grouped_gemm_args* d,
+                                       const int32_t row[MOEI_WGMMA_ROWS], int line, int vector)
+{
     g->keep = 0;
     MOE_UNROLL
     for (int i = 0; i < 8; ++i) {
-        const int from = row[i] < 0 ? row[i] : (int)((uint32_t)row[i] / (uint32_t)d->row_div);
-        const bool in = from >= 0 && from < d->a_rows;
-        if (from != -1 && !in && vector == 0)
-            moe_fault_raise(d->fault, MOE_FAULT_BAD_ROW, d->rank, t->row + i * 16 + line);
-        g->from[i] = (const char*)d->a + ((in ? from : 0) * d->a_stride + vector * 8) * 2;
-        g->keep |= in ? 1u << i : 0u;
+        const int from = row[i * 16 + line];
+        g->from[i] = (const char*)d->a + ((from < 0 ? 0 : from) * d->a_stride + vector * 8) * 2;
+        g->keep |= from < 0 ? 0 : 1u << i;
     }
     g->whole = __all_sync(MOE_FULL_WARP, g->keep == 255) != 0;
 }
@@ -215,6 +219,29 @@ MOE_DEVICE void moei_wgmma_gather_step(const moei_wgmma_args* a, moei_wgmma_ring
     moei_wgmma_next(r);
 }
 
+/* Copies steps i .. end - 1 of a tile, and advances *g by them; returns end. whole: the first steps
+   that have neither rows of zeros nor depths past k. All threads of the producer. */
+MOE_DEVICE int moei_wgmma_gather_steps(const moei_wgmma_args* a, moei_wgmma_ring* r,
+                                       const moei_wgmma_tiles* w, const moei_wgmma_tile* t,
+                                       moei_wgmma_gather* g, int i, int end, int whole, int line_at)
+{
+    MOE_NO_UNROLL
+    for (; i + 4 <= end && i + 4 <= whole; i += 4) {
+        MOE_UNROLL
+        for (int ahead = 0; ahead < 4; ++ahead)
+            moei_wgmma_gather_step(a, r, w, t, g, i + ahead, line_at, ahead, 1);
+        MOE_UNROLL
+        for (int j = 0; j < 8; ++j) g->from[j] += 4 * 128;
+    }
+    MOE_NO_UNROLL
+    for (; i < end; ++i) {
+        moei_wgmma_gather_step(a, r, w, t, g, i, line_at, 0, 0);
+        MOE_UNROLL
+        for (int j = 0; j < 8; ++j) g->from[j] += 128;
+    }
+    return end;
+}
+
 /* All threads of the producer. As moei_wgmma_produce; the arrivals of a stage are B's, and one of
    each thread when its copies of A are complete. */
 MOE_DEVICE void moei_wgmma_produce_gathered(const moei_wgmma_args* a, moei_wgmma_ring r,
@@ -223,33 +250,35 @@ MOE_DEVICE void moei_wgmma_produce_gathered(const moei_wgmma_args* a, moei_wgmma
     const moe_grouped_gemm_args* d = &a->d;
     const int thread = (int)threadIdx.x, vector = thread % 8, line = thread / 8;
     const int line_at = line * 128 + ((vector ^ (line & 7)) << 4);
-    int pair = (int)blockIdx.x / 2;
-    for (int turn = 0;; ++turn) {
+    const int middle = w->steps < 8 ? w->steps : w->steps / 2 & ~3;
+    int pair = (int)blockIdx.x / 2, row;
+    moei_wgmma_tile t;
+    if (moe_warp() == 0) moei_wgmma_announce(r.s, w, pair, 0);
+    moei_named_barrier(1, 128);
+    t = moei_wgmma_read(r.s, 0);
+    row = moei_wgmma_row_of(d, &t, thread);
+    for (int turn = 0; t.expert >= 0; ++turn) {
         moei_wgmma_gather g;
-        moei_wgmma_tile t;
         int next = 0, i = 0, whole;
-        if (moe_warp() == 0) moei_wgmma_announce(r.s, w, pair, turn);
+        r.s->row[turn & 1][thread] = row;
         moei_named_barrier(1, 128);
-        t = moei_wgmma_read(r.s, turn);
-        if (t.expert < 0) break;
         if (moe_warp() == 0) next = moei_wgmma_take(a, w, pair); /* arrives meanwhile */
-        moei_wgmma_find_rows(&g, d, &t, line, vector);
-        whole = g.whole ? d->k / 64 : 0; /* steps without zeros */
+        moei_wgmma_gather_from(&g, d, r.s->row[turn & 1], line, vector);
+        whole = g.whole ? d->k / 64 : 0;
         MOE_NO_UNROLL
-        for (; i + 4 <= whole; i += 4) {
-            MOE_UNROLL
-            for (int ahead = 0; ahead < 4; ++ahead)
-                moei_wgmma_gather_step(a, &r, w, &t, &g, i + ahead, line_at, ahead, 1);
-            MOE_UNROLL
-            for (int j = 0; j < 8; ++j) g.from[j] += 4 * 128;
+        for (int end = middle;;
+             end = w->steps) { /* twice: the loop above stands in the code once */
+            i = moei_wgmma_gather_steps(a, &r, w, &t, &g, i, end, whole, line_at);
+            if (next < 0) break;
+            if (moe_warp() == 0) {
+                pair = moei_wgmma_agree(a, w, r.s, next, turn + 1);
+                moei_wgmma_announce(r.s, w, pair, turn + 1);
+            }
+            next = -1;
+            moei_named_barrier(1, 128);
+            row = moei_wgmma_row_of(d, r.s->position + (turn + 1) % MOEI_WGMMA_ENTRIES, thread);
         }
-        MOE_NO_UNROLL
-        for (; i < w->steps; ++i) {
-            moei_wgmma_gather_step(a, &r, w, &t, &g, i, line_at, 0, 0);
-            MOE_UNROLL
-            for (int j = 0; j < 8; ++j) g.from[j] += 128;
-        }
-        if (moe_warp() == 0) pair = moei_wgmma_agree(a, w, r.s, next, turn + 1);
+        t = moei_wgmma_read(r.s, turn + 1);
     }
     moei_barrier_wait(r.s->empty + r.stage, r.parity ^ 1);
     if (thread == 0) moei_barrier_expect(r.s->full + r.stage, 0);

@@ -39,6 +39,8 @@ typedef struct moei_wgmma_shared {
     int32_t number[MOEI_WGMMA_ENTRIES];
     int32_t stopped; /* block 0: an earlier kernel met a stop fault */
     moei_wgmma_tile position[MOEI_WGMMA_ENTRIES];
+    int32_t row[2][MOEI_WGMMA_ROWS]; /* gathered rows: of A, of the lines of tile i in [i % 2]; -1:
+                                        zeros */
     moe_block_scan_scratch scan;
     uint32_t mark[128];
 } moei_wgmma_shared;
