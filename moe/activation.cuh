@@ -91,6 +91,25 @@ MOE_DEVICE float moei_sigmoid_unit(float x, float a)
     return __fdividef(v, 1.0f + moei_exp2_fast(a * v));
 }
 
+/* s [4] = SiLU of v [4] by one reciprocal, that of the product of four denominators: reciprocals and
+   exponentials are the slow instructions here. Returns true where this product is too large or NaN, as
+   with a gate below -69, or four below -17; s is then not usable. */
+MOE_DEVICE bool moei_silu_4(float s[4], const float v[4])
+{
+    float d[4], first, second, both, r;
+    MOE_UNROLL
+    for (int i = 0; i < 4; ++i) d[i] = 1.0f + moei_exp2_fast(MOEI_MINUS_LOG2E * v[i]);
+    first = d[0] * d[1];
+    second = d[2] * d[3];
+    both = first * second;
+    r = moei_reciprocal_fast(both);
+    s[0] = v[0] * (second * r * d[1]);
+    s[1] = v[1] * (second * r * d[0]);
+    s[2] = v[2] * (first * r * d[3]);
+    s[3] = v[3] * (first * r * d[2]);
+    return !(both < 1e30f);
+}
+
 /* Returns x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2 = x / (1 + 2^(x (A + B x^2))), since
    (1 + tanh(u)) / 2 = sigma(2 u). */
 #define MOEI_GELU_TANH_A (-2.30220819f)  /* -2 log2(e) sqrt(2 / pi) */

@@ -182,4 +182,16 @@ MOE_DEVICE float moei_exp2_fast(float x)
 #endif
 }
 
+/* Returns 1 / x by one instruction, to 1 ulp, where x and the result are normal. */
+MOE_DEVICE float moei_reciprocal_fast(float x)
+{
+#if MOE_ON_HOST
+    return 1.0f / x;
+#else
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+#endif
+}
+
 #endif

@@ -43,9 +43,8 @@ MOE_DEVICE void moei_quad_transpose(uint32_t x[4])
     }
 }
 
-/* Stores pending columns 32 g .. 32 g + 31, g a literal, 16 bytes a lane and row. below: bytes to 8
-   rows on. */
-MOE_DEVICE void moei_wgmma_store_group(moei_wgmma_pending* p, const int g, int64_t below)
+/* Stores pending columns 32 g .. 32 g + 31, g a literal, 16 bytes a lane and row. stride: of C. */
+MOE_DEVICE void moei_wgmma_store_group(moei_wgmma_pending* p, const int g, int64_t stride)
 {
     uint32_t* x = p->x + 8 * g;
     char* c = p->c + 64 * g;
@@ -53,26 +52,26 @@ MOE_DEVICE void moei_wgmma_store_group(moei_wgmma_pending* p, const int g, int64
     moei_quad_transpose(x + 4);
     if (p->columns > 32 * g) {
         if (p->rows > 0) moei_store16(c, make_uint4(x[0], x[1], x[2], x[3]));
-        if (p->rows > 8) moei_store16(c + below, make_uint4(x[4], x[5], x[6], x[7]));
+        if (p->rows > 8) moei_store16(c + stride * 16, make_uint4(x[4], x[5], x[6], x[7]));
     }
 }
 
 /* Stores the next 32 of the pending columns. One branch is cheaper than to move the others up. */
-MOE_DEVICE void moei_wgmma_store_next(moei_wgmma_pending* p, int64_t below)
+MOE_DEVICE void moei_wgmma_store_next(moei_wgmma_pending* p, int64_t stride)
 {
     switch (p->next++) {
-    case 0: moei_wgmma_store_group(p, 0, below); break;
-    case 1: moei_wgmma_store_group(p, 1, below); break;
-    case 2: moei_wgmma_store_group(p, 2, below); break;
-    case 3: moei_wgmma_store_group(p, 3, below); break;
-    case 4: moei_wgmma_store_group(p, 4, below); break;
-    case 5: moei_wgmma_store_group(p, 5, below); break;
-    case 6: moei_wgmma_store_group(p, 6, below); break;
-    default: moei_wgmma_store_group(p, 7, below);
+    case 0: moei_wgmma_store_group(p, 0, stride); break;
+    case 1: moei_wgmma_store_group(p, 1, stride); break;
+    case 2: moei_wgmma_store_group(p, 2, stride); break;
+    case 3: moei_wgmma_store_group(p, 3, stride); break;
+    case 4: moei_wgmma_store_group(p, 4, stride); break;
+    case 5: moei_wgmma_store_group(p, 5, stride); break;
+    case 6: moei_wgmma_store_group(p, 6, stride); break;
+    default: moei_wgmma_store_group(p, 7, stride);
     }
 }
 
-/* Step i of a tile: starts the products of the stage. consumer: 0 or 1. */
+/* The step of depths i, i + 1, ... of a tile: starts the products of the stage. consumer: 0 or 1. */
 MOE_DEVICE void moei_wgmma_start_step(float acc[128], moei_wgmma_ring* r, int consumer, int i,
                                       const int gathered, const int dtype)
 {
@@ -87,8 +86,8 @@ MOE_DEVICE void moei_wgmma_start_step(float acc[128], moei_wgmma_ring* r, int co
     moei_wgmma_commit();
 }
 
-/* Ends step i: releases the stage of the step before, which is `*before`: its products are complete
-   after the wait. */
+/* Ends the step of depths i, ...: releases the stage of the step before, which is `*before`: its
+   products are complete after the wait. */
 MOE_DEVICE void moei_wgmma_end_step(moei_wgmma_ring* r, int i, int* before)
 {
     moei_wgmma_wait(1);
@@ -97,10 +96,10 @@ MOE_DEVICE void moei_wgmma_end_step(moei_wgmma_ring* r, int i, int* before)
     moei_wgmma_next(r);
 }
 
-/* Releases the stages of a tile of which the consumer has no row. */
-MOE_DEVICE void moei_wgmma_skip(moei_wgmma_ring* r, int steps)
+/* Releases the stages of a tile, of k depths, of which the consumer has no row. */
+MOE_DEVICE void moei_wgmma_skip(moei_wgmma_ring* r, int k)
 {
-    for (int i = 0; i < steps; ++i) {
+    for (int i = 0; i < k; i += 64) {
         moei_barrier_wait(r->s->full + r->stage, r->parity);
         __syncwarp(MOE_FULL_WARP); /* all lanes have seen the phase, which may end now */
         moei_wgmma_release(r, r->stage);
@@ -117,14 +116,28 @@ typedef struct moei_wgmma_target {
     int columns;   /* columns of C from the first one on */
 } moei_wgmma_target;
 
-/* Adds the bias to the accumulators. column: the first one. */
-MOE_DEVICE void moei_wgmma_add_bias(float acc[128], const moe_gemm_output* o, int64_t expert,
-                                    int column, int n, const int dtype)
+/* Returns where the results of *p go, whose first column is 8 quad. */
+MOE_DEVICE moei_wgmma_target moei_wgmma_target_of(const moei_wgmma_pending* p,
+                                                  const moe_gemm_output* o)
 {
+    const int before = (moe_lane() & 3) * 6, bytes = o->dtype == MOE_FP32 ? 4 : 2;
+    moei_wgmma_target t;
+    t.c = p->c - before * bytes;
+    t.below = o->stride * 8 * bytes;
+    t.rows = p->rows;
+    t.columns = p->columns + before;
+    return t;
+}
+
+/* Adds the bias to the accumulators. */
+MOE_DEVICE void moei_wgmma_add_bias(float acc[128], const moe_gemm_output* o, int64_t expert, int n,
+                                    const moei_wgmma_pending* p, const int dtype)
+{
+    int columns = moei_wgmma_target_of(p, o).columns;
+    const int column = n - columns; /* the first one */
     const int apart = o->gated == MOE_GATE_UP_INTERLEAVED ? 2 : 1;
     const uint16_t* at =
         (const uint16_t*)o->bias + expert * n * (o->gated ? 2 : 1) + (int64_t)column * apart;
-    int columns = n - column;
     MOE_UNROLL
     for (int half = 0; half < 128; half += 64) {
         MOE_UNROLL
@@ -190,20 +203,50 @@ MOE_DEVICE void moei_wgmma_round(uint32_t* x, const float acc[128], const int g,
     }
 }
 
-/* Adds the bias, applies the activation, adds C where results are added to it, stores fp32 results:
-   all that the epilogue offers. */
-MOE_DEVICE void moei_wgmma_finish_any(float acc[128], const moei_wgmma_pending* p,
-                                      const moe_gemm_output* o, int expert, int n, const int dtype)
+/* Applies SwiGLU to gates v [32] and their ups v [64 .. 95]: v becomes the activation. Four gates of
+   one row share a reciprocal; four that cannot have one each, so a row's bits do not depend on the
+   thread's other row. */
+MOE_DEVICE void moei_wgmma_swiglu_32(float* v)
 {
-    const int quad = moe_lane() & 3, bytes = o->dtype == MOE_FP32 ? 4 : 2;
+    float s[32];
+    bool apart = false;
+    MOE_UNROLL
+    for (int i = 0; i < 8; ++i) {
+        const float* g = v + i / 2 * 8 + i % 2 * 2; /* of row r, or r + 8 */
+        const float gate[4] = {g[0], g[1], g[4], g[5]};
+        const bool no = moei_silu_4(s + 4 * i, gate);
+        apart = apart || no;
+    }
+    if (apart) {
+        MOE_UNROLL
+        for (int i = 0; i < 8; ++i) {
+            const float* g = v + i / 2 * 8 + i % 2 * 2;
+            const float gate[4] = {g[0], g[1], g[4], g[5]};
+            if (moei_silu_4(s + 4 * i, gate)) {
+                MOE_UNROLL
+                for (int j = 0; j < 4; ++j)
+                    s[4 * i + j] = moei_sigmoid_unit(gate[j], MOEI_MINUS_LOG2E);
+            }
+        }
+    }
+    MOE_UNROLL
+    for (int i = 0; i < 8; ++i) {
+        float* g = v + i / 2 * 8 + i % 2 * 2;
+        g[0] = s[4 * i] * g[64];
+        g[1] = s[4 * i + 1] * g[65];
+        g[4] = s[4 * i + 2] * g[68];
+        g[5] = s[4 * i + 3] * g[69];
+    }
+}
+
+/* Applies the activation. */
+MOE_DEVICE void moei_wgmma_activate(float acc[128], const moe_gemm_output* o)
+{
     const bool gated = o->gated != 0;
-    moei_wgmma_target to;
-    to.c = p->c - quad * 6 * bytes; /* begins at column 2 quad, *p at 8 quad */
-    to.below = o->stride * 8 * bytes;
-    to.rows = p->rows;
-    to.columns = p->columns + quad * 6;
-    if (o->bias) moei_wgmma_add_bias(acc, o, expert, n - to.columns, n, dtype);
-    if (o->activation != MOE_ACTIVATION_NONE) {
+    if (o->activation == MOE_ACTIVATION_SWIGLU) {
+        moei_wgmma_swiglu_32(acc);
+        moei_wgmma_swiglu_32(acc + 32);
+    } else if (o->activation != MOE_ACTIVATION_NONE) {
         const moei_activation a = moei_activation_of(o->activation, o->alpha, o->limit);
         MOE_NO_UNROLL
         for (int half = gated; half < 2; ++half) { /* not gated: both halves, in turn */
@@ -219,29 +262,37 @@ MOE_DEVICE void moei_wgmma_finish_any(float acc[128], const moei_wgmma_pending* 
             }
         }
     }
-    if (o->accumulate) moei_wgmma_add_c(acc, o, &to);
-    if (bytes == 4) moei_wgmma_store_f32(acc, o, &to);
 }
 
-/* Ends a tile: finishes the accumulators, then rounds the results into *p; fp32 ones are stored.
-   SwiGLU, and no activation, without bias and with C overwritten have a path of their own: its code
-   is short, and all of its exponentials are independent. */
+/* Ends a tile: adds the bias, applies the activation, adds C where results are added to it; rounds
+   the results into *p, or stores fp32 ones. */
 MOE_DEVICE void moei_wgmma_finish(moei_wgmma_pending* p, float acc[128], const moe_gemm_output* o,
                                   int expert, int n, const int dtype)
 {
-    const bool swiglu = o->activation == MOE_ACTIVATION_SWIGLU;
-    if (o->bias || o->accumulate || o->dtype == MOE_FP32 ||
-        !(swiglu || o->activation == MOE_ACTIVATION_NONE)) {
-        moei_wgmma_finish_any(acc, p, o, expert, n, dtype);
-    } else if (swiglu) {
-        MOE_UNROLL
-        for (int i = 0; i < 64; ++i)
-            acc[i] = moei_sigmoid_unit(acc[i], MOEI_MINUS_LOG2E) * acc[64 + i];
-    }
-    MOE_UNROLL
-    for (int g = 0; g < 8; ++g) moei_wgmma_round(p->x + 8 * g, acc, g, dtype);
     p->next = 0;
     p->groups = o->dtype == MOE_FP32 ? 0 : o->gated ? 4 : 8;
+    if (o->activation == MOE_ACTIVATION_NONE && !o->bias && !o->accumulate &&
+        o->dtype != MOE_FP32) { /* the least work: first */
+        MOE_UNROLL
+        for (int g = 0; g < 8; ++g) moei_wgmma_round(p->x + 8 * g, acc, g, dtype);
+        return;
+    }
+    if (o->bias) moei_wgmma_add_bias(acc, o, expert, n, p, dtype);
+    moei_wgmma_activate(acc, o);
+    if (o->accumulate || o->dtype == MOE_FP32) {
+        const moei_wgmma_target to = moei_wgmma_target_of(p, o);
+        if (o->accumulate) moei_wgmma_add_c(acc, o, &to);
+        if (o->dtype == MOE_FP32) moei_wgmma_store_f32(acc, o, &to);
+    }
+    MOE_UNROLL
+    for (int g = 0; g < 4; ++g) moei_wgmma_round(p->x + 8 * g, acc, g, dtype);
+    if (o->gated) { /* not stored; without values they would take registers until here */
+        MOE_UNROLL
+        for (int i = 32; i < 64; ++i) p->x[i] = 0;
+    } else {
+        MOE_UNROLL
+        for (int g = 4; g < 8; ++g) moei_wgmma_round(p->x + 8 * g, acc, g, dtype);
+    }
 }
 
 /* A consumer. For each tile:
@@ -258,7 +309,6 @@ MOE_DEVICE void moei_wgmma_consume(const moei_wgmma_args* a, moei_wgmma_ring r,
 {
     const moe_grouped_gemm_args* d = &a->d;
     const int warp = moe_warp() % 4, line = consumer * 64 + warp * 16 + (moe_lane() >> 2);
-    const int64_t below = d->c.stride * 16;
     moei_wgmma_pending p;
     p.c = 0;
     p.rows = p.columns = p.next = p.groups = 0;
@@ -267,29 +317,27 @@ MOE_DEVICE void moei_wgmma_consume(const moei_wgmma_args* a, moei_wgmma_ring r,
     if (consumer == 1 && w->steps > 2) moei_barrier_wait(r.s->full + 2, 0);
     for (int turn = 0;; ++turn) {
         const moei_wgmma_tile* t = r.s->position + turn % MOEI_WGMMA_ENTRIES;
-        int rows, steps, each;
+        int rows;
         moei_barrier_wait(r.s->full + r.stage, r.parity);
         /* a shuffle: the compiler must know that the branches are uniform */
         rows = __shfl_sync(MOE_FULL_WARP, t->expert < 0 ? -1 : moei_wgmma_rows(t), 0);
         if (rows < 0) break;
-        steps = w->steps;
-        each = steps < 8 ? 2 : 1; /* groups of columns stored after a step */
         if (rows > consumer * 64) {
             float acc[128];
             int before = 0, i = 0;
             MOE_NO_UNROLL
-            for (; p.next < p.groups && i < steps; ++i) { /* 1. */
+            for (; p.next < p.groups && i < d->k; i += 64) { /* 1. */
                 moei_wgmma_start_step(acc, &r, consumer, i, gathered, dtype);
                 MOE_NO_UNROLL
-                for (int j = 0; j < each && p.next < p.groups; ++j)
-                    moei_wgmma_store_next(&p, below);
+                for (int j = 0; j < (d->k > 7 * 64 ? 1 : 2) && p.next < p.groups; ++j)
+                    moei_wgmma_store_next(&p, d->c.stride);
                 moei_wgmma_end_step(&r, i, &before);
             }
             MOE_NO_UNROLL
-            while (p.next < p.groups) moei_wgmma_store_next(&p, below);
+            while (p.next < p.groups) moei_wgmma_store_next(&p, d->c.stride);
             moei_wgmma_aim(&p, &d->c, t, t->row + line, rows - line, t->column * w->columns, d->n);
             MOE_NO_UNROLL
-            for (; i < steps; ++i) {
+            for (; i < d->k; i += 64) {
                 moei_wgmma_start_step(acc, &r, consumer, i, gathered, dtype);
                 moei_wgmma_end_step(&r, i, &before);
             }
@@ -298,11 +346,11 @@ MOE_DEVICE void moei_wgmma_consume(const moei_wgmma_args* a, moei_wgmma_ring r,
             moei_wgmma_release(&r, before);
             moei_wgmma_finish(&p, acc, &d->c, t->expert, d->n, dtype); /* 3. */
         } else {
-            moei_wgmma_skip(&r, steps);
+            moei_wgmma_skip(&r, d->k);
         }
     }
     MOE_NO_UNROLL
-    while (p.next < p.groups) moei_wgmma_store_next(&p, below);
+    while (p.next < p.groups) moei_wgmma_store_next(&p, d->c.stride);
 }
 
 #endif
