@@ -254,6 +254,7 @@ MOE_HOST moe_status moei_experts_check_buffers(const moe_grouped_gemm_desc* up,
 /* Both prepared products: all but the stream is resolved, for the device that was current. */
 typedef struct moe_experts_prepared {
     moe_grouped_gemm_prepared up, down; /* x -> act, act -> rows; each can be run alone */
+    void* workspace;                    /* of the descriptor */
 } moe_experts_prepared;
 
 /* Prepares *p, which is empty, for an unchecked descriptor. */
@@ -263,6 +264,7 @@ MOE_HOST moe_status moei_experts_prepare(const moe_experts_desc* desc, moe_exper
     MOE_TRY(moei_experts_check_options(desc, &up, &down));
     MOE_TRY(moei_experts_rename(moei_gemm_prepare(&up, &p->up), 1));
     MOE_TRY(moei_experts_rename(moei_gemm_prepare(&down, &p->down), 0));
+    p->workspace = desc->workspace;
     return moei_experts_check_buffers(&up, &down);
 }
 
@@ -275,12 +277,26 @@ MOE_HOST moe_status moe_experts_prepare(const moe_experts_desc* desc, moe_expert
     MOE_RETURN_PREPARED(desc, p, moei_experts_prepare(desc, p));
 }
 
+/* Queues both prepared products, whose counters of tiles are 0. */
+MOE_HOST moe_status moei_experts_run_cleared(const moe_experts_prepared* p, cudaStream_t stream)
+{
+    MOE_TRY(moei_gemm_run_cleared(&p->up, stream));
+    return moei_gemm_run_cleared(&p->down, stream);
+}
+
+/* Returns 1 where one of the products has a counter of tiles. */
+MOE_HOST int moei_experts_count(const moe_experts_prepared* p)
+{
+    return p->up.args.ticket || p->down.args.ticket;
+}
+
 /* Queues both prepared products on `stream`. Refuses a null p. */
 MOE_HOST moe_status moe_experts_run(const moe_experts_prepared* p, cudaStream_t stream)
 {
     MOE_REQUIRE(p, MOE_ERR_NULL, desc);
-    MOE_TRY(moe_grouped_gemm_run(&p->up, stream));
-    return moe_grouped_gemm_run(&p->down, stream);
+    if (moei_experts_count(p)) /* one call: nothing stands between the two kernels */
+        MOE_TRY_CUDA(cudaMemsetAsync(p->workspace, 0, MOE_EXPERTS_WORKSPACE, stream));
+    return moei_experts_run_cleared(p, stream);
 }
 
 /* Prepares both, runs the up product alone: x -> act. */

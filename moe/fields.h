@@ -52,7 +52,8 @@
                                                                                 X(grad_expert) X(  \
                                                                                     saved)         \
                                                                                     X(saved_bytes) \
-                                                                                    X(batch_invariant) X(grid_limit)
+                                                                                    X(batch_invariant) X(grid_limit) \
+                                                                                    X(pre) X(pre_stride)
 
 enum {
     MOE_FIELD_NONE,

@@ -120,31 +120,42 @@ MOE_HOST moe_status moe_layer_prepare(const moe_layer_desc* desc, moe_layer_prep
     MOE_RETURN_PREPARED(desc, p, moei_layer_prepare(desc, p));
 }
 
-/* Queues one part of a prepared layer on `stream`; `part` is a moe_layer_part. For timing, or for
-   work of the caller's between two parts. All parts in order are moe_layer_run. */
-MOE_HOST moe_status moe_layer_run_part(const moe_layer_prepared* p, int part, cudaStream_t stream)
+/* Queues one part of a prepared layer. cleared: the experts' counters of tiles are 0. */
+MOE_HOST moe_status moei_layer_run_part(const moe_layer_prepared* p, int part, int cleared,
+                                        cudaStream_t stream)
 {
-    MOE_REQUIRE(p, MOE_ERR_NULL, desc);
+    moe_status (*const product)(const moe_grouped_gemm_prepared*, cudaStream_t) =
+        cleared ? moei_gemm_run_cleared : moe_grouped_gemm_run;
     switch (part) {
     case MOE_LAYER_ROUTER: return p->has_router ? moe_router_run(&p->router, stream) : MOE_OK;
     case MOE_LAYER_GATE: return p->has_gate ? moe_gate_run(&p->gate, stream) : MOE_OK;
     case MOE_LAYER_ROUTE: return moe_route_run(&p->route, stream);
-    case MOE_LAYER_UP: return moe_grouped_gemm_run(&p->experts.up, stream);
-    case MOE_LAYER_DOWN: return moe_grouped_gemm_run(&p->experts.down, stream);
-    case MOE_LAYER_SHARED_UP:
-        return p->has_shared ? moe_grouped_gemm_run(&p->shared.up, stream) : MOE_OK;
-    case MOE_LAYER_SHARED_DOWN:
-        return p->has_shared ? moe_grouped_gemm_run(&p->shared.down, stream) : MOE_OK;
+    case MOE_LAYER_UP: return product(&p->experts.up, stream);
+    case MOE_LAYER_DOWN: return product(&p->experts.down, stream);
+    case MOE_LAYER_SHARED_UP: return p->has_shared ? product(&p->shared.up, stream) : MOE_OK;
+    case MOE_LAYER_SHARED_DOWN: return p->has_shared ? product(&p->shared.down, stream) : MOE_OK;
     case MOE_LAYER_COMBINE: return moe_combine_run(&p->combine, stream);
     default: return MOE_STATUS(MOE_ERR_OPTION, part);
     }
 }
 
-/* Queues a prepared layer on `stream`. */
+/* Queues one part of a prepared layer on `stream`; `part` is a moe_layer_part. For timing, or for
+   work of the caller's between two parts. All parts in order are moe_layer_run. */
+MOE_HOST moe_status moe_layer_run_part(const moe_layer_prepared* p, int part, cudaStream_t stream)
+{
+    MOE_REQUIRE(p, MOE_ERR_NULL, desc);
+    return moei_layer_run_part(p, part, 0, stream);
+}
+
+/* Queues a prepared layer on `stream`. The counters of all products are cleared first, so that
+   nothing stands between two kernels: each may start while the one before it ends. */
 MOE_HOST moe_status moe_layer_run(const moe_layer_prepared* p, cudaStream_t stream)
 {
     MOE_REQUIRE(p, MOE_ERR_NULL, desc);
-    for (int part = 0; part < MOE_LAYER_PARTS; ++part) MOE_TRY(moe_layer_run_part(p, part, stream));
+    if (moei_experts_count(&p->experts) || (p->has_shared && moei_experts_count(&p->shared)))
+        MOE_TRY_CUDA(cudaMemsetAsync(p->experts.workspace, 0, 2 * MOE_EXPERTS_WORKSPACE, stream));
+    for (int part = 0; part < MOE_LAYER_PARTS; ++part)
+        MOE_TRY(moei_layer_run_part(p, part, 1, stream));
     return MOE_OK;
 }
 

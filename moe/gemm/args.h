@@ -22,7 +22,9 @@ typedef struct moe_gemm_output {
     int32_t accumulate; /* 1: adds the result to C; 0: overwrites C */
     int32_t dtype;      /* of C: bias_dtype or MOE_FP32 */
     int32_t gated;      /* layout of gate and up in B: a moe_gate_up; 0: activation not gated */
-    int32_t bias_dtype; /* MOE_FP16 or MOE_BF16: of A, B and bias */
+    int32_t bias_dtype; /* MOE_FP16 or MOE_BF16: of A, B, bias and pre */
+    void* pre;          /* [num_rows, n], gated [num_rows, 2n]: before the activation; or null */
+    int64_t pre_stride; /* elements between rows of pre */
 } moe_gemm_output;
 
 /* One product per expert: gemm/grouped.cuh. dtype is c.bias_dtype. */

@@ -32,7 +32,7 @@ typedef enum moe_gemm_path {
      C[r, :] = activation( A[row(r), :] * B_e^T + bias_e ),  row(r) = row_index[r] / row_div
 
    B_e is [n, k], with a gated activation [2n, k]. Accumulates in fp32, k ascending within a tile's
-   pipeline. a, c and the matrices of b are 16-byte aligned. */
+   pipeline. a, c, pre and the matrices of b are 16-byte aligned. */
 typedef struct moe_grouped_gemm_desc {
     /* in */
     const void* a;                /* [a_rows, k] dtype; a_major MN: [k, a_rows] */
@@ -47,6 +47,9 @@ typedef struct moe_grouped_gemm_desc {
     void* const* c_table; /* [E] device array: expert e's rows begin at c_table[e], 16-byte
                              aligned; or null */
     int64_t c_stride;     /* elements between rows; 0 = n; multiple of 8 */
+    void* pre;            /* [num_rows, n] dtype, gated [num_rows, 2n], gates and then ups: what the
+                             activation is applied to, for a backward pass; or null */
+    int64_t pre_stride;   /* elements between rows; 0 = dense; multiple of 8 */
     uint64_t* fault;      /* [1] fault word; or null */
     /* sizes and options */
     int32_t num_experts; /* E, 1 .. MOE_MAX_EXPERTS */

@@ -6,11 +6,11 @@
    barrier: each warp stores as soon as its sums are complete. Three versions; the first two serve
    tiles of 128 x 128 and more on sm_80 and later:
 
-     plain   no bias, C 16-bit and overwritten; no activation, or SwiGLU with gate and up not
+     plain   no bias, no pre, C 16-bit and overwritten; no activation, or SwiGLU with gate and up not
              interleaved. Applies the activation to the accumulators; the staging has C's dtype
      fp32    no bias, no activation, C fp32: overwritten or added to
-     any     the staging is fp32 [16][wn + 8]; applies bias and activation after the staging. A lane
-             reads 8 columns as 4 and 4; half of the lanes read the second 4 first, against bank
+     any     the staging is fp32 [16][wn + 8]; applies bias and activation after the staging, and
+             stores what the activation is applied to (pre). A lane reads 8 columns as 4 and 4; half of the lanes read the second 4 first, against bank
              conflicts
 
    Gate and up of a gated activation: interleaved, columns 2j and 2j + 1 of the warp tile; otherwise
@@ -155,7 +155,7 @@ MOE_DEVICE void moei_epilogue_fp32(const moe_gemm_output* d, int n, const moe_ti
 
    1. Store the fragments of these rows to the staging; __syncwarp makes them visible to all lanes.
    2. Each lane takes 8 columns of C in one row after another: reads v, and w, the up, where gated.
-   3. Add the bias.
+   3. Add the bias. Store the results so far to pre, where given.
    4. Apply the activation.
    5. Add the 8 elements of C where accumulate is set; store 8 elements to C.
    __syncwarp: all lanes have read the staging before the next rows overwrite the staging. */
@@ -216,6 +216,11 @@ MOE_DEVICE void moei_epilogue_any(const moe_gemm_output* d, int n, const moe_til
                     moei_epilogue_bias8(w, bias, pairs ? 2 * to + 1 : n + to, first,
                                         pairs ? 2 : 1, d->bias_dtype);
             }
+            if (d->pre) {
+                uint16_t* at = (uint16_t*)d->pre + m * d->pre_stride + to;
+                moei_epilogue_store8(at, v, first, d->bias_dtype);
+                if (gated) moei_epilogue_store8(at + n, w, first, d->bias_dtype);
+            }
             /* 4. activation */
             if (d->activation != MOE_ACTIVATION_NONE) {
                 const moei_activation a = moei_activation_of(d->activation, d->alpha, d->limit);
@@ -241,7 +246,7 @@ MOE_DEVICE void moei_epilogue_warp(const moe_gemm_output* d, int n, const moe_ti
     /* large tiles only: in others the gain is not worth the code; on sm_75 they would spill */
     const bool bare = MOEI_CODE_HERE(80, MOEI_CODE_ANY) && f.tile_m * f.tile_n >= 128 * 128 &&
                       !d->bias && d->gated != MOE_GATE_UP_INTERLEAVED;
-    const bool plain = bare && !d->accumulate && d->dtype == f.dtype;
+    const bool plain = bare && !d->pre && !d->accumulate && d->dtype == f.dtype;
     if (bare && none && d->dtype == MOE_FP32)
         moei_epilogue_fp32(d, n, t, acc, staging, row, column, f);
     else if (plain && none)

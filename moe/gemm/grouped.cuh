@@ -97,13 +97,13 @@ MOEI_GEMM_TILE_LIST(MOEI_GEMM_TILE_KERNELS)
 /* The kernels of the wgmma path, for k-major operands: rows of A in order, or gathered. */
 static_assert(sizeof(moei_wgmma_param) == sizeof(moei_wgmma_args),
               "moe_grouped_gemm_run launches with the args of a prepared product");
-#define MOEI_GEMM_WGMMA_LEAST(a_major, b_major)                                                    \
-    ((a_major) == MOE_MAJOR_K && (b_major) == MOE_MAJOR_K ? 90 : MOEI_CODE_NEVER)
+#define MOEI_GEMM_WGMMA_LEAST(a_major, b_major) ((a_major) == MOE_MAJOR_K ? 90 : MOEI_CODE_NEVER)
 #if MOEI_WGMMA_HERE
 #define MOEI_GEMM_WGMMA_BODY(dtype, a_major, b_major, gathered)                                    \
     MOE_SHARED(moei_wgmma_shared, s);                                                              \
+    const moe_gemm_shape f = MOEI_WGMMA_SHAPE(dtype, a_major, b_major);                            \
     if (MOEI_GEMM_WGMMA_LEAST(a_major, b_major) == 90)                                             \
-        moei_wgmma_block(&p.a, shared, &s, gathered, dtype);
+        moei_wgmma_block(&p.a, shared, &s, gathered, f);
 #else
 #define MOEI_GEMM_WGMMA_BODY(dtype, a_major, b_major, gathered) (void)shared;
 #endif
@@ -234,6 +234,12 @@ MOE_HOST moe_status moei_gemm_check_options(moe_grouped_gemm_desc* d)
     MOE_REQUIRE(moei_stride_fits(d->c_stride, d->n, d->num_rows), MOE_ERR_STRIDE, c_stride);
     MOE_REQUIRE(d->c_stride % 8 == 0, MOE_ERR_ALIGN, c_stride);
 
+    if (d->pre_stride == 0) d->pre_stride = gated ? 2 * (int64_t)d->n : d->n;
+    MOE_REQUIRE(moei_stride_fits(d->pre_stride, gated ? 2 * (int64_t)d->n : d->n, d->num_rows),
+                MOE_ERR_STRIDE, pre_stride);
+    MOE_REQUIRE(d->pre_stride % 8 == 0, MOE_ERR_ALIGN, pre_stride);
+    MOE_REQUIRE(!d->pre || d->activation != MOE_ACTIVATION_NONE, MOE_ERR_CONFLICT, pre);
+
     MOE_REQUIRE(!(d->row_index && d->a_major == MOE_MAJOR_MN), MOE_ERR_CONFLICT, row_index);
     MOE_REQUIRE(!(d->c && d->c_table), MOE_ERR_CONFLICT, c);
     MOE_REQUIRE(!(d->b.base && d->b.table), MOE_ERR_CONFLICT, b);
@@ -265,6 +271,8 @@ MOE_HOST moe_status moei_gemm_check_buffers(const moe_grouped_gemm_desc* d)
         {d->c_table, table, 8, MOE_BUFFER_READ, MOE_FIELD_c},
         {d->c, moe_extent(num_rows, d->c_stride, n, d->c_dtype), 16,
          d->c_table ? MOE_BUFFER_WRITTEN : MOE_BUFFER_REQUIRED | MOE_BUFFER_WRITTEN, MOE_FIELD_c},
+        {d->pre, moe_extent(num_rows, d->pre_stride, all_n, d->dtype), 16, MOE_BUFFER_WRITTEN,
+         MOE_FIELD_pre},
         {d->expert_offset, (uint64_t)num_experts * 4 + 4, 4,
          num_experts > 1 ? MOE_BUFFER_REQUIRED : MOE_BUFFER_READ, MOE_FIELD_expert_offset},
         {d->workspace, MOE_GROUPED_GEMM_WORKSPACE, 16, MOE_BUFFER_WRITTEN, MOE_FIELD_workspace},
@@ -275,44 +283,44 @@ MOE_HOST moe_status moei_gemm_check_buffers(const moe_grouped_gemm_desc* d)
     return moe_check_buffers(b, count);
 }
 
-/* Returns 1 where the wgmma path can take a checked product: k-major operands, rows gathered or
-   undivided, weights in one block, room for a cluster, sizes within the limits of tensor maps. */
+/* Returns 1 where the wgmma path can take a checked product: A k-major, rows gathered or undivided;
+   gates and ups not interleaved where B is mn-major; room for a cluster; sizes within the limits of
+   tensor maps. */
 MOE_HOST int moei_gemm_wgmma_takes(const moe_grouped_gemm_desc* d)
 {
     const int64_t most = (int64_t)1 << 39;
-    return d->a_major == MOE_MAJOR_K && d->b.major == MOE_MAJOR_K && !d->b.table &&
-           !d->b.up_table && (d->row_index || d->row_div == 1) && d->grid_limit != 1 &&
-           d->a_stride < most && d->b.row_stride < most / 2 && d->b.expert_stride < most;
+    return d->a_major == MOE_MAJOR_K && (d->row_index || d->row_div == 1) && d->grid_limit != 1 &&
+           d->a_stride < most && d->b.row_stride < most / 2 &&
+           !(d->b.major == MOE_MAJOR_MN && moe_activation_is_gated(d->activation) &&
+             d->gate_up == MOE_GATE_UP_INTERLEAVED);
 }
 
 /* Encodes the tensor maps of a checked product with rows: gates and ups as two matrices of n rows,
    however they lie in memory. */
 MOE_HOST moe_status moei_gemm_encode(moei_wgmma_args* a, const moe_grouped_gemm_desc* d)
 {
-    const int gated = moe_activation_is_gated(d->activation);
+    const int gated = moe_activation_is_gated(d->activation), mn = d->b.major == MOE_MAJOR_MN;
     moei_tensor t;
     memset(&t, 0, sizeof t);
     t.dtype = d->dtype;
-    t.columns = d->k;
     t.base = d->a;
+    t.columns = d->k;
     t.rows = d->a_rows;
     t.row_stride = d->a_stride;
     t.box_rows = 64;
     if (!d->row_index) MOE_TRY(moei_tensor_encode(&a->a, &t));
-    t.base = d->b.base;
-    t.rows = d->n;
+    t.columns = mn ? d->n : d->k;
+    t.rows = mn ? d->k : d->n;
     t.row_stride = d->b.row_stride;
-    t.matrices = d->num_experts;
-    t.matrix_stride = d->num_experts > 1 ? d->b.expert_stride : 8;
-    t.box_rows = 128;
-    if (gated && d->gate_up == MOE_GATE_UP_INTERLEAVED) t.row_stride *= 2;
-    MOE_TRY(moei_tensor_encode(&a->b[0], &t));
-    if (gated)
-        t.base = d->gate_up == MOE_GATE_UP_SEPARATE
-                     ? d->b.up
-                     : (const char*)d->b.base +
-                           d->b.row_stride * (d->gate_up == MOE_GATE_UP_INTERLEAVED ? 1 : d->n) * 2;
-    return moei_tensor_encode(&a->b[1], &t);
+    t.box_rows = mn ? 64 : 128;
+    a->up = 0;
+    if (gated && d->gate_up == MOE_GATE_UP_CONCATENATED)
+        a->up = (mn ? (int64_t)d->n : d->b.row_stride * d->n) * 2;
+    if (gated && d->gate_up == MOE_GATE_UP_INTERLEAVED) {
+        a->up = d->b.row_stride * 2;
+        t.row_stride *= 2;
+    }
+    return moei_tensor_encode(&a->b, &t);
 }
 
 /* Checks options and buffers, and fills in the defaults. */
@@ -342,6 +350,8 @@ MOE_HOST moe_grouped_gemm_args moei_gemm_args_of(const moe_grouped_gemm_desc* d)
     a.c.accumulate = d->accumulate;
     a.c.alpha = d->alpha;
     a.c.limit = d->limit;
+    a.c.pre = d->pre;
+    a.c.pre_stride = d->pre_stride;
     a.fault = d->fault;
     a.a_stride = d->a_stride;
     a.a_rows = d->a_rows;
@@ -473,14 +483,20 @@ MOE_HOST moe_status moe_grouped_gemm_prepare(const moe_grouped_gemm_desc* desc,
     MOE_RETURN_PREPARED(desc, p, moei_gemm_check_prepare(desc, p));
 }
 
+/* Queues a prepared product whose counter of tiles is 0. */
+MOE_HOST moe_status moei_gemm_run_cleared(const moe_grouped_gemm_prepared* p, cudaStream_t stream)
+{
+    if (p->plan.path != MOE_GEMM_PATH_WGMMA) return MOE_RUN(&p->launch, p->args.d, stream);
+    return MOE_RUN(&p->launch, *(const moei_wgmma_param*)(const void*)&p->args, stream);
+}
+
 /* Queues a prepared product on `stream`. Refuses a null p. */
 MOE_HOST moe_status moe_grouped_gemm_run(const moe_grouped_gemm_prepared* p, cudaStream_t stream)
 {
     MOE_REQUIRE(p, MOE_ERR_NULL, desc);
-    if (p->plan.path != MOE_GEMM_PATH_WGMMA) return MOE_RUN(&p->launch, p->args.d, stream);
     if (p->args.ticket && p->launch.kernel)
         MOE_TRY_CUDA(cudaMemsetAsync(p->args.ticket, 0, 4, stream));
-    return MOE_RUN(&p->launch, *(const moei_wgmma_param*)(const void*)&p->args, stream);
+    return moei_gemm_run_cleared(p, stream);
 }
 
 /* Sets *plan to the kernel and grid of moe_grouped_gemm for this descriptor on the current device.

@@ -30,6 +30,8 @@
 #include "k_desc.h"
 #include "k_tile.cuh"
 #include "variant.cuh"
+#include "wgmma/map.cuh"
+#include "wgmma/tile.cuh"
 
 /* tile, its shape, thread blocks a multiprocessor. */
 #define MOEI_K_GEMM_TILE_LIST(X, ...)                                                             \
@@ -75,8 +77,43 @@ MOE_K_GEMM_DTYPE_LIST(MOEI_K_GEMM_KERNELS)
 #undef MOEI_K_GEMM_KERNEL_OF
 #undef MOEI_K_GEMM_KERNEL
 
+/* The kernels of the wgmma path, for rows in order. */
+#if MOEI_WGMMA_HERE
+#define MOEI_K_GEMM_WGMMA_BODY(dtype)                                                              \
+    MOE_SHARED(moei_wgmma_shared, s);                                                              \
+    const moe_gemm_shape f = MOEI_WGMMA_SHAPE(dtype, MOE_MAJOR_MN, MOE_MAJOR_MN);                  \
+    moei_wgmma_block(&p.a, shared, &s, 0, f);
+#else
+#define MOEI_K_GEMM_WGMMA_BODY(dtype) (void)shared;
+#endif
+#define MOEI_K_GEMM_WGMMA_KERNEL(suffix, dtype)                                                    \
+    MOE_KERNEL(MOEI_WGMMA_THREADS, 1) moei_k_gemm_wgmma_##suffix(MOE_ARG(moei_wgmma_param) p)      \
+    {                                                                                              \
+        MOE_SHARED_DYNAMIC(shared);                                                                \
+        moe_pdl_trigger();                                                                         \
+        moe_pdl_wait();                                                                            \
+        MOEI_K_GEMM_WGMMA_BODY(dtype)                                                              \
+    }
+MOE_K_GEMM_DTYPE_LIST(MOEI_K_GEMM_WGMMA_KERNEL)
+#undef MOEI_K_GEMM_WGMMA_KERNEL
+#undef MOEI_K_GEMM_WGMMA_BODY
+
 /* The variants, in order of preference. */
 static const moei_variant moei_k_gemm_variants[] = {
+#define MOEI_K_GEMM_WGMMA_ROW(suffix, dtype)                                                       \
+    {(const void*)moei_k_gemm_wgmma_##suffix,                                                      \
+     "moei_k_gemm_wgmma_" #suffix,                                                                 \
+     MOE_GEMM_PATH_WGMMA,                                                                          \
+     MOEI_VARIANT_IN_ORDER,                                                                        \
+     2,                                                                                            \
+     MOEI_WGMMA_SHAPE(dtype, MOE_MAJOR_MN, MOE_MAJOR_MN),                                          \
+     MOE_TILE_128x256,                                                                             \
+     1,                                                                                            \
+     MOEI_WGMMA_SMEM,                                                                              \
+     90,                                                                                           \
+     90},
+    MOE_K_GEMM_DTYPE_LIST(MOEI_K_GEMM_WGMMA_ROW)
+#undef MOEI_K_GEMM_WGMMA_ROW
 #define MOEI_K_GEMM_ROW(name, tile_m, tile_n, tile_k, warps_m, warps_n, stages, blocks, suffix,    \
                         dtype)                                                                     \
     {(const void*)moei_k_gemm_##name##_##suffix,                                                   \
@@ -94,11 +131,11 @@ static const moei_variant moei_k_gemm_variants[] = {
      MOEI_K_GEMM_MOST(tile_m, tile_n)},
 #define MOEI_K_GEMM_ROW_OF(...) MOEI_K_GEMM_EXPAND(MOEI_K_GEMM_ROW, __VA_ARGS__)
 #define MOEI_K_GEMM_ROWS(suffix, dtype) MOEI_K_GEMM_TILE_LIST(MOEI_K_GEMM_ROW_OF, suffix, dtype)
-    MOE_K_GEMM_DTYPE_LIST(MOEI_K_GEMM_ROWS)
+        MOE_K_GEMM_DTYPE_LIST(MOEI_K_GEMM_ROWS)
 #undef MOEI_K_GEMM_ROWS
 #undef MOEI_K_GEMM_ROW_OF
 #undef MOEI_K_GEMM_ROW
-    MOEI_VARIANT_END};
+            MOEI_VARIANT_END};
 
 /* ---- the launch ---- */
 
@@ -139,6 +176,9 @@ MOE_HOST moe_status moei_k_check_options(moe_k_grouped_gemm_desc* d)
                 MOE_ERR_OPTION, tile);
     MOE_REQUIRE(d->grid_limit >= 0, MOE_ERR_RANGE, grid_limit);
     MOEI_REQUIRE_RANK(d);
+    MOE_REQUIRE(d->path >= 0 && d->path <= MOE_GEMM_PATH_WGMMA, MOE_ERR_OPTION, path);
+    MOE_REQUIRE(!d->workspace || d->workspace_bytes >= MOE_GROUPED_GEMM_WORKSPACE,
+                MOE_ERR_WORKSPACE, workspace_bytes);
     MOE_TRY(moei_k_check_side(&d->a_stride, &d->a_rows, d->m, d->num_rows, MOE_FIELD_a_stride,
                               MOE_FIELD_a_rows));
     MOE_TRY(moei_k_check_side(&d->b_stride, &d->b_rows, d->n, d->num_rows, MOE_FIELD_b_stride,
@@ -176,13 +216,15 @@ MOE_HOST moe_status moei_k_check_buffers(const moe_k_grouped_gemm_desc* d)
          num_experts > 1 ? MOE_BUFFER_REQUIRED : MOE_BUFFER_READ, MOE_FIELD_expert_offset},
         {d->c, c, 16, d->c_table ? MOE_BUFFER_WRITTEN : MOE_BUFFER_REQUIRED | MOE_BUFFER_WRITTEN,
          MOE_FIELD_c},
+        {d->workspace, MOE_GROUPED_GEMM_WORKSPACE, 16, MOE_BUFFER_WRITTEN, MOE_FIELD_workspace},
         {d->fault, 8, 8, MOE_BUFFER_WRITTEN, MOE_FIELD_fault}};
     return moe_check_buffers(b, (int)(sizeof b / sizeof b[0]));
 }
 
 /* A prepared product: all but its stream is resolved, for the device that was current. */
 typedef struct moe_k_grouped_gemm_prepared {
-    moe_k_grouped_gemm_args args; /* of the kernel */
+    moei_wgmma_args wgmma;        /* of the wgmma path's kernel */
+    moe_k_grouped_gemm_args args; /* of the other kernels */
     moe_gemm_plan plan;           /* the choice of kernel and grid */
     moe_launch launch;            /* kernel null: run queues nothing */
 } moe_k_grouped_gemm_prepared;
@@ -198,7 +240,7 @@ MOE_HOST int64_t moei_k_num_tiles(const moe_k_grouped_gemm_desc* d, const moei_v
 MOE_HOST int moei_k_suits(const moei_variant* v, const moe_k_grouped_gemm_desc* d, int sms)
 {
     if (d->tile) return v->tile == d->tile;
-    return v->tile == MOE_TILE_64x64 ||
+    return v->tile == MOE_TILE_64x64 || d->path == MOE_GEMM_PATH_WGMMA ||
            (moei_k_num_tiles(d, v) >= sms && (v->tile != MOE_TILE_128x256 || d->n > 128));
 }
 
@@ -236,6 +278,60 @@ MOE_HOST moe_k_grouped_gemm_args moei_k_args_of(const moe_k_grouped_gemm_desc* d
     return a;
 }
 
+/* Returns 1 where the wgmma path can take a checked product: rows in order, all of them in A and B;
+   strides within the limits of tensor maps. */
+MOE_HOST int moei_k_wgmma_takes(const moe_k_grouped_gemm_desc* d)
+{
+    const int64_t most = (int64_t)1 << 39;
+    return !d->a_index && !d->b_index && d->a_div == 1 && d->b_div == 1 && d->grid_limit != 1 &&
+           d->a_rows >= d->num_rows && d->b_rows >= d->num_rows && d->a_stride < most &&
+           d->b_stride < most;
+}
+
+/* Sets the args of the wgmma path's kernel from those of the others, and encodes the tensor maps. */
+MOE_HOST moe_status moei_k_encode(moei_wgmma_args* w, const moe_k_grouped_gemm_args* a)
+{
+    moei_tensor t;
+    w->d.a = a->a;
+    w->d.a_stride = a->a_stride;
+    w->d.a_rows = a->a_rows;
+    w->d.b.base = a->b;
+    w->d.b.row_stride = a->b_stride;
+    w->d.b.major = MOE_MAJOR_MN;
+    w->d.c = a->c;
+    w->d.expert_offset = a->expert_offset;
+    w->d.num_experts = a->num_experts;
+    w->d.num_rows = a->num_rows;
+    w->d.n = a->n;
+    w->d.row_div = 1;
+    w->d.fault = a->fault;
+    w->d.rank = a->rank;
+    w->m = a->m;
+    w->c_expert_bytes = a->c_expert_bytes;
+    memset(&t, 0, sizeof t);
+    t.base = a->a;
+    if (a->num_rows == 0) /* a is not read, and may be any address; of C a block is mapped */
+        t.base = w->d.a =
+            (const void*)((uintptr_t)(a->c.base ? a->c.base : (const void*)a->c.table) &
+                          ~(uintptr_t)15);
+    t.dtype = a->c.bias_dtype;
+    t.rows = a->num_rows > 0 ? a->num_rows : 1;
+    t.box_rows = 64;
+    t.columns = a->m;
+    t.row_stride = a->a_stride;
+    MOE_TRY(moei_tensor_encode(&w->a, &t));
+    t.columns = a->n;
+    t.row_stride = a->b_stride;
+    return moei_tensor_encode(&w->b, &t);
+}
+
+/* Returns the shared memory that depends on the experts, bytes: tile_start [E + 1] on the wgmma
+   path. */
+MOE_HOST size_t moei_k_more(const moei_variant* v, const moe_k_grouped_gemm_desc* d)
+{
+    return v->path == MOE_GEMM_PATH_WGMMA ? ((size_t)d->num_experts + 1) * 4 : 0;
+}
+
 /* Prepares *p, which is empty, for an unchecked descriptor. */
 MOE_HOST moe_status moei_k_prepare(const moe_k_grouped_gemm_desc* desc,
                                    moe_k_grouped_gemm_prepared* p)
@@ -253,14 +349,25 @@ MOE_HOST moe_status moei_k_prepare(const moe_k_grouped_gemm_desc* desc,
     for (const moei_variant* v = moei_k_gemm_variants; v->kernel; ++v) {
         const int64_t tiles = moei_k_num_tiles(d, v);
         int runs;
-        if (v->shape.dtype != d->dtype || !moei_k_suits(v, d, dev.sms)) continue;
-        MOE_TRY(moei_variant_runs(v, &dev, 0, &runs));
+        const int wgmma = v->path == MOE_GEMM_PATH_WGMMA;
+        if (v->shape.dtype != d->dtype || (d->path && v->path != d->path) ||
+            (wgmma && !moei_k_wgmma_takes(d)) || !moei_k_suits(v, d, dev.sms))
+            continue;
+        MOE_TRY(moei_variant_runs(v, &dev, moei_k_more(v, d), &runs));
         if (!runs) continue;
         MOE_REQUIRE(tiles <= MOEI_VARIANT_MAX_TILES, MOE_ERR_RANGE, m);
         p->args = moei_k_args_of(d);
-        p->plan = moei_variant_plan(v, &dev, tiles, 0, d->grid_limit);
-        return moei_variant_prepare(&p->launch, v, p->plan.blocks, 0);
+        if (wgmma) {
+            const moe_status s = moei_k_encode(&p->wgmma, &p->args);
+            if (s != MOE_OK && !d->path) continue; /* a driver without tensor maps */
+            MOE_TRY(s);
+            p->wgmma.ticket = (int32_t*)d->workspace;
+        }
+        p->plan = moei_variant_plan(v, &dev, tiles, moei_k_more(v, d), d->grid_limit);
+        return moei_variant_prepare(&p->launch, v, p->plan.blocks, moei_k_more(v, d));
     }
+    MOE_REQUIRE(d->path != MOE_GEMM_PATH_WGMMA,
+                moei_k_wgmma_takes(d) ? MOE_ERR_DEVICE : MOE_ERR_CONFLICT, path);
     MOE_REQUIRE(!d->tile, MOE_ERR_DEVICE, tile);
     return MOE_STATUS(MOE_ERR_DEVICE, dtype); /* built without -arch=sm_80 or later, most often */
 }
@@ -280,7 +387,9 @@ MOE_HOST moe_status moe_k_grouped_gemm_run(const moe_k_grouped_gemm_prepared* p,
                                            cudaStream_t stream)
 {
     MOE_REQUIRE(p, MOE_ERR_NULL, desc);
-    return MOE_RUN(&p->launch, p->args, stream);
+    if (p->plan.path != MOE_GEMM_PATH_WGMMA) return MOE_RUN(&p->launch, p->args, stream);
+    if (p->wgmma.ticket) MOE_TRY_CUDA(cudaMemsetAsync(p->wgmma.ticket, 0, 4, stream));
+    return MOE_RUN(&p->launch, *(const moei_wgmma_param*)(const void*)&p->wgmma, stream);
 }
 
 /* Prepares and runs. Nothing is queued where a field is refused. */

@@ -58,9 +58,23 @@ MOE_DEVICE bool moei_expert_good(const moei_groups* g, int e, uint64_t* fault, i
 
 /* ---- m-grouped ---- */
 
-/* Returns true where the tables hold an address, 16-byte aligned, for each expert that has rows;
-   otherwise raises MOE_FAULT_BAD_TABLE in the fault word. All threads of the block call it. */
-MOE_DEVICE bool moei_gemm_tables_good(const moe_grouped_gemm_args* d, const moei_groups* g)
+/* Return the address of an expert's matrix, and of its separate up projection. */
+MOE_DEVICE const char* moei_weight_base(const moe_weights* w, int expert)
+{
+    if (w->table) return (const char*)w->table[expert];
+    return (const char*)w->base + (int64_t)expert * w->expert_stride * 2;
+}
+
+MOE_DEVICE const char* moei_weight_up(const moe_weights* w, int expert)
+{
+    if (w->up_table) return (const char*)w->up_table[expert];
+    return (const char*)w->up + (int64_t)expert * w->expert_stride * 2;
+}
+
+/* Returns true where the tables hold an address, 16-byte aligned, for each expert that has rows,
+   with `all` for each expert; otherwise raises MOE_FAULT_BAD_TABLE in the fault word. All threads of
+   the block call it. */
+MOE_DEVICE bool moei_gemm_tables_good(const moe_grouped_gemm_args* d, const moei_groups* g, int all)
 {
     bool bad = false;
     if (!d->b.table && !d->b.up_table && !d->c.table) return true;
@@ -68,7 +82,7 @@ MOE_DEVICE bool moei_gemm_tables_good(const moe_grouped_gemm_args* d, const moei
         const uintptr_t b = d->b.table ? (uintptr_t)d->b.table[e] : 16;
         const uintptr_t up = d->b.up_table ? (uintptr_t)d->b.up_table[e] : 16;
         const uintptr_t c = d->c.table ? (uintptr_t)d->c.table[e] : 16;
-        if (moei_expert_end(g, e) > moei_expert_begin(g, e) &&
+        if ((all || moei_expert_end(g, e) > moei_expert_begin(g, e)) &&
             (!b || !up || !c || ((b | up | c) & 15) != 0)) {
             bad = true;
             moe_fault_raise(d->fault, MOE_FAULT_BAD_TABLE, d->rank, e);
@@ -103,11 +117,12 @@ MOE_DEVICE int moei_schedule_count(int rows, int tile_rows, int column_tiles, co
 }
 
 /* Fills tile_start by a prefix sum over the experts; with `pairs`, a literal, tile_start counts
-   pairs of tiles (moei_schedule_count). All threads of the block call it; the barrier
+   pairs of tiles (moei_schedule_count). m: 0, or k-grouped: rows of each expert's C. All threads of the block call it; the barrier
    at the end makes tile_start visible to all. Returns the number of tiles, or -1 where an expert's
    offsets are out of order or range, which sets the fault word. */
 MOE_DEVICE int moei_schedule_build(const moei_schedule* s, moe_block_scan_scratch* scratch,
-                                   uint64_t* fault, int rank, const int tile_rows, const int pairs)
+                                   uint64_t* fault, int rank, const int tile_rows, const int pairs,
+                                   int m)
 {
     int before = 0, bad = 0;
     for (int e0 = 0; e0 < s->groups.num_experts; e0 += (int)blockDim.x) {
@@ -118,9 +133,9 @@ MOE_DEVICE int moei_schedule_build(const moei_schedule* s, moe_block_scan_scratc
                       end = moei_expert_end(&s->groups, e);
             if (!moei_expert_good(&s->groups, e, fault, rank)) {
                 bad = 1;
-            } else if (end > begin) {
+            } else if (m || end > begin) {
                 const int first = begin - begin % s->row_align;
-                tiles = moei_schedule_count(end - first, tile_rows, s->column_tiles, pairs);
+                tiles = moei_schedule_count(m ? m : end - first, tile_rows, s->column_tiles, pairs);
             }
         }
         at = moe_block_exclusive_scan(tiles, scratch, &total);

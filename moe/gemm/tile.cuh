@@ -29,19 +29,6 @@ typedef struct moei_loader {
     int32_t k;        /* first depth of the step to copy next */
 } moei_loader;
 
-/* Return the address of an expert's matrix, and of its separate up projection. */
-MOE_DEVICE const char* moei_weight_base(const moe_weights* w, int expert)
-{
-    if (w->table) return (const char*)w->table[expert];
-    return (const char*)w->base + (int64_t)expert * w->expert_stride * 2;
-}
-
-MOE_DEVICE const char* moei_weight_up(const moe_weights* w, int expert)
-{
-    if (w->up_table) return (const char*)w->up_table[expert];
-    return (const char*)w->up + (int64_t)expert * w->expert_stride * 2;
-}
-
 /* Returns true for a gated activation with gate and up not interleaved: half of a tile's columns
    are gates, and half are ups, which are copied from another address. */
 MOE_DEVICE bool moei_gemm_halves(const moe_grouped_gemm_args* d)
@@ -267,8 +254,9 @@ MOE_DEVICE_BODY void moei_gemm_block(const moe_grouped_gemm_args* d, unsigned ch
     schedule->tile_start = (int*)((float*)(ring + f.stages * elems) +
                                   f.warps_m * f.warps_n * moei_staging_floats(f.wn));
     tiles.position = s->position;
-    tiles.num_tiles = moei_schedule_build(schedule, &s->scan, d->fault, d->rank, f.tile_m, 0);
-    if ((int)blockIdx.x >= tiles.num_tiles || !moei_gemm_tables_good(d, &schedule->groups)) return;
+    tiles.num_tiles = moei_schedule_build(schedule, &s->scan, d->fault, d->rank, f.tile_m, 0, 0);
+    if ((int)blockIdx.x >= tiles.num_tiles || !moei_gemm_tables_good(d, &schedule->groups, 0))
+        return;
 
     load.tile = (int)blockIdx.x;
     load.turn = 0;

@@ -5,7 +5,7 @@
    A copy arrives when a thread waits for its barrier; until then its destination holds poison. So a
    stage that is read too early, or refilled too early, shows. Products run when their warp waits
    for their group: a stage that is released before shows too. Descriptors carry the address of the
-   operand, not the bits that a GPU reads; the swizzle is applied to addresses, as on a GPU.
+   operand; the bits beside it are checked; the swizzle is applied to addresses, as on a GPU.
 
    The run fails where a kernel names a block of its cluster that has ended, a barrier that was not
    initialized, a destination or operand that is not 1024-byte aligned, or a descriptor of another
@@ -17,6 +17,7 @@
 
 #include "../base/cuda.cuh"
 #include "../base/numeric.cuh"
+#include "../gemm/shape.h"
 #include "../gemm/wgmma/args.h"
 #include "../gemm/wgmma/map.cuh"
 
@@ -154,50 +155,48 @@ inline unsigned char* moeh_swizzle(unsigned char* p)
 
 /* Begins the copy of a box into block b. */
 inline void moeh_tensor_load(moeh_block* b, void* dst, const moei_tensor_map* map, int x, int y,
-                             int z, uint64_t* bar)
+                             uint64_t distance, uint64_t* bar)
 {
     moei_tensor t;
     memcpy(&t, map, sizeof t);
     moeh_check_aligned(dst, 1024, "copies a box to a misaligned address");
-    moeh_check_aligned(t.base, 16, "copies from a misaligned matrix");
+    const uint64_t vector = distance >> 4 & ((1u << MOEI_TENSOR_LOG2) - 1); /* as a GPU has it */
+    const uint64_t group = distance >> 4 >> MOEI_TENSOR_LOG2;
+    const void* const matrix =
+        (const char*)(uintptr_t)((uint64_t)t.base + vector * 16 + (group << MOEI_TENSOR_LOG2) * 16);
+    moeh_check_aligned(t.base, 16, "copies by a map of a misaligned base");
+    moeh_check_aligned((const void*)(uintptr_t)distance, 16, "copies from a misaligned matrix");
     if (!t.base || t.box_rows < 1 || t.box_rows > 256) moeh_fail("copies by a map that is empty");
-    if (t.row_stride % 8 || t.matrix_stride % 8) moeh_fail("copies by a map of odd strides");
+    if (t.row_stride % 8) moeh_fail("copies by a map of odd strides");
     const int bytes = t.box_rows * 128;
     moeh_poison(dst, (size_t)bytes);
     moeh_barrier_of(bar);
-    b->bulk.push_back(moeh_bulk{
-        bar, bytes, false, [=] {
-            const bool in = t.matrices ? z >= 0 && z < t.matrices : z == 0;
-            for (int r = 0; r < t.box_rows; ++r)
-                for (int c = 0; c < 64; ++c) {
-                    const int64_t row = (int64_t)y + r, column = (int64_t)x + c;
-                    uint16_t v = 0;
-                    if (in && row >= 0 && row < t.rows && column >= 0 && column < t.columns)
-                        v = ((const uint16_t*)
-                                 t.base)[z * t.matrix_stride + row * t.row_stride + column];
-                    memcpy(moeh_swizzle((unsigned char*)dst + r * 128 + c * 2), &v, 2);
-                }
-        }});
+    b->bulk.push_back(
+        moeh_bulk{bar, bytes, false, [=] {
+                      for (int r = 0; r < t.box_rows; ++r)
+                          for (int c = 0; c < 64; ++c) {
+                              const int64_t row = (int64_t)y + r, column = (int64_t)x + c;
+                              uint16_t v = 0;
+                              if (row >= 0 && row < t.rows && column >= 0 && column < t.columns)
+                                  v = ((const uint16_t*)matrix)[row * t.row_stride + column];
+                              memcpy(moeh_swizzle((unsigned char*)dst + r * 128 + c * 2), &v, 2);
+                          }
+                  }});
 }
-inline void moei_tensor_load_of(void* dst, const moei_tensor_map* map, int x, int y, int z,
-                                uint64_t* bar)
+inline void moei_tensor_load(void* dst, const moei_tensor_map* map, int x, int y, uint64_t distance,
+                             uint64_t* bar)
 {
-    moeh_tensor_load(moeh_now()->block, dst, map, x, y, z, bar);
+    moeh_tensor_load(moeh_now()->block, dst, map, x, y, distance, bar);
 }
-inline void moei_tensor_load_both(void* dst, const moei_tensor_map* map, int x, int y, int z,
-                                  uint64_t* bar)
+inline void moei_tensor_load_both(void* dst, const moei_tensor_map* map, int x, int y,
+                                  uint64_t distance, uint64_t* bar)
 {
     for (unsigned rank = 0; rank < 2; ++rank) {
         moeh_block* const b = moeh_cluster_block(rank);
-        moeh_tensor_load(b, moeh_cluster_address(dst, b), map, x, y, z,
+        moeh_tensor_load(b, moeh_cluster_address(dst, b), map, x, y, distance,
                          (uint64_t*)moeh_cluster_address(bar, b));
     }
 }
-inline void moei_tensor_load(void* dst, const moei_tensor_map* map, int x, int y, uint64_t* bar)
-{
-    moei_tensor_load_of(dst, map, x, y, 0, bar);
-}
-
 /* ---- products ---- */
 
 inline void moei_wgmma_sees_copies(void) {}
@@ -206,30 +205,51 @@ inline void moei_registers_raise(int) {}
 inline void moei_wgmma_begin(void) {}
 inline void moei_wgmma_settle(float*) {}
 
-/* The descriptor's mark of lines of 128 bytes, swizzled, k-major; the address is below. */
-enum : uint64_t { MOEH_WGMMA_LAYOUT = (uint64_t)0x5 << 60 };
+/* The layouts of operands that kernels have made descriptors of; of these a descriptor has the number
+   in its upper bits, the address in the lower ones. */
+enum : uint64_t {
+    MOEH_WGMMA_K = (uint64_t)1 << 60,
+    MOEH_WGMMA_MN = (uint64_t)2 << 60,
+    MOEH_WGMMA_MARK = (uint64_t)15 << 60
+};
 
-inline uint64_t moei_wgmma_operand(const void* p)
+/* Requires the strides and the swizzle that moeh_wgmma_line has, in the bits that a GPU reads. */
+inline void moeh_wgmma_check_layout(int major)
 {
+    const uint64_t bits = moei_wgmma_layout(major), step = moei_wgmma_advance(major) * 16;
+    const uint64_t rows = (bits >> 16 & 0x3fff) * 16, lines = (bits >> 32 & 0x3fff) * 16;
+    const bool mn = major == MOE_MAJOR_MN;
+    if (bits >> 62 != 1 || lines != 1024 || (mn && rows != 8192) || step != (mn ? 2048u : 32u))
+        moeh_fail("multiplies by a descriptor of another layout");
+}
+
+inline uint64_t moei_wgmma_operand(const void* p, int major)
+{
+    moeh_wgmma_check_layout(major);
     moeh_check_aligned(p, 1024, "multiplies from a misaligned address");
-    return (uint64_t)(uintptr_t)p >> 4 | MOEH_WGMMA_LAYOUT;
+    return (uint64_t)(uintptr_t)p >> 4 | (major == MOE_MAJOR_MN ? MOEH_WGMMA_MN : MOEH_WGMMA_K);
 }
 
 /* Returns the address of 16 depths of a descriptor's first line. */
-inline unsigned char* moeh_wgmma_address(uint64_t operand)
+inline unsigned char* moeh_wgmma_address(uint64_t operand, int major)
 {
-    const uint64_t at = (operand & ~((uint64_t)0xf << 60)) << 4;
-    if (operand >> 60 != 0x5 || at % 1024 > 96 || at % 32)
+    const uint64_t at = (operand & ~MOEH_WGMMA_MARK) << 4;
+    const bool mn = major == MOE_MAJOR_MN;
+    if ((operand & MOEH_WGMMA_MARK) != (mn ? MOEH_WGMMA_MN : MOEH_WGMMA_K) ||
+        (mn ? at % 1024 != 0 : at % 1024 > 96 || at % 32 != 0))
         moeh_fail("multiplies by a descriptor of another layout");
     return (unsigned char*)(uintptr_t)at;
 }
 
-/* Writes 16 depths of line `line` as floats to v. */
-inline void moeh_wgmma_line(float v[16], unsigned char* first, int line, int dtype)
+/* Writes 16 depths of row `row` of an operand as floats to v. */
+inline void moeh_wgmma_line(float v[16], unsigned char* first, int row, int major, int dtype)
 {
     for (int k = 0; k < 16; ++k) {
         uint16_t h;
-        memcpy(&h, moeh_swizzle(first + line * 128 + k * 2), 2);
+        unsigned char* const at = major == MOE_MAJOR_MN
+                                      ? first + row / 64 * 8192 + k * 128 + row % 64 * 2
+                                      : first + row * 128 + k * 2;
+        memcpy(&h, moeh_swizzle(at), 2);
         v[k] = moe_half_to_f32(h, dtype);
     }
 }
@@ -240,12 +260,13 @@ inline void moeh_wgmma_run(const moeh_wgmma* p, unsigned warp)
     static float b[16][256];
     float column[16];
     for (int n = 0; n < 256; ++n) {
-        moeh_wgmma_line(column, moeh_wgmma_address(p->b), n, p->dtype);
+        moeh_wgmma_line(column, moeh_wgmma_address(p->b, p->b_major), n, p->b_major, p->dtype);
         for (int k = 0; k < 16; ++k) b[k][n] = column[k];
     }
     for (int m = 0; m < 16; ++m) {
         float a[16], sum[256] = {0};
-        moeh_wgmma_line(a, moeh_wgmma_address(p->a), (int)warp % 4 * 16 + m, p->dtype);
+        moeh_wgmma_line(a, moeh_wgmma_address(p->a, p->a_major), (int)warp % 4 * 16 + m, p->a_major,
+                        p->dtype);
         for (int k = 0; k < 16; ++k)
             for (int n = 0; n < 256; ++n) sum[n] += a[k] * b[k][n];
         for (int n = 0; n < 256; ++n) {
@@ -259,12 +280,12 @@ inline void moeh_wgmma_run(const moeh_wgmma* p, unsigned warp)
 struct moeh_wgmma_lane {
     float* c;
     uint64_t a, b;
-    int add, dtype;
+    int add, a_major, b_major, dtype;
 };
 
-inline void moei_wgmma(float* c, uint64_t a, uint64_t b, int add, int dtype)
+inline void moei_wgmma(float* c, uint64_t a, uint64_t b, int add, const moe_gemm_shape f)
 {
-    const moeh_wgmma_lane mine = {c, a, b, add, dtype};
+    const moeh_wgmma_lane mine = {c, a, b, add, f.a_major, f.b_major, f.dtype};
     if (!add) /* whoever reads them before the wait finds NaN */
         for (int i = 0; i < 128; ++i) c[i] = NAN;
     moeh_meet(
@@ -273,7 +294,8 @@ inline void moei_wgmma(float* c, uint64_t a, uint64_t b, int add, int dtype)
             const moeh_wgmma_lane* const first = (const moeh_wgmma_lane*)(uintptr_t)w->at[0].value;
             moeh_wgmma p;
             if (mask != 0xffffffffu) moeh_fail("calls moei_wgmma in a warp that is not whole");
-            p.a = first->a, p.b = first->b, p.add = first->add, p.dtype = first->dtype;
+            p.a = first->a, p.b = first->b, p.add = first->add;
+            p.a_major = first->a_major, p.b_major = first->b_major, p.dtype = first->dtype;
             p.group = w->wgmma_groups;
             for (int i = 0; i < 32; ++i) {
                 const moeh_wgmma_lane* const l = (const moeh_wgmma_lane*)(uintptr_t)w->at[i].value;
@@ -281,7 +303,7 @@ inline void moei_wgmma(float* c, uint64_t a, uint64_t b, int add, int dtype)
                     moeh_fail("calls moei_wgmma with operands that differ between lanes");
                 p.c[i] = l->c;
             }
-            moeh_wgmma_address(p.a), moeh_wgmma_address(p.b);
+            moeh_wgmma_address(p.a, p.a_major), moeh_wgmma_address(p.b, p.b_major);
             w->wgmma.push_back(p);
         },
         (uint64_t)(uintptr_t)&mine);

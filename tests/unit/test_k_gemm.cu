@@ -6,6 +6,7 @@
    test_k_shapes     numbers of rows about tile_k, tiles, tails, dtypes
    test_k_lone       one expert; all rows at one; no rows
    test_k_gather     either operand gathered; strides; tables; added to C
+   test_k_wgmma      rows in order on the wgmma path, with and without workspace
    test_k_nan        NaN and infinity stay with their expert
    test_k_faults     bad offsets and addresses, stop faults
    test_k_same_bits  the same bits over runs
@@ -23,7 +24,7 @@
 enum { MOST = 80 };
 
 typedef struct k_case {
-    int E, m, n, dtype, c_dtype, tile, grid_limit;
+    int E, m, n, dtype, c_dtype, tile, path, grid_limit;
     int rows[MOST];          /* of each expert */
     int a_gather, b_gather;  /* 0: row r itself; else an index, divided by this */
     int none, bad;           /* entries of the indices: -1; out of range */
@@ -37,7 +38,7 @@ typedef struct k_bufs {
     int32_t *h_index[2], h_offset[MOST + 1];
     int num_rows;
     int64_t a_rows, b_rows, c_size; /* elements of C, strides included */
-    tbuf a, b, index[2], offset, c, table, fault;
+    tbuf a, b, index[2], offset, c, table, fault, workspace;
     moe_k_grouped_gemm_desc d;
 } k_bufs;
 
@@ -46,10 +47,10 @@ static const char* case_text(const k_case* c)
     static char text[200];
     snprintf(text, sizeof text,
              "E=%d m=%d n=%d rows %d %d %d.. %s -> %s tile=%d gather %d %d none=%d bad=%d pads %d "
-             "%d %d table=%d accumulate=%d",
+             "%d %d table=%d accumulate=%d path=%d",
              c->E, c->m, c->n, c->rows[0], c->rows[1], c->rows[2], moe_dtype_name(c->dtype),
              moe_dtype_name(c->c_dtype), c->tile, c->a_gather, c->b_gather, c->none, c->bad,
-             c->a_pad, c->b_pad, c->c_pad, c->c_table, c->accumulate);
+             c->a_pad, c->b_pad, c->c_pad, c->c_table, c->accumulate, c->path);
     return text;
 }
 
@@ -148,12 +149,15 @@ static void bufs_new(k_bufs* b, const k_case* c, trand* r)
     b->d.accumulate = c->accumulate;
     b->d.tile = c->tile;
     b->d.grid_limit = c->grid_limit;
+    b->d.path = c->path;
+    b->workspace = tbuf_new("workspace", MOE_GROUPED_GEMM_WORKSPACE, 16);
+    b->d.workspace = b->workspace.p, b->d.workspace_bytes = MOE_GROUPED_GEMM_WORKSPACE;
 }
 
 static void bufs_free(k_bufs* b)
 {
-    tbufs_free(
-        TBUFS(&b->a, &b->b, &b->offset, &b->c, &b->fault, &b->table, &b->index[0], &b->index[1]));
+    tbufs_free(TBUFS(&b->a, &b->b, &b->offset, &b->c, &b->fault, &b->table, &b->index[0],
+                     &b->index[1], &b->workspace));
     TFREE(b->h_a, b->h_b, b->h_c, b->h_index[0], b->h_index[1]);
 }
 
@@ -309,6 +313,48 @@ static void test_k_gather(void)
     }
 }
 
+/* Sums rows in order on the wgmma path: experts without rows, tails of rows, m and n, more pairs of
+   tiles than clusters; the same bits without the workspace. */
+static void test_k_wgmma(void)
+{
+    static const int sizes[] = {0, 1, 63, 64, 65, 127, 128, 129, 200, 321};
+    trand r = trand_new(8);
+    for (int i = 0; i < (MOE_ON_HOST ? 12 : 100); ++i) {
+        int rows[6];
+        k_case c;
+        k_bufs b;
+        moe_status s;
+        void* want;
+        for (int e = 0; e < 6; ++e) rows[e] = sizes[trand_int(&r, 0, 9)];
+        c = normal_case(6, rows, 8 * (int)trand_int(&r, 1, 40), 8 * (int)trand_int(&r, 1, 40));
+        c.path = MOE_GEMM_PATH_WGMMA;
+        c.dtype = trand_int(&r, 0, 1) ? MOE_FP16 : MOE_BF16;
+        c.c_dtype = trand_int(&r, 0, 1) ? MOE_FP32 : c.dtype;
+        c.a_pad = 8 * (int)trand_int(&r, 0, 2);
+        c.b_pad = 8 * (int)trand_int(&r, 0, 2);
+        c.c_pad = 8 * (int)trand_int(&r, 0, 2);
+        c.c_table = (int)trand_int(&r, 0, 1);
+        c.accumulate = (int)trand_int(&r, 0, 1);
+        c.beyond = (int)trand_int(&r, 0, 1) * 20;
+        bufs_new(&b, &c, &r);
+        s = moe_k_grouped_gemm(&b.d, test_now.stream);
+        if (i == 0 && s == MOE_STATUS(MOE_ERR_DEVICE, path)) {
+            test_leave_out("no wgmma on this device, or no code of sm_90a");
+            bufs_free(&b);
+            return;
+        }
+        CHECK_STATUS(s, MOE_OK);
+        compare(&b, &c);
+        want = tbuf_copy(&b.c);
+        if (c.accumulate) tbuf_put(&b.c, b.h_c);
+        b.d.workspace = 0; /* fixed order */
+        CHECK_STATUS(moe_k_grouped_gemm(&b.d, test_now.stream), MOE_OK);
+        CHECK(tbuf_holds(&b.c, want), "without a workspace the bits differ");
+        free(want);
+        bufs_free(&b);
+    }
+}
+
 /* Keeps NaN and infinities with the expert that has them, though tiles run past its rows. */
 static void test_k_nan(void)
 {
@@ -428,6 +474,11 @@ static void test_k_refusals(void)
     REFUSED(d.grid_limit = -1, MOE_ERR_RANGE, grid_limit);
     REFUSED_RANK_AND_FAULT();
     REFUSED_EACH(tile, MOE_ERR_OPTION, tile, MOE_TILE_32x128, -1);
+    REFUSED_EACH(path, MOE_ERR_OPTION, path, MOE_GEMM_PATH_WGMMA + 1, -1);
+    REFUSED(d.path = MOE_GEMM_PATH_WGMMA, MOE_ERR_CONFLICT, path); /* gathered rows */
+    REFUSED(d.workspace_bytes = MOE_GROUPED_GEMM_WORKSPACE - 1, MOE_ERR_WORKSPACE, workspace_bytes);
+    REFUSED(d.workspace = AT(d.workspace, 8), MOE_ERR_ALIGN, workspace);
+    REFUSED(d.workspace = d.c, MOE_ERR_OVERLAP, workspace);
     REFUSED(d.a_rows = -1, MOE_ERR_RANGE, a_rows);
     REFUSED(d.b_rows = -1, MOE_ERR_RANGE, b_rows);
     REFUSED(d.a_stride = 56, MOE_ERR_STRIDE, a_stride);
@@ -531,6 +582,7 @@ int main(int argc, char** argv)
     RUN(test_k_shapes);
     RUN(test_k_lone);
     RUN(test_k_gather);
+    RUN(test_k_wgmma);
     RUN(test_k_nan);
     RUN(test_k_faults);
     RUN(test_k_same_bits);

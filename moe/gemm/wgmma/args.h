@@ -10,15 +10,20 @@ typedef struct moei_tensor_map {
     uint64_t word[16];
 } moei_tensor_map;
 
-/* Boxes are the parts that one tensor copy moves: 64 depths (128 bytes) of so many rows. */
+/* Boxes are the parts that one tensor copy moves: 64 elements (128 bytes) of so many lines. */
 typedef struct moei_wgmma_args {
-    moei_tensor_map a;       /* [a_rows, k], boxes of 64 rows; unused where rows are gathered */
-    moei_tensor_map b[2];    /* [E, n, k], boxes of 128 rows: gates and ups; not gated: B twice */
-    moe_grouped_gemm_args d; /* the product */
+    moei_tensor_map a; /* [a_rows, k], boxes of 64 rows; unused where rows are gathered;
+                                k-grouped: [num_rows, m], boxes of 64 depths */
+    moei_tensor_map b; /* [n, k], boxes of 128 rows; mn-major: [k, n], boxes of 64 depths. Gates
+                                and ups are matrices of their own */
+    moe_grouped_gemm_args d; /* the product; k-grouped: b.base is B, k is not read */
     int32_t* ticket;         /* [1] 0 at the start: number of pairs of tiles that clusters have
                                 taken beyond their first; null: cluster i takes pairs i, i +
                                 clusters, ... */
-    uint64_t unused[7];      /* a launch copies whole 64-byte units */
+    int64_t up;              /* bytes from gates to ups in one array; 0: separate, or not gated */
+    int64_t c_expert_bytes;  /* k-grouped: bytes between the matrices of c.base; otherwise 0 */
+    int32_t m;               /* k-grouped: rows of each expert's C; otherwise 0 */
+    int32_t unused[5];       /* a launch copies whole 64-byte units */
 } moei_wgmma_args;
 
 /* The parameter of the kernels: tensor maps stand on a 64-byte boundary there. */
@@ -30,10 +35,25 @@ typedef struct moei_wgmma_param {
     moei_wgmma_args a;
 } moei_wgmma_param;
 
-/* The variant's shape (gemm/shape.h): a consumer warp has 16 x 256 of a tile. */
+/* The shape (gemm/shape.h) of the path's tiles, as 12 warps of which 8 have 16 x 256 each. */
 #define MOEI_WGMMA_SHAPE(dtype, a_major, b_major)                                                  \
     {                                                                                              \
         128, 256, 64, 8, 1, 4, dtype, a_major, b_major, 16, 256, 384, 1                            \
     }
+
+/* Returns the bits of a wgmma descriptor beside the address, which has the lowest 14: at 16 and at
+   32 the strides in 16 bytes, between 64 rows of an mn-major operand and between 8 lines; at 62 the
+   swizzle of 128 bytes. */
+MOE_HOST_DEVICE uint64_t moei_wgmma_layout(int major)
+{
+    const uint64_t next_rows = major == MOE_MAJOR_MN ? 64 * 128 : 16, next_lines = 8 * 128;
+    return next_rows >> 4 << 16 | next_lines >> 4 << 32 | (uint64_t)1 << 62;
+}
+
+/* Returns what moves a descriptor 16 depths on: 16 lines of an mn-major operand, or 32 bytes. */
+MOE_HOST_DEVICE uint64_t moei_wgmma_advance(int major)
+{
+    return major == MOE_MAJOR_MN ? 16 * 128 >> 4 : 32 >> 4;
+}
 
 #endif

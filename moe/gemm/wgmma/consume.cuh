@@ -73,16 +73,18 @@ MOE_DEVICE void moei_wgmma_store_next(moei_wgmma_pending* p, int64_t stride)
 
 /* The step of depths i, i + 1, ... of a tile: starts the products of the stage. consumer: 0 or 1. */
 MOE_DEVICE void moei_wgmma_start_step(float acc[128], moei_wgmma_ring* r, int consumer, int i,
-                                      const int gathered, const int dtype)
+                                      const int gathered, const moe_gemm_shape f)
 {
     const unsigned char* stage = r->stages + r->stage * MOEI_WGMMA_STAGE;
-    const uint64_t a = moei_wgmma_operand(stage + consumer * MOEI_WGMMA_A_HALF);
-    const uint64_t b = moei_wgmma_operand(stage + 2 * MOEI_WGMMA_A_HALF);
+    const uint64_t a = moei_wgmma_operand(stage + consumer * MOEI_WGMMA_A_HALF, f.a_major);
+    const uint64_t b = moei_wgmma_operand(stage + 2 * MOEI_WGMMA_A_HALF, f.b_major);
     moei_barrier_wait(r->s->full + r->stage, r->parity);
     if (gathered) moei_wgmma_sees_copies();
     moei_wgmma_begin();
     MOE_UNROLL
-    for (int k = 0; k < 4; ++k) moei_wgmma(acc, a + k * 2, b + k * 2, i > 0 || k > 0, dtype);
+    for (int k = 0; k < 4; ++k)
+        moei_wgmma(acc, a + k * moei_wgmma_advance(f.a_major),
+                   b + k * moei_wgmma_advance(f.b_major), i > 0 || k > 0, f);
     moei_wgmma_commit();
 }
 
@@ -183,11 +185,12 @@ MOE_DEVICE void moei_wgmma_store_f32(const float acc[128], const moe_gemm_output
 /* Sets where the results of a tile go; nothing is pending. row: of this thread's first accumulator;
    rows: the tile's rows from it on; column: first of the tile. */
 MOE_DEVICE void moei_wgmma_aim(moei_wgmma_pending* p, const moe_gemm_output* o,
-                               const moei_wgmma_tile* t, int row, int rows, int column, int n)
+                               const moei_wgmma_tile* t, int64_t expert_bytes, int row, int rows,
+                               int column, int n)
 {
     const int quad = moe_lane() & 3, bytes = o->dtype == MOE_FP32 ? 4 : 2;
     char* c = o->table ? (char*)o->table[t->expert] - (int64_t)t->begin * o->stride * bytes
-                       : (char*)o->base;
+                       : (char*)o->base + t->expert * expert_bytes;
     p->c = c + ((int64_t)row * o->stride + column + quad * 8) * bytes;
     p->rows = rows;
     p->columns = n - column - quad * 8;
@@ -200,6 +203,29 @@ MOE_DEVICE void moei_wgmma_round(uint32_t* x, const float acc[128], const int g,
     for (int j = 0; j < 4; ++j) {
         x[j] = moe_pack2(acc[16 * g + 4 * j], acc[16 * g + 4 * j + 1], dtype);
         x[j + 4] = moe_pack2(acc[16 * g + 4 * j + 2], acc[16 * g + 4 * j + 3], dtype);
+    }
+}
+
+/* Stores what the activation is applied to: 128 gates and 128 ups, or 256 columns. row: of the
+   thread's first accumulator. */
+MOE_DEVICE void moei_wgmma_store_pre(const float acc[128], const moei_wgmma_pending* p,
+                                     const moe_gemm_output* o, int64_t row, int n, const int dtype)
+{
+    const int column = n - p->columns; /* the lane's first of 8, in each 32 columns */
+    const int64_t below = o->pre_stride * 16;
+    char* at = (char*)o->pre + (row * o->pre_stride + column) * 2;
+    MOE_UNROLL
+    for (int g = 0; g < 8; ++g) {
+        const int first = o->gated ? g % 4 * 32 : g * 32;
+        char* to = at + (first + (o->gated && g >= 4 ? n : 0)) * 2;
+        uint32_t x[8];
+        moei_wgmma_round(x, acc, g, dtype);
+        moei_quad_transpose(x);
+        moei_quad_transpose(x + 4);
+        if (p->columns > first) {
+            if (p->rows > 0) moei_store16(to, make_uint4(x[0], x[1], x[2], x[3]));
+            if (p->rows > 8) moei_store16(to + below, make_uint4(x[4], x[5], x[6], x[7]));
+        }
     }
 }
 
@@ -264,20 +290,22 @@ MOE_DEVICE void moei_wgmma_activate(float acc[128], const moe_gemm_output* o)
     }
 }
 
-/* Ends a tile: adds the bias, applies the activation, adds C where results are added to it; rounds
-   the results into *p, or stores fp32 ones. */
+/* Ends a tile: adds the bias, stores what the activation is applied to where the caller wants it,
+   applies the activation, adds C where results are added to it; rounds the results into *p, or
+   stores fp32 ones. */
 MOE_DEVICE void moei_wgmma_finish(moei_wgmma_pending* p, float acc[128], const moe_gemm_output* o,
-                                  int expert, int n, const int dtype)
+                                  int expert, int row, int n, const int dtype)
 {
     p->next = 0;
     p->groups = o->dtype == MOE_FP32 ? 0 : o->gated ? 4 : 8;
-    if (o->activation == MOE_ACTIVATION_NONE && !o->bias && !o->accumulate &&
+    if (o->activation == MOE_ACTIVATION_NONE && !o->bias && !o->pre && !o->accumulate &&
         o->dtype != MOE_FP32) { /* the least work: first */
         MOE_UNROLL
         for (int g = 0; g < 8; ++g) moei_wgmma_round(p->x + 8 * g, acc, g, dtype);
         return;
     }
     if (o->bias) moei_wgmma_add_bias(acc, o, expert, n, p, dtype);
+    if (o->pre) moei_wgmma_store_pre(acc, p, o, row, n, dtype);
     moei_wgmma_activate(acc, o);
     if (o->accumulate || o->dtype == MOE_FP32) {
         const moei_wgmma_target to = moei_wgmma_target_of(p, o);
@@ -300,12 +328,10 @@ MOE_DEVICE void moei_wgmma_finish(moei_wgmma_pending* p, float acc[128], const m
         short tiles 64
      2. release the last stage
      3. finish: bias, activation, rounding
-   A consumer without rows of the tile releases the stages. At the end stores what is pending.
-   Consumer 1 begins its first tile two steps later, so that at first one of the two multiplies while
-   the other finishes a tile. */
+   A consumer without rows of the tile releases the stages. At the end stores what is pending. */
 MOE_DEVICE void moei_wgmma_consume(const moei_wgmma_args* a, moei_wgmma_ring r,
                                    const moei_wgmma_tiles* w, int consumer, const int gathered,
-                                   const int dtype)
+                                   const moe_gemm_shape f)
 {
     const moe_grouped_gemm_args* d = &a->d;
     const int warp = moe_warp() % 4, line = consumer * 64 + warp * 16 + (moe_lane() >> 2);
@@ -314,39 +340,40 @@ MOE_DEVICE void moei_wgmma_consume(const moei_wgmma_args* a, moei_wgmma_ring r,
     p.rows = p.columns = p.next = p.groups = 0;
     MOE_UNROLL
     for (int i = 0; i < 64; ++i) p.x[i] = 0;
-    if (consumer == 1 && w->steps > 2) moei_barrier_wait(r.s->full + 2, 0);
     for (int turn = 0;; ++turn) {
         const moei_wgmma_tile* t = r.s->position + turn % MOEI_WGMMA_ENTRIES;
-        int rows;
+        int rows, depths;
         moei_barrier_wait(r.s->full + r.stage, r.parity);
         /* a shuffle: the compiler must know that the branches are uniform */
         rows = __shfl_sync(MOE_FULL_WARP, t->expert < 0 ? -1 : moei_wgmma_rows(t), 0);
         if (rows < 0) break;
+        depths = gathered ? d->k : __shfl_sync(MOE_FULL_WARP, t->steps, 0) * 64;
         if (rows > consumer * 64) {
             float acc[128];
             int before = 0, i = 0;
             MOE_NO_UNROLL
-            for (; p.next < p.groups && i < d->k; i += 64) { /* 1. */
-                moei_wgmma_start_step(acc, &r, consumer, i, gathered, dtype);
+            for (; p.next < p.groups && i < depths; i += 64) { /* 1. */
+                moei_wgmma_start_step(acc, &r, consumer, i, gathered, f);
                 MOE_NO_UNROLL
-                for (int j = 0; j < (d->k > 7 * 64 ? 1 : 2) && p.next < p.groups; ++j)
+                for (int j = 0; j < (depths > 7 * 64 ? 1 : 2) && p.next < p.groups; ++j)
                     moei_wgmma_store_next(&p, d->c.stride);
                 moei_wgmma_end_step(&r, i, &before);
             }
             MOE_NO_UNROLL
             while (p.next < p.groups) moei_wgmma_store_next(&p, d->c.stride);
-            moei_wgmma_aim(&p, &d->c, t, t->row + line, rows - line, t->column * w->columns, d->n);
+            moei_wgmma_aim(&p, &d->c, t, a->c_expert_bytes, t->row + line, rows - line,
+                           t->column * w->columns, d->n);
             MOE_NO_UNROLL
-            for (; i < d->k; i += 64) {
-                moei_wgmma_start_step(acc, &r, consumer, i, gathered, dtype);
+            for (; i < depths; i += 64) {
+                moei_wgmma_start_step(acc, &r, consumer, i, gathered, f);
                 moei_wgmma_end_step(&r, i, &before);
             }
             moei_wgmma_wait(0); /* 2. */
             moei_wgmma_settle(acc);
             moei_wgmma_release(&r, before);
-            moei_wgmma_finish(&p, acc, &d->c, t->expert, d->n, dtype); /* 3. */
+            moei_wgmma_finish(&p, acc, &d->c, t->expert, t->row + line, d->n, f.dtype); /* 3. */
         } else {
-            moei_wgmma_skip(&r, d->k);
+            moei_wgmma_skip(&r, depths);
         }
     }
     MOE_NO_UNROLL

@@ -13,19 +13,23 @@
 #define MOEI_TENSOR_SWIZZLE_128B 3
 #define MOEI_TENSOR_PROMOTION_256B 3
 
-/* A matrix of 16-bit elements, or several. */
+/* The form of matrices of 16-bit elements. A copy names the matrix by its distance from base. */
 typedef struct moei_tensor {
-    const void* base;      /* 16-byte aligned */
+    const void* base;      /* of memory that the device can read, 16-byte aligned */
     int64_t columns, rows; /* elements of a row; rows; both below 2^32 */
-    int64_t matrices;      /* 0: one, which has no number */
     int64_t row_stride;    /* elements between rows; a multiple of 8, below 2^39 */
-    int64_t matrix_stride; /* elements between matrices; likewise */
     int32_t box_rows;      /* rows of a box, 1 .. 256 */
     int32_t dtype;         /* MOE_FP16 or MOE_BF16 */
 } moei_tensor;
 
-/* Encodes the map of *t. A box has 64 columns and is swizzled (ptx.cuh). Loads of elements outside
-   the matrix give zeros. */
+/* Beside columns and rows a map has the dimensions of 2^30 16-byte vectors, and of 2^30 groups of so
+   many vectors: together all distances, modulo 2^64. So one map serves the matrices of all experts,
+   also where a table holds their addresses. The base must be mapped, though nothing is read there:
+   copies by a map with another base fail. */
+#define MOEI_TENSOR_LOG2 30
+
+/* Encodes the map of *t. A box has 64 columns and is swizzled (ptx.cuh). Elements outside the matrix
+   are zeros. */
 MOE_HOST moe_status moei_tensor_encode(moei_tensor_map* map, const moei_tensor* t)
 {
 #if MOE_ON_HOST
@@ -35,9 +39,10 @@ MOE_HOST moe_status moei_tensor_encode(moei_tensor_map* map, const moei_tensor* 
     typedef int (*encode_fn)(void* map, int type, uint32_t rank, void* base, const uint64_t* size,
                              const uint64_t* stride, const uint32_t* box, const uint32_t* step,
                              int interleave, int swizzle, int promotion, int fill);
-    const uint64_t size[3] = {(uint64_t)t->columns, (uint64_t)t->rows, (uint64_t)t->matrices};
-    const uint64_t stride[2] = {(uint64_t)t->row_stride * 2, (uint64_t)t->matrix_stride * 2};
-    const uint32_t box[3] = {64, (uint32_t)t->box_rows, 1}, step[3] = {1, 1, 1};
+    const uint64_t many = (uint64_t)1 << MOEI_TENSOR_LOG2;
+    const uint64_t size[4] = {(uint64_t)t->columns, (uint64_t)t->rows, many, many};
+    const uint64_t stride[3] = {(uint64_t)t->row_stride * 2, 16, many * 16};
+    const uint32_t box[4] = {64, (uint32_t)t->box_rows, 1, 1}, step[4] = {1, 1, 1, 1};
     alignas(64) moei_tensor_map m;
     cudaDriverEntryPointQueryResult found;
     void* fn = 0;
@@ -48,8 +53,8 @@ MOE_HOST moe_status moei_tensor_encode(moei_tensor_map* map, const moei_tensor* 
     MOE_TRY_CUDA(cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &fn, cudaEnableDefault, &found));
 #endif
     if (found != cudaDriverEntryPointSuccess || !fn) return moe_cuda_status(cudaErrorNotSupported);
-    if (((encode_fn)fn)(&m, t->dtype == MOE_FP16 ? MOEI_TENSOR_FP16 : MOEI_TENSOR_BF16,
-                        t->matrices ? 3 : 2, (void*)t->base, size, stride, box, step, 0,
+    if (((encode_fn)fn)(&m, t->dtype == MOE_FP16 ? MOEI_TENSOR_FP16 : MOEI_TENSOR_BF16, 4,
+                        (void*)(uintptr_t)t->base, size, stride, box, step, 0,
                         MOEI_TENSOR_SWIZZLE_128B, MOEI_TENSOR_PROMOTION_256B, 0) != 0)
         return moe_cuda_status(cudaErrorInvalidValue);
     memcpy(map, &m, sizeof *map);

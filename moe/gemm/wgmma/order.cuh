@@ -24,17 +24,23 @@
 /* A block's tile. */
 typedef struct moei_wgmma_tile {
     int32_t expert;     /* 0 .. E - 1; -1: the cluster has no more tiles */
-    int32_t begin, end; /* the expert's rows of C */
+    int32_t begin, end; /* the expert's rows of C; k-grouped: 0, m */
     int32_t row;        /* first row of the tile; end where the tile has no rows */
     int32_t column;     /* number of the column tile */
     int32_t shared;     /* 1: the other block has the same column */
+    int32_t steps;      /* stages of the sum, 1 or more */
+    int32_t origin;     /* k-grouped: the expert's first row of A and B, depth 0; otherwise 0 */
+    int32_t depth;      /* first depth of the first stage, 0; k-grouped: so that the last stage ends
+                           with the expert's rows. Depths below 0 are zeros */
 } moei_wgmma_tile;
 
 #if MOEI_WGMMA_HERE
 
-/* Returns the position of the tile of block `cluster_rank`, of pair number `index`. Requires 0 <=
-   index < number of pairs. The whole warp calls it. */
-MOE_DEVICE moei_wgmma_tile moei_wgmma_tile_of(const moei_schedule* s, int index, int cluster_rank)
+/* Returns the position of the tile of block `cluster_rank`, of pair number `index`. steps: of each
+   tile; m: 0, or k-grouped: rows of each expert's C, and steps is not read. Requires 0 <= index <
+   number of pairs. The whole warp calls it. */
+MOE_DEVICE moei_wgmma_tile moei_wgmma_tile_of(const moei_schedule* s, int index, int cluster_rank,
+                                              int steps, int m)
 {
     int lo = 0, hi = s->groups.num_experts; /* tile_start[lo] <= index < tile_start[hi] */
     moei_wgmma_tile t;
@@ -48,6 +54,15 @@ MOE_DEVICE moei_wgmma_tile moei_wgmma_tile_of(const moei_schedule* s, int index,
     t.expert = lo;
     t.begin = moei_expert_begin(&s->groups, lo);
     t.end = moei_expert_end(&s->groups, lo);
+    t.steps = steps;
+    t.origin = t.depth = 0;
+    if (m) {
+        const int rows = t.end - t.begin;
+        t.steps = rows > 0 ? (rows + 63) / 64 : 1;
+        t.origin = t.begin;
+        t.depth = rows - t.steps * 64;
+        t.begin = 0, t.end = m;
+    }
     t.row = t.begin;
     local = index - s->tile_start[lo]; /* of the expert; then of the band; then of two columns */
     halves = (t.end - t.begin + MOEI_WGMMA_ROWS / 2 - 1) / (MOEI_WGMMA_ROWS / 2);

@@ -9,7 +9,9 @@
 
 #include "../../base/copy.cuh"
 #include "../../base/warp.cuh"
+#include "../shape.h"
 #include "args.h"
+#include "map.cuh"
 
 /* 1 where the code being compiled has wgmma and st.async, and in all host passes. CUDA 12.0 has no
    st.async: its binaries take the mma.sync path. */
@@ -151,36 +153,42 @@ MOE_DEVICE void moei_cluster_send(int* to, int value, uint64_t* bar, int rank)
 
 /* ---- tensor copies ---- */
 
-/* Copies the box at column x, row y of a matrix to dst, 1024-byte aligned; bar counts its bytes,
-   those outside the matrix, which are zeros, too. Lines of 128 bytes, swizzled: the 16-byte vector
-   v of line r stands at v ^ (r & 7). One thread calls it. */
-MOE_DEVICE void moei_tensor_load(void* dst, const moei_tensor_map* map, int x, int y, uint64_t* bar)
+/* Return the coordinates of a matrix by its distance, bytes from the map's base modulo 2^64
+   (map.cuh). */
+MOE_DEVICE int moei_tensor_vector(uint64_t distance)
 {
-    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes "
-                 "[%0], [%1, {%2, %3}], [%4];" ::"r"(moei_shared_address(dst)),
-                 "l"(map), "r"(x), "r"(y), "r"(moei_shared_address(bar))
-                 : "memory");
+    return (int)(distance >> 4 & ((1u << MOEI_TENSOR_LOG2) - 1));
 }
 
-/* The same for matrix number z of several. */
-MOE_DEVICE void moei_tensor_load_of(void* dst, const moei_tensor_map* map, int x, int y, int z,
-                                    uint64_t* bar)
+MOE_DEVICE int moei_tensor_group(uint64_t distance)
 {
-    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes "
-                 "[%0], [%1, {%2, %3, %4}], [%5];" ::"r"(moei_shared_address(dst)),
-                 "l"(map), "r"(x), "r"(y), "r"(z), "r"(moei_shared_address(bar))
+    return (int)(distance >> 4 >> MOEI_TENSOR_LOG2);
+}
+
+/* Copies the box at column x, row y of the matrix at a distance, a multiple of 16, to dst, 1024-byte
+   aligned; bar counts its bytes, those outside the matrix, which are zeros, too. x and y may be
+   negative. Lines of 128 bytes, swizzled: the 16-byte vector v of line r stands at v ^ (r & 7). One
+   thread calls it. */
+MOE_DEVICE void moei_tensor_load(void* dst, const moei_tensor_map* map, int x, int y,
+                                 uint64_t distance, uint64_t* bar)
+{
+    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes "
+                 "[%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(moei_shared_address(dst)),
+                 "l"(map), "r"(x), "r"(y), "r"(moei_tensor_vector(distance)),
+                 "r"(moei_tensor_group(distance)), "r"(moei_shared_address(bar))
                  : "memory");
 }
 
 /* The same into both blocks of the cluster, at the same places of their shared memory. */
-MOE_DEVICE void moei_tensor_load_both(void* dst, const moei_tensor_map* map, int x, int y, int z,
-                                      uint64_t* bar)
+MOE_DEVICE void moei_tensor_load_both(void* dst, const moei_tensor_map* map, int x, int y,
+                                      uint64_t distance, uint64_t* bar)
 {
-    asm volatile(
-        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
-        ".multicast::cluster [%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(moei_shared_address(dst)),
-        "l"(map), "r"(x), "r"(y), "r"(z), "r"(moei_shared_address(bar)), "h"((uint16_t)3)
-        : "memory");
+    asm volatile("cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes"
+                 ".multicast::cluster [%0], [%1, {%2, %3, %4, %5}], [%6], %7;" ::"r"(
+                     moei_shared_address(dst)),
+                 "l"(map), "r"(x), "r"(y), "r"(moei_tensor_vector(distance)),
+                 "r"(moei_tensor_group(distance)), "r"(moei_shared_address(bar)), "h"((uint16_t)3)
+                 : "memory");
 }
 
 /* Orders what other threads stored by moei_copy16_async, seen through a barrier, before the
@@ -197,12 +205,12 @@ MOE_DEVICE void moei_wgmma_sees_copies(void)
 #define moei_registers_lower(n) asm volatile("setmaxnreg.dec.sync.aligned.u32 " #n ";")
 #define moei_registers_raise(n) asm volatile("setmaxnreg.inc.sync.aligned.u32 " #n ";")
 
-/* Returns the descriptor of an operand at p, 1024-byte aligned, in the layout of tensor copies:
-   rows are lines of 64 depths. Adding 2 moves 16 depths on. */
-MOE_DEVICE uint64_t moei_wgmma_operand(const void* p)
+/* Returns the descriptor of an operand at p, 1024-byte aligned, in the layout of tensor copies: lines
+   are 64 depths of a row; mn-major: 64 rows at one depth, 64 lines a box, boxes of the next rows
+   follow. major: a literal. */
+MOE_DEVICE uint64_t moei_wgmma_operand(const void* p, const int major)
 {
-    return (uint64_t)((moei_shared_address(p) & 0x3ffff) >> 4) | (uint64_t)1 << 16 |
-           (uint64_t)(1024 >> 4) << 32 | (uint64_t)1 << 62;
+    return (uint64_t)((moei_shared_address(p) & 0x3ffff) >> 4) | moei_wgmma_layout(major);
 }
 
 /* Called by the warpgroup before the products of a stage. */
@@ -225,10 +233,10 @@ MOE_DEVICE void moei_wgmma_settle(float c[128])
     for (int i = 0; i < 128; ++i) asm volatile("" : "+f"(c[i])::"memory");
 }
 
-/* Starts c = a b + (add ? c : 0) with a [64, 16], b [16, 256]; dtype is a literal. All threads of a
-   warpgroup call it. Thread i has in c[4 j .. 4 j + 3] rows r, r, r + 8, r + 8 of columns x, x + 1,
+/* Starts c = a b + (add ? c : 0) with a [64, 16], b [16, 256]; dtype and majors are those of f, a
+   literal. All threads of a warpgroup call it. Thread i has in c[4 j .. 4 j + 3] rows r, r, r + 8, r + 8 of columns x, x + 1,
    x, x + 1, where r = i / 32 * 16 + i % 32 / 4, x = 8 j + i % 4 * 2. */
-#define MOEI_WGMMA_256(type)                                                                       \
+#define MOEI_WGMMA_256(type, majors)                                                               \
     asm volatile(                                                                                  \
         "{\n.reg .pred p;\nsetp.ne.b32 p, %130, 0;\n"                                              \
         "wgmma.mma_async.sync.aligned.m64n256k16.f32." type "." type " {"                          \
@@ -248,7 +256,7 @@ MOE_DEVICE void moei_wgmma_settle(float c[128])
         "%104, %105, %106, %107, %108, %109, %110, %111, "                                         \
         "%112, %113, %114, %115, %116, %117, %118, %119, "                                         \
         "%120, %121, %122, %123, %124, %125, %126, %127"                                           \
-        "}, %128, %129, p, 1, 1, 0, 0;\n}"                                                         \
+        "}, %128, %129, p, 1, 1, " majors ";\n}"                                                   \
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]), "+f"(c[4]), "+f"(c[5]), "+f"(c[6]),      \
           "+f"(c[7]), "+f"(c[8]), "+f"(c[9]), "+f"(c[10]), "+f"(c[11]), "+f"(c[12]), "+f"(c[13]),  \
           "+f"(c[14]), "+f"(c[15]), "+f"(c[16]), "+f"(c[17]), "+f"(c[18]), "+f"(c[19]),            \
@@ -271,10 +279,15 @@ MOE_DEVICE void moei_wgmma_settle(float c[128])
           "+f"(c[116]), "+f"(c[117]), "+f"(c[118]), "+f"(c[119]), "+f"(c[120]), "+f"(c[121]),      \
           "+f"(c[122]), "+f"(c[123]), "+f"(c[124]), "+f"(c[125]), "+f"(c[126]), "+f"(c[127])       \
         : "l"(a), "l"(b), "r"(add))
-MOE_DEVICE void moei_wgmma(float c[128], uint64_t a, uint64_t b, int add, const int dtype)
+MOE_DEVICE void moei_wgmma(float c[128], uint64_t a, uint64_t b, int add, const moe_gemm_shape f)
 {
-    if (dtype == MOE_FP16) MOEI_WGMMA_256("f16");
-    else MOEI_WGMMA_256("bf16");
+    const int a_mn = f.a_major == MOE_MAJOR_MN, b_mn = f.b_major == MOE_MAJOR_MN;
+    if (a_mn && f.dtype == MOE_FP16) MOEI_WGMMA_256("f16", "1, 1");
+    else if (a_mn) MOEI_WGMMA_256("bf16", "1, 1");
+    else if (b_mn && f.dtype == MOE_FP16) MOEI_WGMMA_256("f16", "0, 1");
+    else if (b_mn) MOEI_WGMMA_256("bf16", "0, 1");
+    else if (f.dtype == MOE_FP16) MOEI_WGMMA_256("f16", "0, 0");
+    else MOEI_WGMMA_256("bf16", "0, 0");
 }
 #undef MOEI_WGMMA_256
 

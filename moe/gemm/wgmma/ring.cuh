@@ -7,6 +7,8 @@
      B  [256 lines][64]   not gated: 256 neighbouring rows of B
                           gated: 128 rows of gates, then the same 128 rows of ups
 
+   Of an mn-major operand each 64 lines are the 64 depths instead, of 64 rows each.
+
    Two blocks of a cluster have rings of their own that run in step: half of a stage's B may arrive
    from the other block. Barriers of a stage: `full` completes when all of the stage has arrived;
    `empty` when the warps of all consumers of both blocks have read their stage of this number. */
@@ -69,7 +71,8 @@ MOE_DEVICE void moei_wgmma_release(const moei_wgmma_ring* r, int stage)
 typedef struct moei_wgmma_tiles {
     moei_schedule schedule;
     int pairs;   /* of all clusters */
-    int steps;   /* of a tile: stages */
+    int steps;   /* of each tile: stages; k-grouped: 0 */
+    int m;       /* k-grouped: rows of each expert's C; otherwise 0 */
     int columns; /* of C in a tile */
     int cluster_rank; /* the block's number in its cluster: 0 or 1 */
 } moei_wgmma_tiles;

@@ -24,7 +24,8 @@
         Block 0 has read the fault word for both: they must agree.
      3. Wait for the other block, which may still arrive at barriers of this one. */
 MOE_DEVICE_BODY void moei_wgmma_block(const moei_wgmma_args* a, unsigned char* dynamic,
-                                      moei_wgmma_shared* s, const int gathered, const int dtype)
+                                      moei_wgmma_shared* s, const int gathered,
+                                      const moe_gemm_shape f)
 {
     const moe_grouped_gemm_args* d = &a->d;
     const int warp = __shfl_sync(MOE_FULL_WARP, moe_warp(), 0); /* uniform to the compiler */
@@ -35,7 +36,8 @@ MOE_DEVICE_BODY void moei_wgmma_block(const moei_wgmma_args* a, unsigned char* d
     r.s = s;
     r.stage = r.parity = 0;
     w.columns = d->c.gated ? 128 : 256;
-    w.steps = (d->k + 63) / 64;
+    w.m = f.a_major == MOE_MAJOR_MN ? a->m : 0;
+    w.steps = w.m ? 0 : (d->k + 63) / 64;
     w.cluster_rank = moei_cluster_rank();
     w.schedule.groups.expert_offset = d->expert_offset;
     w.schedule.groups.num_experts = d->num_experts;
@@ -55,18 +57,20 @@ MOE_DEVICE_BODY void moei_wgmma_block(const moei_wgmma_args* a, unsigned char* d
         s->mark[0] = 0;
         s->stopped = stopped;
     }
-    w.pairs = moei_schedule_build(&w.schedule, &s->scan, d->fault, d->rank, MOEI_WGMMA_ROWS, 1);
+    w.pairs =
+        moei_schedule_build(&w.schedule, &s->scan, d->fault, d->rank, MOEI_WGMMA_ROWS, 1, w.m);
     moei_cluster_sync();
-    if (moei_cluster_load(&s->stopped, 0)) w.pairs = 0;
-    if ((int)blockIdx.x / 2 >= w.pairs || !moei_gemm_tables_good(d, &w.schedule.groups)) {
-    } else if (warp < 4) { /* 2. */
-        moei_registers_lower(72);
-        if (gathered) moei_wgmma_produce_gathered(a, r, &w);
-        else if (warp == 0) moei_wgmma_produce(a, r, &w);
-        else if (warp == 1) moei_wgmma_find_tiles(a, s, &w);
-    } else {
-        moei_registers_raise(216);
-        moei_wgmma_consume(a, r, &w, warp / 4 - 1, gathered, dtype);
+    if ((int)blockIdx.x / 2 < w.pairs && !moei_cluster_load(&s->stopped, 0) &&
+        moei_gemm_tables_good(d, &w.schedule.groups, w.m)) { /* 2. */
+        if (warp < 4) {
+            moei_registers_lower(72);
+            if (gathered) moei_wgmma_produce_gathered(a, r, &w, f);
+            else if (warp == 0) moei_wgmma_produce(a, r, &w, f);
+            else if (warp == 1) moei_wgmma_find_tiles(a, s, &w);
+        } else {
+            moei_registers_raise(216);
+            moei_wgmma_consume(a, r, &w, warp / 4 - 1, gathered, f);
+        }
     }
     moei_cluster_sync(); /* 3. */
 }

@@ -19,6 +19,7 @@ typedef struct gemm_case {
     int lead, slack;        /* rows before the first expert's and after the last one's */
     int dtype, c_dtype, a_major, b_major;
     int activation, gate_up, bias; /* moe_activation, never 0 */
+    int pre, pre_pad;              /* 1: stores what the activation is applied to */
     float alpha, limit;
     int gather;              /* row_div; 0: no row_index */
     int none, bad;           /* percent of the rows whose row_index is -1, out of range */
@@ -34,7 +35,7 @@ typedef struct gemm_case {
 } gemm_case;
 
 typedef struct gemm_bufs {
-    tbuf a, index, bias, offset, fault, workspace;
+    tbuf a, index, bias, offset, fault, workspace, pre;
     tgrouped c;
     tweights b;
     void *h_a, *h_bias; /* h_a is k-major whatever the device's is */
@@ -50,12 +51,12 @@ static const char* case_text(const gemm_case* c)
     int at = snprintf(
         text, sizeof text,
         "n=%d k=%d %s -> %s A %s B %s activation=%d (%g %g) gate_up=%d bias=%d gather=%d a_rows=%d "
-        "tables %d %d pads %d %d %d fill=%d tile=%d path=%d lead=%d slack=%d E=%d:",
+        "tables %d %d pads %d %d %d pre=%d fill=%d tile=%d path=%d lead=%d slack=%d E=%d:",
         c->n, c->k, moe_dtype_name(c->dtype), moe_dtype_name(c->c_dtype),
         c->a_major == MOE_MAJOR_MN ? "M" : "K", c->b_major == MOE_MAJOR_MN ? "N" : "K",
         c->activation, (double)c->alpha, (double)c->limit, c->gate_up, c->bias, c->gather,
-        c->a_rows, c->b_table, c->c_table, c->a_pad, c->b_pad, c->c_pad, c->fill, c->tile, c->path,
-        c->lead, c->slack, c->E);
+        c->a_rows, c->b_table, c->c_table, c->a_pad, c->b_pad, c->c_pad, c->pre, c->fill, c->tile,
+        c->path, c->lead, c->slack, c->E);
     for (int e = 0; e < c->E && at < (int)sizeof text - 12; ++e)
         at += snprintf(text + at, sizeof text - (size_t)at, " %d", c->rows[e]);
     return text;
@@ -92,12 +93,19 @@ static void randomise(gemm_case* c, trand* r)
     c->a_pad = 8 * (int)trand_int(r, 0, 2);
     c->b_pad = 8 * (int)trand_int(r, 0, 2);
     c->c_pad = 8 * (int)trand_int(r, 0, 2);
+    c->pre = (int)trand_int(r, 0, 1);
+    c->pre_pad = 8 * (int)trand_int(r, 0, 2);
     c->fill = (int)trand_int(r, TFILL_NORMAL, TFILL_INT);
     c->lead = trand_int(r, 0, 2) ? 0 : (int)trand_int(r, 1, 9);
     c->slack = trand_int(r, 0, 1) ? 0 : (int)trand_int(r, 1, 70);
 }
 
 static int is_gated(const gemm_case* c) { return moe_activation_is_gated(c->activation); }
+
+static int has_pre(const gemm_case* c) { return c->pre && c->activation != MOE_ACTIVATION_NONE; }
+
+/* Columns of pre. */
+static int pre_columns(const gemm_case* c) { return is_gated(c) ? 2 * c->n : c->n; }
 
 /* Returns the row of A that row m takes; -1: zeros, -2: zeros and a fault. */
 static int64_t a_row_of(const gemm_bufs* b, const gemm_case* c, int m)
@@ -165,6 +173,13 @@ static void bufs_new(gemm_bufs* b, const gemm_case* c, trand* r)
     tgrouped_new(&b->c, "c", c->c_table, c->E, b->h_offset, b->num_rows, c->n, c_stride,
                  c->c_dtype);
     b->fault = tfault_new(0);
+    b->pre = tbuf_new(
+        "pre",
+        (size_t)moe_extent(b->num_rows, pre_columns(c) + c->pre_pad, pre_columns(c), c->dtype), 16);
+    if (has_pre(c)) {
+        b->d.pre = b->pre.p;
+        b->d.pre_stride = c->pre_pad ? pre_columns(c) + c->pre_pad : 0;
+    }
 
     b->d.a_rows = c->a_rows || c->a_major == MOE_MAJOR_MN ? b->a_rows : 0;
     b->d.a_major = c->a_major == MOE_MAJOR_MN ? MOE_MAJOR_MN : MOE_MAJOR_DEFAULT;
@@ -187,13 +202,14 @@ static void bufs_new(gemm_bufs* b, const gemm_case* c, trand* r)
         b->d.workspace = b->workspace.p;
         b->d.workspace_bytes = MOE_GROUPED_GEMM_WORKSPACE;
     }
-    if (c->tile == MOE_TILE_128x256 && (c->a_major == MOE_MAJOR_MN || c->b_major == MOE_MAJOR_MN))
+    if (c->tile == MOE_TILE_128x256 && c->path != MOE_GEMM_PATH_WGMMA &&
+        (c->a_major == MOE_MAJOR_MN || c->b_major == MOE_MAJOR_MN))
         b->d.tile = MOE_TILE_128x128; /* the largest tile is k-major only */
 }
 
 static void bufs_free(gemm_bufs* b)
 {
-    tbufs_free(TBUFS(&b->a, &b->index, &b->bias, &b->offset, &b->fault, &b->workspace));
+    tbufs_free(TBUFS(&b->a, &b->index, &b->bias, &b->offset, &b->fault, &b->workspace, &b->pre));
     tgrouped_free(&b->c);
     tweights_free(&b->b);
     TFREE(b->h_a, b->h_bias, b->h_index);
@@ -223,6 +239,31 @@ static void exact_product(const gemm_bufs* b, const gemm_case* c, const int32_t*
     free(a);
 }
 
+/* Compares pre with what the activation is applied to, raw [count, columns of B], in the picked rows.
+   Requires that nothing else was written. */
+static void compare_pre(const gemm_bufs* b, const gemm_case* c, const int32_t* pick, int64_t count,
+                        const double* raw, const double* raw_sum)
+{
+    const int columns = pre_columns(c), n = c->n;
+    const int pairs = is_gated(c) && c->gate_up == MOE_GATE_UP_INTERLEAVED;
+    const int64_t stride = columns + c->pre_pad;
+    char* got = (char*)tbuf_copy(&b->pre);
+    int64_t wrong = 0;
+    for (int64_t i = 0; i < count && has_pre(c); ++i)
+        for (int j = 0; j < columns; ++j) {
+            const int64_t at = i * columns + (!pairs ? j : j < n ? 2 * j : 2 * (j - n) + 1);
+            const double error = tsum_error(raw_sum[at], c->k) + 1e-30;
+            wrong += !(fabs(moe_load(got, pick[i] * stride + j, c->dtype) - raw[at]) <=
+                       error + tround(fabs(raw[at]) + error, c->dtype));
+        }
+    CHECK(wrong == 0, "%lld of %lld of pre are wrong", (long long)wrong,
+          (long long)(count * columns));
+    CHECK(test_strays(got, (int64_t)b->pre.bytes, 2, stride, columns,
+                      has_pre(c) ? b->h_offset[0] : 0, has_pre(c) ? b->h_offset[c->E] : 0) == 0,
+          "pre was written outside the rows");
+    free(got);
+}
+
 /* Computes what C must hold in the picked rows [first[E], n], and how far each element may be from
    it before C is rounded. */
 static void exact_c(const gemm_bufs* b, const gemm_case* c, const int32_t* pick,
@@ -247,6 +288,7 @@ static void exact_c(const gemm_bufs* b, const gemm_case* c, const int32_t* pick,
     } else {
         exact_product(b, c, pick, first, b_n, b_n, 0, 0, raw, raw_sum);
     }
+    compare_pre(b, c, pick, count, raw, raw_sum);
     for (int64_t i = 0; i < count; ++i)
         for (int j = 0; j < n; ++j) {
             const int64_t g = i * b_n + (pairs ? 2 * j : j);

@@ -68,7 +68,8 @@ static void test_gemm_refusals(void)
     REFUSED_EACH(b.major, MOE_ERR_OPTION, b_major, 3, -1);
     REFUSED(d.row_div = -1, MOE_ERR_RANGE, row_div);
     REFUSED_EACH(tile, MOE_ERR_OPTION, tile, MOE_TILE_64x64 + 1, -1);
-    REFUSED((d.tile = MOE_TILE_128x256, d.b.major = MOE_MAJOR_MN), MOE_ERR_CONFLICT, tile);
+    REFUSED((d.tile = MOE_TILE_128x256, d.path = MOE_GEMM_PATH_WMMA, d.b.major = MOE_MAJOR_MN),
+            MOE_ERR_CONFLICT, tile);
     REFUSED_EACH(a_rows, MOE_ERR_RANGE, a_rows, -1, (int64_t)1 << 31);
     REFUSED_EACH(a_stride, MOE_ERR_STRIDE, a_stride, 32, -40);
     REFUSED(d.a_stride = 44, MOE_ERR_ALIGN, a_stride);
@@ -109,6 +110,11 @@ static void test_gemm_refusals(void)
     REFUSED(d.accumulate = 2, MOE_ERR_OPTION, accumulate);
     REFUSED(d.batch_invariant = 2, MOE_ERR_OPTION, batch_invariant);
     REFUSED(d.grid_limit = -1, MOE_ERR_RANGE, grid_limit);
+    REFUSED((d.activation = 0, d.gate_up = 0, d.b.up = 0, d.pre = b.pre.p), MOE_ERR_CONFLICT, pre);
+    REFUSED(d.pre = AT(b.pre.p, 8), MOE_ERR_ALIGN, pre);
+    REFUSED(d.pre = d.c, MOE_ERR_OVERLAP, pre);
+    REFUSED(d.pre_stride = 2 * 64 - 8, MOE_ERR_STRIDE, pre_stride);
+    REFUSED(d.pre_stride = 2 * 64 + 4, MOE_ERR_ALIGN, pre_stride);
     REFUSED_RANK_AND_FAULT();
     REFUSED(d.c = (void*)d.a, MOE_ERR_OVERLAP, c);
     REFUSED(d.c = AT(d.a, 30 * 40 * 2 - 16), MOE_ERR_OVERLAP, c); /* its last 16 bytes */

@@ -37,7 +37,7 @@ MOE_KERNEL(128, 1) schedule_kernel(MOE_ARG(schedule_args) d)
     MOE_SHARED(moe_block_scan_scratch, scratch);
     MOE_SHARED_DYNAMIC(shared);
     const moei_schedule s = schedule_of(&d, shared);
-    const int count = moei_schedule_build(&s, &scratch, d.fault, TEST_RANK, d.tile_rows, 0);
+    const int count = moei_schedule_build(&s, &scratch, d.fault, TEST_RANK, d.tile_rows, 0, 0);
     if (threadIdx.x == 0) *d.num_tiles = count;
     for (int i = (int)threadIdx.x; i < count && i < d.most; i += (int)blockDim.x)
         d.tiles[i] = moei_schedule_tile(&s, i, d.tile_rows);
@@ -137,11 +137,11 @@ MOE_KERNEL(128, 1) pairs_kernel(MOE_ARG(pairs_args) d)
     MOE_SHARED(moe_block_scan_scratch, scratch);
     MOE_SHARED_DYNAMIC(shared);
     const moei_schedule s = schedule_of(&d.s, shared);
-    int count = moei_schedule_build(&s, &scratch, d.s.fault, TEST_RANK, d.s.tile_rows, 1);
+    int count = moei_schedule_build(&s, &scratch, d.s.fault, TEST_RANK, d.s.tile_rows, 1, 0);
 #if MOEI_WGMMA_HERE
     for (int i = moe_warp(); i < count && i < d.s.most; i += (int)blockDim.x / 32)
         for (int rank = 0; rank < 2; ++rank) {
-            const moei_wgmma_tile t = moei_wgmma_tile_of(&s, i, rank);
+            const moei_wgmma_tile t = moei_wgmma_tile_of(&s, i, rank, 3, 0);
             if (moe_lane() == 0) d.tiles[i * 2 + rank] = t;
         }
 #else

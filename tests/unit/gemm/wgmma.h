@@ -46,8 +46,8 @@ static gemm_case wgmma_case(int E, const int* rows, int n, int k, trand* r)
 {
     gemm_case c = normal_case(E, rows, n, k);
     randomise(&c, r);
-    c.b_major = MOE_MAJOR_K;
-    c.b_table = 0;
+    if (c.b_major == MOE_MAJOR_MN && c.gate_up == MOE_GATE_UP_INTERLEAVED)
+        c.gate_up = MOE_GATE_UP_SEPARATE; /* of mn-major weights the path takes no others */
     c.tile = MOE_TILE_128x256;
     c.path = MOE_GEMM_PATH_WGMMA;
     return c;

@@ -103,7 +103,9 @@ static void test_layer_refusals(void)
         REFUSED(d.shared.weight = (const float*)AT(b.shared_weight.p, 2), MOE_ERR_ALIGN,
                 shared_weight);
         /* found where a kernel is chosen: earlier stations have been prepared */
-        REFUSED((d.tile = MOE_TILE_128x256, d.w1.major = MOE_MAJOR_MN), MOE_ERR_CONFLICT, tile);
+        REFUSED((d.tile = MOE_TILE_128x256, d.w1.major = MOE_MAJOR_MN,
+                 d.gate_up = MOE_GATE_UP_INTERLEAVED),
+                MOE_ERR_CONFLICT, tile);
         REFUSED_EACH(y_stride, MOE_ERR_STRIDE, y_stride, 63, -64);
         REFUSED_EACH(residual_stride, MOE_ERR_STRIDE, residual_stride, 63, -64);
         REFUSED(d.gate_up = MOE_GATE_UP_SEPARATE, MOE_ERR_NULL, w1);
