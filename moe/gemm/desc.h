@@ -14,7 +14,7 @@
 typedef enum moe_tile {
     MOE_TILE_AUTO = 0,
     MOE_TILE_128x256, /* many rows an expert; 180 KB of shared memory a thread block, on the wgmma
-                         path 194 KB; grouped GEMM: k-major operands only */
+                         path 194 KB; WMMA: k-major operands only */
     MOE_TILE_128x128, /* many rows an expert on smaller chips */
     MOE_TILE_32x128,  /* few rows an expert: reading the weights dominates the time */
     MOE_TILE_64x64    /* runs on every architecture, sm_75 included */

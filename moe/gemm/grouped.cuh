@@ -27,8 +27,8 @@
      moe_status s = moe_grouped_gemm(&g, stream);
 
    Two paths: WMMA on every architecture (tile.cuh), wgmma on Hopper (wgmma/tile.cuh). wgmma runs
-   where the device and the binary have it (sm_90a), for k-major operands in one block of weights;
-   WMMA runs everything else. moe_grouped_gemm_plan tells which. A further path is added here: a
+   where the device and the binary have it (sm_90a), with A k-major and no row_div without
+   row_index; mn-major weights must not interleave gates and ups. WMMA runs everything else. moe_grouped_gemm_plan tells which. A further path is added here: a
    kernel, an entry in moe_gemm_path, entries in moei_gemm_variants. */
 #ifndef MOE_GEMM_GROUPED_CUH
 #define MOE_GEMM_GROUPED_CUH
@@ -94,7 +94,7 @@ MOEI_GEMM_TILE_LIST(MOEI_GEMM_TILE_KERNELS)
 #undef MOEI_GEMM_TILE_KERNELS
 #undef MOEI_GEMM_KERNEL
 
-/* The kernels of the wgmma path, for k-major operands: rows of A in order, or gathered. */
+/* The kernels of the wgmma path, for k-major A: rows of A in order, or gathered. */
 static_assert(sizeof(moei_wgmma_param) == sizeof(moei_wgmma_args),
               "moe_grouped_gemm_run launches with the args of a prepared product");
 #define MOEI_GEMM_WGMMA_LEAST(a_major, b_major) ((a_major) == MOE_MAJOR_K ? 90 : MOEI_CODE_NEVER)

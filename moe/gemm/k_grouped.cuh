@@ -14,7 +14,9 @@
    Rows that no expert owns are not read. Options: gemm/k_desc.h.
 
    Accumulates in fp32, one sum for each element in ascending r: equal inputs give equal bits.
-   Cost: 2 * R * m * n flops. One launch. Minimum architecture: sm_75 (fp16), sm_80 (bf16).
+   Cost: 2 * R * m * n flops. One launch; with a workspace, on the wgmma path, a memset of 4 bytes
+   before it. Minimum architecture: sm_75 (fp16), sm_80 (bf16). The wgmma path (grouped.cuh) takes
+   operands without indices, WMMA the others.
 
      moe_k_grouped_gemm_desc g = {0};
      g.a = dact;  g.b = x;  g.b_index = row_slot;  g.b_div = K;  g.b_rows = T;
