@@ -101,12 +101,12 @@ static void test_clusters()
         CHECK(a.out[0] == 77);
     }
     {
-        uint16_t row[64] = {5, 6, 7};
+        alignas(16) uint16_t row[64] = {5, 6, 7};
         moei_tensor_map* map = nullptr;
         moei_tensor t;
         memset(&t, 0, sizeof t);
-        t.base = row, t.columns = 64, t.rows = t.matrices = t.box_rows = 1;
-        t.row_stride = t.matrix_stride = 64, t.dtype = MOE_BF16;
+        t.base = row, t.columns = 64, t.rows = t.box_rows = 1;
+        t.row_stride = 64, t.dtype = MOE_BF16;
         OK(cudaMalloc(&map, sizeof *map));
         CHECK(moei_tensor_encode(map, &t) == MOE_OK);
         a.from = (const float*)(const void*)map;
