@@ -21,8 +21,15 @@
 #define MOEI_WGMMA_ROWS 128 /* of a tile */
 #define MOEI_WGMMA_BAND 12  /* most pairs of row tiles in a band */
 
+/* Where a tile's operands lie: distances of depth 0 of row 0 from the base of the tensor maps. */
+typedef struct moei_wgmma_matrices {
+    uint64_t a;
+    uint64_t b[2]; /* the expert's, of both halves of a stage; gated: its gates and its ups */
+} moei_wgmma_matrices;
+
 /* A block's tile. */
 typedef struct moei_wgmma_tile {
+    moei_wgmma_matrices from; /* filled in by produce.cuh */
     int32_t expert;     /* 0 .. E - 1; -1: the cluster has no more tiles */
     int32_t begin, end; /* the expert's rows of C; k-grouped: 0, m */
     int32_t row;        /* first row of the tile; end where the tile has no rows */

@@ -43,44 +43,7 @@ MOE_DEVICE int moei_wgmma_agree(const moei_wgmma_args* a, const moei_wgmma_tiles
     return *(volatile int32_t*)(s->number + entry);
 }
 
-/* Writes the position of the block's tile of a pair to its entry, and returns it. Consumers read it
-   once the first stage of the tile is full. */
-MOE_DEVICE moei_wgmma_tile moei_wgmma_announce(moei_wgmma_shared* s, const moei_wgmma_tiles* w,
-                                               int pair, int turn)
-{
-    moei_wgmma_tile t = {-1, 0, 0, 0, 0, 0, 0, 0, 0};
-    if (pair < w->pairs)
-        t = moei_wgmma_tile_of(&w->schedule, pair, w->cluster_rank, w->steps, w->m);
-    if (moe_lane() == 0) s->position[turn % MOEI_WGMMA_ENTRIES] = t;
-    return t;
-}
-
-/* Returns the entry of the block's tile number `turn`. The shuffles tell the compiler that all lanes
-   have one value: registers of the warp hold it. The whole warp calls it. */
-MOE_DEVICE moei_wgmma_tile moei_wgmma_read(const moei_wgmma_shared* s, int turn)
-{
-    const moei_wgmma_tile* at = s->position + turn % MOEI_WGMMA_ENTRIES;
-    moei_wgmma_tile t;
-    t.expert = __shfl_sync(MOE_FULL_WARP, at->expert, 0);
-    t.begin = __shfl_sync(MOE_FULL_WARP, at->begin, 0);
-    t.end = __shfl_sync(MOE_FULL_WARP, at->end, 0);
-    t.row = __shfl_sync(MOE_FULL_WARP, at->row, 0);
-    t.column = __shfl_sync(MOE_FULL_WARP, at->column, 0);
-    t.shared = __shfl_sync(MOE_FULL_WARP, at->shared, 0);
-    t.steps = __shfl_sync(MOE_FULL_WARP, at->steps, 0);
-    t.origin = __shfl_sync(MOE_FULL_WARP, at->origin, 0);
-    t.depth = __shfl_sync(MOE_FULL_WARP, at->depth, 0);
-    return t;
-}
-
-/* ---- copies ---- */
-
-/* The matrices of a tile: distances of depth 0 of row 0 from the base of the tensor maps, d.a. */
-typedef struct moei_wgmma_matrices {
-    uint64_t a;
-    uint64_t b[2]; /* the expert's, of both halves of a stage; gated: its gates and its ups */
-} moei_wgmma_matrices;
-
+/* Returns where the operands of a tile lie. */
 MOE_DEVICE moei_wgmma_matrices moei_wgmma_matrices_of(const moei_wgmma_args* a,
                                                       const moei_wgmma_tile* t)
 {
@@ -95,33 +58,70 @@ MOE_DEVICE moei_wgmma_matrices moei_wgmma_matrices_of(const moei_wgmma_args* a,
     return m;
 }
 
+/* Writes the block's tile of a pair to its entry. Consumers read it once the first stage of the tile
+   is full. The whole warp calls it. Returns false where there are no more tiles. */
+MOE_DEVICE bool moei_wgmma_announce(const moei_wgmma_args* a, moei_wgmma_shared* s,
+                                    const moei_wgmma_tiles* w, int pair, int turn)
+{
+    moei_wgmma_tile t = {};
+    t.expert = -1;
+    if (pair < w->pairs) {
+        t = moei_wgmma_tile_of(&w->schedule, pair, w->cluster_rank, w->steps, w->m);
+        t.from = moei_wgmma_matrices_of(a, &t);
+    }
+    if (moe_lane() == 0) s->position[turn % MOEI_WGMMA_ENTRIES] = t;
+    return t.expert >= 0;
+}
+
+/* Returns the entry of the block's tile number `turn`. The shuffles tell the compiler that all lanes
+   have one value: registers of the warp hold it; t.from is for the one that starts copies. The whole
+   warp calls it. */
+MOE_DEVICE moei_wgmma_tile moei_wgmma_read(const moei_wgmma_shared* s, int turn)
+{
+    const moei_wgmma_tile* at = s->position + turn % MOEI_WGMMA_ENTRIES;
+    moei_wgmma_tile t;
+    t.from = at->from;
+    t.expert = __shfl_sync(MOE_FULL_WARP, at->expert, 0);
+    t.begin = __shfl_sync(MOE_FULL_WARP, at->begin, 0);
+    t.end = __shfl_sync(MOE_FULL_WARP, at->end, 0);
+    t.row = __shfl_sync(MOE_FULL_WARP, at->row, 0);
+    t.column = __shfl_sync(MOE_FULL_WARP, at->column, 0);
+    t.shared = __shfl_sync(MOE_FULL_WARP, at->shared, 0);
+    t.steps = __shfl_sync(MOE_FULL_WARP, at->steps, 0);
+    t.origin = __shfl_sync(MOE_FULL_WARP, at->origin, 0);
+    t.depth = __shfl_sync(MOE_FULL_WARP, at->depth, 0);
+    return t;
+}
+
+/* ---- copies ---- */
+
 /* Starts the copies of a stage's A, depths k .. k + 63, of the halves that have rows. One thread
    calls it. */
 MOE_DEVICE void moei_wgmma_load_a(const moei_wgmma_args* a, unsigned char* stage,
-                                  const moei_wgmma_tile* t, const moei_wgmma_matrices* m, int k,
-                                  uint64_t* full, const int a_major)
+                                  const moei_wgmma_tile* t, int k, uint64_t* full,
+                                  const int a_major)
 {
     const int rows = moei_wgmma_rows(t);
     for (int half = 0; half < 2; ++half)
         if (rows > half * 64) {
             const int row = t->row + half * 64;
             unsigned char* to = stage + half * MOEI_WGMMA_A_HALF;
-            if (a_major == MOE_MAJOR_K) moei_tensor_load(to, &a->a, k, row, m->a, full);
-            else moei_tensor_load(to, &a->a, row, k, m->a, full);
+            if (a_major == MOE_MAJOR_K) moei_tensor_load(to, &a->a, k, row, t->from.a, full);
+            else moei_tensor_load(to, &a->a, row, k, t->from.a, full);
         }
 }
 
 /* Starts the copies of a stage's B, depths k .. k + 63: of both halves; where the pair shares B, of
    half number `cluster_rank`, for both blocks. One thread calls it. */
 MOE_DEVICE void moei_wgmma_load_b(const moei_wgmma_args* a, const moei_wgmma_ring* r,
-                                  const moei_wgmma_tiles* w, const moei_wgmma_tile* t,
-                                  const moei_wgmma_matrices* m, int k, const int b_major)
+                                  const moei_wgmma_tiles* w, const moei_wgmma_tile* t, int k,
+                                  const int b_major)
 {
     unsigned char* b = r->stages + r->stage * MOEI_WGMMA_STAGE + 2 * MOEI_WGMMA_A_HALF;
     uint64_t* full = r->s->full + r->stage;
     for (int half = 0; half < 2; ++half, b += MOEI_WGMMA_B_HALF) {
         const int row = t->column * w->columns + (half && !a->d.c.gated ? 128 : 0);
-        const uint64_t at = m->b[half];
+        const uint64_t at = t->from.b[half];
         if (t->shared && half != w->cluster_rank) continue;
         if (b_major == MOE_MAJOR_K) {
             if (t->shared) moei_tensor_load_both(b, &a->b, k, row, at, full);
@@ -145,53 +145,58 @@ MOE_DEVICE void moei_wgmma_find_tiles(const moei_wgmma_args* a, moei_wgmma_share
                                       const moei_wgmma_tiles* w)
 {
     int pair = (int)blockIdx.x / 2;
-    for (int turn = 0;; ++turn) {
-        moei_wgmma_tile t;
+    bool more = true;
+    for (int turn = 0; more; ++turn) {
         if (turn > 0) {
             moei_barrier_wait(&s->taken, (turn - 1) & 1);
             pair = moei_wgmma_agree(a, w, s, moei_wgmma_take(a, w, pair), turn);
         }
-        t = moei_wgmma_announce(s, w, pair, turn);
+        more = moei_wgmma_announce(a, s, w, pair, turn);
         __syncwarp(MOE_FULL_WARP); /* all lanes have seen the phases, which may end now */
         if (moe_lane() == 0) moei_barrier_arrive(&s->posted);
-        if (t.expert < 0) break;
     }
 }
 
 /* One warp, whose lane 0 starts the copies. For each tile, and each of its steps:
      1. wait until the stage is empty
      2. tell `full` how many bytes it will get, start the copies
-   At the end passes one stage without bytes: the consumers find that there is no tile. */
+   The next tile is read before the last step, where that does not hold up the first ones. At the
+   end passes one stage without bytes: the consumers find that there is no tile. */
 MOE_DEVICE void moei_wgmma_produce(const moei_wgmma_args* a, moei_wgmma_ring r,
                                    const moei_wgmma_tiles* w, const moe_gemm_shape f)
 {
     const bool starts = moe_lane() == 0;
-    for (int turn = 0;; ++turn) {
-        moei_wgmma_matrices m;
-        moei_wgmma_tile t;
+    moei_wgmma_tile t;
+    moei_barrier_wait(&r.s->posted, 0);
+    t = moei_wgmma_read(r.s, 0);
+    for (int turn = 0; t.expert >= 0; ++turn) {
+        const int look = t.steps > 2 ? t.steps - 1 : t.steps;
+        moei_wgmma_tile next;
         int halves;
-        moei_barrier_wait(&r.s->posted, turn & 1);
-        t = moei_wgmma_read(r.s, turn);
-        if (t.expert < 0) break;
         if (starts) moei_barrier_arrive(&r.s->taken);
-        m = moei_wgmma_matrices_of(a, &t);
         halves = (moei_wgmma_rows(&t) + 63) / 64;
         if (starts && !w->m && halves &&
             t.row + moei_wgmma_rows(&t) > a->d.a_rows) /* these rows are zeros */
             moe_fault_raise(a->d.fault, MOE_FAULT_BAD_ROW, a->d.rank,
                             t.row < a->d.a_rows ? (int)a->d.a_rows : t.row);
-        for (int i = 0; i < t.steps; ++i) {
+        for (int i = 0;; ++i) {
             unsigned char* stage = r.stages + r.stage * MOEI_WGMMA_STAGE;
             uint64_t* full = r.s->full + r.stage;
+            if (i == look) {
+                moei_barrier_wait(&r.s->posted, (turn + 1) & 1);
+                next = moei_wgmma_read(r.s, turn + 1);
+            }
+            if (i == t.steps) break;
             moei_barrier_wait(r.s->empty + r.stage, r.parity ^ 1); /* 1. */
             if (starts) {                                          /* 2. */
                 moei_barrier_expect(full, 2 * MOEI_WGMMA_B_HALF + halves * MOEI_WGMMA_A_HALF);
-                moei_wgmma_load_a(a, stage, &t, &m, t.depth + i * 64, full, f.a_major);
-                moei_wgmma_load_b(a, &r, w, &t, &m, t.depth + i * 64, f.b_major);
+                moei_wgmma_load_a(a, stage, &t, t.depth + i * 64, full, f.a_major);
+                moei_wgmma_load_b(a, &r, w, &t, t.depth + i * 64, f.b_major);
             }
             __syncwarp(MOE_FULL_WARP);
             moei_wgmma_next(&r);
         }
+        t = next;
     }
     moei_barrier_wait(r.s->empty + r.stage, r.parity ^ 1);
     if (starts) moei_barrier_arrive(r.s->full + r.stage);
@@ -252,16 +257,15 @@ MOE_DEVICE void moei_wgmma_copy_rows(unsigned char* to, const moei_wgmma_gather*
    zeros. line_at: bytes of the thread's first vector in the stage. All threads of the producer. */
 MOE_DEVICE void moei_wgmma_gather_step(const moei_wgmma_args* a, moei_wgmma_ring* r,
                                        const moei_wgmma_tiles* w, const moei_wgmma_tile* t,
-                                       const moei_wgmma_matrices* m, const moei_wgmma_gather* g,
-                                       int i, int line_at, const int ahead, const int whole,
-                                       const moe_gemm_shape f)
+                                       const moei_wgmma_gather* g, int i, int line_at,
+                                       const int ahead, const int whole, const moe_gemm_shape f)
 {
     const int depths = a->d.k - i * 64 - (int)threadIdx.x % 8 * 8;
     uint64_t* full = r->s->full + r->stage;
     moei_barrier_wait(r->s->empty + r->stage, r->parity ^ 1);
     if (threadIdx.x == 0) {
         moei_barrier_expect(full, 2 * MOEI_WGMMA_B_HALF);
-        moei_wgmma_load_b(a, r, w, t, m, i * 64, f.b_major);
+        moei_wgmma_load_b(a, r, w, t, i * 64, f.b_major);
     }
     __syncwarp(MOE_FULL_WARP);
     moei_wgmma_copy_rows(r->stages + r->stage * MOEI_WGMMA_STAGE + line_at, g, ahead, depths,
@@ -274,20 +278,20 @@ MOE_DEVICE void moei_wgmma_gather_step(const moei_wgmma_args* a, moei_wgmma_ring
    that have neither rows of zeros nor depths past k. All threads of the producer. */
 MOE_DEVICE int moei_wgmma_gather_steps(const moei_wgmma_args* a, moei_wgmma_ring* r,
                                        const moei_wgmma_tiles* w, const moei_wgmma_tile* t,
-                                       const moei_wgmma_matrices* m, moei_wgmma_gather* g, int i,
-                                       int end, int whole, int line_at, const moe_gemm_shape f)
+                                       moei_wgmma_gather* g, int i, int end, int whole, int line_at,
+                                       const moe_gemm_shape f)
 {
     MOE_NO_UNROLL
     for (; i + 4 <= end && i + 4 <= whole; i += 4) {
         MOE_UNROLL
         for (int ahead = 0; ahead < 4; ++ahead)
-            moei_wgmma_gather_step(a, r, w, t, m, g, i + ahead, line_at, ahead, 1, f);
+            moei_wgmma_gather_step(a, r, w, t, g, i + ahead, line_at, ahead, 1, f);
         MOE_UNROLL
         for (int j = 0; j < 8; ++j) g->from[j] += 4 * 128;
     }
     MOE_NO_UNROLL
     for (; i < end; ++i) {
-        moei_wgmma_gather_step(a, r, w, t, m, g, i, line_at, 0, 0, f);
+        moei_wgmma_gather_step(a, r, w, t, g, i, line_at, 0, 0, f);
         MOE_UNROLL
         for (int j = 0; j < 8; ++j) g->from[j] += 128;
     }
@@ -305,28 +309,26 @@ MOE_DEVICE void moei_wgmma_produce_gathered(const moei_wgmma_args* a, moei_wgmma
     const int middle = w->steps < 8 ? w->steps : w->steps / 2 & ~3;
     int pair = (int)blockIdx.x / 2, row;
     moei_wgmma_tile t;
-    if (moe_warp() == 0) moei_wgmma_announce(r.s, w, pair, 0);
+    if (moe_warp() == 0) moei_wgmma_announce(a, r.s, w, pair, 0);
     moei_named_barrier(1, 128);
     t = moei_wgmma_read(r.s, 0);
     row = moei_wgmma_row_of(d, &t, thread);
     for (int turn = 0; t.expert >= 0; ++turn) {
-        moei_wgmma_matrices m;
         moei_wgmma_gather g;
         int next = 0, i = 0, whole;
         r.s->row[turn & 1][thread] = row;
         moei_named_barrier(1, 128);
         if (moe_warp() == 0) next = moei_wgmma_take(a, w, pair); /* arrives meanwhile */
-        m = moei_wgmma_matrices_of(a, &t);
         moei_wgmma_gather_from(&g, d, r.s->row[turn & 1], line, vector);
         whole = g.whole ? d->k / 64 : 0;
         MOE_NO_UNROLL
         for (int end = middle;;
              end = w->steps) { /* twice: the loop above stands in the code once */
-            i = moei_wgmma_gather_steps(a, &r, w, &t, &m, &g, i, end, whole, line_at, f);
+            i = moei_wgmma_gather_steps(a, &r, w, &t, &g, i, end, whole, line_at, f);
             if (next < 0) break;
             if (moe_warp() == 0) {
                 pair = moei_wgmma_agree(a, w, r.s, next, turn + 1);
-                moei_wgmma_announce(r.s, w, pair, turn + 1);
+                moei_wgmma_announce(a, r.s, w, pair, turn + 1);
             }
             next = -1;
             moei_named_barrier(1, 128);
