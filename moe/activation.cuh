@@ -91,9 +91,9 @@ MOE_DEVICE float moei_sigmoid_unit(float x, float a)
     return __fdividef(v, 1.0f + moei_exp2_fast(a * v));
 }
 
-/* s [4] = SiLU of v [4] by one reciprocal, that of the product of four denominators: reciprocals and
-   exponentials are the slow instructions here. Returns true where this product is too large or NaN, as
-   with a gate below -69, or four below -17; s is then not usable. */
+/* s [4] = SiLU of v [4] by one reciprocal, that of the product of four denominators: reciprocals
+   and exponentials are the slow instructions here. Returns true where this product is too large or
+   NaN, as with a gate below -69, or four below -17; s is then not usable. */
 MOE_DEVICE bool moei_silu_4(float s[4], const float v[4])
 {
     float d[4], first, second, both, r;

@@ -26,7 +26,7 @@
    graph replayed with other inputs.
 
    Cost: six launches without options. A shared expert costs two more launches and no copy: combine
-   adds its rows last. On the wgmma path a memset of 4 bytes stands before each product of experts.
+   adds its rows last. With products on the wgmma path a memset of 64 bytes comes first.
 
    Workspace, as moe_layer_workspace returns it (in bytes, each buffer rounded up to 256):
      T E 4  logits        (unless given)      T K 4 + T K 4  ids, weights   (unless given)

@@ -10,8 +10,8 @@
              interleaved. Applies the activation to the accumulators; the staging has C's dtype
      fp32    no bias, no activation, C fp32: overwritten or added to
      any     the staging is fp32 [16][wn + 8]; applies bias and activation after the staging, and
-             stores what the activation is applied to (pre). A lane reads 8 columns as 4 and 4; half of the lanes read the second 4 first, against bank
-             conflicts
+             stores what the activation is applied to (pre). A lane reads 8 columns as 4 and 4; half
+             of the lanes read the second 4 first, against bank conflicts
 
    Gate and up of a gated activation: interleaved, columns 2j and 2j + 1 of the warp tile; otherwise
    columns j and wn / 2 + j, since the loader copies both halves into the columns of one warp. */

@@ -28,8 +28,9 @@
 
    Two paths: WMMA on every architecture (tile.cuh), wgmma on Hopper (wgmma/tile.cuh). wgmma runs
    where the device and the binary have it (sm_90a), with A k-major and no row_div without
-   row_index; mn-major weights must not interleave gates and ups. WMMA runs everything else. moe_grouped_gemm_plan tells which. A further path is added here: a
-   kernel, an entry in moe_gemm_path, entries in moei_gemm_variants. */
+   row_index; mn-major weights must not interleave gates and ups. WMMA runs everything else.
+   moe_grouped_gemm_plan tells which. A further path is added here: a kernel, an entry in
+   moe_gemm_path, entries in moei_gemm_variants. */
 #ifndef MOE_GEMM_GROUPED_CUH
 #define MOE_GEMM_GROUPED_CUH
 

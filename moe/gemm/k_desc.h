@@ -35,7 +35,8 @@ typedef struct moe_k_grouped_gemm_desc {
     int32_t accumulate;   /* 1: adds the result to C; 0: overwrites C */
     int32_t tile;         /* MOE_TILE_128x256, _128x128, _64x64; 0 = chosen by shape and device */
     int32_t path;         /* moe_gemm_path that must run; 0 = chosen */
-    int32_t grid_limit;   /* most thread blocks; 0 = as many as run at one time */
+    int32_t grid_limit;   /* most thread blocks, on the wgmma path 2 or more; 0 = as many as run at
+                             one time */
     int32_t rank;         /* reported with a fault, 0 .. MOE_FAULT_MAX_RANK */
     /* workspace */
     void* workspace;        /* as in desc.h */

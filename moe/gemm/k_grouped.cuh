@@ -290,7 +290,7 @@ MOE_HOST int moei_k_wgmma_takes(const moe_k_grouped_gemm_desc* d)
            d->b_stride < most;
 }
 
-/* Sets the args of the wgmma path's kernel from those of the others, and encodes the tensor maps. */
+/* Sets the args of the wgmma path's kernel from those of the others; encodes the tensor maps. */
 MOE_HOST moe_status moei_k_encode(moei_wgmma_args* w, const moe_k_grouped_gemm_args* a)
 {
     moei_tensor t;
@@ -312,8 +312,8 @@ MOE_HOST moe_status moei_k_encode(moei_wgmma_args* w, const moe_k_grouped_gemm_a
     w->c_expert_bytes = a->c_expert_bytes;
     memset(&t, 0, sizeof t);
     t.base = a->a;
-    if (a->num_rows == 0) /* a is not read, and may be any address; of C a block is mapped */
-        t.base = w->d.a =
+    if (a->num_rows == 0) /* neither is read, and may be any address; of C a block is mapped */
+        t.base = w->d.a = w->d.b.base =
             (const void*)((uintptr_t)(a->c.base ? a->c.base : (const void*)a->c.table) &
                           ~(uintptr_t)15);
     t.dtype = a->c.bias_dtype;

@@ -101,8 +101,8 @@ typedef struct moei_schedule {
 } moei_schedule;
 
 /* Return the pairs of row tiles that share a column, and the row tiles left over, which take two
-   columns: of an expert with so many half row tiles. Of three left over, a shared pair would keep
-   half of a block idle; it pays where no other pair reads the weights. */
+   columns: of an expert with so many half row tiles. An expert of three halves alone takes one
+   shared pair: half of a block is idle, but the weights are read once. */
 MOE_DEVICE int moei_schedule_shared(int halves) { return halves == 3 ? 1 : halves / 4; }
 
 MOE_DEVICE int moei_schedule_unshared(int halves) { return halves == 3 ? 0 : (halves % 4 + 1) / 2; }
@@ -117,9 +117,9 @@ MOE_DEVICE int moei_schedule_count(int rows, int tile_rows, int column_tiles, co
 }
 
 /* Fills tile_start by a prefix sum over the experts; with `pairs`, a literal, tile_start counts
-   pairs of tiles (moei_schedule_count). m: 0, or k-grouped: rows of each expert's C. All threads of the block call it; the barrier
-   at the end makes tile_start visible to all. Returns the number of tiles, or -1 where an expert's
-   offsets are out of order or range, which sets the fault word. */
+   pairs of tiles (moei_schedule_count). m: 0, or k-grouped: rows of each expert's C. All threads of
+   the block call it; the barrier at the end makes tile_start visible to all. Returns the number of
+   tiles, or -1 where an expert's offsets are out of order or range, which sets the fault word. */
 MOE_DEVICE int moei_schedule_build(const moei_schedule* s, moe_block_scan_scratch* scratch,
                                    uint64_t* fault, int rank, const int tile_rows, const int pairs,
                                    int m)

@@ -205,8 +205,8 @@ inline void moei_registers_raise(int) {}
 inline void moei_wgmma_begin(void) {}
 inline void moei_wgmma_settle(float*) {}
 
-/* The layouts of operands that kernels have made descriptors of; of these a descriptor has the number
-   in its upper bits, the address in the lower ones. */
+/* The layouts of operands that kernels have made descriptors of; of these a descriptor has the
+   number in its upper bits, the address in the lower ones. */
 enum : uint64_t {
     MOEH_WGMMA_K = (uint64_t)1 << 60,
     MOEH_WGMMA_MN = (uint64_t)2 << 60,

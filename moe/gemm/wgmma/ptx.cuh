@@ -205,9 +205,9 @@ MOE_DEVICE void moei_wgmma_sees_copies(void)
 #define moei_registers_lower(n) asm volatile("setmaxnreg.dec.sync.aligned.u32 " #n ";")
 #define moei_registers_raise(n) asm volatile("setmaxnreg.inc.sync.aligned.u32 " #n ";")
 
-/* Returns the descriptor of an operand at p, 1024-byte aligned, in the layout of tensor copies: lines
-   are 64 depths of a row; mn-major: 64 rows at one depth, 64 lines a box, boxes of the next rows
-   follow. major: a literal. */
+/* Returns the descriptor of an operand at p, 1024-byte aligned, in the layout of tensor copies:
+   lines are 64 depths of a row; mn-major: 64 rows at one depth, 64 lines a box, boxes of the next
+   rows follow. major: a literal. */
 MOE_DEVICE uint64_t moei_wgmma_operand(const void* p, const int major)
 {
     return (uint64_t)((moei_shared_address(p) & 0x3ffff) >> 4) | moei_wgmma_layout(major);
@@ -234,8 +234,8 @@ MOE_DEVICE void moei_wgmma_settle(float c[128])
 }
 
 /* Starts c = a b + (add ? c : 0) with a [64, 16], b [16, 256]; dtype and majors are those of f, a
-   literal. All threads of a warpgroup call it. Thread i has in c[4 j .. 4 j + 3] rows r, r, r + 8, r + 8 of columns x, x + 1,
-   x, x + 1, where r = i / 32 * 16 + i % 32 / 4, x = 8 j + i % 4 * 2. */
+   literal. All threads of a warpgroup call it. Thread i has in c[4 j .. 4 j + 3] rows r, r, r + 8,
+   r + 8 of columns x, x + 1, x, x + 1, where r = i / 32 * 16 + i % 32 / 4, x = 8 j + i % 4 * 2. */
 #define MOEI_WGMMA_256(type, majors)                                                               \
     asm volatile(                                                                                  \
         "{\n.reg .pred p;\nsetp.ne.b32 p, %130, 0;\n"                                              \

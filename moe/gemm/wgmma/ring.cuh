@@ -41,7 +41,7 @@ typedef struct moei_wgmma_shared {
     int32_t number[MOEI_WGMMA_ENTRIES];
     int32_t stopped; /* block 0: an earlier kernel met a stop fault */
     moei_wgmma_tile position[MOEI_WGMMA_ENTRIES];
-    int32_t row[2][MOEI_WGMMA_ROWS]; /* gathered rows: of A, of the lines of tile i in [i % 2]; -1:
+    int32_t row[2][MOEI_WGMMA_ROWS]; /* gathered: row of A of each line of tile i, in [i % 2]; -1:
                                         zeros */
     moe_block_scan_scratch scan;
     uint32_t mark[128];

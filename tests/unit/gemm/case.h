@@ -239,8 +239,8 @@ static void exact_product(const gemm_bufs* b, const gemm_case* c, const int32_t*
     free(a);
 }
 
-/* Compares pre with what the activation is applied to, raw [count, columns of B], in the picked rows.
-   Requires that nothing else was written. */
+/* Compares pre with what the activation is applied to, raw [count, columns of B], in the picked
+   rows. Requires that nothing else was written. */
 static void compare_pre(const gemm_bufs* b, const gemm_case* c, const int32_t* pick, int64_t count,
                         const double* raw, const double* raw_sum)
 {
