@@ -182,7 +182,7 @@ MOE_DEVICE float moei_exp2_fast(float x)
 #endif
 }
 
-/* Returns 1 / x by one instruction, to 1 ulp, where x and the result are normal. */
+/* Returns 1 / x by one instruction, to 1 ulp; numbers below 2^-126 count as 0. */
 MOE_DEVICE float moei_reciprocal_fast(float x)
 {
 #if MOE_ON_HOST

@@ -10,14 +10,7 @@
    units of `unit`, divided by 2^shift. For choosing (shift 0) and for sums. */
 MOE_DEVICE float moei_gate_sigmoid_fast(float v, float unit, float one, float shift)
 {
-    const float x = one + moei_exp2_fast(fmaf(v, -unit, shift));
-#if MOE_ON_HOST
-    return 1.0f / x;
-#else
-    float y;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-#endif
+    return moei_reciprocal_fast(one + moei_exp2_fast(fmaf(v, -unit, shift)));
 }
 
 /* Returns whether one of a lane's logits may be NaN or infinite. The -inf of logits that the token

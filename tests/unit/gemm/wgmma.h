@@ -322,7 +322,11 @@ static void test_wgmma_path(void)
     CHECK_STATUS(moe_grouped_gemm_plan(&d, &p), MOE_STATUS(MOE_ERR_CONFLICT, path));
     d.row_div = 0, d.grid_limit = 1; /* less than a cluster */
     CHECK_STATUS(moe_grouped_gemm_plan(&d, &p), MOE_STATUS(MOE_ERR_CONFLICT, path));
-    d.grid_limit = 0;
+    d.grid_limit = 0, d.b.major = MOE_MAJOR_MN, d.activation = MOE_ACTIVATION_SWIGLU;
+    CHECK_STATUS(moe_grouped_gemm_plan(&d, &p), MOE_OK);
+    d.gate_up = MOE_GATE_UP_INTERLEAVED; /* neighbouring columns: no tensor copy parts them */
+    CHECK_STATUS(moe_grouped_gemm_plan(&d, &p), MOE_STATUS(MOE_ERR_CONFLICT, path));
+    d.gate_up = 0, d.activation = 0, d.b.major = 0;
     d.path = MOE_GEMM_PATH_WGMMA + 1;
     CHECK_STATUS(moe_grouped_gemm_plan(&d, &p), MOE_STATUS(MOE_ERR_OPTION, path));
     d.path = 0;
