@@ -98,6 +98,7 @@ MOEI_GEMM_TILE_LIST(MOEI_GEMM_TILE_KERNELS)
 /* The kernels of the wgmma path, for k-major A: rows of A in order, or gathered. */
 static_assert(sizeof(moei_wgmma_param) == sizeof(moei_wgmma_args),
               "moe_grouped_gemm_run launches with the args of a prepared product");
+#define MOEI_GEMM_BOXED_K 512 /* most depths of tiles that are stored in boxes */
 #define MOEI_GEMM_WGMMA_LEAST(a_major, b_major) ((a_major) == MOE_MAJOR_K ? 90 : MOEI_CODE_NEVER)
 #if MOEI_WGMMA_HERE
 #define MOEI_GEMM_WGMMA_BODY(dtype, a_major, b_major, gathered)                                    \
@@ -296,6 +297,14 @@ MOE_HOST int moei_gemm_wgmma_takes(const moe_grouped_gemm_desc* d)
              d->gate_up == MOE_GATE_UP_INTERLEAVED);
 }
 
+/* Returns 1 where tensor copies store full tiles on the wgmma path: tiles of few steps, C one array
+   of 16-bit elements, room for the boxes beside the offsets of all experts. */
+MOE_HOST int moei_gemm_boxed(const moe_grouped_gemm_desc* d)
+{
+    return d->k <= MOEI_GEMM_BOXED_K && d->c && d->c_dtype != MOE_FP32 &&
+           d->c_stride < (int64_t)1 << 39 && d->num_experts <= 2048;
+}
+
 /* Encodes the tensor maps of a checked product with rows: gates and ups as two matrices of n rows,
    however they lie in memory. */
 MOE_HOST moe_status moei_gemm_encode(moei_wgmma_args* a, const moe_grouped_gemm_desc* d)
@@ -310,6 +319,15 @@ MOE_HOST moe_status moei_gemm_encode(moei_wgmma_args* a, const moe_grouped_gemm_
     t.row_stride = d->a_stride;
     t.box_rows = 64;
     if (!d->row_index) MOE_TRY(moei_tensor_encode(&a->a, &t));
+    a->boxes = moei_gemm_boxed(d);
+    if (a->boxes) {
+        moei_tensor c = t;
+        c.base = d->c;
+        c.columns = d->n;
+        c.rows = d->num_rows;
+        c.row_stride = d->c_stride;
+        MOE_TRY(moei_tensor_encode(&a->c, &c));
+    }
     t.columns = mn ? d->n : d->k;
     t.rows = mn ? d->k : d->n;
     t.row_stride = d->b.row_stride;
@@ -396,10 +414,11 @@ MOE_HOST moe_status moei_gemm_listed(const moe_grouped_gemm_desc* d)
     return MOE_OK;
 }
 
-/* Returns the shared memory that depends on the experts, bytes: tile_start [E + 1]. */
-MOE_HOST size_t moei_gemm_more(const moe_grouped_gemm_desc* d)
+/* Returns the shared memory that depends on the product, bytes: tile_start [E + 1], boxes. */
+MOE_HOST size_t moei_gemm_more(const moei_variant* v, const moe_grouped_gemm_desc* d)
 {
-    return ((size_t)d->num_experts + 1) * 4;
+    const int boxed = v->path == MOE_GEMM_PATH_WGMMA && moei_gemm_boxed(d);
+    return ((size_t)d->num_experts + 1) * 4 + (boxed ? 2 * MOEI_WGMMA_BOX : 0);
 }
 
 /* Sets *chosen to the variant for a checked descriptor on *dev: the first that suits and runs. */
@@ -420,7 +439,7 @@ MOE_HOST moe_status moei_gemm_choose(const moe_grouped_gemm_desc* d, const moe_d
                       : d->path == MOE_GEMM_PATH_WGMMA || moei_gemm_suits(v, d, dev->sms)))
             continue;
         compiled |= v->least != MOEI_CODE_NEVER;
-        MOE_TRY(moei_variant_runs(v, dev, moei_gemm_more(d), &runs));
+        MOE_TRY(moei_variant_runs(v, dev, moei_gemm_more(v, d), &runs));
         *chosen = v;
         if (runs) return MOE_OK;
     }
@@ -450,7 +469,7 @@ MOE_HOST moe_status moei_gemm_prepare(const moe_grouped_gemm_desc* d, moe_groupe
             ((d->n + columns - 1) / columns); /* upper bound */
     MOE_REQUIRE(tiles <= MOEI_VARIANT_MAX_TILES, MOE_ERR_RANGE, num_rows);
     p->args.d = moei_gemm_args_of(d);
-    p->plan = moei_variant_plan(v, &dev, tiles, moei_gemm_more(d), d->grid_limit);
+    p->plan = moei_variant_plan(v, &dev, tiles, moei_gemm_more(v, d), d->grid_limit);
     if (d->num_rows == 0) return MOE_OK;
     if (v->path == MOE_GEMM_PATH_WGMMA) {
         const moe_status s = moei_gemm_encode(&p->args, d);
@@ -462,7 +481,7 @@ MOE_HOST moe_status moei_gemm_prepare(const moe_grouped_gemm_desc* d, moe_groupe
         MOE_TRY(s);
         p->args.ticket = (int32_t*)d->workspace;
     }
-    return moei_variant_prepare(&p->launch, v, p->plan.blocks, moei_gemm_more(d));
+    return moei_variant_prepare(&p->launch, v, p->plan.blocks, moei_gemm_more(v, d));
 }
 
 /* Prepares *p, which is empty, for an unchecked descriptor. */

@@ -9,8 +9,8 @@
 
    The run fails where a kernel names a block of its cluster that has ended, a barrier that was not
    initialized, a destination or operand that is not 1024-byte aligned, or a descriptor of another
-   layout; where a barrier gets more arrivals than it expects; where products are in flight at the
-   end. Not shown: the limit of registers, the limits of tensor maps, and the order that
+   layout; where a barrier gets more arrivals than it expects; where products or stores of boxes are in
+   flight at the end. Not shown: the limit of registers, the limits of tensor maps, and the order that
    moei_wgmma_begin, moei_wgmma_settle and moei_wgmma_sees_copies make. */
 #ifndef MOE_HOST_HOPPER_H
 #define MOE_HOST_HOPPER_H
@@ -153,6 +153,14 @@ inline unsigned char* moeh_swizzle(unsigned char* p)
     return p + ((a ^ ((a >> 7 & 7) << 4)) - a);
 }
 
+inline void moeh_check_map(const moei_tensor* t)
+{
+    moeh_check_aligned(t->base, 16, "copies by a map of a misaligned base");
+    if (!t->base || t->box_rows < 1 || t->box_rows > 256)
+        moeh_fail("copies by a map that is empty");
+    if (t->row_stride % 8) moeh_fail("copies by a map of odd strides");
+}
+
 /* Begins the copy of a box into block b. */
 inline void moeh_tensor_load(moeh_block* b, void* dst, const moei_tensor_map* map, int x, int y,
                              uint64_t distance, uint64_t* bar)
@@ -164,10 +172,8 @@ inline void moeh_tensor_load(moeh_block* b, void* dst, const moei_tensor_map* ma
     const uint64_t group = distance >> 4 >> MOEI_TENSOR_LOG2;
     const void* const matrix =
         (const char*)(uintptr_t)((uint64_t)t.base + vector * 16 + (group << MOEI_TENSOR_LOG2) * 16);
-    moeh_check_aligned(t.base, 16, "copies by a map of a misaligned base");
     moeh_check_aligned((const void*)(uintptr_t)distance, 16, "copies from a misaligned matrix");
-    if (!t.base || t.box_rows < 1 || t.box_rows > 256) moeh_fail("copies by a map that is empty");
-    if (t.row_stride % 8) moeh_fail("copies by a map of odd strides");
+    moeh_check_map(&t);
     const int bytes = t.box_rows * 128;
     moeh_poison(dst, (size_t)bytes);
     moeh_barrier_of(bar);
@@ -197,6 +203,42 @@ inline void moei_tensor_load_both(void* dst, const moei_tensor_map* map, int x, 
                          (uint64_t*)moeh_cluster_address(bar, b));
     }
 }
+
+/* Begins to store a box. It reads src when the thread waits for it: who writes there before, shows. */
+inline void moei_tensor_store(const void* src, const moei_tensor_map* map, int x, int y)
+{
+    moei_tensor t;
+    memcpy(&t, map, sizeof t);
+    moeh_check_aligned(src, 1024, "stores a box from a misaligned address");
+    moeh_check_map(&t);
+    moeh_now()->boxes.push_back([=] {
+        for (int r = 0; r < t.box_rows; ++r)
+            for (int c = 0; c < 64; ++c) {
+                const int64_t row = (int64_t)y + r, column = (int64_t)x + c;
+                if (row >= 0 && row < t.rows && column >= 0 && column < t.columns)
+                    memcpy((char*)(uintptr_t)t.base + (row * t.row_stride + column) * 2,
+                           moeh_swizzle((unsigned char*)(uintptr_t)src + r * 128 + c * 2), 2);
+            }
+    });
+}
+inline void moei_tensor_store_wait(void)
+{
+    for (const std::function<void()>& store : moeh_now()->boxes) store();
+    moeh_now()->boxes.clear();
+}
+inline void moei_tensor_store_wait_read(void) { moei_tensor_store_wait(); }
+
+inline void moei_store_matrices(void* at, const uint32_t* x)
+{
+    const int lane = (int)moeh_lane();
+    moeh_check_aligned(at, 16, "stores a matrix at a misaligned address");
+    for (int i = 0; i < 4; ++i) {
+        const uint64_t row = __shfl_sync(0xffffffffu, (uint64_t)(uintptr_t)at, 8 * i + lane / 4);
+        memcpy((char*)(uintptr_t)row + lane % 4 * 4, x + i, 4);
+    }
+    __syncwarp(0xffffffffu);
+}
+
 /* ---- products ---- */
 
 inline void moei_wgmma_sees_copies(void) {}

@@ -161,6 +161,7 @@ inline void moeh_thread_main()
     if (b->grid->dependent && !t->waited)
         moeh_fail("ends without moe_pdl_wait, in a dependent launch");
     if (!t->copies.empty()) moeh_fail("ends with asynchronous copies that it has not waited for");
+    if (!t->boxes.empty()) moeh_fail("ends with stores of boxes that it has not waited for");
     w->live &= ~me;
     --b->live;
     if (!w->live && !w->wgmma.empty()) moeh_fail("ends with products that it has not waited for");

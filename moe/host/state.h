@@ -65,6 +65,7 @@ struct moeh_thread {
     bool waited;                   /* has called moe_pdl_wait */
     uint64_t groups;               /* groups of copies closed so far */
     std::vector<moeh_copy> copies; /* in flight, in order */
+    std::vector<std::function<void()>> boxes; /* stores of boxes in flight: hopper.h */
 };
 
 /* What a lane brings to a warp intrinsic and takes from it: warp.h. */

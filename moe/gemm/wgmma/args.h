@@ -16,6 +16,7 @@ typedef struct moei_wgmma_args {
                                 k-grouped: [num_rows, m], boxes of 64 depths */
     moei_tensor_map b; /* [n, k], boxes of 128 rows; mn-major: [k, n], boxes of 64 depths. Gates
                                 and ups are matrices of their own */
+    moei_tensor_map c; /* boxes: [num_rows, n], boxes of 64 rows; otherwise unused */
     moe_grouped_gemm_args d; /* the product; k-grouped: b.base is B, k is not read */
     int32_t* ticket;         /* [1] 0 at the start: number of pairs of tiles that clusters have
                                 taken beyond their first; null: cluster i takes pairs i, i +
@@ -23,7 +24,8 @@ typedef struct moei_wgmma_args {
     int64_t up;              /* bytes from gates to ups in one array; 0: separate, or not gated */
     int64_t c_expert_bytes;  /* k-grouped: bytes between the matrices of c.base; otherwise 0 */
     int32_t m;               /* k-grouped: rows of each expert's C; otherwise 0 */
-    int32_t unused[5];       /* a launch copies whole 64-byte units */
+    int32_t boxes;           /* 1: full tiles are stored by tensor copies (wgmma/store.cuh) */
+    int32_t unused[4];       /* a launch copies whole 64-byte units */
 } moei_wgmma_args;
 
 /* The parameter of the kernels: tensor maps stand on a 64-byte boundary there. */

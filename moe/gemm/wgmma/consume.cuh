@@ -11,65 +11,9 @@
 #define MOE_GEMM_WGMMA_CONSUME_CUH
 
 #include "../../activation.cuh"
-#include "ring.cuh"
+#include "store.cuh"
 
 #if MOEI_WGMMA_HERE
-
-/* Rounded results of a warp's 16 rows that are still to be stored. */
-typedef struct moei_wgmma_pending {
-    uint32_t x[64]; /* two columns each: [groups of 32 columns][rows r, r + 8][4] */
-    char* c;        /* address of row r, column `column` of C */
-    int rows;       /* the tile's rows from r on: more than 0: row r exists, more than 8: r + 8 */
-    int columns;    /* columns of C from `column` on */
-    int next, groups; /* groups of 32 columns: the next one to store, their number, 0 .. 8 */
-} moei_wgmma_pending;
-
-/* Exchanges registers within four lanes 4 q .. 4 q + 3: x[j] of lane i becomes x[i] of lane j. The
-   whole warp calls it. */
-MOE_DEVICE void moei_quad_transpose(uint32_t x[4])
-{
-    const bool odd = (moe_lane() & 1) != 0, high = (moe_lane() & 2) != 0;
-    MOE_UNROLL
-    for (int i = 0; i < 4; i += 2) {
-        const uint32_t got = __shfl_xor_sync(MOE_FULL_WARP, odd ? x[i] : x[i + 1], 1);
-        if (odd) x[i] = got;
-        else x[i + 1] = got;
-    }
-    MOE_UNROLL
-    for (int i = 0; i < 2; ++i) {
-        const uint32_t got = __shfl_xor_sync(MOE_FULL_WARP, high ? x[i] : x[i + 2], 2);
-        if (high) x[i] = got;
-        else x[i + 2] = got;
-    }
-}
-
-/* Stores pending columns 32 g .. 32 g + 31, g a literal, 16 bytes a lane and row. stride: of C. */
-MOE_DEVICE void moei_wgmma_store_group(moei_wgmma_pending* p, const int g, int64_t stride)
-{
-    uint32_t* x = p->x + 8 * g;
-    char* c = p->c + 64 * g;
-    moei_quad_transpose(x);
-    moei_quad_transpose(x + 4);
-    if (p->columns > 32 * g) {
-        if (p->rows > 0) moei_store16(c, make_uint4(x[0], x[1], x[2], x[3]));
-        if (p->rows > 8) moei_store16(c + stride * 16, make_uint4(x[4], x[5], x[6], x[7]));
-    }
-}
-
-/* Stores the next 32 of the pending columns. One branch is cheaper than to move the others up. */
-MOE_DEVICE void moei_wgmma_store_next(moei_wgmma_pending* p, int64_t stride)
-{
-    switch (p->next++) {
-    case 0: moei_wgmma_store_group(p, 0, stride); break;
-    case 1: moei_wgmma_store_group(p, 1, stride); break;
-    case 2: moei_wgmma_store_group(p, 2, stride); break;
-    case 3: moei_wgmma_store_group(p, 3, stride); break;
-    case 4: moei_wgmma_store_group(p, 4, stride); break;
-    case 5: moei_wgmma_store_group(p, 5, stride); break;
-    case 6: moei_wgmma_store_group(p, 6, stride); break;
-    default: moei_wgmma_store_group(p, 7, stride);
-    }
-}
 
 /* The step of depths i, i + 1, ... of a tile: starts the products of the stage. consumer: 0 or 1. */
 MOE_DEVICE void moei_wgmma_start_step(float acc[128], moei_wgmma_ring* r, int consumer, int i,
@@ -88,13 +32,12 @@ MOE_DEVICE void moei_wgmma_start_step(float acc[128], moei_wgmma_ring* r, int co
     moei_wgmma_commit();
 }
 
-/* Ends the step of depths i, ...: releases the stage of the step before, which is `*before`: its
-   products are complete after the wait. */
-MOE_DEVICE void moei_wgmma_end_step(moei_wgmma_ring* r, int i, int* before)
+/* Ends the step of depths i, ...: releases the stage of the step before, whose products are complete
+   after the wait. */
+MOE_DEVICE void moei_wgmma_end_step(moei_wgmma_ring* r, int i)
 {
     moei_wgmma_wait(1);
-    if (i > 0) moei_wgmma_release(r, *before);
-    *before = r->stage;
+    if (i > 0) moei_wgmma_release(r, moei_wgmma_before(r));
     moei_wgmma_next(r);
 }
 
@@ -180,20 +123,6 @@ MOE_DEVICE void moei_wgmma_store_f32(const float acc[128], const moe_gemm_output
         if (i / 2 * 8 < t->columns && t->rows > i % 2 * 8 && !(o->gated && i >= 32))
             *(float2*)(t->c + i % 2 * t->below + i / 2 * 32) =
                 make_float2(acc[2 * i], acc[2 * i + 1]);
-}
-
-/* Sets where the results of a tile go; nothing is pending. row: of this thread's first accumulator;
-   rows: the tile's rows from it on; column: first of the tile. */
-MOE_DEVICE void moei_wgmma_aim(moei_wgmma_pending* p, const moe_gemm_output* o,
-                               const moei_wgmma_tile* t, int64_t expert_bytes, int row, int rows,
-                               int column, int n)
-{
-    const int quad = moe_lane() & 3, bytes = o->dtype == MOE_FP32 ? 4 : 2;
-    char* c = o->table ? (char*)o->table[t->expert] - (int64_t)t->begin * o->stride * bytes
-                       : (char*)o->base + t->expert * expert_bytes;
-    p->c = c + ((int64_t)row * o->stride + column + quad * 8) * bytes;
-    p->rows = rows;
-    p->columns = n - column - quad * 8;
 }
 
 /* Rounds 32 columns, accumulators 16 g .. 16 g + 15, g a literal, to x [8]: rows r, r + 8 of 4. */
@@ -338,6 +267,7 @@ MOE_DEVICE void moei_wgmma_consume(const moei_wgmma_args* a, moei_wgmma_ring r,
     moei_wgmma_pending p;
     p.c = 0;
     p.rows = p.columns = p.next = p.groups = 0;
+    p.boxed = -1;
     MOE_UNROLL
     for (int i = 0; i < 64; ++i) p.x[i] = 0;
     for (int turn = 0;; ++turn) {
@@ -350,34 +280,36 @@ MOE_DEVICE void moei_wgmma_consume(const moei_wgmma_args* a, moei_wgmma_ring r,
         depths = gathered ? d->k : __shfl_sync(MOE_FULL_WARP, t->steps, 0) * 64;
         if (rows > consumer * 64) {
             float acc[128];
-            int before = 0, i = 0;
+            int i = 0;
             MOE_NO_UNROLL
             for (; p.next < p.groups && i < depths; i += 64) { /* 1. */
                 moei_wgmma_start_step(acc, &r, consumer, i, gathered, f);
-                MOE_NO_UNROLL
-                for (int j = 0; j < (depths > 7 * 64 ? 1 : 2) && p.next < p.groups; ++j)
-                    moei_wgmma_store_next(&p, d->c.stride);
-                moei_wgmma_end_step(&r, i, &before);
+                moei_wgmma_store_part(&p, a, &r, consumer, depths);
+                moei_wgmma_end_step(&r, i);
             }
             MOE_NO_UNROLL
-            while (p.next < p.groups) moei_wgmma_store_next(&p, d->c.stride);
+            while (p.next < p.groups) moei_wgmma_store_part(&p, a, &r, consumer, depths);
+            p.boxed = a->boxes && rows >= consumer * 64 + 64
+                          ? __shfl_sync(MOE_FULL_WARP, t->row, 0) + consumer * 64
+                          : -1;
             moei_wgmma_aim(&p, &d->c, t, a->c_expert_bytes, t->row + line, rows - line,
                            t->column * w->columns, d->n);
             MOE_NO_UNROLL
             for (; i < depths; i += 64) {
                 moei_wgmma_start_step(acc, &r, consumer, i, gathered, f);
-                moei_wgmma_end_step(&r, i, &before);
+                moei_wgmma_end_step(&r, i);
             }
             moei_wgmma_wait(0); /* 2. */
             moei_wgmma_settle(acc);
-            moei_wgmma_release(&r, before);
+            moei_wgmma_release(&r, moei_wgmma_before(&r));
             moei_wgmma_finish(&p, acc, &d->c, t->expert, t->row + line, d->n, f.dtype); /* 3. */
         } else {
             moei_wgmma_skip(&r, depths);
         }
     }
     MOE_NO_UNROLL
-    while (p.next < p.groups) moei_wgmma_store_next(&p, d->c.stride);
+    while (p.next < p.groups) moei_wgmma_store_part(&p, a, &r, consumer, 0);
+    if (threadIdx.x % 128 == 0) moei_tensor_store_wait();
 }
 
 #endif

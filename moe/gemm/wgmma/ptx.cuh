@@ -191,8 +191,42 @@ MOE_DEVICE void moei_tensor_load_both(void* dst, const moei_tensor_map* map, int
                  : "memory");
 }
 
-/* Orders what other threads stored by moei_copy16_async, seen through a barrier, before the
-   products that read the stores. Slow: a memory barrier. */
+/* Starts to store a box, in shared memory as moei_tensor_load leaves it, at column x, row y of the
+   map's matrix; elements outside it are dropped. src must not change before the wait for it. One
+   thread calls it, and the waits. */
+MOE_DEVICE void moei_tensor_store(const void* src, const moei_tensor_map* map, int x, int y)
+{
+    asm volatile(
+        "cp.async.bulk.tensor.4d.global.shared::cta.bulk_group [%0, {%1, %2, 0, 0}], [%3];\n"
+        "cp.async.bulk.commit_group;" ::"l"(map),
+        "r"(x), "r"(y), "r"(moei_shared_address(src))
+        : "memory");
+}
+
+/* Wait until the sources of all of the thread's boxes are read, or the boxes are stored. */
+MOE_DEVICE void moei_tensor_store_wait_read(void)
+{
+    asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
+MOE_DEVICE void moei_tensor_store_wait(void)
+{
+    asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+}
+
+/* Stores four matrices of 8 x 8 elements of 16 bits: x[i] of lane 4 r + j has columns 2 j, 2 j + 1
+   of row r of matrix i. at, of lane 8 i + r: 16-byte aligned address of the row's 16 bytes. The whole
+   warp calls it. */
+MOE_DEVICE void moei_store_matrices(void* at, const uint32_t x[4])
+{
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(
+                     moei_shared_address(at)),
+                 "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3])
+                 : "memory");
+}
+
+/* Orders stores to shared memory before the products and the tensor copies that read them: the
+   thread's own stores, and others' moei_copy16_async, seen through a barrier. Slow: a memory
+   barrier. */
 MOE_DEVICE void moei_wgmma_sees_copies(void)
 {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");

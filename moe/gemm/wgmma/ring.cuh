@@ -22,6 +22,8 @@
 #define MOEI_WGMMA_A_HALF (64 * 128)  /* bytes: a consumer's rows of A */
 #define MOEI_WGMMA_B_HALF (128 * 128) /* bytes: half of B */
 #define MOEI_WGMMA_STAGE (2 * MOEI_WGMMA_A_HALF + 2 * MOEI_WGMMA_B_HALF) /* bytes */
+#define MOEI_WGMMA_RING (MOEI_WGMMA_STAGES * MOEI_WGMMA_STAGE)           /* bytes */
+#define MOEI_WGMMA_BOX (64 * 128) /* bytes: a consumer's box of results (store.cuh) */
 
 /* What is found about a block's tile number i stands in entry i % MOEI_WGMMA_ENTRIES. The next tile
    is found while a consumer may still read the entry of a tile STAGES + 2 before it: short tiles
@@ -29,8 +31,8 @@
 #define MOEI_WGMMA_ENTRIES 8
 static_assert(MOEI_WGMMA_ENTRIES >= MOEI_WGMMA_STAGES + 3, "an entry is written while it is read");
 
-/* Bytes of dynamic shared memory without tile_start: the ring, and room to align it. */
-#define MOEI_WGMMA_SMEM (1024 + MOEI_WGMMA_STAGES * MOEI_WGMMA_STAGE)
+/* Bytes of dynamic shared memory without boxes and tile_start: the ring, and room to align it. */
+#define MOEI_WGMMA_SMEM (1024 + MOEI_WGMMA_RING)
 
 /* Static shared memory of a block. More than 512 bytes: kernels without a body have none, which
    tells whether the binary has code of sm_90a (variant.cuh). */
@@ -59,6 +61,12 @@ typedef struct moei_wgmma_ring {
 MOE_DEVICE void moei_wgmma_next(moei_wgmma_ring* r)
 {
     if (++r->stage == MOEI_WGMMA_STAGES) r->stage = 0, r->parity ^= 1;
+}
+
+/* Returns the stage before this one. */
+MOE_DEVICE int moei_wgmma_before(const moei_wgmma_ring* r)
+{
+    return (r->stage + MOEI_WGMMA_STAGES - 1) % MOEI_WGMMA_STAGES;
 }
 
 /* Tells both blocks that a consumer's warp has read a stage. The whole warp calls it. */

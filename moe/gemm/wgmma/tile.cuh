@@ -17,8 +17,8 @@
 #if MOEI_WGMMA_HERE
 
 /* Computes this block's share of all tiles. All threads of the block call it; blocks 2 i and 2 i + 1
-   are a cluster. dynamic holds the ring, then tile_start [E + 1]. gathered, a literal: rows of A are
-   gathered.
+   are a cluster. dynamic holds the ring, the consumers' boxes where a->boxes, tile_start [E + 1].
+   gathered, a literal: rows of A are gathered.
      1. Initialize the barriers. Build the schedule.
      2. Each warpgroup takes its role, where nothing is bad and no earlier kernel met a stop fault.
         Block 0 has read the fault word for both: they must agree.
@@ -44,7 +44,8 @@ MOE_DEVICE_BODY void moei_wgmma_block(const moei_wgmma_args* a, unsigned char* d
     w.schedule.groups.num_rows = d->num_rows;
     w.schedule.column_tiles = (d->n + w.columns - 1) / w.columns;
     w.schedule.row_align = 1;
-    w.schedule.tile_start = (int*)(r.stages + MOEI_WGMMA_STAGES * MOEI_WGMMA_STAGE);
+    w.schedule.tile_start =
+        (int*)(r.stages + MOEI_WGMMA_RING + (a->boxes ? 2 * MOEI_WGMMA_BOX : 0));
     if (threadIdx.x == 0) { /* 1. */
         for (int i = 0; i < MOEI_WGMMA_STAGES; ++i) {
             moei_barrier_init(s->full + i, gathered ? 129 : 1);
@@ -69,7 +70,7 @@ MOE_DEVICE_BODY void moei_wgmma_block(const moei_wgmma_args* a, unsigned char* d
             else if (warp == 1) moei_wgmma_find_tiles(a, s, &w);
         } else {
             moei_registers_raise(216);
-            moei_wgmma_consume(a, r, &w, warp / 4 - 1, gathered, f);
+            moei_wgmma_consume(a, r, &w, __shfl_sync(MOE_FULL_WARP, (int)threadIdx.x / 128 - 1, 0), gathered, f);
         }
     }
     moei_cluster_sync(); /* 3. */
