@@ -16,7 +16,7 @@
    Accumulates in fp32, one sum for each element in ascending r: equal inputs give equal bits.
    Cost: 2 * R * m * n flops. One launch; with a workspace, on the wgmma path, a memset of 4 bytes
    before it. Minimum architecture: sm_75 (fp16), sm_80 (bf16). The wgmma path (grouped.cuh) takes
-   operands without indices, WMMA the others.
+   products with an index of one operand at most, WMMA the others.
 
      moe_k_grouped_gemm_desc g = {0};
      g.a = dact;  g.b = x;  g.b_index = row_slot;  g.b_div = K;  g.b_rows = T;
@@ -79,34 +79,38 @@ MOE_K_GEMM_DTYPE_LIST(MOEI_K_GEMM_KERNELS)
 #undef MOEI_K_GEMM_KERNEL_OF
 #undef MOEI_K_GEMM_KERNEL
 
-/* The kernels of the wgmma path, for rows in order. */
+/* The kernels of the wgmma path: rows in order, or those of one operand gathered. */
 #if MOEI_WGMMA_HERE
-#define MOEI_K_GEMM_WGMMA_BODY(dtype)                                                              \
+#define MOEI_K_GEMM_WGMMA_BODY(dtype, gathered)                                                    \
     MOE_SHARED(moei_wgmma_shared, s);                                                              \
     const moe_gemm_shape f = MOEI_WGMMA_SHAPE(dtype, MOE_MAJOR_MN, MOE_MAJOR_MN);                  \
-    moei_wgmma_block(&p.a, shared, &s, 0, f);
+    moei_wgmma_block(&p.a, shared, &s, gathered, f);
 #else
-#define MOEI_K_GEMM_WGMMA_BODY(dtype) (void)shared;
+#define MOEI_K_GEMM_WGMMA_BODY(dtype, gathered) (void)shared;
 #endif
-#define MOEI_K_GEMM_WGMMA_KERNEL(suffix, dtype)                                                    \
-    MOE_KERNEL(MOEI_WGMMA_THREADS, 1) moei_k_gemm_wgmma_##suffix(MOE_ARG(moei_wgmma_param) p)      \
+#define MOEI_K_GEMM_WGMMA_KERNEL(suffix, dtype, rows, gathered)                                    \
+    MOE_KERNEL(MOEI_WGMMA_THREADS, 1) moei_k_gemm_##rows##_##suffix(MOE_ARG(moei_wgmma_param) p)   \
     {                                                                                              \
         MOE_SHARED_DYNAMIC(shared);                                                                \
         moe_pdl_trigger();                                                                         \
         moe_pdl_wait();                                                                            \
-        MOEI_K_GEMM_WGMMA_BODY(dtype)                                                              \
+        MOEI_K_GEMM_WGMMA_BODY(dtype, gathered)                                                    \
     }
-MOE_K_GEMM_DTYPE_LIST(MOEI_K_GEMM_WGMMA_KERNEL)
+#define MOEI_K_GEMM_WGMMA_KERNELS(suffix, dtype)                                                   \
+    MOEI_K_GEMM_WGMMA_KERNEL(suffix, dtype, wgmma, 0)                                              \
+    MOEI_K_GEMM_WGMMA_KERNEL(suffix, dtype, wgmma_gather, 1)
+MOE_K_GEMM_DTYPE_LIST(MOEI_K_GEMM_WGMMA_KERNELS)
+#undef MOEI_K_GEMM_WGMMA_KERNELS
 #undef MOEI_K_GEMM_WGMMA_KERNEL
 #undef MOEI_K_GEMM_WGMMA_BODY
 
 /* The variants, in order of preference. */
 static const moei_variant moei_k_gemm_variants[] = {
-#define MOEI_K_GEMM_WGMMA_ROW(suffix, dtype)                                                       \
-    {(const void*)moei_k_gemm_wgmma_##suffix,                                                      \
-     "moei_k_gemm_wgmma_" #suffix,                                                                 \
+#define MOEI_K_GEMM_WGMMA_ROW(suffix, dtype, name, gathered)                                       \
+    {(const void*)moei_k_gemm_##name##_##suffix,                                                   \
+     "moei_k_gemm_" #name "_" #suffix,                                                             \
      MOE_GEMM_PATH_WGMMA,                                                                          \
-     MOEI_VARIANT_IN_ORDER,                                                                        \
+     (gathered) ? MOEI_VARIANT_GATHERED : MOEI_VARIANT_IN_ORDER,                                   \
      2,                                                                                            \
      MOEI_WGMMA_SHAPE(dtype, MOE_MAJOR_MN, MOE_MAJOR_MN),                                          \
      MOE_TILE_128x256,                                                                             \
@@ -114,7 +118,11 @@ static const moei_variant moei_k_gemm_variants[] = {
      MOEI_WGMMA_SMEM,                                                                              \
      90,                                                                                           \
      90},
-    MOE_K_GEMM_DTYPE_LIST(MOEI_K_GEMM_WGMMA_ROW)
+#define MOEI_K_GEMM_WGMMA_ROWS(suffix, dtype)                                                      \
+    MOEI_K_GEMM_WGMMA_ROW(suffix, dtype, wgmma, 0)                                                 \
+    MOEI_K_GEMM_WGMMA_ROW(suffix, dtype, wgmma_gather, 1)
+    MOE_K_GEMM_DTYPE_LIST(MOEI_K_GEMM_WGMMA_ROWS)
+#undef MOEI_K_GEMM_WGMMA_ROWS
 #undef MOEI_K_GEMM_WGMMA_ROW
 #define MOEI_K_GEMM_ROW(name, tile_m, tile_n, tile_k, warps_m, warps_n, stages, blocks, suffix,    \
                         dtype)                                                                     \
@@ -280,50 +288,54 @@ MOE_HOST moe_k_grouped_gemm_args moei_k_args_of(const moe_k_grouped_gemm_desc* d
     return a;
 }
 
-/* Returns 1 where the wgmma path can take a checked product: rows in order, all of them in A and B;
-   strides within the limits of tensor maps. */
+/* Returns 1 where the wgmma path can take a checked product: at most one operand gathered, all rows of
+   the others there; strides within the limits of tensor maps. */
 MOE_HOST int moei_k_wgmma_takes(const moe_k_grouped_gemm_desc* d)
 {
     const int64_t most = (int64_t)1 << 39;
-    return !d->a_index && !d->b_index && d->a_div == 1 && d->b_div == 1 && d->grid_limit != 1 &&
-           d->a_rows >= d->num_rows && d->b_rows >= d->num_rows && d->a_stride < most &&
-           d->b_stride < most;
+    return !(d->a_index && d->b_index) && d->grid_limit != 1 && d->a_stride < most &&
+           d->b_stride < most && (d->a_index || (d->a_div == 1 && d->a_rows >= d->num_rows)) &&
+           (d->b_index || (d->b_div == 1 && d->b_rows >= d->num_rows));
 }
 
-/* Sets the args of the wgmma path's kernel from those of the others; encodes the tensor maps. */
+/* Sets the args of the wgmma path's kernel from those of the others; encodes the tensor maps. The
+   kernel gathers rows of its A: where those of B are gathered, it computes C's transpose, turned. */
 MOE_HOST moe_status moei_k_encode(moei_wgmma_args* w, const moe_k_grouped_gemm_args* a)
 {
+    const int turned = a->b_index != 0;
     moei_tensor t;
-    w->d.a = a->a;
-    w->d.a_stride = a->a_stride;
-    w->d.a_rows = a->a_rows;
-    w->d.b.base = a->b;
-    w->d.b.row_stride = a->b_stride;
+    w->turned = turned;
+    w->d.a = turned ? a->b : a->a;
+    w->d.a_stride = turned ? a->b_stride : a->a_stride;
+    w->d.a_rows = turned ? a->b_rows : a->a_rows;
+    w->d.row_index = turned ? a->b_index : a->a_index;
+    w->d.row_div = turned ? a->b_div : a->a_div;
+    w->d.b.base = turned ? a->a : a->b;
+    w->d.b.row_stride = turned ? a->a_stride : a->b_stride;
     w->d.b.major = MOE_MAJOR_MN;
     w->d.c = a->c;
     w->d.expert_offset = a->expert_offset;
     w->d.num_experts = a->num_experts;
     w->d.num_rows = a->num_rows;
-    w->d.n = a->n;
-    w->d.row_div = 1;
+    w->d.n = turned ? a->m : a->n;
     w->d.fault = a->fault;
     w->d.rank = a->rank;
-    w->m = a->m;
+    w->m = turned ? a->n : a->m;
     w->c_expert_bytes = a->c_expert_bytes;
     memset(&t, 0, sizeof t);
-    t.base = a->a;
     if (a->num_rows == 0) /* neither is read, and may be any address; of C a block is mapped */
-        t.base = w->d.a = w->d.b.base =
+        w->d.a = w->d.b.base =
             (const void*)((uintptr_t)(a->c.base ? a->c.base : (const void*)a->c.table) &
                           ~(uintptr_t)15);
+    t.base = w->d.a;
     t.dtype = a->c.bias_dtype;
     t.rows = a->num_rows > 0 ? a->num_rows : 1;
     t.box_rows = 64;
-    t.columns = a->m;
-    t.row_stride = a->a_stride;
-    MOE_TRY(moei_tensor_encode(&w->a, &t));
-    t.columns = a->n;
-    t.row_stride = a->b_stride;
+    t.columns = w->m;
+    t.row_stride = w->d.a_stride;
+    if (!w->d.row_index) MOE_TRY(moei_tensor_encode(&w->a, &t));
+    t.columns = w->d.n;
+    t.row_stride = w->d.b.row_stride;
     return moei_tensor_encode(&w->b, &t);
 }
 
@@ -353,6 +365,7 @@ MOE_HOST moe_status moei_k_prepare(const moe_k_grouped_gemm_desc* desc,
         int runs;
         const int wgmma = v->path == MOE_GEMM_PATH_WGMMA;
         if (v->shape.dtype != d->dtype || (d->path && v->path != d->path) ||
+            v->rows == (d->a_index || d->b_index ? MOEI_VARIANT_IN_ORDER : MOEI_VARIANT_GATHERED) ||
             (wgmma && !moei_k_wgmma_takes(d)) || !moei_k_suits(v, d, dev.sms))
             continue;
         MOE_TRY(moei_variant_runs(v, &dev, moei_k_more(v, d), &runs));

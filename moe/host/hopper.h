@@ -228,6 +228,14 @@ inline void moei_tensor_store_wait(void)
 }
 inline void moei_tensor_store_wait_read(void) { moei_tensor_store_wait(); }
 
+inline uint32_t moei_turn_matrix(uint32_t x)
+{
+    const int row = (int)moeh_lane() / 4, column = (int)moeh_lane() % 4 * 2;
+    const uint32_t low = __shfl_sync(0xffffffffu, x, 4 * column + row / 2);
+    const uint32_t high = __shfl_sync(0xffffffffu, x, 4 * (column + 1) + row / 2);
+    return (low >> row % 2 * 16 & 0xffff) | (high >> row % 2 * 16 & 0xffff) << 16;
+}
+
 inline void moei_store_matrices(void* at, const uint32_t* x)
 {
     const int lane = (int)moeh_lane();

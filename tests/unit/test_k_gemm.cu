@@ -6,7 +6,7 @@
    test_k_shapes     numbers of rows about tile_k, tiles, tails, dtypes
    test_k_lone       one expert; all rows at one; no rows
    test_k_gather     either operand gathered; strides; tables; added to C
-   test_k_wgmma      rows in order on the wgmma path, with and without workspace
+   test_k_wgmma      the wgmma path, with and without workspace
    test_k_nan        NaN and infinity stay with their expert
    test_k_faults     bad offsets and addresses, stop faults
    test_k_same_bits  the same bits over runs
@@ -326,13 +326,14 @@ static void test_k_gather(void)
     }
 }
 
-/* Sums rows in order on the wgmma path: experts without rows, tails of rows, m and n, more pairs of
-   tiles than clusters; the same bits without the workspace. */
+/* Sums on the wgmma path, rows in order or those of one operand gathered, some without an index:
+   experts without rows, tails of rows, m and n, more pairs of tiles than clusters; the same bits
+   without the workspace. */
 static void test_k_wgmma(void)
 {
     static const int sizes[] = {0, 1, 63, 64, 65, 127, 128, 129, 200, 321};
     trand r = trand_new(8);
-    for (int i = 0; i < (MOE_ON_HOST ? 12 : 100); ++i) {
+    for (int i = 0; i < (MOE_ON_HOST ? 24 : 150); ++i) {
         int rows[6];
         k_case c;
         k_bufs b;
@@ -349,6 +350,10 @@ static void test_k_wgmma(void)
         c.c_table = (int)trand_int(&r, 0, 1);
         c.accumulate = (int)trand_int(&r, 0, 1);
         c.beyond = (int)trand_int(&r, 0, 1) * 20;
+        if (i % 3 == 1) c.a_gather = (int)trand_int(&r, 1, 3);
+        if (i % 3 == 2) c.b_gather = (int)trand_int(&r, 1, 3);
+        if (i % 4 == 1) c.none = (int)trand_int(&r, 1, 40);
+        if (i % 8 == 5) c.bad = (int)trand_int(&r, 1, 3);
         bufs_new(&b, &c, &r);
         s = moe_k_grouped_gemm(&b.d, test_now.stream);
         if (i == 0 && s == MOE_STATUS(MOE_ERR_DEVICE, path)) {
@@ -500,7 +505,7 @@ static void test_k_refusals(void)
     REFUSED_RANK_AND_FAULT();
     REFUSED_EACH(tile, MOE_ERR_OPTION, tile, MOE_TILE_32x128, -1);
     REFUSED_EACH(path, MOE_ERR_OPTION, path, MOE_GEMM_PATH_WGMMA + 1, -1);
-    REFUSED(d.path = MOE_GEMM_PATH_WGMMA, MOE_ERR_CONFLICT, path); /* gathered rows */
+    REFUSED(d.path = MOE_GEMM_PATH_WGMMA, MOE_ERR_CONFLICT, path); /* both gathered */
     REFUSED(d.workspace_bytes = MOE_GROUPED_GEMM_WORKSPACE - 1, MOE_ERR_WORKSPACE, workspace_bytes);
     REFUSED(d.workspace = AT(d.workspace, 8), MOE_ERR_ALIGN, workspace);
     REFUSED(d.workspace = d.c, MOE_ERR_OVERLAP, workspace);
@@ -528,8 +533,13 @@ static void test_k_refusals(void)
     REFUSED(d.c = DOWN_TO(d.b_index, 16), MOE_ERR_OVERLAP, c);
     REFUSED(d.fault = (uint64_t*)d.c, MOE_ERR_OVERLAP, fault);
     REFUSED(d.fault = (uint64_t*)AT(d.c, 3 * 64 * 72 * 2 - 8), MOE_ERR_OVERLAP, fault);
-    good.a_index = good.b_index = 0, good.a_div = good.b_div = 1; /* what wgmma does not take */
-    good.a_rows = good.b_rows = good.num_rows, good.path = MOE_GEMM_PATH_WGMMA;
+    TEST_CUDA(cudaDeviceSynchronize());
+    CHECK(tbuf_holds(&b.c, 0), "a refused call wrote C");
+    bufs_free(&b);
+    c.a_gather = c.b_gather = 0; /* what wgmma does not take */
+    bufs_new(&b, &c, &r);
+    good = b.d;
+    good.path = MOE_GEMM_PATH_WGMMA;
     REFUSED(d.grid_limit = 1, MOE_ERR_CONFLICT, path);
     REFUSED(d.a_div = 2, MOE_ERR_CONFLICT, path);
     REFUSED(d.b_div = 2, MOE_ERR_CONFLICT, path);

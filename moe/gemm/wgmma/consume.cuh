@@ -55,20 +55,23 @@ MOE_DEVICE void moei_wgmma_skip(moei_wgmma_ring* r, int k)
 /* Where a thread's accumulators go: rows r and r + 8, every 8 columns two neighbouring ones.
    Accumulators from 64 on are ups where gated, else those from column 128 on. */
 typedef struct moei_wgmma_target {
-    char* c;       /* address of row r, first column */
-    int64_t below; /* bytes to 8 rows on */
-    int rows;      /* the tile's rows from r on */
-    int columns;   /* columns of C from the first one on */
+    char* c;              /* address of row r, first column */
+    int64_t below, right; /* bytes to 8 rows on, to the next column */
+    int rows;             /* the tile's rows from r on */
+    int columns;          /* columns of C from the first one on */
 } moei_wgmma_target;
 
-/* Returns where the results of *p go, whose first column is 8 quad. */
+/* Returns where the results of *p go. */
 MOE_DEVICE moei_wgmma_target moei_wgmma_target_of(const moei_wgmma_pending* p,
-                                                  const moe_gemm_output* o)
+                                                  const moe_gemm_output* o, const int turned)
 {
-    const int before = (moe_lane() & 3) * 6, bytes = o->dtype == MOE_FP32 ? 4 : 2;
+    const int quad = moe_lane() & 3, line = moe_lane() >> 2, before = quad * 6;
+    const int bytes = o->dtype == MOE_FP32 ? 4 : 2;
     moei_wgmma_target t;
     t.c = p->c - before * bytes;
-    t.below = o->stride * 8 * bytes;
+    if (turned) t.c = p->c + (2 * quad - line) * (o->stride - 1) * bytes;
+    t.below = (turned ? 1 : o->stride) * 8 * bytes;
+    t.right = (turned ? o->stride : 1) * bytes;
     t.rows = p->rows;
     t.columns = p->columns + before;
     return t;
@@ -78,7 +81,7 @@ MOE_DEVICE moei_wgmma_target moei_wgmma_target_of(const moei_wgmma_pending* p,
 MOE_DEVICE void moei_wgmma_add_bias(float acc[128], const moe_gemm_output* o, int64_t expert, int n,
                                     const moei_wgmma_pending* p, const int dtype)
 {
-    int columns = moei_wgmma_target_of(p, o).columns;
+    int columns = moei_wgmma_target_of(p, o, 0).columns;
     const int column = n - columns; /* the first one */
     const int apart = o->gated == MOE_GATE_UP_INTERLEAVED ? 2 : 1;
     const uint16_t* at =
@@ -103,26 +106,32 @@ MOE_DEVICE void moei_wgmma_add_bias(float acc[128], const moe_gemm_output* o, in
 MOE_DEVICE void moei_wgmma_add_c(float acc[128], const moe_gemm_output* o,
                                  const moei_wgmma_target* t)
 {
-    const int bytes = o->dtype == MOE_FP32 ? 4 : 2;
     MOE_UNROLL
     for (int i = 0; i < 64; ++i) { /* columns from i / 2 * 8 on, row r or r + 8 */
-        const char* at = t->c + i % 2 * t->below + i / 2 * 8 * bytes;
+        const char* at = t->c + i % 2 * t->below + i / 2 * 8 * t->right;
         if (i / 2 * 8 < t->columns && t->rows > i % 2 * 8 && !(o->gated && i >= 32)) {
             acc[2 * i] += moe_load_f32(at, 0, o->dtype);
-            acc[2 * i + 1] += moe_load_f32(at, 1, o->dtype);
+            acc[2 * i + 1] += moe_load_f32(at + t->right, 0, o->dtype);
         }
     }
 }
 
-/* Stores fp32 results. */
+/* Stores fp32 results; turned, a literal: neighbouring columns are apart. */
 MOE_DEVICE void moei_wgmma_store_f32(const float acc[128], const moe_gemm_output* o,
-                                     const moei_wgmma_target* t)
+                                     const moei_wgmma_target* t, const int turned)
 {
     MOE_UNROLL
-    for (int i = 0; i < 64; ++i)
-        if (i / 2 * 8 < t->columns && t->rows > i % 2 * 8 && !(o->gated && i >= 32))
-            *(float2*)(t->c + i % 2 * t->below + i / 2 * 32) =
-                make_float2(acc[2 * i], acc[2 * i + 1]);
+    for (int i = 0; i < 64; ++i) {
+        char* at = t->c + i % 2 * t->below + i / 2 * 8 * t->right;
+        if (i / 2 * 8 < t->columns && t->rows > i % 2 * 8 && !(o->gated && i >= 32)) {
+            if (turned) {
+                *(float*)at = acc[2 * i];
+                *(float*)(at + t->right) = acc[2 * i + 1];
+            } else {
+                *(float2*)at = make_float2(acc[2 * i], acc[2 * i + 1]);
+            }
+        }
+    }
 }
 
 /* Rounds 32 columns, accumulators 16 g .. 16 g + 15, g a literal, to x [8]: rows r, r + 8 of 4. */
@@ -223,33 +232,56 @@ MOE_DEVICE void moei_wgmma_activate(float acc[128], const moe_gemm_output* o)
    applies the activation, adds C where results are added to it; rounds the results into *p, or
    stores fp32 ones. */
 MOE_DEVICE void moei_wgmma_finish(moei_wgmma_pending* p, float acc[128], const moe_gemm_output* o,
-                                  int expert, int row, int n, const int dtype)
+                                  int expert, int row, int n, const moe_gemm_shape f)
 {
     p->next = 0;
     p->groups = o->dtype == MOE_FP32 ? 0 : o->gated ? 4 : 8;
     if (o->activation == MOE_ACTIVATION_NONE && !o->bias && !o->pre && !o->accumulate &&
         o->dtype != MOE_FP32) { /* the least work: first */
         MOE_UNROLL
-        for (int g = 0; g < 8; ++g) moei_wgmma_round(p->x + 8 * g, acc, g, dtype);
+        for (int g = 0; g < 8; ++g) moei_wgmma_round(p->x + 8 * g, acc, g, f.dtype);
         return;
     }
-    if (o->bias) moei_wgmma_add_bias(acc, o, expert, n, p, dtype);
-    if (o->pre) moei_wgmma_store_pre(acc, p, o, row, n, dtype);
-    moei_wgmma_activate(acc, o);
+    if (f.a_major == MOE_MAJOR_K) { /* k-grouped products have none of these */
+        if (o->bias) moei_wgmma_add_bias(acc, o, expert, n, p, f.dtype);
+        if (o->pre) moei_wgmma_store_pre(acc, p, o, row, n, f.dtype);
+        moei_wgmma_activate(acc, o);
+    }
     if (o->accumulate || o->dtype == MOE_FP32) {
-        const moei_wgmma_target to = moei_wgmma_target_of(p, o);
+        const moei_wgmma_target to = moei_wgmma_target_of(p, o, 0);
         if (o->accumulate) moei_wgmma_add_c(acc, o, &to);
-        if (o->dtype == MOE_FP32) moei_wgmma_store_f32(acc, o, &to);
+        if (o->dtype == MOE_FP32) moei_wgmma_store_f32(acc, o, &to, 0);
     }
     MOE_UNROLL
-    for (int g = 0; g < 4; ++g) moei_wgmma_round(p->x + 8 * g, acc, g, dtype);
+    for (int g = 0; g < 4; ++g) moei_wgmma_round(p->x + 8 * g, acc, g, f.dtype);
     if (o->gated) { /* not stored; without values they would take registers until here */
         MOE_UNROLL
         for (int i = 32; i < 64; ++i) p->x[i] = 0;
     } else {
         MOE_UNROLL
-        for (int g = 4; g < 8; ++g) moei_wgmma_round(p->x + 8 * g, acc, g, dtype);
+        for (int g = 4; g < 8; ++g) moei_wgmma_round(p->x + 8 * g, acc, g, f.dtype);
     }
+}
+
+/* Ends a tile of C's transpose: adds C where results are added to it, stores at once. */
+MOE_DEVICE void moei_wgmma_finish_turned(moei_wgmma_pending* p, float acc[128],
+                                         const moe_gemm_output* o, const int dtype)
+{
+    const moei_wgmma_target to = moei_wgmma_target_of(p, o, 1);
+    if (o->accumulate) moei_wgmma_add_c(acc, o, &to);
+    if (o->dtype == MOE_FP32) {
+        moei_wgmma_store_f32(acc, o, &to, 1);
+    } else {
+        MOE_UNROLL
+        for (int i = 0; i < 64; ++i) { /* a lane stores two rows of one of 8 columns */
+            const uint32_t x = moei_turn_matrix(moe_pack2(acc[2 * i], acc[2 * i + 1], dtype));
+            if (i / 2 * 8 < to.columns && to.rows > i % 2 * 8)
+                *(uint32_t*)(p->c + i % 2 * to.below + i / 2 * 8 * to.right) = x;
+        }
+    }
+    p->next = p->groups = 0;
+    MOE_UNROLL
+    for (int i = 0; i < 64; ++i) p->x[i] = 0; /* else they would take registers until here */
 }
 
 /* A consumer. For each tile:
@@ -263,6 +295,8 @@ MOE_DEVICE void moei_wgmma_consume(const moei_wgmma_args* a, moei_wgmma_ring r,
                                    const moe_gemm_shape f)
 {
     const moe_grouped_gemm_args* d = &a->d;
+    const int by_depth = f.a_major == MOE_MAJOR_MN; /* k-grouped */
+    const int turned = gathered && by_depth ? a->turned : 0;
     const int warp = moe_warp() % 4, line = consumer * 64 + warp * 16 + (moe_lane() >> 2);
     moei_wgmma_pending p;
     p.c = 0;
@@ -277,7 +311,7 @@ MOE_DEVICE void moei_wgmma_consume(const moei_wgmma_args* a, moei_wgmma_ring r,
         /* a shuffle: the compiler must know that the branches are uniform */
         rows = __shfl_sync(MOE_FULL_WARP, t->expert < 0 ? -1 : moei_wgmma_rows(t), 0);
         if (rows < 0) break;
-        depths = gathered ? d->k : __shfl_sync(MOE_FULL_WARP, t->steps, 0) * 64;
+        depths = gathered && !by_depth ? d->k : __shfl_sync(MOE_FULL_WARP, t->steps, 0) * 64;
         if (rows > consumer * 64) {
             float acc[128];
             int i = 0;
@@ -293,7 +327,7 @@ MOE_DEVICE void moei_wgmma_consume(const moei_wgmma_args* a, moei_wgmma_ring r,
                           ? __shfl_sync(MOE_FULL_WARP, t->row, 0) + consumer * 64
                           : -1;
             moei_wgmma_aim(&p, &d->c, t, a->c_expert_bytes, t->row + line, rows - line,
-                           t->column * w->columns, d->n);
+                           t->column * w->columns, d->n, turned);
             MOE_NO_UNROLL
             for (; i < depths; i += 64) {
                 moei_wgmma_start_step(acc, &r, consumer, i, gathered, f);
@@ -302,7 +336,8 @@ MOE_DEVICE void moei_wgmma_consume(const moei_wgmma_args* a, moei_wgmma_ring r,
             moei_wgmma_wait(0); /* 2. */
             moei_wgmma_settle(acc);
             moei_wgmma_release(&r, moei_wgmma_before(&r));
-            moei_wgmma_finish(&p, acc, &d->c, t->expert, t->row + line, d->n, f.dtype); /* 3. */
+            if (turned) moei_wgmma_finish_turned(&p, acc, &d->c, f.dtype); /* 3. */
+            else moei_wgmma_finish(&p, acc, &d->c, t->expert, t->row + line, d->n, f);
         } else {
             moei_wgmma_skip(&r, depths);
         }

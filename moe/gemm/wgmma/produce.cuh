@@ -211,18 +211,22 @@ typedef struct moei_wgmma_gather {
     bool whole;          /* the warp has no row of zeros */
 } moei_wgmma_gather;
 
-/* Returns the row of A of line m of a tile, -1 for a row of zeros. A row_index outside A sets the
-   fault word and gives -1. Lines past the tile's last row are any row: their results are not
-   stored. */
+/* Returns the row of A of entry r of row_index, which is `index`; -1 for a row of zeros. An index
+   outside A sets the fault word and gives -1. */
+MOE_DEVICE int moei_wgmma_row_at(const moe_grouped_gemm_args* d, int r, int index)
+{
+    const int row = index < 0 ? -1 : (int)((uint32_t)index / (uint32_t)d->row_div);
+    if (row < d->a_rows && index >= -1) return row;
+    moe_fault_raise(d->fault, MOE_FAULT_BAD_ROW, d->rank, r);
+    return -1;
+}
+
+/* Returns the row of A of line m of a tile. Lines past the tile's last row are any row: their
+   results are not stored. */
 MOE_DEVICE int moei_wgmma_row_of(const moe_grouped_gemm_args* d, const moei_wgmma_tile* t, int m)
 {
-    int index, row;
     if (m >= moei_wgmma_rows(t)) return 0;
-    index = d->row_index[t->row + m];
-    row = index < 0 ? -1 : (int)((uint32_t)index / (uint32_t)d->row_div);
-    if (row < d->a_rows && index >= -1) return row;
-    moe_fault_raise(d->fault, MOE_FAULT_BAD_ROW, d->rank, t->row + m);
-    return -1;
+    return moei_wgmma_row_at(d, t->row + m, d->row_index[t->row + m]);
 }
 
 /* Sets where the thread copies from. row: of A, of each line of the tile; line: the thread's first

@@ -44,9 +44,10 @@ typedef struct moei_wgmma_shared {
     int32_t stopped; /* block 0: an earlier kernel met a stop fault */
     moei_wgmma_tile position[MOEI_WGMMA_ENTRIES];
     int32_t row[2][MOEI_WGMMA_ROWS]; /* gathered: row of A of each line of tile i, in [i % 2]; -1:
-                                        zeros */
+                                        zeros. k-grouped: of two steps, in turn */
+    uint32_t lacks[2]
+                  [4]; /* k-grouped, gathered: bit i of word j: line 32 j + i of row has no row */
     moe_block_scan_scratch scan;
-    uint32_t mark[128];
 } moei_wgmma_shared;
 
 #if MOEI_WGMMA_HERE

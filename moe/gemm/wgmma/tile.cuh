@@ -12,6 +12,7 @@
 #define MOE_GEMM_WGMMA_TILE_CUH
 
 #include "consume.cuh"
+#include "k_gather.cuh"
 #include "produce.cuh"
 
 #if MOEI_WGMMA_HERE
@@ -29,13 +30,12 @@ MOE_DEVICE_BODY void moei_wgmma_block(const moei_wgmma_args* a, unsigned char* d
 {
     const moe_grouped_gemm_args* d = &a->d;
     const int warp = __shfl_sync(MOE_FULL_WARP, moe_warp(), 0); /* uniform to the compiler */
-    const bool stopped = moe_fault_stopped(d->fault);
     moei_wgmma_ring r;
     moei_wgmma_tiles w;
     r.stages = dynamic + (1024 - ((uintptr_t)dynamic & 1023)) % 1024;
     r.s = s;
     r.stage = r.parity = 0;
-    w.columns = d->c.gated ? 128 : 256;
+    w.columns = f.a_major == MOE_MAJOR_K && d->c.gated ? 128 : 256;
     w.m = f.a_major == MOE_MAJOR_MN ? a->m : 0;
     w.steps = w.m ? 0 : (d->k + 63) / 64;
     w.cluster_rank = moei_cluster_rank();
@@ -55,8 +55,7 @@ MOE_DEVICE_BODY void moei_wgmma_block(const moei_wgmma_args* a, unsigned char* d
         moei_barrier_init(&s->posted, 1);
         moei_barrier_init(&s->taken, 1);
         moei_barrier_visible();
-        s->mark[0] = 0;
-        s->stopped = stopped;
+        s->stopped = moe_fault_stopped(d->fault);
     }
     w.pairs =
         moei_schedule_build(&w.schedule, &s->scan, d->fault, d->rank, MOEI_WGMMA_ROWS, 1, w.m);
@@ -65,7 +64,8 @@ MOE_DEVICE_BODY void moei_wgmma_block(const moei_wgmma_args* a, unsigned char* d
         moei_gemm_tables_good(d, &w.schedule.groups, w.m)) { /* 2. */
         if (warp < 4) {
             moei_registers_lower(72);
-            if (gathered) moei_wgmma_produce_gathered(a, r, &w, f);
+            if (gathered && f.a_major == MOE_MAJOR_MN) moei_wgmma_produce_depths(a, r, &w, f);
+            else if (gathered) moei_wgmma_produce_gathered(a, r, &w, f);
             else if (warp == 0) moei_wgmma_produce(a, r, &w, f);
             else if (warp == 1) moei_wgmma_find_tiles(a, s, &w);
         } else {

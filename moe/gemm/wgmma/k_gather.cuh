@@ -1,0 +1,141 @@
+/* k_gather.cuh: the producer of the k-grouped GEMM on Hopper where A's rows are gathered by index.
+
+   A row is a depth here: 128 of its columns are copied to a line of both halves of a stage, 16 bytes
+   at a time, by all threads of the producer. B's rows are in order and arrive by tensor copies. A
+   row without an index is in no sum, and may hold NaN: in steps that have one, B is copied by the
+   threads too, with zeros in its place.
+
+   Rows are looked up for two steps at a time, 128 depths: an index is read two steps before it is
+   needed, also across tiles. */
+#ifndef MOE_GEMM_WGMMA_K_GATHER_CUH
+#define MOE_GEMM_WGMMA_K_GATHER_CUH
+
+#include "produce.cuh"
+
+#if MOEI_WGMMA_HERE
+
+/* Returns whether the tile's sum has this depth, which is 0 or more. */
+MOE_DEVICE bool moei_wgmma_has_depth(const moei_wgmma_tile* t, int depth)
+{
+    return depth >= 0 && depth < t->depth + t->steps * 64;
+}
+
+/* Returns the entry of row_index at a depth of the tile, -1 where it has none. */
+MOE_DEVICE int moei_wgmma_depth_index(const moe_grouped_gemm_args* d, const moei_wgmma_tile* t,
+                                      int depth)
+{
+    return moei_wgmma_has_depth(t, depth) ? d->row_index[t->origin + depth] : -1;
+}
+
+/* Starts the thread's copies of a stage's A: one vector of eight lines. row: of A, of each line. */
+MOE_DEVICE void moei_wgmma_copy_depths_a(unsigned char* stage, const moe_grouped_gemm_args* d,
+                                         const moei_wgmma_tile* t, const int32_t row[64])
+{
+    const int vector = (int)threadIdx.x % 16, line = (int)threadIdx.x / 16;
+    const int column = t->row + vector * 8;
+    const bool exists = column < t->end;
+    const char* from = (const char*)d->a + (exists ? column : 0) * (int64_t)2;
+    unsigned char* to = stage + vector / 8 * MOEI_WGMMA_A_HALF + line * 128 +
+                        ((vector % 8 ^ line) << 4);
+    MOE_UNROLL
+    for (int i = 0; i < 8; ++i) {
+        const int at = row[line + 8 * i];
+        moei_copy16_async(to + i * 8 * 128, from + (at < 0 ? 0 : at) * d->a_stride * 2,
+                          exists && at >= 0 ? 16 : 0);
+    }
+}
+
+/* The same of all of the stage's B, for this block alone. depth: of the first line. */
+MOE_DEVICE void moei_wgmma_copy_depths_b(unsigned char* stage, const moe_grouped_gemm_args* d,
+                                         const moei_wgmma_tile* t, const int32_t row[64],
+                                         int depth)
+{
+    const int vector = (int)threadIdx.x % 32;
+    const int column = t->column * 256 + vector * 8;
+    const bool exists = column < d->n;
+    const char* from = (const char*)d->b.base + (exists ? column : 0) * (int64_t)2;
+    unsigned char* to = stage + 2 * MOEI_WGMMA_A_HALF + vector / 8 * (64 * 128);
+    MOE_NO_UNROLL
+    for (int line = (int)threadIdx.x / 32; line < 64; line += 4) {
+        const bool keep = exists && row[line] >= 0;
+        moei_copy16_async(
+            to + line * 128 + ((vector % 8 ^ (line & 7)) << 4),
+            from + (keep ? (int64_t)t->origin + depth + line : 0) * d->b.row_stride * 2,
+            keep ? 16 : 0);
+    }
+}
+
+/* Fills the ring's next stage, depths k .. k + 63 of a tile. row: of A, of each line; lacks: a depth
+   of the sum has no row. All threads of the producer. */
+MOE_DEVICE void moei_wgmma_depths_step(const moei_wgmma_args* a, moei_wgmma_ring* r,
+                                       const moei_wgmma_tiles* w, const moei_wgmma_tile* t, int k,
+                                       const int32_t row[64], bool lacks, const moe_gemm_shape f)
+{
+    unsigned char* stage = r->stages + r->stage * MOEI_WGMMA_STAGE;
+    uint64_t* full = r->s->full + r->stage;
+    moei_barrier_wait(r->s->empty + r->stage, r->parity ^ 1);
+    if (threadIdx.x == 0) {
+        moei_barrier_expect(full, lacks ? 0 : 2 * MOEI_WGMMA_B_HALF);
+        if (!lacks) moei_wgmma_load_b(a, r, w, t, k, f.b_major);
+    }
+    __syncwarp(MOE_FULL_WARP);
+    if (lacks) moei_wgmma_copy_depths_b(stage, &a->d, t, row, k);
+    moei_wgmma_copy_depths_a(stage, &a->d, t, row);
+    moei_barrier_arrive_copies(full);
+    moei_wgmma_next(r);
+}
+
+/* All threads of the producer. For each tile, and each two of its steps:
+     1. resolve the index of the thread's depth; tell all threads
+     2. read the index of the depth two steps on; before the last steps find the next tile for that
+     3. fill the stages
+   The two blocks of a shared pair have the same depths, so they agree on which steps lack a row. */
+MOE_DEVICE void moei_wgmma_produce_depths(const moei_wgmma_args* a, moei_wgmma_ring r,
+                                          const moei_wgmma_tiles* w, const moe_gemm_shape f)
+{
+    const moe_grouped_gemm_args* d = &a->d;
+    const int thread = (int)threadIdx.x;
+    int pair = (int)blockIdx.x / 2, index, parity = 0;
+    moei_wgmma_tile t;
+    if (moe_warp() == 0) moei_wgmma_announce(a, r.s, w, pair, 0);
+    moei_named_barrier(1, 128);
+    t = moei_wgmma_read(r.s, 0);
+    index = t.expert < 0 ? -1 : moei_wgmma_depth_index(d, &t, t.depth + thread);
+    for (int turn = 0; t.expert >= 0; ++turn) {
+        int taken = 0;
+        if (moe_warp() == 0) taken = moei_wgmma_take(a, w, pair); /* arrives meanwhile */
+        for (int i = 0; i < t.steps; i += 2, parity ^= 1) {
+            const int depth = t.depth + i * 64 + thread;
+            const int row = moei_wgmma_row_at(d, t.origin + depth, index); /* 1. */
+            const uint32_t lacks =
+                __ballot_sync(MOE_FULL_WARP, row < 0 && moei_wgmma_has_depth(&t, depth));
+            r.s->row[parity][thread] = row;
+            if (moe_lane() == 0) r.s->lacks[parity][moe_warp()] = lacks;
+            if (i + 2 >= t.steps && moe_warp() == 0) { /* 2. */
+                pair = moei_wgmma_agree(a, w, r.s, taken, turn + 1);
+                moei_wgmma_announce(a, r.s, w, pair, turn + 1);
+            }
+            moei_named_barrier(1, 128);
+            if (i + 2 < t.steps) {
+                index = moei_wgmma_depth_index(d, &t, depth + 128);
+            } else {
+                const moei_wgmma_tile* next = r.s->position + (turn + 1) % MOEI_WGMMA_ENTRIES;
+                index =
+                    next->expert < 0 ? -1 : moei_wgmma_depth_index(d, next, next->depth + thread);
+            }
+            MOE_NO_UNROLL
+            for (int j = 0; j < 2 && i + j < t.steps; ++j) { /* 3. */
+                const uint32_t* some = r.s->lacks[parity] + 2 * j;
+                moei_wgmma_depths_step(a, &r, w, &t, t.depth + (i + j) * 64,
+                                       r.s->row[parity] + 64 * j, (some[0] | some[1]) != 0, f);
+            }
+        }
+        t = moei_wgmma_read(r.s, turn + 1);
+    }
+    moei_barrier_wait(r.s->empty + r.stage, r.parity ^ 1);
+    if (thread == 0) moei_barrier_expect(r.s->full + r.stage, 0);
+    moei_barrier_arrive_copies(r.s->full + r.stage);
+}
+
+#endif
+#endif
