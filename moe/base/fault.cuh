@@ -36,15 +36,19 @@ MOE_DEVICE void moe_fault_raise(uint64_t* word, int code, int rank, int64_t inde
         atomicMax((unsigned long long*)word, (unsigned long long)moei_fault_key(code, rank, index));
 }
 
+/* Returns true where the word, which may be null, holds a stop fault now. Called by any thread. */
+MOE_DEVICE bool moe_fault_stops(const uint64_t* word)
+{
+    return word && MOEI_FAULT_STOPS(*(const volatile uint64_t*)word);
+}
+
 /* Returns true where an earlier kernel of the chain met a stop fault. All threads of the block call
    moe_fault_stopped and get one answer, also while another block of this kernel raises a fault:
    thread 0 reads the word, and a barrier distributes what was read. */
 MOE_DEVICE bool moe_fault_stopped(const uint64_t* word)
 {
-    uint64_t seen = 0;
     if (!word) return false;
-    if (threadIdx.x == 0) seen = *(const volatile uint64_t*)word;
-    return __syncthreads_or(MOEI_FAULT_STOPS(seen)) != 0;
+    return __syncthreads_or(threadIdx.x == 0 && moe_fault_stops(word)) != 0;
 }
 
 #endif

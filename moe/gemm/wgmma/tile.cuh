@@ -55,7 +55,7 @@ MOE_DEVICE_BODY void moei_wgmma_block(const moei_wgmma_args* a, unsigned char* d
         moei_barrier_init(&s->posted, 1);
         moei_barrier_init(&s->taken, 1);
         moei_barrier_visible();
-        s->stopped = moe_fault_stopped(d->fault);
+        s->stopped = moe_fault_stops(d->fault);
     }
     w.pairs =
         moei_schedule_build(&w.schedule, &s->scan, d->fault, d->rank, MOEI_WGMMA_ROWS, 1, w.m);
