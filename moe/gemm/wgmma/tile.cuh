@@ -61,7 +61,7 @@ MOE_DEVICE_BODY void moei_wgmma_block(const moei_wgmma_args* a, unsigned char* d
         moei_schedule_build(&w.schedule, &s->scan, d->fault, d->rank, MOEI_WGMMA_ROWS, 1, w.m);
     moei_cluster_sync();
     if ((int)blockIdx.x / 2 < w.pairs && !moei_cluster_load(&s->stopped, 0) &&
-        moei_gemm_tables_good(d, &w.schedule.groups, w.m)) { /* 2. */
+        moei_gemm_tables_good(d, &w.schedule.groups, f.a_major == MOE_MAJOR_MN)) { /* 2. */
         if (warp < 4) {
             moei_registers_lower(72);
             if (gathered && f.a_major == MOE_MAJOR_MN) moei_wgmma_produce_depths(a, r, &w, f);
