@@ -2,8 +2,8 @@
    nvcc -O3 -std=c++14 -I. -arch=sm_90a bench/bench_k_gemm.cu -lcublas -lcublasLt -o bench_k_gemm
 
    dW1 of SwiGLU: dact [R, 2I] and the tokens gathered by row_slot. dW2: the gathered gradient of y
-   and act [R, I]. Both are written in fp32. Floor: 2 R m n flops at cuBLAS's rate for one dense
-   product of [m, R] and [R, n], in turn. */
+   and act [R, I]. "in order": dW1 with tokens [R, H] already in expert order. All are written in
+   fp32. Floor: 2 R m n flops at cuBLAS's rate for one dense product of [m, R] and [R, n], in turn. */
 #include "bench_blas.h"
 
 #include "../moe/gemm/k_grouped.cuh"
@@ -44,6 +44,7 @@ static void run_shape(bench_state* s, bench_blas* blas, int T, int H, int I, int
                       int* failures)
 {
     const int64_t R = (int64_t)T * K;
+    void* workspace = bench_alloc(MOE_GROUPED_GEMM_WORKSPACE);
     moe_gate_desc g;
     moe_route_desc r;
     int32_t* offset = (int32_t*)bench_alloc((size_t)E * 4 + 4);
@@ -61,7 +62,8 @@ static void run_shape(bench_state* s, bench_blas* blas, int T, int H, int I, int
     r.workspace = bench_alloc(r.workspace_bytes);
     BENCH_MOE(moe_gate(&g, s->stream));
     BENCH_MOE(moe_route(&r, s->stream));
-    for (int of = 1; of <= 2; ++of) { /* dW1, dW2 */
+    for (int of = 0; of < 3; ++of) {
+        static const char* const names[] = {"dW1", "dW2", "dW1 in order"};
         moe_k_grouped_gemm_desc d;
         moe_k_grouped_gemm_prepared p;
         check_args check;
@@ -70,12 +72,13 @@ static void run_shape(bench_state* s, bench_blas* blas, int T, int H, int I, int
         unsigned worst;
         char what[96];
         memset(&d, 0, sizeof d);
-        d.m = of == 1 ? 2 * I : H, d.n = of == 1 ? H : I;
-        d.a = bench_random((of == 1 ? R : T) * d.m, MOE_BF16, 1.0f, 1);
-        d.b = bench_random((of == 1 ? T : R) * d.n, MOE_BF16, 1.0f, 2);
-        if (of == 1) d.b_index = row_slot, d.b_div = K, d.b_rows = T;
-        else d.a_index = row_slot, d.a_div = K, d.a_rows = T;
+        d.m = of == 1 ? H : 2 * I, d.n = of == 1 ? I : H;
+        d.a = bench_random((of == 1 ? T : R) * d.m, MOE_BF16, 1.0f, 1);
+        d.b = bench_random((of == 0 ? T : R) * d.n, MOE_BF16, 1.0f, 2);
+        if (of == 0) d.b_index = row_slot, d.b_div = K, d.b_rows = T;
+        if (of == 1) d.a_index = row_slot, d.a_div = K, d.a_rows = T;
         d.expert_offset = offset;
+        d.workspace = workspace, d.workspace_bytes = MOE_GROUPED_GEMM_WORKSPACE;
         d.c = bench_alloc((size_t)E * (size_t)d.m * (size_t)d.n * 4);
         d.c_dtype = MOE_FP32;
         d.num_experts = E, d.num_rows = (int32_t)R;
@@ -85,8 +88,9 @@ static void run_shape(bench_state* s, bench_blas* blas, int T, int H, int I, int
         check.d = d;
         BENCH_WORST(check_k, c, check, worst);
         *failures += !(moe_f32_from_bits(worst) <= 1.0f);
-        printf("dW%d T %d H %d I %d E %d K %d: worst error %.2f of its bound; tile %dx%dx%d\n", of, T,
-               H, I, E, K, moe_f32_from_bits(worst), p.plan.tile_m, p.plan.tile_n, p.plan.tile_k);
+        printf("%s T %d H %d I %d E %d K %d: worst error %.2f of its bound; %s, tile %dx%dx%d\n",
+               names[of], T, H, I, E, K, moe_f32_from_bits(worst), moe_gemm_path_name(p.plan.path),
+               p.plan.tile_m, p.plan.tile_n, p.plan.tile_k);
         {
             bench_gemm dense = bench_gemm_random(s, blas, d.m, d.n, (int)R);
             call[0] = bench_one(run_k, &p);
@@ -94,13 +98,13 @@ static void run_shape(bench_state* s, bench_blas* blas, int T, int H, int I, int
             bench_alternate(s, call, 2);
             bench_gemm_free_random(&dense);
         }
-        snprintf(what, sizeof what, "dW%d T %d H %d I %d E %d K %d", of, T, H, I, E, K);
+        snprintf(what, sizeof what, "%s T %d H %d I %d E %d K %d", names[of], T, H, I, E, K);
         bench_row_dense(s, what, call[0].ms, 2.0 * (double)R * d.m * d.n, call[1].ms);
         bench_row_dense(s, "cuBLAS dense", call[1].ms, 2.0 * (double)R * d.m * d.n, call[1].ms);
         cudaFree((void*)d.a), cudaFree((void*)d.b), cudaFree(d.c);
     }
     cudaFree((void*)g.logits), cudaFree(g.ids), cudaFree(g.weights), cudaFree(r.expert_count);
-    cudaFree(offset), cudaFree(row_slot), cudaFree(r.workspace);
+    cudaFree(offset), cudaFree(row_slot), cudaFree(r.workspace), cudaFree(workspace);
 }
 
 int main(int argc, char** argv)

@@ -160,17 +160,24 @@ static const moei_variant moei_gemm_variants[] = {
                 MOEI_VARIANT_END};
 
 /* Returns 1 where v has a good tile for these sizes on a device of `sms` multiprocessors; with
-   batch_invariant num_rows is ignored. */
+   batch_invariant num_rows is ignored. bench/bench_tiles.cu fitted the numbers:
+     128x256  where its tiles fill the device; wgmma also where experts have more than 64 rows, WMMA
+              where they have more than 32
+     128x128  where experts have more than 64 rows
+     32x128   otherwise; 64x64 where it does not run */
 MOE_HOST int moei_gemm_suits(const moei_variant* v, const moe_grouped_gemm_desc* d, int sms)
 {
     const int64_t tile_m = v->shape.tile_m, tile_n = v->shape.tile_n;
-    const int64_t rows = d->num_rows / d->num_experts; /* rows an expert, on average */
+    const int64_t experts = d->num_rows < d->num_experts ? d->num_rows : d->num_experts;
+    const int64_t rows = experts ? d->num_rows / experts : 0; /* of an expert, on average */
     const int64_t b_rows = (int64_t)d->n * (moe_activation_is_gated(d->activation) ? 2 : 1);
     const int64_t tiles =
-        ((rows + tile_m - 1) / tile_m) * d->num_experts * ((b_rows + tile_n - 1) / tile_n);
-    const int many = d->batch_invariant;
+        ((rows + tile_m - 1) / tile_m) * experts * ((b_rows + tile_n - 1) / tile_n);
+    const int many = d->batch_invariant, wgmma = v->path == MOE_GEMM_PATH_WGMMA;
     switch (v->tile) {
-    case MOE_TILE_128x256: return b_rows > 128 && (many || (rows > 64 && tiles >= sms));
+    case MOE_TILE_128x256:
+        return b_rows > 128 &&
+               (many || (wgmma ? rows > 64 || tiles >= sms : rows > 32 && tiles >= sms));
     case MOE_TILE_128x128: return many || rows > 64;
     default: return 1;
     }
@@ -297,11 +304,11 @@ MOE_HOST int moei_gemm_wgmma_takes(const moe_grouped_gemm_desc* d)
              d->gate_up == MOE_GATE_UP_INTERLEAVED);
 }
 
-/* Returns 1 where tensor copies store full tiles on the wgmma path: tiles of few steps, C one array
-   of 16-bit elements, room for the boxes beside the offsets of all experts. */
+/* Returns 1 where tensor copies store full tiles on the wgmma path: rows in order, tiles of few
+   steps, C one array of 16-bit elements, room for the boxes beside the offsets of all experts. */
 MOE_HOST int moei_gemm_boxed(const moe_grouped_gemm_desc* d)
 {
-    return d->k <= MOEI_GEMM_BOXED_K && d->c && d->c_dtype != MOE_FP32 &&
+    return !d->row_index && d->k <= MOEI_GEMM_BOXED_K && d->c && d->c_dtype != MOE_FP32 &&
            d->c_stride < (int64_t)1 << 39 && d->num_experts <= 2048;
 }
 

@@ -292,9 +292,11 @@ MOE_HOST moe_k_grouped_gemm_args moei_k_args_of(const moe_k_grouped_gemm_desc* d
    the others there; strides within the limits of tensor maps. */
 MOE_HOST int moei_k_wgmma_takes(const moe_k_grouped_gemm_desc* d)
 {
-    const int64_t most = (int64_t)1 << 39;
-    return !(d->a_index && d->b_index) && d->grid_limit != 1 && d->a_stride < most &&
-           d->b_stride < most && (d->a_index || (d->a_div == 1 && d->a_rows >= d->num_rows)) &&
+    const int64_t most = (int64_t)1 << 39, far = (int64_t)1 << 35; /* far: 64 GiB */
+    return !(d->a_index && d->a_rows * d->a_stride >= far) &&
+           !(d->b_index && d->b_rows * d->b_stride >= far) && !(d->a_index && d->b_index) &&
+           d->grid_limit != 1 && d->a_stride < most && d->b_stride < most &&
+           (d->a_index || (d->a_div == 1 && d->a_rows >= d->num_rows)) &&
            (d->b_index || (d->b_div == 1 && d->b_rows >= d->num_rows));
 }
 

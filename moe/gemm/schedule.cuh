@@ -71,18 +71,19 @@ MOE_DEVICE const char* moei_weight_up(const moe_weights* w, int expert)
     return (const char*)w->up + (int64_t)expert * w->expert_stride * 2;
 }
 
-/* Returns true where the tables hold an address, 16-byte aligned, for each expert that has rows,
-   with `all` for each expert; otherwise raises MOE_FAULT_BAD_TABLE in the fault word. All threads of
-   the block call it. */
-MOE_DEVICE bool moei_gemm_tables_good(const moe_grouped_gemm_args* d, const moei_groups* g, int all)
+/* Returns true where the tables hold an address, 16-byte aligned, for each expert that has rows;
+   sums, a literal: 1: k-grouped, the table of C for each expert. Otherwise raises
+   MOE_FAULT_BAD_TABLE in the fault word. All threads of the block call it. */
+MOE_DEVICE bool moei_gemm_tables_good(const moe_grouped_gemm_args* d, const moei_groups* g,
+                                      const int sums)
 {
     bool bad = false;
-    if (!d->b.table && !d->b.up_table && !d->c.table) return true;
+    if ((sums || (!d->b.table && !d->b.up_table)) && !d->c.table) return true;
     for (int e = (int)threadIdx.x; e < d->num_experts; e += (int)blockDim.x) {
-        const uintptr_t b = d->b.table ? (uintptr_t)d->b.table[e] : 16;
-        const uintptr_t up = d->b.up_table ? (uintptr_t)d->b.up_table[e] : 16;
+        const uintptr_t b = !sums && d->b.table ? (uintptr_t)d->b.table[e] : 16;
+        const uintptr_t up = !sums && d->b.up_table ? (uintptr_t)d->b.up_table[e] : 16;
         const uintptr_t c = d->c.table ? (uintptr_t)d->c.table[e] : 16;
-        if ((all || moei_expert_end(g, e) > moei_expert_begin(g, e)) &&
+        if ((sums || moei_expert_end(g, e) > moei_expert_begin(g, e)) &&
             (!b || !up || !c || ((b | up | c) & 15) != 0)) {
             bad = true;
             moe_fault_raise(d->fault, MOE_FAULT_BAD_TABLE, d->rank, e);

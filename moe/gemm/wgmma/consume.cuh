@@ -296,6 +296,7 @@ MOE_DEVICE void moei_wgmma_consume(const moei_wgmma_args* a, moei_wgmma_ring r,
 {
     const moe_grouped_gemm_args* d = &a->d;
     const int by_depth = f.a_major == MOE_MAJOR_MN; /* k-grouped */
+    const int boxes = gathered || by_depth ? 0 : a->boxes;
     const int turned = gathered && by_depth ? a->turned : 0;
     const int warp = moe_warp() % 4, line = consumer * 64 + warp * 16 + (moe_lane() >> 2);
     moei_wgmma_pending p;
@@ -323,7 +324,7 @@ MOE_DEVICE void moei_wgmma_consume(const moei_wgmma_args* a, moei_wgmma_ring r,
             }
             MOE_NO_UNROLL
             while (p.next < p.groups) moei_wgmma_store_part(&p, a, &r, consumer, depths);
-            p.boxed = a->boxes && rows >= consumer * 64 + 64
+            p.boxed = boxes && rows >= consumer * 64 + 64
                           ? __shfl_sync(MOE_FULL_WARP, t->row, 0) + consumer * 64
                           : -1;
             moei_wgmma_aim(&p, &d->c, t, a->c_expert_bytes, t->row + line, rows - line,
@@ -344,7 +345,7 @@ MOE_DEVICE void moei_wgmma_consume(const moei_wgmma_args* a, moei_wgmma_ring r,
     }
     MOE_NO_UNROLL
     while (p.next < p.groups) moei_wgmma_store_part(&p, a, &r, consumer, 0);
-    if (threadIdx.x % 128 == 0) moei_tensor_store_wait();
+    if (boxes && threadIdx.x % 128 == 0) moei_tensor_store_wait();
 }
 
 #endif

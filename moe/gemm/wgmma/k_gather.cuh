@@ -6,15 +6,18 @@
    threads too, with zeros in its place.
 
    Rows are looked up for two steps at a time, 128 depths: an index is read two steps before it is
-   needed, also across tiles. */
+   needed, also across tiles. What is looked up of a line is where its row lies: the distance from
+   A's begin in units of 16 bytes, or MOEI_WGMMA_NO_ROW. */
 #ifndef MOE_GEMM_WGMMA_K_GATHER_CUH
 #define MOE_GEMM_WGMMA_K_GATHER_CUH
 
 #include "produce.cuh"
 
+#define MOEI_WGMMA_NO_ROW 0xffffffffu
+
 #if MOEI_WGMMA_HERE
 
-/* Returns whether the tile's sum has this depth, which is 0 or more. */
+/* Returns whether the tile's sum has this depth. */
 MOE_DEVICE bool moei_wgmma_has_depth(const moei_wgmma_tile* t, int depth)
 {
     return depth >= 0 && depth < t->depth + t->steps * 64;
@@ -27,27 +30,28 @@ MOE_DEVICE int moei_wgmma_depth_index(const moe_grouped_gemm_args* d, const moei
     return moei_wgmma_has_depth(t, depth) ? d->row_index[t->origin + depth] : -1;
 }
 
-/* Starts the thread's copies of a stage's A: one vector of eight lines. row: of A, of each line. */
-MOE_DEVICE void moei_wgmma_copy_depths_a(unsigned char* stage, const moe_grouped_gemm_args* d,
-                                         const moei_wgmma_tile* t, const int32_t row[64])
+/* Sets where the thread copies a step's A from: one vector of eight lines. lines: where each one's
+   row lies; vector: the thread's of a line's 16; line: its first one. */
+MOE_DEVICE void moei_wgmma_gather_depths(moei_wgmma_gather* g, const moe_grouped_gemm_args* d,
+                                         const moei_wgmma_tile* t, const uint32_t lines[64],
+                                         int vector, int line)
 {
-    const int vector = (int)threadIdx.x % 16, line = (int)threadIdx.x / 16;
     const int column = t->row + vector * 8;
     const bool exists = column < t->end;
     const char* from = (const char*)d->a + (exists ? column : 0) * (int64_t)2;
-    unsigned char* to = stage + vector / 8 * MOEI_WGMMA_A_HALF + line * 128 +
-                        ((vector % 8 ^ line) << 4);
+    g->keep = 0;
     MOE_UNROLL
     for (int i = 0; i < 8; ++i) {
-        const int at = row[line + 8 * i];
-        moei_copy16_async(to + i * 8 * 128, from + (at < 0 ? 0 : at) * d->a_stride * 2,
-                          exists && at >= 0 ? 16 : 0);
+        const uint32_t at = lines[line + 8 * i];
+        g->from[i] = from + (uint64_t)(at == MOEI_WGMMA_NO_ROW ? 0 : at) * 16;
+        g->keep |= exists && at != MOEI_WGMMA_NO_ROW ? 1u << i : 0;
     }
 }
 
-/* The same of all of the stage's B, for this block alone. depth: of the first line. */
+/* Starts the thread's copies of all of a stage's B, for this block alone. lines: those of A; depth:
+   of the first line. */
 MOE_DEVICE void moei_wgmma_copy_depths_b(unsigned char* stage, const moe_grouped_gemm_args* d,
-                                         const moei_wgmma_tile* t, const int32_t row[64],
+                                         const moei_wgmma_tile* t, const uint32_t lines[64],
                                          int depth)
 {
     const int vector = (int)threadIdx.x % 32;
@@ -57,7 +61,7 @@ MOE_DEVICE void moei_wgmma_copy_depths_b(unsigned char* stage, const moe_grouped
     unsigned char* to = stage + 2 * MOEI_WGMMA_A_HALF + vector / 8 * (64 * 128);
     MOE_NO_UNROLL
     for (int line = (int)threadIdx.x / 32; line < 64; line += 4) {
-        const bool keep = exists && row[line] >= 0;
+        const bool keep = exists && lines[line] != MOEI_WGMMA_NO_ROW;
         moei_copy16_async(
             to + line * 128 + ((vector % 8 ^ (line & 7)) << 4),
             from + (keep ? (int64_t)t->origin + depth + line : 0) * d->b.row_stride * 2,
@@ -65,22 +69,27 @@ MOE_DEVICE void moei_wgmma_copy_depths_b(unsigned char* stage, const moe_grouped
     }
 }
 
-/* Fills the ring's next stage, depths k .. k + 63 of a tile. row: of A, of each line; lacks: a depth
-   of the sum has no row. All threads of the producer. */
+/* Fills the ring's next stage, depths k .. k + 63 of a tile. lines: where each one's row of A lies;
+   lacks: a depth of the sum has no row. All threads of the producer. */
 MOE_DEVICE void moei_wgmma_depths_step(const moei_wgmma_args* a, moei_wgmma_ring* r,
                                        const moei_wgmma_tiles* w, const moei_wgmma_tile* t, int k,
-                                       const int32_t row[64], bool lacks, const moe_gemm_shape f)
+                                       const uint32_t lines[64], bool lacks, const moe_gemm_shape f)
 {
+    const int vector = (int)threadIdx.x % 16, line = (int)threadIdx.x / 16;
+    const int line_at = vector / 8 * MOEI_WGMMA_A_HALF + line * 128 + ((vector % 8 ^ line) << 4);
     unsigned char* stage = r->stages + r->stage * MOEI_WGMMA_STAGE;
     uint64_t* full = r->s->full + r->stage;
+    moei_wgmma_gather g;
+    moei_wgmma_gather_depths(&g, &a->d, t, lines, vector,
+                             line); /* before the wait: it takes long */
     moei_barrier_wait(r->s->empty + r->stage, r->parity ^ 1);
     if (threadIdx.x == 0) {
         moei_barrier_expect(full, lacks ? 0 : 2 * MOEI_WGMMA_B_HALF);
         if (!lacks) moei_wgmma_load_b(a, r, w, t, k, f.b_major);
     }
     __syncwarp(MOE_FULL_WARP);
-    if (lacks) moei_wgmma_copy_depths_b(stage, &a->d, t, row, k);
-    moei_wgmma_copy_depths_a(stage, &a->d, t, row);
+    if (lacks) moei_wgmma_copy_depths_b(stage, &a->d, t, lines, k);
+    moei_wgmma_copy_rows(stage + line_at, &g, 0, 8 * 128, 1, 0);
     moei_barrier_arrive_copies(full);
     moei_wgmma_next(r);
 }
@@ -109,7 +118,8 @@ MOE_DEVICE void moei_wgmma_produce_depths(const moei_wgmma_args* a, moei_wgmma_r
             const int row = moei_wgmma_row_at(d, t.origin + depth, index); /* 1. */
             const uint32_t lacks =
                 __ballot_sync(MOE_FULL_WARP, row < 0 && moei_wgmma_has_depth(&t, depth));
-            r.s->row[parity][thread] = row;
+            r.s->depth[parity][thread] =
+                row < 0 ? MOEI_WGMMA_NO_ROW : (uint32_t)((uint64_t)row * (uint64_t)d->a_stride / 8);
             if (moe_lane() == 0) r.s->lacks[parity][moe_warp()] = lacks;
             if (i + 2 >= t.steps && moe_warp() == 0) { /* 2. */
                 pair = moei_wgmma_agree(a, w, r.s, taken, turn + 1);
@@ -127,7 +137,7 @@ MOE_DEVICE void moei_wgmma_produce_depths(const moei_wgmma_args* a, moei_wgmma_r
             for (int j = 0; j < 2 && i + j < t.steps; ++j) { /* 3. */
                 const uint32_t* some = r.s->lacks[parity] + 2 * j;
                 moei_wgmma_depths_step(a, &r, w, &t, t.depth + (i + j) * 64,
-                                       r.s->row[parity] + 64 * j, (some[0] | some[1]) != 0, f);
+                                       r.s->depth[parity] + 64 * j, (some[0] | some[1]) != 0, f);
             }
         }
         t = moei_wgmma_read(r.s, turn + 1);

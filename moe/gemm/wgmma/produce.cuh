@@ -244,16 +244,17 @@ MOE_DEVICE void moei_wgmma_gather_from(moei_wgmma_gather* g, const moe_grouped_g
     g->whole = __all_sync(MOE_FULL_WARP, g->keep == 255) != 0;
 }
 
-/* Starts the thread's copies of a step, `ahead`, a literal, after that of g->from. depths: of A from
-   the thread's vector on; whole, a literal: no zeros, fewer instructions. */
+/* Starts the thread's copies of a step, `ahead`, a literal, after that of g->from; lines are `apart`,
+   a literal, bytes from one to the next. depths: of A from the thread's vector on; whole, a literal:
+   no zeros, fewer instructions. */
 MOE_DEVICE void moei_wgmma_copy_rows(unsigned char* to, const moei_wgmma_gather* g, const int ahead,
-                                     int depths, const int whole)
+                                     const int apart, int depths, const int whole)
 {
     MOE_UNROLL
     for (int i = 0; i < 8; ++i) {
         const char* from = g->from[i] + ahead * 128;
-        if (whole) moei_copy16_whole_async(to + i * 16 * 128, from);
-        else moei_copy16_async(to + i * 16 * 128, from, depths > 0 && (g->keep >> i & 1) ? 16 : 0);
+        if (whole) moei_copy16_whole_async(to + i * apart, from);
+        else moei_copy16_async(to + i * apart, from, depths > 0 && (g->keep >> i & 1) ? 16 : 0);
     }
 }
 
@@ -272,8 +273,8 @@ MOE_DEVICE void moei_wgmma_gather_step(const moei_wgmma_args* a, moei_wgmma_ring
         moei_wgmma_load_b(a, r, w, t, i * 64, f.b_major);
     }
     __syncwarp(MOE_FULL_WARP);
-    moei_wgmma_copy_rows(r->stages + r->stage * MOEI_WGMMA_STAGE + line_at, g, ahead, depths,
-                         whole);
+    moei_wgmma_copy_rows(r->stages + r->stage * MOEI_WGMMA_STAGE + line_at, g, ahead, 16 * 128,
+                         depths, whole);
     moei_barrier_arrive_copies(full);
     moei_wgmma_next(r);
 }

@@ -43,10 +43,14 @@ typedef struct moei_wgmma_shared {
     int32_t number[MOEI_WGMMA_ENTRIES];
     int32_t stopped; /* block 0: an earlier kernel met a stop fault */
     moei_wgmma_tile position[MOEI_WGMMA_ENTRIES];
-    int32_t row[2][MOEI_WGMMA_ROWS]; /* gathered: row of A of each line of tile i, in [i % 2]; -1:
-                                        zeros. k-grouped: of two steps, in turn */
-    uint32_t lacks[2]
-                  [4]; /* k-grouped, gathered: bit i of word j: line 32 j + i of row has no row */
+    union {
+        int32_t row[2]
+                   [MOEI_WGMMA_ROWS]; /* gathered: row of A of each line of tile i, in [i % 2]; -1:
+                                            zeros */
+        uint32_t depth[2][128];       /* k-grouped: where the rows of two steps lie, in turn
+                                   (k_gather.cuh) */
+    };
+    uint32_t lacks[2][4]; /* k-grouped: not 0: one of so many 32 depths has no row */
     moe_block_scan_scratch scan;
 } moei_wgmma_shared;
 
