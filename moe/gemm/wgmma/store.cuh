@@ -19,8 +19,10 @@ typedef struct moei_wgmma_pending {
                        that the lane stores of a column */
     int rows;    /* the tile's rows from r on: more than 0: row r exists, more than 8: r + 8 */
     int columns; /* columns of C from `column` on */
-    int next, groups; /* groups of 32 columns: the next one to store, their number, 0 .. 8 */
-    int boxed;        /* first row of C of the consumer's, which boxes store; -1: threads store */
+    int next, groups; /* groups of 32 columns: the next one to store; those of a tile, 4 or 8, 0
+                         before the first tile. fp32 results are stored: next is groups */
+    int boxed;        /* first row of C of the consumer's, which boxes store; where threads store,
+                         its complement, which is negative */
 } moei_wgmma_pending;
 
 /* Exchanges registers within four lanes 4 q .. 4 q + 3: x[j] of lane i becomes x[i] of lane j. The
