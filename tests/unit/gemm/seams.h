@@ -4,6 +4,7 @@
      test_seams_groups   lists that permute, cut and leave out rows, on every tile and path
      test_seams_flags    counts each row block exactly, and waits for no row block without rows:
                          experts of 0, 1, 63 .. 65, 127 .. 129, 191 .. 193 rows
+     test_seams_watched  another kernel reads C while it is stored: no element is counted too early
      test_seams_bad      records the bad entry of a list, and writes nothing
      test_seams_missing  ends by the time limit, or by another kernel's stop fault, where rows do
                          not come, and counts nothing then
@@ -76,6 +77,95 @@ static void test_seams_flags(void)
     }
 }
 
+/* Makes a stream whose kernels run beside those of others. */
+static cudaStream_t seam_stream(void)
+{
+    cudaStream_t s;
+    TEST_CUDA(cudaStreamCreateWithFlags(&s, cudaStreamNonBlocking));
+    return s;
+}
+
+typedef struct watch_args {
+    const uint32_t* done;
+    const unsigned char* c; /* row 0 of C; poison before the product */
+    int32_t* early;         /* [1] 0; gets 1 more each time that less is stored than is counted */
+    uint32_t start, all;    /* of the counter; what the product adds */
+    int32_t row, rows, n, stride, bytes; /* rows of the row block; bytes of an element */
+} watch_args;
+
+/* Reads the counter of a row block, and then how many elements are stored. One warp. */
+MOE_KERNEL(32, 1) watch_kernel(MOE_ARG(watch_args) d)
+{
+    const uint64_t begun = moei_nanoseconds(), most = MOE_ON_HOST ? 100000000 : 2000000000;
+    uint32_t counted = 0;
+    bool late = false;
+    while (counted < d.all && !late) {
+        int stored = 0;
+        uint32_t mine = 0;
+        if (moe_lane() == 0) {
+            mine = moei_flag_load(d.done) - d.start;
+            late = moei_nanoseconds() - begun > most;
+        }
+        counted = __shfl_sync(MOE_FULL_WARP, mine, 0);
+        late = __shfl_sync(MOE_FULL_WARP, (int)late, 0) != 0;
+        for (int i = moe_lane(); i < d.rows * d.n; i += 32) {
+            const int64_t at = (int64_t)(d.row + i / d.n) * d.stride + i % d.n;
+            stored += *(const volatile uint16_t*)(d.c + (at + 1) * d.bytes - 2) != 0xffda;
+        }
+        stored = moe_warp_inclusive_scan(stored);
+        if (moe_lane() == 31 && stored < (int)counted * 8) atomicAdd(d.early, 1);
+        MOE_SPIN();
+    }
+}
+
+static void test_seams_watched(void)
+{
+    trand r = trand_new(57);
+    const cudaStream_t mine = seam_stream(), other = seam_stream();
+#if MOE_ON_HOST
+    const uint64_t seed = moeh_get().seed;
+#endif
+    CHECK_STATUS(moe_preload_kernel((const void*)watch_kernel), MOE_OK);
+    CHECK_STATUS(moe_grouped_gemm_preload(), MOE_OK);
+    for (int i = 0; i < SEAM_ALONG_M * (MOE_ON_HOST ? 12 : 100); ++i) {
+        const int rows[] = {(int)trand_int(&r, 1, 140), (int)trand_int(&r, 1, 140)};
+        gemm_case c = seam_case(i % SEAM_ALONG_M, 2, rows, i & 1 ? 264 : 136, i % 3 ? 8 : 328, &r);
+        watch_args a = {};
+        const moe_launch_config l = moe_grid(1, 32, 0, other);
+        const int32_t zero = 0;
+        gemm_bufs b;
+        tbuf early = tbuf_from("early", &zero, 4, 0);
+        int block;
+        if (!c.n) continue;
+        c.flags = 1, c.fill = TFILL_NORMAL, c.lead = c.slack = 0, c.sampled = 11;
+        bufs_new(&b, &c, &r);
+        block = (int)trand_int(&r, 0, row_blocks(&b) - 1);
+        b.d.grid_limit = 2; /* leaves room for the other kernel */
+        a.done = (const uint32_t*)b.done.p + block;
+        a.c = (const unsigned char*)b.d.c;
+        a.early = (int32_t*)early.p;
+        a.start = b.h_done[block];
+        a.row = block * MOE_GEMM_ROW_BLOCK, a.rows = rows_of_block(&b, block);
+        a.n = c.n, a.stride = c.n + c.c_pad, a.bytes = moe_dtype_bytes(c.c_dtype);
+        a.all = (uint32_t)(a.rows * (c.n / 8));
+        TEST_CUDA(cudaDeviceSynchronize());
+#if MOE_ON_HOST
+        moeh_set_seed((uint64_t)i + 1); /* orders in which the kernels take turns */
+#endif
+        CHECK_STATUS(MOE_LAUNCH(watch_kernel, l, a), MOE_OK);
+        CHECK_STATUS(moe_grouped_gemm(&b.d, mine), MOE_OK);
+        CHECK(tbuf_holds(&early, &zero), "elements were counted before they were stored");
+        compare(&b, &c);
+        tbufs_free(TBUFS(&early));
+        bufs_free(&b);
+    }
+#if MOE_ON_HOST
+    moeh_set_seed(seed);
+#endif
+    TEST_CUDA(cudaStreamDestroy(mine));
+    TEST_CUDA(cudaStreamDestroy(other));
+}
+
 static void test_seams_bad(void)
 {
     static const int rows[] = {10, 20, 30};
@@ -122,14 +212,6 @@ static void test_seams_bad(void)
         CHECK_FAULT(&fault, MOE_FAULT_BAD_OFFSET, MOE_MAX_EXPERTS);
         tbufs_free(TBUFS(&fault, &group));
     }
-}
-
-/* Makes a stream whose kernels run beside those of others. */
-static cudaStream_t seam_stream(void)
-{
-    cudaStream_t s;
-    TEST_CUDA(cudaStreamCreateWithFlags(&s, cudaStreamNonBlocking));
-    return s;
 }
 
 static void test_seams_missing(void)
@@ -298,6 +380,7 @@ static void gemm_seams(void)
 {
     RUN(test_seams_groups);
     RUN(test_seams_flags);
+    RUN(test_seams_watched);
     RUN(test_seams_bad);
     RUN(test_seams_missing);
     RUN(test_seams_late);
