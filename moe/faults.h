@@ -15,10 +15,13 @@
 /* name, code, text. Codes 1 to MOE_FAULT_LAST_STOP stop later kernels; the smaller code is kept. */
 #define MOEI_FAULT_LIST(X)                                                                         \
     X(NONE, 0, "no fault")                                                                         \
-    X(BAD_OFFSET, 1, "expert_offset decreases or passes the last row (index: expert)")             \
+    X(BAD_OFFSET, 1,                                                                               \
+      "expert_offset decreases or passes the last row (index: expert), or an entry of a list of "  \
+      "groups is out of range (index: entry)")                                                     \
     X(BAD_TABLE, 2, "null or misaligned address in a table of experts (index: expert)")            \
     X(BAD_SPARSE_BLOCK, 3, "a list of sparse blocks out of range or not ascending (index: entry)") \
     X(NO_ROOM, 4, "max_blocks is less than the mask has (index: sparse blocks it has)")            \
+    X(NOT_READY, 5, "rows of A did not become ready in time (index: row)")                         \
     X(NAN_LOGIT, 16, "a logit counts as NaN: the token selects nothing (index: token)")            \
     X(BAD_ID, 17, "expert id out of range: the slot is dropped (index: slot)")                     \
     X(BAD_ROW, 18, "row map out of range: read as zeros, not added to y (index: row or slot)")     \

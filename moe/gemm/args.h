@@ -9,7 +9,7 @@
 #ifndef MOE_GEMM_ARGS_H
 #define MOE_GEMM_ARGS_H
 
-#include "../layout.h"
+#include "desc.h"
 
 /* C [.., n], and the epilogue before the store. */
 typedef struct moe_gemm_output {
@@ -37,6 +37,11 @@ typedef struct moe_grouped_gemm_args {
     uint64_t* fault;              /* [1] fault word; or null */
     int64_t a_stride, a_rows;     /* elements between rows (mn-major: depths) of A; rows of A */
     int32_t num_rows, num_experts, k, n, rank, row_div; /* as in gemm/desc.h; row_div >= 1 */
+    const moe_gemm_group* group; /* [num_groups] rows of each group; null: each expert is one */
+    const uint32_t* ready;       /* [ceil(num_rows / 128)] as in gemm/desc.h; or null */
+    uint32_t* done;              /* [ceil(num_rows / 128)] as in gemm/desc.h; or null */
+    int32_t num_groups;          /* 0 where group is null */
+    uint32_t ready_value, ready_timeout_ms; /* as in gemm/desc.h; the second is not 0 */
 } moe_grouped_gemm_args;
 
 /* One product per expert, reduced over the expert's rows: gemm/k_grouped.cuh. */

@@ -10,6 +10,8 @@
 
 #define MOE_GROUPED_GEMM_WORKSPACE 16 /* bytes of workspace that a product uses */
 
+#define MOE_GEMM_ROW_BLOCK 128 /* rows of C that share a counter of `ready` and one of `done` */
+
 /* Tile shapes, tile_m x tile_n. With a gated activation a tile has tile_n / 2 columns of C. */
 typedef enum moe_tile {
     MOE_TILE_AUTO = 0,
@@ -27,12 +29,41 @@ typedef enum moe_gemm_path {
     MOE_GEMM_PATH_WGMMA     /* through wgmma, fed by tensor copies: Hopper, code of sm_90a */
 } moe_gemm_path;
 
+/* Rows begin .. end - 1 of C, computed with the weights and the bias of one expert. An entry of a
+   list of groups. */
+typedef struct moe_gemm_group {
+    int32_t expert;     /* 0 .. E - 1 */
+    int32_t begin, end; /* 0 <= begin <= end <= num_rows; begin == end: no rows */
+} moe_gemm_group;
+
 /* For every row r of every expert e (rows expert_offset[e] .. expert_offset[e + 1]):
 
      C[r, :] = activation( A[row(r), :] * B_e^T + bias_e ),  row(r) = row_index[r] / row_div
 
    B_e is [n, k], with a gated activation [2n, k]. Accumulates in fp32, k ascending within a tile's
-   pipeline. a, c, pre and the matrices of b are 16-byte aligned. */
+   pipeline. a, c, pre and the matrices of b are 16-byte aligned.
+
+   Three options serve rows that come from and go to other kernels and devices while this one runs:
+
+     group  replaces expert_offset: group i is rows begin .. end - 1 with one expert's weights. The
+            kernel takes tiles group after group, in the order of the list. An expert may have any
+            number of groups. A row may be in one group at most. Rows in none are neither read nor
+            written.
+     ready  counts the rows of A that have come. Row block b is rows 128 b .. 128 b + 127 of C, not
+            of A. A tile's rows of A are read when, for each row block b that has rows of the tile,
+            (int32_t)(ready[b] - ready_value) >= 0. The kernel that brings rows stores them and then
+            adds to the counter with release semantics at system scope. Rows of A alone may come
+            late: all other inputs are complete when the kernel starts. Tiles wait in their order,
+            so bring the rows of the first tiles first, and leave multiprocessors to the kernel that
+            brings rows (grid_limit). The wait ends without the rows after ready_timeout_ms, which
+            raises the stop fault MOE_FAULT_NOT_READY, and where the fault word holds a stop fault.
+            C is then undefined.
+     done   counts the elements of C that are stored. After elements of row block b are visible to
+            all devices, the kernel adds their number / 8 to done[b], with release semantics at
+            system scope. A row block is complete when its counter has grown by n / 8 for each of
+            its rows that is in a group. `pre` is stored before C is counted. Results of a tile may
+            be counted as late as the next tile of the thread block is computed. Nothing is counted
+            after a stop fault. */
 typedef struct moe_grouped_gemm_desc {
     /* in */
     const void* a;                /* [a_rows, k] dtype; a_major MN: [k, a_rows] */
@@ -41,7 +72,11 @@ typedef struct moe_grouped_gemm_desc {
     const int32_t* row_index;     /* [num_rows] row(r) as above, -1 = a row of zeros; null = r */
     moe_weights b;                /* B_e of each expert, dtype; strides multiples of 8 */
     const void* bias;             /* [E, n] dtype, gated: [E, 2n] ordered as B's rows; or null */
-    const int32_t* expert_offset; /* [E + 1]; null with one expert: all num_rows rows */
+    const int32_t* expert_offset; /* [E + 1]; null with one expert: all num_rows rows; null with a
+                                     list of groups */
+    const moe_gemm_group* group;  /* [num_groups] as above; or null. Requires c, not c_table */
+    const uint32_t* ready;        /* [ceil(num_rows / 128)] as above, memory that the device can
+                                     read; or null: all rows of A are there */
     /* out */
     void* c;              /* [num_rows, n] c_dtype, rows in expert order; or null with a table */
     void* const* c_table; /* [E] device array: expert e's rows begin at c_table[e], 16-byte
@@ -50,6 +85,7 @@ typedef struct moe_grouped_gemm_desc {
     void* pre;            /* [num_rows, n] dtype, gated [num_rows, 2n], gates and then ups: what the
                              activation is applied to, for a backward pass; or null */
     int64_t pre_stride;   /* elements between rows; 0 = dense; multiple of 8 */
+    uint32_t* done;       /* [ceil(num_rows / 128)] as above, added to; n below 2^27; or null */
     uint64_t* fault;      /* [1] fault word; or null */
     /* sizes and options */
     int32_t num_experts; /* E, 1 .. MOE_MAX_EXPERTS */
@@ -71,6 +107,10 @@ typedef struct moe_grouped_gemm_desc {
     /* 1: the kernel is chosen without regard to num_rows, as for many: a row's bits do not depend on
        other rows. A single row then costs a tile of 128. 0: chosen by num_rows too */
     int32_t batch_invariant;
+    int32_t num_groups;        /* 1 .. MOE_MAX_EXPERTS, an upper bound: groups may have no rows; 0:
+                                  no list */
+    uint32_t ready_value;      /* of a counter whose row block has come, or more */
+    uint32_t ready_timeout_ms; /* longest wait for a row block, milliseconds; 0 = 10000 */
     int32_t grid_limit; /* most thread blocks, which leaves multiprocessors to other kernels; on the
                            wgmma path 2 or more; 0 = as many as run at one time */
     /* workspace */

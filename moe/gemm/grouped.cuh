@@ -4,13 +4,16 @@
      row(r)  = row_index[r] / row_div
 
    In:   A [a_rows, k], or mn-major [k, a_rows]; B_e [n, k], gated [2n, k]; fp16 or bf16
-         expert_offset [E + 1], row_index [R]
+         expert_offset [E + 1] or a list of groups of rows, row_index [R]
    Out:  C [R, n] in expert order, in the same dtype or fp32
    Any number of rows per expert; n and k are multiples of 8. Layouts and options: gemm/desc.h.
 
    Rows of A are gathered by index while they are loaded: no permuted copy is made. Weights are read
-   from the caller's layout (moe_weights). Kernels read the row counts from expert_offset on the
-   device: no copy to the host, and a captured graph replays with other routing.
+   from the caller's layout (moe_weights). Kernels read the row counts from expert_offset or the
+   list on the device: no copy to the host, and a captured graph replays with other routing.
+
+   Rows of A may come, and rows of C be used, while the product runs: counters in memory (`ready`,
+   `done`) tell which. Each may be another device's.
 
    Accumulates in fp32. Each element of C is one sum in ascending k: equal inputs give equal bits
    for one path and tile shape, which depend on shapes, device, driver and binary alone. With
@@ -159,6 +162,12 @@ static const moei_variant moei_gemm_variants[] = {
 #undef MOEI_GEMM_ROW
                 MOEI_VARIANT_END};
 
+/* Returns the groups of rows that a product may have. */
+MOE_HOST int64_t moei_gemm_groups(const moe_grouped_gemm_desc* d)
+{
+    return d->group ? d->num_groups : d->num_experts;
+}
+
 /* Returns 1 where v has a good tile for these sizes on a device of `sms` multiprocessors; with
    batch_invariant num_rows is ignored. bench/bench_tiles.cu fitted the numbers:
      128x256  where its tiles fill the device; wgmma also where experts have more than 64 rows, WMMA
@@ -168,11 +177,11 @@ static const moei_variant moei_gemm_variants[] = {
 MOE_HOST int moei_gemm_suits(const moei_variant* v, const moe_grouped_gemm_desc* d, int sms)
 {
     const int64_t tile_m = v->shape.tile_m, tile_n = v->shape.tile_n;
-    const int64_t experts = d->num_rows < d->num_experts ? d->num_rows : d->num_experts;
-    const int64_t rows = experts ? d->num_rows / experts : 0; /* of an expert, on average */
+    const int64_t most = moei_gemm_groups(d), groups = d->num_rows < most ? d->num_rows : most;
+    const int64_t rows = groups ? d->num_rows / groups : 0; /* of a group, on average */
     const int64_t b_rows = (int64_t)d->n * (moe_activation_is_gated(d->activation) ? 2 : 1);
     const int64_t tiles =
-        ((rows + tile_m - 1) / tile_m) * experts * ((b_rows + tile_n - 1) / tile_n);
+        ((rows + tile_m - 1) / tile_m) * groups * ((b_rows + tile_n - 1) / tile_n);
     const int many = d->batch_invariant, wgmma = v->path == MOE_GEMM_PATH_WGMMA;
     switch (v->tile) {
     case MOE_TILE_128x256:
@@ -249,6 +258,15 @@ MOE_HOST moe_status moei_gemm_check_options(moe_grouped_gemm_desc* d)
     MOE_REQUIRE(d->pre_stride % 8 == 0, MOE_ERR_ALIGN, pre_stride);
     MOE_REQUIRE(!d->pre || d->activation != MOE_ACTIVATION_NONE, MOE_ERR_CONFLICT, pre);
 
+    if (d->group || d->num_groups) {
+        MOE_REQUIRE(d->num_groups >= 1 && d->num_groups <= MOE_MAX_EXPERTS, MOE_ERR_RANGE,
+                    num_groups);
+        MOE_REQUIRE(!d->expert_offset, MOE_ERR_CONFLICT, group);
+        MOE_REQUIRE(!d->c_table, MOE_ERR_CONFLICT, c_table);
+    }
+    if (d->ready_timeout_ms == 0) d->ready_timeout_ms = 10000;
+    MOE_REQUIRE(!d->done || d->n < 1 << 27, MOE_ERR_RANGE, n);
+
     MOE_REQUIRE(!(d->row_index && d->a_major == MOE_MAJOR_MN), MOE_ERR_CONFLICT, row_index);
     MOE_REQUIRE(!(d->c && d->c_table), MOE_ERR_CONFLICT, c);
     MOE_REQUIRE(!(d->b.base && d->b.table), MOE_ERR_CONFLICT, b);
@@ -265,6 +283,8 @@ MOE_HOST moe_status moei_gemm_check_buffers(const moe_grouped_gemm_desc* d)
     const int64_t all_n = gated ? 2 * n : n; /* rows of gate and up */
     const uint64_t matrices = moei_weight_extent(&d->b, num_experts, separate ? n : all_n, k);
     const uint64_t table = (uint64_t)num_experts * 8;
+    const uint64_t flags =
+        (uint64_t)(num_rows + MOE_GEMM_ROW_BLOCK - 1) / MOE_GEMM_ROW_BLOCK * sizeof(uint32_t);
     const moe_buffer b[] = {
         {d->a,
          d->a_major == MOE_MAJOR_K ? moe_extent(d->a_rows, d->a_stride, k, d->dtype)
@@ -282,13 +302,18 @@ MOE_HOST moe_status moei_gemm_check_buffers(const moe_grouped_gemm_desc* d)
          d->c_table ? MOE_BUFFER_WRITTEN : MOE_BUFFER_REQUIRED | MOE_BUFFER_WRITTEN, MOE_FIELD_c},
         {d->pre, moe_extent(num_rows, d->pre_stride, all_n, d->dtype), 16, MOE_BUFFER_WRITTEN,
          MOE_FIELD_pre},
+        {d->ready, flags, 4, MOE_BUFFER_READ, MOE_FIELD_ready},
+        {d->done, flags, 4, MOE_BUFFER_WRITTEN, MOE_FIELD_done},
+        {d->group, (uint64_t)d->num_groups * sizeof(moe_gemm_group), 4, MOE_BUFFER_REQUIRED,
+         MOE_FIELD_group},
         {d->expert_offset, (uint64_t)num_experts * 4 + 4, 4,
-         num_experts > 1 ? MOE_BUFFER_REQUIRED : MOE_BUFFER_READ, MOE_FIELD_expert_offset},
+         num_experts > 1 && !d->group ? MOE_BUFFER_REQUIRED : MOE_BUFFER_READ,
+         MOE_FIELD_expert_offset},
         {d->workspace, MOE_GROUPED_GEMM_WORKSPACE, 16, MOE_BUFFER_WRITTEN, MOE_FIELD_workspace},
         {d->fault, 8, 8, MOE_BUFFER_WRITTEN, MOE_FIELD_fault}};
     const int count = (int)(sizeof b / sizeof b[0]);
-    if (num_rows == 0) /* offsets, workspace and fault word alone */
-        return moe_check_buffers(b + count - 3, 3);
+    if (num_rows == 0) /* groups or offsets, workspace and fault word alone */
+        return moe_check_buffers(b + count - 4, 4);
     return moe_check_buffers(b, count);
 }
 
@@ -305,11 +330,11 @@ MOE_HOST int moei_gemm_wgmma_takes(const moe_grouped_gemm_desc* d)
 }
 
 /* Returns 1 where tensor copies store full tiles on the wgmma path: rows in order, tiles of few
-   steps, C one array of 16-bit elements, room for the boxes beside the offsets of all experts. */
+   steps, C one array of 16-bit elements, room for the boxes beside the first tiles of all groups. */
 MOE_HOST int moei_gemm_boxed(const moe_grouped_gemm_desc* d)
 {
     return !d->row_index && d->k <= MOEI_GEMM_BOXED_K && d->c && d->c_dtype != MOE_FP32 &&
-           d->c_stride < (int64_t)1 << 39 && d->num_experts <= 2048;
+           d->c_stride < (int64_t)1 << 39 && moei_gemm_groups(d) <= 2048;
 }
 
 /* Encodes the tensor maps of a checked product with rows: gates and ups as two matrices of n rows,
@@ -387,11 +412,18 @@ MOE_HOST moe_grouped_gemm_args moei_gemm_args_of(const moe_grouped_gemm_desc* d)
     a.k = d->k;
     a.row_div = d->row_div;
     a.rank = d->rank;
+    a.group = d->group;
+    a.num_groups = d->num_groups;
+    a.ready = d->ready;
+    a.ready_value = d->ready_value;
+    a.ready_timeout_ms = d->ready_timeout_ms;
+    a.done = d->done;
     return a;
 }
 
 /* Checks a descriptor and resolves it into the args of moe_gemm_tile (tile.cuh), for a kernel of
-   one's own. Errors: refused fields as of moe_grouped_gemm; *args is then unchanged. To compile no
+   one's own. Errors: refused fields as of moe_grouped_gemm; MOE_ERR_CONFLICT for ready and done,
+   which moe_gemm_tile does not heed; *args is then unchanged. To compile no
    kernel of this header, define MOE_GEMM_VARIANT_LIST(X, ...) as nothing before the #include. */
 MOE_HOST moe_status moe_gemm_tile_resolve(const moe_grouped_gemm_desc* desc,
                                           moe_grouped_gemm_args* args)
@@ -400,6 +432,8 @@ MOE_HOST moe_status moe_gemm_tile_resolve(const moe_grouped_gemm_desc* desc,
     MOE_REQUIRE(desc && args, MOE_ERR_NULL, desc);
     d = *desc;
     MOE_TRY(moei_gemm_check(&d));
+    MOE_REQUIRE(!d.ready, MOE_ERR_CONFLICT, ready);
+    MOE_REQUIRE(!d.done, MOE_ERR_CONFLICT, done);
     *args = moei_gemm_args_of(&d);
     return MOE_OK;
 }
@@ -421,11 +455,11 @@ MOE_HOST moe_status moei_gemm_listed(const moe_grouped_gemm_desc* d)
     return MOE_OK;
 }
 
-/* Returns the shared memory that depends on the product, bytes: tile_start [E + 1], boxes. */
+/* Returns the shared memory that depends on the product, bytes: tile_start, boxes. */
 MOE_HOST size_t moei_gemm_more(const moei_variant* v, const moe_grouped_gemm_desc* d)
 {
     const int boxed = v->path == MOE_GEMM_PATH_WGMMA && moei_gemm_boxed(d);
-    return ((size_t)d->num_experts + 1) * 4 + (boxed ? 2 * MOEI_WGMMA_BOX : 0);
+    return ((size_t)moei_gemm_groups(d) + 1) * 4 + (boxed ? 2 * MOEI_WGMMA_BOX : 0);
 }
 
 /* Sets *chosen to the variant for a checked descriptor on *dev: the first that suits and runs. */
@@ -472,7 +506,7 @@ MOE_HOST moe_status moei_gemm_prepare(const moe_grouped_gemm_desc* d, moe_groupe
     MOE_TRY(moe_device_query(&dev));
     MOE_TRY(moei_gemm_choose(d, &dev, &v));
     columns = moe_activation_is_gated(d->activation) ? v->shape.tile_n / 2 : v->shape.tile_n;
-    tiles = ((int64_t)d->num_rows / v->shape.tile_m + d->num_experts + 1) *
+    tiles = ((int64_t)d->num_rows / v->shape.tile_m + moei_gemm_groups(d) + 1) *
             ((d->n + columns - 1) / columns); /* upper bound */
     MOE_REQUIRE(tiles <= MOEI_VARIANT_MAX_TILES, MOE_ERR_RANGE, num_rows);
     p->args.d = moei_gemm_args_of(d);

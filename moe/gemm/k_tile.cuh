@@ -205,7 +205,7 @@ MOE_DEVICE bool moei_k_good(const moe_k_grouped_gemm_args* d, const moei_groups*
     bool bad = false;
     for (int e = (int)threadIdx.x; e < d->num_experts; e += (int)blockDim.x) {
         const uintptr_t c = d->c.table ? (uintptr_t)d->c.table[e] : 16;
-        bad |= !moei_expert_good(g, e, d->fault, d->rank);
+        bad |= !moei_group_good(g, e, d->fault, d->rank);
         if (!c || (c & 15) != 0) {
             bad = true;
             moe_fault_raise(d->fault, MOE_FAULT_BAD_TABLE, d->rank, e);
@@ -237,7 +237,7 @@ MOE_DEVICE_BODY void moei_k_block(const moe_k_grouped_gemm_args* d, unsigned cha
     float* staging = (float*)(ring + f.stages * (f.tile_m + f.tile_n) * f.tile_k) +
                      moe_warp() * moei_staging_floats(f.wn);
     const int warp_m = moe_warp() % f.warps_m, warp_n = moe_warp() / f.warps_m;
-    const moei_groups groups = {d->expert_offset, d->num_experts, d->num_rows};
+    const moei_groups groups = {d->expert_offset, d->num_experts, d->num_rows, 0, d->num_experts};
     moei_ring r = moei_ring_of(ring, f);
     moei_k_schedule tiles;
     moei_k_loader load;

@@ -13,6 +13,7 @@
 
 #include "args.h"
 #include "epilogue.cuh"
+#include "flags.cuh"
 #include "mainloop.cuh"
 #include "schedule.cuh"
 
@@ -173,22 +174,55 @@ MOE_DEVICE void moei_loader_copy(moei_loader* p, const moe_grouped_gemm_args* d,
     if (part == parts - 1) p->k += f.tile_k; /* 3. next step */
 }
 
+/* Static shared memory of a block. */
+typedef struct moei_gemm_shared {
+    moe_block_scan_scratch scan;
+    moe_tile_position position[4]; /* of the block's tile number `turn` at turn % 4; the loader is
+                                      at most stages - 1 = 2 tiles ahead of the warps */
+    int32_t waits;                 /* of thread 0: as in moei_ready_wait */
+} moei_gemm_shared;
+
 /* A block's tiles, for its loader and its warps. */
 typedef struct moei_tiles {
     moei_schedule schedule;
-    moe_tile_position* position; /* [4] in shared memory: of the block's tile number `turn` at
-                                    turn % 4; the loader is at most stages - 1 = 2 tiles ahead of
-                                    the warps */
-    int num_tiles;               /* tiles of all blocks */
+    moei_gemm_shared* shared;
+    int num_tiles; /* tiles of all blocks */
 } moei_tiles;
 
-/* Points the loader at tile p->tile. Thread 0 writes the tile's position for the epilogue; the
-   barriers of the tile's steps make it visible. */
+/* A tile's rows of C: row .. end - 1. */
+typedef struct moei_tile_rows {
+    int32_t row, end;
+} moei_tile_rows;
+
+MOE_DEVICE moei_tile_rows moei_tile_rows_of(const moe_tile_position* t, const moe_gemm_shape f)
+{
+    moei_tile_rows r;
+    r.row = t->row > t->begin ? t->row : t->begin;
+    r.end = t->end - t->row < f.tile_m ? t->end : t->row + f.tile_m;
+    return r;
+}
+
+/* Waits until the rows of A of the tile have come, whose position thread 0 has written. All threads
+   of the block call it. */
+MOE_DEVICE void moei_loader_wait(const moe_grouped_gemm_args* d, moei_gemm_shared* s,
+                                 const moe_tile_position* t, const moe_gemm_shape f)
+{
+    if (threadIdx.x == 0) {
+        const moei_tile_rows r = moei_tile_rows_of(t, f);
+        moei_ready_wait(d, &s->waits, r.row, r.end);
+    }
+    __syncthreads();
+}
+
+/* Points the loader at tile p->tile. On return the tile's rows of A have come. Thread 0 writes the
+   tile's position for the epilogue; the barriers of the tile's steps make it visible. All
+   threads of the block call it. */
 MOE_DEVICE void moei_loader_tile(moei_loader* p, const moe_grouped_gemm_args* d,
                                  const moei_tiles* s, const moe_gemm_shape f)
 {
     const moe_tile_position t = moei_schedule_tile(&s->schedule, p->tile, f.tile_m);
-    if (threadIdx.x == 0) s->position[p->turn & 3] = t;
+    if (threadIdx.x == 0) s->shared->position[p->turn & 3] = t;
+    if (d->ready) moei_loader_wait(d, s->shared, s->shared->position + (p->turn & 3), f);
     moei_loader_begin(p, t, d, f);
 }
 
@@ -218,18 +252,26 @@ MOE_DEVICE void moei_loader_advance(moei_loader* p, const moe_grouped_gemm_args*
 #undef MOEI_TILE_START
 #undef MOEI_TILE_STEPS
 
-/* Static shared memory of a block. */
-typedef struct moei_gemm_shared {
-    moe_block_scan_scratch scan;
-    moe_tile_position position[4];
-} moei_gemm_shared;
+/* Counts the tile's part of C, which all warps have stored. columns: of C in a tile. All threads of
+   the block call it. */
+MOE_DEVICE void moei_tile_count(const moe_grouped_gemm_args* d, const moe_tile_position* t,
+                                int columns, const moe_gemm_shape f)
+{
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        const moei_tile_rows r = moei_tile_rows_of(t, f);
+        const int left = d->n - t->column * columns;
+        moei_done_count(d, r.row, r.end, left < columns ? left : columns);
+    }
+}
 
 /* Computes tiles blockIdx.x, blockIdx.x + gridDim.x, ... of all experts. All threads of the block
-   call it. `shared` holds the ring, the staging of each warp, then tile_start [E + 1].
-     1. Build the schedule from the offsets; return where it is bad or has no tile for this block.
+   call it. `shared` holds the ring, the staging of each warp, then tile_start.
+     1. Build the schedule from the groups; return where it is bad or has no tile for this block.
      2. Start the copies of the first tile's stages.
      3. For each tile: run its steps, which also start the copies of the next tile; read the tile's
-        position, which thread 0 wrote to shared memory before a barrier of the steps; store.
+        position, which thread 0 wrote to shared memory before a barrier of the steps; store, and
+        count what is stored.
      4. Wait for the copies past the last tile. */
 MOE_DEVICE_BODY void moei_gemm_block(const moe_grouped_gemm_args* d, unsigned char* shared,
                                      moei_gemm_shared* s, const moe_gemm_shape f)
@@ -246,14 +288,13 @@ MOE_DEVICE_BODY void moei_gemm_block(const moe_grouped_gemm_args* d, unsigned ch
     moei_loader load;
     int turn = 0;
 
-    schedule->groups.expert_offset = d->expert_offset;
-    schedule->groups.num_experts = d->num_experts;
-    schedule->groups.num_rows = d->num_rows;
+    schedule->groups = moei_groups_of(d);
     schedule->column_tiles = (d->n + columns - 1) / columns;
     schedule->row_align = f.a_major == MOE_MAJOR_MN ? 8 : 1;
     schedule->tile_start = (int*)((float*)(ring + f.stages * elems) +
                                   f.warps_m * f.warps_n * moei_staging_floats(f.wn));
-    tiles.position = s->position;
+    tiles.shared = s;
+    if (threadIdx.x == 0) s->waits = 1;
     tiles.num_tiles = moei_schedule_build(schedule, &s->scan, d->fault, d->rank, f.tile_m, 0, 0);
     if ((int)blockIdx.x >= tiles.num_tiles || !moei_gemm_tables_good(d, &schedule->groups, 0))
         return;
@@ -270,6 +311,7 @@ MOE_DEVICE_BODY void moei_gemm_block(const moe_grouped_gemm_args* d, unsigned ch
         t = s->position[turn++ & 3];
         moei_epilogue_warp(&d->c, d->n, &t, acc, staging, t.row + warp_m * f.wm,
                            t.column * columns + warp_n * (columns / f.warps_n), f);
+        if (d->done) moei_tile_count(d, s->position + ((turn - 1) & 3), columns, f);
     }
     moei_copy_wait(0); /* copies of the steps past the last tile */
 }
@@ -303,7 +345,8 @@ MOE_DEVICE void moei_tile_sum(moei_mma_c acc[4][4], const moe_grouped_gemm_args*
    t.row is a multiple of 8.
 
    d: args that moe_gemm_tile_resolve (grouped.cuh) fills in from a descriptor on the host. The
-   function does not read the offsets, and does not test the fault word for a stop fault. A
+   function does not read the offsets or a list of groups, and does not test the fault word for a
+   stop fault. A
    row_index outside A sets the fault word.
    shared: moe_gemm_tile_smem(f) bytes, 128-byte aligned; may be used again after the call.
    f: literals, with the dtype and majors of the descriptor.

@@ -250,6 +250,7 @@ inline void moei_store_matrices(void* at, const uint32_t* x)
 /* ---- products ---- */
 
 inline void moei_wgmma_sees_copies(void) {}
+inline void moei_tensor_sees_global(void) {}
 inline void moei_registers_lower(int) {}
 inline void moei_registers_raise(int) {}
 inline void moei_wgmma_begin(void) {}

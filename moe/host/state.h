@@ -157,6 +157,7 @@ struct moeh_sched {
     uint64_t calls = 0;                /* operations queued so far */
     int budget = 0;                    /* switches left in this turn */
     bool changed = false;              /* an operation may start that could not before */
+    uint64_t clock = 0;                /* nanoseconds: moeh_clock */
     uint64_t spins = 0;                /* polls since a thread or an operation ended */
     uint64_t spin_limit = 100000000;   /* polls that fail a run */
     cudaError_t sticky = cudaSuccess;  /* error of a failed run */

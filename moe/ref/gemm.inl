@@ -7,11 +7,14 @@ MOE_HOST void MOEI_REF(moe_ref_gemm)(const moe_ref_gemm_desc* d, MOEI_REAL* c, M
     const int64_t a_stride = moei_ref_or(d->a_stride, depths);
     const int64_t bias_stride = moei_ref_or(d->bias_stride, columns);
     const int bias_dtype = d->bias_dtype ? d->bias_dtype : MOE_FP32;
-    for (int e = 0; e < d->num_experts; ++e) {
+    for (int i = 0; i < (d->group ? d->num_groups : d->num_experts); ++i) {
+        const int e = d->group ? d->group[i].expert : i;
+        const int64_t begin = d->group ? d->group[i].begin : d->expert_offset[i];
+        const int64_t end = d->group ? d->group[i].end : d->expert_offset[i + 1];
         const void* b =
             moei_ref_matrix(d->use_up ? d->b.up : d->b.base, d->use_up ? d->b.up_table : d->b.table,
                             &d->b, d->b_dtype, e, columns, depths);
-        for (int64_t r = d->expert_offset[e]; r < d->expert_offset[e + 1]; ++r) {
+        for (int64_t r = begin; r < end; ++r) {
             int64_t from = d->row_index ? d->row_index[r] : r;
             if (from >= 0 && d->row_div > 1) from /= d->row_div;
             if (d->a_rows && from >= d->a_rows) from = -1;

@@ -14,7 +14,8 @@
      faults.h       bad offsets and tables, stop faults, no rows
      plan.h         the plan, the table of variants, a kernel of one's own
      refusals.h     bad descriptors
-     replay.h       same bits, graphs, rows far apart */
+     replay.h       same bits, graphs, rows far apart
+     seams.h        lists of groups; counters of rows that come and of rows that are stored */
 #include "tests/test.h"
 
 /* Has all variants that grouped.cuh compiles by default, and those with mn-major A. */
@@ -36,6 +37,7 @@
 #include "tests/unit/gemm/plan.h"
 #include "tests/unit/gemm/refusals.h"
 #include "tests/unit/gemm/replay.h"
+#include "tests/unit/gemm/seams.h"
 
 int main(int argc, char** argv)
 {
@@ -49,5 +51,6 @@ int main(int argc, char** argv)
     gemm_plan();
     gemm_refusals();
     gemm_replay();
+    gemm_seams();
     return test_end();
 }

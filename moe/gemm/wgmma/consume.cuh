@@ -11,6 +11,7 @@
 #define MOE_GEMM_WGMMA_CONSUME_CUH
 
 #include "../../activation.cuh"
+#include "../flags.cuh"
 #include "store.cuh"
 
 #if MOEI_WGMMA_HERE
@@ -234,8 +235,8 @@ MOE_DEVICE void moei_wgmma_activate(float acc[128], const moe_gemm_output* o)
 MOE_DEVICE void moei_wgmma_finish(moei_wgmma_pending* p, float acc[128], const moe_gemm_output* o,
                                   int expert, int row, int n, const moe_gemm_shape f)
 {
-    p->next = 0;
-    p->groups = o->dtype == MOE_FP32 ? 0 : o->gated ? 4 : 8;
+    p->groups = o->gated ? 4 : 8;
+    p->next = o->dtype == MOE_FP32 ? p->groups : 0;
     if (o->activation == MOE_ACTIVATION_NONE && !o->bias && !o->pre && !o->accumulate &&
         o->dtype != MOE_FP32) { /* the least work: first */
         MOE_UNROLL
@@ -284,15 +285,30 @@ MOE_DEVICE void moei_wgmma_finish_turned(moei_wgmma_pending* p, float acc[128],
     for (int i = 0; i < 64; ++i) p->x[i] = 0; /* else they would take registers until here */
 }
 
+/* Counts what was pending, all of which is stored. The warpgroup calls it. */
+MOE_DEVICE void moei_wgmma_count(const moe_grouped_gemm_args* d, const moei_wgmma_pending* p,
+                                 int consumer)
+{
+    const bool counts = threadIdx.x % 128 == 0; /* has the consumer's first row and column */
+    if (counts) moei_tensor_store_wait();
+    moei_named_barrier(2 + consumer, 128);
+    if (counts) {
+        const int row = p->boxed >= 0 ? p->boxed : ~p->boxed, columns = 32 * p->groups;
+        moei_done_count(d, row, row + (p->rows < 64 ? p->rows : 64),
+                        p->columns < columns ? p->columns : columns);
+    }
+    __syncwarp(MOE_FULL_WARP);
+}
+
 /* A consumer. For each tile:
      1. multiply the steps; during each of the first ones store 32 columns of the tile before, in
-        short tiles 64
+        short tiles 64; count the tile before
      2. release the last stage
      3. finish: bias, activation, rounding
-   A consumer without rows of the tile releases the stages. At the end stores what is pending. */
-MOE_DEVICE void moei_wgmma_consume(const moei_wgmma_args* a, moei_wgmma_ring r,
-                                   const moei_wgmma_tiles* w, int consumer, const int gathered,
-                                   const moe_gemm_shape f)
+   A consumer without rows of the tile releases the stages. At the end stores and counts what is
+   pending. */
+MOE_DEVICE void moei_wgmma_consume(const moei_wgmma_args* a, moei_wgmma_ring r, int consumer,
+                                   const int gathered, const moe_gemm_shape f)
 {
     const moe_grouped_gemm_args* d = &a->d;
     const int by_depth = f.a_major == MOE_MAJOR_MN; /* k-grouped */
@@ -319,16 +335,16 @@ MOE_DEVICE void moei_wgmma_consume(const moei_wgmma_args* a, moei_wgmma_ring r,
             MOE_NO_UNROLL
             for (; p.next < p.groups && i < depths; i += 64) { /* 1. */
                 moei_wgmma_start_step(acc, &r, consumer, i, gathered, f);
-                moei_wgmma_store_part(&p, a, &r, consumer, depths);
+                moei_wgmma_store_part(&p, a, &r, consumer, depths, boxes);
                 moei_wgmma_end_step(&r, i);
             }
             MOE_NO_UNROLL
-            while (p.next < p.groups) moei_wgmma_store_part(&p, a, &r, consumer, depths);
-            p.boxed = boxes && rows >= consumer * 64 + 64
-                          ? __shfl_sync(MOE_FULL_WARP, t->row, 0) + consumer * 64
-                          : -1;
-            moei_wgmma_aim(&p, &d->c, t, a->c_expert_bytes, t->row + line, rows - line,
-                           t->column * w->columns, d->n, turned);
+            while (p.next < p.groups) moei_wgmma_store_part(&p, a, &r, consumer, depths, boxes);
+            if (!by_depth && d->done) moei_wgmma_count(d, &p, consumer);
+            p.boxed = __shfl_sync(MOE_FULL_WARP, t->row, 0) + consumer * 64;
+            if (!boxes || rows < consumer * 64 + 64) p.boxed = ~p.boxed;
+            moei_wgmma_aim(&p, &d->c, t, a->c_expert_bytes, t->row + line, rows - line, t->first,
+                           d->n, turned);
             MOE_NO_UNROLL
             for (; i < depths; i += 64) {
                 moei_wgmma_start_step(acc, &r, consumer, i, gathered, f);
@@ -344,7 +360,8 @@ MOE_DEVICE void moei_wgmma_consume(const moei_wgmma_args* a, moei_wgmma_ring r,
         }
     }
     MOE_NO_UNROLL
-    while (p.next < p.groups) moei_wgmma_store_part(&p, a, &r, consumer, 0);
+    while (p.next < p.groups) moei_wgmma_store_part(&p, a, &r, consumer, 0, boxes);
+    if (!by_depth && d->done) moei_wgmma_count(d, &p, consumer);
     if (boxes && threadIdx.x % 128 == 0) moei_tensor_store_wait();
 }
 

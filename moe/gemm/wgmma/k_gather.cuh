@@ -55,7 +55,7 @@ MOE_DEVICE void moei_wgmma_copy_depths_b(unsigned char* stage, const moe_grouped
                                          int depth)
 {
     const int vector = (int)threadIdx.x % 32;
-    const int column = t->column * 256 + vector * 8;
+    const int column = t->first + vector * 8;
     const bool exists = column < d->n;
     const char* from = (const char*)d->b.base + (exists ? column : 0) * (int64_t)2;
     unsigned char* to = stage + 2 * MOEI_WGMMA_A_HALF + vector / 8 * (64 * 128);

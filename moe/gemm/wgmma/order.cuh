@@ -4,14 +4,14 @@
    A cluster takes a pair of tiles at a time, one for each block:
      shared     two neighbouring row tiles of one column tile. Each block loads one half of B for
                 both
-     unshared   one row tile and two neighbouring column tiles: the one or two row tiles that an
-                expert has left over; the second column may be past the last, its block then has
+     unshared   one row tile and two neighbouring column tiles: the one or two row tiles that a
+                group has left over; the second column may be past the last, its block then has
                 no rows
 
-   Pairs are numbered expert after expert. An expert's row tiles are cut into bands of at most
-   2 * MOEI_WGMMA_BAND row tiles, as even as whole pairs allow. A band takes two columns at a time:
-   all row tiles of the first column, then of the second, then in the last band the unshared pairs of
-   both. So pairs that run at one time have few rows and few columns, which stay in L2. */
+   Pairs are numbered group after group (schedule.cuh). A group's row tiles are cut into bands of at
+   most 2 * MOEI_WGMMA_BAND row tiles, as even as whole pairs allow. A band takes two columns at a
+   time: all row tiles of the first column, then of the second, then in the last band the unshared
+   pairs of both. So pairs that run at one time have few rows and few columns, which stay in L2. */
 #ifndef MOE_GEMM_WGMMA_ORDER_CUH
 #define MOE_GEMM_WGMMA_ORDER_CUH
 
@@ -29,11 +29,12 @@ typedef struct moei_wgmma_matrices {
 
 /* A block's tile. */
 typedef struct moei_wgmma_tile {
-    moei_wgmma_matrices from; /* filled in by produce.cuh */
+    moei_wgmma_matrices from; /* filled in by produce.cuh, like first */
     int32_t expert;     /* 0 .. E - 1; -1: the cluster has no more tiles */
-    int32_t begin, end; /* the expert's rows of C; k-grouped: 0, m */
+    int32_t begin, end; /* the group's rows of C; k-grouped: 0, m */
     int32_t row;        /* first row of the tile; end where the tile has no rows */
     int32_t column;     /* number of the column tile */
+    int32_t first;      /* its first column */
     int32_t shared;     /* 1: the other block has the same column */
     int32_t steps;      /* stages of the sum, 1 or more */
     int32_t origin;     /* k-grouped: the expert's first row of A and B, depth 0; otherwise 0 */
@@ -49,7 +50,7 @@ typedef struct moei_wgmma_tile {
 MOE_DEVICE moei_wgmma_tile moei_wgmma_tile_of(const moei_schedule* s, int index, int cluster_rank,
                                               int steps, int m)
 {
-    int lo = 0, hi = s->groups.num_experts; /* tile_start[lo] <= index < tile_start[hi] */
+    int lo = 0, hi = s->groups.num_groups; /* tile_start[lo] <= index < tile_start[hi] */
     moei_wgmma_tile t;
     int local, halves, bands, height, last, row, columns, first_column;
     while (hi - lo > 1) { /* 32 entries at a time, `apart` entries apart */
@@ -58,11 +59,11 @@ MOE_DEVICE moei_wgmma_tile moei_wgmma_tile_of(const moei_schedule* s, int index,
         lo += (31 - __clz((int)__ballot_sync(MOE_FULL_WARP, before))) * apart;
         hi = lo + apart < hi ? lo + apart : hi;
     }
-    t.expert = lo;
-    t.begin = moei_expert_begin(&s->groups, lo);
-    t.end = moei_expert_end(&s->groups, lo);
+    t.expert = moei_group_expert(&s->groups, lo);
+    t.begin = moei_group_begin(&s->groups, lo);
+    t.end = moei_group_end(&s->groups, lo);
     t.steps = steps;
-    t.origin = t.depth = 0;
+    t.origin = t.depth = t.first = 0;
     if (m) {
         const int rows = t.end - t.begin;
         t.steps = rows > 0 ? (rows + 63) / 64 : 1;
@@ -71,7 +72,7 @@ MOE_DEVICE moei_wgmma_tile moei_wgmma_tile_of(const moei_schedule* s, int index,
         t.begin = 0, t.end = m;
     }
     t.row = t.begin;
-    local = index - s->tile_start[lo]; /* of the expert; then of the band; then of two columns */
+    local = index - s->tile_start[lo]; /* of the group; then of the band; then of two columns */
     halves = (t.end - t.begin + MOEI_WGMMA_ROWS / 2 - 1) / (MOEI_WGMMA_ROWS / 2);
     height = moei_schedule_shared(halves);
     last = moei_schedule_unshared(halves);

@@ -12,6 +12,7 @@
 #ifndef MOE_GEMM_WGMMA_PRODUCE_CUH
 #define MOE_GEMM_WGMMA_PRODUCE_CUH
 
+#include "../flags.cuh"
 #include "ring.cuh"
 
 #if MOEI_WGMMA_HERE
@@ -68,6 +69,7 @@ MOE_DEVICE bool moei_wgmma_announce(const moei_wgmma_args* a, moei_wgmma_shared*
     if (pair < w->pairs) {
         t = moei_wgmma_tile_of(&w->schedule, pair, w->cluster_rank, w->steps, w->m);
         t.from = moei_wgmma_matrices_of(a, &t);
+        t.first = t.column * w->columns;
     }
     if (moe_lane() == 0) s->position[turn % MOEI_WGMMA_ENTRIES] = t;
     return t.expert >= 0;
@@ -85,7 +87,8 @@ MOE_DEVICE moei_wgmma_tile moei_wgmma_read(const moei_wgmma_shared* s, int turn)
     t.begin = __shfl_sync(MOE_FULL_WARP, at->begin, 0);
     t.end = __shfl_sync(MOE_FULL_WARP, at->end, 0);
     t.row = __shfl_sync(MOE_FULL_WARP, at->row, 0);
-    t.column = __shfl_sync(MOE_FULL_WARP, at->column, 0);
+    t.first = __shfl_sync(MOE_FULL_WARP, at->first, 0);
+    t.column = at->column;
     t.shared = __shfl_sync(MOE_FULL_WARP, at->shared, 0);
     t.steps = __shfl_sync(MOE_FULL_WARP, at->steps, 0);
     t.origin = __shfl_sync(MOE_FULL_WARP, at->origin, 0);
@@ -120,7 +123,7 @@ MOE_DEVICE void moei_wgmma_load_b(const moei_wgmma_args* a, const moei_wgmma_rin
     unsigned char* b = r->stages + r->stage * MOEI_WGMMA_STAGE + 2 * MOEI_WGMMA_A_HALF;
     uint64_t* full = r->s->full + r->stage;
     for (int half = 0; half < 2; ++half, b += MOEI_WGMMA_B_HALF) {
-        const int row = t->column * w->columns + (half && !a->d.c.gated ? 128 : 0);
+        const int row = t->first + (half && !a->d.c.gated ? 128 : 0);
         const uint64_t at = t->from.b[half];
         if (t->shared && half != w->cluster_rank) continue;
         if (b_major == MOE_MAJOR_K) {
@@ -136,6 +139,14 @@ MOE_DEVICE void moei_wgmma_load_b(const moei_wgmma_args* a, const moei_wgmma_rin
             }
         }
     }
+}
+
+/* Waits until the rows of A of the tile have come. The producer's thread 0 calls it. Requires
+   d->ready. */
+MOE_DEVICE void moei_wgmma_wait_rows(const moe_grouped_gemm_args* d, moei_wgmma_shared* s,
+                                     const moei_wgmma_tile* t)
+{
+    moei_ready_wait(d, &s->waits, t->row, t->row + moei_wgmma_rows(t));
 }
 
 /* ---- rows in order ---- */
@@ -157,7 +168,8 @@ MOE_DEVICE void moei_wgmma_find_tiles(const moei_wgmma_args* a, moei_wgmma_share
     }
 }
 
-/* One warp, whose lane 0 starts the copies. For each tile, and each of its steps:
+/* One warp, whose lane 0 starts the copies. For each tile waits until its rows of A have come. For
+   each of its steps:
      1. wait until the stage is empty
      2. tell `full` how many bytes it will get, start the copies
    The next tile is read before the last step, where that does not hold up the first ones. At the
@@ -179,6 +191,10 @@ MOE_DEVICE void moei_wgmma_produce(const moei_wgmma_args* a, moei_wgmma_ring r,
             t.row + moei_wgmma_rows(&t) > a->d.a_rows) /* these rows are zeros */
             moe_fault_raise(a->d.fault, MOE_FAULT_BAD_ROW, a->d.rank,
                             t.row < a->d.a_rows ? (int)a->d.a_rows : t.row);
+        if (f.a_major == MOE_MAJOR_K && a->d.ready && starts) {
+            moei_wgmma_wait_rows(&a->d, r.s, &t);
+            moei_tensor_sees_global();
+        }
         for (int i = 0;; ++i) {
             unsigned char* stage = r.stages + r.stage * MOEI_WGMMA_STAGE;
             uint64_t* full = r.s->full + r.stage;
@@ -303,8 +319,8 @@ MOE_DEVICE int moei_wgmma_gather_steps(const moei_wgmma_args* a, moei_wgmma_ring
     return end;
 }
 
-/* All threads of the producer. As moei_wgmma_produce; the arrivals of a stage are B's, and one of
-   each thread when its copies of A are complete. */
+/* All threads of the producer. As moei_wgmma_produce; thread 0 waits for rows of A. The arrivals of
+   a stage are B's, and one of each thread when its copies of A are complete. */
 MOE_DEVICE void moei_wgmma_produce_gathered(const moei_wgmma_args* a, moei_wgmma_ring r,
                                             const moei_wgmma_tiles* w, const moe_gemm_shape f)
 {
@@ -322,6 +338,10 @@ MOE_DEVICE void moei_wgmma_produce_gathered(const moei_wgmma_args* a, moei_wgmma
         moei_wgmma_gather g;
         int next = 0, i = 0, whole;
         r.s->row[turn & 1][thread] = row;
+        if (d->ready) {
+            if (thread == 0) moei_wgmma_wait_rows(d, r.s, &t);
+            __syncwarp(MOE_FULL_WARP);
+        }
         moei_named_barrier(1, 128);
         if (moe_warp() == 0) next = moei_wgmma_take(a, w, pair); /* arrives meanwhile */
         moei_wgmma_gather_from(&g, d, r.s->row[turn & 1], line, vector);

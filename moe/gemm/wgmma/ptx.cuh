@@ -233,6 +233,12 @@ MOE_DEVICE void moei_store_matrices(void* at, const uint32_t x[4])
                  : "memory");
 }
 
+/* Orders stores to global memory that the thread has seen before its tensor copies that follow. */
+MOE_DEVICE void moei_tensor_sees_global(void)
+{
+    asm volatile("fence.proxy.async.global;" ::: "memory");
+}
+
 /* Orders stores to shared memory before the products and the tensor copies that read them: the
    thread's own stores, and others' moei_copy16_async, seen through a barrier. Slow: a memory
    barrier. */

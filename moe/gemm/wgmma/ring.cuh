@@ -42,6 +42,7 @@ typedef struct moei_wgmma_shared {
     uint64_t sent[MOEI_WGMMA_ENTRIES]; /* block 1: number[i] has arrived from block 0 */
     int32_t number[MOEI_WGMMA_ENTRIES];
     int32_t stopped; /* block 0: an earlier kernel met a stop fault */
+    int32_t waits;   /* of the producer's thread 0: as in moei_ready_wait */
     moei_wgmma_tile position[MOEI_WGMMA_ENTRIES];
     union {
         int32_t row[2]

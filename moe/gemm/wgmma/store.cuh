@@ -19,8 +19,10 @@ typedef struct moei_wgmma_pending {
                        that the lane stores of a column */
     int rows;    /* the tile's rows from r on: more than 0: row r exists, more than 8: r + 8 */
     int columns; /* columns of C from `column` on */
-    int next, groups; /* groups of 32 columns: the next one to store, their number, 0 .. 8 */
-    int boxed;        /* first row of C of the consumer's, which boxes store; -1: threads store */
+    int next, groups; /* groups of 32 columns: the next one to store; those of a tile, 4 or 8, 0
+                         before the first tile. fp32 results are stored: next is groups */
+    int boxed;        /* first row of C of the consumer's, which boxes store; where threads store,
+                         its complement, which is negative */
 } moei_wgmma_pending;
 
 /* Exchanges registers within four lanes 4 q .. 4 q + 3: x[j] of lane i becomes x[i] of lane j. The
@@ -120,11 +122,12 @@ MOE_DEVICE void moei_wgmma_store_box(moei_wgmma_pending* p, const moei_wgmma_arg
     p->next += 2;
 }
 
-/* Stores the next part of what is pending: a box; or 32 columns, in short tiles 64. */
+/* Stores the next part of what is pending: a box; or 32 columns, in short tiles 64. boxes: 0: there
+   are none. */
 MOE_DEVICE void moei_wgmma_store_part(moei_wgmma_pending* p, const moei_wgmma_args* a,
-                                      const moei_wgmma_ring* r, int consumer, int depths)
+                                      const moei_wgmma_ring* r, int consumer, int depths, int boxes)
 {
-    if (p->boxed >= 0) {
+    if (boxes && p->boxed >= 0) {
         moei_wgmma_store_box(p, a, r->stages + MOEI_WGMMA_RING + consumer * MOEI_WGMMA_BOX,
                              consumer);
         return;

@@ -18,7 +18,7 @@
 #if MOEI_WGMMA_HERE
 
 /* Computes this block's share of all tiles. All threads of the block call it; blocks 2 i and 2 i + 1
-   are a cluster. dynamic holds the ring, the consumers' boxes where a->boxes, tile_start [E + 1].
+   are a cluster. dynamic holds the ring, the consumers' boxes where a->boxes, then tile_start.
    gathered, a literal: rows of A are gathered.
      1. Initialize the barriers. Build the schedule.
      2. Each warpgroup takes its role, where nothing is bad and no earlier kernel met a stop fault.
@@ -39,9 +39,8 @@ MOE_DEVICE_BODY void moei_wgmma_block(const moei_wgmma_args* a, unsigned char* d
     w.m = f.a_major == MOE_MAJOR_MN ? a->m : 0;
     w.steps = w.m ? 0 : (d->k + 63) / 64;
     w.cluster_rank = moei_cluster_rank();
-    w.schedule.groups.expert_offset = d->expert_offset;
-    w.schedule.groups.num_experts = d->num_experts;
-    w.schedule.groups.num_rows = d->num_rows;
+    w.schedule.groups = moei_groups_of(d);
+    if (f.a_major == MOE_MAJOR_MN) w.schedule.groups.list = 0; /* k-grouped products have none */
     w.schedule.column_tiles = (d->n + w.columns - 1) / w.columns;
     w.schedule.row_align = 1;
     w.schedule.tile_start =
@@ -56,6 +55,7 @@ MOE_DEVICE_BODY void moei_wgmma_block(const moei_wgmma_args* a, unsigned char* d
         moei_barrier_init(&s->taken, 1);
         moei_barrier_visible();
         s->stopped = moe_fault_stops(d->fault);
+        s->waits = 1;
     }
     w.pairs =
         moei_schedule_build(&w.schedule, &s->scan, d->fault, d->rank, MOEI_WGMMA_ROWS, 1, w.m);
@@ -70,7 +70,8 @@ MOE_DEVICE_BODY void moei_wgmma_block(const moei_wgmma_args* a, unsigned char* d
             else if (warp == 1) moei_wgmma_find_tiles(a, s, &w);
         } else {
             moei_registers_raise(216);
-            moei_wgmma_consume(a, r, &w, __shfl_sync(MOE_FULL_WARP, (int)threadIdx.x / 128 - 1, 0), gathered, f);
+            moei_wgmma_consume(a, r, __shfl_sync(MOE_FULL_WARP, (int)threadIdx.x / 128 - 1, 0),
+                               gathered, f);
         }
     }
     moei_cluster_sync(); /* 3. */

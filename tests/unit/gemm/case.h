@@ -31,17 +31,22 @@ typedef struct gemm_case {
     int tile;
     int path;        /* moe_gemm_path; 0: chosen */
     int no_ticket;   /* 1: no workspace */
+    int groups;      /* entries of a list of groups that replaces the offsets; 0: none */
+    int flags;       /* 1: counts in done, and waits for ready counters, which are high enough */
     int64_t sampled; /* compares every so many rows of an expert; 0: all */
 } gemm_case;
 
 typedef struct gemm_bufs {
-    tbuf a, index, bias, offset, fault, workspace, pre;
+    tbuf a, index, bias, offset, fault, workspace, pre, group, ready, done;
     tgrouped c;
     tweights b;
     void *h_a, *h_bias; /* h_a is k-major whatever the device's is */
     int32_t h_offset[MOST_EXPERTS + 1], *h_index;
     int num_rows;
     int64_t a_rows;
+    moe_gemm_group list[MOST_EXPERTS]; /* [num_groups] the list of groups, if there is one */
+    int num_groups;
+    uint32_t *h_ready, *h_done; /* the counters before the call */
     moe_grouped_gemm_desc d;
 } gemm_bufs;
 
@@ -51,12 +56,13 @@ static const char* case_text(const gemm_case* c)
     int at = snprintf(
         text, sizeof text,
         "n=%d k=%d %s -> %s A %s B %s activation=%d (%g %g) gate_up=%d bias=%d gather=%d a_rows=%d "
-        "tables %d %d pads %d %d %d pre=%d fill=%d tile=%d path=%d lead=%d slack=%d E=%d:",
+        "tables %d %d pads %d %d %d pre=%d fill=%d tile=%d path=%d lead=%d slack=%d groups=%d "
+        "flags=%d E=%d:",
         c->n, c->k, moe_dtype_name(c->dtype), moe_dtype_name(c->c_dtype),
         c->a_major == MOE_MAJOR_MN ? "M" : "K", c->b_major == MOE_MAJOR_MN ? "N" : "K",
         c->activation, (double)c->alpha, (double)c->limit, c->gate_up, c->bias, c->gather,
         c->a_rows, c->b_table, c->c_table, c->a_pad, c->b_pad, c->c_pad, c->pre, c->fill, c->tile,
-        c->path, c->lead, c->slack, c->E);
+        c->path, c->lead, c->slack, c->groups, c->flags, c->E);
     for (int e = 0; e < c->E && at < (int)sizeof text - 12; ++e)
         at += snprintf(text + at, sizeof text - (size_t)at, " %d", c->rows[e]);
     return text;
@@ -117,6 +123,84 @@ static int64_t a_row_of(const gemm_bufs* b, const gemm_case* c, int m)
     return row < b->a_rows ? row : -2;
 }
 
+/* Returns group i: an entry of the list, or an expert's rows. */
+static moe_gemm_group group_of(const gemm_bufs* b, int i)
+{
+    return b->d.group ? b->list[i] : moe_gemm_group{i, b->h_offset[i], b->h_offset[i + 1]};
+}
+
+/* Returns whether a group has row m. */
+static int has_row(const gemm_bufs* b, int m)
+{
+    for (int i = 0; i < b->num_groups; ++i)
+        if (m >= group_of(b, i).begin && m < group_of(b, i).end) return 1;
+    return 0;
+}
+
+/* Sets the groups: each expert's rows, or a list: all rows cut at the experts' borders and
+   elsewhere, each part some expert's or left out, some groups without rows, in any order. */
+static void groups_new(gemm_bufs* b, const gemm_case* c, trand* r)
+{
+    b->num_groups = c->groups ? c->groups : c->E;
+    for (int e = 0, i = 0; i < c->groups; ++e) {
+        int at = e < c->E ? b->h_offset[e] : (int)trand_int(r, 0, b->num_rows);
+        const int end = e < c->E ? b->h_offset[e + 1] : at;
+        do {
+            const int to = at < end && trand_int(r, 0, 2) == 0 ? (int)trand_int(r, at, end) : end;
+            if (trand_int(r, 0, 5)) /* else left out */
+                b->list[i++] = moe_gemm_group{(int)trand_int(r, 0, c->E - 1), at, to};
+            at = to;
+        } while (at < end && i < c->groups);
+    }
+    for (int i = c->groups - 1; i > 0; --i) {
+        const int j = (int)trand_int(r, 0, i);
+        const moe_gemm_group other = b->list[j];
+        b->list[j] = b->list[i];
+        b->list[i] = other;
+    }
+    if (!c->groups) return;
+    b->group = tbuf_from("group", b->list, (size_t)c->groups * sizeof(moe_gemm_group), 4);
+    b->d.group = (const moe_gemm_group*)b->group.p;
+    b->d.num_groups = c->groups;
+}
+
+/* Returns the row blocks. */
+static int row_blocks(const gemm_bufs* b)
+{
+    return (b->num_rows + MOE_GEMM_ROW_BLOCK - 1) / MOE_GEMM_ROW_BLOCK;
+}
+
+/* Returns the rows of a row block that a group has. */
+static int rows_of_block(const gemm_bufs* b, int block)
+{
+    int rows = 0;
+    for (int i = 0; i < b->num_groups; ++i) {
+        const int begin = group_of(b, i).begin, end = group_of(b, i).end;
+        const int first = block * MOE_GEMM_ROW_BLOCK, last = first + MOE_GEMM_ROW_BLOCK;
+        const int from = begin > first ? begin : first, to = end < last ? end : last;
+        rows += to > from ? to - from : 0;
+    }
+    return rows;
+}
+
+/* Makes counters that are high enough where a row block has rows, and elsewhere are not. */
+static void flags_new(gemm_bufs* b, const gemm_case* c, trand* r)
+{
+    const int blocks = row_blocks(b);
+    const uint32_t value = (uint32_t)trand_int(r, -3, 3);
+    b->h_ready = (uint32_t*)test_host(blocks * 4 + 4);
+    b->h_done = (uint32_t*)test_host(blocks * 4 + 4);
+    for (int i = 0; i < blocks; ++i) {
+        b->h_ready[i] = value + (uint32_t)(rows_of_block(b, i) ? trand_int(r, 0, 2) : -1);
+        b->h_done[i] = (uint32_t)trand_int(r, -9, 9);
+    }
+    b->ready = tbuf_from("ready", b->h_ready, (size_t)blocks * 4, 4);
+    b->done = tbuf_from("done", b->h_done, (size_t)blocks * 4, 4);
+    if (!c->flags) return;
+    b->d.ready = (const uint32_t*)b->ready.p, b->d.done = (uint32_t*)b->done.p;
+    b->d.ready_value = value, b->d.ready_timeout_ms = MOE_ON_HOST ? 1 : 1000;
+}
+
 /* Draws A, and stores it in the case's major. */
 static void a_new(gemm_bufs* b, const gemm_case* c, trand* r)
 {
@@ -143,7 +227,8 @@ static void index_new(gemm_bufs* b, const gemm_case* c, trand* r)
         const int64_t u = trand_int(r, 0, 99);
         b->h_index[m] = (int32_t)trand_int(r, 0, end - 1);
         if (u < c->none) b->h_index[m] = -1;
-        else if (u < c->none + c->bad) b->h_index[m] = test_out_of_range(trand_int(r, 0, 3), end);
+        else if (u < c->none + c->bad || !has_row(b, m))
+            b->h_index[m] = test_out_of_range(trand_int(r, 0, 3), end);
     }
     b->index = tbuf_from("row_index", b->h_index, (size_t)b->num_rows * 4, 4);
 }
@@ -160,6 +245,8 @@ static void bufs_new(gemm_bufs* b, const gemm_case* c, trand* r)
     b->num_rows = b->h_offset[c->E] + c->slack;
     b->a_rows = c->a_rows ? c->a_rows : b->num_rows;
     if (c->a_major == MOE_MAJOR_MN && !c->a_rows) b->a_rows = (b->a_rows + 7) / 8 * 8;
+    groups_new(b, c, r);
+    flags_new(b, c, r);
     a_new(b, c, r);
     index_new(b, c, r);
     want.experts = c->E, want.n = separate ? c->n : columns, want.k = c->k;
@@ -186,7 +273,8 @@ static void bufs_new(gemm_bufs* b, const gemm_case* c, trand* r)
     b->d.row_index = c->gather ? (const int32_t*)b->index.p : (const int32_t*)0;
     b->d.row_div = c->gather == 1 ? 0 : c->gather;
     b->d.b = b->b.d, b->d.bias = c->bias ? b->bias.p : (const void*)0;
-    b->d.expert_offset = c->no_offset ? (const int32_t*)0 : (const int32_t*)b->offset.p;
+    b->d.expert_offset =
+        c->no_offset || c->groups ? (const int32_t*)0 : (const int32_t*)b->offset.p;
     b->d.c = b->c.all.p, b->d.c_table = (void* const*)b->c.table.p;
     b->d.c_stride = c->c_pad ? c_stride : 0;
     b->workspace = tbuf_new("workspace", MOE_GROUPED_GEMM_WORKSPACE, 0);
@@ -209,34 +297,79 @@ static void bufs_new(gemm_bufs* b, const gemm_case* c, trand* r)
 
 static void bufs_free(gemm_bufs* b)
 {
-    tbufs_free(TBUFS(&b->a, &b->index, &b->bias, &b->offset, &b->fault, &b->workspace, &b->pre));
+    tbufs_free(TBUFS(&b->a, &b->index, &b->bias, &b->offset, &b->fault, &b->workspace, &b->pre,
+                     &b->group, &b->ready, &b->done));
     tgrouped_free(&b->c);
     tweights_free(&b->b);
-    TFREE(b->h_a, b->h_bias, b->h_index);
+    TFREE(b->h_a, b->h_bias, b->h_index, b->h_ready, b->h_done);
 }
 
-/* Computes the exact product of the picked rows [first[E], n], and sum |a b|. pick names the rows,
-   first[e] says where an expert's begin in pick. use_up: of the up matrices. */
+/* Picks every `step`-th row of each group. Writes pick, and first [num_groups + 1]: where a group's
+   rows begin in pick. Returns how many there are. */
+static int64_t pick_rows(const gemm_bufs* b, int64_t step, int32_t* pick, int32_t* first)
+{
+    int64_t n = 0;
+    for (int i = 0; i < b->num_groups; ++i) {
+        first[i] = (int32_t)n;
+        for (int64_t m = group_of(b, i).begin; m < group_of(b, i).end; m += step)
+            pick[n++] = (int32_t)m;
+    }
+    first[b->num_groups] = (int32_t)n;
+    return n;
+}
+
+/* Computes the exact product of the picked rows [first[num_groups], n], and sum |a b|. pick names
+   the rows, first[i] says where a group's begin in pick. use_up: of the up matrices. */
 static void exact_product(const gemm_bufs* b, const gemm_case* c, const int32_t* pick,
                           const int32_t* first, int n, int bias_stride, int bias_at, int use_up,
                           double* exact, double* sum)
 {
-    const int64_t count = first[c->E];
+    const int64_t count = first[b->num_groups];
     double* a = (double*)test_host(count * c->k * 8);
     moe_ref_gemm_desc r = {};
+    moe_gemm_group picked[MOST_EXPERTS];
+    for (int i = 0; i < b->num_groups; ++i)
+        picked[i] = moe_gemm_group{group_of(b, i).expert, first[i], first[i + 1]};
     for (int64_t i = 0; i < count; ++i) {
         const int64_t from = a_row_of(b, c, pick[i]);
         for (int k = 0; k < c->k; ++k)
             a[i * c->k + k] = from >= 0 ? moe_load(b->h_a, from * c->k + k, c->dtype) : 0;
     }
     r.a = a, r.a_dtype = MOE_REF_REAL;
-    r.expert_offset = first;
+    r.group = picked, r.num_groups = b->num_groups;
     r.b = tweights_host(&b->b), r.b_dtype = c->dtype, r.use_up = use_up;
     r.bias = c->bias ? (const uint16_t*)b->h_bias + bias_at : (const void*)0;
     r.bias_dtype = c->dtype, r.bias_stride = bias_stride;
     r.num_experts = c->E, r.n = n, r.k = c->k;
     moe_ref_gemm_f64(&r, exact, sum);
     free(a);
+}
+
+/* Returns the bytes of a buffer that were written in rows that no group has. */
+static int64_t left_out_strays(const gemm_bufs* b, const tbuf* buffer, int elem, int64_t stride,
+                               int64_t columns)
+{
+    unsigned char* p = (unsigned char*)tbuf_copy(buffer);
+    int64_t strays = 0;
+    for (int m = 0; m < b->num_rows; ++m)
+        for (int64_t i = m * stride * elem; !has_row(b, m) && i < (m * stride + columns) * elem;
+             ++i)
+            strays += p[i] != test_poison_byte((size_t)i);
+    free(p);
+    return strays;
+}
+
+/* Requires that the counters have grown by what a call stores, or have not where there are none. */
+static void compare_flags(const gemm_bufs* b, const gemm_case* c)
+{
+    uint32_t* done = (uint32_t*)tbuf_copy(&b->done);
+    for (int i = 0; i < row_blocks(b); ++i) {
+        const uint32_t want = c->flags ? (uint32_t)(rows_of_block(b, i) * (c->n / 8)) : 0;
+        CHECK(done[i] - b->h_done[i] == want, "row block %d: %u were counted, not %u", i,
+              done[i] - b->h_done[i], want);
+    }
+    free(done);
+    CHECK(tbuf_holds(&b->ready, b->h_ready), "ready was written");
 }
 
 /* Compares pre with what the activation is applied to, raw [count, columns of B], in the picked
@@ -261,17 +394,19 @@ static void compare_pre(const gemm_bufs* b, const gemm_case* c, const int32_t* p
     CHECK(test_strays(got, (int64_t)b->pre.bytes, 2, stride, columns,
                       has_pre(c) ? b->h_offset[0] : 0, has_pre(c) ? b->h_offset[c->E] : 0) == 0,
           "pre was written outside the rows");
+    CHECK(!has_pre(c) || left_out_strays(b, &b->pre, 2, stride, columns) == 0,
+          "pre was written in rows of no group");
     free(got);
 }
 
-/* Computes what C must hold in the picked rows [first[E], n], and how far each element may be from
-   it before C is rounded. */
+/* Computes what C must hold in the picked rows [first[num_groups], n], and how far each element may
+   be from it before C is rounded. */
 static void exact_c(const gemm_bufs* b, const gemm_case* c, const int32_t* pick,
                     const int32_t* first, double* exact, double* bound)
 {
     const int gated = is_gated(c), n = c->n, b_n = gated ? 2 * n : n;
     const int pairs = gated && c->gate_up == MOE_GATE_UP_INTERLEAVED;
-    const int64_t count = first[c->E];
+    const int64_t count = first[b->num_groups];
     double* raw = (double*)test_host(count * b_n * 8);
     double* raw_sum = (double*)test_host(count * b_n * 8);
     if (gated && c->gate_up == MOE_GATE_UP_SEPARATE) { /* to [count, gates and then ups] */
@@ -307,14 +442,19 @@ static void compare(const gemm_bufs* b, const gemm_case* c)
 {
     const int before = test_now.failures, n = c->n;
     int32_t *pick = (int32_t*)test_host(b->num_rows * 4), first[MOST_EXPERTS + 1];
-    const int64_t count = trows_pick(c->E, b->h_offset, c->sampled ? c->sampled : 1, pick, first);
+    const int64_t count = pick_rows(b, c->sampled ? c->sampled : 1, pick, first);
     const int64_t size = count * n;
     double *exact = (double*)test_host(size * 8), *bound = (double*)test_host(size * 8);
     double* ideal = (double*)test_host(size * 8);
     float* got = (float*)test_host(size * 4);
-    const int64_t strays = tgrouped_get(&b->c, pick, first, got);
-    int64_t bad = -1, wrong = 0, nonzero = 0;
+    int32_t all[MOST_EXPERTS + 1]; /* of a list all rows are read as the first expert's */
+    int64_t bad = -1, wrong = 0, nonzero = 0, strays;
+    for (int e = 0; e <= c->E; ++e) all[e] = e ? (int32_t)count : 0;
+    strays = tgrouped_get(&b->c, pick, c->groups ? all : first, got);
+    if (c->groups)
+        strays += left_out_strays(b, &b->c.all, moe_dtype_bytes(c->c_dtype), c->n + c->c_pad, c->n);
     CHECK(strays == 0, "%lld bytes outside the rows were written", (long long)strays);
+    compare_flags(b, c);
     exact_c(b, c, pick, first, exact, bound);
     test_round_all(ideal, exact, size, c->c_dtype);
     if (c->fill == TFILL_INT &&
@@ -337,7 +477,7 @@ static void compare(const gemm_bufs* b, const gemm_case* c)
             for (int j = 0; j < n && a_row_of(b, c, pick[i]) < 0; ++j) wrong += got[i * n + j] != 0;
     CHECK(wrong == 0, "rows without a row of A");
     for (int m = b->h_offset[c->E] - 1; m >= b->h_offset[0]; --m)
-        if (a_row_of(b, c, m) == -2) bad = m;
+        if (has_row(b, m) && a_row_of(b, c, m) == -2) bad = m;
     CHECK_FAULT_AT(&b->fault, MOE_FAULT_BAD_ROW, bad);
     CHECK(tweights_same(&b->b) && tbuf_holds(&b->offset, b->h_offset) &&
               tbuf_holds(&b->bias, b->h_bias) && tbuf_holds(&b->index, b->h_index),
@@ -348,10 +488,14 @@ static void compare(const gemm_bufs* b, const gemm_case* c)
 
 TEST_CALL(call_gemm, moe_grouped_gemm, moe_grouped_gemm_desc)
 
-/* Queues a case. Returns 0 where this binary has no code for it; then requires its refusal. */
+/* Queues a case, with its counters as before the first call. Returns 0 where this binary has no
+   code for it; then requires its refusal. */
 static int launch(const gemm_bufs* b, const gemm_case* c)
 {
     const moe_status want = test_gemm_status(c->dtype, b->d.tile);
+    if (c->flags)
+        TEST_CUDA(cudaMemcpyAsync(b->done.p, b->h_done, b->done.bytes, cudaMemcpyHostToDevice,
+                                  test_now.stream));
     if (!CHECK_STATUS(moe_grouped_gemm(&b->d, test_now.stream), want)) return 0;
     if (want != MOE_OK)
         CHECK(tgrouped_untouched(&b->c), "%s: refused, but C was written", case_text(c));

@@ -110,6 +110,45 @@ static void test_gemm_refusals(void)
     REFUSED(d.accumulate = 2, MOE_ERR_OPTION, accumulate);
     REFUSED(d.batch_invariant = 2, MOE_ERR_OPTION, batch_invariant);
     REFUSED(d.grid_limit = -1, MOE_ERR_RANGE, grid_limit);
+    {
+        const moe_gemm_group list[] = {{2, 0, 41}, {0, 0, 0}};
+        const uint32_t zero = 0;
+        tbuf group = tbuf_from("group", list, sizeof list, 0);
+        tbuf flags = tbuf_from("flags", &zero, 4, 0); /* of one row block */
+        moe_grouped_gemm_args args = {};
+        moe_gemm_plan p = {};
+#define LISTED d.group = (const moe_gemm_group*)group.p, d.num_groups = 2, d.expert_offset = 0
+        REFUSED((LISTED, d.num_groups = 0), MOE_ERR_RANGE, num_groups);
+        REFUSED((LISTED, d.num_groups = -1), MOE_ERR_RANGE, num_groups);
+        REFUSED((LISTED, d.num_groups = MOE_MAX_EXPERTS + 1), MOE_ERR_RANGE, num_groups);
+        REFUSED((LISTED, d.group = 0), MOE_ERR_NULL, group);
+        REFUSED((LISTED, d.num_rows = 0, d.group = 0), MOE_ERR_NULL, group);
+        REFUSED((LISTED, d.expert_offset = good.expert_offset), MOE_ERR_CONFLICT, group);
+        REFUSED((LISTED, d.c = 0, d.c_table = (void* const*)table.p), MOE_ERR_CONFLICT, c_table);
+        REFUSED((LISTED, d.group = (const moe_gemm_group*)AT(group.p, 2)), MOE_ERR_ALIGN, group);
+        REFUSED((LISTED, d.group = (const moe_gemm_group*)AT(d.c, 16)), MOE_ERR_OVERLAP, c);
+        REFUSED((LISTED, d.done = (uint32_t*)AT(group.p, 20)), MOE_ERR_OVERLAP, done);
+        REFUSED(d.ready = (const uint32_t*)AT(flags.p, 2), MOE_ERR_ALIGN, ready);
+        REFUSED(d.done = (uint32_t*)AT(flags.p, 2), MOE_ERR_ALIGN, done);
+        REFUSED((d.ready = (const uint32_t*)flags.p, d.done = (uint32_t*)flags.p), MOE_ERR_OVERLAP,
+                done);
+        REFUSED(d.done = (uint32_t*)d.a, MOE_ERR_OVERLAP, done);
+        REFUSED(d.done = (uint32_t*)AT(d.c, 41 * 64 * 2 - 4), MOE_ERR_OVERLAP, done);
+        REFUSED(d.ready = (const uint32_t*)AT(d.c, 41 * 64 * 2 - 4), MOE_ERR_OVERLAP, c);
+        REFUSED((d.done = (uint32_t*)flags.p, d.n = 1 << 27), MOE_ERR_RANGE, n);
+        d = good;
+        LISTED;
+        d.ready = (const uint32_t*)flags.p;
+        CHECK_STATUS(moe_grouped_gemm_plan(&d, &p), MOE_OK);
+        CHECK_STATUS(moe_gemm_tile_resolve(&d, &args), MOE_STATUS(MOE_ERR_CONFLICT, ready));
+        d.ready = 0, d.done = (uint32_t*)flags.p;
+        CHECK_STATUS(moe_grouped_gemm_plan(&d, &p), MOE_OK);
+        CHECK_STATUS(moe_gemm_tile_resolve(&d, &args), MOE_STATUS(MOE_ERR_CONFLICT, done));
+        CHECK(args.a == 0, "a refused descriptor filled in arguments");
+#undef LISTED
+        CHECK(tbuf_holds(&flags, &zero) && tbuf_holds(&group, list), "a refused call counted");
+        tbufs_free(TBUFS(&group, &flags));
+    }
     REFUSED((d.activation = 0, d.gate_up = 0, d.b.up = 0, d.pre = b.pre.p), MOE_ERR_CONFLICT, pre);
     REFUSED(d.pre = AT(b.pre.p, 8), MOE_ERR_ALIGN, pre);
     REFUSED(d.pre = d.c, MOE_ERR_OVERLAP, pre);

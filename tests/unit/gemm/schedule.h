@@ -26,6 +26,8 @@ MOE_DEVICE moei_schedule schedule_of(const schedule_args* d, unsigned char* shar
     s.groups.expert_offset = d->expert_offset;
     s.groups.num_experts = d->num_experts;
     s.groups.num_rows = d->num_rows;
+    s.groups.list = 0;
+    s.groups.num_groups = d->num_experts;
     s.column_tiles = d->column_tiles;
     s.row_align = d->row_align;
     s.tile_start = (int*)shared;
