@@ -53,7 +53,8 @@
                                                                                     saved)         \
                                                                                     X(saved_bytes) \
                                                                                     X(batch_invariant) X(grid_limit) \
-                                                                                    X(pre) X(pre_stride)
+                                                                                    X(pre) X(pre_stride) \
+                                                                                    X(gradient) X(dot)
 
 enum {
     MOE_FIELD_NONE,
