@@ -388,8 +388,8 @@ MOE_HOST int moei_gemm_wgmma_takes(const moe_grouped_gemm_desc* d)
    steps, C one array of 16-bit elements, room for the boxes beside the first tiles of all groups. */
 MOE_HOST int moei_gemm_boxed(const moe_grouped_gemm_desc* d)
 {
-    return !d->row_index && d->k <= MOEI_GEMM_BOXED_K && d->c && !d->gradient && d->c_dtype != MOE_FP32 &&
-           d->c_stride < (int64_t)1 << 39 && moei_gemm_groups(d) <= 2048;
+    return !d->row_index && d->k <= MOEI_GEMM_BOXED_K && d->c && !d->gradient &&
+           d->c_dtype != MOE_FP32 && d->c_stride < (int64_t)1 << 39 && moei_gemm_groups(d) <= 2048;
 }
 
 /* Encodes the tensor maps of a checked product with rows: gates and ups as two matrices of n rows,
