@@ -158,7 +158,8 @@ MOE_DEVICE int moei_schedule_build(const moei_schedule* s, moe_block_scan_scratc
                                    int m)
 {
     const moei_groups* g = &s->groups;
-    int before = 0, bad = 0;
+    unsigned before = 0; /* modulo 2^32: a list's tiles are checked afterwards */
+    int bad = 0;
     float sum = 0; /* about the thread's part of the tiles */
     for (int i0 = 0; i0 < g->num_groups; i0 += (int)blockDim.x) {
         const int i = i0 + (int)threadIdx.x;
@@ -173,16 +174,16 @@ MOE_DEVICE int moei_schedule_build(const moei_schedule* s, moe_block_scan_scratc
             }
         }
         at = moe_block_exclusive_scan(tiles, scratch, &total);
-        if (i < g->num_groups) s->tile_start[i] = before + at;
-        before += total;
+        if (i < g->num_groups) s->tile_start[i] = (int)(before + (unsigned)at);
+        before += (unsigned)total;
         sum += (float)tiles;
     }
-    if (threadIdx.x == 0) s->tile_start[g->num_groups] = before;
+    if (threadIdx.x == 0) s->tile_start[g->num_groups] = (int)before;
     if (g->list && !(moe_block_sum(sum, scratch) < MOEI_GEMM_MOST_TILES)) {
         bad = 1;
         if (threadIdx.x == 0) moe_fault_raise(fault, MOE_FAULT_BAD_OFFSET, rank, g->num_groups);
     }
-    return __syncthreads_or(bad) ? -1 : before;
+    return __syncthreads_or(bad) ? -1 : (int)before;
 }
 
 /* Returns the position of tile number `index`. Requires 0 <= index < number of tiles. */
