@@ -54,8 +54,7 @@
                                                                                     X(saved_bytes) \
                                                                                     X(batch_invariant) X(grid_limit) \
                                                                                     X(pre) X(pre_stride) \
-                                                                                    X(group) X(ready) X(done) \
-                                                                                    X(gradient) X(dot)
+                                                                                    X(group) X(ready) X(done)
 
 enum {
     MOE_FIELD_NONE,

@@ -194,14 +194,4 @@ MOE_DEVICE float moei_reciprocal_fast(float x)
 #endif
 }
 
-/* Returns v. The compiler does not know the value: it computes what follows from v where v is used,
-   not ahead of it, as out of a loop. */
-MOE_DEVICE int moei_opaque(int v)
-{
-#if !MOE_ON_HOST
-    asm volatile("" : "+r"(v));
-#endif
-    return v;
-}
-
 #endif

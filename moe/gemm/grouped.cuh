@@ -7,7 +7,6 @@
          expert_offset [E + 1] or a list of groups of rows, row_index [R]
    Out:  C [R, n] in expert order, in the same dtype or fp32
    Any number of rows per expert; n and k are multiples of 8. Layouts and options: gemm/desc.h.
-   With `gradient` C is the gradient by what the activation was applied to (gradient.cuh).
 
    Rows of A are gathered by index while they are loaded: no permuted copy is made. Weights are read
    from the caller's layout (moe_weights). Kernels read the row counts from expert_offset or the
@@ -169,23 +168,6 @@ MOE_HOST int64_t moei_gemm_groups(const moe_grouped_gemm_desc* d)
     return d->group ? d->num_groups : d->num_experts;
 }
 
-/* Returns 1 where B has gates and ups: with `gradient` pre has them instead. */
-MOE_HOST int moei_gemm_gated(const moe_grouped_gemm_desc* d)
-{
-    return !d->gradient && moe_activation_is_gated(d->activation);
-}
-
-/* Returns the columns of pre, and those of C. */
-MOE_HOST int64_t moei_gemm_pre_columns(const moe_grouped_gemm_desc* d)
-{
-    return moe_activation_is_gated(d->activation) ? 2 * (int64_t)d->n : d->n;
-}
-
-MOE_HOST int64_t moei_gemm_c_columns(const moe_grouped_gemm_desc* d)
-{
-    return d->gradient ? moei_gemm_pre_columns(d) : d->n;
-}
-
 /* Returns 1 where v has a good tile for these sizes on a device of `sms` multiprocessors; with
    batch_invariant num_rows is ignored. bench/bench_tiles.cu fitted the numbers:
      128x256  where its tiles fill the device; wgmma also where experts have more than 64 rows, WMMA
@@ -197,7 +179,7 @@ MOE_HOST int moei_gemm_suits(const moei_variant* v, const moe_grouped_gemm_desc*
     const int64_t tile_m = v->shape.tile_m, tile_n = v->shape.tile_n;
     const int64_t most = moei_gemm_groups(d), groups = d->num_rows < most ? d->num_rows : most;
     const int64_t rows = groups ? d->num_rows / groups : 0; /* of a group, on average */
-    const int64_t b_rows = (int64_t)d->n * (moei_gemm_gated(d) ? 2 : 1);
+    const int64_t b_rows = (int64_t)d->n * (moe_activation_is_gated(d->activation) ? 2 : 1);
     const int64_t tiles =
         ((rows + tile_m - 1) / tile_m) * groups * ((b_rows + tile_n - 1) / tile_n);
     const int many = d->batch_invariant, wgmma = v->path == MOE_GEMM_PATH_WGMMA;
@@ -210,34 +192,10 @@ MOE_HOST int moei_gemm_suits(const moei_variant* v, const moe_grouped_gemm_desc*
     }
 }
 
-/* Refuses options that a gradient lacks, and those of a gradient without one. Requires that each
-   option by itself is checked. */
-MOE_HOST moe_status moei_gemm_check_gradient(moe_grouped_gemm_desc* d)
-{
-    if (d->act_stride == 0) d->act_stride = d->n;
-    MOE_REQUIRE(moei_stride_fits(d->act_stride, d->n, d->num_rows), MOE_ERR_STRIDE, act_stride);
-    MOE_REQUIRE(d->act_stride % 8 == 0, MOE_ERR_ALIGN, act_stride);
-    if (!d->gradient) {
-        MOE_REQUIRE(!d->row_weight, MOE_ERR_CONFLICT, row_weight);
-        MOE_REQUIRE(!d->act, MOE_ERR_CONFLICT, act);
-        MOE_REQUIRE(!d->dot, MOE_ERR_CONFLICT, dot);
-        return MOE_OK;
-    }
-    MOE_REQUIRE(d->activation != MOE_ACTIVATION_NONE, MOE_ERR_CONFLICT, activation);
-    MOE_REQUIRE(!moe_activation_is_gated(d->activation) || d->gate_up == MOE_GATE_UP_CONCATENATED,
-                MOE_ERR_CONFLICT, gate_up);
-    MOE_REQUIRE(!d->bias, MOE_ERR_CONFLICT, bias);
-    MOE_REQUIRE(!d->accumulate, MOE_ERR_CONFLICT, accumulate);
-    MOE_REQUIRE(d->c_dtype == d->dtype, MOE_ERR_CONFLICT, c_dtype);
-    MOE_REQUIRE(!d->c_table, MOE_ERR_CONFLICT, c_table);
-    return MOE_OK;
-}
-
 /* Refuses sizes and options that the header does not offer, and fills in the defaults. */
 MOE_HOST moe_status moei_gemm_check_options(moe_grouped_gemm_desc* d)
 {
-    const int gated = moei_gemm_gated(d);
-    const int64_t pre_columns = moei_gemm_pre_columns(d), c_columns = moei_gemm_c_columns(d);
+    const int gated = moe_activation_is_gated(d->activation);
     int64_t b_rows, b_cols;
     MOE_REQUIRE(d->num_experts >= 1 && d->num_experts <= MOE_MAX_EXPERTS, MOE_ERR_RANGE,
                 num_experts);
@@ -267,11 +225,9 @@ MOE_HOST moe_status moei_gemm_check_options(moe_grouped_gemm_desc* d)
     MOE_REQUIRE(d->tile >= 0 && d->tile <= MOE_TILE_64x64, MOE_ERR_OPTION, tile);
     MOE_REQUIRE(d->path >= 0 && d->path <= MOE_GEMM_PATH_WGMMA, MOE_ERR_OPTION, path);
     MOE_REQUIRE((d->batch_invariant | 1) == 1, MOE_ERR_OPTION, batch_invariant);
-    MOE_REQUIRE((d->gradient | 1) == 1, MOE_ERR_OPTION, gradient);
     MOE_REQUIRE(d->grid_limit >= 0, MOE_ERR_RANGE, grid_limit);
     MOE_REQUIRE(!d->workspace || d->workspace_bytes >= MOE_GROUPED_GEMM_WORKSPACE,
                 MOE_ERR_WORKSPACE, workspace_bytes);
-    MOE_TRY(moei_gemm_check_gradient(d));
 
     MOE_REQUIRE(d->a_rows >= 0 && d->a_rows <= MOE_GEMM_MAX_ROWS, MOE_ERR_RANGE, a_rows);
     if (d->a_rows == 0) d->a_rows = d->num_rows;
@@ -292,13 +248,13 @@ MOE_HOST moe_status moei_gemm_check_options(moe_grouped_gemm_desc* d)
     MOE_REQUIRE(moei_stride_fits(d->b.expert_stride, d->num_experts > 1, d->num_experts),
                 MOE_ERR_STRIDE, b_stride);
     MOE_REQUIRE(d->b.expert_stride % 8 == 0, MOE_ERR_ALIGN, b_stride);
-    if (d->c_stride == 0) d->c_stride = c_columns;
-    MOE_REQUIRE(moei_stride_fits(d->c_stride, c_columns, d->num_rows), MOE_ERR_STRIDE, c_stride);
+    if (d->c_stride == 0) d->c_stride = d->n;
+    MOE_REQUIRE(moei_stride_fits(d->c_stride, d->n, d->num_rows), MOE_ERR_STRIDE, c_stride);
     MOE_REQUIRE(d->c_stride % 8 == 0, MOE_ERR_ALIGN, c_stride);
 
-    if (d->pre_stride == 0) d->pre_stride = pre_columns;
-    MOE_REQUIRE(moei_stride_fits(d->pre_stride, pre_columns, d->num_rows), MOE_ERR_STRIDE,
-                pre_stride);
+    if (d->pre_stride == 0) d->pre_stride = gated ? 2 * (int64_t)d->n : d->n;
+    MOE_REQUIRE(moei_stride_fits(d->pre_stride, gated ? 2 * (int64_t)d->n : d->n, d->num_rows),
+                MOE_ERR_STRIDE, pre_stride);
     MOE_REQUIRE(d->pre_stride % 8 == 0, MOE_ERR_ALIGN, pre_stride);
     MOE_REQUIRE(!d->pre || d->activation != MOE_ACTIVATION_NONE, MOE_ERR_CONFLICT, pre);
 
@@ -318,18 +274,11 @@ MOE_HOST moe_status moei_gemm_check_options(moe_grouped_gemm_desc* d)
     return MOE_OK;
 }
 
-/* Returns the bytes of row_weight that a checked product may read. */
-MOE_HOST uint64_t moei_gemm_weight_bytes(const moe_grouped_gemm_desc* d)
-{
-    const int64_t most = (int64_t)1 << 31, indices = d->a_rows * d->row_div;
-    return (uint64_t)(!d->row_index ? d->num_rows : indices < most ? indices : most) * 4;
-}
-
 /* Refuses buffers that are absent, misaligned or overlap. Requires checked options. */
 MOE_HOST moe_status moei_gemm_check_buffers(const moe_grouped_gemm_desc* d)
 {
     const int64_t num_experts = d->num_experts, num_rows = d->num_rows, n = d->n, k = d->k;
-    const int gated = moei_gemm_gated(d);
+    const int gated = moe_activation_is_gated(d->activation);
     const int separate = gated && d->gate_up == MOE_GATE_UP_SEPARATE;
     const int64_t all_n = gated ? 2 * n : n; /* rows of gate and up */
     const uint64_t matrices = moei_weight_extent(&d->b, num_experts, separate ? n : all_n, k);
@@ -349,14 +298,10 @@ MOE_HOST moe_status moei_gemm_check_buffers(const moe_grouped_gemm_desc* d)
         {d->bias, (uint64_t)(num_experts * all_n) * 2, 2, MOE_BUFFER_READ, MOE_FIELD_bias},
         {d->row_index, (uint64_t)num_rows * 4, 4, MOE_BUFFER_READ, MOE_FIELD_row_index},
         {d->c_table, table, 8, MOE_BUFFER_READ, MOE_FIELD_c},
-        {d->c, moe_extent(num_rows, d->c_stride, moei_gemm_c_columns(d), d->c_dtype), 16,
+        {d->c, moe_extent(num_rows, d->c_stride, n, d->c_dtype), 16,
          d->c_table ? MOE_BUFFER_WRITTEN : MOE_BUFFER_REQUIRED | MOE_BUFFER_WRITTEN, MOE_FIELD_c},
-        {d->pre, moe_extent(num_rows, d->pre_stride, moei_gemm_pre_columns(d), d->dtype), 16,
-         d->gradient ? MOE_BUFFER_REQUIRED : MOE_BUFFER_WRITTEN, MOE_FIELD_pre},
-        {d->row_weight, moei_gemm_weight_bytes(d), 4, MOE_BUFFER_READ, MOE_FIELD_row_weight},
-        {d->act, moe_extent(num_rows, d->act_stride, n, d->dtype), 16, MOE_BUFFER_WRITTEN,
-         MOE_FIELD_act},
-        {d->dot, (uint64_t)(num_rows * ((n + 63) / 64)) * 4, 4, MOE_BUFFER_WRITTEN, MOE_FIELD_dot},
+        {d->pre, moe_extent(num_rows, d->pre_stride, all_n, d->dtype), 16, MOE_BUFFER_WRITTEN,
+         MOE_FIELD_pre},
         {d->ready, flags, 4, MOE_BUFFER_READ, MOE_FIELD_ready},
         {d->done, flags, 4, MOE_BUFFER_WRITTEN, MOE_FIELD_done},
         {d->group, (uint64_t)d->num_groups * sizeof(moe_gemm_group), 4, MOE_BUFFER_REQUIRED,
@@ -380,7 +325,7 @@ MOE_HOST int moei_gemm_wgmma_takes(const moe_grouped_gemm_desc* d)
     const int64_t most = (int64_t)1 << 39;
     return d->a_major == MOE_MAJOR_K && (d->row_index || d->row_div == 1) && d->grid_limit != 1 &&
            d->a_stride < most && d->b.row_stride < most / 2 &&
-           !(d->b.major == MOE_MAJOR_MN && moei_gemm_gated(d) &&
+           !(d->b.major == MOE_MAJOR_MN && moe_activation_is_gated(d->activation) &&
              d->gate_up == MOE_GATE_UP_INTERLEAVED);
 }
 
@@ -388,15 +333,15 @@ MOE_HOST int moei_gemm_wgmma_takes(const moe_grouped_gemm_desc* d)
    steps, C one array of 16-bit elements, room for the boxes beside the first tiles of all groups. */
 MOE_HOST int moei_gemm_boxed(const moe_grouped_gemm_desc* d)
 {
-    return !d->row_index && d->k <= MOEI_GEMM_BOXED_K && d->c && !d->gradient &&
-           d->c_dtype != MOE_FP32 && d->c_stride < (int64_t)1 << 39 && moei_gemm_groups(d) <= 2048;
+    return !d->row_index && d->k <= MOEI_GEMM_BOXED_K && d->c && d->c_dtype != MOE_FP32 &&
+           d->c_stride < (int64_t)1 << 39 && moei_gemm_groups(d) <= 2048;
 }
 
 /* Encodes the tensor maps of a checked product with rows: gates and ups as two matrices of n rows,
    however they lie in memory. */
 MOE_HOST moe_status moei_gemm_encode(moei_wgmma_args* a, const moe_grouped_gemm_desc* d)
 {
-    const int gated = moei_gemm_gated(d), mn = d->b.major == MOE_MAJOR_MN;
+    const int gated = moe_activation_is_gated(d->activation), mn = d->b.major == MOE_MAJOR_MN;
     moei_tensor t;
     memset(&t, 0, sizeof t);
     t.dtype = d->dtype;
@@ -452,7 +397,7 @@ MOE_HOST moe_grouped_gemm_args moei_gemm_args_of(const moe_grouped_gemm_desc* d)
     a.c.dtype = d->c_dtype;
     a.c.bias_dtype = d->dtype;
     a.c.activation = d->activation;
-    a.c.gated = moei_gemm_gated(d) ? d->gate_up : 0;
+    a.c.gated = moe_activation_is_gated(d->activation) ? d->gate_up : 0;
     a.c.accumulate = d->accumulate;
     a.c.alpha = d->alpha;
     a.c.limit = d->limit;
@@ -473,12 +418,6 @@ MOE_HOST moe_grouped_gemm_args moei_gemm_args_of(const moe_grouped_gemm_desc* d)
     a.ready_value = d->ready_value;
     a.ready_timeout_ms = d->ready_timeout_ms;
     a.done = d->done;
-    a.gradient.row_weight = d->row_weight;
-    a.gradient.act = d->act;
-    a.gradient.act_stride = d->act_stride;
-    a.gradient.dot = d->dot;
-    a.gradient.enabled = d->gradient;
-    a.gradient.gated = d->gradient && moe_activation_is_gated(d->activation);
     return a;
 }
 
@@ -531,7 +470,6 @@ MOE_HOST moe_status moei_gemm_choose(const moe_grouped_gemm_desc* d, const moe_d
     MOE_TRY(moei_gemm_listed(d));
     MOE_REQUIRE(MOE_ON_HOST || d->dtype == MOE_FP16 || dev->major >= 8, MOE_ERR_DEVICE, dtype);
     for (const moei_variant* v = moei_gemm_variants; v->kernel; ++v) {
-        moei_variant needs;
         int runs;
         if (v->shape.dtype != d->dtype || v->shape.a_major != d->a_major ||
             v->shape.b_major != d->b.major ||
@@ -542,10 +480,7 @@ MOE_HOST moe_status moei_gemm_choose(const moe_grouped_gemm_desc* d, const moe_d
                       : d->path == MOE_GEMM_PATH_WGMMA || moei_gemm_suits(v, d, dev->sms)))
             continue;
         compiled |= v->least != MOEI_CODE_NEVER;
-        needs = *v;
-        if (d->gradient && v->least < MOEI_GRADIENT_LEAST(v->shape.tile_m, v->shape.tile_n))
-            needs.least = MOEI_GRADIENT_LEAST(v->shape.tile_m, v->shape.tile_n);
-        MOE_TRY(moei_variant_runs(&needs, dev, moei_gemm_more(v, d), &runs));
+        MOE_TRY(moei_variant_runs(v, dev, moei_gemm_more(v, d), &runs));
         *chosen = v;
         if (runs) return MOE_OK;
     }
@@ -570,7 +505,7 @@ MOE_HOST moe_status moei_gemm_prepare(const moe_grouped_gemm_desc* d, moe_groupe
     int64_t columns, tiles;
     MOE_TRY(moe_device_query(&dev));
     MOE_TRY(moei_gemm_choose(d, &dev, &v));
-    columns = moei_gemm_gated(d) ? v->shape.tile_n / 2 : v->shape.tile_n;
+    columns = moe_activation_is_gated(d->activation) ? v->shape.tile_n / 2 : v->shape.tile_n;
     tiles = ((int64_t)d->num_rows / v->shape.tile_m + moei_gemm_groups(d) + 1) *
             ((d->n + columns - 1) / columns); /* upper bound */
     MOE_REQUIRE(tiles <= MOEI_VARIANT_MAX_TILES, MOE_ERR_RANGE, num_rows);

@@ -265,20 +265,6 @@ MOE_DEVICE void moei_tile_count(const moe_grouped_gemm_args* d, const moe_tile_p
     }
 }
 
-/* Stores the sums of tile t: by the epilogue of a gradient, or of a forward product. All threads of
-   the block call it. staging: of the calling warp. */
-MOE_DEVICE void moei_tile_store(const moe_grouped_gemm_args* d, const moe_tile_position* t,
-                                moei_mma_c acc[4][4], float* staging, bool gradient,
-                                const moe_gemm_shape f)
-{
-    const int warp_m = moe_warp() % f.warps_m, warp_n = moe_warp() / f.warps_m;
-    const int columns = d->c.gated ? f.tile_n / 2 : f.tile_n; /* of C in a tile */
-    const int row = t->row + warp_m * f.wm;
-    const int column = t->column * columns + warp_n * (columns / f.warps_n);
-    if (gradient) moei_epilogue_gradient(d, t, acc, staging, row, column, f);
-    else moei_epilogue_warp(&d->c, d->n, t, acc, staging, row, column, f);
-}
-
 /* Computes tiles blockIdx.x, blockIdx.x + gridDim.x, ... of all experts. All threads of the block
    call it. `shared` holds the ring, the staging of each warp, then tile_start.
      1. Build the schedule from the groups; return where it is bad or has no tile for this block.
@@ -293,8 +279,7 @@ MOE_DEVICE_BODY void moei_gemm_block(const moe_grouped_gemm_args* d, unsigned ch
     const int elems = (f.tile_m + f.tile_n) * f.tile_k; /* elements of a stage */
     uint16_t* ring = (uint16_t*)shared;
     float* staging = (float*)(ring + f.stages * elems) + moe_warp() * moei_staging_floats(f.wn);
-    const bool gradient = MOEI_CODE_HERE(MOEI_GRADIENT_LEAST(f.tile_m, f.tile_n), MOEI_CODE_ANY) &&
-                          d->gradient.enabled;
+    const int warp_m = moe_warp() % f.warps_m, warp_n = moe_warp() / f.warps_m;
     const int columns = d->c.gated ? f.tile_n / 2 : f.tile_n; /* columns of C in a tile */
     const int steps = (d->k + f.tile_k - 1) / f.tile_k;
     moei_ring r = moei_ring_of(ring, f);
@@ -324,7 +309,8 @@ MOE_DEVICE_BODY void moei_gemm_block(const moe_grouped_gemm_args* d, unsigned ch
         moei_tile_zero(acc, f);
         moei_tile_steps(acc, &load, &r, d, &tiles, steps, f);
         t = s->position[turn++ & 3];
-        moei_tile_store(d, &t, acc, staging, gradient, f);
+        moei_epilogue_warp(&d->c, d->n, &t, acc, staging, t.row + warp_m * f.wm,
+                           t.column * columns + warp_n * (columns / f.warps_n), f);
         if (d->done) moei_tile_count(d, s->position + ((turn - 1) & 3), columns, f);
     }
     moei_copy_wait(0); /* copies of the steps past the last tile */
@@ -377,12 +363,15 @@ MOE_DEVICE void moei_tile_sum(moei_mma_c acc[4][4], const moe_grouped_gemm_args*
 MOE_DEVICE_BODY void moe_gemm_tile(const moe_grouped_gemm_args* d, const moe_tile_position t,
                                    unsigned char* shared, const moe_gemm_shape f)
 {
+    const int columns = d->c.gated ? f.tile_n / 2 : f.tile_n;
     const int elems = (f.tile_m + f.tile_n) * f.tile_k;
+    const int warp_m = moe_warp() % f.warps_m, warp_n = moe_warp() / f.warps_m;
     uint16_t* ring = (uint16_t*)shared;
     float* staging = (float*)(ring + f.stages * elems) + moe_warp() * moei_staging_floats(f.wn);
     moei_mma_c acc[4][4];
     moei_tile_sum(acc, d, t, ring, f);
-    moei_tile_store(d, &t, acc, staging, d->gradient.enabled != 0, f);
+    moei_epilogue_warp(&d->c, d->n, &t, acc, staging, t.row + warp_m * f.wm,
+                       t.column * columns + warp_n * (columns / f.warps_n), f);
     __syncthreads();
 }
 

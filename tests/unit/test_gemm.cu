@@ -11,7 +11,6 @@
      activations.h  activations, by themselves and in the epilogue
      values.h       results: tiles, rows, tails, gathered rows, majors
      wgmma.h        results of the wgmma path
-     gradient.h     the backward pass through an activation
      faults.h       bad offsets and tables, stop faults, no rows
      plan.h         the plan, the table of variants, a kernel of one's own
      refusals.h     bad descriptors
@@ -39,7 +38,6 @@
 #include "tests/unit/gemm/refusals.h"
 #include "tests/unit/gemm/replay.h"
 #include "tests/unit/gemm/seams.h"
-#include "tests/unit/gemm/gradient.h"
 
 int main(int argc, char** argv)
 {
@@ -54,6 +52,5 @@ int main(int argc, char** argv)
     gemm_refusals();
     gemm_replay();
     gemm_seams();
-    gemm_gradient();
     return test_end();
 }

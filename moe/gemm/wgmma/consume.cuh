@@ -12,7 +12,6 @@
 
 #include "../../activation.cuh"
 #include "../flags.cuh"
-#include "gradient.cuh"
 #include "store.cuh"
 
 #if MOEI_WGMMA_HERE
@@ -355,8 +354,6 @@ MOE_DEVICE void moei_wgmma_consume(const moei_wgmma_args* a, moei_wgmma_ring r, 
             moei_wgmma_settle(acc);
             moei_wgmma_release(&r, moei_wgmma_before(&r));
             if (turned) moei_wgmma_finish_turned(&p, acc, &d->c, f.dtype); /* 3. */
-            else if (!by_depth && d->gradient.enabled)
-                moei_wgmma_gradient(&p, acc, d, t->row + line, f.dtype);
             else moei_wgmma_finish(&p, acc, &d->c, t->expert, t->row + line, d->n, f);
         } else {
             moei_wgmma_skip(&r, depths);
