@@ -3,7 +3,8 @@
 
    dW1 of SwiGLU: dact [R, 2I] and the tokens gathered by row_slot. dW2: the gathered gradient of y
    and act [R, I]. "in order": dW1 with tokens [R, H] already in expert order. All are written in
-   fp32. Floor: 2 R m n flops at cuBLAS's rate for one dense product of [m, R] and [R, n], in turn. */
+   fp32. Floor: 2 R m n flops at cuBLAS's rate for one dense product of [m, R] and [R, n], in
+   turn. */
 #include "bench_blas.h"
 
 #include "../moe/gemm/k_grouped.cuh"

@@ -288,11 +288,11 @@ MOE_HOST moe_k_grouped_gemm_args moei_k_args_of(const moe_k_grouped_gemm_desc* d
     return a;
 }
 
-/* Returns 1 where the wgmma path can take a checked product: at most one operand gathered, all rows of
-   the others there; strides within the limits of tensor maps. */
+/* Returns 1 where the wgmma path can take a checked product: at most one operand gathered, within 64
+   GiB (k_gather.cuh); all rows of the others there; strides within the limits of tensor maps. */
 MOE_HOST int moei_k_wgmma_takes(const moe_k_grouped_gemm_desc* d)
 {
-    const int64_t most = (int64_t)1 << 39, far = (int64_t)1 << 35; /* far: 64 GiB */
+    const int64_t most = (int64_t)1 << 39, far = (int64_t)1 << 35; /* elements */
     return !(d->a_index && d->a_rows * d->a_stride >= far) &&
            !(d->b_index && d->b_rows * d->b_stride >= far) && !(d->a_index && d->b_index) &&
            d->grid_limit != 1 && d->a_stride < most && d->b_stride < most &&
@@ -300,29 +300,44 @@ MOE_HOST int moei_k_wgmma_takes(const moe_k_grouped_gemm_desc* d)
            (d->b_index || (d->b_div == 1 && d->b_rows >= d->num_rows));
 }
 
-/* Sets the args of the wgmma path's kernel from those of the others; encodes the tensor maps. The
-   kernel gathers rows of its A: where those of B are gathered, it computes C's transpose, turned. */
-MOE_HOST moe_status moei_k_encode(moei_wgmma_args* w, const moe_k_grouped_gemm_args* a)
+/* Returns the product whose results are the transposes of those of *a: A and B change places. */
+MOE_HOST moe_k_grouped_gemm_args moei_k_transposed(const moe_k_grouped_gemm_args* a)
 {
-    const int turned = a->b_index != 0;
+    moe_k_grouped_gemm_args t = *a;
+    t.a = a->b, t.b = a->a;
+    t.a_index = a->b_index, t.b_index = a->a_index;
+    t.a_stride = a->b_stride, t.b_stride = a->a_stride;
+    t.a_rows = a->b_rows, t.b_rows = a->a_rows;
+    t.a_div = a->b_div, t.b_div = a->a_div;
+    t.m = a->n, t.n = a->m;
+    return t;
+}
+
+/* Sets the args of the wgmma path's kernel from those of the others; encodes the tensor maps. The
+   kernel gathers rows of its A. Where those of B are gathered it gets the transposed product, and
+   stores each result transposed. */
+MOE_HOST moe_status moei_k_encode(moei_wgmma_args* w, const moe_k_grouped_gemm_args* args)
+{
+    const moe_k_grouped_gemm_args product = args->b_index ? moei_k_transposed(args) : *args;
+    const moe_k_grouped_gemm_args* a = &product;
     moei_tensor t;
-    w->turned = turned;
-    w->d.a = turned ? a->b : a->a;
-    w->d.a_stride = turned ? a->b_stride : a->a_stride;
-    w->d.a_rows = turned ? a->b_rows : a->a_rows;
-    w->d.row_index = turned ? a->b_index : a->a_index;
-    w->d.row_div = turned ? a->b_div : a->a_div;
-    w->d.b.base = turned ? a->a : a->b;
-    w->d.b.row_stride = turned ? a->a_stride : a->b_stride;
+    w->transposed = args->b_index != 0;
+    w->d.a = a->a;
+    w->d.a_stride = a->a_stride;
+    w->d.a_rows = a->a_rows;
+    w->d.row_index = a->a_index;
+    w->d.row_div = a->a_div;
+    w->d.b.base = a->b;
+    w->d.b.row_stride = a->b_stride;
     w->d.b.major = MOE_MAJOR_MN;
     w->d.c = a->c;
     w->d.expert_offset = a->expert_offset;
     w->d.num_experts = a->num_experts;
     w->d.num_rows = a->num_rows;
-    w->d.n = turned ? a->m : a->n;
+    w->d.n = a->n;
     w->d.fault = a->fault;
     w->d.rank = a->rank;
-    w->m = turned ? a->n : a->m;
+    w->m = a->m;
     w->c_expert_bytes = a->c_expert_bytes;
     memset(&t, 0, sizeof t);
     if (a->num_rows == 0) /* neither is read, and may be any address; of C a block is mapped */

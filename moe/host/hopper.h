@@ -9,9 +9,9 @@
 
    The run fails where a kernel names a block of its cluster that has ended, a barrier that was not
    initialized, a destination or operand that is not 1024-byte aligned, or a descriptor of another
-   layout; where a barrier gets more arrivals than it expects; where products or stores of boxes are in
-   flight at the end. Not shown: the limit of registers, the limits of tensor maps, and the order that
-   moei_wgmma_begin, moei_wgmma_settle and moei_wgmma_sees_copies make. */
+   layout; where a barrier gets more arrivals than it expects; where products or stores of boxes are
+   in flight at the end. Not shown: the limit of registers, the limits of tensor maps, and the order
+   that moei_wgmma_begin, moei_wgmma_settle and moei_wgmma_sees_copies make. */
 #ifndef MOE_HOST_HOPPER_H
 #define MOE_HOST_HOPPER_H
 
@@ -153,6 +153,7 @@ inline unsigned char* moeh_swizzle(unsigned char* p)
     return p + ((a ^ ((a >> 7 & 7) << 4)) - a);
 }
 
+/* Requires a map that copies can use. */
 inline void moeh_check_map(const moei_tensor* t)
 {
     moeh_check_aligned(t->base, 16, "copies by a map of a misaligned base");
@@ -204,7 +205,8 @@ inline void moei_tensor_load_both(void* dst, const moei_tensor_map* map, int x, 
     }
 }
 
-/* Begins to store a box. It reads src when the thread waits for it: who writes there before, shows. */
+/* Begins to store a box. It reads src when the thread waits for it: who writes there before,
+   shows. */
 inline void moei_tensor_store(const void* src, const moei_tensor_map* map, int x, int y)
 {
     moei_tensor t;
@@ -228,7 +230,7 @@ inline void moei_tensor_store_wait(void)
 }
 inline void moei_tensor_store_wait_read(void) { moei_tensor_store_wait(); }
 
-inline uint32_t moei_turn_matrix(uint32_t x)
+inline uint32_t moei_transpose_matrix(uint32_t x)
 {
     const int row = (int)moeh_lane() / 4, column = (int)moeh_lane() % 4 * 2;
     const uint32_t low = __shfl_sync(0xffffffffu, x, 4 * column + row / 2);

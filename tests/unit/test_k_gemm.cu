@@ -545,6 +545,13 @@ static void test_k_refusals(void)
     REFUSED(d.b_div = 2, MOE_ERR_CONFLICT, path);
     REFUSED(d.a_rows = d.num_rows - 1, MOE_ERR_CONFLICT, path);
     REFUSED(d.b_rows = d.num_rows - 1, MOE_ERR_CONFLICT, path);
+    good.a = (void*)((uintptr_t)1 << 50), good.a_rows = 1 << 29; /* addresses only, nothing runs */
+    good.a_index = good.expert_offset;
+    REFUSED(d.a_stride = 64, MOE_ERR_CONFLICT, path); /* gathered from 64 GiB */
+    good.a = b.d.a, good.a_rows = good.num_rows, good.a_index = 0;
+    good.b = (void*)((uintptr_t)1 << 50), good.b_rows = 1 << 29;
+    good.b_index = good.expert_offset;
+    REFUSED(d.b_stride = 72, MOE_ERR_CONFLICT, path);
     TEST_CUDA(cudaDeviceSynchronize());
     CHECK(tbuf_holds(&b.c, 0), "a refused call wrote C");
     bufs_free(&b);

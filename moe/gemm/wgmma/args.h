@@ -25,7 +25,7 @@ typedef struct moei_wgmma_args {
     int64_t c_expert_bytes;  /* k-grouped: bytes between the matrices of c.base; otherwise 0 */
     int32_t m;               /* k-grouped: rows of each expert's C; otherwise 0 */
     int32_t boxes;           /* 1: full tiles are stored by tensor copies (wgmma/store.cuh) */
-    int32_t turned;          /* k-grouped: 1: C is stored as [E, n, m] */
+    int32_t transposed;      /* k-grouped: 1: C is stored as [E, n, m] */
     int32_t unused[9];       /* a launch copies whole 64-byte units */
 } moei_wgmma_args;
 

@@ -64,15 +64,15 @@ typedef struct moei_wgmma_target {
 
 /* Returns where the results of *p go. */
 MOE_DEVICE moei_wgmma_target moei_wgmma_target_of(const moei_wgmma_pending* p,
-                                                  const moe_gemm_output* o, const int turned)
+                                                  const moe_gemm_output* o, const int transposed)
 {
     const int quad = moe_lane() & 3, line = moe_lane() >> 2, before = quad * 6;
     const int bytes = o->dtype == MOE_FP32 ? 4 : 2;
     moei_wgmma_target t;
     t.c = p->c - before * bytes;
-    if (turned) t.c = p->c + (2 * quad - line) * (o->stride - 1) * bytes;
-    t.below = (turned ? 1 : o->stride) * 8 * bytes;
-    t.right = (turned ? o->stride : 1) * bytes;
+    if (transposed) t.c = p->c + (2 * quad - line) * (o->stride - 1) * bytes;
+    t.below = (transposed ? 1 : o->stride) * 8 * bytes;
+    t.right = (transposed ? o->stride : 1) * bytes;
     t.rows = p->rows;
     t.columns = p->columns + before;
     return t;
@@ -117,15 +117,15 @@ MOE_DEVICE void moei_wgmma_add_c(float acc[128], const moe_gemm_output* o,
     }
 }
 
-/* Stores fp32 results; turned, a literal: neighbouring columns are apart. */
+/* Stores fp32 results; transposed, a literal: neighbouring columns are apart. */
 MOE_DEVICE void moei_wgmma_store_f32(const float acc[128], const moe_gemm_output* o,
-                                     const moei_wgmma_target* t, const int turned)
+                                     const moei_wgmma_target* t, const int transposed)
 {
     MOE_UNROLL
     for (int i = 0; i < 64; ++i) {
         char* at = t->c + i % 2 * t->below + i / 2 * 8 * t->right;
         if (i / 2 * 8 < t->columns && t->rows > i % 2 * 8 && !(o->gated && i >= 32)) {
-            if (turned) {
+            if (transposed) {
                 *(float*)at = acc[2 * i];
                 *(float*)(at + t->right) = acc[2 * i + 1];
             } else {
@@ -265,8 +265,8 @@ MOE_DEVICE void moei_wgmma_finish(moei_wgmma_pending* p, float acc[128], const m
 }
 
 /* Ends a tile of C's transpose: adds C where results are added to it, stores at once. */
-MOE_DEVICE void moei_wgmma_finish_turned(moei_wgmma_pending* p, float acc[128],
-                                         const moe_gemm_output* o, const int dtype)
+MOE_DEVICE void moei_wgmma_finish_transposed(moei_wgmma_pending* p, float acc[128],
+                                             const moe_gemm_output* o, const int dtype)
 {
     const moei_wgmma_target to = moei_wgmma_target_of(p, o, 1);
     if (o->accumulate) moei_wgmma_add_c(acc, o, &to);
@@ -275,7 +275,7 @@ MOE_DEVICE void moei_wgmma_finish_turned(moei_wgmma_pending* p, float acc[128],
     } else {
         MOE_UNROLL
         for (int i = 0; i < 64; ++i) { /* a lane stores two rows of one of 8 columns */
-            const uint32_t x = moei_turn_matrix(moe_pack2(acc[2 * i], acc[2 * i + 1], dtype));
+            const uint32_t x = moei_transpose_matrix(moe_pack2(acc[2 * i], acc[2 * i + 1], dtype));
             if (i / 2 * 8 < to.columns && to.rows > i % 2 * 8)
                 *(uint32_t*)(p->c + i % 2 * to.below + i / 2 * 8 * to.right) = x;
         }
@@ -313,7 +313,7 @@ MOE_DEVICE void moei_wgmma_consume(const moei_wgmma_args* a, moei_wgmma_ring r, 
     const moe_grouped_gemm_args* d = &a->d;
     const int by_depth = f.a_major == MOE_MAJOR_MN; /* k-grouped */
     const int boxes = gathered || by_depth ? 0 : a->boxes;
-    const int turned = gathered && by_depth ? a->turned : 0;
+    const int transposed = gathered && by_depth ? a->transposed : 0;
     const int warp = moe_warp() % 4, line = consumer * 64 + warp * 16 + (moe_lane() >> 2);
     moei_wgmma_pending p;
     p.c = 0;
@@ -344,7 +344,7 @@ MOE_DEVICE void moei_wgmma_consume(const moei_wgmma_args* a, moei_wgmma_ring r, 
             p.boxed = __shfl_sync(MOE_FULL_WARP, t->row, 0) + consumer * 64;
             if (!boxes || rows < consumer * 64 + 64) p.boxed = ~p.boxed;
             moei_wgmma_aim(&p, &d->c, t, a->c_expert_bytes, t->row + line, rows - line, t->first,
-                           d->n, turned);
+                           d->n, transposed);
             MOE_NO_UNROLL
             for (; i < depths; i += 64) {
                 moei_wgmma_start_step(acc, &r, consumer, i, gathered, f);
@@ -353,7 +353,7 @@ MOE_DEVICE void moei_wgmma_consume(const moei_wgmma_args* a, moei_wgmma_ring r, 
             moei_wgmma_wait(0); /* 2. */
             moei_wgmma_settle(acc);
             moei_wgmma_release(&r, moei_wgmma_before(&r));
-            if (turned) moei_wgmma_finish_turned(&p, acc, &d->c, f.dtype); /* 3. */
+            if (transposed) moei_wgmma_finish_transposed(&p, acc, &d->c, f.dtype); /* 3. */
             else moei_wgmma_finish(&p, acc, &d->c, t->expert, t->row + line, d->n, f);
         } else {
             moei_wgmma_skip(&r, depths);

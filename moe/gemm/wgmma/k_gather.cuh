@@ -31,20 +31,20 @@ MOE_DEVICE int moei_wgmma_depth_index(const moe_grouped_gemm_args* d, const moei
 }
 
 /* Sets where the thread copies a step's A from: one vector of eight lines. lines: where each one's
-   row lies; vector: the thread's of a line's 16; line: its first one. */
+   row lies; vector: the thread's of a line's 16; line: its first one. Columns past the last are any
+   columns, here and in B: their results are not stored. */
 MOE_DEVICE void moei_wgmma_gather_depths(moei_wgmma_gather* g, const moe_grouped_gemm_args* d,
                                          const moei_wgmma_tile* t, const uint32_t lines[64],
                                          int vector, int line)
 {
     const int column = t->row + vector * 8;
-    const bool exists = column < t->end;
-    const char* from = (const char*)d->a + (exists ? column : 0) * (int64_t)2;
+    const char* from = (const char*)d->a + (column < t->end ? column : 0) * (int64_t)2;
     g->keep = 0;
     MOE_UNROLL
     for (int i = 0; i < 8; ++i) {
         const uint32_t at = lines[line + 8 * i];
         g->from[i] = from + (uint64_t)(at == MOEI_WGMMA_NO_ROW ? 0 : at) * 16;
-        g->keep |= exists && at != MOEI_WGMMA_NO_ROW ? 1u << i : 0;
+        g->keep |= at != MOEI_WGMMA_NO_ROW ? 1u << i : 0;
     }
 }
 
@@ -56,12 +56,11 @@ MOE_DEVICE void moei_wgmma_copy_depths_b(unsigned char* stage, const moe_grouped
 {
     const int vector = (int)threadIdx.x % 32;
     const int column = t->first + vector * 8;
-    const bool exists = column < d->n;
-    const char* from = (const char*)d->b.base + (exists ? column : 0) * (int64_t)2;
+    const char* from = (const char*)d->b.base + (column < d->n ? column : 0) * (int64_t)2;
     unsigned char* to = stage + 2 * MOEI_WGMMA_A_HALF + vector / 8 * (64 * 128);
     MOE_NO_UNROLL
     for (int line = (int)threadIdx.x / 32; line < 64; line += 4) {
-        const bool keep = exists && lines[line] != MOEI_WGMMA_NO_ROW;
+        const bool keep = lines[line] != MOEI_WGMMA_NO_ROW;
         moei_copy16_async(
             to + line * 128 + ((vector % 8 ^ (line & 7)) << 4),
             from + (keep ? (int64_t)t->origin + depth + line : 0) * d->b.row_stride * 2,
@@ -142,9 +141,7 @@ MOE_DEVICE void moei_wgmma_produce_depths(const moei_wgmma_args* a, moei_wgmma_r
         }
         t = moei_wgmma_read(r.s, turn + 1);
     }
-    moei_barrier_wait(r.s->empty + r.stage, r.parity ^ 1);
-    if (thread == 0) moei_barrier_expect(r.s->full + r.stage, 0);
-    moei_barrier_arrive_copies(r.s->full + r.stage);
+    moei_wgmma_gather_end(&r);
 }
 
 #endif

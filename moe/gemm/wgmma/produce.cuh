@@ -260,9 +260,9 @@ MOE_DEVICE void moei_wgmma_gather_from(moei_wgmma_gather* g, const moe_grouped_g
     g->whole = __all_sync(MOE_FULL_WARP, g->keep == 255) != 0;
 }
 
-/* Starts the thread's copies of a step, `ahead`, a literal, after that of g->from; lines are `apart`,
-   a literal, bytes from one to the next. depths: of A from the thread's vector on; whole, a literal:
-   no zeros, fewer instructions. */
+/* Starts the thread's copies of a step, `ahead`, a literal, after that of g->from. apart, a literal:
+   bytes from line to line; depths: of A from the thread's vector on; whole, a literal: no zeros,
+   fewer instructions. */
 MOE_DEVICE void moei_wgmma_copy_rows(unsigned char* to, const moei_wgmma_gather* g, const int ahead,
                                      const int apart, int depths, const int whole)
 {
@@ -319,6 +319,15 @@ MOE_DEVICE int moei_wgmma_gather_steps(const moei_wgmma_args* a, moei_wgmma_ring
     return end;
 }
 
+/* Passes one stage without bytes: the consumers find that there is no tile. All threads of the
+   producer. */
+MOE_DEVICE void moei_wgmma_gather_end(const moei_wgmma_ring* r)
+{
+    moei_barrier_wait(r->s->empty + r->stage, r->parity ^ 1);
+    if (threadIdx.x == 0) moei_barrier_expect(r->s->full + r->stage, 0);
+    moei_barrier_arrive_copies(r->s->full + r->stage);
+}
+
 /* All threads of the producer. As moei_wgmma_produce; thread 0 waits for rows of A. The arrivals of
    a stage are B's, and one of each thread when its copies of A are complete. */
 MOE_DEVICE void moei_wgmma_produce_gathered(const moei_wgmma_args* a, moei_wgmma_ring r,
@@ -361,9 +370,7 @@ MOE_DEVICE void moei_wgmma_produce_gathered(const moei_wgmma_args* a, moei_wgmma
         }
         t = moei_wgmma_read(r.s, turn + 1);
     }
-    moei_barrier_wait(r.s->empty + r.stage, r.parity ^ 1);
-    if (thread == 0) moei_barrier_expect(r.s->full + r.stage, 0);
-    moei_barrier_arrive_copies(r.s->full + r.stage);
+    moei_wgmma_gather_end(&r);
 }
 
 #endif

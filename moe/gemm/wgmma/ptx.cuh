@@ -213,9 +213,9 @@ MOE_DEVICE void moei_tensor_store_wait(void)
     asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
 }
 
-/* Returns the lane's part of the transpose of a matrix of 8 x 8 elements of 16 bits: x of lane 4 r + j
-   has columns 2 j, 2 j + 1 of row r. The whole warp calls it. */
-MOE_DEVICE uint32_t moei_turn_matrix(uint32_t x)
+/* Returns the lane's part of the transpose of a matrix of 8 x 8 elements of 16 bits: x of lane
+   4 r + j has columns 2 j, 2 j + 1 of row r. The whole warp calls it. */
+MOE_DEVICE uint32_t moei_transpose_matrix(uint32_t x)
 {
     uint32_t y;
     asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(y) : "r"(x));

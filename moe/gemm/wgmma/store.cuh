@@ -15,7 +15,7 @@
 /* Rounded results of a warp's 16 rows that are still to be stored. */
 typedef struct moei_wgmma_pending {
     uint32_t x[64]; /* two columns each: [groups of 32 columns][rows r, r + 8][4] */
-    char* c;     /* address of row r, column `column` of C; turned (args.h): of the first two rows
+    char* c; /* address of row r, column `column` of C; transposed (args.h): of the first two rows
                        that the lane stores of a column */
     int rows;    /* the tile's rows from r on: more than 0: row r exists, more than 8: r + 8 */
     int columns; /* columns of C from `column` on */
@@ -76,19 +76,19 @@ MOE_DEVICE void moei_wgmma_store_next(moei_wgmma_pending* p, int64_t stride)
    rows: the tile's rows from it on; column: first of the tile. */
 MOE_DEVICE void moei_wgmma_aim(moei_wgmma_pending* p, const moe_gemm_output* o,
                                const moei_wgmma_tile* t, int64_t expert_bytes, int row, int rows,
-                               int column, int n, int turned)
+                               int column, int n, int transposed)
 {
     const int quad = moe_lane() & 3, line = moe_lane() >> 2, bytes = o->dtype == MOE_FP32 ? 4 : 2;
     char* c = o->table ? (char*)o->table[t->expert] - (int64_t)t->begin * o->stride * bytes
                        : (char*)o->base + t->expert * expert_bytes;
-    if (turned) p->c = c + ((column + line) * o->stride + row - line + quad * 2) * bytes;
+    if (transposed) p->c = c + ((column + line) * o->stride + row - line + quad * 2) * bytes;
     else p->c = c + ((int64_t)row * o->stride + column + quad * 8) * bytes;
-    p->rows = turned ? rows + line : rows;
+    p->rows = transposed ? rows + line : rows;
     p->columns = n - column - quad * 8;
 }
 
-/* Writes pending columns 64 q .. 64 q + 63, q a literal, to a box of shared memory: lines of 128 bytes,
-   swizzled (ptx.cuh). */
+/* Writes pending columns 64 q .. 64 q + 63, q a literal, to a box of shared memory: lines of 128
+   bytes, swizzled (ptx.cuh). */
 MOE_DEVICE void moei_wgmma_write_box(unsigned char* box, const moei_wgmma_pending* p, const int q)
 {
     const int row =
