@@ -17,7 +17,7 @@
 
      const moei_activation a = moei_activation_of(MOE_ACTIVATION_SWIGLU, 0.0f, 0.0f);
      moei_activate(v, u, 8, &a, true);      // v becomes the activation
-     moei_activate_grad_8(v, u, s, &a, true);  // and s, u its derivatives by gate and up
+     moei_activate_grad(v, u, s, 8, &a, true);  // and s, u its derivatives by gate, up
 
    Minimum architecture: any. Source of the forms: Shazeer 2020 (arXiv 2002.05202), Hendrycks and
    Gimpel 2016 (arXiv 1606.08415), So et al. 2021 (arXiv 2109.08668); the clamped form is that of
@@ -181,30 +181,30 @@ MOE_DEVICE void moei_apply_curve(float* v, const int count, const moei_activatio
     }
 }
 
-/* slope [8] = curve'(v [8]). */
-MOE_DEVICE void moei_slope_8(float* slope, const float* v, const moei_activation* a)
+/* slope [count] = curve'(v [count]); count is a literal. */
+MOE_DEVICE void moei_slope(float* slope, const float* v, const int count, const moei_activation* a)
 {
     const float most = 3.40282347e38f;
     if (a->curve == MOEI_CURVE_SIGMOID) {
         MOE_UNROLL
-        for (int i = 0; i < 8; ++i)
+        for (int i = 0; i < count; ++i)
             slope[i] = moei_sigmoid_slope(v[i], a->a * fminf(fmaxf(v[i], -most), most), 0.0f);
     } else if (a->curve == MOEI_CURVE_TANH) {
         MOE_UNROLL
-        for (int i = 0; i < 8; ++i) {
+        for (int i = 0; i < count; ++i) {
             const float x = fminf(fmaxf(v[i], -most), most);
             slope[i] = moei_sigmoid_slope(v[i], MOEI_GELU_TANH_A * x,
                                           MOEI_GELU_TANH_B * fminf(x * x, 1e30f) * x);
         }
     } else if (a->curve == MOEI_CURVE_ERF) {
         MOE_UNROLL
-        for (int i = 0; i < 8; ++i) slope[i] = moei_gelu_slope(v[i]);
+        for (int i = 0; i < count; ++i) slope[i] = moei_gelu_slope(v[i]);
     } else if (a->curve == MOEI_CURVE_RELU2) {
         MOE_UNROLL
-        for (int i = 0; i < 8; ++i) slope[i] = v[i] < 0.0f ? 0.0f : 2.0f * v[i];
+        for (int i = 0; i < count; ++i) slope[i] = v[i] < 0.0f ? 0.0f : 2.0f * v[i];
     } else {
         MOE_UNROLL
-        for (int i = 0; i < 8; ++i) slope[i] = 1.0f;
+        for (int i = 0; i < count; ++i) slope[i] = 1.0f;
     }
 }
 
@@ -227,37 +227,57 @@ MOE_DEVICE void moei_activate(float* v, float* u, const int count, const moei_ac
     }
 }
 
-/* v [8] = activation(v, u [8]); s [8] = its derivative by v; where gated, u = its derivative by u.
-   A clamped number has derivative 0 beyond the limit, not at the limit itself. */
-MOE_DEVICE void moei_activate_grad_8(float* v, float* u, float* s, const moei_activation* a,
-                                     bool gated)
+/* v [count] = activation(v, u [count]); s [count] = its derivative by v; where gated, u = its
+   derivative by u. count is a literal, at most 8. A clamped number has derivative 0 beyond the
+   limit, not at the limit itself. */
+MOE_DEVICE void moei_activate_grad(float* v, float* u, float* s, const int count,
+                                   const moei_activation* a, bool gated)
 {
     uint32_t out = 0; /* bit i: gate i is beyond the limit; bit 8 + i: up i */
     if (a->clamped) {
         MOE_UNROLL
-        for (int i = 0; i < 8; ++i) {
+        for (int i = 0; i < count; ++i) {
             out |= (v[i] > a->limit ? 1u : 0u) << i;
             out |= (u[i] > a->limit || u[i] < -a->limit ? 256u : 0u) << i;
             v[i] = v[i] > a->limit ? a->limit : v[i];
             u[i] = (u[i] > a->limit ? a->limit : u[i] < -a->limit ? -a->limit : u[i]) + 1.0f;
         }
     }
-    moei_slope_8(s, v, a);
-    moei_apply_curve(v, 8, a);
+    moei_slope(s, v, count, a);
+    moei_apply_curve(v, count, a);
     if (a->clamped) {
         MOE_UNROLL
-        for (int i = 0; i < 8; ++i)
+        for (int i = 0; i < count; ++i)
             if (out >> i & 1) s[i] = 0.0f;
     }
     if (gated) {
         MOE_UNROLL
-        for (int i = 0; i < 8; ++i) {
+        for (int i = 0; i < count; ++i) {
             const float up = u[i];
             u[i] = out >> i & 256 ? 0.0f : v[i];
             v[i] *= up;
             s[i] *= up;
         }
     }
+}
+
+/* The backward pass of 4 numbers of one row. t [4]: the gradient by the activation, before the
+   row's weight. Returns sum + the sum of each t times its activation, added in order. v, u [4]
+   become weight * activation(v, u) and, where gated, weight * t * the derivative by u;
+   s [4] = weight * t * the derivative by v. Overwrites t. */
+MOE_DEVICE float moei_activate_backward_4(float* v, float* u, float* s, float* t, float weight,
+                                          float sum, const moei_activation* a, bool gated)
+{
+    moei_activate_grad(v, u, s, 4, a, gated);
+    MOE_UNROLL
+    for (int i = 0; i < 4; ++i) {
+        sum = fmaf(t[i], v[i], sum);
+        t[i] *= weight;
+        u[i] *= t[i];
+        s[i] *= t[i];
+        v[i] *= weight;
+    }
+    return sum;
 }
 
 #endif

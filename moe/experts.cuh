@@ -261,8 +261,8 @@ MOE_HOST moe_status moei_experts_prepare(const moe_experts_desc* desc, moe_exper
 {
     moe_grouped_gemm_desc up, down;
     MOE_TRY(moei_experts_check_options(desc, &up, &down));
-    MOE_TRY(moei_experts_rename(moei_gemm_prepare(&up, &p->up), 1));
-    MOE_TRY(moei_experts_rename(moei_gemm_prepare(&down, &p->down), 0));
+    MOE_TRY(moei_experts_rename(moei_gemm_prepare(moei_gemm_variants, &up, &p->up), 1));
+    MOE_TRY(moei_experts_rename(moei_gemm_prepare(moei_gemm_variants, &down, &p->down), 0));
     p->workspace = desc->workspace;
     return moei_experts_check_buffers(&up, &down);
 }

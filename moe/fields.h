@@ -54,7 +54,8 @@
                                                                                     X(saved_bytes) \
                                                                                     X(batch_invariant) X(grid_limit) \
                                                                                     X(pre) X(pre_stride) \
-                                                                                    X(group) X(ready) X(done)
+                                                                                    X(group) X(ready) X(done) \
+                                                                                    X(gradient) X(dot)
 
 enum {
     MOE_FIELD_NONE,

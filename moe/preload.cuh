@@ -19,6 +19,7 @@
     X(gate)                                                                                        \
     X(route)                                                                                       \
     X(grouped_gemm)                                                                                \
+    X(grouped_gemm_gradient)                                                                       \
     X(k_grouped_gemm)                                                                              \
     X(combine)                                                                                     \
     X(combine_scatter)                                                                             \

@@ -21,6 +21,8 @@
 #define MOEI_BACKEND_KNOWN_cuda 1
 #define MOEI_JOIN2(a, b) a##b
 #define MOEI_JOIN(a, b) MOEI_JOIN2(a, b)
+#define MOEI_QUOTE2(...) #__VA_ARGS__
+#define MOEI_QUOTE(...) MOEI_QUOTE2(__VA_ARGS__)
 
 #ifndef MOE_BACKEND
 #if defined(__CUDACC__)

@@ -147,15 +147,10 @@ MOE_DEVICE float moei_block_layer_grad_8(uint4* gate, uint4* up, uint4* d, float
     moei_unpack_8(v, *gate, dtype);
     moei_unpack_8(u, *up, dtype);
     moei_unpack_8(t, *d, dtype);
-    moei_activate_grad_8(v, u, s, &a->activation, a->gated != 0);
     MOE_UNROLL
-    for (int i = 0; i < 8; ++i) {
-        sum = fmaf(t[i], v[i], sum);
-        t[i] *= weight;
-        u[i] *= t[i];
-        s[i] *= t[i];
-        v[i] *= weight;
-    }
+    for (int i = 0; i < 8; i += 4)
+        sum = moei_activate_backward_4(v + i, u + i, s + i, t + i, weight, sum, &a->activation,
+                                       a->gated != 0);
     if (a->gated) *up = moei_pack_8(u, dtype);
     *gate = moei_pack_8(s, dtype);
     *d = moei_pack_8(v, dtype);

@@ -27,6 +27,16 @@ typedef struct moe_gemm_output {
     int64_t pre_stride; /* elements between rows of pre */
 } moe_gemm_output;
 
+/* The backward pass through an activation (gemm/gradient.cuh), for kernels that have it:
+   c.activation is the one, c.pre is read, c.gated is 0. */
+typedef struct moe_gemm_gradient {
+    const float* row_weight; /* [num_rows], with row_index by index[r]; null: 1 */
+    void* act;               /* [num_rows, n] c.bias_dtype: weighted activations; or null */
+    int64_t act_stride;      /* elements between rows of act */
+    float* dot;    /* [num_rows, ceil(n / 64)]: parts of the weights' gradients; or null */
+    int32_t gated; /* 1: pre and C have n gates, then n ups; 0: n columns */
+} moe_gemm_gradient;
+
 /* One product per expert: gemm/grouped.cuh. dtype is c.bias_dtype. */
 typedef struct moe_grouped_gemm_args {
     const void* a;                /* [a_rows, k] dtype; mn-major: [k, a_rows] */
@@ -42,6 +52,7 @@ typedef struct moe_grouped_gemm_args {
     uint32_t* done;              /* [ceil(num_rows / 128)] as in gemm/desc.h; or null */
     int32_t num_groups;          /* 0 where group is null */
     uint32_t ready_value, ready_timeout_ms; /* as in gemm/desc.h; the second is not 0 */
+    moe_gemm_gradient gradient;
 } moe_grouped_gemm_args;
 
 /* One product per expert, reduced over the expert's rows: gemm/k_grouped.cuh. */

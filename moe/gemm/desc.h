@@ -1,4 +1,5 @@
-/* desc.h: descriptor, options and plan of the grouped GEMM (grouped.cuh). C11 and C++14. */
+/* desc.h: descriptor, options and plan of the grouped GEMM (grouped.cuh, grouped_gradient.cuh).
+   C11 and C++14. */
 #ifndef MOE_GEMM_DESC_H
 #define MOE_GEMM_DESC_H
 
@@ -41,7 +42,7 @@ typedef struct moe_gemm_group {
      C[r, :] = activation( A[row(r), :] * B_e^T + bias_e ),  row(r) = row_index[r] / row_div
 
    B_e is [n, k], with a gated activation [2n, k]. Accumulates in fp32, k ascending within a tile's
-   pipeline. a, c, pre and the matrices of b are 16-byte aligned.
+   pipeline. a, c, pre, act and the matrices of b are 16-byte aligned.
 
    Three options serve rows that come from and go to other kernels and devices while this one runs:
 
@@ -58,12 +59,24 @@ typedef struct moe_gemm_group {
             brings rows (grid_limit). The wait ends without the rows after ready_timeout_ms, which
             raises the stop fault MOE_FAULT_NOT_READY, and where the fault word holds a stop fault.
             C is then undefined.
-     done   counts the elements of C that are stored. After elements of row block b are visible to
-            all devices, the kernel adds their number / 8 to done[b], with release semantics at
-            system scope. A row block is complete when its counter has grown by n / 8 for each of
-            its rows that is in a group. `pre` is stored before C is counted. Results of a tile may
-            be counted as late as the next tile of the thread block is computed. Nothing is counted
-            after a stop fault. */
+     done   counts the elements of the product that are stored. After those of row block b are
+            visible to all devices, the kernel adds their number / 8 to done[b], with release
+            semantics at system scope. A row block is complete when its counter has grown by n / 8
+            for each of its rows that is in a group. All outputs of an element are stored before it
+            is counted. Results of a tile may be counted as late as the next tile of the thread
+            block is computed. Nothing is counted after a stop fault.
+
+   With `gradient` the product P = A[row(r), :] * B_e^T [num_rows, n] is the gradient by a result of
+   the activation, before the row's weight, and stays in fp32. B_e is [n, k], never gated. With
+   v = pre[r, j], gated u = pre[r, n + j], and w, the row's weight:
+
+     C[r, j]     = w P[r, j] * derivative of activation(v, u) by v
+     C[r, n + j] = w P[r, j] * derivative by u, gated
+     act[r, j]   = w activation(v, u)
+     dot[r, p]   = sum of P[r, j] activation(v, u) over j = 64 p .. 64 p + 63 below n
+
+   A row of dot adds up to the gradient of w. dot is summed in a fixed order. Where row_index has no
+   row of A, w, v and u count as 0: row_weight and pre are not read there. */
 typedef struct moe_grouped_gemm_desc {
     /* in */
     const void* a;                /* [a_rows, k] dtype; a_major MN: [k, a_rows] */
@@ -118,6 +131,18 @@ typedef struct moe_grouped_gemm_desc {
                                have one each. Null: the wgmma path hands out tiles in a fixed order,
                                slower where experts differ in rows. The result is the same */
     size_t workspace_bytes; /* bytes at workspace: MOE_GROUPED_GEMM_WORKSPACE or more */
+    /* the backward pass through an activation */
+    int32_t gradient;        /* 1: as above, for the calls of grouped_gradient.cuh. Requires an
+                                activation and pre, which is read. C has dtype, where gated 2n
+                                columns: c_stride 0 = dense. Without bias, accumulate, c_table,
+                                fp32 C; gate_up concatenated. 0: forward, for those of
+                                grouped.cuh */
+    const float* row_weight; /* [num_rows] w of each row, with row_index of each index:
+                                [a_rows * row_div], w = row_weight[row_index[r]]; null = 1 */
+    void* act;               /* out: [num_rows, n] dtype, for the gradient of the next product's B;
+                                or null */
+    int64_t act_stride;      /* elements between rows; 0 = n; multiple of 8 */
+    float* dot;              /* out: [num_rows, ceil(n / 64)], dense; or null */
 } moe_grouped_gemm_desc;
 
 /* Kernel and grid of a launch. moe_grouped_gemm_plan fills it in with the choice of the launch. */

@@ -13,6 +13,9 @@
              stores what the activation is applied to (pre). A lane reads 8 columns as 4 and 4; half
              of the lanes read the second 4 first, against bank conflicts
 
+   Beside them stands the backward pass through an activation (gradient.cuh), with the staging of
+   `any`. Its sums over 64 columns need a block barrier where a warp tile has 32.
+
    Gate and up of a gated activation: interleaved, columns 2j and 2j + 1 of the warp tile; otherwise
    columns j and wn / 2 + j, since the loader copies both halves into the columns of one warp. */
 #ifndef MOE_GEMM_EPILOGUE_CUH
@@ -21,6 +24,7 @@
 #include "../activation.cuh"
 #include "../base/warp.cuh"
 #include "args.h"
+#include "gradient.cuh"
 #include "mma.cuh"
 #include "schedule.cuh"
 #include "shape.h"
@@ -234,6 +238,71 @@ MOE_DEVICE void moei_epilogue_any(const moe_gemm_output* d, int n, const moe_til
         }
         __syncwarp(MOE_FULL_WARP);
     }
+}
+
+/* Adds up the sums that moei_epilogue_gradient left behind the columns of the staging: for rows
+   from `row` on that are the expert's, and for 64 columns from `column` on, a multiple of 64. Each
+   sum is that of 32 columns. Where a warp tile has but 32, the next warp along n has the second. */
+MOE_DEVICE void moei_epilogue_dot(const moe_grouped_gemm_args* d, const moe_tile_position* t,
+                                  const float* staging, int row, int column, const moe_gemm_shape f)
+{
+    const int ld = moei_staging_pitch(f.wn), parts = f.wn / 32;
+    const float* second =
+        parts == 2 ? staging + 1 : staging + f.warps_m * moei_staging_floats(f.wn);
+    if (column % 64 != 0 || column >= d->n) return;
+    for (int r = moe_lane(); r < f.wm; r += MOE_WARP_SIZE) {
+        const int at = r % 16 * ld + f.wn + r / 16 * parts, m = row + r;
+        if (m >= t->begin && m < t->end)
+            moei_gradient_store_dot(d, m, column, staging[at] + second[at]);
+    }
+}
+
+/* The backward pass through the activation. staging: fp32 [16][wn + 8]. All warps of the block call
+   it. For each 16 rows of the warp tile:
+
+   1. Store the fragments of these rows to the staging.
+   2. Each lane takes 4 columns of one row after another: reads P and pre; computes and stores.
+   3. dot: add up each 32 columns; keep the sums in the row's padding.
+   Last, add up pairs of these sums: where warps have 32 columns, after a barrier. The next tile's
+   steps have barriers before the staging is overwritten. */
+MOE_DEVICE void moei_epilogue_gradient(const moe_grouped_gemm_args* d, const moe_tile_position* t,
+                                       moei_mma_c acc[4][4], float* staging, int row, int column,
+                                       const moe_gemm_shape f)
+{
+    const int wm = f.wm, wn = f.wn, ld = moei_staging_pitch(wn), groups = wn / 4;
+
+    MOE_NO_UNROLL
+    for (int i = 0; i < wm / 16; ++i) {
+        MOE_UNROLL /* 1. to the staging */
+        for (int m = 0; m < wm / 16; ++m)
+            if (m == i) {
+                MOE_UNROLL
+                for (int j = 0; j < wn / 16; ++j) moei_mma_store(staging + j * 16, &acc[m][j], ld);
+            }
+        __syncwarp(MOE_FULL_WARP);
+        MOE_NO_UNROLL
+        for (int u = moe_lane(); u < 16 * groups; u += MOE_WARP_SIZE) { /* all lanes as often */
+            const int r = u / groups, j = u % groups * 4, m = row + i * 16 + r;
+            const moei_gradient_row at = moei_gradient_row_of(d, m, m >= t->begin && m < t->end);
+            moei_gradient_pre pre = moei_gradient_load(d, &at, column + j, 2); /* 2. */
+            float p[4], sum;
+            moei_load_4(p, staging + r * ld + j);
+            sum = moei_gradient_vector(d, &at, column + j, &pre, p, 2, f.dtype);
+            staging[r * ld + j] = sum; /* over a number that this lane alone reads */
+        }
+        __syncwarp(MOE_FULL_WARP);
+        for (int u = moe_lane(); u < wn / 2 && d->gradient.dot; u += MOE_WARP_SIZE) { /* 3. */
+            const float* from = staging + u % 16 * ld + u / 16 * 32;
+            float sum = 0.0f;
+            MOE_UNROLL
+            for (int j = 0; j < 32; j += 4) sum += from[j];
+            staging[u % 16 * ld + wn + i * (wn / 32) + u / 16] = sum;
+        }
+        __syncwarp(MOE_FULL_WARP);
+    }
+    if (!d->gradient.dot) return;
+    if (wn < 64) __syncthreads();
+    moei_epilogue_dot(d, t, staging, row, column, f);
 }
 
 /* Stores one warp's accumulators by the version that fits *d; arguments as above. All lanes of the

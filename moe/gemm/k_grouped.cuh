@@ -84,7 +84,7 @@ MOE_K_GEMM_DTYPE_LIST(MOEI_K_GEMM_KERNELS)
 #define MOEI_K_GEMM_WGMMA_BODY(dtype, gathered)                                                    \
     MOE_SHARED(moei_wgmma_shared, s);                                                              \
     const moe_gemm_shape f = MOEI_WGMMA_SHAPE(dtype, MOE_MAJOR_MN, MOE_MAJOR_MN);                  \
-    moei_wgmma_block(&p.a, shared, &s, gathered, f);
+    moei_wgmma_block(&p.a, shared, &s, gathered, 0, f);
 #else
 #define MOEI_K_GEMM_WGMMA_BODY(dtype, gathered) (void)shared;
 #endif

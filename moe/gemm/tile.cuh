@@ -1,5 +1,5 @@
 /* tile.cuh: the pipeline that computes one tile after another of a grouped GEMM. Called by
-   grouped.cuh and router/ragged.cuh; moe_gemm_tile is for kernels of one's own.
+   kernels.inl and router/ragged.cuh; moe_gemm_tile is for kernels of one's own.
 
    A block owns a tile of tile_m rows and tile_n columns, and computes it in the steps of
    mainloop.cuh. The ring continues over tiles: while the warps finish and store one tile, the
@@ -265,6 +265,20 @@ MOE_DEVICE void moei_tile_count(const moe_grouped_gemm_args* d, const moe_tile_p
     }
 }
 
+/* Stores the sums of tile t. gradient, a literal: 1: by the epilogue of a gradient; 0: of a forward
+   product. All threads of the block call it. staging: of the calling warp. */
+MOE_DEVICE void moei_tile_store(const moe_grouped_gemm_args* d, const moe_tile_position* t,
+                                moei_mma_c acc[4][4], float* staging, const int gradient,
+                                const moe_gemm_shape f)
+{
+    const int warp_m = moe_warp() % f.warps_m, warp_n = moe_warp() / f.warps_m;
+    const int columns = d->c.gated ? f.tile_n / 2 : f.tile_n; /* of C in a tile */
+    const int row = t->row + warp_m * f.wm;
+    const int column = t->column * columns + warp_n * (columns / f.warps_n);
+    if (gradient) moei_epilogue_gradient(d, t, acc, staging, row, column, f);
+    else moei_epilogue_warp(&d->c, d->n, t, acc, staging, row, column, f);
+}
+
 /* Computes tiles blockIdx.x, blockIdx.x + gridDim.x, ... of all experts. All threads of the block
    call it. `shared` holds the ring, the staging of each warp, then tile_start.
      1. Build the schedule from the groups; return where it is bad or has no tile for this block.
@@ -274,12 +288,12 @@ MOE_DEVICE void moei_tile_count(const moe_grouped_gemm_args* d, const moe_tile_p
         count what is stored.
      4. Wait for the copies past the last tile. */
 MOE_DEVICE_BODY void moei_gemm_block(const moe_grouped_gemm_args* d, unsigned char* shared,
-                                     moei_gemm_shared* s, const moe_gemm_shape f)
+                                     moei_gemm_shared* s, const int gradient,
+                                     const moe_gemm_shape f)
 {
     const int elems = (f.tile_m + f.tile_n) * f.tile_k; /* elements of a stage */
     uint16_t* ring = (uint16_t*)shared;
     float* staging = (float*)(ring + f.stages * elems) + moe_warp() * moei_staging_floats(f.wn);
-    const int warp_m = moe_warp() % f.warps_m, warp_n = moe_warp() / f.warps_m;
     const int columns = d->c.gated ? f.tile_n / 2 : f.tile_n; /* columns of C in a tile */
     const int steps = (d->k + f.tile_k - 1) / f.tile_k;
     moei_ring r = moei_ring_of(ring, f);
@@ -309,8 +323,7 @@ MOE_DEVICE_BODY void moei_gemm_block(const moe_grouped_gemm_args* d, unsigned ch
         moei_tile_zero(acc, f);
         moei_tile_steps(acc, &load, &r, d, &tiles, steps, f);
         t = s->position[turn++ & 3];
-        moei_epilogue_warp(&d->c, d->n, &t, acc, staging, t.row + warp_m * f.wm,
-                           t.column * columns + warp_n * (columns / f.warps_n), f);
+        moei_tile_store(d, &t, acc, staging, gradient, f);
         if (d->done) moei_tile_count(d, s->position + ((turn - 1) & 3), columns, f);
     }
     moei_copy_wait(0); /* copies of the steps past the last tile */
@@ -336,6 +349,19 @@ MOE_DEVICE void moei_tile_sum(moei_mma_c acc[4][4], const moe_grouped_gemm_args*
     moei_copy_wait(0);
 }
 
+/* moe_gemm_tile and moe_gemm_tile_gradient; gradient, a literal, tells which. */
+MOE_DEVICE void moei_gemm_tile(const moe_grouped_gemm_args* d, const moe_tile_position t,
+                               unsigned char* shared, const int gradient, const moe_gemm_shape f)
+{
+    const int elems = (f.tile_m + f.tile_n) * f.tile_k;
+    uint16_t* ring = (uint16_t*)shared;
+    float* staging = (float*)(ring + f.stages * elems) + moe_warp() * moei_staging_floats(f.wn);
+    moei_mma_c acc[4][4];
+    moei_tile_sum(acc, d, t, ring, f);
+    moei_tile_store(d, &t, acc, staging, gradient, f);
+    __syncthreads();
+}
+
 /* Computes one tile of C, with bias and activation, in a kernel of one's own: rows t.row .. t.row +
    tile_m - 1 and the columns of column tile t.column. A column tile has tile_n columns, tile_n / 2
    with a gated activation. Rows outside t.begin .. t.end - 1 and columns from n on are not stored.
@@ -344,10 +370,9 @@ MOE_DEVICE void moei_tile_sum(moei_mma_c acc[4][4], const moe_grouped_gemm_args*
    Their rows of A come from row_index, or have the same numbers. Where a_major is MOE_MAJOR_MN,
    t.row is a multiple of 8.
 
-   d: args that moe_gemm_tile_resolve (grouped.cuh) fills in from a descriptor on the host. The
+   d: args that moe_gemm_tile_resolve (check.cuh) fills in from a descriptor on the host. The
    function does not read the offsets or a list of groups, and does not test the fault word for a
-   stop fault. A
-   row_index outside A sets the fault word.
+   stop fault. A row_index outside A sets the fault word.
    shared: moe_gemm_tile_smem(f) bytes, 128-byte aligned; may be used again after the call.
    f: literals, with the dtype and majors of the descriptor.
 
@@ -363,16 +388,16 @@ MOE_DEVICE void moei_tile_sum(moei_mma_c acc[4][4], const moe_grouped_gemm_args*
 MOE_DEVICE_BODY void moe_gemm_tile(const moe_grouped_gemm_args* d, const moe_tile_position t,
                                    unsigned char* shared, const moe_gemm_shape f)
 {
-    const int columns = d->c.gated ? f.tile_n / 2 : f.tile_n;
-    const int elems = (f.tile_m + f.tile_n) * f.tile_k;
-    const int warp_m = moe_warp() % f.warps_m, warp_n = moe_warp() / f.warps_m;
-    uint16_t* ring = (uint16_t*)shared;
-    float* staging = (float*)(ring + f.stages * elems) + moe_warp() * moei_staging_floats(f.wn);
-    moei_mma_c acc[4][4];
-    moei_tile_sum(acc, d, t, ring, f);
-    moei_epilogue_warp(&d->c, d->n, &t, acc, staging, t.row + warp_m * f.wm,
-                       t.column * columns + warp_n * (columns / f.warps_n), f);
-    __syncthreads();
+    moei_gemm_tile(d, t, shared, 0, f);
+}
+
+/* As moe_gemm_tile, for args from a descriptor with `gradient`: computes one tile of the backward
+   pass through an activation (grouped_gradient.cuh). A column tile has tile_n columns of P. */
+MOE_DEVICE_BODY void moe_gemm_tile_gradient(const moe_grouped_gemm_args* d,
+                                            const moe_tile_position t, unsigned char* shared,
+                                            const moe_gemm_shape f)
+{
+    moei_gemm_tile(d, t, shared, 1, f);
 }
 
 #endif

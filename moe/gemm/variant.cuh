@@ -1,6 +1,6 @@
 /* variant.cuh: a table of compiled tensor-core kernels, the variants. Host code chooses, launches
    and preloads variants of a table; moei_variant_runs tells which the current device can run. Used
-   by grouped.cuh, k_grouped.cuh, router.cuh, router/ragged.cuh and block_sparse.cuh.
+   by prepare.cuh, k_grouped.cuh, router.cuh, router/ragged.cuh and block_sparse.cuh.
 
      static const moei_variant table[] = {
          {(const void*)my_kernel, "my_kernel", MOE_GEMM_PATH_WMMA, MOEI_VARIANT_ANY_ROWS, 1,

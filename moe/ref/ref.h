@@ -12,6 +12,7 @@
 #include "gate.h"
 #include "gate_rules.h"
 #include "gemm.h"
+#include "gemm_gradient.h"
 #include "k_gemm.h"
 #include "layer.h"
 #include "permute.h"

@@ -14,6 +14,7 @@
 #endif
 #include "moe/moe.h"
 #include "moe/moe.cuh"
+#include "moe/gemm/grouped_gradient.cuh"
 #include "moe/gemm/k_grouped.cuh"
 #include "moe/ref/ref.h"
 

@@ -10,13 +10,13 @@
    test_device_sort_and_copy    moe_route_rank, then moe_copy_row
    test_device_copy_row         rows of every length and alignment
    test_device_noisy_choice     moe_random_words, then moe_warp_top_k */
-#define MOE_GEMM_VARIANT_LIST(X, ...) /* moe_gemm_tile, and none of the GEMM's own kernels */
 
 #include "moe/base/random.h"
 #include "moe/combine.cuh"
 #include "moe/combine_scatter.cuh"
 #include "moe/gate/top_k.cuh"
-#include "moe/gemm/grouped.cuh"
+#include "moe/gemm/check.cuh"
+#include "moe/gemm/tile.cuh"
 #include "moe/permute.cuh"
 #include "moe/route/rank.cuh"
 
@@ -252,7 +252,7 @@ static void test_device_gate_and_sum(void)
         for (int by_block = 0; by_block < 2; ++by_block) step_try(&cases[i], &r, by_block);
 }
 
-/* ---- a down projection in one launch: moe/gemm/grouped.cuh, moe/combine_scatter.cuh ---- */
+/* ---- a down projection in one launch: moe/gemm/tile.cuh, moe/combine_scatter.cuh ---- */
 
 typedef struct down_args {
     moe_grouped_gemm_args d; /* c [R, N] fp32: room for the tiles; num_experts, offsets, weights */

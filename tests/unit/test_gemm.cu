@@ -5,7 +5,8 @@
      g++ -x c++ -std=c++14 -O2 -I. tests/unit/test_gemm.cu -o test_gemm
 
    Its parts, in tests/unit/gemm:
-     case.h         a case: how it is drawn, run and compared
+     case.h         a case: its buffers and what they hold
+     run.h          how a case is drawn, run and compared
      schedule.h     the order of the tiles
      mma.h          fragments
      activations.h  activations, by themselves and in the epilogue

@@ -20,6 +20,7 @@
    test_null             null and refused structs are empty and run nothing */
 #include "tests/test.h"
 
+#include "moe/gemm/grouped_gradient.cuh"
 #include "moe/gemm/k_grouped.cuh"
 #include "moe/moe.cuh"
 
@@ -189,15 +190,18 @@ static void test_route(void)
 static void test_grouped_gemm(void)
 {
     for (int tile = MOE_TILE_AUTO; tile <= MOE_TILE_64x64; ++tile)
-        for (int i = 0; i < 4; ++i) { /* dtype, major of B */
+        for (int i = 0; i < 8; ++i) { /* dtype, major of B, gradient */
             moe_grouped_gemm_desc d;
             moe_gemm_plan p;
-            begin(moe_grouped_gemm_preload);
+            const int gradient = i / 4;
+            begin(gradient ? moe_grouped_gemm_gradient_preload : moe_grouped_gemm_preload);
             memset(&d, 0, sizeof d);
             d.a = zeros(R * H * 2);
             d.b.base = zeros(E * I * H * 2);
-            d.b.major = i / 2 ? MOE_MAJOR_MN : MOE_MAJOR_K;
+            d.b.major = i / 2 % 2 ? MOE_MAJOR_MN : MOE_MAJOR_K;
             d.c = zeros(R * I * 2);
+            d.gradient = gradient;
+            if (gradient) d.activation = MOE_ACTIVATION_GELU, d.pre = zeros(R * I * 2);
             d.expert_offset = (const int32_t*)ints(offsets, E + 1);
             d.num_experts = E;
             d.num_rows = R;
@@ -205,10 +209,14 @@ static void test_grouped_gemm(void)
             d.k = H;
             d.dtype = dtypes[i % 2];
             d.tile = tile;
-            if (moe_grouped_gemm_plan(&d, &p) != MOE_STATUS(MOE_ERR_CONFLICT, tile)) {
-                CHECK_STATUS(moe_grouped_gemm(&d, test_now.stream), MOE_OK);
+            if ((gradient ? moe_grouped_gemm_gradient_plan : moe_grouped_gemm_plan)(&d, &p) !=
+                MOE_STATUS(MOE_ERR_CONFLICT, tile)) {
+                CHECK_STATUS(
+                    (gradient ? moe_grouped_gemm_gradient : moe_grouped_gemm)(&d, test_now.stream),
+                    MOE_OK);
             } else {
-                CHECK(tile == MOE_TILE_128x256 && i / 2, "the largest tile has B k-major alone");
+                CHECK(tile == MOE_TILE_128x256 && i / 2 % 2,
+                      "the largest tile has B k-major alone");
             }
             end();
         }
@@ -446,13 +454,19 @@ static void test_block_layer(void)
 /* moe_preload loads what every station's own preload loads. */
 static void test_everything(void)
 {
-    static moe_status (*const stations[])(void) = {
-        moe_router_preload,       moe_gate_preload,
-        moe_route_preload,        moe_grouped_gemm_preload,
-        moe_combine_preload,      moe_layer_preload,
-        moe_permute_preload,      moe_combine_scatter_preload,
-        moe_block_sparse_preload, moe_block_sparse_list_preload,
-        moe_block_layer_preload,  moe_k_grouped_gemm_preload};
+    static moe_status (*const stations[])(void) = {moe_router_preload,
+                                                   moe_gate_preload,
+                                                   moe_route_preload,
+                                                   moe_grouped_gemm_preload,
+                                                   moe_combine_preload,
+                                                   moe_layer_preload,
+                                                   moe_permute_preload,
+                                                   moe_combine_scatter_preload,
+                                                   moe_block_sparse_preload,
+                                                   moe_block_sparse_list_preload,
+                                                   moe_block_layer_preload,
+                                                   moe_k_grouped_gemm_preload,
+                                                   moe_grouped_gemm_gradient_preload};
     for (size_t i = 0; i < sizeof stations / sizeof stations[0]; ++i) {
 #if MOE_ON_HOST
         int missing = 0;

@@ -26,7 +26,7 @@ typedef struct moei_wgmma_args {
     int32_t m;               /* k-grouped: rows of each expert's C; otherwise 0 */
     int32_t boxes;           /* 1: full tiles are stored by tensor copies (wgmma/store.cuh) */
     int32_t transposed;      /* k-grouped: 1: C is stored as [E, n, m] */
-    int32_t unused[9];       /* a launch copies whole 64-byte units */
+    int32_t unused[15];      /* a launch copies whole 64-byte units */
 } moei_wgmma_args;
 
 /* The parameter of the kernels: tensor maps stand on a 64-byte boundary there. */

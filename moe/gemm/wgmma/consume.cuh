@@ -12,6 +12,7 @@
 
 #include "../../activation.cuh"
 #include "../flags.cuh"
+#include "gradient.cuh"
 #include "store.cuh"
 
 #if MOEI_WGMMA_HERE
@@ -308,7 +309,7 @@ MOE_DEVICE void moei_wgmma_count(const moe_grouped_gemm_args* d, const moei_wgmm
    A consumer without rows of the tile releases the stages. At the end stores and counts what is
    pending. */
 MOE_DEVICE void moei_wgmma_consume(const moei_wgmma_args* a, moei_wgmma_ring r, int consumer,
-                                   const int gathered, const moe_gemm_shape f)
+                                   const int gathered, const int gradient, const moe_gemm_shape f)
 {
     const moe_grouped_gemm_args* d = &a->d;
     const int by_depth = f.a_major == MOE_MAJOR_MN; /* k-grouped */
@@ -317,7 +318,8 @@ MOE_DEVICE void moei_wgmma_consume(const moei_wgmma_args* a, moei_wgmma_ring r, 
     const int warp = moe_warp() % 4, line = consumer * 64 + warp * 16 + (moe_lane() >> 2);
     moei_wgmma_pending p;
     p.c = 0;
-    p.rows = p.columns = p.next = p.groups = 0;
+    p.rows = p.columns = 0;
+    p.next = p.groups = gradient ? 8 : 0; /* a gradient leaves nothing pending */
     p.boxed = -1;
     MOE_UNROLL
     for (int i = 0; i < 64; ++i) p.x[i] = 0;
@@ -354,6 +356,7 @@ MOE_DEVICE void moei_wgmma_consume(const moei_wgmma_args* a, moei_wgmma_ring r, 
             moei_wgmma_settle(acc);
             moei_wgmma_release(&r, moei_wgmma_before(&r));
             if (transposed) moei_wgmma_finish_transposed(&p, acc, &d->c, f.dtype); /* 3. */
+            else if (gradient) moei_wgmma_gradient(&p, acc, d, t->row + line, f.dtype);
             else moei_wgmma_finish(&p, acc, &d->c, t->expert, t->row + line, d->n, f);
         } else {
             moei_wgmma_skip(&r, depths);

@@ -7,7 +7,7 @@
    which L2 needs (order.cuh).
 
    Three warpgroups: a producer (produce.cuh) fills the ring of stages (ring.cuh), two consumers
-   (consume.cuh) multiply. Called by the kernels of grouped.cuh. */
+   (consume.cuh) multiply. Called by kernels.inl and k_grouped.cuh. */
 #ifndef MOE_GEMM_WGMMA_TILE_CUH
 #define MOE_GEMM_WGMMA_TILE_CUH
 
@@ -19,13 +19,13 @@
 
 /* Computes this block's share of all tiles. All threads of the block call it; blocks 2 i and 2 i + 1
    are a cluster. dynamic holds the ring, the consumers' boxes where a->boxes, then tile_start.
-   gathered, a literal: rows of A are gathered.
+   Literals: gathered: rows of A are gathered; gradient: the epilogue is that of a gradient.
      1. Initialize the barriers. Build the schedule.
      2. Each warpgroup takes its role, where nothing is bad and no earlier kernel met a stop fault.
         Block 0 has read the fault word for both: they must agree.
      3. Wait for the other block, which may still arrive at barriers of this one. */
 MOE_DEVICE_BODY void moei_wgmma_block(const moei_wgmma_args* a, unsigned char* dynamic,
-                                      moei_wgmma_shared* s, const int gathered,
+                                      moei_wgmma_shared* s, const int gathered, const int gradient,
                                       const moe_gemm_shape f)
 {
     const moe_grouped_gemm_args* d = &a->d;
@@ -71,7 +71,7 @@ MOE_DEVICE_BODY void moei_wgmma_block(const moei_wgmma_args* a, unsigned char* d
         } else {
             moei_registers_raise(216);
             moei_wgmma_consume(a, r, __shfl_sync(MOE_FULL_WARP, (int)threadIdx.x / 128 - 1, 0),
-                               gathered, f);
+                               gathered, gradient, f);
         }
     }
     moei_cluster_sync(); /* 3. */

@@ -9,7 +9,7 @@
 #define MOE_TESTS_GEMM_ACTIVATIONS_H
 
 #include "moe/ref/experts.h"
-#include "tests/unit/gemm/case.h"
+#include "tests/unit/gemm/run.h"
 
 typedef struct activation_args {
     const float *v, *up; /* [n] */

@@ -10,7 +10,7 @@
 #ifndef MOE_TESTS_GEMM_FAULTS_H
 #define MOE_TESTS_GEMM_FAULTS_H
 
-#include "tests/unit/gemm/case.h"
+#include "tests/unit/gemm/run.h"
 
 static const int fault_tiles[] = {MOE_TILE_64x64, MOE_TILE_128x256};
 

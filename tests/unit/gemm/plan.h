@@ -7,7 +7,7 @@
 #ifndef MOE_TESTS_GEMM_PLAN_H
 #define MOE_TESTS_GEMM_PLAN_H
 
-#include "tests/unit/gemm/case.h"
+#include "tests/unit/gemm/run.h"
 
 static void test_gemm_plan(void)
 {

@@ -5,7 +5,7 @@
 #ifndef MOE_TESTS_GEMM_REFUSALS_H
 #define MOE_TESTS_GEMM_REFUSALS_H
 
-#include "tests/unit/gemm/case.h"
+#include "tests/unit/gemm/run.h"
 
 TEST_REFUSED(calls_refuse, moe_grouped_gemm, moe_grouped_gemm_prepare, moe_grouped_gemm)
 
@@ -67,6 +67,11 @@ static void test_gemm_refusals(void)
     REFUSED_EACH(a_major, MOE_ERR_OPTION, a_major, 3, -1);
     REFUSED_EACH(b.major, MOE_ERR_OPTION, b_major, 3, -1);
     REFUSED(d.row_div = -1, MOE_ERR_RANGE, row_div);
+    REFUSED_EACH(gradient, MOE_ERR_OPTION, gradient, 2, -1);
+    REFUSED(d.row_weight = (const float*)d.c, MOE_ERR_CONFLICT, row_weight);
+    REFUSED(d.act = d.c, MOE_ERR_CONFLICT, act);
+    REFUSED(d.dot = (float*)d.c, MOE_ERR_CONFLICT, dot);
+    REFUSED(d.gradient = 1, MOE_ERR_CONFLICT, gradient); /* grouped_gradient.cuh takes it */
     REFUSED_EACH(tile, MOE_ERR_OPTION, tile, MOE_TILE_64x64 + 1, -1);
     REFUSED((d.tile = MOE_TILE_128x256, d.path = MOE_GEMM_PATH_WMMA, d.b.major = MOE_MAJOR_MN),
             MOE_ERR_CONFLICT, tile);

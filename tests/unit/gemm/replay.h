@@ -9,7 +9,7 @@
 #ifndef MOE_TESTS_GEMM_REPLAY_H
 #define MOE_TESTS_GEMM_REPLAY_H
 
-#include "tests/unit/gemm/case.h"
+#include "tests/unit/gemm/run.h"
 
 static void test_gemm_same_bits(void)
 {

@@ -15,7 +15,7 @@
 #ifndef MOE_TESTS_GEMM_VALUES_H
 #define MOE_TESTS_GEMM_VALUES_H
 
-#include "tests/unit/gemm/case.h"
+#include "tests/unit/gemm/run.h"
 
 static void test_gemm_tiles(void)
 {

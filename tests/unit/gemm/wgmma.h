@@ -14,7 +14,7 @@
 #ifndef MOE_TESTS_GEMM_WGMMA_H
 #define MOE_TESTS_GEMM_WGMMA_H
 
-#include "tests/unit/gemm/case.h"
+#include "tests/unit/gemm/run.h"
 
 #if !MOE_ON_HOST
 #include <cuda.h>
