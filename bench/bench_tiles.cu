@@ -6,7 +6,8 @@
    even number fitted the rule; the others show how it does elsewhere. Before they are timed all
    results are compared with those of the smallest tile: one sum in another order.
 
-   Rows are drawn at random for each expert, as a router without skew gives them. */
+   Rows are drawn at random for each expert, as a router without skew gives them. "One matrix": the
+   products of a router, whose n is the number of experts. */
 #include "bench_blas.h"
 
 #include "../moe/gemm/grouped.cuh"
@@ -109,28 +110,54 @@ static double run_shape(bench_state* s, const tile_shape* h, int gated)
     return regret;
 }
 
+/* Regrets of the shapes that fitted the rule, [0], and of the others, [1]. */
+typedef struct regrets {
+    double sum[2], worst[2];
+    int number, count[2];
+} regrets;
+
+/* Runs one shape and adds its regret. Returns 0 where a result is wrong. */
+static int add_shape(bench_state* s, regrets* g, tile_shape h, int gated)
+{
+    const int held = g->number++ & 1;
+    const double regret = run_shape(s, &h, gated);
+    g->sum[held] += regret, ++g->count[held];
+    g->worst[held] = regret > g->worst[held] ? regret : g->worst[held];
+    return regret >= 0;
+}
+
+static void print_regrets(const regrets* g, const char* of)
+{
+    for (int held = 0; held < 2; ++held)
+        printf("%s, %s: mean regret %.3f, worst %.3f of %d shapes\n", of,
+               held ? "others" : "fitted", g->sum[held] / g->count[held], g->worst[held],
+               g->count[held]);
+}
+
 int main(int argc, char** argv)
 {
     static const int sizes[][2] = {
         {1536, 4096}, {256, 1536}, {2048, 7168}, {768, 2048}, {512, 2048}};
     static const int rows[] = {4, 16, 32, 48, 64, 96, 128, 160, 192, 256};
+    static const int tokens[] = {16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768};
+    static const int outputs[] = {8, 64, 128, 256, 512}, depths[] = {1536, 2048, 4096, 7168};
     static const int experts[] = {128, 32, 8};
     bench_state s = bench_open(argc, argv, "tiles of the grouped GEMM, bf16");
-    double sum[2] = {0, 0}, worst[2] = {0, 0};
-    int number = 0, count[2] = {0, 0};
-    for (int e = 0; e < 3; ++e)
-        for (int r = 0; r < 10; ++r) {
-            const int i = (number * 3 + number / 10) % 5, held = number & 1;
-            const int gated = number / 2 & 1; /* the down product has n and k the other way round */
+    regrets layers = {}, routers = {};
+    int good = 1;
+    for (int e = 0; e < 3 && good; ++e)
+        for (int r = 0; r < 10 && good; ++r) {
+            const int i = (layers.number * 3 + layers.number / 10) % 5;
+            const int gated = layers.number / 2 & 1; /* the down product has n and k swapped */
             const tile_shape h = {experts[e], rows[r], sizes[i][!gated], sizes[i][gated]};
-            const double regret = run_shape(&s, &h, gated);
-            if (regret < 0) return bench_close(&s, 1);
-            sum[held] += regret, ++count[held];
-            worst[held] = regret > worst[held] ? regret : worst[held];
-            ++number;
+            good = add_shape(&s, &layers, h, gated);
         }
-    for (int held = 0; held < 2; ++held)
-        printf("%s: mean regret %.3f, worst %.3f of %d shapes\n", held ? "others" : "fitted",
-               sum[held] / count[held], worst[held], count[held]);
-    return bench_close(&s, 0);
+    for (int t = 0; t < 11 && good; ++t)
+        for (int n = 0; n < 5 && good; ++n) {
+            const tile_shape h = {1, tokens[t], outputs[n], depths[(t * 3 + n) % 4]};
+            good = add_shape(&s, &routers, h, 0);
+        }
+    print_regrets(&layers, "experts");
+    print_regrets(&routers, "one matrix");
+    return bench_close(&s, !good);
 }

@@ -48,11 +48,13 @@ static_assert(sizeof(moei_wgmma_param) == sizeof(moei_wgmma_args),
 #define MOEI_GEMM_WGMMA_LEAST(a_major, b_major) ((a_major) == MOE_MAJOR_K ? 90 : MOEI_CODE_NEVER)
 
 /* Returns 1 where v has a good tile for these sizes on a device of `sms` multiprocessors; with
-   batch_invariant num_rows is ignored. bench/bench_tiles.cu fitted the numbers:
-     128x256  where its tiles fill the device; wgmma also where experts have more than 64 rows, WMMA
-              where they have more than 32
-     128x128  where experts have more than 64 rows
-     32x128   otherwise; 64x64 where it does not run */
+   batch_invariant num_rows is ignored. bench/bench_tiles.cu fitted the rule:
+     32x128   where its tiles all run at one time, two a multiprocessor: more multiprocessors beat
+              larger tiles
+     128x256  otherwise where B has more than 128 rows; WMMA where also its tiles fill the device
+              and experts have more than 32 rows
+     128x128  otherwise where experts have more than 64 rows and B as many
+     32x128   otherwise; 64x64 where it does not run, or B has 64 rows or less */
 MOE_HOST int moei_gemm_suits(const moei_variant* v, const moe_grouped_gemm_desc* d, int sms)
 {
     const int64_t tile_m = v->shape.tile_m, tile_n = v->shape.tile_n;
@@ -61,12 +63,14 @@ MOE_HOST int moei_gemm_suits(const moei_variant* v, const moe_grouped_gemm_desc*
     const int64_t b_rows = (int64_t)d->n * (moei_gemm_gated(d) ? 2 : 1);
     const int64_t tiles =
         ((rows + tile_m - 1) / tile_m) * groups * ((b_rows + tile_n - 1) / tile_n);
-    const int many = d->batch_invariant, wgmma = v->path == MOE_GEMM_PATH_WGMMA;
+    const int64_t small = ((rows + 31) / 32) * groups * ((b_rows + 127) / 128);
+    const int many = d->batch_invariant, few = !many && small <= 2 * (int64_t)sms;
     switch (v->tile) {
     case MOE_TILE_128x256:
-        return b_rows > 128 &&
-               (many || (wgmma ? rows > 64 || tiles >= sms : rows > 32 && tiles >= sms));
-    case MOE_TILE_128x128: return many || rows > 64;
+        return !few && b_rows > 128 &&
+               (many || v->path == MOE_GEMM_PATH_WGMMA || (rows > 32 && tiles >= sms));
+    case MOE_TILE_128x128: return !few && b_rows > 64 && (many || rows > 64);
+    case MOE_TILE_32x128: return few || b_rows > 64;
     default: return 1;
     }
 }
