@@ -88,7 +88,7 @@ static void test_experts_batch(void)
 {
     trand r = trand_new(14);
     for (int i = 0; i < 2; ++i) {
-        experts_case c = normal_case(700, 264, 264, 4, 2);
+        experts_case c = normal_case(2000, 264, 264, 4, 2);
         experts_bufs b;
         moe_gemm_plan up[2], down[2];
         c.tile = 0;
