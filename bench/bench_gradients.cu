@@ -10,7 +10,7 @@
    are stored too. Of tokens: dx [R, H] from dpre and W1 [E, 2I, H], before the sum over a token's
    experts.
 
-   Floor: 2 R m n flops at cuBLAS's rate for one dense product of these sizes, in turn. */
+   Floor: the flops at cuBLAS's rate for one dense product of these sizes, in turn. */
 #include "bench_blas.h"
 
 #include "../moe/gemm/grouped.cuh"

@@ -7,7 +7,7 @@
    results are compared with those of the smallest tile: one sum in another order.
 
    Rows are drawn at random for each expert, as a router without skew gives them. "One matrix": the
-   products of a router, whose n is the number of experts. */
+   products of a router, whose n is the number of experts; results are fp32. */
 #include "bench_blas.h"
 
 #include "../moe/gemm/grouped.cuh"
@@ -31,17 +31,18 @@ static void run_product(void* context, cudaStream_t stream)
     BENCH_MOE(moe_grouped_gemm_run((const moe_grouped_gemm_prepared*)context, stream));
 }
 
-/* The largest difference of two bf16 arrays over 2^-6 of the sum of their magnitudes and 1. */
+/* The largest difference of two arrays over 2^-6 of the sum of their magnitudes and 1. */
 typedef struct differ_args {
     const void *x, *y;
     int64_t count;
+    int32_t dtype;
     unsigned* worst;
 } differ_args;
 
 MOE_KERNEL(256, 1) differ(MOE_ARG(differ_args) a)
 {
     for (int64_t i = blockIdx.x * 256ll + threadIdx.x; i < a.count; i += gridDim.x * 256ll) {
-        const float x = moe_load_f32(a.x, i, MOE_BF16), y = moe_load_f32(a.y, i, MOE_BF16);
+        const float x = moe_load_f32(a.x, i, a.dtype), y = moe_load_f32(a.y, i, a.dtype);
         const float error = fabsf(x - y) * 64.0f / (fabsf(x) + fabsf(y) + 1.0f);
         atomicMax(a.worst, error <= 1e30f ? __float_as_uint(error) : 0x7f800000u);
     }
@@ -49,27 +50,29 @@ MOE_KERNEL(256, 1) differ(MOE_ARG(differ_args) a)
 
 /* Runs one shape; returns the regret, negative where a result is wrong. The largest difference of
    NaN is infinite, so results that are not stored show. */
-static double run_shape(bench_state* s, const tile_shape* h, int gated)
+static double run_shape(bench_state* s, const tile_shape* h, int gated, int c_dtype)
 {
     const int64_t rows = (int64_t)h->E * h->rows;
     const int64_t b_rows = (int64_t)h->n * (gated ? 2 : 1);
+    const size_t c_bytes = (size_t)(rows * h->n) * (size_t)moe_dtype_bytes(c_dtype);
     int32_t* offset = (int32_t*)calloc((size_t)h->E + 1, 4);
     moe_grouped_gemm_desc d;
     moe_grouped_gemm_prepared p[WAYS], chosen;
     bench_call call[WAYS];
     int of[WAYS], count = 0, pick = 0, best = 0;
-    void* first = bench_alloc((size_t)(rows * h->n) * 2);
+    void* first = bench_alloc(c_bytes);
     double regret;
     for (int64_t r = 0; r < rows; ++r) ++offset[bench_hash((uint32_t)r, 5) % (uint32_t)h->E + 1];
     for (int e = 0; e < h->E; ++e) offset[e + 1] += offset[e];
     memset(&d, 0, sizeof d);
     d.a = bench_random(rows * h->k, MOE_BF16, 1.0f, 1);
     d.b.base = bench_random(h->E * b_rows * h->k, MOE_BF16, 0.05f, 2);
-    d.c = bench_alloc((size_t)(rows * h->n) * 2);
+    d.c = bench_alloc(c_bytes);
     d.expert_offset = (const int32_t*)bench_alloc((size_t)h->E * 4 + 4);
     BENCH_CUDA(
         cudaMemcpy((void*)d.expert_offset, offset, (size_t)h->E * 4 + 4, cudaMemcpyHostToDevice));
     d.num_experts = h->E, d.num_rows = (int32_t)rows, d.n = h->n, d.k = h->k;
+    d.c_dtype = c_dtype;
     d.activation = gated ? MOE_ACTIVATION_SWIGLU : MOE_ACTIVATION_NONE;
     d.workspace_bytes = MOE_GROUPED_GEMM_WORKSPACE;
     d.workspace = bench_alloc(d.workspace_bytes);
@@ -79,14 +82,13 @@ static double run_shape(bench_state* s, const tile_shape* h, int gated)
         if (moe_grouped_gemm_prepare(&d, &p[count]) != MOE_OK) continue;
         if (p[count].plan.path == chosen.plan.path && p[count].plan.tile == chosen.plan.tile)
             pick = count;
-        BENCH_CUDA(cudaMemsetAsync(d.c, 0xff, (size_t)(rows * h->n) * 2, s->stream)); /* NaN */
+        BENCH_CUDA(cudaMemsetAsync(d.c, 0xff, c_bytes, s->stream)); /* NaN */
         BENCH_MOE(moe_grouped_gemm_run(&p[count], s->stream));
         if (count == 0) {
-            BENCH_CUDA(cudaMemcpyAsync(first, d.c, (size_t)(rows * h->n) * 2,
-                                       cudaMemcpyDeviceToDevice, s->stream));
+            BENCH_CUDA(cudaMemcpyAsync(first, d.c, c_bytes, cudaMemcpyDeviceToDevice, s->stream));
         } else {
             const moe_launch_config c = moe_grid(1320, 256, 0, s->stream);
-            differ_args a = {first, d.c, rows * h->n, 0};
+            differ_args a = {first, d.c, rows * h->n, c_dtype, 0};
             unsigned worst;
             BENCH_WORST(differ, c, a, worst);
             if (!(moe_f32_from_bits(worst) <= 1.0f)) {
@@ -117,10 +119,10 @@ typedef struct regrets {
 } regrets;
 
 /* Runs one shape and adds its regret. Returns 0 where a result is wrong. */
-static int add_shape(bench_state* s, regrets* g, tile_shape h, int gated)
+static int add_shape(bench_state* s, regrets* g, tile_shape h, int gated, int c_dtype)
 {
     const int held = g->number++ & 1;
-    const double regret = run_shape(s, &h, gated);
+    const double regret = run_shape(s, &h, gated, c_dtype);
     g->sum[held] += regret, ++g->count[held];
     g->worst[held] = regret > g->worst[held] ? regret : g->worst[held];
     return regret >= 0;
@@ -150,12 +152,12 @@ int main(int argc, char** argv)
             const int i = (layers.number * 3 + layers.number / 10) % 5;
             const int gated = layers.number / 2 & 1; /* the down product has n and k swapped */
             const tile_shape h = {experts[e], rows[r], sizes[i][!gated], sizes[i][gated]};
-            good = add_shape(&s, &layers, h, gated);
+            good = add_shape(&s, &layers, h, gated, MOE_BF16);
         }
     for (int t = 0; t < 11 && good; ++t)
         for (int n = 0; n < 5 && good; ++n) {
             const tile_shape h = {1, tokens[t], outputs[n], depths[(t * 3 + n) % 4]};
-            good = add_shape(&s, &routers, h, 0);
+            good = add_shape(&s, &routers, h, 0, MOE_FP32);
         }
     print_regrets(&layers, "experts");
     print_regrets(&routers, "one matrix");

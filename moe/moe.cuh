@@ -1,4 +1,5 @@
-/* moe.cuh: every station. Include one station's header instead to compile less. */
+/* moe.cuh: every station of a layer. Include one station's header instead to compile less. Products
+   for gradients stand apart: gemm/grouped_gradient.cuh, gemm/k_grouped.cuh. */
 #ifndef MOE_MOE_CUH
 #define MOE_MOE_CUH
 

@@ -367,7 +367,7 @@ MOE_HOST moe_status moei_router_prepare_gemm(const moe_router_desc* d, moe_route
     const moei_variant* v;
     moe_status s;
     moei_router_gemm_desc(d, &g);
-    s = moei_gemm_check(&g);
+    s = moei_gemm_check(&g, 0);
     if (s == MOE_OK) s = moei_gemm_prepare(moei_gemm_variants, &g, &p->gemm);
     if (moe_status_kind(s) == MOE_ERR_CUDA) return s;
     if (s == MOE_OK) {

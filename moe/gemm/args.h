@@ -28,7 +28,7 @@ typedef struct moe_gemm_output {
 } moe_gemm_output;
 
 /* The backward pass through an activation (gemm/gradient.cuh), for kernels that have it:
-   c.activation is the one, c.pre is read, c.gated is 0. */
+   c.activation is the activation, c.pre is an input, c.gated is 0. */
 typedef struct moe_gemm_gradient {
     const float* row_weight; /* [num_rows], with row_index by index[r]; null: 1 */
     void* act;               /* [num_rows, n] c.bias_dtype: weighted activations; or null */

@@ -194,9 +194,10 @@ MOE_HOST moe_status moei_gemm_check_buffers(const moe_grouped_gemm_desc* d)
     return moe_check_buffers(b, count);
 }
 
-/* Checks options and buffers, and fills in the defaults. */
-MOE_HOST moe_status moei_gemm_check(moe_grouped_gemm_desc* d)
+/* Checks options and buffers, and fills in the defaults: of a gradient, or of a forward product. */
+MOE_HOST moe_status moei_gemm_check(moe_grouped_gemm_desc* d, int gradient)
 {
+    MOE_REQUIRE(d->gradient != !gradient, MOE_ERR_CONFLICT, gradient);
     MOE_TRY(moei_gemm_check_options(d));
     return moei_gemm_check_buffers(d);
 }
@@ -246,21 +247,34 @@ MOE_HOST moe_grouped_gemm_args moei_gemm_args_of(const moe_grouped_gemm_desc* d)
     return a;
 }
 
-/* Checks a descriptor and resolves it into the args of moe_gemm_tile, or with `gradient` of
-   moe_gemm_tile_gradient (tile.cuh), for a kernel of one's own. Errors: refused fields as of
-   moe_grouped_gemm; MOE_ERR_CONFLICT for ready and done, which these do not heed; *args is then
-   unchanged. */
-MOE_HOST moe_status moe_gemm_tile_resolve(const moe_grouped_gemm_desc* desc,
-                                          moe_grouped_gemm_args* args)
+/* moe_gemm_tile_resolve, and with `gradient` moe_gemm_tile_gradient_resolve. */
+MOE_HOST moe_status moei_gemm_tile_resolve(const moe_grouped_gemm_desc* desc, int gradient,
+                                           moe_grouped_gemm_args* args)
 {
     moe_grouped_gemm_desc d;
     MOE_REQUIRE(desc && args, MOE_ERR_NULL, desc);
     d = *desc;
-    MOE_TRY(moei_gemm_check(&d));
+    MOE_TRY(moei_gemm_check(&d, gradient));
     MOE_REQUIRE(!d.ready, MOE_ERR_CONFLICT, ready);
     MOE_REQUIRE(!d.done, MOE_ERR_CONFLICT, done);
     *args = moei_gemm_args_of(&d);
     return MOE_OK;
+}
+
+/* Checks a descriptor and resolves it into the args of moe_gemm_tile (tile.cuh), for a kernel of
+   one's own. Errors: refused fields as of moe_grouped_gemm; MOE_ERR_CONFLICT for ready and done,
+   which moe_gemm_tile does not heed; *args is then unchanged. */
+MOE_HOST moe_status moe_gemm_tile_resolve(const moe_grouped_gemm_desc* desc,
+                                          moe_grouped_gemm_args* args)
+{
+    return moei_gemm_tile_resolve(desc, 0, args);
+}
+
+/* The same for moe_gemm_tile_gradient, with errors as of moe_grouped_gemm_gradient. */
+MOE_HOST moe_status moe_gemm_tile_gradient_resolve(const moe_grouped_gemm_desc* desc,
+                                                   moe_grouped_gemm_args* args)
+{
+    return moei_gemm_tile_resolve(desc, 1, args);
 }
 
 #endif

@@ -19,7 +19,7 @@ typedef enum moe_tile {
     MOE_TILE_128x256, /* many rows an expert; 180 KB of shared memory a thread block, on the wgmma
                          path 194 KB; WMMA: k-major operands only */
     MOE_TILE_128x128, /* many rows an expert on smaller chips */
-    MOE_TILE_32x128,  /* few rows an expert: reading the weights dominates the time */
+    MOE_TILE_32x128,  /* few tiles, or few rows an expert */
     MOE_TILE_64x64    /* runs on every architecture, sm_75 included */
 } moe_tile;
 
@@ -118,7 +118,7 @@ typedef struct moe_grouped_gemm_desc {
     int32_t accumulate;  /* 1: adds the result to C; 0: overwrites C */
     int32_t rank;        /* reported with a fault, 0 .. MOE_FAULT_MAX_RANK */
     /* 1: the kernel is chosen without regard to num_rows, as for many: a row's bits do not depend on
-       other rows. A single row then costs a tile of 128. 0: chosen by num_rows too */
+       other rows. A single row may then cost a tile of 128. 0: chosen by num_rows too */
     int32_t batch_invariant;
     int32_t num_groups;        /* 1 .. MOE_MAX_EXPERTS, an upper bound: groups may have no rows; 0:
                                   no list */

@@ -31,7 +31,8 @@
 
    Two paths: WMMA on every architecture (tile.cuh), wgmma on Hopper (wgmma/tile.cuh). wgmma runs
    where the device and the binary have it (sm_90a), with A k-major and no row_div without
-   row_index; mn-major weights must not interleave gates and ups. WMMA runs everything else.
+   row_index; mn-major weights must not interleave gates and ups. WMMA runs everything else, and
+   where B has 128 rows or less or there are few tiles (moei_gemm_suits).
    moe_grouped_gemm_plan tells which. A further path is added here: a kernel, an entry in
    moe_gemm_path, an entry in kernels.inl. */
 #ifndef MOE_GEMM_GROUPED_CUH

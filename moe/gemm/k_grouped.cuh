@@ -239,19 +239,28 @@ typedef struct moe_k_grouped_gemm_prepared {
     moe_launch launch;            /* kernel null: run queues nothing */
 } moe_k_grouped_gemm_prepared;
 
+/* Returns 1 where v computes C's transpose (moei_k_encode). */
+MOE_HOST int moei_k_transposes(const moe_k_grouped_gemm_desc* d, const moei_variant* v)
+{
+    return v->path == MOE_GEMM_PATH_WGMMA && d->b_index;
+}
+
 /* Returns the tiles of all experts. */
 MOE_HOST int64_t moei_k_num_tiles(const moe_k_grouped_gemm_desc* d, const moei_variant* v)
 {
-    return (((int64_t)d->m + v->shape.tile_m - 1) / v->shape.tile_m) *
-           (((int64_t)d->n + v->shape.tile_n - 1) / v->shape.tile_n) * d->num_experts;
+    const int64_t m = moei_k_transposes(d, v) ? d->n : d->m;
+    const int64_t n = moei_k_transposes(d, v) ? d->m : d->n;
+    return ((m + v->shape.tile_m - 1) / v->shape.tile_m) *
+           ((n + v->shape.tile_n - 1) / v->shape.tile_n) * d->num_experts;
 }
 
 /* Returns 1 where v has the tile that the caller asks for, or else a good tile for these sizes. */
 MOE_HOST int moei_k_suits(const moei_variant* v, const moe_k_grouped_gemm_desc* d, int sms)
 {
+    const int n = moei_k_transposes(d, v) ? d->m : d->n;
     if (d->tile) return v->tile == d->tile;
     return v->tile == MOE_TILE_64x64 || d->path == MOE_GEMM_PATH_WGMMA ||
-           (moei_k_num_tiles(d, v) >= sms && (v->tile != MOE_TILE_128x256 || d->n > 128));
+           (moei_k_num_tiles(d, v) >= sms && (v->tile != MOE_TILE_128x256 || n > 128));
 }
 
 /* Returns the kernel's args for a checked descriptor. */

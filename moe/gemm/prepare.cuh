@@ -48,7 +48,8 @@ static_assert(sizeof(moei_wgmma_param) == sizeof(moei_wgmma_args),
 #define MOEI_GEMM_WGMMA_LEAST(a_major, b_major) ((a_major) == MOE_MAJOR_K ? 90 : MOEI_CODE_NEVER)
 
 /* Returns 1 where v has a good tile for these sizes on a device of `sms` multiprocessors; with
-   batch_invariant num_rows is ignored. bench/bench_tiles.cu fitted the rule:
+   batch_invariant the first line does not count, and experts count as having many rows.
+   bench/bench_tiles.cu fitted the rule:
      32x128   where its tiles all run at one time, two a multiprocessor: more multiprocessors beat
               larger tiles
      128x256  otherwise where B has more than 128 rows; WMMA where also its tiles fill the device
@@ -226,8 +227,7 @@ MOE_HOST moe_status moei_gemm_check_prepare(const moei_variant* table,
                                             moe_grouped_gemm_prepared* p)
 {
     moe_grouped_gemm_desc d = *desc;
-    MOE_REQUIRE(d.gradient != !gradient, MOE_ERR_CONFLICT, gradient);
-    MOE_TRY(moei_gemm_check(&d));
+    MOE_TRY(moei_gemm_check(&d, gradient));
     return moei_gemm_prepare(table, &d, p);
 }
 

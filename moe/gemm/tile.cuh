@@ -391,7 +391,7 @@ MOE_DEVICE_BODY void moe_gemm_tile(const moe_grouped_gemm_args* d, const moe_til
     moei_gemm_tile(d, t, shared, 0, f);
 }
 
-/* As moe_gemm_tile, for args from a descriptor with `gradient`: computes one tile of the backward
+/* As moe_gemm_tile, for args of moe_gemm_tile_gradient_resolve: computes one tile of the backward
    pass through an activation (grouped_gradient.cuh). A column tile has tile_n columns of P. */
 MOE_DEVICE_BODY void moe_gemm_tile_gradient(const moe_grouped_gemm_args* d,
                                             const moe_tile_position t, unsigned char* shared,

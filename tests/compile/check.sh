@@ -15,8 +15,8 @@
 #
 # The front end alone is code=lto: it checks all that the language asks, and generates no machine code.
 #
-# Headers are included alone and twice. gemm/grouped.cuh and block_sparse.cuh are compiled with all
-# their kernels, whatever includes them without: they are most of the work. router.cuh has those of
+# Headers are included alone and twice. gemm/grouped.cuh, gemm/grouped_gradient.cuh and
+# block_sparse.cuh are compiled with all their kernels, whatever includes them without: they are most of the work. router.cuh has those of
 # grouped.cuh too: what stands beside a kernel in a file has moved its registers before.
 set -euo pipefail
 kind=$1 file=$2 dir=$3 compiler=$4
@@ -29,7 +29,7 @@ cd "$dir"
 write() { local name=$1; shift; printf '%s\n' "$@" > "$name"; }
 twice=("#include \"$file\"" "#include \"$file\"")
 no_gemm='#define MOE_GEMM_VARIANT_LIST(X, ...)'
-case $file in moe/gemm/grouped.cuh | moe/router.cuh) no_gemm= ;; esac
+case $file in moe/gemm/grouped.cuh | moe/gemm/grouped_gradient.cuh | moe/router.cuh) no_gemm= ;; esac
 no_block='#define MOE_BLOCK_SPARSE_DTYPE_LIST(X)'
 if [ "$file" = moe/block_sparse.cuh ]; then no_block=; fi
 strict=(-Wall -Wextra -Wshadow -Werror "-I$root" -fsyntax-only)

@@ -97,7 +97,7 @@ END
 compile() {
     local header=$1 arch=$2
     shift 2
-    { if [ "$header" != moe/gemm/grouped.cuh ] && [ $# -gt 0 ]; then
+    { if [[ $header != moe/gemm/grouped*.cuh ]] && [ $# -gt 0 ]; then
           echo '#define MOE_GEMM_VARIANT_LIST(X, ...)' # as check.sh does: most of the work
       fi
       echo "#include \"$header\""; } > alone.cu

@@ -12,6 +12,9 @@
      test_gradient_infinite     an infinite P makes dot of its row infinite, not NaN, and no other
      test_gradient_bits         the same bits every run; the same parts of dot from all WMMA tiles
      test_gradient_batch        with batch_invariant the same bits for a row alone
+     test_gradient_fresh        1,000 calls on fresh inputs twice: the same hashes
+     test_gradient_groups       a list of groups has the bits of the offsets
+     test_gradient_faults       stores nothing after a stop fault, or where offsets are bad
      test_gradient_own_kernel   tiles of moe_gemm_tile_gradient
      test_gradient_plan         the tile does not depend on the activation
      test_gradient_refusals     what the calls refuse
@@ -22,6 +25,7 @@
 #include "moe/ref/gemm_gradient.h"
 #include "tests/test_refusals.h"
 #include "tests/unit/gemm/case.h"
+#include "tests/unit/gemm/fresh.h"
 
 typedef struct gradient_case {
     gemm_case g;          /* the product; its activation is none */
@@ -474,6 +478,107 @@ static void test_gradient_batch(void)
     gradient_bufs_free(&b);
 }
 
+static void test_gradient_fresh(void)
+{
+    enum { CALLS = MOE_ON_HOST ? 4 : 1000 };
+    static const int rows[] = {300, 5, 0, 129, 260};
+    trand r = trand_new(70);
+    for (int gather = 0; gather < 2; ++gather) {
+        static unsigned long long hash[2][CALLS];
+        const moe_launch_config l = moe_grid(MOE_ON_HOST ? 1 : 64, 256, 0, test_now.stream);
+        gradient_case c = gradient_normal(5, rows, MOE_ON_HOST ? 264 : 1032, MOE_ON_HOST ? 72 : 712,
+                                          MOE_ACTIVATION_SWIGLU);
+        gradient_bufs b;
+        tbuf bh;
+        c.weight = 0;
+        c.g.gather = gather ? 2 : 0;
+        if (!gradient_on(&c, 0)) return;
+        bh = tbuf_new("hash", sizeof hash, 0);
+        gradient_bufs_new(&b, &c, &r);
+        TEST_CUDA(cudaMemset(bh.p, 0, sizeof hash));
+        for (int pass = 0; pass < 2; ++pass)
+            for (int i = 0; i < CALLS; ++i) {
+                const tbuf* const in[] = {&b.b.a, &b.b.b.part[0][0], &b.pre};
+                const tbufs out = gradient_outputs(&b);
+                for (int j = 0; j < 3; ++j)
+                    fill_fresh(in[j]->p, (int64_t)(in[j]->bytes / 2), i + j * CALLS, c.g.dtype, l);
+                for (int j = 0; j < 3; ++j)
+                    TEST_CUDA(
+                        cudaMemsetAsync(out.at[j]->p, 0x22, out.at[j]->bytes, test_now.stream));
+                CHECK_STATUS(moe_grouped_gemm_gradient(&b.b.d, test_now.stream), MOE_OK);
+                for (int j = 0; j < 3; ++j)
+                    add_hash(out.at[j], (unsigned long long*)bh.p + pass * CALLS + i, l);
+            }
+        tbuf_get(&bh, hash);
+        check_hashes(hash[0], hash[1], CALLS);
+        tbuf_free(&bh);
+        gradient_bufs_free(&b);
+    }
+}
+
+/* A list of groups that names the experts' rows, the last expert first. */
+static void test_gradient_groups(void)
+{
+    static const int rows[] = {40, 0, 70};
+    trand r = trand_new(71);
+    for (int which = 0; which <= 4; ++which) {
+        gradient_case c = gradient_normal(3, rows, 136, 72, MOE_ACTIVATION_GEGLU);
+        moe_gemm_group list[3];
+        gradient_bufs b;
+        void* want[3];
+        tbuf groups;
+        if (!gradient_on(&c, which) || test_gemm_status(c.g.dtype, c.g.tile) != MOE_OK) continue;
+        gradient_bufs_new(&b, &c, &r);
+        for (int i = 0; i < 3; ++i) {
+            list[i].expert = 2 - i;
+            list[i].begin = b.b.h_offset[2 - i], list[i].end = b.b.h_offset[3 - i];
+        }
+        groups = tbuf_from("group", list, sizeof list, 4);
+        CHECK_STATUS(moe_grouped_gemm_gradient(&b.b.d, test_now.stream), MOE_OK);
+        gradient_check(&b, &c);
+        for (int i = 0; i < 3; ++i) want[i] = tbuf_copy(gradient_outputs(&b).at[i]);
+        tbufs_poison(gradient_outputs(&b));
+        b.b.d.expert_offset = 0;
+        b.b.d.group = (const moe_gemm_group*)groups.p, b.b.d.num_groups = 3;
+        CHECK_STATUS(moe_grouped_gemm_gradient(&b.b.d, test_now.stream), MOE_OK);
+        for (int i = 0; i < 3; ++i) {
+            const tbuf* out = gradient_outputs(&b).at[i];
+            CHECK(tbuf_holds(out, want[i]), "%s has other bits by a list", out->name);
+            free(want[i]);
+        }
+        tbuf_free(&groups);
+        gradient_bufs_free(&b);
+    }
+}
+
+static void test_gradient_faults(void)
+{
+    static const int rows[] = {10, 20, 30};
+    trand r = trand_new(72);
+    for (int which = 0; which <= 4; ++which) {
+        gradient_case c = gradient_normal(3, rows, 72, 40, MOE_ACTIVATION_SWIGLU);
+        gradient_bufs b;
+        int32_t offset[4];
+        if (!gradient_on(&c, which) || test_gemm_status(c.g.dtype, c.g.tile) != MOE_OK) continue;
+        gradient_bufs_new(&b, &c, &r);
+        tfault_put(&b.b.fault, MOE_FAULT_BAD_OFFSET, 7);
+        CHECK_STATUS(moe_grouped_gemm_gradient(&b.b.d, test_now.stream), MOE_OK);
+        CHECK(tbufs_untouched(gradient_outputs(&b)), "after a stop fault");
+        tfault_put(&b.b.fault, MOE_FAULT_NONE, 0);
+        memcpy(offset, b.b.h_offset, sizeof offset);
+        offset[2] = offset[1] - 1;
+        tbuf_put(&b.b.offset, offset);
+        CHECK_STATUS(moe_grouped_gemm_gradient(&b.b.d, test_now.stream), MOE_OK);
+        CHECK(tbufs_untouched(gradient_outputs(&b)), "expert 1 ends before it begins");
+        CHECK_FAULT(&b.b.fault, MOE_FAULT_BAD_OFFSET, 1);
+        tfault_put(&b.b.fault, MOE_FAULT_NONE, 0);
+        tbuf_put(&b.b.offset, b.b.h_offset);
+        CHECK_STATUS(moe_grouped_gemm_gradient(&b.b.d, test_now.stream), MOE_OK);
+        gradient_check(&b, &c);
+        gradient_bufs_free(&b);
+    }
+}
+
 MOE_KERNEL(128, 1) gradient_kernel(MOE_ARG(moe_grouped_gemm_args) d)
 {
     MOE_SHARED_DYNAMIC(shared);
@@ -497,7 +602,8 @@ static void test_gradient_own_kernel(void)
                      moe_gemm_shape_of(MOE_GEMM_SHAPE_64x64, MOE_FP16, MOE_MAJOR_K, MOE_MAJOR_K)),
                  test_now.stream);
     l.grid.y = 2;
-    CHECK_STATUS(moe_gemm_tile_resolve(&b.b.d, &d), MOE_OK);
+    CHECK_STATUS(moe_gemm_tile_resolve(&b.b.d, &d), MOE_STATUS(MOE_ERR_CONFLICT, gradient));
+    CHECK_STATUS(moe_gemm_tile_gradient_resolve(&b.b.d, &d), MOE_OK);
     CHECK_STATUS(MOE_LAUNCH(gradient_kernel, l, d), MOE_OK);
     gradient_check(&b, &c);
     gradient_bufs_free(&b);
@@ -624,6 +730,9 @@ int main(int argc, char** argv)
     RUN(test_gradient_infinite);
     RUN(test_gradient_bits);
     RUN(test_gradient_batch);
+    RUN(test_gradient_fresh);
+    RUN(test_gradient_groups);
+    RUN(test_gradient_faults);
     RUN(test_gradient_own_kernel);
     RUN(test_gradient_plan);
     RUN(test_gradient_refusals);

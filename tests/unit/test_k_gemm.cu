@@ -7,6 +7,7 @@
    test_k_lone       one expert; all rows at one; no rows
    test_k_gather     either operand gathered; strides; tables; added to C
    test_k_wgmma      the wgmma path, with and without workspace
+   test_k_rule       where C's transpose is computed, its sizes choose the tile
    test_k_nan        NaN and infinity stay with their expert
    test_k_faults     bad offsets and addresses, stop faults
    test_k_same_bits  the same bits over runs
@@ -374,6 +375,31 @@ static void test_k_wgmma(void)
 }
 
 /* Keeps NaN and infinities with the expert that has them, though tiles run past its rows. */
+/* The first variant of bf16 that suits on 132 multiprocessors. */
+static const moei_variant* k_chosen(const moe_k_grouped_gemm_desc* d)
+{
+    const moei_variant* v = moei_k_gemm_variants;
+    while (v->shape.dtype != MOE_BF16 || !moei_k_suits(v, d, 132)) ++v;
+    return v;
+}
+
+static void test_k_rule(void)
+{
+    static const int32_t index[1] = {0};
+    for (int narrow = 0; narrow < 2; ++narrow)
+        for (int gathered = 0; gathered < 2; ++gathered) {
+            moe_k_grouped_gemm_desc d = {};
+            const moei_variant* v;
+            d.num_experts = 64, d.m = narrow ? 64 : 4096, d.n = narrow ? 4096 : 64;
+            if (gathered) d.b_index = index; /* an address, nothing runs */
+            v = k_chosen(&d);
+            CHECK((v->path == MOE_GEMM_PATH_WGMMA) == (narrow != gathered),
+                  "m %d n %d, b_index %d: path %d tile %d", d.m, d.n, gathered, v->path, v->tile);
+            if (v->path == MOE_GEMM_PATH_WGMMA)
+                CHECK(moei_k_num_tiles(&d, v) == 64 * 16, "%d tiles", (int)moei_k_num_tiles(&d, v));
+        }
+}
+
 static void test_k_nan(void)
 {
     static const int some[] = {20, 7, 33};
@@ -632,6 +658,7 @@ int main(int argc, char** argv)
     RUN(test_k_lone);
     RUN(test_k_gather);
     RUN(test_k_wgmma);
+    RUN(test_k_rule);
     RUN(test_k_nan);
     RUN(test_k_faults);
     RUN(test_k_same_bits);

@@ -3,7 +3,8 @@
 
    Stores are deferred: rounded results wait in registers, and each of the next tile's first steps
    stores a part of them while the tensor cores work. So a tile's end costs bias, activation and
-   rounding alone. fp32 results, which have no room to wait, are stored at once.
+   rounding alone. fp32 results, which have no room to wait, transposed ones and gradients
+   (gradient.cuh) are stored at once.
 
    Where a thread's accumulators belong: ptx.cuh. With gate and up, accumulator i < 64 is a gate, and
    64 + i its up. */
@@ -305,7 +306,7 @@ MOE_DEVICE void moei_wgmma_count(const moe_grouped_gemm_args* d, const moei_wgmm
      1. multiply the steps; during each of the first ones store 32 columns of the tile before, in
         short tiles 64; count the tile before
      2. release the last stage
-     3. finish: bias, activation, rounding
+     3. finish: bias, activation, rounding; or the epilogue of a gradient, or of a transpose
    A consumer without rows of the tile releases the stages. At the end stores and counts what is
    pending. */
 MOE_DEVICE void moei_wgmma_consume(const moei_wgmma_args* a, moei_wgmma_ring r, int consumer,

@@ -20,7 +20,7 @@ typedef struct moei_wgmma_pending {
     int rows;    /* the tile's rows from r on: more than 0: row r exists, more than 8: r + 8 */
     int columns; /* columns of C from `column` on */
     int next, groups; /* groups of 32 columns: the next one to store; those of a tile, 4 or 8, 0
-                         before the first tile. fp32 results are stored: next is groups */
+                         before the first tile. What is stored at once: next is groups */
     int boxed;        /* first row of C of the consumer's, which boxes store; where threads store,
                          its complement, which is negative */
 } moei_wgmma_pending;

@@ -36,6 +36,8 @@ static void test_experts_layouts(void)
                 c.out_table = (int)trand_int(&r, 0, 1);
                 c.w_pad = 8 * (int)trand_int(&r, 0, 2);
                 c.tile = i & 1 ? MOE_TILE_32x128 : MOE_TILE_64x64;
+                if (c.major1 == MOE_MAJOR_K && c.major2 == MOE_MAJOR_K && trand_int(&r, 0, 2))
+                    c.tile = MOE_TILE_128x256;
                 run_case(&c, &r);
             }
 }
@@ -170,6 +172,8 @@ static void test_experts_shapes(void)
             c.one = trand_int(&r, 0, 3) == 0;
             c.tile = (int)trand_int(&r, 0, 2) ? (int)trand_int(&r, MOE_TILE_32x128, MOE_TILE_64x64)
                                               : MOE_TILE_AUTO;
+            if (c.major1 == MOE_MAJOR_K && c.major2 == MOE_MAJOR_K && trand_int(&r, 0, 2))
+                c.tile = MOE_TILE_128x256;
             run_case(&c, &r);
         }
 }

@@ -2,6 +2,7 @@
 
      test_gemm_plan        checks that the plan is what a launch takes, for any shape
      test_gemm_table       checks that the table says of each variant what its launch takes
+     test_gemm_rule        which path and tile the rule takes, on both sides of each of its bounds
      test_gemm_own_kernel  computes whole products tile by tile; a thread block an expert, which
                            reads the offsets itself */
 #ifndef MOE_TESTS_GEMM_PLAN_H
@@ -84,6 +85,59 @@ static void test_gemm_table(void)
               "%s: another kernel has its place", v->name);
     }
     CHECK(rows > 0 && rows % 4 == 0, "%d kernels", rows);
+}
+
+/* What the rule takes, with k-major operands in order, on 132 multiprocessors. */
+typedef struct rule_case {
+    int wgmma, experts, rows, n; /* rows: of an expert; wgmma 0: without that path */
+    int gated, batch, path, tile;
+} rule_case;
+
+static void test_gemm_rule(void)
+{
+    enum { NO = MOE_GEMM_PATH_WMMA, YES = MOE_GEMM_PATH_WGMMA };
+    static const rule_case cases[] = {
+        /* tiles of 32 x 128 that all run at one time, 264, or one more */
+        {1, 1, 264 * 32, 128, 0, 0, NO, MOE_TILE_32x128},
+        {1, 1, 264 * 32 + 1, 128, 0, 0, NO, MOE_TILE_128x128},
+        {1, 1, 132 * 32, 256, 0, 0, NO, MOE_TILE_32x128},
+        {1, 1, 132 * 32 + 1, 256, 0, 0, YES, MOE_TILE_128x256},
+        {1, 1, 66 * 32, 256, 1, 0, NO, MOE_TILE_32x128},
+        {1, 1, 66 * 32 + 1, 256, 1, 0, YES, MOE_TILE_128x256},
+        {1, 264, 1, 128, 0, 0, NO, MOE_TILE_32x128},
+        {1, 265, 1, 136, 0, 0, YES, MOE_TILE_128x256},
+        /* the columns of a tile */
+        {1, 1, 9000, 136, 0, 0, YES, MOE_TILE_128x256},
+        {1, 1, 9000, 72, 1, 0, YES, MOE_TILE_128x256},
+        {1, 1, 9000, 72, 0, 0, NO, MOE_TILE_128x128},
+        {1, 1, 9000, 64, 0, 0, NO, MOE_TILE_64x64},
+        /* without wgmma: tiles that fill the device, rows of an expert */
+        {0, 1, 132 * 128, 136, 0, 0, NO, MOE_TILE_128x256},
+        {0, 1, 131 * 128, 136, 0, 0, NO, MOE_TILE_128x128},
+        {0, 128, 32, 1536, 0, 0, NO, MOE_TILE_32x128},
+        {0, 128, 33, 1536, 0, 0, NO, MOE_TILE_128x256},
+        {0, 512, 64, 128, 0, 0, NO, MOE_TILE_32x128},
+        {0, 512, 65, 128, 0, 0, NO, MOE_TILE_128x128},
+        /* batch_invariant: as for many rows */
+        {1, 1, 1, 136, 0, 1, YES, MOE_TILE_128x256},
+        {0, 1, 1, 136, 0, 1, NO, MOE_TILE_128x256},
+        {1, 1, 1, 128, 0, 1, NO, MOE_TILE_128x128},
+        {1, 1, 1, 64, 0, 1, NO, MOE_TILE_64x64},
+    };
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; ++i) {
+        const rule_case c = cases[i];
+        const moei_variant* v = moei_gemm_variants;
+        moe_grouped_gemm_desc d = {};
+        d.num_experts = c.experts, d.num_rows = c.experts * c.rows, d.n = c.n, d.k = 64;
+        d.activation = c.gated ? MOE_ACTIVATION_SWIGLU : MOE_ACTIVATION_NONE;
+        d.batch_invariant = c.batch;
+        while (v->shape.dtype != MOE_BF16 || v->shape.a_major != MOE_MAJOR_K ||
+               v->shape.b_major != MOE_MAJOR_K || (v->path == MOE_GEMM_PATH_WGMMA && !c.wgmma) ||
+               !moei_gemm_suits(v, &d, 132))
+            ++v;
+        CHECK(v->path == c.path && v->tile == c.tile, "case %d: path %d tile %d, not %d %d", (int)i,
+              v->path, v->tile, c.path, c.tile);
+    }
 }
 
 #define OWN_LIST(X)                                                                                \
@@ -176,6 +230,7 @@ static void gemm_plan(void)
 {
     RUN(test_gemm_plan);
     RUN(test_gemm_table);
+    RUN(test_gemm_rule);
     RUN(test_gemm_own_kernel);
 }
 

@@ -14,6 +14,7 @@
 #ifndef MOE_TESTS_GEMM_WGMMA_H
 #define MOE_TESTS_GEMM_WGMMA_H
 
+#include "tests/unit/gemm/fresh.h"
 #include "tests/unit/gemm/run.h"
 
 #if !MOE_ON_HOST
@@ -179,40 +180,6 @@ static void test_wgmma_bits(void)
     }
 }
 
-typedef struct fresh_args {
-    uint16_t* a;                 /* [n] filled */
-    const unsigned long long* c; /* [n] hashed; or null */
-    unsigned long long* hash;    /* [1] */
-    int64_t n;
-    int32_t call, dtype;
-} fresh_args;
-
-/* Fills a with numbers of the call, or adds the hash of c, in any order, to *hash. */
-MOE_KERNEL(256, 1) fresh_kernel(MOE_ARG(fresh_args) d)
-{
-    const int64_t first = (int64_t)blockIdx.x * 256 + threadIdx.x, step = (int64_t)gridDim.x * 256;
-    unsigned long long sum = 0;
-    for (int64_t i = first; i < d.n; i += step) {
-        uint64_t x = (d.c ? d.c[i] : (uint64_t)d.call << 40) ^ (uint64_t)i * 0x9e3779b97f4a7c15ull;
-        x = (x ^ x >> 31) * 0x7fb5d329728ea185ull;
-        x = (x ^ x >> 27) * 0x81dadef4bc2dd44dull;
-        if (d.c) sum += x ^ x >> 33;
-        else d.a[i] = moe_f32_to_half((float)(int)(x >> 56) / 128.0f - 1.0f, d.dtype);
-    }
-    if (d.c) atomicAdd(d.hash, sum);
-}
-
-/* Queues the kernel that fills n elements at `a` for this call. */
-static void fill_fresh(void* a, int64_t n, int call, int dtype, moe_launch_config l)
-{
-    fresh_args f = {};
-    f.a = (uint16_t*)a;
-    f.n = n;
-    f.call = call;
-    f.dtype = dtype;
-    CHECK_STATUS(MOE_LAUNCH(fresh_kernel, l, f), MOE_OK);
-}
-
 static void test_wgmma_fresh(void)
 {
     enum { CALLS = MOE_ON_HOST ? 4 : 1000 };
@@ -224,7 +191,6 @@ static void test_wgmma_fresh(void)
         gemm_case c = wgmma_case(5, rows, MOE_ON_HOST ? 264 : 1032, MOE_ON_HOST ? 72 : 712, &r);
         static unsigned long long hash[2][CALLS];
         const moe_launch_config l = moe_grid(MOE_ON_HOST ? 1 : 64, 256, 0, test_now.stream);
-        int differ = 0, repeated = 0;
         tbuf bh = tbuf_new("hash", sizeof hash, 0), offsets[2];
         gemm_bufs b;
         c.gather = gather ? 2 : 0;
@@ -236,25 +202,16 @@ static void test_wgmma_fresh(void)
         TEST_CUDA(cudaMemset(bh.p, 0, sizeof hash));
         for (int pass = 0; pass < 2; ++pass)
             for (int i = 0; i < CALLS; ++i) {
-                fresh_args f = {};
                 fill_fresh(b.a.p, (int64_t)(b.a.bytes / 2), i, c.dtype, l);
                 fill_fresh(b.b.part[0][0].p, (int64_t)(b.b.part[0][0].bytes / 2), i + CALLS,
                            c.dtype, l);
                 b.d.expert_offset = (const int32_t*)offsets[i & 1].p;
                 TEST_CUDA(cudaMemsetAsync(b.c.all.p, 0x22, b.c.all.bytes, test_now.stream));
                 CHECK_STATUS(moe_grouped_gemm(&b.d, test_now.stream), MOE_OK);
-                f.c = (const unsigned long long*)b.c.all.p;
-                f.hash = (unsigned long long*)bh.p + pass * CALLS + i;
-                f.n = (int64_t)(b.c.all.bytes / 8);
-                CHECK_STATUS(MOE_LAUNCH(fresh_kernel, l, f), MOE_OK);
+                add_hash(&b.c.all, (unsigned long long*)bh.p + pass * CALLS + i, l);
             }
         tbuf_get(&bh, hash);
-        for (int i = 0; i < CALLS; ++i) {
-            differ += hash[0][i] != hash[1][i];
-            repeated += i > 0 && hash[0][i] == hash[0][i - 1];
-        }
-        CHECK(differ == 0 && repeated == 0, "gather %d: %d of %d calls differ, %d are equal",
-              gather, differ, CALLS, repeated);
+        check_hashes(hash[0], hash[1], CALLS);
         tbufs_free(TBUFS(&bh, &offsets[0], &offsets[1]));
         bufs_free(&b);
     }
