@@ -25,6 +25,7 @@ static void test_layer_route_options(void)
         c.residual = (int)trand_int(&r, NO_RESIDUAL, RESIDUAL);
         c.shared = i % 7 == 0 ? 24 : 0;
         c.unused = 10;
+        if (i / 6 & 1) c.tile = MOE_TILE_128x256;
         run_case(&c, &r);
     }
 }
