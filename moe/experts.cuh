@@ -22,8 +22,9 @@
    Accumulation and activation in fp32; act is rounded to the dtype between the two products. Equal
    inputs give equal bits; with batch_invariant a row has the same bits in any batch.
    Cost: 6 * rows * H * I flops (4 where not gated), two launches, on the wgmma path after a memset
-   of 32 bytes; scratch: act, num_rows * I elements. On Hopper (code of sm_90a) both run wgmma
-   where their tiles are not few (gemm/grouped.cuh). Minimum architecture: sm_75 (fp16), sm_80 (bf16).
+   of 32 bytes; scratch: act, num_rows * I elements. On Hopper (code of sm_90a) both run wgmma,
+   except where there are few tiles (gemm/grouped.cuh). Minimum architecture: sm_75 (fp16), sm_80
+   (bf16).
 
      moe_experts_desc m = {0};
      m.x = x;  m.w1.base = w1;  m.w2.base = w2;

@@ -155,6 +155,21 @@ MOE_DEVICE void moei_epilogue_fp32(const moe_gemm_output* d, int n, const moe_ti
     }
 }
 
+/* Stores the fragments of rows 16 i .. 16 i + 15 of the warp tile to the staging, visible to all
+   lanes. i is no literal: a loop over rows has one body, and the literal m indexes acc. */
+MOE_DEVICE void moei_epilogue_stage(float* staging, moei_mma_c acc[4][4], int i,
+                                    const moe_gemm_shape f)
+{
+    MOE_UNROLL
+    for (int m = 0; m < f.wm / 16; ++m)
+        if (m == i) {
+            MOE_UNROLL
+            for (int j = 0; j < f.wn / 16; ++j)
+                moei_mma_store(staging + j * 16, &acc[m][j], moei_staging_pitch(f.wn));
+        }
+    __syncwarp(MOE_FULL_WARP);
+}
+
 /* any. staging: fp32 [16][wn + 8]. For each 16 rows of the warp tile:
 
    1. Store the fragments of these rows to the staging; __syncwarp makes them visible to all lanes.
@@ -176,15 +191,9 @@ MOE_DEVICE void moei_epilogue_any(const moe_gemm_output* d, int n, const moe_til
     char* c = d->table ? (char*)d->table[t->expert] - (int64_t)t->begin * d->stride * c_bytes
                          : (char*)d->base;
 
-    MOE_NO_UNROLL /* one body for all i, a quarter of the code; the literal m indexes acc */
+    MOE_NO_UNROLL /* a quarter of the code */
     for (int i = 0; i < wm / 16; ++i) {
-        MOE_UNROLL /* 1. to the staging */
-        for (int m = 0; m < wm / 16; ++m)
-            if (m == i) {
-                MOE_UNROLL
-                for (int j = 0; j < wn / 16; ++j) moei_mma_store(staging + j * 16, &acc[m][j], ld);
-            }
-        __syncwarp(MOE_FULL_WARP);
+        moei_epilogue_stage(staging, acc, i, f); /* 1. */
         for (int u = moe_lane(); u < 16 * groups; u += MOE_WARP_SIZE) {
             const int r = u / groups, j = u % groups * 8;
             const int first = pairs ? 0 : u & 4;
@@ -273,13 +282,7 @@ MOE_DEVICE void moei_epilogue_gradient(const moe_grouped_gemm_args* d, const moe
 
     MOE_NO_UNROLL
     for (int i = 0; i < wm / 16; ++i) {
-        MOE_UNROLL /* 1. to the staging */
-        for (int m = 0; m < wm / 16; ++m)
-            if (m == i) {
-                MOE_UNROLL
-                for (int j = 0; j < wn / 16; ++j) moei_mma_store(staging + j * 16, &acc[m][j], ld);
-            }
-        __syncwarp(MOE_FULL_WARP);
+        moei_epilogue_stage(staging, acc, i, f); /* 1. */
         MOE_NO_UNROLL
         for (int u = moe_lane(); u < 16 * groups; u += MOE_WARP_SIZE) { /* all lanes as often */
             const int r = u / groups, j = u % groups * 4, m = row + i * 16 + r;

@@ -28,6 +28,7 @@
      g.pre = pre;  g.row_weight = weight;               // of each slot
      g.c = dpre;  g.act = act;  g.dot = dot;
      g.num_experts = E;  g.num_rows = T * K;  g.n = I;  g.k = H;
+     g.workspace = ws;  g.workspace_bytes = MOE_GROUPED_GEMM_WORKSPACE;     // may be left out
      moe_status s = moe_grouped_gemm_gradient(&g, stream); */
 #ifndef MOE_GEMM_GROUPED_GRADIENT_CUH
 #define MOE_GEMM_GROUPED_GRADIENT_CUH

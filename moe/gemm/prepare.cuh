@@ -48,7 +48,7 @@ static_assert(sizeof(moei_wgmma_param) == sizeof(moei_wgmma_args),
 #define MOEI_GEMM_WGMMA_LEAST(a_major, b_major) ((a_major) == MOE_MAJOR_K ? 90 : MOEI_CODE_NEVER)
 
 /* Returns 1 where v has a good tile for these sizes on a device of `sms` multiprocessors; with
-   batch_invariant the first line does not count, and experts count as having many rows.
+   batch_invariant the first line of the rule does not count, and experts count as having many rows.
    bench/bench_tiles.cu fitted the rule:
      32x128   where its tiles all run at one time, two a multiprocessor: more multiprocessors beat
               larger tiles

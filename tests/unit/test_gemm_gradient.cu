@@ -710,6 +710,12 @@ static void test_gradient_refusals(void)
         d.dot = (float*)(far + 41 * 4);
         d.a = far + 4096; /* 41 rows */
         CHECK_STATUS(moe_grouped_gemm_gradient_plan(&d, &p), MOE_OK);
+        /* of row_weight 2^31 elements are read at most, since an index is an int32_t */
+        REFUSED((d.row_div = 1 << 30, d.row_weight = (float*)far,
+                 d.dot = (float*)(far + ((size_t)8 << 30) - 4)),
+                MOE_ERR_OVERLAP, dot);
+        d.dot = (float*)(far + ((size_t)8 << 30));
+        CHECK_STATUS(moe_grouped_gemm_gradient_plan(&d, &p), MOE_OK);
         d = good; /* nothing is read or written */
         d.num_rows = 0, d.pre = d.c = 0, d.a = d.b.base = 0;
         CHECK_STATUS(moe_grouped_gemm_gradient_plan(&d, &p), MOE_OK);

@@ -6,8 +6,8 @@
    threads too, with zeros in its place.
 
    Rows are looked up for two steps at a time, 128 depths: an index is read two steps before it is
-   needed, also across tiles. What is looked up of a line is where its row lies: the distance from
-   A's begin in units of 16 bytes, or MOEI_WGMMA_NO_ROW. */
+   needed, also across tiles. What is looked up of a line is its row's offset from A, in units
+   of 16 bytes, or MOEI_WGMMA_NO_ROW. */
 #ifndef MOE_GEMM_WGMMA_K_GATHER_CUH
 #define MOE_GEMM_WGMMA_K_GATHER_CUH
 

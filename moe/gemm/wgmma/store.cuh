@@ -16,7 +16,7 @@
 typedef struct moei_wgmma_pending {
     uint32_t x[64]; /* two columns each: [groups of 32 columns][rows r, r + 8][4] */
     char* c; /* address of row r, column `column` of C; transposed (args.h): of the first two rows
-                       that the lane stores of a column */
+                that the lane stores of a column */
     int rows;    /* the tile's rows from r on: more than 0: row r exists, more than 8: r + 8 */
     int columns; /* columns of C from `column` on */
     int next, groups; /* groups of 32 columns: the next one to store; those of a tile, 4 or 8, 0

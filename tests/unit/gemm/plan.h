@@ -90,7 +90,7 @@ static void test_gemm_table(void)
 /* What the rule takes, with k-major operands in order, on 132 multiprocessors. */
 typedef struct rule_case {
     int wgmma, experts, rows, n; /* rows: of an expert; wgmma 0: without that path */
-    int gated, batch, path, tile;
+    int gated, batch, path, tile; /* gated 2: as a gradient, whose B has n rows */
 } rule_case;
 
 static void test_gemm_rule(void)
@@ -104,6 +104,8 @@ static void test_gemm_rule(void)
         {1, 1, 132 * 32 + 1, 256, 0, 0, YES, MOE_TILE_128x256},
         {1, 1, 66 * 32, 256, 1, 0, NO, MOE_TILE_32x128},
         {1, 1, 66 * 32 + 1, 256, 1, 0, YES, MOE_TILE_128x256},
+        {1, 1, 132 * 32, 256, 2, 0, NO, MOE_TILE_32x128},
+        {1, 1, 132 * 32 + 1, 256, 2, 0, YES, MOE_TILE_128x256},
         {1, 264, 1, 128, 0, 0, NO, MOE_TILE_32x128},
         {1, 265, 1, 136, 0, 0, YES, MOE_TILE_128x256},
         /* the columns of a tile */
@@ -130,7 +132,7 @@ static void test_gemm_rule(void)
         moe_grouped_gemm_desc d = {};
         d.num_experts = c.experts, d.num_rows = c.experts * c.rows, d.n = c.n, d.k = 64;
         d.activation = c.gated ? MOE_ACTIVATION_SWIGLU : MOE_ACTIVATION_NONE;
-        d.batch_invariant = c.batch;
+        d.batch_invariant = c.batch, d.gradient = c.gated == 2;
         while (v->shape.dtype != MOE_BF16 || v->shape.a_major != MOE_MAJOR_K ||
                v->shape.b_major != MOE_MAJOR_K || (v->path == MOE_GEMM_PATH_WGMMA && !c.wgmma) ||
                !moei_gemm_suits(v, &d, 132))
