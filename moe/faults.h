@@ -22,6 +22,8 @@
     X(BAD_SPARSE_BLOCK, 3, "a list of sparse blocks out of range or not ascending (index: entry)") \
     X(NO_ROOM, 4, "max_blocks is less than the mask has (index: sparse blocks it has)")            \
     X(NOT_READY, 5, "rows of A did not become ready in time (index: row)")                         \
+    X(PEER_LATE, 6, "a rank did not come in time (index: moe_peers_late_decode has its parts)")    \
+    X(ROWS_FULL, 7, "rows pass the room of their buffer (index: rows that it would need)")         \
     X(NAN_LOGIT, 16, "a logit counts as NaN: the token selects nothing (index: token)")            \
     X(BAD_ID, 17, "expert id out of range: the slot is dropped (index: slot)")                     \
     X(BAD_ROW, 18, "row map out of range: read as zeros, not added to y (index: row or slot)")     \

@@ -26,7 +26,10 @@
     X(permute)                                                                                     \
     X(block_sparse_list)                                                                           \
     X(block_sparse)                                                                                \
-    X(block_layer)
+    X(block_layer)                                                                                 \
+    X(peers)                                                                                       \
+    X(ep_dispatch)                                                                                 \
+    X(ep_combine)
 
 /* A station that the file does not include: nothing to load. */
 #define MOEI_PRELOAD_ABSENT(station)                                                               \

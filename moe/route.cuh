@@ -33,6 +33,12 @@
      capacity      An expert keeps at most `capacity` slots: the first (MOE_DROP_BY_POSITION), or
                    those of the largest weights (MOE_DROP_BY_WEIGHT). The others are dropped:
                    slot_row -1, place {-1, -1}; drop_count counts them.
+     part_count    The tokens are num_parts parts of equal size, of which only the first part_count
+                   tokens exist: what several senders wrote into one array. Slots of the others count
+                   as unused; their ids are not read.
+     max_rows      Room for rows: a bound below what the sizes allow. Where the ids need more, the
+                   stop fault ROWS_FULL says how many, and nothing is written past the room. Not
+                   with capacity by weight.
      row_multiple  Each expert's rows begin and end at a multiple of row_multiple. The rows that pad
                    an expert hold no slot. An expert without a slot has no rows.
 
@@ -79,7 +85,8 @@ MOE_HOST int64_t moei_route_row_bound(const moe_route_desc* d)
     const int64_t slots = all < num_replicas * capacity ? all : num_replicas * capacity;
     const int64_t rows = (slots + (slots < num_replicas ? slots : num_replicas) * (m - 1)) / m * m;
     const int64_t full = num_replicas * ((capacity + m - 1) / m * m);
-    return rows < full ? rows : full;
+    const int64_t bound = rows < full ? rows : full;
+    return d->max_rows && d->max_rows < bound ? d->max_rows : bound;
 }
 
 /* Refuses sizes and options that are out of range or contradict each other; fills in the
@@ -110,7 +117,13 @@ MOE_HOST moe_status moei_route_check_options(moe_route_desc* d)
     MOE_REQUIRE(d->capacity || !d->drop_rule, MOE_ERR_CONFLICT, drop_rule);
     if (d->capacity == 0) d->capacity = MOEI_ROUTE_NO_LIMIT;
     if (d->drop_rule == 0) d->drop_rule = MOE_DROP_BY_POSITION;
+    MOE_REQUIRE(d->max_rows >= 0, MOE_ERR_RANGE, max_rows);
+    MOE_REQUIRE(!d->max_rows || d->drop_rule != MOE_DROP_BY_WEIGHT, MOE_ERR_CONFLICT, max_rows);
     MOE_REQUIRE(moei_route_row_bound(d) <= 0x7fffffff, MOE_ERR_RANGE, row_multiple);
+    MOE_REQUIRE(d->part_count ? d->num_parts >= 1 && d->num_tokens % d->num_parts == 0
+                              : d->num_parts == 0,
+                MOE_ERR_RANGE, num_parts);
+    MOE_REQUIRE(!d->part_count || !d->chunk_count, MOE_ERR_CONFLICT, part_count);
     if (d->place_kind == 0) d->place_kind = MOE_PLACE_JOINED;
     MOE_REQUIRE(d->place_kind > 0 && d->place_kind <= MOE_PLACE_BY_EXPERT, MOE_ERR_OPTION,
                 place_kind);
@@ -164,6 +177,7 @@ MOE_HOST moe_status moei_route_check_buffers(const moe_route_desc* d)
         {d->ids, slots * 4, 4, MOE_BUFFER_REQUIRED, MOE_FIELD_ids},
         {d->weights, slots * 4, 4, weigh ? MOE_BUFFER_REQUIRED : MOE_BUFFER_READ,
          MOE_FIELD_weights},
+        {d->part_count, (uint64_t)d->num_parts * 4, 4, MOE_BUFFER_READ, MOE_FIELD_part_count},
         {d->replica_offset, num_experts * 4 + 4, 4, MOE_BUFFER_READ, MOE_FIELD_replica_offset},
         {d->replica_expert, num_replicas * 4, 4, MOE_BUFFER_READ, MOE_FIELD_replica_expert},
         {d->chunk_count, num_replicas * (uint64_t)moe_num_chunks(d->num_tokens) * 4, 4,
@@ -279,13 +293,14 @@ MOE_HOST moe_status moei_route_prepare(const moe_route_desc* desc, moe_route_pre
     (void)moei_route_carve_workspace(&a->d, a, a->d.chunk_count != 0);
     if (!desc->chunk_count && a->d.num_tokens > 0) {
         MOE_TRY(moei_route_grid(&c, &a->d, 0));
-        if (a->d.replica_offset) MOE_TRY(MOE_PREPARE(&p->count, moei_route_count_options, c));
+        if (a->d.replica_offset || a->d.part_count)
+            MOE_TRY(MOE_PREPARE(&p->count, moei_route_count_options, c));
         else MOE_TRY(MOE_PREPARE(&p->count, moei_route_count, c));
     }
     MOE_TRY(moei_route_grid(&c, &a->d, 1));
     if (a->d.drop_rule == MOE_DROP_BY_WEIGHT) return moei_route_prepare_by_weight(p, &c);
-    if (a->d.replica_offset || a->d.drop_count || a->d.row_multiple > 1 ||
-        a->d.capacity != MOEI_ROUTE_NO_LIMIT)
+    if (a->d.replica_offset || a->d.part_count || a->d.max_rows || a->d.drop_count ||
+        a->d.row_multiple > 1 || a->d.capacity != MOEI_ROUTE_NO_LIMIT)
         return MOE_PREPARE(&p->place, moei_route_place_options, c);
     return MOE_PREPARE(&p->place, moei_route_place, c);
 }

@@ -8,44 +8,9 @@
 #define MOE_GEMM_FLAGS_CUH
 
 #include "../base/fault.cuh"
+#include "../base/flag.cuh"
 #include "../faults.h"
 #include "args.h"
-
-/* Returns a counter. What was stored before its last addition, by any device, is visible then
-   (acquire). */
-MOE_DEVICE uint32_t moei_flag_load(const uint32_t* p)
-{
-#if MOE_ON_HOST
-    MOEI_ALIGNED(p, 4);
-    return *(const volatile uint32_t*)p;
-#else
-    uint32_t v;
-    asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
-    return v;
-#endif
-}
-
-/* Adds v to a counter, after all that the thread has seen (release). */
-MOE_DEVICE void moei_flag_add(uint32_t* p, uint32_t v)
-{
-#if MOE_ON_HOST
-    atomicAdd(p, v);
-#else
-    asm volatile("red.release.sys.global.add.u32 [%0], %1;" ::"l"(p), "r"(v) : "memory");
-#endif
-}
-
-/* Returns the device's clock in nanoseconds, more than 0. */
-MOE_DEVICE uint64_t moei_nanoseconds(void)
-{
-#if MOE_ON_HOST
-    return moeh_clock();
-#else
-    uint64_t t;
-    asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(t));
-    return t;
-#endif
-}
 
 /* Returns the first row of the next row block. */
 MOE_DEVICE int moei_next_row_block(int row)

@@ -52,6 +52,14 @@ MOE_DEVICE int moei_route_id(const moe_route_desc* d, uint32_t slot, int id, con
     return -1;
 }
 
+/* Returns true where the slot's token exists: it is one of the first part_count of its part. */
+MOE_DEVICE bool moei_route_exists(const moe_route_desc* d, uint32_t slot)
+{
+    const uint32_t t = slot / (uint32_t)d->top_k;
+    const uint32_t each = (uint32_t)d->num_tokens / (uint32_t)d->num_parts, part = t / each;
+    return (int)(t - part * each) < d->part_count[part];
+}
+
 /* Returns the first slot of a chunk; for the chunk after the last, T * K. Slots are below 2^31:
    unsigned sums of a slot and a block's threads do not wrap. */
 MOE_DEVICE uint32_t moei_route_begin(const moe_route_desc* d, uint32_t chunk)
@@ -74,8 +82,10 @@ MOE_DEVICE_BODY void moei_route_count_chunk(const moe_route_desc* d, int* count,
     if (moe_fault_stopped(d->fault)) return;
     __syncthreads(); /* count is clear */
     for (uint32_t s = moei_route_begin(d, blockIdx.x) + threadIdx.x; s < end; s += blockDim.x) {
-        const int e = moei_route_id(d, s, d->ids[s], options);
-        if (e >= 0) atomicAdd(count + e, 1);
+        if (!options || !d->part_count || moei_route_exists(d, s)) {
+            const int e = moei_route_id(d, s, d->ids[s], options);
+            if (e >= 0) atomicAdd(count + e, 1);
+        }
     }
     __syncthreads(); /* count is complete */
     for (int e = (int)threadIdx.x; e < num_experts; e += (int)blockDim.x)
@@ -89,7 +99,7 @@ MOE_KERNEL(MOEI_ROUTE_THREADS, 1) moei_route_count(MOE_ARG(moei_route_args) a)
     moei_route_count_chunk(&a.d, (int*)shared, 0);
 }
 
-/* Counting, with replicas. */
+/* Counting, with replicas or parts. */
 MOE_KERNEL(MOEI_ROUTE_THREADS, 1) moei_route_count_options(MOE_ARG(moei_route_args) a)
 {
     MOE_SHARED_DYNAMIC(shared);

@@ -24,6 +24,8 @@ typedef struct moe_route_desc {
     const float* weights;          /* [T, K] for row_weight and MOE_DROP_BY_WEIGHT, else not read */
     int32_t* chunk_count;          /* [moe_num_chunks(T), E] moe_gate's, of these very ids (else
                                       BAD_COUNT); null: counted here. Must be null with replicas */
+    const int32_t* part_count;     /* [num_parts] tokens of each part; null: all exist. Not with
+                                      chunk_count */
     const int32_t* replica_offset; /* [E + 1] first replica of each expert; null: no replicas */
     const int32_t* replica_expert; /* [P] physical expert of each replica; null: its own number */
     /* out */
@@ -48,6 +50,9 @@ typedef struct moe_route_desc {
     int32_t drop_rule;       /* moe_drop_rule; 0 = by position. Without a capacity 0 */
     int32_t absent_replicas; /* 1, with replicas only: drops the slots of an empty range, or of
                                 a replica_expert of -1, without a fault; 0: BAD_REPLICA */
+    int32_t num_parts;       /* parts of the tokens, T a multiple; 0 without part_count */
+    int64_t max_rows;        /* rows that the buffers have room for; more stop the chain (ROWS_FULL);
+                                0 = as many as there can be */
     int32_t rank;            /* rank that a fault reports, 0 .. MOE_FAULT_MAX_RANK */
     void* workspace;         /* 16-byte aligned; may be null where moe_route_workspace gives 0 */
     size_t workspace_bytes;  /* bytes at workspace, at least what moe_route_workspace gives */

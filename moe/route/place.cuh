@@ -80,15 +80,16 @@ MOE_DEVICE void moei_route_sum(const moe_route_desc* d, const moei_route_shared*
 }
 
 /* Loads the ids and weights of a thread's slots in the round that begins at slot `begin`; id -1
-   past `end`. */
+   past `end` and where the token does not exist. */
 MOE_DEVICE void moei_route_fetch(int* id, float* weight, const moe_route_desc* d, uint32_t begin,
-                                 uint32_t end, int steps)
+                                 uint32_t end, int steps, const int options)
 {
     const uint32_t first = begin + (uint32_t)(moe_warp() * steps * MOE_WARP_SIZE + moe_lane());
     MOE_UNROLL
     for (int i = 0; i < MOEI_ROUTE_STEPS; ++i) {
         const uint32_t slot = first + (uint32_t)(i * MOE_WARP_SIZE);
-        const bool in = slot < end && i < steps;
+        const bool in = slot < end && i < steps &&
+                        (!options || !d->part_count || moei_route_exists(d, slot));
         id[i] = in ? (int)moei_load4_early(d->ids + slot) : -1;
         weight[i] =
             in && d->row_weight ? __uint_as_float(moei_load4_early(d->weights + slot)) : 0.0f;
@@ -161,7 +162,8 @@ MOE_DEVICE int moei_route_offsets(const moei_route_args* a, const moei_route_sha
     if (blockIdx.x == 0 && threadIdx.x == 0) {
         d->expert_offset[num_experts] = rows;
         if (rows < 0 || rows > a->max_rows)
-            moe_fault_raise(d->fault, MOE_FAULT_BAD_COUNT, d->rank, 0);
+            moe_fault_raise(d->fault, options && d->max_rows ? MOE_FAULT_ROWS_FULL : MOE_FAULT_BAD_COUNT,
+                            d->rank, options && d->max_rows ? rows : 0);
     }
     return rows;
 }
@@ -321,7 +323,7 @@ MOE_DEVICE_BODY void moei_route_place_chunk(const moei_route_args* a, unsigned c
     moei_route_clear(&s, num_experts);
     moe_pdl_wait();
     if (moe_fault_stopped(d->fault)) return;
-    moei_route_fetch(id, weight, d, begin, end, steps); /* 1. */
+    moei_route_fetch(id, weight, d, begin, end, steps, options); /* 1. */
     rows = moei_route_offsets(a, &s, scratch, &checksum, options);
     if (options && d->row_multiple > 1) {
         __syncthreads(); /* start is complete */
@@ -359,7 +361,7 @@ MOE_DEVICE_BODY void moei_route_place_chunk(const moei_route_args* a, unsigned c
                 moei_route_write_row(d, (int)slot, expert[i],
                                      expert[i] < 0 ? 0 : s.offset[expert[i]], row);
         }
-        moei_route_fetch(id, weight, d, begin + blockDim.x * (uint32_t)steps, end, steps); /* 5. */
+        moei_route_fetch(id, weight, d, begin + blockDim.x * (uint32_t)steps, end, steps, options); /* 5. */
         __syncthreads(); /* 6.; the positions are complete */
         moei_route_write_slots(a, &s, taken);
         if (begin + blockDim.x * (uint32_t)steps < end) {

@@ -1,0 +1,188 @@
+/* signal.cuh: device functions between ranks: put, get, signal, wait, barrier. peers.h has the
+   regions and the channels; barrier.cuh has the same as launches.
+
+     moe_peer_address(&p, rank, offset)                 address in a peer's region
+     moe_peer_put(&p, rank, offset, x, bytes, i, n)     copies to a peer's region
+     moe_peer_get(&p, y, rank, offset, bytes, i, n)     copies from a peer's region
+     moe_peer_signal(&p, rank, channel)                 tells one peer: what I stored is there
+     moe_peer_wait(&p, rank, channel, tag)              waits for one peer's next signal
+     moe_peer_arrive(&p, channel)                       tells all ranks
+     moe_peer_barrier_wait(&p, channel, phase, tag)     waits until all ranks have arrived
+
+   Order: moe_peer_put by many threads, a barrier of the thread block, then moe_peer_signal (or
+   moe_peer_arrive) by one warp of the block. What was put before is visible to a peer after its
+   wait (release and acquire, system scope). Threads other than the waiting warp see it after a
+   barrier of their thread block.
+
+   A wait never traps and never hangs. After peers.timeout_ns nanoseconds (the GPU's global timer)
+   it raises PEER_LATE with the late rank, phase and tag in the fault word, tells all peers, and
+   returns 0. A rank that stopped for any reason sends its fault word instead of arriving: its peers
+   stop at once with that fault, and name the same rank. Where the fault word holds a stop fault
+   already, nothing is signalled and no wait waits.
+
+   A grid that waits must be resident as a whole, together with what its peers need to arrive:
+   launch few thread blocks (one, where several ranks share a GPU). Under lazy loading preload every
+   kernel first (preload.cuh). */
+#ifndef MOE_EP_SIGNAL_CUH
+#define MOE_EP_SIGNAL_CUH
+
+#include "../base/copy_row.cuh"
+#include "../base/fault.cuh"
+#include "../base/flag.cuh"
+#include "../base/warp.cuh"
+#include "peers.h"
+
+/* Returns this rank's header. */
+MOE_DEVICE moe_peers_header* moei_peer_header(const moe_peers_args* p)
+{
+    return (moe_peers_header*)p->base;
+}
+
+/* Returns the address of `offset` in a rank's region. Any thread. rank: 0 .. W - 1. */
+MOE_DEVICE char* moe_peer_address(const moe_peers_args* p, int rank, uint64_t offset)
+{
+    return moei_peer_header(p)->table[rank] + offset;
+}
+
+/* Returns a rank's words of a channel. */
+MOE_DEVICE moe_peers_channel* moei_peer_channel(const moe_peers_args* p, int rank, int channel)
+{
+    return ((moe_peers_header*)moe_peer_address(p, rank, 0))->channel + channel;
+}
+
+/* Returns the i-th rank that this rank turns to: i = 0 is the next one, W - 1 itself. Ranks that
+   all go through their peers in this order write to different peers at any time. */
+MOE_DEVICE int moe_peer_rotated(const moe_peers_args* p, int i)
+{
+    const int r = p->rank + 1 + i;
+    return r < p->num_ranks ? r : r - p->num_ranks;
+}
+
+/* Copies `bytes`, even, from x to a rank's region. `threads` threads share the work, this one is
+   number `thread`. Ends without a barrier. */
+MOE_DEVICE void moe_peer_put(const moe_peers_args* p, int rank, uint64_t offset, const void* x,
+                             int64_t bytes, int thread, int threads)
+{
+    moe_copy_row(moe_peer_address(p, rank, offset), x, bytes, thread, threads);
+}
+
+/* Copies `bytes`, even, from a rank's region to y; as moe_peer_put. */
+MOE_DEVICE void moe_peer_get(const moe_peers_args* p, void* y, int rank, uint64_t offset,
+                             int64_t bytes, int thread, int threads)
+{
+    moe_copy_row(y, moe_peer_address(p, rank, offset), bytes, thread, threads);
+}
+
+/* Sends this rank's fault word to all peers: they stop. One warp. */
+MOE_DEVICE void moei_peer_notice(const moe_peers_args* p)
+{
+    const uint64_t word = moei_flag_load8(p->fault);
+    for (int i = moe_lane(); i < p->num_ranks - 1; i += MOE_WARP_SIZE) {
+        moe_peers_header* h = (moe_peers_header*)moe_peer_address(p, moe_peer_rotated(p, i), 0);
+        moei_flag_store8(h->notice + p->rank, word);
+    }
+}
+
+/* Returns 1 where a peer has sent its fault word, and takes the fault over. One warp; every lane
+   gets the answer. */
+MOE_DEVICE int moei_peer_noticed(const moe_peers_args* p)
+{
+    int stops = 0;
+    for (int r = moe_lane(); r < p->num_ranks; r += MOE_WARP_SIZE) {
+        const uint64_t word = moei_flag_load8(moei_peer_header(p)->notice + r);
+        if (MOEI_FAULT_STOPS(word)) {
+            atomicMax((unsigned long long*)p->fault, (unsigned long long)word);
+            stops = 1;
+        }
+    }
+    return __any_sync(MOE_FULL_WARP, stops);
+}
+
+#define MOEI_PEER_POLLS 16 /* polls of a word before the clock and the notices are read */
+
+/* Polls a word of this rank until it is at least `least`, modulo 2^32. Returns 1; 0 where the fault
+   word holds a stop fault, or a peer has sent one; -1 where the time is over. One warp. */
+MOE_DEVICE int moei_peer_poll(const moe_peers_args* p, const uint32_t* word, uint32_t least)
+{
+    const uint64_t begun = moei_nanoseconds();
+    for (;;) {
+        for (int i = 0; i < MOEI_PEER_POLLS; ++i) {
+            const int came = (int32_t)(moei_flag_load(word) - least) >= 0;
+            if (__any_sync(MOE_FULL_WARP, came)) return 1;
+            MOE_SPIN();
+        }
+        if (__any_sync(MOE_FULL_WARP, moe_fault_stops(p->fault)) || moei_peer_noticed(p)) return 0;
+        if (__any_sync(MOE_FULL_WARP, moei_nanoseconds() - begun > p->timeout_ns)) return -1;
+    }
+}
+
+/* Raises PEER_LATE and tells the peers. One warp. */
+MOE_DEVICE void moei_peer_raise(const moe_peers_args* p, int late, int phase, int tag)
+{
+    if (moe_lane() == 0)
+        moe_fault_raise(p->fault, MOE_FAULT_PEER_LATE, p->rank,
+                        MOEI_PEERS_INDEX(late, phase, tag));
+    __syncwarp(MOE_FULL_WARP); /* the word is written */
+    moei_peer_notice(p);
+}
+
+/* Adds 1 to this rank's signals at a peer. One warp. Does nothing after a stop fault. */
+MOE_DEVICE void moe_peer_signal(const moe_peers_args* p, int rank, int channel)
+{
+    if (moe_lane() == 0 && !moe_fault_stops(p->fault))
+        moei_flag_add(moei_peer_channel(p, rank, channel)->from + p->rank, 1);
+}
+
+/* Waits for the next signal of a rank, in its order of sending. Returns 1, or 0 after a stop fault.
+   One warp; one waiting warp a rank and channel at a time. */
+MOE_DEVICE int moe_peer_wait(const moe_peers_args* p, int rank, int channel, int tag)
+{
+    moe_peers_channel* own = moei_peer_header(p)->channel + channel;
+    const uint32_t next = own->taken[rank] + 1;
+    const int came = moei_peer_poll(p, own->from + rank, next);
+    if (came < 0) moei_peer_raise(p, rank, MOE_PHASE_USER, tag);
+    if (came <= 0) return 0;
+    __syncwarp(MOE_FULL_WARP); /* all lanes have read taken */
+    if (moe_lane() == 0) own->taken[rank] = next;
+    return 1;
+}
+
+/* Arrives at the next barrier of a channel: tells all ranks, this one included. After a stop fault
+   sends that fault instead. One warp of the grid. */
+MOE_DEVICE void moe_peer_arrive(const moe_peers_args* p, int channel)
+{
+    moe_peers_channel* own = moei_peer_header(p)->channel + channel;
+    const uint32_t n = own->epoch[0] + 1;
+    if (__any_sync(MOE_FULL_WARP, moe_fault_stops(p->fault))) {
+        moei_peer_notice(p);
+        return;
+    }
+    for (int i = moe_lane(); i < p->num_ranks; i += MOE_WARP_SIZE) {
+        moe_peers_channel* c = moei_peer_channel(p, moe_peer_rotated(p, i), channel);
+        moei_flag_add_relaxed(c->from + p->rank, 1);
+        moei_flag_add(c->sum + (n & 1), 1);
+    }
+    __syncwarp(MOE_FULL_WARP); /* all lanes have read epoch */
+    if (moe_lane() == 0) own->epoch[0] = n;
+    __syncwarp(MOE_FULL_WARP); /* a wait of this warp reads it */
+}
+
+/* Waits until all ranks have arrived at this rank's last barrier of the channel. Returns 1, or 0
+   after a stop fault. One warp of the grid. */
+MOE_DEVICE int moe_peer_barrier_wait(const moe_peers_args* p, int channel, int phase, int tag)
+{
+    moe_peers_channel* own = moei_peer_header(p)->channel + channel;
+    const uint32_t n = own->epoch[0], all = (uint32_t)p->num_ranks * ((n + 1) >> 1);
+    int came, late = p->num_ranks;
+    if (__any_sync(MOE_FULL_WARP, moe_fault_stops(p->fault))) return 0;
+    came = moei_peer_poll(p, own->sum + (n & 1), all);
+    if (came >= 0) return came;
+    for (int r = moe_lane(); r < p->num_ranks; r += MOE_WARP_SIZE)
+        if ((int32_t)(moei_flag_load(own->from + r) - n) < 0 && r < late) late = r;
+    for (int d = MOE_WARP_SIZE >> 1; d > 0; d >>= 1)
+        late = min(late, __shfl_xor_sync(MOE_FULL_WARP, late, d));
+    moei_peer_raise(p, late < p->num_ranks ? late : p->rank, phase, tag); /* the first of them */
+    return 0;
+}
+
+#endif

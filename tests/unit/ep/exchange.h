@@ -1,0 +1,196 @@
+/* exchange.h: what every rank receives, bit for bit, and the sums that come home. */
+#ifndef MOE_TESTS_EP_EXCHANGE_H
+#define MOE_TESTS_EP_EXCHANGE_H
+
+#include "tests/unit/ep/case.h"
+
+/* Checks the row maps of one rank against route's reference; returns the row of every received
+   slot. */
+static int32_t* ep_check_maps(ep_job* j, int r)
+{
+    const ep_case* c = &j->c;
+    const ep_rank* k = j->rank + r;
+    const int C = k->view.recv_tokens, P = ep_local(j, r) ? ep_local(j, r) : 1;
+    const int64_t slots = (int64_t)c->W * C * c->K;
+    int32_t* offset = (int32_t*)test_host((P + 1) * 4);
+    int32_t* count = (int32_t*)test_host(P * 4);
+    int32_t* row = (int32_t*)test_host(slots * 4);
+    int32_t* row_slot = (int32_t*)test_host((int64_t)k->num_rows * 4);
+    moe_place* place = (moe_place*)ep_get(j, r, k->view.recv_place, slots * 8);
+    int32_t* got_offset = (int32_t*)ep_get(j, r, k->view.expert_offset, (P + 1) * 4);
+    int32_t* got_slot = (int32_t*)ep_get(j, r, k->view.row_slot, (int64_t)k->num_rows * 4);
+    moe_ref_route_desc ref;
+    memset(&ref, 0, sizeof ref);
+    ref.ids = k->want.recv_ids;
+    ref.expert_count = count;
+    ref.expert_offset = offset;
+    ref.slot_row = row;
+    ref.row_slot = row_slot;
+    ref.num_tokens = c->W * C;
+    ref.num_experts = P;
+    ref.top_k = c->K;
+    ref.max_rows = k->num_rows;
+    CHECK(moe_ref_route(&ref) == -1, "rank %d: the reference's rows fit", r);
+    CHECK_INTS("expert_offset", got_offset, offset, P + 1);
+    CHECK_INTS("row_slot", got_slot, row_slot, k->num_rows);
+    for (int64_t i = 0; i < slots; ++i)
+        if (row[i] != place[i].row || place[i].buffer != (row[i] < 0 ? -1 : 0)) {
+            CHECK(0, "rank %d: place %lld is {%d, %d}, not row %d", r, (long long)i,
+                  place[i].buffer, place[i].row, row[i]);
+            break;
+        }
+    TFREE(offset, count, row_slot, place, got_offset, got_slot);
+    return row;
+}
+
+/* Checks what rank r received against the reference, bit for bit. */
+static void ep_check_received(ep_job* j, int r)
+{
+    const ep_case* c = &j->c;
+    const ep_rank* k = j->rank + r;
+    const int C = k->view.recv_tokens, W = c->W, K = c->K, S = c->num_scales;
+    const int64_t row = (int64_t)c->H * moe_dtype_bytes(c->dtype);
+    int32_t* count = (int32_t*)ep_get(j, r, k->view.recv_count, W * 4);
+    int32_t* token = (int32_t*)ep_get(j, r, k->view.recv_token, (int64_t)W * C * 4);
+    int32_t* ids = (int32_t*)ep_get(j, r, k->view.recv_ids, (int64_t)W * C * K * 4);
+    float* weights = (float*)ep_get(j, r, k->view.recv_weights, (int64_t)W * C * K * 4);
+    float* scales = (float*)ep_get(j, r, k->view.recv_scales, (int64_t)W * C * S * 4);
+    char* x = (char*)ep_get(j, r, k->view.recv_x, (int64_t)W * C * row);
+    int64_t wrong = 0, strays = 0;
+    CHECK_INTS("recv_count", count, k->want.recv_count, W);
+    for (int s = 0; s < W; ++s)
+        for (int i = 0; i < C; ++i) {
+            const int64_t at = (int64_t)s * C + i;
+            const int t = k->want.recv_token[at];
+            if (t < 0) { /* no row: nothing is written */
+                for (int64_t b = 0; b < row; ++b)
+                    strays += (unsigned char)x[at * row + b] != test_poison_byte((size_t)b);
+                continue;
+            }
+            wrong += token[at] != t;
+            wrong += memcmp(ids + at * K, k->want.recv_ids + at * K, (size_t)K * 4) != 0;
+            wrong += memcmp(weights + at * K, k->want.recv_weights + at * K, (size_t)K * 4) != 0;
+            wrong += memcmp(x + at * row, (char*)j->rank[s].x + t * row, (size_t)row) != 0;
+            wrong += memcmp(scales + at * S, j->rank[s].scales + (int64_t)t * S, (size_t)S * 4) != 0;
+        }
+    CHECK(wrong == 0, "rank %d: %lld rows or parts of them are wrong", r, (long long)wrong);
+    CHECK(strays == 0, "rank %d: %lld bytes past the received rows were written", r,
+          (long long)strays);
+    TFREE(count, token, ids, weights, scales, x);
+}
+
+/* Checks y of rank r. rows: those of all ranks' received slots. */
+static void ep_check_sums(ep_job* j, int32_t* const* rows, int r, int weighted)
+{
+    const ep_case* c = &j->c;
+    const ep_rank* k = j->rank + r;
+    const int H = c->H, K = c->K, W = c->W;
+    double* exact = tzeros((int64_t)k->T * H);
+    double* ideal = tzeros((int64_t)k->T * H);
+    double* part = tzeros((int64_t)W * H);
+    void* y = tbuf_copy(&k->d_y);
+    for (int t = 0; t < k->T; ++t) {
+        char sent[TGROUP_MOST] = {0};
+        for (int i = 0; i < W * H; ++i) part[i] = 0;
+        for (int s = 0; s < K; ++s) {
+            const ep_slot f = ep_find(j, rows, r, (int64_t)t * K + s);
+            const double w = weighted ? k->weights[t * K + s] : 1.0;
+            if (f.rank < 0 || f.row < 0) continue;
+            sent[f.rank] = 1;
+            for (int h = 0; h < H; ++h)
+                part[f.rank * H + h] +=
+                    w * moe_load(j->rank[f.rank].rows, (int64_t)f.row * H + h, c->dtype);
+        }
+        for (int h = 0; h < H; ++h) {
+            double sum = moe_load(k->residual, (int64_t)t * H + h, c->dtype), rounded = sum;
+            for (int d = 0; d < W; ++d) {
+                sum += part[d * H + h];
+                rounded += sent[d] && c->form != MOE_EP_GATHERED
+                               ? test_rounded(part[d * H + h], c->dtype)
+                               : part[d * H + h];
+            }
+            exact[(int64_t)t * H + h] = sum;
+            ideal[(int64_t)t * H + h] = test_rounded(rounded, c->dtype);
+        }
+    }
+    if (k->T) CHECK_CLOSE("y", y, c->dtype, H, exact, ideal, k->T, H);
+    TFREE(exact, ideal, part, y);
+}
+
+/* One exchange, from dispatch to sums. */
+static void ep_run(const ep_case* c, uint64_t salt)
+{
+    static ep_job j;
+    int32_t* rows[TGROUP_MOST] = {0};
+    trand q = trand_new(salt + 500);
+    if (ep_new(&j, c, salt)) {
+        ep_dispatch(&j);
+        tgroup_wait(&j.g);
+        if (tgroup_clean(&j.g, __LINE__)) {
+            for (int r = 0; r < c->W; ++r) {
+                ep_check_received(&j, r);
+                rows[r] = ep_check_maps(&j, r);
+            }
+            ep_fill_rows(&j, &q);
+            ep_combine(&j);
+            tgroup_wait(&j.g);
+            tgroup_clean(&j.g, __LINE__);
+            for (int r = 0; r < c->W; ++r) ep_check_sums(&j, rows, r, 1);
+            for (int r = 0; r < c->W; ++r) j.rank[r].combine.weights = 0;
+            ep_dispatch(&j); /* score-less, as for a gradient of x; the same rows */
+            ep_combine(&j);
+            tgroup_wait(&j.g);
+            tgroup_clean(&j.g, __LINE__);
+            for (int r = 0; r < c->W; ++r) ep_check_sums(&j, rows, r, 0);
+        }
+        for (int r = 0; r < c->W; ++r) free(rows[r]);
+    }
+    ep_free(&j);
+}
+
+static void test_shapes(void)
+{
+    const ep_case list[] = {
+        /* W, T, H, E, K, form, dtype, draw, replicas, C, scales, misalign, same */
+        {1, 5, 16, 3, 2, MOE_EP_REDUCED, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 0},
+        {1, 5, 16, 3, 2, MOE_EP_GATHERED, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 0},
+        {2, 37, 64, 8, 3, MOE_EP_REDUCED, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 0},
+        {2, 37, 64, 8, 3, MOE_EP_GATHERED, MOE_FP16, EP_RANDOM, 0, 0, 2, 0, 0},
+        {4, 20, 32, 7, 2, MOE_EP_REDUCED, MOE_FP16, EP_RANDOM, 0, 0, 3, 0, 0}, /* E 7 on W 4 */
+        {4, 20, 32, 7, 2, MOE_EP_GATHERED, MOE_BF16, EP_RANDOM, 0, 0, 0, 2, 0},
+        {4, 12, 8, 2, 2, MOE_EP_REDUCED, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 0}, /* E 2 on W 4 */
+        {4, 12, 8, 2, 1, MOE_EP_GATHERED, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 0},
+        {4, 33, 40, 9, 4, MOE_EP_REDUCED, MOE_FP32, EP_RANDOM, 1, 0, 0, 4, 0},
+        {4, 33, 40, 9, 4, MOE_EP_GATHERED, MOE_BF16, EP_RANDOM, 1, 0, 0, 0, 0},
+        {8, 19, 24, 16, 4, MOE_EP_REDUCED, MOE_BF16, EP_RANDOM, 0, 0, 1, 0, 0},
+        {8, 19, 24, 16, 4, MOE_EP_GATHERED, MOE_FP16, EP_RANDOM, 0, 0, 0, 0, 0},
+        {16, 9, 16, 32, 6, MOE_EP_REDUCED, MOE_FP16, EP_RANDOM, 0, 0, 0, 0, 0},
+        {16, 9, 16, 32, 6, MOE_EP_GATHERED, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 0},
+        {4, 30, 16, 8, 2, MOE_EP_REDUCED, MOE_BF16, EP_ONE_RANK, 0, 0, 0, 0, 0},
+        {4, 30, 16, 8, 2, MOE_EP_GATHERED, MOE_BF16, EP_ONE_RANK, 0, 0, 0, 0, 0},
+        {4, 30, 16, 8, 2, MOE_EP_REDUCED, MOE_BF16, EP_ONE_EXPERT, 0, 0, 0, 0, 0},
+        {3, 0, 16, 8, 2, MOE_EP_REDUCED, MOE_BF16, EP_EMPTY, 0, 0, 0, 0, 0},
+        {3, 10, 16, 8, 2, MOE_EP_GATHERED, MOE_BF16, EP_EMPTY, 0, 0, 0, 0, 0},
+        {2, 1, 8, 4, 1, MOE_EP_REDUCED, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 1},
+        {2, 40, 16, 64, 40, MOE_EP_REDUCED, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 0}, /* K past a warp */
+        {5, 64, 16, 20, 1, MOE_EP_REDUCED, MOE_BF16, EP_RANDOM, 0, 40, 0, 0, 0}, /* C < T */
+    };
+    for (size_t i = 0; i < sizeof list / sizeof list[0]; ++i) ep_run(&list[i], 100 + i);
+}
+
+/* More tokens than one launch counts: chunks of many tokens, rounds of them. */
+static void test_many_tokens(void)
+{
+    const ep_case a = {2, 1500, 8, 6, 2, MOE_EP_REDUCED, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 0};
+    const ep_case b = {3, 1500, 8, 6, 2, MOE_EP_GATHERED, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 0};
+    ep_run(&a, 7);
+    ep_run(&b, 8);
+}
+
+static void ep_exchange(void)
+{
+    RUN(test_shapes);
+    RUN(test_many_tokens);
+}
+
+#endif
