@@ -227,25 +227,14 @@ MOE_HOST_DEVICE int moe_combine_sources(const moe_combine_args* d)
     return d->top_k + (d->shared ? 1 : 0);
 }
 
-/* Computes row t of y. All threads of a block of whole warps call it together.
-     1. the first warp looks the rows up, those that exist, in slot order
-     2. all threads sum them: element by element where an address or H does not allow 16-byte
-        vectors, else in vectors
-
-   The moe_combine_shared and moe_combine_sources(d) of moe_combine_source are in shared memory. A
-   barrier must stand between two calls with the same ones. All that d points to is in global
-   memory; this kernel may have written it before a barrier. rows_dtype is d's, a literal. */
-MOE_DEVICE_BODY void moe_combine_token(const moe_combine_args* d, int64_t t,
-                                       moe_combine_shared* shared, moe_combine_source* source,
-                                       const int rows_dtype)
+/* Looks up the rows of token t: writes those that exist to source, in slot order, and their number
+   to *shared. All threads of a block of whole warps; the first warp works. Ends with a barrier. */
+MOE_DEVICE void moei_combine_look_up(const moe_combine_args* d, int64_t t,
+                                     moe_combine_shared* shared, moe_combine_source* source)
 {
-    const int top_k = d->top_k, hidden = d->hidden, most = moe_combine_sources(d);
-    char* y = (char*)d->y + t * d->y_pitch;
-    const char* residual =
-        d->residual ? (const char*)d->residual + t * d->residual_pitch : (const char*)0;
+    const int top_k = d->top_k;
     int count = 0;
-
-    if (moe_warp() == 0) { /* 1. look up */
+    if (moe_warp() == 0) {
         bool narrow = false;
         for (int k0 = 0; k0 < top_k; k0 += MOE_WARP_SIZE) {
             const int k = k0 + moe_lane();
@@ -278,8 +267,29 @@ MOE_DEVICE_BODY void moe_combine_token(const moe_combine_args* d, int64_t t,
             shared->narrow = narrow;
         }
     }
-    __syncthreads(); /* 2. sum; the sources are written */
-    count = shared->count;
+    __syncthreads(); /* the sources are written */
+}
+
+/* Computes row t of y. All threads of a block of whole warps call it together.
+     1. the first warp looks the rows up, those that exist, in slot order
+     2. all threads sum them: element by element where an address or H does not allow 16-byte
+        vectors, else in vectors
+
+   The moe_combine_shared and moe_combine_sources(d) of moe_combine_source are in shared memory. A
+   barrier must stand between two calls with the same ones. All that d points to is in global
+   memory; this kernel may have written it before a barrier. rows_dtype is d's, a literal. */
+MOE_DEVICE_BODY void moe_combine_token(const moe_combine_args* d, int64_t t,
+                                       moe_combine_shared* shared, moe_combine_source* source,
+                                       const int rows_dtype)
+{
+    const int hidden = d->hidden, most = moe_combine_sources(d);
+    char* y = (char*)d->y + t * d->y_pitch;
+    const char* residual =
+        d->residual ? (const char*)d->residual + t * d->residual_pitch : (const char*)0;
+    int count;
+
+    moei_combine_look_up(d, t, shared, source); /* 1. */
+    count = shared->count; /* 2. */
     if (shared->narrow || (((uintptr_t)y | (uintptr_t)residual) & 15) != 0 ||
         hidden % (rows_dtype == MOE_FP32 ? 4 : 8) != 0) {
         for (int h = (int)threadIdx.x; h < hidden; h += (int)blockDim.x) {

@@ -8,7 +8,7 @@
    MOE_EP_REDUCED, rank-deduplicated
      1. Each rank sums its own experts' rows of each token it received, weighted, and stores the sum
         in `partial` of the token's home: one row a token and rank.
-     2. Barrier.
+     2. Barrier, in the last block of that launch.
      3. The home adds the partial sums of all ranks in ascending rank.
      Partial sums are rounded to rows_dtype. Equal inputs give equal bits for a given W. Across W
      results differ by these roundings: at most W + 1 of them.
@@ -25,7 +25,7 @@
    Bytes that leave each GPU: reduced: one row for each received token of another rank; gathered: one
    row for each slot of other ranks' tokens. Memory traffic: the experts' rows are read once; reduced:
    each partial sum is written and read once.
-   Cost: reduced: 3 launches; gathered: 2. Waits in one warp. Minimum architecture: sm_75.
+   Cost: 2 launches. One warp waits for peers. Minimum architecture: sm_75.
 
      moe_ep_combine_desc c = {0};
      c.dispatch = &d;  c.rows = rows;  c.weights = weights;  c.y = y;
@@ -39,72 +39,145 @@
 #include "../combine.cuh"
 #include "dispatch.cuh"
 
+#define MOEI_EP_REDUCE_THREADS 512
+#define MOEI_EP_REDUCE_WARPS (MOEI_EP_REDUCE_THREADS / MOE_WARP_SIZE)
+#define MOEI_EP_REDUCE_BLOCKS 2 /* thread blocks a multiprocessor */
+
 /* The argument of the reducing kernels. */
 typedef struct moei_ep_reduce_args {
     moe_peers_args peers;
-    moe_combine_args sum;  /* over a sender's received tokens; place, weights: those of all senders */
+    moe_combine_args sum;  /* over received tokens; y is that of their homes */
     const int32_t* count;  /* [W] tokens of each sender */
     uint64_t partial;      /* offset in every region */
     int32_t recv_tokens;   /* C */
+    int32_t warps;         /* of a block that share a token */
     int32_t channel, tag;  /* of the combine */
 } moei_ep_reduce_args;
 
-/* Reduces received tokens, one a block at a time. Neighbouring blocks have tokens of different
-   senders: those of other ranks are bound by the link, this rank's own ones by memory. */
-#define MOEI_EP_REDUCE(name, dtype)                                                                \
-    MOE_KERNEL(MOEI_COMBINE_THREADS, MOEI_COMBINE_BLOCKS)                                          \
-    moei_ep_reduce_##name(MOE_ARG(moei_ep_reduce_args) a)                                          \
-    {                                                                                              \
-        MOE_SHARED(moei_ep_reduce_shared, s);                                                      \
-        MOE_SHARED_DYNAMIC(source); /* [moe_combine_sources] */                                    \
-        moei_ep_reduce_body(&a, &s, (moe_combine_source*)source, dtype);                           \
-    }
+/* A slot as one lane has looked it up. */
+typedef struct moei_ep_slot {
+    const char* row; /* address of its row; null: none */
+    float weight;
+} moei_ep_slot;
 
-typedef struct moei_ep_reduce_shared {
-    moe_combine_shared combine;
-    int last;
-} moei_ep_reduce_shared;
-
-MOE_DEVICE_BODY void moei_ep_reduce_body(const moei_ep_reduce_args* a, moei_ep_reduce_shared* s,
-                                         moe_combine_source* source, const int dtype)
+/* Looks up slot k of received token t. */
+MOE_DEVICE moei_ep_slot moei_ep_look_up(const moe_combine_args* d, int64_t t, int k)
 {
-    const unsigned num_ranks = (unsigned)a->peers.num_ranks;
-    moe_pdl_trigger();
-    moe_pdl_wait();
-    if (!moe_fault_stopped(a->peers.fault)) {
-        const int from = moe_peer_rotated(&a->peers, (int)(blockIdx.x % num_ranks));
-        const int n = a->count[from];
-        const int64_t first = (int64_t)from * a->recv_tokens * a->sum.top_k;
-        moe_combine_args d = a->sum;
-        d.place += first;
-        if (d.weights) d.weights += first;
-        d.y = moe_peer_address(&a->peers, from, a->partial) +
-              (int64_t)a->peers.rank * a->recv_tokens * d.y_pitch;
-        for (int j = (int)(blockIdx.x / num_ranks); j < n; j += (int)(gridDim.x / num_ranks)) {
-            moe_combine_token(&d, j, &s->combine, source, dtype);
-            __syncthreads(); /* source is read */
-        }
+    moei_ep_slot s = {0, 0.0f};
+    if (k < d->top_k) {
+        s.weight = d->weights ? __uint_as_float(moei_load4_early(d->weights + t * d->top_k + k))
+                              : 1.0f;
+        s.row = moe_combine_row(d, t * d->top_k + k);
     }
-    moei_ep_finish(&a->peers, a->channel, &s->last);
+    return s;
 }
 
+/* Adds the rows of a warp's slots, in the order of the lanes, to acc: columns h .. of each, one
+   vector. The loads of 8 rows are in flight together. One warp. */
+MOE_DEVICE void moei_ep_add_rows(float* acc, const moei_ep_slot* own, int h, int hidden,
+                                 const int dtype)
+{
+    const int width = dtype == MOE_FP32 ? 4 : 8;
+    uint32_t loads = __ballot_sync(MOE_FULL_WARP, own->row != 0), adds = loads;
+    while (adds) {
+        uint4 raw[MOEI_COMBINE_GROUP];
+        MOE_UNROLL
+        for (int u = 0; u < MOEI_COMBINE_GROUP; ++u) {
+            const int lane = loads ? __ffs((int)loads) - 1 : 0;
+            const uint64_t at = (uint64_t)(uintptr_t)own->row;
+            const uint32_t low = (uint32_t)__shfl_sync(MOE_FULL_WARP, (int)(uint32_t)at, lane);
+            const uint32_t high =
+                (uint32_t)__shfl_sync(MOE_FULL_WARP, (int)(uint32_t)(at >> 32), lane);
+            const char* row = (const char*)(uintptr_t)((uint64_t)high << 32 | low);
+            raw[u] = make_uint4(0, 0, 0, 0);
+            if (loads && h < hidden) raw[u] = moei_load16(row + (int64_t)h * (16 / width));
+            loads &= loads - 1;
+        }
+        MOE_UNROLL
+        for (int u = 0; u < MOEI_COMBINE_GROUP; ++u) {
+            const float w =
+                __shfl_sync(MOE_FULL_WARP, own->weight, adds ? __ffs((int)adds) - 1 : 0);
+            float v[8];
+            moei_unpack_16(v, raw[u], dtype);
+            MOE_UNROLL
+            for (int i = 0; i < width; ++i)
+                acc[i] = adds ? fmaf(w, v[i], acc[i]) : acc[i];
+            adds &= adds - 1;
+        }
+    }
+}
+
+/* Sums the rows of received token t, weighted, and stores the columns of this warp's slices at y:
+   slices of 32 vectors of 16 bytes, every `warps`-th from number `first` on. A lane looks up a slot;
+   then all lanes load a vector of each row. Rows are added in slot order, in fp32. One warp. */
+MOE_DEVICE void moei_ep_reduce_token(const moe_combine_args* d, int64_t t, char* y, int first,
+                                     int warps, const int dtype)
+{
+    const int width = dtype == MOE_FP32 ? 4 : 8, span = warps * MOE_WARP_SIZE * width;
+    moei_ep_slot own = moei_ep_look_up(d, t, moe_lane());
+    for (int h0 = first * MOE_WARP_SIZE * width; h0 < d->hidden; h0 += span) {
+        const int h = h0 + moe_lane() * width;
+        float acc[8];
+        MOE_UNROLL
+        for (int i = 0; i < width; ++i) acc[i] = 0.0f;
+        for (int k0 = 0; k0 < d->top_k; k0 += MOE_WARP_SIZE) {
+            if (d->top_k > MOE_WARP_SIZE) own = moei_ep_look_up(d, t, k0 + moe_lane());
+            moei_ep_add_rows(acc, &own, h, d->hidden, dtype);
+        }
+        if (h < d->hidden) moei_store_some(y + (int64_t)h * (16 / width), acc, dtype, width);
+    }
+}
+
+/* Reduces received tokens and stores their sums at their homes; the last block tells all ranks and
+   waits for them. A block has tokens of all senders in turn: sums for other ranks are bound by the
+   link, those for this rank's own tokens by memory. Warps work alone. */
+MOE_DEVICE_BODY void moei_ep_reduce_body(const moei_ep_reduce_args* a, int* last, const int dtype)
+{
+    const int num_ranks = a->peers.num_ranks, groups = MOEI_EP_REDUCE_WARPS / a->warps;
+    const int group = moe_warp() / a->warps, first = moe_warp() - group * a->warps;
+    moe_pdl_trigger();
+    moe_pdl_wait();
+    if (!moe_fault_stopped(a->peers.fault) && group < groups) {
+        int most = 0;
+        for (int r = 0; r < num_ranks; ++r) most = max(most, a->count[r]);
+        for (int i = (int)blockIdx.x * groups + group; i < most * num_ranks;
+             i += (int)gridDim.x * groups) {
+            const int j = i / num_ranks, from = moe_peer_rotated(&a->peers, i - j * num_ranks);
+            const int64_t to = (int64_t)a->peers.rank * a->recv_tokens + j;
+            if (j < a->count[from])
+                moei_ep_reduce_token(&a->sum, (int64_t)from * a->recv_tokens + j,
+                                     moe_peer_address(&a->peers, from, a->partial) +
+                                         to * a->sum.y_pitch,
+                                     first, a->warps, dtype);
+        }
+    }
+    moei_ep_finish(&a->peers, a->channel, last, 1, MOE_PHASE_COMBINE, a->tag);
+}
+
+/* For one dtype of rows. */
+#define MOEI_EP_REDUCE(name, dtype)                                                                \
+    MOE_KERNEL(MOEI_EP_REDUCE_THREADS, MOEI_EP_REDUCE_BLOCKS)                                      \
+    moei_ep_reduce_##name(MOE_ARG(moei_ep_reduce_args) a)                                          \
+    {                                                                                              \
+        MOE_SHARED(int, last);                                                                     \
+        moei_ep_reduce_body(&a, &last, dtype);                                                     \
+    }
 MOEI_COMBINE_LIST(MOEI_EP_REDUCE)
 #undef MOEI_EP_REDUCE
 
-/* Reduced: waits for the partial sums of all ranks. Gathered: tells all ranks that this one's rows
-   are there, and waits for theirs. */
+/* Gathered: tells all ranks that this one's rows are there, and waits for theirs. */
 MOE_KERNEL(32, 1) moei_ep_meet(MOE_ARG(moei_ep_reduce_args) a)
 {
     moe_pdl_trigger();
     moe_pdl_wait();
-    if (!a.count) moe_peer_arrive(&a.peers, a.channel);
+    moe_peer_arrive(&a.peers, a.channel);
     (void)moe_peer_barrier_wait(&a.peers, a.channel, MOE_PHASE_COMBINE, a.tag);
 }
 
 /* A prepared combine: all but its stream, for the device that was current. */
 typedef struct moe_ep_combine_prepared {
     moei_ep_reduce_args args;
-    moe_launch reduce, meet;
+    moe_launch reduce, meet; /* one of them, by form */
     moe_combine_prepared combine;
 } moe_ep_combine_prepared;
 
@@ -115,10 +188,11 @@ MOE_HOST moe_status moei_ep_prepare_reduce(const moe_ep_dispatch_desc* d, const 
     const moe_ep_buffers* b = &d->buffers;
     moei_ep_reduce_args* a = &p->args;
     moe_combine_desc sum;
-    moe_combine_prepared as_one; /* for its threads */
     moe_launch_config g;
     moe_device device;
-    int64_t most, blocks = (int64_t)a->peers.num_ranks * b->recv_tokens;
+    const int width = b->rows_dtype == MOE_FP32 ? 4 : 8;
+    const int slices = (b->hidden / width + MOE_WARP_SIZE - 1) / MOE_WARP_SIZE;
+    int64_t blocks, most;
     memset(&sum, 0, sizeof sum);
     sum.rows = c->rows;
     sum.num_rows = v->num_rows;
@@ -135,15 +209,14 @@ MOE_HOST moe_status moei_ep_prepare_reduce(const moe_ep_dispatch_desc* d, const 
         sum.rows = v->partial;
         sum.num_tokens = 0;
     }
-    MOE_TRY(moe_combine_prepare(&sum, &as_one));
-    a->sum = as_one.args;
+    MOE_TRY(moe_combine_resolve(&sum, &a->sum));
     a->count = v->recv_count;
+    a->warps = slices < MOEI_EP_REDUCE_WARPS ? slices : MOEI_EP_REDUCE_WARPS;
     MOE_TRY(moe_device_query(&device));
-    most = (int64_t)device.sms * MOEI_COMBINE_BLOCKS;
-    if (blocks > most) blocks = most / a->peers.num_ranks * a->peers.num_ranks;
-    if (blocks < a->peers.num_ranks) blocks = a->peers.num_ranks;
-    g = moe_grid(blocks, as_one.launch.block[0] ? (int)as_one.launch.block[0] : 32,
-                 as_one.launch.smem, 0);
+    blocks = (int64_t)a->peers.num_ranks * b->recv_tokens / (MOEI_EP_REDUCE_WARPS / a->warps) + 1;
+    most = (int64_t)device.sms * MOEI_EP_REDUCE_BLOCKS;
+    if (blocks > most) blocks = (most - 1) / a->peers.num_ranks * a->peers.num_ranks + 1;
+    g = moe_grid(blocks > 1 ? blocks : 1, MOEI_EP_REDUCE_THREADS, 0, 0);
     g.dependent = 1;
 #define MOEI_EP_REDUCE_CASE(name, dtype)                                                           \
     if (b->rows_dtype == dtype) return MOE_PREPARE(&p->reduce, moei_ep_reduce_##name, g);
@@ -173,6 +246,7 @@ MOE_HOST moe_status moei_ep_combine_prepare(const moe_ep_combine_desc* c,
     memset(&home, 0, sizeof home);
     if (d.buffers.form == MOE_EP_REDUCED) {
         MOE_REQUIRE(c->rows || v.num_rows == 0, MOE_ERR_NULL, rows);
+        MOE_REQUIRE(moei_aligned(c->rows, 16), MOE_ERR_ALIGN, rows);
         MOE_TRY(moei_ep_prepare_reduce(&d, &v, c, p));
         home.rows = v.partial;
         home.place = v.send_place;
@@ -201,7 +275,7 @@ MOE_HOST moe_status moei_ep_combine_prepare(const moe_ep_combine_desc* c,
     home.num_tokens = d.num_tokens;
     home.hidden = d.buffers.hidden;
     g.dependent = 1;
-    MOE_TRY(MOE_PREPARE(&p->meet, moei_ep_meet, g));
+    if (d.buffers.form == MOE_EP_GATHERED) MOE_TRY(MOE_PREPARE(&p->meet, moei_ep_meet, g));
     return moe_combine_prepare(&home, &p->combine);
 }
 

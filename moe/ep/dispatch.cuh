@@ -23,8 +23,10 @@
    Bytes that leave this GPU: (H b + 8 K + 4 S + 4) for each token and other rank that it goes to,
    and with MOE_EP_GATHERED 8 for each slot received from other ranks. With balanced, distinct
    choices a token goes to W (1 - C(E - E / W, K) / C(E, K)) ranks, its own included.
-   Cost: 4 launches; 1 more past 1024 tokens, 1 more with MOE_EP_GATHERED. Pushed in 16-byte vectors
-   where x is aligned. Waits in one warp (signal.cuh); no other kernel waits for peers.
+   Cost: 3 launches, 2 where W C K is at most 4096; 1 more past 1024 tokens, 1 more with
+   MOE_EP_GATHERED. Pushed in 16-byte vectors
+   where x is aligned. One warp waits for peers, in the sending kernel's
+   last block (signal.cuh).
    Minimum architecture: sm_75.
 
      moe_ep_dispatch_desc d = {0};
@@ -384,9 +386,14 @@ MOE_HOST moe_status moe_ep_dispatch_run_part(const moe_ep_dispatch_prepared* p, 
 /* Queues a prepared dispatch on `stream`. */
 MOE_HOST moe_status moe_ep_dispatch_run(const moe_ep_dispatch_prepared* p, cudaStream_t stream)
 {
-    for (int part = 0; part < MOE_EP_PARTS; ++part)
-        MOE_TRY(moe_ep_dispatch_run_part(p, part, stream));
-    return MOE_OK;
+    moei_ep_args args;
+    MOE_REQUIRE(p, MOE_ERR_NULL, desc);
+    args = p->args;
+    args.wait = 1; /* one launch sends and receives */
+    MOE_TRY(MOE_RUN(&p->count, args, stream));
+    MOE_TRY(MOE_RUN(&p->push, args, stream));
+    MOE_TRY(moe_ep_dispatch_run_part(p, MOE_EP_ROUTE, stream));
+    return moe_ep_dispatch_run_part(p, MOE_EP_ANSWER, stream);
 }
 
 /* Prepares and runs. Queues nothing where a field is refused. */

@@ -49,15 +49,19 @@ MOE_HOST moe_status moei_peers_check(int rank, int num_ranks, const void* region
 }
 
 /* Fills in *p; all ranks are on host 0. */
-MOE_HOST void moei_peers_fill(moe_peers* p, int rank, int num_ranks, void* region, uint64_t bytes)
+MOE_HOST void moei_peers_fill(moe_peers* p, int rank, int num_ranks, void* const* address,
+                              uint64_t bytes)
 {
     memset(p, 0, sizeof *p);
-    p->base = (char*)region;
+    p->base = (char*)address[rank];
     p->bytes = bytes;
     p->rank = rank;
     p->num_ranks = num_ranks;
     p->ranks_on_device = 1;
-    for (int r = 0; r < num_ranks; ++r) p->id[r].local = r;
+    for (int r = 0; r < num_ranks; ++r) {
+        p->id[r].local = r;
+        p->table[r] = (char*)address[r];
+    }
 }
 
 /* Writes a region's header: zeros and the table. Synchronises the current device. */
@@ -105,7 +109,7 @@ MOE_HOST moe_status moei_peers_connect(moe_peers* peers, int num_ranks, const in
         MOE_TRY(moei_peers_write_header(region[r], region, num_ranks));
     }
     for (int r = 0; r < num_ranks; ++r) {
-        moei_peers_fill(peers + r, r, num_ranks, region[r], bytes);
+        moei_peers_fill(peers + r, r, num_ranks, region, bytes);
         peers[r].ranks_on_device = 0;
         for (int q = 0; q < num_ranks; ++q) peers[r].ranks_on_device += device[q] == device[r];
     }
@@ -144,7 +148,7 @@ MOE_HOST moe_status moe_peers_create(moe_peers* peers, int rank, int num_ranks,
     for (int r = 0; r < num_ranks; ++r)
         MOE_TRY(moei_peers_check(rank, num_ranks, address[r], bytes));
     MOE_TRY(moei_peers_write_header(address[rank], address, num_ranks));
-    moei_peers_fill(peers, rank, num_ranks, address[rank], bytes);
+    moei_peers_fill(peers, rank, num_ranks, address, bytes);
     return MOE_OK;
 }
 
@@ -255,7 +259,7 @@ MOE_HOST moe_status moe_peers_create_ipc(moe_peers* peers, int rank, int num_ran
             if (all[r].to >= 0) pair->from = r, pair->to = all[r].to;
             return all[r].status;
         }
-    moei_peers_fill(peers, rank, num_ranks, region, bytes);
+    moei_peers_fill(peers, rank, num_ranks, address, bytes);
     peers->ranks_on_device = 0;
     for (int r = 0; r < num_ranks; ++r) {
         peers->id[r].host = card[r].host;
@@ -270,12 +274,9 @@ MOE_HOST moe_status moe_peers_create_ipc(moe_peers* peers, int rank, int num_ran
    more; a peer frees its region only after all ranks have closed. Synchronises the device. */
 MOE_HOST moe_status moe_peers_close_ipc(const moe_peers* peers)
 {
-    void* address[MOE_PEERS_MAX_RANKS] = {0};
     MOE_REQUIRE(peers, MOE_ERR_NULL, peers);
     MOE_TRY_CUDA(cudaDeviceSynchronize());
-    MOE_TRY_CUDA(cudaMemcpy(address, peers->base, (size_t)peers->num_ranks * sizeof *address,
-                            cudaMemcpyDeviceToHost));
-    moei_peers_close(address, peers->rank, peers->num_ranks);
+    moei_peers_close((void* const*)peers->table, peers->rank, peers->num_ranks);
     return MOE_OK;
 }
 
@@ -296,6 +297,7 @@ MOE_HOST moe_status moei_peers_resolve(const moe_peers* p, uint64_t* fault, moe_
     a->timeout_ns = p->timeout_ns ? p->timeout_ns : MOE_PEERS_TIMEOUT_NS;
     a->rank = p->rank;
     a->num_ranks = p->num_ranks;
+    memcpy(a->table, p->table, sizeof a->table);
     return MOE_OK;
 }
 

@@ -6,8 +6,9 @@
    every other. A region begins with moe_peers_header; the rest is the caller's, from
    MOE_PEERS_HEADER on.
 
-   table[r] is the base of rank r's region as this rank's kernels address it. It stands in this
-   rank's own header: a plain device array of W pointers.
+   table[r] is the base of rank r's region as this rank's kernels address it. It stands in moe_peers
+   on the host, in this rank's own header as a plain device array of W pointers, and in the argument
+   of every kernel.
 
    A channel is a set of words by which ranks signal each other. Words only grow, modulo 2^32: none
    is reset, and a graph that signals and waits can be replayed. A channel serves barriers of all
@@ -26,7 +27,7 @@
 #include "../faults.h"
 
 #define MOE_PEERS_MAX_RANKS 128
-#define MOE_PEERS_CHANNELS 12
+#define MOE_PEERS_CHANNELS 11
 #define MOE_PEERS_HEADER 16384 /* bytes before the caller's part of a region */
 #define MOE_PEERS_TIMEOUT_NS 10000000000ull /* default budget of a wait: 10 s */
 
@@ -46,6 +47,9 @@ typedef struct moe_peers_header {
     moe_peers_channel channel[MOE_PEERS_CHANNELS];
 } moe_peers_header;
 
+/* A compile error here: the header does not fit. */
+typedef char moei_peers_header_fits[sizeof(moe_peers_header) <= MOE_PEERS_HEADER ? 1 : -1];
+
 /* Where a rank runs. Ranks with equal `host` reach each other's memory. */
 typedef struct moe_rank {
     int32_t host;  /* number of the host (of the NVLink domain), 0 .. */
@@ -59,7 +63,8 @@ typedef struct moe_peers {
     uint64_t timeout_ns;     /* budget of every wait; 0 = MOE_PEERS_TIMEOUT_NS */
     int32_t rank, num_ranks; /* this rank, 0 .. W - 1; W, 1 .. MOE_PEERS_MAX_RANKS */
     int32_t ranks_on_device; /* ranks whose kernels share this rank's GPU, this one included */
-    moe_rank id[MOE_PEERS_MAX_RANKS]; /* [W] */
+    moe_rank id[MOE_PEERS_MAX_RANKS];   /* [W] */
+    char* table[MOE_PEERS_MAX_RANKS];   /* [W] base of every rank's region, device addresses */
 } moe_peers;
 
 /* What kernels take of it. */
@@ -68,6 +73,7 @@ typedef struct moe_peers_args {
     uint64_t* fault;     /* [1] fault word of this rank, not null */
     uint64_t timeout_ns; /* more than 0 */
     int32_t rank, num_ranks;
+    char* table[MOE_PEERS_MAX_RANKS]; /* [W] */
 } moe_peers_args;
 
 /* What a rank does when it waits; reported with a fault. */

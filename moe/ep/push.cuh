@@ -38,9 +38,10 @@ typedef struct moei_ep_args {
     void** rows_table;             /* [W]; or null */
     int64_t x_pitch, row_bytes;    /* bytes between rows of x; of a row */
     int32_t num_tokens, num_experts, top_k, recv_tokens, num_scales, chunk_tokens, channel, tag;
+    int32_t wait; /* 1: the sending kernel waits for all ranks too */
 } moei_ep_args;
 
-/* Shared memory of a chunk: W words each, for every warp or once. */
+/* Shared memory of a chunk. */
 typedef struct moei_ep_shared {
     uint32_t* goes; /* [warps][W] bit i: the warp's token number i goes to the rank */
     int* before;    /* [warps][W] rows of the rank before this warp's tokens */
@@ -61,12 +62,12 @@ MOE_DEVICE void moei_ep_carve_shared(moei_ep_shared* s, unsigned char* shared, i
     s->base = s->before + MOEI_EP_WARPS * num_ranks;
 }
 
-/* Returns the rank and the expert there of a slot of token t with this id; rank -1: none. A wrong id
+/* Returns the rank and the expert there of slot k of token t, which has this id; rank -1: none. A wrong id
    (BAD_ID) or an expert without a replica in range (BAD_REPLICA) sets the fault word and gives none. */
-MOE_DEVICE moe_ep_expert moei_ep_target(const moei_ep_args* a, int t, int k)
+MOE_DEVICE moe_ep_expert moei_ep_target(const moei_ep_args* a, int t, int k, int id)
 {
     const int64_t slot = (int64_t)t * a->top_k + k;
-    const int id = a->ids[slot], num_ranks = a->peers.num_ranks;
+    const int num_ranks = a->peers.num_ranks;
     moe_ep_expert e = {-1, -1};
     if (id < 0 || id >= a->num_experts) {
         if (id != -1) moe_fault_raise(a->peers.fault, MOE_FAULT_BAD_ID, a->peers.rank, slot);
@@ -91,11 +92,19 @@ MOE_DEVICE void moei_ep_mark(const moei_ep_args* a, uint32_t* goes, int t0, int 
     const int t = t0 + moe_lane();
     for (int d0 = 0; d0 < a->peers.num_ranks; d0 += 32) {
         uint32_t ranks = 0; /* bit i: the token goes to rank d0 + i */
-        if (t < end)
-            for (int k = 0; k < a->top_k; ++k) {
-                const unsigned r = (unsigned)(moei_ep_target(a, t, k).rank - d0);
+        for (int k0 = 0; k0 < a->top_k && t < end; k0 += 8) {
+            int id[8]; /* all eight loads are in flight together */
+            MOE_UNROLL
+            for (int k = 0; k < 8; ++k)
+                id[k] = k0 + k < a->top_k
+                            ? (int)moei_load4_early(a->ids + (int64_t)t * a->top_k + k0 + k)
+                            : -1;
+            MOE_UNROLL
+            for (int k = 0; k < 8; ++k) {
+                const unsigned r = (unsigned)(moei_ep_target(a, t, k0 + k, id[k]).rank - d0);
                 if (r < 32) ranks |= 1u << r;
             }
+        }
         for (int i = 0; i < 32 && d0 + i < a->peers.num_ranks; ++i) {
             const uint32_t lanes = __ballot_sync(MOE_FULL_WARP, ranks >> i & 1u);
             if (moe_lane() == 0) goes[d0 + i] = lanes;
@@ -173,63 +182,103 @@ MOE_DEVICE void moei_ep_copy(const moei_ep_args* a, const moei_ep_shared* s, int
     }
 }
 
-/* Sends what belongs to a token's row: ids and weights of its slots, scales, its number. Writes the
-   token's entries of send_place, and clears those of `place`. The whole warp. */
-MOE_DEVICE void moei_ep_send_slots(const moei_ep_args* a, const moei_ep_shared* s, int t, int i)
+/* Sends what belongs to the rows of tokens first .. upto - 1 of the round: ids and weights of their
+   slots, scales, the tokens' numbers. Neighbouring threads have neighbouring slots, whose rows at a
+   rank are neighbours too: a warp's stores fill vectors of 128 bytes, which on the link cost as much
+   as one of 4. All threads. */
+MOE_DEVICE void moei_ep_send_slots(const moei_ep_args* a, const moei_ep_shared* s, int t0, int first,
+                                   int upto)
+{
+    const int top_k = a->top_k, slots = (upto - first) * top_k;
+    for (int q = 0; q < a->peers.num_ranks; ++q) {
+        const int d = moe_peer_rotated(&a->peers, q);
+        char* base = moe_peer_address(&a->peers, d, 0);
+        const int64_t own = (int64_t)a->peers.rank * a->recv_tokens;
+        for (int j = (int)threadIdx.x; j < slots; j += (int)blockDim.x) {
+            const int i = first + j / top_k, k = j % top_k, row = moei_ep_row(a, s, i, d);
+            const int64_t slot = (int64_t)(t0 + i) * top_k + k, to = (own + row) * top_k + k;
+            if (row < 0) continue;
+            const moe_ep_expert e = moei_ep_target(a, t0 + i, k, a->ids[slot]);
+            ((int32_t*)(base + a->at.recv_ids))[to] = e.rank == d ? e.expert : -1;
+            ((float*)(base + a->at.recv_weights))[to] = a->weights ? a->weights[slot] : 1.0f;
+            if (k == 0) ((int32_t*)(base + a->at.recv_token))[own + row] = t0 + i;
+        }
+        for (int j = (int)threadIdx.x; j < (upto - first) * a->num_scales; j += (int)blockDim.x) {
+            const int i = first + j / a->num_scales, c = j % a->num_scales;
+            const int row = moei_ep_row(a, s, i, d);
+            if (row >= 0)
+                ((float*)(base + a->at.recv_scales))[(own + row) * a->num_scales + c] =
+                    a->scales[(int64_t)(t0 + i) * a->num_scales + c];
+        }
+    }
+}
+
+/* Writes the entries of send_place of tokens first .. upto - 1 of the round, and clears those of
+   `place`. All threads. */
+MOE_DEVICE void moei_ep_note_places(const moei_ep_args* a, const moei_ep_shared* s, int t0, int first,
+                                    int upto)
 {
     const int num_ranks = a->peers.num_ranks, top_k = a->top_k;
-    for (int q = 0; q < num_ranks; ++q) {
-        const int d = moe_peer_rotated(&a->peers, q), row = moei_ep_row(a, s, i, d);
-        const int64_t to = (int64_t)a->peers.rank * a->recv_tokens + row;
-        char* base = moe_peer_address(&a->peers, d, 0);
-        if (row < 0) continue;
-        for (int k = moe_lane(); k < top_k; k += MOE_WARP_SIZE) {
-            const moe_ep_expert e = moei_ep_target(a, t, k);
-            ((int32_t*)(base + a->at.recv_ids))[to * top_k + k] = e.rank == d ? e.expert : -1;
-            ((float*)(base + a->at.recv_weights))[to * top_k + k] =
-                a->weights ? a->weights[(int64_t)t * top_k + k] : 1.0f;
-        }
-        for (int j = moe_lane(); j < a->num_scales; j += MOE_WARP_SIZE)
-            ((float*)(base + a->at.recv_scales))[to * a->num_scales + j] =
-                a->scales[(int64_t)t * a->num_scales + j];
-        if (moe_lane() == 0) ((int32_t*)(base + a->at.recv_token))[to] = t;
-    }
+    const moe_place none = {-1, -1};
     if (a->send_place)
-        for (int d = moe_lane(); d < num_ranks; d += MOE_WARP_SIZE) {
-            const int row = moei_ep_row(a, s, i, d);
+        for (int j = (int)threadIdx.x; j < (upto - first) * num_ranks; j += (int)blockDim.x) {
+            const int i = first + j / num_ranks, d = j % num_ranks, row = moei_ep_row(a, s, i, d);
             moe_place p;
             p.buffer = row < 0 ? -1 : 0;
             p.row = row < 0 ? -1 : d * a->recv_tokens + row;
-            a->send_place[(int64_t)t * num_ranks + d] = p;
+            a->send_place[(int64_t)(t0 + first) * num_ranks + j] = p;
         }
-    if (a->rows_table) {
-        moe_place* place = (moe_place*)(a->peers.base + a->at.place) + (int64_t)t * top_k;
-        const moe_place none = {-1, -1};
-        for (int k = moe_lane(); k < top_k; k += MOE_WARP_SIZE) place[k] = none;
+    if (a->rows_table)
+        for (int j = (int)threadIdx.x; j < (upto - first) * top_k; j += (int)blockDim.x)
+            ((moe_place*)(a->peers.base + a->at.place))[(int64_t)(t0 + first) * top_k + j] = none;
+}
+
+/* Ends a grid that stored to peers: its last block tells all ranks, and with `wait` waits until all
+   have told this one: all other blocks have ended by then. All threads of every block. */
+MOE_DEVICE void moei_ep_finish(const moe_peers_args* p, int channel, int* last, int wait, int phase,
+                               int tag)
+{
+    uint32_t* done = moei_peer_header(p)->channel[channel].epoch + 1;
+    __syncthreads(); /* all threads have stored */
+    if (threadIdx.x == 0) {
+        *last = 1;
+        if (gridDim.x > 1) {
+            __threadfence_system(); /* the block's stores, before the addition */
+            *last = moei_flag_exchange_add(done, 1) == gridDim.x - 1;
+            if (*last) *done = 0;
+        }
+    }
+    __syncthreads();
+    if (*last && moe_warp() == 0) {
+        moe_peer_arrive(p, channel);
+        if (wait) (void)moe_peer_barrier_wait(p, channel, phase, tag);
     }
 }
 
-/* Ends a grid that stored to peers: its last block tells all ranks. All threads of every block. */
-MOE_DEVICE void moei_ep_finish(const moe_peers_args* p, int channel, int* last)
+/* Sets base[d] to the rows of rank d before the calling block's chunk, from the counts. All threads;
+   a barrier must follow. */
+MOE_DEVICE void moei_ep_sum_chunks(const moei_ep_args* a, const moei_ep_shared* s)
 {
-    uint32_t* done = moei_peer_header(p)->channel[channel].epoch + 1;
-    __threadfence_system(); /* this thread's stores, before the block's addition below */
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        *last = moei_flag_exchange_add(done, 1) == gridDim.x - 1;
-        if (*last) *done = 0;
+    const int num_ranks = a->peers.num_ranks;
+    for (int d = moe_warp(); d < num_ranks; d += MOEI_EP_WARPS) { /* a rank a warp */
+        int n = 0;
+        MOE_UNROLL
+        for (int c = 0; c < MOEI_EP_MAX_CHUNKS; c += MOE_WARP_SIZE)
+            if (a->chunk_count && c + moe_lane() < (int)blockIdx.x)
+                n += a->chunk_count[(c + moe_lane()) * num_ranks + d];
+        n = moe_warp_inclusive_scan(n);
+        if (moe_lane() == MOE_WARP_SIZE - 1) s->base[d] = n;
     }
-    __syncthreads();
-    if (*last && moe_warp() == 0) moe_peer_arrive(p, channel);
 }
 
 /* Sending, one block a chunk.
-     1. rows of each rank before the chunk: from the counts, or counted here
+     1. rows of each rank before the chunk, from the counts; without counts, rounds begin at token 0
      Then in each round of MOEI_EP_THREADS tokens:
      2. marks the tokens' ranks
-     3. copies: a warp has a piece of a row at a time
+     3. copies the rows of the chunk's tokens: a warp has a piece of a row at a time
+     4. sends what belongs to these rows
      At the end:
-     4. the last chunk's block sends the counts; the last block to end tells all ranks */
+     5. the last chunk's block sends the counts; the last block to end tells all ranks */
 MOE_DEVICE_BODY void moei_ep_push_chunk(const moei_ep_args* a, unsigned char* shared, int* last,
                                         const int width)
 {
@@ -242,29 +291,23 @@ MOE_DEVICE_BODY void moei_ep_push_chunk(const moei_ep_args* a, unsigned char* sh
     moei_ep_carve_shared(&s, shared, num_ranks);
     moe_pdl_wait();
     if (moe_fault_stopped(a->peers.fault)) {
-        moei_ep_finish(&a->peers, a->channel, last);
+        moei_ep_finish(&a->peers, a->channel, last, a->wait, MOE_PHASE_DISPATCH, a->tag);
         return;
     }
-    for (int d = (int)threadIdx.x; d < num_ranks; d += (int)blockDim.x) { /* 1. */
-        int n = 0;
-        if (a->chunk_count)
-            for (unsigned c = 0; c < blockIdx.x; ++c) n += a->chunk_count[c * num_ranks + d];
-        s.base[d] = n;
-    }
+    moei_ep_sum_chunks(a, &s); /* 1. */
     __syncthreads(); /* base is complete */
-    if (!a->chunk_count)
-        for (int t = 0; t < begin; t += MOEI_EP_THREADS) moei_ep_round(a, &s, t, begin);
-    for (int t0 = begin; t0 < end; t0 += MOEI_EP_THREADS) {
-        const int n = min(end - t0, MOEI_EP_THREADS);
+    for (int t0 = a->chunk_count ? begin : 0; t0 < end; t0 += MOEI_EP_THREADS) {
+        const int first = begin > t0 ? begin - t0 : 0, upto = min(end - t0, MOEI_EP_THREADS);
         moei_ep_round(a, &s, t0, end); /* 2. */
-        for (int j = moe_warp(); j < n * pieces; j += MOEI_EP_WARPS) { /* 3. */
-            const int i = j / pieces, part = j - i * pieces;
+        for (int j = moe_warp(); j < (upto - first) * pieces; j += MOEI_EP_WARPS) { /* 3. */
+            const int i = first + j / pieces, part = j % pieces;
             moei_ep_copy(a, &s, t0 + i, i, (int64_t)part * piece, width);
-            if (part == 0) moei_ep_send_slots(a, &s, t0 + i, i);
         }
+        moei_ep_send_slots(a, &s, t0, first, upto); /* 4. */
+        moei_ep_note_places(a, &s, t0, first, upto);
         __syncthreads(); /* goes and before are read */
     }
-    if (blockIdx.x == gridDim.x - 1) /* 4. */
+    if (blockIdx.x == gridDim.x - 1) /* 5. */
         for (int d = (int)threadIdx.x; d < num_ranks; d += (int)blockDim.x) {
             const int n = s.base[d];
             ((int32_t*)moe_peer_address(&a->peers, d, a->at.recv_count))[a->peers.rank] =
@@ -273,7 +316,7 @@ MOE_DEVICE_BODY void moei_ep_push_chunk(const moei_ep_args* a, unsigned char* sh
                 moe_fault_raise(a->peers.fault, MOE_FAULT_ROWS_FULL, a->peers.rank, n);
             if (a->rows_table) a->rows_table[d] = moe_peer_address(&a->peers, d, a->at.rows);
         }
-    moei_ep_finish(&a->peers, a->channel, last);
+    moei_ep_finish(&a->peers, a->channel, last, a->wait, MOE_PHASE_DISPATCH, a->tag);
 }
 
 /* Sending, for rows that allow vectors of 16, 4 or 2 bytes. */
@@ -297,8 +340,8 @@ MOE_KERNEL(32, 1) moei_ep_receive(MOE_ARG(moei_ep_args) a)
     (void)moe_peer_barrier_wait(&a.peers, a.channel, MOE_PHASE_DISPATCH, a.tag);
 }
 
-/* Tells each token's home where its rows will be: place[t, k] = {this rank, row}. One thread a
-   received slot; a block's threads stay with one sender. */
+/* Tells each token's home where its rows will be: place[t, k] = {this rank, row}. A thread has a
+   received slot at a time. */
 MOE_KERNEL(256, 1) moei_ep_answer(MOE_ARG(moei_ep_args) a)
 {
     const int num_ranks = a.peers.num_ranks, top_k = a.top_k;

@@ -41,7 +41,7 @@ MOE_DEVICE moe_peers_header* moei_peer_header(const moe_peers_args* p)
 /* Returns the address of `offset` in a rank's region. Any thread. rank: 0 .. W - 1. */
 MOE_DEVICE char* moe_peer_address(const moe_peers_args* p, int rank, uint64_t offset)
 {
-    return moei_peer_header(p)->table[rank] + offset;
+    return p->table[rank] + offset;
 }
 
 /* Returns a rank's words of a channel. */
@@ -167,12 +167,13 @@ MOE_DEVICE void moe_peer_arrive(const moe_peers_args* p, int channel)
     __syncwarp(MOE_FULL_WARP); /* a wait of this warp reads it */
 }
 
-/* Waits until all ranks have arrived at this rank's last barrier of the channel. Returns 1, or 0
-   after a stop fault. One warp of the grid. */
-MOE_DEVICE int moe_peer_barrier_wait(const moe_peers_args* p, int channel, int phase, int tag)
+/* Waits until all ranks have arrived at barrier n of a channel. Returns 1, or 0 after a stop fault.
+   One warp; any number of warps may wait. */
+MOE_DEVICE int moei_peer_barrier_wait(const moe_peers_args* p, int channel, uint32_t n, int phase,
+                                      int tag)
 {
     moe_peers_channel* own = moei_peer_header(p)->channel + channel;
-    const uint32_t n = own->epoch[0], all = (uint32_t)p->num_ranks * ((n + 1) >> 1);
+    const uint32_t all = (uint32_t)p->num_ranks * ((n + 1) >> 1);
     int came, late = p->num_ranks;
     if (__any_sync(MOE_FULL_WARP, moe_fault_stops(p->fault))) return 0;
     came = moei_peer_poll(p, own->sum + (n & 1), all);
@@ -183,6 +184,14 @@ MOE_DEVICE int moe_peer_barrier_wait(const moe_peers_args* p, int channel, int p
         late = min(late, __shfl_xor_sync(MOE_FULL_WARP, late, d));
     moei_peer_raise(p, late < p->num_ranks ? late : p->rank, phase, tag); /* the first of them */
     return 0;
+}
+
+/* Waits until all ranks have arrived at this rank's last barrier of the channel. Returns 1, or 0
+   after a stop fault. One warp of the grid. */
+MOE_DEVICE int moe_peer_barrier_wait(const moe_peers_args* p, int channel, int phase, int tag)
+{
+    return moei_peer_barrier_wait(p, channel, moei_peer_header(p)->channel[channel].epoch[0], phase,
+                                  tag);
 }
 
 #endif

@@ -3,7 +3,7 @@
 #ifndef MOE_ROUTE_COUNT_CUH
 #define MOE_ROUTE_COUNT_CUH
 
-#include "../base/cuda.cuh"
+#include "../base/copy.cuh"
 #include "../base/fault.cuh"
 #include "../faults.h"
 #include "desc.h"
@@ -69,6 +69,17 @@ MOE_DEVICE uint32_t moei_route_begin(const moe_route_desc* d, uint32_t chunk)
     return (t < num_tokens ? t : num_tokens) * (uint32_t)d->top_k;
 }
 
+#define MOEI_ROUTE_STEPS 4 /* most slots of a thread in a round */
+
+/* Returns the id of a slot; -1 from `end` on and where the token does not exist. */
+MOE_DEVICE int moei_route_load_id(const moe_route_desc* d, uint32_t slot, uint32_t end,
+                                  const int options)
+{
+    int id = slot < end ? (int)moei_load4_early(d->ids + slot) : -1;
+    if (options && d->part_count && slot < end && !moei_route_exists(d, slot)) id = -1;
+    return id;
+}
+
 /* Counting, one block a chunk: writes how often the chunk chose each expert to chunk_count. count
    [P] is in shared memory. */
 MOE_DEVICE_BODY void moei_route_count_chunk(const moe_route_desc* d, int* count, const int options)
@@ -81,9 +92,15 @@ MOE_DEVICE_BODY void moei_route_count_chunk(const moe_route_desc* d, int* count,
     moe_pdl_wait();
     if (moe_fault_stopped(d->fault)) return;
     __syncthreads(); /* count is clear */
-    for (uint32_t s = moei_route_begin(d, blockIdx.x) + threadIdx.x; s < end; s += blockDim.x) {
-        if (!options || !d->part_count || moei_route_exists(d, s)) {
-            const int e = moei_route_id(d, s, d->ids[s], options);
+    for (uint32_t s = moei_route_begin(d, blockIdx.x) + threadIdx.x; s < end;
+         s += blockDim.x * MOEI_ROUTE_STEPS) {
+        int id[MOEI_ROUTE_STEPS];
+        MOE_UNROLL /* the loads are in flight together */
+        for (int i = 0; i < MOEI_ROUTE_STEPS; ++i)
+            id[i] = moei_route_load_id(d, s + (uint32_t)i * blockDim.x, end, options);
+        MOE_UNROLL
+        for (int i = 0; i < MOEI_ROUTE_STEPS; ++i) {
+            const int e = moei_route_id(d, s + (uint32_t)i * blockDim.x, id[i], options);
             if (e >= 0) atomicAdd(count + e, 1);
         }
     }

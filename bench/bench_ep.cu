@@ -1,0 +1,389 @@
+/* The exchange between ranks, one a GPU: dispatch and both combines beside plain peer copies and
+   NCCL's all-to-all.
+   nvcc -O3 -std=c++14 -I. -DBENCH_NCCL -arch=sm_90a bench/bench_ep.cu -lnccl -o bench_ep
+     without -DBENCH_NCCL and -lnccl: without NCCL's rows
+     ./bench_ep [--ranks W] [--shape T,H,E,K] [--small]
+
+   Bytes are those that leave a GPU; local rows do not count. A barrier stands in every iteration and
+   is part of the time; the slowest rank counts. */
+#include "bench_group.h"
+
+#include "../moe/ep/combine.cuh"
+
+#ifdef BENCH_NCCL
+#include <nccl.h>
+#define BENCH_NCCL_DO(call)                                                                        \
+    do {                                                                                           \
+        const ncclResult_t e_ = (call);                                                            \
+        if (e_ != ncclSuccess) {                                                                   \
+            fprintf(stderr, "%s: %s\n", #call, ncclGetErrorString(e_));                            \
+            exit(1);                                                                               \
+        }                                                                                          \
+    } while (0)
+#endif
+
+typedef struct shape {
+    int T, H, E, K;
+} shape;
+
+/* All ranks of one exchange. */
+typedef struct job {
+    shape s;
+    int form;
+    void* x[BENCH_MOST_RANKS];
+    void* y[BENCH_MOST_RANKS];
+    void* rows[BENCH_MOST_RANKS];
+    int32_t* ids[BENCH_MOST_RANKS];
+    float* weights[BENCH_MOST_RANKS];
+    void* workspace[BENCH_MOST_RANKS];
+    moe_ep_dispatch_desc dispatch[BENCH_MOST_RANKS];
+    moe_ep_combine_desc combine[BENCH_MOST_RANKS];
+    moe_ep_dispatch_prepared dispatch_p[BENCH_MOST_RANKS];
+    moe_ep_combine_prepared combine_p[BENCH_MOST_RANKS];
+    double sent_rows, slot_rows; /* of a rank to others: deduplicated; one a slot */
+} job;
+
+/* Distinct experts for each token, from a hash; the skew doubles the share of the first ones. */
+static void draw_ids(int32_t* ids, const shape* s, int rank, int skew)
+{
+    for (int t = 0; t < s->T; ++t)
+        for (int k = 0; k < s->K; ++k) {
+            uint32_t h = bench_hash((uint32_t)(t * s->K + k), (uint32_t)(rank * 977 + 5));
+            for (;;) {
+                int e = (int)(h % (uint32_t)s->E), again = 0;
+                if (skew && (h >> 20 & 3) == 0) e = e * e / s->E;
+                for (int q = 0; q < k; ++q) again |= ids[t * s->K + q] == e;
+                ids[t * s->K + k] = e;
+                if (!again) break;
+                h = bench_hash(h, 77u);
+            }
+        }
+}
+
+static void job_open(bench_group* g, job* j, shape s, int form, int skew)
+{
+    int32_t* host = (int32_t*)malloc((size_t)s.T * (size_t)s.K * 4 + 1);
+    memset(j, 0, sizeof *j);
+    j->s = s;
+    j->form = form;
+    for (int r = 0; r < g->W; ++r) {
+        moe_ep_dispatch_desc* d = j->dispatch + r;
+        moe_ep_view v;
+        size_t bytes;
+        BENCH_CUDA(cudaSetDevice(g->device[r]));
+        draw_ids(host, &s, r, skew);
+        for (int t = 0; r == 0 && t < s.T; ++t) {
+            uint64_t ranks = 0;
+            for (int k = 0; k < s.K; ++k) {
+                const int o = moe_ep_owner(host[t * s.K + k], s.E, g->W);
+                ranks |= 1ull << o;
+                j->slot_rows += o != 0;
+            }
+            for (int o = 1; o < g->W; ++o) j->sent_rows += (double)(ranks >> o & 1);
+        }
+        j->x[r] = bench_random((int64_t)s.T * s.H, MOE_BF16, 1.0f, 3u + (uint32_t)r);
+        j->y[r] = bench_alloc((size_t)s.T * (size_t)s.H * 2);
+        j->ids[r] = (int32_t*)bench_alloc((size_t)s.T * (size_t)s.K * 4);
+        j->weights[r] = (float*)bench_random((int64_t)s.T * s.K, MOE_FP32, 1.0f, 9u);
+        BENCH_CUDA(cudaMemcpy(j->ids[r], host, (size_t)s.T * (size_t)s.K * 4,
+                              cudaMemcpyHostToDevice));
+        d->peers = g->peers + r;
+        d->x = j->x[r], d->ids = j->ids[r], d->weights = j->weights[r];
+        d->fault = g->fault[r];
+        d->num_tokens = s.T;
+        d->buffers.form = form;
+        d->buffers.max_tokens = s.T;
+        d->buffers.hidden = s.H;
+        d->buffers.num_experts = s.E;
+        d->buffers.top_k = s.K;
+        d->buffers.max_rows = (int64_t)g->W * s.T * s.K;
+        if (d->buffers.max_rows > (int64_t)s.T * s.K * 5 / 4 + 4096)
+            d->buffers.max_rows = (int64_t)s.T * s.K * 5 / 4 + 4096;
+        BENCH_MOE(moe_ep_dispatch_workspace(d, &bytes));
+        j->workspace[r] = bench_alloc(bytes);
+        d->workspace = j->workspace[r], d->workspace_bytes = bytes;
+        BENCH_MOE(moe_ep_dispatch_get_view(d, &v));
+        if (form == MOE_EP_REDUCED) j->rows[r] = bench_random(v.num_rows * s.H, MOE_BF16, 1.0f, 4u);
+        j->combine[r].dispatch = d;
+        j->combine[r].rows = j->rows[r];
+        j->combine[r].weights = j->weights[r];
+        j->combine[r].y = j->y[r];
+        BENCH_MOE(moe_ep_dispatch_prepare(d, j->dispatch_p + r));
+        BENCH_MOE(moe_ep_combine_prepare(j->combine + r, j->combine_p + r));
+    }
+    free(host);
+}
+
+static void job_close(bench_group* g, job* j)
+{
+    bench_group_wait(g);
+    for (int r = 0; r < g->W; ++r) {
+        BENCH_CUDA(cudaSetDevice(g->device[r]));
+        BENCH_CUDA(cudaFree(j->x[r]));
+        BENCH_CUDA(cudaFree(j->y[r]));
+        BENCH_CUDA(cudaFree(j->rows[r]));
+        BENCH_CUDA(cudaFree(j->ids[r]));
+        BENCH_CUDA(cudaFree(j->weights[r]));
+        BENCH_CUDA(cudaFree(j->workspace[r]));
+    }
+}
+
+static void run_dispatch(void* context, bench_group* g)
+{
+    const job* j = (const job*)context;
+    for (int r = 0; r < g->W; ++r) {
+        BENCH_CUDA(cudaSetDevice(g->device[r]));
+        BENCH_MOE(moe_ep_dispatch_run(j->dispatch_p + r, g->stream[r]));
+    }
+}
+
+static void run_send(void* context, bench_group* g) /* rows alone: no row maps */
+{
+    const job* j = (const job*)context;
+    for (int r = 0; r < g->W; ++r) {
+        BENCH_CUDA(cudaSetDevice(g->device[r]));
+        BENCH_MOE(moe_ep_dispatch_run_part(j->dispatch_p + r, MOE_EP_SEND, g->stream[r]));
+        BENCH_MOE(moe_ep_dispatch_run_part(j->dispatch_p + r, MOE_EP_RECEIVE, g->stream[r]));
+    }
+}
+
+static void run_combine(void* context, bench_group* g)
+{
+    const job* j = (const job*)context;
+    for (int r = 0; r < g->W; ++r) {
+        BENCH_CUDA(cudaSetDevice(g->device[r]));
+        BENCH_MOE(moe_ep_combine_run(j->combine_p + r, g->stream[r]));
+    }
+}
+
+static void run_reduce(void* context, bench_group* g)
+{
+    const job* j = (const job*)context;
+    for (int r = 0; r < g->W; ++r) {
+        BENCH_CUDA(cudaSetDevice(g->device[r]));
+        BENCH_MOE(MOE_RUN(&j->combine_p[r].reduce, j->combine_p[r].args, g->stream[r]));
+    }
+}
+
+static void run_home(void* context, bench_group* g)
+{
+    const job* j = (const job*)context;
+    for (int r = 0; r < g->W; ++r) {
+        BENCH_CUDA(cudaSetDevice(g->device[r]));
+        BENCH_MOE(moe_combine_run(&j->combine_p[r].combine, g->stream[r]));
+    }
+}
+
+static void run_both(void* context, bench_group* g)
+{
+    run_dispatch(context, g);
+    run_combine(context, g);
+}
+
+static void run_nothing(void* context, bench_group* g)
+{
+    (void)context;
+    (void)g;
+}
+
+/* A plain copy: every rank pushes to, or pulls from, the next one. */
+typedef struct copy_args {
+    const uint4* from;
+    uint4* to;
+    int64_t vectors;
+} copy_args;
+
+MOE_KERNEL(1024, 1) copy_kernel(MOE_ARG(copy_args) a)
+{
+    const int64_t step = (int64_t)gridDim.x * 1024;
+    int64_t i = blockIdx.x * 1024ll + threadIdx.x;
+    for (; i + 3 * step < a.vectors; i += 4 * step) {
+        const uint4 v0 = a.from[i], v1 = a.from[i + step], v2 = a.from[i + 2 * step],
+                    v3 = a.from[i + 3 * step];
+        a.to[i] = v0, a.to[i + step] = v1, a.to[i + 2 * step] = v2, a.to[i + 3 * step] = v3;
+    }
+    for (; i < a.vectors; i += step) a.to[i] = a.from[i];
+}
+
+typedef struct copy_job {
+    int64_t bytes;
+    int blocks, pull;
+    void* local[BENCH_MOST_RANKS];
+} copy_job;
+
+static void run_copy(void* context, bench_group* g)
+{
+    const copy_job* j = (const copy_job*)context;
+    for (int r = 0; r < g->W; ++r) {
+        char* peer = (char*)g->region[(r + 1) % g->W] + MOE_PEERS_HEADER;
+        moe_launch_config c = moe_grid(j->blocks, 1024, 0, g->stream[r]);
+        copy_args a;
+        a.from = (const uint4*)(j->pull ? peer : j->local[r]);
+        a.to = (uint4*)(j->pull ? j->local[r] : peer);
+        a.vectors = j->bytes / 16;
+        BENCH_CUDA(cudaSetDevice(g->device[r]));
+        BENCH_MOE(MOE_LAUNCH(copy_kernel, c, a));
+    }
+}
+
+/* Returns the best rate of a plain copy in one direction, bytes a second. */
+static double best_copy(bench_group* g, int64_t bytes, int pull)
+{
+    static const int blocks[] = {16, 24, 32, 64};
+    copy_job j;
+    double best = 0;
+    j.bytes = bytes;
+    j.pull = pull;
+    for (int r = 0; r < g->W; ++r) {
+        BENCH_CUDA(cudaSetDevice(g->device[r]));
+        j.local[r] = bench_alloc((size_t)bytes);
+        BENCH_CUDA(cudaMemset(j.local[r], 1, (size_t)bytes));
+    }
+    for (int i = 0; i < 4; ++i) {
+        double ms;
+        j.blocks = blocks[i];
+        ms = bench_group_time(g, run_copy, &j, 0);
+        printf("  plain %s, %3d blocks %9.4f ms %7.1f GB/s\n", pull ? "pull" : "push", blocks[i], ms,
+               (double)bytes / ms * 1e-6);
+        if ((double)bytes / ms * 1e3 > best) best = (double)bytes / ms * 1e3;
+    }
+    for (int r = 0; r < g->W; ++r) BENCH_CUDA(cudaFree(j.local[r]));
+    return best;
+}
+
+#ifdef BENCH_NCCL
+typedef struct nccl_job {
+    ncclComm_t comm[BENCH_MOST_RANKS];
+    void *from[BENCH_MOST_RANKS], *to[BENCH_MOST_RANKS];
+    size_t each; /* elements for each peer */
+} nccl_job;
+
+/* All-to-all of T K rows, evenly. */
+static void run_nccl(void* context, bench_group* g)
+{
+    const nccl_job* j = (const nccl_job*)context;
+    BENCH_NCCL_DO(ncclGroupStart());
+    for (int r = 0; r < g->W; ++r)
+        for (int p = 0; p < g->W; ++p) {
+            BENCH_NCCL_DO(ncclSend((char*)j->from[r] + (size_t)p * j->each * 2, j->each,
+                                   ncclBfloat16, p, j->comm[r], g->stream[r]));
+            BENCH_NCCL_DO(ncclRecv((char*)j->to[r] + (size_t)p * j->each * 2, j->each,
+                                   ncclBfloat16, p, j->comm[r], g->stream[r]));
+        }
+    BENCH_NCCL_DO(ncclGroupEnd());
+}
+#endif
+
+/* Returns the milliseconds of NCCL's all-to-all of T K rows; 0 without NCCL. */
+static double nccl_all_to_all(bench_group* g, shape s, int graph)
+{
+#ifdef BENCH_NCCL
+    static nccl_job j;
+    static int open;
+    double ms;
+    if (!open) BENCH_NCCL_DO(ncclCommInitAll(j.comm, g->W, g->device));
+    open = 1;
+    j.each = (size_t)s.T * (size_t)s.K / (size_t)g->W * (size_t)s.H;
+    for (int r = 0; r < g->W; ++r) {
+        BENCH_CUDA(cudaSetDevice(g->device[r]));
+        j.from[r] = bench_alloc(j.each * (size_t)g->W * 2);
+        j.to[r] = bench_alloc(j.each * (size_t)g->W * 2);
+    }
+    ms = bench_group_time(g, run_nccl, &j, graph);
+    for (int r = 0; r < g->W; ++r) {
+        BENCH_CUDA(cudaFree(j.from[r]));
+        BENCH_CUDA(cudaFree(j.to[r]));
+    }
+    return ms;
+#else
+    (void)g, (void)s, (void)graph;
+    return 0;
+#endif
+}
+
+static void row(const char* what, double ms, double bytes, double best, const char* of)
+{
+    printf("  %-44s %9.4f ms %7.1f GB/s  %6.3f of %s\n", what, ms, bytes / ms * 1e-6,
+           best > 0 ? bytes / ms * 1e3 / best : 0.0, of);
+    fflush(stdout);
+}
+
+static void bench_shape(bench_group* g, shape s, double push, double pull, int graph, int skew)
+{
+    job* j = (job*)malloc(sizeof *j);
+    const double row_bytes = s.H * 2.0;
+    const double nccl = skew ? 0 : nccl_all_to_all(g, s, graph);
+    double send, dispatch, combine;
+    printf("T %d a rank, H %d, E %d, K %d, W %d%s%s\n", s.T, s.H, s.E, s.K, g->W,
+           graph ? ", in a graph" : "", skew ? ", skewed" : "");
+    job_open(g, j, s, MOE_EP_REDUCED, skew);
+    send = bench_group_time(g, run_send, j, graph);
+    dispatch = bench_group_time(g, run_dispatch, j, graph);
+    combine = bench_group_time(g, run_combine, j, graph);
+    row("dispatch, rows alone", send, j->sent_rows * row_bytes, push, "a plain push");
+    row("dispatch", dispatch, j->sent_rows * row_bytes, push, "a plain push");
+    row("combine, reduced", combine, j->sent_rows * row_bytes, push, "a plain push");
+    printf("  of it: reduce %.4f, home %.4f ms\n", bench_group_time(g, run_reduce, j, graph),
+           bench_group_time(g, run_home, j, graph));
+    printf("  barrier alone %.4f ms; dispatch and combine, one barrier: %.4f ms\n",
+           bench_group_time(g, run_nothing, 0, graph), bench_group_time(g, run_both, j, graph));
+    if (nccl > 0) {
+        row("NCCL all-to-all of T K rows", nccl,
+            (double)s.T * s.K * (g->W - 1) / g->W * row_bytes, pull, "a plain pull");
+        printf("  dispatch / NCCL %.3f\n", dispatch / nccl);
+    }
+    job_close(g, j);
+    job_open(g, j, s, MOE_EP_GATHERED, skew);
+    dispatch = bench_group_time(g, run_dispatch, j, graph);
+    combine = bench_group_time(g, run_combine, j, graph);
+    row("dispatch, gathered", dispatch, j->sent_rows * row_bytes, push, "a plain push");
+    row("combine, gathered", combine, j->slot_rows * row_bytes, pull, "a plain pull");
+    printf("  dispatch and combine, one barrier: %.4f ms\n", bench_group_time(g, run_both, j, graph));
+    job_close(g, j);
+    free(j);
+}
+
+int main(int argc, char** argv)
+{
+    static bench_group g;
+    shape s = {32768, 4096, 128, 8};
+    const shape small = {128, 7168, 256, 8}, empty = {0, 7168, 256, 8};
+    int W = 0, only_small = 0;
+    double push, pull;
+    moe_ep_buffers b;
+    uint64_t bytes;
+    struct cudaDeviceProp prop;
+    for (int i = 1; i < argc; ++i) {
+        if (!strcmp(argv[i], "--ranks") && i + 1 < argc) W = atoi(argv[++i]);
+        else if (!strcmp(argv[i], "--small")) only_small = 1;
+        else if (!strcmp(argv[i], "--shape") && i + 1 < argc &&
+                 sscanf(argv[++i], "%d,%d,%d,%d", &s.T, &s.H, &s.E, &s.K) == 4) {
+        } else {
+            fprintf(stderr, "usage: %s [--ranks W] [--shape T,H,E,K] [--small]\n", argv[0]);
+            return 2;
+        }
+    }
+    {
+        int devices = 0;
+        if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
+            printf("no GPU, skipped\n");
+            return 77;
+        }
+        if (W == 0) W = devices;
+    }
+    memset(&b, 0, sizeof b);
+    b.form = MOE_EP_GATHERED;
+    b.max_tokens = s.T, b.hidden = s.H, b.num_experts = s.E, b.top_k = s.K;
+    b.max_rows = (int64_t)s.T * s.K * 5 / 4 + 4096;
+    BENCH_MOE(moe_ep_buffers_end(&b, W, &bytes));
+    bench_group_open(&g, W, bytes);
+    BENCH_CUDA(cudaGetDeviceProperties(&prop, 0));
+    printf("%d ranks on %d x %s\n", g.W, g.devices, prop.name);
+    push = best_copy(&g, (int64_t)s.T * s.H * 2, 0);
+    pull = best_copy(&g, (int64_t)s.T * s.H * 2, 1);
+    if (!only_small) bench_shape(&g, s, push, pull, 0, 0);
+    if (!only_small) bench_shape(&g, s, push, pull, 0, 1);
+    bench_shape(&g, small, push, pull, 20, 0);
+    bench_shape(&g, empty, push, pull, 20, 0);
+    return 0;
+}
