@@ -135,11 +135,12 @@ MOE_DEVICE_BODY void moei_ep_reduce_body(const moei_ep_reduce_args* a, int* last
 {
     const int num_ranks = a->peers.num_ranks, groups = MOEI_EP_REDUCE_WARPS / a->warps;
     const int group = moe_warp() / a->warps, first = moe_warp() - group * a->warps;
+    int most = 0; /* tokens of one sender */
     moe_pdl_trigger();
     moe_pdl_wait();
+    for (int r = moe_lane(); r < num_ranks; r += MOE_WARP_SIZE) most = max(most, a->count[r]);
+    most = (int)moe_warp_max_u32((uint32_t)most);
     if (!moe_fault_stopped(a->peers.fault) && group < groups) {
-        int most = 0;
-        for (int r = 0; r < num_ranks; ++r) most = max(most, a->count[r]);
         for (int i = (int)blockIdx.x * groups + group; i < most * num_ranks;
              i += (int)gridDim.x * groups) {
             const int j = i / num_ranks, from = moe_peer_rotated(&a->peers, i - j * num_ranks);

@@ -25,16 +25,16 @@ typedef struct moe_ep_expert {
     int32_t expert; /* number among the rank's experts, in the order of its weights */
 } moe_ep_expert;
 
-/* Returns the rank that owns an expert. */
+/* Returns the rank that owns an expert. num_experts * num_ranks is below 2^31, here and below. */
 MOE_HOST_DEVICE int moe_ep_owner(int expert, int num_experts, int num_ranks)
 {
-    return (int)((uint64_t)(uint32_t)expert * (uint32_t)num_ranks / (uint32_t)num_experts);
+    return (int)((uint32_t)expert * (uint32_t)num_ranks / (uint32_t)num_experts);
 }
 
 /* Returns the first expert of a rank; of rank W, E. */
 MOE_HOST_DEVICE int moe_ep_first(int rank, int num_experts, int num_ranks)
 {
-    return (int)(((uint64_t)(uint32_t)rank * (uint32_t)num_experts + (uint32_t)num_ranks - 1) /
+    return (int)(((uint32_t)rank * (uint32_t)num_experts + (uint32_t)num_ranks - 1) /
                  (uint32_t)num_ranks);
 }
 

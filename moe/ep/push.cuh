@@ -264,7 +264,7 @@ MOE_DEVICE void moei_ep_sum_chunks(const moei_ep_args* a, const moei_ep_shared* 
         int n = 0;
         MOE_UNROLL
         for (int c = 0; c < MOEI_EP_MAX_CHUNKS; c += MOE_WARP_SIZE)
-            if (a->chunk_count && c + moe_lane() < (int)blockIdx.x)
+            if (c + moe_lane() < (int)blockIdx.x)
                 n += a->chunk_count[(c + moe_lane()) * num_ranks + d];
         n = moe_warp_inclusive_scan(n);
         if (moe_lane() == MOE_WARP_SIZE - 1) s->base[d] = n;
@@ -294,7 +294,8 @@ MOE_DEVICE_BODY void moei_ep_push_chunk(const moei_ep_args* a, unsigned char* sh
         moei_ep_finish(&a->peers, a->channel, last, a->wait, MOE_PHASE_DISPATCH, a->tag);
         return;
     }
-    moei_ep_sum_chunks(a, &s); /* 1. */
+    if (a->chunk_count) moei_ep_sum_chunks(a, &s); /* 1. */
+    else if ((int)threadIdx.x < num_ranks) s.base[threadIdx.x] = 0;
     __syncthreads(); /* base is complete */
     for (int t0 = a->chunk_count ? begin : 0; t0 < end; t0 += MOEI_EP_THREADS) {
         const int first = begin > t0 ? begin - t0 : 0, upto = min(end - t0, MOEI_EP_THREADS);

@@ -23,6 +23,7 @@ typedef struct moei_layer_options {
     int32_t num_physical;                     /* P, experts that have weights */
     int32_t has_router, has_gate, has_shared; /* 0 or 1: what is run */
     int32_t gate_counts;                      /* 1: the gate writes its chunk counts for route */
+    int32_t elsewhere; /* 1: route's results and the rows are not in this workspace: ep/layer.cuh */
 } moei_layer_options;
 
 /* Result of phase 3: the stations' descriptors. Phase 2 fills in moe_layer_view. */
@@ -100,6 +101,7 @@ MOE_HOST moe_status moei_layer_resolve(const moe_layer_desc* d, moei_layer_optio
     o->has_router = !d->ids && !d->logits;
     o->has_shared = d->shared.intermediate > 0;
     o->gate_counts = !d->ids && !r->replica_offset;
+    o->elsewhere = 0;
     MOE_TRY(moe_gate_workspace(&o->gate, &o->gate.workspace_bytes));
     checked = o->route;
     MOE_TRY(moei_route_check_options(&checked));
@@ -131,19 +133,21 @@ MOE_HOST void moei_layer_carve(const moe_layer_desc* d, const moei_layer_options
         v->ids = (int32_t*)moei_carve(p, bytes, slots * 4);
         v->weights = (float*)moei_carve(p, bytes, slots * 4);
     }
-    if (o->gate_counts)
+    if (o->gate_counts && !o->elsewhere)
         v->chunk_count = (int32_t*)moei_carve(
             p, bytes, num_experts * (uint64_t)moe_num_chunks(d->num_tokens) * 4);
     if (o->gate.workspace_bytes) v->gate_workspace = moei_carve(p, bytes, o->gate.workspace_bytes);
-    if (o->route.workspace_bytes)
-        v->route_workspace = moei_carve(p, bytes, o->route.workspace_bytes);
-    v->expert_count = (int32_t*)moei_carve(p, bytes, num_replicas * 4);
-    v->expert_offset = (int32_t*)moei_carve(p, bytes, (num_replicas + 1) * 4);
-    v->row_slot = (int32_t*)moei_carve(p, bytes, num_rows * 4);
-    v->place = (moe_place*)moei_carve(p, bytes, slots * 8);
+    if (!o->elsewhere) {
+        if (o->route.workspace_bytes)
+            v->route_workspace = moei_carve(p, bytes, o->route.workspace_bytes);
+        v->expert_count = (int32_t*)moei_carve(p, bytes, num_replicas * 4);
+        v->expert_offset = (int32_t*)moei_carve(p, bytes, (num_replicas + 1) * 4);
+        v->row_slot = (int32_t*)moei_carve(p, bytes, num_rows * 4);
+        v->place = (moe_place*)moei_carve(p, bytes, slots * 8);
+    }
     v->experts_workspace = moei_carve(p, bytes, 2 * MOE_EXPERTS_WORKSPACE);
     v->act = moei_carve(p, bytes, num_rows * (uint64_t)d->intermediate * 2);
-    v->rows = moei_carve(p, bytes, num_rows * (uint64_t)d->hidden * row_bytes);
+    if (!o->elsewhere) v->rows = moei_carve(p, bytes, num_rows * (uint64_t)d->hidden * row_bytes);
     if (o->has_shared) {
         v->shared_act = moei_carve(p, bytes, num_tokens * (uint64_t)d->shared.intermediate * 2);
         v->shared_rows = moei_carve(p, bytes, num_tokens * (uint64_t)d->hidden * row_bytes);

@@ -1,0 +1,337 @@
+/* layer.cuh: the whole MoE layer over several GPUs, x -> y: every rank brings its own tokens and has
+   some of the experts.
+
+     logits, ids, weights of this rank's tokens    router.cuh, gate.cuh; the router's weights are the
+                                                   same on all ranks
+     tokens to the ranks of their experts          dispatch.cuh
+     rows = experts(received tokens)               experts.cuh, this rank's P experts
+     shared = expert(x), where given               at home, while the tokens travel
+     y = residual + sum of the rows + shared       combine.cuh
+
+   In:   x [T, H], router [E, H], w1 [P, 2I, H], w2 [P, H, I] of this rank's experts; biases alike
+   Out:  y [T, H] of this rank's tokens
+   T may differ from rank to rank, and be 0. Rank r has the experts of owner.h: without replicas its
+   first one is moe_ep_first(r, E, W), and P = moe_ep_owned(r, E, W), which may be 0.
+
+   The descriptor nests the layer's own (layer/desc.h). Fields there that this layer refuses by name,
+   with MOE_ERR_CONFLICT: `route` but for row_multiple (replicas are fields here; capacity and drops
+   are not offered over ranks), `gate.whole_batch` (chooses over all tokens, of which each rank has
+   some), `rank` (it is peers.rank). The fault word is required.
+
+   Numerics: those of layer.cuh; with MOE_EP_REDUCED one more rounding of each rank's sum to
+   rows_dtype. With MOE_EP_GATHERED and batch_invariant y has the same bits for every W.
+   Equal inputs give equal bits. No call allocates or synchronises; the host waits for nothing. A
+   graph of it can be replayed with other inputs. All ranks call it alike (but for T), in the same
+   order as other exchanges of the same buffers.
+
+   Cost: the launches of the stations. Nothing is kept for a backward pass. Memory of a rank: its own
+   experts' weights; the region (desc.h); the workspace:
+     the gate's and the shared expert's buffers, as in layer.cuh, of T tokens
+     the dispatch's workspace (dispatch.cuh)
+     max_rows I 2  act,   MOE_EP_REDUCED: max_rows H r  rows
+
+     moe_ep_layer_desc e = {0};
+     e.layer.x = x;  e.layer.router = router;  e.layer.w1.base = w1;  e.layer.w2.base = w2;
+     e.layer.y = y;  e.layer.fault = fault;  e.layer.num_tokens = T;  e.layer.hidden = H;
+     e.layer.intermediate = I;  e.layer.num_experts = E;  e.layer.top_k = K;
+     e.peers = &peers;  e.max_tokens = T_max;
+     moe_ep_layer_region(&e, W, &region_bytes);       // before the group exists: sizes alone
+     moe_ep_layer_workspace(&e, &bytes);  e.layer.workspace = ...;  e.layer.workspace_bytes = bytes;
+     moe_status s = moe_ep_layer_forward(&e, stream); */
+#ifndef MOE_EP_LAYER_CUH
+#define MOE_EP_LAYER_CUH
+
+#include "../layer.cuh"
+#include "combine.cuh"
+
+/* What moe_ep_layer_forward takes. */
+typedef struct moe_ep_layer_desc {
+    moe_layer_desc layer;   /* of this rank's tokens; w1, w2, biases: of its P experts */
+    const moe_peers* peers; /* this rank's group */
+    const int32_t* replica_offset; /* as in moe_ep_dispatch_desc, like the next */
+    const moe_ep_expert* replica;
+    int32_t num_local;      /* P; 0 without replicas = those that the rank owns */
+    int32_t tag;            /* reported where a rank is late, 0 .. 2^24 - 1 */
+    /* the same on all ranks, as in moe_ep_buffers */
+    uint64_t region_offset;
+    int32_t channel, form, max_tokens, recv_tokens;
+    int64_t max_rows;
+} moe_ep_layer_desc;
+
+/* Parts of a layer over ranks, in the order of moe_ep_layer_run. */
+typedef enum moe_ep_layer_part {
+    MOE_EP_LAYER_ROUTER,
+    MOE_EP_LAYER_GATE,
+    MOE_EP_LAYER_SEND,
+    MOE_EP_LAYER_SHARED_UP,
+    MOE_EP_LAYER_SHARED_DOWN,
+    MOE_EP_LAYER_RECEIVE,
+    MOE_EP_LAYER_ROUTE,
+    MOE_EP_LAYER_ANSWER,
+    MOE_EP_LAYER_UP,
+    MOE_EP_LAYER_DOWN,
+    MOE_EP_LAYER_COMBINE,
+    MOE_EP_LAYER_PARTS
+} moe_ep_layer_part;
+
+/* Returns the name of a part, "?" for a value that is none: static storage. */
+MOE_HOST const char* moe_ep_layer_part_name(int part)
+{
+    static const char* const name[] = {"router",      "gate",    "send",  "shared_up",
+                                       "shared_down", "receive", "route", "answer",
+                                       "up",          "down",    "combine"};
+    return part >= 0 && part < MOE_EP_LAYER_PARTS ? name[part] : "?";
+}
+
+/* A descriptor that is being resolved: the layer's three phases, and the exchange's. */
+typedef struct moei_ep_layer {
+    moei_layer_options o;
+    moe_layer_view v;
+    moei_layer_stations l;
+    moe_ep_dispatch_desc dispatch;
+    moe_ep_combine_desc combine;
+    moe_ep_view ep;
+    size_t workspace; /* bytes of the whole */
+} moei_ep_layer;
+
+/* Fills in the buffers that the descriptor asks for. */
+MOE_HOST void moei_ep_layer_buffers(const moe_ep_layer_desc* d, moe_ep_buffers* b)
+{
+    memset(b, 0, sizeof *b);
+    b->region_offset = d->region_offset;
+    b->channel = d->channel;
+    b->form = d->form;
+    b->max_tokens = d->max_tokens;
+    b->recv_tokens = d->recv_tokens;
+    b->max_rows = d->max_rows;
+    b->hidden = d->layer.hidden;
+    b->num_experts = d->layer.num_experts;
+    b->top_k = d->layer.top_k;
+    b->dtype = d->layer.dtype;
+    b->rows_dtype = d->layer.rows_dtype;
+}
+
+/* Writes the bytes that every rank's region must have to *bytes; reads sizes, options and which of
+   replicas are given. peers may be null. Errors: theirs; num_ranks. */
+MOE_HOST moe_status moe_ep_layer_region(const moe_ep_layer_desc* desc, int num_ranks,
+                                        uint64_t* bytes)
+{
+    moe_ep_buffers b;
+    MOE_REQUIRE(desc && bytes, MOE_ERR_NULL, desc);
+    MOE_REQUIRE(num_ranks >= 1 && num_ranks <= MOE_PEERS_MAX_RANKS, MOE_ERR_RANGE, num_ranks);
+    moei_ep_layer_buffers(desc, &b);
+    MOE_TRY(moei_ep_check_buffers(&b, num_ranks, desc->replica_offset != 0));
+    return moe_ep_buffers_end(&b, num_ranks, bytes);
+}
+
+/* Refuses what this layer does not carry. */
+MOE_HOST moe_status moei_ep_layer_check(const moe_ep_layer_desc* d)
+{
+    moe_route_desc route = d->layer.route;
+    route.row_multiple = 0;
+    MOE_REQUIRE(moei_all_zero(&route, sizeof route), MOE_ERR_CONFLICT, route);
+    MOE_REQUIRE(!d->layer.gate.whole_batch, MOE_ERR_CONFLICT, gate);
+    MOE_REQUIRE(!d->layer.rank, MOE_ERR_CONFLICT, rank);
+    return MOE_OK;
+}
+
+/* Fills in *e, all but the check of buffers. base: the workspace, or null to count its bytes. */
+MOE_HOST moe_status moei_ep_layer_resolve(const moe_ep_layer_desc* d, char* base, moei_ep_layer* e)
+{
+    moe_layer_desc home = d->layer;
+    moei_ep_args args;
+    size_t bytes, part;
+    memset(e, 0, sizeof *e);
+    MOE_TRY(moei_ep_layer_check(d));
+    MOE_REQUIRE(d->peers, MOE_ERR_NULL, peers);
+    home.route.row_multiple = 0; /* those rows are not T K ones */
+    home.rank = d->peers->rank;
+    MOE_TRY(moei_layer_resolve(&home, &e->o));
+
+    e->dispatch.peers = d->peers;
+    e->dispatch.x = d->layer.x;
+    e->dispatch.x_stride = d->layer.x_stride;
+    e->dispatch.replica_offset = d->replica_offset;
+    e->dispatch.replica = d->replica;
+    e->dispatch.fault = d->layer.fault;
+    e->dispatch.num_tokens = d->layer.num_tokens;
+    e->dispatch.num_local = d->num_local;
+    e->dispatch.row_multiple = d->layer.route.row_multiple;
+    e->dispatch.tag = d->tag;
+    moei_ep_layer_buffers(d, &e->dispatch.buffers);
+    memset(&args, 0, sizeof args);
+    MOE_TRY(moei_ep_check_options(&e->dispatch, &args));
+    MOE_TRY(moei_ep_carve(&e->dispatch, &args, 0, &e->ep, &part));
+
+    e->o.elsewhere = 1;
+    e->o.num_rows = e->ep.num_rows;
+    e->o.num_physical = e->ep.num_local;
+    moei_layer_carve(&home, &e->o, base, &e->v, &bytes);
+    e->dispatch.workspace = moei_carve(base, &bytes, part);
+    e->dispatch.workspace_bytes = part;
+    MOE_TRY(moei_ep_carve(&e->dispatch, &args, (char*)e->dispatch.workspace, &e->ep, &part));
+    e->v.expert_count = e->ep.expert_count;
+    e->v.expert_offset = e->ep.expert_offset;
+    e->v.row_slot = e->ep.row_slot;
+    e->v.place = e->ep.recv_place;
+    e->v.rows = e->ep.rows;
+    if (e->dispatch.buffers.form == MOE_EP_REDUCED)
+        e->v.rows = moei_carve(base, &bytes,
+                               (uint64_t)e->ep.num_rows * (uint64_t)home.hidden *
+                                   (uint64_t)moe_dtype_bytes(e->dispatch.buffers.rows_dtype));
+    e->workspace = bytes;
+
+    moei_layer_describe(&home, &e->o, &e->v, &e->l);
+    e->l.experts.x = e->ep.recv_x;
+    e->l.experts.x_stride = 0;
+    e->l.experts.num_tokens = d->peers->num_ranks * e->ep.recv_tokens;
+    if (e->ep.num_local == 0) e->l.experts.num_experts = 1; /* its options are checked */
+    e->dispatch.ids = e->v.ids;
+    e->dispatch.weights = e->v.weights;
+    e->combine.dispatch = &e->dispatch;
+    e->combine.rows = e->dispatch.buffers.form == MOE_EP_REDUCED ? e->v.rows : 0;
+    e->combine.weights = e->v.weights;
+    e->combine.residual = e->l.combine.residual;
+    e->combine.residual_stride = e->l.combine.residual_stride;
+    e->combine.shared = e->l.combine.shared;
+    e->combine.shared_weight = e->l.combine.shared_weight;
+    e->combine.y = e->l.combine.y;
+    e->combine.y_stride = e->l.combine.y_stride;
+    e->combine.tag = d->tag;
+    return MOE_OK;
+}
+
+/* Writes the bytes of workspace of this rank's layer to *bytes. Reads sizes, options, peers, fault,
+   and which of logits, ids and replicas are given. Errors: theirs. */
+MOE_HOST moe_status moe_ep_layer_workspace(const moe_ep_layer_desc* desc, size_t* bytes)
+{
+    moei_ep_layer e;
+    MOE_REQUIRE(desc && bytes, MOE_ERR_NULL, desc);
+    *bytes = 0;
+    MOE_TRY(moei_ep_layer_resolve(desc, 0, &e));
+    *bytes = e.workspace;
+    return MOE_OK;
+}
+
+/* Writes the addresses of the layer's buffers to *view and of the exchange's to *ep; `rows` and the
+   row maps are those of received tokens. Errors: as of moe_ep_layer_workspace, a null workspace. */
+MOE_HOST moe_status moe_ep_layer_get_view(const moe_ep_layer_desc* desc, moe_layer_view* view,
+                                          moe_ep_view* ep)
+{
+    moei_ep_layer e;
+    MOE_REQUIRE(desc && view && ep, MOE_ERR_NULL, desc);
+    MOE_REQUIRE(desc->layer.workspace, MOE_ERR_NULL, workspace);
+    MOE_TRY(moei_ep_layer_resolve(desc, (char*)desc->layer.workspace, &e));
+    *view = e.v;
+    *ep = e.ep;
+    return MOE_OK;
+}
+
+/* A prepared layer: all but its stream, for the device that was current. */
+typedef struct moe_ep_layer_prepared {
+    moe_layer_prepared home; /* router, gate, experts, shared; route and combine are empty */
+    moe_ep_dispatch_prepared dispatch;
+    moe_ep_combine_prepared combine;
+} moe_ep_layer_prepared;
+
+/* Fills in *p, which is empty. */
+MOE_HOST moe_status moei_ep_layer_prepare(const moe_ep_layer_desc* desc, moe_ep_layer_prepared* p)
+{
+    moei_ep_layer e;
+    moe_layer_desc home = desc->layer;
+    moe_layer_prepared* h = &p->home;
+    MOE_TRY(moei_ep_layer_resolve(desc, (char*)desc->layer.workspace, &e));
+    home.route.row_multiple = 0;
+    MOE_TRY(moei_layer_check_options(&home, &e.o, &e.l));
+    MOE_TRY(moei_layer_check_buffers(&home, &e.v, e.workspace));
+    h->has_router = e.o.has_router;
+    h->has_gate = e.o.has_gate;
+    h->has_shared = e.o.has_shared;
+    if (h->has_router) MOE_TRY(moe_router_prepare(&e.l.router, &h->router));
+    if (h->has_gate) MOE_TRY(moe_gate_prepare(&e.l.gate, &h->gate));
+    if (h->has_shared)
+        MOE_TRY(moei_layer_rename_shared(moe_experts_prepare(&e.l.shared, &h->shared)));
+    if (e.ep.num_local && e.ep.num_rows) MOE_TRY(moe_experts_prepare(&e.l.experts, &h->experts));
+    else h->experts.workspace = e.l.experts.workspace;
+    MOE_TRY(moe_ep_dispatch_prepare(&e.dispatch, &p->dispatch));
+    return moe_ep_combine_prepare(&e.combine, &p->combine);
+}
+
+/* Prepares a layer: moe_ep_layer_run queues it any number of times. Errors: a status for each field
+   that is not as documented. T = 0 is no error. */
+MOE_HOST moe_status moe_ep_layer_prepare(const moe_ep_layer_desc* desc, moe_ep_layer_prepared* p)
+{
+    MOE_RETURN_PREPARED(desc, p, moei_ep_layer_prepare(desc, p));
+}
+
+/* Queues one part. cleared: the experts' counters of tiles are 0. */
+MOE_HOST moe_status moei_ep_layer_run_part(const moe_ep_layer_prepared* p, int part, int cleared,
+                                           cudaStream_t stream)
+{
+    const moe_layer_prepared* h = &p->home;
+    switch (part) {
+    case MOE_EP_LAYER_ROUTER: return moei_layer_run_part(h, MOE_LAYER_ROUTER, cleared, stream);
+    case MOE_EP_LAYER_GATE: return moei_layer_run_part(h, MOE_LAYER_GATE, cleared, stream);
+    case MOE_EP_LAYER_SEND: return moe_ep_dispatch_run_part(&p->dispatch, MOE_EP_SEND, stream);
+    case MOE_EP_LAYER_SHARED_UP:
+        return moei_layer_run_part(h, MOE_LAYER_SHARED_UP, cleared, stream);
+    case MOE_EP_LAYER_SHARED_DOWN:
+        return moei_layer_run_part(h, MOE_LAYER_SHARED_DOWN, cleared, stream);
+    case MOE_EP_LAYER_RECEIVE:
+        return moe_ep_dispatch_run_part(&p->dispatch, MOE_EP_RECEIVE, stream);
+    case MOE_EP_LAYER_ROUTE: return moe_ep_dispatch_run_part(&p->dispatch, MOE_EP_ROUTE, stream);
+    case MOE_EP_LAYER_ANSWER: return moe_ep_dispatch_run_part(&p->dispatch, MOE_EP_ANSWER, stream);
+    case MOE_EP_LAYER_UP: return moei_layer_run_part(h, MOE_LAYER_UP, cleared, stream);
+    case MOE_EP_LAYER_DOWN: return moei_layer_run_part(h, MOE_LAYER_DOWN, cleared, stream);
+    case MOE_EP_LAYER_COMBINE: return moe_ep_combine_run(&p->combine, stream);
+    default: return MOE_STATUS(MOE_ERR_OPTION, part);
+    }
+}
+
+/* Queues one part of a prepared layer on `stream`; `part` is a moe_ep_layer_part. For timing, or for
+   work of the caller's between two parts. All parts in order give what moe_ep_layer_run gives. */
+MOE_HOST moe_status moe_ep_layer_run_part(const moe_ep_layer_prepared* p, int part,
+                                          cudaStream_t stream)
+{
+    MOE_REQUIRE(p, MOE_ERR_NULL, desc);
+    return moei_ep_layer_run_part(p, part, 0, stream);
+}
+
+/* Queues a prepared layer on `stream`. */
+MOE_HOST moe_status moe_ep_layer_run(const moe_ep_layer_prepared* p, cudaStream_t stream)
+{
+    const moe_layer_prepared* h;
+    MOE_REQUIRE(p, MOE_ERR_NULL, desc);
+    h = &p->home;
+    if (moei_experts_count(&h->experts) || (h->has_shared && moei_experts_count(&h->shared)))
+        MOE_TRY_CUDA(cudaMemsetAsync(h->experts.workspace, 0, 2 * MOE_EXPERTS_WORKSPACE, stream));
+    MOE_TRY(moei_ep_layer_run_part(p, MOE_EP_LAYER_ROUTER, 1, stream));
+    MOE_TRY(moei_ep_layer_run_part(p, MOE_EP_LAYER_GATE, 1, stream));
+    if (h->has_shared) { /* the shared expert while the tokens travel */
+        for (int part = MOE_EP_LAYER_SEND; part <= MOE_EP_LAYER_ANSWER; ++part)
+            MOE_TRY(moei_ep_layer_run_part(p, part, 1, stream));
+    } else {
+        MOE_TRY(moe_ep_dispatch_run(&p->dispatch, stream));
+    }
+    for (int part = MOE_EP_LAYER_UP; part < MOE_EP_LAYER_PARTS; ++part)
+        MOE_TRY(moei_ep_layer_run_part(p, part, 1, stream));
+    return MOE_OK;
+}
+
+/* Prepares and runs. Where a field is refused, nothing is queued and y is untouched. */
+MOE_HOST moe_status moe_ep_layer_forward(const moe_ep_layer_desc* desc, cudaStream_t stream)
+{
+    moe_ep_layer_prepared p;
+    MOE_TRY(moe_ep_layer_prepare(desc, &p));
+    return moe_ep_layer_run(&p, stream);
+}
+
+/* Loads every kernel of this translation unit that such a layer may run. */
+MOE_HOST moe_status moe_ep_layer_preload(void)
+{
+    MOE_TRY(moe_layer_preload());
+    MOE_TRY(moe_ep_dispatch_preload());
+    return moe_ep_combine_preload();
+}
+
+#endif

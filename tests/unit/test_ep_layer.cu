@@ -1,0 +1,14 @@
+/* test_ep_layer.cu: moe/ep/layer.cuh: the layer over ranks beside the layer on one GPU.
+
+     nvcc -I. -arch=sm_90a tests/unit/test_ep_layer.cu -o test_ep_layer
+     g++ -x c++ -std=c++14 -O2 -I. tests/unit/test_ep_layer.cu -o test_ep_layer
+
+   ep/layer.h   all cases */
+#include "tests/unit/ep/layer.h"
+
+int main(int argc, char** argv)
+{
+    test_begin(argc, argv);
+    ep_layer();
+    return test_end();
+}
