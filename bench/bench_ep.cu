@@ -365,6 +365,7 @@ int main(int argc, char** argv)
     }
     {
         int devices = 0;
+        setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32", 1); /* for ranks that share a GPU */
         if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
             printf("no GPU, skipped\n");
             return 77;
@@ -377,6 +378,10 @@ int main(int argc, char** argv)
     b.max_rows = (int64_t)s.T * s.K * 5 / 4 + 4096;
     BENCH_MOE(moe_ep_buffers_end(&b, W, &bytes));
     bench_group_open(&g, W, bytes);
+    for (int r = 0; r < g.W; ++r) {
+        BENCH_CUDA(cudaSetDevice(g.device[r]));
+        BENCH_MOE(moe_preload());
+    }
     BENCH_CUDA(cudaGetDeviceProperties(&prop, 0));
     printf("%d ranks on %d x %s\n", g.W, g.devices, prop.name);
     push = best_copy(&g, (int64_t)s.T * s.H * 2, 0);

@@ -43,7 +43,6 @@ static void bench_group_open(bench_group* g, int W, uint64_t bytes)
         BENCH_CUDA(cudaStreamCreateWithFlags(&g->stream[r], cudaStreamNonBlocking));
         BENCH_CUDA(cudaEventCreate(&g->begin[r]));
         BENCH_CUDA(cudaEventCreate(&g->end[r]));
-        BENCH_MOE(moe_preload());
     }
     BENCH_MOE(moe_peers_create_local(g->peers, W, g->device, g->region, bytes, &pair));
 }

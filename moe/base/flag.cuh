@@ -40,23 +40,6 @@ MOE_DEVICE void moei_flag_add_relaxed(uint32_t* p, uint32_t v)
 #endif
 }
 
-/* Adds v to a word of this device and returns what the word was. What other threads of the device
-   stored before their additions is visible then, and what this thread has stored or seen is visible
-   to later additions (acquire and release, device scope). */
-MOE_DEVICE uint32_t moei_flag_exchange_add(uint32_t* p, uint32_t v)
-{
-#if MOE_ON_HOST
-    return atomicAdd(p, v);
-#else
-    uint32_t old;
-    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;"
-                 : "=r"(old)
-                 : "l"(p), "r"(v)
-                 : "memory");
-    return old;
-#endif
-}
-
 /* Load or store a 64-bit word that another device may store or load at that time. Orders nothing
    else (relaxed, system scope). */
 MOE_DEVICE uint64_t moei_flag_load8(const uint64_t* p)

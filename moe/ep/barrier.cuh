@@ -73,7 +73,7 @@ MOE_KERNEL(MOEI_PEERS_THREADS, 1) moei_peers_copy(MOE_ARG(moei_peers_op) d)
 /* One warp signals, waits, or both. */
 MOE_KERNEL(32, 1) moei_peers_sync(MOE_ARG(moei_peers_op) d)
 {
-    moe_pdl_trigger();
+    moei_peer_pdl_trigger(&d.peers, d.kind != MOEI_PEERS_SIGNAL);
     moe_pdl_wait();
     if (d.kind == MOEI_PEERS_SIGNAL) {
         moe_peer_signal(&d.peers, d.peer, d.channel);

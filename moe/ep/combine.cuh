@@ -128,19 +128,22 @@ MOE_DEVICE void moei_ep_reduce_token(const moe_combine_args* d, int64_t t, char*
     }
 }
 
-/* Reduces received tokens and stores their sums at their homes; the last block tells all ranks and
-   waits for them. A block has tokens of all senders in turn: sums for other ranks are bound by the
+/* Reduces received tokens and stores their sums at their homes; the last block waits for all ranks. A block has tokens of all senders in turn: sums for other ranks are bound by the
    link, those for this rank's own tokens by memory. Warps work alone. */
-MOE_DEVICE_BODY void moei_ep_reduce_body(const moei_ep_reduce_args* a, int* last, const int dtype)
+MOE_DEVICE_BODY void moei_ep_reduce_body(const moei_ep_reduce_args* a, const int dtype)
 {
     const int num_ranks = a->peers.num_ranks, groups = MOEI_EP_REDUCE_WARPS / a->warps;
     const int group = moe_warp() / a->warps, first = moe_warp() - group * a->warps;
     int most = 0; /* tokens of one sender */
-    moe_pdl_trigger();
+    uint32_t n;
+    bool stopped;
+    moei_peer_pdl_trigger(&a->peers, blockIdx.x == gridDim.x - 1);
     moe_pdl_wait();
+    n = moei_peer_next(&a->peers, a->channel);
     for (int r = moe_lane(); r < num_ranks; r += MOE_WARP_SIZE) most = max(most, a->count[r]);
+    stopped = moe_fault_stopped(a->peers.fault); /* its load is in flight with those above */
     most = (int)moe_warp_max_u32((uint32_t)most);
-    if (!moe_fault_stopped(a->peers.fault) && group < groups) {
+    if (!stopped && group < groups) {
         for (int i = (int)blockIdx.x * groups + group; i < most * num_ranks;
              i += (int)gridDim.x * groups) {
             const int j = i / num_ranks, from = moe_peer_rotated(&a->peers, i - j * num_ranks);
@@ -152,7 +155,7 @@ MOE_DEVICE_BODY void moei_ep_reduce_body(const moei_ep_reduce_args* a, int* last
                                      first, a->warps, dtype);
         }
     }
-    moei_ep_finish(&a->peers, a->channel, last, 1, MOE_PHASE_COMBINE, a->tag);
+    moei_ep_finish(&a->peers, a->channel, n, 1, MOE_PHASE_COMBINE, a->tag);
 }
 
 /* For one dtype of rows. */
@@ -160,8 +163,7 @@ MOE_DEVICE_BODY void moei_ep_reduce_body(const moei_ep_reduce_args* a, int* last
     MOE_KERNEL(MOEI_EP_REDUCE_THREADS, MOEI_EP_REDUCE_BLOCKS)                                      \
     moei_ep_reduce_##name(MOE_ARG(moei_ep_reduce_args) a)                                          \
     {                                                                                              \
-        MOE_SHARED(int, last);                                                                     \
-        moei_ep_reduce_body(&a, &last, dtype);                                                     \
+        moei_ep_reduce_body(&a, dtype);                                                            \
     }
 MOEI_COMBINE_LIST(MOEI_EP_REDUCE)
 #undef MOEI_EP_REDUCE
@@ -169,7 +171,7 @@ MOEI_COMBINE_LIST(MOEI_EP_REDUCE)
 /* Gathered: tells all ranks that this one's rows are there, and waits for theirs. */
 MOE_KERNEL(32, 1) moei_ep_meet(MOE_ARG(moei_ep_reduce_args) a)
 {
-    moe_pdl_trigger();
+    moei_peer_pdl_trigger(&a.peers, 1);
     moe_pdl_wait();
     moe_peer_arrive(&a.peers, a.channel);
     (void)moe_peer_barrier_wait(&a.peers, a.channel, MOE_PHASE_COMBINE, a.tag);

@@ -16,6 +16,10 @@
      moe_peers peers[2];  moe_peers_pair pair;
      moe_status s = moe_peers_create_local(peers, 2, device, region, bytes, &pair);
 
+   Ranks that share a GPU wait for each other's kernels, which the GPU must run at the same time. Set
+   CUDA_DEVICE_MAX_CONNECTIONS=32 in the environment before the first CUDA call: streams of one
+   hardware queue run one after the other.
+
    On the CPU backend one host thread drives all ranks: it queues the work of each on a stream of the
    rank's virtual device, and the kernels of all ranks advance while it waits for any stream. */
 #ifndef MOE_EP_PEERS_CUH
@@ -297,6 +301,7 @@ MOE_HOST moe_status moei_peers_resolve(const moe_peers* p, uint64_t* fault, moe_
     a->timeout_ns = p->timeout_ns ? p->timeout_ns : MOE_PEERS_TIMEOUT_NS;
     a->rank = p->rank;
     a->num_ranks = p->num_ranks;
+    a->shared = p->ranks_on_device > 1;
     memcpy(a->table, p->table, sizeof a->table);
     return MOE_OK;
 }

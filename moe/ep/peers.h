@@ -14,10 +14,11 @@
    is reset, and a graph that signals and waits can be replayed. A channel serves barriers of all
    ranks (`sum`, `epoch`, `from`) or signals between pairs (`from`, `taken`), not both.
 
-   Barrier number n of a channel, n = 1, 2, ...: every rank adds 1 to sum[n % 2] of every rank, and
-   waits until its own sum[n % 2] is W ((n + 1) / 2). One word is polled. Barriers use two words in
-   turn: a rank that is one barrier ahead adds to the other one. from[r] counts the barriers that
-   rank r has reached: the ranks that are late are found there. */
+   Barrier number n of a channel, n = 1, 2, ...: every rank adds MOE_PEERS_UNIT to sum[n % 2] of every
+   rank, at once or in shares of its thread blocks, and waits until its own sum[n % 2] is
+   W MOE_PEERS_UNIT ((n + 1) / 2). One word is polled. Barriers use two words in turn: a rank that is
+   one barrier ahead adds to the other one. from[r] counts the barriers that rank r has reached: the
+   ranks that are late are found there. epoch is the last barrier that this rank has passed. */
 #ifndef MOE_EP_PEERS_H
 #define MOE_EP_PEERS_H
 
@@ -28,6 +29,7 @@
 
 #define MOE_PEERS_MAX_RANKS 128
 #define MOE_PEERS_CHANNELS 11
+#define MOE_PEERS_UNIT 65536u /* of a barrier's sum: one rank */
 #define MOE_PEERS_HEADER 16384 /* bytes before the caller's part of a region */
 #define MOE_PEERS_TIMEOUT_NS 10000000000ull /* default budget of a wait: 10 s */
 
@@ -35,7 +37,7 @@
    writes. */
 typedef struct moe_peers_channel {
     uint32_t sum[32];                     /* [0], [1]: arrivals at even and at odd barriers */
-    uint32_t epoch[32];                   /* [0]: barriers that this rank has reached; own */
+    uint32_t epoch[32];                   /* [0]: barriers that this rank has passed; own */
     uint32_t from[MOE_PEERS_MAX_RANKS];   /* [W] signals that each rank has sent here */
     uint32_t taken[MOE_PEERS_MAX_RANKS];  /* [W] of these, waited for; own */
 } moe_peers_channel;
@@ -73,6 +75,7 @@ typedef struct moe_peers_args {
     uint64_t* fault;     /* [1] fault word of this rank, not null */
     uint64_t timeout_ns; /* more than 0 */
     int32_t rank, num_ranks;
+    int32_t shared;      /* 1: other ranks' kernels run on this rank's GPU too */
     char* table[MOE_PEERS_MAX_RANKS]; /* [W] */
 } moe_peers_args;
 

@@ -112,16 +112,18 @@ MOE_DEVICE void moei_ep_mark(const moei_ep_args* a, uint32_t* goes, int t0, int 
     }
 }
 
-/* Marks one round of tokens, and turns base into the sums after it; before[w][d]: before warp w's
+/* Marks one round of tokens, those of the warps that have any, and turns base into the sums after it; before[w][d]: before warp w's
    tokens. All threads; ends with a barrier. */
 MOE_DEVICE void moei_ep_round(const moei_ep_args* a, const moei_ep_shared* s, int t0, int end)
 {
     const int num_ranks = a->peers.num_ranks;
-    moei_ep_mark(a, s->goes + moe_warp() * num_ranks, t0 + moe_warp() * MOE_WARP_SIZE, end);
+    const int warps = min((end - t0 + MOE_WARP_SIZE - 1) / MOE_WARP_SIZE, MOEI_EP_WARPS);
+    if (moe_warp() < warps)
+        moei_ep_mark(a, s->goes + moe_warp() * num_ranks, t0 + moe_warp() * MOE_WARP_SIZE, end);
     __syncthreads(); /* goes is complete */
     for (int d = (int)threadIdx.x; d < num_ranks; d += (int)blockDim.x) {
         int n = s->base[d];
-        for (int w = 0; w < MOEI_EP_WARPS; ++w) {
+        for (int w = 0; w < warps; ++w) {
             s->before[w * num_ranks + d] = n;
             n += __popc(s->goes[w * num_ranks + d]);
         }
@@ -233,26 +235,18 @@ MOE_DEVICE void moei_ep_note_places(const moei_ep_args* a, const moei_ep_shared*
             ((moe_place*)(a->peers.base + a->at.place))[(int64_t)(t0 + first) * top_k + j] = none;
 }
 
-/* Ends a grid that stored to peers: its last block tells all ranks, and with `wait` waits until all
-   have told this one: all other blocks have ended by then. All threads of every block. */
-MOE_DEVICE void moei_ep_finish(const moe_peers_args* p, int channel, int* last, int wait, int phase,
+/* Ends a grid that stored to peers: each block adds its share to barrier n of the channel, which was
+   moei_peer_next at the kernel's begin. With `wait` the last block waits until all blocks of all ranks
+   have done so. All threads of every block. */
+MOE_DEVICE void moei_ep_finish(const moe_peers_args* p, int channel, uint32_t n, int wait, int phase,
                                int tag)
 {
-    uint32_t* done = moei_peer_header(p)->channel[channel].epoch + 1;
+    const uint32_t share = MOE_PEERS_UNIT / gridDim.x;
+    const int last = blockIdx.x == gridDim.x - 1;
     __syncthreads(); /* all threads have stored */
-    if (threadIdx.x == 0) {
-        *last = 1;
-        if (gridDim.x > 1) {
-            __threadfence_system(); /* the block's stores, before the addition */
-            *last = moei_flag_exchange_add(done, 1) == gridDim.x - 1;
-            if (*last) *done = 0;
-        }
-    }
-    __syncthreads();
-    if (*last && moe_warp() == 0) {
-        moe_peer_arrive(p, channel);
-        if (wait) (void)moe_peer_barrier_wait(p, channel, phase, tag);
-    }
+    if (moe_warp() != 0) return;
+    moei_peer_add_share(p, channel, n, last ? MOE_PEERS_UNIT - share * (gridDim.x - 1) : share, last);
+    if (last && wait) (void)moe_peer_barrier_wait(p, channel, phase, tag);
 }
 
 /* Sets base[d] to the rows of rank d before the calling block's chunk, from the counts. All threads;
@@ -278,8 +272,8 @@ MOE_DEVICE void moei_ep_sum_chunks(const moei_ep_args* a, const moei_ep_shared* 
      3. copies the rows of the chunk's tokens: a warp has a piece of a row at a time
      4. sends what belongs to these rows
      At the end:
-     5. the last chunk's block sends the counts; the last block to end tells all ranks */
-MOE_DEVICE_BODY void moei_ep_push_chunk(const moei_ep_args* a, unsigned char* shared, int* last,
+     5. the last chunk's block sends the counts; each block adds its share to the barrier */
+MOE_DEVICE_BODY void moei_ep_push_chunk(const moei_ep_args* a, unsigned char* shared,
                                         const int width)
 {
     const int num_ranks = a->peers.num_ranks, begin = (int)blockIdx.x * a->chunk_tokens;
@@ -287,11 +281,13 @@ MOE_DEVICE_BODY void moei_ep_push_chunk(const moei_ep_args* a, unsigned char* sh
     const int piece = MOE_WARP_SIZE * MOEI_EP_VECTORS * width;
     const int pieces = (int)((a->row_bytes + piece - 1) / piece);
     moei_ep_shared s;
-    moe_pdl_trigger();
+    uint32_t n;
+    moei_peer_pdl_trigger(&a->peers, a->wait && blockIdx.x == gridDim.x - 1);
     moei_ep_carve_shared(&s, shared, num_ranks);
     moe_pdl_wait();
+    n = moei_peer_next(&a->peers, a->channel);
     if (moe_fault_stopped(a->peers.fault)) {
-        moei_ep_finish(&a->peers, a->channel, last, a->wait, MOE_PHASE_DISPATCH, a->tag);
+        moei_ep_finish(&a->peers, a->channel, n, a->wait, MOE_PHASE_DISPATCH, a->tag);
         return;
     }
     if (a->chunk_count) moei_ep_sum_chunks(a, &s); /* 1. */
@@ -310,23 +306,22 @@ MOE_DEVICE_BODY void moei_ep_push_chunk(const moei_ep_args* a, unsigned char* sh
     }
     if (blockIdx.x == gridDim.x - 1) /* 5. */
         for (int d = (int)threadIdx.x; d < num_ranks; d += (int)blockDim.x) {
-            const int n = s.base[d];
+            const int rows = s.base[d];
             ((int32_t*)moe_peer_address(&a->peers, d, a->at.recv_count))[a->peers.rank] =
-                min(n, a->recv_tokens);
-            if (n > a->recv_tokens)
-                moe_fault_raise(a->peers.fault, MOE_FAULT_ROWS_FULL, a->peers.rank, n);
+                min(rows, a->recv_tokens);
+            if (rows > a->recv_tokens)
+                moe_fault_raise(a->peers.fault, MOE_FAULT_ROWS_FULL, a->peers.rank, rows);
             if (a->rows_table) a->rows_table[d] = moe_peer_address(&a->peers, d, a->at.rows);
         }
-    moei_ep_finish(&a->peers, a->channel, last, a->wait, MOE_PHASE_DISPATCH, a->tag);
+    moei_ep_finish(&a->peers, a->channel, n, a->wait, MOE_PHASE_DISPATCH, a->tag);
 }
 
 /* Sending, for rows that allow vectors of 16, 4 or 2 bytes. */
 #define MOEI_EP_PUSH(width)                                                                        \
     MOE_KERNEL(MOEI_EP_THREADS, 1) moei_ep_push_##width(MOE_ARG(moei_ep_args) a)                   \
     {                                                                                              \
-        MOE_SHARED(int, last);                                                                     \
         MOE_SHARED_DYNAMIC(shared);                                                                \
-        moei_ep_push_chunk(&a, shared, &last, width);                                              \
+        moei_ep_push_chunk(&a, shared, width);                                                     \
     }
 MOEI_EP_PUSH(16)
 MOEI_EP_PUSH(4)
@@ -336,7 +331,7 @@ MOEI_EP_PUSH(2)
 /* Waits until the rows of all ranks have come. */
 MOE_KERNEL(32, 1) moei_ep_receive(MOE_ARG(moei_ep_args) a)
 {
-    moe_pdl_trigger();
+    moei_peer_pdl_trigger(&a.peers, 1);
     moe_pdl_wait();
     (void)moe_peer_barrier_wait(&a.peers, a.channel, MOE_PHASE_DISPATCH, a.tag);
 }

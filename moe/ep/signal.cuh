@@ -32,6 +32,14 @@
 #include "../base/warp.cuh"
 #include "peers.h"
 
+/* In place of moe_pdl_trigger, in a kernel of which one block waits for peers: waits is 1 in that
+   block. Where ranks share the GPU, the next kernel of the stream starts only after the wait: its
+   blocks, waiting themselves, could take the room that another rank's kernels need. */
+MOE_DEVICE void moei_peer_pdl_trigger(const moe_peers_args* p, int waits)
+{
+    if (!p->shared || !waits) moe_pdl_trigger();
+}
+
 /* Returns this rank's header. */
 MOE_DEVICE moe_peers_header* moei_peer_header(const moe_peers_args* p)
 {
@@ -147,36 +155,50 @@ MOE_DEVICE int moe_peer_wait(const moe_peers_args* p, int rank, int channel, int
     return 1;
 }
 
-/* Arrives at the next barrier of a channel: tells all ranks, this one included. After a stop fault
-   sends that fault instead. One warp of the grid. */
-MOE_DEVICE void moe_peer_arrive(const moe_peers_args* p, int channel)
+/* Returns the number of the next barrier of a channel. The same until this rank has passed it. */
+MOE_DEVICE uint32_t moei_peer_next(const moe_peers_args* p, int channel)
 {
-    moe_peers_channel* own = moei_peer_header(p)->channel + channel;
-    const uint32_t n = own->epoch[0] + 1;
-    if (__any_sync(MOE_FULL_WARP, moe_fault_stops(p->fault))) {
+    return moei_peer_header(p)->channel[channel].epoch[0] + 1;
+}
+
+/* Adds a share of this rank's MOE_PEERS_UNIT to barrier n at all ranks, after what the warp's thread
+   block has stored before a barrier of the block. whole: 1 for the one share that also counts the
+   rank as come. After a stop fault the whole one sends that fault instead:
+   the barrier is never complete. One warp. */
+MOE_DEVICE void moei_peer_add_share(const moe_peers_args* p, int channel, uint32_t n, uint32_t share,
+                                    int whole)
+{
+    if (whole && __any_sync(MOE_FULL_WARP, moe_fault_stops(p->fault))) {
         moei_peer_notice(p);
         return;
     }
     for (int i = moe_lane(); i < p->num_ranks; i += MOE_WARP_SIZE) {
         moe_peers_channel* c = moei_peer_channel(p, moe_peer_rotated(p, i), channel);
-        moei_flag_add_relaxed(c->from + p->rank, 1);
-        moei_flag_add(c->sum + (n & 1), 1);
+        moei_flag_add(c->sum + (n & 1), share);
+        if (whole) moei_flag_add_relaxed(c->from + p->rank, 1);
     }
-    __syncwarp(MOE_FULL_WARP); /* all lanes have read epoch */
-    if (moe_lane() == 0) own->epoch[0] = n;
-    __syncwarp(MOE_FULL_WARP); /* a wait of this warp reads it */
 }
 
-/* Waits until all ranks have arrived at barrier n of a channel. Returns 1, or 0 after a stop fault.
-   One warp; any number of warps may wait. */
-MOE_DEVICE int moei_peer_barrier_wait(const moe_peers_args* p, int channel, uint32_t n, int phase,
-                                      int tag)
+/* Arrives at the next barrier of a channel: tells all ranks, this one included. After a stop fault
+   sends that fault instead. One warp of the grid. moe_peer_barrier_wait follows, in this kernel or in
+   a later one. */
+MOE_DEVICE void moe_peer_arrive(const moe_peers_args* p, int channel)
+{
+    moei_peer_add_share(p, channel, moei_peer_next(p, channel), MOE_PEERS_UNIT, 1);
+    __syncwarp(MOE_FULL_WARP); /* all lanes have read the epoch */
+}
+
+/* Waits until all ranks have arrived at the next barrier of a channel, and passes it. Returns 1, or 0
+   after a stop fault. One warp of the grid. */
+MOE_DEVICE int moe_peer_barrier_wait(const moe_peers_args* p, int channel, int phase, int tag)
 {
     moe_peers_channel* own = moei_peer_header(p)->channel + channel;
-    const uint32_t all = (uint32_t)p->num_ranks * ((n + 1) >> 1);
+    const uint32_t n = moei_peer_next(p, channel);
+    const uint32_t all = (uint32_t)p->num_ranks * MOE_PEERS_UNIT * ((n + 1) >> 1);
     int came, late = p->num_ranks;
     if (__any_sync(MOE_FULL_WARP, moe_fault_stops(p->fault))) return 0;
     came = moei_peer_poll(p, own->sum + (n & 1), all);
+    if (came > 0 && moe_lane() == 0) own->epoch[0] = n;
     if (came >= 0) return came;
     for (int r = moe_lane(); r < p->num_ranks; r += MOE_WARP_SIZE)
         if ((int32_t)(moei_flag_load(own->from + r) - n) < 0 && r < late) late = r;
@@ -184,14 +206,6 @@ MOE_DEVICE int moei_peer_barrier_wait(const moe_peers_args* p, int channel, uint
         late = min(late, __shfl_xor_sync(MOE_FULL_WARP, late, d));
     moei_peer_raise(p, late < p->num_ranks ? late : p->rank, phase, tag); /* the first of them */
     return 0;
-}
-
-/* Waits until all ranks have arrived at this rank's last barrier of the channel. Returns 1, or 0
-   after a stop fault. One warp of the grid. */
-MOE_DEVICE int moe_peer_barrier_wait(const moe_peers_args* p, int channel, int phase, int tag)
-{
-    return moei_peer_barrier_wait(p, channel, moei_peer_header(p)->channel[channel].epoch[0], phase,
-                                  tag);
 }
 
 #endif

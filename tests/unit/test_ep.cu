@@ -9,6 +9,7 @@
 
 int main(int argc, char** argv)
 {
+    tgroup_begin();
     test_begin(argc, argv);
     ep_exchange();
     return test_end();

@@ -8,6 +8,7 @@
 
 int main(int argc, char** argv)
 {
+    tgroup_begin();
     test_begin(argc, argv);
     ep_layer();
     return test_end();

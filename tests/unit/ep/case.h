@@ -214,12 +214,16 @@ static int ep_new(ep_job* j, const ep_case* c, uint64_t salt)
 {
     trand q = trand_new(salt);
     moe_ep_buffers b = ep_sizes(c);
-    uint64_t bytes;
+    uint64_t bytes = 0;
     int ok = 1;
     memset(j, 0, sizeof *j);
     j->c = *c;
     if (!CHECK_STATUS(moe_ep_buffers_end(&b, c->W, &bytes), MOE_OK)) return 0;
     if (!tgroup_new(&j->g, c->W, bytes)) return 0;
+    for (int r = 0; r < c->W; ++r) { /* no kernel is loaded while another one waits */
+        tgroup_use(&j->g, r);
+        CHECK_STATUS(moe_preload(), MOE_OK);
+    }
     if (c->replicas) ep_draw_replicas(j, &q);
     for (int r = 0; r < c->W; ++r) ep_draw_rank(j, r, &q);
     ep_expect(j);

@@ -209,6 +209,10 @@ static int lay_new(lay_job* j, const lay_case* c, uint64_t salt)
     d.replica_offset = c->replicas ? (const int32_t*)TEST_FAR : 0;
     if (!CHECK_STATUS(moe_ep_layer_region(&d, c->W, &bytes), MOE_OK)) return 0;
     if (!tgroup_new(&j->g, c->W, bytes)) return 0;
+    for (int r = 0; r < c->W; ++r) { /* no kernel is loaded while another one waits */
+        tgroup_use(&j->g, r);
+        CHECK_STATUS(moe_preload(), MOE_OK);
+    }
     j->w1 = lay_draw(&q, (int64_t)c->E * 2 * c->I * c->H, c->dtype, 0.2f);
     j->w2 = lay_draw(&q, (int64_t)c->E * c->H * c->I, c->dtype, 0.2f);
     j->b1 = lay_draw(&q, (int64_t)c->E * 2 * c->I, c->dtype, 0.5f);

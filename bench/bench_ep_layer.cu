@@ -1,0 +1,201 @@
+/* The layer over ranks, one a GPU, beside the local layer with the same tokens a GPU and all experts.
+   nvcc -O3 -std=c++14 -I. -arch=sm_90a bench/bench_ep_layer.cu -o bench_ep_layer
+     ./bench_ep_layer [--ranks W] [--thiek T,H,I,E,K]    T tokens a rank
+
+   A barrier stands in every iteration and is part of all times; the slowest rank counts. TFLOPS are
+   of a rank: 6 T K H I over the time. Stages are timed one by one, each with a barrier before it. */
+#include "bench_group.h"
+
+#include "../moe/ep/layer.cuh"
+
+typedef struct shape {
+    int T, H, I, E, K;
+} shape;
+
+typedef struct job {
+    shape s;
+    moe_ep_layer_desc ep[BENCH_MOST_RANKS];
+    moe_layer_desc local[BENCH_MOST_RANKS];
+    moe_ep_layer_prepared ep_p[BENCH_MOST_RANKS];
+    moe_layer_prepared local_p[BENCH_MOST_RANKS];
+    void* memory[BENCH_MOST_RANKS][16];
+    int used[BENCH_MOST_RANKS];
+    int part; /* that run_part queues */
+} job;
+
+static void* keep(job* j, int r, void* p)
+{
+    j->memory[r][j->used[r]++] = p;
+    return p;
+}
+
+static void describe(const job* j, moe_layer_desc* d, const void* x, const void* router, void* y,
+                     uint64_t* fault)
+{
+    memset(d, 0, sizeof *d);
+    d->x = x, d->router = router, d->y = y, d->fault = fault;
+    d->num_tokens = j->s.T, d->hidden = j->s.H, d->intermediate = j->s.I;
+    d->num_experts = j->s.E, d->top_k = j->s.K;
+    d->gate.renormalize = 1;
+}
+
+static void open_job(bench_group* g, job* j, shape s, int form)
+{
+    memset(j, 0, sizeof *j);
+    j->s = s;
+    for (int r = 0; r < g->W; ++r) {
+        const int64_t w1 = (int64_t)2 * s.I * s.H, w2 = (int64_t)s.H * s.I;
+        const int first = moe_ep_first(r, s.E, g->W);
+        moe_ep_layer_desc* e = j->ep + r;
+        void *x, *y, *router;
+        char *all1, *all2;
+        size_t bytes;
+        BENCH_CUDA(cudaSetDevice(g->device[r]));
+        x = keep(j, r, bench_random((int64_t)s.T * s.H, MOE_BF16, 1.0f, 1u + (uint32_t)r));
+        y = keep(j, r, bench_alloc((size_t)s.T * (size_t)s.H * 2));
+        router = keep(j, r, bench_random((int64_t)s.E * s.H, MOE_BF16, 0.05f, 99u));
+        all1 = (char*)keep(j, r, bench_random(s.E * w1, MOE_BF16, 0.02f, 7u));
+        all2 = (char*)keep(j, r, bench_random(s.E * w2, MOE_BF16, 0.02f, 8u));
+        describe(j, j->local + r, x, router, y, g->fault[r]);
+        j->local[r].w1.base = all1, j->local[r].w2.base = all2;
+        BENCH_MOE(moe_layer_workspace(j->local + r, &bytes));
+        j->local[r].workspace = keep(j, r, bench_alloc(bytes));
+        j->local[r].workspace_bytes = bytes;
+        BENCH_MOE(moe_layer_prepare(j->local + r, j->local_p + r));
+        describe(j, &e->layer, x, router, y, g->fault[r]);
+        e->layer.w1.base = all1 + first * w1 * 2, e->layer.w2.base = all2 + first * w2 * 2;
+        e->peers = g->peers + r;
+        e->form = form;
+        e->max_tokens = s.T;
+        BENCH_MOE(moe_ep_layer_workspace(e, &bytes));
+        e->layer.workspace = keep(j, r, bench_alloc(bytes));
+        e->layer.workspace_bytes = bytes;
+        BENCH_MOE(moe_ep_layer_prepare(e, j->ep_p + r));
+    }
+}
+
+static void close_job(bench_group* g, job* j)
+{
+    bench_group_wait(g);
+    for (int r = 0; r < g->W; ++r) {
+        BENCH_CUDA(cudaSetDevice(g->device[r]));
+        for (int i = 0; i < j->used[r]; ++i) BENCH_CUDA(cudaFree(j->memory[r][i]));
+    }
+}
+
+static void run_local(void* context, bench_group* g)
+{
+    const job* j = (const job*)context;
+    for (int r = 0; r < g->W; ++r) {
+        BENCH_CUDA(cudaSetDevice(g->device[r]));
+        BENCH_MOE(moe_layer_run(j->local_p + r, g->stream[r]));
+    }
+}
+
+static void run_ep(void* context, bench_group* g)
+{
+    const job* j = (const job*)context;
+    for (int r = 0; r < g->W; ++r) {
+        BENCH_CUDA(cudaSetDevice(g->device[r]));
+        BENCH_MOE(moe_ep_layer_run(j->ep_p + r, g->stream[r]));
+    }
+}
+
+static void run_part(void* context, bench_group* g)
+{
+    const job* j = (const job*)context;
+    for (int r = 0; r < g->W; ++r) {
+        BENCH_CUDA(cudaSetDevice(g->device[r]));
+        BENCH_MOE(moe_ep_layer_run_part(j->ep_p + r, j->part, g->stream[r]));
+    }
+}
+
+static void run_local_part(void* context, bench_group* g)
+{
+    const job* j = (const job*)context;
+    for (int r = 0; r < g->W; ++r) {
+        BENCH_CUDA(cudaSetDevice(g->device[r]));
+        BENCH_MOE(moe_layer_run_part(j->local_p + r, j->part, g->stream[r]));
+    }
+}
+
+static void run_nothing(void* context, bench_group* g)
+{
+    (void)context;
+    (void)g;
+}
+
+static void bench_shape(bench_group* g, shape s)
+{
+    static job j;
+    const double flops = 6.0 * s.T * s.K * (double)s.H * s.I;
+    printf("T %d a rank, H %d, I %d, E %d, K %d, W %d\n", s.T, s.H, s.I, s.E, s.K, g->W);
+    for (int form = MOE_EP_REDUCED; form <= MOE_EP_GATHERED; ++form) {
+        double local, ep, again, barrier;
+        open_job(g, &j, s, form);
+        barrier = bench_group_time(g, run_nothing, &j, 4);
+        local = bench_group_time(g, run_local, &j, 4);
+        ep = bench_group_time(g, run_ep, &j, 4);
+        again = bench_group_time(g, run_local, &j, 4);
+        local = 0.5 * (local + again);
+        printf("  %-8s local %8.4f ms %6.1f TFLOPS   over ranks %8.4f ms %6.1f TFLOPS  ratio %.3f\n",
+               form == MOE_EP_REDUCED ? "reduced" : "gathered", local, flops / local * 1e-9, ep,
+               flops / ep * 1e-9, local / ep);
+        printf("    barrier %.4f; parts less one barrier, ms:", barrier);
+        for (j.part = 0; j.part < MOE_EP_LAYER_PARTS; ++j.part)
+            printf(" %s %.4f", moe_ep_layer_part_name(j.part),
+                   bench_group_time(g, run_part, &j, 4) - barrier);
+        printf("\n    local:");
+        for (j.part = 0; j.part < MOE_LAYER_PARTS; ++j.part)
+            printf(" %s %.4f", moe_layer_part_name(j.part),
+                   bench_group_time(g, run_local_part, &j, 4) - barrier);
+        printf("\n");
+        fflush(stdout);
+        close_job(g, &j);
+    }
+}
+
+int main(int argc, char** argv)
+{
+    static bench_group g;
+    shape list[2] = {{8192, 2048, 768, 128, 8}, {8192, 4096, 14336, 8, 2}};
+    int count = 2, W = 0, devices = 0;
+    uint64_t most = 0;
+    struct cudaDeviceProp prop;
+    for (int i = 1; i < argc; ++i) {
+        if (!strcmp(argv[i], "--ranks") && i + 1 < argc) W = atoi(argv[++i]);
+        else if (!strcmp(argv[i], "--thiek") && i + 1 < argc &&
+                 sscanf(argv[++i], "%d,%d,%d,%d,%d", &list[0].T, &list[0].H, &list[0].I, &list[0].E,
+                        &list[0].K) == 5) {
+            count = 1;
+        } else {
+            fprintf(stderr, "usage: %s [--ranks W] [--thiek T,H,I,E,K]\n", argv[0]);
+            return 2;
+        }
+    }
+    setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32", 1); /* for ranks that share a GPU */
+    if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
+        printf("no GPU, skipped\n");
+        return 77;
+    }
+    if (W == 0) W = devices;
+    for (int i = 0; i < count; ++i)
+        for (int form = MOE_EP_REDUCED; form <= MOE_EP_GATHERED; ++form) {
+            moe_ep_layer_desc d;
+            uint64_t bytes;
+            memset(&d, 0, sizeof d);
+            d.layer.hidden = list[i].H, d.layer.num_experts = list[i].E;
+            d.layer.top_k = list[i].K, d.max_tokens = list[i].T, d.form = form;
+            BENCH_MOE(moe_ep_layer_region(&d, W, &bytes));
+            if (bytes > most) most = bytes;
+        }
+    bench_group_open(&g, W, most);
+    for (int r = 0; r < g.W; ++r) {
+        BENCH_CUDA(cudaSetDevice(g.device[r]));
+        BENCH_MOE(moe_preload());
+    }
+    BENCH_CUDA(cudaGetDeviceProperties(&prop, 0));
+    printf("%d ranks on %d x %s\n", g.W, g.devices, prop.name);
+    for (int i = 0; i < count; ++i) bench_shape(&g, list[i]);
+    return 0;
+}
