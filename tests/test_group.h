@@ -58,6 +58,7 @@ MOEI_UNUSED static int tgroup_new(tgroup* g, int W, uint64_t bytes)
         test_poison_device(g->memory[r], bytes);
         TEST_CUDA(cudaMalloc((void**)&g->fault[r], 8));
         TEST_CUDA(cudaMemset(g->fault[r], 0, 8));
+        TEST_CUDA(cudaDeviceSynchronize());
         TEST_CUDA(cudaStreamCreateWithFlags(&g->stream[r], cudaStreamNonBlocking));
     }
     TEST_CUDA(cudaSetDevice(0));

@@ -74,7 +74,7 @@ MOE_HOST moe_status moei_peers_write_header(void* region, void* const* address, 
     MOE_TRY_CUDA(cudaMemset(region, 0, MOE_PEERS_HEADER));
     MOE_TRY_CUDA(cudaMemcpy(region, (const void*)address, (size_t)num_ranks * sizeof *address,
                             cudaMemcpyHostToDevice));
-    return MOE_OK;
+    return moe_cuda_status(cudaDeviceSynchronize()); /* both may end later than the calls */
 }
 
 /* Lets device a read and write memory of device b. *can: 0 where the hardware does not. Leaves a as
@@ -252,6 +252,7 @@ MOE_HOST moe_status moe_peers_create_ipc(moe_peers* peers, int rank, int num_ran
             mine.status = moe_cuda_status(cudaMemcpy(region, address,
                                                      (size_t)num_ranks * sizeof *address,
                                                      cudaMemcpyHostToDevice));
+        if (mine.status == MOE_OK) mine.status = moe_cuda_status(cudaDeviceSynchronize());
     }
     if (allgather(context, &mine, all, sizeof mine)) { /* all tables are written */
         moei_peers_close(address, rank, num_ranks);

@@ -168,9 +168,12 @@ MOE_DEVICE uint32_t moei_peer_next(const moe_peers_args* p, int channel)
 MOE_DEVICE void moei_peer_add_share(const moe_peers_args* p, int channel, uint32_t n, uint32_t share,
                                     int whole)
 {
-    if (whole && __any_sync(MOE_FULL_WARP, moe_fault_stops(p->fault))) {
-        moei_peer_notice(p);
-        return;
+    if (whole) {
+        const int noticed = moei_peer_noticed(p);
+        if (__any_sync(MOE_FULL_WARP, moe_fault_stops(p->fault)) || noticed) {
+            moei_peer_notice(p);
+            return;
+        }
     }
     for (int i = moe_lane(); i < p->num_ranks; i += MOE_WARP_SIZE) {
         moe_peers_channel* c = moei_peer_channel(p, moe_peer_rotated(p, i), channel);

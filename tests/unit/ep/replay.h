@@ -1,0 +1,309 @@
+/* replay.h: exchanges one after the other without the host waiting, with new ids each time, with a
+   rank that is late, from captured graphs, and very many. */
+#ifndef MOE_TESTS_EP_REPLAY_H
+#define MOE_TESTS_EP_REPLAY_H
+
+#include "tests/unit/ep/case.h"
+
+/* In place of experts: writes row r of a rank = x of the row's token, times the number of the expert
+   + 1 (of the group, by rank). Then y[t] = residual[t] + sum over k of w (id + 1) x[t]. */
+typedef struct ep_scale_args {
+    const char* x;
+    const int32_t* row_slot;
+    const int32_t* expert_offset;
+    uint64_t* fault;
+    char* rows;
+    int32_t P, H, K, first, dtype;
+} ep_scale_args;
+
+MOE_KERNEL(64, 1) ep_scale_rows(MOE_ARG(ep_scale_args) a)
+{
+    moe_pdl_wait();
+    if (moe_fault_stopped(a.fault)) return;
+    for (int e = 0; e < a.P; ++e)
+        for (int r = a.expert_offset[e] + (int)blockIdx.x; r < a.expert_offset[e + 1];
+             r += (int)gridDim.x)
+            for (int h = (int)threadIdx.x; h < a.H; h += (int)blockDim.x) {
+                const int slot = a.row_slot[r];
+                const float v = slot < 0 ? 0.0f
+                                         : moe_load_f32(a.x, (int64_t)(slot / a.K) * a.H + h, a.dtype);
+                moe_store_f32(a.rows, (int64_t)r * a.H + h, a.dtype, v * (float)(a.first + e + 1));
+            }
+}
+
+/* Holds a stream up for some time. */
+typedef struct ep_sleep_args {
+    uint64_t ns;
+} ep_sleep_args;
+
+MOE_KERNEL(32, 1) ep_sleep(MOE_ARG(ep_sleep_args) a)
+{
+    const uint64_t begun = moei_nanoseconds();
+    moe_pdl_wait();
+    while (moei_nanoseconds() - begun < a.ns) MOE_SPIN();
+}
+
+/* Writes y of a rank into hash[0]: 64 bits in which every bit of y counts. */
+typedef struct ep_hash_args {
+    const uint16_t* y;
+    uint64_t* hash;
+    int64_t count;
+} ep_hash_args;
+
+MOE_KERNEL(256, 1) ep_hash(MOE_ARG(ep_hash_args) a)
+{
+    uint64_t sum = 0;
+    for (int64_t i = threadIdx.x; i < a.count; i += blockDim.x)
+        sum += ((uint64_t)a.y[i] + 1) * (0x9e3779b97f4a7c15ull * (uint64_t)(2 * i + 1));
+    atomicAdd((unsigned long long*)a.hash, (unsigned long long)sum);
+}
+
+/* One exchange of all ranks with ids from `ids`, weights 1 / 8 each, result to `y`; rank `late`
+   sleeps first. */
+static void ep_queue(ep_job* j, int32_t* const* ids, void* const* y, int late)
+{
+    const ep_case* c = &j->c;
+    for (int r = 0; r < c->W; ++r) {
+        ep_rank* k = j->rank + r;
+        moe_ep_dispatch_desc d = k->dispatch;
+        moe_ep_combine_desc m = k->combine;
+        moe_launch_config l = moe_grid(4, 64, 0, j->g.stream[r]);
+        ep_scale_args s;
+        tgroup_use(&j->g, r);
+        if (r == late) {
+            ep_sleep_args a;
+            moe_launch_config one = moe_grid(1, 32, 0, j->g.stream[r]);
+            a.ns = 300000;
+            CHECK_STATUS(MOE_LAUNCH(ep_sleep, one, a), MOE_OK);
+        }
+        d.ids = ids[r];
+        m.dispatch = &d;
+        m.y = y[r];
+        CHECK_STATUS(moe_ep_dispatch(&d, j->g.stream[r]), MOE_OK);
+        s.x = (const char*)k->view.recv_x;
+        s.row_slot = k->view.row_slot;
+        s.expert_offset = k->view.expert_offset;
+        s.fault = d.fault;
+        s.rows = (char*)(c->form == MOE_EP_GATHERED ? k->view.rows : k->d_rows.p);
+        s.P = ep_local(j, r);
+        s.H = c->H, s.K = c->K, s.dtype = c->dtype;
+        s.first = moe_ep_first(r, c->E, c->W);
+        l.dependent = 1;
+        CHECK_STATUS(MOE_LAUNCH(ep_scale_rows, l, s), MOE_OK);
+        CHECK_STATUS(moe_ep_combine(&m, j->g.stream[r]), MOE_OK);
+    }
+    TEST_CUDA(cudaSetDevice(0));
+}
+
+/* Checks y of rank r, a host copy, for these ids, exactly: small whole numbers. */
+static int ep_exact(const ep_job* j, int r, const int32_t* ids, const void* y)
+{
+    const ep_case* c = &j->c;
+    const ep_rank* k = j->rank + r;
+    for (int t = 0; t < k->T; ++t) {
+        int sum = 0;
+        for (int s = 0; s < c->K; ++s) sum += ids[t * c->K + s] + 1;
+        for (int h = 0; h < c->H; ++h) {
+            const float want = moe_load(k->x, (int64_t)t * c->H + h, c->dtype) * (float)sum;
+            if (moe_load(y, (int64_t)t * c->H + h, c->dtype) != want)
+                return CHECK(0, "rank %d, token %d, column %d: %g, not %g", r, t, h,
+                             moe_load(y, (int64_t)t * c->H + h, c->dtype), want);
+        }
+    }
+    return 1;
+}
+
+/* Sets all ranks' x to small whole numbers, no residual, no weights. */
+static void ep_whole_numbers(ep_job* j, trand* q)
+{
+    for (int r = 0; r < j->c.W; ++r) {
+        ep_rank* k = j->rank + r;
+        trand_fill_int(q, k->x, (int64_t)k->T * j->c.H, j->c.dtype, -1, 1);
+        tgroup_use(&j->g, r);
+        tbuf_put(&k->d_x, k->x);
+        k->combine.residual = 0;
+        k->combine.weights = 0;
+    }
+    TEST_CUDA(cudaSetDevice(0));
+}
+
+enum { EP_ROUNDS = 12 };
+
+/* Rounds of one job: ids and results of each. */
+typedef struct ep_rounds {
+    int32_t* ids[EP_ROUNDS][TGROUP_MOST]; /* host */
+    int32_t* d_ids[EP_ROUNDS][TGROUP_MOST];
+    void* y[EP_ROUNDS][TGROUP_MOST];
+    int rounds;
+} ep_rounds;
+
+static void ep_rounds_new(ep_job* j, ep_rounds* a, int rounds, trand* q)
+{
+    a->rounds = rounds;
+    for (int n = 0; n < rounds; ++n)
+        for (int r = 0; r < j->c.W; ++r) {
+            const size_t bytes = (size_t)j->rank[r].T * (size_t)j->c.K * 4;
+            a->ids[n][r] = (int32_t*)test_host((int64_t)bytes);
+            for (size_t i = 0; i < bytes / 4; ++i)
+                a->ids[n][r][i] = ep_draw_id(&j->c, q);
+            tgroup_use(&j->g, r);
+            TEST_CUDA(cudaMalloc((void**)&a->d_ids[n][r], bytes + 4));
+            if (bytes)
+                TEST_CUDA(cudaMemcpy(a->d_ids[n][r], a->ids[n][r], bytes, cudaMemcpyHostToDevice));
+            TEST_CUDA(cudaMalloc(&a->y[n][r], j->rank[r].d_y.bytes + 4));
+            TEST_CUDA(cudaDeviceSynchronize());
+        }
+    TEST_CUDA(cudaSetDevice(0));
+}
+
+static void ep_rounds_free(ep_job* j, ep_rounds* a, int check)
+{
+    tgroup_wait(&j->g);
+    for (int n = 0; n < a->rounds; ++n)
+        for (int r = 0; r < j->c.W; ++r) {
+            void* y = ep_get(j, r, a->y[n][r], (int64_t)j->rank[r].d_y.bytes);
+            if (check) (void)ep_exact(j, r, a->ids[n][r], y);
+            tgroup_use(&j->g, r);
+            TEST_CUDA(cudaFree(a->d_ids[n][r]));
+            TEST_CUDA(cudaFree(a->y[n][r]));
+            TFREE(y, a->ids[n][r]);
+        }
+    TEST_CUDA(cudaSetDevice(0));
+}
+
+/* Twelve exchanges in a row, other ids each time, each rank late in its turn, no host sync. */
+static void test_back_to_back(void)
+{
+    static const int ranks[] = {2, 3, 4, 8, 16};
+    static ep_job j;
+    for (int form = MOE_EP_REDUCED; form <= MOE_EP_GATHERED; ++form)
+        for (size_t i = 0; i < sizeof ranks / sizeof ranks[0]; ++i) {
+            const ep_case c = {ranks[i], 21, 16, 18, 3, form, i % 2 ? MOE_FP16 : MOE_BF16, EP_RANDOM,
+                               0, 0, 0, 0, 0};
+            trand q = trand_new(60 + i);
+            if (ep_new(&j, &c, 61 + i)) {
+                static ep_rounds a;
+                ep_whole_numbers(&j, &q);
+                ep_rounds_new(&j, &a, EP_ROUNDS, &q);
+                for (int n = 0; n < EP_ROUNDS; ++n)
+                    ep_queue(&j, a.d_ids[n], a.y[n], n < c.W ? n : -1);
+                tgroup_wait(&j.g);
+                tgroup_clean(&j.g, __LINE__);
+                ep_rounds_free(&j, &a, 1);
+            }
+            ep_free(&j);
+        }
+}
+
+/* Graphs of one exchange, one a rank, replayed with other ids in the same buffer. */
+static void test_graph(void)
+{
+    static ep_job j;
+    for (int form = MOE_EP_REDUCED; form <= MOE_EP_GATHERED; ++form) {
+        const ep_case c = {4, 19, 16, 7, 2, form, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 0};
+        trand q = trand_new(70);
+        if (ep_new(&j, &c, 71)) {
+            static ep_rounds a;
+            cudaGraphExec_t exec[4];
+            cudaGraph_t graph[4];
+            int32_t* ids[TGROUP_MOST];
+            void* y[TGROUP_MOST];
+            ep_whole_numbers(&j, &q);
+            ep_rounds_new(&j, &a, 6, &q);
+            for (int r = 0; r < 4; ++r) {
+                ids[r] = (int32_t*)j.rank[r].d_ids.p;
+                y[r] = j.rank[r].d_y.p;
+                tgroup_use(&j.g, r);
+                TEST_CUDA(cudaStreamBeginCapture(j.g.stream[r], cudaStreamCaptureModeThreadLocal));
+            }
+            ep_queue(&j, ids, y, -1);
+            for (int r = 0; r < 4; ++r) {
+                tgroup_use(&j.g, r);
+                TEST_CUDA(cudaStreamEndCapture(j.g.stream[r], &graph[r]));
+            }
+            for (int r = 0; r < 4; ++r) {
+                tgroup_use(&j.g, r);
+                TEST_CUDA(cudaGraphInstantiate(&exec[r], graph[r], 0));
+                TEST_CUDA(cudaGraphDestroy(graph[r]));
+            }
+            for (int n = 0; n < 6; ++n)
+                for (int r = 0; r < 4; ++r) {
+                    const size_t bytes = (size_t)j.rank[r].T * (size_t)c.K * 4;
+                    const size_t rows = j.rank[r].d_y.bytes;
+                    tgroup_use(&j.g, r);
+                    if (bytes)
+                        TEST_CUDA(cudaMemcpyAsync(ids[r], a.d_ids[n][r], bytes,
+                                                  cudaMemcpyDeviceToDevice, j.g.stream[r]));
+                    TEST_CUDA(cudaGraphLaunch(exec[r], j.g.stream[r]));
+                    if (rows)
+                        TEST_CUDA(cudaMemcpyAsync(a.y[n][r], y[r], rows, cudaMemcpyDeviceToDevice,
+                                                  j.g.stream[r]));
+                }
+            tgroup_wait(&j.g);
+            tgroup_clean(&j.g, __LINE__);
+            for (int r = 0; r < 4; ++r) TEST_CUDA(cudaGraphExecDestroy(exec[r]));
+            ep_rounds_free(&j, &a, 1);
+        }
+        ep_free(&j);
+    }
+}
+
+/* Very many exchanges, ids of twelve rounds in turn: a hash of each y must be that of the round. On
+   the CPU fewer. */
+static void test_many_times(void)
+{
+    const int times = test_long() ? MOE_ON_HOST ? 1200 : 10000 : 120;
+    static ep_job j;
+    for (int form = MOE_EP_REDUCED; form <= MOE_EP_GATHERED; ++form) {
+        const ep_case c = {4, 24, 64, 16, 4, form, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 1};
+        trand q = trand_new(80);
+        if (ep_new(&j, &c, 81)) {
+            static ep_rounds a;
+            uint64_t* hash[TGROUP_MOST];
+            int64_t bad = 0;
+            ep_rounds_new(&j, &a, EP_ROUNDS, &q);
+            for (int r = 0; r < c.W; ++r) {
+                tgroup_use(&j.g, r);
+                TEST_CUDA(cudaMalloc((void**)&hash[r], (size_t)times * 8));
+                TEST_CUDA(cudaMemset(hash[r], 0, (size_t)times * 8));
+                TEST_CUDA(cudaDeviceSynchronize());
+            }
+            for (int n = 0; n < times; ++n) {
+                ep_queue(&j, a.d_ids[n % EP_ROUNDS], a.y[n % EP_ROUNDS], -1);
+                for (int r = 0; r < c.W; ++r) {
+                    moe_launch_config l = moe_grid(1, 256, 0, j.g.stream[r]);
+                    ep_hash_args h;
+                    tgroup_use(&j.g, r);
+                    h.y = (const uint16_t*)a.y[n % EP_ROUNDS][r];
+                    h.hash = hash[r] + n;
+                    h.count = (int64_t)j.rank[r].d_y.bytes / 2;
+                    CHECK_STATUS(MOE_LAUNCH(ep_hash, l, h), MOE_OK);
+                }
+                if (n % 100 == 99) tgroup_wait(&j.g); /* the queues of launches are not endless */
+            }
+            tgroup_wait(&j.g);
+            tgroup_clean(&j.g, __LINE__);
+            for (int r = 0; r < c.W; ++r) {
+                uint64_t* h = (uint64_t*)ep_get(&j, r, hash[r], (int64_t)times * 8);
+                for (int n = 0; n < times; ++n) bad += h[n] != h[n % EP_ROUNDS];
+                CHECK(h[0] != h[1] && h[0] != 0, "rounds differ");
+                tgroup_use(&j.g, r);
+                TEST_CUDA(cudaFree(hash[r]));
+                free(h);
+            }
+            CHECK(bad == 0, "%lld of %d results differ from the first of their round",
+                  (long long)bad, times * c.W);
+            ep_rounds_free(&j, &a, 0);
+        }
+        ep_free(&j);
+    }
+}
+
+static void ep_replay(void)
+{
+    RUN(test_back_to_back);
+    RUN(test_graph);
+    RUN(test_many_times);
+}
+
+#endif
