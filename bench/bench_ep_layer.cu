@@ -3,7 +3,7 @@
      ./bench_ep_layer [--ranks W] [--thiek T,H,I,E,K]    T tokens a rank
 
    A barrier stands in every iteration and is part of all times; the slowest rank counts. TFLOPS are
-   of a rank: 6 T K H I over the time. Stages are timed one by one, each with a barrier before it. */
+   of a rank: 6 T K H I over the time. */
 #include "bench_group.h"
 
 #include "../moe/ep/layer.cuh"
@@ -101,15 +101,6 @@ static void run_ep(void* context, bench_group* g)
     }
 }
 
-static void run_part(void* context, bench_group* g)
-{
-    const job* j = (const job*)context;
-    for (int r = 0; r < g->W; ++r) {
-        BENCH_CUDA(cudaSetDevice(g->device[r]));
-        BENCH_MOE(moe_ep_layer_run_part(j->ep_p + r, j->part, g->stream[r]));
-    }
-}
-
 static void run_local_part(void* context, bench_group* g)
 {
     const job* j = (const job*)context;
@@ -117,6 +108,43 @@ static void run_local_part(void* context, bench_group* g)
         BENCH_CUDA(cudaSetDevice(g->device[r]));
         BENCH_MOE(moe_layer_run_part(j->local_p + r, j->part, g->stream[r]));
     }
+}
+
+/* Prints the milliseconds of each part: of the slowest rank, mean of `reps` runs of the whole, each
+   after a barrier. */
+static void print_parts(const job* j, bench_group* g)
+{
+    static cudaEvent_t at[BENCH_MOST_RANKS][MOE_EP_LAYER_PARTS + 1];
+    double sum[BENCH_MOST_RANKS][MOE_EP_LAYER_PARTS] = {{0}};
+    for (int r = 0; r < g->W; ++r)
+        for (int p = 0; p <= MOE_EP_LAYER_PARTS; ++p) {
+            BENCH_CUDA(cudaSetDevice(g->device[r]));
+            BENCH_CUDA(cudaEventCreate(&at[r][p]));
+        }
+    for (int n = -1; n < g->reps; ++n) {
+        bench_group_barrier(g);
+        for (int p = 0; p <= MOE_EP_LAYER_PARTS; ++p)
+            for (int r = 0; r < g->W; ++r) {
+                BENCH_CUDA(cudaSetDevice(g->device[r]));
+                BENCH_CUDA(cudaEventRecord(at[r][p], g->stream[r]));
+                if (p < MOE_EP_LAYER_PARTS)
+                    BENCH_MOE(moe_ep_layer_run_part(j->ep_p + r, p, g->stream[r]));
+            }
+        bench_group_wait(g);
+        for (int r = 0; n >= 0 && r < g->W; ++r)
+            for (int p = 0; p < MOE_EP_LAYER_PARTS; ++p) {
+                float ms;
+                BENCH_CUDA(cudaEventElapsedTime(&ms, at[r][p], at[r][p + 1]));
+                sum[r][p] += ms / (float)g->reps;
+            }
+    }
+    printf("    parts, ms:");
+    for (int p = 0; p < MOE_EP_LAYER_PARTS; ++p) {
+        double most = 0;
+        for (int r = 0; r < g->W; ++r) most = sum[r][p] > most ? sum[r][p] : most;
+        printf(" %s %.4f", moe_ep_layer_part_name(p), most);
+    }
+    printf("\n");
 }
 
 static void run_nothing(void* context, bench_group* g)
@@ -141,11 +169,8 @@ static void bench_shape(bench_group* g, shape s)
         printf("  %-8s local %8.4f ms %6.1f TFLOPS   over ranks %8.4f ms %6.1f TFLOPS  ratio %.3f\n",
                form == MOE_EP_REDUCED ? "reduced" : "gathered", local, flops / local * 1e-9, ep,
                flops / ep * 1e-9, local / ep);
-        printf("    barrier %.4f; parts less one barrier, ms:", barrier);
-        for (j.part = 0; j.part < MOE_EP_LAYER_PARTS; ++j.part)
-            printf(" %s %.4f", moe_ep_layer_part_name(j.part),
-                   bench_group_time(g, run_part, &j, 4) - barrier);
-        printf("\n    local:");
+        print_parts(&j, g);
+        printf("    local, less a barrier of %.4f:", barrier);
         for (j.part = 0; j.part < MOE_LAYER_PARTS; ++j.part)
             printf(" %s %.4f", moe_layer_part_name(j.part),
                    bench_group_time(g, run_local_part, &j, 4) - barrier);

@@ -5,6 +5,8 @@
 
 #include "block_layer.cuh"
 #include "combine_scatter.cuh"
+#include "ep/barrier.cuh"
+#include "ep/layer.cuh"
 #include "layer.cuh"
 #include "moe.h"
 #include "permute.cuh"

@@ -1,6 +1,6 @@
 /* moe.h: everything that is plain C (C11 and C++14): version, statuses, faults, types, shapes,
-   random numbers, and the descriptors of gate, route, grouped GEMMs, block-sparse product and
-   layers. */
+   random numbers, and the descriptors of gate, route, grouped GEMMs, block-sparse product,
+   layers and expert parallelism. */
 #ifndef MOE_MOE_H
 #define MOE_MOE_H
 
@@ -9,6 +9,7 @@
 #include "base/types.h"
 #include "block_layer/desc.h"
 #include "block_sparse/desc.h"
+#include "ep/desc.h"
 #include "faults.h"
 #include "fields.h"
 #include "gate/desc.h"

@@ -367,7 +367,8 @@ MOE_HOST moe_status moe_ep_dispatch_prepare(const moe_ep_dispatch_desc* desc,
     MOE_RETURN_PREPARED(desc, p, moei_ep_dispatch_prepare(desc, p));
 }
 
-/* Queues one part of a prepared dispatch on `stream`; `part` is a moe_ep_part. */
+/* Queues one part of a prepared dispatch on `stream`; `part` is a moe_ep_part. Each MOE_EP_SEND is
+   followed by one MOE_EP_RECEIVE, before the next. */
 MOE_HOST moe_status moe_ep_dispatch_run_part(const moe_ep_dispatch_prepared* p, int part,
                                              cudaStream_t stream)
 {

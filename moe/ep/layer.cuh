@@ -289,7 +289,8 @@ MOE_HOST moe_status moei_ep_layer_run_part(const moe_ep_layer_prepared* p, int p
 }
 
 /* Queues one part of a prepared layer on `stream`; `part` is a moe_ep_layer_part. For timing, or for
-   work of the caller's between two parts. All parts in order give what moe_ep_layer_run gives. */
+   work of the caller's between two parts. All parts in order give what moe_ep_layer_run gives; none of
+   send, receive and combine is queued alone. */
 MOE_HOST moe_status moe_ep_layer_run_part(const moe_ep_layer_prepared* p, int part,
                                           cudaStream_t stream)
 {

@@ -1,0 +1,137 @@
+/* 05_ep: an expert-parallel layer: tokens and experts are spread over ranks.
+
+     nvcc -I. -O2 -arch=sm_90a samples/05_ep/main.cu -o 05_ep && ./05_ep
+     torchrun --no-python --nproc_per_node=8 ./05_ep        one process a rank; or mpirun, srun
+     g++ -x c++ -std=c++14 -O2 -I. samples/05_ep/main.cu -o 05_ep && ./05_ep
+
+   The last command builds for the CPU, where 4 virtual GPUs run. Copy make_rank and the calls in main;
+   group.h connects the ranks, bootstrap.h finds the processes of a launcher. */
+#include "group.h"
+#include "report.h"
+
+typedef struct fill_args {
+    void* p;
+    int64_t first, count; /* elements, of one long sequence of numbers */
+    float scale;
+    uint32_t seed;
+    int dtype;
+} fill_args;
+
+/* Fills in numbers from a hash of (seed, index): a rank can make any part of an array. */
+MOE_KERNEL(256, 1) fill(MOE_ARG(fill_args) a)
+{
+    for (int64_t i = (int64_t)blockIdx.x * 256 + threadIdx.x; i < a.count; i += (int64_t)gridDim.x * 256) {
+        uint64_t h = ((uint64_t)(a.first + i) + 1) * 0x9e3779b97f4a7c15ull ^ a.seed * 0xd6e8feb8u;
+        h = (h ^ (h >> 29)) * 0xbf58476d1ce4e5b9ull;
+        h ^= h >> 32;
+        moe_store_f32(a.p, i, a.dtype,
+                      ((float)(uint32_t)(h & 0xffff) / 32768.0f - 1.0f) * 1.73f * a.scale);
+    }
+}
+
+/* Returns device memory with `count` elements of a sequence, from `first` on. */
+static void* make(int64_t first, int64_t count, float scale, uint32_t seed, int dtype)
+{
+    fill_args a = {0, first, count, scale, seed, dtype};
+    moe_launch_config c = moe_grid(MOE_ON_HOST ? 4 : 1024, 256, 0, 0);
+    if (cudaMalloc(&a.p, (size_t)count * 2 + 16) != cudaSuccess)
+        quit(EXIT_WRONG_INPUT, "this shape needs more memory than the device has");
+    MOE(MOE_LAUNCH(fill, c, a));
+    CUDA(cudaDeviceSynchronize());
+    return a.p;
+}
+
+/* Returns a descriptor of `tokens` tokens over `experts` experts. */
+static moe_layer_desc make_layer(const options* o, int tokens, int experts, uint64_t* fault)
+{
+    moe_layer_desc d = {};
+    d.num_tokens = tokens;
+    d.hidden = o->H, d.intermediate = o->I;
+    d.num_experts = experts;
+    d.top_k = o->K < experts ? o->K : experts;
+    d.dtype = o->dtype;
+    d.gate.renormalize = 1;
+    d.fault = fault;
+    return d;
+}
+
+static void give_workspace(moe_layer_desc* d)
+{
+    MOE(moe_layer_workspace(d, &d->workspace_bytes));
+    if (cudaMalloc(&d->workspace, d->workspace_bytes) != cudaSuccess)
+        quit(EXIT_WRONG_INPUT, "this shape needs more memory than the device has");
+}
+
+/* Makes the layers of rank r, on its device: the one over all ranks, and for comparison that of its
+   tokens with all experts, with its own experts alone, and on rank 0 that of all tokens. */
+static void make_rank(rank_layers* l, const options* o, const group* g, int r, rank_state* s)
+{
+    const int64_t H = o->H, I = o->I, w1 = 2 * I * H, w2 = H * I;
+    const int begin = (int)((int64_t)o->T * r / g->W), end = (int)((int64_t)o->T * (r + 1) / g->W);
+    const int first = moe_ep_first(r, o->E, g->W), own = moe_ep_owned(r, o->E, g->W);
+    l->T = end - begin;
+    l->ep.layer = make_layer(o, l->T, o->E, s->fault);
+    l->ep.layer.x = make(begin * H, l->T * H, 1.0f, 1, o->dtype);
+    l->ep.layer.router = make(0, o->E * H, 0.05f, 2, o->dtype); /* the same on all ranks */
+    l->ep.layer.w1.base = make(first * w1, own * w1, 0.04f, 3, o->dtype); /* its own experts */
+    l->ep.layer.w2.base = make(first * w2, own * w2, 0.04f, 4, o->dtype);
+    l->ep.layer.y = make(0, l->T * H, 0.0f, 5, o->dtype);
+    l->ep.peers = &s->peers;
+    l->ep.form = o->form;
+    l->ep.max_tokens = (o->T + g->W - 1) / g->W;
+    MOE(moe_ep_layer_workspace(&l->ep, &l->ep.layer.workspace_bytes));
+    if (cudaMalloc(&l->ep.layer.workspace, l->ep.layer.workspace_bytes) != cudaSuccess)
+        quit(EXIT_WRONG_INPUT, "this shape needs more memory than the device has");
+    MOE(moe_ep_layer_prepare(&l->ep, &l->ep_p));
+
+    l->local = make_layer(o, l->T, o->E, s->fault);
+    l->local.x = l->ep.layer.x;
+    l->local.router = l->ep.layer.router;
+    l->local.w1.base = make(0, o->E * w1, 0.04f, 3, o->dtype);
+    l->local.w2.base = make(0, o->E * w2, 0.04f, 4, o->dtype);
+    l->local.y = make(0, l->T * H, 0.0f, 5, o->dtype);
+    give_workspace(&l->local);
+    MOE(moe_layer_prepare(&l->local, &l->local_p));
+    if (own) {
+        l->few = make_layer(o, l->T, own, s->fault);
+        l->few.x = l->ep.layer.x, l->few.router = l->ep.layer.router;
+        l->few.w1.base = l->ep.layer.w1.base, l->few.w2.base = l->ep.layer.w2.base;
+        l->few.y = make(0, l->T * H, 0.0f, 5, o->dtype);
+        give_workspace(&l->few);
+        MOE(moe_layer_prepare(&l->few, &l->few_p));
+    }
+    if (r) return;
+    l->one = make_layer(o, o->T, o->E, s->fault);
+    l->one.x = make(0, o->T * H, 1.0f, 1, o->dtype);
+    l->one.router = l->local.router, l->one.w1 = l->local.w1, l->one.w2 = l->local.w2;
+    l->one.y = make(0, o->T * H, 0.0f, 5, o->dtype);
+    give_workspace(&l->one);
+    MOE(moe_layer_prepare(&l->one, &l->one_p));
+}
+
+int main(int argc, char** argv)
+{
+    static group g;
+    static rank_layers l[MOST_RANKS];
+    const options o = read_options(argc, argv);
+    moe_ep_layer_desc sizes = {};
+    uint64_t region;
+    int wrong;
+    group_begin(&g, &o);
+    sizes.layer = make_layer(&o, 0, o.E, 0);
+    sizes.form = o.form;
+    sizes.max_tokens = (o.T + g.W - 1) / g.W;
+    MOE(moe_ep_layer_region(&sizes, g.W, &region));
+    group_connect(&g, region);
+    for (int i = 0; i < g.mine; ++i)
+        make_rank(&l[i], &o, &g, g.first + i, group_use(&g, i));
+    print_header(&g, &o);
+    wrong = print_numerics(&g, l, &o);
+    print_bytes(&g, l, &o, region);
+    print_times(&g, l, &o);
+    wrong = (int)group_max(&g, wrong);
+    if (g.first == 0) puts(wrong ? "FAILED: y is wrong" : "PASSED: y is that of one GPU");
+    if (g.launched) (void)moe_peers_close_ipc(&g.rank[0].peers);
+    (void)group_max(&g, 0); /* no process frees what another one uses */
+    return wrong ? EXIT_WRONG_RESULT : 0;
+}
