@@ -186,6 +186,57 @@ static void run_nothing(void* context, bench_group* g)
     (void)g;
 }
 
+/* Compares received rows with the tokens they are copies of, in the senders' own memory. */
+typedef struct check_args {
+    const uint4* x[BENCH_MOST_RANKS]; /* of each rank */
+    const uint4* recv_x;
+    const int32_t *recv_token, *recv_count;
+    int32_t recv_tokens, vectors;
+    unsigned* worst; /* vectors that differ */
+} check_args;
+
+MOE_KERNEL(256, 1) check_kernel(MOE_ARG(check_args) a)
+{
+    const int s = (int)blockIdx.y;
+    for (int j = (int)blockIdx.x; j < a.recv_count[s]; j += (int)gridDim.x) {
+        const int64_t row = (int64_t)s * a.recv_tokens + j;
+        for (int i = (int)threadIdx.x; i < a.vectors; i += 256) {
+            const uint4 u = a.recv_x[row * a.vectors + i];
+            const uint4 v = a.x[s][(int64_t)a.recv_token[row] * a.vectors + i];
+            if (u.x != v.x || u.y != v.y || u.z != v.z || u.w != v.w) atomicAdd(a.worst, 1u);
+        }
+    }
+}
+
+/* Ends the program where a dispatch has not copied the rows, or their number is not right. */
+static void verify(bench_group* g, job* j)
+{
+    run_dispatch(j, g);
+    bench_group_check(g, "dispatch");
+    for (int r = 0; r < g->W; ++r) {
+        moe_launch_config c = moe_grid(256, 256, 0, g->stream[r]);
+        check_args a;
+        moe_ep_view v;
+        unsigned wrong;
+        int32_t count[BENCH_MOST_RANKS];
+        BENCH_CUDA(cudaSetDevice(g->device[r]));
+        BENCH_MOE(moe_ep_dispatch_get_view(j->dispatch + r, &v));
+        for (int q = 0; q < g->W; ++q) a.x[q] = (const uint4*)j->x[q];
+        a.recv_x = (const uint4*)v.recv_x;
+        a.recv_token = v.recv_token, a.recv_count = v.recv_count;
+        a.recv_tokens = v.recv_tokens, a.vectors = j->s.H / 8;
+        c.grid.y = (unsigned)g->W;
+        BENCH_WORST(check_kernel, c, a, wrong);
+        BENCH_CUDA(cudaMemcpy(count, v.recv_count, (size_t)g->W * 4, cudaMemcpyDeviceToHost));
+        if (wrong || (r > 0 && j->s.T && count[0] == 0)) {
+            printf("VERIFY FAILED: rank %d: %u vectors differ, %d rows of rank 0\n", r, wrong, count[0]);
+            exit(1);
+        }
+    }
+    run_combine(j, g);
+    bench_group_check(g, "combine");
+}
+
 /* A plain copy: every rank pushes to, or pulls from, the next one. */
 typedef struct copy_args {
     const uint4* from;
@@ -274,15 +325,64 @@ static void run_nccl(void* context, bench_group* g)
 }
 #endif
 
-/* Returns the milliseconds of NCCL's all-to-all of T K rows; 0 without NCCL. */
+#ifdef BENCH_NCCL
+static nccl_job j;
+
+static void nccl_open(bench_group* g)
+{
+    static int open;
+    if (!open) BENCH_NCCL_DO(ncclCommInitAll(j.comm, g->W, g->device));
+    open = 1;
+}
+#endif
+
+/* Exchanges while NCCL all-reduces on other streams: neither must stop the other. */
+static void beside_nccl(bench_group* g, shape s)
+{
+#ifdef BENCH_NCCL
+    enum { CALLS = 300 };
+    static job e;
+    cudaStream_t other[BENCH_MOST_RANKS];
+    float* sum[BENCH_MOST_RANKS];
+    const size_t count = 1 << 20;
+    if (g->devices < g->W) return; /* NCCL takes one rank a GPU */
+    nccl_open(g);
+    job_open(g, &e, s, MOE_EP_REDUCED, 0);
+    for (int r = 0; r < g->W; ++r) {
+        BENCH_CUDA(cudaSetDevice(g->device[r]));
+        BENCH_CUDA(cudaStreamCreateWithFlags(&other[r], cudaStreamNonBlocking));
+        sum[r] = (float*)bench_alloc(count * 4);
+        BENCH_CUDA(cudaMemset(sum[r], 0, count * 4));
+    }
+    for (int i = 0; i < CALLS; ++i) {
+        BENCH_NCCL_DO(ncclGroupStart());
+        for (int r = 0; r < g->W; ++r)
+            BENCH_NCCL_DO(ncclAllReduce(sum[r], sum[r], count, ncclFloat, ncclSum, j.comm[r], other[r]));
+        BENCH_NCCL_DO(ncclGroupEnd());
+        run_both(&e, g);
+    }
+    for (int r = 0; r < g->W; ++r) {
+        BENCH_CUDA(cudaSetDevice(g->device[r]));
+        BENCH_CUDA(cudaStreamSynchronize(other[r]));
+        BENCH_CUDA(cudaStreamDestroy(other[r]));
+        BENCH_CUDA(cudaFree(sum[r]));
+    }
+    bench_group_check(g, "beside NCCL");
+    printf("  %d exchanges while NCCL all-reduces on other streams: no fault\n", CALLS);
+    job_close(g, &e);
+#else
+    (void)g, (void)s;
+#endif
+}
+
+/* Returns the milliseconds of NCCL's all-to-all of T K rows; 0 without NCCL, or where ranks share a
+   GPU. */
 static double nccl_all_to_all(bench_group* g, shape s, int graph)
 {
 #ifdef BENCH_NCCL
-    static nccl_job j;
-    static int open;
     double ms;
-    if (!open) BENCH_NCCL_DO(ncclCommInitAll(j.comm, g->W, g->device));
-    open = 1;
+    if (g->devices < g->W) return 0;
+    nccl_open(g);
     j.each = (size_t)s.T * (size_t)s.K / (size_t)g->W * (size_t)s.H;
     for (int r = 0; r < g->W; ++r) {
         BENCH_CUDA(cudaSetDevice(g->device[r]));
@@ -317,6 +417,7 @@ static void bench_shape(bench_group* g, shape s, double push, double pull, int g
     printf("T %d a rank, H %d, E %d, K %d, W %d%s%s\n", s.T, s.H, s.E, s.K, g->W,
            graph ? ", in a graph" : "", skew ? ", skewed" : "");
     job_open(g, j, s, MOE_EP_REDUCED, skew);
+    verify(g, j);
     send = bench_group_time(g, run_send, j, graph);
     dispatch = bench_group_time(g, run_dispatch, j, graph);
     combine = bench_group_time(g, run_combine, j, graph);
@@ -334,6 +435,7 @@ static void bench_shape(bench_group* g, shape s, double push, double pull, int g
     }
     job_close(g, j);
     job_open(g, j, s, MOE_EP_GATHERED, skew);
+    verify(g, j);
     dispatch = bench_group_time(g, run_dispatch, j, graph);
     combine = bench_group_time(g, run_combine, j, graph);
     row("dispatch, gathered", dispatch, j->sent_rows * row_bytes, push, "a plain push");
@@ -386,6 +488,10 @@ int main(int argc, char** argv)
     printf("%d ranks on %d x %s\n", g.W, g.devices, prop.name);
     push = best_copy(&g, (int64_t)s.T * s.H * 2, 0);
     pull = best_copy(&g, (int64_t)s.T * s.H * 2, 1);
+    {
+        const shape beside = {4096, s.H, s.E, s.K};
+        beside_nccl(&g, beside);
+    }
     if (!only_small) bench_shape(&g, s, push, pull, 0, 0);
     if (!only_small) bench_shape(&g, s, push, pull, 0, 1);
     bench_shape(&g, small, push, pull, 20, 0);

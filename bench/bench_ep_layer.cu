@@ -6,6 +6,8 @@
    of a rank: 6 T K H I over the time. */
 #include "bench_group.h"
 
+#include <math.h>
+
 #include "../moe/ep/layer.cuh"
 
 typedef struct shape {
@@ -71,6 +73,7 @@ static void open_job(bench_group* g, job* j, shape s, int form)
         e->layer.workspace = keep(j, r, bench_alloc(bytes));
         e->layer.workspace_bytes = bytes;
         BENCH_MOE(moe_ep_layer_prepare(e, j->ep_p + r));
+        j->memory[r][15] = bench_alloc((size_t)(s.T < 256 ? s.T : 256) * (size_t)s.H * 2);
     }
 }
 
@@ -79,7 +82,7 @@ static void close_job(bench_group* g, job* j)
     bench_group_wait(g);
     for (int r = 0; r < g->W; ++r) {
         BENCH_CUDA(cudaSetDevice(g->device[r]));
-        for (int i = 0; i < j->used[r]; ++i) BENCH_CUDA(cudaFree(j->memory[r][i]));
+        for (int i = 0; i < 16; ++i) BENCH_CUDA(cudaFree(j->memory[r][i]));
     }
 }
 
@@ -147,6 +150,45 @@ static void print_parts(const job* j, bench_group* g)
     printf("\n");
 }
 
+/* Ends the program where y of the two layers differs by more than roundings. */
+static void verify(job* j, bench_group* g)
+{
+    const int tokens = j->s.T < 256 ? j->s.T : 256, H = j->s.H;
+    uint16_t* y[2];
+    run_local(j, g);
+    bench_group_check(g, "local");
+    for (int i = 0; i < 2; ++i) y[i] = (uint16_t*)malloc((size_t)tokens * (size_t)H * 2);
+    for (int pass = 0; pass < 2; ++pass)
+        for (int r = 0; r < g->W; ++r) {
+            BENCH_CUDA(cudaSetDevice(g->device[r]));
+            if (pass == 0) { /* both write one y: keep the local one */
+                BENCH_CUDA(cudaMemcpy(j->memory[r][15], j->local[r].y,
+                                      (size_t)tokens * (size_t)H * 2, cudaMemcpyDeviceToDevice));
+            } else {
+                double top = 0, off = 0;
+                BENCH_CUDA(cudaMemcpy(y[0], j->memory[r][15], (size_t)tokens * (size_t)H * 2,
+                                      cudaMemcpyDeviceToHost));
+                BENCH_CUDA(cudaMemcpy(y[1], j->local[r].y, (size_t)tokens * (size_t)H * 2,
+                                      cudaMemcpyDeviceToHost));
+                for (int64_t i = 0; i < (int64_t)tokens * H; ++i) {
+                    const double w = moe_bf16_to_f32(y[0][i]), e = fabs(moe_bf16_to_f32(y[1][i]) - w);
+                    if (fabs(w) > top) top = fabs(w);
+                    if (!(e <= off)) off = e;
+                }
+                if (!(off <= top / 32) || top == 0) {
+                    printf("VERIFY FAILED: rank %d: y differs by %g, largest %g\n", r, off, top);
+                    exit(1);
+                }
+            }
+            if (pass == 0 && r == g->W - 1) {
+                run_ep(j, g);
+                bench_group_check(g, "over ranks");
+            }
+        }
+    free(y[0]);
+    free(y[1]);
+}
+
 static void run_nothing(void* context, bench_group* g)
 {
     (void)context;
@@ -161,6 +203,7 @@ static void bench_shape(bench_group* g, shape s)
     for (int form = MOE_EP_REDUCED; form <= MOE_EP_GATHERED; ++form) {
         double local, ep, again, barrier;
         open_job(g, &j, s, form);
+        verify(&j, g);
         barrier = bench_group_time(g, run_nothing, &j, 4);
         local = bench_group_time(g, run_local, &j, 4);
         ep = bench_group_time(g, run_ep, &j, 4);
