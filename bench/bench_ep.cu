@@ -9,6 +9,7 @@
 #include "bench_group.h"
 
 #include "../moe/ep/combine.cuh"
+#include "../moe/permute.cuh"
 
 #ifdef BENCH_NCCL
 #include <nccl.h>
@@ -326,7 +327,93 @@ static void run_nccl(void* context, bench_group* g)
 #endif
 
 #ifdef BENCH_NCCL
+/* What a user of NCCL does before the experts: rows into expert order, counts to the host, all-to-all
+   of the rows that each rank has for each other. */
+typedef struct path_job {
+    moe_route_prepared route[BENCH_MOST_RANKS];
+    moe_permute_prepared permute[BENCH_MOST_RANKS];
+    int32_t *d_offset[BENCH_MOST_RANKS], *offset[BENCH_MOST_RANKS]; /* [E + 1], device and host */
+    char *from[BENCH_MOST_RANKS], *to[BENCH_MOST_RANKS];
+    shape s;
+    ncclComm_t* comm;
+} path_job;
+
+static void run_path(void* context, bench_group* g)
+{
+    const path_job* p = (const path_job*)context;
+    const size_t row = (size_t)p->s.H;
+    for (int r = 0; r < g->W; ++r) {
+        BENCH_CUDA(cudaSetDevice(g->device[r]));
+        BENCH_MOE(moe_route_run(p->route + r, g->stream[r]));
+        BENCH_MOE(moe_permute_run(p->permute + r, g->stream[r]));
+        BENCH_CUDA(cudaMemcpyAsync(p->offset[r], p->d_offset[r], (size_t)(p->s.E + 1) * 4,
+                                   cudaMemcpyDeviceToHost, g->stream[r]));
+    }
+    bench_group_wait(g); /* the host reads the counts */
+    BENCH_NCCL_DO(ncclGroupStart());
+    for (int r = 0; r < g->W; ++r) {
+        size_t at = 0;
+        for (int q = 0; q < g->W; ++q) { /* rank r sends q's experts' rows, and gets its own from q */
+            const int32_t* own = p->offset[r];
+            const int32_t* other = p->offset[q];
+            const int a = moe_ep_first(q, p->s.E, g->W), b = moe_ep_first(q + 1, p->s.E, g->W);
+            const int c = moe_ep_first(r, p->s.E, g->W), d = moe_ep_first(r + 1, p->s.E, g->W);
+            const size_t in = (size_t)(other[d] - other[c]);
+            BENCH_NCCL_DO(ncclSend(p->from[r] + (size_t)own[a] * row * 2,
+                                   (size_t)(own[b] - own[a]) * row, ncclBfloat16, q, p->comm[r],
+                                   g->stream[r]));
+            BENCH_NCCL_DO(ncclRecv(p->to[r] + at * row * 2, in * row, ncclBfloat16, q, p->comm[r],
+                                   g->stream[r]));
+            at += in;
+        }
+    }
+    BENCH_NCCL_DO(ncclGroupEnd());
+}
+
+/* Returns the milliseconds of that path, with the ids of a job. */
+static double nccl_path(bench_group* g, const job* e, ncclComm_t* comm)
+{
+    static path_job p;
+    const shape s = e->s;
+    const size_t slots = (size_t)s.T * (size_t)s.K;
+    double ms;
+    memset(&p, 0, sizeof p);
+    p.s = s, p.comm = comm;
+    for (int r = 0; r < g->W; ++r) {
+        moe_route_desc d;
+        moe_permute_desc m;
+        BENCH_CUDA(cudaSetDevice(g->device[r]));
+        memset(&d, 0, sizeof d);
+        d.ids = e->ids[r];
+        d.num_tokens = s.T, d.num_experts = s.E, d.top_k = s.K;
+        d.expert_count = (int32_t*)bench_alloc((size_t)s.E * 4);
+        d.expert_offset = p.d_offset[r] = (int32_t*)bench_alloc((size_t)(s.E + 1) * 4);
+        d.row_slot = (int32_t*)bench_alloc(slots * 4);
+        d.slot_row = (int32_t*)bench_alloc(slots * 4);
+        BENCH_MOE(moe_route_workspace(&d, &d.workspace_bytes));
+        d.workspace = bench_alloc(d.workspace_bytes);
+        BENCH_MOE(moe_route_prepare(&d, p.route + r));
+        BENCH_CUDA(cudaMallocHost((void**)&p.offset[r], (size_t)(s.E + 1) * 4));
+        p.from[r] = (char*)bench_alloc(slots * (size_t)s.H * 2);
+        p.to[r] = (char*)bench_alloc(slots * (size_t)s.H * 3); /* more may come than go */
+        memset(&m, 0, sizeof m);
+        m.x = e->x[r], m.y = p.from[r], m.row_slot = d.row_slot, m.slot_row = d.slot_row;
+        m.num_tokens = s.T, m.top_k = s.K, m.hidden = s.H, m.num_rows = (int64_t)slots;
+        BENCH_MOE(moe_permute_prepare(&m, p.permute + r));
+    }
+    ms = bench_group_time(g, run_path, &p, 0);
+    for (int r = 0; r < g->W; ++r) {
+        BENCH_CUDA(cudaSetDevice(g->device[r]));
+        BENCH_CUDA(cudaFree(p.from[r]));
+        BENCH_CUDA(cudaFree(p.to[r]));
+        BENCH_CUDA(cudaFreeHost(p.offset[r]));
+    }
+    return ms;
+}
+
 static nccl_job j;
+
+static ncclComm_t* nccl_comm(void) { return j.comm; }
 
 static void nccl_open(bench_group* g)
 {
@@ -432,6 +519,13 @@ static void bench_shape(bench_group* g, shape s, double push, double pull, int g
         row("NCCL all-to-all of T K rows", nccl,
             (double)s.T * s.K * (g->W - 1) / g->W * row_bytes, pull, "a plain pull");
         printf("  dispatch / NCCL %.3f\n", dispatch / nccl);
+#ifdef BENCH_NCCL
+        if (!graph) {
+            const double path = nccl_path(g, j, nccl_comm());
+            printf("  permute, counts to host, NCCL all-to-all %.4f ms; dispatch / this %.3f\n", path,
+                   dispatch / path);
+        }
+#endif
     }
     job_close(g, j);
     job_open(g, j, s, MOE_EP_GATHERED, skew);

@@ -132,6 +132,8 @@ MOE_HOST moe_status moei_ep_layer_check(const moe_ep_layer_desc* d)
     MOE_REQUIRE(moei_all_zero(&route, sizeof route), MOE_ERR_CONFLICT, route);
     MOE_REQUIRE(!d->layer.gate.whole_batch, MOE_ERR_CONFLICT, gate);
     MOE_REQUIRE(!d->layer.rank, MOE_ERR_CONFLICT, rank);
+    MOE_REQUIRE(d->layer.dtype == 0 || d->layer.dtype == MOE_BF16 || d->layer.dtype == MOE_FP16,
+                MOE_ERR_DTYPE, dtype);
     return MOE_OK;
 }
 

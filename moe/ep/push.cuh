@@ -13,6 +13,7 @@
 #define MOEI_EP_WARPS (MOEI_EP_THREADS / MOE_WARP_SIZE)
 #define MOEI_EP_VECTORS 4         /* of a row that a lane has in flight */
 #define MOEI_EP_MAX_CHUNKS 128
+#define MOEI_EP_FEW 16 /* tokens of a chunk */
 #define MOEI_EP_ONE_LAUNCH 1024   /* up to so many tokens a block counts those before its chunk itself */
 
 /* Offsets of the buffers in every region. */
@@ -269,8 +270,9 @@ MOE_DEVICE void moei_ep_sum_chunks(const moei_ep_args* a, const moei_ep_shared* 
      1. rows of each rank before the chunk, from the counts; without counts, rounds begin at token 0
      Then in each round of MOEI_EP_THREADS tokens:
      2. marks the tokens' ranks
-     3. copies the rows of the chunk's tokens: a warp has a piece of a row at a time
-     4. sends what belongs to these rows
+     3. sends what belongs to the rows of the chunk's tokens; after 4. where the tokens are few, since
+        the rows take longer to arrive
+     4. copies the rows: a warp has a piece of a row at a time
      At the end:
      5. the last chunk's block sends the counts; each block adds its share to the barrier */
 MOE_DEVICE_BODY void moei_ep_push_chunk(const moei_ep_args* a, unsigned char* shared,
@@ -296,11 +298,12 @@ MOE_DEVICE_BODY void moei_ep_push_chunk(const moei_ep_args* a, unsigned char* sh
     for (int t0 = a->chunk_count ? begin : 0; t0 < end; t0 += MOEI_EP_THREADS) {
         const int first = begin > t0 ? begin - t0 : 0, upto = min(end - t0, MOEI_EP_THREADS);
         moei_ep_round(a, &s, t0, end); /* 2. */
-        for (int j = moe_warp(); j < (upto - first) * pieces; j += MOEI_EP_WARPS) { /* 3. */
+        if (upto - first > MOEI_EP_FEW) moei_ep_send_slots(a, &s, t0, first, upto); /* 3. */
+        for (int j = moe_warp(); j < (upto - first) * pieces; j += MOEI_EP_WARPS) { /* 4. */
             const int i = first + j / pieces, part = j % pieces;
             moei_ep_copy(a, &s, t0 + i, i, (int64_t)part * piece, width);
         }
-        moei_ep_send_slots(a, &s, t0, first, upto); /* 4. */
+        if (upto - first <= MOEI_EP_FEW) moei_ep_send_slots(a, &s, t0, first, upto); /* or here */
         moei_ep_note_places(a, &s, t0, first, upto);
         __syncthreads(); /* goes and before are read */
     }

@@ -8,6 +8,7 @@
 #include "block_layer.h"
 #include "block_sparse.h"
 #include "combine.h"
+#include "exchange.h"
 #include "experts.h"
 #include "gate.h"
 #include "gate_rules.h"

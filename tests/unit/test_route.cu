@@ -6,12 +6,14 @@
    route/case.h       a case, its buffers, how it is drawn and compared
    route/values.h     outputs against the reference, over drawn cases
    route/by_hand.h    routings written down number by number, moe_route_max_rows, moe_route_rank
+   route/parts.h      tokens in parts, room for fewer rows
    route/faults.h     wrong ids and counts, the fault word
    route/refusals.h   descriptors that are refused
    route/replay.h     same bits, graphs, gate and route in one chain */
 #include "tests/unit/route/values.h"
 #include "tests/unit/route/by_hand.h"
 #include "tests/unit/route/faults.h"
+#include "tests/unit/route/parts.h"
 #include "tests/unit/route/refusals.h"
 #include "tests/unit/route/replay.h"
 
@@ -20,6 +22,7 @@ int main(int argc, char** argv)
     test_begin(argc, argv);
     route_values();
     route_by_hand();
+    route_parts();
     route_faults();
     route_refusals();
     route_replay();

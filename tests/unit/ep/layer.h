@@ -368,6 +368,123 @@ static void test_forward(void)
     }
 }
 
-static void ep_layer(void) { RUN(test_forward); }
+/* What the layer does not carry, and what is missing, is refused by name; y stays as it was. */
+static void test_layer_refusals(void)
+{
+    const lay_case c = {2, 8, 64, 40, 6, 2, MOE_EP_REDUCED, test_half(), 0, 0, 0, 0, 0, 0};
+    static lay_job j;
+    if (!lay_new(&j, &c, 390)) return;
+    const moe_ep_layer_desc ok = j.rank[0].ep;
+    moe_ep_layer_desc d;
+    moe_ep_layer_prepared p;
+    tgroup_use(&j.g, 0);
+#define LAY_REFUSED(change, kind, field)                                                           \
+    do {                                                                                           \
+        d = ok;                                                                                    \
+        change;                                                                                    \
+        memset((void*)&p, 0xda, sizeof p);                                                         \
+        CHECK_STATUS(moe_ep_layer_prepare(&d, &p), MOE_STATUS(kind, field));                       \
+        test_empty(&p, sizeof p, __LINE__);                                                        \
+    } while (0)
+    LAY_REFUSED(d.layer.route.capacity = 4, MOE_ERR_CONFLICT, route);
+    LAY_REFUSED(d.layer.route.replica_offset = (const int32_t*)TEST_FAR, MOE_ERR_CONFLICT, route);
+    LAY_REFUSED(d.layer.route.slot_row = (int32_t*)TEST_FAR, MOE_ERR_CONFLICT, route);
+    LAY_REFUSED(d.layer.gate.whole_batch = 1, MOE_ERR_CONFLICT, gate);
+    LAY_REFUSED(d.layer.rank = 1, MOE_ERR_CONFLICT, rank);
+    LAY_REFUSED(d.peers = 0, MOE_ERR_NULL, peers);
+    LAY_REFUSED(d.layer.fault = 0, MOE_ERR_NULL, fault);
+    LAY_REFUSED(d.layer.x = 0, MOE_ERR_NULL, x);
+    LAY_REFUSED(d.layer.w1.base = 0, MOE_ERR_NULL, w1);
+    LAY_REFUSED(d.layer.router = 0, MOE_ERR_NULL, router);
+    LAY_REFUSED(d.layer.y = 0, MOE_ERR_NULL, y);
+    LAY_REFUSED(d.layer.dtype = MOE_FP32, MOE_ERR_DTYPE, dtype);
+    LAY_REFUSED(d.layer.num_tokens = 9, MOE_ERR_RANGE, num_tokens);
+    LAY_REFUSED(d.layer.hidden = 60, MOE_ERR_MULTIPLE, hidden);
+    LAY_REFUSED(d.layer.top_k = 7, MOE_ERR_RANGE, top_k);
+    LAY_REFUSED(d.form = 9, MOE_ERR_OPTION, form);
+    LAY_REFUSED(d.max_tokens = 4000, MOE_ERR_RANGE, region_bytes);
+    LAY_REFUSED(d.layer.workspace = 0, MOE_ERR_NULL, workspace);
+    LAY_REFUSED(d.layer.workspace_bytes -= 1, MOE_ERR_WORKSPACE, workspace_bytes);
+#undef LAY_REFUSED
+    for (int r = 0; r < 2; ++r) {
+        tgroup_use(&j.g, r);
+        CHECK(tbuf_holds(&j.rank[r].y, 0), "a refused call wrote y");
+    }
+    TEST_CUDA(cudaSetDevice(0));
+    lay_free(&j);
+}
+
+/* The layer as a graph, one a rank, replayed with other tokens; and the same bits each time. */
+static void test_layer_graph(void)
+{
+    static lay_job j;
+    for (int form = MOE_EP_REDUCED; form <= MOE_EP_GATHERED; ++form) {
+        const lay_case c = {4, 10, 64, 40, 7, 2, form, test_half(), 16, 0, 0, 0, 0, 1};
+        trand q = trand_new(395);
+        if (lay_new(&j, &c, 396)) {
+            cudaGraph_t graph[4];
+            cudaGraphExec_t exec[4];
+            for (int r = 0; r < 4; ++r) {
+                tgroup_use(&j.g, r);
+                TEST_CUDA(cudaStreamBeginCapture(j.g.stream[r], cudaStreamCaptureModeThreadLocal));
+            }
+            lay_run(&j);
+            for (int r = 0; r < 4; ++r) {
+                tgroup_use(&j.g, r);
+                TEST_CUDA(cudaStreamEndCapture(j.g.stream[r], &graph[r]));
+            }
+            for (int r = 0; r < 4; ++r) {
+                tgroup_use(&j.g, r);
+                TEST_CUDA(cudaGraphInstantiate(&exec[r], graph[r], 0));
+                TEST_CUDA(cudaGraphDestroy(graph[r]));
+            }
+            for (int n = 0; n < 3; ++n) {
+                void* first[4];
+                for (int r = 0; r < 4; ++r) {
+                    void* x = lay_draw(&q, (int64_t)j.rank[r].T * c.H, c.dtype, 1.0f);
+                    tgroup_use(&j.g, r);
+                    tbuf_put(&j.rank[r].x, x);
+                    free(x);
+                    CHECK_STATUS(moe_layer_forward(&j.rank[r].one, j.g.stream[r]), MOE_OK);
+                }
+                for (int again = 0; again < 2; ++again) {
+                    for (int r = 0; r < 4; ++r) {
+                        tgroup_use(&j.g, r);
+                        tbuf_poison(&j.rank[r].y);
+                    }
+                    for (int r = 0; r < 4; ++r) {
+                        tgroup_use(&j.g, r);
+                        TEST_CUDA(cudaGraphLaunch(exec[r], j.g.stream[r]));
+                    }
+                    tgroup_wait(&j.g);
+                    for (int r = 0; r < 4; ++r) {
+                        tgroup_use(&j.g, r);
+                        if (again) CHECK(tbuf_holds(&j.rank[r].y, first[r]), "other bits, rank %d", r);
+                        else first[r] = tbuf_copy(&j.rank[r].y);
+                    }
+                }
+                tgroup_clean(&j.g, __LINE__);
+                for (int r = 0; r < 4; ++r) {
+                    void* one;
+                    tgroup_use(&j.g, r);
+                    one = tbuf_copy(&j.rank[r].y1);
+                    if (form == MOE_EP_GATHERED)
+                        CHECK(tbuf_holds(&j.rank[r].y, one), "replay %d, rank %d", n, r);
+                    else lay_check_reduced(&j, r);
+                    TFREE(one, first[r]);
+                }
+            }
+            for (int r = 0; r < 4; ++r) TEST_CUDA(cudaGraphExecDestroy(exec[r]));
+        }
+        lay_free(&j);
+    }
+}
+
+static void ep_layer(void)
+{
+    RUN(test_forward);
+    RUN(test_layer_refusals);
+    RUN(test_layer_graph);
+}
 
 #endif

@@ -142,6 +142,15 @@ static void test_route_refusals(void)
     REFUSED(d.replica_offset = (int32_t*)AT(extra, 2), MOE_ERR_ALIGN, replica_offset);
     REFUSED((d.replica_offset = extra, d.replica_expert = (int32_t*)AT(extra, 1)), MOE_ERR_ALIGN,
             replica_expert);
+    REFUSED((d.part_count = extra, d.num_parts = 0), MOE_ERR_RANGE, num_parts);
+    REFUSED((d.part_count = extra, d.num_parts = d.num_tokens + 1), MOE_ERR_RANGE, num_parts);
+    REFUSED(d.num_parts = 1, MOE_ERR_RANGE, num_parts);
+    REFUSED((d.part_count = extra, d.num_parts = 1, d.chunk_count = (int32_t*)b.chunk.p),
+            MOE_ERR_CONFLICT, part_count);
+    REFUSED((d.part_count = (int32_t*)AT(extra, 2), d.num_parts = 1), MOE_ERR_ALIGN, part_count);
+    REFUSED(d.max_rows = -1, MOE_ERR_RANGE, max_rows);
+    REFUSED((d.max_rows = 3, d.capacity = 5, d.drop_rule = MOE_DROP_BY_WEIGHT), MOE_ERR_CONFLICT,
+            max_rows);
     REFUSED(d.drop_count = (int32_t*)AT(b.drops.p, 2), MOE_ERR_ALIGN, drop_count);
     REFUSED(d.drop_count = d.expert_count, MOE_ERR_OVERLAP, drop_count);
     REFUSED(d.drop_count = (int32_t*)d.workspace, MOE_ERR_OVERLAP, drop_count);
