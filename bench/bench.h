@@ -273,7 +273,7 @@ static void bench_copy(void* context, cudaStream_t stream)
 }
 
 /* Opens the bench: device, flags, the copy ceiling. Exits with 77 without a GPU. */
-static bench_state bench_open(int argc, char** argv, const char* title)
+MOEI_UNUSED static bench_state bench_open(int argc, char** argv, const char* title)
 {
     bench_state s;
     struct cudaDeviceProp prop;
@@ -340,7 +340,7 @@ MOEI_UNUSED static void bench_row(bench_state* s, const char* what, double ms, d
     fflush(stdout);
 }
 
-static int bench_close(bench_state* s, int failures)
+MOEI_UNUSED static int bench_close(bench_state* s, int failures)
 {
     if (s->csv) fclose(s->csv);
     if (failures) printf("VERIFY FAILED: %d\n", failures);

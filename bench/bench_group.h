@@ -24,7 +24,7 @@ typedef struct bench_group {
 /* Queues the call of all ranks; fn sets the device itself where it queues. */
 typedef void (*bench_group_fn)(void* context, bench_group* g);
 
-static void bench_group_open(bench_group* g, int W, uint64_t bytes)
+MOEI_UNUSED static void bench_group_open(bench_group* g, int W, uint64_t bytes)
 {
     moe_peers_pair pair;
     memset(g, 0, sizeof *g);
@@ -47,7 +47,7 @@ static void bench_group_open(bench_group* g, int W, uint64_t bytes)
     BENCH_MOE(moe_peers_create_local(g->peers, W, g->device, g->region, bytes, &pair));
 }
 
-static void bench_group_wait(bench_group* g)
+MOEI_UNUSED static void bench_group_wait(bench_group* g)
 {
     for (int r = 0; r < g->W; ++r) {
         BENCH_CUDA(cudaSetDevice(g->device[r]));
@@ -56,7 +56,7 @@ static void bench_group_wait(bench_group* g)
 }
 
 /* Ends the program where a rank has met a fault. */
-static void bench_group_check(bench_group* g, const char* what)
+MOEI_UNUSED static void bench_group_check(bench_group* g, const char* what)
 {
     bench_group_wait(g);
     for (int r = 0; r < g->W; ++r) {
@@ -72,7 +72,7 @@ static void bench_group_check(bench_group* g, const char* what)
     }
 }
 
-static void bench_group_barrier(bench_group* g)
+MOEI_UNUSED static void bench_group_barrier(bench_group* g)
 {
     for (int r = 0; r < g->W; ++r) {
         moe_peers_desc d;
@@ -87,7 +87,7 @@ static void bench_group_barrier(bench_group* g)
 
 /* Returns the median milliseconds of one call, barrier included. graph: calls in one captured graph
    a rank; 0: each call is queued by itself. */
-static double bench_group_time(bench_group* g, bench_group_fn fn, void* context, int graph)
+MOEI_UNUSED static double bench_group_time(bench_group* g, bench_group_fn fn, void* context, int graph)
 {
     cudaGraphExec_t exec[BENCH_MOST_RANKS];
     const int calls = graph ? graph : 5;

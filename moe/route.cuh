@@ -301,11 +301,11 @@ MOE_HOST moe_status moei_route_prepare(const moe_route_desc* desc, moe_route_pre
     a->d = *desc;
     MOE_TRY(moei_route_check(&a->d));
     a->max_rows = (int32_t)moei_route_row_bound(&a->d);
-    (void)moei_route_carve_workspace(&a->d, a, a->d.chunk_count != 0);
     if (moei_route_is_small(&a->d)) {
         MOE_TRY(moei_route_grid(&c, &a->d, 1));
         return MOE_PREPARE(&p->place, moei_route_place_few, c);
     }
+    (void)moei_route_carve_workspace(&a->d, a, a->d.chunk_count != 0);
     if (!desc->chunk_count && a->d.num_tokens > 0) {
         MOE_TRY(moei_route_grid(&c, &a->d, 0));
         if (a->d.replica_offset || a->d.part_count)

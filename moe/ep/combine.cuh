@@ -41,7 +41,12 @@
 
 #define MOEI_EP_REDUCE_THREADS 512
 #define MOEI_EP_REDUCE_WARPS (MOEI_EP_REDUCE_THREADS / MOE_WARP_SIZE)
-#define MOEI_EP_REDUCE_BLOCKS 2 /* thread blocks a multiprocessor */
+#define MOEI_EP_REDUCE_BLOCKS 2 /* thread blocks a multiprocessor: 64 registers a thread; */
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1000
+#define MOEI_EP_REDUCE_RESIDENT 2
+#else
+#define MOEI_EP_REDUCE_RESIDENT 1 /* elsewhere they do not suffice */
+#endif
 
 /* The argument of the reducing kernels. */
 typedef struct moei_ep_reduce_args {
@@ -160,7 +165,7 @@ MOE_DEVICE_BODY void moei_ep_reduce_body(const moei_ep_reduce_args* a, const int
 
 /* For one dtype of rows. */
 #define MOEI_EP_REDUCE(name, dtype)                                                                \
-    MOE_KERNEL(MOEI_EP_REDUCE_THREADS, MOEI_EP_REDUCE_BLOCKS)                                      \
+    MOE_KERNEL(MOEI_EP_REDUCE_THREADS, MOEI_EP_REDUCE_RESIDENT)                                    \
     moei_ep_reduce_##name(MOE_ARG(moei_ep_reduce_args) a)                                          \
     {                                                                                              \
         moei_ep_reduce_body(&a, dtype);                                                            \

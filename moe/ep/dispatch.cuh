@@ -182,7 +182,7 @@ MOE_HOST moe_status moei_ep_carve(const moe_ep_dispatch_desc* d, const moei_ep_a
                                   moe_ep_view* v, size_t* bytes)
 {
     const moe_ep_buffers* b = &d->buffers;
-    const uint64_t num_ranks = (uint64_t)a->peers.num_ranks, P = (uint64_t)d->num_local;
+    const uint64_t num_ranks = (uint64_t)a->peers.num_ranks, local = (uint64_t)d->num_local;
     const uint64_t slots = num_ranks * (uint64_t)b->recv_tokens * (uint64_t)b->top_k;
     char* own = a->peers.base;
     moe_route_desc r;
@@ -201,8 +201,8 @@ MOE_HOST moe_status moei_ep_carve(const moe_ep_dispatch_desc* d, const moei_ep_a
     v->recv_count = (int32_t*)(own + a->at.recv_count);
     *bytes = 0;
     v->chunk_count = (int32_t*)moei_carve(base, bytes, MOEI_EP_MAX_CHUNKS * num_ranks * 4);
-    v->expert_count = (int32_t*)moei_carve(base, bytes, (P ? P : 1) * 4);
-    v->expert_offset = (int32_t*)moei_carve(base, bytes, (P ? P : 1) * 4 + 4);
+    v->expert_count = (int32_t*)moei_carve(base, bytes, (local ? local : 1) * 4);
+    v->expert_offset = (int32_t*)moei_carve(base, bytes, (local ? local : 1) * 4 + 4);
     v->row_slot = (int32_t*)moei_carve(base, bytes, (uint64_t)v->num_rows * 4);
     v->recv_place = (moe_place*)moei_carve(base, bytes, slots * 8);
     if (b->form == MOE_EP_REDUCED) {

@@ -93,18 +93,11 @@ MOE_DEVICE void moei_ep_mark(const moei_ep_args* a, uint32_t* goes, int t0, int 
     const int t = t0 + moe_lane();
     for (int d0 = 0; d0 < a->peers.num_ranks; d0 += 32) {
         uint32_t ranks = 0; /* bit i: the token goes to rank d0 + i */
-        for (int k0 = 0; k0 < a->top_k && t < end; k0 += 8) {
-            int id[8]; /* all eight loads are in flight together */
-            MOE_UNROLL
-            for (int k = 0; k < 8; ++k)
-                id[k] = k0 + k < a->top_k
-                            ? (int)moei_load4_early(a->ids + (int64_t)t * a->top_k + k0 + k)
-                            : -1;
-            MOE_UNROLL
-            for (int k = 0; k < 8; ++k) {
-                const unsigned r = (unsigned)(moei_ep_target(a, t, k0 + k, id[k]).rank - d0);
-                if (r < 32) ranks |= 1u << r;
-            }
+        MOE_NO_UNROLL /* after the first load the others hit L1; little code matters more */
+        for (int k = 0; k < a->top_k && t < end; ++k) {
+            const int id = a->ids[(int64_t)t * a->top_k + k];
+            const unsigned r = (unsigned)(moei_ep_target(a, t, k, id).rank - d0);
+            if (r < 32) ranks |= 1u << r;
         }
         for (int i = 0; i < 32 && d0 + i < a->peers.num_ranks; ++i) {
             const uint32_t lanes = __ballot_sync(MOE_FULL_WARP, ranks >> i & 1u);
