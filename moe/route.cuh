@@ -42,8 +42,7 @@
      row_multiple  Each expert's rows begin and end at a multiple of row_multiple. The rows that pad
                    an expert hold no slot. An expert without a slot has no rows.
 
-   Cost: two launches, or one with the gate's chunk_count or for up to 4096 slots; one more for
-   capacity by weight. Traffic:
+   Cost: two launches, or one with the gate's chunk_count; one more for capacity by weight. Traffic:
    the ids once a launch, the weights once, each output once, and all chunk counts by each of up to
    MOE_MAX_CHUNKS thread blocks. Capacity by weight also writes slots and weights to the workspace
    once, and reads them back from cache: once, or some four times where an expert has over 1.5 times
@@ -282,16 +281,6 @@ MOE_HOST moe_status moei_route_prepare_by_weight(moe_route_prepared* p,
     return MOE_PREPARE(&p->keep, moei_route_keep, c);
 }
 
-#define MOEI_ROUTE_FEW 4096 /* most slots that every block of the placing launch counts */
-
-/* Returns 1 where one launch counts and places. */
-MOE_HOST int moei_route_is_small(const moe_route_desc* d)
-{
-    return !d->chunk_count && d->drop_rule != MOE_DROP_BY_WEIGHT && d->num_tokens > 0 &&
-           d->num_replicas <= MOE_WARP_SIZE * MOEI_ROUTE_STEPS && /* room in shared memory */
-           (int64_t)d->num_tokens * d->top_k <= MOEI_ROUTE_FEW;
-}
-
 /* Fills in *p, which is all zeros. */
 MOE_HOST moe_status moei_route_prepare(const moe_route_desc* desc, moe_route_prepared* p)
 {
@@ -301,10 +290,6 @@ MOE_HOST moe_status moei_route_prepare(const moe_route_desc* desc, moe_route_pre
     a->d = *desc;
     MOE_TRY(moei_route_check(&a->d));
     a->max_rows = (int32_t)moei_route_row_bound(&a->d);
-    if (moei_route_is_small(&a->d)) {
-        MOE_TRY(moei_route_grid(&c, &a->d, 1));
-        return MOE_PREPARE(&p->place, moei_route_place_few, c);
-    }
     (void)moei_route_carve_workspace(&a->d, a, a->d.chunk_count != 0);
     if (!desc->chunk_count && a->d.num_tokens > 0) {
         MOE_TRY(moei_route_grid(&c, &a->d, 0));
@@ -331,7 +316,7 @@ MOE_HOST moe_status moe_route_prepare(const moe_route_desc* desc, moe_route_prep
 MOE_HOST moe_status moe_route_run(const moe_route_prepared* p, cudaStream_t stream)
 {
     MOE_REQUIRE(p, MOE_ERR_NULL, desc);
-    MOE_TRY(MOE_RUN(&p->count, p->args, stream)); /* or empty */
+    MOE_TRY(MOE_RUN(&p->count, p->args, stream));
     if (!p->keep.kernel) return MOE_RUN(&p->place, p->args, stream);
     MOE_TRY(MOE_RUN(&p->place, p->list, stream));
     return MOE_RUN(&p->keep, p->args, stream);
@@ -352,7 +337,6 @@ MOE_HOST moe_status moe_route_preload(void)
     MOE_TRY(moe_preload_kernel((const void*)moei_route_count_options));
     MOE_TRY(moe_preload_kernel((const void*)moei_route_place));
     MOE_TRY(moe_preload_kernel((const void*)moei_route_place_options));
-    MOE_TRY(moe_preload_kernel((const void*)moei_route_place_few));
     return moe_preload_kernel((const void*)moei_route_keep);
 }
 

@@ -107,38 +107,15 @@ MOE_DEVICE unsigned moei_route_padded(const moe_route_desc* d, unsigned kept)
     return m == 1 ? kept : (kept + m - 1) / m * m;
 }
 
-/* For few slots: sets all[e] to e's slots and s->base[e] to those before this block's chunk, counted
-   by every block. All threads; a barrier must follow. */
-MOE_DEVICE void moei_route_count_all(const moe_route_desc* d, const moei_route_shared* s, int* all)
-{
-    const uint32_t begin = moei_route_begin(d, blockIdx.x), end = moei_route_begin(d, gridDim.x);
-    for (int e = (int)threadIdx.x; e < d->num_replicas; e += (int)blockDim.x)
-        all[e] = s->base[e] = 0;
-    __syncthreads(); /* both are clear */
-    for (uint32_t slot = threadIdx.x; slot < end; slot += blockDim.x * MOEI_ROUTE_STEPS) {
-        int id[MOEI_ROUTE_STEPS];
-        MOE_UNROLL /* the loads are in flight together */
-        for (int i = 0; i < MOEI_ROUTE_STEPS; ++i)
-            id[i] = moei_route_load_id(d, slot + (uint32_t)i * blockDim.x, end, 1);
-        MOE_UNROLL
-        for (int i = 0; i < MOEI_ROUTE_STEPS; ++i) {
-            const uint32_t at = slot + (uint32_t)i * blockDim.x;
-            const int e = moei_route_id(d, at, id[i], 1);
-            if (e >= 0) atomicAdd(all + e, 1);
-            if (e >= 0 && at < begin) atomicAdd(s->base + e, 1);
-        }
-    }
-}
-
 /* Computes offsets; block 0 writes the counts and offsets. Sets s->offset[e], and s->base[e] of
    this block's first round; with options s->start[e] = slots that e keeps. Returns the number of
-   rows. few: the chunks are not counted yet. Sets *checksum to the sum over this thread's experts of the bases that they must reach in
+   rows. Sets *checksum to the sum over this thread's experts of the bases that they must reach in
    the end. All threads.
      1. sums the chunk counts by group
      2. each thread adds up the groups of its experts, and a prefix sum gives their offsets */
 MOE_DEVICE int moei_route_offsets(const moei_route_args* a, const moei_route_shared* s,
                                   moe_block_scan_scratch* scratch, uint32_t* checksum,
-                                  const int options, const int few)
+                                  const int options)
 {
     const moe_route_desc* d = &a->d;
     const int num_experts = d->num_replicas, chunks = d->num_tokens > 0 ? (int)gridDim.x : 0;
@@ -147,16 +124,13 @@ MOE_DEVICE int moei_route_offsets(const moei_route_args* a, const moei_route_sha
     int* parts = num_experts <= (int)blockDim.x * 4 ? s->row : s->start;
     int rows = 0;
     *checksum = 0;
-    if (few) moei_route_count_all(d, s, parts); /* 1. */
-    else if (chunks > 0) moei_route_sum(d, s, parts, &group);
+    if (chunks > 0) moei_route_sum(d, s, parts, &group); /* 1. */
     __syncthreads(); /* 2.; parts and base are complete */
     for (int e0 = 0; e0 < num_experts; e0 += (int)blockDim.x) {
         const int e = e0 + (int)threadIdx.x;
         unsigned all = 0, before = 0, kept, taken;
         int at, own = 0, total;
-        if (e < num_experts && few) {
-            all = (unsigned)parts[e];
-        } else if (e < num_experts) {
+        if (e < num_experts) {
             if (chunks > 0) own = d->chunk_count[(int)blockIdx.x * num_experts + e];
             MOE_UNROLL_8
             for (int g = 0; g < 1 << group.log2; ++g) {
@@ -329,8 +303,7 @@ MOE_DEVICE void moei_route_write_slots(const moei_route_args* a, const moei_rout
      At the end:
      7. compares checksums; clears the rows past the last */
 MOE_DEVICE_BODY void moei_route_place_chunk(const moei_route_args* a, unsigned char* shared,
-                                            moe_block_scan_scratch* scratch, const int options,
-                                            const int few)
+                                            moe_block_scan_scratch* scratch, const int options)
 {
     const moe_route_desc* d = &a->d;
     const int num_experts = d->num_replicas, bits = 32 - __clz(num_experts);
@@ -348,7 +321,7 @@ MOE_DEVICE_BODY void moei_route_place_chunk(const moei_route_args* a, unsigned c
     moe_pdl_wait();
     if (moe_fault_stopped(d->fault)) return;
     moei_route_fetch(id, weight, d, begin, end, steps, options); /* 1. */
-    rows = moei_route_offsets(a, &s, scratch, &checksum, options, few);
+    rows = moei_route_offsets(a, &s, scratch, &checksum, options);
     if (options && d->row_multiple > 1) {
         __syncthreads(); /* start is complete */
         moei_route_pad(a, &s); /* a barrier stands before start is written again */
@@ -395,24 +368,23 @@ MOE_DEVICE_BODY void moei_route_place_chunk(const moei_route_args* a, unsigned c
     }
     for (int e = (int)threadIdx.x; e < num_experts; e += (int)blockDim.x)
         checksum -= moei_route_checksum(e, s.base[e]);
-    if (!few && d->num_tokens > 0 && checksum != 0) /* 7. not the ids that were counted */
+    if (d->num_tokens > 0 && checksum != 0) /* 7. not the ids that were counted */
         moe_fault_raise(d->fault, MOE_FAULT_BAD_COUNT, d->rank, moei_route_begin(d, blockIdx.x));
     if (rows < 0) rows = 0;
     moei_route_clear_rows(a, (uint32_t)rows + blockIdx.x * blockDim.x + threadIdx.x,
                           (uint32_t)a->max_rows, gridDim.x * blockDim.x); /* past the last row */
 }
 
-/* Placing without and with options; for few slots, with the counting in the same launch. */
-#define MOEI_ROUTE_PLACE(name, options, few)                                                            \
+/* Placing without and with options. */
+#define MOEI_ROUTE_PLACE(name, options)                                                            \
     MOE_KERNEL(MOEI_ROUTE_THREADS, 1) name(MOE_ARG(moei_route_args) a)                             \
     {                                                                                              \
         MOE_SHARED(moe_block_scan_scratch, scratch);                                               \
         MOE_SHARED_DYNAMIC(shared);                                                                \
-        moei_route_place_chunk(&a, shared, &scratch, options, few);                                \
+        moei_route_place_chunk(&a, shared, &scratch, options);                                     \
     }
-MOEI_ROUTE_PLACE(moei_route_place, 0, 0)
-MOEI_ROUTE_PLACE(moei_route_place_options, 1, 0)
-MOEI_ROUTE_PLACE(moei_route_place_few, 1, 1)
+MOEI_ROUTE_PLACE(moei_route_place, 0)
+MOEI_ROUTE_PLACE(moei_route_place_options, 1)
 #undef MOEI_ROUTE_PLACE
 
 #endif
