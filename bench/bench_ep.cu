@@ -4,8 +4,8 @@
      without -DBENCH_NCCL and -lnccl: without NCCL's rows
      ./bench_ep [--ranks W] [--shape T,H,E,K] [--small]
 
-   Bytes are those that leave a GPU; local rows do not count. A barrier stands in every iteration and
-   is part of the time; the slowest rank counts. */
+   Bytes are those that leave a GPU; local rows do not count. A barrier stands in every iteration
+   and is part of the time; the slowest rank counts. */
 #include "bench_group.h"
 
 #include "../moe/ep/combine.cuh"
@@ -86,8 +86,8 @@ static void job_open(bench_group* g, job* j, shape s, int form, int skew)
         j->y[r] = bench_alloc((size_t)s.T * (size_t)s.H * 2);
         j->ids[r] = (int32_t*)bench_alloc((size_t)s.T * (size_t)s.K * 4);
         j->weights[r] = (float*)bench_random((int64_t)s.T * s.K, MOE_FP32, 1.0f, 9u);
-        BENCH_CUDA(cudaMemcpy(j->ids[r], host, (size_t)s.T * (size_t)s.K * 4,
-                              cudaMemcpyHostToDevice));
+        BENCH_CUDA(
+            cudaMemcpy(j->ids[r], host, (size_t)s.T * (size_t)s.K * 4, cudaMemcpyHostToDevice));
         d->peers = g->peers + r;
         d->x = j->x[r], d->ids = j->ids[r], d->weights = j->weights[r];
         d->fault = g->fault[r];
@@ -230,7 +230,8 @@ static void verify(bench_group* g, job* j)
         BENCH_WORST(check_kernel, c, a, wrong);
         BENCH_CUDA(cudaMemcpy(count, v.recv_count, (size_t)g->W * 4, cudaMemcpyDeviceToHost));
         if (wrong || (r > 0 && j->s.T && count[0] == 0)) {
-            printf("VERIFY FAILED: rank %d: %u vectors differ, %d rows of rank 0\n", r, wrong, count[0]);
+            printf("VERIFY FAILED: rank %d: %u vectors differ, %d rows of rank 0\n", r, wrong,
+                   count[0]);
             exit(1);
         }
     }
@@ -295,8 +296,8 @@ static double best_copy(bench_group* g, int64_t bytes, int pull)
         double ms;
         j.blocks = blocks[i];
         ms = bench_group_time(g, run_copy, &j, 0);
-        printf("  plain %s, %3d blocks %9.4f ms %7.1f GB/s\n", pull ? "pull" : "push", blocks[i], ms,
-               (double)bytes / ms * 1e-6);
+        printf("  plain %s, %3d blocks %9.4f ms %7.1f GB/s\n", pull ? "pull" : "push", blocks[i],
+               ms, (double)bytes / ms * 1e-6);
         if ((double)bytes / ms * 1e3 > best) best = (double)bytes / ms * 1e3;
     }
     for (int r = 0; r < g->W; ++r) BENCH_CUDA(cudaFree(j.local[r]));
@@ -319,16 +320,16 @@ static void run_nccl(void* context, bench_group* g)
         for (int p = 0; p < g->W; ++p) {
             BENCH_NCCL_DO(ncclSend((char*)j->from[r] + (size_t)p * j->each * 2, j->each,
                                    ncclBfloat16, p, j->comm[r], g->stream[r]));
-            BENCH_NCCL_DO(ncclRecv((char*)j->to[r] + (size_t)p * j->each * 2, j->each,
-                                   ncclBfloat16, p, j->comm[r], g->stream[r]));
+            BENCH_NCCL_DO(ncclRecv((char*)j->to[r] + (size_t)p * j->each * 2, j->each, ncclBfloat16,
+                                   p, j->comm[r], g->stream[r]));
         }
     BENCH_NCCL_DO(ncclGroupEnd());
 }
 #endif
 
 #ifdef BENCH_NCCL
-/* What a user of NCCL does before the experts: rows into expert order, counts to the host, all-to-all
-   of the rows that each rank has for each other. */
+/* What a user of NCCL does before the experts: rows into expert order, counts to the host, all-to-
+   all of the rows that each rank has for each other. */
 typedef struct path_job {
     moe_route_prepared route[BENCH_MOST_RANKS];
     moe_permute_prepared permute[BENCH_MOST_RANKS];
@@ -353,7 +354,8 @@ static void run_path(void* context, bench_group* g)
     BENCH_NCCL_DO(ncclGroupStart());
     for (int r = 0; r < g->W; ++r) {
         size_t at = 0;
-        for (int q = 0; q < g->W; ++q) { /* rank r sends q's experts' rows, and gets its own from q */
+        for (int q = 0; q < g->W;
+             ++q) { /* rank r sends q's experts' rows, and gets its own from q */
             const int32_t* own = p->offset[r];
             const int32_t* other = p->offset[q];
             const int a = moe_ep_first(q, p->s.E, g->W), b = moe_ep_first(q + 1, p->s.E, g->W);
@@ -444,7 +446,8 @@ static void beside_nccl(bench_group* g, shape s)
     for (int i = 0; i < CALLS; ++i) {
         BENCH_NCCL_DO(ncclGroupStart());
         for (int r = 0; r < g->W; ++r)
-            BENCH_NCCL_DO(ncclAllReduce(sum[r], sum[r], count, ncclFloat, ncclSum, j.comm[r], other[r]));
+            BENCH_NCCL_DO(
+                ncclAllReduce(sum[r], sum[r], count, ncclFloat, ncclSum, j.comm[r], other[r]));
         BENCH_NCCL_DO(ncclGroupEnd());
         run_both(&e, g);
     }
@@ -516,14 +519,14 @@ static void bench_shape(bench_group* g, shape s, double push, double pull, int g
     printf("  barrier alone %.4f ms; dispatch and combine, one barrier: %.4f ms\n",
            bench_group_time(g, run_nothing, 0, graph), bench_group_time(g, run_both, j, graph));
     if (nccl > 0) {
-        row("NCCL all-to-all of T K rows", nccl,
-            (double)s.T * s.K * (g->W - 1) / g->W * row_bytes, pull, "a plain pull");
+        row("NCCL all-to-all of T K rows", nccl, (double)s.T * s.K * (g->W - 1) / g->W * row_bytes,
+            pull, "a plain pull");
         printf("  dispatch / NCCL %.3f\n", dispatch / nccl);
 #ifdef BENCH_NCCL
         if (!graph) {
             const double path = nccl_path(g, j, nccl_comm());
-            printf("  permute, counts to host, NCCL all-to-all %.4f ms; dispatch / this %.3f\n", path,
-                   dispatch / path);
+            printf("  permute, counts to host, NCCL all-to-all %.4f ms; dispatch / this %.3f\n",
+                   path, dispatch / path);
         }
 #endif
     }
@@ -534,7 +537,8 @@ static void bench_shape(bench_group* g, shape s, double push, double pull, int g
     combine = bench_group_time(g, run_combine, j, graph);
     row("dispatch, gathered", dispatch, j->sent_rows * row_bytes, push, "a plain push");
     row("combine, gathered", combine, j->slot_rows * row_bytes, pull, "a plain pull");
-    printf("  dispatch and combine, one barrier: %.4f ms\n", bench_group_time(g, run_both, j, graph));
+    printf("  dispatch and combine, one barrier: %.4f ms\n",
+           bench_group_time(g, run_both, j, graph));
     job_close(g, j);
     free(j);
 }

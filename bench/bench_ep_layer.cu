@@ -1,5 +1,5 @@
-/* The layer over ranks, one a GPU, beside the local layer with the same tokens a GPU and all experts.
-   nvcc -O3 -std=c++14 -I. -arch=sm_90a bench/bench_ep_layer.cu -o bench_ep_layer
+/* The layer over ranks, one a GPU, beside the local layer with the same tokens a GPU and all
+   experts. nvcc -O3 -std=c++14 -I. -arch=sm_90a bench/bench_ep_layer.cu -o bench_ep_layer
      ./bench_ep_layer [--ranks W] [--thiek T,H,I,E,K]    T tokens a rank
 
    A barrier stands in every iteration and is part of all times; the slowest rank counts. TFLOPS are
@@ -171,7 +171,8 @@ static void verify(job* j, bench_group* g)
                 BENCH_CUDA(cudaMemcpy(y[1], j->local[r].y, (size_t)tokens * (size_t)H * 2,
                                       cudaMemcpyDeviceToHost));
                 for (int64_t i = 0; i < (int64_t)tokens * H; ++i) {
-                    const double w = moe_bf16_to_f32(y[0][i]), e = fabs(moe_bf16_to_f32(y[1][i]) - w);
+                    const double w = moe_bf16_to_f32(y[0][i]),
+                                 e = fabs(moe_bf16_to_f32(y[1][i]) - w);
                     if (fabs(w) > top) top = fabs(w);
                     if (!(e <= off)) off = e;
                 }
@@ -209,9 +210,10 @@ static void bench_shape(bench_group* g, shape s)
         ep = bench_group_time(g, run_ep, &j, 4);
         again = bench_group_time(g, run_local, &j, 4);
         local = 0.5 * (local + again);
-        printf("  %-8s local %8.4f ms %6.1f TFLOPS   over ranks %8.4f ms %6.1f TFLOPS  ratio %.3f\n",
-               form == MOE_EP_REDUCED ? "reduced" : "gathered", local, flops / local * 1e-9, ep,
-               flops / ep * 1e-9, local / ep);
+        printf(
+            "  %-8s local %8.4f ms %6.1f TFLOPS   over ranks %8.4f ms %6.1f TFLOPS  ratio %.3f\n",
+            form == MOE_EP_REDUCED ? "reduced" : "gathered", local, flops / local * 1e-9, ep,
+            flops / ep * 1e-9, local / ep);
         print_parts(&j, g);
         printf("    local, less a barrier of %.4f:", barrier);
         for (j.part = 0; j.part < MOE_LAYER_PARTS; ++j.part)

@@ -87,7 +87,8 @@ MOEI_UNUSED static void bench_group_barrier(bench_group* g)
 
 /* Returns the median milliseconds of one call, barrier included. graph: calls in one captured graph
    a rank; 0: each call is queued by itself. */
-MOEI_UNUSED static double bench_group_time(bench_group* g, bench_group_fn fn, void* context, int graph)
+MOEI_UNUSED static double bench_group_time(bench_group* g, bench_group_fn fn, void* context,
+                                           int graph)
 {
     cudaGraphExec_t exec[BENCH_MOST_RANKS];
     const int calls = graph ? graph : 5;

@@ -34,8 +34,8 @@
                    those of the largest weights (MOE_DROP_BY_WEIGHT). The others are dropped:
                    slot_row -1, place {-1, -1}; drop_count counts them.
      part_count    The tokens are num_parts parts of equal size, of which only the first part_count
-                   tokens exist: what several senders wrote into one array. Slots of the others count
-                   as unused, whatever their ids.
+                   tokens exist: what several senders wrote into one array. Slots of the others
+                   count as unused, whatever their ids.
      max_rows      Room for rows: a bound below what the sizes allow. Where the ids need more, the
                    stop fault ROWS_FULL says how many, and nothing is written past the room. Not
                    with capacity by weight.

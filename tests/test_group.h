@@ -1,6 +1,6 @@
 /* test_group.h: a group of ranks in one process, spread over the devices that there are, and how a
-   test waits for all of them. Ranks that share a device are no test of peer access: the transport is
-   printed. */
+   test waits for all of them. Ranks that share a device are no test of peer access: the transport
+   is printed. */
 #ifndef MOE_TESTS_TEST_GROUP_H
 #define MOE_TESTS_TEST_GROUP_H
 
@@ -39,8 +39,8 @@ MOEI_UNUSED static void tgroup_use(const tgroup* g, int r)
     TEST_CUDA(cudaSetDevice(g->device[r]));
 }
 
-/* A group whose regions have `bytes` bytes, all poison but the headers. Returns 0 where ranks do not
-   reach each other. */
+/* A group whose regions have `bytes` bytes, all poison but the headers. Returns 0 where ranks do
+   not reach each other. */
 MOEI_UNUSED static int tgroup_new(tgroup* g, int W, uint64_t bytes)
 {
     const int devices = tgroup_devices();
@@ -69,7 +69,7 @@ MOEI_UNUSED static int tgroup_new(tgroup* g, int W, uint64_t bytes)
     }
     if (!said[W]++)
         printf("  %d ranks on %d device%s: %s\n", W, g->devices, g->devices > 1 ? "s" : "",
-               MOE_ON_HOST        ? "the CPU's memory"
+               MOE_ON_HOST      ? "the CPU's memory"
                : g->devices > 1 ? "peer access"
                                 : "one GPU's own memory, no peer is tested");
     return CHECK_STATUS(s, MOE_OK);

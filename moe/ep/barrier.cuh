@@ -1,5 +1,5 @@
-/* barrier.cuh: put, get, signal, wait and barrier between ranks as launches. signal.cuh has the same
-   as device functions and says what a wait does when a rank does not come.
+/* barrier.cuh: put, get, signal, wait and barrier between ranks as launches. signal.cuh has the
+   same as device functions and says what a wait does when a rank does not come.
 
      moe_peers_put      copies `bytes` from `buffer` to offset `offset` of a peer's region
      moe_peers_get      copies `bytes` from a peer's region to `buffer`

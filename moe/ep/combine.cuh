@@ -1,6 +1,7 @@
 /* combine.cuh: brings the experts' rows of each token home and sums them.
 
-     y[t, :] = residual[t, :] + sum over k of weights[t, k] row(t, k)[:] + shared_weight[t] shared[t, :]
+     y[t, :] = residual[t, :] + sum over k of weights[t, k] row(t, k)[:] + shared_weight[t]
+     shared[t, :]
 
    row(t, k) is the row of token t's slot k, on the rank that has the slot's expert. Two forms
    (buffers.form, for the whole exchange):
@@ -22,10 +23,10 @@
    Out:  y [T, H] of this rank's tokens
    weights null: a sum without gate weights, for the gradient of x.
 
-   Bytes that leave each GPU: reduced: one row for each received token of another rank; gathered: one
-   row for each slot of other ranks' tokens. Memory traffic: the experts' rows are read once; reduced:
-   each partial sum is written and read once.
-   Cost: 2 launches. One warp waits for peers. Minimum architecture: sm_75.
+   Bytes that leave each GPU: reduced: one row for each received token of another rank; gathered:
+   one row for each slot of other ranks' tokens. Memory traffic: the experts' rows are read once;
+   reduced: each partial sum is written and read once. Cost: 2 launches. One warp waits for peers.
+   Minimum architecture: sm_75.
 
      moe_ep_combine_desc c = {0};
      c.dispatch = &d;  c.rows = rows;  c.weights = weights;  c.y = y;
@@ -51,12 +52,12 @@
 /* The argument of the reducing kernels. */
 typedef struct moei_ep_reduce_args {
     moe_peers_args peers;
-    moe_combine_args sum;  /* over received tokens; y is that of their homes */
-    const int32_t* count;  /* [W] tokens of each sender */
-    uint64_t partial;      /* offset in every region */
-    int32_t recv_tokens;   /* C */
-    int32_t warps;         /* of a block that share a token */
-    int32_t channel, tag;  /* of the combine */
+    moe_combine_args sum; /* over received tokens; y is that of their homes */
+    const int32_t* count; /* [W] tokens of each sender */
+    uint64_t partial;     /* offset in every region */
+    int32_t recv_tokens;  /* C */
+    int32_t warps;        /* of a block that share a token */
+    int32_t channel, tag; /* of the combine */
 } moei_ep_reduce_args;
 
 /* A slot as one lane has looked it up. */
@@ -70,8 +71,8 @@ MOE_DEVICE moei_ep_slot moei_ep_look_up(const moe_combine_args* d, int64_t t, in
 {
     moei_ep_slot s = {0, 0.0f};
     if (k < d->top_k) {
-        s.weight = d->weights ? __uint_as_float(moei_load4_early(d->weights + t * d->top_k + k))
-                              : 1.0f;
+        s.weight =
+            d->weights ? __uint_as_float(moei_load4_early(d->weights + t * d->top_k + k)) : 1.0f;
         s.row = moe_combine_row(d, t * d->top_k + k);
     }
     return s;
@@ -105,16 +106,16 @@ MOE_DEVICE void moei_ep_add_rows(float* acc, const moei_ep_slot* own, int h, int
             float v[8];
             moei_unpack_16(v, raw[u], dtype);
             MOE_UNROLL
-            for (int i = 0; i < width; ++i)
-                acc[i] = adds ? fmaf(w, v[i], acc[i]) : acc[i];
+            for (int i = 0; i < width; ++i) acc[i] = adds ? fmaf(w, v[i], acc[i]) : acc[i];
             adds &= adds - 1;
         }
     }
 }
 
 /* Sums the rows of received token t, weighted, and stores the columns of this warp's slices at y:
-   slices of 32 vectors of 16 bytes, every `warps`-th from number `first` on. A lane looks up a slot;
-   then all lanes load a vector of each row. Rows are added in slot order, in fp32. One warp. */
+   slices of 32 vectors of 16 bytes, every `warps`-th from number `first` on. A lane looks up a
+   slot; then all lanes load a vector of each row. Rows are added in slot order, in fp32. One warp.
+   */
 MOE_DEVICE void moei_ep_reduce_token(const moe_combine_args* d, int64_t t, char* y, int first,
                                      int warps, const int dtype)
 {
@@ -133,8 +134,9 @@ MOE_DEVICE void moei_ep_reduce_token(const moe_combine_args* d, int64_t t, char*
     }
 }
 
-/* Reduces received tokens and stores their sums at their homes; the last block waits for all ranks. A block has tokens of all senders in turn: sums for other ranks are bound by the
-   link, those for this rank's own tokens by memory. Warps work alone. */
+/* Reduces received tokens and stores their sums at their homes; the last block waits for all ranks.
+   A block has tokens of all senders in turn: sums for other ranks are bound by the link, those for
+   this rank's own tokens by memory. Warps work alone. */
 MOE_DEVICE_BODY void moei_ep_reduce_body(const moei_ep_reduce_args* a, const int dtype)
 {
     const int num_ranks = a->peers.num_ranks, groups = MOEI_EP_REDUCE_WARPS / a->warps;
@@ -166,10 +168,7 @@ MOE_DEVICE_BODY void moei_ep_reduce_body(const moei_ep_reduce_args* a, const int
 /* For one dtype of rows. */
 #define MOEI_EP_REDUCE(name, dtype)                                                                \
     MOE_KERNEL(MOEI_EP_REDUCE_THREADS, MOEI_EP_REDUCE_RESIDENT)                                    \
-    moei_ep_reduce_##name(MOE_ARG(moei_ep_reduce_args) a)                                          \
-    {                                                                                              \
-        moei_ep_reduce_body(&a, dtype);                                                            \
-    }
+    moei_ep_reduce_##name(MOE_ARG(moei_ep_reduce_args) a) { moei_ep_reduce_body(&a, dtype); }
 MOEI_COMBINE_LIST(MOEI_EP_REDUCE)
 #undef MOEI_EP_REDUCE
 
@@ -287,8 +286,8 @@ MOE_HOST moe_status moei_ep_combine_prepare(const moe_ep_combine_desc* c,
     return moe_combine_prepare(&home, &p->combine);
 }
 
-/* Prepares a combine, which moe_ep_combine_run queues any number of times. Errors: a status for each
-   field that is not as documented, those of the dispatch included. */
+/* Prepares a combine, which moe_ep_combine_run queues any number of times. Errors: a status for
+   each field that is not as documented, those of the dispatch included. */
 MOE_HOST moe_status moe_ep_combine_prepare(const moe_ep_combine_desc* desc,
                                            moe_ep_combine_prepared* p)
 {

@@ -10,8 +10,8 @@
      recv_weights  W C K 4        gate weights of its slots
      recv_token    W C 4          the token's number at its home
      recv_count    W 4            rows that came from each rank
-     partial       W C H r        MOE_EP_REDUCED: sums for this rank's tokens, those of rank s from
-                                  row s C on
+     partial       W C H r        MOE_EP_REDUCED: sums for this rank's tokens, those of rank s
+                                  from row s C on
      place         max_tokens K 8 MOE_EP_GATHERED: where the row of each of this rank's slots is
      rows          max_rows H r   MOE_EP_GATHERED: the experts' rows, read by peers
 
@@ -35,9 +35,9 @@
 /* How results come back. */
 typedef enum moe_ep_form {
     MOE_EP_FORM_DEFAULT = 0, /* MOE_EP_REDUCED */
-    MOE_EP_REDUCED,  /* rank-deduplicated: each rank sums its own experts' rows of a token first and
-                        sends one row; rounds these sums to rows_dtype */
-    MOE_EP_GATHERED  /* each token reads all its rows from all ranks: the sums are those of one GPU */
+    MOE_EP_REDUCED, /* rank-deduplicated: each rank sums its own experts' rows of a token first and
+                       sends one row; rounds these sums to rows_dtype */
+    MOE_EP_GATHERED /* each token reads all its rows from all ranks: the sums of one GPU */
 } moe_ep_form;
 
 /* Sizes and layout of the buffers of one exchange: the same on all ranks. */
@@ -47,27 +47,27 @@ typedef struct moe_ep_buffers {
     int32_t form;           /* moe_ep_form; 0 = reduced */
     int32_t max_tokens;     /* most tokens of any rank, >= 0 */
     int32_t recv_tokens;    /* C, most rows that one rank sends to one other; 0 = max_tokens */
-    int64_t max_rows;       /* most rows in expert order of any rank; 0 = W C min(K, most experts of a
-                               rank); with replicas W C K */
-    int32_t hidden;         /* H, multiple of 8, 8 .. 2^28 */
-    int32_t num_experts;    /* E, 1 .. MOE_MAX_EXPERTS */
-    int32_t top_k;          /* K, 1 .. 2048 */
-    int32_t dtype;          /* moe_dtype of x and y; 0 = bf16 */
-    int32_t rows_dtype;     /* moe_dtype of rows and of what a combine sends; 0 = dtype */
-    int32_t num_scales;     /* S, fp32 scales that travel with each row, 0 .. 4096 */
+    int64_t max_rows;    /* most rows in expert order of any rank; 0 = W C min(K, most experts of
+                            a rank); with replicas W C K */
+    int32_t hidden;      /* H, multiple of 8, 8 .. 2^28 */
+    int32_t num_experts; /* E, 1 .. MOE_MAX_EXPERTS */
+    int32_t top_k;       /* K, 1 .. 2048 */
+    int32_t dtype;       /* moe_dtype of x and y; 0 = bf16 */
+    int32_t rows_dtype;  /* moe_dtype of rows and of what a combine sends; 0 = dtype */
+    int32_t num_scales;  /* S, fp32 scales that travel with each row, 0 .. 4096 */
 } moe_ep_buffers;
 
 /* Where this rank's buffers are: device addresses in its region; null: the form has none. */
 typedef struct moe_ep_view {
-    void* recv_x;          /* [W C, H] dtype */
-    float* recv_scales;    /* [W C, S] */
-    int32_t* recv_ids;     /* [W C, K] */
-    float* recv_weights;   /* [W C, K] */
-    int32_t* recv_token;   /* [W C] */
-    int32_t* recv_count;   /* [W] */
-    void* partial;         /* [W C, H] rows_dtype */
-    moe_place* place;      /* [max_tokens, K] */
-    void* rows;            /* [max_rows, H] rows_dtype */
+    void* recv_x;        /* [W C, H] dtype */
+    float* recv_scales;  /* [W C, S] */
+    int32_t* recv_ids;   /* [W C, K] */
+    float* recv_weights; /* [W C, K] */
+    int32_t* recv_token; /* [W C] */
+    int32_t* recv_count; /* [W] */
+    void* partial;       /* [W C, H] rows_dtype */
+    moe_place* place;    /* [max_tokens, K] */
+    void* rows;          /* [max_rows, H] rows_dtype */
     /* in the dispatch's workspace */
     int32_t* expert_count;  /* [P] rows of each of this rank's experts that hold a slot */
     int32_t* expert_offset; /* [P + 1] first row of each expert */
@@ -86,19 +86,19 @@ typedef struct moe_ep_view {
 typedef struct moe_ep_dispatch_desc {
     /* in */
     const moe_peers* peers;
-    const void* x;       /* [T, H] dtype, 2-byte aligned; rows of 16-byte vectors are fastest */
-    const float* scales; /* [T, S]; null without scales */
-    const int32_t* ids;  /* [T, K] expert 0 .. E - 1 of each slot, -1 = none */
+    const void* x;        /* [T, H] dtype, 2-byte aligned; rows of 16-byte vectors are fastest */
+    const float* scales;  /* [T, S]; null without scales */
+    const int32_t* ids;   /* [T, K] expert 0 .. E - 1 of each slot, -1 = none */
     const float* weights; /* [T, K] gate weights; null: 1 each */
-    const int32_t* replica_offset; /* [E + 1] choice_offset of moe_ep_choose; null: floor(e W / E) */
+    const int32_t* replica_offset; /* [E + 1] of moe_ep_choose; null: floor(e W / E) */
     const moe_ep_expert* replica;  /* [replica_offset[E]] choice of moe_ep_choose; or null */
-    int64_t x_stride;    /* elements between rows of x, >= H; 0 = H */
-    uint64_t* fault;     /* [1] fault word, required */
+    int64_t x_stride;              /* elements between rows of x, >= H; 0 = H */
+    uint64_t* fault;               /* [1] fault word, required */
     /* sizes */
-    int32_t num_tokens;  /* T of this rank, 0 .. max_tokens */
-    int32_t num_local;   /* P, this rank's experts; 0 without replicas = those that it owns */
+    int32_t num_tokens;   /* T of this rank, 0 .. max_tokens */
+    int32_t num_local;    /* P, this rank's experts; 0 without replicas = those that it owns */
     int32_t row_multiple; /* as in route/desc.h; 0 = 1 */
-    int32_t tag;         /* reported where a rank is late, 0 .. 2^24 - 1 */
+    int32_t tag;          /* reported where a rank is late, 0 .. 2^24 - 1 */
     moe_ep_buffers buffers;
     /* workspace */
     void* workspace;        /* 256-byte aligned; kept until the combine has run */
@@ -107,26 +107,26 @@ typedef struct moe_ep_dispatch_desc {
 
 /* Parts of a dispatch, in order. */
 typedef enum moe_ep_part {
-    MOE_EP_SEND,   /* rows, ids and weights to their ranks */
+    MOE_EP_SEND,    /* rows, ids and weights to their ranks */
     MOE_EP_RECEIVE, /* waits for those of all ranks */
-    MOE_EP_ROUTE,  /* received slots -> rows in expert order */
-    MOE_EP_ANSWER, /* gathered: tells the homes where the rows will be */
+    MOE_EP_ROUTE,   /* received slots -> rows in expert order */
+    MOE_EP_ANSWER,  /* gathered: tells the homes where the rows will be */
     MOE_EP_PARTS
 } moe_ep_part;
 
 /* What moe_ep_combine takes. */
 typedef struct moe_ep_combine_desc {
     const moe_ep_dispatch_desc* dispatch; /* of this exchange, on the host */
-    const void* rows;     /* [max_rows, H] rows_dtype, the experts' rows; gathered: null, they are in
-                             the region (moe_ep_view.rows) */
+    const void* rows; /* [max_rows, H] rows_dtype, the experts' rows; gathered: null, they are
+                         in the region (moe_ep_view.rows) */
     const float* weights; /* [T, K] those of the dispatch; null: 1 each (for a backward pass) */
     const void* residual; /* [T, H] dtype, added first; or null */
     const void* shared;   /* [T, H] rows_dtype, added last; or null */
-    const float* shared_weight; /* [T] factor on shared; or null */
+    const float* shared_weight;             /* [T] factor on shared; or null */
     int64_t residual_stride, shared_stride; /* elements between rows; 0 = H */
-    void* y;              /* [T, H] dtype */
-    int64_t y_stride;     /* elements between rows; 0 = H */
-    int32_t tag;          /* as in the dispatch */
+    void* y;                                /* [T, H] dtype */
+    int64_t y_stride;                       /* elements between rows; 0 = H */
+    int32_t tag;                            /* as in the dispatch */
 } moe_ep_combine_desc;
 
 #endif

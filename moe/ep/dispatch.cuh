@@ -10,10 +10,10 @@
    Out:  the buffers of desc.h: recv_* in this rank's region, the row maps in the workspace.
          experts.cuh runs on them: x = recv_x, row_slot, expert_offset, top_k = K, num_rows.
 
-   T may differ from rank to rank, and be 0. All ranks call it, with the same buffers (desc.h). An id
-   of -1 is no slot; a wrong id counts as -1 and sets BAD_ID. Nothing is exchanged with the host, and
-   the host waits for nothing: counts, offsets and positions stay on the device. A graph of it can be
-   replayed with other ids. Equal inputs give equal rows in equal order.
+   T may differ from rank to rank, and be 0. All ranks call it, with the same buffers (desc.h). An
+   id of -1 is no slot; a wrong id counts as -1 and sets BAD_ID. Nothing is exchanged with the host,
+   and the host waits for nothing: counts, offsets and positions stay on the device. A graph of it
+   can be replayed with other ids. Equal inputs give equal rows in equal order.
 
    A dispatch may be repeated with other rows, for instance with dO in a backward pass: the same ids
    give the same positions. Into other buffers (another region_offset and channel), with the parts
@@ -89,8 +89,8 @@ MOE_HOST moe_status moei_ep_check_buffers(moe_ep_buffers* b, int num_ranks, int 
     MOE_REQUIRE(b->max_rows >= 0 && b->max_rows <= 0x7fffffff, MOE_ERR_RANGE, max_rows);
     if (b->max_rows == 0) {
         const int most = moei_ep_most_owned(b->num_experts, num_ranks);
-        b->max_rows = (int64_t)num_ranks * b->recv_tokens *
-                      (replicas || b->top_k < most ? b->top_k : most);
+        b->max_rows =
+            (int64_t)num_ranks * b->recv_tokens * (replicas || b->top_k < most ? b->top_k : most);
     }
     return MOE_OK;
 }
@@ -350,8 +350,8 @@ MOE_HOST moe_status moei_ep_dispatch_prepare(const moe_ep_dispatch_desc* desc,
     if (d.buffers.form != MOE_EP_GATHERED) return MOE_OK;
     MOE_TRY(moe_device_query(&device));
     {
-        const int64_t blocks =
-            ((int64_t)d.buffers.recv_tokens * d.buffers.top_k + 255) / 256, most = device.sms * 2;
+        const int64_t blocks = ((int64_t)d.buffers.recv_tokens * d.buffers.top_k + 255) / 256,
+                      most = device.sms * 2;
         c = moe_grid(blocks < 1 ? 1 : blocks < most ? blocks : most, 256, 0, 0);
     }
     c.dependent = 1;

@@ -1,7 +1,8 @@
-/* layer.cuh: the whole MoE layer over several GPUs, x -> y: every rank brings its own tokens and has
-   some of the experts.
+/* layer.cuh: the whole MoE layer over several GPUs, x -> y: every rank brings its own tokens and
+   has some of the experts.
 
-     logits, ids, weights of this rank's tokens    router.cuh, gate.cuh; the router's weights are the
+     logits, ids, weights of this rank's tokens    router.cuh, gate.cuh; the router's weights are
+     the
                                                    same on all ranks
      tokens to the ranks of their experts          dispatch.cuh
      rows = experts(received tokens)               experts.cuh, this rank's P experts
@@ -13,10 +14,10 @@
    T may differ from rank to rank, and be 0. Rank r has the experts of owner.h: without replicas its
    first one is moe_ep_first(r, E, W), and P = moe_ep_owned(r, E, W), which may be 0.
 
-   The descriptor nests the layer's own (layer/desc.h). Fields there that this layer refuses by name,
-   with MOE_ERR_CONFLICT: `route` but for row_multiple (replicas are fields here; capacity and drops
-   are not offered over ranks), `gate.whole_batch` (chooses over all tokens, of which each rank has
-   some), `rank` (it is peers.rank). The fault word is required.
+   The descriptor nests the layer's own (layer/desc.h). Fields there that this layer refuses by
+   name, with MOE_ERR_CONFLICT: `route` but for row_multiple (replicas are fields here; capacity and
+   drops are not offered over ranks), `gate.whole_batch` (chooses over all tokens, of which each
+   rank has some), `rank` (it is peers.rank). The fault word is required.
 
    Numerics: those of layer.cuh; with MOE_EP_REDUCED one more rounding of each rank's sum to
    rows_dtype. With MOE_EP_GATHERED and batch_invariant y has the same bits for every W.
@@ -24,8 +25,8 @@
    graph of it can be replayed with other inputs. All ranks call it alike (but for T), in the same
    order as other exchanges of the same buffers.
 
-   Cost: the launches of the stations. Nothing is kept for a backward pass. Memory of a rank: its own
-   experts' weights; the region (desc.h); the workspace:
+   Cost: the launches of the stations. Nothing is kept for a backward pass. Memory of a rank: its
+   own experts' weights; the region (desc.h); the workspace:
      the gate's and the shared expert's buffers, as in layer.cuh, of T tokens
      the dispatch's workspace (dispatch.cuh)
      max_rows I 2  act,   MOE_EP_REDUCED: max_rows H r  rows
@@ -46,12 +47,12 @@
 
 /* What moe_ep_layer_forward takes. */
 typedef struct moe_ep_layer_desc {
-    moe_layer_desc layer;   /* of this rank's tokens; w1, w2, biases: of its P experts */
-    const moe_peers* peers; /* this rank's group */
+    moe_layer_desc layer;          /* of this rank's tokens; w1, w2, biases: of its P experts */
+    const moe_peers* peers;        /* this rank's group */
     const int32_t* replica_offset; /* as in moe_ep_dispatch_desc, like the next */
     const moe_ep_expert* replica;
-    int32_t num_local;      /* P; 0 without replicas = those that the rank owns */
-    int32_t tag;            /* reported where a rank is late, 0 .. 2^24 - 1 */
+    int32_t num_local; /* P; 0 without replicas = those that the rank owns */
+    int32_t tag;       /* reported where a rank is late, 0 .. 2^24 - 1 */
     /* the same on all ranks, as in moe_ep_buffers */
     uint64_t region_offset;
     int32_t channel, form, max_tokens, recv_tokens;
@@ -77,8 +78,8 @@ typedef enum moe_ep_layer_part {
 /* Returns the name of a part, "?" for a value that is none: static storage. */
 MOE_HOST const char* moe_ep_layer_part_name(int part)
 {
-    static const char* const name[] = {"router",      "gate",    "send",  "shared_up",
-                                       "shared_down", "receive", "route", "answer",
+    static const char* const name[] = {"router",      "gate",    "send",   "shared_up",
+                                       "shared_down", "receive", "route",  "answer",
                                        "up",          "down",    "combine"};
     return part >= 0 && part < MOE_EP_LAYER_PARTS ? name[part] : "?";
 }
@@ -290,9 +291,9 @@ MOE_HOST moe_status moei_ep_layer_run_part(const moe_ep_layer_prepared* p, int p
     }
 }
 
-/* Queues one part of a prepared layer on `stream`; `part` is a moe_ep_layer_part. For timing, or for
-   work of the caller's between two parts. All parts in order give what moe_ep_layer_run gives; none of
-   send, receive and combine is queued alone. */
+/* Queues one part of a prepared layer on `stream`; `part` is a moe_ep_layer_part. For timing, or
+   for work of the caller's between two parts. All parts in order give what moe_ep_layer_run gives;
+   none of send, receive and combine is queued alone. */
 MOE_HOST moe_status moe_ep_layer_run_part(const moe_ep_layer_prepared* p, int part,
                                           cudaStream_t stream)
 {

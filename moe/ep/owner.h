@@ -1,7 +1,7 @@
 /* owner.h: which rank has which expert. C11 and C++14; kernels call the same functions.
 
-   Without a table expert e belongs to rank floor(e W / E), for any E and W: a rank owns neighbouring
-   experts, or none where E < W. Its first one is number 0 of its weights.
+   Without a table expert e belongs to rank floor(e W / E), for any E and W: a rank owns
+   neighbouring experts, or none where E < W. Its first one is number 0 of its weights.
 
    With a table an expert has replicas on any ranks, any number of them. A token takes a replica on
    its own rank where one exists, else one on its own host, else any. Among n of equal distance
@@ -52,8 +52,8 @@ MOE_HOST int moei_ep_distance(const moe_rank* id, int rank, int to)
 }
 
 /* Picks the replicas that tokens of `rank` take; see above. choice: room for offset[E] entries.
-   Errors: null pointers; num_experts, num_ranks, rank out of range; replica (MOE_ERR_RANGE): offsets
-   that decrease, or a rank out of range. An expert without replicas has no candidates. */
+   Errors: null pointers; num_experts, num_ranks, rank out of range; replica (MOE_ERR_RANGE):
+   offsets that decrease, or a rank out of range. An expert without replicas has no candidates. */
 MOE_HOST moe_status moe_ep_choose(const moe_rank* id, int num_ranks, int rank,
                                   const int32_t* offset, const moe_ep_expert* replica,
                                   int num_experts, int32_t* choice_offset, moe_ep_expert* choice)

@@ -2,7 +2,8 @@
 
    The caller allocates one region a rank, all of the same size, with cudaMalloc. Three ways to
    connect them:
-     moe_peers_create_local    all ranks are in this process, one call for all of them. Several ranks
+     moe_peers_create_local    all ranks are in this process, one call for all of them. Several
+     ranks
                                may share a GPU. GPUs reach each other by peer access.
      moe_peers_create_ipc      one process a rank, on one host, with CUDA IPC. Every rank calls it.
                                The caller brings an all-gather (MPI, a socket, a store) for some 200
@@ -16,12 +17,12 @@
      moe_peers peers[2];  moe_peers_pair pair;
      moe_status s = moe_peers_create_local(peers, 2, device, region, bytes, &pair);
 
-   Ranks that share a GPU wait for each other's kernels, which the GPU must run at the same time. Set
-   CUDA_DEVICE_MAX_CONNECTIONS=32 in the environment before the first CUDA call: streams of one
+   Ranks that share a GPU wait for each other's kernels, which the GPU must run at the same time.
+   Set CUDA_DEVICE_MAX_CONNECTIONS=32 in the environment before the first CUDA call: streams of one
    hardware queue run one after the other.
 
-   On the CPU backend one host thread drives all ranks: it queues the work of each on a stream of the
-   rank's virtual device, and the kernels of all ranks advance while it waits for any stream. */
+   On the CPU backend one host thread drives all ranks: it queues the work of each on a stream of
+   the rank's virtual device, and the kernels of all ranks advance while it waits for any stream. */
 #ifndef MOE_EP_PEERS_CUH
 #define MOE_EP_PEERS_CUH
 
@@ -133,8 +134,7 @@ MOE_HOST moe_status moe_peers_create_local(moe_peers* peers, int num_ranks, cons
     MOE_REQUIRE(peers && device && region && pair, MOE_ERR_NULL, desc);
     pair->from = pair->to = -1;
     MOE_REQUIRE(num_ranks >= 1 && num_ranks <= MOE_PEERS_MAX_RANKS, MOE_ERR_RANGE, num_ranks);
-    for (int r = 0; r < num_ranks; ++r)
-        MOE_TRY(moei_peers_check(r, num_ranks, region[r], bytes));
+    for (int r = 0; r < num_ranks; ++r) MOE_TRY(moei_peers_check(r, num_ranks, region[r], bytes));
     MOE_TRY_CUDA(cudaGetDevice(&current));
     s = moei_peers_connect(peers, num_ranks, device, region, bytes, pair);
     MOE_TRY_CUDA(cudaSetDevice(current));
@@ -170,8 +170,8 @@ MOE_HOST moe_status moe_peers_close_ipc(const moe_peers*) { return MOE_OK; }
 /* What a rank tells the others. */
 typedef struct moei_peers_card {
     cudaIpcMemHandle_t handle;
-    char bus[32];    /* PCI address of its GPU */
-    uint64_t bytes;  /* of its region */
+    char bus[32];   /* PCI address of its GPU */
+    uint64_t bytes; /* of its region */
     int32_t host;
     moe_status status; /* of its set-up so far */
 } moei_peers_card;
@@ -249,9 +249,8 @@ MOE_HOST moe_status moe_peers_create_ipc(moe_peers* peers, int rank, int num_ran
         address[rank] = region;
         mine.status = moei_peers_open(card, rank, num_ranks, address, &mine.to);
         if (mine.status == MOE_OK)
-            mine.status = moe_cuda_status(cudaMemcpy(region, address,
-                                                     (size_t)num_ranks * sizeof *address,
-                                                     cudaMemcpyHostToDevice));
+            mine.status = moe_cuda_status(cudaMemcpy(
+                region, address, (size_t)num_ranks * sizeof *address, cudaMemcpyHostToDevice));
         if (mine.status == MOE_OK) mine.status = moe_cuda_status(cudaDeviceSynchronize());
     }
     if (allgather(context, &mine, all, sizeof mine)) { /* all tables are written */
@@ -292,8 +291,8 @@ MOE_HOST moe_status moei_peers_resolve(const moe_peers* p, uint64_t* fault, moe_
 {
     MOE_REQUIRE(p, MOE_ERR_NULL, peers);
     MOE_REQUIRE(p->base && p->bytes >= MOE_PEERS_HEADER && p->num_ranks >= 1 &&
-                    p->num_ranks <= MOE_PEERS_MAX_RANKS && p->rank >= 0 &&
-                    p->rank < p->num_ranks && p->ranks_on_device >= 1,
+                    p->num_ranks <= MOE_PEERS_MAX_RANKS && p->rank >= 0 && p->rank < p->num_ranks &&
+                    p->ranks_on_device >= 1,
                 MOE_ERR_RANGE, peers);
     MOE_REQUIRE(fault, MOE_ERR_NULL, fault);
     MOE_REQUIRE(moei_aligned(fault, 8), MOE_ERR_ALIGN, fault);

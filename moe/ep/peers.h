@@ -14,9 +14,9 @@
    is reset, and a graph that signals and waits can be replayed. A channel serves barriers of all
    ranks (`sum`, `epoch`, `from`) or signals between pairs (`from`, `taken`), not both.
 
-   Barrier number n of a channel, n = 1, 2, ...: every rank adds MOE_PEERS_UNIT to sum[n % 2] of every
-   rank, at once or in shares of its thread blocks, and waits until its own sum[n % 2] is
-   W MOE_PEERS_UNIT ((n + 1) / 2). One word is polled. Barriers use two words in turn: a rank that is
+   Barrier number n of a channel, n = 1, 2, ...: every rank adds MOE_PEERS_UNIT to sum[n % 2] of
+   every rank, at once or in shares of its thread blocks, and waits until its own sum[n % 2] is W
+   MOE_PEERS_UNIT ((n + 1) / 2). One word is polled. Barriers use two words in turn: a rank that is
    one barrier ahead adds to the other one. from[r] counts the barriers that rank r has reached: the
    ranks that are late are found there. epoch is the last barrier that this rank has passed. */
 #ifndef MOE_EP_PEERS_H
@@ -29,23 +29,23 @@
 
 #define MOE_PEERS_MAX_RANKS 128
 #define MOE_PEERS_CHANNELS 11
-#define MOE_PEERS_UNIT 65536u /* of a barrier's sum: one rank */
-#define MOE_PEERS_HEADER 16384 /* bytes before the caller's part of a region */
+#define MOE_PEERS_UNIT 65536u               /* of a barrier's sum: one rank */
+#define MOE_PEERS_HEADER 16384              /* bytes before the caller's part of a region */
 #define MOE_PEERS_TIMEOUT_NS 10000000000ull /* default budget of a wait: 10 s */
 
 /* One channel, in every region. 128-byte lines: what peers write stands apart from what this rank
    writes. */
 typedef struct moe_peers_channel {
-    uint32_t sum[32];                     /* [0], [1]: arrivals at even and at odd barriers */
-    uint32_t epoch[32];                   /* [0]: barriers that this rank has passed; own */
-    uint32_t from[MOE_PEERS_MAX_RANKS];   /* [W] signals that each rank has sent here */
-    uint32_t taken[MOE_PEERS_MAX_RANKS];  /* [W] of these, waited for; own */
+    uint32_t sum[32];                    /* [0], [1]: arrivals at even and at odd barriers */
+    uint32_t epoch[32];                  /* [0]: barriers that this rank has passed; own */
+    uint32_t from[MOE_PEERS_MAX_RANKS];  /* [W] signals that each rank has sent here */
+    uint32_t taken[MOE_PEERS_MAX_RANKS]; /* [W] of these, waited for; own */
 } moe_peers_channel;
 
 /* The first MOE_PEERS_HEADER bytes of a region. Zeros but for the table before the first use. */
 typedef struct moe_peers_header {
-    char* table[MOE_PEERS_MAX_RANKS];      /* [W] base of every rank's region; own */
-    uint64_t notice[MOE_PEERS_MAX_RANKS];  /* [W] fault word of each rank that stopped; 0: none */
+    char* table[MOE_PEERS_MAX_RANKS];     /* [W] base of every rank's region; own */
+    uint64_t notice[MOE_PEERS_MAX_RANKS]; /* [W] fault word of each rank that stopped; 0: none */
     moe_peers_channel channel[MOE_PEERS_CHANNELS];
 } moe_peers_header;
 
@@ -65,8 +65,8 @@ typedef struct moe_peers {
     uint64_t timeout_ns;     /* budget of every wait; 0 = MOE_PEERS_TIMEOUT_NS */
     int32_t rank, num_ranks; /* this rank, 0 .. W - 1; W, 1 .. MOE_PEERS_MAX_RANKS */
     int32_t ranks_on_device; /* ranks whose kernels share this rank's GPU, this one included */
-    moe_rank id[MOE_PEERS_MAX_RANKS];   /* [W] */
-    char* table[MOE_PEERS_MAX_RANKS];   /* [W] base of every rank's region, device addresses */
+    moe_rank id[MOE_PEERS_MAX_RANKS]; /* [W] */
+    char* table[MOE_PEERS_MAX_RANKS]; /* [W] base of every rank's region, device addresses */
 } moe_peers;
 
 /* What kernels take of it. */
@@ -75,7 +75,7 @@ typedef struct moe_peers_args {
     uint64_t* fault;     /* [1] fault word of this rank, not null */
     uint64_t timeout_ns; /* more than 0 */
     int32_t rank, num_ranks;
-    int32_t shared;      /* 1: other ranks' kernels run on this rank's GPU too */
+    int32_t shared;                   /* 1: other ranks' kernels run on this rank's GPU too */
     char* table[MOE_PEERS_MAX_RANKS]; /* [W] */
 } moe_peers_args;
 

@@ -11,10 +11,10 @@
 
 #define MOEI_EP_THREADS 512
 #define MOEI_EP_WARPS (MOEI_EP_THREADS / MOE_WARP_SIZE)
-#define MOEI_EP_VECTORS 4         /* of a row that a lane has in flight */
+#define MOEI_EP_VECTORS 4 /* of a row that a lane has in flight */
 #define MOEI_EP_MAX_CHUNKS 128
 #define MOEI_EP_FEW 16 /* tokens of a chunk */
-#define MOEI_EP_ONE_LAUNCH 1024   /* up to so many tokens a block counts those before its chunk itself */
+#define MOEI_EP_ONE_LAUNCH 1024 /* most tokens of which a block counts those before its chunk */
 
 /* Offsets of the buffers in every region. */
 typedef struct moei_ep_layout {
@@ -28,16 +28,16 @@ typedef struct moei_ep_args {
     moe_peers_args peers;
     moei_ep_layout at;
     const char* x;
-    const float* scales;           /* or null */
+    const float* scales; /* or null */
     const int32_t* ids;
     const float* weights;          /* or null */
     const int32_t* replica_offset; /* or null */
     const moe_ep_expert* replica;
-    int32_t* chunk_count;          /* [chunks, W]; null: not counted before */
-    moe_place* send_place;         /* [T, W]; or null */
-    const moe_place* recv_place;   /* [W C, K] */
-    void** rows_table;             /* [W]; or null */
-    int64_t x_pitch, row_bytes;    /* bytes between rows of x; of a row */
+    int32_t* chunk_count;        /* [chunks, W]; null: not counted before */
+    moe_place* send_place;       /* [T, W]; or null */
+    const moe_place* recv_place; /* [W C, K] */
+    void** rows_table;           /* [W]; or null */
+    int64_t x_pitch, row_bytes;  /* bytes between rows of x; of a row */
     int32_t num_tokens, num_experts, top_k, recv_tokens, num_scales, chunk_tokens, channel, tag;
     int32_t wait; /* 1: the sending kernel waits for all ranks too */
 } moei_ep_args;
@@ -63,8 +63,9 @@ MOE_DEVICE void moei_ep_carve_shared(moei_ep_shared* s, unsigned char* shared, i
     s->base = s->before + MOEI_EP_WARPS * num_ranks;
 }
 
-/* Returns the rank and the expert there of slot k of token t, which has this id; rank -1: none. A wrong id
-   (BAD_ID) or an expert without a replica in range (BAD_REPLICA) sets the fault word and gives none. */
+/* Returns the rank and the expert there of slot k of token t, which has this id; rank -1: none. A
+   wrong id (BAD_ID) or an expert without a replica in range (BAD_REPLICA) sets the fault word and
+   gives none. */
 MOE_DEVICE moe_ep_expert moei_ep_target(const moei_ep_args* a, int t, int k, int id)
 {
     const int64_t slot = (int64_t)t * a->top_k + k;
@@ -93,7 +94,8 @@ MOE_DEVICE void moei_ep_mark(const moei_ep_args* a, uint32_t* goes, int t0, int 
     const int t = t0 + moe_lane();
     for (int d0 = 0; d0 < a->peers.num_ranks; d0 += 32) {
         uint32_t ranks = 0; /* bit i: the token goes to rank d0 + i */
-        MOE_NO_UNROLL /* after the first load the others hit L1; little code matters more */
+        /* not unrolled: after the first load the others hit L1, and little code matters more */
+        MOE_NO_UNROLL
         for (int k = 0; k < a->top_k && t < end; ++k) {
             const int id = a->ids[(int64_t)t * a->top_k + k];
             const unsigned r = (unsigned)(moei_ep_target(a, t, k, id).rank - d0);
@@ -106,8 +108,8 @@ MOE_DEVICE void moei_ep_mark(const moei_ep_args* a, uint32_t* goes, int t0, int 
     }
 }
 
-/* Marks one round of tokens, those of the warps that have any, and turns base into the sums after it; before[w][d]: before warp w's
-   tokens. All threads; ends with a barrier. */
+/* Marks one round of tokens, those of the warps that have any, and turns base into the sums after
+   it; before[w][d]: before warp w's tokens. All threads; ends with a barrier. */
 MOE_DEVICE void moei_ep_round(const moei_ep_args* a, const moei_ep_shared* s, int t0, int end)
 {
     const int num_ranks = a->peers.num_ranks;
@@ -180,10 +182,10 @@ MOE_DEVICE void moei_ep_copy(const moei_ep_args* a, const moei_ep_shared* s, int
 
 /* Sends what belongs to the rows of tokens first .. upto - 1 of the round: ids and weights of their
    slots, scales, the tokens' numbers. Neighbouring threads have neighbouring slots, whose rows at a
-   rank are neighbours too: a warp's stores fill vectors of 128 bytes, which on the link cost as much
-   as one of 4. All threads. */
-MOE_DEVICE void moei_ep_send_slots(const moei_ep_args* a, const moei_ep_shared* s, int t0, int first,
-                                   int upto)
+   rank are neighbours too: a warp's stores fill vectors of 128 bytes, which on the link cost as
+   much as one of 4. All threads. */
+MOE_DEVICE void moei_ep_send_slots(const moei_ep_args* a, const moei_ep_shared* s, int t0,
+                                   int first, int upto)
 {
     const int top_k = a->top_k, slots = (upto - first) * top_k;
     for (int q = 0; q < a->peers.num_ranks; ++q) {
@@ -211,8 +213,8 @@ MOE_DEVICE void moei_ep_send_slots(const moei_ep_args* a, const moei_ep_shared* 
 
 /* Writes the entries of send_place of tokens first .. upto - 1 of the round, and clears those of
    `place`. All threads. */
-MOE_DEVICE void moei_ep_note_places(const moei_ep_args* a, const moei_ep_shared* s, int t0, int first,
-                                    int upto)
+MOE_DEVICE void moei_ep_note_places(const moei_ep_args* a, const moei_ep_shared* s, int t0,
+                                    int first, int upto)
 {
     const int num_ranks = a->peers.num_ranks, top_k = a->top_k;
     const moe_place none = {-1, -1};
@@ -229,22 +231,23 @@ MOE_DEVICE void moei_ep_note_places(const moei_ep_args* a, const moei_ep_shared*
             ((moe_place*)(a->peers.base + a->at.place))[(int64_t)(t0 + first) * top_k + j] = none;
 }
 
-/* Ends a grid that stored to peers: each block adds its share to barrier n of the channel, which was
-   moei_peer_next at the kernel's begin. With `wait` the last block waits until all blocks of all ranks
-   have done so. All threads of every block. */
-MOE_DEVICE void moei_ep_finish(const moe_peers_args* p, int channel, uint32_t n, int wait, int phase,
-                               int tag)
+/* Ends a grid that stored to peers: each block adds its share to barrier n of the channel, which
+   was moei_peer_next at the kernel's begin. With `wait` the last block waits until all blocks of
+   all ranks have done so. All threads of every block. */
+MOE_DEVICE void moei_ep_finish(const moe_peers_args* p, int channel, uint32_t n, int wait,
+                               int phase, int tag)
 {
     const uint32_t share = MOE_PEERS_UNIT / gridDim.x;
     const int last = blockIdx.x == gridDim.x - 1;
     __syncthreads(); /* all threads have stored */
     if (moe_warp() != 0) return;
-    moei_peer_add_share(p, channel, n, last ? MOE_PEERS_UNIT - share * (gridDim.x - 1) : share, last);
+    moei_peer_add_share(p, channel, n, last ? MOE_PEERS_UNIT - share * (gridDim.x - 1) : share,
+                        last);
     if (last && wait) (void)moe_peer_barrier_wait(p, channel, phase, tag);
 }
 
-/* Sets base[d] to the rows of rank d before the calling block's chunk, from the counts. All threads;
-   a barrier must follow. */
+/* Sets base[d] to the rows of rank d before the calling block's chunk, from the counts. All
+   threads; a barrier must follow. */
 MOE_DEVICE void moei_ep_sum_chunks(const moei_ep_args* a, const moei_ep_shared* s)
 {
     const int num_ranks = a->peers.num_ranks;
@@ -263,7 +266,8 @@ MOE_DEVICE void moei_ep_sum_chunks(const moei_ep_args* a, const moei_ep_shared* 
      1. rows of each rank before the chunk, from the counts; without counts, rounds begin at token 0
      Then in each round of MOEI_EP_THREADS tokens:
      2. marks the tokens' ranks
-     3. sends what belongs to the rows of the chunk's tokens; after 4. where the tokens are few, since
+     3. sends what belongs to the rows of the chunk's tokens; after 4. where the tokens are few,
+     since
         the rows take longer to arrive
      4. copies the rows: a warp has a piece of a row at a time
      At the end:
@@ -290,7 +294,7 @@ MOE_DEVICE_BODY void moei_ep_push_chunk(const moei_ep_args* a, unsigned char* sh
     __syncthreads(); /* base is complete */
     for (int t0 = a->chunk_count ? begin : 0; t0 < end; t0 += MOEI_EP_THREADS) {
         const int first = begin > t0 ? begin - t0 : 0, upto = min(end - t0, MOEI_EP_THREADS);
-        moei_ep_round(a, &s, t0, end); /* 2. */
+        moei_ep_round(a, &s, t0, end);                                              /* 2. */
         if (upto - first > MOEI_EP_FEW) moei_ep_send_slots(a, &s, t0, first, upto); /* 3. */
         for (int j = moe_warp(); j < (upto - first) * pieces; j += MOEI_EP_WARPS) { /* 4. */
             const int i = first + j / pieces, part = j % pieces;

@@ -128,8 +128,7 @@ MOE_DEVICE int moei_peer_poll(const moe_peers_args* p, const uint32_t* word, uin
 MOE_DEVICE void moei_peer_raise(const moe_peers_args* p, int late, int phase, int tag)
 {
     if (moe_lane() == 0)
-        moe_fault_raise(p->fault, MOE_FAULT_PEER_LATE, p->rank,
-                        MOEI_PEERS_INDEX(late, phase, tag));
+        moe_fault_raise(p->fault, MOE_FAULT_PEER_LATE, p->rank, MOEI_PEERS_INDEX(late, phase, tag));
     __syncwarp(MOE_FULL_WARP); /* the word is written */
     moei_peer_notice(p);
 }
@@ -161,12 +160,12 @@ MOE_DEVICE uint32_t moei_peer_next(const moe_peers_args* p, int channel)
     return moei_peer_header(p)->channel[channel].epoch[0] + 1;
 }
 
-/* Adds a share of this rank's MOE_PEERS_UNIT to barrier n at all ranks, after what the warp's thread
-   block has stored before a barrier of the block. whole: 1 for the one share that also counts the
-   rank as come. After a stop fault the whole one sends that fault instead:
-   the barrier is never complete. One warp. */
-MOE_DEVICE void moei_peer_add_share(const moe_peers_args* p, int channel, uint32_t n, uint32_t share,
-                                    int whole)
+/* Adds a share of this rank's MOE_PEERS_UNIT to barrier n at all ranks, after what the warp's
+   thread block has stored before a barrier of the block. whole: 1 for the one share that also
+   counts the rank as come. After a stop fault the whole one sends that fault instead: the barrier
+   is never complete. One warp. */
+MOE_DEVICE void moei_peer_add_share(const moe_peers_args* p, int channel, uint32_t n,
+                                    uint32_t share, int whole)
 {
     if (whole) {
         const int noticed = moei_peer_noticed(p);
@@ -183,16 +182,16 @@ MOE_DEVICE void moei_peer_add_share(const moe_peers_args* p, int channel, uint32
 }
 
 /* Arrives at the next barrier of a channel: tells all ranks, this one included. After a stop fault
-   sends that fault instead. One warp of the grid. moe_peer_barrier_wait follows, in this kernel or in
-   a later one. */
+   sends that fault instead. One warp of the grid. moe_peer_barrier_wait follows, in this kernel or
+   in a later one. */
 MOE_DEVICE void moe_peer_arrive(const moe_peers_args* p, int channel)
 {
     moei_peer_add_share(p, channel, moei_peer_next(p, channel), MOE_PEERS_UNIT, 1);
     __syncwarp(MOE_FULL_WARP); /* all lanes have read the epoch */
 }
 
-/* Waits until all ranks have arrived at the next barrier of a channel, and passes it. Returns 1, or 0
-   after a stop fault. One warp of the grid. */
+/* Waits until all ranks have arrived at the next barrier of a channel, and passes it. Returns 1, or
+   0 after a stop fault. One warp of the grid. */
 MOE_DEVICE int moe_peer_barrier_wait(const moe_peers_args* p, int channel, int phase, int tag)
 {
     moe_peers_channel* own = moei_peer_header(p)->channel + channel;

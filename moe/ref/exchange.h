@@ -1,5 +1,5 @@
-/* exchange.h: the reference of moe/ep/dispatch.cuh: what each rank receives. C11 and C++14; no CUDA.
-   All ranks at once, token by token.
+/* exchange.h: the reference of moe/ep/dispatch.cuh: what each rank receives. C11 and C++14; no
+   CUDA. All ranks at once, token by token.
 
    A token goes once to every rank that has an expert of it. The rows that a rank receives from one
    sender are in the sender's token order. */
@@ -10,15 +10,16 @@
 
 /* One rank's tokens, and what it receives. */
 typedef struct moe_ref_exchange_rank {
-    const int32_t* ids;    /* [T, K] */
-    const float* weights;  /* [T, K]; or null: 1 each */
-    const int32_t* replica_offset; /* [E + 1] this rank's choices (moe_ep_choose); null: owner = e W / E */
+    const int32_t* ids;   /* [T, K] */
+    const float* weights; /* [T, K]; or null: 1 each */
+    const int32_t*
+        replica_offset; /* [E + 1] this rank's choices (moe_ep_choose); null: owner = e W / E */
     const moe_ep_expert* replica;
-    int32_t num_tokens;    /* T */
-    int32_t* recv_count;   /* [W] */
-    int32_t* recv_token;   /* [W C], -1: no row */
-    int32_t* recv_ids;     /* [W C, K], -1 */
-    float* recv_weights;   /* [W C, K], 0 where there is no row */
+    int32_t num_tokens;  /* T */
+    int32_t* recv_count; /* [W] */
+    int32_t* recv_token; /* [W C], -1: no row */
+    int32_t* recv_ids;   /* [W C, K], -1 */
+    float* recv_weights; /* [W C, K], 0 where there is no row */
 } moe_ref_exchange_rank;
 
 /* Returns the rank and expert of a slot; rank -1: none. */
@@ -42,8 +43,8 @@ MOE_HOST moe_ep_expert moe_ref_target(const moe_ref_exchange_rank* r, int64_t sl
 
 /* Fills in what all ranks receive. Returns the most rows that one rank sends to one other: past
    C = recv_tokens the rows are missing. */
-MOE_HOST int32_t moe_ref_exchange(moe_ref_exchange_rank* rank, int32_t num_ranks, int32_t num_experts,
-                                  int32_t top_k, int32_t recv_tokens)
+MOE_HOST int32_t moe_ref_exchange(moe_ref_exchange_rank* rank, int32_t num_ranks,
+                                  int32_t num_experts, int32_t top_k, int32_t recv_tokens)
 {
     int32_t most = 0;
     for (int32_t to = 0; to < num_ranks; ++to)

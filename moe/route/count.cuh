@@ -1,5 +1,5 @@
-/* count.cuh: the counting launch of route.cuh: how often each chunk of tokens chose each expert. And
-   what reads these counts back: sums of them over groups of chunks. */
+/* count.cuh: the counting launch of route.cuh: how often each chunk of tokens chose each expert.
+   And what reads these counts back: sums of them over groups of chunks. */
 #ifndef MOE_ROUTE_COUNT_CUH
 #define MOE_ROUTE_COUNT_CUH
 

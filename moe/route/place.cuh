@@ -159,7 +159,8 @@ MOE_DEVICE int moei_route_offsets(const moei_route_args* a, const moei_route_sha
     if (blockIdx.x == 0 && threadIdx.x == 0) {
         d->expert_offset[num_experts] = rows;
         if (rows < 0 || rows > a->max_rows)
-            moe_fault_raise(d->fault, options && d->max_rows ? MOE_FAULT_ROWS_FULL : MOE_FAULT_BAD_COUNT,
+            moe_fault_raise(d->fault, options && d->max_rows ? MOE_FAULT_ROWS_FULL :
+            MOE_FAULT_BAD_COUNT,
                             d->rank, options && d->max_rows ? rows : 0);
     }
     return rows;
@@ -358,7 +359,8 @@ MOE_DEVICE_BODY void moei_route_place_chunk(const moei_route_args* a, unsigned c
                 moei_route_write_row(d, (int)slot, expert[i],
                                      expert[i] < 0 ? 0 : s.offset[expert[i]], row);
         }
-        moei_route_fetch(id, weight, d, begin + blockDim.x * (uint32_t)steps, end, steps, options); /* 5. */
+        moei_route_fetch(id, weight, d, begin + blockDim.x * (uint32_t)steps, end, steps,
+                         options); /* 5. */
         __syncthreads(); /* 6.; the positions are complete */
         moei_route_write_slots(a, &s, taken);
         if (begin + blockDim.x * (uint32_t)steps < end) {

@@ -1,6 +1,6 @@
-/* bootstrap.h: how the processes of a launcher find each other: rank and size from the environment of
-   torchrun, mpirun (Open MPI) or srun, and an all-gather over TCP for moe_peers_create_ipc. Rank 0
-   listens on MASTER_ADDR (127.0.0.1 by default), MASTER_PORT + 1 (29501 by default).
+/* bootstrap.h: how the processes of a launcher find each other: rank and size from the environment
+   of torchrun, mpirun (Open MPI) or srun, and an all-gather over TCP for moe_peers_create_ipc. Rank
+   0 listens on MASTER_ADDR (127.0.0.1 by default), MASTER_PORT + 1 (29501 by default).
 
    Where a program has MPI or torch already, its own all-gather takes the place of this file. */
 #ifndef MOE_SAMPLE_BOOTSTRAP_H
@@ -91,8 +91,8 @@ static int bootstrap_connect(bootstrap* b, const struct addrinfo* at)
     return 1;
 }
 
-/* Fills in *b. Returns 1 where a launcher started this process, 0 where none did, -1 where the ranks
-   do not find each other. */
+/* Fills in *b. Returns 1 where a launcher started this process, 0 where none did, -1 where the
+   ranks do not find each other. */
 static int bootstrap_begin(bootstrap* b)
 {
     const char* host = getenv("MASTER_ADDR");

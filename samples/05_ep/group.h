@@ -124,8 +124,8 @@ static void group_wait(group* g, const char* what)
 /* Queues something of rank number i of this process. */
 typedef void (*group_call)(void* context, group* g, int i);
 
-/* Returns the milliseconds of a call of all ranks, of the slowest one: mean of `repeat` runs, with a
-   barrier before each, which counts. */
+/* Returns the milliseconds of a call of all ranks, of the slowest one: mean of `repeat` runs, with
+   a barrier before each, which counts. */
 static double group_time(group* g, group_call call, void* context, int repeat)
 {
     double slowest = 0;
@@ -149,10 +149,10 @@ static double group_time(group* g, group_call call, void* context, int repeat)
     return group_max(g, slowest);
 }
 
-/* Writes the milliseconds of each of `parts` calls that follow each other to ms: of the slowest rank,
-   mean of `repeat` runs, each after a barrier. part: where the call reads its number. */
-static void group_time_parts(group* g, group_call call, void* context, int* part, int parts, int repeat,
-                             double* ms)
+/* Writes the milliseconds of each of `parts` calls that follow each other to ms: of the slowest
+   rank, mean of `repeat` runs, each after a barrier. part: where the call reads its number. */
+static void group_time_parts(group* g, group_call call, void* context, int* part, int parts,
+                             int repeat, double* ms)
 {
     cudaEvent_t at[MOST_RANKS][MOST_PARTS + 1];
     double sum[MOST_RANKS][MOST_PARTS] = {{0}};
@@ -174,7 +174,8 @@ static void group_time_parts(group* g, group_call call, void* context, int* part
                 CUDA(cudaEventRecord(at[i][*part], group_use(g, i)->stream));
                 call(context, g, i);
             }
-        for (int i = 0; i < g->mine; ++i) CUDA(cudaEventRecord(at[i][parts], group_use(g, i)->stream));
+        for (int i = 0; i < g->mine; ++i)
+            CUDA(cudaEventRecord(at[i][parts], group_use(g, i)->stream));
         group_wait(g, "timing");
         for (int i = 0; i < g->mine; ++i)
             for (int p = 0; n >= 0 && p < parts; ++p) {

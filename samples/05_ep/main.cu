@@ -4,8 +4,8 @@
      torchrun --no-python --nproc_per_node=8 ./05_ep        one process a rank; or mpirun, srun
      g++ -x c++ -std=c++14 -O2 -I. samples/05_ep/main.cu -o 05_ep && ./05_ep
 
-   The last command builds for the CPU, where 4 virtual GPUs run. Copy make_rank and the calls in main;
-   group.h connects the ranks, bootstrap.h finds the processes of a launcher. */
+   The last command builds for the CPU, where 4 virtual GPUs run. Copy make_rank and the calls in
+   main; group.h connects the ranks, bootstrap.h finds the processes of a launcher. */
 #include "group.h"
 #include "report.h"
 
@@ -20,7 +20,8 @@ typedef struct fill_args {
 /* Fills in numbers from a hash of (seed, index): a rank can make any part of an array. */
 MOE_KERNEL(256, 1) fill(MOE_ARG(fill_args) a)
 {
-    for (int64_t i = (int64_t)blockIdx.x * 256 + threadIdx.x; i < a.count; i += (int64_t)gridDim.x * 256) {
+    for (int64_t i = (int64_t)blockIdx.x * 256 + threadIdx.x; i < a.count;
+         i += (int64_t)gridDim.x * 256) {
         uint64_t h = ((uint64_t)(a.first + i) + 1) * 0x9e3779b97f4a7c15ull ^ a.seed * 0xd6e8feb8u;
         h = (h ^ (h >> 29)) * 0xbf58476d1ce4e5b9ull;
         h ^= h >> 32;
@@ -123,8 +124,7 @@ int main(int argc, char** argv)
     sizes.max_tokens = (o.T + g.W - 1) / g.W;
     MOE(moe_ep_layer_region(&sizes, g.W, &region));
     group_connect(&g, region);
-    for (int i = 0; i < g.mine; ++i)
-        make_rank(&l[i], &o, &g, g.first + i, group_use(&g, i));
+    for (int i = 0; i < g.mine; ++i) make_rank(&l[i], &o, &g, g.first + i, group_use(&g, i));
     print_header(&g, &o);
     wrong = print_numerics(&g, l, &o);
     print_bytes(&g, l, &o, region);

@@ -41,14 +41,13 @@ static void quit(int code, const char* format, ...)
     do {                                                                                           \
         const moe_status s_ = (call);                                                              \
         char text_[MOE_STATUS_TEXT];                                                               \
-        if (s_ != MOE_OK) quit(EXIT_WRONG_INPUT, "%s refuses: %s", #call,                          \
-                               moe_status_describe(s_, text_));                                    \
+        if (s_ != MOE_OK)                                                                          \
+            quit(EXIT_WRONG_INPUT, "%s refuses: %s", #call, moe_status_describe(s_, text_));       \
     } while (0)
 #define CUDA(call)                                                                                 \
     do {                                                                                           \
         const cudaError_t e_ = (call);                                                             \
-        if (e_ != cudaSuccess)                                                                     \
-            quit(EXIT_WRONG_RESULT, "%s: %s", #call, cudaGetErrorString(e_));                      \
+        if (e_ != cudaSuccess) quit(EXIT_WRONG_RESULT, "%s: %s", #call, cudaGetErrorString(e_));   \
     } while (0)
 
 static void help(void)
@@ -95,7 +94,8 @@ static options read_options(int argc, char** argv)
                 quit(EXIT_WRONG_INPUT, "--thiek %s: T is at least 1, K at most E", value);
         } else if (!strcmp(name, "--ranks")) {
             o.ranks = number(name, value, 1);
-            if (o.ranks > MOST_RANKS) quit(EXIT_WRONG_INPUT, "--ranks %s: more than %d", value, MOST_RANKS);
+            if (o.ranks > MOST_RANKS)
+                quit(EXIT_WRONG_INPUT, "--ranks %s: more than %d", value, MOST_RANKS);
         } else if (!strcmp(name, "--combine")) {
             if (!strcmp(value, "reduced")) o.form = MOE_EP_REDUCED;
             else if (!strcmp(value, "gathered")) o.form = MOE_EP_GATHERED;

@@ -49,10 +49,11 @@ static void print_header(const group* g, const options* o)
            g->launched ? "in a process each" : "in one process",
            MOE_ON_HOST ? "on the CPU (moe/host)" : prop.name);
     if (!g->launched && !MOE_ON_HOST)
-        printf("transport %s\n", g->devices > 1
-                                     ? "peer access between GPUs"
-                                     : "the memory of one GPU: this run exchanges nothing over a link");
-    printf("shape     T %d (%d a rank), H %d, I %d, E %d (%d a rank), K %d, %s, SwiGLU, w1 gate rows then\n"
+        printf("transport %s\n",
+               g->devices > 1 ? "peer access between GPUs"
+                              : "the memory of one GPU: this run exchanges nothing over a link");
+    printf("shape     T %d (%d a rank), H %d, I %d, E %d (%d a rank), K %d, %s, SwiGLU, w1 gate "
+           "rows then\n"
            "          up rows, no bias, softmax then top-k, renormalized, combine %s\n\n",
            o->T, (o->T + g->W - 1) / g->W, o->H, o->I, o->E, (o->E + g->W - 1) / g->W, o->K,
            moe_dtype_name(o->dtype), o->form == MOE_EP_REDUCED ? "reduced" : "gathered");
@@ -89,7 +90,8 @@ static int print_numerics(group* g, rank_layers* l, const options* o)
             double top = 0, off = 0;
             for (int h = 0; h < o->H; ++h) {
                 const int64_t at = (int64_t)t * o->H + h;
-                const double w = moe_load(want, at, o->dtype), e = fabs(moe_load(got, at, o->dtype) - w);
+                const double w = moe_load(want, at, o->dtype),
+                             e = fabs(moe_load(got, at, o->dtype) - w);
                 if (fabs(w) > top) top = fabs(w);
                 if (!(e <= off)) off = e;
                 sum += fabs(w);
@@ -108,7 +110,8 @@ static int print_numerics(group* g, rank_layers* l, const options* o)
     if (g->first == 0)
         printf("y of one GPU         largest %.6f, mean of |y| %.6f\n"
                "difference from it   largest %.6f, mean relative %.6f%s\n\n",
-               largest, sum / count, worst, relative / count, g->launched ? " (means: rank 0)" : "");
+               largest, sum / count, worst, relative / count,
+               g->launched ? " (means: rank 0)" : "");
     return wrong;
 }
 
@@ -144,8 +147,8 @@ static void print_bytes(group* g, const rank_layers* l, const options* o, uint64
            (o->form == MOE_EP_REDUCED ? in : slots * (g->W - 1) / g->W) * o->H * 2 / 1048576);
     printf("experts   %.0f rows of a rank\n", slots);
     printf("memory    %.3f MiB region, %.3f MiB workspace, %.3f of %.3f MiB of expert weights\n\n",
-           (double)region / 1048576, (double)l[0].ep.layer.workspace_bytes / 1048576, weights / 1048576,
-           all / 1048576);
+           (double)region / 1048576, (double)l[0].ep.layer.workspace_bytes / 1048576,
+           weights / 1048576, all / 1048576);
 }
 
 /* Prints one line: milliseconds and TFLOPS. */
@@ -156,7 +159,8 @@ static void print_rate(const char* what, double ms, double flops, int ranks)
     printf("\n");
 }
 
-/* Prints the layer's time, beside the local layers and one GPU with all tokens, and a bar a part. */
+/* Prints the layer's time, beside the local layers and one GPU with all tokens, and a bar a part.
+   */
 static void print_times(group* g, rank_layers* l, const options* o)
 {
     const double flops = 6.0 * o->T / g->W * o->K * (double)o->H * o->I;
@@ -173,7 +177,8 @@ static void print_times(group* g, rank_layers* l, const options* o)
     print_rate("local, the rank's tokens, all experts", local, flops, 1);
     print_rate("local, the rank's tokens, its own experts", few, flops, 1);
     print_rate("one GPU, all tokens", one, flops * g->W, 1);
-    printf("exposed time %.3f ms over the local layer with all experts (%.1f%%), %.3f ms over that with\n"
+    printf("exposed time %.3f ms over the local layer with all experts (%.1f%%), %.3f ms over that "
+           "with\n"
            "its own (%.1f%%)\n",
            ep - local, 100 * (ep - local) / local, ep - few, 100 * (ep - few) / few);
     printf("scaling %.2f x over one GPU, of %d: %.1f%%\n\n", one / ep, g->W, 100 * one / ep / g->W);

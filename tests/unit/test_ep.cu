@@ -1,4 +1,5 @@
-/* test_ep.cu: moe/ep: groups, barriers, dispatch and combine between ranks, against a naive exchange.
+/* test_ep.cu: moe/ep: groups, barriers, dispatch and combine between ranks, against a naive
+   exchange.
 
      nvcc -I. -arch=sm_90a tests/unit/test_ep.cu -o test_ep
      g++ -x c++ -std=c++14 -O2 -I. tests/unit/test_ep.cu -o test_ep

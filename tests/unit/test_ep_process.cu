@@ -1,11 +1,11 @@
-/* test_ep_process.cu: moe/ep between processes with CUDA IPC: one process a rank, spread over the GPUs
-   that there are. Also ranks that are killed or stopped: the others end in time and name them. On a GPU
-   only.
+/* test_ep_process.cu: moe/ep between processes with CUDA IPC: one process a rank, spread over the
+   GPUs that there are. Also ranks that are killed or stopped: the others end in time and name them.
+   On a GPU only.
 
      nvcc -I. -arch=sm_90a tests/unit/test_ep_process.cu -o test_ep_process
 
-   The program starts itself once a rank: test_ep_process --child RANK RANKS FILE WHEN HOW. The ranks
-   meet in a file in shared memory. */
+   The program starts itself once a rank: test_ep_process --child RANK RANKS FILE WHEN HOW. The
+   ranks meet in a file in shared memory. */
 #include <fcntl.h>
 #include <signal.h>
 #include <sys/mman.h>
@@ -82,7 +82,10 @@ MOE_KERNEL(64, 1) scale_rows(MOE_ARG(scale_args) a)
                               (float)(a.first + e + 1));
 }
 
-static int32_t id_of(int rank, int round, int i) { return (i * 7 + rank * 3 + round * 5) % EXPERTS; }
+static int32_t id_of(int rank, int round, int i)
+{
+    return (i * 7 + rank * 3 + round * 5) % EXPERTS;
+}
 
 static void go(int how)
 {
@@ -136,8 +139,8 @@ static int child(int rank, int ranks, const char* path, int when, int how)
     TEST_CUDA(cudaMemset(fault, 0, 8));
     CHILD_CHECK(moe_preload() == MOE_OK, "preload");
     {
-        const moe_status s = moe_peers_create_ipc(&peers, rank, ranks, 0, region, bytes, gather, &me,
-                                                  &pair);
+        const moe_status s =
+            moe_peers_create_ipc(&peers, rank, ranks, 0, region, bytes, gather, &me, &pair);
         char text[MOE_STATUS_TEXT];
         CHILD_CHECK(s == MOE_OK, "%s: rank %d, rank %d", moe_status_describe(s, text), pair.from,
                     pair.to);
@@ -159,8 +162,9 @@ static int child(int rank, int ranks, const char* path, int when, int how)
     for (int round = 0; round < ROUNDS; ++round) {
         const int goes = rank == 1 && when != NEVER && round == 2;
         int32_t list[TOKENS * TOP_K];
-        scale_args s = {(const uint16_t*)v.recv_x, v.row_slot, v.expert_offset, rows, fault,
-                        moe_ep_first(rank, EXPERTS, ranks), v.num_local};
+        scale_args s = {
+            (const uint16_t*)v.recv_x,          v.row_slot, v.expert_offset, rows, fault,
+            moe_ep_first(rank, EXPERTS, ranks), v.num_local};
         moe_launch_config l = moe_grid(8, HIDDEN, 0, stream);
         struct timespec t0, t1;
         uint64_t word;
@@ -183,8 +187,8 @@ static int child(int rank, int ranks, const char* path, int when, int how)
         TEST_CUDA(cudaMemcpy(&word, fault, 8, cudaMemcpyDeviceToHost));
         if (word) { /* the rank that is gone, in time; and this process and its memory still work */
             const moe_peers_late late = moe_peers_late_decode(word);
-            const double ms = (double)(t1.tv_sec - t0.tv_sec) * 1e3 +
-                              (double)(t1.tv_nsec - t0.tv_nsec) * 1e-6;
+            const double ms =
+                (double)(t1.tv_sec - t0.tv_sec) * 1e3 + (double)(t1.tv_nsec - t0.tv_nsec) * 1e-6;
             CHILD_CHECK(when != NEVER && round >= 2, "round %d: a fault, %llx", round,
                         (unsigned long long)word);
             CHILD_CHECK(late.late == 1 && late.tag == 3, "late %d, phase %d, tag %d", late.late,
@@ -225,8 +229,8 @@ static void processes(int ranks, int when, int how)
             char number[4][12];
             const int value[4] = {r, ranks, when, how};
             for (int i = 0; i < 4; ++i) snprintf(number[i], sizeof number[i], "%d", value[i]);
-            execl("/proc/self/exe", test_now.argv[0], "--child", number[0], number[1], path, number[2],
-                  number[3], (char*)0);
+            execl("/proc/self/exe", test_now.argv[0], "--child", number[0], number[1], path,
+                  number[2], number[3], (char*)0);
             _exit(9);
         }
     }

@@ -1,5 +1,5 @@
-/* case.h: one exchange: every rank's tokens, its buffers, the reference of what it receives, and the
-   sums that its tokens must get. */
+/* case.h: one exchange: every rank's tokens, its buffers, the reference of what it receives, and
+   the sums that its tokens must get. */
 #ifndef MOE_TESTS_EP_CASE_H
 #define MOE_TESTS_EP_CASE_H
 
@@ -18,8 +18,8 @@ typedef struct ep_case {
     int replicas;    /* 1: a table of random replicas */
     int recv_tokens; /* C; 0: T */
     int num_scales;
-    int misalign;    /* bytes that x is past a multiple of 256 */
-    int same;        /* 1: all ranks have T tokens, no -1 */
+    int misalign; /* bytes that x is past a multiple of 256 */
+    int same;     /* 1: all ranks have T tokens, no -1 */
 } ep_case;
 
 /* One rank's arrays, on the host and on its device. */
@@ -43,9 +43,9 @@ typedef struct ep_job {
     ep_case c;
     tgroup g;
     ep_rank rank[TGROUP_MOST];
-    int32_t *offset;         /* replicas of all ranks */
+    int32_t* offset; /* replicas of all ranks */
     moe_ep_expert* replica;
-    int P[TGROUP_MOST];      /* experts of each rank */
+    int P[TGROUP_MOST]; /* experts of each rank */
 } ep_job;
 
 static int ep_local(const ep_job* j, int r)
@@ -163,8 +163,7 @@ static int ep_put_rank(ep_job* j, int rank)
     d->buffers = ep_sizes(c);
     if (c->replicas) {
         r->d_offset = tbuf_from("replica_offset", r->choice_offset, (size_t)(c->E + 1) * 4, 0);
-        r->d_choice =
-            tbuf_from("replica", r->choice, (size_t)r->choice_offset[c->E] * 8, 0);
+        r->d_choice = tbuf_from("replica", r->choice, (size_t)r->choice_offset[c->E] * 8, 0);
         d->replica_offset = (const int32_t*)r->d_offset.p;
         d->replica = (const moe_ep_expert*)r->d_choice.p;
     }
@@ -308,8 +307,7 @@ static ep_slot ep_find(const ep_job* j, int32_t* const* rows, int r, int64_t slo
 {
     const ep_case* c = &j->c;
     const int C = c->recv_tokens ? c->recv_tokens : c->T;
-    const moe_ep_expert e =
-        moe_ref_target(&j->rank[r].want, slot, c->K, c->E, c->W);
+    const moe_ep_expert e = moe_ref_target(&j->rank[r].want, slot, c->K, c->E, c->W);
     ep_slot s = {-1, -1};
     if (e.rank < 0) return s;
     const moe_ref_exchange_rank* w = &j->rank[e.rank].want;

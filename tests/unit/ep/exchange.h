@@ -71,7 +71,8 @@ static void ep_check_received(ep_job* j, int r)
             wrong += memcmp(ids + at * K, k->want.recv_ids + at * K, (size_t)K * 4) != 0;
             wrong += memcmp(weights + at * K, k->want.recv_weights + at * K, (size_t)K * 4) != 0;
             wrong += memcmp(x + at * row, (char*)j->rank[s].x + t * row, (size_t)row) != 0;
-            wrong += memcmp(scales + at * S, j->rank[s].scales + (int64_t)t * S, (size_t)S * 4) != 0;
+            wrong +=
+                memcmp(scales + at * S, j->rank[s].scales + (int64_t)t * S, (size_t)S * 4) != 0;
         }
     CHECK(wrong == 0, "rank %d: %lld rows or parts of them are wrong", r, (long long)wrong);
     CHECK(strays == 0, "rank %d: %lld bytes past the received rows were written", r,

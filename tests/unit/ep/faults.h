@@ -15,8 +15,8 @@ static int ep_untouched(ep_job* j, int r)
     return same;
 }
 
-/* Rank `late` does not come to the dispatch, or to the combine. The others name it, the phase and the
-   tag, and write no y. */
+/* Rank `late` does not come to the dispatch, or to the combine. The others name it, the phase and
+   the tag, and write no y. */
 static void ep_late(int form, int late, int phase)
 {
     const ep_case c = {3, 12, 16, 6, 2, form, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 1};
@@ -136,7 +136,8 @@ static void test_bad_ids(void)
         ep_dispatch(&j);
         tgroup_wait(&j.g);
         CHECK(tgroup_fault(&j.g, 0) == 0, "rank 0 has no fault");
-        CHECK(tgroup_fault(&j.g, 1) == MOEI_FAULT_KEY(MOE_FAULT_BAD_ID, 1, 7), "the first bad slot");
+        CHECK(tgroup_fault(&j.g, 1) == MOEI_FAULT_KEY(MOE_FAULT_BAD_ID, 1, 7),
+              "the first bad slot");
         for (int r = 0; r < 2; ++r) {
             int32_t* count = (int32_t*)ep_get(&j, r, j.rank[r].view.recv_count, 8);
             CHECK_INTS("recv_count", count, j.rank[r].want.recv_count, 2);

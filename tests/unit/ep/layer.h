@@ -1,5 +1,5 @@
-/* layer.h: the layer over ranks beside the layer on one GPU, which has its own tests: every rank runs
-   both on its tokens. The one-GPU layer has all experts, the other one its own alone. */
+/* layer.h: the layer over ranks beside the layer on one GPU, which has its own tests: every rank
+   runs both on its tokens. The one-GPU layer has all experts, the other one its own alone. */
 #ifndef MOE_TESTS_EP_LAYER_H
 #define MOE_TESTS_EP_LAYER_H
 
@@ -12,11 +12,11 @@
 typedef struct lay_case {
     int W, T, H, I, E, K;
     int form, dtype;
-    int shared;       /* width of a shared expert, 0: none */
-    int replicas;     /* 1: expert e is on ranks e % W and (e + 1) % W */
+    int shared;   /* width of a shared expert, 0: none */
+    int replicas; /* 1: expert e is on ranks e % W and (e + 1) % W */
     int row_multiple;
-    int from_ids;     /* 1: ids and weights are given */
-    int parts;        /* 1: part by part */
+    int from_ids; /* 1: ids and weights are given */
+    int parts;    /* 1: part by part */
     int bias;
 } lay_case;
 
@@ -231,8 +231,8 @@ static void lay_free(lay_job* j)
     for (int r = 0; r < j->c.W; ++r) {
         lay_rank* k = j->rank + r;
         tgroup_use(&j->g, r);
-        tbufs_free(TBUFS(&k->x, &k->residual, &k->y, &k->y1, &k->router, &k->ids, &k->weights, &k->w1,
-                         &k->w2, &k->b1, &k->b2, &k->work, &k->work1));
+        tbufs_free(TBUFS(&k->x, &k->residual, &k->y, &k->y1, &k->router, &k->ids, &k->weights,
+                         &k->w1, &k->w2, &k->b1, &k->b2, &k->work, &k->work1));
         tbufs_free(TBUFS(&k->all_w1, &k->all_w2, &k->all_b1, &k->all_b2, &k->s1, &k->s2, &k->offset,
                          &k->choice));
         TFREE(k->h_residual);
@@ -252,7 +252,8 @@ static void lay_run(lay_job* j)
     for (int part = 0; part < (j->c.parts ? MOE_EP_LAYER_PARTS : 1); ++part)
         for (int r = 0; r < j->c.W; ++r) {
             tgroup_use(&j->g, r);
-            if (j->c.parts) CHECK_STATUS(moe_ep_layer_run_part(&p[r], part, j->g.stream[r]), MOE_OK);
+            if (j->c.parts)
+                CHECK_STATUS(moe_ep_layer_run_part(&p[r], part, j->g.stream[r]), MOE_OK);
             else CHECK_STATUS(moe_ep_layer_run(&p[r], j->g.stream[r]), MOE_OK);
         }
     TEST_CUDA(cudaSetDevice(0));
@@ -266,8 +267,8 @@ static void* lay_get(const void* p, int64_t bytes)
     return host;
 }
 
-/* Checks y of rank r against the rows of the one-GPU layer: added up in double; and added up by rank
-   with each rank's sum rounded. */
+/* Checks y of rank r against the rows of the one-GPU layer: added up in double; and added up by
+   rank with each rank's sum rounded. */
 static void lay_check_reduced(lay_job* j, int r)
 {
     const lay_case* c = &j->c;
@@ -334,7 +335,8 @@ static void lay_compare(const lay_case* c, uint64_t salt)
             tgroup_use(&j.g, r);
             one = tbuf_copy(&j.rank[r].y1);
             if (c->form == MOE_EP_GATHERED)
-                CHECK(tbuf_holds(&j.rank[r].y, one), "W=%d rank %d: not the bits of one GPU", c->W, r);
+                CHECK(tbuf_holds(&j.rank[r].y, one), "W=%d rank %d: not the bits of one GPU", c->W,
+                      r);
             else lay_check_reduced(&j, r);
             free(one);
         }
@@ -352,12 +354,12 @@ static void test_forward(void)
         {1, 9, 64, 40, 5, 2, MOE_EP_GATHERED, 1, 0, 0, 0, 0, 0, 0},
         {2, 30, 64, 40, 8, 3, MOE_EP_REDUCED, 0, 0, 0, 0, 0, 0, 1},
         {2, 30, 64, 40, 8, 3, MOE_EP_GATHERED, 0, 0, 0, 0, 0, 0, 1},
-        {4, 12, 64, 40, 7, 2, MOE_EP_REDUCED, 1, 24, 0, 0, 0, 0, 0},  /* E 7 on W 4, shared */
+        {4, 12, 64, 40, 7, 2, MOE_EP_REDUCED, 1, 24, 0, 0, 0, 0, 0}, /* E 7 on W 4, shared */
         {4, 12, 64, 40, 7, 2, MOE_EP_GATHERED, 0, 24, 0, 0, 0, 1, 1},
-        {4, 12, 64, 40, 2, 2, MOE_EP_REDUCED, 0, 0, 0, 0, 0, 1, 0},   /* E 2 on W 4 */
+        {4, 12, 64, 40, 2, 2, MOE_EP_REDUCED, 0, 0, 0, 0, 0, 1, 0}, /* E 2 on W 4 */
         {4, 12, 64, 40, 2, 2, MOE_EP_GATHERED, 1, 0, 0, 0, 0, 0, 0},
-        {3, 15, 64, 40, 6, 3, MOE_EP_REDUCED, 0, 0, 1, 0, 1, 0, 0},   /* replicas, ids given */
-        {3, 15, 64, 40, 6, 3, MOE_EP_GATHERED, 0, 0, 1, 8, 0, 0, 0},  /* replicas, padded rows */
+        {3, 15, 64, 40, 6, 3, MOE_EP_REDUCED, 0, 0, 1, 0, 1, 0, 0},  /* replicas, ids given */
+        {3, 15, 64, 40, 6, 3, MOE_EP_GATHERED, 0, 0, 1, 8, 0, 0, 0}, /* replicas, padded rows */
         {8, 8, 64, 40, 16, 4, MOE_EP_GATHERED, 0, 0, 0, 0, 1, 0, 0},
         {8, 8, 64, 40, 16, 4, MOE_EP_REDUCED, 0, 0, 0, 8, 1, 0, 0},
     };
@@ -459,7 +461,8 @@ static void test_layer_graph(void)
                     tgroup_wait(&j.g);
                     for (int r = 0; r < 4; ++r) {
                         tgroup_use(&j.g, r);
-                        if (again) CHECK(tbuf_holds(&j.rank[r].y, first[r]), "other bits, rank %d", r);
+                        if (again)
+                            CHECK(tbuf_holds(&j.rank[r].y, first[r]), "other bits, rank %d", r);
                         else first[r] = tbuf_copy(&j.rank[r].y);
                     }
                 }

@@ -5,8 +5,8 @@
 
 #include "tests/unit/ep/case.h"
 
-/* In place of experts: writes row r of a rank = x of the row's token, times the number of the expert
-   + 1 (of the group, by rank). Then y[t] = residual[t] + sum over k of w (id + 1) x[t]. */
+/* In place of experts: writes row r of a rank = x of the row's token, times the number of the
+   expert + 1 (of the group, by rank). Then y[t] = residual[t] + sum over k of w (id + 1) x[t]. */
 typedef struct ep_scale_args {
     const char* x;
     const int32_t* row_slot;
@@ -25,8 +25,8 @@ MOE_KERNEL(64, 1) ep_scale_rows(MOE_ARG(ep_scale_args) a)
              r += (int)gridDim.x)
             for (int h = (int)threadIdx.x; h < a.H; h += (int)blockDim.x) {
                 const int slot = a.row_slot[r];
-                const float v = slot < 0 ? 0.0f
-                                         : moe_load_f32(a.x, (int64_t)(slot / a.K) * a.H + h, a.dtype);
+                const float v =
+                    slot < 0 ? 0.0f : moe_load_f32(a.x, (int64_t)(slot / a.K) * a.H + h, a.dtype);
                 moe_store_f32(a.rows, (int64_t)r * a.H + h, a.dtype, v * (float)(a.first + e + 1));
             }
 }
@@ -144,8 +144,7 @@ static void ep_rounds_new(ep_job* j, ep_rounds* a, int rounds, trand* q)
         for (int r = 0; r < j->c.W; ++r) {
             const size_t bytes = (size_t)j->rank[r].T * (size_t)j->c.K * 4;
             a->ids[n][r] = (int32_t*)test_host((int64_t)bytes);
-            for (size_t i = 0; i < bytes / 4; ++i)
-                a->ids[n][r][i] = ep_draw_id(&j->c, q);
+            for (size_t i = 0; i < bytes / 4; ++i) a->ids[n][r][i] = ep_draw_id(&j->c, q);
             tgroup_use(&j->g, r);
             TEST_CUDA(cudaMalloc((void**)&a->d_ids[n][r], bytes + 4));
             if (bytes)
@@ -178,8 +177,8 @@ static void test_back_to_back(void)
     static ep_job j;
     for (int form = MOE_EP_REDUCED; form <= MOE_EP_GATHERED; ++form)
         for (size_t i = 0; i < sizeof ranks / sizeof ranks[0]; ++i) {
-            const ep_case c = {ranks[i], 21, 16, 18, 3, form, i % 2 ? MOE_FP16 : MOE_BF16, EP_RANDOM,
-                               0, 0, 0, 0, 0};
+            const ep_case c = {ranks[i],  21, 16, 18, 3, form, i % 2 ? MOE_FP16 : MOE_BF16,
+                               EP_RANDOM, 0,  0,  0,  0, 0};
             trand q = trand_new(60 + i);
             if (ep_new(&j, &c, 61 + i)) {
                 static ep_rounds a;

@@ -53,7 +53,8 @@ static void test_choose(void)
                      MOE_STATUS(MOE_ERR_RANGE, replica));
         CHECK_STATUS(moe_ep_choose(id, 4, 4, offset, replica, 4, o, c),
                      MOE_STATUS(MOE_ERR_RANGE, rank));
-        CHECK_STATUS(moe_ep_choose(id, 4, 0, offset, 0, 4, o, c), MOE_STATUS(MOE_ERR_NULL, replica));
+        CHECK_STATUS(moe_ep_choose(id, 4, 0, offset, 0, 4, o, c),
+                     MOE_STATUS(MOE_ERR_NULL, replica));
     }
 }
 
@@ -69,8 +70,8 @@ static moe_peers_desc sig_desc(const tgroup* g, int r)
 }
 
 /* Every rank puts numbers into the next one's region and signals; waits for the one before; then
-   gets what the next one holds. Many rounds without the host waiting; a barrier ends each, so that no
-   rank overtakes. */
+   gets what the next one holds. Many rounds without the host waiting; a barrier ends each, so that
+   no rank overtakes. */
 static void sig_ring(int W, int64_t bytes)
 {
     enum { ROUNDS = 6 };
@@ -141,7 +142,8 @@ static void test_ring(void)
     sig_ring(8, 16386);
 }
 
-/* A barrier that one rank does not reach: the others name the rank and end; later calls do nothing. */
+/* A barrier that one rank does not reach: the others name the rank and end; later calls do nothing.
+   */
 static void test_barrier_late(void)
 {
     tgroup g;
@@ -161,7 +163,8 @@ static void test_barrier_late(void)
     tgroup_wait(&g);
     for (int r = 0; r < 3; r += 2) {
         const moe_peers_late l = moe_peers_late_decode(tgroup_fault(&g, r));
-        CHECK(l.late == 1 && l.phase == MOE_PHASE_USER && l.tag == 41 && (l.rank == 0 || l.rank == 2),
+        CHECK(l.late == 1 && l.phase == MOE_PHASE_USER && l.tag == 41 &&
+                  (l.rank == 0 || l.rank == 2),
               "rank %d: late %d, phase %d, tag %d, seen by %d", r, l.late, l.phase, l.tag, l.rank);
     }
     CHECK(moe_peers_late_decode(tgroup_fault(&g, 1)).late == -1, "rank 1 has not waited");
@@ -219,8 +222,9 @@ static void test_group_refusals(void)
     two[0] = g.memory[0], two[1] = (char*)g.memory[1] + 8;
     CHECK_STATUS(moe_peers_create_local(&p, 0, g.device, g.memory, g.bytes, &pair),
                  MOE_STATUS(MOE_ERR_RANGE, num_ranks));
-    CHECK_STATUS(moe_peers_create_local(&p, MOE_PEERS_MAX_RANKS + 1, g.device, g.memory, g.bytes, &pair),
-                 MOE_STATUS(MOE_ERR_RANGE, num_ranks));
+    CHECK_STATUS(
+        moe_peers_create_local(&p, MOE_PEERS_MAX_RANKS + 1, g.device, g.memory, g.bytes, &pair),
+        MOE_STATUS(MOE_ERR_RANGE, num_ranks));
     CHECK_STATUS(moe_peers_create_local(0, 2, g.device, g.memory, g.bytes, &pair),
                  MOE_STATUS(MOE_ERR_NULL, desc));
     CHECK_STATUS(moe_peers_create_local(&p, 2, g.device, two, g.bytes, &pair),

@@ -5,8 +5,8 @@
 #include "tests/test_case.h"
 #include "tests/unit/route/case.h"
 
-/* Routes T tokens in parts whose counts are drawn; ids of tokens that do not exist are no experts. All
-   outputs are those of the reference with -1 there, and no fault is raised. */
+/* Routes T tokens in parts whose counts are drawn; ids of tokens that do not exist are no experts.
+   All outputs are those of the reference with -1 there, and no fault is raised. */
 static void parts_case(int parts, int each, int E, int K, int multiple, int capacity, uint64_t salt)
 {
     trand q = trand_new(salt);
@@ -92,8 +92,8 @@ static void parts_case(int parts, int each, int E, int K, int multiple, int capa
             }
             b_row_slot.bytes = b_row_weight.bytes = (size_t)rows * 4;
         }
-        tbufs_free(TBUFS(&b_ids, &b_weights, &b_parts, &b_count, &b_offset, &b_slot_row, &b_row_slot,
-                         &b_row_weight, &b_place, &b_work, &b_fault));
+        tbufs_free(TBUFS(&b_ids, &b_weights, &b_parts, &b_count, &b_offset, &b_slot_row,
+                         &b_row_slot, &b_row_weight, &b_place, &b_work, &b_fault));
         free(want_count), free(want_offset), free(want_slot_row);
         free(want_row_slot), free(want_row_weight), free(want_place);
     }
