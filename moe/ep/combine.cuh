@@ -1,7 +1,7 @@
 /* combine.cuh: brings the experts' rows of each token home and sums them.
 
-     y[t, :] = residual[t, :] + sum over k of weights[t, k] row(t, k)[:] + shared_weight[t]
-     shared[t, :]
+     y[t, :] = residual[t, :] + sum over k of weights[t, k] row(t, k)[:]
+                              + shared_weight[t] shared[t, :]
 
    row(t, k) is the row of token t's slot k, on the rank that has the slot's expert. Two forms
    (buffers.form, for the whole exchange):
@@ -25,8 +25,8 @@
 
    Bytes that leave each GPU: reduced: one row for each received token of another rank; gathered:
    one row for each slot of other ranks' tokens. Memory traffic: the experts' rows are read once;
-   reduced: each partial sum is written and read once. Cost: 2 launches. One warp waits for peers.
-   Minimum architecture: sm_75.
+   reduced: each partial sum is written and read once.
+   Cost: 2 launches. One warp waits for peers. Minimum architecture: sm_75.
 
      moe_ep_combine_desc c = {0};
      c.dispatch = &d;  c.rows = rows;  c.weights = weights;  c.y = y;
@@ -114,8 +114,7 @@ MOE_DEVICE void moei_ep_add_rows(float* acc, const moei_ep_slot* own, int h, int
 
 /* Sums the rows of received token t, weighted, and stores the columns of this warp's slices at y:
    slices of 32 vectors of 16 bytes, every `warps`-th from number `first` on. A lane looks up a
-   slot; then all lanes load a vector of each row. Rows are added in slot order, in fp32. One warp.
-   */
+   slot; then all lanes load a vector of each row. Rows are added in slot order. One warp. */
 MOE_DEVICE void moei_ep_reduce_token(const moe_combine_args* d, int64_t t, char* y, int first,
                                      int warps, const int dtype)
 {

@@ -23,9 +23,8 @@
    Bytes that leave this GPU: (H b + 8 K + 4 S + 4) for each token and other rank that it goes to,
    and with MOE_EP_GATHERED 8 for each slot received from other ranks. With balanced, distinct
    choices a token goes to W (1 - C(E - E / W, K) / C(E, K)) ranks, its own included.
-   Cost: 3 launches; 1 more past 1024 tokens, 1 more with MOE_EP_GATHERED. Pushed in 16-byte vectors
-   where x is aligned. One warp waits for peers, in the sending kernel's
-   last block (signal.cuh).
+   Cost: 3 launches; 1 more past 1024 tokens, 1 more with MOE_EP_GATHERED. Pushes 16-byte vectors
+   where x is aligned. One warp waits for peers, in the sending kernel's last block (signal.cuh).
    Minimum architecture: sm_75.
 
      moe_ep_dispatch_desc d = {0};

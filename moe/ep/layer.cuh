@@ -1,13 +1,11 @@
 /* layer.cuh: the whole MoE layer over several GPUs, x -> y: every rank brings its own tokens and
    has some of the experts.
 
-     logits, ids, weights of this rank's tokens    router.cuh, gate.cuh; the router's weights are
-     the
-                                                   same on all ranks
-     tokens to the ranks of their experts          dispatch.cuh
-     rows = experts(received tokens)               experts.cuh, this rank's P experts
-     shared = expert(x), where given               at home, while the tokens travel
-     y = residual + sum of the rows + shared       combine.cuh
+     logits, ids, weights of this rank's tokens   router.cuh, gate.cuh; one router for all ranks
+     tokens to the ranks of their experts         dispatch.cuh
+     rows = experts(received tokens)              experts.cuh, this rank's P experts
+     shared = expert(x), where given              at home, while the tokens travel
+     y = residual + sum of the rows + shared      combine.cuh
 
    In:   x [T, H], router [E, H], w1 [P, 2I, H], w2 [P, H, I] of this rank's experts; biases alike
    Out:  y [T, H] of this rank's tokens

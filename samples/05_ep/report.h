@@ -159,8 +159,8 @@ static void print_rate(const char* what, double ms, double flops, int ranks)
     printf("\n");
 }
 
-/* Prints the layer's time, beside the local layers and one GPU with all tokens, and a bar a part.
-   */
+/* Prints the layer's time, beside the local layers and one GPU with all tokens, and a bar a
+   part. */
 static void print_times(group* g, rank_layers* l, const options* o)
 {
     const double flops = 6.0 * o->T / g->W * o->K * (double)o->H * o->I;

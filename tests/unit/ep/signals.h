@@ -142,8 +142,8 @@ static void test_ring(void)
     sig_ring(8, 16386);
 }
 
-/* A barrier that one rank does not reach: the others name the rank and end; later calls do nothing.
-   */
+/* A barrier that one rank does not reach: the others name the rank and end; later calls do
+   nothing. */
 static void test_barrier_late(void)
 {
     tgroup g;
