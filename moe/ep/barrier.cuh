@@ -78,8 +78,7 @@ MOE_KERNEL(32, 1) moei_peers_sync(MOE_ARG(moei_peers_op) d)
     if (d.kind == MOEI_PEERS_SIGNAL) {
         moe_peer_signal(&d.peers, d.peer, d.channel);
     } else if (d.kind == MOEI_PEERS_WAIT) {
-        if (!__any_sync(MOE_FULL_WARP, moe_fault_stops(d.peers.fault)))
-            (void)moe_peer_wait(&d.peers, d.peer, d.channel, d.tag);
+        (void)moe_peer_wait(&d.peers, d.peer, d.channel, d.tag);
     } else {
         moe_peer_arrive(&d.peers, d.channel);
         (void)moe_peer_barrier_wait(&d.peers, d.channel, MOE_PHASE_USER, d.tag);

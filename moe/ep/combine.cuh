@@ -243,6 +243,7 @@ MOE_HOST moe_status moei_ep_combine_prepare(const moe_ep_combine_desc* c,
     MOE_REQUIRE(c->dispatch, MOE_ERR_NULL, dispatch);
     MOE_REQUIRE(c->tag >= 0 && c->tag < 1 << 24, MOE_ERR_RANGE, tag);
     d = *c->dispatch;
+    MOE_REQUIRE(!c->weights || c->weights == d.weights, MOE_ERR_CONFLICT, weights);
     MOE_TRY(moei_ep_resolve(&d, &dispatch, &v));
     p->args.peers = dispatch.peers;
     p->args.partial = dispatch.at.partial;

@@ -16,8 +16,9 @@
    can be replayed with other ids. Equal inputs give equal rows in equal order.
 
    A dispatch may be repeated with other rows, for instance with dO in a backward pass: the same ids
-   give the same positions. Into other buffers (another region_offset and channel), with the parts
-   MOE_EP_SEND and MOE_EP_RECEIVE alone; the row maps of the first dispatch stay valid.
+   give the same positions. The second descriptor has the first one's ids and workspace, and other
+   buffers (another region_offset and channel); its parts MOE_EP_SEND and MOE_EP_RECEIVE run, with
+   MOE_EP_GATHERED also MOE_EP_ANSWER. The row maps of the first dispatch stay valid.
    A chunk of tokens is a dispatch of its own: pointers to its first token, its num_tokens.
 
    Bytes that leave this GPU: (H b + 8 K + 4 S + 4) for each token and other rank that it goes to,
@@ -53,15 +54,8 @@ MOE_HOST uint64_t moei_ep_take(uint64_t* at, uint64_t bytes)
     return here;
 }
 
-/* Returns the most experts that a rank owns. */
-MOE_HOST int moei_ep_most_owned(int num_experts, int num_ranks)
-{
-    return (num_experts + num_ranks - 1) / num_ranks;
-}
-
-/* Refuses sizes and options that are out of range; fills in the defaults. replicas: 1 where a
-   token's slots may all have experts of one rank. */
-MOE_HOST moe_status moei_ep_check_buffers(moe_ep_buffers* b, int num_ranks, int replicas)
+/* Refuses sizes and options that are out of range; fills in the defaults. */
+MOE_HOST moe_status moei_ep_check_buffers(moe_ep_buffers* b, int num_ranks)
 {
     if (b->region_offset == 0) b->region_offset = MOE_PEERS_HEADER;
     MOE_REQUIRE(b->region_offset >= MOE_PEERS_HEADER && b->region_offset % 256 == 0, MOE_ERR_RANGE,
@@ -78,6 +72,10 @@ MOE_HOST moe_status moei_ep_check_buffers(moe_ep_buffers* b, int num_ranks, int 
     MOE_REQUIRE(moe_dtype_bytes(b->dtype), MOE_ERR_DTYPE, dtype);
     if (b->rows_dtype == 0) b->rows_dtype = b->dtype;
     MOE_REQUIRE(moe_dtype_bytes(b->rows_dtype), MOE_ERR_DTYPE, rows_dtype);
+    MOE_REQUIRE(b->wire_dtype == 0 || b->wire_dtype == b->dtype, MOE_ERR_DTYPE, wire_dtype);
+    if (b->row_multiple == 0) b->row_multiple = 1;
+    MOE_REQUIRE(b->row_multiple >= 1 && b->row_multiple <= MOE_ROUTE_MAX_MULTIPLE, MOE_ERR_RANGE,
+                row_multiple);
     MOE_REQUIRE(b->num_scales >= 0 && b->num_scales <= 4096, MOE_ERR_RANGE, num_scales);
     MOE_REQUIRE(b->max_tokens >= 0, MOE_ERR_RANGE, max_tokens);
     if (b->recv_tokens == 0) b->recv_tokens = b->max_tokens;
@@ -87,9 +85,10 @@ MOE_HOST moe_status moei_ep_check_buffers(moe_ep_buffers* b, int num_ranks, int 
                 MOE_ERR_RANGE, max_tokens);
     MOE_REQUIRE(b->max_rows >= 0 && b->max_rows <= 0x7fffffff, MOE_ERR_RANGE, max_rows);
     if (b->max_rows == 0) {
-        const int most = moei_ep_most_owned(b->num_experts, num_ranks);
-        b->max_rows =
-            (int64_t)num_ranks * b->recv_tokens * (replicas || b->top_k < most ? b->top_k : most);
+        const int64_t slots = (int64_t)num_ranks * b->recv_tokens * b->top_k;
+        const int64_t padded = slots < b->num_experts ? slots : b->num_experts;
+        b->max_rows = slots + padded * (b->row_multiple - 1);
+        MOE_REQUIRE(b->max_rows <= 0x7fffffff, MOE_ERR_RANGE, row_multiple);
     }
     return MOE_OK;
 }
@@ -114,13 +113,11 @@ MOE_HOST void moei_ep_lay_out(const moe_ep_buffers* b, int num_ranks, moei_ep_la
         at->place = moei_ep_take(&at->end, (uint64_t)b->max_tokens * top_k * 8);
         at->rows = moei_ep_take(&at->end, (uint64_t)b->max_rows * row_bytes);
     }
-    (void)moei_ep_take(&at->end, 0);
     at->end = (at->end + 255) / 256 * 256;
 }
 
 /* Writes the offset of the first byte after these buffers to *end: a region of so many bytes holds
-   them; another exchange may begin there. Reads `buffers` alone; its max_rows is given where a
-   dispatch with replicas uses it. Errors: its fields; num_ranks. */
+   them; another exchange may begin there. Errors: the fields of `buffers`; num_ranks. */
 MOE_HOST moe_status moe_ep_buffers_end(const moe_ep_buffers* buffers, int num_ranks, uint64_t* end)
 {
     moe_ep_buffers b;
@@ -128,7 +125,7 @@ MOE_HOST moe_status moe_ep_buffers_end(const moe_ep_buffers* buffers, int num_ra
     MOE_REQUIRE(buffers && end, MOE_ERR_NULL, desc);
     MOE_REQUIRE(num_ranks >= 1 && num_ranks <= MOE_PEERS_MAX_RANKS, MOE_ERR_RANGE, num_ranks);
     b = *buffers;
-    MOE_TRY(moei_ep_check_buffers(&b, num_ranks, 0));
+    MOE_TRY(moei_ep_check_buffers(&b, num_ranks));
     moei_ep_lay_out(&b, num_ranks, &at);
     *end = at.end;
     return MOE_OK;
@@ -139,7 +136,7 @@ MOE_HOST moe_status moei_ep_check_options(moe_ep_dispatch_desc* d, moei_ep_args*
 {
     const moe_ep_buffers* b = &d->buffers;
     MOE_TRY(moei_peers_resolve(d->peers, d->fault, &a->peers));
-    MOE_TRY(moei_ep_check_buffers(&d->buffers, d->peers->num_ranks, d->replica_offset != 0));
+    MOE_TRY(moei_ep_check_buffers(&d->buffers, d->peers->num_ranks));
     moei_ep_lay_out(b, d->peers->num_ranks, &a->at);
     MOE_REQUIRE(a->at.end <= d->peers->bytes, MOE_ERR_RANGE, region_bytes);
     MOE_REQUIRE(d->num_tokens >= 0 && d->num_tokens <= b->max_tokens, MOE_ERR_RANGE, num_tokens);
@@ -148,10 +145,10 @@ MOE_HOST moe_status moei_ep_check_options(moe_ep_dispatch_desc* d, moei_ep_args*
     MOE_REQUIRE(d->tag >= 0 && d->tag < 1 << 24, MOE_ERR_RANGE, tag);
     MOE_REQUIRE(!d->replica_offset == !d->replica, MOE_ERR_CONFLICT, replica);
     MOE_REQUIRE(b->num_scales || !d->scales, MOE_ERR_CONFLICT, scales);
-    MOE_REQUIRE(d->num_local >= 0 && d->num_local <= MOE_MAX_EXPERTS, MOE_ERR_RANGE, num_experts);
+    MOE_REQUIRE(d->num_local >= 0 && d->num_local <= MOE_MAX_EXPERTS, MOE_ERR_RANGE, num_local);
     if (!d->replica_offset) {
         const int owned = moe_ep_owned(a->peers.rank, b->num_experts, a->peers.num_ranks);
-        MOE_REQUIRE(!d->num_local || d->num_local == owned, MOE_ERR_CONFLICT, num_experts);
+        MOE_REQUIRE(!d->num_local || d->num_local == owned, MOE_ERR_CONFLICT, num_local);
         d->num_local = owned;
     }
     return MOE_OK;
@@ -168,8 +165,10 @@ MOE_HOST void moei_ep_describe_route(const moe_ep_dispatch_desc* d, const moei_e
     r->num_parts = a->peers.num_ranks;
     r->num_tokens = a->peers.num_ranks * b->recv_tokens;
     r->num_experts = d->num_local ? d->num_local : 1;
+    if (d->num_local == 0) /* no expert: one without a replica, by the zeros of a channel */
+        r->replica_offset = (const int32_t*)((moe_peers_header*)a->peers.base)->channel[0].zeros;
     r->top_k = b->top_k;
-    r->row_multiple = d->row_multiple;
+    r->row_multiple = b->row_multiple;
     r->max_rows = b->max_rows;
     r->fault = d->fault;
     r->rank = a->peers.rank;
@@ -297,9 +296,12 @@ MOE_HOST moe_status moe_ep_dispatch_get_view(const moe_ep_dispatch_desc* desc, m
 {
     moe_ep_dispatch_desc d;
     moei_ep_args a;
+    moe_ep_view v;
     MOE_REQUIRE(desc && view, MOE_ERR_NULL, desc);
     d = *desc;
-    return moei_ep_resolve(&d, &a, view);
+    MOE_TRY(moei_ep_resolve(&d, &a, &v));
+    *view = v;
+    return MOE_OK;
 }
 
 /* A prepared dispatch: all but its stream, for the device that was current. */

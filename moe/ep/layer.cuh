@@ -103,6 +103,7 @@ MOE_HOST void moei_ep_layer_buffers(const moe_ep_layer_desc* d, moe_ep_buffers* 
     b->max_tokens = d->max_tokens;
     b->recv_tokens = d->recv_tokens;
     b->max_rows = d->max_rows;
+    b->row_multiple = d->layer.route.row_multiple;
     b->hidden = d->layer.hidden;
     b->num_experts = d->layer.num_experts;
     b->top_k = d->layer.top_k;
@@ -110,8 +111,8 @@ MOE_HOST void moei_ep_layer_buffers(const moe_ep_layer_desc* d, moe_ep_buffers* 
     b->rows_dtype = d->layer.rows_dtype;
 }
 
-/* Writes the bytes that every rank's region must have to *bytes; reads sizes, options and which of
-   replicas are given. peers may be null. Errors: theirs; num_ranks. */
+/* Writes the bytes that every rank's region must have to *bytes; reads sizes and options. peers may
+   be null. Errors: theirs; num_ranks. */
 MOE_HOST moe_status moe_ep_layer_region(const moe_ep_layer_desc* desc, int num_ranks,
                                         uint64_t* bytes)
 {
@@ -119,7 +120,6 @@ MOE_HOST moe_status moe_ep_layer_region(const moe_ep_layer_desc* desc, int num_r
     MOE_REQUIRE(desc && bytes, MOE_ERR_NULL, desc);
     MOE_REQUIRE(num_ranks >= 1 && num_ranks <= MOE_PEERS_MAX_RANKS, MOE_ERR_RANGE, num_ranks);
     moei_ep_layer_buffers(desc, &b);
-    MOE_TRY(moei_ep_check_buffers(&b, num_ranks, desc->replica_offset != 0));
     return moe_ep_buffers_end(&b, num_ranks, bytes);
 }
 
@@ -157,7 +157,6 @@ MOE_HOST moe_status moei_ep_layer_resolve(const moe_ep_layer_desc* d, char* base
     e->dispatch.fault = d->layer.fault;
     e->dispatch.num_tokens = d->layer.num_tokens;
     e->dispatch.num_local = d->num_local;
-    e->dispatch.row_multiple = d->layer.route.row_multiple;
     e->dispatch.tag = d->tag;
     moei_ep_layer_buffers(d, &e->dispatch.buffers);
     memset(&args, 0, sizeof args);

@@ -59,7 +59,8 @@ MOE_HOST moe_status moe_ep_choose(const moe_rank* id, int num_ranks, int rank,
                                   int num_experts, int32_t* choice_offset, moe_ep_expert* choice)
 {
     int32_t n = 0;
-    MOE_REQUIRE(id && offset && choice_offset, MOE_ERR_NULL, replica);
+    MOE_REQUIRE(id, MOE_ERR_NULL, peers);
+    MOE_REQUIRE(offset && choice_offset, MOE_ERR_NULL, replica);
     MOE_REQUIRE(num_experts >= 1, MOE_ERR_RANGE, num_experts);
     MOE_REQUIRE(num_ranks >= 1 && num_ranks <= MOE_PEERS_MAX_RANKS, MOE_ERR_RANGE, num_ranks);
     MOE_REQUIRE(rank >= 0 && rank < num_ranks, MOE_ERR_RANGE, rank);

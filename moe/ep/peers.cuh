@@ -9,7 +9,7 @@
                                The caller brings an all-gather (MPI, a socket, a store) for some 200
                                bytes a rank.
      moe_peers_create          the caller brings the addresses.
-   All check that every rank reaches every other, and name the first pair that does not.
+   The first two check that every rank reaches every other, and name the first pair that does not.
 
    These calls allocate nothing, but synchronise the device. NVLink multicast is not used.
 
@@ -142,7 +142,9 @@ MOE_HOST moe_status moe_peers_create_local(moe_peers* peers, int num_ranks, cons
 }
 
 /* Fills in this rank's *peers from the addresses of all regions, as this rank's device addresses
-   them: address [num_ranks] on the host, address[rank] is this rank's own. Every rank must have
+   them: address [num_ranks] on the host, address[rank] is this rank's own. Checks no reach. The
+   caller then sets what differs: peers->id where ranks are on several hosts, ranks_on_device where
+   ranks share a GPU. Every rank must have
    returned from this call before any rank signals: the call clears the header. */
 MOE_HOST moe_status moe_peers_create(moe_peers* peers, int rank, int num_ranks,
                                      void* const* address, uint64_t bytes)
@@ -159,8 +161,9 @@ MOE_HOST moe_status moe_peers_create(moe_peers* peers, int rank, int num_ranks,
 #if MOE_ON_HOST
 
 MOE_HOST moe_status moe_peers_create_ipc(moe_peers*, int, int, int, void*, uint64_t,
-                                         moe_peers_allgather, void*, moe_peers_pair*)
+                                         moe_peers_allgather, void*, moe_peers_pair* pair)
 {
+    if (pair) pair->from = pair->to = -1;
     return MOE_STATUS(MOE_ERR_DEVICE, peers); /* the CPU backend has one process */
 }
 MOE_HOST moe_status moe_peers_close_ipc(const moe_peers*) { return MOE_OK; }

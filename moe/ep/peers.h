@@ -17,8 +17,8 @@
    Barrier number n of a channel, n = 1, 2, ...: every rank adds MOE_PEERS_UNIT to sum[n % 2] of
    every rank, at once or in shares of its thread blocks, and waits until its own sum[n % 2] is W
    MOE_PEERS_UNIT ((n + 1) / 2). One word is polled. Barriers use two words in turn: a rank that is
-   one barrier ahead adds to the other one. from[r] counts the barriers that rank r has reached: the
-   ranks that are late are found there. epoch is the last barrier that this rank has passed. */
+   one barrier ahead adds to the other one. from[r] has what rank r has added so far, in
+   the same unit: the ranks that are late are found there. epoch is the last barrier that this rank has passed. */
 #ifndef MOE_EP_PEERS_H
 #define MOE_EP_PEERS_H
 
@@ -36,9 +36,10 @@
 /* One channel, in every region. 128-byte lines: what peers write stands apart from what this rank
    writes. */
 typedef struct moe_peers_channel {
-    uint32_t sum[32];                    /* [0], [1]: arrivals at even and at odd barriers */
+    uint32_t sum[2];                     /* arrivals at even and at odd barriers */
+    uint32_t zeros[30];                  /* never written */
     uint32_t epoch[32];                  /* [0]: barriers that this rank has passed; own */
-    uint32_t from[MOE_PEERS_MAX_RANKS];  /* [W] signals that each rank has sent here */
+    uint32_t from[MOE_PEERS_MAX_RANKS];  /* [W] what each rank has added here */
     uint32_t taken[MOE_PEERS_MAX_RANKS]; /* [W] of these, waited for; own */
 } moe_peers_channel;
 
@@ -87,7 +88,7 @@ typedef enum moe_peers_phase {
     MOE_PEERS_PHASES
 } moe_peers_phase;
 
-/* The fault PEER_LATE: who waited for whom. */
+/* The fault PEER_LATE: which rank waited for which. */
 typedef struct moe_peers_late {
     int32_t late;  /* rank that did not come; -1: the word holds another fault or none */
     int32_t rank;  /* rank that waited */
@@ -99,7 +100,7 @@ typedef struct moe_peers_late {
 #define MOEI_PEERS_INDEX(late, phase, tag)                                                         \
     ((int64_t)(late) << 32 | (int64_t)((phase)&0xff) << 24 | (int64_t)((tag)&0xffffff))
 
-/* Returns who was late, from a fault word that was copied to the host. */
+/* Returns which rank was late, from a fault word that was copied to the host. */
 MOE_HOST moe_peers_late moe_peers_late_decode(uint64_t word)
 {
     const moe_fault f = moe_fault_decode(word);

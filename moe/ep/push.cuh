@@ -75,8 +75,9 @@ MOE_DEVICE moe_ep_expert moei_ep_target(const moei_ep_args* a, int t, int k, int
         if (id != -1) moe_fault_raise(a->peers.fault, MOE_FAULT_BAD_ID, a->peers.rank, slot);
     } else if (a->replica_offset) {
         const int from = a->replica_offset[id], n = a->replica_offset[id + 1] - from;
-        if (from >= 0 && n > 0) e = a->replica[from + t % n];
-        if (e.rank < 0 || e.rank >= num_ranks) {
+        if (from >= 0 && n > 0 && from + n <= a->replica_offset[a->num_experts])
+            e = a->replica[from + t % n];
+        if (e.rank < 0 || e.rank >= num_ranks || e.expert < 0) {
             moe_fault_raise(a->peers.fault, MOE_FAULT_BAD_REPLICA, a->peers.rank, slot);
             e.rank = -1;
         }
@@ -350,8 +351,8 @@ MOE_KERNEL(256, 1) moei_ep_answer(MOE_ARG(moei_ep_args) a)
         const int n = ((const int32_t*)(own + a.at.recv_count))[from] * top_k;
         const int64_t first = (int64_t)from * a.recv_tokens;
         moe_place* place = (moe_place*)moe_peer_address(&a.peers, from, a.at.place);
-        for (int i = (int)(blockIdx.x * blockDim.x + threadIdx.x); i < n;
-             i += (int)(gridDim.x * blockDim.x)) {
+        for (int64_t j = blockIdx.x * blockDim.x + threadIdx.x; j < n; j += gridDim.x * blockDim.x) {
+            const int i = (int)j;
             moe_place p = a.recv_place[first * top_k + i];
             const int token = ((const int32_t*)(own + a.at.recv_token))[first + i / top_k];
             if (p.buffer < 0) continue; /* another rank's slot */

@@ -103,7 +103,9 @@ MOE_DEVICE int moei_peer_noticed(const moe_peers_args* p)
             stops = 1;
         }
     }
-    return __any_sync(MOE_FULL_WARP, stops);
+    stops = __any_sync(MOE_FULL_WARP, stops);
+    __syncwarp(MOE_FULL_WARP); /* the fault word is written */
+    return stops;
 }
 
 #define MOEI_PEER_POLLS 16 /* polls of a word before the clock and the notices are read */
@@ -116,7 +118,10 @@ MOE_DEVICE int moei_peer_poll(const moe_peers_args* p, const uint32_t* word, uin
     for (;;) {
         for (int i = 0; i < MOEI_PEER_POLLS; ++i) {
             const int came = (int32_t)(moei_flag_load(word) - least) >= 0;
-            if (__any_sync(MOE_FULL_WARP, came)) return 1;
+            if (__any_sync(MOE_FULL_WARP, came)) {
+                __syncwarp(MOE_FULL_WARP); /* what one lane has acquired, all lanes see */
+                return 1;
+            }
             MOE_SPIN();
         }
         if (__any_sync(MOE_FULL_WARP, moe_fault_stops(p->fault)) || moei_peer_noticed(p)) return 0;
@@ -133,10 +138,15 @@ MOE_DEVICE void moei_peer_raise(const moe_peers_args* p, int late, int phase, in
     moei_peer_notice(p);
 }
 
-/* Adds 1 to this rank's signals at a peer. One warp. Does nothing after a stop fault. */
+/* Adds 1 to this rank's signals at a peer. One warp. After a stop fault sends that fault
+   instead. */
 MOE_DEVICE void moe_peer_signal(const moe_peers_args* p, int rank, int channel)
 {
-    if (moe_lane() == 0 && !moe_fault_stops(p->fault))
+    if (__any_sync(MOE_FULL_WARP, moe_fault_stops(p->fault))) {
+        moei_peer_notice(p);
+        return;
+    }
+    if (moe_lane() == 0)
         moei_flag_add(moei_peer_channel(p, rank, channel)->from + p->rank, 1);
 }
 
@@ -146,11 +156,14 @@ MOE_DEVICE int moe_peer_wait(const moe_peers_args* p, int rank, int channel, int
 {
     moe_peers_channel* own = moei_peer_header(p)->channel + channel;
     const uint32_t next = own->taken[rank] + 1;
-    const int came = moei_peer_poll(p, own->from + rank, next);
+    int came;
+    if (__any_sync(MOE_FULL_WARP, moe_fault_stops(p->fault))) return 0;
+    came = moei_peer_poll(p, own->from + rank, next);
     if (came < 0) moei_peer_raise(p, rank, MOE_PHASE_USER, tag);
     if (came <= 0) return 0;
     __syncwarp(MOE_FULL_WARP); /* all lanes have read taken */
     if (moe_lane() == 0) own->taken[rank] = next;
+    __syncwarp(MOE_FULL_WARP); /* a later call of this warp reads taken */
     return 1;
 }
 
@@ -177,7 +190,7 @@ MOE_DEVICE void moei_peer_add_share(const moe_peers_args* p, int channel, uint32
     for (int i = moe_lane(); i < p->num_ranks; i += MOE_WARP_SIZE) {
         moe_peers_channel* c = moei_peer_channel(p, moe_peer_rotated(p, i), channel);
         moei_flag_add(c->sum + (n & 1), share);
-        if (whole) moei_flag_add_relaxed(c->from + p->rank, 1);
+        moei_flag_add_relaxed(c->from + p->rank, share);
     }
 }
 
@@ -200,14 +213,21 @@ MOE_DEVICE int moe_peer_barrier_wait(const moe_peers_args* p, int channel, int p
     int came, late = p->num_ranks;
     if (__any_sync(MOE_FULL_WARP, moe_fault_stops(p->fault))) return 0;
     came = moei_peer_poll(p, own->sum + (n & 1), all);
+    if (came < 0) { /* the first rank that has not added all of its unit */
+        for (int r = moe_lane(); r < p->num_ranks; r += MOE_WARP_SIZE)
+            if ((int32_t)(moei_flag_load(own->from + r) - n * MOE_PEERS_UNIT) < 0 && r < late)
+                late = r;
+        for (int d = MOE_WARP_SIZE >> 1; d > 0; d >>= 1)
+            late = min(late, __shfl_xor_sync(MOE_FULL_WARP, late, d));
+        if (late < p->num_ranks) {
+            moei_peer_raise(p, late, phase, tag);
+            return 0;
+        }
+        came = moei_peer_poll(p, own->sum + (n & 1), all) > 0; /* the last came at this moment */
+    }
     if (came > 0 && moe_lane() == 0) own->epoch[0] = n;
-    if (came >= 0) return came;
-    for (int r = moe_lane(); r < p->num_ranks; r += MOE_WARP_SIZE)
-        if ((int32_t)(moei_flag_load(own->from + r) - n) < 0 && r < late) late = r;
-    for (int d = MOE_WARP_SIZE >> 1; d > 0; d >>= 1)
-        late = min(late, __shfl_xor_sync(MOE_FULL_WARP, late, d));
-    moei_peer_raise(p, late < p->num_ranks ? late : p->rank, phase, tag); /* the first of them */
-    return 0;
+    __syncwarp(MOE_FULL_WARP); /* a later call of this warp reads the epoch */
+    return came;
 }
 
 #endif

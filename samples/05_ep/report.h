@@ -93,14 +93,14 @@ static int print_numerics(group* g, rank_layers* l, const options* o)
                 const double w = moe_load(want, at, o->dtype),
                              e = fabs(moe_load(got, at, o->dtype) - w);
                 if (fabs(w) > top) top = fabs(w);
-                if (!(e <= off)) off = e;
+                if (!(e <= off)) off = e == e ? e : INFINITY; /* a NaN is no small difference */
                 sum += fabs(w);
                 relative += e / (fabs(w) + 1e-3);
                 count += 1;
             }
             if (!(off <= (g->W + 1) * unit * top) || top == 0) wrong = 1;
             if (top > largest) largest = top;
-            if (!(off <= worst)) worst = off;
+            if (off > worst) worst = off;
         }
         free(want);
         free(got);
@@ -139,7 +139,7 @@ static void print_bytes(group* g, const rank_layers* l, const options* o, uint64
     }
     in = group_max(g, in);
     slots = group_max(g, slots);
-    weights = 6.0 * (o->E / g->W) * o->H * (double)o->I;
+    weights = 6.0 * moe_ep_owned(0, o->E, g->W) * o->H * (double)o->I; /* rank 0's */
     all = 6.0 * o->E * o->H * (double)o->I;
     if (g->first) return;
     printf("dispatch  %.3f MiB come to a rank from others: %.0f rows; combine %.3f MiB leave it\n",

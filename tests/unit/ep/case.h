@@ -20,6 +20,7 @@ typedef struct ep_case {
     int num_scales;
     int misalign; /* bytes that x is past a multiple of 256 */
     int same;     /* 1: all ranks have T tokens, no -1 */
+    int pad;      /* elements between rows of x, residual, shared and y; > 0: with a shared row */
 } ep_case;
 
 /* One rank's arrays, on the host and on its device. */
@@ -27,11 +28,13 @@ typedef struct ep_rank {
     int T;
     int32_t* ids;
     float *weights, *scales;
-    void *x, *residual;
+    void *x, *residual, *shared;
+    float* shared_weight;
     int32_t* choice_offset;
     moe_ep_expert* choice;
     moe_ref_exchange_rank want;
     tbuf d_ids, d_weights, d_scales, d_x, d_residual, d_offset, d_choice, workspace, d_y, d_rows;
+    tbuf d_shared, d_shared_weight;
     moe_ep_dispatch_desc dispatch;
     moe_ep_combine_desc combine;
     moe_ep_view view;
@@ -108,6 +111,10 @@ static void ep_draw_rank(ep_job* j, int rank, trand* q)
     trand_fill_normal(q, r->scales, (int64_t)r->T * c->num_scales, MOE_FP32);
     trand_fill_normal(q, r->x, (int64_t)r->T * c->H, c->dtype);
     trand_fill_normal(q, r->residual, (int64_t)r->T * c->H, c->dtype);
+    r->shared = test_host((int64_t)r->T * c->H * elem);
+    r->shared_weight = (float*)test_host((int64_t)r->T * 4);
+    trand_fill_normal(q, r->shared, (int64_t)r->T * c->H, c->dtype);
+    trand_fill_normal(q, r->shared_weight, r->T, MOE_FP32);
     if (c->replicas) {
         r->choice_offset = (int32_t*)test_host((c->E + 1) * 4);
         r->choice = (moe_ep_expert*)test_host(j->offset[c->E] * 8);
@@ -134,12 +141,25 @@ static moe_ep_buffers ep_sizes(const ep_case* c)
     return b;
 }
 
+/* A device copy of T rows of H elements, `pad` elements between them, which stay poison. */
+static tbuf ep_rows_from(const ep_case* c, const char* name, const void* rows, int T, int misalign)
+{
+    const int64_t elem = moe_dtype_bytes(c->dtype), row = c->H * elem, pitch = row + c->pad * elem;
+    char* padded = (char*)test_host(T * pitch);
+    tbuf b;
+    for (int t = 0; t < T; ++t)
+        memcpy(padded + t * pitch, (const char*)rows + t * row, (size_t)row);
+    b = tbuf_from(name, padded, (size_t)(T * pitch), (size_t)misalign);
+    free(padded);
+    return b;
+}
+
 /* Puts a rank's arrays onto its device and fills in its descriptors. */
 static int ep_put_rank(ep_job* j, int rank)
 {
     const ep_case* c = &j->c;
     ep_rank* r = j->rank + rank;
-    const int64_t slots = (int64_t)r->T * c->K, elems = (int64_t)r->T * c->H;
+    const int64_t slots = (int64_t)r->T * c->K;
     const int elem = moe_dtype_bytes(c->dtype);
     moe_ep_dispatch_desc* d = &r->dispatch;
     size_t bytes;
@@ -148,9 +168,11 @@ static int ep_put_rank(ep_job* j, int rank)
     r->d_ids = tbuf_from("ids", r->ids, (size_t)slots * 4, 0);
     r->d_weights = tbuf_from("weights", r->weights, (size_t)slots * 4, 0);
     r->d_scales = tbuf_from("scales", r->scales, (size_t)r->T * (size_t)c->num_scales * 4, 0);
-    r->d_x = tbuf_from("x", r->x, (size_t)(elems * elem), (size_t)c->misalign);
-    r->d_residual = tbuf_from("residual", r->residual, (size_t)(elems * elem), 0);
-    r->d_y = tbuf_new("y", (size_t)(elems * elem), 0);
+    r->d_x = ep_rows_from(c, "x", r->x, r->T, c->misalign);
+    r->d_residual = ep_rows_from(c, "residual", r->residual, r->T, 0);
+    r->d_shared = ep_rows_from(c, "shared", r->shared, r->T, 0);
+    r->d_shared_weight = tbuf_from("shared_weight", r->shared_weight, (size_t)r->T * 4, 0);
+    r->d_y = tbuf_new("y", (size_t)r->T * (size_t)((c->H + c->pad) * elem), 0);
     d->peers = j->g.peers + rank;
     d->x = r->d_x.p;
     d->scales = c->num_scales ? (const float*)r->d_scales.p : 0;
@@ -181,6 +203,12 @@ static int ep_put_rank(ep_job* j, int rank)
     r->combine.weights = d->weights;
     r->combine.residual = r->d_residual.p;
     r->combine.y = r->d_y.p;
+    if (c->pad) {
+        d->x_stride = r->combine.residual_stride = r->combine.shared_stride = c->H + c->pad;
+        r->combine.y_stride = c->H + c->pad;
+        r->combine.shared = r->d_shared.p;
+        r->combine.shared_weight = (const float*)r->d_shared_weight.p;
+    }
     r->combine.tag = 78;
     return 1;
 }
@@ -239,6 +267,8 @@ static void ep_free(ep_job* j)
         tgroup_use(&j->g, r);
         tbufs_free(TBUFS(&k->d_ids, &k->d_weights, &k->d_scales, &k->d_x, &k->d_residual,
                          &k->d_offset, &k->d_choice, &k->workspace, &k->d_y, &k->d_rows));
+        tbufs_free(TBUFS(&k->d_shared, &k->d_shared_weight));
+        TFREE(k->shared, k->shared_weight);
         TFREE(k->ids, k->weights, k->scales, k->x, k->residual, k->choice_offset, k->choice,
               k->want.recv_count, k->want.recv_token, k->want.recv_ids, k->want.recv_weights,
               k->rows);

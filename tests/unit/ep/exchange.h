@@ -104,6 +104,12 @@ static void ep_check_sums(ep_job* j, int32_t* const* rows, int r, int weighted)
         }
         for (int h = 0; h < H; ++h) {
             double sum = moe_load(k->residual, (int64_t)t * H + h, c->dtype), rounded = sum;
+            if (c->pad) {
+                const double one =
+                    k->shared_weight[t] * (double)moe_load(k->shared, (int64_t)t * H + h, c->dtype);
+                sum += one;
+                rounded += one;
+            }
             for (int d = 0; d < W; ++d) {
                 sum += part[d * H + h];
                 rounded += sent[d] && c->form != MOE_EP_GATHERED
@@ -114,7 +120,10 @@ static void ep_check_sums(ep_job* j, int32_t* const* rows, int r, int weighted)
             ideal[(int64_t)t * H + h] = test_rounded(rounded, c->dtype);
         }
     }
-    if (k->T) CHECK_CLOSE("y", y, c->dtype, H, exact, ideal, k->T, H);
+    if (k->T) CHECK_CLOSE("y", y, c->dtype, H + c->pad, exact, ideal, k->T, H);
+    CHECK(test_strays(y, (int64_t)k->d_y.bytes, moe_dtype_bytes(c->dtype), H + c->pad, H, 0, k->T) ==
+              0,
+          "between the rows of y");
     TFREE(exact, ideal, part, y);
 }
 
@@ -152,29 +161,31 @@ static void ep_run(const ep_case* c, uint64_t salt)
 static void test_shapes(void)
 {
     const ep_case list[] = {
-        /* W, T, H, E, K, form, dtype, draw, replicas, C, scales, misalign, same */
-        {1, 5, 16, 3, 2, MOE_EP_REDUCED, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 0},
-        {1, 5, 16, 3, 2, MOE_EP_GATHERED, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 0},
-        {2, 37, 64, 8, 3, MOE_EP_REDUCED, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 0},
-        {2, 37, 64, 8, 3, MOE_EP_GATHERED, MOE_FP16, EP_RANDOM, 0, 0, 2, 0, 0},
-        {4, 20, 32, 7, 2, MOE_EP_REDUCED, MOE_FP16, EP_RANDOM, 0, 0, 3, 0, 0}, /* E 7 on W 4 */
-        {4, 20, 32, 7, 2, MOE_EP_GATHERED, MOE_BF16, EP_RANDOM, 0, 0, 0, 2, 0},
-        {4, 12, 8, 2, 2, MOE_EP_REDUCED, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 0}, /* E 2 on W 4 */
-        {4, 12, 8, 2, 1, MOE_EP_GATHERED, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 0},
-        {4, 33, 40, 9, 4, MOE_EP_REDUCED, MOE_FP32, EP_RANDOM, 1, 0, 0, 4, 0},
-        {4, 33, 40, 9, 4, MOE_EP_GATHERED, MOE_BF16, EP_RANDOM, 1, 0, 0, 0, 0},
-        {8, 19, 24, 16, 4, MOE_EP_REDUCED, MOE_BF16, EP_RANDOM, 0, 0, 1, 0, 0},
-        {8, 19, 24, 16, 4, MOE_EP_GATHERED, MOE_FP16, EP_RANDOM, 0, 0, 0, 0, 0},
-        {16, 9, 16, 32, 6, MOE_EP_REDUCED, MOE_FP16, EP_RANDOM, 0, 0, 0, 0, 0},
-        {16, 9, 16, 32, 6, MOE_EP_GATHERED, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 0},
-        {4, 30, 16, 8, 2, MOE_EP_REDUCED, MOE_BF16, EP_ONE_RANK, 0, 0, 0, 0, 0},
-        {4, 30, 16, 8, 2, MOE_EP_GATHERED, MOE_BF16, EP_ONE_RANK, 0, 0, 0, 0, 0},
-        {4, 30, 16, 8, 2, MOE_EP_REDUCED, MOE_BF16, EP_ONE_EXPERT, 0, 0, 0, 0, 0},
-        {3, 0, 16, 8, 2, MOE_EP_REDUCED, MOE_BF16, EP_EMPTY, 0, 0, 0, 0, 0},
-        {3, 10, 16, 8, 2, MOE_EP_GATHERED, MOE_BF16, EP_EMPTY, 0, 0, 0, 0, 0},
-        {2, 1, 8, 4, 1, MOE_EP_REDUCED, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 1},
-        {2, 40, 16, 64, 40, MOE_EP_REDUCED, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 0}, /* K past a warp */
-        {5, 64, 16, 20, 1, MOE_EP_REDUCED, MOE_BF16, EP_RANDOM, 0, 40, 0, 0, 0}, /* C < T */
+        /* W, T, H, E, K, form, dtype, draw, replicas, C, scales, misalign, same, pad */
+        {1, 5, 16, 3, 2, MOE_EP_REDUCED, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 0, 0},
+        {1, 5, 16, 3, 2, MOE_EP_GATHERED, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 0, 0},
+        {2, 37, 64, 8, 3, MOE_EP_REDUCED, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 0, 0},
+        {2, 37, 64, 8, 3, MOE_EP_GATHERED, MOE_FP16, EP_RANDOM, 0, 0, 2, 0, 0, 0},
+        {4, 20, 32, 7, 2, MOE_EP_REDUCED, MOE_FP16, EP_RANDOM, 0, 0, 3, 0, 0, 0}, /* E 7 on W 4 */
+        {4, 20, 32, 7, 2, MOE_EP_GATHERED, MOE_BF16, EP_RANDOM, 0, 0, 0, 2, 0, 0},
+        {4, 12, 8, 2, 2, MOE_EP_REDUCED, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 0, 0}, /* E 2 on W 4 */
+        {4, 12, 8, 2, 1, MOE_EP_GATHERED, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 0, 0},
+        {4, 33, 40, 9, 4, MOE_EP_REDUCED, MOE_FP32, EP_RANDOM, 1, 0, 0, 4, 0, 0},
+        {4, 33, 40, 9, 4, MOE_EP_GATHERED, MOE_BF16, EP_RANDOM, 1, 0, 0, 0, 0, 0},
+        {8, 19, 24, 16, 4, MOE_EP_REDUCED, MOE_BF16, EP_RANDOM, 0, 0, 1, 0, 0, 0},
+        {8, 19, 24, 16, 4, MOE_EP_GATHERED, MOE_FP16, EP_RANDOM, 0, 0, 0, 0, 0, 0},
+        {16, 9, 16, 32, 6, MOE_EP_REDUCED, MOE_FP16, EP_RANDOM, 0, 0, 0, 0, 0, 0},
+        {16, 9, 16, 32, 6, MOE_EP_GATHERED, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 0, 0},
+        {4, 30, 16, 8, 2, MOE_EP_REDUCED, MOE_BF16, EP_ONE_RANK, 0, 0, 0, 0, 0, 0},
+        {4, 30, 16, 8, 2, MOE_EP_GATHERED, MOE_BF16, EP_ONE_RANK, 0, 0, 0, 0, 0, 0},
+        {4, 30, 16, 8, 2, MOE_EP_REDUCED, MOE_BF16, EP_ONE_EXPERT, 0, 0, 0, 0, 0, 0},
+        {3, 0, 16, 8, 2, MOE_EP_REDUCED, MOE_BF16, EP_EMPTY, 0, 0, 0, 0, 0, 0},
+        {3, 10, 16, 8, 2, MOE_EP_GATHERED, MOE_BF16, EP_EMPTY, 0, 0, 0, 0, 0, 0},
+        {2, 1, 8, 4, 1, MOE_EP_REDUCED, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 1, 0},
+        {2, 40, 16, 64, 40, MOE_EP_REDUCED, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 0, 0}, /* K past a warp */
+        {5, 64, 16, 20, 1, MOE_EP_REDUCED, MOE_BF16, EP_RANDOM, 0, 40, 0, 0, 0, 0}, /* C < T */
+        {3, 20, 16, 8, 2, MOE_EP_REDUCED, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 0, 24}, /* strides */
+        {3, 20, 16, 8, 2, MOE_EP_GATHERED, MOE_FP16, EP_RANDOM, 0, 0, 0, 0, 0, 8},
     };
     for (size_t i = 0; i < sizeof list / sizeof list[0]; ++i) ep_run(&list[i], 100 + i);
 }
@@ -182,8 +193,8 @@ static void test_shapes(void)
 /* More tokens than one launch counts: chunks of many tokens, rounds of them. */
 static void test_many_tokens(void)
 {
-    const ep_case a = {2, 1500, 8, 6, 2, MOE_EP_REDUCED, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 0};
-    const ep_case b = {3, 1500, 8, 6, 2, MOE_EP_GATHERED, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 0};
+    const ep_case a = {2, 1500, 8, 6, 2, MOE_EP_REDUCED, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 0, 0};
+    const ep_case b = {3, 1500, 8, 6, 2, MOE_EP_GATHERED, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 0, 0};
     ep_run(&a, 7);
     ep_run(&b, 8);
 }

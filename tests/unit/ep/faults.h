@@ -3,7 +3,7 @@
 #ifndef MOE_TESTS_EP_FAULTS_H
 #define MOE_TESTS_EP_FAULTS_H
 
-#include "tests/unit/ep/case.h"
+#include "tests/unit/ep/exchange.h"
 
 /* Does a rank's y still hold the poison? */
 static int ep_untouched(ep_job* j, int r)
@@ -19,7 +19,7 @@ static int ep_untouched(ep_job* j, int r)
    the tag, and write no y. */
 static void ep_late(int form, int late, int phase)
 {
-    const ep_case c = {3, 12, 16, 6, 2, form, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 1};
+    const ep_case c = {3, 12, 16, 6, 2, form, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 1, 0};
     static ep_job j;
     if (ep_new(&j, &c, 40)) {
         for (int r = 0; r < 3; ++r) j.g.peers[r].timeout_ns = 20000000;
@@ -55,7 +55,7 @@ static void test_late(void)
    time is over. */
 static void test_spreading(void)
 {
-    const ep_case c = {3, 12, 16, 6, 2, MOE_EP_REDUCED, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 1};
+    const ep_case c = {3, 12, 16, 6, 2, MOE_EP_REDUCED, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 1, 0};
     static ep_job j;
     for (int phase = MOE_PHASE_DISPATCH; phase <= MOE_PHASE_COMBINE; ++phase) {
         const uint64_t word = MOEI_FAULT_KEY(MOE_FAULT_BAD_TABLE, 1, 17);
@@ -83,7 +83,7 @@ static void test_spreading(void)
 /* Buffers that are too small: all ranks stop with ROWS_FULL; nothing is written out of bounds. */
 static void test_full(void)
 {
-    const ep_case c = {2, 40, 16, 4, 2, MOE_EP_REDUCED, MOE_BF16, EP_ONE_RANK, 0, 10, 0, 0, 1};
+    const ep_case c = {2, 40, 16, 4, 2, MOE_EP_REDUCED, MOE_BF16, EP_ONE_RANK, 0, 10, 0, 0, 1, 0};
     static ep_job j;
     if (ep_new(&j, &c, 42)) { /* every token goes to rank 1, which has room for 10 of each rank */
         ep_dispatch(&j);
@@ -93,6 +93,7 @@ static void test_full(void)
             const moe_fault f = moe_fault_decode(tgroup_fault(&j.g, r));
             CHECK(f.code == MOE_FAULT_ROWS_FULL && f.index == 40, "rank %d: %s at %lld", r,
                   moe_fault_text(f.code), (long long)f.index);
+            ep_check_received(&j, r); /* the rows that fit, and nothing beside them */
             CHECK(ep_untouched(&j, r), "rank %d wrote y", r);
         }
     }
@@ -124,7 +125,7 @@ static void test_full(void)
 /* Ids that are no expert: those slots count as -1, the fault word says so, all else is right. */
 static void test_bad_ids(void)
 {
-    const ep_case c = {2, 20, 16, 6, 2, MOE_EP_GATHERED, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 1};
+    const ep_case c = {2, 20, 16, 6, 2, MOE_EP_GATHERED, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 1, 0};
     static ep_job j;
     if (ep_new(&j, &c, 44)) {
         int32_t* ids = j.rank[1].ids;
@@ -149,7 +150,7 @@ static void test_bad_ids(void)
 
 static void test_refusals(void)
 {
-    const ep_case c = {2, 8, 16, 6, 2, MOE_EP_REDUCED, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 1};
+    const ep_case c = {2, 8, 16, 6, 2, MOE_EP_REDUCED, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 1, 0};
     static ep_job j;
     if (!ep_new(&j, &c, 45)) return;
     const moe_ep_dispatch_desc ok = j.rank[0].dispatch;
@@ -179,7 +180,8 @@ static void test_refusals(void)
     EP_REFUSED(d.num_tokens = 9, MOE_ERR_RANGE, num_tokens);
     EP_REFUSED(d.num_tokens = -1, MOE_ERR_RANGE, num_tokens);
     EP_REFUSED(d.tag = -1, MOE_ERR_RANGE, tag);
-    EP_REFUSED(d.num_local = 1, MOE_ERR_CONFLICT, num_experts);
+    EP_REFUSED(d.num_local = 1, MOE_ERR_CONFLICT, num_local);
+    EP_REFUSED(d.num_local = -1, MOE_ERR_RANGE, num_local);
     EP_REFUSED(d.replica = (const moe_ep_expert*)TEST_FAR, MOE_ERR_CONFLICT, replica);
     EP_REFUSED(d.scales = (const float*)TEST_FAR, MOE_ERR_CONFLICT, scales);
     EP_REFUSED(d.buffers.num_scales = 4097, MOE_ERR_RANGE, num_scales);
@@ -199,7 +201,8 @@ static void test_refusals(void)
     EP_REFUSED(d.buffers.rows_dtype = 9, MOE_ERR_DTYPE, rows_dtype);
     EP_REFUSED(d.workspace = 0, MOE_ERR_NULL, workspace);
     EP_REFUSED(d.workspace_bytes -= 1, MOE_ERR_WORKSPACE, workspace_bytes);
-    EP_REFUSED(d.row_multiple = -1, MOE_ERR_RANGE, row_multiple);
+    EP_REFUSED(d.buffers.row_multiple = -1, MOE_ERR_RANGE, row_multiple);
+    EP_REFUSED(d.buffers.wire_dtype = MOE_FP32, MOE_ERR_DTYPE, wire_dtype);
 #undef EP_REFUSED
 #define EP_REFUSED(change, kind, field)                                                            \
     do {                                                                                           \
@@ -213,6 +216,7 @@ static void test_refusals(void)
     EP_REFUSED(k.rows = 0, MOE_ERR_NULL, rows);
     EP_REFUSED(k.rows = (char*)k.rows + 8, MOE_ERR_ALIGN, rows);
     EP_REFUSED(k.y = 0, MOE_ERR_NULL, y);
+    EP_REFUSED(k.weights += 1, MOE_ERR_CONFLICT, weights);
     EP_REFUSED(k.y_stride = 8, MOE_ERR_STRIDE, y_stride);
     EP_REFUSED(k.tag = 1 << 24, MOE_ERR_RANGE, tag);
 #undef EP_REFUSED

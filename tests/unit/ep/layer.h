@@ -206,6 +206,7 @@ static int lay_new(lay_job* j, const lay_case* c, uint64_t salt)
     d.layer.hidden = c->H, d.layer.num_experts = c->E, d.layer.top_k = c->K;
     d.layer.dtype = c->dtype;
     d.form = c->form, d.max_tokens = c->T;
+    d.layer.route.row_multiple = c->row_multiple;
     d.replica_offset = c->replicas ? (const int32_t*)TEST_FAR : 0;
     if (!CHECK_STATUS(moe_ep_layer_region(&d, c->W, &bytes), MOE_OK)) return 0;
     if (!tgroup_new(&j->g, c->W, bytes)) return 0;

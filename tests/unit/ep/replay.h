@@ -66,7 +66,7 @@ static void ep_queue(ep_job* j, int32_t* const* ids, void* const* y, int late)
     for (int r = 0; r < c->W; ++r) {
         ep_rank* k = j->rank + r;
         moe_ep_dispatch_desc d = k->dispatch;
-        moe_ep_combine_desc m = k->combine;
+        moe_ep_combine_desc m = k->combine; /* without weights */
         moe_launch_config l = moe_grid(4, 64, 0, j->g.stream[r]);
         ep_scale_args s;
         tgroup_use(&j->g, r);
@@ -178,7 +178,7 @@ static void test_back_to_back(void)
     for (int form = MOE_EP_REDUCED; form <= MOE_EP_GATHERED; ++form)
         for (size_t i = 0; i < sizeof ranks / sizeof ranks[0]; ++i) {
             const ep_case c = {ranks[i],  21, 16, 18, 3, form, i % 2 ? MOE_FP16 : MOE_BF16,
-                               EP_RANDOM, 0,  0,  0,  0, 0};
+                               EP_RANDOM, 0,  0,  0,  0, 0, 0};
             trand q = trand_new(60 + i);
             if (ep_new(&j, &c, 61 + i)) {
                 static ep_rounds a;
@@ -199,7 +199,7 @@ static void test_graph(void)
 {
     static ep_job j;
     for (int form = MOE_EP_REDUCED; form <= MOE_EP_GATHERED; ++form) {
-        const ep_case c = {4, 19, 16, 7, 2, form, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 0};
+        const ep_case c = {4, 19, 16, 7, 2, form, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 0, 0};
         trand q = trand_new(70);
         if (ep_new(&j, &c, 71)) {
             static ep_rounds a;
@@ -254,7 +254,7 @@ static void test_many_times(void)
     const int times = test_long() ? MOE_ON_HOST ? 1200 : 10000 : 120;
     static ep_job j;
     for (int form = MOE_EP_REDUCED; form <= MOE_EP_GATHERED; ++form) {
-        const ep_case c = {4, 24, 64, 16, 4, form, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 1};
+        const ep_case c = {4, 24, 64, 16, 4, form, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 1, 0};
         trand q = trand_new(80);
         if (ep_new(&j, &c, 81)) {
             static ep_rounds a;
@@ -298,8 +298,83 @@ static void test_many_times(void)
     }
 }
 
+/* The handle of a dispatch serves again, as in a backward pass: other rows, the same ids, into other
+   buffers; the row maps are those of the first. */
+static void test_again(void)
+{
+    static ep_job j;
+    for (int form = MOE_EP_REDUCED; form <= MOE_EP_GATHERED; ++form) {
+        const ep_case c = {3, 17, 16, 8, 2, form, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 1, 0};
+        trand q = trand_new(90);
+        moe_ep_buffers b = ep_sizes(&c);
+        uint64_t first_end = 0, end = 0;
+        CHECK_STATUS(moe_ep_buffers_end(&b, c.W, &first_end), MOE_OK);
+        b.region_offset = first_end;
+        CHECK_STATUS(moe_ep_buffers_end(&b, c.W, &end), MOE_OK);
+        if (ep_new(&j, &c, 91)) {
+            void* bigger[TGROUP_MOST];
+            moe_peers_pair pair;
+            ep_whole_numbers(&j, &q);
+            for (int r = 0; r < c.W; ++r) { /* regions with room for both */
+                tgroup_use(&j.g, r);
+                TEST_CUDA(cudaMalloc(&bigger[r], end));
+                TEST_CUDA(cudaFree(j.g.memory[r]));
+                j.g.memory[r] = bigger[r];
+            }
+            CHECK_STATUS(moe_peers_create_local(j.g.peers, c.W, j.g.device, bigger, end, &pair),
+                         MOE_OK);
+            ep_dispatch(&j);
+            tgroup_wait(&j.g);
+            for (int r = 0; r < c.W; ++r) { /* dO in place of x */
+                tgroup_use(&j.g, r);
+                trand_fill_int(&q, j.rank[r].x, (int64_t)j.rank[r].T * c.H, c.dtype, -1, 1);
+                tbuf_put(&j.rank[r].d_x, j.rank[r].x);
+            }
+            for (int r = 0; r < c.W; ++r) {
+                ep_rank* k = j.rank + r;
+                static moe_ep_dispatch_desc again[TGROUP_MOST];
+                moe_ep_dispatch_prepared p;
+                moe_ep_view v;
+                moe_launch_config l = moe_grid(4, 64, 0, j.g.stream[r]);
+                ep_scale_args s;
+                memset(&v, 0, sizeof v);
+                tgroup_use(&j.g, r);
+                again[r] = k->dispatch;
+                again[r].buffers.region_offset = first_end;
+                again[r].buffers.channel += 2;
+                CHECK_STATUS(moe_ep_dispatch_get_view(&again[r], &v), MOE_OK);
+                CHECK_STATUS(moe_ep_dispatch_prepare(&again[r], &p), MOE_OK);
+                CHECK_STATUS(moe_ep_dispatch_run_part(&p, MOE_EP_SEND, j.g.stream[r]), MOE_OK);
+                CHECK_STATUS(moe_ep_dispatch_run_part(&p, MOE_EP_RECEIVE, j.g.stream[r]), MOE_OK);
+                CHECK_STATUS(moe_ep_dispatch_run_part(&p, MOE_EP_ANSWER, j.g.stream[r]), MOE_OK);
+                s.x = (const char*)v.recv_x;
+                s.row_slot = k->view.row_slot, s.expert_offset = k->view.expert_offset;
+                s.fault = k->dispatch.fault;
+                s.rows = (char*)(form == MOE_EP_GATHERED ? v.rows : k->d_rows.p);
+                s.P = ep_local(&j, r), s.first = moe_ep_first(r, c.E, c.W);
+                s.H = c.H, s.K = c.K, s.dtype = c.dtype;
+                l.dependent = 1;
+                CHECK_STATUS(MOE_LAUNCH(ep_scale_rows, l, s), MOE_OK);
+                k->combine.dispatch = &again[r];
+                CHECK_STATUS(moe_ep_combine(&k->combine, j.g.stream[r]), MOE_OK);
+            }
+            tgroup_wait(&j.g);
+            tgroup_clean(&j.g, __LINE__);
+            for (int r = 0; r < c.W; ++r) {
+                void* y;
+                tgroup_use(&j.g, r);
+                y = tbuf_copy(&j.rank[r].d_y);
+                (void)ep_exact(&j, r, j.rank[r].ids, y);
+                free(y);
+            }
+        }
+        ep_free(&j);
+    }
+}
+
 static void ep_replay(void)
 {
+    RUN(test_again);
     RUN(test_back_to_back);
     RUN(test_graph);
     RUN(test_many_times);

@@ -191,6 +191,36 @@ static void test_barrier_late(void)
     tgroup_free(&g);
 }
 
+/* Rank 1 is one barrier ahead, rank 2 has not come: rank 0 must not take the one for the other. The
+   words are written by hand. The group is of addresses that the caller brings. */
+static void test_barrier_ahead(void)
+{
+    tgroup g;
+    moe_peers_desc d;
+    moe_peers_late l;
+    moe_peers_header h;
+    if (!tgroup_new(&g, 3, MOE_PEERS_HEADER + 256)) return;
+    CHECK_STATUS(moe_peers_create(&g.peers[0], 0, 3, g.memory, g.bytes), MOE_OK);
+    CHECK(g.peers[0].rank == 0 && g.peers[0].num_ranks == 3 && g.peers[0].table[2] == g.memory[2],
+          "the group");
+    TEST_CUDA(cudaMemcpy(&h, g.memory[0], sizeof h, cudaMemcpyDeviceToHost));
+    CHECK(h.table[1] == g.memory[1], "the table in the region");
+    h.channel[7].sum[0] = h.channel[7].sum[1] = MOE_PEERS_UNIT;
+    h.channel[7].from[1] = 2 * MOE_PEERS_UNIT;
+    TEST_CUDA(cudaMemcpy(g.memory[0], &h, sizeof h, cudaMemcpyHostToDevice));
+    TEST_CUDA(cudaDeviceSynchronize());
+    g.peers[0].timeout_ns = 20000000;
+    g.peers[0].ranks_on_device = 3;
+    d = sig_desc(&g, 0);
+    tgroup_use(&g, 0);
+    CHECK_STATUS(moe_preload(), MOE_OK);
+    CHECK_STATUS(moe_peers_barrier(&d, g.stream[0]), MOE_OK);
+    tgroup_wait(&g);
+    l = moe_peers_late_decode(tgroup_fault(&g, 0));
+    CHECK(l.late == 2, "late %d", l.late);
+    tgroup_free(&g);
+}
+
 /* A signal that does not come. */
 static void test_signal_late(void)
 {
@@ -263,6 +293,7 @@ static void ep_signals(void)
     RUN(test_choose);
     RUN(test_ring);
     RUN(test_barrier_late);
+    RUN(test_barrier_ahead);
     RUN(test_signal_late);
     RUN(test_group_refusals);
 }
