@@ -181,7 +181,8 @@ static void verify(job* j, bench_group* g)
                     exit(1);
                 }
             }
-            if (pass == 0) BENCH_CUDA(cudaMemset(j->local[r].y, 0xff, (size_t)tokens * (size_t)H * 2));
+            if (pass == 0)
+                BENCH_CUDA(cudaMemset(j->local[r].y, 0xff, (size_t)tokens * (size_t)H * 2));
             BENCH_CUDA(cudaDeviceSynchronize());
             if (pass == 0 && r == g->W - 1) {
                 run_ep(j, g);

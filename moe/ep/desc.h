@@ -19,9 +19,9 @@
    one other. A smaller C, and fewer max_rows, are allowed: what does not fit stops all ranks with
    ROWS_FULL, and nothing is written out of bounds.
 
-   One set of buffers serves any number of layers and steps of equal sizes (this whole struct), where
-   dispatch and combine alternate: their barriers keep the next call from overtaking. Layers of other
-   sizes need another set: its buffers would lie across these. Two dispatches before the
+   One set of buffers serves any number of layers and steps of equal sizes (this whole struct),
+   where dispatch and combine alternate: their barriers keep the next call from overtaking. Layers
+   of other sizes need another set: its buffers would lie across these. Two dispatches before the
    first one's combine (chunks, or a backward pass that still reads recv_x) need two sets, at
    different region_offset and channel. */
 #ifndef MOE_EP_DESC_H
@@ -48,16 +48,16 @@ typedef struct moe_ep_buffers {
     int32_t form;           /* moe_ep_form; 0 = reduced */
     int32_t max_tokens;     /* most tokens of any rank, >= 0 */
     int32_t recv_tokens;    /* C, most rows that one rank sends to one other; 0 = max_tokens */
-    int64_t max_rows;    /* most rows in expert order of any rank; 0 = W C K, and P (m - 1) more
-                            with row_multiple m. Where a token's ids are distinct, W C min(K, P) do */
-    int32_t row_multiple; /* m, as in route/desc.h; 0 = 1 */
-    int32_t hidden;      /* H, multiple of 8, 8 .. 2^28 */
-    int32_t num_experts; /* E, 1 .. MOE_MAX_EXPERTS */
-    int32_t top_k;       /* K, 1 .. 2048 */
-    int32_t dtype;       /* moe_dtype of x and y; 0 = bf16 */
-    int32_t rows_dtype;  /* moe_dtype of rows and of what a combine sends; 0 = dtype */
-    int32_t wire_dtype;  /* moe_dtype of rows of x on their way; 0 = dtype, the only one offered */
-    int32_t num_scales;  /* S, fp32 scales that travel with each row, 0 .. 4096 */
+    int64_t max_rows;       /* most rows in expert order of any rank; 0 = W C K, and
+                               min(W C K, E) (m - 1) more with row_multiple m */
+    int32_t row_multiple;   /* m, as in route/desc.h; 0 = 1 */
+    int32_t hidden;         /* H, multiple of 8, 8 .. 2^28 */
+    int32_t num_experts;    /* E, 1 .. MOE_MAX_EXPERTS */
+    int32_t top_k;          /* K, 1 .. 2048 */
+    int32_t dtype;          /* moe_dtype of x and y; 0 = bf16 */
+    int32_t rows_dtype;     /* moe_dtype of rows and of what a combine sends; 0 = dtype */
+    int32_t wire_dtype;     /* of x on its way: 0 = dtype, the only one offered */
+    int32_t num_scales;     /* S, fp32 scales that travel with each row, 0 .. 4096 */
 } moe_ep_buffers;
 
 /* Where this rank's buffers are: device addresses in its region; null: the form has none. */
@@ -98,11 +98,11 @@ typedef struct moe_ep_dispatch_desc {
     int64_t x_stride;              /* elements between rows of x, >= H; 0 = H */
     uint64_t* fault;               /* [1] fault word, required */
     /* sizes */
-    int32_t num_tokens;   /* T of this rank, 0 .. max_tokens */
-    int32_t num_local;    /* P, this rank's experts; without replicas 0 = those that it owns; with
+    int32_t num_tokens; /* T of this rank, 0 .. max_tokens */
+    int32_t num_local;  /* P, this rank's experts; without replicas 0 = those that it owns; with
                              replicas required, 0 = none. Slots of an expert past P are dropped: the
                              receiving rank's fault word has BAD_ID or BAD_REPLICA */
-    int32_t tag;          /* reported where a rank is late, 0 .. 2^24 - 1 */
+    int32_t tag;        /* reported where a rank is late, 0 .. 2^24 - 1 */
     moe_ep_buffers buffers;
     /* workspace */
     void* workspace;        /* 256-byte aligned; kept until the combine has run */
@@ -123,9 +123,10 @@ typedef struct moe_ep_combine_desc {
     const moe_ep_dispatch_desc* dispatch; /* of this exchange, on the host */
     const void* rows; /* [max_rows, H] rows_dtype, the experts' rows; gathered: null, they are
                          in the region (moe_ep_view.rows) */
-    const float* weights; /* [T, K] the dispatch's own pointer; null: 1 each (for a backward pass) */
-    const void* residual; /* [T, H] dtype, added first; or null */
-    const void* shared;   /* [T, H] rows_dtype, added last; or null */
+    const float*
+        weights; /* [T, K] the dispatch's own pointer; null: 1 each (for a backward pass) */
+    const void* residual;                   /* [T, H] dtype, added first; or null */
+    const void* shared;                     /* [T, H] rows_dtype, added last; or null */
     const float* shared_weight;             /* [T] factor on shared; or null */
     int64_t residual_stride, shared_stride; /* elements between rows; 0 = H */
     void* y;                                /* [T, H] dtype */

@@ -13,7 +13,7 @@
 #define MOEI_EP_WARPS (MOEI_EP_THREADS / MOE_WARP_SIZE)
 #define MOEI_EP_VECTORS 4 /* of a row that a lane has in flight */
 #define MOEI_EP_MAX_CHUNKS 128
-#define MOEI_EP_FEW 16 /* tokens of a chunk */
+#define MOEI_EP_FEW 16          /* tokens of a chunk */
 #define MOEI_EP_ONE_LAUNCH 1024 /* most tokens of which a block counts those before its chunk */
 
 /* Offsets of the buffers in every region. */
@@ -351,7 +351,8 @@ MOE_KERNEL(256, 1) moei_ep_answer(MOE_ARG(moei_ep_args) a)
         const int n = ((const int32_t*)(own + a.at.recv_count))[from] * top_k;
         const int64_t first = (int64_t)from * a.recv_tokens;
         moe_place* place = (moe_place*)moe_peer_address(&a.peers, from, a.at.place);
-        for (int64_t j = blockIdx.x * blockDim.x + threadIdx.x; j < n; j += gridDim.x * blockDim.x) {
+        for (int64_t j = blockIdx.x * blockDim.x + threadIdx.x; j < n;
+             j += gridDim.x * blockDim.x) {
             const int i = (int)j;
             moe_place p = a.recv_place[first * top_k + i];
             const int token = ((const int32_t*)(own + a.at.recv_token))[first + i / top_k];

@@ -146,8 +146,7 @@ MOE_DEVICE void moe_peer_signal(const moe_peers_args* p, int rank, int channel)
         moei_peer_notice(p);
         return;
     }
-    if (moe_lane() == 0)
-        moei_flag_add(moei_peer_channel(p, rank, channel)->from + p->rank, 1);
+    if (moe_lane() == 0) moei_flag_add(moei_peer_channel(p, rank, channel)->from + p->rank, 1);
 }
 
 /* Waits for the next signal of a rank, in its order of sending. Returns 1, or 0 after a stop fault.

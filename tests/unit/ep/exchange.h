@@ -121,8 +121,8 @@ static void ep_check_sums(ep_job* j, int32_t* const* rows, int r, int weighted)
         }
     }
     if (k->T) CHECK_CLOSE("y", y, c->dtype, H + c->pad, exact, ideal, k->T, H);
-    CHECK(test_strays(y, (int64_t)k->d_y.bytes, moe_dtype_bytes(c->dtype), H + c->pad, H, 0, k->T) ==
-              0,
+    CHECK(test_strays(y, (int64_t)k->d_y.bytes, moe_dtype_bytes(c->dtype), H + c->pad, H, 0,
+                      k->T) == 0,
           "between the rows of y");
     TFREE(exact, ideal, part, y);
 }
@@ -182,9 +182,10 @@ static void test_shapes(void)
         {3, 0, 16, 8, 2, MOE_EP_REDUCED, MOE_BF16, EP_EMPTY, 0, 0, 0, 0, 0, 0},
         {3, 10, 16, 8, 2, MOE_EP_GATHERED, MOE_BF16, EP_EMPTY, 0, 0, 0, 0, 0, 0},
         {2, 1, 8, 4, 1, MOE_EP_REDUCED, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 1, 0},
-        {2, 40, 16, 64, 40, MOE_EP_REDUCED, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 0, 0}, /* K past a warp */
+        {2, 40, 16, 64, 40, MOE_EP_REDUCED, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 0,
+         0}, /* K past a warp */
         {5, 64, 16, 20, 1, MOE_EP_REDUCED, MOE_BF16, EP_RANDOM, 0, 40, 0, 0, 0, 0}, /* C < T */
-        {3, 20, 16, 8, 2, MOE_EP_REDUCED, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 0, 24}, /* strides */
+        {3, 20, 16, 8, 2, MOE_EP_REDUCED, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 0, 24},  /* strides */
         {3, 20, 16, 8, 2, MOE_EP_GATHERED, MOE_FP16, EP_RANDOM, 0, 0, 0, 0, 0, 8},
     };
     for (size_t i = 0; i < sizeof list / sizeof list[0]; ++i) ep_run(&list[i], 100 + i);

@@ -58,6 +58,18 @@ MOE_KERNEL(256, 1) ep_hash(MOE_ARG(ep_hash_args) a)
     atomicAdd((unsigned long long*)a.hash, (unsigned long long)sum);
 }
 
+/* Loads the kernels of these tests on all devices: none is loaded while another one waits. */
+static void ep_load(const ep_job* j)
+{
+    for (int r = 0; r < j->c.W; ++r) {
+        tgroup_use(&j->g, r);
+        CHECK_STATUS(moe_preload_kernel((const void*)ep_scale_rows), MOE_OK);
+        CHECK_STATUS(moe_preload_kernel((const void*)ep_sleep), MOE_OK);
+        CHECK_STATUS(moe_preload_kernel((const void*)ep_hash), MOE_OK);
+    }
+    TEST_CUDA(cudaSetDevice(0));
+}
+
 /* One exchange of all ranks with ids from `ids`, weights 1 / 8 each, result to `y`; rank `late`
    sleeps first. */
 static void ep_queue(ep_job* j, int32_t* const* ids, void* const* y, int late)
@@ -116,6 +128,7 @@ static int ep_exact(const ep_job* j, int r, const int32_t* ids, const void* y)
 /* Sets all ranks' x to small whole numbers, no residual, no weights. */
 static void ep_whole_numbers(ep_job* j, trand* q)
 {
+    ep_load(j);
     for (int r = 0; r < j->c.W; ++r) {
         ep_rank* k = j->rank + r;
         trand_fill_int(q, k->x, (int64_t)k->T * j->c.H, j->c.dtype, -1, 1);
@@ -178,7 +191,7 @@ static void test_back_to_back(void)
     for (int form = MOE_EP_REDUCED; form <= MOE_EP_GATHERED; ++form)
         for (size_t i = 0; i < sizeof ranks / sizeof ranks[0]; ++i) {
             const ep_case c = {ranks[i],  21, 16, 18, 3, form, i % 2 ? MOE_FP16 : MOE_BF16,
-                               EP_RANDOM, 0,  0,  0,  0, 0, 0};
+                               EP_RANDOM, 0,  0,  0,  0, 0,    0};
             trand q = trand_new(60 + i);
             if (ep_new(&j, &c, 61 + i)) {
                 static ep_rounds a;
@@ -260,6 +273,7 @@ static void test_many_times(void)
             static ep_rounds a;
             uint64_t* hash[TGROUP_MOST];
             int64_t bad = 0;
+            ep_load(&j);
             ep_rounds_new(&j, &a, EP_ROUNDS, &q);
             for (int r = 0; r < c.W; ++r) {
                 tgroup_use(&j.g, r);
@@ -298,8 +312,8 @@ static void test_many_times(void)
     }
 }
 
-/* The handle of a dispatch serves again, as in a backward pass: other rows, the same ids, into other
-   buffers; the row maps are those of the first. */
+/* The handle of a dispatch serves again, as in a backward pass: other rows, the same ids, into
+   other buffers; the row maps are those of the first. */
 static void test_again(void)
 {
     static ep_job j;
