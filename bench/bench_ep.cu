@@ -2,7 +2,8 @@
    NCCL's all-to-all.
    nvcc -O3 -std=c++14 -I. -DBENCH_NCCL -arch=sm_90a bench/bench_ep.cu -lnccl -o bench_ep
      without -DBENCH_NCCL and -lnccl: without NCCL's rows
-     ./bench_ep [--ranks W] [--shape T,H,E,K] [--small]
+     ./bench_ep [--ranks W] [--shape T,H,E,K] [--small] [--sweep]
+     --sweep: by message size, 16 tokens a rank to T, with random and with skewed routing
 
    Bytes are those that leave a GPU; local rows do not count. A barrier stands in every iteration
    and is part of the time; the slowest rank counts. */
@@ -548,7 +549,7 @@ int main(int argc, char** argv)
     static bench_group g;
     shape s = {32768, 4096, 128, 8};
     const shape small = {128, 7168, 256, 8}, empty = {0, 7168, 256, 8};
-    int W = 0, only_small = 0;
+    int W = 0, only_small = 0, sweep = 0;
     double push, pull;
     moe_ep_buffers b;
     uint64_t bytes;
@@ -556,10 +557,11 @@ int main(int argc, char** argv)
     for (int i = 1; i < argc; ++i) {
         if (!strcmp(argv[i], "--ranks") && i + 1 < argc) W = atoi(argv[++i]);
         else if (!strcmp(argv[i], "--small")) only_small = 1;
+        else if (!strcmp(argv[i], "--sweep")) sweep = 1;
         else if (!strcmp(argv[i], "--shape") && i + 1 < argc &&
                  sscanf(argv[++i], "%d,%d,%d,%d", &s.T, &s.H, &s.E, &s.K) == 4) {
         } else {
-            fprintf(stderr, "usage: %s [--ranks W] [--shape T,H,E,K] [--small]\n", argv[0]);
+            fprintf(stderr, "usage: %s [--ranks W] [--shape T,H,E,K] [--small] [--sweep]\n", argv[0]);
             return 2;
         }
     }
@@ -586,6 +588,14 @@ int main(int argc, char** argv)
     printf("%d ranks on %d x %s\n", g.W, g.devices, prop.name);
     push = best_copy(&g, (int64_t)s.T * s.H * 2, 0);
     pull = best_copy(&g, (int64_t)s.T * s.H * 2, 1);
+    if (sweep) {
+        for (int T = 16; T <= s.T; T *= 4)
+            for (int skew = 0; skew < 2; ++skew) {
+                const shape one = {T, s.H, s.E, s.K};
+                bench_shape(&g, one, push, pull, T <= 1024 ? 20 : 0, skew);
+            }
+        return 0;
+    }
     {
         const shape beside = {4096, s.H, s.E, s.K};
         beside_nccl(&g, beside);

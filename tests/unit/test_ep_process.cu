@@ -193,6 +193,10 @@ static int child(int rank, int ranks, const char* path, int when, int how)
                         (unsigned long long)word);
             CHILD_CHECK(late.late == 1 && late.tag == 3, "late %d, phase %d, tag %d", late.late,
                         late.phase, late.tag);
+            CHILD_CHECK(when > BEFORE_COMBINE ||
+                            late.phase == (when == BEFORE_DISPATCH ? MOE_PHASE_DISPATCH
+                                                                   : MOE_PHASE_COMBINE),
+                        "phase %d", late.phase);
             CHILD_CHECK(ms < 300 + 700, "%.0f ms", ms);
             TEST_CUDA(cudaMemcpy(y, host, sizeof host, cudaMemcpyHostToDevice));
             TEST_CUDA(cudaDeviceSynchronize());

@@ -20,6 +20,7 @@ typedef struct ep_case {
     int num_scales;
     int misalign; /* bytes that x is past a multiple of 256 */
     int same;     /* 1: all ranks have T tokens, no -1 */
+    int fp32;     /* 1: rows and what a combine sends are fp32 */
     int pad;      /* elements between rows of x, residual, shared and y; > 0: with a shared row */
 } ep_case;
 
@@ -50,6 +51,9 @@ typedef struct ep_job {
     moe_ep_expert* replica;
     int P[TGROUP_MOST]; /* experts of each rank */
 } ep_job;
+
+/* The dtype of the experts' rows. */
+static int ep_rows_dtype(const ep_case* c) { return c->fp32 ? MOE_FP32 : c->dtype; }
 
 static int ep_local(const ep_job* j, int r)
 {
@@ -135,6 +139,7 @@ static moe_ep_buffers ep_sizes(const ep_case* c)
     b.num_experts = c->E;
     b.top_k = c->K;
     b.dtype = c->dtype;
+    b.rows_dtype = c->fp32 ? MOE_FP32 : 0;
     b.num_scales = c->num_scales;
     b.channel = 2;
     if (c->replicas) b.max_rows = (int64_t)c->W * (c->recv_tokens ? c->recv_tokens : c->T) * c->K;
@@ -195,8 +200,8 @@ static int ep_put_rank(ep_job* j, int rank)
     d->workspace_bytes = bytes;
     if (!CHECK_STATUS(moe_ep_dispatch_get_view(d, &r->view), MOE_OK)) return 0;
     r->num_rows = (int32_t)r->view.num_rows;
-    r->rows = test_host((int64_t)r->num_rows * c->H * elem);
-    r->d_rows = tbuf_new("rows", (size_t)r->num_rows * (size_t)(c->H * elem), 0);
+    r->rows = test_host((int64_t)r->num_rows * c->H * moe_dtype_bytes(ep_rows_dtype(c)));
+    r->d_rows = tbuf_new("rows", (size_t)r->num_rows * (size_t)(c->H * moe_dtype_bytes(ep_rows_dtype(c))), 0);
     memset(&r->combine, 0, sizeof r->combine);
     r->combine.dispatch = d;
     r->combine.rows = c->form == MOE_EP_GATHERED ? 0 : r->d_rows.p;
@@ -311,11 +316,11 @@ static void* ep_get(const ep_job* j, int r, const void* p, int64_t bytes)
 /* Fills the rows of every rank's experts with numbers, as an MLP would have. */
 static void ep_fill_rows(ep_job* j, trand* q)
 {
-    const int elem = moe_dtype_bytes(j->c.dtype);
+    const int dtype = ep_rows_dtype(&j->c), elem = moe_dtype_bytes(dtype);
     for (int r = 0; r < j->c.W; ++r) {
         ep_rank* k = j->rank + r;
         const int64_t bytes = (int64_t)k->num_rows * j->c.H * elem;
-        trand_fill_normal(q, k->rows, (int64_t)k->num_rows * j->c.H, j->c.dtype);
+        trand_fill_normal(q, k->rows, (int64_t)k->num_rows * j->c.H, dtype);
         tgroup_use(&j->g, r);
         TEST_CUDA(cudaDeviceSynchronize());
         if (bytes)

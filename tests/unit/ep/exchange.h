@@ -100,7 +100,7 @@ static void ep_check_sums(ep_job* j, int32_t* const* rows, int r, int weighted)
             sent[f.rank] = 1;
             for (int h = 0; h < H; ++h)
                 part[f.rank * H + h] +=
-                    w * moe_load(j->rank[f.rank].rows, (int64_t)f.row * H + h, c->dtype);
+                    w * moe_load(j->rank[f.rank].rows, (int64_t)f.row * H + h, ep_rows_dtype(c));
         }
         for (int h = 0; h < H; ++h) {
             double sum = moe_load(k->residual, (int64_t)t * H + h, c->dtype), rounded = sum;
@@ -113,7 +113,7 @@ static void ep_check_sums(ep_job* j, int32_t* const* rows, int r, int weighted)
             for (int d = 0; d < W; ++d) {
                 sum += part[d * H + h];
                 rounded += sent[d] && c->form != MOE_EP_GATHERED
-                               ? test_rounded(part[d * H + h], c->dtype)
+                               ? test_rounded(part[d * H + h], ep_rows_dtype(c))
                                : part[d * H + h];
             }
             exact[(int64_t)t * H + h] = sum;
@@ -161,32 +161,34 @@ static void ep_run(const ep_case* c, uint64_t salt)
 static void test_shapes(void)
 {
     const ep_case list[] = {
-        /* W, T, H, E, K, form, dtype, draw, replicas, C, scales, misalign, same, pad */
-        {1, 5, 16, 3, 2, MOE_EP_REDUCED, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 0, 0},
-        {1, 5, 16, 3, 2, MOE_EP_GATHERED, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 0, 0},
-        {2, 37, 64, 8, 3, MOE_EP_REDUCED, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 0, 0},
-        {2, 37, 64, 8, 3, MOE_EP_GATHERED, MOE_FP16, EP_RANDOM, 0, 0, 2, 0, 0, 0},
-        {4, 20, 32, 7, 2, MOE_EP_REDUCED, MOE_FP16, EP_RANDOM, 0, 0, 3, 0, 0, 0}, /* E 7 on W 4 */
-        {4, 20, 32, 7, 2, MOE_EP_GATHERED, MOE_BF16, EP_RANDOM, 0, 0, 0, 2, 0, 0},
-        {4, 12, 8, 2, 2, MOE_EP_REDUCED, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 0, 0}, /* E 2 on W 4 */
-        {4, 12, 8, 2, 1, MOE_EP_GATHERED, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 0, 0},
-        {4, 33, 40, 9, 4, MOE_EP_REDUCED, MOE_FP32, EP_RANDOM, 1, 0, 0, 4, 0, 0},
-        {4, 33, 40, 9, 4, MOE_EP_GATHERED, MOE_BF16, EP_RANDOM, 1, 0, 0, 0, 0, 0},
-        {8, 19, 24, 16, 4, MOE_EP_REDUCED, MOE_BF16, EP_RANDOM, 0, 0, 1, 0, 0, 0},
-        {8, 19, 24, 16, 4, MOE_EP_GATHERED, MOE_FP16, EP_RANDOM, 0, 0, 0, 0, 0, 0},
-        {16, 9, 16, 32, 6, MOE_EP_REDUCED, MOE_FP16, EP_RANDOM, 0, 0, 0, 0, 0, 0},
-        {16, 9, 16, 32, 6, MOE_EP_GATHERED, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 0, 0},
-        {4, 30, 16, 8, 2, MOE_EP_REDUCED, MOE_BF16, EP_ONE_RANK, 0, 0, 0, 0, 0, 0},
-        {4, 30, 16, 8, 2, MOE_EP_GATHERED, MOE_BF16, EP_ONE_RANK, 0, 0, 0, 0, 0, 0},
-        {4, 30, 16, 8, 2, MOE_EP_REDUCED, MOE_BF16, EP_ONE_EXPERT, 0, 0, 0, 0, 0, 0},
-        {3, 0, 16, 8, 2, MOE_EP_REDUCED, MOE_BF16, EP_EMPTY, 0, 0, 0, 0, 0, 0},
-        {3, 10, 16, 8, 2, MOE_EP_GATHERED, MOE_BF16, EP_EMPTY, 0, 0, 0, 0, 0, 0},
-        {2, 1, 8, 4, 1, MOE_EP_REDUCED, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 1, 0},
-        {2, 40, 16, 64, 40, MOE_EP_REDUCED, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 0,
+        /* W, T, H, E, K, form, dtype, draw, replicas, C, scales, misalign, same, fp32, pad */
+        {1, 5, 16, 3, 2, MOE_EP_REDUCED, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 0, 0, 0},
+        {1, 5, 16, 3, 2, MOE_EP_GATHERED, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 0, 0, 0},
+        {2, 37, 64, 8, 3, MOE_EP_REDUCED, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 0, 0, 0},
+        {2, 37, 64, 8, 3, MOE_EP_GATHERED, MOE_FP16, EP_RANDOM, 0, 0, 2, 0, 0, 0, 0},
+        {4, 20, 32, 7, 2, MOE_EP_REDUCED, MOE_FP16, EP_RANDOM, 0, 0, 3, 0, 0, 0, 0}, /* E 7 on W 4 */
+        {4, 20, 32, 7, 2, MOE_EP_GATHERED, MOE_BF16, EP_RANDOM, 0, 0, 0, 2, 0, 0, 0},
+        {4, 12, 8, 2, 2, MOE_EP_REDUCED, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 0, 0, 0}, /* E 2 on W 4 */
+        {4, 12, 8, 2, 1, MOE_EP_GATHERED, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 0, 0, 0},
+        {4, 33, 40, 9, 4, MOE_EP_REDUCED, MOE_FP32, EP_RANDOM, 1, 0, 0, 4, 0, 0, 0},
+        {4, 33, 40, 9, 4, MOE_EP_GATHERED, MOE_BF16, EP_RANDOM, 1, 0, 0, 0, 0, 0, 0},
+        {8, 19, 24, 16, 4, MOE_EP_REDUCED, MOE_BF16, EP_RANDOM, 0, 0, 1, 0, 0, 0, 0},
+        {8, 19, 24, 16, 4, MOE_EP_GATHERED, MOE_FP16, EP_RANDOM, 0, 0, 0, 0, 0, 0, 0},
+        {16, 9, 16, 32, 6, MOE_EP_REDUCED, MOE_FP16, EP_RANDOM, 0, 0, 0, 0, 0, 0, 0},
+        {16, 9, 16, 32, 6, MOE_EP_GATHERED, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 0, 0, 0},
+        {4, 30, 16, 8, 2, MOE_EP_REDUCED, MOE_BF16, EP_ONE_RANK, 0, 0, 0, 0, 0, 0, 0},
+        {4, 30, 16, 8, 2, MOE_EP_GATHERED, MOE_BF16, EP_ONE_RANK, 0, 0, 0, 0, 0, 0, 0},
+        {4, 30, 16, 8, 2, MOE_EP_REDUCED, MOE_BF16, EP_ONE_EXPERT, 0, 0, 0, 0, 0, 0, 0},
+        {3, 0, 16, 8, 2, MOE_EP_REDUCED, MOE_BF16, EP_EMPTY, 0, 0, 0, 0, 0, 0, 0},
+        {3, 10, 16, 8, 2, MOE_EP_GATHERED, MOE_BF16, EP_EMPTY, 0, 0, 0, 0, 0, 0, 0},
+        {2, 1, 8, 4, 1, MOE_EP_REDUCED, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 1, 0, 0},
+        {2, 40, 16, 64, 40, MOE_EP_REDUCED, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 0, 0,
          0}, /* K past a warp */
-        {5, 64, 16, 20, 1, MOE_EP_REDUCED, MOE_BF16, EP_RANDOM, 0, 40, 0, 0, 0, 0}, /* C < T */
-        {3, 20, 16, 8, 2, MOE_EP_REDUCED, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 0, 24},  /* strides */
-        {3, 20, 16, 8, 2, MOE_EP_GATHERED, MOE_FP16, EP_RANDOM, 0, 0, 0, 0, 0, 8},
+        {5, 64, 16, 20, 1, MOE_EP_REDUCED, MOE_BF16, EP_RANDOM, 0, 40, 0, 0, 0, 0, 0}, /* C < T */
+        {3, 20, 16, 8, 2, MOE_EP_REDUCED, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 0, 0, 24},  /* strides */
+        {3, 20, 16, 8, 2, MOE_EP_GATHERED, MOE_FP16, EP_RANDOM, 0, 0, 0, 0, 0, 0, 8},
+        {3, 25, 24, 8, 3, MOE_EP_REDUCED, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 0, 1, 0}, /* fp32 rows */
+        {3, 25, 24, 8, 3, MOE_EP_GATHERED, MOE_FP16, EP_RANDOM, 1, 0, 0, 0, 0, 1, 0},
     };
     for (size_t i = 0; i < sizeof list / sizeof list[0]; ++i) ep_run(&list[i], 100 + i);
 }
@@ -194,8 +196,8 @@ static void test_shapes(void)
 /* More tokens than one launch counts: chunks of many tokens, rounds of them. */
 static void test_many_tokens(void)
 {
-    const ep_case a = {2, 1500, 8, 6, 2, MOE_EP_REDUCED, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 0, 0};
-    const ep_case b = {3, 1500, 8, 6, 2, MOE_EP_GATHERED, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 0, 0};
+    const ep_case a = {2, 1500, 8, 6, 2, MOE_EP_REDUCED, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 0, 0, 0};
+    const ep_case b = {3, 1500, 8, 6, 2, MOE_EP_GATHERED, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 0, 0, 0};
     ep_run(&a, 7);
     ep_run(&b, 8);
 }

@@ -19,7 +19,7 @@ static int ep_untouched(ep_job* j, int r)
    the tag, and write no y. */
 static void ep_late(int form, int late, int phase)
 {
-    const ep_case c = {3, 12, 16, 6, 2, form, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 1, 0};
+    const ep_case c = {3, 12, 16, 6, 2, form, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 1, 0, 0};
     static ep_job j;
     if (ep_new(&j, &c, 40)) {
         for (int r = 0; r < 3; ++r) j.g.peers[r].timeout_ns = 20000000;
@@ -55,7 +55,7 @@ static void test_late(void)
    time is over. */
 static void test_spreading(void)
 {
-    const ep_case c = {3, 12, 16, 6, 2, MOE_EP_REDUCED, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 1, 0};
+    const ep_case c = {3, 12, 16, 6, 2, MOE_EP_REDUCED, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 1, 0, 0};
     static ep_job j;
     for (int phase = MOE_PHASE_DISPATCH; phase <= MOE_PHASE_COMBINE; ++phase) {
         const uint64_t word = MOEI_FAULT_KEY(MOE_FAULT_BAD_TABLE, 1, 17);
@@ -83,7 +83,7 @@ static void test_spreading(void)
 /* Buffers that are too small: all ranks stop with ROWS_FULL; nothing is written out of bounds. */
 static void test_full(void)
 {
-    const ep_case c = {2, 40, 16, 4, 2, MOE_EP_REDUCED, MOE_BF16, EP_ONE_RANK, 0, 10, 0, 0, 1, 0};
+    const ep_case c = {2, 40, 16, 4, 2, MOE_EP_REDUCED, MOE_BF16, EP_ONE_RANK, 0, 10, 0, 0, 1, 0, 0};
     static ep_job j;
     if (ep_new(&j, &c, 42)) { /* every token goes to rank 1, which has room for 10 of each rank */
         ep_dispatch(&j);
@@ -125,7 +125,7 @@ static void test_full(void)
 /* Ids that are no expert: those slots count as -1, the fault word says so, all else is right. */
 static void test_bad_ids(void)
 {
-    const ep_case c = {2, 20, 16, 6, 2, MOE_EP_GATHERED, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 1, 0};
+    const ep_case c = {2, 20, 16, 6, 2, MOE_EP_GATHERED, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 1, 0, 0};
     static ep_job j;
     if (ep_new(&j, &c, 44)) {
         int32_t* ids = j.rank[1].ids;
@@ -150,7 +150,7 @@ static void test_bad_ids(void)
 
 static void test_refusals(void)
 {
-    const ep_case c = {2, 8, 16, 6, 2, MOE_EP_REDUCED, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 1, 0};
+    const ep_case c = {2, 8, 16, 6, 2, MOE_EP_REDUCED, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 1, 0, 0};
     static ep_job j;
     if (!ep_new(&j, &c, 45)) return;
     const moe_ep_dispatch_desc ok = j.rank[0].dispatch;

@@ -72,7 +72,7 @@ static int lay_experts(const lay_case* c, int r, int* list)
     return n;
 }
 
-/* A device copy of the matrices of some experts: nothing else of the weights is on the device. */
+/* A device copy of the matrices of some experts alone, canaries around it. */
 static tbuf lay_weights(const char* name, const void* all, const int* list, int n, int64_t elems)
 {
     char* own = (char*)test_host(n * elems * 2);

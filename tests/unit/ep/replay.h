@@ -191,7 +191,7 @@ static void test_back_to_back(void)
     for (int form = MOE_EP_REDUCED; form <= MOE_EP_GATHERED; ++form)
         for (size_t i = 0; i < sizeof ranks / sizeof ranks[0]; ++i) {
             const ep_case c = {ranks[i],  21, 16, 18, 3, form, i % 2 ? MOE_FP16 : MOE_BF16,
-                               EP_RANDOM, 0,  0,  0,  0, 0,    0};
+                               EP_RANDOM, 0,  0,  0,  0, 0, 0,    0};
             trand q = trand_new(60 + i);
             if (ep_new(&j, &c, 61 + i)) {
                 static ep_rounds a;
@@ -212,7 +212,7 @@ static void test_graph(void)
 {
     static ep_job j;
     for (int form = MOE_EP_REDUCED; form <= MOE_EP_GATHERED; ++form) {
-        const ep_case c = {4, 19, 16, 7, 2, form, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 0, 0};
+        const ep_case c = {4, 19, 16, 7, 2, form, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 0, 0, 0};
         trand q = trand_new(70);
         if (ep_new(&j, &c, 71)) {
             static ep_rounds a;
@@ -267,7 +267,7 @@ static void test_many_times(void)
     const int times = test_long() ? MOE_ON_HOST ? 1200 : 10000 : 120;
     static ep_job j;
     for (int form = MOE_EP_REDUCED; form <= MOE_EP_GATHERED; ++form) {
-        const ep_case c = {4, 24, 64, 16, 4, form, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 1, 0};
+        const ep_case c = {4, 24, 64, 16, 4, form, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 1, 0, 0};
         trand q = trand_new(80);
         if (ep_new(&j, &c, 81)) {
             static ep_rounds a;
@@ -318,7 +318,7 @@ static void test_again(void)
 {
     static ep_job j;
     for (int form = MOE_EP_REDUCED; form <= MOE_EP_GATHERED; ++form) {
-        const ep_case c = {3, 17, 16, 8, 2, form, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 1, 0};
+        const ep_case c = {3, 17, 16, 8, 2, form, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 1, 0, 0};
         trand q = trand_new(90);
         moe_ep_buffers b = ep_sizes(&c);
         uint64_t first_end = 0, end = 0;
