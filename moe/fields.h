@@ -58,7 +58,7 @@
                                                                                     X(gradient) X(dot)                                                                                        \
     X(num_ranks) X(region) X(region_bytes) X(region_offset) X(peers) X(allgather) X(buffer) X(offset)  \
     X(peer) X(channel) X(tag) X(scales) X(num_scales) X(max_tokens) X(recv_tokens) X(part_count)       \
-    X(num_parts) X(replica) X(wire_dtype) X(dispatch) X(num_local)
+    X(num_parts) X(replica) X(wire_dtype) X(dispatch) X(num_local) X(buffers)
 
 enum {
     MOE_FIELD_NONE,

@@ -33,7 +33,7 @@
      e.layer.x = x;  e.layer.router = router;  e.layer.w1.base = w1;  e.layer.w2.base = w2;
      e.layer.y = y;  e.layer.fault = fault;  e.layer.num_tokens = T;  e.layer.hidden = H;
      e.layer.intermediate = I;  e.layer.num_experts = E;  e.layer.top_k = K;
-     e.peers = &peers;  e.max_tokens = T_max;
+     e.peers = &peers;  e.buffers.max_tokens = T_max;
      moe_ep_layer_region(&e, W, &region_bytes);       // before the group exists: sizes alone
      moe_ep_layer_workspace(&e, &bytes);  e.layer.workspace = ...;  e.layer.workspace_bytes = bytes;
      moe_status s = moe_ep_layer_forward(&e, stream); */
@@ -47,14 +47,12 @@
 typedef struct moe_ep_layer_desc {
     moe_layer_desc layer;          /* of this rank's tokens; w1, w2, biases: of its P experts */
     const moe_peers* peers;        /* this rank's group */
-    const int32_t* replica_offset; /* as in moe_ep_dispatch_desc, like the next */
+    const int32_t* replica_offset; /* as in moe_ep_dispatch_desc, like the next two */
     const moe_ep_expert* replica;
-    int32_t num_local; /* P; 0 without replicas = those that the rank owns */
-    int32_t tag;       /* reported where a rank is late, 0 .. 2^24 - 1 */
-    /* the same on all ranks, as in moe_ep_buffers */
-    uint64_t region_offset;
-    int32_t channel, form, max_tokens, recv_tokens;
-    int64_t max_rows;
+    int32_t num_local;
+    int32_t tag;            /* reported where a rank is late, 0 .. 2^24 - 1 */
+    moe_ep_buffers buffers; /* the same on all ranks. What `layer` has is 0 here: hidden, num_experts,
+                               top_k, dtype, rows_dtype, row_multiple; and num_scales */
 } moe_ep_layer_desc;
 
 /* Parts of a layer over ranks, in the order of moe_ep_layer_run. */
@@ -93,22 +91,20 @@ typedef struct moei_ep_layer {
     size_t workspace; /* bytes of the whole */
 } moei_ep_layer;
 
-/* Fills in the buffers that the descriptor asks for. */
-MOE_HOST void moei_ep_layer_buffers(const moe_ep_layer_desc* d, moe_ep_buffers* b)
+/* Fills in the buffers that the descriptor asks for. Refuses what the layer itself has. */
+MOE_HOST moe_status moei_ep_layer_buffers(const moe_ep_layer_desc* d, moe_ep_buffers* b)
 {
-    memset(b, 0, sizeof *b);
-    b->region_offset = d->region_offset;
-    b->channel = d->channel;
-    b->form = d->form;
-    b->max_tokens = d->max_tokens;
-    b->recv_tokens = d->recv_tokens;
-    b->max_rows = d->max_rows;
+    *b = d->buffers;
+    MOE_REQUIRE(!b->hidden && !b->num_experts && !b->top_k && !b->dtype && !b->rows_dtype &&
+                    !b->row_multiple && !b->num_scales,
+                MOE_ERR_CONFLICT, buffers);
     b->row_multiple = d->layer.route.row_multiple;
     b->hidden = d->layer.hidden;
     b->num_experts = d->layer.num_experts;
     b->top_k = d->layer.top_k;
     b->dtype = d->layer.dtype;
     b->rows_dtype = d->layer.rows_dtype;
+    return MOE_OK;
 }
 
 /* Writes the bytes that every rank's region must have to *bytes; reads sizes and options. peers may
@@ -119,7 +115,7 @@ MOE_HOST moe_status moe_ep_layer_region(const moe_ep_layer_desc* desc, int num_r
     moe_ep_buffers b;
     MOE_REQUIRE(desc && bytes, MOE_ERR_NULL, desc);
     MOE_REQUIRE(num_ranks >= 1 && num_ranks <= MOE_PEERS_MAX_RANKS, MOE_ERR_RANGE, num_ranks);
-    moei_ep_layer_buffers(desc, &b);
+    MOE_TRY(moei_ep_layer_buffers(desc, &b));
     return moe_ep_buffers_end(&b, num_ranks, bytes);
 }
 
@@ -158,7 +154,7 @@ MOE_HOST moe_status moei_ep_layer_resolve(const moe_ep_layer_desc* d, char* base
     e->dispatch.num_tokens = d->layer.num_tokens;
     e->dispatch.num_local = d->num_local;
     e->dispatch.tag = d->tag;
-    moei_ep_layer_buffers(d, &e->dispatch.buffers);
+    MOE_TRY(moei_ep_layer_buffers(d, &e->dispatch.buffers));
     memset(&args, 0, sizeof args);
     MOE_TRY(moei_ep_check_options(&e->dispatch, &args));
     MOE_TRY(moei_ep_carve(&e->dispatch, &args, 0, &e->ep, &part));

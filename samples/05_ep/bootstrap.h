@@ -12,6 +12,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
+#include <sys/time.h>
 #include <unistd.h>
 
 #define BOOTSTRAP_MOST 128
@@ -62,7 +63,9 @@ static int bootstrap_allgather(void* context, const void* from, void* to, size_t
 static int bootstrap_listen(bootstrap* b, const struct addrinfo* at)
 {
     const int yes = 1, s = socket(at->ai_family, SOCK_STREAM, 0);
+    const struct timeval most = {60, 0}; /* that a rank may be late */
     if (s < 0) return 1;
+    setsockopt(s, SOL_SOCKET, SO_RCVTIMEO, &most, sizeof most);
     setsockopt(s, SOL_SOCKET, SO_REUSEADDR, &yes, sizeof yes);
     if (bind(s, at->ai_addr, at->ai_addrlen) || listen(s, b->ranks)) return 1;
     for (int i = 1; i < b->ranks; ++i) {

@@ -78,8 +78,8 @@ static void make_rank(rank_layers* l, const options* o, const group* g, int r, r
     l->ep.layer.w2.base = make(first * w2, own * w2, 0.04f, 4, o->dtype);
     l->ep.layer.y = make(0, l->T * H, 0.0f, 5, o->dtype);
     l->ep.peers = &s->peers;
-    l->ep.form = o->form;
-    l->ep.max_tokens = (o->T + g->W - 1) / g->W;
+    l->ep.buffers.form = o->form;
+    l->ep.buffers.max_tokens = (o->T + g->W - 1) / g->W;
     MOE(moe_ep_layer_workspace(&l->ep, &l->ep.layer.workspace_bytes));
     if (cudaMalloc(&l->ep.layer.workspace, l->ep.layer.workspace_bytes) != cudaSuccess)
         quit(EXIT_WRONG_INPUT, "this shape needs more memory than the device has");
@@ -120,8 +120,8 @@ int main(int argc, char** argv)
     int wrong;
     group_begin(&g, &o);
     sizes.layer = make_layer(&o, 0, o.E, 0);
-    sizes.form = o.form;
-    sizes.max_tokens = (o.T + g.W - 1) / g.W;
+    sizes.buffers.form = o.form;
+    sizes.buffers.max_tokens = (o.T + g.W - 1) / g.W;
     MOE(moe_ep_layer_region(&sizes, g.W, &region));
     group_connect(&g, region);
     for (int i = 0; i < g.mine; ++i) make_rank(&l[i], &o, &g, g.first + i, group_use(&g, i));

@@ -175,7 +175,7 @@ static void print_times(group* g, rank_layers* l, const options* o)
     if (g->first) return;
     print_rate("over ranks", ep, flops, g->W);
     print_rate("local, the rank's tokens, all experts", local, flops, 1);
-    print_rate("local, the rank's tokens, its own experts", few, flops, 1);
+    print_rate("local, the rank's tokens, its own experts", few, flops * l[0].few.top_k / o->K, 1);
     print_rate("one GPU, all tokens", one, flops * g->W, 1);
     printf("exposed time %.3f ms over the local layer with all experts (%.1f%%), %.3f ms over that "
            "with\n"

@@ -167,8 +167,8 @@ static int lay_put(lay_job* j, int rank, trand* q)
     r->ep.layer.y = r->y.p;
     r->ep.layer.route.row_multiple = c->row_multiple;
     r->ep.peers = j->g.peers + rank;
-    r->ep.form = c->form;
-    r->ep.max_tokens = c->T;
+    r->ep.buffers.form = c->form;
+    r->ep.buffers.max_tokens = c->T;
     r->ep.tag = 5;
     if (c->replicas) {
         int32_t* offset = (int32_t*)test_host((c->E + 1) * 4);
@@ -205,7 +205,7 @@ static int lay_new(lay_job* j, const lay_case* c, uint64_t salt)
     j->c = *c;
     d.layer.hidden = c->H, d.layer.num_experts = c->E, d.layer.top_k = c->K;
     d.layer.dtype = c->dtype;
-    d.form = c->form, d.max_tokens = c->T;
+    d.buffers.form = c->form, d.buffers.max_tokens = c->T;
     d.layer.route.row_multiple = c->row_multiple;
     d.replica_offset = c->replicas ? (const int32_t*)TEST_FAR : 0;
     if (!CHECK_STATUS(moe_ep_layer_region(&d, c->W, &bytes), MOE_OK)) return 0;
@@ -404,8 +404,10 @@ static void test_layer_refusals(void)
     LAY_REFUSED(d.layer.num_tokens = 9, MOE_ERR_RANGE, num_tokens);
     LAY_REFUSED(d.layer.hidden = 60, MOE_ERR_MULTIPLE, hidden);
     LAY_REFUSED(d.layer.top_k = 7, MOE_ERR_RANGE, top_k);
-    LAY_REFUSED(d.form = 9, MOE_ERR_OPTION, form);
-    LAY_REFUSED(d.max_tokens = 4000, MOE_ERR_RANGE, region_bytes);
+    LAY_REFUSED(d.buffers.form = 9, MOE_ERR_OPTION, form);
+    LAY_REFUSED(d.buffers.hidden = 64, MOE_ERR_CONFLICT, buffers);
+    LAY_REFUSED(d.buffers.num_scales = 1, MOE_ERR_CONFLICT, buffers);
+    LAY_REFUSED(d.buffers.max_tokens = 4000, MOE_ERR_RANGE, region_bytes);
     LAY_REFUSED(d.layer.workspace = 0, MOE_ERR_NULL, workspace);
     LAY_REFUSED(d.layer.workspace_bytes -= 1, MOE_ERR_WORKSPACE, workspace_bytes);
 #undef LAY_REFUSED
