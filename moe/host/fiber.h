@@ -36,7 +36,12 @@
 #include <sanitizer/common_interface_defs.h>
 #endif
 
-enum { MOEH_STACK = (MOEH_ASAN ? 256 : 64) * 1024, MOEH_GUARD = 4096 };
+enum {
+    MOEH_STACK = (MOEH_ASAN ? 256 : 64) * 1024,
+    MOEH_GUARD = 4096,
+    MOEH_GUARDED = 16384 /* stacks with a guard page: each is a mapping more, of which Linux allows
+                            a process 65530 */
+};
 
 struct moeh_fiber {
     void* sp;             /* stack pointer where the fiber stopped */
@@ -103,10 +108,11 @@ inline void moeh_fiber_arrived()
 /* Gives the fiber a stack. */
 inline void moeh_fiber_alloc(moeh_fiber* f)
 {
+    static int count = 0;
     void* p = mmap(nullptr, MOEH_STACK + MOEH_GUARD, PROT_READ | PROT_WRITE,
                    MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (p == MAP_FAILED) abort();
-    (void)mprotect(p, MOEH_GUARD, PROT_NONE); /* may fail past the system's limit of mappings */
+    if (count++ < MOEH_GUARDED) (void)mprotect(p, MOEH_GUARD, PROT_NONE);
     f->stack = (unsigned char*)p + MOEH_GUARD;
     f->size = MOEH_STACK;
 }
