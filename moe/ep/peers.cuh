@@ -173,8 +173,8 @@ MOE_HOST moe_status moe_peers_close_ipc(const moe_peers*) { return MOE_OK; }
 /* What a rank tells the others. */
 typedef struct moei_peers_card {
     cudaIpcMemHandle_t handle;
-    char bus[32];   /* PCI address of its GPU */
-    uint64_t bytes; /* of its region */
+    uint64_t bus[2]; /* PCI address of its GPU, as text */
+    uint64_t bytes;  /* of its region */
     int32_t host;
     moe_status status; /* of its set-up so far */
 } moei_peers_card;
@@ -234,7 +234,7 @@ MOE_HOST moe_status moe_peers_create_ipc(moe_peers* peers, int rank, int num_ran
         return own.status; /* the all-gather cannot run */
     if (own.status == MOE_OK) own.status = moe_cuda_status(cudaGetDevice(&device));
     if (own.status == MOE_OK)
-        own.status = moe_cuda_status(cudaDeviceGetPCIBusId(own.bus, sizeof own.bus, device));
+        own.status = moe_cuda_status(cudaDeviceGetPCIBusId((char*)own.bus, sizeof own.bus, device));
     if (own.status == MOE_OK)
         own.status = moe_cuda_status(cudaIpcGetMemHandle(&own.handle, region));
     if (own.status == MOE_OK) /* before any peer can signal */
@@ -272,7 +272,8 @@ MOE_HOST moe_status moe_peers_create_ipc(moe_peers* peers, int rank, int num_ran
         peers->id[r].host = card[r].host;
         peers->id[r].local = 0;
         for (int q = 0; q < r; ++q) peers->id[r].local += card[q].host == card[r].host;
-        peers->ranks_on_device += card[r].host == host && !strcmp(card[r].bus, own.bus);
+        peers->ranks_on_device +=
+            card[r].host == host && card[r].bus[0] == own.bus[0] && card[r].bus[1] == own.bus[1];
     }
     return MOE_OK;
 }

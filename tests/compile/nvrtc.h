@@ -17,3 +17,15 @@ NVRTC_CALL cudaError_t cudaEventDestroy(cudaEvent_t);
 NVRTC_CALL cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t);
 NVRTC_CALL cudaError_t cudaEventSynchronize(cudaEvent_t);
 NVRTC_CALL cudaError_t cudaEventElapsedTime(float*, cudaEvent_t, cudaEvent_t);
+NVRTC_CALL cudaError_t cudaMemset(void*, int, size_t);
+NVRTC_CALL cudaError_t cudaMemcpy(void*, const void*, size_t, enum cudaMemcpyKind);
+NVRTC_CALL cudaError_t cudaDeviceSynchronize(void);
+NVRTC_CALL cudaError_t cudaSetDevice(int);
+NVRTC_CALL cudaError_t cudaDeviceCanAccessPeer(int*, int, int);
+NVRTC_CALL cudaError_t cudaDeviceEnablePeerAccess(int, unsigned int);
+NVRTC_CALL cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int*, const void*, int,
+                                                                     size_t);
+NVRTC_CALL cudaError_t cudaDeviceGetPCIBusId(char*, int, int);
+NVRTC_CALL cudaError_t cudaIpcGetMemHandle(cudaIpcMemHandle_t*, void*);
+NVRTC_CALL cudaError_t cudaIpcOpenMemHandle(void**, cudaIpcMemHandle_t, unsigned int);
+NVRTC_CALL cudaError_t cudaIpcCloseMemHandle(void*);
