@@ -80,23 +80,23 @@ typedef struct moe_combine_desc {
 
 /* The argument of combine's kernels: a descriptor that moe_combine_resolve has checked. */
 typedef struct moe_combine_args {
-    const void* const* table;    /* [num_buffers]; null: rows */
-    const void* rows;            /* rows_dtype; null with a table */
-    const moe_place* place;      /* [T, K] */
-    const float* weights;        /* [T, K]; null: 1 each */
-    const void* residual;        /* [T, H] y_dtype; or null */
-    const void* shared;          /* [T, H] rows_dtype; or null */
-    const float* shared_weight;  /* [T]; null: 1 each */
-    void* y;                     /* [T, H] y_dtype */
-    uint64_t* fault;             /* [1]; or null */
+    const void* const* table;                                 /* [num_buffers]; null: rows */
+    const void* rows;                                         /* rows_dtype; null with a table */
+    const moe_place* place;                                   /* [T, K] */
+    const float* weights;                                     /* [T, K]; null: 1 each */
+    const void* residual;                                     /* [T, H] y_dtype; or null */
+    const void* shared;                                       /* [T, H] rows_dtype; or null */
+    const float* shared_weight;                               /* [T]; null: 1 each */
+    void* y;                                                  /* [T, H] y_dtype */
+    uint64_t* fault;                                          /* [1]; or null */
     int64_t row_pitch, residual_pitch, shared_pitch, y_pitch; /* bytes between rows */
-    int64_t num_rows;            /* 0: does not bound places */
-    int32_t rows_dtype, y_dtype; /* moe_dtype, not 0 */
-    int32_t num_tokens;          /* T >= 0 */
-    int32_t hidden;              /* H, 1 .. 2^28 */
-    int32_t top_k;               /* K, 1 .. MOE_COMBINE_MAX_TOP_K */
-    int32_t num_buffers;         /* entries of the table; without a table 1 */
-    int32_t rank;                /* reported with a fault, 0 .. MOE_FAULT_MAX_RANK */
+    int64_t num_rows;                                         /* 0: does not bound places */
+    int32_t rows_dtype, y_dtype;                              /* moe_dtype, not 0 */
+    int32_t num_tokens;                                       /* T >= 0 */
+    int32_t hidden;                                           /* H, 1 .. 2^28 */
+    int32_t top_k;                                            /* K, 1 .. MOE_COMBINE_MAX_TOP_K */
+    int32_t num_buffers; /* entries of the table; without a table 1 */
+    int32_t rank;        /* reported with a fault, 0 .. MOE_FAULT_MAX_RANK */
 } moe_combine_args;
 
 #define MOE_COMBINE_MAX_TOP_K 2048 /* 32 KB of shared memory a thread block */
@@ -116,12 +116,9 @@ typedef struct moe_combine_shared {
     int narrow; /* 1: some row does not begin at a multiple of 16 bytes */
 } moe_combine_shared;
 
-/* Returns the address of the row that place[slot] names, through the pointer table; null where it
-   names none. A wrong place sets the fault word (BAD_PLACE) and gives null. slot is an index into
-   place alone: with top_k = E, for instance, place may be [T, E]. Any thread may call it. */
-MOE_DEVICE const char* moe_combine_row(const moe_combine_args* d, int64_t slot)
+/* Returns the address of the row that p, the place of a slot, names. */
+MOE_DEVICE const char* moei_combine_row_at(const moe_combine_args* d, int64_t slot, moe_place p)
 {
-    const moe_place p = d->place[slot];
     const char* base;
     if (p.buffer == -1) return 0;
     if (p.buffer < 0 || p.buffer >= d->num_buffers || p.row < 0 ||
@@ -135,6 +132,14 @@ MOE_DEVICE const char* moe_combine_row(const moe_combine_args* d, int64_t slot)
         return 0;
     }
     return base + p.row * d->row_pitch;
+}
+
+/* Returns the address of the row that place[slot] names, through the pointer table; null where it
+   names none. A wrong place sets the fault word (BAD_PLACE) and gives null. slot is an index into
+   place alone: with top_k = E, for instance, place may be [T, E]. Any thread may call it. */
+MOE_DEVICE const char* moe_combine_row(const moe_combine_args* d, int64_t slot)
+{
+    return moei_combine_row_at(d, slot, d->place[slot]);
 }
 
 /* Rows are summed in groups of 8, each in order, and the groups' sums are added in order: one chain
@@ -205,9 +210,9 @@ MOE_DEVICE void moei_combine_wide(const moe_combine_args* d, const moe_combine_s
         for (int c = 0; c < cols; ++c) {
             MOE_UNROLL
             for (int i = 0; i < width; ++i) acc[c][i] = 0.0f;
-            if (residual && h + c * span < hidden)
+            if (d->residual && h + c * span < hidden)
                 moei_load_some(acc[c], residual + (int64_t)(h + c * span) * y_bytes, d->y_dtype,
-                                  width);
+                               width);
         }
         if (h + (cols - 1) * span < hidden)
             for (; k0 + rows <= count; k0 += rows)
@@ -216,8 +221,7 @@ MOE_DEVICE void moei_combine_wide(const moe_combine_args* d, const moe_combine_s
         MOE_UNROLL
         for (int c = 0; c < cols; ++c)
             if (h + c * span < hidden)
-                moei_store_some(y + (int64_t)(h + c * span) * y_bytes, acc[c], d->y_dtype,
-                                   width);
+                moei_store_some(y + (int64_t)(h + c * span) * y_bytes, acc[c], d->y_dtype, width);
     }
 }
 
@@ -270,30 +274,19 @@ MOE_DEVICE void moei_combine_look_up(const moe_combine_args* d, int64_t t,
     __syncthreads(); /* the sources are written */
 }
 
-/* Computes row t of y. All threads of a block of whole warps call it together.
-     1. the first warp looks the rows up, those that exist, in slot order
-     2. all threads sum them: element by element where an address or H does not allow 16-byte
-        vectors, else in vectors
-
-   The moe_combine_shared and moe_combine_sources(d) of moe_combine_source are in shared memory. A
-   barrier must stand between two calls with the same ones. All that d points to is in global
-   memory; this kernel may have written it before a barrier. rows_dtype is d's, a literal. */
-MOE_DEVICE_BODY void moe_combine_token(const moe_combine_args* d, int64_t t,
-                                       moe_combine_shared* shared, moe_combine_source* source,
-                                       const int rows_dtype)
+/* Sums the rows of token t that have been looked up: element by element where an address or H does
+   not allow 16-byte vectors, else in vectors. All threads; rows_dtype is a literal. */
+MOE_DEVICE void moei_combine_sum(const moe_combine_args* d, int64_t t,
+                                 const moe_combine_shared* shared, const moe_combine_source* source,
+                                 const int rows_dtype)
 {
-    const int hidden = d->hidden, most = moe_combine_sources(d);
+    const int hidden = d->hidden, most = moe_combine_sources(d), count = shared->count;
     char* y = (char*)d->y + t * d->y_pitch;
-    const char* residual =
-        d->residual ? (const char*)d->residual + t * d->residual_pitch : (const char*)0;
-    int count;
-
-    moei_combine_look_up(d, t, shared, source); /* 1. */
-    count = shared->count; /* 2. */
+    const char* residual = (const char*)d->residual + t * d->residual_pitch; /* null: null */
     if (shared->narrow || (((uintptr_t)y | (uintptr_t)residual) & 15) != 0 ||
         hidden % (rows_dtype == MOE_FP32 ? 4 : 8) != 0) {
         for (int h = (int)threadIdx.x; h < hidden; h += (int)blockDim.x) {
-            float acc = residual ? moe_load_f32(residual, h, d->y_dtype) : 0.0f;
+            float acc = d->residual ? moe_load_f32(residual, h, d->y_dtype) : 0.0f;
             for (int k0 = 0; k0 < count; k0 += MOEI_COMBINE_GROUP) {
                 float sum = k0 ? 0.0f : acc;
                 for (int k = k0; k < count && k < k0 + MOEI_COMBINE_GROUP; ++k)
@@ -309,6 +302,21 @@ MOE_DEVICE_BODY void moe_combine_token(const moe_combine_args* d, int64_t t,
     } else {
         moei_combine_wide(d, source, count, y, residual, rows_dtype, 1, MOEI_COMBINE_GROUP);
     }
+}
+
+/* Computes row t of y. All threads of a block of whole warps call it together.
+     1. the first warp looks the rows up, those that exist, in slot order
+     2. all threads sum them
+
+   The moe_combine_shared and moe_combine_sources(d) of moe_combine_source are in shared memory. A
+   barrier must stand between two calls with the same ones. All that d points to is in global
+   memory; this kernel may have written it before a barrier. rows_dtype is d's, a literal. */
+MOE_DEVICE_BODY void moe_combine_token(const moe_combine_args* d, int64_t t,
+                                       moe_combine_shared* shared, moe_combine_source* source,
+                                       const int rows_dtype)
+{
+    moei_combine_look_up(d, t, shared, source);         /* 1. */
+    moei_combine_sum(d, t, shared, source, rows_dtype); /* 2. */
 }
 
 /* Thread blocks a multiprocessor: four keep enough loads in flight, where 64 registers a thread
@@ -430,7 +438,7 @@ MOE_HOST moe_status moe_combine_resolve(const moe_combine_desc* desc, moe_combin
     args->y = d.y;
     args->fault = d.fault;
     args->row_pitch = d.row_stride * row;
-    args->residual_pitch = d.residual_stride * y;
+    args->residual_pitch = d.residual ? d.residual_stride * y : 0;
     args->shared_pitch = d.shared_stride * row;
     args->y_pitch = d.y_stride * y;
     args->num_rows = d.num_rows;
@@ -465,7 +473,7 @@ MOE_HOST moe_status moei_combine_prepare(const moe_combine_desc* desc, moe_combi
     c = moe_grid(d->num_tokens, threads,
                  (size_t)moe_combine_sources(d) * sizeof(moe_combine_source), 0);
     c.dependent = 1;
-#define MOEI_COMBINE_CASE(name, dtype)                                                            \
+#define MOEI_COMBINE_CASE(name, dtype)                                                             \
     if (d->rows_dtype == dtype) return MOE_PREPARE(&p->launch, moei_combine_##name, c);
     MOEI_COMBINE_LIST(MOEI_COMBINE_CASE)
 #undef MOEI_COMBINE_CASE

@@ -281,16 +281,22 @@ MOE_HOST moe_status moei_route_prepare_by_weight(moe_route_prepared* p,
     return MOE_PREPARE(&p->keep, moei_route_keep, c);
 }
 
-/* Fills in *p, which is all zeros. */
-MOE_HOST moe_status moei_route_prepare(const moe_route_desc* desc, moe_route_prepared* p)
+/* Checks a descriptor and fills in *a, the kernels' argument, which is all zeros. */
+MOE_HOST moe_status moei_route_resolve(const moe_route_desc* desc, moei_route_args* a)
 {
-    moei_route_args* a;
-    moe_launch_config c;
-    a = &p->args;
     a->d = *desc;
     MOE_TRY(moei_route_check(&a->d));
     a->max_rows = (int32_t)moei_route_row_bound(&a->d);
     (void)moei_route_carve_workspace(&a->d, a, a->d.chunk_count != 0);
+    return MOE_OK;
+}
+
+/* Fills in *p, which is all zeros. */
+MOE_HOST moe_status moei_route_prepare(const moe_route_desc* desc, moe_route_prepared* p)
+{
+    moei_route_args* a = &p->args;
+    moe_launch_config c;
+    MOE_TRY(moei_route_resolve(desc, a));
     if (!desc->chunk_count && a->d.num_tokens > 0) {
         MOE_TRY(moei_route_grid(&c, &a->d, 0));
         if (a->d.replica_offset || a->d.part_count)

@@ -234,8 +234,10 @@ MOE_HOST moe_status moei_launch_once(const void* kernel, const moe_launch_config
 #endif
 
 /* Waits until all earlier kernels of the stream have ended and their writes are visible. Every
-   thread of a kernel launched with dependent = 1 calls moe_pdl_wait before its first access to
-   global memory. The CPU fails a run in which a thread ends without the call. */
+   thread of a kernel launched with dependent = 1 calls moe_pdl_wait, before its first access to
+   what an earlier kernel reads or writes. A kernel that waits for words in memory instead calls it
+   at its end, so that kernels behind it wait for both. The CPU fails a run in which a thread ends
+   without the call. */
 MOE_DEVICE void moe_pdl_wait(void)
 {
 #if MOE_ON_HOST
@@ -286,6 +288,19 @@ MOE_HOST moe_status moe_preload_kernel(const void* kernel)
 #else
     cudaFuncAttributes fa;
     return moe_cuda_status(cudaFuncGetAttributes(&fa, kernel));
+#endif
+}
+
+/* Writes the number of thread blocks of a launch that a multiprocessor holds at a time to *n. */
+MOE_HOST moe_status moe_resident_blocks(const moe_launch* l, int* n)
+{
+#if MOE_ON_HOST
+    (void)l;
+    *n = MOEH_BLOCKS_PER_SM;
+    return MOE_OK;
+#else
+    return moe_cuda_status(cudaOccupancyMaxActiveBlocksPerMultiprocessor(
+        n, l->kernel, (int)l->block[0], l->smem));
 #endif
 }
 

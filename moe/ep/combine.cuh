@@ -9,8 +9,10 @@
    MOE_EP_REDUCED, rank-deduplicated
      1. Each rank sums its own experts' rows of each token it received, weighted, and stores the sum
         in `partial` of the token's home: one row a token and rank.
-     2. Barrier, in the last block of that launch.
-     3. The home adds the partial sums of all ranks in ascending rank.
+     2. Barrier: all sums are there.
+     3. The home adds the partial sums of all ranks in ascending rank: few tokens in the launch of
+        1., of which then a block for each token waits; else in its own launch, and one block of 1.
+        waits.
      Partial sums are rounded to rows_dtype. Equal inputs give equal bits for a given W. Across W
      results differ by these roundings: at most W + 1 of them.
    MOE_EP_GATHERED, all-to-all through the pointer table
@@ -26,7 +28,9 @@
    Bytes that leave each GPU: reduced: one row for each received token of another rank; gathered:
    one row for each slot of other ranks' tokens. Memory traffic: the experts' rows are read once;
    reduced: each partial sum is written and read once.
-   Cost: 2 launches. One warp waits for peers. Minimum architecture: sm_75.
+   Cost: 2 launches; 1, reduced, where a rank has the GPU for itself and no more tokens than half of
+   the thread blocks that the GPU holds at a time (132 tokens on an H200). Minimum architecture:
+   sm_75.
 
      moe_ep_combine_desc c = {0};
      c.dispatch = &d;  c.rows = rows;  c.weights = weights;  c.y = y;
@@ -42,40 +46,58 @@
 
 #define MOEI_EP_REDUCE_THREADS 512
 #define MOEI_EP_REDUCE_WARPS (MOEI_EP_REDUCE_THREADS / MOE_WARP_SIZE)
-#define MOEI_EP_REDUCE_BLOCKS 2 /* thread blocks a multiprocessor: 64 registers a thread; */
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1000
-#define MOEI_EP_REDUCE_RESIDENT 2
+#define MOEI_EP_REDUCE_RESIDENT 2 /* thread blocks a multiprocessor: 64 registers a thread */
 #else
-#define MOEI_EP_REDUCE_RESIDENT 1 /* elsewhere they do not suffice */
+#define MOEI_EP_REDUCE_RESIDENT 1 /* elsewhere these do not suffice */
 #endif
+
+#ifndef MOEI_EP_ONE_LAUNCH_HOME
+#define MOEI_EP_ONE_LAUNCH_HOME 1 /* 0: sums at home in their own launch; a test may change it */
+#endif
+
+/* Shared memory of the reducing kernels. */
+typedef struct moei_ep_reduce_shared {
+    moe_combine_shared home;
+    int token; /* that this block adds at home; negative: none */
+} moei_ep_reduce_shared;
 
 /* The argument of the reducing kernels. */
 typedef struct moei_ep_reduce_args {
     moe_peers_args peers;
-    moe_combine_args sum; /* over received tokens; y is that of their homes */
-    const int32_t* count; /* [W] tokens of each sender */
-    uint64_t partial;     /* offset in every region */
-    int32_t recv_tokens;  /* C */
-    int32_t warps;        /* of a block that share a token */
-    int32_t channel, tag; /* of the combine */
+    moe_combine_args sum;  /* over received tokens; y is that of their homes */
+    const int32_t* count;  /* [W] tokens of each sender */
+    uint64_t partial;      /* offset in every region */
+    int32_t recv_tokens;   /* C */
+    int32_t warps;         /* of a block that share a token */
+    int32_t channel, tag;  /* of the combine */
+    int32_t fused;         /* 1: this launch adds at home too */
+    moe_combine_args home; /* fused: over this rank's tokens */
 } moei_ep_reduce_args;
 
 /* A slot as one lane has looked it up. */
 typedef struct moei_ep_slot {
-    const char* row; /* address of its row; null: none */
+    moe_place place;
     float weight;
+    const char* row; /* address of its row; null: none */
 } moei_ep_slot;
 
-/* Looks up slot k of received token t. */
-MOE_DEVICE moei_ep_slot moei_ep_look_up(const moe_combine_args* d, int64_t t, int k)
+/* Loads the place and the weight of slot k of received token t. */
+MOE_DEVICE void moei_ep_load_slot(moei_ep_slot* s, const moe_combine_args* d, int64_t t, int k)
 {
-    moei_ep_slot s = {0, 0.0f};
-    if (k < d->top_k) {
-        s.weight =
-            d->weights ? __uint_as_float(moei_load4_early(d->weights + t * d->top_k + k)) : 1.0f;
-        s.row = moe_combine_row(d, t * d->top_k + k);
-    }
-    return s;
+    const int64_t slot = t * d->top_k + k;
+    s->place.buffer = -1;
+    s->weight = 1.0f;
+    if (k >= d->top_k) return;
+    s->place.buffer = (int)moei_load4_early(&d->place[slot].buffer);
+    s->place.row = (int)moei_load4_early(&d->place[slot].row);
+    if (d->weights) s->weight = __uint_as_float(moei_load4_early(d->weights + slot));
+}
+
+/* Finds the row of a slot that has been loaded. */
+MOE_DEVICE void moei_ep_find_row(moei_ep_slot* s, const moe_combine_args* d, int64_t t, int k)
+{
+    s->row = moei_combine_row_at(d, t * d->top_k + k, s->place);
 }
 
 /* Adds the rows of a warp's slots, in the order of the lanes, to acc: columns h .. of each, one
@@ -113,61 +135,112 @@ MOE_DEVICE void moei_ep_add_rows(float* acc, const moei_ep_slot* own, int h, int
 }
 
 /* Sums the rows of received token t, weighted, and stores the columns of this warp's slices at y:
-   slices of 32 vectors of 16 bytes, every `warps`-th from number `first` on. A lane looks up a
-   slot; then all lanes load a vector of each row. Rows are added in slot order. One warp. */
-MOE_DEVICE void moei_ep_reduce_token(const moe_combine_args* d, int64_t t, char* y, int first,
-                                     int warps, const int dtype)
+   slices of 32 vectors of 16 bytes, every `warps`-th from number `first` on. A lane has loaded a
+   slot, own, and finds its row; then all lanes load a vector of each row. Rows are added in slot
+   order. One warp. */
+MOE_DEVICE void moei_ep_reduce_token(const moe_combine_args* d, int64_t t, moei_ep_slot own,
+                                     char* y, int first, int warps, const int dtype)
 {
     const int width = dtype == MOE_FP32 ? 4 : 8, span = warps * MOE_WARP_SIZE * width;
-    moei_ep_slot own = moei_ep_look_up(d, t, moe_lane());
+    moei_ep_find_row(&own, d, t, moe_lane());
+    MOE_NO_UNROLL
     for (int h0 = first * MOE_WARP_SIZE * width; h0 < d->hidden; h0 += span) {
         const int h = h0 + moe_lane() * width;
         float acc[8];
         MOE_UNROLL
         for (int i = 0; i < width; ++i) acc[i] = 0.0f;
+        MOE_NO_UNROLL
         for (int k0 = 0; k0 < d->top_k; k0 += MOE_WARP_SIZE) {
-            if (d->top_k > MOE_WARP_SIZE) own = moei_ep_look_up(d, t, k0 + moe_lane());
+            if (d->top_k > MOE_WARP_SIZE) {
+                moei_ep_load_slot(&own, d, t, k0 + moe_lane());
+                moei_ep_find_row(&own, d, t, k0 + moe_lane());
+            }
             moei_ep_add_rows(acc, &own, h, d->hidden, dtype);
         }
         if (h < d->hidden) moei_store_some(y + (int64_t)h * (16 / width), acc, dtype, width);
     }
 }
 
-/* Reduces received tokens and stores their sums at their homes; the last block waits for all ranks.
-   A block has tokens of all senders in turn: sums for other ranks are bound by the link, those for
-   this rank's own tokens by memory. Warps work alone. */
-MOE_DEVICE_BODY void moei_ep_reduce_body(const moei_ep_reduce_args* a, const int dtype)
+/* Adds at home, in the launch that reduces. The last T blocks that have reduced wait for the sums
+   of all ranks, and add those of a token each; the others end, so that those not yet running find
+   room. A block looks up its rows while it waits. All threads of every block. */
+MOE_DEVICE_BODY void moei_ep_add_home(const moei_ep_reduce_args* a, moei_ep_reduce_shared* shared,
+                                      moe_combine_source* source, const int dtype)
+{
+    const int tokens = a->home.num_tokens;
+    int t, came = 1;
+    if (threadIdx.x == 0)
+        shared->token = (int)moei_peer_turn(&a->peers, a->channel) - (int)gridDim.x + tokens;
+    __syncthreads(); /* token is written */
+    t = shared->token;
+    if (t < 0) return;
+    moei_combine_look_up(&a->home, t, &shared->home, source);
+    if (moe_warp() == 0)
+        came = moei_peer_reach(&a->peers, a->channel, moei_peer_next(&a->peers, a->channel),
+                               MOE_PHASE_COMBINE, a->tag);
+    if (__syncthreads_or(!came)) return;
+    moei_combine_sum(&a->home, t, &shared->home, source, dtype);
+    if (threadIdx.x == 0) moei_peer_leave(&a->peers, a->channel, (uint32_t)tokens);
+}
+
+/* Returns the i-th received token in the order of the reduction: those of all senders in turn. */
+MOE_DEVICE int64_t moei_ep_reduced(const moei_ep_reduce_args* a, int i)
+{
+    const int j = i / a->peers.num_ranks;
+    return (int64_t)moe_peer_rotated(&a->peers, i - j * a->peers.num_ranks) * a->recv_tokens + j;
+}
+
+/* Reduces received tokens and stores their sums at their homes. A block has tokens of all senders
+   in turn: sums for other ranks are bound by the link, those for this rank's own tokens by memory.
+   Warps work alone. The slots of a warp's first token are loaded along with the counts. */
+MOE_DEVICE_BODY void moei_ep_reduce_body(const moei_ep_reduce_args* a,
+                                         moei_ep_reduce_shared* shared, moe_combine_source* source,
+                                         const int dtype)
 {
     const int num_ranks = a->peers.num_ranks, groups = MOEI_EP_REDUCE_WARPS / a->warps;
     const int group = moe_warp() / a->warps, first = moe_warp() - group * a->warps;
+    const int waits = !a->fused && blockIdx.x == gridDim.x - 1;
+    int i = group < groups ? (int)blockIdx.x * groups + group : a->sum.num_tokens;
     int most = 0; /* tokens of one sender */
+    moei_ep_slot own = {{-1, -1}, 0.0f, 0};
     uint32_t n;
     bool stopped;
-    moei_peer_pdl_trigger(&a->peers, blockIdx.x == gridDim.x - 1);
     moe_pdl_wait();
     n = moei_peer_next(&a->peers, a->channel);
+    moei_peer_pdl_trigger(&a->peers, waits);
+    if (i < a->sum.num_tokens) moei_ep_load_slot(&own, &a->sum, moei_ep_reduced(a, i), moe_lane());
+    MOE_NO_UNROLL
     for (int r = moe_lane(); r < num_ranks; r += MOE_WARP_SIZE) most = max(most, a->count[r]);
     stopped = moe_fault_stopped(a->peers.fault); /* its load is in flight with those above */
     most = (int)moe_warp_max_u32((uint32_t)most);
-    if (!stopped && group < groups) {
-        for (int i = (int)blockIdx.x * groups + group; i < most * num_ranks;
-             i += (int)gridDim.x * groups) {
-            const int j = i / num_ranks, from = moe_peer_rotated(&a->peers, i - j * num_ranks);
-            const int64_t to = (int64_t)a->peers.rank * a->recv_tokens + j;
-            if (j < a->count[from])
-                moei_ep_reduce_token(&a->sum, (int64_t)from * a->recv_tokens + j,
-                                     moe_peer_address(&a->peers, from, a->partial) +
-                                         to * a->sum.y_pitch,
-                                     first, a->warps, dtype);
-        }
+    most = stopped ? 0 : min(most * num_ranks, a->sum.num_tokens);
+    MOE_NO_UNROLL
+    while (i < most) {
+        const int j = i / num_ranks, from = moe_peer_rotated(&a->peers, i - j * num_ranks);
+        const int64_t to = (int64_t)a->peers.rank * a->recv_tokens + j;
+        if (j < a->count[from])
+            moei_ep_reduce_token(&a->sum, moei_ep_reduced(a, i), own,
+                                 moe_peer_address(&a->peers, from, a->partial) +
+                                     to * a->sum.y_pitch,
+                                 first, a->warps, dtype);
+        i += (int)gridDim.x * groups;
+        if (i < most) moei_ep_load_slot(&own, &a->sum, moei_ep_reduced(a, i), moe_lane());
     }
-    moei_ep_finish(&a->peers, a->channel, n, 1, MOE_PHASE_COMBINE, a->tag);
+    moei_ep_arrive(&a->peers, a->channel, n, stopped);
+    if (a->fused && !stopped) moei_ep_add_home(a, shared, source, dtype);
+    if (waits && moe_warp() == 0)
+        (void)moe_peer_barrier_wait(&a->peers, a->channel, MOE_PHASE_COMBINE, a->tag);
 }
 
 /* For one dtype of rows. */
 #define MOEI_EP_REDUCE(name, dtype)                                                                \
     MOE_KERNEL(MOEI_EP_REDUCE_THREADS, MOEI_EP_REDUCE_RESIDENT)                                    \
-    moei_ep_reduce_##name(MOE_ARG(moei_ep_reduce_args) a) { moei_ep_reduce_body(&a, dtype); }
+    moei_ep_reduce_##name(MOE_ARG(moei_ep_reduce_args) a)                                          \
+    {                                                                                              \
+        MOE_SHARED(moei_ep_reduce_shared, shared);                                                 \
+        MOE_SHARED_DYNAMIC(source); /* fused: [moe_combine_sources(&a.home)] */                    \
+        moei_ep_reduce_body(&a, &shared, (moe_combine_source*)source, dtype);                      \
+    }
 MOEI_COMBINE_LIST(MOEI_EP_REDUCE)
 #undef MOEI_EP_REDUCE
 
@@ -183,22 +256,43 @@ MOE_KERNEL(32, 1) moei_ep_meet(MOE_ARG(moei_ep_reduce_args) a)
 /* A prepared combine: all but its stream, for the device that was current. */
 typedef struct moe_ep_combine_prepared {
     moei_ep_reduce_args args;
-    moe_launch reduce, meet; /* one of them, by form */
-    moe_combine_prepared combine;
+    moe_launch reduce, meet;      /* one of them, by form */
+    moe_combine_prepared combine; /* empty where `reduce` adds at home */
 } moe_ep_combine_prepared;
 
-/* Prepares the reduction of what this rank's experts made. */
+/* Sets the grid of a prepared reduction, and whether it adds at home. */
+MOE_HOST moe_status moei_ep_size_reduce(moei_ep_reduce_args* a, moe_launch* reduce)
+{
+    const int num_ranks = a->peers.num_ranks, groups = MOEI_EP_REDUCE_WARPS / a->warps;
+    moe_device device;
+    int resident;
+    int64_t blocks = (int64_t)num_ranks * a->recv_tokens / groups + 1, places;
+    MOE_TRY(moe_device_query(&device));
+    MOE_TRY(moe_resident_blocks(reduce, &resident));
+    places = (int64_t)device.sms * resident;
+    if (blocks > places) blocks = (places - 1) / num_ranks * num_ranks + 1;
+    /* half of the places: the others serve blocks of this grid and other kernels meanwhile */
+    a->fused = MOEI_EP_ONE_LAUNCH_HOME && !a->peers.shared && a->home.num_tokens > 0 &&
+               a->home.num_tokens <= places / 2;
+    if (a->fused) {
+        reduce->smem = (size_t)moe_combine_sources(&a->home) * sizeof(moe_combine_source);
+        if (blocks < a->home.num_tokens) blocks = a->home.num_tokens;
+    }
+    reduce->grid[0] = (uint32_t)(blocks > 1 ? blocks : 1);
+    return MOE_OK;
+}
+
+/* Prepares the reduction of what this rank's experts made, and the sums of `home`. */
 MOE_HOST moe_status moei_ep_prepare_reduce(const moe_ep_dispatch_desc* d, const moe_ep_view* v,
-                                           const moe_ep_combine_desc* c, moe_ep_combine_prepared* p)
+                                           const moe_ep_combine_desc* c,
+                                           const moe_combine_desc* home, moe_ep_combine_prepared* p)
 {
     const moe_ep_buffers* b = &d->buffers;
     moei_ep_reduce_args* a = &p->args;
     moe_combine_desc sum;
-    moe_launch_config g;
-    moe_device device;
+    moe_launch_config g = moe_grid(1, MOEI_EP_REDUCE_THREADS, 0, 0);
     const int width = b->rows_dtype == MOE_FP32 ? 4 : 8;
     const int slices = (b->hidden / width + MOE_WARP_SIZE - 1) / MOE_WARP_SIZE;
-    int64_t blocks, most;
     memset(&sum, 0, sizeof sum);
     sum.rows = c->rows;
     sum.num_rows = v->num_rows;
@@ -216,19 +310,16 @@ MOE_HOST moe_status moei_ep_prepare_reduce(const moe_ep_dispatch_desc* d, const 
         sum.num_tokens = 0;
     }
     MOE_TRY(moe_combine_resolve(&sum, &a->sum));
+    MOE_TRY(moe_combine_resolve(home, &a->home));
     a->count = v->recv_count;
     a->warps = slices < MOEI_EP_REDUCE_WARPS ? slices : MOEI_EP_REDUCE_WARPS;
-    MOE_TRY(moe_device_query(&device));
-    blocks = (int64_t)a->peers.num_ranks * b->recv_tokens / (MOEI_EP_REDUCE_WARPS / a->warps) + 1;
-    most = (int64_t)device.sms * MOEI_EP_REDUCE_BLOCKS;
-    if (blocks > most) blocks = (most - 1) / a->peers.num_ranks * a->peers.num_ranks + 1;
-    g = moe_grid(blocks > 1 ? blocks : 1, MOEI_EP_REDUCE_THREADS, 0, 0);
     g.dependent = 1;
 #define MOEI_EP_REDUCE_CASE(name, dtype)                                                           \
-    if (b->rows_dtype == dtype) return MOE_PREPARE(&p->reduce, moei_ep_reduce_##name, g);
+    if (b->rows_dtype == dtype) MOE_TRY(MOE_PREPARE(&p->reduce, moei_ep_reduce_##name, g));
     MOEI_COMBINE_LIST(MOEI_EP_REDUCE_CASE)
 #undef MOEI_EP_REDUCE_CASE
-    return MOE_STATUS(MOE_ERR_DTYPE, rows_dtype);
+    MOE_TRY(moei_ep_size_reduce(a, &p->reduce));
+    return a->fused ? MOE_OK : moe_combine_prepare(home, &p->combine);
 }
 
 /* Fills in *p, which is empty. */
@@ -254,7 +345,6 @@ MOE_HOST moe_status moei_ep_combine_prepare(const moe_ep_combine_desc* c,
     if (d.buffers.form == MOE_EP_REDUCED) {
         MOE_REQUIRE(c->rows || v.num_rows == 0, MOE_ERR_NULL, rows);
         MOE_REQUIRE(moei_aligned(c->rows, 16), MOE_ERR_ALIGN, rows);
-        MOE_TRY(moei_ep_prepare_reduce(&d, &v, c, p));
         home.rows = v.partial;
         home.place = v.send_place;
         home.top_k = d.peers->num_ranks;
@@ -281,8 +371,9 @@ MOE_HOST moe_status moei_ep_combine_prepare(const moe_ep_combine_desc* c,
     home.rank = d.peers->rank;
     home.num_tokens = d.num_tokens;
     home.hidden = d.buffers.hidden;
+    if (d.buffers.form == MOE_EP_REDUCED) return moei_ep_prepare_reduce(&d, &v, c, &home, p);
     g.dependent = 1;
-    if (d.buffers.form == MOE_EP_GATHERED) MOE_TRY(MOE_PREPARE(&p->meet, moei_ep_meet, g));
+    MOE_TRY(MOE_PREPARE(&p->meet, moei_ep_meet, g));
     return moe_combine_prepare(&home, &p->combine);
 }
 

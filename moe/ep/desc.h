@@ -111,9 +111,10 @@ typedef struct moe_ep_dispatch_desc {
 
 /* Parts of a dispatch, in order. */
 typedef enum moe_ep_part {
-    MOE_EP_SEND,    /* rows, ids and weights to their ranks */
-    MOE_EP_RECEIVE, /* waits for those of all ranks */
-    MOE_EP_ROUTE,   /* received slots -> rows in expert order */
+    MOE_EP_SEND,  /* ids, weights and rows to their ranks. Where ranks share a GPU it also waits for
+                       the ids of all ranks */
+    MOE_EP_ROUTE, /* waits for the ids of all ranks; received slots -> rows in expert order */
+    MOE_EP_RECEIVE, /* waits for the rows of all ranks */
     MOE_EP_ANSWER,  /* gathered: tells the homes where the rows will be */
     MOE_EP_PARTS
 } moe_ep_part;

@@ -24,9 +24,10 @@
    Bytes that leave this GPU: (H b + 8 K + 4 S + 4) for each token and other rank that it goes to,
    and with MOE_EP_GATHERED 8 for each slot received from other ranks. With balanced, distinct
    choices a token goes to W (1 - C(E - E / W, K) / C(E, K)) ranks, its own included.
-   Cost: 3 launches; 1 more past 1024 tokens, 1 more with MOE_EP_GATHERED. Pushes 16-byte vectors
-   where x is aligned. One warp waits for peers, in the sending kernel's last block (signal.cuh).
-   Minimum architecture: sm_75.
+   Cost: 2 launches, 3 where the buffers have room for more than 8192 received slots (W C K); 1 more
+   past 1024 tokens, 1 more with MOE_EP_GATHERED. Pushes 16-byte vectors where x is aligned. Ids,
+   weights and counts go first, and the row maps are made while the rows travel. The launches that
+   make the maps wait for peers, one warp a thread block (signal.cuh). Minimum architecture: sm_75.
 
      moe_ep_dispatch_desc d = {0};
      d.peers = &peers;  d.x = x;  d.ids = ids;  d.weights = weights;  d.num_tokens = T;
@@ -44,7 +45,7 @@
 
 #include "../route.cuh"
 #include "peers.cuh"
-#include "push.cuh"
+#include "receive.cuh"
 
 /* Returns `at` rounded up to 256 and advances it by `bytes`. */
 MOE_HOST uint64_t moei_ep_take(uint64_t* at, uint64_t bytes)
@@ -307,8 +308,10 @@ MOE_HOST moe_status moe_ep_dispatch_get_view(const moe_ep_dispatch_desc* desc, m
 /* A prepared dispatch: all but its stream, for the device that was current. */
 typedef struct moe_ep_dispatch_prepared {
     moei_ep_args args;
-    moe_launch count, push, receive, answer; /* empty where not needed */
-    moe_route_prepared route;
+    moei_ep_route_args route;
+    /* empty where not needed */
+    moe_launch count, push, receive, answer;              /* argument: args */
+    moe_launch route_few, count_received, place_received; /* argument: route */
 } moe_ep_dispatch_prepared;
 
 /* Prepares the sending kernels. */
@@ -317,13 +320,73 @@ MOE_HOST moe_status moei_ep_prepare_send(moe_ep_dispatch_prepared* p)
     const moei_ep_args* a = &p->args;
     const int64_t chunks = (a->num_tokens + a->chunk_tokens - 1) / a->chunk_tokens;
     const uint64_t all = (uint64_t)(uintptr_t)a->x | (uint64_t)a->x_pitch | (uint64_t)a->row_bytes;
-    moe_launch_config c = moe_grid(chunks > 0 ? chunks : 1, MOEI_EP_THREADS,
-                                   moei_ep_shared_bytes(a->peers.num_ranks), 0);
+    const size_t shared = moei_ep_shared_bytes(a->peers.num_ranks);
+    moe_launch_config c = moe_grid(chunks, MOEI_EP_THREADS, shared, 0);
     c.dependent = 1;
     if (a->chunk_count) MOE_TRY(MOE_PREPARE(&p->count, moei_ep_count, c));
+    c = moe_grid(chunks + 1, MOEI_EP_THREADS, shared, 0); /* the last block has no chunk */
+    c.dependent = 1;
     if (all % 16 == 0) return MOE_PREPARE(&p->push, moei_ep_push_16, c);
     if (all % 4 == 0) return MOE_PREPARE(&p->push, moei_ep_push_4, c);
     return MOE_PREPARE(&p->push, moei_ep_push_2, c);
+}
+
+/* Sets *c to one thread block for all received slots. Returns 1; 0 where they are too many. */
+MOE_HOST int moei_ep_few_grid(moe_launch_config* c, const moe_route_desc* d)
+{
+    const int64_t slots = (int64_t)d->num_tokens * d->top_k;
+    moe_device device;
+    int threads = 256;
+    size_t smem;
+    if (slots < 1 || slots > MOEI_EP_FEW_SLOTS || moe_device_query(&device) != MOE_OK) return 0;
+    while (threads < slots && threads < MOEI_EP_FEW_THREADS) threads *= 2;
+    smem = moei_ep_few_bytes(d->num_replicas, (int)slots, threads);
+    if (smem + 1024 > (size_t)device.smem_block) return 0;
+    *c = moe_grid(1, threads, smem, 0);
+    c->dependent = 1;
+    return 1;
+}
+
+/* Prepares the kernels that make the row maps. */
+MOE_HOST moe_status moei_ep_prepare_route(const moe_ep_dispatch_desc* d, const moe_ep_view* v,
+                                          moe_ep_dispatch_prepared* p)
+{
+    moei_ep_route_args* a = &p->route;
+    moe_route_desc r;
+    moe_launch_config c;
+    moei_ep_describe_route(d, &p->args, &r);
+    r.expert_count = v->expert_count;
+    r.expert_offset = v->expert_offset;
+    r.row_slot = v->row_slot;
+    r.place = v->recv_place;
+    r.workspace = v->route_workspace;
+    MOE_TRY(moe_route_workspace(&r, &r.workspace_bytes));
+    MOE_TRY(moei_route_resolve(&r, &a->route));
+    a->peers = p->args.peers;
+    a->channel = p->args.channel;
+    a->tag = p->args.tag;
+    if (moei_ep_few_grid(&c, &a->route.d)) return MOE_PREPARE(&p->route_few, moei_ep_route_few, c);
+    if (r.num_tokens) {
+        MOE_TRY(moei_route_grid(&c, &a->route.d, 0));
+        MOE_TRY(MOE_PREPARE(&p->count_received, moei_ep_count_received, c));
+    }
+    MOE_TRY(moei_route_grid(&c, &a->route.d, 1));
+    return MOE_PREPARE(&p->place_received, moei_ep_place_received, c);
+}
+
+/* Prepares the kernel that tells the homes where their rows are. */
+MOE_HOST moe_status moei_ep_prepare_answer(const moe_ep_dispatch_desc* d,
+                                           moe_ep_dispatch_prepared* p)
+{
+    const int64_t slots = (int64_t)d->buffers.recv_tokens * d->buffers.top_k;
+    int64_t blocks = (slots + 255) / 256;
+    moe_device device;
+    moe_launch_config c;
+    MOE_TRY(moe_device_query(&device));
+    if (blocks > device.sms * 2) blocks = device.sms * 2;
+    c = moe_grid(blocks > 1 ? blocks : 1, 256, 0, 0);
+    c.dependent = 1;
+    return MOE_PREPARE(&p->answer, moei_ep_answer, c);
 }
 
 /* Fills in *p, which is empty. */
@@ -332,31 +395,13 @@ MOE_HOST moe_status moei_ep_dispatch_prepare(const moe_ep_dispatch_desc* desc,
 {
     moe_ep_dispatch_desc d = *desc;
     moe_ep_view v;
-    moe_route_desc r;
-    moe_launch_config c;
-    moe_device device;
+    moe_launch_config c = moe_grid(1, 32, 0, 0);
     MOE_TRY(moei_ep_resolve(&d, &p->args, &v));
     MOE_TRY(moei_ep_prepare_send(p));
-    c = moe_grid(1, 32, 0, 0);
+    MOE_TRY(moei_ep_prepare_route(&d, &v, p));
     c.dependent = 1;
     MOE_TRY(MOE_PREPARE(&p->receive, moei_ep_receive, c));
-    moei_ep_describe_route(&d, &p->args, &r);
-    r.expert_count = v.expert_count;
-    r.expert_offset = v.expert_offset;
-    r.row_slot = v.row_slot;
-    r.place = v.recv_place;
-    r.workspace = v.route_workspace;
-    MOE_TRY(moe_route_workspace(&r, &r.workspace_bytes));
-    MOE_TRY(moe_route_prepare(&r, &p->route));
-    if (d.buffers.form != MOE_EP_GATHERED) return MOE_OK;
-    MOE_TRY(moe_device_query(&device));
-    {
-        const int64_t blocks = ((int64_t)d.buffers.recv_tokens * d.buffers.top_k + 255) / 256,
-                      most = device.sms * 2;
-        c = moe_grid(blocks < 1 ? 1 : blocks < most ? blocks : most, 256, 0, 0);
-    }
-    c.dependent = 1;
-    return MOE_PREPARE(&p->answer, moei_ep_answer, c);
+    return d.buffers.form == MOE_EP_GATHERED ? moei_ep_prepare_answer(&d, p) : MOE_OK;
 }
 
 /* Prepares a dispatch, which moe_ep_dispatch_run queues any number of times. Errors: a status for
@@ -367,34 +412,44 @@ MOE_HOST moe_status moe_ep_dispatch_prepare(const moe_ep_dispatch_desc* desc,
     MOE_RETURN_PREPARED(desc, p, moei_ep_dispatch_prepare(desc, p));
 }
 
-/* Queues one part of a prepared dispatch on `stream`; `part` is a moe_ep_part. Each MOE_EP_SEND is
-   followed by one MOE_EP_RECEIVE, before the next. */
-MOE_HOST moe_status moe_ep_dispatch_run_part(const moe_ep_dispatch_prepared* p, int part,
-                                             cudaStream_t stream)
+/* Queues the launches of one part. */
+MOE_HOST moe_status moei_ep_run_part(const moe_ep_dispatch_prepared* p, int part, int chained,
+                                     cudaStream_t stream)
 {
-    MOE_REQUIRE(p, MOE_ERR_NULL, desc);
+    moei_ep_route_args route;
     switch (part) {
     case MOE_EP_SEND:
         MOE_TRY(MOE_RUN(&p->count, p->args, stream));
         return MOE_RUN(&p->push, p->args, stream);
+    case MOE_EP_ROUTE:
+        route = p->route;
+        route.chained = chained;
+        MOE_TRY(MOE_RUN(&p->route_few, route, stream));
+        MOE_TRY(MOE_RUN(&p->count_received, route, stream));
+        return MOE_RUN(&p->place_received, route, stream);
     case MOE_EP_RECEIVE: return MOE_RUN(&p->receive, p->args, stream);
-    case MOE_EP_ROUTE: return moe_route_run(&p->route, stream);
     case MOE_EP_ANSWER: return MOE_RUN(&p->answer, p->args, stream);
     default: return MOE_STATUS(MOE_ERR_OPTION, part);
     }
 }
 
+/* Queues one part of a prepared dispatch on `stream`; `part` is a moe_ep_part. In their order:
+   MOE_EP_RECEIVE passes the barrier that MOE_EP_ROUTE waits for. MOE_EP_ROUTE may be left out. Each
+   MOE_EP_SEND is followed by one MOE_EP_RECEIVE, before the next. */
+MOE_HOST moe_status moe_ep_dispatch_run_part(const moe_ep_dispatch_prepared* p, int part,
+                                             cudaStream_t stream)
+{
+    MOE_REQUIRE(p, MOE_ERR_NULL, desc);
+    return moei_ep_run_part(p, part, 0, stream);
+}
+
 /* Queues a prepared dispatch on `stream`. */
 MOE_HOST moe_status moe_ep_dispatch_run(const moe_ep_dispatch_prepared* p, cudaStream_t stream)
 {
-    moei_ep_args args;
     MOE_REQUIRE(p, MOE_ERR_NULL, desc);
-    args = p->args;
-    args.wait = 1; /* one launch sends and receives */
-    MOE_TRY(MOE_RUN(&p->count, args, stream));
-    MOE_TRY(MOE_RUN(&p->push, args, stream));
-    MOE_TRY(moe_ep_dispatch_run_part(p, MOE_EP_ROUTE, stream));
-    return moe_ep_dispatch_run_part(p, MOE_EP_ANSWER, stream);
+    MOE_TRY(moei_ep_run_part(p, MOE_EP_SEND, 1, stream));
+    MOE_TRY(moei_ep_run_part(p, MOE_EP_ROUTE, 1, stream)); /* receives the rows too */
+    return moei_ep_run_part(p, MOE_EP_ANSWER, 1, stream);
 }
 
 /* Prepares and runs. Queues nothing where a field is refused. */
@@ -405,15 +460,18 @@ MOE_HOST moe_status moe_ep_dispatch(const moe_ep_dispatch_desc* desc, cudaStream
     return moe_ep_dispatch_run(&p, stream);
 }
 
-/* Loads this header's kernels, and route's, now rather than at their first launch. */
+/* Loads this header's kernels now rather than at their first launch. */
 MOE_HOST moe_status moe_ep_dispatch_preload(void)
 {
-    const void* const kernel[] = {(const void*)moei_ep_count,   (const void*)moei_ep_push_16,
-                                  (const void*)moei_ep_push_4,  (const void*)moei_ep_push_2,
-                                  (const void*)moei_ep_receive, (const void*)moei_ep_answer};
+    const void* const kernel[] = {
+        (const void*)moei_ep_count,          (const void*)moei_ep_push_16,
+        (const void*)moei_ep_push_4,         (const void*)moei_ep_push_2,
+        (const void*)moei_ep_route_few,      (const void*)moei_ep_count_received,
+        (const void*)moei_ep_place_received, (const void*)moei_ep_receive,
+        (const void*)moei_ep_answer};
     for (size_t i = 0; i < sizeof kernel / sizeof kernel[0]; ++i)
         MOE_TRY(moe_preload_kernel(kernel[i]));
-    return moe_route_preload();
+    return MOE_OK;
 }
 
 MOEI_PRELOAD_INCLUDED(ep_dispatch)

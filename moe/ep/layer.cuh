@@ -50,8 +50,9 @@ typedef struct moe_ep_layer_desc {
     const int32_t* replica_offset; /* as in moe_ep_dispatch_desc, like the next two */
     const moe_ep_expert* replica;
     int32_t num_local;
-    int32_t tag;            /* reported where a rank is late, 0 .. 2^24 - 1 */
-    moe_ep_buffers buffers; /* the same on all ranks. What `layer` has is 0 here: hidden, num_experts,
+    int32_t tag; /* reported where a rank is late, 0 .. 2^24 - 1 */
+    moe_ep_buffers
+        buffers; /* the same on all ranks. What `layer` has is 0 here: hidden, num_experts,
                                top_k, dtype, rows_dtype, row_multiple; and num_scales */
 } moe_ep_layer_desc;
 
@@ -62,8 +63,8 @@ typedef enum moe_ep_layer_part {
     MOE_EP_LAYER_SEND,
     MOE_EP_LAYER_SHARED_UP,
     MOE_EP_LAYER_SHARED_DOWN,
-    MOE_EP_LAYER_RECEIVE,
     MOE_EP_LAYER_ROUTE,
+    MOE_EP_LAYER_RECEIVE,
     MOE_EP_LAYER_ANSWER,
     MOE_EP_LAYER_UP,
     MOE_EP_LAYER_DOWN,
@@ -74,9 +75,9 @@ typedef enum moe_ep_layer_part {
 /* Returns the name of a part, "?" for a value that is none: static storage. */
 MOE_HOST const char* moe_ep_layer_part_name(int part)
 {
-    static const char* const name[] = {"router",      "gate",    "send",   "shared_up",
-                                       "shared_down", "receive", "route",  "answer",
-                                       "up",          "down",    "combine"};
+    static const char* const name[] = {"router",      "gate",  "send",    "shared_up",
+                                       "shared_down", "route", "receive", "answer",
+                                       "up",          "down",  "combine"};
     return part >= 0 && part < MOE_EP_LAYER_PARTS ? name[part] : "?";
 }
 
@@ -273,9 +274,9 @@ MOE_HOST moe_status moei_ep_layer_run_part(const moe_ep_layer_prepared* p, int p
         return moei_layer_run_part(h, MOE_LAYER_SHARED_UP, cleared, stream);
     case MOE_EP_LAYER_SHARED_DOWN:
         return moei_layer_run_part(h, MOE_LAYER_SHARED_DOWN, cleared, stream);
+    case MOE_EP_LAYER_ROUTE: return moe_ep_dispatch_run_part(&p->dispatch, MOE_EP_ROUTE, stream);
     case MOE_EP_LAYER_RECEIVE:
         return moe_ep_dispatch_run_part(&p->dispatch, MOE_EP_RECEIVE, stream);
-    case MOE_EP_LAYER_ROUTE: return moe_ep_dispatch_run_part(&p->dispatch, MOE_EP_ROUTE, stream);
     case MOE_EP_LAYER_ANSWER: return moe_ep_dispatch_run_part(&p->dispatch, MOE_EP_ANSWER, stream);
     case MOE_EP_LAYER_UP: return moei_layer_run_part(h, MOE_LAYER_UP, cleared, stream);
     case MOE_EP_LAYER_DOWN: return moei_layer_run_part(h, MOE_LAYER_DOWN, cleared, stream);
@@ -286,7 +287,7 @@ MOE_HOST moe_status moei_ep_layer_run_part(const moe_ep_layer_prepared* p, int p
 
 /* Queues one part of a prepared layer on `stream`; `part` is a moe_ep_layer_part. For timing, or
    for work of the caller's between two parts. All parts in order give what moe_ep_layer_run gives;
-   none of send, receive and combine is queued alone. */
+   none of send, route, receive and combine is queued alone. */
 MOE_HOST moe_status moe_ep_layer_run_part(const moe_ep_layer_prepared* p, int part,
                                           cudaStream_t stream)
 {

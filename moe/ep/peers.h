@@ -36,9 +36,12 @@
 /* One channel, in every region. 128-byte lines: what peers write stands apart from what this rank
    writes. */
 typedef struct moe_peers_channel {
-    uint32_t sum[2];                     /* arrivals at even and at odd barriers */
-    uint32_t zeros[30];                  /* never written */
-    uint32_t epoch[32];                  /* [0]: barriers that this rank has passed; own */
+    uint32_t sum[2];      /* arrivals at even and at odd barriers */
+    uint32_t zeros[30];   /* never written */
+    uint32_t epoch;       /* barriers that this rank has passed; own */
+    uint32_t turns, left; /* of a grid that waits with several blocks: those that
+                                            came so far, those that waited; own */
+    uint32_t unused[29];
     uint32_t from[MOE_PEERS_MAX_RANKS];  /* [W] what each rank has added here */
     uint32_t taken[MOE_PEERS_MAX_RANKS]; /* [W] of these, waited for; own */
 } moe_peers_channel;

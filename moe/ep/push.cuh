@@ -1,8 +1,12 @@
 /* push.cuh: the sending half of a dispatch: which ranks a token goes to, the row it gets there, and
-   the copies. Called by dispatch.cuh.
+   the copies. Called by dispatch.cuh; receive.cuh is the other half.
 
-   Tokens are cut into chunks, one thread block each. Rank d's rows from this rank are in token
-   order, so a token's row at d is the number of earlier tokens that go there. */
+   Tokens are cut into chunks, one thread block each; one more block has no tokens and sends the
+   counts. Rank d's rows from this rank are in token order, so a token's row at d is the number of
+   earlier tokens that go there.
+
+   A dispatch has two barriers on its channel: all ids, weights and counts are there; all rows are
+   there. Row maps need the first alone, and are made while rows travel. */
 #ifndef MOE_EP_PUSH_CUH
 #define MOE_EP_PUSH_CUH
 
@@ -13,7 +17,6 @@
 #define MOEI_EP_WARPS (MOEI_EP_THREADS / MOE_WARP_SIZE)
 #define MOEI_EP_VECTORS 4 /* of a row that a lane has in flight */
 #define MOEI_EP_MAX_CHUNKS 128
-#define MOEI_EP_FEW 16          /* tokens of a chunk */
 #define MOEI_EP_ONE_LAUNCH 1024 /* most tokens of which a block counts those before its chunk */
 
 /* Offsets of the buffers in every region. */
@@ -39,7 +42,6 @@ typedef struct moei_ep_args {
     void** rows_table;           /* [W]; or null */
     int64_t x_pitch, row_bytes;  /* bytes between rows of x; of a row */
     int32_t num_tokens, num_experts, top_k, recv_tokens, num_scales, chunk_tokens, channel, tag;
-    int32_t wait; /* 1: the sending kernel waits for all ranks too */
 } moei_ep_args;
 
 /* Shared memory of a chunk. */
@@ -88,38 +90,48 @@ MOE_DEVICE moe_ep_expert moei_ep_target(const moei_ep_args* a, int t, int k, int
     return e;
 }
 
-/* Sets goes[d] of the calling warp: which of tokens t0 + lane, those below `end`, go to rank d. The
-   whole warp. */
-MOE_DEVICE void moei_ep_mark(const moei_ep_args* a, uint32_t* goes, int t0, int end)
+/* Adds to goes[d], for each rank d, which of tokens t0 + lane, those below `end`, go there by their
+   slots first, first + step, ... The whole warp. */
+MOE_DEVICE void moei_ep_mark(const moei_ep_args* a, uint32_t* goes, int t0, int end, int first,
+                             int step)
 {
     const int t = t0 + moe_lane();
+    MOE_NO_UNROLL
     for (int d0 = 0; d0 < a->peers.num_ranks; d0 += 32) {
         uint32_t ranks = 0; /* bit i: the token goes to rank d0 + i */
         /* not unrolled: after the first load the others hit L1, and little code matters more */
         MOE_NO_UNROLL
-        for (int k = 0; k < a->top_k && t < end; ++k) {
+        for (int k = first; k < a->top_k && t < end; k += step) {
             const int id = a->ids[(int64_t)t * a->top_k + k];
             const unsigned r = (unsigned)(moei_ep_target(a, t, k, id).rank - d0);
             if (r < 32) ranks |= 1u << r;
         }
+        MOE_NO_UNROLL
         for (int i = 0; i < 32 && d0 + i < a->peers.num_ranks; ++i) {
             const uint32_t lanes = __ballot_sync(MOE_FULL_WARP, ranks >> i & 1u);
-            if (moe_lane() == 0) goes[d0 + i] = lanes;
+            if (moe_lane() == 0 && lanes) atomicOr(goes + d0 + i, lanes);
         }
     }
 }
 
-/* Marks one round of tokens, those of the warps that have any, and turns base into the sums after
-   it; before[w][d]: before warp w's tokens. All threads; ends with a barrier. */
+/* Marks one round of tokens and turns base into the sums after it; before[w][d]: before warp w's
+   tokens. Where the tokens are fewer than threads, several warps share their slots. All threads;
+   ends with a barrier. */
 MOE_DEVICE void moei_ep_round(const moei_ep_args* a, const moei_ep_shared* s, int t0, int end)
 {
     const int num_ranks = a->peers.num_ranks;
     const int warps = min((end - t0 + MOE_WARP_SIZE - 1) / MOE_WARP_SIZE, MOEI_EP_WARPS);
-    if (moe_warp() < warps)
-        moei_ep_mark(a, s->goes + moe_warp() * num_ranks, t0 + moe_warp() * MOE_WARP_SIZE, end);
+    const int step = MOEI_EP_WARPS / warps, w0 = moe_warp() % warps, first = moe_warp() / warps;
+    MOE_NO_UNROLL
+    for (int j = (int)threadIdx.x; j < warps * num_ranks; j += (int)blockDim.x) s->goes[j] = 0;
+    __syncthreads();
+    if (first < step)
+        moei_ep_mark(a, s->goes + w0 * num_ranks, t0 + w0 * MOE_WARP_SIZE, end, first, step);
     __syncthreads(); /* goes is complete */
+    MOE_NO_UNROLL
     for (int d = (int)threadIdx.x; d < num_ranks; d += (int)blockDim.x) {
         int n = s->base[d];
+        MOE_NO_UNROLL
         for (int w = 0; w < warps; ++w) {
             s->before[w * num_ranks + d] = n;
             n += __popc(s->goes[w * num_ranks + d]);
@@ -157,18 +169,24 @@ MOE_DEVICE int moei_ep_row(const moei_ep_args* a, const moei_ep_shared* s, int i
     return (goes & bit) && row < a->recv_tokens ? row : -1;
 }
 
-/* Copies one piece of a token's row to all ranks that the token goes to: MOEI_EP_VECTORS vectors a
-   lane from byte `from` on. The row is loaded once. The whole warp; `width` is a literal. */
-MOE_DEVICE void moei_ep_copy(const moei_ep_args* a, const moei_ep_shared* s, int t, int i,
-                             int64_t from, const int width)
+/* Loads one piece of a token's row: MOEI_EP_VECTORS vectors a lane from byte `from` on. The whole
+   warp; `width`, here and below, is a literal. */
+MOE_DEVICE void moei_ep_load(uint4* v, const moei_ep_args* a, int t, int64_t from, const int width)
 {
     const char* x = a->x + t * a->x_pitch;
-    uint4 v[MOEI_EP_VECTORS];
     from += moe_lane() * width;
     MOE_UNROLL
     for (int u = 0; u < MOEI_EP_VECTORS; ++u)
         if (from + u * MOE_WARP_SIZE * width < a->row_bytes)
             v[u] = moei_load_vector(x + from + u * MOE_WARP_SIZE * width, width);
+}
+
+/* Stores the piece at all ranks that the round's token number i goes to. The whole warp. */
+MOE_DEVICE void moei_ep_store(const uint4* v, const moei_ep_args* a, const moei_ep_shared* s, int i,
+                              int64_t from, const int width)
+{
+    from += moe_lane() * width;
+    MOE_NO_UNROLL
     for (int q = 0; q < a->peers.num_ranks; ++q) {
         const int d = moe_peer_rotated(&a->peers, q), row = moei_ep_row(a, s, i, d);
         if (row < 0) continue;
@@ -189,26 +207,28 @@ MOE_DEVICE void moei_ep_send_slots(const moei_ep_args* a, const moei_ep_shared* 
                                    int first, int upto)
 {
     const int top_k = a->top_k, slots = (upto - first) * top_k;
-    for (int q = 0; q < a->peers.num_ranks; ++q) {
-        const int d = moe_peer_rotated(&a->peers, q);
+    const int scales = (upto - first) * a->num_scales, num_ranks = a->peers.num_ranks;
+    const int64_t own = (int64_t)a->peers.rank * a->recv_tokens;
+    MOE_NO_UNROLL
+    for (int n = (int)threadIdx.x; n < slots * num_ranks; n += (int)blockDim.x) {
+        const int d = moe_peer_rotated(&a->peers, n / slots), j = n % slots;
+        const int i = first + j / top_k, k = j % top_k, row = moei_ep_row(a, s, i, d);
+        const int64_t slot = (int64_t)(t0 + i) * top_k + k, to = (own + row) * top_k + k;
         char* base = moe_peer_address(&a->peers, d, 0);
-        const int64_t own = (int64_t)a->peers.rank * a->recv_tokens;
-        for (int j = (int)threadIdx.x; j < slots; j += (int)blockDim.x) {
-            const int i = first + j / top_k, k = j % top_k, row = moei_ep_row(a, s, i, d);
-            const int64_t slot = (int64_t)(t0 + i) * top_k + k, to = (own + row) * top_k + k;
-            if (row < 0) continue;
-            const moe_ep_expert e = moei_ep_target(a, t0 + i, k, a->ids[slot]);
-            ((int32_t*)(base + a->at.recv_ids))[to] = e.rank == d ? e.expert : -1;
-            ((float*)(base + a->at.recv_weights))[to] = a->weights ? a->weights[slot] : 1.0f;
-            if (k == 0) ((int32_t*)(base + a->at.recv_token))[own + row] = t0 + i;
-        }
-        for (int j = (int)threadIdx.x; j < (upto - first) * a->num_scales; j += (int)blockDim.x) {
-            const int i = first + j / a->num_scales, c = j % a->num_scales;
-            const int row = moei_ep_row(a, s, i, d);
-            if (row >= 0)
-                ((float*)(base + a->at.recv_scales))[(own + row) * a->num_scales + c] =
-                    a->scales[(int64_t)(t0 + i) * a->num_scales + c];
-        }
+        if (row < 0) continue;
+        const moe_ep_expert e = moei_ep_target(a, t0 + i, k, a->ids[slot]);
+        ((int32_t*)(base + a->at.recv_ids))[to] = e.rank == d ? e.expert : -1;
+        ((float*)(base + a->at.recv_weights))[to] = a->weights ? a->weights[slot] : 1.0f;
+        if (k == 0) ((int32_t*)(base + a->at.recv_token))[own + row] = t0 + i;
+    }
+    MOE_NO_UNROLL
+    for (int n = (int)threadIdx.x; n < scales * num_ranks; n += (int)blockDim.x) {
+        const int d = moe_peer_rotated(&a->peers, n / scales), j = n % scales;
+        const int i = first + j / a->num_scales, c = j % a->num_scales;
+        const int row = moei_ep_row(a, s, i, d);
+        float* to = (float*)moe_peer_address(&a->peers, d, a->at.recv_scales);
+        if (row >= 0)
+            to[(own + row) * a->num_scales + c] = a->scales[(int64_t)(t0 + i) * a->num_scales + c];
     }
 }
 
@@ -219,32 +239,31 @@ MOE_DEVICE void moei_ep_note_places(const moei_ep_args* a, const moei_ep_shared*
 {
     const int num_ranks = a->peers.num_ranks, top_k = a->top_k;
     const moe_place none = {-1, -1};
-    if (a->send_place)
-        for (int j = (int)threadIdx.x; j < (upto - first) * num_ranks; j += (int)blockDim.x) {
-            const int i = first + j / num_ranks, d = j % num_ranks, row = moei_ep_row(a, s, i, d);
-            moe_place p;
-            p.buffer = row < 0 ? -1 : 0;
-            p.row = row < 0 ? -1 : d * a->recv_tokens + row;
-            a->send_place[(int64_t)(t0 + first) * num_ranks + j] = p;
-        }
-    if (a->rows_table)
-        for (int j = (int)threadIdx.x; j < (upto - first) * top_k; j += (int)blockDim.x)
-            ((moe_place*)(a->peers.base + a->at.place))[(int64_t)(t0 + first) * top_k + j] = none;
+    if (a->send_place) MOE_NO_UNROLL
+    for (int j = (int)threadIdx.x; j < (upto - first) * num_ranks; j += (int)blockDim.x) {
+        const int i = first + j / num_ranks, d = j % num_ranks, row = moei_ep_row(a, s, i, d);
+        moe_place p;
+        p.buffer = row < 0 ? -1 : 0;
+        p.row = row < 0 ? -1 : d * a->recv_tokens + row;
+        a->send_place[(int64_t)(t0 + first) * num_ranks + j] = p;
+    }
+    if (a->rows_table) MOE_NO_UNROLL
+    for (int j = (int)threadIdx.x; j < (upto - first) * top_k; j += (int)blockDim.x)
+        ((moe_place*)(a->peers.base + a->at.place))[(int64_t)(t0 + first) * top_k + j] = none;
 }
 
-/* Ends a grid that stored to peers: each block adds its share to barrier n of the channel, which
-   was moei_peer_next at the kernel's begin. With `wait` the last block waits until all blocks of
-   all ranks have done so. All threads of every block. */
-MOE_DEVICE void moei_ep_finish(const moe_peers_args* p, int channel, uint32_t n, int wait,
-                               int phase, int tag)
+/* Arrives at barrier n of a channel with a grid that stored to peers: each block adds its share;
+   the last block's counts the rank as come. Where the grid began after a stop fault (`stopped`), the
+   last block sends that fault, and the others add nothing. All threads of every block; the last
+   warp adds, after a barrier of the block. */
+MOE_DEVICE void moei_ep_arrive(const moe_peers_args* p, int channel, uint32_t n, bool stopped)
 {
     const uint32_t share = MOE_PEERS_UNIT / gridDim.x;
     const int last = blockIdx.x == gridDim.x - 1;
     __syncthreads(); /* all threads have stored */
-    if (moe_warp() != 0) return;
-    moei_peer_add_share(p, channel, n, last ? MOE_PEERS_UNIT - share * (gridDim.x - 1) : share,
-                        last);
-    if (last && wait) (void)moe_peer_barrier_wait(p, channel, phase, tag);
+    if (moe_warp() == (int)(blockDim.x >> 5) - 1 && (last || !stopped))
+        moei_peer_add_share(p, channel, n, last ? MOE_PEERS_UNIT - share * (gridDim.x - 1) : share,
+                            last);
 }
 
 /* Sets base[d] to the rows of rank d before the calling block's chunk, from the counts. All
@@ -252,6 +271,7 @@ MOE_DEVICE void moei_ep_finish(const moe_peers_args* p, int channel, uint32_t n,
 MOE_DEVICE void moei_ep_sum_chunks(const moei_ep_args* a, const moei_ep_shared* s)
 {
     const int num_ranks = a->peers.num_ranks;
+    MOE_NO_UNROLL
     for (int d = moe_warp(); d < num_ranks; d += MOEI_EP_WARPS) { /* a rank a warp */
         int n = 0;
         MOE_UNROLL
@@ -263,58 +283,90 @@ MOE_DEVICE void moei_ep_sum_chunks(const moei_ep_args* a, const moei_ep_shared* 
     }
 }
 
-/* Sending, one block a chunk.
-     1. rows of each rank before the chunk, from the counts; without counts, rounds begin at token 0
-     Then in each round of MOEI_EP_THREADS tokens:
-     2. marks the tokens' ranks
-     3. sends what belongs to the rows of the chunk's tokens; after 4. where the tokens are few,
-     since
-        the rows take longer to arrive
-     4. copies the rows: a warp has a piece of a row at a time
-     At the end:
-     5. the last chunk's block sends the counts; each block adds its share to the barrier */
+/* Sets base[d] to the rows of rank d before the round in which this block begins: from the counts;
+   without counts rounds begin at token 0. All threads; a barrier must follow. */
+MOE_DEVICE void moei_ep_begin(const moei_ep_args* a, const moei_ep_shared* s)
+{
+    if (a->chunk_count) moei_ep_sum_chunks(a, s);
+    else if ((int)threadIdx.x < a->peers.num_ranks) s->base[threadIdx.x] = 0;
+}
+
+/* Sends this rank's counts of rows. The last block, all threads, when base is final. */
+MOE_DEVICE void moei_ep_send_counts(const moei_ep_args* a, const moei_ep_shared* s)
+{
+    MOE_NO_UNROLL
+    for (int d = (int)threadIdx.x; d < a->peers.num_ranks; d += (int)blockDim.x) {
+        const int rows = s->base[d];
+        ((int32_t*)moe_peer_address(&a->peers, d, a->at.recv_count))[a->peers.rank] =
+            min(rows, a->recv_tokens);
+        if (rows > a->recv_tokens)
+            moe_fault_raise(a->peers.fault, MOE_FAULT_ROWS_FULL, a->peers.rank, rows);
+        if (a->rows_table) a->rows_table[d] = moe_peer_address(&a->peers, d, a->at.rows);
+    }
+}
+
+/* Sending, one block a chunk and one more, in rounds of MOEI_EP_THREADS tokens. Marks the ranks of
+   each round's tokens, then
+     1. sends what belongs to the rows of the chunk's tokens; the last block, which has no tokens,
+        sends the counts; each block arrives at barrier n
+     2. copies the rows: a warp has a piece of a row at a time; each block arrives at barrier n + 1
+   The first piece of each warp is loaded before anything else. Marks of one round serve both. */
 MOE_DEVICE_BODY void moei_ep_push_chunk(const moei_ep_args* a, unsigned char* shared,
                                         const int width)
 {
     const int num_ranks = a->peers.num_ranks, begin = (int)blockIdx.x * a->chunk_tokens;
     const int end = min(begin + a->chunk_tokens, a->num_tokens);
+    const int begin_round = a->chunk_count ? begin : 0;
     const int piece = MOE_WARP_SIZE * MOEI_EP_VECTORS * width;
     const int pieces = (int)((a->row_bytes + piece - 1) / piece);
+    int held = begin + moe_warp() / pieces; /* token of which v has this warp's first piece */
+    const int last = blockIdx.x == gridDim.x - 1, ids_at = begin_round + (int)threadIdx.x;
+    uint4 v[MOEI_EP_VECTORS];
     moei_ep_shared s;
     uint32_t n;
-    moei_peer_pdl_trigger(&a->peers, a->wait && blockIdx.x == gridDim.x - 1);
+    bool stop;
     moei_ep_carve_shared(&s, shared, num_ranks);
     moe_pdl_wait();
     n = moei_peer_next(&a->peers, a->channel);
-    if (moe_fault_stopped(a->peers.fault)) {
-        moei_ep_finish(&a->peers, a->channel, n, a->wait, MOE_PHASE_DISPATCH, a->tag);
-        return;
-    }
-    if (a->chunk_count) moei_ep_sum_chunks(a, &s); /* 1. */
-    else if ((int)threadIdx.x < num_ranks) s.base[threadIdx.x] = 0;
-    __syncthreads(); /* base is complete */
-    for (int t0 = a->chunk_count ? begin : 0; t0 < end; t0 += MOEI_EP_THREADS) {
-        const int first = begin > t0 ? begin - t0 : 0, upto = min(end - t0, MOEI_EP_THREADS);
-        moei_ep_round(a, &s, t0, end);                                              /* 2. */
-        if (upto - first > MOEI_EP_FEW) moei_ep_send_slots(a, &s, t0, first, upto); /* 3. */
-        for (int j = moe_warp(); j < (upto - first) * pieces; j += MOEI_EP_WARPS) { /* 4. */
-            const int i = first + j / pieces, part = j % pieces;
-            moei_ep_copy(a, &s, t0 + i, i, (int64_t)part * piece, width);
+    moei_peer_pdl_trigger(&a->peers, last);
+    stop = threadIdx.x == 0 && moe_fault_stops(a->peers.fault);
+    if (ids_at < end) (void)moei_load4_early(a->ids + (int64_t)ids_at * a->top_k); /* into L1 */
+    if (held < end) moei_ep_load(v, a, held, (int64_t)(moe_warp() % pieces) * piece, width);
+    MOE_NO_UNROLL
+    for (int pass = 1; pass <= 2; ++pass) {
+        const int mark = pass == 1 || end - begin_round > MOEI_EP_THREADS;
+        if (mark) {
+            moei_ep_begin(a, &s);
+            if (__syncthreads_or(stop)) { /* base is complete */
+                moei_ep_arrive(&a->peers, a->channel, n, true);
+                return;
+            }
         }
-        if (upto - first <= MOEI_EP_FEW) moei_ep_send_slots(a, &s, t0, first, upto); /* or here */
-        moei_ep_note_places(a, &s, t0, first, upto);
-        __syncthreads(); /* goes and before are read */
-    }
-    if (blockIdx.x == gridDim.x - 1) /* 5. */
-        for (int d = (int)threadIdx.x; d < num_ranks; d += (int)blockDim.x) {
-            const int rows = s.base[d];
-            ((int32_t*)moe_peer_address(&a->peers, d, a->at.recv_count))[a->peers.rank] =
-                min(rows, a->recv_tokens);
-            if (rows > a->recv_tokens)
-                moe_fault_raise(a->peers.fault, MOE_FAULT_ROWS_FULL, a->peers.rank, rows);
-            if (a->rows_table) a->rows_table[d] = moe_peer_address(&a->peers, d, a->at.rows);
+        MOE_NO_UNROLL
+        for (int t0 = begin_round; t0 < end; t0 += MOEI_EP_THREADS) {
+            const int first = begin > t0 ? begin - t0 : 0, upto = min(end - t0, MOEI_EP_THREADS);
+            if (mark) moei_ep_round(a, &s, t0, end);
+            if (pass == 1) {
+                moei_ep_send_slots(a, &s, t0, first, upto);
+                moei_ep_note_places(a, &s, t0, first, upto);
+            } else {
+                MOE_NO_UNROLL
+                for (int j = moe_warp(); j < (upto - first) * pieces; j += MOEI_EP_WARPS) {
+                    const int i = first + j / pieces;
+                    const int64_t from = (int64_t)(j % pieces) * piece;
+                    if (t0 + i != held) moei_ep_load(v, a, t0 + i, from, width);
+                    held = -1;
+                    moei_ep_store(v, a, &s, i, from, width);
+                }
+            }
+            if (mark) __syncthreads(); /* goes and before are read */
         }
-    moei_ep_finish(&a->peers, a->channel, n, a->wait, MOE_PHASE_DISPATCH, a->tag);
+        if (pass == 1 && last) moei_ep_send_counts(a, &s);
+        moei_ep_arrive(&a->peers, a->channel, n + pass - 1, false);
+        __syncthreads(); /* the link keeps their order: what tells of ids goes ahead of rows */
+    }
+    if (last && a->peers.shared && moe_warp() == 0) /* see signal.cuh: fewer warps wait this way */
+        (void)moei_peer_reach(&a->peers, a->channel, n, MOE_PHASE_DISPATCH, a->tag);
 }
 
 /* Sending, for rows that allow vectors of 16, 4 or 2 bytes. */
@@ -328,39 +380,5 @@ MOEI_EP_PUSH(16)
 MOEI_EP_PUSH(4)
 MOEI_EP_PUSH(2)
 #undef MOEI_EP_PUSH
-
-/* Waits until the rows of all ranks have come. */
-MOE_KERNEL(32, 1) moei_ep_receive(MOE_ARG(moei_ep_args) a)
-{
-    moei_peer_pdl_trigger(&a.peers, 1);
-    moe_pdl_wait();
-    (void)moe_peer_barrier_wait(&a.peers, a.channel, MOE_PHASE_DISPATCH, a.tag);
-}
-
-/* Tells each token's home where its rows will be: place[t, k] = {this rank, row}. A thread has a
-   received slot at a time. */
-MOE_KERNEL(256, 1) moei_ep_answer(MOE_ARG(moei_ep_args) a)
-{
-    const int num_ranks = a.peers.num_ranks, top_k = a.top_k;
-    const char* own = a.peers.base;
-    moe_pdl_trigger();
-    moe_pdl_wait();
-    if (moe_fault_stopped(a.peers.fault)) return;
-    for (int q = 0; q < num_ranks; ++q) {
-        const int from = moe_peer_rotated(&a.peers, q);
-        const int n = ((const int32_t*)(own + a.at.recv_count))[from] * top_k;
-        const int64_t first = (int64_t)from * a.recv_tokens;
-        moe_place* place = (moe_place*)moe_peer_address(&a.peers, from, a.at.place);
-        for (int64_t j = blockIdx.x * blockDim.x + threadIdx.x; j < n;
-             j += gridDim.x * blockDim.x) {
-            const int i = (int)j;
-            moe_place p = a.recv_place[first * top_k + i];
-            const int token = ((const int32_t*)(own + a.at.recv_token))[first + i / top_k];
-            if (p.buffer < 0) continue; /* another rank's slot */
-            p.buffer = a.peers.rank;
-            place[(int64_t)token * top_k + i % top_k] = p;
-        }
-    }
-}
 
 #endif

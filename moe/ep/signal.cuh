@@ -20,8 +20,8 @@
    stop at once with that fault, and name the same rank. Where the fault word holds a stop fault
    already, nothing is signalled and no wait waits.
 
-   A grid that waits must be resident as a whole, together with what its peers need to arrive:
-   launch few thread blocks (one, where several ranks share a GPU). Under lazy loading preload every
+   Blocks that wait must leave room for all that they and their peers wait for: let few of a grid
+   wait (one, where several ranks share a GPU). Under lazy loading preload every
    kernel first (preload.cuh). */
 #ifndef MOE_EP_SIGNAL_CUH
 #define MOE_EP_SIGNAL_CUH
@@ -85,6 +85,7 @@ MOE_DEVICE void moe_peer_get(const moe_peers_args* p, void* y, int rank, uint64_
 MOE_DEVICE void moei_peer_notice(const moe_peers_args* p)
 {
     const uint64_t word = moei_flag_load8(p->fault);
+    MOE_NO_UNROLL
     for (int i = moe_lane(); i < p->num_ranks - 1; i += MOE_WARP_SIZE) {
         moe_peers_header* h = (moe_peers_header*)moe_peer_address(p, moe_peer_rotated(p, i), 0);
         moei_flag_store8(h->notice + p->rank, word);
@@ -96,6 +97,7 @@ MOE_DEVICE void moei_peer_notice(const moe_peers_args* p)
 MOE_DEVICE int moei_peer_noticed(const moe_peers_args* p)
 {
     int stops = 0;
+    MOE_NO_UNROLL
     for (int r = moe_lane(); r < p->num_ranks; r += MOE_WARP_SIZE) {
         const uint64_t word = moei_flag_load8(moei_peer_header(p)->notice + r);
         if (MOEI_FAULT_STOPS(word)) {
@@ -111,11 +113,14 @@ MOE_DEVICE int moei_peer_noticed(const moe_peers_args* p)
 #define MOEI_PEER_POLLS 16 /* polls of a word before the clock and the notices are read */
 
 /* Polls a word of this rank until it is at least `least`, modulo 2^32. Returns 1; 0 where the fault
-   word holds a stop fault, or a peer has sent one; -1 where the time is over. One warp. */
-MOE_DEVICE int moei_peer_poll(const moe_peers_args* p, const uint32_t* word, uint32_t least)
+   word holds a stop fault, or a peer has sent one; -1 after `ns` nanoseconds. One warp. */
+MOE_DEVICE int moei_peer_poll(const moe_peers_args* p, const uint32_t* word, uint32_t least,
+                              uint64_t ns)
 {
     const uint64_t begun = moei_nanoseconds();
+    MOE_NO_UNROLL
     for (;;) {
+        MOE_NO_UNROLL
         for (int i = 0; i < MOEI_PEER_POLLS; ++i) {
             const int came = (int32_t)(moei_flag_load(word) - least) >= 0;
             if (__any_sync(MOE_FULL_WARP, came)) {
@@ -125,7 +130,7 @@ MOE_DEVICE int moei_peer_poll(const moe_peers_args* p, const uint32_t* word, uin
             MOE_SPIN();
         }
         if (__any_sync(MOE_FULL_WARP, moe_fault_stops(p->fault)) || moei_peer_noticed(p)) return 0;
-        if (__any_sync(MOE_FULL_WARP, moei_nanoseconds() - begun > p->timeout_ns)) return -1;
+        if (__any_sync(MOE_FULL_WARP, moei_nanoseconds() - begun > ns)) return -1;
     }
 }
 
@@ -157,7 +162,7 @@ MOE_DEVICE int moe_peer_wait(const moe_peers_args* p, int rank, int channel, int
     const uint32_t next = own->taken[rank] + 1;
     int came;
     if (__any_sync(MOE_FULL_WARP, moe_fault_stops(p->fault))) return 0;
-    came = moei_peer_poll(p, own->from + rank, next);
+    came = moei_peer_poll(p, own->from + rank, next, p->timeout_ns);
     if (came < 0) moei_peer_raise(p, rank, MOE_PHASE_USER, tag);
     if (came <= 0) return 0;
     __syncwarp(MOE_FULL_WARP); /* all lanes have read taken */
@@ -169,7 +174,7 @@ MOE_DEVICE int moe_peer_wait(const moe_peers_args* p, int rank, int channel, int
 /* Returns the number of the next barrier of a channel. The same until this rank has passed it. */
 MOE_DEVICE uint32_t moei_peer_next(const moe_peers_args* p, int channel)
 {
-    return moei_peer_header(p)->channel[channel].epoch[0] + 1;
+    return *(const volatile uint32_t*)&moei_peer_header(p)->channel[channel].epoch + 1;
 }
 
 /* Adds a share of this rank's MOE_PEERS_UNIT to barrier n at all ranks, after what the warp's
@@ -180,12 +185,14 @@ MOE_DEVICE void moei_peer_add_share(const moe_peers_args* p, int channel, uint32
                                     uint32_t share, int whole)
 {
     if (whole) {
+        const bool stops = moe_fault_stops(p->fault); /* in flight with the load of the notices */
         const int noticed = moei_peer_noticed(p);
-        if (__any_sync(MOE_FULL_WARP, moe_fault_stops(p->fault)) || noticed) {
+        if (__any_sync(MOE_FULL_WARP, stops || noticed)) {
             moei_peer_notice(p);
             return;
         }
     }
+    MOE_NO_UNROLL
     for (int i = moe_lane(); i < p->num_ranks; i += MOE_WARP_SIZE) {
         moe_peers_channel* c = moei_peer_channel(p, moe_peer_rotated(p, i), channel);
         moei_flag_add(c->sum + (n & 1), share);
@@ -202,30 +209,74 @@ MOE_DEVICE void moe_peer_arrive(const moe_peers_args* p, int channel)
     __syncwarp(MOE_FULL_WARP); /* all lanes have read the epoch */
 }
 
+/* Returns the first rank that has not added all of its units of barriers 1 .. n; W where all have.
+   One warp. */
+MOE_DEVICE int moei_peer_find_late(const moe_peers_args* p, int channel, uint32_t n)
+{
+    const moe_peers_channel* own = moei_peer_header(p)->channel + channel;
+    int late = p->num_ranks;
+    MOE_NO_UNROLL
+    for (int r = moe_lane(); r < p->num_ranks; r += MOE_WARP_SIZE)
+        if ((int32_t)(moei_flag_load(own->from + r) - n * MOE_PEERS_UNIT) < 0 && r < late) late = r;
+    MOE_NO_UNROLL
+    for (int d = MOE_WARP_SIZE >> 1; d > 0; d >>= 1)
+        late = min(late, __shfl_xor_sync(MOE_FULL_WARP, late, d));
+    return late;
+}
+
+/* Waits until all ranks have arrived at barrier n of a channel, without passing it. Returns 1, or 0
+   after a stop fault. One warp; warps of several blocks may wait at a time. A rank may be at
+   barrier n + 1 already, with some of its thread blocks: what it has added then does not tell
+   that it lacks others at n, but it lacks them at n + 1 too. */
+MOE_DEVICE int moei_peer_reach(const moe_peers_args* p, int channel, uint32_t n, int phase, int tag)
+{
+    moe_peers_channel* own = moei_peer_header(p)->channel + channel;
+    const uint32_t all = (uint32_t)p->num_ranks * MOE_PEERS_UNIT * ((n + 1) >> 1);
+    int came = moei_peer_poll(p, own->sum + (n & 1), all, p->timeout_ns), late;
+    if (came >= 0) return came;
+    late = moei_peer_find_late(p, channel, n);
+    if (late == p->num_ranks) { /* the last came at this moment, or is partly at n + 1 */
+        came = moei_peer_poll(p, own->sum + (n & 1), all, p->timeout_ns / 16);
+        if (came >= 0) return came;
+        late = moei_peer_find_late(p, channel, n + 1);
+    }
+    moei_peer_raise(p, min(late, p->num_ranks - 1), phase, tag);
+    return 0;
+}
+
+/* Passes barrier n of a channel, and those before it: the next one is n + 1. One warp of the grid,
+   when no other warp of this rank waits for them. */
+MOE_DEVICE void moei_peer_pass(const moe_peers_args* p, int channel, uint32_t n)
+{
+    if (moe_lane() == 0) moei_peer_header(p)->channel[channel].epoch = n;
+    __syncwarp(MOE_FULL_WARP); /* a later call of this warp reads the epoch */
+}
+
+/* Returns the calling block's number among those of its grid that have called: 0, 1, ... One thread
+   of each block; moei_peer_leave follows. */
+MOE_DEVICE uint32_t moei_peer_turn(const moe_peers_args* p, int channel)
+{
+    return atomicAdd(&moei_peer_header(p)->channel[channel].turns, 1u);
+}
+
+/* Passes the next barrier of a channel when `blocks` blocks of a grid have reached it: the last of
+   them to call does. One thread of each of these blocks. */
+MOE_DEVICE void moei_peer_leave(const moe_peers_args* p, int channel, uint32_t blocks)
+{
+    moe_peers_channel* own = moei_peer_header(p)->channel + channel;
+    if (atomicAdd(&own->left, 1u) != blocks - 1) return;
+    own->turns = own->left = 0;
+    own->epoch += 1;
+}
+
 /* Waits until all ranks have arrived at the next barrier of a channel, and passes it. Returns 1, or
    0 after a stop fault. One warp of the grid. */
 MOE_DEVICE int moe_peer_barrier_wait(const moe_peers_args* p, int channel, int phase, int tag)
 {
-    moe_peers_channel* own = moei_peer_header(p)->channel + channel;
     const uint32_t n = moei_peer_next(p, channel);
-    const uint32_t all = (uint32_t)p->num_ranks * MOE_PEERS_UNIT * ((n + 1) >> 1);
-    int came, late = p->num_ranks;
-    if (__any_sync(MOE_FULL_WARP, moe_fault_stops(p->fault))) return 0;
-    came = moei_peer_poll(p, own->sum + (n & 1), all);
-    if (came < 0) { /* the first rank that has not added all of its unit */
-        for (int r = moe_lane(); r < p->num_ranks; r += MOE_WARP_SIZE)
-            if ((int32_t)(moei_flag_load(own->from + r) - n * MOE_PEERS_UNIT) < 0 && r < late)
-                late = r;
-        for (int d = MOE_WARP_SIZE >> 1; d > 0; d >>= 1)
-            late = min(late, __shfl_xor_sync(MOE_FULL_WARP, late, d));
-        if (late < p->num_ranks) {
-            moei_peer_raise(p, late, phase, tag);
-            return 0;
-        }
-        came = moei_peer_poll(p, own->sum + (n & 1), all) > 0; /* the last came at this moment */
-    }
-    if (came > 0 && moe_lane() == 0) own->epoch[0] = n;
-    __syncwarp(MOE_FULL_WARP); /* a later call of this warp reads the epoch */
+    const int came = moei_peer_reach(p, channel, n, phase, tag);
+    __syncwarp(MOE_FULL_WARP); /* all lanes have read the epoch */
+    if (came) moei_peer_pass(p, channel, n);
     return came;
 }
 

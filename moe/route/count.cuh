@@ -80,18 +80,19 @@ MOE_DEVICE int moei_route_load_id(const moe_route_desc* d, uint32_t slot, uint32
     return id;
 }
 
+/* Clears count [P], in shared memory. All threads; a barrier must follow. */
+MOE_DEVICE void moei_route_clear_count(const moe_route_desc* d, int* count)
+{
+    for (int e = (int)threadIdx.x; e < d->num_replicas; e += (int)blockDim.x) count[e] = 0;
+}
+
 /* Counting, one block a chunk: writes how often the chunk chose each expert to chunk_count. count
-   [P] is in shared memory. */
+   [P] is in shared memory, clear, behind a barrier. */
 MOE_DEVICE_BODY void moei_route_count_chunk(const moe_route_desc* d, int* count, const int options)
 {
     const int num_experts = d->num_replicas; /* physical experts */
     const uint32_t end = moei_route_begin(d, blockIdx.x + 1);
 
-    moe_pdl_trigger();
-    for (int e = (int)threadIdx.x; e < num_experts; e += (int)blockDim.x) count[e] = 0;
-    moe_pdl_wait();
-    if (moe_fault_stopped(d->fault)) return;
-    __syncthreads(); /* count is clear */
     for (uint32_t s = moei_route_begin(d, blockIdx.x) + threadIdx.x; s < end;
          s += blockDim.x * MOEI_ROUTE_STEPS) {
         int id[MOEI_ROUTE_STEPS];
@@ -109,19 +110,21 @@ MOE_DEVICE_BODY void moei_route_count_chunk(const moe_route_desc* d, int* count,
         d->chunk_count[blockIdx.x * (uint32_t)num_experts + e] = count[e];
 }
 
-/* Counting, for plain routing. */
-MOE_KERNEL(MOEI_ROUTE_THREADS, 1) moei_route_count(MOE_ARG(moei_route_args) a)
-{
-    MOE_SHARED_DYNAMIC(shared);
-    moei_route_count_chunk(&a.d, (int*)shared, 0);
-}
-
-/* Counting, with replicas or parts. */
-MOE_KERNEL(MOEI_ROUTE_THREADS, 1) moei_route_count_options(MOE_ARG(moei_route_args) a)
-{
-    MOE_SHARED_DYNAMIC(shared);
-    moei_route_count_chunk(&a.d, (int*)shared, 1);
-}
+/* Counting: for plain routing; with replicas or parts. */
+#define MOEI_ROUTE_COUNT(name, options)                                                            \
+    MOE_KERNEL(MOEI_ROUTE_THREADS, 1) name(MOE_ARG(moei_route_args) a)                             \
+    {                                                                                              \
+        MOE_SHARED_DYNAMIC(shared);                                                                \
+        moe_pdl_trigger();                                                                         \
+        moei_route_clear_count(&a.d, (int*)shared);                                                \
+        moe_pdl_wait();                                                                            \
+        if (moe_fault_stopped(a.d.fault)) return;                                                  \
+        __syncthreads(); /* count is clear */                                                      \
+        moei_route_count_chunk(&a.d, (int*)shared, options);                                       \
+    }
+MOEI_ROUTE_COUNT(moei_route_count, 0)
+MOEI_ROUTE_COUNT(moei_route_count_options, 1)
+#undef MOEI_ROUTE_COUNT
 
 /* Adds the counts of experts e .. e + 3, those below P, of chunks from .. upto - 1 to *sum. */
 MOE_DEVICE void moei_route_add_counts(uint4* sum, const moe_route_desc* d, int e, int from,

@@ -316,7 +316,6 @@ MOE_DEVICE_BODY void moei_route_place_chunk(const moei_route_args* a, unsigned c
     float weight[MOEI_ROUTE_STEPS];
     moei_route_shared s;
 
-    moe_pdl_trigger();
     moei_route_carve(&s, shared, num_experts);
     moei_route_clear(&s, num_experts);
     moe_pdl_wait();
@@ -383,6 +382,7 @@ MOE_DEVICE_BODY void moei_route_place_chunk(const moei_route_args* a, unsigned c
     {                                                                                              \
         MOE_SHARED(moe_block_scan_scratch, scratch);                                               \
         MOE_SHARED_DYNAMIC(shared);                                                                \
+        moe_pdl_trigger();                                                                         \
         moei_route_place_chunk(&a, shared, &scratch, options);                                     \
     }
 MOEI_ROUTE_PLACE(moei_route_place, 0)

@@ -3,6 +3,10 @@
 #ifndef MOE_TESTS_EP_CASE_H
 #define MOE_TESTS_EP_CASE_H
 
+static int ep_few_slots = 8192; /* most received slots that one thread block takes */
+#define MOEI_EP_FEW_SLOTS ep_few_slots
+static int ep_one_launch_home = 1; /* may a combine reduce and add at home in one launch */
+#define MOEI_EP_ONE_LAUNCH_HOME ep_one_launch_home
 #include "moe/ep/combine.cuh"
 #include "moe/ref/exchange.h"
 #include "moe/ref/route.h"
@@ -201,7 +205,8 @@ static int ep_put_rank(ep_job* j, int rank)
     if (!CHECK_STATUS(moe_ep_dispatch_get_view(d, &r->view), MOE_OK)) return 0;
     r->num_rows = (int32_t)r->view.num_rows;
     r->rows = test_host((int64_t)r->num_rows * c->H * moe_dtype_bytes(ep_rows_dtype(c)));
-    r->d_rows = tbuf_new("rows", (size_t)r->num_rows * (size_t)(c->H * moe_dtype_bytes(ep_rows_dtype(c))), 0);
+    r->d_rows = tbuf_new(
+        "rows", (size_t)r->num_rows * (size_t)(c->H * moe_dtype_bytes(ep_rows_dtype(c))), 0);
     memset(&r->combine, 0, sizeof r->combine);
     r->combine.dispatch = d;
     r->combine.rows = c->form == MOE_EP_GATHERED ? 0 : r->d_rows.p;
@@ -282,11 +287,23 @@ static void ep_free(ep_job* j)
     tgroup_free(&j->g);
 }
 
+/* Lets the next dispatch take few slots by one thread block, or by those for many, and the next
+   combine add few tokens at home in the launch that reduces, or in another: now the one, now the
+   other. */
+static void ep_vary(void)
+{
+    static uint64_t calls;
+    const uint64_t bits = trand_mix(++calls);
+    ep_few_slots = bits & 1 ? 8192 : 0;
+    ep_one_launch_home = (int)(bits >> 1 & 1);
+}
+
 /* Queues a dispatch of every rank. */
 static void ep_dispatch(ep_job* j)
 {
     for (int r = 0; r < j->c.W; ++r) {
         tgroup_use(&j->g, r);
+        ep_vary();
         CHECK_STATUS(moe_ep_dispatch(&j->rank[r].dispatch, j->g.stream[r]), MOE_OK);
     }
     TEST_CUDA(cudaSetDevice(0));
@@ -296,8 +313,16 @@ static void ep_dispatch(ep_job* j)
 static void ep_combine(ep_job* j)
 {
     for (int r = 0; r < j->c.W; ++r) {
+        const int T = j->rank[r].T;
+        moe_ep_combine_prepared p;
         tgroup_use(&j->g, r);
-        CHECK_STATUS(moe_ep_combine(&j->rank[r].combine, j->g.stream[r]), MOE_OK);
+        ep_vary();
+        CHECK_STATUS(moe_ep_combine_prepare(&j->rank[r].combine, &p), MOE_OK);
+        if (T <= 4)
+            CHECK(p.args.fused == (ep_one_launch_home && j->c.form == MOE_EP_REDUCED && T > 0 &&
+                                   !p.args.peers.shared),
+                  "rank %d: one launch %d", r, p.args.fused);
+        CHECK_STATUS(moe_ep_combine_run(&p, j->g.stream[r]), MOE_OK);
     }
     TEST_CUDA(cudaSetDevice(0));
 }

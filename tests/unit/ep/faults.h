@@ -17,9 +17,9 @@ static int ep_untouched(ep_job* j, int r)
 
 /* Rank `late` does not come to the dispatch, or to the combine. The others name it, the phase and
    the tag, and write no y. */
-static void ep_late(int form, int late, int phase)
+static void ep_late(int form, int T, int late, int phase)
 {
-    const ep_case c = {3, 12, 16, 6, 2, form, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 1, 0, 0};
+    const ep_case c = {3, T, 16, 6, 2, form, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 1, 0, 0};
     static ep_job j;
     if (ep_new(&j, &c, 40)) {
         for (int r = 0; r < 3; ++r) j.g.peers[r].timeout_ns = 20000000;
@@ -30,6 +30,7 @@ static void ep_late(int form, int late, int phase)
                 if (part == MOE_PHASE_DISPATCH)
                     CHECK_STATUS(moe_ep_dispatch(&j.rank[r].dispatch, j.g.stream[r]), MOE_OK);
                 else CHECK_STATUS(moe_ep_combine(&j.rank[r].combine, j.g.stream[r]), MOE_OK);
+                ep_vary();
             }
         tgroup_wait(&j.g);
         for (int r = 0; r < 3; ++r) {
@@ -48,16 +49,79 @@ static void test_late(void)
 {
     for (int form = MOE_EP_REDUCED; form <= MOE_EP_GATHERED; ++form)
         for (int phase = MOE_PHASE_DISPATCH; phase <= MOE_PHASE_COMBINE; ++phase)
-            for (int late = 0; late < 3; ++late) ep_late(form, late, phase);
+            for (int late = 0; late < 3; ++late) {
+                ep_late(form, 12, late, phase);
+                ep_late(form, 4, late, phase);
+            }
+}
+
+/* Rank 0 comes to a dispatch with some of its thread blocks alone: half of what it adds to either
+   barrier. Rank 1 names it, in that dispatch, whichever kernels make its row maps. */
+static void test_partly_late(void)
+{
+    const ep_case c = {2, 12, 16, 6, 2, MOE_EP_REDUCED, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 1, 0, 0};
+    static ep_job j;
+    for (int few = 0; few < 2; ++few) {
+        if (ep_new(&j, &c, 46)) {
+            const int channel = j.rank[1].dispatch.buffers.channel;
+            moe_peers_channel* at = ((moe_peers_header*)j.g.peers[1].base)->channel + channel;
+            const uint32_t sum[2] = {MOE_PEERS_UNIT / 2, MOE_PEERS_UNIT / 2}, from = MOE_PEERS_UNIT;
+            moe_peers_late l;
+            j.g.peers[1].timeout_ns = 20000000;
+            tgroup_use(&j.g, 1);
+            TEST_CUDA(cudaMemcpy(at->sum, sum, sizeof sum, cudaMemcpyHostToDevice));
+            TEST_CUDA(cudaMemcpy(at->from, &from, sizeof from, cudaMemcpyHostToDevice));
+            TEST_CUDA(cudaDeviceSynchronize());
+            ep_few_slots = few ? 8192 : 0;
+            CHECK_STATUS(moe_ep_dispatch(&j.rank[1].dispatch, j.g.stream[1]), MOE_OK);
+            CHECK_STATUS(moe_ep_combine(&j.rank[1].combine, j.g.stream[1]), MOE_OK);
+            tgroup_wait(&j.g);
+            l = moe_peers_late_decode(tgroup_fault(&j.g, 1));
+            CHECK(l.late == 0 && l.phase == MOE_PHASE_DISPATCH, "few %d: late %d, phase %d", few,
+                  l.late, l.phase);
+            CHECK(ep_untouched(&j, 1), "rank 1 wrote y");
+        }
+        ep_free(&j);
+    }
+}
+
+/* Rank 0 has a stop fault and queues combine after combine. None of them adds up to an arrival:
+   rank 1 stops with that fault, and writes no y. */
+static void test_stopped_again(void)
+{
+    const ep_case c = {2, 3, 4096, 6, 2, MOE_EP_REDUCED, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 1, 0, 0};
+    const uint64_t word = MOEI_FAULT_KEY(MOE_FAULT_BAD_TABLE, 0, 17);
+    static ep_job j;
+    for (int fused = 0; fused < 2; ++fused) {
+        if (ep_new(&j, &c, 47)) {
+            ep_dispatch(&j);
+            tgroup_wait(&j.g);
+            TEST_CUDA(cudaMemcpy(j.g.fault[0], &word, 8, cudaMemcpyHostToDevice));
+            ep_one_launch_home = fused;
+            for (int i = 0; i < 9; ++i) {
+                tgroup_use(&j.g, i == 8);
+                CHECK_STATUS(moe_ep_combine(&j.rank[i == 8].combine, j.g.stream[i == 8]), MOE_OK);
+                tgroup_wait(&j.g);
+            }
+            for (int r = 0; r < 2; ++r) {
+                CHECK(tgroup_fault(&j.g, r) == word, "rank %d: %llx", r,
+                      (unsigned long long)tgroup_fault(&j.g, r));
+                CHECK(ep_untouched(&j, r), "rank %d wrote y", r);
+            }
+        }
+        ep_free(&j);
+    }
 }
 
 /* A stop fault of one rank, from its own kernels, stops all with that very fault, long before the
    time is over. */
 static void test_spreading(void)
 {
-    const ep_case c = {3, 12, 16, 6, 2, MOE_EP_REDUCED, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 1, 0, 0};
     static ep_job j;
-    for (int phase = MOE_PHASE_DISPATCH; phase <= MOE_PHASE_COMBINE; ++phase) {
+    for (int i = 0; i < 4; ++i) {
+        const int phase = i < 2 ? MOE_PHASE_DISPATCH : MOE_PHASE_COMBINE, T = i % 2 ? 4 : 12;
+        const ep_case c = {3, T, 16, 6, 2, MOE_EP_REDUCED, MOE_BF16, EP_RANDOM, 0, 0,
+                           0, 0, 1,  0, 0};
         const uint64_t word = MOEI_FAULT_KEY(MOE_FAULT_BAD_TABLE, 1, 17);
         if (ep_new(&j, &c, 41)) {
             for (int r = 0; r < 3; ++r) j.g.peers[r].timeout_ns = 60000000000ull;
@@ -83,7 +147,8 @@ static void test_spreading(void)
 /* Buffers that are too small: all ranks stop with ROWS_FULL; nothing is written out of bounds. */
 static void test_full(void)
 {
-    const ep_case c = {2, 40, 16, 4, 2, MOE_EP_REDUCED, MOE_BF16, EP_ONE_RANK, 0, 10, 0, 0, 1, 0, 0};
+    const ep_case c = {2, 40, 16, 4, 2, MOE_EP_REDUCED, MOE_BF16, EP_ONE_RANK, 0, 10,
+                       0, 0,  1,  0, 0};
     static ep_job j;
     if (ep_new(&j, &c, 42)) { /* every token goes to rank 1, which has room for 10 of each rank */
         ep_dispatch(&j);
@@ -93,7 +158,7 @@ static void test_full(void)
             const moe_fault f = moe_fault_decode(tgroup_fault(&j.g, r));
             CHECK(f.code == MOE_FAULT_ROWS_FULL && f.index == 40, "rank %d: %s at %lld", r,
                   moe_fault_text(f.code), (long long)f.index);
-            ep_check_received(&j, r); /* the rows that fit, and nothing beside them */
+            ep_check_received(&j, r, 0); /* of rows that fit, and nothing beside them */
             CHECK(ep_untouched(&j, r), "rank %d wrote y", r);
         }
     }
@@ -227,6 +292,8 @@ static void test_refusals(void)
 static void ep_faults(void)
 {
     RUN(test_late);
+    RUN(test_partly_late);
+    RUN(test_stopped_again);
     RUN(test_spreading);
     RUN(test_full);
     RUN(test_bad_ids);
