@@ -59,7 +59,7 @@
 /* Shared memory of the reducing kernels. */
 typedef struct moei_ep_reduce_shared {
     moe_combine_shared home;
-    int token; /* that this block adds at home; negative: none */
+    int token; /* that this block adds at home; none where it is not 0 .. T - 1 */
 } moei_ep_reduce_shared;
 
 /* The argument of the reducing kernels. */
@@ -162,8 +162,8 @@ MOE_DEVICE void moei_ep_reduce_token(const moe_combine_args* d, int64_t t, moei_
 }
 
 /* Adds at home, in the launch that reduces. The last T blocks that have reduced wait for the sums
-   of all ranks, and add those of a token each; the others end, so that those not yet running find
-   room. A block looks up its rows while it waits. All threads of every block. */
+   of all ranks, and add those of a token each; the others end, which frees places for blocks that
+   have not started. A block looks up its rows while it waits. All threads of every block. */
 MOE_DEVICE_BODY void moei_ep_add_home(const moei_ep_reduce_args* a, moei_ep_reduce_shared* shared,
                                       moe_combine_source* source, const int dtype)
 {
@@ -173,7 +173,7 @@ MOE_DEVICE_BODY void moei_ep_add_home(const moei_ep_reduce_args* a, moei_ep_redu
         shared->token = (int)moei_peer_turn(&a->peers, a->channel) - (int)gridDim.x + tokens;
     __syncthreads(); /* token is written */
     t = shared->token;
-    if (t < 0) return;
+    if (t < 0 || t >= tokens) return; /* past T: turns of a call that was late */
     moei_combine_look_up(&a->home, t, &shared->home, source);
     if (moe_warp() == 0)
         came = moei_peer_reach(&a->peers, a->channel, moei_peer_next(&a->peers, a->channel),

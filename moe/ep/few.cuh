@@ -46,9 +46,9 @@ MOE_DEVICE void moei_ep_few_begin(moei_ep_few* f, const moe_route_desc* d, unsig
 
 /* Computes counts and offsets from `ahead`, which has each warp's counts: replaces them by sums
    over the warps before; sets offset[e], and start[e] = slots of e. Returns the number of rows. All
-   threads; ends with a barrier. dry: 1: writes none of them to global memory. */
+   threads; ends with a barrier. empty: 1: writes none of them to global memory. */
 MOE_DEVICE int moei_ep_few_offsets(const moei_route_args* a, const moei_route_shared* s,
-                                   moe_block_scan_scratch* scratch, int dry)
+                                   moe_block_scan_scratch* scratch, int empty)
 {
     const moe_route_desc* d = &a->d;
     const int num_experts = d->num_replicas, warps = (int)(blockDim.x >> 5);
@@ -70,12 +70,12 @@ MOE_DEVICE int moei_ep_few_offsets(const moei_route_args* a, const moei_route_sh
                                                        scratch, &total);
         if (e < num_experts) {
             s->offset[e] = at;
-            if (!dry) d->expert_count[e] = n, d->expert_offset[e] = at;
+            if (!empty) d->expert_count[e] = n, d->expert_offset[e] = at;
         }
         rows += total;
     }
     __syncthreads(); /* offset is complete */
-    if (threadIdx.x == 0 && !dry) {
+    if (threadIdx.x == 0 && !empty) {
         d->expert_offset[num_experts] = rows;
         if (rows > a->max_rows) moe_fault_raise(d->fault, MOE_FAULT_ROWS_FULL, d->rank, rows);
     }
@@ -87,15 +87,15 @@ MOE_DEVICE int moei_ep_few_offsets(const moei_route_args* a, const moei_route_sh
      2. offsets
      3. row = offset + slots of the warps before + rank
      4. clears the rows that pad experts, and those past the last
-   dry: 1: as if there were no slots, and without a result: it fetches the instructions while the
+   empty: 1: as if there were no slots, and writes nothing: it fetches the instructions while the
    kernel waits. All threads, behind a barrier. */
 MOE_DEVICE_BODY void moei_ep_few_place(const moei_route_args* a, const moei_ep_few* f,
-                                       moe_block_scan_scratch* scratch, int dry)
+                                       moe_block_scan_scratch* scratch, int empty)
 {
     const moe_route_desc* d = &a->d;
     const moei_route_shared* s = &f->s;
     const int num_experts = d->num_replicas, bits = 32 - __clz(num_experts);
-    const uint32_t end = dry ? 0 : (uint32_t)(d->num_tokens * d->top_k);
+    const uint32_t end = empty ? 0 : (uint32_t)(d->num_tokens * d->top_k);
     const uint32_t first = (uint32_t)(moe_warp() * f->steps * MOE_WARP_SIZE + moe_lane());
     int id = moei_route_load_id(d, first, end, 1), rows;
     MOE_NO_UNROLL
@@ -107,8 +107,8 @@ MOE_DEVICE_BODY void moei_ep_few_place(const moei_route_args* a, const moei_ep_f
         rank = moei_route_warp_rank(s, expert, bits);
         f->item[slot] = expert < 0 ? -1 : expert | rank << 16;
     }
-    __syncthreads();                                /* ahead is complete */
-    rows = moei_ep_few_offsets(a, s, scratch, dry); /* 2. */
+    __syncthreads();                                  /* ahead is complete */
+    rows = moei_ep_few_offsets(a, s, scratch, empty); /* 2. */
     MOE_NO_UNROLL
     for (int i = 0; i < f->steps; ++i) { /* 3. */
         const uint32_t slot = first + (uint32_t)(i * MOE_WARP_SIZE);
@@ -121,7 +121,7 @@ MOE_DEVICE_BODY void moei_ep_few_place(const moei_route_args* a, const moei_ep_f
         if (row >= 0) d->row_slot[row] = (int)slot;
         moei_route_write_row(d, (int)slot, expert, 0, row);
     }
-    if (dry) return;
+    if (empty) return;
     if (d->row_multiple > 1) moei_route_pad(a, s); /* 4. */
     moei_route_clear_rows(a, (uint32_t)rows + threadIdx.x, (uint32_t)a->max_rows, blockDim.x);
 }

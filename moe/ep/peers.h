@@ -15,10 +15,11 @@
    ranks (`sum`, `epoch`, `from`) or signals between pairs (`from`, `taken`), not both.
 
    Barrier number n of a channel, n = 1, 2, ...: every rank adds MOE_PEERS_UNIT to sum[n % 2] of
-   every rank, at once or in shares of its thread blocks, and waits until its own sum[n % 2] is
-   W MOE_PEERS_UNIT ((n + 1) / 2). One word is polled. Barriers use two words in turn: a rank that
-   is one barrier ahead adds to the other one. from[r] has what rank r has added so far: the ranks
-   that are late are found there. epoch is the last barrier that this rank has passed. */
+   every rank, at once or in shares of its thread blocks, and waits until its own sum[n % 2] is at
+   least W MOE_PEERS_UNIT ((n + 1) / 2). One word is polled. Barriers use two words in turn: a rank
+   that is one barrier ahead adds to the other one. One that is two ahead adds to the same word, but
+   then all ranks have added what the wait is for. from[r] has what rank r has added so far: the
+   ranks that are late are found there. epoch is the last barrier that this rank has passed. */
 #ifndef MOE_EP_PEERS_H
 #define MOE_EP_PEERS_H
 

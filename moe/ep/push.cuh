@@ -253,8 +253,8 @@ MOE_DEVICE void moei_ep_note_places(const moei_ep_args* a, const moei_ep_shared*
 }
 
 /* Arrives at barrier n of a channel with a grid that stored to peers: each block adds its share;
-   the last block's counts the rank as come. Where the grid began after a stop fault (`stopped`), the
-   last block sends that fault, and the others add nothing. All threads of every block; the last
+   the last block's counts the rank as come. A block that began after a stop fault (`stopped`) adds
+   nothing; the last block then sends that fault. All threads of every block; the last
    warp adds, after a barrier of the block. */
 MOE_DEVICE void moei_ep_arrive(const moe_peers_args* p, int channel, uint32_t n, bool stopped)
 {
@@ -328,6 +328,8 @@ MOE_DEVICE_BODY void moei_ep_push_chunk(const moei_ep_args* a, unsigned char* sh
     moei_ep_carve_shared(&s, shared, num_ranks);
     moe_pdl_wait();
     n = moei_peer_next(&a->peers, a->channel);
+    /* after the wait: the kernels behind, which write row maps beside this one, rely on it that all
+       kernels ahead have ended */
     moei_peer_pdl_trigger(&a->peers, last);
     stop = threadIdx.x == 0 && moe_fault_stops(a->peers.fault);
     if (ids_at < end) (void)moei_load4_early(a->ids + (int64_t)ids_at * a->top_k); /* into L1 */

@@ -34,7 +34,8 @@ MOE_DEVICE void moei_ep_wait_rows(const moe_peers_args* p, int channel, int tag)
     if (moei_peer_reach(p, channel, n, MOE_PHASE_DISPATCH, tag)) moei_peer_pass(p, channel, n);
 }
 
-/* Few received slots: all in one launch of one block. While it waits it runs dry once. */
+/* Few received slots: all in one launch of one block. While it waits it runs once
+   without slots. */
 MOE_KERNEL(MOEI_EP_FEW_THREADS, 1) moei_ep_route_few(MOE_ARG(moei_ep_route_args) a)
 {
     MOE_SHARED(moe_block_scan_scratch, scratch);
@@ -45,9 +46,9 @@ MOE_KERNEL(MOEI_EP_FEW_THREADS, 1) moei_ep_route_few(MOE_ARG(moei_ep_route_args)
     moei_ep_few_begin(&f, &a.route.d, shared);
     __syncthreads();
     MOE_NO_UNROLL
-    for (int dry = a.chained; dry >= 0; --dry) {
-        if (!dry) came = moei_ep_wait_ids(&a);
-        if (came) moei_ep_few_place(&a.route, &f, &scratch, dry);
+    for (int empty = a.chained; empty >= 0; --empty) {
+        if (!empty) came = moei_ep_wait_ids(&a);
+        if (came) moei_ep_few_place(&a.route, &f, &scratch, empty);
     }
     if (a.chained && came && moe_warp() == 0) moei_ep_wait_rows(&a.peers, a.channel, a.tag);
     moe_pdl_wait();

@@ -21,8 +21,8 @@
    already, nothing is signalled and no wait waits.
 
    Blocks that wait must leave room for all that they and their peers wait for: let few of a grid
-   wait (one, where several ranks share a GPU). Under lazy loading preload every
-   kernel first (preload.cuh). */
+   wait, or blocks whose places nothing of that needs (one block, where several ranks share a GPU).
+   Under lazy loading preload every kernel first (preload.cuh). */
 #ifndef MOE_EP_SIGNAL_CUH
 #define MOE_EP_SIGNAL_CUH
 
@@ -225,9 +225,9 @@ MOE_DEVICE int moei_peer_find_late(const moe_peers_args* p, int channel, uint32_
 }
 
 /* Waits until all ranks have arrived at barrier n of a channel, without passing it. Returns 1, or 0
-   after a stop fault. One warp; warps of several blocks may wait at a time. A rank may be at
-   barrier n + 1 already, with some of its thread blocks: what it has added then does not tell
-   that it lacks others at n, but it lacks them at n + 1 too. */
+   after a stop fault. One warp; warps of several blocks may wait at a time. Some thread
+   blocks of a rank may be at barrier n + 1 already: its total may then reach that of n although
+   shares of n are missing. Those are missing at n + 1 too: its total stays below that of n + 1. */
 MOE_DEVICE int moei_peer_reach(const moe_peers_args* p, int channel, uint32_t n, int phase, int tag)
 {
     moe_peers_channel* own = moei_peer_header(p)->channel + channel;
