@@ -116,7 +116,7 @@ typedef struct moe_combine_shared {
     int narrow; /* 1: some row does not begin at a multiple of 16 bytes */
 } moe_combine_shared;
 
-/* Returns the address of the row that p, the place of a slot, names. */
+/* Returns the address of the row that p, the place of a slot, names; as moe_combine_row below. */
 MOE_DEVICE const char* moei_combine_row_at(const moe_combine_args* d, int64_t slot, moe_place p)
 {
     const char* base;

@@ -248,8 +248,8 @@ MOE_DEVICE void moe_pdl_wait(void)
 }
 
 /* First statement of such a kernel; after moe_pdl_wait where the next kernel works before its own
-   wait. Lets the thread blocks of the next kernel start while this one
-   runs, as far as multiprocessors have room; they wait for this kernel's end in moe_pdl_wait. */
+   wait. Lets the thread blocks of the next kernel start while this one runs, as far as
+   multiprocessors have room; they wait for this kernel's end in moe_pdl_wait. */
 MOE_DEVICE void moe_pdl_trigger(void)
 {
 #if !MOE_ON_HOST && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900

@@ -13,8 +13,8 @@
      3. The home adds the partial sums of all ranks in ascending rank: few tokens in the launch of
         1., of which then a block for each token waits; else in its own launch, and one block of 1.
         waits.
-     Partial sums are rounded to rows_dtype. Equal inputs give equal bits for a given W. Across W
-     results differ by these roundings: at most W + 1 of them.
+     Partial sums are rounded to rows_dtype. Equal inputs give equal bits for a given W. Results
+     for two values of W differ by these roundings: at most W + 1 of them.
    MOE_EP_GATHERED, all-to-all through the pointer table
      1. Barrier: all ranks have their rows.
      2. combine.cuh, with the ranks' rows as its buffers: each token reads its rows from all ranks.
@@ -52,8 +52,8 @@
 #define MOEI_EP_REDUCE_RESIDENT 1 /* elsewhere these do not suffice */
 #endif
 
-#ifndef MOEI_EP_ONE_LAUNCH_HOME
-#define MOEI_EP_ONE_LAUNCH_HOME 1 /* 0: sums at home in their own launch; a test may change it */
+#ifndef MOEI_EP_FUSE_HOME
+#define MOEI_EP_FUSE_HOME 1 /* 0: sums at home always in their own launch; a test may change it */
 #endif
 
 /* Shared memory of the reducing kernels. */
@@ -272,7 +272,7 @@ MOE_HOST moe_status moei_ep_size_reduce(moei_ep_reduce_args* a, moe_launch* redu
     places = (int64_t)device.sms * resident;
     if (blocks > places) blocks = (places - 1) / num_ranks * num_ranks + 1;
     /* half of the places: the others serve blocks of this grid and other kernels meanwhile */
-    a->fused = MOEI_EP_ONE_LAUNCH_HOME && !a->peers.shared && a->home.num_tokens > 0 &&
+    a->fused = MOEI_EP_FUSE_HOME && !a->peers.shared && a->home.num_tokens > 0 &&
                a->home.num_tokens <= places / 2;
     if (a->fused) {
         reduce->smem = (size_t)moe_combine_sources(&a->home) * sizeof(moe_combine_source);

@@ -21,9 +21,9 @@
 
    One set of buffers serves any number of layers and steps of equal sizes (this whole struct),
    where dispatch and combine alternate: their barriers keep the next call from overtaking. Layers
-   of other sizes need another set: its buffers would lie across these. Two dispatches before the
-   first one's combine (chunks, or a backward pass that still reads recv_x) need two sets, at
-   different region_offset and channel. */
+   of other sizes need another set: at the same place its buffers would overlap these. Two
+   dispatches before the first one's combine (chunks, or a backward pass that still reads recv_x)
+   need two sets, at different region_offset and channel. */
 #ifndef MOE_EP_DESC_H
 #define MOE_EP_DESC_H
 
@@ -109,11 +109,11 @@ typedef struct moe_ep_dispatch_desc {
     size_t workspace_bytes; /* at least what moe_ep_dispatch_workspace returns */
 } moe_ep_dispatch_desc;
 
-/* Parts of a dispatch, in order. */
+/* Parts of a dispatch, in order. Where ranks share a GPU, MOE_EP_SEND also waits for the ids of all
+   ranks. */
 typedef enum moe_ep_part {
-    MOE_EP_SEND,  /* ids, weights and rows to their ranks. Where ranks share a GPU it also waits for
-                       the ids of all ranks */
-    MOE_EP_ROUTE, /* waits for the ids of all ranks; received slots -> rows in expert order */
+    MOE_EP_SEND,    /* ids, weights and rows to their ranks */
+    MOE_EP_ROUTE,   /* waits for the ids of all ranks; received slots -> rows in expert order */
     MOE_EP_RECEIVE, /* waits for the rows of all ranks */
     MOE_EP_ANSWER,  /* gathered: tells the homes where the rows will be */
     MOE_EP_PARTS
@@ -122,12 +122,11 @@ typedef enum moe_ep_part {
 /* What moe_ep_combine takes. */
 typedef struct moe_ep_combine_desc {
     const moe_ep_dispatch_desc* dispatch; /* of this exchange, on the host */
-    const void* rows; /* [max_rows, H] rows_dtype, the experts' rows; gathered: null, they are
+    const void* rows;     /* [max_rows, H] rows_dtype, the experts' rows; gathered: null, they are
                          in the region (moe_ep_view.rows) */
-    const float*
-        weights; /* [T, K] the dispatch's own pointer; null: 1 each (for a backward pass) */
-    const void* residual;                   /* [T, H] dtype, added first; or null */
-    const void* shared;                     /* [T, H] rows_dtype, added last; or null */
+    const float* weights; /* [T, K] the dispatch's own; null: 1 each, for a backward pass */
+    const void* residual; /* [T, H] dtype, added first; or null */
+    const void* shared;   /* [T, H] rows_dtype, added last; or null */
     const float* shared_weight;             /* [T] factor on shared; or null */
     int64_t residual_stride, shared_stride; /* elements between rows; 0 = H */
     void* y;                                /* [T, H] dtype */

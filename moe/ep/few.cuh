@@ -70,7 +70,10 @@ MOE_DEVICE int moei_ep_few_offsets(const moei_route_args* a, const moei_route_sh
                                                        scratch, &total);
         if (e < num_experts) {
             s->offset[e] = at;
-            if (!empty) d->expert_count[e] = n, d->expert_offset[e] = at;
+            if (!empty) {
+                d->expert_count[e] = n;
+                d->expert_offset[e] = at;
+            }
         }
         rows += total;
     }

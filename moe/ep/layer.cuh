@@ -51,9 +51,9 @@ typedef struct moe_ep_layer_desc {
     const moe_ep_expert* replica;
     int32_t num_local;
     int32_t tag; /* reported where a rank is late, 0 .. 2^24 - 1 */
-    moe_ep_buffers
-        buffers; /* the same on all ranks. What `layer` has is 0 here: hidden, num_experts,
-                               top_k, dtype, rows_dtype, row_multiple; and num_scales */
+    /* the same on all ranks. What `layer` has is 0 here: hidden, num_experts, top_k, dtype,
+       rows_dtype, row_multiple; and num_scales */
+    moe_ep_buffers buffers;
 } moe_ep_layer_desc;
 
 /* Parts of a layer over ranks, in the order of moe_ep_layer_run. */

@@ -142,10 +142,10 @@ MOE_HOST moe_status moe_peers_create_local(moe_peers* peers, int num_ranks, cons
 }
 
 /* Fills in this rank's *peers from the addresses of all regions, as this rank's device addresses
-   them: address [num_ranks] on the host, address[rank] is this rank's own. Checks no reach. The
-   caller then sets what differs: peers->id where ranks are on several hosts, ranks_on_device where
-   ranks share a GPU. Every rank must have
-   returned from this call before any rank signals: the call clears the header. */
+   them: address [num_ranks] on the host, address[rank] is this rank's own. Does not check that
+   they are reachable. The caller then sets what differs: peers->id where ranks are on several
+   hosts, ranks_on_device where ranks share a GPU. Every rank must have returned from this call
+   before any rank signals: the call clears the header. */
 MOE_HOST moe_status moe_peers_create(moe_peers* peers, int rank, int num_ranks,
                                      void* const* address, uint64_t bytes)
 {

@@ -254,8 +254,8 @@ MOE_DEVICE void moei_ep_note_places(const moei_ep_args* a, const moei_ep_shared*
 
 /* Arrives at barrier n of a channel with a grid that stored to peers: each block adds its share;
    the last block's counts the rank as come. A block that began after a stop fault (`stopped`) adds
-   nothing; the last block then sends that fault. All threads of every block; the last
-   warp adds, after a barrier of the block. */
+   nothing; the last block then sends that fault. All threads of every block; the last warp adds,
+   after a barrier of the block. */
 MOE_DEVICE void moei_ep_arrive(const moe_peers_args* p, int channel, uint32_t n, bool stopped)
 {
     const uint32_t share = MOE_PEERS_UNIT / gridDim.x;
@@ -365,7 +365,7 @@ MOE_DEVICE_BODY void moei_ep_push_chunk(const moei_ep_args* a, unsigned char* sh
         }
         if (pass == 1 && last) moei_ep_send_counts(a, &s);
         moei_ep_arrive(&a->peers, a->channel, n + pass - 1, false);
-        __syncthreads(); /* the link keeps their order: what tells of ids goes ahead of rows */
+        __syncthreads(); /* the link keeps their order: the signal for ids goes ahead of rows */
     }
     if (last && a->peers.shared && moe_warp() == 0) /* see signal.cuh: fewer warps wait this way */
         (void)moei_peer_reach(&a->peers, a->channel, n, MOE_PHASE_DISPATCH, a->tag);

@@ -225,9 +225,9 @@ MOE_DEVICE int moei_peer_find_late(const moe_peers_args* p, int channel, uint32_
 }
 
 /* Waits until all ranks have arrived at barrier n of a channel, without passing it. Returns 1, or 0
-   after a stop fault. One warp; warps of several blocks may wait at a time. Some thread
-   blocks of a rank may be at barrier n + 1 already: its total may then reach that of n although
-   shares of n are missing. Those are missing at n + 1 too: its total stays below that of n + 1. */
+   after a stop fault. One warp; warps of several blocks may wait at a time. Some thread blocks of a
+   rank may be at barrier n + 1 already: its total may then reach that of n although shares of n are
+   missing. Those are missing at n + 1 too: its total stays below that of n + 1. */
 MOE_DEVICE int moei_peer_reach(const moe_peers_args* p, int channel, uint32_t n, int phase, int tag)
 {
     moe_peers_channel* own = moei_peer_header(p)->channel + channel;

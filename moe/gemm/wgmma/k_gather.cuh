@@ -5,9 +5,9 @@
    row without an index is in no sum, and may hold NaN: in steps that have one, B is copied by the
    threads too, with zeros in its place.
 
-   Rows are looked up for two steps at a time, 128 depths: an index is read two steps before it is
-   needed, also across tiles. What is looked up of a line is its row's offset from A, in units
-   of 16 bytes, or MOEI_WGMMA_NO_ROW. */
+   Indices are read for two steps at a time, 128 depths, two steps before they are needed, also
+   where the next step is another tile's. A line's entry is its row's offset from A, in units of 16
+   bytes, or MOEI_WGMMA_NO_ROW. */
 #ifndef MOE_GEMM_WGMMA_K_GATHER_CUH
 #define MOE_GEMM_WGMMA_K_GATHER_CUH
 

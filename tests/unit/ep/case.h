@@ -5,8 +5,8 @@
 
 static int ep_few_slots = 8192; /* most received slots that one thread block takes */
 #define MOEI_EP_FEW_SLOTS ep_few_slots
-static int ep_one_launch_home = 1; /* may a combine reduce and add at home in one launch */
-#define MOEI_EP_ONE_LAUNCH_HOME ep_one_launch_home
+static int ep_fuse_home = 1; /* may a combine reduce and add at home in one launch */
+#define MOEI_EP_FUSE_HOME ep_fuse_home
 #include "moe/ep/combine.cuh"
 #include "moe/ref/exchange.h"
 #include "moe/ref/route.h"
@@ -295,7 +295,7 @@ static void ep_vary(void)
     static uint64_t calls;
     const uint64_t bits = trand_mix(++calls);
     ep_few_slots = bits & 1 ? 8192 : 0;
-    ep_one_launch_home = (int)(bits >> 1 & 1);
+    ep_fuse_home = (int)(bits >> 1 & 1);
 }
 
 /* Queues a dispatch of every rank. */
@@ -319,7 +319,7 @@ static void ep_combine(ep_job* j)
         ep_vary();
         CHECK_STATUS(moe_ep_combine_prepare(&j->rank[r].combine, &p), MOE_OK);
         if (T <= 4)
-            CHECK(p.args.fused == (ep_one_launch_home && j->c.form == MOE_EP_REDUCED && T > 0 &&
+            CHECK(p.args.fused == (ep_fuse_home && j->c.form == MOE_EP_REDUCED && T > 0 &&
                                    !p.args.peers.shared),
                   "rank %d: one launch %d", r, p.args.fused);
         CHECK_STATUS(moe_ep_combine_run(&p, j->g.stream[r]), MOE_OK);

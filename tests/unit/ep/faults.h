@@ -97,7 +97,7 @@ static void test_stopped_again(void)
             ep_dispatch(&j);
             tgroup_wait(&j.g);
             TEST_CUDA(cudaMemcpy(j.g.fault[0], &word, 8, cudaMemcpyHostToDevice));
-            ep_one_launch_home = fused;
+            ep_fuse_home = fused;
             for (int i = 0; i < 9; ++i) {
                 tgroup_use(&j.g, i == 8);
                 CHECK_STATUS(moe_ep_combine(&j.rank[i == 8].combine, j.g.stream[i == 8]), MOE_OK);

@@ -184,14 +184,13 @@ static void ep_rounds_free(ep_job* j, ep_rounds* a, int check)
     TEST_CUDA(cudaSetDevice(0));
 }
 
-/* Twelve exchanges in a row, other ids each time, each rank late in its turn, no host sync. On the
-   CPU up to 8 ranks; 16 with MOE_TEST_FULL. */
+/* Twelve exchanges in a row, other ids each time, each rank late in its turn, no host sync. */
 static void test_back_to_back(void)
 {
     static const int ranks[] = {2, 3, 4, 8, 16};
     static ep_job j;
     for (int form = MOE_EP_REDUCED; form <= MOE_EP_GATHERED; ++form)
-        for (size_t i = 0; i < (test_long() ? 5 : 4); ++i) {
+        for (size_t i = 0; i < sizeof ranks / sizeof ranks[0]; ++i) {
             const int dtype = i % 2 ? MOE_FP16 : MOE_BF16, T = i ? 21 : 4;
             const ep_case c = {ranks[i], T, 16, 18, 3, form, dtype, EP_RANDOM, 0, 0, 0, 0, 0, 0, 0};
             trand q = trand_new(60 + i);
@@ -214,9 +213,9 @@ static void test_graph(void)
 {
     static ep_job j;
     for (int i = 0; i < 3; ++i) { /* the last: few enough tokens for one launch */
-        const int form = i == 1 ? MOE_EP_GATHERED : MOE_EP_REDUCED, W = i == 2 ? 2 : 4;
-        const ep_case c = {
-            W, i == 2 ? 4 : 19, 16, 7, 2, form, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 0, 0, 0};
+        const int form = i == 1 ? MOE_EP_GATHERED : MOE_EP_REDUCED;
+        const int W = i == 2 ? 2 : 4, T = i == 2 ? 4 : 19;
+        const ep_case c = {W, T, 16, 7, 2, form, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 0, 0, 0};
         trand q = trand_new(70);
         if (ep_new(&j, &c, 71)) {
             static ep_rounds a;
@@ -268,25 +267,12 @@ static void test_graph(void)
    the CPU fewer. */
 static void test_many_times(void)
 {
-    const int times = test_long() ? MOE_ON_HOST ? 600 : 10000 : 48;
+    const int times = test_long() ? MOE_ON_HOST ? 1200 : 10000 : 120;
     static ep_job j;
     for (int i = 0; i < 3; ++i) { /* the last: few enough tokens for one launch */
         const int form = i == 1 ? MOE_EP_GATHERED : MOE_EP_REDUCED;
-        const ep_case c = {i == 2 ? 2 : 4,
-                           i == 2 ? 4 : 24,
-                           64,
-                           16,
-                           4,
-                           form,
-                           MOE_BF16,
-                           EP_RANDOM,
-                           0,
-                           0,
-                           0,
-                           0,
-                           1,
-                           0,
-                           0};
+        const int W = i == 2 ? 2 : 4, T = i == 2 ? 4 : 24;
+        const ep_case c = {W, T, 64, 16, 4, form, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 1, 0, 0};
         trand q = trand_new(80);
         if (ep_new(&j, &c, 81)) {
             static ep_rounds a;
