@@ -35,7 +35,7 @@ fetch_nvcc() {
     local name=nvidia-cuda-toolkit want=12.4.131~12.4.1-2 mirror deb apt
     command -v apt-get dpkg-deb > /dev/null || skip "no apt-get"
     mirror=$(apt-get indextargets --format '$(REPO_URI)' 'Identifier: Packages' |
-        grep '/debian/*$' | grep -v security | head -1) || skip "no Debian mirror"
+        grep '/debian/*$' | grep -v security | sed -n 1p) || skip "no Debian mirror"
     mkdir -p apt/lists/partial apt/cache/archives/partial
     echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $mirror trixie non-free" > \
         apt/sources.list

@@ -14,7 +14,7 @@ if [ "$kind" = commands ]; then
     for preset in sample test; do
         grep -qF "cmake --workflow --preset $preset" "$readme" ||
             { echo "README.md does not name: cmake --workflow --preset $preset"; exit 1; }
-        (cd "$root" && cmake --list-presets=workflow) | grep -qF "\"$preset\"" ||
+        (cd "$root" && cmake --list-presets=workflow) | grep -F "\"$preset\"" > /dev/null ||
             { echo "CMakePresets.json has no workflow: $preset"; exit 1; }
     done
     echo "README.md names both commands"
@@ -38,7 +38,7 @@ if [ "$kind" = host ]; then
     "$compiler" -x c++ -std=c++14 -O2 -Wall -Wextra -Werror "-I$root" example.cu -o example
     exec ./example
 fi
-if nvidia-smi -L 2> /dev/null | grep -q GPU; then
+if nvidia-smi -L 2> /dev/null | grep GPU > /dev/null; then
     "$compiler" "-I$root" -arch=native example.cu -o example
     exec ./example
 fi
