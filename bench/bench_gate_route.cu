@@ -192,7 +192,7 @@ static int verify_rule(const job* j, cudaStream_t stream)
     if (d.expert_bias) d.expert_bias = (const float*)host_copy(d.expert_bias, E * 4);
     if (d.expert_disabled) d.expert_disabled = (const uint8_t*)host_copy(d.expert_disabled, E);
     if (d.token_disabled) d.token_disabled = (const uint8_t*)host_copy(d.token_disabled, (size_t)T);
-    moe_ref_gate_rules_f64(&d, want, weights, 0, margin);
+    moe_ref_gate_rules_f64(&d, want, weights, 0, 0, margin);
     for (int t = 0; t < T; ++t) {
         if (!(margin[t] >= least_margin)) continue;
         ++compared;

@@ -58,7 +58,13 @@
                                                                                     X(gradient) X(dot)                                                                                        \
     X(num_ranks) X(region) X(region_bytes) X(region_offset) X(peers) X(allgather) X(buffer) X(offset)  \
     X(peer) X(channel) X(tag) X(scales) X(num_scales) X(max_tokens) X(recv_tokens) X(part_count)       \
-    X(num_parts) X(replica) X(wire_dtype) X(dispatch) X(num_local) X(buffers)
+    X(num_parts) X(replica) X(wire_dtype) X(dispatch) X(num_local) X(buffers)    \
+    X(dlogits) X(dlogits_dtype) X(dlogits_stride) X(balance_grad) X(z_sum) X(loss)                     \
+    X(aux_coefficient) X(variance_coefficient) X(z_coefficient) X(bias_step)                           \
+    X(drows) X(drows_table) X(drows_stride) X(dshared) X(dshared_stride) X(dshared_weight)             \
+    X(drouter) X(dbias1) X(dbias2) X(dx_accumulate) X(empty_experts) X(x_rows) X(dy_rows) X(dpre)     \
+    X(recompute) X(gather) X(rows_accumulate)\
+    X(router_grad_dtype)
 
 enum {
     MOE_FIELD_NONE,

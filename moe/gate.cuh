@@ -20,6 +20,9 @@
          prob_sum [E] fp32, for balance losses: sum over all tokens of each expert's probability.
          This is the score; of top-k softmax the softmax over all experts; of sigmoid the score
          divided by the sum of the token's scores.
+         z_sum [1] fp32, for the z-loss: sum over all tokens of lse^2. lse = log sum_e exp(l_e) over
+         the experts that the token sees, l after temperature, noise, square or cosine, whatever the
+         score. A logit of +inf makes z_sum +inf.
 
    Rules. Each is disabled where its field is 0. They apply in this order:
      expert_disabled no token may choose these experts
@@ -41,7 +44,8 @@
    sparsemax score is 0, and where fewer than K experts are left.
 
    Infinities are limits. Logits of +inf share the whole softmax equally. A logit of -inf is no
-   choice, as if the token did not see the expert. A row of -inf chooses nothing, without a fault.
+   choice, as if the token did not see the expert. A row of -inf chooses nothing, without a fault,
+   and adds to no sum.
    Exceptions: quadratic squares -inf to +inf; for pioneer -inf counts as NaN, as does every |l| of
    2^20 or more. Quadratic compares |l|, so logits whose squares overflow keep their order.
    whole_batch: a sum of -inf is no choice. +inf and -inf of one expert sum to NaN, which is no
@@ -58,10 +62,10 @@
    experts, but may change the choice of groups.
 
    Cost: one read of the logits (whole_batch: two). One launch; one more each for expert_count (a
-   memset), prob_sum and whole_batch. Any E up to MOE_MAX_EXPERTS, any K up to E. Rows stay in
-   registers for E up to 1024 and K up to 32; with rules for K up to 8 and groups of a multiple of 4
-   experts. Otherwise, and for rows with infinities, NaN or many equal logits at the top, a warp
-   reads the row again for each choice.
+   memset), whole_batch, and prob_sum or z_sum. Any E up to MOE_MAX_EXPERTS, any K up to E. Rows
+   stay in registers for E up to 1024 and K up to 32; with rules for K up to 8 and groups of a
+   multiple of 4 experts. Otherwise, and for rows with infinities, NaN or many equal logits at the
+   top, a warp reads the row again for each choice.
    Minimum architecture: sm_75.
 
      moe_gate_desc g = {0};
@@ -72,14 +76,14 @@
    For kernels of one's own: moe_warp_top_k (gate/top_k.cuh).
 
    Sources: softmax and top-k gating, noise: Shazeer et al., arXiv 1701.06538; sigmoid scores, bias,
-   groups: DeepSeek-V3, arXiv 2412.19437; sparsemax: Martins and Astudillo, arXiv 1602.02068. */
+   groups: DeepSeek-V3, arXiv 2412.19437; sparsemax: Martins and Astudillo, arXiv 1602.02068;
+   z-loss: ST-MoE, arXiv 2202.08906. */
 #ifndef MOE_GATE_CUH
 #define MOE_GATE_CUH
 
-#include <math.h>
-
 #include "base/check.h"
 #include "fields.h"
+#include "gate/check.h"
 #include "gate/plain.cuh"
 #include "gate/rules.cuh"
 #include "preload.cuh"
@@ -103,7 +107,6 @@
 #endif
 #define MOEI_GATE_ANY_THREADS 1024
 
-#define MOEI_GATE_POWER(n, least, most) ((n) >= (least) && (n) <= (most) && ((n) & ((n)-1)) == 0)
 #define MOEI_GATE_SORTS(most, num_largest, lanes, per_lane)                                        \
     (MOEI_GATE_POWER(lanes, 1, 32) && MOEI_GATE_POWER(per_lane, 8, 32) &&                          \
      MOEI_GATE_POWER(num_largest, (per_lane) / 4, 32) && (num_largest) <= 8 * (lanes) &&           \
@@ -179,96 +182,43 @@ typedef struct moei_gate_chunk_sums {
     float sum[32][MOE_WARP_SIZE]; /* [warp][expert of the block] */
 } moei_gate_chunk_sums;
 
-/* Computes prob_sum [E] from the chunks' sums. A block has 32 experts, one a lane; warp w adds
-   chunks w, w + 32, ... */
+/* Computes prob_sum [E] and z_sum from the chunks' sums. A block has 32 columns, one a lane: E
+   experts, then lse^2. Warp w adds chunks w, w + 32, ... */
 MOE_KERNEL(1024, 1) moei_gate_sum_chunks(MOE_ARG(moei_gate_args) d)
 {
     MOE_SHARED(moei_gate_chunk_sums, s);
     const int e = (int)blockIdx.x * MOE_WARP_SIZE + moe_lane(), num_experts = d.num_experts;
     const int chunks = (int)moe_num_chunks(d.num_tokens);
+    float* to = e == num_experts ? d.z_sum : d.prob_sum && e < num_experts ? d.prob_sum + e : 0;
     float sum = 0.0f;
     moe_pdl_trigger();
     moe_pdl_wait();
     if (moe_fault_stopped(d.fault)) return;
-    if (e < num_experts) {
+    if (to) {
+        const float* part = e < num_experts ? moei_gate_prob_part(&d) + e : moei_gate_z_part(&d);
+        const int step = e < num_experts ? num_experts : 1; /* from chunk to chunk */
         MOE_UNROLL
         for (int i = 0; i < MOE_MAX_CHUNKS / 32; ++i) {
             const int c = i * 32 + moe_warp();
-            if (c < chunks) sum += moei_gate_prob_part(&d)[(int64_t)c * num_experts + e];
+            if (c < chunks) sum += part[(int64_t)c * step];
         }
     }
     s.sum[moe_warp()][moe_lane()] = sum;
     __syncthreads();
-    if (moe_warp() == 0 && e < num_experts) {
+    if (moe_warp() == 0 && to) {
         sum = 0.0f;
         MOE_UNROLL
         for (int w = 0; w < 32; ++w) sum += s.sum[w][moe_lane()];
-        d.prob_sum[e] = sum;
+        *to = sum;
     }
-}
-
-/* Returns 1 where v is neither infinite nor NaN. */
-MOE_HOST int moei_gate_finite(float v) { return (moe_f32_bits(v) & 0x7f800000u) != 0x7f800000u; }
-
-/* Refuses sizes out of range, of those that moe_gate_workspace reads. */
-MOE_HOST moe_status moei_gate_check_sizes(const moe_gate_desc* d)
-{
-    MOE_REQUIRE(d->num_tokens >= 0, MOE_ERR_RANGE, num_tokens);
-    MOE_REQUIRE(d->num_experts >= 1 && d->num_experts <= MOE_MAX_EXPERTS, MOE_ERR_RANGE,
-                num_experts);
-    return MOE_OK;
-}
-
-/* Refuses sizes and options that are out of range or contradict each other; fills in the
-   defaults. */
-MOE_HOST moe_status moei_gate_check_options(moe_gate_desc* d)
-{
-    MOE_TRY(moei_gate_check_sizes(d));
-    MOE_REQUIRE(d->top_k >= 1 && d->top_k <= d->num_experts, MOE_ERR_RANGE, top_k);
-    if (d->logits_dtype == 0) d->logits_dtype = MOE_FP32;
-    MOE_REQUIRE(moe_dtype_bytes(d->logits_dtype), MOE_ERR_DTYPE, logits_dtype);
-    if (d->logits_stride == 0) d->logits_stride = d->num_experts;
-    MOE_REQUIRE(moei_stride_fits(d->logits_stride, d->num_experts, d->num_tokens), MOE_ERR_STRIDE,
-                logits_stride);
-    if (d->score == 0) d->score = MOE_SCORE_SOFTMAX;
-    MOE_REQUIRE(d->score >= 0 && d->score <= MOE_SCORE_PIONEER, MOE_ERR_OPTION, score);
-    MOE_REQUIRE(d->renormalize == 0 || d->renormalize == 1, MOE_ERR_OPTION, renormalize);
-    MOE_REQUIRE(moei_gate_finite(d->scale), MOE_ERR_RANGE, scale);
-    if (d->scale == 0.0f) d->scale = 1.0f;
-    if (d->temperature == 0.0f) d->temperature = 1.0f;
-    MOE_REQUIRE(moei_gate_finite(d->temperature) && d->temperature >= 1e-30f &&
-                    d->temperature <= 1e30f,
-                MOE_ERR_RANGE, temperature);
-    MOE_REQUIRE(moei_gate_finite(d->noise) && d->noise >= 0.0f, MOE_ERR_RANGE, noise);
-    MOE_REQUIRE(d->dropout >= 0.0f && d->dropout < 1.0f, MOE_ERR_RANGE, dropout);
-    MOE_REQUIRE(d->threshold >= 0.0f && d->threshold < 1.0f, MOE_ERR_RANGE, threshold);
-    MOE_REQUIRE(d->threshold == 0.0f || d->score == MOE_SCORE_SIGMOID, MOE_ERR_CONFLICT, threshold);
-    if (d->num_groups == 0) d->num_groups = 1;
-    MOE_REQUIRE(d->num_groups >= 1 && d->num_groups <= MOE_GATE_MAX_GROUPS &&
-                    d->num_experts % d->num_groups == 0,
-                MOE_ERR_RANGE, num_groups);
-    if (d->top_groups == 0) d->top_groups = d->num_groups;
-    MOE_REQUIRE(d->top_groups >= 1 && d->top_groups <= d->num_groups, MOE_ERR_RANGE, top_groups);
-    MOE_REQUIRE(d->top_k <= d->num_experts / d->num_groups * d->top_groups, MOE_ERR_CONFLICT,
-                top_groups);
-    if (d->top_groups == d->num_groups) d->num_groups = d->top_groups = 1; /* all groups: no rule */
-    MOEI_REQUIRE_RANK(d);
-    MOE_REQUIRE(d->whole_batch == 0 || d->whole_batch == 1, MOE_ERR_OPTION, whole_batch);
-    if (d->whole_batch) { /* refuses rules that a choice by sums over all tokens does not apply */
-        MOE_REQUIRE(d->noise == 0.0f, MOE_ERR_CONFLICT, noise);
-        MOE_REQUIRE(d->dropout == 0.0f, MOE_ERR_CONFLICT, dropout);
-        MOE_REQUIRE(d->threshold == 0.0f, MOE_ERR_CONFLICT, threshold);
-        MOE_REQUIRE(!d->expert_bias, MOE_ERR_CONFLICT, expert_bias);
-        MOE_REQUIRE(d->num_groups == 1, MOE_ERR_CONFLICT, num_groups);
-    }
-    return MOE_OK;
 }
 
 /* Returns the bytes of workspace. Requires checked sizes. */
 MOE_HOST uint64_t moei_gate_workspace(const moe_gate_desc* d)
 {
-    return (uint64_t)moe_num_chunks(d->num_tokens) * (uint64_t)d->num_experts * 4 *
-           ((d->prob_sum ? 1u : 0u) + (d->whole_batch ? 1u : 0u));
+    const uint64_t rows = (d->prob_sum ? 1u : 0u) + (d->whole_batch ? 1u : 0u);
+    return (uint64_t)moe_num_chunks(d->num_tokens) * 4 *
+           ((uint64_t)d->num_experts * rows + (d->z_sum ? 1u : 0u));
 }
 
 /* Refuses buffers that are missing, misaligned or overlapping. Requires checked options. */
@@ -289,6 +239,7 @@ MOE_HOST moe_status moei_gate_check_buffers(const moe_gate_desc* d)
         {d->chunk_count, num_experts * (uint64_t)moe_num_chunks(d->num_tokens) * 4, 4,
          MOE_BUFFER_WRITTEN, MOE_FIELD_chunk_count},
         {d->prob_sum, num_experts * 4, 4, MOE_BUFFER_WRITTEN, MOE_FIELD_prob_sum},
+        {d->z_sum, 4, 4, MOE_BUFFER_WRITTEN, MOE_FIELD_z_sum},
         {d->workspace, workspace, 16, MOE_BUFFER_REQUIRED | MOE_BUFFER_WRITTEN,
          MOE_FIELD_workspace},
         {d->fault, 8, 8, MOE_BUFFER_WRITTEN, MOE_FIELD_fault}};
@@ -310,45 +261,7 @@ MOE_HOST int moei_gate_has_rules(const moe_gate_desc* d)
 {
     return d->score > MOE_SCORE_SIGMOID || d->temperature != 1.0f || d->noise > 0.0f ||
            d->dropout > 0.0f || d->threshold > 0.0f || d->expert_bias || d->expert_disabled ||
-           d->token_disabled || d->num_groups > 1 || d->prob_sum || d->whole_batch;
-}
-
-/* Returns the kernels' arguments, from a checked descriptor. */
-MOE_HOST moei_gate_args moei_gate_resolve(const moe_gate_desc* d)
-{
-    moei_gate_args a;
-    a.logits = d->logits;
-    a.expert_bias = d->expert_bias;
-    a.expert_disabled = d->expert_disabled;
-    a.token_disabled = d->token_disabled;
-    a.seed_offset = d->seed_offset;
-    a.logits_stride = d->logits_stride;
-    a.ids = d->ids;
-    a.weights = d->weights;
-    a.expert_count = d->expert_count;
-    a.chunk_count = d->chunk_count;
-    a.prob_sum = d->prob_sum;
-    a.fault = d->fault;
-    a.workspace = d->workspace;
-    a.seed = d->seed;
-    a.logits_dtype = d->logits_dtype;
-    a.num_tokens = d->num_tokens;
-    a.num_experts = d->num_experts;
-    a.top_k = d->top_k;
-    a.score = d->score;
-    a.renormalize = d->renormalize;
-    a.scale = d->scale;
-    a.noise = d->noise;
-    a.dropout = d->dropout;
-    a.num_groups = d->num_groups;
-    a.top_groups = d->top_groups;
-    a.whole_batch = d->whole_batch;
-    a.rank = d->rank;
-    a.inverse_temperature = 1.0f / d->temperature;
-    a.least_logit = d->threshold == 0.0f
-                        ? moe_f32_from_bits(0xff800000u)
-                        : (float)log((double)d->threshold / (1.0 - (double)d->threshold));
-    return a;
+           d->token_disabled || d->num_groups > 1 || d->prob_sum || d->z_sum || d->whole_batch;
 }
 
 /* Sets c->block.x, at most `threads`, and c->smem so that a block's shared memory fits the device.
@@ -412,8 +325,8 @@ MOE_HOST moe_status moei_gate_prepare_choice(const moe_gate_desc* d, moe_gate_pr
 }
 
 /* Sets *bytes to the workspace that moe_gate needs: moe_num_chunks(T) * E * 4 each for prob_sum and
-   for whole_batch, else 0. Reads num_tokens, num_experts and those two alone. Errors: those sizes
-   out of range; MOE_ERR_NULL where desc or bytes is null. */
+   for whole_batch, moe_num_chunks(T) * 4 for z_sum, else 0. Reads num_tokens, num_experts and those
+   three alone. Errors: those sizes out of range; MOE_ERR_NULL where desc or bytes is null. */
 MOE_HOST moe_status moe_gate_workspace(const moe_gate_desc* desc, size_t* bytes)
 {
     MOE_REQUIRE(desc && bytes, MOE_ERR_NULL, desc);
@@ -440,8 +353,8 @@ MOE_HOST moe_status moei_gate_prepare(const moe_gate_desc* desc, moe_gate_prepar
         MOE_TRY(MOE_PREPARE(&p->sum_batch, moei_gate_batch_sum, c));
     }
     MOE_TRY(moei_gate_prepare_choice(&d, p));
-    if (!d.prob_sum) return MOE_OK;
-    c.grid.x = (unsigned)(d.num_experts + 31) / 32;
+    if (!d.prob_sum && !d.z_sum) return MOE_OK;
+    c.grid.x = (unsigned)(d.num_experts + (d.z_sum ? 1 : 0) + 31) / 32;
     c.block.x = 1024;
     c.smem = 0;
     return MOE_PREPARE(&p->sum_chunks, moei_gate_sum_chunks, c);
@@ -455,7 +368,7 @@ MOE_HOST moe_status moe_gate_prepare(const moe_gate_desc* desc, moe_gate_prepare
     MOE_RETURN_PREPARED(desc, p, moei_gate_prepare(desc, p));
 }
 
-/* Queues a prepared gate on `stream`. T = 0 only clears expert_count and prob_sum. */
+/* Queues a prepared gate on `stream`. T = 0 only clears expert_count, prob_sum and z_sum. */
 MOE_HOST moe_status moe_gate_run(const moe_gate_prepared* p, cudaStream_t stream)
 {
     const moei_gate_args* a;
@@ -465,6 +378,7 @@ MOE_HOST moe_status moe_gate_run(const moe_gate_prepared* p, cudaStream_t stream
         MOE_TRY_CUDA(cudaMemsetAsync(a->expert_count, 0, (size_t)a->num_experts * 4, stream));
     if (a->prob_sum && a->num_tokens == 0)
         MOE_TRY_CUDA(cudaMemsetAsync(a->prob_sum, 0, (size_t)a->num_experts * 4, stream));
+    if (a->z_sum && a->num_tokens == 0) MOE_TRY_CUDA(cudaMemsetAsync(a->z_sum, 0, 4, stream));
     MOE_TRY(MOE_RUN(&p->sum_batch, *a, stream));
     MOE_TRY(MOE_RUN(&p->choose, *a, stream));
     return MOE_RUN(&p->sum_chunks, *a, stream);

@@ -22,6 +22,11 @@
     X(grouped_gemm_gradient)                                                                       \
     X(k_grouped_gemm)                                                                              \
     X(combine)                                                                                     \
+    X(combine_backward)                                                                            \
+    X(gate_backward)                                                                               \
+    X(balance_loss)                                                                                \
+    X(router_backward)                                                                             \
+    X(experts_backward)                                                                            \
     X(combine_scatter)                                                                             \
     X(permute)                                                                                     \
     X(block_sparse_list)                                                                           \

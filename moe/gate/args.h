@@ -6,7 +6,7 @@
 #include "desc.h"
 
 /* Fields named as in moe_gate_desc have its meaning, but 0 stands for no default. Keep the order of
-   moe_gate_desc: another order made launches 1 to 4 % slower. */
+   moe_gate_desc: another order made launches 1 to 4 % slower. z_sum came later, at the end. */
 typedef struct moei_gate_args {
     const void* logits;             /* [T, E] logits_dtype */
     const float* expert_bias;       /* [E]; or null */
@@ -38,6 +38,7 @@ typedef struct moei_gate_args {
     int32_t whole_batch;            /* 0 or 1 */
     int32_t rank;                   /* reported with a fault, 0 .. MOE_FAULT_MAX_RANK */
     void* workspace;                /* of moe_gate_workspace's bytes, 16-byte aligned; or null */
+    float* z_sum;                   /* [1]; or null */
 } moei_gate_args;
 
 #endif

@@ -37,6 +37,8 @@ typedef struct moe_gate_desc {
     int32_t* expert_count; /* [E] slots that chose each expert; cleared before; or null */
     int32_t* chunk_count;  /* [moe_num_chunks(T), E] the same of each chunk, for route; or null */
     float* prob_sum;       /* [E] sum over all tokens of each expert's probability; or null */
+    float* z_sum;          /* [1] sum over all tokens of lse^2, lse the logarithm of the sum of e^l
+                              over the experts that the token sees; or null */
     uint64_t* fault;       /* [1] fault word; or null */
     /* sizes and options */
     int32_t num_tokens;     /* T >= 0 */

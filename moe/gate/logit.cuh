@@ -64,6 +64,30 @@ MOE_DEVICE float moei_gate_cosine(float x)
                : __uint_as_float(0x7fc00000u);
 }
 
+/* Returns the derivative of q^2 or cos(q)^2, the logit of quadratic or pioneer, by q. |q| of
+   pioneer is below MOE_GATE_MAX_COSINE, to about 1e-6; else NaN. */
+MOE_DEVICE float moei_gate_slope(int score, float q)
+{
+    const float k = rintf(q * 0.318309886f); /* sin(2q) has period pi too */
+    const float r = fmaf(k, 8.74227766e-8f, fmaf(k, -3.14159274f, q));
+    if (score == MOE_SCORE_QUADRATIC) return 2.0f * q;
+#if MOE_ON_HOST
+    return -sinf(2.0f * r);
+#else
+    return -__sinf(2.0f * r);
+#endif
+}
+
+/* Returns the logarithm of sum, 1 or more, to an absolute 3e-7. */
+MOE_DEVICE float moei_gate_log(float sum)
+{
+#if MOE_ON_HOST
+    return 0.693147182f * log2f(sum);
+#else
+    return 0.693147182f * __log2f(sum);
+#endif
+}
+
 /* Returns whether noise, a square, a cosine or a logit's bias follows the temperature. The logits
    are multiplied by 1 / temperature then. */
 MOE_DEVICE bool moei_gate_multiplies(const moei_gate_args* d)
@@ -113,14 +137,12 @@ MOE_DEVICE moei_gate_units moei_gate_units_of(const moei_gate_args* d)
     return u;
 }
 
-/* Returns the given logit v of token t and expert e, less `most`, after the rules, in units.
-   Returns v itself where the temperature is the unit. Finite logits stay finite. Quadratic: returns
-   |l|, which has the order of l^2. */
-MOE_DEVICE float moei_gate_logit(const moei_gate_args* d, float v, float most, uint64_t seed,
-                                 int64_t t, int e)
+/* Returns the given logit v of token t and expert e, less `most`, after temperature and noise,
+   where moei_gate_multiplies. Finite logits stay finite. */
+MOE_DEVICE float moei_gate_divided(const moei_gate_args* d, float v, float most, uint64_t seed,
+                                   int64_t t, int e)
 {
     const bool finite = (__float_as_uint(v) & 0x7f800000u) != 0x7f800000u;
-    if (!moei_gate_multiplies(d)) return v;
     v = (v - most) * d->inverse_temperature;
     if (finite) v = moei_gate_bounded(v);
     if (d->noise > 0.0f) {
@@ -129,6 +151,17 @@ MOE_DEVICE float moei_gate_logit(const moei_gate_args* d, float v, float most, u
         v = fmaf(d->noise, (e & 2) ? ((e & 1) ? n[3] : n[2]) : ((e & 1) ? n[1] : n[0]), v);
         if (finite) v = moei_gate_bounded(v);
     }
+    return v;
+}
+
+/* Returns the given logit v of token t and expert e, less `most`, after the rules, in units.
+   Returns v itself where the temperature is the unit. Finite logits stay finite. Quadratic: returns
+   |l|, which has the order of l^2. */
+MOE_DEVICE float moei_gate_logit(const moei_gate_args* d, float v, float most, uint64_t seed,
+                                 int64_t t, int e)
+{
+    if (!moei_gate_multiplies(d)) return v;
+    v = moei_gate_divided(d, v, most, seed, t, e);
     if (d->score == MOE_SCORE_QUADRATIC) v = fabsf(v);
     if (d->score == MOE_SCORE_PIONEER) v = moei_gate_cosine(v);
     return v;
@@ -152,12 +185,29 @@ MOE_DEVICE float moei_gate_lane_max(const float* v, const moei_gate_lanes w)
     return moe_warp_max(max, w.lanes);
 }
 
-/* Applies the rules to a lane's loaded logits v of token t, in units; returns the token's largest.
-   Bit j of *unseen: the token does not see v[j], which becomes -inf; dropout adds bits. The whole
-   warp calls it. */
-MOE_DEVICE float moei_gate_logits(float* v, uint32_t* unseen, const moei_gate_args* d,
-                                  uint64_t seed, int64_t t, const moei_gate_lanes w)
+/* Writes the slopes of a lane's logits v, before they are squared or their cosines taken, to slope
+   [E] in shared memory. */
+MOE_DEVICE void moei_gate_lane_slopes(float* slope, const float* v, int score,
+                                      const moei_gate_lanes w)
 {
+    MOE_UNROLL
+    for (int j = 0; j < w.per_lane; j += 4) {
+        float s[4];
+        MOE_UNROLL
+        for (int i = 0; i < 4; ++i) s[i] = moei_gate_slope(score, v[j + i]);
+        moei_store_4(slope + moei_gate_expert(j, w), s);
+    }
+}
+
+/* Applies the rules to a lane's loaded logits v of token t, in units; returns the token's largest.
+   Bit j of *unseen: the token does not see v[j], which becomes -inf; dropout adds bits. Sets
+   *offset to what the rules have subtracted from all logits. slope, a literal null for the gate:
+   where quadratic and pioneer write their slopes. The whole warp calls it. */
+MOE_DEVICE float moei_gate_logits(float* v, uint32_t* unseen, float* offset, float* slope,
+                                  const moei_gate_args* d, uint64_t seed, int64_t t,
+                                  const moei_gate_lanes w)
+{
+    *offset = 0.0f;
     if (d->dropout > 0.0f) {
         const uint64_t here = moei_opaque(seed);
         MOE_UNROLL
@@ -168,6 +218,7 @@ MOE_DEVICE float moei_gate_logits(float* v, uint32_t* unseen, const moei_gate_ar
     if (moei_gate_multiplies(d)) {
         if (d->inverse_temperature != 1.0f) {
             const float most = moei_gate_subtracts_largest(d) ? moei_gate_lane_max(v, w) : 0.0f;
+            *offset = most * d->inverse_temperature;
             MOE_UNROLL
             for (int j = 0; j < w.per_lane; ++j) v[j] = (v[j] - most) * d->inverse_temperature;
         }
@@ -182,6 +233,7 @@ MOE_DEVICE float moei_gate_logits(float* v, uint32_t* unseen, const moei_gate_ar
                 for (int i = 0; i < 4; ++i) v[j + i] = fmaf(d->noise, n[i], v[j + i]);
             }
         }
+        if (slope && d->score >= MOE_SCORE_QUADRATIC) moei_gate_lane_slopes(slope, v, d->score, w);
         if (d->score == MOE_SCORE_QUADRATIC) {
             MOE_UNROLL
             for (int j = 0; j < w.per_lane; ++j) v[j] = v[j] * v[j];

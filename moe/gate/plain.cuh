@@ -238,7 +238,8 @@ MOE_DEVICE_BODY void moei_gate_block(const moei_gate_args* d, int* count, const 
             uint32_t again = __ballot_sync(MOE_FULL_WARP, o.redo && w.rank == 0);
             while (again) {
                 const int from = __ffs((int)again) - 1;
-                moei_gate_token(d, count, 0, 0, 0, first + __shfl_sync(MOE_FULL_WARP, i, from), 0);
+                moei_gate_token(d, count, 0, 0, 0, 0, first + __shfl_sync(MOE_FULL_WARP, i, from),
+                                0);
                 again &= again - 1;
             }
         }

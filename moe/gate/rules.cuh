@@ -178,7 +178,7 @@ MOE_DEVICE void moei_gate_lane_again(const moei_gate_args* d, const moei_gate_sh
     uint32_t again = __ballot_sync(MOE_FULL_WARP, redo);
     while (again) {
         const int from = __ffs((int)again) - 1;
-        moei_gate_token(d, shared->count, prob, row, shared->chosen,
+        moei_gate_token(d, shared->count, prob, row, shared->z + moe_warp(), shared->chosen,
                         __shfl_sync(MOE_FULL_WARP, t, from), 1);
         __syncwarp(MOE_FULL_WARP);
         again &= again - 1;
@@ -203,7 +203,7 @@ MOE_DEVICE void moei_gate_lane_again(const moei_gate_args* d, const moei_gate_sh
      5. sort: the token's `num_largest` largest merits in order, of them the K-th
      6. choose: a lane's merits that are not below the K-th, and how many the lanes before have
      7. write: collects the picks in shared memory; their order, weights and ids
-     8. sums of probabilities
+     8. sums of probabilities and of lse^2, which waits in the token's first pick since 3.
      9. again: moei_gate_token does the tokens that 1. to 8. cannot. More than 2 num_largest of
         their experts are not below the K-th, or they see fewer than K, or their logits are
         infinite, huge or NaN. */
@@ -251,7 +251,7 @@ MOE_DEVICE_BODY void moei_gate_rules_block(const moei_gate_args* d, const moei_g
         float v[32];   /* this lane's logits; of the block's first token where none is left */
         float u[32];   /* merits of v */
         float top[32]; /* the token's `num_largest` largest merits, in order */
-        float kth, max;
+        float kth, max, offset;
         uint32_t unseen = off, picked;
         int n, before;
         bool redo;
@@ -266,8 +266,12 @@ MOE_DEVICE_BODY void moei_gate_rules_block(const moei_gate_args* d, const moei_g
         } else {
             moei_gate_read(v, d, t, wide, w);
         }
-        max = moei_gate_logits(v, &unseen, d, seed, t, w); /* 2. apply */
-        s = moei_gate_lane_stats(d, &units, v, max, w);    /* 3. sum */
+        max = moei_gate_logits(v, &unseen, &offset, 0, d, seed, t, w); /* 2. apply */
+        s = moei_gate_lane_stats(d, &units, v, max, w);                /* 3. sum */
+        if (d->z_sum) {
+            const float lse = moei_gate_lane_lse(v, offset, d, &units, &s, w);
+            if (w.rank == 0) pick->z = lse * lse;
+        }
         if ((judged || !moei_gate_is_softmax(d->score)) && moei_gate_lane_odd(v, w))
             s.nan = moei_gate_lane_minus(&unseen, v, overflows, w);
         moei_gate_lane_merits(u, v, unseen, d, &units, &s, shared->bias, w); /* 4. merits */
@@ -291,6 +295,10 @@ MOE_DEVICE_BODY void moei_gate_rules_block(const moei_gate_args* d, const moei_g
         if (masked) moei_gate_unused(d, t, w.rank, lanes);
         if (d->prob_sum) /* 8. probabilities */
             moei_gate_lane_probabilities(prob, v, unseen, live && !redo, d, &units, &s, w);
+        if (d->z_sum) {
+            const float z = moe_warp_sum(live && !redo && w.rank == 0 ? pick->z : 0.0f, 32);
+            if (moe_lane() == 0) shared->z[moe_warp()] += z;
+        }
         moei_gate_lane_again(d, shared, prob, row, first + i, redo && w.rank == 0); /* 9. */
     }
     moei_gate_rules_end(d, shared);
@@ -309,7 +317,9 @@ MOE_DEVICE void moei_gate_any_block(const moei_gate_args* d, const moei_gate_sha
         const int t = first + i;
         if (d->token_disabled && d->token_disabled[t])
             moei_gate_unused(d, t, moe_lane(), MOE_WARP_SIZE);
-        else moei_gate_token(d, shared->count, prob, row, shared->chosen, t, 1);
+        else
+            moei_gate_token(d, shared->count, prob, row, shared->z + moe_warp(), shared->chosen, t,
+                            1);
     }
     moei_gate_rules_end(d, shared);
 }

@@ -32,6 +32,18 @@ MOE_DEVICE bool moei_gate_lane_nan(const float* v, const moei_gate_lanes w)
     return moei_is_nan(nan);
 }
 
+/* Returns the sum of a token's exponentials e^(l - max) from its group of lanes. v: a lane's
+   logits; max: the token's largest; both in units. The whole warp calls it. */
+MOE_DEVICE float moei_gate_lane_exponentials(const float* v, float max,
+                                             const moei_gate_units* units, const moei_gate_lanes w)
+{
+    const float shift = -(max * units->log2);
+    float sum = 0.0f;
+    MOE_UNROLL
+    for (int j = 0; j < w.per_lane; ++j) sum += moei_exp2_fast(fmaf(v[j], units->log2, shift));
+    return moe_warp_sum(sum, w.lanes);
+}
+
 /* Returns the statistics of a token from its group of lanes. v: a lane's logits, -inf where the
    token does not see them; max: the token's largest; both in units. Sets `nan` for softmax scores
    alone, where the sum is NaN. The whole warp calls it.
@@ -71,14 +83,21 @@ MOE_DEVICE moei_gate_stats moei_gate_lane_stats(const moei_gate_args* d,
         }
         s.sum = moe_warp_sum(s.sum, w.lanes);
     } else {
-        const float shift = -(s.max * units->log2);
-        MOE_UNROLL
-        for (int j = 0; j < w.per_lane; ++j)
-            s.sum += moei_exp2_fast(fmaf(v[j], units->log2, shift));
-        s.sum = moe_warp_sum(s.sum, w.lanes);
+        s.sum = moei_gate_lane_exponentials(v, s.max, units, w);
         s.nan = moei_is_nan(s.sum);
     }
     return s;
+}
+
+/* Returns lse, the logarithm of the sum of e^l over the experts that a token sees. offset: what the
+   rules have subtracted from all logits. The whole warp calls it. */
+MOE_DEVICE float moei_gate_lane_lse(const float* v, float offset, const moei_gate_args* d,
+                                    const moei_gate_units* units, const moei_gate_stats* s,
+                                    const moei_gate_lanes w)
+{
+    const float sum =
+        moei_gate_is_softmax(d->score) ? s->sum : moei_gate_lane_exponentials(v, s->max, units, w);
+    return offset + fmaf(s->max, units->unit, moei_gate_log(sum));
 }
 
 /* Computes the scores u of a lane's logits v, to a few ulp, for choosing. sums, a literal: 1

@@ -10,7 +10,7 @@ typedef struct moei_gate_pick {
     float logit; /* in units */
     int expert;  /* 0 .. E - 1 */
     float merit; /* what selection compared, where that is not the logit */
-    int unused;  /* fills 16 bytes */
+    float z;     /* of a token's first pick, with z_sum: lse^2 of the token */
 } moei_gate_pick;
 
 /* Returns the bytes of a token's picks: at most 2 num_largest picks, then order [num_largest]. */
@@ -34,6 +34,7 @@ typedef struct moei_gate_shared {
     float* row;           /* [warps][E] a token's logits, for moei_gate_token */
     float* prob;          /* [warps][E] with prob_sum: sums of probabilities */
     int32_t* chosen;      /* [K] with whole_batch: the batch's choices */
+    float* z;             /* [warps] with z_sum: sums of lse^2 */
 } moei_gate_shared;
 
 /* Sets the addresses of *s from `base` on; returns the bytes. A null base only counts. */
@@ -59,7 +60,9 @@ MOE_HOST_DEVICE size_t moei_gate_carve(moei_gate_shared* s, unsigned char* base,
     s->prob = (float*)(base + at);
     at += d->prob_sum ? (size_t)warps * num_experts * 4 : 0;
     s->chosen = (int32_t*)(base + at);
-    return at + (d->whole_batch ? (size_t)d->top_k * 4 : 0);
+    at += d->whole_batch ? (size_t)d->top_k * 4 : 0;
+    s->z = (float*)(base + at);
+    return at + (d->z_sum ? (size_t)warps * 4 : 0);
 }
 
 /* Returns the chunks' sums of probabilities in the workspace, [moe_num_chunks(T), E]. With
@@ -70,7 +73,15 @@ MOE_HOST_DEVICE float* moei_gate_prob_part(const moei_gate_args* d)
            (d->whole_batch ? moe_num_chunks(d->num_tokens) * d->num_experts : 0);
 }
 
-/* Clears count and prob, and loads the bias. All threads; a barrier must follow. */
+/* Returns the chunks' sums of lse^2 in the workspace, [moe_num_chunks(T)], behind those of the
+   probabilities. */
+MOE_HOST_DEVICE float* moei_gate_z_part(const moei_gate_args* d)
+{
+    return moei_gate_prob_part(d) +
+           (d->prob_sum ? moe_num_chunks(d->num_tokens) * d->num_experts : 0);
+}
+
+/* Clears count, prob and z, and loads the bias. All threads; a barrier must follow. */
 MOE_DEVICE void moei_gate_rules_begin(const moei_gate_args* d, const moei_gate_shared* s)
 {
     const int num_experts = d->num_experts, warps = (int)blockDim.x / MOE_WARP_SIZE;
@@ -85,10 +96,11 @@ MOE_DEVICE void moei_gate_rules_begin(const moei_gate_args* d, const moei_gate_s
     MOE_NO_UNROLL
     for (int i = (int)threadIdx.x; d->prob_sum && i < warps * num_experts; i += (int)blockDim.x)
         s->prob[i] = 0.0f;
+    if (d->z_sum && (int)threadIdx.x < warps) s->z[threadIdx.x] = 0.0f;
 }
 
-/* Writes the counts and the sums of probabilities of a block's chunk. All threads; begins with a
-   barrier. */
+/* Writes the counts and the sums of probabilities and of lse^2 of a block's chunk. All threads;
+   begins with a barrier. */
 MOE_DEVICE void moei_gate_rules_end(const moei_gate_args* d, const moei_gate_shared* s)
 {
     const int num_experts = d->num_experts, warps = (int)blockDim.x / MOE_WARP_SIZE;
@@ -98,6 +110,11 @@ MOE_DEVICE void moei_gate_rules_end(const moei_gate_args* d, const moei_gate_sha
         float sum = 0.0f;
         for (int w = 0; w < warps; ++w) sum += s->prob[w * num_experts + e];
         moei_gate_prob_part(d)[(int64_t)blockIdx.x * num_experts + e] = sum;
+    }
+    if (d->z_sum && threadIdx.x == 0) {
+        float sum = 0.0f;
+        for (int w = 0; w < warps; ++w) sum += s->z[w];
+        moei_gate_z_part(d)[blockIdx.x] = sum;
     }
 }
 

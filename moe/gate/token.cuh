@@ -20,8 +20,9 @@ typedef struct moei_gate_stats {
 #define MOEI_GATE_MINUS 0xff800000u  /* bits of -inf, which is no choice */
 
 /* Writes the logits of token t, after the rules, to row [E] in shared memory. Logits that the token
-   does not see, and -inf, become MOEI_GATE_UNSEEN. The whole warp; row is its own. */
-MOE_DEVICE void moei_gate_fill_row(const moei_gate_args* d, float* row, int64_t t)
+   does not see, and -inf, become MOEI_GATE_UNSEEN. Returns what the rules have subtracted from all
+   logits. The whole warp; row is its own. */
+MOE_DEVICE float moei_gate_fill_row(const moei_gate_args* d, float* row, int64_t t)
 {
     const uint64_t seed = moei_gate_seed(d);
     float v, most = __uint_as_float(MOEI_GATE_MINUS);
@@ -42,6 +43,7 @@ MOE_DEVICE void moei_gate_fill_row(const moei_gate_args* d, float* row, int64_t 
         row[e] = v;
     }
     __syncwarp(MOE_FULL_WARP);
+    return most * d->inverse_temperature;
 }
 
 /* Loads the logit of expert e; returns false where the token does not see e or the logit is -inf.
@@ -106,6 +108,40 @@ MOE_DEVICE moei_gate_stats moei_gate_row_stats(const moei_gate_args* d, const fl
         }
     s.sum = moe_warp_sum(sum, MOE_WARP_SIZE);
     return s;
+}
+
+/* Returns the sum of e^(l - max) over the experts that a token sees. The whole warp. */
+MOE_DEVICE float moei_gate_row_exponentials(const moei_gate_args* d, const float* row,
+                                            const moei_gate_stats* s)
+{
+    const float log2 = moei_gate_units_of(d).log2;
+    float sum = 0.0f, v;
+    if (moei_gate_is_softmax(d->score)) return s->sum;
+    MOE_NO_UNROLL
+    for (int e = moe_lane(); e < d->num_experts; e += MOE_WARP_SIZE)
+        if (moei_gate_see(&v, d, row, 0, e, 1))
+            sum += moei_exp2_fast(log2 * moei_gate_below(v, s->max));
+    return moe_warp_sum(sum, MOE_WARP_SIZE);
+}
+
+/* Returns lse, the logarithm of the sum of e^l over the experts that a token sees; -inf where the
+   token sees none. offset: as moei_gate_fill_row returns. The whole warp. */
+MOE_DEVICE float moei_gate_row_lse(const moei_gate_args* d, const float* row, float offset,
+                                   const moei_gate_stats* s)
+{
+    const float sum = moei_gate_row_exponentials(d, row, s);
+    const float most =
+        d->score == MOE_SCORE_QUADRATIC ? s->max * s->max : s->max * moei_gate_units_of(d).unit;
+    return sum > 0.0f ? offset + most + moei_gate_log(sum) : __uint_as_float(MOEI_GATE_MINUS);
+}
+
+/* Adds lse^2 of a token to *z, of shared memory. A token that sees no expert adds nothing. The
+   whole warp. */
+MOE_DEVICE void moei_gate_add_z(const moei_gate_args* d, float* z, const float* row, float offset,
+                                const moei_gate_stats* s)
+{
+    const float lse = moei_gate_row_lse(d, row, offset, s);
+    if (moe_lane() == 0 && __float_as_uint(lse) != MOEI_GATE_MINUS) *z += lse * lse;
 }
 
 /* Returns the probability of an expert with logit v: the score over the sum of all scores. */
@@ -219,29 +255,31 @@ MOE_DEVICE void moei_gate_finish(const moei_gate_args* d, int* count, int64_t t,
         weights[k] = (total > 0.0f ? __fdiv_rn(weights[k], total) : weights[k]) * d->scale;
 }
 
-/* Chooses and weighs for token t. The whole warp. count, prob and row [E] are in shared memory;
-   prob (with prob_sum) and row are this warp's own. rules is a literal; 0 uses neither these nor
-   chosen.
-     1. the row after the rules, and its statistics; a NaN: the token chooses nothing
+/* Chooses and weighs for token t. The whole warp. count, prob, row [E] and z are in shared memory;
+   prob (with prob_sum), row and z (with z_sum) are this warp's own. rules is a literal; 0 uses
+   neither these nor chosen.
+     1. the row after the rules, and its statistics; a NaN: the token chooses nothing; lse^2
      2. whole_batch: the choices are chosen [K]
      3. else each choice is the best merit that follows the choice before, by descending merit,
         equals by ascending expert. d->weights holds the logits of the chosen
      4. weights and counts; probabilities */
 MOE_DEVICE void moei_gate_token(const moei_gate_args* d, int* count, float* prob, float* row,
-                                const int32_t* chosen, int t, const int rules)
+                                float* z, const int32_t* chosen, int t, const int rules)
 {
     const int num_experts = d->num_experts, top_k = d->top_k;
     const int group = rules ? num_experts / d->num_groups : num_experts;
     uint32_t last = MOE_FULL_WARP, groups = MOE_FULL_WARP;
     int last_at = -1;
+    float offset = 0.0f;
     moei_gate_stats s;
-    if (rules) moei_gate_fill_row(d, row, t); /* 1. */
+    if (rules) offset = moei_gate_fill_row(d, row, t); /* 1. */
     s = moei_gate_row_stats(d, row, t, rules);
     if (s.nan) {
         moei_gate_unused(d, t, moe_lane(), MOE_WARP_SIZE);
         if (moe_lane() == 0) moe_fault_raise(d->fault, MOE_FAULT_NAN_LOGIT, d->rank, (uint32_t)t);
         return;
     }
+    if (rules && d->z_sum) moei_gate_add_z(d, z, row, offset, &s);
     if (rules && d->whole_batch) { /* 2. */
         for (int k = moe_lane(); k < top_k; k += MOE_WARP_SIZE) {
             float v = 0.0f;

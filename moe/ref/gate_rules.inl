@@ -165,18 +165,28 @@ MOE_HOST int MOEI_REF(moei_ref_best)(const MOEI_REF(moe_ref_row) * row, int num_
     return best;
 }
 
-/* Writes ids and weights [T, K]; prob_sum [E] and margin [T], which may be null. margin is the
-   smallest difference that decided a token's choices: an implementation whose rounding errors are
-   larger may choose otherwise. With whole_batch the differences are divided by 1 + the sum over the
-   tokens of the mean absolute logit.
+/* Returns lse, the logarithm of the sum of e^l over the experts that a token sees; -infinity where
+   the token sees none. row->max is filled in. */
+MOE_HOST MOEI_REAL MOEI_REF(moei_ref_lse)(const MOEI_REF(moe_ref_row) * row, int num_experts)
+{
+    MOEI_REAL sum = 0;
+    for (int e = 0; e < num_experts; ++e)
+        if (row->seen[e]) sum += exp(row->logit[e] == row->max ? 0 : row->logit[e] - row->max);
+    return sum > 0 ? row->max + (MOEI_REAL)log(sum) : -(MOEI_REAL)INFINITY;
+}
+
+/* Writes ids and weights [T, K]; prob_sum [E], z_sum [1] and margin [T], which may be null. margin
+   is the smallest difference that decided a token's choices: an implementation whose rounding
+   errors are larger may choose otherwise. With whole_batch the differences are divided by 1 + the
+   sum over the tokens of the mean absolute logit.
 
    1. whole_batch: sums the logits over the tokens and chooses for the batch.
-   2. For each token: reads the logits, computes scores and merits, adds to prob_sum.
+   2. For each token: reads the logits, computes scores and merits, adds to prob_sum and z_sum.
    3. Chooses the K largest merits, then drops those below the threshold or, with sparsemax, of
       score 0.
    4. Renormalizes and scales the weights. */
 MOE_HOST void MOEI_REF(moe_ref_gate_rules)(const moe_gate_desc* d, int32_t* ids, MOEI_REAL* weights,
-                                           MOEI_REAL* prob_sum, MOEI_REAL* margin)
+                                           MOEI_REAL* prob_sum, MOEI_REAL* z_sum, MOEI_REAL* margin)
 {
     const int num_experts = d->num_experts, top_k = d->top_k;
     MOEI_REF(moe_ref_row)* row = (MOEI_REF(moe_ref_row)*)malloc(sizeof *row);
@@ -219,11 +229,12 @@ MOE_HOST void MOEI_REF(moe_ref_gate_rules)(const moe_gate_desc* d, int32_t* ids,
         free(sum);
     }
     for (int e = 0; prob_sum && e < num_experts; ++e) prob_sum[e] = 0;
+    if (z_sum) *z_sum = 0;
     for (int64_t t = 0; t < d->num_tokens; ++t) {
         MOEI_REAL near = batch_margin, total = 0, last = 0;
         int32_t* id = ids + t * top_k;
         MOEI_REAL* weight = weights + t * top_k;
-        MOEI_REAL scores = 0, shift;
+        MOEI_REAL scores = 0, shift, lse;
         int last_at = -1;
         for (int k = 0; k < top_k; ++k) id[k] = -1, weight[k] = 0;
         if (margin) margin[t] = near;
@@ -231,6 +242,8 @@ MOE_HOST void MOEI_REF(moe_ref_gate_rules)(const moe_gate_desc* d, int32_t* ids,
         if (row->nan || (d->token_disabled && d->token_disabled[t])) continue;
         MOEI_REF(moei_ref_score)(d, row);
         MOEI_REF(moei_ref_merit)(d, row, &near);
+        lse = MOEI_REF(moei_ref_lse)(row, num_experts);
+        if (z_sum && lse > -(MOEI_REAL)INFINITY) *z_sum += lse * lse;
         shift = row->max < 0 ? row->max : 0; /* scales sigmoids that would all underflow */
         for (int e = 0; e < num_experts; ++e)
             if (row->seen[e]) scores += 1 / (exp(shift) + exp(shift - row->logit[e]));

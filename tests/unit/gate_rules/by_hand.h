@@ -422,7 +422,7 @@ static void test_large_angles(void)
                 ((float*)b.logits)[k] = at[i] * (float)(trand_int(&r, 0, 1) * 2 - 1) *
                                         (1 + 0.04f * trand_normal(&r) / 6);
             put(&b);
-            moe_ref_gate_rules_f64(&b.host, ids, want, 0, margin);
+            moe_ref_gate_rules_f64(&b.host, ids, want, 0, 0, margin);
             CHECK_STATUS(moe_gate(&b.device, test_now.stream), MOE_OK);
             got_ids = (int32_t*)tbuf_copy(&b.ids);
             got = (float*)tbuf_copy(&b.weights);

@@ -10,9 +10,9 @@
 typedef struct rules_case {
     moe_gate_desc options;
     int T, E, K, dtype;
-    int bias, expert_disabled, token_disabled, prob, nan, seed_offset; /* 1: with it */
-    float spread; /* of the logits; 0 = 1 */
-    int pad;      /* stride - E */
+    int bias, expert_disabled, token_disabled, prob, z, nan, seed_offset; /* 1: with it */
+    float spread;                                                         /* of the logits; 0 = 1 */
+    int pad;                                                              /* stride - E */
     int misalign; /* of the logits, elements */
 } rules_case;
 
@@ -25,7 +25,7 @@ typedef struct rules_bufs {
     uint8_t *expert_disabled, *token_disabled;
     uint64_t offset;
     tbuf d_logits, d_bias, d_expert_disabled, d_token_disabled, d_offset;
-    tbuf ids, weights, count, chunk, prob, workspace, fault;
+    tbuf ids, weights, count, chunk, prob, z, workspace, fault;
     moe_gate_desc host, device;
 } rules_bufs;
 
@@ -84,6 +84,7 @@ static void bufs_new(rules_bufs* b, const rules_case* c, trand* r)
     b->count = tbuf_new("expert_count", E * 4, 4);
     b->chunk = tbuf_new("chunk_count", E * (size_t)moe_num_chunks(c->T) * 4, 8);
     b->prob = tbuf_new("prob_sum", E * 4, 4);
+    b->z = tbuf_new("z_sum", 4, 4);
     b->fault = tfault_new(0);
     b->host = c->options;
     b->host.num_tokens = c->T;
@@ -107,6 +108,7 @@ static void bufs_new(rules_bufs* b, const rules_case* c, trand* r)
     d->expert_count = (int32_t*)b->count.p;
     d->chunk_count = (int32_t*)b->chunk.p;
     if (c->prob) d->prob_sum = (float*)b->prob.p;
+    if (c->z) d->z_sum = (float*)b->z.p;
     d->fault = (uint64_t*)b->fault.p;
     d->rank = TEST_RANK;
     CHECK_STATUS(moe_gate_workspace(d, &bytes), MOE_OK);
@@ -117,9 +119,19 @@ static void bufs_new(rules_bufs* b, const rules_case* c, trand* r)
 
 static void bufs_free(rules_bufs* b)
 {
-    tbuf* all[] = {&b->d_logits, &b->d_bias, &b->d_expert_disabled, &b->d_token_disabled,
-                   &b->d_offset, &b->ids,    &b->weights,           &b->count,
-                   &b->chunk,    &b->prob,   &b->workspace,         &b->fault};
+    tbuf* all[] = {&b->d_logits,
+                   &b->d_bias,
+                   &b->d_expert_disabled,
+                   &b->d_token_disabled,
+                   &b->d_offset,
+                   &b->ids,
+                   &b->weights,
+                   &b->count,
+                   &b->chunk,
+                   &b->prob,
+                   &b->z,
+                   &b->workspace,
+                   &b->fault};
     for (size_t i = 0; i < sizeof all / sizeof *all; ++i) tbuf_free(all[i]);
     free(b->logits);
     free(b->bias);
@@ -134,11 +146,11 @@ static const char* case_text(const rules_case* c)
     snprintf(
         text, sizeof text,
         "T=%d E=%d K=%d %s score=%d renormalize=%d scale=%g temperature=%g noise=%g dropout=%g "
-        "threshold=%g groups=%d of %d batch=%d bias=%d off=%d/%d prob=%d nan=%d seed=%llu+%d",
+        "threshold=%g groups=%d of %d batch=%d bias=%d off=%d/%d prob=%d z=%d nan=%d seed=%llu+%d",
         c->T, c->E, c->K, moe_dtype_name(c->dtype), o->score, o->renormalize, (double)o->scale,
         (double)o->temperature, (double)o->noise, (double)o->dropout, (double)o->threshold,
         o->top_groups, o->num_groups, o->whole_batch, c->bias, c->expert_disabled,
-        c->token_disabled, c->prob, c->nan, (unsigned long long)o->seed, c->seed_offset);
+        c->token_disabled, c->prob, c->z, c->nan, (unsigned long long)o->seed, c->seed_offset);
     return text;
 }
 
@@ -156,6 +168,19 @@ static double noise_error(const moe_gate_desc* d, int64_t t)
     }
     return (double)d->noise * fmin(7e-4, 5e-7 / sqrt(least)) *
            (d->score == MOE_SCORE_QUADRATIC ? 10 : 1);
+}
+
+/* Compares z_sum with the exact one. `relative` is the error of a logit, `slack` how far imprecise
+   noise may move the logarithms. Numbers beyond fp32 are infinite. */
+static void compare_z(const tbuf* b, double want, int T, double relative, double slack)
+{
+    float got;
+    tbuf_get(b, &got);
+    if (want > 3.4e38) CHECK(got > 3e38f, "z_sum: %g, not %g", (double)got, want);
+    else
+        CHECK(fabs(got - want) <=
+                  relative * 2 * (want + T) + 2 * sqrt(want) * slack + slack * slack,
+              "z_sum: %.9g, not %.9g", (double)got, want);
 }
 
 /* Compares all outputs; returns the share of tokens whose choices were compared. */
@@ -181,8 +206,8 @@ static double compare(const rules_bufs* b, const rules_case* c)
                              : least / (1 + spread);
     int compared = 0, used = 0;
     int64_t first_nan = -1;
-    double slack = 0; /* of the sums, for tokens of imprecise noise */
-    moe_ref_gate_rules_f64(&b->host, ids, weights, prob, margin);
+    double z, slack = 0; /* of the sums, for tokens of imprecise noise */
+    moe_ref_gate_rules_f64(&b->host, ids, weights, prob, &z, margin);
     for (int t = 0; t < T; ++t) {
         const double noisy = noise_error(&b->host, t);
         int same = margin[t] >= least && noisy <= least / 2;
@@ -233,11 +258,14 @@ static double compare(const rules_bufs* b, const rules_case* c)
             all += sums[e];
             want += prob[e];
         }
-        CHECK(fabs(all - want) < 1e-4 * (want + 1), "probabilities of %g in all, not %g", all, want);
+        CHECK(fabs(all - want) < 1e-4 * (want + 1), "probabilities of %g in all, not %g", all,
+              want);
         free(sums);
     } else {
         CHECK(tbuf_holds(&b->prob, 0), "prob_sum was not given");
     }
+    if (c->z) compare_z(&b->z, z, T, least, slack);
+    else CHECK(tbuf_holds(&b->z, 0), "z_sum was not given");
     if (test_now.failures > before) printf("  in: %s\n", case_text(c));
     free(ids);
     free(weights);
@@ -282,7 +310,8 @@ static void check_rows(const char* what, const moe_gate_desc* o, const int32_t* 
 {
     const int T = o->num_tokens, K = o->top_k, before = test_now.failures;
     const int forms = o->num_groups > 1 ? 2 : 3;
-    const double least = o->noise > 0 ? 2e-6 : 1e-37; /* the device draws noise by quick functions */
+    const double least =
+        o->noise > 0 ? 2e-6 : 1e-37; /* the device draws noise by quick functions */
     const int64_t slots = (int64_t)T * K;
     for (int form = 0; form < forms; ++form) {
         const int E = form == 2 ? 1028 : o->num_experts;
@@ -294,8 +323,9 @@ static void check_rows(const char* what, const moe_gate_desc* o, const int32_t* 
         double* want_prob = (double*)test_host(E * 8);
         void* poison = test_host(slots * 4);
         moe_gate_desc h = *o, d;
-        tbuf b[8];
+        tbuf b[9];
         size_t bytes = 0;
+        double want_z;
         int32_t* got_ids;
         float *got, *got_prob;
         memset(poison, 0x5a, (size_t)slots * 4);
@@ -310,7 +340,7 @@ static void check_rows(const char* what, const moe_gate_desc* o, const int32_t* 
         h.logits = logits;
         h.expert_bias = o->expert_bias ? bias : 0;
         h.expert_disabled = o->expert_disabled || form > 0 ? off : 0;
-        moe_ref_gate_rules_f64(&h, want_ids, want, want_prob, 0);
+        moe_ref_gate_rules_f64(&h, want_ids, want, want_prob, &want_z, 0);
         if (ids) CHECK(memcmp(ids, want_ids, (size_t)slots * 4) == 0, "ids of the reference");
         for (int64_t s = 0; weights && s < slots; ++s)
             CHECK(fabs(weights[s] - want[s]) <= 1e-9 + 1e-6 * fabs(want[s]),
@@ -331,7 +361,8 @@ static void check_rows(const char* what, const moe_gate_desc* o, const int32_t* 
         if (d.expert_disabled) d.expert_disabled = (const uint8_t*)b[2].p;
         d.ids = (int32_t*)b[3].p;
         d.weights = (float*)b[4].p;
-        if (prob) d.prob_sum = (float*)b[5].p;
+        b[8] = tbuf_new("z_sum", 4, 0);
+        if (prob) d.prob_sum = (float*)b[5].p, d.z_sum = (float*)b[8].p;
         d.fault = (uint64_t*)b[6].p;
         d.rank = TEST_RANK;
         CHECK_STATUS(moe_gate_workspace(&d, &bytes), MOE_OK);
@@ -351,9 +382,10 @@ static void check_rows(const char* what, const moe_gate_desc* o, const int32_t* 
         for (int e = 0; prob && e < E; ++e)
             CHECK(fabs(got_prob[e] - want_prob[e]) <= 4e-6 * T, "prob_sum %d: %.9g, not %.9g", e,
                   (double)got_prob[e], want_prob[e]);
+        if (prob) compare_z(&b[8], want_z, T, 4e-6, 0);
         CHECK_FAULT(&b[6], fault, index);
         if (test_now.failures > before) printf("  in: %s, form %d\n", what, form);
-        for (int i = 0; i < 8; ++i) tbuf_free(&b[i]);
+        for (int i = 0; i < 9; ++i) tbuf_free(&b[i]);
         free(logits), free(bias), free(off), free(want_ids), free(want), free(want_prob);
         free(poison), free(got_ids), free(got), free(got_prob);
     }

@@ -59,7 +59,7 @@ static void test_bits_and_graph(void)
         c.options.score = 1 + i % MOE_SCORE_PIONEER;
         c.options.noise = 0.3f;
         c.options.dropout = 0.1f;
-        c.bias = c.expert_disabled = c.token_disabled = c.prob = c.seed_offset = 1;
+        c.bias = c.expert_disabled = c.token_disabled = c.prob = c.z = c.seed_offset = 1;
         if (i % 3 == 2) {
             c.options.whole_batch = 1;
             c.options.noise = c.options.dropout = 0;
@@ -67,7 +67,7 @@ static void test_bits_and_graph(void)
         }
         bufs_new(&b, &c, &r);
         test_same_bits("gate", call_gate, &b.device,
-                       TBUFS(&b.ids, &b.weights, &b.count, &b.chunk, &b.prob),
+                       TBUFS(&b.ids, &b.weights, &b.count, &b.chunk, &b.prob, &b.z),
                        MOE_ON_HOST ? 3 : 100);
         compare(&b, &c);
         if (tgraph_capture(&g, call_gate, &b.device)) {
@@ -77,6 +77,7 @@ static void test_bits_and_graph(void)
                 tbuf_put(&b.fault, &no_fault);
                 tbuf_poison(&b.ids);
                 tbuf_poison(&b.prob);
+                tbuf_poison(&b.z);
                 tgraph_launch(&g);
                 compare(&b, &c);
             }
@@ -93,10 +94,11 @@ static void test_no_tokens(void)
     rules_bufs b;
     float zeros[17];
     memset(zeros, 0, sizeof zeros);
-    c.prob = c.bias = 1;
+    c.prob = c.z = c.bias = 1;
     bufs_new(&b, &c, &r);
     CHECK_STATUS(moe_gate(&b.device, test_now.stream), MOE_OK);
-    CHECK(tbuf_holds(&b.prob, zeros) && tbuf_holds(&b.count, zeros), "sums of nothing");
+    CHECK(tbuf_holds(&b.prob, zeros) && tbuf_holds(&b.z, zeros) && tbuf_holds(&b.count, zeros),
+          "sums of nothing");
     bufs_free(&b);
 }
 

@@ -13,7 +13,7 @@ static void test_refusals(void)
     trand r = trand_new(11);
     rules_bufs b;
     moe_gate_desc good, d;
-    c.prob = c.bias = c.expert_disabled = c.token_disabled = c.seed_offset = 1;
+    c.prob = c.z = c.bias = c.expert_disabled = c.token_disabled = c.seed_offset = 1;
     c.pad = 24; /* a last row that dense strides would not reach */
     bufs_new(&b, &c, &r);
     good = b.device;
@@ -46,6 +46,10 @@ static void test_refusals(void)
     REFUSED(d.prob_sum = (float*)((char*)d.prob_sum + 2), MOE_ERR_ALIGN, prob_sum);
     REFUSED(d.expert_bias = (float*)((char*)d.expert_bias + 1), MOE_ERR_ALIGN, expert_bias);
     REFUSED(d.seed_offset = (uint64_t*)((char*)d.seed_offset + 4), MOE_ERR_ALIGN, seed_offset);
+    REFUSED(d.z_sum = (float*)((char*)d.z_sum + 2), MOE_ERR_ALIGN, z_sum);
+    REFUSED(d.z_sum = (float*)d.logits, MOE_ERR_OVERLAP, z_sum);
+    REFUSED(d.z_sum = d.prob_sum + 23, MOE_ERR_OVERLAP, z_sum);
+    REFUSED(d.workspace = (void*)((uintptr_t)d.z_sum & ~(uintptr_t)15), MOE_ERR_OVERLAP, workspace);
     REFUSED(d.prob_sum = (float*)d.logits, MOE_ERR_OVERLAP, prob_sum);
     REFUSED(d.prob_sum = (float*)d.logits + 39 * 48 + 23, MOE_ERR_OVERLAP, prob_sum);
     REFUSED(d.workspace = (void*)(((uintptr_t)d.logits + 39 * 48 * 4 + 15) & ~(uintptr_t)15),
@@ -62,7 +66,8 @@ static void test_refusals(void)
     REFUSED(d.weights = (float*)d.seed_offset, MOE_ERR_OVERLAP, weights);
     TEST_CUDA(cudaDeviceSynchronize());
     CHECK(tbuf_holds(&b.ids, 0) && tbuf_holds(&b.weights, 0) && tbuf_holds(&b.prob, 0) &&
-              tbuf_holds(&b.workspace, 0) && tbuf_holds(&b.count, 0) && tbuf_holds(&b.chunk, 0),
+              tbuf_holds(&b.z, 0) && tbuf_holds(&b.workspace, 0) && tbuf_holds(&b.count, 0) &&
+              tbuf_holds(&b.chunk, 0),
           "a refused call wrote something");
     CHECK_STATUS(moe_gate(&good, test_now.stream), MOE_OK);
     compare(&b, &c);

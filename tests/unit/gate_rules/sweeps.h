@@ -36,6 +36,7 @@ static void test_scores(void)
                 c.options.renormalize = variant & 1;
                 c.options.scale = variant == 2 ? 2.5f : 0.0f;
                 c.prob = variant != 3;
+                c.z = variant != 2;
                 c.dtype = variant == 2 ? MOE_FP16 : MOE_FP32;
                 c.spread = variant == 3 ? 2.0f : 0.0f;
                 share += run_case(&c, &r), ++n;
@@ -63,6 +64,7 @@ static void test_rules(void)
                 c.misalign = trand_int(&r, 0, 1) ? 0 : (int)trand_int(&r, 1, 9);
                 c.seed_offset = (int)trand_int(&r, 0, 1);
                 c.prob = (int)trand_int(&r, 0, 1);
+                c.z = (int)trand_int(&r, 0, 1);
                 if (rule == TEMPERATURE || rule == ALL) c.options.temperature = 0.7f;
                 if (rule == NOISE || rule == ALL) c.options.noise = 0.5f;
                 if (rule == DROPOUT || rule == ALL) c.options.dropout = 0.25f;
@@ -93,6 +95,7 @@ static void test_spreads(void)
             for (int n = 0; n < 8; ++n) {
                 rules_case c = plain_case(shapes[i][0] / 2, shapes[i][1], shapes[i][2]);
                 c.spread = spreads[n & 1];
+                c.z = n & 1;
                 c.options.score = score;
                 c.options.renormalize = n >> 1 & 1;
                 c.prob = 1;
@@ -114,6 +117,7 @@ static void test_sizes(void)
             rules_case c = plain_case(sizes[i][0], sizes[i][1], sizes[i][2]);
             c.options.whole_batch = n & 1;
             c.prob = c.token_disabled = 1;
+            c.z = n < 2;
             c.bias = !(n & 1);
             c.dtype = n & 2 ? MOE_BF16 : MOE_FP32;
             c.pad = n & 2 ? 5 : 0;
@@ -132,12 +136,12 @@ static void test_stopped(void)
             rules_case c = plain_case(shapes[i][0], shapes[i][1], shapes[i][2]);
             rules_bufs b;
             c.options.whole_batch = batch;
-            c.prob = 1;
+            c.prob = c.z = 1;
             bufs_new(&b, &c, &r);
             tbuf_put(&b.fault, &word);
             CHECK_STATUS(moe_gate(&b.device, test_now.stream), MOE_OK);
             CHECK(tbuf_holds(&b.ids, 0) && tbuf_holds(&b.weights, 0) && tbuf_holds(&b.chunk, 0) &&
-                      tbuf_holds(&b.prob, 0) && tbuf_holds(&b.workspace, 0),
+                      tbuf_holds(&b.prob, 0) && tbuf_holds(&b.z, 0) && tbuf_holds(&b.workspace, 0),
                   "the gate ran on after a stop fault");
             CHECK_FAULT(&b.fault, MOE_FAULT_BAD_OFFSET, 4);
             bufs_free(&b);
@@ -172,7 +176,7 @@ static void test_few_experts(void)
                 rules_bufs b;
                 c.options.score = score;
                 c.options.renormalize = score & 1;
-                c.expert_disabled = c.prob = 1;
+                c.expert_disabled = c.prob = c.z = 1;
                 c.nan = left == 0;
                 bufs_new(&b, &c, &r);
                 memset(b.expert_disabled, 1, (size_t)c.E);
@@ -199,7 +203,7 @@ static void test_whole_batch(void)
                 c.options.renormalize = variant;
                 c.options.temperature = variant ? 1.5f : 0.0f;
                 c.prob = c.expert_disabled = variant;
-                c.token_disabled = c.nan = !variant;
+                c.token_disabled = c.nan = c.z = !variant;
                 share += run_case(&c, &r), ++n;
             }
     CHECK(share / n > 0.7, "only %.2f of the batches could be compared", share / n);
@@ -239,7 +243,7 @@ static void test_infinities(void)
             rules_case c = plain_case(12, shapes[i][1], shapes[i][2]);
             rules_bufs b;
             c.options.score = score;
-            c.expert_disabled = 1;
+            c.expert_disabled = c.z = 1;
             bufs_new(&b, &c, &r);
             for (int64_t k = 0; k < (int64_t)c.T * c.E; ++k)
                 ((float*)b.logits)[k] = values[trand_int(&r, 0, 6)];

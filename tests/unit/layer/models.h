@@ -93,7 +93,7 @@ static void compare_rules(const layer_bufs* b, const layer_case* c, const float*
     CHECK_STATUS(moe_layer_get_view(&b->d, &v), MOE_OK);
     g.logits = in_copy(b, copy, v.logits), g.expert_bias = h_bias;
     g.num_tokens = T, g.num_experts = c->E, g.top_k = K;
-    moe_ref_gate_rules_f64(&g, want_ids, want, 0, margin);
+    moe_ref_gate_rules_f64(&g, want_ids, want, 0, 0, margin);
     for (int s = 0; s < T * K; ++s) {
         const float got = ((const float*)in_copy(b, copy, v.weights))[s];
         const int id = ((const int32_t*)in_copy(b, copy, v.ids))[s];
