@@ -152,6 +152,17 @@ MOE_DEVICE float moei_sigmoid_slope(float x, float p, float q)
     return moei_is_nan(x) ? x : s * fmaf(-0.693147182f * m, e * s, 1.0f);
 }
 
+/* v becomes moei_sigmoid_unit(v, a). Returns its derivative by v, that of moei_sigmoid_slope, by
+   the same exponential and reciprocal. Where the exponential is infinite both are 0. */
+MOE_DEVICE float moei_sigmoid_grad(float* v, float a)
+{
+    const float x = *v < -3.40282347e38f ? -3.40282347e38f : *v, p = a * x;
+    const float e = moei_exp2_fast(p), s = __fdividef(1.0f, 1.0f + e);
+    const float m = p < -345.0f ? -345.0f : p > 345.0f ? 345.0f : p; /* a NaN stays */
+    *v = x * s;
+    return s * fmaf(-0.693147182f * m, fminf(e, 1e30f) * s, 1.0f);
+}
+
 /* Returns the derivative of x Phi(x): Phi(x) + x e^(-x^2 / 2) / sqrt(2 pi). */
 MOE_DEVICE float moei_gelu_slope(float x)
 {
@@ -181,15 +192,11 @@ MOE_DEVICE void moei_apply_curve(float* v, const int count, const moei_activatio
     }
 }
 
-/* slope [count] = curve'(v [count]); count is a literal. */
+/* slope [count] = curve'(v [count]), of curves but MOEI_CURVE_SIGMOID. count is a literal. */
 MOE_DEVICE void moei_slope(float* slope, const float* v, const int count, const moei_activation* a)
 {
     const float most = 3.40282347e38f;
-    if (a->curve == MOEI_CURVE_SIGMOID) {
-        MOE_UNROLL
-        for (int i = 0; i < count; ++i)
-            slope[i] = moei_sigmoid_slope(v[i], a->a * fminf(fmaxf(v[i], -most), most), 0.0f);
-    } else if (a->curve == MOEI_CURVE_TANH) {
+    if (a->curve == MOEI_CURVE_TANH) {
         MOE_UNROLL
         for (int i = 0; i < count; ++i) {
             const float x = fminf(fmaxf(v[i], -most), most);
@@ -243,8 +250,13 @@ MOE_DEVICE void moei_activate_grad(float* v, float* u, float* s, const int count
             u[i] = (u[i] > a->limit ? a->limit : u[i] < -a->limit ? -a->limit : u[i]) + 1.0f;
         }
     }
-    moei_slope(s, v, count, a);
-    moei_apply_curve(v, count, a);
+    if (a->curve == MOEI_CURVE_SIGMOID) {
+        MOE_UNROLL
+        for (int i = 0; i < count; ++i) s[i] = moei_sigmoid_grad(v + i, a->a);
+    } else {
+        moei_slope(s, v, count, a);
+        moei_apply_curve(v, count, a);
+    }
     if (a->clamped) {
         MOE_UNROLL
         for (int i = 0; i < count; ++i)

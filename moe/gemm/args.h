@@ -66,6 +66,7 @@ typedef struct moe_k_grouped_gemm_args {
     int64_t a_stride, b_stride, a_rows, b_rows; /* elements between rows; number of rows */
     int64_t c_expert_bytes;           /* bytes between the matrices of c.base */
     int32_t num_experts, num_rows, rank, m, n, a_div, b_div; /* as in gemm/k_desc.h; div >= 1 */
+    int32_t skip_empty;               /* 1: C of experts without rows is left as it is */
 } moe_k_grouped_gemm_args;
 
 #endif

@@ -45,7 +45,6 @@ MOE_HOST moe_status moei_gemm_check_gradient(moe_grouped_gemm_desc* d)
         MOE_REQUIRE(!d->dot, MOE_ERR_CONFLICT, dot);
         return MOE_OK;
     }
-    MOE_REQUIRE(d->activation != MOE_ACTIVATION_NONE, MOE_ERR_CONFLICT, activation);
     MOE_REQUIRE(!moe_activation_is_gated(d->activation) || d->gate_up == MOE_GATE_UP_CONCATENATED,
                 MOE_ERR_CONFLICT, gate_up);
     MOE_REQUIRE(!d->bias, MOE_ERR_CONFLICT, bias);
@@ -122,7 +121,6 @@ MOE_HOST moe_status moei_gemm_check_options(moe_grouped_gemm_desc* d)
     MOE_REQUIRE(moei_stride_fits(d->pre_stride, pre_columns, d->num_rows), MOE_ERR_STRIDE,
                 pre_stride);
     MOE_REQUIRE(d->pre_stride % 8 == 0, MOE_ERR_ALIGN, pre_stride);
-    MOE_REQUIRE(!d->pre || d->activation != MOE_ACTIVATION_NONE, MOE_ERR_CONFLICT, pre);
 
     if (d->group || d->num_groups) {
         MOE_REQUIRE(d->num_groups >= 1 && d->num_groups <= MOE_MAX_EXPERTS, MOE_ERR_RANGE,
@@ -156,6 +154,7 @@ MOE_HOST moe_status moei_gemm_check_buffers(const moe_grouped_gemm_desc* d)
     const int64_t all_n = gated ? 2 * n : n; /* rows of gate and up */
     const uint64_t matrices = moei_weight_extent(&d->b, num_experts, separate ? n : all_n, k);
     const uint64_t table = (uint64_t)num_experts * 8;
+    const int in_place = d->gradient && d->pre == d->c && d->pre_stride == d->c_stride;
     const uint64_t flags =
         (uint64_t)(num_rows + MOE_GEMM_ROW_BLOCK - 1) / MOE_GEMM_ROW_BLOCK * sizeof(uint32_t);
     const moe_buffer b[] = {
@@ -173,7 +172,8 @@ MOE_HOST moe_status moei_gemm_check_buffers(const moe_grouped_gemm_desc* d)
         {d->c_table, table, 8, MOE_BUFFER_READ, MOE_FIELD_c},
         {d->c, moe_extent(num_rows, d->c_stride, moei_gemm_c_columns(d), d->c_dtype), 16,
          d->c_table ? MOE_BUFFER_WRITTEN : MOE_BUFFER_REQUIRED | MOE_BUFFER_WRITTEN, MOE_FIELD_c},
-        {d->pre, moe_extent(num_rows, d->pre_stride, moei_gemm_pre_columns(d), d->dtype), 16,
+        {in_place ? 0 : d->pre, /* else it is C, of as many columns of the same dtype */
+         in_place ? 0 : moe_extent(num_rows, d->pre_stride, moei_gemm_pre_columns(d), d->dtype), 16,
          d->gradient ? MOE_BUFFER_REQUIRED : MOE_BUFFER_WRITTEN, MOE_FIELD_pre},
         {d->row_weight, moei_gemm_weight_bytes(d), 4, MOE_BUFFER_READ, MOE_FIELD_row_weight},
         {d->act, moe_extent(num_rows, d->act_stride, n, d->dtype), 16, MOE_BUFFER_WRITTEN,

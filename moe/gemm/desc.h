@@ -17,7 +17,7 @@
 typedef enum moe_tile {
     MOE_TILE_AUTO = 0,
     MOE_TILE_128x256, /* many rows an expert; 180 KB of shared memory a thread block, on the wgmma
-                         path 194 KB; WMMA: k-major operands only */
+                         path 194 KB, with a gradient 220 KB; WMMA: k-major operands only */
     MOE_TILE_128x128, /* many rows an expert on smaller chips */
     MOE_TILE_32x128,  /* few tiles, or few rows an expert */
     MOE_TILE_64x64    /* runs on every architecture, sm_75 included */
@@ -76,7 +76,8 @@ typedef struct moe_gemm_group {
      dot[r, p]   = sum of P[r, j] activation(v, u) over j = 64 p .. 64 p + 63 below n
 
    A row of dot adds up to the gradient of w. dot is summed in a fixed order. Where row_index has no
-   row of A, w, v and u count as 0: row_weight and pre are not read there. */
+   row of A, w, v and u count as 0: row_weight and pre are not read there. C may be pre itself, with
+   the same address and stride: each element of pre is read before C replaces it. */
 typedef struct moe_grouped_gemm_desc {
     /* in */
     const void* a;                /* [a_rows, k] dtype; a_major MN: [k, a_rows] */
@@ -132,8 +133,8 @@ typedef struct moe_grouped_gemm_desc {
                                slower where experts differ in rows. The result is the same */
     size_t workspace_bytes; /* bytes at workspace: MOE_GROUPED_GEMM_WORKSPACE or more */
     /* the backward pass through an activation */
-    int32_t gradient;        /* 1: as above, for the calls of grouped_gradient.cuh. Requires an
-                                activation and pre, which is read. C has dtype, where gated 2n
+    int32_t gradient;        /* 1: as above, for the calls of grouped_gradient.cuh. Requires
+                                pre, which is read. C has dtype, where gated 2n
                                 columns: c_stride 0 = dense. Without bias, accumulate, c_table,
                                 fp32 C; gate_up concatenated. 0: forward, for those of
                                 grouped.cuh */

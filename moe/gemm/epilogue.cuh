@@ -279,6 +279,7 @@ MOE_DEVICE void moei_epilogue_gradient(const moe_grouped_gemm_args* d, const moe
                                        const moe_gemm_shape f)
 {
     const int wm = f.wm, wn = f.wn, ld = moei_staging_pitch(wn), groups = wn / 4;
+    const moei_gradient_activation kind = moei_gradient_activation_of(d, d->c.activation);
 
     MOE_NO_UNROLL
     for (int i = 0; i < wm / 16; ++i) {
@@ -290,8 +291,10 @@ MOE_DEVICE void moei_epilogue_gradient(const moe_grouped_gemm_args* d, const moe
             moei_gradient_pre pre = moei_gradient_load(d, &at, column + j, 2); /* 2. */
             float p[4], sum;
             moei_load_4(p, staging + r * ld + j);
-            sum = moei_gradient_vector(d, &at, column + j, &pre, p, 2, f.dtype);
-            staging[r * ld + j] = sum; /* over a number that this lane alone reads */
+            sum = moei_gradient_words(&pre, p, 0, 2, at.weight, 0.0f, &kind, f.dtype);
+            moei_gradient_store(d, &at, column + j, &pre, 2);
+            /* over a number that this lane alone reads */
+            staging[r * ld + j] = at.there && column + j < d->n ? sum : 0.0f;
         }
         __syncwarp(MOE_FULL_WARP);
         for (int u = moe_lane(); u < wn / 2 && d->gradient.dot; u += MOE_WARP_SIZE) { /* 3. */
@@ -319,7 +322,7 @@ MOE_DEVICE void moei_epilogue_warp(const moe_gemm_output* d, int n, const moe_ti
     const bool bare = MOEI_CODE_HERE(80, MOEI_CODE_ANY) && f.tile_m * f.tile_n >= 128 * 128 &&
                       !d->bias && d->gated != MOE_GATE_UP_INTERLEAVED;
     const bool plain = bare && !d->pre && !d->accumulate && d->dtype == f.dtype;
-    if (bare && none && d->dtype == MOE_FP32)
+    if (bare && none && !d->pre && d->dtype == MOE_FP32)
         moei_epilogue_fp32(d, n, t, acc, staging, row, column, f);
     else if (plain && none)
         moei_epilogue_plain(d, n, t, acc, (uint16_t*)staging, row, column, 0, f);

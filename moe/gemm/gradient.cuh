@@ -26,26 +26,36 @@ typedef struct moei_gradient_row {
     bool read;    /* the row is the expert's and has a row of A: pre and row_weight are read */
 } moei_gradient_row;
 
-/* Returns row m of C. there: the row is the expert's; otherwise m is any number. */
-MOE_DEVICE moei_gradient_row moei_gradient_row_of(const moe_grouped_gemm_args* d, int m, bool there)
+/* Returns the index of row m of C in row_weight; without a row of A any number. there: the row is
+   the expert's; otherwise m is any number. */
+MOE_DEVICE int moei_gradient_index(const moe_grouped_gemm_args* d, int m, bool there)
+{
+    return there && d->row_index ? d->row_index[m] : m;
+}
+
+/* Returns row m of C, whose index is `index`. there: as above. */
+MOE_DEVICE moei_gradient_row moei_gradient_row_at(const moe_grouped_gemm_args* d, int m, bool there,
+                                                  int index)
 {
     const float* weight = d->gradient.row_weight;
-    int64_t index = m;
     moei_gradient_row r;
     r.row = m;
-    r.there = r.read = there;
-    r.weight = 1.0f;
-    if (there && d->row_index) {
-        index = d->row_index[m];
-        r.read = index >= 0 && index < d->a_rows * d->row_div;
-    }
-    if (r.read && weight) r.weight = weight[index];
+    r.there = there;
+    r.read = there && (!d->row_index || (index >= 0 && index < d->a_rows * d->row_div));
+    r.weight = r.read && weight ? weight[index] : 1.0f;
     return r;
 }
 
-/* Elements of pre, two a word: gates and ups, or numbers and zeros. Afterwards those of C. */
+/* Returns row m of C. there: as above. */
+MOE_DEVICE moei_gradient_row moei_gradient_row_of(const moe_grouped_gemm_args* d, int m, bool there)
+{
+    return moei_gradient_row_at(d, m, there, moei_gradient_index(d, m, there));
+}
+
+/* Elements of pre, two a word: gates and ups, or numbers and zeros. Afterwards those of C, and the
+   weighted activations. */
 typedef struct moei_gradient_pre {
-    uint32_t gate[4], up[4];
+    uint32_t gate[4], up[4], act[4];
 } moei_gradient_pre;
 
 /* Load and store 2 * words neighbours at p, 4 * words-byte aligned; words, a literal, is 2 or 4. */
@@ -82,53 +92,65 @@ MOE_DEVICE moei_gradient_pre moei_gradient_load(const moe_grouped_gemm_args* d,
     return p;
 }
 
-/* Replaces 4 elements of pre, two words each of gates and ups, by those of C, and act by the
-   activations, from p [4], those of P, which it overwrites. Returns sum + the sum of P
-   activation(v, u), added in order. */
-MOE_DEVICE float moei_gradient_4(uint32_t* gate, uint32_t* up, uint32_t* act, float* p,
-                                 const moei_gradient_row* r, float sum,
-                                 const moe_grouped_gemm_args* d, const int dtype)
+/* A resolved activation, and whether it is gated. */
+typedef struct moei_gradient_activation {
+    moei_activation a;
+    bool gated;
+} moei_gradient_activation;
+
+/* Returns the resolved form of `activation`, that of *d or a literal of the same value. */
+MOE_DEVICE moei_gradient_activation moei_gradient_activation_of(const moe_grouped_gemm_args* d,
+                                                                int activation)
 {
-    const moei_activation a = moei_activation_of(d->c.activation, d->c.alpha, d->c.limit);
+    moei_gradient_activation g;
+    g.a = moei_activation_of(activation, d->c.alpha, d->c.limit);
+    g.gated = moe_activation_is_gated(activation) != 0;
+    return g;
+}
+
+/* Replaces `words` words, a literal, of *pre from j on by those of C and act, from p [2 * words],
+   those of P, which it overwrites. Returns sum + the sum of P activation(v, u), added in order. */
+MOE_DEVICE float moei_gradient_words(moei_gradient_pre* pre, float* p, const int j, const int words,
+                                     float weight, float sum, const moei_gradient_activation* g,
+                                     const int dtype)
+{
     float v[4], u[4], s[4];
     MOE_UNROLL
-    for (int i = 0; i < 2; ++i) {
-        const float2 g = moe_unpack2(gate[i], dtype), h = moe_unpack2(up[i], dtype);
-        v[2 * i] = g.x, v[2 * i + 1] = g.y;
-        u[2 * i] = h.x, u[2 * i + 1] = h.y;
+    for (int i = 0; i < words; ++i) {
+        const float2 gate = moe_unpack2(pre->gate[j + i], dtype);
+        const float2 up = moe_unpack2(pre->up[j + i], dtype);
+        v[2 * i] = gate.x, v[2 * i + 1] = gate.y;
+        u[2 * i] = up.x, u[2 * i + 1] = up.y;
     }
-    sum = moei_activate_backward_4(v, u, s, p, r->weight, sum, &a, d->gradient.gated != 0);
+    moei_activate_grad(v, u, s, 2 * words, &g->a, g->gated);
     MOE_UNROLL
-    for (int i = 0; i < 2; ++i) {
-        gate[i] = moe_pack2(s[2 * i], s[2 * i + 1], dtype);
-        up[i] = moe_pack2(u[2 * i], u[2 * i + 1], dtype);
-        act[i] = moe_pack2(v[2 * i], v[2 * i + 1], dtype);
+    for (int i = 0; i < 2 * words; ++i) {
+        sum = fmaf(p[i], v[i], sum);
+        p[i] *= weight;
+        u[i] *= p[i];
+        s[i] *= p[i];
+        v[i] *= weight;
+    }
+    MOE_UNROLL
+    for (int i = 0; i < words; ++i) {
+        pre->gate[j + i] = moe_pack2(s[2 * i], s[2 * i + 1], dtype);
+        pre->up[j + i] = moe_pack2(u[2 * i], u[2 * i + 1], dtype);
+        pre->act[j + i] = moe_pack2(v[2 * i], v[2 * i + 1], dtype);
     }
     return sum;
 }
 
-/* Computes and stores 2 * words columns of C and act from `column` on, from p, those of P, and pre;
-   overwrites both. Returns the sum of P activation(v, u), added in order; 0 where nothing is
-   stored. */
-MOE_DEVICE float moei_gradient_vector(const moe_grouped_gemm_args* d, const moei_gradient_row* r,
-                                      int column, moei_gradient_pre* pre, float* p, const int words,
-                                      const int dtype)
+/* Stores 2 * words columns of C and act from `column` on. */
+MOE_DEVICE void moei_gradient_store(const moe_grouped_gemm_args* d, const moei_gradient_row* r,
+                                    int column, const moei_gradient_pre* pre, const int words)
 {
-    uint32_t act[4];
-    float sum = 0.0f;
-    MOE_UNROLL
-    for (int i = 0; i < words; i += 2)
-        sum = moei_gradient_4(pre->gate + i, pre->up + i, act + i, p + 2 * i, r, sum, d, dtype);
-    if (!r->there || column >= d->n) return 0.0f;
-    {
-        uint16_t* c = (uint16_t*)d->c.base + r->row * d->c.stride + column;
-        uint16_t* to = (uint16_t*)d->gradient.act;
-        moei_gradient_store_words(c, pre->gate, words);
-        if (d->gradient.gated) moei_gradient_store_words(c + d->n, pre->up, words);
-        if (to)
-            moei_gradient_store_words(to + r->row * d->gradient.act_stride + column, act, words);
-    }
-    return sum;
+    uint16_t* c = (uint16_t*)d->c.base + r->row * d->c.stride + column;
+    uint16_t* act = (uint16_t*)d->gradient.act;
+    if (!r->there || column >= d->n) return;
+    moei_gradient_store_words(c, pre->gate, words);
+    if (d->gradient.gated) moei_gradient_store_words(c + d->n, pre->up, words);
+    if (act)
+        moei_gradient_store_words(act + r->row * d->gradient.act_stride + column, pre->act, words);
 }
 
 /* Stores the part of dot of 64 columns from `column` on, a multiple of 64. */

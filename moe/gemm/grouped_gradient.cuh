@@ -14,7 +14,7 @@
 
    In:   A [a_rows, k]; B_e [n, k] or mn-major [k, n]; pre [R, n], gated [R, 2n]; fp16 or bf16
          expert_offset or a list of groups, row_index, row_weight: as in gemm/desc.h
-   Out:  C [R, n], gated [R, 2n]; act [R, n]; dot [R, ceil(n / 64)] fp32
+   Out:  C [R, n], gated [R, 2n], which may be pre itself; act [R, n]; dot [R, ceil(n / 64)] fp32
    Options, paths, ready and done, order of sums, bits: as grouped.cuh. Without bias and accumulate.
    dot has one order of addition for each path.
 

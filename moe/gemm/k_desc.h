@@ -33,6 +33,8 @@ typedef struct moe_k_grouped_gemm_desc {
     int32_t dtype;        /* of A and B: fp16 or bf16; 0 = bf16 */
     int32_t c_dtype;      /* dtype or fp32; 0 = dtype */
     int32_t accumulate;   /* 1: adds the result to C; 0: overwrites C */
+    int32_t empty_experts; /* C of experts without rows: 0: zeros, with accumulate unchanged; 1: left
+                              as it is */
     int32_t tile;         /* MOE_TILE_128x256, _128x128, _64x64; 0 = chosen by shape and device */
     int32_t path;         /* moe_gemm_path that must run; 0 = chosen */
     int32_t grid_limit;   /* most thread blocks, on the wgmma path 2 or more; 0 = as many as run at

@@ -9,7 +9,7 @@
 
    In:   A [a_rows, m], B [b_rows, n] fp16 or bf16; expert_offset [E + 1]; indices [R]
    Out:  C [E, m, n] in the same dtype or fp32, overwritten or added to; an expert without rows has
-         sums of 0
+         sums of 0, or its C is left as it is (empty_experts)
    m and n are multiples of 8. A row index of -1 excludes r from the sum: neither operand is read.
    Rows that no expert owns are not read. Options: gemm/k_desc.h.
 
@@ -181,6 +181,7 @@ MOE_HOST moe_status moei_k_check_options(moe_k_grouped_gemm_desc* d)
     if (d->b_div == 0) d->b_div = 1;
     MOE_REQUIRE(d->b_div >= 1, MOE_ERR_RANGE, b_div);
     MOE_REQUIRE((d->accumulate | 1) == 1, MOE_ERR_OPTION, accumulate);
+    MOE_REQUIRE((d->empty_experts | 1) == 1, MOE_ERR_OPTION, empty_experts);
     MOE_REQUIRE(d->tile == 0 || d->tile == MOE_TILE_128x256 || d->tile == MOE_TILE_128x128 ||
                     d->tile == MOE_TILE_64x64,
                 MOE_ERR_OPTION, tile);
@@ -294,6 +295,7 @@ MOE_HOST moe_k_grouped_gemm_args moei_k_args_of(const moe_k_grouped_gemm_desc* d
     a.a_div = d->a_div;
     a.b_div = d->b_div;
     a.rank = d->rank;
+    a.skip_empty = d->empty_experts;
     return a;
 }
 
@@ -348,6 +350,7 @@ MOE_HOST moe_status moei_k_encode(moei_wgmma_args* w, const moe_k_grouped_gemm_a
     w->d.rank = a->rank;
     w->m = a->m;
     w->c_expert_bytes = a->c_expert_bytes;
+    w->skip_empty = a->skip_empty;
     memset(&t, 0, sizeof t);
     if (a->num_rows == 0) /* neither is read, and may be any address; of C a block is mapped */
         w->d.a = w->d.b.base =

@@ -228,8 +228,8 @@ MOE_DEVICE moe_gemm_output moei_k_output(const moe_k_grouped_gemm_args* d, int e
 }
 
 /* Computes tiles blockIdx.x, blockIdx.x + gridDim.x, ... of all experts; the sums of an expert
-   without rows are 0. All threads of the block call it. `shared` holds the ring, then each warp's
-   staging. */
+   without rows are 0, and are not stored with skip_empty. All threads of the block call it.
+   `shared` holds the ring, then each warp's staging. */
 MOE_DEVICE_BODY void moei_k_block(const moe_k_grouped_gemm_args* d, unsigned char* shared,
                                   moei_k_shared* s, const moe_gemm_shape f)
 {
@@ -252,6 +252,7 @@ MOE_DEVICE_BODY void moei_k_block(const moe_k_grouped_gemm_args* d, unsigned cha
         const moe_gemm_output c = moei_k_output(d, t.expert);
         moe_tile_position whole = t; /* for the epilogue begin .. end are rows of C: 0 .. m */
         moei_mma_c acc[4][4];
+        if (d->skip_empty && t.end == t.begin) continue;
         moei_tile_zero(acc, f);
         if (t.end > t.begin)
             moei_k_tile_steps(acc, &load, &r, d, &tiles,

@@ -33,10 +33,13 @@ MOEI_GEMM_TILE_LIST(MOEI_GEMM_TILE_KERNELS)
 #undef MOEI_GEMM_KERNEL
 
 /* The kernels of the wgmma path, for k-major A: rows of A in order, or gathered. */
+#define MOEI_GEMM_WGMMA_SHAPE(dtype, a_major, b_major)                                             \
+    MOEI_WGMMA_SHAPE_OF(MOEI_GEMM_GRADIENT ? MOEI_WGMMA_GRADIENT_STAGES : MOEI_WGMMA_STAGES,       \
+                        dtype, a_major, b_major)
 #if MOEI_WGMMA_HERE
 #define MOEI_GEMM_WGMMA_BODY(dtype, a_major, b_major, gathered)                                    \
     MOE_SHARED(moei_wgmma_shared, s);                                                              \
-    const moe_gemm_shape f = MOEI_WGMMA_SHAPE(dtype, a_major, b_major);                            \
+    const moe_gemm_shape f = MOEI_GEMM_WGMMA_SHAPE(dtype, a_major, b_major);                       \
     if (MOEI_GEMM_WGMMA_LEAST(a_major, b_major) == 90)                                             \
         moei_wgmma_block(&p.a, shared, &s, gathered, MOEI_GEMM_GRADIENT, f);
 #else
@@ -63,10 +66,10 @@ static const moei_variant MOEI_GEMM_TABLE[] = {
      MOE_GEMM_PATH_WGMMA,                                                                          \
      (gathered) ? MOEI_VARIANT_GATHERED : MOEI_VARIANT_IN_ORDER,                                   \
      2,                                                                                            \
-     MOEI_WGMMA_SHAPE(dtype, a_major, b_major),                                                    \
+     MOEI_GEMM_WGMMA_SHAPE(dtype, a_major, b_major),                                               \
      MOE_TILE_128x256,                                                                             \
      1,                                                                                            \
-     MOEI_WGMMA_SMEM,                                                                              \
+     MOEI_GEMM_GRADIENT ? MOEI_WGMMA_GRADIENT_SMEM : MOEI_WGMMA_SMEM,                              \
      MOEI_GEMM_WGMMA_LEAST(a_major, b_major),                                                      \
      90},
     MOE_GEMM_VARIANT_LIST(MOEI_GEMM_WGMMA_ROW, wgmma, 0)
@@ -92,6 +95,7 @@ static const moei_variant MOEI_GEMM_TABLE[] = {
 #undef MOEI_GEMM_ROW
                 MOEI_VARIANT_END};
 
+#undef MOEI_GEMM_WGMMA_SHAPE
 #undef MOEI_GEMM_TEXT
 #undef MOEI_GEMM_NAME
 #undef MOEI_GEMM_TABLE

@@ -128,6 +128,7 @@ typedef struct moei_schedule {
     moei_groups groups;
     int32_t column_tiles; /* column tiles of a group */
     int32_t row_align;    /* 8 where A is mn-major: tiles begin at multiples of 8; otherwise 1 */
+    int32_t skip_empty;   /* k-grouped: 1: experts without rows have no tiles. Else not read */
     int* tile_start;      /* [num_groups + 1] in shared memory: first tile of each group; the last
                              entry is the number of tiles */
 } moei_schedule;
@@ -168,7 +169,7 @@ MOE_DEVICE int moei_schedule_build(const moei_schedule* s, moe_block_scan_scratc
             const int begin = moei_group_begin(g, i), end = moei_group_end(g, i);
             if (!moei_group_good(g, i, fault, rank)) {
                 bad = 1;
-            } else if (m || end > begin) {
+            } else if ((m && !s->skip_empty) || end > begin) {
                 const int first = begin - begin % s->row_align;
                 tiles = moei_schedule_count(m ? m : end - first, tile_rows, s->column_tiles, pairs);
             }

@@ -230,6 +230,8 @@ inline void moei_tensor_store_wait(void)
 }
 inline void moei_tensor_store_wait_read(void) { moei_tensor_store_wait(); }
 
+inline int moei_lane_again(void) { return (int)moeh_lane(); }
+
 inline uint32_t moei_transpose_matrix(uint32_t x)
 {
     const int row = (int)moeh_lane() / 4, column = (int)moeh_lane() % 4 * 2;

@@ -10,7 +10,12 @@
      test_gradient_tails        n and k that no tile divides
      test_gradient_gather       rows of A by an index: with a divisor, without a row, out of range
      test_gradient_infinite     an infinite P makes dot of its row infinite, not NaN, and no other
+     test_gradient_extremes     P of 1e30 beside 1e-30, all tiny, an infinity or a NaN among others:
+                                C is exact
+     test_gradient_in_place     C over pre: the bits of C elsewhere
      test_gradient_bits         the same bits every run; the same parts of dot from all WMMA tiles
+     test_gradient_tiles        the same bits for any grid, with rows in other tiles; tiles of 1 .. 20
+                                steps
      test_gradient_batch        with batch_invariant the same bits for a row alone
      test_gradient_fresh        1,000 calls on fresh inputs twice: the same hashes
      test_gradient_groups       a list of groups has the bits of the offsets
@@ -327,7 +332,7 @@ static void test_gradient_activations(void)
 {
     static const int rows[] = {33, 0, 5};
     trand r = trand_new(61);
-    for (int kind = MOE_ACTIVATION_NONE + 1; kind <= MOE_ACTIVATION_RELU2; ++kind)
+    for (int kind = MOE_ACTIVATION_NONE; kind <= MOE_ACTIVATION_RELU2; ++kind)
         for (int which = 0; which <= 4; ++which)
             for (int i = 0; i < (MOE_ON_HOST ? 2 : 8); ++i) {
                 gradient_case c = gradient_normal(3, rows, i & 1 ? 136 : 72, 40, kind);
@@ -415,6 +420,151 @@ static void test_gradient_infinite(void)
             wrong += i / b.parts == 5 ? dot[i] != INFINITY : !isfinite(dot[i]);
         CHECK(wrong == 0, "%d parts: %s", wrong, gradient_text(&c));
         free(dot);
+        gradient_bufs_free(&b);
+    }
+}
+
+/* What P of an expert is, in column j, in a row where A is 1. */
+static float extreme_of(int expert, int j, int dtype)
+{
+    const float most = dtype == MOE_FP16 ? 16384.0f : ldexpf(1, 99), least = 1 / most;
+    if (expert == 2 && j == 77) return -INFINITY;
+    if (expert == 3 && j == 130) return NAN;
+    if (expert == 1) return dtype == MOE_FP16 ? ldexpf(1, -14) : ldexpf(1, -125);
+    return j % 3 == 0 ? most : j % 3 == 1 ? -least : 1.0f + j % 100;
+}
+
+/* P is one product, pre is 1: C = 2 P, exact; a part of dot is the sum of P. */
+static void test_gradient_extremes(void)
+{
+    static const int rows[] = {70, 5, 130, 64};
+    trand r = trand_new(73);
+    for (int which = 0; which <= 4; ++which) {
+        gradient_case c = gradient_normal(4, rows, 264, 72, MOE_ACTIVATION_RELU2);
+        gradient_bufs b;
+        float *got, *dot;
+        int wrong = 0, wrong_dot = 0;
+        if (!gradient_on(&c, which) || test_gemm_status(c.g.dtype, c.g.tile) != MOE_OK) continue;
+        c.weight = 0, c.g.b_table = 1;
+        gradient_bufs_new(&b, &c, &r);
+        for (int m = 0; m < b.b.num_rows; ++m) {
+            for (int k = 0; k < c.g.k; ++k)
+                moe_store(b.b.h_a, m * c.g.k + k, c.g.dtype, k == 0 ? (m % 2 ? 1 : -1) : 0);
+            for (int j = 0; j < c.g.n; ++j) moe_store(b.h_pre, m * c.g.n + j, c.g.dtype, 1);
+        }
+        for (int e = 0; e < 4; ++e) {
+            for (int j = 0; j < c.g.n; ++j)
+                for (int k = 0; k < c.g.k; ++k)
+                    moe_store(b.b.b.host[0][e], j * c.g.k + k, c.g.dtype,
+                              k == 0 ? extreme_of(e, j, c.g.dtype) : 0);
+            tbuf_put(&b.b.b.part[0][e], b.b.b.host[0][e]);
+        }
+        tbuf_put(&b.b.a, b.b.h_a);
+        tbuf_put(&b.pre, b.h_pre);
+        CHECK_STATUS(moe_grouped_gemm_gradient(&b.b.d, test_now.stream), MOE_OK);
+        got = (float*)tbuf_copy(&b.c), dot = (float*)tbuf_copy(&b.dot);
+        for (int e = 0; e < 4; ++e)
+            for (int m = b.b.h_offset[e]; m < b.b.h_offset[e + 1]; ++m)
+                for (int part = 0; part < b.parts; ++part) {
+                    double sum = 0, all = 0;
+                    const float is = dot[m * b.parts + part];
+                    for (int j = part * 64; j < c.g.n && j < part * 64 + 64; ++j) {
+                        const float p = extreme_of(e, j, c.g.dtype) * (m % 2 ? 1 : -1);
+                        const float is_c = moe_load(got, m * (int64_t)c.g.n + j, c.g.dtype);
+                        wrong += isnan(p) ? !isnan(is_c) : is_c != 2 * p;
+                        sum += p, all += fabs(p);
+                    }
+                    wrong_dot += isnan(sum)   ? !isnan(is)
+                                 : isinf(sum) ? is != sum
+                                              : !(fabs(is - sum) <= tsum_error(all, 64));
+                }
+        CHECK(wrong == 0, "%d elements of C: %s", wrong, gradient_text(&c));
+        CHECK(wrong_dot == 0, "%d parts of dot: %s", wrong_dot, gradient_text(&c));
+        TFREE(got, dot);
+        gradient_bufs_free(&b);
+    }
+}
+
+static void test_gradient_in_place(void)
+{
+    static const int rows[] = {40, 0, 170, 64};
+    trand r = trand_new(74);
+    for (int which = 0; which <= 4; ++which)
+        for (int i = 0; i < (MOE_ON_HOST && which ? 2 : 4); ++i) {
+            gradient_case c = gradient_normal(4, rows, i % 2 ? 264 : 136, which ? 72 : 200,
+                                              i % 2 ? MOE_ACTIVATION_GELU : MOE_ACTIVATION_SWIGLU);
+            gradient_bufs b;
+            void* want[3];
+            uint16_t* all;
+            int64_t stride;
+            c.g.gather = i / 2 * 2, c.g.none = 20;
+            c.g.lead = 3, c.g.slack = 5;
+            c.g.c_pad = c.pre_pad = 8 * (i % 3);
+            if (!gradient_on(&c, which) || test_gemm_status(c.g.dtype, c.g.tile) != MOE_OK)
+                continue;
+            gradient_bufs_new(&b, &c, &r);
+            stride = b.columns + c.g.c_pad;
+            CHECK_STATUS(moe_grouped_gemm_gradient(&b.b.d, test_now.stream), MOE_OK);
+            gradient_check(&b, &c);
+            for (int j = 0; j < 3; ++j) want[j] = tbuf_copy(gradient_outputs(&b).at[j]);
+            all = (uint16_t*)want[0]; /* rows and columns that are not C stay those of pre */
+            for (int64_t j = 0; j < (int64_t)(b.c.bytes / 2); ++j)
+                if (j / stride < b.b.h_offset[0] || j / stride >= b.b.h_offset[4] ||
+                    j % stride >= b.columns)
+                    all[j] = ((const uint16_t*)b.h_pre)[j];
+            tbufs_poison(gradient_outputs(&b));
+            tbuf_put(&b.c, b.h_pre);
+            b.b.d.pre = b.b.d.c;
+            CHECK_STATUS(moe_grouped_gemm_gradient(&b.b.d, test_now.stream), MOE_OK);
+            for (int j = 0; j < 3; ++j) {
+                const tbuf* out = gradient_outputs(&b).at[j];
+                CHECK(tbuf_holds(out, want[j]), "%s has other bits in place: %s", out->name,
+                      gradient_text(&c));
+                free(want[j]);
+            }
+            gradient_bufs_free(&b);
+        }
+}
+
+/* Grids of all sizes, then lists of groups that cut the rows elsewhere: on the wgmma path. */
+static void test_gradient_tiles(void)
+{
+    static const int rows[] = {300, 70}, ks[] = {64, 72, 192, 320, 1280};
+    trand r = trand_new(75);
+    for (int i = 0; i < 5; ++i) {
+        gradient_case c = gradient_normal(2, rows, 520, ks[i], MOE_ACTIVATION_SWIGLU);
+        gradient_bufs b;
+        void* want[3];
+        c.g.gather = i % 2 * 2;
+        c.g.sampled = MOE_ON_HOST ? 9 : 1;
+        if (!gradient_on(&c, 0)) return;
+        gradient_bufs_new(&b, &c, &r);
+        CHECK_STATUS(moe_grouped_gemm_gradient(&b.b.d, test_now.stream), MOE_OK);
+        gradient_check(&b, &c);
+        for (int j = 0; j < 3; ++j) want[j] = tbuf_copy(gradient_outputs(&b).at[j]);
+        for (int other = 0; other < (MOE_ON_HOST && i == 4 ? 2 : 6); ++other) {
+            moe_grouped_gemm_desc d = b.b.d;
+            moe_gemm_group list[4];
+            tbuf groups;
+            const int cut = (int)trand_int(&r, 1, 299);
+            const moe_gemm_group four[4] = {
+                {1, 300, 370}, {0, cut, 300}, {0, cut / 2, cut}, {0, 0, cut / 2}};
+            memcpy(list, four, sizeof list);
+            groups = tbuf_from("group", list, sizeof list, 4);
+            d.grid_limit = other % 2 ? 2 : (int)trand_int(&r, 3, 9);
+            if (other / 2 == 1) d.workspace = 0, d.workspace_bytes = 0;
+            if (other % 2)
+                d.expert_offset = 0, d.group = (const moe_gemm_group*)groups.p, d.num_groups = 4;
+            tbufs_poison(gradient_outputs(&b));
+            CHECK_STATUS(moe_grouped_gemm_gradient(&d, test_now.stream), MOE_OK);
+            for (int j = 0; j < 3; ++j) {
+                const tbuf* out = gradient_outputs(&b).at[j];
+                CHECK(tbuf_holds(out, want[j]), "%s has other bits: grid %d, cut %d: %s", out->name,
+                      d.grid_limit, cut, gradient_text(&c));
+            }
+            tbuf_free(&groups);
+        }
+        for (int j = 0; j < 3; ++j) free(want[j]);
         gradient_bufs_free(&b);
     }
 }
@@ -661,8 +811,6 @@ static void test_gradient_refusals(void)
     table = tbuf_from("table", address, sizeof address, 0);
     good = b.b.d;
     REFUSED_EACH(gradient, MOE_ERR_OPTION, gradient, 2, -1);
-    REFUSED(d.activation = 0, MOE_ERR_CONFLICT, activation);
-    REFUSED(d.activation = MOE_ACTIVATION_NONE, MOE_ERR_CONFLICT, activation);
     REFUSED(d.bias = b.b.bias.p, MOE_ERR_CONFLICT, bias);
     REFUSED(d.accumulate = 1, MOE_ERR_CONFLICT, accumulate);
     REFUSED(d.c_dtype = MOE_FP32, MOE_ERR_CONFLICT, c_dtype);
@@ -686,7 +834,7 @@ static void test_gradient_refusals(void)
     REFUSED(d.dot = (float*)AT(d.dot, 2), MOE_ERR_ALIGN, dot);
     REFUSED(d.row_weight = (const float*)AT(d.row_weight, 2), MOE_ERR_ALIGN, row_weight);
     /* outputs that overlap something: from the first byte to the last */
-    REFUSED(d.c = d.pre, MOE_ERR_OVERLAP, c);
+    REFUSED((d.c = d.pre, d.c_stride = 136), MOE_ERR_OVERLAP, c); /* C is pre, but for its stride */
     REFUSED(d.c = AT(d.pre, 41 * 128 * 2 - 16), MOE_ERR_OVERLAP, c);
     REFUSED(d.c = DOWN_TO(AT(d.row_weight, 30 * 2 * 4 - 4), 16), MOE_ERR_OVERLAP, c);
     REFUSED(d.act = (void*)d.a, MOE_ERR_OVERLAP, act);
@@ -734,7 +882,10 @@ int main(int argc, char** argv)
     RUN(test_gradient_tails);
     RUN(test_gradient_gather);
     RUN(test_gradient_infinite);
+    RUN(test_gradient_extremes);
+    RUN(test_gradient_in_place);
     RUN(test_gradient_bits);
+    RUN(test_gradient_tiles);
     RUN(test_gradient_batch);
     RUN(test_gradient_fresh);
     RUN(test_gradient_groups);

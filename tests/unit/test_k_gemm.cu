@@ -30,7 +30,7 @@ typedef struct k_case {
     int a_gather, b_gather;  /* 0: row r itself; else an index, divided by this */
     int none, bad;           /* entries of the indices: -1; out of range */
     int a_pad, b_pad, c_pad; /* stride - least */
-    int c_table, accumulate;
+    int c_table, accumulate, empty; /* empty: as empty_experts */
     int beyond; /* rows that no expert owns: all NaN */
 } k_case;
 
@@ -48,10 +48,10 @@ static const char* case_text(const k_case* c)
     static char text[200];
     snprintf(text, sizeof text,
              "E=%d m=%d n=%d rows %d %d %d.. %s -> %s tile=%d gather %d %d none=%d bad=%d pads %d "
-             "%d %d table=%d accumulate=%d path=%d",
+             "%d %d table=%d accumulate=%d empty=%d path=%d",
              c->E, c->m, c->n, c->rows[0], c->rows[1], c->rows[2], moe_dtype_name(c->dtype),
              moe_dtype_name(c->c_dtype), c->tile, c->a_gather, c->b_gather, c->none, c->bad,
-             c->a_pad, c->b_pad, c->c_pad, c->c_table, c->accumulate, c->path);
+             c->a_pad, c->b_pad, c->c_pad, c->c_table, c->accumulate, c->empty, c->path);
     return text;
 }
 
@@ -148,6 +148,7 @@ static void bufs_new(k_bufs* b, const k_case* c, trand* r)
     b->d.dtype = c->dtype == MOE_BF16 ? MOE_DTYPE_DEFAULT : c->dtype;
     b->d.c_dtype = c->c_dtype == c->dtype ? MOE_DTYPE_DEFAULT : c->c_dtype;
     b->d.accumulate = c->accumulate;
+    b->d.empty_experts = c->empty;
     b->d.tile = c->tile;
     b->d.grid_limit = c->grid_limit;
     b->d.path = c->path;
@@ -209,6 +210,13 @@ static void compare(const k_bufs* b, const k_case* c)
         free(got);
         got = ascending;
     }
+    for (int e = 0; e < c->E && c->empty && !c->accumulate; ++e)
+        for (int64_t i = 0; i < (int64_t)c->m * c->n && c->rows[e] == 0; ++i) {
+            const int64_t at = (e * c->m + i / c->n) * c_stride + i % c->n;
+            const float was = moe_load(got, at, c->c_dtype);
+            CHECK(was != was, "an expert without rows, to be left as it is");
+            moe_store(got, at, c->c_dtype, 0.0f);
+        }
     if (b->h_offset[c->E] > 0)
         test_within("c", got, c->c_dtype, c_stride, exact, bound, 1, rows, c->n, __FILE__,
                     __LINE__);
@@ -320,6 +328,7 @@ static void test_k_gather(void)
         c.c_pad = 8 * (int)trand_int(&r, 0, 2);
         c.c_table = (int)trand_int(&r, 0, 1);
         c.accumulate = (int)trand_int(&r, 0, 1);
+        c.empty = (int)trand_int(&r, 0, 1);
         c.c_dtype = trand_int(&r, 0, 1) ? MOE_FP32 : c.dtype;
         c.tile = i % 4 == 0 ? MOE_TILE_128x128 : i % 4 == 2 ? MOE_TILE_128x256 : MOE_TILE_64x64;
         c.beyond = (int)trand_int(&r, 0, 1) * 20;
@@ -350,6 +359,7 @@ static void test_k_wgmma(void)
         c.c_pad = 8 * (int)trand_int(&r, 0, 2);
         c.c_table = (int)trand_int(&r, 0, 1);
         c.accumulate = (int)trand_int(&r, 0, 1);
+        c.empty = (int)trand_int(&r, 0, 1);
         c.beyond = (int)trand_int(&r, 0, 1) * 20;
         if (i % 3 == 1) c.a_gather = (int)trand_int(&r, 1, 3);
         if (i % 3 == 2) c.b_gather = (int)trand_int(&r, 1, 3);
@@ -527,6 +537,7 @@ static void test_k_refusals(void)
     REFUSED(d.a_div = -1, MOE_ERR_RANGE, a_div);
     REFUSED(d.b_div = -1, MOE_ERR_RANGE, b_div);
     REFUSED(d.accumulate = 2, MOE_ERR_OPTION, accumulate);
+    REFUSED_EACH(empty_experts, MOE_ERR_OPTION, empty_experts, 2, -1);
     REFUSED(d.grid_limit = -1, MOE_ERR_RANGE, grid_limit);
     REFUSED_RANK_AND_FAULT();
     REFUSED_EACH(tile, MOE_ERR_OPTION, tile, MOE_TILE_32x128, -1);

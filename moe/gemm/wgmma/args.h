@@ -26,7 +26,8 @@ typedef struct moei_wgmma_args {
     int32_t m;               /* k-grouped: rows of each expert's C; otherwise 0 */
     int32_t boxes;           /* 1: full tiles are stored by tensor copies (wgmma/store.cuh) */
     int32_t transposed;      /* k-grouped: 1: C is stored as [E, n, m] */
-    int32_t unused[15];      /* a launch copies whole 64-byte units */
+    int32_t skip_empty;      /* k-grouped: 1: C of experts without rows is left as it is */
+    int32_t unused[14];      /* a launch copies whole 64-byte units */
 } moei_wgmma_args;
 
 /* The parameter of the kernels: tensor maps stand on a 64-byte boundary there. */
@@ -38,11 +39,17 @@ typedef struct moei_wgmma_param {
     moei_wgmma_args a;
 } moei_wgmma_param;
 
+/* Stages of the ring. A gradient has one less: P waits there (wgmma/gradient.cuh). */
+#define MOEI_WGMMA_STAGES 4
+#define MOEI_WGMMA_GRADIENT_STAGES 3
+
 /* The shape (gemm/shape.h) of the path's tiles, as 12 warps of which 8 have 16 x 256 each. */
-#define MOEI_WGMMA_SHAPE(dtype, a_major, b_major)                                                  \
+#define MOEI_WGMMA_SHAPE_OF(stages, dtype, a_major, b_major)                                       \
     {                                                                                              \
-        128, 256, 64, 8, 1, 4, dtype, a_major, b_major, 16, 256, 384, 1                            \
+        128, 256, 64, 8, 1, stages, dtype, a_major, b_major, 16, 256, 384, 1                       \
     }
+#define MOEI_WGMMA_SHAPE(dtype, a_major, b_major)                                                  \
+    MOEI_WGMMA_SHAPE_OF(MOEI_WGMMA_STAGES, dtype, a_major, b_major)
 
 /* Returns the bits of a wgmma descriptor beside the address, which has the lowest 14: at 16 and at
    32 the strides in 16 bytes, between 64 rows of an mn-major operand and between 8 lines; at 62 the

@@ -3,8 +3,8 @@
 
    Stores are deferred: rounded results wait in registers, and each of the next tile's first steps
    stores a part of them while the tensor cores work. So a tile's end costs bias, activation and
-   rounding alone. fp32 results, which have no room to wait, transposed ones and gradients
-   (gradient.cuh) are stored at once.
+   rounding alone. With a gradient P waits, and the next tile's steps have all of its epilogue
+   (gradient.cuh). fp32 results, which have no room to wait, and transposed ones are stored at once.
 
    Where a thread's accumulators belong: ptx.cuh. With gate and up, accumulator i < 64 is a gate, and
    64 + i its up. */
@@ -289,24 +289,25 @@ MOE_DEVICE void moei_wgmma_finish_transposed(moei_wgmma_pending* p, float acc[12
 
 /* Counts what was pending, all of which is stored. The warpgroup calls it. */
 MOE_DEVICE void moei_wgmma_count(const moe_grouped_gemm_args* d, const moei_wgmma_pending* p,
-                                 int consumer)
+                                 const moei_wgmma_held* held, int consumer, const int gradient)
 {
     const bool counts = threadIdx.x % 128 == 0; /* has the consumer's first row and column */
     if (counts) moei_tensor_store_wait();
     moei_named_barrier(2 + consumer, 128);
     if (counts) {
-        const int row = p->boxed >= 0 ? p->boxed : ~p->boxed, columns = 32 * p->groups;
-        moei_done_count(d, row, row + (p->rows < 64 ? p->rows : 64),
-                        p->columns < columns ? p->columns : columns);
+        const int boxed = gradient ? held->boxed : p->boxed, rows = gradient ? held->rows : p->rows;
+        const int left = gradient ? d->n - held->first : p->columns;
+        const int row = boxed >= 0 ? boxed : ~boxed, columns = gradient ? 256 : 32 * p->groups;
+        moei_done_count(d, row, row + (rows < 64 ? rows : 64), left < columns ? left : columns);
     }
     __syncwarp(MOE_FULL_WARP);
 }
 
 /* A consumer. For each tile:
      1. multiply the steps; during each of the first ones store 32 columns of the tile before, in
-        short tiles 64; count the tile before
+        short tiles 64, or compute vectors of its gradient; count the tile before
      2. release the last stage
-     3. finish: bias, activation, rounding; or the epilogue of a gradient, or of a transpose
+     3. finish: bias, activation, rounding; or store a transpose; or let P of a gradient wait
    A consumer without rows of the tile releases the stages. At the end stores and counts what is
    pending. */
 MOE_DEVICE void moei_wgmma_consume(const moei_wgmma_args* a, moei_wgmma_ring r, int consumer,
@@ -317,11 +318,13 @@ MOE_DEVICE void moei_wgmma_consume(const moei_wgmma_args* a, moei_wgmma_ring r, 
     const int boxes = gathered || by_depth ? 0 : a->boxes;
     const int transposed = gathered && by_depth ? a->transposed : 0;
     const int warp = moe_warp() % 4, line = consumer * 64 + warp * 16 + (moe_lane() >> 2);
+    moei_wgmma_held* held = gradient ? moei_wgmma_held_of(&r) : 0;
     moei_wgmma_pending p;
     p.c = 0;
     p.rows = p.columns = 0;
-    p.next = p.groups = gradient ? 8 : 0; /* a gradient leaves nothing pending */
+    p.next = p.groups = gradient ? MOEI_WGMMA_VECTORS : 0;
     p.boxed = -1;
+    if (gradient && moe_lane() == 0) held->rows = held->first = held->boxed = 0;
     MOE_UNROLL
     for (int i = 0; i < 64; ++i) p.x[i] = 0;
     for (int turn = 0;; ++turn) {
@@ -338,34 +341,39 @@ MOE_DEVICE void moei_wgmma_consume(const moei_wgmma_args* a, moei_wgmma_ring r, 
             MOE_NO_UNROLL
             for (; p.next < p.groups && i < depths; i += 64) { /* 1. */
                 moei_wgmma_start_step(acc, &r, consumer, i, gathered, f);
-                moei_wgmma_store_part(&p, a, &r, consumer, depths, boxes);
+                if (gradient) moei_wgmma_gradient_part(&p, d, held, consumer, i, depths, f.dtype);
+                else moei_wgmma_store_part(&p, a, &r, consumer, depths, boxes);
                 moei_wgmma_end_step(&r, i);
             }
             MOE_NO_UNROLL
-            while (p.next < p.groups) moei_wgmma_store_part(&p, a, &r, consumer, depths, boxes);
-            if (!by_depth && d->done) moei_wgmma_count(d, &p, consumer);
+            while (!gradient && p.next < p.groups)
+                moei_wgmma_store_part(&p, a, &r, consumer, depths, boxes);
+            if (!by_depth && d->done) moei_wgmma_count(d, &p, held, consumer, gradient);
             p.boxed = __shfl_sync(MOE_FULL_WARP, t->row, 0) + consumer * 64;
             if (!boxes || rows < consumer * 64 + 64) p.boxed = ~p.boxed;
             moei_wgmma_aim(&p, &d->c, t, a->c_expert_bytes, t->row + line, rows - line, t->first,
                            d->n, transposed);
+            if (gradient) moei_wgmma_gradient_aim(&p, d, t);
             MOE_NO_UNROLL
             for (; i < depths; i += 64) {
                 moei_wgmma_start_step(acc, &r, consumer, i, gathered, f);
                 moei_wgmma_end_step(&r, i);
             }
+            if (gradient) moei_wgmma_gradient_rows(&p, d, held, t);
             moei_wgmma_wait(0); /* 2. */
             moei_wgmma_settle(acc);
             moei_wgmma_release(&r, moei_wgmma_before(&r));
             if (transposed) moei_wgmma_finish_transposed(&p, acc, &d->c, f.dtype); /* 3. */
-            else if (gradient) moei_wgmma_gradient(&p, acc, d, t->row + line, f.dtype);
+            else if (gradient) moei_wgmma_gradient_hold(&p, acc, held);
             else moei_wgmma_finish(&p, acc, &d->c, t->expert, t->row + line, d->n, f);
         } else {
             moei_wgmma_skip(&r, depths);
         }
     }
     MOE_NO_UNROLL
-    while (p.next < p.groups) moei_wgmma_store_part(&p, a, &r, consumer, 0, boxes);
-    if (!by_depth && d->done) moei_wgmma_count(d, &p, consumer);
+    while (!gradient && p.next < p.groups) moei_wgmma_store_part(&p, a, &r, consumer, 0, boxes);
+    if (gradient) moei_wgmma_gradient_part(&p, d, held, consumer, 0, 0, f.dtype);
+    if (!by_depth && d->done) moei_wgmma_count(d, &p, held, consumer, gradient);
     if (boxes && threadIdx.x % 128 == 0) moei_tensor_store_wait();
 }
 

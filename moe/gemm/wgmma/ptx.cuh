@@ -213,6 +213,15 @@ MOE_DEVICE void moei_tensor_store_wait(void)
     asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
 }
 
+/* Returns the number of the thread's lane as a value that the compiler takes for new: where
+   registers are scarce, none has it between two uses. */
+MOE_DEVICE int moei_lane_again(void)
+{
+    int lane;
+    asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+    return lane;
+}
+
 /* Returns the lane's part of the transpose of a matrix of 8 x 8 elements of 16 bits: x of lane
    4 r + j has columns 2 j, 2 j + 1 of row r. The whole warp calls it. */
 MOE_DEVICE uint32_t moei_transpose_matrix(uint32_t x)

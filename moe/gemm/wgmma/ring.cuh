@@ -15,15 +15,16 @@
 #ifndef MOE_GEMM_WGMMA_RING_CUH
 #define MOE_GEMM_WGMMA_RING_CUH
 
+#include "../gradient.cuh"
 #include "order.cuh"
 
 #define MOEI_WGMMA_THREADS 384     /* a producer and two consumers, a warpgroup each */
-#define MOEI_WGMMA_STAGES 4        /* of the ring */
 #define MOEI_WGMMA_A_HALF (64 * 128)  /* bytes: a consumer's rows of A */
 #define MOEI_WGMMA_B_HALF (128 * 128) /* bytes: half of B */
 #define MOEI_WGMMA_STAGE (2 * MOEI_WGMMA_A_HALF + 2 * MOEI_WGMMA_B_HALF) /* bytes */
 #define MOEI_WGMMA_RING (MOEI_WGMMA_STAGES * MOEI_WGMMA_STAGE)           /* bytes */
 #define MOEI_WGMMA_BOX (64 * 128) /* bytes: a consumer's box of results (store.cuh) */
+#define MOEI_WGMMA_SLOTS 9        /* of a warp, for P of a gradient (gradient.cuh) */
 
 /* What is found about a block's tile number i stands in entry i % MOEI_WGMMA_ENTRIES. The next tile
    is found while a consumer may still read the entry of a tile STAGES + 2 before it: short tiles
@@ -31,8 +32,22 @@
 #define MOEI_WGMMA_ENTRIES 8
 static_assert(MOEI_WGMMA_ENTRIES >= MOEI_WGMMA_STAGES + 3, "an entry is written while it is read");
 
-/* Bytes of dynamic shared memory without boxes and tile_start: the ring, and room to align it. */
+/* What a warp of a consumer keeps of a gradient's last tile (gradient.cuh). */
+typedef struct moei_wgmma_held {
+    float slot[MOEI_WGMMA_SLOTS][256]; /* P: 8 rows of 32 columns each, swizzled */
+    moei_gradient_row row[16];         /* the warp's rows */
+    float dot[16];                     /* sums of the first 32 of 64 columns */
+    int32_t first;                     /* first column of the tile */
+    int32_t rows, boxed;               /* of lane 0, as in moei_wgmma_pending */
+    int32_t unused;                    /* the next warp's slots are 16-byte aligned */
+} moei_wgmma_held;
+static_assert(sizeof(moei_wgmma_held) % 16 == 0, "slots are read 16 bytes at a time");
+
+/* Bytes of dynamic shared memory without boxes and tile_start: the ring, and room to align it. With
+   a gradient fewer stages, and what the consumers' warps hold. */
 #define MOEI_WGMMA_SMEM (1024 + MOEI_WGMMA_RING)
+#define MOEI_WGMMA_GRADIENT_SMEM                                                                   \
+    (1024 + MOEI_WGMMA_GRADIENT_STAGES * MOEI_WGMMA_STAGE + 8 * (int)sizeof(moei_wgmma_held))
 
 /* Static shared memory of a block. More than 512 bytes: kernels without a body have none, which
    tells whether the binary has code of sm_90a (variant.cuh). */
@@ -59,20 +74,21 @@ typedef struct moei_wgmma_shared {
 
 /* A role's position in the ring. */
 typedef struct moei_wgmma_ring {
-    unsigned char* stages; /* [MOEI_WGMMA_STAGES][MOEI_WGMMA_STAGE], 1024-byte aligned */
+    unsigned char* stages; /* [count][MOEI_WGMMA_STAGE], 1024-byte aligned */
+    int count;             /* a literal: stages of the ring */
     moei_wgmma_shared* s;
     int stage, parity; /* the stage, and the parity of its phase */
 } moei_wgmma_ring;
 
 MOE_DEVICE void moei_wgmma_next(moei_wgmma_ring* r)
 {
-    if (++r->stage == MOEI_WGMMA_STAGES) r->stage = 0, r->parity ^= 1;
+    if (++r->stage == r->count) r->stage = 0, r->parity ^= 1;
 }
 
 /* Returns the stage before this one. */
 MOE_DEVICE int moei_wgmma_before(const moei_wgmma_ring* r)
 {
-    return (r->stage + MOEI_WGMMA_STAGES - 1) % MOEI_WGMMA_STAGES;
+    return (r->stage + r->count - 1) % r->count;
 }
 
 /* Tells both blocks that a consumer's warp has read a stage. The whole warp calls it. */
@@ -89,6 +105,7 @@ typedef struct moei_wgmma_tiles {
     int m;       /* k-grouped: rows of each expert's C; otherwise 0 */
     int columns; /* of C in a tile */
     int cluster_rank; /* the block's number in its cluster: 0 or 1 */
+    int gradient;     /* a literal: 1: of a gradient */
 } moei_wgmma_tiles;
 
 #endif

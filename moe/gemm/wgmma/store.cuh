@@ -8,11 +8,19 @@
 #ifndef MOE_GEMM_WGMMA_STORE_CUH
 #define MOE_GEMM_WGMMA_STORE_CUH
 
+#include "../gradient.cuh"
 #include "ring.cuh"
 
 #if MOEI_WGMMA_HERE
 
-/* Rounded results of a warp's 16 rows that are still to be stored. */
+/* What of a gradient waits in registers (gradient.cuh). */
+typedef struct moei_wgmma_waiting {
+    float p[56];           /* P: 7 vectors without a slot */
+    moei_gradient_pre pre; /* of the next vector */
+    int index[2];          /* in row_weight, of rows r and r + 8 of the tile that is multiplied */
+} moei_wgmma_waiting;
+
+/* Results of a warp's 16 rows that are still to be stored: rounded, or P of a gradient. */
 typedef struct moei_wgmma_pending {
     uint32_t x[64]; /* two columns each: [groups of 32 columns][rows r, r + 8][4] */
     char* c; /* address of row r, column `column` of C; transposed (args.h): of the first two rows
@@ -20,9 +28,11 @@ typedef struct moei_wgmma_pending {
     int rows;    /* the tile's rows from r on: more than 0: row r exists, more than 8: r + 8 */
     int columns; /* columns of C from `column` on */
     int next, groups; /* groups of 32 columns: the next one to store; those of a tile, 4 or 8, 0
-                         before the first tile. What is stored at once: next is groups */
+                         before the first tile. What is stored at once: next is groups. With a
+                         gradient vectors, 16 */
     int boxed;        /* first row of C of the consumer's, which boxes store; where threads store,
                          its complement, which is negative */
+    moei_wgmma_waiting waiting; /* of a gradient */
 } moei_wgmma_pending;
 
 /* Exchanges registers within four lanes 4 q .. 4 q + 3: x[j] of lane i becomes x[i] of lane j. The

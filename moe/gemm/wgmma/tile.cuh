@@ -18,7 +18,8 @@
 #if MOEI_WGMMA_HERE
 
 /* Computes this block's share of all tiles. All threads of the block call it; blocks 2 i and 2 i + 1
-   are a cluster. dynamic holds the ring, the consumers' boxes where a->boxes, then tile_start.
+   are a cluster. dynamic holds the ring, the consumers' moei_wgmma_held with a gradient or boxes
+   where a->boxes, then tile_start.
    Literals: gathered: rows of A are gathered; gradient: the epilogue is that of a gradient.
      1. Initialize the barriers. Build the schedule.
      2. Each warpgroup takes its role, where nothing is bad and no earlier kernel met a stop fault.
@@ -32,6 +33,7 @@ MOE_DEVICE_BODY void moei_wgmma_block(const moei_wgmma_args* a, unsigned char* d
     const int warp = __shfl_sync(MOE_FULL_WARP, moe_warp(), 0); /* uniform to the compiler */
     moei_wgmma_ring r;
     moei_wgmma_tiles w;
+    r.count = f.stages;
     r.stages = dynamic + (1024 - ((uintptr_t)dynamic & 1023)) % 1024;
     r.s = s;
     r.stage = r.parity = 0;
@@ -39,12 +41,15 @@ MOE_DEVICE_BODY void moei_wgmma_block(const moei_wgmma_args* a, unsigned char* d
     w.m = f.a_major == MOE_MAJOR_MN ? a->m : 0;
     w.steps = w.m ? 0 : (d->k + 63) / 64;
     w.cluster_rank = moei_cluster_rank();
+    w.gradient = gradient;
     w.schedule.groups = moei_groups_of(d);
     if (f.a_major == MOE_MAJOR_MN) w.schedule.groups.list = 0; /* k-grouped products have none */
     w.schedule.column_tiles = (d->n + w.columns - 1) / w.columns;
     w.schedule.row_align = 1;
+    w.schedule.skip_empty = a->skip_empty;
     w.schedule.tile_start =
-        (int*)(r.stages + MOEI_WGMMA_RING + (a->boxes ? 2 * MOEI_WGMMA_BOX : 0));
+        (int*)(r.stages + f.stages * MOEI_WGMMA_STAGE +
+               (gradient ? 8 * (int)sizeof(moei_wgmma_held) : a->boxes ? 2 * MOEI_WGMMA_BOX : 0));
     if (threadIdx.x == 0) { /* 1. */
         for (int i = 0; i < MOEI_WGMMA_STAGES; ++i) {
             moei_barrier_init(s->full + i, gathered ? 129 : 1);
