@@ -57,6 +57,8 @@ typedef struct moe_experts_desc {
     /* scratch and out */
     void* act;          /* [num_rows, I] dtype, scratch: result of the first product */
     int64_t act_stride; /* elements between rows; 0 = I; multiple of 8 */
+    void* pre;          /* [num_rows, 2I] or [num_rows, I] dtype, out: what the activation is applied
+                           to, gates and then ups, for experts_backward.cuh; or null */
     void* rows;         /* [num_rows, H] rows_dtype; or null with a table */
     void* const* table; /* [E] device array: expert e's rows begin at table[e]; or null */
     int64_t row_stride; /* elements between rows; 0 = H; multiple of 8 */
@@ -123,6 +125,7 @@ MOE_HOST moe_status moei_experts_gemms(const moe_experts_desc* d, moe_grouped_ge
     up->expert_offset = d->expert_offset;
     up->c = d->act;
     up->c_stride = d->act_stride ? d->act_stride : d->intermediate;
+    up->pre = d->pre;
     up->fault = d->fault;
     up->num_experts = d->num_experts;
     up->num_rows = (int32_t)num_rows;
@@ -238,6 +241,8 @@ MOE_HOST moe_status moei_experts_check_buffers(const moe_grouped_gemm_desc* up,
         {down->c_table, table, 8, MOE_BUFFER_READ, MOE_FIELD_rows},
         {up->c, moe_extent(num_rows, up->c_stride, intermediate, up->dtype), 16,
          MOE_BUFFER_REQUIRED | MOE_BUFFER_WRITTEN, MOE_FIELD_act},
+        {up->pre, moe_extent(num_rows, up->pre_stride, all_I, up->dtype), 16, MOE_BUFFER_WRITTEN,
+         MOE_FIELD_pre},
         {down->c, moe_extent(num_rows, down->c_stride, hidden, down->c_dtype), 16,
          down->c_table ? MOE_BUFFER_WRITTEN : MOE_BUFFER_REQUIRED | MOE_BUFFER_WRITTEN,
          MOE_FIELD_rows},

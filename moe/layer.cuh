@@ -30,16 +30,20 @@
 
    Workspace, as moe_layer_workspace returns it (in bytes, each buffer rounded up to 256):
      T E 4  logits        (unless given)      T K 4 + T K 4  ids, weights   (unless given)
+     (P + 1) 4  offsets   R 4  row_slot       T K 8  places
      moe_num_chunks(T) E 4  chunk counts      (except with ids or replicas)
      bytes of moe_gate_workspace              0 for most options
      bytes of moe_route_workspace             0 except with ids, replicas or capacity by weight
-     P 4 + (P + 1) 4  counts, offsets         R 4  row_slot         T K 8  places
+     P 4  counts
      2 MOE_EXPERTS_WORKSPACE  the experts'   R I 2  act
      R H 2  rows, R H 4 with fp32 rows
      T Is 2 + T H 2 (fp32 rows: T H 4)  of the shared expert, if given, of width Is
-   R, the rows, is T K, or the value of moe_route_max_rows with options of route.
+   R, the rows, is T K, or the value of moe_route_max_rows with options of route. With `saved` the
+   first two lines are there and not in the workspace.
 
-   moe_layer_get_view returns the address of each buffer, for statistics or for a backward pass.
+   Training: with `saved` the layer keeps what layer_backward.cuh needs; moe_layer_saved lists it.
+
+   moe_layer_get_view returns the address of each buffer, for statistics, say.
 
      moe_layer_desc l = {0};
      l.x = x;  l.router = router;  l.w1.base = w1;  l.w2.base = w2;  l.y = y;
@@ -52,8 +56,8 @@
 
 #include "layer/prepare.cuh"
 
-/* Writes the bytes of workspace of this layer to *bytes. Reads sizes, options, and which of logits
-   and ids are given. Errors: those of sizes and options. */
+/* Writes the bytes of workspace of this layer to *bytes. Reads sizes, options, and which of logits,
+   ids and saved are given. Errors: those of sizes and options. */
 MOE_HOST moe_status moe_layer_workspace(const moe_layer_desc* desc, size_t* bytes)
 {
     moe_layer_view v;
@@ -62,6 +66,28 @@ MOE_HOST moe_status moe_layer_workspace(const moe_layer_desc* desc, size_t* byte
     *bytes = 0;
     MOE_TRY(moei_layer_resolve(desc, &o));
     moei_layer_carve(desc, &o, 0, &v, bytes);
+    return MOE_OK;
+}
+
+/* Lists what stays from a forward with `saved` to its backward: x and, in `saved` or given by the
+   caller, the routing tables and pre-activations. Reads what moe_layer_workspace reads. list->bytes
+   is what saved_bytes must be. Errors: those of sizes and options. */
+MOE_HOST moe_status moe_layer_saved(const moe_layer_desc* desc, moe_layer_saved_list* list)
+{
+    moe_layer_view v;
+    moei_layer_options o;
+    MOE_REQUIRE(desc && list, MOE_ERR_NULL, desc);
+    memset(list, 0, sizeof *list);
+    MOE_TRY(moei_layer_resolve(desc, &o));
+    moei_layer_given(desc, &o, &v);
+    list->item[0].name = "x";
+    list->item[0].rows = desc->num_tokens;
+    list->item[0].columns = desc->hidden;
+    list->item[0].element = 2;
+    list->item[0].caller = 1;
+    list->item[0].bytes = (uint64_t)desc->num_tokens * (uint64_t)desc->hidden * 2;
+    list->count = 1;
+    moei_layer_carve_saved(desc, &o, 0, 1, &v, &list->bytes, list);
     return MOE_OK;
 }
 
@@ -80,10 +106,10 @@ MOE_HOST moe_status moe_layer_get_view(const moe_layer_desc* desc, moe_layer_vie
 
 /* A prepared layer: all but its stream, for the device that was current. */
 typedef struct moe_layer_prepared {
-    moe_router_prepared router;               /* not run where logits or ids are given */
-    moe_gate_prepared gate;                   /* not run where ids are given */
+    moe_router_prepared router; /* not run where logits or ids are given */
+    moe_gate_prepared gate;     /* not run where ids are given */
     moe_route_prepared route;
-    moe_experts_prepared experts, shared;     /* shared: the shared expert, where given */
+    moe_experts_prepared experts, shared; /* shared: the shared expert, where given */
     moe_combine_prepared combine;
     int32_t has_router, has_gate, has_shared; /* 0 or 1: what is run */
 } moe_layer_prepared;
@@ -94,13 +120,15 @@ MOE_HOST moe_status moei_layer_prepare(const moe_layer_desc* desc, moe_layer_pre
     moei_layer_options o;
     moei_layer_stations l;
     moe_layer_view v;
+    moe_layer_saved_list saved;
     size_t bytes;
     MOE_TRY(moei_layer_resolve(desc, &o));
+    MOE_TRY(moe_layer_saved(desc, &saved));
     moei_layer_carve(desc, &o, desc->workspace, &v, &bytes);
     moei_layer_describe(desc, &o, &v, &l);
     MOE_TRY(moei_layer_check_options(desc, &o, &l));
     /* before the stations check: a refusal names the caller's own field */
-    MOE_TRY(moei_layer_check_buffers(desc, &v, bytes));
+    MOE_TRY(moei_layer_check_buffers(desc, &v, bytes, saved.bytes));
     p->has_router = o.has_router;
     p->has_gate = o.has_gate;
     p->has_shared = o.has_shared;

@@ -93,6 +93,17 @@ typedef struct moe_weights {
     int32_t major;               /* moe_major; 0 = k-major, rows of k elements */
 } moe_weights;
 
+/* Gradients of the weights of all experts: matrices of the same shapes and major as a moe_weights,
+   with the fields' meaning there. */
+typedef struct moe_weight_grads {
+    void* base;            /* one array, expert after expert; or null */
+    void* const* table;    /* [E] device array of device addresses; or null */
+    void* up;              /* the same for separate up projections; or null */
+    void* const* up_table; /* [E] device array, the same for the ups; or null */
+    int64_t expert_stride; /* elements between experts in base and up; 0 = dense */
+    int64_t row_stride;    /* elements between rows; 0 = dense */
+} moe_weight_grads;
+
 /* Gate and route cut the tokens into at most MOE_MAX_CHUNKS chunks of moe_chunk_tokens(T) tokens;
    the last may be shorter. chunk_count [num_chunks, E] holds how often each chunk chose each
    expert. */

@@ -128,6 +128,7 @@ MOE_HOST moe_status moei_ep_layer_check(const moe_ep_layer_desc* d)
     MOE_REQUIRE(moei_all_zero(&route, sizeof route), MOE_ERR_CONFLICT, route);
     MOE_REQUIRE(!d->layer.gate.whole_batch, MOE_ERR_CONFLICT, gate);
     MOE_REQUIRE(!d->layer.rank, MOE_ERR_CONFLICT, rank);
+    MOE_REQUIRE(!d->layer.saved && !d->layer.recompute, MOE_ERR_CONFLICT, saved);
     MOE_REQUIRE(d->layer.dtype == 0 || d->layer.dtype == MOE_BF16 || d->layer.dtype == MOE_FP16,
                 MOE_ERR_DTYPE, dtype);
     return MOE_OK;
@@ -240,7 +241,7 @@ MOE_HOST moe_status moei_ep_layer_prepare(const moe_ep_layer_desc* desc, moe_ep_
     MOE_TRY(moei_ep_layer_resolve(desc, (char*)desc->layer.workspace, &e));
     home.route.row_multiple = 0;
     MOE_TRY(moei_layer_check_options(&home, &e.o, &e.l));
-    MOE_TRY(moei_layer_check_buffers(&home, &e.v, e.workspace));
+    MOE_TRY(moei_layer_check_buffers(&home, &e.v, e.workspace, 0));
     h->has_router = e.o.has_router;
     h->has_gate = e.o.has_gate;
     h->has_shared = e.o.has_shared;

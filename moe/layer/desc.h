@@ -62,31 +62,57 @@ typedef struct moe_layer_desc {
     moe_gate_desc gate;      /* rules and their buffers, expert_count, prob_sum; all 0 with ids */
     moe_route_desc route;    /* replicas, padding, capacity; drop_count, slot_row, row_weight */
     moe_layer_shared shared; /* all 0 = no shared expert */
+    /* training: what a backward pass (layer_backward.cuh) needs is kept */
+    void* saved;        /* 256-byte aligned, written by forward, read by its backward; null: forward
+                           alone, nothing is kept */
+    size_t saved_bytes; /* at least what moe_layer_saved returns */
+    int32_t recompute; /* 1: backward computes the pre-activations again, saved has none; 0: kept */
     /* workspace */
     void* workspace;        /* 256-byte aligned, for one call at a time */
     size_t workspace_bytes; /* at least what moe_layer_workspace returns */
 } moe_layer_desc;
 
-/* Addresses of the buffers of the workspace. What the caller gave points to the caller's own
-   buffer; what this layer does not use is null. */
+/* What stays from forward to backward. */
+typedef struct moe_layer_saved_item {
+    const char* name;      /* static storage */
+    int64_t rows, columns; /* shape */
+    int32_t element;       /* bytes of an element */
+    int32_t caller;        /* 1: memory of the caller's, not in `saved`; unchanged until backward */
+    uint64_t bytes;        /* in `saved` a multiple of 256, of the caller's as its shape says */
+} moe_layer_saved_item;
+
+#define MOE_LAYER_SAVED_MOST 12
+
+typedef struct moe_layer_saved_list {
+    size_t bytes;  /* of `saved`: the sum over the items in `saved` */
+    int32_t count; /* of items */
+    moe_layer_saved_item item[MOE_LAYER_SAVED_MOST];
+} moe_layer_saved_list;
+
+/* Addresses of the buffers of the workspace and of `saved`. What the caller gave points to the
+   caller's own buffer; what this layer does not use is null. */
 typedef struct moe_layer_view {
-    float* logits;          /* [T, E]; null where ids were given */
-    int32_t* ids;           /* [T, K] */
-    float* weights;         /* [T, K] */
-    int32_t* chunk_count;   /* [moe_num_chunks(T), E]; null with ids or replicas */
-    void* gate_workspace;   /* moe_gate_workspace bytes; or null */
-    void* route_workspace;  /* moe_route_workspace bytes; or null */
-    int32_t* expert_count;  /* [P] */
-    int32_t* expert_offset; /* [P + 1] */
-    int32_t* row_slot;      /* [R] */
-    moe_place* place;       /* [T, K] */
+    float* logits;           /* [T, E]; null where ids were given */
+    int32_t* ids;            /* [T, K] */
+    float* weights;          /* [T, K] */
+    int32_t* chunk_count;    /* [moe_num_chunks(T), E]; null with ids or replicas */
+    void* gate_workspace;    /* moe_gate_workspace bytes; or null */
+    void* route_workspace;   /* moe_route_workspace bytes; or null */
+    int32_t* expert_count;   /* [P] */
+    int32_t* expert_offset;  /* [P + 1] */
+    int32_t* row_slot;       /* [R] */
+    moe_place* place;        /* [T, K] */
     void* experts_workspace; /* of the experts, then of the shared expert */
-    void* act;              /* [R, I] dtype */
-    void* rows;             /* [R, H] rows_dtype */
-    void* shared_act;       /* [T, Is] dtype; null without a shared expert */
-    void* shared_rows;      /* [T, H] rows_dtype; null without a shared expert */
-    int64_t num_rows;       /* R, the most rows; T * K without options of route */
-    int32_t num_physical;   /* P, experts that have weights; E without replicas */
+    void* act;               /* [R, I] dtype */
+    void* rows;              /* [R, H] rows_dtype */
+    int32_t* slot_row;       /* [T, K] row of each slot; with `saved` alone, like the next three */
+    float* row_weight;       /* [R] weight of each row */
+    void* pre;            /* [R, 2I], not gated [R, I] dtype: pre-activations; null: recomputed */
+    void* shared_pre;     /* [T, 2 Is], not gated [T, Is] dtype; null without a shared expert */
+    void* shared_act;     /* [T, Is] dtype; null without a shared expert */
+    void* shared_rows;    /* [T, H] rows_dtype; null without a shared expert */
+    int64_t num_rows;     /* R, the most rows; T * K without options of route */
+    int32_t num_physical; /* P, experts that have weights; E without replicas */
 } moe_layer_view;
 
 /* Parts of a layer, in the order of moe_layer_run. */

@@ -63,6 +63,7 @@ MOE_HOST moe_status moei_layer_check_sizes(const moe_layer_desc* d)
     MOE_REQUIRE(d->shared.intermediate % 8 == 0, MOE_ERR_MULTIPLE, shared);
     MOE_REQUIRE(d->shared.intermediate || moei_all_zero(&d->shared, sizeof d->shared),
                 MOE_ERR_CONFLICT, shared);
+    MOE_REQUIRE((d->recompute | 1) == 1, MOE_ERR_OPTION, recompute);
     MOE_REQUIRE((uint64_t)d->num_tokens * (uint64_t)d->top_k <= 0x7fffffffu, MOE_ERR_RANGE,
                 num_tokens);
     return MOE_OK;
@@ -111,28 +112,83 @@ MOE_HOST moe_status moei_layer_resolve(const moe_layer_desc* d, moei_layer_optio
     return MOE_OK;
 }
 
-/* Phase 2: fills in the view of the workspace at `base` and *bytes; with a null base only counts
-   the bytes. */
-MOE_HOST void moei_layer_carve(const moe_layer_desc* d, const moei_layer_options* o, void* base,
-                               moe_layer_view* v, size_t* bytes)
+/* Adds a buffer that backward reads: of the caller's where *where is not null, else carved from
+   `base`. A null list only carves. */
+MOE_HOST void moei_layer_keep(moe_layer_saved_list* list, char* base, size_t* bytes, void** where,
+                              const moe_layer_saved_item* item)
 {
-    char* const p = (char*)base;
-    const uint64_t row_bytes = d->rows_dtype == MOE_FP32 ? 4 : 2;
-    const uint64_t num_tokens = (uint64_t)d->num_tokens, num_experts = (uint64_t)d->num_experts;
-    const uint64_t slots = num_tokens * (uint64_t)d->top_k;
-    const uint64_t num_replicas = (uint64_t)o->num_physical, num_rows = (uint64_t)o->num_rows;
-    *bytes = 0;
+    moe_layer_saved_item kept = *item;
+    const size_t before = *bytes;
+    kept.caller = *where != 0;
+    kept.bytes = (uint64_t)kept.rows * (uint64_t)kept.columns * (uint64_t)kept.element;
+    if (!kept.caller) {
+        *where = moei_carve(base, bytes, kept.bytes);
+        kept.bytes = *bytes - before;
+    }
+    if (list) list->item[list->count++] = kept;
+}
+
+/* Carves what a backward pass needs beside x: first what a forward alone has too. keep: 1: all of
+   it, 0: that alone. */
+MOE_HOST void moei_layer_carve_saved(const moe_layer_desc* d, const moei_layer_options* o,
+                                     char* base, int keep, moe_layer_view* v, size_t* bytes,
+                                     moe_layer_saved_list* list)
+{
+    const int64_t slots = (int64_t)d->num_tokens * d->top_k, rows = o->num_rows;
+    const int64_t num_tokens = d->num_tokens, num_experts = d->num_experts;
+    const int64_t width = moei_experts_up_rows(d->activation, 0) * (int64_t)d->intermediate;
+    const int64_t shared =
+        moei_experts_up_rows(d->shared.activation, 0) * (int64_t)d->shared.intermediate;
+    const struct {
+        void** where;
+        int used;
+        moe_layer_saved_item item;
+    } b[] = {{(void**)&v->logits, o->has_gate, {"logits", num_tokens, num_experts, 4, 0, 0}},
+             {(void**)&v->ids, 1, {"ids", num_tokens, d->top_k, 4, 0, 0}},
+             {(void**)&v->weights, 1, {"weights", num_tokens, d->top_k, 4, 0, 0}},
+             {(void**)&v->expert_offset,
+              !o->elsewhere,
+              {"expert_offset", 1, o->num_physical + 1, 4, 0, 0}},
+             {(void**)&v->row_slot, !o->elsewhere, {"row_slot", rows, 1, 4, 0, 0}},
+             {(void**)&v->place, !o->elsewhere, {"place", slots, 1, 8, 0, 0}},
+             {(void**)&v->slot_row, keep, {"slot_row", num_tokens, d->top_k, 4, 0, 0}},
+             {(void**)&v->row_weight, keep, {"row_weight", rows, 1, 4, 0, 0}},
+             {&v->pre, keep && !d->recompute, {"pre", rows, width, 2, 0, 0}},
+             {&v->shared_pre,
+              keep && !d->recompute && o->has_shared,
+              {"shared_pre", num_tokens, shared, 2, 0, 0}}};
+    for (size_t i = 0; i < sizeof b / sizeof b[0]; ++i)
+        if (b[i].used) moei_layer_keep(list, base, bytes, b[i].where, &b[i].item);
+}
+
+/* Sets the view's buffers that the caller gave, and its sizes; all others are null. */
+MOE_HOST void moei_layer_given(const moe_layer_desc* d, const moei_layer_options* o,
+                               moe_layer_view* v)
+{
     memset(v, 0, sizeof *v);
     v->num_rows = o->num_rows;
     v->num_physical = o->num_physical;
     v->logits = (float*)d->logits;
     v->ids = (int32_t*)d->ids;
     v->weights = (float*)d->weights;
-    if (o->has_router) v->logits = (float*)moei_carve(p, bytes, num_tokens * num_experts * 4);
-    if (o->has_gate) {
-        v->ids = (int32_t*)moei_carve(p, bytes, slots * 4);
-        v->weights = (float*)moei_carve(p, bytes, slots * 4);
-    }
+    v->slot_row = d->route.slot_row;
+    v->row_weight = d->route.row_weight;
+}
+
+/* Phase 2: fills in the view of the workspace at `base` and *bytes, and of `saved`, where given;
+   with a null base only counts the bytes. */
+MOE_HOST void moei_layer_carve(const moe_layer_desc* d, const moei_layer_options* o, void* base,
+                               moe_layer_view* v, size_t* bytes)
+{
+    char* const p = (char*)base;
+    const uint64_t row_bytes = d->rows_dtype == MOE_FP32 ? 4 : 2;
+    const uint64_t num_tokens = (uint64_t)d->num_tokens, num_experts = (uint64_t)d->num_experts;
+    const uint64_t num_replicas = (uint64_t)o->num_physical, num_rows = (uint64_t)o->num_rows;
+    size_t saved = 0;
+    *bytes = 0;
+    moei_layer_given(d, o, v);
+    if (d->saved) moei_layer_carve_saved(d, o, (char*)d->saved, 1, v, &saved, 0);
+    else moei_layer_carve_saved(d, o, p, 0, v, bytes, 0);
     if (o->gate_counts && !o->elsewhere)
         v->chunk_count = (int32_t*)moei_carve(
             p, bytes, num_experts * (uint64_t)moe_num_chunks(d->num_tokens) * 4);
@@ -141,9 +197,6 @@ MOE_HOST void moei_layer_carve(const moe_layer_desc* d, const moei_layer_options
         if (o->route.workspace_bytes)
             v->route_workspace = moei_carve(p, bytes, o->route.workspace_bytes);
         v->expert_count = (int32_t*)moei_carve(p, bytes, num_replicas * 4);
-        v->expert_offset = (int32_t*)moei_carve(p, bytes, (num_replicas + 1) * 4);
-        v->row_slot = (int32_t*)moei_carve(p, bytes, num_rows * 4);
-        v->place = (moe_place*)moei_carve(p, bytes, slots * 8);
     }
     v->experts_workspace = moei_carve(p, bytes, 2 * MOE_EXPERTS_WORKSPACE);
     v->act = moei_carve(p, bytes, num_rows * (uint64_t)d->intermediate * 2);
@@ -157,10 +210,9 @@ MOE_HOST void moei_layer_carve(const moe_layer_desc* d, const moei_layer_options
 /* Renames a refused field of the shared expert to `shared`, its name in the layer's descriptor. */
 MOE_HOST moe_status moei_layer_rename_shared(moe_status s)
 {
-    static const int16_t own[] = {MOE_FIELD_w1,         MOE_FIELD_w2,         MOE_FIELD_bias1,
-                                  MOE_FIELD_bias2,      MOE_FIELD_activation, MOE_FIELD_alpha,
-                                  MOE_FIELD_limit,      MOE_FIELD_gate_up,
-                                  MOE_FIELD_intermediate};
+    static const int16_t own[] = {MOE_FIELD_w1,    MOE_FIELD_w2,         MOE_FIELD_bias1,
+                                  MOE_FIELD_bias2, MOE_FIELD_activation, MOE_FIELD_alpha,
+                                  MOE_FIELD_limit, MOE_FIELD_gate_up,    MOE_FIELD_intermediate};
     const int kind = moe_status_kind(s);
     if (kind == MOE_OK || kind == MOE_ERR_CUDA) return s;
     for (size_t i = 0; i < sizeof own / sizeof own[0]; ++i)
@@ -199,9 +251,9 @@ MOE_HOST moe_status moei_layer_check_options(const moe_layer_desc* d, const moei
 }
 
 /* Refuses buffers of the caller's that are absent, misaligned or overlap; y may be x or the
-   residual. Requires checked options. `workspace`: the bytes that the workspace must have. */
+   residual. Requires checked options. workspace, saved: the bytes that these must have. */
 MOE_HOST moe_status moei_layer_check_buffers(const moe_layer_desc* d, const moe_layer_view* v,
-                                             size_t workspace)
+                                             size_t workspace, size_t saved)
 {
     const moe_layer_shared* s = &d->shared;
     const int64_t num_tokens = d->num_tokens, hidden = d->hidden, intermediate = d->intermediate,
@@ -283,13 +335,17 @@ MOE_HOST moe_status moei_layer_check_buffers(const moe_layer_desc* d, const moe_
         {d->gate.expert_count, (uint64_t)num_experts * 4, 4, MOE_BUFFER_WRITTEN,
          MOE_FIELD_expert_count},
         {d->gate.prob_sum, (uint64_t)num_experts * 4, 4, MOE_BUFFER_WRITTEN, MOE_FIELD_prob_sum},
+        {d->gate.z_sum, 4, 4, MOE_BUFFER_WRITTEN, MOE_FIELD_z_sum},
         {d->route.drop_count, (uint64_t)num_replicas * 4, 4, MOE_BUFFER_WRITTEN,
          MOE_FIELD_drop_count},
         {d->route.slot_row, slots * 4, 4, MOE_BUFFER_WRITTEN, MOE_FIELD_slot_row},
-        {d->route.row_weight, rows * 4, 4, MOE_BUFFER_WRITTEN, MOE_FIELD_row_weight}};
+        {d->route.row_weight, rows * 4, 4, MOE_BUFFER_WRITTEN, MOE_FIELD_row_weight},
+        {d->saved, d->saved_bytes < saved ? d->saved_bytes : saved, 256, MOE_BUFFER_WRITTEN,
+         MOE_FIELD_saved}};
     if (num_tokens == 0) MOE_TRY(moe_check_buffers(always, 2));
     else MOE_TRY(moe_check_buffers(b, (int)(sizeof b / sizeof b[0])));
     MOE_REQUIRE(d->workspace_bytes >= workspace, MOE_ERR_WORKSPACE, workspace_bytes);
+    MOE_REQUIRE(!d->saved || d->saved_bytes >= saved, MOE_ERR_WORKSPACE, saved_bytes);
     return MOE_OK;
 }
 
@@ -321,12 +377,13 @@ MOE_HOST void moei_layer_describe(const moe_layer_desc* d, const moei_layer_opti
 
     l->route = o->route;
     l->route.ids = v->ids;
-    if (d->route.row_weight || d->route.drop_rule == MOE_DROP_BY_WEIGHT)
-        l->route.weights = v->weights;
+    if (v->row_weight || d->route.drop_rule == MOE_DROP_BY_WEIGHT) l->route.weights = v->weights;
     l->route.chunk_count = v->chunk_count;
     l->route.expert_count = v->expert_count;
     l->route.expert_offset = v->expert_offset;
     l->route.row_slot = v->row_slot;
+    l->route.slot_row = v->slot_row;
+    l->route.row_weight = v->row_weight;
     l->route.place = v->place;
     l->route.workspace = v->route_workspace;
 
@@ -339,6 +396,7 @@ MOE_HOST void moei_layer_describe(const moe_layer_desc* d, const moei_layer_opti
     l->experts.expert_offset = v->expert_offset;
     l->experts.row_slot = v->row_slot;
     l->experts.act = v->act;
+    l->experts.pre = v->pre;
     l->experts.rows = v->rows;
     l->experts.fault = d->fault;
     l->experts.rank = d->rank;
@@ -366,6 +424,7 @@ MOE_HOST void moei_layer_describe(const moe_layer_desc* d, const moei_layer_opti
     l->shared.bias1 = d->shared.bias1;
     l->shared.bias2 = d->shared.bias2;
     l->shared.act = v->shared_act;
+    l->shared.pre = v->shared_pre;
     l->shared.rows = v->shared_rows;
     l->shared.fault = d->fault;
     l->shared.rank = d->rank;

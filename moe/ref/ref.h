@@ -5,12 +5,16 @@
 #ifndef MOE_REF_REF_H
 #define MOE_REF_REF_H
 
+#include "balance.h"
 #include "block_layer.h"
 #include "block_sparse.h"
 #include "combine.h"
+#include "combine_backward.h"
 #include "exchange.h"
 #include "experts.h"
+#include "experts_backward.h"
 #include "gate.h"
+#include "gate_backward.h"
 #include "gate_rules.h"
 #include "gemm.h"
 #include "gemm_gradient.h"
@@ -20,5 +24,6 @@
 #include "real.h"
 #include "route.h"
 #include "router.h"
+#include "router_backward.h"
 
 #endif

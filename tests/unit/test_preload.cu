@@ -7,10 +7,14 @@
 
    test_router           router, with the GEMM
    test_gate             gate
+   test_gate_backward    its gradients
+   test_balance_loss     balance losses, update of the bias
    test_route            route
    test_grouped_gemm     grouped GEMM and experts
    test_combine          combine
+   test_combine_backward its gradients
    test_layer            the layer
+   test_layer_backward   its gradients, with those of experts and router
    test_permute          permute
    test_combine_scatter  scatter combine
    test_block_sparse     block-sparse product
@@ -20,11 +24,10 @@
    test_null             null and refused structs are empty and run nothing */
 #include "tests/test.h"
 
-#include "moe/gemm/grouped_gradient.cuh"
-#include "moe/gemm/k_grouped.cuh"
+#include "moe/layer_backward.cuh"
 #include "moe/moe.cuh"
 
-enum { T = 5, H = 64, I = 32, E = 4, K = 2, R = T * K, MOST_BUFFERS = 16 };
+enum { T = 5, H = 64, I = 32, E = 4, K = 2, R = T * K, MOST_BUFFERS = 24 };
 
 static const int dtypes[] = {MOE_BF16, MOE_FP16};
 
@@ -154,6 +157,47 @@ static void test_gate(void)
     all_launched(moe_gate_preload);
 }
 
+static void test_gate_backward(void)
+{
+    static const int experts[] = {5, 200, 600, 1500};
+    for (int i = 0; i < 4 * 2; ++i) { /* gradients by the whole row, by the choices alone */
+        const int E = experts[i / 2];
+        moe_gate_backward_desc d;
+        begin(moe_gate_backward_preload);
+        memset(&d, 0, sizeof d);
+        d.gate.logits = zeros((size_t)T * (size_t)E * 4);
+        d.gate.ids = (int32_t*)ints(some_ids, T * K);
+        d.gate.weights = (float*)zeros(T * K * 4);
+        d.gate.renormalize = i % 2;
+        d.gate.num_tokens = T;
+        d.gate.num_experts = E;
+        d.gate.top_k = K;
+        d.dweights = (const float*)zeros(T * K * 4);
+        d.dlogits = zeros((size_t)T * (size_t)E * 4);
+        CHECK_STATUS(moe_gate_backward(&d, test_now.stream), MOE_OK);
+        end();
+    }
+    all_launched(moe_gate_backward_preload);
+}
+
+static void test_balance_loss(void)
+{
+    moe_balance_loss_desc d;
+    moe_balance_bias_desc u;
+    begin(moe_balance_loss_preload);
+    memset(&d, 0, sizeof d);
+    memset(&u, 0, sizeof u);
+    d.expert_count = u.expert_count = (const int32_t*)zeros(E * 4);
+    d.prob_sum = (const float*)zeros(E * 4);
+    d.balance_grad = (float*)zeros((E + 1) * 4);
+    u.expert_bias = (float*)zeros(E * 4);
+    d.num_experts = u.num_experts = E;
+    CHECK_STATUS(moe_balance_loss(&d, test_now.stream), MOE_OK);
+    CHECK_STATUS(moe_balance_bias(&u, test_now.stream), MOE_OK);
+    end();
+    all_launched(moe_balance_loss_preload);
+}
+
 static void test_route(void)
 {
     static const int32_t replicas[E + 1] = {0, 1, 2, 4, 5};
@@ -242,6 +286,31 @@ static void test_combine(void)
     all_launched(moe_combine_preload);
 }
 
+static void test_combine_backward(void)
+{
+    static const int all[] = {MOE_FP32, MOE_FP16, MOE_BF16};
+    for (int i = 0; i < 12; ++i) {
+        moe_combine_backward_desc d;
+        begin(moe_combine_backward_preload);
+        memset(&d, 0, sizeof d);
+        d.dy = zeros(T * H * 4);
+        d.place = (const moe_place*)zeros(T * K * sizeof(moe_place));
+        d.rows_dtype = all[i % 3];
+        if (i / 3 % 2) { /* with dots: rows are read alone, so all slots may name row 0 */
+            d.rows = zeros(R * H * 4);
+            d.dweights = (float*)zeros(T * K * 4);
+        } else {
+            d.dshared = zeros(T * H * 4);
+        }
+        d.num_tokens = T;
+        d.hidden = i < 6 ? H : 31; /* in vectors of 16 bytes, and one by one */
+        d.top_k = K;
+        CHECK_STATUS(moe_combine_backward(&d, test_now.stream), MOE_OK);
+        end();
+    }
+    all_launched(moe_combine_backward_preload);
+}
+
 static void test_layer(void)
 {
     for (int tile = MOE_TILE_AUTO; tile <= MOE_TILE_64x64; ++tile)
@@ -274,6 +343,49 @@ static void test_layer(void)
             CHECK_STATUS(moe_layer_forward(&d, test_now.stream), MOE_OK);
             end();
         }
+}
+
+static void test_layer_backward(void)
+{
+    for (int i = 0; i < 12; ++i) { /* dtypes; router's dtype, ids; with biases, in fp32 */
+        moe_layer_saved_list list;
+        moe_layer_backward_desc b;
+        moe_layer_desc d;
+        begin(i < 6 ? preload_all : moe_layer_backward_preload);
+        memset(&d, 0, sizeof d);
+        memset(&b, 0, sizeof b);
+        d.x = zeros(T * H * 2);
+        if (i / 2 % 3 == 2) {
+            d.ids = (const int32_t*)ints(some_ids, T * K);
+            d.weights = (const float*)zeros(T * K * 4);
+        } else {
+            d.router = zeros(E * H * 4);
+            d.router_dtype = i / 2 % 3 ? MOE_FP32 : 0;
+        }
+        d.w1.base = zeros(E * 2 * I * H * 2);
+        d.w2.base = zeros(E * I * H * 2);
+        d.bias2 = i / 6 ? zeros(E * H * 2) : (void*)0;
+        d.y = zeros(T * H * 2);
+        d.num_tokens = T, d.hidden = H, d.intermediate = I, d.num_experts = E, d.top_k = K;
+        d.dtype = dtypes[i % 2];
+        CHECK_STATUS(moe_layer_saved(&d, &list), MOE_OK);
+        d.saved = zeros(list.bytes), d.saved_bytes = list.bytes;
+        b.layer = d;
+        b.dy = zeros(T * H * 2), b.dx = zeros(T * H * 2);
+        b.dw1.base = zeros(E * 2 * I * H * 4), b.dw2.base = zeros(E * I * H * 4);
+        b.dweights = (float*)zeros(T * K * 4);
+        b.dbias1 = i / 6 ? zeros(E * 2 * I * 4) : (void*)0;
+        if (d.router) b.drouter = zeros(E * H * 4);
+        b.grad_dtype = i / 6 ? MOE_FP32 : 0;
+        b.gather = 1 + i / 6;
+        CHECK_STATUS(moe_layer_backward_workspace(&b, &b.layer.workspace_bytes), MOE_OK);
+        CHECK_STATUS(moe_layer_workspace(&d, &d.workspace_bytes), MOE_OK);
+        b.layer.workspace = zeros(b.layer.workspace_bytes);
+        d.workspace = zeros(d.workspace_bytes);
+        CHECK_STATUS(moe_layer_forward(&d, test_now.stream), MOE_OK);
+        CHECK_STATUS(moe_layer_backward(&b, test_now.stream), MOE_OK);
+        end();
+    }
 }
 
 static void test_permute(void)
@@ -456,10 +568,16 @@ static void test_everything(void)
 {
     static moe_status (*const stations[])(void) = {moe_router_preload,
                                                    moe_gate_preload,
+                                                   moe_gate_backward_preload,
+                                                   moe_balance_loss_preload,
                                                    moe_route_preload,
                                                    moe_grouped_gemm_preload,
                                                    moe_combine_preload,
+                                                   moe_combine_backward_preload,
                                                    moe_layer_preload,
+                                                   moe_router_backward_preload,
+                                                   moe_experts_backward_preload,
+                                                   moe_layer_backward_preload,
                                                    moe_permute_preload,
                                                    moe_combine_scatter_preload,
                                                    moe_block_sparse_preload,
@@ -506,11 +624,18 @@ static void test_null(void)
     }
     NULLS(router_prepare, router_run, router)
     NULLS(gate_prepare, gate_run, gate)
+    NULLS(gate_backward_prepare, gate_backward_run, gate_backward)
+    NULLS(balance_loss_prepare, balance_loss_run, balance_loss)
+    NULLS(balance_bias_prepare, balance_bias_run, balance_bias)
     NULLS(route_prepare, route_run, route)
     NULLS(grouped_gemm_prepare, grouped_gemm_run, grouped_gemm)
     NULLS(experts_prepare, experts_run, experts)
     NULLS(combine_prepare, combine_run, combine)
+    NULLS(combine_backward_prepare, combine_backward_run, combine_backward)
     NULLS(layer_prepare, layer_run, layer)
+    NULLS(layer_backward_prepare, layer_backward_run, layer_backward)
+    NULLS(experts_backward_prepare, experts_backward_run, experts_backward)
+    NULLS(router_backward_prepare, router_backward_run, router_backward)
     NULLS(permute_prepare, permute_run, permute)
     NULLS(unpermute_prepare, permute_run, permute)
     NULLS(combine_scatter_prepare, combine_scatter_run, combine_scatter)
@@ -527,10 +652,14 @@ int main(int argc, char** argv)
     RUN(test_null);
     RUN(test_router);
     RUN(test_gate);
+    RUN(test_gate_backward);
+    RUN(test_balance_loss);
     RUN(test_route);
     RUN(test_grouped_gemm);
     RUN(test_combine);
+    RUN(test_combine_backward);
     RUN(test_layer);
+    RUN(test_layer_backward);
     RUN(test_permute);
     RUN(test_combine_scatter);
     RUN(test_block_sparse);

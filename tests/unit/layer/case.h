@@ -115,7 +115,7 @@ static size_t documented_bytes(const layer_case* c, const moe_layer_desc* d)
     const size_t gate_sums = (d->gate.prob_sum != 0) + (d->gate.whole_batch != 0);
     size_t sum = c->from == FROM_ROUTER ? carved(T * E * 4) : 0;
     if (c->from != FROM_IDS) sum += 2 * carved(T * K * 4); /* ids, weights */
-    sum += carved(gate_sums * chunks * E * 4);
+    sum += carved(gate_sums * chunks * E * 4 + (d->gate.z_sum ? chunks * 4 : 0));
     sum += carved(P * chunks * 4); /* counts, of the gate or in route's workspace */
     if (c->drop_rule == MOE_DROP_BY_WEIGHT)
         sum += carved(P * 4) + carved(P * 4 + 4) + 2 * carved(T * K * 4);

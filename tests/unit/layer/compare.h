@@ -397,7 +397,7 @@ static void compare(const layer_bufs* b, const layer_case* c)
 }
 
 /* Runs and compares a case whose buffers the test has changed, and frees them. */
-static void run_bufs(layer_bufs* b, const layer_case* c)
+MOEI_UNUSED static void run_bufs(layer_bufs* b, const layer_case* c)
 {
     CHECK_STATUS(moe_layer_forward(&b->d, test_now.stream), MOE_OK);
     compare(b, c);
@@ -405,7 +405,7 @@ static void run_bufs(layer_bufs* b, const layer_case* c)
 }
 
 /* Draws, runs and compares a case. Requires its refusal where this binary has no code for it. */
-static void run_case(const layer_case* c, trand* r)
+MOEI_UNUSED static void run_case(const layer_case* c, trand* r)
 {
     const moe_status want = test_gemm_status(c->dtype, c->tile);
     layer_bufs b;

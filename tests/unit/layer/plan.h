@@ -38,11 +38,11 @@ static void test_layer_workspace(void)
             const struct {
                 const void* p;
                 size_t bytes;
-            } part[] = {{counts, E * chunks * 4},
-                        {v.expert_count, E * 4},
-                        {v.expert_offset, E * 4 + 4},
+            } part[] = {{v.expert_offset, E * 4 + 4},
                         {v.row_slot, slots * 4},
                         {v.place, slots * 8},
+                        {counts, E * chunks * 4},
+                        {v.expert_count, E * 4},
                         {v.act, act},
                         {v.rows, rows},
                         {(char*)d.workspace + bytes, 0}};
@@ -51,7 +51,7 @@ static void test_layer_workspace(void)
                           (char*)part[k].p + part[k].bytes <= (char*)part[k + 1].p,
                       "buffer %d", k);
             CHECK(c.from == FROM_IDS || ((char*)v.ids + slots * 4 <= (char*)v.weights &&
-                                         (char*)v.weights + slots * 4 <= (char*)counts),
+                                         (char*)v.weights + slots * 4 <= (char*)v.expert_offset),
                   "ids and weights");
             CHECK(c.from != FROM_ROUTER || v.logits == d.workspace, "logits come first");
         }

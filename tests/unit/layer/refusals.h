@@ -250,6 +250,8 @@ static void test_layer_overlaps(void)
                     prob_sum);
             OVER(d.gate.expert_count);
 #undef OVER
+            REFUSED(d.gate.z_sum = (float*)DOWN_TO(d.y, 4), MOE_ERR_OVERLAP, z_sum);
+            REFUSED(d.gate.z_sum = (float*)AT(d.gate.prob_sum, 4 * E - 4), MOE_ERR_OVERLAP, z_sum);
             REFUSED(d.route.drop_count = (int32_t*)d.gate.prob_sum, MOE_ERR_OVERLAP, drop_count);
             REFUSED((d.num_tokens = 0, d.fault = (uint64_t*)d.workspace), MOE_ERR_OVERLAP, fault);
             REFUSED(d.route.slot_row = (int32_t*)d.gate.prob_sum, MOE_ERR_OVERLAP, slot_row);
