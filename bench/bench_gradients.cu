@@ -1,14 +1,14 @@
 /* Gradients of the experts' products, compared with cuBLAS dense of the same flops.
    nvcc -O3 -std=c++14 -I. -arch=sm_90a bench/bench_gradients.cu -lcublas -lcublasLt -o bench_gradients
 
-   Of weights, through the k-grouped GEMM, in fp32. dW1 of SwiGLU: dact [R, 2I] and the tokens
-   gathered by row_slot. dW2: the gathered gradient of y and act [R, I]. "in order": dW1 with tokens
-   [R, H] already in expert order.
+   Of weights, through the k-grouped GEMM, in bf16 and in fp32. dW1 of SwiGLU: dpre [R, 2I] and the
+   tokens; dW2: the gradient of y and act [R, I]. The rows of tokens, or of the gradient of y, are
+   gathered by row_slot, or lie in expert order, where a copy has put them; the copy is timed too.
 
    Of pre-activations, through the grouped GEMM with the backward pass of SwiGLU as its epilogue:
-   dpre [R, 2I] from the gathered gradient of y, W2 [E, H, I] and pre [R, 2I]; act [R, I] and dot
-   are stored too. Of tokens: dx [R, H] from dpre and W1 [E, 2I, H], before the sum over a token's
-   experts.
+   dpre [R, 2I] from the gradient of y, gathered or in expert order, W2 [E, H, I] and pre [R, 2I]; act
+   [R, I] and dot are stored too. Of tokens: dx [R, H] from dpre and W1 [E, 2I, H], before the sum over
+   a token's experts.
 
    Floor: the flops at cuBLAS's rate for one dense product of these sizes, in turn. */
 #include "bench_blas.h"
@@ -16,10 +16,16 @@
 #include "../moe/gemm/grouped.cuh"
 #include "../moe/gemm/grouped_gradient.cuh"
 #include "../moe/gemm/k_grouped.cuh"
+#include "../moe/permute.cuh"
 
 static void run_grouped(void* context, cudaStream_t stream)
 {
     BENCH_MOE(moe_grouped_gemm_run((const moe_grouped_gemm_prepared*)context, stream));
+}
+
+static void run_permute(void* context, cudaStream_t stream)
+{
+    BENCH_MOE(moe_permute_run((const moe_permute_prepared*)context, stream));
 }
 
 static void run_k(void* context, cudaStream_t stream)
@@ -49,8 +55,9 @@ MOE_KERNEL(256, 1) check_k(MOE_ARG(check_args) a)
         sum += v;
         size += fabs(v);
     }
-    got = moe_load_f32(d->c, ((int64_t)e * d->m + i) * d->n + j, MOE_FP32);
-    error = fabs(got - sum) / (((end - begin) / 16.0 + 2.0) * 1.1920929e-7 * size + 1e-30);
+    got = moe_load_f32(d->c, ((int64_t)e * d->m + i) * d->n + j, d->c_dtype);
+    error = fabs(got - sum) / (((end - begin) / 16.0 + 2.0) * 1.1920929e-7 * size +
+                               (d->c_dtype == MOE_FP32 ? 0.0 : fabs(sum) * 0.00391) + 1e-30);
     atomicMax(a.worst, error <= 1e30 ? __float_as_uint((float)error) : 0x7f800000u);
 }
 
@@ -119,8 +126,8 @@ MOE_KERNEL(64, 1) check_gradient(MOE_ARG(gradient_args) a)
 typedef struct sizes {
     int T, H, I, E, K;
     int64_t R;
-    int32_t *offset, *row_slot;
-    float* weights; /* [T, K] */
+    int32_t *offset, *row_slot, *slot_row;
+    float *weights, *row_weight; /* [T, K], [R] */
     void* workspace;
 } sizes;
 
@@ -133,7 +140,9 @@ static sizes route_shape(bench_state* s, int T, int H, int I, int E, int K)
     z.T = T, z.H = H, z.I = I, z.E = E, z.K = K, z.R = (int64_t)T * K;
     z.offset = (int32_t*)bench_alloc((size_t)E * 4 + 4);
     z.row_slot = (int32_t*)bench_alloc((size_t)z.R * 4);
+    z.slot_row = (int32_t*)bench_alloc((size_t)z.R * 4);
     z.weights = (float*)bench_alloc((size_t)z.R * 4);
+    z.row_weight = (float*)bench_alloc((size_t)z.R * 4);
     z.workspace = bench_alloc(MOE_GROUPED_GEMM_WORKSPACE);
     g.logits = (float*)bench_random((int64_t)T * E, MOE_FP32, 1.0f, 9);
     g.ids = (int32_t*)bench_alloc((size_t)z.R * 4);
@@ -142,6 +151,7 @@ static sizes route_shape(bench_state* s, int T, int H, int I, int E, int K)
     r.ids = g.ids;
     r.expert_count = (int32_t*)bench_alloc((size_t)E * 4);
     r.expert_offset = z.offset, r.row_slot = z.row_slot;
+    r.weights = z.weights, r.slot_row = z.slot_row, r.row_weight = z.row_weight;
     r.num_tokens = T, r.num_experts = E, r.top_k = K;
     BENCH_MOE(moe_route_workspace(&r, &r.workspace_bytes));
     r.workspace = bench_alloc(r.workspace_bytes);
@@ -169,10 +179,12 @@ static void compare_dense(bench_state* s, bench_blas* blas, const sizes* z, cons
     bench_row_dense(s, "cuBLAS dense", call[1].ms, flops, call[1].ms);
 }
 
-/* of: 0: dW1; 1: dW2; 2: dW1 in order. Returns 1 where a result is wrong. */
-static int run_weights(bench_state* s, bench_blas* blas, const sizes* z, int of)
+/* dW1, or dW2 where `second`; rows in expert order, or one operand gathered; in dtype. Returns 1 where
+   a result is wrong. */
+static int run_weights(bench_state* s, bench_blas* blas, const sizes* z, int second, int in_order,
+                       int dtype)
 {
-    static const char* const names[] = {"dW1", "dW2", "dW1 in order"};
+    char name[48];
     moe_k_grouped_gemm_desc d;
     moe_k_grouped_gemm_prepared p;
     check_args check;
@@ -180,38 +192,86 @@ static int run_weights(bench_state* s, bench_blas* blas, const sizes* z, int of)
     size_t c_bytes;
     unsigned worst;
     memset(&d, 0, sizeof d);
-    d.m = of == 1 ? z->H : 2 * z->I, d.n = of == 1 ? z->I : z->H;
-    d.a = bench_random((of == 1 ? z->T : z->R) * d.m, MOE_BF16, 1.0f, 1);
-    d.b = bench_random((of == 0 ? z->T : z->R) * d.n, MOE_BF16, 1.0f, 2);
-    if (of == 0) d.b_index = z->row_slot, d.b_div = z->K, d.b_rows = z->T;
-    if (of == 1) d.a_index = z->row_slot, d.a_div = z->K, d.a_rows = z->T;
+    d.m = second ? z->H : 2 * z->I, d.n = second ? z->I : z->H;
+    d.a = bench_random((second && !in_order ? z->T : z->R) * d.m, MOE_BF16, 1.0f, 1);
+    d.b = bench_random((!second && !in_order ? z->T : z->R) * d.n, MOE_BF16, 1.0f, 2);
+    if (!in_order && !second) d.b_index = z->row_slot, d.b_div = z->K, d.b_rows = z->T;
+    if (!in_order && second) d.a_index = z->row_slot, d.a_div = z->K, d.a_rows = z->T;
     d.expert_offset = z->offset;
     d.workspace = z->workspace, d.workspace_bytes = MOE_GROUPED_GEMM_WORKSPACE;
-    c_bytes = (size_t)z->E * (size_t)d.m * (size_t)d.n * 4;
+    c_bytes = (size_t)z->E * (size_t)d.m * (size_t)d.n * (size_t)moe_dtype_bytes(dtype);
     d.c = bench_alloc(c_bytes);
-    d.c_dtype = MOE_FP32;
+    d.c_dtype = dtype;
     d.num_experts = z->E, d.num_rows = (int32_t)z->R;
     BENCH_CUDA(cudaMemset(d.c, 0xff, c_bytes));
     BENCH_MOE(moe_k_grouped_gemm_prepare(&d, &p));
     BENCH_MOE(moe_k_grouped_gemm_run(&p, s->stream));
     check.d = d;
     BENCH_WORST(check_k, c, check, worst);
-    printf("%s: worst error %.2f of its bound; %s, tile %dx%dx%d\n", names[of],
-           moe_f32_from_bits(worst), moe_gemm_path_name(p.plan.path), p.plan.tile_m, p.plan.tile_n,
-           p.plan.tile_k);
-    compare_dense(s, blas, z, names[of], run_k, &p, d.m, d.n, (int)z->R);
+    snprintf(name, sizeof name, "dW%d %s, %s", 1 + second, in_order ? "in order" : "gathered",
+             moe_dtype_name(dtype));
+    printf("%s: worst error %.2f of its bound; %s, tile %dx%dx%d\n", name, moe_f32_from_bits(worst),
+           moe_gemm_path_name(p.plan.path), p.plan.tile_m, p.plan.tile_n, p.plan.tile_k);
+    compare_dense(s, blas, z, name, run_k, &p, d.m, d.n, (int)z->R);
     cudaFree((void*)d.a), cudaFree((void*)d.b), cudaFree(d.c);
     return !(moe_f32_from_bits(worst) <= 1.0f);
 }
 
-/* dpre, then dx from it. Returns 1 where a result of the first is wrong. */
+/* Returns the gradient of y in expert order: a copy of rows of dy. Times the copy. */
+static void* copy_rows(bench_state* s, const sizes* z, const void* dy)
+{
+    moe_permute_desc d;
+    moe_permute_prepared p;
+    bench_call call;
+    const double bytes = ((double)z->R + z->T) * z->H * 2;
+    memset(&d, 0, sizeof d);
+    d.x = dy, d.row_slot = z->row_slot, d.slot_row = z->slot_row;
+    d.y = bench_alloc((size_t)z->R * (size_t)z->H * 2);
+    d.num_tokens = z->T, d.top_k = z->K, d.hidden = z->H, d.num_rows = z->R;
+    BENCH_MOE(moe_permute_prepare(&d, &p));
+    call = bench_one(run_permute, &p);
+    bench_alternate(s, &call, 1);
+    bench_row(s, "copy of rows in expert order", call.ms, bytes / call.ms * 1e-9, "TB/s",
+              bytes / call.ms * 1e3 / s->copy_rate, "the copy rate");
+    return d.y;
+}
+
+/* dpre, from rows of dy gathered or in expert order, C apart from pre or over pre. Returns 1 where a
+   result is wrong. */
+static int run_pre(bench_state* s, bench_blas* blas, const sizes* z, moe_grouped_gemm_desc d,
+                   int in_order)
+{
+    moe_grouped_gemm_prepared p;
+    gradient_args check;
+    moe_launch_config c = moe_grid(256, 64, 0, s->stream);
+    const char* const name = in_order ? "dpre in order" : "dpre gathered";
+    unsigned worst;
+    void* rows = 0;
+    check.d = d; /* gathered: the same results */
+    if (in_order) {
+        rows = copy_rows(s, z, d.a);
+        d.a = rows, d.row_index = 0, d.row_div = 0, d.a_rows = 0;
+        d.row_weight = z->row_weight;
+    }
+    BENCH_CUDA(cudaMemset(d.c, 0xff, (size_t)z->R * 2 * (size_t)z->I * 2)); /* NaN */
+    BENCH_CUDA(cudaMemset(d.act, 0xff, (size_t)z->R * (size_t)z->I * 2));
+    BENCH_CUDA(cudaMemset(d.dot, 0xff, (size_t)z->R * (size_t)(z->I / 64) * 4));
+    BENCH_MOE(moe_grouped_gemm_gradient_prepare(&d, &p));
+    BENCH_MOE(moe_grouped_gemm_run(&p, s->stream));
+    BENCH_WORST(check_gradient, c, check, worst);
+    printf("%s: worst error %.2f of its bound; %s, tile %dx%dx%d\n", name, moe_f32_from_bits(worst),
+           moe_gemm_path_name(p.plan.path), p.plan.tile_m, p.plan.tile_n, p.plan.tile_k);
+    compare_dense(s, blas, z, name, run_grouped, &p, (int)z->R, z->I, z->H);
+    cudaFree(rows);
+    return !(moe_f32_from_bits(worst) <= 1.0f);
+}
+
+/* dpre both ways, then dx from it. Returns the number of wrong results. */
 static int run_rows(bench_state* s, bench_blas* blas, const sizes* z)
 {
     moe_grouped_gemm_desc d, x;
-    moe_grouped_gemm_prepared p, px;
-    gradient_args check;
-    moe_launch_config c = moe_grid(256, 64, 0, s->stream);
-    unsigned worst;
+    moe_grouped_gemm_prepared px;
+    int failures = 0;
     memset(&d, 0, sizeof d);
     d.gradient = 1, d.activation = MOE_ACTIVATION_SWIGLU;
     d.a = bench_random((int64_t)z->T * z->H, MOE_BF16, 1.0f, 3);
@@ -226,16 +286,7 @@ static int run_rows(bench_state* s, bench_blas* blas, const sizes* z)
     d.expert_offset = z->offset, d.num_experts = z->E, d.num_rows = (int32_t)z->R;
     d.n = z->I, d.k = z->H;
     d.workspace = z->workspace, d.workspace_bytes = MOE_GROUPED_GEMM_WORKSPACE;
-    BENCH_CUDA(cudaMemset(d.c, 0xff, (size_t)z->R * 2 * (size_t)z->I * 2)); /* NaN */
-    BENCH_CUDA(cudaMemset(d.act, 0xff, (size_t)z->R * (size_t)z->I * 2));
-    BENCH_CUDA(cudaMemset(d.dot, 0xff, (size_t)z->R * (size_t)(z->I / 64) * 4));
-    BENCH_MOE(moe_grouped_gemm_gradient_prepare(&d, &p));
-    BENCH_MOE(moe_grouped_gemm_run(&p, s->stream));
-    check.d = d;
-    BENCH_WORST(check_gradient, c, check, worst);
-    printf("dpre: worst error %.2f of its bound; %s, tile %dx%dx%d\n", moe_f32_from_bits(worst),
-           moe_gemm_path_name(p.plan.path), p.plan.tile_m, p.plan.tile_n, p.plan.tile_k);
-    compare_dense(s, blas, z, "dpre", run_grouped, &p, (int)z->R, z->I, z->H);
+    for (int in_order = 0; in_order < 2; ++in_order) failures += run_pre(s, blas, z, d, in_order);
     memset(&x, 0, sizeof x);
     x.a = d.c;
     x.b.base = bench_random((int64_t)z->E * 2 * z->I * z->H, MOE_BF16, 0.02f, 6);
@@ -248,15 +299,17 @@ static int run_rows(bench_state* s, bench_blas* blas, const sizes* z)
     compare_dense(s, blas, z, "dx", run_grouped, &px, (int)z->R, z->H, 2 * z->I);
     cudaFree((void*)d.a), cudaFree((void*)d.b.base), cudaFree(d.pre), cudaFree(d.c);
     cudaFree(d.act), cudaFree(d.dot), cudaFree((void*)x.b.base), cudaFree(x.c);
-    return !(moe_f32_from_bits(worst) <= 1.0f);
+    return failures;
 }
 
 static int run_shape(bench_state* s, bench_blas* blas, int T, int H, int I, int E, int K)
 {
     const sizes z = route_shape(s, T, H, I, E, K);
     int failures = run_rows(s, blas, &z);
-    for (int of = 0; of < 3; ++of) failures += run_weights(s, blas, &z, of);
+    for (int i = 0; i < 8; ++i)
+        failures += run_weights(s, blas, &z, i % 2, i / 2 % 2, i / 4 ? MOE_FP32 : MOE_BF16);
     cudaFree(z.offset), cudaFree(z.row_slot), cudaFree(z.weights), cudaFree(z.workspace);
+    cudaFree(z.slot_row), cudaFree(z.row_weight);
     return failures;
 }
 
