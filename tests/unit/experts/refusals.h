@@ -143,9 +143,10 @@ static void test_experts_refusals(void)
     REFUSED(d.row_slot = (const int32_t*)AT(d.row_slot, 2), MOE_ERR_ALIGN, row_slot);
     REFUSED(d.act = AT(d.act, 8), MOE_ERR_ALIGN, act);
     REFUSED(d.rows = AT(d.rows, 8), MOE_ERR_ALIGN, rows);
+    REFUSED(d.pre = AT(arena.p, 8), MOE_ERR_ALIGN, pre);
     /* without tokens too */
     REFUSED((d.num_tokens = 0, d.expert_offset = 0), MOE_ERR_NULL, expert_offset);
-    /* Neither act, which is written first, nor rows may overlap an input of either product. */
+    /* Neither act and pre, written first, nor rows may overlap an input of either product. */
     for (int end = 0; end < 2; ++end) { /* an input over an output's first or last bytes */
         void* const at = AT(arena.p, end ? ROWS * I * 2 - 16 : 0);
         good.act = arena.p;
@@ -158,6 +159,22 @@ static void test_experts_refusals(void)
         REFUSED(d.w2.base = at, MOE_ERR_OVERLAP, act);
         REFUSED(d.bias2 = at, MOE_ERR_OVERLAP, act);
         good.act = b.act.p;
+    }
+    for (int end = 0; end < 2; ++end) {
+        void* const at = AT(arena.p, end ? ROWS * 2 * I * 2 - 16 : 0);
+        good.pre = arena.p;
+        REFUSED(d.x = at, MOE_ERR_OVERLAP, pre);
+        REFUSED(d.w1.base = at, MOE_ERR_OVERLAP, pre);
+        REFUSED(d.w1.up = at, MOE_ERR_OVERLAP, pre);
+        REFUSED(d.bias1 = at, MOE_ERR_OVERLAP, pre);
+        REFUSED(d.row_slot = (const int32_t*)at, MOE_ERR_OVERLAP, pre);
+        REFUSED(d.expert_offset = (const int32_t*)at, MOE_ERR_OVERLAP, pre);
+        REFUSED(d.w2.base = at, MOE_ERR_OVERLAP, pre);
+        REFUSED(d.bias2 = at, MOE_ERR_OVERLAP, pre);
+        REFUSED(d.act = at, MOE_ERR_OVERLAP, pre);
+        REFUSED(d.rows = at, MOE_ERR_OVERLAP, rows);
+        REFUSED(d.fault = (uint64_t*)at, MOE_ERR_OVERLAP, fault);
+        good.pre = 0;
     }
     for (int end = 0; end < 2; ++end) {
         void* const at = AT(arena.p, end ? ROWS * H * 2 - 16 : 0);
