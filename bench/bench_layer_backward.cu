@@ -1,9 +1,9 @@
-/* Training of the whole layer: forward, backward, both in one CUDA graph, and each stage of backward.
+/* Training of the whole layer: forward, backward, both in one CUDA graph, and each stage of both.
    nvcc -O3 -std=c++14 -I. -arch=sm_90a bench/bench_layer_backward.cu -lcublas -lcublasLt \
         -o bench_layer_backward
 
      --shape T,H,I,E,K, --routing KIND    bench_routing.h
-     --csv FILE, --reps N
+     --csv FILE, --reps N                 plot_stages.py draws the stages from FILE
 
    Rate: of forward the 6 T K H I flops of the experts, of backward 12, of both 18. The peer is the sum
    of cuBLAS's two dense products of the forward with the same rows: an ideal backward takes two of
@@ -49,15 +49,31 @@ static void run_graph(void* context, cudaStream_t stream)
     BENCH_CUDA(cudaGraphLaunch((cudaGraphExec_t)context, stream));
 }
 
+/* A part of forward, or a stage of backward. */
 typedef struct stage_job {
-    const moe_layer_backward_prepared* backward;
+    const moe_layer_prepared* forward;           /* or null */
+    const moe_layer_backward_prepared* backward; /* or null */
     int stage;
 } stage_job;
 
 static void run_stage(void* context, cudaStream_t stream)
 {
     const stage_job* j = (const stage_job*)context;
-    BENCH_MOE(moe_layer_backward_run_stage(j->backward, j->stage, stream));
+    if (j->forward) BENCH_MOE(moe_layer_run_part(j->forward, j->stage, stream));
+    else BENCH_MOE(moe_layer_backward_run_stage(j->backward, j->stage, stream));
+}
+
+enum { STAGES = MOE_LAYER_PARTS + MOE_LAYER_BACKWARD_STAGES };
+
+/* Fills in the jobs of all stages, in the order of a step. */
+static void list_stages(const training* m, stage_job* job)
+{
+    for (int i = 0; i < STAGES; ++i) {
+        const int forward = i < MOE_LAYER_PARTS;
+        job[i].forward = forward ? &m->forward : (const moe_layer_prepared*)0;
+        job[i].backward = forward ? (const moe_layer_backward_prepared*)0 : &m->backward[GRAD_BF16];
+        job[i].stage = forward ? i : i - MOE_LAYER_PARTS;
+    }
 }
 
 /* ---- checks ---- */
@@ -327,6 +343,27 @@ static int check_training(bench_state* s, training* m)
     return failures;
 }
 
+/* Returns the stage's part of the flops of a forward pass. */
+static double stage_share(const stage_job* j)
+{
+    const int s = j->stage;
+    if (j->forward) return s == MOE_LAYER_UP ? 2.0 / 3 : s == MOE_LAYER_DOWN ? 1.0 / 3 : 0.0;
+    if (s == MOE_LAYER_BACKWARD_PRE || s == MOE_LAYER_BACKWARD_DW2) return 1.0 / 3;
+    if (s == MOE_LAYER_BACKWARD_DW1 || s == MOE_LAYER_BACKWARD_ROWS) return 2.0 / 3;
+    return 0.0;
+}
+
+/* Prints the row of a stage; none for one with nothing to do. */
+static void print_stage(bench_state* s, const stage_job* j, double ms, double flops, double step_ms)
+{
+    char what[96];
+    if (ms < 0.0005) return;
+    snprintf(what, sizeof what, "    %s, %s", j->forward ? "forward" : "backward",
+             j->forward ? moe_layer_part_name(j->stage) : moe_layer_backward_stage_name(j->stage));
+    bench_row(s, what, ms, stage_share(j) * flops / ms * 1e-9, "TFLOPS", ms / step_ms,
+              "forward + backward");
+}
+
 static void print_rate(bench_state* s, const char* what, double ms, double flops, double dense_ms)
 {
     bench_row(s, what, ms, flops / ms * 1e-9, "TFLOPS", dense_ms > 0 ? ms / dense_ms : 0,
@@ -340,13 +377,16 @@ static void run_shape(bench_state* s, const bench_blas* blas, const bench_shape*
     const double flops = 6.0 * (double)h->T * h->K * h->H * h->I;
     training m;
     bench_gemm dense[2];
-    bench_call call[2 * GRADS + 4 + MOE_LAYER_BACKWARD_STAGES];
-    stage_job job[MOE_LAYER_BACKWARD_STAGES];
-    int n = 0, stages = 0, first_stage, steps, backwards;
+    bench_call call[2 * GRADS + 4 + STAGES];
+    stage_job job[STAGES];
+    int n = 0, first_stage, steps, backwards;
     double dense_ms = 0.0;
     char what[96];
     printf("T %d H %d I %d E %d K %d %s\n", h->T, h->H, h->I, h->E, h->K,
            bench_routing_name[routing]);
+    if (s->csv)
+        fprintf(s->csv, "\"T %d H %d I %d E %d K %d %s\"\n", h->T, h->H, h->I, h->E, h->K,
+                bench_routing_name[routing]);
     open_training(s, &m, h, routing);
     *failures += check_training(s, &m);
     call[n++] = bench_one(run_forward, &m);
@@ -356,10 +396,8 @@ static void run_shape(bench_state* s, const bench_blas* blas, const bench_shape*
     steps = n;
     for (int way = 0; way < GRADS; ++way) call[n++] = bench_one(run_graph, m.step[way]);
     first_stage = n;
-    for (int stage = 0; stage < MOE_LAYER_BACKWARD_STAGES; ++stage) {
-        job[stages].backward = &m.backward[GRAD_BF16], job[stages].stage = stage;
-        call[n++] = bench_one(run_stage, &job[stages++]);
-    }
+    list_stages(&m, job);
+    for (int i = 0; i < STAGES; ++i) call[n++] = bench_one(run_stage, &job[i]);
     if (with_dense) bench_dense_open(s, blas, h, dense, &call[n]);
     bench_alternate(s, call, n + 2 * with_dense);
     if (with_dense) dense_ms = call[n].ms + call[n + 1].ms;
@@ -375,18 +413,8 @@ static void run_shape(bench_state* s, const bench_blas* blas, const bench_shape*
         snprintf(what, sizeof what, "forward + backward in a graph, %s", grad_name[way]);
         print_rate(s, what, call[steps + way].ms, 3 * flops, dense_ms);
     }
-    for (int i = 0; i < stages; ++i) {
-        const int stage = job[i].stage;
-        const double ms = call[first_stage + i].ms;
-        const double share =
-            stage == MOE_LAYER_BACKWARD_PRE || stage == MOE_LAYER_BACKWARD_DW2    ? 1.0 / 3
-            : stage == MOE_LAYER_BACKWARD_DW1 || stage == MOE_LAYER_BACKWARD_ROWS ? 2.0 / 3
-                                                                                  : 0.0;
-        if (ms < 0.0005) continue; /* the stage has nothing to do */
-        snprintf(what, sizeof what, "    %s", moe_layer_backward_stage_name(stage));
-        bench_row(s, what, ms, share * flops / ms * 1e-9, "TFLOPS", ms / call[backwards].ms,
-                  "backward");
-    }
+    for (int i = 0; i < STAGES; ++i)
+        print_stage(s, &job[i], call[first_stage + i].ms, flops, call[steps].ms);
     if (with_dense) {
         bench_dense_rows(s, &call[n], flops);
         bench_gemm_free_random(&dense[0]), bench_gemm_free_random(&dense[1]);
