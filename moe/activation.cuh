@@ -36,7 +36,7 @@ MOE_HOST moe_status moei_activation_check(int activation, float* alpha, float* l
     MOE_REQUIRE(activation >= MOE_ACTIVATION_NONE && activation <= MOE_ACTIVATION_RELU2,
                 MOE_ERR_OPTION, activation);
     if (activation == MOE_ACTIVATION_SWIGLU_CLAMPED) {
-        MOE_REQUIRE((moe_f32_bits(*alpha) & 0x7f800000u) != 0x7f800000u, MOE_ERR_RANGE, alpha);
+        MOE_REQUIRE(moei_f32_is_finite(*alpha), MOE_ERR_RANGE, alpha);
         MOE_REQUIRE(moe_f32_bits(*limit + 0.0f) < 0x7f800000u, MOE_ERR_RANGE, limit);
         if (*alpha == 0.0f) *alpha = 1.702f;
         if (*limit == 0.0f) *limit = 7.0f;

@@ -10,8 +10,9 @@
      variance   variance_coefficient / E sum_e (f_e - 1/E)^2
      z          z_coefficient / N z_sum                     z_sum: sum over all tokens of lse^2
 
-   The counts have no gradient. So the auxiliary loss takes f as constant; the gradient of the
-   variance takes P_e in place of f_e, at P = f. By any token's probability of expert e:
+   The counts have no gradient. So the auxiliary loss takes f as constant. The variance depends on
+   counts alone: its gradient is straight-through, P_e in place of f_e, at P = f. By any token's
+   probability of expert e:
 
      balance_grad[e] = aux_coefficient E f_e / N + variance_coefficient 2/E (f_e - 1/E) / N
      balance_grad[E] = 2 z_coefficient / N, the factor of the z-loss: the gradient by lse over lse
@@ -39,6 +40,9 @@
      b.aux_coefficient = 0.01f;
      b.loss = loss;  b.balance_grad = balance_grad;
      moe_status s = moe_balance_loss(&b, stream);
+
+   Coefficients differ between sources: GShard's loss is a mean over experts, E^2 times smaller; where
+   f_e is a count over tokens, as in several trainers, the loss is K times larger.
 
    Sources: auxiliary loss: GShard, arXiv 2006.16668, and Switch Transformer, arXiv 2101.03961;
    z-loss: ST-MoE, arXiv 2202.08906; bias: Wang et al., arXiv 2408.15664. */
@@ -196,9 +200,6 @@ MOE_KERNEL(MOEI_BALANCE_THREADS, 1) moei_balance_bias(MOE_ARG(moe_balance_bias_d
     }
 }
 
-/* Returns 1 where v is neither infinite nor NaN. */
-MOE_HOST int moei_balance_finite(float v) { return (moe_f32_bits(v) & 0x7f800000u) != 0x7f800000u; }
-
 /* Refuses what moe_balance_loss_desc does not allow. */
 MOE_HOST moe_status moei_balance_loss_check(const moe_balance_loss_desc* d)
 {
@@ -213,9 +214,9 @@ MOE_HOST moe_status moei_balance_loss_check(const moe_balance_loss_desc* d)
         {d->fault, 8, 8, MOE_BUFFER_WRITTEN, MOE_FIELD_fault}};
     MOE_REQUIRE(d->num_experts >= 1 && d->num_experts <= MOE_MAX_EXPERTS, MOE_ERR_RANGE,
                 num_experts);
-    MOE_REQUIRE(moei_balance_finite(d->aux_coefficient), MOE_ERR_RANGE, aux_coefficient);
-    MOE_REQUIRE(moei_balance_finite(d->variance_coefficient), MOE_ERR_RANGE, variance_coefficient);
-    MOE_REQUIRE(moei_balance_finite(d->z_coefficient), MOE_ERR_RANGE, z_coefficient);
+    MOE_REQUIRE(moei_f32_is_finite(d->aux_coefficient), MOE_ERR_RANGE, aux_coefficient);
+    MOE_REQUIRE(moei_f32_is_finite(d->variance_coefficient), MOE_ERR_RANGE, variance_coefficient);
+    MOE_REQUIRE(moei_f32_is_finite(d->z_coefficient), MOE_ERR_RANGE, z_coefficient);
     MOEI_REQUIRE_RANK(d);
     return moe_check_buffers(b, (int)(sizeof b / sizeof b[0]));
 }
@@ -231,7 +232,7 @@ MOE_HOST moe_status moei_balance_bias_check(moe_balance_bias_desc* d)
         {d->fault, 8, 8, MOE_BUFFER_WRITTEN, MOE_FIELD_fault}};
     MOE_REQUIRE(d->num_experts >= 1 && d->num_experts <= MOE_MAX_EXPERTS, MOE_ERR_RANGE,
                 num_experts);
-    MOE_REQUIRE(moei_balance_finite(d->bias_step), MOE_ERR_RANGE, bias_step);
+    MOE_REQUIRE(moei_f32_is_finite(d->bias_step), MOE_ERR_RANGE, bias_step);
     if (d->bias_step == 0.0f) d->bias_step = 1e-3f;
     MOEI_REQUIRE_RANK(d);
     return moe_check_buffers(b, (int)(sizeof b / sizeof b[0]));

@@ -72,7 +72,7 @@ typedef struct moe_combine_backward_desc {
     int64_t dy_stride;          /* elements between rows, >= H; 0 = H */
     int64_t row_stride;         /* elements between rows of every buffer, >= H; 0 = H */
     int64_t shared_stride;      /* elements between rows, >= H; 0 = H */
-    int32_t dy_dtype;           /* moe_dtype; 0 = rows_dtype; a refusal names it y_dtype */
+    int32_t dy_dtype;           /* moe_dtype; 0 = rows_dtype */
     int32_t rows_dtype;         /* moe_dtype of rows, drows, shared and dshared; 0 = bf16 */
     /* out; not all may be null */
     void* const* drows_table; /* [num_buffers] address of each buffer of gradients, or null. Not
@@ -165,7 +165,7 @@ MOE_HOST moe_status moei_combine_backward_check_options(moe_combine_backward_des
     if (d->rows_dtype == 0) d->rows_dtype = MOE_BF16;
     MOE_REQUIRE(moe_dtype_bytes(d->rows_dtype), MOE_ERR_DTYPE, rows_dtype);
     if (d->dy_dtype == 0) d->dy_dtype = d->rows_dtype;
-    MOE_REQUIRE(moe_dtype_bytes(d->dy_dtype), MOE_ERR_DTYPE, y_dtype);
+    MOE_REQUIRE(moe_dtype_bytes(d->dy_dtype), MOE_ERR_DTYPE, dy_dtype);
     MOEI_REQUIRE_RANK(d);
     MOE_REQUIRE(d->num_rows >= 0, MOE_ERR_RANGE, num_rows);
     rows = d->num_rows ? d->num_rows : 1 << 20;

@@ -83,7 +83,6 @@ typedef struct moe_experts_backward_prepared {
     moei_row_sums_args dbias1, dbias2;
     moei_dweights_args dweights;
     moe_launch dbias1_launch, dbias2_launch, dweights_launch;
-    void* workspace; /* of the descriptor */
 } moe_experts_backward_prepared;
 
 /* Prepares the launch of a sum over rows. */
@@ -127,7 +126,6 @@ MOE_HOST moe_status moei_experts_backward_prepare(const moe_experts_backward_des
     moei_experts_backward_row_products(&d, &l);
     moei_experts_backward_sum_products(&d, &l);
     moei_experts_backward_sums(&d, &l);
-    p->workspace = d.workspace;
     p->dbias1 = l.dbias1;
     p->dbias2 = l.dbias2;
     p->dweights = l.dweights;
@@ -157,8 +155,9 @@ MOE_HOST moe_status moe_experts_backward_prepare(const moe_experts_backward_desc
     MOE_RETURN_PREPARED(desc, p, moei_experts_backward_prepare(desc, p));
 }
 
-/* Queues one prepared stage, a moe_experts_backward_stage, on `stream`. What the caller runs between
-   two stages is up to him. Without a result that is asked for, a stage queues nothing. */
+/* Queues one prepared stage, a moe_experts_backward_stage, on `stream`. Stages are called in the order
+   of the enum; a stage whose result was not asked for queues nothing. The caller may queue work of
+   his own between two stages. */
 MOE_HOST moe_status moe_experts_backward_run_stage(const moe_experts_backward_prepared* p,
                                                    int stage, cudaStream_t stream)
 {
@@ -175,7 +174,7 @@ MOE_HOST moe_status moe_experts_backward_run_stage(const moe_experts_backward_pr
     case MOE_EXPERTS_BACKWARD_ROWS:
         MOE_TRY(moe_grouped_gemm_run(&p->rows[0], stream));
         return moe_grouped_gemm_run(&p->rows[1], stream);
-    default: return MOE_STATUS(MOE_ERR_OPTION, part);
+    default: return MOE_STATUS(MOE_ERR_OPTION, stage);
     }
 }
 

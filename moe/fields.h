@@ -55,7 +55,7 @@
                                                                                     X(batch_invariant) X(grid_limit) \
                                                                                     X(pre) X(pre_stride) \
                                                                                     X(group) X(ready) X(done) \
-                                                                                    X(gradient) X(dot)                                                                                        \
+                                                                                    X(gradient) X(dot) X(stage) X(dy_dtype)                                                                                        \
     X(num_ranks) X(region) X(region_bytes) X(region_offset) X(peers) X(allgather) X(buffer) X(offset)  \
     X(peer) X(channel) X(tag) X(scales) X(num_scales) X(max_tokens) X(recv_tokens) X(part_count)       \
     X(num_parts) X(replica) X(wire_dtype) X(dispatch) X(num_local) X(buffers)    \

@@ -25,8 +25,8 @@
    Out:  dlogits [T, E] fp32, fp16 or bf16; every element is written. May be the logits themselves.
 
    What has no gradient: the choice of experts. Top-k, expert_bias, groups, dropout, threshold,
-   whole_batch, disabled experts and tokens, and the noise count as constants. No estimator, such as
-   a straight-through one, takes their place. Unused choices add nothing, whatever their weight and
+   whole_batch, disabled experts and tokens, and the noise count as constants. No straight-through
+   estimator takes their place here (balance_loss.cuh has one, for the variance). Unused choices add nothing, whatever their weight and
    gradient. The ids of one token differ, as the gate writes them.
    Gradients are 0 of an expert that the token does not see, and of a logit of -inf. They are 0 for a
    whole token that is disabled, or that has a NaN logit (of an expert that it sees): the gate chose

@@ -8,7 +8,7 @@
      y = residual + combine(rows) + weight shared    combine.cuh
 
    In:   x [T, H], router [E, H], w1 [P, 2I, H], w2 [P, H, I]; optional biases and residual
-   Out:  y [T, H]; y may be x or the residual itself
+   Out:  y [T, H]; y may be x or the residual itself; with `saved` not x, which backward reads
 
    `logits` replaces the router: the caller sets one of the two. `ids` with `weights` replaces
    router and gate: the caller sets neither router nor logits. P, the number of experts with
@@ -74,20 +74,11 @@ MOE_HOST moe_status moe_layer_workspace(const moe_layer_desc* desc, size_t* byte
    is what saved_bytes must be. Errors: those of sizes and options. */
 MOE_HOST moe_status moe_layer_saved(const moe_layer_desc* desc, moe_layer_saved_list* list)
 {
-    moe_layer_view v;
     moei_layer_options o;
     MOE_REQUIRE(desc && list, MOE_ERR_NULL, desc);
     memset(list, 0, sizeof *list);
     MOE_TRY(moei_layer_resolve(desc, &o));
-    moei_layer_given(desc, &o, &v);
-    list->item[0].name = "x";
-    list->item[0].rows = desc->num_tokens;
-    list->item[0].columns = desc->hidden;
-    list->item[0].element = 2;
-    list->item[0].caller = 1;
-    list->item[0].bytes = (uint64_t)desc->num_tokens * (uint64_t)desc->hidden * 2;
-    list->count = 1;
-    moei_layer_carve_saved(desc, &o, 0, 1, &v, &list->bytes, list);
+    moei_layer_list_saved(desc, &o, list);
     return MOE_OK;
 }
 

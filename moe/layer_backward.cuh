@@ -22,7 +22,8 @@
 
    In:   dy [T, H]; the descriptor of the forward, with x, weights and `saved` unchanged since
    Out:  dx, drouter, dlogits, dweights, dw1, dw2, dbias1, dbias2, those of the shared expert; each
-         unless null. Gradients of weights in dtype or fp32, overwritten or added to (accumulate)
+         unless null. Gradients of weights in dtype or fp32, overwritten or added to (accumulate).
+         dx may be dy. Otherwise no output may overlap another buffer of either pass
    `saved` serves one backward: the gradient by the pre-activations is written over them. With
    `recompute` a forward can serve several.
 
@@ -35,10 +36,12 @@
    [R, H] buffer serves copies of dy and of x, the router's operands and the rows' gradients in turn:
      192                                 counters of tiles
      max(R I, T Is) 2                    act
-     max(R H 2 (fp32 rows: 4), router's) rows
-     R ceil(I / 64) 4                    parts of dweights
-     T K 4 + T E 4                       dweights, dlogits, unless the caller gives them
-     the pre-activations' bytes          with recompute
+     max(R H 2 (fp32 rows: 4), router's) rows; with recompute and a shared expert max(R, T) H
+     T K 4                               dweights, where dlogits are computed, unless given
+     T E 4                               dlogits, the same
+     R ceil(I / 64) 4                    parts of dweights, where these are computed
+     T ceil(Is / 64) 4                   the same of shared.dweight
+     R 2I 2 (R I 2 not gated), T 2Is 2   with recompute: the pre-activations
    each rounded up to 256.
 
    Rows of dy and x are gathered while products load them, or copied into expert order first, which is
@@ -48,7 +51,7 @@
    all outputs untouched. T = 0: gradients of weights are zeros, or as they are with accumulate.
    No call allocates or synchronises; the calls can be captured in a graph together with the forward,
    and replayed with other inputs. fp16 (sm_75) or bf16 (sm_80).
-   Cost: 12 R H I flops (8 not gated) and the router's; 8 to 16 launches without a shared expert.
+   Cost: 12 R H I flops (8 not gated) and the router's; 3 to 18 launches without a shared expert.
 
      moe_layer_desc l = {0};                     // as for moe_layer_forward
      moe_layer_saved_list kept;
@@ -205,7 +208,7 @@ MOE_HOST moe_status moe_layer_backward_run_stage(const moe_layer_backward_prepar
         MOEI_LAYER_BACKWARD_EXPERTS(SHARED_DBIAS1, DBIAS1, s)
         MOEI_LAYER_BACKWARD_EXPERTS(SHARED_ROWS, ROWS, s)
 #undef MOEI_LAYER_BACKWARD_EXPERTS
-    default: return MOE_STATUS(MOE_ERR_OPTION, part);
+    default: return MOE_STATUS(MOE_ERR_OPTION, stage);
     }
 }
 

@@ -57,7 +57,7 @@ typedef struct moe_router_backward_desc {
     int32_t accumulate;    /* 1: adds to drouter; 0: overwrites */
     int32_t rank;          /* reported with a fault, 0 .. MOE_FAULT_MAX_RANK */
     /* workspace */
-    void* workspace;        /* 256-byte aligned; null only where the scalar path may run */
+    void* workspace;        /* 256-byte aligned; null: the scalar path runs, slower */
     size_t workspace_bytes; /* at least what moe_router_backward_workspace returns */
 } moe_router_backward_desc;
 

@@ -1,5 +1,5 @@
 /* test_case.h: what the cases of many tests repeat: comparisons with two bounds, faults, indices
-   that are out of range. */
+   that are out of range, numbers to add to. */
 #ifndef MOE_TESTS_TEST_CASE_H
 #define MOE_TESTS_TEST_CASE_H
 
@@ -19,6 +19,16 @@
 MOEI_UNUSED static int32_t test_out_of_range(int64_t how, int64_t end)
 {
     return how % 4 == 0 ? (int32_t)end : how % 4 == 1 ? INT32_MAX : how % 4 == 2 ? -2 : INT32_MIN;
+}
+
+/* Fills every number of a buffer with 2, for results that are added to. */
+MOEI_UNUSED static void put_twos(tbuf* b, int dtype)
+{
+    const int64_t n = (int64_t)b->bytes / moe_dtype_bytes(dtype);
+    void* p = test_host(n * 4);
+    for (int64_t i = 0; i < n; ++i) moe_store(p, i, dtype, 2.0f);
+    tbuf_put(b, p);
+    free(p);
 }
 
 /* Puts a fault of TEST_RANK into a fault word, or none where the code is MOE_FAULT_NONE. */

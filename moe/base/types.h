@@ -59,7 +59,7 @@ MOE_HOST const char* moe_dtype_name(int dtype)
                                : "?";
 }
 
-/* Return the bits of a float, and the float of such bits. */
+/* Return the bits of a float, the float of such bits, and 1 where it is neither infinite nor NaN. */
 MOE_HOST uint32_t moe_f32_bits(float f)
 {
     uint32_t u;
@@ -72,6 +72,7 @@ MOE_HOST float moe_f32_from_bits(uint32_t u)
     memcpy(&f, &u, 4);
     return f;
 }
+MOE_HOST int moei_f32_is_finite(float f) { return (moe_f32_bits(f) & 0x7f800000u) != 0x7f800000u; }
 
 /* Convert bits of bf16 or fp16 to fp32, exactly, and fp32 to such bits, rounded. */
 MOE_HOST float moe_bf16_to_f32(uint16_t h) { return moe_f32_from_bits((uint32_t)h << 16); }

@@ -11,9 +11,6 @@
 /* Returns 1, in a list of kernels, for a power of two from `least` to `most`. */
 #define MOEI_GATE_POWER(n, least, most) ((n) >= (least) && (n) <= (most) && ((n) & ((n)-1)) == 0)
 
-/* Returns 1 where v is neither infinite nor NaN. */
-MOE_HOST int moei_gate_finite(float v) { return (moe_f32_bits(v) & 0x7f800000u) != 0x7f800000u; }
-
 /* Refuses sizes out of range, of those that moe_gate_workspace reads. */
 MOE_HOST moe_status moei_gate_check_sizes(const moe_gate_desc* d)
 {
@@ -37,13 +34,13 @@ MOE_HOST moe_status moei_gate_check_options(moe_gate_desc* d)
     if (d->score == 0) d->score = MOE_SCORE_SOFTMAX;
     MOE_REQUIRE(d->score >= 0 && d->score <= MOE_SCORE_PIONEER, MOE_ERR_OPTION, score);
     MOE_REQUIRE(d->renormalize == 0 || d->renormalize == 1, MOE_ERR_OPTION, renormalize);
-    MOE_REQUIRE(moei_gate_finite(d->scale), MOE_ERR_RANGE, scale);
+    MOE_REQUIRE(moei_f32_is_finite(d->scale), MOE_ERR_RANGE, scale);
     if (d->scale == 0.0f) d->scale = 1.0f;
     if (d->temperature == 0.0f) d->temperature = 1.0f;
-    MOE_REQUIRE(moei_gate_finite(d->temperature) && d->temperature >= 1e-30f &&
+    MOE_REQUIRE(moei_f32_is_finite(d->temperature) && d->temperature >= 1e-30f &&
                     d->temperature <= 1e30f,
                 MOE_ERR_RANGE, temperature);
-    MOE_REQUIRE(moei_gate_finite(d->noise) && d->noise >= 0.0f, MOE_ERR_RANGE, noise);
+    MOE_REQUIRE(moei_f32_is_finite(d->noise) && d->noise >= 0.0f, MOE_ERR_RANGE, noise);
     MOE_REQUIRE(d->dropout >= 0.0f && d->dropout < 1.0f, MOE_ERR_RANGE, dropout);
     MOE_REQUIRE(d->threshold >= 0.0f && d->threshold < 1.0f, MOE_ERR_RANGE, threshold);
     MOE_REQUIRE(d->threshold == 0.0f || d->score == MOE_SCORE_SIGMOID, MOE_ERR_CONFLICT, threshold);

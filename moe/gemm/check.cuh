@@ -121,6 +121,8 @@ MOE_HOST moe_status moei_gemm_check_options(moe_grouped_gemm_desc* d)
     MOE_REQUIRE(moei_stride_fits(d->pre_stride, pre_columns, d->num_rows), MOE_ERR_STRIDE,
                 pre_stride);
     MOE_REQUIRE(d->pre_stride % 8 == 0, MOE_ERR_ALIGN, pre_stride);
+    MOE_REQUIRE(!d->pre || d->activation != MOE_ACTIVATION_NONE || d->c_dtype == d->dtype,
+                MOE_ERR_CONFLICT, pre); /* C is the same in more bits */
 
     if (d->group || d->num_groups) {
         MOE_REQUIRE(d->num_groups >= 1 && d->num_groups <= MOE_MAX_EXPERTS, MOE_ERR_RANGE,

@@ -97,7 +97,8 @@ typedef struct moe_grouped_gemm_desc {
                              aligned; or null */
     int64_t c_stride;     /* elements between rows; 0 = n; multiple of 8 */
     void* pre;            /* [num_rows, n] dtype, gated [num_rows, 2n], gates and then ups: what the
-                             activation is applied to, for a backward pass; or null */
+                             activation is applied to, for a backward pass; or null, as where there
+                             is no activation and C is fp32 */
     int64_t pre_stride;   /* elements between rows; 0 = dense; multiple of 8 */
     uint32_t* done;       /* [ceil(num_rows / 128)] as above, added to; n below 2^27; or null */
     uint64_t* fault;      /* [1] fault word; or null */

@@ -322,7 +322,7 @@ MOE_DEVICE void moei_epilogue_warp(const moe_gemm_output* d, int n, const moe_ti
     const bool bare = MOEI_CODE_HERE(80, MOEI_CODE_ANY) && f.tile_m * f.tile_n >= 128 * 128 &&
                       !d->bias && d->gated != MOE_GATE_UP_INTERLEAVED;
     const bool plain = bare && !d->pre && !d->accumulate && d->dtype == f.dtype;
-    if (bare && none && !d->pre && d->dtype == MOE_FP32)
+    if (bare && none && d->dtype == MOE_FP32)
         moei_epilogue_fp32(d, n, t, acc, staging, row, column, f);
     else if (plain && none)
         moei_epilogue_plain(d, n, t, acc, (uint16_t*)staging, row, column, 0, f);

@@ -36,8 +36,9 @@ typedef struct moe_layer_backward_desc {
     /* options */
     int32_t grad_dtype;        /* of dw1, dw2 and biases: dtype or fp32; 0 = dtype */
     int32_t router_grad_dtype; /* of drouter: fp32 or router_dtype; 0 = router_dtype */
-    int32_t accumulate;        /* 1: adds to all gradients of weights, biases and router */
-    int32_t dx_accumulate;     /* 1: adds to dx, which then holds dy, say, where y = x + layer(x) */
+    int32_t accumulate;        /* 1: adds to all gradients of weights, biases and router; rounded to
+                                  grad_dtype each time, so take fp32 */
+    int32_t dx_accumulate;     /* 1: dx += the gradient; for y = x + layer(x) let dx be dy */
     int32_t empty_experts; /* gradients of an expert without rows: 0: zeros; 1: left as they are */
     int32_t gather;        /* moe_layer_gather; 0 = chosen by shape and device */
 } moe_layer_backward_desc;

@@ -292,7 +292,7 @@ MOE_HOST moe_status moei_layer_backward_resolve(const moe_layer_backward_desc* d
     MOE_TRY(moei_layer_backward_check_options(d, &b->o));
     b->has_router = b->o.has_router && (d->dx || d->drouter);
     b->has_gate = b->o.has_gate && (b->has_router || d->dlogits);
-    MOE_TRY(moe_layer_saved(f, &b->saved));
+    moei_layer_list_saved(f, &b->o, &b->saved);
     moei_layer_given(f, &b->o, &b->v);
     moei_layer_carve_saved(f, &b->o, (char*)f->saved, 1, &b->v, &bytes, 0);
     moei_layer_backward_router(d, b);
@@ -309,8 +309,8 @@ MOE_HOST moe_status moei_layer_backward_resolve(const moe_layer_backward_desc* d
     return MOE_OK;
 }
 
-/* Refuses buffers of the caller's that are absent, misaligned or overlap; dx may be dy. Requires
-   checked options. */
+/* Refuses buffers of the caller's that are absent, misaligned or overlap; dx may be dy. No output
+   may overlap what either pass reads. Requires checked options. */
 MOE_HOST moe_status moei_layer_backward_check_buffers(const moe_layer_backward_desc* d,
                                                       const moei_layer_backward* b)
 {
@@ -335,7 +335,8 @@ MOE_HOST moe_status moei_layer_backward_check_buffers(const moe_layer_backward_d
     const uint64_t s_dw1 = moei_grads_extent(&s->dw1, f->shared.w1.major, 1, s_m, hidden, grad);
     const uint32_t bytes = (uint32_t)moe_dtype_bytes(grad);
     const int written = MOE_BUFFER_WRITTEN, required = MOE_BUFFER_REQUIRED;
-    const moe_buffer all[] = {
+    moe_buffer all[MOEI_LAYER_INPUTS + 21];
+    const moe_buffer own[21] = {
         {f->x, moe_extent(tokens, x_stride, hidden, dtype), 16, required, MOE_FIELD_x},
         {d->dy, in_place ? 0 : moe_extent(tokens, dy_stride, hidden, dtype), 16, required,
          MOE_FIELD_dy},
@@ -367,8 +368,10 @@ MOE_HOST moe_status moei_layer_backward_check_buffers(const moe_layer_backward_d
         {s->dbias1, (uint64_t)s_up * bytes, bytes, written, MOE_FIELD_shared},
         {s->dbias2, (uint64_t)hidden * bytes, bytes, written, MOE_FIELD_shared},
         {f->fault, 8, 8, written, MOE_FIELD_fault}};
-    const int count = (int)(sizeof all / sizeof all[0]), first = tokens ? 0 : 7;
-    MOE_TRY(moe_check_buffers(all + first, count - first));
+    moei_layer_inputs(f, experts, all);
+    memcpy(all + MOEI_LAYER_INPUTS, own, sizeof own);
+    if (tokens == 0) MOE_TRY(moe_check_buffers(own + 7, 21 - 7));
+    else MOE_TRY(moe_check_buffers(all, MOEI_LAYER_INPUTS + 21));
     MOE_REQUIRE(f->saved_bytes >= b->saved.bytes, MOE_ERR_WORKSPACE, saved_bytes);
     MOE_REQUIRE(f->workspace_bytes >= b->bytes, MOE_ERR_WORKSPACE, workspace_bytes);
     return MOE_OK;

@@ -59,7 +59,7 @@ typedef struct moe_layer_desc {
     int32_t batch_invariant;
     /* options of the stations, as in their own headers; what the layer fills in (buffers between
        the stations, sizes, fault word, rank, workspace) is 0 here */
-    moe_gate_desc gate;      /* rules and their buffers, expert_count, prob_sum; all 0 with ids */
+    moe_gate_desc gate;      /* rules and their buffers, sums of usage; all 0 with ids */
     moe_route_desc route;    /* replicas, padding, capacity; drop_count, slot_row, row_weight */
     moe_layer_shared shared; /* all 0 = no shared expert */
     /* training: what a backward pass (layer_backward.cuh) needs is kept */

@@ -175,6 +175,22 @@ MOE_HOST void moei_layer_given(const moe_layer_desc* d, const moei_layer_options
     v->row_weight = d->route.row_weight;
 }
 
+/* Lists what a layer keeps for its backward pass. *list is empty; list->bytes counts `saved`. */
+MOE_HOST void moei_layer_list_saved(const moe_layer_desc* d, const moei_layer_options* o,
+                                    moe_layer_saved_list* list)
+{
+    moe_layer_view v;
+    moei_layer_given(d, o, &v);
+    list->item[0].name = "x";
+    list->item[0].rows = d->num_tokens;
+    list->item[0].columns = d->hidden;
+    list->item[0].element = 2;
+    list->item[0].caller = 1;
+    list->item[0].bytes = (uint64_t)d->num_tokens * (uint64_t)d->hidden * 2;
+    list->count = 1;
+    moei_layer_carve_saved(d, o, 0, 1, &v, &list->bytes, list);
+}
+
 /* Phase 2: fills in the view of the workspace at `base` and *bytes, and of `saved`, where given;
    with a null base only counts the bytes. */
 MOE_HOST void moei_layer_carve(const moe_layer_desc* d, const moei_layer_options* o, void* base,
@@ -250,21 +266,18 @@ MOE_HOST moe_status moei_layer_check_options(const moe_layer_desc* d, const moei
     return moei_layer_rename_shared(moei_experts_check_options(&l->shared, &up, &down));
 }
 
-/* Refuses buffers of the caller's that are absent, misaligned or overlap; y may be x or the
-   residual. Requires checked options. workspace, saved: the bytes that these must have. */
-MOE_HOST moe_status moei_layer_check_buffers(const moe_layer_desc* d, const moe_layer_view* v,
-                                             size_t workspace, size_t saved)
+enum { MOEI_LAYER_INPUTS = 27 };
+
+/* Writes to b [MOEI_LAYER_INPUTS] what forward and backward read of the caller's buffers, but for x
+   and residual. Requires checked options. */
+MOE_HOST void moei_layer_inputs(const moe_layer_desc* d, int64_t num_replicas, moe_buffer* b)
 {
     const moe_layer_shared* s = &d->shared;
     const int64_t num_tokens = d->num_tokens, hidden = d->hidden, intermediate = d->intermediate,
-                  num_experts = d->num_experts;
-    const int64_t num_replicas = v->num_physical, Is = s->intermediate;
+                  num_experts = d->num_experts, Is = s->intermediate;
     const int dtype = d->dtype ? d->dtype : MOE_BF16;
     const int router_dtype = d->router_dtype ? d->router_dtype : dtype;
-    const int64_t x_stride = d->x_stride ? d->x_stride : hidden,
-                  y_stride = d->y_stride ? d->y_stride : hidden;
-    const int64_t residual_stride = d->residual_stride ? d->residual_stride : hidden;
-    const uint64_t slots = (uint64_t)num_tokens * (uint64_t)d->top_k, rows = (uint64_t)v->num_rows;
+    const uint64_t slots = (uint64_t)num_tokens * (uint64_t)d->top_k;
     const uint64_t table = (uint64_t)num_replicas * 8;
     const int64_t matrices = moei_experts_up_rows(d->activation, 0); /* gate and up: 2; or 1 */
     const int64_t s_matrices = moei_experts_up_rows(s->activation, 0);
@@ -272,15 +285,7 @@ MOE_HOST moe_status moei_layer_check_buffers(const moe_layer_desc* d, const moe_
     const int64_t s_together = moei_experts_up_rows(s->activation, s->gate_up);
     const uint64_t w1 = moei_weight_extent(&d->w1, num_replicas, intermediate * together, hidden);
     const uint64_t s_w1 = moei_weight_extent(&s->w1, 1, Is * s_together, hidden);
-    const int x_is_y = d->x == d->y && x_stride == y_stride;
-    const int residual_is_y = d->residual == d->y && residual_stride == y_stride;
-    const moe_buffer always[] = {
-        /* checked without tokens too; a workspace that is too small counts with the bytes it has */
-        {d->workspace,
-         d->workspace && d->workspace_bytes < workspace ? d->workspace_bytes : workspace, 256,
-         MOE_BUFFER_REQUIRED | MOE_BUFFER_WRITTEN, MOE_FIELD_workspace},
-        {d->fault, 8, 8, MOE_BUFFER_WRITTEN, MOE_FIELD_fault}};
-    const moe_buffer b[] = {
+    const moe_buffer inputs[MOEI_LAYER_INPUTS] = {
         {d->router, moe_extent(num_experts, hidden, hidden, router_dtype),
          (uint32_t)moe_dtype_bytes(router_dtype),
          d->ids || d->logits ? MOE_BUFFER_READ : MOE_BUFFER_REQUIRED, MOE_FIELD_router},
@@ -323,7 +328,32 @@ MOE_HOST moe_status moei_layer_check_buffers(const moe_layer_desc* d, const moe_
         {d->route.replica_offset, (uint64_t)num_experts * 4 + 4, 4, MOE_BUFFER_READ,
          MOE_FIELD_replica_offset},
         {d->route.replica_expert, (uint64_t)num_replicas * 4, 4, MOE_BUFFER_READ,
-         MOE_FIELD_replica_expert},
+         MOE_FIELD_replica_expert}};
+    memcpy(b, inputs, sizeof inputs);
+}
+
+/* Refuses buffers of the caller's that are absent, misaligned or overlap. y may be x or the
+   residual; with `saved` it is not x, which backward reads. Requires checked options. workspace,
+   saved: the bytes that these must have. */
+MOE_HOST moe_status moei_layer_check_buffers(const moe_layer_desc* d, const moe_layer_view* v,
+                                             size_t workspace, size_t saved)
+{
+    const int64_t num_tokens = d->num_tokens, hidden = d->hidden, num_experts = d->num_experts;
+    const int dtype = d->dtype ? d->dtype : MOE_BF16;
+    const int64_t x_stride = d->x_stride ? d->x_stride : hidden,
+                  y_stride = d->y_stride ? d->y_stride : hidden;
+    const int64_t residual_stride = d->residual_stride ? d->residual_stride : hidden;
+    const uint64_t slots = (uint64_t)num_tokens * (uint64_t)d->top_k, rows = (uint64_t)v->num_rows;
+    const int x_is_y = d->x == d->y && x_stride == y_stride && !d->saved;
+    const int residual_is_y = d->residual == d->y && residual_stride == y_stride;
+    const moe_buffer always[] = {
+        /* checked without tokens too; a workspace that is too small counts with the bytes it has */
+        {d->workspace,
+         d->workspace && d->workspace_bytes < workspace ? d->workspace_bytes : workspace, 256,
+         MOE_BUFFER_REQUIRED | MOE_BUFFER_WRITTEN, MOE_FIELD_workspace},
+        {d->fault, 8, 8, MOE_BUFFER_WRITTEN, MOE_FIELD_fault}};
+    moe_buffer b[MOEI_LAYER_INPUTS + 12];
+    const moe_buffer others[12] = {
         {d->residual, residual_is_y ? 0 : moe_extent(num_tokens, residual_stride, hidden, dtype), 2,
          MOE_BUFFER_READ, MOE_FIELD_residual},
         {d->x, x_is_y ? 0 : moe_extent(num_tokens, x_stride, hidden, dtype), 16,
@@ -336,14 +366,16 @@ MOE_HOST moe_status moei_layer_check_buffers(const moe_layer_desc* d, const moe_
          MOE_FIELD_expert_count},
         {d->gate.prob_sum, (uint64_t)num_experts * 4, 4, MOE_BUFFER_WRITTEN, MOE_FIELD_prob_sum},
         {d->gate.z_sum, 4, 4, MOE_BUFFER_WRITTEN, MOE_FIELD_z_sum},
-        {d->route.drop_count, (uint64_t)num_replicas * 4, 4, MOE_BUFFER_WRITTEN,
+        {d->route.drop_count, (uint64_t)v->num_physical * 4, 4, MOE_BUFFER_WRITTEN,
          MOE_FIELD_drop_count},
         {d->route.slot_row, slots * 4, 4, MOE_BUFFER_WRITTEN, MOE_FIELD_slot_row},
         {d->route.row_weight, rows * 4, 4, MOE_BUFFER_WRITTEN, MOE_FIELD_row_weight},
         {d->saved, d->saved_bytes < saved ? d->saved_bytes : saved, 256, MOE_BUFFER_WRITTEN,
          MOE_FIELD_saved}};
+    moei_layer_inputs(d, v->num_physical, b);
+    memcpy(b + MOEI_LAYER_INPUTS, others, sizeof others);
     if (num_tokens == 0) MOE_TRY(moe_check_buffers(always, 2));
-    else MOE_TRY(moe_check_buffers(b, (int)(sizeof b / sizeof b[0])));
+    else MOE_TRY(moe_check_buffers(b, MOEI_LAYER_INPUTS + 12));
     MOE_REQUIRE(d->workspace_bytes >= workspace, MOE_ERR_WORKSPACE, workspace_bytes);
     MOE_REQUIRE(!d->saved || d->saved_bytes >= saved, MOE_ERR_WORKSPACE, saved_bytes);
     return MOE_OK;

@@ -32,9 +32,10 @@ MOE_HOST void moe_ref_balance_loss_f64(const moe_ref_balance_desc* d, const int3
     }
     none = tokens == 0 || slots == 0;
     for (int e = 0; e < num_experts; ++e) {
-        const double f = none ? 0 : expert_count[e] / slots, P = none ? 0 : prob_sum[e] / tokens;
+        const double f = none ? 0 : expert_count[e] / slots,
+                     mean_prob = none ? 0 : prob_sum[e] / tokens;
         const double mean = 1.0 / num_experts;
-        aux += f * P;
+        aux += f * mean_prob;
         variance += (f - mean) * (f - mean);
         if (grad)
             grad[e] = none ? 0

@@ -16,6 +16,7 @@
 
 #include "../base/copy.cuh"
 #include "../base/fault.cuh"
+#include "../base/warp.cuh"
 #include "../router/bf16_split.cuh"
 
 #define MOEI_ROUTER_BACKWARD_TERMS 3 /* of dlogits */

@@ -44,7 +44,7 @@ MOE_KERNEL(256, 1) adamw(MOE_ARG(weights_args) a)
     const float v = a.square[i] = 0.99f * a.square[i] + 0.01f * g * g;
     const float step = m / a.bias[0] / (sqrtf(v / a.bias[1]) + 1e-8f) + 0.01f * a.master[i];
     a.master[i] -= a.rate * step;
-    a.value[i] = moe_f32_to_bf16(a.master[i]);
+    moe_store_f32(a.value, i, MOE_BF16, a.master[i]);
 }
 
 typedef struct loss_args {
@@ -65,9 +65,9 @@ MOE_KERNEL(256, 1) square_loss(MOE_ARG(loss_args) a)
     const int thread = (int)threadIdx.x;
     float sum = 0.0f;
     for (int i = thread; i < T * H; i += 256) {
-        const float off = moe_bf16_to_f32(a.y[i]) - moe_bf16_to_f32(a.target[i]);
+        const float off = moe_load_f32(a.y, i, MOE_BF16) - moe_load_f32(a.target, i, MOE_BF16);
         sum += off * off;
-        a.dy[i] = moe_f32_to_bf16(off * (2.0f / (T * H)));
+        moe_store_f32(a.dy, i, MOE_BF16, off * (2.0f / (T * H)));
     }
     s.sum[thread] = sum;
     __syncthreads();

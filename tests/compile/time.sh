@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # time.sh DIR NVCC: how long a file takes that includes everything, optimised, for one target; and one
 # with trimmed lists. nvcc's stages follow one another unless --split-compile lets them use all cores:
-# both are timed. The aim is 30 seconds on two cores; machines differ, so the test prints the figures
-# and fails from twice that on.
+# both are timed. With all gradients it takes 60 to 100 seconds; machines differ, so the test prints
+# the figures and fails from 180 on.
 set -euo pipefail
-dir=$1 nvcc=$2 most=60
+dir=$1 nvcc=$2 most=180
 root=$(cd "$(dirname "$0")/../.." && pwd)
 mkdir -p "$dir"
 cd "$dir"

@@ -204,16 +204,6 @@ static void grads_free(grad_bufs* g)
     }
 }
 
-/* Fills every number of a buffer with 2, for results that are added to. */
-static void put_twos(tbuf* b, int dtype)
-{
-    const int64_t n = (int64_t)b->bytes / moe_dtype_bytes(dtype);
-    void* p = test_host(n * 4);
-    for (int64_t i = 0; i < n; ++i) moe_store(p, i, dtype, 2.0f);
-    tbuf_put(b, p);
-    free(p);
-}
-
 /* Puts back what a run has overwritten: outputs to poison, or to 2 where they are added to; pre. */
 static void reset(backward_bufs* b, const backward_case* c)
 {

@@ -42,8 +42,8 @@ static void test_stages(void)
         }
         tbufs_same(ALL_RESULTS(&b), first, "stages");
         CHECK_STATUS(moe_experts_backward_run_stage(&p, MOE_EXPERTS_BACKWARD_STAGES, 0),
-                     MOE_STATUS(MOE_ERR_OPTION, part));
-        CHECK_STATUS(moe_experts_backward_run_stage(&p, -1, 0), MOE_STATUS(MOE_ERR_OPTION, part));
+                     MOE_STATUS(MOE_ERR_OPTION, stage));
+        CHECK_STATUS(moe_experts_backward_run_stage(&p, -1, 0), MOE_STATUS(MOE_ERR_OPTION, stage));
         CHECK_STATUS(moe_experts_backward_run_stage(0, 0, 0), MOE_STATUS(MOE_ERR_NULL, desc));
         tbufs_free_copies(ALL_RESULTS(&b), first);
         bufs_free(&b);

@@ -85,7 +85,10 @@ static gemm_case normal_case(int E, const int* rows, int n, int k)
 
 static int is_gated(const gemm_case* c) { return moe_activation_is_gated(c->activation); }
 
-static int has_pre(const gemm_case* c) { return c->pre; }
+static int has_pre(const gemm_case* c)
+{
+    return c->pre && (c->activation != MOE_ACTIVATION_NONE || c->c_dtype == c->dtype);
+}
 
 /* Columns of pre. */
 static int pre_columns(const gemm_case* c) { return is_gated(c) ? 2 * c->n : c->n; }

@@ -154,6 +154,8 @@ static void test_gemm_refusals(void)
         CHECK(tbuf_holds(&flags, &zero) && tbuf_holds(&group, list), "a refused call counted");
         tbufs_free(TBUFS(&group, &flags));
     }
+    REFUSED((d.activation = 0, d.gate_up = 0, d.b.up = 0, d.c_dtype = MOE_FP32, d.pre = b.pre.p),
+            MOE_ERR_CONFLICT, pre);
     REFUSED(d.pre = AT(b.pre.p, 8), MOE_ERR_ALIGN, pre);
     REFUSED(d.pre = d.c, MOE_ERR_OVERLAP, pre);
     REFUSED(d.pre_stride = 2 * 64 - 8, MOE_ERR_STRIDE, pre_stride);

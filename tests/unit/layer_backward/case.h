@@ -78,16 +78,6 @@ static tbuf grad_new(const char* name, int64_t n, int dtype)
 #define SHARED_GRADS(b)                                                                            \
     TBUFS(&(b)->s_dw1, &(b)->s_dw1_up, &(b)->s_dw2, &(b)->s_dbias1, &(b)->s_dbias2, &(b)->s_dweight)
 
-/* Fills every number with 2, for results that are added to. */
-static void grad_twos(tbuf* b, int dtype)
-{
-    const int64_t n = (int64_t)b->bytes / moe_dtype_bytes(dtype);
-    void* p = test_host(n * 4);
-    for (int64_t i = 0; i < n; ++i) moe_store(p, i, dtype, 2.0f);
-    tbuf_put(b, p);
-    free(p);
-}
-
 /* Puts everything that the calls write into its state before them. */
 static void grads_reset(grads_bufs* b, const grads_case* c)
 {
@@ -99,9 +89,9 @@ static void grads_reset(grads_bufs* b, const grads_case* c)
     if (!c->dx_is_dy) tbuf_poison(&b->dx);
     if (c->dx_accumulate && !c->dx_is_dy) tbuf_put(&b->dx, b->h_dx);
     for (size_t i = 0; c->accumulate && i < sizeof adds / sizeof *adds; ++i)
-        grad_twos(adds[i], c->grad_dtype);
+        put_twos(adds[i], c->grad_dtype);
     if (c->accumulate)
-        grad_twos(&b->drouter, c->router_grad_dtype ? c->router_grad_dtype : c->f.router_dtype);
+        put_twos(&b->drouter, c->router_grad_dtype ? c->router_grad_dtype : c->f.router_dtype);
 }
 
 /* Fills in the descriptor of backward, with the sizes of `saved` and of the workspace. */

@@ -76,6 +76,25 @@ static void test_backward_refusals(void)
         REFUSED((d.dx = (void*)d.dy, d.dx_stride = 72, d.dy_stride = 64), MOE_ERR_OVERLAP, dx);
         REFUSED(d.dx = (void*)d.layer.x, MOE_ERR_OVERLAP, dx);
         REFUSED(d.dw2.base = d.dw1.base, MOE_ERR_OVERLAP, dw2);
+        /* outputs over what a later stage, or the next step, reads */
+        REFUSED(d.dx = (void*)d.layer.w1.base, MOE_ERR_OVERLAP, dx);
+        REFUSED(d.dx = (void*)d.layer.w2.base, MOE_ERR_OVERLAP, dx);
+        REFUSED(d.dw1.base = (void*)d.layer.w1.base, MOE_ERR_OVERLAP, dw1);
+        REFUSED(d.dw1.base = (void*)d.layer.shared.w2.base, MOE_ERR_OVERLAP, dw1);
+        REFUSED(d.dw2.base = (void*)d.layer.w2.base, MOE_ERR_OVERLAP, dw2);
+        REFUSED(d.shared.dw1.base = (void*)d.layer.w1.base, MOE_ERR_OVERLAP, shared);
+        REFUSED(d.shared.dw2.base = (void*)d.layer.shared.w2.base, MOE_ERR_OVERLAP, shared);
+        REFUSED(d.dweights = (float*)d.layer.shared.weight, MOE_ERR_OVERLAP, dweights);
+        if (from == FROM_ROUTER) {
+            REFUSED(d.dweights = (float*)DOWN_TO(d.layer.router, 4), MOE_ERR_OVERLAP, dweights);
+            REFUSED(d.dw1.base = DOWN_TO(d.layer.router, 16), MOE_ERR_OVERLAP, dw1);
+            REFUSED(d.dlogits = (float*)d.layer.w1.base, MOE_ERR_OVERLAP, dlogits);
+            REFUSED(d.drouter = (void*)d.layer.w1.base, MOE_ERR_OVERLAP, drouter);
+        } else if (from == FROM_IDS) {
+            REFUSED(d.dweights = (float*)d.layer.weights, MOE_ERR_OVERLAP, dweights);
+        } else {
+            REFUSED(d.dlogits = (float*)d.layer.logits, MOE_ERR_OVERLAP, dlogits);
+        }
         REFUSED(d.dw1.base = d.layer.saved, MOE_ERR_OVERLAP, dw1);
         REFUSED(d.layer.workspace = d.layer.saved, MOE_ERR_OVERLAP, workspace);
         REFUSED(--d.layer.saved_bytes, MOE_ERR_WORKSPACE, saved_bytes);
@@ -119,6 +138,7 @@ static void test_forward_refusals(void)
     REFUSED(d.saved = AT(d.saved, 16), MOE_ERR_ALIGN, saved);
     REFUSED(--d.saved_bytes, MOE_ERR_WORKSPACE, saved_bytes);
     REFUSED(d.saved = d.workspace, MOE_ERR_OVERLAP, saved);
+    REFUSED(d.y = (void*)d.x, MOE_ERR_OVERLAP, y); /* backward reads x */
     CHECK(tbuf_holds(&b.f.y, 0) && tbuf_holds(&b.saved, 0), "outputs of refused calls");
     bufs_end(&b);
 #undef refused

@@ -52,9 +52,9 @@ static void test_backward_stages(void)
         CHECK(tbuf_holds(&b.dx, dx), "dx, by stages");
         CHECK_STATUS(moe_layer_backward_prepare(&b.d, &p), MOE_OK);
         CHECK_STATUS(moe_layer_backward_run_stage(&p, -1, test_now.stream),
-                     MOE_STATUS(MOE_ERR_OPTION, part));
+                     MOE_STATUS(MOE_ERR_OPTION, stage));
         CHECK_STATUS(moe_layer_backward_run_stage(&p, MOE_LAYER_BACKWARD_STAGES, test_now.stream),
-                     MOE_STATUS(MOE_ERR_OPTION, part));
+                     MOE_STATUS(MOE_ERR_OPTION, stage));
         CHECK_STATUS(moe_layer_backward_run_stage(0, 0, test_now.stream),
                      MOE_STATUS(MOE_ERR_NULL, desc));
         tbufs_free_copies(GRADS(&b), first), tbufs_free_copies(SHARED_GRADS(&b), shared);
@@ -76,11 +76,13 @@ static void test_backward_bits(void)
     for (int i = 0; i < 2; ++i) {
         grads_case c = grads_of(normal_case(70, 72, 56, 9, 3));
         grads_bufs b;
-        c.f.shared = i ? 40 : 0, c.gather = 1 + i, c.balance = 1;
+        c.f.shared = 24 + 16 * i, c.f.shared_weighted = i, c.f.bias = c.f.shared_bias = 1;
+        c.gather = 1 + i, c.balance = 1;
         c.f.tile = MOE_TILE_AUTO;
         bufs_begin(&b, &c, &r);
         test_same_bits("backward", call_both, &b,
-                       TBUFS(&b.dx, &b.drouter, &b.dlogits, &b.dweights, &b.dw1, &b.dw2),
+                       TBUFS(&b.dx, &b.drouter, &b.dlogits, &b.dweights, &b.dw1, &b.dw2, &b.dbias1,
+                             &b.dbias2, &b.s_dw1, &b.s_dw2, &b.s_dbias1, &b.s_dbias2, &b.s_dweight),
                        MOE_ON_HOST ? 3 : 100);
         grads_reset(&b, &c);
         run_both(&b, &c);
@@ -121,12 +123,14 @@ static void test_backward_graph(void)
     }
 }
 
-/* Returns the FNV-1a hash of a buffer, begun with h. */
-static uint64_t hash_of(const tbuf* b, uint64_t h)
+/* Returns the FNV-1a hash of buffers, begun with h. */
+static uint64_t hashes_of(tbufs all, uint64_t h)
 {
-    unsigned char* p = (unsigned char*)tbuf_copy(b);
-    for (size_t i = 0; i < b->bytes; ++i) h = (h ^ p[i]) * 0x100000001b3u;
-    free(p);
+    for (int k = 0; all.at[k]; ++k) {
+        unsigned char* p = (unsigned char*)tbuf_copy(all.at[k]);
+        for (size_t i = 0; i < all.at[k]->bytes; ++i) h = (h ^ p[i]) * 0x100000001b3u;
+        free(p);
+    }
     return h;
 }
 
@@ -137,14 +141,16 @@ static void test_backward_hashes(void)
         trand r = trand_new(34);
         grads_case c = grads_of(normal_case(24, 32, 24, 5, 2));
         grads_bufs b;
+        c.f.shared = 24, c.f.shared_weighted = 1, c.f.bias = c.f.shared_bias = 1;
         bufs_begin(&b, &c, &r);
         hash[turn] = 0xcbf29ce484222325u;
         for (int step = 0; step < (MOE_ON_HOST && !test_long() ? 20 : 1000); ++step) {
             fill_inputs(&b.f, &c.f, &r);
             grads_reset(&b, &c);
             CHECK_STATUS(call_both(&b, test_now.stream), MOE_OK);
-            hash[turn] = hash_of(&b.dx, hash[turn]);
-            hash[turn] = hash_of(&b.dw1, hash_of(&b.dw2, hash_of(&b.drouter, hash[turn])));
+            hash[turn] = hashes_of(TBUFS(&b.dx), hash[turn]);
+            hash[turn] = hashes_of(GRADS(&b), hash[turn]);
+            hash[turn] = hashes_of(SHARED_GRADS(&b), hash[turn]);
         }
         bufs_end(&b);
     }
