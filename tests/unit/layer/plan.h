@@ -31,7 +31,8 @@ static void test_layer_workspace(void)
         d.workspace = (void*)((uintptr_t)1 << 40);
         CHECK_STATUS(moe_layer_get_view(&d, &v), MOE_OK);
         {
-            const void* counts = c.from == FROM_IDS ? v.route_workspace : (void*)v.chunk_count;
+            const void* const chunk = c.from == FROM_IDS ? v.route_workspace : (void*)v.chunk_count;
+            const void* const counts = chunk ? chunk : v.expert_count; /* null without tokens */
             const size_t slots = (size_t)c.T * (size_t)c.K, E = (size_t)c.E;
             const size_t chunks = (size_t)moe_num_chunks(c.T);
             const size_t act = slots * (size_t)c.I * 2, rows = slots * (size_t)c.H * 2;
