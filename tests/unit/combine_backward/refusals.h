@@ -109,7 +109,7 @@ static void refused_options(const backward_bufs* b)
     REFUSED_EACH(hidden, MOE_ERR_RANGE, hidden, 0, -64, (1 << 28) + 1);
     REFUSED_EACH(top_k, MOE_ERR_RANGE, top_k, 0, -1, INT32_MIN, MOE_COMBINE_MAX_TOP_K + 1);
     REFUSED_EACH(rows_dtype, MOE_ERR_DTYPE, rows_dtype, 4, -1);
-    REFUSED_EACH(dy_dtype, MOE_ERR_DTYPE, y_dtype, 4, -2);
+    REFUSED_EACH(dy_dtype, MOE_ERR_DTYPE, dy_dtype, 4, -2);
     REFUSED_EACH(dy_stride, MOE_ERR_STRIDE, dy_stride, 63, -64);
     REFUSED_EACH(row_stride, MOE_ERR_STRIDE, row_stride, 63, -64);
     REFUSED_EACH(drows_stride, MOE_ERR_STRIDE, drows_stride, 63, -64, INT64_MAX);
