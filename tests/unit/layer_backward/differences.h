@@ -198,6 +198,9 @@ static void test_backward_differences(void)
         whole_new(&w, &b, &c);
         whole_grads(&w);
         for (int in = 0; in < INPUTS; ++in) {
+            const int64_t slots = (int64_t)w.d.num_tokens * w.d.top_k;
+            int32_t* ids[2] = {(int32_t*)test_host(slots * 4), (int32_t*)test_host(slots * 4)};
+            int compared = 0, jumps = 0;
             double largest = 0;
             for (int64_t k = 0; k < w.size[in]; k += 1 + w.size[in] / 24) {
                 const float was = w.in[in][k];
@@ -205,18 +208,24 @@ static void test_backward_differences(void)
                 for (int side = 0; side < 2; ++side) {
                     w.in[in][k] = (float)(was + (side ? step : -step));
                     at[side] = w.in[in][k];
-                    difference += (side ? 1 : -1) * whole_loss(&w, 0, 0);
+                    difference += (side ? 1 : -1) * whole_loss(&w, ids[side], 0);
                 }
                 w.in[in][k] = was;
                 difference /= at[1] - at[0];
                 if (fabs(w.grad[in][k]) > largest) largest = fabs(w.grad[in][k]);
-                if (fabs(difference) > 50 * (1 + fabs(w.grad[in][k])))
-                    continue; /* a jump: the step changed a choice, near equal logits */
+                if (memcmp(ids[0], ids[1], (size_t)slots * 4) != 0) {
+                    ++jumps; /* of the loss: the step changes a choice, where no gradient is */
+                    continue;
+                }
+                ++compared;
                 CHECK(fabs(difference - w.grad[in][k]) < 2e-4 * (1 + fabs(difference)),
                       "%s[%lld]: %g, by differences %g", name[in], (long long)k, w.grad[in][k],
                       difference);
             }
             CHECK(largest > 1e-3, "%s: gradients of about zero show nothing", name[in]);
+            CHECK(jumps <= compared, "%s: %d of %d steps change a choice", name[in], jumps,
+                  jumps + compared);
+            TFREE(ids[0], ids[1]);
         }
         whole_free(&w);
         bufs_end(&b);
