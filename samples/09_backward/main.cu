@@ -5,118 +5,13 @@
 
    The model is y = x + layer(x), the loss the mean square of y - target. The targets come from another
    layer, so they can be learned. Weights are bf16 with fp32 masters, gradients fp32.
-   Copy make_layer, make_step and queue_step; the kernels are those that a trainer has anyway. */
+   Copy make_layer, make_step and queue_step; trainer.h has what a trainer has anyway. */
 #include "moe/balance_loss.cuh"
 #include "moe/layer_backward.cuh"
 
-#include <math.h>
-#include <stdio.h>
-#include <stdlib.h>
+#include "trainer.h"
 
 enum { T = 256, H = 128, I = 64, E = 8, K = 2, MOST_STEPS = 10000 };
-
-static void try_call(const char* what, moe_status s)
-{
-    char text[MOE_STATUS_TEXT];
-    if (s == MOE_OK) return;
-    fprintf(stderr, "09_backward: %s: %s\n", what, moe_status_describe(s, text));
-    exit(1);
-}
-#define MOE(call) try_call(#call, (call))
-#define CUDA(call) try_call(#call, moe_cuda_status(call))
-
-/* A tensor of weights, with what AdamW keeps of each number. */
-typedef struct weights_args {
-    float *master, *grad, *mean, *square; /* [n] */
-    uint16_t* value;                      /* [n] bf16, what the layer reads */
-    const float* bias;                    /* [2] 1 - beta1^step, 1 - beta2^step */
-    int64_t n;
-    float rate;
-} weights_args;
-
-/* AdamW with beta 0.9 and 0.99, decay 0.01: one thread a number. */
-MOE_KERNEL(256, 1) adamw(MOE_ARG(weights_args) a)
-{
-    const int64_t i = (int64_t)blockIdx.x * 256 + threadIdx.x;
-    if (i >= a.n) return;
-    const float g = a.grad[i];
-    const float m = a.mean[i] = 0.9f * a.mean[i] + 0.1f * g;
-    const float v = a.square[i] = 0.99f * a.square[i] + 0.01f * g * g;
-    const float step = m / a.bias[0] / (sqrtf(v / a.bias[1]) + 1e-8f) + 0.01f * a.master[i];
-    a.master[i] -= a.rate * step;
-    moe_store_f32(a.value, i, MOE_BF16, a.master[i]);
-}
-
-typedef struct loss_args {
-    const uint16_t *y, *target; /* [T, H] bf16 */
-    uint16_t* dy;               /* [T, H] bf16 out: gradient of the loss */
-    float* loss;                /* [1] out */
-    float* bias;                /* [2] of AdamW: moved on by one step */
-} loss_args;
-
-typedef struct loss_shared {
-    float sum[256];
-} loss_shared;
-
-/* The loss and its gradient, by one thread block. */
-MOE_KERNEL(256, 1) square_loss(MOE_ARG(loss_args) a)
-{
-    MOE_SHARED(loss_shared, s);
-    const int thread = (int)threadIdx.x;
-    float sum = 0.0f;
-    for (int i = thread; i < T * H; i += 256) {
-        const float off = moe_load_f32(a.y, i, MOE_BF16) - moe_load_f32(a.target, i, MOE_BF16);
-        sum += off * off;
-        moe_store_f32(a.dy, i, MOE_BF16, off * (2.0f / (T * H)));
-    }
-    s.sum[thread] = sum;
-    __syncthreads();
-    if (thread != 0) return;
-    for (int i = 1; i < 256; ++i) sum += s.sum[i];
-    *a.loss = sum / (T * H);
-    a.bias[0] = 1.0f - 0.9f * (1.0f - a.bias[0]);
-    a.bias[1] = 1.0f - 0.99f * (1.0f - a.bias[1]);
-}
-
-/* Device memory of zeros. */
-static void* device_new(size_t bytes)
-{
-    void* p;
-    CUDA(cudaMalloc(&p, bytes));
-    CUDA(cudaMemset(p, 0, bytes));
-    return p;
-}
-
-/* Returns a number between -1 and 1 from a small generator. */
-static float draw(uint32_t* state)
-{
-    *state = *state * 1664525u + 1013904223u;
-    return (float)(int32_t)*state * (1.0f / 2147483648.0f);
-}
-
-/* Device memory of n random bf16 numbers of this size; `same`, not null: as fp32 too. */
-static uint16_t* random_new(int64_t n, float size, uint32_t* state, float* same)
-{
-    uint16_t *host = (uint16_t*)malloc((size_t)n * 2), *p = (uint16_t*)device_new((size_t)n * 2);
-    float* fp32 = (float*)malloc((size_t)n * 4);
-    for (int64_t i = 0; i < n; ++i)
-        fp32[i] = moe_bf16_to_f32(host[i] = moe_f32_to_bf16(size * draw(state)));
-    CUDA(cudaMemcpy(p, host, (size_t)n * 2, cudaMemcpyHostToDevice));
-    if (same) CUDA(cudaMemcpy(same, fp32, (size_t)n * 4, cudaMemcpyHostToDevice));
-    free(host), free(fp32);
-    return p;
-}
-
-static weights_args weights_new(int64_t n, float size, uint32_t* state, const float* bias)
-{
-    weights_args w;
-    const size_t bytes = (size_t)n * 4;
-    w.n = n, w.bias = bias, w.rate = 3e-3f;
-    w.master = (float*)device_new(bytes), w.grad = (float*)device_new(bytes);
-    w.mean = (float*)device_new(bytes), w.square = (float*)device_new(bytes);
-    w.value = random_new(n, size, state, w.master);
-    return w;
-}
 
 /* The descriptor of the forward pass, with `saved` and the sums that the balance loss takes. */
 static moe_layer_desc make_layer(const uint16_t* x, const uint16_t* router, const uint16_t* w1,
@@ -159,6 +54,7 @@ static step make_step(moe_layer_desc l, const uint16_t* target, const weights_ar
     s.balance.balance_grad = (float*)device_new((E + 1) * 4);
     s.loss.y = (uint16_t*)l.y, s.loss.target = target;
     s.loss.dy = (uint16_t*)device_new(T * H * 2);
+    s.loss.n = T * H;
     s.loss.loss = (float*)device_new(4), s.loss.bias = (float*)w[0].bias;
     b.layer = l;
     b.dy = s.loss.dy, b.balance_grad = s.balance.balance_grad;
@@ -240,6 +136,10 @@ int main(int argc, char** argv)
             printf("step %3d  loss %.5f  balance %.5f\n", i, (double)last, (double)balance[3]);
     }
     CUDA(cudaMemcpy(&word, layer.fault, 8, cudaMemcpyDeviceToHost));
+    CUDA(cudaGraphExecDestroy(exec));
+    CUDA(cudaGraphDestroy(graph));
+    CUDA(cudaStreamDestroy(stream));
+    device_free_all();
     printf("%s: the loss went from %.5f to %.5f\n", last < first && word == 0 ? "PASSED" : "FAILED",
            (double)first, (double)last);
     return last < first && word == 0 ? 0 : 1;
