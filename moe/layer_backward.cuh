@@ -28,7 +28,8 @@
    `recompute` a forward can serve several.
 
    The choice of experts has no gradient (gate_backward.cuh); noise and dropout are those of the
-   forward. A slot without a row has dweights of 0. A padding row changes no sum, whatever it holds.
+   forward. A slot without a row has dweights of 0. A padding row changes no sum, whatever it holds;
+   nor does the x or dy of a token in gate.token_disabled, the shared expert's sums included.
    Options of the forward are followed: replicas, padding, capacity, shared expert, every activation,
    gate and up concatenated, interleaved or separate, tables of pointers.
 
@@ -41,6 +42,7 @@
      T E 4                               dlogits, the same
      R ceil(I / 64) 4                    parts of dweights, where these are computed
      T ceil(Is / 64) 4                   the same of shared.dweight
+     T 4                                 with a shared expert and token_disabled
      R 2I 2 (R I 2 not gated), T 2Is 2   with recompute: the pre-activations
    each rounded up to 256.
 
@@ -104,6 +106,8 @@ typedef struct moe_layer_backward_prepared {
     moe_gate_backward_prepared gate;
     moe_router_backward_prepared router;
     moe_combine_prepared combine;
+    moei_layer_tokens_args tokens;
+    moe_launch tokens_launch; /* empty without disabled tokens */
     int32_t recomputes, gathers, has_shared, has_gate, has_router, has_dx; /* what is run */
 } moe_layer_backward_prepared;
 
@@ -151,6 +155,15 @@ MOE_HOST moe_status moei_layer_backward_prepare(const moe_layer_backward_desc* d
         MOE_TRY(
             moei_layer_backward_rename_shared(moe_experts_backward_prepare(&b.shared, &p->shared)));
     }
+    if (b.w.shared_slot) {
+        const moe_launch_config c = moe_grid((b.l.shared.num_rows + MOEI_LAYER_TOKENS_THREADS - 1) /
+                                                 MOEI_LAYER_TOKENS_THREADS,
+                                             MOEI_LAYER_TOKENS_THREADS, 0, 0);
+        p->tokens.token_disabled = desc->layer.gate.token_disabled;
+        p->tokens.slot = b.w.shared_slot;
+        p->tokens.num_tokens = desc->layer.num_tokens;
+        MOE_TRY(MOE_PREPARE(&p->tokens_launch, moei_layer_tokens, c));
+    }
     if (p->has_gate) MOE_TRY(moe_gate_backward_prepare(&b.gate, &p->gate));
     if (p->has_router) MOE_TRY(moe_router_backward_prepare(&b.router, &p->router));
     return p->has_dx ? moe_combine_prepare(&b.combine, &p->combine) : MOE_OK;
@@ -190,6 +203,9 @@ MOE_HOST moe_status moe_layer_backward_run_stage(const moe_layer_backward_prepar
         return p->has_router ? moe_router_backward_run(&p->router, stream) : MOE_OK;
     case MOE_LAYER_BACKWARD_COMBINE:
         return p->has_dx ? moe_combine_run(&p->combine, stream) : MOE_OK;
+    case MOE_LAYER_BACKWARD_SHARED_PRE: /* empty without a shared expert, as are its other stages */
+        MOE_TRY(MOE_RUN(&p->tokens_launch, p->tokens, stream));
+        return moe_experts_backward_run_stage(s, MOE_EXPERTS_BACKWARD_PRE, stream);
 #define MOEI_LAYER_BACKWARD_EXPERTS(layer, own, prepared)                                          \
     case MOE_LAYER_BACKWARD_##layer:                                                               \
         return moe_experts_backward_run_stage(prepared, MOE_EXPERTS_BACKWARD_##own, stream);
@@ -200,7 +216,6 @@ MOE_HOST moe_status moe_layer_backward_run_stage(const moe_layer_backward_prepar
         MOEI_LAYER_BACKWARD_EXPERTS(DW1, DW1, e)
         MOEI_LAYER_BACKWARD_EXPERTS(DBIAS1, DBIAS1, e)
         MOEI_LAYER_BACKWARD_EXPERTS(ROWS, ROWS, e)
-        MOEI_LAYER_BACKWARD_EXPERTS(SHARED_PRE, PRE, s) /* empty without a shared expert */
         MOEI_LAYER_BACKWARD_EXPERTS(SHARED_DW2, DW2, s)
         MOEI_LAYER_BACKWARD_EXPERTS(SHARED_DBIAS2, DBIAS2, s)
         MOEI_LAYER_BACKWARD_EXPERTS(SHARED_DWEIGHT, DWEIGHTS, s)
@@ -239,7 +254,10 @@ MOE_HOST moe_status moe_layer_backward_preload(void)
     MOE_TRY(moe_permute_preload());
     MOE_TRY(moe_gate_backward_preload());
     MOE_TRY(moe_router_backward_preload());
-    return moe_experts_backward_preload();
+    MOE_TRY(moe_experts_backward_preload());
+    return moe_preload_kernel((const void*)moei_layer_tokens);
 }
+
+MOEI_PRELOAD_INCLUDED(layer_backward)
 
 #endif

@@ -27,6 +27,7 @@
     X(balance_loss)                                                                                \
     X(router_backward)                                                                             \
     X(experts_backward)                                                                            \
+    X(layer_backward)                                                                              \
     X(combine_scatter)                                                                             \
     X(permute)                                                                                     \
     X(block_sparse_list)                                                                           \

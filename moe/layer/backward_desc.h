@@ -62,6 +62,7 @@ typedef struct moe_layer_backward_view {
     float* dlogits;          /* [T, E] */
     void* pre;               /* as in moe_layer_view: saved or computed again */
     void* shared_pre;
+    int32_t* shared_slot; /* [T] tokens that the shared expert reads, with token_disabled */
 } moe_layer_backward_view;
 
 /* Stages of the backward pass, in the order of moe_layer_backward_run. */

@@ -9,6 +9,7 @@
 #include "../router_backward.cuh"
 #include "backward_desc.h"
 #include "prepare.cuh"
+#include "tokens.cuh"
 
 #define MOEI_LAYER_GATHER_FROM 512 /* least I where gather_auto copies rows first, on wgmma */
 
@@ -119,6 +120,8 @@ MOE_HOST moe_status moei_layer_backward_carve(const moe_layer_backward_desc* d, 
         w->dot = (float*)moei_carve(base, &b->bytes, rows * ((intermediate + 63) / 64) * 4);
     if (d->shared.dweight)
         w->shared_dot = (float*)moei_carve(base, &b->bytes, tokens * ((shared + 63) / 64) * 4);
+    if (shared && f->gate.token_disabled)
+        w->shared_slot = (int32_t*)moei_carve(base, &b->bytes, tokens * 4);
     w->pre = b->v.pre;
     w->shared_pre = b->v.shared_pre;
     if (f->recompute) {
@@ -180,7 +183,7 @@ MOE_HOST void moei_layer_backward_experts(const moe_layer_backward_desc* d, moei
     e->workspace_bytes = MOE_EXPERTS_BACKWARD_WORKSPACE;
 }
 
-/* Sets the backward pass of the shared expert, whose rows are the tokens. */
+/* Sets the backward pass of the shared expert, whose rows are the tokens; none of a disabled one. */
 MOE_HOST void moei_layer_backward_shared(const moe_layer_backward_desc* d, moei_layer_backward* b)
 {
     const moe_layer_desc* f = &d->layer;
@@ -192,6 +195,10 @@ MOE_HOST void moei_layer_backward_shared(const moe_layer_backward_desc* d, moei_
     e->dy_stride = d->dy_stride;
     e->pre = b->w.shared_pre;
     e->weights = f->shared.weight;
+    if (b->w.shared_slot) { /* rows are slots: one for each token */
+        e->row_slot = e->slot_row = b->w.shared_slot;
+        e->num_tokens = f->num_tokens, e->top_k = 1;
+    }
     e->w1 = f->shared.w1;
     e->w2 = f->shared.w2;
     e->bias2 = f->shared.bias2;

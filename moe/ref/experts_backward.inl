@@ -7,6 +7,7 @@ typedef struct MOEI_REF(moe_ref_experts_grads) {
     MOEI_REAL *dw1, *dw2;              /* [E, 2I or I, H], [E, H, I] */
     MOEI_REAL *dbias1, *dbias2;        /* [E, 2I or I], [E, H] */
     MOEI_REAL* dweights;               /* [T, K], without row_slot [R] */
+    MOEI_REAL* dweights_size;          /* the same: sums of the absolutes of its products */
 } MOEI_REF(moe_ref_experts_grads);
 
 /* Returns element (i, j) of expert e's w1, whose rows are numbered gates, then ups. */
@@ -43,10 +44,11 @@ MOE_HOST MOEI_REAL MOEI_REF(moei_ref_down_weight)(const moe_ref_experts_backward
                                   d->w_dtype);
 }
 
-/* One row: fills in act, dpre (2I), and returns the gradient of the weight. slot: -1: none. */
+/* One row: fills in act, dpre (2I), and returns the gradient of the weight; *size: the sum of the
+   absolutes of its products. slot: -1: none. */
 MOE_HOST MOEI_REAL MOEI_REF(moei_ref_experts_backward_row)(
     const moe_ref_experts_backward_desc* d, int e, int64_t r, int64_t slot, const MOEI_REAL* dy,
-    MOEI_REAL* act, MOEI_REAL* dpre)
+    MOEI_REAL* act, MOEI_REAL* dpre, MOEI_REAL* size)
 {
     const int activation = d->activation ? d->activation : MOE_ACTIVATION_SWIGLU;
     const int gated = moe_activation_is_gated(activation), n = d->intermediate;
@@ -55,26 +57,33 @@ MOE_HOST MOEI_REAL MOEI_REF(moei_ref_experts_backward_row)(
     const MOEI_REAL w =
         d->weights && slot >= 0 ? MOEI_REF(moe_ref_load)(d->weights, slot, weights_dtype) : 1;
     MOEI_REAL sum = 0;
+    *size = 0;
     for (int i = 0; i < n; ++i) {
-        MOEI_REAL v = 0, up = 0, by, by_v, by_up, p = 0;
+        MOEI_REAL v = 0, up = 0, by, by_v, by_up, p = 0, p_size = 0;
         if (slot < 0) {
             act[i] = dpre[i] = 0;
             if (gated) dpre[n + i] = 0;
             continue;
         }
-        for (int j = 0; j < d->hidden; ++j)
-            p += MOEI_REF(moei_ref_down_weight)(d, e, j, i) * dy[j];
+        for (int j = 0; j < d->hidden; ++j) {
+            const MOEI_REAL one = MOEI_REF(moei_ref_down_weight)(d, e, j, i) * dy[j];
+            p += one, p_size += one < 0 ? -one : one;
+        }
         v = MOEI_REF(moe_ref_load)(d->pre, r * width + i, d->pre_dtype);
         if (gated) up = MOEI_REF(moe_ref_load)(d->pre, r * width + n + i, d->pre_dtype);
         by = MOEI_REF(moe_ref_activation)(activation, v, up, d->alpha, d->limit);
         MOEI_REF(moe_ref_activation_grad)(activation, v, up, d->alpha, d->limit, &by_v, &by_up);
         sum += p * by;
+        *size += p_size * (by < 0 ? -by : by);
         act[i] = MOEI_REF(moe_ref_round)(w * by, d->act_dtype);
         dpre[i] = MOEI_REF(moe_ref_round)(w * p * by_v, d->act_dtype);
         if (gated) dpre[n + i] = MOEI_REF(moe_ref_round)(w * p * by_up, d->act_dtype);
     }
-    for (int j = 0; j < d->hidden && d->bias2 && slot >= 0; ++j)
-        sum += dy[j] * MOEI_REF(moe_ref_load)(d->bias2, (int64_t)e * d->hidden + j, d->w_dtype);
+    for (int j = 0; j < d->hidden && d->bias2 && slot >= 0; ++j) {
+        const MOEI_REAL one =
+            dy[j] * MOEI_REF(moe_ref_load)(d->bias2, (int64_t)e * d->hidden + j, d->w_dtype);
+        sum += one, *size += one < 0 ? -one : one;
+    }
     return sum;
 }
 
@@ -88,19 +97,20 @@ MOE_HOST int MOEI_REF(moe_ref_experts_backward)(const moe_ref_experts_backward_d
     const int64_t num_rows = d->expert_offset[d->num_experts], num_experts = d->num_experts;
     const int64_t slots = d->row_slot ? (int64_t)d->num_tokens * d->top_k : num_rows;
     const int weights_dtype = d->weights_dtype ? d->weights_dtype : MOE_FP32;
-    const size_t size = sizeof(MOEI_REAL);
-    MOEI_REAL* x = (MOEI_REAL*)malloc((size_t)(2 * hidden + width + n) * size);
+    const size_t bytes = sizeof(MOEI_REAL);
+    MOEI_REAL* x = (MOEI_REAL*)malloc((size_t)(2 * hidden + width + n) * bytes);
     MOEI_REAL *dy = x + hidden, *dpre = dy + hidden, *act = dpre + width;
     if (!x) return -1;
-    if (g->dw1) memset(g->dw1, 0, (size_t)(num_experts * width * hidden) * size);
-    if (g->dw2) memset(g->dw2, 0, (size_t)(num_experts * hidden * n) * size);
-    if (g->dbias1) memset(g->dbias1, 0, (size_t)(num_experts * width) * size);
-    if (g->dbias2) memset(g->dbias2, 0, (size_t)(num_experts * hidden) * size);
-    if (g->dweights) memset(g->dweights, 0, (size_t)slots * size);
+    if (g->dw1) memset(g->dw1, 0, (size_t)(num_experts * width * hidden) * bytes);
+    if (g->dw2) memset(g->dw2, 0, (size_t)(num_experts * hidden * n) * bytes);
+    if (g->dbias1) memset(g->dbias1, 0, (size_t)(num_experts * width) * bytes);
+    if (g->dbias2) memset(g->dbias2, 0, (size_t)(num_experts * hidden) * bytes);
+    if (g->dweights) memset(g->dweights, 0, (size_t)slots * bytes);
+    if (g->dweights_size) memset(g->dweights_size, 0, (size_t)slots * bytes);
     for (int e = 0; e < d->num_experts; ++e)
         for (int64_t r = d->expert_offset[e]; r < d->expert_offset[e + 1]; ++r) {
             int64_t slot = d->row_slot ? d->row_slot[r] : r, t;
-            MOEI_REAL w, sum;
+            MOEI_REAL w, sum, sum_size;
             if (slot < 0 || slot >= slots) slot = -1;
             t = d->row_slot ? slot / d->top_k : slot;
             for (int j = 0; j < hidden; ++j) {
@@ -114,11 +124,12 @@ MOE_HOST int MOEI_REF(moe_ref_experts_backward)(const moe_ref_experts_backward_d
                                         d->x_dtype)
                                   : 0;
             }
-            sum = MOEI_REF(moei_ref_experts_backward_row)(d, e, r, slot, dy, act, dpre);
+            sum = MOEI_REF(moei_ref_experts_backward_row)(d, e, r, slot, dy, act, dpre, &sum_size);
             w = d->weights && slot >= 0
                     ? MOEI_REF(moe_ref_load)(d->weights, slot, weights_dtype)
                     : 1;
             if (g->dweights && slot >= 0) g->dweights[slot] = sum;
+            if (g->dweights_size && slot >= 0) g->dweights_size[slot] = sum_size;
             for (int i = 0; i < n && g->act; ++i) g->act[r * n + i] = act[i];
             for (int i = 0; i < width && g->dpre; ++i) g->dpre[r * width + i] = dpre[i];
             for (int i = 0; i < width && g->dbias1; ++i) g->dbias1[e * width + i] += dpre[i];

@@ -633,7 +633,7 @@ static void test_gradient_fresh(void)
     enum { CALLS = MOE_ON_HOST ? 4 : 1000 };
     static const int rows[] = {300, 5, 0, 129, 260};
     trand r = trand_new(70);
-    for (int gather = 0; gather < 2; ++gather) {
+    for (int form = 0; form < 3; ++form) { /* in order, gathered, in order with C over pre */
         static unsigned long long hash[2][CALLS];
         const moe_launch_config l = moe_grid(MOE_ON_HOST ? 1 : 64, 256, 0, test_now.stream);
         gradient_case c = gradient_normal(5, rows, MOE_ON_HOST ? 264 : 1032, MOE_ON_HOST ? 72 : 712,
@@ -641,20 +641,24 @@ static void test_gradient_fresh(void)
         gradient_bufs b;
         tbuf bh;
         c.weight = 0;
-        c.g.gather = gather ? 2 : 0;
+        c.g.gather = form == 1 ? 2 : 0;
         if (!gradient_on(&c, 0)) return;
         bh = tbuf_new("hash", sizeof hash, 0);
         gradient_bufs_new(&b, &c, &r);
+        if (form == 2) b.b.d.pre = b.c.p;
         TEST_CUDA(cudaMemset(bh.p, 0, sizeof hash));
         for (int pass = 0; pass < 2; ++pass)
             for (int i = 0; i < CALLS; ++i) {
                 const tbuf* const in[] = {&b.b.a, &b.b.b.part[0][0], &b.pre};
                 const tbufs out = gradient_outputs(&b);
                 for (int j = 0; j < 3; ++j)
-                    fill_fresh(in[j]->p, (int64_t)(in[j]->bytes / 2), i + j * CALLS, c.g.dtype, l);
-                for (int j = 0; j < 3; ++j)
                     TEST_CUDA(
                         cudaMemsetAsync(out.at[j]->p, 0x22, out.at[j]->bytes, test_now.stream));
+                for (int j = 0; j < 3; ++j)
+                    fill_fresh(in[j]->p, (int64_t)(in[j]->bytes / 2), i + j * CALLS, c.g.dtype, l);
+                if (form == 2)
+                    TEST_CUDA(cudaMemcpyAsync(b.c.p, b.pre.p, b.pre.bytes, cudaMemcpyDeviceToDevice,
+                                              test_now.stream));
                 CHECK_STATUS(moe_grouped_gemm_gradient(&b.b.d, test_now.stream), MOE_OK);
                 for (int j = 0; j < 3; ++j)
                     add_hash(out.at[j], (unsigned long long*)bh.p + pass * CALLS + i, l);

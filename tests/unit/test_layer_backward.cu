@@ -6,6 +6,7 @@
    Its parts, in tests/unit/layer_backward:
      case.h      a case: a case of the layer, its gradients, how they are compared
      values.h    results: sources of the routing, random cases
+     rules.h     rules of the gate, tables of gradients, experts without rows
      differences.h   the whole layer, against finite differences
      memory.h    what is kept between the passes, and the workspace
      replay.h    stages, same bits, graphs, NaN, stop faults, no tokens
@@ -13,6 +14,7 @@
 #include "tests/test.h"
 
 #include "tests/unit/layer_backward/values.h"
+#include "tests/unit/layer_backward/rules.h"
 #include "tests/unit/layer_backward/differences.h"
 #include "tests/unit/layer_backward/memory.h"
 #include "tests/unit/layer_backward/replay.h"
@@ -22,6 +24,7 @@ int main(int argc, char** argv)
 {
     test_begin(argc, argv);
     layer_backward_values();
+    layer_backward_rules();
     layer_backward_differences();
     layer_backward_memory();
     layer_backward_replay();

@@ -30,26 +30,6 @@ static void test_layer_route_options(void)
     }
 }
 
-/* Sets one of the gate's rules. The buffers are for the rules that read one. */
-static void set_rule(moe_gate_desc* g, int rule, const tbuf* bias, const tbuf* expert_disabled,
-                     const tbuf* token_disabled)
-{
-    switch (rule) {
-    case 0: g->score = MOE_SCORE_SPARSEMAX; break;
-    case 1: g->score = MOE_SCORE_QUADRATIC, g->renormalize = 1; break;
-    case 2: g->score = MOE_SCORE_PIONEER; break;
-    case 3: g->score = MOE_SCORE_SIGMOID, g->threshold = 0.6f; break;
-    case 4: g->score = MOE_SCORE_SIGMOID, g->expert_bias = (const float*)bias->p; break;
-    case 5: g->num_groups = 4, g->top_groups = 1; break;
-    case 6: g->temperature = 0.5f; break;
-    case 7: g->noise = 1, g->seed = 12345; break;
-    case 8: g->dropout = 0.4f, g->seed = 99; break;
-    case 9: g->expert_disabled = (const uint8_t*)expert_disabled->p; break;
-    case 10: g->token_disabled = (const uint8_t*)token_disabled->p; break;
-    default: g->whole_batch = 1;
-    }
-}
-
 /* Requires the choice and prob_sum that moe_gate gives with the layer's logits and options, and a
    choice or weights that differ from those without the rule. */
 static void compare_rule(const layer_bufs* b, const layer_case* c, const tbuf* prob_sum, int rule)

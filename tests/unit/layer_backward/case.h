@@ -32,6 +32,8 @@ typedef struct grads_bufs {
     tbuf s_dw1, s_dw1_up, s_dw2, s_dbias1, s_dbias2, s_dweight;
     uint16_t *h_dy, *h_dx; /* h_dx: what dx holds before */
     float* h_balance;
+    moe_gate_desc h_gate;   /* the gate's rules with addresses of the host, where there are some */
+    int32_t* h_shared_slot; /* [T] slots of the shared expert, with disabled tokens; or null */
     moe_layer_backward_desc d;
     /* copies of what forward left, and of the workspace afterwards */
     char *kept, *recomputed, *workspace; /* recomputed: the workspace after this stage */
@@ -174,6 +176,7 @@ static void bufs_begin(grads_bufs* b, const grads_case* c, trand* r)
 static void bufs_end(grads_bufs* b)
 {
     TFREE(b->kept, b->recomputed, b->workspace, b->h_dy, b->h_dx, b->h_balance);
+    free(b->h_shared_slot);
     tbufs_free(TBUFS(&b->dy, &b->dx, &b->saved, &b->balance));
     tbufs_free(GRADS(b));
     tbufs_free(SHARED_GRADS(b));
@@ -256,8 +259,28 @@ static void check_dw1(const char* what, const tbuf* base, const tbuf* up, int dt
 
 /* The reference's results for one MLP, exact and with rounded act and dpre. */
 typedef struct mlp_ref {
-    double *rows, *dw1, *dw2, *dbias1, *dbias2, *dweights;
+    double *rows, *dw1, *dw2, *dbias1, *dbias2, *dweights, *dweights_size;
+    /* like rows: squares of what the roundings of dpre move a row by; sums of the absolutes of its
+       products; what the first of two products gives */
+    double *square, *size, *first;
 } mlp_ref;
+
+/* Fills in square, size and first. dpre: exact. */
+static void mlp_ref_sizes(mlp_ref* m, const moe_ref_experts_backward_desc* d, int W,
+                          const double* dpre)
+{
+    const int H = d->hidden;
+    for (int e = 0; e < d->num_experts; ++e)
+        for (int64_t r = d->expert_offset[e]; r < d->expert_offset[e + 1]; ++r)
+            for (int i = 0; i < W; ++i)
+                for (int h = 0; h < H; ++h) {
+                    const double w = moei_ref_up_weight_f64(d, e, W, i, h);
+                    const double moved = w * tround(fabs(dpre[r * W + i]), d->x_dtype);
+                    m->square[r * H + h] += moved * moved;
+                    m->size[r * H + h] += fabs(w * dpre[r * W + i]);
+                    if (i < W / 2) m->first[r * H + h] += w * dpre[r * W + i];
+                }
+}
 
 static void mlp_ref_new(mlp_ref* m, const moe_ref_experts_backward_desc* d, int64_t slots, int W,
                         int act_dtype)
@@ -265,19 +288,27 @@ static void mlp_ref_new(mlp_ref* m, const moe_ref_experts_backward_desc* d, int6
     const int64_t E = d->num_experts, H = d->hidden, I = d->intermediate;
     moe_ref_experts_backward_desc of = *d;
     moe_ref_experts_grads_f64 g = {};
+    const size_t rows = (size_t)(d->expert_offset[E] * H) + 1;
     of.act_dtype = act_dtype;
-    g.rows = m->rows = (double*)calloc((size_t)(d->expert_offset[E] * H) + 1, 8);
+    g.rows = m->rows = (double*)calloc(rows, 8);
+    m->square = (double*)calloc(rows, 8), m->size = (double*)calloc(rows, 8);
+    m->first = (double*)calloc(rows, 8);
+    g.dpre = (double*)calloc((size_t)(d->expert_offset[E] * W) + 1, 8);
     g.dw1 = m->dw1 = (double*)calloc((size_t)(E * W * H) + 1, 8);
     g.dw2 = m->dw2 = (double*)calloc((size_t)(E * H * I) + 1, 8);
     g.dbias1 = m->dbias1 = (double*)calloc((size_t)(E * W) + 1, 8);
     g.dbias2 = m->dbias2 = (double*)calloc((size_t)(E * H) + 1, 8);
     g.dweights = m->dweights = (double*)calloc((size_t)slots + 1, 8);
+    g.dweights_size = m->dweights_size = (double*)calloc((size_t)slots + 1, 8);
     CHECK(moe_ref_experts_backward_f64(&of, &g) == 0, "memory");
+    if (!act_dtype) mlp_ref_sizes(m, d, W, g.dpre);
+    free(g.dpre);
 }
 
 static void mlp_ref_free(mlp_ref* m)
 {
-    TFREE(m->rows, m->dw1, m->dw2, m->dbias1, m->dbias2, m->dweights);
+    TFREE(m->rows, m->dw1, m->dw2, m->dbias1, m->dbias2, m->dweights, m->dweights_size);
+    TFREE(m->square, m->size, m->first);
 }
 
 /* Describes the routed experts, or the shared one, to the reference. offset: of the shared one. */
@@ -304,6 +335,7 @@ static moe_ref_experts_backward_desc mlp_desc(const grads_bufs* b, const grads_c
     else d.pre = in_saved(b, shared ? b->v.shared_pre : b->v.pre);
     if (shared) {
         d.weights = f->shared_weighted ? b->f.h_shared_weight : (float*)0;
+        if (b->h_shared_slot) d.row_slot = b->h_shared_slot, d.top_k = 1;
         d.expert_offset = offset;
     } else {
         d.weights = f->from == FROM_IDS ? (const void*)b->f.h_weights : in_saved(b, b->v.weights);
@@ -346,26 +378,16 @@ static void compare_mlp(const grads_bufs* b, const grads_case* c, int shared, co
     TFREE(a, w);
 }
 
-/* Compares fp32 sums of `terms` products of numbers of about 1. */
-static void check_sums(const char* what, const float* got, const double* exact, int64_t n,
-                       int terms)
+/* Compares the gradients of the weights of slots. */
+static void compare_dweights(const char* what, const tbuf* buf, const mlp_ref* m, int64_t n,
+                             int terms)
 {
-    double* bound = (double*)test_host(n * 8);
+    float* got = (float*)tbuf_copy(buf);
     int some = 0;
-    for (int64_t i = 0; i < n; ++i) {
-        bound[i] = ldexp(terms / 16.0 + 8, -20) * (1 + fabs(exact[i]));
-        some |= exact[i] != 0;
-    }
-    if (some) test_within(what, got, MOE_FP32, 1, exact, bound, 1, n, 1, __FILE__, __LINE__);
-    TFREE(bound);
-}
-
-/* Returns v rounded as the gradient of a row is: where gate and up are apart, by two products, of which
-   the second moves the number by another half ulp. */
-static double row_rounded(double v, int dtype, int parts)
-{
-    const double once = moe_ref_round_f64(v, dtype);
-    return parts == 1 ? once : once + (once - v);
+    for (int64_t i = 0; i < n && !some; ++i) some = m->dweights[i] != 0;
+    if (some) CHECK_CLOSE_SUM(what, got, 1, m->dweights, m->dweights_size, terms, n, 1);
+    for (int64_t i = 0; i < n && !some; ++i) CHECK(got[i] == 0, "%s: no slot has a row", what);
+    free(got);
 }
 
 /* Returns the products that make the gradients of rows. */
@@ -374,31 +396,52 @@ static int row_parts(int activation, int gate_up)
     return up_rows(activation, 1) == 2 && gate_up > MOE_GATE_UP_CONCATENATED ? 2 : 1;
 }
 
-/* Adds up dx [T, H]: what dx held, the router's part, the shared expert's, the rows of each token;
-   rounded where the kernels round, or not. */
+/* Returns the squares of what rounding moves where a row's gradient is added to `before` and stored. */
+static double stored(double before, const mlp_ref* m, int64_t at, int parts, int dtype)
+{
+    const double first = tround(fabs(before + m->first[at]), dtype);
+    const double all = tround(fabs(before + m->rows[at]), dtype);
+    return (parts == 2 ? first * first : 0) + all * all;
+}
+
+/* Adds up dx [T, H]: what dx held, the router's part, the shared expert's, the rows of each token. What
+   is stored on the way is rounded: the router's and the shared expert's sum, each row; twice by two
+   products. bound [T, H]: 3.5 times the root of the squares of what each rounding may move, six
+   standard deviations; sums in fp32; the last rounding. */
 static void ref_dx(const grads_bufs* b, const grads_case* c, const mlp_ref* m, const mlp_ref* s,
-                   const double* router, int rounds, double* dx)
+                   const double* router, const double* router_size, double* dx, double* bound)
 {
     const layer_case* f = &c->f;
     const int64_t T = f->T, H = f->H, K = f->K;
     const int32_t* slot_row = f->outputs ? (int32_t*)tbuf_copy(&b->f.slot_row)
                                          : (const int32_t*)in_saved(b, b->v.slot_row);
-    const int dtype = rounds ? f->dtype : 0, row_dtype = rounds ? rows_dtype(f) : 0;
     const int parts = row_parts(f->activation, f->gate_up);
     const int s_parts = row_parts(f->shared_activation, f->shared_gate_up);
     for (int64_t t = 0; t < T; ++t)
         for (int64_t h = 0; h < H; ++h) {
-            double v = 0;
+            const int64_t at = t * H + h;
+            double v = 0, square = 0, size, once;
             if (c->dx_accumulate)
                 v = c->dx_is_dy ? moe_load(b->h_dy, t * (H + c->dy_pad) + h, f->dtype)
                                 : moe_load(b->h_dx, t * (H + c->dx_pad) + h, f->dtype);
-            if (router) v = moe_ref_round_f64(v + router[t * H + h], dtype);
-            if (f->shared) v = row_rounded(v + s->rows[t * H + h], dtype, s_parts);
-            for (int64_t k = 0; k < K; ++k) {
-                const int32_t row = slot_row[t * K + k];
-                if (row >= 0) v += row_rounded(m->rows[row * H + h], row_dtype, parts);
+            size = fabs(v);
+            if (router) {
+                v += router[at], size += router_size[at];
+                once = tround(fabs(v), f->dtype), square += once * once;
             }
-            dx[t * H + h] = moe_ref_round_f64(v, dtype);
+            if (f->shared) {
+                square += s->square[at] + stored(v, s, at, s_parts, f->dtype);
+                v += s->rows[at], size += s->size[at];
+            }
+            for (int64_t k = 0; k < K; ++k) {
+                const int64_t row = slot_row[t * K + k] * H + h;
+                if (slot_row[t * K + k] < 0) continue;
+                square += m->square[row] + stored(0, m, row, parts, rows_dtype(f));
+                v += m->rows[row], size += m->size[row];
+            }
+            dx[at] = v;
+            bound[at] = 3.5 * sqrt(square) + ldexp(size, -16);
+            bound[at] += tround(fabs(v) + bound[at], f->dtype);
         }
     if (f->outputs) free((void*)slot_row);
 }
@@ -422,9 +465,33 @@ static void compare_drouter(const grads_bufs* b, const grads_case* c, double* ex
     free(got);
 }
 
-/* Compares dlogits, drouter, and fills in the router's part of dx; each on what the device gave
-   before. */
-static void compare_router(const grads_bufs* b, const grads_case* c, double* router)
+/* Compares dlogits [T, E] by the size of a token's gradients and logits: a score's derivatives add
+   products of both. */
+static void compare_dlogits(const grads_bufs* b, const grads_case* c, const float* logits,
+                            const double* dweights, const float* got, const double* want)
+{
+    const int64_t T = c->f.T, E = c->f.E, K = c->f.K;
+    double* bound = (double*)test_host(T * E * 8);
+    int some = 0;
+    for (int64_t t = 0; t < T; ++t) {
+        double size = 0, largest = 0;
+        for (int64_t k = 0; k < K; ++k) size += fabs(dweights[t * K + k]);
+        for (int64_t e = 0; e <= E && c->balance; ++e)
+            size += fabs((double)b->h_balance[e]) / (double)E;
+        for (int64_t e = 0; e < E; ++e) largest = fmax(largest, fabs((double)logits[t * E + e]));
+        for (int64_t e = 0; e < E; ++e) {
+            bound[t * E + e] = ldexp(size * (1 + largest), -20) + 1e-30;
+            some |= want[t * E + e] != 0;
+        }
+    }
+    if (some) test_within("dlogits", got, MOE_FP32, E, want, bound, 1, T, E, __FILE__, __LINE__);
+    free(bound);
+}
+
+/* Compares dlogits, drouter, and fills in the router's part of dx and its size; each on what the
+   device gave before. */
+static void compare_router(const grads_bufs* b, const grads_case* c, double* router,
+                           double* router_size)
 {
     const layer_case* f = &c->f;
     const int64_t T = f->T, E = f->E, H = f->H;
@@ -437,20 +504,20 @@ static void compare_router(const grads_bufs* b, const grads_case* c, double* rou
     double *g = (double*)test_host(T * f->K * 8), *loss = (double*)test_host(E * 8 + 8);
     const void* logits = f->from == FROM_LOGITS ? b->f.h_logits : in_saved(b, b->v.logits);
     moe_ref_router_backward_desc r = {};
-    moe_gate_desc gate = b->d.layer.gate; /* its rules: those that the tests use have no buffers */
+    moe_gate_desc gate = c->f.rules ? b->h_gate : b->d.layer.gate;
     gate.logits = logits, gate.logits_dtype = MOE_FP32;
     gate.num_tokens = f->T, gate.num_experts = f->E, gate.top_k = f->K;
     for (int64_t i = 0; i < T * f->K; ++i) g[i] = dweights[i];
     for (int64_t i = 0; i <= E; ++i) loss[i] = b->h_balance[i];
     moe_ref_gate_backward_f64(&gate, (const int32_t*)in_saved(b, b->v.ids), g,
                               c->balance ? loss : (double*)0, want);
-    check_sums("dlogits", dlogits, want, T * E, (int)E);
+    compare_dlogits(b, c, (const float*)logits, g, dlogits, want);
     if (f->from == FROM_ROUTER) {
         r.forward.x = b->f.h_x, r.forward.x_stride = H + f->x_pad, r.forward.x_dtype = f->dtype;
         r.forward.w = b->f.h_router, r.forward.w_dtype = f->router_dtype;
         r.forward.num_tokens = f->T, r.forward.num_experts = f->E, r.forward.hidden = f->H;
         r.dlogits = dlogits;
-        moe_ref_router_backward_f64(&r, router, drouter, 0, size);
+        moe_ref_router_backward_f64(&r, router, drouter, router_size, size);
         if (b->d.drouter) compare_drouter(b, c, drouter, size);
     }
     if (b->d.dweights) free((void*)dweights);
@@ -467,7 +534,8 @@ static void compare_grads(grads_bufs* b, const grads_case* c)
     const int before = test_now.failures, W = up_rows(f->activation, f->I);
     const int gate = f->from != FROM_IDS, router = f->from == FROM_ROUTER;
     moe_ref_experts_backward_desc d = mlp_desc(b, c, 0, 0);
-    double* by_router = (double*)calloc((size_t)(T * H) + 1, 8);
+    double *by_router = (double*)calloc((size_t)(T * H) + 1, 8),
+           *router_size = (double*)calloc((size_t)(T * H) + 1, 8);
     mlp_ref m[2], s[2] = {};
     for (int i = 0; i < 2; ++i) mlp_ref_new(m + i, &d, slots, W, i ? f->dtype : 0);
     if (f->shared) {
@@ -476,36 +544,29 @@ static void compare_grads(grads_bufs* b, const grads_case* c)
             mlp_ref_new(s + i, &d, T, up_rows(f->shared_activation, f->shared), i ? f->dtype : 0);
     }
     if (c->none != 1) {
-        float* got = (float*)tbuf_copy(&b->dweights);
-        check_sums("dweights", got, m->dweights, slots, f->I + f->H);
-        free(got);
+        compare_dweights("dweights", &b->dweights, m, slots, f->I + f->H);
         compare_mlp(b, c, 0, m, m + 1);
         if (f->shared) {
-            got = (float*)tbuf_copy(&b->s_dweight);
-            check_sums("shared.dweight", got, s->dweights, T, f->shared + f->H);
-            free(got);
+            compare_dweights("shared.dweight", &b->s_dweight, s, T, f->shared + f->H);
             compare_mlp(b, c, 1, s, s + 1);
         }
     } else {
         CHECK(c->accumulate || (tbufs_untouched(GRADS(b)) && tbufs_untouched(SHARED_GRADS(b))),
               "results that were not asked for");
     }
-    if (gate && (router || b->d.dlogits)) compare_router(b, c, by_router);
+    if (gate && (router || b->d.dlogits)) compare_router(b, c, by_router, router_size);
     if (c->none != 2) {
-        double *exact = (double*)test_host(T * H * 8), *ideal = (double*)test_host(T * H * 8);
+        double *exact = (double*)test_host(T * H * 8), *bound = (double*)test_host(T * H * 8);
         float* got = (float*)test_host(T * H * 4);
         void* p = tbuf_copy(c->dx_is_dy ? &b->dy : &b->dx);
         const int64_t stride = H + (c->dx_is_dy ? c->dy_pad : c->dx_pad);
         for (int64_t i = 0; i < T * H; ++i) got[i] = moe_load(p, i / H * stride + i % H, f->dtype);
-        ref_dx(b, c, m, s, router ? by_router : (double*)0, 0, exact);
-        ref_dx(b, c, m + 1, s + 1, router ? by_router : (double*)0, 1, ideal);
-        /* rows are rounded before they are added: twice what one rounding of each gives */
         int some = 0; /* one token may have no row */
-        for (int64_t i = 0; i < T * H; ++i) ideal[i] = exact[i] + 2 * (ideal[i] - exact[i]);
+        ref_dx(b, c, m, s, router ? by_router : (double*)0, router_size, exact, bound);
         for (int64_t i = 0; i < T * H; ++i) some |= exact[i] != 0;
         for (int64_t i = 0; i < T * H && !some; ++i) CHECK(got[i] == 0, "dx is not zero");
-        if (some) CHECK_CLOSE("dx", got, MOE_FP32, H, exact, ideal, T, H);
-        TFREE(exact, ideal, got, p);
+        if (some) test_within("dx", got, MOE_FP32, H, exact, bound, 1, T, H, __FILE__, __LINE__);
+        TFREE(exact, bound, got, p);
     } else {
         CHECK(c->dx_accumulate || tbuf_holds(&b->dx, 0), "dx was not asked for");
     }
@@ -514,7 +575,7 @@ static void compare_grads(grads_bufs* b, const grads_case* c)
     CHECK(tmlp_same(&b->f.mlp) && tbuf_holds(&b->f.router, b->f.h_router), "weights were written");
     if (test_now.failures > before) printf("  in: %s\n", grads_text(c));
     for (int i = 0; i < 2; ++i) mlp_ref_free(m + i), mlp_ref_free(s + i);
-    free(by_router);
+    TFREE(by_router, router_size);
 }
 
 static void run_grads(const grads_case* c, trand* r)
