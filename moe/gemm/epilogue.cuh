@@ -291,7 +291,7 @@ MOE_DEVICE void moei_epilogue_gradient(const moe_grouped_gemm_args* d, const moe
             moei_gradient_pre pre = moei_gradient_load(d, &at, column + j, 2); /* 2. */
             float p[4], sum;
             moei_load_4(p, staging + r * ld + j);
-            sum = moei_gradient_words(&pre, p, 0, 2, at.weight, 0.0f, &kind, f.dtype);
+            sum = moei_gradient_words(&pre, p, 0, 2, 1.0f, at.weight, 0.0f, &kind, f.dtype);
             moei_gradient_store(d, &at, column + j, &pre, 2);
             /* over a number that this lane alone reads */
             staging[r * ld + j] = at.there && column + j < d->n ? sum : 0.0f;

@@ -7,7 +7,7 @@
      dot[r, p]   = sum of P[r, j] activation(v, u) over 64 columns
 
    P is in fp32, w the row's weight. gemm/desc.h describes the buffers. Each result is rounded once,
-   where it is stored: (w P) dv, with w P in fp32.
+   where it is stored: (w P) dv, with w P in fp32. On wgmma P itself is rounded (wgmma/gradient.cuh).
 
    Each path adds up dot in one order, whatever the tile: first a lane's neighbours, ascending; then
    lanes, 32 columns; then two of these sums. */
@@ -109,12 +109,13 @@ MOE_DEVICE moei_gradient_activation moei_gradient_activation_of(const moe_groupe
 }
 
 /* Replaces `words` words, a literal, of *pre from j on by those of C and act, from p [2 * words],
-   those of P, which it overwrites. Returns sum + the sum of P activation(v, u), added in order. */
+   those of P / unit, which it overwrites. Returns sum + the sum of p activation(v, u), added in
+   order. */
 MOE_DEVICE float moei_gradient_words(moei_gradient_pre* pre, float* p, const int j, const int words,
-                                     float weight, float sum, const moei_gradient_activation* g,
-                                     const int dtype)
+                                     float unit, float weight, float sum,
+                                     const moei_gradient_activation* g, const int dtype)
 {
-    float v[4], u[4], s[4];
+    float v[8], u[8], s[8];
     MOE_UNROLL
     for (int i = 0; i < words; ++i) {
         const float2 gate = moe_unpack2(pre->gate[j + i], dtype);
@@ -126,7 +127,7 @@ MOE_DEVICE float moei_gradient_words(moei_gradient_pre* pre, float* p, const int
     MOE_UNROLL
     for (int i = 0; i < 2 * words; ++i) {
         sum = fmaf(p[i], v[i], sum);
-        p[i] *= weight;
+        p[i] *= weight * unit;
         u[i] *= p[i];
         s[i] *= p[i];
         v[i] *= weight;

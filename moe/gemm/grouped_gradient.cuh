@@ -1,7 +1,7 @@
 /* grouped_gradient.cuh: the backward pass through an activation, as the epilogue of a grouped GEMM
    on tensor cores. One product per expert over that expert's rows, as grouped.cuh:
 
-     P[r, :]     = A[row(r), :] * B_e^T,  r in expert e      fp32, not stored
+     P[r, :]     = A[row(r), :] * B_e^T,  r in expert e      not stored
      C[r, j]     = w P[r, j] dv                              v = pre[r, j]
      C[r, n + j] = w P[r, j] du                              gated, u = pre[r, n + j]
      act[r, j]   = w activation(v, u)                        or null
@@ -16,7 +16,9 @@
          expert_offset or a list of groups, row_index, row_weight: as in gemm/desc.h
    Out:  C [R, n], gated [R, 2n], which may be pre itself; act [R, n]; dot [R, ceil(n / 64)] fp32
    Options, paths, ready and done, order of sums, bits: as grouped.cuh. Without bias and accumulate.
-   dot has one order of addition for each path.
+   dot has one order of addition for each path. P is in fp32; on wgmma it is rounded to 11 bits on its
+   way to the activation, relative to itself, or where it is below 2^-29 of its row's largest number
+   (of 256 columns), to 2^-40 of that.
 
    Cost: 2 * R * n * k flops; reads pre and writes C and act once. One launch, and a memset of 4
    bytes with a workspace. Minimum architecture: sm_75 (fp16), sm_80 (bf16).

@@ -35,7 +35,9 @@ MOEI_GEMM_TILE_LIST(MOEI_GEMM_TILE_KERNELS)
 /* The kernels of the wgmma path, for k-major A: rows of A in order, or gathered. */
 #define MOEI_GEMM_WGMMA_SHAPE(dtype, a_major, b_major)                                             \
     MOEI_WGMMA_SHAPE_OF(MOEI_GEMM_GRADIENT ? MOEI_WGMMA_GRADIENT_STAGES : MOEI_WGMMA_STAGES,       \
-                        dtype, a_major, b_major)
+                        MOEI_GEMM_WGMMA_THREADS, dtype, a_major, b_major)
+#define MOEI_GEMM_WGMMA_THREADS                                                                    \
+    (MOEI_GEMM_GRADIENT ? MOEI_WGMMA_GRADIENT_THREADS : MOEI_WGMMA_THREADS)
 #if MOEI_WGMMA_HERE
 #define MOEI_GEMM_WGMMA_BODY(dtype, a_major, b_major, gathered)                                    \
     MOE_SHARED(moei_wgmma_shared, s);                                                              \
@@ -46,7 +48,8 @@ MOEI_GEMM_TILE_LIST(MOEI_GEMM_TILE_KERNELS)
 #define MOEI_GEMM_WGMMA_BODY(dtype, a_major, b_major, gathered) (void)shared;
 #endif
 #define MOEI_GEMM_WGMMA_KERNEL(variant, dtype, a_major, b_major, rows, gathered)                   \
-    MOE_KERNEL(MOEI_WGMMA_THREADS, 1) MOEI_GEMM_NAME(rows, variant)(MOE_ARG(moei_wgmma_param) p)   \
+    MOE_KERNEL(MOEI_GEMM_WGMMA_THREADS, 1)                                                         \
+    MOEI_GEMM_NAME(rows, variant)(MOE_ARG(moei_wgmma_param) p)                                     \
     {                                                                                              \
         MOE_SHARED_DYNAMIC(shared);                                                                \
         moe_pdl_trigger();                                                                         \
@@ -96,6 +99,7 @@ static const moei_variant MOEI_GEMM_TABLE[] = {
                 MOEI_VARIANT_END};
 
 #undef MOEI_GEMM_WGMMA_SHAPE
+#undef MOEI_GEMM_WGMMA_THREADS
 #undef MOEI_GEMM_TEXT
 #undef MOEI_GEMM_NAME
 #undef MOEI_GEMM_TABLE

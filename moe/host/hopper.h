@@ -230,8 +230,6 @@ inline void moei_tensor_store_wait(void)
 }
 inline void moei_tensor_store_wait_read(void) { moei_tensor_store_wait(); }
 
-inline int moei_lane_again(void) { return (int)moeh_lane(); }
-
 inline uint32_t moei_transpose_matrix(uint32_t x)
 {
     const int row = (int)moeh_lane() / 4, column = (int)moeh_lane() % 4 * 2;
@@ -309,12 +307,13 @@ inline void moeh_wgmma_line(float v[16], unsigned char* first, int row, int majo
     }
 }
 
-/* Runs one product of a warp: its 16 rows by all columns. */
+/* Runs one product of a warp: its 16 rows by its columns. */
 inline void moeh_wgmma_run(const moeh_wgmma* p, unsigned warp)
 {
     static float b[16][256];
+    const int columns = p->columns;
     float column[16];
-    for (int n = 0; n < 256; ++n) {
+    for (int n = 0; n < columns; ++n) {
         moeh_wgmma_line(column, moeh_wgmma_address(p->b, p->b_major), n, p->b_major, p->dtype);
         for (int k = 0; k < 16; ++k) b[k][n] = column[k];
     }
@@ -323,8 +322,8 @@ inline void moeh_wgmma_run(const moeh_wgmma* p, unsigned warp)
         moeh_wgmma_line(a, moeh_wgmma_address(p->a, p->a_major), (int)warp % 4 * 16 + m, p->a_major,
                         p->dtype);
         for (int k = 0; k < 16; ++k)
-            for (int n = 0; n < 256; ++n) sum[n] += a[k] * b[k][n];
-        for (int n = 0; n < 256; ++n) {
+            for (int n = 0; n < columns; ++n) sum[n] += a[k] * b[k][n];
+        for (int n = 0; n < columns; ++n) {
             float* const c = p->c[m % 8 * 4 + n % 8 / 2] + n / 8 * 4 + m / 8 * 2 + n % 2;
             *c = p->add ? *c + sum[n] : sum[n];
         }
@@ -335,21 +334,22 @@ inline void moeh_wgmma_run(const moeh_wgmma* p, unsigned warp)
 struct moeh_wgmma_lane {
     float* c;
     uint64_t a, b;
-    int add, a_major, b_major, dtype;
+    int add, columns, a_major, b_major, dtype;
 };
 
-inline void moei_wgmma(float* c, uint64_t a, uint64_t b, int add, const moe_gemm_shape f)
+inline void moeh_wgmma_start(float* c, uint64_t a, uint64_t b, int add, const moe_gemm_shape f,
+                             int columns)
 {
-    const moeh_wgmma_lane mine = {c, a, b, add, f.a_major, f.b_major, f.dtype};
+    const moeh_wgmma_lane mine = {c, a, b, add, columns, f.a_major, f.b_major, f.dtype};
     if (!add) /* whoever reads them before the wait finds NaN */
-        for (int i = 0; i < 128; ++i) c[i] = NAN;
+        for (int i = 0; i < columns / 2; ++i) c[i] = NAN;
     moeh_meet(
         0xffffffffu, "moei_wgmma",
         [](moeh_warp* w, uint32_t mask) {
             const moeh_wgmma_lane* const first = (const moeh_wgmma_lane*)(uintptr_t)w->at[0].value;
             moeh_wgmma p;
             if (mask != 0xffffffffu) moeh_fail("calls moei_wgmma in a warp that is not whole");
-            p.a = first->a, p.b = first->b, p.add = first->add;
+            p.a = first->a, p.b = first->b, p.add = first->add, p.columns = first->columns;
             p.a_major = first->a_major, p.b_major = first->b_major, p.dtype = first->dtype;
             p.group = w->wgmma_groups;
             for (int i = 0; i < 32; ++i) {
@@ -362,6 +362,14 @@ inline void moei_wgmma(float* c, uint64_t a, uint64_t b, int add, const moe_gemm
             w->wgmma.push_back(p);
         },
         (uint64_t)(uintptr_t)&mine);
+}
+inline void moei_wgmma(float* c, uint64_t a, uint64_t b, int add, const moe_gemm_shape f)
+{
+    moeh_wgmma_start(c, a, b, add, f, 256);
+}
+inline void moei_wgmma_128(float* c, uint64_t a, uint64_t b, int add, const moe_gemm_shape f)
+{
+    moeh_wgmma_start(c, a, b, add, f, 128);
 }
 
 inline void moei_wgmma_commit(void)

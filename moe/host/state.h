@@ -52,7 +52,7 @@ struct moeh_named { /* a named barrier: hopper.h */
 struct moeh_wgmma { /* a product of a warp in flight: hopper.h */
     float* c[32];   /* accumulators of each lane */
     uint64_t a, b;  /* descriptors */
-    int add, a_major, b_major, dtype; /* add: 1: adds to c */
+    int add, columns, a_major, b_major, dtype; /* add: 1: adds to c */
     uint64_t group; /* number of its group */
 };
 

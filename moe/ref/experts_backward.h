@@ -31,8 +31,9 @@ typedef struct moe_ref_experts_backward_desc {
     int64_t x_stride, dy_stride;  /* elements between rows; 0 = H */
     int32_t x_dtype, w_dtype, pre_dtype, weights_dtype; /* moe_dtype or MOE_REF_REAL */
     int32_t act_dtype;                                  /* of act and dpre; 0 = not rounded */
-    int32_t activation, gate_up;                        /* 0: SwiGLU, concatenated */
-    float alpha, limit;                                 /* of the clamped SwiGLU; 0 = 1.702 and 7 */
+    int32_t d_bits; /* significant bits of d where it is rounded before it is used; 0 = not */
+    int32_t activation, gate_up; /* 0: SwiGLU, concatenated */
+    float alpha, limit;          /* of the clamped SwiGLU; 0 = 1.702 and 7 */
     int32_t num_tokens, num_experts, top_k, hidden, intermediate; /* T, E, K, H, I */
 } moe_ref_experts_backward_desc;
 

@@ -7,7 +7,8 @@ typedef struct MOEI_REF(moe_ref_experts_grads) {
     MOEI_REAL *dw1, *dw2;              /* [E, 2I or I, H], [E, H, I] */
     MOEI_REAL *dbias1, *dbias2;        /* [E, 2I or I], [E, H] */
     MOEI_REAL* dweights;               /* [T, K], without row_slot [R] */
-    MOEI_REAL* dweights_size;          /* the same: sums of the absolutes of its products */
+    MOEI_REAL *dweights_size, *dweights_d; /* the same: sums of the absolutes of its products; of the
+                                              absolutes of d . activation alone */
 } MOEI_REF(moe_ref_experts_grads);
 
 /* Returns element (i, j) of expert e's w1, whose rows are numbered gates, then ups. */
@@ -44,8 +45,16 @@ MOE_HOST MOEI_REAL MOEI_REF(moei_ref_down_weight)(const moe_ref_experts_backward
                                   d->w_dtype);
 }
 
-/* One row: fills in act, dpre (2I), and returns the gradient of the weight; *size: the sum of the
-   absolutes of its products. slot: -1: none. */
+/* Returns v rounded to so many significant bits; 0: v. */
+MOE_HOST MOEI_REAL MOEI_REF(moei_ref_bits)(MOEI_REAL v, int bits)
+{
+    int exponent;
+    const double m = frexp((double)v, &exponent);
+    return bits ? (MOEI_REAL)ldexp(rint(ldexp(m, bits)), exponent - bits) : v;
+}
+
+/* One row: fills in act, dpre (2I), and returns the gradient of the weight; size [2]: the sum
+   of the absolutes of its products, and that of d . activation. slot: -1: none. */
 MOE_HOST MOEI_REAL MOEI_REF(moei_ref_experts_backward_row)(
     const moe_ref_experts_backward_desc* d, int e, int64_t r, int64_t slot, const MOEI_REAL* dy,
     MOEI_REAL* act, MOEI_REAL* dpre, MOEI_REAL* size)
@@ -57,7 +66,7 @@ MOE_HOST MOEI_REAL MOEI_REF(moei_ref_experts_backward_row)(
     const MOEI_REAL w =
         d->weights && slot >= 0 ? MOEI_REF(moe_ref_load)(d->weights, slot, weights_dtype) : 1;
     MOEI_REAL sum = 0;
-    *size = 0;
+    size[0] = size[1] = 0;
     for (int i = 0; i < n; ++i) {
         MOEI_REAL v = 0, up = 0, by, by_v, by_up, p = 0, p_size = 0;
         if (slot < 0) {
@@ -69,12 +78,14 @@ MOE_HOST MOEI_REAL MOEI_REF(moei_ref_experts_backward_row)(
             const MOEI_REAL one = MOEI_REF(moei_ref_down_weight)(d, e, j, i) * dy[j];
             p += one, p_size += one < 0 ? -one : one;
         }
+        p = MOEI_REF(moei_ref_bits)(p, d->d_bits);
         v = MOEI_REF(moe_ref_load)(d->pre, r * width + i, d->pre_dtype);
         if (gated) up = MOEI_REF(moe_ref_load)(d->pre, r * width + n + i, d->pre_dtype);
         by = MOEI_REF(moe_ref_activation)(activation, v, up, d->alpha, d->limit);
         MOEI_REF(moe_ref_activation_grad)(activation, v, up, d->alpha, d->limit, &by_v, &by_up);
         sum += p * by;
-        *size += p_size * (by < 0 ? -by : by);
+        size[0] += p_size * (by < 0 ? -by : by);
+        size[1] += p * by < 0 ? -(p * by) : p * by;
         act[i] = MOEI_REF(moe_ref_round)(w * by, d->act_dtype);
         dpre[i] = MOEI_REF(moe_ref_round)(w * p * by_v, d->act_dtype);
         if (gated) dpre[n + i] = MOEI_REF(moe_ref_round)(w * p * by_up, d->act_dtype);
@@ -82,7 +93,7 @@ MOE_HOST MOEI_REAL MOEI_REF(moei_ref_experts_backward_row)(
     for (int j = 0; j < d->hidden && d->bias2 && slot >= 0; ++j) {
         const MOEI_REAL one =
             dy[j] * MOEI_REF(moe_ref_load)(d->bias2, (int64_t)e * d->hidden + j, d->w_dtype);
-        sum += one, *size += one < 0 ? -one : one;
+        sum += one, size[0] += one < 0 ? -one : one;
     }
     return sum;
 }
@@ -107,10 +118,11 @@ MOE_HOST int MOEI_REF(moe_ref_experts_backward)(const moe_ref_experts_backward_d
     if (g->dbias2) memset(g->dbias2, 0, (size_t)(num_experts * hidden) * bytes);
     if (g->dweights) memset(g->dweights, 0, (size_t)slots * bytes);
     if (g->dweights_size) memset(g->dweights_size, 0, (size_t)slots * bytes);
+    if (g->dweights_d) memset(g->dweights_d, 0, (size_t)slots * bytes);
     for (int e = 0; e < d->num_experts; ++e)
         for (int64_t r = d->expert_offset[e]; r < d->expert_offset[e + 1]; ++r) {
             int64_t slot = d->row_slot ? d->row_slot[r] : r, t;
-            MOEI_REAL w, sum, sum_size;
+            MOEI_REAL w, sum, size[2];
             if (slot < 0 || slot >= slots) slot = -1;
             t = d->row_slot ? slot / d->top_k : slot;
             for (int j = 0; j < hidden; ++j) {
@@ -124,12 +136,13 @@ MOE_HOST int MOEI_REF(moe_ref_experts_backward)(const moe_ref_experts_backward_d
                                         d->x_dtype)
                                   : 0;
             }
-            sum = MOEI_REF(moei_ref_experts_backward_row)(d, e, r, slot, dy, act, dpre, &sum_size);
+            sum = MOEI_REF(moei_ref_experts_backward_row)(d, e, r, slot, dy, act, dpre, size);
             w = d->weights && slot >= 0
                     ? MOEI_REF(moe_ref_load)(d->weights, slot, weights_dtype)
                     : 1;
             if (g->dweights && slot >= 0) g->dweights[slot] = sum;
-            if (g->dweights_size && slot >= 0) g->dweights_size[slot] = sum_size;
+            if (g->dweights_size && slot >= 0) g->dweights_size[slot] = size[0];
+            if (g->dweights_d && slot >= 0) g->dweights_d[slot] = size[1];
             for (int i = 0; i < n && g->act; ++i) g->act[r * n + i] = act[i];
             for (int i = 0; i < width && g->dpre; ++i) g->dpre[r * width + i] = dpre[i];
             for (int i = 0; i < width && g->dbias1; ++i) g->dbias1[e * width + i] += dpre[i];

@@ -39,17 +39,20 @@ typedef struct moei_wgmma_param {
     moei_wgmma_args a;
 } moei_wgmma_param;
 
-/* Stages of the ring. A gradient has one less: P waits there (wgmma/gradient.cuh). */
+/* Stages of the ring, and threads of a block: a producer and two consumers, a warpgroup each. A
+   gradient has a warpgroup more, and a stage less: P is handed over there (wgmma/gradient.cuh). */
 #define MOEI_WGMMA_STAGES 4
+#define MOEI_WGMMA_THREADS 384
 #define MOEI_WGMMA_GRADIENT_STAGES 3
+#define MOEI_WGMMA_GRADIENT_THREADS 512
 
-/* The shape (gemm/shape.h) of the path's tiles, as 12 warps of which 8 have 16 x 256 each. */
-#define MOEI_WGMMA_SHAPE_OF(stages, dtype, a_major, b_major)                                       \
+/* The shape (gemm/shape.h) of the path's tiles, whose consumers' 8 warps have 16 x 256 each. */
+#define MOEI_WGMMA_SHAPE_OF(stages, threads, dtype, a_major, b_major)                              \
     {                                                                                              \
-        128, 256, 64, 8, 1, stages, dtype, a_major, b_major, 16, 256, 384, 1                       \
+        128, 256, 64, 8, 1, stages, dtype, a_major, b_major, 16, 256, threads, 1                   \
     }
 #define MOEI_WGMMA_SHAPE(dtype, a_major, b_major)                                                  \
-    MOEI_WGMMA_SHAPE_OF(MOEI_WGMMA_STAGES, dtype, a_major, b_major)
+    MOEI_WGMMA_SHAPE_OF(MOEI_WGMMA_STAGES, MOEI_WGMMA_THREADS, dtype, a_major, b_major)
 
 /* Returns the bits of a wgmma descriptor beside the address, which has the lowest 14: at 16 and at
    32 the strides in 16 bytes, between 64 rows of an mn-major operand and between 8 lines; at 62 the

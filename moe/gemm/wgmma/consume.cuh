@@ -3,8 +3,8 @@
 
    Stores are deferred: rounded results wait in registers, and each of the next tile's first steps
    stores a part of them while the tensor cores work. So a tile's end costs bias, activation and
-   rounding alone. With a gradient P waits, and the next tile's steps have all of its epilogue
-   (gradient.cuh). fp32 results, which have no room to wait, and transposed ones are stored at once.
+   rounding alone. fp32 results, which have no room to wait, and transposed ones are stored at once.
+   The results of a gradient are handed over to warps that compute and store it (gradient.cuh).
 
    Where a thread's accumulators belong: ptx.cuh. With gate and up, accumulator i < 64 is a gate, and
    64 + i its up. */
@@ -18,9 +18,12 @@
 
 #if MOEI_WGMMA_HERE
 
-/* The step of depths i, i + 1, ... of a tile: starts the products of the stage. consumer: 0 or 1. */
+/* The step of depths i, i + 1, ... of a tile: starts the products of the stage. consumer: 0 or 1.
+   With the fourth warpgroup of a gradient a thread has 128 registers for the compiler, and a product
+   at most 128 columns. */
 MOE_DEVICE void moei_wgmma_start_step(float acc[128], moei_wgmma_ring* r, int consumer, int i,
-                                      const int gathered, const moe_gemm_shape f)
+                                      const int gathered, const int gradient,
+                                      const moe_gemm_shape f)
 {
     const unsigned char* stage = r->stages + r->stage * MOEI_WGMMA_STAGE;
     const uint64_t a = moei_wgmma_operand(stage + consumer * MOEI_WGMMA_A_HALF, f.a_major);
@@ -29,9 +32,16 @@ MOE_DEVICE void moei_wgmma_start_step(float acc[128], moei_wgmma_ring* r, int co
     if (gathered) moei_wgmma_sees_copies();
     moei_wgmma_begin();
     MOE_UNROLL
-    for (int k = 0; k < 4; ++k)
-        moei_wgmma(acc, a + k * moei_wgmma_advance(f.a_major),
-                   b + k * moei_wgmma_advance(f.b_major), i > 0 || k > 0, f);
+    for (int k = 0; k < 4; ++k) {
+        const uint64_t ak = a + k * moei_wgmma_advance(f.a_major);
+        const uint64_t bk = b + k * moei_wgmma_advance(f.b_major);
+        if (gradient) {
+            moei_wgmma_128(acc, ak, bk, i > 0 || k > 0, f);
+            moei_wgmma_128(acc + 64, ak, bk + (MOEI_WGMMA_B_HALF >> 4), i > 0 || k > 0, f);
+        } else {
+            moei_wgmma(acc, ak, bk, i > 0 || k > 0, f);
+        }
+    }
     moei_wgmma_commit();
 }
 
@@ -134,16 +144,6 @@ MOE_DEVICE void moei_wgmma_store_f32(const float acc[128], const moe_gemm_output
                 *(float2*)at = make_float2(acc[2 * i], acc[2 * i + 1]);
             }
         }
-    }
-}
-
-/* Rounds 32 columns, accumulators 16 g .. 16 g + 15, g a literal, to x [8]: rows r, r + 8 of 4. */
-MOE_DEVICE void moei_wgmma_round(uint32_t* x, const float acc[128], const int g, const int dtype)
-{
-    MOE_UNROLL
-    for (int j = 0; j < 4; ++j) {
-        x[j] = moe_pack2(acc[16 * g + 4 * j], acc[16 * g + 4 * j + 1], dtype);
-        x[j + 4] = moe_pack2(acc[16 * g + 4 * j + 2], acc[16 * g + 4 * j + 3], dtype);
     }
 }
 
@@ -289,42 +289,42 @@ MOE_DEVICE void moei_wgmma_finish_transposed(moei_wgmma_pending* p, float acc[12
 
 /* Counts what was pending, all of which is stored. The warpgroup calls it. */
 MOE_DEVICE void moei_wgmma_count(const moe_grouped_gemm_args* d, const moei_wgmma_pending* p,
-                                 const moei_wgmma_held* held, int consumer, const int gradient)
+                                 int consumer)
 {
     const bool counts = threadIdx.x % 128 == 0; /* has the consumer's first row and column */
     if (counts) moei_tensor_store_wait();
     moei_named_barrier(2 + consumer, 128);
     if (counts) {
-        const int boxed = gradient ? held->boxed : p->boxed, rows = gradient ? held->rows : p->rows;
-        const int left = gradient ? d->n - held->first : p->columns;
-        const int row = boxed >= 0 ? boxed : ~boxed, columns = gradient ? 256 : 32 * p->groups;
-        moei_done_count(d, row, row + (rows < 64 ? rows : 64), left < columns ? left : columns);
+        const int row = p->boxed >= 0 ? p->boxed : ~p->boxed, columns = 32 * p->groups;
+        moei_done_count(d, row, row + (p->rows < 64 ? p->rows : 64),
+                        p->columns < columns ? p->columns : columns);
     }
     __syncwarp(MOE_FULL_WARP);
 }
 
 /* A consumer. For each tile:
      1. multiply the steps; during each of the first ones store 32 columns of the tile before, in
-        short tiles 64, or compute vectors of its gradient; count the tile before
+        short tiles 64; count the tile before
      2. release the last stage
-     3. finish: bias, activation, rounding; or store a transpose; or let P of a gradient wait
+     3. finish: bias, activation, rounding; or store a transpose; or hand P of a gradient over
    A consumer without rows of the tile releases the stages. At the end stores and counts what is
-   pending. */
-MOE_DEVICE void moei_wgmma_consume(const moei_wgmma_args* a, moei_wgmma_ring r, int consumer,
-                                   const int gathered, const int gradient, const moe_gemm_shape f)
+   pending. handed: of a gradient. */
+MOE_DEVICE void moei_wgmma_consume(const moei_wgmma_args* a, moei_wgmma_ring r,
+                                   moei_wgmma_handed* handed, int consumer, const int gathered,
+                                   const int gradient, const moe_gemm_shape f)
 {
     const moe_grouped_gemm_args* d = &a->d;
     const int by_depth = f.a_major == MOE_MAJOR_MN; /* k-grouped */
-    const int boxes = gathered || by_depth ? 0 : a->boxes;
+    const int boxes = gathered || by_depth || gradient ? 0 : a->boxes;
     const int transposed = gathered && by_depth ? a->transposed : 0;
+    const int counts = !by_depth && !gradient && d->done != 0;
     const int warp = moe_warp() % 4, line = consumer * 64 + warp * 16 + (moe_lane() >> 2);
-    moei_wgmma_held* held = gradient ? moei_wgmma_held_of(&r) : 0;
+    int hand_overs = 0; /* of a gradient */
     moei_wgmma_pending p;
     p.c = 0;
     p.rows = p.columns = 0;
-    p.next = p.groups = gradient ? MOEI_WGMMA_VECTORS : 0;
+    p.next = p.groups = 0;
     p.boxed = -1;
-    if (gradient && moe_lane() == 0) held->rows = held->first = held->boxed = 0;
     MOE_UNROLL
     for (int i = 0; i < 64; ++i) p.x[i] = 0;
     for (int turn = 0;; ++turn) {
@@ -339,41 +339,42 @@ MOE_DEVICE void moei_wgmma_consume(const moei_wgmma_args* a, moei_wgmma_ring r, 
             float acc[128];
             int i = 0;
             MOE_NO_UNROLL
-            for (; p.next < p.groups && i < depths; i += 64) { /* 1. */
-                moei_wgmma_start_step(acc, &r, consumer, i, gathered, f);
-                if (gradient) moei_wgmma_gradient_part(&p, d, held, consumer, i, depths, f.dtype);
-                else moei_wgmma_store_part(&p, a, &r, consumer, depths, boxes);
+            for (; !gradient && p.next < p.groups && i < depths; i += 64) { /* 1. */
+                moei_wgmma_start_step(acc, &r, consumer, i, gathered, gradient, f);
+                moei_wgmma_store_part(&p, a, &r, consumer, depths, boxes);
                 moei_wgmma_end_step(&r, i);
             }
             MOE_NO_UNROLL
             while (!gradient && p.next < p.groups)
                 moei_wgmma_store_part(&p, a, &r, consumer, depths, boxes);
-            if (!by_depth && d->done) moei_wgmma_count(d, &p, held, consumer, gradient);
-            p.boxed = __shfl_sync(MOE_FULL_WARP, t->row, 0) + consumer * 64;
-            if (!boxes || rows < consumer * 64 + 64) p.boxed = ~p.boxed;
-            moei_wgmma_aim(&p, &d->c, t, a->c_expert_bytes, t->row + line, rows - line, t->first,
-                           d->n, transposed);
-            if (gradient) moei_wgmma_gradient_aim(&p, d, t);
+            if (counts) moei_wgmma_count(d, &p, consumer);
+            if (!gradient) {
+                p.boxed = __shfl_sync(MOE_FULL_WARP, t->row, 0) + consumer * 64;
+                if (!boxes || rows < consumer * 64 + 64) p.boxed = ~p.boxed;
+                moei_wgmma_aim(&p, &d->c, t, a->c_expert_bytes, t->row + line, rows - line,
+                               t->first, d->n, transposed);
+            }
             MOE_NO_UNROLL
             for (; i < depths; i += 64) {
-                moei_wgmma_start_step(acc, &r, consumer, i, gathered, f);
+                moei_wgmma_start_step(acc, &r, consumer, i, gathered, gradient, f);
                 moei_wgmma_end_step(&r, i);
             }
-            if (gradient) moei_wgmma_gradient_rows(&p, d, held, t);
             moei_wgmma_wait(0); /* 2. */
             moei_wgmma_settle(acc);
             moei_wgmma_release(&r, moei_wgmma_before(&r));
             if (transposed) moei_wgmma_finish_transposed(&p, acc, &d->c, f.dtype); /* 3. */
-            else if (gradient) moei_wgmma_gradient_hold(&p, acc, held);
+            else if (gradient)
+                moei_wgmma_hand_over(handed + consumer, r.s, consumer, hand_overs++, acc,
+                                     t->row + consumer * 64, rows - consumer * 64, t->first);
             else moei_wgmma_finish(&p, acc, &d->c, t->expert, t->row + line, d->n, f);
         } else {
             moei_wgmma_skip(&r, depths);
         }
     }
+    if (gradient) moei_wgmma_hand_end(handed + consumer, r.s, consumer, hand_overs);
     MOE_NO_UNROLL
     while (!gradient && p.next < p.groups) moei_wgmma_store_part(&p, a, &r, consumer, 0, boxes);
-    if (gradient) moei_wgmma_gradient_part(&p, d, held, consumer, 0, 0, f.dtype);
-    if (!by_depth && d->done) moei_wgmma_count(d, &p, held, consumer, gradient);
+    if (counts) moei_wgmma_count(d, &p, consumer);
     if (boxes && threadIdx.x % 128 == 0) moei_tensor_store_wait();
 }
 

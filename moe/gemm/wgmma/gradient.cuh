@@ -1,219 +1,181 @@
 /* gradient.cuh: the backward pass through an activation on Hopper: from a consumer's accumulators
-   to C, act and dot (gemm/gradient.cuh). Called by consume.cuh.
+   to C, act and dot (gemm/gradient.cuh). Called by consume.cuh and tile.cuh.
 
-   P of a tile waits in fp32: the tensor cores go on, and the next tile's steps compute and store a
-   vector at a time. A vector is 8 neighbouring columns of one row of each lane: those of a 16-byte
-   vector of pre and of C. A lane's 16 vectors, in the order of their turn:
+   A fourth warpgroup computes it, so that the tensor cores go on with the next tile. At the end of a
+   tile a consumer hands P of its 64 rows over in shared memory, and two warps take it: one has the
+   even rows, the other the odd ones. A lane has 8 neighbouring columns of a row, 16 bytes of pre, of
+   C and of act; a warp 256 columns, a row of the tile. pre of the next rows is loaded meanwhile.
 
-     vector 4 p + 2 i + h    row r + 8 i, columns 64 p + 32 h + 8 (lane % 4) .. + 7 of the tile
-
-   The first MOEI_WGMMA_SLOTS vectors wait in slots of shared memory, which take the place of a
-   stage of the ring. The others wait in registers, and go to slots that have become free. A slot is
-   the warp's own, 8 rows of 32 columns. Accumulators are pairs of columns (ptx.cuh): from a slot
-   they are read as 8 neighbours of a row.
-
-   Accumulators and P leave 29 registers. So a word of a vector is computed at a time, and what
-   belongs to rows waits in shared memory too. pre of the next vector arrives in registers. */
+   P is handed over in 16 bits, as fp16 times a power of two for each row of a tile: the largest
+   finite number of the row has exponent 14. So P is rounded to 11 bits, and numbers below 2^-29 of
+   the largest to a multiple of 2^-40 of it. */
 #ifndef MOE_GEMM_WGMMA_GRADIENT_CUH
 #define MOE_GEMM_WGMMA_GRADIENT_CUH
 
+#include "../flags.cuh"
 #include "../gradient.cuh"
 #include "store.cuh"
 
-#define MOEI_WGMMA_VECTORS 16 /* of a lane, in a tile */
+#define MOEI_WGMMA_AHEAD 4 /* rows of pre that a warp loads ahead */
 
 #if MOEI_WGMMA_HERE
 
-/* Returns what the warp of a consumer holds. A shuffle: registers of the warp have the address. */
-MOE_DEVICE moei_wgmma_held* moei_wgmma_held_of(const moei_wgmma_ring* r)
+/* ---- consumers ---- */
+
+/* Returns the power of two that brings `largest`, a finite number >= 0, to exponent 14; at most
+   2^126, whose inverse is a number too. */
+MOE_DEVICE float moei_wgmma_scale(float largest)
 {
-    return (moei_wgmma_held*)(r->stages + r->count * MOEI_WGMMA_STAGE) +
-           __shfl_sync(MOE_FULL_WARP, moe_warp() - 4, 0);
+    const int exponent = 268 - (int)(__float_as_uint(largest) >> 23);
+    return __uint_as_float((uint32_t)(exponent < 253 ? exponent : 253) << 23);
 }
 
-/* Returns the tile's row of the thread's first accumulator. */
-MOE_DEVICE int moei_wgmma_line(void) { return (moe_warp() - 4) * 16 + (moei_lane_again() >> 2); }
-
-/* Returns the address of columns 2 pair, 2 pair + 1 of the lane's row in a slot. The order of pairs
-   avoids bank conflicts where a row's four lanes access neighbours, and every fourth pair. */
-MOE_DEVICE float* moei_wgmma_pair(float slot[256], int lane, int pair)
+/* Returns the largest |v| of one row in the warp, finite: 1: of finite numbers alone. below: 0: row
+   r, 1: row r + 8; a literal. */
+MOE_DEVICE float moei_wgmma_largest(const float acc[128], const int below, const int finite)
 {
-    return slot + (lane >> 2) * 32 + (pair ^ (lane >> 2 & 3) * 5) * 2;
-}
-
-/* Writes the lane's accumulators of a vector to a slot: v[2 j] and v[2 j + 1] are columns
-   8 j + 2 (lane % 4) and the next one. */
-MOE_DEVICE void moei_wgmma_write_slot(float slot[256], const float v[8])
-{
-    const int lane = moei_lane_again();
+    float largest = 0.0f;
     MOE_UNROLL
-    for (int j = 0; j < 4; ++j)
-        *(float2*)moei_wgmma_pair(slot, lane, 4 * j + (lane & 3)) =
-            make_float2(v[2 * j], v[2 * j + 1]);
-}
-
-/* Moves the vector that waits for slot i from registers to it, where there is one. One branch is
-   cheaper than to move the others up. */
-MOE_DEVICE void moei_wgmma_refill(const moei_wgmma_pending* p, float slot[256], int i)
-{
-    switch (i) {
-    case 0: moei_wgmma_write_slot(slot, p->waiting.p); break;
-    case 1: moei_wgmma_write_slot(slot, p->waiting.p + 8); break;
-    case 2: moei_wgmma_write_slot(slot, p->waiting.p + 16); break;
-    case 3: moei_wgmma_write_slot(slot, p->waiting.p + 24); break;
-    case 4: moei_wgmma_write_slot(slot, p->waiting.p + 32); break;
-    case 5: moei_wgmma_write_slot(slot, p->waiting.p + 40); break;
-    case 6: moei_wgmma_write_slot(slot, p->waiting.p + 48); break;
-    }
-}
-static_assert(MOEI_WGMMA_VECTORS - MOEI_WGMMA_SLOTS == 7, "each vector in registers has a case");
-
-/* Returns the row of a lane's vector i. */
-MOE_DEVICE moei_gradient_row* moei_wgmma_held_row(moei_wgmma_held* h, int i, int lane)
-{
-    return h->row + (i >> 1 & 1) * 8 + (lane >> 2);
-}
-
-/* Returns the first column of a lane's vector i. */
-MOE_DEVICE int moei_wgmma_held_column(const moei_wgmma_held* h, int i, int lane)
-{
-    return h->first + (i >> 2) * 64 + (i & 1) * 32 + (lane & 3) * 8;
-}
-
-/* Loads pre of the next vector. */
-MOE_DEVICE void moei_wgmma_load_pre(moei_wgmma_pending* p, const moe_grouped_gemm_args* d,
-                                    moei_wgmma_held* h)
-{
-    const int i = p->next, lane = moei_lane_again();
-    if (i < MOEI_WGMMA_VECTORS) {
-        const moei_gradient_row r = *moei_wgmma_held_row(h, i, lane);
-        p->waiting.pre = moei_gradient_load(d, &r, moei_wgmma_held_column(h, i, lane), 4);
-    }
-}
-
-/* Stores C and act of the next vector. dot: adds up 32 columns, of which `sum` are the lane's, by
-   shuffles; stores the sum of 64. */
-MOE_DEVICE void moei_wgmma_store_vector(const moei_wgmma_pending* p, const moe_grouped_gemm_args* d,
-                                        moei_wgmma_held* h, float sum)
-{
-    const int i = p->next, lane = moei_lane_again();
-    const int column = moei_wgmma_held_column(h, i, lane);
-    const moei_gradient_row r = *moei_wgmma_held_row(h, i, lane);
-    moei_gradient_store(d, &r, column, &p->waiting.pre, 4);
-    if (!d->gradient.dot) return;
-    sum = moe_warp_sum(column < d->n ? sum : 0.0f, 4);
-    if ((lane & 3) == 0) {
-        float* first = h->dot + (i >> 1 & 1) * 8 + (lane >> 2);
-        if ((i & 1) == 0) *first = sum;
-        else if (r.there && column - 32 < d->n)
-            moei_gradient_store_dot(d, r.row, column - 32, *first + sum);
-    }
-}
-
-/* Begins to load the row_weight indices of the thread's rows of the tile at which *p is aimed. */
-MOE_DEVICE void moei_wgmma_gradient_aim(moei_wgmma_pending* p, const moe_grouped_gemm_args* d,
-                                        const moei_wgmma_tile* t)
-{
-    const int row = t->row + moei_wgmma_line();
-    p->waiting.index[0] = moei_gradient_index(d, row, p->rows > 0);
-    p->waiting.index[1] = moei_gradient_index(d, row + 8, p->rows > 8);
-}
-
-/* Resolves the rows at which *p is aimed, and loads pre of their first vector, while the tile's
-   last products run. Nothing else is pending. */
-MOE_DEVICE void moei_wgmma_gradient_rows(moei_wgmma_pending* p, const moe_grouped_gemm_args* d,
-                                         moei_wgmma_held* h, const moei_wgmma_tile* t)
-{
-    const int row = t->row + moei_wgmma_line(), lane = moei_lane_again();
-    MOE_UNROLL
-    for (int i = 0; i < 2; ++i) {
-        const moei_gradient_row r =
-            moei_gradient_row_at(d, row + 8 * i, p->rows > 8 * i, p->waiting.index[i]);
-        if ((lane & 3) == 0) h->row[8 * i + (lane >> 2)] = r;
-    }
-    if (lane == 0) {
-        h->first = d->n - p->columns;
-        h->rows = p->rows;
-        h->boxed = p->boxed;
-    }
-    __syncwarp(MOE_FULL_WARP);
-    p->next = 0;
-    moei_wgmma_load_pre(p, d, h);
-}
-
-/* Ends a tile: P becomes pending. */
-MOE_DEVICE void moei_wgmma_gradient_hold(moei_wgmma_pending* p, const float acc[128],
-                                         moei_wgmma_held* h)
-{
-    MOE_UNROLL
-    for (int i = 0; i < MOEI_WGMMA_VECTORS; ++i) {
-        const float* from = acc + i / 4 * 32 + i % 2 * 16 + i / 2 % 2 * 2;
-        float v[8];
+    for (int i = 2 * below; i < 128; i += 4) {
         MOE_UNROLL
-        for (int j = 0; j < 8; ++j) v[j] = from[j / 2 * 4 + j % 2];
-        if (i < MOEI_WGMMA_SLOTS) {
-            moei_wgmma_write_slot(h->slot[i], v);
-        } else {
-            MOE_UNROLL
-            for (int j = 0; j < 8; ++j) p->waiting.p[(i - MOEI_WGMMA_SLOTS) * 8 + j] = v[j];
+        for (int j = 0; j < 2; ++j) {
+            const float v = fabsf(acc[i + j]);
+            largest = fmaxf(largest, finite && v == INFINITY ? 0.0f : v);
         }
     }
-    __syncwarp(MOE_FULL_WARP);
+    MOE_UNROLL
+    for (int lane = 1; lane < 4; lane *= 2)
+        largest = fmaxf(largest, __shfl_xor_sync(MOE_FULL_WARP, largest, lane));
+    return largest;
 }
 
-/* Replaces a vector of pre by those of C and act, from P in its slot, a word at a time. Returns the
-   sum of P activation(v, u). */
-MOE_DEVICE float moei_wgmma_words(moei_gradient_pre* pre, const moe_grouped_gemm_args* d,
-                                  float slot[256], float weight, int activation, const int dtype)
+/* Hands over P of the consumer's rows of a tile. turn: hand-overs of this consumer before. row: its
+   first row; rows: from it on. The warpgroup calls it.
+     1. find the scales of the thread's two rows
+     2. wait until the rows handed over before are stored
+     3. write P, 64 columns at a time, and the scales */
+MOE_DEVICE void moei_wgmma_hand_over(moei_wgmma_handed* h, moei_wgmma_shared* s, int consumer,
+                                     int turn, float acc[128], int row, int rows, int first)
+{
+    const int line = moe_warp() % 4 * 16 + (moe_lane() >> 2);
+    float scale[2] = {moei_wgmma_largest(acc, 0, 0), moei_wgmma_largest(acc, 1, 0)}; /* 1. */
+    if (__any_sync(MOE_FULL_WARP, fmaxf(scale[0], scale[1]) == INFINITY)) {
+        scale[0] = moei_wgmma_largest(acc, 0, 1);
+        scale[1] = moei_wgmma_largest(acc, 1, 1);
+    }
+    scale[0] = moei_wgmma_scale(scale[0]), scale[1] = moei_wgmma_scale(scale[1]);
+    moei_barrier_wait(s->stored + consumer, (turn & 1) ^ 1); /* 2. */
+    MOE_UNROLL
+    for (int q = 0; q < 4; ++q) { /* 3. */
+        uint32_t x[16];
+        MOE_UNROLL
+        for (int i = 0; i < 32; ++i) acc[32 * q + i] *= scale[i >> 1 & 1];
+        moei_wgmma_round(x, acc, 2 * q, MOE_FP16);
+        moei_wgmma_round(x + 8, acc, 2 * q + 1, MOE_FP16);
+        moei_wgmma_write_box(h->p + q * MOEI_WGMMA_BOX, x);
+    }
+    if ((moe_lane() & 3) == 0) {
+        h->unit[line] = 1.0f / scale[0];
+        h->unit[line + 8] = 1.0f / scale[1];
+    }
+    if (threadIdx.x % 128 == 0) h->row = row, h->rows = rows, h->first = first;
+    __syncwarp(MOE_FULL_WARP);
+    if (moe_lane() == 0) moei_barrier_arrive(s->handed + consumer);
+}
+
+/* Tells the warps that there are no more tiles. The warpgroup calls it. */
+MOE_DEVICE void moei_wgmma_hand_end(moei_wgmma_handed* h, moei_wgmma_shared* s, int consumer,
+                                    int turn)
+{
+    moei_barrier_wait(s->stored + consumer, (turn & 1) ^ 1);
+    if (threadIdx.x % 128 == 0) h->rows = 0;
+    __syncwarp(MOE_FULL_WARP);
+    if (moe_lane() == 0) moei_barrier_arrive(s->handed + consumer);
+}
+
+/* ---- the fourth warpgroup ---- */
+
+/* Replaces a row's vector of pre by those of C and act. Returns the sum of P activation(v, u). p:
+   the vector of P in units of `unit`. */
+MOE_DEVICE float moei_wgmma_vector(moei_gradient_pre* pre, const moe_grouped_gemm_args* d, uint4 p,
+                                   float unit, float weight, int activation, const int dtype)
 {
     const moei_gradient_activation g = moei_gradient_activation_of(d, activation);
-    const int lane = moei_lane_again(), first = 4 * (lane & 3);
-    float sum = 0.0f;
+    const uint32_t word[4] = {p.x, p.y, p.z, p.w};
+    float v[8];
     MOE_UNROLL
     for (int j = 0; j < 4; ++j) {
-        const float2 two = *(const float2*)moei_wgmma_pair(slot, lane, first + j);
-        float v[2] = {two.x, two.y};
-        sum = moei_gradient_words(pre, v, j, 1, weight, sum, &g, dtype);
+        const float2 two = moe_unpack2(word[j], MOE_FP16);
+        v[2 * j] = two.x, v[2 * j + 1] = two.y;
     }
-    return sum;
+    return unit * moei_gradient_words(pre, v, 0, 4, unit, weight, 0.0f, &g, dtype);
 }
 
-/* Computes and stores the next pending vector:
-     1. compute: P from its slot, pre from registers
-     2. store
-     3. fill the slot from registers; load pre of the next vector, which arrives meanwhile
-   SwiGLU has code of its own, without branches. */
-MOE_DEVICE void moei_wgmma_gradient_next(moei_wgmma_pending* p, const moe_grouped_gemm_args* d,
-                                         moei_wgmma_held* h, const int dtype)
+/* Computes and stores the rows that a consumer has handed over: rows `part`, part + 2, ... Lane i
+   holds what belongs to row 2 i + part. The whole warp calls it. activation: that of *d or a literal
+   of the same value. */
+MOE_DEVICE void moei_wgmma_gradient_rows(const moe_grouped_gemm_args* d, const moei_wgmma_handed* h,
+                                         int part, int activation, const int dtype)
 {
-    const int i = p->next, lane = moei_lane_again();
-    float* slot = h->slot[i < MOEI_WGMMA_SLOTS ? i : i - MOEI_WGMMA_SLOTS];
-    const float weight = moei_wgmma_held_row(h, i, lane)->weight;
-    float sum;
-    if (d->c.activation == MOE_ACTIVATION_SWIGLU) /* 1. */
-        sum = moei_wgmma_words(&p->waiting.pre, d, slot, weight, MOE_ACTIVATION_SWIGLU, dtype);
-    else sum = moei_wgmma_words(&p->waiting.pre, d, slot, weight, d->c.activation, dtype);
-    moei_wgmma_store_vector(p, d, h, sum); /* 2. */
-    __syncwarp(MOE_FULL_WARP); /* all lanes have read the slot; before its next use comes another */
-    moei_wgmma_refill(p, slot, i); /* 3. */
-    ++p->next;
-    moei_wgmma_load_pre(p, d, h);
-}
-
-/* Computes and stores the pending vectors that are due in the step of depths i, ... of the next
-   tile. Vectors are spread over its steps, so that their loads and stores are too. The consumers
-   take turns: one has products in flight while the other computes. The first step has no vector,
-   since pre still arrives; in the last one all are due. */
-MOE_DEVICE void moei_wgmma_gradient_part(moei_wgmma_pending* p, const moe_grouped_gemm_args* d,
-                                         moei_wgmma_held* h, int consumer, int i, int depths,
-                                         const int dtype)
-{
-    const int step = i / 64, steps = (depths + 63) / 64;
+    const int lane = moe_lane(), own = 2 * lane + part, column = h->first + 8 * lane;
+    const int rows = h->rows < 64 ? h->rows : 64, count = (rows - part + 1) / 2;
+    const moei_gradient_row mine = moei_gradient_row_of(d, h->row + own, own < rows);
+    const unsigned reads = __ballot_sync(MOE_FULL_WARP, mine.read);
+    const unsigned char* box = h->p + lane / 8 * MOEI_WGMMA_BOX;
+    moei_gradient_pre pre[MOEI_WGMMA_AHEAD];
+    moei_gradient_row r;
+    r.there = true;
+    MOE_UNROLL
+    for (int j = 0; j < MOEI_WGMMA_AHEAD; ++j) {
+        r.row = h->row + 2 * j + part, r.read = j < count && (reads >> j & 1);
+        pre[j] = moei_gradient_load(d, &r, column, 4);
+    }
     MOE_NO_UNROLL
-    while (p->next < MOEI_WGMMA_VECTORS &&
-           (step + 1 >= steps ||
-            (2 * p->next + consumer) * (steps - 2) < step * 2 * MOEI_WGMMA_VECTORS))
-        moei_wgmma_gradient_next(p, d, h, dtype);
+    for (int i0 = 0; i0 < count; i0 += MOEI_WGMMA_AHEAD) {
+        MOE_UNROLL
+        for (int j = 0; j < MOEI_WGMMA_AHEAD; ++j) {
+            const int i = i0 + j, line = 2 * i + part, next = i + MOEI_WGMMA_AHEAD;
+            const float weight = __shfl_sync(MOE_FULL_WARP, mine.weight, i & 31);
+            float sum;
+            if (i >= count) break;
+            sum = moei_wgmma_vector(pre + j, d,
+                                    *(const uint4*)(box + line * 128 + ((lane ^ line) & 7) * 16),
+                                    h->unit[line], weight, activation, dtype);
+            r.row = h->row + line;
+            moei_gradient_store(d, &r, column, pre + j, 4);
+            if (d->gradient.dot) { /* 8 lanes have 64 columns */
+                sum = moe_warp_sum(column < d->n ? sum : 0.0f, 8);
+                if ((lane & 7) == 0 && column < d->n)
+                    moei_gradient_store_dot(d, r.row, column, sum);
+            }
+            r.row += 2 * MOEI_WGMMA_AHEAD, r.read = next < count && (reads >> (next & 31) & 1);
+            pre[j] = moei_gradient_load(d, &r, column, 4);
+        }
+    }
+}
+
+/* The fourth warpgroup: warps 2 i and 2 i + 1 of it take what consumer i hands over. SwiGLU has code
+   of its own, without branches. */
+MOE_DEVICE void moei_wgmma_compute(const moe_grouped_gemm_args* d, const moei_wgmma_handed* all,
+                                   moei_wgmma_shared* s, const int dtype)
+{
+    const int consumer = moe_warp() % 4 / 2, part = moe_warp() % 2;
+    const moei_wgmma_handed* h = all + consumer;
+    for (int turn = 0;; ++turn) {
+        moei_barrier_wait(s->handed + consumer, turn & 1);
+        if (h->rows == 0) break;
+        if (d->c.activation == MOE_ACTIVATION_SWIGLU)
+            moei_wgmma_gradient_rows(d, h, part, MOE_ACTIVATION_SWIGLU, dtype);
+        else moei_wgmma_gradient_rows(d, h, part, d->c.activation, dtype);
+        if (d->done) {
+            const int left = d->n - h->first, rows = h->rows < 64 ? h->rows : 64;
+            moei_named_barrier(2 + consumer, 64);
+            if (part == 0 && moe_lane() == 0)
+                moei_done_count(d, h->row, h->row + rows, left < 256 ? left : 256);
+        }
+        __syncwarp(MOE_FULL_WARP); /* all lanes have read P */
+        if (moe_lane() == 0) moei_barrier_arrive(s->stored + consumer);
+    }
 }
 
 #endif

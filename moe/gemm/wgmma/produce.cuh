@@ -71,8 +71,7 @@ MOE_DEVICE bool moei_wgmma_announce(const moei_wgmma_args* a, moei_wgmma_shared*
         t.from = moei_wgmma_matrices_of(a, &t);
         t.first = t.column * w->columns;
     }
-    if ((w->gradient ? moei_lane_again() : moe_lane()) == 0) /* a gradient lacks a register here */
-        s->position[turn % MOEI_WGMMA_ENTRIES] = t;
+    if (moe_lane() == 0) s->position[turn % MOEI_WGMMA_ENTRIES] = t;
     return t.expert >= 0;
 }
 

@@ -213,15 +213,6 @@ MOE_DEVICE void moei_tensor_store_wait(void)
     asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
 }
 
-/* Returns the number of the thread's lane as a value that the compiler takes for new: where
-   registers are scarce, none has it between two uses. */
-MOE_DEVICE int moei_lane_again(void)
-{
-    int lane;
-    asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
-    return lane;
-}
-
 /* Returns the lane's part of the transpose of a matrix of 8 x 8 elements of 16 bits: x of lane
    4 r + j has columns 2 j, 2 j + 1 of row r. The whole warp calls it. */
 MOE_DEVICE uint32_t moei_transpose_matrix(uint32_t x)
@@ -291,9 +282,10 @@ MOE_DEVICE void moei_wgmma_settle(float c[128])
     for (int i = 0; i < 128; ++i) asm volatile("" : "+f"(c[i])::"memory");
 }
 
-/* Starts c = a b + (add ? c : 0) with a [64, 16], b [16, 256]; dtype and majors are those of f, a
-   literal. All threads of a warpgroup call it. Thread i has in c[4 j .. 4 j + 3] rows r, r, r + 8,
-   r + 8 of columns x, x + 1, x, x + 1, where r = i / 32 * 16 + i % 32 / 4, x = 8 j + i % 4 * 2. */
+/* Start c = a b + (add ? c : 0) with a [64, 16], b [16, 256], or of the second one b [16, 128], c
+   [64]; dtype and majors are those of f, a literal. All threads of a warpgroup call them. Thread i has
+   in c[4 j .. 4 j + 3] rows r, r, r + 8, r + 8 of columns x, x + 1, x, x + 1, where r = i / 32 * 16 +
+   i % 32 / 4, x = 8 j + i % 4 * 2. */
 #define MOEI_WGMMA_256(type, majors)                                                               \
     asm volatile(                                                                                  \
         "{\n.reg .pred p;\nsetp.ne.b32 p, %130, 0;\n"                                              \
@@ -316,38 +308,73 @@ MOE_DEVICE void moei_wgmma_settle(float c[128])
         "%120, %121, %122, %123, %124, %125, %126, %127"                                           \
         "}, %128, %129, p, 1, 1, " majors ";\n}"                                                   \
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]), "+f"(c[4]), "+f"(c[5]), "+f"(c[6]),      \
-          "+f"(c[7]), "+f"(c[8]), "+f"(c[9]), "+f"(c[10]), "+f"(c[11]), "+f"(c[12]), "+f"(c[13]),  \
-          "+f"(c[14]), "+f"(c[15]), "+f"(c[16]), "+f"(c[17]), "+f"(c[18]), "+f"(c[19]),            \
-          "+f"(c[20]), "+f"(c[21]), "+f"(c[22]), "+f"(c[23]), "+f"(c[24]), "+f"(c[25]),            \
-          "+f"(c[26]), "+f"(c[27]), "+f"(c[28]), "+f"(c[29]), "+f"(c[30]), "+f"(c[31]),            \
-          "+f"(c[32]), "+f"(c[33]), "+f"(c[34]), "+f"(c[35]), "+f"(c[36]), "+f"(c[37]),            \
-          "+f"(c[38]), "+f"(c[39]), "+f"(c[40]), "+f"(c[41]), "+f"(c[42]), "+f"(c[43]),            \
-          "+f"(c[44]), "+f"(c[45]), "+f"(c[46]), "+f"(c[47]), "+f"(c[48]), "+f"(c[49]),            \
-          "+f"(c[50]), "+f"(c[51]), "+f"(c[52]), "+f"(c[53]), "+f"(c[54]), "+f"(c[55]),            \
-          "+f"(c[56]), "+f"(c[57]), "+f"(c[58]), "+f"(c[59]), "+f"(c[60]), "+f"(c[61]),            \
-          "+f"(c[62]), "+f"(c[63]), "+f"(c[64]), "+f"(c[65]), "+f"(c[66]), "+f"(c[67]),            \
-          "+f"(c[68]), "+f"(c[69]), "+f"(c[70]), "+f"(c[71]), "+f"(c[72]), "+f"(c[73]),            \
-          "+f"(c[74]), "+f"(c[75]), "+f"(c[76]), "+f"(c[77]), "+f"(c[78]), "+f"(c[79]),            \
-          "+f"(c[80]), "+f"(c[81]), "+f"(c[82]), "+f"(c[83]), "+f"(c[84]), "+f"(c[85]),            \
-          "+f"(c[86]), "+f"(c[87]), "+f"(c[88]), "+f"(c[89]), "+f"(c[90]), "+f"(c[91]),            \
-          "+f"(c[92]), "+f"(c[93]), "+f"(c[94]), "+f"(c[95]), "+f"(c[96]), "+f"(c[97]),            \
-          "+f"(c[98]), "+f"(c[99]), "+f"(c[100]), "+f"(c[101]), "+f"(c[102]), "+f"(c[103]),        \
-          "+f"(c[104]), "+f"(c[105]), "+f"(c[106]), "+f"(c[107]), "+f"(c[108]), "+f"(c[109]),      \
-          "+f"(c[110]), "+f"(c[111]), "+f"(c[112]), "+f"(c[113]), "+f"(c[114]), "+f"(c[115]),      \
-          "+f"(c[116]), "+f"(c[117]), "+f"(c[118]), "+f"(c[119]), "+f"(c[120]), "+f"(c[121]),      \
-          "+f"(c[122]), "+f"(c[123]), "+f"(c[124]), "+f"(c[125]), "+f"(c[126]), "+f"(c[127])       \
+          "+f"(c[7]), "+f"(c[8]), "+f"(c[9]), "+f"(c[10]), "+f"(c[11]), "+f"(c[12]),               \
+          "+f"(c[13]), "+f"(c[14]), "+f"(c[15]), "+f"(c[16]), "+f"(c[17]), "+f"(c[18]),            \
+          "+f"(c[19]), "+f"(c[20]), "+f"(c[21]), "+f"(c[22]), "+f"(c[23]), "+f"(c[24]),            \
+          "+f"(c[25]), "+f"(c[26]), "+f"(c[27]), "+f"(c[28]), "+f"(c[29]), "+f"(c[30]),            \
+          "+f"(c[31]), "+f"(c[32]), "+f"(c[33]), "+f"(c[34]), "+f"(c[35]), "+f"(c[36]),            \
+          "+f"(c[37]), "+f"(c[38]), "+f"(c[39]), "+f"(c[40]), "+f"(c[41]), "+f"(c[42]),            \
+          "+f"(c[43]), "+f"(c[44]), "+f"(c[45]), "+f"(c[46]), "+f"(c[47]), "+f"(c[48]),            \
+          "+f"(c[49]), "+f"(c[50]), "+f"(c[51]), "+f"(c[52]), "+f"(c[53]), "+f"(c[54]),            \
+          "+f"(c[55]), "+f"(c[56]), "+f"(c[57]), "+f"(c[58]), "+f"(c[59]), "+f"(c[60]),            \
+          "+f"(c[61]), "+f"(c[62]), "+f"(c[63]), "+f"(c[64]), "+f"(c[65]), "+f"(c[66]),            \
+          "+f"(c[67]), "+f"(c[68]), "+f"(c[69]), "+f"(c[70]), "+f"(c[71]), "+f"(c[72]),            \
+          "+f"(c[73]), "+f"(c[74]), "+f"(c[75]), "+f"(c[76]), "+f"(c[77]), "+f"(c[78]),            \
+          "+f"(c[79]), "+f"(c[80]), "+f"(c[81]), "+f"(c[82]), "+f"(c[83]), "+f"(c[84]),            \
+          "+f"(c[85]), "+f"(c[86]), "+f"(c[87]), "+f"(c[88]), "+f"(c[89]), "+f"(c[90]),            \
+          "+f"(c[91]), "+f"(c[92]), "+f"(c[93]), "+f"(c[94]), "+f"(c[95]), "+f"(c[96]),            \
+          "+f"(c[97]), "+f"(c[98]), "+f"(c[99]), "+f"(c[100]), "+f"(c[101]), "+f"(c[102]),         \
+          "+f"(c[103]), "+f"(c[104]), "+f"(c[105]), "+f"(c[106]), "+f"(c[107]), "+f"(c[108]),      \
+          "+f"(c[109]), "+f"(c[110]), "+f"(c[111]), "+f"(c[112]), "+f"(c[113]), "+f"(c[114]),      \
+          "+f"(c[115]), "+f"(c[116]), "+f"(c[117]), "+f"(c[118]), "+f"(c[119]), "+f"(c[120]),      \
+          "+f"(c[121]), "+f"(c[122]), "+f"(c[123]), "+f"(c[124]), "+f"(c[125]), "+f"(c[126]),      \
+          "+f"(c[127])                                                                             \
         : "l"(a), "l"(b), "r"(add))
+#define MOEI_WGMMA_128(type, majors)                                                               \
+    asm volatile(                                                                                  \
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"                                               \
+        "wgmma.mma_async.sync.aligned.m64n128k16.f32." type "." type " {"                          \
+        "%0, %1, %2, %3, %4, %5, %6, %7, "                                                         \
+        "%8, %9, %10, %11, %12, %13, %14, %15, "                                                   \
+        "%16, %17, %18, %19, %20, %21, %22, %23, "                                                 \
+        "%24, %25, %26, %27, %28, %29, %30, %31, "                                                 \
+        "%32, %33, %34, %35, %36, %37, %38, %39, "                                                 \
+        "%40, %41, %42, %43, %44, %45, %46, %47, "                                                 \
+        "%48, %49, %50, %51, %52, %53, %54, %55, "                                                 \
+        "%56, %57, %58, %59, %60, %61, %62, %63"                                                   \
+        "}, %64, %65, p, 1, 1, " majors ";\n}"                                                     \
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]), "+f"(c[4]), "+f"(c[5]), "+f"(c[6]),      \
+          "+f"(c[7]), "+f"(c[8]), "+f"(c[9]), "+f"(c[10]), "+f"(c[11]), "+f"(c[12]),               \
+          "+f"(c[13]), "+f"(c[14]), "+f"(c[15]), "+f"(c[16]), "+f"(c[17]), "+f"(c[18]),            \
+          "+f"(c[19]), "+f"(c[20]), "+f"(c[21]), "+f"(c[22]), "+f"(c[23]), "+f"(c[24]),            \
+          "+f"(c[25]), "+f"(c[26]), "+f"(c[27]), "+f"(c[28]), "+f"(c[29]), "+f"(c[30]),            \
+          "+f"(c[31]), "+f"(c[32]), "+f"(c[33]), "+f"(c[34]), "+f"(c[35]), "+f"(c[36]),            \
+          "+f"(c[37]), "+f"(c[38]), "+f"(c[39]), "+f"(c[40]), "+f"(c[41]), "+f"(c[42]),            \
+          "+f"(c[43]), "+f"(c[44]), "+f"(c[45]), "+f"(c[46]), "+f"(c[47]), "+f"(c[48]),            \
+          "+f"(c[49]), "+f"(c[50]), "+f"(c[51]), "+f"(c[52]), "+f"(c[53]), "+f"(c[54]),            \
+          "+f"(c[55]), "+f"(c[56]), "+f"(c[57]), "+f"(c[58]), "+f"(c[59]), "+f"(c[60]),            \
+          "+f"(c[61]), "+f"(c[62]), "+f"(c[63])                                                    \
+        : "l"(a), "l"(b), "r"(add))
+#define MOEI_WGMMA_OF(columns)                                                                     \
+    const int a_mn = f.a_major == MOE_MAJOR_MN, b_mn = f.b_major == MOE_MAJOR_MN;                  \
+    if (a_mn && f.dtype == MOE_FP16) MOEI_WGMMA_##columns("f16", "1, 1");                          \
+    else if (a_mn) MOEI_WGMMA_##columns("bf16", "1, 1");                                           \
+    else if (b_mn && f.dtype == MOE_FP16) MOEI_WGMMA_##columns("f16", "0, 1");                     \
+    else if (b_mn) MOEI_WGMMA_##columns("bf16", "0, 1");                                           \
+    else if (f.dtype == MOE_FP16) MOEI_WGMMA_##columns("f16", "0, 0");                             \
+    else MOEI_WGMMA_##columns("bf16", "0, 0")
 MOE_DEVICE void moei_wgmma(float c[128], uint64_t a, uint64_t b, int add, const moe_gemm_shape f)
 {
-    const int a_mn = f.a_major == MOE_MAJOR_MN, b_mn = f.b_major == MOE_MAJOR_MN;
-    if (a_mn && f.dtype == MOE_FP16) MOEI_WGMMA_256("f16", "1, 1");
-    else if (a_mn) MOEI_WGMMA_256("bf16", "1, 1");
-    else if (b_mn && f.dtype == MOE_FP16) MOEI_WGMMA_256("f16", "0, 1");
-    else if (b_mn) MOEI_WGMMA_256("bf16", "0, 1");
-    else if (f.dtype == MOE_FP16) MOEI_WGMMA_256("f16", "0, 0");
-    else MOEI_WGMMA_256("bf16", "0, 0");
+    MOEI_WGMMA_OF(256);
 }
+MOE_DEVICE void moei_wgmma_128(float c[64], uint64_t a, uint64_t b, int add,
+                               const moe_gemm_shape f)
+{
+    MOEI_WGMMA_OF(128);
+}
+#undef MOEI_WGMMA_OF
 #undef MOEI_WGMMA_256
+#undef MOEI_WGMMA_128
 
 #endif
 #endif

@@ -15,16 +15,13 @@
 #ifndef MOE_GEMM_WGMMA_RING_CUH
 #define MOE_GEMM_WGMMA_RING_CUH
 
-#include "../gradient.cuh"
 #include "order.cuh"
 
-#define MOEI_WGMMA_THREADS 384     /* a producer and two consumers, a warpgroup each */
 #define MOEI_WGMMA_A_HALF (64 * 128)  /* bytes: a consumer's rows of A */
 #define MOEI_WGMMA_B_HALF (128 * 128) /* bytes: half of B */
 #define MOEI_WGMMA_STAGE (2 * MOEI_WGMMA_A_HALF + 2 * MOEI_WGMMA_B_HALF) /* bytes */
 #define MOEI_WGMMA_RING (MOEI_WGMMA_STAGES * MOEI_WGMMA_STAGE)           /* bytes */
 #define MOEI_WGMMA_BOX (64 * 128) /* bytes: a consumer's box of results (store.cuh) */
-#define MOEI_WGMMA_SLOTS 9        /* of a warp, for P of a gradient (gradient.cuh) */
 
 /* What is found about a block's tile number i stands in entry i % MOEI_WGMMA_ENTRIES. The next tile
    is found while a consumer may still read the entry of a tile STAGES + 2 before it: short tiles
@@ -32,22 +29,20 @@
 #define MOEI_WGMMA_ENTRIES 8
 static_assert(MOEI_WGMMA_ENTRIES >= MOEI_WGMMA_STAGES + 3, "an entry is written while it is read");
 
-/* What a warp of a consumer keeps of a gradient's last tile (gradient.cuh). */
-typedef struct moei_wgmma_held {
-    float slot[MOEI_WGMMA_SLOTS][256]; /* P: 8 rows of 32 columns each, swizzled */
-    moei_gradient_row row[16];         /* the warp's rows */
-    float dot[16];                     /* sums of the first 32 of 64 columns */
-    int32_t first;                     /* first column of the tile */
-    int32_t rows, boxed;               /* of lane 0, as in moei_wgmma_pending */
-    int32_t unused;                    /* the next warp's slots are 16-byte aligned */
-} moei_wgmma_held;
-static_assert(sizeof(moei_wgmma_held) % 16 == 0, "slots are read 16 bytes at a time");
+/* What a consumer hands over of a gradient's tile (gradient.cuh). */
+typedef struct moei_wgmma_handed {
+    unsigned char p[4 * MOEI_WGMMA_BOX]; /* P in fp16: a box for each 64 columns (store.cuh) */
+    float unit[64];                      /* a number of a row is what stands in p times unit */
+    int32_t row, rows, first; /* first row of C; rows from it on, 0: no more tiles; first column */
+    int32_t unused[29];       /* the next box begins at a multiple of 128 bytes */
+} moei_wgmma_handed;
+static_assert(sizeof(moei_wgmma_handed) % 128 == 0, "lines of boxes are 128 bytes");
 
 /* Bytes of dynamic shared memory without boxes and tile_start: the ring, and room to align it. With
-   a gradient fewer stages, and what the consumers' warps hold. */
+   a gradient fewer stages, and what the consumers hand over. */
 #define MOEI_WGMMA_SMEM (1024 + MOEI_WGMMA_RING)
 #define MOEI_WGMMA_GRADIENT_SMEM                                                                   \
-    (1024 + MOEI_WGMMA_GRADIENT_STAGES * MOEI_WGMMA_STAGE + 8 * (int)sizeof(moei_wgmma_held))
+    (1024 + MOEI_WGMMA_GRADIENT_STAGES * MOEI_WGMMA_STAGE + 2 * (int)sizeof(moei_wgmma_handed))
 
 /* Static shared memory of a block. More than 512 bytes: kernels without a body have none, which
    tells whether the binary has code of sm_90a (variant.cuh). */
@@ -55,6 +50,8 @@ typedef struct moei_wgmma_shared {
     uint64_t full[MOEI_WGMMA_STAGES], empty[MOEI_WGMMA_STAGES];
     uint64_t posted, taken;            /* a tile's position stands in its entry; has been read */
     uint64_t sent[MOEI_WGMMA_ENTRIES]; /* block 1: number[i] has arrived from block 0 */
+    uint64_t handed[2], stored[2];     /* of a gradient: P of a consumer's rows stands in shared
+                                          memory; their results are stored */
     int32_t number[MOEI_WGMMA_ENTRIES];
     int32_t stopped; /* block 0: an earlier kernel met a stop fault */
     int32_t waits;   /* of the producer's thread 0: as in moei_ready_wait */
@@ -100,12 +97,11 @@ MOE_DEVICE void moei_wgmma_release(const moei_wgmma_ring* r, int stage)
 /* The tiles of the launch. */
 typedef struct moei_wgmma_tiles {
     moei_schedule schedule;
-    int pairs;   /* of all clusters */
-    int steps;   /* of each tile: stages; k-grouped: 0 */
-    int m;       /* k-grouped: rows of each expert's C; otherwise 0 */
-    int columns; /* of C in a tile */
+    int pairs;        /* of all clusters */
+    int steps;        /* of each tile: stages; k-grouped: 0 */
+    int m;            /* k-grouped: rows of each expert's C; otherwise 0 */
+    int columns;      /* of C in a tile */
     int cluster_rank; /* the block's number in its cluster: 0 or 1 */
-    int gradient;     /* a literal: 1: of a gradient */
 } moei_wgmma_tiles;
 
 #endif

@@ -8,31 +8,22 @@
 #ifndef MOE_GEMM_WGMMA_STORE_CUH
 #define MOE_GEMM_WGMMA_STORE_CUH
 
-#include "../gradient.cuh"
+#include "../../base/copy.cuh"
 #include "ring.cuh"
 
 #if MOEI_WGMMA_HERE
 
-/* What of a gradient waits in registers (gradient.cuh). */
-typedef struct moei_wgmma_waiting {
-    float p[56];           /* P: 7 vectors without a slot */
-    moei_gradient_pre pre; /* of the next vector */
-    int index[2];          /* in row_weight, of rows r and r + 8 of the tile that is multiplied */
-} moei_wgmma_waiting;
-
-/* Results of a warp's 16 rows that are still to be stored: rounded, or P of a gradient. */
+/* Rounded results of a warp's 16 rows that are still to be stored. */
 typedef struct moei_wgmma_pending {
     uint32_t x[64]; /* two columns each: [groups of 32 columns][rows r, r + 8][4] */
-    char* c; /* address of row r, column `column` of C; transposed (args.h): of the first two rows
+    char* c;  /* address of row r, column `column` of C; transposed (args.h): of the first two rows
                 that the lane stores of a column */
-    int rows;    /* the tile's rows from r on: more than 0: row r exists, more than 8: r + 8 */
-    int columns; /* columns of C from `column` on */
+    int rows; /* the tile's rows from r on: more than 0: row r exists, more than 8: r + 8 */
+    int columns;      /* columns of C from `column` on */
     int next, groups; /* groups of 32 columns: the next one to store; those of a tile, 4 or 8, 0
-                         before the first tile. What is stored at once: next is groups. With a
-                         gradient vectors, 16 */
+                         before the first tile. What is stored at once: next is groups */
     int boxed;        /* first row of C of the consumer's, which boxes store; where threads store,
                          its complement, which is negative */
-    moei_wgmma_waiting waiting; /* of a gradient */
 } moei_wgmma_pending;
 
 /* Exchanges registers within four lanes 4 q .. 4 q + 3: x[j] of lane i becomes x[i] of lane j. The
@@ -97,9 +88,19 @@ MOE_DEVICE void moei_wgmma_aim(moei_wgmma_pending* p, const moe_gemm_output* o,
     p->columns = n - column - quad * 8;
 }
 
-/* Writes pending columns 64 q .. 64 q + 63, q a literal, to a box of shared memory: lines of 128
+/* Rounds 32 columns, accumulators 16 g .. 16 g + 15, g a literal, to x [8]: rows r, r + 8 of 4. */
+MOE_DEVICE void moei_wgmma_round(uint32_t* x, const float acc[128], const int g, const int dtype)
+{
+    MOE_UNROLL
+    for (int j = 0; j < 4; ++j) {
+        x[j] = moe_pack2(acc[16 * g + 4 * j], acc[16 * g + 4 * j + 1], dtype);
+        x[j + 4] = moe_pack2(acc[16 * g + 4 * j + 2], acc[16 * g + 4 * j + 3], dtype);
+    }
+}
+
+/* Writes 64 rounded columns, x as in moei_wgmma_pending, to a box of shared memory: lines of 128
    bytes, swizzled (ptx.cuh). */
-MOE_DEVICE void moei_wgmma_write_box(unsigned char* box, const moei_wgmma_pending* p, const int q)
+MOE_DEVICE void moei_wgmma_write_box(unsigned char* box, const uint32_t x[16])
 {
     const int row =
         moe_warp() % 4 * 16 + moe_lane() % 8; /* of matrices with rows r; r + 8 follow */
@@ -107,8 +108,8 @@ MOE_DEVICE void moei_wgmma_write_box(unsigned char* box, const moei_wgmma_pendin
     for (int g = 0; g < 2; ++g) {
         const int vector = (4 * g + moe_lane() / 8) ^ (row & 7);
         unsigned char* to = box + row * 128 + vector * 16;
-        moei_store_matrices(to, p->x + 8 * (2 * q + g));
-        moei_store_matrices(to + 8 * 128, p->x + 8 * (2 * q + g) + 4);
+        moei_store_matrices(to, x + 8 * g);
+        moei_store_matrices(to + 8 * 128, x + 8 * g + 4);
     }
 }
 
@@ -121,10 +122,10 @@ MOE_DEVICE void moei_wgmma_store_box(moei_wgmma_pending* p, const moei_wgmma_arg
     if (starts) moei_tensor_store_wait_read();
     moei_named_barrier(2 + consumer, 128);
     switch (q) {
-    case 0: moei_wgmma_write_box(box, p, 0); break;
-    case 1: moei_wgmma_write_box(box, p, 1); break;
-    case 2: moei_wgmma_write_box(box, p, 2); break;
-    default: moei_wgmma_write_box(box, p, 3);
+    case 0: moei_wgmma_write_box(box, p->x); break;
+    case 1: moei_wgmma_write_box(box, p->x + 16); break;
+    case 2: moei_wgmma_write_box(box, p->x + 32); break;
+    default: moei_wgmma_write_box(box, p->x + 48);
     }
     moei_wgmma_sees_copies();
     moei_named_barrier(2 + consumer, 128);

@@ -7,7 +7,8 @@
    which L2 needs (order.cuh).
 
    Three warpgroups: a producer (produce.cuh) fills the ring of stages (ring.cuh), two consumers
-   (consume.cuh) multiply. Called by kernels.inl and k_grouped.cuh. */
+   (consume.cuh) multiply. A gradient has a fourth one, which computes and stores (gradient.cuh).
+   Called by kernels.inl and k_grouped.cuh. */
 #ifndef MOE_GEMM_WGMMA_TILE_CUH
 #define MOE_GEMM_WGMMA_TILE_CUH
 
@@ -18,7 +19,7 @@
 #if MOEI_WGMMA_HERE
 
 /* Computes this block's share of all tiles. All threads of the block call it; blocks 2 i and 2 i + 1
-   are a cluster. dynamic holds the ring, the consumers' moei_wgmma_held with a gradient or boxes
+   are a cluster. dynamic holds the ring, moei_wgmma_handed of both consumers with a gradient or boxes
    where a->boxes, then tile_start.
    Literals: gathered: rows of A are gathered; gradient: the epilogue is that of a gradient.
      1. Initialize the barriers. Build the schedule.
@@ -31,6 +32,7 @@ MOE_DEVICE_BODY void moei_wgmma_block(const moei_wgmma_args* a, unsigned char* d
 {
     const moe_grouped_gemm_args* d = &a->d;
     const int warp = __shfl_sync(MOE_FULL_WARP, moe_warp(), 0); /* uniform to the compiler */
+    moei_wgmma_handed* handed;
     moei_wgmma_ring r;
     moei_wgmma_tiles w;
     r.count = f.stages;
@@ -41,21 +43,25 @@ MOE_DEVICE_BODY void moei_wgmma_block(const moei_wgmma_args* a, unsigned char* d
     w.m = f.a_major == MOE_MAJOR_MN ? a->m : 0;
     w.steps = w.m ? 0 : (d->k + 63) / 64;
     w.cluster_rank = moei_cluster_rank();
-    w.gradient = gradient;
     w.schedule.groups = moei_groups_of(d);
     if (f.a_major == MOE_MAJOR_MN) w.schedule.groups.list = 0; /* k-grouped products have none */
     w.schedule.column_tiles = (d->n + w.columns - 1) / w.columns;
     w.schedule.row_align = 1;
     w.schedule.skip_empty = a->skip_empty;
-    w.schedule.tile_start =
-        (int*)(r.stages + f.stages * MOEI_WGMMA_STAGE +
-               (gradient ? 8 * (int)sizeof(moei_wgmma_held) : a->boxes ? 2 * MOEI_WGMMA_BOX : 0));
+    handed = (moei_wgmma_handed*)(r.stages + f.stages * MOEI_WGMMA_STAGE);
+    w.schedule.tile_start = gradient   ? (int*)(handed + 2)
+                            : a->boxes ? (int*)((unsigned char*)handed + 2 * MOEI_WGMMA_BOX)
+                                       : (int*)handed;
     if (threadIdx.x == 0) { /* 1. */
         for (int i = 0; i < MOEI_WGMMA_STAGES; ++i) {
             moei_barrier_init(s->full + i, gathered ? 129 : 1);
             moei_barrier_init(s->empty + i, 16); /* warps of both blocks' consumers */
         }
         for (int i = 0; i < MOEI_WGMMA_ENTRIES; ++i) moei_barrier_init(s->sent + i, 1);
+        for (int i = 0; i < 2; ++i) {
+            moei_barrier_init(s->handed + i, 4); /* the consumer's warps */
+            moei_barrier_init(s->stored + i, 2); /* the warps that compute */
+        }
         moei_barrier_init(&s->posted, 1);
         moei_barrier_init(&s->taken, 1);
         moei_barrier_visible();
@@ -73,10 +79,15 @@ MOE_DEVICE_BODY void moei_wgmma_block(const moei_wgmma_args* a, unsigned char* d
             else if (gathered) moei_wgmma_produce_gathered(a, r, &w, f);
             else if (warp == 0) moei_wgmma_produce(a, r, &w, f);
             else if (warp == 1) moei_wgmma_find_tiles(a, s, &w);
-        } else {
-            moei_registers_raise(216);
-            moei_wgmma_consume(a, r, __shfl_sync(MOE_FULL_WARP, (int)threadIdx.x / 128 - 1, 0),
-                               gathered, gradient, f);
+        } else if (warp < 12) {
+            if (gradient) moei_registers_raise(168);
+            else moei_registers_raise(216);
+            moei_wgmma_consume(a, r, handed,
+                               __shfl_sync(MOE_FULL_WARP, (int)threadIdx.x / 128 - 1, 0), gathered,
+                               gradient, f);
+        } else if (gradient) {
+            moei_registers_lower(104);
+            moei_wgmma_compute(d, handed, s, f.dtype);
         }
     }
     moei_cluster_sync(); /* 3. */
