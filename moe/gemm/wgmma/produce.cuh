@@ -15,6 +15,8 @@
 #include "../flags.cuh"
 #include "ring.cuh"
 
+#define MOEI_WGMMA_PREFETCH 4 /* steps between a step and the one that is brought into L2 */
+
 #if MOEI_WGMMA_HERE
 
 /* ---- the order of tiles; a whole warp calls these ---- */
@@ -216,6 +218,49 @@ MOE_DEVICE void moei_wgmma_produce(const moei_wgmma_args* a, moei_wgmma_ring r,
     }
     moei_barrier_wait(r.s->empty + r.stage, r.parity ^ 1);
     if (starts) moei_barrier_arrive(r.s->full + r.stage);
+}
+
+/* Begins to bring the operands of the step of depths k .. k + 63 into L2: rows of A for the pairs
+   with the first column, rows of B for the first row tiles. The others read the same at about the
+   same time. One thread calls it. */
+MOE_DEVICE void moei_wgmma_prefetch_step(const moei_wgmma_args* a, const moei_wgmma_tiles* w,
+                                         const moei_wgmma_tile* t, int k, const int b_major)
+{
+    for (int half = 0; half < 2; ++half) {
+        const int row = t->first + half * 128;
+        if (t->column == 0) moei_tensor_prefetch(&a->a, k, t->row + half * 64, t->from.a);
+        if (t->row > t->begin + MOEI_WGMMA_ROWS || (t->shared && half != w->cluster_rank)) continue;
+        if (b_major == MOE_MAJOR_K) {
+            moei_tensor_prefetch(&a->b, k, row, t->from.b[half]);
+        } else {
+            moei_tensor_prefetch(&a->b, row, k, t->from.b[half]);
+            moei_tensor_prefetch(&a->b, row + 64, k, t->from.b[half]);
+        }
+    }
+}
+
+/* One warp, with a gradient, whose ring has a stage less: brings operands into L2 a few steps before
+   they are copied. It sees each stage as consumers do, and releases it. */
+MOE_DEVICE void moei_wgmma_prefetch(const moei_wgmma_args* a, moei_wgmma_ring r,
+                                    const moei_wgmma_tiles* w, const moe_gemm_shape f)
+{
+    for (int turn = 0;; ++turn) {
+        moei_wgmma_tile t;
+        moei_barrier_wait(r.s->full + r.stage, r.parity);
+        t = moei_wgmma_read(r.s, turn);
+        if (t.expert < 0) break;
+        for (int i = 0; i < t.steps; ++i) {
+            moei_barrier_wait(r.s->full + r.stage, r.parity);
+            __syncwarp(MOE_FULL_WARP); /* all lanes have seen the phase, which may end now */
+            if (moe_lane() == 0) {
+                moei_barrier_arrive(r.s->empty + r.stage);
+                if (i + MOEI_WGMMA_PREFETCH < t.steps)
+                    moei_wgmma_prefetch_step(a, w, &t, (i + MOEI_WGMMA_PREFETCH) * 64, f.b_major);
+            }
+            __syncwarp(MOE_FULL_WARP);
+            moei_wgmma_next(&r);
+        }
+    }
 }
 
 /* ---- gathered rows ---- */

@@ -55,7 +55,8 @@ MOE_DEVICE_BODY void moei_wgmma_block(const moei_wgmma_args* a, unsigned char* d
     if (threadIdx.x == 0) { /* 1. */
         for (int i = 0; i < MOEI_WGMMA_STAGES; ++i) {
             moei_barrier_init(s->full + i, gathered ? 129 : 1);
-            moei_barrier_init(s->empty + i, 16); /* warps of both blocks' consumers */
+            /* warps of both blocks' consumers, and of a gradient the one that prefetches */
+            moei_barrier_init(s->empty + i, gradient && !gathered ? 17 : 16);
         }
         for (int i = 0; i < MOEI_WGMMA_ENTRIES; ++i) moei_barrier_init(s->sent + i, 1);
         for (int i = 0; i < 2; ++i) {
@@ -79,6 +80,7 @@ MOE_DEVICE_BODY void moei_wgmma_block(const moei_wgmma_args* a, unsigned char* d
             else if (gathered) moei_wgmma_produce_gathered(a, r, &w, f);
             else if (warp == 0) moei_wgmma_produce(a, r, &w, f);
             else if (warp == 1) moei_wgmma_find_tiles(a, s, &w);
+            else if (warp == 2 && gradient) moei_wgmma_prefetch(a, r, &w, f);
         } else if (warp < 12) {
             if (gradient) moei_registers_raise(168);
             else moei_registers_raise(216);
