@@ -91,7 +91,10 @@ template <class Type> inline cudaError_t cudaMalloc(Type** p, size_t bytes)
     *p = nullptr;
     if (e || !bytes) return e;
     if (bytes <= MOEH_MEMORY) *p = (Type*)moeh_poisoned(bytes, 256);
-    return *p ? cudaSuccess : cudaErrorMemoryAllocation;
+    if (!*p) return cudaErrorMemoryAllocation;
+    moeh_get().memory[(void*)*p] = bytes;
+    moeh_get().taken += bytes;
+    return cudaSuccess;
 }
 
 inline cudaError_t cudaFree(void* p)
@@ -99,15 +102,17 @@ inline cudaError_t cudaFree(void* p)
     cudaError_t e = p ? moeh_unsafe() : cudaSuccess;
     if (!p || e != moeh_get().sticky) return e;
     e = moeh_wait_for([](const moeh_stream*) { return true; });
+    moeh_get().taken -= moeh_get().memory[p];
+    moeh_get().memory.erase(p);
     free(p);
     return e;
 }
 
-/* Reports what one allocation may take; what is taken already is not counted. */
+/* Reports what one allocation may take, less what is taken already. */
 inline cudaError_t cudaMemGetInfo(size_t* available, size_t* total)
 {
     *total = MOEH_MEMORY;
-    *available = MOEH_MEMORY;
+    *available = MOEH_MEMORY - std::min(MOEH_MEMORY, moeh_get().taken);
     return cudaSuccess;
 }
 

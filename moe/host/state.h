@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <deque>
 #include <functional>
+#include <map>
 #include <memory>
 #include <numeric>
 #include <random>
@@ -162,6 +163,8 @@ struct moeh_sched {
     uint64_t spin_limit = 100000000;   /* polls that fail a run */
     cudaError_t sticky = cudaSuccess;  /* error of a failed run */
     std::string report;
+    std::map<void*, size_t> memory;  /* bytes of each cudaMalloc that is not freed */
+    size_t taken = 0;                /* all of them */
     std::set<const void*> preloaded; /* kernels that moe_preload_kernel was given */
     bool preload_only = false;       /* 1: a launch of others fails the run */
     std::set<const void*> launched;  /* kernels launched while preload_only was 1 */

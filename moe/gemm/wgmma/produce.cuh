@@ -5,7 +5,8 @@
    The two blocks of a cluster compute pairs of tiles (order.cuh). Block 0 takes the next number
    from a counter in global memory, and sends it to block 1.
 
-   Rows in order: one warp starts the copies, and a second one finds the next tile meanwhile.
+   Rows in order: one warp starts the copies, and a second one finds the next tile meanwhile. With a
+   gradient a third one brings operands into L2, some steps ahead.
    Gathered rows: all four warps copy. In the middle of a tile warp 0 finds the next one, and each
    thread loads row_index of one of its lines: the first copies of a tile can then start at once.
    Otherwise the ring would run empty between two tiles. */
