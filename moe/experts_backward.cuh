@@ -35,7 +35,8 @@
    not read. A number that clamped SwiGLU clamps has gradient 0.
 
    Numerics: products in fp32; dpre, a and rows rounded once to their dtype; sums in a fixed order:
-   equal inputs give equal bits.
+   equal inputs give equal bits. On wgmma d is rounded to 11 bits before it is used, so dweights has
+   errors of 2^-11 of its terms (docs/numerics.md).
    Cost: 12 R H I flops (8 not gated), at most ten launches. Scratch: act [R, I], dot [R, I / 64]; dpre
    is written over pre unless it has memory of its own. Minimum architecture: sm_75 (fp16), sm_80
    (bf16).
