@@ -14,8 +14,9 @@
 #endif
 #include "moe/moe.h"
 #include "moe/moe.cuh"
-#include "moe/gemm/grouped_gradient.cuh"
-#include "moe/gemm/k_grouped.cuh"
+#include "moe/balance_loss.cuh"
+#include "moe/combine_backward.cuh"
+#include "moe/layer_backward.cuh"
 #include "moe/ref/ref.h"
 
 #include <stdio.h>

@@ -24,6 +24,8 @@
    test_null             null and refused structs are empty and run nothing */
 #include "tests/test.h"
 
+#include "moe/balance_loss.cuh"
+#include "moe/combine_backward.cuh"
 #include "moe/layer_backward.cuh"
 #include "moe/moe.cuh"
 
