@@ -20,7 +20,9 @@
    gradient by it, so the experts' rows are not needed. The gradient of the residual is dy itself;
    where the residual is x, set dx_accumulate and let dx hold dy before the call, or be dy.
 
-   In:   dy [T, H]; the descriptor of the forward, with x, weights and `saved` unchanged since
+   In:   dy [T, H]; the descriptor of the forward. Unchanged since then: x, weights, `saved`, and what of
+         these is given: logits, ids, weights of slots, shared.weight, route.slot_row and row_weight,
+         the gate's expert_disabled, token_disabled and seed_offset (move it after backward)
    Out:  dx, drouter, dlogits, dweights, dw1, dw2, dbias1, dbias2, those of the shared expert; each
          unless null. Gradients of weights in dtype or fp32, overwritten or added to (accumulate).
          dx may be dy. Otherwise no output may overlap another buffer of either pass
@@ -29,7 +31,8 @@
 
    The choice of experts has no gradient (gate_backward.cuh); noise and dropout are those of the
    forward. A slot without a row has dweights of 0. A padding row changes no sum, whatever it holds;
-   nor does the x or dy of a token in gate.token_disabled, the shared expert's sums included.
+   nor does the x or dy of a token in gate.token_disabled, the shared expert's sums included. The dx of
+   such a token is zeros, or as it is with dx_accumulate, though its y has the shared row.
    Options of the forward are followed: replicas, padding, capacity, shared expert, every activation,
    gate and up concatenated, interleaved or separate, tables of pointers.
 
@@ -155,10 +158,11 @@ MOE_HOST moe_status moei_layer_backward_prepare(const moe_layer_backward_desc* d
         MOE_TRY(
             moei_layer_backward_rename_shared(moe_experts_backward_prepare(&b.shared, &p->shared)));
     }
-    if (b.w.shared_slot) {
-        const moe_launch_config c = moe_grid((b.l.shared.num_rows + MOEI_LAYER_TOKENS_THREADS - 1) /
-                                                 MOEI_LAYER_TOKENS_THREADS,
-                                             MOEI_LAYER_TOKENS_THREADS, 0, 0);
+    if (b.w.shared_slot && desc->layer.num_tokens > 0) {
+        const moe_launch_config c =
+            moe_grid(((int64_t)desc->layer.num_tokens + MOEI_LAYER_TOKENS_THREADS - 1) /
+                         MOEI_LAYER_TOKENS_THREADS,
+                     MOEI_LAYER_TOKENS_THREADS, 0, 0);
         p->tokens.token_disabled = desc->layer.gate.token_disabled;
         p->tokens.slot = b.w.shared_slot;
         p->tokens.num_tokens = desc->layer.num_tokens;

@@ -10,7 +10,7 @@
    where it is stored: (w P) dv, with w P in fp32. On wgmma P itself is rounded (wgmma/gradient.cuh).
 
    Each path adds up dot in one order, whatever the tile: first a lane's neighbours, ascending; then
-   lanes, 32 columns; then two of these sums. */
+   lanes. On WMMA these have 32 columns, and two such sums are added last; on wgmma 64. */
 #ifndef MOE_GEMM_GRADIENT_CUH
 #define MOE_GEMM_GRADIENT_CUH
 
@@ -127,7 +127,7 @@ MOE_DEVICE float moei_gradient_words(moei_gradient_pre* pre, float* p, const int
     MOE_UNROLL
     for (int i = 0; i < 2 * words; ++i) {
         sum = fmaf(p[i], v[i], sum);
-        p[i] *= weight * unit;
+        p[i] = p[i] * unit * weight;
         u[i] *= p[i];
         s[i] *= p[i];
         v[i] *= weight;

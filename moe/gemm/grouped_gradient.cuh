@@ -17,8 +17,8 @@
    Out:  C [R, n], gated [R, 2n], which may be pre itself; act [R, n]; dot [R, ceil(n / 64)] fp32
    Options, paths, ready and done, order of sums, bits: as grouped.cuh. Without bias and accumulate.
    dot has one order of addition for each path. P is in fp32; on wgmma it is rounded to 11 bits on its
-   way to the activation, relative to itself, or where it is below 2^-29 of its row's largest number
-   (of 256 columns), to 2^-40 of that.
+   way to the activation; where it is below 2^-28 of its row's largest number (of 256 columns), with an
+   error of at most 2^-39 of that.
 
    Cost: 2 * R * n * k flops; reads pre and writes C and act once. One launch, and a memset of 4
    bytes with a workspace. Minimum architecture: sm_75 (fp16), sm_80 (bf16).

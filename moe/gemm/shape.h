@@ -14,7 +14,7 @@ typedef struct moe_gemm_shape {
     int32_t dtype;                  /* of A and B: MOE_FP16 or MOE_BF16 */
     int32_t a_major, b_major;       /* MOE_MAJOR_K or MOE_MAJOR_MN */
     int32_t wm, wn, threads;        /* m and n of a warp tile, with WMMA at most 64; threads of a
-                                       block, with wgmma the producer's too */
+                                       block, with wgmma all warpgroups' */
     int32_t terms;                  /* 1; or 2, 3: B is a sum of `terms` matrices, and a stage has
                                        the tile of each (router/bf16_split.cuh) */
 } moe_gemm_shape;

@@ -20,7 +20,8 @@ typedef struct moe_layer_backward_desc {
                              workspace may be another, of moe_layer_backward_workspace bytes */
     /* in */
     const void* dy;            /* [T, H] dtype, 16-byte aligned: gradient of a loss by y */
-    const float* balance_grad; /* [E + 1] of balance_loss.cuh; null: no balance losses */
+    const float* balance_grad; /* [E + 1] of balance_loss.cuh; null: no balance losses. With the
+                                  caller's logits dlogits has their gradient, and is required */
     int64_t dy_stride;         /* elements between rows; 0 = H; multiple of 8 */
     /* out, gradients of the same loss; null: not computed */
     void* dx;             /* [T, H] dtype, 16-byte aligned; may be dy itself */

@@ -299,6 +299,8 @@ MOE_HOST moe_status moei_layer_backward_resolve(const moe_layer_backward_desc* d
     MOE_TRY(moei_layer_backward_check_options(d, &b->o));
     b->has_router = b->o.has_router && (d->dx || d->drouter);
     b->has_gate = b->o.has_gate && (b->has_router || d->dlogits);
+    /* the losses would change no gradient; a frozen router has none */
+    MOE_REQUIRE(!d->balance_grad || b->has_gate || b->o.has_router, MOE_ERR_CONFLICT, balance_grad);
     moei_layer_list_saved(f, &b->o, &b->saved);
     moei_layer_given(f, &b->o, &b->v);
     moei_layer_carve_saved(f, &b->o, (char*)f->saved, 1, &b->v, &bytes, 0);

@@ -226,7 +226,7 @@ static void gradient_exact_new(gradient_exact* x, const gradient_bufs* b, const 
         for (int j = 0; j < n; ++j) {
             double error = tsum_error(p_abs[i * n + j], c->g.k);
             if (c->g.path == MOE_GEMM_PATH_WGMMA) /* P is handed over as scaled fp16 */
-                error += ldexp(fabs(p[i * n + j]) + error, -11) + ldexp(largest, -40);
+                error += ldexp(fabs(p[i * n + j]) + error, -11) + ldexp(largest, -39);
             const double v = reads ? moe_load(pre, i * columns + j, c->g.dtype) : 0;
             const double u = reads && gated ? moe_load(pre, i * columns + n + j, c->g.dtype) : 0;
             gradient_bound(x, c, i, j, v, u, p[i * n + j], error, w);
@@ -433,7 +433,7 @@ static void test_gradient_infinite(void)
 }
 
 /* What P of an expert is, in column j, in a row where A is 1: on wgmma numbers of a row are exact
-   within a factor of 2^29. */
+   within a factor of 2^28. */
 static float extreme_of(int expert, int j, int dtype)
 {
     const float least = dtype == MOE_FP16 ? ldexpf(1, -14) : ldexpf(1, -125);

@@ -3,12 +3,12 @@
 
    A fourth warpgroup computes it, so that the tensor cores go on with the next tile. At the end of a
    tile a consumer hands P of its 64 rows over in shared memory, and two warps take it: one has the
-   even rows, the other the odd ones. A lane has 8 neighbouring columns of a row, 16 bytes of pre, of
-   C and of act; a warp 256 columns, a row of the tile. pre of the next rows is loaded meanwhile.
+   even rows, the other the odd ones. A lane has 8 neighbouring columns of a row, 16 bytes of gates,
+   of ups and of act; a warp 256 columns, a row of the tile. pre of the next rows is loaded meanwhile.
 
    P is handed over in 16 bits, as fp16 times a power of two for each row of a tile: the largest
-   finite number of the row has exponent 14. So P is rounded to 11 bits, and numbers below 2^-29 of
-   the largest to a multiple of 2^-40 of it. */
+   finite number of the row has exponent 14. So P is rounded to 11 bits; numbers below 2^-28 of the
+   largest have an error of at most 2^-39 of it. */
 #ifndef MOE_GEMM_WGMMA_GRADIENT_CUH
 #define MOE_GEMM_WGMMA_GRADIENT_CUH
 
@@ -23,11 +23,17 @@
 /* ---- consumers ---- */
 
 /* Returns the power of two that brings `largest`, a finite number >= 0, to exponent 14; at most
-   2^126, whose inverse is a number too. */
+   2^126, whose inverse is a number too. 0: 1. */
 MOE_DEVICE float moei_wgmma_scale(float largest)
 {
-    const int exponent = 268 - (int)(__float_as_uint(largest) >> 23);
+    const int exponent = largest > 0.0f ? 268 - (int)(__float_as_uint(largest) >> 23) : 127;
     return __uint_as_float((uint32_t)(exponent < 253 ? exponent : 253) << 23);
+}
+
+/* Returns the inverse of a power of two that moei_wgmma_scale gives, exactly. */
+MOE_DEVICE float moei_wgmma_inverse(float scale)
+{
+    return __uint_as_float((254u << 23) - __float_as_uint(scale));
 }
 
 /* Returns the largest |v| of one row in the warp, finite: 1: of finite numbers alone. below: 0: row
@@ -75,8 +81,8 @@ MOE_DEVICE void moei_wgmma_hand_over(moei_wgmma_handed* h, moei_wgmma_shared* s,
         moei_wgmma_write_box(h->p + q * MOEI_WGMMA_BOX, x);
     }
     if ((moe_lane() & 3) == 0) {
-        h->unit[line] = 1.0f / scale[0];
-        h->unit[line + 8] = 1.0f / scale[1];
+        h->unit[line] = moei_wgmma_inverse(scale[0]);
+        h->unit[line + 8] = moei_wgmma_inverse(scale[1]);
     }
     if (threadIdx.x % 128 == 0) h->row = row, h->rows = rows, h->first = first;
     __syncwarp(MOE_FULL_WARP);

@@ -227,9 +227,12 @@ MOE_DEVICE void moei_wgmma_produce(const moei_wgmma_args* a, moei_wgmma_ring r,
 MOE_DEVICE void moei_wgmma_prefetch_step(const moei_wgmma_args* a, const moei_wgmma_tiles* w,
                                          const moei_wgmma_tile* t, int k, const int b_major)
 {
+    const int rows = moei_wgmma_rows(t);
+    if (rows == 0 && !t->shared) return;
     for (int half = 0; half < 2; ++half) {
         const int row = t->first + half * 128;
-        if (t->column == 0) moei_tensor_prefetch(&a->a, k, t->row + half * 64, t->from.a);
+        if (t->column == 0 && rows > half * 64)
+            moei_tensor_prefetch(&a->a, k, t->row + half * 64, t->from.a);
         if (t->row > t->begin + MOEI_WGMMA_ROWS || (t->shared && half != w->cluster_rank)) continue;
         if (b_major == MOE_MAJOR_K) {
             moei_tensor_prefetch(&a->b, k, row, t->from.b[half]);
@@ -241,7 +244,7 @@ MOE_DEVICE void moei_wgmma_prefetch_step(const moei_wgmma_args* a, const moei_wg
 }
 
 /* One warp, with a gradient, whose ring has a stage less: brings operands into L2 a few steps before
-   they are copied. It sees each stage as consumers do, and releases it. */
+   they are copied. It sees each stage as consumers do, and releases it to its own block alone. */
 MOE_DEVICE void moei_wgmma_prefetch(const moei_wgmma_args* a, moei_wgmma_ring r,
                                     const moei_wgmma_tiles* w, const moe_gemm_shape f)
 {

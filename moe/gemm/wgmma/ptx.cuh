@@ -179,15 +179,6 @@ MOE_DEVICE void moei_tensor_load(void* dst, const moei_tensor_map* map, int x, i
                  : "memory");
 }
 
-/* Begins to bring the same box into L2. */
-MOE_DEVICE void moei_tensor_prefetch(const moei_tensor_map* map, int x, int y, uint64_t distance)
-{
-    asm volatile(
-        "cp.async.bulk.prefetch.tensor.4d.L2.global.tile [%0, {%1, %2, %3, %4}];" ::"l"(map),
-        "r"(x), "r"(y), "r"(moei_tensor_vector(distance)), "r"(moei_tensor_group(distance))
-        : "memory");
-}
-
 /* The same into both blocks of the cluster, at the same places of their shared memory. */
 MOE_DEVICE void moei_tensor_load_both(void* dst, const moei_tensor_map* map, int x, int y,
                                       uint64_t distance, uint64_t* bar)
@@ -198,6 +189,15 @@ MOE_DEVICE void moei_tensor_load_both(void* dst, const moei_tensor_map* map, int
                  "l"(map), "r"(x), "r"(y), "r"(moei_tensor_vector(distance)),
                  "r"(moei_tensor_group(distance)), "r"(moei_shared_address(bar)), "h"((uint16_t)3)
                  : "memory");
+}
+
+/* Begins to bring such a box into L2. One thread calls it. */
+MOE_DEVICE void moei_tensor_prefetch(const moei_tensor_map* map, int x, int y, uint64_t distance)
+{
+    asm volatile(
+        "cp.async.bulk.prefetch.tensor.4d.L2.global.tile [%0, {%1, %2, %3, %4}];" ::"l"(map),
+        "r"(x), "r"(y), "r"(moei_tensor_vector(distance)), "r"(moei_tensor_group(distance))
+        : "memory");
 }
 
 /* Starts to store a box, in shared memory as moei_tensor_load leaves it, at column x, row y of the

@@ -11,7 +11,8 @@
 
    Two blocks of a cluster have rings of their own that run in step: half of a stage's B may arrive
    from the other block. Barriers of a stage: `full` completes when all of the stage has arrived;
-   `empty` when the warps of all consumers of both blocks have read their stage of this number. */
+   `empty` when the warps of all consumers of both blocks have read their stage of this number, and,
+   with a gradient and rows in order, the block's own warp that prefetches has seen it. */
 #ifndef MOE_GEMM_WGMMA_RING_CUH
 #define MOE_GEMM_WGMMA_RING_CUH
 

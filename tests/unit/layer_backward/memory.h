@@ -131,6 +131,7 @@ static void test_backward_recompute(void)
         void* first[8];
         void* dx;
         c.f.from = i % 3, c.f.bias = 1, c.gather = 1 + i % 2;
+        if (i % 2) c.f.tile = MOE_TILE_AUTO;
         bufs_begin(&b, &c, &r);
         run_both(&b, &c);
         tbufs_copy(GRADS(&b), first);

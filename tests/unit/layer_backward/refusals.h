@@ -50,6 +50,9 @@ static void test_backward_refusals(void)
         } else {
             REFUSED(d.dlogits = (float*)AT(d.dlogits, 2), MOE_ERR_ALIGN, dlogits);
             REFUSED(d.balance_grad = (float*)AT(d.balance_grad, 2), MOE_ERR_ALIGN, balance_grad);
+            if (from == FROM_LOGITS)
+                REFUSED((d.dlogits = 0, d.balance_grad = (float*)b.balance.p), MOE_ERR_CONFLICT,
+                        balance_grad);
         }
         REFUSED(d.layer.x = 0, MOE_ERR_NULL, x);
         REFUSED(d.dy = 0, MOE_ERR_NULL, dy);

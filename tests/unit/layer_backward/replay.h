@@ -99,6 +99,7 @@ static void test_backward_graph(void)
         grads_bufs b;
         tgraph g;
         c.f.from = i, c.gather = 1 + i % 2, c.f.shared = i == 1 ? 24 : 0, c.recompute = i == 2;
+        if (i < 2) c.f.tile = MOE_TILE_AUTO;
         bufs_begin(&b, &c, &r);
         CHECK_STATUS(call_both(&b, test_now.stream), MOE_OK);
         if (tgraph_capture(&g, call_both, &b)) {
@@ -142,6 +143,7 @@ static void test_backward_hashes(void)
         grads_case c = grads_of(normal_case(24, 32, 24, 5, 2));
         grads_bufs b;
         c.f.shared = 24, c.f.shared_weighted = 1, c.f.bias = c.f.shared_bias = 1;
+        c.f.tile = MOE_TILE_AUTO;
         bufs_begin(&b, &c, &r);
         hash[turn] = 0xcbf29ce484222325u;
         for (int step = 0; step < (MOE_ON_HOST && !test_long() ? 20 : 1000); ++step) {
@@ -259,6 +261,15 @@ static void test_backward_no_tokens(void)
         grads_case c = grads_of(normal_case(0, 64, 40, 4, 2));
         c.f.from = i % 3, c.f.shared = i % 2 ? 40 : 0, c.accumulate = i / 3;
         run_grads(&c, &r);
+        if (c.f.from != FROM_IDS && c.f.shared) { /* a shared expert, and disabled tokens */
+            grads_bufs b;
+            bufs_begin(&b, &c, &r);
+            b.f.d.gate.token_disabled = (const uint8_t*)b.f.x.p;
+            tbuf_free(&b.saved);
+            grads_describe(&b, &c);
+            CHECK_STATUS(call_both(&b, test_now.stream), MOE_OK);
+            bufs_end(&b);
+        }
     }
 }
 

@@ -36,6 +36,7 @@ static void test_backward_random(void)
         if (trand_int(&r, 0, 1)) f->dtype = f->router_dtype = MOE_FP16;
         if (trand_int(&r, 0, 2) == 0) f->router_dtype = MOE_FP32;
         f->rows_dtype = trand_int(&r, 0, 3) ? 0 : MOE_FP32;
+        if (trand_int(&r, 0, 1)) f->tile = MOE_TILE_AUTO; /* Hopper's path, where it runs */
         f->activation = (int)trand_int(&r, 0, MOE_ACTIVATION_RELU2);
         f->gate_up = (int)trand_int(&r, MOE_GATE_UP_CONCATENATED, MOE_GATE_UP_SEPARATE);
         f->major = f->gate_up == MOE_GATE_UP_INTERLEAVED ? MOE_MAJOR_K : (int)trand_int(&r, 1, 2);
@@ -70,6 +71,18 @@ static void test_backward_random(void)
         c.gather = (int)trand_int(&r, 0, 2);
         c.none = trand_int(&r, 0, 3) ? 0 : (int)trand_int(&r, 1, 2);
         c.dy_pad = 8 * (int)trand_int(&r, 0, 1), c.dx_pad = 8 * (int)trand_int(&r, 0, 1);
+        if (f->from == FROM_LOGITS && c.none == 1) c.balance = 0; /* refused without dlogits */
+        run_grads(&c, &r);
+    }
+}
+
+/* Wide experts, whose rows are copied first where the path is Hopper's. */
+static void test_backward_wide(void)
+{
+    trand r = trand_new(4);
+    for (int i = 0; i < 2; ++i) {
+        grads_case c = grads_of(normal_case(MOE_ON_HOST ? 12 : 90, 40, 520, 3, 2));
+        c.f.tile = MOE_TILE_AUTO, c.f.bias = 1, c.recompute = i, c.f.shared = i ? 24 : 0;
         run_grads(&c, &r);
     }
 }
@@ -102,6 +115,7 @@ static void layer_backward_values(void)
     RUN(test_backward_forward);
     RUN(test_backward_sources);
     RUN(test_backward_random);
+    RUN(test_backward_wide);
 }
 
 #endif
