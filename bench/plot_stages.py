@@ -18,18 +18,16 @@ WIDTH, BAR, ROW, LEFT, TOP = 900, 26, 62, 12, 44
 
 def read(path):
     """[(shape, [(pass, stage, units)], units of the step)]"""
-    shapes, unit = [], 1.0
+    shapes, unit = [], 0.0  # 0: a shape without dense products to compare with, which is left out
     with open(path, newline="") as f:
         for r in csv.reader(f):
             what = r[0].strip()
             if what.startswith("T "):
                 shapes.append([what, [], 0.0])
-            elif shapes and what == STEP:
-                ms, share = float(r[1]), float(r[4])
-                if share <= 0:
-                    sys.exit(f"{path}: {shapes[-1][0]}: no dense products to compare with")
-                shapes[-1][2], unit = share, ms / share
-            elif shapes and what.split(", ")[0] in SHADES and len(what.split(", ")) == 2 and r[5].startswith("forward"):
+                unit = 0.0
+            elif shapes and what == STEP and float(r[4]) > 0:
+                shapes[-1][2], unit = float(r[4]), float(r[1]) / float(r[4])
+            elif unit > 0 and what.split(", ")[0] in SHADES and len(what.split(", ")) == 2 and r[5].startswith("forward"):
                 shapes[-1][1].append((*what.split(", "), float(r[1]) / unit))
     return [tuple(s) for s in shapes if s[1]]
 
