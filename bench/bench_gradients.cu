@@ -103,7 +103,7 @@ MOE_KERNEL(64, 1) check_gradient(MOE_ARG(gradient_args) a)
         p += x;
         size += fabs(x);
     }
-    error = (d->k / 16.0 + 2.0) * 1.1920929e-7 * size + 4e-6 * fabs(p);
+    error = (d->k / 16.0 + 2.0) * 1.1920929e-7 * size + fabs(p) / 2000; /* wgmma rounds p */
     worst = gradient_ratio(d->c, row + j, w * p * dv, fabs(w * dv) * error);
     worst =
         fmaxf(worst, gradient_ratio(d->c, row + d->n + j, w * p * silu, fabs(w * silu) * error));

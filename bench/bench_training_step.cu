@@ -164,7 +164,8 @@ static void update(const step* s, cudaStream_t stream)
     for (int i = 0; i < 3; ++i) {
         rows_args a;
         memset(&a, 0, sizeof a);
-        a.a = s->grad[i], a.c = s->weight[i], a.n = s->numbers[i], a.rate = 1e-9f;
+        a.a = s->grad[i], a.c = s->weight[i], a.n = s->numbers[i],
+        a.rate = 1e-20f; /* both ways keep the same weights */
         run_rows(sgd, (a.n / 8 + 255) / 256, &a, stream);
     }
 }

@@ -85,8 +85,7 @@ MOE_DEVICE void moei_wgmma_hand_over(moei_wgmma_handed* h, moei_wgmma_shared* s,
         h->unit[line + 8] = moei_wgmma_inverse(scale[1]);
     }
     if (threadIdx.x % 128 == 0) h->row = row, h->rows = rows, h->first = first;
-    __syncwarp(MOE_FULL_WARP);
-    if (moe_lane() == 0) moei_barrier_arrive(s->handed + consumer);
+    moei_barrier_arrive(s->handed + consumer);
 }
 
 /* Tells the warps that there are no more tiles. The warpgroup calls it. */
@@ -95,8 +94,7 @@ MOE_DEVICE void moei_wgmma_hand_end(moei_wgmma_handed* h, moei_wgmma_shared* s, 
 {
     moei_barrier_wait(s->stored + consumer, (turn & 1) ^ 1);
     if (threadIdx.x % 128 == 0) h->rows = 0;
-    __syncwarp(MOE_FULL_WARP);
-    if (moe_lane() == 0) moei_barrier_arrive(s->handed + consumer);
+    moei_barrier_arrive(s->handed + consumer);
 }
 
 /* ---- the fourth warpgroup ---- */
@@ -179,8 +177,7 @@ MOE_DEVICE void moei_wgmma_compute(const moe_grouped_gemm_args* d, const moei_wg
             if (part == 0 && moe_lane() == 0)
                 moei_done_count(d, h->row, h->row + rows, left < 256 ? left : 256);
         }
-        __syncwarp(MOE_FULL_WARP); /* all lanes have read P */
-        if (moe_lane() == 0) moei_barrier_arrive(s->stored + consumer);
+        moei_barrier_arrive(s->stored + consumer);
     }
 }
 

@@ -60,8 +60,8 @@ MOE_DEVICE_BODY void moei_wgmma_block(const moei_wgmma_args* a, unsigned char* d
         }
         for (int i = 0; i < MOEI_WGMMA_ENTRIES; ++i) moei_barrier_init(s->sent + i, 1);
         for (int i = 0; i < 2; ++i) {
-            moei_barrier_init(s->handed + i, 4); /* the consumer's warps */
-            moei_barrier_init(s->stored + i, 2); /* the warps that compute */
+            moei_barrier_init(s->handed + i, 128); /* the consumer's threads */
+            moei_barrier_init(s->stored + i, 64);  /* those of the two warps that compute */
         }
         moei_barrier_init(&s->posted, 1);
         moei_barrier_init(&s->taken, 1);
