@@ -6,6 +6,8 @@
    reads half of these bytes and writes the other half. */
 #include "bench.h"
 
+#include "../moe/balance_loss.cuh"
+#include "../moe/gate_backward.cuh"
 #include "../moe/ref/ref.h"
 
 enum { CALLS = 24, VERIFIED = 512 }; /* calls of a graph; tokens that are verified */

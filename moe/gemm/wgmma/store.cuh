@@ -9,6 +9,7 @@
 #define MOE_GEMM_WGMMA_STORE_CUH
 
 #include "../../base/copy.cuh"
+#include "../../base/numeric.cuh"
 #include "ring.cuh"
 
 #if MOEI_WGMMA_HERE
