@@ -26,30 +26,17 @@ typedef struct moei_gradient_row {
     bool read;    /* the row is the expert's and has a row of A: pre and row_weight are read */
 } moei_gradient_row;
 
-/* Returns the index of row m of C in row_weight; without a row of A any number. there: the row is
-   the expert's; otherwise m is any number. */
-MOE_DEVICE int moei_gradient_index(const moe_grouped_gemm_args* d, int m, bool there)
-{
-    return there && d->row_index ? d->row_index[m] : m;
-}
-
-/* Returns row m of C, whose index is `index`. there: as above. */
-MOE_DEVICE moei_gradient_row moei_gradient_row_at(const moe_grouped_gemm_args* d, int m, bool there,
-                                                  int index)
+/* Returns row m of C. there: the row is the expert's; otherwise m is any number. */
+MOE_DEVICE moei_gradient_row moei_gradient_row_of(const moe_grouped_gemm_args* d, int m, bool there)
 {
     const float* weight = d->gradient.row_weight;
+    const int index = there && d->row_index ? d->row_index[m] : m; /* in row_weight */
     moei_gradient_row r;
     r.row = m;
     r.there = there;
     r.read = there && (!d->row_index || (index >= 0 && index < d->a_rows * d->row_div));
     r.weight = r.read && weight ? weight[index] : 1.0f;
     return r;
-}
-
-/* Returns row m of C. there: as above. */
-MOE_DEVICE moei_gradient_row moei_gradient_row_of(const moe_grouped_gemm_args* d, int m, bool there)
-{
-    return moei_gradient_row_at(d, m, there, moei_gradient_index(d, m, there));
 }
 
 /* Elements of pre, two a word: gates and ups, or numbers and zeros. Afterwards those of C, and the

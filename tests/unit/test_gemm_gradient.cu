@@ -410,9 +410,13 @@ static void test_gradient_infinite(void)
         gradient_case c = gradient_normal(1, rows, 136, 40, MOE_ACTIVATION_RELU2);
         gradient_bufs b;
         float* dot;
+        void* got;
         int wrong = 0;
         if (!gradient_on(&c, which) || test_gemm_status(c.g.dtype, c.g.tile) != MOE_OK) continue;
+        c.weight = 1;
         gradient_bufs_new(&b, &c, &r);
+        b.h_weight[5] = ldexpf(1, -40); /* infinite all the same */
+        tbuf_put(&b.weight, b.h_weight);
         for (int k = 0; k < c.g.k; ++k)
             moe_store(b.b.h_a, 5 * c.g.k + k, c.g.dtype, k ? 0 : INFINITY);
         for (int j = 0; j < c.g.n; ++j) {
@@ -426,8 +430,11 @@ static void test_gradient_infinite(void)
         dot = (float*)tbuf_copy(&b.dot);
         for (int i = 0; i < rows[0] * b.parts; ++i)
             wrong += i / b.parts == 5 ? dot[i] != INFINITY : !isfinite(dot[i]);
-        CHECK(wrong == 0, "%d parts: %s", wrong, gradient_text(&c));
-        free(dot);
+        got = tbuf_copy(&b.c);
+        for (int j = 0; j < c.g.n; ++j)
+            wrong += moe_load(got, 5 * (int64_t)b.columns + j, c.g.dtype) != INFINITY;
+        CHECK(wrong == 0, "%d parts or elements: %s", wrong, gradient_text(&c));
+        TFREE(dot, got);
         gradient_bufs_free(&b);
     }
 }
