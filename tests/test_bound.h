@@ -11,6 +11,23 @@ MOEI_UNUSED static double tsum_error(double abs_sum, int terms)
     return (terms / 16.0 + 2) * ldexp(1, -23) * abs_sum;
 }
 
+/* The bound of CHECK_CLOSE for sums of `terms` numbers in fp32, whose error is that of numbers as
+   large as the largest result. got, exact and ideal are dense. */
+#define CHECK_CLOSE_SUMS(what, got, exact, ideal, terms, rows, cols)                               \
+    tclose_sums((what), (got), (exact), (ideal), (terms), (rows), (cols), __FILE__, __LINE__)
+MOEI_UNUSED static int tclose_sums(const char* what, const float* got, const double* exact,
+                                   const double* ideal, int64_t terms, int64_t rows, int64_t cols,
+                                   const char* file, int line)
+{
+    double off = 0, largest = 0, bound;
+    for (int64_t i = 0; i < rows * cols; ++i) {
+        off = fmax(off, fabs(ideal[i] - exact[i]));
+        largest = fmax(largest, fabs(exact[i]));
+    }
+    bound = 2 * off + 1e-5 + tsum_error(largest, (int)terms);
+    return test_within(what, got, MOE_FP32, cols, exact, &bound, 0, rows, cols, file, line);
+}
+
 /* How far an activation is off where its arguments are: as far as at the corners of what that
    allows, some ulp of the function and the rounding of its exponent. */
 MOEI_UNUSED static double tactivation_error(int activation, float alpha, float limit, double v,

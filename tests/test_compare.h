@@ -26,10 +26,12 @@ MOEI_UNUSED static double test_rounded(double v, int dtype)
 }
 
 /* Shared by the comparisons: |got - exact| <= bound[i], or <= bound[0] where `each` is 0. The
-   worst element of each of the first bad rows is printed. */
-MOEI_UNUSED static int test_within(const char* what, const void* got, int dtype, int64_t stride,
-                                   const double* exact, const double* bound, int each, int64_t rows,
-                                   int64_t cols, const char* file, int line)
+   worst element of each of the first bad rows is printed. zero: 1: all may be about zero, by rule
+   or, where there are few, by chance. */
+MOEI_UNUSED static int test_compared(const char* what, const void* got, int dtype, int64_t stride,
+                                     const double* exact, const double* bound, int each,
+                                     int64_t rows, int64_t cols, int zero, const char* file,
+                                     int line)
 {
     int64_t bad_rows = 0;
     double worst = 0, largest = 0, widest = 0;
@@ -50,25 +52,35 @@ MOEI_UNUSED static int test_within(const char* what, const void* got, int dtype,
         }
         if (at >= 0 && bad_rows++ < 4)
             test_check(0, file, line, what, ": row %lld: [%lld] is %.9g, not %.9g; bound %.3g",
-                       (long long)r, (long long)at,
-                       (double)moe_load(got, r * stride + at, dtype), exact[r * cols + at],
-                       bound[each ? r * cols + at : 0]);
+                       (long long)r, (long long)at, (double)moe_load(got, r * stride + at, dtype),
+                       exact[r * cols + at], bound[each ? r * cols + at : 0]);
     }
     if (test_now.verbose && !bad_rows && rows > 0 && cols > 0)
         printf("  %s: worst error %.2f of the bound, which is at most %.3g; values up to %.3g\n",
                what, worst, widest, largest);
-    if (rows > 0 && cols > 0)
+    if (rows > 0 && cols > 0 && !zero)
         test_check(largest > 16 * widest, file, line, what,
                    ": the reference is about zero (%g), so this shows nothing", largest);
     return test_check(bad_rows == 0, file, line, what, ": %lld of %lld rows are wrong",
                       (long long)bad_rows, (long long)rows);
 }
+MOEI_UNUSED static int test_within(const char* what, const void* got, int dtype, int64_t stride,
+                                   const double* exact, const double* bound, int each, int64_t rows,
+                                   int64_t cols, const char* file, int line)
+{
+    return test_compared(what, got, dtype, stride, exact, bound, each, rows, cols, 0, file, line);
+}
+
+/* Each element within a bound of its own. exact and bound are dense; zero: as above. */
+#define CHECK_WITHIN(what, got, dtype, stride, exact, bound, rows, cols, zero)                     \
+    test_compared((what), (got), (dtype), (stride), (exact), (bound), 1, (rows), (cols), (zero),   \
+                  __FILE__, __LINE__)
 
 /* The house bound: max error <= 2 x the error of `ideal` + 1e-5. `ideal` is the exact result
    taken through the dtypes that the kernel must go through; null: rounded to `dtype` once.
    got has rows `stride` apart, exact and ideal are dense. */
-#define CHECK_CLOSE(what, got, dtype, stride, exact, ideal, rows, cols)                           \
-    test_close((what), (got), (dtype), (stride), (exact), (ideal), (rows), (cols), __FILE__,      \
+#define CHECK_CLOSE(what, got, dtype, stride, exact, ideal, rows, cols)                            \
+    test_close((what), (got), (dtype), (stride), (exact), (ideal), (rows), (cols), __FILE__,       \
                __LINE__)
 MOEI_UNUSED static int test_close(const char* what, const void* got, int dtype, int64_t stride,
                                   const double* exact, const double* ideal, int64_t rows,
@@ -85,7 +97,7 @@ MOEI_UNUSED static int test_close(const char* what, const void* got, int dtype, 
 
 /* fp32 sums of `terms` products: error <= (terms / 16 + 2) * 2^-23 * sum of the |products|, for
    each element by itself. */
-#define CHECK_CLOSE_SUM(what, got, stride, exact, abs_sum, terms, rows, cols)                     \
+#define CHECK_CLOSE_SUM(what, got, stride, exact, abs_sum, terms, rows, cols)                      \
     test_close_sum((what), (got), (stride), (exact), (abs_sum), (terms), (rows), (cols), __FILE__, \
                    __LINE__)
 MOEI_UNUSED static int test_close_sum(const char* what, const void* got, int64_t stride,
@@ -102,8 +114,8 @@ MOEI_UNUSED static int test_close_sum(const char* what, const void* got, int64_t
 }
 
 /* Error <= `relative` times the exact value, for each element: for results with no cancellation. */
-#define CHECK_CLOSE_RELATIVE(what, got, dtype, stride, exact, relative, rows, cols)               \
-    test_close_relative((what), (got), (dtype), (stride), (exact), (relative), (rows), (cols),    \
+#define CHECK_CLOSE_RELATIVE(what, got, dtype, stride, exact, relative, rows, cols)                \
+    test_close_relative((what), (got), (dtype), (stride), (exact), (relative), (rows), (cols),     \
                         __FILE__, __LINE__)
 MOEI_UNUSED static int test_close_relative(const char* what, const void* got, int dtype,
                                            int64_t stride, const double* exact, double relative,

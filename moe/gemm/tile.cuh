@@ -180,6 +180,7 @@ typedef struct moei_gemm_shared {
     moe_tile_position position[4]; /* of the block's tile number `turn` at turn % 4; the loader is
                                       at most stages - 1 = 2 tiles ahead of the warps */
     int32_t waits;                 /* of thread 0: as in moei_ready_wait */
+    int32_t column_tiles;          /* the schedule's: a register less while tiles are multiplied */
 } moei_gemm_shared;
 
 /* A block's tiles, for its loader and its warps. */
@@ -220,7 +221,10 @@ MOE_DEVICE void moei_loader_wait(const moe_grouped_gemm_args* d, moei_gemm_share
 MOE_DEVICE void moei_loader_tile(moei_loader* p, const moe_grouped_gemm_args* d,
                                  const moei_tiles* s, const moe_gemm_shape f)
 {
-    const moe_tile_position t = moei_schedule_tile(&s->schedule, p->tile, f.tile_m);
+    moei_schedule schedule = s->schedule;
+    moe_tile_position t;
+    schedule.column_tiles = s->shared->column_tiles;
+    t = moei_schedule_tile(&schedule, p->tile, f.tile_m);
     if (threadIdx.x == 0) s->shared->position[p->turn & 3] = t;
     if (d->ready) moei_loader_wait(d, s->shared, s->shared->position + (p->turn & 3), f);
     moei_loader_begin(p, t, d, f);
@@ -308,7 +312,7 @@ MOE_DEVICE_BODY void moei_gemm_block(const moe_grouped_gemm_args* d, unsigned ch
     schedule->tile_start = (int*)((float*)(ring + f.stages * elems) +
                                   f.warps_m * f.warps_n * moei_staging_floats(f.wn));
     tiles.shared = s;
-    if (threadIdx.x == 0) s->waits = 1;
+    if (threadIdx.x == 0) s->waits = 1, s->column_tiles = schedule->column_tiles;
     tiles.num_tiles = moei_schedule_build(schedule, &s->scan, d->fault, d->rank, f.tile_m, 0, 0);
     if ((int)blockIdx.x >= tiles.num_tiles || !moei_gemm_tables_good(d, &schedule->groups, 0))
         return;

@@ -2,7 +2,7 @@
 # time.sh DIR NVCC: how long files take, optimised, for one target: one that includes every station's
 # forward pass, one that includes all that trains, and the first with trimmed lists. nvcc's stages
 # follow one another unless --split-compile lets them use all cores: both are timed. Machines differ,
-# so the test prints the figures, and fails where they are far from what they were.
+# so the test prints the figures. The limits are a quarter and more above those of two cores.
 set -euo pipefail
 dir=$1 nvcc=$2
 root=$(cd "$(dirname "$0")/../.." && pwd)
@@ -48,6 +48,6 @@ within() {
 help=$("$nvcc" --help)
 compile trimmed.cu
 trimmed=$cpu
-within forward.cu 60
+within forward.cu 90
 if [ $trimmed -ge $plain ]; then echo "FAILED: trimming the lists saves nothing"; exit 1; fi
 within training.cu 120

@@ -213,9 +213,10 @@ static const void* in_workspace(const grads_bufs* b, const void* at)
     return b->workspace + ((const char*)at - (const char*)b->f.workspace.p);
 }
 
-/* Compares dense numbers of a dtype with exact and ideal ones, all of which are added to `before`. */
+/* Compares dense numbers of a dtype with exact and ideal ones, all of which are added to `before`.
+   terms: the most numbers that a sum has. */
 static void check_grad(const char* what, const tbuf* buf, int dtype, const double* exact,
-                       const double* ideal, double before, int64_t n, int64_t cols)
+                       const double* ideal, double before, int64_t terms, int64_t n, int64_t cols)
 {
     float* got = (float*)test_host(n * 4);
     double *want = (double*)test_host(n * 8), *rounded = (double*)test_host(n * 8);
@@ -227,7 +228,7 @@ static void check_grad(const char* what, const tbuf* buf, int dtype, const doubl
         rounded[i] = test_rounded(ideal[i] + before, dtype);
         some |= exact[i] != 0;
     }
-    if (some) CHECK_CLOSE(what, got, MOE_FP32, cols, want, rounded, n / cols, cols);
+    if (some) CHECK_CLOSE_SUMS(what, got, want, rounded, terms, n / cols, cols);
     for (int64_t i = 0; i < n && !some; ++i)
         CHECK(got[i] == before, "%s: nothing adds to it", what);
     TFREE(got, want, rounded, p);
@@ -236,7 +237,7 @@ static void check_grad(const char* what, const tbuf* buf, int dtype, const doubl
 /* The gradient of w1, whose rows are gates and then ups, in the layout of the weights. */
 static void check_dw1(const char* what, const tbuf* base, const tbuf* up, int dtype, int gate_up,
                       int is_gated, int major, const double* exact, const double* ideal,
-                      double before, int64_t E, int64_t W, int64_t H)
+                      double before, int64_t terms, int64_t E, int64_t W, int64_t H)
 {
     const int separate = is_gated && gate_up == MOE_GATE_UP_SEPARATE;
     const int pairs = is_gated && gate_up == MOE_GATE_UP_INTERLEAVED;
@@ -252,7 +253,7 @@ static void check_dw1(const char* what, const tbuf* base, const tbuf* up, int dt
                     a[to] = exact[(e * W + from) * H + x];
                     b[to] = ideal[(e * W + from) * H + x];
                 }
-        check_grad(what, part ? up : base, dtype, a, b, before, E * rows * H, H);
+        check_grad(what, part ? up : base, dtype, a, b, before, terms, E * rows * H, H);
     }
     TFREE(a, b);
 }
@@ -362,25 +363,26 @@ static void compare_mlp(const grads_bufs* b, const grads_case* c, int shared, co
     const int gate_up = shared ? f->shared_gate_up : f->gate_up;
     const double before = c->accumulate ? 2 : 0;
     const int pairs = W > I && gate_up == MOE_GATE_UP_INTERLEAVED;
+    const int64_t terms = shared ? f->T : (int64_t)f->T * f->K;
     double *a = (double*)test_host(E * H * I * 8), *w = (double*)test_host(E * H * I * 8);
     check_dw1(shared ? "shared.dw1" : "dw1", shared ? &b->s_dw1 : &b->dw1,
               shared ? &b->s_dw1_up : &b->dw1_up, c->grad_dtype, gate_up, W > I, f->major,
-              exact->dw1, ideal->dw1, before, E, W, H);
+              exact->dw1, ideal->dw1, before, terms, E, W, H);
     for (int64_t i = 0; i < E * H * I; ++i) {
         const int64_t e = i / (H * I), y = i / I % H, x = i % I;
         const int64_t to = e * H * I + (f->major == MOE_MAJOR_MN ? x * H + y : y * I + x);
         a[to] = exact->dw2[i], w[to] = ideal->dw2[i];
     }
     check_grad(shared ? "shared.dw2" : "dw2", shared ? &b->s_dw2 : &b->dw2, c->grad_dtype, a, w,
-               before, E * H * I, I);
+               before, terms, E * H * I, I);
     for (int64_t i = 0; i < E * W; ++i) {
         const int64_t to = pairs ? i / W * W + i % W % I * 2 + i % W / I : i;
         a[to] = exact->dbias1[i], w[to] = ideal->dbias1[i];
     }
     check_grad(shared ? "shared.dbias1" : "dbias1", shared ? &b->s_dbias1 : &b->dbias1,
-               c->grad_dtype, a, w, before, E * W, W);
+               c->grad_dtype, a, w, before, terms, E * W, W);
     check_grad(shared ? "shared.dbias2" : "dbias2", shared ? &b->s_dbias2 : &b->dbias2,
-               c->grad_dtype, exact->dbias2, ideal->dbias2, before, E * H, H);
+               c->grad_dtype, exact->dbias2, ideal->dbias2, before, terms, E * H, H);
     TFREE(a, w);
 }
 
@@ -390,14 +392,13 @@ static void compare_dweights(const char* what, const tbuf* buf, const mlp_ref* m
 {
     float* got = (float*)tbuf_copy(buf);
     double* bound = (double*)test_host(n * 8);
-    int some = 0;
+    int64_t some = 0;
     for (int64_t i = 0; i < n; ++i) {
-        some |= m->dweights[i] != 0;
+        some += m->dweights[i] != 0;
         bound[i] =
             tsum_error(m->dweights_size[i], terms) + (bits ? ldexp(m->dweights_d[i], -bits) : 0);
     }
-    if (some) test_within(what, got, MOE_FP32, 1, m->dweights, bound, 1, n, 1, __FILE__, __LINE__);
-    for (int64_t i = 0; i < n && !some; ++i) CHECK(got[i] == 0, "%s: no slot has a row", what);
+    CHECK_WITHIN(what, got, MOE_FP32, 1, m->dweights, bound, n, 1, some < 16);
     TFREE(got, bound);
 }
 
@@ -457,6 +458,13 @@ static void ref_dx(const grads_bufs* b, const grads_case* c, const mlp_ref* m, c
     if (f->outputs) free((void*)slot_row);
 }
 
+/* Returns 1 where each token has one weight, which is 1 whatever the logits: without balance losses
+   their gradients are zero, but for rounding. */
+static int constant_weights(const grads_case* c)
+{
+    return c->f.K == 1 && c->f.renormalize && !c->balance;
+}
+
 /* Compares drouter by the bound of fp32 sums and its rounding. size: sums of absolutes. */
 static void compare_drouter(const grads_bufs* b, const grads_case* c, double* exact, double* size)
 {
@@ -470,9 +478,8 @@ static void compare_drouter(const grads_bufs* b, const grads_case* c, double* ex
                   2 * tround(fabs(exact[i]), dtype);
         some |= exact[i] != 0;
     }
-    if (some)
-        test_within("drouter", got, dtype, c->f.H, exact, size, 1, c->f.E, c->f.H, __FILE__,
-                    __LINE__);
+    CHECK_WITHIN("drouter", got, dtype, c->f.H, exact, size, c->f.E, c->f.H,
+                 !some || constant_weights(c));
     free(got);
 }
 
@@ -483,7 +490,7 @@ static void compare_dlogits(const grads_bufs* b, const grads_case* c, const floa
 {
     const int64_t T = c->f.T, E = c->f.E, K = c->f.K;
     double* bound = (double*)test_host(T * E * 8);
-    int some = 0;
+    int64_t some = 0;
     for (int64_t t = 0; t < T; ++t) {
         double size = 0, largest = 0;
         for (int64_t k = 0; k < K; ++k) size += fabs(dweights[t * K + k]);
@@ -492,10 +499,10 @@ static void compare_dlogits(const grads_bufs* b, const grads_case* c, const floa
         for (int64_t e = 0; e < E; ++e) largest = fmax(largest, fabs((double)logits[t * E + e]));
         for (int64_t e = 0; e < E; ++e) {
             bound[t * E + e] = ldexp(size * (1 + largest), -20) + 1e-30;
-            some |= want[t * E + e] != 0;
+            some += want[t * E + e] != 0;
         }
     }
-    if (some) test_within("dlogits", got, MOE_FP32, E, want, bound, 1, T, E, __FILE__, __LINE__);
+    CHECK_WITHIN("dlogits", got, MOE_FP32, E, want, bound, T, E, some < 16 || constant_weights(c));
     free(bound);
 }
 
@@ -582,8 +589,7 @@ static void compare_grads(grads_bufs* b, const grads_case* c)
         int some = 0; /* one token may have no row */
         ref_dx(b, c, m, s, router ? by_router : (double*)0, router_size, exact, bound);
         for (int64_t i = 0; i < T * H; ++i) some |= exact[i] != 0;
-        for (int64_t i = 0; i < T * H && !some; ++i) CHECK(got[i] == 0, "dx is not zero");
-        if (some) test_within("dx", got, MOE_FP32, H, exact, bound, 1, T, H, __FILE__, __LINE__);
+        CHECK_WITHIN("dx", got, MOE_FP32, H, exact, bound, T, H, !some);
         TFREE(exact, bound, got, p);
     } else {
         CHECK(c->dx_accumulate || tbuf_holds(&b->dx, 0), "dx was not asked for");
