@@ -29,24 +29,25 @@ typedef struct moei_ring {
     int lane_a, lane_b; /* moei_mma_lane_a, moei_mma_lane_b of the warp's rows and columns */
 } moei_ring;
 
-/* Returns the warp's number in the block. On all targets but sm_90 the asm volatile reads %tid.x
-   anew at each call. Otherwise a kernel with loops for several majors would compute lane_a and
-   lane_b of all majors first, and spill. */
-MOE_DEVICE int moei_ring_warp(void)
+/* Returns the thread's number. On all targets but sm_90 the asm volatile reads %tid.x anew at each
+   call. Otherwise what follows from the number, such as lane_a and lane_b of all majors in a kernel
+   with loops for several, would take registers all the time, and spill. */
+MOE_DEVICE int moei_ring_thread(void)
 {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ / 10 != 90
     unsigned thread;
     asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
-    return (int)(thread / MOE_WARP_SIZE);
+    return (int)(thread & 1023); /* not negative, to the compiler */
 #else
-    return moe_warp();
+    return (int)threadIdx.x;
 #endif
 }
 
 /* Returns the calling warp's position at the beginning of a ring. */
 MOE_DEVICE moei_ring moei_ring_of(uint16_t* stages, const moe_gemm_shape f)
 {
-    const int warp = moei_ring_warp(), warp_m = warp % f.warps_m, warp_n = warp / f.warps_m;
+    const int warp = moei_ring_thread() / MOE_WARP_SIZE, warp_m = warp % f.warps_m,
+              warp_n = warp / f.warps_m;
     moei_ring r;
     r.stages = stages;
     r.elems = moei_stage_elems(f);

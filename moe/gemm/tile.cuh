@@ -46,7 +46,8 @@ MOE_DEVICE bool moei_gemm_halves(const moe_grouped_gemm_args* d)
 MOE_DEVICE void moei_loader_begin(moei_loader* p, moe_tile_position t,
                                   const moe_grouped_gemm_args* d, const moe_gemm_shape f)
 {
-    const int vector = (int)threadIdx.x % (f.tile_k / 8), r = (int)threadIdx.x / (f.tile_k / 8);
+    const int thread = moei_ring_thread();
+    const int vector = thread % (f.tile_k / 8), r = thread / (f.tile_k / 8);
     const bool halves = moei_gemm_halves(d);
     const int64_t ld = d->b.row_stride;
     const char* weight = moei_weight_base(&d->b, t.expert);
@@ -79,11 +80,11 @@ MOE_DEVICE void moei_loader_begin(moei_loader* p, moe_tile_position t,
             p->a[i] = (const char*)d->a + ((row >= 0 ? row : 0) * d->a_stride + vector * 8) * 2;
         }
     } else {
-        const int m = t.row + (int)threadIdx.x % (f.tile_m / 8) * 8;
+        const int m = t.row + thread % (f.tile_m / 8) * 8;
         const int64_t left = d->a_rows - m;
         p->a_keep = left >= 8 ? 16 : left > 0 ? (int)left * 2 : 0;
-        p->a[0] = (const char*)d->a +
-                  ((int)threadIdx.x / (f.tile_m / 8) * d->a_stride + (left > 0 ? m : 0)) * 2;
+        p->a[0] =
+            (const char*)d->a + (thread / (f.tile_m / 8) * d->a_stride + (left > 0 ? m : 0)) * 2;
     }
 
     /* 3. B */
@@ -104,11 +105,11 @@ MOE_DEVICE void moei_loader_begin(moei_loader* p, moe_tile_position t,
             p->b[1] = p->b[0] + 16 * ld * 2;
         }
     } else {
-        const int j = (int)threadIdx.x % (f.tile_n / 8) * 8; /* element of a stage's line */
+        const int j = thread % (f.tile_n / 8) * 8; /* element of a stage's line */
         const int in = j % f.wn, half = f.wn / 2;
         p->b_row[0] = !halves ? column + j : column + j / f.wn * half + in % half;
-        p->b[0] = (halves && in >= half ? up : weight) +
-                  ((int)threadIdx.x / (f.tile_n / 8) * ld + p->b_row[0]) * 2;
+        p->b[0] =
+            (halves && in >= half ? up : weight) + (thread / (f.tile_n / 8) * ld + p->b_row[0]) * 2;
     }
 }
 
@@ -161,10 +162,11 @@ MOE_DEVICE void moei_loader_copy(moei_loader* p, const moe_grouped_gemm_args* d,
             p->b[1] += f.tile_k * 2;
         }
     } else {
-        const int c = tid % (f.tile_n / 8), rows = f.threads / (f.tile_n / 8);
+        const int thread = moei_ring_thread(), c = thread % (f.tile_n / 8);
+        const int rows = f.threads / (f.tile_n / 8);
         MOE_UNROLL
         for (int i = part; i < f.tile_k / rows; i += parts) {
-            const int kr = i * rows + tid / (f.tile_n / 8);
+            const int kr = i * rows + thread / (f.tile_n / 8);
             moei_copy16_async(sb + moei_swizzled(kr, c * 8, f.tile_n),
                               p->b[0] + i * rows * d->b.row_stride * 2,
                               kr < k_left && p->b_row[0] < b_rows ? 16 : 0);
@@ -180,15 +182,20 @@ typedef struct moei_gemm_shared {
     moe_tile_position position[4]; /* of the block's tile number `turn` at turn % 4; the loader is
                                       at most stages - 1 = 2 tiles ahead of the warps */
     int32_t waits;                 /* of thread 0: as in moei_ready_wait */
-    int32_t column_tiles;          /* the schedule's: a register less while tiles are multiplied */
+    int32_t column_tiles;          /* the schedule's; read here, it takes no register meanwhile */
 } moei_gemm_shared;
 
 /* A block's tiles, for its loader and its warps. */
 typedef struct moei_tiles {
     moei_schedule schedule;
     moei_gemm_shared* shared;
-    int num_tiles; /* tiles of all blocks */
 } moei_tiles;
+
+/* Returns the number of tiles of all blocks. */
+MOE_DEVICE int moei_tiles_count(const moei_tiles* s)
+{
+    return s->schedule.tile_start[s->schedule.groups.num_groups];
+}
 
 /* A tile's rows of C: row .. end - 1. */
 typedef struct moei_tile_rows {
@@ -237,10 +244,10 @@ MOE_DEVICE void moei_loader_advance(moei_loader* p, const moe_grouped_gemm_args*
                                     const moei_tiles* s, int step, const moe_gemm_shape f)
 {
     (void)step;
-    if (p->k >= d->k && p->tile < s->num_tiles) {
+    if (p->k >= d->k && p->tile < moei_tiles_count(s)) {
         p->tile += (int)gridDim.x;
         ++p->turn;
-        if (p->tile < s->num_tiles) moei_loader_tile(p, d, s, f);
+        if (p->tile < moei_tiles_count(s)) moei_loader_tile(p, d, s, f);
     }
 }
 
@@ -304,7 +311,6 @@ MOE_DEVICE_BODY void moei_gemm_block(const moe_grouped_gemm_args* d, unsigned ch
     moei_tiles tiles;
     moei_schedule* schedule = &tiles.schedule;
     moei_loader load;
-    int turn = 0;
 
     schedule->groups = moei_groups_of(d);
     schedule->column_tiles = (d->n + columns - 1) / columns;
@@ -313,22 +319,23 @@ MOE_DEVICE_BODY void moei_gemm_block(const moe_grouped_gemm_args* d, unsigned ch
                                   f.warps_m * f.warps_n * moei_staging_floats(f.wn));
     tiles.shared = s;
     if (threadIdx.x == 0) s->waits = 1, s->column_tiles = schedule->column_tiles;
-    tiles.num_tiles = moei_schedule_build(schedule, &s->scan, d->fault, d->rank, f.tile_m, 0, 0);
-    if ((int)blockIdx.x >= tiles.num_tiles || !moei_gemm_tables_good(d, &schedule->groups, 0))
+    if ((int)blockIdx.x >=
+            moei_schedule_build(schedule, &s->scan, d->fault, d->rank, f.tile_m, 0, 0) ||
+        !moei_gemm_tables_good(d, &schedule->groups, 0))
         return;
 
     load.tile = (int)blockIdx.x;
     load.turn = 0;
     moei_loader_tile(&load, d, &tiles, f);
     moei_tile_start(&load, &r, d, &tiles, f);
-    for (int tile = (int)blockIdx.x; tile < tiles.num_tiles; tile += (int)gridDim.x) {
+    for (int turn = 0; (int)(blockIdx.x + turn * gridDim.x) < moei_tiles_count(&tiles); ++turn) {
         moei_mma_c acc[4][4];
         moe_tile_position t;
         moei_tile_zero(acc, f);
         moei_tile_steps(acc, &load, &r, d, &tiles, steps, f);
-        t = s->position[turn++ & 3];
+        t = s->position[turn & 3];
         moei_tile_store(d, &t, acc, staging, gradient, f);
-        if (d->done) moei_tile_count(d, s->position + ((turn - 1) & 3), columns, f);
+        if (d->done) moei_tile_count(d, s->position + (turn & 3), columns, f);
     }
     moei_copy_wait(0); /* copies of the steps past the last tile */
 }
