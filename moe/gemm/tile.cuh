@@ -162,7 +162,8 @@ MOE_DEVICE void moei_loader_copy(moei_loader* p, const moe_grouped_gemm_args* d,
             p->b[1] += f.tile_k * 2;
         }
     } else {
-        const int thread = moei_ring_thread(), c = thread % (f.tile_n / 8);
+        const int thread = moei_ring_thread(); /* anew: of tid the compiler would keep c and kr */
+        const int c = thread % (f.tile_n / 8);
         const int rows = f.threads / (f.tile_n / 8);
         MOE_UNROLL
         for (int i = part; i < f.tile_k / rows; i += parts) {
