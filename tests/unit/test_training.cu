@@ -11,8 +11,10 @@
              of a weight <dy, row>
 
      test_losses     table and cat add up the same numbers in the same order: equal bits in every step.
-                     plain rounds otherwise: equal bits in the first step, within 5 % in the next ten,
-                     and at the end within 20 % in the mean. Norms of gradients above zero
+                     plain rounds otherwise: the first loss has equal bits, the first gradients are
+                     within 2 % of their norm. Then a token may choose another expert, and the models
+                     part: losses within 5 % in two steps, and at the end within 20 % in the mean.
+                     Norms of gradients above zero
      test_balance    a balance loss evens out what a skewed router had made uneven */
 #include "tests/test.h"
 
@@ -341,6 +343,19 @@ static float step_cat(model* m, int plain, float rate, double norm[WEIGHTS])
     return finish(m, rate, norm);
 }
 
+/* Returns the norm of the difference of two models' gradients of one weight, over the gradient's norm. */
+static double grad_distance(const model* a, const model* b, int weight)
+{
+    float *x = (float*)tbuf_copy(&a->grad[weight]), *y = (float*)tbuf_copy(&b->grad[weight]);
+    double off = 0, sum = 0;
+    for (int64_t k = 0; k < sizes[weight]; ++k) {
+        off += ((double)x[k] - y[k]) * ((double)x[k] - y[k]);
+        sum += (double)x[k] * x[k];
+    }
+    TFREE(x, y);
+    return sqrt(off / sum);
+}
+
 static void test_losses(void)
 {
     enum { TABLE, CAT, PLAIN, MODELS };
@@ -361,8 +376,13 @@ static void test_losses(void)
         if (i == 0) first = last[TABLE];
         CHECK(last[TABLE] == last[CAT], "step %d: losses %.9g and, with cat, %.9g", i,
               (double)last[TABLE], (double)last[CAT]);
-        CHECK(i > 10 || fabsf(last[PLAIN] - last[TABLE]) <= (i ? 0.05f * last[TABLE] : 0.0f),
+        CHECK(i > 2 || fabsf(last[PLAIN] - last[TABLE]) <= (i ? 0.05f * last[TABLE] : 0.0f),
               "step %d: losses %.9g and, plain, %.9g", i, (double)last[TABLE], (double)last[PLAIN]);
+        for (int w = 0; i == 0 && w < WEIGHTS; ++w) {
+            const double distance = grad_distance(m + TABLE, m + PLAIN, w);
+            if (test_now.verbose) printf("  plain gradient %d: %g\n", w, distance);
+            CHECK(distance <= 0.02, "plain gradient %d: a distance of %g", w, distance);
+        }
         for (int k = 0; k < MODELS; ++k) {
             if (i >= steps - 20) tail[k] += last[k] / 20;
             for (int w = 0; w < WEIGHTS; ++w)
@@ -418,7 +438,7 @@ static void test_balance(void)
     if (test_now.verbose)
         printf("  busiest %g -> %g, loss %g -> %g\n", before, after, (double)first,
                (double)value[3]);
-    CHECK(value[3] < first && after < 0.8 * before, "the busiest expert: %g of the slots, then %g",
+    CHECK(value[3] < first && after < 0.9 * before, "the busiest expert: %g of the slots, then %g",
           before, after);
     model_free(&m, 0);
 }
