@@ -13,7 +13,7 @@
      test_losses     table and cat add up the same numbers in the same order: equal bits in every step.
                      plain rounds otherwise: the first loss has equal bits, the first gradients are
                      within 2 % of their norm. Then a token may choose another expert, and the models
-                     part: losses within 5 % in two steps, and at the end within 20 % in the mean.
+                     part: losses within 5 % in two steps, and at the end within 40 % in the mean.
                      Norms of gradients above zero
      test_balance    a balance loss evens out what a skewed router had made uneven */
 #include "tests/test.h"
@@ -393,7 +393,7 @@ static void test_losses(void)
     if (test_now.verbose)
         printf("  loss %g -> %g, plain %g\n", (double)first, tail[TABLE], tail[PLAIN]);
     CHECK(tail[TABLE] < 0.5 * first, "the loss went from %g to %g", (double)first, tail[TABLE]);
-    CHECK(fabs(tail[PLAIN] - tail[TABLE]) <= 0.2 * tail[TABLE], "at the end %g and, plain, %g",
+    CHECK(fabs(tail[PLAIN] - tail[TABLE]) <= 0.4 * tail[TABLE], "at the end %g and, plain, %g",
           tail[TABLE], tail[PLAIN]);
     for (int k = 0; k < MODELS; ++k) {
         CHECK_FAULT(&m[k].fault, MOE_FAULT_NONE, 0);
