@@ -11,10 +11,9 @@
              of a weight <dy, row>
 
      test_losses     table and cat add up the same numbers in the same order: equal bits in every step.
-                     plain rounds otherwise: the first loss has equal bits, the first gradients are
-                     within 2 % of their norm. Then a token may choose another expert, and the models
-                     part: losses within 5 % in two steps, and at the end within 40 % in the mean.
-                     Norms of gradients above zero
+                     plain rounds otherwise: equal bits in the first step, whose gradients are within
+                     1 % of their norm; within 5 % in the next ten, and at the end within 20 % in the
+                     mean. Norms of gradients above zero
      test_balance    a balance loss evens out what a skewed router had made uneven */
 #include "tests/test.h"
 
@@ -142,7 +141,8 @@ static void layer_new(model* m, int counts)
     l->workspace_bytes = b->layer.workspace_bytes = m->workspace.bytes;
 }
 
-/* Makes a model; equal seeds make equal models. skew: how much the router prefers expert 0. */
+/* Makes a model; equal seeds make equal models. skew: how much the router prefers expert 0 for what
+   tokens have in common. */
 static void model_new(model* m, trand* r, float skew)
 {
     static const float scale[WEIGHTS] = {0.2f, 0.25f, 0.3f};
@@ -161,8 +161,7 @@ static void model_new(model* m, trand* r, float skew)
         void* value = trows_new(r, sizes[i], 1, 1, dtype, TFILL_NORMAL, scale[i]);
         float* master = (float*)test_host(sizes[i] * 4);
         for (int64_t k = 0; k < sizes[i]; ++k) {
-            master[k] = moe_load(value, k, dtype) +
-                        (i == ROUTER && k < H ? skew * moe_load(x, k, dtype) : 0);
+            master[k] = moe_load(value, k, dtype) + (i == ROUTER && k < H ? skew * mean[k] : 0);
             moe_store(value, k, dtype, master[k]);
         }
         m->value[i] = tbuf_from("weights", value, (size_t)sizes[i] * 2, 16);
@@ -343,7 +342,8 @@ static float step_cat(model* m, int plain, float rate, double norm[WEIGHTS])
     return finish(m, rate, norm);
 }
 
-/* Returns the norm of the difference of two models' gradients of one weight, over the gradient's norm. */
+/* Returns the norm of the difference of two models' gradients of one weight, over the norm of the
+   first one's. */
 static double grad_distance(const model* a, const model* b, int weight)
 {
     float *x = (float*)tbuf_copy(&a->grad[weight]), *y = (float*)tbuf_copy(&b->grad[weight]);
@@ -360,6 +360,7 @@ static void test_losses(void)
 {
     enum { TABLE, CAT, PLAIN, MODELS };
     const int steps = MOE_ON_HOST && !test_long() ? 60 : 300;
+    const float rate = 0.5f; /* with 1 rounding grows from step to step, and models part */
     model m[MODELS];
     float first = 0, last[MODELS] = {};
     double tail[MODELS] = {};
@@ -370,18 +371,18 @@ static void test_losses(void)
     }
     for (int i = 0; i < steps && !test_now.failures; ++i) {
         double norm[MODELS][WEIGHTS];
-        last[TABLE] = step_table(m + TABLE, 1, norm[TABLE]);
-        last[CAT] = step_cat(m + CAT, 0, 1, norm[CAT]);
-        last[PLAIN] = step_cat(m + PLAIN, 1, 1, norm[PLAIN]);
+        last[TABLE] = step_table(m + TABLE, rate, norm[TABLE]);
+        last[CAT] = step_cat(m + CAT, 0, rate, norm[CAT]);
+        last[PLAIN] = step_cat(m + PLAIN, 1, rate, norm[PLAIN]);
         if (i == 0) first = last[TABLE];
         CHECK(last[TABLE] == last[CAT], "step %d: losses %.9g and, with cat, %.9g", i,
               (double)last[TABLE], (double)last[CAT]);
-        CHECK(i > 2 || fabsf(last[PLAIN] - last[TABLE]) <= (i ? 0.05f * last[TABLE] : 0.0f),
+        CHECK(i > 10 || fabsf(last[PLAIN] - last[TABLE]) <= (i ? 0.05f * last[TABLE] : 0.0f),
               "step %d: losses %.9g and, plain, %.9g", i, (double)last[TABLE], (double)last[PLAIN]);
         for (int w = 0; i == 0 && w < WEIGHTS; ++w) {
             const double distance = grad_distance(m + TABLE, m + PLAIN, w);
             if (test_now.verbose) printf("  plain gradient %d: %g\n", w, distance);
-            CHECK(distance <= 0.02, "plain gradient %d: a distance of %g", w, distance);
+            CHECK(distance <= 0.01, "plain gradient %d: a distance of %g", w, distance);
         }
         for (int k = 0; k < MODELS; ++k) {
             if (i >= steps - 20) tail[k] += last[k] / 20;
@@ -393,7 +394,7 @@ static void test_losses(void)
     if (test_now.verbose)
         printf("  loss %g -> %g, plain %g\n", (double)first, tail[TABLE], tail[PLAIN]);
     CHECK(tail[TABLE] < 0.5 * first, "the loss went from %g to %g", (double)first, tail[TABLE]);
-    CHECK(fabs(tail[PLAIN] - tail[TABLE]) <= 0.4 * tail[TABLE], "at the end %g and, plain, %g",
+    CHECK(fabs(tail[PLAIN] - tail[TABLE]) <= 0.2 * tail[TABLE], "at the end %g and, plain, %g",
           tail[TABLE], tail[PLAIN]);
     for (int k = 0; k < MODELS; ++k) {
         CHECK_FAULT(&m[k].fault, MOE_FAULT_NONE, 0);
@@ -438,7 +439,7 @@ static void test_balance(void)
     if (test_now.verbose)
         printf("  busiest %g -> %g, loss %g -> %g\n", before, after, (double)first,
                (double)value[3]);
-    CHECK(value[3] < first && after < 0.9 * before, "the busiest expert: %g of the slots, then %g",
+    CHECK(value[3] < first && after < 0.8 * before, "the busiest expert: %g of the slots, then %g",
           before, after);
     model_free(&m, 0);
 }
