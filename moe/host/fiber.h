@@ -124,7 +124,9 @@ inline void moeh_fiber_start(moeh_fiber* f, void (*entry)())
     const uintptr_t color = ((uintptr_t)f->stack >> 16) * 5 % 61;
     const uintptr_t top = ((uintptr_t)f->stack + f->size - 64 * color) & ~(uintptr_t)63;
 #if MOEH_ASAN
-    __asan_unpoison_memory_region(f->stack, f->size); /* poison of a fiber that was killed */
+    /* poison of frames that did not return: none lies below the place where the fiber stopped */
+    unsigned char* const low = f->sp ? (unsigned char*)f->sp : f->stack;
+    __asan_unpoison_memory_region(low, (size_t)(f->stack + f->size - low));
 #endif
 #ifdef MOEH_UCONTEXT
     getcontext(&f->context);

@@ -184,9 +184,11 @@ static void ep_rounds_free(ep_job* j, ep_rounds* a, int check)
     TEST_CUDA(cudaSetDevice(0));
 }
 
-/* Twelve exchanges in a row, other ids each time, each rank late in its turn, no host sync. */
+/* Twelve exchanges in a row, other ids each time, each rank late in its turn, no host sync. On the
+   CPU four, unless the tests are long. */
 static void test_back_to_back(void)
 {
+    const int rounds = MOE_ON_HOST && !test_long() ? 4 : EP_ROUNDS;
     static const int ranks[] = {2, 3, 4, 8, 16};
     static ep_job j;
     for (int form = MOE_EP_REDUCED; form <= MOE_EP_GATHERED; ++form)
@@ -197,8 +199,8 @@ static void test_back_to_back(void)
             if (ep_new(&j, &c, 61 + i)) {
                 static ep_rounds a;
                 ep_whole_numbers(&j, &q);
-                ep_rounds_new(&j, &a, EP_ROUNDS, &q);
-                for (int n = 0; n < EP_ROUNDS; ++n)
+                ep_rounds_new(&j, &a, rounds, &q);
+                for (int n = 0; n < rounds; ++n)
                     ep_queue(&j, a.d_ids[n], a.y[n], n < c.W ? n : -1);
                 tgroup_wait(&j.g);
                 tgroup_clean(&j.g, __LINE__);
@@ -267,7 +269,7 @@ static void test_graph(void)
    the CPU fewer. */
 static void test_many_times(void)
 {
-    const int times = test_long() ? MOE_ON_HOST ? 1200 : 10000 : 120;
+    const int times = MOE_ON_HOST ? test_long() ? 600 : 36 : test_long() ? 10000 : 120;
     static ep_job j;
     for (int i = 0; i < 3; ++i) { /* the last: few enough tokens for one launch */
         const int form = i == 1 ? MOE_EP_GATHERED : MOE_EP_REDUCED;
