@@ -230,8 +230,10 @@ static void test_backward_differences(void)
     }
 }
 
-/* Requires that all numbers of a gradient together are within 2 % of the exact ones. */
-static void check_norm(const char* what, const tbuf* buf, int dtype, const double* exact, int64_t n)
+/* Requires that all numbers of a gradient together are within `most` of the exact ones' norm. A
+   rounding to bf16 moves a number by up to 0.4 %; sums of few numbers that cancel move further. */
+static void check_norm(const char* what, const tbuf* buf, int dtype, const double* exact, int64_t n,
+                       double most)
 {
     void* p = tbuf_copy(buf);
     double off = 0, size = 0;
@@ -239,7 +241,8 @@ static void check_norm(const char* what, const tbuf* buf, int dtype, const doubl
         const double v = moe_load(p, i, dtype) - exact[i];
         off += v * v, size += exact[i] * exact[i];
     }
-    CHECK(size > 0 && off < 4e-4 * size, "%s: off by %g of its norm", what, sqrt(off / size));
+    CHECK(size > 0 && off < most * most * size, "%s: off by %g of its norm", what,
+          sqrt(off / size));
     free(p);
 }
 
@@ -255,16 +258,16 @@ static void test_backward_whole(void)
         whole_new(&w, &b, &c);
         whole_grads(&w);
         if (run_both(&b, &c)) {
-            check_norm("dx", &b.dx, c.f.dtype, w.grad[X], w.size[X]);
-            check_norm("drouter", &b.drouter, MOE_FP32, w.grad[ROUTER], w.size[ROUTER]);
-            check_norm("dw1", &b.dw1, MOE_FP32, w.grad[W1], w.size[W1]);
-            check_norm("dw2", &b.dw2, MOE_FP32, w.grad[W2], w.size[W2]);
-            check_norm("dbias1", &b.dbias1, MOE_FP32, w.grad[BIAS1], w.size[BIAS1]);
-            check_norm("dbias2", &b.dbias2, MOE_FP32, w.grad[BIAS2], w.size[BIAS2]);
-            check_norm("shared.dw1", &b.s_dw1, MOE_FP32, w.grad[S_W1], w.size[S_W1]);
-            check_norm("shared.dw2", &b.s_dw2, MOE_FP32, w.grad[S_W2], w.size[S_W2]);
-            check_norm("shared.dweight", &b.s_dweight, MOE_FP32, w.grad[S_WEIGHT],
-                       w.size[S_WEIGHT]);
+            check_norm("dx", &b.dx, c.f.dtype, w.grad[X], w.size[X], 0.01);
+            check_norm("drouter", &b.drouter, MOE_FP32, w.grad[ROUTER], w.size[ROUTER], 0.02);
+            check_norm("dw1", &b.dw1, MOE_FP32, w.grad[W1], w.size[W1], 0.01);
+            check_norm("dw2", &b.dw2, MOE_FP32, w.grad[W2], w.size[W2], 0.01);
+            check_norm("dbias1", &b.dbias1, MOE_FP32, w.grad[BIAS1], w.size[BIAS1], 0.01);
+            check_norm("dbias2", &b.dbias2, MOE_FP32, w.grad[BIAS2], w.size[BIAS2], 1e-5);
+            check_norm("shared.dw1", &b.s_dw1, MOE_FP32, w.grad[S_W1], w.size[S_W1], 0.01);
+            check_norm("shared.dw2", &b.s_dw2, MOE_FP32, w.grad[S_W2], w.size[S_W2], 0.01);
+            check_norm("shared.dweight", &b.s_dweight, MOE_FP32, w.grad[S_WEIGHT], w.size[S_WEIGHT],
+                       0.02);
         }
         whole_free(&w);
         bufs_end(&b);
