@@ -11,10 +11,11 @@
 
    Sums in fp32 in a fixed order: equal inputs give equal bits. Two paths:
      split    x bf16, router bf16 or fp32, H a multiple of 8, 16-byte aligned rows, sm_80 and later:
-              tensor cores. dlogits, and an fp32 router, are split into bf16 terms with exact
-              products: the error is that of an fp32 sum
+              tensor cores. dlogits, and an fp32 router, are split into two bf16 terms with exact
+              products: beside the error of an fp32 sum, 2^-16 of each product, 2^-15 with an fp32
+              router in dx
      scalar   anything else: fp32 multiply-adds, slower
-   Cost: 4 T H E flops; split three times that, dx with an fp32 router six times. At most four
+   Cost: 4 T H E flops; split twice that, dx with an fp32 router four times. At most four
    launches. Minimum architecture: sm_75 (split: sm_80).
 
      moe_router_backward_desc r = {0};
@@ -119,8 +120,8 @@ MOE_HOST void moei_router_backward_carve(const moe_router_backward_desc* d, void
     memset(v, 0, sizeof *v);
     if (!moei_router_backward_splits(d) || num_tokens == 0) return;
     v->padded = (d->num_experts + 7) / 8 * 8;
-    v->pairs = d->router_dtype == MOE_FP32 ? 6 : 3;
-    tiles = (3 * (int64_t)v->padded + 127) / 128 * ((hidden + 255) / 256);
+    v->pairs = d->router_dtype == MOE_FP32 ? 4 : 2;
+    tiles = (MOEI_ROUTER_BACKWARD_TERMS * (int64_t)v->padded + 127) / 128 * ((hidden + 255) / 256);
     parts = 256 / tiles;
     most = num_tokens / 512;
     if (parts > most) parts = most;
@@ -133,7 +134,8 @@ MOE_HOST void moei_router_backward_carve(const moe_router_backward_desc* d, void
     if (d->dx)
         v->b = (uint16_t*)moei_carve(p, bytes, (uint64_t)(v->pairs * v->padded * hidden) * 2);
     if (d->drouter)
-        v->sums = (float*)moei_carve(p, bytes, (uint64_t)(v->parts * 3 * v->padded * hidden) * 4);
+        v->sums = (float*)moei_carve(
+            p, bytes, (uint64_t)(v->parts * MOEI_ROUTER_BACKWARD_TERMS * v->padded * hidden) * 4);
 }
 
 /* Writes the bytes of workspace to *bytes. Reads sizes, dtypes, and which outputs are given. Errors:
@@ -263,7 +265,7 @@ MOE_HOST moe_status moei_router_backward_prepare_drouter(const moe_router_backwa
     g.fault = d->fault;
     g.num_experts = v->parts;
     g.num_rows = d->num_tokens;
-    g.m = 3 * v->padded;
+    g.m = MOEI_ROUTER_BACKWARD_TERMS * v->padded;
     g.n = d->hidden;
     g.rank = d->rank;
     g.workspace = (char*)v->tickets + MOE_GROUPED_GEMM_WORKSPACE;

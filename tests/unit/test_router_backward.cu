@@ -119,15 +119,17 @@ static void bufs_free(router_bufs* b)
     TFREE(b->h_x, b->h_router, b->h_dx, b->h_drouter, b->h_dlogits);
 }
 
-/* Compares one result: the bound of fp32 sums, and the rounding to its dtype. */
+/* Compares one result: the bound of fp32 sums, the rounding to its dtype, and `each`, what the split
+   path moves a product by. */
 static void compare_one(const char* what, const tbuf* buf, int dtype, int64_t stride, double* exact,
-                        double* size, const void* before, int terms, int64_t rows, int64_t cols)
+                        double* size, const void* before, int terms, double each, int64_t rows,
+                        int64_t cols)
 {
     void* got = tbuf_copy(buf);
     for (int64_t i = 0; i < rows * cols; ++i) {
         const int64_t at = i / cols * stride + i % cols;
         if (before) exact[i] += moe_load(before, at, dtype);
-        size[i] = (terms / 16.0 + 2) * ldexp(size[i] + fabs(exact[i]), -23) +
+        size[i] = (terms / 16.0 + 2) * ldexp(size[i] + fabs(exact[i]), -23) + each * size[i] +
                   2 * tround(fabs(exact[i]), dtype);
     }
     test_within(what, got, dtype, stride, exact, size, 1, rows, cols, __FILE__, __LINE__);
@@ -145,7 +147,11 @@ static void compare(const router_bufs* b, const router_case* c)
     double *dx = (double*)test_host(T * H * 8), *dx_size = (double*)test_host(T * H * 8);
     double *dw = (double*)test_host(E * H * 8), *dw_size = (double*)test_host(E * H * 8);
     moe_ref_router_backward_desc r = {};
+    moe_router_backward_prepared p;
+    double each;
     int some = 0;
+    CHECK_STATUS(moe_router_backward_prepare(&b->d, &p), MOE_OK);
+    each = p.splits ? ldexp(1, -16) : 0;
     r.forward.x = b->h_x, r.forward.w = b->h_router;
     r.forward.x_stride = H + c->x_pad, r.forward.w_stride = H + c->router_pad;
     r.forward.x_dtype = c->x_dtype, r.forward.w_dtype = c->router_dtype;
@@ -156,12 +162,13 @@ static void compare(const router_bufs* b, const router_case* c)
     if (c->no_dx) CHECK(c->dx_accumulate || tbuf_holds(&b->dx, 0), "dx was not asked for");
     else if (some)
         compare_one("dx", &b->dx, c->x_dtype, H + c->dx_pad, dx, dx_size,
-                    c->dx_accumulate ? b->h_dx : (void*)0, c->E, T, H);
+                    c->dx_accumulate ? b->h_dx : (void*)0, c->E,
+                    c->router_dtype == MOE_FP32 ? 2 * each : each, T, H);
     if (c->no_drouter)
         CHECK(c->accumulate || tbuf_holds(&b->drouter, 0), "drouter was not asked for");
     else if (some)
         compare_one("drouter", &b->drouter, c->grad_dtype, H, dw, dw_size,
-                    c->accumulate ? b->h_drouter : (void*)0, c->T, E, H);
+                    c->accumulate ? b->h_drouter : (void*)0, c->T, each, E, H);
     CHECK_FAULT(&b->fault, MOE_FAULT_NONE, 0);
     CHECK(tbuf_holds(&b->x, b->h_x) && tbuf_holds(&b->router, b->h_router) &&
               tbuf_holds(&b->dlogits, b->h_dlogits),

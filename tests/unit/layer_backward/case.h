@@ -470,11 +470,12 @@ static void compare_drouter(const grads_bufs* b, const grads_case* c, double* ex
 {
     const int dtype = c->router_grad_dtype ? c->router_grad_dtype : c->f.router_dtype;
     const int64_t n = (int64_t)c->f.E * c->f.H;
+    const double split = c->f.dtype == MOE_BF16 ? ldexp(1, -16) : 0; /* router_backward.cuh */
     void* got = tbuf_copy(&b->drouter);
     int some = 0;
     for (int64_t i = 0; i < n; ++i) {
         exact[i] += c->accumulate ? 2 : 0;
-        size[i] = (c->f.T / 16.0 + 2) * ldexp(size[i] + fabs(exact[i]), -23) +
+        size[i] = (c->f.T / 16.0 + 2) * ldexp(size[i] + fabs(exact[i]), -23) + split * size[i] +
                   2 * tround(fabs(exact[i]), dtype);
         some |= exact[i] != 0;
     }
