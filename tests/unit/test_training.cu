@@ -3,10 +3,12 @@
      nvcc -I. -arch=sm_90a tests/unit/test_training.cu -o test_training
      g++ -x c++ -std=c++14 -O2 -I. tests/unit/test_training.cu -o test_training
 
-   The model is y = x + layer(x), the loss the mean square of y - target, the optimizer plain SGD.
+   The model is y = x + layer(x), the loss the mean square of y - target, the optimizer plain SGD. x is
+   trained too, as an embedding is: the losses depend on dx.
      table   moe_layer_forward and moe_layer_backward
      cat     each expert's rows in an allocation of its own; cat copies them into one array, weighted
-             rows are added to their tokens (index_add); backward through copies of dy
+             rows are added to their tokens (index_add); backward through copies of dy, the gradients
+             of rows added to their tokens' dx
      plain   cat with the gradients that differentiating it by hand gives: of a row w dy, rounded, and
              of a weight <dy, row>
 
@@ -23,13 +25,14 @@
 #include "tests/test_weights.h"
 
 enum { T = 96, H = 32, I = 24, E = 6, K = 2, R = T * K };
-enum { ROUTER, W1, W2, WEIGHTS };
-static const int64_t sizes[WEIGHTS] = {E * H, E * 2 * I* H, E* H* I};
+enum { ROUTER, W1, W2, X, PARAMS };
+static const int64_t sizes[PARAMS] = {E * H, E * 2 * I* H, E* H* I, T* H};
+static const float rates[PARAMS] = {0.1f, 1, 1, 5};
 
 /* One model and its training state. */
 typedef struct model {
-    tbuf value[WEIGHTS], master[WEIGHTS], grad[WEIGHTS]; /* 16-bit, fp32, fp32 */
-    tbuf x, target, y, dy, loss, fault, saved, workspace;
+    tbuf value[PARAMS], master[PARAMS], grad[PARAMS]; /* 16-bit, fp32, fp32 */
+    tbuf target, y, dy, loss, fault, saved, workspace;
     tbuf count, prob, balance_grad, balance_loss;
     moe_layer_desc layer;
     moe_layer_backward_desc backward;
@@ -97,6 +100,24 @@ MOE_KERNEL(H, 1) index_add(MOE_ARG(step_args) a)
     moe_store_f32(a.y, t * H + h, a.dtype, sum);
 }
 
+/* Adds the gradients of a token's rows, in slot order, to what dx has: dy and the router's part. One
+   thread block a token. */
+MOE_KERNEL(H, 1) index_add_rows(MOE_ARG(step_args) a)
+{
+    const int t = (int)blockIdx.x, h = (int)threadIdx.x;
+    float sum = moe_half_to_f32(a.dy[t * H + h], a.dtype);
+    for (int k = 0; k < K; ++k)
+        sum += moe_half_to_f32(a.cat[a.slot_row[t * K + k] * H + h], a.dtype);
+    moe_store_f32(a.dy, t * H + h, a.dtype, sum);
+}
+
+/* The gradient of x in fp32, from dx. */
+MOE_KERNEL(H, 1) widen(MOE_ARG(step_args) a)
+{
+    const int i = (int)(blockIdx.x * H + threadIdx.x);
+    a.grad[i] = moe_half_to_f32(a.dy[i], a.dtype);
+}
+
 /* Copies of x and dy in the order of cat; plain: gradients of its rows, and of the weights. One thread block
    a row. */
 MOE_KERNEL(H, 1) index_select(MOE_ARG(step_args) a)
@@ -123,7 +144,7 @@ static void layer_new(model* m, int counts)
     size_t forward, backward;
     l->num_tokens = T, l->hidden = H, l->intermediate = I, l->num_experts = E, l->top_k = K;
     l->dtype = test_half();
-    l->x = l->residual = m->x.p, l->y = m->y.p, l->fault = (uint64_t*)m->fault.p;
+    l->x = l->residual = m->value[X].p, l->y = m->y.p, l->fault = (uint64_t*)m->fault.p;
     l->router = m->value[ROUTER].p, l->w1.base = m->value[W1].p, l->w2.base = m->value[W2].p;
     if (counts) l->gate.expert_count = (int32_t*)m->count.p, l->gate.prob_sum = (float*)m->prob.p;
     CHECK_STATUS(moe_layer_saved(l, &list), MOE_OK);
@@ -131,6 +152,7 @@ static void layer_new(model* m, int counts)
     l->saved = m->saved.p, l->saved_bytes = list.bytes;
     b->layer = *l;
     b->dy = m->dy.p, b->drouter = m->grad[ROUTER].p;
+    if (!counts) b->dx = m->dy.p, b->dx_accumulate = 1; /* y has x itself */
     b->dw1.base = m->grad[W1].p, b->dw2.base = m->grad[W2].p;
     b->grad_dtype = b->router_grad_dtype = MOE_FP32;
     b->gather = MOE_LAYER_GATHER_FIRST; /* as cat has them */
@@ -145,7 +167,7 @@ static void layer_new(model* m, int counts)
    tokens have in common. */
 static void model_new(model* m, trand* r, float skew)
 {
-    static const float scale[WEIGHTS] = {0.2f, 0.25f, 0.3f};
+    static const float scale[PARAMS] = {0.2f, 0.25f, 0.3f};
     const int dtype = test_half();
     void *x = trows_new(r, T, H, H, dtype, TFILL_NORMAL, 1), *target;
     float mean[H];
@@ -156,15 +178,15 @@ static void model_new(model* m, trand* r, float skew)
             moe_store(x, t * H + h, dtype, moe_load(x, t * H + h, dtype) + mean[h]);
         }
     target = trows_new(r, T, H, H, dtype, TFILL_NORMAL, 1);
-    m->x = tbuf_from("x", x, T * H * 2, 16), m->target = tbuf_from("target", target, T * H * 2, 16);
-    for (int i = 0; i < WEIGHTS; ++i) {
-        void* value = trows_new(r, sizes[i], 1, 1, dtype, TFILL_NORMAL, scale[i]);
+    m->target = tbuf_from("target", target, T * H * 2, 16);
+    for (int i = 0; i < PARAMS; ++i) {
+        void* value = i == X ? x : trows_new(r, sizes[i], 1, 1, dtype, TFILL_NORMAL, scale[i]);
         float* master = (float*)test_host(sizes[i] * 4);
         for (int64_t k = 0; k < sizes[i]; ++k) {
             master[k] = moe_load(value, k, dtype) + (i == ROUTER && k < H ? skew * mean[k] : 0);
             moe_store(value, k, dtype, master[k]);
         }
-        m->value[i] = tbuf_from("weights", value, (size_t)sizes[i] * 2, 16);
+        m->value[i] = tbuf_from("parameters", value, (size_t)sizes[i] * 2, 16);
         m->master[i] = tbuf_from("masters", master, (size_t)sizes[i] * 4, 16);
         m->grad[i] = tbuf_new("gradients", (size_t)sizes[i] * 4, 16);
         TFREE(value, master);
@@ -175,7 +197,7 @@ static void model_new(model* m, trand* r, float skew)
     m->balance_grad = tbuf_new("balance_grad", (E + 1) * 4, 4);
     m->balance_loss = tbuf_new("balance loss", 16, 4);
     layer_new(m, skew != 0);
-    TFREE(x, target);
+    free(target);
 }
 
 /* Adds what cat needs. */
@@ -188,7 +210,7 @@ static void cat_new(model* m)
     d.num_tokens = T, d.num_experts = E, d.top_k = K;
     CHECK_STATUS(moe_route_workspace(&d, &bytes), MOE_OK);
     m->route_workspace = tbuf_new("route", bytes, 16);
-    back.x_dtype = test_half(), back.drouter = m->grad[ROUTER].p;
+    back.x_dtype = test_half(), back.drouter = m->grad[ROUTER].p, back.dx = m->dy.p;
     back.num_tokens = T, back.hidden = H, back.num_experts = E;
     CHECK_STATUS(moe_router_backward_workspace(&back, &bytes), MOE_OK);
     m->logits = tbuf_new("logits", T * E * 4, 16), m->dlogits = tbuf_new("dlogits", T * E * 4, 16);
@@ -211,8 +233,8 @@ static void cat_new(model* m)
 
 static void model_free(model* m, int cat)
 {
-    for (int i = 0; i < WEIGHTS; ++i) tbufs_free(TBUFS(&m->value[i], &m->master[i], &m->grad[i]));
-    tbufs_free(TBUFS(&m->x, &m->target, &m->y, &m->dy, &m->loss, &m->fault, &m->saved));
+    for (int i = 0; i < PARAMS; ++i) tbufs_free(TBUFS(&m->value[i], &m->master[i], &m->grad[i]));
+    tbufs_free(TBUFS(&m->target, &m->y, &m->dy, &m->loss, &m->fault, &m->saved));
     tbufs_free(TBUFS(&m->workspace, &m->count, &m->prob, &m->balance_grad, &m->balance_loss));
     if (!cat) return;
     for (int e = 0; e < E; ++e) tbuf_free(&m->part[e]);
@@ -225,7 +247,7 @@ static void model_free(model* m, int cat)
 static step_args args_of(const model* m)
 {
     step_args a = {};
-    a.x = (const uint16_t*)m->x.p, a.target = (const uint16_t*)m->target.p;
+    a.x = (const uint16_t*)m->value[X].p, a.target = (const uint16_t*)m->target.p;
     a.y = (uint16_t*)m->y.p, a.dy = (uint16_t*)m->dy.p, a.loss = (float*)m->loss.p;
     a.table = (const void* const*)m->table.p, a.offset = (const int32_t*)m->offset.p;
     a.row_slot = (const int32_t*)m->row_slot.p, a.slot_row = (const int32_t*)m->slot_row.p;
@@ -244,18 +266,19 @@ static void run_kernel(const char* name, moe_status s) { CHECK(s == MOE_OK, "%s"
     } while (0)
 
 /* Takes one step of SGD, and returns the loss before it. Writes the gradients' norms. */
-static float finish(model* m, float rate, double norm[WEIGHTS])
+static float finish(model* m, float rate, double norm[PARAMS])
 {
     float loss;
-    for (int i = 0; i < WEIGHTS; ++i) {
+    for (int i = 0; i < PARAMS - !m->backward.dx; ++i) {
         step_args a = args_of(m);
-        float* grad = (float*)tbuf_copy(&m->grad[i]);
+        float* grad;
+        a.master = (float*)m->master[i].p, a.grad = (float*)m->grad[i].p;
+        a.value = (uint16_t*)m->value[i].p, a.n = sizes[i], a.rate = rate * rates[i];
+        if (i == X) LAUNCH(widen, T, H, a);
+        grad = (float*)tbuf_copy(&m->grad[i]);
         norm[i] = 0;
         for (int64_t k = 0; k < sizes[i]; ++k) norm[i] += (double)grad[k] * grad[k];
         free(grad);
-        a.master = (float*)m->master[i].p, a.grad = (float*)m->grad[i].p;
-        a.value = (uint16_t*)m->value[i].p, a.n = sizes[i],
-        a.rate = i == ROUTER ? 0.1f * rate : rate;
         LAUNCH(sgd, (sizes[i] + 127) / 128, 128, a);
     }
     TEST_CUDA(cudaStreamSynchronize(test_now.stream));
@@ -264,7 +287,7 @@ static float finish(model* m, float rate, double norm[WEIGHTS])
 }
 
 /* One step with the pointer table. */
-static float step_table(model* m, float rate, double norm[WEIGHTS])
+static float step_table(model* m, float rate, double norm[PARAMS])
 {
     const step_args a = args_of(m);
     CHECK_STATUS(moe_layer_forward(&m->layer, test_now.stream), MOE_OK);
@@ -277,7 +300,7 @@ static float step_table(model* m, float rate, double norm[WEIGHTS])
 static moe_experts_desc cat_experts(const model* m)
 {
     moe_experts_desc d = {};
-    d.x = m->x.p, d.w1.base = m->value[W1].p, d.w2.base = m->value[W2].p;
+    d.x = m->value[X].p, d.w1.base = m->value[W1].p, d.w2.base = m->value[W2].p;
     d.expert_offset = (const int32_t*)m->offset.p, d.row_slot = (const int32_t*)m->row_slot.p;
     d.act = m->act.p, d.pre = m->pre.p, d.table = (void* const*)m->table.p;
     d.num_tokens = T, d.hidden = H, d.intermediate = I, d.num_experts = E, d.top_k = K;
@@ -286,7 +309,7 @@ static moe_experts_desc cat_experts(const model* m)
 }
 
 /* One step with cat and index_add; plain as above. */
-static float step_cat(model* m, int plain, float rate, double norm[WEIGHTS])
+static float step_cat(model* m, int plain, float rate, double norm[PARAMS])
 {
     step_args a = args_of(m);
     const moe_experts_desc experts = cat_experts(m);
@@ -297,7 +320,8 @@ static float step_cat(model* m, int plain, float rate, double norm[WEIGHTS])
     moe_gate_backward_desc gate_back = {};
     moe_router_backward_desc router_back = {};
     a.plain = plain;
-    router.x = m->x.p, router.router = m->value[ROUTER].p, router.logits = (float*)m->logits.p;
+    router.x = m->value[X].p, router.router = m->value[ROUTER].p,
+    router.logits = (float*)m->logits.p;
     router.x_dtype = test_half(), router.num_tokens = T, router.hidden = H, router.num_experts = E;
     gate.logits = m->logits.p, gate.ids = (int32_t*)m->ids.p, gate.weights = (float*)m->weights.p;
     gate.num_tokens = T, gate.num_experts = E, gate.top_k = K;
@@ -316,11 +340,12 @@ static float step_cat(model* m, int plain, float rate, double norm[WEIGHTS])
     LAUNCH(square_loss, 1, 32, a);
 
     LAUNCH(index_select, R, H, a);
-    back.x = m->x.p, back.dy = m->dy.p, back.dy_rows = m->dcat.p, back.x_rows = m->x_rows.p,
+    back.x = m->value[X].p, back.dy = m->dy.p, back.dy_rows = m->dcat.p, back.x_rows = m->x_rows.p,
     back.pre = m->pre.p;
     back.w1 = experts.w1, back.w2 = experts.w2;
     back.expert_offset = experts.expert_offset, back.row_slot = experts.row_slot;
-    back.dw1.base = m->grad[W1].p, back.dw2.base = m->grad[W2].p, back.act = m->back_act.p;
+    back.rows = m->cat.p, back.dw1.base = m->grad[W1].p, back.dw2.base = m->grad[W2].p,
+    back.act = m->back_act.p;
     back.num_tokens = T, back.hidden = H, back.intermediate = I, back.num_experts = E;
     back.top_k = K, back.dtype = test_half(), back.grad_dtype = MOE_FP32;
     if (!plain) { /* weights in the products, and their gradients from the activations */
@@ -330,15 +355,18 @@ static float step_cat(model* m, int plain, float rate, double norm[WEIGHTS])
     }
     gate_back.gate = gate, gate_back.dweights = (const float*)m->dweights.p;
     gate_back.dlogits = m->dlogits.p;
-    router_back.x = m->x.p, router_back.dlogits = (const float*)m->dlogits.p;
+    router_back.x = m->value[X].p, router_back.dlogits = (const float*)m->dlogits.p;
     router_back.x_dtype = test_half(), router_back.drouter = m->grad[ROUTER].p;
     router_back.grad_dtype = MOE_FP32;
+    router_back.router = m->value[ROUTER].p, router_back.dx = m->dy.p;
+    router_back.dx_accumulate = 1;
     router_back.num_tokens = T, router_back.hidden = H, router_back.num_experts = E;
     router_back.workspace = m->router_workspace.p;
     router_back.workspace_bytes = m->router_workspace.bytes;
     CHECK_STATUS(moe_experts_backward(&back, test_now.stream), MOE_OK);
     CHECK_STATUS(moe_gate_backward(&gate_back, test_now.stream), MOE_OK);
     CHECK_STATUS(moe_router_backward(&router_back, test_now.stream), MOE_OK);
+    LAUNCH(index_add_rows, T, H, a);
     return finish(m, rate, norm);
 }
 
@@ -370,7 +398,7 @@ static void test_losses(void)
         if (k) cat_new(m + k);
     }
     for (int i = 0; i < steps && !test_now.failures; ++i) {
-        double norm[MODELS][WEIGHTS];
+        double norm[MODELS][PARAMS];
         last[TABLE] = step_table(m + TABLE, rate, norm[TABLE]);
         last[CAT] = step_cat(m + CAT, 0, rate, norm[CAT]);
         last[PLAIN] = step_cat(m + PLAIN, 1, rate, norm[PLAIN]);
@@ -379,14 +407,14 @@ static void test_losses(void)
               (double)last[TABLE], (double)last[CAT]);
         CHECK(i > 10 || fabsf(last[PLAIN] - last[TABLE]) <= (i ? 0.05f * last[TABLE] : 0.0f),
               "step %d: losses %.9g and, plain, %.9g", i, (double)last[TABLE], (double)last[PLAIN]);
-        for (int w = 0; i == 0 && w < WEIGHTS; ++w) {
+        for (int w = 0; i == 0 && w < PARAMS; ++w) {
             const double distance = grad_distance(m + TABLE, m + PLAIN, w);
             if (test_now.verbose) printf("  plain gradient %d: %g\n", w, distance);
             CHECK(distance <= 0.01, "plain gradient %d: a distance of %g", w, distance);
         }
         for (int k = 0; k < MODELS; ++k) {
             if (i >= steps - 20) tail[k] += last[k] / 20;
-            for (int w = 0; w < WEIGHTS; ++w)
+            for (int w = 0; w < PARAMS; ++w)
                 CHECK(norm[k][w] > 0 && norm[k][w] < INFINITY, "step %d: norm of gradient %d: %g",
                       i, w, norm[k][w]);
         }
@@ -425,7 +453,7 @@ static void test_balance(void)
     m.backward.balance_grad = (const float*)m.balance_grad.p;
     TEST_CUDA(cudaMemset(m.dy.p, 0, m.dy.bytes)); /* no other loss */
     for (int i = 0; i < 80; ++i) {
-        double norm[WEIGHTS];
+        double norm[PARAMS];
         CHECK_STATUS(moe_layer_forward(&m.layer, test_now.stream), MOE_OK);
         CHECK_STATUS(moe_balance_loss(&loss, test_now.stream), MOE_OK);
         CHECK_STATUS(moe_layer_backward(&m.backward, test_now.stream), MOE_OK);
