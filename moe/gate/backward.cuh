@@ -318,17 +318,36 @@ MOE_DEVICE void moei_gate_back_balance(float* c, const float* from, int num_expe
     }
 }
 
-/* Replaces a lane's logits v by the gradients of softmax of any kind by these logits. z: the
-   gradient of the z-loss by lse. Experts of probability 0 get 0, also where another gradient is
-   NaN. */
+/* Replaces a lane's logits v by e^(v - from), both in units. Returns the sum over the token's lanes.
+   The whole warp calls it. */
+MOE_DEVICE float moei_gate_back_lane_exponentials(float* v, float from,
+                                                  const moei_gate_units* units,
+                                                  const moei_gate_lanes w)
+{
+    const float shift = -(from * units->log2);
+    float sum = 0.0f;
+    MOE_UNROLL
+    for (int j = 0; j < w.per_lane; ++j) {
+        v[j] = moei_exp2_fast(fmaf(v[j], units->log2, shift));
+        sum += v[j];
+    }
+    return moe_warp_sum(sum, w.lanes);
+}
+
+/* The three below turn what v has of a lane's logits into the gradients by these logits. sum: the
+   token's sum of exponentials; z: the gradient of the z-loss by lse. An expert of probability 0 gets
+   no gradient by probabilities, also where another one's is NaN. The whole warp calls them. */
+
+/* Softmax of any kind. v: exponentials. */
 MOE_DEVICE void moei_gate_back_lane_softmax(float* v, const moei_gate_backward_args* a,
-                                            const moei_gate_back* o, const moei_gate_units* units,
-                                            const moei_gate_stats* s, float z,
+                                            const moei_gate_back* o, float sum, float z,
                                             const moei_gate_lanes w)
 {
     const moei_gate_args* d = &a->gate;
+    const float part = __fdiv_rn(1.0f, sum);
     float q = z - (moei_gate_own_sum(d) ? 0.0f : o->dot);
-    moei_gate_lane_scores(v, v, d, units, s, 1, w);
+    MOE_UNROLL
+    for (int j = 0; j < w.per_lane; ++j) v[j] *= part;
     if (a->balance_grad) {
         float c[32], dot = 0.0f;
         MOE_UNROLL
@@ -345,42 +364,64 @@ MOE_DEVICE void moei_gate_back_lane_softmax(float* v, const moei_gate_backward_a
     }
 }
 
-/* Replaces a lane's logits v by the gradients of sigmoid or sparsemax by these logits. z: the
-   gradient of the z-loss by lse, over the sum of exponentials. */
-MOE_DEVICE void moei_gate_back_lane_other(float* v, const moei_gate_backward_args* a,
-                                          const moei_gate_back* o, const moei_gate_units* units,
-                                          const moei_gate_stats* s, float z,
-                                          const moei_gate_lanes w)
+/* Sigmoid. v times factor: exponentials x. The score is x / (1 + x), and 1 less the score is
+   1 / (1 + x): nothing cancels. sum and z: of v, as sums and products with factor may leave fp32. */
+MOE_DEVICE void moei_gate_back_lane_sigmoid(float* v, const moei_gate_backward_args* a,
+                                            float factor, float sum, float z,
+                                            const moei_gate_lanes w)
 {
-    const moei_gate_args* d = &a->gate;
-    const bool sparsemax = d->score == MOE_SCORE_SPARSEMAX;
-    const float shift = -(s->max * units->log2);
-    const float part = sparsemax || !(s->sum > 0.0f) ? 1.0f : __fdiv_rn(1.0f, s->sum);
+    const int num_experts = a->gate.num_experts;
     const float* again = (const float*)moei_opaque((uintptr_t)a->balance_grad);
-    float u[32], c[4], dot = 0.0f, n = 0.0f, q;
-    moei_gate_lane_scores(u, v, d, units, s, 1, w);
+    float u[32], c[4], scores = 0.0f, dot = 0.0f, part;
+    z = __fdiv_rn(z, sum);
     MOE_UNROLL
     for (int j = 0; j < w.per_lane; ++j) {
         if (j % 4 == 0)
-            moei_gate_back_balance(c, a->balance_grad, d->num_experts, moei_gate_expert(j, w));
-        if (sparsemax) { /* all experts of the support count alike */
-            u[j] = u[j] > 0.0f ? 1.0f : 0.0f;
-            n += u[j];
-        }
-        u[j] *= part;
-        dot = fmaf(u[j], c[j % 4], dot);
+            moei_gate_back_balance(c, a->balance_grad, num_experts, moei_gate_expert(j, w));
+        u[j] = moei_reciprocal_fast(fmaf(v[j], factor, 1.0f));
+        scores = fmaf(v[j], u[j], scores);
+        dot = fmaf(v[j] * u[j], c[j % 4], dot);
     }
-    dot = moe_warp_sum(dot, w.lanes);
-    n = moe_warp_sum(n, w.lanes);
-    q = sparsemax ? __fdiv_rn(-dot - o->all, n) : -dot;
+    scores = moe_warp_sum(scores, w.lanes);
+    part = scores > 0.0f ? __fdiv_rn(1.0f, scores) : 1.0f;
+    dot = part * moe_warp_sum(dot, w.lanes);
     MOE_UNROLL
     for (int j = 0; j < w.per_lane; ++j) {
-        float x;
-        if (j % 4 == 0) /* loaded again: the registers are needed in between */
-            moei_gate_back_balance(c, again, d->num_experts, moei_gate_expert(j, w));
-        x = u[j] > 0.0f ? u[j] * (c[j % 4] + q) : 0.0f;
-        if (!sparsemax) x *= moei_gate_sigmoid_fast(v[j], -units->log2, 1.0f, 0.0f);
-        v[j] = z != 0.0f ? fmaf(z, moei_exp2_fast(fmaf(v[j], units->log2, shift)), x) : x;
+        const float p = v[j] * part * u[j]; /* v u again would be kept */
+        if (j % 4 == 0)                     /* loaded again: the registers are needed in between */
+            moei_gate_back_balance(c, again, num_experts, moei_gate_expert(j, w));
+        v[j] = fmaf(z, v[j], p > 0.0f ? p * (c[j % 4] - dot) * u[j] : 0.0f);
+    }
+}
+
+/* Sparsemax. v: logits, of statistics s. All experts of the support count alike. */
+MOE_DEVICE void moei_gate_back_lane_sparsemax(float* v, const moei_gate_backward_args* a,
+                                              const moei_gate_back* o, const moei_gate_units* units,
+                                              const moei_gate_stats* s, float sum, float z,
+                                              const moei_gate_lanes w)
+{
+    const int num_experts = a->gate.num_experts;
+    const float shift = -(s->max * units->log2);
+    const float* again = (const float*)moei_opaque((uintptr_t)a->balance_grad);
+    float c[4], dot = 0.0f, n = 0.0f, q;
+    uint32_t support = 0;
+    z = __fdiv_rn(z, sum);
+    MOE_UNROLL
+    for (int j = 0; j < w.per_lane; ++j) {
+        if (j % 4 == 0)
+            moei_gate_back_balance(c, a->balance_grad, num_experts, moei_gate_expert(j, w));
+        if (fmaf(v[j] - s->max, units->unit, -s->sum) > 0.0f) {
+            support |= 1u << j;
+            dot += c[j % 4];
+        }
+    }
+    n = moe_warp_sum((float)__popc(support), w.lanes);
+    q = __fdiv_rn(-moe_warp_sum(dot, w.lanes) - o->all, n);
+    MOE_UNROLL
+    for (int j = 0; j < w.per_lane; ++j) {
+        if (j % 4 == 0) moei_gate_back_balance(c, again, num_experts, moei_gate_expert(j, w));
+        v[j] = (support >> j & 1 ? c[j % 4] + q : 0.0f) +
+               (z != 0.0f ? z * moei_exp2_fast(fmaf(v[j], units->log2, shift)) : 0.0f);
     }
 }
 
@@ -388,21 +429,20 @@ MOE_DEVICE void moei_gate_back_lane_other(float* v, const moei_gate_backward_arg
    row. Sets o's sums. Returns whether moei_gate_back_token must do the token: a logit is NaN,
    infinite or huge. aside [E] in shared memory is the token's own. The whole warp calls it.
      1. rules; aside gets the slopes of squares and cosines
-     2. statistics of the row
-     3. sums over the choices; with sparsemax they may read the row from aside
-     4. the gradient by lse; gradients by the logits after the rules
+     2. sums over the choices; with sparsemax they may read the row from aside
+     3. exponentials or other statistics of the row
+     4. gradients by the logits after the rules
      5. gradients by the logits as given */
 MOE_DEVICE bool moei_gate_back_lane(float* v, const moei_gate_backward_args* a, moei_gate_back* o,
                                     float* aside, const moei_gate_lanes w)
 {
     const moei_gate_args* d = &a->gate;
     const moei_gate_units units = moei_gate_units_of(d);
-    const int num_experts = d->num_experts;
+    const int num_experts = d->num_experts, score = d->score;
     const float by_z = a->balance_grad ? a->balance_grad[num_experts] : 0.0f;
-    float max, offset, z = 0.0f;
+    float max, offset, sum, z = 0.0f;
     uint32_t unseen = 0;
     bool again;
-    moei_gate_stats s;
     if (d->expert_disabled) { /* 1. */
         MOE_UNROLL
         for (int j = 0; j < w.per_lane; ++j) {
@@ -414,26 +454,30 @@ MOE_DEVICE bool moei_gate_back_lane(float* v, const moei_gate_backward_args* a, 
     for (int j = 0; j < w.per_lane; ++j)
         if (moei_gate_expert(j, w) >= num_experts) unseen |= 1u << j;
     max = moei_gate_logits(v, &unseen, &offset, aside, d, moei_gate_seed(d), o->t, w);
-    s = moei_gate_lane_stats(d, &units, v, max, w); /* 2. */
-    again = s.nan || !(fabsf(s.max * units.log2) < 1e8f);
-    if (!moei_gate_is_softmax(d->score) && moei_gate_lane_odd(v, w))
-        again |= moei_gate_lane_nan(v, w);
-    moei_gate_back_sum(a, o); /* 3. */
-    if (d->score == MOE_SCORE_SPARSEMAX) {
+    again = !(fabsf(max * units.log2) < 1e8f);
+    moei_gate_back_sum(a, o); /* 2. */
+    if (score == MOE_SCORE_SPARSEMAX) {
+        const moei_gate_stats s = moei_gate_lane_stats(d, &units, v, max, w); /* 3. */
+        if (moei_gate_lane_odd(v, w)) again |= moei_gate_lane_nan(v, w);
         MOE_UNROLL
         for (int j = 0; j < w.per_lane; j += 4)
             if (d->renormalize) moei_store_4(aside + moei_gate_expert(j, w), v + j);
         __syncwarp(MOE_FULL_WARP); /* aside holds the row */
         moei_gate_back_sparsemax(a, o, &units, &s, aside);
-    }
-    if (by_z != 0.0f) z = by_z * moei_gate_lane_lse(v, offset, d, &units, &s, w); /* 4. */
-    if (moei_gate_is_softmax(d->score)) {
-        moei_gate_back_lane_softmax(v, a, o, &units, &s, z, w);
+        sum = by_z != 0.0f ? moei_gate_lane_exponentials(v, max, &units, w) : 1.0f;
+        if (by_z != 0.0f) z = by_z * (offset + fmaf(max, units.unit, moei_gate_log(sum)));
+        moei_gate_back_lane_sparsemax(v, a, o, &units, &s, sum, z, w); /* 4. */
     } else {
-        if (by_z != 0.0f) z = __fdiv_rn(z, moei_gate_lane_exponentials(v, s.max, &units, w));
-        moei_gate_back_lane_other(v, a, o, &units, &s, z, w);
+        const bool softmax = moei_gate_is_softmax(score);
+        const float from = softmax ? max : fminf(max, 0.0f);
+        if (!softmax) again |= !(max * units.log2 < 100.0f);        /* e^max is a number */
+        sum = moei_gate_back_lane_exponentials(v, from, &units, w); /* 3. */
+        again |= moei_is_nan(sum);
+        if (by_z != 0.0f) z = by_z * (offset + fmaf(from, units.unit, moei_gate_log(sum)));
+        if (softmax) moei_gate_back_lane_softmax(v, a, o, sum, z, w); /* 4. */
+        else moei_gate_back_lane_sigmoid(v, a, moei_exp2_fast(from * units.log2), sum, z, w);
     }
-    if (d->score >= MOE_SCORE_QUADRATIC) { /* 5. */
+    if (score >= MOE_SCORE_QUADRATIC) { /* 5. */
         MOE_UNROLL
         for (int j = 0; j < w.per_lane; j += 4) {
             float slope[4];
