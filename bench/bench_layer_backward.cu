@@ -271,7 +271,8 @@ static void open_training(bench_state* s, training* m, const bench_shape* h, int
     b.layer = *l;
     b.dy = bench_random(T * H, MOE_BF16, 1.0f, 5);
     b.dx = bench_alloc((size_t)(T * H) * 2);
-    b.drouter = l->router ? bench_alloc((size_t)(E * H) * 4) : (void*)0;
+    if (l->router) b.drouter = bench_alloc((size_t)(E * H) * 4);
+    else b.dlogits = (float*)bench_alloc((size_t)(T * E) * 4);
     b.router_grad_dtype = MOE_FP32;
     b.dw1.base = bench_alloc((size_t)(E * 2 * I * H) * 4);
     b.dw2.base = bench_alloc((size_t)(E * H * I) * 4);
@@ -310,7 +311,8 @@ static void close_training(training* m)
     cudaFree((void*)m->l.x), cudaFree((void*)m->l.router), cudaFree((void*)m->l.logits);
     cudaFree((void*)m->l.w1.base), cudaFree((void*)m->l.w2.base), cudaFree(m->l.y);
     cudaFree(m->l.saved), cudaFree(m->l.workspace), cudaFree((void*)b->dy), cudaFree(b->dx);
-    cudaFree(b->drouter), cudaFree(b->dw1.base), cudaFree(b->dw2.base);
+    cudaFree(b->drouter), cudaFree(b->dlogits);
+    cudaFree(b->dw1.base), cudaFree(b->dw2.base);
 }
 
 /* Runs and checks each way; returns the number of wrong results. */
