@@ -37,7 +37,7 @@
    Infinities are limits. Logits of +inf share the softmax; the others have probability 0 and
    gradient 0. The z-loss of such a row is infinite, and so are its gradients by the logits of +inf;
    quadratic's 2 q is infinite likewise. A product of 0 and infinity counts as 0: no NaN comes of
-   infinite logits. Gradients above 1e37 may come out infinite.
+   infinite logits. Gradients above 1e35 may come out infinite.
 
    Numerics: fp32 in a fixed order, rounded once to dlogits_dtype. Equal inputs give equal bits,
    whatever the other tokens hold. 1 - s of a sigmoid is computed without cancellation. The draws of
@@ -76,7 +76,7 @@
    threads, a multiple of 32. */
 #ifndef MOE_GATE_BACKWARD_LIST
 #define MOE_GATE_BACKWARD_LIST(X)                                                                  \
-    X(128, 8, 16, 256, 3) X(256, 16, 16, 256, 3) X(1024, 32, 32, 128, 1)
+    X(128, 8, 16, 128, 6) X(256, 8, 32, 128, 4) X(1024, 32, 32, 128, 1)
 #endif
 #define MOEI_GATE_BACKWARD_ANY_THREADS 256
 

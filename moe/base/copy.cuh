@@ -20,6 +20,19 @@ MOE_DEVICE void moei_store16(void* p, uint4 v)
     *(uint4*)p = v;
 }
 
+/* Stores 16 bytes to global memory by one instruction. The compiler splits moei_store16 where the
+   four words stand in registers apart, and then a warp's store touches each sector four times. */
+MOE_DEVICE void moei_store16_whole(void* p, uint4 v)
+{
+#if MOE_ON_HOST
+    moei_store16(p, v);
+#else
+    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)),
+                 "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+                 : "memory");
+#endif
+}
+
 /* Load 16 (8) bytes that are read once: the caches evict them first (ld.global.cs). p is 16-byte
    (8-byte) aligned. */
 MOE_DEVICE uint4 moei_load16_once(const void* p)
@@ -48,6 +61,16 @@ MOE_DEVICE void moei_store16_streaming(void* p, uint4 v)
     moei_store16(p, v);
 #else
     __stcs((uint4*)p, v);
+#endif
+}
+
+/* Begins to bring the 128-byte line of p, which a load will need soon, into L2. */
+MOE_DEVICE void moei_prefetch_line(const void* p)
+{
+#if MOE_ON_HOST
+    (void)p;
+#else
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(p) : "memory");
 #endif
 }
 
@@ -136,7 +159,7 @@ MOE_DEVICE void moei_copy_wait(const int pending)
    others not yet. 16-bit elements are rounded to nearest at each addition. */
 
 #if !MOE_ON_HOST
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900 &&                                             \
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900 &&                                              \
     __CUDACC_VER_MAJOR__ * 100 + __CUDACC_VER_MINOR__ >= 1201
 #define MOEI_ADD_VECTOR 1 /* red takes vectors (PTX 8.1) and bf16 */
 #else
@@ -162,8 +185,8 @@ MOE_DEVICE void moei_add2_atomic(uint16_t* p, uint16_t v, const int dtype)
             const float sum =
                 __uint_as_float((uint32_t)seen << 16) + __uint_as_float((uint32_t)v << 16);
             old = seen;
-            seen = atomicCAS((unsigned short*)p, old,
-                             __bfloat16_as_ushort(__float2bfloat16_rn(sum)));
+            seen =
+                atomicCAS((unsigned short*)p, old, __bfloat16_as_ushort(__float2bfloat16_rn(sum)));
         } while (seen != old);
 #endif
     }

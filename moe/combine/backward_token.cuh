@@ -181,6 +181,23 @@ typedef struct moei_combine_backward_vector {
     int h, span, hidden; /* column of the first vector; columns between the two; H */
 } moei_combine_backward_vector;
 
+/* Begins to bring the warp's parts of the forward's rows k and k + 1 into L2, those that exist: four
+   lines of 128 bytes each vector. width: elements in a 16-byte vector. Loads of two rows alone are too
+   few to keep memory busy. */
+MOE_DEVICE void moei_combine_backward_prefetch(const moei_combine_backward_vector p, int k,
+                                               const int width)
+{
+    if (moe_lane() % 8 != 0) return;
+    MOE_UNROLL
+    for (int u = 0; u < 2; ++u) {
+        const char* row = k + u < p.count ? p.source[k + u].row : (const char*)0;
+        MOE_UNROLL
+        for (int c = 0; c < 2; ++c)
+            if (row && p.h + c * p.span < p.hidden)
+                moei_prefetch_line(row + (int64_t)(p.h + c * p.span) * (16 / width));
+    }
+}
+
 /* Stores the gradients of rows k and k + 1 from g, the thread's vectors of dy. With dots adds the
    thread's parts to dot[0] and dot[1]; issues all loads before the first use and before the first
    store, so a gradient may replace its row. full: 1 where these rows and columns all exist.
@@ -192,6 +209,7 @@ MOE_DEVICE void moei_combine_backward_rows(float* dot, const float g[2][8],
     const int width = rows_dtype == MOE_FP32 ? 4 : 8; /* elements in a 16-byte vector of a row */
     uint4 raw[2][2];
     float v[8];
+    if (dots) moei_combine_backward_prefetch(p, k + 2, width);
     MOE_UNROLL
     for (int u = 0; u < 2 && dots; ++u) {
         const char* row = full || k + u < p.count ? p.source[k + u].row : (const char*)0;

@@ -39,7 +39,8 @@ typedef struct moe_experts_backward_desc {
     float* dweights;      /* shape of weights; 0 where a slot has no row */
     /* scratch */
     void* dpre;      /* as pre: gradient of the pre-activations; null: written over pre */
-    void* act;       /* [num_rows, I] dtype: weighted activations; required with dw2 */
+    void* act;       /* [num_rows, I] dtype: weighted activations; required with dw2. Hopper's
+                        path takes a product with dpre null where act is given */
     float* dot;      /* [num_rows, ceil(I / 64)]; required with dweights */
     uint64_t* fault; /* [1] fault word; or null */
     /* sizes and options */

@@ -142,7 +142,7 @@ MOE_HOST void moei_experts_backward_row_products(const moe_experts_backward_desc
     p->pre.b = moei_weights_transposed(&d->w2);
     p->pre.pre = d->pre;
     p->pre.c = d->dpre ? d->dpre : d->pre;
-    p->pre.act = moei_grads_given(&d->dw2) ? d->act : 0;
+    p->pre.act = d->act;
     p->pre.dot = d->dweights ? d->dot : 0;
     p->pre.n = d->intermediate;
     p->pre.k = d->hidden;

@@ -429,8 +429,8 @@ MOE_DEVICE void moei_gate_back_lane_sparsemax(float* v, const moei_gate_backward
    row. Sets o's sums. Returns whether moei_gate_back_token must do the token: a logit is NaN,
    infinite or huge. aside [E] in shared memory is the token's own. The whole warp calls it.
      1. rules; aside gets the slopes of squares and cosines
-     2. sums over the choices; with sparsemax they may read the row from aside
-     3. exponentials or other statistics of the row
+     2. sums over the choices
+     3. exponentials or other statistics of the row; sparsemax: sums that may read the row from aside
      4. gradients by the logits after the rules
      5. gradients by the logits as given */
 MOE_DEVICE bool moei_gate_back_lane(float* v, const moei_gate_backward_args* a, moei_gate_back* o,
@@ -470,7 +470,7 @@ MOE_DEVICE bool moei_gate_back_lane(float* v, const moei_gate_backward_args* a, 
     } else {
         const bool softmax = moei_gate_is_softmax(score);
         const float from = softmax ? max : fminf(max, 0.0f);
-        if (!softmax) again |= !(max * units.log2 < 100.0f);        /* e^max is a number */
+        if (!softmax) again |= !(max * units.log2 < 60.0f); /* sums and z / sum are numbers */
         sum = moei_gate_back_lane_exponentials(v, from, &units, w); /* 3. */
         again |= moei_is_nan(sum);
         if (by_z != 0.0f) z = by_z * (offset + fmaf(from, units.unit, moei_gate_log(sum)));

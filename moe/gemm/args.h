@@ -33,6 +33,9 @@ typedef struct moe_gemm_gradient {
     const float* row_weight; /* [num_rows], with row_index by index[r]; null: 1 */
     void* act;               /* [num_rows, n] c.bias_dtype: weighted activations; or null */
     int64_t act_stride;      /* elements between rows of act */
+    uint16_t* hand;          /* wgmma: act, or C where there is none: holds P of a tile until act
+                                and C of the tile are stored (wgmma/gradient.cuh) */
+    int64_t hand_stride;     /* elements between rows of hand */
     float* dot;    /* [num_rows, ceil(n / 64)]: parts of the weights' gradients; or null */
     int32_t gated; /* 1: pre and C have n gates, then n ups; 0: n columns */
 } moe_gemm_gradient;

@@ -244,6 +244,8 @@ MOE_HOST moe_grouped_gemm_args moei_gemm_args_of(const moe_grouped_gemm_desc* d)
     a.gradient.row_weight = d->row_weight;
     a.gradient.act = d->act;
     a.gradient.act_stride = d->act_stride;
+    a.gradient.hand = (uint16_t*)(d->act ? d->act : d->c);
+    a.gradient.hand_stride = d->act ? d->act_stride : d->c_stride;
     a.gradient.dot = d->dot;
     a.gradient.gated = d->gradient && moe_activation_is_gated(d->activation);
     return a;

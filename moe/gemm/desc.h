@@ -17,7 +17,7 @@
 typedef enum moe_tile {
     MOE_TILE_AUTO = 0,
     MOE_TILE_128x256, /* many rows an expert; 180 KB of shared memory a thread block, on the wgmma
-                         path 194 KB, with a gradient 210 KB; WMMA: k-major operands only */
+                         path 194 KB; WMMA: k-major operands only */
     MOE_TILE_128x128, /* many rows an expert on smaller chips */
     MOE_TILE_32x128,  /* few tiles, or few rows an expert */
     MOE_TILE_64x64    /* runs on every architecture, sm_75 included */
@@ -142,7 +142,7 @@ typedef struct moe_grouped_gemm_desc {
     const float* row_weight; /* [num_rows] w of each row, with row_index of each index:
                                 [a_rows * row_div], w = row_weight[row_index[r]]; null = 1 */
     void* act;               /* out: [num_rows, n] dtype, for the gradient of the next product's B;
-                                or null */
+                                or null. Null with C over pre: not on the wgmma path */
     int64_t act_stride;      /* elements between rows; 0 = n; multiple of 8 */
     float* dot;              /* out: [num_rows, ceil(n / 64)], dense; or null */
 } moe_grouped_gemm_desc;

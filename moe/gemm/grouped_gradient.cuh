@@ -20,7 +20,8 @@
    way to the activation; where it is below 2^-28 of its row's largest number (of 256 columns), with an
    error of at most 2^-39 of that.
 
-   Cost: 2 * R * n * k flops; reads pre and writes C and act once. One launch, and a memset of 4
+   Cost: 2 * R * n * k flops; reads pre and writes C and act once. On wgmma P passes through act
+   before, or through C without act; with C over pre it needs act. One launch, and a memset of 4
    bytes with a workspace. Minimum architecture: sm_75 (fp16), sm_80 (bf16).
 
      moe_grouped_gemm_desc g = {0};

@@ -83,7 +83,8 @@ MOE_K_GEMM_DTYPE_LIST(MOEI_K_GEMM_KERNELS)
 #if MOEI_WGMMA_HERE
 #define MOEI_K_GEMM_WGMMA_BODY(dtype, gathered)                                                    \
     MOE_SHARED(moei_wgmma_shared, s);                                                              \
-    const moe_gemm_shape f = MOEI_WGMMA_SHAPE(dtype, MOE_MAJOR_MN, MOE_MAJOR_MN);                  \
+    const moe_gemm_shape f =                                                                      \
+        MOEI_WGMMA_SHAPE(MOEI_WGMMA_THREADS, dtype, MOE_MAJOR_MN, MOE_MAJOR_MN);                  \
     moei_wgmma_block(&p.a, shared, &s, gathered, 0, f);
 #else
 #define MOEI_K_GEMM_WGMMA_BODY(dtype, gathered) (void)shared;
@@ -112,7 +113,7 @@ static const moei_variant moei_k_gemm_variants[] = {
      MOE_GEMM_PATH_WGMMA,                                                                          \
      (gathered) ? MOEI_VARIANT_GATHERED : MOEI_VARIANT_IN_ORDER,                                   \
      2,                                                                                            \
-     MOEI_WGMMA_SHAPE(dtype, MOE_MAJOR_MN, MOE_MAJOR_MN),                                          \
+     MOEI_WGMMA_SHAPE(MOEI_WGMMA_THREADS, dtype, MOE_MAJOR_MN, MOE_MAJOR_MN),                      \
      MOE_TILE_128x256,                                                                             \
      1,                                                                                            \
      MOEI_WGMMA_SMEM,                                                                              \

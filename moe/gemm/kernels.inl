@@ -34,8 +34,7 @@ MOEI_GEMM_TILE_LIST(MOEI_GEMM_TILE_KERNELS)
 
 /* The kernels of the wgmma path, for k-major A: rows of A in order, or gathered. */
 #define MOEI_GEMM_WGMMA_SHAPE(dtype, a_major, b_major)                                             \
-    MOEI_WGMMA_SHAPE_OF(MOEI_GEMM_GRADIENT ? MOEI_WGMMA_GRADIENT_STAGES : MOEI_WGMMA_STAGES,       \
-                        MOEI_GEMM_WGMMA_THREADS, dtype, a_major, b_major)
+    MOEI_WGMMA_SHAPE(MOEI_GEMM_WGMMA_THREADS, dtype, a_major, b_major)
 #define MOEI_GEMM_WGMMA_THREADS                                                                    \
     (MOEI_GEMM_GRADIENT ? MOEI_WGMMA_GRADIENT_THREADS : MOEI_WGMMA_THREADS)
 #if MOEI_WGMMA_HERE
@@ -72,7 +71,7 @@ static const moei_variant MOEI_GEMM_TABLE[] = {
      MOEI_GEMM_WGMMA_SHAPE(dtype, a_major, b_major),                                               \
      MOE_TILE_128x256,                                                                             \
      1,                                                                                            \
-     MOEI_GEMM_GRADIENT ? MOEI_WGMMA_GRADIENT_SMEM : MOEI_WGMMA_SMEM,                              \
+     MOEI_WGMMA_SMEM,                                                                              \
      MOEI_GEMM_WGMMA_LEAST(a_major, b_major),                                                      \
      90},
     MOE_GEMM_VARIANT_LIST(MOEI_GEMM_WGMMA_ROW, wgmma, 0)

@@ -78,14 +78,15 @@ MOE_HOST int moei_gemm_suits(const moei_variant* v, const moe_grouped_gemm_desc*
 
 /* Returns 1 where the wgmma path can take a checked product: A k-major, rows gathered or undivided;
    gates and ups not interleaved where B is mn-major; room for a cluster; sizes within the limits of
-   tensor maps. */
+   tensor maps; a gradient's P has a place to be handed over in. */
 MOE_HOST int moei_gemm_wgmma_takes(const moe_grouped_gemm_desc* d)
 {
     const int64_t most = (int64_t)1 << 39;
     return d->a_major == MOE_MAJOR_K && (d->row_index || d->row_div == 1) && d->grid_limit != 1 &&
            d->a_stride < most && d->b.row_stride < most / 2 &&
            !(d->b.major == MOE_MAJOR_MN && moei_gemm_gated(d) &&
-             d->gate_up == MOE_GATE_UP_INTERLEAVED);
+             d->gate_up == MOE_GATE_UP_INTERLEAVED) &&
+           !(d->gradient && !d->act && d->c == d->pre);
 }
 
 /* Returns 1 where tensor copies store full tiles on the wgmma path: rows in order, tiles of few

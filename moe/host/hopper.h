@@ -195,13 +195,6 @@ inline void moei_tensor_load(void* dst, const moei_tensor_map* map, int x, int y
 {
     moeh_tensor_load(moeh_now()->block, dst, map, x, y, distance, bar);
 }
-inline void moei_tensor_prefetch(const moei_tensor_map* map, int, int, uint64_t distance)
-{
-    moei_tensor t;
-    memcpy(&t, map, sizeof t);
-    moeh_check_map(&t);
-    moeh_check_aligned((const void*)(uintptr_t)distance, 16, "prefetches a misaligned matrix");
-}
 inline void moei_tensor_load_both(void* dst, const moei_tensor_map* map, int x, int y,
                                   uint64_t distance, uint64_t* bar)
 {

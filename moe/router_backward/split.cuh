@@ -19,7 +19,7 @@
 #include "../base/warp.cuh"
 #include "../router/bf16_split.cuh"
 
-#define MOEI_ROUTER_BACKWARD_TERMS 2 /* of dlogits, and of an fp32 router */
+#define MOEI_ROUTER_BACKWARD_TERMS 2 /* of dlogits, and of an fp32 router; the table is of two */
 #define MOEI_ROUTER_BACKWARD_MOST 16 /* most parts of the tokens, each with sums of its own */
 
 /* The argument of the kernels. E8: E, rounded up to a multiple of 8. */

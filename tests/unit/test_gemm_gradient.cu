@@ -801,6 +801,11 @@ static void test_gradient_plan(void)
               p[0].tile, p[1].tile);
         CHECK(p[0].tile_m == 128 || rows[i / 5] < 1000000 || d.n <= 64, "n %d, %d rows: tile %d",
               d.n, d.num_rows, p[0].tile);
+        d.c = (void*)d.pre; /* without act: on wgmma P has no place to be handed over in */
+        CHECK_STATUS(moe_grouped_gemm_gradient_plan(&d, p), MOE_OK);
+        CHECK(p[0].path == MOE_GEMM_PATH_WMMA, "path %d", p[0].path);
+        d.path = MOE_GEMM_PATH_WGMMA;
+        CHECK_STATUS(moe_grouped_gemm_gradient_plan(&d, p), MOE_STATUS(MOE_ERR_CONFLICT, path));
     }
 }
 

@@ -27,7 +27,7 @@
 enum { T = 96, H = 32, I = 24, E = 6, K = 2, R = T * K };
 enum { ROUTER, W1, W2, X, PARAMS };
 static const int64_t sizes[PARAMS] = {E * H, E * 2 * I* H, E* H* I, T* H};
-static const float rates[PARAMS] = {0.1f, 1, 1, 1};
+static const float rates[PARAMS] = {0.1f, 1, 1, 1}; /* factors on the step */
 
 /* One model and its training state. */
 typedef struct model {

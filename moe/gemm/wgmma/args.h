@@ -27,7 +27,7 @@ typedef struct moei_wgmma_args {
     int32_t boxes;           /* 1: full tiles are stored by tensor copies (wgmma/store.cuh) */
     int32_t transposed;      /* k-grouped: 1: C is stored as [E, n, m] */
     int32_t skip_empty;      /* k-grouped: 1: C of experts without rows is left as it is */
-    int32_t unused[14];      /* a launch copies whole 64-byte units */
+    int32_t unused[10];      /* a launch copies whole 64-byte units */
 } moei_wgmma_args;
 
 /* The parameter of the kernels: tensor maps stand on a 64-byte boundary there. */
@@ -40,19 +40,16 @@ typedef struct moei_wgmma_param {
 } moei_wgmma_param;
 
 /* Stages of the ring, and threads of a block: a producer and two consumers, a warpgroup each. A
-   gradient has a warpgroup more, and a stage less: P is handed over there (wgmma/gradient.cuh). */
+   gradient has a warpgroup more (wgmma/gradient.cuh). */
 #define MOEI_WGMMA_STAGES 4
 #define MOEI_WGMMA_THREADS 384
-#define MOEI_WGMMA_GRADIENT_STAGES 3
 #define MOEI_WGMMA_GRADIENT_THREADS 512
 
 /* The shape (gemm/shape.h) of the path's tiles, whose consumers' 8 warps have 16 x 256 each. */
-#define MOEI_WGMMA_SHAPE_OF(stages, threads, dtype, a_major, b_major)                              \
+#define MOEI_WGMMA_SHAPE(threads, dtype, a_major, b_major)                                         \
     {                                                                                              \
-        128, 256, 64, 8, 1, stages, dtype, a_major, b_major, 16, 256, threads, 1                   \
+        128, 256, 64, 8, 1, MOEI_WGMMA_STAGES, dtype, a_major, b_major, 16, 256, threads, 1        \
     }
-#define MOEI_WGMMA_SHAPE(dtype, a_major, b_major)                                                  \
-    MOEI_WGMMA_SHAPE_OF(MOEI_WGMMA_STAGES, MOEI_WGMMA_THREADS, dtype, a_major, b_major)
 
 /* Returns the bits of a wgmma descriptor beside the address, which has the lowest 14: at 16 and at
    32 the strides in 16 bytes, between 64 rows of an mn-major operand and between 8 lines; at 62 the

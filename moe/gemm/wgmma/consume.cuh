@@ -308,10 +308,10 @@ MOE_DEVICE void moei_wgmma_count(const moe_grouped_gemm_args* d, const moei_wgmm
      2. release the last stage
      3. finish: bias, activation, rounding; or store a transpose; or hand P of a gradient over
    A consumer without rows of the tile releases the stages. At the end stores and counts what is
-   pending. handed: of a gradient. */
+   pending. */
 MOE_DEVICE void moei_wgmma_consume(const moei_wgmma_args* a, moei_wgmma_ring r,
-                                   moei_wgmma_handed* handed, int consumer, const int gathered,
-                                   const int gradient, const moe_gemm_shape f)
+                                   int consumer, const int gathered, const int gradient,
+                                   const moe_gemm_shape f)
 {
     const moe_grouped_gemm_args* d = &a->d;
     const int by_depth = f.a_major == MOE_MAJOR_MN; /* k-grouped */
@@ -364,14 +364,14 @@ MOE_DEVICE void moei_wgmma_consume(const moei_wgmma_args* a, moei_wgmma_ring r,
             moei_wgmma_release(&r, moei_wgmma_before(&r));
             if (transposed) moei_wgmma_finish_transposed(&p, acc, &d->c, f.dtype); /* 3. */
             else if (gradient)
-                moei_wgmma_hand_over(handed + consumer, r.s, consumer, hand_overs++, acc,
-                                     t->row + consumer * 64, rows - consumer * 64, t->first);
+                moei_wgmma_hand_over(d, r.s, consumer, hand_overs++, acc, t->row + consumer * 64,
+                                     rows - consumer * 64, t->first);
             else moei_wgmma_finish(&p, acc, &d->c, t->expert, t->row + line, d->n, f);
         } else {
             moei_wgmma_skip(&r, depths);
         }
     }
-    if (gradient) moei_wgmma_hand_end(handed + consumer, r.s, consumer, hand_overs);
+    if (gradient) moei_wgmma_hand_end(r.s, consumer, hand_overs);
     MOE_NO_UNROLL
     while (!gradient && p.next < p.groups) moei_wgmma_store_part(&p, a, &r, consumer, 0, boxes);
     if (counts) moei_wgmma_count(d, &p, consumer);

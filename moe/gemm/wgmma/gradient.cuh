@@ -1,10 +1,11 @@
 /* gradient.cuh: the backward pass through an activation on Hopper: from a consumer's accumulators
    to C, act and dot (gemm/gradient.cuh). Called by consume.cuh and tile.cuh.
 
-   A fourth warpgroup computes it, so that the tensor cores go on with the next tile. At the end of a
-   tile a consumer hands P of its 64 rows over in shared memory, and two warps take it: one has the
-   even rows, the other the odd ones. A lane has 8 neighbouring columns of a row, 16 bytes of gates,
-   of ups and of act; a warp 256 columns, a row of the tile. pre of the next rows is loaded meanwhile.
+   A fourth warpgroup computes it, so that the tensor cores go on with the next tile. At the end of
+   a tile a consumer hands P of its 64 rows over where act will stand (gradient.hand): L2 holds it,
+   and the ring keeps all of shared memory. Two warps take it: one has the even rows, the other the odd
+   ones. A lane has 8 neighbouring columns of a row, 16 bytes of P, of gates, of ups and of act; a
+   warp 256 columns, a row of the tile. P and pre of the next rows are loaded meanwhile.
 
    P is handed over in 16 bits, as fp16 times a power of two for each row of a tile: the largest
    finite number of the row has exponent 14. So P is rounded to 11 bits; numbers below 2^-28 of the
@@ -16,7 +17,7 @@
 #include "../gradient.cuh"
 #include "store.cuh"
 
-#define MOEI_WGMMA_AHEAD 4 /* rows of pre that a warp loads ahead */
+#define MOEI_WGMMA_HAND_AHEAD 2 /* rows of P that a warp loads ahead */
 
 #if MOEI_WGMMA_HERE
 
@@ -56,30 +57,39 @@ MOE_DEVICE float moei_wgmma_largest(const float acc[128], const int below, const
 }
 
 /* Hands over P of the consumer's rows of a tile. turn: hand-overs of this consumer before. row: its
-   first row; rows: from it on. The warpgroup calls it.
+   first row; rows: from it on; first: first column. The warpgroup calls it.
      1. find the scales of the thread's two rows
-     2. wait until the rows handed over before are stored
-     3. write P, 64 columns at a time, and the scales */
-MOE_DEVICE void moei_wgmma_hand_over(moei_wgmma_handed* h, moei_wgmma_shared* s, int consumer,
-                                     int turn, float acc[128], int row, int rows, int first)
+     2. store P, 32 columns at a time
+     3. wait until the rows handed over before are stored; write the scales */
+MOE_DEVICE void moei_wgmma_hand_over(const moe_grouped_gemm_args* d, moei_wgmma_shared* s,
+                                     int consumer, int turn, float acc[128], int row, int rows,
+                                     int first)
 {
-    const int line = moe_warp() % 4 * 16 + (moe_lane() >> 2);
+    const moe_gemm_gradient* o = &d->gradient;
+    const int line = moe_warp() % 4 * 16 + (moe_lane() >> 2), quad = moe_lane() & 3;
+    const int columns = d->n - first - quad * 8;
+    uint16_t* to = o->hand + (row + line) * o->hand_stride + first + quad * 8;
+    moei_wgmma_handed* h = s->hand + consumer;
     float scale[2] = {moei_wgmma_largest(acc, 0, 0), moei_wgmma_largest(acc, 1, 0)}; /* 1. */
     if (__any_sync(MOE_FULL_WARP, fmaxf(scale[0], scale[1]) == INFINITY)) {
         scale[0] = moei_wgmma_largest(acc, 0, 1);
         scale[1] = moei_wgmma_largest(acc, 1, 1);
     }
     scale[0] = moei_wgmma_scale(scale[0]), scale[1] = moei_wgmma_scale(scale[1]);
-    moei_barrier_wait(s->stored + consumer, (turn & 1) ^ 1); /* 2. */
     MOE_UNROLL
-    for (int q = 0; q < 4; ++q) { /* 3. */
-        uint32_t x[16];
+    for (int g = 0; g < 8; ++g) { /* 2. */
+        uint32_t x[8];
         MOE_UNROLL
-        for (int i = 0; i < 32; ++i) acc[32 * q + i] *= scale[i >> 1 & 1];
-        moei_wgmma_round(x, acc, 2 * q, MOE_FP16);
-        moei_wgmma_round(x + 8, acc, 2 * q + 1, MOE_FP16);
-        moei_wgmma_write_box(h->p + q * MOEI_WGMMA_BOX, x);
+        for (int i = 0; i < 16; ++i) acc[16 * g + i] *= scale[i >> 1 & 1];
+        moei_wgmma_round(x, acc, g, MOE_FP16);
+        moei_quad_transpose(x);
+        moei_quad_transpose(x + 4);
+        if (columns <= 32 * g) continue;
+        if (line < rows) moei_store16(to + 32 * g, make_uint4(x[0], x[1], x[2], x[3]));
+        if (line + 8 < rows)
+            moei_store16(to + 8 * o->hand_stride + 32 * g, make_uint4(x[4], x[5], x[6], x[7]));
     }
+    moei_barrier_wait(s->stored + consumer, (turn & 1) ^ 1); /* 3. */
     if ((moe_lane() & 3) == 0) {
         h->unit[line] = moei_wgmma_inverse(scale[0]);
         h->unit[line + 8] = moei_wgmma_inverse(scale[1]);
@@ -89,27 +99,36 @@ MOE_DEVICE void moei_wgmma_hand_over(moei_wgmma_handed* h, moei_wgmma_shared* s,
 }
 
 /* Tells the warps that there are no more tiles. The warpgroup calls it. */
-MOE_DEVICE void moei_wgmma_hand_end(moei_wgmma_handed* h, moei_wgmma_shared* s, int consumer,
-                                    int turn)
+MOE_DEVICE void moei_wgmma_hand_end(moei_wgmma_shared* s, int consumer, int turn)
 {
     moei_barrier_wait(s->stored + consumer, (turn & 1) ^ 1);
-    if (threadIdx.x % 128 == 0) h->rows = 0;
+    if (threadIdx.x % 128 == 0) s->hand[consumer].rows = 0;
     moei_barrier_arrive(s->handed + consumer);
 }
 
 /* ---- the fourth warpgroup ---- */
 
-/* Replaces a row's vector of pre by those of C and act. Returns the sum of P activation(v, u). p:
-   the vector of P in units of `unit`. */
-MOE_DEVICE float moei_wgmma_vector(moei_gradient_pre* pre, const moe_grouped_gemm_args* d, uint4 p,
+/* Loads the vector of a row that is `there` from *from, and moves *from on to the row after the
+   next. Otherwise sets zeros. */
+MOE_DEVICE void moei_wgmma_load_hand(uint32_t word[4], const uint16_t** from, int64_t stride,
+                                     bool there)
+{
+    MOE_UNROLL
+    for (int i = 0; i < 4; ++i) word[i] = 0;
+    if (there) moei_gradient_load_words(word, *from, 4);
+    *from += 2 * stride;
+}
+
+/* Replaces a row's vector of pre and P, in units of `unit`, by those of C and act. Returns the sum of
+   P activation(v, u). */
+MOE_DEVICE float moei_wgmma_vector(moei_gradient_pre* pre, const moe_grouped_gemm_args* d,
                                    float unit, float weight, int activation, const int dtype)
 {
     const moei_gradient_activation g = moei_gradient_activation_of(d, activation);
-    const uint32_t word[4] = {p.x, p.y, p.z, p.w};
     float v[8];
     MOE_UNROLL
     for (int j = 0; j < 4; ++j) {
-        const float2 two = moe_unpack2(word[j], MOE_FP16);
+        const float2 two = moe_unpack2(pre->act[j], MOE_FP16);
         v[2 * j] = two.x, v[2 * j + 1] = two.y;
     }
     return unit * moei_gradient_words(pre, v, 0, 4, unit, weight, 0.0f, &g, dtype);
@@ -117,60 +136,68 @@ MOE_DEVICE float moei_wgmma_vector(moei_gradient_pre* pre, const moe_grouped_gem
 
 /* Computes and stores the rows that a consumer has handed over: rows `part`, part + 2, ... Lane i
    holds what belongs to row 2 i + part. The whole warp calls it. activation: that of *d or a literal
-   of the same value. */
+   of the same value. ahead: rows of pre that are loaded ahead, 2 or 3, a literal. */
 MOE_DEVICE void moei_wgmma_gradient_rows(const moe_grouped_gemm_args* d, const moei_wgmma_handed* h,
-                                         int part, int activation, const int dtype)
+                                         int part, int activation, const int ahead, const int dtype)
 {
+    const moe_gemm_gradient* o = &d->gradient;
     const int lane = moe_lane(), own = 2 * lane + part, column = h->first + 8 * lane;
     const int rows = h->rows < 64 ? h->rows : 64, count = (rows - part + 1) / 2;
+    const int64_t first = h->row + part, parts = (d->n + 63) / 64;
     const moei_gradient_row mine = moei_gradient_row_of(d, h->row + own, own < rows);
     const unsigned reads = __ballot_sync(MOE_FULL_WARP, mine.read);
-    const unsigned char* box = h->p + lane / 8 * MOEI_WGMMA_BOX;
-    moei_gradient_pre pre[MOEI_WGMMA_AHEAD];
-    moei_gradient_row r;
-    r.there = true;
+    const bool inside = column < d->n;
+    const uint16_t* from = (const uint16_t*)d->c.pre + first * d->c.pre_stride + column;
+    const uint16_t* hand = o->hand + first * o->hand_stride + column;
+    uint16_t* c = (uint16_t*)d->c.base + first * d->c.stride + column;
+    uint16_t* act = o->act ? (uint16_t*)o->act + first * o->act_stride + column : c;
+    float* dot = 0;
+    moei_gradient_pre pre[3]; /* of row i in i % ahead; act holds P before the row's turn */
+    if (o->dot && inside && lane % 8 == 0) dot = o->dot + first * parts + column / 64;
     MOE_UNROLL
-    for (int j = 0; j < MOEI_WGMMA_AHEAD; ++j) {
-        r.row = h->row + 2 * j + part, r.read = j < count && (reads >> j & 1);
-        pre[j] = moei_gradient_load(d, &r, column, 4);
-    }
+    for (int j = 0; j < ahead; ++j, from += 2 * d->c.pre_stride)
+        pre[j] = moei_gradient_load_at(d, from, inside && j < count && (reads >> j & 1), 4);
+    MOE_UNROLL
+    for (int j = 0; j < MOEI_WGMMA_HAND_AHEAD; ++j)
+        moei_wgmma_load_hand(pre[j].act, &hand, o->hand_stride, inside && j < count);
     MOE_NO_UNROLL
-    for (int i0 = 0; i0 < count; i0 += MOEI_WGMMA_AHEAD) {
+    for (int i0 = 0; i0 < count; i0 += ahead) {
         MOE_UNROLL
-        for (int j = 0; j < MOEI_WGMMA_AHEAD; ++j) {
-            const int i = i0 + j, line = 2 * i + part, next = i + MOEI_WGMMA_AHEAD;
-            const float weight = __shfl_sync(MOE_FULL_WARP, mine.weight, i & 31);
+        for (int j = 0; j < ahead; ++j) {
+            const int i = i0 + j, next = i + ahead;
+            const float weight = __shfl_sync(MOE_FULL_WARP, mine.weight, i);
             float sum;
             if (i >= count) break;
-            sum = moei_wgmma_vector(pre + j, d,
-                                    *(const uint4*)(box + line * 128 + ((lane ^ line) & 7) * 16),
-                                    h->unit[line], weight, activation, dtype);
-            r.row = h->row + line;
-            moei_gradient_store(d, &r, column, pre + j, 4);
-            if (d->gradient.dot) { /* 8 lanes have 64 columns */
-                sum = moe_warp_sum(column < d->n ? sum : 0.0f, 8);
-                if ((lane & 7) == 0 && column < d->n)
-                    moei_gradient_store_dot(d, r.row, column, sum);
+            sum = moei_wgmma_vector(pre + j, d, h->unit[2 * i + part], weight, activation, dtype);
+            if (inside) moei_gradient_store_at(d, c, act, pre + j, 4);
+            c += 2 * d->c.stride;
+            act += 2 * o->act_stride;
+            if (o->dot) { /* 8 lanes have 64 columns */
+                sum = moe_warp_sum(inside ? sum : 0.0f, 8);
+                if (dot) *dot = sum, dot += 2 * parts;
             }
-            r.row += 2 * MOEI_WGMMA_AHEAD, r.read = next < count && (reads >> (next & 31) & 1);
-            pre[j] = moei_gradient_load(d, &r, column, 4);
+            pre[j] =
+                moei_gradient_load_at(d, from, inside && next < count && (reads >> next & 1), 4);
+            from += 2 * d->c.pre_stride;
+            moei_wgmma_load_hand(pre[(j + MOEI_WGMMA_HAND_AHEAD) % ahead].act, &hand,
+                                 o->hand_stride, inside && i + MOEI_WGMMA_HAND_AHEAD < count);
         }
     }
 }
 
 /* The fourth warpgroup: warps 2 i and 2 i + 1 of it take what consumer i hands over. SwiGLU has code
-   of its own, without branches. */
-MOE_DEVICE void moei_wgmma_compute(const moe_grouped_gemm_args* d, const moei_wgmma_handed* all,
-                                   moei_wgmma_shared* s, const int dtype)
+   of its own, without branches. ahead: as above. */
+MOE_DEVICE void moei_wgmma_compute(const moe_grouped_gemm_args* d, moei_wgmma_shared* s,
+                                   const int ahead, const int dtype)
 {
     const int consumer = moe_warp() % 4 / 2, part = moe_warp() % 2;
-    const moei_wgmma_handed* h = all + consumer;
+    const moei_wgmma_handed* h = s->hand + consumer;
     for (int turn = 0;; ++turn) {
         moei_barrier_wait(s->handed + consumer, turn & 1);
         if (h->rows == 0) break;
         if (d->c.activation == MOE_ACTIVATION_SWIGLU)
-            moei_wgmma_gradient_rows(d, h, part, MOE_ACTIVATION_SWIGLU, dtype);
-        else moei_wgmma_gradient_rows(d, h, part, d->c.activation, dtype);
+            moei_wgmma_gradient_rows(d, h, part, MOE_ACTIVATION_SWIGLU, ahead, dtype);
+        else moei_wgmma_gradient_rows(d, h, part, d->c.activation, ahead, dtype);
         if (d->done) {
             const int left = d->n - h->first, rows = h->rows < 64 ? h->rows : 64;
             moei_named_barrier(2 + consumer, 64);

@@ -5,8 +5,7 @@
    The two blocks of a cluster compute pairs of tiles (order.cuh). Block 0 takes the next number
    from a counter in global memory, and sends it to block 1.
 
-   Rows in order: one warp starts the copies, and a second one finds the next tile meanwhile. With a
-   gradient a third one brings operands into L2, some steps ahead.
+   Rows in order: one warp starts the copies, and a second one finds the next tile meanwhile.
    Gathered rows: all four warps copy. In the middle of a tile warp 0 finds the next one, and each
    thread loads row_index of one of its lines: the first copies of a tile can then start at once.
    Otherwise the ring would run empty between two tiles. */
@@ -15,8 +14,6 @@
 
 #include "../flags.cuh"
 #include "ring.cuh"
-
-#define MOEI_WGMMA_PREFETCH 4 /* steps between a step and the one that is brought into L2 */
 
 #if MOEI_WGMMA_HERE
 
@@ -219,52 +216,6 @@ MOE_DEVICE void moei_wgmma_produce(const moei_wgmma_args* a, moei_wgmma_ring r,
     }
     moei_barrier_wait(r.s->empty + r.stage, r.parity ^ 1);
     if (starts) moei_barrier_arrive(r.s->full + r.stage);
-}
-
-/* Begins to bring the operands of the step of depths k .. k + 63 into L2: rows of A for the pairs
-   with the first column, rows of B for the first row tiles. The others read the same at about the
-   same time. One thread calls it. */
-MOE_DEVICE void moei_wgmma_prefetch_step(const moei_wgmma_args* a, const moei_wgmma_tiles* w,
-                                         const moei_wgmma_tile* t, int k, const int b_major)
-{
-    const int rows = moei_wgmma_rows(t);
-    if (rows == 0 && !t->shared) return;
-    for (int half = 0; half < 2; ++half) {
-        const int row = t->first + half * 128;
-        if (t->column == 0 && rows > half * 64)
-            moei_tensor_prefetch(&a->a, k, t->row + half * 64, t->from.a);
-        if (t->row > t->begin + MOEI_WGMMA_ROWS || (t->shared && half != w->cluster_rank)) continue;
-        if (b_major == MOE_MAJOR_K) {
-            moei_tensor_prefetch(&a->b, k, row, t->from.b[half]);
-        } else {
-            moei_tensor_prefetch(&a->b, row, k, t->from.b[half]);
-            moei_tensor_prefetch(&a->b, row + 64, k, t->from.b[half]);
-        }
-    }
-}
-
-/* One warp, with a gradient, whose ring has a stage less: brings operands into L2 a few steps before
-   they are copied. It sees each stage as consumers do, and releases it to its own block alone. */
-MOE_DEVICE void moei_wgmma_prefetch(const moei_wgmma_args* a, moei_wgmma_ring r,
-                                    const moei_wgmma_tiles* w, const moe_gemm_shape f)
-{
-    for (int turn = 0;; ++turn) {
-        moei_wgmma_tile t;
-        moei_barrier_wait(r.s->full + r.stage, r.parity);
-        t = moei_wgmma_read(r.s, turn);
-        if (t.expert < 0) break;
-        for (int i = 0; i < t.steps; ++i) {
-            moei_barrier_wait(r.s->full + r.stage, r.parity);
-            __syncwarp(MOE_FULL_WARP); /* all lanes have seen the phase, which may end now */
-            if (moe_lane() == 0) {
-                moei_barrier_arrive(r.s->empty + r.stage);
-                if (i + MOEI_WGMMA_PREFETCH < t.steps)
-                    moei_wgmma_prefetch_step(a, w, &t, (i + MOEI_WGMMA_PREFETCH) * 64, f.b_major);
-            }
-            __syncwarp(MOE_FULL_WARP);
-            moei_wgmma_next(&r);
-        }
-    }
 }
 
 /* ---- gathered rows ---- */

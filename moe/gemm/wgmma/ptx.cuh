@@ -191,15 +191,6 @@ MOE_DEVICE void moei_tensor_load_both(void* dst, const moei_tensor_map* map, int
                  : "memory");
 }
 
-/* Begins to bring such a box into L2. One thread calls it. */
-MOE_DEVICE void moei_tensor_prefetch(const moei_tensor_map* map, int x, int y, uint64_t distance)
-{
-    asm volatile(
-        "cp.async.bulk.prefetch.tensor.4d.L2.global.tile [%0, {%1, %2, %3, %4}];" ::"l"(map),
-        "r"(x), "r"(y), "r"(moei_tensor_vector(distance)), "r"(moei_tensor_group(distance))
-        : "memory");
-}
-
 /* Starts to store a box, in shared memory as moei_tensor_load leaves it, at column x, row y of the
    map's matrix; elements outside it are dropped. src must not change before the wait for it. One
    thread calls it, and the waits. */

@@ -11,8 +11,7 @@
 
    Two blocks of a cluster have rings of their own that run in step: half of a stage's B may arrive
    from the other block. Barriers of a stage: `full` completes when all of the stage has arrived;
-   `empty` when the warps of all consumers of both blocks have read their stage of this number, and,
-   with a gradient and rows in order, the block's own warp that prefetches has seen it. */
+   `empty` when the warps of all consumers of both blocks have read their stage of this number. */
 #ifndef MOE_GEMM_WGMMA_RING_CUH
 #define MOE_GEMM_WGMMA_RING_CUH
 
@@ -30,20 +29,14 @@
 #define MOEI_WGMMA_ENTRIES 8
 static_assert(MOEI_WGMMA_ENTRIES >= MOEI_WGMMA_STAGES + 3, "an entry is written while it is read");
 
-/* What a consumer hands over of a gradient's tile (gradient.cuh). */
+/* What a consumer hands over of a gradient's tile beside P (gradient.cuh). */
 typedef struct moei_wgmma_handed {
-    unsigned char p[4 * MOEI_WGMMA_BOX]; /* P in fp16: a box for each 64 columns (store.cuh) */
-    float unit[64];                      /* a number of a row is what stands in p times unit */
+    float unit[64];           /* P of a row is what is handed over times unit */
     int32_t row, rows, first; /* first row of C; rows from it on, 0: no more tiles; first column */
-    int32_t unused[29];       /* the next box begins at a multiple of 128 bytes */
 } moei_wgmma_handed;
-static_assert(sizeof(moei_wgmma_handed) % 128 == 0, "lines of boxes are 128 bytes");
 
-/* Bytes of dynamic shared memory without boxes and tile_start: the ring, and room to align it. With
-   a gradient fewer stages, and what the consumers hand over. */
+/* Bytes of dynamic shared memory without boxes and tile_start: the ring, and room to align it. */
 #define MOEI_WGMMA_SMEM (1024 + MOEI_WGMMA_RING)
-#define MOEI_WGMMA_GRADIENT_SMEM                                                                   \
-    (1024 + MOEI_WGMMA_GRADIENT_STAGES * MOEI_WGMMA_STAGE + 2 * (int)sizeof(moei_wgmma_handed))
 
 /* Static shared memory of a block. More than 512 bytes: kernels without a body have none, which
    tells whether the binary has code of sm_90a (variant.cuh). */
@@ -51,8 +44,9 @@ typedef struct moei_wgmma_shared {
     uint64_t full[MOEI_WGMMA_STAGES], empty[MOEI_WGMMA_STAGES];
     uint64_t posted, taken;            /* a tile's position stands in its entry; has been read */
     uint64_t sent[MOEI_WGMMA_ENTRIES]; /* block 1: number[i] has arrived from block 0 */
-    uint64_t handed[2], stored[2];     /* of a gradient: P of a consumer's rows stands in shared
-                                          memory; their results are stored */
+    uint64_t handed[2], stored[2];     /* of a gradient: a consumer has handed its rows over; their
+                                          results are stored */
+    moei_wgmma_handed hand[2];
     int32_t number[MOEI_WGMMA_ENTRIES];
     int32_t stopped; /* block 0: an earlier kernel met a stop fault */
     int32_t waits;   /* of the producer's thread 0: as in moei_ready_wait */
@@ -72,21 +66,20 @@ typedef struct moei_wgmma_shared {
 
 /* A role's position in the ring. */
 typedef struct moei_wgmma_ring {
-    unsigned char* stages; /* [count][MOEI_WGMMA_STAGE], 1024-byte aligned */
-    int count;             /* a literal: stages of the ring */
+    unsigned char* stages; /* [MOEI_WGMMA_STAGES][MOEI_WGMMA_STAGE], 1024-byte aligned */
     moei_wgmma_shared* s;
     int stage, parity; /* the stage, and the parity of its phase */
 } moei_wgmma_ring;
 
 MOE_DEVICE void moei_wgmma_next(moei_wgmma_ring* r)
 {
-    if (++r->stage == r->count) r->stage = 0, r->parity ^= 1;
+    if (++r->stage == MOEI_WGMMA_STAGES) r->stage = 0, r->parity ^= 1;
 }
 
 /* Returns the stage before this one. */
 MOE_DEVICE int moei_wgmma_before(const moei_wgmma_ring* r)
 {
-    return (r->stage + r->count - 1) % r->count;
+    return (r->stage + MOEI_WGMMA_STAGES - 1) % MOEI_WGMMA_STAGES;
 }
 
 /* Tells both blocks that a consumer's warp has read a stage. The whole warp calls it. */

@@ -19,8 +19,7 @@
 #if MOEI_WGMMA_HERE
 
 /* Computes this block's share of all tiles. All threads of the block call it; blocks 2 i and 2 i + 1
-   are a cluster. dynamic holds the ring, moei_wgmma_handed of both consumers with a gradient or boxes
-   where a->boxes, then tile_start.
+   are a cluster. dynamic holds the ring, boxes where a->boxes, then tile_start.
    Literals: gathered: rows of A are gathered; gradient: the epilogue is that of a gradient.
      1. Initialize the barriers. Build the schedule.
      2. Each warpgroup takes its role, where nothing is bad and no earlier kernel met a stop fault.
@@ -32,10 +31,8 @@ MOE_DEVICE_BODY void moei_wgmma_block(const moei_wgmma_args* a, unsigned char* d
 {
     const moe_grouped_gemm_args* d = &a->d;
     const int warp = __shfl_sync(MOE_FULL_WARP, moe_warp(), 0); /* uniform to the compiler */
-    moei_wgmma_handed* handed;
     moei_wgmma_ring r;
     moei_wgmma_tiles w;
-    r.count = f.stages;
     r.stages = dynamic + (1024 - ((uintptr_t)dynamic & 1023)) % 1024;
     r.s = s;
     r.stage = r.parity = 0;
@@ -48,15 +45,12 @@ MOE_DEVICE_BODY void moei_wgmma_block(const moei_wgmma_args* a, unsigned char* d
     w.schedule.column_tiles = (d->n + w.columns - 1) / w.columns;
     w.schedule.row_align = 1;
     w.schedule.skip_empty = a->skip_empty;
-    handed = (moei_wgmma_handed*)(r.stages + f.stages * MOEI_WGMMA_STAGE);
-    w.schedule.tile_start = gradient   ? (int*)(handed + 2)
-                            : a->boxes ? (int*)((unsigned char*)handed + 2 * MOEI_WGMMA_BOX)
-                                       : (int*)handed;
+    w.schedule.tile_start =
+        (int*)(r.stages + MOEI_WGMMA_RING + (a->boxes ? 2 * MOEI_WGMMA_BOX : 0));
     if (threadIdx.x == 0) { /* 1. */
         for (int i = 0; i < MOEI_WGMMA_STAGES; ++i) {
             moei_barrier_init(s->full + i, gathered ? 129 : 1);
-            /* warps of both blocks' consumers, and of a gradient the one that prefetches */
-            moei_barrier_init(s->empty + i, gradient && !gathered ? 17 : 16);
+            moei_barrier_init(s->empty + i, 16); /* warps of both blocks' consumers */
         }
         for (int i = 0; i < MOEI_WGMMA_ENTRIES; ++i) moei_barrier_init(s->sent + i, 1);
         for (int i = 0; i < 2; ++i) {
@@ -75,21 +69,21 @@ MOE_DEVICE_BODY void moei_wgmma_block(const moei_wgmma_args* a, unsigned char* d
     if ((int)blockIdx.x / 2 < w.pairs && !moei_cluster_load(&s->stopped, 0) &&
         moei_gemm_tables_good(d, &w.schedule.groups, f.a_major == MOE_MAJOR_MN)) { /* 2. */
         if (warp < 4) {
-            moei_registers_lower(72);
+            if (gradient && !gathered) moei_registers_lower(56);
+            else moei_registers_lower(72);
             if (gathered && f.a_major == MOE_MAJOR_MN) moei_wgmma_produce_depths(a, r, &w, f);
             else if (gathered) moei_wgmma_produce_gathered(a, r, &w, f);
             else if (warp == 0) moei_wgmma_produce(a, r, &w, f);
             else if (warp == 1) moei_wgmma_find_tiles(a, s, &w);
-            else if (warp == 2 && gradient) moei_wgmma_prefetch(a, r, &w, f);
         } else if (warp < 12) {
             if (gradient) moei_registers_raise(168);
             else moei_registers_raise(216);
-            moei_wgmma_consume(a, r, handed,
-                               __shfl_sync(MOE_FULL_WARP, (int)threadIdx.x / 128 - 1, 0), gathered,
-                               gradient, f);
+            moei_wgmma_consume(a, r, __shfl_sync(MOE_FULL_WARP, (int)threadIdx.x / 128 - 1, 0),
+                               gathered, gradient, f);
         } else if (gradient) {
-            moei_registers_lower(104);
-            moei_wgmma_compute(d, handed, s, f.dtype);
+            if (gathered) moei_registers_lower(104); /* what the producer leaves */
+            else moei_registers_lower(120);
+            moei_wgmma_compute(d, s, gathered ? 2 : 3, f.dtype);
         }
     }
     moei_cluster_sync(); /* 3. */

@@ -184,7 +184,7 @@ static void ep_rounds_free(ep_job* j, ep_rounds* a, int check)
     TEST_CUDA(cudaSetDevice(0));
 }
 
-/* Twelve exchanges in a row, other ids each time, each rank late in its turn, no host sync. On the
+/* Twelve exchanges in a row, other ids each time, in round n rank n late, no host sync. On the
    CPU four, unless the tests are long. */
 static void test_back_to_back(void)
 {
