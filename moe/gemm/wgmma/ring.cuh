@@ -46,7 +46,6 @@ typedef struct moei_wgmma_shared {
     uint64_t sent[MOEI_WGMMA_ENTRIES]; /* block 1: number[i] has arrived from block 0 */
     uint64_t handed[2], stored[2];     /* of a gradient: a consumer has handed its rows over; their
                                           results are stored */
-    moei_wgmma_handed hand[2];
     int32_t number[MOEI_WGMMA_ENTRIES];
     int32_t stopped; /* block 0: an earlier kernel met a stop fault */
     int32_t waits;   /* of the producer's thread 0: as in moei_ready_wait */
@@ -60,6 +59,7 @@ typedef struct moei_wgmma_shared {
     };
     uint32_t lacks[2][4]; /* k-grouped: not 0: one of so many 32 depths has no row */
     moe_block_scan_scratch scan;
+    moei_wgmma_handed hand[2]; /* of a gradient: by consumer */
 } moei_wgmma_shared;
 
 #if MOEI_WGMMA_HERE
