@@ -156,10 +156,9 @@ MOE_DEVICE float moei_sigmoid_slope(float x, float p, float q)
    the same exponential and reciprocal. Where the exponential is infinite both are 0. */
 MOE_DEVICE float moei_sigmoid_grad(float* v, float a)
 {
-    const float p = a * *v, s = moei_reciprocal_fast(1.0f + moei_exp2_fast(p)); /* has NaN of v */
-    const float t = -0.693147182f * fminf(fmaxf(p, -345.0f), 345.0f); /* finite: 0 t is 0 */
+    const float s = moei_reciprocal_fast(1.0f + moei_exp2_fast(a * *v)); /* has NaN of v */
     *v = fmaxf(*v, -3.40282347e38f) * s;
-    return s * fmaf(t, 1.0f - s, 1.0f);
+    return fmaf(fminf(-0.693147182f * a * *v, 3.40282347e38f), 1.0f - s, s); /* finite: 0 t is 0 */
 }
 
 /* Returns the derivative of x Phi(x): Phi(x) + x e^(-x^2 / 2) / sqrt(2 pi). */

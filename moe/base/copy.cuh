@@ -20,19 +20,6 @@ MOE_DEVICE void moei_store16(void* p, uint4 v)
     *(uint4*)p = v;
 }
 
-/* Stores 16 bytes to global memory by one instruction. The compiler splits moei_store16 where the
-   four words stand in registers apart, and then a warp's store touches each sector four times. */
-MOE_DEVICE void moei_store16_whole(void* p, uint4 v)
-{
-#if MOE_ON_HOST
-    moei_store16(p, v);
-#else
-    asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(p)),
-                 "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
-                 : "memory");
-#endif
-}
-
 /* Load 16 (8) bytes that are read once: the caches evict them first (ld.global.cs). p is 16-byte
    (8-byte) aligned. */
 MOE_DEVICE uint4 moei_load16_once(const void* p)
@@ -53,8 +40,9 @@ MOE_DEVICE uint2 moei_load8_once(const void* p)
 #endif
 }
 
-/* Stores 16 bytes that no kernel reads soon: the caches evict them first (st.global.cs). p is
-   16-byte aligned. */
+/* Stores 16 bytes that no kernel reads soon, by one instruction: the caches evict them first
+   (st.global.cs). p is 16-byte aligned. The compiler splits moei_store16 where the four words stand
+   in registers apart, and then a warp's store touches each sector four times. */
 MOE_DEVICE void moei_store16_streaming(void* p, uint4 v)
 {
 #if MOE_ON_HOST

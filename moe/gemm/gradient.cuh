@@ -59,22 +59,8 @@ MOE_DEVICE void moei_gradient_load_words(uint32_t* w, const uint16_t* p, const i
 
 MOE_DEVICE void moei_gradient_store_words(uint16_t* p, const uint32_t* w, const int words)
 {
-    if (words == 4) moei_store16_whole(p, make_uint4(w[0], w[1], w[2], w[3]));
+    if (words == 4) moei_store16_streaming(p, make_uint4(w[0], w[1], w[2], w[3]));
     else *(uint2*)p = make_uint2(w[0], w[1]);
-}
-
-/* Loads 2 * words columns of pre at `at`; zeros where these are not `there`. */
-MOE_DEVICE moei_gradient_pre moei_gradient_load_at(const moe_grouped_gemm_args* d,
-                                                   const uint16_t* at, bool there, const int words)
-{
-    moei_gradient_pre p;
-    MOE_UNROLL
-    for (int i = 0; i < words; ++i) p.gate[i] = p.up[i] = 0;
-    if (there) {
-        moei_gradient_load_words(p.gate, at, words);
-        if (d->gradient.gated) moei_gradient_load_words(p.up, at + d->n, words);
-    }
-    return p;
 }
 
 /* Loads 2 * words columns of pre from `column` on: zeros in rows not read and from column n on. */
@@ -83,7 +69,14 @@ MOE_DEVICE moei_gradient_pre moei_gradient_load(const moe_grouped_gemm_args* d,
                                                 const int words)
 {
     const uint16_t* at = (const uint16_t*)d->c.pre + r->row * d->c.pre_stride + column;
-    return moei_gradient_load_at(d, at, r->read && column < d->n, words);
+    moei_gradient_pre p;
+    MOE_UNROLL
+    for (int i = 0; i < words; ++i) p.gate[i] = p.up[i] = 0;
+    if (r->read && column < d->n) {
+        moei_gradient_load_words(p.gate, at, words);
+        if (d->gradient.gated) moei_gradient_load_words(p.up, at + d->n, words);
+    }
+    return p;
 }
 
 /* A resolved activation, and whether it is gated. */
@@ -109,6 +102,7 @@ MOE_DEVICE float moei_gradient_words(moei_gradient_pre* pre, float* p, const int
                                      float unit, float weight, float sum,
                                      const moei_gradient_activation* g, const int dtype)
 {
+    const float scale = unit * weight;
     float v[8], u[8], s[8];
     MOE_UNROLL
     for (int i = 0; i < words; ++i) {
@@ -121,7 +115,7 @@ MOE_DEVICE float moei_gradient_words(moei_gradient_pre* pre, float* p, const int
     MOE_UNROLL
     for (int i = 0; i < 2 * words; ++i) {
         sum = fmaf(p[i], v[i], sum);
-        p[i] = p[i] * unit * weight;
+        p[i] *= scale;
         u[i] *= p[i];
         s[i] *= p[i];
         v[i] *= weight;
@@ -135,15 +129,6 @@ MOE_DEVICE float moei_gradient_words(moei_gradient_pre* pre, float* p, const int
     return sum;
 }
 
-/* Stores 2 * words columns of C at c, and where there is act, of act at `act`. */
-MOE_DEVICE void moei_gradient_store_at(const moe_grouped_gemm_args* d, uint16_t* c, uint16_t* act,
-                                       const moei_gradient_pre* pre, const int words)
-{
-    moei_gradient_store_words(c, pre->gate, words);
-    if (d->gradient.gated) moei_gradient_store_words(c + d->n, pre->up, words);
-    if (d->gradient.act) moei_gradient_store_words(act, pre->act, words);
-}
-
 /* Stores 2 * words columns of C and act from `column` on. */
 MOE_DEVICE void moei_gradient_store(const moe_grouped_gemm_args* d, const moei_gradient_row* r,
                                     int column, const moei_gradient_pre* pre, const int words)
@@ -151,8 +136,10 @@ MOE_DEVICE void moei_gradient_store(const moe_grouped_gemm_args* d, const moei_g
     uint16_t* c = (uint16_t*)d->c.base + r->row * d->c.stride + column;
     uint16_t* act = (uint16_t*)d->gradient.act;
     if (!r->there || column >= d->n) return;
-    if (act) act += r->row * d->gradient.act_stride + column;
-    moei_gradient_store_at(d, c, act, pre, words);
+    moei_gradient_store_words(c, pre->gate, words);
+    if (d->gradient.gated) moei_gradient_store_words(c + d->n, pre->up, words);
+    if (act)
+        moei_gradient_store_words(act + r->row * d->gradient.act_stride + column, pre->act, words);
 }
 
 /* Stores the part of dot of 64 columns from `column` on, a multiple of 64. */

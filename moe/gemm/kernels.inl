@@ -71,7 +71,7 @@ static const moei_variant MOEI_GEMM_TABLE[] = {
      MOEI_GEMM_WGMMA_SHAPE(dtype, a_major, b_major),                                               \
      MOE_TILE_128x256,                                                                             \
      1,                                                                                            \
-     MOEI_WGMMA_SMEM,                                                                              \
+     MOEI_WGMMA_SMEM + (MOEI_GEMM_GRADIENT ? MOEI_WGMMA_PRE : 0),                                  \
      MOEI_GEMM_WGMMA_LEAST(a_major, b_major),                                                      \
      90},
     MOE_GEMM_VARIANT_LIST(MOEI_GEMM_WGMMA_ROW, wgmma, 0)

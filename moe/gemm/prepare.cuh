@@ -120,6 +120,16 @@ MOE_HOST moe_status moei_gemm_encode(moei_wgmma_args* a, const moe_grouped_gemm_
         c.row_stride = d->c_stride;
         MOE_TRY(moei_tensor_encode(&a->c, &c));
     }
+    if (d->gradient) {
+        moei_tensor pre = t;
+        pre.base = d->pre;
+        pre.columns = d->n;
+        pre.rows = d->num_rows;
+        pre.row_stride = d->pre_stride;
+        pre.box_rows = MOEI_WGMMA_PRE_ROWS;
+        pre.halves = moe_activation_is_gated(d->activation) ? 2 : 1;
+        MOE_TRY(moei_tensor_encode_halves(&a->c, &pre));
+    }
     t.columns = mn ? d->n : d->k;
     t.rows = mn ? d->k : d->n;
     t.row_stride = d->b.row_stride;

@@ -144,6 +144,12 @@ inline void moei_cluster_send(int32_t* to, int value, uint64_t* bar, int rank)
     other->bulk.push_back(moeh_bulk{there, 4, false, [=] { *at = value; }});
 }
 
+inline bool moei_elect(void)
+{
+    __syncwarp(0xffffffffu);
+    return moeh_lane() == 0;
+}
+
 /* ---- tensor copies ---- */
 
 /* Returns the address in a stage at which the byte with address p of the line stands. */
@@ -203,6 +209,33 @@ inline void moei_tensor_load_both(void* dst, const moei_tensor_map* map, int x, 
         moeh_tensor_load(b, moeh_cluster_address(dst, b), map, x, y, distance,
                          (uint64_t*)moeh_cluster_address(bar, b));
     }
+}
+
+/* Begins the copy of a box of halves. */
+inline void moei_tensor_load_halves(void* dst, const moei_tensor_map* map, int x, int y,
+                                    uint64_t* bar)
+{
+    moei_tensor t;
+    memcpy(&t, map, sizeof t);
+    moeh_check_aligned(dst, 128, "copies a box to a misaligned address");
+    moeh_check_map(&t);
+    if (t.halves < 1 || t.halves > 2) moeh_fail("copies halves by a map of a matrix");
+    const int bytes = t.box_rows * 1024;
+    moeh_poison(dst, (size_t)bytes);
+    moeh_barrier_of(bar);
+    moeh_now()->block->bulk.push_back(
+        moeh_bulk{bar, bytes, false, [=] {
+                      for (int i = 0; i < t.box_rows * 512; ++i) {
+                          const int half = i / 256 % 2;
+                          const int64_t row = (int64_t)y + i / 512, column = (int64_t)x + i % 256;
+                          uint16_t v = 0;
+                          if (row >= 0 && row < t.rows && column >= 0 && column < t.columns &&
+                              half < t.halves)
+                              v = ((const uint16_t*)t.base)[row * t.row_stride +
+                                                            half * t.columns + column];
+                          memcpy((unsigned char*)dst + i * 2, &v, 2);
+                      }
+                  }});
 }
 
 /* Begins to store a box. It reads src when the thread waits for it: who writes there before,

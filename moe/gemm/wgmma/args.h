@@ -16,7 +16,8 @@ typedef struct moei_wgmma_args {
                                 k-grouped: [num_rows, m], boxes of 64 depths */
     moei_tensor_map b; /* [n, k], boxes of 128 rows; mn-major: [k, n], boxes of 64 depths. Gates
                                 and ups are matrices of their own */
-    moei_tensor_map c; /* boxes: [num_rows, n], boxes of 64 rows; otherwise unused */
+    moei_tensor_map c; /* boxes: [num_rows, n], boxes of 64 rows; a gradient: pre, boxes of
+                                MOEI_WGMMA_PRE_ROWS rows; otherwise unused */
     moe_grouped_gemm_args d; /* the product; k-grouped: b.base is B, k is not read */
     int32_t* ticket;         /* [1] 0 at the start: number of pairs of tiles that clusters have
                                 taken beyond their first; null: cluster i takes pairs i, i +
@@ -44,6 +45,13 @@ typedef struct moei_wgmma_param {
 #define MOEI_WGMMA_STAGES 4
 #define MOEI_WGMMA_THREADS 384
 #define MOEI_WGMMA_GRADIENT_THREADS 512
+
+/* Of a gradient: rows of a box of pre, and bytes of such a row: 256 gates, then 256 ups. Each of the
+   four warps that compute has two boxes. */
+#define MOEI_WGMMA_PRE_ROWS 3
+#define MOEI_WGMMA_PRE_ROW 1024
+#define MOEI_WGMMA_PRE_BOX (MOEI_WGMMA_PRE_ROWS * MOEI_WGMMA_PRE_ROW)
+#define MOEI_WGMMA_PRE (4 * 2 * MOEI_WGMMA_PRE_BOX)
 
 /* The shape (gemm/shape.h) of the path's tiles, whose consumers' 8 warps have 16 x 256 each. */
 #define MOEI_WGMMA_SHAPE(threads, dtype, a_major, b_major)                                         \

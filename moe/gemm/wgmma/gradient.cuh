@@ -3,9 +3,9 @@
 
    A fourth warpgroup computes it, so that the tensor cores go on with the next tile. At the end of
    a tile a consumer hands P of its 64 rows over where act will stand (gradient.hand): L2 holds it,
-   and the ring keeps all of shared memory. Two warps take it: one has the even rows, the other the odd
-   ones. A lane has 8 neighbouring columns of a row, 16 bytes of P, of gates, of ups and of act; a
-   warp 256 columns, a row of the tile. P and pre of the next rows are loaded meanwhile.
+   and the ring keeps most of shared memory. Two warps take it, half of the rows each. A lane has 8
+   neighbouring columns of a row, 16 bytes of P, of gates, of ups and of act; a warp 256 columns, a
+   row of the tile. Meanwhile tensor copies bring pre of later rows into shared memory, and loads P.
 
    P is handed over in 16 bits, as fp16 times a power of two for each row of a tile: the largest
    finite number of the row has exponent 14. So P is rounded to 11 bits; numbers below 2^-28 of the
@@ -16,8 +16,6 @@
 #include "../flags.cuh"
 #include "../gradient.cuh"
 #include "store.cuh"
-
-#define MOEI_WGMMA_HAND_AHEAD 2 /* rows of P that a warp loads ahead */
 
 #if MOEI_WGMMA_HERE
 
@@ -108,15 +106,41 @@ MOE_DEVICE void moei_wgmma_hand_end(moei_wgmma_shared* s, int consumer, int turn
 
 /* ---- the fourth warpgroup ---- */
 
-/* Loads the vector of a row that is `there` from *from, and moves *from on to the row after the
-   next. Otherwise sets zeros. */
+/* Where pre of a warp's next rows stands. */
+typedef struct moei_wgmma_fetch {
+    const moei_tensor_map* map;
+    unsigned char* box; /* [2][MOEI_WGMMA_PRE_BOX] */
+    uint64_t* arrived;  /* [2]: a box is complete */
+    int next, parity;   /* the box that is taken next, and the parity of its phase */
+} moei_wgmma_fetch;
+
+/* Starts to bring pre of rows from `row` on to box i. One thread calls it. */
+MOE_DEVICE void moei_wgmma_fetch_box(const moei_wgmma_fetch* f, int i, int column, int row)
+{
+    moei_barrier_expect(f->arrived + i, MOEI_WGMMA_PRE_BOX);
+    moei_tensor_load_halves(f->box + i * MOEI_WGMMA_PRE_BOX, f->map, column, row, f->arrived + i);
+}
+
+/* Sets the lane's vectors of pre from its gates at `from`; zeros where not `read`. */
+MOE_DEVICE void moei_wgmma_take_row(moei_gradient_pre* pre, const unsigned char* from, bool read)
+{
+    MOE_UNROLL
+    for (int i = 0; i < 4; ++i) pre->gate[i] = pre->up[i] = 0;
+    if (read) {
+        moei_gradient_load_words(pre->gate, (const uint16_t*)from, 4);
+        moei_gradient_load_words(pre->up, (const uint16_t*)(from + MOEI_WGMMA_PRE_ROW / 2), 4);
+    }
+}
+
+/* Loads the vector of a row that is `there` from *from, and moves *from on to the next row.
+   Otherwise sets zeros. */
 MOE_DEVICE void moei_wgmma_load_hand(uint32_t word[4], const uint16_t** from, int64_t stride,
                                      bool there)
 {
     MOE_UNROLL
     for (int i = 0; i < 4; ++i) word[i] = 0;
     if (there) moei_gradient_load_words(word, *from, 4);
-    *from += 2 * stride;
+    *from += stride;
 }
 
 /* Replaces a row's vector of pre and P, in units of `unit`, by those of C and act. Returns the sum of
@@ -134,70 +158,97 @@ MOE_DEVICE float moei_wgmma_vector(moei_gradient_pre* pre, const moe_grouped_gem
     return unit * moei_gradient_words(pre, v, 0, 4, unit, weight, 0.0f, &g, dtype);
 }
 
-/* Computes and stores the rows that a consumer has handed over: rows `part`, part + 2, ... Lane i
-   holds what belongs to row 2 i + part. The whole warp calls it. activation: that of *d or a literal
-   of the same value. ahead: rows of pre that are loaded ahead, 2 or 3, a literal. */
+/* Computes and stores half `part` of the rows that a consumer has handed over. Lane i holds what
+   belongs to row i of them. The whole warp calls it. activation: that of *d or a literal of the same
+   value. all, a literal: 1: it is gated, and there are act and dot: code without branches. For each
+   box of pre:
+     1. wait until it has come
+     2. take a row of it; after its last row start to bring the box after the next
+     3. take P of the row, load that of a later one
+     4. compute and store C, act and dot */
 MOE_DEVICE void moei_wgmma_gradient_rows(const moe_grouped_gemm_args* d, const moei_wgmma_handed* h,
-                                         int part, int activation, const int ahead, const int dtype)
+                                         moei_wgmma_fetch* f, int part, int activation,
+                                         const int all, const int dtype)
 {
+    enum { BOX = MOEI_WGMMA_PRE_ROWS };
     const moe_gemm_gradient* o = &d->gradient;
-    const int lane = moe_lane(), own = 2 * lane + part, column = h->first + 8 * lane;
-    const int rows = h->rows < 64 ? h->rows : 64, count = (rows - part + 1) / 2;
-    const int64_t first = h->row + part, parts = (d->n + 63) / 64;
-    const moei_gradient_row mine = moei_gradient_row_of(d, h->row + own, own < rows);
+    const bool gated = all || o->gated, acts = all || o->act != 0, dots = all || o->dot != 0;
+    const int lane = moe_lane(), column = h->first + 8 * lane, parts = (d->n + 63) / 64;
+    const int rows = h->rows < 64 ? h->rows : 64, half = (rows + 1) / 2, from = part * half;
+    const int count = part ? rows - half : half, first = h->row + from;
+    const moei_gradient_row mine = moei_gradient_row_of(d, first + lane, lane < count);
     const unsigned reads = __ballot_sync(MOE_FULL_WARP, mine.read);
-    const bool inside = column < d->n;
-    const uint16_t* from = (const uint16_t*)d->c.pre + first * d->c.pre_stride + column;
+    const bool inside = column < d->n, fetches = moei_elect();
+    const bool sums = inside && lane % 8 == 0; /* 8 lanes have 64 columns */
     const uint16_t* hand = o->hand + first * o->hand_stride + column;
     uint16_t* c = (uint16_t*)d->c.base + first * d->c.stride + column;
-    uint16_t* act = o->act ? (uint16_t*)o->act + first * o->act_stride + column : c;
-    float* dot = 0;
-    moei_gradient_pre pre[3]; /* of row i in i % ahead; act holds P before the row's turn */
-    if (o->dot && inside && lane % 8 == 0) dot = o->dot + first * parts + column / 64;
+    uint16_t* act = (uint16_t*)o->act + first * o->act_stride + column;
+    float* dot = o->dot + (int64_t)first * parts + column / 64;
+    uint32_t p[BOX][4]; /* P of row i in i % BOX */
+    for (int i = 0; i < 2; ++i)
+        if (fetches && i * BOX < count)
+            moei_wgmma_fetch_box(f, f->next ^ i, h->first, first + i * BOX);
     MOE_UNROLL
-    for (int j = 0; j < ahead; ++j, from += 2 * d->c.pre_stride)
-        pre[j] = moei_gradient_load_at(d, from, inside && j < count && (reads >> j & 1), 4);
-    MOE_UNROLL
-    for (int j = 0; j < MOEI_WGMMA_HAND_AHEAD; ++j)
-        moei_wgmma_load_hand(pre[j].act, &hand, o->hand_stride, inside && j < count);
+    for (int i = 0; i < BOX; ++i)
+        moei_wgmma_load_hand(p[i], &hand, o->hand_stride, inside && i < count);
     MOE_NO_UNROLL
-    for (int i0 = 0; i0 < count; i0 += ahead) {
+    for (int i0 = 0; i0 < count; i0 += BOX) {
+        const unsigned char* box = f->box + f->next * MOEI_WGMMA_PRE_BOX + lane * 16;
+        moei_barrier_wait(f->arrived + f->next, f->parity); /* 1. */
         MOE_UNROLL
-        for (int j = 0; j < ahead; ++j) {
-            const int i = i0 + j, next = i + ahead;
+        for (int j = 0; j < BOX; ++j) {
+            const int i = i0 + j;
             const float weight = __shfl_sync(MOE_FULL_WARP, mine.weight, i);
+            moei_gradient_pre pre;
             float sum;
             if (i >= count) break;
-            sum = moei_wgmma_vector(pre + j, d, h->unit[2 * i + part], weight, activation, dtype);
-            if (inside) moei_gradient_store_at(d, c, act, pre + j, 4);
-            c += 2 * d->c.stride;
-            act += 2 * o->act_stride;
-            if (o->dot) { /* 8 lanes have 64 columns */
-                sum = moe_warp_sum(inside ? sum : 0.0f, 8);
-                if (dot) *dot = sum, dot += 2 * parts;
+            moei_wgmma_take_row(&pre, box + j * MOEI_WGMMA_PRE_ROW, reads >> i & 1); /* 2. */
+            if (j == BOX - 1) {
+                __syncwarp(MOE_FULL_WARP);
+                if (fetches && i0 + 2 * BOX < count)
+                    moei_wgmma_fetch_box(f, f->next, h->first, first + i0 + 2 * BOX);
             }
-            pre[j] =
-                moei_gradient_load_at(d, from, inside && next < count && (reads >> next & 1), 4);
-            from += 2 * d->c.pre_stride;
-            moei_wgmma_load_hand(pre[(j + MOEI_WGMMA_HAND_AHEAD) % ahead].act, &hand,
-                                 o->hand_stride, inside && i + MOEI_WGMMA_HAND_AHEAD < count);
+            MOE_UNROLL
+            for (int q = 0; q < 4; ++q) pre.act[q] = p[j][q]; /* 3. */
+            moei_wgmma_load_hand(p[j], &hand, o->hand_stride, inside && i + BOX < count);
+            sum = moei_wgmma_vector(&pre, d, h->unit[from + i], weight, activation, dtype); /* 4. */
+            if (inside) {
+                moei_gradient_store_words(c, pre.gate, 4);
+                if (gated) moei_gradient_store_words(c + d->n, pre.up, 4);
+                if (acts) moei_gradient_store_words(act, pre.act, 4);
+            }
+            c += d->c.stride;
+            act += o->act_stride;
+            if (dots) {
+                sum = moe_warp_sum(inside ? sum : 0.0f, 8);
+                if (sums) *dot = sum;
+                dot += parts;
+            }
         }
+        f->next ^= 1;
+        f->parity ^= f->next ^ 1; /* after both boxes */
     }
 }
 
-/* The fourth warpgroup: warps 2 i and 2 i + 1 of it take what consumer i hands over. SwiGLU has code
-   of its own, without branches. ahead: as above. */
-MOE_DEVICE void moei_wgmma_compute(const moe_grouped_gemm_args* d, moei_wgmma_shared* s,
-                                   const int ahead, const int dtype)
+/* The fourth warpgroup: warps 2 i and 2 i + 1 of it take what consumer i hands over. box:
+   [4 warps][2][MOEI_WGMMA_PRE_BOX]. */
+MOE_DEVICE void moei_wgmma_compute(const moei_wgmma_args* a, moei_wgmma_shared* s,
+                                   unsigned char* box, const int dtype)
 {
-    const int consumer = moe_warp() % 4 / 2, part = moe_warp() % 2;
+    const moe_grouped_gemm_args* d = &a->d;
+    const int warp = moe_warp() % 4, consumer = warp / 2, part = warp % 2;
     const moei_wgmma_handed* h = s->hand + consumer;
+    moei_wgmma_fetch f;
+    f.map = &a->c;
+    f.box = box + warp * 2 * MOEI_WGMMA_PRE_BOX;
+    f.arrived = s->arrived[warp];
+    f.next = f.parity = 0;
     for (int turn = 0;; ++turn) {
         moei_barrier_wait(s->handed + consumer, turn & 1);
         if (h->rows == 0) break;
-        if (d->c.activation == MOE_ACTIVATION_SWIGLU)
-            moei_wgmma_gradient_rows(d, h, part, MOE_ACTIVATION_SWIGLU, ahead, dtype);
-        else moei_wgmma_gradient_rows(d, h, part, d->c.activation, ahead, dtype);
+        if (d->c.activation == MOE_ACTIVATION_SWIGLU && d->gradient.act && d->gradient.dot)
+            moei_wgmma_gradient_rows(d, h, &f, part, MOE_ACTIVATION_SWIGLU, 1, dtype);
+        else moei_wgmma_gradient_rows(d, h, &f, part, d->c.activation, 0, dtype);
         if (d->done) {
             const int left = d->n - h->first, rows = h->rows < 64 ? h->rows : 64;
             moei_named_barrier(2 + consumer, 64);

@@ -168,7 +168,7 @@ MOE_DEVICE void moei_wgmma_find_tiles(const moei_wgmma_args* a, moei_wgmma_share
     }
 }
 
-/* One warp, whose lane 0 starts the copies. For each tile waits until its rows of A have come. For
+/* One warp, one lane of which starts the copies. For each tile waits until its rows of A have come. For
    each of its steps:
      1. wait until the stage is empty
      2. tell `full` how many bytes it will get, start the copies
@@ -177,7 +177,7 @@ MOE_DEVICE void moei_wgmma_find_tiles(const moei_wgmma_args* a, moei_wgmma_share
 MOE_DEVICE void moei_wgmma_produce(const moei_wgmma_args* a, moei_wgmma_ring r,
                                    const moei_wgmma_tiles* w, const moe_gemm_shape f)
 {
-    const bool starts = moe_lane() == 0;
+    const bool starts = moei_elect();
     moei_wgmma_tile t;
     moei_barrier_wait(&r.s->posted, 0);
     t = moei_wgmma_read(r.s, 0);

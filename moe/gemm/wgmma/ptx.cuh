@@ -151,6 +151,17 @@ MOE_DEVICE void moei_cluster_send(int* to, int value, uint64_t* bar, int rank)
         : "memory");
 }
 
+/* True in one lane of the warp, always the same one. Where it alone starts copies, the compiler knows
+   that their operands have one value each; after a comparison of the lane it adds a loop over all
+   lanes to each copy. The whole warp calls it. */
+MOE_DEVICE bool moei_elect(void)
+{
+    uint32_t elected;
+    asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.u32 %0, 1, 0, p;\n}"
+                 : "=r"(elected));
+    return elected != 0;
+}
+
 /* ---- tensor copies ---- */
 
 /* Return the coordinates of a matrix by its distance, bytes from the map's base modulo 2^64
@@ -188,6 +199,17 @@ MOE_DEVICE void moei_tensor_load_both(void* dst, const moei_tensor_map* map, int
                      moei_shared_address(dst)),
                  "l"(map), "r"(x), "r"(y), "r"(moei_tensor_vector(distance)),
                  "r"(moei_tensor_group(distance)), "r"(moei_shared_address(bar)), "h"((uint16_t)3)
+                 : "memory");
+}
+
+/* Copies the box at column x, row y of a map of halves (map.cuh) to dst, 128-byte aligned; bar counts
+   its bytes, those of zeros too. One thread calls it. */
+MOE_DEVICE void moei_tensor_load_halves(void* dst, const moei_tensor_map* map, int x, int y,
+                                        uint64_t* bar)
+{
+    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes "
+                 "[%0], [%1, {%2, 0, %3}], [%4];" ::"r"(moei_shared_address(dst)),
+                 "l"(map), "r"(x), "r"(y), "r"(moei_shared_address(bar))
                  : "memory");
 }
 

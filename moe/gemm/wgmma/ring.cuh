@@ -60,6 +60,7 @@ typedef struct moei_wgmma_shared {
     uint32_t lacks[2][4]; /* k-grouped: not 0: one of so many 32 depths has no row */
     moe_block_scan_scratch scan;
     moei_wgmma_handed hand[2]; /* of a gradient: by consumer */
+    uint64_t arrived[4][2];    /* of a gradient: a warp's box of pre has arrived */
 } moei_wgmma_shared;
 
 #if MOEI_WGMMA_HERE

@@ -19,7 +19,7 @@
 #if MOEI_WGMMA_HERE
 
 /* Computes this block's share of all tiles. All threads of the block call it; blocks 2 i and 2 i + 1
-   are a cluster. dynamic holds the ring, boxes where a->boxes, then tile_start.
+   are a cluster. dynamic holds the ring, boxes of results or of pre, then tile_start.
    Literals: gathered: rows of A are gathered; gradient: the epilogue is that of a gradient.
      1. Initialize the barriers. Build the schedule.
      2. Each warpgroup takes its role, where nothing is bad and no earlier kernel met a stop fault.
@@ -45,8 +45,10 @@ MOE_DEVICE_BODY void moei_wgmma_block(const moei_wgmma_args* a, unsigned char* d
     w.schedule.column_tiles = (d->n + w.columns - 1) / w.columns;
     w.schedule.row_align = 1;
     w.schedule.skip_empty = a->skip_empty;
-    w.schedule.tile_start =
-        (int*)(r.stages + MOEI_WGMMA_RING + (a->boxes ? 2 * MOEI_WGMMA_BOX : 0));
+    w.schedule.tile_start = (int*)(r.stages + MOEI_WGMMA_RING +
+                                   (gradient   ? MOEI_WGMMA_PRE
+                                    : a->boxes ? 2 * MOEI_WGMMA_BOX
+                                               : 0));
     if (threadIdx.x == 0) { /* 1. */
         for (int i = 0; i < MOEI_WGMMA_STAGES; ++i) {
             moei_barrier_init(s->full + i, gathered ? 129 : 1);
@@ -57,6 +59,7 @@ MOE_DEVICE_BODY void moei_wgmma_block(const moei_wgmma_args* a, unsigned char* d
             moei_barrier_init(s->handed + i, 128); /* the consumer's threads */
             moei_barrier_init(s->stored + i, 64);  /* those of the two warps that compute */
         }
+        for (int i = 0; i < 8; ++i) moei_barrier_init(s->arrived[i / 2] + i % 2, 1);
         moei_barrier_init(&s->posted, 1);
         moei_barrier_init(&s->taken, 1);
         moei_barrier_visible();
@@ -70,20 +73,22 @@ MOE_DEVICE_BODY void moei_wgmma_block(const moei_wgmma_args* a, unsigned char* d
         moei_gemm_tables_good(d, &w.schedule.groups, f.a_major == MOE_MAJOR_MN)) { /* 2. */
         if (warp < 4) {
             if (gradient && !gathered) moei_registers_lower(56);
+            else if (gradient) moei_registers_lower(80);
             else moei_registers_lower(72);
             if (gathered && f.a_major == MOE_MAJOR_MN) moei_wgmma_produce_depths(a, r, &w, f);
             else if (gathered) moei_wgmma_produce_gathered(a, r, &w, f);
             else if (warp == 0) moei_wgmma_produce(a, r, &w, f);
             else if (warp == 1) moei_wgmma_find_tiles(a, s, &w);
         } else if (warp < 12) {
-            if (gradient) moei_registers_raise(168);
+            if (gradient && gathered) moei_registers_raise(160);
+            else if (gradient) moei_registers_raise(168);
             else moei_registers_raise(216);
             moei_wgmma_consume(a, r, __shfl_sync(MOE_FULL_WARP, (int)threadIdx.x / 128 - 1, 0),
                                gathered, gradient, f);
         } else if (gradient) {
-            if (gathered) moei_registers_lower(104); /* what the producer leaves */
+            if (gathered) moei_registers_lower(112); /* what the producer leaves */
             else moei_registers_lower(120);
-            moei_wgmma_compute(d, s, gathered ? 2 : 3, f.dtype);
+            moei_wgmma_compute(a, s, r.stages + MOEI_WGMMA_RING, f.dtype);
         }
     }
     moei_cluster_sync(); /* 3. */
