@@ -168,8 +168,8 @@ MOE_DEVICE void moei_wgmma_find_tiles(const moei_wgmma_args* a, moei_wgmma_share
     }
 }
 
-/* One warp, one lane of which starts the copies. For each tile waits until its rows of A have come. For
-   each of its steps:
+/* One warp, one lane of which starts the copies. For each tile waits until its rows of A have come.
+   For each of its steps:
      1. wait until the stage is empty
      2. tell `full` how many bytes it will get, start the copies
    The next tile is read before the last step, where that does not hold up the first ones. At the

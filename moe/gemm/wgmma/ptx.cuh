@@ -203,13 +203,16 @@ MOE_DEVICE void moei_tensor_load_both(void* dst, const moei_tensor_map* map, int
 }
 
 /* Copies the box at column x, row y of a map of halves (map.cuh) to dst, 128-byte aligned; bar counts
-   its bytes, those of zeros too. One thread calls it. */
+   its bytes, those of zeros too. It is read once: L2 evicts it first. One thread calls it. */
 MOE_DEVICE void moei_tensor_load_halves(void* dst, const moei_tensor_map* map, int x, int y,
                                         uint64_t* bar)
 {
-    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes "
-                 "[%0], [%1, {%2, 0, %3}], [%4];" ::"r"(moei_shared_address(dst)),
-                 "l"(map), "r"(x), "r"(y), "r"(moei_shared_address(bar))
+    uint64_t once;
+    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(once));
+    asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
+                 ".L2::cache_hint [%0], [%1, {%2, 0, %3}], [%4], %5;" ::"r"(
+                     moei_shared_address(dst)),
+                 "l"(map), "r"(x), "r"(y), "r"(moei_shared_address(bar)), "l"(once)
                  : "memory");
 }
 
