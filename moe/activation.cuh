@@ -29,6 +29,8 @@
 #include "fields.h"
 #include "layout.h"
 
+#define MOEI_MINUS_LOG2E (-1.44269504f)
+
 /* Refuses a MOE_ACTIVATION_* that does not exist; alpha and limit that are not finite, or given to
    another activation than the clamped SwiGLU. Fills in their defaults. */
 MOE_HOST moe_status moei_activation_check(int activation, float* alpha, float* limit)
@@ -36,7 +38,7 @@ MOE_HOST moe_status moei_activation_check(int activation, float* alpha, float* l
     MOE_REQUIRE(activation >= MOE_ACTIVATION_NONE && activation <= MOE_ACTIVATION_RELU2,
                 MOE_ERR_OPTION, activation);
     if (activation == MOE_ACTIVATION_SWIGLU_CLAMPED) {
-        MOE_REQUIRE(moei_f32_is_finite(*alpha), MOE_ERR_RANGE, alpha);
+        MOE_REQUIRE(moei_f32_is_finite(MOEI_MINUS_LOG2E * *alpha), MOE_ERR_RANGE, alpha);
         MOE_REQUIRE(moe_f32_bits(*limit + 0.0f) < 0x7f800000u, MOE_ERR_RANGE, limit);
         if (*alpha == 0.0f) *alpha = 1.702f;
         if (*limit == 0.0f) *limit = 7.0f;
@@ -63,8 +65,6 @@ typedef struct moei_activation {
     float a;         /* of MOEI_CURVE_SIGMOID: -log2(e), times alpha where clamped */
     float limit;     /* used where clamped: not negative */
 } moei_activation;
-
-#define MOEI_MINUS_LOG2E (-1.44269504f)
 
 /* Returns the resolved form of a MOE_ACTIVATION_* other than 0. alpha and limit: of the clamped
    SwiGLU, with their defaults filled in. */

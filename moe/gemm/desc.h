@@ -17,7 +17,7 @@
 typedef enum moe_tile {
     MOE_TILE_AUTO = 0,
     MOE_TILE_128x256, /* many rows an expert; 180 KB of shared memory a thread block, on the wgmma
-                         path 194 KB; WMMA: k-major operands only */
+                         path 194 KB, with gradient 218 KB; WMMA: k-major operands only */
     MOE_TILE_128x128, /* many rows an expert on smaller chips */
     MOE_TILE_32x128,  /* few tiles, or few rows an expert */
     MOE_TILE_64x64    /* runs on every architecture, sm_75 included */

@@ -44,7 +44,8 @@ MOEI_GEMM_TILE_LIST(MOEI_GEMM_TILE_CHECK)
 
 static_assert(sizeof(moei_wgmma_param) == sizeof(moei_wgmma_args),
               "moe_grouped_gemm_run launches with the args of a prepared product");
-#define MOEI_GEMM_BOXED_K 512 /* most depths of tiles that are stored in boxes */
+#define MOEI_GEMM_BOXED_K 512          /* most depths of tiles that are stored in boxes */
+#define MOEI_GEMM_GRADIENT_GROUPS 1792 /* most groups of a gradient on the wgmma path */
 #define MOEI_GEMM_WGMMA_LEAST(a_major, b_major) ((a_major) == MOE_MAJOR_K ? 90 : MOEI_CODE_NEVER)
 
 /* Returns 1 where v has a good tile for these sizes on a device of `sms` multiprocessors; with
@@ -78,7 +79,8 @@ MOE_HOST int moei_gemm_suits(const moei_variant* v, const moe_grouped_gemm_desc*
 
 /* Returns 1 where the wgmma path can take a checked product: A k-major, rows gathered or undivided;
    gates and ups not interleaved where B is mn-major; room for a cluster; sizes within the limits of
-   tensor maps; a gradient's P has a place to be handed over in. */
+   tensor maps; of a gradient, room for the first tiles of all groups, and a place where P is handed
+   over. */
 MOE_HOST int moei_gemm_wgmma_takes(const moe_grouped_gemm_desc* d)
 {
     const int64_t most = (int64_t)1 << 39;
@@ -86,7 +88,9 @@ MOE_HOST int moei_gemm_wgmma_takes(const moe_grouped_gemm_desc* d)
            d->a_stride < most && d->b.row_stride < most / 2 &&
            !(d->b.major == MOE_MAJOR_MN && moei_gemm_gated(d) &&
              d->gate_up == MOE_GATE_UP_INTERLEAVED) &&
-           !(d->gradient && !d->act && d->c == d->pre);
+           !(d->gradient &&
+             (d->pre_stride >= most || moei_gemm_groups(d) > MOEI_GEMM_GRADIENT_GROUPS ||
+              (d->c && !d->act && d->c == d->pre)));
 }
 
 /* Returns 1 where tensor copies store full tiles on the wgmma path: rows in order, tiles of few

@@ -147,7 +147,7 @@ inline void moei_cluster_send(int32_t* to, int value, uint64_t* bar, int rank)
 inline bool moei_elect(void)
 {
     __syncwarp(0xffffffffu);
-    return moeh_lane() == 0;
+    return moeh_lane() == 31; /* a GPU may elect any lane */
 }
 
 /* ---- tensor copies ---- */
@@ -165,7 +165,8 @@ inline void moeh_check_map(const moei_tensor* t)
     moeh_check_aligned(t->base, 16, "copies by a map of a misaligned base");
     if (!t->base || t->box_rows < 1 || t->box_rows > 256)
         moeh_fail("copies by a map that is empty");
-    if (t->row_stride % 8) moeh_fail("copies by a map of odd strides");
+    if (t->row_stride % 8 || t->row_stride >> 39 || t->rows >> 32 || t->columns >> 32)
+        moeh_fail("copies by a map of odd or large strides and sizes");
 }
 
 /* Begins the copy of a box into block b. */
@@ -220,6 +221,7 @@ inline void moei_tensor_load_halves(void* dst, const moei_tensor_map* map, int x
     moeh_check_aligned(dst, 128, "copies a box to a misaligned address");
     moeh_check_map(&t);
     if (t.halves < 1 || t.halves > 2) moeh_fail("copies halves by a map of a matrix");
+    if (t.columns % 8) moeh_fail("copies by a map of odd strides");
     const int bytes = t.box_rows * 1024;
     moeh_poison(dst, (size_t)bytes);
     moeh_barrier_of(bar);

@@ -12,6 +12,7 @@
      test_gradient_infinite     an infinite P makes dot of its row infinite, not NaN, and no other
      test_gradient_extremes     P of 1e30 beside 1e-30, all tiny, an infinity or a NaN among others:
                                 C is exact
+     test_gradient_gates        gates that are infinite, NaN, large or 0: the limits of SiLU
      test_gradient_in_place     C over pre: the bits of C elsewhere
      test_gradient_bits         the same bits every run; the same parts of dot from all WMMA tiles
      test_gradient_tiles        the same bits for any grid, with rows in other tiles; tiles of 1 .. 20
@@ -21,7 +22,7 @@
      test_gradient_groups       a list of groups has the bits of the offsets
      test_gradient_faults       stores nothing after a stop fault, or where offsets are bad
      test_gradient_own_kernel   tiles of moe_gemm_tile_gradient
-     test_gradient_plan         the tile does not depend on the activation
+     test_gradient_plan         the tile does not depend on the activation; limits of the wgmma path
      test_gradient_refusals     what the calls refuse
 
    Bounds: P is off by the error of its sum. The activation is off as in activations.h; a derivative
@@ -324,6 +325,7 @@ static int gradient_here(void)
     d.gradient = 1, d.activation = MOE_ACTIVATION_SWIGLU;
     d.path = MOE_GEMM_PATH_WGMMA, d.tile = MOE_TILE_128x256;
     if (moe_grouped_gemm_gradient_plan(&d, &p) == MOE_OK) return 1;
+    CHECK(!MOE_ON_HOST, "the CPU runs the wgmma path");
     test_leave_out("no wgmma on this device, or no code of sm_90a");
     return 0;
 }
@@ -498,6 +500,54 @@ static void test_gradient_extremes(void)
         CHECK(wrong == 0, "%d elements of C: %s", wrong, gradient_text(&c));
         CHECK(wrong_dot == 0, "%d parts of dot: %s", wrong_dot, gradient_text(&c));
         TFREE(got, dot);
+        gradient_bufs_free(&b);
+    }
+}
+
+/* P and ups are 1. */
+static void test_gradient_gates(void)
+{
+    static const int rows[] = {70, 5};
+    static const float gate[6] = {INFINITY, -INFINITY, NAN, 65504.0f, -65504.0f, 0.0f};
+    static const float slope[6] = {1, 0, NAN, 1, 0, 0.5f},
+                       act[6] = {INFINITY, 0, NAN, 65504.0f, 0, 0};
+    trand r = trand_new(77);
+    for (int which = 0; which <= 4; ++which) {
+        gradient_case c = gradient_normal(2, rows, 264, 72, MOE_ACTIVATION_SWIGLU);
+        gradient_bufs b;
+        float* got;
+        int wrong = 0;
+        if (!gradient_on(&c, which) || test_gemm_status(c.g.dtype, c.g.tile) != MOE_OK) continue;
+        c.weight = 0, c.g.b_table = 1;
+        gradient_bufs_new(&b, &c, &r);
+        for (int m = 0; m < b.b.num_rows; ++m) {
+            for (int k = 0; k < c.g.k; ++k) moe_store(b.b.h_a, m * c.g.k + k, c.g.dtype, k == 0);
+            for (int j = 0; j < c.g.n; ++j) {
+                moe_store(b.h_pre, m * 2 * c.g.n + j, c.g.dtype, gate[(m + j) % 6]);
+                moe_store(b.h_pre, m * 2 * c.g.n + c.g.n + j, c.g.dtype, 1);
+            }
+        }
+        for (int e = 0; e < 2; ++e) {
+            for (int i = 0; i < c.g.n * c.g.k; ++i)
+                moe_store(b.b.b.host[0][e], i, c.g.dtype, i % c.g.k == 0);
+            tbuf_put(&b.b.b.part[0][e], b.b.b.host[0][e]);
+        }
+        tbuf_put(&b.b.a, b.b.h_a);
+        tbuf_put(&b.pre, b.h_pre);
+        CHECK_STATUS(moe_grouped_gemm_gradient(&b.b.d, test_now.stream), MOE_OK);
+        got = (float*)tbuf_copy(&b.c);
+        for (int m = 0; m < b.b.num_rows; ++m)
+            for (int j = 0; j < c.g.n; ++j)
+                for (int up = 0; up < 2; ++up) {
+                    uint16_t one;
+                    const float* want = up ? act : slope;
+                    const float is = moe_load(got, (m * 2 + up) * (int64_t)c.g.n + j, c.g.dtype);
+                    moe_store(&one, 0, c.g.dtype, want[(m + j) % 6]);
+                    wrong +=
+                        isnan(want[(m + j) % 6]) ? !isnan(is) : is != moe_load(&one, 0, c.g.dtype);
+                }
+        CHECK(wrong == 0, "%d elements of C: %s", wrong, gradient_text(&c));
+        TFREE(got);
         gradient_bufs_free(&b);
     }
 }
@@ -780,6 +830,26 @@ static void test_gradient_own_kernel(void)
     gradient_bufs_free(&b);
 }
 
+/* Requires that the wgmma path takes as many experts, and as large a stride of pre, as the header
+   says. */
+static void gradient_plan_limits(void)
+{
+    moe_grouped_gemm_desc d = {};
+    moe_gemm_plan p;
+    d.n = d.k = 64, d.num_experts = 1792, d.num_rows = 1, d.dtype = test_half(), d.gradient = 1;
+    d.activation = MOE_ACTIVATION_SWIGLU, d.path = MOE_GEMM_PATH_WGMMA, d.tile = MOE_TILE_128x256;
+    d.a = d.b.base = (void*)((uintptr_t)1 << 44), d.pre = (void*)((uintptr_t)1 << 46);
+    d.c = (void*)((uintptr_t)1 << 45), d.expert_offset = (const int32_t*)(uintptr_t)4096;
+    if (!gradient_here()) return;
+    CHECK_STATUS(moe_grouped_gemm_gradient_plan(&d, &p), MOE_OK);
+    d.num_experts = 1793;
+    CHECK_STATUS(moe_grouped_gemm_gradient_plan(&d, &p), MOE_STATUS(MOE_ERR_CONFLICT, path));
+    d.path = 0, d.tile = 0;
+    CHECK_STATUS(moe_grouped_gemm_gradient_plan(&d, &p), MOE_OK);
+    d.num_experts = 1, d.path = MOE_GEMM_PATH_WGMMA, d.pre_stride = (int64_t)1 << 39;
+    CHECK_STATUS(moe_grouped_gemm_gradient_plan(&d, &p), MOE_STATUS(MOE_ERR_CONFLICT, path));
+}
+
 static void test_gradient_plan(void)
 {
     static const int rows[] = {1, 100, 8192, 1000000}, ns[] = {8, 128, 136, 512, 7168};
@@ -807,6 +877,7 @@ static void test_gradient_plan(void)
         d.path = MOE_GEMM_PATH_WGMMA;
         CHECK_STATUS(moe_grouped_gemm_gradient_plan(&d, p), MOE_STATUS(MOE_ERR_CONFLICT, path));
     }
+    gradient_plan_limits();
 }
 
 TEST_REFUSED(calls_refuse, moe_grouped_gemm_gradient, moe_grouped_gemm_gradient_prepare,
@@ -909,6 +980,7 @@ int main(int argc, char** argv)
     RUN(test_gradient_gather);
     RUN(test_gradient_infinite);
     RUN(test_gradient_extremes);
+    RUN(test_gradient_gates);
     RUN(test_gradient_in_place);
     RUN(test_gradient_bits);
     RUN(test_gradient_tiles);

@@ -10,7 +10,8 @@ typedef struct moei_tensor_map {
     uint64_t word[16];
 } moei_tensor_map;
 
-/* Boxes are the parts that one tensor copy moves: 64 elements (128 bytes) of so many lines. */
+/* Boxes are the parts that one tensor copy moves: 64 elements (128 bytes) of so many lines, of pre
+   256 gates and 256 ups. */
 typedef struct moei_wgmma_args {
     moei_tensor_map a; /* [a_rows, k], boxes of 64 rows; unused where rows are gathered;
                                 k-grouped: [num_rows, m], boxes of 64 depths */

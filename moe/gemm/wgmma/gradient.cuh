@@ -5,7 +5,8 @@
    a tile a consumer hands P of its 64 rows over where act will stand (gradient.hand): L2 holds it,
    and the ring keeps most of shared memory. Two warps take it, half of the rows each. A lane has 8
    neighbouring columns of a row, 16 bytes of P, of gates, of ups and of act; a warp 256 columns, a
-   row of the tile. Meanwhile tensor copies bring pre of later rows into shared memory, and loads P.
+   row of the tile. Meanwhile tensor copies bring pre of later rows into shared memory, and P of
+   later rows is loaded.
 
    P is handed over in 16 bits, as fp16 times a power of two for each row of a tile: the largest
    finite number of the row has exponent 14. So P is rounded to 11 bits; numbers below 2^-28 of the
@@ -163,7 +164,7 @@ MOE_DEVICE float moei_wgmma_vector(moei_gradient_pre* pre, const moe_grouped_gem
    value. all, a literal: 1: it is gated, and there are act and dot: code without branches. For each
    box of pre:
      1. wait until it has come
-     2. take a row of it; after its last row start to bring the box after the next
+     2. take a row of it; with its last row start to bring the box two further on
      3. take P of the row, load that of a later one
      4. compute and store C, act and dot */
 MOE_DEVICE void moei_wgmma_gradient_rows(const moe_grouped_gemm_args* d, const moei_wgmma_handed* h,

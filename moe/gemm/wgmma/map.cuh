@@ -14,7 +14,8 @@
 #define MOEI_TENSOR_SWIZZLE_128B 3
 #define MOEI_TENSOR_PROMOTION_256B 3
 
-/* The form of matrices of 16-bit elements. A copy names the matrix by its distance from base. */
+/* The form of matrices of 16-bit elements. A copy names the matrix by its distance from base; with a
+   map of halves it is the one at base. */
 typedef struct moei_tensor {
     const void* base;      /* of memory that the device can read, 16-byte aligned */
     int64_t columns, rows; /* elements of a row; rows; both below 2^32 */
@@ -24,7 +25,7 @@ typedef struct moei_tensor {
     int32_t halves;        /* of a map of halves: 1 or 2; otherwise 0 */
 } moei_tensor;
 
-/* Beside columns and rows a map has the dimensions of 2^30 16-byte vectors, and of 2^30 groups of so
+/* Beside columns and rows a map, but for those of halves, has the dimensions of 2^30 16-byte vectors, and of 2^30 groups of so
    many vectors: together all distances, modulo 2^64. So one map serves the matrices of all experts,
    also where a table holds their addresses. The base must be mapped, though nothing is read there:
    copies by a map with another base fail. */

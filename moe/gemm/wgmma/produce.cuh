@@ -141,8 +141,8 @@ MOE_DEVICE void moei_wgmma_load_b(const moei_wgmma_args* a, const moei_wgmma_rin
     }
 }
 
-/* Waits until the rows of A of the tile have come. The producer's thread 0 calls it. Requires
-   d->ready. */
+/* Waits until the rows of A of the tile have come. One thread of the producer calls it, always the
+   same one. Requires d->ready. */
 MOE_DEVICE void moei_wgmma_wait_rows(const moe_grouped_gemm_args* d, moei_wgmma_shared* s,
                                      const moei_wgmma_tile* t)
 {

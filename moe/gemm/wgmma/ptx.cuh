@@ -152,7 +152,7 @@ MOE_DEVICE void moei_cluster_send(int* to, int value, uint64_t* bar, int rank)
 }
 
 /* True in one lane of the warp, always the same one. Where it alone starts copies, the compiler knows
-   that their operands have one value each; after a comparison of the lane it adds a loop over all
+   that their operands have one value each. After a comparison of the lane it adds a loop over all
    lanes to each copy. The whole warp calls it. */
 MOE_DEVICE bool moei_elect(void)
 {

@@ -48,7 +48,7 @@ typedef struct moei_wgmma_shared {
                                           results are stored */
     int32_t number[MOEI_WGMMA_ENTRIES];
     int32_t stopped; /* block 0: an earlier kernel met a stop fault */
-    int32_t waits;   /* of the producer's thread 0: as in moei_ready_wait */
+    int32_t waits;   /* of the thread that waits for rows: as in moei_ready_wait */
     moei_wgmma_tile position[MOEI_WGMMA_ENTRIES];
     union {
         int32_t row[2]

@@ -59,7 +59,10 @@ MOE_DEVICE_BODY void moei_wgmma_block(const moei_wgmma_args* a, unsigned char* d
             moei_barrier_init(s->handed + i, 128); /* the consumer's threads */
             moei_barrier_init(s->stored + i, 64);  /* those of the two warps that compute */
         }
-        for (int i = 0; i < 8; ++i) moei_barrier_init(s->arrived[i / 2] + i % 2, 1);
+        for (int i = 0; i < 4; ++i) {
+            moei_barrier_init(s->arrived[i], 1);
+            moei_barrier_init(s->arrived[i] + 1, 1);
+        }
         moei_barrier_init(&s->posted, 1);
         moei_barrier_init(&s->taken, 1);
         moei_barrier_visible();
