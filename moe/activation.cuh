@@ -31,8 +31,9 @@
 
 #define MOEI_MINUS_LOG2E (-1.44269504f)
 
-/* Refuses a MOE_ACTIVATION_* that does not exist; alpha and limit that are not finite, or given to
-   another activation than the clamped SwiGLU. Fills in their defaults. */
+/* Refuses a MOE_ACTIVATION_* that does not exist; an alpha whose product with log2(e) is not finite,
+   and a limit that is not; both where given to another activation than the clamped SwiGLU. Fills in
+   their defaults. */
 MOE_HOST moe_status moei_activation_check(int activation, float* alpha, float* limit)
 {
     MOE_REQUIRE(activation >= MOE_ACTIVATION_NONE && activation <= MOE_ACTIVATION_RELU2,

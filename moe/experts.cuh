@@ -74,8 +74,8 @@ typedef struct moe_experts_desc {
     int32_t rows_dtype;   /* of rows: dtype or fp32; 0 = dtype */
     int32_t activation;   /* moe_activation; 0 = SwiGLU */
     int32_t gate_up;      /* moe_gate_up; 0 = concatenated; used only by gated activations */
-    float alpha, limit;   /* of the clamped SwiGLU, else 0: alpha finite, 0 = 1.702; limit finite
-                             and not negative, 0 = 7 */
+    float alpha, limit;   /* of the clamped SwiGLU, else 0: |alpha| < 2.3e38, 0 = 1.702; limit
+                             finite and not negative, 0 = 7 */
     int32_t tile;         /* moe_tile of both products; 0 = chosen by shape and device */
     int32_t batch_invariant; /* as in gemm/desc.h, for both products, like the next */
     int32_t grid_limit;

@@ -54,8 +54,8 @@ typedef struct moe_block_layer_desc {
     int32_t dtype;                  /* fp16 or bf16; 0 = bf16 */
     int32_t grad_dtype;             /* of dw1 and dw2: dtype or fp32; 0 = dtype */
     int32_t activation;             /* moe_activation; 0 = SwiGLU */
-    float alpha, limit;             /* of the clamped SwiGLU, else 0: alpha finite, 0 = 1.702; limit
-                                       finite and not negative, 0 = 7 */
+    float alpha, limit;             /* of the clamped SwiGLU, else 0: |alpha| < 2.3e38, 0 = 1.702;
+                                       limit finite and not negative, 0 = 7 */
     moe_block_sparse_choice choice; /* of all products; all 0 = by the rule in block_sparse.cuh */
     int32_t rank;                   /* reported with a fault, 0 .. MOE_FAULT_MAX_RANK */
     /* memory */

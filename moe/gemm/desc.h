@@ -113,8 +113,8 @@ typedef struct moe_grouped_gemm_desc {
     int32_t a_major;     /* moe_major; 0 = MOE_MAJOR_K; MOE_MAJOR_MN requires row_index null */
     int32_t activation;  /* moe_activation (layout.h); 0 = none */
     int32_t gate_up;     /* moe_gate_up; 0 = concatenated; used only by gated activations */
-    float alpha, limit;  /* of MOE_ACTIVATION_SWIGLU_CLAMPED, else 0: alpha finite, 0 = 1.702; limit
-                            finite and not negative, 0 = 7 */
+    float alpha, limit;  /* of MOE_ACTIVATION_SWIGLU_CLAMPED, else 0: |alpha| < 2.3e38, 0 = 1.702;
+                            limit finite and not negative, 0 = 7 */
     int32_t tile;        /* moe_tile; 0 = chosen by shape and device */
     int32_t path;        /* moe_gemm_path that must run; 0 = chosen */
     int32_t accumulate;  /* 1: adds the result to C; 0: overwrites C */

@@ -58,6 +58,7 @@ static void test_gemm_refusals(void)
     REFUSED((CLAMPED, d.alpha = INFINITY), MOE_ERR_RANGE, alpha);
     REFUSED((CLAMPED, d.alpha = -INFINITY), MOE_ERR_RANGE, alpha);
     REFUSED((CLAMPED, d.alpha = NAN), MOE_ERR_RANGE, alpha);
+    REFUSED((CLAMPED, d.alpha = -2.4e38f), MOE_ERR_RANGE, alpha); /* times log2(e): infinite */
     REFUSED((CLAMPED, d.limit = INFINITY), MOE_ERR_RANGE, limit);
     REFUSED((CLAMPED, d.limit = NAN), MOE_ERR_RANGE, limit);
     REFUSED((CLAMPED, d.limit = -1), MOE_ERR_RANGE, limit);
