@@ -41,8 +41,8 @@ MOE_DEVICE uint2 moei_load8_once(const void* p)
 }
 
 /* Stores 16 bytes that the kernel does not read again, by one instruction: the caches evict them
-   first (st.global.cs). p is 16-byte aligned. The compiler splits moei_store16 where the four words stand
-   in registers apart, and then a warp's store touches each sector four times. */
+   first (st.global.cs). p is 16-byte aligned. The compiler splits moei_store16 where the four words
+   stand in registers apart, and then a warp's store touches each sector four times. */
 MOE_DEVICE void moei_store16_streaming(void* p, uint4 v)
 {
 #if MOE_ON_HOST

@@ -16,11 +16,11 @@
          expert_offset or a list of groups, row_index, row_weight: as in gemm/desc.h
    Out:  C [R, n], gated [R, 2n], which may be pre itself; act [R, n]; dot [R, ceil(n / 64)] fp32
    Options, paths, ready and done, order of sums, bits: as grouped.cuh. Without bias and accumulate.
-   dot has one order of addition for each path. P is in fp32; on wgmma it is rounded to 11 bits on its
+   dot has one order of addition for each path. P is in fp32. On wgmma it is rounded to 11 bits on its
    way to the activation; where it is below 2^-28 of its row's largest number (of 256 columns), with an
-   error of at most 2^-39 of that. w P has an error of at most 2^-134 beside. Where w times
-   that largest number is 2^142 or more, the row's zeros may become NaN. More than 1792 experts or
-   groups take the WMMA path.
+   error of at most 2^-39 of that. There w P has an error of at most 2^-134 beside. Where w times that
+   largest number is 2^142 or more, the row's zeros may become NaN. More than 1792 experts or groups
+   take the WMMA path.
 
    Cost: 2 * R * n * k flops; reads pre and writes C and act once. On wgmma P passes through act
    before, or through C without act; with C over pre it needs act. One launch, and a memset of 4

@@ -48,6 +48,11 @@ static_assert(sizeof(moei_wgmma_param) == sizeof(moei_wgmma_args),
 #define MOEI_GEMM_GRADIENT_GROUPS 1792 /* most groups of a gradient on the wgmma path */
 #define MOEI_GEMM_WGMMA_LEAST(a_major, b_major) ((a_major) == MOE_MAJOR_K ? 90 : MOEI_CODE_NEVER)
 
+static_assert(MOEI_WGMMA_SMEM + MOEI_WGMMA_PRE + sizeof(moei_wgmma_shared) +
+                      4 * (MOEI_GEMM_GRADIENT_GROUPS + 1) <=
+                  227 * 1024,
+              "the first tiles of all groups of a gradient have room in shared memory");
+
 /* Returns 1 where v has a good tile for these sizes on a device of `sms` multiprocessors; with
    batch_invariant the first line of the rule does not count, and experts count as having many rows.
    bench/bench_tiles.cu fitted the rule:
@@ -116,23 +121,15 @@ MOE_HOST moe_status moei_gemm_encode(moei_wgmma_args* a, const moe_grouped_gemm_
     t.box_rows = 64;
     if (!d->row_index) MOE_TRY(moei_tensor_encode(&a->a, &t));
     a->boxes = moei_gemm_boxed(d);
-    if (a->boxes) {
+    if (a->boxes || d->gradient) { /* boxes of results, or of pre */
         moei_tensor c = t;
-        c.base = d->c;
+        c.base = d->gradient ? d->pre : d->c;
         c.columns = d->n;
         c.rows = d->num_rows;
-        c.row_stride = d->c_stride;
+        c.row_stride = d->gradient ? d->pre_stride : d->c_stride;
+        if (d->gradient) c.box_rows = MOEI_WGMMA_PRE_ROWS;
+        if (d->gradient) c.halves = moe_activation_is_gated(d->activation) ? 2 : 1;
         MOE_TRY(moei_tensor_encode(&a->c, &c));
-    }
-    if (d->gradient) {
-        moei_tensor pre = t;
-        pre.base = d->pre;
-        pre.columns = d->n;
-        pre.rows = d->num_rows;
-        pre.row_stride = d->pre_stride;
-        pre.box_rows = MOEI_WGMMA_PRE_ROWS;
-        pre.halves = moe_activation_is_gated(d->activation) ? 2 : 1;
-        MOE_TRY(moei_tensor_encode_halves(&a->c, &pre));
     }
     t.columns = mn ? d->n : d->k;
     t.rows = mn ? d->k : d->n;

@@ -515,7 +515,7 @@ static void test_gradient_gates(void)
     for (int which = 0; which <= 4; ++which) {
         gradient_case c = gradient_normal(2, rows, 264, 72, MOE_ACTIVATION_SWIGLU);
         gradient_bufs b;
-        float* got;
+        float *got, *got_act;
         int wrong = 0;
         if (!gradient_on(&c, which) || test_gemm_status(c.g.dtype, c.g.tile) != MOE_OK) continue;
         c.weight = 0, c.g.b_table = 1;
@@ -535,19 +535,21 @@ static void test_gradient_gates(void)
         tbuf_put(&b.b.a, b.b.h_a);
         tbuf_put(&b.pre, b.h_pre);
         CHECK_STATUS(moe_grouped_gemm_gradient(&b.b.d, test_now.stream), MOE_OK);
-        got = (float*)tbuf_copy(&b.c);
+        got = (float*)tbuf_copy(&b.c), got_act = (float*)tbuf_copy(&b.act);
         for (int m = 0; m < b.b.num_rows; ++m)
             for (int j = 0; j < c.g.n; ++j)
-                for (int up = 0; up < 2; ++up) {
+                for (int part = 0; part < 3; ++part) { /* C's two, and act */
                     uint16_t one;
-                    const float* want = up ? act : slope;
-                    const float is = moe_load(got, (m * 2 + up) * (int64_t)c.g.n + j, c.g.dtype);
+                    const float* want = part ? act : slope;
+                    const float is =
+                        part < 2 ? moe_load(got, (m * 2 + part) * (int64_t)c.g.n + j, c.g.dtype)
+                                 : moe_load(got_act, m * (int64_t)c.g.n + j, c.g.dtype);
                     moe_store(&one, 0, c.g.dtype, want[(m + j) % 6]);
                     wrong +=
                         isnan(want[(m + j) % 6]) ? !isnan(is) : is != moe_load(&one, 0, c.g.dtype);
                 }
-        CHECK(wrong == 0, "%d elements of C: %s", wrong, gradient_text(&c));
-        TFREE(got);
+        CHECK(wrong == 0, "%d elements of C and act: %s", wrong, gradient_text(&c));
+        TFREE(got, got_act);
         gradient_bufs_free(&b);
     }
 }

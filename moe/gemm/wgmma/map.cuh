@@ -25,27 +25,32 @@ typedef struct moei_tensor {
     int32_t halves;        /* of a map of halves: 1 or 2; otherwise 0 */
 } moei_tensor;
 
-/* Beside columns and rows a map, but for those of halves, has the dimensions of 2^30 16-byte vectors, and of 2^30 groups of so
+/* Beside columns and rows a map has the dimensions of 2^30 16-byte vectors, and of 2^30 groups of so
    many vectors: together all distances, modulo 2^64. So one map serves the matrices of all experts,
-   also where a table holds their addresses. The base must be mapped, though nothing is read there:
-   copies by a map with another base fail. */
+   also where a table holds their addresses. A map of halves has neither. The base must be mapped,
+   though nothing is read there: copies by a map with another base fail. */
 #define MOEI_TENSOR_LOG2 30
 
-/* Encodes a map of so many dimensions, 3 or 4. size, box: elements; stride: bytes, from dimension 1
-   on. Elements outside are zeros. */
-MOE_HOST moe_status moei_tensor_encode_dims(moei_tensor_map* map, const moei_tensor* t, int dims,
-                                            const uint64_t* size, const uint64_t* stride,
-                                            const uint32_t* box, int swizzle)
+/* Encodes the map of *t; elements outside the matrix are zeros. A box has 64 columns and is swizzled
+   (ptx.cuh). Of a map of halves it has 256 columns of the first half, then 256 of the second one, of
+   each of its rows, not swizzled: [box_rows][2][256]. All of a half that is not there is zeros. */
+MOE_HOST moe_status moei_tensor_encode(moei_tensor_map* map, const moei_tensor* t)
 {
 #if MOE_ON_HOST
-    (void)dims, (void)size, (void)stride, (void)box, (void)swizzle;
     memset(map, 0, sizeof *map);
     memcpy(map, t, sizeof *t);
 #else
     typedef int (*encode_fn)(void* map, int type, uint32_t rank, void* base, const uint64_t* size,
                              const uint64_t* stride, const uint32_t* box, const uint32_t* step,
                              int interleave, int swizzle, int promotion, int fill);
-    const uint32_t step[4] = {1, 1, 1, 1};
+    const uint64_t many = (uint64_t)1 << MOEI_TENSOR_LOG2;
+    const uint64_t columns = (uint64_t)t->columns, rows = (uint64_t)t->rows;
+    const uint64_t row_bytes = (uint64_t)t->row_stride * 2;
+    const uint64_t size[4] = {columns, rows, many, many}, stride[3] = {row_bytes, 16, many * 16};
+    const uint32_t box[4] = {64, (uint32_t)t->box_rows, 1, 1}, step[4] = {1, 1, 1, 1};
+    const uint64_t half_size[3] = {columns, (uint64_t)t->halves, rows};
+    const uint64_t half_stride[2] = {columns * 2, row_bytes};
+    const uint32_t half_box[3] = {256, 2, (uint32_t)t->box_rows};
     alignas(64) moei_tensor_map m;
     cudaDriverEntryPointQueryResult found;
     void* fn = 0;
@@ -57,34 +62,14 @@ MOE_HOST moe_status moei_tensor_encode_dims(moei_tensor_map* map, const moei_ten
 #endif
     if (found != cudaDriverEntryPointSuccess || !fn) return moe_cuda_status(cudaErrorNotSupported);
     if (((encode_fn)fn)(&m, t->dtype == MOE_FP16 ? MOEI_TENSOR_FP16 : MOEI_TENSOR_BF16,
-                        (uint32_t)dims, (void*)(uintptr_t)t->base, size, stride, box, step, 0,
-                        swizzle, MOEI_TENSOR_PROMOTION_256B, 0) != 0)
+                        t->halves ? 3 : 4, (void*)(uintptr_t)t->base, t->halves ? half_size : size,
+                        t->halves ? half_stride : stride, t->halves ? half_box : box, step, 0,
+                        t->halves ? MOEI_TENSOR_SWIZZLE_NONE : MOEI_TENSOR_SWIZZLE_128B,
+                        MOEI_TENSOR_PROMOTION_256B, 0) != 0)
         return moe_cuda_status(cudaErrorInvalidValue);
     memcpy(map, &m, sizeof *map);
 #endif
     return MOE_OK;
-}
-
-/* Encodes the map of *t. A box has 64 columns and is swizzled (ptx.cuh). Elements outside the matrix
-   are zeros. */
-MOE_HOST moe_status moei_tensor_encode(moei_tensor_map* map, const moei_tensor* t)
-{
-    const uint64_t many = (uint64_t)1 << MOEI_TENSOR_LOG2;
-    const uint64_t size[4] = {(uint64_t)t->columns, (uint64_t)t->rows, many, many};
-    const uint64_t stride[3] = {(uint64_t)t->row_stride * 2, 16, many * 16};
-    const uint32_t box[4] = {64, (uint32_t)t->box_rows, 1, 1};
-    return moei_tensor_encode_dims(map, t, 4, size, stride, box, MOEI_TENSOR_SWIZZLE_128B);
-}
-
-/* Encodes the map of rows that have t->halves times t->columns elements. A box has 256
-   columns of the first half, then 256 of the second one, of each of its rows: [box_rows][2][256].
-   Elements outside a half, and all of a half that is not there, are zeros. */
-MOE_HOST moe_status moei_tensor_encode_halves(moei_tensor_map* map, const moei_tensor* t)
-{
-    const uint64_t size[3] = {(uint64_t)t->columns, (uint64_t)t->halves, (uint64_t)t->rows};
-    const uint64_t stride[2] = {(uint64_t)t->columns * 2, (uint64_t)t->row_stride * 2};
-    const uint32_t box[3] = {256, 2, (uint32_t)t->box_rows};
-    return moei_tensor_encode_dims(map, t, 3, size, stride, box, MOEI_TENSOR_SWIZZLE_NONE);
 }
 
 #endif
