@@ -93,7 +93,7 @@ static void job_open(bench_group* g, job* j, shape s, int form, int skew)
         d->x = j->x[r], d->ids = j->ids[r], d->weights = j->weights[r];
         d->fault = g->fault[r];
         d->num_tokens = s.T;
-        d->buffers.form = form;
+        d->buffers.combine_form = form;
         d->buffers.max_tokens = s.T;
         d->buffers.hidden = s.H;
         d->buffers.num_experts = s.E;
@@ -576,7 +576,7 @@ int main(int argc, char** argv)
         if (W == 0) W = devices;
     }
     memset(&b, 0, sizeof b);
-    b.form = MOE_EP_GATHERED;
+    b.combine_form = MOE_EP_GATHERED;
     b.max_tokens = s.T, b.hidden = s.H, b.num_experts = s.E, b.top_k = s.K;
     b.max_rows = (int64_t)s.T * s.K * 5 / 4 + 4096;
     BENCH_MOE(moe_ep_buffers_end(&b, W, &bytes));

@@ -67,7 +67,7 @@ static void open_job(bench_group* g, job* j, shape s, int form)
         describe(j, &e->layer, x, router, y, g->fault[r]);
         e->layer.w1.base = all1 + first * w1 * 2, e->layer.w2.base = all2 + first * w2 * 2;
         e->peers = g->peers + r;
-        e->buffers.form = form;
+        e->buffers.combine_form = form;
         e->buffers.max_tokens = s.T;
         BENCH_MOE(moe_ep_layer_workspace(e, &bytes));
         e->layer.workspace = keep(j, r, bench_alloc(bytes));
@@ -259,7 +259,7 @@ int main(int argc, char** argv)
             memset(&d, 0, sizeof d);
             d.layer.hidden = list[i].H, d.layer.num_experts = list[i].E;
             d.layer.top_k = list[i].K;
-            d.buffers.max_tokens = list[i].T, d.buffers.form = form;
+            d.buffers.max_tokens = list[i].T, d.buffers.combine_form = form;
             BENCH_MOE(moe_ep_layer_region(&d, W, &bytes));
             if (bytes > most) most = bytes;
         }

@@ -16,7 +16,8 @@ typedef struct tgroup {
     void* memory[TGROUP_MOST]; /* regions */
     moe_peers peers[TGROUP_MOST];
     uint64_t* fault[TGROUP_MOST];
-    cudaStream_t stream[TGROUP_MOST];
+    cudaStream_t stream[TGROUP_MOST], side[TGROUP_MOST];
+    cudaEvent_t side_event[TGROUP_MOST][2];
 } tgroup;
 
 /* First statement of main: ranks that share a GPU need queues of their own. */
@@ -60,6 +61,9 @@ MOEI_UNUSED static int tgroup_new(tgroup* g, int W, uint64_t bytes)
         TEST_CUDA(cudaMemset(g->fault[r], 0, 8));
         TEST_CUDA(cudaDeviceSynchronize());
         TEST_CUDA(cudaStreamCreateWithFlags(&g->stream[r], cudaStreamNonBlocking));
+        TEST_CUDA(cudaStreamCreateWithFlags(&g->side[r], cudaStreamNonBlocking));
+        for (int i = 0; i < 2; ++i)
+            TEST_CUDA(cudaEventCreateWithFlags(&g->side_event[r][i], cudaEventDisableTiming));
     }
     TEST_CUDA(cudaSetDevice(0));
     s = moe_peers_create_local(g->peers, W, g->device, g->memory, bytes, &pair);
@@ -111,6 +115,8 @@ MOEI_UNUSED static void tgroup_free(tgroup* g)
     for (int r = 0; r < g->W; ++r) {
         tgroup_use(g, r);
         TEST_CUDA(cudaStreamDestroy(g->stream[r]));
+        TEST_CUDA(cudaStreamDestroy(g->side[r]));
+        for (int i = 0; i < 2; ++i) TEST_CUDA(cudaEventDestroy(g->side_event[r][i]));
         TEST_CUDA(cudaFree(g->memory[r]));
         TEST_CUDA(cudaFree(g->fault[r]));
     }

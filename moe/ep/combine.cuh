@@ -3,8 +3,8 @@
      y[t, :] = residual[t, :] + sum over k of weights[t, k] row(t, k)[:]
                               + shared_weight[t] shared[t, :]
 
-   row(t, k) is the row of token t's slot k, on the rank that has the slot's expert. Two forms
-   (buffers.form, for the whole exchange):
+   row(t, k) is the row of token t's slot k, on the rank that has the slot's expert. Three forms
+   (buffers.combine_form, for the whole exchange), each behind any form of dispatch:
 
    MOE_EP_REDUCED, rank-deduplicated
      1. Each rank sums its own experts' rows of each token it received, weighted, and stores the sum
@@ -15,6 +15,9 @@
         waits.
      Partial sums are rounded to rows_dtype. Equal inputs give equal bits for a given W. Results
      for two values of W differ by these roundings: at most W + 1 of them.
+   MOE_EP_REDUCE_SCATTER
+     The same sums and the same bits, but each rank stores them in its own region, and the home
+     reads those of all ranks (combine.cuh, with the ranks' sums as its buffers).
    MOE_EP_GATHERED, all-to-all through the pointer table
      1. Barrier: all ranks have their rows.
      2. combine.cuh, with the ranks' rows as its buffers: each token reads its rows from all ranks.
@@ -25,10 +28,10 @@
    Out:  y [T, H] of this rank's tokens
    weights null: a sum without gate weights, for the gradient of x.
 
-   Bytes that leave each GPU: reduced: one row for each received token of another rank; gathered:
-   one row for each slot of other ranks' tokens. Memory traffic: the experts' rows are read once;
-   reduced: each partial sum is written and read once.
-   Cost: 2 launches; 1, reduced, where a rank has the GPU for itself and no more tokens than half of
+   Bytes that leave each GPU: gathered: one row for each slot of other ranks' tokens; else one row
+   for each received token of another rank that has a slot here. Memory traffic: the experts' rows
+   are read once; but for gathered, each partial sum is written and read once.
+   Cost: 2 launches; 1, but for gathered, where a rank has the GPU for itself and no more tokens than half of
    the thread blocks that the GPU holds at a time (132 tokens on an H200). Minimum architecture:
    sm_75.
 
@@ -68,6 +71,8 @@ typedef struct moei_ep_reduce_args {
     moe_combine_args sum;  /* over received tokens; y is that of their homes */
     const int32_t* count;  /* [W] tokens of each sender */
     uint64_t partial;      /* offset in every region */
+    const int32_t* ids;    /* [W C, K] where tokens without a slot here have come too; else null */
+    int32_t keeps;         /* 1: sums stay in this rank's region; 0: they go to their homes */
     int32_t recv_tokens;   /* C */
     int32_t warps;         /* of a block that share a token */
     int32_t channel, tag;  /* of the combine */
@@ -190,7 +195,27 @@ MOE_DEVICE int64_t moei_ep_reduced(const moei_ep_reduce_args* a, int i)
     return (int64_t)moe_peer_rotated(&a->peers, i - j * a->peers.num_ranks) * a->recv_tokens + j;
 }
 
-/* Reduces received tokens and stores their sums at their homes. A block has tokens of all senders
+/* Has received token t a slot of this rank? Its home reads no other sums. One warp. */
+MOE_DEVICE int moei_ep_has_slot(const moei_ep_reduce_args* a, int64_t t)
+{
+    int has = !a->ids;
+    MOE_NO_UNROLL
+    for (int k0 = 0; k0 < a->sum.top_k && !has; k0 += MOE_WARP_SIZE) {
+        const int k = k0 + moe_lane();
+        has = __any_sync(MOE_FULL_WARP, k < a->sum.top_k && a->ids[t * a->sum.top_k + k] >= 0);
+    }
+    return has;
+}
+
+/* Returns the address of the sum of number j of the tokens that rank `from` sent. */
+MOE_DEVICE char* moei_ep_sum_address(const moei_ep_reduce_args* a, int from, int j)
+{
+    const int holder = a->keeps ? a->peers.rank : from, sender = a->keeps ? from : a->peers.rank;
+    return moe_peer_address(&a->peers, holder, a->partial) +
+           ((int64_t)sender * a->recv_tokens + j) * a->sum.y_pitch;
+}
+
+/* Reduces received tokens and stores their sums, at their homes or here. A block has tokens of all senders
    in turn: sums for other ranks are bound by the link, those for this rank's own tokens by memory.
    Warps work alone. The slots of a warp's first token are loaded along with the counts. */
 MOE_DEVICE_BODY void moei_ep_reduce_body(const moei_ep_reduce_args* a,
@@ -217,12 +242,9 @@ MOE_DEVICE_BODY void moei_ep_reduce_body(const moei_ep_reduce_args* a,
     MOE_NO_UNROLL
     while (i < most) {
         const int j = i / num_ranks, from = moe_peer_rotated(&a->peers, i - j * num_ranks);
-        const int64_t to = (int64_t)a->peers.rank * a->recv_tokens + j;
-        if (j < a->count[from])
+        if (j < a->count[from] && moei_ep_has_slot(a, moei_ep_reduced(a, i)))
             moei_ep_reduce_token(&a->sum, moei_ep_reduced(a, i), own,
-                                 moe_peer_address(&a->peers, from, a->partial) +
-                                     to * a->sum.y_pitch,
-                                 first, a->warps, dtype);
+                                 moei_ep_sum_address(a, from, j), first, a->warps, dtype);
         i += (int)gridDim.x * groups;
         if (i < most) moei_ep_load_slot(&own, &a->sum, moei_ep_reduced(a, i), moe_lane());
     }
@@ -312,6 +334,9 @@ MOE_HOST moe_status moei_ep_prepare_reduce(const moe_ep_dispatch_desc* d, const 
     MOE_TRY(moe_combine_resolve(&sum, &a->sum));
     MOE_TRY(moe_combine_resolve(home, &a->home));
     a->count = v->recv_count;
+    a->ids = b->dispatch_form == MOE_EP_ALL_GATHER || b->dispatch_form == MOE_EP_ALL_GATHER_COPY
+                 ? v->recv_ids
+                 : 0;
     a->warps = slices < MOEI_EP_REDUCE_WARPS ? slices : MOEI_EP_REDUCE_WARPS;
     g.dependent = 1;
 #define MOEI_EP_REDUCE_CASE(name, dtype)                                                           \
@@ -342,17 +367,23 @@ MOE_HOST moe_status moei_ep_combine_prepare(const moe_ep_combine_desc* c,
     p->args.channel = d.buffers.channel + 1;
     p->args.tag = c->tag;
     memset(&home, 0, sizeof home);
-    if (d.buffers.form == MOE_EP_REDUCED) {
-        MOE_REQUIRE(c->rows || v.num_rows == 0, MOE_ERR_NULL, rows);
-        MOE_REQUIRE(moei_aligned(c->rows, 16), MOE_ERR_ALIGN, rows);
-        home.rows = v.partial;
-        home.place = v.send_place;
-        home.top_k = d.peers->num_ranks;
-        home.num_rows = (int64_t)d.peers->num_ranks * d.buffers.recv_tokens;
-    } else {
-        MOE_REQUIRE(!c->rows, MOE_ERR_CONFLICT, rows);
+    if (d.buffers.combine_form != MOE_EP_REDUCED) {
         home.table = (const void* const*)v.rows_table;
         home.num_buffers = d.peers->num_ranks;
+    }
+    if (d.buffers.combine_form != MOE_EP_GATHERED) {
+        MOE_REQUIRE(c->rows || v.num_rows == 0, MOE_ERR_NULL, rows);
+        MOE_REQUIRE(moei_aligned(c->rows, 16), MOE_ERR_ALIGN, rows);
+        home.place = v.send_place;
+        home.top_k = d.peers->num_ranks;
+        home.num_rows = d.buffers.recv_tokens; /* of one rank */
+    }
+    if (d.buffers.combine_form == MOE_EP_REDUCED) {
+        home.rows = v.partial;
+        home.num_rows *= d.peers->num_ranks;
+    }
+    if (d.buffers.combine_form == MOE_EP_GATHERED) {
+        MOE_REQUIRE(!c->rows, MOE_ERR_CONFLICT, rows);
         home.place = v.place;
         home.weights = c->weights;
         home.top_k = d.buffers.top_k;
@@ -371,7 +402,9 @@ MOE_HOST moe_status moei_ep_combine_prepare(const moe_ep_combine_desc* c,
     home.rank = d.peers->rank;
     home.num_tokens = d.num_tokens;
     home.hidden = d.buffers.hidden;
-    if (d.buffers.form == MOE_EP_REDUCED) return moei_ep_prepare_reduce(&d, &v, c, &home, p);
+    p->args.keeps = d.buffers.combine_form == MOE_EP_REDUCE_SCATTER;
+    if (d.buffers.combine_form != MOE_EP_GATHERED)
+        return moei_ep_prepare_reduce(&d, &v, c, &home, p);
     g.dependent = 1;
     MOE_TRY(MOE_PREPARE(&p->meet, moei_ep_meet, g));
     return moe_combine_prepare(&home, &p->combine);

@@ -4,15 +4,18 @@
    Buffers of one exchange, in every rank's region from region_offset on. C = recv_tokens, b and r
    the bytes of an element of x and of rows; each is rounded up to 256 bytes:
 
-     recv_x        W C H b        token rows, those from rank s from row s C on
-     recv_scales   W C S 4        scales of these rows, where num_scales is S > 0
-     recv_ids      W C K 4        experts of this rank that the row is for; -1: another rank's slot
+     recv_x        W C H b        token rows, those from rank s from row s C on;
+                   max_rows H b   MOE_EP_ALL_TO_ALL: a row for each slot, in expert order
+     recv_scales   S 4 for each row of recv_x, where num_scales is S > 0: its scales
+     recv_ids      W C K 4        experts of this rank that the token is for; -1: another rank's slot
      recv_weights  W C K 4        gate weights of its slots
      recv_token    W C 4          the token's number at its home
-     recv_count    W 4            rows that came from each rank
+     recv_count    W 4            tokens that came from each rank
      partial       W C H r        MOE_EP_REDUCED: sums for this rank's tokens, those of rank s
-                                  from row s C on
-     place         max_tokens K 8 MOE_EP_GATHERED: where the row of each of this rank's slots is
+                                  from row s C on; MOE_EP_REDUCE_SCATTER: this rank's sums for the
+                                  tokens of all ranks
+     place         max_tokens K 8 MOE_EP_ALL_TO_ALL, MOE_EP_GATHERED: where the row of each of this
+                                  rank's slots is
      rows          max_rows H r   MOE_EP_GATHERED: the experts' rows, read by peers
 
    max_tokens is the most tokens of any rank. C is max_tokens: one rank may send all its tokens to
@@ -33,21 +36,34 @@
 #include "../layout.h"
 #include "owner.h"
 
+/* How tokens reach the experts. The rows in expert order, and their maps, are the same in all. */
+typedef enum moe_ep_dispatch_form {
+    MOE_EP_DISPATCH_DEFAULT = 0, /* MOE_EP_DEDUPLICATED */
+    MOE_EP_DEDUPLICATED,         /* a token goes once to each rank that has an expert of it */
+    MOE_EP_ALL_TO_ALL, /* a row for each slot, written in the owner's expert order: the experts read
+                          rows in order */
+    MOE_EP_ALL_GATHER, /* every token goes to every rank */
+    MOE_EP_ALL_GATHER_COPY /* the same; copy engines move the rows, on a side stream */
+} moe_ep_dispatch_form;
+
 /* How results come back. */
-typedef enum moe_ep_form {
-    MOE_EP_FORM_DEFAULT = 0, /* MOE_EP_REDUCED */
-    MOE_EP_REDUCED, /* rank-deduplicated: each rank sums its own experts' rows of a token first and
+typedef enum moe_ep_combine_form {
+    MOE_EP_COMBINE_DEFAULT = 0, /* MOE_EP_REDUCED */
+    MOE_EP_REDUCED,  /* rank-deduplicated: each rank sums its own experts' rows of a token first and
                        sends one row; rounds these sums to rows_dtype */
-    MOE_EP_GATHERED /* each token reads all its rows from all ranks: the sums of one GPU */
-} moe_ep_form;
+    MOE_EP_GATHERED, /* each token reads all its rows from all ranks: the sums of one GPU */
+    MOE_EP_REDUCE_SCATTER /* each rank sums as in MOE_EP_REDUCED and keeps the sums; each token
+                             reads one from every rank that has an expert of it */
+} moe_ep_combine_form;
 
 /* Sizes and layout of the buffers of one exchange: the same on all ranks. */
 typedef struct moe_ep_buffers {
     uint64_t region_offset; /* in every region, a multiple of 256; 0 = MOE_PEERS_HEADER */
     int32_t channel;        /* channels `channel` and `channel` + 1 are this exchange's */
-    int32_t form;           /* moe_ep_form; 0 = reduced */
+    int32_t dispatch_form;  /* moe_ep_dispatch_form; 0 = deduplicated */
+    int32_t combine_form;   /* moe_ep_combine_form; 0 = reduced */
     int32_t max_tokens;     /* most tokens of any rank, >= 0 */
-    int32_t recv_tokens;    /* C, most rows that one rank sends to one other; 0 = max_tokens */
+    int32_t recv_tokens;    /* C, most tokens that one rank sends to one other; 0 = max_tokens */
     int64_t max_rows;       /* most rows in expert order of any rank; 0 = W C K, and
                                min(W C K, E) (m - 1) more with row_multiple m */
     int32_t row_multiple;   /* m, as in route/desc.h; 0 = 1 */
@@ -60,10 +76,10 @@ typedef struct moe_ep_buffers {
     int32_t num_scales;     /* S, fp32 scales that travel with each row, 0 .. 4096 */
 } moe_ep_buffers;
 
-/* Where this rank's buffers are: device addresses in its region; null: the form has none. */
+/* Where this rank's buffers are: device addresses in its region; null: the forms have none. */
 typedef struct moe_ep_view {
-    void* recv_x;        /* [W C, H] dtype */
-    float* recv_scales;  /* [W C, S] */
+    void* recv_x;        /* [num_x, H] dtype */
+    float* recv_scales;  /* [num_x, S] */
     int32_t* recv_ids;   /* [W C, K] */
     float* recv_weights; /* [W C, K] */
     int32_t* recv_token; /* [W C] */
@@ -74,15 +90,19 @@ typedef struct moe_ep_view {
     /* in the dispatch's workspace */
     int32_t* expert_count;  /* [P] rows of each of this rank's experts that hold a slot */
     int32_t* expert_offset; /* [P + 1] first row of each expert */
-    int32_t* row_slot;      /* [max_rows] slot of each row, of recv_ids; recv row = slot / K */
+    int32_t* row_slot;      /* [max_rows] slot of each row, of recv_ids; token = slot / K */
     moe_place* recv_place;  /* [W C, K] row of each received slot */
-    moe_place* send_place;  /* [T, W] reduced: row of `partial` that comes from each rank */
-    void** rows_table;      /* [W] gathered: address of every rank's rows */
+    moe_place* send_place;  /* [T, W] where the sum of each rank is: row of `partial`; or
+                               MOE_EP_REDUCE_SCATTER: {rank, row of its sums for this rank} */
+    void** rows_table;      /* [W] gathered: address of every rank's rows; MOE_EP_REDUCE_SCATTER: of
+                               its sums for this rank */
     int32_t* chunk_count;   /* counts by chunks of tokens, scratch */
     void* route_workspace;  /* scratch */
     int32_t recv_tokens;    /* C */
     int32_t num_local;      /* P, this rank's experts; 0: none */
     int64_t num_rows;       /* max_rows */
+    int64_t num_x;          /* rows of recv_x */
+    int32_t in_order; /* 1: recv_x is in expert order; 0: row_slot says which token a row is */
 } moe_ep_view;
 
 /* What moe_ep_dispatch takes. Pointers are device addresses, but for peers. */
@@ -104,6 +124,9 @@ typedef struct moe_ep_dispatch_desc {
                              receiving rank's fault word has BAD_ID or BAD_REPLICA */
     int32_t tag;        /* reported where a rank is late, 0 .. 2^24 - 1 */
     moe_ep_buffers buffers;
+    /* MOE_EP_ALL_GATHER_COPY: of the caller's, on this rank's device */
+    void* side_stream;   /* cudaStream_t, on which the copies run; not the dispatch's */
+    void* side_event[2]; /* cudaEvent_t: records when the copies may begin, and that they ended */
     /* workspace */
     void* workspace;        /* 256-byte aligned; kept until the combine has run */
     size_t workspace_bytes; /* at least what moe_ep_dispatch_workspace returns */
@@ -112,10 +135,11 @@ typedef struct moe_ep_dispatch_desc {
 /* Parts of a dispatch, in order. Where ranks share a GPU, MOE_EP_SEND also waits for the ids of all
    ranks. */
 typedef enum moe_ep_part {
-    MOE_EP_SEND,    /* ids, weights and rows to their ranks */
+    MOE_EP_SEND,    /* ids, weights and rows to their ranks; MOE_EP_ALL_TO_ALL: no rows */
     MOE_EP_ROUTE,   /* waits for the ids of all ranks; received slots -> rows in expert order */
-    MOE_EP_RECEIVE, /* waits for the rows of all ranks */
-    MOE_EP_ANSWER,  /* gathered: tells the homes where the rows will be */
+    MOE_EP_RECEIVE, /* waits for the rows of all ranks; MOE_EP_ALL_TO_ALL: tells the homes where
+                       the rows must be, sends rows there, and waits for those of all ranks */
+    MOE_EP_ANSWER,  /* gathered: tells the homes where the rows will be, where they do not know */
     MOE_EP_PARTS
 } moe_ep_part;
 

@@ -17,8 +17,8 @@
    drops are not offered over ranks), `gate.whole_batch` (chooses over all tokens, of which each
    rank has some), `rank` (it is peers.rank). The fault word is required.
 
-   Numerics: those of layer.cuh; with MOE_EP_REDUCED one more rounding of each rank's sum to
-   rows_dtype. With MOE_EP_GATHERED and batch_invariant y has the same bits for every W.
+   Numerics: those of layer.cuh; but for MOE_EP_GATHERED one more rounding of each rank's sum to
+   rows_dtype. The form of dispatch changes no bit. With MOE_EP_GATHERED and batch_invariant y has the same bits for every W.
    Equal inputs give equal bits. No call allocates or synchronises; the host waits for nothing. A
    graph of it can be replayed with other inputs. All ranks call it alike (but for T), in the same
    order as other exchanges of the same buffers.
@@ -27,7 +27,7 @@
    own experts' weights; the region (desc.h); the workspace:
      the gate's and the shared expert's buffers, as in layer.cuh, of T tokens
      the dispatch's workspace (dispatch.cuh)
-     max_rows I 2  act,   MOE_EP_REDUCED: max_rows H r  rows
+     max_rows I 2  act,   and but for MOE_EP_GATHERED  max_rows H r  rows
 
      moe_ep_layer_desc e = {0};
      e.layer.x = x;  e.layer.router = router;  e.layer.w1.base = w1;  e.layer.w2.base = w2;
@@ -50,7 +50,8 @@ typedef struct moe_ep_layer_desc {
     const int32_t* replica_offset; /* as in moe_ep_dispatch_desc, like the next two */
     const moe_ep_expert* replica;
     int32_t num_local;
-    int32_t tag; /* reported where a rank is late, 0 .. 2^24 - 1 */
+    int32_t tag;                       /* reported where a rank is late, 0 .. 2^24 - 1 */
+    void *side_stream, *side_event[2]; /* as in moe_ep_dispatch_desc */
     /* the same on all ranks. What `layer` has is 0 here: hidden, num_experts, top_k, dtype,
        rows_dtype, row_multiple; and num_scales */
     moe_ep_buffers buffers;
@@ -156,6 +157,8 @@ MOE_HOST moe_status moei_ep_layer_resolve(const moe_ep_layer_desc* d, char* base
     e->dispatch.num_tokens = d->layer.num_tokens;
     e->dispatch.num_local = d->num_local;
     e->dispatch.tag = d->tag;
+    e->dispatch.side_stream = d->side_stream;
+    e->dispatch.side_event[0] = d->side_event[0], e->dispatch.side_event[1] = d->side_event[1];
     MOE_TRY(moei_ep_layer_buffers(d, &e->dispatch.buffers));
     memset(&args, 0, sizeof args);
     MOE_TRY(moei_ep_check_options(&e->dispatch, &args));
@@ -173,7 +176,7 @@ MOE_HOST moe_status moei_ep_layer_resolve(const moe_ep_layer_desc* d, char* base
     e->v.row_slot = e->ep.row_slot;
     e->v.place = e->ep.recv_place;
     e->v.rows = e->ep.rows;
-    if (e->dispatch.buffers.form == MOE_EP_REDUCED)
+    if (e->dispatch.buffers.combine_form != MOE_EP_GATHERED)
         e->v.rows = moei_carve(base, &bytes,
                                (uint64_t)e->ep.num_rows * (uint64_t)home.hidden *
                                    (uint64_t)moe_dtype_bytes(e->dispatch.buffers.rows_dtype));
@@ -182,12 +185,13 @@ MOE_HOST moe_status moei_ep_layer_resolve(const moe_ep_layer_desc* d, char* base
     moei_layer_describe(&home, &e->o, &e->v, &e->l);
     e->l.experts.x = e->ep.recv_x;
     e->l.experts.x_stride = 0;
-    e->l.experts.num_tokens = d->peers->num_ranks * e->ep.recv_tokens;
+    e->l.experts.num_tokens = (int32_t)e->ep.num_x;
+    if (e->ep.in_order) e->l.experts.row_slot = 0;
     if (e->ep.num_local == 0) e->l.experts.num_experts = 1; /* its options are checked */
     e->dispatch.ids = e->v.ids;
     e->dispatch.weights = e->v.weights;
     e->combine.dispatch = &e->dispatch;
-    e->combine.rows = e->dispatch.buffers.form == MOE_EP_REDUCED ? e->v.rows : 0;
+    e->combine.rows = e->dispatch.buffers.combine_form == MOE_EP_GATHERED ? 0 : e->v.rows;
     e->combine.weights = e->v.weights;
     e->combine.residual = e->l.combine.residual;
     e->combine.residual_stride = e->l.combine.residual_stride;

@@ -6,7 +6,12 @@
    earlier tokens that go there.
 
    A dispatch has two barriers on its channel: all ids, weights and counts are there; all rows are
-   there. Row maps need the first alone, and are made while rows travel. */
+   there. Row maps need the first alone, and are made while rows travel. MOE_EP_ALL_TO_ALL has a
+   third one between them (scatter.cuh), and MOE_EP_ALL_GATHER_COPY copies the rows elsewhere: in
+   these forms this half sends no rows.
+
+   In an all-gather every token has a row at every rank, its own number. Which ranks have an expert
+   of it is marked all the same: those send a sum back. */
 #ifndef MOE_EP_PUSH_CUH
 #define MOE_EP_PUSH_CUH
 
@@ -36,13 +41,30 @@ typedef struct moei_ep_args {
     const float* weights;          /* or null */
     const int32_t* replica_offset; /* or null */
     const moe_ep_expert* replica;
-    int32_t* chunk_count;        /* [chunks, W]; null: not counted before */
-    moe_place* send_place;       /* [T, W]; or null */
-    const moe_place* recv_place; /* [W C, K] */
-    void** rows_table;           /* [W]; or null */
-    int64_t x_pitch, row_bytes;  /* bytes between rows of x; of a row */
+    int32_t* chunk_count;                        /* [chunks, W]; null: not counted before */
+    moe_place* send_place;                       /* [T, W]; or null */
+    const moe_place* recv_place;                 /* [W C, K] */
+    const int32_t *expert_count, *expert_offset; /* [P], [P + 1] */
+    void** rows_table;                           /* [W]; or null */
+    uint64_t table_at;          /* offset in each region of what rows_table names */
+    int64_t x_pitch, row_bytes; /* bytes between rows of x; of a row */
+    int64_t max_rows;           /* rows in expert order */
     int32_t num_tokens, num_experts, top_k, recv_tokens, num_scales, chunk_tokens, channel, tag;
+    int32_t num_local;                   /* P */
+    int32_t dispatch_form, combine_form; /* moe_ep_dispatch_form, moe_ep_combine_form */
 } moei_ep_args;
+
+/* Does every token go to every rank? */
+MOE_HOST_DEVICE int moei_ep_to_all(const moei_ep_args* a)
+{
+    return a->dispatch_form == MOE_EP_ALL_GATHER || a->dispatch_form == MOE_EP_ALL_GATHER_COPY;
+}
+
+/* Does the sending kernel send the rows too? */
+MOE_HOST_DEVICE int moei_ep_sends_rows(const moei_ep_args* a)
+{
+    return a->dispatch_form == MOE_EP_DEDUPLICATED || a->dispatch_form == MOE_EP_ALL_GATHER;
+}
 
 /* Shared memory of a chunk. */
 typedef struct moei_ep_shared {
@@ -159,14 +181,20 @@ MOE_KERNEL(MOEI_EP_THREADS, 1) moei_ep_count(MOE_ARG(moei_ep_args) a)
         a.chunk_count[blockIdx.x * (unsigned)num_ranks + (unsigned)d] = s.base[d];
 }
 
-/* Returns the row at rank d of the round's token number i, -1 where the token does not go there or
-   has no room. */
-MOE_DEVICE int moei_ep_row(const moei_ep_args* a, const moei_ep_shared* s, int i, int d)
+/* Does rank d have an expert of the round's token number i? */
+MOE_DEVICE int moei_ep_goes(const moei_ep_args* a, const moei_ep_shared* s, int i, int d)
 {
-    const int at = (i >> 5) * a->peers.num_ranks + d;
+    return (int)(s->goes[(i >> 5) * a->peers.num_ranks + d] >> (i & 31) & 1u);
+}
+
+/* Returns the row at rank d of token t0 + i, number i of the round that begins at t0; -1 where the
+   token does not go there or has no room. */
+MOE_DEVICE int moei_ep_row(const moei_ep_args* a, const moei_ep_shared* s, int t0, int i, int d)
+{
+    const int at = (i >> 5) * a->peers.num_ranks + d, all = moei_ep_to_all(a);
     const uint32_t goes = s->goes[at], bit = 1u << (i & 31);
-    const int row = s->before[at] + __popc(goes & (bit - 1u));
-    return (goes & bit) && row < a->recv_tokens ? row : -1;
+    const int row = all ? t0 + i : s->before[at] + __popc(goes & (bit - 1u));
+    return (all || (goes & bit)) && row < a->recv_tokens ? row : -1;
 }
 
 /* Loads one piece of a token's row: MOEI_EP_VECTORS vectors a lane from byte `from` on. The whole
@@ -181,14 +209,14 @@ MOE_DEVICE void moei_ep_load(uint4* v, const moei_ep_args* a, int t, int64_t fro
             v[u] = moei_load_vector(x + from + u * MOE_WARP_SIZE * width, width);
 }
 
-/* Stores the piece at all ranks that the round's token number i goes to. The whole warp. */
-MOE_DEVICE void moei_ep_store(const uint4* v, const moei_ep_args* a, const moei_ep_shared* s, int i,
-                              int64_t from, const int width)
+/* Stores the piece at all ranks that token t0 + i goes to. The whole warp. */
+MOE_DEVICE void moei_ep_store(const uint4* v, const moei_ep_args* a, const moei_ep_shared* s,
+                              int t0, int i, int64_t from, const int width)
 {
     from += moe_lane() * width;
     MOE_NO_UNROLL
     for (int q = 0; q < a->peers.num_ranks; ++q) {
-        const int d = moe_peer_rotated(&a->peers, q), row = moei_ep_row(a, s, i, d);
+        const int d = moe_peer_rotated(&a->peers, q), row = moei_ep_row(a, s, t0, i, d);
         if (row < 0) continue;
         char* y = moe_peer_address(&a->peers, d, a->at.recv_x) +
                   ((int64_t)a->peers.rank * a->recv_tokens + row) * a->row_bytes;
@@ -199,20 +227,21 @@ MOE_DEVICE void moei_ep_store(const uint4* v, const moei_ep_args* a, const moei_
     }
 }
 
-/* Sends what belongs to the rows of tokens first .. upto - 1 of the round: ids and weights of their
-   slots, scales, the tokens' numbers. Neighbouring threads have neighbouring slots, whose rows at a
+/* Sends what belongs to tokens first .. upto - 1 of the round: ids and weights of their slots, the
+   tokens' numbers, and scales where they travel with tokens. Neighbouring threads have neighbouring slots, whose rows at a
    rank are neighbours too: a warp's stores fill vectors of 128 bytes, which on the link cost as
    much as one of 4. All threads. */
 MOE_DEVICE void moei_ep_send_slots(const moei_ep_args* a, const moei_ep_shared* s, int t0,
                                    int first, int upto)
 {
     const int top_k = a->top_k, slots = (upto - first) * top_k;
-    const int scales = (upto - first) * a->num_scales, num_ranks = a->peers.num_ranks;
+    const int num_scales = a->dispatch_form == MOE_EP_ALL_TO_ALL ? 0 : a->num_scales;
+    const int scales = (upto - first) * num_scales, num_ranks = a->peers.num_ranks;
     const int64_t own = (int64_t)a->peers.rank * a->recv_tokens;
     MOE_NO_UNROLL
     for (int n = (int)threadIdx.x; n < slots * num_ranks; n += (int)blockDim.x) {
         const int d = moe_peer_rotated(&a->peers, n / slots), j = n % slots;
-        const int i = first + j / top_k, k = j % top_k, row = moei_ep_row(a, s, i, d);
+        const int i = first + j / top_k, k = j % top_k, row = moei_ep_row(a, s, t0, i, d);
         const int64_t slot = (int64_t)(t0 + i) * top_k + k, to = (own + row) * top_k + k;
         char* base = moe_peer_address(&a->peers, d, 0);
         if (row < 0) continue;
@@ -224,11 +253,11 @@ MOE_DEVICE void moei_ep_send_slots(const moei_ep_args* a, const moei_ep_shared* 
     MOE_NO_UNROLL
     for (int n = (int)threadIdx.x; n < scales * num_ranks; n += (int)blockDim.x) {
         const int d = moe_peer_rotated(&a->peers, n / scales), j = n % scales;
-        const int i = first + j / a->num_scales, c = j % a->num_scales;
-        const int row = moei_ep_row(a, s, i, d);
+        const int i = first + j / num_scales, c = j % num_scales;
+        const int row = moei_ep_row(a, s, t0, i, d);
         float* to = (float*)moe_peer_address(&a->peers, d, a->at.recv_scales);
         if (row >= 0)
-            to[(own + row) * a->num_scales + c] = a->scales[(int64_t)(t0 + i) * a->num_scales + c];
+            to[(own + row) * num_scales + c] = a->scales[(int64_t)(t0 + i) * num_scales + c];
     }
 }
 
@@ -238,16 +267,20 @@ MOE_DEVICE void moei_ep_note_places(const moei_ep_args* a, const moei_ep_shared*
                                     int first, int upto)
 {
     const int num_ranks = a->peers.num_ranks, top_k = a->top_k;
+    const int keeps = a->combine_form == MOE_EP_REDUCE_SCATTER; /* the ranks keep their sums */
     const moe_place none = {-1, -1};
     if (a->send_place) MOE_NO_UNROLL
     for (int j = (int)threadIdx.x; j < (upto - first) * num_ranks; j += (int)blockDim.x) {
-        const int i = first + j / num_ranks, d = j % num_ranks, row = moei_ep_row(a, s, i, d);
-        moe_place p;
-        p.buffer = row < 0 ? -1 : 0;
-        p.row = row < 0 ? -1 : d * a->recv_tokens + row;
+        const int i = first + j / num_ranks, d = j % num_ranks;
+        const int row = moei_ep_goes(a, s, i, d) ? moei_ep_row(a, s, t0, i, d) : -1;
+        moe_place p = none;
+        if (row >= 0) {
+            p.buffer = keeps ? d : 0;
+            p.row = keeps ? row : d * a->recv_tokens + row;
+        }
         a->send_place[(int64_t)(t0 + first) * num_ranks + j] = p;
     }
-    if (a->rows_table) MOE_NO_UNROLL
+    if (a->dispatch_form == MOE_EP_ALL_TO_ALL || a->combine_form == MOE_EP_GATHERED) MOE_NO_UNROLL
     for (int j = (int)threadIdx.x; j < (upto - first) * top_k; j += (int)blockDim.x)
         ((moe_place*)(a->peers.base + a->at.place))[(int64_t)(t0 + first) * top_k + j] = none;
 }
@@ -291,17 +324,18 @@ MOE_DEVICE void moei_ep_begin(const moei_ep_args* a, const moei_ep_shared* s)
     else if ((int)threadIdx.x < a->peers.num_ranks) s->base[threadIdx.x] = 0;
 }
 
-/* Sends this rank's counts of rows. The last block, all threads, when base is final. */
+/* Sends this rank's counts of tokens, and writes rows_table. The last block, all threads, when base
+   is final. */
 MOE_DEVICE void moei_ep_send_counts(const moei_ep_args* a, const moei_ep_shared* s)
 {
     MOE_NO_UNROLL
     for (int d = (int)threadIdx.x; d < a->peers.num_ranks; d += (int)blockDim.x) {
-        const int rows = s->base[d];
+        const int rows = moei_ep_to_all(a) ? a->num_tokens : s->base[d];
         ((int32_t*)moe_peer_address(&a->peers, d, a->at.recv_count))[a->peers.rank] =
             min(rows, a->recv_tokens);
         if (rows > a->recv_tokens)
             moe_fault_raise(a->peers.fault, MOE_FAULT_ROWS_FULL, a->peers.rank, rows);
-        if (a->rows_table) a->rows_table[d] = moe_peer_address(&a->peers, d, a->at.rows);
+        if (a->rows_table) a->rows_table[d] = moe_peer_address(&a->peers, d, a->table_at);
     }
 }
 
@@ -309,14 +343,16 @@ MOE_DEVICE void moei_ep_send_counts(const moei_ep_args* a, const moei_ep_shared*
    each round's tokens, then
      1. sends what belongs to the rows of the chunk's tokens; the last block, which has no tokens,
         sends the counts; each block arrives at barrier n
-     2. copies the rows: a warp has a piece of a row at a time; each block arrives at barrier n + 1
+     2. copies the rows, where it does (moei_ep_sends_rows): a warp has a piece of a row at a time;
+        each block arrives at barrier n + 1
    The first piece of each warp is loaded before anything else. Marks of one round serve both. */
 MOE_DEVICE_BODY void moei_ep_push_chunk(const moei_ep_args* a, unsigned char* shared,
                                         const int width)
 {
     const int num_ranks = a->peers.num_ranks, begin = (int)blockIdx.x * a->chunk_tokens;
     const int end = min(begin + a->chunk_tokens, a->num_tokens);
-    const int begin_round = a->chunk_count ? begin : 0;
+    const int begin_round = a->chunk_count || moei_ep_to_all(a) ? begin : 0;
+    const int passes = moei_ep_sends_rows(a) ? 2 : 1;
     const int piece = MOE_WARP_SIZE * MOEI_EP_VECTORS * width;
     const int pieces = (int)((a->row_bytes + piece - 1) / piece);
     int held = begin + moe_warp() / pieces; /* token of which v has this warp's first piece */
@@ -333,9 +369,10 @@ MOE_DEVICE_BODY void moei_ep_push_chunk(const moei_ep_args* a, unsigned char* sh
     moei_peer_pdl_trigger(&a->peers, last);
     stop = threadIdx.x == 0 && moe_fault_stops(a->peers.fault);
     if (ids_at < end) (void)moei_load4_early(a->ids + (int64_t)ids_at * a->top_k); /* into L1 */
-    if (held < end) moei_ep_load(v, a, held, (int64_t)(moe_warp() % pieces) * piece, width);
+    if (passes == 2 && held < end)
+        moei_ep_load(v, a, held, (int64_t)(moe_warp() % pieces) * piece, width);
     MOE_NO_UNROLL
-    for (int pass = 1; pass <= 2; ++pass) {
+    for (int pass = 1; pass <= passes; ++pass) {
         const int mark = pass == 1 || end - begin_round > MOEI_EP_THREADS;
         if (mark) {
             moei_ep_begin(a, &s);
@@ -358,7 +395,7 @@ MOE_DEVICE_BODY void moei_ep_push_chunk(const moei_ep_args* a, unsigned char* sh
                     const int64_t from = (int64_t)(j % pieces) * piece;
                     if (t0 + i != held) moei_ep_load(v, a, t0 + i, from, width);
                     held = -1;
-                    moei_ep_store(v, a, &s, i, from, width);
+                    moei_ep_store(v, a, &s, t0, i, from, width);
                 }
             }
             if (mark) __syncthreads(); /* goes and before are read */

@@ -11,8 +11,9 @@ typedef struct moei_ep_route_args {
     moe_peers_args peers;
     moei_route_args route; /* over received tokens */
     int32_t channel, tag;
-    int32_t chained; /* 1: runs right behind the sending kernel: works beside it, and waits for the
-                        rows too. 0: runs behind any kernel, waits for ids alone */
+    int32_t chained; /* 1: runs right behind the sending kernel, and works beside it; 0: runs behind
+                        any kernel */
+    int32_t receives; /* 1: waits for the rows too, and passes their barrier */
 } moei_ep_route_args;
 
 /* Waits for the ids of all ranks: the first warp of each block. Returns 1, or 0 after a stop fault.
@@ -50,7 +51,7 @@ MOE_KERNEL(MOEI_EP_FEW_THREADS, 1) moei_ep_route_few(MOE_ARG(moei_ep_route_args)
         if (!empty) came = moei_ep_wait_ids(&a);
         if (came) moei_ep_few_place(&a.route, &f, &scratch, empty);
     }
-    if (a.chained && came && moe_warp() == 0) moei_ep_wait_rows(&a.peers, a.channel, a.tag);
+    if (a.receives && came && moe_warp() == 0) moei_ep_wait_rows(&a.peers, a.channel, a.tag);
     moe_pdl_wait();
 }
 
@@ -68,7 +69,7 @@ MOE_KERNEL(MOEI_ROUTE_THREADS, 1) moei_ep_count_received(MOE_ARG(moei_ep_route_a
 /* Placing of received slots. */
 MOE_KERNEL(MOEI_ROUTE_THREADS, 1) moei_ep_place_received(MOE_ARG(moei_ep_route_args) a)
 {
-    const int waits = a.chained && blockIdx.x == gridDim.x - 1;
+    const int waits = a.receives && blockIdx.x == gridDim.x - 1;
     MOE_SHARED(moe_block_scan_scratch, scratch);
     MOE_SHARED_DYNAMIC(shared);
     moei_peer_pdl_trigger(&a.peers, waits);
@@ -76,38 +77,23 @@ MOE_KERNEL(MOEI_ROUTE_THREADS, 1) moei_ep_place_received(MOE_ARG(moei_ep_route_a
     if (waits && moe_warp() == 0) moei_ep_wait_rows(&a.peers, a.channel, a.tag);
 }
 
-/* Waits for the rows, in a launch of its own. */
+/* MOE_EP_ALL_GATHER_COPY: arrives at the barrier of rows, behind the copies. */
+MOE_KERNEL(32, 1) moei_ep_copied(MOE_ARG(moei_ep_args) a)
+{
+    moei_peer_add_share(&a.peers, a.channel, moei_peer_next(&a.peers, a.channel) + 1,
+                        MOE_PEERS_UNIT, 1);
+}
+
+/* Waits for the rows, in a launch of its own; and for the ids, which nothing has waited for where no
+   row maps are made. */
 MOE_KERNEL(32, 1) moei_ep_receive(MOE_ARG(moei_ep_args) a)
 {
     moei_peer_pdl_trigger(&a.peers, 1);
     moe_pdl_wait();
+    if (!moei_peer_reach(&a.peers, a.channel, moei_peer_next(&a.peers, a.channel),
+                         MOE_PHASE_DISPATCH, a.tag))
+        return;
     moei_ep_wait_rows(&a.peers, a.channel, a.tag);
-}
-
-/* Tells each token's home where its rows will be: place[t, k] = {this rank, row}. A thread has a
-   received slot at a time. */
-MOE_KERNEL(256, 1) moei_ep_answer(MOE_ARG(moei_ep_args) a)
-{
-    const int num_ranks = a.peers.num_ranks, top_k = a.top_k;
-    const char* own = a.peers.base;
-    moe_pdl_trigger();
-    moe_pdl_wait();
-    if (moe_fault_stopped(a.peers.fault)) return;
-    for (int q = 0; q < num_ranks; ++q) {
-        const int from = moe_peer_rotated(&a.peers, q);
-        const int n = ((const int32_t*)(own + a.at.recv_count))[from] * top_k;
-        const int64_t first = (int64_t)from * a.recv_tokens;
-        moe_place* place = (moe_place*)moe_peer_address(&a.peers, from, a.at.place);
-        for (int64_t j = blockIdx.x * blockDim.x + threadIdx.x; j < n;
-             j += gridDim.x * blockDim.x) {
-            const int i = (int)j;
-            moe_place p = a.recv_place[first * top_k + i];
-            const int token = ((const int32_t*)(own + a.at.recv_token))[first + i / top_k];
-            if (p.buffer < 0) continue; /* another rank's slot */
-            p.buffer = a.peers.rank;
-            place[(int64_t)token * top_k + i % top_k] = p;
-        }
-    }
 }
 
 #endif

@@ -148,17 +148,22 @@ inline cudaError_t cudaMemcpyPeerAsync(void* to, int, const void* from, int, siz
     return cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, stream);
 }
 
+inline cudaError_t cudaMemcpy2DAsync(void* to, size_t to_pitch, const void* from,
+                                     size_t from_pitch, size_t bytes, size_t rows,
+                                     cudaMemcpyKind kind, cudaStream_t stream = nullptr)
+{
+    cudaError_t e = cudaSuccess;
+    if (bytes > to_pitch || bytes > from_pitch) return cudaErrorInvalidValue;
+    for (size_t r = 0; !e && r < rows; ++r)
+        e = cudaMemcpyAsync((char*)to + r * to_pitch, (const char*)from + r * from_pitch, bytes,
+                            kind, stream);
+    return e;
+}
 inline cudaError_t cudaMemcpy2D(void* to, size_t to_pitch, const void* from, size_t from_pitch,
                                 size_t bytes, size_t rows, cudaMemcpyKind kind)
 {
-    if (bytes > to_pitch || bytes > from_pitch) return cudaErrorInvalidValue;
-    return moeh_at_once([=] {
-        cudaError_t e = cudaSuccess;
-        for (size_t r = 0; !e && r < rows; ++r)
-            e = cudaMemcpyAsync((char*)to + r * to_pitch, (const char*)from + r * from_pitch,
-                                bytes, kind);
-        return e;
-    });
+    return moeh_at_once(
+        [=] { return cudaMemcpy2DAsync(to, to_pitch, from, from_pitch, bytes, rows, kind); });
 }
 
 inline cudaError_t cudaMemsetAsync(void* p, int value, size_t bytes, cudaStream_t stream = nullptr)

@@ -1,8 +1,8 @@
 /* exchange.h: the reference of moe/ep/dispatch.cuh: what each rank receives. C11 and C++14; no
    CUDA. All ranks at once, token by token.
 
-   A token goes once to every rank that has an expert of it. The rows that a rank receives from one
-   sender are in the sender's token order. */
+   A token goes once to every rank that has an expert of it; in an all-gather to every rank. What a
+   rank receives from one sender is in the sender's token order. */
 #ifndef MOE_REF_EXCHANGE_H
 #define MOE_REF_EXCHANGE_H
 
@@ -41,10 +41,11 @@ MOE_HOST moe_ep_expert moe_ref_target(const moe_ref_exchange_rank* r, int64_t sl
     return e;
 }
 
-/* Fills in what all ranks receive. Returns the most rows that one rank sends to one other: past
+/* Fills in what all ranks receive; to_all: 1 for an all-gather. Returns the most rows that one rank sends to one other: past
    C = recv_tokens the rows are missing. */
 MOE_HOST int32_t moe_ref_exchange(moe_ref_exchange_rank* rank, int32_t num_ranks,
-                                  int32_t num_experts, int32_t top_k, int32_t recv_tokens)
+                                  int32_t num_experts, int32_t top_k, int32_t recv_tokens,
+                                  int32_t to_all)
 {
     int32_t most = 0;
     for (int32_t to = 0; to < num_ranks; ++to)
@@ -54,7 +55,7 @@ MOE_HOST int32_t moe_ref_exchange(moe_ref_exchange_rank* rank, int32_t num_ranks
             int32_t n = 0;
             for (int32_t t = 0; t < s->num_tokens; ++t) {
                 const int64_t row = (int64_t)from * recv_tokens + n, slot = (int64_t)t * top_k;
-                int32_t goes = 0;
+                int32_t goes = to_all;
                 for (int32_t k = 0; k < top_k; ++k)
                     goes |= moe_ref_target(s, slot + k, top_k, num_experts, num_ranks).rank == to;
                 if (!goes) continue;

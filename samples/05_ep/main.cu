@@ -78,7 +78,7 @@ static void make_rank(rank_layers* l, const options* o, const group* g, int r, r
     l->ep.layer.w2.base = make(first * w2, own * w2, 0.04f, 4, o->dtype);
     l->ep.layer.y = make(0, l->T * H, 0.0f, 5, o->dtype);
     l->ep.peers = &s->peers;
-    l->ep.buffers.form = o->form;
+    l->ep.buffers.combine_form = o->form;
     l->ep.buffers.max_tokens = (o->T + g->W - 1) / g->W;
     MOE(moe_ep_layer_workspace(&l->ep, &l->ep.layer.workspace_bytes));
     if (cudaMalloc(&l->ep.layer.workspace, l->ep.layer.workspace_bytes) != cudaSuccess)
@@ -120,7 +120,7 @@ int main(int argc, char** argv)
     int wrong;
     group_begin(&g, &o);
     sizes.layer = make_layer(&o, 0, o.E, 0);
-    sizes.buffers.form = o.form;
+    sizes.buffers.combine_form = o.form;
     sizes.buffers.max_tokens = (o.T + g.W - 1) / g.W;
     MOE(moe_ep_layer_region(&sizes, g.W, &region));
     group_connect(&g, region);

@@ -16,8 +16,9 @@ static int ep_fuse_home = 1; /* may a combine reduce and add at home in one laun
 enum { EP_RANDOM, EP_ONE_RANK, EP_ONE_EXPERT, EP_EMPTY }; /* how ids are drawn */
 
 typedef struct ep_case {
-    int W, T, H, E, K; /* T: most tokens of a rank */
-    int form, dtype;
+    int W, T, H, E, K;     /* T: most tokens of a rank */
+    int dispatch, combine; /* forms; 0: the default */
+    int dtype;
     int draw;
     int replicas;    /* 1: a table of random replicas */
     int recv_tokens; /* C; 0: T */
@@ -26,7 +27,18 @@ typedef struct ep_case {
     int same;     /* 1: all ranks have T tokens, no -1 */
     int fp32;     /* 1: rows and what a combine sends are fp32 */
     int pad;      /* elements between rows of x, residual, shared and y; > 0: with a shared row */
+    int row_multiple;
 } ep_case;
+
+/* Pairs of forms are numbered: every dispatch with every combine. */
+#define EP_PAIRS 12
+static int ep_dispatch_of(int pair) { return MOE_EP_DEDUPLICATED + pair % 4; }
+static int ep_combine_of(int pair) { return MOE_EP_REDUCED + pair / 4; }
+
+static int ep_to_all(const ep_case* c)
+{
+    return c->dispatch == MOE_EP_ALL_GATHER || c->dispatch == MOE_EP_ALL_GATHER_COPY;
+}
 
 /* One rank's arrays, on the host and on its device. */
 typedef struct ep_rank {
@@ -136,7 +148,8 @@ static moe_ep_buffers ep_sizes(const ep_case* c)
 {
     moe_ep_buffers b;
     memset(&b, 0, sizeof b);
-    b.form = c->form;
+    b.dispatch_form = c->dispatch;
+    b.combine_form = c->combine;
     b.max_tokens = c->T;
     b.recv_tokens = c->recv_tokens;
     b.hidden = c->H;
@@ -145,6 +158,7 @@ static moe_ep_buffers ep_sizes(const ep_case* c)
     b.dtype = c->dtype;
     b.rows_dtype = c->fp32 ? MOE_FP32 : 0;
     b.num_scales = c->num_scales;
+    b.row_multiple = c->row_multiple;
     b.channel = 2;
     if (c->replicas) b.max_rows = (int64_t)c->W * (c->recv_tokens ? c->recv_tokens : c->T) * c->K;
     return b;
@@ -191,6 +205,8 @@ static int ep_put_rank(ep_job* j, int rank)
     d->num_tokens = r->T;
     d->num_local = c->replicas ? j->P[rank] : 0;
     d->tag = 77;
+    d->side_stream = j->g.side[rank];
+    d->side_event[0] = j->g.side_event[rank][0], d->side_event[1] = j->g.side_event[rank][1];
     d->buffers = ep_sizes(c);
     if (c->replicas) {
         r->d_offset = tbuf_from("replica_offset", r->choice_offset, (size_t)(c->E + 1) * 4, 0);
@@ -209,7 +225,7 @@ static int ep_put_rank(ep_job* j, int rank)
         "rows", (size_t)r->num_rows * (size_t)(c->H * moe_dtype_bytes(ep_rows_dtype(c))), 0);
     memset(&r->combine, 0, sizeof r->combine);
     r->combine.dispatch = d;
-    r->combine.rows = c->form == MOE_EP_GATHERED ? 0 : r->d_rows.p;
+    r->combine.rows = c->combine == MOE_EP_GATHERED ? 0 : r->d_rows.p;
     r->combine.weights = d->weights;
     r->combine.residual = r->d_residual.p;
     r->combine.y = r->d_y.p;
@@ -242,7 +258,7 @@ static void ep_expect(ep_job* j)
         w->recv_ids = (int32_t*)test_host((int64_t)c->W * C * c->K * 4);
         w->recv_weights = (float*)test_host((int64_t)c->W * C * c->K * 4);
     }
-    moe_ref_exchange(all, c->W, c->E, c->K, C);
+    moe_ref_exchange(all, c->W, c->E, c->K, C, ep_to_all(c));
     for (int r = 0; r < c->W; ++r) j->rank[r].want = all[r];
 }
 
@@ -319,7 +335,7 @@ static void ep_combine(ep_job* j)
         ep_vary();
         CHECK_STATUS(moe_ep_combine_prepare(&j->rank[r].combine, &p), MOE_OK);
         if (T <= 4)
-            CHECK(p.args.fused == (ep_fuse_home && j->c.form == MOE_EP_REDUCED && T > 0 &&
+            CHECK(p.args.fused == (ep_fuse_home && j->c.combine != MOE_EP_GATHERED && T > 0 &&
                                    !p.args.peers.shared),
                   "rank %d: one launch %d", r, p.args.fused);
         CHECK_STATUS(moe_ep_combine_run(&p, j->g.stream[r]), MOE_OK);
@@ -349,8 +365,8 @@ static void ep_fill_rows(ep_job* j, trand* q)
         tgroup_use(&j->g, r);
         TEST_CUDA(cudaDeviceSynchronize());
         if (bytes)
-            TEST_CUDA(cudaMemcpy(j->c.form == MOE_EP_GATHERED ? k->view.rows : k->d_rows.p, k->rows,
-                                 (size_t)bytes, cudaMemcpyHostToDevice));
+            TEST_CUDA(cudaMemcpy(j->c.combine == MOE_EP_GATHERED ? k->view.rows : k->d_rows.p,
+                                 k->rows, (size_t)bytes, cudaMemcpyHostToDevice));
         TEST_CUDA(cudaDeviceSynchronize());
     }
     TEST_CUDA(cudaSetDevice(0));

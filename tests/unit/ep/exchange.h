@@ -4,6 +4,49 @@
 
 #include "tests/unit/ep/case.h"
 
+/* Returns how many of the first `bytes` bytes of a buffer's part from byte `from` on were written. */
+static int64_t ep_written(const char* x, int64_t from, int64_t bytes)
+{
+    int64_t n = 0;
+    for (int64_t b = 0; b < bytes; ++b)
+        n += (unsigned char)x[from + b] != test_poison_byte((size_t)b);
+    return n;
+}
+
+/* Checks rows and scales in expert order, bit for bit: those of each row's token; zeros where a row
+   pads an expert; nothing past the last. row_slot: the reference's. */
+static void ep_check_in_order(ep_job* j, int r, const int32_t* row_slot, int num_rows)
+{
+    const ep_case* c = &j->c;
+    const ep_rank* k = j->rank + r;
+    const int C = k->view.recv_tokens, S = c->num_scales;
+    const int64_t row = (int64_t)c->H * moe_dtype_bytes(c->dtype);
+    float* scales = (float*)ep_get(j, r, k->view.recv_scales, k->view.num_x * S * 4);
+    char* x = (char*)ep_get(j, r, k->view.recv_x, k->view.num_x * row);
+    char* zeros = (char*)test_host(row + S * 4);
+    int64_t wrong = 0, strays = 0;
+    memset(zeros, 0, (size_t)(row + S * 4));
+    for (int64_t i = 0; i < k->view.num_x; ++i) {
+        const char* want_x = zeros;
+        const void* want_scales = zeros;
+        if (i >= num_rows) {
+            strays += ep_written(x, i * row, row);
+            continue;
+        }
+        if (row_slot[i] >= 0) {
+            const int64_t at = row_slot[i] / c->K;
+            const ep_rank* home = j->rank + at / C;
+            want_x = (const char*)home->x + k->want.recv_token[at] * row;
+            want_scales = home->scales + (int64_t)k->want.recv_token[at] * S;
+        }
+        wrong += memcmp(x + i * row, want_x, (size_t)row) != 0;
+        wrong += memcmp(scales + i * S, want_scales, (size_t)S * 4) != 0;
+    }
+    CHECK(wrong == 0, "rank %d: %lld rows in expert order are wrong", r, (long long)wrong);
+    CHECK(strays == 0, "rank %d: %lld bytes past the last row were written", r, (long long)strays);
+    TFREE(scales, x, zeros);
+}
+
 /* Checks the row maps of one rank against route's reference; returns the row of every received
    slot. */
 static int32_t* ep_check_maps(ep_job* j, int r)
@@ -30,6 +73,7 @@ static int32_t* ep_check_maps(ep_job* j, int r)
     ref.num_experts = P;
     ref.top_k = c->K;
     ref.max_rows = k->num_rows;
+    ref.row_multiple = c->row_multiple;
     CHECK(moe_ref_route(&ref) == -1, "rank %d: the reference's rows fit", r);
     CHECK_INTS("expert_offset", got_offset, offset, P + 1);
     CHECK_INTS("row_slot", got_slot, row_slot, k->num_rows);
@@ -39,12 +83,14 @@ static int32_t* ep_check_maps(ep_job* j, int r)
                   place[i].buffer, place[i].row, row[i]);
             break;
         }
+    if (k->view.in_order) ep_check_in_order(j, r, row_slot, offset[P]);
     TFREE(offset, count, row_slot, place, got_offset, got_slot);
     return row;
 }
 
-/* Checks what rank r received against the reference, bit for bit. all: 0 where a sender stopped:
-   some rows may not have come. */
+/* Checks the counts, tokens, ids and weights that rank r received, and beside them what came of the
+   rows and scales where tokens travel once. all: 0 where a sender stopped: some rows may not have
+   come. */
 static void ep_check_received(ep_job* j, int r, int all)
 {
     const ep_case* c = &j->c;
@@ -55,25 +101,30 @@ static void ep_check_received(ep_job* j, int r, int all)
     int32_t* token = (int32_t*)ep_get(j, r, k->view.recv_token, (int64_t)W * C * 4);
     int32_t* ids = (int32_t*)ep_get(j, r, k->view.recv_ids, (int64_t)W * C * K * 4);
     float* weights = (float*)ep_get(j, r, k->view.recv_weights, (int64_t)W * C * K * 4);
-    float* scales = (float*)ep_get(j, r, k->view.recv_scales, (int64_t)W * C * S * 4);
-    char* x = (char*)ep_get(j, r, k->view.recv_x, (int64_t)W * C * row);
+    float* scales = (float*)ep_get(j, r, k->view.recv_scales, k->view.num_x * S * 4);
+    char* x = (char*)ep_get(j, r, k->view.recv_x, k->view.num_x * row);
     int64_t wrong = 0, strays = 0;
+    CHECK(k->view.in_order == (c->dispatch == MOE_EP_ALL_TO_ALL), "order %d", k->view.in_order);
     CHECK_INTS("recv_count", count, k->want.recv_count, W);
     for (int s = 0; s < W; ++s)
         for (int i = 0; i < C; ++i) {
             const int64_t at = (int64_t)s * C + i;
             const int t = k->want.recv_token[at];
-            int64_t written = 0; /* bytes of the row */
-            for (int64_t b = 0; b < row; ++b)
-                written += (unsigned char)x[at * row + b] != test_poison_byte((size_t)b);
-            if (t < 0) strays += written;
-            if (t < 0 || (!written && !all)) continue;
-            wrong += token[at] != t;
-            wrong += memcmp(ids + at * K, k->want.recv_ids + at * K, (size_t)K * 4) != 0;
-            wrong += memcmp(weights + at * K, k->want.recv_weights + at * K, (size_t)K * 4) != 0;
+            const int64_t written = k->view.in_order ? 1 : ep_written(x, at * row, row);
+            if (t < 0 && !k->view.in_order) strays += written;
+            if (t < 0 || (!all && (!written || k->view.in_order))) continue;
+            if (all || c->dispatch != MOE_EP_ALL_GATHER_COPY) { /* copies come with or without */
+                wrong += token[at] != t;
+                wrong += memcmp(ids + at * K, k->want.recv_ids + at * K, (size_t)K * 4) != 0;
+                wrong +=
+                    memcmp(weights + at * K, k->want.recv_weights + at * K, (size_t)K * 4) != 0;
+                wrong += k->view.in_order
+                             ? 0
+                             : memcmp(scales + at * S, j->rank[s].scales + (int64_t)t * S,
+                                      (size_t)S * 4) != 0;
+            }
+            if (k->view.in_order) continue;
             wrong += memcmp(x + at * row, (char*)j->rank[s].x + t * row, (size_t)row) != 0;
-            wrong +=
-                memcmp(scales + at * S, j->rank[s].scales + (int64_t)t * S, (size_t)S * 4) != 0;
         }
     CHECK(wrong == 0, "rank %d: %lld rows or parts of them are wrong", r, (long long)wrong);
     CHECK(strays == 0, "rank %d: %lld bytes past the received rows were written", r,
@@ -113,7 +164,7 @@ static void ep_check_sums(ep_job* j, int32_t* const* rows, int r, int weighted)
             }
             for (int d = 0; d < W; ++d) {
                 sum += part[d * H + h];
-                rounded += sent[d] && c->form != MOE_EP_GATHERED
+                rounded += sent[d] && c->combine != MOE_EP_GATHERED
                                ? test_rounded(part[d * H + h], ep_rows_dtype(c))
                                : part[d * H + h];
             }
@@ -159,55 +210,131 @@ static void ep_run(const ep_case* c, uint64_t salt)
     ep_free(&j);
 }
 
+/* Every shape with every dispatch and one combine each, in turn; where tests are long, with every
+   combine. */
 static void test_shapes(void)
 {
     const ep_case list[] = {
-        /* W, T, H, E, K, form, dtype, draw, replicas, C, scales, misalign, same, fp32, pad */
-        {1, 5, 16, 3, 2, MOE_EP_REDUCED, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 0, 0, 0},
-        {1, 5, 16, 3, 2, MOE_EP_GATHERED, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 0, 0, 0},
-        {2, 37, 64, 8, 3, MOE_EP_REDUCED, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 0, 0, 0},
-        {2, 37, 64, 8, 3, MOE_EP_GATHERED, MOE_FP16, EP_RANDOM, 0, 0, 2, 0, 0, 0, 0},
-        {4, 20, 32, 7, 2, MOE_EP_REDUCED, MOE_FP16, EP_RANDOM, 0, 0, 3, 0, 0, 0,
-         0}, /* E 7 on W 4 */
-        {4, 20, 32, 7, 2, MOE_EP_GATHERED, MOE_BF16, EP_RANDOM, 0, 0, 0, 2, 0, 0, 0},
-        {4, 12, 8, 2, 2, MOE_EP_REDUCED, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 0, 0, 0}, /* E 2 on W 4 */
-        {4, 12, 8, 2, 1, MOE_EP_GATHERED, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 0, 0, 0},
-        {4, 33, 40, 9, 4, MOE_EP_REDUCED, MOE_FP32, EP_RANDOM, 1, 0, 0, 4, 0, 0, 0},
-        {4, 33, 40, 9, 4, MOE_EP_GATHERED, MOE_BF16, EP_RANDOM, 1, 0, 0, 0, 0, 0, 0},
-        {8, 19, 24, 16, 4, MOE_EP_REDUCED, MOE_BF16, EP_RANDOM, 0, 0, 1, 0, 0, 0, 0},
-        {8, 19, 24, 16, 4, MOE_EP_GATHERED, MOE_FP16, EP_RANDOM, 0, 0, 0, 0, 0, 0, 0},
-        {16, 9, 16, 32, 6, MOE_EP_REDUCED, MOE_FP16, EP_RANDOM, 0, 0, 0, 0, 0, 0, 0},
-        {16, 9, 16, 32, 6, MOE_EP_GATHERED, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 0, 0, 0},
-        {4, 30, 16, 8, 2, MOE_EP_REDUCED, MOE_BF16, EP_ONE_RANK, 0, 0, 0, 0, 0, 0, 0},
-        {4, 30, 16, 8, 2, MOE_EP_GATHERED, MOE_BF16, EP_ONE_RANK, 0, 0, 0, 0, 0, 0, 0},
-        {4, 30, 16, 8, 2, MOE_EP_REDUCED, MOE_BF16, EP_ONE_EXPERT, 0, 0, 0, 0, 0, 0, 0},
-        {3, 0, 16, 8, 2, MOE_EP_REDUCED, MOE_BF16, EP_EMPTY, 0, 0, 0, 0, 0, 0, 0},
-        {3, 10, 16, 8, 2, MOE_EP_GATHERED, MOE_BF16, EP_EMPTY, 0, 0, 0, 0, 0, 0, 0},
-        {2, 1, 8, 4, 1, MOE_EP_REDUCED, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 1, 0, 0},
-        {2, 40, 16, 64, 40, MOE_EP_REDUCED, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 0, 0,
-         0}, /* K past a warp */
-        {5, 64, 16, 20, 1, MOE_EP_REDUCED, MOE_BF16, EP_RANDOM, 0, 40, 0, 0, 0, 0, 0}, /* C < T */
-        {3, 20, 16, 8, 2, MOE_EP_REDUCED, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 0, 0, 24},  /* strides */
-        {3, 20, 16, 8, 2, MOE_EP_GATHERED, MOE_FP16, EP_RANDOM, 0, 0, 0, 0, 0, 0, 8},
-        {3, 25, 24, 8, 3, MOE_EP_REDUCED, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 0, 1, 0}, /* fp32 rows */
-        {3, 25, 24, 8, 3, MOE_EP_GATHERED, MOE_FP16, EP_RANDOM, 1, 0, 0, 0, 0, 1, 0},
+        /* W, T, H, E, K, forms, dtype, draw, replicas, C, scales, misalign, same, fp32, pad, m */
+        {1, 5, 16, 3, 2, 0, 0, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 0, 0, 0, 0},
+        {2, 37, 64, 8, 3, 0, 0, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 0, 0, 0, 0},
+        {2, 37, 64, 8, 3, 0, 0, MOE_FP16, EP_RANDOM, 0, 0, 2, 0, 0, 0, 0, 8}, /* padded experts */
+        {4, 20, 32, 7, 2, 0, 0, MOE_FP16, EP_RANDOM, 0, 0, 3, 0, 0, 0, 0, 0}, /* E 7 on W 4 */
+        {4, 20, 32, 7, 2, 0, 0, MOE_BF16, EP_RANDOM, 0, 0, 0, 2, 0, 0, 0, 0},
+        {4, 12, 8, 2, 2, 0, 0, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 0, 0, 0, 0}, /* E 2 on W 4 */
+        {4, 12, 8, 2, 1, 0, 0, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 0, 0, 0, 4},
+        {4, 33, 40, 9, 4, 0, 0, MOE_FP32, EP_RANDOM, 1, 0, 0, 4, 0, 0, 0, 0},
+        {4, 33, 40, 9, 4, 0, 0, MOE_BF16, EP_RANDOM, 1, 0, 0, 0, 0, 0, 0, 0},
+        {8, 19, 24, 16, 4, 0, 0, MOE_BF16, EP_RANDOM, 0, 0, 1, 0, 0, 0, 0, 0},
+        {16, 9, 16, 32, 6, 0, 0, MOE_FP16, EP_RANDOM, 0, 0, 0, 0, 0, 0, 0, 0},
+        {4, 30, 16, 8, 2, 0, 0, MOE_BF16, EP_ONE_RANK, 0, 0, 0, 0, 0, 0, 0, 0},
+        {4, 30, 16, 8, 2, 0, 0, MOE_BF16, EP_ONE_EXPERT, 0, 0, 0, 0, 0, 0, 0, 0},
+        {3, 0, 16, 8, 2, 0, 0, MOE_BF16, EP_EMPTY, 0, 0, 0, 0, 0, 0, 0, 0},
+        {3, 10, 16, 8, 2, 0, 0, MOE_BF16, EP_EMPTY, 0, 0, 0, 0, 0, 0, 0, 0},
+        {2, 1, 8, 4, 1, 0, 0, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 1, 0, 0, 0},
+        {2, 40, 16, 64, 40, 0, 0, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 0, 0, 0, 0}, /* K past a warp */
+        {3, 20, 16, 8, 2, 0, 0, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 0, 0, 24, 0},  /* strides */
+        {3, 20, 16, 8, 2, 0, 0, MOE_FP16, EP_RANDOM, 0, 0, 0, 0, 0, 0, 8, 0},
+        {3, 25, 24, 8, 3, 0, 0, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 0, 1, 0, 0}, /* fp32 rows */
+        {3, 25, 24, 8, 3, 0, 0, MOE_FP16, EP_RANDOM, 1, 0, 0, 0, 0, 1, 0, 0},
     };
-    for (size_t i = 0; i < sizeof list / sizeof list[0]; ++i) ep_run(&list[i], 100 + i);
+    for (int i = 0; i < (int)(sizeof list / sizeof list[0]); ++i)
+        for (int pair = 0; pair < EP_PAIRS; ++pair) {
+            ep_case c = list[i];
+            if (!test_long() && (pair + i) % 3) continue;
+            c.dispatch = ep_dispatch_of(pair), c.combine = ep_combine_of(pair);
+            ep_run(&c, 100 + (uint64_t)i);
+        }
+}
+
+/* Fewer tokens for a rank than tokens: C below T. */
+static void test_few_received(void)
+{
+    for (int combine = MOE_EP_REDUCED; combine <= MOE_EP_REDUCE_SCATTER; ++combine)
+        for (int dispatch = MOE_EP_DEDUPLICATED; dispatch <= MOE_EP_ALL_TO_ALL; ++dispatch) {
+            const ep_case c = {5, 64, 16, 20, 1, dispatch, combine, MOE_BF16, EP_RANDOM,
+                               0, 40, 0,  0,  0, 0,        0,       0};
+            ep_run(&c, 6);
+        }
 }
 
 /* More tokens than one launch counts: chunks of many tokens, rounds of them. */
 static void test_many_tokens(void)
 {
-    const ep_case a = {2, 1500, 8, 6, 2, MOE_EP_REDUCED, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 0, 0, 0};
-    const ep_case b = {3, 1500, 8, 6, 2, MOE_EP_GATHERED, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 0, 0, 0};
-    ep_run(&a, 7);
-    ep_run(&b, 8);
+    for (int pair = 0; pair < EP_PAIRS; pair += test_long() ? 1 : 5) { /* each dispatch, combine */
+        const ep_case c = {2,
+                           1500,
+                           8,
+                           6,
+                           2,
+                           ep_dispatch_of(pair),
+                           ep_combine_of(pair),
+                           MOE_BF16,
+                           EP_RANDOM,
+                           0,
+                           0,
+                           0,
+                           0,
+                           0,
+                           0,
+                           0,
+                           0};
+        ep_run(&c, 7 + (uint64_t)pair);
+    }
+}
+
+/* The form of dispatch changes no bit of y; nor does it whether ranks keep their sums. */
+static void test_same_bits(void)
+{
+    static ep_job j;
+    void* first[2][TGROUP_MOST] = {{0}};
+    for (int pair = 0; pair < EP_PAIRS; ++pair) {
+        const ep_case c = {4,
+                           23,
+                           24,
+                           9,
+                           4,
+                           ep_dispatch_of(pair),
+                           ep_combine_of(pair),
+                           MOE_BF16,
+                           EP_RANDOM,
+                           0,
+                           0,
+                           0,
+                           0,
+                           0,
+                           0,
+                           0,
+                           0};
+        const int kind = c.combine == MOE_EP_GATHERED;
+        trand q = trand_new(9);
+        if (ep_new(&j, &c, 8)) {
+            ep_dispatch(&j);
+            tgroup_wait(&j.g);
+            ep_fill_rows(&j, &q);
+            ep_combine(&j);
+            tgroup_wait(&j.g);
+            tgroup_clean(&j.g, __LINE__);
+            for (int r = 0; r < c.W; ++r) {
+                tgroup_use(&j.g, r);
+                if (!first[kind][r]) first[kind][r] = tbuf_copy(&j.rank[r].d_y);
+                else
+                    CHECK(tbuf_holds(&j.rank[r].d_y, first[kind][r]),
+                          "pair %d, rank %d: other bits", pair, r);
+            }
+            TEST_CUDA(cudaSetDevice(0));
+        }
+        ep_free(&j);
+    }
+    for (int r = 0; r < 4; ++r) TFREE(first[0][r], first[1][r]);
 }
 
 static void ep_exchange(void)
 {
     RUN(test_shapes);
+    RUN(test_few_received);
     RUN(test_many_tokens);
+    RUN(test_same_bits);
 }
 
 #endif

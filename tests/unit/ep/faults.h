@@ -17,9 +17,11 @@ static int ep_untouched(ep_job* j, int r)
 
 /* Rank `late` does not come to the dispatch, or to the combine. The others name it, the phase and
    the tag, and write no y. */
-static void ep_late(int form, int T, int late, int phase)
+static void ep_late(int pair, int T, int late, int phase)
 {
-    const ep_case c = {3, T, 16, 6, 2, form, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 1, 0, 0};
+    const ep_case c = {
+        3, T, 16, 6, 2, ep_dispatch_of(pair), ep_combine_of(pair), MOE_BF16, EP_RANDOM, 0, 0, 0,
+        0, 1, 0,  0, 0};
     static ep_job j;
     if (ep_new(&j, &c, 40)) {
         for (int r = 0; r < 3; ++r) j.g.peers[r].timeout_ns = 20000000;
@@ -47,11 +49,12 @@ static void ep_late(int form, int T, int late, int phase)
 
 static void test_late(void)
 {
-    for (int form = MOE_EP_REDUCED; form <= MOE_EP_GATHERED; ++form)
+    for (int pair = 0; pair < EP_PAIRS; ++pair)
         for (int phase = MOE_PHASE_DISPATCH; phase <= MOE_PHASE_COMBINE; ++phase)
             for (int late = 0; late < 3; ++late) {
-                ep_late(form, 12, late, phase);
-                ep_late(form, 4, late, phase);
+                if (!test_long() && (pair + phase + late) % 3) continue;
+                ep_late(pair, 12, late, phase);
+                ep_late(pair, 4, late, phase);
             }
 }
 
@@ -59,7 +62,7 @@ static void test_late(void)
    barrier. Rank 1 names it, in that dispatch, whichever kernels make its row maps. */
 static void test_partly_late(void)
 {
-    const ep_case c = {2, 12, 16, 6, 2, MOE_EP_REDUCED, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 1, 0, 0};
+    const ep_case c = {2, 12, 16, 6, 2, 0, 0, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 1, 0, 0, 0};
     static ep_job j;
     for (int few = 0; few < 2; ++few) {
         if (ep_new(&j, &c, 46)) {
@@ -89,7 +92,7 @@ static void test_partly_late(void)
    rank 1 stops with that fault, and writes no y. */
 static void test_stopped_again(void)
 {
-    const ep_case c = {2, 3, 4096, 6, 2, MOE_EP_REDUCED, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 1, 0, 0};
+    const ep_case c = {2, 3, 4096, 6, 2, 0, 0, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 1, 0, 0, 0};
     const uint64_t word = MOEI_FAULT_KEY(MOE_FAULT_BAD_TABLE, 0, 17);
     static ep_job j;
     for (int fused = 0; fused < 2; ++fused) {
@@ -118,10 +121,26 @@ static void test_stopped_again(void)
 static void test_spreading(void)
 {
     static ep_job j;
-    for (int i = 0; i < 4; ++i) {
-        const int phase = i < 2 ? MOE_PHASE_DISPATCH : MOE_PHASE_COMBINE, T = i % 2 ? 4 : 12;
-        const ep_case c = {3, T, 16, 6, 2, MOE_EP_REDUCED, MOE_BF16, EP_RANDOM, 0, 0,
-                           0, 0, 1,  0, 0};
+    for (int i = 0; i < 2 * EP_PAIRS; ++i) {
+        const int phase = i < EP_PAIRS ? MOE_PHASE_DISPATCH : MOE_PHASE_COMBINE;
+        const int T = i % 3 ? 4 : 12;
+        const ep_case c = {3,
+                           T,
+                           16,
+                           6,
+                           2,
+                           ep_dispatch_of(i % EP_PAIRS),
+                           ep_combine_of(i % EP_PAIRS),
+                           MOE_BF16,
+                           EP_RANDOM,
+                           0,
+                           0,
+                           0,
+                           0,
+                           1,
+                           0,
+                           0,
+                           0};
         const uint64_t word = MOEI_FAULT_KEY(MOE_FAULT_BAD_TABLE, 1, 17);
         if (ep_new(&j, &c, 41)) {
             for (int r = 0; r < 3; ++r) j.g.peers[r].timeout_ns = 60000000000ull;
@@ -147,75 +166,96 @@ static void test_spreading(void)
 /* Buffers that are too small: all ranks stop with ROWS_FULL; nothing is written out of bounds. */
 static void test_full(void)
 {
-    const ep_case c = {2, 40, 16, 4, 2, MOE_EP_REDUCED, MOE_BF16, EP_ONE_RANK, 0, 10,
-                       0, 0,  1,  0, 0};
     static ep_job j;
-    if (ep_new(&j, &c, 42)) { /* every token goes to rank 1, which has room for 10 of each rank */
-        ep_dispatch(&j);
-        ep_combine(&j);
-        tgroup_wait(&j.g);
-        for (int r = 0; r < 2; ++r) {
-            const moe_fault f = moe_fault_decode(tgroup_fault(&j.g, r));
-            CHECK(f.code == MOE_FAULT_ROWS_FULL && f.index == 40, "rank %d: %s at %lld", r,
-                  moe_fault_text(f.code), (long long)f.index);
-            ep_check_received(&j, r, 0); /* of rows that fit, and nothing beside them */
-            CHECK(ep_untouched(&j, r), "rank %d wrote y", r);
-        }
-    }
-    ep_free(&j);
-    { /* rows in expert order: 160 come to rank 1 */
-        ep_case big = c;
-        big.recv_tokens = 0;
-        if (ep_new(&j, &big, 43)) {
-            for (int r = 0; r < 2; ++r) {
-                size_t bytes;
-                j.rank[r].dispatch.buffers.max_rows = 100;
-                CHECK_STATUS(moe_ep_dispatch_workspace(&j.rank[r].dispatch, &bytes), MOE_OK);
-                CHECK(bytes < j.rank[r].workspace.bytes, "fewer rows need less");
-            }
+    for (int pair = 0; pair < EP_PAIRS; ++pair) {
+        const ep_case c = {2,
+                           40,
+                           16,
+                           4,
+                           2,
+                           ep_dispatch_of(pair),
+                           ep_combine_of(pair),
+                           MOE_BF16,
+                           EP_ONE_RANK,
+                           0,
+                           10,
+                           0,
+                           0,
+                           1,
+                           0,
+                           0,
+                           0};
+        if (ep_new(&j, &c,
+                   42)) { /* every token goes to rank 1, which has room for 10 of each rank */
             ep_dispatch(&j);
             ep_combine(&j);
             tgroup_wait(&j.g);
             for (int r = 0; r < 2; ++r) {
                 const moe_fault f = moe_fault_decode(tgroup_fault(&j.g, r));
-                CHECK(f.code == MOE_FAULT_ROWS_FULL && f.index == 160 && f.rank == 1,
-                      "rank %d: %s at %lld", r, moe_fault_text(f.code), (long long)f.index);
+                CHECK(f.code == MOE_FAULT_ROWS_FULL && f.index == 40, "rank %d: %s at %lld", r,
+                      moe_fault_text(f.code), (long long)f.index);
+                ep_check_received(&j, r, 0); /* of rows that fit, and nothing beside them */
                 CHECK(ep_untouched(&j, r), "rank %d wrote y", r);
             }
         }
         ep_free(&j);
+        { /* rows in expert order: 160 come to rank 1 */
+            ep_case big = c;
+            big.recv_tokens = 0;
+            if (ep_new(&j, &big, 43)) {
+                for (int r = 0; r < 2; ++r) {
+                    size_t bytes;
+                    j.rank[r].dispatch.buffers.max_rows = 100;
+                    CHECK_STATUS(moe_ep_dispatch_workspace(&j.rank[r].dispatch, &bytes), MOE_OK);
+                    CHECK(bytes < j.rank[r].workspace.bytes, "fewer rows need less");
+                }
+                ep_dispatch(&j);
+                ep_combine(&j);
+                tgroup_wait(&j.g);
+                for (int r = 0; r < 2; ++r) {
+                    const moe_fault f = moe_fault_decode(tgroup_fault(&j.g, r));
+                    CHECK(f.code == MOE_FAULT_ROWS_FULL && f.index == 160 && f.rank == 1,
+                          "rank %d: %s at %lld", r, moe_fault_text(f.code), (long long)f.index);
+                    CHECK(ep_untouched(&j, r), "rank %d wrote y", r);
+                }
+            }
+            ep_free(&j);
+        }
     }
 }
 
 /* Ids that are no expert: those slots count as -1, the fault word says so, all else is right. */
 static void test_bad_ids(void)
 {
-    const ep_case c = {2, 20, 16, 6, 2, MOE_EP_GATHERED, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 1, 0, 0};
     static ep_job j;
-    if (ep_new(&j, &c, 44)) {
-        int32_t* ids = j.rank[1].ids;
-        ids[7] = 6, ids[11] = -2;
-        tgroup_use(&j.g, 1);
-        tbuf_put(&j.rank[1].d_ids, ids);
-        ids[7] = ids[11] = -1;
-        ep_expect(&j);
-        ep_dispatch(&j);
-        tgroup_wait(&j.g);
-        CHECK(tgroup_fault(&j.g, 0) == 0, "rank 0 has no fault");
-        CHECK(tgroup_fault(&j.g, 1) == MOEI_FAULT_KEY(MOE_FAULT_BAD_ID, 1, 7),
-              "the first bad slot");
-        for (int r = 0; r < 2; ++r) {
-            int32_t* count = (int32_t*)ep_get(&j, r, j.rank[r].view.recv_count, 8);
-            CHECK_INTS("recv_count", count, j.rank[r].want.recv_count, 2);
-            free(count);
+    for (int dispatch = MOE_EP_DEDUPLICATED; dispatch <= MOE_EP_ALL_GATHER_COPY; ++dispatch) {
+        const ep_case c = {2, 20, 16, 6, 2, dispatch, MOE_EP_GATHERED, MOE_BF16, EP_RANDOM, 0, 0,
+                           0, 0,  1,  0, 0, 0};
+        if (ep_new(&j, &c, 44)) {
+            int32_t* ids = j.rank[1].ids;
+            ids[7] = 6, ids[11] = -2;
+            tgroup_use(&j.g, 1);
+            tbuf_put(&j.rank[1].d_ids, ids);
+            ids[7] = ids[11] = -1;
+            ep_expect(&j);
+            ep_dispatch(&j);
+            tgroup_wait(&j.g);
+            CHECK(tgroup_fault(&j.g, 0) == 0, "rank 0 has no fault");
+            CHECK(tgroup_fault(&j.g, 1) == MOEI_FAULT_KEY(MOE_FAULT_BAD_ID, 1, 7),
+                  "the first bad slot");
+            for (int r = 0; r < 2; ++r) {
+                int32_t* count = (int32_t*)ep_get(&j, r, j.rank[r].view.recv_count, 8);
+                CHECK_INTS("recv_count", count, j.rank[r].want.recv_count, 2);
+                free(count);
+            }
         }
+        ep_free(&j);
     }
-    ep_free(&j);
 }
 
 static void test_refusals(void)
 {
-    const ep_case c = {2, 8, 16, 6, 2, MOE_EP_REDUCED, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 1, 0, 0};
+    const ep_case c = {2, 8, 16, 6, 2, 0, 0, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 1, 0, 0, 0};
     static ep_job j;
     if (!ep_new(&j, &c, 45)) return;
     const moe_ep_dispatch_desc ok = j.rank[0].dispatch;
@@ -254,7 +294,17 @@ static void test_refusals(void)
     EP_REFUSED(d.buffers.region_offset = MOE_PEERS_HEADER + 8, MOE_ERR_RANGE, region_offset);
     EP_REFUSED(d.buffers.region_offset = MOE_PEERS_HEADER + 256, MOE_ERR_RANGE, region_bytes);
     EP_REFUSED(d.buffers.channel = MOE_PEERS_CHANNELS - 1, MOE_ERR_RANGE, channel);
-    EP_REFUSED(d.buffers.form = 3, MOE_ERR_OPTION, form);
+    EP_REFUSED(d.buffers.combine_form = 4, MOE_ERR_OPTION, combine_form);
+    EP_REFUSED(d.buffers.combine_form = -1, MOE_ERR_OPTION, combine_form);
+    EP_REFUSED(d.buffers.dispatch_form = 5, MOE_ERR_OPTION, dispatch_form);
+    EP_REFUSED(d.buffers.dispatch_form = -1, MOE_ERR_OPTION, dispatch_form);
+    EP_REFUSED((d.buffers.dispatch_form = MOE_EP_ALL_GATHER_COPY, d.side_stream = 0), MOE_ERR_NULL,
+               side_stream);
+    EP_REFUSED((d.buffers.dispatch_form = MOE_EP_ALL_GATHER_COPY, d.side_event[1] = 0),
+               MOE_ERR_NULL, side_event);
+    EP_REFUSED(
+        (d.buffers.dispatch_form = MOE_EP_ALL_GATHER_COPY, d.side_event[1] = d.side_event[0]),
+        MOE_ERR_CONFLICT, side_event);
     EP_REFUSED(d.buffers.max_tokens = -1, MOE_ERR_RANGE, max_tokens);
     EP_REFUSED(d.buffers.recv_tokens = 9, MOE_ERR_RANGE, recv_tokens);
     EP_REFUSED(d.buffers.max_rows = -1, MOE_ERR_RANGE, max_rows);

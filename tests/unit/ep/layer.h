@@ -11,9 +11,9 @@
 
 typedef struct lay_case {
     int W, T, H, I, E, K;
-    int form, dtype;
-    int shared;   /* width of a shared expert, 0: none */
-    int replicas; /* 1: expert e is on ranks e % W and (e + 1) % W */
+    int dispatch, form, dtype; /* form: of the combine */
+    int shared;                /* width of a shared expert, 0: none */
+    int replicas;              /* 1: expert e is on ranks e % W and (e + 1) % W */
     int row_multiple;
     int from_ids; /* 1: ids and weights are given */
     int parts;    /* 1: part by part */
@@ -167,7 +167,11 @@ static int lay_put(lay_job* j, int rank, trand* q)
     r->ep.layer.y = r->y.p;
     r->ep.layer.route.row_multiple = c->row_multiple;
     r->ep.peers = j->g.peers + rank;
-    r->ep.buffers.form = c->form;
+    r->ep.buffers.dispatch_form = c->dispatch;
+    r->ep.buffers.combine_form = c->form;
+    r->ep.side_stream = j->g.side[rank];
+    r->ep.side_event[0] = j->g.side_event[rank][0];
+    r->ep.side_event[1] = j->g.side_event[rank][1];
     r->ep.buffers.max_tokens = c->T;
     r->ep.tag = 5;
     if (c->replicas) {
@@ -205,7 +209,8 @@ static int lay_new(lay_job* j, const lay_case* c, uint64_t salt)
     j->c = *c;
     d.layer.hidden = c->H, d.layer.num_experts = c->E, d.layer.top_k = c->K;
     d.layer.dtype = c->dtype;
-    d.buffers.form = c->form, d.buffers.max_tokens = c->T;
+    d.buffers.dispatch_form = c->dispatch, d.buffers.combine_form = c->form;
+    d.buffers.max_tokens = c->T;
     d.layer.route.row_multiple = c->row_multiple;
     d.replica_offset = c->replicas ? (const int32_t*)TEST_FAR : 0;
     if (!CHECK_STATUS(moe_ep_layer_region(&d, c->W, &bytes), MOE_OK)) return 0;
@@ -350,31 +355,36 @@ static int lay_half(int i) { return i % 2 ? MOE_FP16 : test_half(); }
 static void test_forward(void)
 {
     const lay_case list[] = {
-        /* W, T, H, I, E, K, form, dtype, shared, replicas, multiple, from_ids, parts, bias */
-        {1, 9, 64, 40, 5, 2, MOE_EP_REDUCED, 0, 0, 0, 0, 0, 0, 0},
-        {1, 9, 64, 40, 5, 2, MOE_EP_GATHERED, 1, 0, 0, 0, 0, 0, 0},
-        {2, 30, 64, 40, 8, 3, MOE_EP_REDUCED, 0, 0, 0, 0, 0, 0, 1},
-        {2, 30, 64, 40, 8, 3, MOE_EP_GATHERED, 0, 0, 0, 0, 0, 0, 1},
-        {4, 12, 64, 40, 7, 2, MOE_EP_REDUCED, 1, 24, 0, 0, 0, 0, 0}, /* E 7 on W 4, shared */
-        {4, 12, 64, 40, 7, 2, MOE_EP_GATHERED, 0, 24, 0, 0, 0, 1, 1},
-        {4, 12, 64, 40, 2, 2, MOE_EP_REDUCED, 0, 0, 0, 0, 0, 1, 0}, /* E 2 on W 4 */
-        {4, 12, 64, 40, 2, 2, MOE_EP_GATHERED, 1, 0, 0, 0, 0, 0, 0},
-        {3, 15, 64, 40, 6, 3, MOE_EP_REDUCED, 0, 0, 1, 0, 1, 0, 0},  /* replicas, ids given */
-        {3, 15, 64, 40, 6, 3, MOE_EP_GATHERED, 0, 0, 1, 8, 0, 0, 0}, /* replicas, padded rows */
-        {8, 8, 64, 40, 16, 4, MOE_EP_GATHERED, 0, 0, 0, 0, 1, 0, 0},
-        {8, 8, 64, 40, 16, 4, MOE_EP_REDUCED, 0, 0, 0, 8, 1, 0, 0},
+        /* W, T, H, I, E, K, dispatch, combine, dtype, shared, replicas, multiple, from_ids, parts, bias */
+        {1, 9, 64, 40, 5, 2, 0, MOE_EP_REDUCED, 0, 0, 0, 0, 0, 0, 0},
+        {1, 9, 64, 40, 5, 2, 0, MOE_EP_GATHERED, 1, 0, 0, 0, 0, 0, 0},
+        {2, 30, 64, 40, 8, 3, 0, MOE_EP_REDUCED, 0, 0, 0, 0, 0, 0, 1},
+        {2, 30, 64, 40, 8, 3, 0, MOE_EP_GATHERED, 0, 0, 0, 0, 0, 0, 1},
+        {4, 12, 64, 40, 7, 2, 0, MOE_EP_REDUCED, 1, 24, 0, 0, 0, 0, 0}, /* E 7 on W 4, shared */
+        {4, 12, 64, 40, 7, 2, 0, MOE_EP_GATHERED, 0, 24, 0, 0, 0, 1, 1},
+        {4, 12, 64, 40, 2, 2, 0, MOE_EP_REDUCED, 0, 0, 0, 0, 0, 1, 0}, /* E 2 on W 4 */
+        {4, 12, 64, 40, 2, 2, 0, MOE_EP_GATHERED, 1, 0, 0, 0, 0, 0, 0},
+        {3, 15, 64, 40, 6, 3, 0, MOE_EP_REDUCED, 0, 0, 1, 0, 1, 0, 0},  /* replicas, ids given */
+        {3, 15, 64, 40, 6, 3, 0, MOE_EP_GATHERED, 0, 0, 1, 8, 0, 0, 0}, /* replicas, padded rows */
+        {8, 8, 64, 40, 16, 4, 0, MOE_EP_GATHERED, 0, 0, 0, 0, 1, 0, 0},
+        {8, 8, 64, 40, 16, 4, 0, MOE_EP_REDUCED, 0, 0, 0, 8, 1, 0, 0},
     };
     for (size_t i = 0; i < sizeof list / sizeof list[0]; ++i) {
         lay_case c = list[i];
         c.dtype = lay_half(c.dtype);
-        lay_compare(&c, 300 + i);
+        for (c.dispatch = MOE_EP_DEDUPLICATED; c.dispatch <= MOE_EP_ALL_GATHER_COPY; ++c.dispatch) {
+            if (!test_long() && c.dispatch > 1 && c.dispatch != 2 + (int)i % 3) continue;
+            if (c.form != MOE_EP_GATHERED)
+                c.form = c.dispatch % 2 ? MOE_EP_REDUCED : MOE_EP_REDUCE_SCATTER;
+            lay_compare(&c, 300 + i);
+        }
     }
 }
 
 /* What the layer does not carry, and what is missing, is refused by name; y stays as it was. */
 static void test_layer_refusals(void)
 {
-    const lay_case c = {2, 8, 64, 40, 6, 2, MOE_EP_REDUCED, test_half(), 0, 0, 0, 0, 0, 0};
+    const lay_case c = {2, 8, 64, 40, 6, 2, 0, MOE_EP_REDUCED, test_half(), 0, 0, 0, 0, 0, 0};
     static lay_job j;
     if (!lay_new(&j, &c, 390)) return;
     const moe_ep_layer_desc ok = j.rank[0].ep;
@@ -404,7 +414,7 @@ static void test_layer_refusals(void)
     LAY_REFUSED(d.layer.num_tokens = 9, MOE_ERR_RANGE, num_tokens);
     LAY_REFUSED(d.layer.hidden = 60, MOE_ERR_MULTIPLE, hidden);
     LAY_REFUSED(d.layer.top_k = 7, MOE_ERR_RANGE, top_k);
-    LAY_REFUSED(d.buffers.form = 9, MOE_ERR_OPTION, form);
+    LAY_REFUSED(d.buffers.combine_form = 9, MOE_ERR_OPTION, combine_form);
     LAY_REFUSED(d.buffers.hidden = 64, MOE_ERR_CONFLICT, buffers);
     LAY_REFUSED(d.buffers.num_scales = 1, MOE_ERR_CONFLICT, buffers);
     LAY_REFUSED(d.buffers.max_tokens = 4000, MOE_ERR_RANGE, region_bytes);
@@ -423,9 +433,11 @@ static void test_layer_refusals(void)
 static void test_layer_graph(void)
 {
     static lay_job j;
-    for (int form = MOE_EP_REDUCED; form <= MOE_EP_GATHERED; ++form) {
-        const lay_case c = {4, 10, 64, 40, 7, 2, form, test_half(), 16, 0, 0, 0, 0, 1};
+    for (int pair = 0; pair < 12; ++pair) {
+        const int dispatch = MOE_EP_DEDUPLICATED + pair % 4, form = MOE_EP_REDUCED + pair / 4;
+        const lay_case c = {4, 10, 64, 40, 7, 2, dispatch, form, test_half(), 16, 0, 0, 0, 0, 1};
         trand q = trand_new(395);
+        if (!test_long() && pair % 5 && pair != 3) continue; /* each form once */
         if (lay_new(&j, &c, 396)) {
             cudaGraph_t graph[4];
             cudaGraphExec_t exec[4];

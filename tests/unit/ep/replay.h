@@ -6,14 +6,14 @@
 #include "tests/unit/ep/case.h"
 
 /* In place of experts: writes row r of a rank = x of the row's token, times the number of the
-   expert + 1 (of the group, by rank). Then y[t] = residual[t] + sum over k of w (id + 1) x[t]. */
+   expert + 1 (of the group, by rank). in_order: x has the rows themselves. Then y[t] = residual[t] + sum over k of w (id + 1) x[t]. */
 typedef struct ep_scale_args {
     const char* x;
     const int32_t* row_slot;
     const int32_t* expert_offset;
     uint64_t* fault;
     char* rows;
-    int32_t P, H, K, first, dtype;
+    int32_t P, H, K, first, dtype, in_order;
 } ep_scale_args;
 
 MOE_KERNEL(64, 1) ep_scale_rows(MOE_ARG(ep_scale_args) a)
@@ -24,9 +24,9 @@ MOE_KERNEL(64, 1) ep_scale_rows(MOE_ARG(ep_scale_args) a)
         for (int r = a.expert_offset[e] + (int)blockIdx.x; r < a.expert_offset[e + 1];
              r += (int)gridDim.x)
             for (int h = (int)threadIdx.x; h < a.H; h += (int)blockDim.x) {
-                const int slot = a.row_slot[r];
+                const int64_t from = a.in_order ? r : a.row_slot[r] / a.K;
                 const float v =
-                    slot < 0 ? 0.0f : moe_load_f32(a.x, (int64_t)(slot / a.K) * a.H + h, a.dtype);
+                    a.row_slot[r] < 0 ? 0.0f : moe_load_f32(a.x, from * a.H + h, a.dtype);
                 moe_store_f32(a.rows, (int64_t)r * a.H + h, a.dtype, v * (float)(a.first + e + 1));
             }
 }
@@ -97,7 +97,8 @@ static void ep_queue(ep_job* j, int32_t* const* ids, void* const* y, int late)
         s.row_slot = k->view.row_slot;
         s.expert_offset = k->view.expert_offset;
         s.fault = d.fault;
-        s.rows = (char*)(c->form == MOE_EP_GATHERED ? k->view.rows : k->d_rows.p);
+        s.in_order = k->view.in_order;
+        s.rows = (char*)(c->combine == MOE_EP_GATHERED ? k->view.rows : k->d_rows.p);
         s.P = ep_local(j, r);
         s.H = c->H, s.K = c->K, s.dtype = c->dtype;
         s.first = moe_ep_first(r, c->E, c->W);
@@ -191,17 +192,33 @@ static void test_back_to_back(void)
     const int rounds = MOE_ON_HOST && !test_long() ? 4 : EP_ROUNDS;
     static const int ranks[] = {2, 3, 4, 8, 16};
     static ep_job j;
-    for (int form = MOE_EP_REDUCED; form <= MOE_EP_GATHERED; ++form)
-        for (size_t i = 0; i < sizeof ranks / sizeof ranks[0]; ++i) {
+    for (int pair = 0; pair < EP_PAIRS; ++pair)
+        for (int i = 0; i < (int)(sizeof ranks / sizeof ranks[0]); ++i) {
             const int dtype = i % 2 ? MOE_FP16 : MOE_BF16, T = i ? 21 : 4;
-            const ep_case c = {ranks[i], T, 16, 18, 3, form, dtype, EP_RANDOM, 0, 0, 0, 0, 0, 0, 0};
-            trand q = trand_new(60 + i);
-            if (ep_new(&j, &c, 61 + i)) {
+            const ep_case c = {ranks[i],
+                               T,
+                               16,
+                               18,
+                               3,
+                               ep_dispatch_of(pair),
+                               ep_combine_of(pair),
+                               dtype,
+                               EP_RANDOM,
+                               0,
+                               0,
+                               0,
+                               0,
+                               0,
+                               0,
+                               0,
+                               0};
+            trand q = trand_new(60 + (uint64_t)i);
+            if (!test_long() && i > 1 && (pair + i) % 6) continue;
+            if (ep_new(&j, &c, 61 + (uint64_t)i)) {
                 static ep_rounds a;
                 ep_whole_numbers(&j, &q);
                 ep_rounds_new(&j, &a, rounds, &q);
-                for (int n = 0; n < rounds; ++n)
-                    ep_queue(&j, a.d_ids[n], a.y[n], n < c.W ? n : -1);
+                for (int n = 0; n < rounds; ++n) ep_queue(&j, a.d_ids[n], a.y[n], n < c.W ? n : -1);
                 tgroup_wait(&j.g);
                 tgroup_clean(&j.g, __LINE__);
                 ep_rounds_free(&j, &a, 1);
@@ -214,10 +231,12 @@ static void test_back_to_back(void)
 static void test_graph(void)
 {
     static ep_job j;
-    for (int i = 0; i < 3; ++i) { /* the last: few enough tokens for one launch */
-        const int form = i == 1 ? MOE_EP_GATHERED : MOE_EP_REDUCED;
-        const int W = i == 2 ? 2 : 4, T = i == 2 ? 4 : 19;
-        const ep_case c = {W, T, 16, 7, 2, form, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 0, 0, 0};
+    for (int i = 0; i < 2 * EP_PAIRS; ++i) { /* the last: few enough tokens for one launch */
+        const int pair = i % EP_PAIRS, few = i >= EP_PAIRS;
+        const int W = few ? 2 : 4, T = few ? 4 : 19;
+        const ep_case c = {
+            W, T, 16, 7, 2, ep_dispatch_of(pair), ep_combine_of(pair), MOE_BF16, EP_RANDOM, 0, 0, 0,
+            0, 0, 0,  0, 0};
         trand q = trand_new(70);
         if (ep_new(&j, &c, 71)) {
             static ep_rounds a;
@@ -269,12 +288,29 @@ static void test_graph(void)
    the CPU fewer. */
 static void test_many_times(void)
 {
-    const int times = MOE_ON_HOST ? test_long() ? 600 : 36 : test_long() ? 10000 : 120;
+    const int times = MOE_ON_HOST ? test_long() ? 100 : 24 : test_long() ? 10000 : 120;
     static ep_job j;
-    for (int i = 0; i < 3; ++i) { /* the last: few enough tokens for one launch */
-        const int form = i == 1 ? MOE_EP_GATHERED : MOE_EP_REDUCED;
-        const int W = i == 2 ? 2 : 4, T = i == 2 ? 4 : 24;
-        const ep_case c = {W, T, 64, 16, 4, form, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 1, 0, 0};
+    for (int i = 0; i < EP_PAIRS + 1; ++i) { /* the last: few enough tokens for one launch */
+        const int pair = i % EP_PAIRS, few = i == EP_PAIRS;
+        const int W = few ? 2 : 4, T = few ? 4 : 24;
+        const ep_case c = {W,
+                           T,
+                           64,
+                           16,
+                           4,
+                           ep_dispatch_of(pair),
+                           ep_combine_of(pair),
+                           MOE_BF16,
+                           EP_RANDOM,
+                           0,
+                           0,
+                           0,
+                           0,
+                           1,
+                           0,
+                           0,
+                           0};
+        if (!test_long() && pair % 5 && pair != 3) continue; /* each form once */
         trand q = trand_new(80);
         if (ep_new(&j, &c, 81)) {
             static ep_rounds a;
@@ -324,8 +360,24 @@ static void test_many_times(void)
 static void test_again(void)
 {
     static ep_job j;
-    for (int form = MOE_EP_REDUCED; form <= MOE_EP_GATHERED; ++form) {
-        const ep_case c = {3, 17, 16, 8, 2, form, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 1, 0, 0};
+    for (int pair = 0; pair < EP_PAIRS; ++pair) {
+        const ep_case c = {3,
+                           17,
+                           16,
+                           8,
+                           2,
+                           ep_dispatch_of(pair),
+                           ep_combine_of(pair),
+                           MOE_BF16,
+                           EP_RANDOM,
+                           0,
+                           0,
+                           0,
+                           0,
+                           1,
+                           0,
+                           0,
+                           0};
         trand q = trand_new(90);
         moe_ep_buffers b = ep_sizes(&c);
         uint64_t first_end = 0, end = 0;
@@ -334,7 +386,7 @@ static void test_again(void)
         CHECK_STATUS(moe_ep_buffers_end(&b, c.W, &end), MOE_OK);
         if (ep_new(&j, &c, 91)) {
             void* bigger[TGROUP_MOST];
-            moe_peers_pair pair;
+            moe_peers_pair missing;
             ep_whole_numbers(&j, &q);
             for (int r = 0; r < c.W; ++r) { /* regions with room for both */
                 tgroup_use(&j.g, r);
@@ -342,7 +394,7 @@ static void test_again(void)
                 TEST_CUDA(cudaFree(j.g.memory[r]));
                 j.g.memory[r] = bigger[r];
             }
-            CHECK_STATUS(moe_peers_create_local(j.g.peers, c.W, j.g.device, bigger, end, &pair),
+            CHECK_STATUS(moe_peers_create_local(j.g.peers, c.W, j.g.device, bigger, end, &missing),
                          MOE_OK);
             ep_dispatch(&j);
             tgroup_wait(&j.g);
@@ -371,7 +423,8 @@ static void test_again(void)
                 s.x = (const char*)v.recv_x;
                 s.row_slot = k->view.row_slot, s.expert_offset = k->view.expert_offset;
                 s.fault = k->dispatch.fault;
-                s.rows = (char*)(form == MOE_EP_GATHERED ? v.rows : k->d_rows.p);
+                s.in_order = v.in_order;
+                s.rows = (char*)(c.combine == MOE_EP_GATHERED ? v.rows : k->d_rows.p);
                 s.P = ep_local(&j, r), s.first = moe_ep_first(r, c.E, c.W);
                 s.H = c.H, s.K = c.K, s.dtype = c.dtype;
                 l.dependent = 1;
