@@ -1,5 +1,5 @@
-/* The exchange between ranks, one a GPU: dispatch and both combines beside plain peer copies and
-   NCCL's all-to-all.
+/* The exchange between ranks, one a GPU: every dispatch and every combine beside plain peer copies
+   and NCCL's own calls.
    nvcc -O3 -std=c++14 -I. -DBENCH_NCCL -arch=sm_90a bench/bench_ep.cu -lnccl -o bench_ep
      without -DBENCH_NCCL and -lnccl: without NCCL's rows
      ./bench_ep [--ranks W] [--shape T,H,E,K] [--small] [--sweep]
@@ -31,7 +31,7 @@ typedef struct shape {
 /* All ranks of one exchange. */
 typedef struct job {
     shape s;
-    int form;
+    int dispatch_form, combine_form;
     void* x[BENCH_MOST_RANKS];
     void* y[BENCH_MOST_RANKS];
     void* rows[BENCH_MOST_RANKS];
@@ -44,6 +44,21 @@ typedef struct job {
     moe_ep_combine_prepared combine_p[BENCH_MOST_RANKS];
     double sent_rows, slot_rows; /* of a rank to others: deduplicated; one a slot */
 } job;
+
+static const char* const dispatch_name[] = {"", "deduplicated", "all-to-all", "all-gather",
+                                            "all-gather, copy engines"};
+static const char* const combine_name[] = {"", "reduced", "gathered", "reduce-scatter"};
+
+/* Returns the rows that leave a rank. */
+static double dispatch_rows(const bench_group* g, const job* j)
+{
+    if (j->dispatch_form == MOE_EP_DEDUPLICATED) return j->sent_rows;
+    return j->dispatch_form == MOE_EP_ALL_TO_ALL ? j->slot_rows : (double)(g->W - 1) * j->s.T;
+}
+static double combine_rows(const job* j)
+{
+    return j->combine_form == MOE_EP_GATHERED ? j->slot_rows : j->sent_rows;
+}
 
 /* Distinct experts for each token, from a hash; the skew doubles the share of the first ones. */
 static void draw_ids(int32_t* ids, const shape* s, int rank, int skew)
@@ -62,12 +77,27 @@ static void draw_ids(int32_t* ids, const shape* s, int rank, int skew)
         }
 }
 
-static void job_open(bench_group* g, job* j, shape s, int form, int skew)
+/* Sets the buffers' sizes and forms. */
+static void set_buffers(moe_ep_buffers* b, shape s, int W, int dispatch_form, int combine_form)
+{
+    b->dispatch_form = dispatch_form;
+    b->combine_form = combine_form;
+    b->max_tokens = s.T;
+    b->hidden = s.H;
+    b->num_experts = s.E;
+    b->top_k = s.K;
+    b->max_rows = (int64_t)W * s.T * s.K;
+    if (b->max_rows > (int64_t)s.T * s.K * 5 / 4 + 4096)
+        b->max_rows = (int64_t)s.T * s.K * 5 / 4 + 4096;
+}
+
+static void job_open(bench_group* g, job* j, shape s, int dispatch_form, int combine_form, int skew)
 {
     int32_t* host = (int32_t*)malloc((size_t)s.T * (size_t)s.K * 4 + 1);
     memset(j, 0, sizeof *j);
     j->s = s;
-    j->form = form;
+    j->dispatch_form = dispatch_form;
+    j->combine_form = combine_form;
     for (int r = 0; r < g->W; ++r) {
         moe_ep_dispatch_desc* d = j->dispatch + r;
         moe_ep_view v;
@@ -93,25 +123,22 @@ static void job_open(bench_group* g, job* j, shape s, int form, int skew)
         d->x = j->x[r], d->ids = j->ids[r], d->weights = j->weights[r];
         d->fault = g->fault[r];
         d->num_tokens = s.T;
-        d->buffers.combine_form = form;
-        d->buffers.max_tokens = s.T;
-        d->buffers.hidden = s.H;
-        d->buffers.num_experts = s.E;
-        d->buffers.top_k = s.K;
-        d->buffers.max_rows = (int64_t)g->W * s.T * s.K;
-        if (d->buffers.max_rows > (int64_t)s.T * s.K * 5 / 4 + 4096)
-            d->buffers.max_rows = (int64_t)s.T * s.K * 5 / 4 + 4096;
+        d->side_stream = g->side[r];
+        d->side_event[0] = g->side_event[r][0], d->side_event[1] = g->side_event[r][1];
+        set_buffers(&d->buffers, s, g->W, dispatch_form, combine_form);
         BENCH_MOE(moe_ep_dispatch_workspace(d, &bytes));
         j->workspace[r] = bench_alloc(bytes);
         d->workspace = j->workspace[r], d->workspace_bytes = bytes;
         BENCH_MOE(moe_ep_dispatch_get_view(d, &v));
-        if (form == MOE_EP_REDUCED) j->rows[r] = bench_random(v.num_rows * s.H, MOE_BF16, 1.0f, 4u);
+        if (combine_form != MOE_EP_GATHERED)
+            j->rows[r] = bench_random(v.num_rows * s.H, MOE_BF16, 1.0f, 4u);
         j->combine[r].dispatch = d;
         j->combine[r].rows = j->rows[r];
         j->combine[r].weights = j->weights[r];
         j->combine[r].y = j->y[r];
         BENCH_MOE(moe_ep_dispatch_prepare(d, j->dispatch_p + r));
         BENCH_MOE(moe_ep_combine_prepare(j->combine + r, j->combine_p + r));
+        BENCH_CUDA(cudaDeviceSynchronize()); /* the group's streams do not wait for the inputs */
     }
     free(host);
 }
@@ -193,18 +220,23 @@ typedef struct check_args {
     const uint4* x[BENCH_MOST_RANKS]; /* of each rank */
     const uint4* recv_x;
     const int32_t *recv_token, *recv_count;
-    int32_t recv_tokens, vectors;
+    const int32_t* row_slot; /* where recv_x is in expert order; else null */
+    int64_t num_rows;
+    int32_t recv_tokens, vectors, top_k;
     unsigned* worst; /* vectors that differ */
 } check_args;
 
 MOE_KERNEL(256, 1) check_kernel(MOE_ARG(check_args) a)
 {
     const int s = (int)blockIdx.y;
-    for (int j = (int)blockIdx.x; j < a.recv_count[s]; j += (int)gridDim.x) {
-        const int64_t row = (int64_t)s * a.recv_tokens + j;
+    const int64_t n = a.row_slot ? a.num_rows : a.recv_count[s];
+    for (int64_t j = blockIdx.x; j < n; j += gridDim.x) {
+        const int64_t row = a.row_slot ? j : (int64_t)s * a.recv_tokens + j;
+        const int64_t at = a.row_slot ? a.row_slot[j] / a.top_k : row; /* of recv_token */
+        if (at / a.recv_tokens != s || (a.row_slot && a.row_slot[j] < 0)) continue;
         for (int i = (int)threadIdx.x; i < a.vectors; i += 256) {
             const uint4 u = a.recv_x[row * a.vectors + i];
-            const uint4 v = a.x[s][(int64_t)a.recv_token[row] * a.vectors + i];
+            const uint4 v = a.x[s][(int64_t)a.recv_token[at] * a.vectors + i];
             if (u.x != v.x || u.y != v.y || u.z != v.z || u.w != v.w) atomicAdd(a.worst, 1u);
         }
     }
@@ -226,7 +258,10 @@ static void verify(bench_group* g, job* j)
         for (int q = 0; q < g->W; ++q) a.x[q] = (const uint4*)j->x[q];
         a.recv_x = (const uint4*)v.recv_x;
         a.recv_token = v.recv_token, a.recv_count = v.recv_count;
-        a.recv_tokens = v.recv_tokens, a.vectors = j->s.H / 8;
+        a.row_slot = v.in_order ? v.row_slot : 0;
+        a.num_rows = v.num_rows;
+        a.recv_tokens = v.recv_tokens ? v.recv_tokens : 1;
+        a.vectors = j->s.H / 8, a.top_k = j->s.K;
         c.grid.y = (unsigned)g->W;
         BENCH_WORST(check_kernel, c, a, wrong);
         BENCH_CUDA(cudaMemcpy(count, v.recv_count, (size_t)g->W * 4, cudaMemcpyDeviceToHost));
@@ -324,6 +359,26 @@ static void run_nccl(void* context, bench_group* g)
             BENCH_NCCL_DO(ncclRecv((char*)j->to[r] + (size_t)p * j->each * 2, j->each, ncclBfloat16,
                                    p, j->comm[r], g->stream[r]));
         }
+    BENCH_NCCL_DO(ncclGroupEnd());
+}
+
+/* All-gather and reduce-scatter of the `each` elements of every rank. */
+static void run_gather(void* context, bench_group* g)
+{
+    const nccl_job* j = (const nccl_job*)context;
+    BENCH_NCCL_DO(ncclGroupStart());
+    for (int r = 0; r < g->W; ++r)
+        BENCH_NCCL_DO(
+            ncclAllGather(j->from[r], j->to[r], j->each, ncclBfloat16, j->comm[r], g->stream[r]));
+    BENCH_NCCL_DO(ncclGroupEnd());
+}
+static void run_reduce_scatter(void* context, bench_group* g)
+{
+    const nccl_job* j = (const nccl_job*)context;
+    BENCH_NCCL_DO(ncclGroupStart());
+    for (int r = 0; r < g->W; ++r)
+        BENCH_NCCL_DO(ncclReduceScatter(j->to[r], j->from[r], j->each, ncclBfloat16, ncclSum,
+                                        j->comm[r], g->stream[r]));
     BENCH_NCCL_DO(ncclGroupEnd());
 }
 #endif
@@ -437,7 +492,7 @@ static void beside_nccl(bench_group* g, shape s)
     const size_t count = 1 << 20;
     if (g->devices < g->W) return; /* NCCL takes one rank a GPU */
     nccl_open(g);
-    job_open(g, &e, s, MOE_EP_REDUCED, 0);
+    job_open(g, &e, s, MOE_EP_DEDUPLICATED, MOE_EP_REDUCED, 0);
     for (int r = 0; r < g->W; ++r) {
         BENCH_CUDA(cudaSetDevice(g->device[r]));
         BENCH_CUDA(cudaStreamCreateWithFlags(&other[r], cudaStreamNonBlocking));
@@ -466,28 +521,35 @@ static void beside_nccl(bench_group* g, shape s)
 #endif
 }
 
-/* Returns the milliseconds of NCCL's all-to-all of T K rows; 0 without NCCL, or where ranks share a
-   GPU. */
-static double nccl_all_to_all(bench_group* g, shape s, int graph)
+enum { NCCL_ALL_TO_ALL, NCCL_ALL_GATHER, NCCL_REDUCE_SCATTER };
+
+/* Returns the milliseconds of a call of NCCL's: all-to-all of T K rows, all-gather or reduce-scatter
+   of T rows a rank; 0 without NCCL, or where ranks share a GPU. */
+static double nccl_time(bench_group* g, shape s, int call, int graph)
 {
 #ifdef BENCH_NCCL
     double ms;
     if (g->devices < g->W) return 0;
     nccl_open(g);
-    j.each = (size_t)s.T * (size_t)s.K / (size_t)g->W * (size_t)s.H;
+    j.each = (size_t)s.T * (size_t)s.H;
+    if (call == NCCL_ALL_TO_ALL) j.each = j.each * (size_t)s.K / (size_t)g->W;
     for (int r = 0; r < g->W; ++r) {
         BENCH_CUDA(cudaSetDevice(g->device[r]));
         j.from[r] = bench_alloc(j.each * (size_t)g->W * 2);
         j.to[r] = bench_alloc(j.each * (size_t)g->W * 2);
     }
-    ms = bench_group_time(g, run_nccl, &j, graph);
+    ms = bench_group_time(g,
+                          call == NCCL_ALL_TO_ALL   ? run_nccl
+                          : call == NCCL_ALL_GATHER ? run_gather
+                                                    : run_reduce_scatter,
+                          &j, graph);
     for (int r = 0; r < g->W; ++r) {
         BENCH_CUDA(cudaFree(j.from[r]));
         BENCH_CUDA(cudaFree(j.to[r]));
     }
     return ms;
 #else
-    (void)g, (void)s, (void)graph;
+    (void)g, (void)s, (void)call, (void)graph;
     return 0;
 #endif
 }
@@ -499,49 +561,87 @@ static void row(const char* what, double ms, double bytes, double best, const ch
     fflush(stdout);
 }
 
+/* Every dispatch, beside a plain push. */
+static void bench_dispatches(bench_group* g, job* j, shape s, double push, int graph, int skew)
+{
+    const double row_bytes = s.H * 2.0;
+    const double nccl = skew ? 0 : nccl_time(g, s, NCCL_ALL_TO_ALL, graph);
+    const double gather = skew ? 0 : nccl_time(g, s, NCCL_ALL_GATHER, graph);
+    for (int form = MOE_EP_DEDUPLICATED; form <= MOE_EP_ALL_GATHER_COPY; ++form) {
+        char name[64];
+        double ms;
+        job_open(g, j, s, form, MOE_EP_REDUCED, skew);
+        verify(g, j);
+        if (form == MOE_EP_DEDUPLICATED)
+            row("dispatch, rows alone", bench_group_time(g, run_send, j, graph),
+                j->sent_rows * row_bytes, push, "a plain push");
+        ms = bench_group_time(g, run_dispatch, j, graph);
+        snprintf(name, sizeof name, "dispatch, %s", dispatch_name[form]);
+        row(name, ms, dispatch_rows(g, j) * row_bytes, push, "a plain push");
+        if (nccl > 0 && form <= MOE_EP_ALL_TO_ALL)
+            printf("    / NCCL all-to-all %.3f\n", ms / nccl);
+        if (gather > 0 && form > MOE_EP_ALL_TO_ALL)
+            printf("    / NCCL all-gather %.3f\n", ms / gather);
+#ifdef BENCH_NCCL
+        if (nccl > 0 && form == MOE_EP_DEDUPLICATED && !graph) {
+            const double path = nccl_path(g, j, nccl_comm());
+            printf("    permute, counts to host, NCCL all-to-all %.4f ms; dispatch / this %.3f\n",
+                   path, ms / path);
+        }
+#endif
+        job_close(g, j);
+    }
+    if (nccl > 0)
+        row("NCCL all-to-all of T K rows", nccl, (double)s.T * s.K * (g->W - 1) / g->W * row_bytes,
+            push, "a plain push");
+    if (gather > 0)
+        row("NCCL all-gather of T rows", gather, (double)s.T * (g->W - 1) * row_bytes, push,
+            "a plain push");
+}
+
+/* Every combine, beside a plain copy in its direction. */
+static void bench_combines(bench_group* g, job* j, shape s, double push, double pull, int graph,
+                           int skew)
+{
+    const double row_bytes = s.H * 2.0;
+    const double scatter = skew ? 0 : nccl_time(g, s, NCCL_REDUCE_SCATTER, graph);
+    double reduce = 0;
+    for (int form = MOE_EP_REDUCED; form <= MOE_EP_REDUCE_SCATTER; ++form) {
+        const int pushes = form == MOE_EP_REDUCED;
+        char name[64];
+        double ms;
+        job_open(g, j, s, MOE_EP_DEDUPLICATED, form, skew);
+        verify(g, j);
+        ms = bench_group_time(g, run_combine, j, graph);
+        snprintf(name, sizeof name, "combine, %s", combine_name[form]);
+        row(name, ms, combine_rows(j) * row_bytes, pushes ? push : pull,
+            pushes ? "a plain push" : "a plain pull");
+        if (form != MOE_EP_GATHERED && !j->combine_p[0].args.fused) {
+            reduce = bench_group_time(g, run_reduce, j, graph);
+            printf("    of it: reduce %.4f, home %.4f ms\n", reduce,
+                   bench_group_time(g, run_home, j, graph));
+        }
+        if (form == MOE_EP_REDUCE_SCATTER && scatter > 0 && reduce > 0)
+            printf("    / (the local reduce and NCCL reduce-scatter) %.3f\n",
+                   ms / (reduce + scatter));
+        if (form == MOE_EP_REDUCED)
+            printf("    barrier alone %.4f ms; dispatch and combine, one barrier: %.4f ms\n",
+                   bench_group_time(g, run_nothing, 0, graph),
+                   bench_group_time(g, run_both, j, graph));
+        job_close(g, j);
+    }
+    if (scatter > 0)
+        row("NCCL reduce-scatter of T rows", scatter, (double)s.T * (g->W - 1) * row_bytes, push,
+            "a plain push");
+}
+
 static void bench_shape(bench_group* g, shape s, double push, double pull, int graph, int skew)
 {
     job* j = (job*)malloc(sizeof *j);
-    const double row_bytes = s.H * 2.0;
-    const double nccl = skew ? 0 : nccl_all_to_all(g, s, graph);
-    double send, dispatch, combine;
     printf("T %d a rank, H %d, E %d, K %d, W %d%s%s\n", s.T, s.H, s.E, s.K, g->W,
            graph ? ", in a graph" : "", skew ? ", skewed" : "");
-    job_open(g, j, s, MOE_EP_REDUCED, skew);
-    verify(g, j);
-    send = bench_group_time(g, run_send, j, graph);
-    dispatch = bench_group_time(g, run_dispatch, j, graph);
-    combine = bench_group_time(g, run_combine, j, graph);
-    row("dispatch, rows alone", send, j->sent_rows * row_bytes, push, "a plain push");
-    row("dispatch", dispatch, j->sent_rows * row_bytes, push, "a plain push");
-    row("combine, reduced", combine, j->sent_rows * row_bytes, push, "a plain push");
-    if (!j->combine_p[0].args.fused) /* few tokens are added at home in the launch that reduces */
-        printf("  of it: reduce %.4f, home %.4f ms\n", bench_group_time(g, run_reduce, j, graph),
-               bench_group_time(g, run_home, j, graph));
-    printf("  barrier alone %.4f ms; dispatch and combine, one barrier: %.4f ms\n",
-           bench_group_time(g, run_nothing, 0, graph), bench_group_time(g, run_both, j, graph));
-    if (nccl > 0) {
-        row("NCCL all-to-all of T K rows", nccl, (double)s.T * s.K * (g->W - 1) / g->W * row_bytes,
-            pull, "a plain pull");
-        printf("  dispatch / NCCL %.3f\n", dispatch / nccl);
-#ifdef BENCH_NCCL
-        if (!graph) {
-            const double path = nccl_path(g, j, nccl_comm());
-            printf("  permute, counts to host, NCCL all-to-all %.4f ms; dispatch / this %.3f\n",
-                   path, dispatch / path);
-        }
-#endif
-    }
-    job_close(g, j);
-    job_open(g, j, s, MOE_EP_GATHERED, skew);
-    verify(g, j);
-    dispatch = bench_group_time(g, run_dispatch, j, graph);
-    combine = bench_group_time(g, run_combine, j, graph);
-    row("dispatch, gathered", dispatch, j->sent_rows * row_bytes, push, "a plain push");
-    row("combine, gathered", combine, j->slot_rows * row_bytes, pull, "a plain pull");
-    printf("  dispatch and combine, one barrier: %.4f ms\n",
-           bench_group_time(g, run_both, j, graph));
-    job_close(g, j);
+    bench_dispatches(g, j, s, push, graph, skew);
+    bench_combines(g, j, s, push, pull, graph, skew);
     free(j);
 }
 
@@ -562,7 +662,8 @@ int main(int argc, char** argv)
         else if (!strcmp(argv[i], "--shape") && i + 1 < argc &&
                  sscanf(argv[++i], "%d,%d,%d,%d", &s.T, &s.H, &s.E, &s.K) == 4) {
         } else {
-            fprintf(stderr, "usage: %s [--ranks W] [--shape T,H,E,K] [--small] [--sweep]\n", argv[0]);
+            fprintf(stderr, "usage: %s [--ranks W] [--shape T,H,E,K] [--small] [--sweep]\n",
+                    argv[0]);
             return 2;
         }
     }
@@ -576,9 +677,7 @@ int main(int argc, char** argv)
         if (W == 0) W = devices;
     }
     memset(&b, 0, sizeof b);
-    b.combine_form = MOE_EP_GATHERED;
-    b.max_tokens = s.T, b.hidden = s.H, b.num_experts = s.E, b.top_k = s.K;
-    b.max_rows = (int64_t)s.T * s.K * 5 / 4 + 4096;
+    set_buffers(&b, s, W, MOE_EP_ALL_TO_ALL, MOE_EP_GATHERED); /* the pair with the most bytes */
     BENCH_MOE(moe_ep_buffers_end(&b, W, &bytes));
     bench_group_open(&g, W, bytes);
     for (int r = 0; r < g.W; ++r) {

@@ -17,7 +17,8 @@ typedef struct bench_group {
     uint64_t bytes;
     moe_peers peers[BENCH_MOST_RANKS];
     uint64_t* fault[BENCH_MOST_RANKS];
-    cudaStream_t stream[BENCH_MOST_RANKS];
+    cudaStream_t stream[BENCH_MOST_RANKS], side[BENCH_MOST_RANKS];
+    cudaEvent_t side_event[BENCH_MOST_RANKS][2];
     cudaEvent_t begin[BENCH_MOST_RANKS], end[BENCH_MOST_RANKS];
 } bench_group;
 
@@ -41,6 +42,9 @@ MOEI_UNUSED static void bench_group_open(bench_group* g, int W, uint64_t bytes)
         g->fault[r] = (uint64_t*)bench_alloc(8);
         BENCH_CUDA(cudaMemset(g->fault[r], 0, 8));
         BENCH_CUDA(cudaStreamCreateWithFlags(&g->stream[r], cudaStreamNonBlocking));
+        BENCH_CUDA(cudaStreamCreateWithFlags(&g->side[r], cudaStreamNonBlocking));
+        for (int i = 0; i < 2; ++i)
+            BENCH_CUDA(cudaEventCreateWithFlags(&g->side_event[r][i], cudaEventDisableTiming));
         BENCH_CUDA(cudaEventCreate(&g->begin[r]));
         BENCH_CUDA(cudaEventCreate(&g->end[r]));
     }
