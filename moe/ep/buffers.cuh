@@ -242,6 +242,7 @@ MOE_HOST moe_status moei_ep_check_pointers(const moe_ep_dispatch_desc* d, size_t
         {d->peers->base, d->peers->bytes, 256, MOE_BUFFER_WRITTEN, MOE_FIELD_region},
         {d->workspace, workspace, 256, MOE_BUFFER_REQUIRED | MOE_BUFFER_WRITTEN,
          MOE_FIELD_workspace},
+        {d->counters, sizeof *d->counters, 8, MOE_BUFFER_WRITTEN, MOE_FIELD_counters},
         {d->fault, 8, 8, MOE_BUFFER_WRITTEN, MOE_FIELD_fault}};
     MOE_REQUIRE(!d->workspace || d->workspace_bytes >= workspace, MOE_ERR_WORKSPACE,
                 workspace_bytes);
@@ -278,6 +279,8 @@ MOE_HOST moe_status moei_ep_resolve(moe_ep_dispatch_desc* d, moei_ep_args* a, mo
                                           (uint64_t)b->hidden *
                                           (uint64_t)moe_dtype_bytes(b->rows_dtype);
     a->max_rows = b->max_rows;
+    a->sum_bytes = (int64_t)b->hidden * moe_dtype_bytes(b->rows_dtype);
+    a->counters = d->counters;
     a->num_local = d->num_local;
     a->x_pitch = d->x_stride * moe_dtype_bytes(b->dtype);
     a->row_bytes = (int64_t)b->hidden * moe_dtype_bytes(b->dtype);

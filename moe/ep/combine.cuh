@@ -45,6 +45,7 @@
 #define MOE_EP_COMBINE_CUH
 
 #include "../combine.cuh"
+#include "counters.cuh"
 #include "dispatch.cuh"
 
 #define MOEI_EP_REDUCE_THREADS 512
@@ -180,9 +181,12 @@ MOE_DEVICE_BODY void moei_ep_add_home(const moei_ep_reduce_args* a, moei_ep_redu
     t = shared->token;
     if (t < 0 || t >= tokens) return; /* past T: turns of a call that was late */
     moei_combine_look_up(&a->home, t, &shared->home, source);
-    if (moe_warp() == 0)
+    if (moe_warp() == 0) {
+        const uint64_t begun = moei_nanoseconds();
         came = moei_peer_reach(&a->peers, a->channel, moei_peer_next(&a->peers, a->channel),
                                MOE_PHASE_COMBINE, a->tag);
+        if (t == 0) moei_peer_note_wait(&a->peers, a->channel, begun);
+    }
     if (__syncthreads_or(!came)) return;
     moei_combine_sum(&a->home, t, &shared->home, source, dtype);
     if (threadIdx.x == 0) moei_peer_leave(&a->peers, a->channel, (uint32_t)tokens);
@@ -280,6 +284,8 @@ typedef struct moe_ep_combine_prepared {
     moei_ep_reduce_args args;
     moe_launch reduce, meet;      /* one of them, by form */
     moe_combine_prepared combine; /* empty where `reduce` adds at home */
+    moei_ep_args counted;         /* with counters */
+    moe_launch tally;             /* likewise; argument: counted */
 } moe_ep_combine_prepared;
 
 /* Sets the grid of a prepared reduction, and whether it adds at home. */
@@ -366,6 +372,10 @@ MOE_HOST moe_status moei_ep_combine_prepare(const moe_ep_combine_desc* c,
     p->args.recv_tokens = d.buffers.recv_tokens;
     p->args.channel = d.buffers.channel + 1;
     p->args.tag = c->tag;
+    if (d.counters) {
+        p->counted = dispatch;
+        MOE_TRY(moei_ep_prepare_tally(&dispatch, &p->tally));
+    }
     memset(&home, 0, sizeof home);
     if (d.buffers.combine_form != MOE_EP_REDUCED) {
         home.table = (const void* const*)v.rows_table;
@@ -422,6 +432,7 @@ MOE_HOST moe_status moe_ep_combine_prepare(const moe_ep_combine_desc* desc,
 MOE_HOST moe_status moe_ep_combine_run(const moe_ep_combine_prepared* p, cudaStream_t stream)
 {
     MOE_REQUIRE(p, MOE_ERR_NULL, desc);
+    MOE_TRY(MOE_RUN(&p->tally, p->counted, stream));
     MOE_TRY(MOE_RUN(&p->reduce, p->args, stream));
     MOE_TRY(MOE_RUN(&p->meet, p->args, stream));
     return moe_combine_run(&p->combine, stream);
@@ -443,6 +454,7 @@ MOE_HOST moe_status moe_ep_combine_preload(void)
     MOEI_COMBINE_LIST(MOEI_EP_REDUCE_LOAD)
 #undef MOEI_EP_REDUCE_LOAD
     MOE_TRY(moe_preload_kernel((const void*)moei_ep_meet));
+    MOE_TRY(moe_preload_kernel((const void*)moei_ep_tally));
     return moe_combine_preload();
 }
 

@@ -105,6 +105,18 @@ typedef struct moe_ep_view {
     int32_t in_order; /* 1: recv_x is in expert order; 0: row_slot says which token a row is */
 } moe_ep_view;
 
+/* What a rank's exchanges have cost since the caller wrote zeros here. Rows that stay on this rank
+   do not count, but for expert_rows. A wait begins when this rank's own part is done: what others
+   take no longer for is hidden. */
+typedef struct moe_ep_counters {
+    uint64_t calls;                 /* combines that ran */
+    uint64_t sent_rows, sent_bytes; /* dispatch: rows of x to other ranks; all their bytes */
+    uint64_t expert_rows;           /* rows of this rank's experts, padding included: its load */
+    uint64_t return_rows, return_bytes; /* combine: rows that other ranks got from this one */
+    uint64_t dispatch_wait_ns;          /* for the rows of all ranks */
+    uint64_t combine_wait_ns; /* for their sums or rows; without that of the last combine */
+} moe_ep_counters;
+
 /* What moe_ep_dispatch takes. Pointers are device addresses, but for peers. */
 typedef struct moe_ep_dispatch_desc {
     /* in */
@@ -117,6 +129,7 @@ typedef struct moe_ep_dispatch_desc {
     const moe_ep_expert* replica;  /* [replica_offset[E]] choice of moe_ep_choose; or null */
     int64_t x_stride;              /* elements between rows of x, >= H; 0 = H */
     uint64_t* fault;               /* [1] fault word, required */
+    moe_ep_counters* counters;     /* [1] each combine adds to it, in one more launch; or null */
     /* sizes */
     int32_t num_tokens; /* T of this rank, 0 .. max_tokens */
     int32_t num_local;  /* P, this rank's experts; without replicas 0 = those that it owns; with

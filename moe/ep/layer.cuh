@@ -51,7 +51,8 @@ typedef struct moe_ep_layer_desc {
     const moe_ep_expert* replica;
     int32_t num_local;
     int32_t tag;                       /* reported where a rank is late, 0 .. 2^24 - 1 */
-    void *side_stream, *side_event[2]; /* as in moe_ep_dispatch_desc */
+    void *side_stream, *side_event[2]; /* as in moe_ep_dispatch_desc, like the next */
+    moe_ep_counters* counters;
     /* the same on all ranks. What `layer` has is 0 here: hidden, num_experts, top_k, dtype,
        rows_dtype, row_multiple; and num_scales */
     moe_ep_buffers buffers;
@@ -157,6 +158,7 @@ MOE_HOST moe_status moei_ep_layer_resolve(const moe_ep_layer_desc* d, char* base
     e->dispatch.num_tokens = d->layer.num_tokens;
     e->dispatch.num_local = d->num_local;
     e->dispatch.tag = d->tag;
+    e->dispatch.counters = d->counters;
     e->dispatch.side_stream = d->side_stream;
     e->dispatch.side_event[0] = d->side_event[0], e->dispatch.side_event[1] = d->side_event[1];
     MOE_TRY(moei_ep_layer_buffers(d, &e->dispatch.buffers));

@@ -49,6 +49,8 @@ typedef struct moei_ep_args {
     uint64_t table_at;          /* offset in each region of what rows_table names */
     int64_t x_pitch, row_bytes; /* bytes between rows of x; of a row */
     int64_t max_rows;           /* rows in expert order */
+    int64_t sum_bytes;          /* of a row that a combine sends */
+    moe_ep_counters* counters;  /* or null */
     int32_t num_tokens, num_experts, top_k, recv_tokens, num_scales, chunk_tokens, channel, tag;
     int32_t num_local;                   /* P */
     int32_t dispatch_form, combine_form; /* moe_ep_dispatch_form, moe_ep_combine_form */

@@ -31,8 +31,7 @@ MOE_DEVICE int moei_ep_wait_ids(const moei_ep_route_args* a)
 /* Waits for the rows of all ranks. One warp of the grid. */
 MOE_DEVICE void moei_ep_wait_rows(const moe_peers_args* p, int channel, int tag)
 {
-    const uint32_t n = moei_peer_next(p, channel) + 1;
-    if (moei_peer_reach(p, channel, n, MOE_PHASE_DISPATCH, tag)) moei_peer_pass(p, channel, n);
+    (void)moei_peer_reach_pass(p, channel, moei_peer_next(p, channel) + 1, MOE_PHASE_DISPATCH, tag);
 }
 
 /* Few received slots: all in one launch of one block. While it waits it runs once

@@ -132,9 +132,8 @@ MOE_DEVICE_BODY void moei_ep_scatter_chunk(const moei_ep_args* a, const int widt
         moei_ep_store_slots(v, a, t, from, width);
     }
     moei_ep_arrive(&a->peers, a->channel, n, stopped);
-    if (last && moe_warp() == 0 &&
-        moei_peer_reach(&a->peers, a->channel, n, MOE_PHASE_DISPATCH, a->tag))
-        moei_peer_pass(&a->peers, a->channel, n);
+    if (last && moe_warp() == 0)
+        (void)moei_peer_reach_pass(&a->peers, a->channel, n, MOE_PHASE_DISPATCH, a->tag);
 }
 
 #define MOEI_EP_SCATTER(width)                                                                     \

@@ -51,7 +51,7 @@ typedef struct ep_rank {
     moe_ep_expert* choice;
     moe_ref_exchange_rank want;
     tbuf d_ids, d_weights, d_scales, d_x, d_residual, d_offset, d_choice, workspace, d_y, d_rows;
-    tbuf d_shared, d_shared_weight;
+    tbuf d_shared, d_shared_weight, d_counters;
     moe_ep_dispatch_desc dispatch;
     moe_ep_combine_desc combine;
     moe_ep_view view;
@@ -202,6 +202,11 @@ static int ep_put_rank(ep_job* j, int rank)
     d->ids = (const int32_t*)r->d_ids.p;
     d->weights = (const float*)r->d_weights.p;
     d->fault = j->g.fault[rank];
+    {
+        const moe_ep_counters zeros = {0, 0, 0, 0, 0, 0, 0, 0};
+        r->d_counters = tbuf_from("counters", &zeros, sizeof zeros, 0);
+    }
+    if (!c->same) d->counters = (moe_ep_counters*)r->d_counters.p;
     d->num_tokens = r->T;
     d->num_local = c->replicas ? j->P[rank] : 0;
     d->tag = 77;
@@ -293,7 +298,7 @@ static void ep_free(ep_job* j)
         tgroup_use(&j->g, r);
         tbufs_free(TBUFS(&k->d_ids, &k->d_weights, &k->d_scales, &k->d_x, &k->d_residual,
                          &k->d_offset, &k->d_choice, &k->workspace, &k->d_y, &k->d_rows));
-        tbufs_free(TBUFS(&k->d_shared, &k->d_shared_weight));
+        tbufs_free(TBUFS(&k->d_shared, &k->d_shared_weight, &k->d_counters));
         TFREE(k->shared, k->shared_weight);
         TFREE(k->ids, k->weights, k->scales, k->x, k->residual, k->choice_offset, k->choice,
               k->want.recv_count, k->want.recv_token, k->want.recv_ids, k->want.recv_weights,

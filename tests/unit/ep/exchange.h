@@ -180,6 +180,51 @@ static void ep_check_sums(ep_job* j, int32_t* const* rows, int r, int weighted)
     TFREE(exact, ideal, part, y);
 }
 
+/* Checks the counters of rank r after so many exchanges, counted slot by slot from the ids. */
+static void ep_check_counters(ep_job* j, int r, uint64_t calls)
+{
+    const ep_case* c = &j->c;
+    const int scatters = c->dispatch == MOE_EP_ALL_TO_ALL, gathers = c->combine == MOE_EP_GATHERED;
+    const uint64_t row =
+        (uint64_t)c->H * (uint64_t)moe_dtype_bytes(c->dtype) + (uint64_t)c->num_scales * 4;
+    const uint64_t sum = (uint64_t)c->H * (uint64_t)moe_dtype_bytes(ep_rows_dtype(c));
+    const int P = ep_local(j, r) ? ep_local(j, r) : 1;
+    moe_ep_counters* got = (moe_ep_counters*)tbuf_copy(&j->rank[r].d_counters);
+    int32_t* offset = (int32_t*)ep_get(j, r, j->rank[r].view.expert_offset, (P + 1) * 4);
+    uint64_t out[2] = {0, 0}, in[2] = {0, 0}; /* tokens, slots */
+    uint64_t sent, bytes, back;
+    for (int s = 0; s < c->W; ++s)
+        for (int t = 0; t < j->rank[s].T; ++t)
+            for (int d = 0; d < c->W; ++d) {
+                uint64_t slots = 0;
+                for (int k = 0; k < c->K; ++k)
+                    slots +=
+                        moe_ref_target(&j->rank[s].want, (int64_t)t * c->K + k, c->K, c->E, c->W)
+                            .rank == d;
+                if (s == d) continue;
+                if (s == r) out[0] += slots > 0, out[1] += slots;
+                if (d == r) in[0] += slots > 0, in[1] += slots;
+            }
+    if (ep_to_all(c)) out[0] = (uint64_t)j->rank[r].T * (uint64_t)(c->W - 1);
+    sent = scatters ? out[1] : out[0];
+    bytes = sent * row + out[0] * (uint64_t)(8 * c->K + 4) + (scatters || gathers ? in[1] * 8 : 0);
+    back = gathers ? in[1] : in[0];
+    CHECK(got->calls == calls, "rank %d: %d calls", r, (int)got->calls);
+    CHECK(got->sent_rows == calls * sent && got->sent_bytes == calls * bytes,
+          "rank %d sent %lld rows, %lld bytes; expected %lld, %lld", r, (long long)got->sent_rows,
+          (long long)got->sent_bytes, (long long)(calls * sent), (long long)(calls * bytes));
+    CHECK(got->return_rows == calls * back && got->return_bytes == calls * back * sum,
+          "rank %d returned %lld rows; expected %lld", r, (long long)got->return_rows,
+          (long long)(calls * back));
+    CHECK(got->expert_rows == (ep_local(j, r) ? calls * (uint64_t)offset[P] : 0),
+          "rank %d: %lld rows of experts", r, (long long)got->expert_rows);
+    CHECK((got->dispatch_wait_ns > 0 || c->W == 1) && got->dispatch_wait_ns < 10000000000ull &&
+              got->combine_wait_ns < 10000000000ull,
+          "rank %d: waits of %lld and %lld ns", r, (long long)got->dispatch_wait_ns,
+          (long long)got->combine_wait_ns);
+    TFREE(got, offset);
+}
+
 /* One exchange, from dispatch to sums. */
 static void ep_run(const ep_case* c, uint64_t salt)
 {
@@ -205,6 +250,11 @@ static void ep_run(const ep_case* c, uint64_t salt)
             tgroup_wait(&j.g);
             tgroup_clean(&j.g, __LINE__);
             for (int r = 0; r < c->W; ++r) ep_check_sums(&j, rows, r, 0);
+            for (int r = 0; r < c->W && !c->same && !c->recv_tokens; ++r) {
+                tgroup_use(&j.g, r);
+                ep_check_counters(&j, r, 2);
+            }
+            TEST_CUDA(cudaSetDevice(0));
         }
         for (int r = 0; r < c->W; ++r) free(rows[r]);
     }
