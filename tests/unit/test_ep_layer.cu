@@ -3,13 +3,16 @@
      nvcc -I. -arch=sm_90a tests/unit/test_ep_layer.cu -o test_ep_layer
      g++ -x c++ -std=c++14 -O2 -I. tests/unit/test_ep_layer.cu -o test_ep_layer
 
-   ep/layer.h   all cases */
+   ep/layer.h     shapes, refusals, graphs
+   ep/profile.h   the choice of forms: as text, and measured */
 #include "tests/unit/ep/layer.h"
+#include "tests/unit/ep/profile.h"
 
 int main(int argc, char** argv)
 {
     tgroup_begin();
     test_begin(argc, argv);
     ep_layer();
+    ep_profile();
     return test_end();
 }

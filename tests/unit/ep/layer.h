@@ -4,6 +4,7 @@
 #define MOE_TESTS_EP_LAYER_H
 
 #include "moe/ep/layer.cuh"
+#include "moe/ep/profile.cuh"
 #include "moe/ref/exchange.h"
 #include "tests/test_case.h"
 #include "tests/test_group.h"
@@ -18,12 +19,13 @@ typedef struct lay_case {
     int from_ids; /* 1: ids and weights are given */
     int parts;    /* 1: part by part */
     int bias;
+    int profile; /* 1: room for every form, and counters */
 } lay_case;
 
 typedef struct lay_rank {
     int T, P;
     tbuf x, residual, y, y1, router, ids, weights, w1, w2, b1, b2, all_w1, all_w2, all_b1, all_b2;
-    tbuf s1, s2, offset, choice, work, work1;
+    tbuf s1, s2, offset, choice, work, work1, counters;
     void* h_residual;
     int32_t* owner; /* [T, K] rank that computes a slot */
     moe_layer_desc one;
@@ -192,7 +194,14 @@ static int lay_put(lay_job* j, int rank, trand* q)
         r->ep.num_local = r->P;
         TFREE(offset, replica, choice_offset, choice);
     }
-    if (!CHECK_STATUS(moe_ep_layer_workspace(&r->ep, &bytes), MOE_OK)) return 0;
+    if (c->profile) {
+        r->counters = tbuf_new("counters", sizeof(moe_ep_counters), 0);
+        r->ep.counters = (moe_ep_counters*)r->counters.p;
+    }
+    if (!CHECK_STATUS(c->profile ? moe_ep_profile_workspace(&r->ep, &bytes)
+                                 : moe_ep_layer_workspace(&r->ep, &bytes),
+                      MOE_OK))
+        return 0;
     r->work = tbuf_new("workspace", bytes, 0);
     r->ep.layer.workspace = r->work.p, r->ep.layer.workspace_bytes = bytes;
     return 1;
@@ -213,7 +222,10 @@ static int lay_new(lay_job* j, const lay_case* c, uint64_t salt)
     d.buffers.max_tokens = c->T;
     d.layer.route.row_multiple = c->row_multiple;
     d.replica_offset = c->replicas ? (const int32_t*)TEST_FAR : 0;
-    if (!CHECK_STATUS(moe_ep_layer_region(&d, c->W, &bytes), MOE_OK)) return 0;
+    if (!CHECK_STATUS(c->profile ? moe_ep_profile_region(&d, c->W, &bytes)
+                                 : moe_ep_layer_region(&d, c->W, &bytes),
+                      MOE_OK))
+        return 0;
     if (!tgroup_new(&j->g, c->W, bytes)) return 0;
     for (int r = 0; r < c->W; ++r) { /* no kernel is loaded while another one waits */
         tgroup_use(&j->g, r);
@@ -239,6 +251,7 @@ static void lay_free(lay_job* j)
         tgroup_use(&j->g, r);
         tbufs_free(TBUFS(&k->x, &k->residual, &k->y, &k->y1, &k->router, &k->ids, &k->weights,
                          &k->w1, &k->w2, &k->b1, &k->b2, &k->work, &k->work1));
+        tbufs_free(TBUFS(&k->counters));
         tbufs_free(TBUFS(&k->all_w1, &k->all_w2, &k->all_b1, &k->all_b2, &k->s1, &k->s2, &k->offset,
                          &k->choice));
         TFREE(k->h_residual);
@@ -356,18 +369,19 @@ static void test_forward(void)
 {
     const lay_case list[] = {
         /* W, T, H, I, E, K, dispatch, combine, dtype, shared, replicas, multiple, from_ids, parts, bias */
-        {1, 9, 64, 40, 5, 2, 0, MOE_EP_REDUCED, 0, 0, 0, 0, 0, 0, 0},
-        {1, 9, 64, 40, 5, 2, 0, MOE_EP_GATHERED, 1, 0, 0, 0, 0, 0, 0},
-        {2, 30, 64, 40, 8, 3, 0, MOE_EP_REDUCED, 0, 0, 0, 0, 0, 0, 1},
-        {2, 30, 64, 40, 8, 3, 0, MOE_EP_GATHERED, 0, 0, 0, 0, 0, 0, 1},
-        {4, 12, 64, 40, 7, 2, 0, MOE_EP_REDUCED, 1, 24, 0, 0, 0, 0, 0}, /* E 7 on W 4, shared */
-        {4, 12, 64, 40, 7, 2, 0, MOE_EP_GATHERED, 0, 24, 0, 0, 0, 1, 1},
-        {4, 12, 64, 40, 2, 2, 0, MOE_EP_REDUCED, 0, 0, 0, 0, 0, 1, 0}, /* E 2 on W 4 */
-        {4, 12, 64, 40, 2, 2, 0, MOE_EP_GATHERED, 1, 0, 0, 0, 0, 0, 0},
-        {3, 15, 64, 40, 6, 3, 0, MOE_EP_REDUCED, 0, 0, 1, 0, 1, 0, 0},  /* replicas, ids given */
-        {3, 15, 64, 40, 6, 3, 0, MOE_EP_GATHERED, 0, 0, 1, 8, 0, 0, 0}, /* replicas, padded rows */
-        {8, 8, 64, 40, 16, 4, 0, MOE_EP_GATHERED, 0, 0, 0, 0, 1, 0, 0},
-        {8, 8, 64, 40, 16, 4, 0, MOE_EP_REDUCED, 0, 0, 0, 8, 1, 0, 0},
+        {1, 9, 64, 40, 5, 2, 0, MOE_EP_REDUCED, 0, 0, 0, 0, 0, 0, 0, 0},
+        {1, 9, 64, 40, 5, 2, 0, MOE_EP_GATHERED, 1, 0, 0, 0, 0, 0, 0, 0},
+        {2, 30, 64, 40, 8, 3, 0, MOE_EP_REDUCED, 0, 0, 0, 0, 0, 0, 1, 0},
+        {2, 30, 64, 40, 8, 3, 0, MOE_EP_GATHERED, 0, 0, 0, 0, 0, 0, 1, 0},
+        {4, 12, 64, 40, 7, 2, 0, MOE_EP_REDUCED, 1, 24, 0, 0, 0, 0, 0, 0}, /* E 7 on W 4, shared */
+        {4, 12, 64, 40, 7, 2, 0, MOE_EP_GATHERED, 0, 24, 0, 0, 0, 1, 1, 0},
+        {4, 12, 64, 40, 2, 2, 0, MOE_EP_REDUCED, 0, 0, 0, 0, 0, 1, 0, 0}, /* E 2 on W 4 */
+        {4, 12, 64, 40, 2, 2, 0, MOE_EP_GATHERED, 1, 0, 0, 0, 0, 0, 0, 0},
+        {3, 15, 64, 40, 6, 3, 0, MOE_EP_REDUCED, 0, 0, 1, 0, 1, 0, 0, 0}, /* replicas, ids given */
+        {3, 15, 64, 40, 6, 3, 0, MOE_EP_GATHERED, 0, 0, 1, 8, 0, 0, 0,
+         0}, /* replicas, padded rows */
+        {8, 8, 64, 40, 16, 4, 0, MOE_EP_GATHERED, 0, 0, 0, 0, 1, 0, 0, 0},
+        {8, 8, 64, 40, 16, 4, 0, MOE_EP_REDUCED, 0, 0, 0, 8, 1, 0, 0, 0},
     };
     for (size_t i = 0; i < sizeof list / sizeof list[0]; ++i) {
         lay_case c = list[i];
@@ -384,7 +398,7 @@ static void test_forward(void)
 /* What the layer does not carry, and what is missing, is refused by name; y stays as it was. */
 static void test_layer_refusals(void)
 {
-    const lay_case c = {2, 8, 64, 40, 6, 2, 0, MOE_EP_REDUCED, test_half(), 0, 0, 0, 0, 0, 0};
+    const lay_case c = {2, 8, 64, 40, 6, 2, 0, MOE_EP_REDUCED, test_half(), 0, 0, 0, 0, 0, 0, 0};
     static lay_job j;
     if (!lay_new(&j, &c, 390)) return;
     const moe_ep_layer_desc ok = j.rank[0].ep;
@@ -435,7 +449,7 @@ static void test_layer_graph(void)
     static lay_job j;
     for (int pair = 0; pair < 12; ++pair) {
         const int dispatch = MOE_EP_DEDUPLICATED + pair % 4, form = MOE_EP_REDUCED + pair / 4;
-        const lay_case c = {4, 10, 64, 40, 7, 2, dispatch, form, test_half(), 16, 0, 0, 0, 0, 1};
+        const lay_case c = {4, 10, 64, 40, 7, 2, dispatch, form, test_half(), 16, 0, 0, 0, 0, 1, 0};
         trand q = trand_new(395);
         if (!test_long() && pair % 5 && pair != 3) continue; /* each form once */
         if (lay_new(&j, &c, 396)) {
