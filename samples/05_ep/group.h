@@ -12,8 +12,8 @@
 /* One rank of this process. */
 typedef struct rank_state {
     int device;
-    cudaStream_t stream;
-    cudaEvent_t begin, end;
+    cudaStream_t stream, side; /* side: of copy engines */
+    cudaEvent_t begin, end, side_event[2];
     void* region;
     uint64_t* fault;
     moe_peers peers;
@@ -67,6 +67,9 @@ static void group_begin(group* g, const options* o)
         r->device = launched ? g->boot.local % devices : devices < g->W ? i * devices / g->W : i;
         CUDA(cudaSetDevice(r->device));
         CUDA(cudaStreamCreateWithFlags(&r->stream, cudaStreamNonBlocking));
+        CUDA(cudaStreamCreateWithFlags(&r->side, cudaStreamNonBlocking));
+        for (int n = 0; n < 2; ++n)
+            CUDA(cudaEventCreateWithFlags(&r->side_event[n], cudaEventDisableTiming));
         CUDA(cudaEventCreate(&r->begin));
         CUDA(cudaEventCreate(&r->end));
         CUDA(cudaMalloc((void**)&r->fault, 8));

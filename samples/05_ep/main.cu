@@ -4,8 +4,8 @@
      torchrun --no-python --nproc_per_node=8 ./05_ep        one process a rank; or mpirun, srun
      g++ -x c++ -std=c++14 -O2 -I. samples/05_ep/main.cu -o 05_ep && ./05_ep
 
-   The last command builds for the CPU, where 4 virtual GPUs run. Copy make_rank and the calls in
-   main; group.h connects the ranks, bootstrap.h finds the processes of a launcher. */
+   The last command builds for the CPU, where 4 virtual GPUs run. Copy make_rank, choose and the
+   calls in main; group.h connects the ranks, bootstrap.h finds the processes of a launcher. */
 #include "group.h"
 #include "report.h"
 
@@ -78,12 +78,13 @@ static void make_rank(rank_layers* l, const options* o, const group* g, int r, r
     l->ep.layer.w2.base = make(first * w2, own * w2, 0.04f, 4, o->dtype);
     l->ep.layer.y = make(0, l->T * H, 0.0f, 5, o->dtype);
     l->ep.peers = &s->peers;
-    l->ep.buffers.combine_form = o->form;
     l->ep.buffers.max_tokens = (o->T + g->W - 1) / g->W;
-    MOE(moe_ep_layer_workspace(&l->ep, &l->ep.layer.workspace_bytes));
+    l->ep.side_stream = s->side;
+    l->ep.side_event[0] = s->side_event[0], l->ep.side_event[1] = s->side_event[1];
+    CUDA(cudaMalloc((void**)&l->ep.counters, sizeof *l->ep.counters));
+    MOE(moe_ep_profile_workspace(&l->ep, &l->ep.layer.workspace_bytes)); /* for any forms */
     if (cudaMalloc(&l->ep.layer.workspace, l->ep.layer.workspace_bytes) != cudaSuccess)
         quit(EXIT_WRONG_INPUT, "this shape needs more memory than the device has");
-    MOE(moe_ep_layer_prepare(&l->ep, &l->ep_p));
 
     l->local = make_layer(o, l->T, o->E, s->fault);
     l->local.x = l->ep.layer.x;
@@ -110,22 +111,70 @@ static void make_rank(rank_layers* l, const options* o, const group* g, int r, r
     MOE(moe_layer_prepare(&l->one, &l->one_p));
 }
 
+/* Reads a choice from a file. Returns 0 where there is no such file. */
+static int read_choice(const char* name, moe_ep_choice* c)
+{
+    char text[MOE_EP_CHOICE_TEXT] = "";
+    int32_t line;
+    FILE* f = fopen(name, "r");
+    if (!f) return 0;
+    text[fread(text, 1, sizeof text - 1, f)] = 0;
+    fclose(f);
+    if (moe_ep_choice_read(c, text, &line) != MOE_OK)
+        quit(EXIT_WRONG_INPUT, "%s, line %d: says nothing about a choice", name, line);
+    return 1;
+}
+
+/* Sets *c to the options' forms, those of a file, or those that are fastest here. */
+static void choose(group* g, rank_layers* l, const options* o, moe_ep_choice* c)
+{
+    static moe_ep_profile_rank rank[MOST_RANKS];
+    moe_ep_profile_desc d = {};
+    char text[MOE_EP_CHOICE_TEXT];
+    *c = o->choice;
+    if (c->dispatch_form || c->combine_form) return;
+    if (o->file && read_choice(o->file, c)) return;
+    for (int i = 0; i < g->mine; ++i) {
+        rank[i].layer = &l[i].ep;
+        rank[i].stream = g->rank[i].stream, rank[i].device = g->rank[i].device;
+    }
+    d.rank = rank, d.num_mine = g->mine;
+    if (g->launched) d.allgather = bootstrap_allgather, d.context = &g->boot;
+    MOE(moe_ep_profile(&d, c));
+    moe_ep_choice_table(c, text, sizeof text);
+    if (g->first == 0) printf("%s\n", text);
+    if (g->first == 0 && o->file) {
+        FILE* f = fopen(o->file, "w");
+        moe_ep_choice_write(c, text, sizeof text);
+        if (!f || fputs(text, f) < 0 || fclose(f))
+            quit(EXIT_WRONG_INPUT, "%s: cannot be written", o->file);
+    }
+}
+
 int main(int argc, char** argv)
 {
     static group g;
     static rank_layers l[MOST_RANKS];
     const options o = read_options(argc, argv);
     moe_ep_layer_desc sizes = {};
+    moe_ep_choice choice;
     uint64_t region;
     int wrong;
     group_begin(&g, &o);
     sizes.layer = make_layer(&o, 0, o.E, 0);
-    sizes.buffers.combine_form = o.form;
     sizes.buffers.max_tokens = (o.T + g.W - 1) / g.W;
-    MOE(moe_ep_layer_region(&sizes, g.W, &region));
+    MOE(moe_ep_profile_region(&sizes, g.W, &region)); /* for any forms */
     group_connect(&g, region);
     for (int i = 0; i < g.mine; ++i) make_rank(&l[i], &o, &g, g.first + i, group_use(&g, i));
-    print_header(&g, &o);
+    choose(&g, l, &o, &choice);
+    for (int i = 0; i < g.mine; ++i) {
+        CUDA(cudaSetDevice(g.rank[i].device));
+        CUDA(cudaMemset(l[i].ep.counters, 0, sizeof *l[i].ep.counters));
+        CUDA(cudaDeviceSynchronize());
+        MOE(moe_ep_choice_apply(&choice, &l[i].ep.buffers));
+        MOE(moe_ep_layer_prepare(&l[i].ep, &l[i].ep_p));
+    }
+    print_header(&g, &o, &choice);
     wrong = print_numerics(&g, l, &o);
     print_bytes(&g, l, &o, region);
     print_times(&g, l, &o);

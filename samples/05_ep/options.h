@@ -9,6 +9,7 @@
 #include <string.h>
 
 #include "moe/ep/layer.cuh"
+#include "moe/ep/profile.cuh"
 
 #define EXIT_WRONG_RESULT 1
 #define EXIT_WRONG_INPUT 2
@@ -16,9 +17,10 @@
 #define MOST_RANKS 16 /* in one process */
 
 typedef struct options {
-    int T, H, I, E, K; /* T: of all ranks */
-    int ranks;         /* in this process; 0: one per GPU, on the CPU 4 */
-    int form;          /* moe_ep_form */
+    int T, H, I, E, K;    /* T: of all ranks */
+    int ranks;            /* in this process; 0: one per GPU, on the CPU 4 */
+    moe_ep_choice choice; /* forms; 0 in both: the profiler picks them */
+    const char* file;     /* that keeps the profiler's choice; null: none */
     int dtype;
     int repeat;
 } options;
@@ -55,7 +57,10 @@ static void help(void)
     printf("05_ep [options]\n"
            "  --thiek T,H,I,E,K  tokens of all ranks, widths, experts, experts per token\n"
            "  --ranks N          ranks of this process, 1 to %d, spread over the GPUs\n"
-           "  --combine FORM     reduced or gathered\n"
+           "  --dispatch FORM    deduplicated, all-to-all, all-gather or all-gather-copy\n"
+           "  --combine FORM     reduced, gathered or reduce-scatter; without both the profiler\n"
+           "                     picks the fastest\n"
+           "  --choice FILE      reads the profiler's choice from FILE, or writes it there\n"
            "  --dtype TYPE       bf16 or fp16\n"
            "  --repeat N         timed runs\n"
            "Under torchrun, mpirun or srun: one rank a process.\n",
@@ -75,14 +80,17 @@ static int number(const char* name, const char* text, int least)
 
 static options read_options(int argc, char** argv)
 {
-    options o = {16384, 2048, 768, 128, 8, 0, MOE_EP_REDUCED, MOE_BF16, 20};
+    options o;
+    memset(&o, 0, sizeof o);
+    o.T = 16384, o.H = 2048, o.I = 768, o.E = 128, o.K = 8, o.dtype = MOE_BF16, o.repeat = 20;
     if (MOE_ON_HOST) o.T = 64, o.H = 64, o.I = 40, o.E = 8, o.K = 2, o.repeat = 1;
     for (int i = 1; i < argc; ++i) {
         const char* name = argv[i];
         const char* value = i + 1 < argc ? argv[i + 1] : 0;
         if (!strcmp(name, "--help")) help();
         if (strcmp(name, "--thiek") && strcmp(name, "--ranks") && strcmp(name, "--combine") &&
-            strcmp(name, "--dtype") && strcmp(name, "--repeat"))
+            strcmp(name, "--dispatch") && strcmp(name, "--choice") && strcmp(name, "--dtype") &&
+            strcmp(name, "--repeat"))
             quit(EXIT_WRONG_INPUT, "%s: no such option", name);
         if (!value) quit(EXIT_WRONG_INPUT, "%s needs a value", name);
         ++i;
@@ -97,9 +105,19 @@ static options read_options(int argc, char** argv)
             if (o.ranks > MOST_RANKS)
                 quit(EXIT_WRONG_INPUT, "--ranks %s: more than %d", value, MOST_RANKS);
         } else if (!strcmp(name, "--combine")) {
-            if (!strcmp(value, "reduced")) o.form = MOE_EP_REDUCED;
-            else if (!strcmp(value, "gathered")) o.form = MOE_EP_GATHERED;
-            else quit(EXIT_WRONG_INPUT, "--combine %s: not one of reduced, gathered", value);
+            o.choice.combine_form = moe_ep_combine_named(value);
+            if (o.choice.combine_form < 1)
+                quit(EXIT_WRONG_INPUT, "--combine %s: not one of reduced, gathered, reduce-scatter",
+                     value);
+        } else if (!strcmp(name, "--dispatch")) {
+            o.choice.dispatch_form = moe_ep_dispatch_named(value);
+            if (o.choice.dispatch_form < 1)
+                quit(EXIT_WRONG_INPUT,
+                     "--dispatch %s: not one of deduplicated, all-to-all, all-gather, "
+                     "all-gather-copy",
+                     value);
+        } else if (!strcmp(name, "--choice")) {
+            o.file = value;
         } else if (!strcmp(name, "--dtype")) {
             if (!strcmp(value, "bf16")) o.dtype = MOE_BF16;
             else if (!strcmp(value, "fp16")) o.dtype = MOE_FP16;

@@ -40,7 +40,7 @@ static void run_one(void* l, group* g, int i)
 }
 static void run_nothing(void* l, group* g, int i) { (void)l, (void)g, (void)i; }
 
-static void print_header(const group* g, const options* o)
+static void print_header(const group* g, const options* o, const moe_ep_choice* c)
 {
     struct cudaDeviceProp prop;
     if (g->first) return;
@@ -54,9 +54,11 @@ static void print_header(const group* g, const options* o)
                               : "the memory of one GPU: this run exchanges nothing over a link");
     printf("shape     T %d (%d a rank), H %d, I %d, E %d (%d a rank), K %d, %s, SwiGLU, w1 gate "
            "rows then\n"
-           "          up rows, no bias, softmax then top-k, renormalized, combine %s\n\n",
+           "          up rows, no bias, softmax then top-k, renormalized\n"
+           "forms     dispatch %s, combine %s\n\n",
            o->T, (o->T + g->W - 1) / g->W, o->H, o->I, o->E, (o->E + g->W - 1) / g->W, o->K,
-           moe_dtype_name(o->dtype), o->form == MOE_EP_REDUCED ? "reduced" : "gathered");
+           moe_dtype_name(o->dtype), moe_ep_dispatch_name(c->dispatch_form),
+           moe_ep_combine_name(c->combine_form));
 }
 
 static void* host_copy(const void* p, size_t bytes)
@@ -115,37 +117,28 @@ static int print_numerics(group* g, rank_layers* l, const options* o)
     return wrong;
 }
 
-/* Prints the bytes that cross and the memory of a rank: those of the rank with most. */
+/* Prints what one exchange has sent, by the counters, and the memory of a rank: those of the rank
+   with most. */
 static void print_bytes(group* g, const rank_layers* l, const options* o, uint64_t region)
 {
-    double in = 0, slots = 0, weights, all;
+    double most[5] = {0}, weights, all;
     for (int i = 0; i < g->mine; ++i) {
-        moe_layer_view v;
-        moe_ep_view e;
-        int32_t* count;
-        double rows = 0, other = 0;
+        moe_ep_counters* c;
         (void)group_use(g, i);
-        MOE(moe_ep_layer_get_view(&l[i].ep, &v, &e));
-        count = (int32_t*)host_copy(e.recv_count, (size_t)g->W * 4);
-        for (int s = 0; s < g->W; ++s) rows += s != g->first + i ? count[s] : 0;
-        free(count);
-        if (e.num_local && l[i].T >= 0) {
-            int32_t* c = (int32_t*)host_copy(e.expert_count, (size_t)e.num_local * 4);
-            for (int x = 0; x < e.num_local; ++x) other += c[x];
-            free(c);
-        }
-        if (rows > in) in = rows;
-        if (other > slots) slots = other;
+        c = (moe_ep_counters*)host_copy(l[i].ep.counters, sizeof *c);
+        const double own[5] = {(double)c->sent_rows, (double)c->sent_bytes, (double)c->return_rows,
+                               (double)c->return_bytes, (double)c->expert_rows};
+        for (int n = 0; n < 5; ++n)
+            if (own[n] / (double)c->calls > most[n]) most[n] = own[n] / (double)c->calls;
+        free(c);
     }
-    in = group_max(g, in);
-    slots = group_max(g, slots);
+    for (int n = 0; n < 5; ++n) most[n] = group_max(g, most[n]);
     weights = 6.0 * moe_ep_owned(0, o->E, g->W) * o->H * (double)o->I; /* rank 0's */
     all = 6.0 * o->E * o->H * (double)o->I;
     if (g->first) return;
-    printf("dispatch  %.3f MiB come to a rank from others: %.0f rows; combine %.3f MiB leave it\n",
-           in * o->H * 2 / 1048576, in,
-           (o->form == MOE_EP_REDUCED ? in : slots * (g->W - 1) / g->W) * o->H * 2 / 1048576);
-    printf("experts   %.0f rows of a rank\n", slots);
+    printf("dispatch  %.0f rows leave a rank, %.3f MiB; combine %.0f rows, %.3f MiB\n", most[0],
+           most[1] / 1048576, most[2], most[3] / 1048576);
+    printf("experts   %.0f rows of a rank\n", most[4]);
     printf("memory    %.3f MiB region, %.3f MiB workspace, %.3f of %.3f MiB of expert weights\n\n",
            (double)region / 1048576, (double)l[0].ep.layer.workspace_bytes / 1048576,
            weights / 1048576, all / 1048576);
