@@ -23,7 +23,8 @@
    graph of it can be replayed with other inputs. All ranks call it alike (but for T), in the same
    order as other exchanges of the same buffers.
 
-   Cost: the launches of the stations. Nothing is kept for a backward pass. Memory of a rank: its
+   Cost: the launches of the stations; with chunk_tokens those of the exchange and the experts once a
+   chunk, and for each chunk but the first the host prepares them when it queues them. Nothing is kept for a backward pass. Memory of a rank: its
    own experts' weights; the region (desc.h); the workspace:
      the gate's and the shared expert's buffers, as in layer.cuh, of T tokens
      the dispatch's workspace (dispatch.cuh)
@@ -50,7 +51,11 @@ typedef struct moe_ep_layer_desc {
     const int32_t* replica_offset; /* as in moe_ep_dispatch_desc, like the next two */
     const moe_ep_expert* replica;
     int32_t num_local;
-    int32_t tag;                       /* reported where a rank is late, 0 .. 2^24 - 1 */
+    int32_t tag; /* reported where a rank is late, 0 .. 2^24 - 1 */
+    /* 0: all tokens are exchanged at once. Else router and gate see all of them, then so many tokens
+       at a time are dispatched, computed and combined: region and workspace have room for these
+       alone. The same on all ranks */
+    int32_t chunk_tokens;
     void *side_stream, *side_event[2]; /* as in moe_ep_dispatch_desc, like the next */
     moe_ep_counters* counters;
     /* the same on all ranks. What `layer` has is 0 here: hidden, num_experts, top_k, dtype,
@@ -98,6 +103,8 @@ typedef struct moei_ep_layer {
 MOE_HOST moe_status moei_ep_layer_buffers(const moe_ep_layer_desc* d, moe_ep_buffers* b)
 {
     *b = d->buffers;
+    MOE_REQUIRE(d->chunk_tokens >= 0, MOE_ERR_RANGE, chunk_tokens);
+    if (d->chunk_tokens && d->chunk_tokens < b->max_tokens) b->max_tokens = d->chunk_tokens;
     MOE_REQUIRE(!b->hidden && !b->num_experts && !b->top_k && !b->dtype && !b->rows_dtype &&
                     !b->row_multiple && !b->num_scales,
                 MOE_ERR_CONFLICT, buffers);
@@ -155,13 +162,16 @@ MOE_HOST moe_status moei_ep_layer_resolve(const moe_ep_layer_desc* d, char* base
     e->dispatch.replica_offset = d->replica_offset;
     e->dispatch.replica = d->replica;
     e->dispatch.fault = d->layer.fault;
-    e->dispatch.num_tokens = d->layer.num_tokens;
     e->dispatch.num_local = d->num_local;
     e->dispatch.tag = d->tag;
     e->dispatch.counters = d->counters;
     e->dispatch.side_stream = d->side_stream;
     e->dispatch.side_event[0] = d->side_event[0], e->dispatch.side_event[1] = d->side_event[1];
     MOE_TRY(moei_ep_layer_buffers(d, &e->dispatch.buffers));
+    MOE_REQUIRE(d->layer.num_tokens <= d->buffers.max_tokens, MOE_ERR_RANGE, num_tokens);
+    e->dispatch.num_tokens = d->layer.num_tokens; /* of the first chunk */
+    if (d->layer.num_tokens > e->dispatch.buffers.max_tokens)
+        e->dispatch.num_tokens = e->dispatch.buffers.max_tokens;
     memset(&args, 0, sizeof args);
     MOE_TRY(moei_ep_check_options(&e->dispatch, &args));
     MOE_TRY(moei_ep_carve(&e->dispatch, &args, 0, &e->ep, &part));
@@ -234,8 +244,12 @@ MOE_HOST moe_status moe_ep_layer_get_view(const moe_ep_layer_desc* desc, moe_lay
 /* A prepared layer: all but its stream, for the device that was current. */
 typedef struct moe_ep_layer_prepared {
     moe_layer_prepared home; /* router, gate, experts, shared; route and combine are empty */
-    moe_ep_dispatch_prepared dispatch;
+    moe_ep_dispatch_prepared dispatch; /* of the first chunk, like the next */
     moe_ep_combine_prepared combine;
+    /* from which the other chunks are prepared when they run */
+    moe_ep_dispatch_desc first_dispatch;
+    moe_ep_combine_desc first_combine;
+    int32_t num_tokens, num_chunks; /* of this rank; of every rank */
 } moe_ep_layer_prepared;
 
 /* Fills in *p, which is empty. */
@@ -258,7 +272,52 @@ MOE_HOST moe_status moei_ep_layer_prepare(const moe_ep_layer_desc* desc, moe_ep_
     if (e.ep.num_local && e.ep.num_rows) MOE_TRY(moe_experts_prepare(&e.l.experts, &h->experts));
     else h->experts.workspace = e.l.experts.workspace;
     MOE_TRY(moe_ep_dispatch_prepare(&e.dispatch, &p->dispatch));
-    return moe_ep_combine_prepare(&e.combine, &p->combine);
+    MOE_TRY(moe_ep_combine_prepare(&e.combine, &p->combine));
+    p->first_dispatch = e.dispatch;
+    p->first_combine = e.combine;
+    p->num_tokens = desc->layer.num_tokens;
+    p->num_chunks = 1;
+    if (e.dispatch.buffers.max_tokens > 0)
+        p->num_chunks = (desc->buffers.max_tokens - 1) / e.dispatch.buffers.max_tokens + 1;
+    return MOE_OK;
+}
+
+/* Returns the address of row number `at` of an array, null where there is none; stride 0: width. */
+MOE_HOST const void* moei_ep_layer_at(const void* p, int at, int64_t stride, int32_t width,
+                                      int dtype)
+{
+    return p ? (const char*)p + at * (stride ? stride : width) * moe_dtype_bytes(dtype) : 0;
+}
+
+/* Queues the exchange and the experts of chunk number `chunk`, 1 or more. */
+MOE_HOST moe_status moei_ep_layer_run_chunk(const moe_ep_layer_prepared* p, int chunk,
+                                            cudaStream_t stream)
+{
+    moe_ep_dispatch_desc d = p->first_dispatch;
+    moe_ep_combine_desc c = p->first_combine;
+    const moe_ep_buffers* b = &d.buffers;
+    const int64_t begin = (int64_t)chunk * b->max_tokens;
+    const int at = begin < p->num_tokens ? (int)begin : p->num_tokens, left = p->num_tokens - at;
+    const int dtype = b->dtype ? b->dtype : MOE_BF16;
+    const int rows_dtype = b->rows_dtype ? b->rows_dtype : dtype;
+    moe_ep_dispatch_prepared dispatch;
+    moe_ep_combine_prepared combine;
+    d.num_tokens = left < b->max_tokens ? left : b->max_tokens;
+    d.x = moei_ep_layer_at(d.x, at, d.x_stride, b->hidden, dtype);
+    d.ids = (const int32_t*)moei_ep_layer_at(d.ids, at, 0, b->top_k, MOE_FP32);
+    d.weights = (const float*)moei_ep_layer_at(d.weights, at, 0, b->top_k, MOE_FP32);
+    c.dispatch = &d;
+    c.weights = d.weights;
+    c.residual = moei_ep_layer_at(c.residual, at, c.residual_stride, b->hidden, dtype);
+    c.shared = moei_ep_layer_at(c.shared, at, c.shared_stride, b->hidden, rows_dtype);
+    c.shared_weight = (const float*)moei_ep_layer_at(c.shared_weight, at, 0, 1, MOE_FP32);
+    c.y = (void*)moei_ep_layer_at(c.y, at, c.y_stride, b->hidden, dtype);
+    MOE_TRY(moe_ep_dispatch_prepare(&d, &dispatch));
+    MOE_TRY(moe_ep_combine_prepare(&c, &combine));
+    MOE_TRY(moe_ep_dispatch_run(&dispatch, stream));
+    MOE_TRY(moei_layer_run_part(&p->home, MOE_LAYER_UP, 0, stream));
+    MOE_TRY(moei_layer_run_part(&p->home, MOE_LAYER_DOWN, 0, stream));
+    return moe_ep_combine_run(&combine, stream);
 }
 
 /* Prepares a layer: moe_ep_layer_run queues it any number of times. Errors: a status for each field
@@ -294,11 +353,13 @@ MOE_HOST moe_status moei_ep_layer_run_part(const moe_ep_layer_prepared* p, int p
 
 /* Queues one part of a prepared layer on `stream`; `part` is a moe_ep_layer_part. For timing, or
    for work of the caller's between two parts. All parts in order give what moe_ep_layer_run gives;
-   none of send, route, receive and combine is queued alone. */
+   none of send, route, receive and combine is queued alone. Errors: chunk_tokens
+   (MOE_ERR_CONFLICT): a layer of several chunks has no parts. */
 MOE_HOST moe_status moe_ep_layer_run_part(const moe_ep_layer_prepared* p, int part,
                                           cudaStream_t stream)
 {
     MOE_REQUIRE(p, MOE_ERR_NULL, desc);
+    MOE_REQUIRE(p->num_chunks <= 1, MOE_ERR_CONFLICT, chunk_tokens);
     return moei_ep_layer_run_part(p, part, 0, stream);
 }
 
@@ -320,6 +381,8 @@ MOE_HOST moe_status moe_ep_layer_run(const moe_ep_layer_prepared* p, cudaStream_
     }
     for (int part = MOE_EP_LAYER_UP; part < MOE_EP_LAYER_PARTS; ++part)
         MOE_TRY(moei_ep_layer_run_part(p, part, 1, stream));
+    for (int chunk = 1; chunk < p->num_chunks; ++chunk)
+        MOE_TRY(moei_ep_layer_run_chunk(p, chunk, stream));
     return MOE_OK;
 }
 

@@ -20,6 +20,7 @@ typedef struct lay_case {
     int parts;    /* 1: part by part */
     int bias;
     int profile; /* 1: room for every form, and counters */
+    int chunk;   /* chunk_tokens */
 } lay_case;
 
 typedef struct lay_rank {
@@ -175,6 +176,7 @@ static int lay_put(lay_job* j, int rank, trand* q)
     r->ep.side_event[0] = j->g.side_event[rank][0];
     r->ep.side_event[1] = j->g.side_event[rank][1];
     r->ep.buffers.max_tokens = c->T;
+    r->ep.chunk_tokens = c->chunk;
     r->ep.tag = 5;
     if (c->replicas) {
         int32_t* offset = (int32_t*)test_host((c->E + 1) * 4);
@@ -220,6 +222,7 @@ static int lay_new(lay_job* j, const lay_case* c, uint64_t salt)
     d.layer.dtype = c->dtype;
     d.buffers.dispatch_form = c->dispatch, d.buffers.combine_form = c->form;
     d.buffers.max_tokens = c->T;
+    d.chunk_tokens = c->chunk;
     d.layer.route.row_multiple = c->row_multiple;
     d.replica_offset = c->replicas ? (const int32_t*)TEST_FAR : 0;
     if (!CHECK_STATUS(c->profile ? moe_ep_profile_region(&d, c->W, &bytes)
@@ -369,19 +372,25 @@ static void test_forward(void)
 {
     const lay_case list[] = {
         /* W, T, H, I, E, K, dispatch, combine, dtype, shared, replicas, multiple, from_ids, parts, bias */
-        {1, 9, 64, 40, 5, 2, 0, MOE_EP_REDUCED, 0, 0, 0, 0, 0, 0, 0, 0},
-        {1, 9, 64, 40, 5, 2, 0, MOE_EP_GATHERED, 1, 0, 0, 0, 0, 0, 0, 0},
-        {2, 30, 64, 40, 8, 3, 0, MOE_EP_REDUCED, 0, 0, 0, 0, 0, 0, 1, 0},
-        {2, 30, 64, 40, 8, 3, 0, MOE_EP_GATHERED, 0, 0, 0, 0, 0, 0, 1, 0},
-        {4, 12, 64, 40, 7, 2, 0, MOE_EP_REDUCED, 1, 24, 0, 0, 0, 0, 0, 0}, /* E 7 on W 4, shared */
-        {4, 12, 64, 40, 7, 2, 0, MOE_EP_GATHERED, 0, 24, 0, 0, 0, 1, 1, 0},
-        {4, 12, 64, 40, 2, 2, 0, MOE_EP_REDUCED, 0, 0, 0, 0, 0, 1, 0, 0}, /* E 2 on W 4 */
-        {4, 12, 64, 40, 2, 2, 0, MOE_EP_GATHERED, 1, 0, 0, 0, 0, 0, 0, 0},
-        {3, 15, 64, 40, 6, 3, 0, MOE_EP_REDUCED, 0, 0, 1, 0, 1, 0, 0, 0}, /* replicas, ids given */
-        {3, 15, 64, 40, 6, 3, 0, MOE_EP_GATHERED, 0, 0, 1, 8, 0, 0, 0,
+        {1, 9, 64, 40, 5, 2, 0, MOE_EP_REDUCED, 0, 0, 0, 0, 0, 0, 0, 0, 0},
+        {1, 9, 64, 40, 5, 2, 0, MOE_EP_GATHERED, 1, 0, 0, 0, 0, 0, 0, 0, 0},
+        {2, 30, 64, 40, 8, 3, 0, MOE_EP_REDUCED, 0, 0, 0, 0, 0, 0, 1, 0, 0},
+        {2, 30, 64, 40, 8, 3, 0, MOE_EP_GATHERED, 0, 0, 0, 0, 0, 0, 1, 0, 0},
+        {4, 12, 64, 40, 7, 2, 0, MOE_EP_REDUCED, 1, 24, 0, 0, 0, 0, 0, 0,
+         0}, /* E 7 on W 4, shared */
+        {4, 12, 64, 40, 7, 2, 0, MOE_EP_GATHERED, 0, 24, 0, 0, 0, 1, 1, 0, 0},
+        {4, 12, 64, 40, 2, 2, 0, MOE_EP_REDUCED, 0, 0, 0, 0, 0, 1, 0, 0, 0}, /* E 2 on W 4 */
+        {4, 12, 64, 40, 2, 2, 0, MOE_EP_GATHERED, 1, 0, 0, 0, 0, 0, 0, 0, 0},
+        {3, 15, 64, 40, 6, 3, 0, MOE_EP_REDUCED, 0, 0, 1, 0, 1, 0, 0, 0,
+         0}, /* replicas, ids given */
+        {3, 15, 64, 40, 6, 3, 0, MOE_EP_GATHERED, 0, 0, 1, 8, 0, 0, 0, 0,
          0}, /* replicas, padded rows */
-        {8, 8, 64, 40, 16, 4, 0, MOE_EP_GATHERED, 0, 0, 0, 0, 1, 0, 0, 0},
-        {8, 8, 64, 40, 16, 4, 0, MOE_EP_REDUCED, 0, 0, 0, 8, 1, 0, 0, 0},
+        {8, 8, 64, 40, 16, 4, 0, MOE_EP_GATHERED, 0, 0, 0, 0, 1, 0, 0, 0, 0},
+        {8, 8, 64, 40, 16, 4, 0, MOE_EP_REDUCED, 0, 0, 0, 8, 1, 0, 0, 0, 0},
+        {4, 13, 64, 40, 7, 2, 0, MOE_EP_REDUCED, 0, 24, 0, 0, 0, 0, 1, 0, 4}, /* chunks */
+        {4, 13, 64, 40, 7, 2, 0, MOE_EP_GATHERED, 0, 24, 0, 8, 1, 0, 1, 0, 6},
+        {2, 30, 64, 40, 8, 3, 0, MOE_EP_GATHERED, 1, 0, 0, 0, 0, 0, 0, 0, 1},
+        {2, 30, 64, 40, 8, 3, 0, MOE_EP_REDUCED, 1, 0, 0, 0, 0, 0, 0, 0, 64},
     };
     for (size_t i = 0; i < sizeof list / sizeof list[0]; ++i) {
         lay_case c = list[i];
@@ -398,7 +407,7 @@ static void test_forward(void)
 /* What the layer does not carry, and what is missing, is refused by name; y stays as it was. */
 static void test_layer_refusals(void)
 {
-    const lay_case c = {2, 8, 64, 40, 6, 2, 0, MOE_EP_REDUCED, test_half(), 0, 0, 0, 0, 0, 0, 0};
+    const lay_case c = {2, 8, 64, 40, 6, 2, 0, MOE_EP_REDUCED, test_half(), 0, 0, 0, 0, 0, 0, 0, 0};
     static lay_job j;
     if (!lay_new(&j, &c, 390)) return;
     const moe_ep_layer_desc ok = j.rank[0].ep;
@@ -429,6 +438,9 @@ static void test_layer_refusals(void)
     LAY_REFUSED(d.layer.hidden = 60, MOE_ERR_MULTIPLE, hidden);
     LAY_REFUSED(d.layer.top_k = 7, MOE_ERR_RANGE, top_k);
     LAY_REFUSED(d.buffers.combine_form = 9, MOE_ERR_OPTION, combine_form);
+    LAY_REFUSED(d.buffers.dispatch_form = 9, MOE_ERR_OPTION, dispatch_form);
+    LAY_REFUSED(d.chunk_tokens = -1, MOE_ERR_RANGE, chunk_tokens);
+    LAY_REFUSED((d.chunk_tokens = 3, d.layer.num_tokens = 9), MOE_ERR_RANGE, num_tokens);
     LAY_REFUSED(d.buffers.hidden = 64, MOE_ERR_CONFLICT, buffers);
     LAY_REFUSED(d.buffers.num_scales = 1, MOE_ERR_CONFLICT, buffers);
     LAY_REFUSED(d.buffers.max_tokens = 4000, MOE_ERR_RANGE, region_bytes);
@@ -449,7 +461,8 @@ static void test_layer_graph(void)
     static lay_job j;
     for (int pair = 0; pair < 12; ++pair) {
         const int dispatch = MOE_EP_DEDUPLICATED + pair % 4, form = MOE_EP_REDUCED + pair / 4;
-        const lay_case c = {4, 10, 64, 40, 7, 2, dispatch, form, test_half(), 16, 0, 0, 0, 0, 1, 0};
+        const lay_case c = {4,  10, 64, 40, 7, 2, dispatch, form, test_half(),
+                            16, 0,  0,  0,  0, 1, 0,        0};
         trand q = trand_new(395);
         if (!test_long() && pair % 5 && pair != 3) continue; /* each form once */
         if (lay_new(&j, &c, 396)) {

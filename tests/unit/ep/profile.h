@@ -85,7 +85,7 @@ static void test_profile(void)
     static lay_job j;
     static moe_ep_profile_rank rank[TGROUP_MOST];
     for (int W = 1; W <= 4; W += W) {
-        const lay_case c = {W, 10, 64, 40, 7, 2, 0, 0, test_half(), 0, 0, 0, 0, 0, 1, 1};
+        const lay_case c = {W, 10, 64, 40, 7, 2, 0, 0, test_half(), 0, 0, 0, 0, 0, 1, 1, 0};
         moe_ep_profile_desc d;
         moe_ep_choice choice;
         int calls = 0;
