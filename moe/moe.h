@@ -10,6 +10,8 @@
 #include "block_layer/desc.h"
 #include "block_sparse/desc.h"
 #include "ep/desc.h"
+#include "ep/profile.h"
+#include "ep/survive.h"
 #include "faults.h"
 #include "fields.h"
 #include "gate/desc.h"

@@ -35,7 +35,8 @@
     X(block_layer)                                                                                 \
     X(peers)                                                                                       \
     X(ep_dispatch)                                                                                 \
-    X(ep_combine)
+    X(ep_combine)                                                                                  \
+    X(ep_incomplete)
 
 /* A station that the file does not include: nothing to load. */
 #define MOEI_PRELOAD_ABSENT(station)                                                               \

@@ -1,6 +1,7 @@
 /* test_ep_process.cu: moe/ep between processes with CUDA IPC: one process a rank, spread over the
-   GPUs that there are. Also ranks that are killed or stopped: the others end in time and name them.
-   On a GPU only.
+   GPUs that there are. Also ranks that are killed or stopped: the others end in time, name them, and
+   go on as a smaller group; the rank that was stopped, or a new process in place of the killed one,
+   joins again. On a GPU only.
 
      nvcc -I. -arch=sm_90a tests/unit/test_ep_process.cu -o test_ep_process
 
@@ -13,6 +14,7 @@
 #include <unistd.h>
 
 #include "moe/ep/combine.cuh"
+#include "moe/ep/survive.h"
 #include "tests/test.h"
 
 #if MOE_ON_HOST
@@ -30,12 +32,14 @@ int main(int argc, char** argv)
 
 enum { MOST = 8, TOKENS = 50, HIDDEN = 64, EXPERTS = 10, TOP_K = 3, ROUNDS = 5 };
 enum { NEVER, BEFORE_DISPATCH, BEFORE_COMBINE, IN_DISPATCH, IN_COMBINE }; /* when rank 1 goes */
-enum { KILLED, STOPPED };
+enum { KILLED, STOPPED, JOINS }; /* JOINS: a new process in place of rank 1 */
 
 /* What the ranks meet in. */
 typedef struct meeting {
     uint32_t came[16];
     char card[16][MOST][512];
+    uint32_t votes; /* bit r: rank r goes on */
+    uint32_t went;  /* ranks that have computed in the smaller group */
 } meeting;
 
 typedef struct member {
@@ -59,6 +63,21 @@ static int gather(void* context, const void* from, void* to, size_t bytes)
     }
     for (int r = 0; r < me->ranks; ++r)
         memcpy((char*)to + (size_t)r * bytes, me->m->card[round][r], bytes);
+    return 0;
+}
+
+/* moe_peers_agree: each rank that is left votes, and waits until all that it believes alive have. The
+   rank that is lost does not call it. */
+static int agree(void* context, const moe_peers_set* alive, moe_peers_set* agreed)
+{
+    member* me = (member*)context;
+    const time_t begun = time(0);
+    __sync_fetch_and_or(&me->m->votes, 1u << me->rank);
+    while ((__sync_fetch_and_or(&me->m->votes, 0u) & alive->bits[0]) != alive->bits[0]) {
+        if (time(0) - begun > 10) return 1;
+        usleep(50);
+    }
+    *agreed = *alive;
     return 0;
 }
 
@@ -90,7 +109,7 @@ static int32_t id_of(int rank, int round, int i)
 static void go(int how)
 {
     if (how == KILLED) raise(SIGKILL);
-    raise(SIGSTOP); /* until the parent kills this process */
+    raise(SIGSTOP); /* until the parent wakes this process */
 }
 
 /* Ends a child with a line of its own. */
@@ -105,150 +124,275 @@ static void go(int how)
         }                                                                                          \
     } while (0)
 
-/* One rank: exchanges in a row; in round 2 rank 1 goes. Returns 0 where all was as it should be. */
-static int child(int rank, int ranks, const char* path, int when, int how)
-{
-    const int fd = open(path, O_RDWR);
-    member me = {0, rank, ranks, 0};
-    int devices = 0;
-    uint64_t bytes, *fault;
-    void *region, *workspace;
-    uint16_t *x, *y, *rows, host[TOKENS * HIDDEN];
+/* One rank's arrays, which serve all its groups. */
+typedef struct state {
+    member me;
+    int rank; /* in the group of all */
+    cudaStream_t stream;
+    uint16_t *x, *y, host[TOKENS * HIDDEN];
     int32_t* ids;
+    uint64_t* fault;
+} state;
+
+/* A group of this rank's: of all ranks, of those that are left, of all again. */
+typedef struct party {
     moe_peers peers;
-    moe_peers_pair pair;
+    void *region, *workspace;
+    uint16_t* rows;
     moe_ep_dispatch_desc d;
     moe_ep_combine_desc c;
     moe_ep_view v;
+} party;
+
+static double now_ms(void)
+{
+    struct timespec t;
+    timespec_get(&t, TIME_UTC);
+    return (double)t.tv_sec * 1e3 + (double)t.tv_nsec * 1e-6;
+}
+
+/* Connects `ranks` ranks, of which this one is number me->rank, in new memory. offset, replica: of
+   moe_ep_shrink, or null; P: this rank's experts then. */
+static void connect(state* s, party* p, int ranks, const int32_t* offset,
+                    const moe_ep_expert* replica, int P)
+{
+    const int rank = s->rank;
+    moe_peers_pair pair;
+    uint64_t bytes;
     size_t work;
-    cudaStream_t stream;
-    me.m = (meeting*)mmap(0, sizeof(meeting), PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-    CHILD_CHECK(me.m != (meeting*)MAP_FAILED, "no shared memory");
-    CHILD_CHECK(cudaGetDeviceCount(&devices) == cudaSuccess && devices > 0, "no device");
-    TEST_CUDA(cudaSetDevice(rank * devices / ranks));
-    TEST_CUDA(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
-    memset(&d, 0, sizeof d);
-    d.buffers.max_tokens = TOKENS, d.buffers.hidden = HIDDEN;
-    d.buffers.num_experts = EXPERTS, d.buffers.top_k = TOP_K;
-    CHILD_CHECK(moe_ep_buffers_end(&d.buffers, ranks, &bytes) == MOE_OK, "buffers");
-    TEST_CUDA(cudaMalloc(&region, bytes));
-    TEST_CUDA(cudaMalloc((void**)&x, sizeof host));
-    TEST_CUDA(cudaMalloc((void**)&y, sizeof host));
-    TEST_CUDA(cudaMalloc((void**)&ids, TOKENS * TOP_K * 4));
-    TEST_CUDA(cudaMalloc((void**)&fault, 8));
-    TEST_CUDA(cudaMemset(fault, 0, 8));
-    CHILD_CHECK(moe_preload() == MOE_OK, "preload");
-    {
-        const moe_status s =
-            moe_peers_create_ipc(&peers, rank, ranks, 0, region, bytes, gather, &me, &pair);
-        char text[MOE_STATUS_TEXT];
-        CHILD_CHECK(s == MOE_OK, "%s: rank %d, rank %d", moe_status_describe(s, text), pair.from,
-                    pair.to);
+    moe_status e;
+    char text[MOE_STATUS_TEXT];
+    memset(p, 0, sizeof *p);
+    p->d.buffers.max_tokens = TOKENS, p->d.buffers.hidden = HIDDEN;
+    p->d.buffers.num_experts = EXPERTS, p->d.buffers.top_k = TOP_K;
+    p->d.buffers.max_rows = (int64_t)ranks * TOKENS * TOP_K;
+    CHILD_CHECK(moe_ep_buffers_end(&p->d.buffers, ranks, &bytes) == MOE_OK, "buffers");
+    TEST_CUDA(cudaMalloc(&p->region, bytes));
+    e = moe_peers_create_ipc(&p->peers, s->me.rank, ranks, 0, p->region, bytes, gather, &s->me,
+                             &pair);
+    CHILD_CHECK(e == MOE_OK, "%s: rank %d, rank %d", moe_status_describe(e, text), pair.from,
+                pair.to);
+    p->peers.timeout_ns = 300000000;
+    if (offset) {
+        int32_t choice_offset[EXPERTS + 1], *d_offset;
+        moe_ep_expert choice[EXPERTS], *d_choice;
+        CHILD_CHECK(moe_ep_choose(p->peers.id, ranks, s->me.rank, offset, replica, EXPERTS,
+                                  choice_offset, choice) == MOE_OK,
+                    "replicas");
+        TEST_CUDA(cudaMalloc((void**)&d_offset, sizeof choice_offset));
+        TEST_CUDA(cudaMalloc((void**)&d_choice, sizeof choice));
+        TEST_CUDA(
+            cudaMemcpy(d_offset, choice_offset, sizeof choice_offset, cudaMemcpyHostToDevice));
+        TEST_CUDA(cudaMemcpy(d_choice, choice, sizeof choice, cudaMemcpyHostToDevice));
+        p->d.replica_offset = d_offset, p->d.replica = d_choice, p->d.num_local = P;
     }
-    CHILD_CHECK(peers.ranks_on_device == (ranks + devices - 1) / devices || ranks % devices,
-                "%d ranks on this device", peers.ranks_on_device);
-    peers.timeout_ns = 300000000;
-    for (int i = 0; i < TOKENS * HIDDEN; ++i) moe_store(host, i, MOE_BF16, (float)(i % 3 - 1));
-    TEST_CUDA(cudaMemcpy(x, host, sizeof host, cudaMemcpyHostToDevice));
-    TEST_CUDA(cudaDeviceSynchronize()); /* a copy may end after the call */
-    d.peers = &peers, d.x = x, d.ids = ids, d.fault = fault, d.num_tokens = TOKENS, d.tag = 3;
-    CHILD_CHECK(moe_ep_dispatch_workspace(&d, &work) == MOE_OK, "workspace");
-    TEST_CUDA(cudaMalloc(&workspace, work));
-    d.workspace = workspace, d.workspace_bytes = work;
-    CHILD_CHECK(moe_ep_dispatch_get_view(&d, &v) == MOE_OK, "view");
-    TEST_CUDA(cudaMalloc((void**)&rows, (size_t)v.num_rows * HIDDEN * 2));
-    memset(&c, 0, sizeof c);
-    c.dispatch = &d, c.rows = rows, c.y = y, c.tag = 3;
-    for (int round = 0; round < ROUNDS; ++round) {
-        const int goes = rank == 1 && when != NEVER && round == 2;
-        int32_t list[TOKENS * TOP_K];
-        scale_args s = {
-            (const uint16_t*)v.recv_x,          v.row_slot, v.expert_offset, rows, fault,
-            moe_ep_first(rank, EXPERTS, ranks), v.num_local};
-        moe_launch_config l = moe_grid(8, HIDDEN, 0, stream);
-        struct timespec t0, t1;
-        uint64_t word;
-        for (int i = 0; i < TOKENS * TOP_K; ++i) list[i] = id_of(rank, round, i);
-        TEST_CUDA(cudaMemcpy(ids, list, sizeof list, cudaMemcpyHostToDevice));
-        TEST_CUDA(cudaDeviceSynchronize());
-        if (goes && when == BEFORE_DISPATCH) go(how);
-        timespec_get(&t0, TIME_UTC);
-        CHILD_CHECK(moe_ep_dispatch(&d, stream) == MOE_OK, "dispatch");
-        if (goes && when == IN_DISPATCH) go(how); /* its kernels may be running */
-        CHILD_CHECK(MOE_LAUNCH(scale_rows, l, s) == MOE_OK, "rows");
-        if (goes && when == BEFORE_COMBINE) {
-            TEST_CUDA(cudaStreamSynchronize(stream));
-            go(how);
-        }
-        CHILD_CHECK(moe_ep_combine(&c, stream) == MOE_OK, "combine");
-        if (goes && when == IN_COMBINE) go(how);
-        TEST_CUDA(cudaStreamSynchronize(stream));
-        timespec_get(&t1, TIME_UTC);
-        TEST_CUDA(cudaMemcpy(&word, fault, 8, cudaMemcpyDeviceToHost));
-        if (word) { /* the rank that is gone, in time; and this process and its memory still work */
-            const moe_peers_late late = moe_peers_late_decode(word);
-            const double ms =
-                (double)(t1.tv_sec - t0.tv_sec) * 1e3 + (double)(t1.tv_nsec - t0.tv_nsec) * 1e-6;
-            CHILD_CHECK(when != NEVER && round >= 2, "round %d: a fault, %llx", round,
-                        (unsigned long long)word);
-            CHILD_CHECK(late.late == 1 && late.tag == 3, "late %d, phase %d, tag %d", late.late,
-                        late.phase, late.tag);
-            CHILD_CHECK(when > BEFORE_COMBINE ||
-                            late.phase == (when == BEFORE_DISPATCH ? MOE_PHASE_DISPATCH
-                                                                   : MOE_PHASE_COMBINE),
-                        "phase %d", late.phase);
-            CHILD_CHECK(ms < 300 + 700, "%.0f ms", ms);
-            TEST_CUDA(cudaMemcpy(y, host, sizeof host, cudaMemcpyHostToDevice));
-            TEST_CUDA(cudaDeviceSynchronize());
-            return 0;
-        }
-        TEST_CUDA(cudaMemcpy(host, y, sizeof host, cudaMemcpyDeviceToHost));
-        for (int i = 0; i < TOKENS * HIDDEN; ++i) {
-            const int t = i / HIDDEN;
-            int sum = 0;
-            for (int k = 0; k < TOP_K; ++k) sum += list[t * TOP_K + k] + 1;
-            CHILD_CHECK(moe_load(host, i, MOE_BF16) == (float)((i % 3 - 1) * sum),
-                        "round %d, token %d: %g", round, t, moe_load(host, i, MOE_BF16));
-        }
+    p->d.peers = &p->peers, p->d.x = s->x, p->d.ids = s->ids, p->d.fault = s->fault;
+    p->d.num_tokens = TOKENS, p->d.tag = 3;
+    CHILD_CHECK(moe_ep_dispatch_workspace(&p->d, &work) == MOE_OK, "workspace");
+    TEST_CUDA(cudaMalloc(&p->workspace, work));
+    p->d.workspace = p->workspace, p->d.workspace_bytes = work;
+    CHILD_CHECK(moe_ep_dispatch_get_view(&p->d, &p->v) == MOE_OK, "view");
+    TEST_CUDA(cudaMalloc((void**)&p->rows, (size_t)p->v.num_rows * HIDDEN * 2));
+    p->c.dispatch = &p->d, p->c.rows = p->rows, p->c.y = s->y, p->c.tag = 3;
+    TEST_CUDA(cudaDeviceSynchronize());
+}
+
+/* One exchange in a group, and its check. Ids are those of `round`, but no expert of `without`, as
+   from a gate that has it disabled. goes: when this rank goes, NEVER or how. Returns the fault
+   word; the milliseconds from the call on to *ms. */
+static uint64_t exchange(state* s, party* p, int round, const uint8_t* without, int goes, int how,
+                         double* ms)
+{
+    const int rank = s->rank;
+    int32_t list[TOKENS * TOP_K];
+    scale_args a = {(const uint16_t*)p->v.recv_x,
+                    p->v.row_slot,
+                    p->v.expert_offset,
+                    p->rows,
+                    s->fault,
+                    moe_ep_first(s->rank, EXPERTS, s->me.ranks),
+                    p->v.num_local};
+    moe_launch_config l = moe_grid(8, HIDDEN, 0, s->stream);
+    uint64_t word;
+    double begun;
+    for (int i = 0; i < TOKENS * TOP_K; ++i) {
+        list[i] = id_of(rank, round, i);
+        while (without && without[list[i]]) list[i] = (list[i] + 1) % EXPERTS;
     }
-    CHILD_CHECK(when == NEVER, "rank 1 went and nothing showed");
-    CHILD_CHECK(!gather(&me, &rank, host, 4), "the last meeting"); /* nobody frees too early */
-    CHILD_CHECK(moe_peers_close_ipc(&peers) == MOE_OK, "close");
-    CHILD_CHECK(!gather(&me, &rank, host, 4), "closed");
-    TEST_CUDA(cudaFree(region));
+    TEST_CUDA(cudaMemcpy(s->ids, list, sizeof list, cudaMemcpyHostToDevice));
+    TEST_CUDA(cudaDeviceSynchronize());
+    if (goes == BEFORE_DISPATCH) go(how);
+    begun = now_ms();
+    CHILD_CHECK(moe_ep_dispatch(&p->d, s->stream) == MOE_OK, "dispatch");
+    if (goes == IN_DISPATCH) go(how); /* its kernels may be running */
+    CHILD_CHECK(MOE_LAUNCH(scale_rows, l, a) == MOE_OK, "rows");
+    if (goes == BEFORE_COMBINE) {
+        TEST_CUDA(cudaStreamSynchronize(s->stream));
+        go(how);
+    }
+    CHILD_CHECK(moe_ep_combine(&p->c, s->stream) == MOE_OK, "combine");
+    if (goes == IN_COMBINE) go(how);
+    TEST_CUDA(cudaStreamSynchronize(s->stream));
+    *ms = now_ms() - begun;
+    TEST_CUDA(cudaMemcpy(&word, s->fault, 8, cudaMemcpyDeviceToHost));
+    if (word) return word;
+    TEST_CUDA(cudaMemcpy(s->host, s->y, sizeof s->host, cudaMemcpyDeviceToHost));
+    for (int i = 0; i < TOKENS * HIDDEN; ++i) {
+        const int t = i / HIDDEN;
+        int sum = 0;
+        for (int k = 0; k < TOP_K; ++k) sum += list[t * TOP_K + k] + 1;
+        CHILD_CHECK(moe_load(s->host, i, MOE_BF16) == (float)((i % 3 - 1) * sum),
+                    "round %d, token %d: %g", round, t, moe_load(s->host, i, MOE_BF16));
+    }
     return 0;
 }
 
-/* Starts `ranks` children and waits; rank 1 goes at `when`. */
+/* Goes on without the late rank: agreement, a new group, an exchange. Returns the milliseconds. */
+static double go_on(state* s, const party* old, party* p, uint64_t word)
+{
+    const int rank = s->rank, all = s->me.ranks;
+    const double begun = now_ms();
+    moe_peers_survivors left;
+    int32_t offset[EXPERTS + 1];
+    moe_ep_expert replica[EXPERTS];
+    uint8_t disabled[EXPERTS];
+    double ms;
+    CHILD_CHECK(moe_peers_survive(&old->peers, word, agree, &s->me, &left) == MOE_OK, "survive");
+    CHILD_CHECK(left.num_ranks == all - 1 && left.new_rank[1] == -1, "%d left", left.num_ranks);
+    CHILD_CHECK(moe_ep_shrink(&left, all, 0, 0, EXPERTS, offset, replica, disabled) == MOE_OK,
+                "shrink");
+    TEST_CUDA(cudaMemset(s->fault, 0, 8));
+    s->me.rank = left.rank, s->me.ranks = left.num_ranks, s->me.round = 4;
+    connect(s, p, left.num_ranks, offset, replica, moe_ep_owned(rank, EXPERTS, all));
+    s->me.ranks = all; /* experts are numbered as before */
+    word = exchange(s, p, 7, disabled, NEVER, 0, &ms);
+    CHILD_CHECK(word == 0, "a fault in the smaller group, %llx", (unsigned long long)word);
+    ms = now_ms() - begun;
+    s->me.rank = rank;
+    __sync_fetch_and_add(&s->me.m->went, 1u);
+    return ms;
+}
+
+/* One rank: exchanges in a row; in round 2 rank 1 goes; the others go on, then all together again.
+   Returns 0 where all was as it should be. */
+static int child(int rank, int ranks, const char* path, int when, int how)
+{
+    static state s;
+    static party all, few, again;
+    const int fd = open(path, O_RDWR);
+    int devices = 0;
+    double ms, after = 0;
+    s.rank = s.me.rank = rank, s.me.ranks = ranks;
+    s.me.m = (meeting*)mmap(0, sizeof(meeting), PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    CHILD_CHECK(s.me.m != (meeting*)MAP_FAILED, "no shared memory");
+    CHILD_CHECK(cudaGetDeviceCount(&devices) == cudaSuccess && devices > 0, "no device");
+    TEST_CUDA(cudaSetDevice(rank * devices / ranks));
+    TEST_CUDA(cudaStreamCreateWithFlags(&s.stream, cudaStreamNonBlocking));
+    TEST_CUDA(cudaMalloc((void**)&s.x, sizeof s.host));
+    TEST_CUDA(cudaMalloc((void**)&s.y, sizeof s.host));
+    TEST_CUDA(cudaMalloc((void**)&s.ids, TOKENS * TOP_K * 4));
+    TEST_CUDA(cudaMalloc((void**)&s.fault, 8));
+    TEST_CUDA(cudaMemset(s.fault, 0, 8));
+    CHILD_CHECK(moe_preload() == MOE_OK, "preload");
+    for (int i = 0; i < TOKENS * HIDDEN; ++i) moe_store(s.host, i, MOE_BF16, (float)(i % 3 - 1));
+    TEST_CUDA(cudaMemcpy(s.x, s.host, sizeof s.host, cudaMemcpyHostToDevice));
+    TEST_CUDA(cudaDeviceSynchronize()); /* a copy may end after the call */
+    if (how != JOINS) {
+        uint64_t word = 0;
+        connect(&s, &all, ranks, 0, 0, 0);
+        CHILD_CHECK(all.peers.ranks_on_device == (ranks + devices - 1) / devices || ranks % devices,
+                    "%d ranks on this device", all.peers.ranks_on_device);
+        for (int round = 0; round < ROUNDS && !word; ++round) {
+            const int goes = rank == 1 && round == 2 ? when : NEVER;
+            word = exchange(&s, &all, round, 0, goes, how, &ms);
+            CHILD_CHECK(!word || (when != NEVER && round >= 2), "round %d: a fault, %llx", round,
+                        (unsigned long long)word);
+        }
+        CHILD_CHECK(!word == (when == NEVER), "rank 1 went and nothing showed");
+        if (word) { /* the rank that is gone, in time; this process and its memory still work */
+            const moe_peers_late late = moe_peers_late_decode(word);
+            CHILD_CHECK(late.late == 1 && late.tag == 3, "late %d, phase %d, tag %d", late.late,
+                        late.phase, late.tag);
+            CHILD_CHECK(rank == 1 || when > BEFORE_COMBINE ||
+                            late.phase ==
+                                (when == BEFORE_DISPATCH ? MOE_PHASE_DISPATCH : MOE_PHASE_COMBINE),
+                        "phase %d", late.phase);
+            CHILD_CHECK(rank == 1 || ms < 300 + 700, "%.0f ms", ms);
+            if (rank != 1) after = go_on(&s, &all, &few, word);
+        }
+    }
+    if (when != NEVER) { /* all ranks again */
+        uint64_t word;
+        TEST_CUDA(cudaMemset(s.fault, 0, 8));
+        s.me.round = 8;
+        connect(&s, &again, ranks, 0, 0, 0);
+        for (int round = 0; round < 3; ++round) {
+            word = exchange(&s, &again, round, 0, NEVER, 0, &ms);
+            CHILD_CHECK(word == 0, "joined again: a fault, %llx", (unsigned long long)word);
+        }
+        if (rank == 0)
+            printf("  %d ranks: goes on %.0f ms after the wait was over\n", ranks - 1, after);
+    }
+    s.me.round = 12;
+    CHILD_CHECK(!gather(&s.me, &rank, s.host, 4), "the last meeting"); /* nobody frees too early */
+    if (all.region) CHILD_CHECK(moe_peers_close_ipc(&all.peers) == MOE_OK, "close");
+    if (few.region) CHILD_CHECK(moe_peers_close_ipc(&few.peers) == MOE_OK, "close");
+    if (again.region) CHILD_CHECK(moe_peers_close_ipc(&again.peers) == MOE_OK, "close");
+    CHILD_CHECK(!gather(&s.me, &rank, s.host, 4), "closed");
+    TEST_CUDA(cudaFree(all.region));
+    TEST_CUDA(cudaFree(few.region));
+    TEST_CUDA(cudaFree(again.region));
+    return 0;
+}
+
+/* Starts a child. */
+static pid_t start(int rank, int ranks, const char* path, int when, int how)
+{
+    const pid_t pid = vfork();
+    if (pid == 0) {
+        char number[4][12];
+        const int value[4] = {rank, ranks, when, how};
+        for (int i = 0; i < 4; ++i) snprintf(number[i], sizeof number[i], "%d", value[i]);
+        execl("/proc/self/exe", test_now.argv[0], "--child", number[0], number[1], path, number[2],
+              number[3], (char*)0);
+        _exit(9);
+    }
+    return pid;
+}
+
+/* Starts `ranks` children and waits; rank 1 goes at `when`, and comes back when the others have gone
+   on. */
 static void processes(int ranks, int when, int how)
 {
     char path[] = "/dev/shm/moe_ep_XXXXXX";
     const int fd = mkstemp(path);
+    const meeting* m;
     pid_t pid[MOST];
     if (!CHECK(fd >= 0 && ftruncate(fd, sizeof(meeting)) == 0, "no shared memory")) return;
+    m = (const meeting*)mmap(0, sizeof(meeting), PROT_READ, MAP_SHARED, fd, 0);
+    if (!CHECK(m != (const meeting*)MAP_FAILED, "no shared memory")) return;
     fflush(stdout);
-    for (int r = 0; r < ranks; ++r) {
-        pid[r] = vfork();
-        if (pid[r] == 0) {
-            char number[4][12];
-            const int value[4] = {r, ranks, when, how};
-            for (int i = 0; i < 4; ++i) snprintf(number[i], sizeof number[i], "%d", value[i]);
-            execl("/proc/self/exe", test_now.argv[0], "--child", number[0], number[1], path,
-                  number[2], number[3], (char*)0);
-            _exit(9);
+    for (int r = 0; r < ranks; ++r) pid[r] = start(r, ranks, path, when, how);
+    if (when != NEVER) {
+        for (int i = 0; i < 60000 && *(const volatile uint32_t*)&m->went < (uint32_t)ranks - 1; ++i)
+            usleep(1000);
+        CHECK(m->went == (uint32_t)ranks - 1, "%u ranks went on", m->went);
+        if (how == STOPPED) {
+            kill(pid[1], SIGCONT);
+        } else {
+            int status = 0;
+            waitpid(pid[1], &status, 0);
+            CHECK(WIFSIGNALED(status) && WTERMSIG(status) == SIGKILL, "status %x", status);
+            pid[1] = start(1, ranks, path, when, JOINS);
         }
     }
     for (int r = ranks - 1; r >= 0; --r) {
         int status = 0;
-        if (r == 1 && when != NEVER) continue;
         waitpid(pid[r], &status, 0);
         CHECK(WIFEXITED(status) && WEXITSTATUS(status) == 0,
               "%d ranks, rank 1 goes at %d (%d): rank %d: status %x", ranks, when, how, r, status);
     }
-    if (when != NEVER) {
-        kill(pid[1], SIGKILL);
-        waitpid(pid[1], 0, 0);
-    }
+    munmap((void*)m, sizeof(meeting));
     close(fd);
     unlink(path);
 }
