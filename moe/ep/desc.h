@@ -25,8 +25,8 @@
    One set of buffers serves any number of layers and steps of equal sizes (this whole struct),
    where dispatch and combine alternate: their barriers keep the next call from overtaking. Layers
    of other sizes need another set: at the same place its buffers would overlap these. Two
-   dispatches before the first one's combine (chunks, or a backward pass that still reads recv_x)
-   need two sets, at different region_offset and channel. */
+   dispatches before the first one's combine (micro-batches, or a backward pass that still reads
+   recv_x) need two sets, at different region_offset and channel. */
 #ifndef MOE_EP_DESC_H
 #define MOE_EP_DESC_H
 

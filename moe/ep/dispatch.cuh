@@ -1,14 +1,22 @@
-/* dispatch.cuh: sends tokens to the ranks that have their experts, each token once per rank, and
-   sorts what was received by expert.
+/* dispatch.cuh: sends tokens to the ranks that have their experts, and sorts what was received by
+   expert. Three forms (buffers.dispatch_form); the rows in expert order, and all results, are the
+   same in each:
 
+   MOE_EP_DEDUPLICATED   each token goes once to each rank that has an expert of it
      received row j of sender s:  recv_x[s C + j, :] = x of sender s [recv_token[s C + j], :]
        for the sender's tokens, in order, that chose an expert of this rank
-     recv_ids[s C + j, k] = this rank's expert of slot k, -1 where slot k is another rank's
-     rows in expert order: route.cuh on recv_ids: expert_offset, row_slot, recv_place
+   MOE_EP_ALL_GATHER     each token goes to every rank: j is the token's number. Copy engines can
+                         move the rows, on a side stream: MOE_EP_ALL_GATHER_COPY
+   MOE_EP_ALL_TO_ALL     a row for each slot, in the owner's expert order:
+     recv_x[row, :] = x of the row's token,  row = recv_place of the slot
+
+   recv_ids[s C + j, k] = this rank's expert of slot k, -1 where slot k is another rank's
+   rows in expert order: route.cuh on recv_ids: expert_offset, row_slot, recv_place
 
    In:   x [T, H], ids [T, K] and weights [T, K] of this rank's tokens
    Out:  the buffers of desc.h: recv_* in this rank's region, the row maps in the workspace.
-         experts.cuh runs on them: x = recv_x, row_slot, expert_offset, top_k = K, num_rows.
+         experts.cuh runs on them: x = recv_x, expert_offset, top_k = K, num_rows; and row_slot, but
+         null with MOE_EP_ALL_TO_ALL (view.in_order).
 
    T may differ from rank to rank, and be 0. All ranks call it, with the same buffers (desc.h). An
    id of -1 is no slot; a wrong id counts as -1 and sets BAD_ID. Nothing is exchanged with the host,
@@ -19,15 +27,18 @@
    give the same positions. The second descriptor has the first one's ids and workspace, and other
    buffers (another region_offset and channel); its parts MOE_EP_SEND and MOE_EP_RECEIVE run, with
    MOE_EP_GATHERED also MOE_EP_ANSWER. The row maps of the first dispatch stay valid.
-   A chunk of tokens is a dispatch of its own: pointers to its first token, its num_tokens.
+   A micro-batch is a dispatch of its own: pointers to its first token, its num_tokens.
 
-   Bytes that leave this GPU: (H b + 8 K + 4 S + 4) for each token and other rank that it goes to,
-   and with MOE_EP_GATHERED 8 for each slot received from other ranks. With balanced, distinct
-   choices a token goes to W (1 - C(E - E / W, K) / C(E, K)) ranks, its own included.
+   Bytes that leave this GPU: rows of H b + 4 S, and 8 K + 4 for each token and rank that it goes to.
+   Rows: of the T tokens, with balanced and distinct choices, W (1 - C(E - E / W, K) / C(E, K))
+   each, this rank's own part included; all-gather W - 1; all-to-all one a slot of another rank. And
+   8 for each slot received from other ranks where homes must know the rows: with MOE_EP_ALL_TO_ALL
+   or MOE_EP_GATHERED.
    Cost: 2 launches, 3 where the buffers have room for more than 8192 received slots (W C K); 1 more
-   past 1024 tokens, 1 more with MOE_EP_GATHERED. Pushes 16-byte vectors where x is aligned. Ids,
-   weights and counts go first, and the row maps are made while the rows travel. The launches that
-   make the maps wait for peers, one warp a thread block (signal.cuh). Minimum architecture: sm_75.
+   past 1024 tokens (not all-gather), 1 more with MOE_EP_GATHERED, 2 more with MOE_EP_ALL_TO_ALL,
+   which also waits for all ranks once more. Pushes 16-byte vectors where x is aligned. Ids, weights
+   and counts go first, and the row maps are made while the rows travel. The launches that make the
+   maps wait for peers, one warp a thread block (signal.cuh). Minimum architecture: sm_75.
 
      moe_ep_dispatch_desc d = {0};
      d.peers = &peers;  d.x = x;  d.ids = ids;  d.weights = weights;  d.num_tokens = T;
@@ -38,8 +49,8 @@
      moe_ep_dispatch_workspace(&d, &bytes);  d.workspace = ...;  d.workspace_bytes = bytes;
      moe_status s = moe_ep_dispatch(&d, stream);
 
-   Source: rank-deduplicated dispatch, as in SonicMoE's expert parallelism and DeepEP; here as plain
-   stores to peer addresses, with positions that need no exchange of counts. */
+   Source: the three dispatches of SonicMoE's expert parallelism, the first one as in DeepEP too; here
+   as plain stores to peer addresses, with positions that need no exchange of counts. */
 #ifndef MOE_EP_DISPATCH_CUH
 #define MOE_EP_DISPATCH_CUH
 

@@ -23,12 +23,14 @@
    graph of it can be replayed with other inputs. All ranks call it alike (but for T), in the same
    order as other exchanges of the same buffers.
 
-   Cost: the launches of the stations; with chunk_tokens those of the exchange and the experts once a
-   chunk, and for each chunk but the first the host prepares them when it queues them. Nothing is kept for a backward pass. Memory of a rank: its
-   own experts' weights; the region (desc.h); the workspace:
+   Cost: the launches of the stations. With microbatch_tokens the exchange and the experts run once a
+   micro-batch, and the host prepares each but the first when it queues it; replicas take turns within
+   one. Nothing is kept for a backward pass. Memory of a rank: its own experts' weights; the region
+   (desc.h); the workspace:
      the gate's and the shared expert's buffers, as in layer.cuh, of T tokens
      the dispatch's workspace (dispatch.cuh)
      max_rows I 2  act,   and but for MOE_EP_GATHERED  max_rows H r  rows
+   With microbatch_tokens the last two lines and the region are of one micro-batch.
 
      moe_ep_layer_desc e = {0};
      e.layer.x = x;  e.layer.router = router;  e.layer.w1.base = w1;  e.layer.w2.base = w2;
@@ -55,7 +57,7 @@ typedef struct moe_ep_layer_desc {
     /* 0: all tokens are exchanged at once. Else router and gate see all of them, then so many tokens
        at a time are dispatched, computed and combined: region and workspace have room for these
        alone. The same on all ranks */
-    int32_t chunk_tokens;
+    int32_t microbatch_tokens;
     void *side_stream, *side_event[2]; /* as in moe_ep_dispatch_desc, like the next */
     moe_ep_counters* counters;
     /* the same on all ranks. What `layer` has is 0 here: hidden, num_experts, top_k, dtype,
@@ -103,8 +105,9 @@ typedef struct moei_ep_layer {
 MOE_HOST moe_status moei_ep_layer_buffers(const moe_ep_layer_desc* d, moe_ep_buffers* b)
 {
     *b = d->buffers;
-    MOE_REQUIRE(d->chunk_tokens >= 0, MOE_ERR_RANGE, chunk_tokens);
-    if (d->chunk_tokens && d->chunk_tokens < b->max_tokens) b->max_tokens = d->chunk_tokens;
+    MOE_REQUIRE(d->microbatch_tokens >= 0, MOE_ERR_RANGE, microbatch_tokens);
+    if (d->microbatch_tokens && d->microbatch_tokens < b->max_tokens)
+        b->max_tokens = d->microbatch_tokens;
     MOE_REQUIRE(!b->hidden && !b->num_experts && !b->top_k && !b->dtype && !b->rows_dtype &&
                     !b->row_multiple && !b->num_scales,
                 MOE_ERR_CONFLICT, buffers);
@@ -169,7 +172,7 @@ MOE_HOST moe_status moei_ep_layer_resolve(const moe_ep_layer_desc* d, char* base
     e->dispatch.side_event[0] = d->side_event[0], e->dispatch.side_event[1] = d->side_event[1];
     MOE_TRY(moei_ep_layer_buffers(d, &e->dispatch.buffers));
     MOE_REQUIRE(d->layer.num_tokens <= d->buffers.max_tokens, MOE_ERR_RANGE, num_tokens);
-    e->dispatch.num_tokens = d->layer.num_tokens; /* of the first chunk */
+    e->dispatch.num_tokens = d->layer.num_tokens; /* of the first micro-batch */
     if (d->layer.num_tokens > e->dispatch.buffers.max_tokens)
         e->dispatch.num_tokens = e->dispatch.buffers.max_tokens;
     memset(&args, 0, sizeof args);
@@ -244,12 +247,12 @@ MOE_HOST moe_status moe_ep_layer_get_view(const moe_ep_layer_desc* desc, moe_lay
 /* A prepared layer: all but its stream, for the device that was current. */
 typedef struct moe_ep_layer_prepared {
     moe_layer_prepared home; /* router, gate, experts, shared; route and combine are empty */
-    moe_ep_dispatch_prepared dispatch; /* of the first chunk, like the next */
+    moe_ep_dispatch_prepared dispatch; /* of the first micro-batch, like the next */
     moe_ep_combine_prepared combine;
-    /* from which the other chunks are prepared when they run */
+    /* from which the other micro-batches are prepared when they run */
     moe_ep_dispatch_desc first_dispatch;
     moe_ep_combine_desc first_combine;
-    int32_t num_tokens, num_chunks; /* of this rank; of every rank */
+    int32_t num_tokens, num_microbatches; /* of this rank; of every rank */
 } moe_ep_layer_prepared;
 
 /* Fills in *p, which is empty. */
@@ -276,9 +279,9 @@ MOE_HOST moe_status moei_ep_layer_prepare(const moe_ep_layer_desc* desc, moe_ep_
     p->first_dispatch = e.dispatch;
     p->first_combine = e.combine;
     p->num_tokens = desc->layer.num_tokens;
-    p->num_chunks = 1;
+    p->num_microbatches = 1;
     if (e.dispatch.buffers.max_tokens > 0)
-        p->num_chunks = (desc->buffers.max_tokens - 1) / e.dispatch.buffers.max_tokens + 1;
+        p->num_microbatches = (desc->buffers.max_tokens - 1) / e.dispatch.buffers.max_tokens + 1;
     return MOE_OK;
 }
 
@@ -289,14 +292,14 @@ MOE_HOST const void* moei_ep_layer_at(const void* p, int at, int64_t stride, int
     return p ? (const char*)p + at * (stride ? stride : width) * moe_dtype_bytes(dtype) : 0;
 }
 
-/* Queues the exchange and the experts of chunk number `chunk`, 1 or more. */
-MOE_HOST moe_status moei_ep_layer_run_chunk(const moe_ep_layer_prepared* p, int chunk,
-                                            cudaStream_t stream)
+/* Queues the exchange and the experts of micro-batch number `batch`, 1 or more. */
+MOE_HOST moe_status moei_ep_layer_run_microbatch(const moe_ep_layer_prepared* p, int batch,
+                                                 cudaStream_t stream)
 {
     moe_ep_dispatch_desc d = p->first_dispatch;
     moe_ep_combine_desc c = p->first_combine;
     const moe_ep_buffers* b = &d.buffers;
-    const int64_t begin = (int64_t)chunk * b->max_tokens;
+    const int64_t begin = (int64_t)batch * b->max_tokens;
     const int at = begin < p->num_tokens ? (int)begin : p->num_tokens, left = p->num_tokens - at;
     const int dtype = b->dtype ? b->dtype : MOE_BF16;
     const int rows_dtype = b->rows_dtype ? b->rows_dtype : dtype;
@@ -353,13 +356,13 @@ MOE_HOST moe_status moei_ep_layer_run_part(const moe_ep_layer_prepared* p, int p
 
 /* Queues one part of a prepared layer on `stream`; `part` is a moe_ep_layer_part. For timing, or
    for work of the caller's between two parts. All parts in order give what moe_ep_layer_run gives;
-   none of send, route, receive and combine is queued alone. Errors: chunk_tokens
-   (MOE_ERR_CONFLICT): a layer of several chunks has no parts. */
+   none of send, route, receive and combine is queued alone. Errors: microbatch_tokens
+   (MOE_ERR_CONFLICT): a layer of several micro-batches has no parts. */
 MOE_HOST moe_status moe_ep_layer_run_part(const moe_ep_layer_prepared* p, int part,
                                           cudaStream_t stream)
 {
     MOE_REQUIRE(p, MOE_ERR_NULL, desc);
-    MOE_REQUIRE(p->num_chunks <= 1, MOE_ERR_CONFLICT, chunk_tokens);
+    MOE_REQUIRE(p->num_microbatches <= 1, MOE_ERR_CONFLICT, microbatch_tokens);
     return moei_ep_layer_run_part(p, part, 0, stream);
 }
 
@@ -381,8 +384,8 @@ MOE_HOST moe_status moe_ep_layer_run(const moe_ep_layer_prepared* p, cudaStream_
     }
     for (int part = MOE_EP_LAYER_UP; part < MOE_EP_LAYER_PARTS; ++part)
         MOE_TRY(moei_ep_layer_run_part(p, part, 1, stream));
-    for (int chunk = 1; chunk < p->num_chunks; ++chunk)
-        MOE_TRY(moei_ep_layer_run_chunk(p, chunk, stream));
+    for (int batch = 1; batch < p->num_microbatches; ++batch)
+        MOE_TRY(moei_ep_layer_run_microbatch(p, batch, stream));
     return MOE_OK;
 }
 

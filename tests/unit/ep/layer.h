@@ -19,8 +19,8 @@ typedef struct lay_case {
     int from_ids; /* 1: ids and weights are given */
     int parts;    /* 1: part by part */
     int bias;
-    int profile; /* 1: room for every form, and counters */
-    int chunk;   /* chunk_tokens */
+    int profile;    /* 1: room for every form, and counters */
+    int microbatch; /* microbatch_tokens */
 } lay_case;
 
 typedef struct lay_rank {
@@ -176,7 +176,7 @@ static int lay_put(lay_job* j, int rank, trand* q)
     r->ep.side_event[0] = j->g.side_event[rank][0];
     r->ep.side_event[1] = j->g.side_event[rank][1];
     r->ep.buffers.max_tokens = c->T;
-    r->ep.chunk_tokens = c->chunk;
+    r->ep.microbatch_tokens = c->microbatch;
     r->ep.tag = 5;
     if (c->replicas) {
         int32_t* offset = (int32_t*)test_host((c->E + 1) * 4);
@@ -222,7 +222,7 @@ static int lay_new(lay_job* j, const lay_case* c, uint64_t salt)
     d.layer.dtype = c->dtype;
     d.buffers.dispatch_form = c->dispatch, d.buffers.combine_form = c->form;
     d.buffers.max_tokens = c->T;
-    d.chunk_tokens = c->chunk;
+    d.microbatch_tokens = c->microbatch;
     d.layer.route.row_multiple = c->row_multiple;
     d.replica_offset = c->replicas ? (const int32_t*)TEST_FAR : 0;
     if (!CHECK_STATUS(c->profile ? moe_ep_profile_region(&d, c->W, &bytes)
@@ -387,7 +387,7 @@ static void test_forward(void)
          0}, /* replicas, padded rows */
         {8, 8, 64, 40, 16, 4, 0, MOE_EP_GATHERED, 0, 0, 0, 0, 1, 0, 0, 0, 0},
         {8, 8, 64, 40, 16, 4, 0, MOE_EP_REDUCED, 0, 0, 0, 8, 1, 0, 0, 0, 0},
-        {4, 13, 64, 40, 7, 2, 0, MOE_EP_REDUCED, 0, 24, 0, 0, 0, 0, 1, 0, 4}, /* chunks */
+        {4, 13, 64, 40, 7, 2, 0, MOE_EP_REDUCED, 0, 24, 0, 0, 0, 0, 1, 0, 4}, /* micro-batches */
         {4, 13, 64, 40, 7, 2, 0, MOE_EP_GATHERED, 0, 24, 0, 8, 1, 0, 1, 0, 6},
         {2, 30, 64, 40, 8, 3, 0, MOE_EP_GATHERED, 1, 0, 0, 0, 0, 0, 0, 0, 1},
         {2, 30, 64, 40, 8, 3, 0, MOE_EP_REDUCED, 1, 0, 0, 0, 0, 0, 0, 0, 64},
@@ -439,8 +439,8 @@ static void test_layer_refusals(void)
     LAY_REFUSED(d.layer.top_k = 7, MOE_ERR_RANGE, top_k);
     LAY_REFUSED(d.buffers.combine_form = 9, MOE_ERR_OPTION, combine_form);
     LAY_REFUSED(d.buffers.dispatch_form = 9, MOE_ERR_OPTION, dispatch_form);
-    LAY_REFUSED(d.chunk_tokens = -1, MOE_ERR_RANGE, chunk_tokens);
-    LAY_REFUSED((d.chunk_tokens = 3, d.layer.num_tokens = 9), MOE_ERR_RANGE, num_tokens);
+    LAY_REFUSED(d.microbatch_tokens = -1, MOE_ERR_RANGE, microbatch_tokens);
+    LAY_REFUSED((d.microbatch_tokens = 3, d.layer.num_tokens = 9), MOE_ERR_RANGE, num_tokens);
     LAY_REFUSED(d.buffers.hidden = 64, MOE_ERR_CONFLICT, buffers);
     LAY_REFUSED(d.buffers.num_scales = 1, MOE_ERR_CONFLICT, buffers);
     LAY_REFUSED(d.buffers.max_tokens = 4000, MOE_ERR_RANGE, region_bytes);
