@@ -59,7 +59,7 @@
     X(num_ranks) X(region) X(region_bytes) X(region_offset) X(peers) X(allgather) X(buffer) X(offset)  \
     X(peer) X(channel) X(tag) X(scales) X(num_scales) X(max_tokens) X(recv_tokens) X(part_count)       \
     X(num_parts) X(replica) X(wire_dtype) X(dispatch) X(num_local) X(buffers) X(dispatch_form)        \
-    X(combine_form) X(side_stream) X(side_event) X(counters) X(num_mine) X(microbatch_tokens) X(agree) X(token) X(count)                                          \
+    X(combine_form) X(side_stream) X(side_event) X(counters) X(num_mine) X(microbatch_tokens) X(agree) X(token) X(count) X(counts) X(kind) X(nccl)                                          \
     X(dlogits) X(dlogits_dtype) X(dlogits_stride) X(balance_grad) X(z_sum) X(loss)                     \
     X(aux_coefficient) X(variance_coefficient) X(z_coefficient) X(bias_step)                           \
     X(drows) X(drows_table) X(drows_stride) X(dshared) X(dshared_stride) X(dshared_weight)             \

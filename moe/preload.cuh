@@ -36,7 +36,8 @@
     X(peers)                                                                                       \
     X(ep_dispatch)                                                                                 \
     X(ep_combine)                                                                                  \
-    X(ep_incomplete)
+    X(ep_incomplete)                                                                               \
+    X(ep_message)
 
 /* A station that the file does not include: nothing to load. */
 #define MOEI_PRELOAD_ABSENT(station)                                                               \

@@ -114,6 +114,25 @@ MOE_HOST moe_status moe_ep_buffers_end(const moe_ep_buffers* buffers, int num_ra
     return MOE_OK;
 }
 
+/* Refuses what a call of these checked buffers cannot be; fills in the defaults. */
+MOE_HOST moe_status moei_ep_check_call(moe_ep_dispatch_desc* d)
+{
+    const moe_ep_buffers* b = &d->buffers;
+    MOE_REQUIRE(d->num_tokens >= 0 && d->num_tokens <= b->max_tokens, MOE_ERR_RANGE, num_tokens);
+    if (d->x_stride == 0) d->x_stride = b->hidden;
+    MOE_REQUIRE(moei_stride_fits(d->x_stride, b->hidden, d->num_tokens), MOE_ERR_STRIDE, x_stride);
+    MOE_REQUIRE(d->tag >= 0 && d->tag < 1 << 24, MOE_ERR_RANGE, tag);
+    MOE_REQUIRE(!d->replica_offset == !d->replica, MOE_ERR_CONFLICT, replica);
+    MOE_REQUIRE(b->num_scales || !d->scales, MOE_ERR_CONFLICT, scales);
+    MOE_REQUIRE(d->num_local >= 0 && d->num_local <= MOE_MAX_EXPERTS, MOE_ERR_RANGE, num_local);
+    if (!d->replica_offset) {
+        const int owned = moe_ep_owned(d->peers->rank, b->num_experts, d->peers->num_ranks);
+        MOE_REQUIRE(!d->num_local || d->num_local == owned, MOE_ERR_CONFLICT, num_local);
+        d->num_local = owned;
+    }
+    return MOE_OK;
+}
+
 /* Refuses sizes and options; fills in the defaults. */
 MOE_HOST moe_status moei_ep_check_options(moe_ep_dispatch_desc* d, moei_ep_args* a)
 {
@@ -121,23 +140,14 @@ MOE_HOST moe_status moei_ep_check_options(moe_ep_dispatch_desc* d, moei_ep_args*
     MOE_TRY(moei_peers_resolve(d->peers, d->fault, &a->peers));
     MOE_TRY(moei_ep_check_buffers(&d->buffers, d->peers->num_ranks));
     moei_ep_lay_out(b, d->peers->num_ranks, &a->at);
+    moei_ep_set_steps(&a->at, d->peers->rank, b->recv_tokens, b->top_k, b->num_scales,
+                      (int64_t)b->hidden * moe_dtype_bytes(b->dtype));
     MOE_REQUIRE(a->at.end <= d->peers->bytes, MOE_ERR_RANGE, region_bytes);
-    MOE_REQUIRE(d->num_tokens >= 0 && d->num_tokens <= b->max_tokens, MOE_ERR_RANGE, num_tokens);
-    if (d->x_stride == 0) d->x_stride = b->hidden;
-    MOE_REQUIRE(moei_stride_fits(d->x_stride, b->hidden, d->num_tokens), MOE_ERR_STRIDE, x_stride);
-    MOE_REQUIRE(d->tag >= 0 && d->tag < 1 << 24, MOE_ERR_RANGE, tag);
-    MOE_REQUIRE(!d->replica_offset == !d->replica, MOE_ERR_CONFLICT, replica);
-    MOE_REQUIRE(b->num_scales || !d->scales, MOE_ERR_CONFLICT, scales);
+    MOE_TRY(moei_ep_check_call(d));
     if (b->dispatch_form == MOE_EP_ALL_GATHER_COPY) {
         MOE_REQUIRE(d->side_stream, MOE_ERR_NULL, side_stream);
         MOE_REQUIRE(d->side_event[0] && d->side_event[1], MOE_ERR_NULL, side_event);
         MOE_REQUIRE(d->side_event[0] != d->side_event[1], MOE_ERR_CONFLICT, side_event);
-    }
-    MOE_REQUIRE(d->num_local >= 0 && d->num_local <= MOE_MAX_EXPERTS, MOE_ERR_RANGE, num_local);
-    if (!d->replica_offset) {
-        const int owned = moe_ep_owned(a->peers.rank, b->num_experts, a->peers.num_ranks);
-        MOE_REQUIRE(!d->num_local || d->num_local == owned, MOE_ERR_CONFLICT, num_local);
-        d->num_local = owned;
     }
     return MOE_OK;
 }
@@ -249,16 +259,11 @@ MOE_HOST moe_status moei_ep_check_pointers(const moe_ep_dispatch_desc* d, size_t
     return moe_check_buffers(list, (int)(sizeof list / sizeof list[0]));
 }
 
-/* Checks a descriptor, fills in its defaults, the kernels' argument and the view. */
-MOE_HOST moe_status moei_ep_resolve(moe_ep_dispatch_desc* d, moei_ep_args* a, moe_ep_view* v)
+/* Fills in what kernels take of a checked descriptor: all but peers, layout and the view. */
+MOE_HOST void moei_ep_fill_args(const moe_ep_dispatch_desc* d, moei_ep_args* a)
 {
     const moe_ep_buffers* b = &d->buffers;
-    int64_t blocks;
-    size_t bytes;
-    memset(a, 0, sizeof *a);
-    MOE_TRY(moei_ep_check_options(d, a));
-    MOE_TRY(moei_ep_carve(d, a, (char*)d->workspace, v, &bytes));
-    MOE_TRY(moei_ep_check_pointers(d, bytes));
+    const int64_t blocks = d->num_tokens < MOEI_EP_MAX_CHUNKS ? d->num_tokens : MOEI_EP_MAX_CHUNKS;
     a->x = (const char*)d->x;
     a->scales = d->scales;
     a->ids = d->ids;
@@ -267,17 +272,6 @@ MOE_HOST moe_status moei_ep_resolve(moe_ep_dispatch_desc* d, moei_ep_args* a, mo
     a->replica = d->replica;
     a->dispatch_form = b->dispatch_form;
     a->combine_form = b->combine_form;
-    a->chunk_count = d->num_tokens > MOEI_EP_ONE_LAUNCH && !moei_ep_to_all(a) ? v->chunk_count : 0;
-    a->send_place = v->send_place;
-    a->recv_place = v->recv_place;
-    a->expert_count = v->expert_count;
-    a->expert_offset = v->expert_offset;
-    a->rows_table = v->rows_table;
-    a->table_at = a->at.rows;
-    if (b->combine_form == MOE_EP_REDUCE_SCATTER) /* the sums for this rank */
-        a->table_at = a->at.partial + (uint64_t)a->peers.rank * (uint64_t)b->recv_tokens *
-                                          (uint64_t)b->hidden *
-                                          (uint64_t)moe_dtype_bytes(b->rows_dtype);
     a->max_rows = b->max_rows;
     a->sum_bytes = (int64_t)b->hidden * moe_dtype_bytes(b->rows_dtype);
     a->counters = d->counters;
@@ -289,10 +283,31 @@ MOE_HOST moe_status moei_ep_resolve(moe_ep_dispatch_desc* d, moei_ep_args* a, mo
     a->top_k = b->top_k;
     a->recv_tokens = b->recv_tokens;
     a->num_scales = b->num_scales;
-    blocks = d->num_tokens < MOEI_EP_MAX_CHUNKS ? d->num_tokens : MOEI_EP_MAX_CHUNKS;
     a->chunk_tokens = blocks ? (int32_t)((d->num_tokens + blocks - 1) / blocks) : 1;
     a->channel = b->channel;
     a->tag = d->tag;
+}
+
+/* Checks a descriptor, fills in its defaults, the kernels' argument and the view. */
+MOE_HOST moe_status moei_ep_resolve(moe_ep_dispatch_desc* d, moei_ep_args* a, moe_ep_view* v)
+{
+    const moe_ep_buffers* b = &d->buffers;
+    size_t bytes;
+    memset(a, 0, sizeof *a);
+    MOE_TRY(moei_ep_check_options(d, a));
+    MOE_TRY(moei_ep_carve(d, a, (char*)d->workspace, v, &bytes));
+    MOE_TRY(moei_ep_check_pointers(d, bytes));
+    moei_ep_fill_args(d, a);
+    a->chunk_count = d->num_tokens > MOEI_EP_ONE_LAUNCH && !moei_ep_to_all(a) ? v->chunk_count : 0;
+    a->send_place = v->send_place;
+    a->recv_place = v->recv_place;
+    a->expert_count = v->expert_count;
+    a->expert_offset = v->expert_offset;
+    a->rows_table = v->rows_table;
+    a->table_at = a->at.rows;
+    if (b->combine_form == MOE_EP_REDUCE_SCATTER) /* the sums for this rank */
+        a->table_at = a->at.partial +
+                      (uint64_t)a->peers.rank * (uint64_t)b->recv_tokens * (uint64_t)a->sum_bytes;
     return MOE_OK;
 }
 

@@ -353,6 +353,25 @@ MOE_HOST moe_status moei_ep_prepare_reduce(const moe_ep_dispatch_desc* d, const 
     return a->fused ? MOE_OK : moe_combine_prepare(home, &p->combine);
 }
 
+/* Fills in what the sums at home have in all forms. */
+MOE_HOST void moei_ep_describe_home(const moe_ep_dispatch_desc* d, const moe_ep_combine_desc* c,
+                                    moe_combine_desc* home)
+{
+    home->residual = c->residual;
+    home->residual_stride = c->residual_stride;
+    home->shared = c->shared;
+    home->shared_stride = c->shared_stride;
+    home->shared_weight = c->shared_weight;
+    home->rows_dtype = d->buffers.rows_dtype;
+    home->y_dtype = d->buffers.dtype;
+    home->y = c->y;
+    home->y_stride = c->y_stride;
+    home->fault = d->fault;
+    home->rank = d->peers->rank;
+    home->num_tokens = d->num_tokens;
+    home->hidden = d->buffers.hidden;
+}
+
 /* Fills in *p, which is empty. */
 MOE_HOST moe_status moei_ep_combine_prepare(const moe_ep_combine_desc* c,
                                             moe_ep_combine_prepared* p)
@@ -399,19 +418,7 @@ MOE_HOST moe_status moei_ep_combine_prepare(const moe_ep_combine_desc* c,
         home.top_k = d.buffers.top_k;
         home.num_rows = d.buffers.max_rows;
     }
-    home.residual = c->residual;
-    home.residual_stride = c->residual_stride;
-    home.shared = c->shared;
-    home.shared_stride = c->shared_stride;
-    home.shared_weight = c->shared_weight;
-    home.rows_dtype = d.buffers.rows_dtype;
-    home.y_dtype = d.buffers.dtype;
-    home.y = c->y;
-    home.y_stride = c->y_stride;
-    home.fault = d.fault;
-    home.rank = d.peers->rank;
-    home.num_tokens = d.num_tokens;
-    home.hidden = d.buffers.hidden;
+    moei_ep_describe_home(&d, c, &home);
     p->args.keeps = d.buffers.combine_form == MOE_EP_REDUCE_SCATTER;
     if (d.buffers.combine_form != MOE_EP_GATHERED)
         return moei_ep_prepare_reduce(&d, &v, c, &home, p);

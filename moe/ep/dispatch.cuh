@@ -68,34 +68,22 @@ typedef struct moe_ep_dispatch_prepared {
     void *side_stream, *side_event[2];                        /* MOE_EP_ALL_GATHER_COPY */
 } moe_ep_dispatch_prepared;
 
-/* Prepares the sending kernels. */
+/* Prepares what sends tokens and rows. */
 MOE_HOST moe_status moei_ep_prepare_send(moe_ep_dispatch_prepared* p)
 {
     const moei_ep_args* a = &p->args;
-    const int64_t chunks = (a->num_tokens + a->chunk_tokens - 1) / a->chunk_tokens;
-    const uint64_t all = (uint64_t)(uintptr_t)a->x | (uint64_t)a->x_pitch | (uint64_t)a->row_bytes;
-    const size_t shared = moei_ep_shared_bytes(a->peers.num_ranks);
-    const int scatters = a->dispatch_form == MOE_EP_ALL_TO_ALL;
-    moe_launch_config c = moe_grid(chunks, MOEI_EP_THREADS, shared, 0);
+    const int64_t chunks = moei_ep_chunks(a);
+    const int width = moei_ep_width(a);
     moe_launch_config rows = moe_grid(chunks > 1 ? chunks : 1, MOEI_EP_THREADS, 0, 0);
     const moe_launch_config one = moe_grid(1, 32, 0, 0);
-    c.dependent = rows.dependent = 1;
-    if (a->chunk_count) MOE_TRY(MOE_PREPARE(&p->count, moei_ep_count, c));
-    c = moe_grid(chunks + 1, MOEI_EP_THREADS, shared, 0); /* the last block has no chunk */
-    c.dependent = 1;
+    rows.dependent = 1;
+    MOE_TRY(moei_ep_prepare_push(a, &p->count, &p->push));
     if (a->dispatch_form == MOE_EP_ALL_GATHER_COPY)
-        MOE_TRY(MOE_PREPARE(&p->copied, moei_ep_copied, one));
-#define MOEI_EP_PREPARE_ROWS(width)                                                                \
-    do {                                                                                           \
-        if (all % width != 0) break;                                                               \
-        if (scatters) MOE_TRY(MOE_PREPARE(&p->scatter, moei_ep_scatter_##width, rows));            \
-        return MOE_PREPARE(&p->push, moei_ep_push_##width, c);                                     \
-    } while (0)
-    MOEI_EP_PREPARE_ROWS(16);
-    MOEI_EP_PREPARE_ROWS(4);
-    MOEI_EP_PREPARE_ROWS(2);
-#undef MOEI_EP_PREPARE_ROWS
-    return MOE_STATUS(MOE_ERR_ALIGN, x);
+        return MOE_PREPARE(&p->copied, moei_ep_copied, one);
+    if (a->dispatch_form != MOE_EP_ALL_TO_ALL) return MOE_OK;
+    if (width == 16) return MOE_PREPARE(&p->scatter, moei_ep_scatter_16, rows);
+    if (width == 4) return MOE_PREPARE(&p->scatter, moei_ep_scatter_4, rows);
+    return MOE_PREPARE(&p->scatter, moei_ep_scatter_2, rows);
 }
 
 /* Sets *c to one thread block for all received slots. Returns 1; 0 where they are too many. */

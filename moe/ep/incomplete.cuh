@@ -18,6 +18,7 @@
 #include "../base/block.cuh"
 #include "../base/check.h"
 #include "../fields.h"
+#include "../layout.h"
 #include "../preload.cuh"
 
 /* What moe_ep_incomplete takes. Pointers are device addresses, aligned to their elements. */

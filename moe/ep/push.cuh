@@ -24,12 +24,28 @@
 #define MOEI_EP_MAX_CHUNKS 128
 #define MOEI_EP_ONE_LAUNCH 1024 /* most tokens of which a block counts those before its chunk */
 
-/* Offsets of the buffers in every region. */
+/* Offsets of the buffers in every region, or in every message (message.cuh). */
 typedef struct moei_ep_layout {
     uint64_t recv_x, recv_scales, recv_ids, recv_weights, recv_token, recv_count;
     uint64_t partial, place, rows;
     uint64_t end; /* bytes from the region's begin */
+    /* bytes from one received token to the next */
+    int64_t x_step, scales_step, ids_step, weights_step, token_step;
+    int64_t first;  /* a sender's first received token: rank C; in a message 0 */
+    int32_t sender; /* its entry of recv_count: rank; in a message 0 */
 } moei_ep_layout;
+
+/* Sets the steps of buffers that are arrays of their own, and the sender's part of them. */
+MOE_HOST void moei_ep_set_steps(moei_ep_layout* at, int rank, int recv_tokens, int top_k,
+                                int num_scales, int64_t row_bytes)
+{
+    at->x_step = row_bytes;
+    at->scales_step = (int64_t)num_scales * 4;
+    at->ids_step = at->weights_step = (int64_t)top_k * 4;
+    at->token_step = 4;
+    at->first = (int64_t)rank * recv_tokens;
+    at->sender = rank;
+}
 
 /* The argument of the kernels of dispatch and combine that touch peers. */
 typedef struct moei_ep_args {
@@ -54,6 +70,7 @@ typedef struct moei_ep_args {
     int32_t num_tokens, num_experts, top_k, recv_tokens, num_scales, chunk_tokens, channel, tag;
     int32_t num_local;                   /* P */
     int32_t dispatch_form, combine_form; /* moe_ep_dispatch_form, moe_ep_combine_form */
+    int32_t packs; /* 1: fills messages in this rank's memory (message.cuh): signals to nobody */
 } moei_ep_args;
 
 /* Does every token go to every rank? */
@@ -220,8 +237,7 @@ MOE_DEVICE void moei_ep_store(const uint4* v, const moei_ep_args* a, const moei_
     for (int q = 0; q < a->peers.num_ranks; ++q) {
         const int d = moe_peer_rotated(&a->peers, q), row = moei_ep_row(a, s, t0, i, d);
         if (row < 0) continue;
-        char* y = moe_peer_address(&a->peers, d, a->at.recv_x) +
-                  ((int64_t)a->peers.rank * a->recv_tokens + row) * a->row_bytes;
+        char* y = moe_peer_address(&a->peers, d, a->at.recv_x) + (a->at.first + row) * a->at.x_step;
         MOE_UNROLL
         for (int u = 0; u < MOEI_EP_VECTORS; ++u)
             if (from + u * MOE_WARP_SIZE * width < a->row_bytes)
@@ -239,27 +255,28 @@ MOE_DEVICE void moei_ep_send_slots(const moei_ep_args* a, const moei_ep_shared* 
     const int top_k = a->top_k, slots = (upto - first) * top_k;
     const int num_scales = a->dispatch_form == MOE_EP_ALL_TO_ALL ? 0 : a->num_scales;
     const int scales = (upto - first) * num_scales, num_ranks = a->peers.num_ranks;
-    const int64_t own = (int64_t)a->peers.rank * a->recv_tokens;
     MOE_NO_UNROLL
     for (int n = (int)threadIdx.x; n < slots * num_ranks; n += (int)blockDim.x) {
         const int d = moe_peer_rotated(&a->peers, n / slots), j = n % slots;
         const int i = first + j / top_k, k = j % top_k, row = moei_ep_row(a, s, t0, i, d);
-        const int64_t slot = (int64_t)(t0 + i) * top_k + k, to = (own + row) * top_k + k;
+        const int64_t slot = (int64_t)(t0 + i) * top_k + k, to = a->at.first + row;
         char* base = moe_peer_address(&a->peers, d, 0);
         if (row < 0) continue;
         const moe_ep_expert e = moei_ep_target(a, t0 + i, k, a->ids[slot]);
-        ((int32_t*)(base + a->at.recv_ids))[to] = e.rank == d ? e.expert : -1;
-        ((float*)(base + a->at.recv_weights))[to] = a->weights ? a->weights[slot] : 1.0f;
-        if (k == 0) ((int32_t*)(base + a->at.recv_token))[own + row] = t0 + i;
+        ((int32_t*)(base + a->at.recv_ids + to * a->at.ids_step))[k] = e.rank == d ? e.expert : -1;
+        ((float*)(base + a->at.recv_weights + to * a->at.weights_step))[k] =
+            a->weights ? a->weights[slot] : 1.0f;
+        if (k == 0) *(int32_t*)(base + a->at.recv_token + to * a->at.token_step) = t0 + i;
     }
     MOE_NO_UNROLL
     for (int n = (int)threadIdx.x; n < scales * num_ranks; n += (int)blockDim.x) {
         const int d = moe_peer_rotated(&a->peers, n / scales), j = n % scales;
         const int i = first + j / num_scales, c = j % num_scales;
         const int row = moei_ep_row(a, s, t0, i, d);
-        float* to = (float*)moe_peer_address(&a->peers, d, a->at.recv_scales);
+        char* to = moe_peer_address(&a->peers, d, a->at.recv_scales);
         if (row >= 0)
-            to[(own + row) * num_scales + c] = a->scales[(int64_t)(t0 + i) * num_scales + c];
+            ((float*)(to + (a->at.first + row) * a->at.scales_step))[c] =
+                a->scales[(int64_t)(t0 + i) * num_scales + c];
     }
 }
 
@@ -333,7 +350,7 @@ MOE_DEVICE void moei_ep_send_counts(const moei_ep_args* a, const moei_ep_shared*
     MOE_NO_UNROLL
     for (int d = (int)threadIdx.x; d < a->peers.num_ranks; d += (int)blockDim.x) {
         const int rows = moei_ep_to_all(a) ? a->num_tokens : s->base[d];
-        ((int32_t*)moe_peer_address(&a->peers, d, a->at.recv_count))[a->peers.rank] =
+        ((int32_t*)moe_peer_address(&a->peers, d, a->at.recv_count))[a->at.sender] =
             min(rows, a->recv_tokens);
         if (rows > a->recv_tokens)
             moe_fault_raise(a->peers.fault, MOE_FAULT_ROWS_FULL, a->peers.rank, rows);
@@ -365,7 +382,7 @@ MOE_DEVICE_BODY void moei_ep_push_chunk(const moei_ep_args* a, unsigned char* sh
     bool stop;
     moei_ep_carve_shared(&s, shared, num_ranks);
     moe_pdl_wait();
-    n = moei_peer_next(&a->peers, a->channel);
+    n = a->packs ? 0 : moei_peer_next(&a->peers, a->channel);
     /* after the wait: the kernels behind, which write row maps beside this one, rely on it that all
        kernels ahead have ended */
     moei_peer_pdl_trigger(&a->peers, last);
@@ -379,7 +396,7 @@ MOE_DEVICE_BODY void moei_ep_push_chunk(const moei_ep_args* a, unsigned char* sh
         if (mark) {
             moei_ep_begin(a, &s);
             if (__syncthreads_or(stop)) { /* base is complete */
-                moei_ep_arrive(&a->peers, a->channel, n, true);
+                if (!a->packs) moei_ep_arrive(&a->peers, a->channel, n, true);
                 return;
             }
         }
@@ -403,7 +420,7 @@ MOE_DEVICE_BODY void moei_ep_push_chunk(const moei_ep_args* a, unsigned char* sh
             if (mark) __syncthreads(); /* goes and before are read */
         }
         if (pass == 1 && last) moei_ep_send_counts(a, &s);
-        moei_ep_arrive(&a->peers, a->channel, n + pass - 1, false);
+        if (!a->packs) moei_ep_arrive(&a->peers, a->channel, n + pass - 1, false);
         __syncthreads(); /* the link keeps their order: the signal for ids goes ahead of rows */
     }
     if (last && a->peers.shared && moe_warp() == 0) /* see signal.cuh: fewer warps wait this way */
@@ -421,5 +438,33 @@ MOEI_EP_PUSH(16)
 MOEI_EP_PUSH(4)
 MOEI_EP_PUSH(2)
 #undef MOEI_EP_PUSH
+
+/* Returns the width of the vectors that rows of x allow: 16, 4 or 2 bytes. */
+MOE_HOST int moei_ep_width(const moei_ep_args* a)
+{
+    const uint64_t all = (uint64_t)(uintptr_t)a->x | (uint64_t)a->x_pitch | (uint64_t)a->row_bytes;
+    return all % 16 == 0 ? 16 : all % 4 == 0 ? 4 : 2;
+}
+
+/* Returns the chunks of tokens. */
+MOE_HOST int64_t moei_ep_chunks(const moei_ep_args* a)
+{
+    return (a->num_tokens + a->chunk_tokens - 1) / a->chunk_tokens;
+}
+
+/* Prepares the kernels that send; *count stays empty where nothing is counted before. */
+MOE_HOST moe_status moei_ep_prepare_push(const moei_ep_args* a, moe_launch* count, moe_launch* push)
+{
+    const size_t shared = moei_ep_shared_bytes(a->peers.num_ranks);
+    const int width = moei_ep_width(a);
+    moe_launch_config c = moe_grid(moei_ep_chunks(a), MOEI_EP_THREADS, shared, 0);
+    c.dependent = 1;
+    if (a->chunk_count) MOE_TRY(MOE_PREPARE(count, moei_ep_count, c));
+    c = moe_grid(moei_ep_chunks(a) + 1, MOEI_EP_THREADS, shared, 0); /* the last has no chunk */
+    c.dependent = 1;
+    if (width == 16) return MOE_PREPARE(push, moei_ep_push_16, c);
+    if (width == 4) return MOE_PREPARE(push, moei_ep_push_4, c);
+    return MOE_PREPARE(push, moei_ep_push_2, c);
+}
 
 #endif

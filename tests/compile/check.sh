@@ -50,8 +50,15 @@ host-names) # names of the headers' own shadow those of the file: that is no fau
     exec "$compiler" -std=c++14 -DMOE_BACKEND=host "${strict[@]}" -Wno-shadow alone.cpp ;;
 esac
 
-newest=$("$compiler" --list-gpu-arch | sed 's/compute_//' | sort -n | tail -1)
+# needs HEADER: exit 77, Skipped, where the compiler does not find HEADER
+needs() { echo "#include <$1>" > needs.cu; "$compiler" -E needs.cu > /dev/null 2>&1 || exit 77; }
 targets=90a std=c++14 flags=(-dc) code=lto
+case $file in
+moe/ep/nccl.cuh) needs nccl.h ;;
+moe/ep/nccl_window.cuh) needs nccl_device.h; std=c++17 ;;
+esac
+
+newest=$("$compiler" --list-gpu-arch | sed 's/compute_//' | sort -n | tail -1)
 write alone.cu "$no_gemm" "$no_block" "${twice[@]}"
 case $kind in
 nvcc) targets="75 80 90a $newest" code=sm flags=(-c -Xptxas -warn-spills,-warn-lmem-usage,-Werror) ;;

@@ -8,9 +8,11 @@
    ep/signals.h    owners of experts; put, get, signal, wait, barrier
    ep/faults.h     late ranks, small buffers, refusals
    ep/replay.h     many exchanges: in a row, late ranks, graphs
-   ep/exchange.h   what every rank receives, and the sums that come home */
+   ep/exchange.h   what every rank receives, and the sums that come home
+   ep/message.h    the exchange in messages, which the host carries */
 #include "tests/unit/ep/exchange.h"
 #include "tests/unit/ep/faults.h"
+#include "tests/unit/ep/message.h"
 #include "tests/unit/ep/replay.h"
 #include "tests/unit/ep/signals.h"
 
@@ -21,6 +23,7 @@ int main(int argc, char** argv)
     ep_signals();
     ep_exchange();
     ep_faults();
+    ep_message();
     ep_replay();
     return test_end();
 }

@@ -7,13 +7,6 @@
 
    The program starts itself once a rank: test_ep_process --child RANK RANKS FILE WHEN HOW. The
    ranks meet in a file in shared memory. */
-#include <fcntl.h>
-#include <signal.h>
-#include <sys/mman.h>
-#include <sys/wait.h>
-#include <unistd.h>
-
-#include "moe/ep/combine.cuh"
 #include "moe/ep/survive.h"
 #include "tests/test.h"
 
@@ -30,41 +23,10 @@ int main(int argc, char** argv)
 
 #else
 
-enum { MOST = 8, TOKENS = 50, HIDDEN = 64, EXPERTS = 10, TOP_K = 3, ROUNDS = 5 };
+#include "tests/unit/ep/process.h"
+
 enum { NEVER, BEFORE_DISPATCH, BEFORE_COMBINE, IN_DISPATCH, IN_COMBINE }; /* when rank 1 goes */
 enum { KILLED, STOPPED, JOINS }; /* JOINS: a new process in place of rank 1 */
-
-/* What the ranks meet in. */
-typedef struct meeting {
-    uint32_t came[16];
-    char card[16][MOST][512];
-    uint32_t votes; /* bit r: rank r goes on */
-    uint32_t went;  /* ranks that have computed in the smaller group */
-} meeting;
-
-typedef struct member {
-    meeting* m;
-    int rank, ranks, round;
-} member;
-
-/* moe_peers_allgather: through shared memory, for at most 30 s. */
-static int gather(void* context, const void* from, void* to, size_t bytes)
-{
-    member* me = (member*)context;
-    const int round = me->round++;
-    const time_t begun = time(0);
-    if (bytes > sizeof me->m->card[0][0] || round >= 16) return 1;
-    memcpy(me->m->card[round][me->rank], from, bytes);
-    __sync_synchronize();
-    __sync_fetch_and_add(&me->m->came[round], 1u);
-    while (__sync_fetch_and_add(&me->m->came[round], 0u) < (uint32_t)me->ranks) {
-        if (time(0) - begun > 30) return 1;
-        usleep(50);
-    }
-    for (int r = 0; r < me->ranks; ++r)
-        memcpy((char*)to + (size_t)r * bytes, me->m->card[round][r], bytes);
-    return 0;
-}
 
 /* moe_peers_agree: each rank that is left votes, and waits until all that it believes alive have. The
    rank that is lost does not call it. */
@@ -81,74 +43,17 @@ static int agree(void* context, const moe_peers_set* alive, moe_peers_set* agree
     return 0;
 }
 
-/* In place of experts: row = the token's x times the number of the expert + 1. */
-typedef struct scale_args {
-    const uint16_t* x;
-    const int32_t *row_slot, *expert_offset;
-    uint16_t* rows;
-    uint64_t* fault;
-    int32_t first, P;
-} scale_args;
-
-MOE_KERNEL(64, 1) scale_rows(MOE_ARG(scale_args) a)
+static double now_ms(void)
 {
-    if (moe_fault_stopped(a.fault)) return;
-    for (int e = 0; e < a.P; ++e)
-        for (int r = a.expert_offset[e] + blockIdx.x; r < a.expert_offset[e + 1]; r += gridDim.x)
-            moe_store_f32(a.rows, (int64_t)r * HIDDEN + threadIdx.x, MOE_BF16,
-                          moe_load_f32(a.x, (int64_t)(a.row_slot[r] / TOP_K) * HIDDEN + threadIdx.x,
-                                       MOE_BF16) *
-                              (float)(a.first + e + 1));
-}
-
-static int32_t id_of(int rank, int round, int i)
-{
-    return (i * 7 + rank * 3 + round * 5) % EXPERTS;
+    struct timespec t;
+    timespec_get(&t, TIME_UTC);
+    return (double)t.tv_sec * 1e3 + (double)t.tv_nsec * 1e-6;
 }
 
 static void go(int how)
 {
     if (how == KILLED) raise(SIGKILL);
     raise(SIGSTOP); /* until the parent wakes this process */
-}
-
-/* Ends a child with a line of its own. */
-#define CHILD_CHECK(cond, ...)                                                                     \
-    do {                                                                                           \
-        if (!(cond)) {                                                                             \
-            printf("rank %d: %s ", rank, #cond);                                                   \
-            printf(__VA_ARGS__);                                                                   \
-            printf("\n");                                                                          \
-            fflush(stdout);                                                                        \
-            _exit(1);                                                                              \
-        }                                                                                          \
-    } while (0)
-
-/* One rank's arrays, which serve all its groups. */
-typedef struct state {
-    member me;
-    int rank; /* in the group of all */
-    cudaStream_t stream;
-    uint16_t *x, *y, host[TOKENS * HIDDEN];
-    int32_t* ids;
-    uint64_t* fault;
-} state;
-
-/* A group of this rank's: of all ranks, of those that are left, of all again. */
-typedef struct party {
-    moe_peers peers;
-    void *region, *workspace;
-    uint16_t* rows;
-    moe_ep_dispatch_desc d;
-    moe_ep_combine_desc c;
-    moe_ep_view v;
-} party;
-
-static double now_ms(void)
-{
-    struct timespec t;
-    timespec_get(&t, TIME_UTC);
-    return (double)t.tv_sec * 1e3 + (double)t.tv_nsec * 1e-6;
 }
 
 /* Connects `ranks` ranks, of which this one is number me->rank, in new memory. offset, replica: of
@@ -158,21 +63,14 @@ static void connect(state* s, party* p, int ranks, const int32_t* offset,
 {
     const int rank = s->rank;
     moe_peers_pair pair;
-    uint64_t bytes;
-    size_t work;
     moe_status e;
     char text[MOE_STATUS_TEXT];
-    memset(p, 0, sizeof *p);
-    p->d.buffers.max_tokens = TOKENS, p->d.buffers.hidden = HIDDEN;
-    p->d.buffers.num_experts = EXPERTS, p->d.buffers.top_k = TOP_K;
-    p->d.buffers.max_rows = (int64_t)ranks * TOKENS * TOP_K;
-    CHILD_CHECK(moe_ep_buffers_end(&p->d.buffers, ranks, &bytes) == MOE_OK, "buffers");
+    const uint64_t bytes = size_party(s, p, ranks);
     TEST_CUDA(cudaMalloc(&p->region, bytes));
     e = moe_peers_create_ipc(&p->peers, s->me.rank, ranks, 0, p->region, bytes, gather, &s->me,
                              &pair);
     CHILD_CHECK(e == MOE_OK, "%s: rank %d, rank %d", moe_status_describe(e, text), pair.from,
                 pair.to);
-    p->peers.timeout_ns = 300000000;
     if (offset) {
         int32_t choice_offset[EXPERTS + 1], *d_offset;
         moe_ep_expert choice[EXPERTS], *d_choice;
@@ -186,15 +84,7 @@ static void connect(state* s, party* p, int ranks, const int32_t* offset,
         TEST_CUDA(cudaMemcpy(d_choice, choice, sizeof choice, cudaMemcpyHostToDevice));
         p->d.replica_offset = d_offset, p->d.replica = d_choice, p->d.num_local = P;
     }
-    p->d.peers = &p->peers, p->d.x = s->x, p->d.ids = s->ids, p->d.fault = s->fault;
-    p->d.num_tokens = TOKENS, p->d.tag = 3;
-    CHILD_CHECK(moe_ep_dispatch_workspace(&p->d, &work) == MOE_OK, "workspace");
-    TEST_CUDA(cudaMalloc(&p->workspace, work));
-    p->d.workspace = p->workspace, p->d.workspace_bytes = work;
-    CHILD_CHECK(moe_ep_dispatch_get_view(&p->d, &p->v) == MOE_OK, "view");
-    TEST_CUDA(cudaMalloc((void**)&p->rows, (size_t)p->v.num_rows * HIDDEN * 2));
-    p->c.dispatch = &p->d, p->c.rows = p->rows, p->c.y = s->y, p->c.tag = 3;
-    TEST_CUDA(cudaDeviceSynchronize());
+    furnish(s, p);
 }
 
 /* One exchange in a group, and its check. Ids are those of `round`, but no expert of `without`, as
@@ -210,17 +100,13 @@ static uint64_t exchange(state* s, party* p, int round, const uint8_t* without, 
                     p->v.expert_offset,
                     p->rows,
                     s->fault,
+                    HIDDEN,
                     moe_ep_first(s->rank, EXPERTS, s->me.ranks),
                     p->v.num_local};
     moe_launch_config l = moe_grid(8, HIDDEN, 0, s->stream);
     uint64_t word;
     double begun;
-    for (int i = 0; i < TOKENS * TOP_K; ++i) {
-        list[i] = id_of(rank, round, i);
-        while (without && without[list[i]]) list[i] = (list[i] + 1) % EXPERTS;
-    }
-    TEST_CUDA(cudaMemcpy(s->ids, list, sizeof list, cudaMemcpyHostToDevice));
-    TEST_CUDA(cudaDeviceSynchronize());
+    put_ids(s, round, without, list);
     if (goes == BEFORE_DISPATCH) go(how);
     begun = now_ms();
     CHILD_CHECK(moe_ep_dispatch(&p->d, s->stream) == MOE_OK, "dispatch");
@@ -235,16 +121,8 @@ static uint64_t exchange(state* s, party* p, int round, const uint8_t* without, 
     TEST_CUDA(cudaStreamSynchronize(s->stream));
     *ms = now_ms() - begun;
     TEST_CUDA(cudaMemcpy(&word, s->fault, 8, cudaMemcpyDeviceToHost));
-    if (word) return word;
-    TEST_CUDA(cudaMemcpy(s->host, s->y, sizeof s->host, cudaMemcpyDeviceToHost));
-    for (int i = 0; i < TOKENS * HIDDEN; ++i) {
-        const int t = i / HIDDEN;
-        int sum = 0;
-        for (int k = 0; k < TOP_K; ++k) sum += list[t * TOP_K + k] + 1;
-        CHILD_CHECK(moe_load(s->host, i, MOE_BF16) == (float)((i % 3 - 1) * sum),
-                    "round %d, token %d: %g", round, t, moe_load(s->host, i, MOE_BF16));
-    }
-    return 0;
+    if (!word) check_y(s, round, list);
+    return word;
 }
 
 /* Goes on without the late rank: agreement, a new group, an exchange. Returns the milliseconds. */
@@ -279,24 +157,10 @@ static int child(int rank, int ranks, const char* path, int when, int how)
 {
     static state s;
     static party all, few, again;
-    const int fd = open(path, O_RDWR);
     int devices = 0;
     double ms, after = 0;
-    s.rank = s.me.rank = rank, s.me.ranks = ranks;
-    s.me.m = (meeting*)mmap(0, sizeof(meeting), PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-    CHILD_CHECK(s.me.m != (meeting*)MAP_FAILED, "no shared memory");
-    CHILD_CHECK(cudaGetDeviceCount(&devices) == cudaSuccess && devices > 0, "no device");
-    TEST_CUDA(cudaSetDevice(rank * devices / ranks));
-    TEST_CUDA(cudaStreamCreateWithFlags(&s.stream, cudaStreamNonBlocking));
-    TEST_CUDA(cudaMalloc((void**)&s.x, sizeof s.host));
-    TEST_CUDA(cudaMalloc((void**)&s.y, sizeof s.host));
-    TEST_CUDA(cudaMalloc((void**)&s.ids, TOKENS * TOP_K * 4));
-    TEST_CUDA(cudaMalloc((void**)&s.fault, 8));
-    TEST_CUDA(cudaMemset(s.fault, 0, 8));
-    CHILD_CHECK(moe_preload() == MOE_OK, "preload");
-    for (int i = 0; i < TOKENS * HIDDEN; ++i) moe_store(s.host, i, MOE_BF16, (float)(i % 3 - 1));
-    TEST_CUDA(cudaMemcpy(s.x, s.host, sizeof s.host, cudaMemcpyHostToDevice));
-    TEST_CUDA(cudaDeviceSynchronize()); /* a copy may end after the call */
+    begin(&s, rank, ranks, path);
+    TEST_CUDA(cudaGetDeviceCount(&devices));
     if (how != JOINS) {
         uint64_t word = 0;
         connect(&s, &all, ranks, 0, 0, 0);
@@ -343,21 +207,6 @@ static int child(int rank, int ranks, const char* path, int when, int how)
     TEST_CUDA(cudaFree(few.region));
     TEST_CUDA(cudaFree(again.region));
     return 0;
-}
-
-/* Starts a child. */
-static pid_t start(int rank, int ranks, const char* path, int when, int how)
-{
-    const pid_t pid = vfork();
-    if (pid == 0) {
-        char number[4][12];
-        const int value[4] = {rank, ranks, when, how};
-        for (int i = 0; i < 4; ++i) snprintf(number[i], sizeof number[i], "%d", value[i]);
-        execl("/proc/self/exe", test_now.argv[0], "--child", number[0], number[1], path, number[2],
-              number[3], (char*)0);
-        _exit(9);
-    }
-    return pid;
 }
 
 /* Starts `ranks` children and waits; rank 1 goes at `when`, and comes back when the others have gone
