@@ -8,6 +8,7 @@
 #include "block_layer.cuh"
 #include "combine_scatter.cuh"
 #include "ep/barrier.cuh"
+#include "ep/hosts.cuh"
 #include "ep/incomplete.cuh"
 #include "ep/layer.cuh"
 #include "ep/profile.cuh"

@@ -3,18 +3,22 @@
 
    A dispatch is one message for each other rank: a header, and a record for each token that goes
    there: row, ids, weights, scales, the token's number. Received rows stay in their messages: the
-   experts read them there (view.x, view.x_stride). A combine is one row back for each slot, in slot
-   order. The sums are those of combine.cuh on one GPU: the bits of MOE_EP_GATHERED.
+   experts read them there (view.x, view.x_stride). A combine brings back, as combine_form says:
+     MOE_EP_REDUCED    a row for each token that a rank has got: the sum of its experts' rows
+     MOE_EP_GATHERED   a row for each slot
+   The bits of y are those of these forms over peer pointers.
 
    Descriptors are those of dispatch.cuh and combine.cuh. Of peers rank and num_ranks alone are read;
-   of buffers the sizes. combine_form is 0 or MOE_EP_GATHERED, dispatch_form 0 or
-   MOE_EP_DEDUPLICATED; combine.rows is the caller's, not null.
+   of buffers the sizes and combine_form; dispatch_form is 0 or MOE_EP_DEDUPLICATED. combine.rows is
+   the caller's in both forms; null, reduced: the caller writes view.partial, and no row maps are made
+   (hosts.cuh does so).
 
    Order of one exchange, on every rank; H is the host:
      moe_ep_message_run(&p, MOE_EP_MESSAGE_PACK, stream)
      transport: segments of MOE_EP_SEGMENT_HEADERS, sizes fixed
      moe_ep_message_read(&p, counts, stream)           H waits for the stream
-     moe_ep_message_check(counts, W)                   a rank has stopped: all return here
+     moe_ep_message_check(counts, W)                   a rank has stopped: all end here, with
+                                                       MOE_EP_MESSAGE_TAKE
      transport: segments of MOE_EP_SEGMENT_RECORDS
      moe_ep_message_run(&p, MOE_EP_MESSAGE_UNPACK, stream)
      experts.cuh on view.x, row maps of the view
@@ -24,8 +28,8 @@
    Segments are for moe_ep_message_segments; a rank's own is a copy in its memory.
 
    Bytes to each other rank: 16 and (H b + 8 K + 4 S + 4, rounded up to 16) for each token; back H r
-   for each slot. Cost: 7 launches and a host wait; 3 and the combine's. Not in a graph: the host
-   reads counts. Minimum architecture: sm_75.
+   for each token or slot. Cost: 4 launches, gathered 8, 1 more past 1024 tokens, and a host wait;
+   back 4. Not in a graph: the host reads counts. Minimum architecture: sm_75.
 
    Source: an all-to-all of NCCL, as every MoE without peer memory has; here deduplicated, with one
    message a pair and no copy of received rows. */
@@ -33,189 +37,14 @@
 #define MOE_EP_MESSAGE_CUH
 
 #include "combine.cuh"
-
-/* The first 16 bytes of a message. */
-typedef struct moe_ep_message_header {
-    int32_t tokens, slots; /* of the sender's, for the receiver */
-    uint64_t fault;        /* the sender's fault word */
-} moe_ep_message_header;
-
-/* What the host reads between the two halves of a dispatch; pinned memory is faster. */
-typedef struct moe_ep_message_counts {
-    moe_ep_message_header sent[MOE_PEERS_MAX_RANKS];     /* [W] to each rank */
-    moe_ep_message_header received[MOE_PEERS_MAX_RANKS]; /* [W] from each rank */
-} moe_ep_message_counts;
-
-/* What goes to one rank and comes from it. */
-typedef struct moe_ep_segment {
-    const void* send;
-    void* recv;
-    size_t send_bytes, recv_bytes; /* may be 0 */
-} moe_ep_segment;
-
-typedef enum moe_ep_segment_kind {
-    MOE_EP_SEGMENT_HEADERS,
-    MOE_EP_SEGMENT_RECORDS,
-    MOE_EP_SEGMENT_ROWS
-} moe_ep_segment_kind;
-
-typedef enum moe_ep_message_part {
-    MOE_EP_MESSAGE_PACK,
-    MOE_EP_MESSAGE_UNPACK,
-    MOE_EP_MESSAGE_PACK_ROWS,
-    MOE_EP_MESSAGE_SUM
-} moe_ep_message_part;
-
-/* Addresses in the workspace. C' = C + 1: a message has room for its header and C records. */
-typedef struct moe_ep_message_view {
-    const void* x;         /* received rows: token j of sender s is row s C' + j */
-    int64_t x_stride;      /* elements between rows */
-    int32_t num_x;         /* W C', num_tokens of the experts */
-    int32_t num_local;     /* P */
-    int64_t num_rows;      /* max_rows */
-    int32_t* recv_ids;     /* [W C', K] */
-    float* recv_weights;   /* [W C', K] */
-    float* recv_scales;    /* [W C', S] */
-    int32_t* recv_token;   /* [W C'] */
-    int32_t* recv_count;   /* [W] */
-    int32_t* expert_count; /* [P], like the next three: as in moe_ep_view */
-    int32_t* expert_offset;
-    int32_t* row_slot;
-    moe_place* recv_place;
-    moe_place* place; /* [T, K] row of back_recv of each of this rank's slots */
-    /* messages and scratch */
-    char *send, *recv;           /* [W][C'] records */
-    char *back_send, *back_recv; /* rows for other ranks' slots; rows of this rank's slots */
-    int32_t *rank_ids, *slot_count, *slot_offset;             /* [T, K] owner of each slot; [W] */
-    int32_t *from_ids, *back_count, *back_offset, *back_slot; /* [W C', K] sender; [W] */
-    int32_t* chunk_count;
-    void* route_workspace;
-} moe_ep_message_view;
-
-/* The argument of the kernels here. */
-typedef struct moei_ep_message_args {
-    moei_ep_args pack; /* of the sending kernels, over messages in this rank's memory */
-    moe_ep_message_view v;
-    moei_ep_layout at;                               /* of a received message */
-    const char* rows;                                /* of the experts */
-    int64_t message_bytes, record_bytes, back_bytes; /* back: of a row */
-    int32_t rank, num_ranks, records;                /* C' */
-} moei_ep_message_args;
-
-#define MOEI_EP_MESSAGE_THREADS 256
-
-/* Writes the owner of each of this rank's slots. A thread has a slot at a time. */
-MOE_KERNEL(MOEI_EP_MESSAGE_THREADS, 1) moei_ep_message_owners(MOE_ARG(moei_ep_message_args) a)
-{
-    const int slots = a.pack.num_tokens * a.pack.top_k;
-    moe_pdl_trigger();
-    moe_pdl_wait();
-    if (moe_fault_stopped(a.pack.peers.fault)) return;
-    for (int64_t i = blockIdx.x * blockDim.x + threadIdx.x; i < slots;
-         i += gridDim.x * blockDim.x) {
-        const int t = (int)i / a.pack.top_k, k = (int)i % a.pack.top_k;
-        a.v.rank_ids[i] = moei_ep_target(&a.pack, t, k, a.pack.ids[i]).rank;
-    }
-}
-
-/* Completes the headers: slots and the fault word; no tokens after a stop fault. One block, a rank a
-   thread. */
-MOE_KERNEL(MOE_PEERS_MAX_RANKS, 1) moei_ep_message_heads(MOE_ARG(moei_ep_message_args) a)
-{
-    const int d = (int)threadIdx.x;
-    bool stops;
-    moe_pdl_trigger();
-    moe_pdl_wait();
-    stops = moe_fault_stopped(a.pack.peers.fault);
-    if (d >= a.num_ranks) return;
-    moe_ep_message_header* h = (moe_ep_message_header*)(a.v.send + d * a.message_bytes);
-    h->slots = stops ? 0 : a.v.slot_count[d];
-    if (stops) h->tokens = 0;
-    h->fault = *(const volatile uint64_t*)a.pack.peers.fault;
-}
-
-/* Takes ids, weights, scales and numbers out of the received messages, and notes the sender of each
-   slot. An expert past P counts as -1 and sets BAD_ID. A warp has a token at a time. */
-MOE_KERNEL(MOEI_EP_MESSAGE_THREADS, 1) moei_ep_message_unpack(MOE_ARG(moei_ep_message_args) a)
-{
-    const int top_k = a.pack.top_k, num_scales = a.pack.num_scales;
-    const int warps = (int)(gridDim.x * blockDim.x) / MOE_WARP_SIZE;
-    const int first = (int)(blockIdx.x * blockDim.x) / MOE_WARP_SIZE + moe_warp();
-    moe_pdl_trigger();
-    moe_pdl_wait();
-    if (moe_fault_stopped(a.pack.peers.fault)) return;
-    for (int s = first; s < a.num_ranks && moe_lane() == 0; s += warps)
-        a.v.recv_count[s] =
-            min(((const moe_ep_message_header*)(a.v.recv + s * a.message_bytes))->tokens,
-                a.records - 1);
-    for (int i = first; i < a.num_ranks * a.records; i += warps) {
-        const int s = i / a.records, j = i % a.records;
-        const char* message = a.v.recv + s * a.message_bytes;
-        const int32_t* ids = (const int32_t*)(message + a.at.recv_ids + j * a.at.ids_step);
-        const float* weights = (const float*)(message + a.at.recv_weights + j * a.at.weights_step);
-        const float* scales = (const float*)(message + a.at.recv_scales + j * a.at.scales_step);
-        if (j >= ((const moe_ep_message_header*)message)->tokens || j >= a.records - 1) continue;
-        for (int k = moe_lane(); k < top_k; k += MOE_WARP_SIZE) {
-            const int64_t slot = (int64_t)i * top_k + k;
-            int id = ids[k];
-            a.v.from_ids[slot] = id < 0 ? -1 : s; /* a row goes back, whatever the expert */
-            if (id >= a.v.num_local) {
-                moe_fault_raise(a.pack.peers.fault, MOE_FAULT_BAD_ID, a.rank, slot);
-                id = -1;
-            }
-            a.v.recv_ids[slot] = id;
-            a.v.recv_weights[slot] = weights[k];
-        }
-        for (int c = moe_lane(); c < num_scales; c += MOE_WARP_SIZE)
-            a.v.recv_scales[(int64_t)i * num_scales + c] = scales[c];
-        if (moe_lane() == 0)
-            a.v.recv_token[i] = *(const int32_t*)(message + a.at.recv_token + j * a.at.token_step);
-    }
-}
-
-/* Packs the experts' rows in the order of the senders' slots, zeros for a slot without a row; renews
-   the fault words of the headers. A block has a row at a time. */
-MOE_KERNEL(MOEI_EP_MESSAGE_THREADS, 1) moei_ep_message_pack_rows(MOE_ARG(moei_ep_message_args) a)
-{
-    const int d = (int)threadIdx.x;
-    bool stops;
-    moe_pdl_trigger();
-    moe_pdl_wait();
-    stops = moe_fault_stopped(a.pack.peers.fault);
-    if (blockIdx.x == 0 && d < a.num_ranks)
-        ((moe_ep_message_header*)(a.v.send + d * a.message_bytes))->fault =
-            *(const volatile uint64_t*)a.pack.peers.fault;
-    if (stops) return;
-    for (int b = (int)blockIdx.x; b < a.v.back_offset[a.num_ranks]; b += (int)gridDim.x) {
-        const int row = a.v.recv_place[a.v.back_slot[b]].row;
-        char* to = a.v.back_send + b * a.back_bytes;
-        if (row >= 0)
-            moe_copy_row(to, a.rows + row * a.back_bytes, a.back_bytes, d, (int)blockDim.x);
-        else
-            for (int64_t i = d; i < a.back_bytes / 16; i += blockDim.x)
-                ((uint4*)to)[i] = make_uint4(0, 0, 0, 0);
-    }
-}
-
-/* Takes over a stop fault of any rank. One warp. */
-MOE_KERNEL(32, 1) moei_ep_message_take(MOE_ARG(moei_ep_message_args) a)
-{
-    moe_pdl_trigger();
-    moe_pdl_wait();
-    for (int s = moe_lane(); s < a.num_ranks; s += MOE_WARP_SIZE) {
-        const uint64_t word =
-            ((const moe_ep_message_header*)(a.v.recv + s * a.message_bytes))->fault;
-        if (MOEI_FAULT_STOPS(word))
-            atomicMax((unsigned long long*)a.pack.peers.fault, (unsigned long long)word);
-    }
-}
+#include "pack.cuh"
 
 /* A prepared exchange in messages, for the device that was current. */
 typedef struct moe_ep_message_prepared {
     moei_ep_message_args args;
     moe_launch owners, count, push, heads, unpack, pack_rows, take; /* count, push: args.pack */
-    moe_route_prepared slots, received, back;
-    moe_combine_prepared combine;
+    moe_route_prepared slots, received, back; /* empty where not needed, like the next */
+    moe_combine_prepared reduce, combine;
     int32_t has_combine;
 } moe_ep_message_prepared;
 
@@ -266,8 +95,9 @@ MOE_HOST moe_status moei_ep_message_options(moe_ep_dispatch_desc* d, moei_ep_mes
     MOE_REQUIRE(moei_aligned(d->fault, 8), MOE_ERR_ALIGN, fault);
     MOE_REQUIRE(b->dispatch_form == 0 || b->dispatch_form == MOE_EP_DEDUPLICATED, MOE_ERR_OPTION,
                 dispatch_form);
-    MOE_REQUIRE(b->combine_form == 0 || b->combine_form == MOE_EP_GATHERED, MOE_ERR_OPTION,
-                combine_form);
+    MOE_REQUIRE(b->combine_form == 0 || b->combine_form == MOE_EP_REDUCED ||
+                    b->combine_form == MOE_EP_GATHERED,
+                MOE_ERR_OPTION, combine_form);
     MOE_TRY(moei_ep_check_buffers(b, d->peers->num_ranks));
     MOE_REQUIRE((int64_t)d->peers->num_ranks * (b->recv_tokens + 1) * b->top_k <= 0x7fffffff,
                 MOE_ERR_RANGE, max_tokens);
@@ -308,8 +138,6 @@ MOE_HOST moe_status moei_ep_message_carve(const moe_ep_dispatch_desc* d,
     v->send = (char*)moei_carve(base, bytes, messages);
     v->recv = (char*)moei_carve(base, bytes, messages);
     v->x = v->recv + a->record_bytes;
-    v->back_send = (char*)moei_carve(base, bytes, slots * (uint64_t)a->back_bytes);
-    v->back_recv = (char*)moei_carve(base, bytes, own * (uint64_t)a->back_bytes);
     v->recv_ids = (int32_t*)moei_carve(base, bytes, slots * 4);
     v->recv_weights = (float*)moei_carve(base, bytes, slots * 4);
     v->recv_scales = (float*)moei_carve(base, bytes, tokens * (uint64_t)b->num_scales * 4);
@@ -319,14 +147,24 @@ MOE_HOST moe_status moei_ep_message_carve(const moe_ep_dispatch_desc* d,
     v->expert_offset = (int32_t*)moei_carve(base, bytes, (local ? local : 1) * 4 + 4);
     v->row_slot = (int32_t*)moei_carve(base, bytes, (uint64_t)b->max_rows * 4);
     v->recv_place = (moe_place*)moei_carve(base, bytes, slots * 8);
-    v->place = (moe_place*)moei_carve(base, bytes, own * 8);
-    v->rank_ids = (int32_t*)moei_carve(base, bytes, own * 4);
-    v->slot_count = (int32_t*)moei_carve(base, bytes, num_ranks * 4);
-    v->slot_offset = (int32_t*)moei_carve(base, bytes, num_ranks * 4 + 4);
-    v->from_ids = (int32_t*)moei_carve(base, bytes, slots * 4);
-    v->back_count = (int32_t*)moei_carve(base, bytes, num_ranks * 4);
-    v->back_offset = (int32_t*)moei_carve(base, bytes, num_ranks * 4 + 4);
-    v->back_slot = (int32_t*)moei_carve(base, bytes, slots * 4);
+    if (b->combine_form == MOE_EP_GATHERED) {
+        v->back_send = (char*)moei_carve(base, bytes, slots * (uint64_t)a->back_bytes);
+        v->back_recv = (char*)moei_carve(base, bytes, own * (uint64_t)a->back_bytes);
+        v->place = (moe_place*)moei_carve(base, bytes, own * 8);
+        v->rank_ids = (int32_t*)moei_carve(base, bytes, own * 4);
+        v->slot_count = (int32_t*)moei_carve(base, bytes, num_ranks * 4);
+        v->slot_offset = (int32_t*)moei_carve(base, bytes, num_ranks * 4 + 4);
+        v->from_ids = (int32_t*)moei_carve(base, bytes, slots * 4);
+        v->back_count = (int32_t*)moei_carve(base, bytes, num_ranks * 4);
+        v->back_offset = (int32_t*)moei_carve(base, bytes, num_ranks * 4 + 4);
+        v->back_slot = (int32_t*)moei_carve(base, bytes, slots * 4);
+    } else {
+        const uint64_t sums = num_ranks * (uint64_t)b->recv_tokens;
+        v->partial = moei_carve(base, bytes, tokens * (uint64_t)a->back_bytes);
+        v->back_recv = (char*)moei_carve(base, bytes, sums * (uint64_t)a->back_bytes);
+        v->send_place =
+            (moe_place*)moei_carve(base, bytes, (uint64_t)d->num_tokens * num_ranks * 8);
+    }
     v->chunk_count = (int32_t*)moei_carve(base, bytes, MOEI_EP_MAX_CHUNKS * num_ranks * 4);
     for (int i = 0; i < 3; ++i) { /* the three routes use it in turn */
         moei_ep_message_route(d, v, i == 1 && local ? d->num_local : a->num_ranks, v->recv_ids, &r);
@@ -353,9 +191,26 @@ MOE_HOST moe_status moe_ep_message_workspace(const moe_ep_dispatch_desc* desc, s
     return moei_ep_message_carve(&d, &a, 0, &v, bytes);
 }
 
-/* Prepares the three routes. */
-MOE_HOST moe_status moei_ep_message_prepare_routes(const moe_ep_dispatch_desc* d,
-                                                   moe_ep_message_prepared* p)
+/* Prepares the route over received slots by expert. */
+MOE_HOST moe_status moei_ep_message_prepare_received(const moe_ep_dispatch_desc* d,
+                                                     moe_ep_message_prepared* p)
+{
+    const moe_ep_message_view* v = &p->args.v;
+    moe_route_desc r;
+    moei_ep_message_route(d, v, d->num_local ? d->num_local : 1, v->recv_ids, &r);
+    r.row_multiple = d->buffers.row_multiple;
+    r.max_rows = d->buffers.max_rows;
+    r.expert_count = v->expert_count, r.expert_offset = v->expert_offset;
+    r.row_slot = v->row_slot, r.place = v->recv_place;
+    r.workspace = v->route_workspace;
+    MOE_TRY(moe_route_workspace(&r, &r.workspace_bytes));
+    return moe_route_prepare(&r, &p->received);
+}
+
+/* Prepares what the gathered form needs to number rows: this rank's slots by owner, received slots by
+   sender. */
+MOE_HOST moe_status moei_ep_message_prepare_slots(const moe_ep_dispatch_desc* d,
+                                                  moe_ep_message_prepared* p)
 {
     const moe_ep_message_view* v = &p->args.v;
     const int num_ranks = p->args.num_ranks;
@@ -367,14 +222,6 @@ MOE_HOST moe_status moei_ep_message_prepare_routes(const moe_ep_dispatch_desc* d
     r.workspace = v->route_workspace;
     MOE_TRY(moe_route_workspace(&r, &r.workspace_bytes));
     MOE_TRY(moe_route_prepare(&r, &p->slots));
-    moei_ep_message_route(d, v, d->num_local ? d->num_local : 1, v->recv_ids, &r);
-    r.row_multiple = d->buffers.row_multiple;
-    r.max_rows = d->buffers.max_rows;
-    r.expert_count = v->expert_count, r.expert_offset = v->expert_offset;
-    r.row_slot = v->row_slot, r.place = v->recv_place;
-    r.workspace = v->route_workspace;
-    MOE_TRY(moe_route_workspace(&r, &r.workspace_bytes));
-    MOE_TRY(moe_route_prepare(&r, &p->received));
     moei_ep_message_route(d, v, num_ranks, v->from_ids, &r);
     r.expert_count = v->back_count, r.expert_offset = v->back_offset, r.row_slot = v->back_slot;
     r.workspace = v->route_workspace;
@@ -382,24 +229,49 @@ MOE_HOST moe_status moei_ep_message_prepare_routes(const moe_ep_dispatch_desc* d
     return moe_route_prepare(&r, &p->back);
 }
 
+/* Prepares this rank's sums for received tokens. */
+MOE_HOST moe_status moei_ep_message_prepare_reduce(const moe_ep_dispatch_desc* d,
+                                                   const moe_ep_combine_desc* c,
+                                                   moe_ep_message_prepared* p)
+{
+    const moe_ep_message_view* v = &p->args.v;
+    moe_combine_desc sum;
+    memset(&sum, 0, sizeof sum);
+    sum.rows = c->rows;
+    sum.num_rows = v->num_rows;
+    sum.place = v->recv_place;
+    sum.weights = c->weights ? v->recv_weights : 0;
+    sum.y = v->partial;
+    sum.rows_dtype = sum.y_dtype = d->buffers.rows_dtype;
+    sum.fault = d->fault;
+    sum.rank = p->args.rank;
+    sum.num_tokens = v->num_x;
+    sum.hidden = d->buffers.hidden;
+    sum.top_k = d->buffers.top_k;
+    return moe_combine_prepare(&sum, &p->reduce);
+}
+
 /* Prepares the sums at home. */
 MOE_HOST moe_status moei_ep_message_prepare_sums(const moe_ep_dispatch_desc* d,
                                                  const moe_ep_combine_desc* c,
                                                  moe_ep_message_prepared* p)
 {
+    const int gathers = d->buffers.combine_form == MOE_EP_GATHERED;
     moe_combine_desc home;
-    MOE_REQUIRE(c->rows || d->buffers.max_rows == 0, MOE_ERR_NULL, rows);
+    MOE_REQUIRE(c->rows || !gathers || d->buffers.max_rows == 0, MOE_ERR_NULL, rows);
     MOE_REQUIRE(moei_aligned(c->rows, 16), MOE_ERR_ALIGN, rows);
     MOE_REQUIRE(!c->weights || c->weights == d->weights, MOE_ERR_CONFLICT, weights);
     memset(&home, 0, sizeof home);
     home.rows = p->args.v.back_recv;
-    home.num_rows = (int64_t)d->num_tokens * d->buffers.top_k;
-    home.place = p->args.v.place;
-    home.weights = c->weights;
-    home.top_k = d->buffers.top_k;
+    home.num_rows = gathers ? (int64_t)d->num_tokens * d->buffers.top_k
+                            : (int64_t)p->args.num_ranks * d->buffers.recv_tokens;
+    home.place = gathers ? p->args.v.place : p->args.v.send_place;
+    home.weights = gathers ? c->weights : 0;
+    home.top_k = gathers ? d->buffers.top_k : p->args.num_ranks;
     moei_ep_describe_home(d, c, &home);
     p->args.rows = (const char*)c->rows;
     p->has_combine = 1;
+    if (!gathers && c->rows) MOE_TRY(moei_ep_message_prepare_reduce(d, c, p));
     return moe_combine_prepare(&home, &p->combine);
 }
 
@@ -421,12 +293,13 @@ MOE_HOST moe_status moei_ep_message_prepare(const moe_ep_dispatch_desc* desc,
     MOE_TRY(moei_ep_check_pointers(&d, bytes));
     moei_ep_fill_args(&d, &a->pack);
     a->pack.combine_form = MOE_EP_REDUCED; /* no places of the peers' form */
+    a->pack.send_place = a->v.send_place;
     a->pack.chunk_count = d.num_tokens > MOEI_EP_ONE_LAUNCH ? a->v.chunk_count : 0;
     for (int r = 0; r < a->num_ranks; ++r)
         a->pack.peers.table[r] = a->v.send + r * a->message_bytes;
     c = moe_grid(device.sms * 2, MOEI_EP_MESSAGE_THREADS, 0, 0);
     c.dependent = 1;
-    MOE_TRY(MOE_PREPARE(&p->owners, moei_ep_message_owners, c));
+    if (a->v.rank_ids) MOE_TRY(MOE_PREPARE(&p->owners, moei_ep_message_owners, c));
     MOE_TRY(moei_ep_prepare_push(&a->pack, &p->count, &p->push));
     MOE_TRY(MOE_PREPARE(&p->heads, moei_ep_message_heads, ranks));
     MOE_TRY(MOE_PREPARE(&p->unpack, moei_ep_message_unpack, c));
@@ -434,7 +307,9 @@ MOE_HOST moe_status moei_ep_message_prepare(const moe_ep_dispatch_desc* desc,
     c.dependent = 1;
     MOE_TRY(MOE_PREPARE(&p->pack_rows, moei_ep_message_pack_rows, c));
     MOE_TRY(MOE_PREPARE(&p->take, moei_ep_message_take, warp));
-    MOE_TRY(moei_ep_message_prepare_routes(&d, p));
+    if (a->v.rank_ids) MOE_TRY(moei_ep_message_prepare_slots(&d, p));
+    if (!combine || combine->rows || a->v.rank_ids)
+        MOE_TRY(moei_ep_message_prepare_received(&d, p));
     return combine ? moei_ep_message_prepare_sums(&d, combine, p) : MOE_OK;
 }
 
@@ -472,11 +347,14 @@ MOE_HOST moe_status moe_ep_message_run(const moe_ep_message_prepared* p, int par
         MOE_TRY(MOE_RUN(&p->unpack, p->args, stream));
         MOE_TRY(moe_route_run(&p->received, stream));
         return moe_route_run(&p->back, stream);
-    case MOE_EP_MESSAGE_PACK_ROWS: return MOE_RUN(&p->pack_rows, p->args, stream);
+    case MOE_EP_MESSAGE_PACK_ROWS:
+        MOE_TRY(moe_combine_run(&p->reduce, stream));
+        return MOE_RUN(&p->pack_rows, p->args, stream);
     case MOE_EP_MESSAGE_SUM:
         MOE_REQUIRE(p->has_combine, MOE_ERR_CONFLICT, part);
         MOE_TRY(MOE_RUN(&p->take, p->args, stream));
         return moe_combine_run(&p->combine, stream);
+    case MOE_EP_MESSAGE_TAKE: return MOE_RUN(&p->take, p->args, stream);
     default: return MOE_STATUS(MOE_ERR_OPTION, part);
     }
 }
@@ -533,7 +411,12 @@ MOE_HOST moe_status moe_ep_message_segments(const moe_ep_message_prepared* p, in
             s->recv = (char*)s->recv + a->record_bytes;
             s->send_bytes = (size_t)counts->sent[r].tokens * (size_t)a->record_bytes;
             s->recv_bytes = (size_t)counts->received[r].tokens * (size_t)a->record_bytes;
-        } else if (kind == MOE_EP_SEGMENT_ROWS) { /* back: slots that came go out */
+        } else if (kind == MOE_EP_SEGMENT_ROWS && a->v.partial) { /* back: what came goes out */
+            s->send = (const char*)a->v.partial + r * a->records * a->back_bytes;
+            s->recv = a->v.back_recv + r * (a->records - 1) * a->back_bytes;
+            s->send_bytes = (size_t)counts->received[r].tokens * (size_t)a->back_bytes;
+            s->recv_bytes = (size_t)counts->sent[r].tokens * (size_t)a->back_bytes;
+        } else if (kind == MOE_EP_SEGMENT_ROWS) {
             s->send_bytes = (size_t)counts->received[r].slots * (size_t)a->back_bytes;
             s->recv_bytes = (size_t)counts->sent[r].slots * (size_t)a->back_bytes;
             s->send = a->v.back_send + out;

@@ -13,17 +13,22 @@
      ... experts.cuh on the view ...
      if (s == MOE_OK) s = moe_nccl_combine(&p, comm, counts, stream);
 
-   y has the bits of MOE_EP_GATHERED. Per rank the dispatch sends one message of 16 bytes and one of
+   Over several hosts whose ranks reach each other within a host: hosts.cuh's exchange, with
+   moe_nccl_hosts_dispatch and moe_nccl_hosts_combine. rail is a communicator of the ranks with equal
+   `local`, in the order of their hosts: ncclCommSplit(comm, local, host, &rail, 0).
+
+   y has the bits of the form over peer pointers. Per rank the dispatch sends one message of 16 bytes and one of
    rows, ids and weights to each other rank, the combine one of rows and one of 16 bytes; each pair
    of them is one NCCL group. A rank with a stop fault sends empty messages: moe_nccl_dispatch
-   returns fault (MOE_ERR_CONFLICT) on all ranks, and a combine leaves all y as they were. A rank that
+   returns fault (MOE_ERR_CONFLICT) on all ranks, whose fault words then hold that fault, and a combine
+   leaves all y as they were. A rank that
    does not come at all is NCCL's to report: its own timeouts and aborts.
 
    Not in a CUDA graph. All ranks call these in the same order. */
 #ifndef MOE_EP_NCCL_CUH
 #define MOE_EP_NCCL_CUH
 
-#include "message.cuh"
+#include "hosts.cuh"
 
 #if !MOE_ON_HOST
 
@@ -118,12 +123,17 @@ MOE_HOST moe_status moe_nccl_dispatch(const moe_ep_message_prepared* p, ncclComm
                                       moe_ep_message_counts* counts, cudaStream_t stream)
 {
     static const int headers = MOE_EP_SEGMENT_HEADERS, records = MOE_EP_SEGMENT_RECORDS;
+    moe_status s;
     MOE_TRY(moei_nccl_check(p, comm, counts));
     MOE_TRY(moe_ep_message_run(p, MOE_EP_MESSAGE_PACK, stream));
     MOE_TRY(moei_nccl_carry(p, comm, &headers, 1, 0, stream));
     MOE_TRY(moe_ep_message_read(p, counts, stream));
     MOE_TRY_CUDA(cudaStreamSynchronize(stream));
-    MOE_TRY(moe_ep_message_check(counts, p->args.num_ranks, 0));
+    s = moe_ep_message_check(counts, p->args.num_ranks, 0);
+    if (s != MOE_OK) {
+        MOE_TRY(moe_ep_message_run(p, MOE_EP_MESSAGE_TAKE, stream));
+        return s;
+    }
     MOE_TRY(moei_nccl_carry(p, comm, &records, 1, counts, stream));
     return moe_ep_message_run(p, MOE_EP_MESSAGE_UNPACK, stream);
 }
@@ -138,6 +148,28 @@ MOE_HOST moe_status moe_nccl_combine(const moe_ep_message_prepared* p, ncclComm_
     MOE_TRY(moe_ep_message_run(p, MOE_EP_MESSAGE_PACK_ROWS, stream));
     MOE_TRY(moei_nccl_carry(p, comm, kinds, 2, counts, stream));
     return moe_ep_message_run(p, MOE_EP_MESSAGE_SUM, stream);
+}
+
+/* The same over hosts: between hosts through the rail, then within this one. Errors: as of
+   moe_nccl_dispatch; after a fault the ranks of this host stop too. */
+MOE_HOST moe_status moe_nccl_hosts_dispatch(const moe_ep_hosts_prepared* p, ncclComm_t rail,
+                                            moe_ep_message_counts* counts, cudaStream_t stream)
+{
+    moe_status s;
+    MOE_REQUIRE(p, MOE_ERR_NULL, desc);
+    s = moe_nccl_dispatch(&p->rail, rail, counts, stream);
+    if (s != MOE_OK && s != MOE_STATUS(MOE_ERR_CONFLICT, fault)) return s;
+    MOE_TRY(moe_ep_dispatch_run(&p->dispatch, stream)); /* with a fault: tells this host's ranks */
+    return s;
+}
+
+/* Brings the rows home: sums within this host, then of all hosts. */
+MOE_HOST moe_status moe_nccl_hosts_combine(const moe_ep_hosts_prepared* p, ncclComm_t rail,
+                                           const moe_ep_message_counts* counts, cudaStream_t stream)
+{
+    MOE_REQUIRE(p, MOE_ERR_NULL, desc);
+    MOE_TRY(moe_ep_combine_run(&p->combine, stream));
+    return moe_nccl_combine(&p->rail, rail, counts, stream);
 }
 
 #endif

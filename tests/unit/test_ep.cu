@@ -9,9 +9,11 @@
    ep/faults.h     late ranks, small buffers, refusals
    ep/replay.h     many exchanges: in a row, late ranks, graphs
    ep/exchange.h   what every rank receives, and the sums that come home
-   ep/message.h    the exchange in messages, which the host carries */
+   ep/message.h    the exchange in messages, which the host carries
+   ep/hosts.h      exchanges over several hosts */
 #include "tests/unit/ep/exchange.h"
 #include "tests/unit/ep/faults.h"
+#include "tests/unit/ep/hosts.h"
 #include "tests/unit/ep/message.h"
 #include "tests/unit/ep/replay.h"
 #include "tests/unit/ep/signals.h"
@@ -24,6 +26,7 @@ int main(int argc, char** argv)
     ep_exchange();
     ep_faults();
     ep_message();
+    ep_hosts();
     ep_replay();
     return test_end();
 }

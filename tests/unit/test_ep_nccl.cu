@@ -1,5 +1,5 @@
-/* test_ep_nccl.cu: moe/ep with NCCL: the exchange in messages, the all-gather as bootstrap, and groups
-   of symmetric windows. One process a rank, spread over the GPUs that there are; NCCL takes several
+/* test_ep_nccl.cu: moe/ep with NCCL: the exchange in messages, the exchange over hosts, the all-gather
+   as bootstrap, and groups of symmetric windows. One process a rank, spread over the GPUs that there are; NCCL takes several
    ranks of a GPU where each seems to be on a host of its own (NCCL_HOSTID). On a GPU only.
 
      nvcc -I. -std=c++17 -arch=sm_90a -DTEST_NCCL tests/unit/test_ep_nccl.cu -lnccl -o test_ep_nccl
@@ -24,7 +24,8 @@ int main(int argc, char** argv)
 #include "moe/ep/nccl_window.cuh"
 #include "tests/unit/ep/process.h"
 
-enum { MESSAGES, BOOTSTRAP, WINDOWS }; /* what a child does */
+enum { MESSAGES, HOSTS, BOOTSTRAP, WINDOWS }; /* what a child does */
+enum { LOCAL = 2 };                           /* HOSTS: ranks of a host */
 
 #define CHILD_NCCL(call)                                                                           \
     do {                                                                                           \
@@ -32,27 +33,32 @@ enum { MESSAGES, BOOTSTRAP, WINDOWS }; /* what a child does */
         CHILD_CHECK(e_ == ncclSuccess, "%s", ncclGetErrorString(e_));                              \
     } while (0)
 
-/* Makes the communicator of all ranks. own_hosts: 1: each rank seems to be on a host of its own. */
-static ncclComm_t communicate(state* s, int own_hosts)
+/* Sets NCCL's environment: this rank seems to be on host number `host`. */
+static void pretend(int host)
+{
+    char name[32];
+    snprintf(name, sizeof name, "node%d", host);
+    setenv("NCCL_HOSTID", name, 1);
+    setenv("NCCL_NVLS_ENABLE", "0", 1); /* no multicast */
+    setenv("NCCL_IB_DISABLE", "1", 1);
+    setenv("NCCL_SOCKET_IFNAME", "lo", 1);
+}
+
+/* Makes the communicator of this rank and every step-th one before and behind it. */
+static ncclComm_t communicate(state* s, int step)
 {
     const int rank = s->rank;
     ncclUniqueId id[MOST], own;
     ncclComm_t comm;
-    char host[32];
-    snprintf(host, sizeof host, "node%d", own_hosts ? rank : 0);
-    setenv("NCCL_HOSTID", host, 1);
-    setenv("NCCL_NVLS_ENABLE", "0", 1); /* no multicast */
-    setenv("NCCL_IB_DISABLE", "1", 1);
-    setenv("NCCL_SOCKET_IFNAME", "lo", 1);
     memset(&own, 0, sizeof own);
-    if (rank == 0) CHILD_NCCL(ncclGetUniqueId(&own));
+    if (rank < step) CHILD_NCCL(ncclGetUniqueId(&own));
     CHILD_CHECK(!gather(&s->me, &own, id, sizeof own), "the meeting");
-    CHILD_NCCL(ncclCommInitRank(&comm, s->me.ranks, id[0], rank));
+    CHILD_NCCL(ncclCommInitRank(&comm, s->me.ranks / step, id[rank % step], rank / step));
     return comm;
 }
 
 /* Exchanges through NCCL alone, in a row, and a rank that stops. */
-static void use_messages(state* s, party* p, ncclComm_t comm)
+static void use_messages(state* s, party* p, ncclComm_t comm, int form)
 {
     const int rank = s->rank;
     static moe_ep_message_prepared m;
@@ -62,6 +68,7 @@ static void use_messages(state* s, party* p, ncclComm_t comm)
     size_t work;
     (void)size_party(s, p, s->me.ranks);
     p->peers.rank = rank, p->peers.num_ranks = s->me.ranks;
+    p->d.buffers.combine_form = form;
     describe(s, p);
     CHILD_CHECK(moe_ep_message_workspace(&p->d, &work) == MOE_OK, "workspace");
     TEST_CUDA(cudaMalloc(&p->workspace, work));
@@ -71,7 +78,7 @@ static void use_messages(state* s, party* p, ncclComm_t comm)
     p->c.rows = p->rows;
     CHILD_CHECK(moe_ep_message_prepare(&p->d, &p->c, &m) == MOE_OK, "prepare");
     CHILD_CHECK(moe_ep_message_get_view(&m, &v) == MOE_OK, "view");
-    for (int round = 0; round < ROUNDS + 1; ++round) {
+    for (int round = 0; round < (form == MOE_EP_GATHERED ? ROUNDS + 1 : ROUNDS); ++round) {
         int32_t list[TOKENS * TOP_K];
         scale_args a = {(const uint16_t*)v.x,
                         v.row_slot,
@@ -96,6 +103,69 @@ static void use_messages(state* s, party* p, ncclComm_t comm)
         check_y(s, round, list);
     }
     TEST_CUDA(cudaFreeHost(counts));
+}
+
+/* Exchanges over hosts of LOCAL ranks in a row: IPC within a host, NCCL between hosts. */
+static void use_hosts(state* s, party* p, ncclComm_t rail)
+{
+    const int rank = s->rank, host = rank / LOCAL, hosts = s->me.ranks / LOCAL;
+    static moe_ep_hosts_prepared h;
+    moe_ep_hosts_desc d;
+    moe_ep_message_counts* counts;
+    moe_peers far;
+    moe_peers_pair pair;
+    uint64_t bytes;
+    size_t work;
+    int first, own;
+    member local = s->me;
+    memset((void*)&d, 0, sizeof d);
+    memset((void*)&far, 0, sizeof far);
+    far.rank = host, far.num_ranks = hosts;
+    (void)size_party(s, p, hosts);
+    describe(s, p);
+    d.dispatch = p->d;
+    d.dispatch.peers = &far;
+    d.dispatch.buffers.max_rows = 0;
+    d.combine.y = s->y;
+    CHILD_CHECK(moe_ep_hosts_region(&d, LOCAL, &bytes) == MOE_OK, "region");
+    TEST_CUDA(cudaMalloc(&p->region, bytes));
+    local.rank = rank % LOCAL, local.ranks = LOCAL, local.round = 4 + 2 * host;
+    CHILD_CHECK(moe_peers_create_ipc(&p->peers, rank % LOCAL, LOCAL, host, p->region, bytes, gather,
+                                     &local, &pair) == MOE_OK,
+                "the host's group: %d, %d", pair.from, pair.to);
+    p->peers.ranks_on_device = s->me.ranks; /* those of other hosts may be on this GPU too */
+    d.near = &p->peers;
+    CHILD_CHECK(moe_ep_hosts_workspace(&d, &work) == MOE_OK, "workspace");
+    TEST_CUDA(cudaMalloc(&p->workspace, work));
+    TEST_CUDA(
+        cudaMalloc((void**)&p->rows, (size_t)(hosts * (TOKENS + 1) * LOCAL * TOP_K * HIDDEN) * 2));
+    TEST_CUDA(cudaMallocHost((void**)&counts, sizeof *counts));
+    d.dispatch.workspace = p->workspace, d.dispatch.workspace_bytes = work;
+    d.rows = p->rows;
+    CHILD_CHECK(moe_ep_hosts_prepare(&d, &h) == MOE_OK, "prepare");
+    moe_ep_hosts_experts(host, hosts, rank % LOCAL, LOCAL, EXPERTS, &first, &own);
+    CHILD_CHECK(h.view.num_local == own, "%d experts", own);
+    for (int round = 0; round < ROUNDS; ++round) {
+        int32_t list[TOKENS * TOP_K];
+        scale_args a = {(const uint16_t*)h.view.recv_x,
+                        h.view.row_slot,
+                        h.view.expert_offset,
+                        p->rows,
+                        s->fault,
+                        HIDDEN,
+                        first,
+                        own};
+        moe_launch_config l = moe_grid(8, HIDDEN, 0, s->stream);
+        put_ids(s, round, 0, list);
+        CHILD_CHECK(moe_nccl_hosts_dispatch(&h, rail, counts, s->stream) == MOE_OK, "dispatch");
+        CHILD_CHECK(MOE_LAUNCH(scale_rows, l, a) == MOE_OK, "rows");
+        CHILD_CHECK(moe_nccl_hosts_combine(&h, rail, counts, s->stream) == MOE_OK, "combine");
+        TEST_CUDA(cudaStreamSynchronize(s->stream));
+        check_y(s, round, list);
+    }
+    TEST_CUDA(cudaFreeHost(counts));
+    CHILD_CHECK(!gather(&s->me, &rank, s->host, 4), "the last meeting");
+    CHILD_CHECK(moe_peers_close_ipc(&p->peers) == MOE_OK, "close");
 }
 
 /* Exchanges over peer pointers in a row. */
@@ -134,9 +204,13 @@ static int child(int rank, int ranks, const char* path, int how)
     ncclComm_t comm;
     char text[MOE_STATUS_TEXT];
     begin(&s, rank, ranks, path);
-    comm = communicate(&s, how != WINDOWS);
+    pretend(how == WINDOWS ? 0 : how == HOSTS ? rank / LOCAL : rank);
+    comm = communicate(&s, how == HOSTS ? LOCAL : 1);
     if (how == MESSAGES) {
-        use_messages(&s, &p, comm);
+        use_messages(&s, &p, comm, MOE_EP_REDUCED);
+        use_messages(&s, &p, comm, MOE_EP_GATHERED); /* ends with a rank that stops */
+    } else if (how == HOSTS) {
+        use_hosts(&s, &p, comm);
     } else if (how == BOOTSTRAP) {
         const uint64_t bytes = size_party(&s, &p, ranks);
         moe_nccl_bootstrap b = {comm, 0, 4096 * 9, s.stream};
@@ -199,6 +273,8 @@ static void test_messages(void)
     processes(4, MESSAGES);
 }
 
+static void test_hosts(void) { processes(2 * LOCAL, HOSTS); }
+
 static void test_bootstrap(void) { processes(3, BOOTSTRAP); }
 
 static void test_windows(void)
@@ -214,6 +290,7 @@ int main(int argc, char** argv)
         return child(atoi(argv[2]), atoi(argv[3]), argv[4], atoi(argv[5]));
     test_begin(argc, argv);
     RUN(test_messages);
+    RUN(test_hosts);
     RUN(test_bootstrap);
     RUN(test_windows);
     return test_end();

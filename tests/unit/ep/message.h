@@ -64,26 +64,40 @@ static void msg_run(ep_job* j, msg_rank* m, int part)
     tgroup_wait(&j->g);
 }
 
-/* Carries all segments of a kind. */
-static void msg_carry(ep_job* j, msg_rank* m, int kind)
+/* Carries all segments of a kind between n ranks of a group: number i is rank who[i] of it. */
+static void msg_carry_among(const tgroup* g, const int* who, int n,
+                            const moe_ep_message_prepared* const* p,
+                            moe_ep_message_counts* const* counts, int kind)
 {
     static moe_ep_segment s[TGROUP_MOST][MOE_PEERS_MAX_RANKS];
-    for (int r = 0; r < j->c.W; ++r)
-        CHECK_STATUS(moe_ep_message_segments(&m[r].p, kind, &m[r].counts, s[r]), MOE_OK);
-    for (int a = 0; a < j->c.W; ++a)
-        for (int b = 0; b < j->c.W; ++b) {
-            void* p;
+    for (int a = 0; a < n; ++a)
+        CHECK_STATUS(moe_ep_message_segments(p[a], kind, counts[a], s[a]), MOE_OK);
+    for (int a = 0; a < n; ++a)
+        for (int b = 0; b < n; ++b) {
+            void* host;
             if (!CHECK(s[a][b].send_bytes == s[b][a].recv_bytes, "from %d to %d: %d bytes, not %d",
                        a, b, (int)s[a][b].send_bytes, (int)s[b][a].recv_bytes))
                 continue;
             if (!s[a][b].send_bytes) continue;
-            p = ep_get(j, a, s[a][b].send, (int64_t)s[a][b].send_bytes);
-            tgroup_use(&j->g, b);
-            TEST_CUDA(cudaMemcpy(s[b][a].recv, p, s[b][a].recv_bytes, cudaMemcpyHostToDevice));
+            host = test_host((int64_t)s[a][b].send_bytes);
+            tgroup_use(g, who[a]);
+            TEST_CUDA(cudaMemcpy(host, s[a][b].send, s[a][b].send_bytes, cudaMemcpyDeviceToHost));
+            tgroup_use(g, who[b]);
+            TEST_CUDA(cudaMemcpy(s[b][a].recv, host, s[b][a].recv_bytes, cudaMemcpyHostToDevice));
             TEST_CUDA(cudaDeviceSynchronize());
-            free(p);
+            free(host);
         }
     TEST_CUDA(cudaSetDevice(0));
+}
+
+/* Carries all segments of a kind between all ranks. */
+static void msg_carry(ep_job* j, msg_rank* m, int kind)
+{
+    const moe_ep_message_prepared* p[TGROUP_MOST];
+    moe_ep_message_counts* counts[TGROUP_MOST];
+    int who[TGROUP_MOST];
+    for (int r = 0; r < j->c.W; ++r) who[r] = r, p[r] = &m[r].p, counts[r] = &m[r].counts;
+    msg_carry_among(&j->g, who, j->c.W, p, counts, kind);
 }
 
 /* Carries headers and reads them; the status of each rank's check must be `want`. */
@@ -177,8 +191,8 @@ static void msg_compare(const ep_case* c, uint64_t salt)
             tgroup_clean(&j.g, __LINE__);
             for (int r = 0; r < c->W; ++r) {
                 tgroup_use(&j.g, r);
-                CHECK(tbuf_holds(&j.rank[r].d_y, y[r]),
-                      "rank %d: not the bits of the gathered form", r);
+                CHECK(tbuf_holds(&j.rank[r].d_y, y[r]), "rank %d: not the bits of peer pointers",
+                      r);
                 free(y[r]);
             }
             msg_free(&j, m);
@@ -192,21 +206,27 @@ static void test_messages(void)
 {
     const ep_case list[] = {
         /* W, T, H, E, K, forms, dtype, draw, replicas, C, scales, misalign, same, fp32, pad, m */
-        {1, 5, 16, 3, 2, 0, 2, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 0, 0, 0, 0},
-        {2, 37, 64, 8, 3, 0, 2, MOE_FP16, EP_RANDOM, 0, 0, 2, 0, 0, 0, 0, 8},
-        {4, 20, 32, 7, 2, 0, 2, MOE_BF16, EP_RANDOM, 0, 0, 3, 2, 0, 0, 0, 0},
-        {4, 12, 8, 2, 1, 0, 2, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 0, 0, 0, 0},
-        {4, 33, 40, 9, 4, 0, 2, MOE_FP32, EP_RANDOM, 1, 0, 1, 4, 0, 0, 0, 0},
-        {8, 19, 24, 16, 4, 0, 2, MOE_FP16, EP_RANDOM, 0, 0, 0, 0, 0, 0, 0, 0},
-        {4, 30, 16, 8, 2, 0, 2, MOE_BF16, EP_ONE_RANK, 0, 0, 0, 0, 0, 0, 0, 0},
-        {3, 10, 16, 8, 2, 0, 2, MOE_BF16, EP_EMPTY, 0, 0, 0, 0, 0, 0, 0, 0},
-        {2, 40, 16, 64, 40, 0, 2, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 0, 0, 0, 0},
-        {5, 64, 16, 20, 1, 0, 2, MOE_BF16, EP_RANDOM, 0, 40, 0, 0, 0, 0, 0, 0},
-        {3, 20, 16, 8, 2, 0, 2, MOE_FP16, EP_RANDOM, 0, 0, 0, 0, 0, 0, 8, 0},
-        {3, 25, 24, 8, 3, 0, 2, MOE_FP16, EP_RANDOM, 1, 0, 0, 0, 0, 1, 0, 0},
-        {2, 1500, 8, 6, 2, 0, 2, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 0, 0, 0, 0},
+        {1, 5, 16, 3, 2, 0, 0, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 0, 0, 0, 0},
+        {2, 37, 64, 8, 3, 0, 0, MOE_FP16, EP_RANDOM, 0, 0, 2, 0, 0, 0, 0, 8},
+        {4, 20, 32, 7, 2, 0, 0, MOE_BF16, EP_RANDOM, 0, 0, 3, 2, 0, 0, 0, 0},
+        {4, 12, 8, 2, 1, 0, 0, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 0, 0, 0, 0},
+        {4, 33, 40, 9, 4, 0, 0, MOE_FP32, EP_RANDOM, 1, 0, 1, 4, 0, 0, 0, 0},
+        {8, 19, 24, 16, 4, 0, 0, MOE_FP16, EP_RANDOM, 0, 0, 0, 0, 0, 0, 0, 0},
+        {4, 30, 16, 8, 2, 0, 0, MOE_BF16, EP_ONE_RANK, 0, 0, 0, 0, 0, 0, 0, 0},
+        {3, 10, 16, 8, 2, 0, 0, MOE_BF16, EP_EMPTY, 0, 0, 0, 0, 0, 0, 0, 0},
+        {2, 40, 16, 64, 40, 0, 0, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 0, 0, 0, 0},
+        {5, 64, 16, 20, 1, 0, 0, MOE_BF16, EP_RANDOM, 0, 40, 0, 0, 0, 0, 0, 0},
+        {3, 20, 16, 8, 2, 0, 0, MOE_FP16, EP_RANDOM, 0, 0, 0, 0, 0, 0, 8, 0},
+        {3, 25, 24, 8, 3, 0, 0, MOE_FP16, EP_RANDOM, 1, 0, 0, 0, 0, 1, 0, 0},
+        {2, 1500, 8, 6, 2, 0, 0, MOE_BF16, EP_RANDOM, 0, 0, 0, 0, 0, 0, 0, 0},
     };
-    for (size_t i = 0; i < sizeof list / sizeof list[0]; ++i) msg_compare(&list[i], 800 + i);
+    for (size_t i = 0; i < sizeof list / sizeof list[0]; ++i)
+        for (int form = MOE_EP_REDUCED; form <= MOE_EP_GATHERED; ++form) {
+            ep_case c = list[i];
+            c.combine = form;
+            if (!test_long() && (i + (size_t)form) % 2 && i > 3) continue;
+            msg_compare(&c, 800 + i);
+        }
 }
 
 /* A rank that stops, in either half, stops all, and no y is written. */
@@ -224,6 +244,7 @@ static void test_message_faults(void)
             TEST_CUDA(cudaDeviceSynchronize());
             msg_run(&j, m, MOE_EP_MESSAGE_PACK);
             msg_read(&j, m, late ? MOE_OK : MOE_STATUS(MOE_ERR_CONFLICT, fault), late ? 0 : word);
+            if (!late) msg_run(&j, m, MOE_EP_MESSAGE_TAKE);
             if (late) {
                 msg_carry(&j, m, MOE_EP_SEGMENT_RECORDS);
                 msg_run(&j, m, MOE_EP_MESSAGE_UNPACK);
@@ -233,11 +254,10 @@ static void test_message_faults(void)
                 msg_carry(&j, m, MOE_EP_SEGMENT_ROWS);
                 msg_carry(&j, m, MOE_EP_SEGMENT_HEADERS);
                 msg_run(&j, m, MOE_EP_MESSAGE_SUM);
-                for (int r = 0; r < 3; ++r)
-                    CHECK(tgroup_fault(&j.g, r) == word, "rank %d: %llx", r,
-                          (unsigned long long)tgroup_fault(&j.g, r));
             }
             for (int r = 0; r < 3; ++r) {
+                CHECK(tgroup_fault(&j.g, r) == word, "rank %d: %llx", r,
+                      (unsigned long long)tgroup_fault(&j.g, r));
                 tgroup_use(&j.g, r);
                 CHECK(tbuf_holds(&j.rank[r].d_y, 0), "rank %d wrote y", r);
             }
@@ -279,7 +299,7 @@ static void test_message_refusals(void)
         MSG_REFUSED(d.ids = 0, MOE_ERR_NULL, ids);
         MSG_REFUSED(d.num_tokens = 9, MOE_ERR_RANGE, num_tokens);
         MSG_REFUSED(d.buffers.dispatch_form = MOE_EP_ALL_TO_ALL, MOE_ERR_OPTION, dispatch_form);
-        MSG_REFUSED(d.buffers.combine_form = MOE_EP_REDUCED, MOE_ERR_OPTION, combine_form);
+        MSG_REFUSED(d.buffers.combine_form = MOE_EP_REDUCE_SCATTER, MOE_ERR_OPTION, combine_form);
         MSG_REFUSED(d.workspace = 0, MOE_ERR_NULL, workspace);
         MSG_REFUSED(d.workspace_bytes -= 1, MOE_ERR_WORKSPACE, workspace_bytes);
         MSG_REFUSED(k.rows = 0, MOE_ERR_NULL, rows);
@@ -289,7 +309,7 @@ static void test_message_refusals(void)
         CHECK_STATUS(moe_ep_message_prepare(&m[0].d, 0, &p), MOE_OK);
         CHECK_STATUS(moe_ep_message_run(&p, MOE_EP_MESSAGE_SUM, j.g.stream[0]),
                      MOE_STATUS(MOE_ERR_CONFLICT, part));
-        CHECK_STATUS(moe_ep_message_run(&p, 4, j.g.stream[0]), MOE_STATUS(MOE_ERR_OPTION, part));
+        CHECK_STATUS(moe_ep_message_run(&p, 5, j.g.stream[0]), MOE_STATUS(MOE_ERR_OPTION, part));
         CHECK_STATUS(moe_ep_message_segments(&p, MOE_EP_SEGMENT_ROWS, 0, s),
                      MOE_STATUS(MOE_ERR_NULL, counts));
         CHECK_STATUS(moe_ep_message_segments(&p, 3, &m[0].counts, s),
