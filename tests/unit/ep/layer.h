@@ -396,7 +396,7 @@ static void test_forward(void)
         lay_case c = list[i];
         c.dtype = lay_half(c.dtype);
         for (c.dispatch = MOE_EP_DEDUPLICATED; c.dispatch <= MOE_EP_ALL_GATHER_COPY; ++c.dispatch) {
-            if (!test_long() && c.dispatch > 1 && c.dispatch != 2 + (int)i % 3) continue;
+            if (MOE_ON_HOST && c.dispatch > 1 && c.dispatch != 2 + (int)i % 3) continue;
             if (c.form != MOE_EP_GATHERED)
                 c.form = c.dispatch % 2 ? MOE_EP_REDUCED : MOE_EP_REDUCE_SCATTER;
             lay_compare(&c, 300 + i);
@@ -464,7 +464,7 @@ static void test_layer_graph(void)
         const lay_case c = {4,  10, 64, 40, 7, 2, dispatch, form, test_half(),
                             16, 0,  0,  0,  0, 1, 0,        0};
         trand q = trand_new(395);
-        if (!test_long() && pair % 5 && pair != 3) continue; /* each form once */
+        if (MOE_ON_HOST && pair % 5 && pair != 3) continue; /* each form once */
         if (lay_new(&j, &c, 396)) {
             cudaGraph_t graph[4];
             cudaGraphExec_t exec[4];

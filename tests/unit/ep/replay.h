@@ -186,10 +186,10 @@ static void ep_rounds_free(ep_job* j, ep_rounds* a, int check)
 }
 
 /* Twelve exchanges in a row, other ids each time, in round n rank n late, no host sync. On the
-   CPU four, unless the tests are long. */
+   CPU four. */
 static void test_back_to_back(void)
 {
-    const int rounds = MOE_ON_HOST && !test_long() ? 4 : EP_ROUNDS;
+    const int rounds = MOE_ON_HOST ? 4 : EP_ROUNDS;
     static const int ranks[] = {2, 3, 4, 8, 16};
     static ep_job j;
     for (int pair = 0; pair < EP_PAIRS; ++pair)
@@ -213,7 +213,7 @@ static void test_back_to_back(void)
                                0,
                                0};
             trand q = trand_new(60 + (uint64_t)i);
-            if (!test_long() && i > 1 && (pair + i) % 6) continue;
+            if (MOE_ON_HOST && i > 1 && (pair + i) % 6) continue;
             if (ep_new(&j, &c, 61 + (uint64_t)i)) {
                 static ep_rounds a;
                 ep_whole_numbers(&j, &q);
@@ -288,7 +288,7 @@ static void test_graph(void)
    the CPU fewer. */
 static void test_many_times(void)
 {
-    const int times = MOE_ON_HOST ? test_long() ? 100 : 24 : test_long() ? 10000 : 120;
+    const int times = MOE_ON_HOST ? test_long() ? 120 : 14 : test_long() ? 10000 : 120;
     static ep_job j;
     for (int i = 0; i < EP_PAIRS + 1; ++i) { /* the last: few enough tokens for one launch */
         const int pair = i % EP_PAIRS, few = i == EP_PAIRS;
@@ -310,7 +310,7 @@ static void test_many_times(void)
                            0,
                            0,
                            0};
-        if (!test_long() && pair % 5 && pair != 3) continue; /* each form once */
+        if (MOE_ON_HOST && pair % 5 && pair != 3) continue; /* each form once */
         trand q = trand_new(80);
         if (ep_new(&j, &c, 81)) {
             static ep_rounds a;
