@@ -1,14 +1,17 @@
 /* The layer over ranks, one a GPU, beside the local layer with the same tokens a GPU and all
    experts. nvcc -O3 -std=c++14 -I. -arch=sm_90a bench/bench_ep_layer.cu -o bench_ep_layer
-     ./bench_ep_layer [--ranks W] [--thiek T,H,I,E,K]    T tokens a rank
+     ./bench_ep_layer [--ranks W] [--thiek T,H,I,E,K] [--choice]    T tokens a rank
+     --choice: the profiler's choice beside the layer with every pair of forms
 
    A barrier stands in every iteration and is part of all times; the slowest rank counts. TFLOPS are
    of a rank: 6 T K H I over the time. */
 #include "bench_group.h"
 
 #include <math.h>
+#include <time.h>
 
 #include "../moe/ep/layer.cuh"
+#include "../moe/ep/profile.cuh"
 
 typedef struct shape {
     int T, H, I, E, K;
@@ -69,9 +72,13 @@ static void open_job(bench_group* g, job* j, shape s, int form)
         e->peers = g->peers + r;
         e->buffers.combine_form = form;
         e->buffers.max_tokens = s.T;
-        BENCH_MOE(moe_ep_layer_workspace(e, &bytes));
+        e->side_stream = g->side[r];
+        e->side_event[0] = g->side_event[r][0], e->side_event[1] = g->side_event[r][1];
+        e->counters = (moe_ep_counters*)keep(j, r, bench_alloc(sizeof *e->counters));
+        BENCH_MOE(moe_ep_profile_workspace(e, &bytes)); /* for every form */
         e->layer.workspace = keep(j, r, bench_alloc(bytes));
         e->layer.workspace_bytes = bytes;
+        e->counters = 0; /* the profiler's alone */
         BENCH_MOE(moe_ep_layer_prepare(e, j->ep_p + r));
         j->memory[r][15] = bench_alloc((size_t)(s.T < 256 ? s.T : 256) * (size_t)s.H * 2);
     }
@@ -228,11 +235,58 @@ static void bench_shape(bench_group* g, shape s)
     }
 }
 
+/* The profiler's time and choice, and the layer's time with every pair of forms. */
+static void bench_choice(bench_group* g, shape s)
+{
+    static job j;
+    static moe_ep_profile_rank rank[BENCH_MOST_RANKS];
+    static moe_ep_layer_desc layer[BENCH_MOST_RANKS];
+    moe_ep_profile_desc d;
+    moe_ep_choice c;
+    struct timespec t0, t1;
+    char text[MOE_EP_CHOICE_TEXT];
+    double best = 0, chosen = 0;
+    printf("T %d a rank, H %d, I %d, E %d, K %d, W %d\n", s.T, s.H, s.I, s.E, s.K, g->W);
+    open_job(g, &j, s, MOE_EP_REDUCED);
+    memset(&d, 0, sizeof d);
+    d.rank = rank, d.num_mine = g->W;
+    for (int r = 0; r < g->W; ++r) {
+        BENCH_CUDA(cudaSetDevice(g->device[r]));
+        BENCH_CUDA(cudaDeviceSynchronize());
+        layer[r] = j.ep[r];
+        layer[r].counters = (moe_ep_counters*)bench_alloc(sizeof *layer[r].counters);
+        rank[r].layer = &layer[r], rank[r].stream = g->stream[r], rank[r].device = g->device[r];
+    }
+    timespec_get(&t0, TIME_UTC);
+    BENCH_MOE(moe_ep_profile(&d, &c));
+    timespec_get(&t1, TIME_UTC);
+    moe_ep_choice_table(&c, text, sizeof text);
+    printf("%s  in %.2f s\n", text,
+           (double)(t1.tv_sec - t0.tv_sec) + 1e-9 * (double)(t1.tv_nsec - t0.tv_nsec));
+    for (int f = 1; f < MOE_EP_DISPATCH_FORMS; ++f)
+        for (int b = 1; b < MOE_EP_COMBINE_FORMS; ++b) {
+            double ms;
+            for (int r = 0; r < g->W; ++r) {
+                BENCH_CUDA(cudaSetDevice(g->device[r]));
+                j.ep[r].buffers.dispatch_form = f, j.ep[r].buffers.combine_form = b;
+                BENCH_MOE(moe_ep_layer_prepare(j.ep + r, j.ep_p + r));
+            }
+            ms = bench_group_time(g, run_ep, &j, 4);
+            printf("  %-16s %-16s %9.4f ms\n", moe_ep_dispatch_name(f), moe_ep_combine_name(b), ms);
+            if (best == 0 || ms < best) best = ms;
+            if (f == c.dispatch_form && b == c.combine_form) chosen = ms;
+        }
+    printf("  the choice / the best pair %.3f\n", chosen / best);
+    fflush(stdout);
+    for (int r = 0; r < g->W; ++r) BENCH_CUDA(cudaFree(layer[r].counters));
+    close_job(g, &j);
+}
+
 int main(int argc, char** argv)
 {
     static bench_group g;
     shape list[2] = {{8192, 2048, 768, 128, 8}, {8192, 4096, 14336, 8, 2}};
-    int count = 2, W = 0, devices = 0;
+    int count = 2, W = 0, devices = 0, choice = 0;
     uint64_t most = 0;
     struct cudaDeviceProp prop;
     for (int i = 1; i < argc; ++i) {
@@ -241,8 +295,10 @@ int main(int argc, char** argv)
                  sscanf(argv[++i], "%d,%d,%d,%d,%d", &list[0].T, &list[0].H, &list[0].I, &list[0].E,
                         &list[0].K) == 5) {
             count = 1;
+        } else if (!strcmp(argv[i], "--choice")) {
+            choice = 1;
         } else {
-            fprintf(stderr, "usage: %s [--ranks W] [--thiek T,H,I,E,K]\n", argv[0]);
+            fprintf(stderr, "usage: %s [--ranks W] [--thiek T,H,I,E,K] [--choice]\n", argv[0]);
             return 2;
         }
     }
@@ -252,17 +308,15 @@ int main(int argc, char** argv)
         return 77;
     }
     if (W == 0) W = devices;
-    for (int i = 0; i < count; ++i)
-        for (int form = MOE_EP_REDUCED; form <= MOE_EP_GATHERED; ++form) {
-            moe_ep_layer_desc d;
-            uint64_t bytes;
-            memset(&d, 0, sizeof d);
-            d.layer.hidden = list[i].H, d.layer.num_experts = list[i].E;
-            d.layer.top_k = list[i].K;
-            d.buffers.max_tokens = list[i].T, d.buffers.combine_form = form;
-            BENCH_MOE(moe_ep_layer_region(&d, W, &bytes));
-            if (bytes > most) most = bytes;
-        }
+    for (int i = 0; i < count; ++i) {
+        moe_ep_layer_desc d;
+        uint64_t bytes;
+        memset(&d, 0, sizeof d);
+        d.layer.hidden = list[i].H, d.layer.num_experts = list[i].E, d.layer.top_k = list[i].K;
+        d.buffers.max_tokens = list[i].T;
+        BENCH_MOE(moe_ep_profile_region(&d, W, &bytes));
+        if (bytes > most) most = bytes;
+    }
     bench_group_open(&g, W, most);
     for (int r = 0; r < g.W; ++r) {
         BENCH_CUDA(cudaSetDevice(g.device[r]));
@@ -270,6 +324,8 @@ int main(int argc, char** argv)
     }
     BENCH_CUDA(cudaGetDeviceProperties(&prop, 0));
     printf("%d ranks on %d x %s\n", g.W, g.devices, prop.name);
-    for (int i = 0; i < count; ++i) bench_shape(&g, list[i]);
+    for (int i = 0; i < count; ++i)
+        if (choice) bench_choice(&g, list[i]);
+        else bench_shape(&g, list[i]);
     return 0;
 }
