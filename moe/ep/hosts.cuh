@@ -79,8 +79,12 @@ MOE_HOST moe_status moei_ep_hosts_buffers(const moe_ep_hosts_desc* d, moe_ep_buf
                     !b->max_tokens,
                 MOE_ERR_CONFLICT, buffers);
     MOE_REQUIRE(d->dispatch.peers, MOE_ERR_NULL, peers);
+    MOE_REQUIRE(
+        d->dispatch.peers->num_ranks >= 1 && d->dispatch.peers->num_ranks <= MOE_PEERS_MAX_RANKS &&
+            d->dispatch.peers->rank >= 0 && d->dispatch.peers->rank < d->dispatch.peers->num_ranks,
+        MOE_ERR_RANGE, peers);
     MOE_REQUIRE(far->num_experts >= d->dispatch.peers->num_ranks, MOE_ERR_RANGE, num_experts);
-    MOE_REQUIRE(most >= 0 && (int64_t)(most + 1) * d->dispatch.peers->num_ranks <= 0x7fffffff,
+    MOE_REQUIRE(most >= 0 && ((int64_t)most + 1) * d->dispatch.peers->num_ranks <= 0x7fffffff,
                 MOE_ERR_RANGE, max_tokens);
     b->max_tokens = (most + 1) * d->dispatch.peers->num_ranks;
     b->hidden = far->hidden;

@@ -28,7 +28,7 @@
    Segments are for moe_ep_message_segments; a rank's own is a copy in its memory.
 
    Bytes to each other rank: 16 and (H b + 8 K + 4 S + 4, rounded up to 16) for each token; back H r
-   for each token or slot. Cost: 4 launches, gathered 8, 1 more past 1024 tokens, and a host wait;
+   for each token or slot. Cost: 6 launches, gathered 11, 1 more past 1024 tokens, and a host wait;
    back 4. Not in a graph: the host reads counts. Minimum architecture: sm_75.
 
    Source: an all-to-all of NCCL, as every MoE without peer memory has; here deduplicated, with one
@@ -98,8 +98,10 @@ MOE_HOST moe_status moei_ep_message_options(moe_ep_dispatch_desc* d, moei_ep_mes
     MOE_REQUIRE(b->combine_form == 0 || b->combine_form == MOE_EP_REDUCED ||
                     b->combine_form == MOE_EP_GATHERED,
                 MOE_ERR_OPTION, combine_form);
+    MOE_REQUIRE(!d->counters, MOE_ERR_CONFLICT, counters); /* the host has the counts */
     MOE_TRY(moei_ep_check_buffers(b, d->peers->num_ranks));
-    MOE_REQUIRE((int64_t)d->peers->num_ranks * (b->recv_tokens + 1) * b->top_k <= 0x7fffffff,
+    MOE_REQUIRE((int64_t)d->peers->num_ranks * ((int64_t)b->recv_tokens + 1) * b->top_k <=
+                    0x7fffffff,
                 MOE_ERR_RANGE, max_tokens);
     MOE_TRY(moei_ep_check_call(d));
     moei_ep_message_lay_out(b, &p->at, &a->record_bytes);
@@ -286,10 +288,14 @@ MOE_HOST moe_status moei_ep_message_prepare(const moe_ep_dispatch_desc* desc,
     const moe_launch_config ranks = moe_grid(1, MOE_PEERS_MAX_RANKS, 0, 0);
     moe_launch_config c;
     moe_device device;
+    moe_peers numbers;
     size_t bytes;
     MOE_TRY(moe_device_query(&device));
     MOE_TRY(moei_ep_message_options(&d, a));
     MOE_TRY(moei_ep_message_carve(&d, a, (char*)d.workspace, &a->v, &bytes));
+    numbers = *d.peers;
+    numbers.base = 0, numbers.bytes = 0; /* a region takes no part */
+    d.peers = &numbers;
     MOE_TRY(moei_ep_check_pointers(&d, bytes));
     moei_ep_fill_args(&d, &a->pack);
     a->pack.combine_form = MOE_EP_REDUCED; /* no places of the peers' form */
@@ -403,6 +409,10 @@ MOE_HOST moe_status moe_ep_message_segments(const moe_ep_message_prepared* p, in
     a = &p->args;
     for (int r = 0; r < a->num_ranks; ++r) {
         moe_ep_segment* s = segment + r;
+        MOE_REQUIRE(kind == MOE_EP_SEGMENT_HEADERS ||
+                        (counts->received[r].tokens >= 0 &&
+                         counts->received[r].tokens < a->records && counts->sent[r].slots >= 0),
+                    MOE_ERR_RANGE, recv_tokens); /* ranks differ in buffers */
         s->send = a->v.send + r * a->message_bytes;
         s->recv = a->v.recv + r * a->message_bytes;
         s->send_bytes = s->recv_bytes = sizeof(moe_ep_message_header);

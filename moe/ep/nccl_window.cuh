@@ -93,6 +93,7 @@ MOE_HOST moe_status moe_peers_create_nccl(moe_peers* peers, ncclComm_t comm, voi
     MOE_TRY(moei_peers_check(rank, num_ranks, region, bytes));
     MOE_TRY(
         MOEI_NCCL(ncclCommWindowRegister(comm, region, bytes, window, NCCL_WIN_COLL_SYMMETRIC)));
+    MOE_REQUIRE(*window, MOE_ERR_DEVICE, nccl); /* symmetric memory is not supported */
     pair->to = moei_nccl_outside(comm, num_ranks);
     pair->from = pair->to < 0 ? -1 : rank;
     s = MOE_STATUS(MOE_ERR_DEVICE, peers);

@@ -1,14 +1,14 @@
 /* peers.cuh: sets a group up: gives every rank the addresses of all regions (peers.h).
 
-   The caller allocates one region a rank, all of the same size, with cudaMalloc. Three ways to
-   connect them:
-     moe_peers_create_local    all ranks are in this process, one call for all of them. Several
-     ranks
-                               may share a GPU. GPUs reach each other by peer access.
-     moe_peers_create_ipc      one process a rank, on one host, with CUDA IPC. Every rank calls it.
-                               The caller brings an all-gather (MPI, a socket, a store) for some 200
-                               bytes a rank.
-     moe_peers_create          the caller brings the addresses.
+   The caller allocates one region a rank, all of the same size, with cudaMalloc. Ways to connect
+   them:
+     moe_peers_create_local  all ranks are in this process, one call for all of them. Several ranks
+                             may share a GPU. GPUs reach each other by peer access.
+     moe_peers_create_ipc    one process a rank, on one host, with CUDA IPC. Every rank calls it.
+                             The caller brings an all-gather (MPI, a socket, a store, NCCL) for some
+                             200 bytes a rank.
+     moe_peers_create        the caller brings the addresses.
+     moe_peers_create_nccl   NCCL's symmetric windows (nccl_window.cuh); memory of ncclMemAlloc.
    The first two check that every rank reaches every other, and name the first pair that does not.
 
    These calls allocate nothing, but synchronise the device. NVLink multicast is not used.

@@ -141,6 +141,9 @@ MOE_HOST moe_status moei_ep_profile_prepare(const moe_ep_profile_desc* d, int di
             moei_ep_profile_layer(r->layer, dispatch_form, combine_form);
         moe_status s = moe_cuda_status(cudaSetDevice(r->device));
         if (s == MOE_OK) s = moe_ep_layer_prepare(&layer, &r->prepared);
+        if (s == MOE_OK && moei_ep_to_all(&r->prepared.dispatch.args) &&
+            r->prepared.dispatch.args.num_tokens > r->prepared.dispatch.args.recv_tokens)
+            s = MOE_STATUS(MOE_ERR_RANGE, region_bytes); /* every token would need room */
         if (s == MOE_OK) continue;
         if (s == MOE_STATUS(MOE_ERR_NULL, side_stream) ||
             s == MOE_STATUS(MOE_ERR_WORKSPACE, workspace_bytes) ||
@@ -175,6 +178,8 @@ MOE_HOST moe_status moei_ep_profile_once(const moe_ep_profile_desc* d, double* b
         if (!d->rank[i].layer->counters) continue;
         MOE_TRY_CUDA(cudaSetDevice(d->rank[i].device));
         MOE_TRY_CUDA(cudaMemcpy(&c, d->rank[i].layer->counters, sizeof c, cudaMemcpyDeviceToHost));
+        if (!c.calls) continue;
+        c.sent_bytes /= c.calls, c.return_bytes /= c.calls; /* of one micro-batch */
         if ((double)c.sent_bytes > bytes[0]) bytes[0] = (double)c.sent_bytes;
         if ((double)c.return_bytes > bytes[1]) bytes[1] = (double)c.return_bytes;
     }
@@ -203,7 +208,7 @@ MOE_HOST moe_status moei_ep_profile_call(const moe_ep_profile_desc* d, int i, in
     if (what == MOEI_EP_PROFILE_COMBINE) return moe_ep_combine_run(&r->prepared.combine, r->stream);
     MOE_TRY(moe_ep_dispatch_run(&r->prepared.dispatch, r->stream));
     if (what == MOEI_EP_PROFILE_DISPATCH) return MOE_OK;
-    return moe_ep_layer_run_part(&r->prepared, MOE_EP_LAYER_UP, r->stream);
+    return moei_ep_layer_run_part(&r->prepared, MOE_EP_LAYER_UP, 0, r->stream);
 }
 
 /* Makes a graph of `calls` calls for rank number i. */

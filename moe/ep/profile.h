@@ -7,7 +7,7 @@
 
      char text[MOE_EP_CHOICE_TEXT];
      moe_ep_choice_write(&c, text, sizeof text);        // the program writes it to its own file
-     moe_status s = moe_ep_choice_read(&c, text);
+     moe_status s = moe_ep_choice_read(&c, text, &line);
 
    Text: one fact a line, in any order; '#' begins a comment. Only `dispatch` and `combine` matter,
    the others say what was measured:

@@ -302,6 +302,7 @@ static void test_message_refusals(void)
         MSG_REFUSED(d.buffers.combine_form = MOE_EP_REDUCE_SCATTER, MOE_ERR_OPTION, combine_form);
         MSG_REFUSED(d.workspace = 0, MOE_ERR_NULL, workspace);
         MSG_REFUSED(d.workspace_bytes -= 1, MOE_ERR_WORKSPACE, workspace_bytes);
+        MSG_REFUSED(d.counters = (moe_ep_counters*)TEST_FAR, MOE_ERR_CONFLICT, counters);
         MSG_REFUSED(k.rows = 0, MOE_ERR_NULL, rows);
         MSG_REFUSED(k.y = 0, MOE_ERR_NULL, y);
         MSG_REFUSED(k.weights += 1, MOE_ERR_CONFLICT, weights);
@@ -312,6 +313,9 @@ static void test_message_refusals(void)
         CHECK_STATUS(moe_ep_message_run(&p, 5, j.g.stream[0]), MOE_STATUS(MOE_ERR_OPTION, part));
         CHECK_STATUS(moe_ep_message_segments(&p, MOE_EP_SEGMENT_ROWS, 0, s),
                      MOE_STATUS(MOE_ERR_NULL, counts));
+        m[0].counts.received[1].tokens = c.T + 1;
+        CHECK_STATUS(moe_ep_message_segments(&p, MOE_EP_SEGMENT_RECORDS, &m[0].counts, s),
+                     MOE_STATUS(MOE_ERR_RANGE, recv_tokens));
         CHECK_STATUS(moe_ep_message_segments(&p, 3, &m[0].counts, s),
                      MOE_STATUS(MOE_ERR_OPTION, kind));
     }
