@@ -77,6 +77,13 @@ mkdir -p stub
 : > stub/stddef.h
 : > stub/string.h
 : > stub/math.h
+cat > stub/stdio.h << 'END' # and what string.h lacks
+extern __device__ int snprintf(char*, size_t, const char*, ...);
+extern __device__ int sscanf(const char*, const char*, ...);
+extern __device__ int strcmp(const char*, const char*);
+extern __device__ size_t strlen(const char*);
+extern __device__ const char* strchr(const char*, int);
+END
 for bits in 8:char 16:short 32:int 64:long; do
     echo "typedef signed ${bits#*:} int${bits%:*}_t; typedef unsigned ${bits#*:} uint${bits%:*}_t;"
 done > stub/stdint.h
