@@ -10,6 +10,7 @@
 #include "bench_group.h"
 
 #include "../moe/ep/combine.cuh"
+#include "../moe/ep/profile.h"
 #include "../moe/permute.cuh"
 
 #ifdef BENCH_NCCL
@@ -44,10 +45,6 @@ typedef struct job {
     moe_ep_combine_prepared combine_p[BENCH_MOST_RANKS];
     double sent_rows, slot_rows; /* of a rank to others: deduplicated; one a slot */
 } job;
-
-static const char* const dispatch_name[] = {"", "deduplicated", "all-to-all", "all-gather",
-                                            "all-gather, copy engines"};
-static const char* const combine_name[] = {"", "reduced", "gathered", "reduce-scatter"};
 
 /* Returns the rows that leave a rank. */
 static double dispatch_rows(const bench_group* g, const job* j)
@@ -576,7 +573,7 @@ static void bench_dispatches(bench_group* g, job* j, shape s, double push, int g
             row("dispatch, rows alone", bench_group_time(g, run_send, j, graph),
                 j->sent_rows * row_bytes, push, "a plain push");
         ms = bench_group_time(g, run_dispatch, j, graph);
-        snprintf(name, sizeof name, "dispatch, %s", dispatch_name[form]);
+        snprintf(name, sizeof name, "dispatch, %s", moe_ep_dispatch_name(form));
         row(name, ms, dispatch_rows(g, j) * row_bytes, push, "a plain push");
         if (nccl > 0 && form <= MOE_EP_ALL_TO_ALL)
             printf("    / NCCL all-to-all %.3f\n", ms / nccl);
@@ -613,7 +610,7 @@ static void bench_combines(bench_group* g, job* j, shape s, double push, double 
         job_open(g, j, s, MOE_EP_DEDUPLICATED, form, skew);
         verify(g, j);
         ms = bench_group_time(g, run_combine, j, graph);
-        snprintf(name, sizeof name, "combine, %s", combine_name[form]);
+        snprintf(name, sizeof name, "combine, %s", moe_ep_combine_name(form));
         row(name, ms, combine_rows(j) * row_bytes, pushes ? push : pull,
             pushes ? "a plain push" : "a plain pull");
         if (form != MOE_EP_GATHERED && !j->combine_p[0].args.fused) {

@@ -73,7 +73,7 @@ MOE_HOST int64_t moei_ep_num_x(const moe_ep_buffers* b, int num_ranks)
 /* Must a home know where the rows of its slots are? */
 MOE_HOST int moei_ep_has_place(const moe_ep_buffers* b)
 {
-    return b->dispatch_form == MOE_EP_ALL_TO_ALL || b->combine_form == MOE_EP_GATHERED;
+    return moei_ep_forms_answer(b->dispatch_form, b->combine_form);
 }
 
 /* Fills in the layout. */
@@ -275,6 +275,7 @@ MOE_HOST void moei_ep_fill_args(const moe_ep_dispatch_desc* d, moei_ep_args* a)
     a->max_rows = b->max_rows;
     a->sum_bytes = (int64_t)b->hidden * moe_dtype_bytes(b->rows_dtype);
     a->counters = d->counters;
+    a->waited = d->counters ? &d->counters->dispatch_wait_ns : 0;
     a->num_local = d->num_local;
     a->x_pitch = d->x_stride * moe_dtype_bytes(b->dtype);
     a->row_bytes = (int64_t)b->hidden * moe_dtype_bytes(b->dtype);

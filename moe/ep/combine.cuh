@@ -31,9 +31,9 @@
    Bytes that leave each GPU: gathered: one row for each slot of other ranks' tokens; else one row
    for each received token of another rank that has a slot here. Memory traffic: the experts' rows
    are read once; but for gathered, each partial sum is written and read once.
-   Cost: 2 launches; 1, but for gathered, where a rank has the GPU for itself and no more tokens than half of
-   the thread blocks that the GPU holds at a time (132 tokens on an H200). Minimum architecture:
-   sm_75.
+   Cost: 2 launches; 1, but for gathered, where a rank has the GPU for itself and no more tokens
+   than half of the thread blocks that the GPU holds at a time (132 tokens on an H200). Minimum
+   architecture: sm_75.
 
      moe_ep_combine_desc c = {0};
      c.dispatch = &d;  c.rows = rows;  c.weights = weights;  c.y = y;
@@ -77,6 +77,7 @@ typedef struct moei_ep_reduce_args {
     int32_t recv_tokens;   /* C */
     int32_t warps;         /* of a block that share a token */
     int32_t channel, tag;  /* of the combine */
+    uint64_t* waited;      /* where waits are added up; or null */
     int32_t fused;         /* 1: this launch adds at home too */
     moe_combine_args home; /* fused: over this rank's tokens */
 } moei_ep_reduce_args;
@@ -181,12 +182,9 @@ MOE_DEVICE_BODY void moei_ep_add_home(const moei_ep_reduce_args* a, moei_ep_redu
     t = shared->token;
     if (t < 0 || t >= tokens) return; /* past T: turns of a call that was late */
     moei_combine_look_up(&a->home, t, &shared->home, source);
-    if (moe_warp() == 0) {
-        const uint64_t begun = moei_nanoseconds();
-        came = moei_peer_reach(&a->peers, a->channel, moei_peer_next(&a->peers, a->channel),
-                               MOE_PHASE_COMBINE, a->tag);
-        if (t == 0) moei_peer_note_wait(&a->peers, a->channel, begun);
-    }
+    if (moe_warp() == 0)
+        came = moei_peer_reach_timed(&a->peers, a->channel, moei_peer_next(&a->peers, a->channel),
+                                     MOE_PHASE_COMBINE, a->tag, t == 0 ? a->waited : 0);
     if (__syncthreads_or(!came)) return;
     moei_combine_sum(&a->home, t, &shared->home, source, dtype);
     if (threadIdx.x == 0) moei_peer_leave(&a->peers, a->channel, (uint32_t)tokens);
@@ -219,9 +217,9 @@ MOE_DEVICE char* moei_ep_sum_address(const moei_ep_reduce_args* a, int from, int
            ((int64_t)sender * a->recv_tokens + j) * a->sum.y_pitch;
 }
 
-/* Reduces received tokens and stores their sums, at their homes or here. A block has tokens of all senders
-   in turn: sums for other ranks are bound by the link, those for this rank's own tokens by memory.
-   Warps work alone. The slots of a warp's first token are loaded along with the counts. */
+/* Reduces received tokens and stores their sums, at their homes or here. A block has tokens of all
+   senders in turn: sums for other ranks are bound by the link, those for this rank's own tokens by
+   memory. Warps work alone. The slots of a warp's first token are loaded along with the counts. */
 MOE_DEVICE_BODY void moei_ep_reduce_body(const moei_ep_reduce_args* a,
                                          moei_ep_reduce_shared* shared, moe_combine_source* source,
                                          const int dtype)
@@ -255,7 +253,7 @@ MOE_DEVICE_BODY void moei_ep_reduce_body(const moei_ep_reduce_args* a,
     moei_ep_arrive(&a->peers, a->channel, n, stopped);
     if (a->fused && !stopped) moei_ep_add_home(a, shared, source, dtype);
     if (waits && moe_warp() == 0)
-        (void)moe_peer_barrier_wait(&a->peers, a->channel, MOE_PHASE_COMBINE, a->tag);
+        (void)moei_peer_reach_pass(&a->peers, a->channel, n, MOE_PHASE_COMBINE, a->tag, a->waited);
 }
 
 /* For one dtype of rows. */
@@ -276,7 +274,8 @@ MOE_KERNEL(32, 1) moei_ep_meet(MOE_ARG(moei_ep_reduce_args) a)
     moei_peer_pdl_trigger(&a.peers, 1);
     moe_pdl_wait();
     moe_peer_arrive(&a.peers, a.channel);
-    (void)moe_peer_barrier_wait(&a.peers, a.channel, MOE_PHASE_COMBINE, a.tag);
+    (void)moei_peer_reach_pass(&a.peers, a.channel, moei_peer_next(&a.peers, a.channel),
+                               MOE_PHASE_COMBINE, a.tag, a.waited);
 }
 
 /* A prepared combine: all but its stream, for the device that was current. */
@@ -340,9 +339,7 @@ MOE_HOST moe_status moei_ep_prepare_reduce(const moe_ep_dispatch_desc* d, const 
     MOE_TRY(moe_combine_resolve(&sum, &a->sum));
     MOE_TRY(moe_combine_resolve(home, &a->home));
     a->count = v->recv_count;
-    a->ids = b->dispatch_form == MOE_EP_ALL_GATHER || b->dispatch_form == MOE_EP_ALL_GATHER_COPY
-                 ? v->recv_ids
-                 : 0;
+    a->ids = moei_ep_form_to_all(b->dispatch_form) ? v->recv_ids : 0;
     a->warps = slices < MOEI_EP_REDUCE_WARPS ? slices : MOEI_EP_REDUCE_WARPS;
     g.dependent = 1;
 #define MOEI_EP_REDUCE_CASE(name, dtype)                                                           \
@@ -392,6 +389,7 @@ MOE_HOST moe_status moei_ep_combine_prepare(const moe_ep_combine_desc* c,
     p->args.channel = d.buffers.channel + 1;
     p->args.tag = c->tag;
     if (d.counters) {
+        p->args.waited = &d.counters->combine_wait_ns;
         p->counted = dispatch;
         MOE_TRY(moei_ep_prepare_tally(&dispatch, &p->tally));
     }

@@ -1,10 +1,9 @@
 /* counters.cuh: adds what one exchange has cost to a rank's counters (moe_ep_counters), for
-   monitoring and for balancing. Called by combine.cuh, ahead of its own launches: after those, peers
-   may write the ids of the next exchange.
+   monitoring and for balancing. Called by combine.cuh, ahead of its own launches: after those,
+   peers may write the ids of the next exchange.
 
    Rows come from the ids: those of this rank's tokens say what it sent, the received ones what it
-   returned. Waits come from the words of the two channels: of this dispatch, and of the combine
-   before.
+   returned. The kernels that wait add their waits themselves (moei_peer_reach_timed).
    Reads T K + W C K ids: a few microseconds. */
 #ifndef MOE_EP_COUNTERS_CUH
 #define MOE_EP_COUNTERS_CUH
@@ -61,7 +60,6 @@ MOE_KERNEL(256, 1) moei_ep_tally(MOE_ARG(moei_ep_args) a)
 {
     const int first = (int)(blockIdx.x * blockDim.x + threadIdx.x), num_ranks = a.peers.num_ranks;
     const int step = (int)(gridDim.x * blockDim.x);
-    const moe_peers_channel* channel = ((const moe_peers_header*)a.peers.base)->channel + a.channel;
     const uint64_t about = (uint64_t)a.top_k * 8 + 4; /* bytes of a token's ids, weights, number */
     moei_ep_tallies n = {0, 0, 0, 0};
     uint64_t rows, tokens, bytes, back;
@@ -75,7 +73,7 @@ MOE_KERNEL(256, 1) moei_ep_tally(MOE_ARG(moei_ep_args) a)
         tokens = first == 0 ? (uint64_t)a.num_tokens * (uint64_t)(num_ranks - 1) : 0;
     rows = a.dispatch_form == MOE_EP_ALL_TO_ALL ? (uint64_t)n.slots_out : tokens;
     bytes = rows * ((uint64_t)a.row_bytes + (uint64_t)a.num_scales * 4) + tokens * about;
-    if (a.dispatch_form == MOE_EP_ALL_TO_ALL || a.combine_form == MOE_EP_GATHERED)
+    if (moei_ep_forms_answer(a.dispatch_form, a.combine_form))
         bytes += (uint64_t)n.slots_in * 8; /* answers */
     back = (uint64_t)(a.combine_form == MOE_EP_GATHERED ? n.slots_in : n.tokens_in);
     moei_ep_count_up(&a.counters->sent_rows, rows);
@@ -85,8 +83,6 @@ MOE_KERNEL(256, 1) moei_ep_tally(MOE_ARG(moei_ep_args) a)
     if (first != 0) return;
     a.counters->calls += 1;
     if (a.num_local) a.counters->expert_rows += (uint64_t)a.expert_offset[a.num_local];
-    a.counters->dispatch_wait_ns += channel[0].waited_ns;
-    a.counters->combine_wait_ns += channel[1].waited_ns;
 }
 
 /* Prepares the tally of a resolved dispatch. */

@@ -7,8 +7,8 @@
      recv_x        W C H b        token rows, those from rank s from row s C on;
                    max_rows H b   MOE_EP_ALL_TO_ALL: a row for each slot, in expert order
      recv_scales   S 4 for each row of recv_x, where num_scales is S > 0: its scales
-     recv_ids      W C K 4        experts of this rank that the token is for; -1: another rank's slot
-     recv_weights  W C K 4        gate weights of its slots
+     recv_ids      W C K 4        experts of this rank that the token is for; -1: another rank's
+     slot recv_weights  W C K 4        gate weights of its slots
      recv_token    W C 4          the token's number at its home
      recv_count    W 4            tokens that came from each rank
      partial       W C H r        MOE_EP_REDUCED: sums for this rank's tokens, those of rank s
@@ -106,15 +106,15 @@ typedef struct moe_ep_view {
 } moe_ep_view;
 
 /* What a rank's exchanges have cost since the caller wrote zeros here. Rows that stay on this rank
-   do not count, but for expert_rows. A wait begins when this rank's own part is done: what others
-   take no longer for is hidden. */
+   do not count, but for expert_rows. A wait for ids begins beside this rank's own sending, one for
+   rows or sums behind its own part: what others do in the same time is hidden. */
 typedef struct moe_ep_counters {
     uint64_t calls;                 /* combines that ran */
     uint64_t sent_rows, sent_bytes; /* dispatch: rows of x to other ranks; all their bytes */
     uint64_t expert_rows;           /* rows of this rank's experts, padding included: its load */
     uint64_t return_rows, return_bytes; /* combine: rows that other ranks got from this one */
-    uint64_t dispatch_wait_ns;          /* for the rows of all ranks */
-    uint64_t combine_wait_ns; /* for their sums or rows; without that of the last combine */
+    uint64_t dispatch_wait_ns;          /* for the ids and the rows of all ranks */
+    uint64_t combine_wait_ns;           /* for their sums or rows */
 } moe_ep_counters;
 
 /* What moe_ep_dispatch takes. Pointers are device addresses, but for peers. */

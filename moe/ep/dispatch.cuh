@@ -29,8 +29,8 @@
    MOE_EP_GATHERED also MOE_EP_ANSWER. The row maps of the first dispatch stay valid.
    A micro-batch is a dispatch of its own: pointers to its first token, its num_tokens.
 
-   Bytes that leave this GPU: rows of H b + 4 S, and 8 K + 4 for each token and rank that it goes to.
-   Rows: of the T tokens, with balanced and distinct choices, W (1 - C(E - E / W, K) / C(E, K))
+   Bytes that leave this GPU: rows of H b + 4 S, and 8 K + 4 for each token and rank that it goes
+   to. Rows: of the T tokens, with balanced and distinct choices, W (1 - C(E - E / W, K) / C(E, K))
    each, this rank's own part included; all-gather W - 1; all-to-all one a slot of another rank. And
    8 for each slot received from other ranks where homes must know the rows: with MOE_EP_ALL_TO_ALL
    or MOE_EP_GATHERED.
@@ -49,8 +49,8 @@
      moe_ep_dispatch_workspace(&d, &bytes);  d.workspace = ...;  d.workspace_bytes = bytes;
      moe_status s = moe_ep_dispatch(&d, stream);
 
-   Source: the three dispatches of SonicMoE's expert parallelism, the first one as in DeepEP too; here
-   as plain stores to peer addresses, with positions that need no exchange of counts. */
+   Source: the three dispatches of SonicMoE's expert parallelism, the first one as in DeepEP too;
+   here as plain stores to peer addresses, with positions that need no exchange of counts. */
 #ifndef MOE_EP_DISPATCH_CUH
 #define MOE_EP_DISPATCH_CUH
 
@@ -120,6 +120,7 @@ MOE_HOST moe_status moei_ep_prepare_route(const moe_ep_dispatch_desc* d, const m
     a->peers = p->args.peers;
     a->channel = p->args.channel;
     a->tag = p->args.tag;
+    a->waited = p->args.waited;
     if (moei_ep_few_grid(&c, &a->route.d)) return MOE_PREPARE(&p->route_few, moei_ep_route_few, c);
     if (r.num_tokens) {
         MOE_TRY(moei_route_grid(&c, &a->route.d, 0));

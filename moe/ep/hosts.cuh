@@ -1,35 +1,43 @@
-/* hosts.cuh: an exchange over several hosts: between hosts in messages (message.cuh), within a host over
-   peer pointers (dispatch.cuh, combine.cuh).
+/* hosts.cuh: an exchange over several hosts: between hosts in messages (message.cuh), within a host
+   over peer pointers (dispatch.cuh, combine.cuh).
 
-     rank (h, l) is rank l of host h's L ranks; there are M hosts. Its rail: ranks (0, l) .. (M - 1, l)
+     There are M hosts of L ranks each. Rank (h, l) is rank l of host h.
+     Its rail are the M ranks (0, l), (1, l), ...
      1. each token goes once to each host that has an expert of it, to the rank of the rail there
      2. there it is dispatched like a token of that host: once to each rank with an expert of it
      3. the host's sum of the token's rows comes to that rank
      4. the sums go home along the rail; y = residual + sums in ascending host + shared
 
-   Experts: host h has P_h = moe_ep_owned(h, E, M), from moe_ep_first(h, E, M) on; rank l of it has
-   moe_ep_owned(l, P_h, L) of these. moe_ep_hosts_experts returns a rank's. E >= M. Without replicas.
+   Experts: host h has P_h = moe_ep_owned(h, E, M), from moe_ep_first(h, E, M) on. Rank l of it has
+   moe_ep_owned(l, P_h, L) of these. moe_ep_hosts_experts returns a rank's. E >= M. No replicas.
 
    Each host's sum is rounded to dtype. Equal inputs give equal bits for given M and L.
 
-   Bytes between hosts, per rank: as of message.cuh with M ranks, one row a token in either direction;
-   within a host as of dispatch.cuh, for M (C + 1) tokens of which those that came exist.
+   Bytes between hosts, per rank: as of message.cuh with M ranks, one row a token in either
+   direction. Within a host: as of dispatch.cuh, for M (C + 1) tokens of which those that came
+   exist. Minimum architecture: sm_75.
 
      moe_ep_hosts_desc d = {0};
      d.dispatch.x = x;  ...                     // of this rank's tokens, as in dispatch.cuh
      d.dispatch.peers = &rail;                  // rank = h, num_ranks = M; nothing else is read
      d.combine.y = y;  d.combine.weights = ...; // as in combine.cuh; rows null
      d.near = &peers;                           // the group of this host's ranks
-     d.rows = rows;                             // the experts' rows, as combine.rows of the near group
-     moe_ep_hosts_region(&d, L, &bytes);  moe_ep_hosts_workspace(&d, &bytes);
+     d.rows = rows;                             // the experts' rows
+     moe_ep_hosts_region(&d, L, &bytes);        // of each region of the host's group
+     moe_ep_hosts_workspace(&d, &bytes);
      moe_ep_hosts_prepare(&d, &p);
-     moe_nccl_hosts_dispatch(&p, comm, counts, stream);  // nccl.cuh; or message.cuh's order with
-                                                         // p.rail and p.dispatch behind UNPACK
-     ... experts.cuh on p.view ...
-     moe_nccl_hosts_combine(&p, comm, counts, stream);   // or p.combine, then p.rail from
-                                                         // MOE_EP_MESSAGE_PACK_ROWS on
 
-   Minimum architecture: sm_75. */
+   With NCCL (nccl.cuh):
+     moe_nccl_hosts_dispatch(&p, comm, counts, stream);
+     ... experts.cuh on p.view ...
+     moe_nccl_hosts_combine(&p, comm, counts, stream);
+
+   With another transport, in this order:
+     message.cuh's steps on p.rail, up to MOE_EP_MESSAGE_UNPACK
+     moe_ep_dispatch_run(&p.dispatch, stream)
+     experts.cuh on p.view
+     moe_ep_combine_run(&p.combine, stream)
+     message.cuh's steps on p.rail from MOE_EP_MESSAGE_PACK_ROWS on */
 #ifndef MOE_EP_HOSTS_CUH
 #define MOE_EP_HOSTS_CUH
 
@@ -37,14 +45,15 @@
 
 /* What an exchange over hosts takes. */
 typedef struct moe_ep_hosts_desc {
-    moe_ep_dispatch_desc
-        dispatch;                /* over hosts: of this rank's tokens; its workspace is that of both
-                                      exchanges; no replicas, num_local 0 */
+    /* over hosts: of this rank's tokens; its workspace is that of both exchanges; no replicas,
+       num_local 0, no counters */
+    moe_ep_dispatch_desc dispatch;
     moe_ep_combine_desc combine; /* home; `dispatch` and rows null */
     const moe_peers* near;       /* the group of this host's ranks */
     const void* rows; /* of the experts; null where near_buffers.combine_form is gathered */
-    moe_ep_buffers near_buffers;       /* of this host's exchange: region_offset, channel, forms,
-                                    recv_tokens, max_rows, row_multiple, rows_dtype; else 0 */
+    /* of this host's exchange: region_offset, channel, forms, recv_tokens, max_rows, row_multiple,
+       rows_dtype; else 0 */
+    moe_ep_buffers near_buffers;
     void *side_stream, *side_event[2]; /* of this host's exchange, as in moe_ep_dispatch_desc */
     moe_ep_counters* counters;         /* likewise */
 } moe_ep_hosts_desc;
@@ -182,7 +191,7 @@ MOE_HOST moe_status moei_ep_hosts_prepare(const moe_ep_hosts_desc* d, moe_ep_hos
     MOE_REQUIRE(rail.workspace, MOE_ERR_NULL, workspace);
     MOE_REQUIRE(rail.workspace_bytes >= bytes, MOE_ERR_WORKSPACE, workspace_bytes);
     rail.workspace_bytes = far;
-    MOE_TRY(moe_ep_message_prepare(&rail, &home, &p->rail));
+    MOE_TRY(moei_ep_message_prepare(&rail, &home, 1, &p->rail));
     MOE_TRY(moei_ep_hosts_describe(d, &p->rail.args.v, &host, &back));
     bytes = far;
     host.workspace = moei_carve((char*)rail.workspace, &bytes, near);

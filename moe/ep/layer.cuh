@@ -18,15 +18,15 @@
    rank has some), `rank` (it is peers.rank). The fault word is required.
 
    Numerics: those of layer.cuh; but for MOE_EP_GATHERED one more rounding of each rank's sum to
-   rows_dtype. The form of dispatch changes no bit. With MOE_EP_GATHERED and batch_invariant y has the same bits for every W.
-   Equal inputs give equal bits. No call allocates or synchronises; the host waits for nothing. A
-   graph of it can be replayed with other inputs. All ranks call it alike (but for T), in the same
-   order as other exchanges of the same buffers.
+   rows_dtype. The form of dispatch changes no bit. With MOE_EP_GATHERED and batch_invariant y has
+   the same bits for every W. Equal inputs give equal bits. No call allocates or synchronises; the
+   host waits for nothing. A graph of it can be replayed with other inputs. All ranks call it alike
+   (but for T), in the same order as other exchanges of the same buffers.
 
-   Cost: the launches of the stations. With microbatch_tokens the exchange and the experts run once a
-   micro-batch, and the host prepares each but the first when it queues it; replicas take turns within
-   one. Nothing is kept for a backward pass. Memory of a rank: its own experts' weights; the region
-   (desc.h); the workspace:
+   Cost: the launches of the stations. With microbatch_tokens the exchange and the experts run once
+   a micro-batch, and the host prepares each but the first when it queues it; replicas take turns
+   within one. Nothing is kept for a backward pass. Memory of a rank: its own experts' weights; the
+   region (desc.h); the workspace:
      the gate's and the shared expert's buffers, as in layer.cuh, of T tokens
      the dispatch's workspace (dispatch.cuh)
      max_rows I 2  act,   and but for MOE_EP_GATHERED  max_rows H r  rows
@@ -54,9 +54,9 @@ typedef struct moe_ep_layer_desc {
     const moe_ep_expert* replica;
     int32_t num_local;
     int32_t tag; /* reported where a rank is late, 0 .. 2^24 - 1 */
-    /* 0: all tokens are exchanged at once. Else router and gate see all of them, then so many tokens
-       at a time are dispatched, computed and combined: region and workspace have room for these
-       alone. The same on all ranks */
+    /* 0: all tokens are exchanged at once. Else router and gate see all of them, then so many
+       tokens at a time are dispatched, computed and combined: region and workspace have room for
+       these alone. The same on all ranks */
     int32_t microbatch_tokens;
     void *side_stream, *side_event[2]; /* as in moe_ep_dispatch_desc, like the next */
     moe_ep_counters* counters;

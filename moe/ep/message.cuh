@@ -1,5 +1,5 @@
-/* message.cuh: an exchange in messages, for ranks that do not reach each other's memory. This header
-   packs and unpacks; a transport of the caller's moves the bytes. nccl.cuh is one by NCCL.
+/* message.cuh: an exchange in messages, for ranks that do not reach each other's memory. This
+   header packs and unpacks; a transport of the caller's moves the bytes. nccl.cuh is one by NCCL.
 
    A dispatch is one message for each other rank: a header, and a record for each token that goes
    there: row, ids, weights, scales, the token's number. Received rows stay in their messages: the
@@ -8,10 +8,9 @@
      MOE_EP_GATHERED   a row for each slot
    The bits of y are those of these forms over peer pointers.
 
-   Descriptors are those of dispatch.cuh and combine.cuh. Of peers rank and num_ranks alone are read;
-   of buffers the sizes and combine_form; dispatch_form is 0 or MOE_EP_DEDUPLICATED. combine.rows is
-   the caller's in both forms; null, reduced: the caller writes view.partial, and no row maps are made
-   (hosts.cuh does so).
+   Descriptors are those of dispatch.cuh and combine.cuh. Of peers rank and num_ranks alone are
+   read; of buffers the sizes and combine_form; dispatch_form is 0 or MOE_EP_DEDUPLICATED.
+   combine.rows is the caller's in both forms.
 
    Order of one exchange, on every rank; H is the host:
      moe_ep_message_run(&p, MOE_EP_MESSAGE_PACK, stream)
@@ -28,7 +27,7 @@
    Segments are for moe_ep_message_segments; a rank's own is a copy in its memory.
 
    Bytes to each other rank: 16 and (H b + 8 K + 4 S + 4, rounded up to 16) for each token; back H r
-   for each token or slot. Cost: 6 launches, gathered 11, 1 more past 1024 tokens, and a host wait;
+   for each token or slot. Cost: 7 launches, gathered 12, 1 more past 1024 tokens, and a host wait;
    back 4. Not in a graph: the host reads counts. Minimum architecture: sm_75.
 
    Source: an all-to-all of NCCL, as every MoE without peer memory has; here deduplicated, with one
@@ -42,7 +41,8 @@
 /* A prepared exchange in messages, for the device that was current. */
 typedef struct moe_ep_message_prepared {
     moei_ep_message_args args;
-    moe_launch owners, count, push, heads, unpack, pack_rows, take; /* count, push: args.pack */
+    moe_launch count, push;                                     /* argument: args.pack */
+    moe_launch owners, heads, collect, unpack, pack_rows, take; /* argument: args */
     moe_route_prepared slots, received, back; /* empty where not needed, like the next */
     moe_combine_prepared reduce, combine;
     int32_t has_combine;
@@ -167,6 +167,7 @@ MOE_HOST moe_status moei_ep_message_carve(const moe_ep_dispatch_desc* d,
         v->send_place =
             (moe_place*)moei_carve(base, bytes, (uint64_t)d->num_tokens * num_ranks * 8);
     }
+    v->counts = (moe_ep_message_counts*)moei_carve(base, bytes, sizeof *v->counts);
     v->chunk_count = (int32_t*)moei_carve(base, bytes, MOEI_EP_MAX_CHUNKS * num_ranks * 4);
     for (int i = 0; i < 3; ++i) { /* the three routes use it in turn */
         moei_ep_message_route(d, v, i == 1 && local ? d->num_local : a->num_ranks, v->recv_ids, &r);
@@ -179,8 +180,8 @@ MOE_HOST moe_status moei_ep_message_carve(const moe_ep_dispatch_desc* d,
     return MOE_OK;
 }
 
-/* Writes the bytes of workspace of an exchange in messages to *bytes. Reads peers, sizes and options,
-   fault, and which of replicas are given. Errors: theirs. */
+/* Writes the bytes of workspace of an exchange in messages to *bytes. Reads peers, sizes and
+   options, fault, and which of replicas are given. Errors: theirs. */
 MOE_HOST moe_status moe_ep_message_workspace(const moe_ep_dispatch_desc* desc, size_t* bytes)
 {
     moe_ep_dispatch_desc d;
@@ -209,8 +210,8 @@ MOE_HOST moe_status moei_ep_message_prepare_received(const moe_ep_dispatch_desc*
     return moe_route_prepare(&r, &p->received);
 }
 
-/* Prepares what the gathered form needs to number rows: this rank's slots by owner, received slots by
-   sender. */
+/* Prepares what the gathered form needs to number rows: this rank's slots by owner, received slots
+   by sender. */
 MOE_HOST moe_status moei_ep_message_prepare_slots(const moe_ep_dispatch_desc* d,
                                                   moe_ep_message_prepared* p)
 {
@@ -253,14 +254,14 @@ MOE_HOST moe_status moei_ep_message_prepare_reduce(const moe_ep_dispatch_desc* d
     return moe_combine_prepare(&sum, &p->reduce);
 }
 
-/* Prepares the sums at home. */
+/* Prepares the sums at home. outside: 1: view.partial is written elsewhere, there are no rows. */
 MOE_HOST moe_status moei_ep_message_prepare_sums(const moe_ep_dispatch_desc* d,
-                                                 const moe_ep_combine_desc* c,
+                                                 const moe_ep_combine_desc* c, int outside,
                                                  moe_ep_message_prepared* p)
 {
     const int gathers = d->buffers.combine_form == MOE_EP_GATHERED;
     moe_combine_desc home;
-    MOE_REQUIRE(c->rows || !gathers || d->buffers.max_rows == 0, MOE_ERR_NULL, rows);
+    MOE_REQUIRE(c->rows || outside || d->buffers.max_rows == 0, MOE_ERR_NULL, rows);
     MOE_REQUIRE(moei_aligned(c->rows, 16), MOE_ERR_ALIGN, rows);
     MOE_REQUIRE(!c->weights || c->weights == d->weights, MOE_ERR_CONFLICT, weights);
     memset(&home, 0, sizeof home);
@@ -273,13 +274,13 @@ MOE_HOST moe_status moei_ep_message_prepare_sums(const moe_ep_dispatch_desc* d,
     moei_ep_describe_home(d, c, &home);
     p->args.rows = (const char*)c->rows;
     p->has_combine = 1;
-    if (!gathers && c->rows) MOE_TRY(moei_ep_message_prepare_reduce(d, c, p));
+    if (!gathers && !outside) MOE_TRY(moei_ep_message_prepare_reduce(d, c, p));
     return moe_combine_prepare(&home, &p->combine);
 }
 
-/* Fills in *p, which is empty. */
+/* Fills in *p, which is empty. outside: 1: no row maps and no sums here (hosts.cuh). */
 MOE_HOST moe_status moei_ep_message_prepare(const moe_ep_dispatch_desc* desc,
-                                            const moe_ep_combine_desc* combine,
+                                            const moe_ep_combine_desc* combine, int outside,
                                             moe_ep_message_prepared* p)
 {
     moe_ep_dispatch_desc d = *desc;
@@ -308,15 +309,15 @@ MOE_HOST moe_status moei_ep_message_prepare(const moe_ep_dispatch_desc* desc,
     if (a->v.rank_ids) MOE_TRY(MOE_PREPARE(&p->owners, moei_ep_message_owners, c));
     MOE_TRY(moei_ep_prepare_push(&a->pack, &p->count, &p->push));
     MOE_TRY(MOE_PREPARE(&p->heads, moei_ep_message_heads, ranks));
+    MOE_TRY(MOE_PREPARE(&p->collect, moei_ep_message_collect, ranks));
     MOE_TRY(MOE_PREPARE(&p->unpack, moei_ep_message_unpack, c));
     c = moe_grid(device.sms * 8, MOEI_EP_MESSAGE_THREADS, 0, 0);
     c.dependent = 1;
     MOE_TRY(MOE_PREPARE(&p->pack_rows, moei_ep_message_pack_rows, c));
     MOE_TRY(MOE_PREPARE(&p->take, moei_ep_message_take, warp));
     if (a->v.rank_ids) MOE_TRY(moei_ep_message_prepare_slots(&d, p));
-    if (!combine || combine->rows || a->v.rank_ids)
-        MOE_TRY(moei_ep_message_prepare_received(&d, p));
-    return combine ? moei_ep_message_prepare_sums(&d, combine, p) : MOE_OK;
+    if (!outside) MOE_TRY(moei_ep_message_prepare_received(&d, p));
+    return combine ? moei_ep_message_prepare_sums(&d, combine, outside, p) : MOE_OK;
 }
 
 /* Prepares an exchange in messages. combine: null for a dispatch alone; its `dispatch` is not read.
@@ -325,7 +326,7 @@ MOE_HOST moe_status moe_ep_message_prepare(const moe_ep_dispatch_desc* desc,
                                            const moe_ep_combine_desc* combine,
                                            moe_ep_message_prepared* p)
 {
-    MOE_RETURN_PREPARED(desc, p, moei_ep_message_prepare(desc, combine, p));
+    MOE_RETURN_PREPARED(desc, p, moei_ep_message_prepare(desc, combine, 0, p));
 }
 
 /* Writes the addresses of the workspace to *view. */
@@ -365,22 +366,18 @@ MOE_HOST moe_status moe_ep_message_run(const moe_ep_message_prepared* p, int par
     }
 }
 
-/* Queues copies of the headers to *counts, on the host. The caller waits for the stream. */
+/* Queues a copy of all headers to *counts, on the host. The caller waits for the stream. */
 MOE_HOST moe_status moe_ep_message_read(const moe_ep_message_prepared* p,
                                         moe_ep_message_counts* counts, cudaStream_t stream)
 {
-    const size_t size = sizeof(moe_ep_message_header);
     MOE_REQUIRE(p && counts, MOE_ERR_NULL, desc);
-    MOE_TRY_CUDA(cudaMemcpy2DAsync(counts->sent, size, p->args.v.send,
-                                   (size_t)p->args.message_bytes, size, (size_t)p->args.num_ranks,
-                                   cudaMemcpyDeviceToHost, stream));
+    MOE_TRY(MOE_RUN(&p->collect, p->args, stream));
     return moe_cuda_status(
-        cudaMemcpy2DAsync(counts->received, size, p->args.v.recv, (size_t)p->args.message_bytes,
-                          size, (size_t)p->args.num_ranks, cudaMemcpyDeviceToHost, stream));
+        cudaMemcpyAsync(counts, p->args.v.counts, sizeof *counts, cudaMemcpyDeviceToHost, stream));
 }
 
-/* Returns fault (MOE_ERR_CONFLICT) where some rank sends nothing because of a stop fault: the same on
-   all ranks. *word, where not null: the largest such fault word. */
+/* Returns fault (MOE_ERR_CONFLICT) where some rank sends nothing because of a stop fault: the same
+   on all ranks. *word, where not null: the largest such fault word. */
 MOE_HOST moe_status moe_ep_message_check(const moe_ep_message_counts* counts, int num_ranks,
                                          uint64_t* word)
 {
@@ -437,16 +434,14 @@ MOE_HOST moe_status moe_ep_message_segments(const moe_ep_message_prepared* p, in
     return MOE_OK;
 }
 
-/* Loads this header's kernels now rather than at their first launch; those of the stations have
-   calls of their own. */
+/* Loads the kernels of pack.cuh now rather than at their first launch; the others have calls of
+   their own. */
 MOE_HOST moe_status moe_ep_message_preload(void)
 {
     const void* const kernel[] = {
-        (const void*)moei_ep_message_owners, (const void*)moei_ep_message_heads,
-        (const void*)moei_ep_message_unpack, (const void*)moei_ep_message_pack_rows,
-        (const void*)moei_ep_message_take,   (const void*)moei_ep_count,
-        (const void*)moei_ep_push_16,        (const void*)moei_ep_push_4,
-        (const void*)moei_ep_push_2};
+        (const void*)moei_ep_message_owners,    (const void*)moei_ep_message_heads,
+        (const void*)moei_ep_message_collect,   (const void*)moei_ep_message_unpack,
+        (const void*)moei_ep_message_pack_rows, (const void*)moei_ep_message_take};
     for (size_t i = 0; i < sizeof kernel / sizeof kernel[0]; ++i)
         MOE_TRY(moe_preload_kernel(kernel[i]));
     return MOE_OK;

@@ -14,15 +14,15 @@
      if (s == MOE_OK) s = moe_nccl_combine(&p, comm, counts, stream);
 
    Over several hosts whose ranks reach each other within a host: hosts.cuh's exchange, with
-   moe_nccl_hosts_dispatch and moe_nccl_hosts_combine. rail is a communicator of the ranks with equal
-   `local`, in the order of their hosts: ncclCommSplit(comm, local, host, &rail, 0).
+   moe_nccl_hosts_dispatch and moe_nccl_hosts_combine. rail is a communicator of the ranks with
+   equal `local`, in the order of their hosts: ncclCommSplit(comm, local, host, &rail, 0).
 
-   y has the bits of the form over peer pointers. Per rank the dispatch sends one message of 16 bytes and one of
-   rows, ids and weights to each other rank, the combine one of rows and one of 16 bytes; each pair
-   of them is one NCCL group. A rank with a stop fault sends empty messages: moe_nccl_dispatch
-   returns fault (MOE_ERR_CONFLICT) on all ranks, whose fault words then hold that fault, and a combine
-   leaves all y as they were. A rank that
-   does not come at all is NCCL's to report: its own timeouts and aborts.
+   y has the bits of the form over peer pointers. Per rank the dispatch sends one message of 16
+   bytes and one of rows, ids and weights to each other rank, the combine one of rows and one of 16
+   bytes; each pair of them is one NCCL group. A rank with a stop fault sends empty messages:
+   moe_nccl_dispatch returns fault (MOE_ERR_CONFLICT) on all ranks, whose fault words then hold that
+   fault, and a combine leaves all y as they were. A rank that does not come at all is NCCL's to
+   report: its own timeouts and aborts.
 
    Not in a CUDA graph. All ranks call these in the same order. */
 #ifndef MOE_EP_NCCL_CUH
@@ -115,10 +115,10 @@ MOE_HOST moe_status moei_nccl_check(const moe_ep_message_prepared* p, ncclComm_t
     return MOE_OK;
 }
 
-/* Sends tokens to the ranks of their experts, and makes the row maps. The host waits for `stream` in
-   between. counts: host memory, pinned for speed, kept until the combine. Errors: peers
-   (MOE_ERR_CONFLICT): another communicator; nccl (MOE_ERR_DEVICE); fault (MOE_ERR_CONFLICT): some rank
-   has a stop fault, all ranks return it; those of CUDA. */
+/* Sends tokens to the ranks of their experts, and makes the row maps. The host waits for `stream`
+   in between. counts: host memory, pinned for speed, kept until the combine. Errors: peers
+   (MOE_ERR_CONFLICT): another communicator; nccl (MOE_ERR_DEVICE); fault (MOE_ERR_CONFLICT): some
+   rank has a stop fault, all ranks return it; those of CUDA. */
 MOE_HOST moe_status moe_nccl_dispatch(const moe_ep_message_prepared* p, ncclComm_t comm,
                                       moe_ep_message_counts* counts, cudaStream_t stream)
 {

@@ -1,6 +1,6 @@
-/* nccl_window.cuh: connects a group through NCCL's symmetric windows: a fourth way to peer pointers,
-   where the ranks have a communicator and no CUDA IPC. NCCL 2.28 or later, C++17 (its device header),
-   link with -lnccl. Empty on the CPU backend.
+/* nccl_window.cuh: connects a group through NCCL's symmetric windows: a fourth way to peer
+   pointers, where the ranks have a communicator and no CUDA IPC. NCCL 2.28 or later, C++17 (its
+   device header), link with -lnccl. Empty on the CPU backend.
 
      void* region;  ncclMemAlloc(&region, bytes);          // on every rank, the same bytes
      ncclWindow_t window;  moe_peers peers;  moe_peers_pair pair;
@@ -75,10 +75,10 @@ typedef char moei_nccl_spare_fits[sizeof(moe_peers_header) + MOE_PEERS_MAX_RANKS
                                       ? 1
                                       : -1];
 
-/* Connects the ranks of a communicator; all of them call it. region: of ncclMemAlloc, `bytes` on every
-   rank. Registers it: *window is for moe_peers_close_nccl. The communicator's device is current.
-   Errors: those of moe_peers_create; MOE_ERR_DEVICE (nccl): NCCL refuses; MOE_ERR_DEVICE (peers): *pair
-   does not reach each other. Nothing stays registered then. */
+/* Connects the ranks of a communicator; all of them call it. region: of ncclMemAlloc, `bytes` on
+   every rank. Registers it: *window is for moe_peers_close_nccl. The communicator's device is
+   current. Errors: those of moe_peers_create; MOE_ERR_DEVICE (nccl): NCCL refuses; MOE_ERR_DEVICE
+   (peers): *pair does not reach each other. Nothing stays registered then. */
 MOE_HOST moe_status moe_peers_create_nccl(moe_peers* peers, ncclComm_t comm, void* region,
                                           uint64_t bytes, cudaStream_t stream, ncclWindow_t* window,
                                           moe_peers_pair* pair)

@@ -1,5 +1,6 @@
-/* pack.cuh: messages of an exchange: what is in them, and the kernels that pack and unpack. Called by
-   message.cuh, which says when. push.cuh fills in the records: to it a message is a rank's region. */
+/* pack.cuh: messages of an exchange: what is in them, and the kernels that pack and unpack. Called
+   by message.cuh, which says when. push.cuh fills in the records: to it a message is a rank's
+   region. */
 #ifndef MOE_EP_PACK_CUH
 #define MOE_EP_PACK_CUH
 
@@ -38,8 +39,8 @@ typedef enum moe_ep_message_part {
     MOE_EP_MESSAGE_TAKE /* takes over a stop fault that a header has brought */
 } moe_ep_message_part;
 
-/* Addresses in the workspace; null: the form has none. C' = C + 1: a message has room for its header
-   and C records. */
+/* Addresses in the workspace; null: the form has none. C' = C + 1: a message has room for its
+   header and C records. */
 typedef struct moe_ep_message_view {
     const void* x;         /* received rows: token j of sender s is row s C' + j */
     int64_t x_stride;      /* elements between rows */
@@ -64,6 +65,7 @@ typedef struct moe_ep_message_view {
     moe_place* send_place; /* [T, W] reduced: row of back_recv of each rank's sum */
     int32_t *rank_ids, *slot_count, *slot_offset;             /* [T, K] owner of each slot; [W] */
     int32_t *from_ids, *back_count, *back_offset, *back_slot; /* [W C', K] sender; [W] */
+    moe_ep_message_counts* counts;                            /* [1] headers, for the host */
     int32_t* chunk_count;
     void* route_workspace;
 } moe_ep_message_view;
@@ -94,8 +96,8 @@ MOE_KERNEL(MOEI_EP_MESSAGE_THREADS, 1) moei_ep_message_owners(MOE_ARG(moei_ep_me
     }
 }
 
-/* Completes the headers: slots and the fault word; no tokens after a stop fault. One block, a rank a
-   thread. */
+/* Completes the headers: slots and the fault word; no tokens after a stop fault. One block, a rank
+   a thread. */
 MOE_KERNEL(MOE_PEERS_MAX_RANKS, 1) moei_ep_message_heads(MOE_ARG(moei_ep_message_args) a)
 {
     const int d = (int)threadIdx.x;
@@ -108,6 +110,17 @@ MOE_KERNEL(MOE_PEERS_MAX_RANKS, 1) moei_ep_message_heads(MOE_ARG(moei_ep_message
     h->slots = stops || !a.v.slot_count ? 0 : a.v.slot_count[d];
     if (stops) h->tokens = 0;
     h->fault = *(const volatile uint64_t*)a.pack.peers.fault;
+}
+
+/* Collects the headers for the host. One block, a rank a thread. */
+MOE_KERNEL(MOE_PEERS_MAX_RANKS, 1) moei_ep_message_collect(MOE_ARG(moei_ep_message_args) a)
+{
+    const int r = (int)threadIdx.x;
+    moe_pdl_trigger();
+    moe_pdl_wait();
+    if (r >= a.num_ranks) return;
+    a.v.counts->sent[r] = *(const moe_ep_message_header*)(a.v.send + r * a.message_bytes);
+    a.v.counts->received[r] = *(const moe_ep_message_header*)(a.v.recv + r * a.message_bytes);
 }
 
 /* Takes ids, weights, scales and numbers out of the received messages, and notes the sender of each

@@ -42,8 +42,7 @@ typedef struct moe_peers_channel {
     uint32_t epoch;       /* barriers that this rank has passed; own */
     uint32_t turns, left; /* of a grid that waits with several blocks: those that
                                             came so far, those that waited; own */
-    uint32_t waited_ns;   /* of the last wait that passed a barrier; own */
-    uint32_t unused[28];
+    uint32_t unused[29];
     uint32_t from[MOE_PEERS_MAX_RANKS];  /* [W] what each rank has added here */
     uint32_t taken[MOE_PEERS_MAX_RANKS]; /* [W] of these, waited for; own */
 } moe_peers_channel;

@@ -83,7 +83,8 @@ MOE_HOST moe_status moe_ep_profile_region(const moe_ep_layer_desc* layer, int nu
     return MOE_OK;
 }
 
-/* Writes the bytes of workspace that suffice for every form to *bytes; as moe_ep_layer_workspace. */
+/* Writes the bytes of workspace that suffice for every form to *bytes; as moe_ep_layer_workspace.
+   */
 MOE_HOST moe_status moe_ep_profile_workspace(const moe_ep_layer_desc* layer, size_t* bytes)
 {
     MOE_REQUIRE(layer && bytes, MOE_ERR_NULL, desc);
@@ -109,8 +110,8 @@ MOE_HOST moe_status moei_ep_profile_max(const moe_ep_profile_desc* d, double* v)
     return MOE_OK;
 }
 
-/* Waits for the ranks of this process. Errors, the same on all ranks: fault (MOE_ERR_CONFLICT) where
-   a rank's fault word is set; those of CUDA. */
+/* Waits for the ranks of this process. Errors, the same on all ranks: fault (MOE_ERR_CONFLICT)
+   where a rank's fault word is set; those of CUDA. */
 MOE_HOST moe_status moei_ep_profile_wait(const moe_ep_profile_desc* d)
 {
     double worst = 0;

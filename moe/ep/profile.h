@@ -1,5 +1,5 @@
-/* profile.h: which dispatch and which combine a group uses: a plain struct. profile.cuh measures it;
-   a program may as well fill it in by hand, or keep it as text and read it back. C11 and C++14.
+/* profile.h: which dispatch and which combine a group uses: a plain struct. profile.cuh measures
+   it; a program may as well fill it in by hand, or keep it as text and read it back. C11 and C++14.
 
      moe_ep_choice c = {0};
      c.dispatch_form = MOE_EP_ALL_TO_ALL;               // by hand; 0: the default
@@ -165,9 +165,9 @@ MOE_HOST int moei_ep_choice_line(const char* line, moe_ep_choice* c)
     return 0;
 }
 
-/* Reads what moe_ep_choice_write wrote, or a hand, into *choice. *line: number of the line that means
-   nothing, from 1; 0: none; line may be null. Errors: desc: null; choice (MOE_ERR_OPTION): such a
-   line, *choice stays as it was. */
+/* Reads what moe_ep_choice_write wrote, or a hand, into *choice. *line: number of the line that
+   means nothing, from 1; 0: none; line may be null. Errors: desc: null; choice (MOE_ERR_OPTION):
+   such a line, *choice stays as it was. */
 MOE_HOST moe_status moe_ep_choice_read(moe_ep_choice* choice, const char* text, int32_t* line)
 {
     moe_ep_choice c;
@@ -194,8 +194,8 @@ MOE_HOST moe_status moe_ep_choice_read(moe_ep_choice* choice, const char* text, 
     return MOE_OK;
 }
 
-/* Writes a table of two lines for people: each form's milliseconds and GB/s, and the winner. Room and
-   return value: as of moe_ep_choice_write. */
+/* Writes a table of two lines for people: each form's milliseconds and GB/s, and the winner. Room
+   and return value: as of moe_ep_choice_write. */
 MOE_HOST size_t moe_ep_choice_table(const moe_ep_choice* c, char* text, size_t bytes)
 {
     moei_ep_text t = {0, 0, 0};

@@ -67,6 +67,7 @@ typedef struct moei_ep_args {
     int64_t max_rows;           /* rows in expert order */
     int64_t sum_bytes;          /* of a row that a combine sends */
     moe_ep_counters* counters;  /* or null */
+    uint64_t* waited;           /* where waits of the dispatch are added up; or null */
     int32_t num_tokens, num_experts, top_k, recv_tokens, num_scales, chunk_tokens, channel, tag;
     int32_t num_local;                   /* P */
     int32_t dispatch_form, combine_form; /* moe_ep_dispatch_form, moe_ep_combine_form */
@@ -74,9 +75,19 @@ typedef struct moei_ep_args {
 } moei_ep_args;
 
 /* Does every token go to every rank? */
+MOE_HOST_DEVICE int moei_ep_form_to_all(int dispatch_form)
+{
+    return dispatch_form == MOE_EP_ALL_GATHER || dispatch_form == MOE_EP_ALL_GATHER_COPY;
+}
 MOE_HOST_DEVICE int moei_ep_to_all(const moei_ep_args* a)
 {
-    return a->dispatch_form == MOE_EP_ALL_GATHER || a->dispatch_form == MOE_EP_ALL_GATHER_COPY;
+    return moei_ep_form_to_all(a->dispatch_form);
+}
+
+/* Must homes be told where the rows of their slots are? */
+MOE_HOST_DEVICE int moei_ep_forms_answer(int dispatch_form, int combine_form)
+{
+    return dispatch_form == MOE_EP_ALL_TO_ALL || combine_form == MOE_EP_GATHERED;
 }
 
 /* Does the sending kernel send the rows too? */
@@ -246,9 +257,9 @@ MOE_DEVICE void moei_ep_store(const uint4* v, const moei_ep_args* a, const moei_
 }
 
 /* Sends what belongs to tokens first .. upto - 1 of the round: ids and weights of their slots, the
-   tokens' numbers, and scales where they travel with tokens. Neighbouring threads have neighbouring slots, whose rows at a
-   rank are neighbours too: a warp's stores fill vectors of 128 bytes, which on the link cost as
-   much as one of 4. All threads. */
+   tokens' numbers, and scales where they travel with tokens. Neighbouring threads have neighbouring
+   slots, whose rows at a rank are neighbours too: a warp's stores fill vectors of 128 bytes, which
+   on the link cost as much as one of 4. All threads. */
 MOE_DEVICE void moei_ep_send_slots(const moei_ep_args* a, const moei_ep_shared* s, int t0,
                                    int first, int upto)
 {
@@ -299,7 +310,7 @@ MOE_DEVICE void moei_ep_note_places(const moei_ep_args* a, const moei_ep_shared*
         }
         a->send_place[(int64_t)(t0 + first) * num_ranks + j] = p;
     }
-    if (a->dispatch_form == MOE_EP_ALL_TO_ALL || a->combine_form == MOE_EP_GATHERED) MOE_NO_UNROLL
+    if (moei_ep_forms_answer(a->dispatch_form, a->combine_form)) MOE_NO_UNROLL
     for (int j = (int)threadIdx.x; j < (upto - first) * top_k; j += (int)blockDim.x)
         ((moe_place*)(a->peers.base + a->at.place))[(int64_t)(t0 + first) * top_k + j] = none;
 }
@@ -424,7 +435,8 @@ MOE_DEVICE_BODY void moei_ep_push_chunk(const moei_ep_args* a, unsigned char* sh
         __syncthreads(); /* the link keeps their order: the signal for ids goes ahead of rows */
     }
     if (last && a->peers.shared && moe_warp() == 0) /* see signal.cuh: fewer warps wait this way */
-        (void)moei_peer_reach(&a->peers, a->channel, n, MOE_PHASE_DISPATCH, a->tag);
+        (void)moei_peer_reach_timed(&a->peers, a->channel, n, MOE_PHASE_DISPATCH, a->tag,
+                                    a->waited);
 }
 
 /* Sending, for rows that allow vectors of 16, 4 or 2 bytes. */

@@ -7,15 +7,15 @@
      3. rows: x[t] is loaded once and stored at place[t, k] of recv_x, for each slot
      4. barrier n + 2: the rows of all ranks are there
 
-   The order of rows is that of the maps: no other form gives other rows. Rows that pad an expert are
-   cleared by the rank that has them. */
+   The order of rows is that of the maps: no other form gives other rows. Rows that pad an expert
+   are cleared by the rank that has them. */
 #ifndef MOE_EP_SCATTER_CUH
 #define MOE_EP_SCATTER_CUH
 
 #include "push.cuh"
 
-/* Writes zeros to the rows of recv_x that pad experts, and to their scales. All threads of the grid,
-   an expert a block. */
+/* Writes zeros to the rows of recv_x that pad experts, and to their scales. All threads of the
+   grid, an expert a block. */
 MOE_DEVICE void moei_ep_clear_pads(const moei_ep_args* a)
 {
     const int vectors = (int)(a->row_bytes / 16); /* H is a multiple of 8 */
@@ -34,8 +34,8 @@ MOE_DEVICE void moei_ep_clear_pads(const moei_ep_args* a)
 }
 
 /* Tells each token's home where the rows of its slots are: place[t, k] = {this rank, row}. A thread
-   has a received slot at a time. MOE_EP_ALL_TO_ALL: the last block then waits for the answers of all
-   ranks, barrier n + 1. */
+   has a received slot at a time. MOE_EP_ALL_TO_ALL: the last block then waits for the answers of
+   all ranks, barrier n + 1. */
 MOE_KERNEL(256, 1) moei_ep_answer(MOE_ARG(moei_ep_args) a)
 {
     const int num_ranks = a.peers.num_ranks, top_k = a.top_k;
@@ -49,7 +49,8 @@ MOE_KERNEL(256, 1) moei_ep_answer(MOE_ARG(moei_ep_args) a)
     n = moei_peer_next(&a.peers, a.channel) + 1;
     stopped = moe_fault_stopped(a.peers.fault);
     if (meets && moe_warp() == 0 && !stopped) /* where no row maps were made, nothing has waited */
-        stopped = !moei_peer_reach(&a.peers, a.channel, n - 1, MOE_PHASE_DISPATCH, a.tag);
+        stopped = !moei_peer_reach_timed(&a.peers, a.channel, n - 1, MOE_PHASE_DISPATCH, a.tag,
+                                         blockIdx.x == 0 ? a.waited : 0);
     stopped = __syncthreads_or(stopped);
     for (int q = 0; q < num_ranks && !stopped; ++q) {
         const int from = moe_peer_rotated(&a.peers, q);
@@ -70,7 +71,7 @@ MOE_KERNEL(256, 1) moei_ep_answer(MOE_ARG(moei_ep_args) a)
     if (!stopped) moei_ep_clear_pads(&a);
     moei_ep_arrive(&a.peers, a.channel, n, stopped);
     if (waits && moe_warp() == 0)
-        (void)moei_peer_reach(&a.peers, a.channel, n, MOE_PHASE_DISPATCH, a.tag);
+        (void)moei_peer_reach_timed(&a.peers, a.channel, n, MOE_PHASE_DISPATCH, a.tag, a.waited);
 }
 
 /* Stores a piece of token t's row at the place of each of its slots, and with the first piece the
@@ -108,8 +109,8 @@ MOE_DEVICE void moei_ep_store_slots(const uint4* v, const moei_ep_args* a, int t
     }
 }
 
-/* Sends the rows of all slots. A block has a chunk of tokens, a warp a piece of a row at a time. The
-   last block waits for the rows of all ranks, barrier n + 2, and passes it. */
+/* Sends the rows of all slots. A block has a chunk of tokens, a warp a piece of a row at a time.
+   The last block waits for the rows of all ranks, barrier n + 2, and passes it. */
 MOE_DEVICE_BODY void moei_ep_scatter_chunk(const moei_ep_args* a, const int width)
 {
     const int begin = (int)blockIdx.x * a->chunk_tokens;
@@ -133,7 +134,7 @@ MOE_DEVICE_BODY void moei_ep_scatter_chunk(const moei_ep_args* a, const int widt
     }
     moei_ep_arrive(&a->peers, a->channel, n, stopped);
     if (last && moe_warp() == 0)
-        (void)moei_peer_reach_pass(&a->peers, a->channel, n, MOE_PHASE_DISPATCH, a->tag);
+        (void)moei_peer_reach_pass(&a->peers, a->channel, n, MOE_PHASE_DISPATCH, a->tag, a->waited);
 }
 
 #define MOEI_EP_SCATTER(width)                                                                     \

@@ -244,13 +244,16 @@ MOE_DEVICE int moei_peer_reach(const moe_peers_args* p, int channel, uint32_t n,
     return 0;
 }
 
-/* Notes that a wait for a barrier of a channel began at time `begun` and ends now. One warp. */
-MOE_DEVICE void moei_peer_note_wait(const moe_peers_args* p, int channel, uint64_t begun)
+/* Waits as moei_peer_reach does, and adds the nanoseconds that it took to *waited, where not null.
+   One warp. */
+MOE_DEVICE int moei_peer_reach_timed(const moe_peers_args* p, int channel, uint32_t n, int phase,
+                                     int tag, uint64_t* waited)
 {
-    const uint64_t ns = moei_nanoseconds() - begun;
-    if (moe_lane() == 0)
-        moei_peer_header(p)->channel[channel].waited_ns =
-            ns < 0xffffffffu ? (uint32_t)ns : 0xffffffffu;
+    const uint64_t begun = moei_nanoseconds();
+    const int came = moei_peer_reach(p, channel, n, phase, tag);
+    if (came && waited && moe_lane() == 0)
+        atomicAdd((unsigned long long*)waited, (unsigned long long)(moei_nanoseconds() - begun));
+    return came;
 }
 
 /* Passes barrier n of a channel, and those before it: the next one is n + 1. One warp of the grid,
@@ -261,16 +264,14 @@ MOE_DEVICE void moei_peer_pass(const moe_peers_args* p, int channel, uint32_t n)
     __syncwarp(MOE_FULL_WARP); /* a later call of this warp reads the epoch */
 }
 
-/* Waits until all ranks have arrived at barrier n of a channel, passes it, and notes how long that
-   took. Returns 1, or 0 after a stop fault. One warp of the grid. */
+/* Waits as moei_peer_reach_timed does, and passes barrier n. Returns 1, or 0 after a stop fault.
+   One warp of the grid. */
 MOE_DEVICE int moei_peer_reach_pass(const moe_peers_args* p, int channel, uint32_t n, int phase,
-                                    int tag)
+                                    int tag, uint64_t* waited)
 {
-    const uint64_t begun = moei_nanoseconds();
-    if (!moei_peer_reach(p, channel, n, phase, tag)) return 0;
-    moei_peer_note_wait(p, channel, begun);
-    moei_peer_pass(p, channel, n);
-    return 1;
+    const int came = moei_peer_reach_timed(p, channel, n, phase, tag, waited);
+    if (came) moei_peer_pass(p, channel, n);
+    return came;
 }
 
 /* Returns the calling block's number among those of its grid that have called: 0, 1, ... One thread
@@ -294,7 +295,7 @@ MOE_DEVICE void moei_peer_leave(const moe_peers_args* p, int channel, uint32_t b
    0 after a stop fault. One warp of the grid. */
 MOE_DEVICE int moe_peer_barrier_wait(const moe_peers_args* p, int channel, int phase, int tag)
 {
-    return moei_peer_reach_pass(p, channel, moei_peer_next(p, channel), phase, tag);
+    return moei_peer_reach_pass(p, channel, moei_peer_next(p, channel), phase, tag, 0);
 }
 
 #endif

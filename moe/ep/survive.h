@@ -22,8 +22,8 @@
          moe_ep_choose(next.id, s.num_ranks, s.rank, offset, replica, E, choice_offset, choice);
      }
 
-   A rank that was asleep finds the others' notice at its next wait, and stops. To take it back, or a
-   new process in its place, all ranks end what they have queued and make a group of all again, of
+   A rank that was asleep finds the others' notice at its next wait, and stops. To take it back, or
+   a new process in its place, all ranks end what they have queued and make a group of all again, of
    new memory, with the tables that they had before. */
 #ifndef MOE_EP_SURVIVE_H
 #define MOE_EP_SURVIVE_H
@@ -40,10 +40,11 @@ typedef struct moe_peers_set {
 } moe_peers_set;
 
 /* The caller's agreement: a collective among the ranks that are left, over whatever reaches them: a
-   store, sockets, MPI. moe_peers_survive calls it once on each of them. context: the caller's. alive:
-   the ranks that this one knows nothing against. Sets *agreed to the ranks that go on, the same on
-   all of them: those of all `alive` sets that were brought, less ranks that brought none in a time
-   of the callback's own. Returns 0; another value: no agreement, or this rank is too late for it. */
+   store, sockets, MPI. moe_peers_survive calls it once on each of them. context: the caller's.
+   alive: the ranks that this one knows nothing against. Sets *agreed to the ranks that go on, the
+   same on all of them: those of all `alive` sets that were brought, less ranks that brought none in
+   a time of the callback's own. Returns 0; another value: no agreement, or this rank is too late
+   for it. */
 typedef int (*moe_peers_agree)(void* context, const moe_peers_set* alive, moe_peers_set* agreed);
 
 /* The ranks that are left. */
@@ -84,8 +85,8 @@ MOE_HOST moe_status moei_peers_number(const moe_peers* old, const moe_peers_set*
 }
 
 /* Finds out who is left of a group. fault_word: this rank's, copied to the host; the rank that it
-   names late is not alive for this rank. Fills in *s. Errors: null pointers; peers (MOE_ERR_RANGE): no
-   group; agree (MOE_ERR_DEVICE): the callback failed; rank (MOE_ERR_CONFLICT): the others go on
+   names late is not alive for this rank. Fills in *s. Errors: null pointers; peers (MOE_ERR_RANGE):
+   no group; agree (MOE_ERR_DEVICE): the callback failed; rank (MOE_ERR_CONFLICT): the others go on
    without this rank. */
 MOE_HOST moe_status moe_peers_survive(const moe_peers* old, uint64_t fault_word,
                                       moe_peers_agree agree, void* context, moe_peers_survivors* s)
@@ -110,8 +111,8 @@ MOE_HOST moe_status moe_peers_survive(const moe_peers* old, uint64_t fault_word,
    are left out, ranks have their new numbers; numbers among a rank's experts stay, and so does
    num_local. offset [E + 1], replica [offset[E]]: the old group's; null: floor(e W / E) of its
    old_num_ranks. new_offset [E + 1]; new_replica: room for offset[E] entries, or E; disabled [E]: 1
-   where no rank has the expert any more, for the gate. Errors: null pointers; num_ranks, num_experts;
-   replica (MOE_ERR_RANGE): offsets that decrease, or a rank out of range. */
+   where no rank has the expert any more, for the gate. Errors: null pointers; num_ranks,
+   num_experts; replica (MOE_ERR_RANGE): offsets that decrease, or a rank out of range. */
 MOE_HOST moe_status moe_ep_shrink(const moe_peers_survivors* s, int old_num_ranks,
                                   const int32_t* offset, const moe_ep_expert* replica,
                                   int num_experts, int32_t* new_offset, moe_ep_expert* new_replica,

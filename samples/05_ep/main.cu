@@ -111,18 +111,28 @@ static void make_rank(rank_layers* l, const options* o, const group* g, int r, r
     MOE(moe_layer_prepare(&l->one, &l->one_p));
 }
 
-/* Reads a choice from a file. Returns 0 where there is no such file. */
-static int read_choice(const char* name, moe_ep_choice* c)
+/* Reads a choice from a file: rank 0, for all. Returns 0 where there is no such file. */
+static int read_choice(group* g, const char* name, moe_ep_choice* c)
 {
+    static struct {
+        moe_ep_choice choice;
+        int found; /* -1: no choice, 0: no file, 1: read */
+        int line;
+    } own, all[BOOTSTRAP_MOST];
     char text[MOE_EP_CHOICE_TEXT] = "";
-    int32_t line;
-    FILE* f = fopen(name, "r");
-    if (!f) return 0;
-    text[fread(text, 1, sizeof text - 1, f)] = 0;
-    fclose(f);
-    if (moe_ep_choice_read(c, text, &line) != MOE_OK)
-        quit(EXIT_WRONG_INPUT, "%s, line %d: says nothing about a choice", name, line);
-    return 1;
+    FILE* f = g->first ? 0 : fopen(name, "r");
+    if (f) {
+        text[fread(text, 1, sizeof text - 1, f)] = 0;
+        fclose(f);
+        own.found = moe_ep_choice_read(&own.choice, text, &own.line) == MOE_OK ? 1 : -1;
+    }
+    all[0] = own;
+    if (g->launched && bootstrap_allgather(&g->boot, &own, all, sizeof own))
+        quit(EXIT_WRONG_RESULT, "a process is gone");
+    if (all[0].found < 0)
+        quit(EXIT_WRONG_INPUT, "%s, line %d: says nothing about a choice", name, all[0].line);
+    *c = all[0].choice;
+    return all[0].found;
 }
 
 /* Sets *c to the options' forms, those of a file, or those that are fastest here. */
@@ -133,7 +143,7 @@ static void choose(group* g, rank_layers* l, const options* o, moe_ep_choice* c)
     char text[MOE_EP_CHOICE_TEXT];
     *c = o->choice;
     if (c->dispatch_form || c->combine_form) return;
-    if (o->file && read_choice(o->file, c)) return;
+    if (o->file && read_choice(g, o->file, c)) return;
     for (int i = 0; i < g->mine; ++i) {
         rank[i].layer = &l[i].ep;
         rank[i].stream = g->rank[i].stream, rank[i].device = g->rank[i].device;

@@ -304,6 +304,7 @@ static void test_message_refusals(void)
         MSG_REFUSED(d.workspace_bytes -= 1, MOE_ERR_WORKSPACE, workspace_bytes);
         MSG_REFUSED(d.counters = (moe_ep_counters*)TEST_FAR, MOE_ERR_CONFLICT, counters);
         MSG_REFUSED(k.rows = 0, MOE_ERR_NULL, rows);
+        MSG_REFUSED((k.rows = 0, d.buffers.combine_form = MOE_EP_REDUCED), MOE_ERR_NULL, rows);
         MSG_REFUSED(k.y = 0, MOE_ERR_NULL, y);
         MSG_REFUSED(k.weights += 1, MOE_ERR_CONFLICT, weights);
 #undef MSG_REFUSED

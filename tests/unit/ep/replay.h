@@ -446,11 +446,74 @@ static void test_again(void)
     }
 }
 
+/* A rank that sleeps before the dispatch, or before the combine, shows in that wait of the others, and
+   in no other one; its own waits are shorter. */
+static void test_waits(void)
+{
+    static const uint64_t ns = MOE_ON_HOST ? 300000000 : 60000000;
+    static ep_job j;
+    for (int i = 0; i < 2 * EP_PAIRS; ++i) {
+        const int pair = i % EP_PAIRS, phase = i / EP_PAIRS;
+        const ep_case c = {3,
+                           i % 2 ? 4 : 40,
+                           16,
+                           8,
+                           2,
+                           ep_dispatch_of(pair),
+                           ep_combine_of(pair),
+                           MOE_BF16,
+                           EP_RANDOM,
+                           0,
+                           0,
+                           0,
+                           0,
+                           0,
+                           0,
+                           0,
+                           0};
+        if (MOE_ON_HOST && pair % 5 && pair != 3) continue; /* each form once */
+        if (ep_new(&j, &c, 95)) {
+            ep_load(&j);
+            for (int part = 0; part < 2; ++part) {
+                for (int r = 0; r < 3; ++r) {
+                    moe_launch_config one = moe_grid(1, 32, 0, j.g.stream[r]);
+                    ep_sleep_args a;
+                    a.ns = ns;
+                    tgroup_use(&j.g, r);
+                    if (r == 1 && part == phase) CHECK_STATUS(MOE_LAUNCH(ep_sleep, one, a), MOE_OK);
+                    ep_vary();
+                    CHECK_STATUS(part ? moe_ep_combine(&j.rank[r].combine, j.g.stream[r])
+                                      : moe_ep_dispatch(&j.rank[r].dispatch, j.g.stream[r]),
+                                 MOE_OK);
+                }
+                tgroup_wait(&j.g);
+            }
+            tgroup_clean(&j.g, __LINE__);
+            for (int r = 0; r < 3; ++r) {
+                moe_ep_counters* k;
+                uint64_t slept, other;
+                tgroup_use(&j.g, r);
+                k = (moe_ep_counters*)tbuf_copy(&j.rank[r].d_counters);
+                slept = phase ? k->combine_wait_ns : k->dispatch_wait_ns;
+                other = phase ? k->dispatch_wait_ns : k->combine_wait_ns;
+                CHECK(r == 1 ? slept < ns / 2 : slept > ns / 2, "pair %d, rank %d waits %lld ns",
+                      pair, r, (long long)slept);
+                CHECK(other < ns / 2, "pair %d, rank %d: the other wait, %lld ns", pair, r,
+                      (long long)other);
+                free(k);
+            }
+            TEST_CUDA(cudaSetDevice(0));
+        }
+        ep_free(&j);
+    }
+}
+
 static void ep_replay(void)
 {
     RUN(test_again);
     RUN(test_back_to_back);
     RUN(test_graph);
+    RUN(test_waits);
     RUN(test_many_times);
 }
 
