@@ -21,6 +21,9 @@
    MOE_EP_ALL_GATHER_COPY where layer.side_stream is null. moe_ep_profile_region and
    moe_ep_profile_workspace return bytes that suffice for all.
 
+   The streams are not the default stream, which cannot be captured; preload the kernels first
+   (moe_preload), or their first launch is timed.
+
    Runs the layer: y is written. Allocates nothing but events and graphs, which it destroys again;
    synchronises the streams. About a second. Minimum architecture: sm_75. */
 #ifndef MOE_EP_PROFILE_CUH
@@ -99,34 +102,41 @@ MOE_HOST moe_status moe_ep_profile_workspace(const moe_ep_layer_desc* layer, siz
     return MOE_OK;
 }
 
-/* Replaces *v by its largest value of all ranks. */
-MOE_HOST moe_status moei_ep_profile_max(const moe_ep_profile_desc* d, double* v)
+/* Replaces *v by its largest value of all ranks. s: what this rank has met so far. A rank that fails
+   comes here too: no other one waits for it in vain. Errors: s; peers (MOE_ERR_CONFLICT): another
+   rank has failed. */
+MOE_HOST moe_status moei_ep_profile_max(const moe_ep_profile_desc* d, moe_status s, double* v)
 {
-    double all[MOE_PEERS_MAX_RANKS];
-    if (!d->allgather) return MOE_OK;
-    MOE_REQUIRE(!d->allgather(d->context, v, all, sizeof *v), MOE_ERR_DEVICE, allgather);
-    for (int r = 0; r < d->rank[0].layer->peers->num_ranks; ++r)
-        if (all[r] > *v) *v = all[r];
-    return MOE_OK;
+    const double own[2] = {*v, s == MOE_OK ? 0.0 : 1.0};
+    double all[MOE_PEERS_MAX_RANKS][2];
+    int failed = 0;
+    if (!d->allgather) return s;
+    if (d->allgather(d->context, own, all, sizeof own))
+        return s != MOE_OK ? s : MOE_STATUS(MOE_ERR_DEVICE, allgather);
+    for (int r = 0; r < d->rank[0].layer->peers->num_ranks; ++r) {
+        if (all[r][0] > *v) *v = all[r][0];
+        failed |= all[r][1] != 0;
+    }
+    return s == MOE_OK && failed ? MOE_STATUS(MOE_ERR_CONFLICT, peers) : s;
 }
 
-/* Waits for the ranks of this process. Errors, the same on all ranks: fault (MOE_ERR_CONFLICT)
-   where a rank's fault word is set; those of CUDA. */
-MOE_HOST moe_status moei_ep_profile_wait(const moe_ep_profile_desc* d)
+/* Waits for the ranks of this process, and agrees on s as moei_ep_profile_max. Errors: fault
+   (MOE_ERR_CONFLICT), the same on all ranks, where a rank's fault word is set; those of CUDA. */
+MOE_HOST moe_status moei_ep_profile_wait(const moe_ep_profile_desc* d, moe_status s)
 {
     double worst = 0;
     for (int i = 0; i < d->num_mine; ++i) {
         uint64_t word = 0;
-        cudaError_t e;
-        MOE_TRY_CUDA(cudaSetDevice(d->rank[i].device));
-        e = cudaStreamSynchronize(d->rank[i].stream);
+        cudaError_t e = cudaSetDevice(d->rank[i].device);
+        if (e == cudaSuccess) e = cudaStreamSynchronize(d->rank[i].stream);
         if (e == cudaSuccess)
             e = cudaMemcpy(&word, d->rank[i].layer->layer.fault, 8, cudaMemcpyDeviceToHost);
-        if (e != cudaSuccess || word) worst = 1;
+        if (word) worst = 1;
+        if (s == MOE_OK) s = moe_cuda_status(e);
     }
-    MOE_TRY(moei_ep_profile_max(d, &worst));
+    s = moei_ep_profile_max(d, s, &worst);
     MOE_REQUIRE(worst == 0, MOE_ERR_CONFLICT, fault);
-    return MOE_OK;
+    return s;
 }
 
 /* Prepares all ranks for two forms. *fits: 0 where some rank has no room for them. Errors: those of
@@ -134,8 +144,8 @@ MOE_HOST moe_status moei_ep_profile_wait(const moe_ep_profile_desc* d)
 MOE_HOST moe_status moei_ep_profile_prepare(const moe_ep_profile_desc* d, int dispatch_form,
                                             int combine_form, int* fits)
 {
-    double worst = 0; /* 1: no room, 2: refused */
-    moe_status refused = MOE_STATUS(MOE_ERR_CONFLICT, peers);
+    double worst = 0; /* 1: no room */
+    moe_status refused = MOE_OK;
     for (int i = 0; i < d->num_mine; ++i) {
         moe_ep_profile_rank* r = d->rank + i;
         const moe_ep_layer_desc layer =
@@ -149,22 +159,19 @@ MOE_HOST moe_status moei_ep_profile_prepare(const moe_ep_profile_desc* d, int di
         if (s == MOE_STATUS(MOE_ERR_NULL, side_stream) ||
             s == MOE_STATUS(MOE_ERR_WORKSPACE, workspace_bytes) ||
             s == MOE_STATUS(MOE_ERR_RANGE, region_bytes)) {
-            if (worst < 1) worst = 1;
+            worst = 1;
         } else {
-            worst = 2;
             refused = s;
         }
     }
-    MOE_TRY(moei_ep_profile_max(d, &worst));
+    refused = moei_ep_profile_max(d, refused, &worst);
     *fits = worst == 0;
-    return worst < 2 ? MOE_OK : refused;
+    return refused;
 }
 
-/* Runs the prepared layer once on all ranks, and writes the bytes that leave the busiest one in a
-   dispatch and in a combine to bytes[0] and bytes[1]; 0 without counters. */
-MOE_HOST moe_status moei_ep_profile_once(const moe_ep_profile_desc* d, double* bytes)
+/* Queues the prepared layer on the ranks of this process, with counters of zeros. */
+MOE_HOST moe_status moei_ep_profile_layers(const moe_ep_profile_desc* d)
 {
-    bytes[0] = bytes[1] = 0;
     for (int i = 0; i < d->num_mine; ++i) {
         moe_ep_profile_rank* r = d->rank + i;
         MOE_TRY_CUDA(cudaSetDevice(r->device));
@@ -173,7 +180,12 @@ MOE_HOST moe_status moei_ep_profile_once(const moe_ep_profile_desc* d, double* b
                 cudaMemsetAsync(r->layer->counters, 0, sizeof *r->layer->counters, r->stream));
         MOE_TRY(moe_ep_layer_run(&r->prepared, r->stream));
     }
-    MOE_TRY(moei_ep_profile_wait(d));
+    return MOE_OK;
+}
+
+/* Reads what the busiest rank of this process has sent; as moei_ep_profile_once. */
+MOE_HOST moe_status moei_ep_profile_bytes(const moe_ep_profile_desc* d, double* bytes)
+{
     for (int i = 0; i < d->num_mine; ++i) {
         moe_ep_counters c;
         if (!d->rank[i].layer->counters) continue;
@@ -184,8 +196,17 @@ MOE_HOST moe_status moei_ep_profile_once(const moe_ep_profile_desc* d, double* b
         if ((double)c.sent_bytes > bytes[0]) bytes[0] = (double)c.sent_bytes;
         if ((double)c.return_bytes > bytes[1]) bytes[1] = (double)c.return_bytes;
     }
-    MOE_TRY(moei_ep_profile_max(d, bytes));
-    return moei_ep_profile_max(d, bytes + 1);
+    return MOE_OK;
+}
+
+/* Runs the prepared layer once on all ranks, and writes the bytes that leave the busiest one in a
+   dispatch and in a combine to bytes[0] and bytes[1]; 0 without counters. */
+MOE_HOST moe_status moei_ep_profile_once(const moe_ep_profile_desc* d, double* bytes)
+{
+    bytes[0] = bytes[1] = 0;
+    MOE_TRY(moei_ep_profile_wait(d, moei_ep_profile_layers(d)));
+    MOE_TRY(moei_ep_profile_max(d, moei_ep_profile_bytes(d, bytes), bytes));
+    return moei_ep_profile_max(d, MOE_OK, bytes + 1);
 }
 
 /* Queues a barrier of rank number i. */
@@ -238,10 +259,9 @@ MOE_HOST void moei_ep_profile_drop(const moe_ep_profile_desc* d)
     }
 }
 
-/* Writes the milliseconds of a launch of all ranks' graphs to *ms: of the slowest rank. */
-MOE_HOST moe_status moei_ep_profile_launch(const moe_ep_profile_desc* d, double* ms)
+/* Launches the graphs of this process, each behind a barrier and between two events. */
+MOE_HOST moe_status moei_ep_profile_launch(const moe_ep_profile_desc* d)
 {
-    *ms = 0;
     for (int i = 0; i < d->num_mine; ++i) {
         moe_ep_profile_rank* r = d->rank + i;
         MOE_TRY_CUDA(cudaSetDevice(r->device));
@@ -250,13 +270,22 @@ MOE_HOST moe_status moei_ep_profile_launch(const moe_ep_profile_desc* d, double*
         MOE_TRY_CUDA(cudaGraphLaunch(r->graph, r->stream));
         MOE_TRY_CUDA(cudaEventRecord(r->event[1], r->stream));
     }
-    MOE_TRY(moei_ep_profile_wait(d));
-    for (int i = 0; i < d->num_mine; ++i) {
+    return MOE_OK;
+}
+
+/* Writes the milliseconds of a launch of all ranks' graphs to *ms: of the slowest rank. s: of their
+   capture; nothing is launched where that failed. */
+MOE_HOST moe_status moei_ep_profile_graphs(const moe_ep_profile_desc* d, moe_status s, double* ms)
+{
+    *ms = 0;
+    MOE_TRY(moei_ep_profile_max(d, s, ms)); /* a rank without a graph comes to no barrier */
+    MOE_TRY(moei_ep_profile_wait(d, moei_ep_profile_launch(d)));
+    for (int i = 0; i < d->num_mine && s == MOE_OK; ++i) {
         float one = 0;
-        MOE_TRY_CUDA(cudaEventElapsedTime(&one, d->rank[i].event[0], d->rank[i].event[1]));
+        s = moe_cuda_status(cudaEventElapsedTime(&one, d->rank[i].event[0], d->rank[i].event[1]));
         if (one > *ms) *ms = one;
     }
-    return moei_ep_profile_max(d, ms);
+    return moei_ep_profile_max(d, s, ms);
 }
 
 /* Writes the milliseconds of one call to *ms. */
@@ -265,11 +294,13 @@ MOE_HOST moe_status moei_ep_profile_time(const moe_ep_profile_desc* d, int what,
     double t[MOEI_EP_PROFILE_GRAPHS];
     int calls = 1;
     for (int pass = 0; pass < 2; ++pass) { /* the first finds how many calls fill the time */
-        for (int i = 0; i < d->num_mine; ++i) MOE_TRY(moei_ep_profile_capture(d, i, what, calls));
+        moe_status s = MOE_OK;
+        for (int i = 0; i < d->num_mine && s == MOE_OK; ++i)
+            s = moei_ep_profile_capture(d, i, what, calls);
         for (int n = 0; n < (pass ? MOEI_EP_PROFILE_GRAPHS : 1); ++n) {
             int at = n;
             double one;
-            MOE_TRY(moei_ep_profile_launch(d, &one));
+            MOE_TRY(moei_ep_profile_graphs(d, s, &one));
             for (; at > 0 && t[at - 1] > one; --at) t[at] = t[at - 1]; /* sorted */
             t[at] = one;
         }
@@ -314,11 +345,14 @@ MOE_HOST moe_status moei_ep_profile_forms(const moe_ep_profile_desc* d, moe_ep_c
 
 /* Measures, and fills in *choice; on all ranks. Errors: those of the layer; num_mine; channel;
    region_bytes (MOE_ERR_RANGE): no form has room; fault (MOE_ERR_CONFLICT): a rank met a fault;
-   allgather (MOE_ERR_DEVICE). *choice is zeros then. The current device stays. */
+   peers (MOE_ERR_CONFLICT): another rank was refused something, or failed; allgather
+   (MOE_ERR_DEVICE). *choice is zeros then. All ranks return together, but for null pointers and
+   num_mine, with which a rank returns at once. The current device stays. */
 MOE_HOST moe_status moe_ep_profile(const moe_ep_profile_desc* desc, moe_ep_choice* choice)
 {
     const moe_ep_layer_desc* layer;
     moe_status s = MOE_OK;
+    double begins = 0;
     int current = 0;
     MOE_REQUIRE(desc && choice && desc->rank, MOE_ERR_NULL, desc);
     memset(choice, 0, sizeof *choice);
@@ -340,12 +374,13 @@ MOE_HOST moe_status moe_ep_profile(const moe_ep_profile_desc* desc, moe_ep_choic
     choice->num_experts = layer->layer.num_experts;
     choice->top_k = layer->layer.top_k;
     choice->dtype = layer->layer.dtype ? layer->layer.dtype : MOE_BF16;
-    MOE_TRY_CUDA(cudaGetDevice(&current));
+    s = moe_cuda_status(cudaGetDevice(&current));
     for (int i = 0; i < desc->num_mine && s == MOE_OK; ++i) {
         s = moe_cuda_status(cudaSetDevice(desc->rank[i].device));
         for (int n = 0; n < 2 && s == MOE_OK; ++n)
             s = moe_cuda_status(cudaEventCreate(&desc->rank[i].event[n]));
     }
+    s = moei_ep_profile_max(desc, s, &begins);
     if (s == MOE_OK) s = moei_ep_profile_forms(desc, choice);
     moei_ep_profile_drop(desc);
     for (int i = 0; i < desc->num_mine; ++i)

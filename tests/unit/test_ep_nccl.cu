@@ -225,6 +225,20 @@ static int child(int rank, int ranks, const char* path, int how)
         CHILD_CHECK(moe_nccl_allgather(&b, s.host, s.host, 16) == 1, "too little scratch memory");
         CHILD_CHECK(!gather(&s.me, &rank, s.host, 4), "the last meeting");
         CHILD_CHECK(moe_peers_close_ipc(&p.peers) == MOE_OK, "close");
+        for (int i = 0; i < 4; ++i) { /* what one rank is refused, all ranks return */
+            const int wrong = rank == i % 3;
+            void* const region = wrong && i == 2 ? 0 : p.region;
+            const uint64_t some = wrong && i < 2    ? bytes - 256 * (uint64_t)(i + 1)
+                                  : wrong && i == 3 ? 256
+                                                    : bytes;
+            const moe_status want = i < 2    ? MOE_STATUS(MOE_ERR_CONFLICT, region_bytes)
+                                    : i == 2 ? MOE_STATUS(MOE_ERR_NULL, region)
+                                             : MOE_STATUS(MOE_ERR_RANGE, region_bytes);
+            ncclWindow_t window;
+            CHILD_CHECK(moe_peers_create_nccl(&p.peers, comm, region, some, s.stream, &window,
+                                              &pair) == want,
+                        "refusal %d", i);
+        }
     } else {
         const uint64_t bytes = (size_party(&s, &p, ranks) + 4095) / 4096 * 4096;
         ncclWindow_t window;

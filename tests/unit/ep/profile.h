@@ -78,7 +78,22 @@ static int lay_alone(void* calls, const void* from, void* to, size_t bytes)
     memcpy(to, from, bytes);
     return 0;
 }
-static int lay_broken(void* calls, const void*, void*, size_t) { return ++*(int*)calls > 1; }
+/* The same, but the other ranks have failed from call number `at` on. */
+typedef struct lay_other {
+    int calls, at;
+} lay_other;
+static int lay_fails(void* context, const void* from, void* to, size_t bytes)
+{
+    lay_other* o = (lay_other*)context;
+    memcpy(to, from, bytes);
+    if (++o->calls >= o->at) ((double*)to)[bytes / 8 - 1] = 1;
+    return 0;
+}
+static int lay_broken(void* calls, const void* from, void* to, size_t bytes)
+{
+    (void)lay_alone(calls, from, to, bytes);
+    return *(int*)calls > 1;
+}
 
 static void test_profile(void)
 {
@@ -136,6 +151,25 @@ static void test_profile(void)
                 calls = 0;
                 d.allgather = lay_broken;
                 CHECK_STATUS(moe_ep_profile(&d, &choice), MOE_STATUS(MOE_ERR_DEVICE, allgather));
+                d.allgather = lay_fails;
+                for (int at = 1; at < 9; ++at) { /* this rank goes on to the next call, and ends */
+                    lay_other o = {0, at};
+                    d.context = &o;
+                    CHECK_STATUS(moe_ep_profile(&d, &choice), MOE_STATUS(MOE_ERR_CONFLICT, peers));
+                    CHECK(o.calls == at, "call %d of %d", o.calls, at);
+                    CHECK(choice.combine_ms[1] == 0 && choice.num_ranks == 0, "a choice is left");
+                    tgroup_wait(&j.g);
+                }
+                { /* what this rank alone is refused, it tells the others */
+                    moe_ep_layer_desc wrong = j.rank[0].ep;
+                    wrong.layer.x = 0;
+                    rank[0].layer = &wrong;
+                    calls = 0;
+                    d.allgather = lay_alone, d.context = &calls;
+                    CHECK_STATUS(moe_ep_profile(&d, &choice), MOE_STATUS(MOE_ERR_NULL, x));
+                    CHECK(calls == 2, "%d calls of the all-gather", calls);
+                    rank[0].layer = &j.rank[0].ep;
+                }
                 d.allgather = 0;
             }
             d.num_mine = W + 1;
