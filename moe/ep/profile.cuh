@@ -21,8 +21,8 @@
    MOE_EP_ALL_GATHER_COPY where layer.side_stream is null. moe_ep_profile_region and
    moe_ep_profile_workspace return bytes that suffice for all.
 
-   The streams are not the default stream, which cannot be captured; preload the kernels first
-   (moe_preload), or their first launch is timed.
+   The streams are not the default stream, which cannot be captured. Preload the kernels first
+   (moe_preload): under lazy loading a first launch may wait for kernels that wait for it.
 
    Runs the layer: y is written. Allocates nothing but events and graphs, which it destroys again;
    synchronises the streams. About a second. Minimum architecture: sm_75. */
