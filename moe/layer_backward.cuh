@@ -119,15 +119,58 @@ MOE_HOST moe_status moei_layer_backward_prepare_experts(const moe_layer_backward
                                                         moei_layer_backward* b,
                                                         moe_layer_backward_prepared* p)
 {
-    b->gathers = d->gather == MOE_LAYER_GATHER_FIRST;
+    b->gathers = d->gather == MOE_LAYER_GATHER_FIRST && b->rows.row_slot;
     moei_layer_backward_describe(d, b);
     MOE_TRY(moe_experts_backward_prepare(&b->experts, &p->experts));
-    if (d->gather || d->layer.intermediate < MOEI_LAYER_GATHER_FROM ||
+    if (d->gather || d->layer.intermediate < MOEI_LAYER_GATHER_FROM || !b->rows.row_slot ||
         p->experts.pre.plan.path != MOE_GEMM_PATH_WGMMA)
         return MOE_OK;
     b->gathers = 1;
     moei_layer_backward_describe(d, b);
     return moe_experts_backward_prepare(&b->experts, &p->experts);
+}
+
+/* Prepares all stages but COMBINE of a resolved descriptor. with_experts: 0: no rows reach this GPU's
+   experts. */
+MOE_HOST moe_status moei_layer_backward_prepare_stages(const moe_layer_backward_desc* desc,
+                                                       moei_layer_backward* b, int with_experts,
+                                                       moe_layer_backward_prepared* p)
+{
+    MOE_TRY(moei_layer_check_options(&desc->layer, &b->o, &b->l));
+    /* before the stations check: a refusal names the caller's own field */
+    MOE_TRY(moei_layer_backward_check_buffers(desc, b));
+    if (with_experts) MOE_TRY(moei_layer_backward_prepare_experts(desc, b, p));
+    else moei_layer_backward_describe(desc, b);
+    p->recomputes = desc->layer.recompute;
+    p->gathers = b->gathers;
+    p->has_shared = b->o.has_shared;
+    p->has_gate = b->has_gate;
+    p->has_router = b->has_router;
+    p->has_dx = desc->dx != 0;
+    if (p->recomputes && with_experts) MOE_TRY(moe_experts_prepare(&b->l.experts, &p->recompute));
+    if (p->gathers) {
+        MOE_TRY(moe_permute_prepare(&b->gather_dy, &p->gather_dy));
+        MOE_TRY(moe_permute_prepare(&b->gather_x, &p->gather_x));
+    }
+    if (p->has_shared) {
+        if (p->recomputes)
+            MOE_TRY(
+                moei_layer_rename_shared(moe_experts_prepare(&b->l.shared, &p->shared_recompute)));
+        MOE_TRY(moei_layer_backward_rename_shared(
+            moe_experts_backward_prepare(&b->shared, &p->shared)));
+    }
+    if (b->w.shared_slot && desc->layer.num_tokens > 0) {
+        const moe_launch_config c =
+            moe_grid(((int64_t)desc->layer.num_tokens + MOEI_LAYER_TOKENS_THREADS - 1) /
+                         MOEI_LAYER_TOKENS_THREADS,
+                     MOEI_LAYER_TOKENS_THREADS, 0, 0);
+        p->tokens.token_disabled = desc->layer.gate.token_disabled;
+        p->tokens.slot = b->w.shared_slot;
+        p->tokens.num_tokens = desc->layer.num_tokens;
+        MOE_TRY(MOE_PREPARE(&p->tokens_launch, moei_layer_tokens, c));
+    }
+    if (p->has_gate) MOE_TRY(moe_gate_backward_prepare(&b->gate, &p->gate));
+    return p->has_router ? moe_router_backward_prepare(&b->router, &p->router) : MOE_OK;
 }
 
 /* Fills in *p, which is empty. */
@@ -136,40 +179,7 @@ MOE_HOST moe_status moei_layer_backward_prepare(const moe_layer_backward_desc* d
 {
     moei_layer_backward b;
     MOE_TRY(moei_layer_backward_resolve(desc, (char*)desc->layer.workspace, &b));
-    MOE_TRY(moei_layer_check_options(&desc->layer, &b.o, &b.l));
-    /* before the stations check: a refusal names the caller's own field */
-    MOE_TRY(moei_layer_backward_check_buffers(desc, &b));
-    MOE_TRY(moei_layer_backward_prepare_experts(desc, &b, p));
-    p->recomputes = desc->layer.recompute;
-    p->gathers = b.gathers;
-    p->has_shared = b.o.has_shared;
-    p->has_gate = b.has_gate;
-    p->has_router = b.has_router;
-    p->has_dx = desc->dx != 0;
-    if (p->recomputes) MOE_TRY(moe_experts_prepare(&b.l.experts, &p->recompute));
-    if (p->gathers) {
-        MOE_TRY(moe_permute_prepare(&b.gather_dy, &p->gather_dy));
-        MOE_TRY(moe_permute_prepare(&b.gather_x, &p->gather_x));
-    }
-    if (p->has_shared) {
-        if (p->recomputes)
-            MOE_TRY(
-                moei_layer_rename_shared(moe_experts_prepare(&b.l.shared, &p->shared_recompute)));
-        MOE_TRY(
-            moei_layer_backward_rename_shared(moe_experts_backward_prepare(&b.shared, &p->shared)));
-    }
-    if (b.w.shared_slot && desc->layer.num_tokens > 0) {
-        const moe_launch_config c =
-            moe_grid(((int64_t)desc->layer.num_tokens + MOEI_LAYER_TOKENS_THREADS - 1) /
-                         MOEI_LAYER_TOKENS_THREADS,
-                     MOEI_LAYER_TOKENS_THREADS, 0, 0);
-        p->tokens.token_disabled = desc->layer.gate.token_disabled;
-        p->tokens.slot = b.w.shared_slot;
-        p->tokens.num_tokens = desc->layer.num_tokens;
-        MOE_TRY(MOE_PREPARE(&p->tokens_launch, moei_layer_tokens, c));
-    }
-    if (p->has_gate) MOE_TRY(moe_gate_backward_prepare(&b.gate, &p->gate));
-    if (p->has_router) MOE_TRY(moe_router_backward_prepare(&b.router, &p->router));
+    MOE_TRY(moei_layer_backward_prepare_stages(desc, &b, 1, p));
     return p->has_dx ? moe_combine_prepare(&b.combine, &p->combine) : MOE_OK;
 }
 

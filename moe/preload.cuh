@@ -36,6 +36,8 @@
     X(peers)                                                                                       \
     X(ep_dispatch)                                                                                 \
     X(ep_combine)                                                                                  \
+    X(ep_all_reduce)                                                                               \
+    X(ep_layer_backward)                                                                           \
     X(ep_incomplete)                                                                               \
     X(ep_message)
 

@@ -233,8 +233,9 @@ MOE_HOST moe_status moe_ep_dispatch_workspace(const moe_ep_dispatch_desc* desc, 
 }
 
 /* Refuses buffers of the caller's that are missing, misaligned or overlap. Requires checked
-   options. */
-MOE_HOST moe_status moei_ep_check_pointers(const moe_ep_dispatch_desc* d, size_t workspace)
+   options. num_rows: rows in expert order. */
+MOE_HOST moe_status moei_ep_check_pointers(const moe_ep_dispatch_desc* d, int64_t num_rows,
+                                           size_t workspace)
 {
     const moe_ep_buffers* b = &d->buffers;
     const uint64_t slots = (uint64_t)d->num_tokens * (uint64_t)b->top_k;
@@ -253,6 +254,7 @@ MOE_HOST moe_status moei_ep_check_pointers(const moe_ep_dispatch_desc* d, size_t
         {d->workspace, workspace, 256, MOE_BUFFER_REQUIRED | MOE_BUFFER_WRITTEN,
          MOE_FIELD_workspace},
         {d->counters, sizeof *d->counters, 8, MOE_BUFFER_WRITTEN, MOE_FIELD_counters},
+        {d->row_weight, (uint64_t)num_rows * 4, 4, MOE_BUFFER_WRITTEN, MOE_FIELD_row_weight},
         {d->fault, 8, 8, MOE_BUFFER_WRITTEN, MOE_FIELD_fault}};
     MOE_REQUIRE(!d->workspace || d->workspace_bytes >= workspace, MOE_ERR_WORKSPACE,
                 workspace_bytes);
@@ -297,7 +299,7 @@ MOE_HOST moe_status moei_ep_resolve(moe_ep_dispatch_desc* d, moei_ep_args* a, mo
     memset(a, 0, sizeof *a);
     MOE_TRY(moei_ep_check_options(d, a));
     MOE_TRY(moei_ep_carve(d, a, (char*)d->workspace, v, &bytes));
-    MOE_TRY(moei_ep_check_pointers(d, bytes));
+    MOE_TRY(moei_ep_check_pointers(d, v->num_rows, bytes));
     moei_ep_fill_args(d, a);
     a->chunk_count = d->num_tokens > MOEI_EP_ONE_LAUNCH && !moei_ep_to_all(a) ? v->chunk_count : 0;
     a->send_place = v->send_place;

@@ -130,6 +130,7 @@ typedef struct moe_ep_dispatch_desc {
     int64_t x_stride;              /* elements between rows of x, >= H; 0 = H */
     uint64_t* fault;               /* [1] fault word, required */
     moe_ep_counters* counters;     /* [1] each combine adds to it, in one more launch; or null */
+    float* row_weight; /* [view.num_rows] out: gate weight of each row, 0 = no slot; or null */
     /* sizes */
     int32_t num_tokens; /* T of this rank, 0 .. max_tokens */
     int32_t num_local;  /* P, this rank's experts; without replicas 0 = those that it owns; with

@@ -114,6 +114,8 @@ MOE_HOST moe_status moei_ep_prepare_route(const moe_ep_dispatch_desc* d, const m
     r.expert_offset = v->expert_offset;
     r.row_slot = v->row_slot;
     r.place = v->recv_place;
+    r.row_weight = d->row_weight;
+    if (r.row_weight) r.weights = v->recv_weights;
     r.workspace = v->route_workspace;
     MOE_TRY(moe_route_workspace(&r, &r.workspace_bytes));
     MOE_TRY(moei_route_resolve(&r, &a->route));

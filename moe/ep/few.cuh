@@ -122,6 +122,7 @@ MOE_DEVICE_BODY void moei_ep_few_place(const moei_route_args* a, const moei_ep_f
             row = s->offset[expert] + s->ahead[expert * s->stride + moe_warp()] + (item >> 16);
         if (row >= a->max_rows) row = -1;
         if (row >= 0) d->row_slot[row] = (int)slot;
+        if (row >= 0 && d->row_weight) d->row_weight[row] = d->weights[slot];
         moei_route_write_row(d, (int)slot, expert, 0, row);
     }
     if (empty) return;

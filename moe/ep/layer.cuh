@@ -45,50 +45,7 @@
 
 #include "../layer.cuh"
 #include "combine.cuh"
-
-/* What moe_ep_layer_forward takes. */
-typedef struct moe_ep_layer_desc {
-    moe_layer_desc layer;          /* of this rank's tokens; w1, w2, biases: of its P experts */
-    const moe_peers* peers;        /* this rank's group */
-    const int32_t* replica_offset; /* as in moe_ep_dispatch_desc, like the next two */
-    const moe_ep_expert* replica;
-    int32_t num_local;
-    int32_t tag; /* reported where a rank is late, 0 .. 2^24 - 1 */
-    /* 0: all tokens are exchanged at once. Else router and gate see all of them, then so many
-       tokens at a time are dispatched, computed and combined: region and workspace have room for
-       these alone. The same on all ranks */
-    int32_t microbatch_tokens;
-    void *side_stream, *side_event[2]; /* as in moe_ep_dispatch_desc, like the next */
-    moe_ep_counters* counters;
-    /* the same on all ranks. What `layer` has is 0 here: hidden, num_experts, top_k, dtype,
-       rows_dtype, row_multiple; and num_scales */
-    moe_ep_buffers buffers;
-} moe_ep_layer_desc;
-
-/* Parts of a layer over ranks, in the order of moe_ep_layer_run. */
-typedef enum moe_ep_layer_part {
-    MOE_EP_LAYER_ROUTER,
-    MOE_EP_LAYER_GATE,
-    MOE_EP_LAYER_SEND,
-    MOE_EP_LAYER_SHARED_UP,
-    MOE_EP_LAYER_SHARED_DOWN,
-    MOE_EP_LAYER_ROUTE,
-    MOE_EP_LAYER_RECEIVE,
-    MOE_EP_LAYER_ANSWER,
-    MOE_EP_LAYER_UP,
-    MOE_EP_LAYER_DOWN,
-    MOE_EP_LAYER_COMBINE,
-    MOE_EP_LAYER_PARTS
-} moe_ep_layer_part;
-
-/* Returns the name of a part, "?" for a value that is none: static storage. */
-MOE_HOST const char* moe_ep_layer_part_name(int part)
-{
-    static const char* const name[] = {"router",      "gate",  "send",    "shared_up",
-                                       "shared_down", "route", "receive", "answer",
-                                       "up",          "down",  "combine"};
-    return part >= 0 && part < MOE_EP_LAYER_PARTS ? name[part] : "?";
-}
+#include "layer_desc.h"
 
 /* A descriptor that is being resolved: the layer's three phases, and the exchange's. */
 typedef struct moei_ep_layer {
@@ -98,6 +55,7 @@ typedef struct moei_ep_layer {
     moe_ep_dispatch_desc dispatch;
     moe_ep_combine_desc combine;
     moe_ep_view ep;
+    moe_layer_saved_list saved;
     size_t workspace; /* bytes of the whole */
 } moei_ep_layer;
 
@@ -140,10 +98,52 @@ MOE_HOST moe_status moei_ep_layer_check(const moe_ep_layer_desc* d)
     MOE_REQUIRE(moei_all_zero(&route, sizeof route), MOE_ERR_CONFLICT, route);
     MOE_REQUIRE(!d->layer.gate.whole_batch, MOE_ERR_CONFLICT, gate);
     MOE_REQUIRE(!d->layer.rank, MOE_ERR_CONFLICT, rank);
-    MOE_REQUIRE(!d->layer.saved && !d->layer.recompute, MOE_ERR_CONFLICT, saved);
+    MOE_REQUIRE(!d->layer.saved || !d->microbatch_tokens, MOE_ERR_CONFLICT, saved);
+    MOE_REQUIRE((d->redispatch_x | 1) == 1, MOE_ERR_OPTION, redispatch_x);
+    MOE_REQUIRE((d->count_rows | 1) == 1, MOE_ERR_OPTION, count_rows);
+    MOE_REQUIRE(!d->count_rows || !d->microbatch_tokens, MOE_ERR_CONFLICT, count_rows);
+    MOE_REQUIRE(d->num_rows >= 0 && d->num_rows <= 0x7fffffff, MOE_ERR_RANGE, num_rows);
+    MOE_REQUIRE(d->count_rows || !d->num_rows, MOE_ERR_CONFLICT, num_rows);
+    MOE_REQUIRE(d->count_rows || !d->pre, MOE_ERR_CONFLICT, pre);
+    MOE_REQUIRE(moei_aligned(d->pre, 16), MOE_ERR_ALIGN, pre);
     MOE_REQUIRE(d->layer.dtype == 0 || d->layer.dtype == MOE_BF16 || d->layer.dtype == MOE_FP16,
                 MOE_ERR_DTYPE, dtype);
     return MOE_OK;
+}
+
+/* Lets the experts read what was received. */
+MOE_HOST void moei_ep_layer_receives(const moe_ep_view* ep, moe_experts_desc* x)
+{
+    x->x = ep->recv_x;
+    x->x_stride = 0;
+    x->num_tokens = (int32_t)ep->num_x;
+    x->expert_offset = ep->expert_offset;
+    x->row_slot = ep->in_order ? 0 : ep->row_slot;
+    if (ep->num_local == 0) x->num_experts = 1; /* its options are checked */
+}
+
+/* Appends an item to what a layer keeps. */
+MOE_HOST void moei_ep_layer_keep(moe_layer_saved_list* list, const char* name, int64_t rows,
+                                 int64_t columns, int element, int elsewhere)
+{
+    moe_layer_saved_item* item = list->item + list->count++;
+    const uint64_t bytes = (uint64_t)rows * (uint64_t)columns * (uint64_t)element;
+    item->name = name;
+    item->rows = rows;
+    item->columns = columns;
+    item->element = element;
+    item->caller = elsewhere;
+    item->bytes = elsewhere ? bytes : (bytes + 255) / 256 * 256;
+    if (!elsewhere) list->bytes += item->bytes;
+}
+
+/* Lists what the layer keeps: the home's part, the row maps (`part` bytes), received rows. */
+MOE_HOST void moei_ep_layer_list_saved(const moe_ep_layer_desc* d, const moe_layer_desc* home,
+                                       size_t part, moei_ep_layer* e)
+{
+    moei_layer_list_saved(home, &e->o, &e->saved);
+    moei_ep_layer_keep(&e->saved, "row maps", (int64_t)part, 1, 1, 0);
+    if (!d->redispatch_x) moei_ep_layer_keep(&e->saved, "recv_x", e->ep.num_x, home->hidden, 2, 1);
 }
 
 /* Fills in *e, all but the check of buffers. base: the workspace, or null to count its bytes. */
@@ -180,10 +180,15 @@ MOE_HOST moe_status moei_ep_layer_resolve(const moe_ep_layer_desc* d, char* base
     MOE_TRY(moei_ep_carve(&e->dispatch, &args, 0, &e->ep, &part));
 
     e->o.elsewhere = 1;
-    e->o.num_rows = e->ep.num_rows;
+    e->o.num_rows = d->count_rows ? d->num_rows : e->ep.num_rows;
+    e->o.table_rows = e->ep.num_rows;
     e->o.num_physical = e->ep.num_local;
+    e->o.pre = d->pre;
     moei_layer_carve(&home, &e->o, base, &e->v, &bytes);
-    e->dispatch.workspace = moei_carve(base, &bytes, part);
+    moei_ep_layer_list_saved(d, &home, part, e);
+    if (d->layer.saved) /* the maps are its end */
+        e->dispatch.workspace = (char*)d->layer.saved + e->saved.bytes - (part + 255) / 256 * 256;
+    else e->dispatch.workspace = moei_carve(base, &bytes, part);
     e->dispatch.workspace_bytes = part;
     MOE_TRY(moei_ep_carve(&e->dispatch, &args, (char*)e->dispatch.workspace, &e->ep, &part));
     e->v.expert_count = e->ep.expert_count;
@@ -193,18 +198,15 @@ MOE_HOST moe_status moei_ep_layer_resolve(const moe_ep_layer_desc* d, char* base
     e->v.rows = e->ep.rows;
     if (e->dispatch.buffers.combine_form != MOE_EP_GATHERED)
         e->v.rows = moei_carve(base, &bytes,
-                               (uint64_t)e->ep.num_rows * (uint64_t)home.hidden *
+                               (uint64_t)e->o.num_rows * (uint64_t)home.hidden *
                                    (uint64_t)moe_dtype_bytes(e->dispatch.buffers.rows_dtype));
     e->workspace = bytes;
 
     moei_layer_describe(&home, &e->o, &e->v, &e->l);
-    e->l.experts.x = e->ep.recv_x;
-    e->l.experts.x_stride = 0;
-    e->l.experts.num_tokens = (int32_t)e->ep.num_x;
-    if (e->ep.in_order) e->l.experts.row_slot = 0;
-    if (e->ep.num_local == 0) e->l.experts.num_experts = 1; /* its options are checked */
+    moei_ep_layer_receives(&e->ep, &e->l.experts);
     e->dispatch.ids = e->v.ids;
     e->dispatch.weights = e->v.weights;
+    if (d->layer.saved) e->dispatch.row_weight = e->v.row_weight;
     e->combine.dispatch = &e->dispatch;
     e->combine.rows = e->dispatch.buffers.combine_form == MOE_EP_GATHERED ? 0 : e->v.rows;
     e->combine.weights = e->v.weights;
@@ -227,6 +229,20 @@ MOE_HOST moe_status moe_ep_layer_workspace(const moe_ep_layer_desc* desc, size_t
     *bytes = 0;
     MOE_TRY(moei_ep_layer_resolve(desc, 0, &e));
     *bytes = e.workspace;
+    return MOE_OK;
+}
+
+/* Lists what stays from a forward with layer.saved to its backward: x; the received rows, in the
+   region, unless redispatch_x; in layer.saved logits, ids, weights, row_weight, pre-activations and
+   the dispatch's row maps. list->bytes is what layer.saved_bytes must be. Reads what
+   moe_ep_layer_workspace reads. Errors: theirs. */
+MOE_HOST moe_status moe_ep_layer_saved(const moe_ep_layer_desc* desc, moe_layer_saved_list* list)
+{
+    moei_ep_layer e;
+    MOE_REQUIRE(desc && list, MOE_ERR_NULL, desc);
+    memset(list, 0, sizeof *list);
+    MOE_TRY(moei_ep_layer_resolve(desc, 0, &e));
+    *list = e.saved;
     return MOE_OK;
 }
 
@@ -264,7 +280,9 @@ MOE_HOST moe_status moei_ep_layer_prepare(const moe_ep_layer_desc* desc, moe_ep_
     MOE_TRY(moei_ep_layer_resolve(desc, (char*)desc->layer.workspace, &e));
     home.route.row_multiple = 0;
     MOE_TRY(moei_layer_check_options(&home, &e.o, &e.l));
-    MOE_TRY(moei_layer_check_buffers(&home, &e.v, e.workspace, 0));
+    MOE_TRY(moei_layer_check_buffers(&home, &e.v, e.workspace, e.saved.bytes));
+    MOE_REQUIRE(!desc->count_rows || desc->layer.saved, MOE_ERR_NULL, saved);
+    MOE_REQUIRE(desc->pre || !desc->num_rows || desc->layer.recompute, MOE_ERR_NULL, pre);
     h->has_router = e.o.has_router;
     h->has_gate = e.o.has_gate;
     h->has_shared = e.o.has_shared;
@@ -272,7 +290,7 @@ MOE_HOST moe_status moei_ep_layer_prepare(const moe_ep_layer_desc* desc, moe_ep_
     if (h->has_gate) MOE_TRY(moe_gate_prepare(&e.l.gate, &h->gate));
     if (h->has_shared)
         MOE_TRY(moei_layer_rename_shared(moe_experts_prepare(&e.l.shared, &h->shared)));
-    if (e.ep.num_local && e.ep.num_rows) MOE_TRY(moe_experts_prepare(&e.l.experts, &h->experts));
+    if (e.ep.num_local && e.o.num_rows) MOE_TRY(moe_experts_prepare(&e.l.experts, &h->experts));
     else h->experts.workspace = e.l.experts.workspace;
     MOE_TRY(moe_ep_dispatch_prepare(&e.dispatch, &p->dispatch));
     MOE_TRY(moe_ep_combine_prepare(&e.combine, &p->combine));
@@ -387,6 +405,65 @@ MOE_HOST moe_status moe_ep_layer_run(const moe_ep_layer_prepared* p, cudaStream_
     for (int batch = 1; batch < p->num_microbatches; ++batch)
         MOE_TRY(moei_ep_layer_run_microbatch(p, batch, stream));
     return MOE_OK;
+}
+
+/* Is a part of the half that moe_ep_layer_finish queues? The shared expert is: its rows are in the
+   workspace. */
+MOE_HOST int moei_ep_layer_in_finish(int part)
+{
+    return part >= MOE_EP_LAYER_UP || part == MOE_EP_LAYER_SHARED_UP ||
+           part == MOE_EP_LAYER_SHARED_DOWN;
+}
+
+/* Queues the parts of one half. */
+MOE_HOST moe_status moei_ep_layer_run_half(const moe_ep_layer_desc* desc, int finish,
+                                           cudaStream_t stream)
+{
+    moe_ep_layer_prepared p;
+    MOE_TRY(moe_ep_layer_prepare(desc, &p));
+    for (int part = 0; part < MOE_EP_LAYER_PARTS; ++part)
+        if (moei_ep_layer_in_finish(part) == finish)
+            MOE_TRY(moei_ep_layer_run_part(&p, part, 0, stream));
+    return MOE_OK;
+}
+
+/* With count_rows, the first half of a forward: queues router, gate and dispatch; num_rows and pre
+   are 0. The workspace serves this half alone: the second one may have another. */
+MOE_HOST moe_status moe_ep_layer_begin(const moe_ep_layer_desc* desc, cudaStream_t stream)
+{
+    MOE_REQUIRE(desc, MOE_ERR_NULL, desc);
+    MOE_REQUIRE(desc->count_rows && !desc->num_rows, MOE_ERR_CONFLICT, count_rows);
+    return moei_ep_layer_run_half(desc, 0, stream);
+}
+
+/* Waits for `stream` and writes the rows of this rank's experts, padding included, to *num_rows; 0
+   after a stop fault. The one place where a layer over ranks lets the host wait; not for graphs. */
+MOE_HOST moe_status moe_ep_layer_count(const moe_ep_layer_desc* desc, cudaStream_t stream,
+                                       int64_t* num_rows)
+{
+    moei_ep_layer e;
+    int32_t rows = 0;
+    uint64_t fault = 0;
+    MOE_REQUIRE(desc && num_rows, MOE_ERR_NULL, desc);
+    *num_rows = 0;
+    MOE_REQUIRE(desc->count_rows && !desc->num_rows, MOE_ERR_CONFLICT, count_rows);
+    MOE_REQUIRE(desc->layer.saved, MOE_ERR_NULL, saved);
+    MOE_TRY(moei_ep_layer_resolve(desc, 0, &e));
+    MOE_TRY_CUDA(cudaMemcpyAsync(&fault, desc->layer.fault, 8, cudaMemcpyDeviceToHost, stream));
+    MOE_TRY_CUDA(cudaMemcpyAsync(&rows, e.ep.expert_offset + e.ep.num_local, 4,
+                                 cudaMemcpyDeviceToHost, stream));
+    MOE_TRY_CUDA(cudaStreamSynchronize(stream));
+    if (!MOEI_FAULT_STOPS(fault)) *num_rows = e.ep.num_local ? rows : 0;
+    return MOE_OK;
+}
+
+/* With count_rows, the second half of a forward: queues experts and combine; num_rows and pre are
+   set, and the workspace has what moe_ep_layer_workspace asks for with them. */
+MOE_HOST moe_status moe_ep_layer_finish(const moe_ep_layer_desc* desc, cudaStream_t stream)
+{
+    MOE_REQUIRE(desc, MOE_ERR_NULL, desc);
+    MOE_REQUIRE(desc->count_rows, MOE_ERR_CONFLICT, count_rows);
+    return moei_ep_layer_run_half(desc, 1, stream);
 }
 
 /* Prepares and runs. Where a field is refused, nothing is queued and y is untouched. */

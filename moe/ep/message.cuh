@@ -297,7 +297,8 @@ MOE_HOST moe_status moei_ep_message_prepare(const moe_ep_dispatch_desc* desc,
     numbers = *d.peers;
     numbers.base = 0, numbers.bytes = 0; /* a region takes no part */
     d.peers = &numbers;
-    MOE_TRY(moei_ep_check_pointers(&d, bytes));
+    MOE_REQUIRE(!d.row_weight, MOE_ERR_CONFLICT, row_weight);
+    MOE_TRY(moei_ep_check_pointers(&d, 0, bytes));
     moei_ep_fill_args(&d, &a->pack);
     a->pack.combine_form = MOE_EP_REDUCED; /* no places of the peers' form */
     a->pack.send_place = a->v.send_place;

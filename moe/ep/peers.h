@@ -89,6 +89,7 @@ typedef enum moe_peers_phase {
     MOE_PHASE_USER,     /* a wait of the caller's */
     MOE_PHASE_DISPATCH, /* tokens from all ranks */
     MOE_PHASE_COMBINE,  /* results from all ranks */
+    MOE_PHASE_REDUCE,   /* addends from all ranks: an all-reduce, gradients of gate weights */
     MOE_PEERS_PHASES
 } moe_peers_phase;
 

@@ -38,10 +38,11 @@ typedef struct moe_experts_backward_desc {
     void* dbias2;         /* [E, H] grad_dtype */
     float* dweights;      /* shape of weights; 0 where a slot has no row */
     /* scratch */
-    void* dpre;      /* as pre: gradient of the pre-activations; null: written over pre */
-    void* act;       /* [num_rows, I] dtype: weighted activations; required with dw2. Hopper's
+    void* dpre; /* as pre: gradient of the pre-activations; null: written over pre */
+    void* act;  /* [num_rows, I] dtype: weighted activations; required with dw2. Hopper's
                         path takes a product with dpre null where act is given */
-    float* dot;      /* [num_rows, ceil(I / 64)]; required with dweights */
+    float* dot; /* [num_rows, ceil(I / 64)] parts of dweights, written where given; required with
+                        dweights */
     uint64_t* fault; /* [1] fault word; or null */
     /* sizes and options */
     int32_t num_tokens, num_rows, hidden, intermediate, num_experts, top_k; /* as in forward */

@@ -143,7 +143,7 @@ MOE_HOST void moei_experts_backward_row_products(const moe_experts_backward_desc
     p->pre.pre = d->pre;
     p->pre.c = d->dpre ? d->dpre : d->pre;
     p->pre.act = d->act;
-    p->pre.dot = d->dweights ? d->dot : 0;
+    p->pre.dot = d->dot;
     p->pre.n = d->intermediate;
     p->pre.k = d->hidden;
     p->pre.activation = d->activation;

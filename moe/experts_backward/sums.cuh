@@ -150,20 +150,18 @@ MOE_DEVICE int64_t moei_dweights_row(const moei_dweights_args* d, int64_t slot)
     return r >= 0 && r < rows && r < d->num_rows ? r : -1;
 }
 
-/* One slot by `lanes` neighbouring lanes, a literal: 4, or 32 with bias2. Each lane adds every
-   lanes-th number in ascending order; shuffles add the lanes. */
-MOE_DEVICE void moei_dweights_slot(const moei_dweights_args* d, const int lanes)
+/* Returns the gradient of the weight of row r, whose token has row `from` of dy, to each of `lanes`
+   neighbouring lanes, a literal: 4, or 32 with bias2. `rank`: the lane among them. Each lane adds
+   every lanes-th number in ascending order; shuffles add the lanes. r < 0: returns 0. */
+MOE_DEVICE float moei_dweights_sum(const moei_dweights_args* d, int64_t r, int64_t from, int rank,
+                                   const int lanes)
 {
-    const int64_t slot = ((int64_t)blockIdx.x * MOEI_DWEIGHTS_THREADS + threadIdx.x) / lanes;
-    const int64_t r = moei_dweights_row(d, slot);
-    const int rank = (int)threadIdx.x % lanes;
     float sum = 0.0f;
     if (r >= 0) {
         for (int p = rank; p < d->parts; p += lanes) sum += d->dot[r * d->parts + p];
         if (lanes == 32 && d->bias2) {
             const int e = moei_expert_of_row(d->expert_offset, d->num_experts, r);
-            const int64_t bias = (int64_t)e * d->hidden;
-            const int64_t dy = slot / d->top_k * d->dy_stride;
+            const int64_t bias = (int64_t)e * d->hidden, dy = from * d->dy_stride;
             float own = 0.0f;
             for (int h = rank; h < d->hidden; h += lanes)
                 own = fmaf(moe_load_f32(d->dy, dy + h, d->dtype),
@@ -171,7 +169,16 @@ MOE_DEVICE void moei_dweights_slot(const moei_dweights_args* d, const int lanes)
             sum += own;
         }
     }
-    sum = moe_warp_sum(sum, lanes);
+    return moe_warp_sum(sum, lanes);
+}
+
+/* One slot by `lanes` neighbouring lanes, as above. */
+MOE_DEVICE void moei_dweights_slot(const moei_dweights_args* d, const int lanes)
+{
+    const int64_t slot = ((int64_t)blockIdx.x * MOEI_DWEIGHTS_THREADS + threadIdx.x) / lanes;
+    const int rank = (int)threadIdx.x % lanes;
+    const float sum =
+        moei_dweights_sum(d, moei_dweights_row(d, slot), slot / d->top_k, rank, lanes);
     if (slot < d->num_slots && rank == 0) d->dweights[slot] = sum;
 }
 

@@ -13,12 +13,26 @@
 
 #define MOEI_LAYER_GATHER_FROM 512 /* least I where gather_auto copies rows first, on wgmma */
 
+/* Where the experts' backward pass has its rows. On one GPU the tokens' own; ep/layer_backward.cuh:
+   those that this rank has received. Fields as in moe_experts_backward_desc. */
+typedef struct moei_layer_backward_rows {
+    const void *x, *dy;
+    const float *weights, *row_weight;
+    const int32_t *expert_offset, *row_slot, *slot_row;
+    float* dweights;
+    void* rows; /* null: in the workspace */
+    int64_t x_stride, dy_stride;
+    int32_t num_tokens;
+    int32_t sums_drouter; /* 1: drouter is summed over ranks: fp32, overwritten */
+} moei_layer_backward_rows;
+
 /* A descriptor that is being resolved. */
 typedef struct moei_layer_backward {
     moei_layer_options o;       /* of the forward */
     moe_layer_view v;           /* of `saved` alone: its workspace is not the forward's any more */
     moei_layer_stations l;      /* of the forward; its experts' `up` computes pre again */
     moe_layer_saved_list saved; /* what the forward kept */
+    moei_layer_backward_rows rows;
     moe_layer_backward_view w;
     size_t bytes;                                /* of the workspace */
     int32_t has_gate, has_router, has_shared_dx; /* 0 or 1: what is run */
@@ -84,6 +98,10 @@ MOE_HOST void moei_layer_backward_router(const moe_layer_backward_desc* d, moei_
     b->router.num_experts = f->num_experts;
     b->router.dx_accumulate = d->dx_accumulate;
     b->router.accumulate = d->accumulate;
+    if (b->rows.sums_drouter) {
+        b->router.grad_dtype = MOE_FP32;
+        b->router.accumulate = 0;
+    }
     b->router.rank = f->rank;
 }
 
@@ -107,12 +125,17 @@ MOE_HOST moe_status moei_layer_backward_carve(const moe_layer_backward_desc* d, 
     if (b->has_router) MOE_TRY(moe_router_backward_workspace(&b->router, &router));
     w->experts_workspace = moei_carve(base, &b->bytes, 2 * MOE_EXPERTS_BACKWARD_WORKSPACE);
     w->act = moei_carve(base, &b->bytes, moei_larger(rows * intermediate, tokens * shared) * 2);
-    w->rows =
-        moei_carve(base, &b->bytes, moei_larger(copies * (uint64_t)f->hidden * row_bytes, router));
-    w->router_workspace = w->rows;
+    if (b->rows.rows) {
+        w->rows = b->rows.rows;
+        w->router_workspace = moei_carve(base, &b->bytes, router);
+    } else {
+        w->rows = moei_carve(base, &b->bytes,
+                             moei_larger(copies * (uint64_t)f->hidden * row_bytes, router));
+        w->router_workspace = w->rows;
+    }
     w->dweights = d->dweights;
     w->dlogits = d->dlogits;
-    if (b->has_gate && !w->dweights)
+    if (b->has_gate && !w->dweights && !b->o.elsewhere)
         w->dweights = (float*)moei_carve(base, &b->bytes, tokens * (uint64_t)f->top_k * 4);
     if (b->has_gate && !w->dlogits)
         w->dlogits = (float*)moei_carve(base, &b->bytes, tokens * (uint64_t)f->num_experts * 4);
@@ -135,33 +158,34 @@ MOE_HOST moe_status moei_layer_backward_carve(const moe_layer_backward_desc* d, 
 MOE_HOST void moei_layer_backward_experts(const moe_layer_backward_desc* d, moei_layer_backward* b)
 {
     const moe_layer_desc* f = &d->layer;
+    const moei_layer_backward_rows* r = &b->rows;
     moe_experts_backward_desc* e = &b->experts;
     memset(e, 0, sizeof *e);
-    e->x = f->x;
-    e->x_stride = f->x_stride;
-    e->dy = d->dy;
-    e->dy_stride = d->dy_stride;
+    e->x = r->x;
+    e->x_stride = r->x_stride;
+    e->dy = r->dy;
+    e->dy_stride = r->dy_stride;
     e->x_rows = b->gathers ? b->w.rows : 0;
     e->dy_rows = b->gathers ? b->w.rows : 0;
     e->pre = b->w.pre;
-    e->weights = b->v.weights;
-    e->row_weight = b->v.row_weight;
+    e->weights = r->weights;
+    e->row_weight = r->row_weight;
     e->w1 = f->w1;
     e->w2 = f->w2;
     e->bias2 = f->bias2;
-    e->expert_offset = b->v.expert_offset;
-    e->row_slot = b->v.row_slot;
-    e->slot_row = b->v.slot_row;
+    e->expert_offset = r->expert_offset;
+    e->row_slot = r->row_slot;
+    e->slot_row = r->slot_row;
     e->rows = d->dx ? b->w.rows : 0;
     e->dw1 = d->dw1;
     e->dw2 = d->dw2;
     e->dbias1 = d->dbias1;
     e->dbias2 = d->dbias2;
-    e->dweights = b->w.dweights;
+    e->dweights = r->dweights;
     e->act = b->w.act;
     e->dot = b->w.dot;
     e->fault = f->fault;
-    e->num_tokens = f->num_tokens;
+    e->num_tokens = r->num_tokens;
     e->num_rows = (int32_t)b->o.num_rows;
     e->hidden = f->hidden;
     e->intermediate = f->intermediate;
@@ -235,25 +259,26 @@ MOE_HOST void moei_layer_backward_shared(const moe_layer_backward_desc* d, moei_
 MOE_HOST void moei_layer_backward_moves(const moe_layer_backward_desc* d, moei_layer_backward* b)
 {
     const moe_layer_desc* f = &d->layer;
+    const moei_layer_backward_rows* r = &b->rows;
     const int dtype = f->dtype ? f->dtype : MOE_BF16;
     moe_permute_desc* p = &b->gather_dy;
     moe_combine_desc* c = &b->combine;
     memset(p, 0, sizeof *p);
-    p->x = d->dy;
-    p->x_stride = d->dy_stride;
-    p->row_slot = b->v.row_slot;
-    p->slot_row = b->v.slot_row;
+    p->x = r->dy;
+    p->x_stride = r->dy_stride;
+    p->row_slot = r->row_slot;
+    p->slot_row = r->slot_row;
     p->dtype = dtype;
     p->y = b->w.rows;
     p->fault = f->fault;
-    p->num_tokens = f->num_tokens;
+    p->num_tokens = r->num_tokens;
     p->top_k = f->top_k;
     p->hidden = f->hidden;
     p->rank = f->rank;
     p->num_rows = b->o.num_rows;
     b->gather_x = *p;
-    b->gather_x.x = f->x;
-    b->gather_x.x_stride = f->x_stride;
+    b->gather_x.x = r->x;
+    b->gather_x.x_stride = r->x_stride;
 
     memset(c, 0, sizeof *c);
     c->rows = b->w.rows;
@@ -288,14 +313,12 @@ MOE_HOST void moei_layer_backward_describe(const moe_layer_backward_desc* d, moe
     b->router.workspace_bytes = (size_t)-1 / 2; /* carved as it asked */
 }
 
-/* Fills in *b, all but the check of buffers. base: the workspace, or null to count its bytes. */
-MOE_HOST moe_status moei_layer_backward_resolve(const moe_layer_backward_desc* d, char* base,
-                                                moei_layer_backward* b)
+/* Fills in the rest of *b, which has b->o and, where the rows are elsewhere, b->rows. */
+MOE_HOST moe_status moei_layer_backward_fill(const moe_layer_backward_desc* d, char* base,
+                                             moei_layer_backward* b)
 {
     const moe_layer_desc* f = &d->layer;
     size_t bytes = 0;
-    memset(b, 0, sizeof *b);
-    MOE_TRY(moei_layer_resolve(f, &b->o));
     MOE_TRY(moei_layer_backward_check_options(d, &b->o));
     b->has_router = b->o.has_router && (d->dx || d->drouter);
     b->has_gate = b->o.has_gate && (b->has_router || d->dlogits);
@@ -315,6 +338,29 @@ MOE_HOST moe_status moei_layer_backward_resolve(const moe_layer_backward_desc* d
         v.experts_workspace = b->w.experts_workspace;
         moei_layer_describe(f, &b->o, &v, &b->l);
     }
+    return MOE_OK;
+}
+
+/* Fills in *b, all but the check of buffers. base: the workspace, or null to count its bytes. */
+MOE_HOST moe_status moei_layer_backward_resolve(const moe_layer_backward_desc* d, char* base,
+                                                moei_layer_backward* b)
+{
+    const moe_layer_desc* f = &d->layer;
+    moei_layer_backward_rows* r = &b->rows;
+    memset(b, 0, sizeof *b);
+    MOE_TRY(moei_layer_resolve(f, &b->o));
+    MOE_TRY(moei_layer_backward_fill(d, base, b));
+    r->x = f->x;
+    r->x_stride = f->x_stride;
+    r->dy = d->dy;
+    r->dy_stride = d->dy_stride;
+    r->weights = b->v.weights;
+    r->row_weight = b->v.row_weight;
+    r->expert_offset = b->v.expert_offset;
+    r->row_slot = b->v.row_slot;
+    r->slot_row = b->v.slot_row;
+    r->dweights = b->w.dweights;
+    r->num_tokens = f->num_tokens;
     return MOE_OK;
 }
 

@@ -20,10 +20,12 @@ typedef struct moei_layer_options {
                                                  workspace_bytes */
     moe_route_desc route;                     /* the same of route */
     int64_t num_rows;                         /* R, the most rows */
+    int64_t table_rows;                       /* entries of row_slot and row_weight: R, or more */
     int32_t num_physical;                     /* P, experts that have weights */
     int32_t has_router, has_gate, has_shared; /* 0 or 1: what is run */
     int32_t gate_counts;                      /* 1: the gate writes its chunk counts for route */
     int32_t elsewhere; /* 1: route's results and the rows are not in this workspace: ep/layer.cuh */
+    void* pre;         /* the caller's memory for the pre-activations; null: in `saved` */
 } moei_layer_options;
 
 /* Result of phase 3: the stations' descriptors. Phase 2 fills in moe_layer_view. */
@@ -103,11 +105,12 @@ MOE_HOST moe_status moei_layer_resolve(const moe_layer_desc* d, moei_layer_optio
     o->has_shared = d->shared.intermediate > 0;
     o->gate_counts = !d->ids && !r->replica_offset;
     o->elsewhere = 0;
+    o->pre = 0;
     MOE_TRY(moe_gate_workspace(&o->gate, &o->gate.workspace_bytes));
     checked = o->route;
     MOE_TRY(moei_route_check_options(&checked));
     o->route.workspace_bytes = moei_route_carve_workspace(&checked, 0, o->gate_counts);
-    o->num_rows = moei_route_row_bound(&checked);
+    o->num_rows = o->table_rows = moei_route_row_bound(&checked);
     o->num_physical = checked.num_replicas;
     return MOE_OK;
 }
@@ -134,7 +137,7 @@ MOE_HOST void moei_layer_carve_saved(const moe_layer_desc* d, const moei_layer_o
                                      char* base, int keep, moe_layer_view* v, size_t* bytes,
                                      moe_layer_saved_list* list)
 {
-    const int64_t slots = (int64_t)d->num_tokens * d->top_k, rows = o->num_rows;
+    const int64_t slots = (int64_t)d->num_tokens * d->top_k, rows = o->table_rows;
     const int64_t num_tokens = d->num_tokens, num_experts = d->num_experts;
     const int64_t width = moei_experts_up_rows(d->activation, 0) * (int64_t)d->intermediate;
     const int64_t shared =
@@ -143,20 +146,21 @@ MOE_HOST void moei_layer_carve_saved(const moe_layer_desc* d, const moei_layer_o
         void** where;
         int used;
         moe_layer_saved_item item;
-    } b[] = {{(void**)&v->logits, o->has_gate, {"logits", num_tokens, num_experts, 4, 0, 0}},
-             {(void**)&v->ids, 1, {"ids", num_tokens, d->top_k, 4, 0, 0}},
-             {(void**)&v->weights, 1, {"weights", num_tokens, d->top_k, 4, 0, 0}},
-             {(void**)&v->expert_offset,
-              !o->elsewhere,
-              {"expert_offset", 1, o->num_physical + 1, 4, 0, 0}},
-             {(void**)&v->row_slot, !o->elsewhere, {"row_slot", rows, 1, 4, 0, 0}},
-             {(void**)&v->place, !o->elsewhere, {"place", slots, 1, 8, 0, 0}},
-             {(void**)&v->slot_row, keep, {"slot_row", num_tokens, d->top_k, 4, 0, 0}},
-             {(void**)&v->row_weight, keep, {"row_weight", rows, 1, 4, 0, 0}},
-             {&v->pre, keep && !d->recompute, {"pre", rows, width, 2, 0, 0}},
-             {&v->shared_pre,
-              keep && !d->recompute && o->has_shared,
-              {"shared_pre", num_tokens, shared, 2, 0, 0}}};
+    } b[] = {
+        {(void**)&v->logits, o->has_gate, {"logits", num_tokens, num_experts, 4, 0, 0}},
+        {(void**)&v->ids, 1, {"ids", num_tokens, d->top_k, 4, 0, 0}},
+        {(void**)&v->weights, 1, {"weights", num_tokens, d->top_k, 4, 0, 0}},
+        {(void**)&v->expert_offset,
+         !o->elsewhere,
+         {"expert_offset", 1, o->num_physical + 1, 4, 0, 0}},
+        {(void**)&v->row_slot, !o->elsewhere, {"row_slot", rows, 1, 4, 0, 0}},
+        {(void**)&v->place, !o->elsewhere, {"place", slots, 1, 8, 0, 0}},
+        {(void**)&v->slot_row, keep && !o->elsewhere, {"slot_row", num_tokens, d->top_k, 4, 0, 0}},
+        {(void**)&v->row_weight, keep, {"row_weight", rows, 1, 4, 0, 0}},
+        {&v->pre, keep && !d->recompute, {"pre", o->num_rows, width, 2, 0, 0}},
+        {&v->shared_pre,
+         keep && !d->recompute && o->has_shared,
+         {"shared_pre", num_tokens, shared, 2, 0, 0}}};
     for (size_t i = 0; i < sizeof b / sizeof b[0]; ++i)
         if (b[i].used) moei_layer_keep(list, base, bytes, b[i].where, &b[i].item);
 }
@@ -173,6 +177,7 @@ MOE_HOST void moei_layer_given(const moe_layer_desc* d, const moei_layer_options
     v->weights = (float*)d->weights;
     v->slot_row = d->route.slot_row;
     v->row_weight = d->route.row_weight;
+    v->pre = o->pre;
 }
 
 /* Lists what a layer keeps for its backward pass. *list is empty; list->bytes counts `saved`. */
