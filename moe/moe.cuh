@@ -1,7 +1,7 @@
 /* moe.cuh: every station of a layer, forward, and the block-sparse layer forms. Include one station's
    header instead to compile less. What trains stands apart, for it compiles as long again:
-   layer_backward.cuh (with those of experts, gate and router), combine_backward.cuh,
-   balance_loss.cuh. */
+   layer_backward.cuh (with those of experts, gate and router), ep/layer_backward.cuh,
+   combine_backward.cuh, balance_loss.cuh. */
 #ifndef MOE_MOE_CUH
 #define MOE_MOE_CUH
 

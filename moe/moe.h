@@ -9,7 +9,7 @@
 #include "base/types.h"
 #include "block_layer/desc.h"
 #include "block_sparse/desc.h"
-#include "ep/desc.h"
+#include "ep/layer_desc.h"
 #include "ep/profile.h"
 #include "ep/survive.h"
 #include "faults.h"

@@ -75,8 +75,7 @@ static void group_begin(group* g, const options* o)
         CUDA(cudaMalloc((void**)&r->fault, 8));
         CUDA(cudaMemset(r->fault, 0, 8));
         CUDA(cudaDeviceSynchronize());
-        MOE(moe_ep_layer_preload()); /* no kernel is loaded while another one waits */
-        MOE(moe_peers_preload());
+        MOE(moe_preload()); /* no kernel is loaded while another one waits */
     }
     g->devices = launched || devices > g->W ? g->mine : devices;
 }
@@ -127,22 +126,38 @@ static void group_wait(group* g, const char* what)
 /* Queues something of rank number i of this process. */
 typedef void (*group_call)(void* context, group* g, int i);
 
+/* Queues a barrier of all ranks, for those of this process. */
+static void group_barrier(group* g)
+{
+    for (int i = 0; i < g->mine; ++i) {
+        rank_state* r = group_use(g, i);
+        moe_peers_desc b;
+        memset(&b, 0, sizeof b);
+        b.peers = &r->peers, b.fault = r->fault, b.channel = 8;
+        MOE(moe_peers_barrier(&b, r->stream));
+    }
+}
+
 /* Returns the milliseconds of a call of all ranks, of the slowest one: mean of `repeat` runs, with
-   a barrier before each, which counts. */
-static double group_time(group* g, group_call call, void* context, int repeat)
+   a barrier before each, which counts. A call of several parts reads its number from *part: all
+   ranks have queued a part before the next one. */
+static double group_time(group* g, group_call call, void* context, int* part, int parts, int repeat)
 {
     double slowest = 0;
-    for (int n = -1; n < repeat; ++n) /* the first one is not timed */
-        for (int i = 0; i < g->mine; ++i) {
-            rank_state* r = group_use(g, i);
-            moe_peers_desc b;
-            memset(&b, 0, sizeof b);
-            b.peers = &r->peers, b.fault = r->fault, b.channel = 8;
-            MOE(moe_peers_barrier(&b, r->stream));
-            if (n == 0) CUDA(cudaEventRecord(r->begin, r->stream));
-            call(context, g, i);
-            if (n == repeat - 1) CUDA(cudaEventRecord(r->end, r->stream));
+    for (int n = -1; n < repeat; ++n) { /* the first one is not timed */
+        group_barrier(g);
+        for (int i = 0; i < g->mine && n == 0; ++i)
+            CUDA(cudaEventRecord(g->rank[i].begin, group_use(g, i)->stream));
+        for (int p = 0; p < parts; ++p) {
+            if (part) *part = p;
+            for (int i = 0; i < g->mine; ++i) {
+                (void)group_use(g, i);
+                call(context, g, i);
+            }
         }
+    }
+    for (int i = 0; i < g->mine; ++i)
+        CUDA(cudaEventRecord(g->rank[i].end, group_use(g, i)->stream));
     group_wait(g, "timing");
     for (int i = 0; i < g->mine; ++i) {
         float ms = 0;
@@ -165,13 +180,7 @@ static void group_time_parts(group* g, group_call call, void* context, int* part
             CUDA(cudaEventCreate(&at[i][p]));
         }
     for (int n = -1; n < repeat; ++n) {
-        for (int i = 0; i < g->mine; ++i) {
-            rank_state* r = group_use(g, i);
-            moe_peers_desc b;
-            memset(&b, 0, sizeof b);
-            b.peers = &r->peers, b.fault = r->fault, b.channel = 8;
-            MOE(moe_peers_barrier(&b, r->stream));
-        }
+        group_barrier(g);
         for (*part = 0; *part < parts; ++*part)
             for (int i = 0; i < g->mine; ++i) {
                 CUDA(cudaEventRecord(at[i][*part], group_use(g, i)->stream));

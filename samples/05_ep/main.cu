@@ -8,6 +8,7 @@
    calls in main; group.h connects the ranks, bootstrap.h finds the processes of a launcher. */
 #include "group.h"
 #include "report.h"
+#include "train.h"
 
 typedef struct fill_args {
     void* p;
@@ -161,11 +162,67 @@ static void choose(group* g, rank_layers* l, const options* o, moe_ep_choice* c)
     }
 }
 
+/* Makes what rank r trains, from its layers of make_rank: the step over ranks with the chosen forms,
+   and the local ones. */
+static void make_train(train_rank* t, const rank_layers* l, const options* o, const group* g, int r)
+{
+    const int own = moe_ep_owned(r, o->E, g->W);
+    const void* dy;
+    moe_layer_saved_list kept;
+    t->T = l->T;
+    t->begin = (int)((int64_t)o->T * r / g->W);
+    t->counts = o->counts;
+    t->infer = l->ep_p;
+    t->ep.forward = l->ep;
+    t->ep.forward.counters = 0;
+    t->ep.forward.redispatch_x = o->redispatch;
+    t->ep.forward.count_rows = o->counts;
+    dy = make((int64_t)t->begin * o->H, (int64_t)l->T * o->H, 1.0f, 6, o->dtype);
+    want_gradients(&t->ep.grads, o, l->T, own, o->E, dy);
+    MOE(moe_ep_layer_saved(&t->ep.forward, &kept));
+    t->ep.forward.layer.saved = device_memory(kept.bytes);
+    t->ep.forward.layer.saved_bytes = kept.bytes;
+    prepare_train(t);
+    train_local(&t->all, o, &l->local, dy);
+    if (own) train_local(&t->own, o, &l->few, dy);
+}
+
+/* Makes the one GPU of a process: all tokens and experts. */
+static void make_whole(train_rank* t, const rank_layers* l, const options* o)
+{
+    moe_layer_desc d = l->local;
+    d.num_tokens = o->T;
+    d.x = make(0, (int64_t)o->T * o->H, 1.0f, 1, o->dtype);
+    d.y = make(0, (int64_t)o->T * o->H, 0.0f, 5, o->dtype);
+    d.workspace = 0;
+    train_local(&t->one, o, &d, make(0, (int64_t)o->T * o->H, 1.0f, 6, o->dtype));
+}
+
+/* Trains: compares a step with one GPU's and prints what it keeps and takes. Returns 1 where it is
+   wrong. */
+static int train(group* g, const rank_layers* l, const options* o)
+{
+    static train_rank t[MOST_RANKS];
+    int wrong;
+    for (int i = 0; i < g->mine; ++i) {
+        (void)group_use(g, i);
+        make_train(&t[i], &l[i], o, g, g->first + i);
+    }
+    (void)group_use(g, 0);
+    make_whole(&t[0], &l[0], o);
+    if (o->counts) count_train(g, t);
+    wrong = print_gradients(g, t, o);
+    print_audit(g, t, o);
+    print_training_times(g, t, o);
+    return wrong;
+}
+
 int main(int argc, char** argv)
 {
     static group g;
     static rank_layers l[MOST_RANKS];
     const options o = read_options(argc, argv);
+    moe_ep_layer_backward_desc training = {};
     moe_ep_layer_desc sizes = {};
     moe_ep_choice choice;
     uint64_t region;
@@ -174,6 +231,14 @@ int main(int argc, char** argv)
     sizes.layer = make_layer(&o, 0, o.E, 0);
     sizes.buffers.max_tokens = (o.T + g.W - 1) / g.W;
     MOE(moe_ep_profile_region(&sizes, g.W, &region)); /* for any forms */
+    for (int form = 1; form < MOE_EP_DISPATCH_FORMS * MOE_EP_COMBINE_FORMS && o.train; ++form) {
+        uint64_t bytes;
+        training.forward = sizes;
+        training.forward.buffers.dispatch_form = form / MOE_EP_COMBINE_FORMS;
+        training.forward.buffers.combine_form = form % MOE_EP_COMBINE_FORMS;
+        MOE(moe_ep_layer_backward_region(&training, g.W, &bytes));
+        if (bytes > region) region = bytes;
+    }
     group_connect(&g, region);
     for (int i = 0; i < g.mine; ++i) make_rank(&l[i], &o, &g, g.first + i, group_use(&g, i));
     choose(&g, l, &o, &choice);
@@ -185,11 +250,16 @@ int main(int argc, char** argv)
         MOE(moe_ep_layer_prepare(&l[i].ep, &l[i].ep_p));
     }
     print_header(&g, &o, &choice);
-    wrong = print_numerics(&g, l, &o);
-    print_bytes(&g, l, &o, region);
-    print_times(&g, l, &o);
+    if (o.train) {
+        wrong = train(&g, l, &o);
+    } else {
+        wrong = print_numerics(&g, l, &o);
+        print_bytes(&g, l, &o, region);
+        print_times(&g, l, &o);
+    }
     wrong = (int)group_max(&g, wrong);
-    if (g.first == 0) puts(wrong ? "FAILED: y is wrong" : "PASSED: y is that of one GPU");
+    if (g.first == 0 && o.train) puts(wrong ? "FAILED: gradients are wrong" : "PASS");
+    else if (g.first == 0) puts(wrong ? "FAILED: y is wrong" : "PASSED: y is that of one GPU");
     if (g.launched) (void)moe_peers_close_ipc(&g.rank[0].peers);
     (void)group_max(&g, 0); /* no process frees what another one uses */
     return wrong ? EXIT_WRONG_RESULT : 0;

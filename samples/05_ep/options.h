@@ -23,6 +23,7 @@ typedef struct options {
     const char* file;     /* that keeps the profiler's choice; null: none */
     int dtype;
     int repeat;
+    int train, redispatch, counts; /* backward too; its options */
 } options;
 
 /* Prints one line to stderr and ends the program. */
@@ -63,6 +64,9 @@ static void help(void)
            "  --choice FILE      reads the profiler's choice from FILE, or writes it there\n"
            "  --dtype TYPE       bf16 or fp16\n"
            "  --repeat N         timed runs\n"
+           "  --train            forward and backward, beside those of one GPU\n"
+           "  --redispatch_x_in_backward  training: x is sent again, and not kept\n"
+           "  --CPU_sync_on_runtime       training: the host reads the row count, less is kept\n"
            "Under torchrun, mpirun or srun: one rank a process.\n",
            MOST_RANKS);
     exit(0);
@@ -78,6 +82,47 @@ static int number(const char* name, const char* text, int least)
     return (int)v;
 }
 
+/* Reads an option that has a value. Returns 1. */
+static int read_option(options* o, const char* name, const char* value)
+{
+    if (strcmp(name, "--thiek") && strcmp(name, "--ranks") && strcmp(name, "--combine") &&
+        strcmp(name, "--dispatch") && strcmp(name, "--choice") && strcmp(name, "--dtype") &&
+        strcmp(name, "--repeat"))
+        quit(EXIT_WRONG_INPUT, "%s: no such option", name);
+    if (!value) quit(EXIT_WRONG_INPUT, "%s needs a value", name);
+    if (!strcmp(name, "--thiek")) {
+        char rest;
+        if (sscanf(value, "%d,%d,%d,%d,%d%c", &o->T, &o->H, &o->I, &o->E, &o->K, &rest) != 5)
+            quit(EXIT_WRONG_INPUT, "--thiek %s: not five numbers T,H,I,E,K", value);
+        if (o->T < 1 || o->K > o->E)
+            quit(EXIT_WRONG_INPUT, "--thiek %s: T is at least 1, K at most E", value);
+    } else if (!strcmp(name, "--ranks")) {
+        o->ranks = number(name, value, 1);
+        if (o->ranks > MOST_RANKS)
+            quit(EXIT_WRONG_INPUT, "--ranks %s: more than %d", value, MOST_RANKS);
+    } else if (!strcmp(name, "--combine")) {
+        o->choice.combine_form = moe_ep_combine_named(value);
+        if (o->choice.combine_form < 1)
+            quit(EXIT_WRONG_INPUT, "--combine %s: not one of reduced, gathered, reduce-scatter",
+                 value);
+    } else if (!strcmp(name, "--dispatch")) {
+        o->choice.dispatch_form = moe_ep_dispatch_named(value);
+        if (o->choice.dispatch_form < 1)
+            quit(EXIT_WRONG_INPUT,
+                 "--dispatch %s: not one of deduplicated, all-to-all, all-gather, all-gather-copy",
+                 value);
+    } else if (!strcmp(name, "--choice")) {
+        o->file = value;
+    } else if (!strcmp(name, "--dtype")) {
+        if (!strcmp(value, "bf16")) o->dtype = MOE_BF16;
+        else if (!strcmp(value, "fp16")) o->dtype = MOE_FP16;
+        else quit(EXIT_WRONG_INPUT, "--dtype %s: not one of bf16, fp16", value);
+    } else {
+        o->repeat = number(name, value, 1);
+    }
+    return 1;
+}
+
 static options read_options(int argc, char** argv)
 {
     options o;
@@ -88,43 +133,10 @@ static options read_options(int argc, char** argv)
         const char* name = argv[i];
         const char* value = i + 1 < argc ? argv[i + 1] : 0;
         if (!strcmp(name, "--help")) help();
-        if (strcmp(name, "--thiek") && strcmp(name, "--ranks") && strcmp(name, "--combine") &&
-            strcmp(name, "--dispatch") && strcmp(name, "--choice") && strcmp(name, "--dtype") &&
-            strcmp(name, "--repeat"))
-            quit(EXIT_WRONG_INPUT, "%s: no such option", name);
-        if (!value) quit(EXIT_WRONG_INPUT, "%s needs a value", name);
-        ++i;
-        if (!strcmp(name, "--thiek")) {
-            char rest;
-            if (sscanf(value, "%d,%d,%d,%d,%d%c", &o.T, &o.H, &o.I, &o.E, &o.K, &rest) != 5)
-                quit(EXIT_WRONG_INPUT, "--thiek %s: not five numbers T,H,I,E,K", value);
-            if (o.T < 1 || o.K > o.E)
-                quit(EXIT_WRONG_INPUT, "--thiek %s: T is at least 1, K at most E", value);
-        } else if (!strcmp(name, "--ranks")) {
-            o.ranks = number(name, value, 1);
-            if (o.ranks > MOST_RANKS)
-                quit(EXIT_WRONG_INPUT, "--ranks %s: more than %d", value, MOST_RANKS);
-        } else if (!strcmp(name, "--combine")) {
-            o.choice.combine_form = moe_ep_combine_named(value);
-            if (o.choice.combine_form < 1)
-                quit(EXIT_WRONG_INPUT, "--combine %s: not one of reduced, gathered, reduce-scatter",
-                     value);
-        } else if (!strcmp(name, "--dispatch")) {
-            o.choice.dispatch_form = moe_ep_dispatch_named(value);
-            if (o.choice.dispatch_form < 1)
-                quit(EXIT_WRONG_INPUT,
-                     "--dispatch %s: not one of deduplicated, all-to-all, all-gather, "
-                     "all-gather-copy",
-                     value);
-        } else if (!strcmp(name, "--choice")) {
-            o.file = value;
-        } else if (!strcmp(name, "--dtype")) {
-            if (!strcmp(value, "bf16")) o.dtype = MOE_BF16;
-            else if (!strcmp(value, "fp16")) o.dtype = MOE_FP16;
-            else quit(EXIT_WRONG_INPUT, "--dtype %s: not one of bf16, fp16", value);
-        } else {
-            o.repeat = number(name, value, 1);
-        }
+        if (!strcmp(name, "--train")) o.train = 1;
+        else if (!strcmp(name, "--redispatch_x_in_backward")) o.train = o.redispatch = 1;
+        else if (!strcmp(name, "--CPU_sync_on_runtime")) o.train = o.counts = 1;
+        else i += read_option(&o, name, value);
     }
     return o;
 }

@@ -158,11 +158,11 @@ static void print_times(group* g, rank_layers* l, const options* o)
 {
     const double flops = 6.0 * o->T / g->W * o->K * (double)o->H * o->I;
     double part[MOE_EP_LAYER_PARTS], most = 0;
-    const double barrier = group_time(g, run_nothing, l, o->repeat);
-    const double ep = group_time(g, run_ep, l, o->repeat) - barrier;
-    const double local = group_time(g, run_local, l, o->repeat) - barrier;
-    const double few = group_time(g, run_few, l, o->repeat) - barrier;
-    const double one = group_time(g, run_one, l, o->repeat) - barrier;
+    const double barrier = group_time(g, run_nothing, l, 0, 1, o->repeat);
+    const double ep = group_time(g, run_ep, l, 0, 1, o->repeat) - barrier;
+    const double local = group_time(g, run_local, l, 0, 1, o->repeat) - barrier;
+    const double few = group_time(g, run_few, l, 0, 1, o->repeat) - barrier;
+    const double one = group_time(g, run_one, l, 0, 1, o->repeat) - barrier;
     group_time_parts(g, run_part, l, &l[0].part, MOE_EP_LAYER_PARTS, o->repeat, part);
     for (int p = 0; p < MOE_EP_LAYER_PARTS; ++p) most = part[p] > most ? part[p] : most;
     if (g->first) return;

@@ -3,12 +3,12 @@
 #
 #   c11 cxx14        a .h in plain C and in C++: pedantic, every warning is an error
 #   host             a .cuh for the CPU backend with a C++ compiler, no CUDA header in reach
-#   nvcc             a .cuh to machine code of sm_75, sm_80, sm_90a and the newest target of this
-#                    toolkit; stack and spills are errors, and so is wgmma that ptxas serialises
+#   nvcc             a .cuh to machine code of sm_90a; stack and spills are errors, and so is wgmma
+#                    that ptxas serialises. Of other targets everything.sh alone does so
 #   nvcc-front       through the front end for sm_90a: is it well formed?
 #   front-cxx17      so as C++17 with --use_fast_math
 #   front-cxx20      so as C++20
-#   front-ptx        to PTX of the targets of nvcc, for old toolkits
+#   front-ptx        to PTX of sm_75, sm_80, sm_90a and the newest target, for old toolkits
 #   program          a whole .cu through the front end for sm_80, sm_90a and the newest
 #   host-names       as host, but after names.h, a file full of everyday names and macros
 #   front-names      so with nvcc, for sm_90a
@@ -61,7 +61,7 @@ esac
 newest=$("$compiler" --list-gpu-arch | sed 's/compute_//' | sort -n | tail -1)
 write alone.cu "$no_gemm" "$no_block" "${twice[@]}"
 case $kind in
-nvcc) targets="75 80 90a $newest" code=sm flags=(-c -Xptxas -warn-spills,-warn-lmem-usage,-Werror) ;;
+nvcc) code=sm flags=(-c -Xptxas -warn-spills,-warn-lmem-usage,-Werror) ;;
 nvcc-front) ;;
 front-cxx17) std=c++17 flags+=(--use_fast_math) ;;
 front-cxx20) std=c++20 ;;

@@ -16,7 +16,7 @@
 #include "moe/moe.cuh"
 #include "moe/balance_loss.cuh"
 #include "moe/combine_backward.cuh"
-#include "moe/layer_backward.cuh"
+#include "moe/ep/layer_backward.cuh"
 #include "moe/ref/ref.h"
 
 #include <stdio.h>

@@ -37,6 +37,7 @@ words() {
 stations=$(LC_ALL=C ls moe/*.cuh | grep -vE '^moe/(moe|preload)\.cuh$')
 stations="$stations moe/gemm/grouped_gradient.cuh moe/gemm/k_grouped.cuh" # not part of a station above
 stations="$stations moe/ep/barrier.cuh moe/ep/dispatch.cuh moe/ep/combine.cuh moe/ep/layer.cuh"
+stations="$stations moe/ep/layer_backward.cuh"
 rows=
 for header in $stations; do
     seen=" "
