@@ -42,7 +42,9 @@ MOE_HOST moe_status moei_ep_check_buffers(moe_ep_buffers* b, int num_ranks)
     MOE_REQUIRE(moe_dtype_bytes(b->dtype), MOE_ERR_DTYPE, dtype);
     if (b->rows_dtype == 0) b->rows_dtype = b->dtype;
     MOE_REQUIRE(moe_dtype_bytes(b->rows_dtype), MOE_ERR_DTYPE, rows_dtype);
-    MOE_REQUIRE(b->wire_dtype == 0 || b->wire_dtype == b->dtype, MOE_ERR_DTYPE, wire_dtype);
+    MOE_REQUIRE(b->wire_dtype == 0 || b->wire_dtype == b->dtype ||
+                    (b->wire_dtype == MOE_EP_WIRE_FP8 && b->dtype != MOE_FP32),
+                MOE_ERR_DTYPE, wire_dtype);
     if (b->row_multiple == 0) b->row_multiple = 1;
     MOE_REQUIRE(b->row_multiple >= 1 && b->row_multiple <= MOE_ROUTE_MAX_MULTIPLE, MOE_ERR_RANGE,
                 row_multiple);
@@ -87,6 +89,11 @@ MOE_HOST void moei_ep_lay_out(const moe_ep_buffers* b, int num_ranks, moei_ep_la
     at->end = b->region_offset;
     at->recv_x = moei_ep_take(&at->end, num_x * hidden * (uint64_t)moe_dtype_bytes(b->dtype));
     at->recv_scales = moei_ep_take(&at->end, num_x * (uint64_t)b->num_scales * 4);
+    if (b->wire_dtype == MOE_EP_WIRE_FP8) {
+        at->wire = moei_ep_take(&at->end, num_x * hidden);
+        at->wire_scales =
+            moei_ep_take(&at->end, num_x * ((hidden + MOE_FP8_GROUP - 1) / MOE_FP8_GROUP) * 4);
+    }
     at->recv_ids = moei_ep_take(&at->end, rows * top_k * 4);
     at->recv_weights = moei_ep_take(&at->end, rows * top_k * 4);
     at->recv_token = moei_ep_take(&at->end, rows * 4);
@@ -121,6 +128,7 @@ MOE_HOST moe_status moei_ep_check_call(moe_ep_dispatch_desc* d)
     MOE_REQUIRE(d->num_tokens >= 0 && d->num_tokens <= b->max_tokens, MOE_ERR_RANGE, num_tokens);
     if (d->x_stride == 0) d->x_stride = b->hidden;
     MOE_REQUIRE(moei_stride_fits(d->x_stride, b->hidden, d->num_tokens), MOE_ERR_STRIDE, x_stride);
+    MOE_REQUIRE(b->wire_dtype != MOE_EP_WIRE_FP8 || d->x_stride % 8 == 0, MOE_ERR_ALIGN, x_stride);
     MOE_REQUIRE(d->tag >= 0 && d->tag < 1 << 24, MOE_ERR_RANGE, tag);
     MOE_REQUIRE(!d->replica_offset == !d->replica, MOE_ERR_CONFLICT, replica);
     MOE_REQUIRE(b->num_scales || !d->scales, MOE_ERR_CONFLICT, scales);
@@ -239,7 +247,7 @@ MOE_HOST moe_status moei_ep_check_pointers(const moe_ep_dispatch_desc* d, int64_
 {
     const moe_ep_buffers* b = &d->buffers;
     const uint64_t slots = (uint64_t)d->num_tokens * (uint64_t)b->top_k;
-    const uint32_t align = b->dtype == MOE_FP32 ? 4 : 2;
+    const uint32_t align = b->wire_dtype == MOE_EP_WIRE_FP8 ? 16 : b->dtype == MOE_FP32 ? 4 : 2;
     const moe_buffer list[] = {
         {d->x, moe_extent(d->num_tokens, d->x_stride, b->hidden, b->dtype), align,
          MOE_BUFFER_REQUIRED, MOE_FIELD_x},
@@ -286,6 +294,8 @@ MOE_HOST void moei_ep_fill_args(const moe_ep_dispatch_desc* d, moei_ep_args* a)
     a->top_k = b->top_k;
     a->recv_tokens = b->recv_tokens;
     a->num_scales = b->num_scales;
+    a->dtype = b->dtype;
+    a->wire_fp8 = b->wire_dtype == MOE_EP_WIRE_FP8;
     a->chunk_tokens = blocks ? (int32_t)((d->num_tokens + blocks - 1) / blocks) : 1;
     a->channel = b->channel;
     a->tag = d->tag;
@@ -304,6 +314,7 @@ MOE_HOST moe_status moei_ep_resolve(moe_ep_dispatch_desc* d, moei_ep_args* a, mo
     a->chunk_count = d->num_tokens > MOEI_EP_ONE_LAUNCH && !moei_ep_to_all(a) ? v->chunk_count : 0;
     a->send_place = v->send_place;
     a->recv_place = v->recv_place;
+    a->row_slot = v->row_slot;
     a->expert_count = v->expert_count;
     a->expert_offset = v->expert_offset;
     a->rows_table = v->rows_table;

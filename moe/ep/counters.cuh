@@ -61,6 +61,10 @@ MOE_KERNEL(256, 1) moei_ep_tally(MOE_ARG(moei_ep_args) a)
     const int first = (int)(blockIdx.x * blockDim.x + threadIdx.x), num_ranks = a.peers.num_ranks;
     const int step = (int)(gridDim.x * blockDim.x);
     const uint64_t about = (uint64_t)a.top_k * 8 + 4; /* bytes of a token's ids, weights, number */
+    const uint64_t hidden = (uint64_t)a.row_bytes / 2;
+    const uint64_t row_bytes = !a.wire_fp8
+                                   ? (uint64_t)a.row_bytes
+                                   : hidden + (hidden + MOE_FP8_GROUP - 1) / MOE_FP8_GROUP * 4;
     moei_ep_tallies n = {0, 0, 0, 0};
     uint64_t rows, tokens, bytes, back;
     moe_pdl_trigger();
@@ -72,7 +76,7 @@ MOE_KERNEL(256, 1) moei_ep_tally(MOE_ARG(moei_ep_args) a)
     if (moei_ep_to_all(&a)) /* each token once to each other rank */
         tokens = first == 0 ? (uint64_t)a.num_tokens * (uint64_t)(num_ranks - 1) : 0;
     rows = a.dispatch_form == MOE_EP_ALL_TO_ALL ? (uint64_t)n.slots_out : tokens;
-    bytes = rows * ((uint64_t)a.row_bytes + (uint64_t)a.num_scales * 4) + tokens * about;
+    bytes = rows * (row_bytes + (uint64_t)a.num_scales * 4) + tokens * about;
     if (moei_ep_forms_answer(a.dispatch_form, a.combine_form))
         bytes += (uint64_t)n.slots_in * 8; /* answers */
     back = (uint64_t)(a.combine_form == MOE_EP_GATHERED ? n.slots_in : n.tokens_in);

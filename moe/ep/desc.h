@@ -7,6 +7,8 @@
      recv_x        W C H b        token rows, those from rank s from row s C on;
                    max_rows H b   MOE_EP_ALL_TO_ALL: a row for each slot, in expert order
      recv_scales   S 4 for each row of recv_x, where num_scales is S > 0: its scales
+     wire          H and 4 ceil(H / 128) for each row of recv_x, MOE_EP_WIRE_FP8: rows as they
+                   travel, and their scales
      recv_ids      W C K 4        experts of this rank that the token is for; -1: another rank's
      slot recv_weights  W C K 4        gate weights of its slots
      recv_token    W C 4          the token's number at its home
@@ -56,6 +58,14 @@ typedef enum moe_ep_combine_form {
                              reads one from every rank that has an expert of it */
 } moe_ep_combine_form;
 
+/* What rows are between ranks. */
+typedef enum moe_ep_wire {
+    MOE_EP_WIRE_DEFAULT = 0, /* as they are */
+    MOE_EP_WIRE_FP8 = 32     /* e4m3 with a scale for each 128 elements (base/fp8.cuh), turned back
+                                into dtype where they arrive. Rows that stay on their rank are not
+                                rounded: results depend on where experts are */
+} moe_ep_wire;
+
 /* Sizes and layout of the buffers of one exchange: the same on all ranks. */
 typedef struct moe_ep_buffers {
     uint64_t region_offset; /* in every region, a multiple of 256; 0 = MOE_PEERS_HEADER */
@@ -72,7 +82,7 @@ typedef struct moe_ep_buffers {
     int32_t top_k;          /* K, 1 .. 2048 */
     int32_t dtype;          /* moe_dtype of x and y; 0 = bf16 */
     int32_t rows_dtype;     /* moe_dtype of rows and of what a combine sends; 0 = dtype */
-    int32_t wire_dtype;     /* of x on its way: 0 = dtype, the only one offered */
+    int32_t wire_dtype;     /* of x on its way: dtype or moe_ep_wire; 0 = dtype */
     int32_t num_scales;     /* S, fp32 scales that travel with each row, 0 .. 4096 */
 } moe_ep_buffers;
 

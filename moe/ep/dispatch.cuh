@@ -57,16 +57,37 @@
 #include "buffers.cuh"
 #include "receive.cuh"
 #include "scatter.cuh"
+#include "wire.cuh"
 
 /* A prepared dispatch: all but its stream, for the device that was current. */
 typedef struct moe_ep_dispatch_prepared {
     moei_ep_args args;
     moei_ep_route_args route;
     /* empty where not needed */
-    moe_launch count, push, copied, receive, answer, scatter; /* argument: args */
-    moe_launch route_few, count_received, place_received;     /* argument: route */
-    void *side_stream, *side_event[2];                        /* MOE_EP_ALL_GATHER_COPY */
+    moe_launch count, push, copied, receive, answer, scatter, decode, encode; /* argument: args */
+    moe_launch route_few, count_received, place_received;                     /* argument: route */
+    void *side_stream, *side_event[2]; /* MOE_EP_ALL_GATHER_COPY */
 } moe_ep_dispatch_prepared;
+
+/* Prepares the kernels of fp8 rows. */
+MOE_HOST moe_status moei_ep_prepare_wire(moe_ep_dispatch_prepared* p)
+{
+    const moei_ep_args* a = &p->args;
+    const int warps = MOEI_EP_DECODE_THREADS / MOE_WARP_SIZE;
+    const int64_t rows = a->dispatch_form == MOE_EP_ALL_TO_ALL
+                             ? a->max_rows
+                             : (int64_t)a->peers.num_ranks * a->recv_tokens;
+    moe_device device;
+    moe_launch_config c;
+    int64_t blocks = (rows + warps - 1) / warps;
+    MOE_TRY(moe_device_query(&device));
+    if (blocks > device.sms * 8) blocks = device.sms * 8;
+    c = moe_grid(blocks > 1 ? blocks : 1, MOEI_EP_DECODE_THREADS, 0, 0);
+    c.dependent = 1;
+    MOE_TRY(MOE_PREPARE(&p->decode, moei_ep_decode, c));
+    if (a->dispatch_form != MOE_EP_ALL_GATHER_COPY) return MOE_OK;
+    return MOE_PREPARE(&p->encode, moei_ep_encode_own, c);
+}
 
 /* Prepares what sends tokens and rows. */
 MOE_HOST moe_status moei_ep_prepare_send(moe_ep_dispatch_prepared* p)
@@ -78,6 +99,7 @@ MOE_HOST moe_status moei_ep_prepare_send(moe_ep_dispatch_prepared* p)
     const moe_launch_config one = moe_grid(1, 32, 0, 0);
     rows.dependent = 1;
     MOE_TRY(moei_ep_prepare_push(a, &p->count, &p->push));
+    if (a->wire_fp8) MOE_TRY(moei_ep_prepare_wire(p));
     if (a->dispatch_form == MOE_EP_ALL_GATHER_COPY)
         return MOE_PREPARE(&p->copied, moei_ep_copied, one);
     if (a->dispatch_form != MOE_EP_ALL_TO_ALL) return MOE_OK;
@@ -179,12 +201,24 @@ MOE_HOST moe_status moei_ep_copy_rows(const moe_ep_dispatch_prepared* p, cudaStr
     const moei_ep_args* a = &p->args;
     const int tokens = a->num_tokens < a->recv_tokens ? a->num_tokens : a->recv_tokens;
     const size_t row = (size_t)a->row_bytes;
+    const int64_t first = (int64_t)a->peers.rank * a->recv_tokens, hidden = a->row_bytes / 2;
+    const int64_t groups = (hidden + MOE_FP8_GROUP - 1) / MOE_FP8_GROUP;
     cudaStream_t side = (cudaStream_t)p->side_stream;
+    MOE_TRY(MOE_RUN(&p->encode, *a, stream));
     MOE_TRY_CUDA(cudaEventRecord((cudaEvent_t)p->side_event[0], stream));
     MOE_TRY_CUDA(cudaStreamWaitEvent(side, (cudaEvent_t)p->side_event[0], 0));
     for (int i = 1; i <= a->peers.num_ranks && tokens; ++i) { /* its own last */
-        char* to = a->peers.table[(a->peers.rank + i) % a->peers.num_ranks] + a->at.recv_x +
-                   (int64_t)a->peers.rank * a->recv_tokens * a->row_bytes;
+        const int d = (a->peers.rank + i) % a->peers.num_ranks;
+        char* to = a->peers.table[d] + a->at.recv_x + first * a->row_bytes;
+        if (a->wire_fp8 && d != a->peers.rank) {
+            const uint64_t at = a->at.wire + (uint64_t)(first * hidden);
+            const uint64_t scales = a->at.wire_scales + (uint64_t)(first * groups) * 4;
+            MOE_TRY_CUDA(cudaMemcpyAsync(a->peers.table[d] + at, a->peers.base + at,
+                                         (size_t)(tokens * hidden), cudaMemcpyDefault, side));
+            MOE_TRY_CUDA(cudaMemcpyAsync(a->peers.table[d] + scales, a->peers.base + scales,
+                                         (size_t)(tokens * groups) * 4, cudaMemcpyDefault, side));
+            continue;
+        }
         if (a->x_pitch == a->row_bytes)
             MOE_TRY_CUDA(cudaMemcpyAsync(to, a->x, (size_t)tokens * row, cudaMemcpyDefault, side));
         else
@@ -228,10 +262,12 @@ MOE_HOST moe_status moei_ep_run_part(const moe_ep_dispatch_prepared* p, int part
     case MOE_EP_RECEIVE:
         if (!scatters) {
             MOE_TRY(MOE_RUN(&p->receive, p->args, stream));
-            return moei_ep_join(p, stream);
+            MOE_TRY(moei_ep_join(p, stream));
+            return MOE_RUN(&p->decode, p->args, stream);
         }
         MOE_TRY(MOE_RUN(&p->answer, p->args, stream));
-        return MOE_RUN(&p->scatter, p->args, stream);
+        MOE_TRY(MOE_RUN(&p->scatter, p->args, stream));
+        return MOE_RUN(&p->decode, p->args, stream);
     case MOE_EP_ANSWER: return scatters ? MOE_OK : MOE_RUN(&p->answer, p->args, stream);
     default: return MOE_STATUS(MOE_ERR_OPTION, part);
     }
@@ -258,6 +294,7 @@ MOE_HOST moe_status moe_ep_dispatch_run(const moe_ep_dispatch_prepared* p, cudaS
     }
     MOE_TRY(moei_ep_run_route(p, 1, 1, stream));
     MOE_TRY(moei_ep_join(p, stream));
+    MOE_TRY(MOE_RUN(&p->decode, p->args, stream));
     return moei_ep_run_part(p, MOE_EP_ANSWER, stream);
 }
 
@@ -279,7 +316,8 @@ MOE_HOST moe_status moe_ep_dispatch_preload(void)
         (const void*)moei_ep_place_received, (const void*)moei_ep_receive,
         (const void*)moei_ep_answer,         (const void*)moei_ep_copied,
         (const void*)moei_ep_scatter_16,     (const void*)moei_ep_scatter_4,
-        (const void*)moei_ep_scatter_2};
+        (const void*)moei_ep_scatter_2,      (const void*)moei_ep_decode,
+        (const void*)moei_ep_encode_own};
     for (size_t i = 0; i < sizeof kernel / sizeof kernel[0]; ++i)
         MOE_TRY(moe_preload_kernel(kernel[i]));
     return MOE_OK;

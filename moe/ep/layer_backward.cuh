@@ -119,8 +119,11 @@ MOE_HOST moe_status moei_ep_gradient_lay_out(const moe_ep_layer_backward_desc* d
     memset(at, 0, sizeof *at);
     MOE_REQUIRE((d->local_router | 1) == 1, MOE_ERR_OPTION, local_router);
     MOE_REQUIRE(d->gradient_offset % 256 == 0, MOE_ERR_RANGE, gradient_offset);
+    MOE_REQUIRE(d->gradient_wire == 0 || d->gradient_wire == MOE_EP_WIRE_FP8, MOE_ERR_DTYPE,
+                gradient_wire);
     MOE_TRY(moei_ep_layer_buffers(&d->forward, b));
     MOE_TRY(moe_ep_buffers_end(b, num_ranks, &bytes));
+    b->wire_dtype = d->gradient_wire;
     MOE_REQUIRE(d->gradient_channel >= 0 &&
                     (d->gradient_channel == 0 || d->gradient_channel > b->channel + 1 ||
                      d->gradient_channel + 2 < b->channel),

@@ -72,6 +72,8 @@ typedef struct moe_ep_layer_backward_desc {
                                  layers of equal sizes */
     int32_t gradient_channel; /* channels from this one, three, are the gradients'; 0 = those behind
                                  forward.buffers.channel + 1 */
+    int32_t gradient_wire;    /* rows of dy between ranks: moe_ep_wire; 0 = as they are. Those of x
+                                 sent again: forward.buffers.wire_dtype */
     int32_t local_router;     /* 1: drouter is of this rank's tokens alone; 0: summed over all */
 } moe_ep_layer_backward_desc;
 

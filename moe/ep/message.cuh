@@ -99,6 +99,7 @@ MOE_HOST moe_status moei_ep_message_options(moe_ep_dispatch_desc* d, moei_ep_mes
                     b->combine_form == MOE_EP_GATHERED,
                 MOE_ERR_OPTION, combine_form);
     MOE_REQUIRE(!d->counters, MOE_ERR_CONFLICT, counters); /* the host has the counts */
+    MOE_REQUIRE(b->wire_dtype != MOE_EP_WIRE_FP8, MOE_ERR_DTYPE, wire_dtype);
     MOE_TRY(moei_ep_check_buffers(b, d->peers->num_ranks));
     MOE_REQUIRE((int64_t)d->peers->num_ranks * ((int64_t)b->recv_tokens + 1) * b->top_k <=
                     0x7fffffff,

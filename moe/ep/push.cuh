@@ -15,6 +15,7 @@
 #ifndef MOE_EP_PUSH_CUH
 #define MOE_EP_PUSH_CUH
 
+#include "../base/fp8.cuh"
 #include "desc.h"
 #include "signal.cuh"
 
@@ -27,6 +28,7 @@
 /* Offsets of the buffers in every region, or in every message (message.cuh). */
 typedef struct moei_ep_layout {
     uint64_t recv_x, recv_scales, recv_ids, recv_weights, recv_token, recv_count;
+    uint64_t wire, wire_scales; /* fp8 rows, their scales */
     uint64_t partial, place, rows;
     uint64_t end; /* bytes from the region's begin */
     /* bytes from one received token to the next */
@@ -71,6 +73,9 @@ typedef struct moei_ep_args {
     int32_t num_tokens, num_experts, top_k, recv_tokens, num_scales, chunk_tokens, channel, tag;
     int32_t num_local;                   /* P */
     int32_t dispatch_form, combine_form; /* moe_ep_dispatch_form, moe_ep_combine_form */
+    int32_t dtype;                       /* of x */
+    int32_t wire_fp8;                    /* 1: rows for other ranks travel in fp8 */
+    const int32_t* row_slot;             /* [max_rows] of the row maps */
     int32_t packs; /* 1: fills messages in this rank's memory (message.cuh): signals to nobody */
 } moei_ep_args;
 
@@ -239,20 +244,59 @@ MOE_DEVICE void moei_ep_load(uint4* v, const moei_ep_args* a, int t, int64_t fro
             v[u] = moei_load_vector(x + from + u * MOE_WARP_SIZE * width, width);
 }
 
+/* A piece of a row in fp8. */
+typedef struct moei_ep_fp8 {
+    uint2 code[MOEI_EP_VECTORS];
+    float scale[MOEI_EP_VECTORS]; /* of the lane's group */
+} moei_ep_fp8;
+
+/* Encodes the piece from byte `from` on, which is loaded in vectors of 16 bytes. The whole warp. */
+MOE_DEVICE void moei_ep_encode(moei_ep_fp8* f, const uint4* v, const moei_ep_args* a, int64_t from)
+{
+    MOE_UNROLL
+    for (int u = 0; u < MOEI_EP_VECTORS; ++u) {
+        const int in = from + (u * MOE_WARP_SIZE + moe_lane()) * 16 < a->row_bytes;
+        f->code[u] = moei_fp8_encode_8(in ? v[u] : make_uint4(0, 0, 0, 0), f->scale + u, a->dtype);
+    }
+}
+
+/* Stores it in row `row` of a rank's wire. The whole warp. */
+MOE_DEVICE void moei_ep_store_fp8(const moei_ep_fp8* f, const moei_ep_args* a, int rank,
+                                  int64_t row, int64_t from)
+{
+    const int hidden = (int)(a->row_bytes / 2),
+              groups = (hidden + MOE_FP8_GROUP - 1) / MOE_FP8_GROUP;
+    char* y = moe_peer_address(&a->peers, rank, a->at.wire) + row * hidden;
+    float* scales = (float*)moe_peer_address(&a->peers, rank, a->at.wire_scales) + row * groups;
+    MOE_UNROLL
+    for (int u = 0; u < MOEI_EP_VECTORS; ++u) {
+        const int h = (int)(from / 2) + (u * MOE_WARP_SIZE + moe_lane()) * 8;
+        if (h >= hidden) continue;
+        *(uint2*)(y + h) = f->code[u];
+        if (h % MOE_FP8_GROUP == 0) scales[h / MOE_FP8_GROUP] = f->scale[u];
+    }
+}
+
 /* Stores the piece at all ranks that token t0 + i goes to. The whole warp. */
 MOE_DEVICE void moei_ep_store(const uint4* v, const moei_ep_args* a, const moei_ep_shared* s,
                               int t0, int i, int64_t from, const int width)
 {
-    from += moe_lane() * width;
+    moei_ep_fp8 f;
+    if (width == 16 && a->wire_fp8) moei_ep_encode(&f, v, a, from);
     MOE_NO_UNROLL
     for (int q = 0; q < a->peers.num_ranks; ++q) {
         const int d = moe_peer_rotated(&a->peers, q), row = moei_ep_row(a, s, t0, i, d);
         if (row < 0) continue;
+        if (width == 16 && a->wire_fp8 && d != a->peers.rank) {
+            moei_ep_store_fp8(&f, a, d, a->at.first + row, from);
+            continue;
+        }
         char* y = moe_peer_address(&a->peers, d, a->at.recv_x) + (a->at.first + row) * a->at.x_step;
         MOE_UNROLL
-        for (int u = 0; u < MOEI_EP_VECTORS; ++u)
-            if (from + u * MOE_WARP_SIZE * width < a->row_bytes)
-                moei_store_vector(y + from + u * MOE_WARP_SIZE * width, v[u], width);
+        for (int u = 0; u < MOEI_EP_VECTORS; ++u) {
+            const int64_t at = from + (u * MOE_WARP_SIZE + moe_lane()) * width;
+            if (at < a->row_bytes) moei_store_vector(y + at, v[u], width);
+        }
     }
 }
 

@@ -82,6 +82,8 @@ MOE_DEVICE void moei_ep_store_slots(const uint4* v, const moei_ep_args* a, int t
     const moe_place* place =
         (const moe_place*)(a->peers.base + a->at.place) + (int64_t)t * a->top_k;
     const int64_t at = from + moe_lane() * width;
+    moei_ep_fp8 f;
+    if (width == 16 && a->wire_fp8) moei_ep_encode(&f, v, a, from);
     MOE_NO_UNROLL
     for (int k0 = 0; k0 < a->top_k; k0 += MOE_WARP_SIZE) {
         const int upto = min(a->top_k - k0, MOE_WARP_SIZE);
@@ -98,10 +100,14 @@ MOE_DEVICE void moei_ep_store_slots(const uint4* v, const moei_ep_args* a, int t
             char* y = moe_peer_address(&a->peers, d, a->at.recv_x) + row * a->row_bytes;
             float* scales = (float*)moe_peer_address(&a->peers, d, a->at.recv_scales) +
                             (int64_t)row * a->num_scales;
-            MOE_UNROLL
-            for (int u = 0; u < MOEI_EP_VECTORS; ++u)
-                if (at + u * MOE_WARP_SIZE * width < a->row_bytes)
-                    moei_store_vector(y + at + u * MOE_WARP_SIZE * width, v[u], width);
+            if (width == 16 && a->wire_fp8 && d != a->peers.rank) {
+                moei_ep_store_fp8(&f, a, d, row, from);
+            } else {
+                MOE_UNROLL
+                for (int u = 0; u < MOEI_EP_VECTORS; ++u)
+                    if (at + u * MOE_WARP_SIZE * width < a->row_bytes)
+                        moei_store_vector(y + at + u * MOE_WARP_SIZE * width, v[u], width);
+            }
             if (from == 0) MOE_NO_UNROLL
             for (int c = moe_lane(); c < a->num_scales; c += MOE_WARP_SIZE)
                 scales[c] = a->scales[(int64_t)t * a->num_scales + c];

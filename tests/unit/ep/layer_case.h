@@ -278,6 +278,6 @@ static void* lay_get(const void* p, int64_t bytes)
     return host;
 }
 
-static int lay_half(int i) { return i % 2 ? MOE_FP16 : test_half(); }
+MOEI_UNUSED static int lay_half(int i) { return i % 2 ? MOE_FP16 : test_half(); }
 
 #endif
