@@ -6,7 +6,7 @@
    e4m3: sign, 4 bits of exponent (bias 7), 3 of mantissa: 2^-9 to 448, NaN, no infinity. Rounds to
    nearest, ties to even: x' is within 2^-4 |x| of x, or 2^-10 scale where that is more. Elements
    whose 128 are all below 1e-30 become 0. A NaN stays one; an infinity makes its 128 elements NaN.
-   Equal inputs give equal bits on every architecture; from sm_89 on the GPU has the conversions.
+   Equal inputs give equal bits on every architecture; from sm_90 on the GPU has the conversions.
 
    Source: the format is OCP's FP8 specification; scales for 128 elements as DeepSeek-V3 has them,
    arXiv 2412.19437. */
@@ -61,7 +61,7 @@ MOE_HOST_DEVICE float moe_e4m3_to_f32(uint8_t code)
 /* Returns two codes, of lo in the lower 8 bits. */
 MOE_DEVICE uint32_t moei_e4m3_pack2(float lo, float hi)
 {
-#if !MOE_ON_HOST && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+#if !MOE_ON_HOST && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     uint16_t r;
     asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(r) : "f"(hi), "f"(lo));
     return r;
@@ -73,7 +73,7 @@ MOE_DEVICE uint32_t moei_e4m3_pack2(float lo, float hi)
 /* Unpacks the two codes of the lower 16 bits. */
 MOE_DEVICE float2 moei_e4m3_unpack2(uint32_t codes)
 {
-#if !MOE_ON_HOST && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+#if !MOE_ON_HOST && defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     uint32_t halves; /* fp16 has every e4m3 number */
     asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"((uint16_t)codes));
     return moe_unpack2(halves, MOE_FP16);

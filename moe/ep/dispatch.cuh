@@ -103,6 +103,7 @@ MOE_HOST moe_status moei_ep_prepare_send(moe_ep_dispatch_prepared* p)
     if (a->dispatch_form == MOE_EP_ALL_GATHER_COPY)
         return MOE_PREPARE(&p->copied, moei_ep_copied, one);
     if (a->dispatch_form != MOE_EP_ALL_TO_ALL) return MOE_OK;
+    if (a->wire_fp8) return MOE_PREPARE(&p->scatter, moei_ep_scatter_fp8, rows);
     if (width == 16) return MOE_PREPARE(&p->scatter, moei_ep_scatter_16, rows);
     if (width == 4) return MOE_PREPARE(&p->scatter, moei_ep_scatter_4, rows);
     return MOE_PREPARE(&p->scatter, moei_ep_scatter_2, rows);
@@ -310,16 +311,18 @@ MOE_HOST moe_status moe_ep_dispatch(const moe_ep_dispatch_desc* desc, cudaStream
 MOE_HOST moe_status moe_ep_dispatch_preload(void)
 {
     const void* const kernel[] = {
-        (const void*)moei_ep_count,          (const void*)moei_ep_push_16,
-        (const void*)moei_ep_push_4,         (const void*)moei_ep_push_2,
-        (const void*)moei_ep_route_few,      (const void*)moei_ep_count_received,
-        (const void*)moei_ep_place_received, (const void*)moei_ep_receive,
-        (const void*)moei_ep_answer,         (const void*)moei_ep_copied,
-        (const void*)moei_ep_scatter_16,     (const void*)moei_ep_scatter_4,
-        (const void*)moei_ep_scatter_2,      (const void*)moei_ep_decode,
+        (const void*)moei_ep_count,          (const void*)moei_ep_route_few,
+        (const void*)moei_ep_count_received, (const void*)moei_ep_place_received,
+        (const void*)moei_ep_receive,        (const void*)moei_ep_answer,
+        (const void*)moei_ep_copied,         (const void*)moei_ep_decode,
         (const void*)moei_ep_encode_own};
     for (size_t i = 0; i < sizeof kernel / sizeof kernel[0]; ++i)
         MOE_TRY(moe_preload_kernel(kernel[i]));
+#define MOEI_EP_LOAD(name, width, fp8)                                                             \
+    MOE_TRY(moe_preload_kernel((const void*)moei_ep_push_##name));                                 \
+    MOE_TRY(moe_preload_kernel((const void*)moei_ep_scatter_##name));
+    MOEI_EP_WIDTHS(MOEI_EP_LOAD)
+#undef MOEI_EP_LOAD
     return MOE_OK;
 }
 

@@ -277,26 +277,27 @@ MOE_DEVICE void moei_ep_store_fp8(const moei_ep_fp8* f, const moei_ep_args* a, i
     }
 }
 
-/* Stores the piece at all ranks that token t0 + i goes to. The whole warp. */
+/* Stores the piece at all ranks that token t0 + i goes to. fp8: 1: other ranks get it in fp8; a
+   literal, here and below. The whole warp. */
 MOE_DEVICE void moei_ep_store(const uint4* v, const moei_ep_args* a, const moei_ep_shared* s,
-                              int t0, int i, int64_t from, const int width)
+                              int t0, int i, int64_t from, const int width, const int fp8)
 {
+    const int64_t at = from + moe_lane() * width;
     moei_ep_fp8 f;
-    if (width == 16 && a->wire_fp8) moei_ep_encode(&f, v, a, from);
+    if (fp8) moei_ep_encode(&f, v, a, from);
     MOE_NO_UNROLL
     for (int q = 0; q < a->peers.num_ranks; ++q) {
         const int d = moe_peer_rotated(&a->peers, q), row = moei_ep_row(a, s, t0, i, d);
         if (row < 0) continue;
-        if (width == 16 && a->wire_fp8 && d != a->peers.rank) {
+        if (fp8 && d != a->peers.rank) {
             moei_ep_store_fp8(&f, a, d, a->at.first + row, from);
             continue;
         }
         char* y = moe_peer_address(&a->peers, d, a->at.recv_x) + (a->at.first + row) * a->at.x_step;
         MOE_UNROLL
-        for (int u = 0; u < MOEI_EP_VECTORS; ++u) {
-            const int64_t at = from + (u * MOE_WARP_SIZE + moe_lane()) * width;
-            if (at < a->row_bytes) moei_store_vector(y + at, v[u], width);
-        }
+        for (int u = 0; u < MOEI_EP_VECTORS; ++u)
+            if (at + u * MOE_WARP_SIZE * width < a->row_bytes)
+                moei_store_vector(y + at + u * MOE_WARP_SIZE * width, v[u], width);
     }
 }
 
@@ -421,7 +422,7 @@ MOE_DEVICE void moei_ep_send_counts(const moei_ep_args* a, const moei_ep_shared*
         each block arrives at barrier n + 1
    The first piece of each warp is loaded before anything else. Marks of one round serve both. */
 MOE_DEVICE_BODY void moei_ep_push_chunk(const moei_ep_args* a, unsigned char* shared,
-                                        const int width)
+                                        const int width, const int fp8)
 {
     const int num_ranks = a->peers.num_ranks, begin = (int)blockIdx.x * a->chunk_tokens;
     const int end = min(begin + a->chunk_tokens, a->num_tokens);
@@ -469,7 +470,7 @@ MOE_DEVICE_BODY void moei_ep_push_chunk(const moei_ep_args* a, unsigned char* sh
                     const int64_t from = (int64_t)(j % pieces) * piece;
                     if (t0 + i != held) moei_ep_load(v, a, t0 + i, from, width);
                     held = -1;
-                    moei_ep_store(v, a, &s, t0, i, from, width);
+                    moei_ep_store(v, a, &s, t0, i, from, width, fp8);
                 }
             }
             if (mark) __syncthreads(); /* goes and before are read */
@@ -483,16 +484,16 @@ MOE_DEVICE_BODY void moei_ep_push_chunk(const moei_ep_args* a, unsigned char* sh
                                     a->waited);
 }
 
-/* Sending, for rows that allow vectors of 16, 4 or 2 bytes. */
-#define MOEI_EP_PUSH(width)                                                                        \
-    MOE_KERNEL(MOEI_EP_THREADS, 1) moei_ep_push_##width(MOE_ARG(moei_ep_args) a)                   \
+/* Kernels that send rows: X(name, bytes of the vectors that rows allow, 1: in fp8). */
+#define MOEI_EP_WIDTHS(X) X(16, 16, 0) X(4, 4, 0) X(2, 2, 0) X(fp8, 16, 1)
+
+#define MOEI_EP_PUSH(name, width, fp8)                                                             \
+    MOE_KERNEL(MOEI_EP_THREADS, 1) moei_ep_push_##name(MOE_ARG(moei_ep_args) a)                    \
     {                                                                                              \
         MOE_SHARED_DYNAMIC(shared);                                                                \
-        moei_ep_push_chunk(&a, shared, width);                                                     \
+        moei_ep_push_chunk(&a, shared, width, fp8);                                                \
     }
-MOEI_EP_PUSH(16)
-MOEI_EP_PUSH(4)
-MOEI_EP_PUSH(2)
+MOEI_EP_WIDTHS(MOEI_EP_PUSH)
 #undef MOEI_EP_PUSH
 
 /* Returns the width of the vectors that rows of x allow: 16, 4 or 2 bytes. */
@@ -518,6 +519,7 @@ MOE_HOST moe_status moei_ep_prepare_push(const moei_ep_args* a, moe_launch* coun
     if (a->chunk_count) MOE_TRY(MOE_PREPARE(count, moei_ep_count, c));
     c = moe_grid(moei_ep_chunks(a) + 1, MOEI_EP_THREADS, shared, 0); /* the last has no chunk */
     c.dependent = 1;
+    if (a->wire_fp8) return MOE_PREPARE(push, moei_ep_push_fp8, c);
     if (width == 16) return MOE_PREPARE(push, moei_ep_push_16, c);
     if (width == 4) return MOE_PREPARE(push, moei_ep_push_4, c);
     return MOE_PREPARE(push, moei_ep_push_2, c);

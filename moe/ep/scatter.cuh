@@ -77,13 +77,13 @@ MOE_KERNEL(256, 1) moei_ep_answer(MOE_ARG(moei_ep_args) a)
 /* Stores a piece of token t's row at the place of each of its slots, and with the first piece the
    token's scales. A lane looks up the place of a slot. The whole warp. */
 MOE_DEVICE void moei_ep_store_slots(const uint4* v, const moei_ep_args* a, int t, int64_t from,
-                                    const int width)
+                                    const int width, const int fp8)
 {
     const moe_place* place =
         (const moe_place*)(a->peers.base + a->at.place) + (int64_t)t * a->top_k;
     const int64_t at = from + moe_lane() * width;
     moei_ep_fp8 f;
-    if (width == 16 && a->wire_fp8) moei_ep_encode(&f, v, a, from);
+    if (fp8) moei_ep_encode(&f, v, a, from);
     MOE_NO_UNROLL
     for (int k0 = 0; k0 < a->top_k; k0 += MOE_WARP_SIZE) {
         const int upto = min(a->top_k - k0, MOE_WARP_SIZE);
@@ -100,7 +100,7 @@ MOE_DEVICE void moei_ep_store_slots(const uint4* v, const moei_ep_args* a, int t
             char* y = moe_peer_address(&a->peers, d, a->at.recv_x) + row * a->row_bytes;
             float* scales = (float*)moe_peer_address(&a->peers, d, a->at.recv_scales) +
                             (int64_t)row * a->num_scales;
-            if (width == 16 && a->wire_fp8 && d != a->peers.rank) {
+            if (fp8 && d != a->peers.rank) {
                 moei_ep_store_fp8(&f, a, d, row, from);
             } else {
                 MOE_UNROLL
@@ -117,7 +117,7 @@ MOE_DEVICE void moei_ep_store_slots(const uint4* v, const moei_ep_args* a, int t
 
 /* Sends the rows of all slots. A block has a chunk of tokens, a warp a piece of a row at a time.
    The last block waits for the rows of all ranks, barrier n + 2, and passes it. */
-MOE_DEVICE_BODY void moei_ep_scatter_chunk(const moei_ep_args* a, const int width)
+MOE_DEVICE_BODY void moei_ep_scatter_chunk(const moei_ep_args* a, const int width, const int fp8)
 {
     const int begin = (int)blockIdx.x * a->chunk_tokens;
     const int tokens = min(a->chunk_tokens, a->num_tokens - begin);
@@ -136,21 +136,19 @@ MOE_DEVICE_BODY void moei_ep_scatter_chunk(const moei_ep_args* a, const int widt
         const int64_t from = j % pieces * piece;
         uint4 v[MOEI_EP_VECTORS];
         moei_ep_load(v, a, t, from, width);
-        moei_ep_store_slots(v, a, t, from, width);
+        moei_ep_store_slots(v, a, t, from, width, fp8);
     }
     moei_ep_arrive(&a->peers, a->channel, n, stopped);
     if (last && moe_warp() == 0)
         (void)moei_peer_reach_pass(&a->peers, a->channel, n, MOE_PHASE_DISPATCH, a->tag, a->waited);
 }
 
-#define MOEI_EP_SCATTER(width)                                                                     \
-    MOE_KERNEL(MOEI_EP_THREADS, 1) moei_ep_scatter_##width(MOE_ARG(moei_ep_args) a)                \
+#define MOEI_EP_SCATTER(name, width, fp8)                                                          \
+    MOE_KERNEL(MOEI_EP_THREADS, 1) moei_ep_scatter_##name(MOE_ARG(moei_ep_args) a)                 \
     {                                                                                              \
-        moei_ep_scatter_chunk(&a, width);                                                          \
+        moei_ep_scatter_chunk(&a, width, fp8);                                                     \
     }
-MOEI_EP_SCATTER(16)
-MOEI_EP_SCATTER(4)
-MOEI_EP_SCATTER(2)
+MOEI_EP_WIDTHS(MOEI_EP_SCATTER)
 #undef MOEI_EP_SCATTER
 
 #endif

@@ -175,6 +175,8 @@ static void make_train(train_rank* t, const rank_layers* l, const options* o, co
     t->infer = l->ep_p;
     t->ep.forward = l->ep;
     t->ep.forward.counters = 0;
+    t->ep.forward.layer.workspace = 0; /* that one is the inference layer's */
+    t->ep.forward.layer.workspace_bytes = 0;
     t->ep.forward.redispatch_x = o->redispatch;
     t->ep.forward.count_rows = o->counts;
     dy = make((int64_t)t->begin * o->H, (int64_t)l->T * o->H, 1.0f, 6, o->dtype);

@@ -3,6 +3,7 @@
 #define MOE_TESTS_EP_BACKWARD_H
 
 #include "tests/unit/ep/backward_case.h"
+#include "tests/unit/ep/sleep.h"
 
 /* Both layers, and the comparison. */
 static void bk_compare(const bk_case* o, uint64_t salt)
@@ -139,7 +140,7 @@ static void test_backward_graph(void)
 }
 
 /* Two layers that share all buffers of the exchange, forward 0, 1, backward 1, 0, several steps
-   without a host wait: the bits of one step at a time. */
+   without a host wait, before each call another rank late: the bits of one step at a time. */
 static void test_backward_layers(void)
 {
     static bk_job j;
@@ -178,6 +179,7 @@ static void test_backward_layers(void)
                 0; /* of layer 0 alone */
             backward[1][r].grads.drouter = 0;
             backward[1][r].grads.dlogits = backward[1][r].grads.dweights = 0;
+            CHECK_STATUS(moe_preload_kernel((const void*)ep_sleep), MOE_OK);
         }
         for (int step = 0; step < 6; ++step) {
             const int waits = step < 2; /* steps 0 and 1: after each call */
@@ -185,6 +187,8 @@ static void test_backward_layers(void)
             for (int call = 0; call < 4; ++call) {
                 for (int r = 0; r < 4; ++r) {
                     tgroup_use(&j.lay.g, r);
+                    if (!waits && (step + call) % 4 == r)
+                        ep_sleep_on(j.lay.g.stream[r], MOE_ON_HOST ? 1000000 : 300000);
                     CHECK_STATUS(
                         call < 2 ? moe_ep_layer_forward(&forward[call][r], j.lay.g.stream[r])
                                  : moe_ep_layer_backward(&backward[3 - call][r], j.lay.g.stream[r]),

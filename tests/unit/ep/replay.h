@@ -4,6 +4,7 @@
 #define MOE_TESTS_EP_REPLAY_H
 
 #include "tests/unit/ep/case.h"
+#include "tests/unit/ep/sleep.h"
 
 /* In place of experts: writes row r of a rank = x of the row's token, times the number of the
    expert + 1 (of the group, by rank). in_order: x has the rows themselves. Then y[t] = residual[t] + sum over k of w (id + 1) x[t]. */
@@ -29,18 +30,6 @@ MOE_KERNEL(64, 1) ep_scale_rows(MOE_ARG(ep_scale_args) a)
                     a.row_slot[r] < 0 ? 0.0f : moe_load_f32(a.x, from * a.H + h, a.dtype);
                 moe_store_f32(a.rows, (int64_t)r * a.H + h, a.dtype, v * (float)(a.first + e + 1));
             }
-}
-
-/* Holds a stream up for some time. */
-typedef struct ep_sleep_args {
-    uint64_t ns;
-} ep_sleep_args;
-
-MOE_KERNEL(32, 1) ep_sleep(MOE_ARG(ep_sleep_args) a)
-{
-    const uint64_t begun = moei_nanoseconds();
-    moe_pdl_wait();
-    while (moei_nanoseconds() - begun < a.ns) MOE_SPIN();
 }
 
 /* Writes y of a rank into hash[0]: 64 bits in which every bit of y counts. */
@@ -82,12 +71,7 @@ static void ep_queue(ep_job* j, int32_t* const* ids, void* const* y, int late)
         moe_launch_config l = moe_grid(4, 64, 0, j->g.stream[r]);
         ep_scale_args s;
         tgroup_use(&j->g, r);
-        if (r == late) {
-            ep_sleep_args a;
-            moe_launch_config one = moe_grid(1, 32, 0, j->g.stream[r]);
-            a.ns = 300000;
-            CHECK_STATUS(MOE_LAUNCH(ep_sleep, one, a), MOE_OK);
-        }
+        if (r == late) ep_sleep_on(j->g.stream[r], 300000);
         d.ids = ids[r];
         m.dispatch = &d;
         m.y = y[r];
@@ -476,11 +460,8 @@ static void test_waits(void)
             ep_load(&j);
             for (int part = 0; part < 2; ++part) {
                 for (int r = 0; r < 3; ++r) {
-                    moe_launch_config one = moe_grid(1, 32, 0, j.g.stream[r]);
-                    ep_sleep_args a;
-                    a.ns = ns;
                     tgroup_use(&j.g, r);
-                    if (r == 1 && part == phase) CHECK_STATUS(MOE_LAUNCH(ep_sleep, one, a), MOE_OK);
+                    if (r == 1 && part == phase) ep_sleep_on(j.g.stream[r], ns);
                     ep_vary();
                     CHECK_STATUS(part ? moe_ep_combine(&j.rank[r].combine, j.g.stream[r])
                                       : moe_ep_dispatch(&j.rank[r].dispatch, j.g.stream[r]),
