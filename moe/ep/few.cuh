@@ -85,6 +85,18 @@ MOE_DEVICE int moei_ep_few_offsets(const moei_route_args* a, const moei_route_sh
     return rows;
 }
 
+/* Writes row_weight of the first `rows` rows, from row_slot. All threads. */
+MOE_DEVICE void moei_ep_few_weigh(const moei_route_args* a, int rows)
+{
+    const moe_route_desc* d = &a->d;
+    __syncthreads(); /* row_slot is written */
+    MOE_NO_UNROLL
+    for (int r = (int)threadIdx.x; r < min(rows, a->max_rows); r += (int)blockDim.x) {
+        const int slot = d->row_slot[r];
+        d->row_weight[r] = slot >= 0 ? d->weights[slot] : 0.0f;
+    }
+}
+
 /* Gives each slot its row: expert_count, expert_offset, row_slot and place of a.
      1. rank: a slot's rank in its warp among the slots of its expert
      2. offsets
@@ -122,12 +134,12 @@ MOE_DEVICE_BODY void moei_ep_few_place(const moei_route_args* a, const moei_ep_f
             row = s->offset[expert] + s->ahead[expert * s->stride + moe_warp()] + (item >> 16);
         if (row >= a->max_rows) row = -1;
         if (row >= 0) d->row_slot[row] = (int)slot;
-        if (row >= 0 && d->row_weight) d->row_weight[row] = d->weights[slot];
         moei_route_write_row(d, (int)slot, expert, 0, row);
     }
     if (empty) return;
     if (d->row_multiple > 1) moei_route_pad(a, s); /* 4. */
     moei_route_clear_rows(a, (uint32_t)rows + threadIdx.x, (uint32_t)a->max_rows, blockDim.x);
+    if (d->row_weight) moei_ep_few_weigh(a, rows);
 }
 
 #endif
