@@ -79,10 +79,10 @@ typedef struct moe_ep_layer_backward_desc {
 
 /* Stages of the backward pass, in the order of moe_ep_layer_backward_run. */
 typedef enum moe_ep_layer_backward_stage {
-    MOE_EP_BACKWARD_SEND_X,    /* with redispatch_x: x, on the side stream where there is one */
     MOE_EP_BACKWARD_SEND_DY,   /* rows of dy to the ranks of their experts */
     MOE_EP_BACKWARD_SHARED,    /* shared expert: all that needs dy alone */
     MOE_EP_BACKWARD_RECEIVE,   /* waits for the rows of dy of all ranks */
+    MOE_EP_BACKWARD_SEND_X,    /* with redispatch_x: x, on the side stream where there is one */
     MOE_EP_BACKWARD_RECOMPUTE, /* pre-activations, with recompute; waits for x first */
     MOE_EP_BACKWARD_GATHER_DY, /* as in moe_layer_backward_stage, like PRE, DW2, DBIAS2 */
     MOE_EP_BACKWARD_PRE,
@@ -107,9 +107,9 @@ typedef enum moe_ep_layer_backward_stage {
 MOE_HOST const char* moe_ep_layer_backward_stage_name(int stage)
 {
     static const char* const name[] = {
-        "send_x",    "send_dy",  "shared", "receive",    "recompute", "gather_dy", "pre",
-        "send_dw",   "dw2",      "dbias2", "receive_dw", "gate",      "router",    "shared_dx",
-        "receive_x", "gather_x", "dw1",    "dbias1",     "rows",      "combine",   "drouter"};
+        "send_dy",   "shared",   "receive", "send_x",     "recompute", "gather_dy", "pre",
+        "send_dw",   "dw2",      "dbias2",  "receive_dw", "gate",      "router",    "shared_dx",
+        "receive_x", "gather_x", "dw1",     "dbias1",     "rows",      "combine",   "drouter"};
     return stage >= 0 && stage < MOE_EP_BACKWARD_STAGES ? name[stage] : "?";
 }
 
