@@ -130,6 +130,8 @@ MOE_HOST moe_status moei_ep_check_call(moe_ep_dispatch_desc* d)
     MOE_REQUIRE(moei_stride_fits(d->x_stride, b->hidden, d->num_tokens), MOE_ERR_STRIDE, x_stride);
     MOE_REQUIRE(b->wire_dtype != MOE_EP_WIRE_FP8 || d->x_stride % 8 == 0, MOE_ERR_ALIGN, x_stride);
     MOE_REQUIRE(d->tag >= 0 && d->tag < 1 << 24, MOE_ERR_RANGE, tag);
+    MOE_REQUIRE(d->max_blocks >= 0 && d->max_blocks <= MOEI_EP_MAX_CHUNKS, MOE_ERR_RANGE,
+                max_blocks);
     MOE_REQUIRE(!d->replica_offset == !d->replica, MOE_ERR_CONFLICT, replica);
     MOE_REQUIRE(b->num_scales || !d->scales, MOE_ERR_CONFLICT, scales);
     MOE_REQUIRE(d->num_local >= 0 && d->num_local <= MOE_MAX_EXPERTS, MOE_ERR_RANGE, num_local);
@@ -273,7 +275,8 @@ MOE_HOST moe_status moei_ep_check_pointers(const moe_ep_dispatch_desc* d, int64_
 MOE_HOST void moei_ep_fill_args(const moe_ep_dispatch_desc* d, moei_ep_args* a)
 {
     const moe_ep_buffers* b = &d->buffers;
-    const int64_t blocks = d->num_tokens < MOEI_EP_MAX_CHUNKS ? d->num_tokens : MOEI_EP_MAX_CHUNKS;
+    const int64_t most = d->max_blocks ? d->max_blocks : MOEI_EP_MAX_CHUNKS;
+    const int64_t blocks = d->num_tokens < most ? d->num_tokens : most;
     a->x = (const char*)d->x;
     a->scales = d->scales;
     a->ids = d->ids;

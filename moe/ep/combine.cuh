@@ -287,8 +287,8 @@ typedef struct moe_ep_combine_prepared {
     moe_launch tally;             /* likewise; argument: counted */
 } moe_ep_combine_prepared;
 
-/* Sets the grid of a prepared reduction, and whether it adds at home. */
-MOE_HOST moe_status moei_ep_size_reduce(moei_ep_reduce_args* a, moe_launch* reduce)
+/* Sets the grid of a prepared reduction, and whether it adds at home. max_blocks: 0: any. */
+MOE_HOST moe_status moei_ep_size_reduce(moei_ep_reduce_args* a, int max_blocks, moe_launch* reduce)
 {
     const int num_ranks = a->peers.num_ranks, groups = MOEI_EP_REDUCE_WARPS / a->warps;
     moe_device device;
@@ -297,7 +297,9 @@ MOE_HOST moe_status moei_ep_size_reduce(moei_ep_reduce_args* a, moe_launch* redu
     MOE_TRY(moe_device_query(&device));
     MOE_TRY(moe_resident_blocks(reduce, &resident));
     places = (int64_t)device.sms * resident;
-    if (blocks > places) blocks = (places - 1) / num_ranks * num_ranks + 1;
+    if (max_blocks && places > max_blocks) places = max_blocks;
+    if (blocks > places)
+        blocks = places > num_ranks ? (places - 1) / num_ranks * num_ranks + 1 : places;
     /* half of the places: the others serve blocks of this grid and other kernels meanwhile */
     a->fused = MOEI_EP_FUSE_HOME && !a->peers.shared && a->home.num_tokens > 0 &&
                a->home.num_tokens <= places / 2;
@@ -346,7 +348,7 @@ MOE_HOST moe_status moei_ep_prepare_reduce(const moe_ep_dispatch_desc* d, const 
     if (b->rows_dtype == dtype) MOE_TRY(MOE_PREPARE(&p->reduce, moei_ep_reduce_##name, g));
     MOEI_COMBINE_LIST(MOEI_EP_REDUCE_CASE)
 #undef MOEI_EP_REDUCE_CASE
-    MOE_TRY(moei_ep_size_reduce(a, &p->reduce));
+    MOE_TRY(moei_ep_size_reduce(a, c->max_blocks, &p->reduce));
     return a->fused ? MOE_OK : moe_combine_prepare(home, &p->combine);
 }
 
@@ -380,6 +382,7 @@ MOE_HOST moe_status moei_ep_combine_prepare(const moe_ep_combine_desc* c,
     moe_launch_config g = moe_grid(1, 32, 0, 0);
     MOE_REQUIRE(c->dispatch, MOE_ERR_NULL, dispatch);
     MOE_REQUIRE(c->tag >= 0 && c->tag < 1 << 24, MOE_ERR_RANGE, tag);
+    MOE_REQUIRE(c->max_blocks >= 0, MOE_ERR_RANGE, max_blocks);
     d = *c->dispatch;
     MOE_REQUIRE(!c->weights || c->weights == d.weights, MOE_ERR_CONFLICT, weights);
     MOE_TRY(moei_ep_resolve(&d, &dispatch, &v));

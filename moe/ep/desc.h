@@ -147,6 +147,8 @@ typedef struct moe_ep_dispatch_desc {
                              replicas required, 0 = none. Slots of an expert past P are dropped: the
                              receiving rank's fault word has BAD_ID or BAD_REPLICA */
     int32_t tag;        /* reported where a rank is late, 0 .. 2^24 - 1 */
+    int32_t max_blocks; /* most thread blocks that send rows, 1 .. 128: few leave multiprocessors to
+                           kernels beside them; 0 = as many as are useful */
     moe_ep_buffers buffers;
     /* MOE_EP_ALL_GATHER_COPY: of the caller's, on this rank's device */
     void* side_stream;   /* cudaStream_t, on which the copies run; not the dispatch's */
@@ -180,6 +182,7 @@ typedef struct moe_ep_combine_desc {
     void* y;                                /* [T, H] dtype */
     int64_t y_stride;                       /* elements between rows; 0 = H */
     int32_t tag;                            /* as in the dispatch */
+    int32_t max_blocks; /* most thread blocks that reduce, likewise; 0 = as many as are useful */
 } moe_ep_combine_desc;
 
 #endif

@@ -25,6 +25,8 @@
    buffers serves the forwards of all layers; otherwise each layer has its own (region_offset; they
    may share channels).
    The buffers of gradients, another set and two arrays behind it, serve all layers: gradient_offset.
+   With overlap dx travels while dw2 and dw1 are computed: rows come first, then their combine on the
+   side stream by few thread blocks, and the products of weights beside it.
    With count_rows (layer.cuh) pre and this workspace have room for the rows that came, in place of
    max_rows: one host wait a forward.
 
@@ -69,6 +71,8 @@
 #include "barrier.cuh"
 #include "layer.cuh"
 #include "weight_grads.cuh"
+
+#define MOEI_EP_OVERLAP_BLOCKS 24
 
 /* Where the buffers of gradients are, in every region. */
 typedef struct moei_ep_gradient_layout {
@@ -170,6 +174,7 @@ MOE_HOST void moei_ep_backward_rows(const moe_ep_layer_backward_desc* d, moei_ep
     r->num_tokens = (int32_t)ep->num_x;
     r->rows = w->view.rows; /* gathered */
     r->sums_drouter = d->grads.drouter && !d->local_router;
+    r->rows_first = d->overlap;
 }
 
 /* Fills in the exchanges' descriptors, but for dx's rows. */
@@ -189,6 +194,9 @@ MOE_HOST void moei_ep_backward_exchanges(const moe_ep_layer_backward_desc* d,
     w->combine.y = d->grads.dx;
     w->combine.y_stride = d->grads.dx_stride;
     w->combine.tag = d->forward.tag;
+    if (!d->overlap) return;
+    w->x.max_blocks = d->overlap_blocks ? d->overlap_blocks : MOEI_EP_OVERLAP_BLOCKS;
+    w->combine.max_blocks = w->x.max_blocks;
 }
 
 /* Fills in *w, all but the check of buffers. base: the workspace, or null to count its bytes. */
@@ -201,6 +209,8 @@ MOE_HOST moe_status moei_ep_layer_backward_resolve(const moe_ep_layer_backward_d
     memset(w, 0, sizeof *w);
     MOE_REQUIRE(moei_all_zero(&d->grads.layer, sizeof d->grads.layer), MOE_ERR_CONFLICT, grads);
     MOE_REQUIRE(!f->microbatch_tokens, MOE_ERR_CONFLICT, microbatch_tokens);
+    MOE_REQUIRE((d->overlap | 1) == 1, MOE_ERR_OPTION, overlap);
+    MOE_REQUIRE(d->overlap || !d->overlap_blocks, MOE_ERR_CONFLICT, overlap);
     MOE_TRY(moei_ep_layer_resolve(f, 0, &w->e));
     MOE_TRY(moei_ep_gradient_lay_out(d, f->peers->num_ranks, &w->at));
     MOE_REQUIRE(w->at.end <= f->peers->bytes, MOE_ERR_RANGE, region_bytes);
@@ -260,6 +270,7 @@ typedef struct moe_ep_layer_backward_prepared {
     size_t dweights_bytes;
     void *side_stream, *side_event[2];
     int32_t redispatches, beside; /* beside: x travels on the side stream as a whole */
+    int32_t overlaps;             /* the combine runs on the side stream */
     int32_t has_dweights, has_drouter;
 } moe_ep_layer_backward_prepared;
 
@@ -299,8 +310,6 @@ MOE_HOST moe_status moei_ep_backward_prepare_x(const moei_ep_layer_backward* w,
     p->redispatches = 1;
     p->beside = w->x.side_stream && w->x.side_event[0] && w->x.side_event[1] &&
                 p->x.args.dispatch_form != MOE_EP_ALL_GATHER_COPY;
-    p->side_stream = w->x.side_stream;
-    p->side_event[0] = w->x.side_event[0], p->side_event[1] = w->x.side_event[1];
     return MOE_OK;
 }
 
@@ -316,6 +325,13 @@ MOE_HOST moe_status moei_ep_layer_backward_prepare(const moe_ep_layer_backward_d
     MOE_TRY(moei_layer_backward_prepare_stages(
         &w.home, &w.b, w.e.ep.num_local > 0 && w.e.o.num_rows > 0, &p->home));
     MOE_TRY(moe_ep_dispatch_prepare(&w.dy, &p->dy));
+    p->side_stream = w.x.side_stream;
+    p->side_event[0] = w.x.side_event[0], p->side_event[1] = w.x.side_event[1];
+    p->overlaps = d->overlap && p->home.has_dx;
+    if (p->overlaps) {
+        MOE_REQUIRE(p->side_stream, MOE_ERR_NULL, side_stream);
+        MOE_REQUIRE(p->side_event[0] && p->side_event[1], MOE_ERR_NULL, side_event);
+    }
     if (d->forward.redispatch_x) MOE_TRY(moei_ep_backward_prepare_x(&w, p));
     if (p->home.has_dx) MOE_TRY(moe_ep_combine_prepare(&w.combine, &p->combine));
     p->has_dweights = p->home.has_gate || d->grads.dweights;
@@ -332,7 +348,7 @@ MOE_HOST moe_status moei_ep_layer_backward_prepare(const moe_ep_layer_backward_d
     }
     p->peers = *d->forward.peers;
     p->barrier.fault = f->fault;
-    p->barrier.channel = w.at.buffers.channel + 1;
+    p->barrier.channel = w.at.channel;
     p->barrier.tag = d->forward.tag;
     return MOE_OK;
 }
@@ -345,6 +361,15 @@ MOE_HOST moe_status moe_ep_layer_backward_prepare(const moe_ep_layer_backward_de
     MOE_RETURN_PREPARED(desc, p, moei_ep_layer_backward_prepare(desc, p));
 }
 
+/* Lets the side stream wait for what `stream` has so far. */
+MOE_HOST moe_status moei_ep_backward_fork(const moe_ep_layer_backward_prepared* p,
+                                          cudaStream_t stream)
+{
+    MOE_TRY_CUDA(cudaEventRecord((cudaEvent_t)p->side_event[0], stream));
+    return moe_cuda_status(
+        cudaStreamWaitEvent((cudaStream_t)p->side_stream, (cudaEvent_t)p->side_event[0], 0));
+}
+
 /* Queues the second dispatch of x: on the side stream, or its first half on `stream`. */
 MOE_HOST moe_status moei_ep_backward_send_x(const moe_ep_layer_backward_prepared* p,
                                             cudaStream_t stream)
@@ -352,8 +377,7 @@ MOE_HOST moe_status moei_ep_backward_send_x(const moe_ep_layer_backward_prepared
     cudaStream_t side = (cudaStream_t)p->side_stream;
     if (!p->redispatches) return MOE_OK;
     if (!p->beside) return moe_ep_dispatch_run_part(&p->x, MOE_EP_SEND, stream);
-    MOE_TRY_CUDA(cudaEventRecord((cudaEvent_t)p->side_event[0], stream));
-    MOE_TRY_CUDA(cudaStreamWaitEvent(side, (cudaEvent_t)p->side_event[0], 0));
+    MOE_TRY(moei_ep_backward_fork(p, stream));
     MOE_TRY(moe_ep_dispatch_run_part(&p->x, MOE_EP_SEND, side));
     MOE_TRY(moe_ep_dispatch_run_part(&p->x, MOE_EP_RECEIVE, side));
     return moe_cuda_status(cudaEventRecord((cudaEvent_t)p->side_event[1], side));
@@ -377,20 +401,19 @@ MOE_HOST moe_status moei_ep_backward_home(const moe_ep_layer_backward_prepared* 
     return MOE_OK;
 }
 
-/* Queues the combine of dx; without dx a barrier in its place: the next dispatch may not come before
-   all ranks have read this one's rows. */
-MOE_HOST moe_status moei_ep_backward_combine(const moe_ep_layer_backward_prepared* p,
-                                             cudaStream_t stream)
+/* Queues a barrier: the next dispatch may not come before all ranks have read this one's rows. */
+MOE_HOST moe_status moei_ep_backward_meet(const moe_ep_layer_backward_prepared* p,
+                                          cudaStream_t stream)
 {
     moe_peers_desc barrier = p->barrier;
-    if (p->home.has_dx) return moe_ep_combine_run(&p->combine, stream);
     barrier.peers = &p->peers;
     return moe_peers_barrier(&barrier, stream);
 }
 
 /* Queues one stage of a prepared backward pass on `stream`; `stage` is a
    moe_ep_layer_backward_stage. For timing, or for work of the caller's between two stages. All
-   stages in order are moe_ep_layer_backward_run; no other order is allowed. */
+   stages in order give what moe_ep_layer_backward_run gives, without overlap; no other order is
+   allowed. */
 MOE_HOST moe_status moe_ep_layer_backward_run_stage(const moe_ep_layer_backward_prepared* p,
                                                     int stage, cudaStream_t stream)
 {
@@ -422,7 +445,9 @@ MOE_HOST moe_status moe_ep_layer_backward_run_stage(const moe_ep_layer_backward_
         return moei_ep_backward_home(p, MOE_LAYER_BACKWARD_SHARED_DW1,
                                      MOE_LAYER_BACKWARD_SHARED_ROWS, stream);
     case MOE_EP_BACKWARD_RECEIVE_X: return moei_ep_backward_receive_x(p, 0, stream);
-    case MOE_EP_BACKWARD_COMBINE: return moei_ep_backward_combine(p, stream);
+    case MOE_EP_BACKWARD_COMBINE: /* without dx a barrier in its place */
+        if (!h->has_dx) return moei_ep_backward_meet(p, stream);
+        return moe_ep_combine_run(&p->combine, stream);
     case MOE_EP_BACKWARD_DROUTER:
         return p->has_drouter ? moe_ep_all_reduce_run(&p->reduce, stream) : MOE_OK;
 #define MOEI_EP_BACKWARD_HOME(name)                                                                \
@@ -443,11 +468,40 @@ MOE_HOST moe_status moe_ep_layer_backward_run_stage(const moe_ep_layer_backward_
     }
 }
 
+/* Queues the pass with overlap: rows and dx before dw2 and dw1, the combine on the side stream. */
+MOE_HOST moe_status moei_ep_backward_run_overlapped(const moe_ep_layer_backward_prepared* p,
+                                                    cudaStream_t stream)
+{
+    static const unsigned char before[] = {
+        MOE_EP_BACKWARD_SEND_DY,   MOE_EP_BACKWARD_SHARED,
+        MOE_EP_BACKWARD_RECEIVE,   MOE_EP_BACKWARD_SEND_X,
+        MOE_EP_BACKWARD_RECOMPUTE, MOE_EP_BACKWARD_GATHER_DY,
+        MOE_EP_BACKWARD_PRE,       MOE_EP_BACKWARD_SEND_DWEIGHTS,
+        MOE_EP_BACKWARD_ROWS,      MOE_EP_BACKWARD_RECEIVE_DWEIGHTS,
+        MOE_EP_BACKWARD_GATE,      MOE_EP_BACKWARD_ROUTER,
+        MOE_EP_BACKWARD_SHARED_DX, MOE_EP_BACKWARD_RECEIVE_X};
+    static const unsigned char beside[] = {MOE_EP_BACKWARD_DW2, MOE_EP_BACKWARD_DBIAS2,
+                                           MOE_EP_BACKWARD_GATHER_X, MOE_EP_BACKWARD_DW1,
+                                           MOE_EP_BACKWARD_DBIAS1};
+    for (size_t i = 0; i < sizeof before; ++i)
+        MOE_TRY(moe_ep_layer_backward_run_stage(p, before[i], stream));
+    MOE_TRY(moei_ep_backward_fork(p, stream));
+    MOE_TRY(moe_ep_combine_run(&p->combine, (cudaStream_t)p->side_stream));
+    MOE_TRY_CUDA(cudaEventRecord((cudaEvent_t)p->side_event[1], (cudaStream_t)p->side_stream));
+    for (size_t i = 0; i < sizeof beside; ++i)
+        MOE_TRY(moe_ep_layer_backward_run_stage(p, beside[i], stream));
+    MOE_TRY_CUDA(cudaStreamWaitEvent(stream, (cudaEvent_t)p->side_event[1], 0));
+    /* the combine's barrier did not wait for the products that read received rows: this one does */
+    if (!p->has_drouter) return moei_ep_backward_meet(p, stream);
+    return moe_ep_layer_backward_run_stage(p, MOE_EP_BACKWARD_DROUTER, stream);
+}
+
 /* Queues a prepared backward pass on `stream`. Refuses a null p. */
 MOE_HOST moe_status moe_ep_layer_backward_run(const moe_ep_layer_backward_prepared* p,
                                               cudaStream_t stream)
 {
     MOE_REQUIRE(p, MOE_ERR_NULL, desc);
+    if (p->overlaps) return moei_ep_backward_run_overlapped(p, stream);
     for (int stage = 0; stage < MOE_EP_BACKWARD_STAGES; ++stage)
         MOE_TRY(moe_ep_layer_backward_run_stage(p, stage, stream));
     return MOE_OK;

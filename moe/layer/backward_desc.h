@@ -55,13 +55,15 @@ typedef enum moe_layer_gather {
 typedef struct moe_layer_backward_view {
     void* experts_workspace; /* of the experts, then of the shared expert */
     void* act;               /* [R, I] dtype; of the shared expert [T, Is] */
-    void* rows;              /* [R, H] rows_dtype: copies of dy, then of x, then the gradients */
-    void* router_workspace;  /* in `rows`, between these uses */
-    float* dot;              /* [R, ceil(I / 64)] */
-    float* shared_dot;       /* [T, ceil(Is / 64)] */
-    float* dweights;         /* [T, K]: the caller's or in the workspace, like the next */
-    float* dlogits;          /* [T, E] */
-    void* pre;               /* as in moe_layer_view: saved or computed again */
+    void* rows;              /* [R, H] rows_dtype: the gradients */
+    void* copies; /* [R, H] dtype: copies of dy, then of x; before the gradients in `rows`,
+                                but for a layer over ranks with overlap */
+    void* router_workspace; /* in `rows`, between these uses */
+    float* dot;             /* [R, ceil(I / 64)] */
+    float* shared_dot;      /* [T, ceil(Is / 64)] */
+    float* dweights;        /* [T, K]: the caller's or in the workspace, like the next */
+    float* dlogits;         /* [T, E] */
+    void* pre;              /* as in moe_layer_view: saved or computed again */
     void* shared_pre;
     int32_t* shared_slot; /* [T] tokens that the shared expert reads, with token_disabled */
 } moe_layer_backward_view;

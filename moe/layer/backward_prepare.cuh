@@ -24,6 +24,7 @@ typedef struct moei_layer_backward_rows {
     int64_t x_stride, dy_stride;
     int32_t num_tokens;
     int32_t sums_drouter; /* 1: drouter is summed over ranks: fp32, overwritten */
+    int32_t rows_first; /* 1: rows are computed before dw2 and dw1: copies have their own memory */
 } moei_layer_backward_rows;
 
 /* A descriptor that is being resolved. */
@@ -133,6 +134,12 @@ MOE_HOST moe_status moei_layer_backward_carve(const moe_layer_backward_desc* d, 
                              moei_larger(copies * (uint64_t)f->hidden * row_bytes, router));
         w->router_workspace = w->rows;
     }
+    w->copies = w->rows;
+    if (b->rows.rows_first) {
+        if (!b->rows.rows) w->router_workspace = moei_carve(base, &b->bytes, router);
+        if (b->rows.row_slot)
+            w->copies = moei_carve(base, &b->bytes, rows * (uint64_t)f->hidden * 2);
+    }
     w->dweights = d->dweights;
     w->dlogits = d->dlogits;
     if (b->has_gate && !w->dweights && !b->o.elsewhere)
@@ -165,8 +172,8 @@ MOE_HOST void moei_layer_backward_experts(const moe_layer_backward_desc* d, moei
     e->x_stride = r->x_stride;
     e->dy = r->dy;
     e->dy_stride = r->dy_stride;
-    e->x_rows = b->gathers ? b->w.rows : 0;
-    e->dy_rows = b->gathers ? b->w.rows : 0;
+    e->x_rows = b->gathers ? b->w.copies : 0;
+    e->dy_rows = b->gathers ? b->w.copies : 0;
     e->pre = b->w.pre;
     e->weights = r->weights;
     e->row_weight = r->row_weight;
@@ -269,7 +276,7 @@ MOE_HOST void moei_layer_backward_moves(const moe_layer_backward_desc* d, moei_l
     p->row_slot = r->row_slot;
     p->slot_row = r->slot_row;
     p->dtype = dtype;
-    p->y = b->w.rows;
+    p->y = b->w.copies;
     p->fault = f->fault;
     p->num_tokens = r->num_tokens;
     p->top_k = f->top_k;

@@ -11,7 +11,7 @@ typedef struct bk_case {
     lay_case c;
     int redispatch, recompute, balance, in_place; /* in_place: dx is dy, and added to it */
     int count_rows, local_router, no_dx, fp32;    /* fp32: gradients of weights */
-    int side;                                     /* 1: redispatch on the side stream */
+    int side; /* 1: redispatch on the side stream; 2: and overlap */
 } bk_case;
 
 /* One rank, or the one GPU. */
@@ -172,6 +172,8 @@ static int bk_put_rank(bk_job* j, int r, int at)
     b->forward.redispatch_x = j->o.redispatch;
     b->forward.count_rows = j->o.count_rows;
     b->local_router = j->o.local_router;
+    b->overlap = j->o.side == 2;
+    b->overlap_blocks = b->overlap ? j->o.redispatch * 3 : 0;
     if (!j->o.side && j->o.c.dispatch != MOE_EP_ALL_GATHER_COPY) b->forward.side_stream = 0;
     bk_ask(j, s, &b->grads);
     if (!CHECK_STATUS(moe_ep_layer_saved(&b->forward, &list), MOE_OK)) return 0;
