@@ -64,7 +64,7 @@
     X(aux_coefficient) X(variance_coefficient) X(z_coefficient) X(bias_step)                           \
     X(drows) X(drows_table) X(drows_stride) X(dshared) X(dshared_stride) X(dshared_weight)             \
     X(from) X(to) X(integers) X(grads) X(redispatch_x) X(gradient_offset) X(gradient_channel)          \
-    X(count_rows) X(local_router) X(gradient_wire) X(overlap)                                                                        \
+    X(count_rows) X(local_router) X(gradient_wire) X(overlap) X(overlap_blocks)                                                                        \
     X(drouter) X(dbias1) X(dbias2) X(dx_accumulate) X(empty_experts) X(x_rows) X(dy_rows) X(dpre)     \
     X(recompute) X(gather) X(rows_accumulate)\
     X(router_grad_dtype)

@@ -12,12 +12,12 @@
 
    Numerics: fp32 in ascending rank, rounded once to to_dtype: all ranks have the same bits, and
    equal inputs give equal bits. int32 wraps at 2^31.
-   A stop fault of any rank keeps `to` of all ranks as it is: where this call is the last of a step,
-   all ranks have the step's results or none has, but for a rank that was too late for this call.
+   A stop fault of any rank before the call keeps `to` of all ranks as it is. A wait that ends at the
+   last moment of its budget may stop one rank alone.
    Cost: 2 launches and a barrier; (W - 1) 4 count bytes reach this GPU. Minimum architecture: sm_75.
 
      moe_ep_all_reduce_desc d = {0};
-     d.peers = &peers;  d.fault = fault;  d.region_offset = offset;  d.channel = 4;
+     d.peers = &peers;  d.fault = fault;  d.region_offset = offset;  d.channel = 8; // used by this alone
      d.array[0].from = prob_sum;      d.array[0].to = all_prob_sum;      d.array[0].count = E;
      d.array[1].from = expert_count;  d.array[1].to = all_expert_count;  d.array[1].count = E;
      d.array[1].integers = 1;
@@ -101,13 +101,23 @@ MOE_DEVICE void moei_ep_all_reduce_add(const moei_ep_all_reduce_args* a,
     float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
     int32_t whole[4] = {0, 0, 0, 0};
     MOE_NO_UNROLL
-    for (int r = 0; r < a->peers.num_ranks; ++r) {
-        const uint4 raw = moei_load16(moe_peer_address(&a->peers, r, at) + j * 16);
-        const uint32_t v[4] = {raw.x, raw.y, raw.z, raw.w};
+    for (int r0 = 0; r0 < a->peers.num_ranks; r0 += 4) {
+        uint4 raw[4]; /* four loads are in flight */
         MOE_UNROLL
-        for (int i = 0; i < 4; ++i) {
-            whole[i] = (int32_t)((uint32_t)whole[i] + v[i]);
-            sum[i] += __uint_as_float(v[i]);
+        for (int u = 0; u < 4; ++u) {
+            raw[u] = make_uint4(0, 0, 0, 0);
+            if (r0 + u < a->peers.num_ranks)
+                raw[u] = moei_load16(moe_peer_address(&a->peers, r0 + u, at) + j * 16);
+        }
+        MOE_UNROLL
+        for (int u = 0; u < 4; ++u) {
+            const uint32_t v[4] = {raw[u].x, raw[u].y, raw[u].z, raw[u].w};
+            if (r0 + u >= a->peers.num_ranks) break;
+            MOE_UNROLL
+            for (int i = 0; i < 4; ++i) {
+                whole[i] = (int32_t)((uint32_t)whole[i] + v[i]);
+                sum[i] += __uint_as_float(v[i]);
+            }
         }
     }
     MOE_UNROLL

@@ -9,8 +9,8 @@
      recv_scales   S 4 for each row of recv_x, where num_scales is S > 0: its scales
      wire          H and 4 ceil(H / 128) for each row of recv_x, MOE_EP_WIRE_FP8: rows as they
                    travel, and their scales
-     recv_ids      W C K 4        experts of this rank that the token is for; -1: another rank's
-     slot recv_weights  W C K 4        gate weights of its slots
+     recv_ids      W C K 4        experts of this rank that the token is for; -1: another rank's slot
+     recv_weights  W C K 4        gate weights of its slots
      recv_token    W C 4          the token's number at its home
      recv_count    W 4            tokens that came from each rank
      partial       W C H r        MOE_EP_REDUCED: sums for this rank's tokens, those of rank s
@@ -115,8 +115,9 @@ typedef struct moe_ep_view {
     int32_t in_order; /* 1: recv_x is in expert order; 0: row_slot says which token a row is */
 } moe_ep_view;
 
-/* What a rank's exchanges have cost since the caller wrote zeros here. Rows that stay on this rank
-   do not count, but for expert_rows. A wait for ids begins beside this rank's own sending, one for
+/* What a rank's exchanges have cost since the caller wrote zeros here: one that ends with a combine
+   counts, of a backward pass that of dy and dx. Rows that stay on this rank do not count, but for
+   expert_rows. A wait for ids begins beside this rank's own sending, one for
    rows or sums behind its own part: what others do in the same time is hidden. */
 typedef struct moe_ep_counters {
     uint64_t calls;                 /* combines that ran */

@@ -33,10 +33,11 @@
    to. Rows: of the T tokens, with balanced and distinct choices, W (1 - C(E - E / W, K) / C(E, K))
    each, this rank's own part included; all-gather W - 1; all-to-all one a slot of another rank. And
    8 for each slot received from other ranks where homes must know the rows: with MOE_EP_ALL_TO_ALL
-   or MOE_EP_GATHERED.
+   or MOE_EP_GATHERED. With MOE_EP_WIRE_FP8 (desc.h) H + 4 ceil(H / 128) in place of H b.
    Cost: 2 launches, 3 where the buffers have room for more than 8192 received slots (W C K); 1 more
    past 1024 tokens (not all-gather), 1 more with MOE_EP_GATHERED, 2 more with MOE_EP_ALL_TO_ALL,
-   which also waits for all ranks once more. Pushes 16-byte vectors where x is aligned. Ids, weights
+   which also waits for all ranks once more; 1 more with MOE_EP_WIRE_FP8, 2 more of
+   MOE_EP_ALL_GATHER_COPY. Pushes 16-byte vectors where x is aligned. Ids, weights
    and counts go first, and the row maps are made while the rows travel. The launches that make the
    maps wait for peers, one warp a thread block (signal.cuh). Minimum architecture: sm_75.
 

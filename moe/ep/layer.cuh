@@ -19,13 +19,19 @@
 
    Numerics: those of layer.cuh; but for MOE_EP_GATHERED one more rounding of each rank's sum to
    rows_dtype. The form of dispatch changes no bit. With MOE_EP_GATHERED and batch_invariant y has
-   the same bits for every W. Equal inputs give equal bits. No call allocates or synchronises; the
-   host waits for nothing. A graph of it can be replayed with other inputs. All ranks call it alike
-   (but for T), in the same order as other exchanges of the same buffers.
+   the same bits for every W, but for rows in fp8 (buffers.wire_dtype). Equal inputs give equal bits.
+   No call but moe_ep_layer_count allocates or synchronises. A graph of it can be replayed with other
+   inputs. All ranks call it alike (but for T), in the same order as other exchanges of the same
+   buffers.
+
+   Training: with layer.saved the layer keeps what layer_backward.cuh needs (moe_ep_layer_saved lists
+   it); the dispatch's workspace is its end. Without it nothing is kept. With count_rows the forward
+   comes in two halves, and what it keeps has room for the rows that came:
+     moe_ep_layer_begin on all ranks; moe_ep_layer_count; num_rows, pre; moe_ep_layer_finish
 
    Cost: the launches of the stations. With microbatch_tokens the exchange and the experts run once
    a micro-batch, and the host prepares each but the first when it queues it; replicas take turns
-   within one. Nothing is kept for a backward pass. Memory of a rank: its own experts' weights; the
+   within one. Memory of a rank: its own experts' weights; the
    region (desc.h); the workspace:
      the gate's and the shared expert's buffers, as in layer.cuh, of T tokens
      the dispatch's workspace (dispatch.cuh)
@@ -104,7 +110,7 @@ MOE_HOST moe_status moei_ep_layer_check(const moe_ep_layer_desc* d)
     MOE_REQUIRE(!d->count_rows || !d->microbatch_tokens, MOE_ERR_CONFLICT, count_rows);
     MOE_REQUIRE(d->num_rows >= 0 && d->num_rows <= 0x7fffffff, MOE_ERR_RANGE, num_rows);
     MOE_REQUIRE(d->count_rows || !d->num_rows, MOE_ERR_CONFLICT, num_rows);
-    MOE_REQUIRE(d->count_rows || !d->pre, MOE_ERR_CONFLICT, pre);
+    MOE_REQUIRE((d->count_rows && !d->layer.recompute) || !d->pre, MOE_ERR_CONFLICT, pre);
     MOE_REQUIRE(moei_aligned(d->pre, 16), MOE_ERR_ALIGN, pre);
     MOE_REQUIRE(d->layer.dtype == 0 || d->layer.dtype == MOE_BF16 || d->layer.dtype == MOE_FP16,
                 MOE_ERR_DTYPE, dtype);
@@ -179,6 +185,7 @@ MOE_HOST moe_status moei_ep_layer_resolve(const moe_ep_layer_desc* d, char* base
     MOE_TRY(moei_ep_check_options(&e->dispatch, &args));
     MOE_TRY(moei_ep_carve(&e->dispatch, &args, 0, &e->ep, &part));
 
+    MOE_REQUIRE(d->num_rows <= 1 || d->num_rows <= e->ep.num_rows, MOE_ERR_RANGE, num_rows);
     e->o.elsewhere = 1;
     e->o.num_rows = d->count_rows ? d->num_rows : e->ep.num_rows;
     e->o.table_rows = e->ep.num_rows;
@@ -271,6 +278,22 @@ typedef struct moe_ep_layer_prepared {
     int32_t num_tokens, num_microbatches; /* of this rank; of every rank */
 } moe_ep_layer_prepared;
 
+/* Refuses the caller's pre-activations where they are missing or overlap other memory. */
+MOE_HOST moe_status moei_ep_layer_check_pre(const moe_ep_layer_desc* d, size_t workspace,
+                                            size_t saved)
+{
+    const uint64_t width =
+        (uint64_t)moei_experts_up_rows(d->layer.activation, 0) * (uint64_t)d->layer.intermediate;
+    const moe_buffer list[] = {
+        {d->pre, (uint64_t)d->num_rows * width * 2, 16,
+         MOE_BUFFER_WRITTEN | (d->layer.recompute || !d->count_rows ? 0 : MOE_BUFFER_REQUIRED),
+         MOE_FIELD_pre},
+        {d->layer.workspace, workspace, 256, MOE_BUFFER_READ, MOE_FIELD_workspace},
+        {d->layer.saved, saved, 256, MOE_BUFFER_READ, MOE_FIELD_saved},
+        {d->peers->base, d->peers->bytes, 256, MOE_BUFFER_READ, MOE_FIELD_region}};
+    return moe_check_buffers(list, (int)(sizeof list / sizeof list[0]));
+}
+
 /* Fills in *p, which is empty. */
 MOE_HOST moe_status moei_ep_layer_prepare(const moe_ep_layer_desc* desc, moe_ep_layer_prepared* p)
 {
@@ -282,7 +305,7 @@ MOE_HOST moe_status moei_ep_layer_prepare(const moe_ep_layer_desc* desc, moe_ep_
     MOE_TRY(moei_layer_check_options(&home, &e.o, &e.l));
     MOE_TRY(moei_layer_check_buffers(&home, &e.v, e.workspace, e.saved.bytes));
     MOE_REQUIRE(!desc->count_rows || desc->layer.saved, MOE_ERR_NULL, saved);
-    MOE_REQUIRE(desc->pre || !desc->num_rows || desc->layer.recompute, MOE_ERR_NULL, pre);
+    MOE_TRY(moei_ep_layer_check_pre(desc, e.workspace, e.saved.bytes));
     h->has_router = e.o.has_router;
     h->has_gate = e.o.has_gate;
     h->has_shared = e.o.has_shared;
@@ -342,9 +365,12 @@ MOE_HOST moe_status moei_ep_layer_run_microbatch(const moe_ep_layer_prepared* p,
 }
 
 /* Prepares a layer: moe_ep_layer_run queues it any number of times. Errors: a status for each field
-   that is not as documented. T = 0 is no error. */
+   that is not as documented; count_rows (MOE_ERR_CONFLICT): the rows are not counted yet. T = 0 is
+   no error. */
 MOE_HOST moe_status moe_ep_layer_prepare(const moe_ep_layer_desc* desc, moe_ep_layer_prepared* p)
 {
+    if (desc && p && desc->count_rows && !desc->num_rows) memset(p, 0, sizeof *p);
+    MOE_REQUIRE(!desc || !desc->count_rows || desc->num_rows, MOE_ERR_CONFLICT, count_rows);
     MOE_RETURN_PREPARED(desc, p, moei_ep_layer_prepare(desc, p));
 }
 
@@ -420,7 +446,8 @@ MOE_HOST moe_status moei_ep_layer_run_half(const moe_ep_layer_desc* desc, int fi
                                            cudaStream_t stream)
 {
     moe_ep_layer_prepared p;
-    MOE_TRY(moe_ep_layer_prepare(desc, &p));
+    memset(&p, 0, sizeof p);
+    MOE_TRY(moei_ep_layer_prepare(desc, &p));
     for (int part = 0; part < MOE_EP_LAYER_PARTS; ++part)
         if (moei_ep_layer_in_finish(part) == finish)
             MOE_TRY(moei_ep_layer_run_part(&p, part, 0, stream));
@@ -436,8 +463,8 @@ MOE_HOST moe_status moe_ep_layer_begin(const moe_ep_layer_desc* desc, cudaStream
     return moei_ep_layer_run_half(desc, 0, stream);
 }
 
-/* Waits for `stream` and writes the rows of this rank's experts, padding included, to *num_rows; 0
-   after a stop fault. The one place where a layer over ranks lets the host wait; not for graphs. */
+/* Synchronises `stream` and writes the rows of this rank's experts, padding included, to *num_rows:
+   1 or more, also where there are none. Not for graphs. */
 MOE_HOST moe_status moe_ep_layer_count(const moe_ep_layer_desc* desc, cudaStream_t stream,
                                        int64_t* num_rows)
 {
@@ -445,7 +472,7 @@ MOE_HOST moe_status moe_ep_layer_count(const moe_ep_layer_desc* desc, cudaStream
     int32_t rows = 0;
     uint64_t fault = 0;
     MOE_REQUIRE(desc && num_rows, MOE_ERR_NULL, desc);
-    *num_rows = 0;
+    *num_rows = 1;
     MOE_REQUIRE(desc->count_rows && !desc->num_rows, MOE_ERR_CONFLICT, count_rows);
     MOE_REQUIRE(desc->layer.saved, MOE_ERR_NULL, saved);
     MOE_TRY(moei_ep_layer_resolve(desc, 0, &e));
@@ -453,16 +480,17 @@ MOE_HOST moe_status moe_ep_layer_count(const moe_ep_layer_desc* desc, cudaStream
     MOE_TRY_CUDA(cudaMemcpyAsync(&rows, e.ep.expert_offset + e.ep.num_local, 4,
                                  cudaMemcpyDeviceToHost, stream));
     MOE_TRY_CUDA(cudaStreamSynchronize(stream));
-    if (!MOEI_FAULT_STOPS(fault)) *num_rows = e.ep.num_local ? rows : 0;
+    if (!MOEI_FAULT_STOPS(fault) && e.ep.num_local && rows > 1) *num_rows = rows;
     return MOE_OK;
 }
 
 /* With count_rows, the second half of a forward: queues experts and combine; num_rows and pre are
-   set, and the workspace has what moe_ep_layer_workspace asks for with them. */
+   set, and the workspace has what moe_ep_layer_workspace asks for with them. Where ranks share a GPU
+   nothing may synchronise it (cudaFree does) between the first and the last rank's call. */
 MOE_HOST moe_status moe_ep_layer_finish(const moe_ep_layer_desc* desc, cudaStream_t stream)
 {
     MOE_REQUIRE(desc, MOE_ERR_NULL, desc);
-    MOE_REQUIRE(desc->count_rows, MOE_ERR_CONFLICT, count_rows);
+    MOE_REQUIRE(desc->count_rows && desc->num_rows, MOE_ERR_CONFLICT, count_rows);
     return moei_ep_layer_run_half(desc, 1, stream);
 }
 

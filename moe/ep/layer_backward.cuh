@@ -24,7 +24,8 @@
    where a side stream is given (on copy engines with MOE_EP_ALL_GATHER_COPY). Then one set of
    buffers serves the forwards of all layers; otherwise each layer has its own (region_offset; they
    may share channels).
-   The buffers of gradients, another set and two arrays behind it, serve all layers: gradient_offset.
+   The buffers of gradients, another set and two arrays behind it, serve all layers. gradient_offset
+   is past the forward's buffers of all layers, where each layer has its own.
    With overlap dx travels while dw2 and dw1 are computed: rows come first, then their combine on the
    side stream by few thread blocks, and the products of weights beside it.
    With count_rows (layer.cuh) pre and this workspace have room for the rows that came, in place of
@@ -32,30 +33,38 @@
 
    Region: that of the forward, and from gradient_offset on: the buffers of desc.h; max_tokens K 4
    for dweights; unless local_router 2 E H 4 for drouter; each rounded up to 256.
-   Workspace: that of ../layer_backward.cuh, its rows those received (with MOE_EP_GATHERED
-   [R, H] rows is in the region), without dweights; E H 4 unless local_router; with redispatch_x
-   128 W 4.
+   Workspace: that of ../layer_backward.cuh, its rows those received, without dweights. With
+   MOE_EP_GATHERED [R, H] rows is in the region, and the router's part stands alone. E H 4 unless
+   local_router; with redispatch_x 128 W 4; with overlap the router's part, and R H 2 unless
+   MOE_EP_ALL_TO_ALL.
 
-   Numerics: those of ../layer_backward.cuh. dx is rounded as y is in the forward: MOE_EP_GATHERED
+   Numerics: those of ../layer_backward.cuh. With rows in fp8 (gradient_wire, wire_dtype) none of the
+   equalities of bits below hold but the last. dx is rounded as y is in the forward: MOE_EP_GATHERED
    with batch_invariant gives the same bits for every W; the other forms round each rank's sum to
    rows_dtype. dw1, dw2 and biases have the bits of one GPU that has the tokens of all ranks in
    ascending order of ranks, where the same tiles are chosen. drouter: fp32 sums of each rank, added
    in ascending order, rounded once. Equal inputs give equal bits.
 
-   All ranks call it alike, in the same order as other exchanges of the same buffers; T may be 0 and
-   P too. With drouter the last thing that happens is a barrier of all ranks: a stop fault of any
-   rank leaves all of them with that fault in the fault word; an optimizer that looks at its own
-   word leaves the parameters of all ranks as they are. No call allocates or synchronises. A graph of
-   forward and backward can be replayed with other inputs.
+   All ranks call it alike, in the same order as other exchanges of the same buffers, with the same
+   options. Each of dx and drouter is asked for on all ranks or on none. T and P may be 0; without
+   tokens dx, dlogits and dweights may be null whatever other ranks ask for.
+   Ends with a barrier of all ranks where drouter is summed. A stop fault of any rank before that
+   barrier reaches the fault words of all ranks, and drouter stays as it was on all of them. An
+   optimizer that reads its own word then leaves the parameters of all ranks alone. The other outputs
+   may be written in part. A wait that ends at the last moment of its budget may stop one rank alone.
+   No call allocates or synchronises. A graph of forward and backward can be replayed with other
+   inputs.
    Cost: that of ../layer_backward.cuh; the launches of a dispatch without row maps (with
    redispatch_x of two), of a combine, and 5 more.
    Minimum architecture: sm_80 (bf16), sm_75 (fp16).
 
      moe_ep_layer_backward_desc b = {0};
-     b.forward = e;                                        // as for moe_ep_layer_forward, but for:
+     b.forward = e;                                        // as for moe_ep_layer_forward
      moe_ep_layer_backward_region(&b, W, &region_bytes);   // before the group exists: sizes alone
      moe_ep_layer_saved(&e, &kept);  e.layer.saved = ...;  e.layer.saved_bytes = kept.bytes;
-     moe_ep_layer_backward_workspace(&b, &bytes);          // the larger one serves both passes
+     moe_ep_layer_workspace(&e, &forward);
+     moe_ep_layer_backward_workspace(&b, &backward);
+     e.layer.workspace = ...;  e.layer.workspace_bytes = ...;  // the larger one, for both passes
      moe_status s = moe_ep_layer_forward(&e, stream);
      b.forward = e;  b.grads.dy = dy;  b.grads.dx = dx;  b.grads.drouter = drouter;
      b.grads.dw1.base = dw1;  b.grads.dw2.base = dw2;
@@ -118,7 +127,7 @@ MOE_HOST moe_status moei_ep_gradient_lay_out(const moe_ep_layer_backward_desc* d
                                              moei_ep_gradient_layout* at)
 {
     moe_ep_all_reduce_desc r;
-    uint64_t bytes;
+    uint64_t bytes, reduce, first; /* bytes: end of the forward's buffers; first: their begin */
     moe_ep_buffers* b = &at->buffers;
     memset(at, 0, sizeof *at);
     MOE_REQUIRE((d->local_router | 1) == 1, MOE_ERR_OPTION, local_router);
@@ -134,14 +143,17 @@ MOE_HOST moe_status moei_ep_gradient_lay_out(const moe_ep_layer_backward_desc* d
                 MOE_ERR_RANGE, gradient_channel);
     b->channel = d->gradient_channel ? d->gradient_channel : b->channel + 2;
     MOE_REQUIRE(b->channel + 2 < MOE_PEERS_CHANNELS, MOE_ERR_RANGE, gradient_channel);
+    first = b->region_offset ? b->region_offset : MOE_PEERS_HEADER;
     b->region_offset = d->gradient_offset ? d->gradient_offset : bytes;
+    MOE_REQUIRE(b->region_offset >= MOE_PEERS_HEADER, MOE_ERR_RANGE, gradient_offset);
     MOE_TRY(moe_ep_buffers_end(b, num_ranks, &at->end));
     at->channel = b->channel + 2;
     at->dweights = moei_ep_take(&at->end, (uint64_t)b->max_tokens * (uint64_t)b->top_k * 4);
     at->reduce = (at->end + 255) / 256 * 256;
     moei_ep_describe_drouter(d, at, &r);
-    MOE_TRY(moe_ep_all_reduce_bytes(&r, &bytes));
-    at->end = at->reduce + bytes;
+    MOE_TRY(moe_ep_all_reduce_bytes(&r, &reduce));
+    at->end = at->reduce + reduce;
+    MOE_REQUIRE(b->region_offset >= bytes || at->end <= first, MOE_ERR_OVERLAP, gradient_offset);
     return MOE_OK;
 }
 
@@ -191,7 +203,7 @@ MOE_HOST void moei_ep_backward_exchanges(const moe_ep_layer_backward_desc* d,
     w->dy.buffers = w->at.buffers;
     memset(&w->combine, 0, sizeof w->combine);
     w->combine.dispatch = &w->dy;
-    w->combine.y = d->grads.dx;
+    w->combine.y = w->home.dx;
     w->combine.y_stride = d->grads.dx_stride;
     w->combine.tag = d->forward.tag;
     if (!d->overlap) return;
@@ -209,19 +221,27 @@ MOE_HOST moe_status moei_ep_layer_backward_resolve(const moe_ep_layer_backward_d
     memset(w, 0, sizeof *w);
     MOE_REQUIRE(moei_all_zero(&d->grads.layer, sizeof d->grads.layer), MOE_ERR_CONFLICT, grads);
     MOE_REQUIRE(!f->microbatch_tokens, MOE_ERR_CONFLICT, microbatch_tokens);
+    MOE_REQUIRE(f->buffers.max_tokens > 0, MOE_ERR_RANGE, max_tokens);
     MOE_REQUIRE((d->overlap | 1) == 1, MOE_ERR_OPTION, overlap);
+    MOE_REQUIRE(!d->overlap || f->side_stream, MOE_ERR_NULL, side_stream);
+    MOE_REQUIRE(!d->overlap || (f->side_event[0] && f->side_event[1]), MOE_ERR_NULL, side_event);
     MOE_REQUIRE(d->overlap || !d->overlap_blocks, MOE_ERR_CONFLICT, overlap);
+    MOE_REQUIRE(d->overlap_blocks >= 0 && d->overlap_blocks <= MOEI_EP_MAX_CHUNKS, MOE_ERR_RANGE,
+                overlap_blocks);
     MOE_TRY(moei_ep_layer_resolve(f, 0, &w->e));
     MOE_TRY(moei_ep_gradient_lay_out(d, f->peers->num_ranks, &w->at));
     MOE_REQUIRE(w->at.end <= f->peers->bytes, MOE_ERR_RANGE, region_bytes);
-    moei_ep_backward_exchanges(d, w);
-    memset(&args, 0, sizeof args);
-    MOE_TRY(moei_ep_check_options(&w->dy, &args));
-    MOE_TRY(moei_ep_carve(&w->dy, &args, (char*)w->dy.workspace, &w->view, &bytes));
     w->home = d->grads;
     w->home.layer = f->layer;
     w->home.layer.route.row_multiple = 0;
     w->home.layer.rank = f->peers->rank;
+    if (f->layer.num_tokens == 0 && !w->home.dx) w->home.dx = f->peers->base; /* not accessed */
+    /* before the dispatch's own check: names dy_stride, not x_stride */
+    MOE_TRY(moei_layer_backward_check_options(&w->home, &w->e.o));
+    moei_ep_backward_exchanges(d, w);
+    memset(&args, 0, sizeof args);
+    MOE_TRY(moei_ep_check_options(&w->dy, &args));
+    MOE_TRY(moei_ep_carve(&w->dy, &args, (char*)w->dy.workspace, &w->view, &bytes));
     w->b.o = w->e.o;
     moei_ep_backward_rows(d, w);
     MOE_TRY(moei_layer_backward_fill(&w->home, base, &w->b));
@@ -238,7 +258,7 @@ MOE_HOST moe_status moei_ep_layer_backward_resolve(const moe_ep_layer_backward_d
     w->b.w.dweights = (float*)(f->peers->base + w->at.dweights);
     if (w->at.buffers.combine_form != MOE_EP_GATHERED) w->combine.rows = w->b.w.rows;
     if (d->grads.dx_accumulate || w->b.has_router || w->b.o.has_shared) {
-        w->combine.residual = d->grads.dx;
+        w->combine.residual = w->home.dx;
         w->combine.residual_stride = d->grads.dx_stride;
     }
     return MOE_OK;
@@ -266,12 +286,13 @@ typedef struct moe_ep_layer_backward_prepared {
     moei_ep_weight_grads_prepared grads;
     moe_peers peers;
     moe_peers_desc barrier;
+    int32_t combine_channel;
     void* dweights; /* in the region, cleared first */
     size_t dweights_bytes;
     void *side_stream, *side_event[2];
     int32_t redispatches, beside; /* beside: x travels on the side stream as a whole */
     int32_t overlaps;             /* the combine runs on the side stream */
-    int32_t has_dweights, has_drouter;
+    int32_t has_drouter;
 } moe_ep_layer_backward_prepared;
 
 /* Prepares what brings gradients of gate weights home. Requires p->home. */
@@ -308,8 +329,12 @@ MOE_HOST moe_status moei_ep_backward_prepare_x(const moei_ep_layer_backward* w,
     p->x.args.rows_table = 0;
     if (p->x.args.chunk_count) p->x.args.chunk_count = w->chunk_count;
     p->redispatches = 1;
-    p->beside = w->x.side_stream && w->x.side_event[0] && w->x.side_event[1] &&
-                p->x.args.dispatch_form != MOE_EP_ALL_GATHER_COPY;
+    p->beside = w->x.side_stream && p->x.args.dispatch_form != MOE_EP_ALL_GATHER_COPY;
+    if (!p->beside) return MOE_OK;
+    MOE_REQUIRE(w->x.side_event[0] && w->x.side_event[1], MOE_ERR_NULL, side_event);
+    /* two exchanges at a time: as where ranks share a GPU, none starts before its waits are over */
+    p->x.args.peers.shared = 1;
+    p->x.decode.dependent = 0;
     return MOE_OK;
 }
 
@@ -320,22 +345,17 @@ MOE_HOST moe_status moei_ep_layer_backward_prepare(const moe_ep_layer_backward_d
     moei_ep_layer_backward w;
     const moe_layer_desc* f = &d->forward.layer;
     MOE_TRY(moei_ep_layer_backward_resolve(d, (char*)f->workspace, &w));
-    MOE_REQUIRE(!d->forward.count_rows || f->recompute || d->forward.pre || !d->forward.num_rows,
-                MOE_ERR_NULL, pre);
+    MOE_REQUIRE(!d->forward.count_rows || d->forward.num_rows, MOE_ERR_CONFLICT, count_rows);
+    MOE_TRY(moei_ep_layer_check_pre(&d->forward, w.b.bytes, w.e.saved.bytes));
     MOE_TRY(moei_layer_backward_prepare_stages(
         &w.home, &w.b, w.e.ep.num_local > 0 && w.e.o.num_rows > 0, &p->home));
     MOE_TRY(moe_ep_dispatch_prepare(&w.dy, &p->dy));
     p->side_stream = w.x.side_stream;
     p->side_event[0] = w.x.side_event[0], p->side_event[1] = w.x.side_event[1];
-    p->overlaps = d->overlap && p->home.has_dx;
-    if (p->overlaps) {
-        MOE_REQUIRE(p->side_stream, MOE_ERR_NULL, side_stream);
-        MOE_REQUIRE(p->side_event[0] && p->side_event[1], MOE_ERR_NULL, side_event);
-    }
+    p->overlaps = d->overlap;
     if (d->forward.redispatch_x) MOE_TRY(moei_ep_backward_prepare_x(&w, p));
     if (p->home.has_dx) MOE_TRY(moe_ep_combine_prepare(&w.combine, &p->combine));
-    p->has_dweights = p->home.has_gate || d->grads.dweights;
-    if (p->has_dweights) MOE_TRY(moei_ep_backward_prepare_grads(d, &w, p));
+    MOE_TRY(moei_ep_backward_prepare_grads(d, &w, p));
     p->dweights = w.b.w.dweights;
     p->dweights_bytes = (size_t)f->num_tokens * (size_t)f->top_k * 4;
     p->has_drouter = w.drouter != 0;
@@ -348,7 +368,7 @@ MOE_HOST moe_status moei_ep_layer_backward_prepare(const moe_ep_layer_backward_d
     }
     p->peers = *d->forward.peers;
     p->barrier.fault = f->fault;
-    p->barrier.channel = w.at.channel;
+    p->combine_channel = w.at.buffers.channel + 1; /* the gradients' own one is the next */
     p->barrier.tag = d->forward.tag;
     return MOE_OK;
 }
@@ -402,11 +422,12 @@ MOE_HOST moe_status moei_ep_backward_home(const moe_ep_layer_backward_prepared* 
 }
 
 /* Queues a barrier: the next dispatch may not come before all ranks have read this one's rows. */
-MOE_HOST moe_status moei_ep_backward_meet(const moe_ep_layer_backward_prepared* p,
+MOE_HOST moe_status moei_ep_backward_meet(const moe_ep_layer_backward_prepared* p, int channel,
                                           cudaStream_t stream)
 {
     moe_peers_desc barrier = p->barrier;
     barrier.peers = &p->peers;
+    barrier.channel = channel;
     return moe_peers_barrier(&barrier, stream);
 }
 
@@ -423,7 +444,7 @@ MOE_HOST moe_status moe_ep_layer_backward_run_stage(const moe_ep_layer_backward_
     switch (stage) {
     case MOE_EP_BACKWARD_SEND_X: return moei_ep_backward_send_x(p, stream);
     case MOE_EP_BACKWARD_SEND_DY:
-        if (p->has_dweights && p->dweights_bytes) /* before peers can see this rank's arrival */
+        if (p->dweights_bytes) /* before peers can see this rank's arrival */
             MOE_TRY_CUDA(cudaMemsetAsync(p->dweights, 0, p->dweights_bytes, stream));
         return moe_ep_dispatch_run_part(&p->dy, MOE_EP_SEND, stream);
     case MOE_EP_BACKWARD_SHARED:
@@ -446,7 +467,7 @@ MOE_HOST moe_status moe_ep_layer_backward_run_stage(const moe_ep_layer_backward_
                                      MOE_LAYER_BACKWARD_SHARED_ROWS, stream);
     case MOE_EP_BACKWARD_RECEIVE_X: return moei_ep_backward_receive_x(p, 0, stream);
     case MOE_EP_BACKWARD_COMBINE: /* without dx a barrier in its place */
-        if (!h->has_dx) return moei_ep_backward_meet(p, stream);
+        if (!h->has_dx) return moei_ep_backward_meet(p, p->combine_channel, stream);
         return moe_ep_combine_run(&p->combine, stream);
     case MOE_EP_BACKWARD_DROUTER:
         return p->has_drouter ? moe_ep_all_reduce_run(&p->reduce, stream) : MOE_OK;
@@ -486,13 +507,14 @@ MOE_HOST moe_status moei_ep_backward_run_overlapped(const moe_ep_layer_backward_
     for (size_t i = 0; i < sizeof before; ++i)
         MOE_TRY(moe_ep_layer_backward_run_stage(p, before[i], stream));
     MOE_TRY(moei_ep_backward_fork(p, stream));
-    MOE_TRY(moe_ep_combine_run(&p->combine, (cudaStream_t)p->side_stream));
+    MOE_TRY(
+        moe_ep_layer_backward_run_stage(p, MOE_EP_BACKWARD_COMBINE, (cudaStream_t)p->side_stream));
     MOE_TRY_CUDA(cudaEventRecord((cudaEvent_t)p->side_event[1], (cudaStream_t)p->side_stream));
     for (size_t i = 0; i < sizeof beside; ++i)
         MOE_TRY(moe_ep_layer_backward_run_stage(p, beside[i], stream));
     MOE_TRY_CUDA(cudaStreamWaitEvent(stream, (cudaEvent_t)p->side_event[1], 0));
     /* the combine's barrier did not wait for the products that read received rows: this one does */
-    if (!p->has_drouter) return moei_ep_backward_meet(p, stream);
+    if (!p->has_drouter) return moei_ep_backward_meet(p, p->combine_channel + 1, stream);
     return moe_ep_layer_backward_run_stage(p, MOE_EP_BACKWARD_DROUTER, stream);
 }
 

@@ -60,8 +60,8 @@ MOE_HOST const char* moe_ep_layer_part_name(int part)
     return part >= 0 && part < MOE_EP_LAYER_PARTS ? name[part] : "?";
 }
 
-/* What moe_ep_layer_backward takes. What of dx, drouter, dlogits and dweights is asked for is the
-   same on all ranks. */
+/* What moe_ep_layer_backward takes. Options are the same on all ranks, and so is which of dx and
+   drouter is null. */
 typedef struct moe_ep_layer_backward_desc {
     moe_ep_layer_desc forward; /* as the forward was called, with layer.saved. layer.y and residual
                                   are not used; layer.workspace may be another */

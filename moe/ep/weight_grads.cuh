@@ -26,7 +26,7 @@ typedef struct moei_ep_weight_grads_args {
     int32_t recv_tokens, max_tokens, in_order, channel, tag;
 } moei_ep_weight_grads_args;
 
-/* Returns where the gradient of received slot `slot` belongs; null where that is nowhere. */
+/* Returns where the gradient of received slot `slot` belongs; null where the slot has no home. */
 MOE_DEVICE float* moei_ep_weight_grad_home(const moei_ep_weight_grads_args* a, int slot)
 {
     const int top_k = a->sum.top_k, i = slot / top_k, from = i / a->recv_tokens;

@@ -3,9 +3,9 @@
 
    A row for another rank is stored in the `wire` of that rank's region, where its row of recv_x would
    be; one that stays is stored in recv_x as it is. When the rows of all ranks are there, moei_ep_decode
-   turns those of `wire` into rows of recv_x.
-   MOE_EP_ALL_GATHER_COPY: each rank encodes its tokens into its own wire, in its own part, which
-   nobody sends anything to; copy engines take them from there. */
+   decodes those of `wire` into recv_x.
+   MOE_EP_ALL_GATHER_COPY: each rank encodes its tokens into its own part of its own wire, where no
+   other rank stores; copy engines take them from there. */
 #ifndef MOE_EP_WIRE_CUH
 #define MOE_EP_WIRE_CUH
 

@@ -146,7 +146,7 @@ MOE_HOST moe_status moei_layer_backward_carve(const moe_layer_backward_desc* d, 
         w->dweights = (float*)moei_carve(base, &b->bytes, tokens * (uint64_t)f->top_k * 4);
     if (b->has_gate && !w->dlogits)
         w->dlogits = (float*)moei_carve(base, &b->bytes, tokens * (uint64_t)f->num_experts * 4);
-    if (b->has_gate || d->dweights)
+    if (b->has_gate || d->dweights || b->o.elsewhere) /* elsewhere: for other ranks' tokens */
         w->dot = (float*)moei_carve(base, &b->bytes, rows * ((intermediate + 63) / 64) * 4);
     if (d->shared.dweight)
         w->shared_dot = (float*)moei_carve(base, &b->bytes, tokens * ((shared + 63) / 64) * 4);

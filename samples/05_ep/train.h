@@ -80,6 +80,7 @@ static void prepare_train(train_rank* t)
         l->workspace_bytes = larger(forward, backward);
         l->workspace = device_memory(l->workspace_bytes);
     }
+    if (t->ep.forward.count_rows && !t->ep.forward.num_rows) return; /* not counted yet */
     MOE(moe_ep_layer_prepare(&t->ep.forward, &t->forward));
     MOE(moe_ep_layer_backward_prepare(&t->ep, &t->backward));
 }
@@ -303,15 +304,16 @@ static void count_train(group* g, train_rank* t)
     for (int i = 0; i < g->mine; ++i) {
         moe_ep_layer_desc* f = &t[i].ep.forward;
         MOE(moe_ep_layer_count(&t[i].first_half, group_use(g, i)->stream, &t[i].rows));
-        f->num_rows = t[i].rows;
-        f->pre =
-            t[i].rows ? device_memory((size_t)t[i].rows * 4 * (size_t)f->layer.intermediate) : 0;
+        f->num_rows = t[i].rows; /* at least 1 */
+        f->pre = device_memory((size_t)t[i].rows * 4 * (size_t)f->layer.intermediate);
         prepare_train(&t[i]);
         t[i].first_half.layer.workspace = f->layer.workspace;
         t[i].first_half.layer.workspace_bytes = f->layer.workspace_bytes;
-        /* the exchange that was begun ends: dispatch and combine take turns */
-        MOE(moe_ep_layer_finish(f, g->rank[i].stream));
     }
+    /* the exchange that was begun ends: dispatch and combine take turns; cudaMalloc and cudaFree are
+       over, which may wait for a device */
+    for (int i = 0; i < g->mine; ++i)
+        MOE(moe_ep_layer_finish(&t[i].ep.forward, group_use(g, i)->stream));
     group_wait(g, "the first half of a forward");
 }
 

@@ -257,7 +257,7 @@ static void bk_count(bk_job* j)
         tgroup_use(&j->lay.g, r);
         CHECK_STATUS(moe_ep_layer_count(f, j->lay.g.stream[r], &rows), MOE_OK);
         f->num_rows = rows;
-        if (rows && !j->o.recompute) {
+        if (!j->o.recompute) {
             j->rank[r].pre = tbuf_new("pre", (size_t)(rows * 2 * c->I * 2), 0);
             f->pre = j->rank[r].pre.p;
         }

@@ -50,6 +50,23 @@ static void test_backward_refusals(void)
     BK_REFUSED(d.forward.num_rows = 4, MOE_ERR_CONFLICT, num_rows);
     BK_REFUSED(d.forward.pre = (void*)TEST_FAR, MOE_ERR_CONFLICT, pre);
     BK_REFUSED((d.forward.count_rows = 1, d.forward.num_rows = 4), MOE_ERR_NULL, pre);
+    BK_REFUSED((d.forward.count_rows = 1, d.forward.num_rows = 4,
+                d.forward.pre = (char*)d.forward.layer.workspace + 256),
+               MOE_ERR_OVERLAP, pre);
+    BK_REFUSED(
+        (d.forward.count_rows = 1, d.forward.num_rows = 1000, d.forward.pre = (void*)TEST_FAR),
+        MOE_ERR_RANGE, num_rows);
+    BK_REFUSED(d.forward.count_rows = 1, MOE_ERR_CONFLICT, count_rows);
+    BK_REFUSED((d.forward.side_stream = j.lay.g.side[0], d.forward.side_event[1] = 0), MOE_ERR_NULL,
+               side_event);
+    BK_REFUSED((d.overlap = 1, d.forward.side_stream = 0), MOE_ERR_NULL, side_stream);
+    BK_REFUSED(d.overlap = 2, MOE_ERR_OPTION, overlap);
+    BK_REFUSED(d.overlap_blocks = 4, MOE_ERR_CONFLICT, overlap);
+    BK_REFUSED((d.overlap = 1, d.overlap_blocks = 129, d.forward.side_stream = j.lay.g.side[0]),
+               MOE_ERR_RANGE, overlap_blocks);
+    BK_REFUSED(d.grads.dy_stride = 32, MOE_ERR_STRIDE, dy_stride);
+    BK_REFUSED(d.gradient_offset = MOE_PEERS_HEADER, MOE_ERR_OVERLAP, gradient_offset);
+    BK_REFUSED(d.gradient_offset = 256, MOE_ERR_RANGE, gradient_offset);
     BK_REFUSED(d.forward.microbatch_tokens = 4, MOE_ERR_CONFLICT, microbatch_tokens);
     BK_REFUSED(d.gradient_offset = 100, MOE_ERR_RANGE, gradient_offset);
     BK_REFUSED(d.gradient_offset = 1 << 30, MOE_ERR_RANGE, region_bytes);
@@ -117,6 +134,8 @@ static void test_backward_stopped(void)
         CHECK(moe_peers_late_decode(word[0]).late == 1 && moe_peers_late_decode(word[2]).late == 1,
               "stage %d: %llx %llx", upto, (unsigned long long)word[0],
               (unsigned long long)word[2]);
+        if (upto != MOE_EP_BACKWARD_DROUTER) /* at the last barrier both may give up at a time */
+            CHECK(word[0] == word[2], "stage %d: other faults", upto);
         TEST_CUDA(cudaSetDevice(0));
         bk_free(&j);
     }
