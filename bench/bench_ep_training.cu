@@ -2,8 +2,10 @@
    the same tokens a GPU and all experts.
    nvcc -O3 -std=c++14 -I. -arch=sm_90a bench/bench_ep_training.cu -o bench_ep_training
      ./bench_ep_training [--ranks W] [--thiek T,H,I,E,K] [--dispatch NAME] [--combine NAME]
-                         [--redispatch]                          T tokens a rank
+                         [--redispatch] [--overlap] [--fp8]      T tokens a rank
      --redispatch: x is dispatched again in the backward pass, beside its first products
+     --overlap: dx is combined beside the gradients of weights
+     --fp8: rows of x and of dy between ranks in fp8
 
    Checked first: dx and dweights of up to 256 tokens of each rank against those of the local layer. A
    barrier stands in every iteration and is part of all times; the slowest rank counts. TFLOPS are of
@@ -21,7 +23,7 @@ typedef struct shape {
 
 typedef struct options {
     shape s;
-    int dispatch, combine, redispatch;
+    int dispatch, combine, redispatch, overlap, fp8;
 } options;
 
 #define MOST_BUFFERS 24
@@ -116,6 +118,8 @@ static void open_job(bench_group* g, job* j, const options* o)
         b->forward.buffers.combine_form = o->combine;
         b->forward.buffers.max_tokens = s.T;
         b->forward.redispatch_x = o->redispatch;
+        b->overlap = o->overlap;
+        if (o->fp8) b->forward.buffers.wire_dtype = b->gradient_wire = MOE_EP_WIRE_FP8;
         b->forward.side_stream = g->side[r];
         b->forward.side_event[0] = g->side_event[r][0];
         b->forward.side_event[1] = g->side_event[r][1];
@@ -202,7 +206,7 @@ static void verify(job* j, bench_group* g)
         dx = off(j->local[r].dx, j->ep[r].grads.dx, (int64_t)tokens * j->o.s.H, MOE_BF16);
         dweights = off(j->local[r].dweights, j->ep[r].grads.dweights, (int64_t)tokens * j->o.s.K,
                        MOE_FP32);
-        if (dx <= 1.0 / 32 && dweights <= 1.0 / 256) continue;
+        if (dx <= (j->o.fp8 ? 8 : 1) / 32.0 && dweights <= (j->o.fp8 ? 8 : 1) / 256.0) continue;
         printf("VERIFY FAILED: rank %d: dx differs by %g, dweights by %g of the largest\n", r, dx,
                dweights);
         exit(1);
@@ -260,9 +264,10 @@ static void bench_options(bench_group* g, const options* o)
     static job j;
     static const char* const name[] = {"forward", "backward", "both"};
     const shape s = o->s;
-    printf("T %d a rank, H %d, I %d, E %d, K %d, W %d, %s, %s%s\n", s.T, s.H, s.I, s.E, s.K, g->W,
-           moe_ep_dispatch_name(o->dispatch), moe_ep_combine_name(o->combine),
-           o->redispatch ? ", x dispatched again" : "");
+    printf("T %d a rank, H %d, I %d, E %d, K %d, W %d, %s, %s%s%s%s\n", s.T, s.H, s.I, s.E, s.K,
+           g->W, moe_ep_dispatch_name(o->dispatch), moe_ep_combine_name(o->combine),
+           o->redispatch ? ", x dispatched again" : "", o->overlap ? ", overlap" : "",
+           o->fp8 ? ", fp8" : "");
     open_job(g, &j, o);
     verify(&j, g);
     for (int what = 0; what < 3; ++what) {
@@ -295,10 +300,10 @@ int main(int argc, char** argv)
     o.dispatch = MOE_EP_DEDUPLICATED, o.combine = MOE_EP_REDUCED;
     for (int i = 1; i < argc; ++i) {
         const char* value = i + 1 < argc ? argv[i + 1] : "";
-        if (!strcmp(argv[i], "--redispatch")) {
-            o.redispatch = 1;
-            continue;
-        }
+        const int is[3] = {!strcmp(argv[i], "--redispatch"), !strcmp(argv[i], "--overlap"),
+                           !strcmp(argv[i], "--fp8")};
+        o.redispatch |= is[0], o.overlap |= is[1], o.fp8 |= is[2];
+        if (is[0] || is[1] || is[2]) continue;
         if (!strcmp(argv[i], "--ranks")) W = atoi(value);
         else if (!strcmp(argv[i], "--thiek") &&
                  sscanf(value, "%d,%d,%d,%d,%d", &o.s.T, &o.s.H, &o.s.I, &o.s.E, &o.s.K) == 5)
@@ -310,7 +315,7 @@ int main(int argc, char** argv)
         else {
             fprintf(stderr,
                     "usage: %s [--ranks W] [--thiek T,H,I,E,K] [--dispatch NAME] [--combine NAME] "
-                    "[--redispatch]\n",
+                    "[--redispatch] [--overlap] [--fp8]\n",
                     argv[0]);
             return 2;
         }
@@ -335,6 +340,7 @@ int main(int argc, char** argv)
         d.forward.layer.top_k = list[i].s.K;
         d.forward.buffers.dispatch_form = o.dispatch, d.forward.buffers.combine_form = o.combine;
         d.forward.buffers.max_tokens = list[i].s.T;
+        if (o.fp8) d.forward.buffers.wire_dtype = d.gradient_wire = MOE_EP_WIRE_FP8;
         BENCH_MOE(moe_ep_layer_backward_region(&d, W, &bytes));
         if (bytes > most) most = bytes;
     }
