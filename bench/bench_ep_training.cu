@@ -206,7 +206,8 @@ static void verify(job* j, bench_group* g)
         dx = off(j->local[r].dx, j->ep[r].grads.dx, (int64_t)tokens * j->o.s.H, MOE_BF16);
         dweights = off(j->local[r].dweights, j->ep[r].grads.dweights, (int64_t)tokens * j->o.s.K,
                        MOE_FP32);
-        if (dx <= (j->o.fp8 ? 8 : 1) / 32.0 && dweights <= (j->o.fp8 ? 8 : 1) / 256.0) continue;
+        if (dx <= (j->o.fp8 ? 1.0 / 8 : 1.0 / 32) && dweights <= (j->o.fp8 ? 1.0 / 8 : 1.0 / 256))
+            continue;
         printf("VERIFY FAILED: rank %d: dx differs by %g, dweights by %g of the largest\n", r, dx,
                dweights);
         exit(1);

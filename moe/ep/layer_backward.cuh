@@ -27,7 +27,7 @@
    The buffers of gradients, another set and two arrays behind it, serve all layers. gradient_offset
    is past the forward's buffers of all layers, where each layer has its own.
    With overlap dx travels while dw2 and dw1 are computed: rows come first, then their combine on the
-   side stream by few thread blocks, and the products of weights beside it.
+   side stream, and the products of weights beside it.
    With count_rows (layer.cuh) pre and this workspace have room for the rows that came, in place of
    max_rows: one host wait a forward.
 
@@ -208,7 +208,7 @@ MOE_HOST void moei_ep_backward_exchanges(const moe_ep_layer_backward_desc* d,
     w->combine.tag = d->forward.tag;
     if (!d->overlap) return;
     w->x.max_blocks = d->overlap_blocks ? d->overlap_blocks : MOEI_EP_OVERLAP_BLOCKS;
-    w->combine.max_blocks = w->x.max_blocks;
+    w->combine.max_blocks = d->overlap_blocks; /* few are slow: each waits for memory */
 }
 
 /* Fills in *w, all but the check of buffers. base: the workspace, or null to count its bytes. */

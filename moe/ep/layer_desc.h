@@ -74,12 +74,14 @@ typedef struct moe_ep_layer_backward_desc {
                                  forward.buffers.channel + 1 */
     int32_t gradient_wire;    /* rows of dy between ranks: moe_ep_wire; 0 = as they are. Those of x
                                  sent again: forward.buffers.wire_dtype */
-    /* 1: dx is combined on the side stream while dw2 and dw1 are computed, and x sent again there by
-       few thread blocks. Copies of dy and of x take [R, H] 2 more of workspace where they are made.
+    /* 1: dx is combined on the side stream while dw2 and dw1 are computed, and x is sent again there
+       by few thread blocks. Copies of dy and of x take [R, H] 2 more of workspace where they are made.
        Requires forward.side_stream and both events; 0: one stage after the other */
     int32_t overlap;
-    int32_t overlap_blocks; /* thread blocks of what runs beside products, 1 .. 128; 0 = 24 */
-    int32_t local_router;   /* 1: drouter is of this rank's tokens alone; 0: summed over all */
+    int32_t
+        overlap_blocks;   /* most thread blocks of what runs beside products, 1 .. 128; 0: 24 for x,
+                               any number for the combine */
+    int32_t local_router; /* 1: drouter is of this rank's tokens alone; 0: summed over all */
 } moe_ep_layer_backward_desc;
 
 /* Stages of the backward pass, in the order of moe_ep_layer_backward_run. */
