@@ -78,9 +78,9 @@ typedef struct moe_ep_layer_backward_desc {
        by few thread blocks. Copies of dy and of x take [R, H] 2 more of workspace where they are made.
        Requires forward.side_stream and both events; 0: one stage after the other */
     int32_t overlap;
-    int32_t
-        overlap_blocks;   /* most thread blocks of what runs beside products, 1 .. 128; 0: 24 for x,
-                               any number for the combine */
+    /* most thread blocks of what runs beside products, 1 .. 128; 0: 24 for x, any number for the
+       combine */
+    int32_t overlap_blocks;
     int32_t local_router; /* 1: drouter is of this rank's tokens alone; 0: summed over all */
 } moe_ep_layer_backward_desc;
 
