@@ -120,41 +120,9 @@ static void run_local_part(void* context, bench_group* g)
     }
 }
 
-/* Prints the milliseconds of each part: of the slowest rank, mean of `reps` runs of the whole, each
-   after a barrier. */
-static void print_parts(const job* j, bench_group* g)
+static void run_part(void* context, bench_group* g, int r, int part)
 {
-    static cudaEvent_t at[BENCH_MOST_RANKS][MOE_EP_LAYER_PARTS + 1];
-    double sum[BENCH_MOST_RANKS][MOE_EP_LAYER_PARTS] = {{0}};
-    for (int r = 0; r < g->W; ++r)
-        for (int p = 0; p <= MOE_EP_LAYER_PARTS; ++p) {
-            BENCH_CUDA(cudaSetDevice(g->device[r]));
-            BENCH_CUDA(cudaEventCreate(&at[r][p]));
-        }
-    for (int n = -1; n < g->reps; ++n) {
-        bench_group_barrier(g);
-        for (int p = 0; p <= MOE_EP_LAYER_PARTS; ++p)
-            for (int r = 0; r < g->W; ++r) {
-                BENCH_CUDA(cudaSetDevice(g->device[r]));
-                BENCH_CUDA(cudaEventRecord(at[r][p], g->stream[r]));
-                if (p < MOE_EP_LAYER_PARTS)
-                    BENCH_MOE(moe_ep_layer_run_part(j->ep_p + r, p, g->stream[r]));
-            }
-        bench_group_wait(g);
-        for (int r = 0; n >= 0 && r < g->W; ++r)
-            for (int p = 0; p < MOE_EP_LAYER_PARTS; ++p) {
-                float ms;
-                BENCH_CUDA(cudaEventElapsedTime(&ms, at[r][p], at[r][p + 1]));
-                sum[r][p] += ms / (float)g->reps;
-            }
-    }
-    printf("    parts, ms:");
-    for (int p = 0; p < MOE_EP_LAYER_PARTS; ++p) {
-        double most = 0;
-        for (int r = 0; r < g->W; ++r) most = sum[r][p] > most ? sum[r][p] : most;
-        printf(" %s %.4f", moe_ep_layer_part_name(p), most);
-    }
-    printf("\n");
+    BENCH_MOE(moe_ep_layer_run_part(((const job*)context)->ep_p + r, part, g->stream[r]));
 }
 
 /* Ends the program where y of the two layers differs by more than roundings. */
@@ -224,7 +192,8 @@ static void bench_shape(bench_group* g, shape s)
             "  %-8s local %8.4f ms %6.1f TFLOPS   over ranks %8.4f ms %6.1f TFLOPS  ratio %.3f\n",
             form == MOE_EP_REDUCED ? "reduced" : "gathered", local, flops / local * 1e-9, ep,
             flops / ep * 1e-9, local / ep);
-        print_parts(&j, g);
+        printf("    parts, ms:");
+        bench_group_print_parts(g, 0, run_part, &j, MOE_EP_LAYER_PARTS, moe_ep_layer_part_name);
         printf("    local, less a barrier of %.4f:", barrier);
         for (j.part = 0; j.part < MOE_LAYER_PARTS; ++j.part)
             printf(" %s %.4f", moe_layer_part_name(j.part),

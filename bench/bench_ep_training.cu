@@ -2,9 +2,9 @@
    the same tokens a GPU and all experts.
    nvcc -O3 -std=c++14 -I. -arch=sm_90a bench/bench_ep_training.cu -o bench_ep_training
      ./bench_ep_training [--ranks W] [--thiek T,H,I,E,K] [--dispatch NAME] [--combine NAME]
-                         [--redispatch] [--overlap] [--fp8]      T tokens a rank
+                         [--redispatch] [--overlap] [--blocks N] [--fp8]    T tokens a rank
      --redispatch: x is dispatched again in the backward pass, beside its first products
-     --overlap: dx is combined beside the gradients of weights
+     --overlap: dx is combined beside the gradients of weights, by at most N thread blocks
      --fp8: rows of x and of dy between ranks in fp8
 
    Checked first: dx and dweights of up to 256 tokens of each rank against those of the local layer. A
@@ -23,7 +23,7 @@ typedef struct shape {
 
 typedef struct options {
     shape s;
-    int dispatch, combine, redispatch, overlap, fp8;
+    int dispatch, combine, redispatch, overlap, blocks, fp8;
 } options;
 
 #define MOST_BUFFERS 24
@@ -39,7 +39,6 @@ typedef struct job {
     void* memory[BENCH_MOST_RANKS][MOST_BUFFERS];
     int used[BENCH_MOST_RANKS];
     int forward, backward; /* what run_* queue */
-    int stage;             /* that run_stage queues */
 } job;
 
 static void* keep(job* j, int r, void* p)
@@ -119,6 +118,7 @@ static void open_job(bench_group* g, job* j, const options* o)
         b->forward.buffers.max_tokens = s.T;
         b->forward.redispatch_x = o->redispatch;
         b->overlap = o->overlap;
+        b->overlap_blocks = o->overlap ? o->blocks : 0;
         if (o->fp8) b->forward.buffers.wire_dtype = b->gradient_wire = MOE_EP_WIRE_FP8;
         b->forward.side_stream = g->side[r];
         b->forward.side_event[0] = g->side_event[r][0];
@@ -206,7 +206,8 @@ static void verify(job* j, bench_group* g)
         dx = off(j->local[r].dx, j->ep[r].grads.dx, (int64_t)tokens * j->o.s.H, MOE_BF16);
         dweights = off(j->local[r].dweights, j->ep[r].grads.dweights, (int64_t)tokens * j->o.s.K,
                        MOE_FP32);
-        if (dx <= (j->o.fp8 ? 1.0 / 8 : 1.0 / 32) && dweights <= (j->o.fp8 ? 1.0 / 8 : 1.0 / 256))
+        /* fp8: an element is within 2^-4 of itself */
+        if (dx <= (j->o.fp8 ? 1.0 / 16 : 1.0 / 32) && dweights <= (j->o.fp8 ? 1.0 / 16 : 1.0 / 256))
             continue;
         printf("VERIFY FAILED: rank %d: dx differs by %g, dweights by %g of the largest\n", r, dx,
                dweights);
@@ -214,50 +215,18 @@ static void verify(job* j, bench_group* g)
     }
 }
 
-/* Prints the milliseconds of each stage of the backward pass: of the slowest rank, mean of `reps`
-   runs, each behind a barrier. */
-static void print_stages(const job* j, bench_group* g)
+static void run_forward(void* context, bench_group* g)
 {
-    static cudaEvent_t at[BENCH_MOST_RANKS][MOE_EP_BACKWARD_STAGES + 1];
-    double sum[BENCH_MOST_RANKS][MOE_EP_BACKWARD_STAGES] = {{0}};
-    for (int r = 0; r < g->W; ++r)
-        for (int p = 0; p <= MOE_EP_BACKWARD_STAGES; ++p) {
-            BENCH_CUDA(cudaSetDevice(g->device[r]));
-            BENCH_CUDA(cudaEventCreate(&at[r][p]));
-        }
-    for (int n = -1; n < g->reps; ++n) {
-        for (int r = 0; r < g->W; ++r) {
-            BENCH_CUDA(cudaSetDevice(g->device[r]));
-            BENCH_MOE(moe_ep_layer_run(j->ep_forward + r, g->stream[r]));
-        }
-        bench_group_barrier(g);
-        for (int p = 0; p <= MOE_EP_BACKWARD_STAGES; ++p)
-            for (int r = 0; r < g->W; ++r) {
-                BENCH_CUDA(cudaSetDevice(g->device[r]));
-                BENCH_CUDA(cudaEventRecord(at[r][p], g->stream[r]));
-                if (p < MOE_EP_BACKWARD_STAGES)
-                    BENCH_MOE(moe_ep_layer_backward_run_stage(j->ep_backward + r, p, g->stream[r]));
-            }
-        bench_group_wait(g);
-        for (int r = 0; n >= 0 && r < g->W; ++r)
-            for (int p = 0; p < MOE_EP_BACKWARD_STAGES; ++p) {
-                float ms;
-                BENCH_CUDA(cudaEventElapsedTime(&ms, at[r][p], at[r][p + 1]));
-                sum[r][p] += ms / (float)g->reps;
-            }
+    for (int r = 0; r < g->W; ++r) {
+        BENCH_CUDA(cudaSetDevice(g->device[r]));
+        BENCH_MOE(moe_ep_layer_run(((const job*)context)->ep_forward + r, g->stream[r]));
     }
-    printf("  backward, ms:");
-    for (int p = 0; p < MOE_EP_BACKWARD_STAGES; ++p) {
-        double most = 0;
-        for (int r = 0; r < g->W; ++r) most = sum[r][p] > most ? sum[r][p] : most;
-        if (most > 0.004) printf(" %s %.3f", moe_ep_layer_backward_stage_name(p), most);
-    }
-    printf("\n");
-    for (int r = 0; r < g->W; ++r)
-        for (int p = 0; p <= MOE_EP_BACKWARD_STAGES; ++p) {
-            BENCH_CUDA(cudaSetDevice(g->device[r]));
-            BENCH_CUDA(cudaEventDestroy(at[r][p]));
-        }
+}
+
+static void run_stage(void* context, bench_group* g, int r, int stage)
+{
+    BENCH_MOE(moe_ep_layer_backward_run_stage(((const job*)context)->ep_backward + r, stage,
+                                              g->stream[r]));
 }
 
 static void bench_options(bench_group* g, const options* o)
@@ -285,7 +254,9 @@ static void bench_options(bench_group* g, const options* o)
             "  %-8s local %8.4f ms %6.1f TFLOPS   over ranks %8.4f ms %6.1f TFLOPS  ratio %.3f\n",
             name[what], local, flops / local * 1e-9, ep, flops / ep * 1e-9, local / ep);
     }
-    print_stages(&j, g);
+    printf("  backward, ms:");
+    bench_group_print_parts(g, run_forward, run_stage, &j, MOE_EP_BACKWARD_STAGES,
+                            moe_ep_layer_backward_stage_name);
     fflush(stdout);
     close_job(g, &j);
 }
@@ -309,6 +280,7 @@ int main(int argc, char** argv)
         else if (!strcmp(argv[i], "--thiek") &&
                  sscanf(value, "%d,%d,%d,%d,%d", &o.s.T, &o.s.H, &o.s.I, &o.s.E, &o.s.K) == 5)
             count = 1;
+        else if (!strcmp(argv[i], "--blocks")) o.blocks = atoi(value);
         else if (!strcmp(argv[i], "--dispatch") && moe_ep_dispatch_named(value) > 0)
             o.dispatch = moe_ep_dispatch_named(value);
         else if (!strcmp(argv[i], "--combine") && moe_ep_combine_named(value) > 0)
@@ -316,7 +288,7 @@ int main(int argc, char** argv)
         else {
             fprintf(stderr,
                     "usage: %s [--ranks W] [--thiek T,H,I,E,K] [--dispatch NAME] [--combine NAME] "
-                    "[--redispatch] [--overlap] [--fp8]\n",
+                    "[--redispatch] [--overlap] [--blocks N] [--fp8]\n",
                     argv[0]);
             return 2;
         }

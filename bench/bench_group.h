@@ -155,4 +155,52 @@ MOEI_UNUSED static double bench_group_time(bench_group* g, bench_group_fn fn, vo
     return median;
 }
 
+#define BENCH_MOST_PARTS 32
+
+/* Queues part `part` of rank r, whose device is current. */
+typedef void (*bench_group_part_fn)(void* context, bench_group* g, int r, int part);
+
+/* Prints the milliseconds of parts that follow each other: of the slowest rank, mean of `reps` runs,
+   each behind `before` (or null) and a barrier. A part below 0.1 us is left out. */
+MOEI_UNUSED static void bench_group_print_parts(bench_group* g, bench_group_fn before,
+                                                bench_group_part_fn part, void* context, int parts,
+                                                const char* (*name)(int))
+{
+    static cudaEvent_t at[BENCH_MOST_RANKS][BENCH_MOST_PARTS + 1];
+    double sum[BENCH_MOST_RANKS][BENCH_MOST_PARTS] = {{0}};
+    for (int r = 0; r < g->W; ++r)
+        for (int p = 0; p <= parts; ++p) {
+            BENCH_CUDA(cudaSetDevice(g->device[r]));
+            BENCH_CUDA(cudaEventCreate(&at[r][p]));
+        }
+    for (int n = -1; n < g->reps; ++n) {
+        if (before) before(context, g);
+        bench_group_barrier(g);
+        for (int p = 0; p <= parts; ++p)
+            for (int r = 0; r < g->W; ++r) {
+                BENCH_CUDA(cudaSetDevice(g->device[r]));
+                BENCH_CUDA(cudaEventRecord(at[r][p], g->stream[r]));
+                if (p < parts) part(context, g, r, p);
+            }
+        bench_group_wait(g);
+        for (int r = 0; n >= 0 && r < g->W; ++r)
+            for (int p = 0; p < parts; ++p) {
+                float ms;
+                BENCH_CUDA(cudaEventElapsedTime(&ms, at[r][p], at[r][p + 1]));
+                sum[r][p] += ms / (float)g->reps;
+            }
+    }
+    for (int p = 0; p < parts; ++p) {
+        double most = 0;
+        for (int r = 0; r < g->W; ++r) most = sum[r][p] > most ? sum[r][p] : most;
+        if (most >= 1e-4) printf(" %s %.4f", name(p), most);
+    }
+    printf("\n");
+    for (int r = 0; r < g->W; ++r)
+        for (int p = 0; p <= parts; ++p) {
+            BENCH_CUDA(cudaSetDevice(g->device[r]));
+            BENCH_CUDA(cudaEventDestroy(at[r][p]));
+        }
+}
+
 #endif

@@ -61,9 +61,9 @@ typedef enum moe_ep_combine_form {
 /* What rows are between ranks. */
 typedef enum moe_ep_wire {
     MOE_EP_WIRE_DEFAULT = 0, /* as they are */
-    MOE_EP_WIRE_FP8 = 32     /* e4m3 with a scale for each 128 elements (base/fp8.cuh), turned back
-                                into dtype where they arrive. Rows that stay on their rank are not
-                                rounded: results depend on where experts are */
+    /* e4m3 with a scale for each 128 elements (base/fp8.cuh), decoded into dtype where they arrive.
+       Rows that stay on their rank are not rounded: results depend on where experts are */
+    MOE_EP_WIRE_FP8 = 32
 } moe_ep_wire;
 
 /* Sizes and layout of the buffers of one exchange: the same on all ranks. */

@@ -364,14 +364,20 @@ MOE_HOST moe_status moei_ep_layer_run_microbatch(const moe_ep_layer_prepared* p,
     return moe_ep_combine_run(&combine, stream);
 }
 
+/* Fills in *p, which is empty; refuses a layer whose rows are still to be counted. */
+MOE_HOST moe_status moei_ep_layer_prepare_counted(const moe_ep_layer_desc* desc,
+                                                  moe_ep_layer_prepared* p)
+{
+    MOE_REQUIRE(!desc->count_rows || desc->num_rows, MOE_ERR_CONFLICT, count_rows);
+    return moei_ep_layer_prepare(desc, p);
+}
+
 /* Prepares a layer: moe_ep_layer_run queues it any number of times. Errors: a status for each field
    that is not as documented; count_rows (MOE_ERR_CONFLICT): the rows are not counted yet. T = 0 is
    no error. */
 MOE_HOST moe_status moe_ep_layer_prepare(const moe_ep_layer_desc* desc, moe_ep_layer_prepared* p)
 {
-    if (desc && p && desc->count_rows && !desc->num_rows) memset(p, 0, sizeof *p);
-    MOE_REQUIRE(!desc || !desc->count_rows || desc->num_rows, MOE_ERR_CONFLICT, count_rows);
-    MOE_RETURN_PREPARED(desc, p, moei_ep_layer_prepare(desc, p));
+    MOE_RETURN_PREPARED(desc, p, moei_ep_layer_prepare_counted(desc, p));
 }
 
 /* Queues one part. cleared: the experts' counters of tiles are 0. */

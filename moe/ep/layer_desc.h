@@ -27,9 +27,9 @@ typedef struct moe_ep_layer_desc {
     int32_t count_rows;   /* 1: moe_ep_layer_count comes between two halves of the forward, and what
                              follows has room for num_rows rows; 0: for buffers.max_rows */
     int64_t num_rows;     /* with count_rows: what moe_ep_layer_count returned; 0 before */
-    void*
-        pre; /* [num_rows, 2I], not gated [num_rows, I] dtype, 16-byte aligned: with count_rows the
-                  pre-activations, which are not in `saved` then; unless recomputed */
+    /* [num_rows, 2I], not gated [num_rows, I] dtype, 16-byte aligned: with count_rows the
+       pre-activations, which are not in `saved` then; null with recompute */
+    void* pre;
     /* the same on all ranks. What `layer` has is 0 here: hidden, num_experts, top_k, dtype,
        rows_dtype, row_multiple; and num_scales */
     moe_ep_buffers buffers;
@@ -65,8 +65,8 @@ MOE_HOST const char* moe_ep_layer_part_name(int part)
 typedef struct moe_ep_layer_backward_desc {
     moe_ep_layer_desc forward; /* as the forward was called, with layer.saved. layer.y and residual
                                   are not used; layer.workspace may be another */
-    moe_layer_backward_desc
-        grads;                /* dy, gradients and options of this rank; grads.layer is all 0 */
+    /* dy, gradients and options of this rank; grads.layer is all 0 */
+    moe_layer_backward_desc grads;
     uint64_t gradient_offset; /* in every region, a multiple of 256: where the buffers of gradients
                                  begin; 0 = behind those of forward.buffers. One place serves all
                                  layers of equal sizes */
