@@ -128,28 +128,18 @@ MOE_HOST void moei_ep_layer_receives(const moe_ep_view* ep, moe_experts_desc* x)
     if (ep->num_local == 0) x->num_experts = 1; /* its options are checked */
 }
 
-/* Appends an item to what a layer keeps. */
-MOE_HOST void moei_ep_layer_keep(moe_layer_saved_list* list, const char* name, int64_t rows,
-                                 int64_t columns, int element, int elsewhere)
+/* Lists what the layer keeps: the home's part, the row maps (`part` bytes), received rows. Returns
+   the address of the row maps in layer.saved; null without it. */
+MOE_HOST void* moei_ep_layer_list_saved(const moe_ep_layer_desc* d, const moe_layer_desc* home,
+                                        size_t part, moei_ep_layer* e)
 {
-    moe_layer_saved_item* item = list->item + list->count++;
-    const uint64_t bytes = (uint64_t)rows * (uint64_t)columns * (uint64_t)element;
-    item->name = name;
-    item->rows = rows;
-    item->columns = columns;
-    item->element = element;
-    item->caller = elsewhere;
-    item->bytes = elsewhere ? bytes : (bytes + 255) / 256 * 256;
-    if (!elsewhere) list->bytes += item->bytes;
-}
-
-/* Lists what the layer keeps: the home's part, the row maps (`part` bytes), received rows. */
-MOE_HOST void moei_ep_layer_list_saved(const moe_ep_layer_desc* d, const moe_layer_desc* home,
-                                       size_t part, moei_ep_layer* e)
-{
+    const moe_layer_saved_item row_maps = {"row maps", (int64_t)part, 1, 1, 0, 0};
+    const moe_layer_saved_item recv_x = {"recv_x", e->ep.num_x, home->hidden, 2, 0, 0};
+    void *maps = 0, *x = e->ep.recv_x;
     moei_layer_list_saved(home, &e->o, &e->saved);
-    moei_ep_layer_keep(&e->saved, "row maps", (int64_t)part, 1, 1, 0);
-    if (!d->redispatch_x) moei_ep_layer_keep(&e->saved, "recv_x", e->ep.num_x, home->hidden, 2, 1);
+    moei_layer_keep(&e->saved, (char*)d->layer.saved, &e->saved.bytes, &maps, &row_maps);
+    if (!d->redispatch_x) moei_layer_keep(&e->saved, 0, &e->saved.bytes, &x, &recv_x);
+    return maps;
 }
 
 /* Fills in *e, all but the check of buffers. base: the workspace, or null to count its bytes. */
@@ -192,10 +182,8 @@ MOE_HOST moe_status moei_ep_layer_resolve(const moe_ep_layer_desc* d, char* base
     e->o.num_physical = e->ep.num_local;
     e->o.pre = d->pre;
     moei_layer_carve(&home, &e->o, base, &e->v, &bytes);
-    moei_ep_layer_list_saved(d, &home, part, e);
-    if (d->layer.saved) /* the maps are its end */
-        e->dispatch.workspace = (char*)d->layer.saved + e->saved.bytes - (part + 255) / 256 * 256;
-    else e->dispatch.workspace = moei_carve(base, &bytes, part);
+    e->dispatch.workspace = moei_ep_layer_list_saved(d, &home, part, e);
+    if (!d->layer.saved) e->dispatch.workspace = moei_carve(base, &bytes, part);
     e->dispatch.workspace_bytes = part;
     MOE_TRY(moei_ep_carve(&e->dispatch, &args, (char*)e->dispatch.workspace, &e->ep, &part));
     e->v.expert_count = e->ep.expert_count;

@@ -135,7 +135,7 @@ typedef struct difference {
     double largest, sum, off, relative, count; /* of the reference; of the difference */
 } difference;
 
-/* Adds n elements; want: of one GPU, on the current device's host copy `want`. */
+/* Adds n elements of host memory; `want` is of one GPU. */
 static void add_difference(difference* d, const void* want, const void* got, int64_t n, int dtype)
 {
     double mean = 0;
@@ -238,14 +238,6 @@ static void print_audit(const group* g, const train_rank* t, const options* o)
     printf("  %-12s %12.3f MiB\n\n", "total", total / 1048576);
 }
 
-/* Prints a rate. */
-static void print_speed(const char* what, double ms, double flops, int ranks)
-{
-    printf("  %-44s %9.3f ms %9.2f TFLOPS a rank", what, ms, flops / ms * 1e-9);
-    if (ranks > 1) printf(", %.2f net", flops * ranks / ms * 1e-9);
-    printf("\n");
-}
-
 /* Times forward and both passes of a call; backward is their difference. */
 static void time_passes(group* g, train_rank* t, group_call call, int parts, const options* o,
                         double barrier, double ms[2])
@@ -258,7 +250,7 @@ static void time_passes(group* g, train_rank* t, group_call call, int parts, con
 
 static void print_training_times(group* g, train_rank* t, const options* o)
 {
-    static const char* const pass[] = {"fwd", "bwd"};
+    static const char* const pass[] = {"  fwd", "  bwd"};
     const double flops[2] = {6.0 * o->T / g->W * o->K * (double)o->H * o->I,
                              12.0 * o->T / g->W * o->K * (double)o->H * o->I};
     const double barrier = group_time(g, run_nothing, t, 0, 1, o->repeat);
@@ -271,24 +263,24 @@ static void print_training_times(group* g, train_rank* t, const options* o)
     time_passes(g, t, run_whole, 1, o, barrier, one);
     if (g->first) return;
     printf("EP throughput\n");
-    print_speed("EP fwd (inference mode)", infer, flops[0], g->W);
-    print_speed("EP fwd (training mode)", ep[0], flops[0], g->W);
-    print_speed("EP bwd (derived)", ep[1], flops[1], g->W);
+    print_rate("  EP fwd (inference mode)", infer, flops[0], g->W);
+    print_rate("  EP fwd (training mode)", ep[0], flops[0], g->W);
+    print_rate("  EP bwd (derived)", ep[1], flops[1], g->W);
     printf("per-rank baselines, T %d, E %d, K %d\n", t->T, o->E, o->K);
-    for (int p = 0; p < 2; ++p) print_speed(pass[p], all[p], flops[p], 1);
+    for (int p = 0; p < 2; ++p) print_rate(pass[p], all[p], flops[p], 1);
     printf("per-rank baselines, T %d, E %d, K %d\n", t->T, few, t[0].own.d.layer.top_k);
     for (int p = 0; p < 2; ++p)
-        print_speed(pass[p], own[p], flops[p] * t[0].own.d.layer.top_k / o->K, 1);
+        print_rate(pass[p], own[p], flops[p] * t[0].own.d.layer.top_k / o->K, 1);
     printf("one GPU, T %d, E %d, K %d\n", o->T, o->E, o->K);
-    for (int p = 0; p < 2; ++p) print_speed(pass[p], one[p], flops[p] * g->W, 1);
+    for (int p = 0; p < 2; ++p) print_rate(pass[p], one[p], flops[p] * g->W, 1);
     printf("\nexposed network latency (EP over the local layer of T_local tokens)\n");
     for (int p = 0; p < 2; ++p)
-        printf("  %s  E %d: %.3f ms (%.1f%%)   E %d: %.3f ms (%.1f%%)\n", pass[p], o->E,
+        printf("%s  E %d: %.3f ms (%.1f%%)   E %d: %.3f ms (%.1f%%)\n", pass[p], o->E,
                ep[p] - all[p], 100 * (ep[p] - all[p]) / all[p], few, ep[p] - own[p],
                100 * (ep[p] - own[p]) / own[p]);
     printf("EP scaling (over one GPU with T %d)\n", o->T);
     for (int p = 0; p < 2; ++p)
-        printf("  %s  %.2f x (ideal %d x, %.1f%%)\n", pass[p], one[p] / ep[p], g->W,
+        printf("%s  %.2f x (ideal %d x, %.1f%%)\n", pass[p], one[p] / ep[p], g->W,
                100 * one[p] / ep[p] / g->W);
     if (MOE_ON_HOST) printf("  the CPU shows that the kernels are right, not how fast they are\n");
     printf("\n");
